@@ -1,0 +1,5604 @@
+#!/usr/bin/env python3
+"""gaffer.py - a process supervisor in one file, driven over HTTP.
+
+    python3 gaffer.py serve
+    curl -d '{"name": "clock", "cmd": "sh -c \\"while date; do sleep 1; done\\""}' localhost:5000/processes
+    curl 'localhost:5000/streams/clock/stdout?feed=continuous'
+
+or inside a program:
+
+    from gaffer import Manager, HttpHandler, HttpEndpoint
+    manager = Manager(apps=[HttpHandler(endpoints=[HttpEndpoint("127.0.0.1:5000")])])
+    manager.add_process("web", "python3 -m http.server 8000", numprocesses=2)
+    manager.run()
+
+The file is read from top to bottom; its sections are
+
+    constants, errors    limits and their reasons; one error tree, rendered once
+    platform             all that differs between systems: exits, groups, users, statistics
+    loop                 selector, timers, inbox; who may touch state, and when
+    logs and readers     bounded logs of bytes and events; a reader is a position
+    templates            one table of options, their checks, and what is executed
+    policies             backoff, flapping, stop escalation: values in, values out
+    process              spawn, pipes into windows, stdin, exit, the end of the group
+    manager              templates, events, reconcile: wanted beside actual
+    http codec           request heads, bodies, responses, access rules, router, SSE
+    websocket codec      handshake, frames, messages, close codes (RFC 6455)
+    page                 the web page
+    api                  the route table and its handlers
+    server               endpoints, request threads, streams on the loop, WSGI
+    apps                 what plugs into a Manager: HttpHandler, SigHandler, ConsoleOutput
+    command line         argparse, main
+
+Four rules hold everywhere:
+
+1. Names point up the page only. A section uses what stands above it, never what stands below.
+2. One thread at a time owns every process, pipe, log, timer and stream: the one that holds the loop. Others
+   say loop.call(function, ...): it runs at once where the loop sleeps, else in the loop's next turn.
+3. Protocol code is pure: bytes or values in, bytes or values out; no socket, no thread, no clock.
+4. Every buffer has a limit, a name and a reason, below.
+
+    request threads                     the loop's thread                  children
+    head -> Request -> route ---call--> manager, reconcile --- spawn ----> process group
+         <- Response, one send -------- dict                               stdin  <- Input
+    a stream's socket -----hand over--> Reader <- Window.append <- Output <- stdout, stderr
+"""
+import base64
+import bisect
+import collections
+import errno
+import fcntl
+import grp
+import heapq
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import pwd
+import re
+import select
+import selectors
+import shlex
+import signal
+import socket
+import socketserver
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from http import HTTPStatus
+from wsgiref.handlers import SimpleHandler
+
+__version__ = "0.1.0"
+__all__ = [
+    "Manager", "HttpHandler", "HttpEndpoint", "SigHandler", "ConsoleOutput", "WebSocketHandler", "Request", "Response",
+    "Loop", "GafferError", "main",
+]
+
+log = logging.getLogger("gaffer")
+
+# --------------------------------------------------------------------------------------------------------------------
+# constants, errors
+#
+# Limits first, each with its reason, so that they can be read, and changed, in one place. Sizes are in bytes, times in
+# seconds. Then the error tree: an error is raised anywhere, carries its HTTP status and code, and is rendered once.
+# --------------------------------------------------------------------------------------------------------------------
+KIB, MIB = 1024, 1024 * 1024
+
+WINDOW_SIZE = MIB                   # a stream's window: some 10,000 lines of last words
+WINDOW_SIZE_MIN = 256               # a window has to hold a line or two
+WINDOW_SIZE_MAX = 1024 * MIB
+READ_SIZE = 64 * KIB                # one read of a pipe: what a pipe holds; more gained nothing
+COALESCE_SIZE = 16 * KIB            # small reads are joined up to this, or a window of short lines would be all overhead
+CARRY_SIZE = 64 * KIB               # an unfinished line that waits to be merged into a template's stream
+SHARE_SIZE = 64 * KIB               # what a reader that lags is sent at once
+SHARES_PER_TURN = 4                 # and how often in one turn of the loop, so that the others get theirs
+PARTIAL_LINE_DELAY = 0.1            # an unfinished line (a prompt) is shown after this much silence
+BLOCK_STALL = 30.0                  # a reader with loss=block that takes nothing is cut: it holds a child
+STALL = 300.0                       # any other reader that takes nothing: it holds a socket
+EVENTS_KEPT = 1024                  # events that can be resumed
+STATS_KEPT = 16                     # samples a slow reader of statistics may be behind
+
+STDIN_SIZE = MIB                    # waits for a process to read it
+STDIN_LOW = STDIN_SIZE // 2         # below this, websockets are read again
+DRAIN_TIME = 2.0                    # output after an exit, where a grandchild holds the pipe
+AFTERLIFE = 60.0                    # windows of an exited process can be read this long
+AFTERLIFE_COUNT = 16                # of a template's last exits (or twice its numprocesses, if that is more)
+GROUP_POLL = 0.02                   # between looks at a group whose leader is gone: only while one is being ended
+GROUP_POLL_MAX = 1.0
+KILL_AGAIN = 1.0                    # SIGKILL is repeated: a group may fork while it dies
+STOP_STAGGER = 0.1                  # at gaffer's stop, a process waits so long for the end of the one started after it
+STOP_STAGGER_TOTAL = 1.0            # and all of them together
+WAIT_EXTRA = 5.0                    # ?wait=true: graceful_timeout and this
+
+TEMPLATES_MAX = 10000
+NUMPROCESSES_MAX = 1000
+CUSTOM_STREAMS_MAX = 16
+SECONDS_MAX = 10.0 ** 7             # any time a client names: 115 days, and select() can still count it
+
+HEAD_SIZE = 64 * KIB                # request line and headers
+TARGET_SIZE = 8 * KIB               # request target: what browsers send at most
+HEADERS_MAX = 100
+BODY_SIZE = MIB                     # JSON and stdin; for mounted applications see HttpHandler(max_body=)
+CHUNK_LINE_SIZE = 256               # a chunk's size and its extensions
+HEAD_TIME = 10.0                    # from the first byte of a head to its last
+BODY_TIME = 60.0
+IDLE_TIME = 60.0                    # a kept-alive connection without a request
+SEND_TIME = 30.0                    # a client that does not take its answer
+LINGER_TIME = 2.0                   # refused bodies are read and dropped so long, or the client never sees the refusal
+LINGER_SIZE = 8 * MIB
+HANDSHAKE_TIME = 10.0               # TLS
+CONNECTIONS_MAX = 15000             # request threads and streams together
+THREADS_MAX = 2000                  # connections that are being answered, each on a thread
+THREAD_STACK = 512 * KIB
+BACKLOG = 1024
+ACCEPTS_PER_TURN = 64
+ACCEPT_PAUSE = 1.0                  # after EMFILE: the listener would wake the loop for ever
+PIPELINE_SIZE = 64 * KIB            # requests that arrive behind a long poll
+
+MESSAGE_SIZE = MIB                  # a websocket message for a process: it has to fit into stdin
+HANDLER_MESSAGE_SIZE = 16 * MIB     # a websocket message for a WebSocketHandler
+SEND_QUEUE_SIZE = 32 * MIB          # what a WebSocketHandler may have under way
+SEND_QUEUE_LOW = 256 * KIB          # above this its client is not read
+CONTROL_SIZE = 4 * KIB              # pongs that wait behind a frame; above, the older are dropped (RFC 6455 5.5.3)
+CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
+
+
+class GafferError(Exception):
+    """An error that a client is told: HTTP status, code, and one sentence (`str(error)`) that says what to do."""
+
+    status = 500
+    code = "internal_error"
+
+    def headers(self):
+        """Further response headers: a list of (name, value)."""
+        return []
+
+
+class BadRequest(GafferError):
+    """The request is not HTTP as RFC 9112 wants it, or says two things at once."""
+    status, code = 400, "bad_request"
+
+
+class InvalidJson(GafferError):
+    """The body is not one JSON object in UTF-8."""
+    status, code = 400, "invalid_json"
+
+
+class InvalidProcessInfo(GafferError):
+    """A template has a field that is unknown, missing or wrong, or a command that cannot be executed."""
+    status, code = 400, "invalid_process_info"
+
+
+class BadValue(GafferError):
+    """A parameter of the path or the query has no usable value."""
+    status, code = 400, "bad_value"
+
+
+class NoSignalNumber(GafferError):
+    """_signal was called without a signal."""
+    status, code = 400, "no_signal_number"
+
+
+class IoNotRedirected(GafferError):
+    """The process has no output that could be read."""
+    status, code = 400, "io_not_redirected"
+
+
+class Unauthorized(GafferError):
+    """The token is missing or wrong."""
+    status, code = 401, "unauthorized"
+
+    def headers(self):
+        """RFC 7617: what makes a browser ask."""
+        return [("WWW-Authenticate", 'Basic realm="gaffer", charset="UTF-8"')]
+
+
+class ForbiddenWrite(GafferError):
+    """The process's stdin is not redirected, or closed."""
+    status, code = 403, "forbidden_write"
+
+
+class ForbiddenOrigin(GafferError):
+    """A page of another origin wants to change something."""
+    status, code = 403, "forbidden_origin"
+
+
+class ForbiddenHost(GafferError):
+    """The Host header is no name of this server (DNS rebinding)."""
+    status, code = 403, "forbidden_host"
+
+
+class Forbidden(GafferError):
+    """The operating system does not let gaffer do this."""
+    status, code = 403, "forbidden"
+
+
+class NotFound(GafferError):
+    """No such name, id or group."""
+    status, code = 404, "not_found"
+
+
+class ResourceNotFound(GafferError):
+    """No such route or action."""
+    status, code = 404, "resource_not_found"
+
+
+class IoNotFound(GafferError):
+    """The process has no stream of this label."""
+    status, code = 404, "io_not_found"
+
+
+class BadEventType(GafferError):
+    """There is no event of this type."""
+    status, code = 404, "bad_event_type"
+
+
+class MethodNotAllowed(GafferError):
+    """The resource exists, but not for this method. `allow`: the methods that it has."""
+    status, code = 405, "method_not_allowed"
+
+    def __init__(self, reason, allow=()):
+        super().__init__(reason)
+        self.allow = allow
+
+    def headers(self):
+        """RFC 9110 section 15.5.6: Allow is required."""
+        return [("Allow", ", ".join(self.allow))]
+
+
+class RequestTimeout(GafferError):
+    """The request did not arrive in time."""
+    status, code = 408, "timeout"
+
+
+class Conflict(GafferError):
+    """The name is taken."""
+    status, code = 409, "conflict"
+
+
+class TooLarge(GafferError):
+    """The body is larger than its limit."""
+    status, code = 413, "too_large"
+
+
+class UriTooLong(GafferError):
+    """The request target is longer than its limit."""
+    status, code = 414, "uri_too_long"
+
+
+class UnsupportedMediaType(GafferError):
+    """The body has a Content-Encoding."""
+    status, code = 415, "unsupported_media_type"
+
+
+class ExpectationFailed(GafferError):
+    """An Expect other than 100-continue (RFC 9110 section 10.1.1)."""
+    status, code = 417, "bad_request"
+
+
+class UpgradeRequired(GafferError):
+    """The resource speaks websocket only."""
+    status, code = 426, "upgrade_required"
+
+    def headers(self):
+        """RFC 9110 section 15.5.22, RFC 6455 section 4.4."""
+        return [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")]
+
+
+class HeadersTooLarge(GafferError):
+    """The headers are more, or longer, than their limit."""
+    status, code = 431, "headers_too_large"
+
+
+class StdinFull(GafferError):
+    """Too much waits for the process to read it; nothing of the body was written."""
+    status, code = 503, "stdin_full"
+
+
+class Busy(GafferError):
+    """Too many connections."""
+    status, code = 503, "busy"
+
+
+class Stopping(GafferError):
+    """gaffer is stopping: nothing can be changed any more."""
+    status, code = 503, "stopping"
+
+
+class WaitTimeout(GafferError):
+    """?wait: not done in time."""
+    status, code = 504, "wait_timeout"
+
+
+class VersionNotSupported(GafferError):
+    """Not HTTP/1.x."""
+    status, code = 505, "bad_request"
+
+
+class StartError(Exception):
+    """gaffer itself cannot start; `str(error)` is the one sentence for its user."""
+
+
+def need(condition, error, reason):
+    """Raise `error(reason)` unless `condition` holds."""
+    if not condition:
+        raise error(reason)
+
+
+def near(word, words):
+    """', did you mean ...?' where one of `words` is much like `word`, else ''."""
+    import difflib                              # only for a mistake
+    match = difflib.get_close_matches(word, words, 1)
+    return ", did you mean '%s'?" % match[0] if match else ""
+
+
+class Throttle:
+    """Says a thing that may repeat for ever once in `seconds`, with how often it was left unsaid."""
+
+    def __init__(self, seconds=60.0, clock=time.monotonic):
+        self._seconds, self._clock = seconds, clock
+        self._next, self._unsaid = -math.inf, 0
+
+    def warning(self, message, *args):
+        """Log a warning, or count it."""
+        now = self._clock()
+        if now < self._next:
+            self._unsaid += 1
+            return
+        unsaid, self._unsaid, self._next = self._unsaid, 0, now + self._seconds
+        log.warning(message + (" (and %d times more before)" % unsaid if unsaid else ""), *args)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# platform
+#
+# The only place that asks which system this is. What differs stands in whole classes, chosen once by probing: how an
+# exit is watched, where a process group's members and a process's statistics are read. Nothing here keeps state.
+# --------------------------------------------------------------------------------------------------------------------
+class PidfdWatcher:
+    """Calls `callback()` on the loop when child `os_pid` has exited, without reaping it. Linux 5.3, Python 3.9."""
+
+    def __init__(self, loop, os_pid, callback):
+        self._loop = loop
+        self._fd = os.pidfd_open(os_pid)
+        loop.register(self._fd, selectors.EVENT_READ, lambda mask: callback())
+
+    def close(self):
+        """Stop watching."""
+        if self._fd is not None:
+            self._loop.unregister(self._fd)
+            os.close(self._fd)
+            self._fd = None
+
+
+class KqueueWatcher:
+    """The same for macOS and the BSDs: a kqueue is itself a descriptor that a selector can watch."""
+
+    def __init__(self, loop, os_pid, callback):
+        self._loop = loop
+        self._queue = select.kqueue()
+        event = select.kevent(os_pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)
+        try:
+            self._queue.control([event], 0)
+        except ProcessLookupError:              # exited already
+            loop.call_soon(callback)
+        loop.register(self._queue.fileno(), selectors.EVENT_READ, lambda mask: callback())
+
+    def close(self):
+        """Stop watching."""
+        if not self._queue.closed:
+            self._loop.unregister(self._queue.fileno())
+            self._queue.close()
+
+
+class ThreadWatcher:
+    """The same anywhere that has waitid(): a thread for each child, which sleeps in the kernel until the exit."""
+
+    def __init__(self, loop, os_pid, callback):
+        self._loop, self._os_pid, self._callback = loop, os_pid, callback
+        # daemon: a detached process outlives gaffer, and nothing can end a waitid()
+        self._thread = threading.Thread(target=self._wait, name="gaffer-wait-%d" % os_pid, daemon=True)
+        self._thread.start()
+
+    def _wait(self):
+        try:
+            os.waitid(os.P_PID, self._os_pid, os.WEXITED | os.WNOWAIT)
+        except ChildProcessError:
+            pass                                # reaped by somebody else: an exit all the same, peek_exit() tells
+        self._loop.call_soon(self._exited)
+
+    def _exited(self):
+        if self._callback is not None:
+            self._callback()
+
+    def close(self):
+        """Stop watching; the thread ends with the process."""
+        self._callback = None
+
+
+def probe_exit_watcher():
+    """The watcher class that works here."""
+    if hasattr(os, "pidfd_open"):
+        try:
+            os.close(os.pidfd_open(os.getpid()))
+            return PidfdWatcher
+        except OSError:
+            pass                                # an old kernel, or a sandbox that forbids it
+    if hasattr(select, "kqueue"):
+        return KqueueWatcher
+    return ThreadWatcher
+
+
+def peek_exit(os_pid):
+    """(exit_status, term_signal) of a child that has exited, None while it runs. It stays a zombie, so that its process
+    group's id cannot be given to a stranger before the group has been signalled for the last time."""
+    try:
+        if not hasattr(os, "waitid"):           # macOS before Python 3.13: looking is reaping
+            pid, status = os.waitpid(os_pid, os.WNOHANG)
+            if pid == 0:
+                return None
+            return (0, os.WTERMSIG(status)) if os.WIFSIGNALED(status) else (os.WEXITSTATUS(status), 0)
+        info = os.waitid(os.P_PID, os_pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    except ChildProcessError:
+        log.warning("the exit status of os pid %d was taken by another part of this program", os_pid)
+        return 255, 0
+    if info is None:
+        return None
+    return (info.si_status, 0) if info.si_code == os.CLD_EXITED else (0, info.si_status)
+
+
+def reap(os_pid):
+    """Take a zombie away. One that is gone already is no error."""
+    try:
+        os.waitpid(os_pid, os.WNOHANG)
+    except ChildProcessError:
+        pass
+
+
+def signal_group(group, signum):
+    """Signal a process group (0: only look). False: it has no member, or none that gaffer may signal."""
+    try:
+        os.killpg(group, signum)
+        return True
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        log.warning("process group %d runs as another user and cannot be signalled", group)
+        return False
+
+
+class ProcfsTable:
+    """Processes as Linux shows them under /proc."""
+
+    TICKS = os.sysconf("SC_CLK_TCK")
+    PAGE = os.sysconf("SC_PAGE_SIZE")
+
+    @staticmethod
+    def _read(os_pid, name):
+        try:
+            with open("/proc/%d/%s" % (os_pid, name), "rb") as file:
+                return file.read()
+        except OSError:                         # gone between two looks
+            return b""
+
+    def _stat(self, os_pid):
+        """The fields of /proc/<pid>/stat from the state on (proc(5) counts it as 3); [] if the process is gone."""
+        return self._read(os_pid, "stat").rpartition(b")")[2].split()
+
+    def group_members(self, group):
+        """OS pids of the living members of a process group (zombies do not count)."""
+        members = []
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                fields = self._stat(int(entry))
+                if fields and int(fields[2]) == group and fields[0] not in (b"Z", b"X"):
+                    members.append(int(entry))
+        return members
+
+    def in_group(self, os_pid, group):
+        """True while `os_pid` lives and is a member of the group."""
+        fields = self._stat(os_pid)
+        return bool(fields) and int(fields[2]) == group and fields[0] not in (b"Z", b"X")
+
+    def children(self, os_pid):
+        """OS pids of a process's children; [] if it is gone."""
+        found = []
+        try:
+            threads = os.listdir("/proc/%d/task" % os_pid)
+        except OSError:
+            return []
+        for thread in threads:
+            found += map(int, self._read(os_pid, "task/%s/children" % thread).split())
+        return found
+
+    def escaped(self, os_pid, group):
+        """[(os_pid, start_time)] of descendants that have left the group."""
+        found, heads = [], [os_pid]
+        while heads:
+            for child in self.children(heads.pop()):
+                heads.append(child)
+                fields = self._stat(child)
+                if fields and int(fields[2]) != group:
+                    found.append((child, int(fields[19])))
+        return found
+
+    def still(self, os_pid, start_time):
+        """True while the process that escaped() named lives."""
+        fields = self._stat(os_pid)
+        return bool(fields) and int(fields[19]) == start_time and fields[0] not in (b"Z", b"X")
+
+    def look(self, os_pid):
+        """{ppid, cpu_time, start_time, rss, vms, nice, uid, cmdline, children}; sizes in bytes, times in seconds
+        (start_time since boot); None if the process is gone."""
+        fields = self._stat(os_pid)
+        if not fields:
+            return None
+        try:
+            uid = os.stat("/proc/%d" % os_pid).st_uid
+        except OSError:
+            return None
+        words = self._read(os_pid, "cmdline").rstrip(b"\0").replace(b"\0", b" ")
+        return {
+            "ppid": int(fields[1]), "cpu_time": (int(fields[11]) + int(fields[12])) / self.TICKS,
+            "start_time": int(fields[19]) / self.TICKS, "rss": int(fields[21]) * self.PAGE, "vms": int(fields[20]),
+            "nice": int(fields[16]), "uid": uid, "cmdline": words.decode("utf-8", "replace"),
+            "children": self.children(os_pid),
+        }
+
+
+class PsTable:
+    """Processes as ps(1) prints them: slower, and everywhere."""
+
+    @staticmethod
+    def _rows(columns, *which):
+        command = ["ps", *(which or ("-A",)), "-o", ",".join(name + "=" for name in columns)]
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False, timeout=10)
+        for line in result.stdout.decode("utf-8", "replace").splitlines():
+            words = line.split(None, len(columns) - 1)
+            if len(words) == len(columns):
+                yield dict(zip(columns, words))
+
+    def group_members(self, group):
+        """See ProcfsTable."""
+        return [int(row["pid"]) for row in self._rows(("pid", "pgid", "stat"))
+                if int(row["pgid"]) == group and row["stat"][0] not in "ZX"]
+
+    def in_group(self, os_pid, group):
+        """See ProcfsTable."""
+        return os_pid in self.group_members(group)
+
+    def children(self, os_pid):
+        """See ProcfsTable."""
+        return [int(row["pid"]) for row in self._rows(("pid", "ppid")) if int(row["ppid"]) == os_pid]
+
+    def escaped(self, os_pid, group):
+        """See ProcfsTable; the start time is not known."""
+        rows = list(self._rows(("pid", "ppid", "pgid")))
+        family = {os_pid}
+        for row in rows * 4:                    # generations in any order; deeper ones are rare
+            if int(row["ppid"]) in family:
+                family.add(int(row["pid"]))
+        return [(int(row["pid"]), 0) for row in rows if int(row["pid"]) in family and int(row["pgid"]) != group]
+
+    def still(self, os_pid, start_time):
+        """See ProcfsTable."""
+        return any(self._rows(("pid",), "-p", str(os_pid)))
+
+    @staticmethod
+    def _seconds(text):
+        """Seconds of ps's [[dd-]hh:]mm:ss."""
+        days, _, rest = text.rpartition("-")
+        total = 0.0
+        for part in rest.split(":"):
+            total = total * 60 + float(part)
+        return total + 86400 * int(days or 0)
+
+    def look(self, os_pid):
+        """See ProcfsTable."""
+        columns = ("ppid", "time", "etime", "rss", "vsz", "nice", "uid", "command")
+        for row in self._rows(columns, "-p", str(os_pid)):
+            return {
+                "ppid": int(row["ppid"]), "cpu_time": self._seconds(row["time"]),
+                "start_time": time.monotonic() - self._seconds(row["etime"]), "rss": int(row["rss"]) * KIB,
+                "vms": int(row["vsz"]) * KIB, "nice": int(row["nice"]) if row["nice"].lstrip("-").isdigit() else 0,
+                "uid": int(row["uid"]), "cmdline": row["command"], "children": self.children(os_pid),
+            }
+        return None
+
+
+def probe_process_table():
+    """The process table that works here."""
+    return ProcfsTable() if os.path.exists("/proc/self/stat") else PsTable()
+
+
+def signal_member(table, os_pid, group, signum):
+    """Signal one member of a group whose leader is gone. A pidfd pins the process before its group is looked up again,
+    so that a recycled pid is never signalled; without pidfd the window between look and kill is some microseconds."""
+    pin = None
+    try:
+        if hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal"):
+            try:
+                pin = os.pidfd_open(os_pid)
+            except OSError as error:
+                if error.errno == errno.ESRCH:
+                    return
+        if table.in_group(os_pid, group):
+            if pin is not None:
+                signal.pidfd_send_signal(pin, signum)
+            else:
+                os.kill(os_pid, signum)
+    except ProcessLookupError:
+        pass                                    # it ended by itself: what was wanted
+    except PermissionError:
+        log.warning("os pid %d runs as another user and cannot be signalled", os_pid)
+    finally:
+        if pin is not None:
+            os.close(pin)
+
+
+def find_user(user):
+    """(uid, gid, name) of a user by name or number; gid and name are None where a number has no entry.
+    ValueError: there is none. 2**32 - 1 means "leave it as it is" to the kernel, so it is no user."""
+    user = int(user) if isinstance(user, str) and user.isascii() and user.isdigit() else user
+    try:
+        entry = pwd.getpwuid(user) if isinstance(user, int) else pwd.getpwnam(user)
+        return entry.pw_uid, entry.pw_gid, entry.pw_name
+    except (KeyError, OverflowError):
+        if isinstance(user, int) and 0 <= user < 2 ** 32 - 1:
+            return user, None, None
+        raise ValueError("there is no user %r here" % (user,)) from None
+
+
+def find_group(group):
+    """gid of a group by name or number. ValueError: there is none."""
+    if isinstance(group, int) or (group.isascii() and group.isdigit()):
+        group = int(group)
+        if 0 <= group < 2 ** 32 - 1:
+            return group
+        raise ValueError("there is no group %r here" % (group,))
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ValueError("there is no group %r here" % (group,)) from None
+
+
+def user_name(uid):
+    """A user's name, or its number as text."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# loop
+#
+# One selector, one heap of timers, one inbox with one wake-up byte. Whoever holds the loop's lock owns all state: the
+# loop's thread does, except while it sleeps in select(); there another thread may borrow it for one call, which saves
+# two thread switches (54 us become 2). Everything that sends to clients or calls user code is put into the inbox and
+# runs on the loop's own thread. With nothing to do it makes no system call at all.
+# --------------------------------------------------------------------------------------------------------------------
+class Timer:
+    """A call that is due; `cancel()` it at any time."""
+
+    __slots__ = ("when", "function", "args", "loop")
+
+    def __init__(self, loop, when, function, args):
+        self.loop, self.when, self.function, self.args = loop, when, function, args
+
+    def cancel(self):
+        """Never run it."""
+        if self.function is not None:
+            self.function, self.args = None, ()
+            self.loop.timer_cancelled()
+
+
+class _Call:
+    """A call that another thread waits for."""
+
+    def __init__(self, function, args):
+        self.function, self.args = function, args
+        self.result, self.error = None, None
+        self._done = threading.Lock()
+        self._done.acquire()
+
+    def run(self):
+        try:
+            self.result = self.function(*self.args)
+        except BaseException as error:          # it belongs to the caller's thread, whatever it is
+            self.error = error
+        self._done.release()
+
+    def fail(self, error):
+        self.error = error
+        self._done.release()
+
+    def wait(self):
+        self._done.acquire()
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class Loop:
+    """A selectors-based event loop. `clock`: seconds, monotonic; tests pass their own and call `step()`."""
+
+    def __init__(self, clock=time.monotonic):
+        self.clock = clock
+        self.now = clock()                      # the time at the start of this turn
+        self._selector = selectors.DefaultSelector()
+        self._callbacks = {}                    # fd -> callback(mask)
+        self._timers, self._sequence, self._cancelled = [], itertools.count(), 0
+        self._inbox = collections.deque()
+        self._lock = threading.Lock()
+        self._owner = None
+        self._sleeping = self._woken = self._changed = False
+        self._sleep_until = math.inf
+        self._running = self._stopping = self.closed = False
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._callbacks[self._wake_read] = self._drain_wake
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._callbacks[self._wake_read])
+
+    # what any thread may call
+
+    def call(self, function, *args):
+        """Run `function(*args)` as the owner of all state and return what it returns, or raise what it raises.
+        Stopping: the loop is closed."""
+        if self._owner == threading.get_ident():
+            return function(*args)
+        if self._lock.acquire(not self._running):
+            self._owner = threading.get_ident()
+            try:
+                if self.closed:
+                    raise Stopping("gaffer is stopping; start it again")
+                self.now = self.clock()
+                return function(*args)
+            finally:
+                self._owner = None
+                self._lock.release()
+                if self._sleeping and (self._inbox or self._changed or (
+                        self._timers and self._timers[0][0] < self._sleep_until)):
+                    self._wake()
+        call = _Call(function, args)
+        self._inbox.append(call)
+        self._wake()
+        if self.closed:                         # closed between the two: nobody will look into the inbox any more
+            self._fail_inbox()
+        return call.wait()
+
+    def call_soon(self, function, *args):
+        """Run `function(*args)` in the loop's next turn, on its thread. Returns at once."""
+        self._inbox.append((function, args))
+        if self._sleeping:
+            self._wake()
+
+    @property
+    def wake_fd(self):
+        """A descriptor; a byte written to it wakes the loop (signal.set_wakeup_fd)."""
+        return self._wake_write
+
+    def stop(self):
+        """Let `run()` return after this turn."""
+        self._stopping = True
+        self._wake()
+
+    # what only the owner may call
+
+    def owned(self):
+        """True where the calling thread owns all state."""
+        return self._owner == threading.get_ident()
+
+    def later(self, delay, function, *args):
+        """Run `function(*args)` in `delay` seconds. Returns a Timer."""
+        assert self.owned()
+        timer = Timer(self, self.clock() + delay, function, args)
+        heapq.heappush(self._timers, (timer.when, next(self._sequence), timer))
+        return timer
+
+    def timer_cancelled(self):
+        """Forget cancelled timers once they are most of the heap: their times may be far away."""
+        self._cancelled += 1
+        if self._cancelled > 64 and self._cancelled * 2 > len(self._timers):
+            self._timers = [entry for entry in self._timers if entry[2].function is not None]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
+
+    def register(self, fd, events, callback):
+        """Call `callback(mask)` whenever `fd` is ready for `events` (selectors.EVENT_READ, EVENT_WRITE)."""
+        assert self.owned()
+        self._selector.register(fd, events, callback)
+        self._callbacks[fd] = callback
+        self._changed = True
+
+    def modify(self, fd, events):
+        """Change what a registered `fd` is watched for."""
+        assert self.owned()
+        self._selector.modify(fd, events, self._callbacks[fd])
+        self._changed = True
+
+    def unregister(self, fd):
+        """Watch `fd` no longer. To be called before it is closed."""
+        assert self.owned()
+        self._selector.unregister(fd)
+        del self._callbacks[fd]
+
+    # turns
+
+    def run(self):
+        """Take turns until `stop()`. The calling thread is the loop's."""
+        self._acquire()
+        self._running = True
+        try:
+            while not self._stopping:
+                self._turn(math.inf)
+        finally:
+            self._running = self._stopping = False
+            self._release()
+
+    def step(self, timeout=0.0):
+        """One turn, which waits at most `timeout` seconds. For tests."""
+        self._acquire()
+        try:
+            self._turn(timeout)
+        finally:
+            self._release()
+
+    def close(self):
+        """Free the descriptors; whoever still calls gets Stopping."""
+        self._acquire()
+        try:
+            if self.closed:
+                return
+            self.closed = True
+            self._fail_inbox()
+            self._selector.close()
+            os.close(self._wake_read)
+            write, self._wake_write = self._wake_write, None
+            os.close(write)
+        finally:
+            self._release()
+
+    def _acquire(self):
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def _release(self):
+        self._owner = None
+        self._lock.release()
+
+    def _wake(self):
+        if not self._woken:
+            self._woken = True
+            try:
+                os.write(self._wake_write, b"\0")
+            except (BlockingIOError, TypeError, OSError):
+                pass                            # full: it will wake; closed: there is nobody to wake
+
+    def _drain_wake(self, mask):
+        os.read(self._wake_read, 4096)
+        self._woken = False
+
+    def _fail_inbox(self):
+        while self._inbox:
+            entry = self._inbox.popleft()
+            if isinstance(entry, _Call):
+                entry.fail(Stopping("gaffer is stopping; start it again"))
+
+    def _timeout(self, longest):
+        if self._inbox or self._stopping:
+            return 0
+        timers = self._timers
+        while timers and timers[0][2].function is None:
+            heapq.heappop(timers)
+            self._cancelled = max(0, self._cancelled - 1)
+        if timers:
+            longest = min(longest, max(0.0, timers[0][0] - self.clock()))
+        return None if longest == math.inf else longest
+
+    def _turn(self, longest):
+        self._changed = False
+        self._sleeping = True                   # before the inbox is looked at: who appends after that, wakes
+        timeout = self._timeout(longest)
+        self._sleep_until = self._timers[0][0] if self._timers else math.inf
+        self._release()
+        try:
+            events = self._selector.select(timeout)
+        finally:
+            self._acquire()
+            self._sleeping = False
+        self.now = self.clock()
+        for key, mask in events:
+            # a callback before this one, or a borrower, may have closed fd, and it may be another's by now
+            if self._callbacks.get(key.fd) is key.data:
+                self._guard(key.data, mask)
+        self._run_timers()
+        self._run_inbox()
+
+    def _run_timers(self):
+        due = []
+        while self._timers and self._timers[0][0] <= self.now:
+            due.append(heapq.heappop(self._timers)[2])
+        for timer in due:
+            function, args = timer.function, timer.args
+            timer.function, timer.args = None, ()
+            if function is None:
+                self._cancelled = max(0, self._cancelled - 1)
+            else:
+                self._guard(function, *args)
+
+    def _run_inbox(self):
+        for _ in range(len(self._inbox)):       # what these append is for the next turn
+            entry = self._inbox.popleft()
+            if isinstance(entry, _Call):
+                entry.run()
+            else:
+                self._guard(entry[0], *entry[1])
+
+    @staticmethod
+    def _guard(function, *args):
+        try:
+            function(*args)
+        except Exception:
+            log.exception("a callback of the loop failed; the loop goes on")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# logs and readers
+#
+# A stream is a log with a bounded window, and a reader is a position in it. Window holds bytes and counts in bytes,
+# EventLog holds events and counts them. A reader whose sink takes everything is live: it stands in a Fanout with all who
+# share its encoder and its offset, and gets the same encoded bytes object as they do, in the turn that read the data. One
+# whose sink took less has its own offset and is pumped when the sink has drained. What falls out of the window before it
+# was read is counted and told. All on the loop.
+#
+# An encoder is stateless: encode(data, offset, before, mode, piece) -> (payload, consumed), where `before` is the byte in
+# front of a leading newline (is it the second half of a line's end?), `piece` the length from which an unfinished line is
+# cut, and what is not consumed (half a line, half a character) is offered again. Its attributes: key (equal for encoders
+# that are), by_line, partial (unfinished lines are shown after a while), ends(data) (is there more to encode now?), and
+# dropped (a function, or None).
+# A sink has send(payload) -> bool ("took it all"), lost(reader, count) and finished(reader).
+# --------------------------------------------------------------------------------------------------------------------
+NORMAL, FLUSH, FINAL = 0, 1, 2                  # wait for the rest; show what is there; there is no rest
+
+
+class Fanout:
+    """The live readers of one log that share an encoder and an offset."""
+
+    def __init__(self, log_, encoder, offset):
+        self._log, self._encoder, self.key, self.offset = log_, encoder, encoder.key, offset
+        self.members = {}                       # reader -> its sink's send; a dict keeps the order
+        self._timer = None
+        self._fresh_at = log_.loop.now
+        self._arm()
+
+    def add(self, reader):
+        """Take in a reader that stands here."""
+        self.members[reader] = reader.sink.send
+        reader.fanout = self
+
+    def discard(self, reader):
+        """Let one go, who keeps this offset."""
+        reader.offset, reader.fanout = self.offset, None
+        self.members.pop(reader, None)
+        if not self.members:
+            self._log.forget(self)
+            self._disarm()
+
+    def dissolve(self):
+        """Let all go. Returns them."""
+        readers = list(self.members)
+        for reader in readers:
+            reader.offset, reader.fanout = self.offset, None
+        self.members = {}
+        self._disarm()
+        return readers
+
+    def push(self, fresh):
+        """Encode once what is new and send it to everybody."""
+        log_, encoder = self._log, self._encoder
+        self._fresh_at = log_.loop.now
+        if self.offset + len(fresh) == log_.end:
+            data = fresh
+        elif self.offset < log_.start:          # half a line has fallen out of a very small window
+            for reader in self.dissolve():
+                reader.pump()
+            return
+        elif log_.end - self.offset < log_.limit // 2 and not encoder.ends(fresh):
+            return                              # still the same unfinished line: nothing to look at again
+        else:
+            data = log_.read(self.offset, log_.limit)
+        self._encode(data, NORMAL)
+        self._arm()
+
+    def _encode(self, data, mode):
+        payload, consumed = self._log.encode(self._encoder, data, self.offset, mode)
+        self.offset += consumed
+        if payload:
+            now = self._log.loop.now
+            for reader, send in tuple(self.members.items()):
+                if reader.fanout is self:       # a sink that failed may have closed others
+                    reader.last_sent = now
+                    if not send(payload):
+                        self.discard(reader)
+
+    def _arm(self):
+        """An unfinished line is shown after a while of silence."""
+        if self._timer is None and self._encoder.partial and self.offset < self._log.end:
+            self._timer = self._log.loop.later(PARTIAL_LINE_DELAY, self._silence)
+
+    def _disarm(self):
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _silence(self):
+        self._timer = None
+        loop = self._log.loop
+        wait = self._fresh_at + PARTIAL_LINE_DELAY - loop.now
+        if wait > 0:
+            self._timer = loop.later(wait, self._silence)
+        elif self.offset < self._log.end:
+            self._encode(self._log.read(self.offset, self._log.limit), FLUSH)
+
+
+class Log:
+    """What Window and EventLog share: readers, who waits, and the end. `limit`: how much is kept."""
+
+    def __init__(self, loop, limit):
+        self.loop, self.limit = loop, limit
+        self.start = self.end = 0
+        self.ended = False
+        self.on_room = set()                    # called once when a blocking reader has moved on
+        self.readers = set()
+        self._fanouts = []
+        self._blockers = set()
+        self._waiters = []
+
+    def read(self, offset, size):
+        """Up to `size` of what stands at `offset` (not before `start`)."""
+        raise NotImplementedError
+
+    def before(self, offset):
+        """The byte in front of `offset`; None if it is not known."""
+        return None
+
+    def encode(self, encoder, data, offset, mode):
+        """What `encoder` makes of `data`, which stands at `offset`."""
+        before = self.before(offset) if encoder.by_line and data[:1] == b"\n" else None
+        return encoder.encode(data, offset, before, mode, self.limit // 2)
+
+    def resync(self, offset):
+        """The first place at or after `offset` where a reader that lost its place may go on."""
+        return offset
+
+    def room(self):
+        """How much may be appended before a reader with loss=block would lose something."""
+        if not self._blockers:
+            return self.limit
+        return min(self.limit - (self.end - (reader.fanout or reader).offset) for reader in self._blockers)
+
+    def wait(self, satisfied):
+        """Call `satisfied()` after each append, and at the end, until it returns True. Returns a function that ends it."""
+        self._waiters.append(satisfied)
+        return lambda: satisfied in self._waiters and self._waiters.remove(satisfied)
+
+    def finish(self):
+        """Nothing will be appended any more: readers get what is left, then the end."""
+        if self.ended:
+            return
+        self.ended = True
+        fanouts, self._fanouts = self._fanouts, []
+        for fanout in fanouts:
+            for reader in fanout.dissolve():
+                reader.pump()
+        self._run_waiters()
+
+    def join(self, reader):
+        """Make `reader` live: it has taken all there is for its encoder."""
+        for fanout in self._fanouts:
+            if fanout.offset == reader.offset and fanout.key == reader.encoder.key:
+                break
+        else:
+            fanout = Fanout(self, reader.encoder, reader.offset)
+            self._fanouts.append(fanout)
+        fanout.add(reader)
+
+    def add(self, reader):
+        """Called by the reader."""
+        self.readers.add(reader)
+        if reader.loss == "block":
+            self._blockers.add(reader)
+
+    def remove(self, reader):
+        """Called by the reader."""
+        self.readers.discard(reader)
+        self._blockers.discard(reader)
+        self.moved(reader, True)
+
+    def moved(self, reader, gone=False):
+        """A reader has moved on, or left: whoever waited for room may go on."""
+        if self.on_room and (gone or reader.loss == "block"):
+            waiting, self.on_room = self.on_room, set()
+            for resume in waiting:
+                self.loop.call_soon(resume)
+
+    def _appended(self, fresh):
+        """Show `fresh` data, which is the end of the log, to all live readers."""
+        for fanout in tuple(self._fanouts):
+            fanout.push(fresh)
+        if len(self._fanouts) > 1:
+            self._merge_fanouts()
+        if self._waiters:
+            self._run_waiters()
+
+    def _merge_fanouts(self):
+        """Those that have come to stand at the same place become one; empty ones go."""
+        places = {}
+        for fanout in self._fanouts:
+            if fanout.members:
+                first = places.setdefault((fanout.key, fanout.offset), fanout)
+                if first is not fanout:
+                    for reader in fanout.dissolve():
+                        first.add(reader)
+        self._fanouts = list(places.values())
+
+    def forget(self, fanout):
+        """Called by a fanout that has lost its last member."""
+        if fanout in self._fanouts:
+            self._fanouts.remove(fanout)
+
+    def _run_waiters(self):
+        waiters, self._waiters = self._waiters, []
+        self._waiters = [satisfied for satisfied in waiters if not satisfied()] + self._waiters
+
+
+class Window(Log):
+    """The last `limit` bytes of a stream, by absolute offset from `start` to `end`."""
+
+    def __init__(self, loop, limit=WINDOW_SIZE):
+        super().__init__(loop, limit)
+        self._chunks, self._offsets = [], []    # bytes, and the offset of each's first byte
+        self._before = None                     # the byte in front of the first chunk
+
+    def append(self, data):
+        """Add bytes; the oldest fall out. Live readers have them when this returns."""
+        chunks = self._chunks
+        if chunks and len(chunks[-1]) + len(data) <= COALESCE_SIZE:
+            chunks[-1] += data
+        else:
+            chunks.append(data)
+            self._offsets.append(self.end)
+        self.end += len(data)
+        if self.end - self.start > self.limit:
+            self._trim()
+        self._appended(data)
+
+    def _trim(self):
+        self.start = self.end - self.limit
+        chunks, offsets = self._chunks, self._offsets
+        while offsets[0] + len(chunks[0]) <= self.start:
+            self._before = chunks[0][-1]
+            del chunks[0], offsets[0]
+
+    def read(self, offset, size):
+        """Up to `size` bytes from `offset` on: of one piece where that costs no copy, at least one if there is one."""
+        size = min(size, self.end - offset)
+        if size <= 0:
+            return b""
+        index = bisect.bisect_right(self._offsets, offset) - 1
+        skip = offset - self._offsets[index]
+        chunk = self._chunks[index]
+        if len(chunk) - skip >= size:
+            return chunk if skip == 0 and len(chunk) == size else chunk[skip:skip + size]
+        parts = [chunk[skip:]]
+        left = size - len(parts[0])
+        while left > 0:
+            index += 1
+            parts.append(self._chunks[index][:left])
+            left -= len(parts[-1])
+        return b"".join(parts)
+
+    def before(self, offset):
+        """See Log."""
+        if offset == 0 or not self._offsets or offset < self._offsets[0]:
+            return None
+        if offset == self._offsets[0]:
+            return self._before
+        return self.read(offset - 1, 1)[0]
+
+    def resync(self, offset):
+        """The start of the first line at or after `offset`; `offset` itself where no line ends in the window."""
+        if self.before(offset) == 10 or offset == 0:
+            return offset
+        end = self.read(offset, self.limit).find(b"\n")
+        return offset if end < 0 else offset + end + 1
+
+    def tail(self, lines):
+        """The offset where the last `lines` lines begin (an unfinished one counts); math.inf: all that are whole."""
+        if lines == 0:
+            return self.end
+        first = self.resync(self.start)
+        if lines == math.inf:
+            return first
+        data = self.read(first, self.limit)
+        place = len(data) - (data[-1:] == b"\n")
+        while lines > 0 and place >= 0:
+            place = data.rfind(b"\n", 0, place)
+            lines -= 1
+        return first + place + 1
+
+
+class EventLog(Log):
+    """The last `limit` events (any objects), counted from 1: event n stands between offsets n - 1 and n."""
+
+    def __init__(self, loop, limit=EVENTS_KEPT):
+        super().__init__(loop, limit)
+        self._events = collections.deque(maxlen=limit)
+
+    def append(self, event):
+        """Add an event; the oldest falls out."""
+        self._events.append(event)
+        self.end += 1
+        self.start = self.end - len(self._events)
+        self._appended([event])
+
+    def read(self, offset, size):
+        """A list of up to `size` events behind `offset`."""
+        first = offset - self.start
+        return list(itertools.islice(self._events, first, first + size))
+
+
+class Reader:
+    """A position in a log, and the sink that its data goes to. `loss`: "cut" (tell the sink, which ends), "skip" (count,
+    and go on), "block" (the feeder waits for this reader). An encoder that has `dropped(count, offset)` tells a loss
+    within the stream itself. `start()` begins."""
+
+    def __init__(self, log_, encoder, sink, offset, loss="cut"):
+        self.log, self.encoder, self.sink, self.offset, self.loss = log_, encoder, sink, offset, loss
+        self.fanout = None
+        self.dropped = 0
+        self.last_sent = log_.loop.now
+        self._closed = False
+
+    def start(self):
+        """Send what there is, then follow."""
+        self.log.add(self)
+        self.pump()
+
+    def close(self):
+        """Follow no longer."""
+        if not self._closed:
+            self._closed = True
+            if self.fanout is not None:
+                self.fanout.discard(self)
+            self.log.remove(self)
+
+    def pump(self):
+        """Send what stands behind the offset, share by share, until the sink is full or there is no more."""
+        for _ in range(SHARES_PER_TURN):
+            if self._closed or self.fanout is not None:
+                return
+            if self.offset < self.log.start and not self._lost():
+                return
+            payload, consumed = self._share()
+            if consumed == 0:
+                return self._caught_up()
+            self.offset += consumed
+            self.log.moved(self)
+            if payload:
+                self.last_sent = self.log.loop.now
+                if not self.sink.send(payload):
+                    return                      # the sink calls pump() again when it has drained
+        self.log.loop.call_soon(self.pump)
+
+    def _share(self):
+        """Encode the next share; a line that is longer than a share gets a larger one."""
+        size = SHARE_SIZE
+        while True:
+            left = self.log.end - self.offset
+            data = self.log.read(self.offset, size)
+            mode = FINAL if self.log.ended and size >= left else NORMAL
+            payload, consumed = self.log.encode(self.encoder, data, self.offset, mode)
+            if consumed or size >= left:
+                return payload, consumed
+            size *= 4
+
+    def _caught_up(self):
+        if self.log.ended:
+            self.sink.finished(self)
+        else:
+            self.log.join(self)
+
+    def _lost(self):
+        """What stood at the offset is gone. True: go on."""
+        count = self.log.start - self.offset
+        if self.encoder.dropped is None and self.loss != "skip":
+            self.sink.lost(self, count)
+            return False
+        self.offset = self.log.resync(self.log.start)
+        count += self.offset - self.log.start
+        self.dropped += count
+        if self.encoder.dropped is None:
+            return True
+        return self.sink.send(self.encoder.dropped(count, self.offset))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# templates
+#
+# A process template is a dict. OPTIONS is the one table of its fields: default, check, help; JSON, the command line and
+# the README all come from it. A check returns the value or raises ValueError with a sentence that continues "field 'x' ".
+# resolve() makes of a template what is executed, each time anew, as the environment may have changed. Any thread.
+# --------------------------------------------------------------------------------------------------------------------
+NAME = re.compile(r"(?!-|:|\d+\Z|\.{1,2}\Z)[A-Za-z0-9_.:@-]{1,128}\Z")
+LABEL = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9_.-]{1,64}\Z")
+RESERVED_LABELS = ("stdin", "ttin", "exit", "dropped")
+VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
+
+
+def check_text(value, what="a string"):
+    """A string that can be handed to the system: no NUL, and valid UTF-8."""
+    need(isinstance(value, str), ValueError, "must be %s" % what)
+    need("\0" not in value, ValueError, "must not hold a NUL character")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("must not hold a lone surrogate") from None
+    return value
+
+
+def check_name(value):
+    """The name of a template."""
+    need(isinstance(value, str) and NAME.match(value), ValueError,
+         "must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, and not begin with - or :")
+    return value
+
+
+def check_command(value):
+    """A program, or a command line."""
+    need(check_text(value).strip(), ValueError, "must not be empty")
+    return value
+
+
+def split_words(text):
+    """The words of a command line, as a shell splits them. ValueError: a quote is not closed."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError("cannot be split into words: %s" % str(error).lower()) from None
+
+
+def check_args(value):
+    """A list of strings, or one string that is split as a shell splits words."""
+    if isinstance(value, list):
+        return [check_text(word, "a list of strings, or a string") for word in value]
+    split_words(check_text(value, "a list of strings, or a string"))
+    return value
+
+
+def check_flag(value):
+    """true or false."""
+    need(isinstance(value, bool), ValueError, "must be true or false")
+    return value
+
+
+def check_env(value):
+    """{name: string or number}"""
+    need(isinstance(value, dict), ValueError, "must be an object of strings and numbers")
+    for name, text in value.items():
+        need(name and "=" not in name, ValueError, "has a variable named %r: a name is not empty and has no '='" % name)
+        check_text(name, "an object of strings and numbers")
+        if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+            raise ValueError("must be an object of strings and numbers, but %r is neither" % name)
+        check_text(str(text))
+    return value
+
+
+def check_directory(value):
+    """A directory that exists."""
+    need(os.path.isdir(check_text(value)), ValueError, "names the directory %r, which is not there" % value)
+    return value
+
+
+def check_uid(value):
+    """A user that exists, by name or number, as whom gaffer may run something."""
+    need(isinstance(value, (int, str)) and not isinstance(value, bool), ValueError, "must be a user's name or number")
+    uid = find_user(value)[0]
+    need(os.geteuid() in (0, uid), ValueError, "asks for user %r, which only root may do: run gaffer as root" % (value,))
+    return value
+
+
+def check_gid(value):
+    """A group that exists, by name or number, as which gaffer may run something."""
+    need(isinstance(value, (int, str)) and not isinstance(value, bool), ValueError, "must be a group's name or number")
+    gid = find_group(value)
+    need(os.geteuid() == 0 or os.getegid() == gid, ValueError,
+         "asks for group %r, which only root may do: run gaffer as root" % (value,))
+    return value
+
+
+def whole_number(least, most):
+    """A check for an integer from `least` to `most`."""
+    def check(value):
+        need(isinstance(value, int) and not isinstance(value, bool) and least <= value <= most, ValueError,
+             "must be a whole number from %d to %d" % (least, most))
+        return value
+    return check
+
+
+def seconds(least, most=SECONDS_MAX):
+    """A check for a number of seconds from `least` to `most`."""
+    def check(value):
+        need(isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most, ValueError,
+             "must be a number of seconds from %g to %d" % (least, most))
+        return value
+    return check
+
+
+def check_label(value):
+    """The label of a stream."""
+    need(isinstance(value, str) and LABEL.match(value), ValueError, "has a label that is not 1 to 64 of A-Z a-z 0-9 _ . -")
+    need(value not in RESERVED_LABELS, ValueError, "has the label %r, which is reserved" % value)
+    return value
+
+
+def check_output(value):
+    """At most two labels."""
+    need(isinstance(value, list) and len(value) <= 2, ValueError,
+         "must be a list of at most two labels, the first for stdout and the second for stderr")
+    return [check_label(label) for label in value]
+
+
+def check_custom_streams(value):
+    """Labels, each once."""
+    need(isinstance(value, list) and len(value) <= CUSTOM_STREAMS_MAX, ValueError,
+         "must be a list of at most %d labels" % CUSTOM_STREAMS_MAX)
+    need(len(set(map(str, value))) == len(value), ValueError, "has a label twice")
+    return [check_label(label) for label in value]
+
+
+FLAPPING = {
+    "attempts": (2, whole_number(1, 1000)), "window": (1.0, seconds(0.001)), "retry_in": (7.0, seconds(0)),
+    "max_retry": (5, whole_number(0, 10 ** 6)),
+}
+
+
+def check_flapping(value):
+    """{attempts, window, retry_in, max_retry}, what is left out has its default."""
+    need(isinstance(value, dict), ValueError, "must be an object with attempts, window, retry_in and max_retry")
+    full = {name: default for name, (default, _) in FLAPPING.items()}
+    for name, number in value.items():
+        need(name in FLAPPING, ValueError, "has the unknown field %r%s" % (name, near(name, FLAPPING)))
+        try:
+            full[name] = FLAPPING[name][1](number)
+        except ValueError as error:
+            raise ValueError("has a field '%s' that %s" % (name, error)) from None
+    return full
+
+
+Option = collections.namedtuple("Option", "default check help")
+
+OPTIONS = {
+    "name": Option(None, check_name, "the template's name; a part before the first ':' is its group"),
+    "cmd": Option(None, check_command, "the command line, or with args the program"),
+    "args": Option([], check_args, "the program's arguments: a list, or a string to split"),
+    "env": Option({}, check_env, "variables of its environment"),
+    "os_env": Option(True, check_flag, "add them to gaffer's own environment"),
+    "cwd": Option(None, check_directory, "working directory"),
+    "uid": Option(None, check_uid, "user, by name or number"),
+    "gid": Option(None, check_gid, "group, by name or number"),
+    "shell": Option(False, check_flag, "give cmd to /bin/sh -c"),
+    "numprocesses": Option(1, whole_number(0, NUMPROCESSES_MAX), "how many to keep running"),
+    "start": Option(True, check_flag, "start when added"),
+    "detach": Option(False, check_flag, "survive gaffer's stop"),
+    "redirect_output": Option(["stdout", "stderr"], check_output, "labels for stdout and stderr"),
+    "redirect_input": Option(False, check_flag, "a pipe to stdin"),
+    "custom_streams": Option([], check_custom_streams, "labels of further two-way streams, from descriptor 3 on"),
+    "graceful_timeout": Option(10, seconds(0), "seconds between the stop signal and SIGKILL"),
+    "flapping": Option(None, check_flapping, "rest when it exits too often"),
+    "priority": Option(None, whole_number(-10 ** 6, 10 ** 6), "start order within one load, 0 first"),
+}
+
+
+def check_together(template, info):
+    """Faults of fields that are right by themselves: a list of sentences. Fills in what one field says of another."""
+    faults = []
+    try:
+        if not template["args"] and not template["shell"]:
+            need(split_words(template["cmd"]), ValueError, "must not be empty")
+    except ValueError as error:
+        faults.append("field 'cmd' %s" % error)
+    if template["detach"]:
+        if "redirect_output" not in info:
+            template["redirect_output"] = []
+        for field in ("redirect_output", "redirect_input", "custom_streams"):
+            if template[field]:
+                faults.append("field '%s' cannot go with 'detach': nobody would be there for its pipes" % field)
+    for label in template["custom_streams"]:
+        if label in template["redirect_output"]:
+            faults.append("field 'custom_streams' has the label '%s', which is in 'redirect_output' too" % label)
+    if template["uid"] is not None and template["gid"] is None and find_user(template["uid"])[1] is None:
+        faults.append("field 'uid' names a user without an entry here; give 'gid' too")
+    return faults
+
+
+def check_template(info, known=None):
+    """A template with its defaults filled in, from a client's `info`. `known`: {field: value} to use where the field is
+    left out. InvalidProcessInfo names every field that is wrong."""
+    need(isinstance(info, dict), InvalidProcessInfo, "send one JSON object with at least 'name' and 'cmd'")
+    template, faults = {}, []
+    for field in info:
+        if field not in OPTIONS:
+            faults.append("unknown field '%s'%s" % (field, near(field, OPTIONS) or "; remove it"))
+    for field, option in OPTIONS.items():
+        value = info.get(field, (known or {}).get(field))
+        if value is None and field in info and option.default is not None:
+            faults.append("field '%s' must not be null; leave it out for its default" % field)
+        template[field] = option.default
+        if value is None:
+            if field in ("name", "cmd"):
+                faults.append("field '%s' is required" % field)
+            continue
+        try:
+            template[field] = option.check(value)
+        except ValueError as error:
+            faults.append("field '%s' %s" % (field, error))
+    faults += [] if faults else check_together(template, info)
+    need(not faults, InvalidProcessInfo, "; ".join(faults))
+    return template
+
+
+def substitute(word, env):
+    """`word` with $VAR and ${VAR} filled in from `env`; an unset one stays as it is, $$ is $."""
+    def value(match):
+        name = match.group(1) or match.group(2)
+        return "$" if name is None else env.get(name, match.group())
+    return VARIABLE.sub(value, word)
+
+
+class Launch:
+    """What is executed: program (a path), argv, env, cwd, uid, gid, groups (None: gaffer's own)."""
+
+    def __init__(self, template):
+        """InvalidProcessInfo: it cannot be executed, with the reason."""
+        self.env = self._environment(template)
+        if template["shell"]:
+            self.argv = ["/bin/sh", "-c", template["cmd"], "sh", *self._args(template)]
+        else:
+            words = [template["cmd"], *self._args(template)] if template["args"] else split_words(template["cmd"])
+            self.argv = [substitute(word, self.env) for word in words]
+        self.cwd = None if template["cwd"] is None else self._checked("cwd", check_directory, template["cwd"])
+        self.uid, self.gid, self.groups = self._checked("uid", self._identity, template)
+        self.program = self._find(self.argv[0])
+
+    @staticmethod
+    def _checked(field, function, value):
+        try:
+            return function(value)
+        except ValueError as error:
+            raise InvalidProcessInfo("field '%s' %s" % (field, error)) from None
+
+    @staticmethod
+    def _args(template):
+        args = template["args"]
+        return split_words(args) if isinstance(args, str) else args
+
+    @staticmethod
+    def _environment(template):
+        env = dict(os.environ) if template["os_env"] else {}
+        env.pop("GAFFER_TOKEN", None)
+        env.update((name, str(value)) for name, value in template["env"].items())
+        if template["redirect_output"]:
+            env.setdefault("PYTHONUNBUFFERED", "1")
+        if template["custom_streams"]:
+            env["GAFFER_STREAMS"] = ",".join(template["custom_streams"])
+        return env
+
+    @staticmethod
+    def _identity(template):
+        """(uid, gid, groups), each None where it stays gaffer's."""
+        uid, gid, groups, name = None, None, None, None
+        if template["uid"] is not None:
+            check_uid(template["uid"])
+            uid, gid, name = find_user(template["uid"])
+        if template["gid"] is not None:
+            check_gid(template["gid"])
+            gid = find_group(template["gid"])
+        if os.geteuid() == 0 and gid is not None:
+            groups = os.getgrouplist(name, gid) if name is not None else [gid]
+        return uid, gid, groups
+
+    def _find(self, program):
+        """The path of what would be executed, as seen from the process's own directory."""
+        base = self.cwd or os.getcwd()
+        if "/" in program:
+            paths = [os.path.join(base, program)]
+        else:
+            search = self.env.get("PATH", os.environ.get("PATH", os.defpath))
+            paths = [os.path.join(base, folder, program) for folder in search.split(":")]
+        for path in paths:
+            if os.path.isfile(path) and os.access(path, os.X_OK):
+                return path
+        there = [path for path in paths if os.path.exists(path)]
+        raise InvalidProcessInfo("field 'cmd' names %r, which %s" % (program, (
+            "is a directory" if os.path.isdir(there[0]) else "is not executable: chmod +x it") if there else (
+            "is not there" if "/" in program else "is not found in PATH")))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# policies
+#
+# What to do about exits, as data and pure functions of a clock reading. The manager acts on what they return.
+# --------------------------------------------------------------------------------------------------------------------
+BACKOFF_FIRST = 0.1                             # the second failure waits this long
+BACKOFF_MAX = 10.0                              # and none longer than this
+BACKOFF_RESET = 10.0                            # a process that lived this long was no failure
+ESCALATION = ((signal.SIGTERM, None), (signal.SIGKILL, KILL_AGAIN))     # (signal, seconds to the next); None: as told
+
+
+def backoff(failures):
+    """Seconds to wait after so many failures in a row: 0, then 0.1 doubling to 10."""
+    if failures <= 1:
+        return 0.0
+    return min(BACKOFF_MAX, BACKOFF_FIRST * 2 ** min(failures - 2, 20))
+
+
+class Flapping:
+    """Judges exits: `exited(now, lived)` -> "start", "rest" (for retry_in seconds) or "stop" (for good)."""
+
+    def __init__(self, config):
+        """`config`: as check_flapping() returns it."""
+        self._config = config
+        self._exits = collections.deque(maxlen=config["attempts"])
+        self._rests = 0
+
+    def exited(self, now, lived):
+        """A process has exited by itself at `now`, `lived` seconds after its start."""
+        config = self._config
+        if lived > config["window"]:
+            self._rests = 0
+        self._exits.append(now)
+        if len(self._exits) < config["attempts"] or now - self._exits[0] > config["window"]:
+            return "start"
+        self._exits.clear()
+        if self._rests >= config["max_retry"]:
+            self._rests = 0
+            return "stop"
+        self._rests += 1
+        return "rest"
+
+
+def parse_signal(text):
+    """A signal by number or name: "15", "TERM", "SIGTERM". BadValue: there is none."""
+    if text.isascii() and text.isdigit() and len(text) < 4:
+        if int(text) in set(map(int, signal.valid_signals())):
+            return int(text)
+    else:
+        name = text.upper() if text.upper().startswith("SIG") else "SIG" + text.upper()
+        if name in signal.Signals.__members__:
+            return int(signal.Signals[name])
+    raise BadValue("%r is no signal: give a number or a name such as TERM" % text[:40])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# process
+#
+# One incarnation of a template: spawned once, with a pid of gaffer's own that is never used again. Output moves bytes from
+# a pipe into windows, Input from a bounded buffer into a pipe. Exit and end of output are two events: the exit is told at
+# once, a window ends at the end of file, or after a short drain where a grandchild holds the pipe. The process is gone
+# when nothing of its group is left. All on the loop.
+# --------------------------------------------------------------------------------------------------------------------
+class Merged:
+    """A template's stream of one label: the output of all its processes in one window, never mixed within a line."""
+
+    def __init__(self, loop, size):
+        self.window = Window(loop, size)
+        self.sources = set()                    # the Outputs that feed it
+        self._open = None                       # who wrote the line that is not finished yet
+
+    def write(self, source, data):
+        """Append whole lines, or what cannot wait; an unfinished line of another source is ended first."""
+        if self._open not in (None, source):
+            data = b"\n" + data
+        self._open = None if data.endswith(b"\n") else source
+        self.window.append(data)
+
+
+class Output:
+    """Reads a pipe into its own window and its template's."""
+
+    def __init__(self, loop, fd, window, merged):
+        self._loop, self._fd, self.window, self._merged = loop, fd, window, merged
+        self._carry = b""
+        self._paused = False
+        self._timer = None
+        self._size = min(READ_SIZE, window.limit // 2)
+
+    def start(self):
+        """Begin to read."""
+        self._merged.sources.add(self)
+        self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
+
+    def drain(self):
+        """The process has exited: what is in the pipe is read, but nobody is waited for any longer than DRAIN_TIME."""
+        if self._fd is not None and self._timer is None:
+            self._timer = self._loop.later(DRAIN_TIME, self._drained)
+
+    def _drained(self):
+        self._timer = None
+        if self._paused:                        # it waits for a reader, not for a writer
+            self.drain()
+        else:
+            self.close()
+
+    def _room(self):
+        return min(self.window.room(), self._merged.window.room() - len(self._carry))
+
+    def _readable(self, mask):
+        room = self._room()
+        if room <= 0:
+            return self._pause()
+        try:
+            data = os.read(self._fd, min(self._size, room))
+        except BlockingIOError:
+            return None
+        except OSError:                         # a socket pair whose other side was reset
+            data = b""
+        if not data:
+            return self.close()
+        self.window.append(data)
+        self._merge(data)
+        return None
+
+    def _merge(self, data):
+        merged = self._merged
+        if len(merged.sources) == 1:            # nobody to mix with
+            data, self._carry = self._carry + data, b""
+        else:
+            data, end = self._carry + data, data.rfind(b"\n")
+            cut = len(self._carry) + end + 1 if end >= 0 else 0
+            if cut == 0 and len(data) >= CARRY_SIZE:
+                cut = len(data)
+            data, self._carry = data[:cut], data[cut:]
+        if data:
+            merged.write(self, data)
+
+    def _pause(self):
+        self._paused = True
+        self._loop.unregister(self._fd)
+        for window in (self.window, self._merged.window):
+            window.on_room.add(self._resume)
+
+    def _resume(self):
+        if self._paused and self._fd is not None and self._room() > 0:
+            self._paused = False
+            self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
+        elif self._paused:
+            for window in (self.window, self._merged.window):
+                window.on_room.add(self._resume)
+
+    def close(self):
+        """Take what is in the pipe right now, then end the stream."""
+        if self._fd is None:
+            return
+        if not self._paused:
+            self._loop.unregister(self._fd)
+        fd, self._fd = self._fd, None
+        if self._timer is not None:
+            self._timer.cancel()
+        self._take_rest(fd)
+        os.close(fd)
+        if self._carry:
+            self._merged.write(self, self._carry)
+            self._carry = b""
+        self._merged.sources.discard(self)
+        self.window.finish()
+
+    def _take_rest(self, fd):
+        for _ in range(16):                     # a full pipe; who still writes into it does not stop us
+            try:
+                data = os.read(fd, self._size)
+            except OSError:
+                return
+            if not data:
+                return
+            self.window.append(data)
+            self._merge(data)
+
+
+class Input:
+    """Writes into a process's stdin, or custom stream, as it reads. `shutdown(fd)` is how the end of file is said."""
+
+    def __init__(self, loop, fd, label, end_of_file):
+        self._loop, self._fd, self._label, self._end_of_file = loop, fd, label, end_of_file
+        self._buffer = collections.deque()
+        self._registered = self._ending = False
+        self.size = 0                           # bytes that wait
+        self.on_low = set()                     # called once when there is room again
+
+    @property
+    def closed(self):
+        """True when nothing can be written any more."""
+        return self._fd is None or self._ending
+
+    def write(self, data):
+        """Take all of `data`, or nothing. ForbiddenWrite: closed. StdinFull: the process does not read."""
+        need(not self.closed, ForbiddenWrite, "%s of this process is closed; start another process to write to" % self._label)
+        need(self.size + len(data) <= STDIN_SIZE, StdinFull,
+             "%d bytes wait for the process to read them; send this again later" % self.size)
+        if data:
+            self._buffer.append(memoryview(data))
+            self.size += len(data)
+            self._flush()
+            need(self._fd is not None, ForbiddenWrite, "the process has closed its %s" % self._label)
+
+    def end(self):
+        """End of file, behind what waits."""
+        self._ending = True
+        self._flush()
+
+    def _flush(self):
+        while self._buffer and self._fd is not None:
+            try:
+                count = os.write(self._fd, self._buffer[0])
+            except BlockingIOError:
+                break
+            except OSError:                     # EPIPE: it has closed its side
+                log.info("%d bytes for %s were not read: the process has closed it", self.size, self._label)
+                return self.close()
+            self.size -= count
+            rest = self._buffer.popleft()[count:]
+            if rest:
+                self._buffer.appendleft(rest)
+                break
+        if self._ending and not self._buffer:
+            return self.close()
+        self._watch(bool(self._buffer))
+        if self.on_low and self.size <= STDIN_LOW:
+            self._tell_low()
+        return None
+
+    def _watch(self, wanted):
+        if wanted != self._registered:
+            self._registered = wanted
+            if wanted:
+                self._loop.register(self._fd, selectors.EVENT_WRITE, lambda mask: self._flush())
+            else:
+                self._loop.unregister(self._fd)
+
+    def _tell_low(self):
+        waiting, self.on_low = self.on_low, set()
+        for resume in waiting:
+            self._loop.call_soon(resume)
+
+    def close(self):
+        """Drop what waits, and close."""
+        if self._fd is not None:
+            self._watch(False)
+            fd, self._fd = self._fd, None
+            self._buffer.clear()
+            self.size = 0
+            self._end_of_file(fd)
+            self._tell_low()
+
+
+def end_socket(fd):
+    """End of file on one of the two sides of a custom stream: the other side goes on."""
+    with socket.socket(fileno=fd) as side:
+        try:
+            side.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass                                # the process is gone
+
+
+class Process:
+    """A running process, and for a while one that has run. `os_pid`, `exit_status`, `term_signal` are the system's, `pid`
+    is gaffer's. `home` has the name and the template (info); `owner` is told exited(process) and gone(process)."""
+
+    def __init__(self, pid, home, owner, loop, table, exit_watcher):
+        self.pid, self.home, self.name, self.template = pid, home, home.name, home.info
+        self._owner, self._loop, self._table, self._exit_watcher = owner, loop, table, exit_watcher
+        self.outputs, self.inputs = {}, {}      # label -> Output, Input
+        self.os_pid = self.started = self.exited_at = None
+        self.exit_status = self.term_signal = None
+        self.stopping = self.exited = self.gone = False
+        self.failures = 0                       # exits in a row before this one, for the backoff
+        self.verdict = "start"                  # what follows its exit
+        self.cpu_sample = None                  # (time, cpu_time, percent) of the last look
+        self.escaped = []                       # (os pid, start time) of descendants that have left the group
+        self.on_exit = set()                    # called once
+        self._watcher = self._timer = None
+        self._reaped = False
+
+    # start
+
+    def spawn(self, launch, merged, window_size):
+        """Execute `launch`. `merged`: {label: Merged}. InvalidProcessInfo: it cannot be executed. Busy: the system has no
+        room for another process."""
+        ours, theirs = [], []                   # descriptors to close when it fails, and always
+        try:
+            plan = self._pipes(ours, theirs)
+            self.os_pid = self._popen(launch, plan, theirs)
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            for fd in ours:
+                os.close(fd)
+            raise self._refusal(launch, error) from error
+        finally:
+            for fd in theirs:
+                os.close(fd)
+        self.started = self._loop.clock()
+        for label, fd in plan["read"].items():
+            output = Output(self._loop, fd, Window(self._loop, window_size), merged[label])
+            self.outputs[label] = output
+            output.start()
+        for label, fd in plan["write"].items():
+            self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else end_socket)
+        try:
+            self._watcher = self._exit_watcher(self._loop, self.os_pid, self._exit)
+        except OSError:                         # no descriptor left: the process runs, and has to be watched
+            self._watcher = ThreadWatcher(self._loop, self.os_pid, self._exit)
+
+    def _pipes(self, ours, theirs):
+        """Open what connects us: {"stdio": the child's three, "extra": its further ones, "read", "write": {label: fd}}."""
+        template = self.template
+        plan = {"stdio": [subprocess.DEVNULL] * 3, "extra": [], "read": {}, "write": {}}
+        ends = {}
+        for number, label in enumerate(template["redirect_output"], 1):
+            if label not in ends:
+                read, ends[label] = os.pipe()
+                ours.append(read)
+                theirs.append(ends[label])
+                plan["read"][label] = read
+            plan["stdio"][number] = ends[label]
+        if template["redirect_input"]:
+            plan["stdio"][0], plan["write"]["stdin"] = os.pipe()
+            theirs.append(plan["stdio"][0])
+            ours.append(plan["write"]["stdin"])
+        for label in template["custom_streams"]:
+            left, right = socket.socketpair()
+            theirs.append(right.detach())
+            ours.append(left.detach())
+            plan["extra"].append(theirs[-1])
+            plan["read"][label] = ours[-1]
+            ours.append(fcntl.fcntl(ours[-1], fcntl.F_DUPFD_CLOEXEC, 0))
+            plan["write"][label] = ours[-1]
+        for fd in ours:
+            os.set_blocking(fd, False)
+        return plan
+
+    def _popen(self, launch, plan, theirs):
+        arguments = {}
+        prepare = None
+        if sys.version_info >= (3, 9):
+            arguments = {"user": launch.uid, "group": launch.gid, "extra_groups": launch.groups}
+        elif launch.uid is not None or launch.gid is not None:
+            prepare = launch
+        if plan["extra"] or prepare:
+            # descriptors 3, 4, ... have no argument of Popen's: a few system calls between fork and exec. All numbers up to
+            # there are made to exist here first, so that Popen's own error pipe lies above them
+            last = 2 + len(plan["extra"])
+            moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, last + 1) for fd in plan["extra"]]
+            theirs.extend(moved)
+            held = -1
+            while held <= last:
+                held = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+                theirs.append(held)
+            arguments["pass_fds"] = range(3, last + 1)
+            arguments["preexec_fn"] = lambda: self._in_child(moved, prepare)
+        popen = subprocess.Popen(
+            launch.argv, executable=launch.program, cwd=launch.cwd, env=launch.env, start_new_session=True,
+            stdin=plan["stdio"][0], stdout=plan["stdio"][1], stderr=plan["stdio"][2], **arguments)
+        popen.returncode = 0                    # the exit is ours to watch: Popen shall neither wait nor warn
+        return popen.pid
+
+    @staticmethod
+    def _in_child(extra, identity):
+        for number, fd in enumerate(extra, 3):
+            os.dup2(fd, number)
+        if identity is not None:                # Python 3.8
+            if identity.groups is not None:
+                os.setgroups(identity.groups)
+            if identity.gid is not None:
+                os.setgid(identity.gid)
+            if identity.uid is not None:
+                os.setuid(identity.uid)
+
+    @staticmethod
+    def _refusal(launch, error):
+        number = getattr(error, "errno", None)
+        if number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+            return Busy("the system has no room for another process (%s); try again later" % error.strerror)
+        reason = os.strerror(number) if number else str(error)
+        if number == errno.ENOENT:
+            reason = "the interpreter that its first line names is not there"
+        elif number == errno.ENOEXEC:
+            reason = "it is no program: its first line should name an interpreter, as in #!/bin/sh"
+        return InvalidProcessInfo("field 'cmd' names %r, which cannot be executed: %s" % (launch.program, reason))
+
+    # its life
+
+    @property
+    def running(self):
+        """True until it has exited or is being stopped."""
+        return not self.stopping and not self.exited
+
+    def age(self):
+        """Seconds since its start, or how long it lived."""
+        return (self._loop.clock() if self.exited_at is None else self.exited_at) - self.started
+
+    def signal(self, signum, group=False):
+        """Send a signal to the process, or to its whole group."""
+        if not self._reaped:                    # a zombie at least: the number is not anybody else's
+            try:
+                (os.killpg if group else os.kill)(self.os_pid, signum)
+            except ProcessLookupError:
+                pass                            # it has just exited
+            except PermissionError:
+                raise Forbidden("process %d runs as a user that gaffer may not signal" % self.pid) from None
+
+    def stop(self):
+        """End its whole group: SIGTERM, after graceful_timeout SIGKILL."""
+        if not self.stopping:
+            self.stopping = True
+            if not self.exited:
+                self.escaped = self._table.escaped(self.os_pid, self.os_pid)
+                self._escalate(0)
+
+    def kill(self):
+        """SIGKILL to its group at once."""
+        self.stopping = True
+        if not self.gone:
+            self._escalate(len(ESCALATION) - 1)
+
+    def _escalate(self, step):
+        signum, delay = ESCALATION[min(step, len(ESCALATION) - 1)]
+        self._signal_all(signum)
+        if self._timer is not None:
+            self._timer.cancel()
+        delay = self.template["graceful_timeout"] if delay is None else delay
+        self._timer = self._loop.later(delay, self._escalate, step + 1)
+
+    def _signal_all(self, signum):
+        if self._reaped:
+            for os_pid in self._table.group_members(self.os_pid):
+                signal_member(self._table, os_pid, self.os_pid, signum)
+        elif signal_group(self.os_pid, signum) and signum != signal.SIGKILL:
+            signal_group(self.os_pid, signal.SIGCONT)       # one that is stopped could not act on it
+
+    def _exit(self):
+        result = peek_exit(self.os_pid)
+        if result is None or self.exited:
+            return
+        self.exit_status, self.term_signal = result
+        self.exited, self.exited_at = True, self._loop.clock()
+        self._watcher.close()
+        for stream in self.inputs.values():
+            stream.close()
+        for output in self.outputs.values():
+            output.drain()
+        self._owner.exited(self)
+        if not self.stopping:                   # the rest of the group, while the zombie still pins its number
+            self._signal_all(signal.SIGTERM)
+        reap(self.os_pid)
+        self._reaped = True
+        if signal_group(self.os_pid, 0) and self._table.group_members(self.os_pid):
+            if self._timer is None:
+                self._timer = self._loop.later(self.template["graceful_timeout"], self._escalate, 1)
+            self._loop.later(GROUP_POLL, self._poll_group, GROUP_POLL)
+        else:
+            self._gone()
+        for call in self.on_exit:
+            self._loop.call_soon(call)
+        self.on_exit.clear()
+
+    def _poll_group(self, interval):
+        """Nothing tells when a group is empty: look, while one is being ended, less and less often."""
+        if self._table.group_members(self.os_pid):
+            interval = min(interval * 1.5, GROUP_POLL_MAX)
+            self._loop.later(interval, self._poll_group, interval)
+        else:
+            self._gone()
+
+    def _gone(self):
+        self.gone = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self.escaped = [os_pid for os_pid, start in self.escaped if self._table.still(os_pid, start)]
+        if self.escaped:
+            log.warning("%s (pid %d): os pid %s left its process group and still runs: it is not stopped",
+                        self.name, self.pid, ", ".join(map(str, self.escaped)))
+        self._owner.gone(self)
+
+    def release(self):
+        """gaffer stops: end the streams, watch no longer. A detached process goes on."""
+        for stream in [*self.inputs.values(), *self.outputs.values()]:
+            stream.close()
+        if not self.exited:
+            self._watcher.close()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# manager
+#
+# What is wanted stands in the templates, what there is in their processes; _reconcile() closes the gap and is called after
+# every change of either. A change and its event are one act. The public methods may be called from any thread; those with
+# an underscore, and Template's, only by the owner of the loop.
+# --------------------------------------------------------------------------------------------------------------------
+TEMPLATE_EVENTS = ("create", "start", "stop", "restart", "update", "delete", "flap")
+PROCESS_EVENTS = ("spawn", "reap", "exit", "stop_pid")
+EVENT_TYPES = TEMPLATE_EVENTS + PROCESS_EVENTS
+
+
+def parse_pattern(parts):
+    """(type, name), each None where anything matches, of an event pattern: [], ["."], [type], ["proc", name],
+    ["proc", name, type]. BadEventType."""
+    parts = [part for part in parts if part not in ("", ".")]
+    kind, name = None, None
+    if parts[:1] == ["proc"]:
+        need(len(parts) > 1, BadEventType, "name a template: proc/<name> or proc/<name>/<type>")
+        name, parts = parts[1], parts[2:]
+    need(len(parts) <= 1, BadEventType, "a pattern is empty, <type>, proc/<name> or proc/<name>/<type>")
+    if parts:
+        kind = parts[0]
+        need(kind in EVENT_TYPES, BadEventType,
+             "there is no event type %r%s; types are %s" % (kind, near(kind, EVENT_TYPES), " ".join(EVENT_TYPES)))
+    return kind, name
+
+
+def matches(pattern, event):
+    """True where `event` is one that the pattern (type, name) asks for."""
+    kind, name = pattern
+    return kind in (None, event["event"]) and name in (None, event["name"])
+
+
+class Template:
+    """A process template at work: the wish (`info`, `active`) and what there is of it."""
+
+    def __init__(self, info, loop):
+        self._loop = loop
+        self.name = info["name"]
+        self.group = self.name.partition(":")[0] if ":" in self.name else None
+        self.active = False
+        self.deleted = False
+        self.processes = {}                     # pid -> Process, all that are not gone, oldest first
+        self.pending = []                       # Timers: slots that wait for the end of their backoff
+        self.rest = None                        # Timer: flapping, nothing is spawned
+        self.merged = {}                        # label -> Merged
+        self.past = collections.deque()         # Processes that are gone and can still be read
+        self.restarts = 0
+        self.last_exit = None                   # {"pid", "exit_status", "term_signal", "time"}
+        self.error = None                       # why the last spawn failed
+        self.replace(info)
+
+    def replace(self, info):
+        """Take new options. Streams of labels that stay go on."""
+        self.info = info
+        self.flapping = Flapping(info["flapping"]) if info["flapping"] else None
+
+    def labels(self):
+        """Labels of all streams that can be read, stdout's first."""
+        return list(dict.fromkeys([*self.info["redirect_output"], *self.info["custom_streams"]]))
+
+    def running(self):
+        """Processes that run and are not being stopped, oldest first."""
+        return [process for process in self.processes.values() if process.running]
+
+    def open_streams(self, size):
+        """Make the template's streams fit its labels."""
+        labels = self.labels()
+        for label in [label for label in self.merged if label not in labels]:
+            self.merged.pop(label).window.finish()
+        for label in labels:
+            if label not in self.merged:
+                self.merged[label] = Merged(self._loop, size)
+
+    def forget_waits(self):
+        """Nothing starts later."""
+        for timer in self.pending:
+            timer.cancel()
+        self.pending = []
+        if self.rest is not None:
+            self.rest.cancel()
+            self.rest = None
+
+    def missing(self):
+        """How many processes have to be spawned now."""
+        if not self.active or self.rest is not None:
+            return 0
+        return self.info["numprocesses"] - len(self.processes) - len(self.pending)
+
+    def state(self):
+        """One word: running, starting, backoff, flapping, stopping or stopped."""
+        if self.rest is not None:
+            return "flapping"
+        if self.pending:
+            return "backoff"
+        if self.running():
+            return "running"
+        if self.processes:
+            return "stopping"
+        return "starting" if self.active and self.info["numprocesses"] else "stopped"
+
+    def status(self):
+        """What GET /status/<name> answers."""
+        running = self.running()
+        waits = [timer.when for timer in [*self.pending, self.rest] if timer is not None]
+        return {
+            "name": self.name, "active": self.active, "running": len(running), "numprocesses": self.info["numprocesses"],
+            "max_processes": self.info["numprocesses"], "state": self.state(),
+            "stopping": len(self.processes) - len(running), "pids": [process.pid for process in running],
+            "os_pids": [process.os_pid for process in running], "restarts": self.restarts, "last_exit": self.last_exit,
+            "uptime": round(max([process.age() for process in running] or [0]), 3),
+            "next_try": round(max(0.0, min(waits) - self._loop.clock()), 3) if waits else None, "error": self.error,
+        }
+
+
+class Subscription:
+    """What subscribe() and monitor_io() return. `close()` ends it."""
+
+    def __init__(self, loop, close):
+        self._loop, self._close = loop, close
+
+    def close(self):
+        """No further call, from any thread."""
+        try:
+            self._loop.call(self._close)
+        except Stopping:
+            pass                                # it has ended with the manager
+
+
+class CallbackSink:
+    """A Reader's sink that calls `callback(label, event)` on the loop."""
+
+    def __init__(self, callback, label, facts):
+        self._callback, self._label, self._facts = callback, label, facts
+
+    def send(self, payload):
+        """See Reader."""
+        try:
+            self._callback(self._label, dict(self._facts, data=payload))
+        except Exception:
+            log.exception("the callback of monitor_io(%r) failed", self._label)
+        return True
+
+    def lost(self, reader, count):
+        """Never: it takes everything at once."""
+
+    def finished(self, reader):
+        """See Reader."""
+        reader.close()
+
+
+class RawEncoder:
+    """Bytes as they are."""
+    key, by_line, partial, dropped = ("raw",), False, False, None
+
+    @staticmethod
+    def ends(data):
+        """See Log."""
+        return True
+
+    @staticmethod
+    def encode(data, offset, before, mode, piece):
+        """See Log."""
+        return data, len(data)
+
+
+class ProcessHandle:
+    """What Manager.get_process() returns: one process (`pid`) or, by name, whatever a template runs."""
+
+    def __init__(self, manager, target, facts):
+        self._manager, self._target, self._facts = manager, target, facts
+        self.name, self.pid, self.os_pid = facts["name"], facts.get("pid"), facts.get("os_pid")
+
+    def info(self):
+        """The template as a dict, with pid and os_pid where it is one process."""
+        return self._manager.info(self._target)
+
+    def monitor_io(self, label, callback):
+        """Call `callback(label, event)` on the loop's thread with all output of `label` from now on; event is a dict with
+        event, name, pid, os_pid and data (bytes). Returns a Subscription. IoNotFound, IoNotRedirected."""
+        return self._manager.loop.call(self._monitor, label, callback)
+
+    def _monitor(self, label, callback):
+        window = self._manager.find_window(self._target, label)
+        reader = Reader(window, RawEncoder, CallbackSink(callback, label, dict(self._facts, event=label)), window.end)
+        reader.start()
+        return Subscription(self._manager.loop, reader.close)
+
+    def write(self, data, label="stdin"):
+        """Write bytes to its stdin, all or nothing. ForbiddenWrite, StdinFull."""
+        self._manager.write(self._target, label, data)
+
+    def stop(self):
+        """Stop it: a process is replaced while its template is active, a template stays stopped."""
+        self._manager.stop_process(self._target)
+
+    def signal(self, signum):
+        """Send a signal (a number, or a name) to it."""
+        self._manager.signal(self._target, parse_signal(str(signum)))
+
+
+class Manager:
+    """Keeps processes running. `apps`: objects with start(loop, manager), and maybe stop() and restart(). `window_size`:
+    bytes kept of each stream. `exit_watcher`, `process_table`: see the platform section; chosen by probing."""
+
+    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None):
+        self.loop = loop or Loop()
+        self.apps = list(apps)
+        self.window_size = window_size
+        self.epoch = os.urandom(4).hex()        # a word for this run, in every id
+        self.templates = {}
+        self.processes = {}                     # pid -> Process: all that can still be asked for
+        self.events = EventLog(self.loop)
+        self.stopping = False
+        self._running = False
+        self._started_apps = []
+        self._exit_watcher = exit_watcher or probe_exit_watcher()
+        self.table = process_table or probe_process_table()
+        self._next_pid = 1
+        self._subscribers = []
+        self._waiters = []                      # (done, callback)
+
+    # run and stop
+
+    def run(self):
+        """Start the apps and all active templates, in the order of their priority, and serve until stop(). The calling
+        thread becomes the loop's. Raises what an app's start() raises, with nothing left running."""
+        try:
+            self.loop.call(self._start)
+            self.loop.run()
+        finally:
+            self._wind_up()
+
+    def _wind_up(self):
+        """Nothing is left after run(), whatever ended it."""
+        try:
+            if self.loop.call(self._alive):     # an exception, such as KeyboardInterrupt, came first
+                self.loop.call(self._stop, False)
+                self.loop.run()
+        finally:
+            self.loop.call(self._end)
+            self.loop.close()
+            for app in reversed(self._started_apps):
+                if hasattr(app, "join"):
+                    app.join()
+
+    def _start(self):
+        self._running = True
+        for app in self.apps:
+            app.start(self.loop, self)
+            self._started_apps.append(app)
+        for template in sorted(self.templates.values(), key=self._priority):
+            if template.active:
+                self._publish("start", template.name)
+                self._reconcile(template)
+
+    @staticmethod
+    def _priority(template):
+        priority = template.info["priority"]
+        return math.inf if priority is None else priority
+
+    def stop(self, kill=False):
+        """Stop all processes, newest first, each within its graceful_timeout, then let run() return. `kill`: at once.
+        Any thread may call it, and a signal handler."""
+        self.loop.call_soon(self._stop, kill)
+
+    def _stop(self, kill):
+        alive = self._alive()
+        if not self.stopping:
+            self.stopping = True
+            for template in self.templates.values():
+                template.forget_waits()
+                if template.active:
+                    template.active = False
+                    self._publish("stop", template.name)
+            self._stop_in_order(list(alive), None if kill else min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(alive))))
+        if kill:
+            for process in alive:
+                process.kill()
+        self._maybe_stopped()
+
+    def _stop_in_order(self, alive, patience):
+        """Signal the newest that runs; the next one when it is gone, or after `patience` seconds (None: none)."""
+        while alive:
+            process = alive.pop()
+            if process.gone:
+                continue
+            self._end_process(process, "stop_pid")
+            if patience is not None and alive:
+                timer = self.loop.later(patience, self._stop_in_order, alive, patience)
+                return self.wait_until(lambda: process.gone, lambda: timer.function and (
+                    timer.cancel(), self._stop_in_order(alive, patience)))
+        return None
+
+    def _alive(self):
+        return [process for process in self.processes.values() if not process.gone and not process.template["detach"]]
+
+    def _maybe_stopped(self):
+        if self.stopping and not self._alive():
+            self.loop.call_soon(self.loop.stop)
+
+    def _end(self):
+        """The end of run(), also where it failed: nothing is left."""
+        self.stopping, self._running = True, False
+        for process in list(self.processes.values()):
+            if not process.gone and not process.template["detach"]:
+                process.kill()
+            process.release()
+        for template in self.templates.values():
+            template.forget_waits()
+            for merged in template.merged.values():
+                merged.window.finish()
+        self.events.finish()
+        for app in reversed(self._started_apps):
+            if hasattr(app, "stop"):
+                app.stop()
+
+    def restart(self):
+        """Restart all active templates, and the apps that can be."""
+        self.loop.call(self._restart_all)
+
+    def _restart_all(self):
+        for app in self._started_apps:
+            if hasattr(app, "restart"):
+                app.restart()
+        for template in self.templates.values():
+            if template.active:
+                self.restart_template(template.name)
+
+    # templates
+
+    def add_process(self, name, cmd=None, **options):
+        """Add a template, and start it unless start=False; before run(), it starts there. `options`: the fields of a
+        template. InvalidProcessInfo, Conflict. `name` may be the whole template as a dict."""
+        info = dict(name) if isinstance(name, dict) else dict(options, name=name, cmd=cmd)
+        self.loop.call(self._add, check_template(info))
+
+    def _add(self, info):
+        self._may_change()
+        need(info["name"] not in self.templates, Conflict,
+             "the name '%s' is taken; PUT /processes/%s replaces it" % (info["name"], info["name"]))
+        need(len(self.templates) < TEMPLATES_MAX, Busy, "there are %d templates; delete one first" % TEMPLATES_MAX)
+        template = Template(info, self.loop)
+        template.open_streams(self.window_size)
+        first = []
+        if info["start"]:
+            launch = Launch(info)
+            if info["numprocesses"] and self._running:
+                first.append(self._spawn(template, launch))
+        self.templates[info["name"]] = template
+        self._publish("create", template.name)
+        if info["start"]:
+            template.active = True
+            if self._running:
+                self._publish("start", template.name)
+        for process in first:
+            self._publish("spawn", template.name, process)
+        self._reconcile(template)
+
+    def update_process(self, name, info):
+        """Replace a template; its processes are stopped and, if it is active, replaced. InvalidProcessInfo, NotFound."""
+        self.loop.call(self._update, name, info)
+
+    def _update(self, name, info):
+        self._may_change()
+        template = self.find_template(name)
+        info = check_template(info, {"name": name, "start": template.active})
+        need(info["name"] == name, InvalidProcessInfo,
+             "field 'name' is '%s', but this is '%s'; add a new template instead" % (info["name"], name))
+        if info["start"]:
+            Launch(info)
+        template.forget_waits()
+        template.replace(info)
+        template.open_streams(self.window_size)
+        template.active = info["start"]
+        self._publish("update", name)
+        for process in template.running():
+            self._end_process(process, "stop_pid")
+        self._reconcile(template)
+
+    def delete_process(self, name):
+        """Stop a template's processes and forget it. NotFound."""
+        self.loop.call(self._delete, name)
+
+    def _delete(self, name):
+        self._may_change()
+        template = self.find_template(name)
+        self._stop_template(template)
+        del self.templates[name]
+        template.deleted = True
+        for process in template.past:
+            self.processes.pop(process.pid, None)
+        template.past.clear()
+        self._publish("delete", name)
+        for merged in template.merged.values():
+            merged.window.finish()
+
+    def start_template(self, name):
+        """Let a template run. InvalidProcessInfo: it cannot be executed, and stays as it was. NotFound."""
+        self.loop.call(self._start_template, name)
+
+    def _start_template(self, name):
+        self._may_change()
+        template = self.find_template(name)
+        if template.active:
+            return
+        launch = Launch(template.info)
+        template.replace(template.info)         # flapping begins anew
+        first = []
+        template.active = True
+        if self._running and template.missing() > 0:
+            try:
+                first.append(self._spawn(template, launch))
+            except GafferError:
+                template.active = False
+                raise
+        self._publish("start", name)
+        for process in first:
+            self._publish("spawn", name, process)
+        self._reconcile(template)
+
+    def stop_template(self, name):
+        """Stop a template's processes; they stay stopped. NotFound."""
+        self.loop.call(self._stop_named, name)
+
+    def _stop_named(self, name):
+        self._may_change()
+        self._stop_template(self.find_template(name))
+
+    def _stop_template(self, template):
+        template.forget_waits()
+        if template.active:
+            template.active = False
+            self._publish("stop", template.name)
+        for process in template.running():
+            self._end_process(process, "stop_pid")
+
+    def restart_template(self, name):
+        """Stop each process, and replace it once it is gone; a stopped template is started. NotFound."""
+        self.loop.call(self._restart_template, name)
+
+    def _restart_template(self, name):
+        self._may_change()
+        template = self.find_template(name)
+        if not template.active:
+            return self._start_template(name)
+        Launch(template.info)
+        template.forget_waits()
+        template.replace(template.info)
+        self._publish("restart", name)
+        for process in template.running():
+            self._end_process(process, "stop_pid")
+        self._reconcile(template)
+        return None
+
+    def scale(self, name, change):
+        """Change numprocesses by `change`, within 0 and its limit. Returns the new number. NotFound."""
+        return self.loop.call(self._scale, name, change)
+
+    def _scale(self, name, change):
+        self._may_change()
+        template = self.find_template(name)
+        number = min(NUMPROCESSES_MAX, max(0, template.info["numprocesses"] + change))
+        if number != template.info["numprocesses"]:
+            template.info = dict(template.info, numprocesses=number)
+            self._publish("update", name)
+            self._reconcile(template)
+        return number
+
+    def stop_process(self, target):
+        """Stop one process by pid (it is replaced), or a template by name. NotFound."""
+        self.loop.call(self._stop_target, target)
+
+    def _stop_target(self, target):
+        self._may_change()
+        if self.is_name(target):
+            self._stop_template(self.find_template(target))
+        else:
+            self._end_process(self.find_process(target), "stop_pid")
+
+    def signal(self, target, signum, group=False):
+        """Send a signal to one process by pid, or to each of a template's. NotFound, Forbidden."""
+        self.loop.call(self._signal, target, signum, group)
+
+    def _signal(self, target, signum, group):
+        self._may_change()
+        if self.is_name(target):
+            processes = self.find_template(target).running()
+        else:                                   # one that is being stopped may still need a stronger word
+            processes = [self.find_process(target, past=True)]
+            need(not processes[0].exited, NotFound, "process %s has exited" % target)
+        for process in processes:
+            process.signal(signum, group)
+
+    def write(self, pid, label, data):
+        """Write bytes to a process's stdin or custom stream, all or nothing. ForbiddenWrite, StdinFull, IoNotFound."""
+        self.loop.call(self._write, pid, label, data)
+
+    def _write(self, pid, label, data):
+        self._may_change()
+        self.find_input(pid, label).write(data)
+
+    def end_input(self, pid, label):
+        """End of file on a process's stdin or custom stream, behind what waits. ForbiddenWrite, IoNotFound."""
+        self.loop.call(self._end_input, pid, label)
+
+    def _end_input(self, pid, label):
+        self._may_change()
+        self.find_input(pid, label).end()
+
+    def get_process(self, target):
+        """A ProcessHandle for a template's name or a pid. NotFound."""
+        return self.loop.call(self._handle, target)
+
+    def _handle(self, target):
+        if self.is_name(target):
+            return ProcessHandle(self, target, {"name": self.find_template(target).name})
+        process = self.find_process(target)
+        return ProcessHandle(self, process.pid, {"name": process.name, "pid": process.pid, "os_pid": process.os_pid})
+
+    def info(self, target):
+        """A template as a dict, by name; by pid the one that the process runs, with pid and os_pid. NotFound."""
+        return self.loop.call(self._info, target)
+
+    def _info(self, target):
+        if self.is_name(target):
+            return self.find_template(target).info
+        process = self.find_process(target)
+        return dict(process.template, pid=process.pid, os_pid=process.os_pid)
+
+    # look-ups, for the owner of the loop
+
+    @staticmethod
+    def is_name(target):
+        """True for a template's name, False for a pid: a name is never all digits."""
+        return isinstance(target, str) and not (target.isascii() and target.isdigit())
+
+    def find_template(self, name):
+        """NotFound."""
+        template = self.templates.get(name)
+        if template is None:
+            raise NotFound("there is no process named '%s'%s" % (
+                name[:128], near(name, self.templates) or "; GET /processes lists them"))
+        return template
+
+    def find_process(self, pid, past=False):
+        """A running process by pid; `past`: or one that can still be read. NotFound."""
+        process = self.processes.get(int(pid)) if len(str(pid)) < 20 else None
+        if process is None or not (past or process.running):
+            raise NotFound("there is no process %s; GET /processes?running=true lists them" % str(pid)[:20])
+        return process
+
+    def find_window(self, target, label):
+        """The Window of a stream by pid or name, and label. IoNotFound, IoNotRedirected, NotFound."""
+        if self.is_name(target):
+            template = self.find_template(target)
+            streams, info = template.merged, template.info
+        else:
+            process = self.find_process(target, past=True)
+            streams, info = process.outputs, process.template
+        if label in streams:
+            return streams[label].window
+        if not info["redirect_output"] and label in ("stdout", "stderr"):
+            raise IoNotRedirected("the output of '%s' is not redirected; set 'redirect_output'" % info["name"])
+        raise IoNotFound("'%s' has no stream '%s'; it has %s" % (info["name"], label, ", ".join(streams) or "none"))
+
+    def find_input(self, pid, label):
+        """The Input of a process by label. ForbiddenWrite, IoNotFound, NotFound."""
+        need(not self.is_name(pid), NotFound, "input goes to one process: give a pid; GET /processes/%s/_pids lists them" % pid)
+        process = self.find_process(pid, past=True)
+        label = "stdin" if label == "ttin" else label
+        if label not in process.inputs:
+            need(label != "stdin", ForbiddenWrite, "stdin of '%s' is not redirected; set 'redirect_input'" % process.name)
+            raise IoNotFound("'%s' has no stream '%s' that could be written to" % (process.name, label))
+        stream = process.inputs[label]
+        need(not stream.closed, ForbiddenWrite, "%s of process %d is closed" % (label, process.pid))
+        return stream
+
+    def _may_change(self):
+        need(not self.stopping, Stopping, "gaffer is stopping; start it again")
+
+    # events
+
+    def subscribe(self, pattern, callback):
+        """Call `callback(type, event)` on the loop's thread for each event that `pattern` ("", "exit", "proc/web",
+        "proc/web/exit") matches. Returns a Subscription. BadEventType."""
+        entry = (parse_pattern(pattern.split("/")), callback)
+        self.loop.call(self._subscribers.append, entry)
+        return Subscription(self.loop, lambda: entry in self._subscribers and self._subscribers.remove(entry))
+
+    def _publish(self, kind, name, process=None, **more):
+        event = {"event": kind, "name": name, "id": "%d@%s" % (self.events.end + 1, self.epoch), "time": time.time()}
+        if process is not None:
+            event.update(pid=process.pid, os_pid=process.os_pid)
+        event.update(more)
+        self.events.append(event)
+        for pattern, callback in self._subscribers:
+            if matches(pattern, event):
+                self.loop.call_soon(callback, kind, dict(event))
+
+    def wait_until(self, done, callback):
+        """Call `callback()` on the loop once `done()` is true; it is asked after each end and spawn of a process. Returns a
+        function that ends it."""
+        entry = (done, callback)
+        self._waiters.append(entry)
+        self.loop.call_soon(self._check_waiters)
+        return lambda: entry in self._waiters and self._waiters.remove(entry)
+
+    def _check_waiters(self):
+        for entry in tuple(self._waiters):
+            if entry in self._waiters and entry[0]():
+                self._waiters.remove(entry)
+                entry[1]()
+
+    # wanted and actual
+
+    def _reconcile(self, template):
+        if not self._running or self.stopping:
+            return
+        surplus = len(template.running()) - (template.info["numprocesses"] if template.active else 0)
+        for process in template.running()[:max(0, surplus)]:
+            self._end_process(process, "reap")
+        while template.pending and template.missing() < 0:
+            template.pending.pop().cancel()
+        while template.missing() > 0 and self._respawn(template, 0):
+            pass
+
+    def _respawn(self, template, failures):
+        """Spawn one that follows on so many failures. False: it failed too, and is tried again later."""
+        try:
+            process = self._spawn(template, Launch(template.info))
+        except GafferError as error:
+            template.error = str(error)
+            log.warning("%s cannot be started: %s", template.name, error)
+            # with a delay even where flapping is judged, as nothing has run that could have taken time
+            self._after_exit(template, failures + 1, backoff(failures + 2), self._judge(template, 0.0))
+            return False
+        process.failures = failures
+        self._publish("spawn", template.name, process)
+        return True
+
+    def _spawn(self, template, launch):
+        """A new process of `template`, running. The caller publishes it."""
+        process = Process(self._next_pid, template, self, self.loop, self.table, self._exit_watcher)
+        process.spawn(launch, template.merged, self.window_size)
+        self._next_pid += 1
+        self.processes[process.pid] = template.processes[process.pid] = process
+        template.error = None
+        if self._waiters:
+            self.loop.call_soon(self._check_waiters)
+        return process
+
+    def _end_process(self, process, kind):
+        if process.running:
+            self._publish(kind, process.name, process)
+        process.stop()
+
+    def _judge(self, template, lived):
+        """What flapping says to an exit: "start", "rest" or "stop"."""
+        if template.flapping is None:
+            return "start"
+        oldest = max([lived, *(process.age() for process in template.running())])
+        return template.flapping.exited(self.loop.clock(), oldest)
+
+    def exited(self, process):
+        """Called by a process that has exited."""
+        template = process.home
+        template.last_exit = {"pid": process.pid, "exit_status": process.exit_status, "term_signal": process.term_signal,
+                              "time": time.time()}
+        self._publish("exit", process.name, process, exit_status=process.exit_status, term_signal=process.term_signal)
+        if not process.stopping and template.active:
+            process.verdict = self._judge(template, process.age())
+
+    def gone(self, process):
+        """Called by a process of whose group nothing is left."""
+        template = process.home
+        template.processes.pop(process.pid, None)
+        self._keep(template, process)
+        if template.active and not template.deleted and not self.stopping:
+            if not process.stopping and template.missing() > 0:
+                template.restarts += 1
+                failures = 1 if process.age() >= BACKOFF_RESET else process.failures + 1
+                delay = backoff(failures) if template.flapping is None else 0.0
+                self._after_exit(template, failures, delay, process.verdict)
+            self._reconcile(template)
+        self._check_waiters()
+        self._maybe_stopped()
+
+    def _after_exit(self, template, failures, delay, verdict):
+        """Fill the slot of a process that ended by itself: now, after its backoff, after a rest, or never."""
+        if verdict == "rest":
+            self._publish("flap", template.name)
+            template.forget_waits()
+            template.rest = self.loop.later(template.info["flapping"]["retry_in"], self._rested, template)
+        elif verdict == "stop":
+            self._stop_template(template)
+        elif delay:
+            timer = self.loop.later(delay, lambda: self._retry(template, timer, failures))
+            template.pending.append(timer)
+        elif template.rest is None:
+            self._respawn(template, failures)
+
+    def _retry(self, template, timer, failures):
+        template.pending.remove(timer)
+        if template.missing() > 0 and self._respawn(template, failures):
+            self._reconcile(template)
+
+    def _rested(self, template):
+        template.rest = None
+        self._reconcile(template)
+
+    def _keep(self, template, process):
+        """Let the windows of a process that is gone be read for a while."""
+        if template.deleted or not process.outputs:
+            self.processes.pop(process.pid, None)
+            return
+        template.past.append(process)
+        self.loop.later(AFTERLIFE, self._forget, template, process)
+        while len(template.past) > max(AFTERLIFE_COUNT, 2 * template.info["numprocesses"]):
+            self.processes.pop(template.past.popleft().pid, None)
+
+    def _forget(self, template, process):
+        if process in template.past:
+            template.past.remove(process)
+            self.processes.pop(process.pid, None)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# http codec
+#
+# HTTP/1.1 as RFC 9110 and 9112 want it, strictly: a request is understood in one way or refused. Everything here is pure;
+# the server section moves the bytes. A refusal closes the connection where the next request's start would be a guess.
+# --------------------------------------------------------------------------------------------------------------------
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+HEADER_LINES = re.compile(r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
+BARE_NEWLINE = re.compile(rb"(?<!\r)\n")
+BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+SINGLE_HEADERS = frozenset((
+    "host", "content-length", "transfer-encoding", "content-type", "authorization", "origin", "last-event-id", "expect",
+    "upgrade", "sec-websocket-key", "sec-websocket-version", "content-encoding"))
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]*))?\Z")
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+class Request:
+    """One request. method, target, path (still percent-encoded, with its leading /), version (1, 0) or (1, 1), headers
+    {lower-case name: value, repeated ones joined by ", "}, body (bytes), client (address as text), secure (TLS)."""
+
+    __slots__ = ("method", "target", "path", "raw_query", "version", "headers", "body", "client", "secure", "_query")
+
+    def __init__(self, method, target, version, headers, body=b"", client="", secure=False):
+        self.method, self.target, self.version, self.headers = method, target, version, headers
+        self.body, self.client, self.secure = body, client, secure
+        self.path, _, self.raw_query = target.partition("?")
+        self._query = None
+
+    @property
+    def query(self):
+        """{name: value} of the query. BadRequest: a name is given twice."""
+        if self._query is None:
+            self._query = {}
+            if self.raw_query:
+                try:
+                    pairs = urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True, max_num_fields=100)
+                except ValueError:
+                    raise BadRequest("the query has more than 100 fields; send fewer") from None
+                for name, value in pairs:
+                    need(name not in self._query, BadRequest, "the query names %r twice; name it once" % name[:40])
+                    self._query[name] = value
+        return self._query
+
+    def segments(self):
+        """The path's parts, each percent-decoded once: an encoded slash never changes the route. BadRequest."""
+        parts = self.path.split("/")[1:]
+        if parts[-1] == "":
+            parts.pop()                         # a trailing / is the same resource
+        if "%" not in self.path:
+            return parts
+        need(not BAD_PERCENT.search(self.path), BadRequest, "a % in the path is to be followed by two hexadecimal digits")
+        try:
+            return [urllib.parse.unquote(part, errors="strict") for part in parts]
+        except UnicodeDecodeError:
+            raise BadRequest("the path is to be percent-encoded UTF-8") from None
+
+    def json(self):
+        """The body as JSON. InvalidJson."""
+        def refuse(word):
+            raise ValueError("%s is no JSON value" % word)
+        try:
+            return json.loads(self.body.decode("utf-8"), parse_constant=refuse)
+        except (ValueError, RecursionError) as error:
+            raise InvalidJson("the body is not JSON in UTF-8: %s" % (
+                "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200])) from None
+
+    def wants_close(self):
+        """True where the connection ends with the answer (RFC 9112 section 9.3)."""
+        words = self.headers.get("connection", "").lower()
+        return "close" in words or self.version == (1, 0) and "keep-alive" not in words
+
+
+def absolute_target(target, headers):
+    """The path of an absolute-form target, whose authority then counts as the Host. RFC 9112 section 3.2.2."""
+    match = re.match(r"https?://([^/?#]*)(.*)\Z", target, re.I)
+    if match is None:
+        raise BadRequest("the request target is to begin with /")
+    headers["host"] = match.group(1)
+    path = match.group(2)
+    return path if path.startswith("/") else "/" + path
+
+
+def parse_headers(text):
+    """{name: value} of header lines. BadRequest, HeadersTooLarge. RFC 9110 section 5, 9112 section 5."""
+    if text:
+        text += "\r\n"
+    need(HEADER_LINES.fullmatch(text), BadRequest,
+         "a header line is not 'Name: value': no space before the colon, no folded line, no control character")
+    headers = {}
+    lines = text.split("\r\n")
+    lines.pop()
+    need(len(lines) <= HEADERS_MAX, HeadersTooLarge, "there are more than %d headers; send fewer" % HEADERS_MAX)
+    for line in lines:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:
+            need(name not in SINGLE_HEADERS, BadRequest, "the header %s is given twice; give it once" % name)
+            value = "%s, %s" % (headers[name], value)
+        headers[name] = value
+    return headers
+
+
+def parse_head(head):
+    """A Request of the bytes of a head, without its empty line. BadRequest, VersionNotSupported, UriTooLong,
+    HeadersTooLarge. RFC 9112 sections 2.2, 3, 5."""
+    text = head.decode("latin-1")
+    line, _, rest = text.partition("\r\n")
+    match = REQUEST_LINE.fullmatch(line)
+    if match is None:
+        need(not re.fullmatch(r".* HTTP/\d+(\.\d+)?", line) or " HTTP/1." in line, VersionNotSupported, "use HTTP/1.1")
+        raise BadRequest("the first line is not 'METHOD /path HTTP/1.1'")
+    method, target, major, minor = match.groups()
+    need(major == "1", VersionNotSupported, "use HTTP/1.1")
+    need(len(target) <= TARGET_SIZE, UriTooLong, "the request target is over %d bytes; shorten it" % TARGET_SIZE)
+    version = (1, min(int(minor), 1))
+    headers = parse_headers(rest)
+    need("host" in headers or version == (1, 0), BadRequest, "the Host header is missing (RFC 9112 section 3.2)")
+    if target[0] != "/" and (target != "*" or method != "OPTIONS"):
+        target = absolute_target(target, headers)
+    need("#" not in target, BadRequest, "the request target has a fragment; leave out what begins with #")
+    return Request(method, target, version, headers)
+
+
+def body_length(request):
+    """The body's length, None for a chunked one. BadRequest: said twice, or in no known way. RFC 9112 section 6."""
+    coding, length = request.headers.get("transfer-encoding"), request.headers.get("content-length")
+    if coding is not None:
+        need(length is None, BadRequest, "send Content-Length or Transfer-Encoding, not both")
+        need(request.version == (1, 1), BadRequest, "HTTP/1.0 has no Transfer-Encoding; send Content-Length")
+        need(coding.lower() == "chunked", BadRequest, "the only Transfer-Encoding here is chunked")
+        return None
+    if length is None:
+        return 0
+    need(re.fullmatch(r"[0-9]{1,18}", length), BadRequest, "Content-Length is to be one decimal number")
+    return int(length)
+
+
+class ChunkedDecoder:
+    """Decodes a chunked body of up to `limit` bytes: `feed(data)` returns True when it is complete; then `body` holds it
+    and `rest` what came behind. BadRequest, TooLarge. RFC 9112 section 7.1."""
+
+    SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
+
+    def __init__(self, limit):
+        self._limit, self._size = limit, 0
+        self._parts = []
+        self.rest = b""
+        self._left = None                       # bytes of the chunk that are to come; None: a size line is next
+        self._trailers = None                   # bytes of trailers so far; None: still chunks
+
+    @property
+    def body(self):
+        """The decoded bytes."""
+        return b"".join(self._parts)
+
+    def feed(self, data):
+        """Take what came."""
+        self.rest += data
+        while True:
+            if self._trailers is not None:
+                return self._trailer()
+            if self._left is None:
+                line = self._line(CHUNK_LINE_SIZE)
+                if line is None:
+                    return False
+                self._chunk(line)
+            elif not self._payload():
+                return False
+
+    def _line(self, limit):
+        end = self.rest.find(b"\n")
+        need((len(self.rest) if end < 0 else end) <= limit, BadRequest, "a line of the chunked body is over %d bytes" % limit)
+        if end < 0:
+            return None
+        line, self.rest = self.rest[:end + 1], self.rest[end + 1:]
+        need(line.endswith(b"\r\n"), BadRequest, "lines of a chunked body end with CR LF")
+        return line[:-2]
+
+    def _chunk(self, line):
+        match = self.SIZE.match(line)
+        if match is None:
+            raise BadRequest("a chunk begins with its size in hexadecimal digits")
+        self._left = int(match.group(1), 16)
+        self._size += self._left
+        need(self._size <= self._limit, TooLarge, "the body is over %d bytes; send less" % self._limit)
+        if self._left == 0:
+            self._trailers = 0
+
+    def _payload(self):
+        """Take the chunk's bytes, then its CR LF."""
+        if self._left:
+            part = self.rest[:self._left]
+            self._parts.append(part)
+            self.rest = self.rest[len(part):]
+            self._left -= len(part)
+        if self._left or len(self.rest) < 2:
+            need(self._left or b"\r\n".startswith(self.rest), BadRequest, "a chunk is longer than its size says")
+            return False
+        need(self.rest.startswith(b"\r\n"), BadRequest, "a chunk is longer than its size says")
+        self.rest, self._left = self.rest[2:], None
+        return True
+
+    def _trailer(self):
+        """Trailers are read, checked and dropped."""
+        while True:
+            line = self._line(HEAD_SIZE - self._trailers)
+            if line is None:
+                return False
+            if not line:
+                return True
+            parse_headers(line.decode("latin-1"))
+            self._trailers += len(line)
+
+
+def http_date(now):
+    """Unix time in the form of RFC 9110 section 5.6.7, whatever the locale."""
+    year, month, day, hour, minute, second, weekday = time.gmtime(now)[:7]
+    return "%s, %02d %s %d %02d:%02d:%02d GMT" % (DAYS[weekday], day, MONTHS[month - 1], year, hour, minute, second)
+
+
+REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+def encode_head(status, headers):
+    """A response head. ValueError: a header holds CR, LF or NUL (response splitting), or is not latin-1."""
+    lines = ["HTTP/1.1 %d %s" % (status, REASONS.get(status, "Unknown"))]
+    for name, value in headers:
+        lines.append("%s: %s" % (name, value))
+    text = "\r\n".join(lines)
+    if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1 or "\0" in text:
+        raise ValueError("a response header holds CR, LF or NUL")
+    return (text + "\r\n\r\n").encode("latin-1")
+
+
+class Response:
+    """An answer: status, headers [(name, value)] beside the framing ones, body (bytes)."""
+
+    __slots__ = ("status", "headers", "body")
+
+    def __init__(self, body=b"", status=200, headers=(), content_type="application/json"):
+        self.status, self.body = status, body
+        self.headers = [("Content-Type", content_type), *headers] if content_type else list(headers)
+
+    def encode(self, date, keep_alive, head_only=False, more=()):
+        """Head and body as bytes, for one send. `head_only`: what HEAD gets. `more`: further headers."""
+        headers = [("Date", date), *self.headers, *more]
+        if self.status != 204 and self.status != 304:
+            headers.append(("Content-Length", len(self.body)))
+        if not keep_alive:
+            headers.append(("Connection", "close"))
+        head = encode_head(self.status, headers)
+        return head if head_only else head + self.body
+
+
+def json_bytes(value):
+    """JSON, and one newline."""
+    return (json.dumps(value) + "\n").encode("ascii")
+
+
+def json_response(value, status=200, headers=()):
+    """A Response of a JSON value."""
+    return Response(json_bytes(value), status, headers)
+
+
+def error_response(error):
+    """A Response of a GafferError; any other exception is an internal error, of which the client learns nothing."""
+    if not isinstance(error, GafferError):
+        error = GafferError("gaffer has made a mistake; its log says which")
+    return json_response({"error": error.code, "reason": str(error)}, error.status, error.headers())
+
+
+class Access:
+    """Who may do what, as pure checks of a request's head: Host, Origin, token. `origins`: further allowed ones, or "*".
+    `hosts`: further names of this server. `token`: None, or what every request has to bring."""
+
+    LOCAL_ORIGIN = re.compile(r"https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?\Z")
+
+    def __init__(self, token=None, origins=(), hosts=()):
+        self._token = None if token is None else token.encode("utf-8")
+        self._origins = frozenset(origin.rstrip("/").lower() for origin in origins)
+        self._hosts = frozenset(host.rstrip(".").lower() for host in hosts)
+
+    def check_host(self, request):
+        """BadRequest, ForbiddenHost. RFC 9110 section 7.2; a name that anybody can point here is refused, or any web page
+        could reach this server under its own origin."""
+        value = request.headers.get("host")
+        if value is None:
+            return                              # HTTP/1.0
+        match = HOST.match(value)
+        need(match and int(match.group(2) or 0) < 65536, BadRequest, "the Host header is no host, or host:port")
+        host = match.group(1).lower()
+        host = host[:-1] if host.endswith(".") else host
+        if host[:1] == "[":
+            good = self._is_address(socket.AF_INET6, host[1:-1])
+            need(good is not None, BadRequest, "the Host header has no IPv6 address in its brackets")
+        else:
+            good = self._is_address(socket.AF_INET, host)
+        if not (good or host == "localhost" or host.endswith(".localhost") or host in self._hosts):
+            raise ForbiddenHost("this server is not called %r; use its address, or start it with --allow-host" % host[:100])
+
+    @staticmethod
+    def _is_address(family, text):
+        """True for an address; False for the unspecified one; None for none."""
+        try:
+            packed = socket.inet_pton(family, text)
+        except OSError:
+            return None
+        if packed[:-4] == b"\0" * 10 + b"\xff\xff":
+            packed = packed[-4:]
+        return any(packed)
+
+    def allows_origin(self, request):
+        """True where the request has no Origin, or one that may change things here."""
+        origin = request.headers.get("origin")
+        if origin is None or "*" in self._origins:
+            return True
+        origin = origin.lower()
+        own = "%s://%s" % ("https" if request.secure else "http", request.headers.get("host", "").lower())
+        return origin == own or origin in self._origins or self.LOCAL_ORIGIN.match(origin) is not None
+
+    def check_origin(self, request):
+        """ForbiddenOrigin: a page of a foreign origin must not change anything."""
+        need(self.allows_origin(request), ForbiddenOrigin,
+             "pages of another origin may not change anything here; allow it with --cors-origin")
+
+    def check_token(self, request):
+        """Unauthorized. RFC 6750 section 2.1, RFC 7617."""
+        if self._token is None:
+            return
+        import hmac                             # only where there is a token: it brings OpenSSL, 4 MiB
+        scheme, _, value = request.headers.get("authorization", "").partition(" ")
+        given = b""
+        if scheme.lower() == "bearer":
+            given = value.strip().encode("latin-1")
+        elif scheme.lower() == "basic":
+            try:
+                given = base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+            except ValueError:
+                pass                            # as wrong as any other
+        need(hmac.compare_digest(given, self._token), Unauthorized,
+             "send the token: 'Authorization: Bearer <token>', or Basic with the token as password")
+
+    def cors(self, request):
+        """The CORS headers of an answer: [(name, value)]."""
+        origin = request.headers.get("origin")
+        if origin is None:
+            return []
+        if not self.allows_origin(request):
+            return [("Vary", "Origin")]
+        return [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
+                ("Access-Control-Expose-Headers", "Gaffer-Offset, Gaffer-Dropped")]
+
+    def preflight(self, request):
+        """The answer to OPTIONS: [(name, value)]."""
+        headers = self.cors(request)
+        if len(headers) > 1:
+            headers += [("Access-Control-Allow-Methods", ", ".join(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"))),
+                        ("Access-Control-Allow-Headers", "X-Requested-With, X-HTTP-Method-Override, Content-Type, Accept, "
+                         "Authorization, Last-Event-ID"), ("Access-Control-Max-Age", "86400")]
+        return headers
+
+
+class Router:
+    """Finds a path's route. `routes`: (pattern, {method: handler}), patterns as in "/processes/<ref>/_start"; <rest...>
+    at the end takes any number of parts."""
+
+    def __init__(self, routes):
+        self._routes = {}                       # (first part, number of parts) -> [(parts, methods)]
+        self._open = []
+        for pattern, methods in routes:
+            parts = pattern.split("/")[1:]
+            if parts[-1] == "":
+                parts.pop()
+            if "HEAD" not in methods and "GET" in methods:
+                methods = dict(methods, HEAD=methods["GET"])
+            if parts and parts[-1].endswith("...>"):
+                self._open.append((parts[:-1], methods))
+            else:
+                self._routes.setdefault((parts[0] if parts else "", len(parts)), []).append((parts, methods))
+
+    def find(self, segments):
+        """(methods, args), or (None, ()) where there is no such resource. A literal part goes before a placeholder."""
+        best = None
+        for parts, methods in self._routes.get((segments[0] if segments else "", len(segments)), ()):
+            args = []
+            for part, segment in zip(parts, segments):
+                if part[0] == "<":
+                    args.append(segment)
+                elif part != segment:
+                    break
+            else:
+                if best is None or len(args) < len(best[1]):
+                    best = methods, args
+        if best is not None:
+            return best
+        for parts, methods in self._open:
+            if segments[:len(parts)] == parts:
+                return methods, [segments[len(parts):]]
+        return None, ()
+
+
+def allowed(methods):
+    """The Allow header's list."""
+    return [method for method in METHODS if method in methods or method == "OPTIONS"]
+
+
+def prefers_html(accept):
+    """True where an Accept header ranks text/html above application/json. RFC 9110 section 12.5.1."""
+    quality = {}
+    for item in accept.split(","):
+        kind, *parameters = [part.strip().lower() for part in item.split(";")]
+        rank = 1.0
+        for parameter in parameters:
+            if parameter.startswith("q="):
+                try:
+                    rank = float(parameter[2:])
+                except ValueError:
+                    rank = 0.0
+        quality[kind] = rank
+    html = quality.get("text/html", quality.get("text/*", 0))
+    return html > quality.get("application/json", quality.get("application/*", 0))
+
+
+def chunk(data):
+    """A chunk of a chunked body; the last one is b"0\\r\\n\\r\\n". RFC 9112 section 7.1."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def incomplete_utf8(data):
+    """How many bytes at the end of `data` begin a character that is not complete: 0 to 3."""
+    for count in range(1, min(3, len(data)) + 1):
+        byte = data[-count]
+        if byte < 0x80:
+            return 0
+        if byte >= 0xC2:
+            return count if byte < 0xF5 and count < 2 + (byte >= 0xE0) + (byte >= 0xF0) else 0
+    return 0
+
+
+def valid_utf8(data):
+    """`data` with what is not UTF-8 replaced by U+FFFD."""
+    try:
+        data.decode("utf-8")
+        return data
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "replace").encode("utf-8")
+
+
+def split_lines(data, before, mode, piece):
+    """(skip, segments, lines): the lines of `data` with and without their ends. An unfinished one is only taken with mode
+    FLUSH (up to a whole character) or FINAL, or when it is as long as `piece`. `skip` is 1 where `data` begins with the
+    newline of a line whose CR was taken before: that is no line."""
+    skip = 1 if data[:1] == b"\n" and before == 13 else 0
+    if skip:
+        data = data[1:]
+    segments, lines = data.splitlines(True), data.splitlines()
+    if segments and segments[-1][-1] not in (10, 13):
+        last = segments.pop()
+        lines.pop()
+        if mode != FINAL:
+            last = last[:len(last) - incomplete_utf8(last)] if mode == FLUSH or len(last) >= piece else b""
+        if last:
+            segments.append(last)
+            lines.append(last)
+    return skip, segments, lines
+
+
+class ChunkEncoder:
+    """A continuous stream: the bytes, in chunks."""
+    key, by_line, partial, dropped = ("chunk",), False, False, None
+
+    @staticmethod
+    def ends(data):
+        """See Log."""
+        return True
+
+    @staticmethod
+    def encode(data, offset, before, mode, piece):
+        """See Log."""
+        return (chunk(data) if data else b""), len(data)
+
+
+class SseEncoder:
+    """Server-Sent Events, one a line, each with the offset behind it as its id (HTML, section 9.2)."""
+    by_line = partial = True
+
+    def __init__(self, label, epoch):
+        self.key = ("sse", label)
+        self._epoch = epoch
+        self._middle = "@%s\nevent: %s\ndata: " % (epoch, label)
+        self._middle_bytes = self._middle.encode("ascii")
+
+    @staticmethod
+    def ends(data):
+        """See Log."""
+        return b"\n" in data or b"\r" in data
+
+    def encode(self, data, offset, before, mode, piece):
+        """See Log."""
+        if not data:
+            return b"", 0
+        skip, segments, lines = split_lines(data, before, mode, piece)
+        offset += skip
+        ids = itertools.accumulate(map(len, segments), initial=offset)
+        next(ids)
+        middle = self._middle_bytes
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError:
+            lines = map(valid_utf8, lines)
+        blocks = [b"id: %d%b%b\n\n" % (end, middle, line) for end, line in zip(ids, lines)]
+        return b"".join(blocks), skip + sum(map(len, segments))
+
+    def dropped(self, count, offset, restarted=False):
+        """The event that tells a loss."""
+        data = {"bytes": count, "restarted": True} if restarted else {"bytes": count}
+        return b"id: %d@%b\nevent: dropped\ndata: %b\n\n" % (offset, self._epoch.encode(), json.dumps(data).encode())
+
+    def exit(self, offset, data):
+        """The event at the end of a process; its id is never given to anything else."""
+        return b"id: %dx@%b\nevent: exit\ndata: %b\n\n" % (offset, self._epoch.encode(), json.dumps(data).encode())
+
+
+class RecordEncoder:
+    """Records of an EventLog, by `form`: "eventsource", JSON lines in chunks ("chunked"), or "plain" JSON lines.
+    `wanted(record)` tells which are sent, `name(record)` the type of a server-sent event; encoders of one `key` agree."""
+    by_line = partial = False
+
+    def __init__(self, form, epoch, key, wanted, name):
+        self._form, self._epoch, self._wanted, self._name = form, epoch, wanted, name
+        self.key = (form, key)
+
+    def encode(self, records, offset, before, mode, piece):
+        """See Log."""
+        blocks = [self._block(offset + number, self._name(record), record)
+                  for number, record in enumerate(records, 1) if self._wanted(record)]
+        return b"".join(blocks), len(records)
+
+    def _block(self, number, name, record):
+        line = json.dumps(record).encode("ascii")
+        if self._form == "eventsource":
+            return b"id: %d@%b\nevent: %b\ndata: %b\n\n" % (number, self._epoch.encode(), name.encode(), line)
+        return chunk(line + b"\n") if self._form == "chunked" else line + b"\n"
+
+    def dropped(self, count, offset, restarted=False):
+        """The record that tells a loss."""
+        record = {"events": count, "restarted": True} if restarted else {"events": count}
+        if self._form != "eventsource":
+            record = dict({"event": "dropped", "id": "%d@%s" % (offset, self._epoch)}, **record)
+        return self._block(offset, "dropped", record)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# websocket codec
+#
+# RFC 6455, the server's side. Pure, and it never raises: what a peer does wrong becomes a ("fail", code, reason) event, with
+# which the connection is closed. Text is checked as it comes, so that a bad byte fails at once (section 8.1).
+# --------------------------------------------------------------------------------------------------------------------
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
+WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014))
+
+
+def websocket_accept(request):
+    """The headers of the 101 answer to an opening handshake. UpgradeRequired, BadRequest. Sections 4.1 and 4.2."""
+    import hashlib                              # only for websockets: it brings OpenSSL, 4 MiB
+    headers = request.headers
+    upgrade = [word.strip().lower() for word in headers.get("upgrade", "").split(",")]
+    connection = [word.strip().lower() for word in headers.get("connection", "").split(",")]
+    need("websocket" in upgrade and "upgrade" in connection, UpgradeRequired, "this is a websocket: open it as one")
+    need(request.method == "GET" and request.version == (1, 1), BadRequest, "a websocket is opened with GET and HTTP/1.1")
+    need(headers.get("sec-websocket-version") == "13", UpgradeRequired, "use Sec-WebSocket-Version 13")
+    key = headers.get("sec-websocket-key", "")
+    try:
+        good = len(base64.b64decode(key, validate=True)) == 16
+    except ValueError:
+        good = False
+    need(good, BadRequest, "Sec-WebSocket-Key is to be 16 bytes in base64")
+    accept = base64.b64encode(hashlib.sha1(key.encode("ascii") + WEBSOCKET_GUID).digest()).decode("ascii")
+    return [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
+
+
+def frame(opcode, payload):
+    """One whole, unmasked frame. Section 5.2."""
+    size = len(payload)
+    if size < 126:
+        return b"%c%c%b" % (0x80 | opcode, size, payload)
+    if size < 65536:
+        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
+    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
+
+
+def close_frame(code, reason=""):
+    """A close frame; the reason is cut to what fits. Section 5.5.1."""
+    text = reason.encode("utf-8")[:123]
+    return frame(CLOSE, struct.pack("!H", code) + text[:len(text) - incomplete_utf8(text)])
+
+
+def unmask(data, key, position=0):
+    """`data` XOR the 4-byte `key`, where `position` bytes of the frame came before. Section 5.3."""
+    size = len(data)
+    position %= 4
+    key = key[position:] + key[:position]
+    mask = (key * (size // 4 + 1))[:size]
+    return (int.from_bytes(data, "little") ^ int.from_bytes(mask, "little")).to_bytes(size, "little")
+
+
+class WebSocketDecoder:
+    """Turns a client's bytes into events: ("text", str), ("binary", bytes), ("ping", bytes), ("pong", bytes),
+    ("close", code, reason), ("fail", code, reason); after one of the last two, none. `limit`: bytes of a message."""
+
+    def __init__(self, limit):
+        self._limit = limit
+        self._buffer = b""
+        self._events = []
+        self._done = False
+        self._message = None                    # opcode of the message under way
+        self._parts, self._size = [], 0
+        self._text = None                       # (parts of text, bytes that begin a character)
+        self._frame = None                      # [opcode, final, key, bytes left, bytes seen] of the frame under way
+        self._control = b""
+
+    def feed(self, data):
+        """Take bytes, return the list of events they complete."""
+        self._buffer += data
+        self._events = []
+        while not self._done and (self._payload() if self._frame is not None else self._head()):
+            pass
+        return self._events
+
+    def _fail(self, code, reason):
+        self._events.append(("fail", code, reason))
+        self._done = True
+        return False
+
+    def _head(self):
+        """Take a frame's head. False: it is not all there, or wrong."""
+        buffer = self._buffer
+        if len(buffer) < 2:
+            return False
+        first, second = buffer[0], buffer[1]
+        opcode, final, size = first & 15, first >> 7, second & 127
+        fault = self._head_fault(first, second, opcode, final, size)
+        if fault:
+            return self._fail(1002, fault)
+        start = 2 + (0, 2, 8)[max(0, size - 125)] + 4
+        if len(buffer) < start:
+            return False
+        if size > 125:
+            size = int.from_bytes(buffer[2:start - 4], "big")
+            if size < 126 or (size < 65536 and start == 14) or size >> 63:
+                return self._fail(1002, "a frame's length is not in its shortest form")
+        if opcode < 8:
+            if opcode:
+                self._message, self._parts, self._size, self._text = opcode, [], 0, b""
+            self._size += size
+            if self._size > self._limit:
+                return self._fail(1009, "a message is over %d bytes" % self._limit)
+        self._frame = [opcode, final, buffer[start - 4:start], size, 0]
+        self._buffer = buffer[start:]
+        return True
+
+    def _head_fault(self, first, second, opcode, final, size):
+        if first & 0x70:
+            return "reserved bits are set"
+        if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
+            return "opcode %d is reserved" % opcode
+        if not second & 0x80:
+            return "a client's frames are masked"
+        if opcode >= 8 and (not final or size > 125):
+            return "a control frame is not fragmented, and not over 125 bytes"
+        if opcode == CONTINUATION and self._message is None:
+            return "there is no message to continue"
+        if opcode in (TEXT, BINARY) and self._message is not None:
+            return "the message before is not finished"
+        return ""
+
+    def _payload(self):
+        """Take what is there of a frame's payload. False: it is not all there, or wrong."""
+        opcode, final, key, left, seen = self._frame
+        data = self._buffer[:left]
+        self._buffer = self._buffer[len(data):]
+        self._frame[3], self._frame[4] = left - len(data), seen + len(data)
+        if data:
+            data = unmask(data, key, seen)
+        last = left == len(data)
+        if last:
+            self._frame = None
+        if opcode >= 8:
+            self._control += data
+            return last and self._control_end(opcode)
+        if self._message == TEXT:
+            if not self._take_text(data, last and final):
+                return self._fail(1007, "a text message is not UTF-8")
+        else:
+            self._parts.append(data)
+        if last and final:
+            message, self._message = self._message, None
+            self._events.append(("text", "".join(self._parts)) if message == TEXT else ("binary", b"".join(self._parts)))
+            self._parts = []
+        return last
+
+    def _take_text(self, data, final):
+        """Decode what is whole, keep the beginning of a character; False: it can never become one."""
+        data = self._text + data
+        cut = len(data) if final else len(data) - incomplete_utf8(data)
+        self._text = data[cut:]
+        try:
+            self._parts.append(data[:cut].decode("utf-8"))
+            # a beginning that can have no end: overlong, surrogate, above U+10FFFF
+            return len(self._text) < 2 or not (
+                self._text[0] == 0xE0 and self._text[1] < 0xA0 or self._text[0] == 0xED and self._text[1] > 0x9F
+                or self._text[0] == 0xF0 and self._text[1] < 0x90 or self._text[0] == 0xF4 and self._text[1] > 0x8F)
+        except UnicodeDecodeError:
+            return False
+
+    def _control_end(self, opcode):
+        data, self._control = self._control, b""
+        if opcode != CLOSE:
+            self._events.append(("ping" if opcode == PING else "pong", data))
+            return True
+        code, reason = (int.from_bytes(data[:2], "big"), data[2:]) if data else (1005, b"")
+        if len(data) == 1 or data and code not in CLOSE_CODES and not 3000 <= code < 5000:
+            return self._fail(1002, "the close code is none")
+        try:
+            self._events.append(("close", code, reason.decode("utf-8")))
+        except UnicodeDecodeError:
+            return self._fail(1007, "the close reason is not UTF-8")
+        self._done = True
+        return False
+
+
+class FrameEncoder:
+    """A stream as websocket messages: binary or text, as it comes or a line each."""
+    partial = False
+    dropped = None
+
+    def __init__(self, binary, by_line):
+        self.key = ("frame", binary, by_line)
+        self._binary, self.by_line = binary, by_line
+
+    def ends(self, data):
+        """See Log."""
+        return not self.by_line or b"\n" in data or b"\r" in data
+
+    def encode(self, data, offset, before, mode, piece):
+        """See Log."""
+        if self.by_line:
+            skip, segments, lines = split_lines(data, before, mode, piece)
+            return b"".join(map(self._frame, lines)), skip + sum(map(len, segments))
+        if not self._binary and mode != FINAL:
+            data = data[:len(data) - incomplete_utf8(data)]
+        return (self._frame(data) if data else b""), len(data)
+
+    def _frame(self, data):
+        return frame(BINARY, data) if self._binary else frame(TEXT, valid_utf8(data))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# page
+#
+# The web page, whole: no other request than to this server's own API, text only through textContent. __NONCE__ is
+# replaced at each request, as its Content-Security-Policy allows no other script or style.
+# --------------------------------------------------------------------------------------------------------------------
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>gaffer</title>
+<style nonce="__NONCE__">
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 72em; padding: 0 1em; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .3em .8em .3em 0; border-bottom: 1px solid #8884; }
+button { font: inherit; margin-right: .3em; }
+pre { border: 1px solid #8886; padding: .6em; height: 24em; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
+.stderr { color: #c33; } .note { opacity: .7; font-style: italic; }
+#message:empty { display: none; } #message { color: #c33; }
+</style></head>
+<body>
+<h1>gaffer</h1>
+<p id="message" role="alert"></p>
+<table><thead><tr><th>name</th><th>state</th><th>running</th><th>restarts</th><th>last exit</th><th></th></tr></thead>
+<tbody id="rows"></tbody></table>
+<h2 id="title">events</h2>
+<pre id="output" tabindex="0" aria-live="off"></pre>
+<script nonce="__NONCE__">
+"use strict";
+const $ = id => document.getElementById(id), LINES = 2000;
+let sources = [];
+function say(text) { $("message").textContent = text; }
+async function call(method, path) {
+  try {
+    const answer = await fetch(path, {method});
+    const value = await answer.json();
+    say(answer.ok ? "" : value.reason);
+    return answer.ok ? value : null;
+  } catch (error) { say("the server does not answer"); return null; }
+}
+function cell(row, text) { row.insertCell().textContent = text; }
+function button(place, text, action) {
+  const made = document.createElement("button");
+  made.textContent = text; made.onclick = action; place.append(made);
+}
+async function refresh() {
+  const names = await call("GET", "/processes");
+  if (!names) return;
+  const all = await Promise.all(names.map(name => call("GET", "/status/" + encodeURIComponent(name))));
+  const rows = document.createDocumentFragment();
+  all.forEach(status => {
+    if (!status) return;
+    const row = document.createElement("tr"), path = "/processes/" + encodeURIComponent(status.name), last = status.last_exit;
+    cell(row, status.name);
+    cell(row, status.state + (status.next_try ? ", next try in " + Math.ceil(status.next_try) + " s" : ""));
+    cell(row, status.running + " of " + status.numprocesses);
+    cell(row, status.restarts);
+    cell(row, last ? (last.term_signal ? "signal " + last.term_signal : "status " + last.exit_status) : "");
+    const place = row.insertCell();
+    for (const action of ["start", "stop", "restart"]) button(place, action, () => call("POST", path + "/_" + action));
+    button(place, "output", () => follow(status.name));
+    rows.append(row);
+  });
+  $("rows").replaceChildren(rows);
+}
+function add(text, kind) {
+  const output = $("output"), stick = output.scrollTop + output.clientHeight >= output.scrollHeight - 4;
+  const line = document.createElement("div");
+  line.textContent = text; line.className = kind; output.append(line);
+  if (output.childElementCount > LINES) output.firstChild.remove();
+  if (stick) output.scrollTop = output.scrollHeight;
+}
+async function follow(name) {
+  sources.forEach(source => source.close()); sources = [];
+  $("output").replaceChildren(); $("title").textContent = "output of " + name;
+  const template = await call("GET", "/processes/" + encodeURIComponent(name));
+  if (!template) return;
+  for (const label of new Set(template.redirect_output)) {
+    const path = "/streams/" + encodeURIComponent(name) + "/" + label + "?feed=eventsource&tail=200";
+    const source = new EventSource(path);
+    source.addEventListener(label, event => add(event.data, label));
+    source.addEventListener("dropped", event => add(JSON.parse(event.data).bytes + " bytes were lost here", "note"));
+    sources.push(source);
+  }
+}
+const events = new EventSource("/watch?feed=eventsource");
+let due = null;
+function changed(event) {
+  if (!sources.length) add(event.type + " " + event.data, "note");
+  if (due === null) due = setTimeout(() => { due = null; refresh(); }, 100);
+}
+for (const type of "create start stop restart update delete spawn reap exit stop_pid flap".split(" ")) events.addEventListener(type, changed);
+events.onopen = refresh;
+events.onerror = () => say("the server does not answer; trying again");
+</script></body></html>
+"""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# api
+#
+# The route table and its handlers: the only section that knows both manager and request. A handler runs as the owner of
+# the loop and returns a Response, a value to send as JSON, a function to be called on the request's thread (for what takes
+# time), or one of the replies below, with which the server hands the socket to the loop.
+# --------------------------------------------------------------------------------------------------------------------
+POSITION = re.compile(r"([0-9]{1,18})(x?)(?:@([A-Za-z0-9]{1,32}))?\Z")
+FEEDS = ("longpoll", "continuous", "eventsource")
+OK = {"ok": True}
+
+
+class StreamReply:
+    """A stream without end: `response` (its head), and where the Reader stands. `form`: chunked, plain, eventsource.
+    `first`: bytes before everything else. `process`: whose exit ends an event stream. `begin()` -> a function that ends
+    what feeds the log."""
+
+    def __init__(self, response, reader, form, heartbeat=None, first=b"", process=None, begin=None):
+        self.response, self.reader, self.form, self.heartbeat = response, reader, form, heartbeat
+        self.first, self.process, self.begin = first, process, begin
+
+
+class ParkedReply:
+    """One answer that comes later. `begin(deliver)` -> a function that ends the wait; deliver(Response). `timeout` seconds
+    (None: none), then `expired()` makes the Response."""
+
+    def __init__(self, begin, timeout, expired):
+        self.begin, self.timeout, self.expired = begin, timeout, expired
+
+
+class WebSocketReply:
+    """A websocket to a process. `reader` is (log, encoder, offset, loss); `stream` an Input or None (readonly)."""
+
+    def __init__(self, headers, reader, stream, by_line, process, heartbeat):
+        self.headers, self.reader, self.stream = headers, reader, stream
+        self.by_line, self.process, self.heartbeat = by_line, process, heartbeat
+
+
+def choice(request, name, values, default):
+    """A parameter of the query that is one of `values`. BadValue."""
+    value = request.query.get(name, default)
+    need(value in values or value is default, BadValue, "'%s' is one of %s" % (name, ", ".join(values)))
+    return value
+
+
+def flag(request, name):
+    """A parameter that is true or 1, false or 0, or absent. BadValue."""
+    return choice(request, name, ("true", "1", "false", "0"), None) in ("true", "1")
+
+
+def duration(request, name, least, default=None, true=None):
+    """A parameter in seconds; "true" stands for `true` where that is given, "false" for none. BadValue."""
+    text = request.query.get(name)
+    if text is None or (text == "false" and true is not None):
+        return default
+    if text == "true" and true is not None:
+        return true
+    need(re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}", text), BadValue, "'%s' is a number of seconds" % name)
+    need(least <= float(text) <= SECONDS_MAX, BadValue, "'%s' is at least %g seconds and at most %d" % (name, least, SECONDS_MAX))
+    return float(text)
+
+
+def count_of(text):
+    """A positive number of a path. BadValue."""
+    need(re.fullmatch(r"[0-9]{1,9}", text) and int(text) > 0, BadValue, "give a whole number of at least 1, not %r" % text[:20])
+    return int(text)
+
+
+def human(size):
+    """Bytes as 17, 4K, 21M or 1G."""
+    for unit in ("", "K", "M"):
+        if size < 1024:
+            return "%d%s" % (size, unit)
+        size /= 1024
+    return "%.1fG" % size
+
+
+class Samples:
+    """Statistics of processes, taken on a request's thread, or on the loop for a feed. Shapes: CONTRACT, /stats."""
+
+    MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def __init__(self, table, clock):
+        self._table, self._clock = table, clock
+
+    def of(self, name, processes):
+        """The entry of one template, of its running processes."""
+        entries = [self.one(process) for process in processes]
+        entries = [entry for entry in entries if entry]
+        result = {"name": name}
+        for field in ("mem", "cpu"):
+            values = [entry[field] for entry in entries] or [0]
+            result[field], result["max_" + field], result["min_" + field] = round(sum(values), 2), max(values), min(values)
+        result["stats"] = entries
+        return result
+
+    def one(self, process):
+        """The entry of one process, {} if it has just gone."""
+        seen = self._table.look(process.os_pid)
+        return dict({"id": process.pid}, **self._entry(process.os_pid, seen, self._percent(process, seen))) if seen else {}
+
+    def _percent(self, process, seen):
+        """Percent of one core since the last look, or over its life at the first."""
+        now, last = self._clock(), process.cpu_sample
+        if last is not None and now - last[0] < 0.1:
+            return last[2]
+        began, used = (last[0], last[1]) if last is not None else (process.started, 0.0)
+        percent = round(100 * max(0.0, seen["cpu_time"] - used) / max(0.01, now - began), 1)
+        process.cpu_sample = now, seen["cpu_time"], percent
+        return percent
+
+    def _entry(self, os_pid, seen, percent, depth=8):
+        minutes, rest = divmod(seen["cpu_time"], 60)
+        children = [(child, self._table.look(child)) for child in seen["children"]] if depth else []
+        return {
+            "pid": os_pid, "cpu": percent, "mem": round(100 * seen["rss"] / self.MEMORY, 2),
+            "mem_info1": human(seen["rss"]), "mem_info2": human(seen["vms"]), "rss": seen["rss"], "vms": seen["vms"],
+            "ctime": "%d:%05.2f" % (minutes, rest), "username": user_name(seen["uid"]), "nice": seen["nice"],
+            "cmdline": seen["cmdline"],
+            "children": [self._entry(child, look, 0.0, depth - 1) for child, look in children if look],
+        }
+
+
+class Api:
+    """The handlers of the route table, on one manager."""
+
+    def __init__(self, manager):
+        self.manager = manager
+        self.samples = Samples(manager.table, manager.loop.clock)
+
+    # the server itself
+
+    def welcome(self, request):
+        """GET /"""
+        if not prefers_html(request.headers.get("accept", "")):
+            return {"welcome": "gaffer", "version": __version__}
+        nonce = base64.b64encode(os.urandom(12)).decode("ascii")
+        policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; base-uri 'none'; "
+                  "form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
+        return Response(PAGE.replace("__NONCE__", nonce).encode("utf-8"), content_type="text/html; charset=utf-8",
+                        headers=[("Content-Security-Policy", policy), ("Vary", "Accept")])
+
+    def ping(self, request):
+        """GET /ping"""
+        return Response(b"OK", content_type="text/plain")
+
+    # templates and processes
+
+    def processes(self, request):
+        """GET /processes"""
+        if flag(request, "running"):
+            return [process.pid for process in self.manager.processes.values() if process.running]
+        return list(self.manager.templates)
+
+    def create(self, request):
+        """POST /processes"""
+        def work():
+            self.manager.add_process(check_template(request.json()))
+            return OK
+        return work
+
+    def show(self, request, ref):
+        """GET /processes/<name> or <pid>"""
+        return self.manager.info(ref)
+
+    def update(self, request, ref):
+        """PUT, POST /processes/<name>"""
+        self._name_only(ref, ("GET", "HEAD", "DELETE", "OPTIONS"))
+
+        def work():
+            self.manager.update_process(ref, request.json())
+            return OK
+        return work
+
+    def delete(self, request, ref):
+        """DELETE /processes/<name> or <pid>"""
+        if self.manager.is_name(ref):
+            self.manager.delete_process(ref)
+        else:
+            self.manager.stop_process(ref)
+        return OK
+
+    def _name_only(self, ref, methods):
+        need(self.manager.is_name(ref), lambda reason: MethodNotAllowed(reason, methods),
+             "process %s is one of a template's; change the template by its name" % ref[:20])
+
+    def pids(self, request, ref):
+        """GET /processes/<name>/_pids"""
+        self._template_action(ref)
+        return {"ok": True, "pids": [process.pid for process in self.manager.find_template(ref).running()]}
+
+    def _template_action(self, ref):
+        need(self.manager.is_name(ref), ResourceNotFound, "a single process has _stop and _signal only; use its template's name")
+
+    def start(self, request, ref):
+        """POST /processes/<name>/_start"""
+        self._template_action(ref)
+        return self._act(request, [self.manager.find_template(ref)], self.manager.start_template)
+
+    def stop(self, request, ref):
+        """POST /processes/<name> or <pid>/_stop"""
+        if self.manager.is_name(ref):
+            return self._act(request, [self.manager.find_template(ref)], self.manager.stop_template)
+        process = self.manager.find_process(ref)
+        return self._act(request, [process.home], lambda name: self.manager.stop_process(process.pid), [process])
+
+    def restart(self, request, ref):
+        """POST /processes/<name>/_restart"""
+        self._template_action(ref)
+        return self._act(request, [self.manager.find_template(ref)], self.manager.restart_template)
+
+    def _act(self, request, templates, action, stopped=None):
+        """Do it, and answer; with ?wait when it is done."""
+        longest = max([template.info["graceful_timeout"] for template in templates] or [0])
+        wait = duration(request, "wait", 0, true=longest + WAIT_EXTRA)
+        before = [process for template in templates for process in template.processes.values()] if stopped is None else stopped
+        for template in templates:
+            action(template.name)
+        if wait is None:
+            return OK
+
+        def done():
+            return all(process.gone or process.running for process in before) and (stopped is not None or all(
+                template.missing() <= 0 for template in templates))
+        if done():
+            return OK
+        return ParkedReply(
+            lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(OK))), wait,
+            lambda: error_response(WaitTimeout("this was not done in %g seconds; it goes on, ask again" % wait)))
+
+    def add(self, request, ref, number="1"):
+        """POST /processes/<name>/_add[/n]"""
+        self._template_action(ref)
+        return {"ok": True, "numprocesses": self.manager.scale(ref, count_of(number))}
+
+    def sub(self, request, ref, number="1"):
+        """POST /processes/<name>/_sub[/n]"""
+        self._template_action(ref)
+        return {"ok": True, "numprocesses": self.manager.scale(ref, -count_of(number))}
+
+    def signal(self, request, ref, signum=None):
+        """POST /processes/<name> or <pid>/_signal/<sig>"""
+        need(signum is not None, NoSignalNumber, "name a signal: _signal/TERM")
+        self.manager.signal(ref, parse_signal(signum), flag(request, "group"))
+        return OK
+
+    def status(self, request, name):
+        """GET /status/<name>"""
+        return self.manager.find_template(name).status()
+
+    # groups
+
+    def groups(self, request):
+        """GET /groups"""
+        return list(dict.fromkeys(t.group for t in self.manager.templates.values() if t.group is not None))
+
+    def _members(self, group):
+        members = [template for template in self.manager.templates.values() if template.group == group]
+        need(members, NotFound, "there is no group '%s'; GET /groups lists them" % group[:128])
+        return members
+
+    def group(self, request, group):
+        """GET /groups/<g>"""
+        return [template.name for template in self._members(group)]
+
+    def group_start(self, request, group):
+        """POST /groups/<g>/_start"""
+        members = self._members(group)
+        for template in members:
+            Launch(template.info)               # all of them, or none
+        return self._act(request, members, self.manager.start_template)
+
+    def group_stop(self, request, group):
+        """POST /groups/<g>/_stop"""
+        return self._act(request, self._members(group), self.manager.stop_template)
+
+    def group_restart(self, request, group):
+        """POST /groups/<g>/_restart"""
+        members = self._members(group)
+        for template in members:
+            Launch(template.info)
+        return self._act(request, members, self.manager.restart_template)
+
+    def group_delete(self, request, group):
+        """DELETE /groups/<g>"""
+        for template in self._members(group):
+            self.manager.delete_process(template.name)
+        return OK
+
+    # statistics
+
+    def stats(self, request, name=None, pid=None):
+        """GET /stats[/<name>[/<pid>]]"""
+        if name is not None:
+            self.manager.find_template(name)
+        if pid is not None:
+            need(not self.manager.is_name(pid) and self.manager.find_process(pid).name == name, NotFound,
+                 "process %s is not one of '%s'" % (pid[:20], name))
+        feed = choice(request, "feed", FEEDS, None)
+        interval = duration(request, "interval", 0.1, default=1.0)
+        if feed is None:
+            return self._sampler(name, pid)
+        if feed == "longpoll":
+            return ParkedReply(lambda deliver: lambda: None, interval, lambda: json_response(self._sampler(name, pid)()))
+        return self._stats_feed(request, feed, interval, name, pid)
+
+    def _sampler(self, name, pid):
+        """A function that looks at the processes which run now."""
+        if pid is not None:
+            process = self.manager.find_process(pid)
+            return lambda: self.samples.one(process)
+        names = list(self.manager.templates) if name is None else [name]
+        running = [(each, self.manager.find_template(each).running()) for each in names]
+        if name is not None:
+            return lambda: self.samples.of(*running[0])
+        return lambda: [self.samples.of(*each) for each in running]
+
+    def _stats_feed(self, request, feed, interval, name, pid):
+        records = EventLog(self.manager.loop, STATS_KEPT)
+        timer = None
+
+        def tick():
+            nonlocal timer
+            try:
+                records.append(self._sampler(name, pid)())
+            except NotFound:
+                records.finish()                # the template, or the process, has gone
+            else:
+                timer = self.manager.loop.later(interval, tick)
+
+        def begin():
+            tick()
+            return lambda: timer and timer.cancel()
+        encoder = RecordEncoder(self._form(request, feed), self.manager.epoch, "stat", lambda record: True, lambda record: "stat")
+        return self._stream(request, feed, (records, encoder, 0), begin=begin)
+
+    # events and streams
+
+    def watch(self, request, *parts):
+        """GET /watch[/p1[/p2[/p3]]]"""
+        parts = parts[0] if parts else []
+        need(len(parts) < 4, BadEventType, "a pattern is empty, <type>, proc/<name> or proc/<name>/<type>")
+        pattern = parse_pattern(parts)
+        events, feed = self.manager.events, choice(request, "feed", FEEDS, "longpoll")
+        offset, restarted, _ = self._position(request, events)
+        if feed == "longpoll":
+            return self._next_event(request, pattern, offset, restarted)
+        encoder = RecordEncoder(self._form(request, feed), self.manager.epoch, pattern,
+                                lambda event: matches(pattern, event), lambda event: event["event"])
+        first = encoder.dropped(0, offset, True) if restarted else b""
+        return self._stream(request, feed, (events, encoder, offset), first=first)
+
+    def _next_event(self, request, pattern, offset, restarted):
+        events = self.manager.events
+        timeout = duration(request, "timeout", 0)
+
+        def ready():
+            nonlocal offset
+            if restarted or offset < events.start:
+                lost = {"event": "dropped", "events": max(0, events.start - offset), "id": "%d@%s" % (events.start, self.manager.epoch)}
+                return json_response(dict(lost, restarted=True) if restarted else lost)
+            for event in events.read(offset, EVENTS_KEPT):
+                offset += 1
+                if matches(pattern, event):
+                    return json_response(event)
+            return Response(status=204, content_type=None) if events.ended else None
+        return self._park(events, ready, timeout, lambda: Response(status=204, content_type=None))
+
+    @staticmethod
+    def _park(log_, ready, timeout, expired):
+        """The answer that ready() makes, now or when the log has more."""
+        response = ready()
+        if response is not None:
+            return response
+
+        def begin(deliver):
+            def satisfied():
+                response = ready()
+                if response is not None:
+                    deliver(response)
+                return response is not None
+            cancel = log_.wait(satisfied)
+            if satisfied():                     # it came between the two
+                cancel()
+            return cancel
+        return ParkedReply(begin, timeout, expired)
+
+    def _position(self, request, log_):
+        """(offset, restarted, is it the id of an exit) where a reader wants to begin. BadValue."""
+        query, last = request.query, request.headers.get("last-event-id", "")
+        since, tail = query.get("since") or None, query.get("tail")
+        need(since is None or tail is None, BadValue, "give 'since' or 'tail', not both")
+        text = last or since
+        if text:
+            match = POSITION.match(text)
+            need(match or last, BadValue, "'since' is a number, or an id as it was given out")
+            if match is None or match.group(3) not in (None, self.manager.epoch):
+                return log_.start, True, False
+            if int(match.group(1)) <= log_.end:
+                return int(match.group(1)), False, bool(match.group(2))
+            need(last, BadValue, "'since' is beyond the end, which is at %d" % log_.end)
+            return log_.start, True, False
+        if tail is None or not isinstance(log_, Window):
+            return log_.end, False, False
+        need(tail == "all" or re.fullmatch(r"[0-9]{1,9}", tail), BadValue, "'tail' is a number of lines, or all")
+        return log_.tail(math.inf if tail == "all" else int(tail)), False, False
+
+    @staticmethod
+    def _form(request, feed):
+        return "eventsource" if feed == "eventsource" else "chunked" if request.version == (1, 1) else "plain"
+
+    def _stream(self, request, feed, where, first=b"", headers=(), loss="cut", process=None, begin=None):
+        """A StreamReply: `where` is (log, encoder, offset)."""
+        log_, encoder, offset = where
+        form = self._form(request, feed)
+        kinds = {"eventsource": "text/event-stream", "records": "application/json", "bytes": "application/octet-stream"}
+        kind = kinds["eventsource" if form == "eventsource" else "records" if isinstance(log_, EventLog) else "bytes"]
+        headers = [("Cache-Control", "no-store"), ("X-Accel-Buffering", "no"), *headers]
+        if form == "chunked":
+            headers.append(("Transfer-Encoding", "chunked"))
+            if loss == "skip":
+                headers.append(("Trailer", "Gaffer-Dropped"))
+        heartbeat = duration(request, "heartbeat", 0.1, true=60.0)
+        return StreamReply(Response(headers=headers, content_type=kind), (log_, encoder, offset, loss), form, heartbeat, first,
+                           process, begin)
+
+    def stream(self, request, ref, label):
+        """GET /streams/<pid> or <name>/<label>"""
+        need(label not in ("stdin", "ttin"), lambda reason: MethodNotAllowed(reason, ("POST", "DELETE", "OPTIONS")),
+             "stdin can be written, not read")
+        window = self.manager.find_window(ref, label)
+        process = None if self.manager.is_name(ref) else self.manager.find_process(ref, past=True)
+        feed = choice(request, "feed", FEEDS, "longpoll")
+        loss = choice(request, "loss", ("skip", "block"), "cut")
+        offset, restarted, at_exit = self._position(request, window)
+        if feed == "longpoll":
+            return self._next_bytes(request, window, offset)
+        if feed == "eventsource":
+            if at_exit and window.ended:
+                return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end)])
+            encoder = SseEncoder(label, self.manager.epoch)
+            first = encoder.dropped(0, offset, True) if restarted else b""
+            return self._stream(request, feed, (window, encoder, offset), first, [("Gaffer-Offset", max(offset, window.start))],
+                                loss, process)
+        encoder = ChunkEncoder if request.version == (1, 1) else RawEncoder
+        offset, headers = self._still_there(window, offset)
+        return self._stream(request, feed, (window, encoder, offset), b"", headers, loss)
+
+    @staticmethod
+    def _still_there(window, offset):
+        """The first offset that can be had, and the headers that tell what cannot."""
+        lost = max(0, window.start - offset)
+        headers = [("Gaffer-Offset", offset + lost)]
+        return offset + lost, headers + [("Gaffer-Dropped", lost)] if lost else headers
+
+    def _next_bytes(self, request, window, offset):
+        timeout = duration(request, "timeout", 0)
+
+        def ready():
+            first, headers = self._still_there(window, offset)
+            data = window.read(first, window.limit)
+            headers[0] = ("Gaffer-Offset", first + len(data))
+            if data:
+                return Response(data, headers=headers, content_type="application/octet-stream")
+            return nothing() if window.ended else None
+
+        def nothing():
+            return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end)])
+        if request.method == "HEAD":
+            return ready() or Response(headers=[("Gaffer-Offset", window.end)], content_type="application/octet-stream")
+        return self._park(window, ready, timeout, nothing)
+
+    def write(self, request, ref, label):
+        """POST /streams/<pid>/<label>"""
+        self._writable(ref, label)
+        need(len(request.body) <= STDIN_SIZE, TooLarge, "a body is at most %d bytes; send it in parts" % STDIN_SIZE)
+        self.manager.write(ref, label, request.body)
+        return OK
+
+    def end_input(self, request, ref, label):
+        """DELETE /streams/<pid>/<label>"""
+        self._writable(ref, label)
+        self.manager.end_input(ref, label)
+        return OK
+
+    def _writable(self, ref, label):
+        if not self.manager.is_name(ref):
+            process = self.manager.find_process(ref, past=True)
+            need(label not in process.outputs or label in process.inputs,
+                 lambda reason: MethodNotAllowed(reason, ("GET", "HEAD", "OPTIONS")), "'%s' can be read, not written" % label[:64])
+
+    def websocket(self, request, ref):
+        """GET /wstreams/<pid>"""
+        need(not self.manager.is_name(ref), NotFound, "a websocket goes to one process: give a pid; GET /processes/%s/_pids" % ref[:128])
+        process = self.manager.find_process(ref, past=True)
+        labels = list(process.outputs)
+        label = request.query.get("label") or (labels[0] if labels else "stdout")
+        window = self.manager.find_window(ref, label)
+        binary = choice(request, "type", ("text", "binary"), "text") == "binary"
+        by_line = choice(request, "frame", ("line",), None) == "line"
+        loss = choice(request, "loss", ("skip", "block"), "cut")
+        offset, _, _ = self._position(request, window)
+        heartbeat = duration(request, "heartbeat", 0.1, true=60.0)
+        stream = None
+        if not flag(request, "readonly"):
+            stream = self.manager.find_input(ref, label if label in process.inputs else "stdin")
+        headers = websocket_accept(request) + [("Gaffer-Offset", max(offset, window.start))]
+        return WebSocketReply(headers, (window, FrameEncoder(binary, by_line), offset, loss), stream, by_line, process, heartbeat)
+
+
+ROUTES = (
+    ("/", {"GET": Api.welcome}),
+    ("/ping", {"GET": Api.ping}),
+    ("/processes", {"GET": Api.processes, "POST": Api.create}),
+    ("/processes/<ref>", {"GET": Api.show, "PUT": Api.update, "POST": Api.update, "DELETE": Api.delete}),
+    ("/processes/<ref>/_pids", {"GET": Api.pids}),
+    ("/processes/<ref>/_start", {"POST": Api.start}),
+    ("/processes/<ref>/_stop", {"POST": Api.stop}),
+    ("/processes/<ref>/_restart", {"POST": Api.restart}),
+    ("/processes/<ref>/_add", {"POST": Api.add}),
+    ("/processes/<ref>/_add/<n>", {"POST": Api.add}),
+    ("/processes/<ref>/_sub", {"POST": Api.sub}),
+    ("/processes/<ref>/_sub/<n>", {"POST": Api.sub}),
+    ("/processes/<ref>/_signal", {"POST": Api.signal}),
+    ("/processes/<ref>/_signal/<sig>", {"POST": Api.signal}),
+    ("/status/<name>", {"GET": Api.status}),
+    ("/stats", {"GET": Api.stats}),
+    ("/stats/<name>", {"GET": Api.stats}),
+    ("/stats/<name>/<pid>", {"GET": Api.stats}),
+    ("/groups", {"GET": Api.groups}),
+    ("/groups/<group>", {"GET": Api.group, "DELETE": Api.group_delete}),
+    ("/groups/<group>/_start", {"POST": Api.group_start}),
+    ("/groups/<group>/_stop", {"POST": Api.group_stop}),
+    ("/groups/<group>/_restart", {"POST": Api.group_restart}),
+    ("/watch", {"GET": Api.watch}),
+    ("/watch/<pattern...>", {"GET": Api.watch}),
+    ("/streams/<ref>/<label>", {"GET": Api.stream, "POST": Api.write, "DELETE": Api.end_input}),
+    ("/wstreams/<ref>", {"GET": Api.websocket}),
+)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# server
+#
+# Endpoints accept on the loop; each connection's requests are read, checked and answered on a thread of its own, which ends
+# when the answer is a stream: then the socket, and what the client sent already, is handed to the loop as a Channel. A
+# long poll is parked there too, and goes back to a thread with its next request.
+# --------------------------------------------------------------------------------------------------------------------
+class HttpEndpoint:
+    """Where to listen: "host:port" (port 0: any free one), "[v6]:port" or "unix:/path"; with `certfile` and `keyfile` (PEM)
+    as TLS. StartError: it is none of these."""
+
+    def __init__(self, bind="127.0.0.1:5000", certfile=None, keyfile=None):
+        self.bind, self.certfile, self.keyfile = bind, certfile, keyfile
+        self.path = bind[5:] if bind.startswith("unix:") else None
+        match = re.match(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]/]+):([0-9]{1,5})\Z", bind)
+        if self.path is None and match and int(match.group(2)) < 65536:
+            self.host, self.port = match.group(1).strip("[]"), int(match.group(2))
+        elif not self.path:
+            raise StartError("'%s' is no address: give host:port, [v6]:port or unix:/path" % bind)
+        if keyfile and not certfile:
+            raise StartError("a keyfile needs its certfile: give --certfile too")
+
+    @property
+    def scheme(self):
+        """http or https."""
+        return "https" if self.certfile else "http"
+
+    def resolve(self):
+        """(address family, address, is it only reachable from this machine). StartError."""
+        if self.path is not None:
+            return socket.AF_UNIX, self.path, True
+        try:
+            found = socket.getaddrinfo(self.host, self.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
+        except OSError as error:
+            raise StartError("the address '%s' cannot be found: %s" % (self.host, error.strerror or error)) from None
+        found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+        family, _, _, _, address = found[0]
+        return family, address, address[0].startswith("127.") or address[0] in ("::1", "::ffff:127.0.0.1")
+
+    def tls_context(self):
+        """An ssl.SSLContext, or None. StartError: the files are no certificate and key."""
+        if not self.certfile:
+            return None
+        import ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(self.certfile, self.keyfile)
+        except (OSError, ValueError) as error:
+            raise StartError("the certificate '%s' cannot be used: %s" % (self.certfile, error)) from None
+        return context
+
+
+def shut_down(sock):
+    """Say that nothing more will be sent: TLS's close_notify, then FIN."""
+    try:
+        if hasattr(sock, "unwrap"):
+            sock.setblocking(False)
+            sock.unwrap()
+    except (OSError, ValueError):
+        pass                                    # the peer's own close_notify is not waited for
+    try:
+        sock.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass                                    # it is gone
+
+
+class Channel:
+    """A connection that the loop drives: what is sent waits in a queue while the client does not take it. Subclasses have
+    received(data), drained() and closing()."""
+
+    stall = STALL
+
+    def __init__(self, http, sock, received=b""):
+        self.http, self.loop, self.sock = http, http.loop, sock
+        self.early = received                   # what came behind the request
+        self.closed = False
+        self._ending = False
+        self._queue, self.queued = collections.deque(), 0
+        self._mask = selectors.EVENT_READ
+        self._timer = None
+        self._progress = 0.0
+
+    def open(self):
+        """Begin; called on the loop."""
+        self.sock.setblocking(False)
+        self.http.channels.add(self)
+        self.loop.register(self.sock.fileno(), self._mask, self._ready)
+
+    def received(self, data):
+        """Bytes have come. Nothing is expected of who only listens."""
+
+    def drained(self):
+        """All that was queued has been taken."""
+
+    def closing(self):
+        """The connection is about to be closed."""
+
+    def send(self, payload):
+        """Send bytes, or queue what is not taken. True: all is taken."""
+        if self._queue or self.closed:
+            return self._enqueue(payload)
+        try:
+            count = self.sock.send(payload)
+        except self.http.would_block:
+            count = 0
+        except OSError:
+            self.close()
+            return False
+        return count == len(payload) or self._enqueue(memoryview(payload)[count:])
+
+    def _enqueue(self, payload):
+        if not self.closed:
+            if not self._queue:
+                self._watch(self._mask | selectors.EVENT_WRITE)
+                self._progress = self.loop.now
+                if self._timer is None:
+                    self._timer = self.loop.later(self.stall, self._check_stall)
+            self._queue.append(memoryview(payload))
+            self.queued += len(payload)
+        return False
+
+    def _watch(self, mask):
+        if mask != self._mask and not self.closed:
+            if mask and self._mask:
+                self.loop.modify(self.sock.fileno(), mask)
+            elif mask:
+                self.loop.register(self.sock.fileno(), mask, self._ready)
+            else:
+                self.loop.unregister(self.sock.fileno())
+            self._mask = mask
+
+    def reading(self, wanted):
+        """Read from the client, or let it wait."""
+        self._watch(self._mask | selectors.EVENT_READ if wanted else self._mask & ~selectors.EVENT_READ)
+
+    def _ready(self, mask):
+        if mask & selectors.EVENT_WRITE:
+            self._flush()
+        if mask & selectors.EVENT_READ and not self.closed:
+            self._read()
+
+    def _read(self):
+        try:
+            data = self.sock.recv(READ_SIZE)
+        except self.http.would_block:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+        elif not self._ending:
+            self.received(data)
+            if not self.closed and self._mask & selectors.EVENT_READ and getattr(self.sock, "pending", int)():
+                self.loop.call_soon(self._read_pending)     # decrypted already: the selector does not know
+
+    def _read_pending(self):
+        if not self.closed and self._mask & selectors.EVENT_READ:
+            self._read()
+
+    def _flush(self):
+        while self._queue:
+            head = self._queue[0]
+            try:
+                count = self.sock.send(head)
+            except self.http.would_block:
+                return
+            except OSError:
+                return self.close()
+            self._progress = self.loop.now
+            self.queued -= count
+            if count < len(head):
+                self._queue[0] = head[count:]
+                return
+            self._queue.popleft()
+        self._watch(self._mask & ~selectors.EVENT_WRITE)
+        if self._ending:
+            self._shut()
+        else:
+            self.drained()
+
+    def _check_stall(self):
+        self._timer = None
+        if not self._queue or self.closed:
+            return
+        wait = self._progress + self.stall - self.loop.now
+        if wait <= 0:
+            log.info("a client took nothing for %g seconds; its connection is closed", self.stall)
+            self.close()
+        else:
+            self._timer = self.loop.later(wait, self._check_stall)
+
+    def finish(self):
+        """Close once all is sent, and the client has had a chance to take it (RFC 9112 section 9.6)."""
+        if not self._ending and not self.closed:
+            self._ending = True
+            self.closing()
+            self.reading(True)
+            if not self._queue:
+                self._shut()
+
+    def _shut(self):
+        shut_down(self.sock)
+        self.loop.later(LINGER_TIME, self.close)
+
+    def close(self):
+        """Close now."""
+        if not self.closed:
+            self._watch(0)
+            self.closed = True
+            self._queue.clear()
+            self.queued = 0
+            if self._timer is not None:
+                self._timer.cancel()
+            self.http.channels.discard(self)
+            self.http.released()
+            if not self._ending:
+                self.closing()
+            self.sock.close()
+
+
+class FeedChannel(Channel):
+    """A continuous stream, or Server-Sent Events."""
+
+    def __init__(self, http, sock, received, head, reply):
+        super().__init__(http, sock, received)
+        self._head, self._reply = head, reply
+        log_, encoder, offset, loss = reply.reader
+        self._reader = Reader(log_, encoder, self, offset, loss)
+        self.stall = BLOCK_STALL if loss == "block" else STALL
+        self._end_feed = self._beat = None
+
+    def open(self):
+        """See Channel."""
+        super().open()
+        self.send(self._head + self._reply.first)
+        self._reader.start()
+        if self._reply.begin is not None and not self.closed:
+            self._end_feed = self._reply.begin()
+        if self._reply.heartbeat is not None and not self.closed:
+            self._beat = self.loop.later(self._reply.heartbeat, self._heartbeat)
+
+    def drained(self):
+        """See Channel."""
+        self._reader.pump()
+
+    def lost(self, reader, count):
+        """See Reader: a continuous stream is cut without its last chunk."""
+        log.info("a reader of a continuous stream was too slow: %d bytes were dropped, it is cut", count)
+        self.finish()
+
+    def finished(self, reader):
+        """See Reader."""
+        process = self._reply.process
+        if process is not None and not process.exited:
+            process.on_exit.add(self._process_exited)
+        elif process is not None:
+            self._process_exited()
+        else:
+            if self._reply.form == "chunked":
+                trailer = b"Gaffer-Dropped: %d\r\n" % reader.dropped if reader.loss == "skip" else b""
+                self.send(b"0\r\n" + trailer + b"\r\n")
+            self.finish()
+
+    def _process_exited(self):
+        if not self.closed and not self._ending:
+            process, reader = self._reply.process, self._reader
+            self.send(reader.encoder.exit(reader.log.end, {
+                "pid": process.pid, "exit_status": process.exit_status, "term_signal": process.term_signal}))
+            self.finish()
+
+    def _heartbeat(self):
+        wait = self._reader.last_sent + self._reply.heartbeat - self.loop.now
+        if wait <= 0:
+            wait = self._reply.heartbeat
+            self._reader.last_sent = self.loop.now
+            if not self._queue:
+                self.send(chunk(b"\n") if self._reply.form == "chunked" else b"\n")
+        if not self.closed:
+            self._beat = self.loop.later(wait, self._heartbeat)
+
+    def closing(self):
+        """See Channel."""
+        self._reader.close()
+        if self._beat is not None:
+            self._beat.cancel()
+        if self._end_feed is not None:
+            self._end_feed()
+        if self._reply.process is not None:
+            self._reply.process.on_exit.discard(self._process_exited)
+
+
+class ParkedChannel(Channel):
+    """A connection whose answer comes later. Then it goes back to a thread."""
+
+    def __init__(self, http, sock, received, reply, encode, keep_alive, resume):
+        super().__init__(http, sock, received)
+        self._reply, self._encode, self._keep_alive, self._resume = reply, encode, keep_alive, resume
+        self._cancel = self._expiry = None
+        self._answered = False
+
+    def open(self):
+        """See Channel."""
+        super().open()
+        self.reading(len(self.early) < PIPELINE_SIZE)
+        if self._reply.timeout is not None:
+            self._expiry = self.loop.later(self._reply.timeout, lambda: self._deliver(self._reply.expired()))
+        cancel = self._reply.begin(self._deliver)
+        if self._answered:
+            cancel()
+        else:
+            self._cancel = cancel
+
+    def received(self, data):
+        """See Channel: the next requests wait here."""
+        self.early += data
+        self.reading(len(self.early) < PIPELINE_SIZE)
+
+    def _deliver(self, response):
+        if not self._answered and not self.closed:
+            self._answered = True
+            self._end_wait()
+            if callable(response):
+                response = response()
+            if self.send(self._encode(response)):
+                self.drained()
+
+    def drained(self):
+        """See Channel."""
+        if not self._keep_alive:
+            self.finish()
+        elif not self.closed:
+            self._watch(0)
+            self.closed = True
+            if self._timer is not None:
+                self._timer.cancel()
+            self.http.channels.discard(self)
+            self._resume(self.early)
+
+    def _end_wait(self):
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self._cancel is not None:
+            self._cancel()
+
+    def closing(self):
+        """See Channel."""
+        self._end_wait()
+
+
+class WebSocketChannel(Channel):
+    """RFC 6455 on the loop: pings are answered, closing handshakes made. Subclasses have message(data), ended()."""
+
+    limit = MESSAGE_SIZE
+
+    def __init__(self, http, sock, received, head):
+        super().__init__(http, sock, received)
+        self._head = head
+        self._decoder = WebSocketDecoder(self.limit)
+        self._said_close = False
+
+    def open(self):
+        """See Channel."""
+        super().open()
+        self.send(self._head)
+        self.opened()
+        if self.early and not self.closed:      # frames that came with the request
+            early, self.early = self.early, b""
+            self.received(early)
+
+    def opened(self):
+        """The handshake is done."""
+
+    def message(self, data):
+        """A whole message has come: str or bytes."""
+
+    def ended(self, code, reason):
+        """The connection is at its end: called once."""
+
+    def received(self, data):
+        """See Channel."""
+        for event in self._decoder.feed(data):
+            if self.closed or self._ending:
+                return
+            kind = event[0]
+            if kind in ("text", "binary"):
+                if not self._said_close:
+                    self.message(event[1])
+            elif kind == "ping":
+                if self.queued < CONTROL_SIZE + self.limit and not self._said_close:
+                    self.send(frame(PONG, event[1]))
+            elif kind in ("close", "fail"):
+                self.say_close(1000 if event[1] == 1005 else event[1], event[2] if kind == "fail" else "", kind == "close" and event[1])
+                self.finish()
+
+    def say_close(self, code, reason="", told=None):
+        """Send a close frame, once; the connection ends when the peer has answered, or CLOSE_TIME later. `told`: the code
+        that the peer gave, if it was the first to close."""
+        if not self._said_close and not self.closed:
+            self._said_close = True
+            self.send(frame(CLOSE, b"") if told == 1005 else close_frame(code, reason))
+            self.loop.later(CLOSE_TIME, self.finish)
+            self.reading(True)
+            self.ended(code if told is None else told, reason)
+
+    def closing(self):
+        """See Channel."""
+        if not self._said_close:
+            self._said_close = True
+            self.ended(1006, "")
+
+
+class ProcessSocket(WebSocketChannel):
+    """A websocket to a process: what comes in goes to its stdin, its output comes back."""
+
+    def __init__(self, http, sock, received, head, reply):
+        super().__init__(http, sock, received, head)
+        self._reply = reply
+        log_, encoder, offset, loss = reply.reader
+        self._reader = Reader(log_, encoder, self, offset, loss)
+        self.stall = BLOCK_STALL if loss == "block" else STALL
+        self._held = collections.deque()        # messages that stdin has no room for; nothing is read meanwhile
+        self._beat = None
+
+    def opened(self):
+        """See WebSocketChannel."""
+        self._reader.start()
+        if self._reply.heartbeat is not None and not self.closed:
+            self._beat = self.loop.later(self._reply.heartbeat, self._heartbeat)
+
+    def _heartbeat(self):
+        if not self._queue and not self._said_close:
+            self.send(frame(PING, b""))
+        self._beat = self.loop.later(self._reply.heartbeat, self._heartbeat)
+
+    def drained(self):
+        """See Channel."""
+        self._reader.pump()
+
+    def message(self, data):
+        """See WebSocketChannel."""
+        stream = self._reply.stream
+        if stream is None:
+            return self.say_close(1008, "this websocket is read only")
+        data = data.encode("utf-8") if isinstance(data, str) else data
+        self._held.append(data + b"\n" if self._reply.by_line else data)
+        return self._write()
+
+    def _write(self):
+        stream = self._reply.stream
+        while self._held and not self.closed and not self._said_close:
+            try:
+                stream.write(self._held[0])
+            except StdinFull:
+                if len(self._held[0]) > STDIN_SIZE:
+                    return self.say_close(1009, "a message is over %d bytes" % STDIN_SIZE)
+                self.reading(False)
+                return stream.on_low.add(self._write)
+            except ForbiddenWrite as error:
+                return None if self._reply.process.exited else self.say_close(1011, str(error))
+            self._held.popleft()
+        if not self.closed and not self._ending:
+            self.reading(True)
+        return None
+
+    def lost(self, reader, count):
+        """See Reader."""
+        self.say_close(1013, "dropped %d" % count)
+
+    def finished(self, reader):
+        """See Reader."""
+        if self._reply.process.exited:
+            self._process_exited()
+        else:
+            self._reply.process.on_exit.add(self._process_exited)
+
+    def _process_exited(self):
+        process = self._reply.process
+        self.say_close(1000, "signal %d" % process.term_signal if process.term_signal else "exit %d" % process.exit_status)
+
+    def ended(self, code, reason):
+        """See WebSocketChannel."""
+        self._reader.close()
+        if self._beat is not None:
+            self._beat.cancel()
+        self._reply.process.on_exit.discard(self._process_exited)
+        if self._reply.stream is not None:
+            self._reply.stream.on_low.discard(self._write)
+
+
+class WebSocketHandler:
+    """Base of a websocket route: HttpHandler(handlers=[(r"/echo", Echo)]) makes one for each connection. Its methods run on
+    the loop's thread and must not block; send() and end() may be called from any. `request`, `args`: the opening request
+    and the groups of the route's pattern."""
+
+    max_message = HANDLER_MESSAGE_SIZE
+
+    def __init__(self, request, args, channel):
+        self.request, self.args, self._channel = request, args, channel
+
+    def open(self):
+        """The connection is open."""
+
+    def message(self, data):
+        """A message has come: str for a text one, bytes for a binary one."""
+
+    def close(self, code, reason):
+        """The connection is closed: called once. `code`: the peer's close code, ours, or 1006 if there was none."""
+
+    def send(self, data):
+        """Send str as a text message, bytes as a binary one. A client that takes nothing is closed at SEND_QUEUE_SIZE."""
+        payload = frame(TEXT, data.encode("utf-8")) if isinstance(data, str) else frame(BINARY, bytes(data))
+        self._channel.loop.call(self._channel.send_message, payload)
+
+    def end(self, code=1000, reason=""):
+        """Close the connection."""
+        self._channel.loop.call(self._channel.say_close, code, reason)
+
+
+class HandlerSocket(WebSocketChannel):
+    """A websocket of a WebSocketHandler."""
+
+    def __init__(self, http, sock, received, head, make_handler):
+        self._handler = make_handler(self)
+        self.limit = self._handler.max_message
+        super().__init__(http, sock, received, head)
+
+    def _safely(self, function, *args):
+        try:
+            function(*args)
+        except Exception:
+            log.exception("a websocket handler failed; its connection is closed")
+            self.say_close(1011, "the handler failed")
+
+    def opened(self):
+        """See WebSocketChannel."""
+        self._safely(self._handler.open)
+
+    def message(self, data):
+        """See WebSocketChannel."""
+        self._safely(self._handler.message, data)
+
+    def send_message(self, payload):
+        """Queue a whole frame."""
+        if self.closed or self._said_close:
+            return
+        if self.queued + len(payload) > SEND_QUEUE_SIZE:
+            log.warning("a websocket client did not take %d bytes; it is closed", self.queued)
+            return self.close()
+        if not self.send(payload) and self.queued > SEND_QUEUE_LOW:
+            self.reading(False)
+
+    def drained(self):
+        """See Channel."""
+        self.reading(True)
+
+    def ended(self, code, reason):
+        """See WebSocketChannel."""
+        self._safely(self._handler.close, code, reason)
+
+
+class Connection(socketserver.BaseRequestHandler):
+    """The requests of one connection, on one thread, in order."""
+
+    def __init__(self, http, listener, sock, client, received):
+        self.http, self._client, self._buffer = http, client, received
+        self._secure = listener.context is not None
+        self._timeout = None
+        self._open = True
+        super().__init__(sock, client, listener)
+
+    def setup(self):
+        """See socketserver."""
+        sock = self.request
+        if self._secure and not hasattr(sock, "unwrap"):
+            self.request = self.server.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            self.http.replace(sock, self.request)
+
+    def handle(self):
+        """See socketserver."""
+        try:
+            if self._secure:
+                self._wait(HANDSHAKE_TIME)
+                self.request.do_handshake()
+            while self._open:
+                self._open = self._one()
+        except (OSError, ValueError) as error:  # it has left; ValueError: TLS, on a closed socket
+            log.debug("%s: %s", self._client, error)
+            self._open = False
+
+    def finish(self):
+        """See socketserver."""
+        if self.request is not None:
+            shut_down(self.request)
+            self.request.close()
+            self.http.released()
+
+    def _wait(self, seconds_):
+        if seconds_ != self._timeout:           # each is a system call
+            self._timeout = seconds_
+            self.request.settimeout(seconds_)
+
+    def _receive(self, deadline):
+        """Some bytes, b"" at the end. RequestTimeout."""
+        left = deadline - self.http.loop.clock()
+        need(left > 0, RequestTimeout, "the request did not arrive in time; send it faster")
+        self._wait(left)
+        try:
+            return self.request.recv(READ_SIZE)
+        except socket.timeout:
+            raise RequestTimeout("the request did not arrive in time; send it faster") from None
+
+    def _one(self):
+        """Answer one request. False: the connection ends."""
+        try:
+            request = self._read_head()
+        except GafferError as error:
+            return self._refuse(error)
+        if request is None:
+            return False
+        try:
+            answer = self.http.admit_request(request)
+            if answer is None or request.method == "OPTIONS":
+                self._read_body(request, self.http.body_limit(request))
+        except GafferError as error:
+            return self._refuse(error, request)
+        if answer is None:
+            answer = self.http.answer(request)
+        return self._give(request, answer)
+
+    def _read_head(self):
+        """A Request, or None where the client has nothing more to ask."""
+        deadline = None
+        while True:
+            buffer = self._buffer
+            if buffer[:2] == b"\r\n":           # RFC 9112 section 2.2: an empty line before a request is ignored
+                buffer = self._buffer = buffer.lstrip(b"\r\n")
+            end = buffer.find(b"\r\n\r\n")
+            line = buffer.find(b"\r\n")
+            need((line if line >= 0 else len(buffer)) <= TARGET_SIZE + 64, UriTooLong,
+                 "the request line is over %d bytes; shorten it" % TARGET_SIZE)
+            need((end if end >= 0 else len(buffer)) <= HEAD_SIZE, HeadersTooLarge,
+                 "the head is over %d bytes; send less" % HEAD_SIZE)
+            if end >= 0:
+                self._buffer = buffer[end + 4:]
+                request = parse_head(buffer[:end])
+                request.client, request.secure = self._client, self._secure
+                return request
+            need(not BARE_NEWLINE.search(buffer), BadRequest, "lines of a request end with CR LF")
+            if buffer and deadline is None:
+                deadline = self.http.loop.clock() + HEAD_TIME
+            data = self._receive(deadline) if buffer else self._idle()
+            if not data:
+                return None
+            self._buffer += data
+
+    def _idle(self):
+        self._wait(IDLE_TIME)
+        try:
+            return self.request.recv(READ_SIZE)
+        except socket.timeout:
+            return b""
+
+    def _read_body(self, request, limit):
+        coding = request.headers.get("content-encoding", "identity").lower()
+        need(coding in ("identity", ""), UnsupportedMediaType, "send the body as it is, without Content-Encoding")
+        length = body_length(request)
+        need(length is None or length <= limit, TooLarge, "the body is over %d bytes; send less" % limit)
+        expect = request.headers.get("expect")
+        if expect is not None and request.version == (1, 1):
+            need(expect.lower() == "100-continue", ExpectationFailed, "the only expectation here is 100-continue")
+            if length != 0 and not self._buffer:
+                self._wait(SEND_TIME)
+                self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length == 0:
+            return
+        deadline = self.http.loop.clock() + BODY_TIME
+        if length is None:
+            decoder = ChunkedDecoder(limit)
+            data, self._buffer = self._buffer, b""
+            while not decoder.feed(data):
+                data = self._more(deadline)
+            request.body, self._buffer = decoder.body, decoder.rest
+            return
+        parts, size = [self._buffer], len(self._buffer)
+        while size < length:
+            parts.append(self._more(deadline))
+            size += len(parts[-1])
+        data = b"".join(parts)
+        request.body, self._buffer = data[:length], data[length:]
+
+    def _more(self, deadline):
+        data = self._receive(deadline)
+        if not data:
+            raise ConnectionAbortedError("it left within a body")
+        return data
+
+    def _refuse(self, error, request=None):
+        """Answer with an error and close, as where the next request begins is not known."""
+        more = self.http.access.cors(request) if request else ()
+        head_only = request is not None and request.method == "HEAD"
+        self._wait(SEND_TIME)
+        self.request.sendall(error_response(error).encode(self.http.date(), False, head_only, more))
+        self._linger()
+        return False
+
+    def _linger(self):
+        """Read what still comes for a while, or the client would get a reset in place of the answer."""
+        shut_down(self.request)
+        deadline, left = self.http.loop.clock() + LINGER_TIME, LINGER_SIZE
+        try:
+            while left > 0:
+                data = self._receive(deadline)
+                if not data:
+                    return
+                left -= len(data)
+        except GafferError:
+            pass
+
+    def _give(self, request, answer):
+        """Send an answer, or hand the socket to the loop. False: the connection ends here."""
+        head_only = request.method == "HEAD"
+        keep = not request.wants_close() and not self.http.closed
+        more = self.http.access.cors(request)
+        if request.version == (1, 0) and keep:
+            more = [*more, ("Connection", "keep-alive")]
+        if isinstance(answer, StreamReply) and head_only:
+            answer = Response(headers=answer.response.headers, content_type=None)
+            keep = False
+        if isinstance(answer, ParkedReply) and head_only:
+            answer = Response()
+        if isinstance(answer, Response):
+            self._wait(SEND_TIME)
+            self.request.sendall(answer.encode(self.http.date(), keep, head_only, more))
+            return keep
+        if callable(answer):                    # a mounted application writes for itself
+            self._wait(SEND_TIME)
+            return answer(self.request, keep, more)
+        sock, self.request = self.request, None
+        self.http.hand_over(self.server, sock, self._client, self._buffer, answer, keep, more)
+        return False
+
+
+class Listener(socketserver.TCPServer):
+    """One endpoint's listening socket; the loop tells it when to accept."""
+
+    allow_reuse_address = True
+    request_queue_size = BACKLOG
+
+    def __init__(self, http, endpoint):
+        self.http, self.endpoint = http, endpoint
+        self.address_family, address, self.local = endpoint.resolve()
+        self.context = endpoint.tls_context()
+        self._said = Throttle()
+        super().__init__(address, Connection, bind_and_activate=False)
+
+    def open(self):
+        """Bind, listen, and accept on the loop. StartError."""
+        path = self.endpoint.path
+        try:
+            if path is not None:
+                self._remove_stale(path)
+                mask = os.umask(0o177)          # the socket is never open to others, not for a moment
+                try:
+                    self.server_bind()
+                finally:
+                    os.umask(mask)
+            else:
+                self.server_bind()
+            self.server_activate()
+        except OSError as error:
+            self.socket.close()
+            hint = "another program listens there; give another --bind" if error.errno == errno.EADDRINUSE else (
+                "give another --bind")
+            raise StartError("cannot listen on %s: %s: %s" % (
+                self.endpoint.bind, (error.strerror or str(error)).lower(), hint)) from None
+        self.socket.setblocking(False)
+        self.http.loop.register(self.fileno(), selectors.EVENT_READ, self._accept)
+
+    @staticmethod
+    def _remove_stale(path):
+        """Take away the socket of a server that has died."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+            except OSError:
+                pass                            # nothing there, or no socket: bind() says what is wrong
+
+    @property
+    def url(self):
+        """What a client connects to, with the real port."""
+        if self.endpoint.path is not None:
+            return "unix:" + self.endpoint.path
+        host, port = self.server_address[:2]
+        return "%s://%s:%d" % (self.endpoint.scheme, "[%s]" % host if ":" in host else host, port)
+
+    def _accept(self, mask):
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                sock, address = self.get_request()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._said.warning("no connection can be accepted: %s; trying again every second", error.strerror)
+                    self.http.loop.unregister(self.fileno())
+                    self.http.loop.later(ACCEPT_PAUSE, self._accept_again)
+                return
+            self.process_request(sock, address)
+
+    def _accept_again(self):
+        if self.fileno() >= 0:
+            self.http.loop.register(self.fileno(), selectors.EVENT_READ, self._accept)
+
+    def process_request(self, request, client_address):
+        """Answer a connection's requests on a thread of their own."""
+        if self.address_family != socket.AF_UNIX:
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        client = "%s:%d" % client_address[:2] if client_address and self.address_family != socket.AF_UNIX else "unix"
+        self.http.admit(self, request, client)
+
+    def close(self):
+        """Listen no longer."""
+        if self.fileno() >= 0:
+            if self.http.loop.owned():
+                try:
+                    self.http.loop.unregister(self.fileno())
+                except KeyError:
+                    pass                        # it was waiting for descriptors
+            self.server_close()
+            if self.endpoint.path is not None:
+                try:
+                    os.unlink(self.endpoint.path)
+                except OSError:
+                    pass                        # somebody else has removed it
+
+
+class WsgiErrors:
+    """wsgi.errors: into gaffer's log."""
+
+    def write(self, text):
+        """Log a line."""
+        if text.strip():
+            log.error("%s", text.rstrip())
+
+    def writelines(self, lines):
+        """Log lines."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self):
+        """Nothing waits."""
+
+
+class WsgiRun(SimpleHandler):
+    """Runs one request of a mounted WSGI application (PEP 3333)."""
+
+    http_version = "1.1"
+    server_software = None
+    os_environ: dict = {}                       # gaffer's own environment is not the client's
+    wsgi_multithread, wsgi_multiprocess = True, False
+
+    def __init__(self, request, body, output, environ, more):
+        super().__init__(body, output, WsgiErrors(), environ)
+        self._more = more
+        self.request_handler = request
+
+    def cleanup_headers(self):
+        """See wsgiref: the connection ends with the answer, so its length is no matter."""
+        super().cleanup_headers()
+        for name, value in [*self._more, ("Connection", "close")]:
+            self.headers[name] = value
+        encode_head(200, self.headers.items())
+
+    def log_exception(self, exc_info):
+        """See wsgiref."""
+        log.error("a mounted application failed", exc_info=exc_info)
+
+
+class WsgiOutput:
+    """A socket as a file, which drops the body where only the head is wanted."""
+
+    def __init__(self, sock, head_only):
+        self._sock, self._head_only, self._heads = sock, head_only, 0
+
+    def write(self, data):
+        """Send all of it. wsgiref writes the status line, Date and headers first, and the headers end with an empty line."""
+        if not self._head_only or self._heads == 0:
+            self._sock.sendall(data)
+        if data.endswith(b"\r\n\r\n"):
+            self._heads += 1
+        return len(data)
+
+    def flush(self):
+        """Nothing waits."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# apps
+#
+# What plugs into a Manager: any object with start(loop, manager), and maybe stop(), restart(), and join(), which is called
+# last, when the loop is closed.
+# --------------------------------------------------------------------------------------------------------------------
+def made_response(result):
+    """A Response of what an added route returns: str, bytes, dict, list, Response or (status, headers, body)."""
+    if isinstance(result, tuple):
+        status, headers, body = result
+        made = made_response(body)
+        given = [(str(name), str(value)) for name, value in (headers.items() if isinstance(headers, dict) else headers)]
+        if any(name.lower() == "content-type" for name, _ in given):
+            made.headers = [pair for pair in made.headers if pair[0] != "Content-Type"]
+        made.status, made.headers = status, made.headers + given
+        return made
+    if isinstance(result, Response):
+        return result
+    if isinstance(result, str):
+        return Response(result.encode("utf-8"), content_type="text/plain; charset=utf-8")
+    if isinstance(result, (bytes, bytearray)):
+        return Response(bytes(result), content_type="application/octet-stream")
+    return json_response(result)
+
+
+class HttpHandler:
+    """The HTTP API as an app. `endpoints`: HttpEndpoints (127.0.0.1:5000). `handlers`: [(regular expression, callable or
+    WebSocketHandler class)]; callable(request, *groups) runs on the request's thread and returns str, bytes, dict, list,
+    Response or (status, headers, body). `wsgi`: {"/prefix": WSGI application}. `token`, `cors_origins`, `allow_hosts`: who
+    may do what. `max_body`: bytes of a body for handlers and WSGI."""
+
+    def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(), allow_hosts=(), max_body=16 * MIB):
+        self.endpoints = list(endpoints) if endpoints is not None else [HttpEndpoint()]
+        self.access = Access(token, cors_origins, allow_hosts)
+        self.listeners = []
+        self.channels = set()
+        self.loop = None
+        self.closed = False
+        self.would_block = (BlockingIOError, InterruptedError)
+        self._token = token
+        self._handlers = [(re.compile(pattern), handler) for pattern, handler in handlers]
+        self._wsgi = sorted(((path.rstrip("/"), app) for path, app in (wsgi or {}).items()), key=lambda item: -len(item[0]))
+        self._max_body = max_body
+        self._router = Router(ROUTES)
+        self._api = None
+        self._threads = {}                      # thread -> its socket
+        self._connections = 0
+        self._lock = threading.Lock()           # guards the two above, which request threads change
+        self._said = Throttle()
+        self._date = (0, "")
+
+    # the app
+
+    def start(self, loop, manager):
+        """Listen. StartError: an endpoint cannot be used, or would be open to everybody."""
+        self.loop, self._api, self.closed = loop, Api(manager), False
+        if any(endpoint.certfile for endpoint in self.endpoints):
+            import ssl
+            self.would_block += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        try:
+            for endpoint in self.endpoints:
+                listener = Listener(self, endpoint)
+                if not listener.local and self._token is None:
+                    listener.server_close()
+                    raise StartError("%s can be reached from other machines: give a token with --token-file or GAFFER_TOKEN, "
+                                     "or listen on 127.0.0.1" % endpoint.bind)
+                listener.open()
+                self.listeners.append(listener)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self):
+        """Listen no longer, close all connections."""
+        self.closed = True
+        for listener in self.listeners:
+            listener.close()
+        self.listeners = []
+        for channel in tuple(self.channels):
+            channel.close()
+        with self._lock:
+            for sock in self._threads.values():
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass                        # it is closing by itself
+
+    def join(self):
+        """Wait for the request threads, which see their sockets closed."""
+        deadline = time.monotonic() + SEND_TIME
+        for thread in tuple(self._threads):
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    @property
+    def urls(self):
+        """What the endpoints are called, with their real ports."""
+        return [listener.url for listener in self.listeners]
+
+    # connections
+
+    def admit(self, listener, sock, client, received=b"", fresh=True):
+        """Answer a connection on a thread. Called on the loop."""
+        with self._lock:
+            full = fresh and self._connections >= CONNECTIONS_MAX or len(self._threads) >= THREADS_MAX
+            if not full and fresh:
+                self._connections += 1
+        if not full:
+            thread = threading.Thread(target=self._serve, args=(listener, sock, client, received), name="gaffer-http", daemon=True)
+            with self._lock:
+                self._threads[thread] = sock
+            try:
+                thread.start()
+                return
+            except RuntimeError:                # the system has no thread left
+                with self._lock:
+                    del self._threads[thread]
+                self.released()
+        self._said.warning("too many connections: one was refused")
+        try:
+            sock.setblocking(False)
+            sock.send(error_response(Busy("there are too many connections; try again later")).encode(self.date(), False))
+        except OSError:
+            pass                                # it does not wait for the answer
+        sock.close()
+
+    def _serve(self, listener, sock, client, received):
+        try:
+            Connection(self, listener, sock, client, received)
+        except Exception:
+            log.exception("the connection of %s failed", client)
+            sock.close()
+            self.released()
+        finally:
+            with self._lock:
+                self._threads.pop(threading.current_thread(), None)
+
+    def replace(self, old, new):
+        """A thread's socket has become a TLS one."""
+        with self._lock:
+            for thread, sock in self._threads.items():
+                if sock is old:
+                    self._threads[thread] = new
+
+    def released(self):
+        """A connection has ended."""
+        with self._lock:
+            self._connections -= 1
+
+    def date(self):
+        """The Date header's value; made once a second."""
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = (now, http_date(now))
+        return self._date[1]
+
+    # requests
+
+    def admit_request(self, request):
+        """None, or the Response to a request that needs no route. Raises what Access refuses."""
+        access = self.access
+        access.check_host(request)
+        if request.method == "OPTIONS":
+            return Response(status=204, headers=access.preflight(request), content_type=None)
+        if request.method not in ("GET", "HEAD") or "upgrade" in request.headers:
+            access.check_origin(request)
+        if request.path.rstrip("/") != "/ping" or request.method not in ("GET", "HEAD"):
+            access.check_token(request)
+        return None
+
+    def body_limit(self, request):
+        """How long a body may be."""
+        return self._max_body if self._router.find(request.segments())[0] is None else BODY_SIZE
+
+    def answer(self, request):
+        """A Response, a reply that the loop takes over, or a function that writes the answer."""
+        try:
+            methods, args = self._router.find(request.segments())
+            if methods is None:
+                return self._extra(request)
+            handler = methods.get(request.method)
+            if handler is None:
+                raise MethodNotAllowed("%s is not for this; see the Allow header" % request.method[:20], allowed(methods))
+            result = self.loop.call(handler, self._api, request, *args)
+            if callable(result):
+                result = result()
+            return result if isinstance(result, (Response, StreamReply, ParkedReply, WebSocketReply)) else json_response(result)
+        except GafferError as error:
+            return error_response(error)
+        except Exception as error:
+            log.exception("%s %s failed", request.method, request.path)
+            return error_response(error)
+
+    def _extra(self, request):
+        """Routes that were added, and mounted applications."""
+        for pattern, handler in self._handlers:
+            match = pattern.fullmatch(request.path)
+            if match:
+                groups = [None if group is None else urllib.parse.unquote(group) for group in match.groups()]
+                if isinstance(handler, type) and issubclass(handler, WebSocketHandler):
+                    return handler, request, groups, websocket_accept(request)
+                return made_response(handler(request, *groups))
+        for prefix, app in self._wsgi:
+            if request.path == prefix or request.path.startswith(prefix + "/"):
+                return lambda sock, keep, more: self._run_wsgi(app, prefix, request, sock, more)
+        raise ResourceNotFound("there is nothing at %s" % request.path[:200])
+
+    @staticmethod
+    def _run_wsgi(app, prefix, request, sock, more):
+        host, _, port = request.headers.get("host", "localhost").rpartition(":")
+        environ = {
+            "REQUEST_METHOD": request.method, "SCRIPT_NAME": prefix, "QUERY_STRING": request.raw_query,
+            "PATH_INFO": urllib.parse.unquote(request.path[len(prefix):], "latin-1"), "SERVER_PROTOCOL": "HTTP/%d.%d" % request.version,
+            "SERVER_NAME": host or "localhost", "SERVER_PORT": port if port.isdigit() else "80",
+            "REMOTE_ADDR": request.client.rpartition(":")[0], "CONTENT_LENGTH": str(len(request.body)),
+            "CONTENT_TYPE": request.headers.get("content-type", ""), "wsgi.url_scheme": "https" if request.secure else "http",
+        }
+        for name, value in request.headers.items():
+            # "_" would let a client forge another header's name; Proxy would become HTTP_PROXY
+            if "_" not in name and name not in ("proxy", "content-type", "content-length"):
+                environ["HTTP_" + name.upper().replace("-", "_")] = value
+        if request.secure:
+            environ["HTTPS"] = "on"
+        WsgiRun(request, io.BytesIO(request.body), WsgiOutput(sock, request.method == "HEAD"), environ, more).run(app)
+        return False
+
+    # the hand-over
+
+    def hand_over(self, listener, sock, client, received, reply, keep_alive, more):
+        """Give a socket to the loop. Called on a request's thread, which ends after it."""
+        def head(headers, status=101):
+            return encode_head(status, [("Date", self.date()), *headers, *more])
+        if isinstance(reply, StreamReply):
+            headers = [*reply.response.headers, ("Connection", "close")]
+            channel = FeedChannel(self, sock, received, head(headers, 200), reply)
+        elif isinstance(reply, ParkedReply):
+            def resume(rest):
+                sock.setblocking(True)
+                self.admit(listener, sock, client, rest, False)
+            channel = ParkedChannel(self, sock, received, reply,
+                                    lambda response: response.encode(self.date(), keep_alive, False, more), keep_alive, resume)
+        elif isinstance(reply, WebSocketReply):
+            channel = ProcessSocket(self, sock, received, head(reply.headers), reply)
+        else:
+            handler, request, groups, headers = reply
+            channel = HandlerSocket(self, sock, received, head(headers), lambda channel: handler(request, groups, channel))
+        self.loop.call_soon(self._open, channel)
+
+    def _open(self, channel):
+        if self.closed:
+            channel.sock.close()
+            self.released()
+        else:
+            channel.open()
+
+
+class SigHandler:
+    """Stops the manager on INT and TERM; a second one kills at once. Only for the main thread."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self._old = {}
+        self._count = 0
+
+    def start(self, loop, manager):
+        """See apps."""
+        if threading.current_thread() is not threading.main_thread():
+            raise StartError("SigHandler needs the main thread: run() the manager there, or leave it out")
+
+        def stop(signum, frame_):
+            self._count += 1
+            manager.stop(kill=self._count > 1)
+        # a signal that arrives just before select() sleeps would be seen only after it: the descriptor wakes it
+        self._old_fd = signal.set_wakeup_fd(loop.wake_fd, warn_on_full_buffer=False)
+        for signum in self.SIGNALS:
+            self._old[signum] = signal.signal(signum, stop)
+
+    def stop(self):
+        """See apps."""
+        for signum, old in self._old.items():
+            signal.signal(signum, old)
+        if self._old:
+            signal.set_wakeup_fd(self._old_fd)
+        self._old = {}
+
+
+class LineEncoder:
+    """Whole lines, as a list of bytes."""
+    key, by_line, partial, dropped = ("lines",), True, False, None
+
+    @staticmethod
+    def ends(data):
+        """See logs."""
+        return b"\n" in data or b"\r" in data
+
+    @staticmethod
+    def encode(data, offset, before, mode, piece):
+        """See logs."""
+        skip, segments, lines = split_lines(data, before, mode, piece)
+        return lines, skip + sum(map(len, segments))
+
+
+class LineSink:
+    """A Reader's sink that logs each line."""
+
+    def __init__(self, name, label):
+        self._name, self._label = name, label
+
+    def send(self, lines):
+        """See Reader."""
+        for line in lines:
+            log.debug("%s %s | %s", self._name, self._label, line.decode("utf-8", "replace"))
+        return True
+
+    def lost(self, reader, count):
+        """Never: it skips."""
+
+    def finished(self, reader):
+        """See Reader."""
+        reader.close()
+
+
+class ConsoleOutput:
+    """Logs what happens: events, and with `output` the processes' output too, a line each."""
+
+    def __init__(self, output=False):
+        self._output = output
+
+    def start(self, loop, manager):
+        """See apps."""
+        self._manager = manager
+        manager.subscribe("", self._event)
+
+    def _event(self, kind, event):
+        details = ["pid %d" % event["pid"], "os pid %d" % event["os_pid"]] if "pid" in event else []
+        if kind == "exit":
+            details.append("signal %d" % event["term_signal"] if event["term_signal"] else "status %d" % event["exit_status"])
+        log.info("%s: %s%s", event["name"], kind, " (%s)" % ", ".join(details) if details else "")
+        if kind == "create" and self._output:
+            template = self._manager.templates.get(event["name"])
+            for label, merged in template.merged.items() if template else ():
+                Reader(merged.window, LineEncoder(), LineSink(event["name"], label), merged.window.start, "skip").start()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# command line
+#
+# One argparse table; each command is a function of its arguments that returns the exit status. A start that fails is one
+# sentence and exit status 1.
+# --------------------------------------------------------------------------------------------------------------------
+def read_token(path):
+    """The token of a file that nobody else can read, or of GAFFER_TOKEN; None if there is neither. StartError."""
+    if path is None:
+        return os.environ.get("GAFFER_TOKEN") or None
+    try:
+        with open(path, encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_mode & 0o044:
+                raise StartError("the token file '%s' can be read by others: chmod 600 it" % path)
+            token = file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError("the token file '%s' cannot be read: %s" % (path, getattr(error, "strerror", None) or error)) from None
+    if not token or "\n" in token:
+        raise StartError("the token file '%s' is to hold one line, the token" % path)
+    return token
+
+
+class Announcement:
+    """Prints where the server listens, once it does."""
+
+    def __init__(self, http):
+        self._http = http
+
+    def start(self, loop, manager):
+        """See apps."""
+        print("gaffer %s listening on %s" % (__version__, ", ".join(self._http.urls)), flush=True)
+
+
+def serve(arguments):
+    """`serve`: run a manager with the HTTP API until INT or TERM."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr,
+                        level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
+    try:
+        endpoints = [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind or ["127.0.0.1:5000"]]
+        http = HttpHandler(endpoints, token=read_token(arguments.token_file), cors_origins=arguments.cors_origin,
+                           allow_hosts=arguments.allow_host)
+        apps = [SigHandler(), http, Announcement(http)]
+        if arguments.verbose:
+            apps.append(ConsoleOutput(arguments.verbose > 1))
+        Manager(apps, window_size=arguments.window).run()
+    except StartError as error:
+        print("gaffer: %s" % error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def window_bytes(text):
+    """--window: a number of bytes."""
+    if not text.isdigit() or not WINDOW_SIZE_MIN <= int(text) <= WINDOW_SIZE_MAX:
+        raise ValueError("a window is %d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX))
+    return int(text)
+
+
+def add_options(parser, default):
+    """The options of serve, which may stand before the command and after it."""
+    parser.add_argument("--bind", metavar="ADDRESS", action="append", default=default,
+                        help="host:port (port 0: any free one), [v6]:port or unix:/path; repeatable (default 127.0.0.1:5000)")
+    parser.add_argument("--token-file", metavar="FILE", default=default, help="every request needs the token in this file")
+    parser.add_argument("--cors-origin", metavar="ORIGIN", action="append", default=default,
+                        help="let pages of this origin use the API ('*': all of them); repeatable")
+    parser.add_argument("--allow-host", metavar="HOST", action="append", default=default,
+                        help="a further name of this server; repeatable")
+    parser.add_argument("--certfile", metavar="FILE", default=default, help="serve TLS with this certificate (PEM)")
+    parser.add_argument("--keyfile", metavar="FILE", default=default, help="and this key")
+    parser.add_argument("--window", metavar="BYTES", type=window_bytes, default=default,
+                        help="how much is kept of each stream (default %d)" % WINDOW_SIZE)
+    parser.add_argument("-v", "--verbose", action="count", default=default, help="log events; -vv: the processes' output too")
+
+
+def make_parser():
+    """The argparse table."""
+    import argparse
+    parser = argparse.ArgumentParser(prog="gaffer.py", description="A process supervisor in one file, driven over HTTP.")
+    parser.add_argument("--version", action="version", version="gaffer %s" % __version__)
+    add_options(parser, argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    serve_parser = commands.add_parser("serve", help="run the supervisor and its HTTP API",
+                                       description="Run the supervisor and its HTTP API.")
+    add_options(serve_parser, argparse.SUPPRESS)
+    serve_parser.set_defaults(run=serve)
+    return parser
+
+
+DEFAULTS = {"bind": (), "token_file": None, "cors_origin": (), "allow_host": (), "certfile": None, "keyfile": None,
+            "window": WINDOW_SIZE, "verbose": 0}
+
+
+def main(argv=None):
+    """The command line. Returns the exit status: 0 done, 1 it could not start, 2 wrong usage."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    for name, default in DEFAULTS.items():
+        if not hasattr(arguments, name):
+            setattr(arguments, name, default)
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
