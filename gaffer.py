@@ -134,7 +134,6 @@ LINGER_SIZE = 8 * MIB
 HANDSHAKE_TIME = 10.0               # TLS
 CONNECTIONS_MAX = 15000             # request threads and streams together
 THREADS_MAX = 2000                  # connections that are being answered, each on a thread
-THREAD_STACK = 512 * KIB
 BACKLOG = 1024
 ACCEPTS_PER_TURN = 64
 ACCEPT_PAUSE = 1.0                  # after EMFILE: the listener would wake the loop for ever
@@ -774,10 +773,11 @@ class Loop:
         return call.wait()
 
     def call_soon(self, function, *args):
-        """Run `function(*args)` in the loop's next turn, on its thread. Returns at once."""
+        """Run `function(*args)` in the loop's next turn, on its thread. Returns at once; False: the loop is closed."""
         self._inbox.append((function, args))
         if self._sleeping:
             self._wake()
+        return not self.closed
 
     @property
     def wake_fd(self):
@@ -856,6 +856,7 @@ class Loop:
         try:
             if self.closed:
                 return
+            self._run_inbox()                   # sockets that were just handed over
             self.closed = True
             self._fail_inbox()
             self._selector.close()
@@ -1397,6 +1398,7 @@ def check_env(value):
         check_text(name, "an object of strings and numbers")
         if isinstance(text, bool) or not isinstance(text, (str, int, float)):
             raise ValueError("must be an object of strings and numbers, but %r is neither" % name)
+        need(not isinstance(text, float) or math.isfinite(text), ValueError, "has a number %r that is too large" % name)
         check_text(str(text))
     return value
 
@@ -3105,17 +3107,18 @@ class Response:
     def encode(self, date, keep_alive, head_only=False, more=()):
         """Head and body as bytes, for one send. `head_only`: what HEAD gets. `more`: further headers."""
         headers = [("Date", date), *self.headers, *more]
-        if self.status != 204 and self.status != 304:
+        without_body = self.status in (204, 304)                # RFC 9110 sections 15.3.5 and 15.4.5
+        if not without_body:
             headers.append(("Content-Length", len(self.body)))
         if not keep_alive:
             headers.append(("Connection", "close"))
         head = encode_head(self.status, headers)
-        return head if head_only else head + self.body
+        return head if head_only or without_body else head + self.body
 
 
 def json_bytes(value):
     """JSON, and one newline."""
-    return (json.dumps(value) + "\n").encode("ascii")
+    return (json.dumps(value, allow_nan=False) + "\n").encode("ascii")
 
 
 def json_response(value, status=200, headers=()):
@@ -3128,6 +3131,17 @@ def error_response(error):
     if not isinstance(error, GafferError):
         error = GafferError("gaffer has made a mistake; its log says which")
     return json_response({"error": error.code, "reason": str(error)}, error.status, error.headers())
+
+
+def attempt(function, *args):
+    """What `function(*args)` returns, or the Response to what it raises: what is no GafferError goes to the log."""
+    try:
+        return function(*args)
+    except GafferError as error:
+        return error_response(error)
+    except Exception as error:
+        log.exception("a request failed")
+        return error_response(error)
 
 
 class Access:
@@ -3746,13 +3760,17 @@ class StreamReply:
         self.response, self.reader, self.form, self.heartbeat = response, reader, form, heartbeat
         self.first, self.process, self.begin = first, process, begin
 
+    def head(self, date, more):
+        """The response head as bytes: the connection ends with the stream."""
+        return encode_head(200, [("Date", date), *self.response.headers, ("Connection", "close"), *more])
+
 
 class ParkedReply:
-    """One answer that comes later. `begin(deliver)` -> a function that ends the wait; deliver(Response). `timeout` seconds
-    (None: none), then `expired()` makes the Response."""
+    """The answer to `request` that comes later. `begin(deliver)` -> a function that ends the wait; deliver(Response).
+    `timeout` seconds (None: none), then `expired()` makes the Response."""
 
-    def __init__(self, begin, timeout, expired):
-        self.begin, self.timeout, self.expired = begin, timeout, expired
+    def __init__(self, request, begin, timeout, expired):
+        self.request, self.begin, self.timeout, self.expired = request, begin, timeout, expired
 
 
 class WebSocketReply:
@@ -3939,7 +3957,7 @@ class Api:
         if done():
             return OK
         return ParkedReply(
-            lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(OK))), wait,
+            request, lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(OK))), wait,
             lambda: error_response(WaitTimeout("this was not done in %g seconds; it goes on, ask again" % wait)))
 
     def add(self, request, name, number="1"):
@@ -4013,7 +4031,9 @@ class Api:
         if feed is None:
             return self._sampler(name, pid)
         if feed == "longpoll":
-            return ParkedReply(lambda deliver: lambda: None, interval, lambda: json_response(self._sampler(name, pid)()))
+            def sample():
+                return json_response(self._sampler(name, pid)())
+            return ParkedReply(request, lambda deliver: lambda: None, interval, sample)
         return self._stats_feed(request, feed, interval, name, pid)
 
     def _sampler(self, name, pid):
@@ -4076,10 +4096,10 @@ class Api:
                 if matches(pattern, event):
                     return json_response(event)
             return Response(status=204, content_type=None) if events.ended else None
-        return self._park(events, ready, timeout, lambda: Response(status=204, content_type=None))
+        return self._park(request, events, ready, timeout, lambda: Response(status=204, content_type=None))
 
     @staticmethod
-    def _park(log_, ready, timeout, expired):
+    def _park(request, log_, ready, timeout, expired):
         """The answer that ready() makes, now or when the log has more."""
         response = ready()
         if response is not None:
@@ -4087,7 +4107,7 @@ class Api:
 
         def begin(deliver):
             def satisfied():
-                response = ready()
+                response = attempt(ready)
                 if response is not None:
                     deliver(response)
                 return response is not None
@@ -4095,7 +4115,7 @@ class Api:
             if satisfied():                     # it came between the two
                 cancel()
             return cancel
-        return ParkedReply(begin, timeout, expired)
+        return ParkedReply(request, begin, timeout, expired)
 
     def _position(self, request, log_):
         """(offset, restarted, is it the id of an exit) where a reader wants to begin. BadValue."""
@@ -4178,7 +4198,7 @@ class Api:
             return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end)])
         if request.method == "HEAD":
             return ready() or Response(headers=[("Gaffer-Offset", window.end)], content_type="application/octet-stream")
-        return self._park(window, ready, timeout, nothing)
+        return self._park(request, window, ready, timeout, nothing)
 
     def write(self, request, ref, label="stdin"):
         """POST /streams/<pid>/<label>"""
@@ -4559,7 +4579,7 @@ class ParkedChannel(Channel):
         super().open()
         self.reading(len(self.early) < PIPELINE_SIZE)
         if self._reply.timeout is not None:
-            self._expiry = self.loop.later(self._reply.timeout, lambda: self._deliver(self._reply.expired()))
+            self._expiry = self.loop.later(self._reply.timeout, lambda: self._deliver(attempt(self._reply.expired)))
         cancel = self._reply.begin(self._deliver)
         if self._answered:
             cancel()
@@ -4575,8 +4595,6 @@ class ParkedChannel(Channel):
         if not self._answered and not self.closed:
             self._answered = True
             self._end_wait()
-            if callable(response):
-                response = response()
             if self.send(self._encode(response)):
                 self.drained()
 
@@ -4772,11 +4790,18 @@ class WebSocketHandler:
         self._channel.loop.call(self._channel.say_close, code, reason)
 
 
+class HandlerReply:
+    """A websocket of an added route."""
+
+    def __init__(self, handler, request, args, headers):
+        self.handler, self.request, self.args, self.headers = handler, request, args, headers
+
+
 class HandlerSocket(WebSocketChannel):
     """A websocket of a WebSocketHandler."""
 
-    def __init__(self, http, sock, received, head, make_handler):
-        self._handler = make_handler(self)
+    def __init__(self, http, sock, received, head, reply):
+        self._handler = reply.handler(reply.request, reply.args, self)
         self.limit = self._handler.max_message
         super().__init__(http, sock, received, head)
 
@@ -4831,7 +4856,7 @@ class Connection(socketserver.BaseRequestHandler):
                 self._handshake()
             while self._open:
                 self._open = self._one()
-        except (OSError, ValueError) as error:  # it has left; ValueError: TLS, on a closed socket
+        except OSError as error:                # it has left
             log.debug("%s: %s", self._client, error)
             self._open = False
 
@@ -4981,26 +5006,24 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _give(self, request, answer):
         """Send an answer, or hand the socket to the loop. False: the connection ends here."""
+        self._wait(SEND_TIME)
         head_only = request.method == "HEAD"
         keep = not request.wants_close() and not self.http.closed
         more = self.http.access.cors(request)
-        if request.version == (1, 0) and keep:
-            more = [*more, ("Connection", "keep-alive")]
+        if callable(answer):                    # a mounted application writes for itself
+            return answer(self.request, more)
         if isinstance(answer, StreamReply) and head_only:
-            answer = Response(headers=answer.response.headers, content_type=None)
-            keep = False
+            self.request.sendall(answer.head(self.http.date(), more))
+            return False
         if isinstance(answer, ParkedReply) and head_only:
             answer = Response()
-        if isinstance(answer, Response):
-            self._wait(SEND_TIME)
-            self.request.sendall(answer.encode(self.http.date(), keep, head_only, more))
-            return keep
-        if callable(answer):                    # a mounted application writes for itself
-            self._wait(SEND_TIME)
-            return answer(self.request, keep, more)
-        self.http.hand_over(self.server, self.request, self._client, self._buffer, answer, keep, more)
-        self.request = None
-        return False
+        if not isinstance(answer, Response):
+            answer = attempt(self.http.hand_over, self.server, self.request, self._client, self._buffer, answer, keep, more)
+            if answer is None:
+                self.request = None
+                return False
+        self.request.sendall(self.http.encode(request, answer, keep, more, head_only))
+        return keep
 
 
 class Listener(socketserver.TCPServer):
@@ -5170,6 +5193,7 @@ def made_response(result):
     """A Response of what an added route returns: str, bytes, dict, list, Response or (status, headers, body)."""
     if isinstance(result, tuple):
         status, headers, body = result
+        need(isinstance(status, int) and 200 <= status <= 599, ValueError, "a handler's status is a number from 200 to 599")
         made = made_response(body)
         given = [(str(name), str(value)) for name, value in (headers.items() if isinstance(headers, dict) else headers)]
         if any(name.lower() == "content-type" for name, _ in given):
@@ -5334,22 +5358,29 @@ class HttpHandler:
 
     def answer(self, request):
         """A Response, a reply that the loop takes over, or a function that writes the answer."""
-        try:
-            methods, args = self._router.find(request.segments())
-            if methods is None:
-                return self._extra(request)
-            handler = methods.get(request.method)
-            if handler is None:
-                raise MethodNotAllowed("%s is not for this; see the Allow header" % request.method[:20], allowed(methods))
-            result = self.loop.call(handler, self._api, request, *args)
-            if callable(result):
-                result = result()
-            return result if isinstance(result, (Response, StreamReply, ParkedReply, WebSocketReply)) else json_response(result)
-        except GafferError as error:
-            return error_response(error)
-        except Exception as error:
-            log.exception("%s %s failed", request.method, request.path)
-            return error_response(error)
+        return attempt(self._route, request)
+
+    def _route(self, request):
+        methods, args = self._router.find(request.segments())
+        if methods is None:
+            return self._extra(request)
+        handler = methods.get(request.method)
+        if handler is None:
+            raise MethodNotAllowed("%s is not for this; see the Allow header" % request.method[:20], allowed(methods))
+        result = self.loop.call(handler, self._api, request, *args)
+        if callable(result):
+            result = result()
+        replies = (Response, StreamReply, ParkedReply, WebSocketReply)
+        return result if isinstance(result, replies) else json_response(result)
+
+    def encode(self, request, response, keep_alive, more, head_only=False):
+        """A Response as bytes; one that an added route has made so that it cannot be sent becomes a 500."""
+        if request.version == (1, 0) and keep_alive:
+            more = [*more, ("Connection", "keep-alive")]
+        encoded = attempt(response.encode, self.date(), keep_alive, head_only, more)
+        if isinstance(encoded, Response):
+            encoded = encoded.encode(self.date(), keep_alive, head_only, more)
+        return encoded
 
     def _extra(self, request):
         """Routes that were added, and mounted applications."""
@@ -5358,11 +5389,11 @@ class HttpHandler:
             if match:
                 groups = [None if group is None else urllib.parse.unquote(group) for group in match.groups()]
                 if isinstance(handler, type) and issubclass(handler, WebSocketHandler):
-                    return handler, request, groups, websocket_accept(request)
+                    return HandlerReply(handler, request, groups, websocket_accept(request))
                 return made_response(handler(request, *groups))
         for prefix, app in self._wsgi:
             if request.path == prefix or request.path.startswith(prefix + "/"):
-                return lambda sock, keep, more: self._run_wsgi(app, prefix, request, sock, more)
+                return lambda sock, more: self._run_wsgi(app, prefix, request, sock, more)
         raise ResourceNotFound("there is nothing at %s" % request.path[:200])
 
     @staticmethod
@@ -5388,23 +5419,22 @@ class HttpHandler:
 
     def hand_over(self, listener, sock, client, received, reply, keep_alive, more):
         """Give a socket to the loop. Called on a request's thread, which ends after it."""
-        def head(headers, status=101):
-            return encode_head(status, [("Date", self.date()), *headers, *more])
         if isinstance(reply, StreamReply):
-            headers = [*reply.response.headers, ("Connection", "close")]
-            channel = FeedChannel(self, sock, received, head(headers, 200), reply)
+            channel = FeedChannel(self, sock, received, reply.head(self.date(), more), reply)
         elif isinstance(reply, ParkedReply):
             def resume(rest):
                 sock.setblocking(True)
                 self.admit(listener, sock, client, rest, False)
-            channel = ParkedChannel(self, sock, received, reply,
-                                    lambda response: response.encode(self.date(), keep_alive, False, more), keep_alive, resume)
-        elif isinstance(reply, WebSocketReply):
-            channel = ProcessSocket(self, sock, received, head(reply.headers), reply)
+
+            def encode(response):
+                return self.encode(reply.request, response, keep_alive, more)
+            channel = ParkedChannel(self, sock, received, reply, encode, keep_alive, resume)
         else:
-            handler, request, groups, headers = reply
-            channel = HandlerSocket(self, sock, received, head(headers), lambda channel: handler(request, groups, channel))
-        self.loop.call_soon(self._open, channel)
+            head = encode_head(101, [("Date", self.date()), *reply.headers, *more])
+            kind = ProcessSocket if isinstance(reply, WebSocketReply) else HandlerSocket
+            channel = kind(self, sock, received, head, reply)
+        if not self.loop.call_soon(self._open, channel):
+            raise Stopping("gaffer is stopping; start it again")
 
     def _open(self, channel):
         if self.closed:
