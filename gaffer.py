@@ -97,6 +97,10 @@ COALESCE_SIZE = 16 * KIB            # small reads are joined up to this, or a wi
 CARRY_SIZE = 64 * KIB               # an unfinished line that waits to be merged into a template's stream
 SHARE_SIZE = 64 * KIB               # what a reader that lags is sent at once
 SHARES_PER_TURN = 4                 # and how often in one turn of the loop, so that the others get theirs
+COURTESY = 0.002                    # a read is held back so long, where a reader that takes would lose something
+COURTESY_RECENT = 0.1               # that is one which took something so lately; a dead one holds nothing
+PACE_MIN = 0.001                    # after a fan-out that took longer, as long a pause: the output gathers in the pipe
+PACE_MAX = 0.05
 PARTIAL_LINE_DELAY = 0.1            # an unfinished line (a prompt) is shown after this much silence
 BLOCK_STALL = 30.0                  # a reader with loss=block that takes nothing is cut: it holds a child
 STALL = 300.0                       # any other reader that takes nothing: it holds a socket
@@ -499,11 +503,6 @@ class ProcfsTable:
                     members.append(int(entry))
         return members
 
-    def in_group(self, os_pid, group):
-        """True while `os_pid` lives and is a member of the group."""
-        fields = self._stat(os_pid)
-        return bool(fields) and int(fields[2]) == group and fields[0] not in (b"Z", b"X")
-
     def children(self, os_pid):
         """OS pids of a process's children; [] if it is gone."""
         found = []
@@ -567,10 +566,6 @@ class PsTable:
         return [int(row["pid"]) for row in self._rows(("pid", "pgid", "stat"))
                 if int(row["pgid"]) == group and row["stat"][0] not in "ZX"]
 
-    def in_group(self, os_pid, group):
-        """See ProcfsTable."""
-        return os_pid in self.group_members(group)
-
     def children(self, os_pid):
         """See ProcfsTable."""
         return [int(row["pid"]) for row in self._rows(("pid", "ppid")) if int(row["ppid"]) == os_pid]
@@ -613,31 +608,6 @@ class PsTable:
 def probe_process_table():
     """The process table that works here."""
     return ProcfsTable() if os.path.exists("/proc/self/stat") else PsTable()
-
-
-def signal_member(table, os_pid, group, signum):
-    """Signal one member of a group whose leader is gone. A pidfd pins the process before its group is looked up again,
-    so that a recycled pid is never signalled; without pidfd the window between look and kill is some microseconds."""
-    pin = None
-    try:
-        if hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal"):
-            try:
-                pin = os.pidfd_open(os_pid)
-            except OSError as error:
-                if error.errno == errno.ESRCH:
-                    return
-        if table.in_group(os_pid, group):
-            if pin is not None:
-                signal.pidfd_send_signal(pin, signum)
-            else:
-                os.kill(os_pid, signum)
-    except ProcessLookupError:
-        pass                                    # it ended by itself: what was wanted
-    except PermissionError:
-        log.warning("os pid %d runs as another user and cannot be signalled", os_pid)
-    finally:
-        if pin is not None:
-            os.close(pin)
 
 
 def find_user(user):
@@ -981,12 +951,14 @@ class Fanout:
 
     def add(self, reader):
         """Take in a reader that stands here."""
+        self._log.lagging.discard(reader)
         self.members[reader] = reader.sink.send
         reader.fanout = self
 
     def discard(self, reader):
         """Let one go, who keeps this offset."""
         reader.offset, reader.fanout = self.offset, None
+        self._log.lagging.add(reader)
         self.members.pop(reader, None)
         if not self.members:
             self._log.forget(self)
@@ -997,6 +969,7 @@ class Fanout:
         readers = list(self.members)
         for reader in readers:
             reader.offset, reader.fanout = self.offset, None
+            self._log.lagging.add(reader)
         self.members = {}
         self._disarm()
         return readers
@@ -1056,8 +1029,8 @@ class Log:
         self.loop, self.limit = loop, limit
         self.start = self.end = 0
         self.ended = False
-        self.on_room = set()                    # called once when a blocking reader has moved on
-        self.readers = set()
+        self.on_room = set()                    # called once when a reader that lagged has moved on
+        self.lagging = set()                    # readers that have not taken all
         self._fanouts = []
         self._blockers = set()
         self._waiters = []
@@ -1113,19 +1086,24 @@ class Log:
 
     def add(self, reader):
         """Called by the reader."""
-        self.readers.add(reader)
+        self.lagging.add(reader)
         if reader.loss == "block":
             self._blockers.add(reader)
 
     def remove(self, reader):
         """Called by the reader."""
-        self.readers.discard(reader)
+        self.lagging.discard(reader)
         self._blockers.discard(reader)
-        self.moved(reader, True)
+        self.moved()
 
-    def moved(self, reader, gone=False):
+    def hurried(self):
+        """True where a reader that is busy taking would soon lose something."""
+        recent = self.loop.now - COURTESY_RECENT
+        return any(reader.last_sent > recent and self.end - reader.offset > self.limit // 2 for reader in self.lagging)
+
+    def moved(self):
         """A reader has moved on, or left: whoever waited for room may go on."""
-        if self.on_room and (gone or reader.loss == "block"):
+        if self.on_room:
             waiting, self.on_room = self.on_room, set()
             for resume in waiting:
                 self.loop.call_soon(resume)
@@ -1269,9 +1247,10 @@ class Reader:
         self._closed = False
 
     def start(self):
-        """Send what there is, then follow."""
-        self.log.add(self)
-        self.pump()
+        """Send what there is, then follow. A sink that is closed already has closed its reader: nothing."""
+        if not self._closed:
+            self.log.add(self)
+            self.pump()
 
     def close(self):
         """Follow no longer."""
@@ -1292,7 +1271,7 @@ class Reader:
             if consumed == 0:
                 return self._caught_up()
             self.offset += consumed
-            self.log.moved(self)
+            self.log.moved()
             if payload:
                 self.last_sent = self.log.loop.now
                 if not self.sink.send(payload):
@@ -1719,8 +1698,8 @@ class Output:
     def __init__(self, loop, fd, window, merged):
         self._loop, self._fd, self.window, self._merged = loop, fd, window, merged
         self._carry = b""
-        self._paused = False
-        self._timer = None
+        self._paused = self._held = False
+        self._timer = self._pace = None
         self._size = min(READ_SIZE, window.limit // 2)
 
     def start(self):
@@ -1747,6 +1726,11 @@ class Output:
         room = self._room()
         if room <= 0:
             return self._pause()
+        if not self._held and (self.window.hurried() or self._merged.window.hurried()):
+            self._held = True
+            self._pace = self._loop.later(COURTESY, self._resume)
+            return self._pause()
+        self._held = False
         try:
             data = os.read(self._fd, min(self._size, room))
         except BlockingIOError:
@@ -1755,8 +1739,12 @@ class Output:
             data = b""
         if not data:
             return self.close()
+        began = self._loop.clock()
         self.window.append(data)
         self._merge(data)
+        took = self._loop.clock() - began
+        if took > PACE_MIN and self._fd is not None:
+            self._pause(min(took, PACE_MAX))
         return None
 
     def _merge(self, data):
@@ -1772,19 +1760,27 @@ class Output:
         if data:
             merged.write(self, data)
 
-    def _pause(self):
+    def _pause(self, seconds_=None):
+        """Read on in so many seconds; None: when a reader has moved."""
         self._paused = True
         self._loop.unregister(self._fd)
+        if seconds_ is not None:
+            self._pace = self._loop.later(seconds_, self._resume)
+        else:
+            self._await_room()
+
+    def _await_room(self):
         for window in (self.window, self._merged.window):
             window.on_room.add(self._resume)
 
     def _resume(self):
-        if self._paused and self._fd is not None and self._room() > 0:
-            self._paused = False
-            self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
-        elif self._paused:
-            for window in (self.window, self._merged.window):
-                window.on_room.add(self._resume)
+        if not self._paused or self._fd is None:
+            return
+        if self._room() <= 0:
+            self._await_room()
+            return
+        self._paused = False
+        self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
 
     def close(self):
         """Take what is in the pipe right now, then end the stream."""
@@ -1793,8 +1789,9 @@ class Output:
         if not self._paused:
             self._loop.unregister(self._fd)
         fd, self._fd = self._fd, None
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._pace):
+            if timer is not None:
+                timer.cancel()
         self._take_rest(fd)
         os.close(fd)
         if self._carry:
@@ -1912,7 +1909,6 @@ class Process:
         self.exit_status = self.term_signal = None
         self.stopping = self.exited = self.gone = False
         self.failures = 0                       # exits in a row before this one, for the backoff
-        self.verdict = "start"                  # what follows its exit
         self.cpu_sample = None                  # (time, cpu_time, percent) of the last look
         self.escaped = []                       # (os pid, start time) of descendants that have left the group
         self.on_exit = set()                    # called once
@@ -2068,11 +2064,21 @@ class Process:
         self._timer = self._loop.later(delay, self._escalate, step + 1)
 
     def _signal_all(self, signum):
-        if self._reaped:
-            for os_pid in self._table.group_members(self.os_pid):
-                signal_member(self._table, os_pid, self.os_pid, signum)
-        elif signal_group(self.os_pid, signum) and signum != signal.SIGKILL:
+        # After the reap the group's number is pinned by its members alone. Where a process has the leader's number again,
+        # it was given away; else it cannot be a stranger's, but for a wrap of all pids within these few instructions.
+        if self._reaped and self._table.look(self.os_pid) is not None:
+            return
+        if signal_group(self.os_pid, signum) and signum != signal.SIGKILL:
             signal_group(self.os_pid, signal.SIGCONT)       # one that is stopped could not act on it
+
+    def _group_is_empty(self):
+        if not signal_group(self.os_pid, 0):
+            return True
+        if self._table.group_members(self.os_pid):
+            return False
+        # zombies that nobody waits for, or a chain of forks that is faster than the listing: a signal reaches all at once
+        self._signal_all(signal.SIGKILL)
+        return True
 
     def _exit(self):
         result = peek_exit(self.os_pid)
@@ -2090,7 +2096,7 @@ class Process:
             self._signal_all(signal.SIGTERM)
         reap(self.os_pid)
         self._reaped = True
-        if signal_group(self.os_pid, 0) and self._table.group_members(self.os_pid):
+        if not self._group_is_empty():
             if self._timer is None:
                 self._timer = self._loop.later(self.template["graceful_timeout"], self._escalate, 1)
             self._loop.later(GROUP_POLL, self._poll_group, GROUP_POLL)
@@ -2102,11 +2108,11 @@ class Process:
 
     def _poll_group(self, interval):
         """Nothing tells when a group is empty: look, while one is being ended, less and less often."""
-        if self._table.group_members(self.os_pid):
+        if self._group_is_empty():
+            self._gone()
+        else:
             interval = min(interval * 1.5, GROUP_POLL_MAX)
             self._loop.later(interval, self._poll_group, interval)
-        else:
-            self._gone()
 
     def _gone(self):
         self.gone = True
@@ -2765,8 +2771,9 @@ class Manager:
         except GafferError as error:
             template.error = str(error)
             log.warning("%s cannot be started: %s", template.name, error)
-            # with a delay even where flapping is judged, as nothing has run that could have taken time
-            self._after_exit(template, failures + 1, backoff(failures + 2), self._judge(template, 0.0))
+            self._judge(template, 0.0)
+            if template.missing() > 0:          # with a delay even where flapping is judged: nothing has run that took time
+                self._fill_slot(template, failures + 1, backoff(failures + 2))
             return False
         process.failures = failures
         self._publish("spawn", template.name, process)
@@ -2789,11 +2796,17 @@ class Manager:
         process.stop()
 
     def _judge(self, template, lived):
-        """What flapping says to an exit: "start", "rest" or "stop"."""
-        if template.flapping is None:
-            return "start"
+        """A process has ended by itself: let the template rest, or stop for good, where it flaps."""
+        if template.flapping is None or template.rest is not None or not template.active or self.stopping:
+            return
         oldest = max([lived, *(process.age() for process in template.running())])
-        return template.flapping.exited(self.loop.clock(), oldest)
+        verdict = template.flapping.exited(self.loop.clock(), oldest)
+        if verdict == "rest":
+            self._publish("flap", template.name)
+            template.forget_waits()
+            template.rest = self.loop.later(template.info["flapping"]["retry_in"], self._rested, template)
+        elif verdict == "stop":
+            self._stop_template(template)
 
     def exited(self, process):
         """Called by a process that has exited."""
@@ -2801,8 +2814,8 @@ class Manager:
         template.last_exit = {"pid": process.pid, "exit_status": process.exit_status, "term_signal": process.term_signal,
                               "time": time.time()}
         self._publish("exit", process.name, process, exit_status=process.exit_status, term_signal=process.term_signal)
-        if not process.stopping and template.active:
-            process.verdict = self._judge(template, process.age())
+        if not process.stopping:
+            self._judge(template, process.age())
 
     def gone(self, process):
         """Called by a process of whose group nothing is left."""
@@ -2813,24 +2826,17 @@ class Manager:
             if not process.stopping and template.missing() > 0:
                 template.restarts += 1
                 failures = 1 if process.age() >= BACKOFF_RESET else process.failures + 1
-                delay = backoff(failures) if template.flapping is None else 0.0
-                self._after_exit(template, failures, delay, process.verdict)
+                self._fill_slot(template, failures, backoff(failures) if template.flapping is None else 0.0)
             self._reconcile(template)
         self._check_waiters()
         self._maybe_stopped()
 
-    def _after_exit(self, template, failures, delay, verdict):
-        """Fill the slot of a process that ended by itself: now, after its backoff, after a rest, or never."""
-        if verdict == "rest":
-            self._publish("flap", template.name)
-            template.forget_waits()
-            template.rest = self.loop.later(template.info["flapping"]["retry_in"], self._rested, template)
-        elif verdict == "stop":
-            self._stop_template(template)
-        elif delay:
+    def _fill_slot(self, template, failures, delay):
+        """Replace a process that ended by itself: now, or after its backoff."""
+        if delay:
             timer = self.loop.later(delay, lambda: self._retry(template, timer, failures))
             template.pending.append(timer)
-        elif template.rest is None:
+        else:
             self._respawn(template, failures)
 
     def _retry(self, template, timer, failures):
@@ -4729,8 +4735,10 @@ class ProcessSocket(WebSocketChannel):
                     return self.say_close(1009, "a message is over %d bytes" % STDIN_SIZE)
                 self.reading(False)
                 return stream.on_low.add(self._write)
-            except ForbiddenWrite as error:
-                return None if self._reply.process.exited else self.say_close(1011, str(error))
+            except ForbiddenWrite as error:     # its output goes on, and tells the exit at the end
+                log.info("websocket input of %s was dropped: %s", self._reply.process.name, error)
+                self._held.clear()
+                break
             self._held.popleft()
         if not self.closed and not self._ending:
             self.reading(True)
@@ -4839,6 +4847,9 @@ class HandlerSocket(WebSocketChannel):
         self._safely(self._handler.close, code, reason)
 
 
+TIMED_OUT = (socket.timeout, BlockingIOError)   # TLS, plain
+
+
 class Connection(socketserver.BaseRequestHandler):
     """The requests of one connection, on one thread, in order."""
 
@@ -4852,7 +4863,9 @@ class Connection(socketserver.BaseRequestHandler):
     def handle(self):
         """See socketserver."""
         try:
-            if self._secure and not hasattr(self.request, "unwrap"):
+            if not self._secure:
+                self._bound(socket.SO_SNDTIMEO, SEND_TIME)
+            elif not hasattr(self.request, "unwrap"):
                 self._handshake()
             while self._open:
                 self._open = self._one()
@@ -4875,9 +4888,17 @@ class Connection(socketserver.BaseRequestHandler):
             self.http.released()
 
     def _wait(self, seconds_):
-        if seconds_ != self._timeout:           # each is a system call
+        """Bound each receive. The kernel's own time-out costs no poll() in front of each; TLS needs Python's."""
+        if seconds_ != self._timeout:
             self._timeout = seconds_
-            self.request.settimeout(seconds_)
+            if self._secure:
+                self.request.settimeout(seconds_)
+            else:
+                self._bound(socket.SO_RCVTIMEO, seconds_)
+
+    def _bound(self, option, seconds_):
+        value = struct.pack("ll", int(seconds_), int(seconds_ % 1 * 1000000) or 1)
+        self.request.setsockopt(socket.SOL_SOCKET, option, value)
 
     def _receive(self, deadline):
         """Some bytes, b"" at the end. RequestTimeout."""
@@ -4886,7 +4907,7 @@ class Connection(socketserver.BaseRequestHandler):
         self._wait(left)
         try:
             return self.request.recv(READ_SIZE)
-        except socket.timeout:
+        except TIMED_OUT:
             raise RequestTimeout("the request did not arrive in time; send it faster") from None
 
     def _one(self):
@@ -4945,7 +4966,7 @@ class Connection(socketserver.BaseRequestHandler):
         self._wait(IDLE_TIME)
         try:
             return self.request.recv(READ_SIZE)
-        except socket.timeout:
+        except TIMED_OUT:
             return b""
 
     def _read_body(self, request, limit):
@@ -4957,7 +4978,6 @@ class Connection(socketserver.BaseRequestHandler):
         if expect is not None and request.version == (1, 1):
             need(expect.lower() == "100-continue", ExpectationFailed, "the only expectation here is 100-continue")
             if length != 0 and not self._buffer:
-                self._wait(SEND_TIME)
                 self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length == 0:
             return
@@ -4986,7 +5006,6 @@ class Connection(socketserver.BaseRequestHandler):
         """Answer with an error and close, as where the next request begins is not known."""
         more = self.http.access.cors(request) if request else ()
         head_only = request is not None and request.method == "HEAD"
-        self._wait(SEND_TIME)
         self.request.sendall(error_response(error).encode(self.http.date(), False, head_only, more))
         self._linger()
         return False
@@ -5006,7 +5025,6 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _give(self, request, answer):
         """Send an answer, or hand the socket to the loop. False: the connection ends here."""
-        self._wait(SEND_TIME)
         head_only = request.method == "HEAD"
         keep = not request.wants_close() and not self.http.closed
         more = self.http.access.cors(request)
