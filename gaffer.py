@@ -64,6 +64,7 @@ import shlex
 import signal
 import socket
 import socketserver
+import stat
 import struct
 import subprocess
 import sys
@@ -335,6 +336,8 @@ def need(condition, error, reason):
 
 def near(word, words):
     """', did you mean ...?' where one of `words` is much like `word`, else ''."""
+    if len(word) > 128 or len(words) > 500:     # more takes more time than a mistake is worth
+        return ""
     import difflib                              # only for a mistake
     match = difflib.get_close_matches(word, words, 1)
     return ", did you mean '%s'?" % match[0] if match else ""
@@ -995,6 +998,7 @@ class Fanout:
         payload, consumed = self._log.encode(self._encoder, data, self.offset, mode)
         self.offset += consumed
         if payload:
+            self._log.asked = None
             now = self._log.loop.now
             for reader, send in tuple(self.members.items()):
                 if reader.fanout is self:       # a sink that failed may have closed others
@@ -1029,6 +1033,7 @@ class Log:
         self.loop, self.limit = loop, limit
         self.start = self.end = 0
         self.ended = False
+        self.asked = None                       # the end when input was last written, until somebody has read on
         self.on_room = set()                    # called once when a reader that lagged has moved on
         self.lagging = set()                    # readers that have not taken all
         self._fanouts = []
@@ -1271,6 +1276,7 @@ class Reader:
             if consumed == 0:
                 return self._caught_up()
             self.offset += consumed
+            self.log.asked = None
             self.log.moved()
             if payload:
                 self.last_sent = self.log.loop.now
@@ -1515,9 +1521,11 @@ def check_template(info, known=None):
     left out. InvalidProcessInfo names every field that is wrong."""
     need(isinstance(info, dict), InvalidProcessInfo, "send one JSON object with at least 'name' and 'cmd'")
     template, faults = {}, []
-    for field in info:
-        if field not in OPTIONS:
-            faults.append("unknown field '%s'%s" % (field, near(field, OPTIONS) or "; remove it"))
+    unknown = [field for field in info if field not in OPTIONS]
+    for field in unknown[:10]:
+        faults.append("unknown field '%s'%s" % (field[:128], near(field, OPTIONS) or "; remove it"))
+    if len(unknown) > 10:
+        faults.append("%d more unknown fields" % (len(unknown) - 10))
     for field, option in OPTIONS.items():
         value = info.get(field, (known or {}).get(field))
         if value is None and field in info and option.default is not None:
@@ -2180,6 +2188,7 @@ class Template:
         self.rest = None                        # Timer: flapping, nothing is spawned
         self.merged = {}                        # label -> Merged
         self.past = collections.deque()         # Processes that are gone and can still be read
+        self.afterlife = None                   # Timer: when the first of them is forgotten
         self.restarts = 0
         self.last_exit = None                   # {"pid", "exit_status", "term_signal", "time"}
         self.error = None                       # why the last spawn failed
@@ -2531,6 +2540,8 @@ class Manager:
         for process in template.past:
             self.processes.pop(process.pid, None)
         template.past.clear()
+        if template.afterlife is not None:
+            template.afterlife.cancel()
         self._publish("delete", name)
         for merged in template.merged.values():
             merged.window.finish()
@@ -2638,7 +2649,10 @@ class Manager:
 
     def _write(self, pid, label, data):
         self._may_change()
-        self.find_input(pid, label).write(data)
+        stream = self.find_input(pid, label)
+        for output in self.find_process(pid, past=True).outputs.values():
+            output.window.asked = output.window.end
+        stream.write(data)
 
     def end_input(self, pid, label):
         """End of file on a process's stdin or custom stream, behind what waits. ForbiddenWrite, IoNotFound."""
@@ -2823,8 +2837,9 @@ class Manager:
         template.processes.pop(process.pid, None)
         self._keep(template, process)
         if template.active and not template.deleted and not self.stopping:
-            if not process.stopping and template.missing() > 0:
+            if not process.stopping:
                 template.restarts += 1
+            if not process.stopping and template.missing() > 0:
                 failures = 1 if process.age() >= BACKOFF_RESET else process.failures + 1
                 self._fill_slot(template, failures, backoff(failures) if template.flapping is None else 0.0)
             self._reconcile(template)
@@ -2854,14 +2869,19 @@ class Manager:
             self.processes.pop(process.pid, None)
             return
         template.past.append(process)
-        self.loop.later(AFTERLIFE, self._forget, template, process)
         while len(template.past) > max(AFTERLIFE_COUNT, 2 * template.info["numprocesses"]):
             self.processes.pop(template.past.popleft().pid, None)
+        if template.afterlife is None:
+            template.afterlife = self.loop.later(AFTERLIFE, self._forget, template)
 
-    def _forget(self, template, process):
-        if process in template.past:
-            template.past.remove(process)
-            self.processes.pop(process.pid, None)
+    def _forget(self, template):
+        """Let go of the oldest that can be read, and come again for the next: one timer, which holds no process."""
+        template.afterlife = None
+        now = self.loop.clock()
+        while template.past and template.past[0].exited_at + AFTERLIFE <= now:
+            self.processes.pop(template.past.popleft().pid, None)
+        if template.past:
+            template.afterlife = self.loop.later(template.past[0].exited_at + AFTERLIFE - now, self._forget, template)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -3102,7 +3122,7 @@ def encode_head(status, headers):
 
 
 class Response:
-    """An answer: status, headers [(name, value)] beside the framing ones, body (bytes)."""
+    """An answer: status, headers [(name, value)] beside the framing ones, body (bytes; None: HEAD of what is not known)."""
 
     __slots__ = ("status", "headers", "body")
 
@@ -3112,8 +3132,8 @@ class Response:
 
     def encode(self, date, keep_alive, head_only=False, more=()):
         """Head and body as bytes, for one send. `head_only`: what HEAD gets. `more`: further headers."""
-        headers = [("Date", date), *self.headers, *more]
-        without_body = self.status in (204, 304)                # RFC 9110 sections 15.3.5 and 15.4.5
+        headers = [("Date", date), *more, *self.headers]
+        without_body = self.status in (204, 304) or self.body is None       # RFC 9110 sections 15.3.5 and 15.4.5
         if not without_body:
             headers.append(("Content-Length", len(self.body)))
         if not keep_alive:
@@ -3122,9 +3142,12 @@ class Response:
         return head if head_only or without_body else head + self.body
 
 
+encode_json = json.JSONEncoder(allow_nan=False).encode
+
+
 def json_bytes(value):
     """JSON, and one newline."""
-    return (json.dumps(value, allow_nan=False) + "\n").encode("ascii")
+    return (encode_json(value) + "\n").encode("ascii")
 
 
 def json_response(value, status=200, headers=()):
@@ -3232,13 +3255,12 @@ class Access:
                 ("Access-Control-Expose-Headers", "Gaffer-Offset, Gaffer-Dropped")]
 
     def preflight(self, request):
-        """The answer to OPTIONS: [(name, value)]."""
-        headers = self.cors(request)
-        if len(headers) > 1:
-            headers += [("Access-Control-Allow-Methods", ", ".join(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"))),
-                        ("Access-Control-Allow-Headers", "X-Requested-With, X-HTTP-Method-Override, Content-Type, Accept, "
-                         "Authorization, Last-Event-ID"), ("Access-Control-Max-Age", "86400")]
-        return headers
+        """What the answer to OPTIONS has on top of cors(): [(name, value)]."""
+        if "origin" not in request.headers or not self.allows_origin(request):
+            return []
+        allowed_headers = "X-Requested-With, X-HTTP-Method-Override, Content-Type, Accept, Authorization, Last-Event-ID"
+        return [("Access-Control-Allow-Methods", ", ".join(METHODS)), ("Access-Control-Allow-Headers", allowed_headers),
+                ("Access-Control-Max-Age", "86400")]
 
 
 class Router:
@@ -3299,7 +3321,7 @@ def prefers_html(accept):
                     rank = 0.0
         quality[kind] = rank
     html = quality.get("text/html", quality.get("text/*", 0))
-    return html > quality.get("application/json", quality.get("application/*", 0))
+    return html > quality.get("application/json", quality.get("application/*", quality.get("*/*", 0)))
 
 
 def chunk(data):
@@ -3813,8 +3835,9 @@ def duration(request, name, least, default=None, true=None):
 
 def count_of(text):
     """A positive number of a path. BadValue."""
-    need(re.fullmatch(r"[0-9]{1,9}", text) and int(text) > 0, BadValue, "give a whole number of at least 1, not %r" % text[:20])
-    return int(text)
+    need(re.fullmatch(r"[0-9]{1,1000}", text) and int(text) > 0, BadValue,
+         "give a whole number of at least 1, not %r" % text[:20])
+    return min(int(text), NUMPROCESSES_MAX)
 
 
 def human(size):
@@ -3884,7 +3907,7 @@ class Api:
     def welcome(self, request):
         """GET /"""
         if not prefers_html(request.headers.get("accept", "")):
-            return {"welcome": "gaffer", "version": __version__}
+            return json_response({"welcome": "gaffer", "version": __version__}, headers=[("Vary", "Accept")])
         nonce = base64.b64encode(os.urandom(12)).decode("ascii")
         policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; base-uri 'none'; "
                   "form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
@@ -4139,7 +4162,9 @@ class Api:
             need(last, BadValue, "'since' is beyond the end, which is at %d" % log_.end)
             return log_.start, True, False
         if tail is None or not isinstance(log_, Window):
-            return log_.end, False, False
+            # "echo" to stdin, then a long poll, as two commands: the answer to what was written belongs to the poll
+            polled = query.get("feed", "longpoll") == "longpoll" and log_.asked is not None
+            return log_.asked if polled else log_.end, False, False
         need(tail == "all" or re.fullmatch(r"[0-9]{1,9}", tail), BadValue, "'tail' is a number of lines, or all")
         return log_.tail(math.inf if tail == "all" else int(tail)), False, False
 
@@ -4197,13 +4222,14 @@ class Api:
             data = window.read(first, window.limit)
             headers[0] = ("Gaffer-Offset", first + len(data))
             if data:
+                window.asked = None
                 return Response(data, headers=headers, content_type="application/octet-stream")
             return nothing() if window.ended else None
 
         def nothing():
             return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end)])
         if request.method == "HEAD":
-            return ready() or Response(headers=[("Gaffer-Offset", window.end)], content_type="application/octet-stream")
+            return ready() or Response(None, headers=[("Gaffer-Offset", window.end)], content_type="application/octet-stream")
         return self._park(request, window, ready, timeout, nothing)
 
     def write(self, request, ref, label="stdin"):
@@ -4219,11 +4245,16 @@ class Api:
         self.manager.end_input(ref, label)
         return OK
 
+    def stream_methods(self, ref, label):
+        """What may be done with this stream."""
+        if self.manager.is_name(ref):
+            return ("GET", "HEAD")
+        process = self.manager.find_process(ref, past=True)
+        return (("GET", "HEAD") if label in process.outputs else ()) + (("POST", "DELETE") if label in process.inputs else ())
+
     def _writable(self, ref, label):
-        if not self.manager.is_name(ref):
-            process = self.manager.find_process(ref, past=True)
-            need(label not in process.outputs or label in process.inputs,
-                 lambda reason: MethodNotAllowed(reason, ("GET", "HEAD", "OPTIONS")), "'%s' can be read, not written" % label[:64])
+        if not self.manager.is_name(ref) and self.stream_methods(ref, label) == ("GET", "HEAD"):
+            raise MethodNotAllowed("'%s' can be read, not written" % label[:64], ("GET", "HEAD", "OPTIONS"))
 
     def websocket(self, request, ref):
         """GET /wstreams/<pid>"""
@@ -4272,7 +4303,7 @@ ROUTES = (
     ("/groups/<group>/_restart", {"POST": Api.group_restart}),
     ("/watch", {"GET": Api.watch}),
     ("/watch/<pattern...>", {"GET": Api.watch}),
-    ("/streams/<ref>/<label>", {"GET": Api.stream, "POST": Api.write, "DELETE": Api.end_input}),
+    ("/streams/<ref>/<label>", {"GET": Api.stream, "POST": Api.write, "DELETE": Api.end_input, "*": Api.stream_methods}),
     ("/streams/<ref>/stdin", {"POST": Api.write, "DELETE": Api.end_input}),
     ("/streams/<ref>/ttin", {"POST": Api.write, "DELETE": Api.end_input}),
     ("/wstreams/<ref>", {"GET": Api.websocket}),
@@ -4367,6 +4398,7 @@ class Channel:
         self.sock.setblocking(False)
         self.http.channels.add(self)
         self.loop.register(self.sock.fileno(), self._mask, self._ready)
+        self._look_inside()
 
     def received(self, data):
         """Bytes have come. Nothing is expected of who only listens."""
@@ -4432,8 +4464,12 @@ class Channel:
             self.close()
         elif not self._ending:
             self.received(data)
-            if not self.closed and self._mask & selectors.EVENT_READ and getattr(self.sock, "pending", int)():
-                self.loop.call_soon(self._read_pending)     # decrypted already: the selector does not know
+            self._look_inside()
+
+    def _look_inside(self):
+        """What TLS has decrypted already, the selector does not know of."""
+        if not self.closed and self._mask & selectors.EVENT_READ and getattr(self.sock, "pending", int)():
+            self.loop.call_soon(self._read_pending)
 
     def _read_pending(self):
         if not self.closed and self._mask & selectors.EVENT_READ:
@@ -4669,18 +4705,21 @@ class WebSocketChannel(Channel):
                 if self.queued < CONTROL_SIZE + self.limit and not self._said_close:
                     self.send(frame(PONG, event[1]))
             elif kind in ("close", "fail"):
-                self.say_close(1000 if event[1] == 1005 else event[1], event[2] if kind == "fail" else "", kind == "close" and event[1])
+                self._say_close(event[1], event[2] if kind == "fail" else "", event[2])
                 self.finish()
 
-    def say_close(self, code, reason="", told=None):
-        """Send a close frame, once; the connection ends when the peer has answered, or CLOSE_TIME later. `told`: the code
-        that the peer gave, if it was the first to close."""
+    def say_close(self, code, reason=""):
+        """Send a close frame, once; the connection ends when the peer has answered, or CLOSE_TIME later."""
+        self._say_close(code, reason, reason)
+
+    def _say_close(self, code, reason, told):
+        """`told`: the reason that ended() gets; the peer's own is not sent back. Code 1005: it gave none (section 7.4.1)."""
         if not self._said_close and not self.closed:
             self._said_close = True
-            self.send(frame(CLOSE, b"") if told == 1005 else close_frame(code, reason))
+            self.send(frame(CLOSE, b"") if code == 1005 else close_frame(code, reason))
             self.loop.later(CLOSE_TIME, self.finish)
             self.reading(True)
-            self.ended(code if told is None else told, reason)
+            self.ended(code, told)
 
     def closing(self):
         """See Channel."""
@@ -4918,23 +4957,18 @@ class Connection(socketserver.BaseRequestHandler):
             return self._refuse(error)
         if request is None:
             return False
+        has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
         try:
-            answer = self._admit(request)
-            self._read_body(request, self.http.body_limit(request))
+            answer = self.http.admit_request(request)
+            if has_body:
+                self._read_body(request, self.http.body_limit(request))
+        except (Unauthorized, ForbiddenHost, ForbiddenOrigin) as error:
+            return self._refuse(error, request) if has_body else self._give(request, error_response(error))
         except GafferError as error:
             return self._refuse(error, request)
         if answer is None:
             answer = self.http.answer(request)
         return self._give(request, answer)
-
-    def _admit(self, request):
-        """None, or the answer to a request that is not routed. Raises what refuses one whose body is not read."""
-        try:
-            return self.http.admit_request(request)
-        except GafferError as error:
-            if request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers:
-                raise
-            return error_response(error)
 
     def _read_head(self):
         """A Request, or None where the client has nothing more to ask."""
@@ -5034,7 +5068,7 @@ class Connection(socketserver.BaseRequestHandler):
             self.request.sendall(answer.head(self.http.date(), more))
             return False
         if isinstance(answer, ParkedReply) and head_only:
-            answer = Response()
+            answer = Response(None)
         if not isinstance(answer, Response):
             answer = attempt(self.http.hand_over, self.server, self.request, self._client, self._buffer, answer, keep, more)
             if answer is None:
@@ -5085,11 +5119,12 @@ class Listener(socketserver.TCPServer):
         """Take away the socket of a server that has died."""
         with socket.socket(socket.AF_UNIX) as probe:
             try:
-                probe.connect(path)
+                if stat.S_ISSOCK(os.lstat(path).st_mode):
+                    probe.connect(path)
             except ConnectionRefusedError:
                 os.unlink(path)
             except OSError:
-                pass                            # nothing there, or no socket: bind() says what is wrong
+                pass                            # nothing there, or not for us: bind() says what is wrong
 
     @property
     def url(self):
@@ -5207,6 +5242,9 @@ class WsgiOutput:
 # What plugs into a Manager: any object with start(loop, manager), and maybe stop(), restart(), and join(), which is called
 # last, when the loop is closed.
 # --------------------------------------------------------------------------------------------------------------------
+FRAMING_HEADERS = ("content-length", "transfer-encoding", "connection", "date")     # said by Response.encode()
+
+
 def made_response(result):
     """A Response of what an added route returns: str, bytes, dict, list, Response or (status, headers, body)."""
     if isinstance(result, tuple):
@@ -5214,6 +5252,7 @@ def made_response(result):
         need(isinstance(status, int) and 200 <= status <= 599, ValueError, "a handler's status is a number from 200 to 599")
         made = made_response(body)
         given = [(str(name), str(value)) for name, value in (headers.items() if isinstance(headers, dict) else headers)]
+        given = [pair for pair in given if pair[0].lower() not in FRAMING_HEADERS]
         if any(name.lower() == "content-type" for name, _ in given):
             made.headers = [pair for pair in made.headers if pair[0] != "Content-Type"]
         made.status, made.headers = status, made.headers + given
@@ -5384,7 +5423,9 @@ class HttpHandler:
             return self._extra(request)
         handler = methods.get(request.method)
         if handler is None:
-            raise MethodNotAllowed("%s is not for this; see the Allow header" % request.method[:20], allowed(methods))
+            # what may be done with a stream depends on its label
+            allow = self.loop.call(methods["*"], self._api, *args) if "*" in methods else methods
+            raise MethodNotAllowed("use one of the methods in the Allow header", allowed(allow))
         result = self.loop.call(handler, self._api, request, *args)
         if callable(result):
             result = result()
@@ -5416,11 +5457,11 @@ class HttpHandler:
 
     @staticmethod
     def _run_wsgi(app, prefix, request, sock, more):
-        host, _, port = request.headers.get("host", "localhost").rpartition(":")
+        host, port = HOST.match(request.headers.get("host", "localhost")).groups()
         environ = {
             "REQUEST_METHOD": request.method, "SCRIPT_NAME": prefix, "QUERY_STRING": request.raw_query,
             "PATH_INFO": urllib.parse.unquote(request.path[len(prefix):], "latin-1"), "SERVER_PROTOCOL": "HTTP/%d.%d" % request.version,
-            "SERVER_NAME": host or "localhost", "SERVER_PORT": port if port.isdigit() else "80",
+            "SERVER_NAME": host, "SERVER_PORT": port or ("443" if request.secure else "80"),
             "REMOTE_ADDR": request.client.rpartition(":")[0], "CONTENT_LENGTH": str(len(request.body)),
             "CONTENT_TYPE": request.headers.get("content-type", ""), "wsgi.url_scheme": "https" if request.secure else "http",
         }
