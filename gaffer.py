@@ -46,6 +46,7 @@ Four rules hold everywhere:
 import base64
 import bisect
 import collections
+import copy
 import errno
 import fcntl
 import grp
@@ -291,7 +292,7 @@ class UpgradeRequired(GafferError):
 
     def headers(self):
         """RFC 9110 section 15.5.22, RFC 6455 section 4.4."""
-        return [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")]
+        return [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13")]
 
 
 class HeadersTooLarge(GafferError):
@@ -1385,7 +1386,7 @@ def check_env(value):
             raise ValueError("must be an object of strings and numbers, but %r is neither" % name)
         need(not isinstance(text, float) or math.isfinite(text), ValueError, "has a number %r that is too large" % name)
         check_text(str(text))
-    return value
+    return dict(value)
 
 
 def check_directory(value):
@@ -1498,7 +1499,8 @@ def check_together(template, info):
     """Faults of fields that are right by themselves: a list of sentences. Fills in what one field says of another."""
     faults = []
     try:
-        if not template["args"] and not template["shell"]:
+        args = template["args"]
+        if not (args.strip() if isinstance(args, str) else args) and not template["shell"]:
             need(split_words(template["cmd"]), ValueError, "must not be empty")
     except ValueError as error:
         faults.append("field 'cmd' %s" % error)
@@ -1530,7 +1532,7 @@ def check_template(info, known=None):
         value = info.get(field, (known or {}).get(field))
         if value is None and field in info and option.default is not None:
             faults.append("field '%s' must not be null; leave it out for its default" % field)
-        template[field] = option.default
+        template[field] = copy.copy(option.default)
         if value is None:
             if field in ("name", "cmd"):
                 faults.append("field '%s' is required" % field)
@@ -1561,7 +1563,8 @@ class Launch:
         if template["shell"]:
             self.argv = ["/bin/sh", "-c", template["cmd"], "sh", *self._args(template)]
         else:
-            words = [template["cmd"], *self._args(template)] if template["args"] else split_words(template["cmd"])
+            args = self._args(template)
+            words = [template["cmd"], *args] if args else split_words(template["cmd"])
             self.argv = [substitute(word, self.env) for word in words]
         self.cwd = None if template["cwd"] is None else self._checked("cwd", check_directory, template["cwd"])
         self.uid, self.gid, self.groups = self._checked("uid", self._identity, template)
@@ -1606,7 +1609,7 @@ class Launch:
 
     def _find(self, program):
         """The path of what would be executed, as seen from the process's own directory."""
-        base = self.cwd or os.getcwd()
+        base = os.path.abspath(self.cwd or ".")
         if "/" in program:
             paths = [os.path.join(base, program)]
         else:
@@ -1707,7 +1710,7 @@ class Output:
         self._loop, self._fd, self.window, self._merged = loop, fd, window, merged
         self._carry = b""
         self._paused = self._held = False
-        self._timer = self._pace = None
+        self._timer = self._pace = self._silence = None
         self._size = min(READ_SIZE, window.limit // 2)
 
     def start(self):
@@ -1767,6 +1770,15 @@ class Output:
             data, self._carry = data[:cut], data[cut:]
         if data:
             merged.write(self, data)
+        if self._carry and self._silence is None:
+            self._silence = self._loop.later(PARTIAL_LINE_DELAY, self._show_carry)
+
+    def _show_carry(self):
+        """A line that is not finished (a prompt) is not held back for ever, as long as nobody would lose it."""
+        self._silence = None
+        if self._carry and self._merged.window.room() >= len(self._carry):
+            data, self._carry = self._carry, b""
+            self._merged.write(self, data)
 
     def _pause(self, seconds_=None):
         """Read on in so many seconds; None: when a reader has moved."""
@@ -1797,7 +1809,7 @@ class Output:
         if not self._paused:
             self._loop.unregister(self._fd)
         fd, self._fd = self._fd, None
-        for timer in (self._timer, self._pace):
+        for timer in (self._timer, self._pace, self._silence):
             if timer is not None:
                 timer.cancel()
         self._take_rest(fd)
@@ -2955,7 +2967,7 @@ class Request:
 
     def wants_close(self):
         """True where the connection ends with the answer (RFC 9112 section 9.3)."""
-        words = self.headers.get("connection", "").lower()
+        words = [word.strip() for word in self.headers.get("connection", "").lower().split(",")]
         return "close" in words or self.version == (1, 0) and "keep-alive" not in words
 
 
@@ -3780,17 +3792,33 @@ OK = {"ok": True}
 
 
 class StreamReply:
-    """A stream without end: `response` (its head), and where the Reader stands. `form`: chunked, plain, eventsource.
-    `first`: bytes before everything else. `process`: whose exit ends an event stream. `begin()` -> a function that ends
-    what feeds the log."""
+    """A stream without end. `response`: its head; `reader`: a Reader without a sink yet; `asked`: the client has named its
+    offset. `form`: chunked, plain, eventsource. `first`: bytes before everything else. `process`: whose exit ends an event
+    stream. `begin()` -> a function that ends what feeds the log."""
 
-    def __init__(self, response, reader, form, heartbeat=None, first=b"", process=None, begin=None):
-        self.response, self.reader, self.form, self.heartbeat = response, reader, form, heartbeat
+    def __init__(self, response, reader, asked, form, heartbeat=None, first=b"", process=None, begin=None):
+        self.response, self.reader, self.asked, self.form, self.heartbeat = response, reader, asked, form, heartbeat
         self.first, self.process, self.begin = first, process, begin
 
     def head(self, date, more):
-        """The response head as bytes: the connection ends with the stream."""
-        return encode_head(200, [("Date", date), *self.response.headers, ("Connection", "close"), *more])
+        """The response head as bytes; to be made when the reader starts. The connection ends with the stream."""
+        headers = [("Date", date), *self.response.headers, ("Connection", "close"), *more]
+        if isinstance(self.reader.log, Window):
+            headers += offset_headers(self.reader, self.asked, self.form != "eventsource")
+        return encode_head(200, headers)
+
+
+def offset_headers(reader, asked, clamp):
+    """Gaffer-Offset, of the first byte that the reader gets, and Gaffer-Dropped. What fell out of the window before the
+    start is nobody's loss where no offset was `asked` for; else with `clamp` these headers tell it."""
+    window, lost = reader.log, 0
+    if not asked and reader.offset < window.start:
+        reader.offset = window.resync(window.start)
+    elif clamp:
+        lost = max(0, window.start - reader.offset)
+        reader.offset += lost
+    headers = [("Gaffer-Offset", max(reader.offset, window.start))]
+    return headers + [("Gaffer-Dropped", lost)] if lost else headers
 
 
 class ParkedReply:
@@ -3802,10 +3830,10 @@ class ParkedReply:
 
 
 class WebSocketReply:
-    """A websocket to a process. `reader` is (log, encoder, offset, loss); `stream` an Input or None (readonly)."""
+    """A websocket to a process. `reader`, `asked`: as in StreamReply; `stream`: an Input or None (readonly)."""
 
-    def __init__(self, headers, reader, stream, by_line, process, heartbeat):
-        self.headers, self.reader, self.stream = headers, reader, stream
+    def __init__(self, headers, reader, asked, stream, by_line, process, heartbeat):
+        self.headers, self.reader, self.asked, self.stream = headers, reader, asked, stream
         self.by_line, self.process, self.heartbeat = by_line, process, heartbeat
 
 
@@ -4157,8 +4185,9 @@ class Api:
             need(match or last, BadValue, "'since' is a number, or an id as it was given out")
             if match is None or match.group(3) not in (None, self.manager.epoch):
                 return log_.start, True, False
-            if int(match.group(1)) <= log_.end:
-                return int(match.group(1)), False, bool(match.group(2))
+            number, at_exit = int(match.group(1)), text == "%dx@%s" % (log_.end, self.manager.epoch) and log_.ended
+            if number <= log_.end and at_exit == bool(match.group(2)):
+                return number, False, at_exit
             need(last, BadValue, "'since' is beyond the end, which is at %d" % log_.end)
             return log_.start, True, False
         if tail is None or not isinstance(log_, Window):
@@ -4172,20 +4201,32 @@ class Api:
     def _form(request, feed):
         return "eventsource" if feed == "eventsource" else "chunked" if request.version == (1, 1) else "plain"
 
-    def _stream(self, request, feed, where, first=b"", headers=(), loss="cut", process=None, begin=None):
+    def _stream(self, request, feed, where, first=b"", loss="cut", process=None, begin=None):
         """A StreamReply: `where` is (log, encoder, offset)."""
         log_, encoder, offset = where
         form = self._form(request, feed)
         kinds = {"eventsource": "text/event-stream", "records": "application/json", "bytes": "application/octet-stream"}
         kind = kinds["eventsource" if form == "eventsource" else "records" if isinstance(log_, EventLog) else "bytes"]
-        headers = [("Cache-Control", "no-store"), ("X-Accel-Buffering", "no"), *headers]
+        headers = [("Cache-Control", "no-store"), ("X-Accel-Buffering", "no")]
         if form == "chunked":
             headers.append(("Transfer-Encoding", "chunked"))
             if loss == "skip":
                 headers.append(("Trailer", "Gaffer-Dropped"))
         heartbeat = duration(request, "heartbeat", 0.1, true=60.0)
-        return StreamReply(Response(headers=headers, content_type=kind), (log_, encoder, offset, loss), form, heartbeat, first,
-                           process, begin)
+        return StreamReply(Response(headers=headers, content_type=kind), self._reader(request, log_, encoder, offset, loss),
+                           self._asked(request), form, heartbeat, first, process, begin)
+
+    @staticmethod
+    def _asked(request):
+        return bool(request.query.get("since") or request.headers.get("last-event-id"))
+
+    @staticmethod
+    def _reader(request, log_, encoder, offset, loss):
+        """A Reader for a channel to start. One that blocks does so from now on, or the child would run ahead of it."""
+        reader = Reader(log_, encoder, None, offset, loss)
+        if loss == "block" and request.method == "GET":
+            log_.add(reader)
+        return reader
 
     def stream(self, request, ref, label):
         """GET /streams/<pid> or <name>/<label>"""
@@ -4197,15 +4238,13 @@ class Api:
         if feed == "longpoll":
             return self._next_bytes(request, window, offset)
         if feed == "eventsource":
-            if at_exit and window.ended:
+            if at_exit:
                 return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end)])
             encoder = SseEncoder(label, self.manager.epoch)
             first = encoder.dropped(0, offset, True) if restarted else b""
-            return self._stream(request, feed, (window, encoder, offset), first, [("Gaffer-Offset", max(offset, window.start))],
-                                loss, process)
+            return self._stream(request, feed, (window, encoder, offset), first, loss, process)
         encoder = ChunkEncoder if request.version == (1, 1) else RawEncoder
-        offset, headers = self._still_there(window, offset)
-        return self._stream(request, feed, (window, encoder, offset), b"", headers, loss)
+        return self._stream(request, feed, (window, encoder, offset), b"", loss)
 
     @staticmethod
     def _still_there(window, offset):
@@ -4271,8 +4310,9 @@ class Api:
         stream = None
         if not flag(request, "readonly"):
             stream = self.manager.find_input(ref, label if label in process.inputs else "stdin")
-        headers = websocket_accept(request) + [("Gaffer-Offset", max(offset, window.start))]
-        return WebSocketReply(headers, (window, FrameEncoder(binary, by_line), offset, loss), stream, by_line, process, heartbeat)
+        headers = websocket_accept(request)
+        reader = self._reader(request, window, FrameEncoder(binary, by_line), offset, loss)
+        return WebSocketReply(headers, reader, self._asked(request), stream, by_line, process, heartbeat)
 
 
 ROUTES = (
@@ -4389,7 +4429,7 @@ class Channel:
         self.closed = False
         self._ending = False
         self._queue, self.queued = collections.deque(), 0
-        self._mask = selectors.EVENT_READ
+        self._mask = 0                          # what the selector watches
         self._timer = None
         self._progress = 0.0
 
@@ -4397,7 +4437,7 @@ class Channel:
         """Begin; called on the loop."""
         self.sock.setblocking(False)
         self.http.channels.add(self)
-        self.loop.register(self.sock.fileno(), self._mask, self._ready)
+        self._watch(selectors.EVENT_READ)
         self._look_inside()
 
     def received(self, data):
@@ -4539,18 +4579,17 @@ class Channel:
 class FeedChannel(Channel):
     """A continuous stream, or Server-Sent Events."""
 
-    def __init__(self, http, sock, received, head, reply):
+    def __init__(self, http, sock, received, reply, more):
         super().__init__(http, sock, received)
-        self._head, self._reply = head, reply
-        log_, encoder, offset, loss = reply.reader
-        self._reader = Reader(log_, encoder, self, offset, loss)
-        self.stall = BLOCK_STALL if loss == "block" else STALL
+        self._reply, self._more, self._reader = reply, more, reply.reader
+        self._reader.sink = self
+        self.stall = BLOCK_STALL if self._reader.loss == "block" else STALL
         self._end_feed = self._beat = None
 
     def open(self):
         """See Channel."""
         super().open()
-        self.send(self._head + self._reply.first)
+        self.send(self._reply.head(self.http.date(), self._more) + self._reply.first)
         self._reader.start()
         if self._reply.begin is not None and not self.closed:
             self._end_feed = self._reply.begin()
@@ -4668,20 +4707,24 @@ class WebSocketChannel(Channel):
 
     limit = MESSAGE_SIZE
 
-    def __init__(self, http, sock, received, head):
+    def __init__(self, http, sock, received, headers):
         super().__init__(http, sock, received)
-        self._head = head
+        self._headers = headers
         self._decoder = WebSocketDecoder(self.limit)
         self._said_close = False
 
     def open(self):
         """See Channel."""
         super().open()
-        self.send(self._head)
+        self.send(encode_head(101, [("Date", self.http.date()), *self._headers, *self.more_headers()]))
         self.opened()
         if self.early and not self.closed:      # frames that came with the request
             early, self.early = self.early, b""
             self.received(early)
+
+    def more_headers(self):
+        """What else the answer to the handshake says."""
+        return []
 
     def opened(self):
         """The handshake is done."""
@@ -4731,14 +4774,17 @@ class WebSocketChannel(Channel):
 class ProcessSocket(WebSocketChannel):
     """A websocket to a process: what comes in goes to its stdin, its output comes back."""
 
-    def __init__(self, http, sock, received, head, reply):
-        super().__init__(http, sock, received, head)
-        self._reply = reply
-        log_, encoder, offset, loss = reply.reader
-        self._reader = Reader(log_, encoder, self, offset, loss)
-        self.stall = BLOCK_STALL if loss == "block" else STALL
+    def __init__(self, http, sock, received, reply, more):
+        super().__init__(http, sock, received, [*reply.headers, *more])
+        self._reply, self._reader = reply, reply.reader
+        self._reader.sink = self
+        self.stall = BLOCK_STALL if self._reader.loss == "block" else STALL
         self._held = collections.deque()        # messages that stdin has no room for; nothing is read meanwhile
         self._beat = None
+
+    def more_headers(self):
+        """See WebSocketChannel."""
+        return offset_headers(self._reader, self._reply.asked, False)
 
     def opened(self):
         """See WebSocketChannel."""
@@ -4847,10 +4893,10 @@ class HandlerReply:
 class HandlerSocket(WebSocketChannel):
     """A websocket of a WebSocketHandler."""
 
-    def __init__(self, http, sock, received, head, reply):
+    def __init__(self, http, sock, received, reply, more):
         self._handler = reply.handler(reply.request, reply.args, self)
         self.limit = self._handler.max_message
-        super().__init__(http, sock, received, head)
+        super().__init__(http, sock, received, [*reply.headers, *more])
 
     def _safely(self, function, *args):
         try:
@@ -4959,10 +5005,15 @@ class Connection(socketserver.BaseRequestHandler):
             return False
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
         try:
+            self.http.access.check_host(request)
+        except GafferError as error:            # whose own origin is none, so that cors() has nothing to say
+            request.headers.pop("origin", None)
+            return self._refuse(error, request)
+        try:
             answer = self.http.admit_request(request)
             if has_body:
                 self._read_body(request, self.http.body_limit(request))
-        except (Unauthorized, ForbiddenHost, ForbiddenOrigin) as error:
+        except (Unauthorized, ForbiddenOrigin) as error:
             return self._refuse(error, request) if has_body else self._give(request, error_response(error))
         except GafferError as error:
             return self._refuse(error, request)
@@ -5398,9 +5449,8 @@ class HttpHandler:
     # requests
 
     def admit_request(self, request):
-        """None, or the Response to a request that needs no route. Raises what Access refuses."""
+        """None, or the Response to a request that needs no route. Raises what Access refuses beside the host."""
         access = self.access
-        access.check_host(request)
         if request.method == "OPTIONS":
             return Response(status=204, headers=access.preflight(request), content_type=None)
         if request.method not in ("GET", "HEAD") or "upgrade" in request.headers:
@@ -5478,9 +5528,7 @@ class HttpHandler:
 
     def hand_over(self, listener, sock, client, received, reply, keep_alive, more):
         """Give a socket to the loop. Called on a request's thread, which ends after it."""
-        if isinstance(reply, StreamReply):
-            channel = FeedChannel(self, sock, received, reply.head(self.date(), more), reply)
-        elif isinstance(reply, ParkedReply):
+        if isinstance(reply, ParkedReply):
             def resume(rest):
                 sock.setblocking(True)
                 self.admit(listener, sock, client, rest, False)
@@ -5489,16 +5537,14 @@ class HttpHandler:
                 return self.encode(reply.request, response, keep_alive, more)
             channel = ParkedChannel(self, sock, received, reply, encode, keep_alive, resume)
         else:
-            head = encode_head(101, [("Date", self.date()), *reply.headers, *more])
-            kind = ProcessSocket if isinstance(reply, WebSocketReply) else HandlerSocket
-            channel = kind(self, sock, received, head, reply)
+            kinds = {StreamReply: FeedChannel, WebSocketReply: ProcessSocket, HandlerReply: HandlerSocket}
+            channel = kinds[type(reply)](self, sock, received, reply, more)
         if not self.loop.call_soon(self._open, channel):
             raise Stopping("gaffer is stopping; start it again")
 
     def _open(self, channel):
         if self.closed:
-            channel.sock.close()
-            self.released()
+            channel.close()
         else:
             channel.open()
 
@@ -5622,7 +5668,11 @@ class Announcement:
 
     def start(self, loop, manager):
         """See apps."""
-        print("gaffer %s listening on %s" % (__version__, ", ".join(self._http.urls)), flush=True)
+        try:
+            print("gaffer %s listening on %s" % (__version__, ", ".join(self._http.urls)), flush=True)
+        except OSError:                         # nobody reads it; what is left in the buffer must not fail again at the end
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 SECOND_STAGE = """import sys
@@ -5673,7 +5723,7 @@ def serve(arguments):
         apps = [SigHandler(), http, Announcement(http)]
         if arguments.verbose:
             apps.append(ConsoleOutput(arguments.verbose > 1))
-        Manager(apps, window_size=arguments.window).run()
+        Manager(apps, window_size=arguments.window or WINDOW_SIZE).run()
     except StartError as error:
         print("gaffer: %s" % error, file=sys.stderr)
         return 1
@@ -5682,25 +5732,35 @@ def serve(arguments):
 
 def window_bytes(text):
     """--window: a number of bytes."""
-    if not text.isdigit() or not WINDOW_SIZE_MIN <= int(text) <= WINDOW_SIZE_MAX:
-        raise ValueError("a window is %d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX))
+    import argparse
+    if not re.fullmatch("[0-9]{1,12}", text) or not WINDOW_SIZE_MIN <= int(text) <= WINDOW_SIZE_MAX:
+        raise argparse.ArgumentTypeError("a window is %d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX))
     return int(text)
 
 
-def add_options(parser, default):
-    """The options of serve, which may stand before the command and after it."""
-    parser.add_argument("--bind", metavar="ADDRESS", action="append", default=default,
-                        help="host:port (port 0: any free one), [v6]:port or unix:/path; repeatable (default 127.0.0.1:5000)")
-    parser.add_argument("--token-file", metavar="FILE", default=default, help="every request needs the token in this file")
-    parser.add_argument("--cors-origin", metavar="ORIGIN", action="append", default=default,
-                        help="let pages of this origin use the API ('*': all of them); repeatable")
-    parser.add_argument("--allow-host", metavar="HOST", action="append", default=default,
-                        help="a further name of this server; repeatable")
-    parser.add_argument("--certfile", metavar="FILE", default=default, help="serve TLS with this certificate (PEM)")
-    parser.add_argument("--keyfile", metavar="FILE", default=default, help="and this key")
-    parser.add_argument("--window", metavar="BYTES", type=window_bytes, default=default,
-                        help="how much is kept of each stream (default %d)" % WINDOW_SIZE)
-    parser.add_argument("-v", "--verbose", action="count", default=default, help="log events; -vv: the processes' output too")
+def add_options(parser, before=""):
+    """The options of serve, which may stand before the command too: there their names begin with `before`."""
+    def option(*names, **how):
+        parser.add_argument(*names, dest=before + names[-1].lstrip("-").replace("-", "_"), **how)
+    option("--bind", metavar="ADDRESS", action="append", default=[],
+           help="host:port (port 0: any free one), [v6]:port or unix:/path; repeatable (default 127.0.0.1:5000)")
+    option("--token-file", metavar="FILE", help="every request needs the token in this file")
+    option("--cors-origin", metavar="ORIGIN", action="append", default=[],
+           help="let pages of this origin use the API ('*': all of them); repeatable")
+    option("--allow-host", metavar="HOST", action="append", default=[], help="a further name of this server; repeatable")
+    option("--certfile", metavar="FILE", help="serve TLS with this certificate (PEM)")
+    option("--keyfile", metavar="FILE", help="and this key")
+    option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE)
+    option("-v", "--verbose", action="count", default=0, help="log events; -vv: the processes' output too")
+
+
+def join_options(arguments):
+    """Bring together what stood before the command and after it: lists and counts add up, else the later one holds."""
+    for name, early in list(vars(arguments).items()):
+        if name.startswith("before_"):
+            late = getattr(arguments, name[7:])
+            adds_up = name in ("before_bind", "before_cors_origin", "before_allow_host", "before_verbose")
+            setattr(arguments, name[7:], early + late if adds_up else late or early)
 
 
 def make_parser():
@@ -5708,17 +5768,13 @@ def make_parser():
     import argparse
     parser = argparse.ArgumentParser(prog="gaffer.py", description="A process supervisor in one file, driven over HTTP.")
     parser.add_argument("--version", action="version", version="gaffer %s" % __version__)
-    add_options(parser, argparse.SUPPRESS)
+    add_options(parser, "before_")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     serve_parser = commands.add_parser("serve", help="run the supervisor and its HTTP API",
                                        description="Run the supervisor and its HTTP API.")
-    add_options(serve_parser, argparse.SUPPRESS)
+    add_options(serve_parser)
     serve_parser.set_defaults(run=serve)
     return parser
-
-
-DEFAULTS = {"bind": (), "token_file": None, "cors_origin": (), "allow_host": (), "certfile": None, "keyfile": None,
-            "window": WINDOW_SIZE, "verbose": 0}
 
 
 def main(argv=None):
@@ -5728,9 +5784,7 @@ def main(argv=None):
     if arguments.command is None:
         parser.print_help()
         return 2
-    for name, default in DEFAULTS.items():
-        if not hasattr(arguments, name):
-            setattr(arguments, name, default)
+    join_options(arguments)
     return arguments.run(arguments)
 
 

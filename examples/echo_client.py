@@ -40,6 +40,8 @@ def connect(url):
     while file.readline() not in (b"\r\n", b""):
         pass                                # the other headers
     if " 101 " not in status:
+        file.close()
+        sock.close()
         raise ValueError("%s does not open a websocket: %s" % (url, status))
     return sock, file
 
