@@ -104,6 +104,7 @@ COURTESY_RECENT = 0.1               # that is one which took something so lately
 PACE_MIN = 0.001                    # after a fan-out that took longer, as long a pause: the output gathers in the pipe
 PACE_MAX = 0.05
 PARTIAL_LINE_DELAY = 0.1            # an unfinished line (a prompt) is shown after this much silence
+MERGED_LINE_DELAY = 1.0             # and in a merged stream after this: there it holds up, or is cut by, the others' lines
 BLOCK_STALL = 30.0                  # a reader with loss=block that takes nothing is cut: it holds a child
 STALL = 300.0                       # any other reader that takes nothing: it holds a socket
 EVENTS_KEPT = 1024                  # events that can be resumed
@@ -987,19 +988,18 @@ class Fanout:
         elif self.offset < log_.start:          # half a line has fallen out of a very small window
             for reader in self.dissolve():
                 reader.pump()
-            return
+            return None
         elif log_.end - self.offset < log_.limit // 2 and not encoder.ends(fresh):
-            return                              # still the same unfinished line: nothing to look at again
+            return self._arm()                  # still the same unfinished line: nothing to look at again
         else:
             data = log_.read(self.offset, log_.limit)
         self._encode(data, NORMAL)
-        self._arm()
+        return self._arm()
 
     def _encode(self, data, mode):
         payload, consumed = self._log.encode(self._encoder, data, self.offset, mode)
         self.offset += consumed
         if payload:
-            self._log.asked = None
             now = self._log.loop.now
             for reader, send in tuple(self.members.items()):
                 if reader.fanout is self:       # a sink that failed may have closed others
@@ -1034,7 +1034,6 @@ class Log:
         self.loop, self.limit = loop, limit
         self.start = self.end = 0
         self.ended = False
-        self.asked = None                       # the end when input was last written, until somebody has read on
         self.on_room = set()                    # called once when a reader that lagged has moved on
         self.lagging = set()                    # readers that have not taken all
         self._fanouts = []
@@ -1059,9 +1058,9 @@ class Log:
         return offset
 
     def room(self):
-        """How much may be appended before a reader with loss=block would lose something."""
+        """How much may be appended before a reader with loss=block would lose something: math.inf where there is none."""
         if not self._blockers:
-            return self.limit
+            return math.inf
         return min(self.limit - (self.end - (reader.fanout or reader).offset) for reader in self._blockers)
 
     def wait(self, satisfied):
@@ -1277,7 +1276,6 @@ class Reader:
             if consumed == 0:
                 return self._caught_up()
             self.offset += consumed
-            self.log.asked = None
             self.log.moved()
             if payload:
                 self.last_sent = self.log.loop.now
@@ -1585,8 +1583,8 @@ class Launch:
     @staticmethod
     def _environment(template):
         env = dict(os.environ) if template["os_env"] else {}
-        env.pop("GAFFER_TOKEN", None)
         env.update((name, str(value)) for name, value in template["env"].items())
+        env.pop("GAFFER_TOKEN", None)
         if template["redirect_output"]:
             env.setdefault("PYTHONUNBUFFERED", "1")
         if template["custom_streams"]:
@@ -1765,13 +1763,13 @@ class Output:
         else:
             data, end = self._carry + data, data.rfind(b"\n")
             cut = len(self._carry) + end + 1 if end >= 0 else 0
-            if cut == 0 and len(data) >= CARRY_SIZE:
+            if cut == 0 and len(data) >= min(CARRY_SIZE, merged.window.limit // 2):
                 cut = len(data)
             data, self._carry = data[:cut], data[cut:]
         if data:
             merged.write(self, data)
         if self._carry and self._silence is None:
-            self._silence = self._loop.later(PARTIAL_LINE_DELAY, self._show_carry)
+            self._silence = self._loop.later(MERGED_LINE_DELAY, self._show_carry)
 
     def _show_carry(self):
         """A line that is not finished (a prompt) is not held back for ever, as long as nobody would lose it."""
@@ -1933,7 +1931,7 @@ class Process:
         self.escaped = []                       # (os pid, start time) of descendants that have left the group
         self.on_exit = set()                    # called once
         self._watcher = self._timer = None
-        self._reaped = False
+        self._reaped = self._swept = False
 
     # start
 
@@ -2096,9 +2094,11 @@ class Process:
             return True
         if self._table.group_members(self.os_pid):
             return False
-        # zombies that nobody waits for, or a chain of forks that is faster than the listing: a signal reaches all at once
+        # zombies that nobody waits for, or a chain of forks that is faster than the listing: a signal reaches all at once,
+        # and the next look tells
+        swept, self._swept = self._swept, True
         self._signal_all(signal.SIGKILL)
-        return True
+        return swept
 
     def _exit(self):
         result = peek_exit(self.os_pid)
@@ -2661,10 +2661,7 @@ class Manager:
 
     def _write(self, pid, label, data):
         self._may_change()
-        stream = self.find_input(pid, label)
-        for output in self.find_process(pid, past=True).outputs.values():
-            output.window.asked = output.window.end
-        stream.write(data)
+        self.find_input(pid, label).write(data)
 
     def end_input(self, pid, label):
         """End of file on a process's stdin or custom stream, behind what waits. ForbiddenWrite, IoNotFound."""
@@ -3537,7 +3534,7 @@ class WebSocketDecoder:
 
     def __init__(self, limit):
         self._limit = limit
-        self._buffer = b""
+        self._buffer, self._at = b"", 0         # what came, and how far it is understood
         self._events = []
         self._done = False
         self._message = None                    # opcode of the message under way
@@ -3548,7 +3545,8 @@ class WebSocketDecoder:
 
     def feed(self, data):
         """Take bytes, return the list of events they complete."""
-        self._buffer += data
+        self._buffer = self._buffer[self._at:] + data
+        self._at = 0
         self._events = []
         while not self._done and (self._payload() if self._frame is not None else self._head()):
             pass
@@ -3561,20 +3559,20 @@ class WebSocketDecoder:
 
     def _head(self):
         """Take a frame's head. False: it is not all there, or wrong."""
-        buffer = self._buffer
-        if len(buffer) < 2:
+        buffer, at = self._buffer, self._at
+        if len(buffer) < at + 2:
             return False
-        first, second = buffer[0], buffer[1]
+        first, second = buffer[at], buffer[at + 1]
         opcode, final, size = first & 15, first >> 7, second & 127
         fault = self._head_fault(first, second, opcode, final, size)
         if fault:
             return self._fail(1002, fault)
-        start = 2 + (0, 2, 8)[max(0, size - 125)] + 4
+        start = at + 2 + (0, 2, 8)[max(0, size - 125)] + 4
         if len(buffer) < start:
             return False
         if size > 125:
-            size = int.from_bytes(buffer[2:start - 4], "big")
-            if size < 126 or (size < 65536 and start == 14) or size >> 63:
+            size = int.from_bytes(buffer[at + 2:start - 4], "big")
+            if size < 126 or (size < 65536 and start == at + 14) or size >> 63:
                 return self._fail(1002, "a frame's length is not in its shortest form")
         if opcode < 8:
             if opcode:
@@ -3583,7 +3581,7 @@ class WebSocketDecoder:
             if self._size > self._limit:
                 return self._fail(1009, "a message is over %d bytes" % self._limit)
         self._frame = [opcode, final, buffer[start - 4:start], size, 0]
-        self._buffer = buffer[start:]
+        self._at = start
         return True
 
     def _head_fault(self, first, second, opcode, final, size):
@@ -3604,8 +3602,8 @@ class WebSocketDecoder:
     def _payload(self):
         """Take what is there of a frame's payload. False: it is not all there, or wrong."""
         opcode, final, key, left, seen = self._frame
-        data = self._buffer[:left]
-        self._buffer = self._buffer[len(data):]
+        data = self._buffer[self._at:self._at + left]
+        self._at += len(data)
         self._frame[3], self._frame[4] = left - len(data), seen + len(data)
         if data:
             data = unmask(data, key, seen)
@@ -3791,6 +3789,19 @@ FEEDS = ("longpoll", "continuous", "eventsource")
 OK = {"ok": True}
 
 
+def offset_headers(reader, asked, clamp):
+    """Gaffer-Offset, of the first byte that the reader gets, and Gaffer-Dropped. What fell out of the window before the
+    start is nobody's loss where no offset was `asked` for; else with `clamp` these headers tell it."""
+    window, lost = reader.log, 0
+    if not asked and reader.offset < window.start:
+        reader.offset = window.resync(window.start)
+    elif clamp:
+        lost = max(0, window.start - reader.offset)
+        reader.offset += lost
+    headers = [("Gaffer-Offset", max(reader.offset, window.start))]
+    return headers + [("Gaffer-Dropped", lost)] if lost else headers
+
+
 class StreamReply:
     """A stream without end. `response`: its head; `reader`: a Reader without a sink yet; `asked`: the client has named its
     offset. `form`: chunked, plain, eventsource. `first`: bytes before everything else. `process`: whose exit ends an event
@@ -3806,19 +3817,6 @@ class StreamReply:
         if isinstance(self.reader.log, Window):
             headers += offset_headers(self.reader, self.asked, self.form != "eventsource")
         return encode_head(200, headers)
-
-
-def offset_headers(reader, asked, clamp):
-    """Gaffer-Offset, of the first byte that the reader gets, and Gaffer-Dropped. What fell out of the window before the
-    start is nobody's loss where no offset was `asked` for; else with `clamp` these headers tell it."""
-    window, lost = reader.log, 0
-    if not asked and reader.offset < window.start:
-        reader.offset = window.resync(window.start)
-    elif clamp:
-        lost = max(0, window.start - reader.offset)
-        reader.offset += lost
-    headers = [("Gaffer-Offset", max(reader.offset, window.start))]
-    return headers + [("Gaffer-Dropped", lost)] if lost else headers
 
 
 class ParkedReply:
@@ -4191,9 +4189,7 @@ class Api:
             need(last, BadValue, "'since' is beyond the end, which is at %d" % log_.end)
             return log_.start, True, False
         if tail is None or not isinstance(log_, Window):
-            # "echo" to stdin, then a long poll, as two commands: the answer to what was written belongs to the poll
-            polled = query.get("feed", "longpoll") == "longpoll" and log_.asked is not None
-            return log_.asked if polled else log_.end, False, False
+            return log_.end, False, False
         need(tail == "all" or re.fullmatch(r"[0-9]{1,9}", tail), BadValue, "'tail' is a number of lines, or all")
         return log_.tail(math.inf if tail == "all" else int(tail)), False, False
 
@@ -4261,7 +4257,6 @@ class Api:
             data = window.read(first, window.limit)
             headers[0] = ("Gaffer-Offset", first + len(data))
             if data:
-                window.asked = None
                 return Response(data, headers=headers, content_type="application/octet-stream")
             return nothing() if window.ended else None
 
@@ -4808,14 +4803,24 @@ class ProcessSocket(WebSocketChannel):
             return self.say_close(1008, "this websocket is read only")
         data = data.encode("utf-8") if isinstance(data, str) else data
         self._held.append(data + b"\n" if self._reply.by_line else data)
-        return self._write()
+        return None
+
+    def received(self, data):
+        """See Channel: what comes together is written together."""
+        super().received(data)
+        if sum(map(len, self._held)) <= STDIN_LOW:
+            self._held = collections.deque([b"".join(self._held)] if self._held else [])
+        self._write()
 
     def _write(self):
         stream = self._reply.stream
-        while self._held and not self.closed and not self._said_close:
+        while self._held:                       # also what came in front of the peer's close frame
             try:
                 stream.write(self._held[0])
             except StdinFull:
+                if self._said_close or self.closed:
+                    log.info("%d websocket messages for %s were dropped: it does not read", len(self._held), self._reply.process.name)
+                    return self._held.clear()
                 if len(self._held[0]) > STDIN_SIZE:
                     return self.say_close(1009, "a message is over %d bytes" % STDIN_SIZE)
                 self.reading(False)

@@ -1,0 +1,9758 @@
+#!/usr/bin/env python3
+"""Tests of gaffer.py: real processes, real sockets, real signals; run it with `python3 test_gaffer.py`.
+
+Four rings, in the order of gaffer.py's sections: pure code; the loop with real children; HTTP on real sockets; the
+command line, the README and the structure of the file. Nothing sleeps to be in step with something: every wait is for a
+byte, an event or an exit, and TIMEOUT bounds failure only.
+"""
+import ast
+import atexit
+import base64
+import builtins
+import codecs
+import contextlib
+import dis
+import email.utils
+import faulthandler
+import functools
+import gc
+import grp
+import hashlib
+import http.client
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import pwd
+import queue
+import random
+import re
+import select
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import unittest
+import urllib.parse
+import wsgiref.util
+import wsgiref.validate
+
+import gaffer
+
+TIMEOUT = 30.0                      # nothing takes so long unless it is broken
+HERE = os.path.dirname(os.path.abspath(__file__))
+PYTHON = sys.executable
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# helpers
+# --------------------------------------------------------------------------------------------------------------------
+def until(condition, what="the condition", timeout=TIMEOUT):
+    """Wait for something that nothing announces (an entry of /proc, another process's file). Returns what was true."""
+    deadline = time.monotonic() + timeout
+    pause = threading.Event()
+    while True:
+        result = condition()
+        if result:
+            return result
+        if time.monotonic() > deadline:
+            raise AssertionError("%s did not come true in %g seconds" % (what, timeout))
+        pause.wait(0.005)
+
+
+def alive(os_pid):
+    """True while an OS process lives (a zombie does not)."""
+    try:
+        with open("/proc/%d/stat" % os_pid) as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def python(code):
+    """A command line (a list for cmd and args) that runs Python code without the start-up cost of site."""
+    return {"cmd": PYTHON, "args": ["-I", "-S", "-u", "-c", textwrap.dedent(code)]}
+
+
+def open_descriptors():
+    """What this process has open: {descriptor: what it is}."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[int(name)] = os.readlink("/proc/self/fd/" + name)
+    return found
+
+
+class Case(unittest.TestCase):
+    """After each test: the same threads, the same descriptors, no child left. A watchdog shows all stacks."""
+
+    def run(self, result=None):
+        faulthandler.dump_traceback_later(4 * TIMEOUT, exit=True)
+        try:
+            return super().run(result)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def setUp(self):
+        gc.collect()
+        threads, descriptors = set(threading.enumerate()), set(open_descriptors())
+        self.addCleanup(self._guard, threads, descriptors)
+
+    def _guard(self, threads, descriptors):
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(TIMEOUT)
+        self.assertEqual(set(threading.enumerate()) - threads, set(), "threads are left")
+        gc.collect()
+        # the C library opens its own libgcc for a moment when the first thread ends
+        left = {fd: what for fd, what in open_descriptors().items() if fd not in descriptors and "libgcc_s" not in what}
+        self.assertEqual(left, {}, "descriptors are left")
+        with self.assertRaises(ChildProcessError, msg="a child is left"):
+            os.waitpid(-1, os.WNOHANG)
+
+
+class Running:
+    """A Manager with an HttpHandler on a free port of 127.0.0.1, which runs on a thread of its own."""
+
+    def __init__(self, window=gaffer.WINDOW_SIZE, exit_watcher=None, process_table=None, endpoints=None, **options):
+        self.http = gaffer.HttpHandler(endpoints or [gaffer.HttpEndpoint("127.0.0.1:0")], **options)
+        self.manager = gaffer.Manager([self.http, self], window_size=window, exit_watcher=exit_watcher,
+                                      process_table=process_table)
+        self._started = threading.Event()
+        self.error = None
+        self._thread = threading.Thread(target=self._run, name="test-manager")
+        self._thread.start()
+        assert self._started.wait(TIMEOUT)
+        if self.error is not None:
+            self._thread.join()
+            raise self.error
+        self.url = self.http.urls[0]
+        self.port = int(self.url.rpartition(":")[2]) if self.url.startswith("http") else None
+
+    def _run(self):
+        try:
+            self.manager.run()
+        except BaseException as error:
+            self.error = error
+        self._started.set()
+
+    def start(self, loop, manager):
+        """As an app: the endpoints listen."""
+        self._started.set()
+
+    def stop_all(self):
+        """Stop the manager, wait for its thread."""
+        self.manager.stop(kill=True)
+        self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive()
+
+    def request(self, method, path, body=None, headers=None, timeout=TIMEOUT):
+        """(status, headers, body as bytes) of one request on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
+            connection.request(method, path, data, headers or {})
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+        finally:
+            connection.close()
+
+    def json(self, method, path, body=None, headers=None):
+        """(status, value) of one request."""
+        status, _, data = self.request(method, path, body, headers)
+        return status, json.loads(data) if data else None
+
+    def ok(self, method, path, body=None):
+        """The value of a request that has to succeed."""
+        status, value = self.json(method, path, body)
+        assert status == 200, (method, path, status, value)
+        return value
+
+    def add(self, name, command, **options):
+        """POST a template; `command` is a string, or what python() returns. Returns its pids."""
+        info = dict(command if isinstance(command, dict) else {"cmd": command}, name=name, **options)
+        self.ok("POST", "/processes", info)
+        return self.ok("GET", "/processes/%s/_pids" % name)["pids"]
+
+    def connect(self):
+        """A raw socket."""
+        return socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
+
+    def stream(self, path, headers=None):
+        """An open http.client response (with its connection in .connection) of a GET that goes on."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
+        connection.request("GET", path, headers=headers or {})
+        answer = connection.getresponse()
+        answer.connection = connection
+        return answer
+
+    def sse(self, path, headers=None):
+        """(response, iterator of events) of an event stream; an event is a dict with id, event, data."""
+        answer = self.stream(path, headers)
+        assert answer.status == 200, (answer.status, answer.read())
+        return answer, sse_events(answer)
+
+    def events(self, pattern="", since=None):
+        """An iterator of /watch events (dicts); since=0 gives those from the beginning."""
+        query = "&since=%s" % since if since is not None else ""
+        answer = self.stream("/watch%s?feed=continuous%s" % ("/" + pattern if pattern else "", query))
+        return (json.loads(line) for line in answer)
+
+    def wait_event(self, pattern, since=0):
+        """The first event that a pattern matches, from the beginning on."""
+        return self.ok("GET", "/watch/%s?feed=longpoll&since=%s&timeout=%d" % (pattern, since, TIMEOUT))
+
+
+def sse_events(lines):
+    """Parse an event stream (an iterable of lines as bytes)."""
+    event = {}
+    for line in lines:
+        line = line.rstrip(b"\n").decode("utf-8")
+        if not line:
+            if event:
+                yield event
+            event = {}
+            continue
+        field, _, value = line.partition(":")
+        value = value[1:] if value.startswith(" ") else value
+        event[field] = event[field] + "\n" + value if field in event else value
+
+
+class WebSocket:
+    """A websocket client from the standard library alone: text(), binary(), frame(), read(), close()."""
+
+    def __init__(self, port, path, headers="", early=b"", sock=None):
+        self.sock = sock or socket.create_connection(("127.0.0.1", port), TIMEOUT)
+        key = base64.b64encode(os.urandom(16)).decode()
+        self.sock.sendall(("GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                           "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %s\r\n%s\r\n" % (path, port, key, headers)).encode() + early)
+        self.file = self.sock.makefile("rb")
+        self.status = int(self.file.readline().split()[1])
+        self.headers = http.client.parse_headers(self.file)
+
+    @staticmethod
+    def encode(opcode, payload, final=True, mask=b"\x01\x02\x03\x04"):
+        """A masked frame."""
+        size = len(payload)
+        head = bytes([0x80 * final | opcode])
+        head += bytes([0x80 | size]) if size < 126 else struct.pack("!BH", 0xFE, size) if size < 65536 else struct.pack("!BQ", 0xFF, size)
+        return head + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
+
+    def frame(self, opcode, payload=b"", final=True):
+        """Send a frame."""
+        self.sock.sendall(self.encode(opcode, payload, final))
+
+    def text(self, text):
+        """Send a text message."""
+        self.frame(1, text.encode())
+
+    def binary(self, data):
+        """Send a binary message."""
+        self.frame(2, data)
+
+    def read(self):
+        """(opcode, payload) of the next frame; (None, b"") at the end of the connection. A close frame is (8, payload)."""
+        head = self.file.read(2)
+        if len(head) < 2:
+            return None, b""
+        size = head[1] & 127
+        if size == 126:
+            size = struct.unpack("!H", self.file.read(2))[0]
+        elif size == 127:
+            size = struct.unpack("!Q", self.file.read(8))[0]
+        return head[0] & 15, self.file.read(size)
+
+    def close(self):
+        """Drop the connection."""
+        self.file.close()
+        self.sock.close()
+
+
+class ServerCase(Case):
+    """Each test has a running server, with the options of the class."""
+
+    options: dict = {}
+
+    def setUp(self):
+        super().setUp()
+        self.server = Running(**self.options)
+        self.addCleanup(self.server.stop_all)
+
+    def websocket(self, path, headers="", early=b""):
+        """A WebSocket that is closed after the test."""
+        made = WebSocket(self.server.port, path, headers, early)
+        self.addCleanup(made.close)
+        return made
+
+    def assertError(self, answer, status, code, words=""):
+        """`answer` is (status, value) of an error."""
+        self.assertEqual((answer[0], answer[1].get("error")), (status, code), answer)
+        self.assertIn(words, answer[1]["reason"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# ring 1: pure code, and what lives in memory
+# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
+# pure: helpers
+# --------------------------------------------------------------------------------------------------------------------
+class PureClock:
+    """A clock that stands until it is told."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def pure_drip(data):
+    """The ways in which bytes may arrive: whole, byte by byte, in two pieces at each place."""
+    yield [data]
+    yield [data[i:i + 1] for i in range(len(data))]
+    for i in range(1, len(data)):
+        yield [data[:i], data[i:]]
+
+
+def pure_pieces(rng, data, most):
+    """`data` cut at random."""
+    place = 0
+    while place < len(data):
+        size = rng.randint(1, most)
+        yield data[place:place + size]
+        place += size
+
+
+def pure_environ(case, **values):
+    """Set variables of os.environ (None: unset them) for one test."""
+    def restore():
+        os.environ.clear()
+        os.environ.update(before)
+    before = dict(os.environ)
+    case.addCleanup(restore)
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+class PureLoopCase(Case):
+    """A loop with a fake clock, which the test turns itself."""
+
+    def setUp(self):
+        super().setUp()
+        self.clock = PureClock()
+        self.loop = gaffer.Loop(self.clock)
+        self.addCleanup(self.loop.close)
+
+    def do(self, function, *args, **named):
+        """Call as the loop's owner."""
+        return self.loop.call(lambda: function(*args, **named))
+
+    def later(self, delay, function, *args):
+        """A timer."""
+        return self.do(self.loop.later, delay, function, *args)
+
+    def advance(self, seconds=0.0):
+        """The clock goes on, then a turn."""
+        self.clock.now += seconds
+        self.loop.step()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# errors, Throttle
+# --------------------------------------------------------------------------------------------------------------------
+class PureErrors(Case):
+
+    CONTRACT = {
+        400: "invalid_json invalid_process_info bad_value no_signal_number io_not_redirected bad_request",
+        401: "unauthorized", 403: "forbidden_write forbidden_origin forbidden_host forbidden",
+        404: "not_found resource_not_found io_not_found bad_event_type", 405: "method_not_allowed", 408: "timeout",
+        413: "too_large", 414: "uri_too_long", 431: "headers_too_large", 415: "unsupported_media_type", 409: "conflict",
+        426: "upgrade_required", 500: "internal_error", 503: "stdin_full busy stopping", 504: "wait_timeout",
+        417: "bad_request", 505: "bad_request",         # the two that RFC 9110 asks for beside the contract's table
+    }
+
+    def test_the_tree_is_the_contract(self):
+        tree = [gaffer.GafferError, *gaffer.GafferError.__subclasses__()]
+        promised = {(status, code) for status, codes in self.CONTRACT.items() for code in codes.split()}
+        self.assertEqual({(error.status, error.code) for error in tree}, promised)
+        self.assertEqual(len(tree), len(promised), "two classes for one error")
+
+    def test_rendering(self):
+        for error in gaffer.GafferError.__subclasses__():
+            with self.subTest(error.__name__):
+                answer = gaffer.error_response(error("say so"))
+                self.assertEqual(answer.status, error.status)
+                self.assertEqual(json.loads(answer.body), {"error": error.code, "reason": "say so"})
+                self.assertEqual(answer.body[-2:], b"}\n")
+                self.assertIn(("Content-Type", "application/json"), answer.headers)
+
+    def test_headers(self):
+        headers = dict(gaffer.error_response(gaffer.Unauthorized("x")).headers)
+        self.assertTrue(headers["WWW-Authenticate"].startswith("Basic "))
+        headers = dict(gaffer.error_response(gaffer.MethodNotAllowed("x", ["GET", "HEAD"])).headers)
+        self.assertEqual(headers["Allow"], "GET, HEAD")
+        headers = dict(gaffer.error_response(gaffer.UpgradeRequired("x")).headers)
+        self.assertEqual((headers["Upgrade"], headers["Sec-WebSocket-Version"]), ("websocket", "13"))
+
+    def test_a_mistake_tells_nothing(self):
+        answer = gaffer.error_response(ZeroDivisionError("the secret"))
+        self.assertEqual(answer.status, 500)
+        self.assertEqual(json.loads(answer.body)["error"], "internal_error")
+        self.assertNotIn(b"secret", answer.body)
+
+    def test_need(self):
+        gaffer.need(1, gaffer.BadValue, "never said")
+        for nothing in (False, None, 0, "", []):
+            with self.assertRaisesRegex(gaffer.BadValue, "^a reason$"):
+                gaffer.need(nothing, gaffer.BadValue, "a reason")
+
+    def test_near(self):
+        self.assertEqual(gaffer.near("comand", ["name", "cmd", "env"]), ", did you mean 'cmd'?")
+        self.assertEqual(gaffer.near("zzzzzz", ["name", "cmd", "env"]), "")
+
+
+class PureThrottle(Case):
+
+    def test_once_in_a_while(self):
+        clock = PureClock()
+        throttle = gaffer.Throttle(60.0, clock)
+        with self.assertLogs("gaffer", "WARNING") as logs:
+            for _ in range(3):
+                throttle.warning("no more %s", "threads")
+            clock.now += 59.9
+            throttle.warning("no more %s", "threads")
+            self.assertEqual([record.getMessage() for record in logs.records], ["no more threads"])
+            clock.now += 0.1
+            throttle.warning("no more %s", "threads")
+            clock.now += 60
+            throttle.warning("no more %s", "threads")
+        self.assertEqual([record.getMessage() for record in logs.records], [
+            "no more threads", "no more threads (and 3 times more before)", "no more threads"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# loop
+# --------------------------------------------------------------------------------------------------------------------
+class PureTimers(PureLoopCase):
+
+    def setUp(self):
+        super().setUp()
+        self.ran = []
+
+    def test_in_order(self):
+        """By time; of equal times, who was first."""
+        for delay, name in ((3, "c"), (1, "a"), (2, "b1"), (2, "b2"), (2, "b3")):
+            self.later(delay, self.ran.append, name)
+        self.advance(0.999)
+        self.assertEqual(self.ran, [])
+        self.advance(0.001)
+        self.assertEqual(self.ran, ["a"])
+        self.advance(10)
+        self.assertEqual(self.ran, ["a", "b1", "b2", "b3", "c"])
+
+    def test_a_timer_set_by_a_timer_waits_for_the_next_turn(self):
+        """Or one that is always due would starve the rest."""
+        def again():
+            self.ran.append(1)
+            self.loop.later(0, again)
+        self.later(0, again)
+        self.advance()
+        self.assertEqual(len(self.ran), 1)
+        self.advance()
+        self.assertEqual(len(self.ran), 2)
+
+    def test_cancel(self):
+        timer = self.later(1, self.ran.append, "never")
+        self.later(1, self.ran.append, "yes")
+        self.do(timer.cancel)
+        self.do(timer.cancel)
+        self.advance(2)
+        self.assertEqual(self.ran, ["yes"])
+        self.do(timer.cancel)
+
+    def test_cancel_of_one_that_is_due_in_the_same_turn(self):
+        self.later(1, lambda: second.cancel())
+        second = self.later(1, self.ran.append, "never")
+        self.later(1, self.ran.append, "yes")
+        self.advance(1)
+        self.assertEqual(self.ran, ["yes"])
+
+    def test_cancel_by_itself_and_after_it_ran(self):
+        timer = self.later(1, lambda: (self.ran.append(1), timer.cancel()))
+        self.advance(1)
+        self.do(timer.cancel)
+        self.later(1, self.ran.append, 2)
+        self.advance(1)
+        self.assertEqual(self.ran, [1, 2])
+
+    def test_cancelled_timers_are_forgotten(self):
+        """Their times may be far away: they must not fill the heap. Those that stay run in order."""
+        timers = [self.later(1 + (i * 7919) % 5000, self.ran.append, 1 + (i * 7919) % 5000) for i in range(5000)]
+        for i, timer in enumerate(timers):
+            if i % 10:
+                self.do(timer.cancel)
+        self.assertLess(len(self.loop._timers), 1100)
+        self.advance(5001)
+        self.assertEqual(len(self.ran), 500)
+        self.assertEqual(self.ran, sorted(self.ran))
+        self.assertEqual(self.loop._timers, [])
+
+    def test_the_same_timer_set_anew_for_ever(self):
+        """As a connection's idle time is: the heap stays small."""
+        for _ in range(3000):
+            self.do(self.later(300, self.ran.append, 1).cancel)
+        self.assertLess(len(self.loop._timers), 200)
+
+    def test_random_timers_against_a_model(self):
+        rng = random.Random(1)
+        model = {}
+        for number in range(300):
+            delay = rng.randrange(50)
+            model[number] = (self.clock.now + delay, self.later(delay, self.ran.append, number))
+            if rng.random() < 0.4:
+                self.do(model.pop(rng.choice(sorted(model)))[1].cancel)
+            if rng.random() < 0.3:
+                self.ran.clear()
+                self.advance(rng.randrange(8))
+                due = sorted((when, n) for n, (when, _) in model.items() if when <= self.clock.now)
+                self.assertEqual(self.ran, [n for _, n in due])
+                for _, n in due:
+                    del model[n]
+
+    def test_now_is_the_time_of_the_turn(self):
+        seen = []
+        self.later(1, lambda: (setattr(self.clock, "now", self.clock.now + 5), seen.append(self.loop.now)))
+        self.advance(1)
+        self.assertEqual(seen, [1001.0])
+        self.advance()
+        self.assertEqual(self.loop.now, 1006.0)
+
+    def test_a_failure_does_not_end_the_loop(self):
+        self.later(1, lambda: 1 // 0)
+        self.later(1, self.ran.append, "timer")
+        self.loop.call_soon(lambda: {}["no"])
+        self.loop.call_soon(self.ran.append, "inbox")
+        with self.assertLogs("gaffer", "ERROR") as logs:
+            self.advance(1)
+        self.assertEqual(self.ran, ["timer", "inbox"])
+        self.assertEqual([record.exc_info[0] for record in logs.records], [ZeroDivisionError, KeyError])
+
+    def test_call_soon(self):
+        """Not at once, in order, and what it puts in itself in the turn after."""
+        self.loop.call_soon(self.ran.append, 1)
+        self.loop.call_soon(self.loop.call_soon, self.ran.append, 3)
+        self.loop.call_soon(self.ran.append, 2)
+        self.assertEqual(self.ran, [])
+        self.advance()
+        self.assertEqual(self.ran, [1, 2])
+        self.advance()
+        self.assertEqual(self.ran, [1, 2, 3])
+
+
+class PureCalls(PureLoopCase):
+    """Loop.call() where no thread runs the loop, and what follows close()."""
+
+    def test_result_error_and_owner(self):
+        self.assertFalse(self.loop.owned())
+        self.assertEqual(self.loop.call(divmod, 7, 2), (3, 1))
+        self.assertTrue(self.loop.call(self.loop.owned))
+        self.assertTrue(self.loop.call(self.loop.call, self.loop.owned))
+        with self.assertRaises(ZeroDivisionError):
+            self.loop.call(divmod, 1, 0)
+        self.assertFalse(self.loop.owned(), "the loop is given back after an error")
+        self.assertEqual(self.loop.call(len, "abc"), 3)
+
+    def test_now_is_fresh_in_a_call(self):
+        self.clock.now += 7
+        self.assertEqual(self.loop.call(lambda: self.loop.now), 1007.0)
+
+    @unittest.skipUnless(__debug__, "assertions are off")
+    def test_only_the_owner(self):
+        read, write = os.pipe()
+        self.addCleanup(os.close, read)
+        self.addCleanup(os.close, write)
+        for method, args in ((self.loop.later, (0, print)), (self.loop.register, (read, 1, print)),
+                             (self.loop.modify, (read, 1)), (self.loop.unregister, (read,))):
+            with self.subTest(method.__name__), self.assertRaises(AssertionError):
+                method(*args)
+
+    def test_closed(self):
+        ran = []
+        self.loop.call_soon(ran.append, 1)
+        self.loop.close()
+        self.assertEqual(ran, [1], "what was handed over before is done")
+        self.loop.close()
+        self.assertTrue(self.loop.closed)
+        with self.assertRaises(gaffer.Stopping) as caught:
+            self.loop.call(ran.append, 2)
+        self.assertEqual((caught.exception.status, caught.exception.code), (503, "stopping"))
+        self.loop.call_soon(ran.append, 3)
+        self.loop.stop()
+        self.assertEqual(ran, [1])
+
+
+class PureReadiness(PureLoopCase):
+
+    def setUp(self):
+        super().setUp()
+        self.pipes = [os.pipe() for _ in range(2)]
+        for pair in self.pipes:
+            for fd in pair:
+                self.addCleanup(os.close, fd)
+
+    def register(self, fd, callback):
+        self.do(self.loop.register, fd, 1, callback)
+        self.addCleanup(self.forget, fd)
+
+    def forget(self, fd):
+        with contextlib.suppress(KeyError):
+            self.do(self.loop.unregister, fd)
+
+    def test_ready(self):
+        read, write = self.pipes[0]
+        seen = []
+        self.register(read, lambda mask: seen.append((mask, os.read(read, 10))))
+        self.advance()
+        self.assertEqual(seen, [])
+        os.write(write, b"x")
+        self.advance()
+        self.assertEqual(seen, [(1, b"x")])
+        self.do(self.loop.unregister, read)
+        os.write(write, b"y")
+        self.advance()
+        self.assertEqual(len(seen), 1)
+
+    def test_modify(self):
+        left, right = socket.socketpair()
+        self.addCleanup(left.close)
+        self.addCleanup(right.close)
+        masks = []
+        self.register(left.fileno(), masks.append)
+        self.advance()
+        self.do(self.loop.modify, left.fileno(), 2)
+        self.advance()
+        right.sendall(b"x")
+        self.do(self.loop.modify, left.fileno(), 3)
+        self.advance()
+        self.assertEqual(masks, [2, 3])
+
+    def test_an_event_of_a_descriptor_that_another_callback_has_taken_away(self):
+        """Both are ready in one turn; the first to run takes the other's place, whose event is stale by then."""
+        seen = []
+
+        def take(other):
+            self.loop.unregister(other)
+            self.loop.register(other, 1, lambda mask: seen.append("new"))
+            seen.append("first")
+        reads = [read for read, _ in self.pipes]
+        self.register(reads[0], lambda mask: take(reads[1]))
+        self.register(reads[1], lambda mask: take(reads[0]))
+        for _, write in self.pipes:
+            os.write(write, b"x")
+        self.advance()
+        self.assertEqual(seen, ["first"])
+
+    def test_a_failing_callback(self):
+        read, write = self.pipes[0]
+        self.register(read, lambda mask: os.read(read, 1) and 1 // 0)
+        os.write(write, b"ab")
+        with self.assertLogs("gaffer", "ERROR") as logs:
+            self.advance()
+            self.advance()
+        self.assertEqual(len(logs.records), 2)
+
+    def test_wake_descriptor(self):
+        """What a signal handler's wake-up writes ends the wait."""
+        os.write(self.loop.wake_fd, b"\x0f")
+        began = time.monotonic()
+        self.loop.step(TIMEOUT)
+        self.assertLess(time.monotonic() - began, TIMEOUT / 2)
+
+
+class PureRunning(Case):
+    """A loop that runs on a thread of its own, with the real clock."""
+
+    def setUp(self):
+        super().setUp()
+        self.loop = gaffer.Loop()
+        self.thread = threading.Thread(target=self.loop.run)
+        self.addCleanup(self.end)
+        self.thread.start()
+
+    def end(self):
+        self.loop.stop()
+        self.thread.join(TIMEOUT)
+        self.assertFalse(self.thread.is_alive())
+        self.loop.close()
+
+    def hold(self):
+        """Keep the loop's thread in a callback. Returns a function that lets it go on."""
+        held, release = threading.Event(), threading.Event()
+        self.addCleanup(release.set)
+        self.loop.call_soon(lambda: (held.set(), release.wait(TIMEOUT)))
+        self.assertTrue(held.wait(TIMEOUT))
+        return release.set
+
+    def in_thread(self, function, *args):
+        """Call on another thread. Returns (thread, list that gets what it returned or raised)."""
+        got = []
+
+        def run():
+            try:
+                got.append(self.loop.call(function, *args))
+            except BaseException as error:
+                got.append(error)
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread, got
+
+    def test_a_sleeping_loop_is_borrowed(self):
+        """The call runs on the caller's own thread."""
+        until(lambda: self.loop.call(threading.get_ident) == threading.get_ident(), "a borrowed call")
+
+    def test_a_busy_loop_gets_it_queued(self):
+        """The call runs on the loop's thread; result and error are the caller's."""
+        release = self.hold()
+        calls = [self.in_thread(threading.get_ident), self.in_thread(divmod, 1, 0), self.in_thread(sys.exit, 3)]
+        until(lambda: len(self.loop._inbox) == 3)
+        self.assertEqual([got for _, got in calls], [[], [], []])
+        release()
+        for thread, _ in calls:
+            thread.join(TIMEOUT)
+        (ident,), (division,), (leave,) = [got for _, got in calls]
+        self.assertEqual(ident, self.thread.ident)
+        self.assertIsInstance(division, ZeroDivisionError)
+        self.assertIsInstance(leave, SystemExit)
+        self.assertEqual(self.loop.call(len, "the loop goes on"), 16)
+
+    def test_a_queued_call_sees_what_was_queued_before(self):
+        release, seen = self.hold(), []
+        self.loop.call_soon(seen.append, 1)
+        thread, got = self.in_thread(tuple, seen)
+        until(lambda: len(self.loop._inbox) == 2)
+        release()
+        thread.join(TIMEOUT)
+        self.assertEqual((seen, got), ([1], [(1,)]))
+
+    def test_what_a_borrower_does_wakes_the_loop(self):
+        """A timer, a descriptor, a call_soon: the loop sleeps without a limit when they come."""
+        for name in ("timer", "descriptor", "inbox"):
+            with self.subTest(name):
+                happened = threading.Event()
+                until(lambda: self.loop.call(threading.get_ident) == threading.get_ident())
+                if name == "timer":
+                    self.loop.call(self.loop.later, 0.001, happened.set)
+                elif name == "inbox":
+                    self.loop.call(self.loop.call_soon, happened.set)
+                else:
+                    read, write = os.pipe()
+                    os.write(write, b"x")
+
+                    def ready(mask, fds=(read, write)):
+                        self.loop.unregister(fds[0])
+                        os.close(fds[0])
+                        os.close(fds[1])
+                        happened.set()
+                    self.loop.call(self.loop.register, read, 1, ready)
+                self.assertTrue(happened.wait(TIMEOUT))
+
+    def test_call_soon_runs_on_the_loops_thread(self):
+        happened, where = threading.Event(), []
+        self.loop.call_soon(lambda: (where.append(threading.get_ident()), happened.set()))
+        self.assertTrue(happened.wait(TIMEOUT))
+        self.assertEqual(where, [self.thread.ident])
+
+    def test_what_a_callback_puts_in_is_not_slept_over(self):
+        happened = threading.Event()
+        self.loop.call_soon(self.loop.call_soon, self.loop.call_soon, happened.set)
+        self.assertTrue(happened.wait(TIMEOUT))
+
+    def test_a_call_that_waits_when_the_loop_is_closed(self):
+        """It does not wait for ever: close() is the last to look into the inbox."""
+        release = self.hold()
+        thread, got = self.in_thread(len, "abc")
+        until(lambda: self.loop._inbox)
+        self.loop.stop()
+        release()
+        self.thread.join(TIMEOUT)
+        self.loop.close()
+        thread.join(TIMEOUT)
+        self.assertEqual(got, [3])
+
+    def test_calls_while_the_loop_is_closed(self):
+        """From the moment on where it is closing, all get Stopping, and none waits for ever."""
+        self.loop.stop()
+        self.thread.join(TIMEOUT)
+        held, release = threading.Event(), threading.Event()
+        self.addCleanup(release.set)
+        self.loop.call_soon(lambda: (held.set(), release.wait(TIMEOUT)))
+        closer = threading.Thread(target=self.loop.close)
+        closer.start()
+        self.assertTrue(held.wait(TIMEOUT))
+        calls = [self.in_thread(len, "never") for _ in range(5)]
+        release.set()
+        for thread, got in calls:
+            thread.join(TIMEOUT)
+            self.assertIsInstance(got[0], gaffer.Stopping)
+        closer.join(TIMEOUT)
+
+    def test_many_threads(self):
+        """Whether borrowed or queued, one call at a time, none lost, none twice."""
+        state = {"inside": 0, "count": 0}
+
+        def count():
+            state["inside"] += 1
+            seen = (state["inside"], self.loop.owned())
+            state["count"] = state["count"] + 1
+            state["inside"] -= 1
+            return seen
+
+        def caller():
+            for _ in range(300):
+                if self.loop.call(count) != (1, True):
+                    wrong.append(1)
+                self.loop.call_soon(soon.append, 1)
+        wrong, soon = [], []
+        threads = [threading.Thread(target=caller) for _ in range(8)]
+        switch = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, switch)
+        sys.setswitchinterval(1e-5)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(TIMEOUT)
+        sys.setswitchinterval(switch)
+        self.hold()()                           # a barrier: what was put in before has run
+        self.assertEqual((wrong, state, len(soon)), ([], {"inside": 0, "count": 2400}, 2400))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# logs and readers
+# --------------------------------------------------------------------------------------------------------------------
+class PureSink:
+    """A sink that takes what it gets; not `open`: it says that it was too much."""
+
+    def __init__(self):
+        self.open, self.got, self.losses, self.ends = True, [], [], 0
+
+    def send(self, payload):
+        self.got.append(payload)
+        return self.open
+
+    def lost(self, reader, count):
+        self.losses.append(count)
+        reader.close()
+
+    def finished(self, reader):
+        self.ends += 1
+        reader.close()
+
+    @property
+    def data(self):
+        return b"".join(self.got)
+
+
+def pure_sse(data):
+    """[(id, event, data)] of the bytes of an event stream, read by nothing but its grammar."""
+    found = re.findall(rb"id: ([0-9]+x?)@e\nevent: ([a-z]+)\ndata: ([^\r\n]*)\n\n", data)
+    assert b"".join(b"id: %b@e\nevent: %b\ndata: %b\n\n" % event for event in found) == data, data
+    return [(int(number) if number.isdigit() else number, event.decode(), line) for number, event, line in found]
+
+
+class PureLogCase(PureLoopCase):
+
+    def window(self, limit=1024, data=b""):
+        window = gaffer.Window(self.loop, limit)
+        if data:
+            self.do(window.append, data)
+        return window
+
+    def reader(self, log, encoder=None, offset=None, loss="cut"):
+        """A started reader with a PureSink."""
+        reader = gaffer.Reader(log, encoder or gaffer.RawEncoder(), PureSink(), log.end if offset is None else offset,
+                               loss)
+        self.do(reader.start)
+        return reader
+
+    def sse(self, log, offset=None, loss="cut"):
+        return self.reader(log, gaffer.SseEncoder("out", "e"), offset, loss)
+
+
+class PureWindow(PureLogCase):
+
+    def check(self, window, everything, rng, offsets):
+        """All that a window answers, against all bytes that it ever got."""
+        end, start = len(everything), max(0, len(everything) - window.limit)
+        self.assertEqual((window.start, window.end), (start, end))
+        kept = everything[start:]
+        self.assertEqual(window.read(start, window.limit + 5), kept)
+        self.assertEqual(window.read(end, 10), b"")
+        for offset in offsets(start, end):
+            size = rng.randint(1, window.limit)
+            self.assertEqual(window.read(offset, size), everything[offset:offset + size])
+            if offset:
+                self.assertEqual(window.before(offset), everything[offset - 1])
+            fresh = offset == 0 or everything[offset - 1:offset] == b"\n"
+            next_end = everything.find(b"\n", offset)
+            self.assertEqual(window.resync(offset), offset if fresh or next_end < 0 else next_end + 1)
+        first = window.resync(start)
+        lines = everything[first:].split(b"\n")
+        if lines[-1] == b"":
+            lines.pop()
+        for count in (0, 1, 2, 5, 1000):
+            wanted = lines[max(0, len(lines) - count):] if count else []
+            size = len(b"\n".join(wanted)) + (everything[-1:] == b"\n") if wanted else 0
+            self.assertEqual(window.tail(count), end - size, (count, everything[first:]))
+        self.assertEqual(window.tail(math.inf), first)
+
+    def test_against_a_model(self):
+        rng = random.Random(2)
+        for limit, most, rounds in ((1, 3, 30), (7, 12, 60), (100, 40, 60), (256, 700, 40)):
+            with self.subTest(limit=limit):
+                window, everything = self.window(limit), b""
+                for _ in range(rounds):
+                    data = bytes(rng.choice(b"ab\n\r") for _ in range(rng.randint(1, most)))
+                    everything += data
+                    self.do(window.append, data)
+                    self.check(window, everything, rng, lambda start, end: range(start, end))
+
+    def test_large_against_a_model(self):
+        """Pieces smaller and larger than those that are joined, lines of every length."""
+        rng = random.Random(3)
+        window, everything = self.window(100000), b""
+        for _ in range(60):
+            line = bytes([rng.randrange(32, 127)]) * rng.choice((0, 5, 80, 3000, 20000))
+            data = (line + b"\n") * rng.choice((1, 1, 2)) + b"x" * rng.choice((0, 9))
+            everything += data
+            self.do(window.append, data)
+            self.check(window, everything, rng, lambda start, end: sorted(rng.randrange(start, end) for _ in range(12)))
+
+    def test_a_whole_piece_is_not_copied(self):
+        window = self.window(1000000)
+        first, second = b"a" * 65536, b"b" * 65536
+        self.do(window.append, first)
+        self.do(window.append, second)
+        self.assertIs(window.read(0, 65536), first)
+        self.assertIs(window.read(65536, 70000), second)
+
+    def test_the_byte_before_the_window(self):
+        """It is known even where its piece is gone: a newline at the window's start may be half of CR LF."""
+        window = self.window(131072)
+        for data in (b"a" * 65535 + b"\r", b"\n" + b"b" * 65534 + b"\n", b"c" * 65536):
+            self.do(window.append, data)
+        self.assertEqual((window.start, window.before(65536)), (65536, 13))
+        self.do(window.append, b"d" * 65536)
+        self.assertEqual((window.start, window.before(131072), window.resync(131072)), (131072, 10, 131072))
+
+    def test_empty(self):
+        window = self.window()
+        self.assertEqual((window.start, window.end, window.read(0, 10), window.before(0)), (0, 0, b"", None))
+        self.assertEqual((window.resync(0), window.tail(0), window.tail(5), window.tail(math.inf)), (0, 0, 0, 0))
+
+    def test_bytes_that_are_kept_are_bounded(self):
+        """A window of short lines is not all overhead, and nothing beyond limit and one piece is held."""
+        window = self.window(100000)
+        for _ in range(30000):
+            self.do(window.append, b"short line\n")
+        self.assertLessEqual(sum(map(len, window._chunks)), 100000 + 16384)
+        self.assertLess(len(window._chunks), 20)
+
+    def test_wait(self):
+        window, calls = self.window(), []
+        self.do(window.wait, lambda: calls.append("a") or window.end >= 4)
+        end_b = self.do(window.wait, lambda: calls.append("b"))
+        self.do(window.append, b"ab")
+        self.do(window.append, b"cd")
+        self.assertEqual(calls, ["a", "b", "a", "b"])
+        self.do(window.append, b"ef")
+        self.do(end_b)
+        self.do(end_b)
+        self.do(window.append, b"gh")
+        self.assertEqual(calls, ["a", "b", "a", "b", "b"])
+
+    def test_finish_is_told_to_who_waits_once(self):
+        window, calls = self.window(), []
+        self.do(window.wait, lambda: calls.append(window.ended))
+        self.do(window.finish)
+        self.do(window.finish)
+        self.assertEqual(calls, [True])
+
+
+class PureFanout(PureLogCase):
+
+    def test_live_readers_get_the_same_object(self):
+        window = self.window()
+        readers = [self.reader(window) for _ in range(3)] + [self.sse(window)]
+        self.do(window.append, b"one\n")
+        self.do(window.append, b"two\n")
+        for reader in readers[:3]:
+            self.assertEqual(reader.sink.got, [b"one\n", b"two\n"])
+            self.assertIs(reader.sink.got[0], readers[0].sink.got[0])
+        self.assertEqual(readers[3].sink.got, [b"id: 4@e\nevent: out\ndata: one\n\n",
+                                               b"id: 8@e\nevent: out\ndata: two\n\n"])
+
+    def test_encoded_once(self):
+        """The work for a thousand readers is that for one."""
+        calls = []
+
+        class Counting(gaffer.SseEncoder):
+            def encode(self, *args):
+                calls.append(args)
+                return super().encode(*args)
+        window = self.window()
+        readers = [self.reader(window, Counting("out", "e")) for _ in range(50)]
+        calls.clear()
+        self.do(window.append, b"x\n")
+        self.assertEqual(len(calls), 1)
+        self.assertEqual({id(reader.sink.got[0]) for reader in readers}, {id(readers[0].sink.got[0])})
+
+    def test_where_a_reader_begins(self):
+        window = self.window(data=b"one\ntwo\n")
+        readers = [self.reader(window, offset=0), self.reader(window, offset=4), self.reader(window)]
+        self.do(window.append, b"three\n")
+        self.assertEqual([reader.sink.data for reader in readers],
+                         [b"one\ntwo\nthree\n", b"two\nthree\n", b"three\n"])
+
+    def test_one_that_lags_holds_nobody_and_comes_back(self):
+        window = self.window()
+        slow, fast = self.reader(window), self.reader(window)
+        slow.sink.open = False
+        for word in (b"one ", b"two ", b"three "):
+            self.do(window.append, word)
+        self.assertEqual((slow.sink.data, fast.sink.data), (b"one ", b"one two three "))
+        slow.sink.open = True
+        self.do(slow.pump)
+        self.assertEqual(slow.sink.got, [b"one ", b"two three "])
+        self.do(window.append, b"four")
+        self.assertIs(slow.sink.got[-1], fast.sink.got[-1])
+        self.assertEqual(slow.sink.got[-1], b"four")
+
+    def test_one_that_is_far_behind_gets_its_share_a_turn(self):
+        window = self.window(4 * gaffer.MIB)
+        data = os.urandom(1024) * 2048
+        for place in range(0, len(data), 65536):
+            self.do(window.append, data[place:place + 65536])
+        reader = self.reader(window, offset=0)
+        most = gaffer.SHARE_SIZE * gaffer.SHARES_PER_TURN
+        turns = 1
+        while len(reader.sink.data) < len(data):
+            self.assertLessEqual(len(reader.sink.data), most * turns)
+            self.advance()
+            turns += 1
+            self.assertLess(turns, 100)
+        self.assertEqual(reader.sink.data, data)
+
+    def test_fanouts_that_come_to_the_same_place_become_one(self):
+        """One saw the beginning of the line already, the other comes while it is unfinished."""
+        window = self.window()
+        early = self.sse(window)
+        self.do(window.append, b"abc")
+        self.advance(0.11)
+        late = self.sse(window, offset=0)
+        self.assertIsNot(early.fanout, late.fanout)
+        self.do(window.append, b"\n")
+        self.do(window.append, b"next\n")
+        self.assertIs(early.fanout, late.fanout)
+        self.assertIs(early.sink.got[-1], late.sink.got[-1])
+        self.assertEqual(pure_sse(early.sink.data), [(3, "out", b"abc"), (4, "out", b""), (9, "out", b"next")])
+        self.assertEqual(pure_sse(late.sink.data), [(4, "out", b"abc"), (9, "out", b"next")])
+
+    def test_a_sink_that_closes_another_reader(self):
+        """Who is closed while a payload goes round gets nothing of it any more."""
+        class Closing(PureSink):
+            def send(self, payload):
+                second.close()
+                return super().send(payload)
+        window = self.window()
+        first = gaffer.Reader(window, gaffer.RawEncoder(), Closing(), 0)
+        self.do(first.start)
+        second = self.reader(window)
+        self.do(window.append, b"x")
+        self.assertEqual((first.sink.got, second.sink.got, window.lagging), ([b"x"], [], set()))
+
+    def test_close(self):
+        window = self.window()
+        reader, other = self.reader(window), self.reader(window)
+        self.do(reader.close)
+        self.do(reader.close)
+        self.do(window.append, b"x")
+        self.do(reader.pump)
+        self.assertEqual((reader.sink.got, other.sink.got), ([], [b"x"]))
+        self.do(other.close)
+        self.assertEqual((window.lagging, window._fanouts), (set(), []))
+
+    def test_partial_line_after_100_ms(self):
+        window = self.window()
+        reader = self.sse(window)
+        self.do(window.append, b"login: ")
+        self.advance(0.099)
+        self.assertEqual(reader.sink.got, [])
+        self.advance(0.002)
+        self.assertEqual(pure_sse(reader.sink.data), [(7, "out", b"login: ")])
+        self.advance(5)
+        self.assertEqual(len(reader.sink.got), 1)
+        self.do(window.append, b"joe\n")
+        self.assertEqual(pure_sse(reader.sink.data)[1:], [(11, "out", b"joe")])
+
+    def test_each_byte_begins_the_silence_anew(self):
+        window = self.window()
+        reader = self.sse(window)
+        for i in range(10):
+            self.do(window.append, b"%d" % i)
+            self.advance(0.09)
+        self.assertEqual(reader.sink.got, [])
+        self.advance(0.011)
+        self.assertEqual(pure_sse(reader.sink.data), [(10, "out", b"0123456789")])
+
+    def test_partial_line_of_one_who_comes_later(self):
+        window = self.window(data=b"one\npro")
+        reader = self.sse(window, offset=0)
+        self.assertEqual(pure_sse(reader.sink.data), [(4, "out", b"one")])
+        self.advance(0.11)
+        self.assertEqual(pure_sse(reader.sink.data)[1:], [(7, "out", b"pro")])
+
+    def test_partial_line_that_was_finished_in_time(self):
+        window = self.window()
+        reader = self.sse(window)
+        self.do(window.append, b"ab")
+        self.advance(0.05)
+        self.do(window.append, b"c\n")
+        self.advance(1)
+        self.assertEqual(pure_sse(reader.sink.data), [(4, "out", b"abc")])
+
+    def test_partial_line_is_cut_at_a_whole_character(self):
+        window = self.window()
+        reader = self.sse(window)
+        self.do(window.append, "caf\u00e9".encode()[:-1])
+        self.advance(0.11)
+        self.assertEqual(pure_sse(reader.sink.data), [(3, "out", b"caf")])
+        self.do(window.append, "\u00e9!\n".encode()[1:])
+        self.assertEqual(pure_sse(reader.sink.data)[1:], [(7, "out", "\u00e9!".encode())])
+
+    def test_character_completed_after_flush(self):
+        """Half a character was held back; once it is whole it is shown after 100 ms, as any unfinished line."""
+        window = self.window()
+        reader = self.sse(window)
+        euro = "\u20ac".encode()
+        self.do(window.append, b"5 " + euro[:1])
+        self.advance(0.11)
+        self.do(window.append, euro[1:2])
+        self.do(window.append, euro[2:])
+        for _ in range(3):
+            self.advance(0.11)
+        self.assertEqual(pure_sse(reader.sink.data), [(2, "out", b"5 "), (5, "out", euro)])
+
+    def test_cr_lf_that_comes_in_two(self):
+        """No empty event, for one who is live and one who lags."""
+        window = self.window()
+        live, slow = self.sse(window), self.sse(window)
+        slow.sink.open = False
+        self.do(window.append, b"a\r")
+        self.do(window.append, b"\n")
+        self.do(window.append, b"\nb\n")
+        self.do(slow.pump)
+        wanted = [(2, "out", b"a"), (4, "out", b""), (6, "out", b"b")]
+        self.assertEqual((pure_sse(live.sink.data), pure_sse(slow.sink.data)), (wanted, wanted))
+
+    def test_half_a_line_falls_out_of_a_small_window(self):
+        """Even a live reader may lose something then; it is told."""
+        window = self.window(256)
+        reader = self.sse(window)
+        self.do(window.append, b"x" * 100)
+        self.do(window.append, b"y" * 240 + b"\nnext\n")
+        events = pure_sse(reader.sink.data)
+        self.assertEqual(events, [(341, "dropped", b'{"bytes": 341}'), (346, "out", b"next")])
+
+    def test_partial_timer_goes_with_its_readers(self):
+        window = self.window()
+        reader = self.sse(window)
+        self.do(window.append, b"ab")
+        self.do(reader.close)
+        self.advance(1)
+        self.assertEqual(reader.sink.got, [])
+        self.assertEqual(self.loop._timers, [])
+
+
+class PureReader(PureLogCase):
+
+    def test_cut(self):
+        """Who lost something is told how much, to the byte, and gets nothing more."""
+        window = self.window(100)
+        reader = self.reader(window)
+        reader.sink.open = False
+        for _ in range(30):
+            self.do(window.append, b"0123456789")
+        self.assertEqual((reader.offset, window.start), (10, 200))
+        self.do(reader.pump)
+        self.assertEqual((reader.sink.losses, reader.sink.got), ([190], [b"0123456789"]))
+
+    def test_a_reader_a_byte_before_the_edge(self):
+        """What is just still there is not lost."""
+        window = self.window(100)
+        reader = self.reader(window)
+        reader.sink.open = False
+        self.do(window.append, b"x")
+        self.do(window.append, b"y" * 100)
+        self.assertEqual(window.start, 1)
+        self.do(reader.pump)
+        self.assertEqual((reader.sink.losses, reader.sink.data), ([], b"x" + b"y" * 100))
+
+    def test_one_byte_lost(self):
+        window = self.window(100)
+        reader = self.reader(window)
+        reader.sink.open = False
+        self.do(window.append, b"x")
+        self.do(window.append, b"y" * 101)
+        self.do(reader.pump)
+        self.assertEqual(reader.sink.losses, [1])
+
+    def test_skip(self):
+        """On from the start of a line; what was left out is counted."""
+        window = self.window(100)
+        reader = self.reader(window, loss="skip")
+        reader.sink.open = False
+        for number in range(40):
+            self.do(window.append, b"line %03d\n" % number)
+        self.do(reader.pump)
+        self.assertEqual(reader.sink.losses, [])
+        rest = reader.sink.got[1]
+        self.assertEqual(rest, b"".join(b"line %03d\n" % number for number in range(29, 40)))
+        self.assertEqual(reader.dropped, 28 * 9)
+        self.assertEqual(len(reader.sink.data) + reader.dropped, window.end)
+
+    def test_skip_where_no_line_ends(self):
+        """A stream of bytes goes on at the window's first byte."""
+        window = self.window(100)
+        reader = self.reader(window, loss="skip")
+        reader.sink.open = False
+        self.do(window.append, b"ab")
+        self.do(window.append, b"z" * 150)
+        self.do(reader.pump)
+        self.assertEqual((reader.dropped, reader.sink.got[1]), (50, b"z" * 100))
+
+    def test_sse_dropped(self):
+        """The loss is told in the stream; its id is where it goes on."""
+        window = self.window(100)
+        reader = self.sse(window)
+        reader.sink.open = False
+        for number in range(40):
+            self.do(window.append, b"line %03d\n" % number)
+        reader.sink.open = True
+        self.do(reader.pump)
+        events = pure_sse(reader.sink.data)
+        self.assertEqual(events[:3], [(9, "out", b"line 000"), (261, "dropped", b'{"bytes": 252}'),
+                                      (270, "out", b"line 029")])
+        self.assertEqual(len(events), 2 + 11)
+
+    def test_sse_from_an_offset_that_has_gone(self):
+        window = self.window(256, b"a\n" * 1000)
+        reader = self.sse(window, offset=500)
+        events = pure_sse(reader.sink.data)
+        self.assertEqual(events[0], (1744, "dropped", b'{"bytes": 1244}'))
+        self.assertEqual((len(events), events[-1]), (129, (2000, "out", b"a")))
+
+    def test_a_line_longer_than_the_window_of_a_live_reader(self):
+        """It comes in pieces, and nothing of it is lost."""
+        window = self.window(256)
+        reader = self.sse(window)
+        for _ in range(50):
+            self.do(window.append, b"x" * 50)
+        self.do(window.append, b"\n")
+        events = pure_sse(reader.sink.data)
+        self.assertEqual(b"".join(data for _, _, data in events), b"x" * 2500)
+        self.assertEqual({kind for _, kind, _ in events}, {"out"})
+        self.assertEqual(events[-1][0], 2501)
+
+    def test_block_room(self):
+        """Room is what a reader with loss=block leaves; one without has no say."""
+        window = self.window(100)
+        self.reader(window).sink.open = False
+        blocker = self.reader(window, loss="block")
+        self.assertEqual(window.room(), 100)
+        blocker.sink.open = False
+        self.do(window.append, b"x" * 30)               # its sink took this, and is full
+        self.assertEqual(window.room(), 100)
+        self.do(window.append, b"y" * 60)
+        self.assertEqual(window.room(), 40)
+        called = []
+        self.do(window.on_room.add, lambda: called.append(1))
+        self.advance()
+        self.assertEqual(called, [])
+        self.do(blocker.pump)
+        self.advance()
+        self.assertEqual((called, window.room()), ([1], 100))
+        self.do(window.append, b"z")
+        self.advance()
+        self.assertEqual(called, [1], "it is called once")
+
+    def test_courtesy(self):
+        """A reader is hurried that is far behind and took something lately: a dead one holds nothing up."""
+        window = self.window(100)
+        reader, other = self.reader(window), self.reader(window)
+        reader.sink.open = False
+        self.do(window.append, b"x" * 30)
+        self.do(window.append, b"x" * 50)
+        self.assertFalse(window.hurried(), "half a window behind is no need to hurry")
+        self.do(window.append, b"x")
+        self.assertTrue(window.hurried())
+        self.advance(0.11)
+        self.assertFalse(window.hurried())
+        reader.sink.open = True
+        self.do(reader.pump)
+        self.assertFalse(window.hurried())
+        self.assertEqual(len(other.sink.data), 81)
+
+    def test_block_two_and_the_one_that_leaves(self):
+        window = self.window(100)
+        first, second = [self.reader(window, loss="block") for _ in range(2)]
+        first.sink.open = second.sink.open = False
+        self.do(window.append, b"x" * 10)
+        self.do(window.append, b"x" * 20)
+        self.do(second.pump)
+        self.do(window.append, b"x" * 30)
+        self.assertEqual(window.room(), 50)
+        called = []
+        self.do(window.on_room.add, lambda: called.append(1))
+        self.do(first.close)
+        self.advance()
+        self.assertEqual((called, window.room()), ([1], 70))
+        self.do(second.close)
+        self.assertGreaterEqual(window.room(), 100)
+
+    def test_blocked_feeder_never_loses(self):
+        """A feeder that appends no more than there is room; random readers that block: each gets every byte."""
+        rng = random.Random(4)
+        window = self.window(256)
+        readers = [make(window, loss="block") for make in (self.sse, self.reader) for _ in range(3)]
+        data = bytes(rng.choice(b"abcdefghijk\n") for _ in range(6000))
+        place, turns = 0, 0
+        while place < len(data):
+            turns += 1
+            self.assertLess(turns, 20000, "feeder and readers wait for each other")
+            size = min(window.room(), rng.randint(0, 200))
+            self.assertGreaterEqual(window.room(), 0)
+            if size > 0:
+                self.do(window.append, data[place:place + size])
+                place += len(data[place:place + size])
+            for reader in readers:
+                reader.sink.open = rng.random() < 0.5
+                if reader.fanout is None:
+                    self.do(reader.pump)
+            self.advance(0.01)
+        for reader in readers:
+            reader.sink.open = True
+        self.do(window.finish)
+        for _ in range(5):
+            for reader in readers:
+                self.do(reader.pump)
+            self.advance()
+        lines = data.split(b"\n")
+        for reader in readers[3:]:
+            self.assertEqual(reader.sink.data, data)
+        for reader in readers[:3]:
+            events = pure_sse(reader.sink.data)
+            self.assertEqual([text for _, _, text in events], lines if lines[-1] else lines[:-1])
+        self.assertEqual([reader.sink.ends for reader in readers], [1] * 6)
+
+    def test_nothing_is_lost_uncounted(self):
+        """Random appends, random sinks: what a reader got and what it was told is all there was."""
+        rng = random.Random(5)
+        for round_ in range(10):
+            with self.subTest(round=round_):
+                window, everything = self.window(300), b""
+                cut, skip, sse = self.reader(window), self.reader(window, loss="skip"), self.sse(window)
+                for _ in range(200):
+                    data = bytes(rng.choice(b"ab\n") for _ in range(rng.randint(1, 60)))
+                    everything += data
+                    self.do(window.append, data)
+                    for reader in (cut, skip, sse):
+                        if rng.random() < 0.2:
+                            reader.sink.open = not reader.sink.open
+                        if reader.sink.open and reader.fanout is None:
+                            self.do(reader.pump)
+                    if rng.random() < 0.3:
+                        self.advance(0.06)
+                for reader in (cut, skip, sse):
+                    reader.sink.open = True
+                    self.do(reader.pump)
+                self.do(window.finish)
+                self.advance()
+                if cut.sink.losses:
+                    self.assertTrue(everything.startswith(cut.sink.data))
+                else:
+                    self.assertEqual(cut.sink.data, everything)
+                self.assertEqual(len(skip.sink.data) + skip.dropped, len(everything))
+                place = dropped = 0
+                for number, kind, text in pure_sse(sse.sink.data):
+                    if kind == "dropped":
+                        dropped += json.loads(text)["bytes"]
+                        self.assertEqual(number - place, json.loads(text)["bytes"])
+                        self.assertEqual(everything[number - 1:number], b"\n")
+                    else:
+                        self.assertEqual(everything[place:number].rstrip(b"\n"), text)
+                    place = number
+                self.assertEqual((place, dropped), (len(everything), sse.dropped))
+
+    def test_finish(self):
+        """What is left, unfinished line and all, then the end, once; a slow one gets both when it can."""
+        window = self.window()
+        live, slow, gone = self.sse(window), self.sse(window), self.sse(window)
+        slow.sink.open = False
+        self.do(gone.close)
+        self.do(window.append, b"one\n")
+        self.do(window.append, b"two\nlast wor\xc3")
+        self.do(window.finish)
+        last = [(4, "out", b"one"), (8, "out", b"two"), (17, "out", "last wor\ufffd".encode())]
+        self.assertEqual((pure_sse(live.sink.data), live.sink.ends), (last, 1))
+        self.assertEqual((pure_sse(slow.sink.data), slow.sink.ends), (last[:1], 0))
+        slow.sink.open = True
+        self.do(slow.pump)
+        self.assertEqual((pure_sse(slow.sink.data), slow.sink.ends), (last, 1))
+        self.assertEqual((gone.sink.got, gone.sink.ends), ([], 0))
+        late = self.sse(window, offset=0)
+        self.assertEqual((pure_sse(late.sink.data), late.sink.ends), (last, 1))
+        self.advance(1)
+        self.assertEqual((live.sink.ends, window.lagging), (1, set()))
+
+    def test_lines_of_an_ended_stream_are_whole(self):
+        """However many shares it takes to send them."""
+        data = b"".join(b"line %d %s\n" % (number, b"x" * (number % 90)) for number in range(6000)) + b"the end"
+        window = self.window(gaffer.MIB, data)
+        self.do(window.finish)
+        reader = self.sse(window, offset=0)
+        for _ in range(20):
+            self.advance()
+        self.assertEqual([line for _, _, line in pure_sse(reader.sink.data)], data.split(b"\n"))
+        self.assertEqual(reader.sink.ends, 1)
+
+    def test_finish_shows_each_byte_once(self):
+        """A line that was half shown when the end comes: only its rest."""
+        window = self.window()
+        reader = self.sse(window)
+        self.do(window.append, b"ab")
+        self.advance(0.11)
+        self.do(window.append, b"cd")
+        self.do(window.finish)
+        self.advance(0.11)
+        self.assertEqual(pure_sse(reader.sink.data), [(2, "out", b"ab"), (4, "out", b"cd")])
+
+
+class PureEvents(PureLogCase):
+
+    @staticmethod
+    def encoder(form, wanted=lambda record: True):
+        return gaffer.RecordEncoder(form, "e", "all", wanted, lambda record: record["event"])
+
+    def test_read(self):
+        log = gaffer.EventLog(self.loop, 3)
+        for number in range(1, 6):
+            self.do(log.append, number)
+        self.assertEqual((log.start, log.end), (2, 5))
+        self.assertEqual([log.read(offset, 2) for offset in (2, 3, 4, 5)], [[3, 4], [4, 5], [5], []])
+        self.assertEqual(log.read(2, 100), [3, 4, 5])
+
+    def test_forms(self):
+        """eventsource, JSON lines in chunks, JSON lines; the id is the event's number."""
+        log = gaffer.EventLog(self.loop, 10)
+        readers = [self.reader(log, self.encoder(form)) for form in ("eventsource", "chunked", "plain")]
+        self.do(log.append, {"event": "spawn", "name": "a"})
+        line = b'{"event": "spawn", "name": "a"}'
+        self.assertEqual([reader.sink.data for reader in readers], [
+            b"id: 1@e\nevent: spawn\ndata: " + line + b"\n\n", b"20\r\n" + line + b"\n\r\n", line + b"\n"])
+
+    def test_wanted(self):
+        """Ids count all events, so that a reconnect with another pattern is right too."""
+        log = gaffer.EventLog(self.loop, 10)
+        reader = self.reader(log, self.encoder("eventsource", lambda record: record["event"] == "exit"))
+        for kind in ("spawn", "exit", "spawn", "exit"):
+            self.do(log.append, {"event": kind})
+        self.assertEqual([event[:2] for event in pure_sse(reader.sink.data)], [(2, "exit"), (4, "exit")])
+        self.assertEqual(reader.sink.got[0].count(b"\n\n"), 1)
+
+    def test_dropped(self):
+        log = gaffer.EventLog(self.loop, 4)
+        sse, plain = self.reader(log, self.encoder("eventsource")), self.reader(log, self.encoder("plain"))
+        sse.sink.open = plain.sink.open = False
+        for number in range(10):
+            self.do(log.append, {"event": "spawn", "n": number})
+        sse.sink.open = plain.sink.open = True
+        self.do(sse.pump)
+        self.do(plain.pump)
+        events = pure_sse(sse.sink.data)
+        self.assertEqual([event[:2] for event in events],
+                         [(1, "spawn"), (6, "dropped"), (7, "spawn"), (8, "spawn"), (9, "spawn"), (10, "spawn")])
+        self.assertEqual(json.loads(events[1][2]), {"events": 5})
+        lines = [json.loads(line) for line in plain.sink.data.splitlines()]
+        self.assertEqual(lines[1], {"event": "dropped", "id": "6@e", "events": 5})
+        self.assertEqual([line.get("n") for line in lines], [0, None, 6, 7, 8, 9])
+
+    def test_restarted(self):
+        self.assertEqual(self.encoder("plain").dropped(3, 7, True),
+                         b'{"event": "dropped", "id": "7@e", "events": 3, "restarted": true}\n')
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# templates
+# --------------------------------------------------------------------------------------------------------------------
+class PureTemplates(Case):
+
+    DEFAULTS = {
+        "args": [], "env": {}, "os_env": True, "cwd": None, "uid": None, "gid": None, "shell": False, "numprocesses": 1,
+        "start": True, "detach": False, "redirect_output": ["stdout", "stderr"], "redirect_input": False,
+        "custom_streams": [], "graceful_timeout": 10, "flapping": None, "priority": None,
+    }
+    FLAG = ([True, False], [1, 0, "true", "", None, []])
+    NOT_LABELS = ["stdin", "ttin", "exit", "dropped", "", ".", "..", "a/b", "a b", "x" * 65, "\u00e9", "a\n", 1, None,
+                  ["a"]]
+    # field: (good values, bad values)
+    VALUES = {
+        "name": (["a", "web:1", "a@b.c-d_E", "x" * 128, "1a", "a:", "...", "_", ".a", "0x10", "@"],
+                 ["", "x" * 129, "12", ".", "..", "-a", ":a", "a b", "a/b", "\u00e4", "a\n", "a\0", "\u0661", 5, None,
+                  [], True]),
+        "cmd": (["true", "a 'b c' $D", "/bin/ls", "\u00e4"],
+                ["", "  ", "\t\n", "'", "a \"b", "a\0b", "\ud800", 5, None, ["a"], True]),
+        "args": ([[], ["a", "", " "], "", "a 'b c'"], [5, {}, [1], ["a", None], "'", ["\0"], ["\ud800"], None, True,
+                                                       [["a"]]]),
+        "env": ([{}, {"A": "b", "N": 1, "F": 1.5, "E": ""}, {"a b": "c"}],
+                [[], "x", {"A": None}, {"A": True}, {"A": []}, {"A": {}}, {"": "x"}, {"A=B": "x"}, {"A": "\0"},
+                 {"A\0": "x"},
+                 {"A": "\ud800"}, {"A": math.inf}, {"A": math.nan}, None, [["A", "b"]]]),
+        "os_env": FLAG, "shell": FLAG, "start": FLAG, "redirect_input": FLAG, "detach": FLAG,
+        "cwd": (["/", ".", None], ["/no/such/directory", PYTHON, "", 5, "/\0", ["/"]]),
+        "uid": ([None, os.geteuid(), str(os.geteuid())], ["no-such-user", "", -1, 2 ** 32 - 1, 2 ** 70, True, 1.5, []]),
+        "gid": ([None, os.getegid(), str(os.getegid())],
+                ["no-such-group", "", -1, 2 ** 32 - 1, 2 ** 70, True, 1.5, []]),
+        "numprocesses": ([0, 1, 1000], [-1, 1001, 1.0, "1", True, None, []]),
+        "redirect_output": ([[], ["a"], ["a", "b"], ["a", "a"], ["x" * 64], ["A.b_c-1"], ["1"]],
+                            ["stdout", ["a", "b", "c"], {}, None, 1, *([label] for label in NOT_LABELS)]),
+        "custom_streams": ([[], ["a"], ["a", "b"], ["s%d" % number for number in range(16)]],
+                           ["a", ["s%d" % number for number in range(17)], ["a", "a"], None, {},
+                            *([label] for label in NOT_LABELS)]),
+        "graceful_timeout": ([0, 0.5, 10, 10 ** 7], [-1, -0.1, 10 ** 8, math.inf, math.nan, "1", True, None, []]),
+        "flapping": ([None, {}, {"attempts": 1}, {"attempts": 3, "window": 0.5, "retry_in": 0, "max_retry": 0}],
+                     [[], 5, True, "x", {"attempts": 0}, {"attempts": 1.5}, {"attempts": True}, {"window": 0},
+                      {"window": "1"},
+                      {"retry_in": -1}, {"max_retry": -1}, {"max_retry": None}, {"retries": 1}]),
+        "priority": ([None, 0, -5, 100], [1.5, "1", True, []]),
+    }
+
+    def check(self, **fields):
+        """check_template() of a template with these fields."""
+        return gaffer.check_template(dict({"name": "a", "cmd": "true"}, **fields))
+
+    def refusal(self, info):
+        """The reason why a template is refused."""
+        with self.assertRaises(gaffer.InvalidProcessInfo) as caught:
+            gaffer.check_template(info)
+        return str(caught.exception)
+
+    def test_every_field_is_here(self):
+        self.assertEqual(set(self.VALUES), set(gaffer.OPTIONS))
+
+    def test_defaults(self):
+        self.assertEqual(self.check(), dict(self.DEFAULTS, name="a", cmd="true"))
+
+    def test_good_values(self):
+        """They come back as they were given."""
+        for field, (good, _) in self.VALUES.items():
+            for value in good:
+                with self.subTest(field=field, value=value):
+                    given = self.check(**{field: value})[field]
+                    if field == "flapping" and value is not None:
+                        self.assertEqual(given, dict({"attempts": 2, "window": 1.0, "retry_in": 7.0, "max_retry": 5},
+                                                     **value))
+                    else:
+                        self.assertEqual(given, value)
+
+    def test_bad_values(self):
+        """They are refused by the name of their field, in one sentence."""
+        for field, (_, bad) in self.VALUES.items():
+            for value in bad:
+                with self.subTest(field=field, value=value):
+                    reason = self.refusal(dict({"name": "a", "cmd": "true"}, **{field: value}))
+                    self.assertIn("field '%s'" % field, reason)
+                    self.assertNotIn("\n", reason)
+
+    def test_required(self):
+        self.assertEqual(self.refusal({}), "field 'name' is required; field 'cmd' is required")
+        self.assertEqual(self.refusal({"name": "a"}), "field 'cmd' is required")
+
+    def test_unknown_fields(self):
+        self.assertEqual(self.refusal({"name": "a", "cmd": "b", "comand": "c"}),
+                         "unknown field 'comand', did you mean 'cmd'?")
+        self.assertIn("did you mean 'numprocesses'?", self.refusal({"name": "a", "cmd": "b", "num_processes": 2}))
+        reason = self.refusal({"name": "a", "cmd": "b", "zzzz": 1})
+        self.assertIn("unknown field 'zzzz'", reason)
+        self.assertNotIn("mean", reason)
+        self.assertIn("did you mean 'attempts'?", self.refusal({"name": "a", "cmd": "b", "flapping": {"atempts": 2}}))
+
+    def test_a_flood_of_mistakes(self):
+        """Neither the answer nor the time for it grows with them."""
+        info = {"field%d" % number: 1 for number in range(20000)}
+        self.assertLess(len(self.refusal(dict(info, name="a", cmd="b"))), 3000)
+        self.assertLess(len(self.refusal({"name": "a", "cmd": "b", "x" * 100000: 1})), 3000)
+
+    def test_all_faults_at_once(self):
+        reason = self.refusal({"name": "-", "cmd": 5, "numprocesses": -1, "shel": True})
+        for word in ("'name'", "'cmd'", "'numprocesses'", "'shel'"):
+            self.assertIn(word, reason)
+
+    def test_no_object(self):
+        for info in (None, [], "a", 5, [["name", "a"]]):
+            with self.subTest(info=info):
+                self.assertIn("object", self.refusal(info))
+
+    def test_known(self):
+        """An update may leave out what is known; it is checked as well."""
+        info = gaffer.check_template({"cmd": "x"}, {"name": "old", "start": False})
+        self.assertEqual((info["name"], info["cmd"], info["start"]), ("old", "x", False))
+        self.assertIs(gaffer.check_template({"cmd": "x", "start": True}, {"name": "old", "start": False})["start"],
+                      True)
+
+    def test_a_template_is_its_own(self):
+        """Nothing that a caller does to what it gave, or got, changes this template or another."""
+        env, labels = {"A": "1"}, ["a"]
+        info = self.check(env=env, redirect_output=labels)
+        env["A"] = labels[0] = "b"
+        self.assertEqual((info["env"], info["redirect_output"]), ({"A": "1"}, ["a"]))
+        one, other = self.check(), self.check()
+        for field in ("env", "args", "redirect_output", "custom_streams"):
+            with self.subTest(field):
+                self.assertIsNot(one[field], other[field])
+
+    def test_together(self):
+        unknown = {"uid": 54321} if os.geteuid() == 0 else None
+        table = [
+            ({"detach": True, "redirect_output": ["a"]}, "field 'redirect_output' cannot go with 'detach'"),
+            ({"detach": True, "redirect_input": True}, "field 'redirect_input' cannot go with 'detach'"),
+            ({"detach": True, "custom_streams": ["a"]}, "field 'custom_streams' cannot go with 'detach'"),
+            ({"redirect_output": ["a"], "custom_streams": ["a"]}, "label 'a'"),
+            ({"custom_streams": ["stdout"]}, "label 'stdout'"),
+            ({"cmd": "a 'b"}, "field 'cmd' cannot be split into words"),
+            ({"cmd": "a 'b", "args": []}, "field 'cmd' cannot be split into words"),
+            (unknown, "give 'gid' too"),
+        ]
+        for fields, words in table:
+            if fields is not None:
+                with self.subTest(fields=fields):
+                    self.assertIn(words, self.refusal(dict({"name": "a", "cmd": "true"}, **fields)))
+
+    def test_together_good(self):
+        self.assertEqual(self.check(detach=True)["redirect_output"], [])
+        self.assertEqual(self.check(detach=True, redirect_output=[])["redirect_output"], [])
+        self.assertEqual(self.check(cmd="it's", args=["x"])["cmd"], "it's")
+        self.assertEqual(self.check(cmd="echo 'a", shell=True)["cmd"], "echo 'a")
+        self.check(redirect_output=[], custom_streams=["stdout"])
+        if os.geteuid() == 0:
+            self.check(uid=54321, gid=54321)
+
+
+class PureSubstitution(Case):
+
+    def test_table(self):
+        env = {"A": "1", "B_2": "two", "D": "$A", "E": "", "PORT": "80"}
+        for word, wanted in (
+                ("", ""), ("x", "x"), ("$A", "1"), ("${A}", "1"), ("${A}B", "1B"), ("$AB", "$AB"), ("${AB}", "${AB}"),
+                ("$A$A", "11"),
+                ("a$A.b", "a1.b"), ("$B_2", "two"), ("$$", "$"), ("$$A", "$A"), ("$$$A", "$1"), ("$$$$", "$$"),
+                ("$${A}", "${A}"),
+                ("$", "$"), ("a$", "a$"), ("$ A", "$ A"), ("$1", "$1"), ("$-", "$-"), ("${", "${"), ("${A", "${A"),
+                ("${}", "${}"),
+                ("${A-b}", "${A-b}"), ("${1}", "${1}"), ("$D", "$A"), ("$E", ""), ("x${E}y", "xy"), (":$PORT/", ":80/"),
+                ("$\u00c4", "$\u00c4"), ("$A\u00e4", "1\u00e4"), ("%A% {A} `A`", "%A% {A} `A`")):
+            with self.subTest(word):
+                self.assertEqual(gaffer.substitute(word, env), wanted)
+
+
+class PureLaunch(Case):
+
+    def setUp(self):
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = os.path.realpath(folder.name)
+
+    def file(self, path, mode=0o755):
+        """Make a file. Returns its path."""
+        path = os.path.join(self.folder, path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            file.write("#!/bin/sh\n")
+        os.chmod(path, mode)
+        return path
+
+    def launch(self, cmd, **fields):
+        """A Launch of a template."""
+        return gaffer.Launch(gaffer.check_template(dict({"name": "a", "cmd": cmd}, **fields)))
+
+    def refusal(self, cmd, **fields):
+        """Why it cannot be launched."""
+        with self.assertRaises(gaffer.InvalidProcessInfo) as caught:
+            self.launch(cmd, **fields)
+        return str(caught.exception)
+
+    def test_words(self):
+        pure_environ(self, PORT="8000", HOME="/home/x y")
+        for fields, argv in (
+                ({"cmd": "sh -c 'a  b' \"\" c\\ d"}, ["sh", "-c", "a  b", "", "c d"]),
+                ({"cmd": "sh $PORT ${PORT}x '$PORT' $$PORT $NO_SUCH_VARIABLE"},
+                 ["sh", "8000", "8000x", "8000", "$PORT", "$NO_SUCH_VARIABLE"]),
+                ({"cmd": "sh $HOME"}, ["sh", "/home/x y"]),
+                ({"cmd": "sh -c x", "args": []}, ["sh", "-c", "x"]),
+                ({"cmd": "sh -c x", "args": ""}, ["sh", "-c", "x"]),
+                ({"cmd": "sh", "args": "-c 'a b'"}, ["sh", "-c", "a b"]),
+                ({"cmd": "sh", "args": ["-c", "a  'b", "$PORT"]}, ["sh", "-c", "a  'b", "8000"]),
+                ({"cmd": "sh", "args": ["$P"], "env": {"P": 5}}, ["sh", "5"]),
+                ({"cmd": "a 'b $PORT", "shell": True}, ["/bin/sh", "-c", "a 'b $PORT", "sh"]),
+                ({"cmd": "echo $1", "shell": True, "args": ["$PORT", "x y"]},
+                 ["/bin/sh", "-c", "echo $1", "sh", "$PORT", "x y"]),
+                ({"cmd": "echo $1", "shell": True, "args": "a 'b c'"}, ["/bin/sh", "-c", "echo $1", "sh", "a", "b c"])):
+            with self.subTest(fields=fields):
+                self.assertEqual(self.launch(**fields).argv, argv)
+
+    def test_args_without_a_word_count_as_absent(self):
+        """A string of blanks is split into no words."""
+        self.assertEqual(self.launch("sh -c x", args="  ").argv, ["sh", "-c", "x"])
+
+    def test_env(self):
+        pure_environ(self, GAFFER_TOKEN="secret", PYTHONUNBUFFERED=None, PURE="theirs", GAFFER_STREAMS=None)
+        env = self.launch("sh", env={"PURE": "mine", "N": 5, "F": 1.5}).env
+        self.assertEqual((env["PURE"], env["N"], env["F"], env["PATH"]), ("mine", "5", "1.5", os.environ["PATH"]))
+        self.assertNotIn("GAFFER_TOKEN", env)
+        self.assertEqual(self.launch("sh", env={"A": "b"}, os_env=False, redirect_output=[]).env, {"A": "b"})
+        self.assertNotIn("GAFFER_STREAMS", env)
+        self.assertNotIn("GAFFER_TOKEN", self.launch("sh", env={"GAFFER_TOKEN": "x"}).env)
+        self.assertEqual(self.launch("sh", custom_streams=["in", "out"]).env["GAFFER_STREAMS"], "in,out")
+        self.assertEqual(os.environ["GAFFER_TOKEN"], "secret")
+
+    def test_pythonunbuffered(self):
+        pure_environ(self, PYTHONUNBUFFERED=None)
+        self.assertEqual(self.launch("sh").env["PYTHONUNBUFFERED"], "1")
+        self.assertNotIn("PYTHONUNBUFFERED", self.launch("sh", redirect_output=[]).env)
+        self.assertEqual(self.launch("sh", env={"PYTHONUNBUFFERED": ""}).env["PYTHONUNBUFFERED"], "")
+        pure_environ(self, PYTHONUNBUFFERED="0")
+        self.assertEqual(self.launch("sh").env["PYTHONUNBUFFERED"], "0")
+
+    def test_path(self):
+        """The first that can be executed, in the PATH of the process; gaffer's where it has none."""
+        first, second = self.file("one/tool"), self.file("two/tool")
+        plain = self.file("zero/tool", 0o644)
+        os.makedirs(os.path.join(self.folder, "dir/tool"))
+        path = ":".join(os.path.join(self.folder, name) for name in ("nowhere", "dir", "zero", "one", "two"))
+        self.assertEqual(self.launch("tool", env={"PATH": path}).program, first)
+        self.assertEqual(self.launch("tool x", env={"PATH": os.path.dirname(second)}).program, second)
+        self.assertEqual(self.launch("tool", env={"PATH": os.path.dirname(second)}).argv, ["tool"])
+        pure_environ(self, PATH=os.path.dirname(second))
+        self.assertEqual(self.launch("tool", os_env=False).program, second)
+        self.assertEqual(self.launch("tool").program, second)
+        self.assertIn("'tool', which is not executable", self.refusal("tool", env={"PATH": os.path.dirname(plain)}))
+        self.assertIn("'tool', which is not found in PATH", self.refusal("tool", env={"PATH": "/nowhere"}))
+
+    def test_a_path(self):
+        tool, plain = self.file("bin/tool"), self.file("bin/plain", 0o644)
+        self.assertEqual(self.launch(tool).program, tool)
+        self.assertIn("is not executable", self.refusal(plain))
+        self.assertIn("is a directory", self.refusal(os.path.dirname(tool)))
+        self.assertIn("is not there", self.refusal(tool + "x"))
+        for words in ("field 'cmd'", repr(tool + "x")):
+            self.assertIn(words, self.refusal(tool + "x"))
+        self.assertIn("field 'cmd'", self.refusal("$TOOL", env={"TOOL": "/no/tool"}))
+        self.assertEqual(self.launch("$TOOL", env={"TOOL": tool}).program, tool)
+
+    def test_cwd(self):
+        """A program with a slash, and relative parts of PATH, are seen from the process's directory."""
+        tool = self.file("sub/bin/tool")
+        sub = os.path.join(self.folder, "sub")
+        for cmd, fields in (("bin/tool", {}), ("./bin/tool", {}), ("tool", {"env": {"PATH": "bin"}})):
+            with self.subTest(cmd):
+                launch = self.launch(cmd, cwd=sub, **fields)
+                self.assertEqual((os.path.normpath(launch.program), launch.cwd), (tool, sub))
+        self.assertIn("is not there", self.refusal("./tool", cwd=sub))
+
+    def test_relative_cwd(self):
+        """The program is still what is executed once the process has gone there."""
+        tool = self.file("sub/bin/tool")
+        before = os.getcwd()
+        self.addCleanup(os.chdir, before)
+        os.chdir(self.folder)
+        launch = self.launch("bin/tool", cwd="sub")
+        there = os.path.join(self.folder, launch.cwd)
+        self.assertEqual(os.path.normpath(os.path.join(there, launch.program)), tool)
+
+    def test_cwd_is_looked_at_anew(self):
+        gone = os.path.join(self.folder, "gone")
+        os.mkdir(gone)
+        template = gaffer.check_template({"name": "a", "cmd": "sh", "cwd": gone})
+        os.rmdir(gone)
+        with self.assertRaisesRegex(gaffer.InvalidProcessInfo, "field 'cwd'.*gone"):
+            gaffer.Launch(template)
+
+    def test_identity(self):
+        launch = self.launch("sh")
+        self.assertEqual((launch.uid, launch.gid, launch.groups), (None, None, None))
+        launch = self.launch("sh", uid=os.geteuid(), gid=os.getegid())
+        self.assertEqual((launch.uid, launch.gid), (os.geteuid(), os.getegid()))
+        if os.geteuid() == 0:
+            self.assertIn(launch.gid, launch.groups)
+            launch = self.launch("sh", uid=54321, gid=54322)
+            self.assertEqual((launch.uid, launch.gid, launch.groups), (54321, 54322, [54322]))
+            launch = self.launch("sh", uid="nobody")
+            self.assertEqual(launch.uid, gaffer.find_user("nobody")[0])
+            self.assertNotIn(0, [launch.gid, *launch.groups])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# policies
+# --------------------------------------------------------------------------------------------------------------------
+class PurePolicies(Case):
+
+    def test_backoff(self):
+        for failures, seconds in ((0, 0), (1, 0), (2, 0.1), (3, 0.2), (4, 0.4), (5, 0.8), (6, 1.6), (7, 3.2), (8, 6.4),
+                                  (9, 10),
+                                  (10, 10), (100, 10), (10 ** 9, 10)):
+            with self.subTest(failures):
+                self.assertAlmostEqual(gaffer.backoff(failures), seconds)
+
+    def flapping(self, **config):
+        """A Flapping."""
+        return gaffer.Flapping(gaffer.check_flapping(config))
+
+    def test_flaps(self):
+        """`attempts` exits within `window`; after `max_retry` rests the next flap stops it for good."""
+        flapping, now = self.flapping(attempts=3, window=1.0, max_retry=2), 100.0
+        verdicts = []
+        for _ in range(9):
+            now += 0.5
+            verdicts.append(flapping.exited(now, 0.5))
+        self.assertEqual(verdicts, ["start", "start", "rest", "start", "start", "rest", "start", "start", "stop"])
+
+    def test_too_slow_to_flap(self):
+        """A process that lives just as long as the window is neither flapping by itself nor a success."""
+        flapping = self.flapping(attempts=2, window=1.0)
+        self.assertEqual([flapping.exited(now, 1.0) for now in (1, 2.001, 3.002, 4.003)], ["start"] * 4)
+
+    def test_the_window_itself_is_within(self):
+        flapping = self.flapping(attempts=2, window=1.0)
+        self.assertEqual([flapping.exited(now, 1.0) for now in (1, 2)], ["start", "rest"])
+
+    def test_the_window_slides(self):
+        flapping = self.flapping(attempts=3, window=1.0)
+        self.assertEqual([flapping.exited(now, 0.1) for now in (0, 0.9, 1.8, 1.85)],
+                         ["start", "start", "start", "rest"])
+
+    def test_rests_start_anew(self):
+        """The exits before a rest do not count after it."""
+        flapping = self.flapping(attempts=2, window=100.0)
+        self.assertEqual([flapping.exited(now, 0) for now in (1, 2, 3, 4)], ["start", "rest", "start", "rest"])
+
+    def test_one_that_outlived_the_window_forgives(self):
+        flapping = self.flapping(attempts=1, window=1.0, max_retry=2)
+        self.assertEqual([flapping.exited(now, 0) for now in (1, 10)], ["rest", "rest"])
+        self.assertEqual(flapping.exited(20, 1.001), "rest")
+        self.assertEqual([flapping.exited(now, 0) for now in (30, 40)], ["rest", "stop"])
+
+    def test_one_that_did_not_outlive_it_does_not(self):
+        flapping = self.flapping(attempts=1, window=1.0, max_retry=1)
+        self.assertEqual([flapping.exited(1, 0), flapping.exited(9, 1.0)], ["rest", "stop"])
+
+    def test_no_retry(self):
+        self.assertEqual(self.flapping(attempts=1, max_retry=0).exited(1, 0), "stop")
+
+    def test_defaults(self):
+        """attempts 2 within 1 s, 5 rests."""
+        flapping = self.flapping()
+        verdicts = [flapping.exited(now, 0.1) for now in range(0, 24, 2) for now in (now, now + 0.5)]
+        self.assertEqual(verdicts[:12], ["start", "rest"] * 5 + ["start", "stop"])
+
+    def test_started_again_after_stop(self):
+        """By hand: it may rest as often again."""
+        flapping = self.flapping(attempts=1, max_retry=1)
+        self.assertEqual([flapping.exited(now, 0) for now in range(4)], ["rest", "stop", "rest", "stop"])
+
+    def test_signals(self):
+        for text, number in (("15", 15), ("TERM", 15), ("SIGTERM", 15), ("term", 15), ("sigterm", 15), ("Kill", 9),
+                             ("9", 9), ("1", 1),
+                             ("HUP", 1), ("USR1", int(signal.SIGUSR1)), ("sigusr2", int(signal.SIGUSR2)), ("64", 64),
+                             ("CHLD", int(signal.SIGCHLD))):
+            with self.subTest(text):
+                self.assertEqual(gaffer.parse_signal(text), number)
+        for text in ("", "0", "00", "-1", "+15", "65", "999", "1000", "9" * 5000, "15 ", " 15", "1.0", "0x9",
+                     "\u0661\u0665", "\u00b9", "SIG",
+                     "SIGSIGTERM", "NOPE", "SIG_DFL", "SIG15", "TERM\n", "TERM\0", "15;9"):
+            with self.subTest(text[:9]), self.assertRaises(gaffer.BadValue) as caught:
+                gaffer.parse_signal(text)
+            self.assertLess(len(str(caught.exception)), 300)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# http codec
+# --------------------------------------------------------------------------------------------------------------------
+def pure_request(*lines, target="/", method="GET", version="1.1", host="localhost"):
+    """A Request of further header lines."""
+    head = ["%s %s HTTP/%s" % (method, target, version), *(["Host: " + host] if host is not None else []), *lines]
+    return gaffer.parse_head("\r\n".join(head).encode("latin-1"))
+
+
+class PureHead(Case):
+
+    def test_parts(self):
+        request = gaffer.parse_head(b"POST /a/b%20c?x=1&y= HTTP/1.1\r\nHost: localhost:5000\r\nX-One:  a b \t\r\n"
+                                    b"x-two:\r\nX-ONE: c\r\nX-Latin: \xe9")
+        self.assertEqual((request.method, request.target, request.path, request.raw_query, request.version),
+                         ("POST", "/a/b%20c?x=1&y=", "/a/b%20c", "x=1&y=", (1, 1)))
+        self.assertEqual(request.headers, {"host": "localhost:5000", "x-one": "a b, c", "x-two": "", "x-latin": "\xe9"})
+        self.assertEqual((request.query, request.segments(), request.body), ({"x": "1", "y": ""}, ["a", "b c"], b""))
+
+    def test_versions(self):
+        for version, wanted in (("1.1", (1, 1)), ("1.0", (1, 0)), ("1.2", (1, 1)), ("1.9", (1, 1))):
+            with self.subTest(version):
+                self.assertEqual(pure_request(version=version).version, wanted)
+
+    def test_first_lines_that_are_refused(self):
+        bad, version, long_ = gaffer.BadRequest, gaffer.VersionNotSupported, gaffer.UriTooLong
+        for line, error in (
+                (b"", bad), (b"GET", bad), (b"GET /", bad), (b"GET / ", bad), (b"GET  / HTTP/1.1", bad),
+                (b"GET /  HTTP/1.1", bad),
+                (b" GET / HTTP/1.1", bad), (b"GET / HTTP/1.1 ", bad), (b"GET\t/ HTTP/1.1", bad),
+                (b"GET / x HTTP/1.1", bad),
+                (b"G(T / HTTP/1.1", bad), (b"G\xc9T / HTTP/1.1", bad), (b"GET /\xe9 HTTP/1.1", bad),
+                (b"GET /\0 HTTP/1.1", bad),
+                (b"GET /\x7f HTTP/1.1", bad), (b"GET / http/1.1", bad), (b"GET / HTTP/1", None),
+                (b"GET / HTTP/1.10", bad),
+                (b"GET / HTTP/ 1.1", bad), (b"GET / HTTP/1.1\r", bad), (b"GET / HTTP/1.1\nX: y", bad),
+                (b"GET /#a HTTP/1.1", bad),
+                (b"GET /a#b?c HTTP/1.1", bad), (b"GET a HTTP/1.1", bad), (b"GET ?a HTTP/1.1", bad),
+                (b"GET * HTTP/1.1", bad),
+                (b"GET ftp://localhost/ HTTP/1.1", bad), (b"CONNECT localhost:80 HTTP/1.1", bad),
+                (b"GET http:/x HTTP/1.1", bad),
+                (b"GET http://localhost/#a HTTP/1.1", bad), (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", bad),
+                (b"GET / HTTP/2.0", version), (b"GET / HTTP/0.9", version), (b"PRI * HTTP/2.0", version),
+                (b"GET / HTTP/2", version),
+                (b"GET / HTTP/11.1", version), (b"GET /" + b"a" * 8192 + b" HTTP/1.1", long_)):
+            with self.subTest(line[:40]), self.assertRaises(error or gaffer.GafferError) as caught:
+                gaffer.parse_head(line + b"\r\nHost: localhost")
+            self.assertIn(caught.exception.status, (400, 414, 505))
+
+    def test_the_longest_target(self):
+        target = "/" + "a" * (gaffer.TARGET_SIZE - 1)
+        self.assertEqual(pure_request(target=target).target, target)
+        with self.assertRaises(gaffer.UriTooLong):
+            pure_request(target=target + "a")
+
+    def test_header_lines_that_are_refused(self):
+        for lines in (
+                b"X", b"X y", b": y", b"X : y", b"X\t: y", b" X: y", b"\tX: y", b"X: y\r\n z", b"X: y\r\n\tz",
+                b"X: y\r\n ", b"X: a\rb",
+                b"X: a\nb", b"X: a\r", b"X: a\n", b"X: a\0b", b"X\0: a", b"X: \x7f", b"X: \x1b[0m", b"X: \x01",
+                b"X(: y", b"X@Y: z",
+                b"X\xe9: y", b"X/Y: z", b'"X": y', b"X: y\r\n\r\nZ: z", b"{}: y"):
+            with self.subTest(lines), self.assertRaises(gaffer.BadRequest):
+                gaffer.parse_head(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + lines)
+            with self.subTest(lines, place="first"), self.assertRaises(gaffer.BadRequest):
+                gaffer.parse_head(b"GET / HTTP/1.1\r\n" + lines + b"\r\nHost: localhost")
+
+    def test_header_lines_that_are_fine(self):
+        self.assertEqual(pure_request("!#$%&'*+-.^_`|~09aZ: y").headers["!#$%&'*+-.^_`|~09az"], "y")
+        self.assertEqual(pure_request("X: a:b\t\"c\" {}").headers["x"], "a:b\t\"c\" {}")
+
+    def test_what_must_not_be_repeated(self):
+        for name in ("Host", "Content-Length", "Transfer-Encoding", "Content-Type", "Authorization", "Origin",
+                     "Last-Event-ID", "Expect"):
+            with self.subTest(name), self.assertRaises(gaffer.BadRequest) as caught:
+                pure_request("%s: 1" % name, "%s: 1" % name.lower(), host=None if name == "Host" else "localhost")
+            self.assertIn("twice", str(caught.exception))
+
+    def test_how_many_headers(self):
+        lines = ["X-%d: y" % number for number in range(gaffer.HEADERS_MAX - 1)]
+        self.assertEqual(len(pure_request(*lines).headers), gaffer.HEADERS_MAX)
+        with self.assertRaises(gaffer.HeadersTooLarge):
+            pure_request(*lines, "Y: z")
+
+    def test_host_is_required(self):
+        with self.assertRaises(gaffer.BadRequest):
+            pure_request(host=None)
+        with self.assertRaises(gaffer.BadRequest):
+            pure_request(host=None, target="http://localhost/")
+        self.assertEqual(pure_request(host=None, version="1.0").headers, {})
+
+    def test_absolute_form(self):
+        """Its authority counts, whatever the Host header says: RFC 9112 section 3.2.2."""
+        for target, host, path in (
+                ("http://evil.example/x?y", "evil.example", "/x?y"), ("HTTP://A:1", "A:1", "/"),
+                ("https://a?b", "a", "/?b"),
+                ("http:///x", "", "/x"), ("http://u@a/", "u@a", "/"), ("http://[::1]:80//x", "[::1]:80", "//x")):
+            with self.subTest(target):
+                request = pure_request(target=target)
+                self.assertEqual((request.headers["host"], request.target), (host, path))
+        self.assertEqual(pure_request(target="*", method="OPTIONS").segments(), [])
+
+    def test_body_length(self):
+        for lines, wanted in (
+                ([], 0), (["Content-Length: 0"], 0), (["Content-Length: 12"], 12), (["Content-Length: 0012"], 12),
+                (["Content-Length:  12\t"], 12), (["Content-Length: 999999999999999999"], 10 ** 18 - 1),
+                (["Transfer-Encoding: chunked"], None), (["Transfer-Encoding: CHUNKED"], None)):
+            with self.subTest(lines):
+                self.assertEqual(gaffer.body_length(pure_request(*lines, method="POST")), wanted)
+
+    def test_body_lengths_that_are_refused(self):
+        chunked = "Transfer-Encoding: chunked"
+        for lines in (
+                ["Content-Length: 5", chunked], [chunked, "Content-Length: 0"], ["Content-Length: "],
+                ["Content-Length: -1"],
+                ["Content-Length: +5"], ["Content-Length: 5, 5"], ["Content-Length: 5,6"], ["Content-Length: 0x5"],
+                ["Content-Length: 5.0"],
+                ["Content-Length: 5 5"], ["Content-Length: 1_0"], ["Content-Length: \xb2"], ["Content-Length: five"],
+                ["Content-Length: " + "9" * 30], ["Content-Length: " + "9" * 5000],
+                ["Transfer-Encoding: gzip, chunked"],
+                ["Transfer-Encoding: chunked, chunked"], ["Transfer-Encoding: chunked, identity"],
+                ["Transfer-Encoding: identity"],
+                ["Transfer-Encoding: "], ["Transfer-Encoding: xchunked"], ["Transfer-Encoding: chunked;q=1"],
+                ["Transfer-Encoding: \x0bchunked"],
+                ["Transfer-Encoding: \"chunked\""]):
+            with self.subTest(lines), self.assertRaises(gaffer.BadRequest):
+                gaffer.body_length(pure_request(*lines, method="POST"))
+        with self.assertRaises(gaffer.BadRequest):
+            gaffer.body_length(pure_request(chunked, method="POST", version="1.0"))
+
+    def test_segments(self):
+        for path, wanted in (
+                ("/", []), ("/a", ["a"]), ("/a/", ["a"]), ("/a/b", ["a", "b"]), ("//", [""]), ("/a//b", ["a", "", "b"]),
+                ("/a%2Fb", ["a/b"]),
+                ("/%C3%A4", ["\xe4"]), ("/%252F", ["%2F"]), ("/a+b", ["a+b"]), ("/..%2f", ["../"]),
+                ("/a/..", ["a", ".."]),
+                ("/a;b=c", ["a;b=c"]), ("/%00", ["\0"]), ("/?a/b", [])):
+            with self.subTest(path):
+                self.assertEqual(pure_request(target=path).segments(), wanted)
+        for path in ("/%", "/%4", "/%zz", "/a%", "/%ff", "/%C3", "/%ED%A0%80", "/%+1", "/%%34"):
+            with self.subTest(path), self.assertRaises(gaffer.BadRequest):
+                pure_request(target=path).segments()
+
+    def test_query(self):
+        for query, wanted in (
+                ("", {}), ("a", {"a": ""}), ("a=", {"a": ""}), ("a=b=c", {"a": "b=c"}),
+                ("a=b&c=d", {"a": "b", "c": "d"}),
+                ("a=%26%3d+x", {"a": "&= x"}), ("a=b;c=d", {"a": "b;c=d"}), ("&&a=1&", {"a": "1"}),
+                ("a=%C3%A4", {"a": "\xe4"}), ("a?b=c?", {"a?b": "c?"})):
+            with self.subTest(query):
+                self.assertEqual(pure_request(target="/?" + query).query, wanted)
+        for query in ("a=1&a=1", "a&b&a", "&".join("x%d=1" % number for number in range(101))):
+            with self.subTest(query[:9]), self.assertRaises(gaffer.BadRequest):
+                pure_request(target="/?" + query).query
+
+    def test_json(self):
+        request = pure_request(method="POST")
+        for body, wanted in ((b"{}", {}), (b' {"a": [1, 2.5, null]}\n', {"a": [1, 2.5, None]}),
+                             (b'"\xc3\xa4"', "\xe4")):
+            request.body = body
+            self.assertEqual(request.json(), wanted)
+        for body in (b"", b"{", b"{} {}", b"{'a': 1}", b'{"a": NaN}', b"Infinity", b"-Infinity", b'"\xe4"', b"\xff",
+                     b"\xef\xbb\xbf{}",
+                     '{"a": 1}'.encode("utf-16"), b"[" * 200000, b'{"a":' * 200000, b"[1,]", b"\0", b"9" * 10000 + b"x",
+                     b'"a\nb"'):
+            with self.subTest(body[:9]):
+                request.body = body
+                with self.assertRaises(gaffer.InvalidJson) as caught:
+                    request.json()
+                self.assertLess(len(str(caught.exception)), 400)
+
+    def test_wants_close(self):
+        for version, line, wanted in (("1.1", "X: y", False), ("1.1", "Connection: close", True),
+                                      ("1.1", "Connection: Close", True),
+                                      ("1.1", "Connection: keep-alive", False),
+                                      ("1.1", "Connection: upgrade, close", True),
+                                      ("1.0", "X: y", True), ("1.0", "Connection: Keep-Alive", False),
+                                      ("1.0", "Connection: close", True)):
+            with self.subTest(version=version, line=line):
+                self.assertIs(pure_request(line, version=version).wants_close(), wanted)
+
+
+class PureChunked(Case):
+
+    def decode(self, pieces, limit=1000):
+        """(body, what came behind) of the pieces of a body; None where it is not complete."""
+        decoder = gaffer.ChunkedDecoder(limit)
+        pieces = list(pieces)
+        for number, piece in enumerate(pieces, 1):
+            if decoder.feed(piece):
+                return decoder.body, decoder.rest + b"".join(pieces[number:])
+        return None
+
+    def test_good(self):
+        for wire, body, rest in (
+                (b"0\r\n\r\n", b"", b""), (b"3\r\nabc\r\n0\r\n\r\n", b"abc", b""),
+                (b"3\r\nabc\r\n2\r\n\r\n\r\n0\r\n\r\nGET /", b"abc\r\n", b"GET /"),
+                (b"00003\r\nabc\r\n000\r\n\r\n", b"abc", b""),
+                (b"A\r\n0123456789\r\na\r\n0123456789\r\n0\r\n\r\n", b"0123456789" * 2, b""),
+                (b"1;name=value;q=\"a b\"\r\nx\r\n0;last\r\n\r\n", b"x", b""), (b"1 \t;x\r\ny\r\n0\r\n\r\n", b"y", b""),
+                (b"1 \r\ny\r\n0\r\n\r\n", b"y", b""),
+                (b"0\r\nA: b\r\nC: d\r\n\r\nmore\r\n", b"", b"more\r\n"),
+                (b"3\r\n0\r\n\r\n0\r\n\r\n0\r\n\r\n", b"0\r\n", b"0\r\n\r\n")):
+            for pieces in pure_drip(wire):
+                with self.subTest(wire=wire, pieces=len(pieces)):
+                    self.assertEqual(self.decode(pieces), (body, rest))
+
+    def test_never_complete_too_early(self):
+        wire = b"3;x\r\nabc\r\n10\r\n0123456789abcdef\r\n0\r\nA: b\r\n\r\n"
+        for cut in range(len(wire)):
+            with self.subTest(cut):
+                self.assertIsNone(self.decode([wire[:cut]]))
+
+    def test_bad(self):
+        for wire in (
+                b"\r\n", b"g\r\n", b"-1\r\n", b"+1\r\n", b"0x1\r\n", b" 1\r\n", b"1_0\r\n", b"1 1\r\n", b"1,1\r\n",
+                b"1.0\r\n", b";\r\n", b"\xb2\r\n",
+                b"123456789\r\n", b"1\na\r\n0\r\n\r\n", b"0\n\r\n", b"0\r\n\n", b"1\r\na\n0\r\n\r\n",
+                b"1\r\na\r0\r\n\r\n", b"1\r\nab\r\n0\r\n\r\n",
+                b"1\r\naX", b"1\r\na\rX", b"1;a\0b\r\n", b"1;a\rb\r\n", b"1\r\r\n", b"1;" + b"x" * 300 + b"\r\n",
+                b"1" + b" " * 300, b"0\r\nbad\r\n\r\n",
+                b"0\r\nA : b\r\n\r\n", b"0\r\n A: b\r\n\r\n", b"0\r\nA: \0\r\n\r\n", b"0\r\nA: b\nC: d\r\n\r\n"):
+            for pieces in pure_drip(wire):
+                with self.subTest(wire=wire[:30], pieces=len(pieces)), self.assertRaises(gaffer.BadRequest):
+                    self.decode(pieces)
+
+    def test_limit(self):
+        """It holds for what is announced, before it came."""
+        self.assertEqual(self.decode([b"5\r\n01234\r\n5\r\n56789\r\n0\r\n\r\n"], 10), (b"0123456789", b""))
+        for wire in (b"b\r\n", b"5\r\n01234\r\n6\r\n", b"ffffffff\r\n"):
+            for pieces in pure_drip(wire):
+                with self.subTest(wire), self.assertRaises(gaffer.TooLarge):
+                    self.decode(pieces, 10)
+
+    def test_trailers_are_bounded(self):
+        with self.assertRaises(gaffer.BadRequest):
+            self.decode(itertools.chain([b"0\r\n"], itertools.repeat(b"X: " + b"y" * 1000 + b"\r\n", 100)))
+        with self.assertRaises(gaffer.BadRequest):
+            self.decode(itertools.chain([b"0\r\nX: "], itertools.repeat(b"y" * 1000, 100)))
+
+    def test_many_small_chunks_in_one_piece(self):
+        """The work grows with the bytes, not with their square."""
+        def cost(count, times):
+            wire = b"1\r\na\r\n" * count + b"0\r\n\r\n"
+            best = math.inf
+            for _ in range(times):
+                decoder, began = gaffer.ChunkedDecoder(count), time.thread_time()
+                self.assertTrue(decoder.feed(wire))
+                best = min(best, time.thread_time() - began)
+                self.assertEqual(len(decoder.body), count)
+            return best
+        self.assertLess(cost(32000, 1), 16 * 4 * max(cost(2000, 3), 0.001))
+
+    def test_random(self):
+        rng = random.Random(6)
+        for _ in range(100):
+            data = bytes(rng.randrange(256) for _ in range(rng.randrange(200)))
+            wire = b"".join(map(gaffer.chunk, pure_pieces(rng, data, 30))) + b"0\r\n\r\n" + b"rest"
+            self.assertEqual(self.decode(pure_pieces(rng, wire, 20)), (data, b"rest"))
+
+
+class PureResponse(Case):
+
+    def test_head(self):
+        self.assertEqual(gaffer.encode_head(200, [("A", "b"), ("N", 5)]), b"HTTP/1.1 200 OK\r\nA: b\r\nN: 5\r\n\r\n")
+        self.assertEqual(gaffer.encode_head(426, []), b"HTTP/1.1 426 Upgrade Required\r\n\r\n")
+        self.assertTrue(gaffer.encode_head(299, []).startswith(b"HTTP/1.1 299 "))
+        self.assertIn(b"X: \xe9\r\n", gaffer.encode_head(200, [("X", "\xe9")]))
+
+    def test_no_splitting(self):
+        for text in ("a\r\nSet-Cookie: x", "a\nb", "a\rb", "\r", "\n", "a\r\n b", "a\0", "\u20ac", "\u560d\u560a"):
+            for header in ((text, "x"), ("x", text)):
+                with self.subTest(header), self.assertRaises(ValueError):
+                    gaffer.encode_head(200, [("A", "b"), header])
+
+    def test_encode(self):
+        response = gaffer.json_response({"a": "\xe9"}, 404, [("X", "y")])
+        self.assertEqual(response.encode("now", True).split(b"\r\n\r\n")[1], b'{"a": "\\u00e9"}\n')
+        head = response.encode("now", True, head_only=True)
+        self.assertEqual(set(head.split(b"\r\n")), {b"HTTP/1.1 404 Not Found", b"Date: now",
+                                                    b"Content-Type: application/json", b"X: y",
+                                                    b"Content-Length: 16", b""})
+        self.assertIn(b"\r\nConnection: close\r\n", response.encode("now", False))
+        self.assertIn(b"\r\nZ: z\r\n", response.encode("now", True, more=[("Z", "z")]))
+
+    def test_204(self):
+        """RFC 9110 section 8.6: no Content-Length."""
+        answer = gaffer.Response(b"x", status=204, content_type=None).encode("now", True)
+        self.assertEqual(answer, b"HTTP/1.1 204 No Content\r\nDate: now\r\n\r\n")
+
+    def test_json_is_json(self):
+        with self.assertRaises(ValueError):
+            gaffer.json_bytes({"a": math.nan})
+
+    def test_http_date(self):
+        self.assertEqual(gaffer.http_date(784111777), "Sun, 06 Nov 1994 08:49:37 GMT")
+        rng = random.Random(7)
+        for _ in range(200):
+            now = rng.randrange(4 * 10 ** 9)
+            self.assertEqual(gaffer.http_date(now + 0.9), email.utils.formatdate(now, usegmt=True))
+
+    def test_chunk(self):
+        self.assertEqual(gaffer.chunk(b"x" * 26), b"1a\r\n" + b"x" * 26 + b"\r\n")
+
+    def test_prefers_html(self):
+        for accept, wanted in (
+                ("", False), ("*/*", False), ("application/json", False), ("text/html", True), ("TEXT/HTML", True),
+                ("text/*", True),
+                ("text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8", True),
+                ("text/plain", False),
+                ("text/html;q=0.5, application/json", False), ("text/html, application/json;q=0.9", True),
+                ("text/html, application/json", False),
+                ("text/html;q=0", False), ("text/html;q=x", False), ("text/html ; q=0.9 , application/* ; q=0.2", True),
+                ("text/html;q=0.5, */*;q=0.8", False), ("application/*;q=0.3, text/html;q=0.2", False), (",", False),
+                (";", False), ("text/html;level=1", True)):
+            with self.subTest(accept):
+                self.assertIs(bool(gaffer.prefers_html(accept)), wanted)
+
+
+class PureRouter(Case):
+
+    def test_find(self):
+        router = gaffer.Router((
+            ("/", {"GET": "root"}), ("/a", {"GET": "a", "POST": "a+"}), ("/a/<ref>", {"GET": "ref"}),
+            ("/a/special", {"DELETE": "special"}),
+            ("/a/<ref>/_do/<n>", {"POST": "do"}), ("/b/<pid>", {"GET": "pid"}), ("/b/<name>", {"PUT": "name"}),
+            ("/open", {"GET": "open"}),
+            ("/open/<rest...>", {"GET": "rest"})))
+        for segments, methods, args in (
+                ([], {"GET": "root", "HEAD": "root"}, []), (["a"], {"GET": "a", "HEAD": "a", "POST": "a+"}, []),
+                (["a", "x"], {"GET": "ref", "HEAD": "ref"}, ["x"]), (["a", "special"], {"DELETE": "special"}, []),
+                (["a", "x/y"], {"GET": "ref", "HEAD": "ref"}, ["x/y"]),
+                (["a", "x", "_do", "5"], {"POST": "do"}, ["x", "5"]),
+                (["b", "12"], {"GET": "pid", "HEAD": "pid"}, ["12"]), (["b", "x12"], {"PUT": "name"}, ["x12"]),
+                (["open"], {"GET": "open", "HEAD": "open"}, []),
+                (["open", "1", "2"], {"GET": "rest", "HEAD": "rest"}, [["1", "2"]]),
+                (["x"], None, ()), (["a", "x", "_no", "5"], None, ()), (["a", "x", "_do"], None, ()), ([""], None, ()),
+                (["A"], None, ())):
+            with self.subTest(segments):
+                found = router.find(segments)
+                self.assertEqual((found[0], list(found[1])), (methods, list(args)))
+
+    def test_allowed(self):
+        self.assertEqual(list(gaffer.allowed({"POST": 1, "GET": 1, "HEAD": 1})), ["GET", "HEAD", "POST", "OPTIONS"])
+
+
+class PureAccess(Case):
+
+    def test_host(self):
+        access = gaffer.Access(hosts=["Box.example.org.", "b"])
+        forbidden, bad = gaffer.ForbiddenHost, gaffer.BadRequest
+        table = {
+            None: "localhost localhost:5000 localhost: LOCALHOST LocalHost:1 localhost. foo.localhost a.b.localhost:80 "
+                  "127.0.0.1 127.0.0.1:80 10.1.2.3 255.255.255.255 [::1] [::1]:5000 [fe80::1] [::ffff:1.2.3.4] "
+                  "box.example.org BOX.example.org.:80 b b:65535",
+            forbidden: "example.com example.com:5000 0.0.0.0 0.0.0.0:5000 [::] [::]:80 [0:0:0:0:0:0:0:0] "
+                       "[::ffff:0.0.0.0] localhost.example.com xlocalhost 2130706433 127.1 0x7f.0.0.1 0177.0.0.1 "
+                       "127.0.0.1.example.com x.box.example.org example.org 127.0.0.1.. 127.0.0.01 1.2.3 localhost.. %6cocalhost",
+            bad: ":5000 a@b localhost:x localhost:99999 localhost:65536 localhost:-1 localhost:+1 [::1 ::1 [] "
+                 "[1.2.3.4] [:::] [::1]x [::1]:x localhost:80:80 [fe80::1%25eth0] localhost/ http://localhost "
+                 "localhost?x localhost#x \\ \"localhost\" <localhost> l\xf6calhost",
+        }
+        for error, hosts in table.items():
+            for host in hosts.split():
+                with self.subTest(host):
+                    if error is None:
+                        access.check_host(pure_request(host=host))
+                    else:
+                        with self.assertRaises(error):
+                            access.check_host(pure_request(host=host))
+        for host in ("", "local host", "localhost, evil.example", "localhost:" + "9" * 5000,
+                     "localhost:" + "0" * 5000 + "1x"):
+            with self.subTest(host[:20]), self.assertRaises(bad):
+                access.check_host(pure_request(host=host))
+        access.check_host(pure_request(host=None, version="1.0"))
+        with self.assertRaises(forbidden):
+            access.check_host(pure_request(host="localhost", target="http://evil.example/"))
+        with self.assertRaises(forbidden) as caught:
+            access.check_host(pure_request(host="e" * 60000))
+        self.assertLess(len(str(caught.exception)), 300)
+
+    def origin(self, origin, access, host="box:5000", secure=False):
+        """Whether this origin may change something; check_origin(), cors() and preflight() agree."""
+        request = pure_request(*(["Origin: " + origin] if origin is not None else []), host=host)
+        request.secure = secure
+        allowed = access.allows_origin(request)
+        if allowed:
+            access.check_origin(request)
+        else:
+            with self.assertRaises(gaffer.ForbiddenOrigin):
+                access.check_origin(request)
+        cors = dict(access.cors(request))
+        if origin is None:
+            self.assertEqual(cors, {})
+        elif allowed:
+            self.assertEqual(cors["Access-Control-Allow-Origin"], origin)
+            self.assertEqual(cors["Vary"], "Origin")
+        else:
+            self.assertEqual(cors, {"Vary": "Origin"})
+            self.assertNotIn("Access-Control", str(access.preflight(request)))
+        self.assertNotIn("Access-Control-Allow-Credentials", cors)
+        return allowed
+
+    def test_origin(self):
+        plain, more = gaffer.Access(), gaffer.Access(origins=["https://App.example/", "http://two.example:8080"])
+        for origin in (None, "http://localhost", "https://localhost", "http://localhost:3000", "http://127.0.0.1:1",
+                       "http://[::1]:8080", "https://[::1]",
+                       "HTTP://LocalHost:3000", "http://box:5000"):
+            with self.subTest(origin):
+                self.assertTrue(self.origin(origin, plain))
+        for origin in ("null", "", "http://example.com", "http://box", "http://box:5001", "https://box:5000",
+                       "http://localhost.example.com", "http://localhost/",
+                       "http://localhost:", "http://localhost:3000/x", "http://xlocalhost",
+                       "http://127.0.0.1.example.com", "http://127.0.0.2", "file://",
+                       "ftp://localhost", "localhost", "http://localhost:80@evil.example",
+                       "http://localhost:3000 http://evil.example", "http://localhost.",
+                       "http://foo.localhost", "http://::1", "chrome-extension://abc", "https://app.example"):
+            with self.subTest(origin):
+                self.assertFalse(self.origin(origin, plain))
+        for origin in ("https://app.example", "https://APP.example", "http://two.example:8080", "http://localhost:1"):
+            with self.subTest(origin):
+                self.assertTrue(self.origin(origin, more))
+        for origin in ("http://app.example", "https://app.example:444", "http://two.example",
+                       "https://app.example.evil"):
+            with self.subTest(origin):
+                self.assertFalse(self.origin(origin, more))
+
+    def test_own_origin_with_tls(self):
+        self.assertTrue(self.origin("https://box:5000", gaffer.Access(), secure=True))
+        self.assertFalse(self.origin("http://box:5000", gaffer.Access(), secure=True))
+
+    def test_every_origin(self):
+        access = gaffer.Access(origins=["*"])
+        for origin in ("http://example.com", "null", "https://x:1"):
+            self.assertTrue(self.origin(origin, access))
+
+    def test_preflight(self):
+        access = gaffer.Access()
+        request = pure_request("Origin: http://localhost:3000", method="OPTIONS")
+        headers = dict(access.cors(request) + access.preflight(request))
+        self.assertEqual(headers["Access-Control-Allow-Origin"], "http://localhost:3000")
+        self.assertEqual(headers["Access-Control-Allow-Methods"], "GET, HEAD, POST, PUT, DELETE, OPTIONS")
+        self.assertEqual(headers["Access-Control-Allow-Headers"],
+                         "X-Requested-With, X-HTTP-Method-Override, Content-Type, Accept, Authorization, Last-Event-ID")
+        self.assertEqual(headers["Access-Control-Max-Age"], "86400")
+        self.assertEqual(headers["Access-Control-Expose-Headers"], "Gaffer-Offset, Gaffer-Dropped")
+        self.assertEqual(access.preflight(pure_request(method="OPTIONS")), [])
+
+    def test_token(self):
+        access = gaffer.Access(token="s\xe9cret:1")
+        secret = "s\xe9cret:1".encode()
+
+        def basic(data):
+            return "Basic " + base64.b64encode(data).decode()
+        for line in ("Bearer " + secret.decode("latin-1"), "bearer " + secret.decode("latin-1"),
+                     "BEARER   " + secret.decode("latin-1"),
+                     basic(b"user:" + secret), basic(b":" + secret), "basic" + basic(b"x:" + secret)[5:]):
+            with self.subTest(line):
+                access.check_token(pure_request("Authorization: " + line))
+        for line in ("", "Bearer", "Bearer ", "Bearer x", "Bearer s\xe9cret:1", secret.decode("latin-1"),
+                     "Token " + secret.decode("latin-1"),
+                     "Bearer " + secret.decode("latin-1")[:-1], "Bearer " + secret.decode("latin-1") + "1",
+                     basic(secret), basic(b"x"), basic(b""),
+                     basic(b"user:"), basic(secret + b":"), "Basic !", "Basic \xe9", "Basic a",
+                     "Basic " + base64.b64encode(b"x:" + secret).decode() + "!",
+                     "Basic x:" + secret.decode("latin-1"), "Bearer" + secret.decode("latin-1")):
+            with self.subTest(line), self.assertRaises(gaffer.Unauthorized):
+                access.check_token(pure_request("Authorization: " + line))
+        with self.assertRaises(gaffer.Unauthorized):
+            access.check_token(pure_request())
+        gaffer.Access().check_token(pure_request())
+
+    def test_empty_token_lets_nobody_in(self):
+        """A library that passes an empty setting on must not stand open and believe that it is closed."""
+        with self.assertRaises((gaffer.Unauthorized, ValueError, gaffer.StartError)):
+            gaffer.Access(token="").check_token(pure_request())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# lines, characters, server-sent events
+# --------------------------------------------------------------------------------------------------------------------
+PURE_TEXT = ("abc", "\n", "\r", "\r\n", "\xe9", "\u20ac", "\U0001f600", " ", "\0", "\x0b", "\x0c", "\x1c", "\x85",
+             "\u2028", "data: ", ":", "id: 5")
+
+
+def pure_bytes(rng, count, broken=True):
+    """Random bytes of a stream: text of all kinds, line ends of all kinds, and where `broken` what is not UTF-8."""
+    pieces = [text.encode() for text in PURE_TEXT]
+    if broken:
+        pieces += [b"\x80", b"\xff", b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98", b"\xc0\xaf", b"\xed\xa0\x80", b"\xe2\xc0",
+                   b"\xf5"]
+    return b"".join(rng.choice(pieces) for _ in range(count))
+
+
+def pure_lines(data):
+    """[(offset behind it with its end, the line)] of bytes, by a plain scan. The last may have no end."""
+    lines, begin, place = [], 0, 0
+    while place < len(data):
+        byte = data[place:place + 1]
+        place += 1
+        if byte in (b"\n", b"\r"):
+            end = place - 1
+            if byte == b"\r" and data[place:place + 1] == b"\n":
+                place += 1
+            lines.append((place, data[begin:end]))
+            begin = place
+    if begin < len(data):
+        lines.append((place, data[begin:]))
+    return lines
+
+
+class PureUtf8(Case):
+
+    BYTES = bytes((0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE2, 0xED, 0xEF,
+                   0xF0, 0xF1, 0xF4, 0xF5, 0xFF))
+    BEGIN = re.compile(rb"(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z")
+
+    def test_incomplete(self):
+        """Against its definition, at every end of four bytes."""
+        self.assertEqual(gaffer.incomplete_utf8(b""), 0)
+        for size in (1, 2, 3, 4):
+            for values in itertools.product(self.BYTES if size < 4 else self.BYTES[2::3], repeat=size):
+                data = bytes(values)
+                match = self.BEGIN.search(data)
+                self.assertEqual(gaffer.incomplete_utf8(data), len(match.group()) if match else 0, data)
+
+    def test_each_character_cut_at_each_place(self):
+        for text in ("\x7f", "\x80", "\u07ff", "\u0800", "\ud7ff", "\ue000", "\uffff", "\U00010000", "\U0010ffff"):
+            data = text.encode()
+            for size in range(1, len(data) + 1):
+                self.assertEqual(gaffer.incomplete_utf8(b"x" + data[:size]), size % len(data), (text, size))
+
+    def test_valid(self):
+        rng = random.Random(8)
+        for _ in range(300):
+            data = pure_bytes(rng, 10)
+            self.assertEqual(gaffer.valid_utf8(data), data.decode("utf-8", "replace").encode())
+        text = b"plain"
+        self.assertIs(gaffer.valid_utf8(text), text)
+
+    def test_split_lines(self):
+        normal, flush, final = gaffer.NORMAL, gaffer.FLUSH, gaffer.FINAL
+        for data, before, mode, wanted in (
+                (b"", None, normal, (0, [], [])), (b"a", None, normal, (0, [], [])),
+                (b"a", None, flush, (0, [b"a"], [b"a"])),
+                (b"a\nb", None, normal, (0, [b"a\n"], [b"a"])),
+                (b"a\nb", None, final, (0, [b"a\n", b"b"], [b"a", b"b"])),
+                (b"\n", None, normal, (0, [b"\n"], [b""])), (b"\n", 10, normal, (0, [b"\n"], [b""])),
+                (b"\n", 13, normal, (1, [], [])),
+                (b"\n\n", 13, normal, (1, [b"\n"], [b""])), (b"\r\n", 13, normal, (0, [b"\r\n"], [b""])),
+                (b"a\r", None, normal, (0, [b"a\r"], [b"a"])),
+                (b"\na", 13, final, (1, [b"a"], [b"a"])), (b"\n\xc3", 13, flush, (1, [], [])),
+                (b"a\xe2\x82", None, flush, (0, [b"a"], [b"a"])),
+                (b"a\xe2\x82", None, final, (0, [b"a\xe2\x82"], [b"a\xe2\x82"])),
+                (b"12345678", None, normal, (0, [b"12345678"], [b"12345678"])),
+                (b"1234567", None, normal, (0, [], [])),
+                (b"1234567\xc3", None, normal, (0, [b"1234567"], [b"1234567"])),
+                (b"a\x0bb\x0c\x1c\x85\n", None, normal, (0, [b"a\x0bb\x0c\x1c\x85\n"], [b"a\x0bb\x0c\x1c\x85"]))):
+            with self.subTest(data=data, before=before, mode=mode):
+                self.assertEqual(gaffer.split_lines(data, before, mode, 8), wanted)
+
+
+class PureSse(Case):
+
+    def encode(self, data, ends, mode=None, piece=1 << 20):
+        """What an SseEncoder makes of bytes that come up to each of `ends` in turn. mode: chooses one, for each."""
+        encoder, place, out = gaffer.SseEncoder("out", "e"), 0, []
+        for end in ends:
+            before = data[place - 1] if place else None
+            now = gaffer.FINAL if end is None else mode() if mode else gaffer.NORMAL
+            payload, consumed = encoder.encode(data[place:end], place, before, now, piece)
+            out.append(payload)
+            place += consumed
+        return pure_sse(b"".join(out)), place
+
+    def test_format(self):
+        encoder = gaffer.SseEncoder("stdout", "e1")
+        self.assertEqual(encoder.encode(b"one\ntwo\r\n\nrest", 100, None, gaffer.NORMAL, 1000),
+                         (b"id: 104@e1\nevent: stdout\ndata: one\n\nid: 109@e1\nevent: stdout\ndata: two\n\n"
+                          b"id: 110@e1\nevent: stdout\ndata: \n\n", 10))
+        self.assertEqual(encoder.dropped(5, 7), b'id: 7@e1\nevent: dropped\ndata: {"bytes": 5}\n\n')
+        self.assertEqual(encoder.dropped(0, 7, True),
+                         b'id: 7@e1\nevent: dropped\ndata: {"bytes": 0, "restarted": true}\n\n')
+        self.assertEqual(encoder.exit(7, {"pid": 1}), b'id: 7x@e1\nevent: exit\ndata: {"pid": 1}\n\n')
+        self.assertEqual(encoder.encode(b"", 5, None, gaffer.NORMAL, 1000), (b"", 0))
+        self.assertEqual(encoder.encode(b"", 5, None, gaffer.FINAL, 1000), (b"", 0))
+
+    def test_keys(self):
+        """Encoders share their work where they do the same."""
+        self.assertEqual(gaffer.SseEncoder("a", "e").key, gaffer.SseEncoder("a", "e").key)
+        keys = [gaffer.SseEncoder("a", "e").key, gaffer.SseEncoder("b", "e").key, gaffer.ChunkEncoder.key,
+                gaffer.RawEncoder.key,
+                *(gaffer.FrameEncoder(*kind).key for kind in itertools.product((False, True), repeat=2))]
+        self.assertEqual(len(set(keys)), len(keys))
+
+    def test_whole_against_a_model(self):
+        rng = random.Random(9)
+        for _ in range(300):
+            data = pure_bytes(rng, rng.randrange(40))
+            events, place = self.encode(data, [len(data), None])
+            self.assertEqual(events, [(end, "out", line.decode("utf-8", "replace").encode()) for end,
+                                      line in pure_lines(data)])
+            self.assertEqual(place, len(data))
+
+    def test_the_same_events_however_it_comes(self):
+        """Only an id may stand between CR and LF, where the CR came alone; a resume there skips the LF."""
+        rng = random.Random(10)
+        for _ in range(400):
+            data = pure_bytes(rng, rng.randrange(40))
+            ends = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(1, 12)))
+            events, place = self.encode(data, ends + [None])
+            model = [(end, "out", line.decode("utf-8", "replace").encode()) for end, line in pure_lines(data)]
+            self.assertEqual([event[1:] for event in events], [event[1:] for event in model], (data, ends))
+            for (number, _, _), (wanted, _, _) in zip(events, model):
+                if number != wanted:
+                    self.assertEqual((number, data[number - 1:wanted]), (wanted - 1, b"\r\n"))
+            self.assertEqual(place, len(data))
+
+    def test_at_each_split(self):
+        data = "a\r\n\r\r\n\n\xe9\u20ac\r\n\rend".encode()
+        wanted = [line.decode().encode() for _, line in pure_lines(data)]
+        for pieces in pure_drip(data):
+            ends = list(itertools.accumulate(map(len, pieces)))
+            self.assertEqual([line for _, _, line in self.encode(data, ends + [None])[0]], wanted)
+
+    def test_flush_cuts_no_character_and_loses_no_byte(self):
+        """Whatever is shown early: the ids tell the bytes, each of which is in one event."""
+        rng = random.Random(11)
+        for round_ in range(400):
+            broken = round_ % 2 == 0
+            data = pure_bytes(rng, rng.randrange(40), broken)
+            ends = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(1, 12)))
+            events, place = self.encode(data, ends + [None], lambda: rng.choice((gaffer.NORMAL, gaffer.FLUSH)))
+            self.assertEqual(place, len(data))
+            begin = 0
+            for number, _, line in events:
+                segment = data[begin:number]
+                if begin and data[begin - 1:begin] == b"\r" and segment[:1] == b"\n":
+                    segment = segment[1:]
+                self.assertEqual(re.sub(rb"(\r\n|\r|\n)\Z", b"", segment).decode("utf-8", "replace").encode(), line,
+                                 (data, ends))
+                if not broken:
+                    self.assertNotIn("\ufffd".encode(), line)
+                begin = number
+            self.assertIn(data[begin:], (b"", b"\n"))
+
+    def test_pieces_of_a_long_line(self):
+        """A line as long as `piece` is cut, at a whole character."""
+        rng = random.Random(12)
+        for _ in range(100):
+            text = "".join(rng.choice("a\xe9\u20ac\U0001f600") for _ in range(200))
+            data = text.encode() + b"\n"
+            ends = sorted(rng.randrange(len(data) + 1) for _ in range(20)) + [None]
+            events, place = self.encode(data, ends, piece=64)
+            lines = [line.decode() for _, _, line in events]
+            self.assertEqual("".join(lines), text)
+            self.assertEqual(place, len(data))
+
+    def test_a_long_rest_behind_a_line(self):
+        for line in (b"a\n", b"a\r\n", "\xe9\n".encode()):
+            data = line + b"x" * 64
+            self.assertEqual(self.encode(data, [len(data)], piece=64)[1], len(data))
+            self.assertEqual(self.encode(data[:-1], [len(data) - 1], piece=64)[1], len(line))
+
+    def test_half_a_character_is_kept_by_a_flush(self):
+        self.assertEqual(self.encode(b"a\xe2\x82", [3], lambda: gaffer.FLUSH), ([(1, "out", b"a")], 1))
+        self.assertEqual(self.encode(b"\xe2\x82", [2], lambda: gaffer.FLUSH), ([], 0))
+
+    def test_ends(self):
+        encoder = gaffer.SseEncoder("out", "e")
+        self.assertEqual([bool(encoder.ends(data)) for data in (b"", b"abc", b"a\n", b"\ra", b"\x0b")],
+                         [False, False, True, True, False])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# websocket codec
+# --------------------------------------------------------------------------------------------------------------------
+class PureWebSocket(Case):
+
+    frame = staticmethod(WebSocket.encode)
+
+    def feed(self, pieces, limit=1000):
+        """The events of bytes that come in pieces."""
+        decoder = gaffer.WebSocketDecoder(limit)
+        return [event for piece in pieces for event in decoder.feed(piece)]
+
+    def test_accept(self):
+        """The example of RFC 6455 section 1.3."""
+        lines = ["Upgrade: websocket", "Connection: keep-alive, Upgrade", "Sec-WebSocket-Version: 13",
+                 "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
+        headers = dict(gaffer.websocket_accept(pure_request(*lines)))
+        self.assertEqual(headers, {"Upgrade": "websocket", "Connection": "Upgrade",
+                                   "Sec-WebSocket-Accept": "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="})
+        self.assertTrue(gaffer.websocket_accept(pure_request("Upgrade: h2c, WebSocket", "Connection: UPGRADE",
+                                                             *lines[2:])))
+        bad, upgrade = gaffer.BadRequest, gaffer.UpgradeRequired
+        for number, line, error in (
+                (0, "Upgrade: h2c", upgrade), (0, "X: y", upgrade), (0, "Upgrade: websockets", upgrade),
+                (1, "Connection: close", upgrade),
+                (1, "X: y", upgrade), (2, "Sec-WebSocket-Version: 8", upgrade), (2, "X: y", upgrade),
+                (2, "Sec-WebSocket-Version: 13, 8", upgrade),
+                (3, "X: y", bad), (3, "Sec-WebSocket-Key: ", bad), (3, "Sec-WebSocket-Key: x", bad),
+                (3, "Sec-WebSocket-Key: dGhl", bad),
+                (3, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ", bad),
+                (3, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==!", bad),
+                (3, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZTEyMw==", bad), (3, "Sec-WebSocket-Key: \xe9", bad)):
+            with self.subTest(line), self.assertRaises(error):
+                gaffer.websocket_accept(pure_request(*lines[:number], line, *lines[number + 1:]))
+        for options in ({"method": "POST"}, {"version": "1.0"}):
+            with self.subTest(options), self.assertRaises(bad):
+                gaffer.websocket_accept(pure_request(*lines, **options))
+
+    def test_unmask(self):
+        rng = random.Random(13)
+        for size in (*range(20), 1000, 1001, 65537):
+            data = bytes(rng.randrange(256) for _ in range(size))
+            key = bytes(rng.randrange(256) for _ in range(4))
+            position = rng.randrange(100)
+            self.assertEqual(gaffer.unmask(data, key, position),
+                             bytes(byte ^ key[(position + i) % 4] for i, byte in enumerate(data)))
+
+    def test_frame(self):
+        for size, head in ((0, b"\x82\x00"), (1, b"\x82\x01"), (125, b"\x82\x7d"), (126, b"\x82\x7e\x00\x7e"),
+                           (65535, b"\x82\x7e\xff\xff"),
+                           (65536, b"\x82\x7f\0\0\0\0\0\x01\0\0")):
+            with self.subTest(size):
+                self.assertEqual(gaffer.frame(2, b"x" * size), head + b"x" * size)
+
+    def test_close_frame(self):
+        self.assertEqual(gaffer.close_frame(1000), b"\x88\x02\x03\xe8")
+        self.assertEqual(gaffer.close_frame(1013, "dropped 5"), b"\x88\x0b\x03\xf5dropped 5")
+        for text in ("x" * 200, "\xe9" * 200, "x" + "\u20ac" * 200, "xy" + "\U0001f600" * 200):
+            made = gaffer.close_frame(1000, text)
+            self.assertEqual(made[1], len(made) - 2)
+            self.assertLessEqual(made[1], 125)
+            self.assertGreater(made[1], 121)
+            self.assertTrue(text.startswith(made[4:].decode("utf-8")))
+
+    def test_messages(self):
+        text = "caf\xe9 \u20ac\U0001f600"
+        wire = self.frame(1, text.encode()) + self.frame(2, bytes(range(256))) + self.frame(1, b"") + self.frame(2, b"")
+        wire += self.frame(9, b"ping") + self.frame(10, b"") + self.frame(9, b"x" * 125)
+        wire += self.frame(8, struct.pack("!H", 1000) + "bye \xe9".encode())
+        wanted = [("text", text), ("binary", bytes(range(256))), ("text", ""), ("binary", b""), ("ping", b"ping"),
+                  ("pong", b""), ("ping", b"x" * 125), ("close", 1000, "bye \xe9")]
+        for pieces in pure_drip(wire):
+            self.assertEqual(self.feed(pieces), wanted)
+
+    def test_fragments(self):
+        """Of text cut inside characters, with control frames between."""
+        data = "a\xe9\u20ac\U0001f600z".encode()
+        wire = self.frame(1, data[:2], False) + self.frame(9, b"p") + self.frame(0, b"", False)
+        wire += self.frame(0, data[2:5], False)
+        wire += self.frame(10, b"q") + self.frame(0, data[5:8], False) + self.frame(0, data[8:])
+        wire += self.frame(2, b"", False) + self.frame(0, b"\xff\x00", False) + self.frame(0, b"")
+        wanted = [("ping", b"p"), ("pong", b"q"), ("text", data.decode()), ("binary", b"\xff\x00")]
+        for pieces in pure_drip(wire):
+            self.assertEqual(self.feed(pieces), wanted)
+
+    def test_large(self):
+        data = os.urandom(70000)
+        wire = self.frame(2, data) + self.frame(1, b"x" * 126)
+        wire += self.frame(2, data[:65535], False) + self.frame(0, data[:300])
+        wanted = [("binary", data), ("text", "x" * 126), ("binary", data[:65535] + data[:300])]
+        rng = random.Random(14)
+        self.assertEqual(self.feed([wire], 100000), wanted)
+        for _ in range(5):
+            self.assertEqual(self.feed(pure_pieces(rng, wire, 5000), 100000), wanted)
+
+    def test_random(self):
+        rng = random.Random(15)
+        for _ in range(100):
+            wire, wanted = b"", []
+            for _ in range(rng.randrange(1, 6)):
+                text = pure_bytes(rng, rng.randrange(30), False)
+                opcode, pieces = rng.choice((1, 2)), list(pure_pieces(rng, text, 20)) or [b""]
+                for number, piece in enumerate(pieces):
+                    wire += self.frame(0 if number else opcode, piece, number == len(pieces) - 1,
+                                       bytes(rng.randrange(256) for _ in range(4)))
+                    if rng.random() < 0.2 and number < len(pieces) - 1:
+                        wire += self.frame(9, b"!")
+                        wanted.append(("ping", b"!"))
+                wanted.append(("text", text.decode()) if opcode == 1 else ("binary", text))
+            self.assertEqual(self.feed(pure_pieces(rng, wire, 50)), wanted)
+
+    def test_errors(self):
+        """Each with its close code, however it comes; nothing that follows counts."""
+        good, mask = self.frame(1, b"never"), b"\0\0\0\0"
+        for name, wire, code in (
+                ("RSV1", b"\xc1\x80" + mask, 1002), ("RSV2", b"\xa1\x80" + mask, 1002),
+                ("RSV3", b"\x91\x80" + mask, 1002),
+                *(("opcode %d" % opcode, self.frame(opcode, b""), 1002)
+                  for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)),
+                ("unmasked", b"\x81\x01x", 1002), ("unmasked close", b"\x88\x00", 1002),
+                ("unmasked empty", b"\x81\x00", 1002),
+                ("long ping", self.frame(9, b"x" * 126), 1002), ("fragmented ping", self.frame(9, b"x", False), 1002),
+                ("fragmented close", self.frame(8, b"", False), 1002),
+                ("long close", self.frame(8, b"\x03\xe8" + b"x" * 124), 1002),
+                ("continuation of nothing", self.frame(0, b"x"), 1002),
+                ("unfinished continuation of nothing", self.frame(0, b"x", False), 1002),
+                ("continuation after the end", self.frame(1, b"", False) + self.frame(0, b"") + self.frame(0, b""),
+                 None),
+                ("text within text", self.frame(1, b"a", False) + self.frame(1, b"b"), 1002),
+                ("binary within text", self.frame(1, b"a", False) + self.frame(2, b"b"), 1002),
+                ("16 bit for 125", b"\x82\xfe\x00\x7d" + mask, 1002),
+                ("64 bit for 65535", b"\x82\xff" + struct.pack("!Q", 65535) + mask, 1002),
+                ("64 bit for 5", b"\x82\xff" + struct.pack("!Q", 5) + mask, 1002),
+                ("the highest bit", b"\x82\xff" + struct.pack("!Q", 1 << 63) + mask, 1002),
+                ("too large", self.frame(2, b"x" * 1001), 1009),
+                ("too large a head", b"\x82\xff" + struct.pack("!Q", (1 << 63) - 1) + mask, 1009),
+                ("too large in fragments", self.frame(2, b"x" * 600, False) + self.frame(0, b"x" * 401), 1009),
+                ("not UTF-8", self.frame(1, b"a\xffb"), 1007), ("cut character", self.frame(1, b"a\xe2\x82"), 1007),
+                ("overlong", self.frame(1, b"\xc0\xaf"), 1007),
+                ("overlong of three", self.frame(1, b"\xe0\x80\xaf"), 1007),
+                ("surrogate", self.frame(1, b"\xed\xa0\x80"), 1007),
+                ("above", self.frame(1, b"\xf4\x90\x80\x80"), 1007),
+                ("cut character at the end of fragments", self.frame(1, b"\xe2", False) + self.frame(0, b"\x82"), 1007),
+                ("close with one byte", self.frame(8, b"\x03"), 1002),
+                ("close reason not UTF-8", self.frame(8, b"\x03\xe8\xff"), 1007),
+                *(("close code %d" % number, self.frame(8, struct.pack("!H", number)), 1002)
+                  for number in (0, 1, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535))):
+            ways = pure_drip(wire + good) if len(wire) < 40 else ([wire + good],
+                                                                  [bytes([byte]) for byte in wire + good])
+            for pieces in ways:
+                with self.subTest(name, pieces=len(pieces)):
+                    events = self.feed(pieces)
+                    fails = [event for event in events if event[0] == "fail"]
+                    self.assertEqual([event[1] for event in fails], [code or 1002])
+                    self.assertEqual(events[-1], fails[0])
+                    self.assertTrue(fails[0][2])
+
+    def test_close_codes(self):
+        for code in (1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014, 3000, 3999, 4000, 4999):
+            with self.subTest(code):
+                self.assertEqual(self.feed([self.frame(8, struct.pack("!H", code)) + self.frame(9, b"")]),
+                                 [("close", code, "")])
+        self.assertEqual(self.feed([self.frame(8, b"") + self.frame(1, b"x")]), [("close", 1005, "")])
+        self.assertEqual(self.feed([self.frame(8, b"\x03\xe8" + b"x" * 123)]), [("close", 1000, "x" * 123)])
+
+    def test_limit(self):
+        """It is reached by what is allowed, and refused from the head on; each message counts for itself."""
+        self.assertEqual(self.feed([self.frame(2, b"x" * 1000)] * 3), [("binary", b"x" * 1000)] * 3)
+        self.assertEqual(self.feed([self.frame(2, b"x" * 600, False), self.frame(9, b"y" * 125),
+                                    self.frame(0, b"x" * 400)]),
+                         [("ping", b"y" * 125), ("binary", b"x" * 1000)])
+        self.assertEqual(self.feed([self.frame(2, b"x" * 1001)[:8]])[0][:2], ("fail", 1009))
+
+    def test_utf8_fails_fast(self):
+        """At the first byte after which no text can be valid, though frame and message go on (section 8.1)."""
+        rng = random.Random(16)
+        for tail in [b"\xe2\xc0", b"\xf0\xc1", b"\xe2\x82\xc0", b"\xe0\x9f", b"\xed\xa0", b"\xf0\x8f", b"\xf4\x90",
+                     b"\xf5", b"\xc0", b"\x80", b"\xc3\x28",
+                     b"\xf1\x80\x80\xc0", b"\xe1\x80\xe1", *(pure_bytes(rng, 8) for _ in range(100))]:
+            data = b"ok \xe2\x82\xac" + tail
+            model, fails = codecs.getincrementaldecoder("utf-8")(), None
+            for number in range(len(data)):
+                try:
+                    model.decode(data[number:number + 1])
+                except UnicodeDecodeError:
+                    fails = number
+                    break
+            wire = self.frame(1, data + b"x" * 10, False)[:6 + len(data)]
+            decoder, failed = gaffer.WebSocketDecoder(1000), None
+            decoder.feed(wire[:6])
+            for number in range(len(data)):
+                if decoder.feed(wire[6 + number:7 + number]):
+                    failed = number
+                    break
+            self.assertEqual(failed, fails, data)
+
+    def test_empty_fragments_cost_nothing(self):
+        """A message that grows by nothing must not grow in memory."""
+        for opcode in (1, 2):
+            decoder = gaffer.WebSocketDecoder(10)
+            decoder.feed(self.frame(opcode, b"", False))
+            for _ in range(100):
+                decoder.feed(self.frame(0, b"", False) * 10)
+            self.assertLess(len(decoder._parts), 100)
+            self.assertEqual(decoder.feed(self.frame(0, b"ab")), [("text", "ab") if opcode == 1 else ("binary", b"ab")])
+
+    def test_frame_encoder_of_bytes(self):
+        binary, text = gaffer.FrameEncoder(True, False), gaffer.FrameEncoder(False, False)
+        self.assertEqual(binary.encode(b"a\xff\n", 0, None, gaffer.NORMAL, 1000), (b"\x82\x03a\xff\n", 3))
+        self.assertEqual(text.encode(b"a\xff\n", 0, None, gaffer.NORMAL, 1000), (b"\x81\x05a\xef\xbf\xbd\n", 3))
+        self.assertEqual(text.encode(b"a\xe2\x82", 0, None, gaffer.NORMAL, 1000), (b"\x81\x01a", 1))
+        self.assertEqual(text.encode(b"\xe2\x82", 0, None, gaffer.NORMAL, 1000), (b"", 0))
+        self.assertEqual(text.encode(b"\xe2\x82", 0, None, gaffer.FINAL, 1000), (b"\x81\x03\xef\xbf\xbd", 2))
+        for encoder in (binary, text):
+            self.assertEqual(encoder.encode(b"", 0, None, gaffer.FINAL, 1000), (b"", 0))
+            self.assertTrue(encoder.ends(b"x"))
+
+    def test_frame_encoder_of_lines(self):
+        binary, text = gaffer.FrameEncoder(True, True), gaffer.FrameEncoder(False, True)
+        self.assertEqual(text.encode(b"a\nb\r\n\rc", 0, None, gaffer.NORMAL, 1000), (b"\x81\x01a\x81\x01b\x81\x00", 6))
+        self.assertEqual(text.encode(b"\na\xff\n", 0, 13, gaffer.NORMAL, 1000), (b"\x81\x04a\xef\xbf\xbd", 4))
+        self.assertEqual(binary.encode(b"\xff\nc", 0, None, gaffer.FINAL, 1000), (b"\x82\x01\xff\x82\x01c", 3))
+        self.assertEqual(binary.encode(b"half", 0, None, gaffer.NORMAL, 1000), (b"", 0))
+        self.assertEqual([bool(text.ends(data)) for data in (b"a", b"a\n", b"\r")], [False, True, True])
+
+    def test_text_is_the_same_however_it_comes(self):
+        """UTF-8 across message borders."""
+        rng = random.Random(17)
+        for _ in range(300):
+            data, place, got = pure_bytes(rng, 20), 0, b""
+            encoder = gaffer.FrameEncoder(False, False)
+            for end in sorted(rng.randrange(len(data) + 1) for _ in range(6)) + [None]:
+                mode = gaffer.FINAL if end is None else gaffer.NORMAL
+                payload, consumed = encoder.encode(data[place:end], place, None, mode, 1000)
+                place += consumed
+                if payload:
+                    start = 2 if payload[1] < 126 else 4
+                    got += payload[start:]
+                    payload[start:].decode("utf-8")
+            self.assertEqual((got, place), (data.decode("utf-8", "replace").encode(), len(data)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# ring 2: the loop with real children
+# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
+# platform, process, manager
+# --------------------------------------------------------------------------------------------------------------------
+# as `flapping`: it runs once, and its exit stops the template
+PROCESS_ONCE = {"attempts": 1, "window": 1000, "max_retry": 0}
+
+
+def process_state(os_pid):
+    """The state letter of an OS process, None if there is none."""
+    try:
+        with open("/proc/%d/stat" % os_pid) as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
+
+
+def process_group(group):
+    """OS pids of the living members of a process group, as /proc shows them."""
+    members = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                with open("/proc/%s/stat" % entry) as file:
+                    fields = file.read().rpartition(")")[2].split()
+                if int(fields[2]) == group and fields[0] not in "ZX":
+                    members.append(int(entry))
+    return members
+
+
+def process_script(case, text, mode=0o755):
+    """An executable file with this text, in a directory of its own."""
+    folder = tempfile.mkdtemp()
+    path = os.path.join(folder, "script")
+    with open(path, "w") as file:
+        file.write(text)
+    os.chmod(path, mode)
+    case.addCleanup(os.rmdir, folder)
+    case.addCleanup(os.unlink, path)
+    return path
+
+
+class ProcessCase(ServerCase):
+    """What the tests of this section share."""
+
+    def poll(self, ref, what=None, label="stdout", since=0):
+        """Long polls from `since` on until `what` has come, or (None) until the stream ends. Returns all bytes."""
+        data = b""
+        while what is None or what not in data:
+            path = "/streams/%s/%s?feed=longpoll&since=%d&timeout=%d" % (ref, label, since, TIMEOUT)
+            status, headers, body = self.server.request("GET", path)
+            self.assertIn(status, (200, 204), body)
+            if status == 204:
+                self.assertIsNone(what, "the stream ended, or was silent, before %r came: %r" % (what, data[-200:]))
+                return data
+            since = int(headers["Gaffer-Offset"])
+            data += body
+        return data
+
+    def os_pid(self, pid):
+        """The operating system's number of a process."""
+        return self.server.ok("GET", "/processes/%d" % pid)["os_pid"]
+
+    def pids(self, name):
+        """The running pids of a template."""
+        return self.server.ok("GET", "/processes/%s/_pids" % name)["pids"]
+
+    def spawned(self, name, number):
+        """The `number`th spawn event (from 1) of a template."""
+        for event in self.server.events("proc/%s/spawn" % name, since=0):
+            number -= 1
+            if number == 0:
+                return event
+
+    def kinds(self, name):
+        """All events of a template up to now, as (type, pid): behind them stands a barrier, the event of another one."""
+        barrier = "barrier-%d" % next(self._barriers)
+        self.server.ok("POST", "/processes", {"name": barrier, "cmd": "true", "start": False})
+        self.server.ok("DELETE", "/processes/" + barrier)
+        found = []
+        for event in self.server.events(since=0):
+            if event["name"] == barrier:
+                return found
+            if event["name"] == name:
+                found.append((event["event"], event.get("pid")))
+
+    _barriers = itertools.count(1)
+
+    def exit_of(self, pid):
+        """The exit event of a process."""
+        for event in self.server.events("exit", since=0):
+            if event["pid"] == pid:
+                return event
+
+    def stop(self, name, group):
+        """Stop with ?wait: it returns, and nothing of the process group is left."""
+        self.server.ok("POST", "/processes/%s/_stop?wait=true" % name)
+        self.assertEqual(process_group(group), [], "of the group something is left")
+        self.assertEqual(self.server.ok("GET", "/status/" + name)["stopping"], 0)
+
+
+# name: (Python code or sh script of the child, template fields, bytes that say it is ready, exit (status, signal) after
+# the stop or None where it exits by itself, all bytes that are to be read in the end)
+PROCESS_IGNORES_TERM = "import signal, os, sys\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+PROCESS_STUBBORN = python(PROCESS_IGNORES_TERM + "os.write(1, b'ready\\n')\nwhile True: signal.pause()")
+PROCESS_HOSTILE = {
+    "ignores TERM": (
+        PROCESS_IGNORES_TERM + "print('ready')\nwhile True: signal.pause()",
+        {"graceful_timeout": 0.1}, b"ready\n", (0, 9), b"ready\n"),
+    "says goodbye": (
+        "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit('' if print('bye') else 3))\nprint('ready')\n"
+        "while True: signal.pause()", {}, b"ready\n", (3, 0), b"ready\nbye\n"),
+    "grandchild ignores TERM": (
+        "sh", '(trap "" TERM; echo ready; exec sleep 60) & wait', {"graceful_timeout": 0.1}, b"ready\n", (0, 15), b"ready\n"),
+    "double fork in the same group": (
+        "import os, signal\n"
+        "if os.fork() == 0:\n"
+        "    if os.fork() == 0:\n"
+        "        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "        print('ready')\n"
+        "        while True: signal.pause()\n"
+        "    os._exit(0)\n"
+        "os.wait()\nwhile True: signal.pause()", {"graceful_timeout": 0.1}, b"ready\n", (0, 15), b"ready\n"),
+    "grandchild holds the pipe for a minute": (
+        "sh", "sleep 60 & echo last", {"flapping": PROCESS_ONCE}, b"last", None, b"last\n"),
+    "grandchild that ignores TERM holds the pipe": (
+        "sh", '(trap "" TERM; exec sleep 60) & echo last',
+        {"flapping": PROCESS_ONCE, "graceful_timeout": 0.1}, b"last", None, b"last\n"),
+    "exits in a millisecond": ("sh", "echo last; exit 7", {"flapping": PROCESS_ONCE}, b"last", None, b"last\n"),
+    "exits without a word": ("sh", "exit 7", {"flapping": PROCESS_ONCE}, None, None, b""),
+    "crashes with a full pipe": (
+        "import os, signal\nos.write(1, b'x' * 60000 + b'last words')\nos.kill(os.getpid(), signal.SIGKILL)",
+        {"flapping": PROCESS_ONCE}, b"last words", None, b"x" * 60000 + b"last words"),
+    "closes stdout early": (
+        "import os, signal\nos.write(1, b'last')\nos.close(1)\nos.write(2, b'ready')\nsignal.pause()",
+        {}, b"last", (0, 15), b"last"),
+    "closes everything": (
+        "import os, signal\nos.write(1, b'last')\nos.closerange(0, 100)\nsignal.pause()", {}, b"last", (0, 15), b"last"),
+    "invalid UTF-8": (
+        "import os, signal\nos.write(1, b'\\xff\\xfe\\xc3(\\x00\\x80 ready')\nsignal.pause()",
+        {}, b"ready", (0, 15), b"\xff\xfe\xc3(\x00\x80 ready"),
+    "forks 50 and exits": (
+        "import os, signal\nfor i in range(50):\n    if os.fork() == 0:\n        signal.pause()\n        os._exit(0)\n"
+        "os.write(1, b'last')", {"flapping": PROCESS_ONCE}, b"last", None, b"last"),
+    "leaves 50 zombies": (
+        "import os, signal\nfor i in range(50):\n    if os.fork() == 0:\n        os._exit(0)\n"
+        "os.write(1, b'ready')\nsignal.pause()", {}, b"ready", (0, 15), b"ready"),
+    "forks when told to end": (
+        PROCESS_IGNORES_TERM +
+        "def handler(*_):\n    if os.fork() == 0:\n        os.write(1, b'!')\n        while True: signal.pause()\n"
+        "signal.signal(signal.SIGTERM, handler)\nos.write(1, b'ready')\nwhile True: signal.pause()",
+        {"graceful_timeout": 0.2}, b"ready", (0, 9), b"ready!"),
+    "is stopped and ignores TERM": (
+        PROCESS_IGNORES_TERM + "os.write(1, b'ready')\nos.kill(os.getpid(), signal.SIGSTOP)\nwhile True: signal.pause()",
+        {"graceful_timeout": 0.1}, b"ready", (0, 9), b"ready"),
+}
+
+
+class ProcessHostileTable:
+    """Each of these children: stop with ?wait returns, of its group nothing is left, and its last bytes can be read."""
+
+    rows = tuple(PROCESS_HOSTILE)
+
+    def test_table(self):
+        for number, name in enumerate(self.rows):
+            row = PROCESS_HOSTILE[name]
+            with self.subTest(name):
+                self.endure("child-%d" % number, *row)
+
+    def endure(self, name, *row):
+        command = {"cmd": row[1], "shell": True} if row[0] == "sh" else python(row[0])
+        options, ready, exit_, output = row[-4:]
+        self.server.add(name, command, **options)
+        event = self.spawned(name, 1)
+        pid, group = event["pid"], event["os_pid"]
+        if ready is not None:
+            self.poll(pid, ready)
+        if exit_ is None:
+            exited = self.exit_of(pid)
+        self.stop(name, group)
+        if exit_ is not None:
+            exited = self.exit_of(pid)
+            self.assertEqual((exited["exit_status"], exited["term_signal"]), exit_)
+        self.assertEqual(self.poll(pid), output)
+        self.assertEqual(exited["os_pid"], group)
+        self.assertIsNone(process_state(group), "the process is reaped")
+        self.server.ok("DELETE", "/processes/" + name)
+
+    def test_stops_itself(self):
+        """A process that is stopped (SIGSTOP) gets SIGCONT with its SIGTERM."""
+        pid, = self.server.add("x", python("import os, signal\nprint('ready')\nos.kill(os.getpid(), signal.SIGSTOP)"))
+        group = self.os_pid(pid)
+        self.poll(pid, b"ready\n")
+        until(lambda: process_state(group) == "T", "the process's stop")
+        self.stop("x", group)
+        self.assertEqual(self.exit_of(pid)["term_signal"], signal.SIGTERM)
+
+
+class ProcessHostile(ProcessHostileTable, ProcessCase):
+    """The table, and children that take more to tell, under the exit watcher that works best here."""
+
+    def test_dies_by_each_signal(self):
+        """exit tells by which signal, with exit status 0; the words before it are readable."""
+        names = "HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM XCPU XFSZ VTALRM PROF SYS".split()
+        for name in names:
+            command = {"cmd": "ulimit -c 0; echo $1; kill -$1 $$", "args": [name], "shell": True}
+            self.server.add(name, command, flapping=PROCESS_ONCE)
+        exits = {}
+        for event in self.server.events("exit", since=0):
+            if event["name"] in names:
+                exits[event["name"]] = event
+            if len(exits) == len(names):
+                break
+        for name in names:
+            with self.subTest(name):
+                event = exits[name]
+                self.assertEqual((event["exit_status"], event["term_signal"]), (0, int(getattr(signal, "SIG" + name))))
+                self.assertEqual(self.poll(event["pid"]), name.encode() + b"\n")
+                last = self.server.ok("GET", "/status/" + name)["last_exit"]
+                self.assertEqual(last["term_signal"], event["term_signal"])
+                self.assertEqual(process_group(event["os_pid"]), [])
+
+    def test_leaves_the_session(self):
+        """What left the process group cannot be stopped; it is reported by its number."""
+        code = """
+            import os, signal
+            if os.fork() == 0:
+                os.%s
+                print(os.getpid())
+            signal.pause()
+            """
+        for way in ("setsid()", "setpgid(0, 0)"):
+            with self.subTest(way):
+                pid, = self.server.add("x", python(code % way))
+                group = self.os_pid(pid)
+                escaped = int(self.poll(pid, b"\n"))
+                try:
+                    with self.assertLogs("gaffer", logging.WARNING) as logs:
+                        self.stop("x", group)
+                    self.assertTrue(alive(escaped))
+                    self.assertTrue(any(re.search(r"\b%d\b" % escaped, line) for line in logs.output), logs.output)
+                finally:
+                    os.kill(escaped, signal.SIGKILL)
+                until(lambda: not alive(escaped), "the end of what escaped")
+                self.server.ok("DELETE", "/processes/x")
+
+    def test_output_without_a_newline(self):
+        """64 MiB in one line: a reader with loss=block has every byte; the child was made to wait, nobody else was."""
+        size = 64 * 1024 * 1024
+        pid, = self.server.add("x", python("""
+            import os
+            os.read(0, 1)
+            data = b'x' * 65536
+            for i in range(%d // 65536):
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(1, view):]
+            os.write(1, b'END')
+            """ % size), redirect_input=True, flapping=PROCESS_ONCE)
+        group = self.os_pid(pid)
+        answer = self.server.stream("/streams/%d/stdout?feed=continuous&since=0&loss=block" % pid)
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"!")
+        total, last = 0, b""
+        while True:
+            data = answer.read(1024 * 1024)
+            if not data:
+                break
+            total, last = total + len(data), (last + data)[-3:]
+        answer.connection.close()
+        self.assertEqual((total, last), (size + 3, b"END"))
+        self.stop("x", group)
+        status, headers, body = self.server.request("GET", "/streams/%d/stdout?feed=longpoll&since=0" % pid)
+        self.assertEqual((status, len(body), body[-4:]), (200, gaffer.WINDOW_SIZE, b"xEND"))
+        self.assertEqual(int(headers["Gaffer-Dropped"]), size + 3 - gaffer.WINDOW_SIZE)
+
+    def test_output_that_nobody_reads(self):
+        """A child that writes without end is never blocked, and is stopped like any other."""
+        pid, = self.server.add("x", python("import os\nwhile True: os.write(1, b'x' * 65536)"))
+        group = self.os_pid(pid)
+        until(lambda: self.server.request("HEAD", "/streams/%d/stdout?since=0" % pid)[1]["Gaffer-Offset"] and
+              int(self.server.request("HEAD", "/streams/%d/stdout" % pid)[1]["Gaffer-Offset"]) > 8 * gaffer.WINDOW_SIZE,
+              "more output than fits into the window")
+        self.stop("x", group)
+        self.assertEqual(self.exit_of(pid)["term_signal"], signal.SIGTERM)
+        end = int(self.server.request("HEAD", "/streams/%d/stdout" % pid)[1]["Gaffer-Offset"])
+        self.assertEqual(set(self.poll(pid, since=end - 1000)), {ord("x")})
+
+    def test_split_utf8(self):
+        """A character that comes in two writes, a silence between them, is one character to a reader of lines."""
+        pid, = self.server.add("x", python("""
+            import os
+            os.write(1, b'a\\xe2\\x82')
+            os.read(0, 1)
+            os.write(1, b'\\xac\\nend\\n')
+            """), redirect_input=True, flapping=PROCESS_ONCE)
+        group = self.os_pid(pid)
+        answer, events = self.server.sse("/streams/%d/stdout?feed=eventsource&since=0" % pid)
+        text = next(events)["data"]                 # what was silent for a while, but no half character
+        self.assertEqual(text, "a")
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"!")
+        for event in events:
+            if event["data"] == "end":
+                break
+            text += event["data"]
+        answer.connection.close()
+        self.assertEqual(text, "a\u20ac")
+        self.stop("x", group)
+        self.assertEqual(self.poll(pid), b"a\xe2\x82\xac\nend\n")
+
+    def test_invalid_utf8_as_lines(self):
+        """U+FFFD for what is no UTF-8, exact bytes for who wants bytes."""
+        pid, = self.server.add("x", python("import os\nos.write(1, b'a\\xff\\xfeb\\nend\\n')"), flapping=PROCESS_ONCE)
+        answer, events = self.server.sse("/streams/%d/stdout?feed=eventsource&since=0" % pid)
+        self.assertEqual([event["data"] for event in events][:2], ["a\ufffd\ufffdb", "end"])
+        answer.connection.close()
+        self.assertEqual(self.poll(pid), b"a\xff\xfeb\nend\n")
+
+    STDIN_READER = """
+        import hashlib, os, signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        print('ready')
+        signal.sigwait([signal.SIGUSR1])
+        total, digest = 0, hashlib.sha1()
+        while True:
+            data = os.read(0, 700)
+            if not data:
+                break
+            total += len(data)
+            digest.update(data)
+        print(total, digest.hexdigest())
+        """
+
+    def test_reads_stdin_slowly(self):
+        """What waits for a process reaches it in order and whole, with the end of file behind it."""
+        pid, = self.server.add("x", python(self.STDIN_READER), redirect_input=True, flapping=PROCESS_ONCE)
+        group = self.os_pid(pid)
+        self.poll(pid, b"ready\n")
+        parts = [os.urandom(1000) * 100 for _ in range(10)]
+        for part in parts:
+            self.server.ok("POST", "/streams/%d/stdin" % pid, part)
+        self.server.ok("DELETE", "/streams/%d/stdin" % pid)
+        self.assertEqual(self.server.json("POST", "/streams/%d/stdin" % pid, b"late")[1]["error"], "forbidden_write")
+        self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
+        expected = "ready\n1000000 %s\n" % hashlib.sha1(b"".join(parts)).hexdigest()
+        self.assertEqual(self.poll(pid), expected.encode())
+        self.stop("x", group)
+
+    def test_never_reads_stdin(self):
+        """1 MiB waits; what does not fit is refused whole, nothing of it is written."""
+        pid, = self.server.add("x", python(self.STDIN_READER), redirect_input=True, flapping=PROCESS_ONCE)
+        group = self.os_pid(pid)
+        self.poll(pid, b"ready\n")
+        first, second = b"1" * 1024 * 1024, b"2" * 1024 * 1024
+        self.server.ok("POST", "/streams/%d/stdin" % pid, first)
+        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, second), 503, "stdin_full")
+        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, first + b"3"), 413, "too_large")
+        self.server.ok("DELETE", "/streams/%d/stdin" % pid)
+        self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
+        self.assertEqual(self.poll(pid).split()[1:], [b"1048576", hashlib.sha1(first).hexdigest().encode()])
+        self.stop("x", group)
+
+    def test_never_reads_stdin_and_is_stopped(self):
+        """What still waits is dropped with the process."""
+        pid, = self.server.add("x", "sleep 60", redirect_input=True)
+        group = self.os_pid(pid)
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"1" * 1024 * 1024)
+        self.stop("x", group)
+        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"late"), 403, "forbidden_write")
+
+    def test_closes_stdin(self):
+        """Writing to who has closed its stdin is an error for the writer, not for gaffer."""
+        pid, = self.server.add("x", python("import os, signal\nos.close(0)\nprint('ready')\nsignal.pause()"), redirect_input=True)
+        self.poll(pid, b"ready\n")
+        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"!"), 403, "forbidden_write")
+        self.stop("x", self.os_pid(pid))
+
+    def test_cannot_be_executed(self):
+        """Refused when it is to start, with a reason; nothing is added, nothing starts."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(os.rmdir, folder)
+        table = (
+            ("missing", "/nowhere/program", "not there"),
+            ("not in PATH", "no-such-program-anywhere", "not found in PATH"),
+            ("not executable", process_script(self, "#!/bin/sh\n", 0o644), "not executable"),
+            ("no interpreter", process_script(self, "#!/nowhere/interpreter\n"), "interpreter"),
+            ("no program", process_script(self, "echo\n"), "no program"),
+            ("a directory", folder, "directory"),
+        )
+        for what, command, words in table:
+            with self.subTest(what):
+                info = {"name": "x", "cmd": command}
+                answer = self.server.json("POST", "/processes", info)
+                self.assertError(answer, 400, "invalid_process_info", words)
+                self.assertIn(command, answer[1]["reason"])
+                self.assertEqual(self.server.ok("GET", "/processes"), [])
+                self.server.ok("POST", "/processes", dict(info, start=False))
+                self.assertError(self.server.json("POST", "/processes/x/_start"), 400, "invalid_process_info", words)
+                self.assertFalse(self.server.ok("GET", "/status/x")["active"])
+                self.assertEqual(self.kinds("x")[-1], ("create", None))
+                self.server.ok("DELETE", "/processes/x")
+
+    def test_working_directory_removed(self):
+        """A directory that goes while the process runs: it is started again once the directory is back."""
+        folder = tempfile.mkdtemp()
+        pid, = self.server.add("x", "cat", cwd=folder, redirect_input=True)
+        group = self.os_pid(pid)
+        os.rmdir(folder)
+        with self.assertLogs("gaffer", logging.WARNING) as logs:
+            self.server.ok("DELETE", "/streams/%d/stdin" % pid)
+            self.exit_of(pid)
+            status = until(lambda: [s for s in [self.server.ok("GET", "/status/x")] if s["error"]])[0]
+        self.assertIn(folder, status["error"])
+        self.assertIn(folder, logs.output[0])
+        self.assertEqual((status["active"], status["running"]), (True, 0))
+        self.assertEqual(process_group(group), [])
+        with self.assertLogs("gaffer", logging.WARNING):
+            logging.getLogger("gaffer").warning("it may be tried once more before the directory is back")
+            os.mkdir(folder)
+            self.addCleanup(os.rmdir, folder)
+            event = self.spawned("x", 2)
+        self.assertEqual(os.readlink("/proc/%d/cwd" % event["os_pid"]), folder)
+        self.assertIsNone(self.server.ok("GET", "/status/x")["error"])
+        self.stop("x", event["os_pid"])
+        os.rmdir(folder)
+        self.assertError(self.server.json("POST", "/processes/x/_start"), 400, "invalid_process_info", "cwd")
+        os.mkdir(folder)
+
+    def test_a_chain_of_forks(self):
+        """A group without a leader that forks faster than anybody can look at it: a FIFO that all its members hold has
+        its end of file when stop has returned."""
+        folder = tempfile.mkdtemp()
+        path = os.path.join(folder, "fifo")
+        os.mkfifo(path)
+        self.addCleanup(os.rmdir, folder)
+        self.addCleanup(os.unlink, path)
+        fifo = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, fifo)
+        self.server.add("x", python("""
+            import os, signal
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            fifo = os.open(%r, os.O_WRONLY)
+            if os.fork() == 0:
+                os.write(fifo, b'begun')
+                for i in range(1000):
+                    if os.fork():
+                        os._exit(0)
+                os._exit(0)
+            os.write(1, b'last')
+            """ % path), graceful_timeout=0.05, flapping=PROCESS_ONCE)
+        event = self.spawned("x", 1)
+        self.exit_of(event["pid"])
+        self.server.ok("POST", "/processes/x/_stop?wait=true")
+        self.assertEqual(os.read(fifo, 5), b"begun")
+        try:
+            self.assertEqual(os.read(fifo, 1), b"")
+        except BlockingIOError:
+            os.set_blocking(fifo, True)
+            os.read(fifo, 1)                        # it ends some day by itself
+            self.fail("the chain outlived the stop")
+        self.stop("x", event["os_pid"])
+        self.assertEqual(self.poll(event["pid"]), b"last")
+
+
+@unittest.skipIf(gaffer.probe_exit_watcher() is gaffer.ThreadWatcher, "has run so already: here nothing else watches exits")
+class ProcessHostileThread(ProcessHostileTable, ProcessCase):
+    """The table, where each exit is watched by a thread."""
+
+    options = {"exit_watcher": gaffer.ThreadWatcher}
+    rows = ("ignores TERM", "grandchild ignores TERM", "grandchild that ignores TERM holds the pipe", "exits in a millisecond",
+            "crashes with a full pipe", "closes everything", "forks 50 and exits")
+
+
+class ProcessClock:
+    """A Manager, on a thread of its own, whose loop has a clock that stands still until advance()."""
+
+    def __init__(self):
+        self.now = 1000.0
+        self.seen = []                          # (time, type, event) of all events
+        self._queue = queue.Queue()
+        self.manager = gaffer.Manager([], loop=gaffer.Loop(clock=lambda: self.now))
+        self.manager.subscribe("", lambda kind, event: self._queue.put((self.now, kind, event)))
+        self._thread = threading.Thread(target=self.manager.run)
+        self._thread.start()
+
+    def close(self):
+        """Kill all; the clock does not matter for that."""
+        self.manager.stop(kill=True)
+        self.join()
+
+    def join(self):
+        """Wait for the end of run()."""
+        self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive()
+
+    def barrier(self):
+        """Wait for turns of the loop: one that may have begun before the clock moved, one for the timers that are due, one
+        for the events that they made."""
+        for _ in range(3):
+            turn = threading.Event()
+            self.manager.loop.call_soon(turn.set)
+            assert turn.wait(TIMEOUT)
+        while not self._queue.empty():
+            self.seen.append(self._queue.get())
+
+    def wait(self, kind, number):
+        """Wait until `number` events of a type have come."""
+        while sum(entry[1] == kind for entry in self.seen) < number:
+            self.seen.append(self._queue.get(timeout=TIMEOUT))
+
+    def settle(self):
+        """Wait until everything that was spawned has exited, and nothing follows from it."""
+        known = None
+        while known != len(self.seen):
+            self.wait("exit", self.count("spawn"))
+            known = len(self.seen)
+            self.barrier()
+
+    def advance(self, seconds, settle=True):
+        """Let time pass."""
+        self.now += seconds
+        self.settle() if settle else self.barrier()
+
+    def count(self, kind):
+        """How many events of a type have come."""
+        return sum(entry[1] == kind for entry in self.seen)
+
+    def kinds(self):
+        """The types of all events."""
+        return [kind for _, kind, _ in self.seen]
+
+    def times(self, kind):
+        """When events of a type came, from the first on."""
+        times = [when for when, each, _ in self.seen if each == kind]
+        return [round(when - times[0], 3) for when in times]
+
+    def status(self, name):
+        """What GET /status/<name> answers."""
+        return self.manager.loop.call(lambda: self.manager.find_template(name).status())
+
+
+class ProcessTimes(Case):
+    """Backoff and flapping, on a clock that the tests move; the processes are real."""
+
+    def setUp(self):
+        super().setUp()
+        self.clock = ProcessClock()
+        self.addCleanup(self.clock.close)
+        self.manager = self.clock.manager
+
+    def test_fails_at_once(self):
+        """At most 8 spawns in the first 3 seconds of a command that fails at once."""
+        self.manager.add_process("x", "false")
+        self.clock.settle()
+        for _ in range(30):
+            self.clock.advance(0.1)
+        self.assertGreaterEqual(self.clock.count("spawn"), 5)
+        self.assertLessEqual(self.clock.count("spawn"), 8)
+
+    def test_growing_delay(self):
+        """None the first time, then 100 ms doubling to 10 s."""
+        self.manager.add_process("x", "false")
+        self.clock.settle()
+        for _ in range(9):
+            status = self.clock.status("x")
+            self.assertEqual((status["state"], status["running"]), ("backoff", 0))
+            self.clock.advance(status["next_try"] - 0.01)
+            before = self.clock.count("spawn")
+            self.clock.advance(0.011)
+            self.assertEqual(self.clock.count("spawn"), before + 1)
+        times = self.clock.times("spawn")
+        delays = [round(after - before, 1) for before, after in zip(times, times[1:])]
+        self.assertEqual(delays, [0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10])
+
+    def live(self, seconds):
+        """Let the running `cat` live so long, then end. Returns how long after its exit the next one was spawned."""
+        self.clock.barrier()
+        spawns = self.clock.count("spawn")
+        self.clock.advance(seconds, settle=False)
+        self.manager.end_input(self.last_pid(), "stdin")
+        self.clock.wait("exit", spawns)
+        self.clock.barrier()
+        waited = self.clock.status("x")["next_try"] or 0
+        if waited:
+            self.clock.advance(waited + 0.001, settle=False)
+        self.clock.wait("spawn", spawns + 1)
+        return waited
+
+    def last_pid(self):
+        """The pid of the last spawn."""
+        return [event["pid"] for _, kind, event in self.clock.seen if kind == "spawn"][-1]
+
+    def test_delay_is_forgotten(self):
+        """Back to no delay once a process has lived 10 s; 9 s are not enough."""
+        self.manager.add_process("x", "cat", redirect_input=True)
+        self.assertEqual([self.live(seconds) for seconds in (0, 1, 9, 10, 1, 11, 20, 0)], [0, 0.1, 0.2, 0, 0.1, 0, 0, 0.1])
+
+    def nothing_starts(self):
+        """Much time passes, and nothing is spawned."""
+        before = self.clock.count("spawn")
+        for _ in range(5):
+            self.clock.advance(100)
+        self.assertEqual(self.clock.count("spawn"), before)
+
+    def test_stop_during_backoff(self):
+        """Nothing starts later; a start does so at once."""
+        self.manager.add_process("x", "false")
+        self.clock.settle()
+        self.assertEqual(self.clock.status("x")["state"], "backoff")
+        self.manager.stop_template("x")
+        self.assertEqual(self.clock.status("x")["state"], "stopped")
+        self.nothing_starts()
+        self.manager.start_template("x")
+        self.clock.settle()
+        self.assertGreater(self.clock.count("spawn"), 2)
+
+    def test_delete_during_backoff(self):
+        """Nothing starts later."""
+        self.manager.add_process("x", "false")
+        self.clock.settle()
+        self.manager.delete_process("x")
+        self.nothing_starts()
+        self.assertEqual(self.clock.kinds()[-2:], ["stop", "delete"])
+
+    def test_scale_to_zero_during_backoff(self):
+        """Nothing starts later."""
+        self.manager.add_process("x", "false")
+        self.clock.settle()
+        self.assertEqual(self.manager.scale("x", -1), 0)
+        self.nothing_starts()
+
+    def test_update_during_backoff(self):
+        """The new command is started at once, and only once."""
+        self.manager.add_process("x", "false")
+        self.clock.settle()
+        self.manager.update_process("x", {"cmd": "cat", "redirect_input": True})
+        self.clock.barrier()
+        self.assertEqual(self.clock.status("x")["running"], 1)
+        for _ in range(5):
+            self.clock.advance(100, settle=False)
+        self.assertEqual(self.clock.kinds()[-2:], ["update", "spawn"])
+
+    def test_manager_stop_during_backoff(self):
+        """run() returns."""
+        self.manager.add_process("x", "false")
+        self.clock.settle()
+        self.manager.stop()
+        self.clock.join()
+
+    def test_windows_stay_for_a_minute(self):
+        """60 s after its exit a process is forgotten."""
+        self.manager.add_process("x", "false", flapping=PROCESS_ONCE)
+        self.clock.settle()
+        find = functools.partial(self.manager.find_window, 1, "stdout")
+        self.clock.advance(59.9)
+        self.assertTrue(self.manager.loop.call(find).ended)
+        self.clock.advance(0.2)
+        with self.assertRaises(gaffer.NotFound):
+            self.manager.loop.call(find)
+
+    def test_flapping(self):
+        """The contract's numbers: 2 exits within 1 s, rest 7 s, 5 times, then stop for good."""
+        self.manager.add_process("x", "false", flapping={})
+        self.clock.settle()
+        wave = ["spawn", "exit", "spawn", "exit", "flap"]
+        for rests in range(5):
+            self.assertEqual(self.clock.kinds(), ["create", "start"] + wave * (rests + 1))
+            self.assertEqual(self.clock.status("x")["state"], "flapping")
+            self.clock.advance(6.9)
+            self.assertEqual(len(self.clock.seen), 2 + 5 * (rests + 1), "it rests for 7 seconds")
+            self.clock.advance(0.11)
+        self.assertEqual(self.clock.kinds(), ["create", "start"] + wave * 5 + ["spawn", "exit", "spawn", "exit", "stop"])
+        self.assertFalse(self.clock.status("x")["active"])
+        self.nothing_starts()
+
+    def test_flapping_begins_anew(self):
+        """_start after the stop for good: all rests are there again."""
+        self.manager.add_process("x", "false", flapping={"max_retry": 1, "retry_in": 1})
+        for _ in range(2):
+            self.clock.settle()
+            self.clock.advance(1.1)
+            twice = ["spawn", "exit", "spawn", "exit"]
+            self.assertEqual(self.clock.kinds()[-10:], twice + ["flap"] + twice + ["stop"])
+            self.manager.start_template("x")
+
+    def test_no_flapping(self):
+        """Exits further apart than the window never flap; each is replaced at once."""
+        self.manager.add_process("x", "cat", redirect_input=True, flapping={})
+        self.assertEqual([self.live(1.1) for _ in range(10)], [0] * 10)
+        self.assertEqual(self.clock.count("flap"), 0)
+
+    def test_a_long_life_forgives(self):
+        """A process that outlived the window takes away the rests before it."""
+        self.manager.add_process("x", "cat", redirect_input=True, flapping={"max_retry": 1, "window": 1, "retry_in": 3})
+        rests = [[self.live(0.1), self.live(5)] for _ in range(4)]
+        self.assertEqual(rests, [[0, 0], [3, 0], [3, 0], [3, 0]])
+        self.assertEqual((self.clock.count("flap"), self.clock.count("stop")), (3, 0))
+
+    def test_flapping_of_many(self):
+        """Exits of further processes during a rest are no rests of their own."""
+        flapping = {"attempts": 2, "window": 1, "retry_in": 7, "max_retry": 2}
+        self.manager.add_process("x", "false", numprocesses=4, flapping=flapping)
+        for _ in range(4):
+            self.clock.settle()
+            self.clock.advance(7.01)
+        self.assertEqual((self.clock.count("flap"), self.clock.count("stop")), (2, 1))
+
+    def test_stop_during_rest(self):
+        """Nothing starts later, by stop, delete, or scaled to zero."""
+        for number, end in enumerate((self.manager.stop_template, self.manager.delete_process,
+                                      lambda name: self.manager.scale(name, -1))):
+            name = "x%d" % number
+            self.manager.add_process(name, "false", flapping={})
+            self.clock.settle()
+            self.assertEqual(self.clock.status(name)["state"], "flapping")
+            end(name)
+            self.nothing_starts()
+
+    def test_a_pipe_that_outlives_the_process(self):
+        """A stream ends 2 s after the exit where something outside the group holds its pipe."""
+        said = queue.Queue()
+        self.manager.add_process("x", redirect_input=True, flapping=PROCESS_ONCE, **python("""
+            import os, signal
+            if os.fork() == 0:
+                os.setsid()
+                os.read(0, 1)
+                os.write(1, b'%d' % os.getpid())
+                signal.pause()
+            os.read(0, 1)
+            """))
+        process = self.manager.get_process(1)
+        process.monitor_io("stdout", lambda label, event: said.put(event["data"]))
+        process.write(b"!!")                        # one for each of the two
+        escaped = int(said.get(timeout=TIMEOUT))
+        try:
+            self.clock.wait("exit", 1)
+            window = self.manager.loop.call(self.manager.find_window, 1, "stdout")
+            self.clock.advance(1.9)
+            self.assertFalse(window.ended)
+            self.clock.advance(0.2)
+            self.assertTrue(window.ended)
+            self.assertEqual(self.clock.count("exit"), 1)
+            self.assertTrue(alive(escaped))
+        finally:
+            os.kill(escaped, signal.SIGKILL)
+        until(lambda: not alive(escaped), "the end of what escaped")
+
+    def test_graceful_timeout(self):
+        """SIGKILL comes after exactly graceful_timeout seconds."""
+        self.manager.add_process("x", graceful_timeout=3, **PROCESS_STUBBORN)
+        self.clock.barrier()
+        ready = threading.Event()
+        with contextlib.closing(self.manager.get_process(1).monitor_io("stdout", lambda label, event: ready.set())):
+            window = self.manager.loop.call(lambda: self.manager.find_window(1, "stdout"))
+            self.assertTrue(window.end or ready.wait(TIMEOUT))
+        self.manager.stop_template("x")
+        self.clock.advance(2.99, settle=False)
+        spawned = next(event for _, kind, event in self.clock.seen if kind == "spawn")
+        self.assertTrue(alive(spawned["os_pid"]))
+        self.clock.advance(0.02, settle=False)
+        self.clock.wait("exit", 1)
+        self.assertEqual(self.clock.seen[-1][2]["term_signal"], signal.SIGKILL)
+
+
+class ProcessEvents(ProcessCase):
+    """The order of events, as section 5 of the contract has it."""
+
+    def expect(self, *kinds):
+        """The events since the last call, without pids."""
+        found = self.kinds("x")
+        fresh = [kind for kind, _ in found[self.known:]]
+        self.known = len(found)
+        self.assertEqual(fresh, list(kinds))
+
+    def setUp(self):
+        super().setUp()
+        self.known = 0
+
+    def test_create(self):
+        self.server.add("x", "sleep 60", numprocesses=2)
+        self.expect("create", "start", "spawn", "spawn")
+
+    def test_create_without_start(self):
+        self.server.add("x", "sleep 60", numprocesses=2, start=False)
+        self.expect("create")
+        self.server.ok("POST", "/processes/x/_start")
+        self.expect("start", "spawn", "spawn")
+
+    def test_stop(self):
+        self.server.add("x", "sleep 60", numprocesses=2)
+        self.expect("create", "start", "spawn", "spawn")
+        self.server.ok("POST", "/processes/x/_stop?wait=true")
+        self.expect("stop", "stop_pid", "stop_pid", "exit", "exit")
+
+    def test_scale(self):
+        """Up: the new ones; down: the oldest ends."""
+        pids = self.server.add("x", "sleep 60", numprocesses=2)
+        self.expect("create", "start", "spawn", "spawn")
+        self.assertEqual(self.server.ok("POST", "/processes/x/_add/2"), {"ok": True, "numprocesses": 4})
+        self.expect("update", "spawn", "spawn")
+        self.assertEqual(self.server.ok("POST", "/processes/x/_sub"), {"ok": True, "numprocesses": 3})
+        self.exit_of(pids[0])
+        self.assertEqual(self.kinds("x")[-3:], [("update", None), ("reap", 1), ("exit", 1)])
+
+    def test_delete(self):
+        pids = self.server.add("x", "sleep 60", numprocesses=2)
+        self.expect("create", "start", "spawn", "spawn")
+        self.server.ok("DELETE", "/processes/x")
+        for pid in pids:
+            self.exit_of(pid)
+        self.expect("stop", "stop_pid", "stop_pid", "delete", "exit", "exit")
+
+    def test_delete_stopped(self):
+        self.server.add("x", "sleep 60", start=False)
+        self.server.ok("DELETE", "/processes/x")
+        self.expect("create", "delete")
+
+    def test_replace(self):
+        self.server.add("x", "sleep 60")
+        self.expect("create", "start", "spawn")
+        self.server.ok("PUT", "/processes/x", {"cmd": "sleep 61"})
+        self.spawned("x", 2)
+        self.expect("update", "stop_pid", "exit", "spawn")
+
+    def test_restart(self):
+        self.server.add("x", "sleep 60", numprocesses=2)
+        self.expect("create", "start", "spawn", "spawn")
+        self.server.ok("POST", "/processes/x/_restart?wait=true")
+        kinds = [kind for kind, _ in self.kinds("x")[self.known:]]
+        self.assertEqual(kinds[:3], ["restart", "stop_pid", "stop_pid"])
+        self.assertEqual(sorted(kinds[3:]), ["exit", "exit", "spawn", "spawn"])
+        self.assertEqual((kinds[3], kinds[-1]), ("exit", "spawn"))
+
+    def test_restart_of_a_stopped_one(self):
+        self.server.add("x", "sleep 60", start=False)
+        self.server.ok("POST", "/processes/x/_restart")
+        self.expect("create", "start", "spawn")
+
+    def test_stop_of_one_pid(self):
+        pid, = self.server.add("x", "sleep 60")
+        self.server.ok("POST", "/processes/%d/_stop" % pid)
+        self.spawned("x", 2)
+        self.assertEqual(self.kinds("x")[-3:], [("stop_pid", pid), ("exit", pid), ("spawn", pid + 1)])
+
+    def test_repeated(self):
+        """What is so already, is no event."""
+        self.server.add("x", "sleep 60", start=False)
+        for _ in range(2):
+            self.server.ok("POST", "/processes/x/_stop")
+        self.expect("create")
+        for _ in range(2):
+            self.server.ok("POST", "/processes/x/_start")
+        self.expect("start", "spawn")
+        self.server.ok("POST", "/processes/x/_stop?wait=true")
+        self.server.ok("POST", "/processes/x/_stop?wait=true")
+        self.expect("stop", "stop_pid", "exit")
+
+    def test_exit_by_itself(self):
+        self.server.add("x", "exit 3", shell=True, flapping=dict(PROCESS_ONCE, max_retry=1, retry_in=1000))
+        self.server.wait_event("proc/x/flap")
+        self.expect("create", "start", "spawn", "exit", "flap")
+
+    def test_fields(self):
+        """What an event has."""
+        self.server.ok("POST", "/processes", {"name": "x", "cmd": "exit 3", "shell": True, "flapping": PROCESS_ONCE})
+        before = time.time()
+        events = {}
+        for event in self.server.events("proc/x", since=0):
+            events[event["event"]] = event
+            if event["event"] == "stop":
+                break
+        self.assertEqual(list(events), ["create", "start", "spawn", "exit", "stop"])
+        for kind, event in events.items():
+            fields = {"event", "name", "id", "time"}
+            if kind in ("spawn", "exit"):
+                fields |= {"pid", "os_pid"}
+            if kind == "exit":
+                fields |= {"exit_status", "term_signal"}
+            self.assertEqual(set(event), fields)
+            self.assertLess(abs(event["time"] - before), TIMEOUT)
+            self.assertRegex(event["id"], r"\A[0-9]+@[A-Za-z0-9]+\Z")
+        self.assertEqual((events["exit"]["exit_status"], events["exit"]["term_signal"]), (3, 0))
+        numbers = [int(event["id"].partition("@")[0]) for event in events.values()]
+        self.assertEqual(numbers, sorted(set(numbers)))
+
+
+class ProcessTemplate(ProcessCase):
+    """Every field of a template at work, in a real process."""
+
+    def output(self, command, label="stdout", **options):
+        """What a command wrote that runs once."""
+        name = "once-%d" % next(self._barriers)
+        self.server.ok("POST", "/processes", dict(command if isinstance(command, dict) else {"cmd": command}, name=name,
+                                                  flapping=PROCESS_ONCE, **options))
+        pid = self.spawned(name, 1)["pid"]
+        data = self.poll(pid, label=label)
+        self.exit_of(pid)
+        self.server.ok("DELETE", "/processes/" + name)
+        return data
+
+    def environment(self, **options):
+        """The environment of a process, as a dict."""
+        data = self.output("env -0", **options)
+        return dict(entry.split("=", 1) for entry in data.decode().split("\0") if entry)
+
+    def setenv(self, name, value):
+        """A variable of our own environment (None: none), for this test."""
+        old = os.environ.get(name)
+
+        def put(text):
+            os.environ.pop(name, None)
+            if text is not None:
+                os.environ[name] = text
+        self.addCleanup(put, old)
+        put(value)
+
+    def test_cmd(self):
+        """cmd alone is split as a shell splits words; nothing else of a shell happens."""
+        self.assertEqual(self.output("printf '%s|' a 'b c' \"d 'e'\" f\\ g '*' ';' '>' '|'"), b"a|b c|d 'e'|f g|*|;|>|||")
+
+    def test_args(self):
+        """With args cmd is the program; a string is split; an empty list counts as absent."""
+        self.assertEqual(self.output("printf", args=["%s|", "a b", "c"]), b"a b|c|")
+        self.assertEqual(self.output("printf", args="%s| 'a b' c"), b"a b|c|")
+        self.assertEqual(self.output("printf '%s|' a b", args=[]), b"a|b|")
+        folder = tempfile.mkdtemp()
+        self.addCleanup(os.rmdir, folder)
+        program = os.path.join(folder, "a program")
+        os.symlink("/bin/echo", program)
+        self.addCleanup(os.unlink, program)
+        self.assertEqual(self.output(program, args=["hello"]), b"hello\n")
+
+    def test_substitution(self):
+        """$VAR and ${VAR} in each word, once, from the process's environment."""
+        env = {"PORT": 80, "NESTED": "$PORT", "EMPTY": "", "SPACE": "a b", "PROGRAM": "printf"}
+        command = "$PROGRAM '%s|' $PORT ${PORT}1 $NESTED $UNSET_ ${UNSET_} $$PORT $$ $ '' $EMPTY $SPACE x$PORT-"
+        self.assertEqual(self.output(command, env=env), b"80|801|$PORT|$UNSET_|${UNSET_}|$PORT|$|$|||a b|x80-|")
+        self.assertEqual(self.output("printf", args=["%s|", "$PORT"], env=env), b"80|")
+        self.setenv("GAFFER_TEST_OWN", "ours")
+        self.assertEqual(self.output("printf %s $GAFFER_TEST_OWN"), b"ours")
+        self.assertEqual(self.output("printf %s $GAFFER_TEST_OWN", os_env=False), b"$GAFFER_TEST_OWN")
+
+    def test_shell(self):
+        """cmd goes to /bin/sh -c untouched, args become $1, $2, ..."""
+        command = "echo $0 $# \"$1\" \"$2\" $((1+1)) $X | cat"
+        self.assertEqual(self.output(command, shell=True, args=["a b", "$X"], env={"X": "y"}), b"sh 2 a b $X 2 y\n")
+        self.assertEqual(self.output("echo \"$1\"", shell=True, args="'a b' c"), b"a b\n")
+
+    def test_env(self):
+        """Variables, strings or numbers, win over gaffer's own environment."""
+        self.setenv("GAFFER_TEST_OWN", "ours")
+        self.setenv("GAFFER_TOKEN", "secret")
+        given = {"GAFFER_TEST_OWN": "theirs", "NUMBER": 5, "HALF": 0.5, "UMLAUT": "\u00e4\U0001f600", "EMPTY": ""}
+        env = self.environment(env=given)
+        expected = dict(given, NUMBER="5", HALF="0.5")
+        self.assertEqual({name: env.get(name) for name in expected}, expected)
+        self.assertEqual(env["PATH"], os.environ["PATH"])
+        self.assertNotIn("GAFFER_TOKEN", env)
+
+    def test_os_env(self):
+        """Or stand alone."""
+        self.assertEqual(self.environment(env={"A": "b"}, os_env=False), {"A": "b", "PYTHONUNBUFFERED": "1"})
+
+    def test_path(self):
+        """The program is looked up in the PATH of env, else in gaffer's."""
+        script = process_script(self, "#!/bin/sh\necho found\n")
+        self.assertEqual(self.output("script", env={"PATH": os.path.dirname(script)}), b"found\n")
+        self.assertEqual(self.output("sh -c 'echo ours'", os_env=False), b"ours\n")
+
+    def test_cwd(self):
+        """The directory; a relative program is looked up from there."""
+        script = process_script(self, "#!/bin/sh\npwd\n")
+        folder = os.path.realpath(os.path.dirname(script))
+        self.assertEqual(self.output("./script", cwd=folder), folder.encode() + b"\n")
+        self.assertEqual(self.output("pwd"), os.getcwd().encode() + b"\n")
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root may run something as another user")
+    def test_identity(self):
+        """uid, gid and the supplementary groups; nothing of gaffer's own is left."""
+        nobody = pwd.getpwnam("nobody")
+        group = next(entry for entry in grp.getgrall() if entry.gr_gid not in (0, nobody.pw_gid))
+        command = "echo $(id -ru) $(id -u) $(id -rg) $(id -g) $(id -G)"
+        groups = os.getgrouplist("nobody", nobody.pw_gid)
+        table = (
+            ({"uid": "nobody"}, nobody.pw_uid, nobody.pw_gid, groups),
+            ({"uid": nobody.pw_uid}, nobody.pw_uid, nobody.pw_gid, groups),
+            ({"uid": str(nobody.pw_uid), "gid": group.gr_name}, nobody.pw_uid, group.gr_gid,
+             os.getgrouplist("nobody", group.gr_gid)),
+            ({"gid": group.gr_gid}, 0, group.gr_gid, [group.gr_gid]),
+            ({"uid": 54321, "gid": 54322}, 54321, 54322, [54322]),
+        )
+        for options, uid, gid, groups in table:
+            for streams in ([], ["three"]):             # these take another way to the same end
+                with self.subTest(options=options, streams=streams):
+                    words = list(map(int, self.output(command, shell=True, cwd="/", custom_streams=streams, **options).split()))
+                    self.assertEqual(words[:4], [uid, uid, gid, gid])
+                    self.assertEqual(set(words[4:]), set(groups))
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root may run something as another user")
+    def test_a_user_with_groups(self):
+        """All groups that the user database gives a user."""
+        found = [(member, entry.gr_gid) for entry in grp.getgrall() for member in entry.gr_mem]
+        if not found:
+            self.skipTest("no user here has a supplementary group")
+        name, gid = found[0]
+        words = self.output("id -G", uid=name, cwd="/").split()
+        self.assertIn(gid, list(map(int, words)))
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root may run something as another user")
+    def test_a_file_that_the_user_may_not_execute(self):
+        """What gaffer may execute, but the user of the template not, is refused; it never runs as gaffer's user."""
+        script = process_script(self, "#!/bin/sh\nid -u\n", 0o700)
+        answer = self.server.json("POST", "/processes", {"name": "x", "cmd": script, "uid": "nobody", "cwd": "/"})
+        self.assertError(answer, 400, "invalid_process_info", script)
+        self.assertEqual(self.server.ok("GET", "/processes"), [])
+
+    def test_an_unknown_identity(self):
+        """Refused, nothing is added."""
+        for options in ({"uid": "no-such-user"}, {"gid": "no-such-group"}, {"uid": 2 ** 32 - 1}, {"gid": 2 ** 32 - 1},
+                        {"uid": -1}):
+            with self.subTest(options):
+                answer = self.server.json("POST", "/processes", dict(options, name="x", cmd="true"))
+                self.assertError(answer, 400, "invalid_process_info", list(options)[0])
+        self.assertEqual(self.server.ok("GET", "/processes"), [])
+
+    def test_numprocesses(self):
+        """So many run, each a leader of a group and a session of its own."""
+        pids = self.server.add("x", "sleep 60", numprocesses=3)
+        self.assertEqual(len(pids), 3)
+        status = self.server.ok("GET", "/status/x")
+        self.assertEqual((status["running"], status["numprocesses"], status["max_processes"]), (3, 3, 3))
+        for os_pid in status["os_pids"]:
+            self.assertEqual((os.getpgid(os_pid), os.getsid(os_pid)), (os_pid, os_pid))
+        self.assertEqual(self.server.add("none", "sleep 60", numprocesses=0), [])
+        self.assertTrue(self.server.ok("GET", "/status/none")["active"])
+
+    def test_numprocesses_are_kept(self):
+        """One that is killed is replaced; the others go on."""
+        pids = self.server.add("x", "sleep 60", numprocesses=3)
+        self.server.ok("POST", "/processes/%d/_signal/KILL" % pids[1])
+        self.assertEqual(self.spawned("x", 4)["pid"], 4)
+        self.assertEqual(self.pids("x"), [pids[0], pids[2], 4])
+
+    def test_redirect_output(self):
+        """The first label is stdout's, the second stderr's; what has no label goes to /dev/null."""
+        both = "echo out; echo err >&2"
+        table = (
+            ({}, {"stdout": b"out\n", "stderr": b"err\n"}),
+            ({"redirect_output": ["o", "e"]}, {"o": b"out\n", "e": b"err\n"}),
+            ({"redirect_output": ["o"]}, {"o": b"out\n"}),
+            ({"redirect_output": ["stderr"]}, {"stderr": b"out\n"}),
+            ({"redirect_output": ["all", "all"]}, {"all": b"out\nerr\n"}),
+        )
+        for number, (options, expected) in enumerate(table):
+            with self.subTest(options):
+                name = "x%d" % number
+                self.server.add(name, both, shell=True, flapping=PROCESS_ONCE, **options)
+                pid = self.spawned(name, 1)["pid"]
+                self.assertEqual({label: self.poll(pid, label=label) for label in expected}, expected)
+                self.assertEqual(self.server.json("GET", "/streams/%d/nothing" % pid)[1]["error"], "io_not_found")
+
+    def test_no_output(self):
+        """No labels: /dev/null, and nothing to read."""
+        pid, = self.server.add("x", "sleep 60", redirect_output=[])
+        os_pid = self.os_pid(pid)
+        self.assertEqual([os.readlink("/proc/%d/fd/%d" % (os_pid, fd)) for fd in (0, 1, 2)], ["/dev/null"] * 3)
+        self.assertError(self.server.json("GET", "/streams/%d/stdout" % pid), 400, "io_not_redirected")
+
+    def test_merged_in_order(self):
+        """The same label twice: one stream, in the order of the writes."""
+        data = self.output(python("import os\nfor i in range(1000):\n    os.write(1 + i % 2, b'%d\\n' % i)"),
+                           label="all", redirect_output=["all", "all"])
+        self.assertEqual(data, b"".join(b"%d\n" % i for i in range(1000)))
+
+    def test_lines_of_two_processes(self):
+        """A template's stream: lines of two processes are never mixed within a line."""
+        code = """
+            import os
+            me = os.read(0, 1)
+            for i in range(2000):
+                os.write(1, me * 10)
+                os.write(1, me * 10 + b'\\n')
+            """
+        pids = self.server.add("x", python(code), numprocesses=2, redirect_input=True, flapping=dict(PROCESS_ONCE, attempts=2))
+        for pid, me in zip(pids, b"ab"):
+            self.server.ok("POST", "/streams/%d/stdin" % pid, bytes([me]))
+        for event, _ in zip(self.server.events("exit", since=0), pids):
+            self.assertEqual(event["exit_status"], 0)
+        for pid in pids:
+            self.poll(pid)
+        self.server.ok("POST", "/processes/x/_stop?wait=true")
+        lines = self.server.request("GET", "/streams/x/stdout?feed=longpoll&since=0")[2].split(b"\n")
+        self.assertEqual(sorted(lines), [b""] + [b"a" * 20] * 2000 + [b"b" * 20] * 2000)
+
+    def test_redirect_input(self):
+        """A pipe to stdin and its end; without it /dev/null, and a write is refused."""
+        pid, = self.server.add("x", "cat", redirect_input=True, flapping=PROCESS_ONCE)
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"hello ")
+        self.poll(pid, b"hello ")
+        self.server.ok("POST", "/streams/%d/ttin" % pid, b"world\x00\xff")
+        self.server.ok("DELETE", "/streams/%d/stdin" % pid)
+        self.assertEqual(self.poll(pid), b"hello world\x00\xff")
+        self.assertEqual(self.exit_of(pid)["exit_status"], 0)
+        pid, = self.server.add("y", "sh -c 'cat; echo end; sleep 60'")
+        self.assertEqual(self.poll(pid, b"end\n"), b"end\n")
+        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"!"), 403, "forbidden_write")
+
+    def test_custom_streams(self):
+        """Descriptors 3 and 4, both ways, with an end of file each way of its own."""
+        pid, = self.server.add("x", python("""
+            import os, socket
+            print(os.environ['GAFFER_STREAMS'])
+            for fd, word in ((3, b'three:'), (4, b'four:')):
+                while True:
+                    data = os.read(fd, 100)
+                    os.write(fd, word + data)
+                    if not data:
+                        break
+                os.close(fd)
+            os.read(0, 1)
+            """), custom_streams=["control", "data.1"], redirect_input=True, flapping=PROCESS_ONCE)
+        self.poll(pid, b"control,data.1\n")
+        for label, word in (("control", b"three:"), ("data.1", b"four:")):
+            for text in (b"one", b"two"):
+                self.server.ok("POST", "/streams/%d/%s" % (pid, label), text)
+                self.poll(pid, word + text, label=label)
+            self.server.ok("DELETE", "/streams/%d/%s" % (pid, label))
+            self.assertEqual(self.poll(pid, label=label), word + b"one" + word + b"two" + word)
+            self.assertError(self.server.json("POST", "/streams/%d/%s" % (pid, label), b"late"), 403, "forbidden_write")
+        self.server.ok("DELETE", "/streams/%d/stdin" % pid)
+        self.assertEqual(self.exit_of(pid)["exit_status"], 0)
+        self.assertEqual(self.poll("x", b"four:two", label="data.1"), b"four:onefour:twofour:")
+
+    def test_many_custom_streams(self):
+        """All sixteen stand where they should, whatever numbers gaffer's own ends had."""
+        labels = ["s%d" % number for number in range(16)]
+        code = "import os, signal\nfor i in range(16):\n    os.write(3 + i, b'%d' % i)\nsignal.pause()"
+        pid, = self.server.add("x", python(code), custom_streams=labels)
+        for number, label in enumerate(labels):
+            self.poll(pid, b"%d" % number, label=label)
+        self.stop("x", self.spawned("x", 1)["os_pid"])
+        for number, label in enumerate(labels):
+            self.assertEqual(self.poll(pid, label=label), b"%d" % number)
+
+    def test_descriptors_of_the_child(self):
+        """Nothing of gaffer's leaks into it."""
+        code = "import os\nfound = os.listdir('/proc/self/fd')\nos.write(1, ' '.join(sorted(found, key=int)).encode())"
+        self.assertEqual(self.output(python(code)), b"0 1 2 3")              # 3 is the directory itself
+        self.assertEqual(self.output(python(code), custom_streams=["a", "b"], redirect_input=True), b"0 1 2 3 4 5")
+
+    def test_signals_of_the_child(self):
+        """It begins with the default handlers and no signal blocked."""
+        data = self.output("grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status")
+        self.assertEqual(re.findall(rb"Sig(Blk|Ign):\s*0*([0-9a-f]+)\n", data), [(b"Blk", b"0"), (b"Ign", b"0")])
+
+    def test_graceful_timeout(self):
+        """SIGKILL after so many seconds, not before."""
+        pid, = self.server.add("x", PROCESS_STUBBORN, graceful_timeout=0.3)
+        self.poll(pid, b"ready\n")
+        self.stop("x", self.os_pid(pid))
+        exited, stopped = self.exit_of(pid), self.server.wait_event("stop_pid")
+        self.assertEqual(exited["term_signal"], signal.SIGKILL)
+        self.assertGreater(exited["time"] - stopped["time"], 0.29)
+
+    def test_no_graceful_timeout(self):
+        """0: SIGTERM and SIGKILL at once."""
+        pid, = self.server.add("x", PROCESS_STUBBORN, graceful_timeout=0)
+        self.poll(pid, b"ready\n")
+        self.stop("x", self.os_pid(pid))
+        self.assertEqual(self.exit_of(pid)["term_signal"], signal.SIGKILL)
+
+    def test_unbuffered(self):
+        """PYTHONUNBUFFERED=1 where output is redirected and the variable is not set."""
+        self.setenv("PYTHONUNBUFFERED", None)
+        self.assertEqual(self.environment()["PYTHONUNBUFFERED"], "1")
+        self.assertEqual(self.environment(env={"PYTHONUNBUFFERED": ""})["PYTHONUNBUFFERED"], "")
+        path = os.path.join(tempfile.mkdtemp(), "env")
+        self.addCleanup(os.rmdir, os.path.dirname(path))
+        self.addCleanup(os.unlink, path)
+        self.server.add("x", "env > $FILE", shell=True, env={"FILE": path}, redirect_output=[], flapping=PROCESS_ONCE)
+        self.exit_of(self.spawned("x", 1)["pid"])
+        with open(path) as file:
+            self.assertNotIn("PYTHONUNBUFFERED", file.read())
+
+    def test_a_python_program_is_not_silent(self):
+        """What it prints can be read while it runs."""
+        pid, = self.server.add("x", PYTHON, args=["-c", "print('now'); import signal; signal.pause()"])
+        self.poll(pid, b"now\n")
+
+    def test_detach(self):
+        """Survives gaffer's stop, with its output on /dev/null; labels or stdin with it are refused."""
+        for options in ({"redirect_output": ["stdout"]}, {"redirect_input": True}, {"custom_streams": ["a"]}):
+            answer = self.server.json("POST", "/processes", dict(options, name="x", cmd="sleep 60", detach=True))
+            self.assertError(answer, 400, "invalid_process_info", list(options)[0])
+        pid, = self.server.add("x", "sleep 60", detach=True)
+        other, = self.server.add("y", "sleep 60")
+        os_pid, other = self.os_pid(pid), self.os_pid(other)
+        try:
+            self.server.stop_all()
+            self.assertTrue(alive(os_pid))
+            self.assertFalse(alive(other))
+            self.assertEqual([os.readlink("/proc/%d/fd/%d" % (os_pid, fd)) for fd in (0, 1, 2)], ["/dev/null"] * 3)
+        finally:
+            os.kill(os_pid, signal.SIGKILL)
+            os.waitpid(os_pid, 0)
+
+    def test_detached_ones_are_stopped_by_name(self):
+        """Only gaffer's own end spares them."""
+        pid, = self.server.add("x", "sleep 60", detach=True)
+        self.stop("x", self.os_pid(pid))
+        self.assertEqual(self.exit_of(pid)["term_signal"], signal.SIGTERM)
+
+    def test_shown(self):
+        """The template as it was given, defaults filled in; by pid with pid and os_pid."""
+        self.server.add("x", "sleep 60", env={"A": 1}, priority=3)
+        template = self.server.ok("GET", "/processes/x")
+        self.assertEqual(template, {
+            "name": "x", "cmd": "sleep 60", "args": [], "env": {"A": 1}, "os_env": True, "cwd": None, "uid": None, "gid": None,
+            "shell": False, "numprocesses": 1, "start": True, "detach": False, "redirect_output": ["stdout", "stderr"],
+            "redirect_input": False, "custom_streams": [], "graceful_timeout": 10, "flapping": None, "priority": 3})
+        process = self.server.ok("GET", "/processes/1")
+        os_pid = process.pop("os_pid")
+        self.assertEqual(process, dict(template, pid=1))
+        self.assertTrue(alive(os_pid))
+
+
+class ProcessActions(ProcessCase):
+    """What start, stop, restart, scale, update and delete mean."""
+
+    def add_slow(self, name="x", **options):
+        """A process that ignores SIGTERM, ready. Returns (pid, os_pid)."""
+        pid, = self.server.add(name, PROCESS_STUBBORN, **dict({"graceful_timeout": 60}, **options))
+        self.poll(pid, b"ready\n")
+        return pid, self.os_pid(pid)
+
+    def test_the_slot_is_kept(self):
+        """start after stop, restart and update answer at once; the new process follows when the old one is gone."""
+        table = (("a", "POST", "/_start", None), ("b", "POST", "/_restart", None),
+                 ("c", "PUT", "", {"cmd": "sleep 61", "start": True}))
+        for name, method, path, body in table:
+            with self.subTest(method + path):
+                pid, os_pid = self.add_slow(name)
+                self.server.ok("POST", "/processes/%s/_stop" % name)
+                self.assertEqual(self.pids(name), [])
+                self.server.ok(method, "/processes/" + name + path, body)
+                status = self.server.ok("GET", "/status/" + name)
+                self.assertEqual((status["active"], status["running"], status["stopping"]), (True, 0, 1))
+                self.assertIn(self.kinds(name)[-1][0], ("start", "update"))
+                self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
+                self.assertEqual(self.spawned(name, 2)["pid"], pid + 1)
+                self.assertEqual(self.kinds(name)[-2:], [("exit", pid), ("spawn", pid + 1)])
+                self.assertIsNone(process_state(os_pid))
+
+    def test_stop_start_stop(self):
+        """The last wish counts."""
+        pid, os_pid = self.add_slow()
+        for action in ("stop", "start", "stop", "start", "stop"):
+            self.server.ok("POST", "/processes/x/_" + action)
+        self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
+        self.exit_of(pid)
+        self.stop("x", os_pid)
+        self.assertEqual([kind for kind, _ in self.kinds("x")].count("spawn"), 1)
+
+    def test_replaced_one_by_one(self):
+        """No more than numprocesses at any time, those that are stopping included."""
+        self.server.add("x", "sleep 60", numprocesses=3)
+        self.server.ok("POST", "/processes/x/_restart?wait=true")
+        self.server.ok("PUT", "/processes/x", {"cmd": "sleep 61", "numprocesses": 3})
+        self.server.ok("POST", "/processes/x/_restart?wait=true")
+        living, most = 0, 0
+        for kind, _ in self.kinds("x"):
+            living += {"spawn": 1, "exit": -1}.get(kind, 0)
+            most = max(most, living)
+        self.assertEqual((living, most), (3, 3))
+
+    def test_oldest_ends(self):
+        """Scaling down ends the oldest."""
+        pids = self.server.add("x", "sleep 60", numprocesses=4)
+        self.assertEqual(self.server.ok("POST", "/processes/x/_sub/3")["numprocesses"], 1)
+        self.assertEqual(self.pids("x"), pids[3:])
+        self.assertEqual(self.server.ok("POST", "/processes/x/_sub/9")["numprocesses"], 0)
+        self.assertEqual(self.pids("x"), [])
+        self.assertEqual(self.server.ok("GET", "/processes/x")["numprocesses"], 0)
+        self.assertEqual([pid for kind, pid in self.kinds("x") if kind == "reap"], pids)
+        self.assertEqual(self.server.ok("POST", "/processes/x/_add/2")["numprocesses"], 2)
+        until(lambda: self.pids("x") == [5, 6], "two new processes")
+
+    def test_scale_a_stopped_one(self):
+        """Only the number changes."""
+        self.server.add("x", "sleep 60", start=False)
+        self.assertEqual(self.server.ok("POST", "/processes/x/_add/2")["numprocesses"], 3)
+        self.assertEqual(self.kinds("x"), [("create", None), ("update", None)])
+        self.server.ok("POST", "/processes/x/_start")
+        self.assertEqual(self.pids("x"), [1, 2, 3])
+
+    def test_scale_limits(self):
+        """Never above 1,000; n is at least 1."""
+        self.server.add("x", "sleep 60", start=False)
+        self.assertEqual(self.server.ok("POST", "/processes/x/_add/5000")["numprocesses"], 1000)
+        for number in ("0", "-1", "x", "1.5"):
+            self.assertError(self.server.json("POST", "/processes/x/_add/" + number), 400, "bad_value")
+
+    def test_put(self):
+        """start left out: as it was. Another name: 400. numprocesses left out: its default."""
+        self.server.add("x", "sleep 60", numprocesses=2)
+        self.server.ok("PUT", "/processes/x", {"cmd": "sleep 61"})
+        until(lambda: self.pids("x") == [3], "the new process")
+        self.assertEqual(self.server.ok("GET", "/processes/3")["cmd"], "sleep 61")
+        self.server.ok("POST", "/processes/x/_stop?wait=true")
+        self.server.ok("PUT", "/processes/x", {"cmd": "sleep 62"})
+        self.assertFalse(self.server.ok("GET", "/status/x")["active"])
+        self.assertFalse(self.server.ok("GET", "/processes/x")["start"])
+        self.assertEqual(self.pids("x"), [])
+        answer = self.server.json("PUT", "/processes/x", {"name": "y", "cmd": "true"})
+        self.assertError(answer, 400, "invalid_process_info", "name")
+        self.server.ok("POST", "/processes/x", {"name": "x", "cmd": "sleep 63", "start": True})
+        self.assertEqual(self.pids("x"), [4])
+        self.server.ok("PUT", "/processes/x", {"cmd": "sleep 64", "start": False})
+        self.assertFalse(self.server.ok("GET", "/status/x")["active"])
+
+    def test_put_of_what_cannot_run(self):
+        """Refused while it is active, and nothing has changed."""
+        pids = self.server.add("x", "sleep 60")
+        self.assertError(self.server.json("PUT", "/processes/x", {"cmd": "/nowhere"}), 400, "invalid_process_info")
+        self.assertEqual((self.pids("x"), self.server.ok("GET", "/processes/x")["cmd"]), (pids, "sleep 60"))
+        self.assertEqual(self.kinds("x")[-1], ("spawn", 1))
+
+    def test_stop_of_a_pid(self):
+        """It is replaced as soon as it is gone, without a delay, also many times; DELETE is the same."""
+        pid, = self.server.add("x", "sleep 60")
+        for number in range(4):
+            method, path = (("POST", "/processes/%d/_stop?wait=true"), ("DELETE", "/processes/%d"))[number % 2]
+            self.server.ok(method, path % pid)
+            self.assertEqual(self.spawned("x", number + 2)["pid"], pid + 1)
+            self.assertError(self.server.json("POST", "/processes/%d/_stop" % pid), 404, "not_found")
+            pid += 1
+        status = self.server.ok("GET", "/status/x")
+        self.assertEqual((status["state"], status["pids"]), ("running", [pid]))
+
+    def test_wait(self):
+        """?wait answers when it is done, else 504; it goes on."""
+        pid, os_pid = self.add_slow()
+        begin = time.monotonic()
+        self.assertError(self.server.json("POST", "/processes/x/_stop?wait=0.1"), 504, "wait_timeout")
+        self.assertGreaterEqual(time.monotonic() - begin, 0.1)
+        self.assertTrue(alive(os_pid))
+        self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
+        self.server.ok("POST", "/processes/x/_stop?wait=%d" % TIMEOUT)
+        self.assertIsNone(process_state(os_pid))
+        self.server.ok("POST", "/processes/x/_start?wait=true")
+        self.assertEqual(self.pids("x"), [pid + 1])
+        self.poll(pid + 1, b"ready\n")
+        self.assertError(self.server.json("POST", "/processes/x/_restart?wait=0.05"), 504, "wait_timeout")
+        self.server.ok("POST", "/processes/%d/_signal/KILL" % (pid + 1))
+        self.server.ok("POST", "/processes/x/_start?wait=true")
+        self.assertEqual(self.pids("x"), [pid + 2])
+
+    def test_wait_for_the_group(self):
+        """?wait of a pid waits for the last process of its group too."""
+        pid, = self.server.add("x", '(trap "" TERM; echo ready; exec sleep 60) & wait', shell=True, graceful_timeout=0.1)
+        os_pid = self.os_pid(pid)
+        self.poll(pid, b"ready\n")
+        self.server.ok("POST", "/processes/%d/_stop?wait=true" % pid)
+        self.assertEqual(process_group(os_pid), [])
+
+    def test_the_group_ends_before_the_next(self):
+        """A leader that exits by itself is replaced when nothing of its group is left."""
+        self.server.add("x", python("""
+            import os, signal
+            if os.fork() == 0:
+                signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'old ends\\n'), os._exit(0)))
+                os.write(1, b'ready\\n')
+                while True: signal.pause()
+            os.write(1, b'leader\\n')
+            os.read(0, 1)
+            """), redirect_input=True)
+        first = self.spawned("x", 1)
+        self.poll(1, b"ready\n")
+        self.server.ok("DELETE", "/streams/1/stdin")
+        self.spawned("x", 2)
+        self.assertEqual(process_group(first["os_pid"]), [])
+        self.assertTrue(self.poll(1).endswith(b"old ends\n"))
+
+    def test_delete(self):
+        """Stopped and forgotten: the name is free at once, its windows are gone, the old processes end."""
+        pid, os_pid = self.add_slow(graceful_timeout=0.2)
+        self.server.ok("DELETE", "/processes/x")
+        self.assertEqual(self.server.ok("GET", "/processes"), [])
+        self.assertError(self.server.json("GET", "/status/x"), 404, "not_found")
+        self.assertEqual(self.server.add("x", "sleep 60"), [pid + 1])
+        self.exit_of(pid)
+        self.assertError(self.server.json("GET", "/streams/%d/stdout?since=0" % pid), 404, "not_found")
+        self.assertEqual(self.pids("x"), [pid + 1])
+        self.assertIsNone(process_state(os_pid))
+
+    def test_pids_are_never_reused(self):
+        """Also over delete, stop, and what could not be started."""
+        seen = []
+        for number in range(5):
+            seen += self.server.add("x", "sleep 60", numprocesses=2)
+            self.server.json("POST", "/processes", {"name": "y", "cmd": "/nowhere"})
+            if number % 2:
+                self.server.ok("POST", "/processes/x/_stop?wait=true")
+            self.server.ok("DELETE", "/processes/x")
+        self.assertEqual(seen, list(range(1, 11)))
+
+    def test_last_words(self):
+        """The windows of the last 16 exits are readable, until the template is deleted."""
+        self.server.add("x", "cat", redirect_input=True)
+        for pid in range(1, 18):
+            self.spawned("x", pid)
+            self.server.ok("POST", "/streams/%d/stdin" % pid, b"I am %d\n" % pid)
+            self.poll(pid, b"\n")
+            self.server.ok("POST", "/processes/%d/_stop" % pid)
+            self.exit_of(pid)
+        self.spawned("x", 18)
+        for pid in range(2, 18):
+            self.assertEqual(self.poll(pid), b"I am %d\n" % pid)
+        self.server.ok("POST", "/processes/x/_stop?wait=true")
+        self.assertEqual(self.poll(17), b"I am 17\n")
+        self.server.ok("DELETE", "/processes/x")
+        for pid in range(1, 19):
+            self.assertError(self.server.json("GET", "/streams/%d/stdout?since=0" % pid), 404, "not_found")
+
+    def test_last_words_of_an_update(self):
+        """They stay over a PUT."""
+        pid, = self.server.add("x", "cat", redirect_input=True)
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"old")
+        self.poll(pid, b"old")
+        self.server.ok("PUT", "/processes/x", {"cmd": "sleep 60"})
+        self.spawned("x", 2)
+        self.assertEqual(self.poll(pid), b"old")
+
+    def test_signals(self):
+        """To each process; with ?group=true to the groups."""
+        pids = self.server.add("x", python("""
+            import os, signal
+            signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'%d\\n' % (os.getpid() == leader)))
+            signal.signal(signal.SIGUSR2, lambda *_: os.write(1, b'end\\n'))
+            leader = os.getpid()
+            if os.fork() == 0:
+                os.write(1, b'child\\n')
+                while True: signal.pause()
+            os.write(1, b'leader\\n')
+            while True: signal.pause()
+            """), numprocesses=2)
+        for pid in pids:
+            self.poll(pid, b"child\n")
+            self.poll(pid, b"leader\n")
+        for name in ("USR1", "SIGUSR1", str(int(signal.SIGUSR1)), "usr1"):
+            self.server.ok("POST", "/processes/x/_signal/" + name)
+            for pid in pids:
+                self.server.ok("GET", "/processes/%d" % pid)
+        self.server.ok("POST", "/processes/%d/_signal/USR1?group=true" % pids[0])
+        self.poll(pids[0], b"0\n")                                  # only the group's signal reaches the child
+        self.server.ok("POST", "/processes/x/_signal/USR2?group=true")
+        self.assertNotIn(b"0\n", self.poll(pids[1], b"end\nend\n"))
+        self.assertIn(b"1\n", self.poll(pids[1], b"end\n"))
+        for name, code in (("NOPE", "bad_value"), ("0", "bad_value"), ("", "no_signal_number")):
+            path = "/processes/x/_signal" + ("/" + name if name else "")
+            self.assertError(self.server.json("POST", path), 400, code)
+
+
+class ProcessEmbedded(ProcessCase):
+    """The Manager as a library: its methods, apps and end."""
+
+    def collect(self, pattern=""):
+        """A queue of the events to come."""
+        events = queue.Queue()
+        subscription = self.server.manager.subscribe(pattern, lambda kind, event: events.put((kind, event)))
+        self.addCleanup(subscription.close)
+        return events
+
+    def ended(self):
+        """run() has returned."""
+        self.server._thread.join(TIMEOUT)
+        self.assertFalse(self.server._thread.is_alive())
+
+    def test_stop_in_reverse_order(self):
+        """The newest first, each when the one after it is gone; then run() returns and nothing is left."""
+        self.server.add("a", "sleep 60", numprocesses=2)
+        self.server.add("b", "sleep 60")
+        os_pids = [self.os_pid(pid) for pid in (1, 2, 3)]
+        events = self.collect()
+        self.server.manager.stop()
+        self.ended()
+        found = [(kind, event.get("pid")) for kind, event in events.queue]
+        self.assertEqual(found, [("stop", None)] * 2 + [(kind, pid) for pid in (3, 2, 1) for kind in ("stop_pid", "exit")])
+        self.assertEqual([process_state(os_pid) for os_pid in os_pids], [None] * 3)
+
+    def test_one_that_is_slow_to_stop(self):
+        """It does not hold the others; meanwhile nothing can be changed; a second stop kills."""
+        self.server.add("a", "sleep 60")
+        slow, = self.server.add("b", PROCESS_STUBBORN, graceful_timeout=60)
+        os_pid = self.os_pid(slow)
+        self.poll(slow, b"ready\n")
+        events = self.collect("exit")
+        self.server.manager.stop()
+        self.assertEqual(events.get(timeout=TIMEOUT)[1]["name"], "a")
+        self.assertTrue(alive(os_pid))
+        self.assertError(self.server.json("POST", "/processes", {"name": "c", "cmd": "true"}), 503, "stopping")
+        self.assertError(self.server.json("POST", "/processes/a/_start"), 503, "stopping")
+        self.server.manager.stop(kill=True)
+        self.assertEqual(events.get(timeout=TIMEOUT)[1]["term_signal"], signal.SIGKILL)
+        self.server.stop_all()
+        self.assertIsNone(process_state(os_pid))
+
+    def test_stop_while_one_is_stopping(self):
+        """A template that was stopped just before is waited for too."""
+        pid, = self.server.add("x", PROCESS_STUBBORN, graceful_timeout=0.3)
+        self.poll(pid, b"ready\n")
+        os_pid = self.os_pid(pid)
+        self.server.ok("POST", "/processes/x/_stop")
+        self.server.manager.stop()
+        self.ended()
+        self.assertEqual(process_group(os_pid), [])
+
+    def test_after_the_end(self):
+        """Every method says that gaffer has stopped; none hangs."""
+        manager = self.server.manager
+        self.server.stop_all()
+        for function in (lambda: manager.add_process("x", "true"), lambda: manager.stop_template("x"),
+                         lambda: manager.get_process("x"), lambda: manager.subscribe("", print)):
+            with self.assertRaises(gaffer.Stopping):
+                function()
+        manager.stop()
+
+    def test_a_stop_from_a_callback(self):
+        """stop() may be called on the loop's own thread."""
+        self.server.add("x", "sleep 60")
+        self.server.manager.subscribe("create", lambda kind, event: self.server.manager.stop())
+        self.server.json("POST", "/processes", {"name": "y", "cmd": "sleep 60"})
+        self.ended()
+
+    def test_subscribe(self):
+        """callback(type, event), for what the pattern matches, until close()."""
+        patterns = ("", ".", "spawn", "proc/x", "proc/x/exit", "proc/nothing", "create")
+        queues = {pattern: self.collect(pattern) for pattern in patterns}
+        self.server.manager.add_process("x", "true", flapping=PROCESS_ONCE)
+        self.server.wait_event("stop")
+        self.server.manager.add_process("y", "sleep 60")
+        self.server.manager.add_process("barrier", "true", start=False)
+        while queues["create"].get(timeout=TIMEOUT)[1]["name"] != "barrier":
+            pass                                    # it was told last, of the last event
+        found = {}
+        for pattern in patterns:
+            self.assertTrue(all(kind == event["event"] for kind, event in queues[pattern].queue))
+            found[pattern] = [(event["name"], kind) for kind, event in queues[pattern].queue]
+        of_x = [("x", kind) for kind in ("create", "start", "spawn", "exit", "stop")]
+        self.assertEqual(found[""], of_x + [("y", "create"), ("y", "start"), ("y", "spawn"), ("barrier", "create")])
+        self.assertEqual(found["."], found[""])
+        self.assertEqual(found["spawn"], [("x", "spawn"), ("y", "spawn")])
+        self.assertEqual(found["proc/x"], of_x)
+        self.assertEqual(found["proc/x/exit"], [("x", "exit")])
+        self.assertEqual(found["proc/nothing"], [])
+        for pattern in ("exits", "proc", "proc/x/exits", "a/b/c/d"):
+            with self.assertRaises(gaffer.BadEventType):
+                self.server.manager.subscribe(pattern, print)
+
+    def test_a_subscription_that_is_closed(self):
+        """No further call."""
+        first, second = [], self.collect()
+        subscription = self.server.manager.subscribe("", lambda kind, event: first.append(kind))
+        self.server.manager.add_process("x", "true", start=False)
+        second.get(timeout=TIMEOUT)
+        until(lambda: first, "the first call")
+        subscription.close()
+        subscription.close()
+        self.server.manager.delete_process("x")
+        self.assertEqual(second.get(timeout=TIMEOUT)[0], "delete")
+        self.assertEqual(first, ["create"])
+
+    def test_a_callback_that_fails(self):
+        """It is logged; gaffer and the other callbacks go on."""
+        def fail(*args):
+            raise RuntimeError("a fault of the user's")
+        subscription = self.server.manager.subscribe("", fail)
+        self.addCleanup(subscription.close)
+        events = self.collect()
+        with self.assertLogs("gaffer", logging.ERROR) as logs:
+            self.server.manager.add_process("x", "cat", redirect_input=True)
+            for kind in ("create", "start", "spawn"):
+                self.assertEqual(events.get(timeout=TIMEOUT)[0], kind)
+            output = queue.Queue()
+            self.server.manager.get_process(1).monitor_io("stdout", fail)
+            self.server.manager.get_process(1).monitor_io("stdout", lambda label, event: output.put(event["data"]))
+            self.server.manager.write(1, "stdin", b"hello")
+            self.assertEqual(output.get(timeout=TIMEOUT), b"hello")
+        self.assertIn("a fault of the user's", logs.output[0])
+
+    def test_get_process(self):
+        """By pid one process, by name whatever runs; monitor_io, write, signal, stop, info."""
+        manager = self.server.manager
+        manager.add_process("x", "cat", redirect_input=True)
+        by_pid, by_text, by_name = manager.get_process(1), manager.get_process("1"), manager.get_process("x")
+        self.assertEqual((by_pid.name, by_pid.pid, by_name.name, by_name.pid), ("x", 1, "x", None))
+        self.assertEqual((by_pid.os_pid, by_text.os_pid), (self.os_pid(1),) * 2)
+        self.assertEqual(by_pid.info(), dict(by_name.info(), pid=1, os_pid=by_pid.os_pid))
+        one, all_ = queue.Queue(), queue.Queue()
+        monitor = by_pid.monitor_io("stdout", lambda label, event: one.put((label, event)))
+        by_name.monitor_io("stdout", lambda label, event: all_.put((label, event)))
+        by_pid.write(b"hello\xff\n")
+        label, event = one.get(timeout=TIMEOUT)
+        self.assertEqual((label, event["event"], event["data"], event["name"], event["pid"], event["os_pid"]),
+                         ("stdout", "stdout", b"hello\xff\n", "x", 1, by_pid.os_pid))
+        label, event = all_.get(timeout=TIMEOUT)
+        self.assertEqual((label, event["data"], event["name"]), ("stdout", b"hello\xff\n", "x"))
+        monitor.close()
+        by_pid.write(b"more\n")
+        self.assertEqual(all_.get(timeout=TIMEOUT)[1]["data"], b"more\n")
+        self.assertTrue(one.empty())
+        by_pid.signal("KILL")
+        self.assertEqual(self.exit_of(1)["term_signal"], signal.SIGKILL)
+        second = manager.get_process(self.spawned("x", 2)["pid"])
+        second.write(b"second")
+        self.assertEqual(all_.get(timeout=TIMEOUT)[1]["data"], b"second")
+        second.stop()
+        self.spawned("x", 3)
+        by_name.stop()
+        self.assertFalse(self.server.ok("GET", "/status/x")["active"])
+        for target in (1, "1", 99, "nothing", "9" * 100):
+            with self.assertRaises(gaffer.NotFound):
+                manager.get_process(target)
+        with self.assertRaises(gaffer.IoNotFound):
+            by_name.monitor_io("nothing", print)
+
+    def test_write(self):
+        """All or nothing; what cannot be written says why."""
+        manager = self.server.manager
+        manager.add_process("x", "sleep 60", redirect_input=True)
+        manager.add_process("y", "sleep 60")
+        manager.write(1, "stdin", b"1" * 1024 * 1024)
+        with self.assertRaises(gaffer.StdinFull):
+            manager.write(1, "stdin", b"2" * 1024 * 1024)
+        for target, label, error in ((2, "stdin", gaffer.ForbiddenWrite), (1, "nothing", gaffer.IoNotFound),
+                                     (3, "stdin", gaffer.NotFound), ("x", "stdin", gaffer.NotFound)):
+            with self.subTest(target=target, label=label), self.assertRaises(error):
+                manager.write(target, label, b"!")
+
+    def test_add_process(self):
+        """A template as a dict too; faults raise, nothing is added."""
+        manager = self.server.manager
+        manager.add_process({"name": "x", "cmd": "sleep 60", "numprocesses": 2})
+        self.assertEqual(self.pids("x"), [1, 2])
+        invalid = gaffer.InvalidProcessInfo
+        for name, cmd, options, error in (("x", "true", {}, gaffer.Conflict), ("y", "/nowhere", {}, invalid),
+                                          ("y", None, {}, invalid), ("y", "true", {"comand": 1}, invalid)):
+            with self.assertRaises(error):
+                manager.add_process(name, cmd, **options)
+        self.assertEqual(self.server.ok("GET", "/processes"), ["x"])
+
+    def test_reaped_by_somebody_else(self):
+        """Another part of the program has taken the exit status: an exit all the same."""
+        def steal():
+            os.kill(os_pid, signal.SIGKILL)
+            os.waitpid(os_pid, 0)
+        pid, = self.server.add("x", "sleep 60")
+        os_pid = self.os_pid(pid)
+        with self.assertLogs("gaffer", logging.WARNING) as logs:
+            self.server.manager.loop.call(steal)
+            self.exit_of(pid)
+        self.assertIn(str(os_pid), logs.output[0])
+        self.assertEqual(self.spawned("x", 2)["pid"], 2)
+
+    def test_priority(self):
+        """The order of the starts at run(): 0 first, those without one last, else as they were added."""
+        started = []
+        manager = gaffer.Manager()
+
+        def spawned(kind, event):
+            started.append(event["name"])
+            if len(started) == 5:
+                manager.stop(kill=True)
+        manager.subscribe("spawn", spawned)
+        for name, priority in (("none", None), ("two", 2), ("zero", 0), ("minus", -1), ("two-b", 2)):
+            manager.add_process(name, "sleep 60", priority=priority)
+        manager.add_process("not-started", "sleep 60", priority=0, start=False)
+        manager.run()
+        self.assertEqual(started, ["minus", "zero", "two", "two-b", "none"])
+
+    def test_apps(self):
+        """start(loop, manager) in order, stop() in reverse order; stop and restart may be missing."""
+        calls = []
+
+        class Small:
+            def start(self, loop, manager):
+                calls.append(("start", loop is manager.loop))
+
+        class Whole(Small):
+            def stop(self):
+                calls.append("stop")
+
+            def restart(self):
+                calls.append("restart")
+
+        def spawned(kind, event):
+            if event["pid"] == 1:
+                manager.restart()
+            else:
+                manager.stop()
+        manager = gaffer.Manager(apps=[Small(), Whole()])
+        manager.subscribe("spawn", spawned)
+        manager.add_process("x", "sleep 60")
+        manager.run()
+        self.assertEqual(calls, [("start", True), ("start", True), "restart", "stop"])
+
+    def test_an_app_that_fails(self):
+        """run() raises what its start() raised; what was started before has stopped."""
+        seen = []
+
+        class Good:
+            def start(self, loop, manager):
+                manager.add_process("x", "sleep 60")
+                seen.append(manager.get_process(1).os_pid)
+
+            def stop(self):
+                seen.append("stopped")
+
+        class Bad:
+            def start(self, loop, manager):
+                raise OSError("no such luck")
+        with self.assertRaisesRegex(OSError, "no such luck"):
+            gaffer.Manager([Good(), Bad()]).run()
+        self.assertEqual(seen[1:], ["stopped"])
+        self.assertIsNone(process_state(seen[0]))
+
+    def test_what_cannot_start_at_run(self):
+        """A template whose program has gone between add and run does not keep the others from running."""
+        script = process_script(self, "#!/bin/sh\nexec sleep 60\n")
+        manager = gaffer.Manager()
+        manager.add_process("x", script)
+        manager.add_process("y", "sleep 60")
+        os.chmod(script, 0o644)
+        manager.subscribe("spawn", lambda kind, event: manager.stop())
+        with self.assertLogs("gaffer", logging.WARNING) as logs:
+            manager.run()
+        self.assertIn("x cannot be started", logs.output[0])
+
+
+class ProcessProgram(Case):
+    """A Manager on the main thread of a program of its own: how signals and exceptions end it."""
+
+    PROGRAM = """
+        import signal, sys
+        sys.path.insert(0, %r)
+        import gaffer
+        class Leave(BaseException):
+            pass
+        def leave(*args):
+            raise Leave()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGUSR1, leave)
+        class Show:
+            def start(self, loop, manager):
+                manager.subscribe("", lambda kind, event: print(kind, event.get("os_pid", 0), flush=True))
+        apps = [Show()] + ([gaffer.SigHandler()] if %r else [])
+        manager = gaffer.Manager(apps)
+        manager.add_process(%r)
+        manager.run()
+        print("returned", 0, flush=True)
+        """
+
+    def begin(self, handler, **options):
+        """Run the program. Returns it and the os pid of its process, which is ready."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(os.rmdir, folder)
+        fifo = os.path.join(folder, "ready")
+        os.mkfifo(fifo)
+        self.addCleanup(os.unlink, fifo)
+        code = PROCESS_IGNORES_TERM + "os.close(os.open(%r, os.O_WRONLY))\nwhile True: signal.pause()" % fifo
+        info = dict(python(code), name="x", **options)
+        folder = os.path.dirname(os.path.abspath(gaffer.__file__))
+        program = textwrap.dedent(self.PROGRAM) % (folder, handler, info)
+        child = subprocess.Popen([PYTHON, "-W", "error", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 universal_newlines=True)
+        self.addCleanup(child.stdout.close)
+        self.addCleanup(child.stderr.close)
+        with open(fifo):                            # both have opened it: the child ignores SIGTERM by now
+            pass
+        return child, self.wait_for(child, "spawn")
+
+    def wait_for(self, child, word):
+        """Read the program's lines up to an event. Returns its os pid."""
+        for line in child.stdout:
+            kind, os_pid = line.split()
+            if kind == word:
+                return int(os_pid)
+        self.fail("the program ended before %r: %s" % (word, child.stderr.read()))
+
+    def end(self, child, os_pid):
+        """Wait for the program's end; nothing of its process is left. Returns (exit status, rest of stdout, stderr)."""
+        out, err = child.stdout.read(), child.stderr.read()
+        status = child.wait(TIMEOUT)
+        self.assertEqual(process_group(os_pid), [])
+        return status, out, err
+
+    def test_exceptions(self):
+        """A KeyboardInterrupt, or another exception of a signal handler, leaves run(), and leaves nothing behind."""
+        for signum, name in ((signal.SIGINT, "KeyboardInterrupt"), (signal.SIGUSR1, "Leave")):
+            with self.subTest(name):
+                child, os_pid = self.begin(False, graceful_timeout=0.2)
+                child.send_signal(signum)
+                status, out, err = self.end(child, os_pid)
+                self.assertNotEqual(status, 0)
+                self.assertNotIn("returned", out)
+                self.assertIn(name, err.splitlines()[-1])
+                self.assertEqual([line.split()[0] for line in out.splitlines()], ["stop", "stop_pid", "exit"])
+
+    def test_a_second_exception(self):
+        """It does not wait any longer, and still leaves nothing behind."""
+        child, os_pid = self.begin(False, graceful_timeout=600)
+        child.send_signal(signal.SIGINT)
+        self.wait_for(child, "stop_pid")
+        child.send_signal(signal.SIGINT)
+        status, _, err = self.end(child, os_pid)
+        self.assertNotEqual(status, 0)
+        self.assertIn("KeyboardInterrupt", err)
+
+    def test_signals(self):
+        """With SigHandler TERM and INT stop, so that run() returns; a second one kills."""
+        child, os_pid = self.begin(True, graceful_timeout=600)
+        child.send_signal(signal.SIGTERM)
+        self.wait_for(child, "stop_pid")
+        child.send_signal(signal.SIGINT)
+        status, out, err = self.end(child, os_pid)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual([line.split()[0] for line in out.splitlines()], ["exit", "returned"])
+
+    def test_not_on_the_main_thread(self):
+        """SigHandler says so; run() itself does not mind."""
+        errors = []
+
+        def run():
+            try:
+                gaffer.Manager([gaffer.SigHandler()]).run()
+            except gaffer.StartError as error:
+                errors.append(str(error))
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(TIMEOUT)
+        self.assertIn("main thread", errors[0])
+
+
+class ProcessTables(Case):
+    """What /proc and ps say of the same processes."""
+
+    CODE = """
+        import os, signal, sys
+        for leave in (False, False, True):
+            if os.fork() == 0:
+                if leave:
+                    os.setsid()
+                os.write(1, b'!')
+                signal.pause()
+        while True:
+            os.read(0, 1) or os._exit(0)
+        """
+
+    def setUp(self):
+        super().setUp()
+        with contextlib.suppress(OSError):
+            subprocess.run(["ps", "-p", str(os.getpid())], stdout=subprocess.DEVNULL, check=True)
+            self.family()
+            return
+        self.skipTest("no ps here")
+
+    def family(self):
+        """A process group of three, and one that has left it."""
+        command = python(self.CODE)
+        child = subprocess.Popen([command["cmd"], *command["args"]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                 start_new_session=True)
+        self.child = child
+        self.assertEqual(b"".join(child.stdout.read(1) for _ in range(3)), b"!!!")
+        everybody = gaffer.ProcfsTable().children(child.pid)
+
+        def end():
+            for os_pid in everybody:
+                os.kill(os_pid, signal.SIGKILL)
+            child.stdin.close()
+            child.wait(TIMEOUT)
+            child.stdout.close()
+        self.addCleanup(end)
+        self.assertEqual(len(everybody), 3)
+        self.left = [os_pid for os_pid in everybody if os.getpgid(os_pid) != child.pid]
+        self.stayed = [os_pid for os_pid in everybody if os_pid not in self.left]
+
+    TABLES = (gaffer.ProcfsTable(), gaffer.PsTable())
+
+    def test_groups(self):
+        """Members, children, and who has left."""
+        for table in self.TABLES:
+            with self.subTest(type(table).__name__):
+                self.assertEqual(sorted(table.group_members(self.child.pid)), sorted([self.child.pid, *self.stayed]))
+                self.assertEqual(sorted(table.children(self.child.pid)), sorted(self.stayed + self.left))
+                escaped = table.escaped(self.child.pid, self.child.pid)
+                self.assertEqual([os_pid for os_pid, _ in escaped], self.left)
+                self.assertTrue(table.still(*escaped[0]))
+
+    def test_gone(self):
+        """A process that is not there is no error; a zombie is no member."""
+        os.kill(self.stayed[0], signal.SIGKILL)
+        until(lambda: process_state(self.stayed[0]) == "Z", "the zombie")
+        child = subprocess.Popen(["true"])
+        child.wait(TIMEOUT)
+        for table in self.TABLES:
+            with self.subTest(type(table).__name__):
+                self.assertEqual(sorted(table.group_members(self.child.pid)), sorted([self.child.pid, self.stayed[1]]))
+                self.assertIsNone(table.look(child.pid))
+                self.assertEqual(table.group_members(child.pid), [])
+                self.assertEqual(table.children(child.pid), [])
+                self.assertEqual(table.escaped(child.pid, child.pid), [])
+                self.assertFalse(table.still(child.pid, 0))
+
+    def test_look(self):
+        """The same numbers, within what ps rounds away."""
+        first, second = gaffer.ProcfsTable().look(self.child.pid), gaffer.PsTable().look(self.child.pid)
+        self.assertEqual(set(first), set(second))
+        for field in ("ppid", "nice", "uid", "children"):
+            self.assertEqual(first[field], second[field], field)
+        self.assertEqual((first["ppid"], first["uid"]), (os.getpid(), os.geteuid()))
+        self.assertEqual(first["vms"], second["vms"])
+        self.assertLess(abs(first["rss"] - second["rss"]), second["rss"] / 4, "the kernel counts in steps")
+        self.assertIn("-I -S -u -c", first["cmdline"])
+        self.assertIn("-I -S -u -c", second["cmdline"])
+        self.assertLess(abs(first["cpu_time"] - second["cpu_time"]), 1.5)
+        self.assertLess(abs(first["start_time"] - second["start_time"]), 3)
+
+    def test_times(self):
+        """What ps prints as times."""
+        for text, seconds in (("00:00", 0), ("01:02", 62), ("1:02.50", 62.5), ("02:03:04", 7384), ("1-02:03:04", 93784)):
+            self.assertEqual(gaffer.PsTable._seconds(text), seconds, text)
+
+    def test_a_server_on_ps(self):
+        """All of a group is ended where only ps tells of it."""
+        server = Running(process_table=gaffer.PsTable())
+        self.addCleanup(server.stop_all)
+        pid, = server.add("x", '(trap "" TERM; echo ready; exec sleep 60) & wait', shell=True, graceful_timeout=0.1)
+        os_pid = server.ok("GET", "/processes/%d" % pid)["os_pid"]
+        server.request("GET", "/streams/%d/stdout?since=0" % pid)
+        server.ok("POST", "/processes/x/_stop?wait=true")
+        self.assertEqual(process_group(os_pid), [])
+
+
+class ProcessPlatform(Case):
+    """Small things of the platform section."""
+
+    def test_signal_group(self):
+        """False where there is no such group."""
+        child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        self.assertTrue(gaffer.signal_group(child.pid, 0))
+        self.assertTrue(gaffer.signal_group(child.pid, signal.SIGKILL))
+        child.wait(TIMEOUT)
+        self.assertFalse(gaffer.signal_group(child.pid, 0))
+
+    def test_peek_and_reap(self):
+        """Looking does not reap; reaping twice is no error."""
+        for command, expected in ((["true"], (0, 0)), (["sh", "-c", "exit 7"], (7, 0)), (["sh", "-c", "kill -9 $$"], (0, 9))):
+            child = subprocess.Popen(command)
+            for _ in range(2):
+                self.assertEqual(until(lambda: gaffer.peek_exit(child.pid)), expected)
+            self.assertEqual(process_state(child.pid), "Z")
+            gaffer.reap(child.pid)
+            gaffer.reap(child.pid)
+            self.assertIsNone(process_state(child.pid))
+            child.returncode = 0                    # Popen need not wait for it
+
+    def test_users_and_groups(self):
+        """By name, by number, by a number as text; None where a number has no entry."""
+        self.assertEqual(gaffer.find_user("root"), (0, 0, "root"))
+        self.assertEqual(gaffer.find_user(0), gaffer.find_user("0"))
+        self.assertEqual(gaffer.find_user(54321), (54321, None, None))
+        self.assertEqual((gaffer.find_group(0), gaffer.find_group("0"), gaffer.find_group(grp.getgrgid(0).gr_name)), (0, 0, 0))
+        self.assertEqual((gaffer.user_name(0), gaffer.user_name(54321)), ("root", "54321"))
+        for user in ("no-such-user", -1, 2 ** 32 - 1, 2 ** 64, ""):
+            with self.assertRaises(ValueError):
+                gaffer.find_user(user)
+        for group in ("no-such-group", -1, 2 ** 32 - 1, 2 ** 64, ""):
+            with self.assertRaises(ValueError):
+                gaffer.find_group(group)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# ring 3: HTTP on real sockets
+# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
+# HTTP on real sockets: the wire, the endpoints, the errors, cross-site, the token, TLS, what the library adds
+# --------------------------------------------------------------------------------------------------------------------
+HTTP_CODES = {
+    400: ("invalid_json", "invalid_process_info", "bad_value", "no_signal_number", "io_not_redirected", "bad_request"),
+    401: ("unauthorized",),
+    403: ("forbidden_write", "forbidden_origin", "forbidden_host", "forbidden"),
+    404: ("not_found", "resource_not_found", "io_not_found", "bad_event_type"),
+    405: ("method_not_allowed",), 408: ("timeout",), 409: ("conflict",), 413: ("too_large",), 414: ("uri_too_long",),
+    415: ("unsupported_media_type",), 426: ("upgrade_required",), 431: ("headers_too_large",), 500: ("internal_error",),
+    503: ("stdin_full", "busy", "stopping"), 504: ("wait_timeout",),
+}
+HTTP_OK = b'{"ok": true}\n'
+HTTP_DEAF = """
+    import signal, sys
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("ready")
+    sys.stdin.read()
+"""                                     # ignores the stop signal; says when it does
+
+
+@contextlib.contextmanager
+def http_limits(**values):
+    """Other limits of gaffer's table at its top, for a while."""
+    old = {name: getattr(gaffer, name) for name in values}
+    for name, value in values.items():
+        setattr(gaffer, name, value)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            setattr(gaffer, name, value)
+
+
+def http_bytes(method, target, *headers, body=b"", host="127.0.0.1", version="1.1"):
+    """A request as bytes; a Content-Length is added where there is a body and no word about it."""
+    lines = ["%s %s HTTP/%s" % (method, target, version)]
+    if host is not None:
+        lines.append("Host: " + host)
+    lines += headers
+    said = any(header.lower().startswith(("content-length", "transfer-encoding")) for header in headers)
+    if body and not said:
+        lines.append("Content-Length: %d" % len(body))
+    return "\r\n".join(lines + ["", ""]).encode("latin-1") + body
+
+
+def http_chunks(*parts):
+    """A chunked body."""
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+class HttpWire:
+    """One connection: what is sent, and each answer as it stands on the wire."""
+
+    def __init__(self, sock):
+        self.sock = sock
+        self.file = sock.makefile("rb")
+
+    def send(self, data):
+        """Send bytes."""
+        self.sock.sendall(data)
+
+    def answer(self, method="GET"):
+        """(status, headers as {lower-case name: [values]}, body)."""
+        line = self.file.readline()
+        match = re.fullmatch(rb"HTTP/1\.1 ([0-9]{3}) [\x20-\x7e]+\r\n", line)
+        assert match, "no status line: %r" % line
+        status, headers = int(match.group(1)), {}
+        while True:
+            line = self.file.readline()
+            assert line.endswith(b"\r\n"), line
+            if line == b"\r\n":
+                break
+            name, _, value = line.decode("latin-1").partition(": ")
+            headers.setdefault(name.lower(), []).append(value[:-2])
+        return status, headers, self._body(method, status, headers)
+
+    def _body(self, method, status, headers):
+        if method == "HEAD" or status in (101, 204, 304):
+            return b""
+        if "content-length" in headers:
+            assert len(headers["content-length"]) == 1 and "transfer-encoding" not in headers, headers
+            return self.file.read(int(headers["content-length"][0]))
+        if "transfer-encoding" not in headers:
+            return self.file.read()
+        body = b""
+        while True:
+            size = int(self.file.readline(), 16)
+            body += self.file.read(size)
+            assert self.file.readline() == b"\r\n"
+            if not size:
+                return body
+
+    def rest(self):
+        """All that comes until the server ends the connection."""
+        return self.file.read()
+
+    def close(self):
+        """Drop the connection."""
+        self.file.close()
+        self.sock.close()
+
+
+class HttpCase(ServerCase):
+    """A server, and requests byte by byte."""
+
+    def wire(self, server=None):
+        """A new HttpWire, closed after the test."""
+        made = HttpWire((server or self.server).connect())
+        self.addCleanup(made.close)
+        return made
+
+    def ask(self, data, method="GET", server=None):
+        """The answer to a request on a connection of its own."""
+        wire = self.wire(server)
+        wire.send(data)
+        answer = wire.answer(method)
+        wire.close()
+        return answer
+
+    def assertCode(self, answer, status, code):
+        """`answer` is the error `code`, in the one form that errors have."""
+        self.assertEqual(answer[0], status, answer)
+        self.assertEqual(answer[1]["content-type"], ["application/json"])
+        self.assertTrue(answer[2].endswith(b"}\n"), answer)
+        value = json.loads(answer[2].decode("utf-8"))
+        self.assertEqual(list(value), ["error", "reason"])
+        self.assertEqual(value["error"], code, value)
+        self.assertGreater(len(value["reason"]), 5)
+        self.assertNotIn("\n", value["reason"])
+        return value["reason"]
+
+    def assertRefused(self, data, status=400, code="bad_request", server=None):
+        """One error is answered to `data`, then the connection ends; nothing behind is answered."""
+        wire = self.wire(server)
+        wire.send(data)
+        answer = wire.answer()
+        self.assertCode(answer, status, code)
+        self.assertEqual(answer[1].get("connection"), ["close"])
+        self.assertEqual(wire.rest(), b"")
+        wire.close()
+
+    def cat(self, name="cat", server=None, **options):
+        """A template that does nothing for ever; its pids."""
+        return (server or self.server).add(name, "cat", redirect_input=True, **options)
+
+    def output(self, pid, label="stdout"):
+        """An iterator of the lines of a stream, from its beginning."""
+        answer, events = self.server.sse("/streams/%s/%s?feed=eventsource&since=0" % (pid, label))
+        self.addCleanup(answer.connection.close)
+        self.addCleanup(answer.close)
+        return (event.get("data") for event in events)
+
+
+class HttpEndpointTable(HttpCase):
+    """Section 2 of the contract, row by row: what is answered, byte for byte."""
+
+    def exact(self, method, path, expected, body=None, status=200):
+        """The answer's bytes."""
+        got, headers, data = self.server.request(method, path, body)
+        self.assertEqual((got, data), (status, expected), (method, path))
+        self.assertEqual(headers["Content-Type"], "application/json")
+
+    def test_welcome(self):
+        """JSON to programs, the page to browsers."""
+        welcome = b'{"welcome": "gaffer", "version": "%s"}\n' % gaffer.__version__.encode()
+        browser = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+        for accept, html in ((None, False), ("*/*", False), ("application/json", False), (browser, True),
+                             ("text/html;q=0.1, application/json", False), ("text/html", True)):
+            with self.subTest(accept=accept):
+                status, headers, data = self.server.request("GET", "/", headers={"Accept": accept} if accept else {})
+                self.assertEqual(status, 200)
+                if html:
+                    self.assertTrue(headers["Content-Type"].startswith("text/html"))
+                    self.assertIn(b"<html", data[:200].lower())
+                else:
+                    self.assertEqual((headers["Content-Type"], data), ("application/json", welcome))
+
+    def test_ping(self):
+        """Two letters of plain text."""
+        status, headers, data = self.server.request("GET", "/ping")
+        self.assertEqual((status, headers["Content-Type"].partition(";")[0], data), (200, "text/plain", b"OK"))
+
+    def test_processes_from_first_to_last(self):
+        """Add, list, look, replace, delete."""
+        self.exact("GET", "/processes", b"[]\n")
+        self.exact("POST", "/processes", HTTP_OK, {"name": "b", "cmd": "cat", "redirect_input": True})
+        self.exact("POST", "/processes", HTTP_OK, {"name": "a", "cmd": "sleep 60", "start": False})
+        self.exact("GET", "/processes", b'["b", "a"]\n')
+        self.exact("GET", "/processes?running=true", b"[1]\n")
+        self.exact("GET", "/processes?running=1", b"[1]\n")
+        self.exact("GET", "/processes?running=false", b'["b", "a"]\n')
+        self.assertError(self.server.json("GET", "/processes?running=perhaps"), 400, "bad_value", "running")
+        self.exact("GET", "/processes/b/_pids", b'{"ok": true, "pids": [1]}\n')
+        self.exact("GET", "/processes/a/_pids", b'{"ok": true, "pids": []}\n')
+        self.exact("DELETE", "/processes/b", HTTP_OK)
+        self.exact("GET", "/processes", b'["a"]\n')
+        self.exact("GET", "/processes?running=true", b"[]\n")
+        self.assertError(self.server.json("DELETE", "/processes/b"), 404, "not_found")
+
+    def test_taken_name(self):
+        """409, and nothing has changed."""
+        self.cat("web")
+        self.assertError(self.server.json("POST", "/processes", {"name": "web", "cmd": "true"}), 409, "conflict", "web")
+        self.assertEqual(self.server.ok("GET", "/processes/web")["cmd"], "cat")
+
+    def test_what_cannot_be_spawned_is_not_added(self):
+        """A command that is not there, a directory, a file without its x bit."""
+        for command in ("no-such-command-at-all", "/", "/etc/passwd", "/no/such/file x"):
+            with self.subTest(command=command):
+                answer = self.server.json("POST", "/processes", {"name": "web", "cmd": command})
+                self.assertError(answer, 400, "invalid_process_info", "cmd")
+                self.assertEqual(self.server.ok("GET", "/processes"), [])
+
+    def test_template_with_defaults(self):
+        """What was given, and the defaults of the rest."""
+        self.server.ok("POST", "/processes", {"name": "web", "cmd": "sleep 60", "start": False, "env": {"A": 1}})
+        self.assertEqual(self.server.ok("GET", "/processes/web"), {
+            "name": "web", "cmd": "sleep 60", "args": [], "env": {"A": 1}, "os_env": True, "cwd": None, "uid": None,
+            "gid": None, "shell": False, "numprocesses": 1, "start": False, "detach": False,
+            "redirect_output": ["stdout", "stderr"], "redirect_input": False, "custom_streams": [],
+            "graceful_timeout": 10, "flapping": None, "priority": None})
+
+    def test_replace(self):
+        """PUT or POST; the name may be left out, but not be another; start left out: as it was."""
+        self.cat("web")
+        for method in ("PUT", "POST"):
+            with self.subTest(method=method):
+                before = self.server.ok("GET", "/processes/web/_pids")["pids"]
+                self.exact(method, "/processes/web", HTTP_OK, {"cmd": "sleep 60", "numprocesses": 2})
+                now = until(lambda: (lambda pids: len(pids) == 2 and pids)(
+                    self.server.ok("GET", "/processes/web/_pids")["pids"]), "two new processes")
+                self.assertFalse(set(before) & set(now))
+                self.assertEqual(self.server.ok("GET", "/processes/web")["cmd"], "sleep 60")
+        self.assertError(self.server.json("PUT", "/processes/web", {"name": "x", "cmd": "cat"}), 400,
+                         "invalid_process_info")
+        self.assertError(self.server.json("PUT", "/processes/nobody", {"cmd": "cat"}), 404, "not_found")
+        self.exact("POST", "/processes/web/_stop", HTTP_OK)
+        self.exact("PUT", "/processes/web", HTTP_OK, {"cmd": "sleep 61"})
+        self.assertEqual(self.server.ok("GET", "/status/web")["active"], False)
+        self.exact("PUT", "/processes/web", HTTP_OK, {"cmd": "sleep 62", "start": True})
+        self.assertEqual(self.server.ok("GET", "/status/web")["active"], True)
+
+    def test_actions_may_be_repeated(self):
+        """_stop, _start and _restart, each twice."""
+        self.cat("web")
+        for action, active in (("_stop", False), ("_start", True), ("_restart", True), ("_stop", False),
+                               ("_restart", True)):
+            for _ in range(2):
+                self.exact("POST", "/processes/web/" + action, HTTP_OK)
+                self.assertEqual(self.server.ok("GET", "/status/web")["active"], active, action)
+
+    def test_wait(self):
+        """?wait answers when it is done."""
+        self.cat("web")
+        os_pid = self.server.ok("GET", "/processes/1")["os_pid"]
+        self.exact("POST", "/processes/web/_restart?wait=true", HTTP_OK)
+        self.assertFalse(alive(os_pid))
+        self.exact("GET", "/processes/web/_pids", b'{"ok": true, "pids": [2]}\n')
+        os_pid = self.server.ok("GET", "/processes/2")["os_pid"]
+        self.exact("POST", "/processes/2/_stop?wait=10", HTTP_OK)
+        self.assertFalse(alive(os_pid))
+        self.exact("POST", "/processes/web/_stop?wait=true", HTTP_OK)
+        self.exact("POST", "/processes/web/_start?wait=true", HTTP_OK)
+        self.assertEqual(self.server.ok("GET", "/status/web")["running"], 1)
+        self.assertError(self.server.json("POST", "/processes/web/_stop?wait=soon"), 400, "bad_value", "wait")
+        self.assertEqual(self.server.ok("GET", "/status/web")["running"], 1)
+
+    def test_add_and_sub(self):
+        """By one, by n; never below 0 or above 1,000; scaling down ends the oldest."""
+        self.cat("web")
+        self.exact("POST", "/processes/web/_add", b'{"ok": true, "numprocesses": 2}\n')
+        self.exact("POST", "/processes/web/_add/2", b'{"ok": true, "numprocesses": 4}\n')
+        self.exact("GET", "/processes/web/_pids", b'{"ok": true, "pids": [1, 2, 3, 4]}\n')
+        self.exact("POST", "/processes/web/_sub", b'{"ok": true, "numprocesses": 3}\n')
+        self.exact("GET", "/processes/web/_pids", b'{"ok": true, "pids": [2, 3, 4]}\n')
+        self.exact("POST", "/processes/web/_sub/5", b'{"ok": true, "numprocesses": 0}\n')
+        self.exact("GET", "/processes/web/_pids", b'{"ok": true, "pids": []}\n')
+        for number in ("0", "-1", "x", "1.5", "1e3", "+1", "%20", "00"):
+            for action in ("_add", "_sub"):
+                with self.subTest(action=action, number=number):
+                    self.assertError(self.server.json("POST", "/processes/web/%s/%s" % (action, number)), 400,
+                                     "bad_value")
+        self.exact("POST", "/processes/web/_stop", HTTP_OK)
+        for number in ("999999", "9" * 30):
+            self.exact("POST", "/processes/web/_add/" + number, b'{"ok": true, "numprocesses": 1000}\n')
+
+    def test_signal(self):
+        """By number and name, to a template and to a process; wrong ones."""
+        pid, = self.server.add("web", python("""
+            import signal, sys
+            for number in (signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, lambda number, frame: print(number))
+            print("ready")
+            sys.stdin.read()
+        """), redirect_input=True)
+        lines = self.output(pid)
+        self.assertEqual(next(lines), "ready")
+        for ref in ("web", "1"):
+            for name in (str(int(signal.SIGUSR1)), "USR1", "SIGUSR1", "usr2"):
+                self.exact("POST", "/processes/%s/_signal/%s" % (ref, name), HTTP_OK)
+                self.assertEqual(next(lines), str(int(signal.SIGUSR2 if name == "usr2" else signal.SIGUSR1)))
+            self.exact("POST", "/processes/%s/_signal/USR1?group=true" % ref, HTTP_OK)
+            self.assertEqual(next(lines), str(int(signal.SIGUSR1)))
+            for name in ("0", "999", "NOPE", "-9", "%20", "SIG"):
+                with self.subTest(ref=ref, name=name):
+                    self.assertError(self.server.json("POST", "/processes/%s/_signal/%s" % (ref, name)), 400,
+                                     "bad_value")
+            self.assertError(self.server.json("POST", "/processes/%s/_signal" % ref), 400, "no_signal_number")
+            self.assertError(self.server.json("POST", "/processes/%s/_signal/" % ref), 400, "no_signal_number")
+
+    def test_one_process(self):
+        """By pid: the template and two more fields; DELETE and _stop stop it, and it is replaced."""
+        self.cat("web")
+        template, process = self.server.ok("GET", "/processes/web"), self.server.ok("GET", "/processes/1")
+        self.assertEqual(set(process) - set(template), {"pid", "os_pid"})
+        self.assertEqual(process["pid"], 1)
+        self.assertTrue(alive(process["os_pid"]))
+        for pid, method, path in ((1, "DELETE", "/processes/1"), (2, "POST", "/processes/2/_stop")):
+            self.exact(method, path, HTTP_OK)
+            self.assertError(self.server.json("GET", "/processes/%d" % pid), 404, "not_found")
+            until(lambda: self.server.ok("GET", "/processes/web/_pids")["pids"] == [pid + 1], "the next process")
+        for path in ("/processes/3/_start", "/processes/3/_restart", "/processes/3/_add", "/processes/3/_sub/1"):
+            with self.subTest(path=path):
+                self.assertError(self.server.json("POST", path), 404, "resource_not_found")
+
+    def test_status(self):
+        """Whether it is active, and how many run."""
+        self.cat("web", numprocesses=2)
+        first = {"active": True, "running": 2, "numprocesses": 2, "max_processes": 2}
+        status = self.server.ok("GET", "/status/web")
+        self.assertEqual({name: status.get(name) for name in first}, first)
+        self.server.ok("POST", "/processes/web/_stop")
+        status = self.server.ok("GET", "/status/web")
+        self.assertEqual((status["active"], status["running"], status["max_processes"]), (False, 0, 2))
+        self.assertError(self.server.json("GET", "/status/wep"), 404, "not_found", "did you mean 'web'")
+
+    def test_stats(self):
+        """All, one, one process; stopped: zeros."""
+        self.cat("web")
+        self.server.ok("POST", "/processes", {"name": "off", "cmd": "cat", "start": False})
+        every = self.server.ok("GET", "/stats")
+        self.assertEqual([entry["name"] for entry in every], ["web", "off"])
+        self.assertEqual(every[1], {"name": "off", "mem": 0, "max_mem": 0, "min_mem": 0, "cpu": 0, "max_cpu": 0,
+                                    "min_cpu": 0, "stats": []})
+        one = self.server.ok("GET", "/stats/web")
+        self.assertEqual(set(one), set(every[1]))
+        entry = self.server.ok("GET", "/stats/web/1")
+        self.assertEqual(set(entry), {"id", "pid", "cpu", "mem", "mem_info1", "mem_info2", "rss", "vms", "ctime",
+                                      "username",
+                                      "nice", "cmdline", "children"})
+        self.assertEqual((entry["id"], entry["pid"]), (1, self.server.ok("GET", "/processes/1")["os_pid"]))
+        self.assertEqual(set(one["stats"][0]), set(entry))
+        for path in ("/stats/nobody", "/stats/off/1", "/stats/web/9", "/stats/web/web"):
+            with self.subTest(path=path):
+                self.assertError(self.server.json("GET", path), 404, "not_found")
+
+    def test_groups(self):
+        """Names with a colon form groups."""
+        self.exact("GET", "/groups", b"[]\n")
+        for name in ("shop:web", "alone", "shop:worker", "blog:web"):
+            self.cat(name)
+        self.exact("GET", "/groups", b'["shop", "blog"]\n')
+        self.exact("GET", "/groups/shop", b'["shop:web", "shop:worker"]\n')
+        for action, active in (("_stop", False), ("_start", True), ("_restart", True)):
+            self.exact("POST", "/groups/shop/" + action, HTTP_OK)
+            states = [self.server.ok("GET",
+                                     "/status/" + name)["active"] for name in ("shop:web", "shop:worker", "blog:web")]
+            self.assertEqual(states, [active, active, True])
+        self.exact("POST", "/groups/shop/_restart?wait=true", HTTP_OK)
+        self.exact("DELETE", "/groups/shop", HTTP_OK)
+        self.exact("GET", "/processes", b'["alone", "blog:web"]\n')
+        for method, path in (("GET", "/groups/shop"), ("DELETE", "/groups/alone"), ("POST", "/groups/x/_start")):
+            self.assertError(self.server.json(method, path), 404, "not_found")
+
+    def test_stdin(self):
+        """POST writes all of it, DELETE is the end of file; ttin is the same; a custom stream takes the same."""
+        pid, = self.server.add("cat", "cat", redirect_input=True)
+        lines = self.output(pid)
+        self.exact("POST", "/streams/1/stdin", HTTP_OK, b"one\n")
+        self.assertEqual(next(lines), "one")
+        self.exact("POST", "/streams/1/ttin", HTTP_OK, b"two\n")
+        self.assertEqual(next(lines), "two")
+        self.exact("POST", "/streams/1/stdin/", HTTP_OK, b"")
+        self.assertError(self.server.json("GET", "/streams/1/stdin"), 405, "method_not_allowed")
+        self.assertError(self.server.json("POST", "/streams/cat/stdin", b"x"), 404, "not_found")
+        self.server.ok("POST", "/processes", dict(python("""
+            import os, socket
+            peer = socket.socket(fileno=3)
+            data = b""
+            while True:
+                more = peer.recv(100)
+                if not more:
+                    break
+                data += more
+            peer.sendall(data.upper() + b"\\n")
+        """), name="custom", custom_streams=["chat"]))
+        pid, = self.server.ok("GET", "/processes/custom/_pids")["pids"]
+        chat = self.output(pid, "chat")
+        self.exact("POST", "/streams/%d/chat" % pid, HTTP_OK, b"hello")
+        self.exact("DELETE", "/streams/%d/chat" % pid, HTTP_OK)
+        self.assertEqual(next(chat), "HELLO")
+
+    def test_end_of_stdin(self):
+        """After it a POST is forbidden_write."""
+        pid, = self.server.add("web", python("""
+            import sys
+            sys.stdin.read()
+            print("eof")
+            import signal
+            signal.pause()
+        """), redirect_input=True)
+        self.exact("DELETE", "/streams/%d/stdin" % pid, HTTP_OK)
+        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"x"), 403, "forbidden_write")
+        self.assertEqual(next(self.output(pid)), "eof")
+        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"x"), 403, "forbidden_write")
+
+    def test_stream_not_for_writing(self):
+        """stdout can be read only, a stream that is not there is not found."""
+        self.server.add("web", "sleep 60")
+        self.assertError(self.server.json("POST", "/streams/1/stdout", b"x"), 405, "method_not_allowed")
+        self.assertError(self.server.json("DELETE", "/streams/1/stdout"), 405, "method_not_allowed")
+        self.assertError(self.server.json("POST", "/streams/1/nope", b"x"), 404, "io_not_found")
+        self.assertError(self.server.json("POST", "/streams/1/stdin", b"x"), 403, "forbidden_write", "redirect_input")
+        self.assertError(self.server.json("POST", "/streams/99/stdin", b"x"), 404, "not_found")
+
+    def test_names(self):
+        """1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not . or .., starting with neither - nor :."""
+        for name in ("a", "A-Z", "a.b", "a:b", "a:b:c", "a@b", "_x", "@", ".hidden", "...", "1a", "0x10", "a" * 128,
+                     "a-", "a:"):
+            with self.subTest(good=name):
+                self.exact("POST", "/processes", HTTP_OK, {"name": name, "cmd": "cat", "start": False})
+                self.assertEqual(self.server.ok("GET", "/processes/" + urllib.parse.quote(name, safe=""))["name"], name)
+        count = len(self.server.ok("GET", "/processes"))
+        for name in ("", "1", "007", ".", "..", "-a", ":a", "a b", "a/b", "a" * 129, "\u00e9", "a\n", "a\0", "a%",
+                     "\u0661", "a*",
+                     None, 1, True, ["a"], {"a": 1}):
+            with self.subTest(bad=name):
+                answer = self.server.json("POST", "/processes", {"name": name, "cmd": "cat", "start": False})
+                self.assertError(answer, 400, "invalid_process_info", "name")
+        self.assertEqual(len(self.server.ok("GET", "/processes")), count)
+
+    def test_labels(self):
+        """1 to 64 of A-Z a-z 0-9 _ . -, not . or .., four are reserved."""
+        for number, label in enumerate(("a", "A-Z_0.9", "1", "-", "...", "x" * 64, "Stdin")):
+            with self.subTest(good=label):
+                info = {"name": "n%d" % number, "cmd": "cat", "start": False, "redirect_output": [label]}
+                self.exact("POST", "/processes", HTTP_OK, info)
+        for field in ("redirect_output", "custom_streams"):
+            for label in ("", ".", "..", "a/b", "a b", "a:b", "x" * 65, "\u00e9", "a\n", "stdin", "ttin", "exit",
+                          "dropped", None, 1):
+                with self.subTest(field=field, bad=label):
+                    answer = self.server.json("POST", "/processes", {"name": "w", "cmd": "cat", "start": False,
+                                                                     field: [label]})
+                    self.assertError(answer, 400, "invalid_process_info", field)
+
+    def test_pids_are_counted_and_never_reused(self):
+        """From 1 up; a stopped one's number does not come back."""
+        self.assertEqual(self.cat("a"), [1])
+        self.server.ok("DELETE", "/processes/a")
+        self.assertEqual(self.cat("a", numprocesses=2), [2, 3])
+        for pid in ("0", "1", "4", "9" * 40):
+            with self.subTest(pid=pid):
+                self.assertError(self.server.json("GET", "/processes/" + pid), 404, "not_found")
+
+    def test_unknown_fields_and_values_are_named(self):
+        """The reason names the field, and a near match."""
+        answer = self.server.json("POST", "/processes", {"name": "web", "comand": "cat"})
+        self.assertError(answer, 400, "invalid_process_info", "unknown field 'comand', did you mean 'cmd'?")
+        for field, value in (("numprocesses", -1), ("numprocesses", 1001), ("numprocesses", 1.5),
+                             ("numprocesses", True),
+                             ("graceful_timeout", -1), ("env", []), ("env", {"A": []}), ("cwd", "/no/such/place"),
+                             ("shell", 1), ("start", "yes"), ("redirect_output", ["a", "b", "c"]), ("args", [1]),
+                             ("uid", "nobody-of-this-name"), ("uid", 10 ** 400), ("gid", -1),
+                             ("flapping", {"attempt": 1}),
+                             ("custom_streams", ["a", "a"]), ("cmd", ""), ("cmd", "a 'b"), ("numprocesses", 10 ** 400)):
+            with self.subTest(field=field, value=str(value)[:20]):
+                answer = self.server.json("POST", "/processes", dict({"name": "web", "cmd": "cat"}, **{field: value}))
+                self.assertError(answer, 400, "invalid_process_info", "'%s'" % field)
+        self.assertEqual(self.server.ok("GET", "/processes"), [])
+
+    def test_trailing_slash_is_the_same(self):
+        """For every kind of path."""
+        self.cat("g:web")
+        for path in ("/ping", "/processes", "/processes/g:web", "/processes/1", "/processes/g:web/_pids", "/groups",
+                     "/groups/g", "/stats/g:web"):
+            with self.subTest(path=path):
+                (status, _, one), (again, _, other) = self.server.request("GET",
+                                                                          path), self.server.request("GET", path + "/")
+                self.assertEqual((status, again), (200, 200))
+                if "stats" not in path:
+                    self.assertEqual(one, other)
+        self.exact("POST", "/processes/g:web/_stop/", HTTP_OK)
+        self.exact("POST", "/processes/", HTTP_OK, {"name": "new", "cmd": "cat", "start": False})
+        self.exact("DELETE", "/processes/new/", HTTP_OK)
+        for path in ("//", "/processes//_pids", "/processes/g:web//", "//ping", "/processes/g:web/_pids/x"):
+            with self.subTest(path=path):
+                self.assertEqual(self.server.json("GET", path)[0], 404)
+
+    def test_head_is_get_without_a_body(self):
+        """The same status and the same headers, for every GET route that answers at once."""
+        self.server.add("g:web", "echo hello", numprocesses=1, flapping={"attempts": 1, "retry_in": 1000})
+        self.server.wait_event("exit")
+        self.cat("g:cat")
+        pid = self.server.ok("GET", "/processes/g:cat/_pids")["pids"][0]
+        paths = ["/", "/ping", "/processes", "/processes/g:cat", "/processes/%d" % pid, "/processes/g:cat/_pids",
+                 "/status/g:cat", "/stats", "/stats/g:cat", "/stats/g:cat/%d" % pid, "/groups", "/groups/g",
+                 "/watch?since=0",
+                 "/watch/exit?since=0", "/streams/1/stdout?since=0", "/streams/1/stdout",
+                 "/streams/g:web/stdout?since=0",
+                 "/nothing", "/processes/nobody", "/wstreams/%d" % pid]
+        for path in paths:
+            with self.subTest(path=path):
+                wire = self.wire()
+                wire.send(http_bytes("GET", path) + http_bytes("HEAD", path) + http_bytes("GET", "/ping"))
+                status, headers, _ = wire.answer()
+                again, same, _ = wire.answer("HEAD")
+                self.assertEqual(status, again)
+                varying = {"date"} | ({"content-length"} if path.startswith(("/stat", "/processes/g:cat")) else set())
+                self.assertEqual(set(headers), set(same))
+                for name in set(headers) - varying:
+                    self.assertEqual(headers[name], same[name], name)
+                self.assertEqual(wire.answer()[2], b"OK")       # the HEAD had no body, or this would be in it
+                wire.close()
+
+    def test_head_of_what_would_wait_answers_at_once(self):
+        """With the head that GET would begin with: no length that GET would not have (RFC 9110 section 8.6)."""
+        self.cat("web")
+        for path in ("/watch", "/streams/1/stdout", "/streams/web/stdout", "/stats?feed=longpoll&interval=1000"):
+            with self.subTest(path=path):
+                wire = self.wire()
+                wire.send(http_bytes("HEAD", path) + http_bytes("GET", "/ping"))
+                status, headers, _ = wire.answer("HEAD")
+                self.assertEqual(status, 200)
+                self.assertNotEqual(headers.get("content-length"), ["0"])
+                self.assertEqual(wire.answer()[2], b"OK")
+                wire.close()
+
+    def test_head_of_a_feed(self):
+        """Of one that goes on for ever too."""
+        self.cat("web")
+        for path in ("/watch?feed=continuous", "/watch?feed=eventsource", "/streams/1/stdout?feed=continuous",
+                     "/streams/1/stdout?feed=eventsource&since=0", "/stats?feed=eventsource",
+                     "/stats/web?feed=continuous"):
+            with self.subTest(path=path):
+                wire = self.wire()
+                wire.send(http_bytes("GET", path))
+                line = wire.file.readline()
+                headers = dict(http.client.parse_headers(wire.file))
+                wire.close()
+                wire = self.wire()
+                wire.send(http_bytes("HEAD", path, "Connection: close"))
+                self.assertEqual(wire.file.readline(), line)
+                same = dict(http.client.parse_headers(wire.file))
+                self.assertEqual(wire.rest(), b"")
+                headers.pop("Date")
+                same.pop("Date")
+                self.assertEqual(same, headers)
+                wire.close()
+
+
+class HttpMethods(HttpCase):
+    """405 with Allow, OPTIONS, and what is no route."""
+
+    ROUTES = {
+        "/": "GET, HEAD, OPTIONS", "/ping": "GET, HEAD, OPTIONS", "/processes": "GET, HEAD, POST, OPTIONS",
+        "/processes/web": "GET, HEAD, POST, PUT, DELETE, OPTIONS", "/processes/1": "GET, HEAD, DELETE, OPTIONS",
+        "/processes/web/_pids": "GET, HEAD, OPTIONS", "/processes/web/_start": "POST, OPTIONS",
+        "/processes/web/_stop": "POST, OPTIONS", "/processes/1/_stop": "POST, OPTIONS",
+        "/processes/web/_restart": "POST, OPTIONS",
+        "/processes/web/_add": "POST, OPTIONS", "/processes/web/_add/2": "POST, OPTIONS",
+        "/processes/web/_sub": "POST, OPTIONS",
+        "/processes/web/_sub/2": "POST, OPTIONS", "/processes/web/_signal": "POST, OPTIONS",
+        "/processes/web/_signal/TERM": "POST, OPTIONS", "/status/web": "GET, HEAD, OPTIONS",
+        "/stats": "GET, HEAD, OPTIONS",
+        "/stats/web": "GET, HEAD, OPTIONS", "/stats/web/1": "GET, HEAD, OPTIONS", "/groups": "GET, HEAD, OPTIONS",
+        "/groups/g": "GET, HEAD, DELETE, OPTIONS", "/groups/g/_start": "POST, OPTIONS",
+        "/groups/g/_stop": "POST, OPTIONS",
+        "/groups/g/_restart": "POST, OPTIONS", "/watch": "GET, HEAD, OPTIONS", "/watch/exit": "GET, HEAD, OPTIONS",
+        "/watch/proc/web": "GET, HEAD, OPTIONS", "/watch/proc/web/exit": "GET, HEAD, OPTIONS",
+        "/streams/1/stdout": "GET, HEAD, OPTIONS", "/streams/1/stdin": "POST, DELETE, OPTIONS",
+        "/wstreams/1": "GET, HEAD, OPTIONS",
+    }
+
+    def test_every_wrong_method(self):
+        """405 for each route and each method it has not, with what it has."""
+        self.cat("web")
+        for path, allow in self.ROUTES.items():
+            for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE", "FOO", "get"):
+                if method in allow.split(", "):
+                    continue
+                with self.subTest(method=method, path=path):
+                    answer = self.ask(http_bytes(method, path), method)
+                    if method != "HEAD":
+                        self.assertCode(answer, 405, "method_not_allowed")
+                    self.assertEqual((answer[0], answer[1].get("allow")), (405, [allow]))
+        self.assertEqual(self.server.ok("GET", "/processes?running=true"), [1])
+
+    def test_options_anywhere(self):
+        """204 without a body, on every path and on none."""
+        self.cat("web")
+        for path in [*self.ROUTES, "/nothing", "/a/b/c/d/e", "/processes/nobody", "/?a=1&a=2"]:
+            with self.subTest(path=path):
+                wire = self.wire()
+                wire.send(http_bytes("OPTIONS", path) + http_bytes("GET", "/ping"))
+                status, headers, _ = wire.answer("OPTIONS")
+                self.assertEqual(status, 204)
+                self.assertNotIn("content-length", headers)
+                self.assertEqual(wire.answer()[2], b"OK")
+                wire.close()
+
+    def test_options_of_the_server(self):
+        """OPTIONS * (RFC 9112 section 3.2.4), and * for nothing else."""
+        wire = self.wire()
+        wire.send(http_bytes("OPTIONS", "*") + http_bytes("GET", "/ping"))
+        self.assertEqual(wire.answer("OPTIONS")[0], 204)
+        self.assertEqual(wire.answer()[2], b"OK")
+        self.assertRefused(http_bytes("GET", "*"))
+        self.assertRefused(http_bytes("POST", "*"))
+
+    def test_no_such_route(self):
+        """404 for every method."""
+        self.cat("web")
+        for path in ("/nothing", "/processes/web/_nothing", "/processes/web/start", "/processes/web/_add/1/2", "/stat",
+                     "/status", "/streams", "/streams/1", "/streams/1/stdout/x", "/groups/g/_add", "/Processes",
+                     "/index.html"):
+            for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
+                with self.subTest(method=method, path=path):
+                    self.assertCode(self.ask(http_bytes(method, path), method), 404, "resource_not_found")
+
+    def test_method_override_is_ignored(self):
+        """X-HTTP-Method-Override changes nothing."""
+        self.cat("web")
+        answer = self.ask(http_bytes("GET", "/processes/web", "X-HTTP-Method-Override: DELETE"))
+        self.assertEqual((answer[0], json.loads(answer[2].decode())["name"]), (200, "web"))
+        answer = self.ask(http_bytes("POST", "/processes/web/_start", "X-HTTP-Method-Override: GET"))
+        self.assertEqual((answer[0], answer[2]), (200, HTTP_OK))
+        self.assertEqual(self.server.ok("GET", "/processes"), ["web"])
+
+    def test_get_changes_nothing(self):
+        """Nor does HEAD: no action can be had by a link or an image."""
+        self.cat("g:web")
+        for action in ("/processes/g:web/_stop", "/processes/g:web/_restart", "/processes/1/_stop", "/groups/g/_stop",
+                       "/processes/g:web/_sub", "/processes/g:web/_signal/KILL", "/processes/1/_signal/KILL"):
+            for method in ("GET", "HEAD"):
+                with self.subTest(method=method, action=action):
+                    self.assertEqual(self.ask(http_bytes(method, action), method)[0], 405)
+        self.assertEqual(self.server.ok("GET", "/processes?running=true"), [1])
+
+
+class HttpErrorTable(HttpCase):
+    """Every code of the contract's table of errors, each by a real request. A method for each makes the answer."""
+
+    options = {"handlers": [("/boom", lambda request: 1 / 0)]}
+
+    def code_invalid_json(self):
+        return self.server.json("POST", "/processes", b"{")
+
+    def code_invalid_process_info(self):
+        return self.server.json("POST", "/processes", {"name": "x", "comand": "y"})
+
+    def code_bad_value(self):
+        return self.server.json("POST", "/processes/web/_add/0")
+
+    def code_no_signal_number(self):
+        return self.server.json("POST", "/processes/web/_signal")
+
+    def code_io_not_redirected(self):
+        return self.server.json("GET", "/streams/%d/stdout" % self.quiet)
+
+    def code_bad_request(self):
+        return self.server.json("GET", "/%zz")
+
+    def code_unauthorized(self):
+        server = Running(token="secret")
+        self.addCleanup(server.stop_all)
+        return server.json("GET", "/processes")
+
+    def code_forbidden_write(self):
+        return self.server.json("POST", "/streams/%d/stdin" % self.quiet, b"x")
+
+    def code_forbidden_origin(self):
+        return self.server.json("DELETE", "/processes/web", headers={"Origin": "http://evil.example"})
+
+    def code_forbidden_host(self):
+        return self.server.json("GET", "/ping", headers={"Host": "evil.example"})
+
+    def code_forbidden(self):
+        """A process of another user: gaffer's effective user changes for one request."""
+        os.setresuid(65534, 65534, 0)
+        try:
+            return self.server.json("POST", "/processes/%d/_signal/USR1" % self.quiet)
+        finally:
+            os.setresuid(0, 0, 0)
+
+    def code_not_found(self):
+        return self.server.json("GET", "/processes/nobody")
+
+    def code_resource_not_found(self):
+        return self.server.json("POST", "/processes/web/_jump")
+
+    def code_io_not_found(self):
+        return self.server.json("GET", "/streams/web/sound")
+
+    def code_bad_event_type(self):
+        return self.server.json("GET", "/watch/party")
+
+    def code_method_not_allowed(self):
+        return self.server.json("PUT", "/processes", {})
+
+    def code_timeout(self):
+        with http_limits(HEAD_TIME=0.05):
+            wire = self.wire()
+            wire.send(b"GET / HTTP/1.1\r\nHost:")
+            status, _, body = wire.answer()
+            return status, json.loads(body.decode())
+
+    def code_too_large(self):
+        return self.server.json("POST", "/streams/1/stdin", bytes(gaffer.BODY_SIZE + 1))
+
+    def code_uri_too_long(self):
+        return self.server.json("GET", "/" + "x" * gaffer.TARGET_SIZE)
+
+    def code_unsupported_media_type(self):
+        return self.server.json("POST", "/processes", b"x", {"Content-Encoding": "gzip"})
+
+    def code_conflict(self):
+        return self.server.json("POST", "/processes", {"name": "web", "cmd": "cat"})
+
+    def code_upgrade_required(self):
+        return self.server.json("GET", "/wstreams/1")
+
+    def code_headers_too_large(self):
+        return self.server.json("GET", "/", headers={"X-%d" % number: "x" for number in range(gaffer.HEADERS_MAX)})
+
+    def code_internal_error(self):
+        with self.assertLogs("gaffer") as logged:
+            answer = self.server.json("GET", "/boom")
+        self.assertIn("ZeroDivisionError", "".join(logged.output))
+        self.assertNotIn("ZeroDivision", str(answer))
+        return answer
+
+    def code_stdin_full(self):
+        pid, = self.server.add("full", "sleep 60", redirect_input=True)
+        half = bytes(gaffer.STDIN_SIZE * 3 // 4)
+        self.server.ok("POST", "/streams/%d/stdin" % pid, half)
+        return self.server.json("POST", "/streams/%d/stdin" % pid, half)
+
+    def code_busy(self):
+        with http_limits(CONNECTIONS_MAX=0), self.assertLogs("gaffer"):
+            wire = self.wire()
+            status, _, body = wire.answer()
+            return status, json.loads(body.decode())
+
+    def code_stopping(self):
+        server = Running()
+        self.addCleanup(server.stop_all)
+        pid, = server.add("deaf", python(HTTP_DEAF), redirect_input=True)
+        answer, events = server.sse("/streams/%d/stdout?feed=eventsource&since=0" % pid)
+        self.assertEqual(next(events)["data"], "ready")
+        answer.close()
+        answer.connection.close()
+        server.manager.stop()
+
+        def refusal():
+            answer = server.json("POST", "/processes/deaf/_start")      # changes nothing, as it is active
+            return answer[0] != 200 and answer
+        return until(refusal)
+
+    def code_wait_timeout(self):
+        pid, = self.server.add("deaf", python(HTTP_DEAF), redirect_input=True)
+        self.assertEqual(next(self.output(pid)), "ready")
+        return self.server.json("POST", "/processes/deaf/_stop?wait=0.05")
+
+    def test_every_code(self):
+        """All are seen, each with its status, and nothing else is in the error tree."""
+        self.cat("web")
+        self.quiet, = self.server.add("quiet", "sleep 60", redirect_output=[])
+        seen = set()
+        for status, codes in HTTP_CODES.items():
+            for code in codes:
+                with self.subTest(code=code):
+                    if code == "forbidden" and os.getuid() != 0:
+                        seen.add(code)
+                        self.skipTest("only root can have a process that gaffer may not signal")
+                    answer = getattr(self, "code_" + code)()
+                    self.assertError(answer, status, code)
+                    self.assertEqual(list(answer[1]), ["error", "reason"])
+                    self.assertRegex(answer[1]["reason"], r"^[^\n]{10,}$")
+                    seen.add(answer[1]["error"])
+        table = {code for codes in HTTP_CODES.values() for code in codes}
+        self.assertEqual(seen, table, "a code of the table was never seen")
+        self.assertEqual({error.code for error in gaffer.GafferError.__subclasses__()} | {"internal_error"}, table)
+
+
+class HttpSyntax(HttpCase):
+    """What a request is: one way to understand it, or a refusal."""
+
+    def setUp(self):
+        self.hits = []
+        self.options = {"handlers": [("/hit.*", self._hit)]}
+        super().setUp()
+
+    def _hit(self, request):
+        self.hits.append(request.target)
+        return request.body
+
+    def assertBody(self, data, body, hits=1):
+        """`data` is answered with `body`; the connection goes on."""
+        wire = self.wire()
+        wire.send(data + http_bytes("GET", "/ping"))
+        status, _, got = wire.answer()
+        self.assertEqual((status, got), (200, body))
+        self.assertEqual(wire.answer()[2], b"OK")
+        self.assertEqual(len(self.hits), hits)
+        wire.close()
+
+    def test_request_lines(self):
+        """What is no request line, or no HTTP/1."""
+        host = b"\r\nHost: 127.0.0.1\r\n\r\n"
+        for line in (b"GET /", b"GET", b"GET  /hit HTTP/1.1", b"GET /hit  HTTP/1.1", b" GET /hit HTTP/1.1",
+                     b"GET /hit HTTP/1.1 ",
+                     b"GET\t/hit\tHTTP/1.1", b"GET /hit http/1.1", b"GET /h it HTTP/1.1", b"G@T /hit HTTP/1.1",
+                     b"GET hit HTTP/1.1",
+                     b"GET /hit HTTP/1.", b"GET /hit HTTP/1.1.1", b"GET /hit#x HTTP/1.1", b"GET /h\x00it HTTP/1.1",
+                     b"GET /h\x7fit HTTP/1.1", "GET /h\u00eft HTTP/1.1".encode(), b"GET /hit\x0bHTTP/1.1",
+                     b"GET ftp://127.0.0.1/hit HTTP/1.1",
+                     b"CONNECT 127.0.0.1:80 HTTP/1.1", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+                     b"GET /hit\rHTTP/1.1", b"GET /%zz HTTP/1.1",
+                     b"GET /% HTTP/1.1", b"GET /%4 HTTP/1.1", b"GET /%ff HTTP/1.1", b"GET /%c3%28 HTTP/1.1"):
+            with self.subTest(line=line):
+                wire = self.wire()
+                wire.send(line + host)
+                self.assertCode(wire.answer(), 400, "bad_request")
+                wire.close()
+        for line in (b"GET /hit HTTP/2.0", b"GET /hit HTTP/0.9", b"PRI * HTTP/2.0", b"GET /hit HTTP/3",
+                     b"GET /hit HTTP/11"):
+            with self.subTest(line=line):
+                self.assertRefused(line + host, 505)
+        self.assertEqual(self.hits, [])
+
+    def test_header_lines(self):
+        """No space before the colon, no folded line, no control character, no bare CR or LF."""
+        for line in (b"X : y", b" X: y", b"X: y\r\n folded", b"X: y\r\n\tfolded", b"X", b": y", b"X: a\x00b",
+                     b"X: a\x0bb", b"X: a\x7fb",
+                     b"X: a\rb", b"X: a\nb", b"X\xe9: y", b"X[: y", b"X y: z", b"X: y\n", b"\rX: y"):
+            for data in (b"GET /hit HTTP/1.1\r\nHost: 127.0.0.1\r\n" + line + b"\r\n\r\n",
+                         b"GET /hit HTTP/1.1\r\n" + line + b"\r\nHost: 127.0.0.1\r\n\r\n"):
+                with self.subTest(data=data):
+                    self.assertRefused(data)
+        self.assertRefused(b"GET /hit HTTP/1.1\nHost: 127.0.0.1\n\n")
+        self.assertEqual(self.hits, [])
+        for line in ("X:y", "X:", "X: \t y \t", "X: \xe9\xff", "!#$%&'*+-.^_`|~9: y"):
+            with self.subTest(line=line):
+                self.assertEqual(self.ask(http_bytes("GET", "/ping", line))[0], 200)
+
+    def test_smuggling(self):
+        """A length said twice, or so that another server might read it otherwise: 400, closed, and nothing is done."""
+        inner = http_bytes("POST", "/hit-inner")
+        table = [
+            ("Content-Length: 5", "Transfer-Encoding: chunked"), ("Transfer-Encoding: chunked", "Content-Length: 5"),
+            ("Content-Length: 0", "Transfer-Encoding: chunked"), ("Content-Length: 5", "Content-Length: 6"),
+            ("Content-Length: 5", "Content-Length: 5"), ("Content-Length: 5, 6",), ("Content-Length: +5",),
+            ("Content-Length: -5",),
+            ("Content-Length: 0x5",), ("Content-Length: 5 5",), ("Content-Length: ",), ("Content-Length: 5.0",),
+            ("Content-Length: \xb2",),
+            ("Content-Length: 1_0",), ("Content-Length: " + "9" * 30,), ("Content-Length : 5",),
+            ("Content-Length:\x0b5",),
+            ("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), ("Transfer-Encoding: chunked, chunked",),
+            ("Transfer-Encoding: identity",), ("Transfer-Encoding: chunked, identity",),
+            ("Transfer-Encoding: gzip, chunked",),
+            ("Transfer-Encoding: xchunked",), ("Transfer-Encoding: chunked;q=1",), ("Transfer-Encoding: \x0bchunked",),
+            ("Transfer-Encoding : chunked",), ("Transfer-Encoding: \r\n chunked",), ("Transfer-Encoding: 'chunked'",),
+            ("Transfer-Encoding: ",), ("Transfer-Encoding: identity", "Transfer-Encoding: chunked"),
+            ("Host: 127.0.0.1",),
+            ("Host: evil.example",), ("Transfer-Encoding: chunked\nX: y",), ("X: y\rTransfer-Encoding: chunked",),
+        ]
+        for headers in table:
+            with self.subTest(headers=headers):
+                self.assertRefused(http_bytes("POST", "/hit", *headers, body=b"0\r\n\r\n" + inner))
+        self.assertRefused(http_bytes("POST", "/hit", "Transfer-Encoding: chunked", "Connection: keep-alive",
+                                      version="1.0",
+                                      body=http_chunks(b"x") + inner))
+        self.assertEqual(self.hits, [])
+
+    def test_bad_chunks(self):
+        """A chunked body that is none: 400, closed, and nothing is executed."""
+        inner = http_bytes("POST", "/hit-inner")
+        for body in (b"x\r\n", b"+1\r\na\r\n0\r\n\r\n", b"0x1\r\na\r\n0\r\n\r\n", b" 1\r\na\r\n0\r\n\r\n", b"-1\r\n",
+                     b"\r\n", b"1\na\n0\n\n",
+                     b"1\r\nab\r\n0\r\n\r\n", b"2\r\na\r\n0\r\n\r\n" + inner, b"1\r\na\n0\r\n\r\n", b"1\r\na0\r\n\r\n",
+                     b"1_0\r\n", b"1;\x00\r\na\r\n",
+                     b"1;" + b"x" * 10000, b"F" * 9 + b"\r\n", b"0\r\nbad trailer\r\n\r\n", b"0\r\n folded\r\n\r\n",
+                     b"0\r\n" + b"X: %b\r\n" % (b"y" * 1000) * 100 + b"\r\n"):
+            with self.subTest(body=body[:40]):
+                wire = self.wire()
+                wire.send(http_bytes("POST", "/hit", "Transfer-Encoding: chunked", body=body + inner))
+                self.assertIn(wire.answer()[0], (400, 413))
+                self.assertEqual(wire.rest(), b"")
+                wire.close()
+        self.assertEqual(self.hits, [])
+
+    def test_a_body_is_never_the_next_request(self):
+        """Whatever the method, and whether anybody asked for the body."""
+        inner = http_bytes("GET", "/hit-inner")
+        for method, path, status in (("GET", "/ping", 200), ("POST", "/ping", 405), ("DELETE", "/nothing", 404),
+                                     ("OPTIONS", "/x", 204),
+                                     ("POST", "/processes", 400), ("HEAD", "/ping", 200)):
+            for headers, body in (((), inner), (("Transfer-Encoding: chunked",), http_chunks(inner))):
+                with self.subTest(method=method, headers=headers):
+                    wire = self.wire()
+                    wire.send(http_bytes(method, path, *headers, body=body) + http_bytes("GET", "/hit-outer"))
+                    self.assertEqual(wire.answer(method)[0], status)
+                    self.assertEqual(wire.answer()[0], 200)
+                    wire.close()
+        self.assertEqual(set(self.hits), {"/hit-outer"})
+
+    def test_chunked_bodies(self):
+        """Without Content-Length, in any pieces, with extensions and trailers."""
+        chunked = "Transfer-Encoding: chunked"
+        for body in (http_chunks(b"hello"), http_chunks(b"h", b"ell", b"o"), b"5\r\nhello\r\n0\r\nX: y\r\nZ:\r\n\r\n",
+                     b"005\r\nhello\r\n000\r\n\r\n",
+                     b'5;a=b;c="d"\r\nhello\r\n0;x\r\n\r\n'):
+            with self.subTest(body=body):
+                self.hits.clear()
+                self.assertBody(http_bytes("POST", "/hit", chunked, body=body), b"hello")
+        self.hits.clear()
+        self.assertBody(http_bytes("POST", "/hit", "Transfer-Encoding: CHUNKED", body=http_chunks()), b"")
+        info = json.dumps({"name": "web", "cmd": "cat", "start": False}).encode()
+        answer = self.ask(http_bytes("POST", "/processes", chunked,
+                                     body=http_chunks(*(info[i:i + 1] for i in range(len(info))))))
+        self.assertEqual((answer[0], answer[2]), (200, HTTP_OK))
+
+    def test_byte_by_byte(self):
+        """A request may come in any pieces: each byte is its own segment."""
+        wire = self.wire()
+        data = http_bytes("POST", "/hit", "Transfer-Encoding: chunked",
+                          body=http_chunks(b"ab", b"c")) + http_bytes("GET", "/ping")
+        for i in range(len(data)):
+            wire.send(data[i:i + 1])
+        self.assertEqual([wire.answer()[2], wire.answer()[2]], [b"abc", b"OK"])
+
+    def test_empty_lines_before_a_request(self):
+        """Are ignored (RFC 9112 section 2.2)."""
+        wire = self.wire()
+        wire.send(b"\r\n" + http_bytes("GET", "/ping") + b"\r\n\r\n" + http_bytes("GET", "/ping"))
+        self.assertEqual([wire.answer()[2], wire.answer()[2]], [b"OK", b"OK"])
+
+    def test_expect_continue(self):
+        """100 before the body is sent, and never where the answer is a refusal."""
+        for headers, body in (((("Content-Length: 5"),), b"hello"), (("Transfer-Encoding: chunked",),
+                                                                     http_chunks(b"hello"))):
+            with self.subTest(headers=headers):
+                wire = self.wire()
+                wire.send(http_bytes("POST", "/hit", "Expect: 100-Continue", *headers))
+                self.assertEqual([wire.file.readline(), wire.file.readline()], [b"HTTP/1.1 100 Continue\r\n", b"\r\n"])
+                wire.send(body)
+                self.assertEqual(wire.answer()[2], b"hello")
+                wire.send(http_bytes("GET", "/ping"))
+                self.assertEqual(wire.answer()[2], b"OK")
+                wire.close()
+        too_large = "Content-Length: %d" % (64 * gaffer.MIB)
+        for status, code, request in (
+                (413, "too_large", http_bytes("POST", "/hit", "Expect: 100-continue", too_large)),
+                (403, "forbidden_origin", http_bytes("POST", "/hit", "Expect: 100-continue", "Content-Length: 5",
+                                                     "Origin: null")),
+                (403, "forbidden_host", http_bytes("POST", "/hit", "Expect: 100-continue", "Content-Length: 5",
+                                                   host="evil.example")),
+                (415, "unsupported_media_type", http_bytes("POST", "/hit", "Expect: 100-continue", "Content-Length: 5",
+                                                           "Content-Encoding: br")),
+                (417, "bad_request", http_bytes("POST", "/hit", "Expect: miracles", "Content-Length: 5"))):
+            with self.subTest(code=code):
+                self.assertRefused(request, status, code)
+        self.hits.clear()
+        self.assertBody(http_bytes("POST", "/hit", "Expect: 100-continue", "Content-Length: 0"), b"")
+        answer = self.ask(http_bytes("POST", "/hit", "Expect: 100-continue", body=b"old", version="1.0"))
+        self.assertEqual(answer[2], b"old")         # HTTP/1.0 knows no 100 (RFC 9110 section 10.1.1)
+
+    def test_absolute_form(self):
+        """The authority counts as the Host (RFC 9112 section 3.2.2)."""
+        for target in ("http://127.0.0.1/hit?a=1", "HTTP://LOCALHOST:99/hit?a=1", "https://[::1]/hit?a=1"):
+            with self.subTest(target=target):
+                self.hits.clear()
+                self.assertBody(http_bytes("GET", target, host="evil.example"), b"")
+        answer = self.ask(http_bytes("GET", "http://127.0.0.1"))
+        self.assertIn(b"welcome", answer[2])
+        self.assertEqual(self.ask(http_bytes("OPTIONS", "http://127.0.0.1"))[0], 204)
+        self.hits.clear()
+        self.assertCode(self.ask(http_bytes("GET", "http://evil.example/hit")), 403, "forbidden_host")
+        for target in ("http:///hit", "http://user@127.0.0.1/hit", "http://127.0.0.1:x/hit", "http:/hit",
+                       "http://[::1/hit"):
+            with self.subTest(target=target):
+                self.assertCode(self.ask(http_bytes("GET", target)), 400, "bad_request")
+        self.assertEqual(self.hits, [])
+
+    def test_percent_encoding(self):
+        """Each part is decoded once, and never becomes two parts."""
+        self.server.ok("POST", "/processes", {"name": "a:b@c", "cmd": "cat", "start": False})
+        for path in ("/processes/a:b@c", "/processes/a%3ab%40c", "/%70rocesses/%61:b@c", "/processes/a%3Ab%40c/",
+                     "/status/a%3ab%40c"):
+            with self.subTest(path=path):
+                self.assertEqual(self.server.ok("GET", path)["name"], "a:b@c")
+        for path in ("/processes/a%2Fb", "/processes%2Fa:b@c", "/processes/a:b@c%2F_pids", "/processes/%00",
+                     "/processes/a:b@c%00",
+                     "/processes/a%253ab%2540c", "/processes/%2e%2e", "/processes/../processes", "/processes/a:b@c%20",
+                     "/processes/%0d%0aX:y"):
+            with self.subTest(path=path):
+                answer = self.ask(http_bytes("GET", path))
+                self.assertEqual(answer[0], 404, answer)
+                self.assertNotIn("x", answer[1])
+        self.assertEqual(self.hits, [])
+
+    def test_query_given_twice(self):
+        """Or with too many fields: 400."""
+        self.cat("web")
+        for method, path in (("GET", "/processes?running=1&running=1"), ("GET", "/processes?running=1&r%75nning=0"),
+                             ("POST", "/processes/web/_stop?wait=1&wait=2"),
+                             ("GET", "/streams/1/stdout?since=0&since=1"),
+                             ("GET", "/processes?" + "&".join("a%d=" % i for i in range(200)))):
+            with self.subTest(path=path[:40]):
+                self.assertCode(self.ask(http_bytes(method, path)), 400, "bad_request")
+        self.assertEqual(self.server.ok("GET", "/processes?running=1"), [1])
+
+    def test_limits_of_the_head(self):
+        """The target, the number of headers and the whole head: as long as they may be, and one more."""
+        target = "/hit?" + "x" * (gaffer.TARGET_SIZE - 5)
+        self.assertBody(http_bytes("GET", target), b"")
+        self.hits.clear()
+        for longer in (target + "x", "/" + "x" * 200000):
+            self.assertRefused(http_bytes("GET", longer), 414, "uri_too_long")
+        self.assertRefused(b"x" * 100000, 414, "uri_too_long")
+        headers = ["X-%d: y" % number for number in range(gaffer.HEADERS_MAX - 1)]
+        self.assertBody(http_bytes("GET", "/hit", *headers), b"")
+        self.hits.clear()
+        self.assertRefused(http_bytes("GET", "/hit", *headers, "Z: y"), 431, "headers_too_large")
+        room = gaffer.HEAD_SIZE - len(http_bytes("GET", "/hit", "X: ")) + 4
+        self.assertBody(http_bytes("GET", "/hit", "X: " + "y" * room), b"")
+        self.hits.clear()
+        self.assertRefused(http_bytes("GET", "/hit", "X: " + "y" * (room + 1)), 431, "headers_too_large")
+        self.assertRefused(http_bytes("GET", "/hit", "X: " + "y" * 10 ** 6), 431, "headers_too_large")
+        self.assertEqual(self.hits, [])
+
+    def test_limits_of_the_body(self):
+        """One byte more than may be: 413, which the client sees though it sends all of it first."""
+        self.cat("web")
+        most = gaffer.BODY_SIZE
+        space = json.dumps({"name": "big", "cmd": "cat", "start": False}).encode()
+        space += b" " * (most - len(space))
+        for path in ("/processes", "/streams/1/stdin"):
+            for headers, body in (((), space + b" "), (("Transfer-Encoding: chunked",), http_chunks(space, b" ")),
+                                  (("Transfer-Encoding: chunked",), http_chunks(space + b" ")), ((), space * 3)):
+                with self.subTest(path=path, headers=headers):
+                    self.assertRefused(http_bytes("POST", path, *headers, body=body), 413, "too_large")
+        self.assertEqual(self.server.ok("GET", "/processes"), ["web"])
+        self.assertEqual(self.ask(http_bytes("POST", "/processes", body=space))[2], HTTP_OK)
+        self.assertEqual(self.ask(http_bytes("PUT", "/processes/big", "Transfer-Encoding: chunked",
+                                             body=http_chunks(space)))[2], HTTP_OK)
+        for length in (most + 1, 10 ** 17):
+            self.assertRefused(http_bytes("POST", "/processes", "Content-Length: %d" % length), 413, "too_large")
+
+    def test_slow_requests(self):
+        """408 for a head or a body that does not come; a connection without a request is just closed."""
+        with http_limits(HEAD_TIME=0.05, BODY_TIME=0.05, IDLE_TIME=0.05):
+            for data in (b"G", b"GET /hit HTTP/1.1\r\nHost: 127.0.0.1\r\n",
+                         http_bytes("POST", "/hit", "Content-Length: 5") + b"four",
+                         http_bytes("POST", "/hit", "Transfer-Encoding: chunked", body=b"5\r\nx")):
+                with self.subTest(data=data):
+                    self.assertRefused(data, 408, "timeout")
+            self.assertEqual(self.wire().rest(), b"")
+            wire = self.wire()
+            wire.send(http_bytes("GET", "/ping"))
+            self.assertEqual(wire.answer()[2], b"OK")
+            self.assertEqual(wire.rest(), b"")
+        self.assertEqual(self.hits, [])
+
+    def test_leaving_within_a_request(self):
+        """A client that goes within head or body: nothing is executed, nobody else notices."""
+        for data in (b"", b"POST /hit", b"POST /hit HTTP/1.1\r\nHost: 127.0.0.1\r\n",
+                     http_bytes("POST", "/hit", "Content-Length: 5") + b"four",
+                     http_bytes("POST", "/hit", "Transfer-Encoding: chunked", body=b"1\r\nx\r\n"),
+                     http_bytes("POST", "/hit", "Transfer-Encoding: chunked", body=b"1\r\nx\r\n0\r\n")):
+            with self.subTest(data=data):
+                wire = self.wire()
+                wire.send(data)
+                wire.sock.shutdown(socket.SHUT_WR)
+                self.assertEqual(wire.rest(), b"")
+                wire.close()
+        self.assertEqual(self.hits, [])
+
+    def test_half_closed(self):
+        """Who closes its sending side behind a request still gets the answer."""
+        wire = self.wire()
+        wire.send(http_bytes("POST", "/hit", body=b"hello"))
+        wire.sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(wire.answer()[2], b"hello")
+        self.assertEqual(wire.rest(), b"")
+
+    def test_json(self):
+        """One object in UTF-8, with any Content-Type, and nothing else."""
+        for body in (b"", b" ", b"{", b"}", b"{}{}", b"{}\n{}", b"{} x", b"nul", b"NaN", b"{'name': 1}",
+                     b'{"name": "x",}', b'{"name" "x"}',
+                     b'{"name": "x", "cmd": "cat", "graceful_timeout": NaN}',
+                     b'{"name": "x", "cmd": "cat", "graceful_timeout": Infinity}',
+                     b'{"name": "x", "cmd": "cat", "graceful_timeout": -Infinity}', b"[" * 100000,
+                     b"[" * 100000 + b"]" * 100000,
+                     b'{"a":' * 50000 + b"1" + b"}" * 50000, b'{"name": "x", "cmd": "\xff"}',
+                     b'{"name": "x", "cmd": "\xc3\x28"}',
+                     '{"name": "x", "cmd": "cat"}'.encode("utf-16"), b'{"name": "x\n"', b'{"name": "\x01"}',
+                     b"// c\n{}", b"--", b"\0"):
+            with self.subTest(body=body[:50]):
+                reason = self.assertCode(self.ask(http_bytes("POST", "/processes", body=body)), 400, "invalid_json")
+                self.assertLess(len(reason), 400)
+        for body in (b"[]", b"[{}]", b'"x"', b"1", b"null", b"true", b"1e999",
+                     b'{"name": "x", "cmd": "cat", "graceful_timeout": 1e999}',
+                     b'{"name": "x", "cmd": "cat", "numprocesses": %d}' % 10 ** 400, b"{}",
+                     b'{"name": "\\ud800", "cmd": "cat"}',
+                     b'{"name": "x", "cmd": "\\ud800"}', b'{"name": "x", "cmd": "a\\u0000b"}',
+                     b'{"name": "x", "cmd": "cat", "env": {"A": "\\udfff"}}',
+                     b'{"name": "x", "cmd": "cat", "\\ud800": 1}', b'{"name": "x", "cmd": "cat", "cwd": "\\ud800"}'):
+            with self.subTest(body=body[:50]):
+                self.assertCode(self.ask(http_bytes("POST", "/processes", body=body)), 400, "invalid_process_info")
+        big = b'{"name": "x", "cmd": "cat", "numprocesses": ' + b"9" * 100000 + b"}"
+        self.assertEqual(self.ask(http_bytes("POST", "/processes", body=big))[0], 400)
+        self.assertEqual(self.server.ok("GET", "/processes"), [])
+        for number, kind in enumerate((None, "text/plain", "application/x-www-form-urlencoded",
+                                       "application/json; charset=latin-1")):
+            with self.subTest(kind=kind):
+                info = '{"name": "n%d", "cmd": "\u00e9", "start": false, "env": {"A": "\u20ac"}}' % number
+                headers = () if kind is None else ("Content-Type: " + kind,)
+                self.assertEqual(self.ask(http_bytes("POST", "/processes", *headers, body=info.encode()))[0], 200)
+                self.assertEqual(self.server.ok("GET", "/processes/n%d" % number)["env"], {"A": "\u20ac"})
+
+    def test_content_encoding(self):
+        """415 for any but identity; nothing is executed."""
+        for coding in ("gzip", "br", "x", "gzip, identity"):
+            with self.subTest(coding=coding):
+                self.assertRefused(http_bytes("POST", "/hit", "Content-Encoding: " + coding, body=b"x"), 415,
+                                   "unsupported_media_type")
+        self.assertEqual(self.hits, [])
+        self.assertBody(http_bytes("POST", "/hit", "Content-Encoding: Identity", body=b"x"), b"x")
+
+    def test_what_a_client_sends_never_becomes_a_header(self):
+        """Line ends in paths, origins and names come back as text at most."""
+        for data in (http_bytes("GET", "/processes/%0d%0aSet-Cookie:%20a=b"),
+                     http_bytes("GET", "/hit%0d%0aSet-Cookie:%20a=b"),
+                     http_bytes("GET", "/ping", "Origin: http://localhost%0d%0aSet-Cookie: a"),
+                     http_bytes("GET", "/processes?x=%0d%0aSet-Cookie:a"),
+                     http_bytes("GET", "/ping", "Origin: http://localhost\x85Set-Cookie: a")):
+            with self.subTest(data=data):
+                self.assertNotIn("set-cookie", self.ask(data)[1])
+        self.assertRefused(http_bytes("GET", "/ping", "Origin: http://localhost\rSet-Cookie: a"))
+
+
+class HttpConnections(HttpCase):
+    """Keep-alive, pipelining, and what is left after clients have gone."""
+
+    options = {"handlers": [("/status-is-text", lambda request: ("200 OK", [], "x")),
+                            ("/exit", lambda request: sys.exit("x"))]}
+
+    def test_keep_alive(self):
+        """HTTP/1.1 goes on until somebody says close; HTTP/1.0 only where it is asked for."""
+        for version, header, stays, said in (
+                ("1.1", None, True, None), ("1.1", "keep-alive", True, None), ("1.1", "close", False, ["close"]),
+                ("1.1", "Close", False, ["close"]), ("1.1", "x, close", False, ["close"]),
+                ("1.0", None, False, ["close"]),
+                ("1.0", "keep-alive", True, ["keep-alive"]), ("1.0", "Keep-Alive", True, ["keep-alive"]),
+                ("1.0", "close", False, ["close"]),
+                ("1.2", None, True, None)):
+            for path in ("/ping", "/nothing", "/watch?timeout=0.01"):
+                with self.subTest(version=version, header=header, path=path):
+                    headers = () if header is None else ("Connection: " + header,)
+                    wire = self.wire()
+                    wire.send(http_bytes("GET", path, *headers, version=version))
+                    self.assertEqual(wire.answer()[1].get("connection"), said)
+                    if stays:
+                        wire.send(http_bytes("GET", "/ping", "Connection: close"))
+                        self.assertEqual(wire.answer()[2], b"OK")
+                    self.assertEqual(wire.rest(), b"")
+                    wire.close()
+
+    def test_http_1_0_without_host(self):
+        """As it was in 1996."""
+        wire = self.wire()
+        wire.send(b"GET /ping HTTP/1.0\r\n\r\n")
+        self.assertEqual(wire.answer()[2], b"OK")
+        self.assertEqual(wire.rest(), b"")
+
+    def test_fifty_requests_in_one_write(self):
+        """Are answered in order."""
+        for number in range(25):
+            self.server.ok("POST", "/processes", {"name": "n%d" % number, "cmd": "cat", "start": False})
+        wire = self.wire()
+        wire.send(b"".join(http_bytes("GET",
+                                      "/processes/n%d" % n) + http_bytes("POST", "/processes/n%d/_add/%d" % (n, n + 1),
+                                                                         body=b"x" * n)
+                           for n in range(25)))
+        for number in range(25):
+            self.assertEqual(json.loads(wire.answer()[2].decode())["name"], "n%d" % number)
+            self.assertEqual(json.loads(wire.answer()[2].decode()), {"ok": True, "numprocesses": number + 2})
+
+    def test_a_long_poll_within_a_pipeline(self):
+        """What is behind it waits; the order holds."""
+        wire = self.wire()
+        pings = http_bytes("GET", "/ping") * 25
+        wire.send(pings + http_bytes("GET", "/watch/create?since=0") + pings)
+        for _ in range(25):
+            self.assertEqual(wire.answer()[2], b"OK")
+        until(lambda: self.server.http.channels, "the parked request")
+        wire.send(http_bytes("GET", "/nothing"))
+        self.server.ok("POST", "/processes", {"name": "web", "cmd": "cat", "start": False})
+        self.assertEqual(json.loads(wire.answer()[2].decode())["name"], "web")
+        for _ in range(25):
+            self.assertEqual(wire.answer()[2], b"OK")
+        self.assertCode(wire.answer(), 404, "resource_not_found")
+
+    def test_more_behind_a_long_poll_than_is_kept(self):
+        """The rest waits in the socket, and is answered too."""
+        wire = self.wire()
+        count = 3 * gaffer.PIPELINE_SIZE // len(http_bytes("GET", "/ping"))
+        wire.send(http_bytes("GET", "/watch/create?since=0"))
+        until(lambda: self.server.http.channels, "the parked request")
+        sender = threading.Thread(target=wire.send, args=(http_bytes("GET", "/ping") * count,))
+        sender.start()
+        self.addCleanup(sender.join)
+        self.server.ok("POST", "/processes", {"name": "web", "cmd": "cat", "start": False})
+        self.assertEqual(json.loads(wire.answer()[2].decode())["name"], "web")
+        self.assertEqual({wire.answer()[2] for _ in range(count)}, {b"OK"})
+
+    def test_a_thousand_requests_on_one_connection(self):
+        """And the last is answered as the first."""
+        wire = self.wire()
+        for _ in range(1000):
+            wire.send(http_bytes("GET", "/ping"))
+            self.assertEqual(wire.answer()[2], b"OK")
+
+    def test_nothing_is_left_of_who_has_gone(self):
+        """300 connections dropped at random points: threads and descriptors are as before."""
+        self.cat("web")
+        self.server.request("GET", "/ping")
+        self.no_request_threads()
+        threads, descriptors = len(threading.enumerate()), len(open_descriptors())
+        requests = [
+            http_bytes("GET", "/ping"), http_bytes("GET", "/watch"),
+            http_bytes("GET", "/watch?feed=continuous&heartbeat=0.1"),
+            http_bytes("GET", "/streams/1/stdout?feed=eventsource"),
+            http_bytes("GET", "/stats?feed=continuous&interval=0.1"),
+            http_bytes("POST", "/streams/1/stdin", body=b"x" * 1000),
+            http_bytes("GET", "/streams/web/stdout?timeout=1000"),
+            http_bytes("POST", "/processes", "Transfer-Encoding: chunked", body=http_chunks(b"{}")),
+            http_bytes("GET", "*"),
+            http_bytes("GET", "/wstreams/1", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+                       "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==") + WebSocket.encode(1, b"hello\n"),
+        ]
+        chance = random.Random(300)
+        for _ in range(300):
+            data = chance.choice(requests)
+            sock = self.server.connect()
+            sock.sendall(data[:chance.randrange(len(data) + 1)] if chance.random() < 0.5 else data)
+            if chance.random() < 0.3 and data in (requests[0], requests[5]):
+                sock.shutdown(socket.SHUT_WR)
+                sock.recv(1)
+            if chance.random() < 0.3:           # an RST in place of a FIN
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+        until(lambda: len(threading.enumerate()) <= threads, "the end of the threads")
+        until(lambda: len(open_descriptors()) <= descriptors, "the end of the connections")
+        self.assertEqual(self.server.http.channels, set())
+
+        def kept():
+            gc.collect()
+            return [thing for thing in gc.get_objects() if issubclass(type(thing), (gaffer.Channel, gaffer.Connection))]
+        until(lambda: not kept(), "the last reference to a connection")
+        self.assertEqual(self.server.ok("GET", "/processes?running=1"), [1])
+
+    def no_request_threads(self):
+        """Wait until all connections that were closed are forgotten."""
+        until(lambda: not [thread for thread in threading.enumerate() if thread.name == "gaffer-http"],
+              "no request thread")
+
+    def test_the_limit_of_connections_holds_after_faults(self):
+        """Each connection counts once, however it ended."""
+        with self.assertLogs("gaffer"):
+            logging.getLogger("gaffer").error("assertLogs wants one")
+            for path in ("/status-is-text", "/exit", "/ping") * 3:
+                wire = self.wire()
+                wire.send(http_bytes("GET", path, "Connection: close"))
+                wire.rest()
+                wire.close()
+        self.no_request_threads()
+        with http_limits(CONNECTIONS_MAX=2), self.assertLogs("gaffer"):
+            held = [self.wire(), self.wire()]
+            for wire in held:
+                wire.send(http_bytes("GET", "/ping"))
+                self.assertEqual(wire.answer()[2], b"OK")
+            self.assertCode(self.wire().answer(), 503, "busy")
+            for wire in held:
+                wire.close()
+            self.no_request_threads()
+            self.assertEqual(self.ask(http_bytes("GET", "/ping"))[2], b"OK")
+
+    def test_a_refused_return_to_a_thread_is_counted_too(self):
+        """A long poll whose connection finds no thread after its answer ends, and its place is free."""
+        wire = self.wire()
+        wire.send(http_bytes("GET", "/watch/create?since=0"))
+        until(lambda: self.server.http.channels, "the parked request")
+        self.no_request_threads()
+        with http_limits(THREADS_MAX=0), self.assertLogs("gaffer"):
+            self.server.manager.add_process("web", "cat", start=False)
+            self.assertEqual(json.loads(wire.answer()[2].decode())["name"], "web")
+            self.assertCode(wire.answer(), 503, "busy")
+            self.assertEqual(wire.rest(), b"")
+        with http_limits(CONNECTIONS_MAX=1):
+            self.assertEqual(self.ask(http_bytes("GET", "/ping"))[2], b"OK")
+
+
+class HttpAccess(HttpCase):
+    """Section 6: Host, Origin, CORS."""
+
+    FOREIGN = ("http://evil.example", "null", "http://localhost.evil.example", "http://127.0.0.1.evil.example",
+               "http://evil.localhost",
+               "ftp://localhost", "file://", "http://127.0.0.2", "http://127.1", "http://localhost:80:80",
+               "http://localhost:123456",
+               "http://localhost/", "http://localhost@evil.example", "http://evil.example@localhost",
+               "http://localhost http://evil.example",
+               "http://localhost, http://evil.example", "http://0.0.0.0", "http://[::]", "http://[::2]", "http://",
+               "localhost",
+               "http://localhost:x", "http://localhost?", "xhttp://localhost", "http://localhost.", "", "*")
+    LOCAL = ("http://localhost", "https://localhost", "http://localhost:3000", "https://127.0.0.1:8443",
+             "http://127.0.0.1",
+             "http://[::1]", "https://[::1]:65535")
+
+    def setUp(self):
+        self.options = {"handlers": [("/change", self._change)], "allow_hosts": ["gaffer.example", "Other.Example."]}
+        self.changes = 0
+        super().setUp()
+
+    def _change(self, request):
+        self.changes += 1
+        return "changed"
+
+    def upgrade(self, origin, server=None):
+        """The status of a websocket's opening from a page of `origin`."""
+        made = WebSocket((server or self.server).port, "/wstreams/1", "Origin: %s\r\n" % origin)
+        self.addCleanup(made.close)
+        made.file.close()
+        made.sock.close()
+        return made.status
+
+    @staticmethod
+    def cors_names(headers):
+        """The CORS headers among them."""
+        return {name for name in headers if name.startswith("access-control-")}
+
+    def test_local_origins(self):
+        """Pages of this machine may read, change and open websockets."""
+        self.cat("web")
+        for origin in (*self.LOCAL, "http://127.0.0.1:%d" % self.server.port):
+            for method in ("GET", "HEAD", "POST", "PUT", "DELETE"):
+                with self.subTest(origin=origin, method=method):
+                    status, headers, _ = self.ask(http_bytes(method, "/change", "Origin: " + origin), method)
+                    self.assertEqual(status, 200)
+                    self.assertEqual(headers["access-control-allow-origin"], [origin])
+                    self.assertEqual(headers["vary"], ["Origin"])
+                    self.assertEqual(headers["access-control-expose-headers"], ["Gaffer-Offset, Gaffer-Dropped"])
+                    self.assertNotIn("access-control-allow-credentials", headers)
+            self.assertEqual(self.upgrade(origin), 101)
+
+    def test_foreign_origins(self):
+        """May neither change anything nor open a websocket, and cannot read what they get."""
+        self.cat("web")
+        for origin in self.FOREIGN:
+            with self.subTest(origin=origin):
+                for method in ("GET", "HEAD"):
+                    status, headers, _ = self.ask(http_bytes(method, "/ping", "Origin: " + origin), method)
+                    self.assertEqual((status, self.cors_names(headers)), (200, set()))
+                self.changes = 0
+                for method in ("POST", "PUT", "DELETE", "PATCH"):
+                    for body in (b"", b"x=y"):
+                        answer = self.ask(http_bytes(method, "/change", "Origin: " + origin, body=body))
+                        self.assertCode(answer, 403, "forbidden_origin")
+                        self.assertEqual(self.cors_names(answer[1]), set())
+                self.assertEqual(self.changes, 0)
+                self.assertEqual(self.upgrade(origin), 403)
+                status, headers, _ = self.ask(http_bytes("OPTIONS", "/change", "Origin: " + origin), "OPTIONS")
+                self.assertEqual((status, self.cors_names(headers)), (204, set()))
+        self.assertRefused(http_bytes("POST", "/change", "Origin: http://localhost", "Origin: http://evil.example"))
+        self.assertEqual(self.changes, 0)
+        self.assertEqual(self.server.ok("GET", "/processes?running=1"), [1])
+
+    def test_no_origin(self):
+        """No browser: no CORS headers, and everything goes."""
+        answer = self.ask(http_bytes("POST", "/change"))
+        self.assertEqual((answer[0], self.cors_names(answer[1]), self.changes), (200, set(), 1))
+
+    def test_preflight(self):
+        """The headers exactly, whatever is asked for."""
+        for path in ("/processes", "/nothing", "/streams/1/stdin"):
+            with self.subTest(path=path):
+                status, headers, _ = self.ask(http_bytes("OPTIONS", path, "Origin: http://localhost:3000",
+                                                         "Access-Control-Request-Method: PUT",
+                                                         "Access-Control-Request-Headers: x-anything"), "OPTIONS")
+                self.assertEqual(status, 204)
+                self.assertEqual(headers["vary"], ["Origin"])
+                self.assertEqual({name: headers[name] for name in self.cors_names(headers)}, {
+                    "access-control-allow-origin": ["http://localhost:3000"],
+                    "access-control-allow-methods": ["GET, HEAD, POST, PUT, DELETE, OPTIONS"],
+                    "access-control-allow-headers": ["X-Requested-With, X-HTTP-Method-Override, Content-Type, Accept, "
+                                                     "Authorization, Last-Event-ID"],
+                    "access-control-expose-headers": ["Gaffer-Offset, Gaffer-Dropped"],
+                    "access-control-max-age": ["86400"]})
+
+    def test_errors_and_streams_have_cors_headers(self):
+        """Or a page could not read why it was refused."""
+        self.cat("web")
+        for method, path, status in (("GET", "/nothing", 404), ("PUT", "/processes", 405), ("POST", "/processes", 400),
+                                     ("GET", "/watch?feed=eventsource", 200),
+                                     ("GET", "/stats?feed=longpoll&interval=0.1", 200),
+                                     ("GET", "/streams/1/stdout?feed=continuous&since=0", 200), ("GET", "/", 200),
+                                     ("GET", "/streams/1/stdout?timeout=0", 204)):
+            with self.subTest(path=path):
+                connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=TIMEOUT)
+                connection.request(method, path, headers={"Origin": "http://localhost:1"})
+                answer = connection.getresponse()
+                self.assertEqual((answer.status, answer.headers.get_all("Access-Control-Allow-Origin"),
+                                  answer.headers["Vary"]),
+                                 (status, ["http://localhost:1"], "Origin"))
+                answer.close()
+                connection.close()
+        self.assertIn("access-control-allow-origin", self.ask(http_bytes(
+            "POST", "/streams/1/stdin", "Content-Length: 9999999", "Origin: http://localhost"))[1])
+
+    def test_own_origin(self):
+        """The server's own, under each of its names, in its own scheme and with its own port only."""
+        port = self.server.port
+        for host, origin, good in (
+                ("gaffer.example:%d" % port, "http://gaffer.example:%d" % port, True),
+                ("gaffer.example", "http://gaffer.example", True),
+                ("gaffer.example:%d" % port, "https://gaffer.example:%d" % port, False),
+                ("app.localhost:1", "http://app.localhost:1", True),
+                ("gaffer.example:%d" % port, "http://gaffer.example", False),
+                ("gaffer.example:1", "http://gaffer.example:2", False),
+                ("192.0.2.7:80", "http://192.0.2.7:80", True), ("192.0.2.7", "http://192.0.2.8", False),
+                ("gaffer.example", "http://other.example", False), ("gaffer.example", "http://xgaffer.example", False)):
+            with self.subTest(host=host, origin=origin):
+                status, headers, _ = self.ask(http_bytes("POST", "/change", "Origin: " + origin, host=host))
+                self.assertEqual((status, headers.get("access-control-allow-origin")),
+                                 (200, [origin]) if good else (403, None))
+
+    def test_cors_origin(self):
+        """Further origins that were given at start, and those only."""
+        server = Running(cors_origins=["https://app.example", "http://two.example:81/"])
+        self.addCleanup(server.stop_all)
+        self.cat("web", server)
+        for origin, good in (("https://app.example", True), ("http://two.example:81", True),
+                             ("http://localhost:5", True),
+                             ("http://app.example", False), ("https://app.example:444", False),
+                             ("http://two.example", False),
+                             ("https://x.app.example", False), ("https://app.example.evil.example", False),
+                             ("null", False)):
+            with self.subTest(origin=origin):
+                status, headers, _ = self.ask(http_bytes("POST", "/processes/web/_start", "Origin: " + origin),
+                                              server=server)
+                self.assertEqual((status, headers.get("access-control-allow-origin")),
+                                 (200, [origin]) if good else (403, None))
+                self.assertEqual(self.upgrade(origin, server), 101 if good else 403)
+
+    def test_every_origin(self):
+        """'*': changes and websockets too, never with credentials."""
+        server = Running(cors_origins=["*"])
+        self.addCleanup(server.stop_all)
+        self.cat("web", server)
+        for origin in ("http://evil.example", "null", "https://localhost:1"):
+            for method, path, status in (("POST", "/processes/web/_start", 200), ("GET", "/ping", 200),
+                                         ("OPTIONS", "/x", 204)):
+                with self.subTest(origin=origin, method=method):
+                    got, headers, _ = self.ask(http_bytes(method, path, "Origin: " + origin), method, server)
+                    self.assertEqual(got, status)
+                    self.assertIn(headers["access-control-allow-origin"], ([origin], ["*"]))
+                    self.assertNotIn("access-control-allow-credentials", headers)
+            self.assertEqual(self.upgrade(origin, server), 101)
+
+    def test_hosts(self):
+        """Addresses, localhost and names under it, names that were given; nothing that anybody can point here."""
+        table = {
+            200: ("127.0.0.1", "127.0.0.1:5000", "localhost", "LOCALHOST:1", "localhost.", "a.localhost",
+                  "a.b.LocalHost:80", "[::1]", "[::1]:5000",
+                  "192.0.2.1", "[2001:db8::1]", "[::ffff:192.0.2.1]:80", "8.8.8.8", "gaffer.example",
+                  "GAFFER.example:99", "gaffer.example.",
+                  "other.example", "localhost:", "localhost:0", "localhost:65535"),
+            403: ("evil.example", "evil.example:5000", "0.0.0.0", "0.0.0.0:5000", "[::]", "[::]:5000",
+                  "[0:0:0:0:0:0:0:0]", "[::ffff:0.0.0.0]", "0",
+                  "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "127.0.0.1.evil.example", "localhost.evil.example",
+                  "xlocalhost",
+                  "a.gaffer.example", "xgaffer.example", "127.0.0.1.5", "127.0.0.256", "local%68ost",
+                  "127.0.0.1,evil.example", "localhost..",
+                  "_", "*", "127.0.0.1x"),
+            400: ("", " ", "a b", "localhost:x", "localhost:65536", "localhost:-1", "localhost:1:2", "::1", "[::1",
+                  "::1]", "[]", "[::1]x", "[zz]",
+                  "[127.0.0.1]", "[::1]:x", "user@localhost", "http://localhost", "localhost/", "localhost/x",
+                  "localhost?x", ":", ":80",
+                  "[fe80::1%eth0]", "localhost\t:80", "l\xf6calhost", "[::1:80", "localhost#", "[::g]", "[:::]"),
+        }
+        for status, hosts in table.items():
+            for host in hosts:
+                with self.subTest(status=status, host=host):
+                    for method in ("GET", "POST"):
+                        self.changes = 0
+                        answer = self.ask(http_bytes(method, "/change", host=host))
+                        self.assertEqual((answer[0], self.changes), (status, int(status == 200)))
+                        if status != 200:
+                            self.assertCode(answer, status, "bad_request" if status == 400 else "forbidden_host")
+        self.changes = 0
+        self.assertRefused(b"GET /change HTTP/1.1\r\n\r\n")
+        self.assertRefused(http_bytes("GET", "/change", "host: 127.0.0.1"))
+        self.assertRefused(http_bytes("GET", "/change", "host: evil.example"))
+        self.assertRefused(http_bytes("GET", "/change", "Host : 127.0.0.1", host=None))
+        self.assertCode(self.ask(http_bytes("GET", "/change", host="evil.example", version="1.0")), 403,
+                        "forbidden_host")
+        self.assertEqual(self.changes, 0)
+        self.assertEqual(self.ask(http_bytes("GET", "/change", host=None, version="1.0"))[0], 200)
+
+    def test_host_is_checked_first(self):
+        """Before token, origin, method, route, body and upgrade."""
+        server = Running(token="secret")
+        self.addCleanup(server.stop_all)
+        self.cat("web")
+        for data in (http_bytes("GET", "/nothing", host="evil.example"),
+                     http_bytes("OPTIONS", "/", host="evil.example"),
+                     http_bytes("OPTIONS", "*", host="evil.example"), http_bytes("FOO", "/ping", host="evil.example"),
+                     http_bytes("POST", "/", "Origin: http://evil.example", host="evil.example"),
+                     http_bytes("POST", "/", "Content-Length: 999999999", host="evil.example"),
+                     http_bytes("POST", "/", "Content-Length: 5", "Transfer-Encoding: chunked", host="evil.example"),
+                     http_bytes("POST", "/", "Content-Encoding: gzip", host="evil.example"),
+                     http_bytes("GET", "/%zz", host="evil.example"),
+                     http_bytes("GET", "/ping", "Expect: x", host="evil.example"),
+                     http_bytes("GET", "/processes?a=1&a=1", host="evil.example"),
+                     http_bytes("GET", "/wstreams/1", "Upgrade: websocket", "Connection: upgrade",
+                                host="evil.example")):
+            for each in (self.server, server):
+                with self.subTest(data=data, token=each is server):
+                    self.assertCode(self.ask(data, server=each), 403, "forbidden_host")
+                    self.assertCode(self.ask(data.replace(b"evil.example", b"a b", 1), server=each), 400, "bad_request")
+
+
+class HttpToken(HttpCase):
+    """With a token every request needs it, but OPTIONS and GET or HEAD /ping."""
+
+    TOKEN = "s\u00e9cret: word"
+    options = {"token": TOKEN, "handlers": [("/hit", lambda request: "hit")]}
+
+    @staticmethod
+    def basic(text):
+        """An Authorization header."""
+        return "Authorization: Basic " + base64.b64encode(text.encode()).decode()
+
+    def test_without(self):
+        """401 for everything, with what makes a browser ask."""
+        for method, path in (("GET", "/"), ("GET", "/processes"), ("POST", "/processes"), ("GET", "/nothing"),
+                             ("PUT", "/ping"), ("POST", "/ping"),
+                             ("GET", "/ping/x"), ("GET", "/pingx"), ("GET", "/hit"), ("GET", "/wstreams/1"),
+                             ("HEAD", "/processes"),
+                             ("FOO", "/"), ("DELETE", "/processes/web"), ("GET", "/watch?feed=eventsource"),
+                             ("GET", "//ping"), ("GET", "/x/../ping")):
+            with self.subTest(method=method, path=path):
+                answer = self.ask(http_bytes(method, path), method)
+                self.assertEqual(answer[0], 401)
+                self.assertRegex(answer[1]["www-authenticate"][0], "^Basic realm=")
+                if method != "HEAD":
+                    self.assertCode(answer, 401, "unauthorized")
+        made = self.websocket("/wstreams/1")
+        self.assertEqual(made.status, 401)
+
+    def test_what_needs_none(self):
+        """OPTIONS anywhere, and the ping."""
+        for method, path, status in (("GET", "/ping", 200), ("HEAD", "/ping", 200), ("GET", "/ping/", 200),
+                                     ("GET", "/ping?x=y", 200),
+                                     ("OPTIONS", "/processes", 204), ("OPTIONS", "*", 204), ("OPTIONS", "/ping", 204)):
+            with self.subTest(method=method, path=path):
+                self.assertEqual(self.ask(http_bytes(method, path), method)[0], status)
+
+    def test_right_and_wrong(self):
+        """Bearer, or Basic with the token as password and any user."""
+        token = self.TOKEN.encode().decode("latin-1")
+        good = ["Authorization: Bearer " + token, "authorization: bearer " + token, "Authorization: BEARER  " + token,
+                self.basic("gaffer:" + self.TOKEN), self.basic(":" + self.TOKEN),
+                self.basic("x:" + self.TOKEN).replace("Basic", "basic")]
+        bad = ["Authorization: ", "Authorization: Bearer", "Authorization: Bearer ", "Authorization: Bearer x",
+               "Authorization: Bearer " + token[:-1],
+               "Authorization: Bearer %sx" % token, "Authorization: " + token, "Authorization: Digest " + token,
+               self.basic(self.TOKEN.partition(":")[0]),
+               self.basic(self.TOKEN + ":"), self.basic("x:"), self.basic("x:%s:" % self.TOKEN),
+               "Authorization: Basic ",
+               "Authorization: Basic !!!", "Authorization: Basic \xff", "Authorization: Basic " + token,
+               "X-Authorization: Bearer " + token,
+               "Cookie: token=" + token, "Authorization: Bearer \xff\xfe", "Authorization: Bearer " + token.upper()]
+        for headers, status in [(header, 200) for header in good] + [(header, 401) for header in bad]:
+            with self.subTest(headers=headers):
+                self.assertEqual(self.ask(http_bytes("GET", "/processes", headers))[0], status)
+                self.assertEqual(self.ask(http_bytes("POST", "/hit", headers, body=b"x"))[0], status)
+        self.assertRefused(http_bytes("GET", "/processes", bad[0], good[0]))
+        self.assertEqual(self.ask(http_bytes("GET", "/processes?token=" + urllib.parse.quote(self.TOKEN)))[0], 401)
+
+    def test_unauthorized_body_is_not_executed(self):
+        """And never becomes the next request."""
+        wire = self.wire()
+        wire.send(http_bytes("POST", "/hit", body=http_bytes("GET", "/ping")))
+        self.assertCode(wire.answer(), 401, "unauthorized")
+        self.assertEqual(wire.rest(), b"")
+
+    def test_a_page_can_read_the_refusal(self):
+        """401 has CORS headers for an allowed origin, 403 comes before it for a foreign one."""
+        answer = self.ask(http_bytes("GET", "/processes", "Origin: http://localhost"))
+        self.assertEqual((answer[0], answer[1]["access-control-allow-origin"]), (401, ["http://localhost"]))
+        self.assertEqual(self.ask(http_bytes("POST", "/processes", "Origin: http://evil.example"))[0], 403)
+
+    def test_websocket_with_basic(self):
+        """What a browser sends of http://user:token@host."""
+        self.assertEqual(self.ask(http_bytes("POST", "/processes", self.basic("x:" + self.TOKEN), body=json.dumps(
+            {"name": "cat", "cmd": "cat", "redirect_input": True}).encode()))[2], HTTP_OK)
+        made = self.websocket("/wstreams/1", self.basic("x:" + self.TOKEN) + "\r\n")
+        self.assertEqual(made.status, 101)
+        made.text("hi\n")
+        self.assertEqual(made.read(), (1, b"hi\n"))
+
+    def test_the_token_is_not_passed_on(self):
+        """Not in the environment of a process, nor in what the server shows."""
+        status, _, data = self.server.request("POST", "/processes", {"name": "env", "cmd": "env"},
+                                              {"Authorization": self.basic(":" + self.TOKEN)[15:]})
+        self.assertEqual(status, 200, data)
+        answer = self.server.stream("/streams/env/stdout?feed=eventsource&since=0",
+                                    {"Authorization": self.basic(":" + self.TOKEN)[15:]})
+        names = set()
+        for event in sse_events(answer):
+            names.add(event["data"].partition("=")[0])
+            if "PYTHONUNBUFFERED" in names or event["event"] == "exit":
+                break
+        self.assertNotIn("GAFFER_TOKEN", names)
+        answer.close()
+        answer.connection.close()
+
+
+class HttpEndpoints(HttpCase):
+    """Where a server listens: TLS, unix sockets, IPv6, several at once; and where it refuses to."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.folder = tempfile.mkdtemp()
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
+        cls.cert, cls.key = os.path.join(cls.folder, "cert.pem"), os.path.join(cls.folder, "key.pem")
+        if shutil.which("openssl"):
+            subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+                            "-nodes", "-days", "2",
+                            "-subj", "/CN=localhost", "-keyout", cls.key, "-out", cls.cert], check=True,
+                            stdin=subprocess.DEVNULL,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=TIMEOUT)
+
+    def tls(self, **options):
+        """(a server with TLS, a client's context)."""
+        if not os.path.exists(self.cert):
+            self.skipTest("there is no openssl program to make a certificate")
+        server = self.listen(gaffer.HttpEndpoint("127.0.0.1:0", self.cert, self.key), **options)
+        server.port = int(server.url.rpartition(":")[2])
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.load_verify_locations(self.cert)
+        return server, context
+
+    def listen(self, *endpoints, **options):
+        """A server on endpoints (HttpEndpoints, or addresses)."""
+        made = Running(endpoints=[gaffer.HttpEndpoint(each) if isinstance(each, str) else each for each in endpoints],
+                       **options)
+        self.addCleanup(made.stop_all)
+        return made
+
+    def secure(self, server, context):
+        """An HttpWire over TLS."""
+        made = HttpWire(context.wrap_socket(server.connect()))
+        self.addCleanup(made.close)
+        return made
+
+    def local(self, path):
+        """An HttpWire to a unix socket."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(TIMEOUT)
+        sock.connect(path)
+        made = HttpWire(sock)
+        self.addCleanup(made.close)
+        return made
+
+    def ping(self, wire):
+        """One request on a wire, which is then closed."""
+        wire.send(http_bytes("GET", "/ping", host="localhost"))
+        self.assertEqual(wire.answer()[2], b"OK")
+        wire.close()
+
+    def test_tls_with_http_client(self):
+        """Requests, a body of a megabyte, keep-alive."""
+        server, context = self.tls(handlers=[("/echo", lambda request: request.body)])
+        self.assertTrue(server.url.startswith("https://127.0.0.1:"))
+        connection = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=TIMEOUT, context=context)
+        self.addCleanup(connection.close)
+        for body in (b"", b"x", os.urandom(gaffer.MIB), b"y"):
+            connection.request("POST", "/echo", body)
+            answer = connection.getresponse()
+            self.assertEqual((answer.status, answer.read()), (200, body))
+        connection.request("GET", "/ping", headers={"Origin": server.url})
+        answer = connection.getresponse()
+        self.assertEqual((answer.read(), answer.headers["Access-Control-Allow-Origin"]), (b"OK", server.url))
+
+    def test_tls_ends_with_a_close_notify(self):
+        """Or a client could not tell an end from a cut (RFC 8446 section 6.1)."""
+        server, context = self.tls()
+        wire = self.secure(server, context)         # suppress_ragged_eofs is true: look below the file
+        wire.sock.suppress_ragged_eofs = False
+        wire.send(http_bytes("GET", "/ping", "Connection: close"))
+        self.assertEqual(wire.answer()[2], b"OK")
+        self.assertEqual(wire.sock.recv(10), b"")
+
+    def test_hanging_handshake_blocks_nobody(self):
+        """Nor does plain HTTP on a TLS port, nor a stop while they hang."""
+        server, context = self.tls()
+        hanging = [server.connect() for _ in range(5)]
+        for number, sock in enumerate(hanging):
+            self.addCleanup(sock.close)
+            sock.sendall((b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00",
+                          b"\0" * 100)[number])
+        self.ping(self.secure(server, context))
+        server.stop_all()
+        for sock in hanging:
+            with contextlib.suppress(ConnectionError):
+                while sock.recv(1000):
+                    pass
+
+    def test_handshake_that_never_ends(self):
+        """Is cut after a while."""
+        server, _ = self.tls()
+        with http_limits(HANDSHAKE_TIME=0.05), server.connect() as sock:
+            self.assertEqual(sock.recv(1), b"")
+
+    def test_streams_over_tls(self):
+        """Server-sent events and a websocket; what came with the request, and more than one record at once."""
+        server, context = self.tls()
+        connection = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=TIMEOUT, context=context)
+        self.addCleanup(connection.close)
+        connection.request("POST", "/processes", json.dumps({"name": "cat", "cmd": "cat", "redirect_input": True}))
+        self.assertEqual(connection.getresponse().read(), HTTP_OK)
+        connection.request("GET", "/streams/1/stdout?feed=eventsource&since=0")
+        stream = connection.getresponse()
+        self.addCleanup(stream.close)
+        events = sse_events(stream)
+        made = WebSocket(server.port, "/wstreams/1?type=binary", early=WebSocket.encode(2, b"early\n"),
+                         sock=context.wrap_socket(server.connect()))
+        self.addCleanup(made.close)
+        self.assertEqual(made.status, 101)
+        self.assertEqual(made.read(), (2, b"early\n"))
+        self.assertEqual(next(events)["data"], "early")
+        big = b"".join(b"%05d %b\n" % (number, b"x" * 94) for number in range(2000))
+        made.binary(big)
+        echo = b""
+        while len(echo) < len(big):
+            opcode, data = made.read()
+            self.assertEqual(opcode, 2)
+            echo += data
+        self.assertEqual(echo, big)
+        text, expected = "", big.decode().replace("\n", "")
+        while len(text) < len(expected):            # a line may come in two parts where its end was late
+            text += next(events)["data"]
+        self.assertEqual(text, expected)
+        made.frame(8, struct.pack("!H", 1000))
+        self.assertEqual(made.read(), (8, struct.pack("!H", 1000)))
+        self.assertEqual(made.read(), (None, b""))
+
+    def test_long_poll_over_tls(self):
+        """Parked, answered, and the connection goes on, with what was sent meanwhile."""
+        server, context = self.tls()
+        wire = self.secure(server, context)
+        wire.send(http_bytes("GET", "/watch/create?since=0") + http_bytes("GET", "/ping"))
+        until(lambda: server.http.channels, "the parked request")
+        wire.send(http_bytes("GET", "/nothing"))
+        server.manager.add_process("web", "cat", start=False)
+        self.assertEqual(json.loads(wire.answer()[2].decode())["name"], "web")
+        self.assertEqual(wire.answer()[2], b"OK")
+        self.assertEqual(wire.answer()[0], 404)
+
+    def test_stop_with_open_tls_connections(self):
+        """Ends them at once, without a word in the log."""
+        server, context = self.tls()
+        wires = [self.secure(server, context) for _ in range(6)]
+        for wire, data in zip(wires, (b"", b"GET", http_bytes("GET", "/ping"), http_bytes("GET", "/watch"),
+                                      http_bytes("GET", "/watch?feed=continuous"),
+                                      http_bytes("POST", "/processes", "Content-Length: 5"))):
+            if data:
+                wire.send(data)
+        until(lambda: len(server.http.channels) == 2, "two on the loop")
+        with self.assertLogs("gaffer", "ERROR") as logged:
+            server.stop_all()
+            logging.getLogger("gaffer").error("barrier")
+        self.assertEqual(len(logged.output), 1, logged.output)
+
+    def test_bad_certificates(self):
+        """Are told in a sentence at start."""
+        for certfile, keyfile in (("/no/such/cert.pem", None), (__file__, __file__), (self.cert, __file__),
+                                  (self.cert, None)):
+            with self.subTest(certfile=certfile,
+                              keyfile=keyfile), self.assertRaisesRegex(gaffer.StartError,
+                                                                       "certificate .*%s" % re.escape(certfile)):
+                self.listen(gaffer.HttpEndpoint("127.0.0.1:0", certfile, keyfile))
+        with self.assertRaises(gaffer.StartError):
+            gaffer.HttpEndpoint("127.0.0.1:0", None, self.key)
+
+    def test_unix_socket(self):
+        """Only its owner may use it; it goes with the server."""
+        path = os.path.join(self.folder, "own.sock")
+        server = self.listen("unix:" + path)
+        self.assertEqual(server.http.urls, ["unix:" + path])
+        mode = os.lstat(path).st_mode
+        self.assertTrue(stat.S_ISSOCK(mode))
+        self.assertEqual(stat.S_IMODE(mode), 0o600)
+        self.ping(self.local(path))
+        self.assertCode((lambda wire: (wire.send(http_bytes("GET", "/ping", host="evil.example")),
+                                       wire.answer())[1])(self.local(path)), 403, "forbidden_host")
+        wire = self.local(path)
+        wire.send(http_bytes("GET", "/watch/create?feed=eventsource&since=0"))
+        server.manager.add_process("web", "cat", start=False)
+        lines = iter(wire.file.readline, b"")
+        self.assertIn(b"event: create\n", lines)
+        server.stop_all()
+        self.assertFalse(os.path.lexists(path))
+
+    def test_stale_unix_socket(self):
+        """What a dead server left is taken away; a living one's is not, nor is a file."""
+        path = os.path.join(self.folder, "stale.sock")
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(path)
+            dead.listen(1)
+        server = self.listen("unix:" + path)
+        self.ping(self.local(path))
+        self.assertEqual(stat.S_IMODE(os.lstat(path).st_mode), 0o600)
+        with self.assertRaisesRegex(gaffer.StartError, "another program"):
+            self.listen("unix:" + path)
+        self.ping(self.local(path))
+        server.stop_all()
+        with open(path, "w") as file:
+            file.write("precious")
+        with self.assertRaisesRegex(gaffer.StartError, re.escape(path)):
+            self.listen("unix:" + path)
+        with open(path) as file:
+            self.assertEqual(file.read(), "precious")
+        os.unlink(path)
+
+    def test_unix_sockets_that_cannot_be(self):
+        """A folder that is not there, a path that is too long."""
+        for path in ("/no/such/folder/x.sock", os.path.join(self.folder, "x" * 200), self.folder):
+            with self.subTest(path=path), self.assertRaisesRegex(gaffer.StartError, "cannot listen on unix:"):
+                self.listen(gaffer.HttpEndpoint("unix:" + path))
+        self.assertTrue(os.path.isdir(self.folder))
+
+    def test_ipv6(self):
+        """[::1], with its own Host and Origin."""
+        try:
+            with socket.socket(socket.AF_INET6) as probe:
+                probe.bind(("::1", 0))
+        except OSError:
+            self.skipTest("there is no ::1")
+        server = self.listen("[::1]:0")
+        self.assertRegex(server.url, r"^http://\[::1\]:[0-9]+$")
+        wire = HttpWire(socket.create_connection(("::1", server.port), TIMEOUT))
+        self.addCleanup(wire.close)
+        wire.send(http_bytes("POST", "/processes/x/_start", "Origin: " + server.url, host="[::1]:%d" % server.port))
+        self.assertCode(wire.answer(), 404, "not_found")
+
+    def test_several_endpoints(self):
+        """One server behind all of them."""
+        path = os.path.join(self.folder, "several.sock")
+        server = self.listen("127.0.0.1:0", "unix:" + path, "localhost:0")
+        self.assertEqual(len(server.http.urls), 3)
+        self.assertRegex(server.http.urls[2], "^http://127.0.0.1:[0-9]+$")
+        server.ok("POST", "/processes", {"name": "web", "cmd": "cat", "start": False})
+        for wire in (self.local(path), HttpWire(socket.create_connection(("127.0.0.1",
+                                                                          int(server.http.urls[2].rpartition(":")[2])),
+                                                                          TIMEOUT))):
+            self.addCleanup(wire.close)
+            wire.send(http_bytes("GET", "/processes"))
+            self.assertEqual(wire.answer()[2], b'["web"]\n')
+
+    def test_plain_and_tls_together(self):
+        """Each endpoint has its own certificate, or none."""
+        server, context = self.tls()
+        server.stop_all()
+        server = self.listen("127.0.0.1:0", gaffer.HttpEndpoint("127.0.0.1:0", self.cert, self.key))
+        self.ping(self.wire(server))
+        server.port = int(server.http.urls[1].rpartition(":")[2])
+        self.ping(self.secure(server, context))
+
+    def test_open_to_others_only_with_a_token(self):
+        """An error at start, not a warning; with a token it may."""
+        for address in ("0.0.0.0:0", "[::]:0"):
+            with self.subTest(address=address):
+                try:
+                    socket.create_server((address.rpartition(":")[0].strip("[]"), 0),
+                                         family=socket.AF_INET6 if "[" in address else socket.AF_INET).close()
+                except OSError:
+                    self.skipTest("there is no IPv6")
+                with self.assertRaisesRegex(gaffer.StartError, "token"):
+                    self.listen(gaffer.HttpEndpoint("127.0.0.1:0"), gaffer.HttpEndpoint(address))
+                server = self.listen(address, token="secret")
+                self.assertEqual(server.request("GET", "/processes")[0], 401)
+                self.assertEqual(server.request("GET", "/processes", headers={"Authorization": "Bearer secret"})[0],
+                                 200)
+                status = self.ask(http_bytes("GET", "/ping", host="0.0.0.0:%d" % server.port), server=server)[0]
+                self.assertEqual(status, 403)
+
+    def test_port_in_use(self):
+        """A sentence that says so; what was open already is closed again."""
+        with self.assertRaises(gaffer.StartError) as caught:
+            self.listen("127.0.0.1:0", "127.0.0.1:%d" % self.server.port)
+        sentence = str(caught.exception)
+        self.assertIn("127.0.0.1:%d" % self.server.port, sentence)
+        self.assertIn("in use", sentence)
+        self.assertNotIn("\n", sentence)
+        self.ping(self.wire())
+
+    def test_addresses(self):
+        """What is no address is told in a sentence."""
+        for bind in ("", "5000", "127.0.0.1", ":5000", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:65536", "127.0.0.1:-1",
+                     "::1:5000", "[::1]", "unix:",
+                     "http://127.0.0.1:5000", "127.0.0.1:5000/", "[::1:5000", "a:b:1", "127.0.0.1:5000 "):
+            with self.subTest(bind=bind), self.assertRaisesRegex(gaffer.StartError, "address"):
+                gaffer.HttpEndpoint(bind)
+        with self.assertRaisesRegex(gaffer.StartError, "no-such-host.invalid"):
+            self.listen(gaffer.HttpEndpoint("no-such-host.invalid:0"))
+
+    def test_two_servers_in_one_process(self):
+        """Share nothing."""
+        other = self.listen("127.0.0.1:0")
+        self.assertEqual((self.cat("web"), self.cat("web", other)), ([1], [1]))
+        self.server.ok("DELETE", "/processes/web")
+        self.assertEqual((self.server.ok("GET", "/processes"), other.ok("GET", "/processes")), ([], ["web"]))
+        self.server.stop_all()
+        self.assertEqual(other.ok("GET", "/processes?running=1"), [1])
+
+    def test_a_port_can_be_had_again_at_once(self):
+        """After a stop with connections open."""
+        wire = self.wire()
+        wire.send(http_bytes("GET", "/ping"))
+        self.assertEqual(wire.answer()[2], b"OK")
+        port = self.server.port
+        self.server.stop_all()
+        self.assertEqual(wire.rest(), b"")
+        self.ping(self.wire(self.listen("127.0.0.1:%d" % port)))
+
+
+def http_socket_class(seen, **more):
+    """A WebSocketHandler class that puts what happens to it into the queue `seen`; further methods in `more`."""
+    def message(self, data):
+        seen.put(("message", data))
+        self.send(data)
+    return type("HttpSocket", (gaffer.WebSocketHandler,), dict({
+        "open": lambda self: seen.put(("open", self)), "message": message,
+        "close": lambda self, code, reason: seen.put(("close", code, reason))}, **more))
+
+
+class HttpLibrary(HttpCase):
+    """Section 7: what a program adds to the server."""
+
+    def serve(self, **options):
+        """Another server, with options."""
+        made = Running(**options)
+        self.addCleanup(made.stop_all)
+        return made
+
+    def test_routes(self):
+        """What a callable may return, and what the client gets."""
+        results = {
+            "str": ("gr\u00fcn", 200, "text/plain; charset=utf-8", "gr\u00fcn".encode()),
+            "bytes": (b"\0\xff", 200, "application/octet-stream", b"\0\xff"),
+            "dict": ({"a": [1]}, 200, "application/json", b'{"a": [1]}\n'),
+            "list": ([1, "x"], 200, "application/json", b'[1, "x"]\n'),
+            "tuple": ((201, {"Content-Type": "text/html", "X-A": "b"}, "<p>"), 201, "text/html", b"<p>"),
+            "pairs": ((404, [("X-A", "b")], {"no": 1}), 404, "application/json", b'{"no": 1}\n'),
+            "empty": ("", 200, "text/plain; charset=utf-8", b""),
+            "length": ((200, [("Content-Length", "3")], "abc"), 200, "text/plain; charset=utf-8", b"abc"),
+            "strange": ((299, [], b"x"), 299, "application/octet-stream", b"x"),
+            "response": (gaffer.Response(b"x", 203, [("X-A", "b")], "image/png"), 203, "image/png", b"x"),
+        }
+        server = self.serve(handlers=[("/r/([a-z]+)", lambda request, name: results[name][0])])
+        for name, (_, status, kind, body) in results.items():
+            with self.subTest(name=name):
+                wire = self.wire(server)
+                wire.send(http_bytes("GET", "/r/" + name) + http_bytes("HEAD",
+                                                                       "/r/" + name) + http_bytes("GET", "/ping"))
+                got, headers, data = wire.answer()
+                self.assertEqual((got, headers["content-type"], data), (status, [kind], body))
+                if name in ("tuple", "pairs", "response"):
+                    self.assertEqual(headers["x-a"], ["b"])
+                again, same, _ = wire.answer("HEAD")
+                self.assertEqual((again, dict(same, date=0)), (got, dict(headers, date=0)))
+                self.assertEqual(wire.answer()[2], b"OK")
+                wire.close()
+
+    def test_answers_without_a_body(self):
+        """204 and 304 have none, whatever the callable says: the next answer would be read wrong."""
+        server = self.serve(handlers=[("/r/([0-9]+)", lambda request, status: (int(status), [], "body"))])
+        for status in (204, 304):
+            with self.subTest(status=status):
+                wire = self.wire(server)
+                wire.send(http_bytes("GET", "/r/%d" % status) + http_bytes("GET", "/ping"))
+                got, headers, _ = wire.answer()
+                self.assertEqual((got, headers.get("transfer-encoding")), (status, None))
+                self.assertEqual(wire.answer()[2], b"OK")
+                wire.close()
+
+    def test_routes_that_fail(self):
+        """500, the traceback in the log and nothing of it in the answer."""
+        def fail(request, kind):
+            if kind == "raise":
+                raise RuntimeError("secret")
+            return {"object": object(), "set": {"secret"}, "tuple": (1, 2),
+                    "split": (200, {"X": "secret\r\nSet-Cookie: a=b"}, ""),
+                    "name": (200, {"X\r\nY": "secret"}, ""), "nul": (200, {"X": "a\0"}, ""),
+                    "status": ("200 secret", [], ""),
+                    "headers": (200, None, "secret"), "euro": (200, {"X": "secret \u20ac"}, ""),
+                    "nan": (200, [], {1, 2}),
+                    "surrogate": "secret \ud800"}[kind]
+        server = self.serve(handlers=[("/r/([a-z]+)", fail)])
+        for kind in ("raise", "object", "set", "tuple", "split", "name", "nul", "status", "headers", "euro", "nan",
+                     "surrogate"):
+            with self.subTest(kind=kind), self.assertLogs("gaffer", "ERROR") as logged:
+                wire = self.wire(server)
+                wire.send(http_bytes("GET", "/r/" + kind))
+                answer = wire.answer()
+                self.assertCode(answer, 500, "internal_error")
+                self.assertNotIn(b"secret", answer[2])
+                self.assertNotIn("set-cookie", answer[1])
+                self.assertIn("Traceback", "".join(logged.output))
+                wire.close()
+
+    def test_routes_may_raise_errors_of_gaffer(self):
+        """They are answered as what they are."""
+        def handler(request):
+            return request.json()
+        server = self.serve(handlers=[("/json", handler)])
+        self.assertEqual(self.ask(http_bytes("POST", "/json", body=b'{"a": 1}'), server=server)[2], b'{"a": 1}\n')
+        self.assertCode(self.ask(http_bytes("POST", "/json", body=b"{"), server=server), 400, "invalid_json")
+        self.assertCode(self.ask(http_bytes("POST", "/json", body=b"NaN"), server=server), 400, "invalid_json")
+
+    def test_what_a_route_is_told(self):
+        """The request, and the groups of its pattern, decoded once."""
+        seen = []
+        server = self.serve(handlers=[("/hello/([^/]+)(/x)?", lambda request,
+                                       *groups: seen.append((request, groups)) or "ok"),
+                                       ("/hello/.*", lambda request: "second")])
+        self.assertEqual(self.ask(http_bytes("PUT", "/hello/a%2Fb%2541?q=%31&e=", "X-A: 1", "X-A: 2", body=b"body"),
+                                  server=server)[2], b"ok")
+        request, groups = seen[0]
+        self.assertEqual((request.method, request.query, request.headers["x-a"], request.body, groups),
+                         ("PUT", {"q": "1", "e": ""}, "1, 2", b"body", ("a/b%41", None)))
+        self.assertRegex(request.client, "^127.0.0.1:[0-9]+$")
+        self.assertEqual(self.ask(http_bytes("GET", "/hello/a/b"), server=server)[2], b"second")
+        self.assertCode(self.ask(http_bytes("GET", "/hello"), server=server), 404, "resource_not_found")
+        self.assertCode(self.ask(http_bytes("GET", "/x/hello/a"), server=server), 404, "resource_not_found")
+
+    def test_routes_run_on_their_own_thread(self):
+        """One that waits holds nobody, and may call the manager."""
+        enter, leave = threading.Event(), threading.Event()
+
+        def slow(request):
+            enter.set()
+            leave.wait(TIMEOUT)
+            server.manager.add_process("made", "cat", start=False)
+            return server.manager.info("made")["cmd"]
+        server = self.serve(handlers=[("/slow", slow), ("/processes", lambda request: "never")])
+        wire = self.wire(server)
+        wire.send(http_bytes("GET", "/slow"))
+        self.assertTrue(enter.wait(TIMEOUT))
+        self.assertEqual(self.ask(http_bytes("GET", "/processes"), server=server)[2], b"[]\n")
+        leave.set()
+        self.assertEqual(wire.answer()[2], b"cat")
+
+    def test_max_body(self):
+        """Is the limit of what was added, not of the API."""
+        server = self.serve(handlers=[("/echo", lambda request: request.body)], max_body=3 * gaffer.MIB)
+        body = os.urandom(3 * gaffer.MIB)
+        self.assertEqual(self.ask(http_bytes("POST", "/echo", body=body), server=server)[2], body)
+        self.assertEqual(self.ask(http_bytes("POST", "/echo", "Transfer-Encoding: chunked", body=http_chunks(body)),
+                                  server=server)[2], body)
+        self.assertRefused(http_bytes("POST", "/echo", body=body + b"x"), 413, "too_large", server)
+        self.assertRefused(http_bytes("POST", "/processes", body=body), 413, "too_large", server)
+
+    def socket_server(self, **more):
+        """(server, queue of what its WebSocketHandler sees)."""
+        seen = queue.Queue()
+        return self.serve(handlers=[("/socket(?:/(.*))?", http_socket_class(seen, **more))]), seen
+
+    def open_socket(self, server, path="/socket", headers="", early=b""):
+        """A WebSocket, closed after the test."""
+        made = WebSocket(server.port, path, headers, early)
+        self.addCleanup(made.close)
+        return made
+
+    def test_websocket_route(self):
+        """Text stays text, bytes stay bytes; fragments are joined; the close code of the client comes, once."""
+        server, seen = self.socket_server()
+        made = self.open_socket(server, "/socket/a%20b?x=1", early=WebSocket.encode(1, b"early"))
+        self.assertEqual(made.status, 101)
+        kind, handler = seen.get(timeout=TIMEOUT)
+        self.assertEqual((kind, handler.args, handler.request.query), ("open", ["a b"], {"x": "1"}))
+        self.assertEqual(made.read(), (1, b"early"))
+        made.text("h\u00e9")
+        made.binary(b"\0\xff")
+        made.frame(1, b"one ", final=False)
+        made.frame(9, b"ping")
+        made.frame(0, b"two")
+        made.binary(b"")
+        made.binary(bytes(70000))
+        self.assertEqual([made.read() for _ in range(6)],
+                         [(1, "h\u00e9".encode()), (2, b"\0\xff"), (10, b"ping"), (1, b"one two"), (2, b""),
+                          (2, bytes(70000))])
+        made.frame(8, struct.pack("!H", 4001) + b"bye")
+        self.assertEqual(made.read()[1][:2], struct.pack("!H", 4001))
+        self.assertEqual(made.read(), (None, b""))
+        got = [seen.get(timeout=TIMEOUT) for _ in range(7)]
+        self.assertEqual(got[:6], [("message", data) for data in ("early", "h\u00e9", b"\0\xff", "one two", b"",
+                                                                  bytes(70000))])
+        self.assertEqual(got[6], ("close", 4001, "bye"))
+        self.assertTrue(seen.empty())
+
+    def test_websocket_ends(self):
+        """By end(), by a client that goes, by a fault, by the server's stop."""
+        server, seen = self.socket_server(max_message=10)
+        for name, act, frame, told in (
+                ("end", lambda made, handler: handler.end(4000, "done"), struct.pack("!H", 4000) + b"done",
+                 ("close", 4000, "done")),
+                ("default", lambda made, handler: handler.end(), struct.pack("!H", 1000), ("close", 1000, "")),
+                ("too big", lambda made, handler: made.text("x" * 11), struct.pack("!H", 1009), ("close", 1009, None)),
+                ("fault", lambda made, handler: made.frame(3), struct.pack("!H", 1002), ("close", 1002, None)),
+                ("no code", lambda made, handler: made.frame(8), b"", ("close", 1005, ""))):
+            with self.subTest(name=name):
+                made = self.open_socket(server)
+                act(made, seen.get(timeout=TIMEOUT)[1])
+                opcode, data = made.read()
+                self.assertEqual((opcode, data[:len(frame)]), (8, frame))
+                made.frame(8, data)
+                self.assertEqual(made.read(), (None, b""))
+                made.close()
+                got = seen.get(timeout=TIMEOUT)
+                self.assertEqual(got[:2], told[:2])
+                if told[2] is not None:
+                    self.assertEqual(got[2], told[2])
+        made = self.open_socket(server)
+        handler = seen.get(timeout=TIMEOUT)[1]
+        made.close()
+        self.assertEqual(seen.get(timeout=TIMEOUT)[:2], ("close", 1006))
+        handler.send("to nobody")
+        handler.end()
+        made = self.open_socket(server)
+        seen.get(timeout=TIMEOUT)
+        server.stop_all()
+        self.assertEqual(seen.get(timeout=TIMEOUT)[0], "close")
+        self.assertIn(made.read()[0], (8, None))
+        self.assertTrue(seen.empty())
+
+    def test_websocket_sends_from_another_thread(self):
+        """In order, whatever thread it is."""
+        server, seen = self.socket_server()
+        made = self.open_socket(server)
+        handler = seen.get(timeout=TIMEOUT)[1]
+
+        def send():
+            for number in range(1000):
+                handler.send(str(number))
+            handler.end()
+        sender = threading.Thread(target=send)
+        sender.start()
+        self.addCleanup(sender.join)
+        self.assertEqual([made.read() for _ in range(1000)], [(1, b"%d" % number) for number in range(1000)])
+        self.assertEqual(made.read()[0], 8)
+
+    def test_websocket_handlers_that_fail(self):
+        """1011, the traceback in the log; close() is called; the others go on."""
+        def fail(*arguments):
+            raise RuntimeError("secret")
+        for where in ("open", "message"):
+            with self.subTest(where=where), self.assertLogs("gaffer", "ERROR") as logged:
+                server, seen = self.socket_server(**{where: fail})
+                made = self.open_socket(server)
+                made.text("x")
+                opcode, data = made.read()
+                self.assertEqual((opcode, data[:2]), (8, struct.pack("!H", 1011)))
+                self.assertNotIn(b"secret", data)
+                if where == "message":
+                    seen.get(timeout=TIMEOUT)
+                self.assertEqual(seen.get(timeout=TIMEOUT)[:2], ("close", 1011))
+                self.assertIn("RuntimeError", "".join(logged.output))
+                self.assertEqual(self.ask(http_bytes("GET", "/ping"), server=server)[2], b"OK")
+        with self.assertLogs("gaffer", "ERROR") as logged:
+            server, seen = self.socket_server(close=fail)
+            made = self.open_socket(server)
+            made.frame(8, struct.pack("!H", 1000))
+            self.assertEqual(made.read(), (8, struct.pack("!H", 1000)))
+            self.assertEqual(made.read(), (None, b""))
+            self.assertIn("RuntimeError", "".join(logged.output))
+
+    def test_websocket_handler_that_cannot_be_made(self):
+        """500, as nothing was upgraded."""
+        def fail(*arguments):
+            raise RuntimeError("secret")
+        with self.assertLogs("gaffer", "ERROR"):
+            server, _ = self.socket_server(__init__=fail)
+            made = self.open_socket(server)
+        self.assertEqual(made.status, 500)
+
+    def test_websocket_route_without_upgrade(self):
+        """426, with what it wants; a foreign page: 403."""
+        server, _ = self.socket_server()
+        answer = self.ask(http_bytes("GET", "/socket"), server=server)
+        self.assertCode(answer, 426, "upgrade_required")
+        self.assertEqual((answer[1]["upgrade"], answer[1]["sec-websocket-version"]), (["websocket"], ["13"]))
+        self.assertEqual(self.open_socket(server, headers="Origin: http://evil.example\r\n").status, 403)
+        self.assertEqual(self.open_socket(server, headers="Origin: http://localhost:3000\r\n").status, 101)
+
+    def wsgi_server(self, app, **more):
+        """A server with an application behind the validator of wsgiref at /admin."""
+        return self.serve(wsgi=dict({"/admin": wsgiref.validate.validator(app)}, **more))
+
+    def test_wsgi(self):
+        """GET, POST, HEAD, PUT, what stands in environ; the validator is content."""
+        seen = []
+
+        def app(environ, start_response):
+            body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"] or 0))
+            seen.append((dict(environ), body))
+            start_response("201 Made", [("Content-Type", "text/plain"), ("X-A", "b")])
+            return [b"got ", body]
+        server = self.wsgi_server(app)
+        for method, headers, body, got in (("GET", (), b"", b""), ("POST", (), b"hello", b"hello"),
+                                           ("PUT", ("Transfer-Encoding: chunked",), http_chunks(b"hi"), b"hi"),
+                                           ("HEAD", (), b"", b""), ("DELETE", (), b"", b""),
+                                           ("POST", (), bytes(2 * gaffer.MIB), bytes(2 * gaffer.MIB))):
+            with self.subTest(method=method):
+                data = http_bytes(method, "/admin/a%20b/%c3%a9?x=%31&y", "Content-Type: text/x", "X-Two: 1", "X-Two: 2",
+                                  "Proxy: evil", "X_Two: evil",
+                                  "Origin: http://localhost", *headers, body=body, host="localhost:%d" % server.port)
+                wire = self.wire(server)
+                wire.send(data)
+                answer = wire.answer(method)
+                self.assertEqual(wire.rest(), b"")
+                self.assertEqual((answer[0], answer[1]["x-a"], answer[1]["access-control-allow-origin"]),
+                                 (201, ["b"], ["http://localhost"]))
+                self.assertEqual(len(answer[1]["date"]), 1)
+                self.assertEqual(answer[2], b"" if method == "HEAD" else b"got " + got)
+                environ, took = seen.pop()
+                self.assertEqual(took, got)
+                expected = {"REQUEST_METHOD": method, "SCRIPT_NAME": "/admin", "PATH_INFO": "/a b/\xc3\xa9",
+                            "QUERY_STRING": "x=%31&y",
+                            "CONTENT_TYPE": "text/x", "CONTENT_LENGTH": str(len(got)), "SERVER_NAME": "localhost",
+                            "SERVER_PORT": str(server.port),
+                            "REMOTE_ADDR": "127.0.0.1", "HTTP_X_TWO": "1, 2", "wsgi.url_scheme": "http",
+                            "wsgi.multithread": True, "SERVER_PROTOCOL": "HTTP/1.1"}
+                self.assertEqual({name: environ.get(name) for name in expected}, expected)
+                self.assertNotIn("HTTP_PROXY", environ)
+                self.assertNotIn("PATH", environ)
+                wire.close()
+
+    def test_wsgi_server_name(self):
+        """What the Host says, a port or none, an address in brackets."""
+        seen = queue.Queue()
+
+        def app(environ, start_response):
+            seen.put((environ["SERVER_NAME"], environ["SERVER_PORT"], wsgiref.util.application_uri(environ)))
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [b""]
+        server = self.wsgi_server(app)
+        for host, name, port in (("localhost", "localhost", "80"), ("a.localhost:8", "a.localhost", "8"),
+                                 ("a.localhost", "a.localhost", "80"),
+                                 ("[::1]:8", "[::1]", "8"), ("[::1]", "[::1]", "80"),
+                                 ("127.0.0.1:", "127.0.0.1", "80")):
+            with self.subTest(host=host):
+                self.assertEqual(self.ask(http_bytes("GET", "/admin", host=host), server=server)[0], 200)
+                got = seen.get(timeout=TIMEOUT)
+                self.assertEqual((got[0].strip("[]"), got[1]), (name.strip("[]"), port))
+                self.assertEqual(got[2], "http://%s/admin" % host)
+
+    def test_wsgi_mounts(self):
+        """The longest prefix, at a border of the path; the API comes first."""
+        def name(text):
+            def app(environ, start_response):
+                start_response("200 OK", [("Content-Type", "text/plain")])
+                return [("%s %s %s" % (text, environ["SCRIPT_NAME"], environ["PATH_INFO"])).encode()]
+            return wsgiref.validate.validator(app)
+        server = self.serve(wsgi={"/a": name("a"), "/a/b": name("ab"), "/slash/": name("slash"),
+                                  "/processes": name("never")})
+        for path, expected in (("/a", b"a /a "), ("/a/", b"a /a /"), ("/a/bc", b"a /a /bc"), ("/a/b", b"ab /a/b "),
+                               ("/a/b/c", b"ab /a/b /c"),
+                               ("/slash/x", b"slash /slash /x"), ("/processes", b"[]\n")):
+            with self.subTest(path=path):
+                self.assertEqual(self.ask(http_bytes("GET", path), server=server)[2], expected)
+        self.assertCode(self.ask(http_bytes("GET", "/ab"), server=server), 404, "resource_not_found")
+        root = self.serve(wsgi={"/": name("root")})
+        self.assertEqual(self.ask(http_bytes("GET", "/x/y"), server=root)[2], b"root  /x/y")
+        self.assertEqual(self.ask(http_bytes("GET", "/ping"), server=root)[2], b"OK")
+
+    def test_wsgi_streams_and_closes(self):
+        """What the application yields goes out as it comes; close() is called, also where the client has gone."""
+        go, closed = threading.Event(), queue.Queue()
+
+        class Body:
+            """Two parts, the second when the first was seen."""
+
+            def __init__(self):
+                self._parts = iter((b"one\r\n\r\n", b"two"))
+                self._count = 0
+
+            def __iter__(self):
+                return self
+
+            def __next__(self):
+                self._count += 1
+                if self._count == 2:
+                    go.wait(TIMEOUT)
+                return next(self._parts)
+
+            def close(self):
+                """See PEP 3333."""
+                closed.put(True)
+
+        def app(environ, start_response):
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return Body()
+        server = self.wsgi_server(app)
+        wire = self.wire(server)
+        wire.send(http_bytes("GET", "/admin"))
+        self.assertEqual(wire.file.readline(), b"HTTP/1.1 200 OK\r\n")
+        self.assertEqual(http.client.parse_headers(wire.file).get_content_type(), "text/plain")
+        self.assertEqual(wire.file.readline(), b"one\r\n")
+        go.set()
+        self.assertEqual(wire.rest(), b"\r\ntwo")
+        self.assertTrue(closed.get(timeout=TIMEOUT))
+        wire = self.wire(server)
+        wire.send(http_bytes("HEAD", "/admin"))
+        self.assertEqual(wire.answer("HEAD")[0], 200)
+        self.assertEqual(wire.rest(), b"")
+        self.assertTrue(closed.get(timeout=TIMEOUT))
+
+    def test_wsgi_that_fails(self):
+        """500, the traceback in the log and not in the answer; a header cannot be split."""
+        def app(environ, start_response):
+            if environ["PATH_INFO"] == "/before":
+                raise RuntimeError("secret")
+            headers = [("Content-Type", "text/plain")]
+            if environ["PATH_INFO"] == "/split":
+                headers.append(("X-A", "a\r\nSet-Cookie: secret"))
+            start_response("200 OK", headers)
+            if environ["PATH_INFO"] == "/after":
+                raise RuntimeError("secret")
+            return [b"fine"]
+        server = self.serve(wsgi={"/admin": app})
+        for path in ("/before", "/after", "/split"):
+            with self.subTest(path=path), self.assertLogs("gaffer", "ERROR") as logged:
+                answer = self.ask(http_bytes("GET", "/admin" + path), server=server)
+                self.assertEqual(answer[0], 500)
+                self.assertNotIn(b"secret", answer[2])
+                self.assertNotIn(b"Traceback", answer[2])
+                self.assertNotIn("set-cookie", answer[1])
+                self.assertIn("Traceback", "".join(logged.output))
+        self.assertEqual(self.ask(http_bytes("GET", "/admin/fine"), server=server)[2], b"fine")
+
+    def test_added_routes_are_as_safe_as_the_rest(self):
+        """Host, origin and token hold for handlers and applications."""
+        def app(environ, start_response):
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [b"fine"]
+        server = self.serve(handlers=[("/hit", lambda request: "fine")], wsgi={"/admin": app}, token="secret")
+        bearer = "Authorization: Bearer secret"
+        for path in ("/hit", "/admin/x"):
+            with self.subTest(path=path):
+                self.assertEqual(self.ask(http_bytes("GET", path), server=server)[0], 401)
+                self.assertEqual(self.ask(http_bytes("GET", path, bearer), server=server)[2], b"fine")
+                self.assertEqual(self.ask(http_bytes("GET", path, bearer, host="evil.example"), server=server)[0], 403)
+                self.assertEqual(self.ask(http_bytes("POST", path, bearer, "Origin: http://evil.example"),
+                                          server=server)[0], 403)
+                self.assertEqual(self.ask(http_bytes("OPTIONS", path), "OPTIONS", server)[0], 204)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# ring 3: streams, websockets, events
+# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
+# streams, events
+#
+# From outside, by the contract's sections 4 and 5: one test for about each sentence. Most children are `cat`: what is
+# posted to stdin is, byte for byte, what the stream has to show.
+# --------------------------------------------------------------------------------------------------------------------
+STREAMS_ONCE = {"attempts": 1, "window": 1000, "max_retry": 0}      # as `flapping`: what exits stays down
+STREAMS_SMALL = 4096                # receive buffer of a client that is to be slow
+
+# Does what each line of its stdin says; the lines are Python. `out` and `err` write exact bytes.
+STREAMS_PUPPET = """
+    import os, sys
+    def out(data): os.write(1, data)
+    def err(data): os.write(2, data)
+    for line in sys.stdin: exec(line)
+"""
+
+# Waits for one line, then writes numbered lines of 64 bytes as fast as it can.
+STREAMS_FIREHOSE = """
+    import os, sys
+    sys.stdin.readline()
+    for first in range(0, {lines}, 1000):
+        block = memoryview(b"".join(b"%063d\\n" % i for i in range(first, first + 1000)))
+        while block:
+            block = block[os.write(1, block):]
+"""
+
+
+def streams_numbered(lines):
+    """What STREAMS_FIREHOSE writes."""
+    return b"".join(b"%063d\n" % i for i in range(lines))
+
+
+class StreamsWire:
+    """A GET on a raw socket: status, headers, and a file of what follows the head, nothing decoded."""
+
+    def __init__(self, port, target, headers="", version="1.1", receive_buffer=None, method="GET"):
+        self.sock = socket.socket()
+        self.sock.settimeout(TIMEOUT)
+        if receive_buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.connect(("127.0.0.1", port))
+        self.sock.sendall(("%s %s HTTP/%s\r\nHost: 127.0.0.1:%d\r\n%s\r\n" % (method, target, version, port, headers)).encode())
+        self.file = self.sock.makefile("rb")
+        self.status = self.headers = None
+
+    def head(self):
+        """Read the head. Returns self."""
+        self.status = int(self.file.readline().split()[1])
+        self.headers = http.client.parse_headers(self.file)
+        return self
+
+    def chunk(self):
+        """The next chunk; b"" for the last; None where the connection ended without one. The trailers go to `trailers`."""
+        line = self.file.readline()
+        if not line:
+            return None
+        size = int(line, 16)
+        if size == 0:
+            self.trailers = http.client.parse_headers(self.file)
+            return b""
+        data = self.file.read(size + 2)
+        if len(data) < size + 2:
+            return None
+        assert data.endswith(b"\r\n"), data[-10:]
+        return data[:-2]
+
+    def chunks(self):
+        """(all bytes, True if the last chunk came)."""
+        parts = []
+        while True:
+            part = self.chunk()
+            if not part:
+                return b"".join(parts), part is not None
+            parts.append(part)
+
+    def exactly(self, size):
+        """So many bytes of a chunked body."""
+        data = b""
+        while len(data) < size:
+            part = self.chunk()
+            assert part, "the stream ended behind %r" % data[-100:]
+            data += part
+        return data
+
+    def block(self):
+        """The next event of an event stream, as the bytes of its lines; b"" for a heartbeat; None at the end."""
+        lines = []
+        for line in self.file:
+            if line == b"\n":
+                return b"".join(lines)
+            lines.append(line)
+        assert not lines, "cut within an event: %r" % lines
+        return None
+
+    def event(self):
+        """The next event as (event, data, id); None at the end."""
+        block = self.block()
+        if block is None:
+            return None
+        fields = dict(line.split(b": ", 1) for line in block.splitlines())
+        assert set(fields) == {b"id", b"event", b"data"}, block
+        return fields[b"event"].decode(), fields[b"data"].decode(), fields[b"id"].decode()
+
+    def close(self):
+        """Drop the connection."""
+        self.file.close()
+        self.sock.close()
+
+
+class StreamsCase(ServerCase):
+    """What the tests of this section share."""
+
+    def wire(self, target, headers="", **options):
+        """A StreamsWire whose head was read; closed after the test."""
+        wire = StreamsWire(self.server.port, target, headers, **options)
+        self.addCleanup(wire.close)
+        return wire.head()
+
+    def cat(self, name="cat", **options):
+        """The pid of a new `cat`."""
+        return self.server.add(name, "cat", **dict({"redirect_input": True, "flapping": STREAMS_ONCE}, **options))[0]
+
+    def puppet(self, name="puppet", **options):
+        """The pid of a child that executes the lines of its stdin."""
+        return self.server.add(name, python(STREAMS_PUPPET), **dict({"redirect_input": True, "flapping": STREAMS_ONCE}, **options))[0]
+
+    def send(self, pid, data, label="stdin"):
+        """Write to a process's stdin."""
+        self.assertEqual(self.server.ok("POST", "/streams/%s/%s" % (pid, label), data), {"ok": True})
+
+    def end(self, pid):
+        """End of file on stdin."""
+        self.assertEqual(self.server.ok("DELETE", "/streams/%s/stdin" % pid), {"ok": True})
+
+    def poll(self, ref, query="", label="stdout", headers=None):
+        """(status, offset as a string, body) of a longpoll."""
+        status, answer, body = self.server.request("GET", "/streams/%s/%s?%s" % (ref, label, query), headers=headers)
+        return status, answer["Gaffer-Offset"], body
+
+    def upto(self, ref, size, label="stdout"):
+        """The first `size` bytes of a stream, by long polls."""
+        data = b""
+        while len(data) < size:
+            status, offset, body = self.poll(ref, "since=%d&timeout=%d" % (len(data), TIMEOUT), label)
+            self.assertEqual(status, 200)
+            data += body
+            self.assertEqual(offset, str(len(data)))
+        return data
+
+    def written(self, pid, data):
+        """Write through a cat whose stream is empty, and wait until all of it is in its window, and the last byte read."""
+        self.send(pid, data)
+        until(lambda: int(self.poll(pid, "timeout=0&tail=0")[1]) >= len(data), "the output")
+        self.assertEqual(self.poll(pid, "since=%d" % (len(data) - 1)), (200, str(len(data)), data[-1:]))
+
+    @property
+    def epoch(self):
+        """The epoch of this run."""
+        return self.server.manager.epoch
+
+    def sse(self, ref, query="", headers="", label="stdout", **options):
+        """A StreamsWire of an event stream."""
+        wire = self.wire("/streams/%s/%s?feed=eventsource&%s" % (ref, label, query), headers, **options)
+        self.assertEqual((wire.status, wire.headers["Content-Type"]), (200, "text/event-stream"))
+        return wire
+
+    def continuous(self, ref, query="", label="stdout", **options):
+        """A StreamsWire of a continuous stream."""
+        wire = self.wire("/streams/%s/%s?feed=continuous&%s" % (ref, label, query), **options)
+        self.assertEqual(wire.status, 200)
+        return wire
+
+    def assertEvents(self, wire, expected):
+        """The next events of a wire are these: (event, data, offset) or (data, offset)."""
+        for item in expected:
+            item = ("stdout",) + item if len(item) == 2 else item
+            self.assertEqual(wire.event(), item[:2] + ("%s@%s" % (item[2], self.epoch),))
+
+
+class StreamsPosition(StreamsCase):
+    """since, tail, timeout, heartbeat, loss: what they mean, and all their bad values."""
+
+    def test_bad_values(self):
+        pid = self.cat()
+        self.written(pid, b"one\n")
+        bad = ["since=-1", "since=x", "since=1.0", "since=1@", "since=@x", "since=%201", "since=1@a@b", "since=0x1", "since=5",
+               "since=" + "9" * 40, "since=5@" + self.epoch, "since=0&tail=1", "tail=-1", "tail=x", "tail=1.5", "tail=",
+               "tail=ALL", "tail=%2B1", "tail=" + "9" * 40]
+        for feed in ("longpoll", "continuous", "eventsource"):
+            table = bad + ["feed=%s" % word for word in ("x", "LONGPOLL", "")]
+            table += ["timeout=" + word for word in ("x", "-1", "nan", "inf", "1e400", "true", "")] if feed == "longpoll" else [
+                "heartbeat=" + word for word in ("x", "-1", "0", "0.01", "nan", "inf", "1e9", "", "99999999")]
+            table += ["loss=" + word for word in ("x", "")]
+            for query in table:
+                with self.subTest(feed=feed, query=query):
+                    path = "/streams/%d/stdout?%s" % (pid, query if "feed" in query else "feed=%s&%s" % (feed, query))
+                    answer = self.server.json("GET", path + ("" if "timeout" in query else "&timeout=0"))
+                    self.assertError(answer, 400, "bad_value")
+
+    def test_bad_values_of_a_websocket_are_told_before_the_upgrade(self):
+        pid = self.cat()
+        for query in ("since=x", "since=5", "since=0&tail=0", "tail=x", "type=x", "frame=x", "readonly=x", "loss=x", "heartbeat=0"):
+            with self.subTest(query=query):
+                self.assertEqual(self.websocket("/wstreams/%d?%s" % (pid, query)).status, 400)
+        self.assertEqual(self.websocket("/wstreams/%d?label=x" % pid).status, 404)
+
+    def test_since_is_a_byte_of_the_stream(self):
+        pid = self.cat()
+        self.written(pid, b"0123456789")
+        for since in ("0", "4", "9", "4@" + self.epoch):
+            with self.subTest(since=since):
+                first = int(since.split("@")[0])
+                self.assertEqual(self.poll(pid, "since=" + since), (200, "10", b"0123456789"[first:]))
+                wire = self.continuous(pid, "since=" + since)
+                self.assertEqual(wire.headers["Gaffer-Offset"], str(first))
+                self.assertEqual(wire.exactly(10 - first), b"0123456789"[first:])
+        self.assertEqual(self.poll(pid, "since=10&timeout=0"), (204, "10", b""))
+
+    def test_tail(self):
+        pid = self.cat()
+        data = b"one\ntwo\r\nthree\n\nfi"
+        self.written(pid, data)
+        for tail, first in (("0", 18), ("1", 16), ("2", 15), ("3", 9), ("4", 4), ("5", 0), ("6", 0), ("999", 0), ("all", 0)):
+            with self.subTest(tail=tail):
+                self.assertEqual(self.poll(pid, "timeout=0&tail=" + tail)[2], data[first:])
+                self.assertEqual(self.continuous(pid, "tail=" + tail).headers["Gaffer-Offset"], str(first))
+                self.assertEqual(self.sse(pid, "tail=" + tail).headers["Gaffer-Offset"], str(first))
+
+    def test_an_id_of_another_run_is_answered_from_the_start(self):
+        pid = self.cat()
+        self.written(pid, b"one\ntwo\n")
+        self.assertEqual(self.poll(pid, "since=4@other"), (200, "8", b"one\ntwo\n"))
+        self.assertEqual(self.poll(pid, "since=4000@other"), (200, "8", b"one\ntwo\n"))
+        wire = self.continuous(pid, "since=4@other")
+        self.assertEqual((wire.headers["Gaffer-Offset"], wire.exactly(8)), ("0", b"one\ntwo\n"))
+        for place in ("since=4@other", "Last-Event-ID: 4@other\r\n", "Last-Event-ID: 8x@other\r\n", "Last-Event-ID: rubbish\r\n",
+                      "Last-Event-ID: 99@%s\r\n" % self.epoch, "Last-Event-ID: -1\r\n"):
+            with self.subTest(place=place):
+                wire = self.sse(pid, place) if place[0] == "s" else self.sse(pid, "", place)
+                kind, data, where = wire.event()
+                self.assertEqual((kind, json.loads(data)["restarted"], where), ("dropped", True, "0@" + self.epoch))
+                self.assertEvents(wire, [("one", 4), ("two", 8)])
+
+    def test_an_empty_last_event_id_is_none(self):
+        pid = self.cat()
+        self.written(pid, b"one\n")
+        wire = self.sse(pid, "", "Last-Event-ID: \r\n")
+        self.assertEqual(wire.headers["Gaffer-Offset"], "4")
+        self.send(pid, b"two\n")
+        self.assertEvents(wire, [("two", 8)])
+
+    def test_last_event_id_wins_over_the_query(self):
+        """An EventSource repeats its URL when it reconnects."""
+        pid = self.cat()
+        self.written(pid, b"one\ntwo\n")
+        for query in ("since=0", "tail=all", "tail=1", "since=0@other"):
+            with self.subTest(query=query):
+                self.assertEvents(self.sse(pid, query, "Last-Event-ID: 4@%s\r\n" % self.epoch), [("two", 8)])
+
+    def test_where_the_window_has_moved_on(self):
+        """Gaffer-Dropped, Gaffer-Offset, and the dropped event."""
+        window = gaffer.WINDOW_SIZE
+        big = self.server.add("big", python(STREAMS_FIREHOSE.format(lines=20000)), redirect_input=True, flapping=STREAMS_ONCE)[0]
+        self.send(big, b"\n")
+        self.server.wait_event("proc/big/exit")
+        total = 20000 * 64
+        until(lambda: self.poll(big, "timeout=0")[1] == str(total))
+        everything = streams_numbered(20000)
+        status, headers, body = self.server.request("GET", "/streams/%d/stdout?since=0" % big)
+        self.assertEqual((status, headers["Gaffer-Offset"], headers["Gaffer-Dropped"]), (200, str(total), str(total - window)))
+        self.assertTrue(body == everything[-window:])
+        wire = self.continuous(big, "since=64")
+        self.assertEqual((wire.headers["Gaffer-Offset"], wire.headers["Gaffer-Dropped"]), (str(total - window), str(total - window - 64)))
+        self.assertTrue(wire.chunks() == (everything[-window:], True))
+        wire = self.sse(big, "", "Last-Event-ID: 100@%s\r\n" % self.epoch)
+        dropped = total - window - 100
+        self.assertEqual(wire.event(), ("dropped", '{"bytes": %d}' % dropped, "%d@%s" % (total - window, self.epoch)))
+        number = (total - window) // 64
+        self.assertEvents(wire, [("%063d" % number, (number + 1) * 64)])
+
+    def test_no_since_and_no_tail_is_from_now_on(self):
+        pid = self.cat()
+        self.written(pid, b"old\n")
+        self.assertEqual(self.poll(pid, "timeout=0"), (204, "4", b""))
+        follower, events = self.continuous(pid), self.sse(pid)
+        self.assertEqual((follower.headers["Gaffer-Offset"], events.headers["Gaffer-Offset"]), ("4", "4"))
+        wire = StreamsWire(self.server.port, "/streams/%d/stdout" % pid)
+        self.addCleanup(wire.close)
+        with selectors.DefaultSelector() as selector:
+            selector.register(wire.sock, selectors.EVENT_READ)
+            while not selector.select(0.02):                # when it waits cannot be seen: write until it answers
+                self.send(pid, b"new\n")
+        wire.head()
+        self.assertEqual(set(wire.file.read(int(wire.headers["Content-Length"])).split()), {b"new"})
+        self.assertEqual(follower.exactly(4), b"new\n")
+        self.assertEvents(events, [("new", 8)])
+
+    def test_the_answer_to_what_was_written_belongs_to_the_longpoll_behind_it(self):
+        """As two commands: POST to stdin, then a long poll that says nothing of where."""
+        pid = self.cat()
+        for word in (b"ECHO\n", b"again\n"):
+            self.send(pid, word)
+            place = self.poll(pid)
+            self.assertEqual((place[0], place[2]), (200, word))
+        self.assertEqual(self.poll(pid, "timeout=0"), (204, "11", b""))
+
+    def test_unknown_streams(self):
+        pid = self.cat()
+        nothing = self.server.add("nothing", "sleep 1000", redirect_output=[])[0]
+        for path, status, code in (
+                ("/streams/%d/stdx" % pid, 404, "io_not_found"), ("/streams/99/stdout", 404, "not_found"), ("/streams/x/stdout", 404, "not_found"),
+                ("/streams/%s/stdout" % ("9" * 50), 404, "not_found"), ("/streams/%d/stdout" % nothing, 400, "io_not_redirected"),
+                ("/streams/nothing/stdout", 400, "io_not_redirected"), ("/streams/cat/stdx", 404, "io_not_found")):
+            for feed in ("longpoll", "continuous", "eventsource"):
+                with self.subTest(path=path, feed=feed):
+                    self.assertError(self.server.json("GET", "%s?feed=%s&timeout=0" % (path, feed)), status, code)
+
+    def test_head_answers_at_once_with_the_head_of_get(self):
+        pid = self.cat()
+        self.written(pid, b"one\n")
+        for query, kind, offset in (("", "application/octet-stream", "4"), ("since=0", "application/octet-stream", "4"),
+                                    ("feed=continuous&since=0", "application/octet-stream", "0"),
+                                    ("feed=eventsource&tail=1&heartbeat=1", "text/event-stream", "0"), ("feed=eventsource", "text/event-stream", "4")):
+            with self.subTest(query=query):
+                status, headers, body = self.server.request("HEAD", "/streams/%d/stdout?%s" % (pid, query))
+                self.assertEqual((status, headers["Content-Type"], headers["Gaffer-Offset"], body), (200, kind, offset, b""))
+
+
+class StreamsLongpoll(StreamsCase):
+    def test_waits_for_output_and_answers_all_there_is(self):
+        pid = self.cat()
+        wire = StreamsWire(self.server.port, "/streams/%d/stdout?since=0" % pid)
+        self.addCleanup(wire.close)
+        data = bytes(range(256)) * 4
+        self.send(pid, data)
+        wire.head()
+        self.assertEqual((wire.status, wire.headers["Content-Type"]), (200, "application/octet-stream"))
+        body = wire.file.read(int(wire.headers["Content-Length"]))
+        self.assertTrue(body and data.startswith(body))
+        self.assertEqual(int(wire.headers["Gaffer-Offset"]), len(body))
+        self.assertEqual(self.upto(pid, len(data)), data)
+
+    def test_timeout_answers_204(self):
+        pid = self.cat()
+        for text in ("0", "0.05", ".05", "0.0"):
+            self.assertEqual(self.poll(pid, "timeout=" + text), (204, "0", b""))
+
+    def test_has_no_heartbeat(self):
+        pid = self.cat()
+        self.assertEqual(self.poll(pid, "heartbeat=0.1&timeout=0.35"), (204, "0", b""))
+
+    def test_an_ended_stream_gives_the_rest_and_then_204(self):
+        pid = self.cat()
+        self.send(pid, b"last words")
+        self.end(pid)
+        self.server.wait_event("exit")
+        self.assertEqual(self.poll(pid, "since=5"), (200, "10", b"words"))
+        self.assertEqual(self.poll(pid, "since=10"), (204, "10", b""))
+        self.assertEqual(self.poll(pid), (204, "10", b""))
+        self.assertEqual(self.poll(pid, "tail=1"), (200, "10", b"last words"))
+
+    def test_the_end_of_a_stream_answers_who_waits(self):
+        pid = self.cat()
+        wire = StreamsWire(self.server.port, "/streams/%d/stdout" % pid)
+        self.addCleanup(wire.close)
+        self.end(pid)
+        self.assertEqual(wire.head().status, 204)
+
+    def test_a_connection_goes_on_after_a_longpoll(self):
+        """Also with requests that arrive while it waits."""
+        pid = self.cat()
+        wire = StreamsWire(self.server.port, "/streams/%d/stdout?since=0" % pid)
+        self.addCleanup(wire.close)
+        wire.sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\nGET /streams/%d/stdout?since=1 HTTP/1.1\r\nHost: localhost\r\n\r\n" % pid)
+        self.send(pid, b"a")
+        wire.head()
+        self.assertEqual(wire.file.read(int(wire.headers["Content-Length"])), b"a")
+        wire.head()
+        self.assertEqual(wire.file.read(int(wire.headers["Content-Length"])), b"OK")
+        self.send(pid, b"b")
+        wire.head()
+        self.assertEqual(wire.file.read(int(wire.headers["Content-Length"])), b"b")
+
+    def test_several_who_wait_all_get_it(self):
+        pid = self.cat()
+        wires = [StreamsWire(self.server.port, "/streams/%d/stdout?since=0" % pid) for _ in range(10)]
+        for wire in wires:
+            self.addCleanup(wire.close)
+        self.send(pid, b"x")
+        for wire in wires:
+            wire.head()
+            self.assertEqual(wire.file.read(int(wire.headers["Content-Length"])), b"x")
+
+
+class StreamsContinuous(StreamsCase):
+    def test_exact_bytes_in_chunks_until_the_stream_ends(self):
+        pid = self.cat()
+        wire = self.continuous(pid)
+        self.assertEqual((wire.headers["Transfer-Encoding"], wire.headers["Content-Length"]), ("chunked", None))
+        data = bytes(range(256)) * 100
+        self.send(pid, data)
+        self.assertEqual(wire.exactly(len(data)), data)
+        self.send(pid, b"\0end")
+        self.end(pid)
+        self.assertEqual(wire.chunks(), (b"\0end", True))
+        self.assertEqual(wire.file.read(), b"")
+
+    def test_http_1_0_gets_it_plain_until_close(self):
+        pid = self.cat()
+        wire = self.continuous(pid, "heartbeat=0.1&since=0", version="1.0")
+        self.assertEqual((wire.headers["Transfer-Encoding"], wire.headers["Content-Length"]), (None, None))
+        self.assertEqual(wire.file.read(2), b"\n\n")
+        self.send(pid, b"plain")
+        self.end(pid)
+        self.assertEqual(wire.file.read().strip(b"\n"), b"plain")
+
+    def test_heartbeats_stand_outside_the_offsets(self):
+        pid = self.cat()
+        wire = self.continuous(pid, "heartbeat=0.1")
+        self.assertEqual([wire.chunk(), wire.chunk()], [b"\n", b"\n"])
+        self.send(pid, b"x")
+        self.assertEqual(b"".join(iter(lambda: wire.chunk().strip(b"\n"), b"x")), b"")
+        self.assertEqual(self.poll(pid, "since=0"), (200, "1", b"x"))
+
+    def test_no_heartbeat_while_there_is_output(self):
+        """Only seconds that pass without output count."""
+        pid = self.puppet()
+        wire = self.continuous(pid, "heartbeat=1")
+        self.send(pid, b"import select; [(out(b'x'), select.select([], [], [], 0.1)) for i in range(14)]; out(b'.')\n")
+        self.assertEqual(wire.exactly(15), b"x" * 14 + b".")
+
+    def test_an_ended_stream_is_given_whole_and_ends(self):
+        pid = self.cat()
+        self.send(pid, b"one\ntwo\n")
+        self.end(pid)
+        self.server.wait_event("exit")
+        self.assertEqual(self.continuous(pid, "since=0").chunks(), (b"one\ntwo\n", True))
+        self.assertEqual(self.continuous(pid, "tail=1").chunks(), (b"two\n", True))
+        self.assertEqual(self.continuous(pid).chunks(), (b"", True))
+
+    def test_stderr_apart_or_merged(self):
+        said = b"out(b'1o\\n'); err(b'1e\\n'); out(b'2o\\n'); err(b'2e')\n"
+        apart = self.puppet("apart", redirect_output=["stdout", "stderr"])
+        merged = self.puppet("merged", redirect_output=["all", "all"])
+        only = self.puppet("only", redirect_output=["o"])
+        for pid in (apart, merged, only):
+            self.send(pid, said)
+            self.end(pid)
+        self.assertEqual(self.continuous(apart, "since=0").chunks(), (b"1o\n2o\n", True))
+        self.assertEqual(self.continuous(apart, "since=0", "stderr").chunks(), (b"1e\n2e", True))
+        self.assertEqual(self.continuous(merged, "since=0", "all").chunks(), (b"1o\n1e\n2o\n2e", True))
+        self.assertEqual(self.continuous(only, "since=0", "o").chunks(), (b"1o\n2o\n", True))
+        self.assertError(self.server.json("GET", "/streams/%d/stdout" % merged), 404, "io_not_found")
+
+
+class StreamsEventsource(StreamsCase):
+    def test_the_bytes_of_an_event(self):
+        pid = self.cat(redirect_output=["my.out"])
+        wire = self.sse(pid, label="my.out")
+        self.send(pid, b"hello world\n")
+        self.assertEqual(wire.block(), b"id: 12@%s\nevent: my.out\ndata: hello world\n" % self.epoch.encode())
+
+    LINES = (
+        (b"a\nb\r\nc\rd\n", [("a", 2), ("b", 5), ("c", 7), ("d", 9)]),
+        (b"\n\r\n\r\rx\n", [("", 1), ("", 3), ("", 4), ("", 5), ("x", 7)]),
+        (b"a\n\rb\n", [("a", 2), ("", 3), ("b", 5)]),
+        ("gr\u00fc\u00df \u20ac \U0001f600\n".encode(), [("gr\u00fc\u00df \u20ac \U0001f600", 16)]),
+        (b"a\xffb\n\xc3\n\xe2\x82\n\xf0\x9f\x98\nx\xc0\x80y\n", [("a\ufffdb", 4), ("\ufffd", 6), ("\ufffd", 9), ("\ufffd", 13), ("x\ufffd\ufffdy", 18)]),
+        (b"\x00\x01 : x\n  two\n", [("\x00\x01 : x", 7), ("  two", 13)]),
+        (b"a\x0bb\x0cc\x1cd\xc2\x85e\xe2\x80\xa8f\n", [("a\x0bb\x0cc\x1cd\u0085e\u2028f", 15)]),    # no ends of lines
+        (b"id: 5\ndata: x\n", [("id: 5", 6), ("data: x", 14)]),
+        (b"no end", [("no end", 6)]),
+        (b"cr\r", [("cr", 3)]),
+    )
+
+    def test_lines_live_and_again(self):
+        for number, (data, expected) in enumerate(self.LINES):
+            with self.subTest(data=data):
+                pid = self.cat("cat%d" % number)
+                live = self.sse(pid)
+                self.send(pid, data)
+                self.end(pid)
+                self.assertEvents(live, expected)
+                self.assertEqual(live.event()[0], "exit")
+                again = self.sse(pid, "since=0")
+                self.assertEvents(again, expected)
+                self.assertEqual(again.event()[0], "exit")
+
+    def test_each_resume_gives_the_rest(self):
+        """From each id there is: no gap, no repeat."""
+        pid = self.cat()
+        data = b"".join(item[0] for item in self.LINES[:5])
+        self.send(pid, data)
+        self.end(pid)
+        wire, events = self.sse(pid, "since=0"), []
+        while not events or events[-1][0] != "exit":
+            events.append(wire.event())
+        self.assertEqual(len(events), 19)
+        for index, event in enumerate(events[:-1], 1):
+            wire = self.sse(pid, "", "Last-Event-ID: %s\r\n" % event[2])
+            self.assertEqual([wire.event() for _ in events[index:]], events[index:])
+            self.assertIsNone(wire.event())
+
+    def test_a_newline_that_comes_late_makes_no_event(self):
+        pid = self.cat()
+        wire = self.sse(pid)
+        self.send(pid, b"x\r")
+        self.assertEvents(wire, [("x", 2)])
+        late = self.sse(pid)
+        self.send(pid, b"\n")
+        self.upto(pid, 3)
+        self.send(pid, b"y\r\n\n")
+        for each in (wire, late):
+            self.assertEvents(each, [("y", 6), ("", 7)])
+        self.assertEvents(self.sse(pid, "", "Last-Event-ID: 2@%s\r\n" % self.epoch), [("y", 6), ("", 7)])
+
+    def test_an_unfinished_line_is_shown_after_a_while(self):
+        pid = self.cat()
+        wire = self.sse(pid)
+        began = time.monotonic()
+        self.send(pid, b"login: ")
+        self.assertEvents(wire, [("login: ", 7)])
+        self.assertGreater(time.monotonic() - began, 0.09)
+        self.send(pid, b"me\n")
+        self.assertEvents(wire, [("me", 10)])
+        self.send(pid, b"a\nb")
+        self.assertEvents(wire, [("a", 12), ("b", 13)])
+        self.send(pid, b"\n")                   # the end of a line that was shown as far as it had come
+        self.assertEvents(wire, [("", 14)])
+        self.assertEvents(self.sse(pid, "", "Last-Event-ID: 7@%s\r\n" % self.epoch), [("me", 10), ("a", 12), ("b", 14)])
+
+    def test_an_unfinished_line_is_shown_to_who_joins_late(self):
+        pid = self.cat()
+        first = self.sse(pid)
+        self.send(pid, b"$ ")
+        self.assertEvents(first, [("$ ", 2)])
+        self.assertEvents(self.sse(pid, "since=0"), [("$ ", 2)])
+        self.assertEvents(self.sse(pid, "tail=1"), [("$ ", 2)])
+
+    def test_an_unfinished_line_is_not_cut_inside_a_character(self):
+        pid = self.cat()
+        wire = self.sse(pid)
+        self.send(pid, b"ab\xe2\x82")
+        self.assertEvents(wire, [("ab", 2)])
+        self.send(pid, b"\xac!\n")
+        self.assertEvents(wire, [("\u20ac!", 7)])
+
+    def test_a_character_that_is_completed_late_is_shown_too(self):
+        """The rest of a character after the silence: the line goes on to be unfinished, and is to be shown again."""
+        pid = self.cat()
+        wire = self.sse(pid)
+        self.send(pid, b"ab\xe2\x82")
+        self.assertEvents(wire, [("ab", 2)])
+        self.send(pid, b"\xac")
+        self.assertEvents(wire, [("\u20ac", 5)])
+
+    def test_half_a_character_at_the_end_is_replaced(self):
+        pid = self.cat()
+        wire = self.sse(pid)
+        self.send(pid, b"ab\xe2\x82")
+        self.end(pid)
+        self.assertEqual("".join(event[1] for event in iter(wire.event, None) if event[0] == "stdout"), "ab\ufffd")
+
+    def test_a_long_line_comes_in_pieces(self):
+        pid = self.cat()
+        wire = self.sse(pid)
+        line = "".join("%d\u20ac" % number for number in range(100000)).encode()
+        self.assertGreater(len(line), gaffer.WINDOW_SIZE // 2)
+        for first in range(0, len(line), 100000):
+            self.send(pid, line[first:first + 100000])
+            self.upto(pid, min(first + 100000, len(line)))
+        self.send(pid, b"\nend\n")
+        pieces = []
+        while not pieces or pieces[-1][1] != "end":
+            pieces.append(wire.event())
+            self.assertEqual(pieces[-1][0], "stdout")
+        self.assertTrue("".join(piece[1] for piece in pieces[:-1]).encode() == line)
+        self.assertGreater(len(pieces), 2)
+        self.assertEqual(pieces[-1][2], "%d@%s" % (len(line) + 5, self.epoch))
+        ids = [int(piece[2].split("@")[0]) for piece in pieces]
+        for (_, text, _), first, last in zip(pieces, [0] + ids, ids):
+            self.assertLessEqual(len(text.encode()), last - first)
+
+    def test_exit_is_an_event_and_its_id_gets_204(self):
+        pid = self.cat()
+        wire = self.sse(pid)
+        self.send(pid, b"bye\n")
+        self.end(pid)
+        self.assertEvents(wire, [("bye", 4)])
+        kind, data, where = wire.event()
+        self.assertEqual((kind, json.loads(data), where),
+                         ("exit", {"pid": pid, "exit_status": 0, "term_signal": 0}, "4x@" + self.epoch))
+        self.assertIsNone(wire.event())
+        status, _, body = self.server.request("GET", "/streams/%d/stdout?feed=eventsource" % pid, headers={"Last-Event-ID": where})
+        self.assertEqual((status, body), (204, b""))
+        for other in ("4@" + self.epoch, "4"):
+            with self.subTest(id=other):
+                wire = self.sse(pid, "", "Last-Event-ID: %s\r\n" % other)
+                self.assertEqual(wire.event(), (kind, data, where))
+        kinds = [event[0] for event in iter(self.sse(pid, "", "Last-Event-ID: 4x@other\r\n").event, None)]
+        self.assertEqual(kinds, ["dropped", "stdout", "exit"])
+
+    def test_only_the_id_of_the_exit_gets_204(self):
+        pid = self.cat()
+        self.send(pid, b"bye\n")
+        self.end(pid)
+        self.server.wait_event("exit")
+        wire = self.wire("/streams/%d/stdout?feed=eventsource" % pid, "Last-Event-ID: 2x@%s\r\n" % self.epoch)
+        self.assertEqual(wire.status, 200)
+        self.assertEqual(wire.event()[0], "dropped")
+
+    def test_exit_tells_status_and_signal(self):
+        for number, (code, expected) in enumerate((("import os; os._exit(7)", (7, 0)), ("import os; os.kill(os.getpid(), 9)", (0, 9)))):
+            pid = self.puppet("p%d" % number)
+            wire = self.sse(pid, label="stderr")
+            self.send(pid, code.encode() + b"\n")
+            kind, data, _ = wire.event()
+            self.assertEqual((kind, json.loads(data)["exit_status"], json.loads(data)["term_signal"]), ("exit",) + expected)
+
+    def test_a_stream_ends_at_the_end_of_its_pipe_but_exit_is_told_at_the_exit(self):
+        pid = self.puppet()
+        longpoll, events = self.continuous(pid, "since=0"), self.sse(pid, "heartbeat=0.1")
+        self.send(pid, b"out(b'closing'); os.close(1)\n")
+        self.assertEqual(longpoll.chunks(), (b"closing", True))
+        self.assertEqual(self.poll(pid, "since=7"), (204, "7", b""))
+        self.assertEvents(events, [("closing", 7)])
+        self.assertEqual(events.block(), b"")                # a heartbeat: it waits for the exit
+        self.end(pid)
+        block = next(filter(None, iter(events.block, None)))
+        self.assertTrue(block.startswith(b"id: 7x@%s\nevent: exit\n" % self.epoch.encode()), block)
+
+    def test_heartbeats_are_empty_lines(self):
+        pid = self.cat()
+        wire = self.sse(pid, "heartbeat=0.1")
+        self.assertEqual(wire.file.read(2), b"\n\n")
+        self.send(pid, b"x\n")
+        self.assertEqual(next(filter(None, iter(wire.block, None))), b"id: 2@%s\nevent: stdout\ndata: x\n" % self.epoch.encode())
+
+    def test_heartbeat_true_is_accepted_and_false_is_none(self):
+        pid = self.cat()
+        for value in ("true", "false", "60"):
+            self.sse(pid, "heartbeat=" + value)
+            self.continuous(pid, "heartbeat=" + value)
+
+    def test_a_grandchild_holds_the_pipe(self):
+        """The stream ends 2 s after the exit, not with the grandchild, and exit is told then."""
+        folder = tempfile.mkdtemp()
+        fifo = os.path.join(folder, "fifo")
+        os.mkfifo(fifo)
+        self.addCleanup(os.rmdir, folder)
+        self.addCleanup(os.unlink, fifo)
+        pid = self.puppet()
+        wire = self.sse(pid)
+        self.send(pid, ("import subprocess; subprocess.Popen(['sh', '-c', 'read x <%s'], start_new_session=True)\n" % fifo).encode())
+        self.send(pid, b"out(b'last\\n')\n")
+        self.assertEvents(wire, [("last", 5)])
+        try:
+            self.end(pid)
+            began = time.monotonic()
+            self.assertEqual(self.poll(pid, "since=5"), (204, "5", b""))
+            self.assertEqual(wire.event()[0], "exit")
+            self.assertGreater(time.monotonic() - began, 1.5)
+        finally:
+            with open(fifo, "w") as file:
+                file.write("\n")
+
+
+class StreamsSmallWindow(StreamsCase):
+    """A window of 256 bytes: what falls out is counted and told."""
+
+    options = {"window": 256}
+
+    def test_longpoll(self):
+        pid = self.cat()
+        data = b"".join(b"%09d\n" % i for i in range(100))
+        self.written(pid, data)
+        status, headers, body = self.server.request("GET", "/streams/%d/stdout?since=10" % pid)
+        self.assertEqual((status, body, headers["Gaffer-Offset"], headers["Gaffer-Dropped"]), (200, data[-256:], "1000", "734"))
+        status, headers, body = self.server.request("GET", "/streams/%d/stdout?since=800" % pid)
+        self.assertEqual((status, body, headers["Gaffer-Dropped"]), (200, data[800:], None))
+
+    def test_tail_is_of_what_is_in_the_window(self):
+        pid = self.cat()
+        data = b"".join(b"%09d\n" % i for i in range(100))
+        self.written(pid, data)
+        self.assertEqual(self.poll(pid, "tail=all")[2], data[-250:])
+        self.assertEqual(self.poll(pid, "tail=26")[2], data[-250:])
+        self.assertEqual(self.poll(pid, "tail=3")[2], data[-30:])
+
+    def test_eventsource_goes_on_at_the_start_of_a_line(self):
+        pid = self.cat()
+        data = b"".join(b"%09d\n" % i for i in range(100))
+        self.written(pid, data)
+        wire = self.sse(pid, "", "Last-Event-ID: 40@%s\r\n" % self.epoch)
+        self.assertEqual(wire.event(), ("dropped", '{"bytes": 710}', "750@" + self.epoch))
+        self.assertEvents(wire, [("%09d" % i, i * 10 + 10) for i in range(75, 100)])
+
+    def test_a_line_that_is_longer_than_the_window(self):
+        pid = self.cat()
+        wire = self.sse(pid)
+        self.send(pid, b"x" * 1000 + b"\nend\n")
+        text, dropped = "", 0
+        while not text.endswith("end"):
+            kind, data, _ = wire.event()
+            dropped += json.loads(data)["bytes"] if kind == "dropped" else 0
+            text += data if kind != "dropped" else ""
+        self.assertEqual(text, "x" * 1000 + "end")
+        self.assertEqual(dropped, 0)
+
+    def test_block_joins_at_the_start_of_the_window_and_loses_nothing(self):
+        """The child writes on between a request's answer and its first byte: a reader with loss=block holds it."""
+        pid = self.server.add("hose", python(STREAMS_FIREHOSE.format(lines=10 ** 9)), redirect_input=True)[0]
+        self.send(pid, b"\n")
+        for query in ("tail=all", "since=0", "tail=1"):
+            for _ in range(5):
+                with self.subTest(query=query):
+                    wire = self.continuous(pid, query + "&loss=block")
+                    first = int(wire.headers["Gaffer-Offset"])
+                    data = wire.exactly(64 * 20)
+                    wire.close()
+                    first_line = b"%063d\n" % (first // 64)
+                    self.assertEqual(data[:64 - first % 64], first_line[first % 64:])
+
+    def test_a_template_of_two_with_long_unfinished_lines_does_not_stop(self):
+        """Half a line waits to be merged into the template's stream; that must not hold the process's own stream."""
+        code = "import os, sys\nos.write(1, b'x' * 2000)\nsys.stdin.readline()\nos.write(1, b'\\nend\\n')\nsys.stdin.read()"
+        pids = self.server.add("two", python(code), numprocesses=2, redirect_input=True)
+        for pid in pids:
+            until(lambda: self.poll(pid, "timeout=0")[1] == "2000", "the output", timeout=5)
+        self.send(pids[0], b"\n")
+        until(lambda: self.poll(pids[0], "timeout=0")[1] == "2005", "the output", timeout=5)
+
+
+class StreamsAfterlife(StreamsCase):
+    def test_the_last_sixteen_exits_of_a_template_can_be_read(self):
+        self.server.add("t", "echo words of $$; read x", shell=True, redirect_input=True)
+        os_pids = {}
+        for _ in range(20):
+            pid, = self.server.ok("GET", "/processes/t/_pids")["pids"]
+            os_pids[pid] = self.server.ok("GET", "/processes/%d" % pid)["os_pid"]
+            self.upto(pid, len("words of %d\n" % os_pids[pid]))
+            self.server.ok("POST", "/processes/t/_restart?wait=true")
+        for pid in range(5, 21):
+            self.assertEqual(self.poll(pid, "since=0")[::2], (200, b"words of %d\n" % os_pids[pid]))
+            self.assertEqual(self.sse(pid, "since=0").event()[1], "words of %d" % os_pids[pid])
+        websocket = self.websocket("/wstreams/20?readonly=true&tail=all")
+        self.assertEqual(websocket.read(), (1, b"words of %d\n" % os_pids[20]))
+        self.assertEqual(websocket.read(), (8, b"\x03\xe8signal 15"))
+        self.assertEqual(self.websocket("/wstreams/20").status, 403)
+        self.assertError(self.server.json("POST", "/streams/20/stdin", b"x"), 403, "forbidden_write")
+        self.server.ok("DELETE", "/processes/t")
+        for pid in (5, 20):
+            self.assertError(self.server.json("GET", "/streams/%d/stdout?since=0" % pid), 404, "not_found")
+
+    def test_readers_of_a_deleted_template_get_the_last_words(self):
+        pid = self.server.add("t", python("""
+            import os, signal
+            def end(*args):
+                os.write(1, b"last words"); os._exit(3)
+            signal.signal(signal.SIGTERM, end)
+            os.write(1, b"ready\\n")
+            while True: signal.pause()
+        """))[0]
+        self.upto(pid, 6)
+        events, websocket = self.sse(pid), self.websocket("/wstreams/%d?readonly=1" % pid)
+        self.assertEqual(websocket.status, 101)
+        self.server.ok("DELETE", "/processes/t")
+        self.assertEvents(events, [("last words", 16)])
+        self.assertEqual(json.loads(events.event()[1]), {"pid": pid, "exit_status": 3, "term_signal": 0})
+        self.assertEqual([websocket.read(), websocket.read()], [(1, b"last words"), (8, b"\x03\xe8exit 3")])
+
+
+class StreamsTemplate(StreamsCase):
+    """The stream of a template, by its name."""
+
+    def test_goes_on_across_restarts_and_ends_when_deleted(self):
+        self.server.add("t", python("import os\nos.write(1, b'hello\\n')\nos.read(0, 1)\nos.write(1, b'bye')"), redirect_input=True)
+        wire, events = self.continuous("t", "since=0"), self.sse("t", "since=0")
+        self.assertEqual(wire.exactly(6), b"hello\n")
+        self.assertEvents(events, [("hello", 6)])
+        pid, = self.server.ok("GET", "/processes/t/_pids")["pids"]
+        self.send(pid, b"x")                    # it exits by itself, in the middle of a line, and is started again
+        self.assertEqual(wire.exactly(10), b"bye\nhello\n")
+        self.assertEvents(events, [("bye", 10), ("hello", 16)])
+        self.server.ok("POST", "/processes/t/_restart?wait=true")
+        self.assertEqual(wire.exactly(6), b"hello\n")
+        self.assertEvents(events, [("hello", 22)])
+        self.assertEvents(self.sse("t", "", "Last-Event-ID: 10@%s\r\n" % self.epoch), [("hello", 16), ("hello", 22)])
+        self.server.ok("POST", "/processes/t/_stop?wait=true")
+        self.assertEqual(self.poll("t", "since=22&timeout=0"), (204, "22", b""))
+        self.server.ok("DELETE", "/processes/t")
+        self.assertEqual(wire.chunks(), (b"", True))
+        self.assertIsNone(events.event())       # and no exit in it at any time
+        self.assertError(self.server.json("GET", "/streams/t/stdout"), 404, "not_found")
+
+    def test_is_there_before_the_first_process(self):
+        self.server.ok("POST", "/processes", dict(python("print('up', flush=True); input()"), name="t", start=False, redirect_input=True))
+        wire = self.continuous("t")
+        self.server.ok("POST", "/processes/t/_start")
+        self.assertEqual(wire.exactly(3), b"up\n")
+
+    def test_lines_of_processes_are_never_mixed(self):
+        """Each process writes its lines in halves; more are started and some stopped meanwhile."""
+        code = """
+            import os
+            name = b"%d" % os.getpid()
+            for number in range(400):
+                os.write(1, b"<" + name + b" ")
+                os.write(1, b"%d" % number)
+                os.write(1, b" " + name + b">\\n")
+            while os.read(0, 100): pass
+        """
+        self.server.add("t", python(code), numprocesses=2, redirect_input=True)
+        wire = self.continuous("t", "since=0")
+        self.server.ok("POST", "/processes/t/_add/2")
+        data, seen = b"", {}
+        while len([number for number in seen.values() if number == 399]) < 4:
+            data += wire.chunk()
+            whole, _, data = data.rpartition(b"\n")
+            for line in whole.splitlines():
+                match = re.fullmatch(rb"<(\d+) (\d+) (\d+)>", line)
+                self.assertTrue(match and match.group(1) == match.group(3), line)
+                self.assertEqual(int(match.group(2)), seen.get(match.group(1), -1) + 1)
+                seen[match.group(1)] = int(match.group(2))
+        self.server.ok("POST", "/processes/t/_sub/3")
+        self.server.ok("POST", "/processes/t/_add")             # a process that is being stopped keeps its slot
+        pid = until(lambda: self.server.ok("GET", "/processes/t/_pids")["pids"][1:])[0]
+        name = b"%d" % self.server.ok("GET", "/processes/%d" % pid)["os_pid"]
+        while b"%s 399 %s>\n" % (name, name) not in data:
+            data += wire.chunk()
+
+    def test_unfinished_lines_of_two_are_shown_and_not_mixed(self):
+        """A prompt is not held back; what another process writes behind it begins a line of its own."""
+        pids = self.server.add("t", "cat", numprocesses=2, redirect_input=True)
+        wire, events = self.continuous("t", "since=0"), self.sse("t", "since=0")
+        self.send(pids[0], b"login: ")
+        self.assertEqual(wire.exactly(7), b"login: ")
+        self.assertEvents(events, [("login: ", 7)])
+        self.send(pids[1], b"a whole line\n")
+        self.assertEqual(wire.exactly(14), b"\na whole line\n")
+        self.send(pids[0], b"me\n")
+        self.assertEqual(wire.exactly(3), b"me\n")
+        self.send(pids[0], b"cut")
+        self.upto(pids[0], 13)
+        self.server.ok("POST", "/processes/t/_sub/1")           # the oldest: its last words stay a line of their own
+        self.assertEqual(wire.exactly(3), b"cut")
+        self.send(pids[1], b"on\n")
+        self.assertEqual(wire.exactly(4), b"\non\n")
+
+    def test_input_and_websockets_go_to_one_process(self):
+        self.cat("t")
+        self.assertError(self.server.json("POST", "/streams/t/stdin", b"x"), 404, "not_found")
+        self.assertError(self.server.json("DELETE", "/streams/t/stdin"), 404, "not_found")
+        self.assertEqual(self.websocket("/wstreams/t").status, 404)
+
+    def test_an_update_that_drops_a_label_ends_its_stream(self):
+        self.cat("t")
+        gone, stays = self.continuous("t", label="stderr"), self.continuous("t")
+        self.server.ok("PUT", "/processes/t", {"cmd": "cat", "redirect_input": True, "redirect_output": ["stdout"]})
+        self.assertEqual(gone.chunks(), (b"", True))
+        pid = until(lambda: self.server.ok("GET", "/processes/t/_pids")["pids"])[0]
+        self.send(pid, b"x")
+        self.assertEqual(stays.exactly(1), b"x")
+
+    def test_the_end_of_a_shrunken_template_of_two_is_read_whole(self):
+        """What only the first of two has written unfinished is not lost at its exit."""
+        pids = self.server.add("t", "cat", numprocesses=2, redirect_input=True, flapping=STREAMS_ONCE)
+        wire = self.continuous("t", "since=0")
+        self.send(pids[0], b"last words")
+        self.end(pids[0])
+        self.assertEqual(wire.exactly(10), b"last words")
+
+
+class StreamsStdin(StreamsCase):
+    def test_what_is_posted_arrives_byte_for_byte(self):
+        pid = self.cat()
+        data = bytes(range(256)) * 256
+        self.send(pid, data)
+        self.send(pid, b"")
+        self.send(pid, b"alias", "ttin")
+        self.assertEqual(self.upto(pid, len(data) + 5), data + b"alias")
+
+    def test_a_chunked_body(self):
+        pid = self.cat()
+        sock = self.server.connect()
+        self.addCleanup(sock.close)
+        sock.sendall(b"POST /streams/%d/stdin HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n" % pid)
+        self.assertIn(b"200", sock.recv(1000))
+        self.assertEqual(self.upto(pid, 6), b"hello!")
+
+    def test_get_is_405(self):
+        pid = self.cat()
+        for label in ("stdin", "ttin"):
+            status, headers, body = self.server.request("GET", "/streams/%d/%s" % (pid, label))
+            self.assertEqual((status, json.loads(body)["error"]), (405, "method_not_allowed"))
+            self.assertEqual({word.strip() for word in headers["Allow"].split(",")} & {"GET", "POST", "DELETE"}, {"POST", "DELETE"})
+        self.assertEqual(self.server.json("POST", "/streams/%d/stdout" % pid, b"x")[0], 405)
+
+    def test_delete_is_the_end_of_file(self):
+        pid = self.cat()
+        wire = self.continuous(pid, "since=0")
+        self.send(pid, b"x" * 100000)
+        self.end(pid)
+        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"x"), 403, "forbidden_write")
+        self.assertError(self.server.json("DELETE", "/streams/%d/stdin" % pid), 403, "forbidden_write")
+        self.assertEqual(wire.chunks(), (b"x" * 100000, True))
+
+    def test_stdin_that_is_not_redirected(self):
+        pid = self.server.add("t", "sleep 1000")[0]
+        for method in ("POST", "DELETE"):
+            for label in ("stdin", "ttin"):
+                self.assertError(self.server.json(method, "/streams/%d/%s" % (pid, label), b"x"), 403, "forbidden_write")
+        self.assertEqual(self.websocket("/wstreams/%d" % pid).status, 403)
+        self.assertEqual(self.websocket("/wstreams/%d?readonly=true" % pid).status, 101)
+
+    def test_full_is_all_or_nothing_and_too_large(self):
+        pid = self.server.add("t", python("""
+            import hashlib, os, signal, sys
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+            os.write(1, b"ready\\n")
+            signal.sigwait([signal.SIGUSR1])
+            data = sys.stdin.buffer.read()
+            os.write(1, b"%d %s\\n" % (len(data), hashlib.md5(data).hexdigest().encode()))
+        """), redirect_input=True, flapping=STREAMS_ONCE)[0]
+        wire = self.continuous(pid, "since=0")
+        self.assertEqual(wire.exactly(6), b"ready\n")
+        mib = 1024 * 1024
+        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"x" * (mib + 1)), 413, "too_large")
+        taken = []
+        for number in range(100):
+            body = bytes([number]) * 300000
+            status, value = self.server.json("POST", "/streams/%d/stdin" % pid, body)
+            if status != 200:
+                self.assertError((status, value), 503, "stdin_full")
+                break
+            taken.append(body)
+        self.assertGreaterEqual(sum(map(len, taken)), mib - 300000)
+        self.assertLessEqual(sum(map(len, taken)), mib + 300000)
+        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"x" * mib), 503, "stdin_full")
+        self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
+        self.end(pid)
+        data = b"".join(taken)
+        self.assertEqual(wire.chunks(), (b"%d %s\n" % (len(data), hashlib.md5(data).hexdigest().encode()), True))
+
+    def test_a_whole_mebibyte_waits(self):
+        pid = self.server.add("t", "sleep 1000", redirect_input=True)[0]
+        self.send(pid, b"x" * 1024 * 1024)
+
+    def test_a_process_that_has_closed_its_stdin(self):
+        pid = self.puppet()
+        wire = self.continuous(pid)
+        self.send(pid, b"os.close(0); out(b'closed'); import signal; signal.pause()\n")
+        wire.exactly(6)
+        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"x"), 403, "forbidden_write")
+
+    def test_custom_streams_go_both_ways(self):
+        pid = self.server.add("t", python("""
+            import os, socket
+            labels = os.environ["GAFFER_STREAMS"].split(",")
+            a, b = (socket.socket(fileno=fd) for fd in (3, 4))
+            while True:
+                data = a.recv(1000)
+                if not data: break
+                b.sendall(data.upper())
+            a.sendall(b"a has ended")
+            a.close()
+            os.write(1, ",".join(labels).encode())
+            print(b.recv(1000))
+        """), custom_streams=["a", "b"], flapping=STREAMS_ONCE)[0]
+        wire, answers = self.continuous(pid, label="b"), self.continuous(pid, label="a")
+        self.send(pid, b"hello", "a")
+        self.assertEqual(wire.exactly(5), b"HELLO")
+        websocket = self.websocket("/wstreams/%d?label=a" % pid)
+        websocket.text("more")
+        self.assertEqual(wire.exactly(4), b"MORE")
+        self.server.ok("DELETE", "/streams/%d/a" % pid)
+        self.assertError(self.server.json("POST", "/streams/%d/a" % pid, b"x"), 403, "forbidden_write")
+        self.assertEqual(answers.exactly(11), b"a has ended")
+        self.assertEqual(self.upto(pid, 3), b"a,b")
+        self.send(pid, b"end", "b")
+        self.assertEqual(self.continuous(pid, "since=3").chunks(), (b"b'end'\n", True))
+
+
+class StreamsWebsocket(StreamsCase):
+    def test_text_binary_and_lines(self):
+        pid = self.cat()
+        text, binary, lines = (self.websocket("/wstreams/%d%s" % (pid, query)) for query in ("", "?type=binary", "?frame=line"))
+        text.text("gr\u00fc\u00dfe\n")
+        self.assertEqual(text.read(), (1, "gr\u00fc\u00dfe\n".encode()))
+        self.assertEqual(binary.read(), (2, "gr\u00fc\u00dfe\n".encode()))
+        self.assertEqual(lines.read(), (1, "gr\u00fc\u00dfe".encode()))
+        binary.binary(b"\xff\0\n")
+        self.assertEqual(text.read(), (1, "\ufffd\0\n".encode()))
+        self.assertEqual(binary.read(), (2, b"\xff\0\n"))
+        self.assertEqual(lines.read(), (1, "\ufffd\0".encode()))
+        lines.text("a line")                    # one end of line is added
+        self.assertEqual(binary.read(), (2, b"a line\n"))
+        self.assertEqual(lines.read(), (1, b"a line"))
+        lines.text("")
+        self.assertEqual(lines.read(), (1, b""))
+        both = self.websocket("/wstreams/%d?frame=line&type=binary&since=0" % pid)
+        self.assertEqual([both.read() for _ in range(4)], [(2, "gr\u00fc\u00dfe".encode()), (2, b"\xff\0"), (2, b"a line"), (2, b"")])
+
+    def test_text_across_message_borders(self):
+        pid = self.cat()
+        websocket, binary = self.websocket("/wstreams/%d" % pid), self.websocket("/wstreams/%d?type=binary" % pid)
+        for part in (b"a\xe2", b"\x82", b"\xacb\n"):
+            self.send(pid, part)
+            self.assertEqual(binary.read(), (2, part))
+        data = b""
+        while not data.endswith(b"\n"):
+            opcode, part = websocket.read()
+            self.assertEqual(opcode, 1)
+            part.decode("utf-8")
+            data += part
+        self.assertEqual(data, "a\u20acb\n".encode())
+        self.send(pid, b"x\xe2\x82")
+        self.end(pid)
+        messages = list(iter(websocket.read, (8, b"\x03\xe8exit 0")))
+        self.assertEqual(b"".join(part for _, part in messages).decode(), "x\ufffd")
+
+    def test_fragments_and_pings(self):
+        pid = self.cat()
+        websocket = self.websocket("/wstreams/%d?type=binary" % pid)
+        websocket.frame(1, b"frag", final=False)
+        websocket.frame(9, b"are you there")
+        self.assertEqual(websocket.read(), (10, b"are you there"))
+        websocket.frame(0, b"mented")
+        self.assertEqual(websocket.read(), (2, b"fragmented"))
+
+    def test_lines_of_all_ends_and_the_last_without_one(self):
+        pid = self.cat()
+        websocket = self.websocket("/wstreams/%d?frame=line" % pid)
+        self.send(pid, b"a\nb\r\nc\rd")
+        self.end(pid)
+        self.assertEqual([websocket.read() for _ in range(5)], [(1, b"a"), (1, b"b"), (1, b"c"), (1, b"d"), (8, b"\x03\xe8exit 0")])
+
+    def test_label_tail_and_since(self):
+        pid = self.puppet(redirect_output=["o", "e"])
+        self.send(pid, b"out(b'1\\n2\\n3\\n'); err(b'4\\n5\\n')\n")
+        self.upto(pid, 6, "o")
+        self.upto(pid, 4, "e")
+        for query, offset, data in (("tail=1", "4", b"3\n"), ("tail=all", "0", b"1\n2\n3\n"), ("since=2", "2", b"2\n3\n"), ("label=e&tail=1", "2", b"5\n"),
+                                    ("label=o&since=4@" + self.epoch, "4", b"3\n"), ("since=99@other", "0", b"1\n2\n3\n")):
+            with self.subTest(query=query):
+                websocket = self.websocket("/wstreams/%d?%s" % (pid, query))
+                self.assertEqual((websocket.status, websocket.headers["Gaffer-Offset"]), (101, offset))
+                self.assertEqual(websocket.read(), (1, data))
+        websocket = self.websocket("/wstreams/%d?label=e" % pid)
+        websocket.text("err(b'to stdin')\n")                  # what comes in goes to stdin all the same
+        self.assertEqual(websocket.read(), (1, b"to stdin"))
+
+    def test_frames_sent_together_with_the_upgrade_are_not_lost(self):
+        pid = self.cat()
+        early = b"".join(WebSocket.encode(1, b"%d," % number) for number in range(50))
+        websocket = self.websocket("/wstreams/%d?since=0" % pid, early=early + WebSocket.encode(8, struct.pack("!H", 1000)))
+        self.assertEqual(websocket.status, 101)
+        self.assertEqual(self.upto(pid, 140), b"".join(b"%d," % number for number in range(50)))
+
+    def test_half_a_frame_sent_together_with_the_upgrade(self):
+        pid = self.cat()
+        frame = WebSocket.encode(1, b"x" * 200)
+        for cut in (1, 3, 7, 100):
+            with self.subTest(cut=cut):
+                websocket = self.websocket("/wstreams/%d" % pid, early=frame[:cut])
+                websocket.sock.sendall(frame[cut:])
+                data = b""
+                while len(data) < 200:
+                    data += websocket.read()[1]
+                self.assertEqual(data, b"x" * 200)
+
+    def test_close_reasons(self):
+        for number, (code, reason) in enumerate((("os._exit(0)", "exit 0"), ("os._exit(3)", "exit 3"), ("os.kill(os.getpid(), 9)", "signal 9"))):
+            pid = self.puppet("p%d" % number)
+            websocket = self.websocket("/wstreams/%d?readonly=true" % pid)
+            self.send(pid, b"out(b'last'); " + code.encode() + b"\n")
+            self.assertEqual([websocket.read(), websocket.read()], [(1, b"last"), (8, struct.pack("!H", 1000) + reason.encode())])
+            websocket.frame(8, struct.pack("!H", 1000))
+            self.assertEqual(websocket.read(), (None, b""))
+
+    def test_the_client_closes(self):
+        pid = self.cat()
+        for payload, answer in ((struct.pack("!H", 1000) + b"bye", b"\x03\xe8"), (b"", b""), (struct.pack("!H", 4000), b"\x0f\xa0")):
+            websocket = self.websocket("/wstreams/%d" % pid)
+            websocket.frame(8, payload)
+            opcode, data = websocket.read()
+            self.assertEqual((opcode, data[:2]), (8, answer))
+            self.assertEqual(websocket.read(), (None, b""))
+        self.send(pid, b"still there")
+        self.assertEqual(self.upto(pid, 11), b"still there")
+
+    def test_readonly_takes_no_messages(self):
+        pid = self.cat()
+        websocket = self.websocket("/wstreams/%d?readonly=true" % pid)
+        websocket.text("x")
+        opcode, payload = websocket.read()
+        self.assertEqual((opcode, payload[:2]), (8, struct.pack("!H", 1008)))
+        self.assertEqual(self.poll(pid, "since=0&timeout=0"), (204, "0", b""))
+
+    def test_faults_of_the_peer(self):
+        pid = self.cat()
+        for name, data, code in (
+                ("text that is not UTF-8", WebSocket.encode(1, b"\xff"), 1007), ("unmasked", b"\x81\x01x", 1002), ("opcode 3", WebSocket.encode(3, b""), 1002),
+                ("a continuation of nothing", WebSocket.encode(0, b""), 1002), ("a long ping", WebSocket.encode(9, b"x" * 126), 1002),
+                ("a huge message", bytes([0x82, 0xFF]) + struct.pack("!Q", 1 << 40) + b"abcd", 1009)):
+            with self.subTest(name):
+                websocket = self.websocket("/wstreams/%d" % pid)
+                websocket.sock.sendall(data)
+                opcode, payload = websocket.read()
+                self.assertEqual((opcode, struct.unpack("!H", payload[:2])[0]), (8, code))
+
+    def test_output_goes_on_where_the_process_has_closed_its_stdin(self):
+        pid = self.puppet()
+        websocket = self.websocket("/wstreams/%d" % pid)
+        websocket.text("import signal; signal.pthread_sigmask(0, [signal.SIGUSR1]); os.close(0); out(b'closed'); signal.sigwait([signal.SIGUSR1]); out(b'end'); os._exit(0)\n")
+        self.assertEqual(websocket.read(), (1, b"closed"))
+        websocket.text("x")
+        websocket.frame(9, b"barrier")
+        self.assertEqual(websocket.read(), (10, b"barrier"))
+        self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
+        self.assertEqual([websocket.read(), websocket.read()], [(1, b"end"), (8, b"\x03\xe8exit 0")])
+
+    def test_heartbeats_are_pings(self):
+        websocket = self.websocket("/wstreams/%d?heartbeat=0.1" % self.cat())
+        self.assertEqual([websocket.read(), websocket.read()], [(9, b""), (9, b"")])
+
+    def test_without_an_upgrade_it_is_426(self):
+        status, headers, body = self.server.request("GET", "/wstreams/%d" % self.cat())
+        self.assertEqual((status, json.loads(body)["error"], headers["Upgrade"]), (426, "upgrade_required", "websocket"))
+
+    def test_backpressure_to_stdin(self):
+        """What a process doesn't read fills its buffer, then the connection; when it reads, all arrives in order."""
+        pid = self.server.add("t", python("""
+            import hashlib, os, signal, sys
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+            os.write(1, b"ready\\n")
+            signal.sigwait([signal.SIGUSR1])
+            data = sys.stdin.buffer.read(40 * 300000)
+            os.write(1, b"%d %s\\n" % (len(data), hashlib.md5(data).hexdigest().encode()))
+        """), redirect_input=True, flapping=STREAMS_ONCE)[0]
+        self.upto(pid, 6)
+        websocket = self.websocket("/wstreams/%d?type=binary" % pid)
+        expected = hashlib.md5(b"".join(bytes([number]) * 300000 for number in range(40))).hexdigest()
+        head = bytes([0x82, 0xFF]) + struct.pack("!Q", 300000) + bytes(4)         # a mask of zeros: as it is
+        frames = memoryview(b"".join(head + bytes([number]) * 300000 for number in range(40)))
+        websocket.sock.setblocking(False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(websocket.sock, selectors.EVENT_WRITE)
+            while frames and selector.select(0.5):
+                frames = frames[websocket.sock.send(frames):]
+            self.assertTrue(frames, "12 MB were taken for a process that reads nothing")
+            self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"x" * 600000), 503, "stdin_full")
+            self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
+            while frames and selector.select(TIMEOUT):
+                frames = frames[websocket.sock.send(frames):]
+        websocket.sock.settimeout(TIMEOUT)
+        self.assertEqual(websocket.read(), (2, b"%d %s\n" % (12000000, expected.encode())))
+        self.assertEqual(websocket.read(), (8, b"\x03\xe8exit 0"))
+
+
+class StreamsWatch(StreamsCase):
+    def watch(self, path="", headers="", **options):
+        """A StreamsWire of /watch."""
+        wire = self.wire("/watch" + path, headers, **options)
+        self.assertEqual(wire.status, 200)
+        return wire
+
+    def life(self, name="t"):
+        """Let a template be added, exit, and be deleted."""
+        pid = self.cat(name)
+        self.end(pid)
+        self.server.wait_event("proc/%s/stop" % name)
+        self.server.ok("DELETE", "/processes/" + name)
+
+    EVENTS = ["create", "start", "spawn", "exit", "stop", "delete"]
+
+    def kinds(self, wire, last="delete"):
+        """The types of events of a continuous feed, until `last`."""
+        kinds = []
+        while not kinds or kinds[-1] != last:
+            kinds.append(json.loads(wire.chunk())["event"])
+        return kinds
+
+    def test_continuous_is_an_object_a_line(self):
+        wire = self.watch("?feed=continuous")
+        self.assertEqual((wire.headers["Content-Type"], wire.headers["Transfer-Encoding"]), ("application/json", "chunked"))
+        before = time.time()
+        pid = self.cat()
+        line = wire.exactly(1)
+        self.assertTrue(line.endswith(b"\n"))
+        first, second, third = json.loads(line.splitlines()[0]), *[json.loads(item) for item in (
+            line.splitlines()[1:] + [wire.chunk() for _ in range(3 - len(line.splitlines()))])]
+        self.assertEqual([event["event"] for event in (first, second, third)], ["create", "start", "spawn"])
+        self.assertEqual([event["id"] for event in (first, second, third)], ["%d@%s" % (number, self.epoch) for number in (1, 2, 3)])
+        self.assertEqual(set(first), {"event", "name", "id", "time"})
+        self.assertEqual(set(third), {"event", "name", "id", "time", "pid", "os_pid"})
+        self.assertEqual((third["name"], third["pid"]), ("cat", pid))
+        self.assertTrue(before - 1 < first["time"] < time.time() + 1)
+
+    def test_exit_tells_status_and_signal(self):
+        pid = self.puppet()
+        self.send(pid, b"os._exit(5)\n")
+        event = self.server.wait_event("exit")
+        self.assertEqual((event["exit_status"], event["term_signal"], event["pid"]), (5, 0, pid))
+        pid = self.puppet("second")
+        self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
+        event = self.server.wait_event("proc/second/exit")
+        self.assertEqual((event["exit_status"], event["term_signal"], event["pid"]), (0, 9, pid))
+
+    def test_eventsource(self):
+        wire = self.watch("?feed=eventsource&heartbeat=0.1")
+        self.assertEqual(wire.headers["Content-Type"], "text/event-stream")
+        self.assertEqual(wire.block(), b"")
+        self.cat()
+        events = [dict(line.split(b": ", 1) for line in block.splitlines()) for block in
+                  itertools.islice(filter(None, iter(wire.block, None)), 3)]
+        self.assertEqual([event[b"event"] for event in events], [b"create", b"start", b"spawn"])
+        for number, event in enumerate(events, 1):
+            self.assertEqual(event[b"id"], b"%d@%s" % (number, self.epoch.encode()))
+            data = json.loads(event[b"data"])
+            self.assertEqual((data["event"], data["id"]), (event[b"event"].decode(), event[b"id"].decode()))
+
+    def test_longpoll_gives_one_event(self):
+        self.life()
+        place, kinds = "0", []
+        for _ in self.EVENTS:
+            event = self.server.ok("GET", "/watch?since=" + place)
+            place = event["id"]
+            kinds.append(event["event"])
+        self.assertEqual(sorted(kinds), sorted(self.EVENTS))
+        self.assertEqual(self.server.request("GET", "/watch?timeout=0&since=" + place)[::2], (204, b""))
+        self.assertEqual(self.server.request("GET", "/watch?timeout=0.1")[::2], (204, b""))
+        event = self.server.json("GET", "/watch", headers={"Last-Event-ID": "1@" + self.epoch})[1]
+        self.assertEqual(event["event"], "start")
+
+    def test_a_longpoll_that_waits(self):
+        wire = StreamsWire(self.server.port, "/watch/proc/later/spawn?since=0")
+        self.addCleanup(wire.close)
+        self.life("other")
+        self.cat("later")
+        wire.head()
+        event = json.loads(wire.file.read(int(wire.headers["Content-Length"])))
+        self.assertEqual((event["event"], event["name"]), ("spawn", "later"))
+
+    def test_patterns(self):
+        """All patterns, from the beginning, on two templates; the delete of the second is the barrier."""
+        self.life("one")
+        self.life("two")
+        full = []
+        wire = self.watch("?feed=continuous&since=0")
+        while len(full) < 2 or full[-1]["event"] != "delete" or full[-1]["name"] != "two":
+            full.append(json.loads(wire.chunk()))
+        self.assertEqual(sorted(event["event"] for event in full), sorted(self.EVENTS * 2))
+        table = [(path, lambda event: True) for path in ("", "/", "/.")]
+        table += [("/" + kind, lambda event, kind=kind: event["event"] == kind) for kind in self.EVENTS]
+        for name in ("one", "two"):
+            table += [("/proc/" + name, lambda event, name=name: event["name"] == name)]
+            table += [("/proc/%s/%s" % (name, kind), lambda event, name=name, kind=kind: (event["name"], event["event"]) == (name, kind)) for kind in self.EVENTS]
+        for path, wanted in table:
+            expected = list(filter(wanted, full))
+            with self.subTest(path=path, feed="continuous"):
+                wire = self.watch(path + "?feed=continuous&since=0")
+                self.assertEqual([json.loads(wire.chunk()) for _ in expected], expected)
+                wire.close()
+            with self.subTest(path=path, feed="eventsource"):
+                wire = self.watch(path + "?feed=eventsource&since=0")
+                self.assertEqual([json.loads(wire.event()[1]) for _ in expected], expected)
+                wire.close()
+            with self.subTest(path=path, feed="longpoll"):
+                found, place = [], "0"
+                while len(found) <= len(expected):
+                    status, event = self.server.json("GET", "/watch%s?timeout=0&since=%s" % (path, place))
+                    if status == 204:
+                        break
+                    found.append(event)
+                    place = event["id"]
+                self.assertEqual(found, expected)
+
+    def test_other_types_may_be_watched(self):
+        for kind in ("restart", "update", "reap", "stop_pid"):
+            self.assertEqual(self.server.request("GET", "/watch/%s?timeout=0" % kind)[0], 204)
+            self.assertEqual(self.server.request("GET", "/watch/proc/not-yet/%s?timeout=0" % kind)[0], 204)
+
+    def test_bad_types(self):
+        for path in ("/nothing", "/proc", "/proc/", "/proc/t/nothing", "/CREATE", "/create/t", "/proc/t/create/x", "/dropped"):
+            for feed in ("longpoll", "continuous", "eventsource"):
+                with self.subTest(path=path, feed=feed):
+                    self.assertError(self.server.json("GET", "/watch%s?timeout=0&feed=%s" % (path, feed)), 404, "bad_event_type")
+
+    def test_bad_values(self):
+        for query in ("since=x", "since=-1", "since=1", "since=1@" + self.epoch, "timeout=x", "timeout=-1", "feed=x", "feed=continuous&heartbeat=0",
+                      "feed=eventsource&heartbeat=x"):
+            with self.subTest(query=query):
+                self.assertError(self.server.json("GET", "/watch?%s%s" % (query, "" if "timeout" in query else "&timeout=0")), 400, "bad_value")
+
+    def test_a_name_that_does_not_exist_yet(self):
+        wires = [self.watch("/proc/later?feed=continuous"), self.watch("/proc/later?feed=eventsource")]
+        self.life("other")
+        self.cat("later")
+        self.assertEqual(json.loads(wires[0].chunk())["name"], "later")
+        self.assertEqual(json.loads(wires[1].event()[1])["name"], "later")
+
+    def test_resume_by_id(self):
+        self.life()
+        everything = list(itertools.islice(iter(self.watch("?feed=eventsource&since=0").event, None), len(self.EVENTS)))
+        for index, event in enumerate(everything[:-1], 1):
+            for path, headers in (("&since=" + event[2], ""), ("", "Last-Event-ID: %s\r\n" % event[2]),
+                                  ("&since=0", "Last-Event-ID: %s\r\n" % event[2])):
+                wire = self.watch("?feed=eventsource" + path, headers)
+                self.assertEqual([wire.event() for _ in everything[index:]], everything[index:])
+
+    def test_no_since_is_from_now_on(self):
+        self.life("before")
+        wires = [self.watch("?feed=continuous"), self.watch("?feed=eventsource")]
+        self.cat("after")
+        self.assertEqual(json.loads(wires[0].chunk())["name"], "after")
+        self.assertEqual(json.loads(wires[1].event()[1])["name"], "after")
+
+    def test_ids_of_another_run(self):
+        self.cat()
+        kind, data, where = self.watch("?feed=eventsource", "Last-Event-ID: 17@other\r\n").event()
+        self.assertEqual((kind, json.loads(data)["restarted"]), ("dropped", True))
+        wire = self.watch("?feed=continuous&since=17@other")
+        dropped = json.loads(wire.chunk())
+        self.assertEqual((dropped["event"], dropped["restarted"]), ("dropped", True))
+        self.assertEqual(json.loads(wire.chunk().splitlines()[0])["event"], "create")
+        dropped = self.server.ok("GET", "/watch?since=17@other")
+        self.assertEqual((dropped["event"], dropped["restarted"]), ("dropped", True))
+        self.assertEqual(self.server.ok("GET", "/watch?since=" + dropped["id"])["event"], "create")
+
+    def test_lost_events_are_counted(self):
+        self.server.add("t", "cat", numprocesses=0)             # create, start
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=TIMEOUT)
+        self.addCleanup(connection.close)
+        for number in range(1124):
+            connection.request("POST", "/processes/t/" + ("_start" if number % 2 else "_stop"))
+            self.assertEqual(connection.getresponse().read(), b'{"ok": true}\n')
+        lost = 1124 + 2 - 1024
+        event = self.server.ok("GET", "/watch?since=0")
+        self.assertEqual((event["event"], event["events"]), ("dropped", lost))
+        self.assertEqual(self.server.ok("GET", "/watch?since=" + event["id"])["id"], "%d@%s" % (lost + 1, self.epoch))
+        wire = self.watch("?feed=continuous&since=1")
+        dropped = json.loads(wire.chunk())
+        self.assertEqual((dropped["event"], dropped["events"]), ("dropped", lost - 1))
+        self.assertEqual(json.loads(wire.chunk().splitlines()[0])["id"], "%d@%s" % (lost + 1, self.epoch))
+        kind, data, _ = self.watch("?feed=eventsource", "Last-Event-ID: 2@%s\r\n" % self.epoch).event()
+        self.assertEqual((kind, json.loads(data)), ("dropped", {"events": lost - 2}))
+
+    def test_head(self):
+        for feed in ("longpoll", "continuous", "eventsource"):
+            status, _, body = self.server.request("HEAD", "/watch?feed=" + feed)
+            self.assertIn(status, (200, 204))
+            self.assertEqual(body, b"")
+
+    def test_http_1_0(self):
+        wire = self.watch("?feed=continuous", version="1.0")
+        self.cat()
+        self.assertEqual(json.loads(wire.file.readline())["event"], "create")
+
+
+class StreamsStats(StreamsCase):
+    FIELDS = {"id", "pid", "cpu", "mem", "mem_info1", "mem_info2", "rss", "vms", "ctime", "username", "nice", "cmdline", "children"}
+
+    def test_feeds_of_all_of_one_and_of_a_process(self):
+        pid = self.cat()
+        for path, check in (("/stats", lambda value: value[0]["stats"][0]), ("/stats/cat", lambda value: value["stats"][0]), ("/stats/cat/%d" % pid, lambda value: value)):
+            with self.subTest(path=path):
+                wire = self.wire(path + "?feed=continuous&interval=0.1")
+                for _ in range(3):
+                    line = wire.chunk()
+                    self.assertTrue(line.endswith(b"\n"))
+                    entry = check(json.loads(line))
+                    self.assertEqual((set(entry), entry["id"]), (self.FIELDS, pid))
+                wire.close()
+                wire = self.wire(path + "?feed=eventsource&interval=0.1")
+                for _ in range(2):
+                    kind, data, _ = wire.event()
+                    self.assertEqual((kind, check(json.loads(data))["id"]), ("stat", pid))
+                wire.close()
+                self.assertEqual(check(self.server.ok("GET", path + "?feed=longpoll&interval=0.1"))["id"], pid)
+
+    def test_bad_values(self):
+        pid = self.cat()
+        self.cat("other")
+        for query in ("feed=x", "feed=continuous&interval=0.05", "feed=continuous&interval=x", "feed=eventsource&interval=-1", "feed=longpoll&interval=nan",
+                      "feed=continuous&heartbeat=x"):
+            self.assertError(self.server.json("GET", "/stats?" + query), 400, "bad_value")
+        for path in ("/stats/none", "/stats/other/%d" % pid, "/stats/cat/99", "/stats/cat/cat"):
+            for query in ("", "?feed=continuous", "?feed=eventsource", "?feed=longpoll"):
+                self.assertError(self.server.json("GET", path + query), 404, "not_found")
+
+    def test_a_feed_ends_with_what_it_looks_at(self):
+        pid = self.cat()
+        wires = [self.wire("/stats/%s?feed=continuous&interval=0.1" % what) for what in ("cat", "cat/%d" % pid)]
+        for wire in wires:
+            self.assertTrue(wire.chunk())
+        self.server.ok("DELETE", "/processes/cat")
+        for wire in wires:
+            self.assertTrue(wire.chunks()[1])
+
+    def test_a_stopped_template_is_zeros(self):
+        self.cat()
+        self.server.ok("POST", "/processes/cat/_stop")
+        value = json.loads(self.wire("/stats/cat?feed=continuous&interval=0.1").chunk())
+        self.assertEqual(value, {"name": "cat", "mem": 0, "max_mem": 0, "min_mem": 0, "cpu": 0, "max_cpu": 0, "min_cpu": 0, "stats": []})
+
+
+class StreamsServer(Running):
+    """`gaffer.py serve` as a process of its own, on a free port."""
+
+    def __init__(self, *options):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("GAFFER", "PYTHON"))}
+        self.process = subprocess.Popen([PYTHON, gaffer.__file__, "serve", "--bind", "127.0.0.1:0", *options],
+                                        stdout=subprocess.PIPE, env=environment)
+        line = self.process.stdout.readline().decode()
+        assert "listening on" in line, line
+        self.port = int(line.rpartition(":")[2])
+
+    def stop_all(self):
+        """End it."""
+        self.process.terminate()
+        self.process.wait(TIMEOUT)
+        self.process.stdout.close()
+
+    def read_proc(self, name):
+        """A file of its /proc."""
+        with open("/proc/%d/%s" % (self.process.pid, name)) as file:
+            return file.read()
+
+    def resident(self):
+        """Its memory in bytes."""
+        return int(self.read_proc("statm").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def threads(self):
+        """How many threads it has."""
+        return int(re.search(r"Threads:\s*(\d+)", self.read_proc("status")).group(1))
+
+    def switches(self):
+        """How often each of its threads was put to sleep or interrupted: who wakes up and sleeps again, counts."""
+        found = {}
+        for task in os.listdir("/proc/%d/task" % self.process.pid):
+            with contextlib.suppress(OSError):  # a thread has just ended
+                found[task] = re.findall(r"ctxt_switches:\s*(\d+)", self.read_proc("task/%s/status" % task))
+        return found
+
+
+class StreamsHeavyCase(StreamsCase):
+    """A server that is a process, and readers on threads."""
+
+    window = "%d" % gaffer.WINDOW_SIZE
+    lines = 60000                               # of 64 bytes, written as fast as the child can
+    reconnect = 10000                           # events, after which the EventSource drops its connection
+
+    def setUp(self):
+        Case.setUp(self)
+        self.server = StreamsServer("--window", self.window)
+        self.addCleanup(self.server.stop_all)
+
+    def hose(self, lines=None):
+        """The pid of a child that waits for a byte on stdin to write its lines."""
+        return self.server.add("hose", python(STREAMS_FIREHOSE.format(lines=lines or self.lines)), redirect_input=True, flapping=STREAMS_ONCE)[0]
+
+    def gather(self, **readers):
+        """Let each reader run on a thread: {name: function}. Returns a function that gives {name: result}."""
+        results = {}
+
+        def run(name, function):
+            try:
+                results[name] = function()
+            except BaseException as error:
+                results[name] = error
+        threads = [threading.Thread(target=run, args=item, name=item[0]) for item in readers.items()]
+        for thread in threads:
+            thread.start()
+
+        def wait():
+            for thread in threads:
+                thread.join(2 * TIMEOUT)
+            for name, result in results.items():
+                if isinstance(result, BaseException):
+                    raise AssertionError(name) from result
+            self.assertEqual(set(results), set(readers))
+            return results
+        self.addCleanup(wait)
+        return wait
+
+    def by_longpolls(self, pid):
+        """(bytes, how many were dropped) of a loop of long polls from the beginning, until the end."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=TIMEOUT)
+        parts, dropped, offset = [], 0, "0"
+        with contextlib.closing(connection):
+            while True:
+                connection.request("GET", "/streams/%d/stdout?since=%s" % (pid, offset))
+                answer = connection.getresponse()
+                parts.append(answer.read())
+                if answer.status == 204:
+                    return b"".join(parts), dropped
+                dropped += int(answer.headers.get("Gaffer-Dropped", 0))
+                offset = answer.headers["Gaffer-Offset"]
+
+    def by_events(self, pid, reconnect, wire=None):
+        """(bytes, how many were dropped) of an EventSource that drops its connection after so many events. `wire`: the first
+        connection, or from the beginning."""
+        parts, dropped, last = [], 0, ""
+        while True:
+            if wire is None or last:
+                wire = StreamsWire(self.server.port, "/streams/%d/stdout?feed=eventsource&since=0" % pid, last).head()
+            with contextlib.closing(wire):
+                for _ in range(reconnect):
+                    event = wire.event()
+                    if event is None:
+                        raise AssertionError("the stream ended without an exit event")
+                    if event[0] == "exit":
+                        return b"".join(parts), dropped
+                    if event[0] == "dropped":
+                        dropped += json.loads(event[1])["bytes"]
+                    else:
+                        parts.append(event[1].encode() + b"\n")
+                    last = "Last-Event-ID: %s\r\n" % event[2]
+
+    @staticmethod
+    def by_websocket(websocket):
+        """(bytes, the payload of the close frame)"""
+        parts = []
+        while True:
+            opcode, payload = websocket.read()
+            if opcode == 8 or opcode is None:
+                return b"".join(parts), payload
+            parts.append(payload)
+
+    def assertSame(self, found, expected):
+        """Bytes are equal; without a diff of megabytes."""
+        if found != expected:
+            place = next((i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]), min(len(found), len(expected)))
+            self.fail("%d bytes, expected %d; they differ at %d: %r, expected %r" % (
+                len(found), len(expected), place, found[place - 20:place + 70], expected[place - 20:place + 70]))
+
+    def assertLines(self, data):
+        """Whole lines of the firehose in order; the one in front of a gap may be cut."""
+        last = -1
+        for line in data.splitlines():
+            number = int(line[-63:])
+            self.assertGreater(number, last)
+            self.assertGreaterEqual(len(line), 63)
+            last = number
+        self.assertEqual(last, self.lines - 1)
+
+
+class StreamsLossless(StreamsHeavyCase):
+    """A child writes as fast as it can; the window holds it all, and nobody is waited for."""
+
+    window = "%d" % (64 * StreamsHeavyCase.lines + 1)
+
+    def test_each_feed_ends_with_exactly_those_lines(self):
+        pid = self.hose()
+        wire = self.continuous(pid, "since=0")
+        websocket = self.websocket("/wstreams/%d?type=binary&readonly=1&since=0" % pid)
+        results = self.gather(longpoll=lambda: self.by_longpolls(pid), events=lambda: self.by_events(pid, self.reconnect),
+                              continuous=wire.chunks, websocket=lambda: self.by_websocket(websocket))
+        self.send(pid, b"\n")
+        expected = streams_numbered(self.lines)
+        for name, (data, end) in results().items():
+            with self.subTest(name):
+                self.assertSame(data, expected)
+                self.assertEqual(end, {"longpoll": 0, "events": 0, "continuous": True, "websocket": b"\x03\xe8exit 0"}[name])
+
+
+class StreamsLoss(StreamsHeavyCase):
+    """The window is much smaller than the output."""
+
+    window = "65536"
+
+    def test_block_loses_nothing_and_the_others_count(self):
+        pid = self.hose()
+        wire = self.continuous(pid, "loss=block")
+        slow = self.continuous(pid, "loss=block", receive_buffer=STREAMS_SMALL)
+        websocket = self.websocket("/wstreams/%d?type=binary&readonly=1&loss=block" % pid)
+        events = self.sse(pid, "loss=block")
+        results = self.gather(
+            longpoll=lambda: self.by_longpolls(pid), reconnecting=lambda: self.by_events(pid, self.reconnect),
+            events=lambda: self.by_events(pid, 10 ** 9, events), continuous=wire.chunks, slow=slow.chunks,
+            websocket=lambda: self.by_websocket(websocket))
+        self.send(pid, b"\n")
+        expected, found = streams_numbered(self.lines), results()
+        self.assertEqual(found["websocket"][1], b"\x03\xe8exit 0")
+        for name in ("events", "continuous", "slow", "websocket"):
+            with self.subTest(name):
+                self.assertSame(found[name][0], expected)
+        for name in ("longpoll", "reconnecting"):
+            with self.subTest(name):
+                data, dropped = found[name]
+                self.assertEqual(len(data) + dropped, len(expected))
+
+    def test_what_is_dropped_makes_up_the_difference_to_the_byte(self):
+        """Readers that begin to read when the child has exited: most of its output has fallen out of the window."""
+        pid = self.hose()
+        small = {"receive_buffer": STREAMS_SMALL}
+        cut, skip = self.continuous(pid, **small), self.continuous(pid, "loss=skip", **small)
+        events = self.sse(pid, **small)
+        sockets = []
+        for query in ("", "&loss=skip"):
+            sock = socket.socket()
+            sock.settimeout(TIMEOUT)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, STREAMS_SMALL)
+            sock.connect(("127.0.0.1", self.server.port))
+            sockets.append(self.websocket_on(sock, pid, query))
+        self.send(pid, b"\n")
+        self.server.wait_event("exit")
+        for each in (cut, skip, events, *sockets):                    # from here on they take what they can get
+            each.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        expected = streams_numbered(self.lines)
+        total = len(expected)
+        with self.subTest("longpoll"):
+            data, dropped = self.by_longpolls(pid)
+            self.assertSame(data, expected[dropped:])
+            self.assertGreater(dropped, 0)
+        with self.subTest("continuous"):
+            data, whole = cut.chunks()
+            self.assertFalse(whole, "cut without its last chunk")
+            self.assertSame(data, expected[:len(data)])
+        with self.subTest("continuous, loss=skip"):
+            self.assertEqual(skip.headers["Trailer"], "Gaffer-Dropped")
+            data, whole = skip.chunks()
+            self.assertTrue(whole)
+            self.assertGreater(int(skip.trailers["Gaffer-Dropped"]), 0)
+            self.assertEqual(len(data) + int(skip.trailers["Gaffer-Dropped"]), total)
+            self.assertLines(data)
+        with self.subTest("eventsource"):
+            data, dropped, place = b"", 0, 0
+            for kind, text, where in iter(events.event, None):
+                if kind == "dropped":
+                    count = json.loads(text)["bytes"]
+                    self.assertEqual(int(where.split("@")[0]), place + count)
+                    dropped += count
+                elif kind == "stdout":
+                    data += text.encode() + b"\n"
+                place = int(where.split("@")[0].rstrip("x"))
+            self.assertEqual((kind, place), ("exit", total))
+            self.assertGreater(dropped, 0)
+            self.assertEqual(len(data) + dropped, total)
+            self.assertLines(data)
+        with self.subTest("websocket"):
+            data, close = self.by_websocket(sockets[0])
+            self.assertRegex(close, b"^\x03\xf5dropped [1-9][0-9]*$")
+            self.assertSame(data, expected[:len(data)])
+        with self.subTest("websocket, loss=skip"):
+            data, close = self.by_websocket(sockets[1])
+            self.assertEqual(close, b"\x03\xe8exit 0")
+            self.assertLess(len(data), total)
+            self.assertLines(data)
+
+    def websocket_on(self, sock, pid, query):
+        """A websocket on a socket with a small buffer."""
+        websocket = WebSocket(self.server.port, "/wstreams/%d?type=binary&readonly=1%s" % (pid, query), sock=sock)
+        self.addCleanup(websocket.close)
+        self.assertEqual(websocket.status, 101)
+        return websocket
+
+    def test_who_never_reads_holds_the_child_only_with_block(self):
+        pid = self.hose(10 ** 9)
+        wires = [self.continuous(pid, receive_buffer=STREAMS_SMALL), self.sse(pid, receive_buffer=4096)]
+        self.send(pid, b"\n")
+        place = lambda: int(self.poll(pid, "timeout=0&tail=0")[1])
+        until(lambda: place() > 10 ** 7, "the child goes on")
+        wires.append(self.continuous(pid, "loss=block", receive_buffer=STREAMS_SMALL))
+        seen = [0]
+
+        def held():
+            seen.append(self.poll(pid, "tail=0&timeout=0.2")[:2])     # nothing comes for 0.2 s
+            return seen[-1][0] == 204
+        until(held, "the child is held", timeout=10)
+        before = seen[-1][1]
+        wires[-1].exactly(10 ** 5)              # it takes some: the child may go on
+        self.assertGreater(until(lambda: place() > int(before) and place()), int(before))
+        wires[-1].close()
+        until(lambda: place() > int(before) + 10 ** 7, "the child goes on when the reader has gone")
+
+
+class StreamsCost(StreamsHeavyCase):
+    """Memory, threads and system calls."""
+
+    growth = 2 * 1024 * 1024                    # of memory, at most
+    amount = 40 * 10 ** 6                       # bytes that pass by a reader that never reads, after as much to warm up
+    clients, client_lines = 200, 2000
+
+    def test_who_never_reads_costs_nothing(self):
+        pid = self.hose(10 ** 9)
+        for query in ("feed=continuous", "feed=continuous&loss=skip", "feed=eventsource"):
+            self.wire("/streams/%d/stdout?%s" % (pid, query))
+        for query in ("", "&frame=line"):
+            self.assertEqual(self.websocket("/wstreams/%d?readonly=1%s" % (pid, query)).status, 101)
+        reader = self.continuous(pid, "loss=skip")
+        self.send(pid, b"\n")
+
+        def place():
+            return int(self.server.request("HEAD", "/streams/%d/stdout" % pid)[1]["Gaffer-Offset"])
+
+        def read(amount):
+            while amount > 0:
+                amount -= len(reader.chunk())
+        read(self.amount)
+        memory, first = self.server.resident(), place()
+        read(self.amount)
+        self.assertLess(self.server.resident() - memory, self.growth)
+        self.assertGreater(place() - first, self.amount // 2)         # another reader goes on, and so does the child
+        reader.close()
+        first = place()
+        until(lambda: place() > first + self.amount, "the child goes on where nobody reads")
+        self.assertLess(self.server.resident() - memory, self.growth)
+
+    def test_many_event_streams_on_a_fast_stream(self):
+        pid = self.hose(self.client_lines)
+        before = self.server.threads()
+        wires = [self.sse(pid) for _ in range(self.clients)]
+        until(lambda: self.server.threads() <= before, "no thread is held by a stream")
+        digests = [hashlib.md5() for _ in wires]
+        self.send(pid, b"\n")
+        first = b""
+        with selectors.DefaultSelector() as selector:
+            for index, wire in enumerate(wires):
+                selector.register(wire.sock, selectors.EVENT_READ, index)
+            while selector.get_map():
+                ready = selector.select(TIMEOUT)
+                self.assertTrue(ready)
+                for key, _ in ready:
+                    data = key.fileobj.recv(262144)
+                    digests[key.data].update(data)
+                    first += data if key.data == 0 else b""
+                    if not data:
+                        selector.unregister(key.fileobj)
+        self.assertLessEqual(self.server.threads(), before + 1)
+        epoch = re.match(rb"id: 64@(\w+)\n", first).group(1)
+        blocks = [b"id: %d@%s\nevent: stdout\ndata: %063d\n\n" % (i * 64 + 64, epoch, i) for i in range(self.client_lines)]
+        head, _, end = first.rpartition(b"id: ")
+        self.assertSame(head, b"".join(blocks))
+        self.assertTrue(end.startswith(b"%dx@%s\nevent: exit\n" % (self.client_lines * 64, epoch)))
+        self.assertEqual({digest.digest() for digest in digests}, {hashlib.md5(first).digest()})
+
+    def test_a_quiet_server_makes_no_system_call(self):
+        """With all kinds of readers waiting, and a connection that is kept alive: each wake-up would be a switch."""
+        pid = self.cat()
+        self.wire("/streams/%d/stdout?feed=continuous&heartbeat=true" % pid)
+        self.sse(pid)
+        self.wire("/watch?feed=eventsource")
+        self.websocket("/wstreams/%d" % pid)
+        for target in ("/streams/%d/stdout?timeout=1000" % pid, "/watch"):
+            self.addCleanup(StreamsWire(self.server.port, target).close)
+        kept = self.wire("/ping")
+        self.assertEqual(kept.file.read(2), b"OK")
+        self.send(pid, b"partial line")
+        self.upto(pid, 12)
+
+        def quiet():
+            before = self.server.switches()
+            threading.Event().wait(1.0)         # a second without a switch is what is measured
+            return self.server.switches() == before
+        until(quiet, "a quiet second", timeout=2.5)
+
+
+class StreamsThreads(StreamsCase):
+    def test_a_stream_uses_no_thread(self):
+        pid = self.cat()
+        before = threading.active_count()
+        targets = ["/streams/%d/stdout?feed=continuous", "/streams/%d/stdout?feed=eventsource", "/streams/%d/stdout?since=0", "/watch/proc/x?feed=longpoll",
+                   "/watch?feed=continuous"]
+        wires = [StreamsWire(self.server.port, target % pid if "%" in target else target) for target in targets for _ in range(32)]
+        for index, wire in enumerate(wires):
+            self.addCleanup(wire.close)
+            if index < 64 or index >= 128:
+                wire.head()
+        sockets = [self.websocket("/wstreams/%d" % pid) for _ in range(40)]
+        until(lambda: threading.active_count() <= before, "the threads' end")
+        sockets[0].text("x\n")
+        for wire in wires[:32]:
+            self.assertEqual(wire.exactly(2), b"x\n")
+        for wire in wires[32:64]:
+            self.assertEqual(wire.event()[1], "x")
+        for wire in wires[64:96]:
+            self.assertEqual(wire.head().file.read(2), b"x\n")
+        for websocket in sockets:
+            self.assertEqual(websocket.read(), (1, b"x\n"))
+        until(lambda: threading.active_count() <= before + 33, "the threads' end")       # the long polls' connections go on
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# ring 4: the command line, the README, the structure of the file
+# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
+# command line, README, examples, structure
+# --------------------------------------------------------------------------------------------------------------------
+CLI_FILE = os.path.join(HERE, "gaffer.py")
+CLI_SCRIPT = [PYTHON, "-W", "error", "-X", "dev", CLI_FILE]
+CLI_COMMAND = [PYTHON, "-W", "error", "-S", "-c", "import sys; sys.path[0] = %r; import gaffer; sys.exit(gaffer.main())" % HERE]
+CLI_LISTENING = re.compile(r"gaffer %s listening on (.*)\n\Z" % re.escape(gaffer.__version__))
+
+
+def cli_read(path):
+    """The text of a file."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def cli_environment(**more):
+    """This process's environment without what changes gaffer or Python, and with `more`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "GAFFER"))}
+    return dict(kept, **more)
+
+
+class CliProcess:
+    """A program that prints one line when it is up. stop() ends it; stdout and stderr are what else it printed."""
+
+    def __init__(self, command, env=None, cwd=None, pattern=CLI_LISTENING):
+        self._stderr = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._stderr,
+                                        env=env, cwd=cwd, universal_newlines=True)
+        self.first_line = self.process.stdout.readline()
+        match = pattern.match(self.first_line)
+        if match is None:
+            self.process.kill()
+            self._finish()
+            raise AssertionError("it printed %r and %r" % (self.first_line, self.stderr))
+        self.urls = match.group(1).split(", ")
+        self.ports = [int(url.rpartition(":")[2].partition("/")[0]) for url in self.urls if not url.startswith("unix:")]
+        self.port = self.ports[0] if self.ports else None
+
+    def _finish(self):
+        self.stdout, _ = self.process.communicate(timeout=TIMEOUT)
+        self._stderr.seek(0)
+        self.stderr = self._stderr.read()
+        self._stderr.close()
+
+    def kill(self):
+        """For cleanups: gone, whatever it does."""
+        if not self._stderr.closed:
+            self.process.kill()
+            self._finish()
+
+    def stop(self, signum=signal.SIGTERM):
+        """Signal it (None: it has been), wait for its end; returns the exit status."""
+        if signum is not None:
+            self.process.send_signal(signum)
+        self._finish()
+        return self.process.returncode
+
+    def request(self, method, path, body=None, headers=None, sock=None):
+        """(status, headers, body) of one request; `sock`: a connected socket instead of the first port."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
+        connection.sock = sock
+        try:
+            connection.request(method, path, json.dumps(body) if body is not None else None, headers or {})
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+        finally:
+            connection.close()
+
+    def ok(self, method, path, body=None, headers=None):
+        """The value of a request that has to succeed."""
+        status, _, data = self.request(method, path, body, headers)
+        assert status == 200, (method, path, status, data)
+        return json.loads(data)
+
+    def add(self, name, command, **options):
+        """POST a template (see python()). Returns its OS pids."""
+        self.ok("POST", "/processes", dict(command, name=name, **options))
+        return self.ok("GET", "/status/" + name)["os_pids"]
+
+
+class CliCase(Case):
+    """start() and run_program() run programs that end with the test. Most tests run gaffer's main() from a compiled module:
+    the script (`script=True`) is compiled at each start, which takes longer than all else."""
+
+    env = None
+
+    @classmethod
+    def setUpClass(cls):
+        if CliCase.env is None:
+            cache = tempfile.TemporaryDirectory()
+            atexit.register(cache.cleanup)
+            CliCase.env = cli_environment(PYTHONPYCACHEPREFIX=cache.name)
+            subprocess.run(CLI_COMMAND + ["--version"], env=cls.env, stdout=subprocess.DEVNULL, check=True, timeout=TIMEOUT)
+
+    def start(self, *arguments, script=False, **options):
+        """A running `gaffer.py ARGUMENTS`; where they name no command: `serve` on a free port, with them."""
+        if "serve" not in arguments:
+            arguments = ("serve", "--bind", "127.0.0.1:0") + arguments
+        return self.run_program((CLI_SCRIPT if script else CLI_COMMAND) + list(arguments), **options)
+
+    def run_program(self, command, **options):
+        """A CliProcess that is killed after the test, if it still runs."""
+        options.setdefault("env", self.env)
+        program = CliProcess(command, **options)
+        self.addCleanup(program.kill)
+        return program
+
+    def folder(self):
+        """A folder that goes with the test."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        return folder.name
+
+    def file(self, folder, name, text, mode=0o600):
+        """A file's path."""
+        path = os.path.join(folder, name)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(path, mode)
+        return path
+
+    def outcome(self, *arguments):
+        """(exit status, stdout, stderr) of a run that ends by itself."""
+        run = subprocess.run(CLI_COMMAND + list(arguments), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False,
+                             stderr=subprocess.PIPE, env=self.env, universal_newlines=True, timeout=TIMEOUT)
+        return run.returncode, run.stdout, run.stderr
+
+    def called(self, *arguments):
+        """The same of main(), called in this process: for tables, as it is a hundred times faster."""
+        out, err = io.StringIO(), io.StringIO()
+        handlers, logging.root.handlers = logging.root.handlers, []
+        level = logging.root.level
+        ender = threading.Timer(TIMEOUT, os.kill, (os.getpid(), signal.SIGTERM))    # where it serves, though it should not
+        ender.start()
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = gaffer.main(list(arguments))
+        except SystemExit as error:
+            status = error.code
+        finally:
+            ender.cancel()
+            ender.join()
+            logging.root.handlers = handlers
+            logging.root.setLevel(level)
+        return status, out.getvalue(), err.getvalue()
+
+
+class CliServe(CliCase):
+    """`serve`: its options, its signals, its output."""
+
+    def test_one_line_then_it_serves_and_term_ends_it_with_0(self):
+        folder = self.folder()                  # nothing of the current folder is imported
+        for name in ("json.py", "types.py", "marshal.py", "argparse.py", "socket.py"):
+            self.file(folder, name, "raise SystemExit('imported from the current folder')\n")
+        server = self.start(script=True, cwd=folder)
+        self.assertRegex(server.first_line, r"\Agaffer [0-9.]+ listening on http://127\.0\.0\.1:[0-9]+\n\Z")
+        self.assertEqual(server.request("GET", "/ping")[2], b"OK")
+        left = [what for what in map(os.readlink, self._descriptors(server.process.pid)) if "deleted" in what]
+        self.assertEqual(len(left), 1, "besides stderr, which is ours, no temporary file stays open: %s" % left)
+        self.assertEqual((server.stop(), server.stdout, server.stderr), (0, "", ""))
+
+    @staticmethod
+    def _descriptors(os_pid):
+        folder = "/proc/%d/fd" % os_pid
+        return [os.path.join(folder, name) for name in os.listdir(folder)]
+
+    def test_several_addresses_before_and_after_the_command(self):
+        path = os.path.join(self.folder(), "socket")
+        server = self.start("--bind", "127.0.0.1:0", "serve", "--bind", "127.0.0.1:0", "--bind", "unix:" + path)
+        self.assertEqual(len(server.urls), 3, server.urls)
+        self.assertEqual(server.urls[-1], "unix:" + path)
+        for port in server.ports:
+            server.port = port
+            self.assertEqual(server.request("GET", "/ping")[0], 200)
+        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(path)
+            self.assertEqual(server.request("GET", "/ping", headers={"Host": "localhost"}, sock=sock)[0], 200)
+        self.assertEqual(server.stop(signal.SIGINT), 0)
+        self.assertFalse(os.path.exists(path), "the socket is removed")
+
+    def test_a_unix_socket_of_a_dead_server_is_taken_over_and_that_of_a_living_one_not(self):
+        path = os.path.join(self.folder(), "socket")
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(path)
+        server = self.start("serve", "--bind", "unix:" + path)
+        status, _, err = self.outcome("serve", "--bind", "unix:" + path)
+        self.assertEqual(status, 1, err)
+        self.assertTrue(os.path.exists(path), "the living server's socket is still there")
+        self.assertEqual(server.stop(), 0)
+
+    def test_without_any_standard_descriptor(self):
+        path = os.path.join(self.folder(), "socket")
+        command = " ".join(map(shlex.quote, CLI_SCRIPT + ["serve", "--bind", "unix:" + path]))
+        process = subprocess.Popen(["/bin/sh", "-c", "exec %s <&- >&- 2>&-" % command], env=self.env)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+
+        def ask(method, path_, body=None):
+            connection = http.client.HTTPConnection("localhost", timeout=TIMEOUT)
+            connection.sock = socket.socket(socket.AF_UNIX)
+            with contextlib.closing(connection):
+                connection.sock.connect(path)
+                connection.request(method, path_, body)
+                return connection.getresponse().read()
+
+        def answers():
+            self.assertIsNone(process.poll(), "it has ended")
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                return ask("GET", "/ping")
+        until(answers, "an answer")
+        ask("POST", "/processes", json.dumps({"name": "cat", "cmd": "cat", "redirect_input": True}))
+        ask("POST", "/streams/1/stdin", "through\n")
+        self.assertEqual(ask("GET", "/streams/1/stdout?since=0"), b"through\n")
+        process.terminate()
+        self.assertEqual(process.wait(TIMEOUT), 0)
+
+    def test_token_of_a_file_and_of_the_environment(self):
+        path = self.file(self.folder(), "token", "s3cret\n")
+        for arguments, more in (("--token-file", path), {}), ((), {"GAFFER_TOKEN": "s3cret"}), (
+                ("--token-file", path), {"GAFFER_TOKEN": "another"}):
+            with self.subTest(arguments=arguments):
+                server = self.start(*arguments, env=dict(self.env, **more), script=arguments == ())
+                good = {"Authorization": "Bearer s3cret"}
+                self.assertEqual(server.request("GET", "/ping")[0], 200)
+                for headers in ({}, {"Authorization": "Bearer another"}, {"Authorization": "Bearer s3cret "[:-2]}):
+                    self.assertEqual(server.request("GET", "/processes", headers=headers)[0], 401)
+                server.ok("POST", "/processes", dict(python("input()"), name="a", redirect_input=True), good)
+                os_pid = server.ok("GET", "/processes/1", headers=good)["os_pid"]
+                with open("/proc/%d/environ" % os_pid, "rb") as file:
+                    self.assertNotIn(b"GAFFER_TOKEN", file.read())
+                self.assertEqual((server.stop(), server.stderr), (0, ""))
+
+    def test_cors_origin_and_allow_host_may_be_repeated(self):
+        server = self.start("--cors-origin", "https://one.example", "--cors-origin", "https://two.example/",
+                            "--allow-host", "one.example", "--allow-host", "two.example")
+        for name in ("one", "two"):
+            status, headers, _ = server.request("POST", "/processes/x/_stop", headers={
+                "Origin": "https://%s.example" % name, "Host": "%s.example" % name})
+            self.assertEqual((status, headers["Access-Control-Allow-Origin"]), (404, "https://%s.example" % name))
+        self.assertEqual(server.request("GET", "/", headers={"Host": "three.example"})[0], 403)
+        self.assertEqual(server.request("POST", "/processes", headers={"Origin": "https://three.example"})[0], 403)
+        self.assertEqual(server.stop(), 0)
+
+    def test_cors_origin_star_allows_all(self):
+        server = self.start("--cors-origin", "*")
+        status, headers, _ = server.request("POST", "/processes/x/_stop", headers={"Origin": "https://any.example"})
+        self.assertEqual((status, headers["Access-Control-Allow-Origin"]), (404, "https://any.example"))
+        self.assertNotIn("Access-Control-Allow-Credentials", headers)
+        self.assertEqual(server.stop(), 0)
+
+    def test_window(self):
+        server = self.start("--window", "4096")
+        server.add("a", python("print('x' * 19999); input()"), redirect_input=True)
+        offset = 0
+        while offset < 20000:
+            _, headers, _ = server.request("GET", "/streams/1/stdout?since=%d" % offset)
+            offset = int(headers["Gaffer-Offset"])
+        _, headers, body = server.request("GET", "/streams/1/stdout?since=0")
+        self.assertLessEqual(len(body), 4096)
+        self.assertEqual(int(headers["Gaffer-Dropped"]) + len(body), 20000)
+        self.assertEqual(server.stop(), 0)
+
+    @unittest.skipUnless(shutil.which("openssl"), "needs openssl for a certificate")
+    def test_certfile_and_keyfile(self):
+        folder = self.folder()
+        cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                        "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert],
+                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        server = self.start("--certfile", cert, "--keyfile", key)
+        self.assertTrue(server.urls[0].startswith("https://127.0.0.1:"), server.urls)
+        context = ssl.create_default_context(cafile=cert)
+        with socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as raw:
+            with context.wrap_socket(raw, server_hostname="127.0.0.1") as sock:
+                self.assertEqual(server.request("GET", "/ping", sock=sock)[2], b"OK")
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+
+    def test_verbose_goes_to_stderr(self):
+        bind = ("serve", "--bind", "127.0.0.1:0")
+        for arguments, events, output in (bind, False, False), (bind + ("-v",), True, False), (bind + ("-vv",), True, True), (
+                ("--verbose",) + bind + ("-v",), True, True):
+            with self.subTest(arguments=arguments):
+                server = self.start(*arguments)
+                server.add("a", python("print('a word'); input()"), redirect_input=True)
+                server.request("GET", "/streams/1/stdout?since=0")      # the word has come
+                self.assertEqual((server.stop(), server.stdout), (0, ""))
+                for part, expected in ("a: spawn (pid 1, os pid ", events), ("a: exit (pid 1, os pid ", events), (
+                        "a stdout | a word\n", output):
+                    self.assertEqual(part in server.stderr, expected, (part, server.stderr))
+                self.assertEqual(server.stderr == "", not events, server.stderr)
+
+    def test_nobody_reads_the_line(self):
+        """`serve | true`: what cannot be printed does not end it."""
+        path = os.path.join(self.folder(), "socket")
+        read, write = os.pipe()
+        os.close(read)
+        try:
+            process = subprocess.Popen(CLI_SCRIPT + ["serve", "--bind", "unix:" + path], stdin=subprocess.DEVNULL,
+                                       stdout=write, stderr=subprocess.PIPE, env=self.env, universal_newlines=True)
+        finally:
+            os.close(write)
+        with process:
+            self.addCleanup(process.kill)
+
+            def answers():
+                self.assertIsNone(process.poll(), "it has ended")
+                with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+                    sock.connect(path)
+                    sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    return sock.recv(1)
+            until(answers, "an answer")
+            process.terminate()
+            _, err = process.communicate(timeout=TIMEOUT)
+        self.assertEqual((process.returncode, err), (0, ""))
+
+
+class CliSignals(CliCase):
+    """INT, TERM, and how everything ends."""
+
+    STUBBORN = """
+        import os, signal, sys
+        def note(signum, frame):
+            with open(sys.argv[1], "a") as file:
+                file.write(sys.argv[2] + "\\n")
+            if len(sys.argv) == 3:
+                os._exit(0)
+        signal.signal(signal.SIGTERM, note)
+        os.write(1, b"ready\\n")
+        while True:
+            signal.pause()
+        """
+
+    def _add(self, server, name, *arguments):
+        command = python(self.STUBBORN)
+        os_pid, = server.add(name, dict(command, args=command["args"] + list(arguments)), graceful_timeout=1000)
+        pid, = server.ok("GET", "/processes/%s/_pids" % name)["pids"]
+        self.assertEqual(server.request("GET", "/streams/%d/stdout?since=0" % pid)[2], b"ready\n")
+        return os_pid
+
+    def test_int_and_term_stop_the_newest_first_and_exit_with_0(self):
+        for signum in signal.SIGINT, signal.SIGTERM:
+            with self.subTest(signum=signum):
+                path = os.path.join(self.folder(), "stopped")
+                server = self.start(script=signum == signal.SIGTERM)
+                os_pids = [self._add(server, name, path, name) for name in ("first", "second", "third")]
+                self.assertEqual((server.stop(signum), server.stderr), (0, ""))
+                self.assertEqual(cli_read(path).split(), ["third", "second", "first"])
+                self.assertEqual([os_pid for os_pid in os_pids if alive(os_pid)], [])
+
+    def test_a_second_signal_kills_at_once(self):
+        for first, second in (signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM):
+            path = os.path.join(self.folder(), "stopped")
+            with self.subTest(first=first):
+                server = self.start()
+                os_pid = self._add(server, "a", path, "a", "goes on")
+                server.process.send_signal(first)
+                until(functools.partial(os.path.exists, path), "TERM at the child")
+                self.assertTrue(alive(os_pid))
+                self.assertEqual((server.stop(second), server.stderr), (0, ""))
+                self.assertFalse(alive(os_pid))
+
+    def test_a_detached_process_lives_on(self):
+        server = self.start()
+        os_pid, = server.add("a", {"cmd": "sleep 1000"}, detach=True)
+        self.assertEqual(server.stop(), 0)
+        self.assertTrue(alive(os_pid))
+        os.kill(os_pid, signal.SIGKILL)
+
+    def test_streams_and_connections_end_with_the_server(self):
+        server = self.start()
+        server.add("a", {"cmd": "sleep 1000"})
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+        connection.request("GET", "/streams/1/stdout?feed=continuous")
+        answer = connection.getresponse()
+        with socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as idle:
+            self.assertEqual((server.stop(), server.stderr), (0, ""))
+            with contextlib.suppress(http.client.IncompleteRead):
+                answer.read()
+            self.assertEqual(idle.recv(1), b"")
+        connection.close()
+
+
+class CliErrors(CliCase):
+    """Starts that fail: one sentence. Wrong usage: argparse's."""
+
+    def test_a_start_that_fails_is_one_sentence_and_status_1(self):
+        folder = self.folder()
+        taken = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(taken.close)
+        good, plain = self.file(folder, "good", "token\n"), self.file(folder, "plain", "no certificate\n")
+        raw = os.path.join(folder, "raw")
+        with open(raw, "wb") as file:
+            file.write(b"\xff\xfe\n")
+        os.chmod(raw, 0o600)
+        missing, free = os.path.join(folder, "missing"), ["--bind", "127.0.0.1:0"]
+        table = [
+            (["--bind", "127.0.0.1:%d" % taken.getsockname()[1]], "in use"),
+            (free + ["--bind", "127.0.0.1:%d" % taken.getsockname()[1]], "in use"),
+            (["--bind", "192.0.2.1:0", "--token-file", good], "cannot assign"),
+            (["--bind", "0.0.0.0:0"], "token"),
+            (["--bind", "[::]:0"], "token"),
+            (["--bind", "nonsense"], "is no address"),
+            (["--bind", "127.0.0.1:65536"], "is no address"),
+            (["--bind", ""], "is no address"),
+            (["--bind", "unix:"], "is no address"),
+            (["--bind", "unix:" + os.path.join(missing, "socket")], "no such file"),
+            (["--bind", "unix:" + plain], "in use"),
+            (["--bind", "unix:" + os.path.join(folder, "x" * 120)], "too long"),
+            (["--bind", "unix:/proc/gaffer-test"], "cannot listen"),
+            (free + ["--token-file", missing], "no such file"),
+            (free + ["--token-file", folder], "cannot be read"),
+            (free + ["--token-file", raw], "cannot be read"),
+            (free + ["--token-file", self.file(folder, "open", "token\n", 0o644)], "chmod 600"),
+            (free + ["--token-file", self.file(folder, "group", "token\n", 0o640)], "chmod 600"),
+            (free + ["--token-file", self.file(folder, "empty", "")], "one line"),
+            (free + ["--token-file", self.file(folder, "blank", " \n")], "one line"),
+            (free + ["--token-file", self.file(folder, "two", "a\nb\n")], "one line"),
+            (free + ["--certfile", missing], "cannot be used"),
+            (free + ["--certfile", plain, "--keyfile", plain], "cannot be used"),
+            (free + ["--keyfile", plain], "certfile"),
+        ]
+        for number, (arguments, words) in enumerate(table):
+            for run in (self.called, self.outcome)[:1 + (number < 2)]:
+                with self.subTest(arguments=arguments, run=run.__name__):
+                    status, out, err = run("serve", *arguments)
+                    self.assertEqual((status, out), (1, ""), err)
+                    self.assertRegex(err, r"\Agaffer: [^\n]+\n\Z")
+                    self.assertIn(words, err.lower())
+        self.assertTrue(os.path.exists(plain), "a file that is no socket is left alone")
+
+    @unittest.skipIf(os.geteuid() == 0, "root may do anything")
+    def test_no_permission(self):
+        folder = self.folder()
+        os.chmod(folder, 0o500)
+        status, _, err = self.called("serve", "--bind", "unix:" + os.path.join(folder, "socket"))
+        self.assertEqual(status, 1)
+        self.assertRegex(err, r"\Agaffer: [^\n]*permission denied[^\n]*\n\Z")
+
+    def test_wrong_usage_is_status_2(self):
+        table = [
+            (["serve", "--window", "255"], "256"), (["serve", "--window", "1073741825"], "1073741824"),
+            (["serve", "--window", "-1"], "256"), (["serve", "--window", "1M"], "256"), (["serve", "--window", "²"], "256"),
+            (["--window", "", "serve"], "256"), (["serve", "--window"], "expected one argument"),
+            (["serve", "--no-such-option"], "--no-such-option"), (["no-such-command"], "no-such-command"), ([], "serve"),
+        ]
+        for arguments, words in table:
+            with self.subTest(arguments=arguments):
+                status, out, err = self.called(*arguments)
+                self.assertEqual(status, 2, err)
+                self.assertNotIn("Traceback", err)
+                self.assertIn(words, out + err)
+
+    def test_version_and_help(self):
+        self.assertEqual(self.outcome("--version"), (0, "gaffer %s\n" % gaffer.__version__, ""))
+        self.assertEqual(self.called("-h"), self.called("--help"))
+        for status, out, err in self.called("--help"), self.called("serve", "--help"):
+            self.assertEqual((status, err), (0, ""))
+            for option in Structure.serve_options():
+                self.assertIn(option, out)
+
+
+class Readme(CliCase):
+    """What README.md shows is what happens."""
+
+    def setUp(self):
+        super().setUp()
+        self.text = cli_read(os.path.join(HERE, "README.md"))
+        self.path = self.folder()               # python3 is the Python that runs the tests
+        os.symlink(PYTHON, os.path.join(self.path, "python3"))
+        self.env = dict(self.env, PATH=self.path + ":" + os.environ.get("PATH", os.defpath))
+
+    def blocks(self, kind):
+        """[text] of the fenced blocks of a kind."""
+        return [text for found, text in re.findall(r"^```(\w+)\n(.*?)^```$", self.text, re.M | re.S) if found == kind]
+
+    def examples(self):
+        """[(command, expected output or None)] in the order of the page: console sessions, sh blocks, the table's curls."""
+        found = []
+        pattern = re.compile(r"^```(\w+)\n(.*?)^```$|^\|[^\n]*\| `((?:curl|python3) [^`]*)` \|$", re.M | re.S)
+        for kind, text, command in pattern.findall(self.text):
+            if command:
+                found.append((re.sub(r"^curl ", "curl -sSf --max-time 20 ", command), None))
+            elif kind == "sh":
+                found.append((text, None))
+            elif kind == "console":
+                for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
+                    command, _, output = part.partition("\n")
+                    found.append((command, output))
+        return found
+
+    @staticmethod
+    def pattern(output):
+        """What an output is compared with: numbers, and the words that are new in each run, may differ."""
+        text = re.sub(r"@[0-9a-f]{8}\b", "@EPOCH", output)
+        return re.sub(r"[0-9]+", "N", text)
+
+    @unittest.skipUnless(shutil.which("curl") and shutil.which("bash"), "needs curl and bash")
+    def test_every_command_runs_and_prints_what_the_page_says(self):
+        (command, output), *examples = self.examples()
+        self.assertEqual((command, output.count("\n")), ("python3 gaffer.py serve", 1))
+        server = self.run_program(shlex.split(command) + ["--bind", "127.0.0.1:0"], env=self.env, cwd=HERE)
+        self.assertEqual(output.replace("5000", str(server.port)), server.first_line)
+        self.assertGreater(len(examples), len(gaffer.ROUTES))
+        for command, output in examples:
+            with self.subTest(command=command):
+                status, out, err = self.shell(command, server.port)
+                if output is None:
+                    self.assertEqual(status, 0, (out, err))
+                else:
+                    self.assertEqual(self.pattern(out + (err if status else "")), self.pattern(output), (status, err))
+        for code in self.blocks("python"):
+            if "manager.run()" not in code:
+                with self.subTest(code=code):
+                    out = subprocess.run(["python3", "-W", "error", "-c", re.sub(r"\b5000\b", str(server.port), code)],
+                                         env=self.env, cwd=HERE, stdout=subprocess.PIPE, check=True, timeout=TIMEOUT).stdout
+                    self.assertTrue(out.startswith(b"STDOUT 0\nSTDOUT 1\n"), out)
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+
+    def shell(self, command, port):
+        """(status, stdout, stderr) of a command with the page's port replaced."""
+        done = subprocess.run(["bash", "-c", re.sub(r"\b5000\b", str(port), command)], env=self.env, cwd=HERE, check=False,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT,
+                              universal_newlines=True)
+        return done.returncode, done.stdout, done.stderr
+
+    def test_the_program_that_embeds_it_runs(self):
+        code, = [code for code in self.blocks("python") if "manager.run()" in code]
+        say = "import sys\nclass Say:\n    def start(self, loop, manager): print(http.urls[0], flush=True)\n"
+        say += "manager.apps.append(Say())\n"
+        code = code.replace("5000", "0").replace("manager.add_process", say + "manager.add_process", 1)
+        command = [PYTHON, "-W", "error", "-X", "dev", "-c", code]
+        program = self.run_program(command, cwd=HERE, pattern=re.compile("(http.*)\n"))
+        self.assertEqual(program.ok("GET", "/hello/world"), {"hello": "world"})
+        self.assertEqual(program.ok("GET", "/processes/ticker/_pids")["pids"], [1, 2])
+        self.assertEqual((program.stop(), program.stderr), (0, ""))
+        self.assertEqual(program.stdout.count("ticker has exited\n"), 2)
+
+    def test_under_300_lines(self):
+        self.assertLess(self.text.count("\n"), 300)
+
+    def test_has_every_field_with_its_default(self):
+        rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", self.text, re.M))
+        for name, option in gaffer.OPTIONS.items():
+            default = "none" if option.default is None else "`%s`" % json.dumps(option.default)
+            self.assertEqual(rows.get(name), "required" if name in ("name", "cmd") else default, name)
+        flapping = {name: default for name, (default, _) in gaffer.FLAPPING.items()}
+        self.assertIn("`%s`" % json.dumps(flapping), self.text)
+
+    def test_its_limits_are_those_of_the_source(self):
+        rows = re.findall(r"^\| `([A-Z_]+)` \| ([0-9,]+)(?: (\w+))? \|", self.text, re.M)
+        self.assertGreater(len(rows), 15)
+        units = {"": 1, "s": 1, "KiB": 1024, "MiB": 1024 ** 2}
+        for name, number, unit in rows:
+            self.assertEqual(int(number.replace(",", "")) * units[unit], getattr(gaffer, name), name)
+        self.assertIn("from %d bytes to 1 GiB" % gaffer.WINDOW_SIZE_MIN, self.text)
+        self.assertIn("default %d" % gaffer.WINDOW_SIZE, self.text)
+
+    def test_has_every_type_of_event_and_the_version(self):
+        listed = re.search(r"^Types of events: (.*)\.$", self.text, re.M).group(1).split()
+        self.assertEqual(sorted(listed), sorted(gaffer.EVENT_TYPES))
+        self.assertIn("version %s." % gaffer.__version__.rpartition(".")[0], self.text)
+
+
+class Examples(CliCase):
+    """Each program of the folder examples, run as its users do."""
+
+    FOLDER = os.path.join(HERE, "examples")
+    LISTENING = re.compile(r"listening on (.*)\n\Z")
+
+    def example(self, name, *arguments):
+        """Its command line."""
+        return [PYTHON, "-W", "error", "-X", "dev", os.path.join(self.FOLDER, name)] + list(arguments)
+
+    def test_none_is_forgotten(self):
+        text = cli_read(os.path.join(HERE, "README.md"))
+        for name in os.listdir(self.FOLDER):
+            if not name.startswith(("_", ".")):
+                self.assertIn("examples/" + name, text)
+
+    def test_dummy_counts_on_both_streams(self):
+        process = subprocess.Popen(self.example("dummy.py", "0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        with process:
+            for stream, word in (process.stdout, b"STDOUT"), (process.stderr, b"STDERR"):
+                self.assertEqual([stream.readline() for _ in range(3)], [b"%s %d\n" % (word, number) for number in range(3)])
+            process.kill()
+
+    def test_echo_answers_each_line_at_once_and_ends_at_the_end(self):
+        process = subprocess.Popen(self.example("echo.py"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with process:
+            for line in (b"ECHO\n", b"\xff\x00\r\n"):
+                process.stdin.write(line)
+                process.stdin.flush()
+                self.assertEqual(process.stdout.readline(), line)
+            self.assertEqual((process.communicate(b"no end")[0], process.returncode), (b"no end", 0))
+
+    def test_echo_client(self):
+        server = self.start()
+        echo = dict(zip(("cmd", "args"), (PYTHON, ["-I", "-S", os.path.join(self.FOLDER, "echo.py")])))
+        server.add("echo", echo, redirect_input=True)
+        url = "ws://localhost:%d/wstreams/" % server.port
+        run = subprocess.run(self.example("echo_client.py", url + "1"), stdout=subprocess.PIPE, timeout=TIMEOUT, check=True)
+        self.assertEqual(run.stdout, b"Sent\nReeiving...\nReceived 'ECHO\n'\n")
+        run = subprocess.run(self.example("echo_client.py", url + "7"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             timeout=TIMEOUT, check=False)
+        self.assertEqual((run.returncode, run.stdout), (1, b""))
+        self.assertRegex(run.stderr, rb"\Aecho_client: .* 404 [^\n]*\n\Z")
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+
+    def test_embed(self):
+        program = self.run_program(self.example("embed.py", "127.0.0.1:0"), pattern=self.LISTENING)
+        self.assertEqual(program.ok("GET", "/hello/world")["hello"], "world")
+        self.assertEqual(program.request("GET", "/admin/x")[2], b"admin page at /x\n")
+        self.assertEqual(program.ok("GET", "/processes"), ["clock"])
+        self.assertRegex(program.request("GET", "/streams/clock/stdout?since=0")[2], rb":\d\d \d{4}")
+        shout = WebSocket(program.port, "/shout")
+        self.addCleanup(shout.close)
+        shout.text("quiet")
+        self.assertEqual(shout.read(), (1, b"QUIET"))
+        self.assertEqual((program.stop(signal.SIGINT), program.stdout, program.stderr), (0, "", ""))
+
+    def test_websocket_echo(self):
+        program = self.run_program(self.example("websocket_echo.py", "0"), pattern=self.LISTENING)
+        self.assertRegex(program.urls[0], r"\Aws://127\.0\.0\.1:\d+/echo\Z")
+        client = WebSocket(program.port, "/echo")
+        self.addCleanup(client.close)
+        for opcode, data in (1, "text, ä".encode()), (2, b"\xff\x00"), (1, b""), (2, b""), (2, b"x" * 70000):
+            client.frame(opcode, data)
+            self.assertEqual(client.read(), (opcode, data))
+        client.frame(1, b"in ", final=False)
+        client.frame(0, b"parts")
+        self.assertEqual(client.read(), (1, b"in parts"))
+        client.frame(8, struct.pack("!H", 1000))
+        self.assertEqual(client.read(), (8, struct.pack("!H", 1000)))
+        self.assertEqual((program.stop(), program.stderr), (0, ""))
+
+    def test_follow_asks_for_what_there_is(self):
+        """No browser here: the page is short, and what it asks from another port of localhost is answered to it."""
+        text = cli_read(os.path.join(self.FOLDER, "follow.html"))
+        self.assertLess(text.count("\n"), 25)
+        for part in ('query.get("server")', 'query.get("stream")', "new EventSource(", "addEventListener(label"):
+            self.assertIn(part, text)
+        query = re.search(r'stream \+ "(\?[^"]*)"', text).group(1)
+        server = self.start()
+        server.add("dummy", python("print('x'); input()"), redirect_input=True)
+        origin = {"Origin": "http://localhost:8000", "Accept": "text/event-stream"}
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)) as connection:
+            connection.request("GET", "/streams/dummy/stdout" + query, headers=origin)
+            with connection.getresponse() as answer:
+                self.assertEqual(answer.headers["Access-Control-Allow-Origin"], origin["Origin"])
+                self.assertEqual(next(sse_events(answer))["event"], "stdout")
+        self.assertEqual(server.stop(), 0)
+
+
+class Structure(Case):
+    """gaffer.py as a text: what it promises to its reader."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.source = cli_read(CLI_FILE)
+        cls.tree = ast.parse(cls.source)
+        cls.readme = cli_read(os.path.join(HERE, "README.md"))
+        cls.tests = "".join(cli_read(os.path.join(HERE, name)) for name in sorted(os.listdir(HERE))
+                            if re.match(r"t\w*_\w+\.py\Z", name))
+
+    @classmethod
+    def codes(cls, code):
+        """A code object and all those inside it."""
+        yield code
+        for constant in code.co_consts:
+            if hasattr(constant, "co_code"):
+                yield from cls.codes(constant)
+
+    @classmethod
+    def uses(cls, code):
+        """Names of the module that a statement looks up, now or later; not those that a class body has bound itself."""
+        for inner in cls.codes(code):
+            steps = list(dis.get_instructions(inner))
+            own = {step.argval for step in steps if step.opname == "STORE_NAME" and inner is not code}
+            for step in steps:
+                if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS") and step.argval not in own:
+                    yield step.argval
+
+    @staticmethod
+    def binds(code):
+        """Names that a statement binds in the module."""
+        return {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_NAME", "STORE_GLOBAL")}
+
+    def down(self, tree):
+        """["name at line"] of what is used above the statement that binds it."""
+        bound, found = set(dir(builtins)) | {"__name__", "__file__", "__annotations__"}, []
+        for statement in tree.body:
+            code = compile(ast.Module([statement], []), "gaffer.py", "exec")
+            bound |= self.binds(code)           # a function may call itself
+            found += ["%s, used at line %d" % (name, statement.lineno) for name in sorted(set(self.uses(code)) - bound)]
+        return found
+
+    def test_names_point_up_only(self):
+        self.assertEqual(self.down(self.tree), [])
+
+    def test_the_test_of_names_finds_what_points_down(self):
+        wrong = ("def f():\n    return lambda: later\n"
+                 "class C:\n    x = 1\n    y = x\n    def m(self): return D\n"
+                 "later = 1\nclass D: pass\n")
+        self.assertEqual(self.down(ast.parse(wrong)), ["later, used at line 1", "D, used at line 3"])
+
+    def test_imports_are_of_the_standard_library(self):
+        names = {alias.name for node in ast.walk(self.tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in ast.walk(self.tree) if isinstance(node, ast.ImportFrom)}
+        self.assertIn("json", names)
+        code = "import importlib.util, sys; print([name for name in sys.argv[1:] if importlib.util.find_spec(name) is None])"
+        run = subprocess.run([PYTHON, "-I", "-S", "-c", code, *sorted(names)], stdout=subprocess.PIPE, check=True,
+                             timeout=TIMEOUT)
+        self.assertEqual(run.stdout, b"[]\n", "-I -S: nothing else can be found")
+
+    def test_import_has_no_side_effect(self):
+        code = """
+            import os, signal, sys, threading, logging, socket
+            def state():
+                return (threading.active_count(), sorted(os.listdir("/proc/self/fd")), sys.path[:], dict(os.environ),
+                        [signal.getsignal(number) for number in range(1, 32)], logging.root.handlers, logging.root.level,
+                        os.getcwd(), sys.excepthook, socket.getdefaulttimeout(), threading.stack_size())
+            before = state()
+            import gaffer
+            assert state() == before, (before, state())
+            """
+        run = subprocess.run([PYTHON, "-W", "error", "-X", "dev", "-c", textwrap.dedent(code)], cwd=HERE,
+                             env=cli_environment(PYTHONDONTWRITEBYTECODE="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             timeout=TIMEOUT, check=False)
+        self.assertEqual((run.returncode, run.stdout), (0, b""))
+
+    def test_what_is_public_has_a_docstring(self):
+        for name in gaffer.__all__:
+            value = getattr(gaffer, name)
+            self.assertTrue(value.__doc__, name)
+            for method, function in vars(value).items() if isinstance(value, type) else ():
+                if not method.startswith("_") and callable(function):
+                    self.assertTrue(function.__doc__, "%s.%s" % (name, method))
+
+    def test_every_section_of_the_map_is_there_in_its_order(self):
+        listed = re.findall(r"^    ([a-z]+(?: [a-z]+|, errors)*?) {2,}[a-z]", gaffer.__doc__, re.M)
+        banners = re.findall(r"^# -{100,}\n# (.+)\n#\n", self.source, re.M)
+        self.assertGreater(len(banners), 10)
+        self.assertEqual([name for name in listed if name in banners], banners)
+
+    def test_every_route_is_in_the_readme_and_in_a_test(self):
+        for path, methods in gaffer.ROUTES:
+            parts = re.split(r"(<[^>]*>)", path)
+            shown = "".join("<[^>]+>" if part.startswith("<") else re.escape(part) for part in parts)
+            used = "".join(r"[^/\s\"'?]+" if part.startswith("<") else re.escape(part) for part in parts)
+            if path.endswith("/_signal"):       # only there to ask for the signal
+                shown += "/<sig>"
+            lines = [line for line in self.readme.splitlines() if re.search("[` ]%s`" % shown, line)]
+            with self.subTest(path=path):
+                for method in set(methods) - {"*"}:         # "*": what decides where it cannot be told beforehand
+                    self.assertTrue([line for line in lines if re.search(r"\b%s\b" % method, line)], method)
+                self.assertTrue(re.search(r"[\"'/ ]" + used + r"[\"'?/\s]", self.tests), "no test asks for it")
+
+    def test_every_option_of_a_template_is_in_a_test(self):
+        for name in gaffer.OPTIONS:
+            self.assertTrue(re.search(r"\b%s\b" % name, self.tests), name)
+
+    @staticmethod
+    def serve_options():
+        """The long options of serve, and -v."""
+        parser = gaffer.make_parser()
+        commands, = [action for action in parser._actions if hasattr(action, "choices") and action.dest == "command"]
+        return [option for action in commands.choices["serve"]._actions for option in action.option_strings
+                if option not in ("-h", "--help")]
+
+    def test_every_option_of_serve_is_in_the_readme_and_in_a_test(self):
+        options = self.serve_options()
+        self.assertIn("--bind", options)
+        for option in options:
+            with self.subTest(option=option):
+                self.assertTrue('"%s"' % option in self.tests, "no test gives it")
+                if option != "--verbose":       # the README says -v
+                    self.assertTrue(re.search(r"`%s\b" % option, self.readme), "the README does not have it")
+
+
+if __name__ == "__main__":
+    unittest.main()
