@@ -1729,7 +1729,8 @@ class Output:
             self.close()
 
     def _room(self):
-        return min(self.window.room(), self._merged.window.room() - len(self._carry))
+        """What may be read now; of the merged window, its line's carry and perhaps a line's end have to fit in too."""
+        return min(self.window.room(), self._merged.window.room() - len(self._carry) - 1)
 
     def _readable(self, mask):
         room = self._room()
@@ -1791,9 +1792,14 @@ class Output:
         for window in (self.window, self._merged.window):
             window.on_room.add(self._resume)
 
+    def _forget_room(self):
+        for window in (self.window, self._merged.window):
+            window.on_room.discard(self._resume)
+
     def _resume(self):
         if not self._paused or self._fd is None:
             return
+        self._forget_room()
         if self._room() <= 0:
             self._await_room()
             return
@@ -1806,6 +1812,7 @@ class Output:
             return
         if not self._paused:
             self._loop.unregister(self._fd)
+        self._forget_room()
         fd, self._fd = self._fd, None
         for timer in (self._timer, self._pace, self._silence):
             if timer is not None:
@@ -1821,7 +1828,7 @@ class Output:
     def _take_rest(self, fd):
         for _ in range(16):                     # a full pipe; who still writes into it does not stop us
             try:
-                data = os.read(fd, self._size)
+                data = os.read(fd, min(self._size, max(0, self._room())))
             except OSError:
                 return
             if not data:
@@ -2907,7 +2914,7 @@ BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 SINGLE_HEADERS = frozenset((
     "host", "content-length", "transfer-encoding", "content-type", "authorization", "origin", "last-event-id", "expect",
     "upgrade", "sec-websocket-key", "sec-websocket-version", "content-encoding"))
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]*))?\Z")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]{0,5}))?\Z")
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
@@ -3042,7 +3049,7 @@ class ChunkedDecoder:
     def __init__(self, limit):
         self._limit, self._size = limit, 0
         self._parts = []
-        self.rest = b""
+        self.rest, self._data, self._at = b"", b"", 0
         self._left = None                       # bytes of the chunk that are to come; None: a size line is next
         self._trailers = None                   # bytes of trailers so far; None: still chunks
 
@@ -3053,7 +3060,12 @@ class ChunkedDecoder:
 
     def feed(self, data):
         """Take what came."""
-        self.rest += data
+        self._data, self._at = self.rest + data, 0
+        done = self._go_on()
+        self.rest = self._data[self._at:]
+        return done
+
+    def _go_on(self):
         while True:
             if self._trailers is not None:
                 return self._trailer()
@@ -3066,11 +3078,12 @@ class ChunkedDecoder:
                 return False
 
     def _line(self, limit):
-        end = self.rest.find(b"\n")
-        need((len(self.rest) if end < 0 else end) <= limit, BadRequest, "a line of the chunked body is over %d bytes" % limit)
+        end = self._data.find(b"\n", self._at)
+        size = (len(self._data) if end < 0 else end) - self._at
+        need(size <= limit, BadRequest, "a line of the chunked body is over %d bytes" % limit)
         if end < 0:
             return None
-        line, self.rest = self.rest[:end + 1], self.rest[end + 1:]
+        line, self._at = self._data[self._at:end + 1], end + 1
         need(line.endswith(b"\r\n"), BadRequest, "lines of a chunked body end with CR LF")
         return line[:-2]
 
@@ -3087,15 +3100,15 @@ class ChunkedDecoder:
     def _payload(self):
         """Take the chunk's bytes, then its CR LF."""
         if self._left:
-            part = self.rest[:self._left]
+            part = self._data[self._at:self._at + self._left]
             self._parts.append(part)
-            self.rest = self.rest[len(part):]
+            self._at += len(part)
             self._left -= len(part)
-        if self._left or len(self.rest) < 2:
-            need(self._left or b"\r\n".startswith(self.rest), BadRequest, "a chunk is longer than its size says")
+        end = self._data[self._at:self._at + 2]
+        need(self._left or b"\r\n".startswith(end), BadRequest, "a chunk is longer than its size says")
+        if self._left or len(end) < 2:
             return False
-        need(self.rest.startswith(b"\r\n"), BadRequest, "a chunk is longer than its size says")
-        self.rest, self._left = self.rest[2:], None
+        self._at, self._left = self._at + 2, None
         return True
 
     def _trailer(self):
@@ -3189,6 +3202,7 @@ class Access:
     LOCAL_ORIGIN = re.compile(r"https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?\Z")
 
     def __init__(self, token=None, origins=(), hosts=()):
+        need(token != "", ValueError, "an empty token would let everybody in; give a longer one, or None")
         self._token = None if token is None else token.encode("utf-8")
         self._origins = frozenset(origin.rstrip("/").lower() for origin in origins)
         self._hosts = frozenset(host.rstrip(".").lower() for host in hosts)
@@ -3338,15 +3352,18 @@ def chunk(data):
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+# the beginnings that a character of more than one byte can have (Unicode, table 3-7)
+INCOMPLETE_UTF8 = re.compile(
+    rb"(?:[\xc2-\xdf]|\xe0[\xa0-\xbf]?|[\xe1-\xec\xee\xef][\x80-\xbf]?|\xed[\x80-\x9f]?|\xf0(?:[\x90-\xbf][\x80-\xbf]?)?"
+    rb"|[\xf1-\xf3][\x80-\xbf]{0,2}|\xf4(?:[\x80-\x8f][\x80-\xbf]?)?)\Z")
+
+
 def incomplete_utf8(data):
     """How many bytes at the end of `data` begin a character that is not complete: 0 to 3."""
-    for count in range(1, min(3, len(data)) + 1):
-        byte = data[-count]
-        if byte < 0x80:
-            return 0
-        if byte >= 0xC2:
-            return count if byte < 0xF5 and count < 2 + (byte >= 0xE0) + (byte >= 0xF0) else 0
-    return 0
+    if data[-1:] < b"\x80":
+        return 0
+    match = INCOMPLETE_UTF8.search(data[-3:])
+    return len(match.group()) if match else 0
 
 
 def valid_utf8(data):
@@ -3616,7 +3633,7 @@ class WebSocketDecoder:
         if self._message == TEXT:
             if not self._take_text(data, last and final):
                 return self._fail(1007, "a text message is not UTF-8")
-        else:
+        elif data:
             self._parts.append(data)
         if last and final:
             message, self._message = self._message, None
@@ -3630,13 +3647,11 @@ class WebSocketDecoder:
         cut = len(data) if final else len(data) - incomplete_utf8(data)
         self._text = data[cut:]
         try:
-            self._parts.append(data[:cut].decode("utf-8"))
-            # a beginning that can have no end: overlong, surrogate, above U+10FFFF
-            return len(self._text) < 2 or not (
-                self._text[0] == 0xE0 and self._text[1] < 0xA0 or self._text[0] == 0xED and self._text[1] > 0x9F
-                or self._text[0] == 0xF0 and self._text[1] < 0x90 or self._text[0] == 0xF4 and self._text[1] > 0x8F)
+            if cut:
+                self._parts.append(data[:cut].decode("utf-8"))
         except UnicodeDecodeError:
             return False
+        return True
 
     def _control_end(self, opcode):
         data, self._control = self._control, b""
@@ -4104,7 +4119,7 @@ class Api:
 
     def _stats_feed(self, request, feed, interval, name, pid):
         records = EventLog(self.manager.loop, STATS_KEPT)
-        timer = None
+        timer, ended = None, False
 
         def tick():
             nonlocal timer
@@ -4113,11 +4128,18 @@ class Api:
             except NotFound:
                 records.finish()                # the template, or the process, has gone
             else:
-                timer = self.manager.loop.later(interval, tick)
+                if not ended:                   # as the client may have, when it was sent to
+                    timer = self.manager.loop.later(interval, tick)
+
+        def end():
+            nonlocal ended
+            ended = True
+            if timer is not None:
+                timer.cancel()
 
         def begin():
             tick()
-            return lambda: timer and timer.cancel()
+            return end
         encoder = RecordEncoder(self._form(request, feed), self.manager.epoch, "stat", lambda record: True, lambda record: "stat")
         return self._stream(request, feed, (records, encoder, 0), begin=begin)
 
@@ -4588,6 +4610,8 @@ class FeedChannel(Channel):
         self._reader.start()
         if self._reply.begin is not None and not self.closed:
             self._end_feed = self._reply.begin()
+            if self.closed:                     # by its first sample
+                self._end_feed()
         if self._reply.heartbeat is not None and not self.closed:
             self._beat = self.loop.later(self._reply.heartbeat, self._heartbeat)
 
