@@ -134,7 +134,8 @@ BODY_SIZE = MIB                     # JSON and stdin; for mounted applications s
 CHUNK_LINE_SIZE = 256               # a chunk's size and its extensions
 HEAD_TIME = 10.0                    # from the first byte of a head to its last
 BODY_TIME = 60.0
-IDLE_TIME = 60.0                    # a kept-alive connection without a request
+IDLE_TIME = 60.0                    # a connection without a request
+KEEP_THREAD = 2.0                   # so long its thread waits for the next one; then the loop does
 SEND_TIME = 30.0                    # a client that does not take its answer
 LINGER_TIME = 2.0                   # refused bodies are read and dropped so long, or the client never sees the refusal
 LINGER_SIZE = 8 * MIB
@@ -1004,7 +1005,7 @@ class Fanout:
             for reader, send in tuple(self.members.items()):
                 if reader.fanout is self:       # a sink that failed may have closed others
                     reader.last_sent = now
-                    if not send(payload):
+                    if not send(payload) and reader.fanout is self:     # else it has failed, and is closed
                         self.discard(reader)
 
     def _arm(self):
@@ -4577,16 +4578,20 @@ class Channel:
         shut_down(self.sock)
         self.loop.later(LINGER_TIME, self.close)
 
+    def leave(self):
+        """Let go of the socket, which lives on."""
+        self._watch(0)
+        self.closed = True
+        self._queue.clear()
+        self.queued = 0
+        if self._timer is not None:
+            self._timer.cancel()
+        self.http.channels.discard(self)
+
     def close(self):
         """Close now."""
         if not self.closed:
-            self._watch(0)
-            self.closed = True
-            self._queue.clear()
-            self.queued = 0
-            if self._timer is not None:
-                self._timer.cancel()
-            self.http.channels.discard(self)
+            self.leave()
             self.http.released()
             if not self._ending:
                 self.closing()
@@ -4665,6 +4670,30 @@ class FeedChannel(Channel):
             self._reply.process.on_exit.discard(self._process_exited)
 
 
+class IdleChannel(Channel):
+    """A connection that asks nothing, and so holds no thread: `resume(b"")` with its first byte, the end after `patience`
+    seconds without one."""
+
+    def __init__(self, http, sock, resume, patience):
+        super().__init__(http, sock)
+        self._resume, self._patience, self._expiry = resume, patience, None
+
+    def open(self):
+        """See Channel."""
+        super().open()
+        self._expiry = self.loop.later(self._patience, self.close)
+
+    def _ready(self, mask):
+        self._expiry.cancel()
+        self.leave()
+        self._resume(b"")
+
+    def closing(self):
+        """See Channel."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+
+
 class ParkedChannel(Channel):
     """A connection whose answer comes later. Then it goes back to a thread."""
 
@@ -4703,11 +4732,7 @@ class ParkedChannel(Channel):
         if not self._keep_alive:
             self.finish()
         elif not self.closed:
-            self._watch(0)
-            self.closed = True
-            if self._timer is not None:
-                self._timer.cancel()
-            self.http.channels.discard(self)
+            self.leave()
             self._resume(self.early)
 
     def _end_wait(self):
@@ -5077,10 +5102,12 @@ class Connection(socketserver.BaseRequestHandler):
             self._buffer += data
 
     def _idle(self):
-        self._wait(IDLE_TIME)
+        self._wait(KEEP_THREAD)
         try:
             return self.request.recv(READ_SIZE)
         except TIMED_OUT:
+            if self.http.idle(self.server, self.request, self._client, IDLE_TIME):
+                self.request = None
             return b""
 
     def _read_body(self, request, limit):
@@ -5238,7 +5265,7 @@ class Listener(socketserver.TCPServer):
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         client = "%s:%d" % client_address[:2] if client_address and self.address_family != socket.AF_UNIX else "unix"
-        self.http.admit(self, request, client)
+        self.http.accept(self, request, client)
 
     def close(self):
         """Listen no longer."""
@@ -5421,28 +5448,45 @@ class HttpHandler:
 
     # connections
 
-    def admit(self, listener, sock, client, received=b"", fresh=True):
-        """Answer a connection on a thread. Called on the loop."""
+    def accept(self, listener, sock, client):
+        """Take in a new connection. Called on the loop."""
         with self._lock:
-            full = fresh and self._connections >= CONNECTIONS_MAX or len(self._threads) >= THREADS_MAX
-            if not full and fresh:
-                self._connections += 1
-        if not full:
-            thread = threading.Thread(target=self._serve, args=(listener, sock, client, received), name="gaffer-http", daemon=True)
-            with self._lock:
+            full = self._connections >= CONNECTIONS_MAX
+            self._connections += not full
+        if full:
+            self._refuse(sock)
+        else:
+            self.idle(listener, sock, client, HANDSHAKE_TIME if listener.context else IDLE_TIME)
+
+    def idle(self, listener, sock, client, patience):
+        """Let a connection wait for its next request without a thread. From any thread; False: the loop is closed."""
+        channel = IdleChannel(self, sock, lambda received: self.admit(listener, sock, client, received), patience)
+        return self.loop.call_soon(self._open, channel)
+
+    def admit(self, listener, sock, client, received):
+        """Answer a connection's requests on a thread. Called on the loop."""
+        sock.setblocking(True)
+        thread = threading.Thread(target=self._serve, args=(listener, sock, client, received), name="gaffer-http", daemon=True)
+        with self._lock:
+            full = len(self._threads) >= THREADS_MAX
+            if not full:
                 self._threads[thread] = sock
+        if not full:
             try:
-                thread.start()
-                return
+                return thread.start()
             except RuntimeError:                # the system has no thread left
                 with self._lock:
                     del self._threads[thread]
-        if not full or not fresh:
-            self.released()
+        self.released()
+        return self._refuse(sock)
+
+    def _refuse(self, sock):
         self._said.warning("too many connections: one was refused")
         try:
             sock.setblocking(False)
             sock.send(error_response(Busy("there are too many connections; try again later")).encode(self.date(), False))
+            sock.shutdown(socket.SHUT_WR)
+            sock.recv(READ_SIZE)                # what is not read would make a reset of it, and the answer may be lost
         except OSError:
             pass                                # it does not wait for the answer
         sock.close()
@@ -5559,8 +5603,10 @@ class HttpHandler:
         """Give a socket to the loop. Called on a request's thread, which ends after it."""
         if isinstance(reply, ParkedReply):
             def resume(rest):
-                sock.setblocking(True)
-                self.admit(listener, sock, client, rest, False)
+                if rest:
+                    self.admit(listener, sock, client, rest)
+                else:
+                    self.idle(listener, sock, client, IDLE_TIME)
 
             def encode(response):
                 return self.encode(reply.request, response, keep_alive, more)
