@@ -3786,7 +3786,8 @@ function changed(event) {
   if (!sources.length) add(event.type + " " + event.data, "note");
   if (due === null) due = setTimeout(() => { due = null; refresh(); }, 100);
 }
-for (const type of "create start stop restart update delete spawn reap exit stop_pid flap".split(" ")) events.addEventListener(type, changed);
+const types = "create start stop restart update delete spawn reap exit stop_pid flap".split(" ");
+types.forEach(type => events.addEventListener(type, changed));
 events.onopen = refresh;
 events.onerror = () => say("the server does not answer; trying again");
 </script></body></html>
@@ -4167,7 +4168,8 @@ class Api:
         def ready():
             nonlocal offset
             if restarted or offset < events.start:
-                lost = {"event": "dropped", "events": max(0, events.start - offset), "id": "%d@%s" % (events.start, self.manager.epoch)}
+                place = "%d@%s" % (events.start, self.manager.epoch)
+                lost = {"event": "dropped", "events": max(0, events.start - offset), "id": place}
                 return json_response(dict(lost, restarted=True) if restarted else lost)
             for event in events.read(offset, EVENTS_KEPT):
                 offset += 1
@@ -4315,7 +4317,8 @@ class Api:
 
     def websocket(self, request, ref):
         """GET /wstreams/<pid>"""
-        need(not self.manager.is_name(ref), NotFound, "a websocket goes to one process: give a pid; GET /processes/%s/_pids" % ref[:128])
+        need(not self.manager.is_name(ref), NotFound,
+             "a websocket goes to one process: give a pid; GET /processes/%s/_pids lists them" % ref[:128])
         process = self.manager.find_process(ref, past=True)
         labels = list(process.outputs)
         label = request.query.get("label") or (labels[0] if labels else "stdout")
@@ -4868,7 +4871,8 @@ class ProcessSocket(WebSocketChannel):
                 stream.write(self._held[0])
             except StdinFull:
                 if self._said_close or self.closed:
-                    log.info("%d websocket messages for %s were dropped: it does not read", len(self._held), self._reply.process.name)
+                    log.info("%d websocket messages for %s were dropped: it does not read",
+                             len(self._held), self._reply.process.name)
                     return self._held.clear()
                 if len(self._held[0]) > STDIN_SIZE:
                     return self.say_close(1009, "a message is over %d bytes" % STDIN_SIZE)
@@ -5583,7 +5587,8 @@ class HttpHandler:
         host, port = HOST.match(request.headers.get("host", "localhost")).groups()
         environ = {
             "REQUEST_METHOD": request.method, "SCRIPT_NAME": prefix, "QUERY_STRING": request.raw_query,
-            "PATH_INFO": urllib.parse.unquote(request.path[len(prefix):], "latin-1"), "SERVER_PROTOCOL": "HTTP/%d.%d" % request.version,
+            "PATH_INFO": urllib.parse.unquote(request.path[len(prefix):], "latin-1"),
+            "SERVER_PROTOCOL": "HTTP/%d.%d" % request.version,
             "SERVER_NAME": host, "SERVER_PORT": port or ("443" if request.secure else "80"),
             "REMOTE_ADDR": request.client.rpartition(":")[0], "CONTENT_LENGTH": str(len(request.body)),
             "CONTENT_TYPE": request.headers.get("content-type", ""), "wsgi.url_scheme": "https" if request.secure else "http",

@@ -28,7 +28,6 @@ import pwd
 import queue
 import random
 import re
-import select
 import selectors
 import shlex
 import shutil
@@ -6023,7 +6022,7 @@ class HttpConnections(HttpCase):
         wire = self.wire()
         count = 3 * gaffer.PIPELINE_SIZE // len(http_bytes("GET", "/ping"))
         wire.send(http_bytes("GET", "/watch/create?since=0"))
-        until(lambda: self.server.http.channels, "the parked request")
+        until(lambda: [each for each in tuple(self.server.http.channels) if isinstance(each, gaffer.ParkedChannel)], "the parked request")
         sender = threading.Thread(target=wire.send, args=(http_bytes("GET", "/ping") * count,))
         sender.start()
         self.addCleanup(sender.join)
@@ -6082,6 +6081,24 @@ class HttpConnections(HttpCase):
         until(lambda: not [thread for thread in threading.enumerate() if thread.name == "gaffer-http"],
               "no request thread")
 
+    def test_a_client_found_gone_while_it_is_sent_to_is_forgotten(self):
+        """Its connection was reset before the output came, and the loop has not looked at it since."""
+        self.server.add("web", "cat", redirect_input=True)
+        window = self.server.manager.loop.call(self.server.manager.find_window, "1", "stdout")
+        for feed in ("continuous", "eventsource"):
+            with self.subTest(feed=feed):
+                wire = self.wire()
+                wire.send(http_bytes("GET", "/streams/1/stdout?feed=%s&since=0" % feed))
+                until(lambda: self.server.http.channels, "the reader")
+                wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+                def reset_then_write():
+                    wire.close()
+                    window.append(b"nobody is there\n")
+                self.server.manager.loop.call(reset_then_write)
+                until(lambda: not self.server.http.channels, "the end of the connection")
+                self.assertEqual(self.server.manager.loop.call(lambda: set(window.lagging)), set())
+
     def test_the_limit_of_connections_holds_after_faults(self):
         """Each connection counts once, however it ended."""
         with self.assertLogs("gaffer"):
@@ -6107,7 +6124,7 @@ class HttpConnections(HttpCase):
         """A long poll whose connection finds no thread after its answer ends, and its place is free."""
         wire = self.wire()
         wire.send(http_bytes("GET", "/watch/create?since=0"))
-        until(lambda: self.server.http.channels, "the parked request")
+        until(lambda: [each for each in tuple(self.server.http.channels) if isinstance(each, gaffer.ParkedChannel)], "the parked request")
         self.no_request_threads()
         with http_limits(THREADS_MAX=0), self.assertLogs("gaffer"):
             self.server.manager.add_process("web", "cat", start=False)
