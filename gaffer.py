@@ -951,8 +951,7 @@ class Fanout:
     def __init__(self, log_, encoder, offset):
         self._log, self._encoder, self.key, self.offset = log_, encoder, encoder.key, offset
         self.members = {}                       # reader -> its sink's send; a dict keeps the order
-        self._timer = None
-        self._fresh_at = log_.loop.now
+        self._timer, self._fresh_at = None, 0.0
         self._arm()
 
     def add(self, reader):
@@ -983,7 +982,6 @@ class Fanout:
     def push(self, fresh):
         """Encode once what is new and send it to everybody."""
         log_, encoder = self._log, self._encoder
-        self._fresh_at = log_.loop.now
         if self.offset + len(fresh) == log_.end:
             data = fresh
         elif self.offset < log_.start:          # half a line has fallen out of a very small window
@@ -1009,7 +1007,8 @@ class Fanout:
                         self.discard(reader)
 
     def _arm(self):
-        """An unfinished line is shown after a while of silence."""
+        """An unfinished line is shown after a while of silence, which begins when all have been sent what came."""
+        self._fresh_at = self._log.loop.clock()
         if self._timer is None and self._encoder.partial and self.offset < self._log.end:
             self._timer = self._log.loop.later(PARTIAL_LINE_DELAY, self._silence)
 
@@ -2716,7 +2715,7 @@ class Manager:
 
     def find_process(self, pid, past=False):
         """A running process by pid; `past`: or one that can still be read. NotFound."""
-        process = self.processes.get(int(pid)) if len(str(pid)) < 20 else None
+        process = self.processes.get(int(pid)) if len(str(pid)) < 20 and str(int(pid)) == str(pid) else None
         if process is None or not (past or process.running):
             raise NotFound("there is no process %s; GET /processes?running=true lists them" % str(pid)[:20])
         return process

@@ -6072,7 +6072,8 @@ class HttpConnections(HttpCase):
 
         def kept():
             gc.collect()
-            return [thing for thing in gc.get_objects() if issubclass(type(thing), (gaffer.Channel, gaffer.Connection)) and thing.http is self.server.http]
+            return [thing for thing in gc.get_objects() if issubclass(type(thing), (gaffer.Channel, gaffer.Connection))
+                    and thing.http is self.server.http]
         until(lambda: not kept(), "the last reference to a connection")
         self.assertEqual(self.server.ok("GET", "/processes?running=1"), [1])
 
@@ -6129,7 +6130,7 @@ class HttpConnections(HttpCase):
         with http_limits(THREADS_MAX=0), self.assertLogs("gaffer"):
             self.server.manager.add_process("web", "cat", start=False)
             self.assertEqual(json.loads(wire.answer()[2].decode())["name"], "web")
-            wire.send(http_bytes("GET", "/ping"))           # not before: an answer that nobody asked for would be the next one's
+            wire.send(http_bytes("GET", "/ping"))   # not before: an answer nobody asked for would be the next one's
             self.assertCode(wire.answer(), 503, "busy")
             self.assertEqual(wire.rest(), b"")
         with http_limits(CONNECTIONS_MAX=1):
@@ -8943,6 +8944,44 @@ class StreamsCost(StreamsHeavyCase):
             threading.Event().wait(1.0)         # a second without a switch is what is measured
             return self.server.switches() == before
         until(quiet, "a quiet second", timeout=2.5)
+
+
+class StreamsPause(Case):
+    """With a clock of our own: sending to all readers takes long, and gaffer waits as long before it reads on."""
+
+    def test_gaffers_own_pause_is_no_silence(self):
+        clock, sent = [0.0], []
+        loop = gaffer.Loop(clock=lambda: clock[0])
+        self.addCleanup(loop.close)
+        read, write = os.pipe()
+        self.addCleanup(os.close, write)
+        os.set_blocking(read, False)
+
+        class Sink:
+            """Takes 60 ms."""
+
+            def send(self, payload):
+                clock[0] += 0.06
+                sent.extend(re.findall(b"data: (.*)", payload))
+                return True
+
+            def finished(self, reader):
+                """The end."""
+        window = gaffer.Window(loop)
+        output = gaffer.Output(loop, read, window, gaffer.Merged(loop, 1024))
+        loop.call(output.start)
+        self.addCleanup(loop.call, output.close)
+        reader = gaffer.Reader(window, gaffer.SseEncoder("stdout", "epoch"), Sink(), 0)
+        loop.call(reader.start)
+        text = b"".join(b"%d first half, second half\n" % number for number in range(40))
+        expected = text.splitlines()
+        place = 0
+        while len(sent) < len(expected) and clock[0] < 60:
+            if place < len(text):               # the child is never silent: it writes a line and a half every 20 ms
+                place += os.write(write, text[place:place + 36])
+            loop.step()
+            clock[0] += 0.02
+        self.assertEqual(sent, expected)
 
 
 class StreamsThreads(StreamsCase):
