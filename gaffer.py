@@ -3807,14 +3807,17 @@ OK = {"ok": True}
 
 def offset_headers(reader, asked, clamp):
     """Gaffer-Offset, of the first byte that the reader gets, and Gaffer-Dropped. What fell out of the window before the
-    start is nobody's loss where no offset was `asked` for; else with `clamp` these headers tell it."""
+    start is nobody's loss where no offset was `asked` for; else the reader tells it, or with `clamp` these headers do."""
     window, lost = reader.log, 0
-    if not asked and reader.offset < window.start:
-        reader.offset = window.resync(window.start)
-    elif clamp:
-        lost = max(0, window.start - reader.offset)
-        reader.offset += lost
-    headers = [("Gaffer-Offset", max(reader.offset, window.start))]
+    place = max(reader.offset, window.start)
+    if reader.offset < window.start:
+        if not asked:
+            place = reader.offset = window.resync(window.start)
+        elif reader.loss == "skip" or reader.encoder.dropped is not None:
+            place = window.resync(window.start)
+        elif clamp:
+            lost, reader.offset = place - reader.offset, place
+    headers = [("Gaffer-Offset", place)]
     return headers + [("Gaffer-Dropped", lost)] if lost else headers
 
 
@@ -3831,7 +3834,7 @@ class StreamReply:
         """The response head as bytes; to be made when the reader starts. The connection ends with the stream."""
         headers = [("Date", date), *self.response.headers, ("Connection", "close"), *more]
         if isinstance(self.reader.log, Window):
-            headers += offset_headers(self.reader, self.asked, self.form != "eventsource")
+            headers += offset_headers(self.reader, self.asked, True)
         return encode_head(200, headers)
 
 
