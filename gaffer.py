@@ -102,6 +102,7 @@ SHARES_PER_TURN = 4                 # and how often in one turn of the loop, so 
 COURTESY = 0.002                    # a read is held back so long, where a reader that takes would lose something
 COURTESY_RECENT = 0.1               # that is one which took something so lately; a dead one holds nothing
 PACE_MIN = 0.001                    # after a fan-out that took longer, as long a pause: the output gathers in the pipe
+PACE_READERS = 16                   # to more readers than this; for fewer it was the machine that was slow
 PACE_MAX = 0.05
 PARTIAL_LINE_DELAY = 0.1            # an unfinished line (a prompt) is shown after this much silence
 MERGED_LINE_DELAY = 1.0             # and in a merged stream after this: there it holds up, or is cut by, the others' lines
@@ -1101,6 +1102,10 @@ class Log:
         self._blockers.discard(reader)
         self.moved()
 
+    def live(self):
+        """How many readers are live."""
+        return sum(len(fanout.members) for fanout in self._fanouts)
+
     def hurried(self):
         """True where a reader that is busy taking would soon lose something."""
         recent = self.loop.now - COURTESY_RECENT
@@ -1605,14 +1610,17 @@ class Launch:
             groups = os.getgrouplist(name, gid) if name is not None else [gid]
         return uid, gid, groups
 
+    @staticmethod
+    def _absolute(path):
+        try:
+            return os.path.abspath(path)
+        except OSError:                         # gaffer's own directory has been removed: what is relative to it is gone
+            return path
+
     def _find(self, program):
         """The path of what would be executed, as seen from the process's own directory."""
-        base = os.path.abspath(self.cwd or ".")
-        if "/" in program:
-            paths = [os.path.join(base, program)]
-        else:
-            search = self.env.get("PATH", os.environ.get("PATH", os.defpath))
-            paths = [os.path.join(base, folder, program) for folder in search.split(":")]
+        folders = [""] if "/" in program else self.env.get("PATH", os.environ.get("PATH", os.defpath)).split(":")
+        paths = [self._absolute(os.path.join(self.cwd or "", folder, program)) for folder in folders]
         for path in paths:
             if os.path.isfile(path) and os.access(path, os.X_OK):
                 return path
@@ -1753,7 +1761,7 @@ class Output:
         self.window.append(data)
         self._merge(data)
         took = self._loop.clock() - began
-        if took > PACE_MIN and self._fd is not None:
+        if took > PACE_MIN and self._fd is not None and self.window.live() + self._merged.window.live() > PACE_READERS:
             self._pause(min(took, PACE_MAX))
         return None
 
@@ -2798,7 +2806,7 @@ class Manager:
         """Spawn one that follows on so many failures. False: it failed too, and is tried again later."""
         try:
             process = self._spawn(template, Launch(template.info))
-        except GafferError as error:
+        except (GafferError, OSError, ValueError) as error:
             template.error = str(error)
             log.warning("%s cannot be started: %s", template.name, error)
             self._judge(template, 0.0)
