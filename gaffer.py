@@ -2503,6 +2503,13 @@ class Manager:
             if template.active:
                 self.restart_template(template.name)
 
+    def reap_strangers(self):
+        """As pid 1: take away the zombies that were no process of ours, but whose parents have ended before them."""
+        ours = {process.os_pid for process in self.processes.values() if not process.gone}
+        for os_pid in self.table.children(os.getpid()):
+            if os_pid not in ours:
+                reap(os_pid)
+
     # templates
 
     def add_process(self, name, cmd=None, **options):
@@ -5116,13 +5123,15 @@ class Connection(socketserver.BaseRequestHandler):
             self._buffer += data
 
     def _idle(self):
-        self._wait(KEEP_THREAD)
-        try:
-            return self.request.recv(READ_SIZE)
-        except TIMED_OUT:
-            if self.http.idle(self.server, self.request, self._client, IDLE_TIME):
-                self.request = None
-            return b""
+        if not self.http.crowded:
+            self._wait(KEEP_THREAD)
+            try:
+                return self.request.recv(READ_SIZE)
+            except TIMED_OUT:
+                pass
+        if self.http.idle(self.server, self.request, self._client, IDLE_TIME):
+            self.request = None
+        return b""
 
     def _read_body(self, request, limit):
         coding = request.headers.get("content-encoding", "identity").lower()
@@ -5462,6 +5471,11 @@ class HttpHandler:
 
     # connections
 
+    @property
+    def crowded(self):
+        """True where threads have something better to do than to wait for a next request."""
+        return len(self._threads) > THREADS_MAX // 4
+
     def accept(self, listener, sock, client):
         """Take in a new connection. Called on the loop."""
         with self._lock:
@@ -5660,6 +5674,9 @@ class SigHandler:
         self._old_fd = signal.set_wakeup_fd(loop.wake_fd, warn_on_full_buffer=False)
         for signum in self.SIGNALS:
             self._old[signum] = signal.signal(signum, stop)
+        if os.getpid() == 1:                    # a container's first process inherits everybody's orphans
+            self._old[signal.SIGCHLD] = signal.signal(
+                signal.SIGCHLD, lambda signum, frame_: loop.call_soon(manager.reap_strangers))
 
     def stop(self):
         """See apps."""

@@ -4557,6 +4557,49 @@ class ProcessEmbedded(ProcessCase):
         self.assertIn("x cannot be started", logs.output[0])
 
 
+class ProcessFirst(Case):
+    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare"), "needs root and unshare")
+    def test_as_pid_1_strangers_are_reaped(self):
+        """In a pid namespace of its own, orphans of a process become gaffer's, and are no zombies for long."""
+        command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", PYTHON, os.path.abspath(gaffer.__file__),
+                   "serve", "--bind", "127.0.0.1:0"]
+        outer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(outer.stderr.close)
+        self.addCleanup(outer.stdout.close)
+        try:
+            line = outer.stdout.readline().decode()
+            if not line:
+                self.skipTest("no pid namespace can be made here: %s" % outer.stderr.read().decode())
+            code = """
+                import os, sys
+                for _ in range(5):
+                    if os.fork() == 0:
+                        if os.fork() == 0:
+                            os.read(0, 1)       # until the end of file, when its parent has ended
+                        os._exit(0)
+                    os.wait()
+                os.write(1, b"ready")
+                sys.stdin.read()
+                os._exit(0)
+                """
+            connection = http.client.HTTPConnection("127.0.0.1", int(line.rpartition(":")[2]), timeout=TIMEOUT)
+            with contextlib.closing(connection):
+                def ask(method, path, body=None):
+                    connection.request(method, path, body)
+                    return connection.getresponse().read()
+                ask("POST", "/processes", json.dumps(dict(python(code), name="x", redirect_input=True, flapping={"attempts": 1})))
+                self.assertEqual(ask("GET", "/streams/1/stdout?since=0"), b"ready")
+                server, = gaffer.ProcfsTable().children(outer.pid)
+                self.assertEqual(len(gaffer.ProcfsTable().children(server)), 6)
+                ask("DELETE", "/streams/1/stdin")
+                until(lambda: not gaffer.ProcfsTable().children(server), "the end of all orphans")
+                os.kill(server, signal.SIGTERM)
+            self.assertEqual(outer.wait(TIMEOUT), 0)
+        finally:
+            outer.kill()
+            outer.wait()
+
+
 class ProcessLostDirectory(Case):
     def test_gaffers_own_directory_is_removed(self):
         """What is told absolutely is started and restarted all the same."""
