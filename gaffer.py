@@ -1783,7 +1783,9 @@ class Output:
     def _show_carry(self):
         """A line that is not finished (a prompt) is not held back for ever, as long as nobody would lose it."""
         self._silence = None
-        if self._carry and self._merged.window.room() >= len(self._carry):
+        if self._carry and self._merged.window.room() <= len(self._carry):
+            self._silence = self._loop.later(MERGED_LINE_DELAY, self._show_carry)
+        elif self._carry:
             data, self._carry = self._carry, b""
             self._merged.write(self, data)
 

@@ -7576,7 +7576,7 @@ class StreamsPosition(StreamsCase):
                 self.send(pid, b"new\n")
         wire.head()
         self.assertEqual(set(wire.file.read(int(wire.headers["Content-Length"])).split()), {b"new"})
-        self.assertEqual(follower.exactly(4), b"new\n")
+        self.assertEqual(follower.exactly(4)[:4], b"new\n")          # maybe several at once
         self.assertEvents(events, [("new", 8)])
 
     def test_unknown_streams(self):
