@@ -137,6 +137,7 @@ HEAD_TIME = 10.0                    # from the first byte of a head to its last
 BODY_TIME = 60.0
 IDLE_TIME = 60.0                    # a connection without a request
 KEEP_THREAD = 2.0                   # so long its thread waits for the next one; then the loop does
+KEEP_THREAD_CROWDED = 0.001         # where many threads wait so: what is there already is answered, but not more
 SEND_TIME = 30.0                    # a client that does not take its answer
 LINGER_TIME = 2.0                   # refused bodies are read and dropped so long, or the client never sees the refusal
 LINGER_SIZE = 8 * MIB
@@ -5125,15 +5126,13 @@ class Connection(socketserver.BaseRequestHandler):
             self._buffer += data
 
     def _idle(self):
-        if not self.http.crowded:
-            self._wait(KEEP_THREAD)
-            try:
-                return self.request.recv(READ_SIZE)
-            except TIMED_OUT:
-                pass
-        if self.http.idle(self.server, self.request, self._client, IDLE_TIME):
-            self.request = None
-        return b""
+        self._wait(KEEP_THREAD_CROWDED if self.http.crowded else KEEP_THREAD)
+        try:
+            return self.request.recv(READ_SIZE)
+        except TIMED_OUT:
+            if self.http.idle(self.server, self.request, self._client, IDLE_TIME):
+                self.request = None
+            return b""
 
     def _read_body(self, request, limit):
         coding = request.headers.get("content-encoding", "identity").lower()
@@ -5197,7 +5196,7 @@ class Connection(socketserver.BaseRequestHandler):
         if callable(answer):                    # a mounted application writes for itself
             return answer(self.request, more)
         if isinstance(answer, StreamReply) and head_only:
-            self.request.sendall(answer.head(self.http.date(), more))
+            self.request.sendall(self.http.loop.call(answer.head, self.http.date(), more))
             return False
         if isinstance(answer, ParkedReply) and head_only:
             answer = Response(None)
