@@ -43,6 +43,38 @@ Four rules hold everywhere:
          <- Response, one send -------- dict                               stdin  <- Input
     a stream's socket -----hand over--> Reader <- Window.append <- Output <- stdout, stderr
 """
+import sys
+
+if __name__ == "__main__" and "serve" in sys.argv and sys._getframe().f_back is None:
+    # A script stays in memory as the compiler's syntax tree for as long as it runs: 12 MiB, perhaps for years. So a server
+    # goes on in a fresh interpreter, as the same process, with the compiled code alone; where it cannot, as it is.
+    import marshal
+    import os
+    try:
+        if hasattr(sys, "orig_argv"):           # Python 3.10
+            flags = sys.orig_argv[1:-len(sys.argv)]
+        else:
+            from subprocess import _args_from_interpreter_flags    # type: ignore[attr-defined]
+            flags = _args_from_interpreter_flags()
+        if hasattr(os, "memfd_create"):
+            file = os.fdopen(os.memfd_create("gaffer", 0), "w+b")
+        else:
+            from tempfile import TemporaryFile
+            file = TemporaryFile()
+            os.set_inheritable(file.fileno(), True)
+        with file:
+            marshal.dump(sys._getframe().f_code, file)
+            file.seek(0)
+            os.execv(sys.executable, [
+                sys.executable, *flags, "-S", "-c", "import marshal, sys\n"
+                "if sys.path[:1] == ['']:\n    sys.path[0] = sys.argv[1].rpartition('/')[0] or '.'\n"
+                "sys.modules['gaffer'] = gaffer = type(sys)('gaffer')\n"
+                "gaffer.__file__ = sys.argv[0] = sys.argv.pop(1)\n"
+                "with open(%d, 'rb') as file:\n    exec(marshal.load(file), vars(gaffer))\n"
+                "sys.exit(gaffer.main())" % file.fileno(), __file__, *sys.argv[1:]])
+    except OSError:
+        pass
+
 import base64
 import bisect
 import collections
@@ -68,7 +100,6 @@ import socketserver
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 import urllib.parse
@@ -4491,7 +4522,9 @@ class Channel:
         """The connection is about to be closed."""
 
     def send(self, payload):
-        """Send bytes, or queue what is not taken. True: all is taken."""
+        """Send a payload (bytes, or a tuple of them), or queue what is not taken. True: all is taken."""
+        if payload.__class__ is tuple:
+            return self._send_parts(payload)
         if self._queue or self.closed:
             return self._enqueue(payload)
         try:
@@ -5781,42 +5814,6 @@ class Announcement:
         except OSError:                         # nobody reads it; what is left in the buffer must not fail again at the end
             with open(os.devnull, "wb") as nothing:
                 os.dup2(nothing.fileno(), sys.stdout.fileno())
-
-
-SECOND_STAGE = """import sys
-sys.argv[:2] = sys.argv[1:2]
-if sys.path[:1] == [""]:
-    sys.path[0] = sys.argv[0].rpartition("/")[0] or "."
-import marshal, types
-gaffer = sys.modules["gaffer"] = types.ModuleType("gaffer")
-gaffer.__file__ = sys.argv[0]
-with open(%d, "rb") as file:
-    code = marshal.load(file)
-exec(code, gaffer.__dict__)
-sys.exit(gaffer.main())
-"""
-
-
-def shed_compiler():
-    """Compiling this file leaves 12 MiB that Python never gives back, in a program that may run for years: once compiled,
-    go on as the same process in a fresh interpreter. Returns where that has happened, or cannot be done."""
-    frame_ = sys._getframe()
-    while frame_.f_back is not None:
-        frame_ = frame_.f_back
-    if __name__ != "__main__" or frame_.f_globals is not globals() or not sys.executable:
-        return                                  # imported, or run by another program
-    import marshal
-    import tempfile
-    flags = subprocess._args_from_interpreter_flags()       # type: ignore[attr-defined]
-    try:
-        with tempfile.TemporaryFile() as file:
-            marshal.dump(frame_.f_code, file)
-            file.seek(0)
-            file.flush()
-            os.set_inheritable(file.fileno(), True)
-            os.execv(sys.executable, [sys.executable, *flags, "-c", SECOND_STAGE % file.fileno(), __file__, *sys.argv[1:]])
-    except OSError as error:
-        log.debug("goes on with the compiler's memory: %s", error)
 
 
 def serve(arguments):
