@@ -125,10 +125,14 @@ KIB, MIB = 1024, 1024 * 1024
 WINDOW_SIZE = MIB                   # a stream's window: some 10,000 lines of last words
 WINDOW_SIZE_MIN = 256               # a window has to hold a line or two
 WINDOW_SIZE_MAX = 1024 * MIB
-READ_SIZE = 64 * KIB                # one read of a pipe: what a pipe holds; more gained nothing
+READ_SIZE = 64 * KIB                # one read of a socket, or of a pipe: what a pipe holds
+READ_SIZE_WIDE = 128 * KIB          # of a pipe that was found full, and then got
+PIPE_SIZE = 256 * KIB               # this: fewer turns, and its writer sleeps less often; more gained nothing
 COALESCE_SIZE = 16 * KIB            # small reads are joined up to this, or a window of short lines would be all overhead
 CARRY_SIZE = 64 * KIB               # an unfinished line that waits to be merged into a template's stream
-SHARE_SIZE = 64 * KIB               # what a reader that lags is sent at once
+SHARE_SIZE = 64 * KIB               # a reader that lags is sent a piece of the log, or so much where no line ends in that
+JOIN_SIZE = 8 * KIB                 # smaller data is copied behind its head; larger goes out beside it, uncopied
+PARTS_MAX = 64                      # pieces of one sendmsg()
 SHARES_PER_TURN = 4                 # and how often in one turn of the loop, so that the others get theirs
 COURTESY = 0.002                    # a read is held back so long, where a reader that takes would lose something
 COURTESY_RECENT = 0.1               # that is one which took something so lately; a dead one holds nothing
@@ -649,6 +653,21 @@ def probe_process_table():
     return ProcfsTable() if os.path.exists("/proc/self/stat") else PsTable()
 
 
+def widen_pipe(fd):
+    """Let a pipe hold PIPE_SIZE bytes, where the system can (Linux; there is a quota for each user that is not root)."""
+    if sys.platform == "linux":
+        try:
+            fcntl.fcntl(fd, 1031, PIPE_SIZE)    # F_SETPIPE_SZ, which fcntl knows by name from Python 3.10 on
+        except OSError:
+            pass                                # over the quota, or no pipe: it works as it is
+
+
+def keep_buffers():
+    """glibc gives each larger buffer back to the system at once, and asks for it again: three system calls a read. From the
+    first large block that it gets back it learns to keep up to twice as much."""
+    bytes(MIB)
+
+
 def find_user(user):
     """(uid, gid, name) of a user by name or number; gid and name are None where a number has no entry.
     ValueError: there is none. 2**32 - 1 means "leave it as it is" to the kernel, so it is no user."""
@@ -973,7 +992,8 @@ class Loop:
 # cut, and what is not consumed (half a line, half a character) is offered again. Its attributes: key (equal for encoders
 # that are), by_line, partial (unfinished lines are shown after a while), ends(data) (is there more to encode now?), and
 # dropped (a function, or None).
-# A sink has send(payload) -> bool ("took it all"), lost(reader, count) and finished(reader).
+# A payload is bytes, or a tuple of bytes where that saves a copy. A sink has send(payload) -> bool ("took it all"),
+# lost(reader, count) and finished(reader).
 # --------------------------------------------------------------------------------------------------------------------
 NORMAL, FLUSH, FINAL = 0, 1, 2                  # wait for the rest; show what is there; there is no rest
 
@@ -1075,6 +1095,10 @@ class Log:
 
     def read(self, offset, size):
         """Up to `size` of what stands at `offset` (not before `start`)."""
+        raise NotImplementedError
+
+    def piece(self, offset):
+        """What stands at `offset`, as much as can be had without a copy."""
         raise NotImplementedError
 
     def before(self, offset):
@@ -1226,6 +1250,14 @@ class Window(Log):
             left -= len(parts[-1])
         return b"".join(parts)
 
+    def piece(self, offset):
+        """See Log."""
+        if offset >= self.end:
+            return b""
+        index = bisect.bisect_right(self._offsets, offset) - 1
+        chunk, skip = self._chunks[index], offset - self._offsets[index]
+        return chunk[skip:] if skip else chunk
+
     def before(self, offset):
         """See Log."""
         if offset == 0 or not self._offsets or offset < self._offsets[0]:
@@ -1275,6 +1307,10 @@ class EventLog(Log):
         first = offset - self.start
         return list(itertools.islice(self._events, first, first + size))
 
+    def piece(self, offset):
+        """See Log."""
+        return self.read(offset, self.limit)
+
 
 class Reader:
     """A position in a log, and the sink that its data goes to. `loss`: "cut" (tell the sink, which ends), "skip" (count,
@@ -1321,16 +1357,15 @@ class Reader:
         self.log.loop.call_soon(self.pump)
 
     def _share(self):
-        """Encode the next share; a line that is longer than a share gets a larger one."""
-        size = SHARE_SIZE
+        """Encode the next share: a piece of the log, or as much more as a line needs that does not end in it."""
+        log_, offset = self.log, self.offset
+        data, left = log_.piece(offset), log_.end - offset
         while True:
-            left = self.log.end - self.offset
-            data = self.log.read(self.offset, size)
-            mode = FINAL if self.log.ended and size >= left else NORMAL
-            payload, consumed = self.log.encode(self.encoder, data, self.offset, mode)
-            if consumed or size >= left:
+            mode = FINAL if log_.ended and len(data) == left else NORMAL
+            payload, consumed = log_.encode(self.encoder, data, offset, mode)
+            if consumed or len(data) == left:
                 return payload, consumed
-            size *= 4
+            data = log_.read(offset, max(SHARE_SIZE, 4 * len(data)))
 
     def _caught_up(self):
         if self.log.ended:
@@ -1749,7 +1784,8 @@ class Output:
         self._carry = b""
         self._paused = self._held = False
         self._timer = self._pace = self._silence = None
-        self._size = min(READ_SIZE, window.limit // 2)
+        self._size_wide = min(READ_SIZE_WIDE, window.limit // 2)
+        self._size = min(READ_SIZE, self._size_wide)
 
     def start(self):
         """Begin to read."""
@@ -1789,6 +1825,9 @@ class Output:
             data = b""
         if not data:
             return self.close()
+        if len(data) == self._size < self._size_wide:
+            self._size = self._size_wide
+            widen_pipe(self._fd)
         began = self._loop.clock()
         self.window.append(data)
         self._merge(data)
@@ -3455,7 +3494,9 @@ class ChunkEncoder:
     @staticmethod
     def encode(data, offset, before, mode, piece):
         """See Log."""
-        return (chunk(data) if data else b""), len(data)
+        if len(data) < JOIN_SIZE:
+            return (chunk(data) if data else b""), len(data)
+        return (b"%x\r\n" % len(data), data, b"\r\n"), len(data)
 
 
 class SseEncoder:
@@ -3465,8 +3506,8 @@ class SseEncoder:
     def __init__(self, label, epoch):
         self.key = ("sse", label)
         self._epoch = epoch
-        self._middle = "@%s\nevent: %s\ndata: " % (epoch, label)
-        self._middle_bytes = self._middle.encode("ascii")
+        self._line_block = b"id: %%d@%b\nevent: %b\ndata: %%b\n" % (epoch.encode("ascii"), label.encode("ascii"))
+        self._block = self._line_block + b"\n"
 
     @staticmethod
     def ends(data):
@@ -3476,29 +3517,24 @@ class SseEncoder:
     def encode(self, data, offset, before, mode, piece):
         """See Log."""
         cut = data.rfind(b"\n") + 1
-        if cut and before is None and mode == NORMAL and len(data) - cut < piece and data.isascii() and b"\r" not in data:
-            return self._plain(data[:cut], offset), cut
+        if cut and before is None and mode == NORMAL and len(data) - cut < piece and b"\r" not in data:
+            segments = data[:cut].splitlines(True)          # most: whole lines, whose ends can stay where they are
+            return self._blocks(data, self._line_block, offset, segments, segments), cut
         skip, segments, lines = split_lines(data, before, mode, piece)
-        offset += skip
-        ids = itertools.accumulate(map(len, segments), initial=offset)
-        next(ids)
-        middle = self._middle_bytes
+        return self._blocks(data, self._block, offset + skip, segments, lines), skip + sum(map(len, segments))
+
+    @staticmethod
+    def _blocks(data, block, offset, segments, lines):
+        """One formatting of all is twice as fast as one of each."""
         try:
             data.decode("utf-8")
         except UnicodeDecodeError:
-            lines = map(valid_utf8, lines)
-        blocks = [b"id: %d%b%b\n\n" % (end, middle, line) for end, line in zip(ids, lines)]
-        return b"".join(blocks), skip + sum(map(len, segments))
-
-    def _plain(self, data, offset):
-        """Whole lines of ASCII, which are most, at three times the speed."""
-        middle, blocks = self._middle, []
-        lines = data.decode("ascii").split("\n")
-        lines.pop()
-        for line in lines:
-            offset += len(line) + 1
-            blocks.append(f"id: {offset}{middle}{line}\n\n")
-        return "".join(blocks).encode("ascii")
+            lines = list(map(valid_utf8, lines))
+        ids = itertools.accumulate(map(len, segments), initial=offset)
+        next(ids)
+        values = [None] * (2 * len(lines))
+        values[0::2], values[1::2] = ids, lines
+        return block * len(lines) % tuple(values)
 
     def dropped(self, count, offset, restarted=False):
         """The event that tells a loss."""
@@ -3569,14 +3605,18 @@ def websocket_accept(request):
     return [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
 
 
+def frame_head(opcode, size):
+    """The head of a whole, unmasked frame. Section 5.2."""
+    if size < 126:
+        return bytes((0x80 | opcode, size))
+    if size < 65536:
+        return struct.pack("!BBH", 0x80 | opcode, 126, size)
+    return struct.pack("!BBQ", 0x80 | opcode, 127, size)
+
+
 def frame(opcode, payload):
     """One whole, unmasked frame. Section 5.2."""
-    size = len(payload)
-    if size < 126:
-        return b"%c%c%b" % (0x80 | opcode, size, payload)
-    if size < 65536:
-        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
-    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
+    return frame_head(opcode, len(payload)) + payload
 
 
 def close_frame(code, reason=""):
@@ -3726,6 +3766,7 @@ class FrameEncoder:
     def __init__(self, binary, by_line):
         self.key = ("frame", binary, by_line)
         self._binary, self.by_line = binary, by_line
+        self._opcode, self._valid = (BINARY, bytes) if binary else (TEXT, valid_utf8)
 
     def ends(self, data):
         """See Log."""
@@ -3735,13 +3776,14 @@ class FrameEncoder:
         """See Log."""
         if self.by_line:
             skip, segments, lines = split_lines(data, before, mode, piece)
-            return b"".join(map(self._frame, lines)), skip + sum(map(len, segments))
+            return b"".join([frame(self._opcode, line) for line in map(self._valid, lines)]), skip + sum(map(len, segments))
         if not self._binary and mode != FINAL:
             data = data[:len(data) - incomplete_utf8(data)]
-        return (self._frame(data) if data else b""), len(data)
-
-    def _frame(self, data):
-        return frame(BINARY, data) if self._binary else frame(TEXT, valid_utf8(data))
+        if not data:
+            return b"", 0
+        content = self._valid(data)
+        head = frame_head(self._opcode, len(content))
+        return (head + content if len(content) < JOIN_SIZE else (head, content)), len(data)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -4454,7 +4496,7 @@ class HttpEndpoint:
         if self.path is not None:
             return socket.AF_UNIX, self.path, True
         try:
-            found = socket.getaddrinfo(self.host, self.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
+            found = socket.getaddrinfo(self.host.encode("utf-8"), self.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
         except OSError as error:
             raise StartError("the address '%s' cannot be found: %s" % (self.host, error.strerror or error)) from None
         found.sort(key=lambda entry: entry[0] != socket.AF_INET)
@@ -4497,6 +4539,7 @@ class Channel:
 
     def __init__(self, http, sock, received=b""):
         self.http, self.loop, self.sock = http, http.loop, sock
+        self.secure = hasattr(sock, "unwrap")   # TLS
         self.early = received                   # what came behind the request
         self.closed = False
         self._ending = False
@@ -4535,6 +4578,25 @@ class Channel:
             self.close()
             return False
         return count == len(payload) or self._enqueue(memoryview(payload)[count:])
+
+    def _send_parts(self, parts):
+        count = 0
+        if not self._queue and not self.closed:
+            try:
+                count = self._send_some(parts)
+            except self.http.would_block:
+                pass
+            except OSError:
+                self.close()
+        for part in parts:
+            if count < len(part):
+                self._enqueue(memoryview(part)[count:])
+            count = max(0, count - len(part))
+        return not self._queue and not self.closed
+
+    def _send_some(self, parts):
+        """Send some of a sequence of bytes; TLS has no gathering write. Returns how many bytes were taken."""
+        return self.sock.send(parts[0]) if self.secure or len(parts) == 1 else self.sock.sendmsg(parts)
 
     def _enqueue(self, payload):
         if not self.closed:
@@ -4591,19 +4653,19 @@ class Channel:
 
     def _flush(self):
         while self._queue:
-            head = self._queue[0]
             try:
-                count = self.sock.send(head)
+                count = self._send_some(list(itertools.islice(self._queue, PARTS_MAX)))
             except self.http.would_block:
                 return
             except OSError:
                 return self.close()
             self._progress = self.loop.now
             self.queued -= count
-            if count < len(head):
-                self._queue[0] = head[count:]
+            while count and count >= len(self._queue[0]):
+                count -= len(self._queue.popleft())
+            if count:
+                self._queue[0] = self._queue[0][count:]
                 return
-            self._queue.popleft()
         self._watch(self._mask & ~selectors.EVENT_WRITE)
         if self._ending:
             self._shut()
@@ -5818,7 +5880,7 @@ class Announcement:
 
 def serve(arguments):
     """`serve`: run a manager with the HTTP API until INT or TERM."""
-    shed_compiler()
+    keep_buffers()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr,
                         level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
     try:
