@@ -81,6 +81,7 @@ import collections
 import copy
 import errno
 import fcntl
+import functools
 import grp
 import heapq
 import io
@@ -163,26 +164,27 @@ NUMPROCESSES_MAX = 1000
 CUSTOM_STREAMS_MAX = 16
 SECONDS_MAX = 10.0 ** 7             # any time a client names: 115 days, and select() can still count it
 
-HEAD_SIZE = 64 * KIB                # request line and headers
+HEAD_SIZE = 64 * KIB                # request line and headers, up to and with the empty line
 TARGET_SIZE = 8 * KIB               # request target: what browsers send at most
+REQUEST_LINE_SIZE = TARGET_SIZE + 64    # with a method and a version
 HEADERS_MAX = 100
+EMPTY_LINES_MAX = 8                 # in front of a request: old clients send one behind a body
 BODY_SIZE = MIB                     # JSON and stdin; for mounted applications see HttpHandler(max_body=)
 CHUNK_LINE_SIZE = 256               # a chunk's size and its extensions
 HEAD_TIME = 10.0                    # from the first byte of a head to its last
 BODY_TIME = 60.0
 IDLE_TIME = 60.0                    # a connection without a request
-KEEP_THREAD = 2.0                   # so long its thread waits for the next one; then the loop does
-KEEP_THREAD_CROWDED = 0.001         # where many threads wait so: what is there already is answered, but not more
+REQUESTS_PER_TURN = 16              # of one connection that sends many at once, so that the others get theirs
 SEND_TIME = 30.0                    # a client that does not take its answer
 LINGER_TIME = 2.0                   # refused bodies are read and dropped so long, or the client never sees the refusal
-LINGER_SIZE = 8 * MIB
+LINGER_SIZE = 8 * MIB               # and so much
 HANDSHAKE_TIME = 10.0               # TLS
-CONNECTIONS_MAX = 15000             # request threads and streams together
-THREADS_MAX = 2000                  # connections that are being answered, each on a thread
+CONNECTIONS_MAX = 15000             # requests and streams together
+THREADS_MAX = 2000                  # requests that take time: statistics, bodies of templates, added routes, TLS handshakes
 BACKLOG = 1024
 ACCEPTS_PER_TURN = 64
 ACCEPT_PAUSE = 1.0                  # after EMFILE: the listener would wake the loop for ever
-PIPELINE_SIZE = 64 * KIB            # requests that arrive behind a long poll
+PIPELINE_SIZE = 64 * KIB            # requests that arrive while one before them is answered
 
 MESSAGE_SIZE = MIB                  # a websocket message for a process: it has to fit into stdin
 HANDLER_MESSAGE_SIZE = 16 * MIB     # a websocket message for a WebSocketHandler
@@ -2997,7 +2999,6 @@ class Manager:
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 HEADER_LINES = re.compile(r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
-BARE_NEWLINE = re.compile(rb"(?<!\r)\n")
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 SINGLE_HEADERS = frozenset((
     "host", "content-length", "transfer-encoding", "content-type", "authorization", "origin", "last-event-id", "expect",
@@ -3114,6 +3115,63 @@ def parse_head(head):
     return Request(method, target, version, headers)
 
 
+class HeadParser:
+    """Takes the heads of requests out of bytes as they come: `feed(data)` returns a Request once its head is complete, and
+    `rest` is then what came behind it (the body; then the next head, to be fed again); None: more is to come. Raises what
+    parse_head() raises, and after that takes nothing more. However the bytes are cut, the outcome is the same."""
+
+    def __init__(self):
+        self.rest = b""
+        self._buffer = bytearray()              # a head that is not complete
+        self._empty_lines = 0
+
+    @property
+    def begun(self):
+        """True where the next head has begun to come; empty lines do not count."""
+        return bool(self._buffer)
+
+    def feed(self, data):
+        """Take what came. BadRequest, VersionNotSupported, UriTooLong, HeadersTooLarge."""
+        seen = len(self._buffer)
+        if seen:
+            self._buffer += data
+            data = self._buffer
+        if data[:2] == b"\r\n":
+            data, seen = self._skip_empty_lines(data), 0
+        end = data.find(b"\r\n\r\n", max(0, seen - 3), HEAD_SIZE)
+        if end < 0:
+            self._check(data, seen, min(len(data), HEAD_SIZE))
+            need(len(data) < HEAD_SIZE, HeadersTooLarge, "the head is over %d bytes; send less" % HEAD_SIZE)
+            self._buffer = data if seen else bytearray(data)
+            return None
+        self.rest, self._empty_lines = bytes(data[end + 4:]), 0
+        if seen:
+            self._buffer = bytearray()
+        try:
+            return parse_head(data[:end])
+        except GafferError:
+            self._check(data, seen, end)        # had it come byte by byte, this would have been told first
+            raise
+
+    def _skip_empty_lines(self, data):
+        """RFC 9112 section 2.2."""
+        while data[:2] == b"\r\n":
+            data = data[2:]
+            self._empty_lines += 1
+            need(self._empty_lines <= EMPTY_LINES_MAX, BadRequest, "send a request, not empty lines")
+        self._buffer = bytearray()
+        return data
+
+    @staticmethod
+    def _check(data, seen, stop):
+        """What is wrong already before the head is complete. `seen`: bytes that were checked before."""
+        if seen <= REQUEST_LINE_SIZE < stop:
+            need(data.find(b"\n", 0, REQUEST_LINE_SIZE + 1) >= 0, UriTooLong,
+                 "the request line is over %d bytes; shorten it" % REQUEST_LINE_SIZE)
+        need(data.count(b"\n", seen, stop) == data.count(b"\r\n", max(0, seen - 1), stop), BadRequest,
+             "lines of a request end with CR LF")
+
+
 def body_length(request):
     """The body's length, None for a chunked one. BadRequest: said twice, or in no known way. RFC 9112 section 6."""
     coding, length = request.headers.get("transfer-encoding"), request.headers.get("content-length")
@@ -3126,6 +3184,26 @@ def body_length(request):
         return 0
     need(re.fullmatch(r"[0-9]{1,18}", length), BadRequest, "Content-Length is to be one decimal number")
     return int(length)
+
+
+class SizedDecoder:
+    """Takes a body of `length` bytes: see ChunkedDecoder."""
+
+    def __init__(self, length):
+        self._left, self._parts = length, []
+        self.rest = b""
+
+    @property
+    def body(self):
+        """The bytes."""
+        return b"".join(self._parts)
+
+    def feed(self, data):
+        """Take what came."""
+        self._parts.append(data[:self._left])
+        self.rest = data[self._left:]
+        self._left -= len(self._parts[-1])
+        return self._left == 0
 
 
 class ChunkedDecoder:
@@ -3209,6 +3287,23 @@ class ChunkedDecoder:
                 return True
             parse_headers(line.decode("latin-1"))
             self._trailers += len(line)
+
+
+def has_body(request):
+    """True where the head announces a body, be it an empty one. RFC 9112 section 6.3."""
+    return "content-length" in request.headers or "transfer-encoding" in request.headers
+
+
+def body_decoder(request, limit):
+    """What takes in the body that a head announces: a SizedDecoder or ChunkedDecoder. BadRequest, TooLarge,
+    UnsupportedMediaType, ExpectationFailed. RFC 9110 sections 8.4 and 10.1.1."""
+    coding = request.headers.get("content-encoding", "identity").lower()
+    need(coding in ("identity", ""), UnsupportedMediaType, "send the body as it is, without Content-Encoding")
+    length = body_length(request)
+    need(length is None or length <= limit, TooLarge, "the body is over %d bytes; send less" % limit)
+    need(request.headers.get("expect", "100-continue").lower() == "100-continue" or request.version == (1, 0),
+         ExpectationFailed, "the only expectation here is 100-continue")
+    return ChunkedDecoder(limit) if length is None else SizedDecoder(length)
 
 
 def http_date(now):
@@ -3887,9 +3982,8 @@ events.onerror = () => say("the server does not answer; trying again");
 # --------------------------------------------------------------------------------------------------------------------
 # api
 #
-# The route table and its handlers: the only section that knows both manager and request. A handler runs as the owner of
-# the loop and returns a Response, a value to send as JSON, a function to be called on the request's thread (for what takes
-# time), or one of the replies below, with which the server hands the socket to the loop.
+# The route table and its handlers: the only section that knows both manager and request. A handler runs on the loop and
+# returns a Response, a value to send as JSON, or one of the replies below.
 # --------------------------------------------------------------------------------------------------------------------
 POSITION = re.compile(r"([0-9]{1,18})(x?)(?:@([A-Za-z0-9]{1,32}))?\Z")
 FEEDS = ("longpoll", "continuous", "eventsource")
@@ -3929,12 +4023,26 @@ class StreamReply:
         return encode_head(200, headers)
 
 
-class ParkedReply:
-    """The answer to `request` that comes later. `begin(deliver)` -> a function that ends the wait; deliver(Response).
-    `timeout` seconds (None: none), then `expired()` makes the Response."""
+class ThreadReply:
+    """The answer is what `work()` returns: on a thread, as it takes time."""
 
-    def __init__(self, request, begin, timeout, expired):
-        self.request, self.begin, self.timeout, self.expired = request, begin, timeout, expired
+    def __init__(self, work):
+        self.work = work
+
+
+class SocketReply:
+    """`write(sock, more)` writes the answer, with `more` headers, and the connection ends: on a thread."""
+
+    def __init__(self, write):
+        self.write = write
+
+
+class ParkedReply:
+    """The answer comes later. `begin(deliver)` -> a function that ends the wait; deliver(Response). `timeout` seconds
+    (None: none), then `expired()` makes the Response."""
+
+    def __init__(self, begin, timeout, expired):
+        self.begin, self.timeout, self.expired = begin, timeout, expired
 
 
 class WebSocketReply:
@@ -4066,8 +4174,8 @@ class Api:
         """POST /processes"""
         def work():
             self.manager.add_process(check_template(request.json()))
-            return OK
-        return work
+            return json_response(OK)
+        return ThreadReply(work)
 
     def show(self, request, ref):
         """GET /processes/<name> or <pid>"""
@@ -4077,8 +4185,8 @@ class Api:
         """PUT, POST /processes/<name>"""
         def work():
             self.manager.update_process(name, request.json())
-            return OK
-        return work
+            return json_response(OK)
+        return ThreadReply(work)
 
     def delete(self, request, name):
         """DELETE /processes/<name>"""
@@ -4122,7 +4230,7 @@ class Api:
         if done():
             return OK
         return ParkedReply(
-            request, lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(OK))), wait,
+            lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(OK))), wait,
             lambda: error_response(WaitTimeout("this was not done in %g seconds; it goes on, ask again" % wait)))
 
     def add(self, request, name, number="1"):
@@ -4194,11 +4302,12 @@ class Api:
         feed = choice(request, "feed", FEEDS, None)
         interval = duration(request, "interval", 0.1, default=1.0)
         if feed is None:
-            return self._sampler(name, pid)
+            sampler = self._sampler(name, pid)
+            return ThreadReply(lambda: json_response(sampler()))
         if feed == "longpoll":
             def sample():
                 return json_response(self._sampler(name, pid)())
-            return ParkedReply(request, lambda deliver: lambda: None, interval, sample)
+            return ParkedReply(lambda deliver: lambda: None, interval, sample)
         return self._stats_feed(request, feed, interval, name, pid)
 
     def _sampler(self, name, pid):
@@ -4269,10 +4378,10 @@ class Api:
                 if matches(pattern, event):
                     return json_response(event)
             return Response(status=204, content_type=None) if events.ended else None
-        return self._park(request, events, ready, timeout, lambda: Response(status=204, content_type=None))
+        return self._park(events, ready, timeout, lambda: Response(status=204, content_type=None))
 
     @staticmethod
-    def _park(request, log_, ready, timeout, expired):
+    def _park(log_, ready, timeout, expired):
         """The answer that ready() makes, now or when the log has more."""
         response = ready()
         if response is not None:
@@ -4288,7 +4397,7 @@ class Api:
             if satisfied():                     # it came between the two
                 cancel()
             return cancel
-        return ParkedReply(request, begin, timeout, expired)
+        return ParkedReply(begin, timeout, expired)
 
     def _position(self, request, log_):
         """(offset, restarted, is it the id of an exit) where a reader wants to begin. BadValue."""
@@ -4382,7 +4491,7 @@ class Api:
             return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end)])
         if request.method == "HEAD":
             return ready() or Response(None, headers=[("Gaffer-Offset", window.end)], content_type="application/octet-stream")
-        return self._park(request, window, ready, timeout, nothing)
+        return self._park(window, ready, timeout, nothing)
 
     def write(self, request, ref, label="stdin"):
         """POST /streams/<pid>/<label>"""
@@ -4467,9 +4576,9 @@ ROUTES = (
 # --------------------------------------------------------------------------------------------------------------------
 # server
 #
-# Endpoints accept on the loop; each connection's requests are read, checked and answered on a thread of its own, which ends
-# when the answer is a stream: then the socket, and what the client sent already, is handed to the loop as a Channel. A
-# long poll is parked there too, and goes back to a thread with its next request.
+# Endpoints accept on the loop, and a RequestChannel reads each connection's requests there. What needs no more than the state
+# that the loop owns is answered at once: a thread that takes part in every request costs more than the request. What takes
+# time has a thread for as long as it takes. A long poll waits in the channel; a stream gets a channel of its own kind.
 # --------------------------------------------------------------------------------------------------------------------
 class HttpEndpoint:
     """Where to listen: "host:port" (port 0: any free one), "[v6]:port" or "unix:/path"; with `certfile` and `keyfile` (PEM)
@@ -4542,7 +4651,7 @@ class Channel:
         self.secure = hasattr(sock, "unwrap")   # TLS
         self.early = received                   # what came behind the request
         self.closed = False
-        self._ending = False
+        self._ending, self._lingered = False, 0
         self._queue, self.queued = collections.deque(), 0
         self._mask = 0                          # what the selector watches
         self._timer = None
@@ -4557,6 +4666,10 @@ class Channel:
 
     def received(self, data):
         """Bytes have come. Nothing is expected of who only listens."""
+
+    def left(self):
+        """The client has closed its side."""
+        self.close()
 
     def drained(self):
         """All that was queued has been taken."""
@@ -4637,10 +4750,14 @@ class Channel:
         except OSError:
             data = b""
         if not data:
-            self.close()
+            self.left()
         elif not self._ending:
             self.received(data)
             self._look_inside()
+        else:                                   # what is not read would make a reset of the end
+            self._lingered += len(data)
+            if self._lingered > LINGER_SIZE:
+                self.close()
 
     def _look_inside(self):
         """What TLS has decrypted already, the selector does not know of."""
@@ -4786,82 +4903,6 @@ class FeedChannel(Channel):
             self._end_feed()
         if self._reply.process is not None:
             self._reply.process.on_exit.discard(self._process_exited)
-
-
-class IdleChannel(Channel):
-    """A connection that asks nothing, and so holds no thread: `resume(b"")` with its first byte, the end after `patience`
-    seconds without one."""
-
-    def __init__(self, http, sock, resume, patience):
-        super().__init__(http, sock)
-        self._resume, self._patience, self._expiry = resume, patience, None
-
-    def open(self):
-        """See Channel."""
-        super().open()
-        self._expiry = self.loop.later(self._patience, self.close)
-
-    def _ready(self, mask):
-        self._expiry.cancel()
-        self.leave()
-        self._resume(b"")
-
-    def closing(self):
-        """See Channel."""
-        if self._expiry is not None:
-            self._expiry.cancel()
-
-
-class ParkedChannel(Channel):
-    """A connection whose answer comes later. Then it goes back to a thread."""
-
-    def __init__(self, http, sock, received, reply, encode, keep_alive, resume):
-        super().__init__(http, sock, received)
-        self._reply, self._encode, self._keep_alive, self._resume = reply, encode, keep_alive, resume
-        self._cancel = self._expiry = None
-        self._answered = False
-
-    def open(self):
-        """See Channel."""
-        super().open()
-        self.reading(len(self.early) < PIPELINE_SIZE)
-        if self._reply.timeout is not None:
-            self._expiry = self.loop.later(self._reply.timeout, lambda: self._deliver(attempt(self._reply.expired)))
-        cancel = self._reply.begin(self._deliver)
-        if self._answered:
-            cancel()
-        else:
-            self._cancel = cancel
-
-    def received(self, data):
-        """See Channel: the next requests wait here."""
-        self.early += data
-        self.reading(len(self.early) < PIPELINE_SIZE)
-
-    def _deliver(self, response):
-        if not self._answered and not self.closed:
-            self._answered = True
-            self._end_wait()
-            if self.send(self._encode(response)):
-                self.drained()
-
-    def drained(self):
-        """See Channel."""
-        if not self._keep_alive:
-            self.finish()
-        elif not self.closed:
-            self.leave()
-            self._resume(self.early)
-
-    def _end_wait(self):
-        if self._expiry is not None:
-            self._expiry.cancel()
-        if self._cancel is not None:
-            self._cancel()
-
-    def closing(self):
-        """See Channel."""
-        self._end_wait()
 
 
 class WebSocketChannel(Channel):
@@ -5105,203 +5146,241 @@ class HandlerSocket(WebSocketChannel):
         self._safely(self._handler.close, code, reason)
 
 
-TIMED_OUT = (socket.timeout, BlockingIOError)   # TLS, plain
+class RequestChannel(Channel):
+    """The requests of one connection, in order. `client`: its address as text."""
 
+    stall = SEND_TIME
 
-class Connection(socketserver.BaseRequestHandler):
-    """The requests of one connection, on one thread, in order."""
+    def __init__(self, http, sock, listener, client):
+        super().__init__(http, sock)
+        self._listener, self._client = listener, client
+        self._head, self._body = HeadParser(), None
+        self._request = self._admitted = None
+        self._busy = self._parked = False       # a request is being answered; and that is a long poll
+        self._keep, self._gone = True, False    # the connection goes on; the client has closed its side
+        self._deadline, self._expiry = math.inf, None
+        self._ends = ()                         # what ends a long poll's wait
 
-    def __init__(self, http, listener, sock, client, received):
-        self.http, self._client, self._buffer = http, client, received
-        self._secure = listener.context is not None
-        self._timeout = None
-        self._open = True
-        super().__init__(sock, client, listener)
+    def open(self):
+        """See Channel."""
+        super().open()
+        self._wait(HANDSHAKE_TIME if self._listener.context and not self.secure else IDLE_TIME)
 
-    def handle(self):
-        """See socketserver."""
-        try:
-            if not self._secure:
-                self._bound(socket.SO_SNDTIMEO, SEND_TIME)
-            elif not hasattr(self.request, "unwrap"):
-                self._handshake()
-            while self._open:
-                self._open = self._one()
-        except OSError as error:                # it has left
-            log.debug("%s: %s", self._client, error)
-            self._open = False
+    def _ready(self, mask):
+        if self._listener.context is not None and not self.secure:
+            self.leave()
+            self.http.start_thread(self._handshake, sock=self.sock)
+        else:
+            super()._ready(mask)
 
     def _handshake(self):
-        sock = self.request
-        self.request = self.server.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        self.http.replace(sock, self.request)
-        self._wait(HANDSHAKE_TIME)
-        self.request.do_handshake()
+        """TLS, on a thread: it takes time, and the client may take its own."""
+        self.sock.settimeout(HANDSHAKE_TIME)
+        sock = self._listener.context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        self.http.owns(sock)
+        sock.do_handshake()
+        if self.http.enter(RequestChannel(self.http, sock, self._listener, self._client)):
+            self.http.owns(None)
 
-    def finish(self):
-        """See socketserver: called once, whatever handle() raised."""
-        if self.request is not None:
-            shut_down(self.request)
-            self.request.close()
-            self.http.released()
+    # what the client owes
 
     def _wait(self, seconds_):
-        """Bound each receive. The kernel's own time-out costs no poll() in front of each; TLS needs Python's."""
-        if seconds_ != self._timeout:
-            self._timeout = seconds_
-            if self._secure:
-                self.request.settimeout(seconds_)
-            else:
-                self._bound(socket.SO_RCVTIMEO, seconds_)
+        self._deadline = self.loop.now + seconds_
+        if self._expiry is None or self._expiry.when > self._deadline:
+            self._end_wait()
+            self._expiry = self.loop.later(seconds_, self._expired)
 
-    def _bound(self, option, seconds_):
-        value = struct.pack("ll", int(seconds_), int(seconds_ % 1 * 1000000) or 1)
-        self.request.setsockopt(socket.SOL_SOCKET, option, value)
+    def _end_wait(self):
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
 
-    def _receive(self, deadline):
-        """Some bytes, b"" at the end. RequestTimeout."""
-        left = deadline - self.http.loop.clock()
-        need(left > 0, RequestTimeout, "the request did not arrive in time; send it faster")
-        self._wait(left)
-        try:
-            return self.request.recv(READ_SIZE)
-        except TIMED_OUT:
-            raise RequestTimeout("the request did not arrive in time; send it faster") from None
+    def _expired(self):
+        self._expiry = None
+        left = self._deadline - self.loop.now
+        if 0 < left < math.inf:
+            self._expiry = self.loop.later(left, self._expired)
+        elif left <= 0 and (self._head.begun or self._body is not None):
+            self._refuse(RequestTimeout("the request did not arrive in time; send it faster"))
+        elif left <= 0:
+            self.close()
 
-    def _one(self):
-        """Answer one request. False: the connection ends."""
+    def left(self):
+        """See Channel: who has closed only his own side still gets the answer, but not one that he would have to wait for."""
+        if self._busy and not self._parked and not self._ending:
+            self._gone = True
+            self.reading(False)
+        else:
+            self.close()
+
+    # requests
+
+    def received(self, data):
+        """See Channel."""
+        self.early = self.early + data if self.early else data
+        self._go_on()
+
+    def _go_on(self):
+        """Answer what has come, as far as it can be answered now."""
+        for _ in range(REQUESTS_PER_TURN):
+            if self._busy or not self.early or self.closed or self._ending:
+                break
+            data, self.early = self.early, b""
+            try:
+                self._take(data)
+            except GafferError as error:
+                self._refuse(error)
+        else:
+            self.loop.call_soon(self._go_on)
+        if not self._ending and not self._gone:
+            self.reading(len(self.early) < PIPELINE_SIZE)
+
+    def _take(self, data):
+        if self._body is not None:
+            return self._take_body(data)
+        begun = self._head.begun
+        request = self._head.feed(data)
+        if request is not None:
+            self.early = self._head.rest
+            self._begin(request)
+        elif self._head.begun and not begun:
+            self._wait(HEAD_TIME)
+        return None
+
+    def _begin(self, request):
+        """A head has come: check it, and answer, or wait for the body."""
+        http, self._request = self.http, request
+        request.client, request.secure = self._client, self.secure
         try:
-            request = self._read_head()
-        except GafferError as error:
-            return self._refuse(error)
-        if request is None:
-            return False
-        has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
-        try:
-            self.http.access.check_host(request)
-        except GafferError as error:            # whose own origin is none, so that cors() has nothing to say
+            http.access.check_host(request)
+        except GafferError:                     # whose own origin is none, so that cors() has nothing to say
             request.headers.pop("origin", None)
-            return self._refuse(error, request)
+            raise
         try:
-            answer = self.http.admit_request(request)
-            if has_body:
-                self._read_body(request, self.http.body_limit(request))
+            answer = http.admit_request(request)
         except (Unauthorized, ForbiddenOrigin) as error:
-            return self._refuse(error, request) if has_body else self._give(request, error_response(error))
-        except GafferError as error:
-            return self._refuse(error, request)
-        if answer is None:
-            answer = self.http.answer(request)
-        return self._give(request, answer)
+            if has_body(request):               # which nobody will read
+                raise
+            answer = error_response(error)
+        if not has_body(request):
+            return self._give(answer or http.answer(request))
+        self._body, self._admitted = body_decoder(request, http.body_limit(request)), answer
+        self._wait(BODY_TIME)
+        data, self.early = self.early, b""
+        if not self._take_body(data) and not data and "expect" in request.headers and request.version == (1, 1):
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return None
 
-    def _read_head(self):
-        """A Request, or None where the client has nothing more to ask."""
-        deadline = None
-        while True:
-            buffer = self._buffer
-            if buffer[:2] == b"\r\n":           # RFC 9112 section 2.2: an empty line before a request is ignored
-                buffer = self._buffer = buffer.lstrip(b"\r\n")
-            end = buffer.find(b"\r\n\r\n")
-            line = buffer.find(b"\r\n")
-            need((line if line >= 0 else len(buffer)) <= TARGET_SIZE + 64, UriTooLong,
-                 "the request line is over %d bytes; shorten it" % TARGET_SIZE)
-            need((end if end >= 0 else len(buffer)) <= HEAD_SIZE, HeadersTooLarge,
-                 "the head is over %d bytes; send less" % HEAD_SIZE)
-            if end >= 0:
-                self._buffer = buffer[end + 4:]
-                request = parse_head(buffer[:end])
-                request.client, request.secure = self._client, self._secure
-                return request
-            need(not BARE_NEWLINE.search(buffer), BadRequest, "lines of a request end with CR LF")
-            if buffer and deadline is None:
-                deadline = self.http.loop.clock() + HEAD_TIME
-            data = self._receive(deadline) if buffer else self._idle()
-            if not data:
-                return None
-            self._buffer += data
+    def _take_body(self, data):
+        """True: it is complete, and the request answered."""
+        if not self._body.feed(data):
+            return False
+        self._request.body, self.early, self._body = self._body.body, self._body.rest, None
+        self._give(self._admitted or self.http.answer(self._request))
+        return True
 
-    def _idle(self):
-        self._wait(KEEP_THREAD_CROWDED if self.http.crowded else KEEP_THREAD)
-        try:
-            return self.request.recv(READ_SIZE)
-        except TIMED_OUT:
-            if self.http.idle(self.server, self.request, self._client, IDLE_TIME):
-                self.request = None
-            return b""
-
-    def _read_body(self, request, limit):
-        coding = request.headers.get("content-encoding", "identity").lower()
-        need(coding in ("identity", ""), UnsupportedMediaType, "send the body as it is, without Content-Encoding")
-        length = body_length(request)
-        need(length is None or length <= limit, TooLarge, "the body is over %d bytes; send less" % limit)
-        expect = request.headers.get("expect")
-        if expect is not None and request.version == (1, 1):
-            need(expect.lower() == "100-continue", ExpectationFailed, "the only expectation here is 100-continue")
-            if length != 0 and not self._buffer:
-                self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if length == 0:
-            return
-        deadline = self.http.loop.clock() + BODY_TIME
-        if length is None:
-            decoder = ChunkedDecoder(limit)
-            data, self._buffer = self._buffer, b""
-            while not decoder.feed(data):
-                data = self._more(deadline)
-            request.body, self._buffer = decoder.body, decoder.rest
-            return
-        parts, size = [self._buffer], len(self._buffer)
-        while size < length:
-            parts.append(self._more(deadline))
-            size += len(parts[-1])
-        data = b"".join(parts)
-        request.body, self._buffer = data[:length], data[length:]
-
-    def _more(self, deadline):
-        data = self._receive(deadline)
-        if not data:
-            raise ConnectionAbortedError("it left within a body")
-        return data
-
-    def _refuse(self, error, request=None):
+    def _refuse(self, error):
         """Answer with an error and close, as where the next request begins is not known."""
+        request = self._request
         more = self.http.access.cors(request) if request else ()
         head_only = request is not None and request.method == "HEAD"
-        self.request.sendall(error_response(error).encode(self.http.date(), False, head_only, more))
-        self._linger()
-        return False
+        self.send(error_response(error).encode(self.http.date(), False, head_only, more))
+        self.finish()
 
-    def _linger(self):
-        """Read what still comes for a while, or the client would get a reset in place of the answer."""
-        shut_down(self.request)
-        deadline, left = self.http.loop.clock() + LINGER_TIME, LINGER_SIZE
-        try:
-            while left > 0:
-                data = self._receive(deadline)
-                if not data:
-                    return
-                left -= len(data)
-        except GafferError:
-            pass
+    # answers
 
-    def _give(self, request, answer):
-        """Send an answer, or hand the socket to the loop. False: the connection ends here."""
-        head_only = request.method == "HEAD"
-        keep = not request.wants_close() and not self.http.closed
-        more = self.http.access.cors(request)
-        if callable(answer):                    # a mounted application writes for itself
-            return answer(self.request, more)
-        if isinstance(answer, StreamReply) and head_only:
-            self.request.sendall(self.http.loop.call(answer.head, self.http.date(), more))
-            return False
+    def _give(self, answer):
+        """Send a Response, or do what the reply needs."""
+        head_only = self._request.method == "HEAD"
         if isinstance(answer, ParkedReply) and head_only:
             answer = Response(None)
-        if not isinstance(answer, Response):
-            answer = attempt(self.http.hand_over, self.server, self.request, self._client, self._buffer, answer, keep, more)
-            if answer is None:
-                self.request = None
-                return False
-        self.request.sendall(self.http.encode(request, answer, keep, more, head_only))
-        return keep
+        if isinstance(answer, Response):
+            return self._respond(answer)
+        self._busy, self._deadline = True, math.inf
+        if isinstance(answer, ParkedReply):
+            return self._park(answer)
+        if isinstance(answer, ThreadReply):
+            return self.http.start_thread(self._work, answer.work) or self._respond(error_response(
+                Busy("there are too many requests that take time; try again later")))
+        more = self.http.access.cors(self._request)
+        if isinstance(answer, SocketReply):
+            self.leave()
+            return self.http.start_thread(self._let_write, answer.write, more, sock=self.sock)
+        if isinstance(answer, StreamReply) and head_only:
+            self.send(answer.head(self.http.date(), more))
+            return self.finish()
+        return self._hand_over(answer, more)
+
+    def _respond(self, response):
+        http, request = self.http, self._request
+        self._keep = not (request.wants_close() or http.closed)
+        encoded = http.encode(request, response, self._keep, http.access.cors(request), request.method == "HEAD")
+        self._busy, self._deadline = True, math.inf
+        if self.send(encoded):
+            self._answered()
+
+    def _answered(self):
+        if not self._keep or self._gone:
+            return self.finish()
+        self._busy, self._request = False, None
+        return self._wait(IDLE_TIME)
+
+    def drained(self):
+        """See Channel."""
+        self._answered()
+        self._go_on()
+
+    def _work(self, work):
+        response = error_response(None)         # for one that ends its thread
+        try:
+            response = attempt(work)
+        finally:
+            self.loop.call_soon(self._worked, response)
+
+    def _worked(self, response):
+        if not self.closed:
+            self._respond(response)
+            self._go_on()
+
+    def _let_write(self, write, more):
+        self.sock.settimeout(SEND_TIME)
+        write(self.sock, more)
+
+    def _hand_over(self, reply, more):
+        kinds = {StreamReply: FeedChannel, WebSocketReply: ProcessSocket, HandlerReply: HandlerSocket}
+        channel = attempt(kinds[type(reply)], self.http, self.sock, self.early, reply, more)
+        if isinstance(channel, Response):
+            return self._respond(channel)
+        self.leave()
+        return channel.open()
+
+    # long polls
+
+    def _park(self, reply):
+        self._parked = True
+        if reply.timeout is not None:
+            self._ends = (self.loop.later(reply.timeout, lambda: self._deliver(attempt(reply.expired))).cancel,)
+        self._ends += (reply.begin(self._deliver),)
+        if not self._parked:                    # it was delivered at once
+            self._end_poll()
+
+    def _deliver(self, response):
+        if self._parked:
+            self._end_poll()
+            self._respond(response)
+            self.loop.call_soon(self._go_on)
+
+    def _end_poll(self):
+        self._parked = False
+        for end in self._ends:
+            end()
+        self._ends = ()
+
+    def leave(self):
+        """See Channel."""
+        super().leave()
+        self._end_wait()
+        self._end_poll()
 
 
 class Listener(socketserver.TCPServer):
@@ -5315,7 +5394,7 @@ class Listener(socketserver.TCPServer):
         self.address_family, address, self.local = endpoint.resolve()
         self.context = endpoint.tls_context()
         self._said = Throttle()
-        super().__init__(address, Connection, bind_and_activate=False)
+        super().__init__(address, socketserver.BaseRequestHandler, bind_and_activate=False)
 
     def open(self):
         """Bind, listen, and accept on the loop. StartError."""
@@ -5379,7 +5458,7 @@ class Listener(socketserver.TCPServer):
             self.http.loop.register(self.fileno(), selectors.EVENT_READ, self._accept)
 
     def process_request(self, request, client_address):
-        """Answer a connection's requests on a thread of their own."""
+        """Take a connection in."""
         if self.address_family != socket.AF_UNIX:
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -5548,7 +5627,7 @@ class HttpHandler:
         for channel in tuple(self.channels):
             channel.close()
         with self._lock:
-            for sock in self._threads.values():
+            for sock in filter(None, self._threads.values()):
                 try:
                     sock.shutdown(socket.SHUT_RDWR)
                 except OSError:
@@ -5567,11 +5646,6 @@ class HttpHandler:
 
     # connections
 
-    @property
-    def crowded(self):
-        """True where threads have something better to do than to wait for a next request."""
-        return len(self._threads) > THREADS_MAX // 4
-
     def accept(self, listener, sock, client):
         """Take in a new connection. Called on the loop."""
         with self._lock:
@@ -5580,29 +5654,57 @@ class HttpHandler:
         if full:
             self._refuse(sock)
         else:
-            self.idle(listener, sock, client, HANDSHAKE_TIME if listener.context else IDLE_TIME)
+            self._open(RequestChannel(self, sock, listener, client))
 
-    def idle(self, listener, sock, client, patience):
-        """Let a connection wait for its next request without a thread. From any thread; False: the loop is closed."""
-        channel = IdleChannel(self, sock, lambda received: self.admit(listener, sock, client, received), patience)
+    def enter(self, channel):
+        """Open a channel on the loop. From any thread; False: the loop is closed."""
         return self.loop.call_soon(self._open, channel)
 
-    def admit(self, listener, sock, client, received):
-        """Answer a connection's requests on a thread. Called on the loop."""
-        sock.setblocking(True)
-        thread = threading.Thread(target=self._serve, args=(listener, sock, client, received), name="gaffer-http", daemon=True)
+    def _open(self, channel):
+        if self.closed:
+            channel.close()
+        else:
+            channel.open()
+
+    def start_thread(self, function, *args, sock=None):
+        """Run `function(*args)` on a thread, which owns `sock`: it is closed when the thread ends. False: there are too many,
+        and `sock` has been told so."""
+        thread = threading.Thread(target=self._run, args=(function, *args), name="gaffer-http", daemon=True)
         with self._lock:
             full = len(self._threads) >= THREADS_MAX
             if not full:
                 self._threads[thread] = sock
         if not full:
             try:
-                return thread.start()
+                thread.start()
+                return True
             except RuntimeError:                # the system has no thread left
                 with self._lock:
                     del self._threads[thread]
-        self.released()
-        return self._refuse(sock)
+        if sock is not None:
+            self.released()
+            self._refuse(sock)
+        return False
+
+    def _run(self, function, *args):
+        try:
+            function(*args)
+        except OSError as error:                # it has left
+            log.debug("a client has left: %s", error)
+        except Exception:
+            log.exception("a request failed")
+        finally:
+            with self._lock:
+                sock = self._threads.pop(threading.current_thread())
+            if sock is not None:
+                shut_down(sock)
+                sock.close()
+                self.released()
+
+    def owns(self, sock):
+        """The calling thread owns this socket now, or (None) none any more."""
+        with self._lock:
+            self._threads[threading.current_thread()] = sock
 
     def _refuse(self, sock):
         self._said.warning("too many connections: one was refused")
@@ -5614,22 +5716,6 @@ class HttpHandler:
         except OSError:
             pass                                # it does not wait for the answer
         sock.close()
-
-    def _serve(self, listener, sock, client, received):
-        try:
-            Connection(self, listener, sock, client, received)
-        except Exception:
-            log.exception("the connection of %s failed", client)
-        finally:
-            with self._lock:
-                self._threads.pop(threading.current_thread(), None)
-
-    def replace(self, old, new):
-        """A thread's socket has become a TLS one."""
-        with self._lock:
-            for thread, sock in self._threads.items():
-                if sock is old:
-                    self._threads[thread] = new
 
     def released(self):
         """A connection has ended."""
@@ -5661,7 +5747,7 @@ class HttpHandler:
         return self._max_body if self._router.find(request.segments())[0] is None else BODY_SIZE
 
     def answer(self, request):
-        """A Response, a reply that the loop takes over, or a function that writes the answer."""
+        """A Response, or one of the replies. Called on the loop."""
         return attempt(self._route, request)
 
     def _route(self, request):
@@ -5671,12 +5757,10 @@ class HttpHandler:
         handler = methods.get(request.method)
         if handler is None:
             # what may be done with a stream depends on its label
-            allow = self.loop.call(methods["*"], self._api, *args) if "*" in methods else methods
+            allow = methods["*"](self._api, *args) if "*" in methods else methods
             raise MethodNotAllowed("use one of the methods in the Allow header", allowed(allow))
-        result = self.loop.call(handler, self._api, request, *args)
-        if callable(result):
-            result = result()
-        replies = (Response, StreamReply, ParkedReply, WebSocketReply)
+        result = handler(self._api, request, *args)
+        replies = (Response, StreamReply, ParkedReply, WebSocketReply, ThreadReply)
         return result if isinstance(result, replies) else json_response(result)
 
     def encode(self, request, response, keep_alive, more, head_only=False):
@@ -5696,11 +5780,15 @@ class HttpHandler:
                 groups = [None if group is None else urllib.parse.unquote(group) for group in match.groups()]
                 if isinstance(handler, type) and issubclass(handler, WebSocketHandler):
                     return HandlerReply(handler, request, groups, websocket_accept(request))
-                return made_response(handler(request, *groups))
+                return ThreadReply(functools.partial(self._call, handler, request, groups))
         for prefix, app in self._wsgi:
             if request.path == prefix or request.path.startswith(prefix + "/"):
-                return lambda sock, more: self._run_wsgi(app, prefix, request, sock, more)
+                return SocketReply(functools.partial(self._run_wsgi, app, prefix, request))
         raise ResourceNotFound("there is nothing at %s" % request.path[:200])
+
+    @staticmethod
+    def _call(handler, request, groups):
+        return made_response(handler(request, *groups))
 
     @staticmethod
     def _run_wsgi(app, prefix, request, sock, more):
@@ -5720,33 +5808,6 @@ class HttpHandler:
         if request.secure:
             environ["HTTPS"] = "on"
         WsgiRun(request, io.BytesIO(request.body), WsgiOutput(sock, request.method == "HEAD"), environ, more).run(app)
-        return False
-
-    # the hand-over
-
-    def hand_over(self, listener, sock, client, received, reply, keep_alive, more):
-        """Give a socket to the loop. Called on a request's thread, which ends after it."""
-        if isinstance(reply, ParkedReply):
-            def resume(rest):
-                if rest:
-                    self.admit(listener, sock, client, rest)
-                else:
-                    self.idle(listener, sock, client, IDLE_TIME)
-
-            def encode(response):
-                return self.encode(reply.request, response, keep_alive, more)
-            channel = ParkedChannel(self, sock, received, reply, encode, keep_alive, resume)
-        else:
-            kinds = {StreamReply: FeedChannel, WebSocketReply: ProcessSocket, HandlerReply: HandlerSocket}
-            channel = kinds[type(reply)](self, sock, received, reply, more)
-        if not self.loop.call_soon(self._open, channel):
-            raise Stopping("gaffer is stopping; start it again")
-
-    def _open(self, channel):
-        if self.closed:
-            channel.close()
-        else:
-            channel.open()
 
 
 class SigHandler:

@@ -6080,7 +6080,7 @@ class HttpConnections(HttpCase):
         wire.send(pings + http_bytes("GET", "/watch/create?since=0") + pings)
         for _ in range(25):
             self.assertEqual(wire.answer()[2], b"OK")
-        until(lambda: self.server.http.channels, "the parked request")
+        until(lambda: [each for each in tuple(self.server.http.channels) if each._parked], "the parked request")
         wire.send(http_bytes("GET", "/nothing"))
         self.server.ok("POST", "/processes", {"name": "web", "cmd": "cat", "start": False})
         self.assertEqual(json.loads(wire.answer()[2].decode())["name"], "web")
@@ -6093,7 +6093,7 @@ class HttpConnections(HttpCase):
         wire = self.wire()
         count = 3 * gaffer.PIPELINE_SIZE // len(http_bytes("GET", "/ping"))
         wire.send(http_bytes("GET", "/watch/create?since=0"))
-        until(lambda: [each for each in tuple(self.server.http.channels) if isinstance(each, gaffer.ParkedChannel)], "the parked request")
+        until(lambda: [each for each in tuple(self.server.http.channels) if each._parked], "the parked request")
         sender = threading.Thread(target=wire.send, args=(http_bytes("GET", "/ping") * count,))
         sender.start()
         self.addCleanup(sender.join)
@@ -6143,15 +6143,15 @@ class HttpConnections(HttpCase):
 
         def kept():
             gc.collect()
-            return [thing for thing in gc.get_objects() if issubclass(type(thing), (gaffer.Channel, gaffer.Connection))
+            return [thing for thing in gc.get_objects() if issubclass(type(thing), gaffer.Channel)
                     and thing.http is self.server.http]
         until(lambda: not kept(), "the last reference to a connection")
         self.assertEqual(self.server.ok("GET", "/processes?running=1"), [1])
 
     def no_request_threads(self):
         """Wait until all connections that were closed are forgotten."""
-        until(lambda: not [thread for thread in threading.enumerate() if thread.name == "gaffer-http"],
-              "no request thread")
+        until(lambda: not self.server.http.channels and not [
+            thread for thread in threading.enumerate() if thread.name == "gaffer-http"], "no connection")
 
     def test_a_client_found_gone_while_it_is_sent_to_is_forgotten(self):
         """Its connection was reset before the output came, and the loop has not looked at it since."""
@@ -6161,7 +6161,7 @@ class HttpConnections(HttpCase):
             with self.subTest(feed=feed):
                 wire = self.wire()
                 wire.send(http_bytes("GET", "/streams/1/stdout?feed=%s&since=0" % feed))
-                until(lambda: self.server.http.channels, "the reader")
+                until(lambda: [each for each in tuple(self.server.http.channels) if isinstance(each, gaffer.FeedChannel)], "the reader")
                 wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
                 def reset_then_write():
@@ -6192,20 +6192,16 @@ class HttpConnections(HttpCase):
             self.no_request_threads()
             self.assertEqual(self.ask(http_bytes("GET", "/ping"))[2], b"OK")
 
-    def test_a_refused_return_to_a_thread_is_counted_too(self):
-        """A long poll whose connection finds no thread after its answer ends, and its place is free."""
+    def test_what_finds_no_thread_is_told(self):
+        """And its connection goes on, as do requests that need none."""
         wire = self.wire()
-        wire.send(http_bytes("GET", "/watch/create?since=0"))
-        until(lambda: [each for each in tuple(self.server.http.channels) if isinstance(each, gaffer.ParkedChannel)], "the parked request")
-        self.no_request_threads()
-        with http_limits(THREADS_MAX=0), self.assertLogs("gaffer"):
-            self.server.manager.add_process("web", "cat", start=False)
-            self.assertEqual(json.loads(wire.answer()[2].decode())["name"], "web")
-            wire.send(http_bytes("GET", "/ping"))   # not before: an answer nobody asked for would be the next one's
+        with http_limits(THREADS_MAX=0):
+            wire.send(http_bytes("GET", "/stats"))
             self.assertCode(wire.answer(), 503, "busy")
-            self.assertEqual(wire.rest(), b"")
-        with http_limits(CONNECTIONS_MAX=1):
-            self.assertEqual(self.ask(http_bytes("GET", "/ping"))[2], b"OK")
+            wire.send(http_bytes("GET", "/processes"))
+            self.assertEqual(wire.answer()[0], 200)
+        wire.send(http_bytes("GET", "/stats"))
+        self.assertEqual(wire.answer()[0], 200)
 
 
 class HttpAccess(HttpCase):
@@ -6671,7 +6667,7 @@ class HttpEndpoints(HttpCase):
         server, context = self.tls()
         wire = self.secure(server, context)
         wire.send(http_bytes("GET", "/watch/create?since=0") + http_bytes("GET", "/ping"))
-        until(lambda: server.http.channels, "the parked request")
+        until(lambda: [each for each in tuple(server.http.channels) if each._parked], "the parked request")
         wire.send(http_bytes("GET", "/nothing"))
         server.manager.add_process("web", "cat", start=False)
         self.assertEqual(json.loads(wire.answer()[2].decode())["name"], "web")
@@ -6687,7 +6683,10 @@ class HttpEndpoints(HttpCase):
                                       http_bytes("POST", "/processes", "Content-Length: 5"))):
             if data:
                 wire.send(data)
-        until(lambda: len(server.http.channels) == 2, "two on the loop")
+        for wire in wires[2:3]:
+            self.assertEqual(wire.answer()[2], b"OK")
+        until(lambda: sorted(type(channel).__name__ for channel in tuple(server.http.channels)) == [
+            "FeedChannel"] + 5 * ["RequestChannel"], "all on the loop")
         with self.assertLogs("gaffer", "ERROR") as logged:
             server.stop_all()
             logging.getLogger("gaffer").error("barrier")
