@@ -3083,7 +3083,8 @@ def parse_headers(text):
     headers = {}
     lines = text.split("\r\n")
     lines.pop()
-    need(len(lines) <= HEADERS_MAX, HeadersTooLarge, "there are more than %d headers; send fewer" % HEADERS_MAX)
+    if len(lines) > HEADERS_MAX:
+        raise HeadersTooLarge("there are more than %d headers; send fewer" % HEADERS_MAX)
     for line in lines:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
@@ -3099,13 +3100,16 @@ def parse_head(head):
     HeadersTooLarge. RFC 9112 sections 2.2, 3, 5."""
     text = head.decode("latin-1")
     line, _, rest = text.partition("\r\n")
+    if len(line) >= REQUEST_LINE_SIZE:
+        raise UriTooLong("the request line is over %d bytes; shorten it" % REQUEST_LINE_SIZE)
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
         need(not re.fullmatch(r".* HTTP/\d+(\.\d+)?", line) or " HTTP/1." in line, VersionNotSupported, "use HTTP/1.1")
         raise BadRequest("the first line is not 'METHOD /path HTTP/1.1'")
     method, target, major, minor = match.groups()
     need(major == "1", VersionNotSupported, "use HTTP/1.1")
-    need(len(target) <= TARGET_SIZE, UriTooLong, "the request target is over %d bytes; shorten it" % TARGET_SIZE)
+    if len(target) > TARGET_SIZE:
+        raise UriTooLong("the request target is over %d bytes; shorten it" % TARGET_SIZE)
     version = (1, min(int(minor), 1))
     headers = parse_headers(rest)
     need("host" in headers or version == (1, 0), BadRequest, "the Host header is missing (RFC 9112 section 3.2)")
