@@ -183,6 +183,7 @@ CONNECTIONS_MAX = 15000             # requests and streams together
 THREADS_MAX = 2000                  # requests that take time: statistics, bodies of templates, added routes, TLS handshakes
 BACKLOG = 1024
 ACCEPTS_PER_TURN = 64
+LOOKS = 100                         # some 50 us: how often the loop looks for what it expects before it sleeps
 ACCEPT_PAUSE = 1.0                  # after EMFILE: the listener would wake the loop for ever
 PIPELINE_SIZE = 64 * KIB            # requests that arrive while one before them is answered
 
@@ -650,6 +651,9 @@ class PsTable:
         return None
 
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def probe_process_table():
     """The process table that works here."""
     return ProcfsTable() if os.path.exists("/proc/self/stat") else PsTable()
@@ -768,6 +772,7 @@ class Loop:
         self._owner = None
         self._sleeping = self._woken = self._changed = False
         self._sleep_until = math.inf
+        self._looks = 0
         self._running = self._stopping = self.closed = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -839,6 +844,11 @@ class Loop:
             self._timers = [entry for entry in self._timers if entry[2].function is not None]
             heapq.heapify(self._timers)
             self._cancelled = 0
+
+    def expect(self):
+        """A conversation is under way, and each side may answer at once: look for it some times before the next sleep, as
+        that and the waking take longer than a prompt answer."""
+        self._looks = LOOKS if CORES > 1 else 0
 
     def register(self, fd, events, callback):
         """Call `callback(mask)` whenever `fd` is ready for `events` (selectors.EVENT_READ, EVENT_WRITE)."""
@@ -940,7 +950,7 @@ class Loop:
         self._sleep_until = self._timers[0][0] if self._timers else math.inf
         self._release()
         try:
-            events = self._selector.select(timeout)
+            events = self._select(timeout)
         finally:
             self._acquire()
             self._sleeping = False
@@ -951,6 +961,14 @@ class Loop:
                 self._guard(key.data, mask)
         self._run_timers()
         self._run_inbox()
+
+    def _select(self, timeout):
+        while self._looks and timeout != 0:
+            self._looks -= 1
+            events = self._selector.select(0)
+            if events:
+                return events
+        return self._selector.select(timeout)
 
     def _run_timers(self):
         due = []
@@ -1012,6 +1030,7 @@ class Fanout:
     def add(self, reader):
         """Take in a reader that stands here."""
         self._log.lagging.discard(reader)
+        self._log.live += 1
         self.members[reader] = reader.sink.send
         reader.fanout = self
 
@@ -1019,7 +1038,7 @@ class Fanout:
         """Let one go, who keeps this offset."""
         reader.offset, reader.fanout = self.offset, None
         self._log.lagging.add(reader)
-        self.members.pop(reader, None)
+        self._log.live -= self.members.pop(reader, None) is not None
         if not self.members:
             self._log.forget(self)
             self._disarm()
@@ -1030,6 +1049,7 @@ class Fanout:
         for reader in readers:
             reader.offset, reader.fanout = self.offset, None
             self._log.lagging.add(reader)
+        self._log.live -= len(readers)
         self.members = {}
         self._disarm()
         return readers
@@ -1063,9 +1083,10 @@ class Fanout:
 
     def _arm(self):
         """An unfinished line is shown after a while of silence, which begins when all have been sent what came."""
-        self._fresh_at = self._log.loop.clock()
-        if self._timer is None and self._encoder.partial and self.offset < self._log.end:
-            self._timer = self._log.loop.later(PARTIAL_LINE_DELAY, self._silence)
+        if self._encoder.partial:
+            self._fresh_at = self._log.loop.clock()
+            if self._timer is None and self.offset < self._log.end:
+                self._timer = self._log.loop.later(PARTIAL_LINE_DELAY, self._silence)
 
     def _disarm(self):
         if self._timer is not None:
@@ -1091,8 +1112,9 @@ class Log:
         self.ended = False
         self.on_room = set()                    # called once when a reader that lagged has moved on
         self.lagging = set()                    # readers that have not taken all
+        self.live = 0                           # how many have
         self._fanouts = []
-        self._blockers = set()
+        self.blockers = set()                   # readers with loss=block
         self._waiters = []
 
     def read(self, offset, size):
@@ -1118,9 +1140,9 @@ class Log:
 
     def room(self):
         """How much may be appended before a reader with loss=block would lose something: math.inf where there is none."""
-        if not self._blockers:
+        if not self.blockers:
             return math.inf
-        return min(self.limit - (self.end - (reader.fanout or reader).offset) for reader in self._blockers)
+        return min(self.limit - (self.end - (reader.fanout or reader).offset) for reader in self.blockers)
 
     def wait(self, satisfied):
         """Call `satisfied()` after each append, and at the end, until it returns True. Returns a function that ends it."""
@@ -1152,17 +1174,13 @@ class Log:
         """Called by the reader."""
         self.lagging.add(reader)
         if reader.loss == "block":
-            self._blockers.add(reader)
+            self.blockers.add(reader)
 
     def remove(self, reader):
         """Called by the reader."""
         self.lagging.discard(reader)
-        self._blockers.discard(reader)
+        self.blockers.discard(reader)
         self.moved()
-
-    def live(self):
-        """How many readers are live."""
-        return sum(len(fanout.members) for fanout in self._fanouts)
 
     def hurried(self):
         """True where a reader that is busy taking would soon lose something."""
@@ -1811,16 +1829,14 @@ class Output:
         return min(self.window.room(), self._merged.window.room() - len(self._carry) - 1)
 
     def _readable(self, mask):
-        room = self._room()
-        if room <= 0:
-            return self._pause()
-        if not self._held and (self.window.hurried() or self._merged.window.hurried()):
-            self._held = True
-            self._pace = self._loop.later(COURTESY, self._resume)
-            return self._pause()
-        self._held = False
+        window, merged = self.window, self._merged.window
+        size = self._size
+        if window.lagging or window.blockers or merged.lagging or merged.blockers:
+            size = self._considerate_size()
+            if size == 0:
+                return None
         try:
-            data = os.read(self._fd, min(self._size, room))
+            data = os.read(self._fd, size)
         except BlockingIOError:
             return None
         except OSError:                         # a socket pair whose other side was reset
@@ -1830,13 +1846,29 @@ class Output:
         if len(data) == self._size < self._size_wide:
             self._size = self._size_wide
             widen_pipe(self._fd)
+        if window.live + merged.live <= PACE_READERS:
+            return self._take(data)
         began = self._loop.clock()
+        self._take(data)
+        took = self._loop.clock() - began
+        return self._pause(min(took, PACE_MAX)) if took > PACE_MIN and self._fd is not None else None
+
+    def _considerate_size(self):
+        """How much may be read where readers are behind; 0: nothing for now."""
+        room = self._room()
+        if room <= 0:
+            self._pause()
+            return 0
+        if not self._held and (self.window.hurried() or self._merged.window.hurried()):
+            self._held = True
+            self._pause(COURTESY)
+            return 0
+        self._held = False
+        return min(self._size, room)
+
+    def _take(self, data):
         self.window.append(data)
         self._merge(data)
-        took = self._loop.clock() - began
-        if took > PACE_MIN and self._fd is not None and self.window.live() + self._merged.window.live() > PACE_READERS:
-            self._pause(min(took, PACE_MAX))
-        return None
 
     def _merge(self, data):
         merged = self._merged
@@ -1863,12 +1895,12 @@ class Output:
             self._merged.write(self, data)
 
     def _pause(self, seconds_=None):
-        """Read on in so many seconds; None: when a reader has moved."""
+        """Read on in so many seconds, or when a reader has moved."""
         self._paused = True
         self._loop.unregister(self._fd)
         if seconds_ is not None:
             self._pace = self._loop.later(seconds_, self._resume)
-        else:
+        if seconds_ is None or self._held:
             self._await_room()
 
     def _await_room(self):
@@ -1916,8 +1948,7 @@ class Output:
                 return
             if not data:
                 return
-            self.window.append(data)
-            self._merge(data)
+            self._take(data)
 
 
 class Input:
@@ -5020,9 +5051,10 @@ class ProcessSocket(WebSocketChannel):
     def received(self, data):
         """See Channel: what comes together is written together."""
         super().received(data)
-        if sum(map(len, self._held)) <= STDIN_LOW:
-            self._held = collections.deque([b"".join(self._held)] if self._held else [])
+        if len(self._held) > 1 and sum(map(len, self._held)) <= STDIN_LOW:
+            self._held = collections.deque([b"".join(self._held)])
         self._write()
+        self.loop.expect()
 
     def _write(self):
         stream = self._reply.stream
