@@ -137,8 +137,10 @@ PARTS_MAX = 64                      # pieces of one sendmsg()
 SHARES_PER_TURN = 4                 # and how often in one turn of the loop, so that the others get theirs
 COURTESY = 0.002                    # a read is held back so long, where a reader that takes would lose something
 COURTESY_RECENT = 0.1               # that is one which took something so lately; a dead one holds nothing
-PACE_MIN = 0.001                    # after a fan-out that took longer, as long a pause: the output gathers in the pipe
-PACE_READERS = 16                   # to more readers than this; for fewer it was the machine that was slow
+FANOUT_SIZE = 256                   # readers that are sent to in one go; a crowd is several, each sent what is fresh at its turn
+PACE = 1.6                          # a round of a crowd begins so many times its length after the last: what comes meanwhile
+PACE_READERS = 16                   # gathers, for half the cost and twice the latency; a crowd is more than this, and its
+PACE_MIN = 0.0005                   # round takes longer than this
 PACE_MAX = 0.05
 PARTIAL_LINE_DELAY = 0.1            # an unfinished line (a prompt) is shown after this much silence
 MERGED_LINE_DELAY = 1.0             # and in a merged stream after this: there it holds up, or is cut by, the others' lines
@@ -1024,6 +1026,7 @@ class Fanout:
     def __init__(self, log_, encoder, offset):
         self._log, self._encoder, self.key, self.offset = log_, encoder, encoder.key, offset
         self.members = {}                       # reader -> its sink's send; a dict keeps the order
+        self.rest = None                        # Timer: what comes gathers until then
         self._timer, self._fresh_at = None, 0.0
         self._arm()
 
@@ -1056,30 +1059,58 @@ class Fanout:
 
     def push(self, fresh):
         """Encode once what is new and send it to everybody."""
-        log_, encoder = self._log, self._encoder
-        if self.offset + len(fresh) == log_.end:
-            data = fresh
-        elif self.offset < log_.start:          # half a line has fallen out of a very small window
+        log_ = self._log
+        behind = log_.end - self.offset
+        if self.rest is not None and behind < log_.limit // 2:
+            return
+        if behind == len(fresh):
+            self._encode(fresh, NORMAL)
+        elif behind >= log_.limit // 2 or self._encoder.ends(fresh):    # else the same unfinished line is longer now
+            self._catch_up()
+        self._arm()
+
+    def _catch_up(self):
+        if self.offset >= self._log.start:
+            self._encode(self._log.read(self.offset, self._log.limit), NORMAL)
+        else:                                   # half a line has fallen out of a very small window
             for reader in self.dissolve():
                 reader.pump()
-            return None
-        elif log_.end - self.offset < log_.limit // 2 and not encoder.ends(fresh):
-            return self._arm()                  # still the same unfinished line: nothing to look at again
-        else:
-            data = log_.read(self.offset, log_.limit)
-        self._encode(data, NORMAL)
-        return self._arm()
 
     def _encode(self, data, mode):
         payload, consumed = self._log.encode(self._encoder, data, self.offset, mode)
         self.offset += consumed
         if payload:
-            now = self._log.loop.now
-            for reader, send in tuple(self.members.items()):
-                if reader.fanout is self:       # a sink that failed may have closed others
-                    reader.last_sent = now
-                    if not send(payload) and reader.fanout is self:     # else it has failed, and is closed
-                        self.discard(reader)
+            self._send(payload)
+        self._log.moved()
+
+    def _send(self, payload):
+        loop, count = self._log.loop, len(self.members)
+        began = loop.clock() if count > PACE_READERS else 0.0
+        for reader, send in tuple(self.members.items()):
+            if reader.fanout is self:           # a sink that failed may have closed others
+                reader.last_sent = loop.now
+                if not send(payload) and reader.fanout is self:     # else it has failed, and is closed
+                    self.discard(reader)
+        if count > PACE_READERS and self.members:
+            self._pace(loop.clock() - began, count)
+
+    def _pace(self, took, count):
+        """Begin the next round in a while; `took`: the time for the `count` readers here, of all that are live."""
+        if self.rest is not None:
+            self.rest.cancel()
+            self.rest = None
+        if took > PACE_MIN:
+            round_ = took * max(1.0, self._log.live / count)
+            self.rest = self._log.loop.later(min(PACE_MAX, PACE * round_ - took), self._rested)
+
+    def _rested(self):
+        self.rest = None
+        self._log.loop.later(0, self._go_on)    # behind the next reads: what they bring goes along
+
+    def _go_on(self):
+        if self.members and self.rest is None and self.offset < self._log.end:
+            self._catch_up()
+            self._arm()
 
     def _arm(self):
         """An unfinished line is shown after a while of silence, which begins when all have been sent what came."""
@@ -1089,9 +1120,10 @@ class Fanout:
                 self._timer = self._log.loop.later(PARTIAL_LINE_DELAY, self._silence)
 
     def _disarm(self):
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self.rest):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self.rest = None
 
     def _silence(self):
         self._timer = None
@@ -1163,7 +1195,8 @@ class Log:
     def join(self, reader):
         """Make `reader` live: it has taken all there is for its encoder."""
         for fanout in self._fanouts:
-            if fanout.offset == reader.offset and fanout.key == reader.encoder.key:
+            if (fanout.offset == reader.offset and fanout.key == reader.encoder.key
+                    and len(fanout.members) < FANOUT_SIZE):
                 break
         else:
             fanout = Fanout(self, reader.encoder, reader.offset)
@@ -1181,6 +1214,13 @@ class Log:
         self.lagging.discard(reader)
         self.blockers.discard(reader)
         self.moved()
+
+    def rest(self):
+        """Seconds for which none of the readers wants more; math.inf: there are none."""
+        if self.lagging or self._waiters:
+            return 0.0
+        whens = [0.0 if fanout.rest is None else fanout.rest.when for fanout in self._fanouts]
+        return max(0.0, min(whens) - self.loop.clock()) if whens else math.inf
 
     def hurried(self):
         """True where a reader that is busy taking would soon lose something."""
@@ -1204,15 +1244,17 @@ class Log:
             self._run_waiters()
 
     def _merge_fanouts(self):
-        """Those that have come to stand at the same place become one; empty ones go."""
-        places = {}
+        """Those that have come to stand at the same place become one, up to a size; empty ones go."""
+        places, kept = {}, []
         for fanout in self._fanouts:
-            if fanout.members:
-                first = places.setdefault((fanout.key, fanout.offset), fanout)
-                if first is not fanout:
-                    for reader in fanout.dissolve():
-                        first.add(reader)
-        self._fanouts = list(places.values())
+            first = places.get((fanout.key, fanout.offset))
+            if first is not None and len(first.members) + len(fanout.members) <= FANOUT_SIZE:
+                for reader in fanout.dissolve():
+                    first.add(reader)
+            elif fanout.members:
+                places[fanout.key, fanout.offset] = fanout
+                kept.append(fanout)
+        self._fanouts = kept
 
     def forget(self, fanout):
         """Called by a fanout that has lost its last member."""
@@ -1846,12 +1888,12 @@ class Output:
         if len(data) == self._size < self._size_wide:
             self._size = self._size_wide
             widen_pipe(self._fd)
-        if window.live + merged.live <= PACE_READERS:
-            return self._take(data)
-        began = self._loop.clock()
         self._take(data)
-        took = self._loop.clock() - began
-        return self._pause(min(took, PACE_MAX)) if took > PACE_MIN and self._fd is not None else None
+        if window.live + merged.live > PACE_READERS and self._fd is not None:
+            rest = min(window.rest(), merged.rest())
+            if 0 < rest < math.inf:
+                self._pause(rest)
+        return None
 
     def _considerate_size(self):
         """How much may be read where readers are behind; 0: nothing for now."""
