@@ -78,7 +78,8 @@ for number in range(lines):
 sys.stdin.read()
 """
 WHERE = """import os, sys
-print(os.getppid(), open("/proc/sys/kernel/random/boot_id").read().strip(), os.readlink("/proc/self/ns/pid"))
+boot = open("/proc/sys/kernel/random/boot_id").read().strip()
+os.write(1, ("%d %s %s\\n" % (os.getppid(), boot, os.readlink("/proc/self/ns/pid"))).encode())
 sys.stdin.read()
 """
 DRAIN = """import socket, sys
@@ -250,7 +251,7 @@ def clean_environment():
 
 @contextlib.contextmanager
 def running(*command, **options):
-    """A program with pipes to its stdin and stdout, ended by its pid. It has a session of its own, so that Ctrl-C is ours."""
+    """A program with pipes to its stdin and stdout, ended by its pid. Its session is its own, so that Ctrl-C is ours."""
     env, pipe = dict(clean_environment(), **options.pop("env", {})), subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, start_new_session=True, **options)
     try:
@@ -268,7 +269,8 @@ def running(*command, **options):
 
 def listening(process):
     """(host, port) of the first line of a program, which ends with its URL."""
-    line = process.stdout.readline().decode()
+    ready, _, _ = select.select([process.stdout], [], [], WAIT)
+    line = process.stdout.readline().decode() if ready else ""
     match = re.search(r"http://([^/:]+):(\d+)\s*\Z", line)
     if match is None:
         raise Failed("a server did not start: it printed %r" % line)
@@ -302,11 +304,13 @@ UPGRADE = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 
 
 def connect(address, request=b"", source=None):
     """A socket with its request sent. It waits WAIT seconds in the kernel, where that costs nothing."""
-    sock = socket.create_connection(address, WAIT, source)
-    sock.settimeout(None)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(WAIT), 0))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.sendall(request)
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(socket.create_connection(address, WAIT, source))
+        sock.settimeout(None)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(WAIT), 0))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(request)
+        stack.pop_all()                         # all is well: it stays open
     return sock
 
 
@@ -595,8 +599,8 @@ class Crowd:
             try:
                 self._batch(min(BATCH, clients - first))
             except OSError as error:
-                raise Failed("only %d clients were let in (%s): does the limit of open files (ulimit -n), here or of the server,"
-                             " allow more?" % (len(self.counts), error)) from None
+                raise Failed("only %d clients were let in (%s): does the limit of open files, ulimit -n, allow more,"
+                             " here and to the server?" % (len(self.counts), error)) from None
         fds, samples = list(self._socks), min(clients, samples)
         self.samples = {fds[place * clients // samples]: Sample(self._audience.end) for place in range(samples)}
 
@@ -681,10 +685,11 @@ def fan_out(options, source, clients, rate, seconds):
         figures = arrived(audience, crowd, lines)
     figures.update({"CPU s/M": cpu / figures["deliveries"] * 1e6, "memory MiB": before, "peak MiB": crowd.peak,
                     "client KiB": (idle - before) / clients * 1024, "load CPU %": own / seconds * 100})
+    figures["lines/s"] = crowd.rate()
     if crowd.rate() < 0.9 * rate:
-        options.note("the writer came to %d lines/s only: the server, or this machine, took no more" % crowd.rate())
+        options.note("the writer was held back: the server, or this machine, took no more lines than that")
     if own > 0.9 * seconds:
-        options.note("the clients took %d %% of a core: perhaps they are the limit, not the server" % (own / seconds * 100))
+        options.note("the clients took a whole core: perhaps they are the limit, not the server")
     return figures
 
 
@@ -817,6 +822,8 @@ def gaffer_api(options, busy):
 @contextlib.contextmanager
 def aiohttp_api(options, busy):
     """Hello, from one that has nothing else to do."""
+    if busy:
+        raise Missing("aiohttp has no stream to be busy with")
     if importlib.util.find_spec("aiohttp") is None:
         raise Missing("aiohttp is not installed for %s" % sys.executable)
     with running(sys.executable, "-c", HELLO) as process:
@@ -981,12 +988,12 @@ def import_seconds(options):
             return time.perf_counter() - begin
         both = "import sys; sys.path.insert(0, sys.argv[1]); import gaffer", "pass"
         run_python(both[0])
-        return statistics.median(run_python(both[0]) - run_python(both[1]) for _ in range(11))
+        return statistics.median(run_python(both[0]) - run_python(both[1]) for _ in range(5))
 
 
 def gaffer_rest(options):
     """Memory with few and with many children that do nothing, and how long a start takes."""
-    starts = [start_seconds(options) for _ in range(5)]
+    starts = [start_seconds(options) for _ in range(3)]
     with Gaffer(options) as server, server.template(QUIET):
         few = memory(server.pid)
         with server.template(QUIET, numprocesses=199):
@@ -998,7 +1005,7 @@ def gaffer_rest(options):
 def supervisord_rest(options):
     """The same; there is nothing to import."""
     sizes, starts = [], []
-    for number in (1, 200, 1, 1, 1):
+    for number in (1, 200, 1):
         with supervisord(number) as (proxy, _, pid, seconds):
             starts.append(seconds)
             proxy.startProcessGroup("quiet", False)
@@ -1080,22 +1087,21 @@ MEASURES = {            # name: (function, figures that are compared, {system: i
 
 def plan(options):
     """[(name in MEASURES, title, further arguments)]: what was asked for; where nothing was, some of everything."""
-    every = not any((options.throughput, options.fan_out, options.echo, options.api is not None, options.busy, options.spawn,
-                     options.restart, options.rest, options.growth, options.large))
-    clients, processes, api_sizes = options.fan_out or 200, options.spawn or 50, options.api or (1, 16)
-    sizes = (10, 100, 1000, 10000) if options.large else (10, 100, 1000) if options.growth else (10, 100)
-    table = (
+    clients, processes, connections = options.fan_out or 200, options.spawn or 50, options.api or (1, 16)
+    sizes = [*(options.growth or (10, 100, 1000)), *([10000] if options.large else [])]
+    asked = (
         (options.throughput, [(form, form, ()) for form in ("continuous", "websocket", "SSE")]),
-        (options.fan_out, [("fan-out", "%d clients" % clients, (clients, options.lines, options.seconds))]),
+        (options.fan_out, [("fan-out", "to %d" % clients, (clients, options.lines, options.seconds))]),
         (options.echo, [("echo", "through cat", ())]),
-        (options.api is not None, [("api", "%d kept" % number, (number, False)) for number in api_sizes]),
-        (options.busy, [("api", "%d kept, busy" % number, (number, True)) for number in api_sizes]),
+        (options.api is not None, [("api", "%d kept" % number, (number, False)) for number in connections]),
+        (options.busy, [("api", "%d kept, busy" % number, (number, True)) for number in connections]),
         (options.spawn, [("spawn", "processes", (processes,))]),
         (options.restart, [("restart", "after kill -9", ())]),
         (options.rest, [("rest", "at rest", ())]),
-        (options.growth or options.large, [("growth", "at %d" % number, (number,)) for number in sizes]),
+        (options.growth is not None or options.large, [("growth", "at %d" % number, (number,)) for number in sizes]),
     )
-    return [case for wanted, cases in table if wanted or every for case in cases]
+    every = not any(wanted for wanted, _ in asked)
+    return [case for wanted, cases in asked if wanted or every for case in cases]
 
 
 def conclude(row, gaffer, compared):
@@ -1126,6 +1132,11 @@ def run_case(options, name, title, arguments):
     for row in rows:
         conclude(row, rows[0], compared)
     return rows
+
+
+def faulty(row):
+    """True where something was lost or failed; that a yardstick is not installed is no fault."""
+    return "error" in row and not row["missing"] or any(row["figures"].get(fault) for fault in FAULTS)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1161,15 +1172,18 @@ def cell(value):
     """A figure in a table."""
     if value is None or not math.isfinite(value):
         return "-"
+    if abs(value) >= 1e6:
+        return "%.4g M" % (value / 1e6)
     if value == int(value) or abs(value) >= 1000:
         return "{:,d}".format(round(value))
     return "%.1f" % value if abs(value) >= 100 else "%.3g" % value
 
 
 def table(rows):
-    """Lines of text: the rows of one measure. A title stands over two lines; no loss is no column."""
-    names = [name for name in max((row["figures"] for row in rows), key=len)
-             if name != "dropped bytes" or any(row["figures"].get(name) for row in rows)]
+    """Lines of text: the rows of one measure. A title stands over two lines; what is 0 or as it should be has no column."""
+    hidden = {"dropped bytes"} if not any(row["figures"].get("dropped bytes") for row in rows) else set()
+    hidden |= {"lines/s"} if not any(row["notes"] for row in rows) else set()
+    names = [name for name in max((row["figures"] for row in rows), key=len) if name not in hidden]
     ratios = list(max((row.get("ratios", {}) for row in rows), key=len))
     titles = [(rows[0]["measure"], "")] + [(*name.split(" ", 1), "")[:2] for name in names]
     titles += [("ratio", name.split(" ", 1)[0]) for name in ratios]
@@ -1205,10 +1219,10 @@ def within(least, most, kind=int):
 
 def endpoint(text):
     """A type for argparse: (host, port) of http://HOST:PORT."""
-    match = re.match(r"http://(?:\[([0-9a-fA-F:.]+)\]|([^/:@]+)):(\d{1,5})/?\Z", text)
+    match = re.match(r"http://([^/:@\[\]]+):(\d{1,5})/?\Z", text)
     if match is None:
         raise argparse.ArgumentTypeError("'%s' is not http://HOST:PORT" % text)
-    return match.group(1) or match.group(2), int(match.group(3))
+    return match.group(1), int(match.group(2))
 
 
 def make_parser():
@@ -1222,25 +1236,26 @@ def make_parser():
     add("--megabytes", metavar="N", type=within(1, 100000), default=200, help="that it writes (default %(default)s)")
     add("--fan-out", metavar="N", type=within(1, 15000), help="one process to N clients, by SSE")
     add("--lines", metavar="RATE", type=within(1, 100000), default=1000, help="of 100 bytes, a second (default %(default)s)")
-    add("--seconds", metavar="S", type=within(0.1, 600, float), default=5.0, help="of --fan-out, --api (default %(default)s)")
+    add("--seconds", metavar="S", type=within(0.1, 600, float), default=5.0, help="of --fan-out and --api (default 5)")
     add("--echo", action="store_true", help="websocket messages through cat and back, one after the other")
     add("--messages", metavar="N", type=within(1, 1000000), default=5000, help="of --echo (default %(default)s)")
-    add("--api", metavar="N", type=within(1, 1000), nargs="*", help="GET /status/<name> on N connections that are kept (default"
-        " 1, then 16); this program takes its share of the CPU")
+    add("--api", metavar="N", type=within(1, 1000), nargs="*", help="GET /status/<name> on N kept connections (default 1,"
+        " then 16); this program takes its share of the CPU")
     add("--busy", action="store_true", help="the same while a process writes as fast as it can to a client")
     add("--spawn", metavar="N", type=within(1, 1000), help="from POST to the last of N processes executed")
     add("--restart", action="store_true", help="from kill -9 to the first output of the process that follows")
     add("--restarts", metavar="N", type=within(1, 1000), default=30, help="of --restart (default %(default)s)")
     add("--rest", action="store_true", help="memory with 1 and 200 quiet processes, time of a start and of an import")
-    add("--growth", action="store_true", help="CPU time of a delivery, a process, an event: at 10, 100 and 1000 of them")
-    add("--large", action="store_true", help="and at 10000")
+    add("--growth", metavar="N", type=within(1, 10000), nargs="*", help="CPU time of a delivery, a process, an event, with N"
+        " of them (default 10, 100, 1000)")
+    add("--large", action="store_true", help="and with 10000")
     add = parser.add_argument_group("how").add_argument
     known = sorted({system for _, _, sources in MEASURES.values() for system in sources} - {"gaffer"})
     add("--against", metavar="NAME", action="append", default=[], choices=known,
         help="measure this too where it can do the same: %s; repeatable" % ", ".join(known))
-    add("--rounds", metavar="R", type=within(1, 100), default=1, help="so often, in turn; the median counts (default 1; publish 5)")
-    add("--endpoint", metavar="URL", type=endpoint, help="a server that runs already, as http://127.0.0.1:5000; it needs this"
-        " Python at the same path (default: start one, stop it at the end)")
+    add("--rounds", metavar="R", type=within(1, 100), default=1, help="so often, in turn; the median counts (default 1)")
+    add("--endpoint", metavar="URL", type=endpoint, help="a server that runs already, http://HOST:PORT; it needs this"
+        " Python at the same path (default: start one, and stop it)")
     add("--token-file", metavar="FILE", help="the token of that server (default: what GAFFER_TOKEN says)")
     add("--gaffer", metavar="FILE", default=GAFFER, help="the gaffer.py to start (default: the one above this folder)")
     add("--json", action="store_true", help="one JSON object instead of tables")
@@ -1285,8 +1300,7 @@ def run(options):
         print(json.dumps(dict(report, results=[finite(row) for row in report["results"]])))
     for name in sorted(set(options.against) - {row["system"] for row in report["results"]}):
         print("loadtest: %s can do nothing of this" % name, file=sys.stderr)
-    return int(any("error" in row and not row["missing"] or any(row["figures"].get(fault) for fault in FAULTS)
-                   for row in report["results"]))
+    return int(any(map(faulty, report["results"])))
 
 
 def main(argv=None):
