@@ -9859,14 +9859,31 @@ class Loadtest(CliCase):
             self.assertEqual((status, out), (1, ""))
             self.assertRegex(err.splitlines()[-1], r"\Aloadtest: " + re.escape(words))
 
+    @staticmethod
+    def wait_for_lines(server):
+        """A writer writes."""
+        until(lambda: any(b"x" * 60 in server.request("GET", "/streams/%s/stdout?since=0&timeout=0" % name)[2]
+                          for name in server.ok("GET", "/processes")), "lines flow")
+
+    def test_a_server_that_ends_meanwhile_is_a_failure(self):
+        server, endpoint = self.given()
+        command = [PYTHON, "-W", "error", self.FILE, "--throughput", "--megabytes", "100000", "--json", "--quiet", *endpoint]
+        with subprocess.Popen(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+            self.wait_for_lines(server)
+            server.kill()
+            out, err = run.communicate(timeout=TIMEOUT)
+        self.assertEqual((run.returncode, err), (1, b""))
+        first, *others = json.loads(out)["results"]
+        self.assertTrue(first.get("error") == "the server has ended" or first["figures"]["lost bytes"] > 0, first)
+        self.assertEqual([row["error"].partition(" at ")[0] for row in others], ["no gaffer answers"] * 2)
+
     def test_an_interrupt_leaves_nothing(self):
         server, endpoint = self.given()
         for signum in signal.SIGINT, signal.SIGTERM:
             run = subprocess.Popen([PYTHON, "-W", "error", self.FILE, "--fan-out", "3", "--seconds", "600", "--quiet", *endpoint],
                                    env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             with run:
-                until(lambda: any(b"x" * 69 in server.request("GET", "/streams/%s/stdout?since=0&timeout=0" % name)[2]
-                                  for name in server.ok("GET", "/processes")), "the lines flow")
+                self.wait_for_lines(server)
                 run.send_signal(signum)
                 _, err = run.communicate(timeout=TIMEOUT)
             self.assertEqual((run.returncode, err), (130, b"loadtest: interrupted\n"))

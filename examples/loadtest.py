@@ -205,7 +205,10 @@ class Meter:
         self._begin = self._now()
 
     def _now(self):
-        cpu = math.nan if self._clock is None else time.clock_gettime(self._clock)
+        try:
+            cpu = math.nan if self._clock is None else time.clock_gettime(self._clock)
+        except OSError:
+            raise Failed("the server has ended") from None
         return time.perf_counter(), cpu, time.process_time()
 
     def read(self):
@@ -488,7 +491,7 @@ def throughput(options, source):
                 size = stream.sock.recv_into(view)
                 payload.feed(view[:size])
         seconds, cpu, _ = meter.read()
-    lost = max(abs(stream.total - payload.count), stream.last not in payload.tail)
+    lost = max(abs(stream.total - payload.count), int(stream.last not in payload.tail))
     return {"MB/s": stream.size / seconds / 1e6, "lost bytes": lost, "CPU ms/MB": cpu / stream.size * 1e9}
 
 
@@ -719,9 +722,10 @@ def echo(options, source):
             out, due = encode(b"%031d" % number)
             begin = time.perf_counter()
             sock.sendall(out)
-            data = sock.recv(4096)
-            while 0 < len(data) < len(due):
-                data += sock.recv(4096)
+            data = fresh = sock.recv(4096)
+            while fresh and len(data) < len(due):
+                fresh = sock.recv(4096)
+                data += fresh
             times.append(time.perf_counter() - begin)
             wrong += data != due
     return dict({"messages": options.messages, "lost": wrong}, **spread(times[100:], "us", 1e6))
@@ -1194,7 +1198,7 @@ def table(rows):
                       *(cell(compared.get(name)) for name in ratios)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-    return text + ["  %s: %s: %s" % (row["case"], row["system"], word)
+    return list(filter(None, text)) + ["  %s: %s: %s" % (row["case"], row["system"], word)
                    for row in rows for word in [*row["notes"], *([row["error"]] if "error" in row else [])]]
 
 
