@@ -28,6 +28,7 @@ import pwd
 import queue
 import random
 import re
+import runpy
 import selectors
 import shlex
 import shutil
@@ -9860,6 +9861,182 @@ class Examples(CliCase):
                 self.assertEqual(answer.headers["Access-Control-Allow-Origin"], origin["Origin"])
                 self.assertEqual(next(sse_events(answer))["event"], "stdout")
         self.assertEqual(server.stop(), 0)
+
+
+class Loadtest(CliCase):
+    """examples/loadtest.py, for real, at sizes that say nothing about speed."""
+
+    FILE = os.path.join(HERE, "examples", "loadtest.py")
+    SMALL = ["--megabytes", "2", "--lines", "200", "--seconds", "0.1", "--messages", "20", "--restarts", "2"]
+
+    def loadtest(self, *arguments):
+        """(exit status, stdout, stderr) of a run."""
+        done = subprocess.run([PYTHON, "-W", "error", "-X", "dev", self.FILE, *arguments], env=self.env, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=TIMEOUT, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    def figures(self, *arguments):
+        """{(case, system): row} of a run without a fault; the keys of figures and ratios are one dict."""
+        status, out, err = self.loadtest("--json", "--quiet", *self.SMALL, *arguments)
+        self.assertEqual((status, err), (0, ""), out)
+        rows = json.loads(out)["results"]
+        for row in rows:
+            self.assertNotIn("error", row)
+            for fault in "lost", "lost bytes", "dropped bytes", "failed":
+                self.assertFalse(row["figures"].get(fault), row)
+        return {(row["case"], row["system"]): row for row in rows}
+
+    def names(self):
+        """Functions and classes of the program."""
+        return runpy.run_path(self.FILE)
+
+    def given(self):
+        """A server that runs already, and the arguments that name it."""
+        server = self.start()
+        return server, ("--endpoint", "http://127.0.0.1:%d" % server.port)
+
+    def test_measures_a_server_that_is_given_and_leaves_it_as_it_was(self):
+        server, endpoint = self.given()
+        server.add("mine", {"cmd": "sleep", "args": ["1000"]})
+        rows = self.figures(*endpoint, "--throughput", "--fan-out", "7", "--echo", "--api", "2", "--busy", "--spawn", "3",
+                            "--restart", "--growth", "40", "--against", "asyncio", "--against", "relay", "--against", "bare")
+        self.assertEqual(server.ok("GET", "/processes"), ["mine"])
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+        expected = {"continuous": "MB/s", "websocket": "MB/s", "SSE": "MB/s", "to 7": "p99 ms", "through cat": "p50 us",
+                    "2 kept": "requests/s", "2 kept, busy": "requests/s", "processes": "total ms", "after kill -9": "p50 ms",
+                    "at 40": "event us"}
+        others = {"to 7": "asyncio", "through cat": "relay", "processes": "bare", "after kill -9": "bare"}
+        self.assertEqual(set(rows), {(case, "gaffer") for case in expected} | set(others.items()))
+        for case, key in expected.items():
+            self.assertGreater(rows[case, "gaffer"]["figures"][key], 0)
+        for case, other in others.items():
+            ratio = rows[case, "gaffer"]["figures"][expected[case]] / rows[case, other]["figures"][expected[case]]
+            self.assertAlmostEqual(rows[case, other]["ratios"].get(expected[case], ratio), ratio)
+        fan_out = rows["to 7", "gaffer"]["figures"]
+        self.assertEqual(fan_out["deliveries"], 7 * 20)
+        self.assertGreater(fan_out["memory MiB"], 5, "it has found the server's process")
+        self.assertGreater(fan_out["CPU s/M"], 0)
+
+    def test_starts_and_stops_a_server_of_its_own(self):
+        figures = self.figures("--rest")["at rest", "gaffer"]["figures"]
+        self.assertTrue(5 < figures["1 child, MiB"] < figures["200 children, MiB"] + 1 < 100, figures)
+        self.assertTrue(0 < figures["import ms"] < figures["start ms"], figures)
+
+    @unittest.skipUnless(shutil.which("socat") and shutil.which("websocketd"), "needs socat and websocketd")
+    def test_programs_that_it_is_compared_with(self):
+        server, endpoint = self.given()
+        rows = self.figures(*endpoint, "--throughput", "--echo", "--against", "socat", "--against", "websocketd")
+        self.assertEqual(sorted(rows), sorted((case, system) for case, systems in (
+            ("continuous", ("gaffer", "socat", "websocketd")), ("websocket", ("gaffer", "socat", "websocketd")),
+            ("SSE", ("gaffer", "websocketd")), ("through cat", ("gaffer", "websocketd"))) for system in systems))
+        for row in rows.values():
+            self.assertGreater(row["figures"].get("MB/s") or row["figures"]["p50 us"], 0.1, row)
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+
+    def test_a_table_for_people_and_progress_for_who_waits(self):
+        server = self.start("--token-file", self.file(self.folder(), "token", "secret"))
+        endpoint = "--endpoint", "http://127.0.0.1:%d" % server.port
+        status, out, err = self.loadtest(*endpoint, "--api", "1", *self.SMALL)
+        self.assertEqual((status, out), (1, ""))
+        self.assertRegex(err, r"\Aloadtest: POST /processes: 401 [^\n]*send the token[^\n]*\n\Z")
+        token = self.file(self.folder(), "token", "secret\n")
+        status, out, err = self.loadtest(*endpoint, "--token-file", token, "--api", "1", "--against", "socat", *self.SMALL)
+        self.assertEqual((status, err), (0, "loadtest: api, 1 kept: gaffer, round 1 of 1\nloadtest: socat can do nothing of this\n"))
+        self.assertRegex(out, r"\Agaffer %s, CPython [^\n]*\n\napi  .*\n +.*\n1 kept: gaffer +[0-9,]+ +0 " % gaffer.__version__)
+
+    def test_wrong_usage_is_told(self):
+        main = self.names()["main"]
+        for arguments in (["--no-such"], ["--fan-out", "0"], ["--fan-out", "many"], ["--seconds", "nan"], ["--against", "nothing"],
+                          ["--endpoint", "https://localhost:1"], ["--endpoint", "localhost:1"], ["--thro"], ["extra"]):
+            with self.subTest(arguments=arguments), contextlib.redirect_stderr(io.StringIO()) as err:
+                with self.assertRaises(SystemExit) as caught:
+                    main(arguments)
+                self.assertEqual(caught.exception.code, 2)
+                self.assertIn("loadtest.py: error: ", err.getvalue())
+        self.assertEqual(self.loadtest("--no-such")[:2], (2, ""))
+
+    def test_no_server_and_no_token_are_one_sentence(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        for arguments, words in ((["--endpoint", "http://127.0.0.1:%d" % port], "no gaffer answers at http://127.0.0.1:%d" % port),
+                                 (["--token-file", "/nowhere"], "the token file '/nowhere'"),
+                                 (["--gaffer", "/nowhere"], "a server did not start")):
+            status, out, err = self.loadtest("--echo", *arguments)
+            self.assertEqual((status, out), (1, ""))
+            self.assertRegex(err.splitlines()[-1], r"\Aloadtest: " + re.escape(words))
+
+    @staticmethod
+    def wait_for_lines(server):
+        """A writer writes."""
+        until(lambda: any(b"x" * 60 in server.request("GET", "/streams/%s/stdout?since=0&timeout=0" % name)[2]
+                          for name in server.ok("GET", "/processes")), "lines flow")
+
+    def test_a_server_that_ends_meanwhile_is_a_failure(self):
+        server, endpoint = self.given()
+        command = [PYTHON, "-W", "error", self.FILE, "--throughput", "--megabytes", "100000", "--json", "--quiet", *endpoint]
+        with subprocess.Popen(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+            self.wait_for_lines(server)
+            server.kill()
+            out, err = run.communicate(timeout=TIMEOUT)
+        self.assertEqual((run.returncode, err), (1, b""))
+        first, *others = json.loads(out)["results"]
+        self.assertTrue(first.get("error") == "the server has ended" or first["figures"]["lost bytes"] > 0, first)
+        self.assertEqual([row["error"].partition(" at ")[0] for row in others], ["no gaffer answers"] * 2)
+
+    def test_an_interrupt_leaves_nothing(self):
+        server, endpoint = self.given()
+        for signum in signal.SIGINT, signal.SIGTERM:
+            run = subprocess.Popen([PYTHON, "-W", "error", self.FILE, "--fan-out", "3", "--seconds", "600", "--quiet", *endpoint],
+                                   env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            with run:
+                self.wait_for_lines(server)
+                run.send_signal(signum)
+                _, err = run.communicate(timeout=TIMEOUT)
+            self.assertEqual((run.returncode, err), (130, b"loadtest: interrupted\n"))
+            self.assertEqual(server.ok("GET", "/processes"), [])
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+
+    def test_counts_payload_wherever_it_is_cut(self):
+        names, data = self.names(), [b"x" * size for size in (1, 125, 126, 300, 70000)]
+        for parse, encode in ((names["chunk_header"], gaffer.chunk), (names["frame_header"], lambda part: gaffer.frame(2, part))):
+            stream = b"".join(map(encode, data))
+            for size in 1, 2, 7, 100, 65536, len(stream):
+                payload = names["Payload"](parse)
+                for place in range(0, len(stream), size):
+                    payload.feed(memoryview(stream)[place:place + size])
+                self.assertEqual(payload.count, sum(map(len, data)))
+                self.assertTrue(stream.endswith(payload.tail) and payload.tail)
+
+    def test_knows_the_size_of_an_event_stream(self):
+        size_of, encoder = self.names()["sse_size"], gaffer.SseEncoder("stdout", "abc")
+        for lines in 1, 2, 100, 101, 1234:
+            for size in 1, 64, 100:
+                data = (b"x" * (size - 1) + b"\n") * lines
+                self.assertEqual(size_of(lines, size, "abc"), len(encoder.encode(data, 0, None, gaffer.NORMAL, 10 ** 6)[0]))
+
+    def test_a_sample_sees_what_is_missing_twice_or_late(self):
+        sample_of = self.names()["Sample"]
+
+        def line(number):
+            return b"id: 1@e\nevent: stdout\ndata: %010d %018d %s\n\n" % (number, 1000 + number, b"x" * 69)
+        dropped = b'id: 9@e\nevent: dropped\ndata: {"bytes": 300}\n\n'
+        for blocks, disorder, lost in (((0, 1, 2, 3), 0, 0), ((0, 1, 3), 1, 0), ((0, 1, 1, 2), 1, 0), ((1, 0), 2, 0), ((0, dropped, 4), 1, 300)):
+            for whole in False, True:
+                sample, data = sample_of(b"\n\n"), [line(part) if isinstance(part, int) else part for part in blocks]
+                for part in [b"".join(data)] if whole else data:
+                    sample.look(part[:50], 5000)
+                    sample.look(part[50:], 6000)
+                self.assertEqual((min(sample.disorder, 1), sample.dropped), (min(disorder, 1), lost), blocks)
+                self.assertEqual(sample.latencies[0], 5000 - blocks[0])
+
+    def test_a_fault_of_any_round_is_one_of_the_row(self):
+        names = self.names()
+        for faults, faulty in (((0, 0, 0), False), ((0, 2, 0), True)):
+            row = {"notes": [], "rounds": [{"p50 ms": 1.0, "lost": fault} for fault in faults]}
+            names["conclude"](row, row, ())
+            self.assertEqual((row["figures"], names["faulty"](row)), ({"p50 ms": 1.0, "lost": max(faults)}, faulty))
+        self.assertTrue(names["faulty"]({"figures": {}, "error": "it failed", "missing": False}))
+        self.assertFalse(names["faulty"]({"figures": {}, "error": "not installed", "missing": True}))
 
 
 class Structure(Case):
