@@ -1679,15 +1679,16 @@ def check_template(info, known=None):
 
 
 def substitute(word, env):
-    """`word` with $VAR and ${VAR} filled in from `env`; an unset one stays as it is, $$ is $."""
+    """`word` with $VAR and ${VAR} filled in from `env` (of bytes); an unset one stays as it is, $$ is $."""
     def value(match):
         name = match.group(1) or match.group(2)
-        return "$" if name is None else env.get(name, match.group())
+        found = None if name is None else env.get(name.encode("ascii"))
+        return "$" if name is None else match.group() if found is None else os.fsdecode(found)
     return VARIABLE.sub(value, word)
 
 
 class Launch:
-    """What is executed: program (a path), argv, env, cwd, uid, gid, groups (None: gaffer's own)."""
+    """What is executed: program (a path), argv, env (of bytes), cwd, uid, gid, groups (None: gaffer's own)."""
 
     def __init__(self, template):
         """InvalidProcessInfo: it cannot be executed, with the reason."""
@@ -1716,13 +1717,13 @@ class Launch:
 
     @staticmethod
     def _environment(template):
-        env = dict(os.environ) if template["os_env"] else {}
-        env.update((name, str(value)) for name, value in template["env"].items())
-        env.pop("GAFFER_TOKEN", None)
+        env = dict(os.environb) if template["os_env"] else {}
+        env.update((os.fsencode(name), os.fsencode(str(value))) for name, value in template["env"].items())
+        env.pop(b"GAFFER_TOKEN", None)
         if template["redirect_output"]:
-            env.setdefault("PYTHONUNBUFFERED", "1")
+            env.setdefault(b"PYTHONUNBUFFERED", b"1")
         if template["custom_streams"]:
-            env["GAFFER_STREAMS"] = ",".join(template["custom_streams"])
+            env[b"GAFFER_STREAMS"] = ",".join(template["custom_streams"]).encode("ascii")
         return env
 
     @staticmethod
@@ -1748,11 +1749,12 @@ class Launch:
 
     def _find(self, program):
         """The path of what would be executed, as seen from the process's own directory."""
-        folders = [""] if "/" in program else self.env.get("PATH", os.environ.get("PATH", os.defpath)).split(":")
-        paths = [self._absolute(os.path.join(self.cwd or "", folder, program)) for folder in folders]
+        search = self.env.get(b"PATH", os.environb.get(b"PATH", os.fsencode(os.defpath)))
+        folders = [""] if "/" in program else os.fsdecode(search).split(":")
+        paths = [os.path.join(self.cwd or "", folder, program) for folder in folders]
         for path in paths:
             if os.path.isfile(path) and os.access(path, os.X_OK):
-                return path
+                return self._absolute(path)
         there = [path for path in paths if os.path.exists(path)]
         raise InvalidProcessInfo("field 'cmd' names %r, which %s" % (program, (
             "is a directory" if os.path.isdir(there[0]) else "is not executable: chmod +x it") if there else (
@@ -2954,23 +2956,27 @@ class Manager:
             self._end_process(process, "reap")
         while template.pending and template.missing() < 0:
             template.pending.pop().cancel()
-        while template.missing() > 0 and self._respawn(template, 0):
-            pass
+        launch = None
+        while template.missing() > 0:
+            launch = self._respawn(template, 0, launch)
+            if launch is None:
+                break
 
-    def _respawn(self, template, failures):
-        """Spawn one that follows on so many failures. False: it failed too, and is tried again later."""
+    def _respawn(self, template, failures, launch=None):
+        """Spawn one that follows on so many failures. Returns the Launch; None: it failed too, and is tried again later."""
         try:
-            process = self._spawn(template, Launch(template.info))
+            launch = launch or Launch(template.info)
+            process = self._spawn(template, launch)
         except (GafferError, OSError, ValueError) as error:
             template.error = str(error)
             log.warning("%s cannot be started: %s", template.name, error)
             self._judge(template, 0.0)
             if template.missing() > 0:          # with a delay even where flapping is judged: nothing has run that took time
                 self._fill_slot(template, failures + 1, backoff(failures + 2))
-            return False
+            return None
         process.failures = failures
         self._publish("spawn", template.name, process)
-        return True
+        return launch
 
     def _spawn(self, template, launch):
         """A new process of `template`, running. The caller publishes it."""

@@ -1673,7 +1673,7 @@ class PureSubstitution(Case):
                 ("${A-b}", "${A-b}"), ("${1}", "${1}"), ("$D", "$A"), ("$E", ""), ("x${E}y", "xy"), (":$PORT/", ":80/"),
                 ("$\u00c4", "$\u00c4"), ("$A\u00e4", "1\u00e4"), ("%A% {A} `A`", "%A% {A} `A`")):
             with self.subTest(word):
-                self.assertEqual(gaffer.substitute(word, env), wanted)
+                self.assertEqual(gaffer.substitute(word, {os.fsencode(name): os.fsencode(value) for name, value in env.items()}), wanted)
 
 
 class PureLaunch(Case):
@@ -1729,21 +1729,21 @@ class PureLaunch(Case):
     def test_env(self):
         pure_environ(self, GAFFER_TOKEN="secret", PYTHONUNBUFFERED=None, PURE="theirs", GAFFER_STREAMS=None)
         env = self.launch("sh", env={"PURE": "mine", "N": 5, "F": 1.5}).env
-        self.assertEqual((env["PURE"], env["N"], env["F"], env["PATH"]), ("mine", "5", "1.5", os.environ["PATH"]))
-        self.assertNotIn("GAFFER_TOKEN", env)
-        self.assertEqual(self.launch("sh", env={"A": "b"}, os_env=False, redirect_output=[]).env, {"A": "b"})
-        self.assertNotIn("GAFFER_STREAMS", env)
-        self.assertNotIn("GAFFER_TOKEN", self.launch("sh", env={"GAFFER_TOKEN": "x"}).env)
-        self.assertEqual(self.launch("sh", custom_streams=["in", "out"]).env["GAFFER_STREAMS"], "in,out")
+        self.assertEqual((env[b"PURE"], env[b"N"], env[b"F"], env[b"PATH"]), (b"mine", b"5", b"1.5", os.environb[b"PATH"]))
+        self.assertNotIn(b"GAFFER_TOKEN", env)
+        self.assertEqual(self.launch("sh", env={"A": "b"}, os_env=False, redirect_output=[]).env, {b"A": b"b"})
+        self.assertNotIn(b"GAFFER_STREAMS", env)
+        self.assertNotIn(b"GAFFER_TOKEN", self.launch("sh", env={"GAFFER_TOKEN": "x"}).env)
+        self.assertEqual(self.launch("sh", custom_streams=["in", "out"]).env[b"GAFFER_STREAMS"], b"in,out")
         self.assertEqual(os.environ["GAFFER_TOKEN"], "secret")
 
     def test_pythonunbuffered(self):
         pure_environ(self, PYTHONUNBUFFERED=None)
-        self.assertEqual(self.launch("sh").env["PYTHONUNBUFFERED"], "1")
-        self.assertNotIn("PYTHONUNBUFFERED", self.launch("sh", redirect_output=[]).env)
-        self.assertEqual(self.launch("sh", env={"PYTHONUNBUFFERED": ""}).env["PYTHONUNBUFFERED"], "")
+        self.assertEqual(self.launch("sh").env[b"PYTHONUNBUFFERED"], b"1")
+        self.assertNotIn(b"PYTHONUNBUFFERED", self.launch("sh", redirect_output=[]).env)
+        self.assertEqual(self.launch("sh", env={"PYTHONUNBUFFERED": ""}).env[b"PYTHONUNBUFFERED"], b"")
         pure_environ(self, PYTHONUNBUFFERED="0")
-        self.assertEqual(self.launch("sh").env["PYTHONUNBUFFERED"], "0")
+        self.assertEqual(self.launch("sh").env[b"PYTHONUNBUFFERED"], b"0")
 
     def test_path(self):
         """The first that can be executed, in the PATH of the process; gaffer's where it has none."""
