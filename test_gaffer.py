@@ -603,6 +603,44 @@ class PureCalls(PureLoopCase):
         self.assertEqual(ran, [1])
 
 
+class PureExpect(PureLoopCase):
+
+    def test_a_conversation_is_not_slept_through(self):
+        """After expect() the loop looks LOOKS times at most before it sleeps, and sleeps no longer than it would."""
+        if gaffer.CORES < 2:
+            self.skipTest("with one core the other side could not answer meanwhile")
+        seen = []
+        select = self.loop._selector.select
+        self.loop._selector.select = lambda timeout: (seen.append(timeout), select(0))[1]
+        self.do(self.loop.expect)
+        self.loop.step(0.5)
+        self.assertEqual(seen, gaffer.LOOKS * [0] + [0.5])
+        del seen[:]
+        self.loop.step(0.5)
+        self.assertEqual(seen, [0.5])
+
+    def test_what_was_expected_ends_the_looking(self):
+        """And the rest of it is for the next answer."""
+        read, write = os.pipe()
+        self.addCleanup(os.close, read)
+        self.addCleanup(os.close, write)
+        got = []
+        self.do(self.loop.register, read, selectors.EVENT_READ, lambda mask: got.append(os.read(read, 1)))
+        self.do(self.loop.expect)
+        os.write(write, b"x")
+        self.loop.step(30)
+        self.assertEqual(got, [b"x"])
+        self.do(self.loop.unregister, read)
+
+    def test_timers_that_are_due_come_first(self):
+        got = []
+        self.later(0, got.append, 1)
+        self.do(self.loop.expect)
+        looks = self.loop._looks
+        self.loop.step(30)
+        self.assertEqual((got, self.loop._looks), ([1], looks))
+
+
 class PureReadiness(PureLoopCase):
 
     def setUp(self):
@@ -1017,6 +1055,87 @@ class PureFanout(PureLogCase):
         self.do(window.append, b"x\n")
         self.assertEqual(len(calls), 1)
         self.assertEqual({id(reader.sink.got[0]) for reader in readers}, {id(readers[0].sink.got[0])})
+
+    def test_no_client_costs_a_copy_of_the_data(self):
+        """What goes out beside its head is the very object that was read, for who is live and for who comes later."""
+        window = self.window(gaffer.MIB)
+        encoders = [gaffer.ChunkEncoder(), gaffer.FrameEncoder(True, False), gaffer.FrameEncoder(False, False)]
+        live = [self.reader(window, encoder) for encoder in encoders]
+        pieces = [b"x" * gaffer.READ_SIZE, b"y" * gaffer.READ_SIZE_WIDE]
+        for piece in pieces:
+            self.do(window.append, piece)
+        late = [self.reader(window, encoder, offset=0) for encoder in encoders]
+        for reader in live + late:
+            self.assertEqual([payload[1] for payload in reader.sink.got], pieces)
+            for payload, piece in zip(reader.sink.got, pieces):
+                self.assertIs(payload[1], piece)
+
+    def crowd(self, count, cost=0.0001):
+        """A window and its SSE readers, to each of whom a payload takes a while."""
+        class Slow(PureSink):
+            def send(sink, payload):
+                self.clock.now += cost
+                return super().send(payload)
+        window, readers = self.window(gaffer.MIB), []
+        for _ in range(count):
+            readers.append(gaffer.Reader(window, gaffer.SseEncoder("out", "e"), Slow(), 0))
+            self.do(readers[-1].start)
+        return window, readers
+
+    def test_a_crowd_is_sent_to_in_groups(self):
+        """Each of at most FANOUT_SIZE, and all get everything, in order."""
+        window, readers = self.crowd(3 * gaffer.FANOUT_SIZE + 1)
+        self.assertEqual(sorted(len(fanout.members) for fanout in window._fanouts), [1] + 3 * [gaffer.FANOUT_SIZE])
+        self.assertEqual(window.live, len(readers))
+        for number in range(200):
+            self.do(window.append, b"%d\n" % number)
+            self.advance(0.001)
+        self.advance(1)
+        self.advance()
+        wanted = [b"%d" % number for number in range(200)]
+        self.assertEqual({tuple(line for _, _, line in pure_sse(reader.sink.data)) for reader in readers}, {tuple(wanted)})
+        self.assertEqual(len({reader.fanout for reader in readers}), 4)
+
+    def test_a_crowd_rests_after_a_round(self):
+        """What comes meanwhile gathers, and goes out together when it is over; nobody else waits for that."""
+        window, readers = self.crowd(100, cost=0.0001)
+        other = self.reader(window)
+        self.do(window.append, b"1\n")         # takes 10 ms
+        self.assertEqual(self.do(window.rest), 0.0)     # the other one wants more
+        self.do(other.close)
+        rest = self.do(window.rest)
+        self.assertAlmostEqual(rest, (gaffer.PACE - 1) * 0.01, delta=0.0005)
+        for number in range(2, 5):
+            self.do(window.append, b"%d\n" % number)
+        self.advance(rest * 0.9)
+        self.assertEqual([len(reader.sink.got) for reader in readers], 100 * [1])
+        self.advance(rest * 0.2)
+        self.advance()
+        self.assertEqual([len(reader.sink.got) for reader in readers], 100 * [2])
+        self.assertEqual([line for _, _, line in pure_sse(readers[0].sink.data)], [b"1", b"2", b"3", b"4"])
+
+    def test_a_resting_crowd_loses_nothing(self):
+        """Half a window ends the rest; the end of the log too."""
+        window, readers = self.crowd(20, cost=0.001)
+        self.do(window.append, b"begin\n")
+        self.do(window.append, b"x" * (window.limit // 2) + b"\n")
+        self.assertEqual([len(reader.sink.got) for reader in readers], 20 * [2])
+        self.do(window.append, b"end\n")
+        self.do(window.finish)
+        for reader in readers:
+            self.assertEqual([line for _, _, line in pure_sse(reader.sink.data)][-1], b"end")
+            self.assertEqual(reader.sink.ends, 1)
+
+    def test_a_crowd_that_leaves_while_it_rests(self):
+        """Leaves no timer."""
+        window, readers = self.crowd(30, cost=0.001)
+        self.do(window.append, b"begin\n")
+        self.do(window.append, b"more\n")
+        for reader in readers:
+            self.do(reader.close)
+        self.assertEqual((self.do(window.rest), window.live, window._fanouts), (math.inf, 0, []))
+        self.advance(1)
+        self.assertEqual(self.loop._timers, [])
 
     def test_where_a_reader_begins(self):
         window = self.window(data=b"one\ntwo\n")
@@ -9200,7 +9319,7 @@ class StreamsThreads(StreamsCase):
             self.assertEqual(wire.head().file.read(2), b"x\n")
         for websocket in sockets:
             self.assertEqual(websocket.read(), (1, b"x\n"))
-        until(lambda: threading.active_count() <= before + 33, "the threads' end")       # the long polls' connections go on
+        self.assertLessEqual(threading.active_count(), before)     # the long polls' connections wait on the loop, too
 
 
 # --------------------------------------------------------------------------------------------------------------------
