@@ -128,9 +128,11 @@ NUMPROCESSES_MAX = 1000
 CUSTOM_STREAMS_MAX = 16
 SECONDS_MAX = 10.0 ** 7             # any time a client names: 115 days, and select() can still count it
 
-HEAD_SIZE = 64 * KIB                # request line and headers
+HEAD_SIZE = 64 * KIB                # request line and headers, up to and with the empty line
 TARGET_SIZE = 8 * KIB               # request target: what browsers send at most
+REQUEST_LINE_SIZE = TARGET_SIZE + 64    # with a method and a version
 HEADERS_MAX = 100
+EMPTY_LINES_MAX = 8                 # in front of a request: old clients send one behind a body
 BODY_SIZE = MIB                     # JSON and stdin; for mounted applications see HttpHandler(max_body=)
 CHUNK_LINE_SIZE = 256               # a chunk's size and its extensions
 HEAD_TIME = 10.0                    # from the first byte of a head to its last
@@ -2927,7 +2929,6 @@ class Manager:
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 HEADER_LINES = re.compile(r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
-BARE_NEWLINE = re.compile(rb"(?<!\r)\n")
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 SINGLE_HEADERS = frozenset((
     "host", "content-length", "transfer-encoding", "content-type", "authorization", "origin", "last-event-id", "expect",
@@ -3012,7 +3013,8 @@ def parse_headers(text):
     headers = {}
     lines = text.split("\r\n")
     lines.pop()
-    need(len(lines) <= HEADERS_MAX, HeadersTooLarge, "there are more than %d headers; send fewer" % HEADERS_MAX)
+    if len(lines) > HEADERS_MAX:
+        raise HeadersTooLarge("there are more than %d headers; send fewer" % HEADERS_MAX)
     for line in lines:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
@@ -3028,13 +3030,16 @@ def parse_head(head):
     HeadersTooLarge. RFC 9112 sections 2.2, 3, 5."""
     text = head.decode("latin-1")
     line, _, rest = text.partition("\r\n")
+    if len(line) >= REQUEST_LINE_SIZE:
+        raise UriTooLong("the request line is over %d bytes; shorten it" % REQUEST_LINE_SIZE)
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
         need(not re.fullmatch(r".* HTTP/\d+(\.\d+)?", line) or " HTTP/1." in line, VersionNotSupported, "use HTTP/1.1")
         raise BadRequest("the first line is not 'METHOD /path HTTP/1.1'")
     method, target, major, minor = match.groups()
     need(major == "1", VersionNotSupported, "use HTTP/1.1")
-    need(len(target) <= TARGET_SIZE, UriTooLong, "the request target is over %d bytes; shorten it" % TARGET_SIZE)
+    if len(target) > TARGET_SIZE:
+        raise UriTooLong("the request target is over %d bytes; shorten it" % TARGET_SIZE)
     version = (1, min(int(minor), 1))
     headers = parse_headers(rest)
     need("host" in headers or version == (1, 0), BadRequest, "the Host header is missing (RFC 9112 section 3.2)")
@@ -3042,6 +3047,63 @@ def parse_head(head):
         target = absolute_target(target, headers)
     need("#" not in target, BadRequest, "the request target has a fragment; leave out what begins with #")
     return Request(method, target, version, headers)
+
+
+class HeadParser:
+    """Takes the heads of requests out of bytes as they come: `feed(data)` returns a Request once its head is complete, and
+    `rest` is then what came behind it (the body; then the next head, to be fed again); None: more is to come. Raises what
+    parse_head() raises, and after that takes nothing more. However the bytes are cut, the outcome is the same."""
+
+    def __init__(self):
+        self.rest = b""
+        self._buffer = bytearray()              # a head that is not complete
+        self._empty_lines = 0
+
+    @property
+    def begun(self):
+        """True where the next head has begun to come; empty lines do not count."""
+        return bool(self._buffer)
+
+    def feed(self, data):
+        """Take what came. BadRequest, VersionNotSupported, UriTooLong, HeadersTooLarge."""
+        seen = len(self._buffer)
+        if seen:
+            self._buffer += data
+            data = self._buffer
+        if data[:2] == b"\r\n":
+            data, seen = self._skip_empty_lines(data), 0
+        end = data.find(b"\r\n\r\n", max(0, seen - 3), HEAD_SIZE)
+        if end < 0:
+            self._check(data, seen, min(len(data), HEAD_SIZE))
+            need(len(data) < HEAD_SIZE, HeadersTooLarge, "the head is over %d bytes; send less" % HEAD_SIZE)
+            self._buffer = data if seen else bytearray(data)
+            return None
+        self.rest, self._empty_lines = bytes(data[end + 4:]), 0
+        if seen:
+            self._buffer = bytearray()
+        try:
+            return parse_head(data[:end])
+        except GafferError:
+            self._check(data, seen, end)        # had it come byte by byte, this would have been told first
+            raise
+
+    def _skip_empty_lines(self, data):
+        """RFC 9112 section 2.2."""
+        while data[:2] == b"\r\n":
+            data = data[2:]
+            self._empty_lines += 1
+            need(self._empty_lines <= EMPTY_LINES_MAX, BadRequest, "send a request, not empty lines")
+        self._buffer = bytearray()
+        return data
+
+    @staticmethod
+    def _check(data, seen, stop):
+        """What is wrong already before the head is complete. `seen`: bytes that were checked before."""
+        if seen <= REQUEST_LINE_SIZE < stop:
+            need(data.find(b"\n", 0, REQUEST_LINE_SIZE + 1) >= 0, UriTooLong,
+                 "the request line is over %d bytes; shorten it" % REQUEST_LINE_SIZE)
+        need(data.count(b"\n", seen, stop) == data.count(b"\r\n", max(0, seen - 1), stop), BadRequest,
+             "lines of a request end with CR LF")
 
 
 def body_length(request):
@@ -5018,6 +5080,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def __init__(self, http, listener, sock, client, received):
         self.http, self._client, self._buffer = http, client, received
+        self._heads = HeadParser()
         self._secure = listener.context is not None
         self._timeout = None
         self._open = True
@@ -5101,29 +5164,19 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _read_head(self):
         """A Request, or None where the client has nothing more to ask."""
-        deadline = None
+        heads, deadline = self._heads, None
+        data, self._buffer = self._buffer, b""
         while True:
-            buffer = self._buffer
-            if buffer[:2] == b"\r\n":           # RFC 9112 section 2.2: an empty line before a request is ignored
-                buffer = self._buffer = buffer.lstrip(b"\r\n")
-            end = buffer.find(b"\r\n\r\n")
-            line = buffer.find(b"\r\n")
-            need((line if line >= 0 else len(buffer)) <= TARGET_SIZE + 64, UriTooLong,
-                 "the request line is over %d bytes; shorten it" % TARGET_SIZE)
-            need((end if end >= 0 else len(buffer)) <= HEAD_SIZE, HeadersTooLarge,
-                 "the head is over %d bytes; send less" % HEAD_SIZE)
-            if end >= 0:
-                self._buffer = buffer[end + 4:]
-                request = parse_head(buffer[:end])
+            request = heads.feed(data)
+            if request is not None:
+                self._buffer = heads.rest
                 request.client, request.secure = self._client, self._secure
                 return request
-            need(not BARE_NEWLINE.search(buffer), BadRequest, "lines of a request end with CR LF")
-            if buffer and deadline is None:
+            if heads.begun and deadline is None:
                 deadline = self.http.loop.clock() + HEAD_TIME
-            data = self._receive(deadline) if buffer else self._idle()
+            data = self._receive(deadline) if heads.begun else self._idle()
             if not data:
                 return None
-            self._buffer += data
 
     def _idle(self):
         self._wait(KEEP_THREAD_CROWDED if self.http.crowded else KEEP_THREAD)

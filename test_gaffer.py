@@ -2077,6 +2077,111 @@ class PureHead(Case):
                 self.assertIs(pure_request(line, version=version).wants_close(), wanted)
 
 
+class PureHeadParser(Case):
+    """Heads come in any pieces, and mean the same."""
+
+    HEAD = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    @staticmethod
+    def parse(pieces):
+        """[(method, target, version, headers), …], behind them the error, or whether a next head has begun."""
+        parser, found = gaffer.HeadParser(), []
+        try:
+            for piece in pieces:
+                request = parser.feed(piece)
+                while request is not None:
+                    found.append((request.method, request.target, request.version, request.headers))
+                    request = parser.feed(parser.rest)
+        except gaffer.GafferError as error:
+            return found + [(type(error), str(error))]
+        return found + [parser.begun]
+
+    def outcome(self, wire, ways=None):
+        """What all ways to cut `wire` come to."""
+        ways = list(ways or pure_drip(wire))
+        outcome = self.parse(ways[0])
+        for pieces in ways[1:]:
+            got = self.parse(pieces)
+            if got != outcome:
+                self.assertEqual(got, outcome, (wire[:200], [len(piece) for piece in pieces][:9]))
+        return outcome
+
+    def test_any_cut(self):
+        """Requests, one behind the other, and the beginning of a next one."""
+        one = ("GET", "/a", (1, 1), {"host": "x"})
+        for wire, wanted in (
+                (b"", [False]), (self.HEAD, [one, False]), (self.HEAD * 3, [one] * 3 + [False]), (self.HEAD + b"G", [one, True]),
+                (b"\r\n" + self.HEAD + b"\r\n\r\n" + self.HEAD + b"\r\n", [one, one, False]), (self.HEAD[:-1], [True]),
+                (b"\r", [True]), (b"\r\n", [False]), (self.HEAD + self.HEAD[:-2], [one, True])):
+            with self.subTest(wire):
+                self.assertEqual(self.outcome(wire), wanted)
+
+    def test_what_came_behind(self):
+        for cut in range(len(self.HEAD)):
+            parser = gaffer.HeadParser()
+            self.assertIsNone(parser.feed(self.HEAD[:cut]))
+            self.assertEqual(parser.begun, cut > 0)
+            self.assertEqual(parser.feed(self.HEAD[cut:] + b"body").target, "/a")
+            self.assertEqual((parser.rest, type(parser.rest), parser.begun), (b"body", bytes, False))
+
+    def test_what_is_refused_first(self):
+        """Of two faults that one is told which comes first in the bytes, as it is when they come one by one."""
+        long_ = b"GET /" + b"a" * gaffer.REQUEST_LINE_SIZE
+        bad, version, uri = gaffer.BadRequest, gaffer.VersionNotSupported, gaffer.UriTooLong
+        for wire, error, words in (
+                (b"\n" + self.HEAD, bad, "CR LF"), (b"GET / HTTP/1.1\nHost: x\n\n", bad, "CR LF"), (b"a\nb", bad, "CR LF"),
+                (b"\r\n\n" + self.HEAD, bad, "CR LF"), (b"\r\n\r\n\n" + self.HEAD, bad, "CR LF"),
+                (b"GET / HTTP/2.0\r\nX: a\nb\r\n\r\n", bad, "CR LF"), (b"GET / HTTP/2.0\r\nX: a\r\n\r\n\n", version, ""),
+                (b"GET / HTTP/1.1\r\nX: a\n\r\n\r\n", bad, "CR LF"), (b"\r\r\n\r\n", bad, "first line"),
+                (b"GET / HTTP/1.1\r\n\r\n", bad, "Host"), (b"\r\n" * 9 + self.HEAD, bad, "empty lines"),
+                (b"\r\n" * 1000, bad, "empty lines"), (b"x y\r\n\r\n", bad, "first line")):
+            with self.subTest(wire[:40]):
+                self.assertEqual(self.outcome(wire)[-1][0], error)
+                self.assertIn(words, self.outcome(wire)[-1][1])
+        for wire, error in ((long_, uri), (long_ + b"\n", uri), (long_ + b" HTTP/2.0\r\nX: a\nb\r\n\r\n", uri),
+                            (b"\n" + long_, bad), (long_[:-200] + b"\n" + long_, bad),
+                            (b"M" * 200 + b" / HTTP/1.1\r\nHost: x\r\n\r\n", None),
+                            (b"M" * 200 + long_[:-204] + b" HTTP/1.1\r\nHost: x\r\n\r\n", uri),
+                            (long_[:8190] + b" HTTP/1.1\r\nHost: x\n\r\n\r\n", bad)):
+            with self.subTest(wire[:40], size=len(wire)):
+                ways = [[wire], [wire[i:i + 1] for i in range(len(wire))], [wire[:8200], wire[8200:]]]
+                last = self.outcome(wire, ways)[-1]
+                self.assertEqual(last if error is None else last[0], False if error is None else error)
+
+    def test_limits_are_the_same_for_every_cut(self):
+        """A head, its empty line with it, and a request line, as long as they may be and one more."""
+        def head(size, start=b"GET / HTTP/1.1\r\nHost: x\r\nX: "):
+            return start + b"y" * (size - len(start) - 4) + b"\r\n\r\n"
+
+        def line(size):
+            return b"GET /".rjust(size - 8191 - 10, b"M") + b"a" * 8191 + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+        self.assertEqual(line(gaffer.REQUEST_LINE_SIZE).find(b"\n"), gaffer.REQUEST_LINE_SIZE)
+        for make, limit, error in ((head, gaffer.HEAD_SIZE, gaffer.HeadersTooLarge),
+                                   (line, gaffer.REQUEST_LINE_SIZE, gaffer.UriTooLong)):
+            for size in range(limit - 2, limit + 3):
+                wire = make(size)
+                ways = [[wire], [wire[i:i + 1] for i in range(len(wire))]]
+                ways += [[wire[:cut], wire[cut:]] for cut in range(limit - 5, min(limit + 5, len(wire)))]
+                last = self.outcome(wire, ways)[-1]
+                self.assertEqual(last if size <= limit else last[0], False if size <= limit else error, size)
+        wire = head(gaffer.HEAD_SIZE + 1000, b"GET / HTTP/1.1\r\nHost: x\r\nX: a\nX: ")
+        self.assertEqual(self.outcome(wire, [[wire], [wire[:30], wire[30:]]])[-1][0], gaffer.BadRequest)
+        wire = head(gaffer.HEAD_SIZE) * 2
+        self.assertEqual(len(self.outcome(wire, [[wire], [wire[:70000], wire[70000:]]])), 3)
+
+    def test_byte_by_byte_costs_no_square(self):
+        def cost(size):
+            wire, best = b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * size + b"\r\n\r\n", math.inf
+            for _ in range(3):
+                parser, began = gaffer.HeadParser(), time.thread_time()
+                for i in range(len(wire)):
+                    parser.feed(wire[i:i + 1])
+                best = min(best, time.thread_time() - began)
+                self.assertFalse(parser.begun)
+            return best
+        self.assertLess(cost(64000), 8 * 2.5 * cost(8000))
+
+
 class PureChunked(Case):
 
     def decode(self, pieces, limit=1000):
@@ -5723,7 +5828,8 @@ class HttpSyntax(HttpCase):
                          b"GET /hit HTTP/1.1\r\n" + line + b"\r\nHost: 127.0.0.1\r\n\r\n"):
                 with self.subTest(data=data):
                     self.assertRefused(data)
-        self.assertRefused(b"GET /hit HTTP/1.1\nHost: 127.0.0.1\n\n")
+        for data in (b"GET /hit HTTP/1.1\nHost: 127.0.0.1\n\n", b"\r\n\n" + http_bytes("GET", "/hit")):
+            self.assertRefused(data)
         self.assertEqual(self.hits, [])
         for line in ("X:y", "X:", "X: \t y \t", "X: \xe9\xff", "!#$%&'*+-.^_`|~9: y"):
             with self.subTest(line=line):
@@ -5820,6 +5926,7 @@ class HttpSyntax(HttpCase):
         wire = self.wire()
         wire.send(b"\r\n" + http_bytes("GET", "/ping") + b"\r\n\r\n" + http_bytes("GET", "/ping"))
         self.assertEqual([wire.answer()[2], wire.answer()[2]], [b"OK", b"OK"])
+        self.assertRefused(b"\r\n" * 100 + http_bytes("GET", "/ping"))
 
     def test_expect_continue(self):
         """100 before the body is sent, and never where the answer is a refusal."""
@@ -5908,7 +6015,7 @@ class HttpSyntax(HttpCase):
         self.assertBody(http_bytes("GET", "/hit", *headers), b"")
         self.hits.clear()
         self.assertRefused(http_bytes("GET", "/hit", *headers, "Z: y"), 431, "headers_too_large")
-        room = gaffer.HEAD_SIZE - len(http_bytes("GET", "/hit", "X: ")) + 4
+        room = gaffer.HEAD_SIZE - len(http_bytes("GET", "/hit", "X: "))
         self.assertBody(http_bytes("GET", "/hit", "X: " + "y" * room), b"")
         self.hits.clear()
         self.assertRefused(http_bytes("GET", "/hit", "X: " + "y" * (room + 1)), 431, "headers_too_large")
