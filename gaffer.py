@@ -156,6 +156,7 @@ HANDLER_MESSAGE_SIZE = 16 * MIB     # a websocket message for a WebSocketHandler
 SEND_QUEUE_SIZE = 32 * MIB          # what a WebSocketHandler may have under way
 SEND_QUEUE_LOW = 256 * KIB          # above this its client is not read
 CONTROL_SIZE = 4 * KIB              # pongs that wait behind a frame; above, the older are dropped (RFC 6455 5.5.3)
+MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn: compressed, they cost little
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
 
 
@@ -3632,25 +3633,29 @@ class WebSocketDecoder:
     def __init__(self, limit):
         self._limit = limit
         self._buffer, self._at = b"", 0         # what came, and how far it is understood
-        self._events = []
+        self._event = None
         self._done = False
         self._message = None                    # opcode of the message under way
-        self._parts, self._size = [], 0
-        self._text = None                       # (parts of text, bytes that begin a character)
+        self._data, self._size = bytearray(), 0     # what of it is here, and what its frames have announced
+        self._checked = 0                       # how much of it is known to be UTF-8
         self._frame = None                      # [opcode, final, key, bytes left, bytes seen] of the frame under way
         self._control = b""
 
     def feed(self, data):
-        """Take bytes, return the list of events they complete."""
+        """Take bytes; returns an iterator over the events they complete. What is not asked for yet waits for the next
+        feed(), of b"" too: so who has enough need not take more."""
         self._buffer = self._buffer[self._at:] + data
         self._at = 0
-        self._events = []
-        while not self._done and (self._payload() if self._frame is not None else self._head()):
+        return iter(self._next, None)
+
+    def _next(self):
+        self._event = None
+        while self._event is None and not self._done and (self._payload() if self._frame is not None else self._head()):
             pass
-        return self._events
+        return self._event
 
     def _fail(self, code, reason):
-        self._events.append(("fail", code, reason))
+        self._event = ("fail", code, reason)
         self._done = True
         return False
 
@@ -3673,7 +3678,7 @@ class WebSocketDecoder:
                 return self._fail(1002, "a frame's length is not in its shortest form")
         if opcode < 8:
             if opcode:
-                self._message, self._parts, self._size, self._text = opcode, [], 0, b""
+                self._message, self._data, self._size, self._checked = opcode, bytearray(), 0, 0
             self._size += size
             if self._size > self._limit:
                 return self._fail(1009, "a message is over %d bytes" % self._limit)
@@ -3710,39 +3715,38 @@ class WebSocketDecoder:
         if opcode >= 8:
             self._control += data
             return last and self._control_end(opcode)
-        if self._message == TEXT:
-            if not self._take_text(data, last and final):
-                return self._fail(1007, "a text message is not UTF-8")
-        elif data:
-            self._parts.append(data)
-        if last and final:
-            message, self._message = self._message, None
-            self._events.append(("text", "".join(self._parts)) if message == TEXT else ("binary", b"".join(self._parts)))
-            self._parts = []
+        self._data += data
+        try:
+            if last and final:
+                self._message_end()
+            elif self._message == TEXT:
+                self._check_text()
+        except UnicodeDecodeError:
+            return self._fail(1007, "a text message is not UTF-8")
         return last
 
-    def _take_text(self, data, final):
-        """Decode what is whole, keep the beginning of a character; False: it can never become one."""
-        data = self._text + data
-        cut = len(data) if final else len(data) - incomplete_utf8(data)
-        self._text = data[cut:]
-        try:
-            if cut:
-                self._parts.append(data[:cut].decode("utf-8"))
-        except UnicodeDecodeError:
-            return False
-        return True
+    def _check_text(self):
+        """What is whole must be UTF-8, the rest the beginning of a character. UnicodeDecodeError."""
+        fresh = self._data[self._checked:]
+        size = len(fresh) - incomplete_utf8(fresh)
+        fresh[:size].decode("utf-8")
+        self._checked += size
+
+    def _message_end(self):
+        data, text = self._data, self._message == TEXT
+        self._message, self._data = None, bytearray()
+        self._event = ("text", data.decode("utf-8")) if text else ("binary", bytes(data))
 
     def _control_end(self, opcode):
         data, self._control = self._control, b""
         if opcode != CLOSE:
-            self._events.append(("ping" if opcode == PING else "pong", data))
+            self._event = ("ping" if opcode == PING else "pong", data)
             return True
         code, reason = (int.from_bytes(data[:2], "big"), data[2:]) if data else (1005, b"")
         if len(data) == 1 or data and code not in CLOSE_CODES and not 3000 <= code < 5000:
             return self._fail(1002, "the close code is none")
         try:
-            self._events.append(("close", code, reason.decode("utf-8")))
+            self._event = ("close", code, reason.decode("utf-8"))
         except UnicodeDecodeError:
             return self._fail(1007, "the close reason is not UTF-8")
         self._done = True
@@ -4832,7 +4836,8 @@ class ParkedChannel(Channel):
 
 
 class WebSocketChannel(Channel):
-    """RFC 6455 on the loop: pings are answered, closing handshakes made. Subclasses have message(data), ended()."""
+    """RFC 6455 on the loop: pings are answered, closing handshakes made. Subclasses have message(data), ended(); between
+    hold() and go_on() they get no messages, and what has come stays as it came."""
 
     limit = MESSAGE_SIZE
 
@@ -4841,6 +4846,7 @@ class WebSocketChannel(Channel):
         self._headers = headers
         self._decoder = WebSocketDecoder(self.limit)
         self._said_close = False
+        self.held = False
 
     def open(self):
         """See Channel."""
@@ -4866,19 +4872,41 @@ class WebSocketChannel(Channel):
 
     def received(self, data):
         """See Channel."""
+        left = MESSAGES_PER_TURN
         for event in self._decoder.feed(data):
             if self.closed or self._ending:
                 return
-            kind = event[0]
-            if kind in ("text", "binary"):
-                if not self._said_close:
-                    self.message(event[1])
-            elif kind == "ping":
-                if self.queued < CONTROL_SIZE + self.limit and not self._said_close:
-                    self.send(frame(PONG, event[1]))
-            elif kind in ("close", "fail"):
-                self._say_close(event[1], event[2] if kind == "fail" else "", event[2])
-                self.finish()
+            self._take(*event)
+            if self.held:
+                return
+            left -= len(event[1]) if event[0] in ("text", "binary") else 0
+            if left < 0:                        # the others' turn
+                self.hold()
+                self.loop.call_soon(self.go_on)
+                return
+
+    def _take(self, kind, data, reason=""):
+        if kind in ("text", "binary"):
+            if not self._said_close:
+                self.message(data)
+        elif kind == "ping":
+            if self.queued < CONTROL_SIZE + self.limit and not self._said_close:
+                self.send(frame(PONG, data))
+        elif kind in ("close", "fail"):
+            self._say_close(data, reason if kind == "fail" else "", reason)
+            self.finish()
+
+    def hold(self):
+        """Take no more for now."""
+        self.held = True
+        self.reading(False)
+
+    def go_on(self):
+        """Take what has come meanwhile, and read again."""
+        self.held = False
+        if not self.closed and not self._ending:
+            self.reading(True)
+            self.received(b"")
 
     def say_close(self, code, reason=""):
         """Send a close frame, once; the connection ends when the peer has answered, or CLOSE_TIME later."""
@@ -4890,7 +4918,8 @@ class WebSocketChannel(Channel):
             self._said_close = True
             self.send(frame(CLOSE, b"") if code == 1005 else close_frame(code, reason))
             self.loop.later(CLOSE_TIME, self.finish)
-            self.reading(True)
+            if self.held:
+                self.loop.call_soon(self.go_on)     # the peer's close frame may be behind what waits
             self.ended(code, told)
 
     def closing(self):
@@ -4908,7 +4937,7 @@ class ProcessSocket(WebSocketChannel):
         self._reply, self._reader = reply, reply.reader
         self._reader.sink = self
         self.stall = BLOCK_STALL if self._reader.loss == "block" else STALL
-        self._held = collections.deque()        # messages that stdin has no room for; nothing is read meanwhile
+        self._messages, self._size = [], 0      # what is to be written to stdin
         self._beat = None
 
     def more_headers(self):
@@ -4936,38 +4965,49 @@ class ProcessSocket(WebSocketChannel):
         if stream is None:
             return self.say_close(1008, "this websocket is read only")
         data = data.encode("utf-8") if isinstance(data, str) else data
-        self._held.append(data + b"\n" if self._reply.by_line else data)
+        self._messages.append(data + b"\n" if self._reply.by_line else data)
+        self._size += len(self._messages[-1])
+        if self._size > STDIN_LOW:
+            self._write()
         return None
 
     def received(self, data):
         """See Channel: what comes together is written together."""
         super().received(data)
-        if sum(map(len, self._held)) <= STDIN_LOW:
-            self._held = collections.deque([b"".join(self._held)] if self._held else [])
-        self._write()
+        if self._messages and not self.held:
+            self._write()
 
     def _write(self):
-        stream = self._reply.stream
-        while self._held:                       # also what came in front of the peer's close frame
+        """Also what came in front of the peer's close frame."""
+        messages, self._messages, stream = self._messages, [], self._reply.stream
+        if self._size <= STDIN_LOW:
+            messages = [b"".join(messages)]
+        self._size = 0
+        while messages:
             try:
-                stream.write(self._held[0])
+                stream.write(messages[0])
             except StdinFull:
-                if self._said_close or self.closed:
-                    log.info("%d websocket messages for %s were dropped: it does not read",
-                             len(self._held), self._reply.process.name)
-                    return self._held.clear()
-                if len(self._held[0]) > STDIN_SIZE:
-                    return self.say_close(1009, "a message is over %d bytes" % STDIN_SIZE)
-                self.reading(False)
-                return stream.on_low.add(self._write)
+                return self._stdin_full(messages)
             except ForbiddenWrite as error:     # its output goes on, and tells the exit at the end
-                log.info("websocket input of %s was dropped: %s", self._reply.process.name, error)
-                self._held.clear()
-                break
-            self._held.popleft()
-        if not self.closed and not self._ending:
-            self.reading(True)
+                return log.info("websocket input of %s was dropped: %s", self._reply.process.name, error)
+            del messages[0]
         return None
+
+    def _stdin_full(self, messages):
+        if self._said_close or self.closed:
+            return log.info("%d websocket messages for %s were dropped: it does not read",
+                            len(messages), self._reply.process.name)
+        if len(messages[0]) > STDIN_SIZE:
+            return self.say_close(1009, "a message is over %d bytes" % STDIN_SIZE)
+        self._messages, self._size = messages, sum(map(len, messages))
+        self.hold()
+        return self._reply.stream.on_low.add(self._stdin_low)
+
+    def _stdin_low(self):
+        self.held = False
+        self._write()
+        if not self.held:
+            self.go_on()
 
     def lost(self, reader, count):
         """See Reader."""
@@ -4991,7 +5031,7 @@ class ProcessSocket(WebSocketChannel):
             self._beat.cancel()
         self._reply.process.on_exit.discard(self._process_exited)
         if self._reply.stream is not None:
-            self._reply.stream.on_low.discard(self._write)
+            self._reply.stream.on_low.discard(self._stdin_low)
 
 
 class WebSocketHandler:
@@ -5061,11 +5101,12 @@ class HandlerSocket(WebSocketChannel):
             log.warning("a websocket client did not take %d bytes; it is closed", self.queued)
             return self.close()
         if not self.send(payload) and self.queued > SEND_QUEUE_LOW:
-            self.reading(False)
+            self.hold()
 
     def drained(self):
         """See Channel."""
-        self.reading(True)
+        if self.held:
+            self.go_on()
 
     def ended(self, code, reason):
         """See WebSocketChannel."""

@@ -42,6 +42,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import unittest
 import urllib.parse
 import wsgiref.util
@@ -2859,9 +2860,9 @@ class PureWebSocket(Case):
             fails = next((number for number in range(len(data)) if not self.can_become_text(data[:number + 1])), None)
             wire = self.frame(1, data + b"x" * 10, False)[:6 + len(data)]
             decoder, failed = gaffer.WebSocketDecoder(1000), None
-            decoder.feed(wire[:6])
+            self.assertEqual(list(decoder.feed(wire[:6])), [])
             for number in range(len(data)):
-                if decoder.feed(wire[6 + number:7 + number]):
+                if list(decoder.feed(wire[6 + number:7 + number])):
                     failed = number
                     break
             self.assertEqual(failed, fails, data)
@@ -2876,15 +2877,29 @@ class PureWebSocket(Case):
                     return True
         return False
 
-    def test_empty_fragments_cost_nothing(self):
-        """A message that grows by nothing must not grow in memory."""
+    def test_small_fragments_cost_no_more_than_their_bytes(self):
+        """A message that grows by nothing must not grow in memory, and one that grows by two bytes not by sixty."""
         for opcode in (1, 2):
-            decoder = gaffer.WebSocketDecoder(10)
-            decoder.feed(self.frame(opcode, b"", False))
-            for _ in range(100):
-                decoder.feed(self.frame(0, b"", False) * 10)
-            self.assertLess(len(decoder._parts), 100)
-            self.assertEqual(decoder.feed(self.frame(0, b"ab")), [("text", "ab") if opcode == 1 else ("binary", b"ab")])
+            for piece, count in ((b"", 20000), (b"ab", 20000)):
+                decoder, wire = gaffer.WebSocketDecoder(100000), self.frame(0, piece, False) * 100
+                tracemalloc.start()
+                self.assertEqual(list(decoder.feed(self.frame(opcode, b"", False))), [])
+                for _ in range(count // 100):
+                    self.assertEqual(list(decoder.feed(wire)), [])
+                size = tracemalloc.get_traced_memory()[0]
+                tracemalloc.stop()
+                self.assertLess(size, 2 * len(piece) * count + 10000)
+                whole = piece * count + b"cd"
+                self.assertEqual(list(decoder.feed(self.frame(0, b"cd"))), [("text", whole.decode()) if opcode == 1 else ("binary", whole)])
+
+    def test_events_wait_until_they_are_asked_for(self):
+        """Who has enough stops, and goes on with the next feed."""
+        wire = b"".join(self.frame(2, b"%d" % number) for number in range(5)) + self.frame(8, b"")
+        decoder, got = gaffer.WebSocketDecoder(100), []
+        for piece in (wire[:30], b"", wire[30:], b"", b"", b""):
+            got.append(next(decoder.feed(piece), None))
+        self.assertEqual(got, [("binary", b"%d" % number) for number in range(5)] + [("close", 1005, "")])
+        self.assertEqual(list(decoder.feed(wire)), [])
 
     def test_frame_encoder_of_bytes(self):
         binary, text = gaffer.FrameEncoder(True, False), gaffer.FrameEncoder(False, False)
