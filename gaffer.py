@@ -135,6 +135,8 @@ HEADERS_MAX = 100
 EMPTY_LINES_MAX = 8                 # in front of a request: old clients send one behind a body
 BODY_SIZE = MIB                     # JSON and stdin; for mounted applications see HttpHandler(max_body=)
 CHUNK_LINE_SIZE = 256               # a chunk's size and its extensions
+CHUNK_EXTENSIONS_SIZE = 16 * KIB    # those of all chunks of a body: they mean nothing, and are read for nothing
+TRAILERS_SIZE = 8 * KIB             # headers behind a chunked body, which mean as little
 HEAD_TIME = 10.0                    # from the first byte of a head to its last
 BODY_TIME = 60.0
 IDLE_TIME = 60.0                    # a connection without a request
@@ -160,7 +162,7 @@ DEFLATE_LEVEL = 1                   # on log lines three times as fast as zlib's
 DEFLATE_WINDOW_BITS = 12            # of windows that are kept: 50 KiB a connection, and 3 % more bytes than with 300 KiB
 DEFLATE_SIZE_MIN = 256              # shorter messages hardly shrink on their own: a line of 150 bytes by a tenth
 FINAL_BLOCKS_MAX = 16               # in one compressed message: each costs a new decompressor
-EXTENSIONS_SIZE = 2 * KIB           # of their header in a handshake: browsers send 60 bytes
+OFFERS_SIZE = 2 * KIB               # Sec-WebSocket-Extensions: browsers send 60 bytes
 MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn: compressed, they cost little
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
 
@@ -330,6 +332,11 @@ class Stopping(GafferError):
 class WaitTimeout(GafferError):
     """?wait: not done in time."""
     status, code = 504, "wait_timeout"
+
+
+class MethodUnknown(GafferError):
+    """The method is none that HTTP has (RFC 9110 section 15.6.2)."""
+    status, code = 501, "method_not_allowed"
 
 
 class VersionNotSupported(GafferError):
@@ -2933,6 +2940,7 @@ class Manager:
 # the server section moves the bytes. A refusal closes the connection where the next request's start would be a guess.
 # --------------------------------------------------------------------------------------------------------------------
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
+OTHER_METHODS = ("PATCH", "TRACE", "CONNECT")   # which no resource here has: RFC 9110 section 9.3, RFC 5789
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 HEADER_LINES = re.compile(r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -2958,18 +2966,24 @@ class Request:
 
     @property
     def query(self):
-        """{name: value} of the query. BadRequest: a name is given twice."""
+        """{name: value} of the query. BadRequest: a name is given twice, or it is not percent-encoded as it should be."""
         if self._query is None:
-            self._query = {}
-            if self.raw_query:
-                try:
-                    pairs = urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True, max_num_fields=100)
-                except ValueError:
-                    raise BadRequest("the query has more than 100 fields; send fewer") from None
-                for name, value in pairs:
-                    need(name not in self._query, BadRequest, "the query names %r twice; name it once" % name[:40])
-                    self._query[name] = value
+            self._query = self._parse_query() if self.raw_query else {}
         return self._query
+
+    def _parse_query(self):
+        need(not BAD_PERCENT.search(self.raw_query), BadRequest, "a % in the query is to be followed by two hexadecimal digits")
+        try:
+            pairs = urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True, errors="strict", max_num_fields=100)
+        except UnicodeDecodeError:
+            raise BadRequest("the query is to be percent-encoded UTF-8") from None
+        except ValueError:
+            raise BadRequest("the query has more than 100 fields; send fewer") from None
+        query = {}
+        for name, value in pairs:
+            need(name not in query, BadRequest, "the query names %r twice; name it once" % name[:40])
+            query[name] = value
+        return query
 
     def segments(self):
         """The path's parts, each percent-decoded once: an encoded slash never changes the route. BadRequest."""
@@ -3005,6 +3019,7 @@ def absolute_target(target, headers):
     match = re.match(r"https?://([^/?#]*)(.*)\Z", target, re.I)
     if match is None:
         raise BadRequest("the request target is to begin with /")
+    need(HOST.match(headers.get("host", match.group(1))), BadRequest, "the Host header is no host, or host:port")
     headers["host"] = match.group(1)
     path = match.group(2)
     return path if path.startswith("/") else "/" + path
@@ -3134,7 +3149,8 @@ class ChunkedDecoder:
 
     def __init__(self, limit):
         self._limit, self._size = limit, 0
-        self._parts = []
+        self._body = bytearray()
+        self._extensions = 0                    # bytes of them so far
         self.rest, self._data, self._at = b"", b"", 0
         self._left = None                       # bytes of the chunk that are to come; None: a size line is next
         self._trailers = None                   # bytes of trailers so far; None: still chunks
@@ -3142,7 +3158,7 @@ class ChunkedDecoder:
     @property
     def body(self):
         """The decoded bytes."""
-        return b"".join(self._parts)
+        return bytes(self._body)
 
     def feed(self, data):
         """Take what came."""
@@ -3177,6 +3193,8 @@ class ChunkedDecoder:
         match = self.SIZE.match(line)
         if match is None:
             raise BadRequest("a chunk begins with its size in hexadecimal digits")
+        self._extensions += len(line) - match.end(1)
+        need(self._extensions <= CHUNK_EXTENSIONS_SIZE, BadRequest, "chunk extensions mean nothing here; leave them out")
         self._left = int(match.group(1), 16)
         self._size += self._left
         need(self._size <= self._limit, TooLarge, "the body is over %d bytes; send less" % self._limit)
@@ -3187,7 +3205,7 @@ class ChunkedDecoder:
         """Take the chunk's bytes, then its CR LF."""
         if self._left:
             part = self._data[self._at:self._at + self._left]
-            self._parts.append(part)
+            self._body += part
             self._at += len(part)
             self._left -= len(part)
         end = self._data[self._at:self._at + 2]
@@ -3200,13 +3218,13 @@ class ChunkedDecoder:
     def _trailer(self):
         """Trailers are read, checked and dropped."""
         while True:
-            line = self._line(HEAD_SIZE - self._trailers)
+            line = self._line(TRAILERS_SIZE - self._trailers)
             if line is None:
                 return False
             if not line:
                 return True
             parse_headers(line.decode("latin-1"))
-            self._trailers += len(line)
+            self._trailers += len(line) + 2
 
 
 def http_date(now):
@@ -3700,7 +3718,7 @@ class Inflater:
 def parse_extensions(text):
     """[(name, [(parameter, "=value" or "")])] of a Sec-WebSocket-Extensions header. BadRequest: section 9.1 has it that what
     is not of its form fails the handshake. HeadersTooLarge."""
-    need(len(text) <= EXTENSIONS_SIZE, HeadersTooLarge, "Sec-WebSocket-Extensions is too long; offer fewer")
+    need(len(text) <= OFFERS_SIZE, HeadersTooLarge, "Sec-WebSocket-Extensions is too long; offer fewer")
     found, at = [], 0
     while at < len(text):
         match = EXTENSION.match(text, at)
@@ -5804,6 +5822,7 @@ class HttpHandler:
             return self._extra(request)
         handler = methods.get(request.method)
         if handler is None:
+            need(request.method in METHODS + OTHER_METHODS, MethodUnknown, "HTTP has no such method; they are in capitals")
             # what may be done with a stream depends on its label
             allow = self.loop.call(methods["*"], self._api, *args) if "*" in methods else methods
             raise MethodNotAllowed("use one of the methods in the Allow header", allowed(allow))

@@ -382,7 +382,8 @@ class PureErrors(Case):
         404: "not_found resource_not_found io_not_found bad_event_type", 405: "method_not_allowed", 408: "timeout",
         413: "too_large", 414: "uri_too_long", 431: "headers_too_large", 415: "unsupported_media_type", 409: "conflict",
         426: "upgrade_required", 500: "internal_error", 503: "stdin_full busy stopping", 504: "wait_timeout",
-        417: "bad_request", 505: "bad_request",         # the two that RFC 9110 asks for beside the contract's table
+        # the three that RFC 9110 asks for beside the contract's table
+        417: "bad_request", 501: "method_not_allowed", 505: "bad_request",
     }
 
     def test_the_tree_is_the_contract(self):
@@ -1999,6 +2000,10 @@ class PureHead(Case):
                 request = pure_request(target=target)
                 self.assertEqual((request.headers["host"], request.target), (host, path))
         self.assertEqual(pure_request(target="*", method="OPTIONS").segments(), [])
+        self.assertEqual(pure_request(target="http://a/", version="1.0", host=None).headers["host"], "a")
+        for host in ("", "a b", "a/b", "[::1", "user@a", "a:b", "\xe9"):     # a Host that is none is refused all the same
+            with self.subTest(host), self.assertRaises(gaffer.BadRequest):
+                pure_request(target="http://a/", host=host)
 
     def test_body_length(self):
         for lines, wanted in (
@@ -2046,10 +2051,11 @@ class PureHead(Case):
                 ("", {}), ("a", {"a": ""}), ("a=", {"a": ""}), ("a=b=c", {"a": "b=c"}),
                 ("a=b&c=d", {"a": "b", "c": "d"}),
                 ("a=%26%3d+x", {"a": "&= x"}), ("a=b;c=d", {"a": "b;c=d"}), ("&&a=1&", {"a": "1"}),
-                ("a=%C3%A4", {"a": "\xe4"}), ("a?b=c?", {"a?b": "c?"})):
+                ("a=%C3%A4", {"a": "\xe4"}), ("a?b=c?", {"a?b": "c?"}), ("a=%2526", {"a": "%26"}), ("a=%00", {"a": "\0"})):
             with self.subTest(query):
                 self.assertEqual(pure_request(target="/?" + query).query, wanted)
-        for query in ("a=1&a=1", "a&b&a", "&".join("x%d=1" % number for number in range(101))):
+        for query in ("a=1&a=1", "a&b&a", "&".join("x%d=1" % number for number in range(101)), "a=%", "a=%4", "%zz", "a=%ff",
+                      "a=%C3", "%E4=1", "a=%ED%A0%80", "a=1&a%3d=%+1"):
             with self.subTest(query[:9]), self.assertRaises(gaffer.BadRequest):
                 pure_request(target="/?" + query).query
 
@@ -2242,6 +2248,40 @@ class PureChunked(Case):
             self.decode(itertools.chain([b"0\r\n"], itertools.repeat(b"X: " + b"y" * 1000 + b"\r\n", 100)))
         with self.assertRaises(gaffer.BadRequest):
             self.decode(itertools.chain([b"0\r\nX: "], itertools.repeat(b"y" * 1000, 100)))
+        line = b"X: " + b"y" * 93 + b"\r\n"
+        for count, good in ((gaffer.TRAILERS_SIZE // 98, True), (gaffer.TRAILERS_SIZE // 98 + 1, False)):
+            for pieces in ([b"0\r\n" + line * count + b"\r\n"], [b"0\r\n"] + [line] * count + [b"\r", b"\n"]):
+                if good:
+                    self.assertEqual(self.decode(pieces), (b"", b""))
+                else:
+                    with self.assertRaises(gaffer.BadRequest):
+                        self.decode(pieces)
+
+    def test_extensions_are_bounded(self):
+        """Those of one chunk, and of all: a mebibyte in chunks of a byte must not be a quarter of a gigabyte on the wire."""
+        def wire(size, count):
+            return b"1;%b\r\na\r\n" % (b"x" * size) * count + b"0\r\n\r\n"
+        most = gaffer.CHUNK_LINE_SIZE - 3
+        for size, count, good in ((most, 1, True), (most + 1, 1, False), (99, gaffer.CHUNK_EXTENSIONS_SIZE // 100, True),
+                                  (99, gaffer.CHUNK_EXTENSIONS_SIZE // 100 + 1, False), (0, 900, True)):
+            for pieces in ([wire(size, count)], pure_pieces(random.Random(7), wire(size, count), 50)):
+                with self.subTest(size=size, count=count):
+                    if good:
+                        self.assertEqual(self.decode(pieces), (b"a" * count, b""))
+                    else:
+                        with self.assertRaises(gaffer.BadRequest):
+                            self.decode(pieces)
+
+    def test_small_chunks_cost_no_more_than_their_bytes(self):
+        decoder, wire = gaffer.ChunkedDecoder(100000), b"2\r\nab\r\n" * 100
+        tracemalloc.start()
+        for _ in range(200):
+            self.assertFalse(decoder.feed(wire))
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        self.assertLess(size, 100000)
+        self.assertTrue(decoder.feed(b"0\r\n\r\n"))
+        self.assertEqual(decoder.body, b"ab" * 20000)
 
     def test_many_small_chunks_in_one_piece(self):
         """The work grows with the bytes, not with their square."""
@@ -2924,7 +2964,7 @@ class PureWebSocket(Case):
         return [event for piece in pieces for event in decoder.feed(piece)]
 
     def test_extensions(self):
-        long_ = "x" * gaffer.EXTENSIONS_SIZE
+        long_ = "x" * gaffer.OFFERS_SIZE
         for text, wanted in (
                 ("", []), (" ", []), (",", []), (" ,, \t", []), ("a", [("a", [])]), ("a,b", [("a", []), ("b", [])]),
                 (" a ; b ; c = d,, e;f=\"g\" ,", [("a", [("b", ""), ("c", "=d")]), ("e", [("f", "=g")])]),
@@ -5784,10 +5824,11 @@ class HttpMethods(HttpCase):
     }
 
     def test_every_wrong_method(self):
-        """405 for each route and each method it has not, with what it has."""
+        """405 for each route and each method it has not, with what it has; 501 for what is no method."""
         self.cat("web")
         for path, allow in self.ROUTES.items():
-            for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE", "FOO", "get"):
+            self.assertCode(self.ask(http_bytes("get" if "GET" in allow else "FOO", path)), 501, "method_not_allowed")
+            for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE"):
                 if method in allow.split(", "):
                     continue
                 with self.subTest(method=method, path=path):
