@@ -43,10 +43,12 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import unittest
 import urllib.parse
 import wsgiref.util
 import wsgiref.validate
+import zlib
 
 import gaffer
 
@@ -265,6 +267,7 @@ class WebSocket:
         head = self.file.read(2)
         if len(head) < 2:
             return None, b""
+        self.compressed = bool(head[0] & 0x40)
         size = head[1] & 127
         if size == 126:
             size = struct.unpack("!H", self.file.read(2))[0]
@@ -380,7 +383,8 @@ class PureErrors(Case):
         404: "not_found resource_not_found io_not_found bad_event_type", 405: "method_not_allowed", 408: "timeout",
         413: "too_large", 414: "uri_too_long", 431: "headers_too_large", 415: "unsupported_media_type", 409: "conflict",
         426: "upgrade_required", 500: "internal_error", 503: "stdin_full busy stopping", 504: "wait_timeout",
-        417: "bad_request", 505: "bad_request",         # the two that RFC 9110 asks for beside the contract's table
+        # the three that RFC 9110 asks for beside the contract's table
+        417: "bad_request", 501: "method_not_allowed", 505: "bad_request",
     }
 
     def test_the_tree_is_the_contract(self):
@@ -2116,6 +2120,10 @@ class PureHead(Case):
                 request = pure_request(target=target)
                 self.assertEqual((request.headers["host"], request.target), (host, path))
         self.assertEqual(pure_request(target="*", method="OPTIONS").segments(), [])
+        self.assertEqual(pure_request(target="http://a/", version="1.0", host=None).headers["host"], "a")
+        for host in ("", "a b", "a/b", "[::1", "user@a", "a:b", "\xe9"):     # a Host that is none is refused all the same
+            with self.subTest(host), self.assertRaises(gaffer.BadRequest):
+                pure_request(target="http://a/", host=host)
 
     def test_body_length(self):
         for lines, wanted in (
@@ -2163,10 +2171,11 @@ class PureHead(Case):
                 ("", {}), ("a", {"a": ""}), ("a=", {"a": ""}), ("a=b=c", {"a": "b=c"}),
                 ("a=b&c=d", {"a": "b", "c": "d"}),
                 ("a=%26%3d+x", {"a": "&= x"}), ("a=b;c=d", {"a": "b;c=d"}), ("&&a=1&", {"a": "1"}),
-                ("a=%C3%A4", {"a": "\xe4"}), ("a?b=c?", {"a?b": "c?"})):
+                ("a=%C3%A4", {"a": "\xe4"}), ("a?b=c?", {"a?b": "c?"}), ("a=%2526", {"a": "%26"}), ("a=%00", {"a": "\0"})):
             with self.subTest(query):
                 self.assertEqual(pure_request(target="/?" + query).query, wanted)
-        for query in ("a=1&a=1", "a&b&a", "&".join("x%d=1" % number for number in range(101))):
+        for query in ("a=1&a=1", "a&b&a", "&".join("x%d=1" % number for number in range(101)), "a=%", "a=%4", "%zz", "a=%ff",
+                      "a=%C3", "%E4=1", "a=%ED%A0%80", "a=1&a%3d=%+1"):
             with self.subTest(query[:9]), self.assertRaises(gaffer.BadRequest):
                 pure_request(target="/?" + query).query
 
@@ -2359,6 +2368,40 @@ class PureChunked(Case):
             self.decode(itertools.chain([b"0\r\n"], itertools.repeat(b"X: " + b"y" * 1000 + b"\r\n", 100)))
         with self.assertRaises(gaffer.BadRequest):
             self.decode(itertools.chain([b"0\r\nX: "], itertools.repeat(b"y" * 1000, 100)))
+        line = b"X: " + b"y" * 93 + b"\r\n"
+        for count, good in ((gaffer.TRAILERS_SIZE // 98, True), (gaffer.TRAILERS_SIZE // 98 + 1, False)):
+            for pieces in ([b"0\r\n" + line * count + b"\r\n"], [b"0\r\n"] + [line] * count + [b"\r", b"\n"]):
+                if good:
+                    self.assertEqual(self.decode(pieces), (b"", b""))
+                else:
+                    with self.assertRaises(gaffer.BadRequest):
+                        self.decode(pieces)
+
+    def test_extensions_are_bounded(self):
+        """Those of one chunk, and of all: a mebibyte in chunks of a byte must not be a quarter of a gigabyte on the wire."""
+        def wire(size, count):
+            return b"1;%b\r\na\r\n" % (b"x" * size) * count + b"0\r\n\r\n"
+        most = gaffer.CHUNK_LINE_SIZE - 3
+        for size, count, good in ((most, 1, True), (most + 1, 1, False), (99, gaffer.CHUNK_EXTENSIONS_SIZE // 100, True),
+                                  (99, gaffer.CHUNK_EXTENSIONS_SIZE // 100 + 1, False), (0, 900, True)):
+            for pieces in ([wire(size, count)], pure_pieces(random.Random(7), wire(size, count), 50)):
+                with self.subTest(size=size, count=count):
+                    if good:
+                        self.assertEqual(self.decode(pieces), (b"a" * count, b""))
+                    else:
+                        with self.assertRaises(gaffer.BadRequest):
+                            self.decode(pieces)
+
+    def test_small_chunks_cost_no_more_than_their_bytes(self):
+        decoder, wire = gaffer.ChunkedDecoder(100000), b"2\r\nab\r\n" * 100
+        tracemalloc.start()
+        for _ in range(200):
+            self.assertFalse(decoder.feed(wire))
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        self.assertLess(size, 100000)
+        self.assertTrue(decoder.feed(b"0\r\n\r\n"))
+        self.assertEqual(decoder.body, b"ab" * 20000)
 
     def test_many_small_chunks_in_one_piece(self):
         """The work grows with the bytes, not with their square."""
@@ -2979,9 +3022,9 @@ class PureWebSocket(Case):
             fails = next((number for number in range(len(data)) if not self.can_become_text(data[:number + 1])), None)
             wire = self.frame(1, data + b"x" * 10, False)[:6 + len(data)]
             decoder, failed = gaffer.WebSocketDecoder(1000), None
-            decoder.feed(wire[:6])
+            self.assertEqual(list(decoder.feed(wire[:6])), [])
             for number in range(len(data)):
-                if decoder.feed(wire[6 + number:7 + number]):
+                if list(decoder.feed(wire[6 + number:7 + number])):
                     failed = number
                     break
             self.assertEqual(failed, fails, data)
@@ -2996,15 +3039,233 @@ class PureWebSocket(Case):
                     return True
         return False
 
-    def test_empty_fragments_cost_nothing(self):
-        """A message that grows by nothing must not grow in memory."""
+    def test_small_fragments_cost_no_more_than_their_bytes(self):
+        """A message that grows by nothing must not grow in memory, and one that grows by two bytes not by sixty."""
         for opcode in (1, 2):
-            decoder = gaffer.WebSocketDecoder(10)
-            decoder.feed(self.frame(opcode, b"", False))
-            for _ in range(100):
-                decoder.feed(self.frame(0, b"", False) * 10)
-            self.assertLess(len(decoder._parts), 100)
-            self.assertEqual(decoder.feed(self.frame(0, b"ab")), [("text", "ab") if opcode == 1 else ("binary", b"ab")])
+            for piece, count in ((b"", 20000), (b"ab", 20000)):
+                decoder, wire = gaffer.WebSocketDecoder(100000), self.frame(0, piece, False) * 100
+                tracemalloc.start()
+                self.assertEqual(list(decoder.feed(self.frame(opcode, b"", False))), [])
+                for _ in range(count // 100):
+                    self.assertEqual(list(decoder.feed(wire)), [])
+                size = tracemalloc.get_traced_memory()[0]
+                tracemalloc.stop()
+                self.assertLess(size, 2 * len(piece) * count + 10000)
+                whole = piece * count + b"cd"
+                self.assertEqual(list(decoder.feed(self.frame(0, b"cd"))), [("text", whole.decode()) if opcode == 1 else ("binary", whole)])
+
+    def test_events_wait_until_they_are_asked_for(self):
+        """Who has enough stops, and goes on with the next feed."""
+        wire = b"".join(self.frame(2, b"%d" % number) for number in range(5)) + self.frame(8, b"")
+        decoder, got = gaffer.WebSocketDecoder(100), []
+        for piece in (wire[:30], b"", wire[30:], b"", b"", b""):
+            got.append(next(decoder.feed(piece), None))
+        self.assertEqual(got, [("binary", b"%d" % number) for number in range(5)] + [("close", 1005, "")])
+        self.assertEqual(list(decoder.feed(wire)), [])
+
+    # compression
+
+    @staticmethod
+    def deflate(data, bits=15, stream=None, level=6):
+        """A compressed message, as a client makes it."""
+        stream = stream or zlib.compressobj(level, zlib.DEFLATED, -bits)
+        data = stream.compress(data) + stream.flush(zlib.Z_SYNC_FLUSH)
+        assert data.endswith(b"\0\0\xff\xff")
+        return data[:-4]
+
+    @staticmethod
+    def inflate(data, bits=15, stream=None):
+        """What a client makes of a compressed message."""
+        return (stream or zlib.decompressobj(-bits)).decompress(data + b"\0\0\xff\xff")
+
+    def inflated(self, pieces, limit=1000, bits=15, takeover=True):
+        """The events of bytes that come in pieces, where messages may be compressed."""
+        decoder = gaffer.WebSocketDecoder(limit, gaffer.Inflater(bits, takeover))
+        return [event for piece in pieces for event in decoder.feed(piece)]
+
+    def test_extensions(self):
+        long_ = "x" * gaffer.OFFERS_SIZE
+        for text, wanted in (
+                ("", []), (" ", []), (",", []), (" ,, \t", []), ("a", [("a", [])]), ("a,b", [("a", []), ("b", [])]),
+                (" a ; b ; c = d,, e;f=\"g\" ,", [("a", [("b", ""), ("c", "=d")]), ("e", [("f", "=g")])]),
+                ("a;b;b=1;b", [("a", [("b", ""), ("b", "=1"), ("b", "")])]), ('a; b="\\1\\2"', [("a", [("b", "=12")])]),
+                (long_, [(long_, [])])):
+            with self.subTest(text[:40]):
+                self.assertEqual(gaffer.parse_extensions(text), wanted)
+        for text in ("a b", "a;", "a;;b", ";a", "a;b=", "a;=b", 'a;b="', 'a;b=""', 'a;b="c d"', 'a;b="c,d"', 'a;b="c"d', "a;b=c d",
+                     'a;"b"', '"a"', "a=b", "a/b", "a;b=c=d", "\xe9", "a;b\xe9", 'a;b="\\"', "a;b=c\"d\"", "(a)", "a@", "a" * 2000 + "@",
+                     "a" + " " * 2000 + "@", 'a;b="' + "\\c" * 900):
+            with self.subTest(text[:40]), self.assertRaises(gaffer.BadRequest):
+                gaffer.parse_extensions(text)
+        with self.assertRaises(gaffer.HeadersTooLarge):
+            gaffer.parse_extensions(long_ + "x")
+
+    def test_offers(self):
+        """What is answered to an offer of compression, for a stream and for a route; None: it is declined."""
+        none, kept = "permessage-deflate; server_no_context_takeover; client_no_context_takeover", "permessage-deflate"
+        server, client = "server_max_window_bits", "client_max_window_bits"
+        for offer, stream, route in (
+                (kept, none, kept), ("x-webkit-deflate-frame, " + kept, none, kept), (kept + ";  client_max_window_bits", none, kept + "; client_max_window_bits=12"),
+                ("%s; %s=10" % (kept, client), none, "%s; %s=10" % (kept, client)),
+                ("%s; %s=8" % (kept, client), none, "%s; %s=8" % (kept, client)),
+                ("%s; %s=15" % (kept, client), none, "%s; %s=12" % (kept, client)),
+                ('%s; %s="9"' % (kept, server), "%s; %s=9" % (none, server), "%s; %s=9" % (kept, server)),
+                ("%s; %s=15" % (kept, server), "%s; %s=15" % (none, server), "%s; %s=12" % (kept, server)),
+                ("%s; server_no_context_takeover" % kept, none, "%s; server_no_context_takeover" % kept),
+                ("%s; server_no_context_takeover; %s=15" % (kept, server), "%s; %s=15" % (none, server),
+                 "%s; server_no_context_takeover; %s=15" % (kept, server)),
+                ("%s; client_no_context_takeover; %s" % (kept, client), none, "%s; client_no_context_takeover" % kept),
+                ("%s; %s=8, %s" % (kept, server, kept), none, kept),
+                ("%s; %s=9, %s; %s=10" % (kept, server, kept, server), "%s; %s=9" % (none, server), "%s; %s=9" % (kept, server)),
+                ("%s; unknown, %s; server_no_context_takeover" % (kept, kept), none, "%s; server_no_context_takeover" % kept),
+                *((text, None, None) for text in (
+                    "", "x", "permessage-bzip2", "Permessage-Deflate", kept + "; unknown", kept + "; unknown=1", kept + "; " + server,
+                    *("%s; %s=%s" % (kept, name, value) for name in (server, client) for value in ("7", "16", "08", "010", "+9", "1_0", "x", "9x", "99")),
+                    "%s; %s=8" % (kept, server), kept + "; server_no_context_takeover=1", kept + "; client_no_context_takeover=true",
+                    kept + "; client_no_context_takeover; client_no_context_takeover", "%s; %s=9; %s=9" % (kept, server, server),
+                    "%s; %s; %s=9" % (kept, client, client), kept + "; Server_No_Context_Takeover"))):
+            for takeover, wanted in (False, stream), (True, route):
+                with self.subTest(offer, takeover=takeover):
+                    headers, deflater, inflater = gaffer.accept_deflate(pure_request("Sec-WebSocket-Extensions: " + offer), takeover)
+                    self.assertEqual(headers, [("Sec-WebSocket-Extensions", wanted)] if wanted else [])
+                    self.assertEqual((deflater is None, inflater is None), (wanted is None, wanted is None))
+        self.assertEqual(gaffer.accept_deflate(pure_request(), True), ([], None, None))
+        with self.assertRaises(gaffer.BadRequest):
+            gaffer.accept_deflate(pure_request("Sec-WebSocket-Extensions: %s;" % kept), True)
+
+    def test_deflated_frames(self):
+        """Each window and both ways to keep it, read by a client that holds to what was agreed."""
+        rng = random.Random(18)
+        words = [bytes(rng.choice(b"abcdefgh") for _ in range(rng.randrange(2, 9))) for _ in range(60)]
+        messages = [b" ".join(rng.choice(words) for _ in range(rng.randrange(count))) for count in (2, 2, 200, 9, 3000, 5, 5)]
+        messages += [rng.choice(words) * 9000, bytes(rng.randrange(256) for _ in range(3000)), b"", b"x"]
+        for bits in range(9, 16):
+            for takeover in (False, True):
+                deflater, stream, total = gaffer.Deflater(bits, takeover), zlib.decompressobj(-bits), 0
+                for message in messages:
+                    wire = deflater.frame(2, message)
+                    start = (2, 4, 10)[max(0, wire[1] - 125)]
+                    self.assertIn(wire[0], (0x82, 0xC2))
+                    data = wire[start:]
+                    if wire[0] == 0xC2:
+                        data = self.inflate(data, bits, stream if takeover else None)
+                    self.assertEqual(data, message)
+                    self.assertEqual(wire, gaffer.frame(wire[0] & 0x7F, wire[start:]))
+                    total += len(wire)
+                self.assertLess(total, 0.5 * sum(map(len, messages)))
+                text = b" ".join(rng.choice(words) for _ in range(70))
+                if bits > 10:                   # else its window does not reach back so far
+                    self.assertEqual(len(deflater.frame(2, text)) > 4 * len(deflater.frame(2, text)), takeover)
+
+    def test_what_does_not_shrink_is_sent_as_it_is(self):
+        deflater, rng = gaffer.Deflater(15, False), random.Random(19)
+        for data in (b"", b"x" * (gaffer.DEFLATE_SIZE_MIN - 1), bytes(rng.randrange(256) for _ in range(5000))):
+            self.assertEqual(deflater.frame(1, data), gaffer.frame(1, data))
+        wire = deflater.frame(1, b"x" * gaffer.DEFLATE_SIZE_MIN)
+        self.assertEqual((wire[0], len(wire) < 20), (0xC1, True))
+        self.assertEqual(gaffer.Deflater(12, True).frame(1, b""), b"\x81\0")
+
+    def test_examples_of_the_rfc(self):
+        """RFC 7692 section 7.2.3, however they come."""
+        hello, one, part = bytes.fromhex("f248cdc9c90700"), 0x41, self.frame
+        for name, wire, takeover in (
+                ("one message", part(one, hello), False), ("fragments", part(one, hello[:3], False) + part(0, hello[3:]), False),
+                ("with a window", part(one, hello) + part(one, bytes.fromhex("f200110000")), True),
+                ("no window", part(one, hello) * 2, False), ("a stored block", part(one, bytes.fromhex("000500faff48656c6c6f00")), False),
+                ("a final block", part(one, bytes.fromhex("f348cdc9c9070000")), False),
+                ("final blocks, a window", part(one, bytes.fromhex("f348cdc9c9070000")) * 3, True),
+                ("two blocks", part(one, bytes.fromhex("f248050000 00ffffcac9c90700".replace(" ", ""))), False),
+                ("a ping between", part(one, hello[:3], False) + part(9, b"") + part(0, b"", False) + part(0, hello[3:]), False),
+                ("not compressed", part(1, b"Hello") + part(one, hello) + part(1, b"Hel", False) + part(0, b"lo"), True),
+                ("after an empty one", part(2, b"") + part(one, hello), False)):
+            for pieces in pure_drip(wire):
+                with self.subTest(name, pieces=len(pieces)):
+                    events = self.inflated(pieces, takeover=takeover)
+                    self.assertEqual({event[1] for event in events if event[0] == "text"}, {"Hello"})
+                    self.assertEqual({event[0] for event in events} - {"text", "ping", "binary"}, set())
+        for empty in (b"\0", b"\x02\0", b"\x03\0\0"):
+            self.assertEqual(self.inflated([self.frame(0x42, empty) * 2]), [("binary", b"")] * 2)
+
+    def test_deflate_errors(self):
+        """Each with its close code, however it comes."""
+        hello, one = self.deflate(b"Hello"), 0x41
+        text, cut, large = self.deflate(b"\xc3\xa4\xff" + b"x" * 50), self.deflate(b"a\xe2\x82"), self.deflate(b"x" * 1100)
+        for name, wire, code in (
+                ("RSV1 on a continuation", self.frame(one, hello, False) + self.frame(0x40, b""), 1002),
+                ("RSV1 on a ping", self.frame(0x49, b""), 1002), ("RSV1 on a close", self.frame(0x48, b""), 1002),
+                ("RSV2 with it", self.frame(0x61, hello), 1002), ("RSV3", self.frame(0x11, hello), 1002),
+                ("nonsense", self.frame(one, b"\xff\xff\xff"), 1007), ("nothing", self.frame(one, b""), 1007),
+                ("nothing in fragments", self.frame(one, b"", False) + self.frame(0, b"", False) + self.frame(0, b""), 1007),
+                ("a bad distance", self.frame(one, bytes.fromhex("f200110000")), 1007),
+                ("not UTF-8", self.frame(one, text), 1007), ("a character cut", self.frame(one, cut), 1007),
+                ("not UTF-8 within", self.frame(one, text[:6], False), 1007),
+                ("too large", self.frame(one, self.deflate(b"x" * 1001)), 1009),
+                ("too large in fragments", b"".join(self.frame(0 if i else one, large[i:i + 1], False) for i in range(len(large))), 1009),
+                ("too large on the wire", self.frame(one, b"\0\0\0\xff\xff" * 500), 1009),
+                ("final blocks without end", self.frame(one, b"\x03\0" * 50), 1007)):
+            for pieces in itertools.islice(pure_drip(wire + self.frame(1, b"never")), 40):
+                with self.subTest(name, pieces=len(pieces)):
+                    fails = [event for event in self.inflated(pieces) if event[0] != "text"]
+                    self.assertEqual([event[:2] for event in fails], [("fail", code)])
+                    self.assertTrue(fails[0][2])
+        self.assertEqual(self.feed([self.frame(one, hello)])[0][:2], ("fail", 1002))     # nobody has agreed on it
+
+    def test_inflated_limit(self):
+        """It holds for what comes out, to the byte; and what goes in may be a little more."""
+        rng = random.Random(20)
+        noise = bytes(rng.randrange(256) for _ in range(1000))
+        for data in (b"x" * 1000, noise):
+            self.assertEqual(self.inflated([self.frame(0x42, self.deflate(data)) * 2]), [("binary", data)] * 2)
+            self.assertEqual(self.inflated([self.frame(0x42, self.deflate(data + b"x"))])[0][:2], ("fail", 1009))
+        self.assertEqual(self.inflated([self.frame(0x42, self.deflate(noise, level=0))]), [("binary", noise)])
+
+    def test_a_bomb_is_not_inflated(self):
+        """A message over the limit costs its limit, and the work ends there: as it is whole, or in fragments, or both."""
+        limit, bomb = 1 << 20, self.deflate(b"\0" * (1 << 26))
+        self.assertLess(len(bomb), 70000)
+        for wire in (self.frame(0x42, bomb), self.frame(0x41, bomb), self.frame(0x42, bomb[:500], False) + self.frame(0, bomb[500:])):
+            tracemalloc.start()
+            events = self.inflated([wire], limit)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            self.assertEqual([event[:2] for event in events], [("fail", 1009)])
+            self.assertLess(peak, 5 * limit)
+
+    def test_inflated_in_any_pieces(self):
+        rng = random.Random(21)
+        for takeover in (False, True):
+            stream, wire, wanted = zlib.compressobj(6, zlib.DEFLATED, -12), b"", []
+            for number in range(40):
+                text = ("\u20ac%d " % rng.randrange(9) * rng.randrange(60)).encode()
+                data = self.deflate(text, 12, stream if takeover else None) if number % 5 else text
+                pieces = list(pure_pieces(rng, data, 40)) or [b""]
+                for place, piece in enumerate(pieces):
+                    wire += self.frame(0 if place else 0x41 if number % 5 else 1, piece, place == len(pieces) - 1)
+                wanted.append(("text", text.decode()))
+            for most in (1, 7, 100, len(wire)):
+                self.assertEqual(self.inflated(pure_pieces(rng, wire, most), bits=12, takeover=takeover), wanted)
+
+    def test_inflater_keeps_nothing_it_need_not(self):
+        """Between messages without context takeover there is no window."""
+        for takeover in (False, True):
+            inflater = gaffer.Inflater(15, takeover)
+            self.assertEqual(inflater.feed(self.deflate(b"x"), True, 10), b"x")
+            self.assertEqual(inflater._stream is None, not takeover)
+
+    def test_frame_encoder_that_compresses(self):
+        """All who have agreed to the same share frames, and the others do not."""
+        plain, *packed = (gaffer.FrameEncoder(False, False, deflater) for deflater in (
+            None, gaffer.Deflater(15, False), gaffer.Deflater(15, False), gaffer.Deflater(9, False)))
+        self.assertEqual(len({encoder.key for encoder in (plain, *packed)}), 3)
+        self.assertEqual(packed[0].key, packed[1].key)
+        payload, consumed = packed[0].encode(b"line of text\xff\n" * 100 + b"\xe2", 0, None, gaffer.NORMAL, 10000)
+        self.assertEqual((consumed, payload[0], payload[1]), (1400, 0xC1, len(payload) - 2))
+        self.assertEqual(self.inflate(payload[2:]), "line of text\ufffd\n".encode() * 100)
+        self.assertEqual(packed[0].encode(b"short\n", 0, None, gaffer.NORMAL, 10000), plain.encode(b"short\n", 0, None, gaffer.NORMAL, 10000))
+        lines = gaffer.FrameEncoder(True, True, gaffer.Deflater(15, False))
+        payload, consumed = lines.encode(b"short\n" + b"long " * 100 + b"\n", 0, None, gaffer.NORMAL, 10000)
+        self.assertEqual((consumed, payload[:7]), (507, b"\x82\x05short"))
+        self.assertEqual((payload[7], self.inflate(payload[9:])), (0xC2, b"long " * 100))
 
     def test_frame_encoder_of_bytes(self):
         binary, text = gaffer.FrameEncoder(True, False), gaffer.FrameEncoder(False, False)
@@ -5683,10 +5944,11 @@ class HttpMethods(HttpCase):
     }
 
     def test_every_wrong_method(self):
-        """405 for each route and each method it has not, with what it has."""
+        """405 for each route and each method it has not, with what it has; 501 for what is no method."""
         self.cat("web")
         for path, allow in self.ROUTES.items():
-            for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE", "FOO", "get"):
+            self.assertCode(self.ask(http_bytes("get" if "GET" in allow else "FOO", path)), 501, "method_not_allowed")
+            for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE"):
                 if method in allow.split(", "):
                     continue
                 with self.subTest(method=method, path=path):
@@ -7247,6 +7509,43 @@ class HttpLibrary(HttpCase):
         self.assertEqual(got[6], ("close", 4001, "bye"))
         self.assertTrue(seen.empty())
 
+    def test_websocket_compression(self):
+        """Windows are kept in both directions, unless the client or the handler does not want it."""
+        offer = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits%s\r\n"
+        rng = random.Random(22)
+        text = "".join(chr(rng.randrange(0x4e00, 0x9fff)) for _ in range(200)).encode()
+        server, seen = self.socket_server()
+        for more, keep_ours, keep_theirs, answer in (
+                ("", True, True, "permessage-deflate; client_max_window_bits=12"),
+                ("; client_no_context_takeover", True, False, "permessage-deflate; client_no_context_takeover"),
+                ("; server_no_context_takeover", False, True, "permessage-deflate; server_no_context_takeover; client_max_window_bits=12")):
+            with self.subTest(more):
+                made = self.open_socket(server, headers=offer % more)
+                self.assertEqual(made.headers["Sec-WebSocket-Extensions"], answer)
+                theirs, ours, sizes = zlib.compressobj(6, zlib.DEFLATED, -12), zlib.decompressobj(-12), []
+                for _ in range(3):
+                    made.frame(0x41, PureWebSocket.deflate(text, 12, theirs if keep_theirs else None))
+                    opcode, data = made.read()
+                    self.assertEqual((opcode, made.compressed), (1, True))
+                    self.assertEqual(PureWebSocket.inflate(data, 12, ours if keep_ours else None), text)
+                    sizes.append(len(data))
+                self.assertEqual(sizes[1] < 100 > sizes[2], keep_ours)
+                self.assertGreater(sizes[0], 300)
+        server, seen = self.socket_server(compression=False)
+        made = self.open_socket(server, headers=offer % "")
+        made.text("x" * 1000)
+        self.assertEqual((made.headers["Sec-WebSocket-Extensions"], made.read(), made.compressed), (None, (1, b"x" * 1000), False))
+
+    def test_websocket_handler_that_is_full(self):
+        """What its client does not read stops the next messages, though all of them have come at once."""
+        answer = bytes(gaffer.MIB)
+        server, _ = self.socket_server(message=lambda self, data: self.send(answer[:-1] + data))
+        made = self.open_socket(server, early=b"".join(WebSocket.encode(2, b"%c" % number) for number in range(64)))
+        channel, = server.http.channels
+        until(lambda: channel.held, "a queue that is full")
+        self.assertLess(channel.queued, 8 * gaffer.MIB)
+        self.assertEqual([made.read()[1][-1] for _ in range(64)], list(range(64)))
+
     def test_websocket_ends(self):
         """By end(), by a client that goes, by a fault, by the server's stop."""
         server, seen = self.socket_server(max_message=10)
@@ -8673,6 +8972,120 @@ class StreamsWebsocket(StreamsCase):
         websocket.sock.settimeout(TIMEOUT)
         self.assertEqual(websocket.read(), (2, b"%d %s\n" % (12000000, expected.encode())))
         self.assertEqual(websocket.read(), (8, b"\x03\xe8exit 0"))
+
+
+class StreamsDeflate(StreamsCase):
+    """permessage-deflate on the websockets of processes."""
+
+    OFFER = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
+    ANSWER = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
+
+    def test_both_directions(self):
+        pid = self.cat()
+        packed, plain = self.websocket("/wstreams/%d" % pid, self.OFFER), self.websocket("/wstreams/%d?type=binary" % pid)
+        self.assertEqual((packed.headers["Sec-WebSocket-Extensions"], plain.headers["Sec-WebSocket-Extensions"]), (self.ANSWER, None))
+        text = "gr\u00fc\u00dfe ".encode() * 40
+        packed.frame(0x41, PureWebSocket.deflate(text))
+        opcode, data = packed.read()
+        self.assertEqual((opcode, packed.compressed, PureWebSocket.inflate(data)), (1, True, text))
+        self.assertEqual((plain.read(), plain.compressed), ((2, text), False))
+        packed.text("short")                    # neither has to be compressed
+        self.assertEqual((packed.read(), packed.compressed), ((1, b"short"), False))
+        packed.frame(0x42, PureWebSocket.deflate(b"\xff\0" * 3000)[:9], False)
+        packed.frame(9, b"ping")
+        self.assertEqual((packed.read(), packed.compressed), ((10, b"ping"), False))
+        packed.frame(0, PureWebSocket.deflate(b"\xff\0" * 3000)[9:])
+        self.assertEqual([plain.read(), plain.read()], [(2, b"short"), (2, b"\xff\0" * 3000)])
+
+    def test_declined_and_malformed_offers(self):
+        pid = self.cat()
+        for offer, status, answer in (
+                ("permessage-deflate; server_max_window_bits=8", 101, None), ("permessage-deflate; what=1, x-other", 101, None),
+                ("permessage-deflate; server_max_window_bits=7, permessage-deflate; server_max_window_bits=10", 101,
+                 self.ANSWER + "; server_max_window_bits=10"), ("permessage-deflate;", 400, None), ("permessage-deflate; a=b c", 400, None)):
+            with self.subTest(offer):
+                websocket = self.websocket("/wstreams/%d" % pid, "Sec-WebSocket-Extensions: %s\r\n" % offer)
+                self.assertEqual((websocket.status, websocket.headers["Sec-WebSocket-Extensions"]), (status, answer))
+        websocket = self.websocket("/wstreams/%d" % pid)
+        websocket.frame(0x41, PureWebSocket.deflate(b"x"))
+        self.assertEqual(websocket.read()[1][:2], struct.pack("!H", 1002))
+
+    def test_one_frame_for_all(self):
+        """Who agreed to the same gets the same bytes; each kind of reader is encoded for once."""
+        pid = self.cat()
+        kinds = ["", self.OFFER, self.OFFER, "Sec-WebSocket-Extensions: permessage-deflate; server_max_window_bits=10\r\n"]
+        readers = [self.websocket("/wstreams/%d" % pid, kind) for kind in kinds]
+        window = self.server.manager.loop.call(self.server.manager.find_window, str(pid), "stdout")
+        until(lambda: window.live == 4, "all readers")
+        self.assertEqual(sorted(len(fanout.members) for fanout in window._fanouts), [1, 1, 2])
+        text = b"".join(b"line %d of many\n" % number for number in range(400))
+        self.send(pid, text)
+        got = [reader.read()[1] for reader in readers]
+        self.assertEqual((got[0], got[1], self.inflated(got[1], 15), self.inflated(got[3], 10)), (text, got[2], text, text))
+        self.assertLess(len(got[1]), len(text) // 4)
+
+    @staticmethod
+    def inflated(data, bits):
+        """A message that holds to a window of so many bits."""
+        return PureWebSocket.inflate(data, bits)
+
+    def test_output_that_was_there(self):
+        """All of a window, in shares, each on its own."""
+        pid = self.cat()
+        text = b"".join(b"%d lines of output\n" % number for number in range(20000))
+        self.written(pid, text)
+        websocket, data = self.websocket("/wstreams/%d?tail=all&type=binary" % pid, self.OFFER), b""
+        while len(data) < len(text):
+            opcode, part = websocket.read()
+            self.assertEqual(opcode, 2)
+            data += PureWebSocket.inflate(part) if websocket.compressed else part
+        self.assertEqual(data, text)
+
+    def test_bombs(self):
+        """A message over the limit ends its connection, compressed as it is, and no byte of it is written."""
+        pid = self.cat()
+        for payload, code in ((PureWebSocket.deflate(bytes(gaffer.MESSAGE_SIZE + 1)), 1009), (PureWebSocket.deflate(bytes(1 << 27)), 1009),
+                              (b"\xff" * 50, 1007)):
+            websocket = self.websocket("/wstreams/%d" % pid, self.OFFER)
+            websocket.frame(0x42, payload)
+            opcode, data = websocket.read()
+            self.assertEqual((opcode, data[:2]), (8, struct.pack("!H", code)))
+        self.assertEqual(self.poll(pid, "since=0&timeout=0"), (204, "0", b""))
+
+    def test_what_waits_for_a_process_waits_compressed(self):
+        """A hundred kilobytes on the wire are a hundred megabytes of messages, of which a few are held; the rest when it reads."""
+        pid = self.server.add("t", python("""
+            import hashlib, os, signal, sys
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+            os.write(1, b"ready\\n")
+            signal.sigwait([signal.SIGUSR1])
+            count, digest = 0, hashlib.md5()
+            while count < 100 * 1000000:
+                data = os.read(0, 1 << 20)
+                count += len(data)
+                digest.update(data)
+            os.write(1, b"%d %s\\n" % (count, digest.hexdigest().encode()))
+        """), redirect_input=True, flapping=STREAMS_ONCE)[0]
+        self.upto(pid, 6)
+        websocket, expected = self.websocket("/wstreams/%d?type=binary" % pid, self.OFFER), hashlib.md5()
+        socket_, = self.server.http.channels
+        for number in range(100):
+            data = bytes([number]) * 1000000
+            expected.update(data)
+            websocket.frame(0x42, PureWebSocket.deflate(data))
+        until(lambda: socket_.held, "a full stdin")
+        self.assertEqual(self.server.request("GET", "/ping")[2], b"OK")
+        self.assertLess(socket_._size, 2 * gaffer.MESSAGE_SIZE)
+        self.assertLess(len(socket_._decoder._buffer), 2 * gaffer.READ_SIZE)
+        self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
+        self.assertEqual(websocket.read(), (2, b"100000000 %s\n" % expected.hexdigest().encode()))
+
+    def test_the_end_is_never_compressed(self):
+        pid = self.puppet()
+        websocket = self.websocket("/wstreams/%d?readonly=true" % pid, self.OFFER)
+        self.send(pid, b"out(b'last ' * 1000); os._exit(3)\n")
+        self.assertEqual(PureWebSocket.inflate(websocket.read()[1]), b"last " * 1000)
+        self.assertEqual((websocket.read(), websocket.compressed), ((8, b"\x03\xe8exit 3"), False))
 
 
 class StreamsWatch(StreamsCase):
