@@ -1907,7 +1907,7 @@ class Output:
         if window.live + merged.live > PACE_READERS and self._fd is not None:
             rest = min(window.rest(), merged.rest())
             if 0 < rest < math.inf:
-                self._pause(rest)
+                self._pause(rest, for_room=False)
         return None
 
     def _considerate_size(self):
@@ -1951,13 +1951,13 @@ class Output:
             data, self._carry = self._carry, b""
             self._merged.write(self, data)
 
-    def _pause(self, seconds_=None):
+    def _pause(self, seconds_=None, for_room=True):
         """Read on in so many seconds, or when a reader has moved."""
         self._paused = True
         self._loop.unregister(self._fd)
         if seconds_ is not None:
             self._pace = self._loop.later(seconds_, self._resume)
-        if seconds_ is None or self._held:
+        if for_room:
             self._await_room()
 
     def _await_room(self):
@@ -4917,7 +4917,9 @@ class Channel:
     def send(self, payload):
         """Send a payload (bytes, or a tuple of them), or queue what is not taken. True: all is taken."""
         if payload.__class__ is tuple:
-            return self._send_parts(payload)
+            if not self.secure:
+                return self._send_parts(payload)
+            payload = b"".join(payload)         # TLS has no gathering write, and copies anyway
         if self._queue or self.closed:
             return self._enqueue(payload)
         try:
@@ -4945,7 +4947,7 @@ class Channel:
         return not self._queue and not self.closed
 
     def _send_some(self, parts):
-        """Send some of a sequence of bytes; TLS has no gathering write. Returns how many bytes were taken."""
+        """Send some of a sequence of bytes. Returns how many were taken."""
         return self.sock.send(parts[0]) if self.secure or len(parts) == 1 else self.sock.sendmsg(parts)
 
     def _enqueue(self, payload):
