@@ -5,6 +5,7 @@ Four rings, in the order of gaffer.py's sections: pure code; the loop with real 
 command line, the README and the structure of the file. Nothing sleeps to be in step with something: every wait is for a
 byte, an event or an exit, and TIMEOUT bounds failure only.
 """
+import argparse
 import ast
 import atexit
 import base64
@@ -2241,7 +2242,8 @@ class PureHeadParser(Case):
         for wire, wanted in (
                 (b"", [False]), (self.HEAD, [one, False]), (self.HEAD * 3, [one] * 3 + [False]), (self.HEAD + b"G", [one, True]),
                 (b"\r\n" + self.HEAD + b"\r\n\r\n" + self.HEAD + b"\r\n", [one, one, False]), (self.HEAD[:-1], [True]),
-                (b"\r", [True]), (b"\r\n", [False]), (self.HEAD + self.HEAD[:-2], [one, True])):
+                (b"\r", [True]), (b"\r\n", [False]), (self.HEAD + self.HEAD[:-2], [one, True]),
+                ((b"\r\n" * gaffer.EMPTY_LINES_MAX + self.HEAD) * 2, [one, one, False])):
             with self.subTest(wire):
                 self.assertEqual(self.outcome(wire), wanted)
 
@@ -2262,7 +2264,7 @@ class PureHeadParser(Case):
                 (b"\r\n\n" + self.HEAD, bad, "CR LF"), (b"\r\n\r\n\n" + self.HEAD, bad, "CR LF"),
                 (b"GET / HTTP/2.0\r\nX: a\nb\r\n\r\n", bad, "CR LF"), (b"GET / HTTP/2.0\r\nX: a\r\n\r\n\n", version, ""),
                 (b"GET / HTTP/1.1\r\nX: a\n\r\n\r\n", bad, "CR LF"), (b"\r\r\n\r\n", bad, "first line"),
-                (b"GET / HTTP/1.1\r\n\r\n", bad, "Host"), (b"\r\n" * 9 + self.HEAD, bad, "empty lines"),
+                (b"GET / HTTP/1.1\r\n\r\n", bad, "Host"), (b"\r\n" * (gaffer.EMPTY_LINES_MAX + 1) + self.HEAD, bad, "empty lines"),
                 (b"\r\n" * 1000, bad, "empty lines"), (b"x y\r\n\r\n", bad, "first line")):
             with self.subTest(wire[:40]):
                 self.assertEqual(self.outcome(wire)[-1][0], error)
@@ -3301,6 +3303,233 @@ class PureWebSocket(Case):
                     got += payload[start:]
                     payload[start:].decode("utf-8")
             self.assertEqual((got, place), (data.decode("utf-8", "replace").encode(), len(data)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# pure: fuzzing
+#
+# Random bytes, and valid requests and frames that were spoiled, go whole, byte by byte and in random pieces into the codecs:
+# all three must come to the same. python3 test_gaffer.py --fuzz N runs N cases of each kind under a new seed; a case that
+# fails prints what repeats it.
+# --------------------------------------------------------------------------------------------------------------------
+FUZZ_TOKENS = [token.encode("latin-1") for token in (
+    "\r\n", "\r", "\n", "\0", " ", "\t", ":", ";", ",", "\r\n\r\n", "\r\n ", "%", "%00", "%2F", "%zz", "/", "//", "..", "?", "#", "&", "=", "+", "-", "0x",
+    "\x7f", "\x80", "\xff", "\xa0", '"', "\\", "0", "9" * 20, "X" * 50, "x" * 300, "\r\n" * 9, "HTTP/1.0", "HTTP/2.0", "http://x/", "*", "OPTIONS", "0\r\n\r\n", "1;a=b\r\nx\r\n", "ffffffff\r\n", "GET / HTTP/1.1\r\nHost: x\r\n\r\n")]
+
+FUZZ_LINES = [line.encode("latin-1") + b"\r\n" for line in (
+    "Host: x", "Host: a b", "Host:", "Content-Length: 3", "Content-Length: +3", "Content-Length: 3, 3", "Content-Length: 0x3", "Content-Length:",
+    "Content-Length: -1", "Content-Length: \xb3", "Transfer-Encoding: chunked", "Transfer-Encoding: gzip, chunked", "Transfer-Encoding: chunked, chunked",
+    "Transfer-Encoding:", " folded", "\tfolded", "X : y", "X", ": y", "", "Expect: 100-continue", "Expect: x", "Connection: close", "X: " + "y" * 200,
+    "X: y\r\n" * 30, "Content-Encoding: gzip", "Origin: null", "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits",
+    "Sec-WebSocket-Extensions: ;", "Sec-WebSocket-Key: x", "Upgrade: websocket", "1;a=b", "0", "GET / HTTP/1.1")]
+
+
+def fuzz_text(rng, alphabet, most):
+    """A random string."""
+    return "".join(rng.choice(alphabet) for _ in range(rng.randrange(most)))
+
+
+def fuzz_request(rng):
+    """A valid request, of any kind."""
+    target = rng.choice(["/", "/ping", "/a%20b/c?d=e%26&f", "/processes/x/_stop?wait=true", "http://localhost:80/x?y", "/" + fuzz_text(rng, "ab/%2F?=&", 20)])
+    lines = ["%s %s HTTP/1.%d" % (rng.choice(["GET", "POST", "PUT", "HEAD", "DELETE", "PATCH", "BREW"]), target, rng.random() < 0.9)]
+    lines.append("Host: " + rng.choice(["localhost", "127.0.0.1:5000", "[::1]", "evil.example"]))
+    for _ in range(rng.choice((0, 0, 1, 3, 12))):
+        lines.append("%s:%s" % (fuzz_text(rng, "abcXYZ-_!~09", 12) or "X", fuzz_text(rng, " \tab:;,=\"\xe9", 30)))
+    if rng.random() < 0.2:
+        lines += ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+                  "Sec-WebSocket-Extensions: permessage-deflate; server_max_window_bits=%d" % rng.randrange(6, 17)]
+    body, kind = bytes(rng.randrange(256) for _ in range(rng.choice((0, 1, 40, 400)))), rng.random()
+    if kind < 0.3:
+        lines.append("Content-Length: %d" % len(body))
+    elif kind < 0.6:
+        lines.append("Transfer-Encoding: chunked")
+        body = b"".join(b"%x%b\r\n%b\r\n" % (len(part), rng.choice((b"", b"", b";a=b")), part) for part in pure_pieces(rng, body, 60))
+        body += b"0\r\n" + rng.choice((b"", b"X: y\r\n")) + b"\r\n"
+    else:
+        body = b""
+    return rng.choice((b"", b"", b"\r\n")) + "\r\n".join(lines + ["", ""]).encode("latin-1") + body
+
+
+def fuzz_edge(rng):
+    """Requests that are about as long as one of FuzzHttp.LIMITS lets them be."""
+    most, size, head = FuzzHttp.LIMITS, rng.randrange(-3, 3), "POST / HTTP/1.1\r\nHost: x\r\n"
+    chunked, kind = head + "Transfer-Encoding: chunked\r\n\r\n", rng.randrange(7)
+    if kind == 0:
+        line = "POST /%s HTTP/1.1" % ("a" * rng.choice((0, 50, 99, 100)))
+        wire = line.rjust(most["REQUEST_LINE_SIZE"] + size, "M") + rng.choice(("\r\n", "\n", "")) + "Host: x\r\n\r\n"
+    elif kind == 1:
+        wire = (head + "X: ").ljust(most["HEAD_SIZE"] + size, "y") + rng.choice(("\r\n", "\n", "\r")) * 2
+    elif kind == 2:
+        wire = head + "X: y\r\n" * (most["HEADERS_MAX"] + size) + "\r\n"
+    elif kind == 3:
+        wire = "".join("\r\n" * max(0, rng.randrange(4, 10)) + rng.choice(("", "\n", "\r")) * (rng.random() < 0.2) + head + "\r\n" for _ in range(2))
+    elif kind == 4:
+        wire = chunked + "1;".ljust(most["CHUNK_LINE_SIZE"] + size, "x") + "\r\na\r\n0\r\n\r\n"
+    elif kind == 5:
+        wire = chunked + "1;%s\r\na\r\n" % ("x" * 9) * (most["CHUNK_EXTENSIONS_SIZE"] // 10 + size) + "0\r\n\r\n"
+    else:
+        wire = chunked + "0\r\n" + "X:".ljust(most["TRAILERS_SIZE"] + size, "y") + "\r\n\r\n"
+    return wire.encode("ascii") + head.encode("ascii")
+
+
+def fuzz_frame(rng):
+    """Some websocket frames of a client, mostly valid."""
+    data = pure_bytes(rng, rng.choice((0, 1, 5, 60)), rng.random() < 0.1)
+    kind, packed = rng.random(), 0x40 * (rng.random() < 0.5)
+    mask = bytes(rng.randrange(256) for _ in range(4))
+    if kind < 0.1:
+        return WebSocket.encode(rng.randrange(8, 11), data[:rng.choice((0, 1, 2, 9, 125, 200))], rng.random() < 0.9, mask)
+    if kind < 0.15:
+        return WebSocket.encode(8, struct.pack("!H", rng.choice((1000, 1001, 1005, 3000, rng.randrange(65536)))) + data[:90], True, mask)
+    if rng.random() < 0.05:
+        data = bytes(rng.choice((900, 1100, 100000)))
+    if packed:
+        data = PureWebSocket.deflate(data, rng.choice((9, 15)), level=rng.choice((0, 1, 6)))
+    pieces = [data] if rng.random() < 0.5 else list(pure_pieces(rng, data, 20)) or [b""]
+    return b"".join(WebSocket.encode(0 if number else rng.choice((1, 2)) | packed, piece, number == len(pieces) - 1, mask)
+                    for number, piece in enumerate(pieces[:60]))
+
+
+def fuzz_spoil(rng, data):
+    """`data`, with some of it changed, lost, doubled, moved, or other things between."""
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 4))):
+        if rng.random() < 0.3:
+            lines = data.split(b"\r\n")
+            lines.insert(rng.randrange(1, len(lines) + 1), rng.choice(FUZZ_LINES)[:-2])
+            data = b"\r\n".join(lines)
+            continue
+        at, size = rng.randrange(len(data) + 1), rng.choice((1, 1, 2, 10, 60))
+        kind, cut = rng.randrange(6), data[at:at + size]
+        middle = (rng.choice(FUZZ_TOKENS), bytes([rng.randrange(256)]), b"", cut * 2, cut.swapcase(), data[:size])[kind]
+        data = data[:at] + middle + data[at + (size if kind in (1, 2, 3, 4) else 0):]
+    return data
+
+
+class FuzzHttp:
+    """What a server does with the bytes of a connection, without one. `seen`: what it has understood."""
+
+    BODY = 300
+    LIMITS = {"HEAD_SIZE": 700, "TARGET_SIZE": 100, "REQUEST_LINE_SIZE": 120, "HEADERS_MAX": 15, "CHUNK_LINE_SIZE": 40,
+              "CHUNK_EXTENSIONS_SIZE": 60, "TRAILERS_SIZE": 50}
+
+    def __init__(self):
+        self.seen, self.parser = [], gaffer.HeadParser()
+        self.chunks, self.left = None, None     # the body under way
+
+    def feed(self, data):
+        """Take bytes. GafferError."""
+        while True:
+            if self.chunks is None and self.left is None:
+                request = self.parser.feed(data)
+                assert len(self.parser._buffer) <= gaffer.HEAD_SIZE
+                if request is None:
+                    return
+                data, self.left = self.parser.rest, self.head(request)
+                self.chunks = gaffer.ChunkedDecoder(self.BODY) if self.left is None else None
+                self.seen.append(b"")
+            elif self.chunks is not None:
+                done = self.chunks.feed(data)
+                assert len(self.chunks.rest) <= max(gaffer.CHUNK_LINE_SIZE, gaffer.TRAILERS_SIZE) + 1 or done
+                assert len(self.chunks.body) <= self.BODY
+                if not done:
+                    return
+                self.seen[-1], data = self.chunks.body, self.chunks.rest
+                self.chunks = None
+            else:
+                part = data[:self.left]
+                self.seen[-1] += part
+                self.left, data = self.left - len(part) or None, data[len(part):]
+                if self.left is not None:
+                    return
+
+    def head(self, request):
+        """Look at a request in every way that the server does; the length of its body."""
+        wide = "".join((request.method, request.target, *request.headers, *request.headers.values()))
+        assert not re.search("[\0-\x08\x0a-\x1f\x7f]", wide) and wide.isascii() | ("\x80" <= max(wide) <= "\xff"), wide
+        assert re.fullmatch("[!-~]+ [!-~]+", request.method + " " + request.target), request.target
+        assert "host" in request.headers or request.version == (1, 0)
+        assert request.target.startswith("/") or (request.method, request.target) == ("OPTIONS", "*")
+        assert len(request.headers) <= gaffer.HEADERS_MAX + 1 and len(request.target) <= gaffer.TARGET_SIZE
+        access, looks = gaffer.Access("token"), []
+        for look in (request.segments, lambda: sorted(request.query.items()), request.wants_close, lambda: access.check_host(request),
+                     lambda: access.check_origin(request), lambda: access.check_token(request), lambda: access.cors(request),
+                     lambda: gaffer.websocket_accept(request), lambda: gaffer.accept_deflate(request, True)[0],
+                     lambda: gaffer.prefers_html(request.headers.get("accept", ""))):
+            try:
+                looks.append(look())
+            except gaffer.GafferError as error:
+                looks.append((type(error), str(error)))
+        self.seen += [request.method, request.target, request.version, request.headers, looks]
+        length = gaffer.body_length(request)
+        gaffer.need(length is None or length <= self.BODY, gaffer.TooLarge, "too large")
+        return length
+
+    @classmethod
+    def outcome(cls, pieces):
+        """What has been understood of bytes that come in pieces, and the error or what is open at the end."""
+        http = cls()
+        try:
+            for piece in pieces:
+                http.feed(piece)
+        except gaffer.GafferError as error:
+            return http.seen, type(error), str(error)
+        return http.seen, http.parser.begun, http.left, http.chunks is None
+
+
+class PureFuzz(Case):
+    """Each test has `cases` cases of its kind, made of `seed` and their number."""
+
+    cases, seed, first = 250, "1", 0
+
+    def fuzz(self, case):
+        """Run case(rng) for each case; what fails says how to see it again."""
+        for number in range(self.first, self.first + self.cases):
+            try:
+                case(random.Random("%s:%d" % (self.seed, number)))
+            except BaseException as error:
+                again = "python3 test_gaffer.py --fuzz 1 --seed %s:%d PureFuzz.%s" % (self.seed, number, self._testMethodName)
+                raise AssertionError("case %d; again: %s" % (number, again)) from error
+
+    def compare(self, rng, wire, outcome):
+        """However `wire` is cut, `outcome(pieces)` is the same."""
+        whole = outcome([wire])
+        for pieces in ([wire[i:i + 1] for i in range(len(wire))], list(pure_pieces(rng, wire, rng.choice((3, 30, 300))))):
+            self.assertEqual(outcome(pieces), whole, (wire, [len(piece) for piece in pieces][:30]))
+
+    def test_requests(self):
+        def case(rng):
+            kind, limits = rng.random(), FuzzHttp.LIMITS if rng.random() < 0.5 else {}
+            if kind < 0.1:
+                wire = bytes(rng.choice(b"\r\n :/GETHPa0\x00\xff") if rng.random() < 0.7 else rng.randrange(256) for _ in range(rng.randrange(300)))
+            elif kind < 0.3:
+                wire, limits = fuzz_edge(rng), FuzzHttp.LIMITS
+            else:
+                wire = fuzz_spoil(rng, b"".join(fuzz_request(rng) for _ in range(rng.choice((1, 1, 2)))))
+            with http_limits(**limits):
+                self.compare(rng, wire, FuzzHttp.outcome)
+        self.fuzz(case)
+
+    def test_frames(self):
+        """Whether compression is agreed or not. What is wrong with a compressed message may be told in two ways."""
+        limit = 1000
+
+        def case(rng):
+            deflate = rng.choice(((), (9, True), (15, False), (15, True)))
+
+            def outcome(pieces):
+                decoder, events = gaffer.WebSocketDecoder(limit, gaffer.Inflater(*deflate) if deflate else None), []
+                for piece in pieces:
+                    events += decoder.feed(piece)
+                    self.assertLessEqual(len(decoder._data), limit + 1)
+                    self.assertTrue(decoder._done or len(decoder._buffer) - decoder._at <= 14)
+                self.assertTrue(all(len(event[1]) <= limit for event in events if event[0] in ("text", "binary")))
+                return [event[:2] if deflate and event[0] == "fail" else event for event in events]
+            wire = bytes(rng.randrange(256) for _ in range(rng.randrange(100)))
+            if rng.random() < 0.95:
+                wire = fuzz_spoil(rng, b"".join(fuzz_frame(rng) for _ in range(rng.randrange(1, 5))))
+            self.compare(rng, wire, outcome)
+        self.fuzz(case)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -10697,5 +10926,18 @@ class Structure(Case):
                     self.assertTrue(re.search(r"`%s\b" % option, self.readme), "the README does not have it")
 
 
+def main():
+    """Run all tests, or those that are named. --fuzz N: N cases of each kind; --seed SEED, or SEED:FIRST: the same ones again."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--fuzz", type=int)
+    parser.add_argument("--seed")
+    given, rest = parser.parse_known_args()
+    if given.fuzz is not None:
+        seed, _, first = (given.seed or str(random.randrange(10 ** 6))).partition(":")
+        PureFuzz.cases, PureFuzz.seed, PureFuzz.first = given.fuzz, seed, int(first or 0)
+        print("%d cases of each kind, seed %s" % (given.fuzz, seed), file=sys.stderr, flush=True)
+    unittest.main(argv=sys.argv[:1] + (rest or (["PureFuzz"] if given.fuzz is not None else [])))
+
+
 if __name__ == "__main__":
-    unittest.main()
+    main()
