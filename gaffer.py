@@ -24,6 +24,7 @@ The file is read from top to bottom; its sections are
     manager              templates, events, reconcile: wanted beside actual
     http codec           request heads, bodies, responses, access rules, router, SSE
     websocket codec      handshake, frames, messages, close codes (RFC 6455)
+    observability        metrics as text, and what they count
     page                 the web page
     api                  the route table and its handlers
     server               endpoints, requests and streams on the loop, WSGI
@@ -203,6 +204,9 @@ FINAL_BLOCKS_MAX = 16               # in one compressed message: each costs a ne
 OFFERS_SIZE = 2 * KIB               # Sec-WebSocket-Extensions: browsers send 60 bytes
 MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn: compressed, they cost little
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
+
+REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)    # of /metrics: from what the loop answers to what has a thread
+TURN_BUCKETS = (0.001, 0.01, 0.1, 1.0)     # a turn of the loop: all else waits as long, and 10 ms of that can be felt
 
 
 class GafferError(Exception):
@@ -789,6 +793,8 @@ class Loop:
         self._sleep_until = math.inf
         self._looks = 0
         self._running = self._stopping = self.closed = False
+        self.turns, self.busy = 0, 0.0          # turns taken, and seconds of work in them
+        self.turns_by_length = [0] * (len(TURN_BUCKETS) + 1)    # the first is not counted: all that are in no other
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -976,6 +982,11 @@ class Loop:
                 self._guard(key.data, mask)
         self._run_timers()
         self._run_inbox()
+        took = self.clock() - self.now
+        self.turns += 1
+        self.busy += took
+        if took > TURN_BUCKETS[0]:
+            self.turns_by_length[bisect.bisect_left(TURN_BUCKETS, took)] += 1
 
     def _select(self, timeout):
         while self._looks and timeout != 0:
@@ -1149,10 +1160,12 @@ class Fanout:
 
 
 class Log:
-    """What Window and EventLog share: readers, who waits, and the end. `limit`: how much is kept."""
+    """What Window and EventLog share: readers, who waits, and the end. `limit`: how much is kept. `books`: the log in whose
+    `dropped` it is counted what readers have lost here; its own, where there is none."""
 
-    def __init__(self, loop, limit):
+    def __init__(self, loop, limit, books=None):
         self.loop, self.limit = loop, limit
+        self.books, self.dropped = books or self, 0
         self.start = self.end = 0
         self.ended = False
         self.on_room = set()                    # called once when a reader that lagged has moved on
@@ -1282,8 +1295,8 @@ class Log:
 class Window(Log):
     """The last `limit` bytes of a stream, by absolute offset from `start` to `end`."""
 
-    def __init__(self, loop, limit=WINDOW_SIZE):
-        super().__init__(loop, limit)
+    def __init__(self, loop, limit=WINDOW_SIZE, books=None):
+        super().__init__(loop, limit, books)
         self._chunks, self._offsets = [], []    # bytes, and the offset of each's first byte
         self._before = None                     # the byte in front of the first chunk
 
@@ -1452,11 +1465,13 @@ class Reader:
         """What stood at the offset is gone. True: go on."""
         count = self.log.start - self.offset
         if self.encoder.dropped is None and self.loss != "skip":
+            self.log.books.dropped += count
             self.sink.lost(self, count)
             return False
         self.offset = self.log.resync(self.log.start)
         count += self.offset - self.log.start
         self.dropped += count
+        self.log.books.dropped += count
         if self.encoder.dropped is None:
             return True
         return self.sink.send(self.encoder.dropped(count, self.offset))
@@ -2129,7 +2144,7 @@ class Process:
                 os.close(fd)
         self.started = self._loop.clock()
         for label, fd in plan["read"].items():
-            output = Output(self._loop, fd, Window(self._loop, window_size), merged[label])
+            output = Output(self._loop, fd, Window(self._loop, window_size, merged[label].window), merged[label])
             self.outputs[label] = output
             output.start()
         for label, fd in plan["write"].items():
@@ -2380,6 +2395,7 @@ class Template:
         self.past = collections.deque()         # Processes that are gone and can still be read
         self.afterlife = None                   # Timer: when the first of them is forgotten
         self.restarts = 0
+        self.exits = collections.Counter()      # (exit_status, term_signal) -> how many
         self.last_exit = None                   # {"pid", "exit_status", "term_signal", "time"}
         self.error = None                       # why the last spawn failed
         self.replace(info)
@@ -2414,6 +2430,10 @@ class Template:
         if self.rest is not None:
             self.rest.cancel()
             self.rest = None
+
+    def wanted(self):
+        """How many processes there are to be."""
+        return self.info["numprocesses"] if self.active else 0
 
     def missing(self):
         """How many processes have to be spawned now."""
@@ -2545,6 +2565,7 @@ class Manager:
         self.templates = {}
         self.processes = {}                     # pid -> Process: all that can still be asked for
         self.events = EventLog(self.loop)
+        self.started_at = time.time()
         self.stopping = False
         self._running = False
         self._started_apps = []
@@ -2964,7 +2985,7 @@ class Manager:
     def _reconcile(self, template):
         if not self._running or self.stopping:
             return
-        surplus = len(template.running()) - (template.info["numprocesses"] if template.active else 0)
+        surplus = len(template.running()) - template.wanted()
         for process in template.running()[:max(0, surplus)]:
             self._end_process(process, "reap")
         while template.pending and template.missing() < 0:
@@ -3023,6 +3044,7 @@ class Manager:
     def exited(self, process):
         """Called by a process that has exited."""
         template = process.home
+        template.exits[process.exit_status, process.term_signal] += 1
         template.last_exit = {"pid": process.pid, "exit_status": process.exit_status, "term_signal": process.term_signal,
                               "time": time.time()}
         self._publish("exit", process.name, process, exit_status=process.exit_status, term_signal=process.term_signal)
@@ -4117,6 +4139,67 @@ class FrameEncoder:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# observability
+#
+# What others see of gaffer's own work, as pure text: metrics for Prometheus (text format 0.0.4). Counting is a plain addition
+# where the thing happens, on the loop; all else is made when it is asked for.
+# --------------------------------------------------------------------------------------------------------------------
+class RequestCounts:
+    """Requests that were answered: `by_method` {method: {status: how many}}, `other` for methods that HTTP does not know;
+    `by_length` and `seconds`, how long the answer took, of those that did not wait for something to happen."""
+
+    def __init__(self):
+        self.by_method = {method: collections.defaultdict(int) for method in METHODS + OTHER_METHODS}
+        self.other = collections.defaultdict(int)
+        self.by_length, self.seconds = [0] * (len(REQUEST_BUCKETS) + 1), 0.0
+
+    def add(self, method, status):
+        """One that was answered, without a time."""
+        self.by_method.get(method, self.other)[status] += 1
+
+    def samples(self):
+        """[({label: value}, number)]"""
+        rows = [*self.by_method.items(), ("other", self.other)]
+        return [({"method": method, "code": status}, count) for method, counts in rows for status, count in counts.items()]
+
+
+Metric = collections.namedtuple("Metric", "name kind help samples")     # samples: [({label: value}, number)], or a Histogram
+Histogram = collections.namedtuple("Histogram", "bounds counts total")     # a count for each bound, and for what is above
+
+
+def escape_label(value):
+    """The value of a label as it stands between its quotes."""
+    return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def metric_line(name, labels, number):
+    """One sample."""
+    inside = ",".join('%s="%s"' % (label, escape_label(value)) for label, value in labels.items())
+    return "%s%s %s\n" % (name, "{%s}" % inside if inside else "", number)
+
+
+def histogram_lines(name, histogram):
+    """The samples of a histogram: cumulative counts, the sum, the count."""
+    totals = list(itertools.accumulate(histogram.counts))
+    for bound, total in zip([*map(float, histogram.bounds), "+Inf"], totals):
+        yield metric_line(name + "_bucket", {"le": bound}, total)
+    yield metric_line(name + "_sum", {}, histogram.total)
+    yield metric_line(name + "_count", {}, totals[-1])
+
+
+def metrics_text(metrics):
+    """Metrics in Prometheus's text format 0.0.4, as bytes."""
+    parts = []
+    for name, kind, help_, samples in metrics:
+        parts.append("# HELP %s %s\n# TYPE %s %s\n" % (name, help_, name, kind))
+        if isinstance(samples, Histogram):
+            parts += histogram_lines(name, samples)
+        else:
+            parts += [metric_line(name, *sample) for sample in samples]
+    return "".join(parts).encode("utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # page
 #
 # The web page, whole: no other request than to this server's own API, text only through textContent. __NONCE__ is
@@ -4237,6 +4320,7 @@ def offset_headers(reader, asked, clamp):
             place = window.resync(window.start)
         elif clamp:
             lost, reader.offset = place - reader.offset, place
+            window.books.dropped += lost
     headers = [("Gaffer-Offset", place)]
     return headers + [("Gaffer-Dropped", lost)] if lost else headers
 
@@ -4266,7 +4350,8 @@ class ThreadReply:
 
 
 class SocketReply:
-    """`write(sock, more)` writes the answer, with `more` headers, and the connection ends: on a thread."""
+    """`write(sock, more)` writes the answer, with `more` headers, returns its status, and the connection ends: on a
+    thread."""
 
     def __init__(self, write):
         self.write = write
@@ -4375,11 +4460,93 @@ class Samples:
         }
 
 
-class Api:
-    """The handlers of the route table, on one manager."""
+class Metrics:
+    """What /metrics tells, read from where it stands. `http`: the HttpHandler."""
 
-    def __init__(self, manager):
+    def __init__(self, manager, http):
+        self._manager, self._http = manager, http
+
+    def collect(self):
+        """[Metric] of all that the loop owns."""
+        return [*self._templates(), *self._streams(), *self._clients(), *self._own()]
+
+    def _templates(self):
+        templates = list(self._manager.templates.values())
+        states, exits = [], []
+        for template in templates:
+            running = len(template.running())
+            counts = (running, len(template.processes) - running, len(template.pending))
+            states += [({"template": template.name, "state": state}, count)
+                       for state, count in zip(("running", "stopping", "waiting"), counts)]
+            exits += [({"template": template.name, "exit_status": status, "term_signal": signum}, count)
+                      for (status, signum), count in template.exits.items()]
+        yield Metric("gaffer_processes", "gauge", "Processes by template and state; waiting: for the end of a backoff.", states)
+        yield Metric("gaffer_processes_wanted", "gauge", "Processes that the template is to have now.",
+                     [({"template": each.name}, each.wanted()) for each in templates])
+        yield Metric("gaffer_process_restarts_total", "counter", "Processes replaced because they had ended by themselves.",
+                     [({"template": each.name}, each.restarts) for each in templates])
+        yield Metric("gaffer_process_exits_total", "counter", "Processes that have ended, by status and signal (0: none).", exits)
+
+    def _streams(self):
+        written, dropped, waiting = [], [], []
+        for template in self._manager.templates.values():
+            for label, merged in template.merged.items():
+                labels = {"template": template.name, "label": label}
+                written.append((labels, merged.window.end))
+                dropped.append((labels, merged.window.dropped))
+            sizes = collections.Counter()
+            for process in template.processes.values():
+                for label, stream in process.inputs.items():
+                    sizes[label] += stream.size
+            waiting += [({"template": template.name, "label": label}, size) for label, size in sizes.items()]
+        yield Metric("gaffer_stream_bytes_total", "counter", "Bytes of output, by template and label.", written)
+        yield Metric("gaffer_stream_dropped_bytes_total", "counter", "Bytes of output that a client was too slow or too late "
+                     "for, added up over all clients.", dropped)
+        yield Metric("gaffer_input_waiting_bytes", "gauge", "Bytes that wait for a process to read them.", waiting)
+
+    def _clients(self):
+        http, counts = self._http, self._http.requests
+        kinds = collections.Counter(channel.kind for channel in http.channels)
+        yield Metric("gaffer_http_connections", "gauge", "Open connections.", [({}, http.connections)])
+        yield Metric("gaffer_http_streams", "gauge", "Clients that follow something, by kind.",
+                     [({"kind": kind}, kinds[kind]) for kind in ("longpoll", "continuous", "eventsource", "websocket")])
+        yield Metric("gaffer_http_requests_total", "counter", "Requests that were answered, by method and status code; "
+                     "streams when they begin.", counts.samples())
+        yield Metric("gaffer_http_request_duration_seconds", "histogram", "From the request's last byte to the answer; "
+                     "not of long polls and streams.", Histogram(REQUEST_BUCKETS, list(counts.by_length), counts.seconds))
+
+    def _own(self):
+        manager, loop = self._manager, self._manager.loop
+        lengths = [loop.turns - sum(loop.turns_by_length), *loop.turns_by_length[1:]]
+        yield Metric("gaffer_loop_lag_seconds", "histogram", "How long a turn of the loop took: all else waited so long.",
+                     Histogram(TURN_BUCKETS, lengths, loop.busy))
+        yield Metric("gaffer_events_total", "counter", "Events published.", [({}, manager.events.end)])
+        yield Metric("gaffer_events_dropped_total", "counter", "Events that a client was too slow or too late for.",
+                     [({}, manager.events.dropped)])
+        yield Metric("gaffer_info", "gauge", "The version of gaffer, and of Python.",
+                     [({"version": __version__, "python": "%d.%d.%d" % sys.version_info[:3]}, 1)])
+        yield Metric("process_start_time_seconds", "gauge", "When gaffer started, in Unix time.", [({}, manager.started_at)])
+
+    def resources(self):
+        """[Metric] of gaffer's own process, under the names that Prometheus has for every process. It takes time: on a
+        thread."""
+        import resource
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        seen = self._manager.table.look(os.getpid()) or {"cpu_time": 0.0, "rss": 0, "vms": 0}
+        rows = (("process_cpu_seconds_total", "counter", "CPU time of gaffer itself.", seen["cpu_time"]),
+                ("process_resident_memory_bytes", "gauge", "Memory of gaffer itself.", seen["rss"]),
+                ("process_virtual_memory_bytes", "gauge", "Address space of gaffer itself.", seen["vms"]),
+                ("process_open_fds", "gauge", "Descriptors that gaffer has open.", len(os.listdir("/dev/fd")) - 1),
+                ("process_max_fds", "gauge", "How many it may have.", "+Inf" if limit == resource.RLIM_INFINITY else limit))
+        return [Metric(name, kind, help_, [({}, number)]) for name, kind, help_, number in rows]
+
+
+class Api:
+    """The handlers of the route table, on one manager. `http`: the HttpHandler."""
+
+    def __init__(self, manager, http):
         self.manager = manager
+        self._metrics = Metrics(manager, http)
         self.samples = Samples(manager.table, manager.loop.clock)
 
     # the server itself
@@ -4397,6 +4564,12 @@ class Api:
     def ping(self, request):
         """GET /ping"""
         return Response(b"OK", content_type="text/plain")
+
+    def metrics(self, request):
+        """GET /metrics"""
+        metrics = self._metrics.collect()
+        return ThreadReply(lambda: Response(metrics_text(metrics + self._metrics.resources()),
+                                            content_type="text/plain; version=0.0.4; charset=utf-8"))
 
     # templates and processes
 
@@ -4608,6 +4781,7 @@ class Api:
             if restarted or offset < events.start:
                 place = "%d@%s" % (events.start, self.manager.epoch)
                 lost = {"event": "dropped", "events": max(0, events.start - offset), "id": place}
+                events.dropped += lost["events"]
                 return json_response(dict(lost, restarted=True) if restarted else lost)
             for event in events.read(offset, EVENTS_KEPT):
                 offset += 1
@@ -4720,6 +4894,7 @@ class Api:
             data = window.read(first, window.limit)
             headers[0] = ("Gaffer-Offset", first + len(data))
             if data:
+                window.books.dropped += first - offset
                 return Response(data, headers=headers, content_type="application/octet-stream")
             return nothing() if window.ended else None
 
@@ -4778,6 +4953,7 @@ class Api:
 ROUTES = (
     ("/", {"GET": Api.welcome}),
     ("/ping", {"GET": Api.ping}),
+    ("/metrics", {"GET": Api.metrics}),
     ("/processes", {"GET": Api.processes, "POST": Api.create}),
     ("/processes/<name>", {"GET": Api.show, "PUT": Api.update, "POST": Api.update, "DELETE": Api.delete}),
     ("/processes/<name>/_pids", {"GET": Api.pids}),
@@ -4882,6 +5058,7 @@ class Channel:
     received(data), drained() and closing()."""
 
     stall = STALL
+    kind = "request"                            # or what it follows, as /metrics calls it
 
     def __init__(self, http, sock, received=b""):
         self.http, self.loop, self.sock = http, http.loop, sock
@@ -5077,6 +5254,7 @@ class FeedChannel(Channel):
         super().__init__(http, sock, received)
         self._reply, self._more, self._reader = reply, more, reply.reader
         self._reader.sink = self
+        self.kind = "eventsource" if reply.form == "eventsource" else "continuous"
         self.stall = BLOCK_STALL if self._reader.loss == "block" else STALL
         self._end_feed = self._beat = None
 
@@ -5147,6 +5325,7 @@ class WebSocketChannel(Channel):
     hold() and go_on() they get no messages, and what has come stays as it came."""
 
     limit = MESSAGE_SIZE
+    kind = "websocket"
 
     def __init__(self, http, sock, received, headers, inflater):
         super().__init__(http, sock, received)
@@ -5438,6 +5617,7 @@ class RequestChannel(Channel):
         self._busy = self._parked = False       # a request is being answered; and that is a long poll
         self._keep, self._gone = True, False    # the connection goes on; the client has closed its side
         self._deadline, self._expiry = math.inf, None
+        self._complete = 0.0                    # when the request was; 0: it had to wait for something to happen
         self._ends = ()                         # what ends a long poll's wait
 
     def open(self):
@@ -5563,13 +5743,16 @@ class RequestChannel(Channel):
         request = self._request
         more = self.http.access.cors(request) if request else ()
         head_only = request is not None and request.method == "HEAD"
-        self.send(error_response(error).encode(self.http.date(), False, head_only, more))
+        response = error_response(error)
+        self.http.requests.add(request.method if request else "", response.status)
+        self.send(response.encode(self.http.date(), False, head_only, more))
         self.finish()
 
     # answers
 
     def _give(self, answer):
         """Send a Response, or do what the reply needs."""
+        self._complete = self.loop.now
         head_only = self._request.method == "HEAD"
         if isinstance(answer, ParkedReply) and head_only:
             answer = Response(None)
@@ -5586,6 +5769,7 @@ class RequestChannel(Channel):
             self.leave()
             return self.http.start_thread(self._let_write, answer.write, more, sock=self.sock)
         if isinstance(answer, StreamReply) and head_only:
+            self.http.requests.add("HEAD", 200)
             self.send(answer.head(self.http.date(), more))
             return self.finish()
         return self._hand_over(answer, more)
@@ -5595,6 +5779,12 @@ class RequestChannel(Channel):
         self._keep = not (request.wants_close() or http.closed)
         encoded = http.encode(request, response, self._keep, http.access.cors(request), request.method == "HEAD")
         self._busy, self._deadline = True, math.inf
+        counts = http.requests
+        counts.by_method.get(request.method, counts.other)[response.status] += 1
+        if self._complete:
+            took = self.loop.clock() - self._complete
+            counts.by_length[bisect.bisect_left(REQUEST_BUCKETS, took)] += 1
+            counts.seconds += took
         if self.send(encoded):
             self._answered()
 
@@ -5623,20 +5813,22 @@ class RequestChannel(Channel):
 
     def _let_write(self, write, more):
         self.sock.settimeout(SEND_TIME)
-        write(self.sock, more)
+        method, status = self._request.method, write(self.sock, more)
+        self.loop.call_soon(self.http.requests.add, method, status)
 
     def _hand_over(self, reply, more):
         kinds = {StreamReply: FeedChannel, WebSocketReply: ProcessSocket, HandlerReply: HandlerSocket}
         channel = attempt(kinds[type(reply)], self.http, self.sock, self.early, reply, more)
         if isinstance(channel, Response):
             return self._respond(channel)
+        self.http.requests.add(self._request.method, 200 if isinstance(reply, StreamReply) else 101)
         self.leave()
         return channel.open()
 
     # long polls
 
     def _park(self, reply):
-        self._parked = True
+        self._parked, self._complete, self.kind = True, 0.0, "longpoll"
         if reply.timeout is not None:
             self._ends = (self.loop.later(reply.timeout, lambda: self._deliver(attempt(reply.expired))).cancel,)
         self._ends += (reply.begin(self._deliver),)
@@ -5650,7 +5842,7 @@ class RequestChannel(Channel):
             self.loop.call_soon(self._go_on)
 
     def _end_poll(self):
-        self._parked = False
+        self._parked, self.kind = False, "request"
         for end in self._ends:
             end()
         self._ends = ()
@@ -5807,9 +5999,12 @@ class WsgiOutput:
 
     def __init__(self, sock, head_only):
         self._sock, self._head_only, self._heads = sock, head_only, 0
+        self.status = 0
 
     def write(self, data):
         """Send all of it. wsgiref writes the status line, Date and headers first, and the headers end with an empty line."""
+        if not self.status:
+            self.status = int(data.split(None, 2)[1])
         if not self._head_only or self._heads == 0:
             self._sock.sendall(data)
         if data.endswith(b"\r\n\r\n"):
@@ -5861,6 +6056,7 @@ class HttpHandler:
         self.access = Access(token, cors_origins, allow_hosts)
         self.listeners = []
         self.channels = set()
+        self.requests = RequestCounts()
         self.loop = None
         self.closed = False
         self.would_block = (BlockingIOError, InterruptedError)
@@ -5871,7 +6067,7 @@ class HttpHandler:
         self._router = Router(ROUTES)
         self._api = None
         self._threads = {}                      # thread -> its socket
-        self._connections = 0
+        self.connections = 0
         self._lock = threading.Lock()           # guards the two above, which other threads change
         self._said = Throttle()
         self._date = (0, "")
@@ -5880,7 +6076,7 @@ class HttpHandler:
 
     def start(self, loop, manager):
         """Listen. StartError: an endpoint cannot be used, or would be open to everybody."""
-        self.loop, self._api, self.closed = loop, Api(manager), False
+        self.loop, self._api, self.closed = loop, Api(manager, self), False
         if any(endpoint.certfile for endpoint in self.endpoints):
             import ssl
             self.would_block += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -5928,8 +6124,8 @@ class HttpHandler:
     def accept(self, listener, sock, client):
         """Take in a new connection. Called on the loop."""
         with self._lock:
-            full = self._connections >= CONNECTIONS_MAX
-            self._connections += not full
+            full = self.connections >= CONNECTIONS_MAX
+            self.connections += not full
         if full:
             self._refuse(sock)
         else:
@@ -5987,6 +6183,7 @@ class HttpHandler:
 
     def _refuse(self, sock):
         self._said.warning("too many connections: one was refused")
+        self.requests.add("", Busy.status)
         try:
             sock.setblocking(False)
             sock.send(error_response(Busy("there are too many connections; try again later")).encode(self.date(), False))
@@ -5999,7 +6196,7 @@ class HttpHandler:
     def released(self):
         """A connection has ended."""
         with self._lock:
-            self._connections -= 1
+            self.connections -= 1
 
     def date(self):
         """The Date header's value; made once a second."""
@@ -6089,7 +6286,9 @@ class HttpHandler:
                 environ["HTTP_" + name.upper().replace("-", "_")] = value
         if request.secure:
             environ["HTTPS"] = "on"
-        WsgiRun(request, io.BytesIO(request.body), WsgiOutput(sock, request.method == "HEAD"), environ, more).run(app)
+        output = WsgiOutput(sock, request.method == "HEAD")
+        WsgiRun(request, io.BytesIO(request.body), output, environ, more).run(app)
+        return output.status
 
 
 class SigHandler:

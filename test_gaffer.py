@@ -2675,6 +2675,91 @@ def pure_lines(data):
     return lines
 
 
+PROM_NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+PROM_LABEL = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\\\|\\"|\\n)*)"'
+
+
+def prom_parse(data):
+    """{metric: (kind, {(sample, ((label, value), ...)): number})} of Prometheus's text format 0.0.4; an AssertionError tells
+    where it is not exactly that, or breaks its conventions."""
+    text = data.decode("utf-8")
+    assert text.endswith("\n") and "\r" not in text
+    found, name, help_ = {}, None, None
+    for line in text[:-1].split("\n"):
+        if line.startswith("# HELP "):
+            help_, words = re.fullmatch(r"# HELP (%s) ([^\\]+)" % PROM_NAME, line).groups()
+            assert help_ not in found and words.strip() == words, line
+        elif line.startswith("# TYPE "):
+            name, kind = re.fullmatch(r"# TYPE (%s) (counter|gauge|histogram)" % PROM_NAME, line).groups()
+            assert name == help_ and name not in found, line
+            assert name.endswith("_total") == (kind == "counter"), line
+            assert not re.search(r"_(ms|milliseconds|kb|kib|percent|count|sum|bucket)(_|$)", name), line
+            found[name] = (kind, {})
+        else:
+            sample, _, inside, number = re.fullmatch(r"(%s)(\{(.*)\})? (\S+)" % PROM_NAME, line).groups()
+            assert sample in ([name] if found[name][0] != "histogram" else [name + end for end in ("_bucket", "_sum", "_count")]), line
+            assert re.fullmatch("(%s(,(?!$)|$))*" % PROM_LABEL, inside or ""), line
+            labels = tuple((label, re.sub(r"\\(.)", lambda match: "\n" if match.group(1) == "n" else match.group(1), value))
+                           for label, value in re.findall(PROM_LABEL, inside or ""))
+            assert len(dict(labels)) == len(labels) and not any(label.startswith("__") for label, _ in labels), line
+            assert re.fullmatch(r"\+Inf|[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?", number), line
+            assert (sample, labels) not in found[name][1], line
+            found[name][1][sample, labels] = float(number)
+    for name, (kind, samples) in found.items():
+        if kind == "histogram":
+            prom_histogram(name, samples)
+    return found
+
+
+def prom_histogram(name, samples):
+    """A histogram's buckets grow, and the last one is its count."""
+    buckets = [(float(dict(labels)["le"]), number) for (sample, labels), number in samples.items() if sample == name + "_bucket"]
+    assert buckets == sorted(buckets) and [count for _, count in buckets] == sorted(count for _, count in buckets), buckets
+    assert buckets[-1] == (math.inf, samples[name + "_count", ()]) and samples[name + "_sum", ()] >= 0, buckets
+
+
+class PureMetrics(Case):
+    def test_text(self):
+        metrics = [gaffer.Metric("a_total", "counter", "Some.", [({}, 3), ({"x": 'q"b\\s\nn', "y": "\u00e9"}, 0.5)]),
+                   gaffer.Metric("none", "gauge", "None.", []),
+                   gaffer.Metric("h_seconds", "histogram", "Times.", gaffer.Histogram((0.1, 1), [2, 0, 1], 7.25))]
+        text = gaffer.metrics_text(metrics)
+        self.assertEqual(text.decode(), (
+            '# HELP a_total Some.\n# TYPE a_total counter\na_total 3\na_total{x="q\\"b\\\\s\\nn",y="\u00e9"} 0.5\n'
+            "# HELP none None.\n# TYPE none gauge\n"
+            '# HELP h_seconds Times.\n# TYPE h_seconds histogram\nh_seconds_bucket{le="0.1"} 2\nh_seconds_bucket{le="1.0"} 2\n'
+            'h_seconds_bucket{le="+Inf"} 3\nh_seconds_sum 7.25\nh_seconds_count 3\n'))
+        found = prom_parse(text)
+        self.assertEqual(found["a_total"][1]["a_total", (("x", 'q"b\\s\nn'), ("y", "\u00e9"))], 0.5)
+
+    def test_the_checker_finds_faults(self):
+        good = '# HELP a A.\n# TYPE a gauge\na{x="1"} 1\n'
+        prom_parse(good.encode())
+        for old, new in (("1\n", "1"), ('"1"', '"1'), ('"1"', '"\\x"'), ('"1"', '"1",'), ('"1"', '"1",x="2"'), (" 1", " one"), (" 1", ""),
+                         ("gauge", "guage"), ("gauge", "counter"), ("TYPE a", "TYPE b"), ('a{x="1"}', "b"), ("HELP a A", "HELP a"),
+                         (" A.", " A.\\"), ("{x", "{1x"), ("{x", "{__x"), ("\n", "\r\n"), ('a{x="1"} 1\n', 'a 1\na 1\n'),
+                         ("gauge\na", "histogram\na")):
+            with self.subTest(old=old, new=new), self.assertRaises((AssertionError, AttributeError)):
+                prom_parse(good.replace(old, new).encode())
+
+    def test_methods_that_nobody_knows_are_one(self):
+        counts = gaffer.RequestCounts()
+        for number in range(1000):
+            counts.add("M%d" % number, 501)
+        counts.add("GET", 200)
+        self.assertEqual(counts.samples(), [({"method": "GET", "code": 200}, 1), ({"method": "other", "code": 501}, 1000)])
+
+    def test_a_turn_of_the_loop_is_counted_by_its_length(self):
+        clock = PureClock()
+        loop = gaffer.Loop(clock)
+        self.addCleanup(loop.close)
+        for length in (0.0, 0.0005, 0.002, 0.5, 70.0):
+            loop.call_soon(lambda length=length: setattr(clock, "now", clock.now + length))
+            loop.step()
+        self.assertEqual((loop.turns, loop.turns_by_length), (5, [0, 1, 0, 1, 1]))
+        self.assertAlmostEqual(loop.busy, 70.5025)
+
+
 class PureUtf8(Case):
 
     BYTES = bytes((0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE2, 0xED, 0xEF,
@@ -5918,6 +6003,110 @@ class HttpEndpointTable(HttpCase):
                 same.pop("Date")
                 self.assertEqual(same, headers)
                 wire.close()
+
+
+class HttpMetrics(HttpCase):
+    """/metrics: what it counts has happened."""
+
+    options = {"window": 4096, "handlers": [("/slow", lambda request: (202, {}, b""))],
+               "wsgi": {"/wsgi": lambda environ, start: start("404 Not Found", [("X", "y")]) and [] or [b"gone"]}}
+
+    def metrics(self):
+        """{name: {labels as a string: number}}"""
+        status, headers, data = self.server.request("GET", "/metrics")
+        self.assertEqual((status, headers["Content-Type"]), (200, "text/plain; version=0.0.4; charset=utf-8"))
+        found = prom_parse(data)
+        self.assertTrue(all(name.startswith(("gaffer_", "process_")) for name in found), list(found))
+        return {sample + "".join(" " + value for _, value in labels): number
+                for _, samples in found.values() for (sample, labels), number in samples.items()}
+
+    def test_processes(self):
+        self.server.add("web:a", python("import sys; sys.exit(sys.stdin.read() and 7)"), redirect_input=True, numprocesses=2,
+                        flapping={"attempts": 9})
+        self.cat("off", start=False, numprocesses=5)
+        found = self.metrics()
+        self.assertEqual([found["gaffer_processes %s %s" % pair] for pair in itertools.product(
+            ("web:a", "off"), ("running", "stopping", "waiting"))], [2, 0, 0, 0, 0, 0])
+        self.assertEqual((found["gaffer_processes_wanted web:a"], found["gaffer_processes_wanted off"]), (2, 0))
+        self.server.request("POST", "/streams/1/stdin", b"x")
+        self.server.request("DELETE", "/streams/1/stdin")
+        self.server.ok("POST", "/processes/2/_signal/KILL")
+        until(lambda: self.metrics()["gaffer_process_restarts_total web:a"] == 2)
+        found = self.metrics()
+        self.assertEqual([found["gaffer_process_exits_total web:a " + which] for which in ("7 0", "0 9")], [1, 1])
+        self.server.ok("DELETE", "/processes/web:a")
+        self.assertNotIn("gaffer_processes_wanted web:a", self.metrics())
+
+    def test_streams(self):
+        self.cat("web")
+        for _ in range(4):
+            self.server.request("POST", "/streams/1/stdin", b"x" * 1023 + b"\n")
+            self.server.request("POST", "/streams/1/stdin", b"y" * 1023 + b"\n")
+        until(lambda: self.metrics()["gaffer_stream_bytes_total web stdout"] == 8192)
+        self.assertEqual(self.metrics()["gaffer_stream_dropped_bytes_total web stdout"], 0)
+        lost = 0
+        for path in ("1/stdout?since=1000", "1/stdout?feed=continuous&since=1000", "web/stdout?feed=eventsource&since=1024",
+                     "1/stdout?feed=eventsource&since=0"):
+            answer = self.server.stream("/streams/" + path)
+            self.addCleanup(answer.connection.close)
+            self.addCleanup(answer.close)
+            told = answer.headers["Gaffer-Dropped"] or json.loads(next(sse_events(answer))["data"])["bytes"]
+            lost += int(told)
+        found = self.metrics()
+        self.assertEqual(found["gaffer_stream_dropped_bytes_total web stdout"], lost)
+        self.assertEqual((found["gaffer_http_streams continuous"], found["gaffer_http_streams eventsource"]), (1, 2))
+
+    def test_input_that_waits(self):
+        self.server.add("deaf", "sleep 1000", redirect_input=True)
+        self.server.request("POST", "/streams/1/stdin", b"x" * 1000000)
+        waits = self.metrics()["gaffer_input_waiting_bytes deaf stdin"]
+        self.assertTrue(900000 <= waits < 1000000, waits)
+
+    def test_requests_and_clients(self):
+        self.cat("web")
+        before = self.metrics()
+        for method, path in [("GET", "/ping")] * 3 + [("POST", "/slow"), ("GET", "/nothing"), ("GET", "/wsgi"), ("FOO", "/"), ("BAR", "/"),
+                                                      ("GET", "/watch?timeout=0"), ("HEAD", "/watch?feed=continuous")]:
+            self.server.request(method, path)
+        self.assertEqual(self.ask(b"no request\r\n\r\n")[0], 400)
+        socket_ = self.websocket("/wstreams/1?readonly=true")
+        poll = self.wire()
+        poll.send(http_bytes("GET", "/streams/1/stdout"))
+        found = until(lambda: (lambda found: found["gaffer_http_streams longpoll"] and found)(self.metrics()))
+        self.assertEqual((found["gaffer_http_streams websocket"], socket_.status), (1, 101))
+        polled = found["gaffer_http_requests_total GET 200"] - before.get("gaffer_http_requests_total GET 200", 0)
+        self.assertGreaterEqual(polled, 4)      # the pings, and the looks before this one
+        for labels, count in (("POST 202", 1), ("GET 404", 2), ("other 501", 2), ("other 400", 1), ("GET 204", 1), ("HEAD 200", 1),
+                              ("GET 101", 1), ("POST 200", 1)):
+            self.assertEqual(found["gaffer_http_requests_total " + labels], count, labels)
+        answered = sum(number for name, number in found.items() if name.startswith("gaffer_http_requests_total"))
+        waited = 5                              # the poll of events, the feed, the websocket, the application, the bad head
+        self.assertEqual(found["gaffer_http_request_duration_seconds_count"], answered - waited)
+        self.assertGreaterEqual(found["gaffer_http_connections"], 3)
+        poll.close()
+        until(lambda: not self.metrics()["gaffer_http_streams longpoll"], "the end of the poll")
+
+    def test_itself(self):
+        self.cat("web")
+        found = self.metrics()
+        self.assertEqual(found["gaffer_events_total"], 3)
+        self.assertEqual(found["gaffer_events_dropped_total"], 0)
+        self.assertEqual(found["gaffer_info %s %s" % (gaffer.__version__, ".".join(map(str, sys.version_info[:3])))], 1)
+        self.assertLess(abs(found["process_start_time_seconds"] - time.time()), TIMEOUT)
+        self.assertGreater(found["process_resident_memory_bytes"], 2 ** 20)
+        self.assertGreater(found["process_virtual_memory_bytes"], found["process_resident_memory_bytes"])
+        self.assertGreater(found["process_cpu_seconds_total"], 0)
+        self.assertLessEqual(abs(found["process_open_fds"] - len(open_descriptors())), 4)
+        self.assertGreater(found["process_max_fds"], found["process_open_fds"])
+        self.assertGreater(found["gaffer_loop_lag_seconds_count"], 0)
+
+    def test_events_that_were_lost(self):
+        self.cat("web", start=False)
+        for change in ("_add", "_sub") * (gaffer.EVENTS_KEPT // 2 + 1):
+            self.server.ok("POST", "/processes/web/" + change)
+        value = self.server.ok("GET", "/watch?since=0")
+        self.assertEqual(value["event"], "dropped")
+        self.assertEqual(self.metrics()["gaffer_events_dropped_total"], value["events"])
 
 
 class HttpMethods(HttpCase):
