@@ -24,7 +24,7 @@ The file is read from top to bottom; its sections are
     manager              templates, events, reconcile: wanted beside actual
     http codec           request heads, bodies, responses, access rules, router, SSE
     websocket codec      handshake, frames, messages, close codes (RFC 6455)
-    observability        metrics as text, and what they count
+    observability        metrics as text and what they count; the description of the API
     page                 the web page
     api                  the route table and its handlers
     server               endpoints, requests and streams on the loop, WSGI
@@ -205,8 +205,8 @@ OFFERS_SIZE = 2 * KIB               # Sec-WebSocket-Extensions: browsers send 60
 MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn: compressed, they cost little
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
 
-REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)    # of /metrics: from what the loop answers to what has a thread
-TURN_BUCKETS = (0.001, 0.01, 0.1, 1.0)     # a turn of the loop: all else waits as long, and 10 ms of that can be felt
+REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)    # seconds, of /metrics: loop to thread
+TURN_BUCKETS = (0.001, 0.01, 0.1, 1.0)      # of a turn of the loop: all else waits as long, and 10 ms of that can be felt
 
 
 class GafferError(Exception):
@@ -3181,7 +3181,9 @@ class Request:
 
     def wants_close(self):
         """True where the connection ends with the answer (RFC 9112 section 9.3)."""
-        words = [word.strip() for word in self.headers.get("connection", "").lower().split(",")]
+        if "connection" not in self.headers:
+            return self.version == (1, 0)
+        words = [word.strip() for word in self.headers["connection"].lower().split(",")]
         return "close" in words or self.version == (1, 0) and "keep-alive" not in words
 
 
@@ -4141,8 +4143,8 @@ class FrameEncoder:
 # --------------------------------------------------------------------------------------------------------------------
 # observability
 #
-# What others see of gaffer's own work, as pure text: metrics for Prometheus (text format 0.0.4). Counting is a plain addition
-# where the thing happens, on the loop; all else is made when it is asked for.
+# What others see of gaffer's own work, as pure values: metrics for Prometheus (text format 0.0.4), and the description of the
+# API (OpenAPI 3.1). Counting is a plain addition where the thing happens, on the loop; all else is made when asked for.
 # --------------------------------------------------------------------------------------------------------------------
 class RequestCounts:
     """Requests that were answered: `by_method` {method: {status: how many}}, `other` for methods that HTTP does not know;
@@ -4197,6 +4199,156 @@ def metrics_text(metrics):
         else:
             parts += [metric_line(name, *sample) for sample in samples]
     return "".join(parts).encode("utf-8")
+
+
+# openapi
+
+STRING, BOOLEAN = {"type": "string"}, {"type": "boolean"}
+LABELS = {"type": "array", "items": {"type": "string", "pattern": "^(?!\\.{1,2}$)[A-Za-z0-9_.-]{1,64}$"}}
+WHO = {"type": ["string", "integer", "null"]}
+FIELDS = {                                      # JSON Schema of each field of a template; OPTIONS has the rest
+    "name": {"type": "string", "pattern": "^(?!-|:|[0-9]+$|\\.{1,2}$)[A-Za-z0-9_.:@-]{1,128}$"},
+    "cmd": {"type": "string", "minLength": 1},
+    "args": {"type": ["array", "string"], "items": STRING},
+    "env": {"type": "object", "additionalProperties": {"type": ["string", "number"]}}, "os_env": BOOLEAN,
+    "cwd": {"type": ["string", "null"]}, "uid": WHO, "gid": WHO, "shell": BOOLEAN,
+    "numprocesses": {"type": "integer", "minimum": 0, "maximum": NUMPROCESSES_MAX}, "start": BOOLEAN, "detach": BOOLEAN,
+    "redirect_output": dict(LABELS, maxItems=2), "redirect_input": BOOLEAN,
+    "custom_streams": dict(LABELS, maxItems=CUSTOM_STREAMS_MAX, uniqueItems=True),
+    "graceful_timeout": {"type": "number", "minimum": 0, "maximum": SECONDS_MAX},
+    "flapping": {"type": ["object", "null"], "additionalProperties": False, "properties": {
+        name: {"type": "number", "minimum": 0, "default": default} for name, (default, _) in FLAPPING.items()}},
+    "priority": {"type": ["integer", "null"], "minimum": -10 ** 6, "maximum": 10 ** 6},
+}
+SECONDS = {"type": "number", "minimum": 0}
+QUERY = {                                       # of a request's query: its JSON Schema, and what it means
+    "running": (BOOLEAN, "pids of what runs, in place of names"),
+    "wait": ({"type": ["boolean", "number"]}, "answer when it is done, or after so many seconds 504"),
+    "group": (BOOLEAN, "to whole process groups"),
+    "feed": ({"enum": ["longpoll", "continuous", "eventsource"]}, "in which form it comes"),
+    "interval": ({"type": "number", "minimum": 0.1}, "seconds between two samples of a feed"),
+    "timeout": (SECONDS, "longpoll: 204 when nothing came in so many seconds"),
+    "heartbeat": ({"type": ["boolean", "number"]}, "an empty line after so many seconds of silence; true: 60"),
+    "since": (STRING, "begin at this offset, or behind this id"),
+    "tail": ({"type": ["integer", "string"]}, "begin with the last so many lines, or all"),
+    "loss": ({"enum": ["skip", "block"]}, "what is to happen to a reader that is too slow; else it is cut"),
+    "label": (STRING, "which stream comes back"),
+    "type": ({"enum": ["text", "binary"]}, "of the messages"),
+    "frame": ({"enum": ["line"]}, "one message a line"),
+    "readonly": (BOOLEAN, "nothing is written to the process"),
+}
+PLACEHOLDERS = {                                # of a path
+    "name": "a template's name", "pid": "gaffer's number of a process", "ref": "a template's name, or the pid of a process",
+    "id": "the pid of a process of the template", "n": "how many; at least 1", "sig": "a signal: 15, TERM or SIGTERM",
+    "group": "the name of a group", "label": "the label of a stream", "p1": "a type of event, or proc", "p2": "a template's name",
+    "p3": "a type of event",
+}
+ANY_ERRORS = (BadRequest, ForbiddenHost, HeadersTooLarge, UriTooLong, MethodNotAllowed, Busy, GafferError)
+CHANGE_ERRORS = (ForbiddenOrigin, Stopping, TooLarge, UnsupportedMediaType, ExpectationFailed, RequestTimeout)
+Operation = collections.namedtuple("Operation", "query errors kinds body statuses")
+
+
+def operation(query="", errors=(), kinds=("application/json",), body=None, statuses=(200,)):
+    """Marks a handler with what the description of the API says of it beside its docstring: `query`: parameters, names with
+    spaces between; `errors`: classes beside those that any request may get; `kinds`: content types of the answer; `body`:
+    None, "template", "fields" (of one, without its name) or "bytes"; `statuses` of success."""
+    def mark(handler):
+        handler.operation = Operation(query.split(), errors, kinds, body, statuses)
+        return handler
+    return mark
+
+
+def template_schema(required):
+    """JSON Schema of a process template, from the table of its fields."""
+    fields = {}
+    for name, option in OPTIONS.items():
+        fields[name] = dict(FIELDS[name], description=option.help)
+        if name not in ("name", "cmd"):
+            fields[name]["default"] = option.default
+    return {"type": "object", "properties": fields, "required": required, "additionalProperties": False}
+
+
+def describe_answers(handler, method, secured):
+    """The responses object of an operation."""
+    said, answers = handler.operation, {}
+    secured = secured and handler.__name__ not in ("ping", "healthz")
+    for status in said.statuses:
+        answers[str(status)] = {"description": REASONS[status]}
+        if status not in (101, 204):
+            answers[str(status)]["content"] = {kind: {} for kind in said.kinds}
+    errors = ANY_ERRORS + said.errors + (CHANGE_ERRORS if method not in ("GET", "HEAD") else ()) + (
+        (BadValue,) if said.query else ()) + ((Unauthorized,) if secured else ())
+    for error in sorted(set(errors), key=lambda error: (error.status, error.code)):
+        answer = answers.setdefault(str(error.status), {"description": "", "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}})
+        answer["description"] = ", ".join(filter(None, (answer["description"], error.code)))
+    return answers
+
+
+def describe(handler, method, path, names, secured):
+    """The operation object of a handler under a path, whose placeholders are `names`."""
+    said = handler.operation
+    parameters = [{"name": name, "in": "path", "required": True, "schema": STRING, "description": PLACEHOLDERS[name]}
+                  for name in names]
+    parameters += [{"name": name, "in": "query", "schema": QUERY[name][0], "description": QUERY[name][1]} for name in said.query]
+    result = {
+        "operationId": re.sub(r"\W+", "_", method.lower() + path).rstrip("_"), "parameters": parameters,
+        "summary": (handler.__doc__ or handler.__name__).partition("\n")[0].rstrip("."),
+        "responses": describe_answers(handler, method, secured),
+    }
+    if said.body is not None:
+        content = {"application/octet-stream": {}} if said.body == "bytes" else {
+            "application/json": {"schema": {"$ref": "#/components/schemas/" + said.body.title()}}}
+        result["requestBody"] = {"required": said.body != "bytes", "content": content}
+    if secured and handler.__name__ in ("ping", "healthz"):
+        result["security"] = []
+    return result
+
+
+def described_paths(routes):
+    """The paths of the description: [(path with {name}, its names, methods)]. What differs in the placeholders' names alone is
+    one path there; one that takes any number of parts is several."""
+    merged = {}
+    for pattern, methods in routes:
+        methods = {method: handler for method, handler in methods.items() if method in METHODS}
+        for path in [pattern.replace("<pattern...>", parts) for parts in ("<p1>", "<p1>/<p2>", "<p1>/<p2>/<p3>")] if (
+                "..." in pattern) else [pattern]:
+            shape = re.sub(r"<\w+>", "<>", path)
+            if shape in merged:
+                path = re.sub(r"<name>|<pid>", "<ref>", path)
+            known = merged.setdefault(shape, [path, {}])
+            known[0] = path
+            for method, handler in methods.items():
+                known[1].setdefault(method, []).append(handler)
+    return [(re.sub(r"<(\w+)>", r"{\1}", path), re.findall(r"<(\w+)>", path), methods) for path, methods in merged.values()]
+
+
+def openapi(routes, secured):
+    """The description of the API, OpenAPI 3.1, as a dict. `routes`: the route table; `secured`: there is a token."""
+    paths = {}
+    for path, names, methods in described_paths(routes):
+        here = paths[path] = {}
+        for method, handlers in methods.items():
+            here[method.lower()] = described = describe(handlers[0], method, path, names, secured)
+            for handler in [handler for handler in handlers[1:] if handler is not handlers[0]]:
+                other = describe(handler, method, path, names, secured)
+                described["summary"] += "; with a pid: " + other["summary"]
+                described["responses"] = {**other["responses"], **described["responses"]}
+        if "get" in here:
+            here["head"] = dict(here["get"], operationId="head" + here["get"]["operationId"][3:])
+    result = {
+        "openapi": "3.1.0", "servers": [{"url": "/"}], "paths": paths,
+        "info": {"title": "gaffer", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"}},
+        "components": {"schemas": {
+            "Template": template_schema(["name", "cmd"]), "Fields": template_schema(["cmd"]),
+            "Error": {"type": "object", "required": ["error", "reason"], "properties": {"error": STRING, "reason": STRING}}}},
+    }
+    if secured:
+        result["security"] = [{"bearer": []}, {"basic": []}]
+        result["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "basic": {"type": "http", "scheme": "basic", "description": "the token as password, any user"}}
+    return result
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -4305,6 +4457,10 @@ events.onerror = () => say("the server does not answer; trying again");
 # --------------------------------------------------------------------------------------------------------------------
 POSITION = re.compile(r"([0-9]{1,18})(x?)(?:@([A-Za-z0-9]{1,32}))?\Z")
 FEEDS = ("longpoll", "continuous", "eventsource")
+FEED_KINDS = ("application/json", "text/event-stream")
+STREAM_KINDS = ("application/octet-stream", "text/event-stream")
+STREAM_ERRORS = (NotFound, IoNotFound, IoNotRedirected)
+OPEN_PATHS = ("/ping", "/healthz")              # which need no token
 OK = {"ok": True}
 
 
@@ -4480,12 +4636,12 @@ class Metrics:
                        for state, count in zip(("running", "stopping", "waiting"), counts)]
             exits += [({"template": template.name, "exit_status": status, "term_signal": signum}, count)
                       for (status, signum), count in template.exits.items()]
-        yield Metric("gaffer_processes", "gauge", "Processes by template and state; waiting: for the end of a backoff.", states)
+        yield Metric("gaffer_processes", "gauge", "Processes by state; waiting: for the end of a backoff.", states)
         yield Metric("gaffer_processes_wanted", "gauge", "Processes that the template is to have now.",
                      [({"template": each.name}, each.wanted()) for each in templates])
         yield Metric("gaffer_process_restarts_total", "counter", "Processes replaced because they had ended by themselves.",
                      [({"template": each.name}, each.restarts) for each in templates])
-        yield Metric("gaffer_process_exits_total", "counter", "Processes that have ended, by status and signal (0: none).", exits)
+        yield Metric("gaffer_process_exits_total", "counter", "Processes that have ended; signal 0: by themselves.", exits)
 
     def _streams(self):
         written, dropped, waiting = [], [], []
@@ -4500,8 +4656,8 @@ class Metrics:
                     sizes[label] += stream.size
             waiting += [({"template": template.name, "label": label}, size) for label, size in sizes.items()]
         yield Metric("gaffer_stream_bytes_total", "counter", "Bytes of output, by template and label.", written)
-        yield Metric("gaffer_stream_dropped_bytes_total", "counter", "Bytes of output that a client was too slow or too late "
-                     "for, added up over all clients.", dropped)
+        yield Metric("gaffer_stream_dropped_bytes_total", "counter", "Bytes that a client was too slow or too late for, "
+                     "added up over all clients.", dropped)
         yield Metric("gaffer_input_waiting_bytes", "gauge", "Bytes that wait for a process to read them.", waiting)
 
     def _clients(self):
@@ -4545,14 +4701,15 @@ class Api:
     """The handlers of the route table, on one manager. `http`: the HttpHandler."""
 
     def __init__(self, manager, http):
-        self.manager = manager
+        self.manager, self._http = manager, http
         self._metrics = Metrics(manager, http)
         self.samples = Samples(manager.table, manager.loop.clock)
 
     # the server itself
 
+    @operation(kinds=("application/json", "text/html"))
     def welcome(self, request):
-        """GET /"""
+        """The version; to a browser, the web page."""
         if not prefers_html(request.headers.get("accept", "")):
             return json_response({"welcome": "gaffer", "version": __version__}, headers=[("Vary", "Accept")])
         nonce = base64.b64encode(os.urandom(12)).decode("ascii")
@@ -4561,66 +4718,98 @@ class Api:
         return Response(PAGE.replace("__NONCE__", nonce).encode("utf-8"), content_type="text/html; charset=utf-8",
                         headers=[("Content-Security-Policy", policy), ("Vary", "Accept")])
 
+    @operation(kinds=("text/plain",))
     def ping(self, request):
-        """GET /ping"""
+        """OK, for as long as gaffer answers."""
         return Response(b"OK", content_type="text/plain")
 
+    @operation(kinds=("text/plain",))
     def metrics(self, request):
-        """GET /metrics"""
+        """What gaffer does, for Prometheus."""
         metrics = self._metrics.collect()
         return ThreadReply(lambda: Response(metrics_text(metrics + self._metrics.resources()),
                                             content_type="text/plain; version=0.0.4; charset=utf-8"))
 
+    @operation()
+    def openapi(self, request):
+        """This description of the API: OpenAPI 3.1."""
+        return ThreadReply(lambda: json_response(openapi(self._http.routes, self._http.secured)))
+
+    @operation(kinds=("text/plain",))
+    def healthz(self, request):
+        """OK, for as long as gaffer answers: a liveness probe."""
+        return Response(b"OK", content_type="text/plain")
+
+    @operation(errors=(Stopping,), statuses=(200, 503))
+    def readyz(self, request):
+        """Whether every active template runs as many processes as it is to: a readiness probe."""
+        need(not self.manager.stopping, Stopping, "gaffer is stopping; start it again")
+        lacking = [(template, len(template.running())) for template in self.manager.templates.values() if template.active]
+        lacking = [(template, running) for template, running in lacking if running < template.wanted()]
+        return json_response({"ready": not lacking, "templates": [
+            {"name": template.name, "state": template.state(), "running": running, "numprocesses": template.wanted(),
+             "error": template.error} for template, running in lacking]}, 503 if lacking else 200)
+
     # templates and processes
 
+    @operation("running")
     def processes(self, request):
-        """GET /processes"""
+        """Names of templates, or pids of what runs."""
         if flag(request, "running"):
             return [process.pid for process in self.manager.processes.values() if process.running]
         return list(self.manager.templates)
 
+    @operation(errors=(InvalidJson, InvalidProcessInfo, Conflict), body="template")
     def create(self, request):
-        """POST /processes"""
+        """Add a template, and start it."""
         def work():
             self.manager.add_process(check_template(request.json()))
             return json_response(OK)
         return ThreadReply(work)
 
+    @operation(errors=(NotFound,))
     def show(self, request, ref):
-        """GET /processes/<name> or <pid>"""
+        """A template; by pid the one that the process runs."""
         return self.manager.info(ref)
 
+    @operation(errors=(InvalidJson, InvalidProcessInfo, NotFound), body="fields")
     def update(self, request, name):
-        """PUT, POST /processes/<name>"""
+        """Replace a template, and its processes."""
         def work():
             self.manager.update_process(name, request.json())
             return json_response(OK)
         return ThreadReply(work)
 
+    @operation(errors=(NotFound,))
     def delete(self, request, name):
-        """DELETE /processes/<name>"""
+        """Stop a template's processes, and forget it."""
         self.manager.delete_process(name)
         return OK
 
+    @operation(errors=(NotFound,))
     def pids(self, request, name):
-        """GET /processes/<name>/_pids"""
+        """Pids of what a template runs."""
         return {"ok": True, "pids": [process.pid for process in self.manager.find_template(name).running()]}
 
+    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
     def start(self, request, name):
-        """POST /processes/<name>/_start"""
+        """Start a template."""
         return self._act(request, [self.manager.find_template(name)], self.manager.start_template)
 
+    @operation("wait", (NotFound, WaitTimeout))
     def stop(self, request, name):
-        """POST /processes/<name>/_stop"""
+        """Stop a template."""
         return self._act(request, [self.manager.find_template(name)], self.manager.stop_template)
 
+    @operation("wait", (NotFound, WaitTimeout))
     def stop_one(self, request, pid):
-        """DELETE /processes/<pid>, POST /processes/<pid>/_stop"""
+        """Stop one process; it is replaced."""
         process = self.manager.find_process(pid)
         return self._act(request, [process.home], lambda name: self.manager.stop_process(process.pid), [process])
 
+    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
     def restart(self, request, name):
-        """POST /processes/<name>/_restart"""
+        """Stop each process of a template, and replace it."""
         return self._act(request, [self.manager.find_template(name)], self.manager.restart_template)
 
     def _act(self, request, templates, action, stopped=None):
@@ -4642,28 +4831,33 @@ class Api:
             lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(OK))), wait,
             lambda: error_response(WaitTimeout("this was not done in %g seconds; it goes on, ask again" % wait)))
 
+    @operation(errors=(NotFound, BadValue))
     def add(self, request, name, number="1"):
-        """POST /processes/<name>/_add[/n]"""
+        """Run more processes of a template."""
         return {"ok": True, "numprocesses": self.manager.scale(name, count_of(number))}
 
+    @operation(errors=(NotFound, BadValue))
     def sub(self, request, name, number="1"):
-        """POST /processes/<name>/_sub[/n]"""
+        """Run fewer processes of a template."""
         return {"ok": True, "numprocesses": self.manager.scale(name, -count_of(number))}
 
+    @operation("group", (NotFound, NoSignalNumber, Forbidden))
     def signal(self, request, ref, signum=None):
-        """POST /processes/<name> or <pid>/_signal/<sig>"""
+        """Send a signal to a process, or to each of a template."""
         need(signum is not None, NoSignalNumber, "name a signal: _signal/TERM")
         self.manager.signal(ref, parse_signal(signum), flag(request, "group"))
         return OK
 
+    @operation(errors=(NotFound,))
     def status(self, request, name):
-        """GET /status/<name>"""
+        """The state of a template, its restarts and last exit."""
         return self.manager.find_template(name).status()
 
     # groups
 
+    @operation()
     def groups(self, request):
-        """GET /groups"""
+        """Names of groups."""
         return list(dict.fromkeys(t.group for t in self.manager.templates.values() if t.group is not None))
 
     def _members(self, group):
@@ -4671,38 +4865,44 @@ class Api:
         need(members, NotFound, "there is no group '%s'; GET /groups lists them" % group[:128])
         return members
 
+    @operation(errors=(NotFound,))
     def group(self, request, group):
-        """GET /groups/<g>"""
+        """Names of the templates of a group."""
         return [template.name for template in self._members(group)]
 
+    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
     def group_start(self, request, group):
-        """POST /groups/<g>/_start"""
+        """Start all templates of a group."""
         members = self._members(group)
         for template in members:
             Launch(template.info)               # all of them, or none
         return self._act(request, members, self.manager.start_template)
 
+    @operation("wait", (NotFound, WaitTimeout))
     def group_stop(self, request, group):
-        """POST /groups/<g>/_stop"""
+        """Stop all templates of a group."""
         return self._act(request, self._members(group), self.manager.stop_template)
 
+    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
     def group_restart(self, request, group):
-        """POST /groups/<g>/_restart"""
+        """Restart all templates of a group."""
         members = self._members(group)
         for template in members:
             Launch(template.info)
         return self._act(request, members, self.manager.restart_template)
 
+    @operation(errors=(NotFound,))
     def group_delete(self, request, group):
-        """DELETE /groups/<g>"""
+        """Stop and forget all templates of a group."""
         for template in self._members(group):
             self.manager.delete_process(template.name)
         return OK
 
     # statistics
 
+    @operation("feed interval heartbeat", (NotFound,), FEED_KINDS)
     def stats(self, request, name=None, pid=None):
-        """GET /stats[/<name>[/<pid>]]"""
+        """CPU and memory of processes, once or as a stream."""
         if name is not None:
             self.manager.find_template(name)
         if pid is not None:
@@ -4758,8 +4958,9 @@ class Api:
 
     # events and streams
 
+    @operation("feed heartbeat since tail timeout", (BadEventType,), FEED_KINDS, statuses=(200, 204))
     def watch(self, request, *parts):
-        """GET /watch[/p1[/p2[/p3]]]"""
+        """Events, one or as a stream."""
         parts = parts[0] if parts else []
         need(len(parts) < 4, BadEventType, "a pattern is empty, <type>, proc/<name> or proc/<name>/<type>")
         pattern = parse_pattern(parts)
@@ -4861,8 +5062,9 @@ class Api:
             log_.add(reader)
         return reader
 
+    @operation("feed heartbeat since tail timeout loss", STREAM_ERRORS, STREAM_KINDS, statuses=(200, 204))
     def stream(self, request, ref, label):
-        """GET /streams/<pid> or <name>/<label>"""
+        """Output of a process, or of all of a template."""
         window = self.manager.find_window(ref, label)
         process = None if self.manager.is_name(ref) else self.manager.find_process(ref, past=True)
         feed = choice(request, "feed", FEEDS, "longpoll")
@@ -4904,15 +5106,17 @@ class Api:
             return ready() or Response(None, headers=[("Gaffer-Offset", window.end)], content_type="application/octet-stream")
         return self._park(window, ready, timeout, nothing)
 
+    @operation(errors=(*STREAM_ERRORS, ForbiddenWrite, StdinFull), body="bytes")
     def write(self, request, ref, label="stdin"):
-        """POST /streams/<pid>/<label>"""
+        """Write to a process, whole or not at all."""
         self._writable(ref, label)
         need(len(request.body) <= STDIN_SIZE, TooLarge, "a body is at most %d bytes; send it in parts" % STDIN_SIZE)
         self.manager.write(ref, label, request.body)
         return OK
 
+    @operation(errors=(*STREAM_ERRORS, ForbiddenWrite))
     def end_input(self, request, ref, label="stdin"):
-        """DELETE /streams/<pid>/<label>"""
+        """End of file for a process."""
         self._writable(ref, label)
         self.manager.end_input(ref, label)
         return OK
@@ -4928,8 +5132,10 @@ class Api:
         if not self.manager.is_name(ref) and self.stream_methods(ref, label) == ("GET", "HEAD"):
             raise MethodNotAllowed("'%s' can be read, not written" % label[:64], ("GET", "HEAD", "OPTIONS"))
 
+    @operation("label type frame loss since tail heartbeat readonly",
+               (*STREAM_ERRORS, ForbiddenWrite, ForbiddenOrigin, UpgradeRequired), statuses=(101,))
     def websocket(self, request, ref):
-        """GET /wstreams/<pid>"""
+        """A websocket: messages to stdin, output back."""
         need(not self.manager.is_name(ref), NotFound,
              "a websocket goes to one process: give a pid; GET /processes/%s/_pids lists them" % ref[:128])
         process = self.manager.find_process(ref, past=True)
@@ -4953,7 +5159,10 @@ class Api:
 ROUTES = (
     ("/", {"GET": Api.welcome}),
     ("/ping", {"GET": Api.ping}),
+    ("/healthz", {"GET": Api.healthz}),
+    ("/readyz", {"GET": Api.readyz}),
     ("/metrics", {"GET": Api.metrics}),
+    ("/openapi.json", {"GET": Api.openapi}),
     ("/processes", {"GET": Api.processes, "POST": Api.create}),
     ("/processes/<name>", {"GET": Api.show, "PUT": Api.update, "POST": Api.update, "DELETE": Api.delete}),
     ("/processes/<name>/_pids", {"GET": Api.pids}),
@@ -5783,8 +5992,8 @@ class RequestChannel(Channel):
         counts.by_method.get(request.method, counts.other)[response.status] += 1
         if self._complete:
             took = self.loop.clock() - self._complete
-            counts.by_length[bisect.bisect_left(REQUEST_BUCKETS, took)] += 1
             counts.seconds += took
+            counts.by_length[0 if took <= REQUEST_BUCKETS[0] else bisect.bisect_left(REQUEST_BUCKETS, took)] += 1
         if self.send(encoded):
             self._answered()
 
@@ -6060,10 +6269,10 @@ class HttpHandler:
         self.loop = None
         self.closed = False
         self.would_block = (BlockingIOError, InterruptedError)
-        self._token = token
         self._handlers = [(re.compile(pattern), handler) for pattern, handler in handlers]
         self._wsgi = sorted(((path.rstrip("/"), app) for path, app in (wsgi or {}).items()), key=lambda item: -len(item[0]))
         self._max_body = max_body
+        self.routes, self.secured = ROUTES, token is not None
         self._router = Router(ROUTES)
         self._api = None
         self._threads = {}                      # thread -> its socket
@@ -6083,7 +6292,7 @@ class HttpHandler:
         try:
             for endpoint in self.endpoints:
                 listener = Listener(self, endpoint)
-                if not listener.local and self._token is None:
+                if not listener.local and not self.secured:
                     listener.server_close()
                     raise StartError("%s can be reached from other machines: give a token with --token-file or GAFFER_TOKEN, "
                                      "or listen on 127.0.0.1" % endpoint.bind)
@@ -6214,7 +6423,7 @@ class HttpHandler:
             return Response(status=204, headers=access.preflight(request), content_type=None)
         if request.method not in ("GET", "HEAD") or "upgrade" in request.headers:
             access.check_origin(request)
-        if request.path.rstrip("/") != "/ping" or request.method not in ("GET", "HEAD"):
+        if request.path.rstrip("/") not in OPEN_PATHS or request.method not in ("GET", "HEAD"):
             access.check_token(request)
         return None
 

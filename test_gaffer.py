@@ -165,9 +165,24 @@ class Running:
             data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
             connection.request(method, path, data, headers or {})
             answer = connection.getresponse()
-            return answer.status, answer.headers, answer.read()
+            status, data = answer.status, answer.read()
+            if status >= 400 and data and answer.headers["Content-Type"] == "application/json":
+                self.check_described(method, path, status, json.loads(data.decode()))
+            return status, answer.headers, data
         finally:
             connection.close()
+
+    def check_described(self, method, path, status, value):
+        """An error of a route is one that the description of the API has there."""
+        try:
+            segments = gaffer.Request(method, path, (1, 1), {}).segments()
+        except gaffer.BadRequest:
+            return
+        methods, _ = gaffer.Router(gaffer.ROUTES).find(segments)
+        if methods is not None and method in methods and isinstance(value, dict) and "reason" in value:
+            answers = gaffer.describe_answers(methods[method], method, True)
+            said = answers.get(str(status), {"description": ""})["description"]
+            assert value["error"] in said.split(", "), "%s %s: %s is not described" % (method, path, value)
 
     def json(self, method, path, body=None, headers=None):
         """(status, value) of one request."""
@@ -6107,6 +6122,166 @@ class HttpMetrics(HttpCase):
         value = self.server.ok("GET", "/watch?since=0")
         self.assertEqual(value["event"], "dropped")
         self.assertEqual(self.metrics()["gaffer_events_dropped_total"], value["events"])
+
+
+class HttpProbes(HttpCase):
+    """/healthz and /readyz."""
+
+    options = {"token": "secret"}
+    bearer = {"Authorization": "Bearer secret"}
+
+    def ready(self):
+        """(status, value)"""
+        return self.server.json("GET", "/readyz", headers=self.bearer)
+
+    def test_health_needs_no_token(self):
+        for method in ("GET", "HEAD"):
+            status, headers, data = self.server.request(method, "/healthz")
+            self.assertEqual((status, headers["Content-Type"], data), (200, "text/plain", b"OK" if method == "GET" else b""))
+        self.assertEqual(self.server.json("POST", "/healthz")[0], 401)
+        self.assertEqual(self.server.json("GET", "/readyz")[0], 401, "it names templates")
+        self.assertEqual(self.server.json("GET", "/metrics")[0], 401)
+        self.assertEqual(self.server.json("GET", "/openapi.json")[0], 401)
+
+    def test_ready_when_all_run_that_are_to(self):
+        self.assertEqual(self.ready(), (200, {"ready": True, "templates": []}))
+        manager = self.server.manager
+        manager.add_process("web", "cat", redirect_input=True, numprocesses=2)
+        manager.add_process("off", "cat", start=False)
+        self.assertEqual(self.ready(), (200, {"ready": True, "templates": []}))
+        manager.add_process("ends", "true", flapping={"attempts": 1, "retry_in": 1000})
+        manager.get_process("web").signal("STOP")
+        status, value = until(lambda: self.ready()[0] == 503 and self.ready())
+        self.assertEqual((status, value), (503, {"ready": False, "templates": [
+            {"name": "ends", "state": "flapping", "running": 0, "numprocesses": 1, "error": None}]}))
+        manager.stop_template("ends")
+        self.assertEqual(self.ready(), (200, {"ready": True, "templates": []}))
+
+    def test_not_ready_while_stopping(self):
+        self.server.manager.loop.call(setattr, self.server.manager, "stopping", True)
+        self.assertError(self.ready(), 503, "stopping")
+        self.server.manager.loop.call(setattr, self.server.manager, "stopping", False)
+
+
+class HttpOpenapi(HttpCase):
+    """/openapi.json: every route is described, and the description is right."""
+
+    def test_every_route_and_method(self):
+        described = self.server.ok("GET", "/openapi.json")
+        self.assertEqual((described["openapi"], described["info"]["version"]), ("3.1.0", gaffer.__version__))
+        self.assertNotIn("security", described)
+        shapes = {re.sub(r"{\w+}", "<>", path): methods for path, methods in described["paths"].items()}
+        self.assertEqual(len(shapes), len(described["paths"]), "two paths differ in names alone")
+        seen = set()
+        for pattern, methods in gaffer.ROUTES:
+            shape = re.sub(r"<[^>]+>", "<>", pattern)
+            for method in set(methods) - {"*"} | ({"HEAD"} if "GET" in methods else set()):
+                with self.subTest(route=pattern, method=method):
+                    said = shapes[shape][method.lower()]
+                    self.assertNotIn(said["operationId"], seen - {said["operationId"]})
+                    self.assertRegex(said["summary"], "^[A-Z].{8,}")
+                    self.assertIsNotNone(methods[method if method != "HEAD" else "GET"].__doc__)
+                    self.assertIn("internal_error", said["responses"]["500"]["description"])
+                    self.assertTrue(set("1 2 3".split()) & {status[0] for status in said["responses"]})
+                    seen.add((shape, method))
+        self.assertEqual(seen, {(shape, method.upper()) for shape, methods in shapes.items() for method in methods
+                                } - {("/watch/" + "/".join(["<>"] * n), method) for n in (2, 3) for method in ("GET", "HEAD")})
+
+    def test_its_form(self):
+        """What the specification asks for, as far as it can be told without a validator."""
+        described = gaffer.openapi(gaffer.ROUTES, True)
+        ids = []
+        for path, methods in described["paths"].items():
+            for method, said in methods.items():
+                with self.subTest(path=path, method=method):
+                    ids.append(said["operationId"])
+                    places = [(one["name"], one["in"]) for one in said["parameters"]]
+                    self.assertEqual([name for name, where in places if where == "path"], re.findall(r"{(\w+)}", path))
+                    self.assertEqual(len(set(places)), len(places))
+                    self.assertTrue(all(one["required"] for one in said["parameters"] if one["in"] == "path"))
+                    self.assertTrue(all("schema" in one and one["description"] for one in said["parameters"]))
+                    self.assertTrue(all(re.fullmatch("[1-5][0-9]{2}", status) and answer["description"]
+                                        for status, answer in said["responses"].items()))
+                    self.assertEqual("401" in said["responses"], path not in gaffer.OPEN_PATHS)
+                    self.assertEqual("security" in said, path in gaffer.OPEN_PATHS)
+        self.assertEqual(len(set(ids)), len(ids))
+        for ref in set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(described))):
+            functools.reduce(lambda value, key: value[key], ref.split("/"), described)
+        for security in described["security"]:
+            self.assertLessEqual(set(security), set(described["components"]["securitySchemes"]))
+
+    def test_a_template_has_all_its_fields(self):
+        fields = gaffer.openapi(gaffer.ROUTES, False)["components"]["schemas"]["Template"]["properties"]
+        self.assertEqual(list(fields), list(gaffer.OPTIONS))
+        self.assertEqual(set(gaffer.FIELDS), set(gaffer.OPTIONS))
+        for name, option in gaffer.OPTIONS.items():
+            kinds = fields[name]["type"]
+            kind = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object", type(None): "null"}[type(option.default)]
+            if name not in ("name", "cmd"):
+                self.assertIn(kind, [kinds, "integer" if kinds == "number" else ""] if isinstance(kinds, str) else kinds, name)
+
+    def test_a_handler_declares_the_query_that_it_reads(self):
+        tree = ast.parse(cli_read(os.path.abspath(gaffer.__file__)))
+        api, = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Api"]
+        functions = {node.name: node for node in api.body if isinstance(node, ast.FunctionDef)}
+
+        def reads(name, seen):
+            """Names of the query that a method and those it calls look at."""
+            found = set()
+            for node in ast.walk(functions[name]):
+                if isinstance(node, ast.Call):
+                    called = ast.dump(node.func)
+                    words = [each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+                    if re.search(r"id='(flag|choice|duration)'", called):
+                        found.add(words[0])
+                    elif "attr='get'" in called and "query" in called:
+                        found.add(words[0])
+                if isinstance(node, ast.Attribute) and node.attr in functions and node.attr not in seen and node.attr.startswith("_") and (
+                        node.attr != "_asked"):     # it only asks whether there is one
+                    found |= reads(node.attr, seen | {node.attr})
+            return found
+        for pattern, methods in gaffer.ROUTES:
+            for method in set(methods) - {"*"}:
+                handler = methods[method]
+                with self.subTest(route=pattern, method=method):
+                    self.assertEqual(set(handler.operation.query), reads(handler.__name__, {handler.__name__}))
+
+    def test_a_route_without_a_description_is_found(self):
+        with self.assertRaises(AttributeError):
+            gaffer.openapi((*gaffer.ROUTES, ("/new", {"GET": lambda api, request: "x"})), False)
+        with self.assertRaises(KeyError):
+            gaffer.openapi((("/new/<nobody>", {"GET": gaffer.Api.status}),), False)
+
+    def test_it_is_valid(self):
+        try:
+            import openapi_spec_validator
+        except ImportError:
+            self.skipTest("needs openapi-spec-validator from PyPI")
+        for secured in (True, False):
+            openapi_spec_validator.validate(json.loads(json.dumps(gaffer.openapi(gaffer.ROUTES, secured))),
+                                            cls=openapi_spec_validator.OpenAPIV31SpecValidator)
+
+    def test_its_schemas_say_what_gaffer_does(self):
+        try:
+            import jsonschema
+        except ImportError:
+            self.skipTest("needs jsonschema from PyPI")
+        schema = gaffer.openapi(gaffer.ROUTES, False)["components"]["schemas"]["Template"]
+        base = {"name": "x", "cmd": "true"}
+        for more in ({}, {"args": "a b"}, {"args": ["a"]}, {"env": {"A": 1, "B": "b"}}, {"uid": 0}, {"flapping": {"attempts": 3}},
+                     {"numprocesses": 1000}, {"numprocesses": 1001}, {"numprocesses": 1.5}, {"name": "1"}, {"name": "a:b"}, {"name": ".."},
+                     {"args": 1}, {"unknown": 1}, {"redirect_output": ["a", "a"]}, {"redirect_output": ["a", "b", "c"]},
+                     {"custom_streams": ["a", "a"]}, {"env": {"A": True}}, {"start": 1}, {"graceful_timeout": -1}, {"cmd": ""},
+                     {"priority": -3}, {"flapping": {"tries": 3}}, {"cwd": "/"}, {"shell": "yes"}):
+            with self.subTest(**more):
+                try:
+                    gaffer.check_template(dict(base, **more))
+                    good = True
+                except gaffer.InvalidProcessInfo:
+                    good = False
+                self.assertEqual(jsonschema.Draft202012Validator(schema).is_valid(dict(base, **more)), good)
+        template = gaffer.check_template(base)
+        jsonschema.validate(template, schema)
 
 
 class HttpMethods(HttpCase):
