@@ -24,7 +24,7 @@ The file is read from top to bottom; its sections are
     manager              templates, events, reconcile: wanted beside actual
     http codec           request heads, bodies, responses, access rules, router, SSE
     websocket codec      handshake, frames, messages, close codes (RFC 6455)
-    observability        metrics as text and what they count; the description of the API
+    observability        metrics, lines of the access log, the description of the API
     page                 the web page
     api                  the route table and its handlers
     server               endpoints, requests and streams on the loop, WSGI
@@ -205,6 +205,9 @@ OFFERS_SIZE = 2 * KIB               # Sec-WebSocket-Extensions: browsers send 60
 MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn: compressed, they cost little
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
 
+ACCESS_FIELD_SIZE = KIB             # of a client's header in the access log
+ACCESS_LOG_SIZE = 256 * KIB         # lines that wait to be written
+ACCESS_LOG_DELAY = 0.2              # and how long at most, where all goes well
 REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)    # seconds, of /metrics: loop to thread
 TURN_BUCKETS = (0.001, 0.01, 0.1, 1.0)      # of a turn of the loop: all else waits as long, and 10 ms of that can be felt
 
@@ -4143,8 +4146,9 @@ class FrameEncoder:
 # --------------------------------------------------------------------------------------------------------------------
 # observability
 #
-# What others see of gaffer's own work, as pure values: metrics for Prometheus (text format 0.0.4), and the description of the
-# API (OpenAPI 3.1). Counting is a plain addition where the thing happens, on the loop; all else is made when asked for.
+# What others see of gaffer's own work, as pure values: metrics for Prometheus (text format 0.0.4), lines of the access log,
+# and the description of the API (OpenAPI 3.1). Counting is a plain addition where the thing happens, on the loop; all else is
+# made when it is asked for.
 # --------------------------------------------------------------------------------------------------------------------
 class RequestCounts:
     """Requests that were answered: `by_method` {method: {status: how many}}, `other` for methods that HTTP does not know;
@@ -4199,6 +4203,40 @@ def metrics_text(metrics):
         else:
             parts += [metric_line(name, *sample) for sample in samples]
     return "".join(parts).encode("utf-8")
+
+
+# access log
+
+UNSAFE = re.compile(r"[^\x20\x21\x23-\x5b\x5d-\x7e]")
+
+
+def escape_field(text, most):
+    """What a client has sent, as it can stand between quotes in a line: printable ASCII, all else as \\xhh."""
+    return UNSAFE.sub(lambda match: "\\x%02x" % ord(match.group()), text[:most])
+
+
+def log_time(now):
+    """Unix time as in Apache's logs, with the offset of the time zone, whatever the locale."""
+    local = time.localtime(now)
+    hours, minutes = divmod(abs(local.tm_gmtoff) // 60, 60)
+    return "%02d/%s/%d:%02d:%02d:%02d %s%02d%02d" % (
+        local.tm_mday, MONTHS[local.tm_mon - 1], *(local[0], *local[3:6]), "-" if local.tm_gmtoff < 0 else "+", hours, minutes)
+
+
+def access_line(client, when, request, status, size, secrets=()):
+    """A line of the access log in Apache's combined format. `request`: None where there was none that could be read; `secrets`
+    never stand in it. A `size` of 0 is -, as there."""
+    line = referer = agent = "-"
+    if request is not None:
+        line = "%s %s HTTP/%d.%d" % (request.method, request.target, *request.version)
+        referer, agent = [request.headers.get(name) or "-" for name in ("referer", "user-agent")]
+    fields = []
+    for text, most in ((line, 2 * TARGET_SIZE), (referer, ACCESS_FIELD_SIZE), (agent, ACCESS_FIELD_SIZE)):
+        for secret in secrets:
+            text = text.replace(secret, "***")
+        fields.append(escape_field(text, most))
+    host = client.rpartition(":")[0] or client
+    return '%s - - [%s] "%s" %d %s "%s" "%s"\n' % (host, when, fields[0], status, size or "-", *fields[1:])
 
 
 # openapi
@@ -4461,6 +4499,7 @@ FEED_KINDS = ("application/json", "text/event-stream")
 STREAM_KINDS = ("application/octet-stream", "text/event-stream")
 STREAM_ERRORS = (NotFound, IoNotFound, IoNotRedirected)
 OPEN_PATHS = ("/ping", "/healthz")              # which need no token
+CLIENT_LEFT = 499                               # in the access log, of who did not wait for the answer; as nginx says it
 OK = {"ok": True}
 
 
@@ -4506,8 +4545,8 @@ class ThreadReply:
 
 
 class SocketReply:
-    """`write(sock, more)` writes the answer, with `more` headers, returns its status, and the connection ends: on a
-    thread."""
+    """`write(sock, more)` writes the answer, with `more` headers, and returns (status, bytes of the body); the connection
+    ends: on a thread."""
 
     def __init__(self, write):
         self.write = write
@@ -5276,6 +5315,7 @@ class Channel:
         self.closed = False
         self._ending, self._lingered = False, 0
         self._queue, self.queued = collections.deque(), 0
+        self.sent, self.said = 0, None          # bytes; and what the access log is told at the end
         self._mask = 0                          # what the selector watches
         self._timer = None
         self._progress = 0.0
@@ -5289,6 +5329,11 @@ class Channel:
 
     def received(self, data):
         """Bytes have come. Nothing is expected of who only listens."""
+
+    def begins(self, head):
+        """A stream begins with this head, whose size the access log does not count."""
+        if self.said is not None:
+            self.said = (*self.said[:3], len(head))
 
     def left(self):
         """The client has closed its side."""
@@ -5313,6 +5358,7 @@ class Channel:
         except OSError:
             self.close()
             return False
+        self.sent += count
         return count == len(payload) or self._enqueue(memoryview(payload)[count:])
 
     def _send_parts(self, parts):
@@ -5324,6 +5370,7 @@ class Channel:
                 pass
             except OSError:
                 self.close()
+        self.sent += count
         for part in parts:
             if count < len(part):
                 self._enqueue(memoryview(part)[count:])
@@ -5401,6 +5448,7 @@ class Channel:
                 return self.close()
             self._progress = self.loop.now
             self.queued -= count
+            self.sent += count
             while count and count >= len(self._queue[0]):
                 count -= len(self._queue.popleft())
             if count:
@@ -5454,6 +5502,124 @@ class Channel:
             if not self._ending:
                 self.closing()
             self.sock.close()
+            if self.said is not None:
+                client, request, status, head = self.said
+                self.http.access_log.add(client, request, status, max(0, self.sent - head))
+
+
+class AccessLog:
+    """A line for each request, in Apache's combined format. `path`: a file, "-": stderr. Lines wait in a buffer for a moment;
+    what the file or the pipe does not take is dropped, counted, and told once a minute. A file that was moved away is opened
+    anew."""
+
+    def __init__(self, path):
+        self._path, self._fd, self._identity = path, None, None
+        self._pending = bytearray()
+        self._cut = self._torn = False          # what was written ends within a line; and its rest was dropped
+        self._lost = 0
+        self._loop = self._timer = None
+        self._secrets = ()
+        self._time = (0, "")
+        self._said = Throttle()
+
+    def start(self, loop, token):
+        """Open the file. StartError. `token`: never to be written."""
+        self._loop = loop
+        if token is not None:
+            raw = token.encode("utf-8").decode("latin-1")
+            self._secrets = sorted({raw, urllib.parse.quote(token), urllib.parse.quote(token, ""), urllib.parse.quote_plus(token),
+                                    base64.b64encode(b":" + token.encode("utf-8")).decode("ascii")}, key=len, reverse=True)
+        try:
+            self._open()
+        except OSError as error:
+            raise StartError("the access log '%s' cannot be written: %s" % (self._path, error.strerror)) from None
+
+    def _open(self):
+        if self._path == "-":
+            fd = os.dup(2)
+        else:                                   # non-blocking: it may be a named pipe
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd, seen = fd, os.fstat(fd)
+        regular = stat.S_ISREG(seen.st_mode)
+        self._piece = ACCESS_LOG_SIZE if regular else select.PIPE_BUF       # so much fits where poll() says that something does
+        self._identity = (seen.st_dev, seen.st_ino) if regular and self._path != "-" else None
+
+    def add(self, client, request, status, size):
+        """A request has been answered with `size` bytes beside the head. On the loop."""
+        if self._fd is None:
+            return
+        now = int(time.time())
+        if self._time[0] != now:
+            self._time = (now, log_time(now))
+        line = access_line(client, self._time[1], request, status, size, self._secrets).encode("ascii")
+        if len(self._pending) + len(line) > ACCESS_LOG_SIZE:
+            self._write()
+        if len(self._pending) + len(line) > ACCESS_LOG_SIZE:
+            return self._drop(1, "nobody takes it")
+        self._pending += line
+        if self._timer is None and self._loop.owned() and not self._loop.closed:
+            self._timer = self._loop.later(ACCESS_LOG_DELAY, self._flush)
+        return None
+
+    def _flush(self):
+        self._timer = None
+        if self._identity is not None:
+            self._follow()
+        self._write()
+        if self._pending:
+            self._timer = self._loop.later(ACCESS_LOG_DELAY, self._flush)
+
+    def _follow(self):
+        """Where the file has been moved away, or removed, the log goes on in a new one."""
+        try:
+            seen = os.stat(self._path)
+            if (seen.st_dev, seen.st_ino) == self._identity:
+                return
+        except OSError:
+            pass
+        try:
+            self._open()
+        except OSError as error:
+            self._said.warning("the access log '%s' cannot be opened again: %s", self._path, error.strerror)
+
+    def _write(self):
+        ready = select.poll()
+        ready.register(self._fd, select.POLLOUT)
+        while self._pending and ready.poll(0):
+            try:
+                if self._torn:
+                    os.write(self._fd, b"\n")
+                    self._torn = self._cut = False
+                piece = self._pending[:self._piece]
+                count = os.write(self._fd, piece[:piece.rfind(b"\n") + 1] or piece)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._torn = self._torn or self._cut
+                return self._drop(self._pending.count(b"\n"), (error.strerror or str(error)).lower(), True)
+            self._cut = self._pending[count - 1:count] != b"\n"
+            del self._pending[:count]
+        return None
+
+    def _drop(self, lines, reason, all_of_them=False):
+        self._lost += lines
+        if all_of_them:
+            self._pending.clear()
+        self._said.warning("the access log '%s' cannot be written: %s; %d lines are lost so far", self._path, reason, self._lost)
+
+    def stop(self):
+        """Write what waits, and close."""
+        if self._fd is not None:
+            self._write()
+            if self._pending:
+                self._drop(self._pending.count(b"\n"), "nobody takes it", True)
+            os.close(self._fd)
+            self._fd = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class FeedChannel(Channel):
@@ -5470,7 +5636,9 @@ class FeedChannel(Channel):
     def open(self):
         """See Channel."""
         super().open()
-        self.send(self._reply.head(self.http.date(), self._more) + self._reply.first)
+        head = self._reply.head(self.http.date(), self._more)
+        self.begins(head)
+        self.send(head + self._reply.first)
         self._reader.start()
         if self._reply.begin is not None and not self.closed:
             self._end_feed = self._reply.begin()
@@ -5546,7 +5714,9 @@ class WebSocketChannel(Channel):
     def open(self):
         """See Channel."""
         super().open()
-        self.send(encode_head(101, [("Date", self.http.date()), *self._headers, *self.more_headers()]))
+        head = encode_head(101, [("Date", self.http.date()), *self._headers, *self.more_headers()])
+        self.begins(head)
+        self.send(head)
         self.opened()
         if self.early and not self.closed:      # frames that came with the request
             early, self.early = self.early, b""
@@ -5947,6 +6117,11 @@ class RequestChannel(Channel):
         self._give(self._admitted or self.http.answer(self._request))
         return True
 
+    def _tell(self, status, size):
+        """Tell the access log."""
+        if self.http.access_log is not None:
+            self.http.access_log.add(self._client, self._request, status, size)
+
     def _refuse(self, error):
         """Answer with an error and close, as where the next request begins is not known."""
         request = self._request
@@ -5955,6 +6130,7 @@ class RequestChannel(Channel):
         response = error_response(error)
         self.http.requests.add(request.method if request else "", response.status)
         self.send(response.encode(self.http.date(), False, head_only, more))
+        self._tell(response.status, 0 if head_only else len(response.body))
         self.finish()
 
     # answers
@@ -5979,6 +6155,7 @@ class RequestChannel(Channel):
             return self.http.start_thread(self._let_write, answer.write, more, sock=self.sock)
         if isinstance(answer, StreamReply) and head_only:
             self.http.requests.add("HEAD", 200)
+            self._tell(200, 0)
             self.send(answer.head(self.http.date(), more))
             return self.finish()
         return self._hand_over(answer, more)
@@ -5994,6 +6171,8 @@ class RequestChannel(Channel):
             took = self.loop.clock() - self._complete
             counts.seconds += took
             counts.by_length[0 if took <= REQUEST_BUCKETS[0] else bisect.bisect_left(REQUEST_BUCKETS, took)] += 1
+        if http.access_log is not None:
+            self._tell(response.status, 0 if request.method == "HEAD" else len(response.body or b""))
         if self.send(encoded):
             self._answered()
 
@@ -6016,21 +6195,29 @@ class RequestChannel(Channel):
             self.loop.call_soon(self._worked, response)
 
     def _worked(self, response):
-        if not self.closed:
+        if self.closed:
+            self._tell(CLIENT_LEFT, 0)
+        else:
             self._respond(response)
             self._go_on()
 
     def _let_write(self, write, more):
         self.sock.settimeout(SEND_TIME)
-        method, status = self._request.method, write(self.sock, more)
-        self.loop.call_soon(self.http.requests.add, method, status)
+        self.loop.call_soon(self._written, *write(self.sock, more))
+
+    def _written(self, status, size):
+        self.http.requests.add(self._request.method, status)
+        self._tell(status, size)
 
     def _hand_over(self, reply, more):
         kinds = {StreamReply: FeedChannel, WebSocketReply: ProcessSocket, HandlerReply: HandlerSocket}
         channel = attempt(kinds[type(reply)], self.http, self.sock, self.early, reply, more)
         if isinstance(channel, Response):
             return self._respond(channel)
-        self.http.requests.add(self._request.method, 200 if isinstance(reply, StreamReply) else 101)
+        status = 200 if isinstance(reply, StreamReply) else 101
+        self.http.requests.add(self._request.method, status)
+        if self.http.access_log is not None:
+            channel.said = (self._client, self._request, status, 0)
         self.leave()
         return channel.open()
 
@@ -6060,6 +6247,8 @@ class RequestChannel(Channel):
         """See Channel."""
         super().leave()
         self._end_wait()
+        if self._parked:
+            self._tell(CLIENT_LEFT, 0)
         self._end_poll()
 
 
@@ -6208,7 +6397,7 @@ class WsgiOutput:
 
     def __init__(self, sock, head_only):
         self._sock, self._head_only, self._heads = sock, head_only, 0
-        self.status = 0
+        self.status = self.size = 0             # size: of the body
 
     def write(self, data):
         """Send all of it. wsgiref writes the status line, Date and headers first, and the headers end with an empty line."""
@@ -6216,6 +6405,7 @@ class WsgiOutput:
             self.status = int(data.split(None, 2)[1])
         if not self._head_only or self._heads == 0:
             self._sock.sendall(data)
+            self.size += len(data) if self._heads else 0
         if data.endswith(b"\r\n\r\n"):
             self._heads += 1
         return len(data)
@@ -6258,9 +6448,10 @@ class HttpHandler:
     """The HTTP API as an app. `endpoints`: HttpEndpoints (127.0.0.1:5000). `handlers`: [(regular expression, callable or
     WebSocketHandler class)]; callable(request, *groups) runs on a thread of its own and returns str, bytes, dict, list,
     Response or (status, headers, body). `wsgi`: {"/prefix": WSGI application}. `token`, `cors_origins`, `allow_hosts`: who
-    may do what. `max_body`: bytes of a body for handlers and WSGI."""
+    may do what. `max_body`: bytes of a body for handlers and WSGI. `access_log`: an AccessLog."""
 
-    def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(), allow_hosts=(), max_body=16 * MIB):
+    def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(), allow_hosts=(), max_body=16 * MIB,
+                 access_log=None):
         self.endpoints = list(endpoints) if endpoints is not None else [HttpEndpoint()]
         self.access = Access(token, cors_origins, allow_hosts)
         self.listeners = []
@@ -6273,6 +6464,7 @@ class HttpHandler:
         self._wsgi = sorted(((path.rstrip("/"), app) for path, app in (wsgi or {}).items()), key=lambda item: -len(item[0]))
         self._max_body = max_body
         self.routes, self.secured = ROUTES, token is not None
+        self.access_log, self._token = access_log, token
         self._router = Router(ROUTES)
         self._api = None
         self._threads = {}                      # thread -> its socket
@@ -6290,6 +6482,8 @@ class HttpHandler:
             import ssl
             self.would_block += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
         try:
+            if self.access_log is not None:
+                self.access_log.start(loop, self._token)
             for endpoint in self.endpoints:
                 listener = Listener(self, endpoint)
                 if not listener.local and not self.secured:
@@ -6310,6 +6504,8 @@ class HttpHandler:
         self.listeners = []
         for channel in tuple(self.channels):
             channel.close()
+        if self.access_log is not None:
+            self.access_log.stop()
         with self._lock:
             for sock in filter(None, self._threads.values()):
                 try:
@@ -6337,6 +6533,8 @@ class HttpHandler:
             self.connections += not full
         if full:
             self._refuse(sock)
+            if self.access_log is not None:
+                self.access_log.add(client, None, Busy.status, 0)
         else:
             self._open(RequestChannel(self, sock, listener, client))
 
@@ -6497,7 +6695,7 @@ class HttpHandler:
             environ["HTTPS"] = "on"
         output = WsgiOutput(sock, request.method == "HEAD")
         WsgiRun(request, io.BytesIO(request.body), output, environ, more).run(app)
-        return output.status
+        return output.status, output.size
 
 
 class SigHandler:
@@ -6637,7 +6835,8 @@ def serve(arguments):
     try:
         endpoints = [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind or ["127.0.0.1:5000"]]
         http = HttpHandler(endpoints, token=read_token(arguments.token_file), cors_origins=arguments.cors_origin,
-                           allow_hosts=arguments.allow_host)
+                           allow_hosts=arguments.allow_host,
+                           access_log=AccessLog(arguments.access_log) if arguments.access_log else None)
         apps = [SigHandler(), http, Announcement(http)]
         if arguments.verbose:
             apps.append(ConsoleOutput(arguments.verbose > 1))
@@ -6668,6 +6867,7 @@ def add_options(parser, before=""):
     option("--allow-host", metavar="HOST", action="append", default=[], help="a further name of this server; repeatable")
     option("--certfile", metavar="FILE", help="serve TLS with this certificate (PEM)")
     option("--keyfile", metavar="FILE", help="and this key")
+    option("--access-log", metavar="FILE", help="a line for each request, in Apache's combined format ('-': to stderr)")
     option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE)
     option("-v", "--verbose", action="count", default=0, help="log events; -vv: the processes' output too")
 

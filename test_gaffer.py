@@ -2775,6 +2775,55 @@ class PureMetrics(Case):
         self.assertAlmostEqual(loop.busy, 70.5025)
 
 
+ACCESS = re.compile(r'(\S+) - - \[(\d\d/[A-Z][a-z][a-z]/\d{4}:\d\d:\d\d:\d\d [+-]\d{4})\] "([^"\\]*(?:\\x[0-9a-f]{2}[^"\\]*)*)" '
+                    r'(\d{3}) (\d+|-) "([^"\\]*(?:\\x[0-9a-f]{2}[^"\\]*)*)" "([^"\\]*(?:\\x[0-9a-f]{2}[^"\\]*)*)"\n')
+
+
+def access_lines(text):
+    """[(client, time, request, status, size, referer, agent)] of an access log, of which every byte is such a line."""
+    found = [match.groups() for match in ACCESS.finditer(text)]
+    assert "".join(match.group() for match in ACCESS.finditer(text)) == text, text
+    return [(*fields[:3], int(fields[3]), 0 if fields[4] == "-" else int(fields[4]), *fields[5:]) for fields in found]
+
+
+class PureAccessLine(Case):
+    def line(self, target="/x", client="127.0.0.1:5", secrets=(), **headers):
+        request = gaffer.Request("GET", target, (1, 1), {name.replace("_", "-"): value for name, value in headers.items()})
+        text = gaffer.access_line(client, "01/Jan/2030:00:00:00 +0000", request, 200, 12, secrets)
+        self.assertEqual(text.count("\n"), 1)
+        return access_lines(text)[0]
+
+    def test_fields(self):
+        self.assertEqual(self.line(referer="http://r/", user_agent="curl/8"), (
+            "127.0.0.1", "01/Jan/2030:00:00:00 +0000", "GET /x HTTP/1.1", 200, 12, "http://r/", "curl/8"))
+        self.assertEqual(self.line()[5:], ("-", "-"))
+        self.assertEqual((self.line(client="::1:5")[0], self.line(client="unix")[0]), ("::1", "unix"))
+        self.assertEqual(gaffer.access_line("1.2.3.4:5", "t", None, 400, 0), '1.2.3.4 - - [t] "-" 400 - "-" "-"\n')
+
+    def test_what_a_client_sent_is_escaped(self):
+        evil = 'a"b\\c\r\nd\x1b[31m\x00\x7f\x80\xff\t" 200 5 "'
+        fields = self.line('/"' + evil, referer=evil, user_agent=evil)
+        for field in (fields[2], *fields[5:]):
+            self.assertEqual(re.sub(r"\\x(..)", lambda match: chr(int(match.group(1), 16)), field).count(evil), 1)
+        self.assertEqual(len(self.line(user_agent="x" * 60000)[6]), gaffer.ACCESS_FIELD_SIZE)
+
+    def test_a_secret_is_never_in_it(self):
+        line = self.line("/?token=s3cret&x=s%20t", referer="http://u:s3cret@h/", user_agent="s3crets3cret", secrets=("s3cret", "s%20t"))
+        self.assertEqual((line[2], line[5], line[6]), ("GET /?token=***&x=*** HTTP/1.1", "http://u:***@h/", "******"))
+
+    def test_time(self):
+        for zone, expected in (("UTC0", "+0000"), ("XXX-5:30", "+0530"), ("YYY3:30", "-0330")):
+            try:
+                os.environ["TZ"] = zone
+                time.tzset()
+                text = gaffer.log_time(1893456000)
+                self.assertTrue(text.endswith(" " + expected), text)
+                self.assertEqual(time.mktime(time.strptime(text[:-6], "%d/%b/%Y:%H:%M:%S")), 1893456000)
+            finally:
+                del os.environ["TZ"]
+                time.tzset()
+
+
 class PureUtf8(Case):
 
     BYTES = bytes((0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE2, 0xED, 0xEF,
@@ -6122,6 +6171,138 @@ class HttpMetrics(HttpCase):
         value = self.server.ok("GET", "/watch?since=0")
         self.assertEqual(value["event"], "dropped")
         self.assertEqual(self.metrics()["gaffer_events_dropped_total"], value["events"])
+
+
+class HttpAccessLog(HttpCase):
+    """--access-log: a line for each request."""
+
+    TOKEN = "s\u00e9cret/ +x"
+    bearer = {"Authorization": "Bearer " + TOKEN.encode().decode("latin-1")}
+
+    def setUp(self):
+        Case.setUp(self)
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+        self.path = os.path.join(self.folder.name, "access.log")
+
+    def serve(self, path=None, **options):
+        """A server that logs."""
+        self.server = Running(access_log=gaffer.AccessLog(path or self.path), wsgi={"/wsgi": self.application}, **options)
+        self.addCleanup(self.server.stop_all)
+
+    @staticmethod
+    def application(environ, start):
+        """WSGI"""
+        start("404 Not Found", [("X", "y")])
+        return [b"go", b"ne"]
+
+    def lines(self, count=None):
+        """What is in the file, once that is so many lines; None: after the end of the server."""
+        if count is None:
+            self.server.stop_all()
+        else:
+            until(lambda: os.path.exists(self.path) and cli_read(self.path).count("\n") >= count, "%d lines" % count)
+        return access_lines(cli_read(self.path))
+
+    def test_requests_and_refusals(self):
+        self.serve()
+        began = time.time()
+        self.server.request("GET", "/ping?x=%22y", headers={"User-Agent": "me", "Referer": "http://there/"})
+        self.server.request("HEAD", "/ping")
+        size = len(self.server.request("POST", "/processes", b"no json")[2])
+        self.assertEqual(self.ask(b"GET /\xff\r\n\r\n")[0], 400)
+        self.server.request("GET", "/watch?timeout=0")
+        self.server.request("GET", "/wsgi/x")
+        self.server.request("HEAD", "/wsgi")
+        self.ask(http_bytes("GET", "/x", 'User-Agent: "\t\x80\\'))
+        lines = self.lines(8)
+        self.assertEqual([(line[0], line[2], line[3]) for line in lines], [("127.0.0.1", *rest) for rest in (
+            ("GET /ping?x=%22y HTTP/1.1", 200), ("HEAD /ping HTTP/1.1", 200), ("POST /processes HTTP/1.1", 400), ("-", 400),
+            ("GET /watch?timeout=0 HTTP/1.1", 204), ("GET /wsgi/x HTTP/1.1", 404), ("HEAD /wsgi HTTP/1.1", 404),
+            ("GET /x HTTP/1.1", 404))])
+        self.assertEqual([line[4] for line in lines[:3]] + [line[4] for line in lines[4:7]], [2, 0, size, 0, 4, 0])
+        self.assertEqual((lines[0][5:], lines[1][5:]), (("http://there/", "me"), ("-", "-")))
+        self.assertEqual(lines[7][6], r"\x22\x09\x80\x5c")
+        for line in lines:
+            moment = time.mktime(time.strptime(line[1][:-6], "%d/%b/%Y:%H:%M:%S"))
+            self.assertTrue(int(began) <= moment <= time.time(), line)
+            self.assertEqual(line[1][-5:], time.strftime("%z"))
+
+    def test_streams_have_their_line_at_their_end(self):
+        self.serve()
+        self.cat()
+        self.lines(2)
+        answer = self.server.stream("/streams/1/stdout?feed=continuous")
+        made = self.websocket("/wstreams/1")
+        made.text("hello\n")
+        self.assertEqual((answer.readline(), made.read()), (b"hello\n", (1, b"hello\n")))
+        poll = self.wire()
+        poll.send(http_bytes("GET", "/streams/1/stdout?since=6"))
+        until(lambda: self.server.manager.loop.call(lambda: [c for c in self.server.http.channels if c.kind == "longpoll"]))
+        self.assertEqual(len(self.lines(2)), 2)
+        for opened in (answer, answer.connection, made, poll):
+            opened.close()
+        lines = {line[2]: line[3:5] for line in self.lines(5)}
+        self.assertEqual(lines["GET /streams/1/stdout?feed=continuous HTTP/1.1"], (200, len(b"6\r\nhello\n\r\n")))
+        self.assertEqual(lines["GET /wstreams/1 HTTP/1.1"], (101, 8))
+        self.assertEqual(lines["GET /streams/1/stdout?since=6 HTTP/1.1"], (499, 0))
+
+    def test_the_token_is_never_in_it(self):
+        self.serve(token=self.TOKEN)
+        basic = "Basic " + base64.b64encode((":" + self.TOKEN).encode()).decode()
+        quoted = urllib.parse.quote(self.TOKEN, "")
+        for headers in (self.bearer, {"Authorization": basic}, {"Authorization": "Bearer wrong"},
+                        {"Referer": "http://u:%s@h/" % quoted, "User-Agent": self.bearer["Authorization"]}, {"User-Agent": basic}):
+            for target in ("/processes", "/processes?token=" + quoted, "/processes?token=" + urllib.parse.quote_plus(self.TOKEN)):
+                self.server.request("GET", target, headers=headers)
+        self.lines()
+        text = cli_read(self.path)
+        self.assertEqual(text.count("\n"), 15)
+        self.assertEqual(text.count("token=*** "), 10)
+        for secret in ("cret", basic.partition(" ")[2]):
+            self.assertNotIn(secret, text)
+
+    def test_a_file_that_was_moved_away(self):
+        self.serve()
+        self.server.request("GET", "/ping?1")
+        self.lines(1)
+        os.rename(self.path, self.path + ".1")
+        self.server.request("GET", "/ping?2")
+        self.assertEqual(self.lines(1)[0][2], "GET /ping?2 HTTP/1.1")
+        self.assertEqual(len(access_lines(cli_read(self.path + ".1"))), 1)
+
+    def test_a_pipe_that_nobody_reads_and_that_is_closed(self):
+        os.mkfifo(self.path)
+        with self.assertRaisesRegex(gaffer.StartError, "access log"):
+            self.serve()
+        read = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        self.serve()
+        with self.assertLogs("gaffer", "WARNING") as logged:
+            while not logged.output:            # the pipe is full, and then the buffer: nothing waits for them
+                self.server.request("GET", "/ping?" + "x" * 7000)
+            self.assertRegex(logged.output[0], "cannot be written: nobody takes it; 1 lines are lost so far")
+            held = self.server.http.access_log
+            self.assertLessEqual(len(held._pending), gaffer.ACCESS_LOG_SIZE)
+            data = b""
+            while len(data) < 10 * 7100:        # whoever reads on gets whole lines
+                with contextlib.suppress(BlockingIOError):
+                    data += os.read(read, 65536)
+            access_lines(data[:data.rfind(b"\n") + 1].decode())
+            os.close(read)
+            until(lambda: not held._pending, "the loss of what cannot be written")
+            self.assertEqual(self.server.request("GET", "/ping")[0], 200)
+        self.assertEqual(len(logged.output), 1, "once a minute")
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_a_full_disk(self):
+        self.serve("/dev/full")
+        with self.assertLogs("gaffer", "WARNING") as logged:
+            for _ in range(3):
+                self.assertEqual(self.server.request("GET", "/ping")[0], 200)
+            until(lambda: logged.output)
+            self.server.stop_all()
+        self.assertRegex(logged.output[0], "access log '/dev/full' cannot be written: no space left on device; [1-3] lines")
+        self.assertEqual(len(logged.output), 1)
 
 
 class HttpProbes(HttpCase):
@@ -10420,6 +10601,22 @@ class CliServe(CliCase):
             process.terminate()
             _, err = process.communicate(timeout=TIMEOUT)
         self.assertEqual((process.returncode, err), (0, ""))
+
+
+class CliAccessLog(CliCase):
+    def test_a_file_and_stderr(self):
+        path = os.path.join(self.folder(), "access.log")
+        server = self.start("--access-log", path)
+        server.request("GET", "/ping")
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+        self.assertEqual([line[2:5] for line in access_lines(cli_read(path))], [("GET /ping HTTP/1.1", 200, 2)])
+        server = self.start("--access-log", "-")
+        server.request("GET", "/nothing")
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual([line[2:4] for line in access_lines(server.stderr)], [("GET /nothing HTTP/1.1", 404)])
+        status, out, err = self.called("serve", "--bind", "127.0.0.1:0", "--access-log", "/nowhere/x")
+        self.assertEqual((status, out), (1, ""))
+        self.assertEqual(err, "gaffer: the access log '/nowhere/x' cannot be written: No such file or directory\n")
 
 
 class CliSignals(CliCase):
