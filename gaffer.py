@@ -2558,9 +2558,12 @@ class ProcessHandle:
 
 class Manager:
     """Keeps processes running. `apps`: objects with start(loop, manager), and maybe stop() and restart(). `window_size`:
-    bytes kept of each stream. `exit_watcher`, `process_table`: see the platform section; chosen by probing."""
+    bytes kept of each stream. `exit_with`: the name of a template, there or yet to come; once a process of it has ended by
+    itself, all others are stopped, run() returns, and `exit_code` is its status, or 128 and the signal. `exit_watcher`,
+    `process_table`: see the platform section; chosen by probing."""
 
-    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None):
+    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None, exit_with=None):
+        self.exit_with, self.exit_code = exit_with, 0
         self.loop = loop or Loop()
         self.apps = list(apps)
         self.window_size = window_size
@@ -3059,6 +3062,10 @@ class Manager:
         template = process.home
         template.processes.pop(process.pid, None)
         self._keep(template, process)
+        if process.name == self.exit_with and not process.stopping and not self.stopping:
+            self.exit_code = 128 + process.term_signal if process.term_signal else process.exit_status
+            log.info("%s has ended, and so does gaffer, with %d", process.name, self.exit_code)
+            self._stop(False)
         if template.active and not template.deleted and not self.stopping:
             if not process.stopping:
                 template.restarts += 1
@@ -6840,11 +6847,12 @@ def serve(arguments):
         apps = [SigHandler(), http, Announcement(http)]
         if arguments.verbose:
             apps.append(ConsoleOutput(arguments.verbose > 1))
-        Manager(apps, window_size=arguments.window or WINDOW_SIZE).run()
+        manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE, exit_with=arguments.exit_with)
+        manager.run()
     except StartError as error:
         print("gaffer: %s" % error, file=sys.stderr)
         return 1
-    return 0
+    return manager.exit_code
 
 
 def window_bytes(text):
@@ -6853,6 +6861,15 @@ def window_bytes(text):
     if not re.fullmatch("[0-9]{1,12}", text) or not WINDOW_SIZE_MIN <= int(text) <= WINDOW_SIZE_MAX:
         raise argparse.ArgumentTypeError("a window is %d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX))
     return int(text)
+
+
+def template_name(text):
+    """--exit-with: a name that a template can have."""
+    import argparse
+    try:
+        return check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("a name %s" % error) from None
 
 
 def add_options(parser, before=""):
@@ -6868,6 +6885,8 @@ def add_options(parser, before=""):
     option("--certfile", metavar="FILE", help="serve TLS with this certificate (PEM)")
     option("--keyfile", metavar="FILE", help="and this key")
     option("--access-log", metavar="FILE", help="a line for each request, in Apache's combined format ('-': to stderr)")
+    option("--exit-with", metavar="NAME", type=template_name,
+           help="stop when a process of this template, there or yet to come, ends by itself, and exit with its status")
     option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE)
     option("-v", "--verbose", action="count", default=0, help="log events; -vv: the processes' output too")
 
@@ -6896,7 +6915,8 @@ def make_parser():
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0 done, 1 it could not start, 2 wrong usage."""
+    """The command line. Returns the exit status: 0 done, 1 it could not start, 2 wrong usage; serve --exit-with: a process's
+    own."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:

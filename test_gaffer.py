@@ -10685,6 +10685,117 @@ class CliSignals(CliCase):
         connection.close()
 
 
+class CliExitWith(CliCase):
+    """--exit-with: the end of one process is gaffer's own; and life as pid 1, as in a container."""
+
+    ENDS = """
+        import os, signal, sys
+        os.write(1, b"ready\\n")
+        word = sys.stdin.readline().strip()
+        if word.isdigit():
+            sys.exit(int(word))
+        os.kill(os.getpid(), getattr(signal, word))
+        """
+
+    def run_first(self, *arguments):
+        """(server as pid 1 of a namespace of its own, its pid outside)"""
+        if os.geteuid() != 0 or not shutil.which("unshare"):
+            self.skipTest("needs root and unshare")
+        command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        if subprocess.run(command + ["true"], check=False, stderr=subprocess.DEVNULL, timeout=TIMEOUT).returncode:
+            self.skipTest("no pid namespace can be made here")
+        server = self.start("serve", "--bind", "127.0.0.1:0", *arguments, before=command)
+        return server, gaffer.ProcfsTable().children(server.process.pid)[0]
+
+    def start(self, *arguments, before=(), **options):
+        """See CliCase. `before`: a command that runs it."""
+        if not before:
+            return super().start(*arguments, **options)
+        return self.run_program([*before, *CLI_SCRIPT, *arguments])
+
+    def main(self, server, name="main", **options):
+        """A process that ends as it is told; its pid."""
+        server.add(name, python(self.ENDS), redirect_input=True, **options)
+        pid = server.ok("GET", "/processes/%s/_pids" % name)["pids"][-1]
+        self.assertEqual(server.request("GET", "/streams/%d/stdout?since=0" % pid)[2], b"ready\n")
+        return pid
+
+    def tell(self, server, pid, word):
+        """Let it end so."""
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+        with contextlib.closing(connection):
+            connection.request("POST", "/streams/%d/stdin" % pid, word + "\n")
+            self.assertEqual(connection.getresponse().status, 200)
+
+    def note(self, server, path, *names):
+        """Processes that write their names into a file when they are stopped."""
+        for name in names:
+            CliSignals._add(self, server, name, path, name)
+
+    STUBBORN = CliSignals.STUBBORN
+
+    def test_its_status_is_gaffers_when_all_others_have_ended(self):
+        for word, status in (("7", 7), ("0", 0), ("SIGKILL", 137), ("SIGTERM", 143)):
+            with self.subTest(word=word):
+                path = os.path.join(self.folder(), "stopped")
+                server = self.start("--exit-with", "main")
+                self.note(server, path, "first")
+                pid = self.main(server)
+                self.note(server, path, "second", "third")
+                self.tell(server, pid, word)
+                self.assertEqual((server.stop(None), server.stderr), (status, ""))
+                self.assertEqual(cli_read(path).split(), ["third", "second", "first"])
+
+    def test_what_does_not_end_it(self):
+        """Other templates, a stop and a restart over HTTP; TERM is no exit of the process."""
+        server = self.start("--exit-with", "main", "-v")
+        other = self.main(server, "other")
+        self.tell(server, other, "3")
+        self.assertEqual(server.ok("GET", "/watch/proc/other/exit?since=0")["exit_status"], 3)
+        pid = self.main(server)
+        server.ok("POST", "/processes/%d/_stop?wait=true" % pid)
+        server.ok("POST", "/processes/main/_restart?wait=true")
+        server.ok("POST", "/processes/main/_stop?wait=true")
+        server.ok("POST", "/processes/main/_start")
+        self.assertEqual(server.ok("GET", "/processes/main/_pids")["ok"], True)
+        self.assertEqual(server.stop(), 0)
+        self.assertNotIn("so does gaffer", server.stderr)
+
+    def test_what_is_left_of_its_group_is_stopped_before(self):
+        server = self.start("--exit-with", "main")
+        folder = self.folder()
+        path = os.path.join(folder, "left")
+        server.add("main", {"cmd": "(echo $$ > %s; exec sleep 1000) & read x; exit 4" % path, "shell": True}, redirect_input=True)
+        until(lambda: os.path.exists(path) and cli_read(path), "the child of the process")
+        left = [row for row in gaffer.ProcfsTable().group_members(server.ok("GET", "/status/main")["os_pids"][0])]
+        self.assertEqual(len(left), 2)
+        self.tell(server, 1, "end")
+        self.assertEqual((server.stop(None), server.stderr), (4, ""))
+        self.assertEqual([os_pid for os_pid in left if alive(os_pid)], [])
+
+    def test_a_name_that_none_can_have(self):
+        status, _, err = self.called("serve", "--exit-with", "12")
+        self.assertEqual(status, 2)
+        self.assertIn("not all digits", err)
+
+    def test_as_pid_1_its_status_is_the_containers(self):
+        for word, status in (("7", 7), ("SIGKILL", 137)):
+            server, _ = self.run_first("--exit-with", "main")
+            path = os.path.join(self.folder(), "stopped")
+            self.note(server, path, "first", "second")
+            self.tell(server, self.main(server), word)
+            self.assertEqual((server.stop(None), server.stderr), (status, ""))
+            self.assertEqual(cli_read(path).split(), ["second", "first"])
+
+    def test_as_pid_1_term_reaches_the_children_in_order(self):
+        server, os_pid = self.run_first()
+        path = os.path.join(self.folder(), "stopped")
+        self.note(server, path, "first", "second", "third")
+        os.kill(os_pid, signal.SIGTERM)
+        self.assertEqual((server.stop(None), server.stderr), (0, ""))
+        self.assertEqual(cli_read(path).split(), ["third", "second", "first"])
+
+
 class CliErrors(CliCase):
     """Starts that fail: one sentence. Wrong usage: argparse's."""
 
@@ -10881,6 +10992,21 @@ class Examples(CliCase):
         for name in os.listdir(self.FOLDER):
             if not name.startswith(("_", ".")):
                 self.assertIn("examples/" + name, text)
+
+    def test_dockerfile(self):
+        """Its lines are right, as far as they can be told without Docker: what it copies is there, what it starts serves."""
+        lines = dict(line.split(None, 1) for line in cli_read(os.path.join(self.FOLDER, "Dockerfile")).splitlines())
+        self.assertEqual(list(lines), ["FROM", "COPY", "EXPOSE", "ENTRYPOINT"])
+        name, target = lines["COPY"].split()
+        program, path, *arguments = json.loads(lines["ENTRYPOINT"])
+        self.assertEqual((program, path), ("python3", target + name))
+        self.assertEqual(arguments.pop(), "0.0.0.0:" + lines["EXPOSE"])
+        status, _, err = self.outcome(*arguments, "0.0.0.0:0")
+        self.assertEqual(status, 1)
+        self.assertIn("GAFFER_TOKEN", err)
+        server = self.start(*arguments, "0.0.0.0:0", env=dict(self.env, GAFFER_TOKEN="secret"))
+        self.assertEqual(server.ok("GET", "/readyz", headers={"Authorization": "Bearer secret"})["ready"], True)
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
 
     def test_dummy_counts_on_both_streams(self):
         process = subprocess.Popen(self.example("dummy.py", "0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
