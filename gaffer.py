@@ -110,8 +110,8 @@ from wsgiref.handlers import SimpleHandler
 
 __version__ = "0.1.0"
 __all__ = [
-    "Manager", "HttpHandler", "HttpEndpoint", "SigHandler", "ConsoleOutput", "WebSocketHandler", "Request", "Response",
-    "Loop", "GafferError", "main",
+    "Manager", "HttpHandler", "HttpEndpoint", "SigHandler", "ConsoleOutput", "AccessLog", "WebSocketHandler", "Request",
+    "Response", "Loop", "GafferError", "main",
 ]
 
 log = logging.getLogger("gaffer")
@@ -5543,7 +5543,7 @@ class AccessLog:
 
     def _open(self):
         if self._path == "-":
-            fd = os.dup(2)
+            fd = 2
         else:                                   # non-blocking: it may be a named pipe
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
         if self._fd is not None:
@@ -5622,7 +5622,8 @@ class AccessLog:
             self._write()
             if self._pending:
                 self._drop(self._pending.count(b"\n"), "nobody takes it", True)
-            os.close(self._fd)
+            if self._path != "-":
+                os.close(self._fd)
             self._fd = None
         if self._timer is not None:
             self._timer.cancel()
@@ -6159,7 +6160,7 @@ class RequestChannel(Channel):
         more = self.http.access.cors(self._request)
         if isinstance(answer, SocketReply):
             self.leave()
-            return self.http.start_thread(self._let_write, answer.write, more, sock=self.sock)
+            return self.http.start_thread(self._let_write, answer.write, more, sock=self.sock) or self._tell(Busy.status, 0)
         if isinstance(answer, StreamReply) and head_only:
             self.http.requests.add("HEAD", 200)
             self._tell(200, 0)
