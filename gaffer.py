@@ -24,6 +24,7 @@ The file is read from top to bottom; its sections are
     manager              templates, events, reconcile: wanted beside actual
     http codec           request heads, bodies, responses, access rules, router, SSE
     websocket codec      handshake, frames, messages, close codes (RFC 6455)
+    observability        metrics, lines of the access log, the description of the API
     page                 the web page
     api                  the route table and its handlers
     server               endpoints, requests and streams on the loop, WSGI
@@ -109,8 +110,8 @@ from wsgiref.handlers import SimpleHandler
 
 __version__ = "0.1.0"
 __all__ = [
-    "Manager", "HttpHandler", "HttpEndpoint", "SigHandler", "ConsoleOutput", "WebSocketHandler", "Request", "Response",
-    "Loop", "GafferError", "main",
+    "Manager", "HttpHandler", "HttpEndpoint", "SigHandler", "ConsoleOutput", "AccessLog", "WebSocketHandler", "Request",
+    "Response", "Loop", "GafferError", "main",
 ]
 
 log = logging.getLogger("gaffer")
@@ -203,6 +204,12 @@ FINAL_BLOCKS_MAX = 16               # in one compressed message: each costs a ne
 OFFERS_SIZE = 2 * KIB               # Sec-WebSocket-Extensions: browsers send 60 bytes
 MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn: compressed, they cost little
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
+
+ACCESS_FIELD_SIZE = KIB             # of a client's header in the access log
+ACCESS_LOG_SIZE = 256 * KIB         # lines that wait to be written
+ACCESS_LOG_DELAY = 0.2              # and how long at most, where all goes well
+REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)    # seconds, of /metrics: loop to thread
+TURN_BUCKETS = (0.001, 0.01, 0.1, 1.0)      # of a turn of the loop: all else waits as long, and 10 ms of that can be felt
 
 
 class GafferError(Exception):
@@ -789,6 +796,8 @@ class Loop:
         self._sleep_until = math.inf
         self._looks = 0
         self._running = self._stopping = self.closed = False
+        self.turns, self.busy = 0, 0.0          # turns taken, and seconds of work in them
+        self.turns_by_length = [0] * (len(TURN_BUCKETS) + 1)    # the first is not counted: all that are in no other
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -976,6 +985,11 @@ class Loop:
                 self._guard(key.data, mask)
         self._run_timers()
         self._run_inbox()
+        took = self.clock() - self.now
+        self.turns += 1
+        self.busy += took
+        if took > TURN_BUCKETS[0]:
+            self.turns_by_length[bisect.bisect_left(TURN_BUCKETS, took)] += 1
 
     def _select(self, timeout):
         while self._looks and timeout != 0:
@@ -1149,10 +1163,12 @@ class Fanout:
 
 
 class Log:
-    """What Window and EventLog share: readers, who waits, and the end. `limit`: how much is kept."""
+    """What Window and EventLog share: readers, who waits, and the end. `limit`: how much is kept. `books`: the log in whose
+    `dropped` it is counted what readers have lost here; its own, where there is none."""
 
-    def __init__(self, loop, limit):
+    def __init__(self, loop, limit, books=None):
         self.loop, self.limit = loop, limit
+        self.books, self.dropped = books or self, 0
         self.start = self.end = 0
         self.ended = False
         self.on_room = set()                    # called once when a reader that lagged has moved on
@@ -1282,8 +1298,8 @@ class Log:
 class Window(Log):
     """The last `limit` bytes of a stream, by absolute offset from `start` to `end`."""
 
-    def __init__(self, loop, limit=WINDOW_SIZE):
-        super().__init__(loop, limit)
+    def __init__(self, loop, limit=WINDOW_SIZE, books=None):
+        super().__init__(loop, limit, books)
         self._chunks, self._offsets = [], []    # bytes, and the offset of each's first byte
         self._before = None                     # the byte in front of the first chunk
 
@@ -1452,11 +1468,13 @@ class Reader:
         """What stood at the offset is gone. True: go on."""
         count = self.log.start - self.offset
         if self.encoder.dropped is None and self.loss != "skip":
+            self.log.books.dropped += count
             self.sink.lost(self, count)
             return False
         self.offset = self.log.resync(self.log.start)
         count += self.offset - self.log.start
         self.dropped += count
+        self.log.books.dropped += count
         if self.encoder.dropped is None:
             return True
         return self.sink.send(self.encoder.dropped(count, self.offset))
@@ -2129,7 +2147,7 @@ class Process:
                 os.close(fd)
         self.started = self._loop.clock()
         for label, fd in plan["read"].items():
-            output = Output(self._loop, fd, Window(self._loop, window_size), merged[label])
+            output = Output(self._loop, fd, Window(self._loop, window_size, merged[label].window), merged[label])
             self.outputs[label] = output
             output.start()
         for label, fd in plan["write"].items():
@@ -2380,6 +2398,7 @@ class Template:
         self.past = collections.deque()         # Processes that are gone and can still be read
         self.afterlife = None                   # Timer: when the first of them is forgotten
         self.restarts = 0
+        self.exits = collections.Counter()      # (exit_status, term_signal) -> how many
         self.last_exit = None                   # {"pid", "exit_status", "term_signal", "time"}
         self.error = None                       # why the last spawn failed
         self.replace(info)
@@ -2414,6 +2433,10 @@ class Template:
         if self.rest is not None:
             self.rest.cancel()
             self.rest = None
+
+    def wanted(self):
+        """How many processes there are to be."""
+        return self.info["numprocesses"] if self.active else 0
 
     def missing(self):
         """How many processes have to be spawned now."""
@@ -2535,9 +2558,12 @@ class ProcessHandle:
 
 class Manager:
     """Keeps processes running. `apps`: objects with start(loop, manager), and maybe stop() and restart(). `window_size`:
-    bytes kept of each stream. `exit_watcher`, `process_table`: see the platform section; chosen by probing."""
+    bytes kept of each stream. `exit_with`: the name of a template, there or yet to come; once a process of it has ended by
+    itself, all others are stopped, run() returns, and `exit_code` is its status, or 128 and the signal. `exit_watcher`,
+    `process_table`: see the platform section; chosen by probing."""
 
-    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None):
+    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None, exit_with=None):
+        self.exit_with, self.exit_code = exit_with, 0
         self.loop = loop or Loop()
         self.apps = list(apps)
         self.window_size = window_size
@@ -2545,6 +2571,7 @@ class Manager:
         self.templates = {}
         self.processes = {}                     # pid -> Process: all that can still be asked for
         self.events = EventLog(self.loop)
+        self.started_at = time.time()
         self.stopping = False
         self._running = False
         self._started_apps = []
@@ -2964,7 +2991,7 @@ class Manager:
     def _reconcile(self, template):
         if not self._running or self.stopping:
             return
-        surplus = len(template.running()) - (template.info["numprocesses"] if template.active else 0)
+        surplus = len(template.running()) - template.wanted()
         for process in template.running()[:max(0, surplus)]:
             self._end_process(process, "reap")
         while template.pending and template.missing() < 0:
@@ -3023,6 +3050,7 @@ class Manager:
     def exited(self, process):
         """Called by a process that has exited."""
         template = process.home
+        template.exits[process.exit_status, process.term_signal] += 1
         template.last_exit = {"pid": process.pid, "exit_status": process.exit_status, "term_signal": process.term_signal,
                               "time": time.time()}
         self._publish("exit", process.name, process, exit_status=process.exit_status, term_signal=process.term_signal)
@@ -3034,6 +3062,10 @@ class Manager:
         template = process.home
         template.processes.pop(process.pid, None)
         self._keep(template, process)
+        if process.name == self.exit_with and not process.stopping and not self.stopping:
+            self.exit_code = 128 + process.term_signal if process.term_signal else process.exit_status
+            log.info("%s has ended, and so does gaffer, with %d", process.name, self.exit_code)
+            self._stop(False)
         if template.active and not template.deleted and not self.stopping:
             if not process.stopping:
                 template.restarts += 1
@@ -3159,7 +3191,9 @@ class Request:
 
     def wants_close(self):
         """True where the connection ends with the answer (RFC 9112 section 9.3)."""
-        words = [word.strip() for word in self.headers.get("connection", "").lower().split(",")]
+        if "connection" not in self.headers:
+            return self.version == (1, 0)
+        words = [word.strip() for word in self.headers["connection"].lower().split(",")]
         return "close" in words or self.version == (1, 0) and "keep-alive" not in words
 
 
@@ -4117,6 +4151,252 @@ class FrameEncoder:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# observability
+#
+# What others see of gaffer's own work, as pure values: metrics for Prometheus (text format 0.0.4), lines of the access log,
+# and the description of the API (OpenAPI 3.1). Counting is a plain addition where the thing happens, on the loop; all else is
+# made when it is asked for.
+# --------------------------------------------------------------------------------------------------------------------
+class RequestCounts:
+    """Requests that were answered: `by_method` {method: {status: how many}}, `other` for methods that HTTP does not know;
+    `by_length` and `seconds`, how long the answer took, of those that did not wait for something to happen."""
+
+    def __init__(self):
+        self.by_method = {method: collections.defaultdict(int) for method in METHODS + OTHER_METHODS}
+        self.other = collections.defaultdict(int)
+        self.by_length, self.seconds = [0] * (len(REQUEST_BUCKETS) + 1), 0.0
+
+    def add(self, method, status):
+        """One that was answered, without a time."""
+        self.by_method.get(method, self.other)[status] += 1
+
+    def samples(self):
+        """[({label: value}, number)]"""
+        rows = [*self.by_method.items(), ("other", self.other)]
+        return [({"method": method, "code": status}, count) for method, counts in rows for status, count in counts.items()]
+
+
+Metric = collections.namedtuple("Metric", "name kind help samples")     # samples: [({label: value}, number)], or a Histogram
+Histogram = collections.namedtuple("Histogram", "bounds counts total")     # a count for each bound, and for what is above
+
+
+def escape_label(value):
+    """The value of a label as it stands between its quotes."""
+    return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def metric_line(name, labels, number):
+    """One sample."""
+    inside = ",".join('%s="%s"' % (label, escape_label(value)) for label, value in labels.items())
+    return "%s%s %s\n" % (name, "{%s}" % inside if inside else "", number)
+
+
+def histogram_lines(name, histogram):
+    """The samples of a histogram: cumulative counts, the sum, the count."""
+    totals = list(itertools.accumulate(histogram.counts))
+    for bound, total in zip([*map(float, histogram.bounds), "+Inf"], totals):
+        yield metric_line(name + "_bucket", {"le": bound}, total)
+    yield metric_line(name + "_sum", {}, histogram.total)
+    yield metric_line(name + "_count", {}, totals[-1])
+
+
+def metrics_text(metrics):
+    """Metrics in Prometheus's text format 0.0.4, as bytes."""
+    parts = []
+    for name, kind, help_, samples in metrics:
+        parts.append("# HELP %s %s\n# TYPE %s %s\n" % (name, help_, name, kind))
+        if isinstance(samples, Histogram):
+            parts += histogram_lines(name, samples)
+        else:
+            parts += [metric_line(name, *sample) for sample in samples]
+    return "".join(parts).encode("utf-8")
+
+
+# access log
+
+UNSAFE = re.compile(r"[^\x20\x21\x23-\x5b\x5d-\x7e]")
+
+
+def escape_field(text, most):
+    """What a client has sent, as it can stand between quotes in a line: printable ASCII, all else as \\xhh."""
+    return UNSAFE.sub(lambda match: "\\x%02x" % ord(match.group()), text[:most])
+
+
+def log_time(now):
+    """Unix time as in Apache's logs, with the offset of the time zone, whatever the locale."""
+    local = time.localtime(now)
+    hours, minutes = divmod(abs(local.tm_gmtoff) // 60, 60)
+    return "%02d/%s/%d:%02d:%02d:%02d %s%02d%02d" % (
+        local.tm_mday, MONTHS[local.tm_mon - 1], *(local[0], *local[3:6]), "-" if local.tm_gmtoff < 0 else "+", hours, minutes)
+
+
+def access_line(client, when, request, status, size, secrets=()):
+    """A line of the access log in Apache's combined format. `request`: None where there was none that could be read; `secrets`
+    never stand in it. A `size` of 0 is -, as there."""
+    line = referer = agent = "-"
+    if request is not None:
+        line = "%s %s HTTP/%d.%d" % (request.method, request.target, *request.version)
+        referer, agent = [request.headers.get(name) or "-" for name in ("referer", "user-agent")]
+    fields = []
+    for text, most in ((line, 2 * TARGET_SIZE), (referer, ACCESS_FIELD_SIZE), (agent, ACCESS_FIELD_SIZE)):
+        for secret in secrets:
+            text = text.replace(secret, "***")
+        fields.append(escape_field(text, most))
+    host = client.rpartition(":")[0] or client
+    return '%s - - [%s] "%s" %d %s "%s" "%s"\n' % (host, when, fields[0], status, size or "-", *fields[1:])
+
+
+# openapi
+
+STRING, BOOLEAN = {"type": "string"}, {"type": "boolean"}
+LABELS = {"type": "array", "items": {"type": "string", "pattern": "^(?!\\.{1,2}$)[A-Za-z0-9_.-]{1,64}$"}}
+WHO = {"type": ["string", "integer", "null"]}
+FIELDS = {                                      # JSON Schema of each field of a template; OPTIONS has the rest
+    "name": {"type": "string", "pattern": "^(?!-|:|[0-9]+$|\\.{1,2}$)[A-Za-z0-9_.:@-]{1,128}$"},
+    "cmd": {"type": "string", "minLength": 1},
+    "args": {"type": ["array", "string"], "items": STRING},
+    "env": {"type": "object", "additionalProperties": {"type": ["string", "number"]}}, "os_env": BOOLEAN,
+    "cwd": {"type": ["string", "null"]}, "uid": WHO, "gid": WHO, "shell": BOOLEAN,
+    "numprocesses": {"type": "integer", "minimum": 0, "maximum": NUMPROCESSES_MAX}, "start": BOOLEAN, "detach": BOOLEAN,
+    "redirect_output": dict(LABELS, maxItems=2), "redirect_input": BOOLEAN,
+    "custom_streams": dict(LABELS, maxItems=CUSTOM_STREAMS_MAX, uniqueItems=True),
+    "graceful_timeout": {"type": "number", "minimum": 0, "maximum": SECONDS_MAX},
+    "flapping": {"type": ["object", "null"], "additionalProperties": False, "properties": {
+        name: {"type": "number", "minimum": 0, "default": default} for name, (default, _) in FLAPPING.items()}},
+    "priority": {"type": ["integer", "null"], "minimum": -10 ** 6, "maximum": 10 ** 6},
+}
+SECONDS = {"type": "number", "minimum": 0}
+QUERY = {                                       # of a request's query: its JSON Schema, and what it means
+    "running": (BOOLEAN, "pids of what runs, in place of names"),
+    "wait": ({"type": ["boolean", "number"]}, "answer when it is done, or after so many seconds 504"),
+    "group": (BOOLEAN, "to whole process groups"),
+    "feed": ({"enum": ["longpoll", "continuous", "eventsource"]}, "in which form it comes"),
+    "interval": ({"type": "number", "minimum": 0.1}, "seconds between two samples of a feed"),
+    "timeout": (SECONDS, "longpoll: 204 when nothing came in so many seconds"),
+    "heartbeat": ({"type": ["boolean", "number"]}, "an empty line after so many seconds of silence; true: 60"),
+    "since": (STRING, "begin at this offset, or behind this id"),
+    "tail": ({"type": ["integer", "string"]}, "begin with the last so many lines, or all"),
+    "loss": ({"enum": ["skip", "block"]}, "what is to happen to a reader that is too slow; else it is cut"),
+    "label": (STRING, "which stream comes back"),
+    "type": ({"enum": ["text", "binary"]}, "of the messages"),
+    "frame": ({"enum": ["line"]}, "one message a line"),
+    "readonly": (BOOLEAN, "nothing is written to the process"),
+}
+PLACEHOLDERS = {                                # of a path
+    "name": "a template's name", "pid": "gaffer's number of a process", "ref": "a template's name, or the pid of a process",
+    "id": "the pid of a process of the template", "n": "how many; at least 1", "sig": "a signal: 15, TERM or SIGTERM",
+    "group": "the name of a group", "label": "the label of a stream", "p1": "a type of event, or proc", "p2": "a template's name",
+    "p3": "a type of event",
+}
+ANY_ERRORS = (BadRequest, ForbiddenHost, HeadersTooLarge, UriTooLong, MethodNotAllowed, Busy, GafferError)
+CHANGE_ERRORS = (ForbiddenOrigin, Stopping, TooLarge, UnsupportedMediaType, ExpectationFailed, RequestTimeout)
+Operation = collections.namedtuple("Operation", "query errors kinds body statuses")
+
+
+def operation(query="", errors=(), kinds=("application/json",), body=None, statuses=(200,)):
+    """Marks a handler with what the description of the API says of it beside its docstring: `query`: parameters, names with
+    spaces between; `errors`: classes beside those that any request may get; `kinds`: content types of the answer; `body`:
+    None, "template", "fields" (of one, without its name) or "bytes"; `statuses` of success."""
+    def mark(handler):
+        handler.operation = Operation(query.split(), errors, kinds, body, statuses)
+        return handler
+    return mark
+
+
+def template_schema(required):
+    """JSON Schema of a process template, from the table of its fields."""
+    fields = {}
+    for name, option in OPTIONS.items():
+        fields[name] = dict(FIELDS[name], description=option.help)
+        if name not in ("name", "cmd"):
+            fields[name]["default"] = option.default
+    return {"type": "object", "properties": fields, "required": required, "additionalProperties": False}
+
+
+def describe_answers(handler, method, secured):
+    """The responses object of an operation."""
+    said, answers = handler.operation, {}
+    secured = secured and handler.__name__ not in ("ping", "healthz")
+    for status in said.statuses:
+        answers[str(status)] = {"description": REASONS[status]}
+        if status not in (101, 204):
+            answers[str(status)]["content"] = {kind: {} for kind in said.kinds}
+    errors = ANY_ERRORS + said.errors + (CHANGE_ERRORS if method not in ("GET", "HEAD") else ()) + (
+        (BadValue,) if said.query else ()) + ((Unauthorized,) if secured else ())
+    for error in sorted(set(errors), key=lambda error: (error.status, error.code)):
+        answer = answers.setdefault(str(error.status), {"description": "", "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}})
+        answer["description"] = ", ".join(filter(None, (answer["description"], error.code)))
+    return answers
+
+
+def describe(handler, method, path, names, secured):
+    """The operation object of a handler under a path, whose placeholders are `names`."""
+    said = handler.operation
+    parameters = [{"name": name, "in": "path", "required": True, "schema": STRING, "description": PLACEHOLDERS[name]}
+                  for name in names]
+    parameters += [{"name": name, "in": "query", "schema": QUERY[name][0], "description": QUERY[name][1]} for name in said.query]
+    result = {
+        "operationId": re.sub(r"\W+", "_", method.lower() + path).rstrip("_"), "parameters": parameters,
+        "summary": (handler.__doc__ or handler.__name__).partition("\n")[0].rstrip("."),
+        "responses": describe_answers(handler, method, secured),
+    }
+    if said.body is not None:
+        content = {"application/octet-stream": {}} if said.body == "bytes" else {
+            "application/json": {"schema": {"$ref": "#/components/schemas/" + said.body.title()}}}
+        result["requestBody"] = {"required": said.body != "bytes", "content": content}
+    if secured and handler.__name__ in ("ping", "healthz"):
+        result["security"] = []
+    return result
+
+
+def described_paths(routes):
+    """The paths of the description: [(path with {name}, its names, methods)]. What differs in the placeholders' names alone is
+    one path there; one that takes any number of parts is several."""
+    merged = {}
+    for pattern, methods in routes:
+        methods = {method: handler for method, handler in methods.items() if method in METHODS}
+        for path in [pattern.replace("<pattern...>", parts) for parts in ("<p1>", "<p1>/<p2>", "<p1>/<p2>/<p3>")] if (
+                "..." in pattern) else [pattern]:
+            shape = re.sub(r"<\w+>", "<>", path)
+            if shape in merged:
+                path = re.sub(r"<name>|<pid>", "<ref>", path)
+            known = merged.setdefault(shape, [path, {}])
+            known[0] = path
+            for method, handler in methods.items():
+                known[1].setdefault(method, []).append(handler)
+    return [(re.sub(r"<(\w+)>", r"{\1}", path), re.findall(r"<(\w+)>", path), methods) for path, methods in merged.values()]
+
+
+def openapi(routes, secured):
+    """The description of the API, OpenAPI 3.1, as a dict. `routes`: the route table; `secured`: there is a token."""
+    paths = {}
+    for path, names, methods in described_paths(routes):
+        here = paths[path] = {}
+        for method, handlers in methods.items():
+            here[method.lower()] = described = describe(handlers[0], method, path, names, secured)
+            for handler in [handler for handler in handlers[1:] if handler is not handlers[0]]:
+                other = describe(handler, method, path, names, secured)
+                described["summary"] += "; with a pid: " + other["summary"]
+                described["responses"] = {**other["responses"], **described["responses"]}
+        if "get" in here:
+            here["head"] = dict(here["get"], operationId="head" + here["get"]["operationId"][3:])
+    result = {
+        "openapi": "3.1.0", "servers": [{"url": "/"}], "paths": paths,
+        "info": {"title": "gaffer", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"}},
+        "components": {"schemas": {
+            "Template": template_schema(["name", "cmd"]), "Fields": template_schema(["cmd"]),
+            "Error": {"type": "object", "required": ["error", "reason"], "properties": {"error": STRING, "reason": STRING}}}},
+    }
+    if secured:
+        result["security"] = [{"bearer": []}, {"basic": []}]
+        result["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "basic": {"type": "http", "scheme": "basic", "description": "the token as password, any user"}}
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # page
 #
 # The web page, whole: no other request than to this server's own API, text only through textContent. __NONCE__ is
@@ -4222,6 +4502,11 @@ events.onerror = () => say("the server does not answer; trying again");
 # --------------------------------------------------------------------------------------------------------------------
 POSITION = re.compile(r"([0-9]{1,18})(x?)(?:@([A-Za-z0-9]{1,32}))?\Z")
 FEEDS = ("longpoll", "continuous", "eventsource")
+FEED_KINDS = ("application/json", "text/event-stream")
+STREAM_KINDS = ("application/octet-stream", "text/event-stream")
+STREAM_ERRORS = (NotFound, IoNotFound, IoNotRedirected)
+OPEN_PATHS = ("/ping", "/healthz")              # which need no token
+CLIENT_LEFT = 499                               # in the access log, of who did not wait for the answer; as nginx says it
 OK = {"ok": True}
 
 
@@ -4237,6 +4522,7 @@ def offset_headers(reader, asked, clamp):
             place = window.resync(window.start)
         elif clamp:
             lost, reader.offset = place - reader.offset, place
+            window.books.dropped += lost
     headers = [("Gaffer-Offset", place)]
     return headers + [("Gaffer-Dropped", lost)] if lost else headers
 
@@ -4266,7 +4552,8 @@ class ThreadReply:
 
 
 class SocketReply:
-    """`write(sock, more)` writes the answer, with `more` headers, and the connection ends: on a thread."""
+    """`write(sock, more)` writes the answer, with `more` headers, and returns (status, bytes of the body); the connection
+    ends: on a thread."""
 
     def __init__(self, write):
         self.write = write
@@ -4375,17 +4662,100 @@ class Samples:
         }
 
 
-class Api:
-    """The handlers of the route table, on one manager."""
+class Metrics:
+    """What /metrics tells, read from where it stands. `http`: the HttpHandler."""
 
-    def __init__(self, manager):
-        self.manager = manager
+    def __init__(self, manager, http):
+        self._manager, self._http = manager, http
+
+    def collect(self):
+        """[Metric] of all that the loop owns."""
+        return [*self._templates(), *self._streams(), *self._clients(), *self._own()]
+
+    def _templates(self):
+        templates = list(self._manager.templates.values())
+        states, exits = [], []
+        for template in templates:
+            running = len(template.running())
+            counts = (running, len(template.processes) - running, len(template.pending))
+            states += [({"template": template.name, "state": state}, count)
+                       for state, count in zip(("running", "stopping", "waiting"), counts)]
+            exits += [({"template": template.name, "exit_status": status, "term_signal": signum}, count)
+                      for (status, signum), count in template.exits.items()]
+        yield Metric("gaffer_processes", "gauge", "Processes by state; waiting: for the end of a backoff.", states)
+        yield Metric("gaffer_processes_wanted", "gauge", "Processes that the template is to have now.",
+                     [({"template": each.name}, each.wanted()) for each in templates])
+        yield Metric("gaffer_process_restarts_total", "counter", "Processes replaced because they had ended by themselves.",
+                     [({"template": each.name}, each.restarts) for each in templates])
+        yield Metric("gaffer_process_exits_total", "counter", "Processes that have ended; signal 0: by themselves.", exits)
+
+    def _streams(self):
+        written, dropped, waiting = [], [], []
+        for template in self._manager.templates.values():
+            for label, merged in template.merged.items():
+                labels = {"template": template.name, "label": label}
+                written.append((labels, merged.window.end))
+                dropped.append((labels, merged.window.dropped))
+            sizes = collections.Counter()
+            for process in template.processes.values():
+                for label, stream in process.inputs.items():
+                    sizes[label] += stream.size
+            waiting += [({"template": template.name, "label": label}, size) for label, size in sizes.items()]
+        yield Metric("gaffer_stream_bytes_total", "counter", "Bytes of output, by template and label.", written)
+        yield Metric("gaffer_stream_dropped_bytes_total", "counter", "Bytes that a client was too slow or too late for, "
+                     "added up over all clients.", dropped)
+        yield Metric("gaffer_input_waiting_bytes", "gauge", "Bytes that wait for a process to read them.", waiting)
+
+    def _clients(self):
+        http, counts = self._http, self._http.requests
+        kinds = collections.Counter(channel.kind for channel in http.channels)
+        yield Metric("gaffer_http_connections", "gauge", "Open connections.", [({}, http.connections)])
+        yield Metric("gaffer_http_streams", "gauge", "Clients that follow something, by kind.",
+                     [({"kind": kind}, kinds[kind]) for kind in ("longpoll", "continuous", "eventsource", "websocket")])
+        yield Metric("gaffer_http_requests_total", "counter", "Requests that were answered, by method and status code; "
+                     "streams when they begin.", counts.samples())
+        yield Metric("gaffer_http_request_duration_seconds", "histogram", "From the request's last byte to the answer; "
+                     "not of long polls and streams.", Histogram(REQUEST_BUCKETS, list(counts.by_length), counts.seconds))
+
+    def _own(self):
+        manager, loop = self._manager, self._manager.loop
+        lengths = [loop.turns - sum(loop.turns_by_length), *loop.turns_by_length[1:]]
+        yield Metric("gaffer_loop_lag_seconds", "histogram", "How long a turn of the loop took: all else waited so long.",
+                     Histogram(TURN_BUCKETS, lengths, loop.busy))
+        yield Metric("gaffer_events_total", "counter", "Events published.", [({}, manager.events.end)])
+        yield Metric("gaffer_events_dropped_total", "counter", "Events that a client was too slow or too late for.",
+                     [({}, manager.events.dropped)])
+        yield Metric("gaffer_info", "gauge", "The version of gaffer, and of Python.",
+                     [({"version": __version__, "python": "%d.%d.%d" % sys.version_info[:3]}, 1)])
+        yield Metric("process_start_time_seconds", "gauge", "When gaffer started, in Unix time.", [({}, manager.started_at)])
+
+    def resources(self):
+        """[Metric] of gaffer's own process, under the names that Prometheus has for every process. It takes time: on a
+        thread."""
+        import resource
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        seen = self._manager.table.look(os.getpid()) or {"cpu_time": 0.0, "rss": 0, "vms": 0}
+        rows = (("process_cpu_seconds_total", "counter", "CPU time of gaffer itself.", seen["cpu_time"]),
+                ("process_resident_memory_bytes", "gauge", "Memory of gaffer itself.", seen["rss"]),
+                ("process_virtual_memory_bytes", "gauge", "Address space of gaffer itself.", seen["vms"]),
+                ("process_open_fds", "gauge", "Descriptors that gaffer has open.", len(os.listdir("/dev/fd")) - 1),
+                ("process_max_fds", "gauge", "How many it may have.", "+Inf" if limit == resource.RLIM_INFINITY else limit))
+        return [Metric(name, kind, help_, [({}, number)]) for name, kind, help_, number in rows]
+
+
+class Api:
+    """The handlers of the route table, on one manager. `http`: the HttpHandler."""
+
+    def __init__(self, manager, http):
+        self.manager, self._http = manager, http
+        self._metrics = Metrics(manager, http)
         self.samples = Samples(manager.table, manager.loop.clock)
 
     # the server itself
 
+    @operation(kinds=("application/json", "text/html"))
     def welcome(self, request):
-        """GET /"""
+        """The version; to a browser, the web page."""
         if not prefers_html(request.headers.get("accept", "")):
             return json_response({"welcome": "gaffer", "version": __version__}, headers=[("Vary", "Accept")])
         nonce = base64.b64encode(os.urandom(12)).decode("ascii")
@@ -4394,60 +4764,98 @@ class Api:
         return Response(PAGE.replace("__NONCE__", nonce).encode("utf-8"), content_type="text/html; charset=utf-8",
                         headers=[("Content-Security-Policy", policy), ("Vary", "Accept")])
 
+    @operation(kinds=("text/plain",))
     def ping(self, request):
-        """GET /ping"""
+        """OK, for as long as gaffer answers."""
         return Response(b"OK", content_type="text/plain")
+
+    @operation(kinds=("text/plain",))
+    def metrics(self, request):
+        """What gaffer does, for Prometheus."""
+        metrics = self._metrics.collect()
+        return ThreadReply(lambda: Response(metrics_text(metrics + self._metrics.resources()),
+                                            content_type="text/plain; version=0.0.4; charset=utf-8"))
+
+    @operation()
+    def openapi(self, request):
+        """This description of the API: OpenAPI 3.1."""
+        return ThreadReply(lambda: json_response(openapi(self._http.routes, self._http.secured)))
+
+    @operation(kinds=("text/plain",))
+    def healthz(self, request):
+        """OK, for as long as gaffer answers: a liveness probe."""
+        return Response(b"OK", content_type="text/plain")
+
+    @operation(errors=(Stopping,), statuses=(200, 503))
+    def readyz(self, request):
+        """Whether every active template runs as many processes as it is to: a readiness probe."""
+        need(not self.manager.stopping, Stopping, "gaffer is stopping; start it again")
+        lacking = [(template, len(template.running())) for template in self.manager.templates.values() if template.active]
+        lacking = [(template, running) for template, running in lacking if running < template.wanted()]
+        return json_response({"ready": not lacking, "templates": [
+            {"name": template.name, "state": template.state(), "running": running, "numprocesses": template.wanted(),
+             "error": template.error} for template, running in lacking]}, 503 if lacking else 200)
 
     # templates and processes
 
+    @operation("running")
     def processes(self, request):
-        """GET /processes"""
+        """Names of templates, or pids of what runs."""
         if flag(request, "running"):
             return [process.pid for process in self.manager.processes.values() if process.running]
         return list(self.manager.templates)
 
+    @operation(errors=(InvalidJson, InvalidProcessInfo, Conflict), body="template")
     def create(self, request):
-        """POST /processes"""
+        """Add a template, and start it."""
         def work():
             self.manager.add_process(check_template(request.json()))
             return json_response(OK)
         return ThreadReply(work)
 
+    @operation(errors=(NotFound,))
     def show(self, request, ref):
-        """GET /processes/<name> or <pid>"""
+        """A template; by pid the one that the process runs."""
         return self.manager.info(ref)
 
+    @operation(errors=(InvalidJson, InvalidProcessInfo, NotFound), body="fields")
     def update(self, request, name):
-        """PUT, POST /processes/<name>"""
+        """Replace a template, and its processes."""
         def work():
             self.manager.update_process(name, request.json())
             return json_response(OK)
         return ThreadReply(work)
 
+    @operation(errors=(NotFound,))
     def delete(self, request, name):
-        """DELETE /processes/<name>"""
+        """Stop a template's processes, and forget it."""
         self.manager.delete_process(name)
         return OK
 
+    @operation(errors=(NotFound,))
     def pids(self, request, name):
-        """GET /processes/<name>/_pids"""
+        """Pids of what a template runs."""
         return {"ok": True, "pids": [process.pid for process in self.manager.find_template(name).running()]}
 
+    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
     def start(self, request, name):
-        """POST /processes/<name>/_start"""
+        """Start a template."""
         return self._act(request, [self.manager.find_template(name)], self.manager.start_template)
 
+    @operation("wait", (NotFound, WaitTimeout))
     def stop(self, request, name):
-        """POST /processes/<name>/_stop"""
+        """Stop a template."""
         return self._act(request, [self.manager.find_template(name)], self.manager.stop_template)
 
+    @operation("wait", (NotFound, WaitTimeout))
     def stop_one(self, request, pid):
-        """DELETE /processes/<pid>, POST /processes/<pid>/_stop"""
+        """Stop one process; it is replaced."""
         process = self.manager.find_process(pid)
         return self._act(request, [process.home], lambda name: self.manager.stop_process(process.pid), [process])
 
+    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
     def restart(self, request, name):
-        """POST /processes/<name>/_restart"""
+        """Stop each process of a template, and replace it."""
         return self._act(request, [self.manager.find_template(name)], self.manager.restart_template)
 
     def _act(self, request, templates, action, stopped=None):
@@ -4469,28 +4877,33 @@ class Api:
             lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(OK))), wait,
             lambda: error_response(WaitTimeout("this was not done in %g seconds; it goes on, ask again" % wait)))
 
+    @operation(errors=(NotFound, BadValue))
     def add(self, request, name, number="1"):
-        """POST /processes/<name>/_add[/n]"""
+        """Run more processes of a template."""
         return {"ok": True, "numprocesses": self.manager.scale(name, count_of(number))}
 
+    @operation(errors=(NotFound, BadValue))
     def sub(self, request, name, number="1"):
-        """POST /processes/<name>/_sub[/n]"""
+        """Run fewer processes of a template."""
         return {"ok": True, "numprocesses": self.manager.scale(name, -count_of(number))}
 
+    @operation("group", (NotFound, NoSignalNumber, Forbidden))
     def signal(self, request, ref, signum=None):
-        """POST /processes/<name> or <pid>/_signal/<sig>"""
+        """Send a signal to a process, or to each of a template."""
         need(signum is not None, NoSignalNumber, "name a signal: _signal/TERM")
         self.manager.signal(ref, parse_signal(signum), flag(request, "group"))
         return OK
 
+    @operation(errors=(NotFound,))
     def status(self, request, name):
-        """GET /status/<name>"""
+        """The state of a template, its restarts and last exit."""
         return self.manager.find_template(name).status()
 
     # groups
 
+    @operation()
     def groups(self, request):
-        """GET /groups"""
+        """Names of groups."""
         return list(dict.fromkeys(t.group for t in self.manager.templates.values() if t.group is not None))
 
     def _members(self, group):
@@ -4498,38 +4911,44 @@ class Api:
         need(members, NotFound, "there is no group '%s'; GET /groups lists them" % group[:128])
         return members
 
+    @operation(errors=(NotFound,))
     def group(self, request, group):
-        """GET /groups/<g>"""
+        """Names of the templates of a group."""
         return [template.name for template in self._members(group)]
 
+    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
     def group_start(self, request, group):
-        """POST /groups/<g>/_start"""
+        """Start all templates of a group."""
         members = self._members(group)
         for template in members:
             Launch(template.info)               # all of them, or none
         return self._act(request, members, self.manager.start_template)
 
+    @operation("wait", (NotFound, WaitTimeout))
     def group_stop(self, request, group):
-        """POST /groups/<g>/_stop"""
+        """Stop all templates of a group."""
         return self._act(request, self._members(group), self.manager.stop_template)
 
+    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
     def group_restart(self, request, group):
-        """POST /groups/<g>/_restart"""
+        """Restart all templates of a group."""
         members = self._members(group)
         for template in members:
             Launch(template.info)
         return self._act(request, members, self.manager.restart_template)
 
+    @operation(errors=(NotFound,))
     def group_delete(self, request, group):
-        """DELETE /groups/<g>"""
+        """Stop and forget all templates of a group."""
         for template in self._members(group):
             self.manager.delete_process(template.name)
         return OK
 
     # statistics
 
+    @operation("feed interval heartbeat", (NotFound,), FEED_KINDS)
     def stats(self, request, name=None, pid=None):
-        """GET /stats[/<name>[/<pid>]]"""
+        """CPU and memory of processes, once or as a stream."""
         if name is not None:
             self.manager.find_template(name)
         if pid is not None:
@@ -4585,8 +5004,9 @@ class Api:
 
     # events and streams
 
+    @operation("feed heartbeat since tail timeout", (BadEventType,), FEED_KINDS, statuses=(200, 204))
     def watch(self, request, *parts):
-        """GET /watch[/p1[/p2[/p3]]]"""
+        """Events, one or as a stream."""
         parts = parts[0] if parts else []
         need(len(parts) < 4, BadEventType, "a pattern is empty, <type>, proc/<name> or proc/<name>/<type>")
         pattern = parse_pattern(parts)
@@ -4608,6 +5028,7 @@ class Api:
             if restarted or offset < events.start:
                 place = "%d@%s" % (events.start, self.manager.epoch)
                 lost = {"event": "dropped", "events": max(0, events.start - offset), "id": place}
+                events.dropped += lost["events"]
                 return json_response(dict(lost, restarted=True) if restarted else lost)
             for event in events.read(offset, EVENTS_KEPT):
                 offset += 1
@@ -4687,8 +5108,9 @@ class Api:
             log_.add(reader)
         return reader
 
+    @operation("feed heartbeat since tail timeout loss", STREAM_ERRORS, STREAM_KINDS, statuses=(200, 204))
     def stream(self, request, ref, label):
-        """GET /streams/<pid> or <name>/<label>"""
+        """Output of a process, or of all of a template."""
         window = self.manager.find_window(ref, label)
         process = None if self.manager.is_name(ref) else self.manager.find_process(ref, past=True)
         feed = choice(request, "feed", FEEDS, "longpoll")
@@ -4720,6 +5142,7 @@ class Api:
             data = window.read(first, window.limit)
             headers[0] = ("Gaffer-Offset", first + len(data))
             if data:
+                window.books.dropped += first - offset
                 return Response(data, headers=headers, content_type="application/octet-stream")
             return nothing() if window.ended else None
 
@@ -4729,15 +5152,17 @@ class Api:
             return ready() or Response(None, headers=[("Gaffer-Offset", window.end)], content_type="application/octet-stream")
         return self._park(window, ready, timeout, nothing)
 
+    @operation(errors=(*STREAM_ERRORS, ForbiddenWrite, StdinFull), body="bytes")
     def write(self, request, ref, label="stdin"):
-        """POST /streams/<pid>/<label>"""
+        """Write to a process, whole or not at all."""
         self._writable(ref, label)
         need(len(request.body) <= STDIN_SIZE, TooLarge, "a body is at most %d bytes; send it in parts" % STDIN_SIZE)
         self.manager.write(ref, label, request.body)
         return OK
 
+    @operation(errors=(*STREAM_ERRORS, ForbiddenWrite))
     def end_input(self, request, ref, label="stdin"):
-        """DELETE /streams/<pid>/<label>"""
+        """End of file for a process."""
         self._writable(ref, label)
         self.manager.end_input(ref, label)
         return OK
@@ -4753,8 +5178,10 @@ class Api:
         if not self.manager.is_name(ref) and self.stream_methods(ref, label) == ("GET", "HEAD"):
             raise MethodNotAllowed("'%s' can be read, not written" % label[:64], ("GET", "HEAD", "OPTIONS"))
 
+    @operation("label type frame loss since tail heartbeat readonly",
+               (*STREAM_ERRORS, ForbiddenWrite, ForbiddenOrigin, UpgradeRequired), statuses=(101,))
     def websocket(self, request, ref):
-        """GET /wstreams/<pid>"""
+        """A websocket: messages to stdin, output back."""
         need(not self.manager.is_name(ref), NotFound,
              "a websocket goes to one process: give a pid; GET /processes/%s/_pids lists them" % ref[:128])
         process = self.manager.find_process(ref, past=True)
@@ -4778,6 +5205,10 @@ class Api:
 ROUTES = (
     ("/", {"GET": Api.welcome}),
     ("/ping", {"GET": Api.ping}),
+    ("/healthz", {"GET": Api.healthz}),
+    ("/readyz", {"GET": Api.readyz}),
+    ("/metrics", {"GET": Api.metrics}),
+    ("/openapi.json", {"GET": Api.openapi}),
     ("/processes", {"GET": Api.processes, "POST": Api.create}),
     ("/processes/<name>", {"GET": Api.show, "PUT": Api.update, "POST": Api.update, "DELETE": Api.delete}),
     ("/processes/<name>/_pids", {"GET": Api.pids}),
@@ -4882,6 +5313,7 @@ class Channel:
     received(data), drained() and closing()."""
 
     stall = STALL
+    kind = "request"                            # or what it follows, as /metrics calls it
 
     def __init__(self, http, sock, received=b""):
         self.http, self.loop, self.sock = http, http.loop, sock
@@ -4890,6 +5322,7 @@ class Channel:
         self.closed = False
         self._ending, self._lingered = False, 0
         self._queue, self.queued = collections.deque(), 0
+        self.sent, self.said = 0, None          # bytes; and what the access log is told at the end
         self._mask = 0                          # what the selector watches
         self._timer = None
         self._progress = 0.0
@@ -4903,6 +5336,11 @@ class Channel:
 
     def received(self, data):
         """Bytes have come. Nothing is expected of who only listens."""
+
+    def begins(self, head):
+        """A stream begins with this head, whose size the access log does not count."""
+        if self.said is not None:
+            self.said = (*self.said[:3], len(head))
 
     def left(self):
         """The client has closed its side."""
@@ -4929,6 +5367,7 @@ class Channel:
         except OSError:
             self.close()
             return False
+        self.sent += count
         return count == len(payload) or self._enqueue(memoryview(payload)[count:])
 
     def _send_parts(self, parts):
@@ -4940,6 +5379,7 @@ class Channel:
                 pass
             except OSError:
                 self.close()
+        self.sent += count
         for part in parts:
             if count < len(part):
                 self._enqueue(memoryview(part)[count:])
@@ -5017,6 +5457,7 @@ class Channel:
                 return self.close()
             self._progress = self.loop.now
             self.queued -= count
+            self.sent += count
             while count and count >= len(self._queue[0]):
                 count -= len(self._queue.popleft())
             if count:
@@ -5070,6 +5511,125 @@ class Channel:
             if not self._ending:
                 self.closing()
             self.sock.close()
+            if self.said is not None:
+                client, request, status, head = self.said
+                self.http.access_log.add(client, request, status, max(0, self.sent - head))
+
+
+class AccessLog:
+    """A line for each request, in Apache's combined format. `path`: a file, "-": stderr. Lines wait in a buffer for a moment;
+    what the file or the pipe does not take is dropped, counted, and told once a minute. A file that was moved away is opened
+    anew."""
+
+    def __init__(self, path):
+        self._path, self._fd, self._identity = path, None, None
+        self._pending = bytearray()
+        self._cut = self._torn = False          # what was written ends within a line; and its rest was dropped
+        self._lost = 0
+        self._loop = self._timer = None
+        self._secrets = ()
+        self._time = (0, "")
+        self._said = Throttle()
+
+    def start(self, loop, token):
+        """Open the file. StartError. `token`: never to be written."""
+        self._loop = loop
+        if token is not None:
+            raw = token.encode("utf-8").decode("latin-1")
+            self._secrets = sorted({raw, urllib.parse.quote(token), urllib.parse.quote(token, ""), urllib.parse.quote_plus(token),
+                                    base64.b64encode(b":" + token.encode("utf-8")).decode("ascii")}, key=len, reverse=True)
+        try:
+            self._open()
+        except OSError as error:
+            raise StartError("the access log '%s' cannot be written: %s" % (self._path, error.strerror)) from None
+
+    def _open(self):
+        if self._path == "-":
+            fd = 2
+        else:                                   # non-blocking: it may be a named pipe
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd, seen = fd, os.fstat(fd)
+        regular = stat.S_ISREG(seen.st_mode)
+        self._piece = ACCESS_LOG_SIZE if regular else select.PIPE_BUF       # so much fits where poll() says that something does
+        self._identity = (seen.st_dev, seen.st_ino) if regular and self._path != "-" else None
+
+    def add(self, client, request, status, size):
+        """A request has been answered with `size` bytes beside the head. On the loop."""
+        if self._fd is None:
+            return
+        now = int(time.time())
+        if self._time[0] != now:
+            self._time = (now, log_time(now))
+        line = access_line(client, self._time[1], request, status, size, self._secrets).encode("ascii")
+        if len(self._pending) + len(line) > ACCESS_LOG_SIZE:
+            self._write()
+        if len(self._pending) + len(line) > ACCESS_LOG_SIZE:
+            return self._drop(1, "nobody takes it")
+        self._pending += line
+        if self._timer is None and self._loop.owned() and not self._loop.closed:
+            self._timer = self._loop.later(ACCESS_LOG_DELAY, self._flush)
+        return None
+
+    def _flush(self):
+        self._timer = None
+        if self._identity is not None:
+            self._follow()
+        self._write()
+        if self._pending:
+            self._timer = self._loop.later(ACCESS_LOG_DELAY, self._flush)
+
+    def _follow(self):
+        """Where the file has been moved away, or removed, the log goes on in a new one."""
+        try:
+            seen = os.stat(self._path)
+            if (seen.st_dev, seen.st_ino) == self._identity:
+                return
+        except OSError:
+            pass
+        try:
+            self._open()
+        except OSError as error:
+            self._said.warning("the access log '%s' cannot be opened again: %s", self._path, error.strerror)
+
+    def _write(self):
+        ready = select.poll()
+        ready.register(self._fd, select.POLLOUT)
+        while self._pending and ready.poll(0):
+            try:
+                if self._torn:
+                    os.write(self._fd, b"\n")
+                    self._torn = self._cut = False
+                piece = self._pending[:self._piece]
+                count = os.write(self._fd, piece[:piece.rfind(b"\n") + 1] or piece)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._torn = self._torn or self._cut
+                return self._drop(self._pending.count(b"\n"), (error.strerror or str(error)).lower(), True)
+            self._cut = self._pending[count - 1:count] != b"\n"
+            del self._pending[:count]
+        return None
+
+    def _drop(self, lines, reason, all_of_them=False):
+        self._lost += lines
+        if all_of_them:
+            self._pending.clear()
+        self._said.warning("the access log '%s' cannot be written: %s; %d lines are lost so far", self._path, reason, self._lost)
+
+    def stop(self):
+        """Write what waits, and close."""
+        if self._fd is not None:
+            self._write()
+            if self._pending:
+                self._drop(self._pending.count(b"\n"), "nobody takes it", True)
+            if self._path != "-":
+                os.close(self._fd)
+            self._fd = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class FeedChannel(Channel):
@@ -5079,13 +5639,16 @@ class FeedChannel(Channel):
         super().__init__(http, sock, received)
         self._reply, self._more, self._reader = reply, more, reply.reader
         self._reader.sink = self
+        self.kind = "eventsource" if reply.form == "eventsource" else "continuous"
         self.stall = BLOCK_STALL if self._reader.loss == "block" else STALL
         self._end_feed = self._beat = None
 
     def open(self):
         """See Channel."""
         super().open()
-        self.send(self._reply.head(self.http.date(), self._more) + self._reply.first)
+        head = self._reply.head(self.http.date(), self._more)
+        self.begins(head)
+        self.send(head + self._reply.first)
         self._reader.start()
         if self._reply.begin is not None and not self.closed:
             self._end_feed = self._reply.begin()
@@ -5149,6 +5712,7 @@ class WebSocketChannel(Channel):
     hold() and go_on() they get no messages, and what has come stays as it came."""
 
     limit = MESSAGE_SIZE
+    kind = "websocket"
 
     def __init__(self, http, sock, received, headers, inflater):
         super().__init__(http, sock, received)
@@ -5160,7 +5724,9 @@ class WebSocketChannel(Channel):
     def open(self):
         """See Channel."""
         super().open()
-        self.send(encode_head(101, [("Date", self.http.date()), *self._headers, *self.more_headers()]))
+        head = encode_head(101, [("Date", self.http.date()), *self._headers, *self.more_headers()])
+        self.begins(head)
+        self.send(head)
         self.opened()
         if self.early and not self.closed:      # frames that came with the request
             early, self.early = self.early, b""
@@ -5440,6 +6006,7 @@ class RequestChannel(Channel):
         self._busy = self._parked = False       # a request is being answered; and that is a long poll
         self._keep, self._gone = True, False    # the connection goes on; the client has closed its side
         self._deadline, self._expiry = math.inf, None
+        self._complete = 0.0                    # when the request was; 0: it had to wait for something to happen
         self._ends = ()                         # what ends a long poll's wait
 
     def open(self):
@@ -5560,18 +6127,27 @@ class RequestChannel(Channel):
         self._give(self._admitted or self.http.answer(self._request))
         return True
 
+    def _tell(self, status, size):
+        """Tell the access log."""
+        if self.http.access_log is not None:
+            self.http.access_log.add(self._client, self._request, status, size)
+
     def _refuse(self, error):
         """Answer with an error and close, as where the next request begins is not known."""
         request = self._request
         more = self.http.access.cors(request) if request else ()
         head_only = request is not None and request.method == "HEAD"
-        self.send(error_response(error).encode(self.http.date(), False, head_only, more))
+        response = error_response(error)
+        self.http.requests.add(request.method if request else "", response.status)
+        self.send(response.encode(self.http.date(), False, head_only, more))
+        self._tell(response.status, 0 if head_only else len(response.body))
         self.finish()
 
     # answers
 
     def _give(self, answer):
         """Send a Response, or do what the reply needs."""
+        self._complete = self.loop.now
         head_only = self._request.method == "HEAD"
         if isinstance(answer, ParkedReply) and head_only:
             answer = Response(None)
@@ -5586,8 +6162,10 @@ class RequestChannel(Channel):
         more = self.http.access.cors(self._request)
         if isinstance(answer, SocketReply):
             self.leave()
-            return self.http.start_thread(self._let_write, answer.write, more, sock=self.sock)
+            return self.http.start_thread(self._let_write, answer.write, more, sock=self.sock) or self._tell(Busy.status, 0)
         if isinstance(answer, StreamReply) and head_only:
+            self.http.requests.add("HEAD", 200)
+            self._tell(200, 0)
             self.send(answer.head(self.http.date(), more))
             return self.finish()
         return self._hand_over(answer, more)
@@ -5597,6 +6175,14 @@ class RequestChannel(Channel):
         self._keep = not (request.wants_close() or http.closed)
         encoded = http.encode(request, response, self._keep, http.access.cors(request), request.method == "HEAD")
         self._busy, self._deadline = True, math.inf
+        counts = http.requests
+        counts.by_method.get(request.method, counts.other)[response.status] += 1
+        if self._complete:
+            took = self.loop.clock() - self._complete
+            counts.seconds += took
+            counts.by_length[0 if took <= REQUEST_BUCKETS[0] else bisect.bisect_left(REQUEST_BUCKETS, took)] += 1
+        if http.access_log is not None:
+            self._tell(response.status, 0 if request.method == "HEAD" else len(response.body or b""))
         if self.send(encoded):
             self._answered()
 
@@ -5619,26 +6205,36 @@ class RequestChannel(Channel):
             self.loop.call_soon(self._worked, response)
 
     def _worked(self, response):
-        if not self.closed:
+        if self.closed:
+            self._tell(CLIENT_LEFT, 0)
+        else:
             self._respond(response)
             self._go_on()
 
     def _let_write(self, write, more):
         self.sock.settimeout(SEND_TIME)
-        write(self.sock, more)
+        self.loop.call_soon(self._written, *write(self.sock, more))
+
+    def _written(self, status, size):
+        self.http.requests.add(self._request.method, status)
+        self._tell(status, size)
 
     def _hand_over(self, reply, more):
         kinds = {StreamReply: FeedChannel, WebSocketReply: ProcessSocket, HandlerReply: HandlerSocket}
         channel = attempt(kinds[type(reply)], self.http, self.sock, self.early, reply, more)
         if isinstance(channel, Response):
             return self._respond(channel)
+        status = 200 if isinstance(reply, StreamReply) else 101
+        self.http.requests.add(self._request.method, status)
+        if self.http.access_log is not None:
+            channel.said = (self._client, self._request, status, 0)
         self.leave()
         return channel.open()
 
     # long polls
 
     def _park(self, reply):
-        self._parked = True
+        self._parked, self._complete, self.kind = True, 0.0, "longpoll"
         if reply.timeout is not None:
             self._ends = (self.loop.later(reply.timeout, lambda: self._deliver(attempt(reply.expired))).cancel,)
         self._ends += (reply.begin(self._deliver),)
@@ -5652,7 +6248,7 @@ class RequestChannel(Channel):
             self.loop.call_soon(self._go_on)
 
     def _end_poll(self):
-        self._parked = False
+        self._parked, self.kind = False, "request"
         for end in self._ends:
             end()
         self._ends = ()
@@ -5661,6 +6257,8 @@ class RequestChannel(Channel):
         """See Channel."""
         super().leave()
         self._end_wait()
+        if self._parked:
+            self._tell(CLIENT_LEFT, 0)
         self._end_poll()
 
 
@@ -5809,11 +6407,15 @@ class WsgiOutput:
 
     def __init__(self, sock, head_only):
         self._sock, self._head_only, self._heads = sock, head_only, 0
+        self.status = self.size = 0             # size: of the body
 
     def write(self, data):
         """Send all of it. wsgiref writes the status line, Date and headers first, and the headers end with an empty line."""
+        if not self.status:
+            self.status = int(data.split(None, 2)[1])
         if not self._head_only or self._heads == 0:
             self._sock.sendall(data)
+            self.size += len(data) if self._heads else 0
         if data.endswith(b"\r\n\r\n"):
             self._heads += 1
         return len(data)
@@ -5856,24 +6458,27 @@ class HttpHandler:
     """The HTTP API as an app. `endpoints`: HttpEndpoints (127.0.0.1:5000). `handlers`: [(regular expression, callable or
     WebSocketHandler class)]; callable(request, *groups) runs on a thread of its own and returns str, bytes, dict, list,
     Response or (status, headers, body). `wsgi`: {"/prefix": WSGI application}. `token`, `cors_origins`, `allow_hosts`: who
-    may do what. `max_body`: bytes of a body for handlers and WSGI."""
+    may do what. `max_body`: bytes of a body for handlers and WSGI. `access_log`: an AccessLog."""
 
-    def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(), allow_hosts=(), max_body=16 * MIB):
+    def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(), allow_hosts=(), max_body=16 * MIB,
+                 access_log=None):
         self.endpoints = list(endpoints) if endpoints is not None else [HttpEndpoint()]
         self.access = Access(token, cors_origins, allow_hosts)
         self.listeners = []
         self.channels = set()
+        self.requests = RequestCounts()
         self.loop = None
         self.closed = False
         self.would_block = (BlockingIOError, InterruptedError)
-        self._token = token
         self._handlers = [(re.compile(pattern), handler) for pattern, handler in handlers]
         self._wsgi = sorted(((path.rstrip("/"), app) for path, app in (wsgi or {}).items()), key=lambda item: -len(item[0]))
         self._max_body = max_body
+        self.routes, self.secured = ROUTES, token is not None
+        self.access_log, self._token = access_log, token
         self._router = Router(ROUTES)
         self._api = None
         self._threads = {}                      # thread -> its socket
-        self._connections = 0
+        self.connections = 0
         self._lock = threading.Lock()           # guards the two above, which other threads change
         self._said = Throttle()
         self._date = (0, "")
@@ -5882,14 +6487,16 @@ class HttpHandler:
 
     def start(self, loop, manager):
         """Listen. StartError: an endpoint cannot be used, or would be open to everybody."""
-        self.loop, self._api, self.closed = loop, Api(manager), False
+        self.loop, self._api, self.closed = loop, Api(manager, self), False
         if any(endpoint.certfile for endpoint in self.endpoints):
             import ssl
             self.would_block += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
         try:
+            if self.access_log is not None:
+                self.access_log.start(loop, self._token)
             for endpoint in self.endpoints:
                 listener = Listener(self, endpoint)
-                if not listener.local and self._token is None:
+                if not listener.local and not self.secured:
                     listener.server_close()
                     raise StartError("%s can be reached from other machines: give a token with --token-file or GAFFER_TOKEN, "
                                      "or listen on 127.0.0.1" % endpoint.bind)
@@ -5907,6 +6514,8 @@ class HttpHandler:
         self.listeners = []
         for channel in tuple(self.channels):
             channel.close()
+        if self.access_log is not None:
+            self.access_log.stop()
         with self._lock:
             for sock in filter(None, self._threads.values()):
                 try:
@@ -5930,10 +6539,12 @@ class HttpHandler:
     def accept(self, listener, sock, client):
         """Take in a new connection. Called on the loop."""
         with self._lock:
-            full = self._connections >= CONNECTIONS_MAX
-            self._connections += not full
+            full = self.connections >= CONNECTIONS_MAX
+            self.connections += not full
         if full:
             self._refuse(sock)
+            if self.access_log is not None:
+                self.access_log.add(client, None, Busy.status, 0)
         else:
             self._open(RequestChannel(self, sock, listener, client))
 
@@ -5989,6 +6600,7 @@ class HttpHandler:
 
     def _refuse(self, sock):
         self._said.warning("too many connections: one was refused")
+        self.requests.add("", Busy.status)
         try:
             sock.setblocking(False)
             sock.send(error_response(Busy("there are too many connections; try again later")).encode(self.date(), False))
@@ -6001,7 +6613,7 @@ class HttpHandler:
     def released(self):
         """A connection has ended."""
         with self._lock:
-            self._connections -= 1
+            self.connections -= 1
 
     def date(self):
         """The Date header's value; made once a second."""
@@ -6019,7 +6631,7 @@ class HttpHandler:
             return Response(status=204, headers=access.preflight(request), content_type=None)
         if request.method not in ("GET", "HEAD") or "upgrade" in request.headers:
             access.check_origin(request)
-        if request.path.rstrip("/") != "/ping" or request.method not in ("GET", "HEAD"):
+        if request.path.rstrip("/") not in OPEN_PATHS or request.method not in ("GET", "HEAD"):
             access.check_token(request)
         return None
 
@@ -6091,7 +6703,9 @@ class HttpHandler:
                 environ["HTTP_" + name.upper().replace("-", "_")] = value
         if request.secure:
             environ["HTTPS"] = "on"
-        WsgiRun(request, io.BytesIO(request.body), WsgiOutput(sock, request.method == "HEAD"), environ, more).run(app)
+        output = WsgiOutput(sock, request.method == "HEAD")
+        WsgiRun(request, io.BytesIO(request.body), output, environ, more).run(app)
+        return output.status, output.size
 
 
 class SigHandler:
@@ -6231,15 +6845,17 @@ def serve(arguments):
     try:
         endpoints = [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind or ["127.0.0.1:5000"]]
         http = HttpHandler(endpoints, token=read_token(arguments.token_file), cors_origins=arguments.cors_origin,
-                           allow_hosts=arguments.allow_host)
+                           allow_hosts=arguments.allow_host,
+                           access_log=AccessLog(arguments.access_log) if arguments.access_log else None)
         apps = [SigHandler(), http, Announcement(http)]
         if arguments.verbose:
             apps.append(ConsoleOutput(arguments.verbose > 1))
-        Manager(apps, window_size=arguments.window or WINDOW_SIZE).run()
+        manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE, exit_with=arguments.exit_with)
+        manager.run()
     except StartError as error:
         print("gaffer: %s" % error, file=sys.stderr)
         return 1
-    return 0
+    return manager.exit_code
 
 
 def window_bytes(text):
@@ -6248,6 +6864,15 @@ def window_bytes(text):
     if not re.fullmatch("[0-9]{1,12}", text) or not WINDOW_SIZE_MIN <= int(text) <= WINDOW_SIZE_MAX:
         raise argparse.ArgumentTypeError("a window is %d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX))
     return int(text)
+
+
+def template_name(text):
+    """--exit-with: a name that a template can have."""
+    import argparse
+    try:
+        return check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("a name %s" % error) from None
 
 
 def add_options(parser, before=""):
@@ -6262,6 +6887,9 @@ def add_options(parser, before=""):
     option("--allow-host", metavar="HOST", action="append", default=[], help="a further name of this server; repeatable")
     option("--certfile", metavar="FILE", help="serve TLS with this certificate (PEM)")
     option("--keyfile", metavar="FILE", help="and this key")
+    option("--access-log", metavar="FILE", help="a line for each request, in Apache's combined format ('-': to stderr)")
+    option("--exit-with", metavar="NAME", type=template_name,
+           help="stop when a process of this template, there or yet to come, ends by itself, and exit with its status")
     option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE)
     option("-v", "--verbose", action="count", default=0, help="log events; -vv: the processes' output too")
 
@@ -6290,7 +6918,8 @@ def make_parser():
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0 done, 1 it could not start, 2 wrong usage."""
+    """The command line. Returns the exit status: 0 done, 1 it could not start, 2 wrong usage; serve --exit-with: a process's
+    own."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:

@@ -166,9 +166,24 @@ class Running:
             data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
             connection.request(method, path, data, headers or {})
             answer = connection.getresponse()
-            return answer.status, answer.headers, answer.read()
+            status, data = answer.status, answer.read()
+            if status >= 400 and data and answer.headers["Content-Type"] == "application/json":
+                self.check_described(method, path, status, json.loads(data.decode()))
+            return status, answer.headers, data
         finally:
             connection.close()
+
+    def check_described(self, method, path, status, value):
+        """An error of a route is one that the description of the API has there."""
+        try:
+            segments = gaffer.Request(method, path, (1, 1), {}).segments()
+        except gaffer.BadRequest:
+            return
+        methods, _ = gaffer.Router(gaffer.ROUTES).find(segments)
+        if methods is not None and method in methods and isinstance(value, dict) and "reason" in value:
+            answers = gaffer.describe_answers(methods[method], method, True)
+            said = answers.get(str(status), {"description": ""})["description"]
+            assert value["error"] in said.split(", "), "%s %s: %s is not described" % (method, path, value)
 
     def json(self, method, path, body=None, headers=None):
         """(status, value) of one request."""
@@ -2675,6 +2690,140 @@ def pure_lines(data):
     if begin < len(data):
         lines.append((place, data[begin:]))
     return lines
+
+
+PROM_NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+PROM_LABEL = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\\\|\\"|\\n)*)"'
+
+
+def prom_parse(data):
+    """{metric: (kind, {(sample, ((label, value), ...)): number})} of Prometheus's text format 0.0.4; an AssertionError tells
+    where it is not exactly that, or breaks its conventions."""
+    text = data.decode("utf-8")
+    assert text.endswith("\n") and "\r" not in text
+    found, name, help_ = {}, None, None
+    for line in text[:-1].split("\n"):
+        if line.startswith("# HELP "):
+            help_, words = re.fullmatch(r"# HELP (%s) ([^\\]+)" % PROM_NAME, line).groups()
+            assert help_ not in found and words.strip() == words, line
+        elif line.startswith("# TYPE "):
+            name, kind = re.fullmatch(r"# TYPE (%s) (counter|gauge|histogram)" % PROM_NAME, line).groups()
+            assert name == help_ and name not in found, line
+            assert name.endswith("_total") == (kind == "counter"), line
+            assert not re.search(r"_(ms|milliseconds|kb|kib|percent|count|sum|bucket)(_|$)", name), line
+            found[name] = (kind, {})
+        else:
+            sample, _, inside, number = re.fullmatch(r"(%s)(\{(.*)\})? (\S+)" % PROM_NAME, line).groups()
+            assert sample in ([name] if found[name][0] != "histogram" else [name + end for end in ("_bucket", "_sum", "_count")]), line
+            assert re.fullmatch("(%s(,(?!$)|$))*" % PROM_LABEL, inside or ""), line
+            labels = tuple((label, re.sub(r"\\(.)", lambda match: "\n" if match.group(1) == "n" else match.group(1), value))
+                           for label, value in re.findall(PROM_LABEL, inside or ""))
+            assert len(dict(labels)) == len(labels) and not any(label.startswith("__") for label, _ in labels), line
+            assert re.fullmatch(r"\+Inf|[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?", number), line
+            assert (sample, labels) not in found[name][1], line
+            found[name][1][sample, labels] = float(number)
+    for name, (kind, samples) in found.items():
+        if kind == "histogram":
+            prom_histogram(name, samples)
+    return found
+
+
+def prom_histogram(name, samples):
+    """A histogram's buckets grow, and the last one is its count."""
+    buckets = [(float(dict(labels)["le"]), number) for (sample, labels), number in samples.items() if sample == name + "_bucket"]
+    assert buckets == sorted(buckets) and [count for _, count in buckets] == sorted(count for _, count in buckets), buckets
+    assert buckets[-1] == (math.inf, samples[name + "_count", ()]) and samples[name + "_sum", ()] >= 0, buckets
+
+
+class PureMetrics(Case):
+    def test_text(self):
+        metrics = [gaffer.Metric("a_total", "counter", "Some.", [({}, 3), ({"x": 'q"b\\s\nn', "y": "\u00e9"}, 0.5)]),
+                   gaffer.Metric("none", "gauge", "None.", []),
+                   gaffer.Metric("h_seconds", "histogram", "Times.", gaffer.Histogram((0.1, 1), [2, 0, 1], 7.25))]
+        text = gaffer.metrics_text(metrics)
+        self.assertEqual(text.decode(), (
+            '# HELP a_total Some.\n# TYPE a_total counter\na_total 3\na_total{x="q\\"b\\\\s\\nn",y="\u00e9"} 0.5\n'
+            "# HELP none None.\n# TYPE none gauge\n"
+            '# HELP h_seconds Times.\n# TYPE h_seconds histogram\nh_seconds_bucket{le="0.1"} 2\nh_seconds_bucket{le="1.0"} 2\n'
+            'h_seconds_bucket{le="+Inf"} 3\nh_seconds_sum 7.25\nh_seconds_count 3\n'))
+        found = prom_parse(text)
+        self.assertEqual(found["a_total"][1]["a_total", (("x", 'q"b\\s\nn'), ("y", "\u00e9"))], 0.5)
+
+    def test_the_checker_finds_faults(self):
+        good = '# HELP a A.\n# TYPE a gauge\na{x="1"} 1\n'
+        prom_parse(good.encode())
+        for old, new in (("1\n", "1"), ('"1"', '"1'), ('"1"', '"\\x"'), ('"1"', '"1",'), ('"1"', '"1",x="2"'), (" 1", " one"), (" 1", ""),
+                         ("gauge", "guage"), ("gauge", "counter"), ("TYPE a", "TYPE b"), ('a{x="1"}', "b"), ("HELP a A", "HELP a"),
+                         (" A.", " A.\\"), ("{x", "{1x"), ("{x", "{__x"), ("\n", "\r\n"), ('a{x="1"} 1\n', 'a 1\na 1\n'),
+                         ("gauge\na", "histogram\na")):
+            with self.subTest(old=old, new=new), self.assertRaises((AssertionError, AttributeError)):
+                prom_parse(good.replace(old, new).encode())
+
+    def test_methods_that_nobody_knows_are_one(self):
+        counts = gaffer.RequestCounts()
+        for number in range(1000):
+            counts.add("M%d" % number, 501)
+        counts.add("GET", 200)
+        self.assertEqual(counts.samples(), [({"method": "GET", "code": 200}, 1), ({"method": "other", "code": 501}, 1000)])
+
+    def test_a_turn_of_the_loop_is_counted_by_its_length(self):
+        clock = PureClock()
+        loop = gaffer.Loop(clock)
+        self.addCleanup(loop.close)
+        for length in (0.0, 0.0005, 0.002, 0.5, 70.0):
+            loop.call_soon(lambda length=length: setattr(clock, "now", clock.now + length))
+            loop.step()
+        self.assertEqual((loop.turns, loop.turns_by_length), (5, [0, 1, 0, 1, 1]))
+        self.assertAlmostEqual(loop.busy, 70.5025)
+
+
+ACCESS = re.compile(r'(\S+) - - \[(\d\d/[A-Z][a-z][a-z]/\d{4}:\d\d:\d\d:\d\d [+-]\d{4})\] "([^"\\]*(?:\\x[0-9a-f]{2}[^"\\]*)*)" '
+                    r'(\d{3}) (\d+|-) "([^"\\]*(?:\\x[0-9a-f]{2}[^"\\]*)*)" "([^"\\]*(?:\\x[0-9a-f]{2}[^"\\]*)*)"\n')
+
+
+def access_lines(text):
+    """[(client, time, request, status, size, referer, agent)] of an access log, of which every byte is such a line."""
+    found = [match.groups() for match in ACCESS.finditer(text)]
+    assert "".join(match.group() for match in ACCESS.finditer(text)) == text, text
+    return [(*fields[:3], int(fields[3]), 0 if fields[4] == "-" else int(fields[4]), *fields[5:]) for fields in found]
+
+
+class PureAccessLine(Case):
+    def line(self, target="/x", client="127.0.0.1:5", secrets=(), **headers):
+        request = gaffer.Request("GET", target, (1, 1), {name.replace("_", "-"): value for name, value in headers.items()})
+        text = gaffer.access_line(client, "01/Jan/2030:00:00:00 +0000", request, 200, 12, secrets)
+        self.assertEqual(text.count("\n"), 1)
+        return access_lines(text)[0]
+
+    def test_fields(self):
+        self.assertEqual(self.line(referer="http://r/", user_agent="curl/8"), (
+            "127.0.0.1", "01/Jan/2030:00:00:00 +0000", "GET /x HTTP/1.1", 200, 12, "http://r/", "curl/8"))
+        self.assertEqual(self.line()[5:], ("-", "-"))
+        self.assertEqual((self.line(client="::1:5")[0], self.line(client="unix")[0]), ("::1", "unix"))
+        self.assertEqual(gaffer.access_line("1.2.3.4:5", "t", None, 400, 0), '1.2.3.4 - - [t] "-" 400 - "-" "-"\n')
+
+    def test_what_a_client_sent_is_escaped(self):
+        evil = 'a"b\\c\r\nd\x1b[31m\x00\x7f\x80\xff\t" 200 5 "'
+        fields = self.line('/"' + evil, referer=evil, user_agent=evil)
+        for field in (fields[2], *fields[5:]):
+            self.assertEqual(re.sub(r"\\x(..)", lambda match: chr(int(match.group(1), 16)), field).count(evil), 1)
+        self.assertEqual(len(self.line(user_agent="x" * 60000)[6]), gaffer.ACCESS_FIELD_SIZE)
+
+    def test_a_secret_is_never_in_it(self):
+        line = self.line("/?token=s3cret&x=s%20t", referer="http://u:s3cret@h/", user_agent="s3crets3cret", secrets=("s3cret", "s%20t"))
+        self.assertEqual((line[2], line[5], line[6]), ("GET /?token=***&x=*** HTTP/1.1", "http://u:***@h/", "******"))
+
+    def test_time(self):
+        for zone, expected in (("UTC0", "+0000"), ("XXX-5:30", "+0530"), ("YYY3:30", "-0330")):
+            try:
+                os.environ["TZ"] = zone
+                time.tzset()
+                text = gaffer.log_time(1893456000)
+                self.assertTrue(text.endswith(" " + expected), text)
+                self.assertEqual(time.mktime(time.strptime(text[:-6], "%d/%b/%Y:%H:%M:%S")), 1893456000)
+            finally:
+                del os.environ["TZ"]
+                time.tzset()
 
 
 class PureUtf8(Case):
@@ -6147,6 +6296,402 @@ class HttpEndpointTable(HttpCase):
                 same.pop("Date")
                 self.assertEqual(same, headers)
                 wire.close()
+
+
+class HttpMetrics(HttpCase):
+    """/metrics: what it counts has happened."""
+
+    options = {"window": 4096, "handlers": [("/slow", lambda request: (202, {}, b""))],
+               "wsgi": {"/wsgi": lambda environ, start: start("404 Not Found", [("X", "y")]) and [] or [b"gone"]}}
+
+    def metrics(self):
+        """{name: {labels as a string: number}}"""
+        status, headers, data = self.server.request("GET", "/metrics")
+        self.assertEqual((status, headers["Content-Type"]), (200, "text/plain; version=0.0.4; charset=utf-8"))
+        found = prom_parse(data)
+        self.assertTrue(all(name.startswith(("gaffer_", "process_")) for name in found), list(found))
+        return {sample + "".join(" " + value for _, value in labels): number
+                for _, samples in found.values() for (sample, labels), number in samples.items()}
+
+    def test_processes(self):
+        self.server.add("web:a", python("import sys; sys.exit(sys.stdin.read() and 7)"), redirect_input=True, numprocesses=2,
+                        flapping={"attempts": 9})
+        self.cat("off", start=False, numprocesses=5)
+        found = self.metrics()
+        self.assertEqual([found["gaffer_processes %s %s" % pair] for pair in itertools.product(
+            ("web:a", "off"), ("running", "stopping", "waiting"))], [2, 0, 0, 0, 0, 0])
+        self.assertEqual((found["gaffer_processes_wanted web:a"], found["gaffer_processes_wanted off"]), (2, 0))
+        self.server.request("POST", "/streams/1/stdin", b"x")
+        self.server.request("DELETE", "/streams/1/stdin")
+        self.server.ok("POST", "/processes/2/_signal/KILL")
+        until(lambda: self.metrics()["gaffer_process_restarts_total web:a"] == 2)
+        found = self.metrics()
+        self.assertEqual([found["gaffer_process_exits_total web:a " + which] for which in ("7 0", "0 9")], [1, 1])
+        self.server.ok("DELETE", "/processes/web:a")
+        self.assertNotIn("gaffer_processes_wanted web:a", self.metrics())
+
+    def test_streams(self):
+        self.cat("web")
+        for _ in range(4):
+            self.server.request("POST", "/streams/1/stdin", b"x" * 1023 + b"\n")
+            self.server.request("POST", "/streams/1/stdin", b"y" * 1023 + b"\n")
+        until(lambda: self.metrics()["gaffer_stream_bytes_total web stdout"] == 8192)
+        self.assertEqual(self.metrics()["gaffer_stream_dropped_bytes_total web stdout"], 0)
+        lost = 0
+        for path in ("1/stdout?since=1000", "1/stdout?feed=continuous&since=1000", "web/stdout?feed=eventsource&since=1024",
+                     "1/stdout?feed=eventsource&since=0"):
+            answer = self.server.stream("/streams/" + path)
+            self.addCleanup(answer.connection.close)
+            self.addCleanup(answer.close)
+            told = answer.headers["Gaffer-Dropped"] or json.loads(next(sse_events(answer))["data"])["bytes"]
+            lost += int(told)
+        found = self.metrics()
+        self.assertEqual(found["gaffer_stream_dropped_bytes_total web stdout"], lost)
+        self.assertEqual((found["gaffer_http_streams continuous"], found["gaffer_http_streams eventsource"]), (1, 2))
+
+    def test_input_that_waits(self):
+        self.server.add("deaf", "sleep 1000", redirect_input=True)
+        self.server.request("POST", "/streams/1/stdin", b"x" * 1000000)
+        waits = self.metrics()["gaffer_input_waiting_bytes deaf stdin"]
+        self.assertTrue(900000 <= waits < 1000000, waits)
+
+    def test_requests_and_clients(self):
+        self.cat("web")
+        before = self.metrics()
+        for method, path in [("GET", "/ping")] * 3 + [("POST", "/slow"), ("GET", "/nothing"), ("GET", "/wsgi"), ("FOO", "/"), ("BAR", "/"),
+                                                      ("GET", "/watch?timeout=0"), ("HEAD", "/watch?feed=continuous")]:
+            self.server.request(method, path)
+        self.assertEqual(self.ask(b"no request\r\n\r\n")[0], 400)
+        socket_ = self.websocket("/wstreams/1?readonly=true")
+        poll = self.wire()
+        poll.send(http_bytes("GET", "/streams/1/stdout"))
+        found = until(lambda: (lambda found: found["gaffer_http_streams longpoll"] and found)(self.metrics()))
+        self.assertEqual((found["gaffer_http_streams websocket"], socket_.status), (1, 101))
+        polled = found["gaffer_http_requests_total GET 200"] - before.get("gaffer_http_requests_total GET 200", 0)
+        self.assertGreaterEqual(polled, 4)      # the pings, and the looks before this one
+        for labels, count in (("POST 202", 1), ("GET 404", 2), ("other 501", 2), ("other 400", 1), ("GET 204", 1), ("HEAD 200", 1),
+                              ("GET 101", 1), ("POST 200", 1)):
+            self.assertEqual(found["gaffer_http_requests_total " + labels], count, labels)
+        answered = sum(number for name, number in found.items() if name.startswith("gaffer_http_requests_total"))
+        waited = 5                              # the poll of events, the feed, the websocket, the application, the bad head
+        self.assertEqual(found["gaffer_http_request_duration_seconds_count"], answered - waited)
+        self.assertGreaterEqual(found["gaffer_http_connections"], 3)
+        poll.close()
+        until(lambda: not self.metrics()["gaffer_http_streams longpoll"], "the end of the poll")
+
+    def test_itself(self):
+        self.cat("web")
+        found = self.metrics()
+        self.assertEqual(found["gaffer_events_total"], 3)
+        self.assertEqual(found["gaffer_events_dropped_total"], 0)
+        self.assertEqual(found["gaffer_info %s %s" % (gaffer.__version__, ".".join(map(str, sys.version_info[:3])))], 1)
+        self.assertLess(abs(found["process_start_time_seconds"] - time.time()), TIMEOUT)
+        self.assertGreater(found["process_resident_memory_bytes"], 2 ** 20)
+        self.assertGreater(found["process_virtual_memory_bytes"], found["process_resident_memory_bytes"])
+        self.assertGreater(found["process_cpu_seconds_total"], 0)
+        self.assertLessEqual(abs(found["process_open_fds"] - len(open_descriptors())), 4)
+        self.assertGreater(found["process_max_fds"], found["process_open_fds"])
+        self.assertGreater(found["gaffer_loop_lag_seconds_count"], 0)
+
+    def test_events_that_were_lost(self):
+        self.cat("web", start=False)
+        for change in ("_add", "_sub") * (gaffer.EVENTS_KEPT // 2 + 1):
+            self.server.ok("POST", "/processes/web/" + change)
+        value = self.server.ok("GET", "/watch?since=0")
+        self.assertEqual(value["event"], "dropped")
+        self.assertEqual(self.metrics()["gaffer_events_dropped_total"], value["events"])
+
+
+class HttpAccessLog(HttpCase):
+    """--access-log: a line for each request."""
+
+    TOKEN = "s\u00e9cret/ +x"
+    bearer = {"Authorization": "Bearer " + TOKEN.encode().decode("latin-1")}
+
+    def setUp(self):
+        Case.setUp(self)
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+        self.path = os.path.join(self.folder.name, "access.log")
+
+    def serve(self, path=None, **options):
+        """A server that logs."""
+        self.server = Running(access_log=gaffer.AccessLog(path or self.path), wsgi={"/wsgi": self.application}, **options)
+        self.addCleanup(self.server.stop_all)
+
+    @staticmethod
+    def application(environ, start):
+        """WSGI"""
+        start("404 Not Found", [("X", "y")])
+        return [b"go", b"ne"]
+
+    def lines(self, count=None):
+        """What is in the file, once that is so many lines; None: after the end of the server."""
+        if count is None:
+            self.server.stop_all()
+        else:
+            until(lambda: os.path.exists(self.path) and cli_read(self.path).count("\n") >= count, "%d lines" % count)
+        return access_lines(cli_read(self.path))
+
+    def test_requests_and_refusals(self):
+        self.serve()
+        began = time.time()
+        self.server.request("GET", "/ping?x=%22y", headers={"User-Agent": "me", "Referer": "http://there/"})
+        self.server.request("HEAD", "/ping")
+        size = len(self.server.request("POST", "/processes", b"no json")[2])
+        self.assertEqual(self.ask(b"GET /\xff\r\n\r\n")[0], 400)
+        self.server.request("GET", "/watch?timeout=0")
+        self.server.request("GET", "/wsgi/x")
+        self.server.request("HEAD", "/wsgi")
+        self.ask(http_bytes("GET", "/x", 'User-Agent: "\t\x80\\'))
+        lines = self.lines(8)
+        self.assertEqual([(line[0], line[2], line[3]) for line in lines], [("127.0.0.1", *rest) for rest in (
+            ("GET /ping?x=%22y HTTP/1.1", 200), ("HEAD /ping HTTP/1.1", 200), ("POST /processes HTTP/1.1", 400), ("-", 400),
+            ("GET /watch?timeout=0 HTTP/1.1", 204), ("GET /wsgi/x HTTP/1.1", 404), ("HEAD /wsgi HTTP/1.1", 404),
+            ("GET /x HTTP/1.1", 404))])
+        self.assertEqual([line[4] for line in lines[:3]] + [line[4] for line in lines[4:7]], [2, 0, size, 0, 4, 0])
+        self.assertEqual((lines[0][5:], lines[1][5:]), (("http://there/", "me"), ("-", "-")))
+        self.assertEqual(lines[7][6], r"\x22\x09\x80\x5c")
+        for line in lines:
+            moment = time.mktime(time.strptime(line[1][:-6], "%d/%b/%Y:%H:%M:%S"))
+            self.assertTrue(int(began) <= moment <= time.time(), line)
+            self.assertEqual(line[1][-5:], time.strftime("%z"))
+
+    def test_streams_have_their_line_at_their_end(self):
+        self.serve()
+        self.cat()
+        self.lines(2)
+        answer = self.server.stream("/streams/1/stdout?feed=continuous")
+        made = self.websocket("/wstreams/1")
+        made.text("hello\n")
+        self.assertEqual((answer.readline(), made.read()), (b"hello\n", (1, b"hello\n")))
+        poll = self.wire()
+        poll.send(http_bytes("GET", "/streams/1/stdout?since=6"))
+        until(lambda: self.server.manager.loop.call(lambda: [c for c in self.server.http.channels if c.kind == "longpoll"]))
+        self.assertEqual(len(self.lines(2)), 2)
+        for opened in (answer, answer.connection, made, poll):
+            opened.close()
+        lines = {line[2]: line[3:5] for line in self.lines(5)}
+        self.assertEqual(lines["GET /streams/1/stdout?feed=continuous HTTP/1.1"], (200, len(b"6\r\nhello\n\r\n")))
+        self.assertEqual(lines["GET /wstreams/1 HTTP/1.1"], (101, 8))
+        self.assertEqual(lines["GET /streams/1/stdout?since=6 HTTP/1.1"], (499, 0))
+
+    def test_the_token_is_never_in_it(self):
+        self.serve(token=self.TOKEN)
+        basic = "Basic " + base64.b64encode((":" + self.TOKEN).encode()).decode()
+        quoted = urllib.parse.quote(self.TOKEN, "")
+        for headers in (self.bearer, {"Authorization": basic}, {"Authorization": "Bearer wrong"},
+                        {"Referer": "http://u:%s@h/" % quoted, "User-Agent": self.bearer["Authorization"]}, {"User-Agent": basic}):
+            for target in ("/processes", "/processes?token=" + quoted, "/processes?token=" + urllib.parse.quote_plus(self.TOKEN)):
+                self.server.request("GET", target, headers=headers)
+        self.lines()
+        text = cli_read(self.path)
+        self.assertEqual(text.count("\n"), 15)
+        self.assertEqual(text.count("token=*** "), 10)
+        for secret in ("cret", basic.partition(" ")[2]):
+            self.assertNotIn(secret, text)
+
+    def test_a_file_that_was_moved_away(self):
+        self.serve()
+        self.server.request("GET", "/ping?1")
+        self.lines(1)
+        os.rename(self.path, self.path + ".1")
+        self.server.request("GET", "/ping?2")
+        self.assertEqual(self.lines(1)[0][2], "GET /ping?2 HTTP/1.1")
+        self.assertEqual(len(access_lines(cli_read(self.path + ".1"))), 1)
+
+    def test_a_pipe_that_nobody_reads_and_that_is_closed(self):
+        os.mkfifo(self.path)
+        with self.assertRaisesRegex(gaffer.StartError, "access log"):
+            self.serve()
+        read = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        self.serve()
+        with self.assertLogs("gaffer", "WARNING") as logged:
+            while not logged.output:            # the pipe is full, and then the buffer: nothing waits for them
+                self.server.request("GET", "/ping?" + "x" * 7000)
+            self.assertRegex(logged.output[0], "cannot be written: nobody takes it; 1 lines are lost so far")
+            held = self.server.http.access_log
+            self.assertLessEqual(len(held._pending), gaffer.ACCESS_LOG_SIZE)
+            data = b""
+            while len(data) < 10 * 7100:        # whoever reads on gets whole lines
+                with contextlib.suppress(BlockingIOError):
+                    data += os.read(read, 65536)
+            access_lines(data[:data.rfind(b"\n") + 1].decode())
+            os.close(read)
+            until(lambda: not held._pending, "the loss of what cannot be written")
+            self.assertEqual(self.server.request("GET", "/ping")[0], 200)
+        self.assertEqual(len(logged.output), 1, "once a minute")
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_a_full_disk(self):
+        self.serve("/dev/full")
+        with self.assertLogs("gaffer", "WARNING") as logged:
+            for _ in range(3):
+                self.assertEqual(self.server.request("GET", "/ping")[0], 200)
+            until(lambda: logged.output)
+            self.server.stop_all()
+        self.assertRegex(logged.output[0], "access log '/dev/full' cannot be written: no space left on device; [1-3] lines")
+        self.assertEqual(len(logged.output), 1)
+
+
+class HttpProbes(HttpCase):
+    """/healthz and /readyz."""
+
+    options = {"token": "secret"}
+    bearer = {"Authorization": "Bearer secret"}
+
+    def ready(self):
+        """(status, value)"""
+        return self.server.json("GET", "/readyz", headers=self.bearer)
+
+    def test_health_needs_no_token(self):
+        for method in ("GET", "HEAD"):
+            status, headers, data = self.server.request(method, "/healthz")
+            self.assertEqual((status, headers["Content-Type"], data), (200, "text/plain", b"OK" if method == "GET" else b""))
+        self.assertEqual(self.server.json("POST", "/healthz")[0], 401)
+        self.assertEqual(self.server.json("GET", "/readyz")[0], 401, "it names templates")
+        self.assertEqual(self.server.json("GET", "/metrics")[0], 401)
+        self.assertEqual(self.server.json("GET", "/openapi.json")[0], 401)
+
+    def test_ready_when_all_run_that_are_to(self):
+        self.assertEqual(self.ready(), (200, {"ready": True, "templates": []}))
+        manager = self.server.manager
+        manager.add_process("web", "cat", redirect_input=True, numprocesses=2)
+        manager.add_process("off", "cat", start=False)
+        self.assertEqual(self.ready(), (200, {"ready": True, "templates": []}))
+        manager.add_process("ends", "true", flapping={"attempts": 1, "retry_in": 1000})
+        manager.get_process("web").signal("STOP")
+        status, value = until(lambda: self.ready()[0] == 503 and self.ready())
+        self.assertEqual((status, value), (503, {"ready": False, "templates": [
+            {"name": "ends", "state": "flapping", "running": 0, "numprocesses": 1, "error": None}]}))
+        manager.stop_template("ends")
+        self.assertEqual(self.ready(), (200, {"ready": True, "templates": []}))
+
+    def test_not_ready_while_stopping(self):
+        self.server.manager.loop.call(setattr, self.server.manager, "stopping", True)
+        self.assertError(self.ready(), 503, "stopping")
+        self.server.manager.loop.call(setattr, self.server.manager, "stopping", False)
+
+
+class HttpOpenapi(HttpCase):
+    """/openapi.json: every route is described, and the description is right."""
+
+    def test_every_route_and_method(self):
+        described = self.server.ok("GET", "/openapi.json")
+        self.assertEqual((described["openapi"], described["info"]["version"]), ("3.1.0", gaffer.__version__))
+        self.assertNotIn("security", described)
+        shapes = {re.sub(r"{\w+}", "<>", path): methods for path, methods in described["paths"].items()}
+        self.assertEqual(len(shapes), len(described["paths"]), "two paths differ in names alone")
+        seen = set()
+        for pattern, methods in gaffer.ROUTES:
+            shape = re.sub(r"<[^>]+>", "<>", pattern)
+            for method in set(methods) - {"*"} | ({"HEAD"} if "GET" in methods else set()):
+                with self.subTest(route=pattern, method=method):
+                    said = shapes[shape][method.lower()]
+                    self.assertNotIn(said["operationId"], seen - {said["operationId"]})
+                    self.assertRegex(said["summary"], "^[A-Z].{8,}")
+                    self.assertIsNotNone(methods[method if method != "HEAD" else "GET"].__doc__)
+                    self.assertIn("internal_error", said["responses"]["500"]["description"])
+                    self.assertTrue(set("1 2 3".split()) & {status[0] for status in said["responses"]})
+                    seen.add((shape, method))
+        self.assertEqual(seen, {(shape, method.upper()) for shape, methods in shapes.items() for method in methods
+                                } - {("/watch/" + "/".join(["<>"] * n), method) for n in (2, 3) for method in ("GET", "HEAD")})
+
+    def test_its_form(self):
+        """What the specification asks for, as far as it can be told without a validator."""
+        described = gaffer.openapi(gaffer.ROUTES, True)
+        ids = []
+        for path, methods in described["paths"].items():
+            for method, said in methods.items():
+                with self.subTest(path=path, method=method):
+                    ids.append(said["operationId"])
+                    places = [(one["name"], one["in"]) for one in said["parameters"]]
+                    self.assertEqual([name for name, where in places if where == "path"], re.findall(r"{(\w+)}", path))
+                    self.assertEqual(len(set(places)), len(places))
+                    self.assertTrue(all(one["required"] for one in said["parameters"] if one["in"] == "path"))
+                    self.assertTrue(all("schema" in one and one["description"] for one in said["parameters"]))
+                    self.assertTrue(all(re.fullmatch("[1-5][0-9]{2}", status) and answer["description"]
+                                        for status, answer in said["responses"].items()))
+                    self.assertEqual("401" in said["responses"], path not in gaffer.OPEN_PATHS)
+                    self.assertEqual("security" in said, path in gaffer.OPEN_PATHS)
+        self.assertEqual(len(set(ids)), len(ids))
+        for ref in set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(described))):
+            functools.reduce(lambda value, key: value[key], ref.split("/"), described)
+        for security in described["security"]:
+            self.assertLessEqual(set(security), set(described["components"]["securitySchemes"]))
+
+    def test_a_template_has_all_its_fields(self):
+        fields = gaffer.openapi(gaffer.ROUTES, False)["components"]["schemas"]["Template"]["properties"]
+        self.assertEqual(list(fields), list(gaffer.OPTIONS))
+        self.assertEqual(set(gaffer.FIELDS), set(gaffer.OPTIONS))
+        for name, option in gaffer.OPTIONS.items():
+            kinds = fields[name]["type"]
+            kind = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object", type(None): "null"}[type(option.default)]
+            if name not in ("name", "cmd"):
+                self.assertIn(kind, [kinds, "integer" if kinds == "number" else ""] if isinstance(kinds, str) else kinds, name)
+
+    def test_a_handler_declares_the_query_that_it_reads(self):
+        tree = ast.parse(cli_read(os.path.abspath(gaffer.__file__)))
+        api, = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Api"]
+        functions = {node.name: node for node in api.body if isinstance(node, ast.FunctionDef)}
+
+        def reads(name, seen):
+            """Names of the query that a method and those it calls look at."""
+            found = set()
+            for node in ast.walk(functions[name]):
+                if isinstance(node, ast.Call):
+                    called = ast.dump(node.func)
+                    words = [each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+                    if re.search(r"id='(flag|choice|duration)'", called):
+                        found.add(words[0])
+                    elif "attr='get'" in called and "query" in called:
+                        found.add(words[0])
+                if isinstance(node, ast.Attribute) and node.attr in functions and node.attr not in seen and node.attr.startswith("_") and (
+                        node.attr != "_asked"):     # it only asks whether there is one
+                    found |= reads(node.attr, seen | {node.attr})
+            return found
+        for pattern, methods in gaffer.ROUTES:
+            for method in set(methods) - {"*"}:
+                handler = methods[method]
+                with self.subTest(route=pattern, method=method):
+                    self.assertEqual(set(handler.operation.query), reads(handler.__name__, {handler.__name__}))
+
+    def test_a_route_without_a_description_is_found(self):
+        with self.assertRaises(AttributeError):
+            gaffer.openapi((*gaffer.ROUTES, ("/new", {"GET": lambda api, request: "x"})), False)
+        with self.assertRaises(KeyError):
+            gaffer.openapi((("/new/<nobody>", {"GET": gaffer.Api.status}),), False)
+
+    def test_it_is_valid(self):
+        try:
+            import openapi_spec_validator
+        except ImportError:
+            self.skipTest("needs openapi-spec-validator from PyPI")
+        for secured in (True, False):
+            openapi_spec_validator.validate(json.loads(json.dumps(gaffer.openapi(gaffer.ROUTES, secured))),
+                                            cls=openapi_spec_validator.OpenAPIV31SpecValidator)
+
+    def test_its_schemas_say_what_gaffer_does(self):
+        try:
+            import jsonschema
+        except ImportError:
+            self.skipTest("needs jsonschema from PyPI")
+        schema = gaffer.openapi(gaffer.ROUTES, False)["components"]["schemas"]["Template"]
+        base = {"name": "x", "cmd": "true"}
+        for more in ({}, {"args": "a b"}, {"args": ["a"]}, {"env": {"A": 1, "B": "b"}}, {"uid": 0}, {"flapping": {"attempts": 3}},
+                     {"numprocesses": 1000}, {"numprocesses": 1001}, {"numprocesses": 1.5}, {"name": "1"}, {"name": "a:b"}, {"name": ".."},
+                     {"args": 1}, {"unknown": 1}, {"redirect_output": ["a", "a"]}, {"redirect_output": ["a", "b", "c"]},
+                     {"custom_streams": ["a", "a"]}, {"env": {"A": True}}, {"start": 1}, {"graceful_timeout": -1}, {"cmd": ""},
+                     {"priority": -3}, {"flapping": {"tries": 3}}, {"cwd": "/"}, {"shell": "yes"}):
+            with self.subTest(**more):
+                try:
+                    gaffer.check_template(dict(base, **more))
+                    good = True
+                except gaffer.InvalidProcessInfo:
+                    good = False
+                self.assertEqual(jsonschema.Draft202012Validator(schema).is_valid(dict(base, **more)), good)
+        template = gaffer.check_template(base)
+        jsonschema.validate(template, schema)
 
 
 class HttpMethods(HttpCase):
@@ -10287,6 +10832,22 @@ class CliServe(CliCase):
         self.assertEqual((process.returncode, err), (0, ""))
 
 
+class CliAccessLog(CliCase):
+    def test_a_file_and_stderr(self):
+        path = os.path.join(self.folder(), "access.log")
+        server = self.start("--access-log", path)
+        server.request("GET", "/ping")
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+        self.assertEqual([line[2:5] for line in access_lines(cli_read(path))], [("GET /ping HTTP/1.1", 200, 2)])
+        server = self.start("--access-log", "-")
+        server.request("GET", "/nothing")
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual([line[2:4] for line in access_lines(server.stderr)], [("GET /nothing HTTP/1.1", 404)])
+        status, out, err = self.called("serve", "--bind", "127.0.0.1:0", "--access-log", "/nowhere/x")
+        self.assertEqual((status, out), (1, ""))
+        self.assertEqual(err, "gaffer: the access log '/nowhere/x' cannot be written: No such file or directory\n")
+
+
 class CliSignals(CliCase):
     """INT, TERM, and how everything ends."""
 
@@ -10351,6 +10912,117 @@ class CliSignals(CliCase):
                 answer.read()
             self.assertEqual(idle.recv(1), b"")
         connection.close()
+
+
+class CliExitWith(CliCase):
+    """--exit-with: the end of one process is gaffer's own; and life as pid 1, as in a container."""
+
+    ENDS = """
+        import os, signal, sys
+        os.write(1, b"ready\\n")
+        word = sys.stdin.readline().strip()
+        if word.isdigit():
+            sys.exit(int(word))
+        os.kill(os.getpid(), getattr(signal, word))
+        """
+
+    def run_first(self, *arguments):
+        """(server as pid 1 of a namespace of its own, its pid outside)"""
+        if os.geteuid() != 0 or not shutil.which("unshare"):
+            self.skipTest("needs root and unshare")
+        command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        if subprocess.run(command + ["true"], check=False, stderr=subprocess.DEVNULL, timeout=TIMEOUT).returncode:
+            self.skipTest("no pid namespace can be made here")
+        server = self.start("serve", "--bind", "127.0.0.1:0", *arguments, before=command)
+        return server, gaffer.ProcfsTable().children(server.process.pid)[0]
+
+    def start(self, *arguments, before=(), **options):
+        """See CliCase. `before`: a command that runs it."""
+        if not before:
+            return super().start(*arguments, **options)
+        return self.run_program([*before, *CLI_SCRIPT, *arguments])
+
+    def main(self, server, name="main", **options):
+        """A process that ends as it is told; its pid."""
+        server.add(name, python(self.ENDS), redirect_input=True, **options)
+        pid = server.ok("GET", "/processes/%s/_pids" % name)["pids"][-1]
+        self.assertEqual(server.request("GET", "/streams/%d/stdout?since=0" % pid)[2], b"ready\n")
+        return pid
+
+    def tell(self, server, pid, word):
+        """Let it end so."""
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+        with contextlib.closing(connection):
+            connection.request("POST", "/streams/%d/stdin" % pid, word + "\n")
+            self.assertEqual(connection.getresponse().status, 200)
+
+    def note(self, server, path, *names):
+        """Processes that write their names into a file when they are stopped."""
+        for name in names:
+            CliSignals._add(self, server, name, path, name)
+
+    STUBBORN = CliSignals.STUBBORN
+
+    def test_its_status_is_gaffers_when_all_others_have_ended(self):
+        for word, status in (("7", 7), ("0", 0), ("SIGKILL", 137), ("SIGTERM", 143)):
+            with self.subTest(word=word):
+                path = os.path.join(self.folder(), "stopped")
+                server = self.start("--exit-with", "main")
+                self.note(server, path, "first")
+                pid = self.main(server)
+                self.note(server, path, "second", "third")
+                self.tell(server, pid, word)
+                self.assertEqual((server.stop(None), server.stderr), (status, ""))
+                self.assertEqual(cli_read(path).split(), ["third", "second", "first"])
+
+    def test_what_does_not_end_it(self):
+        """Other templates, a stop and a restart over HTTP; TERM is no exit of the process."""
+        server = self.start("--exit-with", "main", "-v")
+        other = self.main(server, "other")
+        self.tell(server, other, "3")
+        self.assertEqual(server.ok("GET", "/watch/proc/other/exit?since=0")["exit_status"], 3)
+        pid = self.main(server)
+        server.ok("POST", "/processes/%d/_stop?wait=true" % pid)
+        server.ok("POST", "/processes/main/_restart?wait=true")
+        server.ok("POST", "/processes/main/_stop?wait=true")
+        server.ok("POST", "/processes/main/_start")
+        self.assertEqual(server.ok("GET", "/processes/main/_pids")["ok"], True)
+        self.assertEqual(server.stop(), 0)
+        self.assertNotIn("so does gaffer", server.stderr)
+
+    def test_what_is_left_of_its_group_is_stopped_before(self):
+        server = self.start("--exit-with", "main")
+        folder = self.folder()
+        path = os.path.join(folder, "left")
+        server.add("main", {"cmd": "(echo $$ > %s; exec sleep 1000) & read x; exit 4" % path, "shell": True}, redirect_input=True)
+        until(lambda: os.path.exists(path) and cli_read(path), "the child of the process")
+        left = [row for row in gaffer.ProcfsTable().group_members(server.ok("GET", "/status/main")["os_pids"][0])]
+        self.assertEqual(len(left), 2)
+        self.tell(server, 1, "end")
+        self.assertEqual((server.stop(None), server.stderr), (4, ""))
+        self.assertEqual([os_pid for os_pid in left if alive(os_pid)], [])
+
+    def test_a_name_that_none_can_have(self):
+        status, _, err = self.called("serve", "--exit-with", "12")
+        self.assertEqual(status, 2)
+        self.assertIn("not all digits", err)
+
+    def test_as_pid_1_its_status_is_the_containers(self):
+        for word, status in (("7", 7), ("SIGKILL", 137)):
+            server, _ = self.run_first("--exit-with", "main")
+            path = os.path.join(self.folder(), "stopped")
+            self.note(server, path, "first", "second")
+            self.tell(server, self.main(server), word)
+            self.assertEqual((server.stop(None), server.stderr), (status, ""))
+            self.assertEqual(cli_read(path).split(), ["second", "first"])
+
+    def test_as_pid_1_term_reaches_the_children_in_order(self):
+        server, os_pid = self.run_first()
+        path = os.path.join(self.folder(), "stopped")
+        self.note(server, path, "first", "second", "third")
+        os.kill(os_pid, signal.SIGTERM)
+        self.assertEqual((server.stop(None), server.stderr), (0, ""))
+        self.assertEqual(cli_read(path).split(), ["third", "second", "first"])
 
 
 class CliErrors(CliCase):
@@ -10549,6 +11221,21 @@ class Examples(CliCase):
         for name in os.listdir(self.FOLDER):
             if not name.startswith(("_", ".")):
                 self.assertIn("examples/" + name, text)
+
+    def test_dockerfile(self):
+        """Its lines are right, as far as they can be told without Docker: what it copies is there, what it starts serves."""
+        lines = dict(line.split(None, 1) for line in cli_read(os.path.join(self.FOLDER, "Dockerfile")).splitlines())
+        self.assertEqual(list(lines), ["FROM", "COPY", "EXPOSE", "ENTRYPOINT"])
+        name, target = lines["COPY"].split()
+        program, path, *arguments = json.loads(lines["ENTRYPOINT"])
+        self.assertEqual((program, path), ("python3", target + name))
+        self.assertEqual(arguments.pop(), "0.0.0.0:" + lines["EXPOSE"])
+        status, _, err = self.outcome(*arguments, "0.0.0.0:0")
+        self.assertEqual(status, 1)
+        self.assertIn("GAFFER_TOKEN", err)
+        server = self.start(*arguments, "0.0.0.0:0", env=dict(self.env, GAFFER_TOKEN="secret"))
+        self.assertEqual(server.ok("GET", "/readyz", headers={"Authorization": "Bearer secret"})["ready"], True)
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
 
     def test_dummy_counts_on_both_streams(self):
         process = subprocess.Popen(self.example("dummy.py", "0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
