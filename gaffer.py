@@ -156,6 +156,7 @@ AFTERLIFE = 60.0                    # windows of an exited process can be read t
 AFTERLIFE_COUNT = 16                # of a template's last exits (or twice its numprocesses, if that is more)
 GROUP_POLL = 0.02                   # between looks at a group whose leader is gone: only while one is being ended
 GROUP_POLL_MAX = 1.0
+EXIT_POLL = 0.25                    # between looks at a child that nothing can be opened for to watch it
 KILL_AGAIN = 1.0                    # SIGKILL is repeated: a group may fork while it dies
 STOP_STAGGER = 0.1                  # at gaffer's stop, a process waits so long for the end of the one started after it
 STOP_STAGGER_TOTAL = 1.0            # and all of them together
@@ -203,6 +204,9 @@ FINAL_BLOCKS_MAX = 16               # in one compressed message: each costs a ne
 OFFERS_SIZE = 2 * KIB               # Sec-WebSocket-Extensions: browsers send 60 bytes
 MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn: compressed, they cost little
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
+
+
+SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOSPC)     # no fault of who asks
 
 
 class GafferError(Exception):
@@ -430,7 +434,11 @@ class PidfdWatcher:
     def __init__(self, loop, os_pid, callback):
         self._loop = loop
         self._fd = os.pidfd_open(os_pid)
-        loop.register(self._fd, selectors.EVENT_READ, lambda mask: callback())
+        try:
+            loop.register(self._fd, selectors.EVENT_READ, lambda mask: callback())
+        except OSError:
+            os.close(self._fd)
+            raise
 
     def close(self):
         """Stop watching."""
@@ -483,6 +491,22 @@ class ThreadWatcher:
     def close(self):
         """Stop watching; the thread ends with the process."""
         self._callback = None
+
+
+class PollWatcher:
+    """The same where the system has neither a descriptor nor a thread left for it: looks at the child now and then."""
+
+    def __init__(self, loop, os_pid, callback):
+        self._loop, self._os_pid, self._callback = loop, os_pid, callback
+        self._timer = loop.later(EXIT_POLL, self._look)
+
+    def _look(self):
+        self._timer = self._loop.later(EXIT_POLL, self._look)
+        self._callback()                        # which knows what to do where nothing has happened
+
+    def close(self):
+        """Stop watching."""
+        self._timer.cancel()
 
 
 def probe_exit_watcher():
@@ -1866,8 +1890,8 @@ class Output:
 
     def start(self):
         """Begin to read."""
-        self._merged.sources.add(self)
         self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
+        self._merged.sources.add(self)
 
     def drain(self):
         """The process has exited: what is in the pipe is read, but nobody is waited for any longer than DRAIN_TIME."""
@@ -2119,8 +2143,15 @@ class Process:
         ours, theirs = [], []                   # descriptors to close when it fails, and always
         try:
             plan = self._pipes(ours, theirs)
+            for label, fd in plan["read"].items():
+                output = Output(self._loop, fd, Window(self._loop, window_size), merged[label])
+                output.start()                  # before there is a process: what may fail has to, as long as it can be undone
+                self.outputs[label] = output
+                ours.remove(fd)
             self.os_pid = self._popen(launch, plan, theirs)
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
+        except (OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
+            for output in self.outputs.values():
+                output.close()
             for fd in ours:
                 os.close(fd)
             raise self._refusal(launch, error) from error
@@ -2128,16 +2159,12 @@ class Process:
             for fd in theirs:
                 os.close(fd)
         self.started = self._loop.clock()
-        for label, fd in plan["read"].items():
-            output = Output(self._loop, fd, Window(self._loop, window_size), merged[label])
-            self.outputs[label] = output
-            output.start()
         for label, fd in plan["write"].items():
             self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else end_socket)
         try:
             self._watcher = self._exit_watcher(self._loop, self.os_pid, self._exit)
-        except OSError:                         # no descriptor left: the process runs, and has to be watched
-            self._watcher = ThreadWatcher(self._loop, self.os_pid, self._exit)
+        except (OSError, RuntimeError):         # no descriptor, no thread left: the process runs, and has to be watched
+            self._watcher = PollWatcher(self._loop, self.os_pid, self._exit)
 
     def _pipes(self, ours, theirs):
         """Open what connects us: {"stdio": the child's three, "extra": its further ones, "read", "write": {label: fd}}."""
@@ -2178,8 +2205,10 @@ class Process:
             # descriptors 3, 4, ... have no argument of Popen's: a few system calls between fork and exec. All numbers up to
             # there are made to exist here first, so that Popen's own error pipe lies above them
             last = 2 + len(plan["extra"])
-            moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, last + 1) for fd in plan["extra"]]
-            theirs.extend(moved)
+            moved = []
+            for fd in plan["extra"]:
+                moved.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, last + 1))
+                theirs.append(moved[-1])
             held = -1
             while held <= last:
                 held = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -2206,9 +2235,9 @@ class Process:
 
     @staticmethod
     def _refusal(launch, error):
-        number = getattr(error, "errno", None)
-        if number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
-            return Busy("the system has no room for another process (%s); try again later" % error.strerror)
+        number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+        if number in SHORTAGES:
+            return Busy("the system has no room for another process (%s); try again later" % os.strerror(number))
         reason = os.strerror(number) if number else str(error)
         if number == errno.ENOENT:
             reason = "the interpreter that its first line names is not there"
@@ -2270,8 +2299,11 @@ class Process:
     def _group_is_empty(self):
         if not signal_group(self.os_pid, 0):
             return True
-        if self._table.group_members(self.os_pid):
-            return False
+        try:
+            if self._table.group_members(self.os_pid):
+                return False
+        except (OSError, subprocess.SubprocessError):
+            return False                        # nothing can be opened to look: the next look tells
         # zombies that nobody waits for, or a chain of forks that is faster than the listing: a signal reaches all at once,
         # and the next look tells
         swept, self._swept = self._swept, True
@@ -2382,6 +2414,7 @@ class Template:
         self.restarts = 0
         self.last_exit = None                   # {"pid", "exit_status", "term_signal", "time"}
         self.error = None                       # why the last spawn failed
+        self.said = Throttle()
         self.replace(info)
 
     def replace(self, info):
@@ -2553,6 +2586,7 @@ class Manager:
         self._next_pid = 1
         self._subscribers = []
         self._waiters = []                      # (done, callback)
+        self._said = Throttle()
 
     # run and stop
 
@@ -2980,10 +3014,12 @@ class Manager:
         try:
             launch = launch or Launch(template.info)
             process = self._spawn(template, launch)
-        except (GafferError, OSError, ValueError) as error:
+        except (GafferError, OSError, ValueError, MemoryError) as error:
             template.error = str(error)
-            log.warning("%s cannot be started: %s", template.name, error)
-            self._judge(template, 0.0)
+            short = isinstance(error, (Busy, MemoryError))      # of what the machine has: that is no flapping
+            (self._said if short else template.said).warning("%s cannot be started: %s", template.name, error)
+            if not short:
+                self._judge(template, 0.0)
             if template.missing() > 0:          # with a delay even where flapping is judged: nothing has run that took time
                 self._fill_slot(template, failures + 1, backoff(failures + 2))
             return None
@@ -5725,7 +5761,7 @@ class Listener(socketserver.TCPServer):
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if error.errno in SHORTAGES:
                     self._said.warning("no connection can be accepted: %s; trying again every second", error.strerror)
                     self.http.loop.unregister(self.fileno())
                     self.http.loop.later(ACCEPT_PAUSE, self._accept_again)
@@ -5734,15 +5770,22 @@ class Listener(socketserver.TCPServer):
 
     def _accept_again(self):
         if self.fileno() >= 0:
-            self.http.loop.register(self.fileno(), selectors.EVENT_READ, self._accept)
+            try:
+                self.http.loop.register(self.fileno(), selectors.EVENT_READ, self._accept)
+            except OSError:                     # the selector has no room either
+                self.http.loop.later(ACCEPT_PAUSE, self._accept_again)
 
     def process_request(self, request, client_address):
         """Take a connection in."""
+        client = "unix"
         if self.address_family != socket.AF_UNIX:
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        client = "%s:%d" % client_address[:2] if client_address and self.address_family != socket.AF_UNIX else "unix"
-        self.http.accept(self, request, client)
+            client = "%s:%d" % client_address[:2]
+            try:
+                request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            except OSError:                     # it has been reset: macOS says so here
+                return request.close()
+        return self.http.accept(self, request, client)
 
     def close(self):
         """Listen no longer."""
@@ -5940,10 +5983,12 @@ class HttpHandler:
         return self.loop.call_soon(self._open, channel)
 
     def _open(self, channel):
-        if self.closed:
-            channel.close()
-        else:
-            channel.open()
+        try:
+            if not self.closed:
+                return channel.open()
+        except OSError as error:                # the selector has no room
+            self._said.warning("a connection cannot be watched and is closed: %s", error.strerror)
+        return channel.close()
 
     def start_thread(self, function, *args, sock=None):
         """Run `function(*args)` on a thread, which owns `sock`: it is closed when the thread ends. False: there are too many,
@@ -5957,7 +6002,8 @@ class HttpHandler:
             try:
                 thread.start()
                 return True
-            except RuntimeError:                # the system has no thread left
+            except (RuntimeError, MemoryError) as error:        # the system has no thread left
+                self._said.warning("a request has no thread: %s", error)
                 with self._lock:
                     del self._threads[thread]
         if sock is not None:

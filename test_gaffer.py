@@ -12,6 +12,7 @@ import builtins
 import contextlib
 import dis
 import email.utils
+import errno
 import faulthandler
 import functools
 import gc
@@ -28,6 +29,7 @@ import pwd
 import queue
 import random
 import re
+import resource
 import runpy
 import selectors
 import shlex
@@ -5041,6 +5043,67 @@ class ProcessEmbedded(ProcessCase):
         with self.assertLogs("gaffer", logging.WARNING) as logs:
             manager.run()
         self.assertIn("x cannot be started", logs.output[0])
+
+
+class ProcessShortage(ProcessCase):
+    """What cannot be had for real here: the system call fails in a test's hands."""
+
+    def test_a_process_that_nothing_can_watch_is_looked_at(self):
+        def watcher(loop, os_pid, callback):
+            raise RuntimeError("can't start new thread")
+        server = Running(exit_watcher=watcher)
+        self.addCleanup(server.stop_all)
+        server.add("x", "cat", redirect_input=True)
+        first = server.wait_event("proc/x/spawn")
+        os.kill(first["os_pid"], signal.SIGKILL)
+        self.assertEqual(server.wait_event("proc/x/exit")["term_signal"], signal.SIGKILL)
+        self.assertEqual(server.wait_event("proc/x/spawn", since=first["id"])["pid"], 2)
+
+    def test_a_selector_without_room(self):
+        """ENOSPC of epoll: no process is left that nobody reads, and a connection is closed; both count no longer."""
+        loop = self.server.manager.loop
+        register = loop.register
+
+        def full(fd, events, callback):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.assertEqual(self.server.json("GET", "/processes"), (200, []))
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=TIMEOUT)
+        self.addCleanup(connection.close)
+        connection.connect()
+        connection.request("GET", "/processes")
+        connection.getresponse().read()
+        loop.call(setattr, loop, "register", full)
+        with self.assertLogs("gaffer", logging.WARNING) as logs:
+            connection.request("POST", "/processes", json.dumps({"name": "x", "cmd": "cat", "redirect_input": True}))
+            answer = connection.getresponse()
+            self.assertEqual((answer.status, json.loads(answer.read())["error"]), (503, "busy"))
+            for _ in range(3):
+                with self.server.connect() as sock:
+                    self.assertEqual(sock.recv(1), b"")
+        loop.call(setattr, loop, "register", register)
+        self.assertEqual(len(logs.output), 1, logs.output)
+        self.assertEqual(loop.call(lambda: self.server.http._connections), 1)
+        self.assertEqual(self.server.add("x", "cat", redirect_input=True), [1])
+
+    def test_no_memory_for_a_process(self):
+        """It is 503, and a template that has one comes back."""
+        self.server.add("x", "cat", redirect_input=True)
+        first = self.server.wait_event("proc/x/spawn")
+        popen, failures = subprocess.Popen, []
+
+        def fails(*args, **options):
+            failures.append(1)
+            raise MemoryError
+        with self.assertLogs("gaffer", logging.WARNING) as logs:
+            subprocess.Popen = fails
+            try:
+                self.assertError(self.server.json("POST", "/processes", {"name": "y", "cmd": "cat"}), 503, "busy", "memory")
+                os.kill(first["os_pid"], signal.SIGKILL)
+                until(lambda: len(failures) > 2, "two failures")
+            finally:
+                subprocess.Popen = popen
+            self.server.wait_event("proc/x/spawn", since=first["id"])
+        self.assertEqual(len(logs.output), 1, logs.output)
 
 
 class ProcessFirst(Case):
@@ -10122,6 +10185,134 @@ class CliSignals(CliCase):
                 answer.read()
             self.assertEqual(idle.recv(1), b"")
         connection.close()
+
+
+class CliFaults(CliCase):
+    """The machine runs out of what a server needs, for real: limits of a running server are changed from outside. It lives,
+    says so once, and goes on when there is room again."""
+
+    CAT = dict(python("import sys; sys.stdin.read()"), redirect_input=True, custom_streams=["a", "b"])
+
+    @contextlib.contextmanager
+    def limit(self, server, kind, number):
+        """The server's soft limit is another for a while."""
+        old, hard = resource.prlimit(server.process.pid, kind)
+        resource.prlimit(server.process.pid, kind, (number, hard))
+        try:
+            yield
+        finally:
+            resource.prlimit(server.process.pid, kind, (old, hard))
+
+    def keep(self, server):
+        """A function that sends requests on a connection that is open already: (status, value) of each."""
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+        self.addCleanup(connection.close)
+        connection.connect()
+
+        def ask(method, path, body=None):
+            connection.request(method, path, None if body is None else json.dumps(body))
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        ask("GET", "/processes")
+        return ask
+
+    @staticmethod
+    def descriptors(server):
+        """What the server has open."""
+        return sorted(map(int, os.listdir("/proc/%d/fd" % server.process.pid)))
+
+    @staticmethod
+    def restarted(ask, name, before):
+        """Wait until other processes of the template run; their OS pids."""
+        def others():
+            pids = ask("GET", "/status/" + name)[1]["os_pids"]
+            return pids and not set(pids) & set(before) and pids
+        return until(others, "the restart")
+
+    def test_no_descriptor_left_for_a_process(self):
+        """Whichever step of a spawn fails: 503, and nothing of it is left."""
+        server = self.start()
+        ask = self.keep(server)
+        before, room = self.descriptors(server), -1
+        status = None
+        while status != 200:
+            room += 1
+            with self.limit(server, resource.RLIMIT_NOFILE, before[-1] + 1 + room):
+                status, value = ask("POST", "/processes", dict(self.CAT, name="x"))
+            if status != 200:
+                self.assertEqual((status, value["error"], self.descriptors(server)), (503, "busy", before), (room, value))
+        self.assertGreater(room, 8)
+        # one less: the process can be started, but not be watched by a descriptor
+        child, = ask("GET", "/status/x")[1]["os_pids"]
+        os.kill(child, signal.SIGKILL)
+        self.restarted(ask, "x", [child])
+        self.assertEqual(ask("DELETE", "/processes/x")[0], 200)
+        until(lambda: self.descriptors(server) == before, "the same descriptors")
+        self.assertEqual(server.stop(), 0)
+
+    def test_no_descriptor_left_at_all(self):
+        """A process that dies meanwhile, with one of its group left, comes back; a connection waits until it can be accepted."""
+        server = self.start()
+        ask = self.keep(server)
+        code = "import os, sys\nif os.fork(): sys.stdin.read()\nelse:\n    while True: os.read(3, 1)"
+        info = dict(python(code), name="x", redirect_input=True, custom_streams=["a"], graceful_timeout=0.1)
+        self.assertEqual(ask("POST", "/processes", info)[0], 200)
+        self.assertEqual(ask("POST", "/processes", dict(
+            info, name="flaps", flapping={"attempts": 2, "window": 60, "retry_in": 60, "max_retry": 0}))[0], 200)
+        leaders = [ask("GET", "/status/" + name)[1]["os_pids"][0] for name in ("x", "flaps")]
+        with contextlib.ExitStack() as stack:
+            with self.limit(server, resource.RLIMIT_NOFILE, 3):
+                for leader in leaders:
+                    os.kill(leader, signal.SIGKILL)
+                late = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), TIMEOUT))
+                late.sendall(b"GET /ping HTTP/1.0\r\n\r\n")
+                for name in ("x", "flaps"):
+                    until(lambda name=name: ask("GET", "/status/" + name)[1]["last_exit"], "the exit")
+                self.assertEqual(ask("POST", "/processes", {"name": "y", "cmd": "cat"})[1]["error"], "busy")
+            self.assertIn(b"200 OK", late.recv(1000))
+        for name in ("x", "flaps"):             # what the machine has no room for is no second flap
+            self.restarted(ask, name, leaders)
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(server.stderr.count("no connection can be accepted"), 1, server.stderr)
+        self.assertEqual(server.stderr.count("cannot be started"), 1, server.stderr)
+        self.assertNotIn("Traceback", server.stderr)
+
+    @unittest.skipUnless(os.geteuid() == 0, "root has no limit of processes, and only root can become somebody who has")
+    def test_no_process_left(self):
+        """EAGAIN: neither a fork nor a thread."""
+        code = """if True:
+            import sys
+            sys.path[0] = %r
+            import argparse, gaffer, os, resource, signal
+            gaffer.make_parser().format_help()
+            os.setgid(61234)
+            os.setuid(61234)                    # who may not read this Python's files, perhaps
+            for signum, limit in ((signal.SIGUSR1, 1), (signal.SIGUSR2, 1000)):
+                signal.signal(signum, lambda signum, frame, limit=limit: resource.setrlimit(resource.RLIMIT_NPROC, (limit, 1000)))
+            sys.exit(gaffer.main())""" % HERE
+
+        def limit(signum, number):
+            server.process.send_signal(signum)
+            until(lambda: re.search("Max processes +%d " % number, cli_read("/proc/%d/limits" % server.process.pid)), "the limit")
+        server = self.run_program([PYTHON, "-c", code, "serve", "--bind", "127.0.0.1:0"], cwd="/")
+        ask = self.keep(server)
+        self.assertEqual(ask("POST", "/processes", {"name": "x", "cmd": "cat", "redirect_input": True})[0], 200)
+        child, = ask("GET", "/status/x")[1]["os_pids"]
+        before = self.descriptors(server)
+        limit(signal.SIGUSR1, 1)
+        status, value = ask("POST", "/processes", {"name": "y", "cmd": "cat", "start": False})
+        self.assertEqual((status, value["error"]), (503, "busy"))     # it would have needed a thread
+        self.assertEqual(ask("GET", "/stats")[0], 503)
+        os.kill(child, signal.SIGKILL)
+        until(lambda: ask("GET", "/status/x")[1].get("error"), "the failure")
+        limit(signal.SIGUSR2, 1000)
+        self.restarted(ask, "x", [child])
+        self.assertEqual(ask("GET", "/stats")[0], 200)
+        self.assertEqual(self.descriptors(server), before)
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(server.stderr.count("a request has no thread"), 1, server.stderr)
+        self.assertEqual(server.stderr.count("cannot be started"), 1, server.stderr)
+        self.assertNotIn("Traceback", server.stderr)
 
 
 class CliErrors(CliCase):
