@@ -190,6 +190,7 @@ BACKLOG = 1024
 ACCEPTS_PER_TURN = 64
 LOOKS = 100                         # some 50 us: how often the loop looks for what it expects before it sleeps
 ACCEPT_PAUSE = 1.0                  # after EMFILE: the listener would wake the loop for ever
+MEMORY_PAUSE = 0.05                 # after ENOMEM, for the same reason
 PIPELINE_SIZE = 64 * KIB            # requests that arrive while one before them is answered
 
 MESSAGE_SIZE = MIB                  # a websocket message for a process: it has to fit into stdin
@@ -414,12 +415,19 @@ class Throttle:
 
     def warning(self, message, *args):
         """Log a warning, or count it."""
+        self._say(logging.WARNING, message, args)
+
+    def exception(self, message, *args):
+        """The same of an error that is being handled, with its traceback."""
+        self._say(logging.ERROR, message, args, exc_info=True)
+
+    def _say(self, level, message, args, **more):
         now = self._clock()
         if now < self._next:
             self._unsaid += 1
             return
         unsaid, self._unsaid, self._next = self._unsaid, 0, now + self._seconds
-        log.warning(message + (" (and %d times more before)" % unsaid if unsaid else ""), *args)
+        log.log(level, message + (" (and %d times more before)" % unsaid if unsaid else ""), *args, **more)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -812,6 +820,7 @@ class Loop:
         self._sleeping = self._woken = self._changed = False
         self._sleep_until = math.inf
         self._looks = 0
+        self._said = collections.defaultdict(Throttle)      # type of exception -> what says it
         self._running = self._stopping = self.closed = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -1029,12 +1038,13 @@ class Loop:
             else:
                 self._guard(entry[0], *entry[1])
 
-    @staticmethod
-    def _guard(function, *args):
+    def _guard(self, function, *args):
         try:
             function(*args)
-        except Exception:
-            log.exception("a callback of the loop failed; the loop goes on")
+        except Exception as error:
+            self._said[type(error)].exception("a callback of the loop failed; the loop goes on")
+            if isinstance(error, MemoryError):  # who wanted it will want it again at once
+                time.sleep(MEMORY_PAUSE)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -6252,6 +6262,41 @@ def read_token(path):
     return token
 
 
+def put(stream, text):
+    """Write text to a stream as far as it is taken now. False: not all of it. Who has stopped reading a pipe, or a terminal,
+    must not hold the loop; what is written goes past the buffer, which would fail again at the exit."""
+    try:
+        fd = stream.fileno()
+    except (AttributeError, OSError, ValueError):           # there is none, or it is in memory
+        return stream is None or bool(stream.write(text))
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    data = text.encode("utf-8", "backslashreplace")
+    try:
+        while data and poller.poll(0):          # then a pipe has room for PIPE_BUF bytes
+            data = data[os.write(fd, data[:select.PIPE_BUF]):]
+    except OSError:
+        pass                                    # closed, or the disk is full
+    return not data
+
+
+class LogHandler(logging.StreamHandler):
+    """Logs to a stream that may be full: lines that it does not take are counted, and told once it takes them again."""
+
+    left_out = 0
+
+    def emit(self, record):
+        """See logging.Handler."""
+        try:
+            told = "gaffer: %d lines of this log were not taken here\n" % self.left_out if self.left_out else ""
+            if put(self.stream, told + self.format(record) + self.terminator):
+                self.left_out = 0
+            else:
+                self.left_out += 1
+        except Exception:
+            self.handleError(record)
+
+
 class Announcement:
     """Prints where the server listens, once it does."""
 
@@ -6260,17 +6305,13 @@ class Announcement:
 
     def start(self, loop, manager):
         """See apps."""
-        try:
-            print("gaffer %s listening on %s" % (__version__, ", ".join(self._http.urls)), flush=True)
-        except OSError:                         # nobody reads it; what is left in the buffer must not fail again at the end
-            with open(os.devnull, "wb") as nothing:
-                os.dup2(nothing.fileno(), sys.stdout.fileno())
+        put(sys.stdout, "gaffer %s listening on %s\n" % (__version__, ", ".join(self._http.urls)))
 
 
 def serve(arguments):
     """`serve`: run a manager with the HTTP API until INT or TERM."""
     keep_buffers()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr,
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[LogHandler(sys.stderr)],
                         level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
     try:
         endpoints = [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind or ["127.0.0.1:5000"]]

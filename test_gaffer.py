@@ -7163,12 +7163,15 @@ class HttpEndpoints(HttpCase):
     def test_hanging_handshake_blocks_nobody(self):
         """Nor does plain HTTP on a TLS port, nor a stop while they hang."""
         server, context = self.tls()
-        hanging = [server.connect() for _ in range(5)]
+        hanging = [server.connect() for _ in range(55)]
         for number, sock in enumerate(hanging):
             self.addCleanup(sock.close)
             sock.sendall((b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00",
-                          b"\0" * 100)[number])
+                          b"\0" * 100)[number] if number < 5 else b"\x16\x03\x01\x02\x00\x01")
+        until(lambda: len(server.http._threads) >= 50, "the threads that wait")
+        began = time.monotonic()
         self.ping(self.secure(server, context))
+        self.assertLess(time.monotonic() - began, gaffer.HANDSHAKE_TIME / 5)
         server.stop_all()
         for sock in hanging:
             with contextlib.suppress(ConnectionError):
@@ -10313,6 +10316,135 @@ class CliFaults(CliCase):
         self.assertEqual(server.stderr.count("a request has no thread"), 1, server.stderr)
         self.assertEqual(server.stderr.count("cannot be started"), 1, server.stderr)
         self.assertNotIn("Traceback", server.stderr)
+
+    def test_no_memory_left(self):
+        """ENOMEM: what cannot be answered is 500 or 503, or closed; then all is as before."""
+        server = self.start()
+        ask = self.keep(server)
+        flood = python("import sys\nfor line in sys.stdin:\n    for _ in range(200): sys.stdout.write('x' * 19999 + chr(10))")
+        self.assertEqual(ask("POST", "/processes", dict(flood, name="flood", redirect_input=True))[0], 200)
+        self.assertEqual(ask("POST", "/streams/1/stdin", "go")[0], 200)     # no end of line: it waits
+        size = int(re.search(r"VmSize:\s+(\d+)", cli_read("/proc/%d/status" % server.process.pid)).group(1))
+        answers = []
+        with self.limit(server, resource.RLIMIT_AS, size * 1024):
+            for _ in range(20):
+                with contextlib.suppress(ConnectionError, http.client.HTTPException):
+                    answers.append(server.request("POST", "/streams/1/stdin", "x" * 900000 + "\n")[0])
+            with contextlib.suppress(ConnectionError, http.client.HTTPException):
+                answers.append(server.request("GET", "/processes")[0])
+        self.assertLessEqual(set(answers), {200, 500, 503}, server)
+        self.assertIsNone(server.process.poll(), "it lives")
+        self.assertEqual(server.ok("GET", "/processes"), ["flood"])
+        self.assertEqual(server.add("more", self.CAT)[0] > 0, True)
+        self.assertEqual(server.stop(), 0)
+        self.assertLessEqual(server.stderr.count("Traceback"), 3, server.stderr)
+
+    def full_pipe(self):
+        """(read, write) of a pipe that takes nothing more."""
+        read, write = os.pipe()
+        self.addCleanup(os.close, read)
+        self.addCleanup(os.close, write)
+        os.set_blocking(write, False)
+        for size in (65536, 1):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(write, b"-" * size)
+        os.set_blocking(write, True)
+        return read, write
+
+    def serve_on(self, **streams):
+        """(process, its unix socket's path) of a server with other standard streams, once it answers."""
+        path = os.path.join(self.folder(), "socket")
+        process = subprocess.Popen(CLI_COMMAND + ["serve", "-v", "--bind", "unix:" + path], stdin=subprocess.DEVNULL, env=self.env,
+                                   **streams)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        until(lambda: process.poll() is not None or os.path.exists(path), "the socket")
+        return process, path
+
+    @staticmethod
+    def ask_unix(path, method, target, body=None):
+        """(status, value) of a request."""
+        connection = http.client.HTTPConnection("localhost", timeout=TIMEOUT)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(TIMEOUT)
+        with contextlib.closing(connection):
+            until(lambda: connection.sock.connect_ex(path) == 0, "the server")
+            connection.request(method, target, body and json.dumps(body))
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
+    def test_stdout_and_stderr_are_full(self):
+        """A full disk, and a pipe that nobody reads: nothing waits for them; what was not logged is told once it can be."""
+        read, write = self.full_pipe()
+        with open("/dev/full", "wb") as full:
+            for out in (full, write):
+                with self.subTest(out=out):
+                    process, path = self.serve_on(stdout=out, stderr=out)
+                    self.assertEqual(self.ask_unix(path, "POST", "/processes", {"name": "x", "cmd": "true"})[0], 200)
+                    self.ask_unix(path, "GET", "/watch/proc/x/exit?since=0")
+                    if out is write:
+                        os.read(read, 65536)
+                        while b"lines of this log were not taken here" not in os.read(read, 65536):
+                            pass                # x is started again and again
+                    process.terminate()
+                    self.assertEqual(process.wait(TIMEOUT), 0)
+
+    def test_the_server_is_stopped_for_a_while(self):
+        """SIGSTOP, SIGCONT: requests that came meanwhile are answered, no reader loses anything, nothing is killed too early."""
+        server = self.start()
+        code = "import sys\nfor line in sys.stdin:\n    for n in range(2000): print('line', n)"
+        server.add("x", python(code), redirect_input=True)
+        ignores = python("import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: None)\nprint('ready')\nsys.stdin.read()")
+        server.add("y", ignores, redirect_input=True, graceful_timeout=1000)
+        self.assertEqual(server.request("GET", "/streams/y/stdout?since=0")[2][:5], b"ready")
+        feed = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+        self.addCleanup(feed.close)
+        feed.request("GET", "/streams/1/stdout?feed=continuous&heartbeat=0.1")
+        lines = feed.getresponse()
+        server.ok("POST", "/streams/1/stdin", "go")
+        self.assertEqual(lines.readline(), b"\n")
+        server.process.send_signal(signal.SIGSTOP)
+        until(lambda: re.search(r"State:\s+T", cli_read("/proc/%d/status" % server.process.pid)), "the stop")
+        slow = socket.create_connection(("127.0.0.1", server.port), TIMEOUT)
+        self.addCleanup(slow.close)
+        slow.sendall(b"GET /ping HTTP/1.0\r\n\r\n")
+        feed2 = socket.create_connection(("127.0.0.1", server.port), TIMEOUT)
+        self.addCleanup(feed2.close)
+        feed2.sendall(b"POST /streams/1/stdin HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nme\n")
+        threading.Event().wait(1.0)             # what is tested is time that passes
+        server.process.send_signal(signal.SIGCONT)
+        self.assertIn(b"200 OK", slow.recv(1000))
+        self.assertIn(b"200 OK", feed2.recv(1000))
+        got, beats = [], 0
+        while len(got) < 2000:
+            line = lines.readline()
+            got, beats = (got, beats + 1) if line == b"\n" else (got + [line], beats)
+        self.assertEqual(got, [b"line %d\n" % n for n in range(2000)])
+        self.assertLess(beats, 10, "beats that were missed are not made up for")
+        self.assertEqual(server.ok("GET", "/status/y")["restarts"], 0)
+        server.ok("POST", "/processes/y/_stop")
+        server.ok("DELETE", "/streams/2/stdin")
+        self.assertEqual(server.stop(), 0)
+
+    def test_a_clock_that_jumps(self):
+        """The time of day is only shown: years back and forth change no timer, no order and no delay."""
+        code = ("import sys; sys.path[0] = %r; import itertools, time, gaffer; real, signs = time.time, itertools.cycle((1, -1)); "
+                "time.time = lambda: real() + next(signs) * 1e9; sys.exit(gaffer.main())" % HERE)
+        server = self.run_program([PYTHON, "-c", code, "serve", "--bind", "127.0.0.1:0"])
+        ask = self.keep(server)
+        self.assertEqual(ask("POST", "/processes", {"name": "x", "cmd": "true"})[0], 200)
+        events = []
+        for _ in range(6):     # create, start, spawn, exit, spawn at once, exit
+            since = events[-1]["id"] if events else "0"
+            events.append(ask("GET", "/watch?since=%s&timeout=%d" % (since, TIMEOUT))[1])
+        self.assertEqual([event["event"] for event in events], ["create", "start", "spawn", "exit", "spawn", "exit"])
+        self.assertGreater(max(event["time"] for event in events) - min(event["time"] for event in events), 1e9)
+        self.assertEqual(ask("GET", "/processes/x/_start")[0], 405)
+        status, _, body = server.request("GET", "/streams/x/stdout?timeout=0.1")
+        self.assertEqual((status, body), (204, b""))
+        self.assertEqual(server.ok("POST", "/processes/x/_stop?wait=1"), {"ok": True})
+        self.assertEqual(server.stop(), 0)
 
 
 class CliErrors(CliCase):
