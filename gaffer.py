@@ -721,6 +721,15 @@ def keep_buffers():
     bytes(MIB)
 
 
+def end_a_thread():
+    """Python 3.8 ends a thread by pthread_exit(), for which glibc loads a library at the first end, and aborts the whole
+    program where no descriptor is left to load it with. So the first ends while there is one."""
+    if sys.version_info < (3, 9):
+        thread = threading.Thread(target=int)
+        thread.start()
+        thread.join()
+
+
 def find_user(user):
     """(uid, gid, name) of a user by name or number; gid and name are None where a number has no entry.
     ValueError: there is none. 2**32 - 1 means "leave it as it is" to the kernel, so it is no user."""
@@ -5934,6 +5943,7 @@ class HttpHandler:
     def start(self, loop, manager):
         """Listen. StartError: an endpoint cannot be used, or would be open to everybody."""
         self.loop, self._api, self.closed = loop, Api(manager), False
+        end_a_thread()
         if any(endpoint.certfile for endpoint in self.endpoints):
             import ssl
             self.would_block += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
