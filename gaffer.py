@@ -92,6 +92,7 @@ import math
 import os
 import pwd
 import re
+import resource
 import select
 import selectors
 import shlex
@@ -184,7 +185,9 @@ SEND_TIME = 30.0                    # a client that does not take its answer
 LINGER_TIME = 2.0                   # refused bodies are read and dropped so long, or the client never sees the refusal
 LINGER_SIZE = 8 * MIB               # and so much
 HANDSHAKE_TIME = 10.0               # TLS
-CONNECTIONS_MAX = 15000             # requests and streams together
+CONNECTIONS_MAX = 15000             # requests and streams together; HttpHandler(max_connections=)
+FILES_FOR_CONNECTIONS = 0.875       # of the system's limit of open files: the rest is for processes, which have to come back
+ADDRESS_CONNECTIONS_MAX = 1000      # of one address, a /64 of IPv6; HttpHandler(max_connections_per_address=)
 THREADS_MAX = 2000                  # requests that take time: statistics, bodies of templates, added routes, TLS handshakes
 BACKLOG = 1024
 ACCEPTS_PER_TURN = 64
@@ -719,6 +722,22 @@ def keep_buffers():
     """glibc gives each larger buffer back to the system at once, and asks for it again: three system calls a read. From the
     first large block that it gets back it learns to keep up to twice as much."""
     bytes(MIB)
+
+
+def files_max():
+    """How many descriptors the system lets this process have."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return math.inf if soft == resource.RLIM_INFINITY else soft
+
+
+def network(address):
+    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, of which every host has a choice. None: this
+    machine, or a unix socket."""
+    if ":" in address and "." not in address:
+        packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
+        return None if packed == b"\0" * 15 + b"\1" else packed[:8]
+    address = address.rpartition(":")[2]        # ::ffff:192.0.2.1
+    return None if address.startswith("127.") or not address else address
 
 
 def end_a_thread():
@@ -4940,6 +4959,7 @@ class Channel:
 
     def __init__(self, http, sock, received=b""):
         self.http, self.loop, self.sock = http, http.loop, sock
+        self.peer = None                        # see network()
         self.secure = hasattr(sock, "unwrap")   # TLS
         self.early = received                   # what came behind the request
         self.closed = False
@@ -5119,7 +5139,7 @@ class Channel:
         """Close now."""
         if not self.closed:
             self.leave()
-            self.http.released()
+            self.http.released(self.peer)
             if not self._ending:
                 self.closing()
             self.sock.close()
@@ -5481,13 +5501,13 @@ class HandlerSocket(WebSocketChannel):
 
 
 class RequestChannel(Channel):
-    """The requests of one connection, in order. `client`: its address as text."""
+    """The requests of one connection, in order. `client`: its address as text; `peer`: see network()."""
 
     stall = SEND_TIME
 
-    def __init__(self, http, sock, listener, client):
+    def __init__(self, http, sock, listener, client, peer):
         super().__init__(http, sock)
-        self._listener, self._client = listener, client
+        self._listener, self._client, self.peer = listener, client, peer
         self._head, self._body = HeadParser(), None
         self._request = self._admitted = None
         self._busy = self._parked = False       # a request is being answered; and that is a long poll
@@ -5503,18 +5523,17 @@ class RequestChannel(Channel):
     def _ready(self, mask):
         if self._listener.context is not None and not self.secure:
             self.leave()
-            self.http.start_thread(self._handshake, sock=self.sock)
+            self.http.start_thread(self._handshake, channel=self)
         else:
             super()._ready(mask)
 
     def _handshake(self):
         """TLS, on a thread: it takes time, and the client may take its own."""
         self.sock.settimeout(HANDSHAKE_TIME)
-        sock = self._listener.context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-        self.http.owns(sock)
-        sock.do_handshake()
-        if self.http.enter(RequestChannel(self.http, sock, self._listener, self._client)):
-            self.http.owns(None)
+        self.sock = self._listener.context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        self.sock.do_handshake()
+        if self.http.enter(RequestChannel(self.http, self.sock, self._listener, self._client, self.peer)):
+            self.http.thread_keeps_nothing()
 
     # what the client owes
 
@@ -5639,7 +5658,7 @@ class RequestChannel(Channel):
         more = self.http.access.cors(self._request)
         if isinstance(answer, SocketReply):
             self.leave()
-            return self.http.start_thread(self._let_write, answer.write, more, sock=self.sock)
+            return self.http.start_thread(self._let_write, answer.write, more, channel=self)
         if isinstance(answer, StreamReply) and head_only:
             self.send(answer.head(self.http.date(), more))
             return self.finish()
@@ -5686,6 +5705,7 @@ class RequestChannel(Channel):
         if isinstance(channel, Response):
             return self._respond(channel)
         self.leave()
+        channel.peer = self.peer
         return channel.open()
 
     # long polls
@@ -5796,15 +5816,15 @@ class Listener(socketserver.TCPServer):
 
     def process_request(self, request, client_address):
         """Take a connection in."""
-        client = "unix"
+        client, peer = "unix", None
         if self.address_family != socket.AF_UNIX:
-            client = "%s:%d" % client_address[:2]
+            client, peer = "%s:%d" % client_address[:2], network(client_address[0])
             try:
                 request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             except OSError:                     # it has been reset: macOS says so here
                 return request.close()
-        return self.http.accept(self, request, client)
+        return self.http.accept(self, request, client, peer)
 
     def close(self):
         """Listen no longer."""
@@ -5916,9 +5936,12 @@ class HttpHandler:
     """The HTTP API as an app. `endpoints`: HttpEndpoints (127.0.0.1:5000). `handlers`: [(regular expression, callable or
     WebSocketHandler class)]; callable(request, *groups) runs on a thread of its own and returns str, bytes, dict, list,
     Response or (status, headers, body). `wsgi`: {"/prefix": WSGI application}. `token`, `cors_origins`, `allow_hosts`: who
-    may do what. `max_body`: bytes of a body for handlers and WSGI."""
+    may do what. `max_body`: bytes of a body for handlers and WSGI. `max_connections`: at once (15,000, or what the limit of
+    open files leaves). `max_connections_per_address`: of one IPv4 address, or /64 of IPv6 (1,000; this machine's own are not
+    counted, unless a number is given). A connection over these is answered 503 `busy`."""
 
-    def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(), allow_hosts=(), max_body=16 * MIB):
+    def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(), allow_hosts=(), max_body=16 * MIB,
+                 max_connections=None, max_connections_per_address=None):
         self.endpoints = list(endpoints) if endpoints is not None else [HttpEndpoint()]
         self.access = Access(token, cors_origins, allow_hosts)
         self.listeners = []
@@ -5932,9 +5955,11 @@ class HttpHandler:
         self._max_body = max_body
         self._router = Router(ROUTES)
         self._api = None
-        self._threads = {}                      # thread -> its socket
+        self._max_connections, self._max_of_address = max_connections, max_connections_per_address
+        self._threads = {}                      # thread -> the RequestChannel whose socket it has, or None
         self._connections = 0
-        self._lock = threading.Lock()           # guards the two above, which other threads change
+        self._of_address = collections.Counter()
+        self._lock = threading.Lock()           # guards the three above, which other threads change
         self._said = Throttle()
         self._date = (0, "")
 
@@ -5969,9 +5994,9 @@ class HttpHandler:
         for channel in tuple(self.channels):
             channel.close()
         with self._lock:
-            for sock in filter(None, self._threads.values()):
+            for channel in filter(None, self._threads.values()):
                 try:
-                    sock.shutdown(socket.SHUT_RDWR)
+                    channel.sock.shutdown(socket.SHUT_RDWR)
                 except OSError:
                     pass                        # it is closing by itself
 
@@ -5988,15 +6013,21 @@ class HttpHandler:
 
     # connections
 
-    def accept(self, listener, sock, client):
+    def accept(self, listener, sock, client, peer):
         """Take in a new connection. Called on the loop."""
+        if peer is None and self._max_of_address is not None:
+            peer = client.rpartition(":")[0] or None
+        most = self._max_connections or min(CONNECTIONS_MAX, files_max() * FILES_FOR_CONNECTIONS)
+        most_of_address = self._max_of_address or ADDRESS_CONNECTIONS_MAX
         with self._lock:
-            full = self._connections >= CONNECTIONS_MAX
-            self._connections += not full
+            full = self._connections >= most or (peer is not None and self._of_address[peer] >= most_of_address)
+            if not full:
+                self._connections += 1
+                self._of_address[peer] += 1
         if full:
             self._refuse(sock)
         else:
-            self._open(RequestChannel(self, sock, listener, client))
+            self._open(RequestChannel(self, sock, listener, client, peer))
 
     def enter(self, channel):
         """Open a channel on the loop. From any thread; False: the loop is closed."""
@@ -6010,14 +6041,14 @@ class HttpHandler:
             self._said.warning("a connection cannot be watched and is closed: %s", error.strerror)
         return channel.close()
 
-    def start_thread(self, function, *args, sock=None):
-        """Run `function(*args)` on a thread, which owns `sock`: it is closed when the thread ends. False: there are too many,
-        and `sock` has been told so."""
+    def start_thread(self, function, *args, channel=None):
+        """Run `function(*args)` on a thread, which owns the socket of `channel`: it is closed when the thread ends. False:
+        there are too many, and the client has been told so."""
         thread = threading.Thread(target=self._run, args=(function, *args), name="gaffer-http", daemon=True)
         with self._lock:
             full = len(self._threads) >= THREADS_MAX
             if not full:
-                self._threads[thread] = sock
+                self._threads[thread] = channel
         if not full:
             try:
                 thread.start()
@@ -6026,9 +6057,9 @@ class HttpHandler:
                 self._said.warning("a request has no thread: %s", error)
                 with self._lock:
                     del self._threads[thread]
-        if sock is not None:
-            self.released()
-            self._refuse(sock)
+        if channel is not None:
+            self.released(channel.peer)
+            self._refuse(channel.sock)
         return False
 
     def _run(self, function, *args):
@@ -6040,19 +6071,19 @@ class HttpHandler:
             log.exception("a request failed")
         finally:
             with self._lock:
-                sock = self._threads.pop(threading.current_thread())
-            if sock is not None:
-                shut_down(sock)
-                sock.close()
-                self.released()
+                channel = self._threads.pop(threading.current_thread())
+            if channel is not None:
+                shut_down(channel.sock)
+                channel.sock.close()
+                self.released(channel.peer)
 
-    def owns(self, sock):
-        """The calling thread owns this socket now, or (None) none any more."""
+    def thread_keeps_nothing(self):
+        """The calling thread has given its socket to another channel."""
         with self._lock:
-            self._threads[threading.current_thread()] = sock
+            self._threads[threading.current_thread()] = None
 
     def _refuse(self, sock):
-        self._said.warning("too many connections: one was refused")
+        self._said.warning("too many connections: one was refused")     # in all, of its address, or threads
         try:
             sock.setblocking(False)
             sock.send(error_response(Busy("there are too many connections; try again later")).encode(self.date(), False))
@@ -6062,10 +6093,13 @@ class HttpHandler:
             pass                                # it does not wait for the answer
         sock.close()
 
-    def released(self):
+    def released(self, peer):
         """A connection has ended."""
         with self._lock:
             self._connections -= 1
+            self._of_address[peer] -= 1
+            if not self._of_address[peer]:
+                del self._of_address[peer]
 
     def date(self):
         """The Date header's value; made once a second."""
@@ -6326,7 +6360,8 @@ def serve(arguments):
     try:
         endpoints = [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind or ["127.0.0.1:5000"]]
         http = HttpHandler(endpoints, token=read_token(arguments.token_file), cors_origins=arguments.cors_origin,
-                           allow_hosts=arguments.allow_host)
+                           allow_hosts=arguments.allow_host, max_connections=arguments.connections,
+                           max_connections_per_address=arguments.connections_per_address)
         apps = [SigHandler(), http, Announcement(http)]
         if arguments.verbose:
             apps.append(ConsoleOutput(arguments.verbose > 1))
@@ -6345,6 +6380,14 @@ def window_bytes(text):
     return int(text)
 
 
+def count_from_1(text):
+    """--connections and its like: a number."""
+    import argparse
+    if not re.fullmatch("[0-9]{1,7}", text) or not int(text):
+        raise argparse.ArgumentTypeError("give a number from 1 to 9999999")
+    return int(text)
+
+
 def add_options(parser, before=""):
     """The options of serve, which may stand before the command too: there their names begin with `before`."""
     def option(*names, **how):
@@ -6358,6 +6401,10 @@ def add_options(parser, before=""):
     option("--certfile", metavar="FILE", help="serve TLS with this certificate (PEM)")
     option("--keyfile", metavar="FILE", help="and this key")
     option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE)
+    option("--connections", metavar="N", type=count_from_1,
+           help="at once (default %d, or seven eighths of the limit of open files)" % CONNECTIONS_MAX)
+    option("--connections-per-address", metavar="N", type=count_from_1,
+           help="of one address, this machine's own too (default %d, and those are not counted)" % ADDRESS_CONNECTIONS_MAX)
     option("-v", "--verbose", action="count", default=0, help="log events; -vv: the processes' output too")
 
 

@@ -6756,6 +6756,98 @@ class HttpConnections(HttpCase):
         self.assertEqual(wire.answer()[0], 200)
 
 
+class HttpLimits(HttpCase):
+    """How many connections there may be, in all and of one address."""
+
+    def held(self, server, number):
+        """So many connections that have been answered once."""
+        wires = [self.wire(server) for _ in range(number)]
+        for wire in wires:
+            wire.send(http_bytes("GET", "/ping"))
+            self.assertEqual(wire.answer()[2], b"OK")
+        return wires
+
+    def limited(self, **options):
+        """A further server."""
+        server = Running(**options)
+        self.addCleanup(server.stop_all)
+        return server
+
+    def test_connections_of_one_address(self):
+        """A number that is given holds for this machine too; whatever a connection has become, it counts until its end."""
+        server = self.limited(max_connections_per_address=3, wsgi={"/wsgi": wsgiref.util.FileWrapper})
+        server.add("web", "cat", redirect_input=True)
+        until(lambda: not server.http.channels, "the end of the first connection")
+        held = self.held(server, 2)
+        held[0].send(http_bytes("GET", "/streams/1/stdout?feed=continuous"))
+        self.assertEqual(held[0].file.readline(), b"HTTP/1.1 200 OK\r\n")
+        socket_ = WebSocket(server.port, "/wstreams/1")
+        self.addCleanup(socket_.close)
+        self.assertEqual(socket_.status, 101)
+        with self.assertLogs("gaffer", logging.WARNING) as logs:
+            for _ in range(3):
+                self.assertCode(self.wire(server).answer(), 503, "busy")
+        self.assertEqual(len(logs.output), 1)
+        held[1].send(http_bytes("GET", "/wsgi/x"))      # a thread has it, and fails
+        with self.assertLogs("gaffer"):
+            held[1].rest()
+        for closed in (held[0], socket_):
+            closed.close()
+        until(lambda: not server.http._connections, "the end of all")
+        self.held(server, 3)
+        self.assertEqual(dict(server.http._of_address), {"127.0.0.1": 3})
+
+    def test_this_machine_is_not_counted_by_itself(self):
+        """A reverse proxy there brings everybody's connections from one address."""
+        with http_limits(ADDRESS_CONNECTIONS_MAX=1):
+            self.held(self.server, 4)
+
+    def test_what_counts_as_one_client(self):
+        for address, expected in (
+                ("127.0.0.1", None), ("127.9.9.9", None), ("::1", None), ("::ffff:127.0.0.1", None), ("192.0.2.1", "192.0.2.1"),
+                ("::ffff:192.0.2.1", "192.0.2.1"), ("2001:db8::1", b"\x20\x01\x0d\xb8\0\0\0\0"), ("fe80::1%lo", b"\xfe\x80\0\0\0\0\0\0"),
+                ("2001:db8:0:0:1::", b"\x20\x01\x0d\xb8\0\0\0\0"), ("::2", b"\0" * 8)):
+            self.assertEqual(gaffer.network(address), expected, address)
+
+    def test_connections_in_all(self):
+        server = self.limited(max_connections=2)
+        held = self.held(server, 2)
+        with self.assertLogs("gaffer"):
+            self.assertCode(self.wire(server).answer(), 503, "busy")
+        held[0].close()
+        until(lambda: server.http._connections == 1, "the end of one")
+        self.held(server, 1)
+
+    def test_connections_leave_descriptors_for_processes(self):
+        """Or whoever opens enough of them keeps a process that has died from being started again."""
+        files = gaffer.files_max
+        self.addCleanup(setattr, gaffer, "files_max", files)
+        gaffer.files_max = lambda: 16
+        self.held(self.server, 14)
+        with self.assertLogs("gaffer"):
+            self.assertCode(self.wire().answer(), 503, "busy")
+
+    def test_many_that_send_a_byte_now_and_then_delay_nobody(self):
+        """Heads and bodies that trickle in on many connections: a request beside them is answered at once."""
+        slow = [self.server.connect() for _ in range(200)]
+        for sock in slow:
+            self.addCleanup(sock.close)
+        head = http_bytes("POST", "/processes", "Content-Length: 1000", "X: " + "y" * 100)
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=TIMEOUT)
+        self.addCleanup(connection.close)
+        took = []
+        for index in range(20):                 # ten times as fast as one byte a second: 200 count as 2,000
+            for number, sock in enumerate(slow):
+                sock.send(head[index:index + 1] if number % 2 else (head if index == 0 else b" "))
+                if number % 50 == 0:
+                    began = time.monotonic()
+                    connection.request("GET", "/processes")
+                    self.assertEqual(connection.getresponse().read(), b"[]\n")
+                    took.append(time.monotonic() - began)
+        took.sort()
+        self.assertLess(took[len(took) * 9 // 10], 0.05, took)
+
+
 class HttpAccess(HttpCase):
     """Section 6: Host, Origin, CORS."""
 
@@ -10069,6 +10161,17 @@ class CliServe(CliCase):
         self.assertLessEqual(len(body), 4096)
         self.assertEqual(int(headers["Gaffer-Dropped"]) + len(body), 20000)
         self.assertEqual(server.stop(), 0)
+
+    def test_connections(self):
+        server = self.start("--connections", "5", "--connections-per-address", "2")
+        held = [socket.create_connection(("127.0.0.1", server.port), TIMEOUT) for _ in range(2)]
+        for sock in held:
+            self.addCleanup(sock.close)
+            sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertIn(b"200 OK", sock.recv(1000))
+        self.assertEqual(server.request("GET", "/ping")[0], 503)
+        for value in ("0", "x", "-1", "1.5"):
+            self.assertEqual(self.called("serve", "--connections=" + value)[0], 2)
 
     @unittest.skipUnless(shutil.which("openssl"), "needs openssl for a certificate")
     def test_certfile_and_keyfile(self):
