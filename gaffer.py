@@ -93,6 +93,7 @@ import math
 import os
 import pwd
 import re
+import resource
 import select
 import selectors
 import shlex
@@ -157,6 +158,7 @@ AFTERLIFE = 60.0                    # windows of an exited process can be read t
 AFTERLIFE_COUNT = 16                # of a template's last exits (or twice its numprocesses, if that is more)
 GROUP_POLL = 0.02                   # between looks at a group whose leader is gone: only while one is being ended
 GROUP_POLL_MAX = 1.0
+EXIT_POLL = 0.25                    # between looks at a child that nothing can be opened for to watch it
 KILL_AGAIN = 1.0                    # SIGKILL is repeated: a group may fork while it dies
 STOP_STAGGER = 0.1                  # at gaffer's stop, a process waits so long for the end of the one started after it
 STOP_STAGGER_TOTAL = 1.0            # and all of them together
@@ -184,12 +186,15 @@ SEND_TIME = 30.0                    # a client that does not take its answer
 LINGER_TIME = 2.0                   # refused bodies are read and dropped so long, or the client never sees the refusal
 LINGER_SIZE = 8 * MIB               # and so much
 HANDSHAKE_TIME = 10.0               # TLS
-CONNECTIONS_MAX = 15000             # requests and streams together
+CONNECTIONS_MAX = 15000             # requests and streams together; HttpHandler(max_connections=)
+FILES_FOR_CONNECTIONS = 0.875       # of the system's limit of open files: the rest is for processes, which have to come back
+ADDRESS_CONNECTIONS_MAX = 1000      # of one address, a /64 of IPv6; HttpHandler(max_connections_per_address=)
 THREADS_MAX = 2000                  # requests that take time: statistics, bodies of templates, added routes, TLS handshakes
 BACKLOG = 1024
 ACCEPTS_PER_TURN = 64
 LOOKS = 100                         # some 50 us: how often the loop looks for what it expects before it sleeps
 ACCEPT_PAUSE = 1.0                  # after EMFILE: the listener would wake the loop for ever
+MEMORY_PAUSE = 0.05                 # after ENOMEM, for the same reason
 PIPELINE_SIZE = 64 * KIB            # requests that arrive while one before them is answered
 
 MESSAGE_SIZE = MIB                  # a websocket message for a process: it has to fit into stdin
@@ -210,6 +215,9 @@ ACCESS_LOG_SIZE = 256 * KIB         # lines that wait to be written
 ACCESS_LOG_DELAY = 0.2              # and how long at most, where all goes well
 REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)    # seconds, of /metrics: loop to thread
 TURN_BUCKETS = (0.001, 0.01, 0.1, 1.0)      # of a turn of the loop: all else waits as long, and 10 ms of that can be felt
+
+
+SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOSPC)     # no fault of who asks
 
 
 class GafferError(Exception):
@@ -417,12 +425,19 @@ class Throttle:
 
     def warning(self, message, *args):
         """Log a warning, or count it."""
+        self._say(logging.WARNING, message, args)
+
+    def exception(self, message, *args):
+        """The same of an error that is being handled, with its traceback."""
+        self._say(logging.ERROR, message, args, exc_info=True)
+
+    def _say(self, level, message, args, **more):
         now = self._clock()
         if now < self._next:
             self._unsaid += 1
             return
         unsaid, self._unsaid, self._next = self._unsaid, 0, now + self._seconds
-        log.warning(message + (" (and %d times more before)" % unsaid if unsaid else ""), *args)
+        log.log(level, message + (" (and %d times more before)" % unsaid if unsaid else ""), *args, **more)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -437,7 +452,11 @@ class PidfdWatcher:
     def __init__(self, loop, os_pid, callback):
         self._loop = loop
         self._fd = os.pidfd_open(os_pid)
-        loop.register(self._fd, selectors.EVENT_READ, lambda mask: callback())
+        try:
+            loop.register(self._fd, selectors.EVENT_READ, lambda mask: callback())
+        except OSError:
+            os.close(self._fd)
+            raise
 
     def close(self):
         """Stop watching."""
@@ -490,6 +509,22 @@ class ThreadWatcher:
     def close(self):
         """Stop watching; the thread ends with the process."""
         self._callback = None
+
+
+class PollWatcher:
+    """The same where the system has neither a descriptor nor a thread left for it: looks at the child now and then."""
+
+    def __init__(self, loop, os_pid, callback):
+        self._loop, self._os_pid, self._callback = loop, os_pid, callback
+        self._timer = loop.later(EXIT_POLL, self._look)
+
+    def _look(self):
+        self._timer = self._loop.later(EXIT_POLL, self._look)
+        self._callback()                        # which knows what to do where nothing has happened
+
+    def close(self):
+        """Stop watching."""
+        self._timer.cancel()
 
 
 def probe_exit_watcher():
@@ -696,6 +731,31 @@ def keep_buffers():
     bytes(MIB)
 
 
+def files_max():
+    """How many descriptors the system lets this process have."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return math.inf if soft == resource.RLIM_INFINITY else soft
+
+
+def network(address):
+    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, of which every host has a choice. None: this
+    machine, or a unix socket."""
+    if ":" in address and "." not in address:
+        packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
+        return None if packed == b"\0" * 15 + b"\1" else packed[:8]
+    address = address.rpartition(":")[2]        # ::ffff:192.0.2.1
+    return None if address.startswith("127.") or not address else address
+
+
+def end_a_thread():
+    """Python 3.8 ends a thread by pthread_exit(), for which glibc loads a library at the first end, and aborts the whole
+    program where no descriptor is left to load it with. So the first ends while there is one."""
+    if sys.version_info < (3, 9):
+        thread = threading.Thread(target=int)
+        thread.start()
+        thread.join()
+
+
 def find_user(user):
     """(uid, gid, name) of a user by name or number; gid and name are None where a number has no entry.
     ValueError: there is none. 2**32 - 1 means "leave it as it is" to the kernel, so it is no user."""
@@ -795,6 +855,7 @@ class Loop:
         self._sleeping = self._woken = self._changed = False
         self._sleep_until = math.inf
         self._looks = 0
+        self._said = collections.defaultdict(Throttle)      # type of exception -> what says it
         self._running = self._stopping = self.closed = False
         self.turns, self.busy = 0, 0.0          # turns taken, and seconds of work in them
         self.turns_by_length = [0] * (len(TURN_BUCKETS) + 1)    # the first is not counted: all that are in no other
@@ -1019,12 +1080,13 @@ class Loop:
             else:
                 self._guard(entry[0], *entry[1])
 
-    @staticmethod
-    def _guard(function, *args):
+    def _guard(self, function, *args):
         try:
             function(*args)
-        except Exception:
-            log.exception("a callback of the loop failed; the loop goes on")
+        except Exception as error:
+            self._said[type(error)].exception("a callback of the loop failed; the loop goes on")
+            if isinstance(error, MemoryError):  # who wanted it will want it again at once
+                time.sleep(MEMORY_PAUSE)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1884,8 +1946,8 @@ class Output:
 
     def start(self):
         """Begin to read."""
-        self._merged.sources.add(self)
         self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
+        self._merged.sources.add(self)
 
     def drain(self):
         """The process has exited: what is in the pipe is read, but nobody is waited for any longer than DRAIN_TIME."""
@@ -2137,8 +2199,15 @@ class Process:
         ours, theirs = [], []                   # descriptors to close when it fails, and always
         try:
             plan = self._pipes(ours, theirs)
+            for label, fd in plan["read"].items():
+                output = Output(self._loop, fd, Window(self._loop, window_size, merged[label].window), merged[label])
+                output.start()                  # before there is a process: what may fail has to, as long as it can be undone
+                self.outputs[label] = output
+                ours.remove(fd)
             self.os_pid = self._popen(launch, plan, theirs)
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
+        except (OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
+            for output in self.outputs.values():
+                output.close()
             for fd in ours:
                 os.close(fd)
             raise self._refusal(launch, error) from error
@@ -2146,16 +2215,12 @@ class Process:
             for fd in theirs:
                 os.close(fd)
         self.started = self._loop.clock()
-        for label, fd in plan["read"].items():
-            output = Output(self._loop, fd, Window(self._loop, window_size, merged[label].window), merged[label])
-            self.outputs[label] = output
-            output.start()
         for label, fd in plan["write"].items():
             self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else end_socket)
         try:
             self._watcher = self._exit_watcher(self._loop, self.os_pid, self._exit)
-        except OSError:                         # no descriptor left: the process runs, and has to be watched
-            self._watcher = ThreadWatcher(self._loop, self.os_pid, self._exit)
+        except (OSError, RuntimeError):         # no descriptor, no thread left: the process runs, and has to be watched
+            self._watcher = PollWatcher(self._loop, self.os_pid, self._exit)
 
     def _pipes(self, ours, theirs):
         """Open what connects us: {"stdio": the child's three, "extra": its further ones, "read", "write": {label: fd}}."""
@@ -2196,8 +2261,10 @@ class Process:
             # descriptors 3, 4, ... have no argument of Popen's: a few system calls between fork and exec. All numbers up to
             # there are made to exist here first, so that Popen's own error pipe lies above them
             last = 2 + len(plan["extra"])
-            moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, last + 1) for fd in plan["extra"]]
-            theirs.extend(moved)
+            moved = []
+            for fd in plan["extra"]:
+                moved.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, last + 1))
+                theirs.append(moved[-1])
             held = -1
             while held <= last:
                 held = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -2224,9 +2291,9 @@ class Process:
 
     @staticmethod
     def _refusal(launch, error):
-        number = getattr(error, "errno", None)
-        if number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
-            return Busy("the system has no room for another process (%s); try again later" % error.strerror)
+        number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+        if number in SHORTAGES:
+            return Busy("the system has no room for another process (%s); try again later" % os.strerror(number))
         reason = os.strerror(number) if number else str(error)
         if number == errno.ENOENT:
             reason = "the interpreter that its first line names is not there"
@@ -2288,8 +2355,11 @@ class Process:
     def _group_is_empty(self):
         if not signal_group(self.os_pid, 0):
             return True
-        if self._table.group_members(self.os_pid):
-            return False
+        try:
+            if self._table.group_members(self.os_pid):
+                return False
+        except (OSError, subprocess.SubprocessError):
+            return False                        # nothing can be opened to look: the next look tells
         # zombies that nobody waits for, or a chain of forks that is faster than the listing: a signal reaches all at once,
         # and the next look tells
         swept, self._swept = self._swept, True
@@ -2401,6 +2471,7 @@ class Template:
         self.exits = collections.Counter()      # (exit_status, term_signal) -> how many
         self.last_exit = None                   # {"pid", "exit_status", "term_signal", "time"}
         self.error = None                       # why the last spawn failed
+        self.said = Throttle()
         self.replace(info)
 
     def replace(self, info):
@@ -2580,6 +2651,7 @@ class Manager:
         self._next_pid = 1
         self._subscribers = []
         self._waiters = []                      # (done, callback)
+        self._said = Throttle()
 
     # run and stop
 
@@ -3007,10 +3079,12 @@ class Manager:
         try:
             launch = launch or Launch(template.info)
             process = self._spawn(template, launch)
-        except (GafferError, OSError, ValueError) as error:
+        except (GafferError, OSError, ValueError, MemoryError) as error:
             template.error = str(error)
-            log.warning("%s cannot be started: %s", template.name, error)
-            self._judge(template, 0.0)
+            short = isinstance(error, (Busy, MemoryError))      # of what the machine has: that is no flapping
+            (self._said if short else template.said).warning("%s cannot be started: %s", template.name, error)
+            if not short:
+                self._judge(template, 0.0)
             if template.missing() > 0:          # with a delay even where flapping is judged: nothing has run that took time
                 self._fill_slot(template, failures + 1, backoff(failures + 2))
             return None
@@ -5317,6 +5391,7 @@ class Channel:
 
     def __init__(self, http, sock, received=b""):
         self.http, self.loop, self.sock = http, http.loop, sock
+        self.peer = None                        # see network()
         self.secure = hasattr(sock, "unwrap")   # TLS
         self.early = received                   # what came behind the request
         self.closed = False
@@ -5507,7 +5582,7 @@ class Channel:
         """Close now."""
         if not self.closed:
             self.leave()
-            self.http.released()
+            self.http.released(self.peer)
             if not self._ending:
                 self.closing()
             self.sock.close()
@@ -5994,13 +6069,13 @@ class HandlerSocket(WebSocketChannel):
 
 
 class RequestChannel(Channel):
-    """The requests of one connection, in order. `client`: its address as text."""
+    """The requests of one connection, in order. `client`: its address as text; `peer`: see network()."""
 
     stall = SEND_TIME
 
-    def __init__(self, http, sock, listener, client):
+    def __init__(self, http, sock, listener, client, peer):
         super().__init__(http, sock)
-        self._listener, self._client = listener, client
+        self._listener, self._client, self.peer = listener, client, peer
         self._head, self._body = HeadParser(), None
         self._request = self._admitted = None
         self._busy = self._parked = False       # a request is being answered; and that is a long poll
@@ -6017,18 +6092,17 @@ class RequestChannel(Channel):
     def _ready(self, mask):
         if self._listener.context is not None and not self.secure:
             self.leave()
-            self.http.start_thread(self._handshake, sock=self.sock)
+            self.http.start_thread(self._handshake, channel=self)
         else:
             super()._ready(mask)
 
     def _handshake(self):
         """TLS, on a thread: it takes time, and the client may take its own."""
         self.sock.settimeout(HANDSHAKE_TIME)
-        sock = self._listener.context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-        self.http.owns(sock)
-        sock.do_handshake()
-        if self.http.enter(RequestChannel(self.http, sock, self._listener, self._client)):
-            self.http.owns(None)
+        self.sock = self._listener.context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        self.sock.do_handshake()
+        if self.http.enter(RequestChannel(self.http, self.sock, self._listener, self._client, self.peer)):
+            self.http.thread_keeps_nothing()
 
     # what the client owes
 
@@ -6162,7 +6236,8 @@ class RequestChannel(Channel):
         more = self.http.access.cors(self._request)
         if isinstance(answer, SocketReply):
             self.leave()
-            return self.http.start_thread(self._let_write, answer.write, more, sock=self.sock) or self._tell(Busy.status, 0)
+            return (self.http.start_thread(self._let_write, answer.write, more, channel=self)
+                    or self._tell(Busy.status, 0))
         if isinstance(answer, StreamReply) and head_only:
             self.http.requests.add("HEAD", 200)
             self._tell(200, 0)
@@ -6229,6 +6304,7 @@ class RequestChannel(Channel):
         if self.http.access_log is not None:
             channel.said = (self._client, self._request, status, 0)
         self.leave()
+        channel.peer = self.peer
         return channel.open()
 
     # long polls
@@ -6325,7 +6401,7 @@ class Listener(socketserver.TCPServer):
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if error.errno in SHORTAGES:
                     self._said.warning("no connection can be accepted: %s; trying again every second", error.strerror)
                     self.http.loop.unregister(self.fileno())
                     self.http.loop.later(ACCEPT_PAUSE, self._accept_again)
@@ -6334,15 +6410,22 @@ class Listener(socketserver.TCPServer):
 
     def _accept_again(self):
         if self.fileno() >= 0:
-            self.http.loop.register(self.fileno(), selectors.EVENT_READ, self._accept)
+            try:
+                self.http.loop.register(self.fileno(), selectors.EVENT_READ, self._accept)
+            except OSError:                     # the selector has no room either
+                self.http.loop.later(ACCEPT_PAUSE, self._accept_again)
 
     def process_request(self, request, client_address):
         """Take a connection in."""
+        client, peer = "unix", None
         if self.address_family != socket.AF_UNIX:
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        client = "%s:%d" % client_address[:2] if client_address and self.address_family != socket.AF_UNIX else "unix"
-        self.http.accept(self, request, client)
+            client, peer = "%s:%d" % client_address[:2], network(client_address[0])
+            try:
+                request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            except OSError:                     # it has been reset: macOS says so here
+                return request.close()
+        return self.http.accept(self, request, client, peer)
 
     def close(self):
         """Listen no longer."""
@@ -6458,10 +6541,12 @@ class HttpHandler:
     """The HTTP API as an app. `endpoints`: HttpEndpoints (127.0.0.1:5000). `handlers`: [(regular expression, callable or
     WebSocketHandler class)]; callable(request, *groups) runs on a thread of its own and returns str, bytes, dict, list,
     Response or (status, headers, body). `wsgi`: {"/prefix": WSGI application}. `token`, `cors_origins`, `allow_hosts`: who
-    may do what. `max_body`: bytes of a body for handlers and WSGI. `access_log`: an AccessLog."""
+    may do what. `max_body`: bytes of a body for handlers and WSGI. `access_log`: an AccessLog. `max_connections`: at once
+    (15,000, or what the limit of open files leaves). `max_connections_per_address`: of one IPv4 address, or /64 of IPv6
+    (1,000; this machine's own are not counted, unless a number is given). A connection over these is answered 503 `busy`."""
 
     def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(), allow_hosts=(), max_body=16 * MIB,
-                 access_log=None):
+                 access_log=None, max_connections=None, max_connections_per_address=None):
         self.endpoints = list(endpoints) if endpoints is not None else [HttpEndpoint()]
         self.access = Access(token, cors_origins, allow_hosts)
         self.listeners = []
@@ -6477,9 +6562,11 @@ class HttpHandler:
         self.access_log, self._token = access_log, token
         self._router = Router(ROUTES)
         self._api = None
-        self._threads = {}                      # thread -> its socket
+        self._max_connections, self._max_of_address = max_connections, max_connections_per_address
+        self._threads = {}                      # thread -> the RequestChannel whose socket it has, or None
         self.connections = 0
-        self._lock = threading.Lock()           # guards the two above, which other threads change
+        self._of_address = collections.Counter()
+        self._lock = threading.Lock()           # guards the three above, which other threads change
         self._said = Throttle()
         self._date = (0, "")
 
@@ -6488,6 +6575,7 @@ class HttpHandler:
     def start(self, loop, manager):
         """Listen. StartError: an endpoint cannot be used, or would be open to everybody."""
         self.loop, self._api, self.closed = loop, Api(manager, self), False
+        end_a_thread()
         if any(endpoint.certfile for endpoint in self.endpoints):
             import ssl
             self.would_block += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -6517,9 +6605,9 @@ class HttpHandler:
         if self.access_log is not None:
             self.access_log.stop()
         with self._lock:
-            for sock in filter(None, self._threads.values()):
+            for channel in filter(None, self._threads.values()):
                 try:
-                    sock.shutdown(socket.SHUT_RDWR)
+                    channel.sock.shutdown(socket.SHUT_RDWR)
                 except OSError:
                     pass                        # it is closing by itself
 
@@ -6536,46 +6624,55 @@ class HttpHandler:
 
     # connections
 
-    def accept(self, listener, sock, client):
+    def accept(self, listener, sock, client, peer):
         """Take in a new connection. Called on the loop."""
+        if peer is None and self._max_of_address is not None:
+            peer = client.rpartition(":")[0] or None
+        most = self._max_connections or min(CONNECTIONS_MAX, files_max() * FILES_FOR_CONNECTIONS)
+        most_of_address = self._max_of_address or ADDRESS_CONNECTIONS_MAX
         with self._lock:
-            full = self.connections >= CONNECTIONS_MAX
-            self.connections += not full
+            full = self.connections >= most or (peer is not None and self._of_address[peer] >= most_of_address)
+            if not full:
+                self.connections += 1
+                self._of_address[peer] += 1
         if full:
             self._refuse(sock)
             if self.access_log is not None:
                 self.access_log.add(client, None, Busy.status, 0)
         else:
-            self._open(RequestChannel(self, sock, listener, client))
+            self._open(RequestChannel(self, sock, listener, client, peer))
 
     def enter(self, channel):
         """Open a channel on the loop. From any thread; False: the loop is closed."""
         return self.loop.call_soon(self._open, channel)
 
     def _open(self, channel):
-        if self.closed:
-            channel.close()
-        else:
-            channel.open()
+        try:
+            if not self.closed:
+                return channel.open()
+        except OSError as error:                # the selector has no room
+            self._said.warning("a connection cannot be watched and is closed: %s", error.strerror)
+        return channel.close()
 
-    def start_thread(self, function, *args, sock=None):
-        """Run `function(*args)` on a thread, which owns `sock`: it is closed when the thread ends. False: there are too many,
-        and `sock` has been told so."""
+    def start_thread(self, function, *args, channel=None):
+        """Run `function(*args)` on a thread, which owns the socket of `channel`: it is closed when the thread ends. False:
+        there are too many, and the client has been told so."""
         thread = threading.Thread(target=self._run, args=(function, *args), name="gaffer-http", daemon=True)
         with self._lock:
             full = len(self._threads) >= THREADS_MAX
             if not full:
-                self._threads[thread] = sock
+                self._threads[thread] = channel
         if not full:
             try:
                 thread.start()
                 return True
-            except RuntimeError:                # the system has no thread left
+            except (RuntimeError, MemoryError) as error:        # the system has no thread left
+                self._said.warning("a request has no thread: %s", error)
                 with self._lock:
                     del self._threads[thread]
-        if sock is not None:
-            self.released()
-            self._refuse(sock)
+        if channel is not None:
+            self.released(channel.peer)
+            self._refuse(channel.sock)
         return False
 
     def _run(self, function, *args):
@@ -6587,19 +6684,19 @@ class HttpHandler:
             log.exception("a request failed")
         finally:
             with self._lock:
-                sock = self._threads.pop(threading.current_thread())
-            if sock is not None:
-                shut_down(sock)
-                sock.close()
-                self.released()
+                channel = self._threads.pop(threading.current_thread())
+            if channel is not None:
+                shut_down(channel.sock)
+                channel.sock.close()
+                self.released(channel.peer)
 
-    def owns(self, sock):
-        """The calling thread owns this socket now, or (None) none any more."""
+    def thread_keeps_nothing(self):
+        """The calling thread has given its socket to another channel."""
         with self._lock:
-            self._threads[threading.current_thread()] = sock
+            self._threads[threading.current_thread()] = None
 
     def _refuse(self, sock):
-        self._said.warning("too many connections: one was refused")
+        self._said.warning("too many connections: one was refused")     # in all, of its address, or threads
         self.requests.add("", Busy.status)
         try:
             sock.setblocking(False)
@@ -6610,10 +6707,13 @@ class HttpHandler:
             pass                                # it does not wait for the answer
         sock.close()
 
-    def released(self):
+    def released(self, peer):
         """A connection has ended."""
         with self._lock:
             self.connections -= 1
+            self._of_address[peer] -= 1
+            if not self._of_address[peer]:
+                del self._of_address[peer]
 
     def date(self):
         """The Date header's value; made once a second."""
@@ -6822,6 +6922,41 @@ def read_token(path):
     return token
 
 
+def put(stream, text):
+    """Write text to a stream as far as it is taken now. False: not all of it. Who has stopped reading a pipe, or a terminal,
+    must not hold the loop; what is written goes past the buffer, which would fail again at the exit."""
+    try:
+        fd = stream.fileno()
+    except (AttributeError, OSError, ValueError):           # there is none, or it is in memory
+        return stream is None or bool(stream.write(text))
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    data = text.encode("utf-8", "backslashreplace")
+    try:
+        while data and poller.poll(0):          # then a pipe has room for PIPE_BUF bytes
+            data = data[os.write(fd, data[:select.PIPE_BUF]):]
+    except OSError:
+        pass                                    # closed, or the disk is full
+    return not data
+
+
+class LogHandler(logging.StreamHandler):
+    """Logs to a stream that may be full: lines that it does not take are counted, and told once it takes them again."""
+
+    left_out = 0
+
+    def emit(self, record):
+        """See logging.Handler."""
+        try:
+            told = "gaffer: %d lines of this log were not taken here\n" % self.left_out if self.left_out else ""
+            if put(self.stream, told + self.format(record) + self.terminator):
+                self.left_out = 0
+            else:
+                self.left_out += 1
+        except Exception:
+            self.handleError(record)
+
+
 class Announcement:
     """Prints where the server listens, once it does."""
 
@@ -6830,23 +6965,21 @@ class Announcement:
 
     def start(self, loop, manager):
         """See apps."""
-        try:
-            print("gaffer %s listening on %s" % (__version__, ", ".join(self._http.urls)), flush=True)
-        except OSError:                         # nobody reads it; what is left in the buffer must not fail again at the end
-            with open(os.devnull, "wb") as nothing:
-                os.dup2(nothing.fileno(), sys.stdout.fileno())
+        put(sys.stdout, "gaffer %s listening on %s\n" % (__version__, ", ".join(self._http.urls)))
 
 
 def serve(arguments):
     """`serve`: run a manager with the HTTP API until INT or TERM."""
     keep_buffers()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr,
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[LogHandler(sys.stderr)],
                         level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
     try:
         endpoints = [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind or ["127.0.0.1:5000"]]
         http = HttpHandler(endpoints, token=read_token(arguments.token_file), cors_origins=arguments.cors_origin,
                            allow_hosts=arguments.allow_host,
-                           access_log=AccessLog(arguments.access_log) if arguments.access_log else None)
+                           access_log=AccessLog(arguments.access_log) if arguments.access_log else None,
+                           max_connections=arguments.connections,
+                           max_connections_per_address=arguments.connections_per_address)
         apps = [SigHandler(), http, Announcement(http)]
         if arguments.verbose:
             apps.append(ConsoleOutput(arguments.verbose > 1))
@@ -6875,6 +7008,14 @@ def template_name(text):
         raise argparse.ArgumentTypeError("a name %s" % error) from None
 
 
+def count_from_1(text):
+    """--connections and its like: a number."""
+    import argparse
+    if not re.fullmatch("[0-9]{1,7}", text) or not int(text):
+        raise argparse.ArgumentTypeError("give a number from 1 to 9999999")
+    return int(text)
+
+
 def add_options(parser, before=""):
     """The options of serve, which may stand before the command too: there their names begin with `before`."""
     def option(*names, **how):
@@ -6891,6 +7032,10 @@ def add_options(parser, before=""):
     option("--exit-with", metavar="NAME", type=template_name,
            help="stop when a process of this template, there or yet to come, ends by itself, and exit with its status")
     option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE)
+    option("--connections", metavar="N", type=count_from_1,
+           help="at once (default %d, or seven eighths of the limit of open files)" % CONNECTIONS_MAX)
+    option("--connections-per-address", metavar="N", type=count_from_1,
+           help="of one address, this machine's own too (default %d, and those are not counted)" % ADDRESS_CONNECTIONS_MAX)
     option("-v", "--verbose", action="count", default=0, help="log events; -vv: the processes' output too")
 
 

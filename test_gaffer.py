@@ -13,6 +13,7 @@ import builtins
 import contextlib
 import dis
 import email.utils
+import errno
 import faulthandler
 import functools
 import gc
@@ -29,6 +30,7 @@ import pwd
 import queue
 import random
 import re
+import resource
 import runpy
 import selectors
 import shlex
@@ -5421,6 +5423,67 @@ class ProcessEmbedded(ProcessCase):
         self.assertIn("x cannot be started", logs.output[0])
 
 
+class ProcessShortage(ProcessCase):
+    """What cannot be had for real here: the system call fails in a test's hands."""
+
+    def test_a_process_that_nothing_can_watch_is_looked_at(self):
+        def watcher(loop, os_pid, callback):
+            raise RuntimeError("can't start new thread")
+        server = Running(exit_watcher=watcher)
+        self.addCleanup(server.stop_all)
+        server.add("x", "cat", redirect_input=True)
+        first = server.wait_event("proc/x/spawn")
+        os.kill(first["os_pid"], signal.SIGKILL)
+        self.assertEqual(server.wait_event("proc/x/exit")["term_signal"], signal.SIGKILL)
+        self.assertEqual(server.wait_event("proc/x/spawn", since=first["id"])["pid"], 2)
+
+    def test_a_selector_without_room(self):
+        """ENOSPC of epoll: no process is left that nobody reads, and a connection is closed; both count no longer."""
+        loop = self.server.manager.loop
+        register = loop.register
+
+        def full(fd, events, callback):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.assertEqual(self.server.json("GET", "/processes"), (200, []))
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=TIMEOUT)
+        self.addCleanup(connection.close)
+        connection.connect()
+        connection.request("GET", "/processes")
+        connection.getresponse().read()
+        loop.call(setattr, loop, "register", full)
+        with self.assertLogs("gaffer", logging.WARNING) as logs:
+            connection.request("POST", "/processes", json.dumps({"name": "x", "cmd": "cat", "redirect_input": True}))
+            answer = connection.getresponse()
+            self.assertEqual((answer.status, json.loads(answer.read())["error"]), (503, "busy"))
+            for _ in range(3):
+                with self.server.connect() as sock:
+                    self.assertEqual(sock.recv(1), b"")
+        loop.call(setattr, loop, "register", register)
+        self.assertEqual(len(logs.output), 1, logs.output)
+        self.assertEqual(loop.call(lambda: self.server.http._connections), 1)
+        self.assertEqual(self.server.add("x", "cat", redirect_input=True), [1])
+
+    def test_no_memory_for_a_process(self):
+        """It is 503, and a template that has one comes back."""
+        self.server.add("x", "cat", redirect_input=True)
+        first = self.server.wait_event("proc/x/spawn")
+        popen, failures = subprocess.Popen, []
+
+        def fails(*args, **options):
+            failures.append(1)
+            raise MemoryError
+        with self.assertLogs("gaffer", logging.WARNING) as logs:
+            subprocess.Popen = fails
+            try:
+                self.assertError(self.server.json("POST", "/processes", {"name": "y", "cmd": "cat"}), 503, "busy", "memory")
+                os.kill(first["os_pid"], signal.SIGKILL)
+                until(lambda: len(failures) > 2, "two failures")
+            finally:
+                subprocess.Popen = popen
+            self.server.wait_event("proc/x/spawn", since=first["id"])
+        self.assertEqual(len(logs.output), 1, logs.output)
+
+
 class ProcessFirst(Case):
     @unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare"), "needs root and unshare")
     def test_as_pid_1_strangers_are_reaped(self):
@@ -7467,6 +7530,98 @@ class HttpConnections(HttpCase):
         self.assertEqual(wire.answer()[0], 200)
 
 
+class HttpLimits(HttpCase):
+    """How many connections there may be, in all and of one address."""
+
+    def held(self, server, number):
+        """So many connections that have been answered once."""
+        wires = [self.wire(server) for _ in range(number)]
+        for wire in wires:
+            wire.send(http_bytes("GET", "/ping"))
+            self.assertEqual(wire.answer()[2], b"OK")
+        return wires
+
+    def limited(self, **options):
+        """A further server."""
+        server = Running(**options)
+        self.addCleanup(server.stop_all)
+        return server
+
+    def test_connections_of_one_address(self):
+        """A number that is given holds for this machine too; whatever a connection has become, it counts until its end."""
+        server = self.limited(max_connections_per_address=3, wsgi={"/wsgi": wsgiref.util.FileWrapper})
+        server.add("web", "cat", redirect_input=True)
+        until(lambda: not server.http.channels, "the end of the first connection")
+        held = self.held(server, 2)
+        held[0].send(http_bytes("GET", "/streams/1/stdout?feed=continuous"))
+        self.assertEqual(held[0].file.readline(), b"HTTP/1.1 200 OK\r\n")
+        socket_ = WebSocket(server.port, "/wstreams/1")
+        self.addCleanup(socket_.close)
+        self.assertEqual(socket_.status, 101)
+        with self.assertLogs("gaffer", logging.WARNING) as logs:
+            for _ in range(3):
+                self.assertCode(self.wire(server).answer(), 503, "busy")
+        self.assertEqual(len(logs.output), 1)
+        held[1].send(http_bytes("GET", "/wsgi/x"))      # a thread has it, and fails
+        with self.assertLogs("gaffer"):
+            held[1].rest()
+        for closed in (held[0], socket_):
+            closed.close()
+        until(lambda: not server.http._connections, "the end of all")
+        self.held(server, 3)
+        self.assertEqual(dict(server.http._of_address), {"127.0.0.1": 3})
+
+    def test_this_machine_is_not_counted_by_itself(self):
+        """A reverse proxy there brings everybody's connections from one address."""
+        with http_limits(ADDRESS_CONNECTIONS_MAX=1):
+            self.held(self.server, 4)
+
+    def test_what_counts_as_one_client(self):
+        for address, expected in (
+                ("127.0.0.1", None), ("127.9.9.9", None), ("::1", None), ("::ffff:127.0.0.1", None), ("192.0.2.1", "192.0.2.1"),
+                ("::ffff:192.0.2.1", "192.0.2.1"), ("2001:db8::1", b"\x20\x01\x0d\xb8\0\0\0\0"), ("fe80::1%lo", b"\xfe\x80\0\0\0\0\0\0"),
+                ("2001:db8:0:0:1::", b"\x20\x01\x0d\xb8\0\0\0\0"), ("::2", b"\0" * 8)):
+            self.assertEqual(gaffer.network(address), expected, address)
+
+    def test_connections_in_all(self):
+        server = self.limited(max_connections=2)
+        held = self.held(server, 2)
+        with self.assertLogs("gaffer"):
+            self.assertCode(self.wire(server).answer(), 503, "busy")
+        held[0].close()
+        until(lambda: server.http._connections == 1, "the end of one")
+        self.held(server, 1)
+
+    def test_connections_leave_descriptors_for_processes(self):
+        """Or whoever opens enough of them keeps a process that has died from being started again."""
+        files = gaffer.files_max
+        self.addCleanup(setattr, gaffer, "files_max", files)
+        gaffer.files_max = lambda: 16
+        self.held(self.server, 14)
+        with self.assertLogs("gaffer"):
+            self.assertCode(self.wire().answer(), 503, "busy")
+
+    def test_many_that_send_a_byte_now_and_then_delay_nobody(self):
+        """Heads and bodies that trickle in on many connections: a request beside them is answered at once."""
+        slow = [self.server.connect() for _ in range(200)]
+        for sock in slow:
+            self.addCleanup(sock.close)
+        head = http_bytes("POST", "/processes", "Content-Length: 1000", "X: " + "y" * 100)
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=TIMEOUT)
+        self.addCleanup(connection.close)
+        took = []
+        for index in range(20):                 # ten times as fast as one byte a second: 200 count as 2,000
+            for number, sock in enumerate(slow):
+                sock.send(head[index:index + 1] if number % 2 else (head if index == 0 else b" "))
+                if number % 50 == 0:
+                    began = time.monotonic()
+                    connection.request("GET", "/processes")
+                    self.assertEqual(connection.getresponse().read(), b"[]\n")
+                    took.append(time.monotonic() - began)
+        took.sort()
+        self.assertLess(took[len(took) * 9 // 10], 0.05, took)
+
+
 class HttpAccess(HttpCase):
     """Section 6: Host, Origin, CORS."""
 
@@ -7874,12 +8029,15 @@ class HttpEndpoints(HttpCase):
     def test_hanging_handshake_blocks_nobody(self):
         """Nor does plain HTTP on a TLS port, nor a stop while they hang."""
         server, context = self.tls()
-        hanging = [server.connect() for _ in range(5)]
+        hanging = [server.connect() for _ in range(55)]
         for number, sock in enumerate(hanging):
             self.addCleanup(sock.close)
             sock.sendall((b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00",
-                          b"\0" * 100)[number])
+                          b"\0" * 100)[number] if number < 5 else b"\x16\x03\x01\x02\x00\x01")
+        until(lambda: len(server.http._threads) >= 50, "the threads that wait")
+        began = time.monotonic()
         self.ping(self.secure(server, context))
+        self.assertLess(time.monotonic() - began, gaffer.HANDSHAKE_TIME / 5)
         server.stop_all()
         for sock in hanging:
             with contextlib.suppress(ConnectionError):
@@ -10778,6 +10936,17 @@ class CliServe(CliCase):
         self.assertEqual(int(headers["Gaffer-Dropped"]) + len(body), 20000)
         self.assertEqual(server.stop(), 0)
 
+    def test_connections(self):
+        server = self.start("--connections", "5", "--connections-per-address", "2")
+        held = [socket.create_connection(("127.0.0.1", server.port), TIMEOUT) for _ in range(2)]
+        for sock in held:
+            self.addCleanup(sock.close)
+            sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertIn(b"200 OK", sock.recv(1000))
+        self.assertEqual(server.request("GET", "/ping")[0], 503)
+        for value in ("0", "x", "-1", "1.5"):
+            self.assertEqual(self.called("serve", "--connections=" + value)[0], 2)
+
     @unittest.skipUnless(shutil.which("openssl"), "needs openssl for a certificate")
     def test_certfile_and_keyfile(self):
         folder = self.folder()
@@ -11023,6 +11192,263 @@ class CliExitWith(CliCase):
         os.kill(os_pid, signal.SIGTERM)
         self.assertEqual((server.stop(None), server.stderr), (0, ""))
         self.assertEqual(cli_read(path).split(), ["third", "second", "first"])
+
+
+class CliFaults(CliCase):
+    """The machine runs out of what a server needs, for real: limits of a running server are changed from outside. It lives,
+    says so once, and goes on when there is room again."""
+
+    CAT = dict(python("import sys; sys.stdin.read()"), redirect_input=True, custom_streams=["a", "b"])
+
+    @contextlib.contextmanager
+    def limit(self, server, kind, number):
+        """The server's soft limit is another for a while."""
+        old, hard = resource.prlimit(server.process.pid, kind)
+        resource.prlimit(server.process.pid, kind, (number, hard))
+        try:
+            yield
+        finally:
+            resource.prlimit(server.process.pid, kind, (old, hard))
+
+    def keep(self, server):
+        """A function that sends requests on a connection that is open already: (status, value) of each."""
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+        self.addCleanup(connection.close)
+        connection.connect()
+
+        def ask(method, path, body=None):
+            connection.request(method, path, None if body is None else json.dumps(body))
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        ask("GET", "/processes")
+        return ask
+
+    @staticmethod
+    def descriptors(server):
+        """What the server has open."""
+        return sorted(map(int, os.listdir("/proc/%d/fd" % server.process.pid)))
+
+    @staticmethod
+    def restarted(ask, name, before):
+        """Wait until other processes of the template run; their OS pids."""
+        def others():
+            pids = ask("GET", "/status/" + name)[1]["os_pids"]
+            return pids and not set(pids) & set(before) and pids
+        return until(others, "the restart")
+
+    def test_no_descriptor_left_for_a_process(self):
+        """Whichever step of a spawn fails: 503, and nothing of it is left."""
+        server = self.start()
+        ask = self.keep(server)
+        before, room = self.descriptors(server), -1
+        status = None
+        while status != 200:
+            room += 1
+            with self.limit(server, resource.RLIMIT_NOFILE, before[-1] + 1 + room):
+                status, value = ask("POST", "/processes", dict(self.CAT, name="x"))
+            if status != 200:
+                self.assertEqual((status, value["error"], self.descriptors(server)), (503, "busy", before), (room, value))
+        self.assertGreater(room, 8)
+        # one less: the process can be started, but not be watched by a descriptor
+        child, = ask("GET", "/status/x")[1]["os_pids"]
+        os.kill(child, signal.SIGKILL)
+        self.restarted(ask, "x", [child])
+        self.assertEqual(ask("DELETE", "/processes/x")[0], 200)
+        until(lambda: self.descriptors(server) == before, "the same descriptors")
+        self.assertEqual(server.stop(), 0)
+
+    def test_no_descriptor_left_at_all(self):
+        """A process that dies meanwhile, with one of its group left, comes back; a connection waits until it can be accepted."""
+        server = self.start()
+        ask = self.keep(server)
+        code = "import os, sys\nif os.fork(): sys.stdin.read()\nelse:\n    while True: os.read(3, 1)"
+        info = dict(python(code), name="x", redirect_input=True, custom_streams=["a"], graceful_timeout=0.1)
+        self.assertEqual(ask("POST", "/processes", info)[0], 200)
+        self.assertEqual(ask("POST", "/processes", dict(
+            info, name="flaps", flapping={"attempts": 2, "window": 60, "retry_in": 60, "max_retry": 0}))[0], 200)
+        leaders = [ask("GET", "/status/" + name)[1]["os_pids"][0] for name in ("x", "flaps")]
+        with contextlib.ExitStack() as stack:
+            with self.limit(server, resource.RLIMIT_NOFILE, 3):
+                for leader in leaders:
+                    os.kill(leader, signal.SIGKILL)
+                late = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), TIMEOUT))
+                late.sendall(b"GET /ping HTTP/1.0\r\n\r\n")
+                for name in ("x", "flaps"):
+                    until(lambda name=name: ask("GET", "/status/" + name)[1]["last_exit"], "the exit")
+                self.assertEqual(ask("POST", "/processes", {"name": "y", "cmd": "cat"})[1]["error"], "busy")
+            self.assertIn(b"200 OK", late.recv(1000))
+        for name in ("x", "flaps"):             # what the machine has no room for is no second flap
+            self.restarted(ask, name, leaders)
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(server.stderr.count("no connection can be accepted"), 1, server.stderr)
+        self.assertEqual(server.stderr.count("cannot be started"), 1, server.stderr)
+        self.assertNotIn("Traceback", server.stderr)
+
+    @unittest.skipUnless(os.geteuid() == 0, "root has no limit of processes, and only root can become somebody who has")
+    def test_no_process_left(self):
+        """EAGAIN: neither a fork nor a thread."""
+        code = """if True:
+            import sys
+            sys.path[0] = %r
+            import argparse, gaffer, os, resource, signal
+            gaffer.make_parser().format_help()
+            os.setgid(61234)
+            os.setuid(61234)                    # who may not read this Python's files, perhaps
+            for signum, limit in ((signal.SIGUSR1, 1), (signal.SIGUSR2, 1000)):
+                signal.signal(signum, lambda signum, frame, limit=limit: resource.setrlimit(resource.RLIMIT_NPROC, (limit, 1000)))
+            sys.exit(gaffer.main())""" % HERE
+
+        def limit(signum, number):
+            server.process.send_signal(signum)
+            until(lambda: re.search("Max processes +%d " % number, cli_read("/proc/%d/limits" % server.process.pid)), "the limit")
+        server = self.run_program([PYTHON, "-c", code, "serve", "--bind", "127.0.0.1:0"], cwd="/")
+        ask = self.keep(server)
+        self.assertEqual(ask("POST", "/processes", {"name": "x", "cmd": "cat", "redirect_input": True})[0], 200)
+        child, = ask("GET", "/status/x")[1]["os_pids"]
+        before = self.descriptors(server)
+        limit(signal.SIGUSR1, 1)
+        status, value = ask("POST", "/processes", {"name": "y", "cmd": "cat", "start": False})
+        self.assertEqual((status, value["error"]), (503, "busy"))     # it would have needed a thread
+        self.assertEqual(ask("GET", "/stats")[0], 503)
+        os.kill(child, signal.SIGKILL)
+        until(lambda: ask("GET", "/status/x")[1].get("error"), "the failure")
+        limit(signal.SIGUSR2, 1000)
+        self.restarted(ask, "x", [child])
+        self.assertEqual(ask("GET", "/stats")[0], 200)
+        self.assertEqual(self.descriptors(server), before)
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(server.stderr.count("a request has no thread"), 1, server.stderr)
+        self.assertEqual(server.stderr.count("cannot be started"), 1, server.stderr)
+        self.assertNotIn("Traceback", server.stderr)
+
+    def test_no_memory_left(self):
+        """ENOMEM: what cannot be answered is 500 or 503, or closed; then all is as before."""
+        server = self.start()
+        ask = self.keep(server)
+        flood = python("import sys\nfor line in sys.stdin:\n    for _ in range(200): sys.stdout.write('x' * 19999 + chr(10))")
+        self.assertEqual(ask("POST", "/processes", dict(flood, name="flood", redirect_input=True))[0], 200)
+        self.assertEqual(ask("POST", "/streams/1/stdin", "go")[0], 200)     # no end of line: it waits
+        size = int(re.search(r"VmSize:\s+(\d+)", cli_read("/proc/%d/status" % server.process.pid)).group(1))
+        answers = []
+        with self.limit(server, resource.RLIMIT_AS, size * 1024):
+            for _ in range(20):
+                with contextlib.suppress(ConnectionError, http.client.HTTPException):
+                    answers.append(server.request("POST", "/streams/1/stdin", "x" * 900000 + "\n")[0])
+            with contextlib.suppress(ConnectionError, http.client.HTTPException):
+                answers.append(server.request("GET", "/processes")[0])
+        self.assertLessEqual(set(answers), {200, 500, 503}, server)
+        self.assertIsNone(server.process.poll(), "it lives")
+        self.assertEqual(server.ok("GET", "/processes"), ["flood"])
+        self.assertEqual(server.add("more", self.CAT)[0] > 0, True)
+        self.assertEqual(server.stop(), 0)
+        self.assertLessEqual(server.stderr.count("Traceback"), 3, server.stderr)
+
+    def full_pipe(self):
+        """(read, write) of a pipe that takes nothing more."""
+        read, write = os.pipe()
+        self.addCleanup(os.close, read)
+        self.addCleanup(os.close, write)
+        os.set_blocking(write, False)
+        for size in (65536, 1):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(write, b"-" * size)
+        os.set_blocking(write, True)
+        return read, write
+
+    def serve_on(self, **streams):
+        """(process, its unix socket's path) of a server with other standard streams, once it answers."""
+        path = os.path.join(self.folder(), "socket")
+        process = subprocess.Popen(CLI_COMMAND + ["serve", "-v", "--bind", "unix:" + path], stdin=subprocess.DEVNULL, env=self.env,
+                                   **streams)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        until(lambda: process.poll() is not None or os.path.exists(path), "the socket")
+        return process, path
+
+    @staticmethod
+    def ask_unix(path, method, target, body=None):
+        """(status, value) of a request."""
+        connection = http.client.HTTPConnection("localhost", timeout=TIMEOUT)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(TIMEOUT)
+        with contextlib.closing(connection):
+            until(lambda: connection.sock.connect_ex(path) == 0, "the server")
+            connection.request(method, target, body and json.dumps(body))
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
+    def test_stdout_and_stderr_are_full(self):
+        """A full disk, and a pipe that nobody reads: nothing waits for them; what was not logged is told once it can be."""
+        read, write = self.full_pipe()
+        with open("/dev/full", "wb") as full:
+            for out in (full, write):
+                with self.subTest(out=out):
+                    process, path = self.serve_on(stdout=out, stderr=out)
+                    self.assertEqual(self.ask_unix(path, "POST", "/processes", {"name": "x", "cmd": "true"})[0], 200)
+                    self.ask_unix(path, "GET", "/watch/proc/x/exit?since=0")
+                    if out is write:
+                        os.read(read, 65536)
+                        while b"lines of this log were not taken here" not in os.read(read, 65536):
+                            pass                # x is started again and again
+                    process.terminate()
+                    self.assertEqual(process.wait(TIMEOUT), 0)
+
+    def test_the_server_is_stopped_for_a_while(self):
+        """SIGSTOP, SIGCONT: requests that came meanwhile are answered, no reader loses anything, nothing is killed too early."""
+        server = self.start()
+        code = "import sys\nfor line in sys.stdin:\n    for n in range(2000): print('line', n)"
+        server.add("x", python(code), redirect_input=True)
+        ignores = python("import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: None)\nprint('ready')\nsys.stdin.read()")
+        server.add("y", ignores, redirect_input=True, graceful_timeout=1000)
+        self.assertEqual(server.request("GET", "/streams/y/stdout?since=0")[2][:5], b"ready")
+        feed = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+        self.addCleanup(feed.close)
+        feed.request("GET", "/streams/1/stdout?feed=continuous&heartbeat=0.1")
+        lines = feed.getresponse()
+        server.ok("POST", "/streams/1/stdin", "go")
+        self.assertEqual(lines.readline(), b"\n")
+        server.process.send_signal(signal.SIGSTOP)
+        until(lambda: re.search(r"State:\s+T", cli_read("/proc/%d/status" % server.process.pid)), "the stop")
+        slow = socket.create_connection(("127.0.0.1", server.port), TIMEOUT)
+        self.addCleanup(slow.close)
+        slow.sendall(b"GET /ping HTTP/1.0\r\n\r\n")
+        feed2 = socket.create_connection(("127.0.0.1", server.port), TIMEOUT)
+        self.addCleanup(feed2.close)
+        feed2.sendall(b"POST /streams/1/stdin HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nme\n")
+        threading.Event().wait(1.0)             # what is tested is time that passes
+        server.process.send_signal(signal.SIGCONT)
+        self.assertIn(b"200 OK", slow.recv(1000))
+        self.assertIn(b"200 OK", feed2.recv(1000))
+        got, beats = [], 0
+        while len(got) < 2000:
+            line = lines.readline()
+            got, beats = (got, beats + 1) if line == b"\n" else (got + [line], beats)
+        self.assertEqual(got, [b"line %d\n" % n for n in range(2000)])
+        self.assertLess(beats, 10, "beats that were missed are not made up for")
+        self.assertEqual(server.ok("GET", "/status/y")["restarts"], 0)
+        server.ok("POST", "/processes/y/_stop")
+        server.ok("DELETE", "/streams/2/stdin")
+        self.assertEqual(server.stop(), 0)
+
+    def test_a_clock_that_jumps(self):
+        """The time of day is only shown: years back and forth change no timer, no order and no delay."""
+        code = ("import sys; sys.path[0] = %r; import itertools, time, gaffer; real, signs = time.time, itertools.cycle((1, -1)); "
+                "time.time = lambda: real() + next(signs) * 1e9; sys.exit(gaffer.main())" % HERE)
+        server = self.run_program([PYTHON, "-c", code, "serve", "--bind", "127.0.0.1:0"])
+        ask = self.keep(server)
+        self.assertEqual(ask("POST", "/processes", {"name": "x", "cmd": "true"})[0], 200)
+        events = []
+        for _ in range(6):     # create, start, spawn, exit, spawn at once, exit
+            since = events[-1]["id"] if events else "0"
+            events.append(ask("GET", "/watch?since=%s&timeout=%d" % (since, TIMEOUT))[1])
+        self.assertEqual([event["event"] for event in events], ["create", "start", "spawn", "exit", "spawn", "exit"])
+        self.assertGreater(max(event["time"] for event in events) - min(event["time"] for event in events), 1e9)
+        self.assertEqual(ask("GET", "/processes/x/_start")[0], 405)
+        status, _, body = server.request("GET", "/streams/x/stdout?timeout=0.1")
+        self.assertEqual((status, body), (204, b""))
+        self.assertEqual(server.ok("POST", "/processes/x/_stop?wait=1"), {"ok": True})
+        self.assertEqual(server.stop(), 0)
 
 
 class CliErrors(CliCase):
