@@ -27,8 +27,10 @@ The file is read from top to bottom; its sections are
     page                 the web page
     api                  the route table and its handlers
     server               endpoints, request threads, streams on the loop, WSGI
+    client               a small wrapper of http.client
     apps                 what plugs into a Manager: HttpHandler, SigHandler, ConsoleOutput
-    command line         argparse, main
+    configuration        files of templates: INI, JSON, TOML, Procfiles, .env
+    command line         one table of commands, argparse, main
 
 Four rules hold everywhere:
 
@@ -155,6 +157,11 @@ SEND_QUEUE_SIZE = 32 * MIB          # what a WebSocketHandler may have under way
 SEND_QUEUE_LOW = 256 * KIB          # above this its client is not read
 CONTROL_SIZE = 4 * KIB              # pongs that wait behind a frame; above, the older are dropped (RFC 6455 5.5.3)
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
+
+CLIENT_TIME = 30.0                  # a command waits so long for an answer
+HEARTBEAT = 10                      # asks for a sign of life each so many seconds where it follows a stream
+STREAM_TIME = 3.0 * HEARTBEAT       # and takes it for lost without one
+STATUS_INTERVAL = 1.0               # status -w
 
 
 class GafferError(Exception):
@@ -1500,53 +1507,60 @@ OPTIONS = {
 
 
 def check_together(template, info):
-    """Faults of fields that are right by themselves: a list of sentences. Fills in what one field says of another."""
+    """Faults of fields that are right by themselves: [(field, sentence)]. Fills in what one field says of another."""
     faults = []
     try:
         args = template["args"]
         if not (args.strip() if isinstance(args, str) else args) and not template["shell"]:
             need(split_words(template["cmd"]), ValueError, "must not be empty")
     except ValueError as error:
-        faults.append("field 'cmd' %s" % error)
+        faults.append(("cmd", "field 'cmd' %s" % error))
     if template["detach"]:
         if "redirect_output" not in info:
             template["redirect_output"] = []
         for field in ("redirect_output", "redirect_input", "custom_streams"):
             if template[field]:
-                faults.append("field '%s' cannot go with 'detach': nobody would be there for its pipes" % field)
+                faults.append((field, "field '%s' cannot go with 'detach': nobody would be there for its pipes" % field))
     for label in template["custom_streams"]:
         if label in template["redirect_output"]:
-            faults.append("field 'custom_streams' has the label '%s', which is in 'redirect_output' too" % label)
+            faults.append((
+                "custom_streams", "field 'custom_streams' has the label '%s', which is in 'redirect_output' too" % label))
     if template["uid"] is not None and template["gid"] is None and find_user(template["uid"])[1] is None:
-        faults.append("field 'uid' names a user without an entry here; give 'gid' too")
+        faults.append(("uid", "field 'uid' names a user without an entry here; give 'gid' too"))
     return faults
 
 
-def check_template(info, known=None):
-    """A template with its defaults filled in, from a client's `info`. `known`: {field: value} to use where the field is
-    left out. InvalidProcessInfo names every field that is wrong."""
-    need(isinstance(info, dict), InvalidProcessInfo, "send one JSON object with at least 'name' and 'cmd'")
+def examine_template(info, known=None):
+    """(template, faults) of what somebody gave as a template: its defaults are filled in, and each fault is (field,
+    sentence). `known`: {field: value} to use where the field is left out."""
     template, faults = {}, []
     unknown = [field for field in info if field not in OPTIONS]
     for field in unknown[:10]:
-        faults.append("unknown field '%s'%s" % (field[:128], near(field, OPTIONS) or "; remove it"))
+        faults.append((field, "unknown field '%s'%s" % (field[:128], near(field, OPTIONS) or "; remove it")))
     if len(unknown) > 10:
-        faults.append("%d more unknown fields" % (len(unknown) - 10))
+        faults.append((unknown[10], "%d more unknown fields" % (len(unknown) - 10)))
     for field, option in OPTIONS.items():
         value = info.get(field, (known or {}).get(field))
         if value is None and field in info and option.default is not None:
-            faults.append("field '%s' must not be null; leave it out for its default" % field)
+            faults.append((field, "field '%s' must not be null; leave it out for its default" % field))
         template[field] = copy.copy(option.default)
         if value is None:
             if field in ("name", "cmd"):
-                faults.append("field '%s' is required" % field)
+                faults.append((field, "field '%s' is required" % field))
             continue
         try:
             template[field] = option.check(value)
         except ValueError as error:
-            faults.append("field '%s' %s" % (field, error))
-    faults += [] if faults else check_together(template, info)
-    need(not faults, InvalidProcessInfo, "; ".join(faults))
+            faults.append((field, "field '%s' %s" % (field, error)))
+    return template, faults or check_together(template, info)
+
+
+def check_template(info, known=None):
+    """A template with its defaults filled in, from a client's `info`. `known`: see examine_template(). InvalidProcessInfo
+    names every field that is wrong."""
+    need(isinstance(info, dict), InvalidProcessInfo, "send one JSON object with at least 'name' and 'cmd'")
+    template, faults = examine_template(info, known)
+    need(not faults, InvalidProcessInfo, "; ".join(sentence for _, sentence in faults))
     return template
 
 
@@ -1559,10 +1573,12 @@ def substitute(word, env):
 
 
 class Launch:
-    """What is executed: program (a path), argv, env, cwd, uid, gid, groups (None: gaffer's own)."""
+    """What is executed: program (a path), argv, env, cwd, uid, gid, groups (None: gaffer's own). `instance`: the process's
+    number among those of its template, from 1."""
 
-    def __init__(self, template):
+    def __init__(self, template, instance=1):
         """InvalidProcessInfo: it cannot be executed, with the reason."""
+        self.instance = instance
         self.env = self._environment(template)
         if template["shell"]:
             self.argv = ["/bin/sh", "-c", template["cmd"], "sh", *self._args(template)]
@@ -1586,8 +1602,7 @@ class Launch:
         args = template["args"]
         return split_words(args) if isinstance(args, str) else args
 
-    @staticmethod
-    def _environment(template):
+    def _environment(self, template):
         env = dict(os.environ) if template["os_env"] else {}
         env.update((name, str(value)) for name, value in template["env"].items())
         env.pop("GAFFER_TOKEN", None)
@@ -1595,6 +1610,8 @@ class Launch:
             env.setdefault("PYTHONUNBUFFERED", "1")
         if template["custom_streams"]:
             env["GAFFER_STREAMS"] = ",".join(template["custom_streams"])
+        if "GAFFER_INSTANCE" in "%s %s" % (template["cmd"], template["args"]):
+            env["GAFFER_INSTANCE"] = str(self.instance)     # only for who asks: env may have to stand alone
         return env
 
     @staticmethod
@@ -1939,6 +1956,7 @@ class Process:
 
     def __init__(self, pid, home, owner, loop, table, exit_watcher):
         self.pid, self.home, self.name, self.template = pid, home, home.name, home.info
+        self.instance = 1                       # its number among those of its template
         self._owner, self._loop, self._table, self._exit_watcher = owner, loop, table, exit_watcher
         self.outputs, self.inputs = {}, {}      # label -> Output, Input
         self.os_pid = self.started = self.exited_at = None
@@ -1967,7 +1985,7 @@ class Process:
         finally:
             for fd in theirs:
                 os.close(fd)
-        self.started = self._loop.clock()
+        self.started, self.instance = self._loop.clock(), launch.instance
         for label, fd in plan["read"].items():
             output = Output(self._loop, fd, Window(self._loop, window_size), merged[label])
             self.outputs[label] = output
@@ -2066,6 +2084,14 @@ class Process:
     def age(self):
         """Seconds since its start, or how long it lived."""
         return (self._loop.clock() if self.exited_at is None else self.exited_at) - self.started
+
+    def status(self):
+        """What GET /status/<name> says of it."""
+        status = {"pid": self.pid, "os_pid": self.os_pid, "instance": self.instance, "uptime": round(self.age(), 3),
+                  "state": "running" if self.running else "stopping"}
+        if self.stopping and self._timer is not None:
+            status["kill_in"] = round(max(0.0, self._timer.when - self._loop.clock()), 3)
+        return status
 
     def signal(self, signum, group=False):
         """Send a signal to the process, or to its whole group."""
@@ -2179,6 +2205,7 @@ class Process:
 # --------------------------------------------------------------------------------------------------------------------
 TEMPLATE_EVENTS = ("create", "start", "stop", "restart", "update", "delete", "flap")
 PROCESS_EVENTS = ("spawn", "reap", "exit", "stop_pid")
+ADJUSTABLE = ("numprocesses", "priority", "flapping", "start")      # fields that a running process need not know of
 EVENT_TYPES = TEMPLATE_EVENTS + PROCESS_EVENTS
 
 
@@ -2220,7 +2247,9 @@ class Template:
         self.past = collections.deque()         # Processes that are gone and can still be read
         self.afterlife = None                   # Timer: when the first of them is forgotten
         self.restarts = 0
-        self.last_exit = None                   # {"pid", "exit_status", "term_signal", "time"}
+        self.last_exit = None                   # {"pid", "exit_status", "term_signal", "time", "times": in a row}
+        self.gave_up = False                    # it flapped, and was stopped for good
+        self.created = None                     # the id of its create event: whether a name is still the same template
         self.error = None                       # why the last spawn failed
         self.replace(info)
 
@@ -2236,6 +2265,19 @@ class Template:
     def running(self):
         """Processes that run and are not being stopped, oldest first."""
         return [process for process in self.processes.values() if process.running]
+
+    def free_instance(self):
+        """The lowest number that none of its processes has."""
+        taken = {process.instance for process in self.processes.values()}
+        return next(number for number in itertools.count(1) if number not in taken)
+
+    def note_exit(self, process):
+        """Remember the last exit, and how often in a row processes have exited by themselves in this way."""
+        last = self.last_exit
+        same = last is not None and not process.stopping and (last["exit_status"], last["term_signal"]) == (
+            process.exit_status, process.term_signal)
+        self.last_exit = {"pid": process.pid, "exit_status": process.exit_status, "term_signal": process.term_signal,
+                          "time": time.time(), "times": last["times"] + 1 if same else 1}
 
     def open_streams(self, size):
         """Make the template's streams fit its labels."""
@@ -2276,14 +2318,17 @@ class Template:
     def status(self):
         """What GET /status/<name> answers."""
         running = self.running()
-        waits = [timer.when for timer in [*self.pending, self.rest] if timer is not None]
+        waits = [round(max(0.0, timer.when - self._loop.clock()), 3)
+                 for timer in [*self.pending, self.rest] if timer is not None]
         return {
             "name": self.name, "active": self.active, "running": len(running), "numprocesses": self.info["numprocesses"],
             "max_processes": self.info["numprocesses"], "state": self.state(),
             "stopping": len(self.processes) - len(running), "pids": [process.pid for process in running],
             "os_pids": [process.os_pid for process in running], "restarts": self.restarts, "last_exit": self.last_exit,
             "uptime": round(max([process.age() for process in running] or [0]), 3),
-            "next_try": round(max(0.0, min(waits) - self._loop.clock()), 3) if waits else None, "error": self.error,
+            "next_try": min(waits) if waits else None, "waiting": sorted(waits), "gave_up": self.gave_up, "error": self.error,
+            "created": self.created, "graceful_timeout": self.info["graceful_timeout"],
+            "processes": [process.status() for process in self.processes.values()],
         }
 
 
@@ -2393,6 +2438,7 @@ class Manager:
         self._next_pid = 1
         self._subscribers = []
         self._waiters = []                      # (done, callback)
+        self.configuration = None               # what POST /_reload loads again: it has reload(manager, dry_run)
 
     # run and stop
 
@@ -2535,6 +2581,7 @@ class Manager:
                 first.append(self._spawn(template, launch))
         self.templates[info["name"]] = template
         self._publish("create", template.name)
+        template.created = "%d@%s" % (self.events.end, self.epoch)
         if info["start"]:
             template.active = True
             if self._running:
@@ -2558,7 +2605,7 @@ class Manager:
         template.forget_waits()
         template.replace(info)
         template.open_streams(self.window_size)
-        template.active = info["start"]
+        template.active, template.gave_up = info["start"], False
         self._publish("update", name)
         for process in template.running():
             self._end_process(process, "stop_pid")
@@ -2592,10 +2639,10 @@ class Manager:
         template = self.find_template(name)
         if template.active:
             return
-        launch = Launch(template.info)
+        launch = Launch(template.info, template.free_instance())
         template.replace(template.info)         # flapping begins anew
         first = []
-        template.active = True
+        template.active, template.gave_up = True, False
         if self._running and template.missing() > 0:
             try:
                 first.append(self._spawn(template, launch))
@@ -2647,13 +2694,24 @@ class Manager:
 
     def _scale(self, name, change):
         self._may_change()
+        number = min(NUMPROCESSES_MAX, max(0, self.find_template(name).info["numprocesses"] + change))
+        self._adjust(name, {"numprocesses": number})
+        return number
+
+    def adjust_process(self, name, fields):
+        """Change ADJUSTABLE fields of a template: {field: value}, checked. Its processes go on. NotFound."""
+        self.loop.call(self._adjust, name, fields)
+
+    def _adjust(self, name, fields):
+        self._may_change()
         template = self.find_template(name)
-        number = min(NUMPROCESSES_MAX, max(0, template.info["numprocesses"] + change))
-        if number != template.info["numprocesses"]:
-            template.info = dict(template.info, numprocesses=number)
+        changed = {field: value for field, value in fields.items() if template.info[field] != value}
+        if changed:
+            template.info = dict(template.info, **changed)
+            if "flapping" in changed:
+                template.replace(template.info)
             self._publish("update", name)
             self._reconcile(template)
-        return number
 
     def stop_process(self, target):
         """Stop one process by pid (it is replaced), or a template by name. NotFound."""
@@ -2815,7 +2873,7 @@ class Manager:
     def _respawn(self, template, failures):
         """Spawn one that follows on so many failures. False: it failed too, and is tried again later."""
         try:
-            process = self._spawn(template, Launch(template.info))
+            process = self._spawn(template, Launch(template.info, template.free_instance()))
         except (GafferError, OSError, ValueError) as error:
             template.error = str(error)
             log.warning("%s cannot be started: %s", template.name, error)
@@ -2854,13 +2912,13 @@ class Manager:
             template.forget_waits()
             template.rest = self.loop.later(template.info["flapping"]["retry_in"], self._rested, template)
         elif verdict == "stop":
+            template.gave_up = True
             self._stop_template(template)
 
     def exited(self, process):
         """Called by a process that has exited."""
         template = process.home
-        template.last_exit = {"pid": process.pid, "exit_status": process.exit_status, "term_signal": process.term_signal,
-                              "time": time.time()}
+        template.note_exit(process)
         self._publish("exit", process.name, process, exit_status=process.exit_status, term_signal=process.term_signal)
         if not process.stopping:
             self._judge(template, process.age())
@@ -3931,6 +3989,12 @@ class Samples:
         result["stats"] = entries
         return result
 
+    def brief(self, process):
+        """{cpu, mem, rss} of one process, {} if it has just gone."""
+        seen = self._table.look(process.os_pid)
+        return {"cpu": self._percent(process, seen), "mem": round(100 * seen["rss"] / self.MEMORY, 2),
+                "rss": seen["rss"]} if seen else {}
+
     def one(self, process):
         """The entry of one process, {} if it has just gone."""
         seen = self._table.look(process.os_pid)
@@ -4068,7 +4132,21 @@ class Api:
 
     def status(self, request, name):
         """GET /status/<name>"""
-        return self.manager.find_template(name).status()
+        template = self.manager.find_template(name)
+        status, processes = template.status(), list(template.processes.values())
+
+        def look():
+            for entry, process in zip(status["processes"], processes):
+                entry.update(self.samples.brief(process))
+            return status
+        return look
+
+    def reload(self, request):
+        """POST /_reload"""
+        configuration, dry_run = self.manager.configuration, flag(request, "dry_run")
+        need(configuration is not None, Conflict,
+             "this server was started without a CONFIG, so there is nothing to load again; start it with 'serve CONFIG'")
+        return lambda: configuration.reload(self.manager, dry_run)
 
     # groups
 
@@ -4359,6 +4437,7 @@ class Api:
 ROUTES = (
     ("/", {"GET": Api.welcome}),
     ("/ping", {"GET": Api.ping}),
+    ("/_reload", {"POST": Api.reload}),
     ("/processes", {"GET": Api.processes, "POST": Api.create}),
     ("/processes/<name>", {"GET": Api.show, "PUT": Api.update, "POST": Api.update, "DELETE": Api.delete}),
     ("/processes/<name>/_pids", {"GET": Api.pids}),
@@ -5368,6 +5447,159 @@ class WsgiOutput:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# client
+#
+# A small wrapper of http.client, for the command line and the webhooks: TCP, TLS and unix sockets, a token, event streams.
+# A connection a request. What fails is a ClientError: one sentence that says what to do, and the exit status of a command
+# that fails so. On the caller's thread.
+# --------------------------------------------------------------------------------------------------------------------
+DEFAULT_ENDPOINT = "http://127.0.0.1:5000"
+REFUSAL_STATUSES = {401: 6, 403: 6, 408: 124, 504: 124}     # HTTP status -> exit status; what is not here is 1
+FEED = "feed=eventsource&heartbeat=%d" % HEARTBEAT
+
+
+class ClientError(Exception):
+    """What a command cannot do: `str(error)` is one sentence, `exit_status` the command's, `code` the server's word for it."""
+
+    def __init__(self, reason, exit_status=1, code=None):
+        super().__init__(reason)
+        self.exit_status, self.code = exit_status, code
+
+
+class NoServer(ClientError):
+    """Nobody answers there, or not as gaffer does."""
+
+    def __init__(self, endpoint, why):
+        super().__init__("there is no gaffer at %s (%s): start one with 'python3 gaffer.py serve', or say where it is with "
+                         "--endpoint or GAFFER_ENDPOINT" % (endpoint, why), 5)
+
+
+def refusal(endpoint, status, body):
+    """The ClientError of an answer that is none of success."""
+    try:
+        error = json.loads(body)
+        code, reason = error["error"], str(error["reason"])
+    except (ValueError, TypeError, KeyError):
+        return NoServer(endpoint, "what listens there answers %d, and not as gaffer does" % status)
+    if code == "unauthorized":
+        reason = "the server wants its token: give it with --token-file FILE or GAFFER_TOKEN"
+    reason = re.sub(r"GET /processes\S* lists them", "'gaffer.py processes' lists them", reason)
+    reason = re.sub(r"PUT /processes/\S+ replaces it", "'gaffer.py update_process' replaces it", reason)
+    return ClientError(reason, 4 if code == "not_found" else REFUSAL_STATUSES.get(status, 1), code)
+
+
+class Client:
+    """Asks one server. `endpoint`: http://host:port, https://host:port, host:port or unix:/path; `token`: a string or None;
+    `cacert`: a file of certificates (PEM) to trust. ClientError: the endpoint is none."""
+
+    def __init__(self, endpoint=DEFAULT_ENDPOINT, token=None, cacert=None):
+        self.endpoint, self._cacert = endpoint, cacert
+        self._headers = {"Connection": "close"}
+        if token is not None:                   # http.client writes latin-1, the server compares UTF-8
+            self._headers["Authorization"] = "Bearer " + token.encode("utf-8").decode("latin-1")
+        self.path = endpoint[5:] if endpoint.startswith("unix:") else None
+        try:
+            parts = urllib.parse.urlsplit(endpoint if "://" in endpoint or self.path == "" else "http://" + endpoint)
+            self.host, self.port, self._tls = parts.hostname, parts.port, parts.scheme == "https"
+        except ValueError:
+            self.host = None
+        if not self.path and (self.host is None or parts.scheme not in ("http", "https")):
+            raise ClientError("'%s' is no endpoint: give http://host:port, https://host:port or unix:/path" % endpoint, 2)
+        self._prefix = "" if self.path else parts.path.rstrip("/")
+        self.port = self.port or (443 if self._tls else 80)
+
+    def _connection(self, timeout):
+        """An http.client connection; one to a unix socket has its socket, which is not connected yet."""
+        import http.client
+        if self.path:
+            connection = http.client.HTTPConnection("localhost", timeout=timeout)
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(timeout)
+            return connection
+        if not self._tls:
+            return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        import ssl
+        context = ssl.create_default_context()
+        if self._cacert:
+            try:
+                context.load_verify_locations(self._cacert)
+            except OSError as error:
+                raise ClientError("the certificates of --cacert '%s' cannot be used: %s" % (self._cacert, error), 2) from None
+        return http.client.HTTPSConnection(self.host, self.port, timeout=timeout, context=context)
+
+    def open(self, method, path, value=None, headers=None, timeout=CLIENT_TIME):
+        """The http.client response to a request, if it is a success; close it. `value`: bytes, or what is sent as JSON.
+        `timeout`: seconds without a byte. ClientError, NoServer."""
+        from http.client import HTTPException
+        body = value if value is None or isinstance(value, bytes) else json_bytes(value)
+        connection = self._connection(timeout)
+        try:
+            if self.path:
+                connection.sock.connect(self.path)
+            connection.request(method, self._prefix + path, body, dict(self._headers, **headers or {}))
+            response = connection.getresponse()
+        except (OSError, HTTPException) as error:
+            connection.close()
+            raise self._failure(error, timeout) from None
+        if connection.sock is not None:
+            connection.sock.close()             # the response has it now, and closes it
+        if response.status >= 300:
+            with response:
+                raise refusal(self.endpoint, response.status, response.read(MIB))
+        return response
+
+    def _failure(self, error, timeout):
+        if isinstance(error, socket.timeout):
+            return ClientError("%s has not answered in %g seconds" % (self.endpoint, timeout), 124)
+        if getattr(error, "verify_message", None):
+            return ClientError("the certificate of %s cannot be trusted (%s): give its authority's with --cacert" % (
+                self.endpoint, error.verify_message), 6)
+        if isinstance(error, PermissionError):
+            return ClientError("%s may not be used by you: be its owner, or root" % self.endpoint, 6)
+        why = str(getattr(error, "strerror", None) or error) or type(error).__name__
+        return NoServer(self.endpoint, ascii(why)[1:-1][:100].lower())
+
+    def request(self, method, path, value=None, timeout=CLIENT_TIME):
+        """The body of an answer, as bytes. ClientError."""
+        from http.client import HTTPException
+        with self.open(method, path, value, None, timeout) as response:
+            try:
+                return response.read()
+            except (OSError, HTTPException) as error:
+                raise self._failure(error, timeout) from None
+
+    def get(self, path):
+        """The value of a GET."""
+        body = self.request("GET", path)
+        try:
+            return json.loads(body)
+        except ValueError:
+            raise NoServer(self.endpoint, "what listens there does not answer as gaffer does") from None
+
+    def events(self, path, last_id=""):
+        """(id, type, data) of each event of an event stream, until it ends or is lost: then ask again with the last id.
+        `path` has a query that begins with FEED. ClientError: it cannot be had."""
+        from http.client import HTTPException
+        with self.open("GET", path, None, {"Last-Event-ID": last_id} if last_id else None, STREAM_TIME) as response:
+            fields = {}
+            try:
+                for line in response:
+                    name, _, value = line.decode("utf-8", "replace").rstrip("\n").partition(": ")
+                    if name:
+                        fields[name] = value
+                    elif fields:
+                        yield fields.get("id", ""), fields.get("event", ""), fields.get("data", "")
+                        fields = {}
+            except (OSError, HTTPException):
+                pass                            # the caller sees the end, and asks again
+
+
+def reference(name):
+    """A name or pid as a part of a path."""
+    return urllib.parse.quote(name, safe=":@")
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # apps
 #
 # What plugs into a Manager: any object with start(loop, manager), and maybe stop(), restart(), and join(), which is called
@@ -5747,10 +5979,49 @@ class ConsoleOutput:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# configuration
+#
+# Values as text, as the command line has them. Pure.
+# --------------------------------------------------------------------------------------------------------------------
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def number(text):
+    """A number as text: an int, or a float. ValueError."""
+    try:
+        return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else float(text)
+    except ValueError:
+        raise ValueError("must be a number, not %r" % text) from None
+
+
+def flapping_from_text(text):
+    """"2, 1.0, 7.0, 5", in the order of FLAPPING, or with names: "retry_in=7, attempts=2". ValueError."""
+    words = [word for word in re.split(r"[,\s]+", text) if word]
+    need(len(words) <= len(FLAPPING), ValueError, "is at most attempts, window, retry_in, max_retry: 2, 1.0, 7.0, 5")
+    pairs = [word.rpartition("=") for word in words]
+    return {name or field: number(value) for field, (name, _, value) in zip(FLAPPING, pairs)}
+
+
+def from_text(field, text):
+    """A field's value of text, as INI files and the command line have it; None: left out. ValueError."""
+    default = OPTIONS[field].default
+    if isinstance(default, bool):
+        need(text.lower() in BOOLEANS, ValueError, "must be true or false, not %r" % text)
+        return BOOLEANS[text.lower()]
+    if field in ("redirect_output", "custom_streams"):
+        return [label for label in re.split(r"[,\s]+", text) if label]
+    if text == "" and field != "cmd":
+        return None
+    if field == "flapping":
+        return flapping_from_text(text)
+    return number(text) if field in ("numprocesses", "priority", "graceful_timeout") else text
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # command line
 #
-# One argparse table; each command is a function of its arguments that returns the exit status. A start that fails is one
-# sentence and exit status 1.
+# COMMANDS is the one table: the parser, --help, the README and the completions come from it. A command is a function of its
+# arguments that returns the exit status; what it cannot do it raises, and main() tells it in one sentence on stderr.
 # --------------------------------------------------------------------------------------------------------------------
 def read_token(path):
     """The token of a file that nobody else can read, or of GAFFER_TOKEN; None if there is neither. StartError."""
@@ -5768,6 +6039,383 @@ def read_token(path):
     return token
 
 
+def connect(arguments):
+    """A Client for the server that the arguments or the environment name."""
+    endpoint = arguments.endpoint or os.environ.get("GAFFER_ENDPOINT") or DEFAULT_ENDPOINT
+    return Client(endpoint, read_token(arguments.token_file), arguments.cacert)
+
+
+def tell(text):
+    """Say what went wrong, a line each."""
+    for line in text.splitlines():
+        print("gaffer: %s" % line, file=sys.stderr)
+
+
+def drop_output():
+    """Nobody reads stdout any more: what is left in its buffer must not fail again at the end."""
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
+
+
+# names
+
+def find_names(client, words):
+    """Names and pids, each once, that `words` stand for: a name or a pid stands for itself, `all` for all names, and a glob
+    for those it matches. ClientError: a glob matches none."""
+    import fnmatch
+    names, found = None, {}
+    for word in words:
+        if word != "all" and not re.search(r"[*?\[]", word):
+            found[word] = True
+            continue
+        names = client.get("/processes") if names is None else names
+        matching = names if word == "all" else [name for name in names if fnmatch.fnmatchcase(name, word)]
+        if not matching and word != "all":
+            raise ClientError("no process matches '%s': 'gaffer.py processes' lists them" % word, 4)
+        found.update(dict.fromkeys(matching, True))
+    return list(found)
+
+
+def each_name(arguments, act):
+    """Print what `act(client, name)` returns for each name: a line, or with --json bytes from the server. Where it fails
+    that is told, and the others go on. Returns the first failure's exit status."""
+    client, status = connect(arguments), 0
+    for name in find_names(client, arguments.names):
+        try:
+            result = act(client, name)
+        except ClientError as error:
+            if isinstance(error, NoServer) or error.code == "unauthorized":
+                raise                           # it would be the same for all others
+            tell(str(error))
+            status = status or error.exit_status
+        else:
+            print(result.decode("utf-8").rstrip("\n") if isinstance(result, bytes) else result, flush=True)
+    return status
+
+
+def bare(arguments, name, value):
+    """A value as it is where one was asked for, else with its name."""
+    return "%s" % value if arguments.names == [name] else "%s: %s" % (name, value)
+
+
+# control
+
+def change(arguments, action, words):
+    """start, stop, restart. `words(before)`: what to say, given the status before it."""
+    query = "?wait=%g" % arguments.timeout if arguments.timeout is not None else "" if arguments.no_wait else "?wait=true"
+
+    def act(client, name):
+        if name.isdigit() and action != "_stop":
+            raise ClientError("%s is a pid: start and restart take names, 'gaffer.py processes' lists them" % name, 2)
+        path = "/processes/" + reference(name)
+        before = client.get(path if name.isdigit() else "/status/" + reference(name))
+        longest = arguments.timeout if arguments.timeout is not None else before["graceful_timeout"] + WAIT_EXTRA
+        answer = client.request("POST", "%s/%s%s" % (path, action, query), timeout=CLIENT_TIME + longest)
+        return answer if arguments.json else "%s: %s" % (name, words(before))
+    return each_name(arguments, act)
+
+
+def start_command(arguments):
+    """start"""
+    return change(arguments, "_start", lambda before: "started" if not before["active"] else "already %s" % (
+        "running" if before["state"] == "running" else "started, %s" % before["state"]))
+
+
+def stop_command(arguments):
+    """stop"""
+    return change(arguments, "_stop", lambda before: "already stopped" if before.get("state") == "stopped" else "stopped")
+
+
+def restart_command(arguments):
+    """restart"""
+    return change(arguments, "_restart", lambda before: "restarted" if before["active"] else "started")
+
+
+def processes_of(number):
+    """"1 process", "2 processes"."""
+    return "%d process%s" % (number, "" if number == 1 else "es")
+
+
+def scale_by(arguments, action):
+    """add, sub."""
+    def act(client, name):
+        answer = client.request("POST", "/processes/%s/%s/%d" % (reference(name), action, arguments.n))
+        return answer if arguments.json else "%s: %s" % (name, processes_of(json.loads(answer)["numprocesses"]))
+    return each_name(arguments, act)
+
+
+def add_command(arguments):
+    """add"""
+    return scale_by(arguments, "_add")
+
+
+def sub_command(arguments):
+    """sub"""
+    return scale_by(arguments, "_sub")
+
+
+def kill_command(arguments):
+    """kill"""
+    def act(client, name):
+        answer = client.request("POST", "/processes/%s/_signal/%s%s" % (
+            reference(name), reference(arguments.sig), "?group=true" if arguments.group else ""))
+        return answer if arguments.json else "%s: signalled %s" % (name, arguments.sig)
+    return each_name(arguments, act)
+
+
+# templates
+
+def given_template(arguments):
+    """The template that add_process and update_process describe."""
+    info = {"name": arguments.name, "cmd": arguments.cmd[0]}
+    if len(arguments.cmd) > 1:
+        info["args"] = arguments.cmd[1:]
+    for field, option in OPTIONS.items():
+        value = getattr(arguments, field, None)
+        if field in info or field in ("start", "args") or value is None or value == option.default:
+            continue
+        try:
+            info[field] = dict(pair.partition("=")[::2] for pair in value) if field == "env" else (
+                value if isinstance(value, bool) else os.path.abspath(value) if field == "cwd" else from_text(field, value))
+        except ValueError as error:
+            raise ClientError("--%s: field '%s' %s" % (field.replace("_", "-"), field, error), 2) from None
+    return info
+
+
+def send_template(arguments, method, path, info, done):
+    """POST or PUT a template, and say so."""
+    answer = connect(arguments).request(method, path, info)
+    print(answer.decode("utf-8").rstrip("\n") if arguments.json else "%s: %s" % (info["name"], done))
+    return 0
+
+
+def add_process_command(arguments):
+    """add_process"""
+    info = dict(given_template(arguments), start=arguments.start)
+    return send_template(arguments, "POST", "/processes", info, "added and started" if arguments.start else "added")
+
+
+def load_process_command(arguments):
+    """load_process"""
+    try:
+        if arguments.file == "-":
+            info = json.load(sys.stdin)
+        else:
+            with open(arguments.file, encoding="utf-8") as file:
+                info = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ClientError("%s cannot be read as JSON: %s" % (
+            arguments.file, getattr(error, "strerror", None) or error)) from None
+    need(isinstance(info, dict), ClientError, "%s is to hold one JSON object, a template" % arguments.file)
+    info = dict(info, start=arguments.start)
+    return send_template(arguments, "POST", "/processes", info, "added and started" if arguments.start else "added")
+
+
+def update_process_command(arguments):
+    """update_process"""
+    info = given_template(arguments)
+    if arguments.start:
+        info["start"] = True
+    return send_template(arguments, "PUT", "/processes/" + reference(arguments.name), info, "updated")
+
+
+def get_process_command(arguments):
+    """get_process"""
+    def act(client, name):
+        answer = client.request("GET", "/processes/" + reference(name))
+        return answer if arguments.json else json.dumps(json.loads(answer), indent=4)
+    return each_name(arguments, act)
+
+
+def del_process_command(arguments):
+    """del_process"""
+    def act(client, name):
+        answer = client.request("DELETE", "/processes/" + reference(name))
+        return answer if arguments.json else "%s: %s" % (name, "stopped" if name.isdigit() else "deleted")
+    return each_name(arguments, act)
+
+
+# looking
+
+def processes_command(arguments):
+    """processes"""
+    answer = connect(arguments).request("GET", "/processes?running=true" if arguments.running else "/processes")
+    for line in [answer.decode("utf-8").rstrip("\n")] if arguments.json else json.loads(answer):
+        print(line)
+    return 0
+
+
+def show_status_field(arguments, field):
+    """numprocesses, running."""
+    def act(client, name):
+        answer = client.request("GET", "/status/" + reference(name))
+        return answer if arguments.json else bare(arguments, name, json.loads(answer)[field])
+    return each_name(arguments, act)
+
+
+def numprocesses_command(arguments):
+    """numprocesses"""
+    return show_status_field(arguments, "numprocesses")
+
+
+def running_command(arguments):
+    """running"""
+    return show_status_field(arguments, "running")
+
+
+def pids_command(arguments):
+    """pids"""
+    def act(client, name):
+        answer = client.request("GET", "/processes/%s/_pids" % reference(name))
+        return answer if arguments.json else bare(arguments, name, " ".join(map(str, json.loads(answer)["pids"])))
+    return each_name(arguments, act)
+
+
+# status
+
+def span(seconds_):
+    """Seconds as 8s, 1m02s, 3h12m or 2d04h."""
+    left = int(seconds_)
+    if left < 60:
+        return "%ds" % left
+    if left < 3600:
+        return "%dm%02ds" % divmod(left, 60)
+    if left < 86400:
+        return "%dh%02dm" % divmod(left // 60, 60)
+    return "%dd%02dh" % divmod(left // 3600, 24)
+
+
+def exit_code(last):
+    """An exit as a shell counts it: the status, or 128 and the signal's number."""
+    return 128 + last["term_signal"] if last["term_signal"] else last["exit_status"]
+
+
+def signal_name(number):
+    """SIGTERM, or SIG99 for one without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "SIG%d" % number
+
+
+def exit_text(last):
+    """"exited 1", "exited 137 (SIGKILL) 3 times"."""
+    text = "exited %d" % exit_code(last)
+    text += " (%s)" % signal_name(last["term_signal"]) if last["term_signal"] else ""
+    return text + (" %d times" % last["times"] if last.get("times", 1) > 1 else "")
+
+
+def status_rows(status):
+    """The rows of one template, each (name, state, pid, uptime, restarts, exit, cpu, mem, what there is to say): one for
+    each process, and for each place that waits for one; at least one."""
+    last, name, restarts = status["last_exit"], status["name"], status["restarts"]
+    code = "-" if last is None else exit_code(last)
+    why = status["error"] or (exit_text(last) if last else "")
+    rows = []
+    for process in status["processes"]:
+        note = "SIGKILL in %s" % span(process["kill_in"]) if "kill_in" in process else (
+            why if restarts and last["times"] > 1 and process["uptime"] < BACKOFF_RESET else "")
+        cpu, mem = ("%.1f%%" % process["cpu"], human(process["rss"])) if "cpu" in process else ("-", "-")
+        rows.append((name, process["state"], process["pid"], span(process["uptime"]), restarts, code, cpu, mem, note))
+    for wait in status["waiting"]:
+        note = "next try in %s, %s" % (span(math.ceil(wait)), why)
+        rows.append((name, status["state"], "-", "-", restarts, code, "-", "-", note.rstrip(", ")))
+    if not rows:
+        note = "gave up, %s" % why if status["gave_up"] else status["error"] or ""
+        rows.append((name, status["state"], "-", "-", restarts, code, "-", "-", note))
+    return rows
+
+
+STATUS_HEAD = ("NAME", "STATE", "PID", "UPTIME", "RESTARTS", "EXIT", "CPU", "MEM", "")
+STATE_COLOURS = {"running": 32, "backoff": 31, "flapping": 31, "stopping": 33, "starting": 33}
+
+
+def colour(text, code):
+    """Text in a colour of the terminal."""
+    return "\x1b[%dm%s\x1b[0m" % (code, text)
+
+
+def wants_colour():
+    """True where stdout is a terminal whose user has nothing against colours (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def status_table(rows, width, coloured):
+    """The lines of a table. `width`: of the terminal, None: nothing is cut."""
+    rows = [tuple(map(str, row)) for row in [STATUS_HEAD, *rows]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rest = sum(widths[1:-1]) + 2 * (len(widths) - 2)
+    if width is not None:
+        widths[0] = min(widths[0], max(8, width - rest))
+    lines = []
+    for name, state, *numbers, note in rows:
+        cells = [name[:widths[0]].ljust(widths[0]), state.ljust(widths[1])]
+        cells += [number.rjust(size) for number, size in zip(numbers, widths[2:])]
+        room = None if width is None else max(0, width - widths[0] - rest - 2)
+        if coloured and state in STATE_COLOURS:
+            cells[1] = colour(cells[1], STATE_COLOURS[state])
+        lines.append("  ".join([*cells, note[:room]]).rstrip())
+    return lines
+
+
+def terminal_size():
+    """(columns, lines) of the terminal; (None, None) where stdout is none."""
+    if not sys.stdout.isatty():
+        return None, None
+    try:
+        size = os.get_terminal_size(sys.stdout.fileno())
+        return size.columns or 80, size.lines or 24
+    except OSError:
+        return 80, 24
+
+
+def find_statuses(arguments, client):
+    """([status as the server sent it, as bytes], exit status): of the names that were given, or of all."""
+    found, failed = [], 0
+    for name in find_names(client, arguments.names or ["all"]):
+        try:
+            found.append(client.request("GET", "/status/" + reference(name)))
+        except ClientError as error:
+            if error.exit_status != 4:
+                raise
+            if name in arguments.names:         # else it was deleted since its name was sent
+                tell(str(error))
+                failed = 4
+    return found, failed
+
+
+def show_status(arguments, client):
+    """Print the table once. Returns the exit status: 3 where a row does not run."""
+    found, failed = find_statuses(arguments, client)
+    rows = [row for status in found for row in status_rows(json.loads(status))]
+    if arguments.json:
+        lines = [status.decode("utf-8").rstrip("\n") for status in found]
+    else:
+        columns, height = terminal_size()
+        lines = status_table(rows, columns, wants_colour())
+        if arguments.watch and height:
+            lines = ["\x1b[H\x1b[K" + lines[0], *("\x1b[K" + line for line in lines[1:height - 1])]
+            lines[-1] += "\x1b[J"
+    for line in lines:
+        print(line)
+    sys.stdout.flush()
+    return failed or (3 if any(row[1] != "running" for row in rows) else 0)
+
+
+def status_command(arguments):
+    """status"""
+    client = connect(arguments)
+    if arguments.watch and sys.stdout.isatty():
+        print("\x1b[2J", end="")
+    while True:
+        status = show_status(arguments, client)
+        if not arguments.watch:
+            return status
+        time.sleep(STATUS_INTERVAL)
+
+
+# serve
+
 class Announcement:
     """Prints where the server listens, once it does."""
 
@@ -5778,9 +6426,8 @@ class Announcement:
         """See apps."""
         try:
             print("gaffer %s listening on %s" % (__version__, ", ".join(self._http.urls)), flush=True)
-        except OSError:                         # nobody reads it; what is left in the buffer must not fail again at the end
-            with open(os.devnull, "wb") as nothing:
-                os.dup2(nothing.fileno(), sys.stdout.fileno())
+        except OSError:                         # nobody reads it
+            drop_output()
 
 
 SECOND_STAGE = """import sys
@@ -5838,6 +6485,13 @@ def serve(arguments):
     return 0
 
 
+# the table
+
+def option(*names, **how):
+    """An argument of a command, as argparse's add_argument() takes it."""
+    return names, how
+
+
 def window_bytes(text):
     """--window: a number of bytes."""
     import argparse
@@ -5846,54 +6500,216 @@ def window_bytes(text):
     return int(text)
 
 
-def add_options(parser, before=""):
-    """The options of serve, which may stand before the command too: there their names begin with `before`."""
-    def option(*names, **how):
-        parser.add_argument(*names, dest=before + names[-1].lstrip("-").replace("-", "_"), **how)
-    option("--bind", metavar="ADDRESS", action="append", default=[],
-           help="host:port (port 0: any free one), [v6]:port or unix:/path; repeatable (default 127.0.0.1:5000)")
-    option("--token-file", metavar="FILE", help="every request needs the token in this file")
-    option("--cors-origin", metavar="ORIGIN", action="append", default=[],
-           help="let pages of this origin use the API ('*': all of them); repeatable")
-    option("--allow-host", metavar="HOST", action="append", default=[], help="a further name of this server; repeatable")
-    option("--certfile", metavar="FILE", help="serve TLS with this certificate (PEM)")
-    option("--keyfile", metavar="FILE", help="and this key")
-    option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE)
-    option("-v", "--verbose", action="count", default=0, help="log events; -vv: the processes' output too")
-
-
-def join_options(arguments):
-    """Bring together what stood before the command and after it: lists and counts add up, else the later one holds."""
-    for name, early in list(vars(arguments).items()):
-        if name.startswith("before_"):
-            late = getattr(arguments, name[7:])
-            adds_up = name in ("before_bind", "before_cors_origin", "before_allow_host", "before_verbose")
-            setattr(arguments, name[7:], early + late if adds_up else late or early)
-
-
-def make_parser():
-    """The argparse table."""
+def positive(text):
+    """A whole number of at least 1."""
     import argparse
-    parser = argparse.ArgumentParser(prog="gaffer.py", description="A process supervisor in one file, driven over HTTP.")
-    parser.add_argument("--version", action="version", version="gaffer %s" % __version__)
-    add_options(parser, "before_")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    serve_parser = commands.add_parser("serve", help="run the supervisor and its HTTP API",
-                                       description="Run the supervisor and its HTTP API.")
-    add_options(serve_parser)
-    serve_parser.set_defaults(run=serve)
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError("'%s' is no whole number of at least 1" % text)
+    return int(text)
+
+
+def some_seconds(text):
+    """A number of seconds."""
+    import argparse
+    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError("'%s' is no number of seconds" % text)
+    return float(text)
+
+
+def template_options():
+    """Options for the fields of a template."""
+    yield option("--env", metavar="NAME=VALUE", action="append", help="a variable of its environment; repeatable")
+    for field, (default, _, text) in OPTIONS.items():
+        name = field.replace("_", "-")
+        if default is True and field != "start":
+            yield option("--no-" + name, dest=field, action="store_false", default=True, help="not: " + text)
+        elif default is False:
+            yield option("--" + name, action="store_true", help=text)
+        elif field not in ("name", "cmd", "args", "env", "start"):
+            yield option("--" + name, metavar="VALUE", help=text)
+
+
+Command = collections.namedtuple("Command", "run group usage help options")
+
+TOKEN = option("--token-file", metavar="FILE", help="the token is in this file (or in GAFFER_TOKEN)")
+CONNECTION = (
+    option("--endpoint", metavar="URL",
+           help="http://host:port, https://host:port or unix:/path (or GAFFER_ENDPOINT; default %s)" % DEFAULT_ENDPOINT),
+    TOKEN,
+    option("--cacert", metavar="FILE", help="trust the certificates in this file (PEM)"),
+)
+ASK = (*CONNECTION, option("--json", action="store_true", help="print what the server sent"))
+SOME_NAMES = option("names", metavar="NAME", nargs="+", help="a name or a pid, a glob such as 'web*' or 'group:*', or all")
+NAMES_OR_ALL = option("names", metavar="NAME", nargs="*", help=SOME_NAMES[1]["help"] + " (the default)")
+WAIT = (
+    option("--timeout", metavar="SECONDS", type=some_seconds,
+           help="wait so long until it is done, then exit with 124; it goes on"),
+    option("--no-wait", action="store_true", help="do not wait until it is done"),
+)
+TEMPLATE = (
+    option("name", metavar="NAME", help="the template's name"),
+    option("cmd", metavar="CMD", nargs="+",
+           help="a command line as one word, or a program and its arguments (after -- if they have options)"),
+    option("--start", action="store_true", help="start it"),
+    *template_options(),
+)
+ONE_NAME = option("names", metavar="NAME", nargs=1, help=SOME_NAMES[1]["help"])
+BY = option("n", metavar="N", nargs="?", type=positive, default=1, help="how many (default 1)")
+
+COMMANDS = {
+    "serve": Command(serve, "server", "[options]", "run the supervisor and its HTTP API", (
+        option("--bind", metavar="ADDRESS", action="append", default=[],
+               help="host:port (port 0: any free one), [v6]:port or unix:/path; repeatable (default 127.0.0.1:5000)"),
+        option("--token-file", metavar="FILE", help="every request needs the token in this file (or in GAFFER_TOKEN)"),
+        option("--cors-origin", metavar="ORIGIN", action="append", default=[],
+               help="let pages of this origin use the API ('*': all of them); repeatable"),
+        option("--allow-host", metavar="HOST", action="append", default=[], help="a further name of this server; repeatable"),
+        option("--certfile", metavar="FILE", help="serve TLS with this certificate (PEM)"),
+        option("--keyfile", metavar="FILE", help="and this key"),
+        option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE),
+        option("-v", "--verbose", action="count", default=0, help="log events; -vv: the processes' output too"))),
+    "processes": Command(processes_command, "look", "[options]", "list the names of all templates", (
+        option("--running", action="store_true", help="the pids of all that runs instead"), *ASK)),
+    "status": Command(status_command, "look", "[options] [NAME ...]", "show what runs, and what will happen next", (
+        NAMES_OR_ALL, option("-w", "--watch", action="store_true", help="again each second, until Ctrl-C"), *ASK)),
+    "start": Command(start_command, "control", "[options] NAME ...", "start processes", (SOME_NAMES, *WAIT, *ASK)),
+    "stop": Command(stop_command, "control", "[options] NAME ...", "stop processes; they stay stopped", (
+        SOME_NAMES, *WAIT, *ASK)),
+    "restart": Command(restart_command, "control", "[options] NAME ...", "stop each process, and replace it", (
+        SOME_NAMES, *WAIT, *ASK)),
+    "add": Command(add_command, "control", "[options] NAME [N]", "run more processes of a template", (
+        ONE_NAME, BY, *ASK)),
+    "sub": Command(sub_command, "control", "[options] NAME [N]", "run fewer processes of a template; the oldest end", (
+        ONE_NAME, BY, *ASK)),
+    "kill": Command(kill_command, "control", "[options] NAME SIGNAL", "send a signal to processes", (
+        ONE_NAME, option("sig", metavar="SIGNAL", help="15, TERM or SIGTERM"),
+        option("--group", action="store_true", help="to their whole process groups"), *ASK)),
+    "running": Command(running_command, "look", "[options] NAME ...", "print how many processes of a template run", (
+        SOME_NAMES, *ASK)),
+    "numprocesses": Command(numprocesses_command, "look", "[options] NAME ...", "print how many processes are wanted", (
+        SOME_NAMES, *ASK)),
+    "pids": Command(pids_command, "look", "[options] NAME ...", "print the pids of what runs", (SOME_NAMES, *ASK)),
+    "get_process": Command(get_process_command, "template", "[options] NAME ...", "print a template as JSON", (
+        SOME_NAMES, *ASK)),
+    "add_process": Command(add_process_command, "template", "[options] NAME CMD ...", "add a template", (
+        *TEMPLATE, *ASK)),
+    "load_process": Command(load_process_command, "template", "[options] FILE", "add a template from a file of JSON", (
+        option("file", metavar="FILE", help="as POST /processes takes it; - is stdin"),
+        option("--start", action="store_true", help="start it"), *ASK)),
+    "update_process": Command(
+        update_process_command, "template", "[options] NAME CMD ...", "replace a template and its processes", (
+            *TEMPLATE, *ASK)),
+    "del_process": Command(del_process_command, "template", "[options] NAME ...", "forget a template; its processes stop", (
+        SOME_NAMES, *ASK)),
+}
+GROUPS = {"server": "the server", "control": "control", "look": "look", "template": "templates"}
+
+QUICK_START = """\
+A process supervisor in one file, driven over HTTP. To begin with:
+
+  gaffer.py serve                          run it: API and web page are at http://127.0.0.1:5000
+  gaffer.py add_process --start web 'python3 -m http.server 8000'
+  gaffer.py status                         what runs?
+"""
+EXIT_STATUSES = """\
+'gaffer.py COMMAND --help' says more. Options may stand before or after the command.
+Exit status: 0 done, 1 the server said no, 2 wrong usage, 3 not running (status),
+4 no such name, 5 no server there, 6 refused, 124 timed out.
+"""
+
+
+def help_formatter(prog):
+    """An argparse formatter whose text is the same from every version of Python."""
+    import argparse
+
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        """An option's value is named once."""
+
+        def _format_action_invocation(self, action):
+            names = ", ".join(action.option_strings)
+            return (action.metavar or action.dest) if not names else names if action.nargs == 0 else "%s %s" % (
+                names, action.metavar)
+    return Formatter(prog, max_help_position=26)
+
+
+def make_parser(name):
+    """The argparse parser of one command."""
+    import argparse
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog="gaffer.py " + name, usage="gaffer.py %s %s" % (name, command.usage), allow_abbrev=False,
+        description="%s%s." % (command.help[0].upper(), command.help[1:]), formatter_class=help_formatter)
+    parser._optionals.title = "options"         # Python 3.8 and 3.9 say "optional arguments"
+    for names, how in command.options:
+        parser.add_argument(*names, **how)
     return parser
 
 
+def overview():
+    """The help for who does not know yet which command to ask for."""
+    lines = ["usage: gaffer.py COMMAND [options] ...", "", QUICK_START]
+    for group, title in GROUPS.items():
+        lines.append("%s:" % title)
+        lines += ["  %-16s %s" % (name, command.help) for name, command in COMMANDS.items() if command.group == group]
+        lines.append("")
+    return "\n".join([*lines, EXIT_STATUSES])
+
+
+def command_first(argv):
+    """(command, arguments): options may stand before the command's word. (None, argv): there is no such word."""
+    options = [(names, how) for command in COMMANDS.values() for names, how in command.options]
+    with_value = {name for names, how in options if how.get("action", "append") == "append" for name in names}
+    index = 0
+    while index < len(argv) and (argv[index] in COMMANDS or argv[index].startswith("-")):
+        if argv[index] in COMMANDS:
+            return argv[index], argv[:index] + argv[index + 1:]
+        index += 2 if argv[index] in with_value else 1
+    return None, argv[index:] or argv
+
+
+def without_command(argv):
+    """--version, --help, nothing at all, or a mistake."""
+    if argv == ["--version"]:
+        print("gaffer %s" % __version__)
+        return 0
+    if argv and argv[0] not in ("-h", "--help"):
+        what = "option" if argv[0].startswith("-") else "command"
+        raise ClientError("there is no %s '%s'%s" % (
+            what, argv[0], near(argv[0], COMMANDS) or "; --help lists the commands"), 2)
+    print(overview(), end="")
+    return 0 if argv else 2
+
+
+def run_command(argv):
+    """Do what a command line says. Returns the exit status."""
+    name, argv = command_first(argv)
+    if name is None:
+        return without_command(argv)
+    parser = make_parser(name)
+    rest = any(how.get("nargs") == "..." for _, how in COMMANDS[name].options)
+    try:
+        arguments = parser.parse_args(argv) if rest else parser.parse_intermixed_args(argv)
+    except SystemExit as error:                 # argparse has said it, or printed the help
+        return error.code
+    return COMMANDS[name].run(arguments)
+
+
 def main(argv=None):
-    """The command line. Returns the exit status: 0 done, 1 it could not start, 2 wrong usage."""
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help()
-        return 2
-    join_options(arguments)
-    return arguments.run(arguments)
+    """The command line. Returns the exit status: 0 done, 1 it could not be done, 2 wrong usage, 3 not running (status), 4 no
+    such name, 5 no server there, 6 refused, 124 timed out, 130 interrupted."""
+    try:
+        status = run_command(list(sys.argv[1:] if argv is None else argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        return 128 + signal.SIGPIPE             # silent, as who is killed by it
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (StartError, ClientError, GafferError) as error:
+        tell(str(error))
+        return getattr(error, "exit_status", 1)
+    return status
 
 
 if __name__ == "__main__":

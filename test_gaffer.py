@@ -9560,8 +9560,316 @@ class CliErrors(CliCase):
         self.assertEqual(self.called("-h"), self.called("--help"))
         for status, out, err in self.called("--help"), self.called("serve", "--help"):
             self.assertEqual((status, err), (0, ""))
-            for option in Structure.serve_options():
-                self.assertIn(option, out)
+            self.assertEqual(out[:6], "usage:")
+        for option in Structure.serve_options():
+            self.assertIn(option, self.called("serve", "--help")[1])
+
+
+class CliControlCase(ServerCase, CliCase):
+    """A server in this process, and main() called beside it: `self.call()`. The user's environment is not asked."""
+
+    def setUp(self):
+        super().setUp()
+        pure_environ(self, GAFFER_ENDPOINT=self.server.url, GAFFER_TOKEN=None, NO_COLOR=None)
+
+    def call(self, *arguments, status=0, err=""):
+        """stdout of a command that ends with `status` and says `err` (a regular expression)."""
+        found, out, said = self.called(*arguments)
+        self.assertEqual(found, status, (arguments, out, said))
+        self.assertRegex(said, r"\A%s\Z" % err, arguments)
+        return out
+
+    def sleepers(self, *names, **options):
+        """Templates that run for long."""
+        for name in names:
+            self.server.add(name, {"cmd": "sleep 1000"}, **options)
+
+
+class CliControl(CliControlCase):
+    """Commands that look and change, against a real server."""
+
+    def test_start_stop_restart_say_a_line_each(self):
+        self.sleepers("web", "g:a", "g:b")
+        self.assertEqual(self.call("start", "web"), "web: already running\n")
+        self.assertEqual(self.call("stop", "g:*"), "g:a: stopped\ng:b: stopped\n")
+        self.assertEqual(self.call("stop", "all"), "web: stopped\ng:a: already stopped\ng:b: already stopped\n")
+        self.assertEqual(self.server.ok("GET", "/processes?running=true"), [])
+        self.assertEqual(self.call("start", "w*", "web", "g:[b]"), "web: started\ng:b: started\n")
+        self.assertEqual(self.call("restart", "all"), "web: restarted\ng:a: started\ng:b: restarted\n")
+        self.assertEqual([self.server.ok("GET", "/status/" + name)["pids"] for name in ("web", "g:b", "g:a")], [[6], [8], [7]])
+
+    def test_stop_waits_until_it_is_gone(self):
+        ready = "import os, signal\nsignal.signal(15, lambda *a: (input(), os._exit(0)))\nos.write(1, b'ready\\n')\nsignal.pause()"
+        self.server.add("slow", python(ready), redirect_input=True, graceful_timeout=1000)
+        self.assertEqual(self.server.request("GET", "/streams/1/stdout?since=0")[2], b"ready\n")
+        self.assertEqual(self.call("stop", "slow", "--timeout", "0.1", status=124, err="gaffer: this was not done in 0.1 .*\n"), "")
+        self.assertEqual(self.call("stop", "slow", "--no-wait"), "slow: stopped\n")
+        row = self.call("status", status=3).splitlines()[1]
+        self.assertRegex(row, r"slow +stopping +1 .* SIGKILL in 16m")
+        self.server.ok("POST", "/streams/1/stdin", b"\n")
+        self.call("stop", "slow")
+        self.assertEqual(self.call("stop", "slow"), "slow: already stopped\n")
+
+    def test_pids_stand_for_processes(self):
+        self.sleepers("web", numprocesses=2)
+        self.assertEqual(self.call("stop", "1", "--no-wait"), "1: stopped\n")
+        self.server.wait_event("proc/web/exit")
+        self.assertEqual(self.call("pids", "web"), "2 3\n")
+        self.assertEqual(self.call("kill", "2", "KILL"), "2: signalled KILL\n")
+        self.assertIn('"os_pid"', self.call("get_process", "3"))
+        self.call("start", "3", status=2, err="gaffer: 3 is a pid: .*\n")
+        self.call("stop", "77", status=4, err="gaffer: there is no process 77; 'gaffer.py processes' lists them\n")
+
+    def test_templates_from_the_command_line(self):
+        self.assertEqual(self.call("add_process", "a", "sleep 1000", "--start"), "a: added and started\n")
+        self.assertEqual(self.call("add_process", "--env", "A=1=2", "--env", "B=", "--numprocesses", "2", "--redirect-output",
+                                   "out, err", "--redirect-input", "--no-os-env", "--flapping", "3, retry_in=2.5", "--priority", "-1",
+                                   "b", "sleep", "1000"), "b: added\n")
+        info = json.loads(self.call("get_process", "b"))
+        self.assertEqual((info["cmd"], info["args"], info["env"], info["start"]), ("sleep", ["1000"], {"A": "1=2", "B": ""}, False))
+        self.assertEqual((info["redirect_output"], info["redirect_input"], info["os_env"]), (["out", "err"], True, False))
+        self.assertEqual((info["numprocesses"], info["priority"], info["flapping"]), (
+            2, -1, {"attempts": 3, "window": 1.0, "retry_in": 2.5, "max_retry": 5}))
+        self.assertEqual(self.call("update_process", "a", "--cwd", ".", "--", "sleep", "-0", "2000"), "a: updated\n")
+        info = json.loads(self.call("get_process", "--json", "a"))
+        self.assertEqual((info["args"], info["cwd"], info["start"]), (["-0", "2000"], os.getcwd(), True))
+        self.assertEqual(self.call("update_process", "b", "sleep 3000", "--start"), "b: updated\n")
+        self.assertEqual(self.server.ok("GET", "/status/b")["running"], 1)
+        path = self.file(self.folder(), "c.json", json.dumps({"name": "c", "cmd": "sleep 1000", "start": True}))
+        self.assertEqual(self.call("load_process", path), "c: added\n")
+        self.assertEqual(self.server.ok("GET", "/status/c")["active"], False)
+        self.assertEqual(self.call("del_process", "*"), "a: deleted\nb: deleted\nc: deleted\n")
+        self.assertEqual(self.call("processes"), "")
+
+    def test_templates_that_are_refused(self):
+        self.sleepers("a")
+        self.call("add_process", "a", "x", status=1, err="gaffer: .*'gaffer.py update_process' replaces it\n")
+        self.call("add_process", "b", "nosuchprogram", "--start", status=1, err="gaffer: .*not found in PATH\n")
+        self.call("add_process", "b", "x", "--uid", "nosuchuser", status=1, err="gaffer: .*nosuchuser.*\n")
+        self.call("add_process", "b", "x", "--numprocesses", "two", status=2, err="gaffer: --numprocesses: .*not 'two'\n")
+        self.call("add_process", "b", "x", "--flapping", "1 2 3 4 5", status=2, err="gaffer: --flapping: .*\n")
+        self.call("load_process", "/nosuch", status=1, err="gaffer: /nosuch cannot be read as JSON: No such file.*\n")
+        folder = self.folder()
+        self.call("load_process", self.file(folder, "x", "{"), status=1, err="gaffer: .*line 1.*\n")
+        self.call("load_process", self.file(folder, "y", "[]"), status=1, err="gaffer: .*one JSON object.*\n")
+        self.assertEqual(self.call("processes"), "a\n")
+
+    def test_counts(self):
+        self.sleepers("web", "db")
+        self.assertEqual(self.call("add", "web", "2"), "web: 3 processes\n")
+        self.assertEqual(self.call("add", "web"), "web: 4 processes\n")
+        self.assertEqual(self.call("sub", "web", "3"), "web: 1 process\n")
+        self.assertEqual(self.call("numprocesses", "web"), "1\n")
+        self.assertEqual(self.call("running", "all"), "web: 1\ndb: 1\n")
+        self.assertEqual(self.call("processes", "--running"), "2\n5\n")
+        for number in ("0", "-1", "x"):
+            self.call("add", "web", number, status=2, err=r"usage: [\s\S]*")
+        self.server.json("POST", "/_reload")
+        self.call("kill", "web", "NOSUCH", status=1, err="gaffer: 'NOSUCH' is no signal.*\n")
+
+    def test_json_is_what_the_server_sent(self):
+        self.sleepers("a", "b")
+        self.assertEqual(self.call("processes", "--json"), '["a", "b"]\n')
+        self.assertEqual(self.call("--json", "pids", "all"), '{"ok": true, "pids": [1]}\n{"ok": true, "pids": [2]}\n')
+        self.assertEqual(self.call("add", "a", "--json"), '{"ok": true, "numprocesses": 2}\n')
+        self.assertEqual([json.loads(line)["name"] for line in self.call("status", "--json").splitlines()], ["a", "b"])
+        self.assertEqual(self.call("stop", "a", "--json"), '{"ok": true}\n')
+
+    def test_one_name_that_fails_does_not_keep_the_others(self):
+        self.sleepers("web", "db")
+        out = self.call("stop", "webb", "db", "n", status=4, err="gaffer: .*did you mean 'web'\\?\ngaffer: .*'n'.*\n")
+        self.assertEqual(out, "db: stopped\n")
+        self.call("stop", "x*", "db", status=4, err="gaffer: no process matches 'x\\*'.*\n")
+
+
+class CliStatus(CliControlCase):
+    """The table of `status`."""
+
+    def test_a_row_for_each_process(self):
+        self.sleepers("web", numprocesses=2)
+        self.sleepers("off", start=False)
+        head, *rows = self.call("status", "web").splitlines()
+        self.assertEqual(head.split(), "NAME STATE PID UPTIME RESTARTS EXIT CPU MEM".split())
+        for pid, row in enumerate(rows, 1):
+            self.assertRegex(row, r"\Aweb +running +%d +\ds +0 +- +\d+\.\d%% +[\d.]+[KM]?\Z" % pid)
+            self.assertLessEqual(len(row), 80)
+        self.assertEqual(len(rows), 2)
+        rows = self.call("status", status=3).splitlines()
+        self.assertEqual(rows[3].split(), ["off", "stopped", "-", "-", "0", "-", "-", "-"])
+
+    def test_it_says_what_happens_next(self):
+        self.server.add("broken", "false")
+        self.server.add("killed", {"cmd": "kill -9 $$", "shell": True}, flapping={"attempts": 2, "window": 60.0, "retry_in": 300.0})
+        self.server.add("hopeless", "sh -c 'exit 7'", flapping={"attempts": 2, "window": 60.0, "max_retry": 0})
+        until(lambda: self.server.ok("GET", "/status/broken")["restarts"] >= 3)
+        self.server.wait_event("proc/killed/flap")
+        self.server.wait_event("proc/hopeless/stop")
+        rows = {row.split()[0]: row for row in self.call("status", status=3).splitlines()}
+        self.assertRegex(rows["broken"], r"broken +backoff +- +- +\d+ +1 .*  next try in \ds, exited 1 \d times\Z")
+        self.assertRegex(rows["killed"], r"flapping +- .* 137 .* next try in (5m00s|4m5\ds), exited 137 \(SIGKILL\) 2 times\Z")
+        self.assertRegex(rows["hopeless"], r"stopped .* 7 .*  gave up, exited 7 2 times\Z")
+
+    def test_table_on_a_terminal(self):
+        rows = [("x" * 100, "running", 1, "1s", 0, "-", "0.1%", "1M", ""),
+                ("web", "backoff", "-", "-", 12, 137, "-", "-", "next try in 8s, exited 137 (SIGKILL) 3 times")]
+        lines = gaffer.status_table(rows, 80, False)
+        self.assertTrue(all(len(line) <= 80 for line in lines), lines)
+        wide = gaffer.status_table(rows, None, False)
+        self.assertIn("x" * 100, wide[1])
+        self.assertTrue(wide[2].endswith("3 times"))
+        coloured = gaffer.status_table(rows, 80, True)
+        self.assertEqual([re.sub("\x1b\\[\\d+m", "", line) for line in coloured], lines)
+        self.assertNotEqual(coloured, lines)
+
+    def test_times_and_exits_as_words(self):
+        for seconds, words in (0, "0s"), (59.9, "59s"), (62, "1m02s"), (3 * 3600 + 720, "3h12m"), (2 * 86400 + 4 * 3600, "2d04h"):
+            self.assertEqual(gaffer.span(seconds), words)
+        self.assertEqual(gaffer.exit_text({"exit_status": 3, "term_signal": 0}), "exited 3")
+        self.assertEqual(gaffer.exit_text({"exit_status": 0, "term_signal": 9, "times": 2}), "exited 137 (SIGKILL) 2 times")
+        self.assertEqual(gaffer.signal_name(99), "SIG99")
+
+
+class CliCommands(CliControlCase):
+    """Every command: a name that is not there, no server there, a token that is refused; and how it is asked for help."""
+
+    NAME = {"start", "stop", "restart", "add", "sub", "running", "numprocesses", "pids", "get_process", "del_process"}
+    ARGUMENTS = {"kill": ["web", "HUP"], "add_process": ["x", "sleep 1"], "update_process": ["web", "sleep 1"],
+                 "load_process": [os.path.join(HERE, "LICENSE")], "processes": [], "status": ["web"]}
+
+    @classmethod
+    def commands(cls):
+        """(name, arguments) of all that ask a server."""
+        for name, command in gaffer.COMMANDS.items():
+            if any("--endpoint" in names for names, _ in command.options):
+                yield name, cls.ARGUMENTS[name] if name in cls.ARGUMENTS else ["web"]
+
+    def setUp(self):
+        super().setUp()
+        self.ARGUMENTS["load_process"] = [self.file(self.folder(), "x.json", '{"name": "x", "cmd": "true"}')]
+
+    def test_all_are_there(self):
+        self.assertLess(self.NAME, {name for name, _ in self.commands()})
+
+    def test_a_name_that_is_not_there(self):
+        for name, arguments in self.commands():
+            if "web" in arguments:
+                with self.subTest(name):
+                    self.assertEqual(self.called(name, *arguments)[0], 4)
+                    self.assertRegex(self.called(name, *arguments)[2], r"\Agaffer: [^\n]*'gaffer.py processes' lists[^\n]*\n\Z")
+
+    def test_no_server(self):
+        for name, arguments in self.commands():
+            with self.subTest(name):
+                status, out, err = self.called("--endpoint", "http://127.0.0.1:1", name, *arguments)
+                self.assertEqual((status, out), (5, ""))
+                self.assertRegex(err, r"\Agaffer: there is no gaffer at http://127.0.0.1:1 \(.*'python3 gaffer.py serve'[^\n]*\n\Z")
+
+    def test_a_token_is_refused(self):
+        server = Running(token="s3cret")
+        self.addCleanup(server.stop_all)
+        token = self.file(self.folder(), "token", "wrong\n")
+        for name, arguments in self.commands():
+            for more in ([], ["--token-file", token]):
+                with self.subTest(name):
+                    status, out, err = self.called(name, *arguments, *more, "--endpoint", server.url)
+                    self.assertEqual((status, out), (6, ""))
+                    self.assertRegex(err, r"\Agaffer: the server wants its token: [^\n]*--token-file[^\n]*\n\Z")
+        os.environ["GAFFER_TOKEN"] = "s3cret"
+        self.assertEqual(self.called("processes", "--endpoint", server.url), (0, "", ""))
+
+    def test_help(self):
+        for name, command in gaffer.COMMANDS.items():
+            with self.subTest(name):
+                out = self.call(name, "--help")
+                self.assertTrue(out.startswith("usage: gaffer.py %s %s\n" % (name, command.usage)), out)
+                for names, _ in command.options:
+                    if names[0].startswith("-"):
+                        self.assertIn(names[-1], out)
+        self.assertEqual(self.call(status=2), self.call("--help"))
+        for name in gaffer.COMMANDS:
+            self.assertRegex(self.call("--help"), r"\n  %s +[a-z]" % name)
+
+    def test_no_name_of_an_option_has_two_kinds(self):
+        """Or a command's word could not be found behind it."""
+        kinds = {}
+        for command in gaffer.COMMANDS.values():
+            for names, how in command.options:
+                for name in names:
+                    if name.startswith("-"):
+                        self.assertEqual(kinds.setdefault(name, how.get("action", "append") == "append"),
+                                         how.get("action", "append") == "append", name)
+
+    def test_mistakes(self):
+        self.call("statsu", status=2, err="gaffer: there is no command 'statsu', did you mean 'status'\\?\n")
+        self.call("--json", "--x", status=2, err="gaffer: there is no option '--json'.*\n")
+        self.call("stop", status=2, err=r"usage: gaffer.py stop [\s\S]*NAME\n")
+        self.call("stop", "--al", "x", status=2, err=r"usage: gaffer.py stop [\s\S]*--al\n")
+        for endpoint in ("ftp://x", "http://", "unix:", "http://x:99999", "http://[::1"):
+            self.call("processes", "--endpoint", endpoint, status=2, err="gaffer: '.*' is no endpoint: .*\n")
+
+    def test_endpoints(self):
+        folder = self.folder()
+        path = os.path.join(folder, "socket")
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(path)
+        self.call("processes", "--endpoint", "unix:" + path, status=5, err="gaffer: .*connection refused.*\n")
+        self.call("processes", "--endpoint", "unix:" + folder + "/x", status=5, err="gaffer: .*no such file.*\n")
+        self.call("processes", "--endpoint", self.server.url.replace("http", "https"), status=5, err="gaffer: .*\n")
+        os.unlink(path)
+        server = Running(endpoints=[gaffer.HttpEndpoint("unix:" + path)])
+        self.addCleanup(server.stop_all)
+        self.assertEqual(self.call("processes", "--endpoint", "unix:" + path), "")
+        self.assertEqual(self.call("processes", "--endpoint", "127.0.0.1:%d" % self.server.port), "")
+
+    def test_what_is_no_gaffer(self):
+        answers = {b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi": 5, b"HTTP/1.1 404 No\r\nContent-Length: 2\r\n\r\n{}": 5,
+                   b"SSH-2.0-x\r\n": 5, b"": 5, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi": 5}
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            for answer, expected in answers.items():
+                def serve_once(answer=answer):
+                    sock, _ = listener.accept()
+                    with sock:
+                        sock.recv(65536)
+                        sock.sendall(answer)
+                thread = threading.Thread(target=serve_once)
+                thread.start()
+                endpoint = "http://127.0.0.1:%d" % listener.getsockname()[1]
+                self.call("get_process", "x*", "--endpoint", endpoint, status=expected, err="gaffer: there is no gaffer at .*\n")
+                thread.join()
+
+    @unittest.skipUnless(shutil.which("openssl"), "needs openssl for a certificate")
+    def test_tls(self):
+        folder = self.folder()
+        cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                        "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert],
+                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        server = Running(endpoints=[gaffer.HttpEndpoint("127.0.0.1:0", cert, key)])
+        self.addCleanup(server.stop_all)
+        self.assertEqual(self.call("processes", "--endpoint", server.url, "--cacert", cert), "")
+        self.call("processes", "--endpoint", server.url, status=6, err="gaffer: .*cannot be trusted.*--cacert\n")
+        self.call("processes", "--endpoint", server.url, "--cacert", key, status=2, err="gaffer: .*--cacert.*\n")
+
+    def test_as_a_user_runs_them(self):
+        """The same as programs of their own: silent where nobody reads, nothing but the sentence where it fails."""
+        self.sleepers("web")
+        env = dict(self.env, GAFFER_ENDPOINT=self.server.url)
+        runs = {name: subprocess.Popen(CLI_COMMAND + arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       universal_newlines=True)
+                for name, arguments in (("status", ["status"]), ("wrong", ["stop", "nosuch"]), (
+                    "nobody", ["status", "--endpoint", "http://127.0.0.1:1"]), ("help", []))}
+        outcomes = {}
+        for name, run in runs.items():
+            with run:
+                out, err = run.communicate(timeout=TIMEOUT)
+                outcomes[name] = (run.returncode, out.count("\n") > 0, err.count("\n"))
+        self.assertEqual(outcomes, {"status": (0, True, 0), "wrong": (4, False, 1), "nobody": (5, False, 1), "help": (2, True, 0)})
+        read, write = os.pipe()
+        os.close(read)
+        for arguments in (["status"], ["--help"], ["status", "--help"]):
+            run = subprocess.run(CLI_COMMAND + arguments, env=env, stdout=write, stderr=subprocess.PIPE, check=False, timeout=TIMEOUT)
+            self.assertEqual((run.returncode, run.stderr), (141, b""), arguments)
+        os.close(write)
 
 
 class Readme(CliCase):
@@ -9867,9 +10175,7 @@ class Structure(Case):
     @staticmethod
     def serve_options():
         """The long options of serve, and -v."""
-        parser = gaffer.make_parser()
-        commands, = [action for action in parser._actions if hasattr(action, "choices") and action.dest == "command"]
-        return [option for action in commands.choices["serve"]._actions for option in action.option_strings
+        return [option for action in gaffer.make_parser("serve")._actions for option in action.option_strings
                 if option not in ("-h", "--help")]
 
     def test_every_option_of_serve_is_in_the_readme_and_in_a_test(self):
