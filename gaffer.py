@@ -162,6 +162,9 @@ CLIENT_TIME = 30.0                  # a command waits so long for an answer
 HEARTBEAT = 10                      # asks for a sign of life each so many seconds where it follows a stream
 STREAM_TIME = 3.0 * HEARTBEAT       # and takes it for lost without one
 STATUS_INTERVAL = 1.0               # status -w
+RETRY_FIRST = 0.1                   # a server that is away is asked again, each time after twice as long
+RETRY_MAX = 2.0
+LOG_QUEUE = 1000                    # lines that wait to be printed; then the server keeps them
 
 
 class GafferError(Exception):
@@ -5474,6 +5477,13 @@ class NoServer(ClientError):
                          "--endpoint or GAFFER_ENDPOINT" % (endpoint, why), 5)
 
 
+class NotThere(ClientError):
+    """There is no such name, pid or group."""
+
+    def __init__(self, reason):
+        super().__init__(reason, 4, "not_found")
+
+
 def refusal(endpoint, status, body):
     """The ClientError of an answer that is none of success."""
     try:
@@ -5485,7 +5495,7 @@ def refusal(endpoint, status, body):
         reason = "the server wants its token: give it with --token-file FILE or GAFFER_TOKEN"
     reason = re.sub(r"GET /processes\S* lists them", "'gaffer.py processes' lists them", reason)
     reason = re.sub(r"PUT /processes/\S+ replaces it", "'gaffer.py update_process' replaces it", reason)
-    return ClientError(reason, 4 if code == "not_found" else REFUSAL_STATUSES.get(status, 1), code)
+    return NotThere(reason) if code == "not_found" else ClientError(reason, REFUSAL_STATUSES.get(status, 1), code)
 
 
 class Client:
@@ -5578,9 +5588,10 @@ class Client:
 
     def events(self, path, last_id=""):
         """(id, type, data) of each event of an event stream, until it ends or is lost: then ask again with the last id.
-        `path` has a query that begins with FEED. ClientError: it cannot be had."""
+        The first has the type None and the stream's Gaffer-Offset. `path` asks for FEED. ClientError: it cannot be had."""
         from http.client import HTTPException
         with self.open("GET", path, None, {"Last-Event-ID": last_id} if last_id else None, STREAM_TIME) as response:
+            yield "", None, response.headers.get("Gaffer-Offset", "")
             fields = {}
             try:
                 for line in response:
@@ -5956,6 +5967,14 @@ class LineSink:
         reader.close()
 
 
+def event_text(event):
+    """An event in words: "web: exit (pid 1, os pid 4711, status 3)"."""
+    details = ["pid %d" % event["pid"], "os pid %d" % event["os_pid"]] if "pid" in event else []
+    if event["event"] == "exit":
+        details.append("signal %d" % event["term_signal"] if event["term_signal"] else "status %d" % event["exit_status"])
+    return "%s: %s%s" % (event["name"], event["event"], " (%s)" % ", ".join(details) if details else "")
+
+
 class ConsoleOutput:
     """Logs what happens: events, and with `output` the processes' output too, a line each."""
 
@@ -5968,10 +5987,7 @@ class ConsoleOutput:
         manager.subscribe("", self._event)
 
     def _event(self, kind, event):
-        details = ["pid %d" % event["pid"], "os pid %d" % event["os_pid"]] if "pid" in event else []
-        if kind == "exit":
-            details.append("signal %d" % event["term_signal"] if event["term_signal"] else "status %d" % event["exit_status"])
-        log.info("%s: %s%s", event["name"], kind, " (%s)" % ", ".join(details) if details else "")
+        log.info("%s", event_text(event))
         if kind == "create" and self._output:
             template = self._manager.templates.get(event["name"])
             for label, merged in template.merged.items() if template else ():
@@ -5983,6 +5999,18 @@ class ConsoleOutput:
 #
 # Values as text, as the command line has them. Pure.
 # --------------------------------------------------------------------------------------------------------------------
+PALETTE = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)      # colours of a terminal, one for each name
+
+
+def event_pattern(text):
+    """A pattern as Manager.subscribe() takes it. Dots stand for slashes where gafferctl's patterns had them:
+    "proc.web.exit"."""
+    if "/" in text or not text.startswith("proc."):
+        return text
+    name, _, kind = text[5:].rpartition(".")
+    return "proc/%s/%s" % (name, kind) if name and kind in EVENT_TYPES else "proc/" + text[5:]
+
+
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -6071,7 +6099,7 @@ def find_names(client, words):
         names = client.get("/processes") if names is None else names
         matching = names if word == "all" else [name for name in names if fnmatch.fnmatchcase(name, word)]
         if not matching and word != "all":
-            raise ClientError("no process matches '%s': 'gaffer.py processes' lists them" % word, 4)
+            raise NotThere("no process matches '%s': 'gaffer.py processes' lists them" % word)
         found.update(dict.fromkeys(matching, True))
     return list(found)
 
@@ -6335,9 +6363,14 @@ def colour(text, code):
     return "\x1b[%dm%s\x1b[0m" % (code, text)
 
 
+def has_terminal():
+    """True where stdout is a terminal."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def wants_colour():
     """True where stdout is a terminal whose user has nothing against colours (https://no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return has_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def status_table(rows, width, coloured):
@@ -6360,7 +6393,7 @@ def status_table(rows, width, coloured):
 
 def terminal_size():
     """(columns, lines) of the terminal; (None, None) where stdout is none."""
-    if not sys.stdout.isatty():
+    if not has_terminal():
         return None, None
     try:
         size = os.get_terminal_size(sys.stdout.fileno())
@@ -6375,9 +6408,7 @@ def find_statuses(arguments, client):
     for name in find_names(client, arguments.names or ["all"]):
         try:
             found.append(client.request("GET", "/status/" + reference(name)))
-        except ClientError as error:
-            if error.exit_status != 4:
-                raise
+        except NotThere as error:
             if name in arguments.names:         # else it was deleted since its name was sent
                 tell(str(error))
                 failed = 4
@@ -6396,22 +6427,371 @@ def show_status(arguments, client):
         if arguments.watch and height:
             lines = ["\x1b[H\x1b[K" + lines[0], *("\x1b[K" + line for line in lines[1:height - 1])]
             lines[-1] += "\x1b[J"
-    for line in lines:
-        print(line)
-    sys.stdout.flush()
+    print("\n".join(lines), end="\n" if lines else "", flush=True)
     return failed or (3 if any(row[1] != "running" for row in rows) else 0)
 
 
 def status_command(arguments):
     """status"""
     client = connect(arguments)
-    if arguments.watch and sys.stdout.isatty():
+    if arguments.watch and has_terminal():
         print("\x1b[2J", end="")
     while True:
         status = show_status(arguments, client)
         if not arguments.watch:
             return status
         time.sleep(STATUS_INTERVAL)
+
+
+# watch, logs, attach
+
+def is_away(error):
+    """True for a ClientError that passes when the server is back."""
+    return isinstance(error, NoServer) or error.exit_status == 124 or error.code in ("stopping", "busy")
+
+
+def pauses():
+    """Seconds to wait before each try to reach a server that is away."""
+    pause = RETRY_FIRST
+    while True:
+        yield pause
+        pause = min(RETRY_MAX, 2 * pause)
+
+
+def follow_events(client, path):
+    """(type, data) of each event of /watch, over restarts of the server; type None: connected. ClientError, at once."""
+    last, waits = None, pauses()
+    while True:
+        try:
+            for number_, kind, data in client.events(path, last):
+                # before the first event its place is not known: from the beginning is better than from now
+                last, waits = number_ or last or "none", pauses()
+                yield kind, data
+        except ClientError as error:
+            if last is None or not is_away(error):
+                raise
+        time.sleep(next(waits))
+
+
+EVENT_COLOURS = {"spawn": 32, "start": 32, "exit": 31, "flap": 31, "stop": 33, "stop_pid": 33, "reap": 33}
+
+
+def event_line(event, coloured):
+    """An event as one line for people."""
+    when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+    text = event_text(event)
+    return "%s %s" % (when, colour(text, EVENT_COLOURS.get(event["event"], 36)) if coloured else text)
+
+
+def watch_command(arguments):
+    """watch"""
+    pattern = event_pattern(arguments.pattern)
+    path = "/watch%s?%s" % ("/" + "/".join(map(reference, pattern.split("/"))) if pattern else "", FEED)
+    for kind, data in follow_events(connect(arguments), path):
+        if kind is None:
+            continue
+        event = json.loads(data)
+        if arguments.json:
+            print(data, flush=True)
+        elif kind == "dropped":
+            tell("the server has restarted" if event.get("restarted") else "%d events were lost" % event["events"])
+        else:
+            print(event_line(event, wants_colour()), flush=True)
+    return 0
+
+
+def output_labels(client, name, arguments):
+    """Labels of a process's output that `logs` shows."""
+    labels = client.get("/processes/" + reference(name))["redirect_output"]
+    return list(dict.fromkeys(labels[:1] if arguments.stdout else labels[1:] if arguments.stderr else labels))
+
+
+class LogPrinter:
+    """Prints lines of several processes, each with its name in a colour of its own."""
+
+    def __init__(self, names, arguments):
+        self._flush = arguments.follow
+        self._prefix, self._times, self._coloured = not arguments.no_prefix, arguments.times, wants_colour()
+        self._width = max(map(len, names), default=0)
+        self._colours = {}
+
+    def show(self, name, text, when=None):
+        """Print a line; `when`: Unix time, where it is known."""
+        if self._prefix:
+            self._width = max(self._width, len(name))
+            code = self._colours.setdefault(name, PALETTE[len(self._colours) % len(PALETTE)])
+            prefix = "%-*s |" % (self._width, name)
+            text = "%s %s" % (colour(prefix, code) if self._coloured else prefix, text)
+        if self._times:
+            text = "%-19s %s" % (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if when else "-", text)
+        print(text, flush=self._flush)
+
+
+class LogFollower:
+    """What `logs -f` follows: a thread for each stream and one for the events that tell of new ones fill one queue. A stream
+    whose template is still the same goes on behind its last line; where it is another one's, it begins anew."""
+
+    def __init__(self, client, arguments):
+        import queue
+        self._client, self._arguments, self._empty = client, arguments, queue.Empty
+        self._streams = set()                   # (name, label) that have a thread
+        self._queue = queue.Queue(LOG_QUEUE)    # (name, line, time), an exception, or None: look for streams
+
+    def lines(self):
+        """(name, line, time or None) for ever. ClientError."""
+        self._look("tail=%d" % self._arguments.n, True)
+        self._start(self._watch)
+        retry = None
+        while True:
+            try:
+                item = self._queue.get(timeout=retry)
+            except self._empty:
+                item = None
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                retry = None if self._look("since=0", False) else RETRY_MAX
+            else:
+                yield item
+
+    def _start(self, function, *stream):
+        def run():
+            try:
+                function(*stream)
+            except Exception as error:          # it belongs to the main thread
+                self._queue.put(error)
+            else:
+                self._streams.discard(stream[:2])
+                self._queue.put(None)
+        threading.Thread(target=run, daemon=True).start()
+
+    def _look(self, begin, must_be):
+        """Follow the streams that nobody follows yet. False: not all can be looked at now."""
+        streams, failures = [], []
+        try:
+            for name in find_names(self._client, self._arguments.names or ["all"]):
+                try:
+                    streams += [(name, label) for label in output_labels(self._client, name, self._arguments)]
+                except NotThere as error:
+                    failures.append(error)
+        except ClientError as error:
+            if not (is_away(error) or isinstance(error, NotThere)):
+                raise
+            failures.append(error)
+        if must_be and failures:
+            raise failures[0]
+        for stream in streams:
+            if stream not in self._streams:
+                self._streams.add(stream)
+                self._start(self._follow, *stream, begin)
+        return not failures
+
+    def _watch(self):
+        for kind, _ in follow_events(self._client, "/watch?" + FEED):
+            if kind in ("create", "update", "dropped"):
+                self._queue.put(None)
+
+    def _identity(self, name):
+        """What changes when the name is another template's, or the server another run."""
+        return None if name.isdigit() else self._client.get("/status/" + reference(name))["created"]
+
+    def _follow(self, name, label, begin):
+        """Put a stream's lines into the queue until it is gone."""
+        identity, last, waits = None, "", pauses()
+        while last is not None:
+            try:
+                now = self._identity(name)
+                if identity not in (None, now):
+                    return
+                identity, last = now, self._copy(name, label, begin, last)
+                waits = pauses()
+            except ClientError as error:
+                if error.code in ("not_found", "io_not_found"):
+                    return
+                if not is_away(error):
+                    raise
+            time.sleep(next(waits))
+
+    def _copy(self, name, label, begin, last):
+        """One connection's lines. Returns the last id; None: the process has exited."""
+        path, history = "/streams/%s/%s" % (reference(name), reference(label)), 0
+        if self._arguments.times and not last:  # of what is there already nobody knows when it came
+            with self._client.open("HEAD", path) as response:
+                history = int(response.headers["Gaffer-Offset"])
+        for place, kind, data in self._client.events("%s?%s&%s" % (path, FEED, begin), last):
+            if kind == "exit":
+                return None
+            if kind == "dropped":
+                lost = json.loads(data)["bytes"]
+                if lost:
+                    self._queue.put((name, "-- %d bytes of %s were lost --" % (lost, label), None))
+            elif kind is not None:
+                known = int(place.partition("@")[0]) > history
+                self._queue.put((name, data, time.time() if known else None))
+            last = place or last
+        return last
+
+
+def logs_command(arguments):
+    """logs"""
+    client, status = connect(arguments), 0
+    names = find_names(client, arguments.names or ["all"])
+    printer = LogPrinter(names, arguments)
+    if arguments.follow:
+        for name, line, when in LogFollower(client, arguments).lines():
+            printer.show(name, line, when)
+    for name in names:
+        try:
+            for label in output_labels(client, name, arguments):
+                path = "/streams/%s/%s?tail=%d&timeout=0" % (reference(name), reference(label), arguments.n)
+                for line in client.request("GET", path).decode("utf-8", "replace").splitlines():
+                    printer.show(name, line)
+        except NotThere as error:
+            tell(str(error))
+            status = 4
+    return status
+
+
+def write_all(fd, data):
+    """Write all of it, past any buffer."""
+    while data:
+        data = data[os.write(fd, data):]
+
+
+class Attachment:
+    """What `attach` does: copies output to stdout and stderr, stdin to the process, and signals."""
+
+    def __init__(self, client, pid, tail):
+        import queue
+        self._client, self._pid, self._tail = client, pid, tail
+        self._info = client.get("/processes/%s" % pid)
+        self._run = client.get("/status/" + reference(self._info["name"]))["created"].partition("@")[2]
+        self._inbox = queue.SimpleQueue()       # the exit event, what went wrong, a signal's number
+
+    def run(self):
+        """Until the process has exited, or the user leaves. Returns the exit status."""
+        labels = list(dict.fromkeys(self._info["redirect_output"]))
+        copies = [self._thread(self._copy_output, label, out) for label, out in zip(labels, (sys.stdout, sys.stderr))]
+        if self._info["redirect_input"] and sys.stdin is not None:
+            self._thread(self._copy_input)
+        self._thread(self._wait_for_exit)
+        for item in iter(self._inbox.get, signal.SIGQUIT):
+            if isinstance(item, Exception):
+                raise item
+            if isinstance(item, dict):
+                for copy_ in copies:
+                    copy_.join(DRAIN_TIME + 1)
+                return exit_code(item)
+            self._pass_on(item)
+        return 0
+
+    def _thread(self, function, *args):
+        def run():
+            try:
+                function(*args)
+            except Exception as error:          # it belongs to the main thread
+                self._inbox.put(error)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    def _copy_output(self, label, out):
+        from http.client import HTTPException
+        begin = "tail=%d" % self._tail
+        while True:
+            path = "/streams/%s/%s?feed=continuous&%s" % (self._pid, reference(label), begin)
+            with self._client.open("GET", path, timeout=None) as response:
+                offset = int(response.headers["Gaffer-Offset"])
+                while True:
+                    try:
+                        data = response.read1(READ_SIZE)
+                    except (OSError, HTTPException):    # it was cut, as we were slow, or the network is
+                        break
+                    if not data:
+                        return
+                    offset += len(data)
+                    write_all(out.fileno(), data)
+            begin = "since=%d" % offset
+
+    def _copy_input(self):
+        going_on = True
+        while going_on:
+            data = os.read(sys.stdin.fileno(), READ_SIZE)
+            going_on = self._send(data) and data != b""
+
+    def _send(self, data):
+        """Write to its stdin; nothing is the end of file. False: it has closed it, or has exited."""
+        for pause in pauses():
+            try:
+                self._client.request("POST" if data else "DELETE", "/streams/%s/stdin" % self._pid, data or None)
+                return True
+            except ClientError as error:
+                if error.code in ("forbidden_write", "not_found"):
+                    return False
+                if error.code != "stdin_full":
+                    raise
+            time.sleep(pause)                   # as a pipe would make us wait
+        return False
+
+    def _wait_for_exit(self):
+        path = "/watch/proc/%s/exit?%s" % (reference(self._info["name"]), FEED)
+        last = "0@" + self._run
+        while True:
+            for number_, kind, data in self._client.events(path, last):
+                event, last = json.loads(data or "{}"), number_ or last
+                need(not event.get("restarted"), ClientError, "the server has restarted: attach again")
+                if kind == "exit" and event["pid"] == self._info["pid"]:
+                    return self._inbox.put(event)
+
+    def _pass_on(self, signum):
+        """To the whole group, as a terminal does."""
+        try:
+            self._client.request("POST", "/processes/%s/_signal/%d?group=true" % (self._pid, signum))
+        except NotThere:
+            pass                                # it has exited: that ends us too
+
+    def signal(self, signum, frame_):
+        """A signal handler: INT is passed on, QUIT leaves."""
+        self._inbox.put(signum)
+
+
+def attach_pid(client, name):
+    """The one process that a name stands for. ClientError: there are none, or several."""
+    if name.isdigit():
+        return name
+    pids = client.get("/processes/%s/_pids" % reference(name))["pids"]
+    need(pids, ClientError, "%s does not run: 'gaffer.py start %s' starts it" % (name, name))
+    need(len(pids) == 1, ClientError, "%s runs %d processes: attach to one of the pids %s" % (
+        name, len(pids), " ".join(map(str, pids))))
+    return str(pids[0])
+
+
+def leave_key(fd):
+    """Make Ctrl-] what sends QUIT, and leave lines as they are. Returns what restores the terminal."""
+    import termios
+    before = termios.tcgetattr(fd)
+    changed = copy.deepcopy(before)
+    changed[6][termios.VQUIT] = b"\x1d"
+    termios.tcsetattr(fd, termios.TCSADRAIN, changed)
+    return lambda: termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def attach_command(arguments):
+    """attach"""
+    client = connect(arguments)
+    pid = attach_pid(client, arguments.name)
+    attachment = Attachment(client, pid, arguments.n)
+    typed = sys.stdin is not None and sys.stdin.isatty()
+    restore = leave_key(sys.stdin.fileno()) if typed else lambda: None
+    before = {signum: signal.signal(signum, attachment.signal) for signum in (signal.SIGINT, signal.SIGQUIT)}
+    tell("attached to %s, pid %s. %s leaves it running, Ctrl-C goes to it" % (
+        arguments.name, pid, "Ctrl-]" if typed else "QUIT"))
+    try:
+        return attachment.run()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        restore()
 
 
 # serve
@@ -6508,6 +6888,14 @@ def positive(text):
     return int(text)
 
 
+def whole(text):
+    """A whole number."""
+    import argparse
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError("'%s' is no whole number" % text)
+    return int(text)
+
+
 def some_seconds(text):
     """A number of seconds."""
     import argparse
@@ -6584,6 +6972,19 @@ COMMANDS = {
     "kill": Command(kill_command, "control", "[options] NAME SIGNAL", "send a signal to processes", (
         ONE_NAME, option("sig", metavar="SIGNAL", help="15, TERM or SIGTERM"),
         option("--group", action="store_true", help="to their whole process groups"), *ASK)),
+    "logs": Command(logs_command, "look", "[options] [NAME ...]", "print the output of processes, each line with its name", (
+        NAMES_OR_ALL, option("-f", "--follow", action="store_true", help="go on with what comes, until Ctrl-C"),
+        option("-n", metavar="N", type=whole, default=10, help="begin with the last N lines of each stream (default 10)"),
+        option("--stdout", action="store_true", help="only stdout"), option("--stderr", action="store_true", help="only stderr"),
+        option("--no-prefix", action="store_true", help="without the names"),
+        option("-t", "--times", action="store_true", help="with the time at which a line came; before -f nobody knows it"),
+        *ASK[:-1])),
+    "attach": Command(attach_command, "look", "[options] NAME", "see a process's output, and type into it", (
+        option("name", metavar="NAME", help="a name, or where it has several processes a pid"),
+        option("-n", metavar="N", type=whole, default=10, help="begin with its last N lines (default 10)"), *ASK[:-1])),
+    "watch": Command(watch_command, "look", "[options] [PATTERN]", "print events as they happen, until Ctrl-C", (
+        option("pattern", metavar="PATTERN", nargs="?", default="",
+               help="a type such as exit, proc/NAME or proc/NAME/TYPE"), *ASK)),
     "running": Command(running_command, "look", "[options] NAME ...", "print how many processes of a template run", (
         SOME_NAMES, *ASK)),
     "numprocesses": Command(numprocesses_command, "look", "[options] NAME ...", "print how many processes are wanted", (
@@ -6697,6 +7098,8 @@ def run_command(argv):
 def main(argv=None):
     """The command line. Returns the exit status: 0 done, 1 it could not be done, 2 wrong usage, 3 not running (status), 4 no
     such name, 5 no server there, 6 refused, 124 timed out, 130 interrupted."""
+    if hasattr(sys.stdout, "reconfigure"):      # what the terminal's encoding has no sign for is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = run_command(list(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None:

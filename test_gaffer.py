@@ -39,6 +39,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -9752,7 +9753,7 @@ class CliCommands(CliControlCase):
 
     def test_a_name_that_is_not_there(self):
         for name, arguments in self.commands():
-            if "web" in arguments:
+            if "web" in arguments and name != "watch":      # what is not there yet may be watched
                 with self.subTest(name):
                     self.assertEqual(self.called(name, *arguments)[0], 4)
                     self.assertRegex(self.called(name, *arguments)[2], r"\Agaffer: [^\n]*'gaffer.py processes' lists[^\n]*\n\Z")
@@ -9870,6 +9871,186 @@ class CliCommands(CliControlCase):
             run = subprocess.run(CLI_COMMAND + arguments, env=env, stdout=write, stderr=subprocess.PIPE, check=False, timeout=TIMEOUT)
             self.assertEqual((run.returncode, run.stderr), (141, b""), arguments)
         os.close(write)
+
+
+class CliFollowCase(CliControlCase):
+    """Commands that go on, as programs of their own: follow() starts one."""
+
+    ECHO = """
+        import os, signal, sys
+        def bye(signum, frame):
+            os.write(1, b"bye\\n")
+            os._exit(0)
+        signal.signal(signal.SIGTERM, bye)
+        os.write(1, b"started\\n")
+        while True:
+            line = os.read(0, 100)
+            os.write(2 if line.startswith(b"!") else 1, line)
+        """
+
+    def follow(self, *arguments, endpoint=None, **options):
+        """A running command whose stdout is read with readline()."""
+        options.setdefault("stdin", subprocess.DEVNULL)
+        process = subprocess.Popen(CLI_COMMAND + list(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+                                   env=dict(self.env, GAFFER_ENDPOINT=endpoint or self.server.url), **options)
+
+        def end():
+            process.kill()
+            process.communicate()
+        self.addCleanup(end)
+        return process
+
+    def interrupted(self, process):
+        """Ctrl-C: what else it printed; it says nothing on stderr."""
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=TIMEOUT)
+        self.assertEqual((process.returncode, err), (130, b""))
+        return out
+
+    def say(self, name, text):
+        """Write to the one process of a template."""
+        pid, = until(lambda: self.server.ok("GET", "/processes/%s/_pids" % name)["pids"])
+        self.server.ok("POST", "/streams/%d/stdin" % pid, text)
+
+
+class CliLogs(CliFollowCase):
+    """logs"""
+
+    def test_the_last_lines(self):
+        self.server.add("a", "printf '1\\n2\\n3\\n'", flapping={"attempts": 1, "max_retry": 0})
+        self.server.add("long", python("import os; os.write(1, b'one'); os.write(2, b'two\\n'); input()"), redirect_input=True)
+        self.server.add("none", "sleep 1000", redirect_output=[])
+        for name, label in (("a", "stdout"), ("long", "stdout"), ("long", "stderr")):
+            self.server.request("GET", "/streams/%s/%s?since=0" % (name, label))
+        self.server.wait_event("proc/a/exit")
+        self.assertEqual(self.call("logs", "-n", "2"), "a    | 2\na    | 3\nlong | one\nlong | two\n")
+        self.assertEqual(self.call("logs", "a", "long", "-n1", "--no-prefix"), "3\none\ntwo\n")
+        self.assertEqual(self.call("logs", "--stdout", "l*", "none"), "long | one\n")
+        self.assertEqual(self.call("logs", "--stderr", "long", "-t"), "-                   long | two\n")
+        self.assertEqual(self.call("logs", "nosuch", "a", "-n", "1", status=4, err="gaffer: .*nosuch.*\n"), "a      | 3\n")
+        self.call("logs", "-f", "a", "nosuch", status=4, err="gaffer: .*nosuch.*\n")
+
+    def test_nothing_is_there_yet(self):
+        self.assertEqual(self.call("logs"), "")
+        follower = self.follow("logs", "-f")
+        until(lambda: len(self.server.http.channels) == 1, "it watches")
+        self.server.add("new", "echo line", flapping={"attempts": 1, "max_retry": 0})
+        self.assertEqual(follower.stdout.readline(), b"new | line\n")
+        self.assertEqual(self.interrupted(follower), b"")
+
+    def test_follows_over_a_kill_and_a_new_template(self):
+        self.server.add("a", python(self.ECHO), redirect_input=True)
+        self.say("a", b"0\n")
+        self.say("a", b"!err\n")
+        follower = self.follow("logs", "-f", "a")
+        self.assertEqual(sorted(follower.stdout.readline() for _ in range(3)), [b"a | !err\n", b"a | 0\n", b"a | started\n"])
+        for number in (b"1\n", b"2\n"):
+            self.say("a", number)
+            self.assertEqual(follower.stdout.readline(), b"a | " + number)
+        os.kill(self.server.ok("GET", "/status/a")["os_pids"][0], signal.SIGKILL)
+        self.assertEqual(follower.stdout.readline(), b"a | started\n")
+        self.server.ok("DELETE", "/processes/a")
+        self.server.add("a", python(self.ECHO), redirect_input=True)
+        self.assertEqual(follower.stdout.readline(), b"a | started\n")
+        self.say("a", b"3\n")
+        self.assertEqual(follower.stdout.readline(), b"a | 3\n")
+        self.assertEqual(self.interrupted(follower), b"")
+
+    def test_labels_that_come_with_an_update(self):
+        self.server.add("a", "sh -c 'echo out; echo err >&2; sleep 1000'", redirect_output=["one"])
+        follower = self.follow("logs", "-f", "--no-prefix")
+        self.assertEqual(follower.stdout.readline(), b"out\n")
+        self.server.ok("PUT", "/processes/a", {"cmd": "sh -c 'echo err >&2; sleep 1000'", "redirect_output": ["one", "two"]})
+        self.assertEqual(follower.stdout.readline(), b"err\n")
+        self.assertEqual(self.interrupted(follower), b"")
+
+    def test_a_pipe_that_nobody_reads(self):
+        self.server.add("a", "yes")
+        run = subprocess.run(["bash", "-c", "%s logs -f | head -n 3" % " ".join(map(shlex.quote, CLI_COMMAND))], check=False,
+                             env=dict(self.env, GAFFER_ENDPOINT=self.server.url), stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, timeout=TIMEOUT)
+        self.assertEqual((run.stdout, run.stderr), (b"a | y\n" * 3, b""))
+
+
+class CliWatch(CliFollowCase):
+    """watch"""
+
+    def test_events_a_line_each(self):
+        everything, exits = self.follow("watch"), self.follow("watch", "--json", "proc.a.exit")
+        until(lambda: len(self.server.http.channels) == 2, "both watch")
+        self.sleepers("a", "b")
+        self.call("stop", "all")
+        lines = [everything.stdout.readline().decode()]
+        while "b: exit" not in lines[-1]:
+            lines.append(everything.stdout.readline().decode())
+        self.assertRegex("".join(lines), r"\A\d\d:\d\d:\d\d a: create\n[\d:]+ a: start\n[\d:]+ a: spawn \(pid 1, os pid \d+\)\n")
+        self.assertRegex("".join(lines), r"b: exit \(pid 2, os pid \d+, signal 15\)\n")
+        event = json.loads(exits.stdout.readline())
+        self.assertEqual((event["event"], event["name"], event["term_signal"]), ("exit", "a", 15))
+        self.assertEqual((self.interrupted(everything), self.interrupted(exits)), (b"", b""))
+
+    def test_patterns(self):
+        for text, pattern in (("", ""), ("exit", "exit"), ("proc/web.a/exit", "proc/web.a/exit"), ("proc.web", "proc/web"), (
+                "proc.web.exit", "proc/web/exit"), ("proc.web.a", "proc/web.a"), ("proc.web.a.exit", "proc/web.a/exit")):
+            self.assertEqual(gaffer.event_pattern(text), pattern)
+        self.call("watch", "exitt", status=1, err="gaffer: there is no event type 'exitt', did you mean 'exit'.*\n")
+        self.call("watch", "proc", status=1, err="gaffer: name a template.*\n")
+
+
+class CliAttach(CliFollowCase):
+    """attach"""
+
+    def test_lines_in_and_out_and_its_status(self):
+        code = "import os, sys\nfor line in sys.stdin: os.write(1, line.upper().encode())\nos.write(2, b'err')\nsys.exit(3)"
+        self.server.add("a", python(code), redirect_input=True)
+        process = self.follow("attach", "a", stdin=subprocess.PIPE)
+        process.stdin.write(b"one\n")
+        self.assertEqual(process.stdout.readline(), b"ONE\n")
+        out, err = process.communicate(b"two\nthree", timeout=TIMEOUT)
+        self.assertEqual((process.returncode, out), (3, b"TWO\nTHREE"))
+        self.assertRegex(err, rb"\Agaffer: attached to a, pid 1\. [^\n]*leaves it running[^\n]*\nerr\Z")
+
+    def test_ctrl_c_reaches_it_and_the_leave_key_does_not(self):
+        code = "import os, signal\nsignal.signal(2, lambda *a: os.write(1, b'interrupted\\n'))\nos.write(1, b'> ')\nwhile True: signal.pause()"
+        self.server.add("a", python(code), redirect_input=True)
+        process = self.follow("attach", "a")
+        self.assertIn(b"attached", process.stderr.readline())
+        self.assertEqual(process.stdout.read(2), b"> ")
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.stdout.readline(), b"interrupted\n")
+        process.send_signal(signal.SIGQUIT)
+        out, err = process.communicate(timeout=TIMEOUT)
+        self.assertEqual((process.returncode, out, err), (0, b"", b""))
+        process = self.follow("attach", "1")
+        self.assertEqual(process.stdout.readline(), b"> interrupted\n")
+        self.server.ok("POST", "/processes/1/_signal/KILL")
+        self.assertEqual(process.wait(TIMEOUT), 137)
+
+    def test_in_a_terminal(self):
+        self.server.add("a", "cat", redirect_input=True)
+        main, side = os.openpty()
+        self.addCleanup(os.close, main)
+        before = termios.tcgetattr(side)
+        process = self.follow("attach", "a", stdin=side)
+        try:
+            self.assertIn(b"Ctrl-]", process.stderr.readline())
+            os.write(main, b"typed\n")
+            self.assertEqual(process.stdout.readline(), b"typed\n")
+            self.assertNotEqual(termios.tcgetattr(side)[6], before[6])
+            os.write(main, b"\x1d")
+            process.send_signal(signal.SIGQUIT)     # the key's, which only a controlling terminal sends
+            self.assertEqual(process.wait(TIMEOUT), 0)
+            self.assertEqual(termios.tcgetattr(side)[6], before[6])
+        finally:
+            os.close(side)
+        self.assertEqual(self.server.ok("GET", "/status/a")["running"], 1)
+
+    def test_what_cannot_be_attached_to(self):
+        self.sleepers("two", numprocesses=2)
+        self.sleepers("off", start=False)
+        self.call("attach", "two", status=1, err="gaffer: two runs 2 processes: attach to one of the pids 1 2\n")
+        self.call("attach", "off", status=1, err="gaffer: off does not run: 'gaffer.py start off' starts it\n")
+        self.call("attach", "77", status=4, err="gaffer: there is no process 77;.*\n")
 
 
 class Readme(CliCase):
