@@ -28,7 +28,7 @@ The file is read from top to bottom; its sections are
     api                  the route table and its handlers
     server               endpoints, request threads, streams on the loop, WSGI
     client               a small wrapper of http.client
-    apps                 what plugs into a Manager: HttpHandler, SigHandler, ConsoleOutput
+    apps                 what plugs into a Manager: HttpHandler, SigHandler, WebHooks, ConsoleOutput
     configuration        files of templates: INI, JSON, TOML, Procfiles, .env
     command line         one table of commands, argparse, main
 
@@ -79,8 +79,8 @@ from wsgiref.handlers import SimpleHandler
 
 __version__ = "0.1.0"
 __all__ = [
-    "Manager", "HttpHandler", "HttpEndpoint", "SigHandler", "ConsoleOutput", "WebSocketHandler", "Request", "Response",
-    "Loop", "GafferError", "main",
+    "Manager", "HttpHandler", "HttpEndpoint", "SigHandler", "ConsoleOutput", "WebHooks", "WebSocketHandler", "Request",
+    "Response", "Loop", "GafferError", "main",
 ]
 
 log = logging.getLogger("gaffer")
@@ -161,6 +161,14 @@ CLOSE_TIME = 5.0                    # for the peer's close frame, and for the la
 CLIENT_TIME = 30.0                  # a command waits so long for an answer
 HEARTBEAT = 10                      # asks for a sign of life each so many seconds where it follows a stream
 STREAM_TIME = 3.0 * HEARTBEAT       # and takes it for lost without one
+WEBHOOK_QUEUE = 1000                # events that wait for the one worker; then they are dropped
+WEBHOOK_TIME = 5.0                  # a receiver that does not answer
+WEBHOOK_PAUSES = (0.5, 2.0)         # before each further try
+WEBHOOK_REST = 30.0                 # a receiver that failed is not asked again so long, or the others would wait for it
+WEBHOOK_END = 2.0                   # at gaffer's stop, what waits is sent for so long
+CONFIG_SIZE = MIB                   # a configuration file
+INCLUDES_MAX = 1000                 # configuration files that others include
+FAULTS_MAX = 100                    # faults of configuration files that are told at once
 STATUS_INTERVAL = 1.0               # status -w
 RETRY_FIRST = 0.1                   # a server that is away is asked again, each time after twice as long
 RETRY_MAX = 2.0
@@ -2071,6 +2079,8 @@ class Process:
         if number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
             return Busy("the system has no room for another process (%s); try again later" % error.strerror)
         reason = os.strerror(number) if number else str(error)
+        if number == errno.ENOENT and launch.cwd is not None and not os.path.isdir(launch.cwd):
+            return InvalidProcessInfo("field 'cwd' names the directory %r, which has just gone" % launch.cwd)
         if number == errno.ENOENT:
             reason = "the interpreter that its first line names is not there"
         elif number == errno.ENOEXEC:
@@ -2232,6 +2242,11 @@ def matches(pattern, event):
     """True where `event` is one that the pattern (type, name) asks for."""
     kind, name = pattern
     return kind in (None, event["event"]) and name in (None, event["name"])
+
+
+def priority_of(info):
+    """Where a template stands in the order of starts."""
+    return math.inf if info["priority"] is None else info["priority"]
 
 
 class Template:
@@ -2472,15 +2487,10 @@ class Manager:
         for app in self.apps:
             app.start(self.loop, self)
             self._started_apps.append(app)
-        for template in sorted(self.templates.values(), key=self._priority):
+        for template in sorted(self.templates.values(), key=lambda template: priority_of(template.info)):
             if template.active:
                 self._publish("start", template.name)
                 self._reconcile(template)
-
-    @staticmethod
-    def _priority(template):
-        priority = template.info["priority"]
-        return math.inf if priority is None else priority
 
     def stop(self, kill=False):
         """Stop all processes, newest first, each within its graceful_timeout, then let run() return. `kill`: at once.
@@ -4482,10 +4492,10 @@ ROUTES = (
 # --------------------------------------------------------------------------------------------------------------------
 class HttpEndpoint:
     """Where to listen: "host:port" (port 0: any free one), "[v6]:port" or "unix:/path"; with `certfile` and `keyfile` (PEM)
-    as TLS. StartError: it is none of these."""
+    as TLS. `backlog`: connections that may wait to be accepted. StartError: it is none of these."""
 
-    def __init__(self, bind="127.0.0.1:5000", certfile=None, keyfile=None):
-        self.bind, self.certfile, self.keyfile = bind, certfile, keyfile
+    def __init__(self, bind="127.0.0.1:5000", certfile=None, keyfile=None, backlog=BACKLOG):
+        self.bind, self.certfile, self.keyfile, self.backlog = bind, certfile, keyfile, backlog
         self.path = bind[5:] if bind.startswith("unix:") else None
         match = re.match(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]/]+):([0-9]{1,5})\Z", bind)
         if self.path is None and match and int(match.group(2)) < 65536:
@@ -5295,10 +5305,9 @@ class Listener(socketserver.TCPServer):
     """One endpoint's listening socket; the loop tells it when to accept."""
 
     allow_reuse_address = True
-    request_queue_size = BACKLOG
 
     def __init__(self, http, endpoint):
-        self.http, self.endpoint = http, endpoint
+        self.http, self.endpoint, self.request_queue_size = http, endpoint, endpoint.backlog
         self.address_family, address, self.local = endpoint.resolve()
         self.context = endpoint.tls_context()
         self._said = Throttle()
@@ -5475,6 +5484,7 @@ class NoServer(ClientError):
     def __init__(self, endpoint, why):
         super().__init__("there is no gaffer at %s (%s): start one with 'python3 gaffer.py serve', or say where it is with "
                          "--endpoint or GAFFER_ENDPOINT" % (endpoint, why), 5)
+        self.why = why
 
 
 class NotThere(ClientError):
@@ -5538,7 +5548,15 @@ class Client:
         return http.client.HTTPSConnection(self.host, self.port, timeout=timeout, context=context)
 
     def open(self, method, path, value=None, headers=None, timeout=CLIENT_TIME):
-        """The http.client response to a request, if it is a success; close it. `value`: bytes, or what is sent as JSON.
+        """The http.client response to a request, if it is a success; close it. Arguments as for send(). ClientError."""
+        response = self.send(method, path, value, headers, timeout)
+        if response.status >= 300:
+            with response:
+                raise refusal(self.endpoint, response.status, response.read(MIB))
+        return response
+
+    def send(self, method, path, value=None, headers=None, timeout=CLIENT_TIME):
+        """The http.client response to a request, whatever its status; close it. `value`: bytes, or what is sent as JSON.
         `timeout`: seconds without a byte. ClientError, NoServer."""
         from http.client import HTTPException
         body = value if value is None or isinstance(value, bytes) else json_bytes(value)
@@ -5553,9 +5571,6 @@ class Client:
             raise self._failure(error, timeout) from None
         if connection.sock is not None:
             connection.sock.close()             # the response has it now, and closes it
-        if response.status >= 300:
-            with response:
-                raise refusal(self.endpoint, response.status, response.read(MIB))
         return response
 
     def _failure(self, error, timeout):
@@ -5898,11 +5913,12 @@ class HttpHandler:
 
 
 class SigHandler:
-    """Stops the manager on INT and TERM; a second one kills at once. Only for the main thread."""
+    """Stops the manager on `signals`; a second one kills at once. `reload`: called on HUP. Only for the main thread."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self):
+    def __init__(self, signals=SIGNALS, reload=None):
+        self._signals, self._reload = signals, reload
         self._old = {}
         self._count = 0
 
@@ -5916,8 +5932,11 @@ class SigHandler:
             manager.stop(kill=self._count > 1)
         # a signal that arrives just before select() sleeps would be seen only after it: the descriptor wakes it
         self._old_fd = signal.set_wakeup_fd(loop.wake_fd, warn_on_full_buffer=False)
-        for signum in self.SIGNALS:
-            self._old[signum] = signal.signal(signum, stop)
+        for signum in self._signals:
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:      # nohup wants that it goes on
+                self._old[signum] = signal.signal(signum, stop)
+        if self._reload is not None:
+            self._old[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda signum, frame_: self._reload())
         if os.getpid() == 1:                    # a container's first process inherits everybody's orphans
             self._old[signal.SIGCHLD] = signal.signal(
                 signal.SIGCHLD, lambda signum, frame_: loop.call_soon(manager.reap_strangers))
@@ -5929,6 +5948,107 @@ class SigHandler:
         if self._old:
             signal.set_wakeup_fd(self._old_fd)
         self._old = {}
+
+
+class WebHooks:
+    """Posts events as JSON. `hooks`: [(pattern, URL)], patterns as for Manager.subscribe(). One worker sends them in their
+    order, with a timeout and retries; what its queue has no room for, and what a receiver does not take, is dropped and
+    counted (`dropped`). A receiver that fails is left alone for a while, as the others wait behind it."""
+
+    def __init__(self, hooks=()):
+        self.hooks = list(hooks)
+        self.dropped = 0
+        self._subscriptions = []
+        self._manager = self._thread = None
+        self._queue = collections.deque()       # (URL, event)
+        self._changed = threading.Condition()   # guards the queue, the count and the deadline
+        self._deadline = None                   # of the last words, once gaffer stops
+        self._down = {}                         # URL -> until when it is left alone
+        self._said = Throttle()
+
+    def start(self, loop, manager):
+        """See apps."""
+        self._manager = manager
+        self._deadline = None
+        self._subscribe()
+
+    def replace(self, hooks):
+        """Use other hooks from now on. Called on the loop."""
+        for subscription in self._subscriptions:
+            subscription.close()
+        self.hooks = list(hooks)
+        self._subscribe()
+
+    def _subscribe(self):
+        self._subscriptions = [
+            self._manager.subscribe(pattern, lambda kind, event, url=url: self._put(url, event)) for pattern, url in self.hooks]
+        if self.hooks and self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="gaffer-webhooks", daemon=True)
+            self._thread.start()
+
+    def _put(self, url, event):
+        with self._changed:
+            if len(self._queue) >= WEBHOOK_QUEUE:
+                self._drop(url, "the queue is full")
+            else:
+                self._queue.append((url, event))
+                self._changed.notify_all()
+
+    def _drop(self, url, why):
+        self.dropped += 1
+        self._said.warning("an event for the webhook %s was dropped, %d of all by now: %s", url, self.dropped, why)
+
+    def _work(self):
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._deadline is not None)
+                if not self._queue:
+                    return
+                url, event = self._queue.popleft()
+            failure = self._post(url, event)
+            if failure:
+                with self._changed:
+                    self._drop(url, failure)
+
+    def _post(self, url, event):
+        """None, or why the event was not taken."""
+        if time.monotonic() < self._down.get(url, 0):
+            return "it has failed, and is left alone for %g seconds" % WEBHOOK_REST
+        for pause in (*WEBHOOK_PAUSES, None):
+            failure, again = self._try(url, event)
+            if not again:
+                break
+            with self._changed:
+                if pause is None or self._deadline is not None:
+                    self._down[url] = time.monotonic() + WEBHOOK_REST
+                    break
+                self._changed.wait_for(lambda: self._deadline is not None, pause)
+        return failure
+
+    @staticmethod
+    def _try(url, event):
+        """(None or why it failed, may it be tried again)"""
+        parts = urllib.parse.urlsplit(url)
+        target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        try:
+            client = Client("%s://%s" % (parts.scheme, parts.netloc))
+            with client.send("POST", target, event, {"Content-Type": "application/json"}, WEBHOOK_TIME) as response:
+                status = response.status
+        except ClientError as error:
+            return getattr(error, "why", str(error)), True
+        return None if status < 300 else "it answers %d" % status, status >= 500 or status in (408, 429)
+
+    def stop(self):
+        """See apps: what waits is still sent, for WEBHOOK_END seconds."""
+        with self._changed:
+            self._deadline = time.monotonic() + WEBHOOK_END
+            self._changed.notify_all()
+
+    def join(self):
+        """See apps."""
+        if self._thread is not None:
+            self._thread.join(max(0.0, self._deadline - time.monotonic()))
+            self._thread = None
 
 
 class LineEncoder:
@@ -5997,21 +6117,19 @@ class ConsoleOutput:
 # --------------------------------------------------------------------------------------------------------------------
 # configuration
 #
-# Values as text, as the command line has them. Pure.
+# What a server is to run, as files say it: INI as gafferd had it, JSON, TOML where Python reads it, Procfiles with their
+# .env. Each kind of file is a Source, which yields sections named as in INI: gaffer, endpoint:public, process:web, env:web,
+# webhooks. ConfigReader makes Settings of them, or one ConfigError with every fault. Configuration applies what has changed.
 # --------------------------------------------------------------------------------------------------------------------
-PALETTE = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)      # colours of a terminal, one for each name
-
-
-def event_pattern(text):
-    """A pattern as Manager.subscribe() takes it. Dots stand for slashes where gafferctl's patterns had them:
-    "proc.web.exit"."""
-    if "/" in text or not text.startswith("proc."):
-        return text
-    name, _, kind = text[5:].rpartition(".")
-    return "proc/%s/%s" % (name, kind) if name and kind in EVENT_TYPES else "proc/" + text[5:]
-
-
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+DOTENV = re.compile(r"""
+    [ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_.]*)[ \t]*=[ \t]*       # a name, then one of
+    (?:'([^']*)'|"((?:[^"\\]|\\.)*)"|((?:[^'"\s#][^\n]*?)?))            # 'as it is', "with \n", or without quotes
+    (?:[ \t]+\#[^\n]*|[ \t]*)\r?(?:\n|\Z)""", re.X | re.S)
+DOTENV_NOTHING = re.compile(r"[ \t\r]*(?:#[^\n]*)?(?:\n|\Z)")
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "$": "$"}
+PROCFILE_LINE = re.compile(r"([A-Za-z0-9_-]+)[ \t]*:[ \t]*(\S.*?)[ \t\r]*\Z")
+FIRST_PORT, PORTS_PER_TYPE = 5000, 100          # as foreman counts them
 
 
 def number(text):
@@ -6022,27 +6140,556 @@ def number(text):
         raise ValueError("must be a number, not %r" % text) from None
 
 
+def split_list(text):
+    """What commas and spaces divide."""
+    return [word for word in re.split(r"[,\s]+", text) if word]
+
+
 def flapping_from_text(text):
     """"2, 1.0, 7.0, 5", in the order of FLAPPING, or with names: "retry_in=7, attempts=2". ValueError."""
-    words = [word for word in re.split(r"[,\s]+", text) if word]
+    words = split_list(text)
     need(len(words) <= len(FLAPPING), ValueError, "is at most attempts, window, retry_in, max_retry: 2, 1.0, 7.0, 5")
     pairs = [word.rpartition("=") for word in words]
     return {name or field: number(value) for field, (name, _, value) in zip(FLAPPING, pairs)}
 
 
 def from_text(field, text):
-    """A field's value of text, as INI files and the command line have it; None: left out. ValueError."""
+    """A template's field of text, as INI files and the command line have it; None: left out. ValueError."""
     default = OPTIONS[field].default
     if isinstance(default, bool):
         need(text.lower() in BOOLEANS, ValueError, "must be true or false, not %r" % text)
         return BOOLEANS[text.lower()]
     if field in ("redirect_output", "custom_streams"):
-        return [label for label in re.split(r"[,\s]+", text) if label]
+        return split_list(text)
     if text == "" and field != "cmd":
         return None
+    if field == "env":
+        return dict(word.partition("=")[::2] for word in split_words(text))
     if field == "flapping":
         return flapping_from_text(text)
     return number(text) if field in ("numprocesses", "priority", "graceful_timeout") else text
+
+
+def event_pattern(text):
+    """A pattern as Manager.subscribe() takes it. Dots stand for slashes where gafferctl's patterns had them:
+    "proc.web.exit"."""
+    if "/" in text or not text.startswith("proc."):
+        return "" if text in (".", "all") else text
+    name, _, kind = text[5:].rpartition(".")
+    return "proc/%s/%s" % (name, kind) if name and kind in EVENT_TYPES else "proc/" + text[5:]
+
+
+def parse_dotenv(text):
+    """({name: value}, [number of a line that is none]) of a .env file: NAME=value, perhaps with `export` before it, quotes
+    around the value and a comment behind; in double quotes \\n is a newline."""
+    values, wrong, place = {}, [], 0
+    while place < len(text):
+        match = DOTENV_NOTHING.match(text, place) or DOTENV.match(text, place)
+        if match is None:
+            wrong.append(text.count("\n", 0, place) + 1)
+            place = text.find("\n", place) + 1 or len(text)
+            continue
+        if match.re is DOTENV:
+            name, single, double, plain = match.groups()
+            if double is not None:
+                double = re.sub(r"\\(.)", lambda m: ESCAPES.get(m.group(1), m.group()), double, flags=re.S)
+            values[name] = next(value for value in (single, double, plain) if value is not None)
+        place = max(match.end(), place + 1)
+    return values, wrong
+
+
+class ConfigError(InvalidProcessInfo):
+    """Configuration files have faults: `faults`, a line each with file, line and section."""
+
+    def __init__(self, faults):
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+def read_text(path):
+    """The text of a file. ConfigError."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(CONFIG_SIZE + 1)
+        need(len(data) <= CONFIG_SIZE, ValueError, "it is over %d bytes" % CONFIG_SIZE)
+        return data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ConfigError(["%s: cannot be read: %s" % (path, getattr(error, "strerror", None) or error)]) from None
+
+
+class Source:
+    """A configuration file: its text, its faults, and where in it things stand. Kinds of files have sections(), which yields
+    (name, {field: value}), and _span(name) -> (start, end) in the text, or None, and _key(field), a regular expression."""
+
+    values_are_text = False
+
+    def __init__(self, path):
+        self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
+        self.text = read_text(path)
+        self.faults = []                        # (line, text)
+
+    def fault(self, reason, section=None, field=None, line=None):
+        """Note what is wrong, and where."""
+        line = line or self._line(section, field)
+        where = "[%s] " % section if section else ""
+        self.faults.append((line, "%s:%d: %s%s" % (self.path, line, where, reason)))
+
+    def _line(self, section, field):
+        span = section and self._span(section)
+        if not span:
+            return 1
+        place = re.compile(self._key(field), re.M).search(self.text, *span) if field else None
+        return self.text.count("\n", 0, place.start(1) if place else span[0]) + 1
+
+    def _header(self, pattern, following):
+        """The span from a header to the next one."""
+        start = re.compile(pattern, re.M).search(self.text)
+        if start is None:
+            return None
+        end = re.compile(following, re.M).search(self.text, start.end())
+        return start.start(1), end.start() if end else len(self.text)
+
+    def join(self, path):
+        """A path that the file names, as seen from its folder."""
+        return os.path.join(self.folder, path)
+
+
+class IniSource(Source):
+    """An INI file, as configparser reads it."""
+
+    values_are_text = True
+
+    def sections(self):
+        """See Source."""
+        parser = self._parse()
+        for name in parser.sections():
+            if name[0] == "\0":                 # a section that is there twice
+                continue
+            values = dict(parser[name])
+            for field in [field for field, value in values.items() if value is None]:
+                self.fault("'%s' has no value: write '%s = value'" % (field, field), name, field)
+                del values[field]
+            yield name, values
+
+    def _parse(self):
+        """A parser that has read what can be read: each line that it refuses is noted, and taken out."""
+        import configparser
+        lines = self.text.split("\n")
+        while True:
+            parser = configparser.RawConfigParser(delimiters=("=",), allow_no_value=True, default_section="\0")
+            parser.optionxform = str            # type: ignore[assignment,method-assign]  # variables are told apart by case
+            try:
+                parser.read_string("\n".join(lines))
+                return parser
+            except configparser.DuplicateSectionError as error:
+                self.fault("this section is there twice", error.section, line=error.lineno)
+                lines[error.lineno - 1] = "[\0%d]" % error.lineno
+            except configparser.DuplicateOptionError as error:
+                self.fault("'%s' is there twice" % error.option, error.section, line=error.lineno)
+                lines[error.lineno - 1] = ""
+            except configparser.ParsingError as error:
+                places = getattr(error, "errors", None) or [(error.lineno, "")]
+                for line in [line for line, _ in places]:
+                    self.fault("%r is neither [section] nor 'name = value' in a section" % lines[line - 1].strip(), line=line)
+                    lines[line - 1] = ""
+                if len(self.faults) > FAULTS_MAX:
+                    return configparser.RawConfigParser()
+
+    def _span(self, name):
+        return self._header(r"^(\[)%s\]" % re.escape(name), r"^\[")
+
+    def _key(self, field):
+        return r"^[ \t]*(%s)[ \t]*(?:=|$)" % re.escape(field)
+
+
+class TreeSource(Source):
+    """A file of objects within objects: gaffer and webhooks are sections, endpoint, process and env hold some by name."""
+
+    def sections(self):
+        """See Source."""
+        for name, value in self._load().items():
+            if name not in ("endpoint", "process", "env"):
+                yield from self._section(name, value)
+            elif isinstance(value, dict):
+                for inner, values in value.items():
+                    yield from self._section("%s:%s" % (name, inner), values)
+            else:
+                self.fault("must hold an object for each name", name)
+
+    def _section(self, name, values):
+        if isinstance(values, dict):
+            yield name, values
+        else:
+            self.fault("must be an object", name)
+
+
+class JsonSource(TreeSource):
+    """A JSON file: an object of sections, one template, or a list of templates."""
+
+    def _load(self):
+        try:
+            data = json.loads(self.text)
+        except (ValueError, RecursionError) as error:
+            self.fault("is no JSON: %s" % getattr(error, "msg", error), line=getattr(error, "lineno", 1))
+            return {}
+        data = [data] if isinstance(data, dict) and "cmd" in data else data
+        if isinstance(data, list):
+            named = [item for item in data if isinstance(item, dict) and isinstance(item.get("name"), str)]
+            if len(named) != len(data):
+                self.fault("each entry of the list must be a template, an object with 'name' and 'cmd'")
+            if len({item["name"] for item in named}) != len(named):
+                self.fault("a name is there twice")
+            return {"process": {item["name"]: item for item in named}}
+        if not isinstance(data, dict):
+            self.fault("must be an object, or a list of templates")
+            return {}
+        return data
+
+    def _span(self, name):
+        word = re.escape(json.dumps(name.partition(":")[2] or name))
+        start = re.search(r"(%s)\s*:" % word, self.text)
+        if start is None:                       # a list of templates
+            start = re.search(r'(\{)[^{}]*"name"\s*:\s*%s' % word, self.text)
+        if start is None:
+            return None
+        try:
+            place = self.text.index("{", start.start(1))
+            return start.start(1), json.JSONDecoder().raw_decode(self.text, place)[1]
+        except ValueError:
+            return start.start(1), len(self.text)
+
+    def _key(self, field):
+        return r"(%s)\s*:" % re.escape(json.dumps(field))
+
+
+class TomlSource(TreeSource):
+    """A TOML file, where Python has tomllib."""
+
+    def _load(self):
+        import importlib
+        try:
+            tomllib = importlib.import_module("tomllib")
+        except ImportError:
+            self.fault("Python %d.%d reads no TOML: use 3.11 or later, or a file of INI or JSON" % sys.version_info[:2])
+            return {}
+        try:
+            return tomllib.loads(self.text)
+        except ValueError as error:
+            line = re.search(r"line (\d+)", str(error))
+            self.fault("is no TOML: %s" % error, line=int(line.group(1)) if line else 1)
+            return {}
+
+    def _span(self, name):
+        parts = [r"[\"']?%s[\"']?" % re.escape(part) for part in name.split(":", 1)]
+        return self._header(r"^[ \t]*(\[)[ \t]*%s[ \t]*[.\]]" % r"[ \t]*\.[ \t]*".join(parts), r"^[ \t]*\[(?![^\]]*\.env)")
+
+    def _key(self, field):
+        return r"^[ \t]*[\"']?(%s)[\"']?[ \t]*[.=]" % re.escape(field)
+
+
+class Procfile(Source):
+    """A Procfile: 'type: command' lines. `root`: where they run (the file's folder); `env_files`: beside .env of that folder;
+    `port`: the first type's PORT, then there are a hundred for each."""
+
+    def __init__(self, path, root=None, env_files=(), port=None):
+        super().__init__(path)
+        self.folder = os.path.abspath(root or self.folder)
+        default = os.path.join(self.folder, ".env")
+        self.env = {}
+        for env_file in [default] * os.path.isfile(default) + list(env_files):
+            values, wrong = parse_dotenv(read_text(env_file))
+            self.env.update(values)
+            for line in wrong:
+                self.faults.append((line, "%s:%d: is not NAME=value" % (env_file, line)))
+        given = self.env.get("PORT", "") if port is None else str(port)
+        self.port = int(given) if re.fullmatch("[0-9]{1,5}", given) else FIRST_PORT
+
+    def types(self):
+        """{type: command}, in the file's order."""
+        found = {}
+        for line, text in enumerate(self.text.split("\n"), 1):
+            match = PROCFILE_LINE.match(text)
+            if match and match.group(1) not in found:
+                found[match.group(1)] = match.group(2)
+            elif text.strip() and text.lstrip()[0] != "#":
+                self.fault("'%s' is there twice" % match.group(1) if match else
+                           "%r is not 'type: command'" % text.strip(), line=line)
+        return found
+
+    def sections(self):
+        """See Source. A process's own PORT comes of its type's and its number."""
+        for index, (name, command) in enumerate(self.types().items()):
+            env = dict(self.env, PORT=str(self.port + PORTS_PER_TYPE * index))
+            yield "process:" + name, {
+                "cmd": "PORT=$((PORT + GAFFER_INSTANCE - 1)); " + command, "shell": True, "cwd": self.folder, "env": env}
+
+    def _span(self, name):
+        return self._header(r"^(%s)[ \t]*:" % re.escape(name.partition(":")[2]), "\n")
+
+    def _key(self, field):
+        return r"(\b)"
+
+
+def open_source(path):
+    """The Source of a file, by its name. ConfigError."""
+    name = os.path.basename(path).lower()
+    kinds = {".json": JsonSource, ".toml": TomlSource, ".procfile": Procfile}
+    kind = Procfile if name.startswith("procfile") else kinds.get(os.path.splitext(name)[1], IniSource)
+    return kind(path)
+
+
+# [HttpEndpoint], {name: template}, [(pattern, URL)]
+Settings = collections.namedtuple("Settings", "endpoints templates webhooks")
+
+
+class ConfigReader:
+    """Makes Settings of files: read() or take() them, then settings()."""
+
+    NAMED = ("endpoint", "process", "env")
+    FIELDS = {"gaffer": ("http_endpoints", "include", "include_dir"), "endpoint": ("bind", "backlog", "certfile", "keyfile")}
+
+    def __init__(self):
+        self._sources = []
+        self._sections = {}                     # name -> (source, values)
+
+    def read(self, path):
+        """Read a file, and what it includes. ConfigError: it cannot be read at all."""
+        self.take(open_source(path))
+        return self
+
+    def take(self, source):
+        """Take a Source, and what it includes."""
+        self._sources.append(source)
+        for name, values in source.sections():
+            kind, _, rest = name.partition(":")
+            if kind not in ("gaffer", "webhooks", *self.NAMED) or (kind in self.NAMED) != bool(rest):
+                tail = ":%s" % (rest or "NAME") if rest or source.values_are_text else ""
+                known = ["gaffer", "webhooks", *(each + tail for each in self.NAMED)]
+                source.fault("there is no section of this name%s" % (
+                    near(name, known) or "; there are %s" % ", ".join(known)), name)
+            elif name in self._sections:
+                source.fault("this section is in %s too" % self._sections[name][0].path, name)
+            else:
+                self._sections[name] = source, values
+        found, values = self._sections.get("gaffer", (None, {}))
+        if found is source:
+            self._include(source, values)
+        return self
+
+    def _words(self, source, section, field, value):
+        """A list, or text that commas and spaces divide."""
+        if isinstance(value, str):
+            return split_list(value)
+        if isinstance(value, list) and all(isinstance(word, str) for word in value):
+            return value
+        source.fault("'%s' must be a list of strings, or a string" % field, section, field)
+        return []
+
+    def _include(self, source, values):
+        import glob
+        for pattern in self._words(source, "gaffer", "include", values.get("include", "")):
+            path = source.join(pattern)
+            self._include_all(source, "include", sorted(glob.glob(path)) if glob.has_magic(path) else [path])
+        for folder in self._words(source, "gaffer", "include_dir", values.get("include_dir", "")):
+            if not os.path.isdir(source.join(folder)):
+                source.fault("'include_dir' names %r, which is no folder" % folder, "gaffer", "include_dir")
+            found = [os.path.join(path, name) for path, _, names in os.walk(source.join(folder)) for name in names]
+            self._include_all(source, "include_dir", sorted(path for path in found if path.endswith(".ini")))
+
+    def _include_all(self, source, field, paths):
+        for path in paths:
+            if any(os.path.realpath(path) == os.path.realpath(known.path) for known in self._sources):
+                source.fault("'%s' names %s, which is included already" % (field, path), "gaffer", field)
+            elif len(self._sources) >= INCLUDES_MAX:
+                source.fault("more than %d files are included" % INCLUDES_MAX, "gaffer", field)
+                return
+            else:
+                try:
+                    self.take(open_source(path))
+                except ConfigError as error:
+                    source.fault("'%s': %s" % (field, error), "gaffer", field)
+
+    def settings(self):
+        """Settings. ConfigError, with every fault of all files."""
+        for name, (source, values) in self._sections.items():
+            known = self.FIELDS.get(name.partition(":")[0])
+            for field in [field for field in values if known and field not in known]:
+                source.fault("unknown field '%s'%s" % (field, near(field, known) or "; there are " + ", ".join(known)),
+                             name, field)
+        endpoints, webhooks = self._endpoints(), self._webhooks()
+        templates = {name: self._template(name, *found) for name, found in self._of_kind("process")}
+        for name, (source, _) in self._of_kind("env"):
+            if name not in templates:
+                source.fault("there is no [process:%s]%s" % (name, near(name, templates)), "env:" + name)
+        faults = [text for source in self._sources for _, text in sorted(source.faults, key=lambda fault: fault[0])]
+        if faults:
+            more = ["and %d faults more" % (len(faults) - FAULTS_MAX)] * (len(faults) > FAULTS_MAX)
+            raise ConfigError(faults[:FAULTS_MAX] + more)
+        return Settings(endpoints, templates, webhooks)
+
+    def _of_kind(self, kind):
+        return [(name.partition(":")[2], found) for name, found in self._sections.items() if name.startswith(kind + ":")]
+
+    def _endpoints(self):
+        made = {name: self._endpoint("endpoint:" + name, *found) for name, found in self._of_kind("endpoint")}
+        source, values = self._sections.get("gaffer", (None, {}))
+        if "http_endpoints" not in values:
+            return list(made.values())
+        names = self._words(source, "gaffer", "http_endpoints", values["http_endpoints"])
+        for name in names:
+            if name not in made:
+                source.fault("there is no [endpoint:%s]%s" % (name, near(name, made)), "gaffer", "http_endpoints")
+        return [made[name] for name in names if name in made]
+
+    @staticmethod
+    def _endpoint(section, source, values):
+        """An HttpEndpoint, or None: its faults are noted."""
+        def noted(field, error, function, *args):
+            try:
+                return function(*args)
+            except error as failure:
+                source.fault("'%s' %s" % (field, failure), section, field)
+                return None
+        backlog = values.get("backlog") or BACKLOG
+        backlog = noted("backlog", ValueError, number, backlog) if isinstance(backlog, str) else backlog
+        if backlog is not None:
+            backlog = noted("backlog", ValueError, whole_number(1, 65535), backlog)
+        paths = [source.join(values[field]) if values.get(field) else None for field in ("certfile", "keyfile")]
+        if not isinstance(values.get("bind"), str):
+            return source.fault("'bind' is missing: give host:port, [v6]:port or unix:/path", section)
+        bind = "unix:" + source.join(values["bind"][5:]) if values["bind"][:5] == "unix:" else values["bind"]
+        return noted("bind", StartError, HttpEndpoint, bind, *paths, backlog)
+
+    def _webhooks(self):
+        source, values = self._sections.get("webhooks", (None, {}))
+        hooks = []
+        for key, value in values.items():
+            pattern = event_pattern(key)
+            try:
+                parse_pattern(pattern.split("/"))
+            except BadEventType as error:
+                source.fault("'%s': %s" % (key, error), "webhooks", key)
+            for url in self._words(source, "webhooks", key, value):
+                try:
+                    Client(url)
+                    need("://" in url, ClientError, "'%s' is no URL" % url)
+                    hooks.append((pattern, url))
+                except ClientError:
+                    source.fault("'%s' must be a URL such as http://host:port/path, not %r" % (key, url), "webhooks", key)
+        return hooks
+
+    def _template(self, name, source, values):
+        """A template of [process:name] and [env:name]; its faults are noted."""
+        section, info, wrong = "process:" + name, {"name": name}, set()
+        for field, value in values.items():
+            try:
+                as_text = source.values_are_text and field in OPTIONS
+                info[field] = from_text(field, value) if as_text else value
+            except ValueError as error:
+                source.fault("field '%s' %s" % (field, error), section, field)
+                wrong.add(field)
+        info = {field: value for field, value in info.items() if value is not None or not source.values_are_text}
+        _, env = self._sections.get("env:" + name, (None, {}))
+        if env:
+            info["env"] = dict(info.get("env") or {}, **env)
+        info.setdefault("cwd", source.folder)
+        if isinstance(info["cwd"], str):
+            info["cwd"] = source.join(info["cwd"])
+        template, faults = examine_template(info)
+        if not faults and not wrong and template["start"]:
+            try:
+                Launch(template)
+            except InvalidProcessInfo as error:
+                faults = [("cmd", str(error))]
+        for field, reason in faults:
+            if field not in wrong:
+                source.fault(reason, section, field)
+        return template
+
+
+class Configuration:
+    """What a server was started with and can load again. `read()` returns Settings, or raises ConfigError; `hooks`: the
+    WebHooks that follow it, or None."""
+
+    def __init__(self, read, hooks=None):
+        self._read, self._hooks = read, hooks
+        self._lock = threading.Lock()           # one reload at a time
+        self.settings = read()
+
+    def begin(self, manager):
+        """Give a manager what to run."""
+        manager.configuration = self
+        for template in self.settings.templates.values():
+            manager.add_process(template)
+
+    def reload(self, manager, dry_run=False):
+        """Read it again, and change what has changed; with `dry_run` only say so. Returns {"ok", "added": [name], "changed":
+        {name: [field]}, "removed": [name], "kept": [name], "failed": {name: reason}, "webhooks": have they changed,
+        "needs_restart": [what cannot be changed in a running server]}. ConfigError: it is faulty, and nothing is changed."""
+        with self._lock:
+            settings = self._read()
+            return manager.loop.call(self._apply, manager, settings, dry_run)
+
+    def _apply(self, manager, settings, dry_run):
+        report = self._compare(manager, settings)
+        if dry_run:
+            return report
+        for name in report["removed"]:
+            self._attempt(report, name, manager.delete_process, name)
+        for name, fields in report["changed"].items():
+            self._attempt(report, name, self._change, manager, name, settings.templates[name], fields)
+        for name in sorted(report["added"], key=lambda name: priority_of(settings.templates[name])):
+            self._attempt(report, name, manager.add_process, settings.templates[name])
+        for name in report["failed"]:           # or the next time it would not be seen to have changed
+            settings.templates[name] = self.settings.templates.get(name, settings.templates.get(name))
+        if report["webhooks"] and self._hooks is not None:
+            self._hooks.replace(settings.webhooks)
+        self.settings = settings
+        report["ok"] = not report["failed"]
+        return report
+
+    @staticmethod
+    def _attempt(report, name, function, *args):
+        """The system may refuse what the file may say: no room for another process, a program that is none."""
+        try:
+            function(*args)
+        except GafferError as error:
+            report["failed"][name] = str(error)
+
+    def _compare(self, manager, settings):
+        """With what it was loaded with, not with what somebody has changed by hand since."""
+        before, after = self.settings.templates, settings.templates
+        report = {"ok": True, "added": [], "changed": {}, "kept": [], "failed": {},
+                  "removed": [name for name in before if name not in after and name in manager.templates]}
+        for name, template in after.items():
+            if name not in manager.templates:
+                report["added"].append(name)
+                continue
+            old = before[name] if name in before else manager.templates[name].info
+            fields = [field for field in OPTIONS if old[field] != template[field]]
+            if fields:
+                report["changed"][name] = fields
+            else:
+                report["kept"].append(name)
+        report["webhooks"] = self.settings.webhooks != settings.webhooks
+        report["needs_restart"] = ["endpoints"] * (
+            list(map(vars, self.settings.endpoints)) != list(map(vars, settings.endpoints)))
+        return report
+
+    @staticmethod
+    def _change(manager, name, info, fields):
+        template = manager.templates[name]
+        if set(fields) <= set(ADJUSTABLE):
+            manager.adjust_process(name, {field: info[field] for field in fields})
+            if "start" in fields:
+                (manager.start_template if info["start"] else manager.stop_template)(name)
+            return
+        # one that was stopped by hand stays stopped, one that gave up gets another chance; a number that was not changed here
+        # may have been scaled
+        info = dict(info, start=info["start"] if "start" in fields else template.active or template.gave_up)
+        if "numprocesses" not in fields:
+            info["numprocesses"] = template.info["numprocesses"]
+        manager.update_process(name, info)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -6506,6 +7153,9 @@ def output_labels(client, name, arguments):
     return list(dict.fromkeys(labels[:1] if arguments.stdout else labels[1:] if arguments.stderr else labels))
 
 
+PALETTE = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)      # colours of a terminal, one for each name
+
+
 class LogPrinter:
     """Prints lines of several processes, each with its name in a colour of its own."""
 
@@ -6846,23 +7496,64 @@ def shed_compiler():
         log.debug("goes on with the compiler's memory: %s", error)
 
 
+def report_lines(report, would=""):
+    """What a reload has done, a line each; `would`: "would be ", where it was only asked."""
+    failed = report["failed"]
+    lines = ["%s: %sadded" % (name, would) for name in report["added"] if name not in failed]
+    lines += ["%s: %schanged (%s)" % (name, would, ", ".join(fields)) for name, fields in report["changed"].items()
+              if name not in failed]
+    lines += ["%s: %sremoved" % (name, would) for name in report["removed"]]
+    lines += ["%s: %skept" % (name, would) for name in report["kept"]]
+    lines += ["webhooks: %schanged" % would] * report["webhooks"]
+    lines += ["%s: changed, which only a restart of gaffer applies" % what for what in report["needs_restart"]]
+    return lines + ["%s: failed, %s" % failure for failure in failed.items()]
+
+
+def load_again(configuration, manager):
+    """What HUP asks for, on a thread of its own: a file may be slow. The outcome goes to the log."""
+    def run():
+        try:
+            report = configuration.reload(manager)
+        except GafferError as error:
+            for line in str(error).splitlines():
+                log.error("%s", line)
+            log.error("the configuration was not loaded: nothing is changed")
+        else:
+            for line in report_lines(report):
+                log.info("%s", line)
+    threading.Thread(target=run, name="gaffer-reload", daemon=True).start()
+
+
 def serve(arguments):
-    """`serve`: run a manager with the HTTP API until INT or TERM."""
+    """serve: run a manager with the HTTP API until INT or TERM."""
     shed_compiler()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr,
                         level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
-    try:
-        endpoints = [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind or ["127.0.0.1:5000"]]
-        http = HttpHandler(endpoints, token=read_token(arguments.token_file), cors_origins=arguments.cors_origin,
-                           allow_hosts=arguments.allow_host)
-        apps = [SigHandler(), http, Announcement(http)]
-        if arguments.verbose:
-            apps.append(ConsoleOutput(arguments.verbose > 1))
-        Manager(apps, window_size=arguments.window or WINDOW_SIZE).run()
-    except StartError as error:
-        print("gaffer: %s" % error, file=sys.stderr)
-        return 1
+    hooks, configuration, signals = WebHooks(), None, SigHandler((*SigHandler.SIGNALS, signal.SIGHUP))
+    endpoints = [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind]
+    if arguments.config:
+        configuration = Configuration(lambda: ConfigReader().read(arguments.config).settings(), hooks)
+        hooks.hooks = configuration.settings.webhooks
+        endpoints = endpoints or configuration.settings.endpoints
+        signals = SigHandler(reload=lambda: load_again(configuration, manager))
+    http = HttpHandler(endpoints or [HttpEndpoint(certfile=arguments.certfile, keyfile=arguments.keyfile)],
+                       token=read_token(arguments.token_file), cors_origins=arguments.cors_origin,
+                       allow_hosts=arguments.allow_host)
+    apps = [signals, http, hooks, Announcement(http)] + [ConsoleOutput(arguments.verbose > 1)] * (arguments.verbose > 0)
+    manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE)
+    if configuration is not None:
+        configuration.begin(manager)
+    manager.run()
     return 0
+
+
+def reload_command(arguments):
+    """reload"""
+    answer = connect(arguments).request("POST", "/_reload" + ("?dry_run=true" if arguments.dry_run else ""))
+    report, would = json.loads(answer), "would be " if arguments.dry_run else ""
+    for line in [answer.decode("utf-8").rstrip("\n")] if arguments.json else report_lines(report, would):
+        print(line)
+    return 1 if report["failed"] else 0
 
 
 # the table
@@ -6945,7 +7636,8 @@ ONE_NAME = option("names", metavar="NAME", nargs=1, help=SOME_NAMES[1]["help"])
 BY = option("n", metavar="N", nargs="?", type=positive, default=1, help="how many (default 1)")
 
 COMMANDS = {
-    "serve": Command(serve, "server", "[options]", "run the supervisor and its HTTP API", (
+    "serve": Command(serve, "server", "[options] [CONFIG]", "run the supervisor and its HTTP API", (
+        option("config", metavar="CONFIG", nargs="?", help="what to run: a file of INI, JSON or TOML, or a Procfile"),
         option("--bind", metavar="ADDRESS", action="append", default=[],
                help="host:port (port 0: any free one), [v6]:port or unix:/path; repeatable (default 127.0.0.1:5000)"),
         option("--token-file", metavar="FILE", help="every request needs the token in this file (or in GAFFER_TOKEN)"),
@@ -6956,6 +7648,8 @@ COMMANDS = {
         option("--keyfile", metavar="FILE", help="and this key"),
         option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE),
         option("-v", "--verbose", action="count", default=0, help="log events; -vv: the processes' output too"))),
+    "reload": Command(reload_command, "server", "[options]", "let the server load its CONFIG again, as HUP does", (
+        option("--dry-run", action="store_true", help="only say what would change"), *ASK)),
     "processes": Command(processes_command, "look", "[options]", "list the names of all templates", (
         option("--running", action="store_true", help="the pids of all that runs instead"), *ASK)),
     "status": Command(status_command, "look", "[options] [NAME ...]", "show what runs, and what will happen next", (

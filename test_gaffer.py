@@ -44,6 +44,7 @@ import textwrap
 import threading
 import time
 import unittest
+import unittest.mock
 import urllib.parse
 import wsgiref.util
 import wsgiref.validate
@@ -9144,6 +9145,10 @@ class CliProcess:
         self.stderr = self._stderr.read()
         self._stderr.close()
 
+    def said(self, text):
+        """True once it has said so on stderr."""
+        return text in os.pread(self._stderr.fileno(), 1 << 20, 0).decode()
+
     def kill(self):
         """For cleanups: gone, whatever it does."""
         if not self._stderr.closed:
@@ -9735,7 +9740,7 @@ class CliCommands(CliControlCase):
 
     NAME = {"start", "stop", "restart", "add", "sub", "running", "numprocesses", "pids", "get_process", "del_process"}
     ARGUMENTS = {"kill": ["web", "HUP"], "add_process": ["x", "sleep 1"], "update_process": ["web", "sleep 1"],
-                 "load_process": [os.path.join(HERE, "LICENSE")], "processes": [], "status": ["web"]}
+                 "load_process": [os.path.join(HERE, "LICENSE")], "processes": [], "status": ["web"], "reload": []}
 
     @classmethod
     def commands(cls):
@@ -10051,6 +10056,535 @@ class CliAttach(CliFollowCase):
         self.call("attach", "two", status=1, err="gaffer: two runs 2 processes: attach to one of the pids 1 2\n")
         self.call("attach", "off", status=1, err="gaffer: off does not run: 'gaffer.py start off' starts it\n")
         self.call("attach", "77", status=4, err="gaffer: there is no process 77;.*\n")
+
+
+class ConfigCase(CliControlCase):
+    """Files in a folder of the test's own, which is also where relative paths lead."""
+
+    def setUp(self):
+        self.home = self.folder()               # goes when the server has gone
+        super().setUp()
+
+    def write(self, name, text):
+        """A file's path."""
+        path = os.path.join(self.home, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return self.file(os.path.dirname(path), os.path.basename(path), textwrap.dedent(text))
+
+    def settings(self, name, text):
+        """Settings of a file."""
+        return gaffer.ConfigReader().read(self.write(name, text)).settings()
+
+    def faults(self, name, text):
+        """Its faults, without the folder."""
+        with self.assertRaises(gaffer.ConfigError) as caught:
+            self.settings(name, text)
+        return [fault.replace(self.home + "/", "") for fault in caught.exception.faults]
+
+
+class ConfigFiles(ConfigCase):
+    """INI, JSON, TOML: what they say, and what is wrong with them."""
+
+    INI = """
+        ; a comment
+        [gaffer]
+        http_endpoints = public, other
+
+        [endpoint:public]
+        bind = 127.0.0.1:0
+        backlog = 7
+        [endpoint:other]
+        bind = unix:socket
+        [endpoint:unused]
+        bind = 127.0.0.1:1
+
+        [webhooks]
+        create = http://localhost:1/x
+        proc.a.exit = https://localhost/y?z=1
+
+        [process:a]
+        cmd = sh -c 'echo %d "$HOME"'
+        args = a 'b c'
+        env = A=1 B='x y'
+        os_env = no
+        cwd = .
+        uid =
+        gid =
+        shell = off
+        numprocesses = 2
+        start = false
+        detach = 0
+        redirect_output = out, err
+        redirect_input = yes
+        custom_streams = one two
+        graceful_timeout = 2.5
+        flapping = 3, 1.5, 2, 4
+        priority = 0
+
+        [process:g:b]
+        cmd = sleep
+            1000
+        [env:a]
+        PORT = 80
+        lower = x=y
+        """
+
+    def test_every_field(self):
+        found = self.settings("gaffer.ini", self.INI)
+        self.assertEqual(set(found.templates), {"a", "g:b"})
+        self.assertEqual(found.templates["a"], {
+            "name": "a", "cmd": "sh -c 'echo %d \"$HOME\"'", "args": "a 'b c'", "os_env": False, "uid": None, "gid": None,
+            "env": {"A": "1", "B": "x y", "PORT": "80", "lower": "x=y"}, "cwd": self.home + "/.", "shell": False,
+            "numprocesses": 2, "start": False, "detach": False, "redirect_output": ["out", "err"], "redirect_input": True,
+            "custom_streams": ["one", "two"], "graceful_timeout": 2.5, "priority": 0,
+            "flapping": {"attempts": 3, "window": 1.5, "retry_in": 2, "max_retry": 4}})
+        self.assertEqual((found.templates["g:b"]["cmd"], found.templates["g:b"]["cwd"]), ("sleep\n1000", self.home))
+        self.assertEqual([(endpoint.bind, endpoint.backlog) for endpoint in found.endpoints], [
+            ("127.0.0.1:0", 7), ("unix:%s/socket" % self.home, gaffer.BACKLOG)])
+        self.assertEqual(found.webhooks, [("create", "http://localhost:1/x"), ("proc/a/exit", "https://localhost/y?z=1")])
+        self.assertEqual(set(gaffer.OPTIONS) - {"name"}, set(re.findall(r"^ *(\w+) =", self.INI[self.INI.index("[process:a]"):
+                                                                     self.INI.index("[process:g:b]")], re.M)))
+
+    TREE = {"gaffer": {"http_endpoints": ["public"]}, "endpoint": {"public": {"bind": "127.0.0.1:0"}},
+            "process": {"a": {"cmd": "sleep 1000", "numprocesses": 2, "redirect_output": ["out"], "flapping": {"attempts": 3}},
+                        "g:b": {"cmd": "sleep", "args": ["1000"], "start": False}},
+            "env": {"a": {"PORT": 80}}, "webhooks": {"exit": "http://localhost/x"}}
+    TOML = """
+        [gaffer]
+        http_endpoints = ["public"]
+        [endpoint.public]
+        bind = "127.0.0.1:0"
+        [process.a]
+        cmd = "sleep 1000"
+        numprocesses = 2
+        redirect_output = ["out"]
+        flapping = {attempts = 3}
+        [process."g:b"]
+        cmd = "sleep"
+        args = ["1000"]
+        start = false
+        [env.a]
+        PORT = 80
+        [webhooks]
+        exit = "http://localhost/x"
+        """
+
+    def test_json_and_toml_say_the_same(self):
+        found = self.settings("x.json", json.dumps(self.TREE))
+        self.assertEqual(found.templates["a"]["env"], {"PORT": 80})
+        self.assertEqual(found.templates["a"]["flapping"]["max_retry"], 5)
+        self.assertEqual((found.templates["g:b"]["args"], found.templates["g:b"]["start"]), (["1000"], False))
+        self.assertEqual((found.webhooks, found.endpoints[0].bind), ([("exit", "http://localhost/x")], "127.0.0.1:0"))
+        listed = [dict(values, name=name) for name, values in self.TREE["process"].items()]
+        self.assertEqual(set(self.settings("list.json", json.dumps(listed)).templates), {"a", "g:b"})
+        self.assertEqual(set(self.settings("one.json", json.dumps(listed[0])).templates), {"a"})
+        if sys.version_info >= (3, 11):
+            toml = self.settings("x.toml", self.TOML)
+            self.assertEqual((toml.templates, toml.webhooks), (found.templates, found.webhooks))
+        else:
+            self.assertRegex(self.faults("x.toml", self.TOML)[0], r"\Ax.toml:1: Python 3\.\d+ reads no TOML")
+
+    def test_included_files(self):
+        self.write("conf.d/b.ini", "[process:b]\ncmd = sleep 2\n")
+        self.write("conf.d/deep/c.ini", "[process:c]\ncmd = sleep 3\n")
+        self.write("conf.d/no.txt", "nothing")
+        self.write("d.json", '{"name": "d", "cmd": "sleep 4"}')
+        self.write("e/1.ini", "[process:e1]\ncmd = sleep 1\n")
+        self.write("e/2.ini", "[process:e2]\ncmd = sleep 1\n[env:a]\nX = 1\n")
+        found = self.settings("a.ini", "[gaffer]\ninclude = d.json e/*.ini\ninclude_dir = conf.d\n[process:a]\ncmd = sleep 1\n")
+        self.assertEqual({name: os.path.basename(info["cwd"]) for name, info in found.templates.items() if name != "a"},
+                         {"b": "conf.d", "c": "deep", "d": os.path.basename(self.home), "e1": "e", "e2": "e"})
+        self.assertEqual(found.templates["a"]["env"], {"X": "1"})
+
+    def test_faults_of_included_files(self):
+        self.write("b.ini", "[process:a]\ncmd = sleep 2\n[process:b]\ncmd = sleep 1\nnumproceses = 3\n")
+        self.assertEqual(self.faults("a.ini", "[gaffer]\ninclude = b.ini b.ini no.ini a.ini\ninclude_dir = nothing\n"
+                                              "[process:a]\ncmd = sleep 1\n"), [
+            "a.ini:2: [gaffer] 'include' names b.ini, which is included already",
+            "a.ini:2: [gaffer] 'include': no.ini: cannot be read: No such file or directory",
+            "a.ini:2: [gaffer] 'include' names a.ini, which is included already",
+            "a.ini:3: [gaffer] 'include_dir' names 'nothing', which is no folder",
+            "b.ini:1: [process:a] this section is in a.ini too",
+            "b.ini:5: [process:b] unknown field 'numproceses', did you mean 'numprocesses'?"])
+
+    def test_every_fault_at_once_with_its_line(self):
+        found = self.faults("gaffer.ini", """\
+            junk
+            [gaffer]
+            http_endpoints = public, nix
+            includ = x
+            [endpoint:public]
+            bind = 127.0.0.1
+            backlog = x
+            bind = 1
+            [endpoint:other]
+            [proces:dummy]
+            cmd = x
+            [process:dummy]
+            comand = ./dummy.py
+            numprocesses = two
+            uid = nosuch-user
+            cwd
+            [process:a]
+            cmd = nosuchprog
+            cwd = nosuchdir
+            shell = maybe
+            [process:b]
+            cmd = nosuchprog
+            [process:a]
+            cmd = z
+            [env:x]
+            A = 1
+            [webhooks]
+            creat = http://x
+            exit = nourl
+            """)
+        words = ["1: 'junk'", "3: [gaffer] there is no [endpoint:nix]", "4: [gaffer] unknown field 'includ', did you",
+                 "6: [endpoint:public] 'bind' '127.0.0.1' is no address", "7: [endpoint:public] 'backlog' must be a number",
+                 "8: [endpoint:public] 'bind' is there twice", "9: [endpoint:other] 'bind' is missing",
+                 "10: [proces:dummy] there is no section of this name, did you mean 'process:dummy'",
+                 "12: [process:dummy] field 'cmd' is required", "13: [process:dummy] unknown field 'comand', did you mean 'cmd'",
+                 "14: [process:dummy] field 'numprocesses' must be a number", "15: [process:dummy] field 'uid' there is no user",
+                 "16: [process:dummy] 'cwd' has no value", "19: [process:a] field 'cwd' names the directory",
+                 "20: [process:a] field 'shell' must be true or false", "22: [process:b] field 'cmd' names 'nosuchprog'",
+                 "23: [process:a] this section is there twice", "25: [env:x] there is no [process:x]",
+                 "28: [webhooks] 'creat': there is no event type 'creat', did you mean 'create'", "29: [webhooks] 'exit' must be a URL"]
+        self.assertEqual([fault[:len(word) + 11] for fault, word in zip(found, words)], ["gaffer.ini:" + word for word in words])
+        self.assertEqual(len(found), len(words))
+
+    def test_faults_of_json_and_toml(self):
+        self.assertEqual(self.faults("a.json", '{"process":\n {"web": {"cmd": "sleep 1",\n "numprocesses": "x"},\n"db":\n{"cmdd": 1}},\n'
+                                               '"processes": {}, "gaffer": 3}'), [
+            "a.json:3: [process:web] field 'numprocesses' must be a whole number from 0 to 1000",
+            "a.json:4: [process:db] field 'cmd' is required",
+            "a.json:5: [process:db] unknown field 'cmdd', did you mean 'cmd'?",
+            "a.json:6: [processes] there is no section of this name, did you mean 'process'?",
+            "a.json:6: [gaffer] must be an object"])
+        self.assertRegex(self.faults("b.json", '{"a":\n1,}')[0], r"\Ab.json:2: is no JSON: ")
+        self.assertEqual(len(self.faults("c.json", '[{"name": "a", "cmd": "sleep 1"}, {"name": "a", "cmd": "x"}, 3]')), 3)
+        self.assertRegex(self.faults("d.json", "3")[0], "must be an object")
+        self.assertEqual(self.faults("e.json", '{"process": [], "env": {"x": 1}}'), [
+            "e.json:1: [process] must hold an object for each name", "e.json:1: [env:x] must be an object"])
+        if sys.version_info >= (3, 11):
+            self.assertRegex(self.faults("a.toml", "[process.a]\ncmd = \n")[0], r"\Aa.toml:2: is no TOML: ")
+            found = self.faults("b.toml", "[process.a]\ncmd = 'sleep 1'\nshell = 1\n[process.'g:b']\n\ncmd = 'nosuchprog'\n")
+            self.assertEqual([fault.partition(" field")[0] for fault in found], ["b.toml:3: [process:a]", "b.toml:6: [process:g:b]"])
+
+    def test_files_that_cannot_be_read(self):
+        for path, words in ((self.home, "Is a directory"), (self.home + "/no", "No such file"), ("/dev/zero", "over 1048576")):
+            with self.assertRaisesRegex(gaffer.ConfigError, words):
+                gaffer.ConfigReader().read(path)
+        path = self.home + "/latin"
+        with open(path, "wb") as file:
+            file.write(b"\xe4")
+        self.call("serve", path, status=1, err="gaffer: .*latin: cannot be read: 'utf-8'.*\n")
+        self.assertIn("and 100 faults more", self.faults("many.ini", "[process:a]\ncmd = true\n" + "".join("x%d = 1\n" % i for i in range(10))
+                                                         + "".join("[x%d]\n" % i for i in range(190)))[-1])
+
+
+class ConfigReload(ConfigCase):
+    """Loading it again: only what has changed is touched."""
+
+    def begin(self, text):
+        """Serve a file; say what has changed with change()."""
+        self.path = self.write("gaffer.ini", text)
+        self.hooks = gaffer.WebHooks()
+        self.configuration = gaffer.Configuration(lambda: gaffer.ConfigReader().read(self.path).settings(), self.hooks)
+        self.server.manager.loop.call(self.hooks.start, self.server.manager.loop, self.server.manager)
+        self.configuration.begin(self.server.manager)
+
+    def change(self, text, **expected):
+        """Write the file anew, and let it be loaded: what is told."""
+        self.write("gaffer.ini", text)
+        report = self.server.ok("POST", "/_reload")
+        nothing = {"ok": True, "added": [], "changed": {}, "removed": [], "kept": [], "failed": {}, "webhooks": False, "needs_restart": []}
+        self.assertEqual(report, dict(nothing, **expected))
+
+    def pids(self, name):
+        """Pids of what it runs now."""
+        return self.server.ok("GET", "/processes/%s/_pids" % name)["pids"]
+
+    BOTH = "[process:a]\ncmd = sleep 1000\n[process:b]\ncmd = sleep 1000\n"
+
+    def test_without_a_file_there_is_nothing_to_load(self):
+        self.assertError(self.server.json("POST", "/_reload"), 409, "conflict", "serve CONFIG")
+        self.call("reload", status=1, err="gaffer: this server was started without a CONFIG.*\n")
+
+    def test_added_changed_removed_kept(self):
+        self.begin(self.BOTH + "[process:c]\ncmd = sleep 1000\n")
+        self.server.add("by-hand", "sleep 1000")
+        self.change("[process:a]\ncmd = sleep 1000\n[process:b]\ncmd = sleep 2000\ngraceful_timeout = 3\n[process:d]\ncmd = sleep 1001\n",
+                    added=["d"], changed={"b": ["cmd", "graceful_timeout"]}, removed=["c"], kept=["a"])
+        self.assertEqual(self.server.ok("GET", "/processes"), ["a", "b", "by-hand", "d"])
+        self.assertEqual(self.pids("a"), [1])
+        until(lambda: self.pids("b") not in ([], [2]))
+        self.assertEqual(self.server.ok("GET", "/processes/b")["cmd"], "sleep 2000")
+
+    def test_said_by_the_command(self):
+        self.begin(self.BOTH)
+        self.write("gaffer.ini", "[process:a]\ncmd = sleep 1001\n[process:c]\ncmd = sleep 1001\n[endpoint:x]\nbind = 127.0.0.1:0\n[webhooks]\nflap=http://localhost:1\n")
+        lines = "c: {0}added\na: {0}changed (cmd)\nb: {0}removed\nwebhooks: {0}changed\nendpoints: changed, which only a restart of gaffer applies\n"
+        self.assertEqual(self.call("reload", "--dry-run"), lines.format("would be "))
+        self.assertEqual(self.server.ok("GET", "/processes"), ["a", "b"])
+        self.assertEqual((self.pids("a"), self.hooks.hooks), ([1], []))
+        self.assertEqual(self.call("reload"), lines.format(""))
+        self.assertEqual(self.hooks.hooks, [("flap", "http://localhost:1")])
+        self.assertEqual(self.call("reload"), "a: kept\nc: kept\n")
+        self.assertEqual(json.loads(self.call("reload", "--json"))["kept"], ["a", "c"])
+        self.hooks.stop()
+        self.hooks.join()
+
+    def test_fields_that_need_no_restart(self):
+        self.begin("[process:a]\ncmd = sleep 1000\nnumprocesses = 2\n")
+        self.change("[process:a]\ncmd = sleep 1000\nnumprocesses = 3\npriority = 1\nflapping = 2\n",
+                    changed={"a": ["numprocesses", "flapping", "priority"]})
+        self.assertEqual(self.pids("a"), [1, 2, 3])
+        self.change("[process:a]\ncmd = sleep 1000\nnumprocesses = 1\npriority = 1\nflapping = 2\nstart = false\n",
+                    changed={"a": ["numprocesses", "start"]})
+        self.assertEqual(self.pids("a"), [])
+        self.change("[process:a]\ncmd = sleep 1000\nflapping = 2\npriority = 1\n", changed={"a": ["start"]})
+        until(lambda: len(self.pids("a")) == 1)
+
+    def test_what_was_done_by_hand_stays(self):
+        self.begin(self.BOTH)
+        self.server.ok("POST", "/processes/a/_stop?wait=true")
+        self.server.ok("POST", "/processes/b/_add/2")
+        self.change(self.BOTH, kept=["a", "b"])
+        self.assertEqual((self.pids("a"), self.pids("b")), ([], [2, 3, 4]))
+        self.change(self.BOTH.replace("1000", "2000"), changed={"a": ["cmd"], "b": ["cmd"]})
+        self.assertEqual(self.pids("a"), [])
+        until(lambda: len(self.pids("b")) == 3)
+        self.server.ok("DELETE", "/processes/a")
+        self.change(self.BOTH.replace("1000", "2000"), added=["a"], kept=["b"])
+        self.assertEqual(len(self.pids("a")), 1)
+        self.server.add("c", "sleep 1000")
+        self.change(self.BOTH.replace("1000", "2000") + "[process:c]\ncmd = sleep 1000\n", changed={"c": ["cwd"]}, kept=["a", "b"])
+
+    def test_one_that_gave_up_gets_another_chance(self):
+        self.begin("[process:a]\ncmd = false\nflapping = 1, 10, 0, 0\n")
+        self.server.wait_event("proc/a/stop")
+        self.change("[process:a]\ncmd = sleep 1000\nflapping = 1, 10, 0, 0\n", changed={"a": ["cmd"]})
+        self.assertEqual(len(self.pids("a")), 1)
+
+    def test_a_broken_file_changes_nothing(self):
+        self.begin(self.BOTH)
+        for text in ("[process:a]\ncmd = sleep 1001\n[process:c]\ncmd = nosuchprog\n", "[process:c]\ncmd = sleep 1001\nx = 1", "junk", "[gaffer]\ninclude=no"):
+            self.write("gaffer.ini", text)
+            status, answer = self.server.json("POST", "/_reload")
+            self.assertEqual((status, answer["error"]), (400, "invalid_process_info"))
+            self.assertIn("gaffer.ini:", answer["reason"])
+            self.assertEqual(self.server.ok("GET", "/processes"), ["a", "b"])
+            self.assertEqual(self.pids("a") + self.pids("b"), [1, 2])
+        os.unlink(self.path)
+        self.call("reload", status=1, err="gaffer: .*gaffer.ini: cannot be read: No such file.*\n")
+        self.change(self.BOTH, kept=["a", "b"])
+
+    def test_what_the_system_refuses_is_told_and_tried_again(self):
+        program = self.write("program", "#!/nosuchinterpreter\n")
+        os.chmod(program, 0o700)
+        self.begin(self.BOTH)
+        text = self.BOTH + "[process:c]\ncmd = ./program\n"
+        reason = self.server.json("POST", "/processes", {"name": "c", "cmd": program})[1]["reason"]
+        for _ in range(2):
+            self.change(text, ok=False, added=["c"], kept=["a", "b"], failed={"c": reason})
+        self.call("reload", status=1, err="")
+        self.write("program", "#!/bin/sh\nexec sleep 1000\n")
+        os.chmod(program, 0o700)
+        self.change(text, added=["c"], kept=["a", "b"])
+        self.server.ok("DELETE", "/processes/c")
+
+
+class ConfigServe(CliFollowCase):
+    """`serve CONFIG` as its user sees it."""
+
+    def test_the_example_of_old(self):
+        """dummy, echo, priority and an environment, as gafferd's users have it, from any folder."""
+        folder = self.folder()
+        for name in ("dummy.py", "echo.py"):
+            shutil.copy(os.path.join(HERE, "examples", name), folder)
+        path = self.file(folder, "gaffer.ini", textwrap.dedent("""\
+            [gaffer]
+            http_endpoints = public
+
+            [endpoint:public]
+            bind = 127.0.0.1:0
+
+            [webhooks]
+            ;create = http://echohttp.com/echo
+
+            [process:dummy]
+            cmd = ./dummy.py
+            numprocesses = 1
+            redirect_output = stdout, stderr
+
+            [process:echo]
+            cmd = ./echo.py
+            numprocesses = 1
+            redirect_output = stdout, stderr
+            redirect_input  = true
+
+            [process:priority0]
+            cmd = ./dummy.py
+            priority = 0
+
+            [env:dummy]
+            PORT = 80
+            """))
+        server = self.start("serve", path, cwd="/")
+        self.assertEqual(server.ok("GET", "/processes"), ["dummy", "echo", "priority0"])
+        self.assertEqual([server.ok("GET", "/processes/%d" % pid)["name"] for pid in (1, 2, 3)], ["priority0", "dummy", "echo"])
+        self.assertEqual(server.request("GET", "/streams/dummy/stdout?since=0")[2][:8], b"STDOUT 0")
+        os_pid, = server.ok("GET", "/status/dummy")["os_pids"]
+        self.assertIn("PORT=80", cli_read("/proc/%d/environ" % os_pid).split("\0"))
+        self.assertEqual(server.request("POST", "/streams/3/stdin", None, {"Content-Length": "0"})[0], 200)
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+
+    def test_the_example_in_the_folder(self):
+        server = self.start("serve", os.path.join(HERE, "examples", "gaffer.ini"), "--bind", "127.0.0.1:0")
+        self.assertEqual(server.ok("GET", "/processes"), ["dummy", "echo", "priority"])
+        self.assertEqual([server.ok("GET", "/status/" + name)["running"] for name in ("dummy", "echo", "priority")], [1, 1, 1])
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+
+    def test_hup_loads_it_again(self):
+        folder = self.folder()
+        path = self.file(folder, "x.ini", "[process:a]\ncmd = sleep 1000\n")
+        server = self.start("serve", path, "--bind", "127.0.0.1:0")
+        self.file(folder, "x.ini", "[process:a]\ncmd = sleep 1000\n[process:b]\ncmd = sleep 1000\n")
+        server.process.send_signal(signal.SIGHUP)
+        self.assertEqual(server.ok("GET", "/watch/proc/b/spawn?since=0")["name"], "b")
+        self.file(folder, "x.ini", "junk")
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: server.said("nothing is changed"))
+        self.assertEqual(server.ok("GET", "/processes/1")["name"], "a")
+        self.assertEqual(server.stop(), 0)
+        self.assertRegex(server.stderr, r"ERROR %s:1: 'junk' is neither[^\n]*\n[^\n]*nothing is changed\n\Z" % re.escape(path))
+
+    def test_hup_without_a_file_stops(self):
+        server = self.start()
+        os_pid, = server.add("a", {"cmd": "sleep 1000"})
+        self.assertEqual((server.stop(signal.SIGHUP), server.stderr), (0, ""))
+        self.assertFalse(alive(os_pid))
+
+    def test_a_file_with_faults(self):
+        path = self.file(self.folder(), "x.ini", "[process:a]\ncomand = x\n[process:b]\ncmd = true\nshell = 7\n")
+        status, out, err = self.outcome("serve", path)
+        self.assertEqual((status, out), (1, ""))
+        self.assertEqual(err, "gaffer: {0}:1: [process:a] field 'cmd' is required\ngaffer: {0}:2: [process:a] unknown field 'comand', did you mean "
+                              "'cmd'?\ngaffer: {0}:5: [process:b] field 'shell' must be true or false, not '7'\n".format(path))
+
+    def test_logs_follow_over_kills_and_a_restart_of_the_server(self):
+        """Every line once."""
+        folder = self.folder()
+        child = self.file(folder, "child.py", textwrap.dedent(self.ECHO))
+        path = self.file(folder, "x.json", json.dumps({"name": "a", "cmd": PYTHON, "args": ["-I", "-S", "-u", child], "redirect_input": True}))
+        endpoint = "unix:" + os.path.join(folder, "socket")
+        client = gaffer.Client(endpoint)
+
+        def say(text):
+            client.request("POST", "/streams/%d/stdin" % client.get("/processes/a/_pids")["pids"][0], text)
+        server = self.start("serve", path, "--bind", endpoint)
+        follower = self.follow("logs", "-f", endpoint=endpoint)
+        expected = [b"started", b"one", b"two", b"started", b"three", b"bye", b"started", b"four"]
+        lines = []
+
+        def read_until(last, count=1):
+            while lines.count(last) < count:
+                lines.append(follower.stdout.readline()[4:-1])
+        read_until(b"started")
+        say(b"one\n")
+        say(b"two\n")
+        read_until(b"two")
+        os.kill(client.get("/status/a")["os_pids"][0], signal.SIGKILL)
+        read_until(b"started", 2)
+        say(b"three\n")
+        read_until(b"three")
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+        server = self.start("serve", path, "--bind", endpoint)
+        read_until(b"started", 3)
+        say(b"four\n")
+        read_until(b"four")
+        self.assertEqual(lines, expected)
+        self.assertEqual(self.interrupted(follower), b"")
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+
+
+class WebHooksTest(ServerCase):
+    """Events that are posted."""
+
+    def setUp(self):
+        super().setUp()
+        self.received = queue.Queue()
+        self.answers = []                       # statuses of the next answers, else 200
+        self.receiver = Running(handlers=[(r"/hook(.*)", self.take)])
+        self.addCleanup(self.receiver.stop_all)
+
+    def take(self, request, rest):
+        """The receiver."""
+        status = self.answers.pop(0) if self.answers else 200
+        self.received.put((rest, request.raw_query, request.headers.get("content-type"), json.loads(request.body), status))
+        return status, [], ""
+
+    def hooks(self, *hooks):
+        """Running WebHooks."""
+        made = gaffer.WebHooks(hooks)
+        self.server.manager.loop.call(made.start, self.server.manager.loop, self.server.manager)
+        self.addCleanup(made.join)
+        self.addCleanup(made.stop)
+        return made
+
+    def test_each_event_is_posted(self):
+        self.hooks(("proc/a/spawn", self.receiver.url + "/hook/a?x=1"), ("stop", self.receiver.url + "/hook"))
+        self.server.add("a", "sleep 1000")
+        self.server.add("b", "sleep 1000")
+        self.server.ok("POST", "/processes/b/_stop")
+        rest, query, kind, event, _ = self.received.get(timeout=TIMEOUT)
+        self.assertEqual((rest, query, kind, event["event"], event["pid"]), ("/a", "x=1", "application/json", "spawn", 1))
+        self.assertEqual(self.received.get(timeout=TIMEOUT)[3], self.server.wait_event("stop"))
+        self.assertTrue(self.received.empty())
+
+    def test_tried_again_unless_it_is_refused(self):
+        with unittest.mock.patch.object(gaffer, "WEBHOOK_PAUSES", (0.01, 0.01)), self.assertLogs("gaffer", "WARNING") as logs:
+            made = self.hooks(("create", self.receiver.url + "/hook"))
+            self.answers += [500, 503, 200, 404, 200]
+            for name in ("a", "b", "c"):
+                self.server.add(name, "sleep 1000")
+            found = [self.received.get(timeout=TIMEOUT) for _ in range(5)]
+        self.assertEqual([(event["name"], status) for _, _, _, event, status in found], [
+            ("a", 500), ("a", 503), ("a", 200), ("b", 404), ("c", 200)])
+        self.assertEqual(made.dropped, 1)
+        self.assertRegex(logs.output[0], "/hook was dropped, 1 of all by now: it answers 404")
+
+    def test_a_dead_receiver_costs_nothing(self):
+        with unittest.mock.patch.object(gaffer, "WEBHOOK_PAUSES", (0.01,)), self.assertLogs("gaffer", "WARNING") as logs:
+            made = self.hooks(("create", "http://127.0.0.1:1/"), ("create", self.receiver.url + "/hook"))
+            for name in ("a", "b"):
+                self.server.add(name, "sleep 1000")
+            self.assertEqual([self.received.get(timeout=TIMEOUT)[3]["name"] for _ in range(2)], ["a", "b"])
+        self.assertEqual(made.dropped, 2)
+        self.assertEqual(len(logs.output), 1, "said once a minute")
+        self.assertIn("connection refused", logs.output[0])
+
+    def test_a_receiver_that_hangs(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent, unittest.mock.patch.object(gaffer, "WEBHOOK_QUEUE", 3), \
+                unittest.mock.patch.object(gaffer, "WEBHOOK_END", 0.1), self.assertLogs("gaffer", "WARNING"):
+            made = self.hooks(("create", "http://127.0.0.1:%d/" % silent.getsockname()[1]))
+            self.server.add("first", "sleep 1000")
+            sock, _ = silent.accept()
+            with sock:                          # the worker waits for an answer; three more have room
+                for number in range(5):
+                    self.server.add("x%d" % number, "sleep 1000")
+                self.assertEqual(made.dropped, 2)
+                made.stop()
+                made.join()
+
+    def test_last_words_are_sent(self):
+        made = gaffer.WebHooks([("proc/a", self.receiver.url + "/hook")])
+        manager = gaffer.Manager([made])
+        manager.add_process("a", "sleep 1000")
+        manager.subscribe("spawn", lambda kind, event: manager.stop())
+        manager.run()
+        found = [self.received.get(timeout=TIMEOUT)[3]["event"] for _ in range(self.received.qsize())]
+        self.assertEqual((found, made.dropped), (["start", "spawn", "stop", "stop_pid", "exit"], 0))
 
 
 class Readme(CliCase):
