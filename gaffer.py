@@ -166,6 +166,8 @@ WEBHOOK_TIME = 5.0                  # a receiver that does not answer
 WEBHOOK_PAUSES = (0.5, 2.0)         # before each further try
 WEBHOOK_REST = 30.0                 # a receiver that failed is not asked again so long, or the others would wait for it
 WEBHOOK_END = 2.0                   # at gaffer's stop, what waits is sent for so long
+SCREEN_SIZE = MIB                   # lines that wait for a slow terminal; then the processes wait
+SCREEN_END = 5.0                    # at the end they are written for so long
 CONFIG_SIZE = MIB                   # a configuration file
 INCLUDES_MAX = 1000                 # configuration files that others include
 FAULTS_MAX = 100                    # faults of configuration files that are told at once
@@ -5504,6 +5506,7 @@ def refusal(endpoint, status, body):
     if code == "unauthorized":
         reason = "the server wants its token: give it with --token-file FILE or GAFFER_TOKEN"
     reason = re.sub(r"GET /processes\S* lists them", "'gaffer.py processes' lists them", reason)
+    reason = re.sub(r"GET /groups lists them", "'gaffer.py processes' lists what there is", reason)
     reason = re.sub(r"PUT /processes/\S+ replaces it", "'gaffer.py update_process' replaces it", reason)
     return NotThere(reason) if code == "not_found" else ClientError(reason, REFUSAL_STATUSES.get(status, 1), code)
 
@@ -6114,6 +6117,185 @@ class ConsoleOutput:
                 Reader(merged.window, LineEncoder(), LineSink(event["name"], label), merged.window.start, "skip").start()
 
 
+PALETTE = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)      # colours of a terminal, one for each name
+
+
+def colour(text, code):
+    """Text in a colour of the terminal."""
+    return "\x1b[%dm%s\x1b[0m" % (code, text)
+
+
+def signal_name(number):
+    """SIGTERM, or SIG99 for one without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "SIG%d" % number
+
+
+def write_all(fd, data):
+    """Write all of it, past any buffer."""
+    while data:
+        data = data[os.write(fd, data):]
+
+
+class ScreenSink:
+    """A Reader's sink that puts a process's lines on the screen."""
+
+    def __init__(self, screen, pid):
+        self._screen, self._pid = screen, pid
+
+    def send(self, lines):
+        """See Reader."""
+        return self._screen.put(self._pid, lines)
+
+    def lost(self, reader, count):
+        """Never: it blocks."""
+
+    def finished(self, reader):
+        """See Reader."""
+        reader.close()
+        self._screen.finished(self._pid)
+
+
+class Screen:
+    """All processes on one screen: `HH:MM:SS web.1 | line`, and lines for what they begin and how they end. A thread writes
+    to `out`, a descriptor; where it is slow the processes wait, as for a pipe. `one_for_all`: when a process has ended by
+    itself the manager stops; `status` is then how it ended: its exit status, or 128 and the signal's number."""
+
+    def __init__(self, out, coloured=False, one_for_all=False):
+        self.status = 0
+        self._out, self._coloured, self._one_for_all = out, coloured, one_for_all
+        self._queue, self._size = collections.deque(), 0        # encoded lines
+        self._changed = threading.Condition()   # guards the queue, and the end
+        self._ending = self._failed = self._full = False
+        self._shown = {}                        # pid -> {"name", "open": streams, "exit": event, "readers", "by_itself"}
+        self._ended = set()                     # pids that were stopped
+        self._lagging = set()                   # readers that wait for room
+        self._colours = {}
+
+    def start(self, loop, manager):
+        """See apps."""
+        self._loop, self._manager = loop, manager
+        counts = {name: template.info["numprocesses"] for name, template in manager.templates.items()}
+        self._width = max([6, *(len("%s.%d" % count) for count in counts.items())])
+        manager.subscribe("", self._event)
+        self._thread = threading.Thread(target=self._write, name="gaffer-screen", daemon=True)
+        self._thread.start()
+
+    def say(self, text, name="system"):
+        """Show a line of gaffer's own. Called on the loop."""
+        self._enqueue(name, [text.encode("utf-8")])
+
+    def _event(self, kind, event):
+        pid = event.get("pid")
+        process = self._manager.processes.get(pid)
+        if kind == "spawn":
+            name = "%s.%d" % (event["name"], process.instance) if process else event["name"]
+            self._shown[pid] = {"name": name, "open": 0, "exit": None, "readers": []}
+            self.say("%s started, os pid %d" % (name, event["os_pid"]))
+            for output in process.outputs.values() if process else ():
+                self._follow(pid, output.window)
+        elif kind in ("stop_pid", "reap"):
+            self._ended.add(pid)
+        elif kind == "exit" and pid in self._shown:
+            self._shown[pid].update(exit=event, by_itself=pid not in self._ended and not self._manager.stopping)
+            self._ended.discard(pid)
+            self._maybe_ended(pid)
+
+    def _follow(self, pid, window):
+        reader = Reader(window, LineEncoder(), ScreenSink(self, pid), window.start, "block")
+        self._shown[pid]["open"] += 1
+        self._shown[pid]["readers"].append(reader)
+        reader.start()
+
+    def finished(self, pid):
+        """A stream of a process has come to its end."""
+        self._shown[pid]["open"] -= 1
+        self._maybe_ended(pid)
+
+    def _maybe_ended(self, pid):
+        """Say how a process has ended, behind its last words."""
+        shown = self._shown[pid]
+        event = shown["exit"]
+        if event is None or shown["open"]:
+            return
+        del self._shown[pid]
+        status, signum = event["exit_status"], event["term_signal"]
+        self.say("%s %s" % (shown["name"], "was ended by %s" % signal_name(signum) if signum else (
+            "exited with status %d" % status)))
+        if self._one_for_all and shown["by_itself"] and not self._manager.stopping:
+            self.status = 128 + signum if signum else status
+            self._manager.stop()
+
+    def put(self, pid, lines):
+        """Show lines of a process. False: there is no room for more, its readers are called when there is."""
+        shown = self._shown[pid]
+        if self._enqueue(shown["name"], lines):
+            return True
+        self._lagging.update(shown["readers"])
+        return False
+
+    def _enqueue(self, name, lines):
+        self._width = max(self._width, len(name))
+        prefix = "%s %-*s |" % (time.strftime("%H:%M:%S"), self._width, name)
+        if self._coloured and name != "system":
+            prefix = colour(prefix, self._colours.setdefault(name, PALETTE[len(self._colours) % len(PALETTE)]))
+        data = b"".join(b"%b %b\n" % (prefix.encode("utf-8"), line) for line in lines)
+        with self._changed:
+            if not self._failed:
+                self._queue.append(data)
+                self._size += len(data)
+                self._changed.notify_all()
+            self._full = self._size >= SCREEN_SIZE
+            return not self._full
+
+    def _write(self):
+        """The thread: until it is told to end, and nothing is left."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._ending)
+                if not self._queue:
+                    return
+                data = self._queue.popleft()
+            try:
+                write_all(self._out, data)
+            except OSError:                     # nobody looks any more, so there is no reason to go on
+                self._give_up()
+            with self._changed:
+                self._size = max(0, self._size - len(data))
+                again = self._full and self._size < SCREEN_SIZE // 2
+                self._full = self._full and not again
+            if again:
+                self._loop.call_soon(self._go_on)
+
+    def _give_up(self):
+        with self._changed:
+            self._failed, self._size = True, 0
+            self._queue.clear()
+        self.status = self.status or 128 + signal.SIGPIPE
+        self._manager.stop()
+
+    def _go_on(self):
+        lagging, self._lagging = self._lagging, set()
+        for reader in lagging:
+            reader.pump()
+
+    def stop(self):
+        """See apps."""
+        readers = [reader for shown in self._shown.values() for reader in shown["readers"]]
+        lost = sum(reader.log.end - (reader.fanout or reader).offset for reader in readers)
+        if lost:
+            self.say("%d bytes of output were not shown, as nobody took them" % lost)
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+
+    def join(self):
+        """See apps: what waits is still written, for SCREEN_END seconds."""
+        self._thread.join(SCREEN_END)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # configuration
 #
@@ -6389,9 +6571,9 @@ class TomlSource(TreeSource):
 
 class Procfile(Source):
     """A Procfile: 'type: command' lines. `root`: where they run (the file's folder); `env_files`: beside .env of that folder;
-    `port`: the first type's PORT, then there are a hundred for each."""
+    `port`: the first type's PORT, then there are a hundred for each type; `taken`: ports where gaffer itself is."""
 
-    def __init__(self, path, root=None, env_files=(), port=None):
+    def __init__(self, path, root=None, env_files=(), port=None, taken=()):
         super().__init__(path)
         self.folder = os.path.abspath(root or self.folder)
         default = os.path.join(self.folder, ".env")
@@ -6402,7 +6584,8 @@ class Procfile(Source):
             for line in wrong:
                 self.faults.append((line, "%s:%d: is not NAME=value" % (env_file, line)))
         given = self.env.get("PORT", "") if port is None else str(port)
-        self.port = int(given) if re.fullmatch("[0-9]{1,5}", given) else FIRST_PORT
+        first = FIRST_PORT + PORTS_PER_TYPE * (FIRST_PORT in taken)
+        self.port = int(given) if re.fullmatch("[0-9]{1,5}", given) else first
 
     def types(self):
         """{type: command}, in the file's order."""
@@ -6430,12 +6613,17 @@ class Procfile(Source):
         return r"(\b)"
 
 
-def open_source(path):
-    """The Source of a file, by its name. ConfigError."""
+def is_procfile(path):
+    """True where a file's name says that it is a Procfile."""
     name = os.path.basename(path).lower()
-    kinds = {".json": JsonSource, ".toml": TomlSource, ".procfile": Procfile}
-    kind = Procfile if name.startswith("procfile") else kinds.get(os.path.splitext(name)[1], IniSource)
-    return kind(path)
+    return name.startswith("procfile") or name.endswith(".procfile")
+
+
+def open_source(path, taken=()):
+    """The Source of a file, by its name. `taken`: see Procfile. ConfigError."""
+    if is_procfile(path):
+        return Procfile(path, taken=taken)
+    return {".json": JsonSource, ".toml": TomlSource}.get(os.path.splitext(path.lower())[1], IniSource)(path)
 
 
 # [HttpEndpoint], {name: template}, [(pattern, URL)]
@@ -6452,10 +6640,9 @@ class ConfigReader:
         self._sources = []
         self._sections = {}                     # name -> (source, values)
 
-    def read(self, path):
-        """Read a file, and what it includes. ConfigError: it cannot be read at all."""
-        self.take(open_source(path))
-        return self
+    def read(self, path, taken=()):
+        """Read a file, and what it includes. `taken`: see Procfile. ConfigError: it cannot be read at all."""
+        return self.take(open_source(path, taken))
 
     def take(self, source):
         """Take a Source, and what it includes."""
@@ -6965,14 +7152,6 @@ def exit_code(last):
     return 128 + last["term_signal"] if last["term_signal"] else last["exit_status"]
 
 
-def signal_name(number):
-    """SIGTERM, or SIG99 for one without a name."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "SIG%d" % number
-
-
 def exit_text(last):
     """"exited 1", "exited 137 (SIGKILL) 3 times"."""
     text = "exited %d" % exit_code(last)
@@ -7003,11 +7182,6 @@ def status_rows(status):
 
 STATUS_HEAD = ("NAME", "STATE", "PID", "UPTIME", "RESTARTS", "EXIT", "CPU", "MEM", "")
 STATE_COLOURS = {"running": 32, "backoff": 31, "flapping": 31, "stopping": 33, "starting": 33}
-
-
-def colour(text, code):
-    """Text in a colour of the terminal."""
-    return "\x1b[%dm%s\x1b[0m" % (code, text)
 
 
 def has_terminal():
@@ -7078,9 +7252,8 @@ def show_status(arguments, client):
     return failed or (3 if any(row[1] != "running" for row in rows) else 0)
 
 
-def status_command(arguments):
-    """status"""
-    client = connect(arguments)
+def watch_status(arguments, client):
+    """Print the table, with -w again and again. Returns the exit status."""
     if arguments.watch and has_terminal():
         print("\x1b[2J", end="")
     while True:
@@ -7088,6 +7261,11 @@ def status_command(arguments):
         if not arguments.watch:
             return status
         time.sleep(STATUS_INTERVAL)
+
+
+def status_command(arguments):
+    """status"""
+    return watch_status(arguments, connect(arguments))
 
 
 # watch, logs, attach
@@ -7151,9 +7329,6 @@ def output_labels(client, name, arguments):
     """Labels of a process's output that `logs` shows."""
     labels = client.get("/processes/" + reference(name))["redirect_output"]
     return list(dict.fromkeys(labels[:1] if arguments.stdout else labels[1:] if arguments.stderr else labels))
-
-
-PALETTE = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)      # colours of a terminal, one for each name
 
 
 class LogPrinter:
@@ -7300,12 +7475,6 @@ def logs_command(arguments):
             tell(str(error))
             status = 4
     return status
-
-
-def write_all(fd, data):
-    """Write all of it, past any buffer."""
-    while data:
-        data = data[os.write(fd, data):]
 
 
 class Attachment:
@@ -7532,7 +7701,8 @@ def serve(arguments):
     hooks, configuration, signals = WebHooks(), None, SigHandler((*SigHandler.SIGNALS, signal.SIGHUP))
     endpoints = [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind]
     if arguments.config:
-        configuration = Configuration(lambda: ConfigReader().read(arguments.config).settings(), hooks)
+        taken = [endpoint.port for endpoint in endpoints or [HttpEndpoint()] if endpoint.path is None]
+        configuration = Configuration(lambda: ConfigReader().read(arguments.config, taken).settings(), hooks)
         hooks.hooks = configuration.settings.webhooks
         endpoints = endpoints or configuration.settings.endpoints
         signals = SigHandler(reload=lambda: load_again(configuration, manager))
@@ -7554,6 +7724,255 @@ def reload_command(arguments):
     for line in [answer.decode("utf-8").rstrip("\n")] if arguments.json else report_lines(report, would):
         print(line)
     return 1 if report["failed"] else 0
+
+
+# procfiles
+
+ONCE = {"attempts": 1, "window": SECONDS_MAX, "retry_in": 0.0, "max_retry": 0}     # flapping: an exit ends it
+
+
+def parse_formation(words, types):
+    """{type: number} of "web=2,worker=3"; `all` is each type. ClientError."""
+    formation = {}
+    for word in split_list(",".join(words)):
+        name, _, count = word.partition("=")
+        need(re.fullmatch("[0-9]{1,4}", count) and int(count) <= NUMPROCESSES_MAX, ClientError,
+             "'%s' is not TYPE=NUMBER, as in web=2" % word)
+        need(name in types or name == "all", NotThere, "there is no '%s' in the Procfile%s" % (name, near(name, types)))
+        formation.update(dict.fromkeys(types if name == "all" else [name], int(count)))
+    return formation
+
+
+def open_procfile(arguments, taken=()):
+    """The Procfile that the arguments name. ConfigError."""
+    return Procfile(arguments.procfile, arguments.root, arguments.env_file, arguments.port, taken)
+
+
+def procfile_templates(arguments, taken=()):
+    """{type: template} of a Procfile, with the numbers that the arguments ask for. ConfigError, ClientError."""
+    templates = ConfigReader().take(open_procfile(arguments, taken)).settings().templates
+    for name, count in parse_formation(arguments.concurrency, templates).items():
+        templates[name]["numprocesses"] = count
+    return templates
+
+
+def up_templates(arguments, taken):
+    """What `up` runs: {type: template}."""
+    templates = procfile_templates(arguments, taken)
+    for name in arguments.names:
+        need(name in templates, NotThere, "there is no '%s' in the Procfile%s" % (
+            name, near(name, templates) or ": there are " + ", ".join(templates)))
+    flapping = {} if arguments.keep_going else {"flapping": ONCE}
+    return {name: dict(info, **flapping) for name, info in templates.items() if name in (arguments.names or templates)}
+
+
+class Hello:
+    """Says on the screen where the API of `up` is."""
+
+    def __init__(self, screen, http):
+        self._screen, self._http = screen, http
+
+    def start(self, loop, manager):
+        """See apps."""
+        self._screen.say("listening on %s" % ", ".join(self._http.urls))
+
+
+def up_command(arguments):
+    """up"""
+    shed_compiler()
+    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr, level=logging.WARNING)
+    endpoints = [HttpEndpoint(bind) for bind in arguments.bind]
+    taken = [endpoint.port for endpoint in endpoints if endpoint.path is None]
+    configuration = Configuration(lambda: Settings([], up_templates(arguments, taken), []))
+    screen = Screen(sys.stdout.fileno(), wants_colour(), not arguments.keep_going)
+    apps = [SigHandler((*SigHandler.SIGNALS, signal.SIGHUP)), screen]
+    if endpoints:
+        http = HttpHandler(endpoints, token=read_token(arguments.token_file))
+        apps += [http, Hello(screen, http)]
+    manager = Manager(apps)
+    configuration.begin(manager)
+    manager.run()
+    return screen.status
+
+
+def run_once(arguments):
+    """run"""
+    try:
+        source = open_procfile(arguments)
+        env, types, root = dict(source.env, PORT=str(source.port)), source.types(), source.folder
+    except ConfigError:
+        if os.path.exists(arguments.procfile):
+            raise
+        env, types, root = {}, {}, arguments.root or "."        # no Procfile, no matter
+        for env_file in arguments.env_file:
+            env.update(parse_dotenv(read_text(env_file))[0])
+    words = arguments.cmd[1:] if arguments.cmd[:1] == ["--"] else arguments.cmd
+    if not words:
+        raise ClientError("say what to run: 'gaffer.py run CMD'", 2)
+    argv = words if len(words) > 1 else ["/bin/sh", "-c", types.get(words[0], words[0])]
+    env = dict(os.environ, **env)
+    env.pop("GAFFER_TOKEN", None)
+    # a handler, unlike "ignore", is not inherited; what the terminal sends the child gets by itself
+    before = {signum: signal.signal(signum, lambda *args: None) for signum in (signal.SIGINT, signal.SIGQUIT)}
+    try:
+        child = subprocess.Popen(argv, env=env, cwd=root)
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda signum, frame_: child.send_signal(signum))
+        status = child.wait()
+    except OSError as error:
+        raise ClientError("'%s' cannot be run: %s" % (argv[0], error.strerror), 127) from None
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+    return 128 - status if status < 0 else status
+
+
+def group_of(arguments):
+    """The group of a Procfile's processes: as given, or the name of its folder."""
+    folder = os.path.abspath(arguments.root or os.path.dirname(os.path.abspath(arguments.procfile)))
+    name = arguments.group or re.sub(r"[^A-Za-z0-9_.@-]", "-", os.path.basename(folder)).lstrip("-") or "app"
+    need(re.fullmatch(r"[A-Za-z0-9_.@-]{1,64}", name) and name[0] != "-", ClientError,
+         "'%s' is no name of a group: it is 1 to 64 of A-Z a-z 0-9 _ . @ -" % name)
+    return name
+
+
+def load_command(arguments):
+    """load"""
+    client, group = connect(arguments), group_of(arguments)
+    templates = procfile_templates(arguments, [client.port])
+    formation = parse_formation(arguments.concurrency, templates)
+    for kind, info in templates.items():
+        info = dict(info, name="%s:%s" % (group, kind))
+        path, done = "/processes/" + reference(info["name"]), "loaded"
+        try:
+            client.request("POST", "/processes", info)
+        except ClientError as error:
+            if error.code != "conflict":
+                raise
+            old = client.get(path)
+            if kind not in formation:           # it may have been scaled
+                info["numprocesses"] = old["numprocesses"]
+            info["start"] = old["start"]
+            done = "already loaded" if old == info else "updated"
+            if old != info:
+                client.request("PUT", path, {field: value for field, value in info.items() if field != "start"})
+        print("%s: %s" % (info["name"], done), flush=True)
+    return 0
+
+
+def unload_command(arguments):
+    """unload"""
+    client, group = connect(arguments), group_of(arguments)
+    names = client.get("/groups/" + reference(group))
+    client.request("DELETE", "/groups/" + reference(group))
+    for name in names:
+        print("%s: unloaded" % name)
+    return 0
+
+
+def app_names(client, arguments):
+    """Names of the Procfile's processes in the server: those of its group, else those named as its types are; where there
+    is no Procfile, all."""
+    names, prefix = client.get("/processes"), group_of(arguments) + ":"
+    found = [name for name in names if name.startswith(prefix)]
+    if not found and not arguments.group:
+        types = Procfile(arguments.procfile, arguments.root).types() if os.path.exists(arguments.procfile) else names
+        found = [name for name in names if name in types]
+    need(found or not (names or arguments.group), NotThere,
+         "there is no process of the group '%s': 'gaffer.py load' loads it" % prefix[:-1])
+    return found
+
+
+def ps_command(arguments):
+    """ps"""
+    client = connect(arguments)
+    arguments.names = app_names(client, arguments)
+    return watch_status(arguments, client) if arguments.names else 0
+
+
+def scale_command(arguments):
+    """scale"""
+    client, first = connect(arguments), arguments.changes[0]
+    arguments.group, changes = (None, arguments.changes) if re.search("[=+-][0-9]+$", first) else (first, arguments.changes[1:])
+    matches = [(re.fullmatch(r"(.+?)([=+-])([0-9]{1,4})", change_), change_) for change_ in changes or [first]]
+    for match, change_ in matches:
+        if match is None:
+            raise ClientError("'%s' is no change: say web=3, web+1 or web-1" % change_, 2)
+    names = {name.rpartition(":")[2]: name for name in app_names(client, arguments)}
+    for match, _ in matches:
+        kind, sign, count = match.group(1), match.group(2), int(match.group(3))
+        name = names.get(kind, kind)
+        now = client.get("/status/" + reference(name))["numprocesses"]
+        wanted = {"=": count, "+": now + count, "-": now - count}[sign]
+        answer = json_bytes({"ok": True, "numprocesses": now})
+        if wanted != now:
+            answer = client.request("POST", "/processes/%s/%s/%d" % (
+                reference(name), "_add" if wanted > now else "_sub", abs(wanted - now)))
+        print(answer.decode().rstrip("\n") if arguments.json else "%s: %s" % (
+            name, processes_of(json.loads(answer)["numprocesses"])), flush=True)
+    return 0
+
+
+def export_ini(group, source, templates):
+    """An INI file for `serve`."""
+    lines = ["; made from %s" % source.path, ""]
+    for index, (kind, info) in enumerate(templates.items()):
+        lines += ["[process:%s:%s]" % (group, kind), "cmd = %s" % info["cmd"], "shell = true", "cwd = %s" % info["cwd"],
+                  "numprocesses = %d" % info["numprocesses"], "priority = %d" % index, "", "[env:%s:%s]" % (group, kind)]
+        for name, value in info["env"].items():
+            need(value == value.strip() and "\n" not in value, ClientError,
+                 "the variable %s has a value that INI cannot hold: export json" % name)
+            lines.append("%s = %s" % (name, value))
+        lines.append("")
+    return {"%s.ini" % group: "\n".join(lines)}
+
+
+def export_json(group, source, templates):
+    """A JSON file for `serve`."""
+    fields = ("cmd", "shell", "cwd", "env", "numprocesses")
+    tree = {"process": {"%s:%s" % (group, kind): dict({field: info[field] for field in fields}, priority=index)
+                        for index, (kind, info) in enumerate(templates.items())}}
+    return {"%s.json" % group: json.dumps(tree, indent=4) + "\n"}
+
+
+def systemd_word(text):
+    """A word of a unit file, in quotes: systemd.syntax(7), systemd.service(5)."""
+    return '"%s"' % re.sub(r'[\\"]', r"\\\g<0>", text).replace("\n", "\\n").replace("%", "%%")
+
+
+def export_systemd(group, source, templates):
+    """Unit files: one of each process, and a target for all."""
+    units, commands = {}, source.types()
+    for kind, info in templates.items():
+        for number_ in range(info["numprocesses"]):
+            env = dict(info["env"], PORT=str(int(info["env"]["PORT"]) + number_))
+            lines = ["[Unit]", "Description=%s %s.%d" % (group, kind, number_ + 1), "PartOf=%s.target" % group, "", "[Service]",
+                     "WorkingDirectory=%s" % info["cwd"].replace("%", "%%"),
+                     *("Environment=%s" % systemd_word("%s=%s" % pair) for pair in env.items()),
+                     "ExecStart=/bin/sh -c %s" % systemd_word(commands[kind]).replace("$", "$$"), "Restart=always",
+                     "TimeoutStopSec=%g" % info["graceful_timeout"], "", "[Install]", "WantedBy=%s.target" % group, ""]
+            units["%s-%s-%d.service" % (group, kind, number_ + 1)] = "\n".join(lines)
+    target = ["[Unit]", "Description=%s" % group, "Wants=%s" % " ".join(units), "", "[Install]", "WantedBy=multi-user.target", ""]
+    return dict({"%s.target" % group: "\n".join(target)}, **units)
+
+
+EXPORTS = {"ini": export_ini, "json": export_json, "systemd": export_systemd}
+
+
+def export_command(arguments):
+    """export"""
+    files = EXPORTS[arguments.format](group_of(arguments), open_procfile(arguments), procfile_templates(arguments))
+    for name, text in files.items():
+        if not arguments.output:
+            print("# %s\n%s" % (name, text) if len(files) > 1 else text, end="")
+            continue
+        path = os.path.join(arguments.output, name)
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise ClientError("'%s' cannot be written: %s" % (path, error.strerror)) from None
+        print(path)
+    return 0
 
 
 # the table
@@ -7633,9 +8052,41 @@ TEMPLATE = (
     *template_options(),
 )
 ONE_NAME = option("names", metavar="NAME", nargs=1, help=SOME_NAMES[1]["help"])
+WATCH = option("-w", "--watch", action="store_true", help="again each second, until Ctrl-C")
 BY = option("n", metavar="N", nargs="?", type=positive, default=1, help="how many (default 1)")
 
+PROCFILE = (
+    option("-f", "--procfile", metavar="FILE", default="Procfile", help="the Procfile (default ./Procfile)"),
+    option("-d", "--root", metavar="DIR", help="where its processes run (default: its folder)"),
+    option("-e", "--env-file", metavar="FILE", action="append", default=[],
+           help="variables, beside those of .env in that folder; repeatable"),
+    option("-p", "--port", metavar="PORT", type=whole, help="PORT of the first type, then a hundred for each (default 5000)"),
+)
+FORMATION = option("-c", "--concurrency", metavar="TYPE=N", action="append", default=[],
+                   help="how many of each type, as in web=2,worker=3 (default 1)")
+GROUP = option("group", metavar="GROUP", nargs="?", help="the name of the application (default: its folder's)")
+
 COMMANDS = {
+    "up": Command(up_command, "procfile", "[options] [TYPE ...]", "run a Procfile here, all output on one screen", (
+        option("names", metavar="TYPE", nargs="*", help="only these types (default: all)"), *PROCFILE, FORMATION,
+        option("--keep-going", action="store_true", help="start again what ends, in place of stopping all"),
+        option("--bind", metavar="ADDRESS", action="append", default=[], help="serve the HTTP API too, as serve; repeatable"),
+        option("--token-file", metavar="FILE", help="every request needs the token in this file (or in GAFFER_TOKEN)"))),
+    "run": Command(run_once, "procfile", "[options] CMD ...", "run a command once, in the environment of a Procfile", (
+        option("cmd", metavar="CMD", nargs="...", help="a type, a command line as one word, or a program and its arguments"),
+        *PROCFILE)),
+    "load": Command(load_command, "procfile", "[options] [GROUP]", "let the server run a Procfile", (
+        GROUP, *PROCFILE, FORMATION, *CONNECTION)),
+    "unload": Command(unload_command, "procfile", "[options] [GROUP]", "stop a loaded Procfile, and forget it", (
+        GROUP, *PROCFILE[:2], *CONNECTION)),
+    "scale": Command(scale_command, "procfile", "[options] [GROUP] CHANGE ...", "change how many of each type run", (
+        option("changes", metavar="CHANGE", nargs="+", help="web=3, web+1 or web-1"), *PROCFILE[:2], *ASK)),
+    "ps": Command(ps_command, "procfile", "[options] [GROUP]", "show the processes of a Procfile, as status does", (
+        GROUP, *PROCFILE[:2], WATCH, *ASK)),
+    "export": Command(export_command, "procfile", "[options] ini|json|systemd [GROUP]", "write a Procfile in another form", (
+        option("format", metavar="FORMAT", choices=("ini", "json", "systemd"), help="ini and json are for serve"), GROUP,
+        option("-o", "--output", metavar="DIR", help="write files into this folder (default: print them)"),
+        *PROCFILE, FORMATION)),
     "serve": Command(serve, "server", "[options] [CONFIG]", "run the supervisor and its HTTP API", (
         option("config", metavar="CONFIG", nargs="?", help="what to run: a file of INI, JSON or TOML, or a Procfile"),
         option("--bind", metavar="ADDRESS", action="append", default=[],
@@ -7653,7 +8104,7 @@ COMMANDS = {
     "processes": Command(processes_command, "look", "[options]", "list the names of all templates", (
         option("--running", action="store_true", help="the pids of all that runs instead"), *ASK)),
     "status": Command(status_command, "look", "[options] [NAME ...]", "show what runs, and what will happen next", (
-        NAMES_OR_ALL, option("-w", "--watch", action="store_true", help="again each second, until Ctrl-C"), *ASK)),
+        NAMES_OR_ALL, WATCH, *ASK)),
     "start": Command(start_command, "control", "[options] NAME ...", "start processes", (SOME_NAMES, *WAIT, *ASK)),
     "stop": Command(stop_command, "control", "[options] NAME ...", "stop processes; they stay stopped", (
         SOME_NAMES, *WAIT, *ASK)),
@@ -7697,7 +8148,7 @@ COMMANDS = {
     "del_process": Command(del_process_command, "template", "[options] NAME ...", "forget a template; its processes stop", (
         SOME_NAMES, *ASK)),
 }
-GROUPS = {"server": "the server", "control": "control", "look": "look", "template": "templates"}
+GROUPS = {"server": "the server", "control": "control", "look": "look", "template": "templates", "procfile": "Procfiles"}
 
 QUICK_START = """\
 A process supervisor in one file, driven over HTTP. To begin with:
@@ -7705,6 +8156,7 @@ A process supervisor in one file, driven over HTTP. To begin with:
   gaffer.py serve                          run it: API and web page are at http://127.0.0.1:5000
   gaffer.py add_process --start web 'python3 -m http.server 8000'
   gaffer.py status                         what runs?
+  gaffer.py up                             run the Procfile of this folder
 """
 EXIT_STATUSES = """\
 'gaffer.py COMMAND --help' says more. Options may stand before or after the command.
@@ -7750,16 +8202,21 @@ def overview():
     return "\n".join([*lines, EXIT_STATUSES])
 
 
+def only_options(name, argv):
+    """True where `argv` is nothing but options that may belong to a command, each with its value."""
+    with_value = {word for names, how in COMMANDS[name].options if how.get("action", "append") == "append" for word in names}
+    index = 0
+    while index < len(argv) and argv[index].startswith("-"):
+        index += 2 if argv[index] in with_value else 1
+    return index == len(argv)
+
+
 def command_first(argv):
     """(command, arguments): options may stand before the command's word. (None, argv): there is no such word."""
-    options = [(names, how) for command in COMMANDS.values() for names, how in command.options]
-    with_value = {name for names, how in options if how.get("action", "append") == "append" for name in names}
-    index = 0
-    while index < len(argv) and (argv[index] in COMMANDS or argv[index].startswith("-")):
-        if argv[index] in COMMANDS:
-            return argv[index], argv[:index] + argv[index + 1:]
-        index += 2 if argv[index] in with_value else 1
-    return None, argv[index:] or argv
+    for place, word in enumerate(argv):
+        if word in COMMANDS and only_options(word, argv[:place]):
+            return word, argv[:place] + argv[place + 1:]
+    return None, argv
 
 
 def without_command(argv):
@@ -7767,15 +8224,15 @@ def without_command(argv):
     if argv == ["--version"]:
         print("gaffer %s" % __version__)
         return 0
-    if argv and argv[0] not in ("-h", "--help"):
-        what = "option" if argv[0].startswith("-") else "command"
-        raise ClientError("there is no %s '%s'%s" % (
-            what, argv[0], near(argv[0], COMMANDS) or "; --help lists the commands"), 2)
+    words = [word for word in argv if not word.startswith("-")] or argv
+    if words and words[0] not in ("-h", "--help"):
+        raise ClientError("there is no command '%s'%s" % (
+            words[0], near(words[0], COMMANDS) or "; 'gaffer.py --help' lists them"), 2)
     print(overview(), end="")
     return 0 if argv else 2
 
 
-def run_command(argv):
+def dispatch(argv):
     """Do what a command line says. Returns the exit status."""
     name, argv = command_first(argv)
     if name is None:
@@ -7795,7 +8252,7 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):      # what the terminal's encoding has no sign for is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = run_command(list(sys.argv[1:] if argv is None else argv))
+        status = dispatch(list(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:

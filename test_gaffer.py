@@ -13,6 +13,7 @@ import contextlib
 import dis
 import email.utils
 import faulthandler
+import fcntl
 import functools
 import gc
 import grp
@@ -9740,7 +9741,8 @@ class CliCommands(CliControlCase):
 
     NAME = {"start", "stop", "restart", "add", "sub", "running", "numprocesses", "pids", "get_process", "del_process"}
     ARGUMENTS = {"kill": ["web", "HUP"], "add_process": ["x", "sleep 1"], "update_process": ["web", "sleep 1"],
-                 "load_process": [os.path.join(HERE, "LICENSE")], "processes": [], "status": ["web"], "reload": []}
+                 "load_process": [os.path.join(HERE, "LICENSE")], "processes": [], "status": ["web"], "reload": [], "load": ["-f", os.path.join(HERE, "examples", "procfile", "Procfile")],
+                 "scale": ["web=3"]}
 
     @classmethod
     def commands(cls):
@@ -9757,11 +9759,12 @@ class CliCommands(CliControlCase):
         self.assertLess(self.NAME, {name for name, _ in self.commands()})
 
     def test_a_name_that_is_not_there(self):
+        self.call("scale", "web=3", status=4, err="gaffer: .*web.*\n")
         for name, arguments in self.commands():
             if "web" in arguments and name != "watch":      # what is not there yet may be watched
                 with self.subTest(name):
                     self.assertEqual(self.called(name, *arguments)[0], 4)
-                    self.assertRegex(self.called(name, *arguments)[2], r"\Agaffer: [^\n]*'gaffer.py processes' lists[^\n]*\n\Z")
+                    self.assertRegex(self.called(name, *arguments)[2], r"\Agaffer: [^\n]*'gaffer.py (processes|load)' l[^\n]*\n\Z")
 
     def test_no_server(self):
         for name, arguments in self.commands():
@@ -9795,19 +9798,18 @@ class CliCommands(CliControlCase):
         for name in gaffer.COMMANDS:
             self.assertRegex(self.call("--help"), r"\n  %s +[a-z]" % name)
 
-    def test_no_name_of_an_option_has_two_kinds(self):
-        """Or a command's word could not be found behind it."""
-        kinds = {}
-        for command in gaffer.COMMANDS.values():
-            for names, how in command.options:
-                for name in names:
-                    if name.startswith("-"):
-                        self.assertEqual(kinds.setdefault(name, how.get("action", "append") == "append"),
-                                         how.get("action", "append") == "append", name)
+    def test_options_before_the_command(self):
+        for argv, expected in (
+                (["-f", "logs"], ("logs", ["-f"])), (["-f", "x", "up"], ("up", ["-f", "x"])), (["-f", "up", "up"], ("up", ["-f", "up"])),
+                (["--token-file", "start", "status"], ("status", ["--token-file", "start"])), (["run", "start"], ("run", ["start"])),
+                (["--json", "status", "stop"], ("status", ["--json", "stop"])), (["--bind=x", "serve"], ("serve", ["--bind=x"])),
+                (["--json"], (None, ["--json"])), (["x", "status"], (None, ["x", "status"])), ([], (None, []))):
+            self.assertEqual(gaffer.command_first(argv), expected)
 
     def test_mistakes(self):
         self.call("statsu", status=2, err="gaffer: there is no command 'statsu', did you mean 'status'\\?\n")
-        self.call("--json", "--x", status=2, err="gaffer: there is no option '--json'.*\n")
+        self.call("--json", "--x", status=2, err="gaffer: there is no command '--json'.*\n")
+        self.call("--json", "x", "stop", status=2, err="gaffer: there is no command 'x'.*\n")
         self.call("stop", status=2, err=r"usage: gaffer.py stop [\s\S]*NAME\n")
         self.call("stop", "--al", "x", status=2, err=r"usage: gaffer.py stop [\s\S]*--al\n")
         for endpoint in ("ftp://x", "http://", "unix:", "http://x:99999", "http://[::1"):
@@ -10506,6 +10508,375 @@ class ConfigServe(CliFollowCase):
         self.assertEqual(lines, expected)
         self.assertEqual(self.interrupted(follower), b"")
         self.assertEqual((server.stop(), server.stderr), (0, ""))
+
+
+class ProcfileTexts(ConfigCase):
+    """Procfiles and .env files as texts."""
+
+    def test_dotenv(self):
+        table = [
+            ("A=1", {"A": "1"}), ("export A = b c  ", {"A": "b c"}), ("A=", {"A": ""}), ("\n# x\n\n  A=1 # x\n", {"A": "1"}),
+            ("A=b#c #d", {"A": "b#c"}), ("A='b \\n \"c\" # d' # e", {"A": "b \\n \"c\" # d"}), ("A= # x", {"A": ""}),
+            ('A="b\\nc\\t\\"d\\" \\\\ \\$e \\q"', {"A": 'b\nc\t"d" \\ $e \\q'}), ('A="b\nc"\nB=2', {"A": "b\nc", "B": "2"}),
+            ("A=1\r\nB='2'\r\n", {"A": "1", "B": "2"}), ("A=x=y\nA=2", {"A": "2"}), ("", {}), ("A=$B ${C}", {"A": "$B ${C}"}),
+        ]
+        for text, values in table:
+            with self.subTest(text):
+                self.assertEqual(gaffer.parse_dotenv(text), (values, []))
+        for text, wrong in (("A\n", [1]), ("A=1\n1A=2\nB=3", [2]), ('A="b\nB=1', [1]), ("A='b'c", [1]), ("=1\n\n-", [1, 3])):
+            with self.subTest(text):
+                self.assertEqual(gaffer.parse_dotenv(text)[1], wrong)
+
+    def test_types_ports_and_environment(self):
+        self.write(".env", "A=1\nB=2\n")
+        more = self.write("more.env", "B=3\n")
+        path = self.write("Procfile", "# x\nweb: a $PORT | b\n\n  \nwork-er_2 :  c  \r\n")
+        source = gaffer.Procfile(path, env_files=[more])
+        self.assertEqual(source.types(), {"web": "a $PORT | b", "work-er_2": "c"})
+        settings = gaffer.ConfigReader().take(source).settings()
+        self.assertEqual([info["env"] for info in settings.templates.values()], [
+            {"A": "1", "B": "3", "PORT": "5000"}, {"A": "1", "B": "3", "PORT": "5100"}])
+        self.assertEqual({info["cwd"] for info in settings.templates.values()}, {self.home})
+        self.assertEqual(gaffer.Procfile(path, taken=[5000]).port, 5100)
+        self.assertEqual(gaffer.Procfile(path, port=7000, taken=[5000]).port, 7000)
+        self.write(".env", "PORT=6000\n")
+        self.assertEqual((gaffer.Procfile(path).port, gaffer.Procfile(path, port=7000).port), (6000, 7000))
+        self.assertEqual(gaffer.Procfile(path, root="/").env, {})
+
+    def test_faults(self):
+        self.write(".env", "A=1\nB")
+        self.assertEqual(self.faults("Procfile", "web: sleep 1\njunk\nweb: x\n7: x\n"), [
+            ".env:2: is not NAME=value", "Procfile:2: 'junk' is not 'type: command'", "Procfile:3: 'web' is there twice",
+            "Procfile:4: [process:7] field 'name' must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, and not begin with - or :"])
+
+    def test_formation(self):
+        types = {"web": 1, "worker": 2}
+        self.assertEqual(gaffer.parse_formation(["web=2,worker=3"], types), {"web": 2, "worker": 3})
+        self.assertEqual(gaffer.parse_formation(["all=2", "web=0"], types), {"web": 0, "worker": 2})
+        for wrong in ("web", "web=", "web=x", "web=1001", "nix=1"):
+            with self.assertRaises(gaffer.ClientError):
+                gaffer.parse_formation([wrong], types)
+
+    def test_exports_say_the_same(self):
+        self.write(".env", "A='x  y'\nB=%d $Q \\\n")
+        path = self.write("Procfile", "web: echo \"$A\" 100%\nworker: sleep 1000\n")
+        source = gaffer.Procfile(path)
+        plain = gaffer.ConfigReader().take(source).settings().templates
+        plain["worker"]["numprocesses"] = 2
+        for kind in ("ini", "json"):
+            out = self.call("export", kind, "my", "-f", path, "-c", "worker=2")
+            found = self.settings("x." + kind, out).templates
+            for index, (name, info) in enumerate(plain.items()):
+                self.assertEqual(found["my:" + name], dict(info, name="my:" + name, priority=index), kind)
+        self.write(".env", "A='x\ny'")
+        self.call("export", "ini", "-f", path, status=1, err="gaffer: the variable A has a value .*export json\n")
+        self.assertIn("x\\ny", self.call("export", "json", "-f", path))
+        self.call("export", "yaml", "-f", path, status=2, err=r"usage: [\s\S]*")
+
+    def test_export_systemd(self):
+        self.write(".env", "A='100% \"q\" $x \\'\n")
+        path = self.write("Procfile", "web: exec app --port $PORT 5%\nwork_er: sleep 1\n")
+        out = self.call("export", "systemd", "my", "-f", path, "-c", "web=2", "-p", "7000")
+        self.assertEqual(re.findall("^# (.*)$", out, re.M), [
+            "my.target", "my-web-1.service", "my-web-2.service", "my-work_er-1.service"])
+        for line in ('Environment="A=100%% \\"q\\" $x \\\\"', 'Environment="PORT=7001"', 'Environment="PORT=7100"', "PartOf=my.target",
+                     'ExecStart=/bin/sh -c "exec app --port $$PORT 5%%"', "WorkingDirectory=" + self.home, "Restart=always",
+                     "Wants=my-web-1.service my-web-2.service my-work_er-1.service"):
+            self.assertIn("\n%s\n" % line, out)
+        folder = os.path.join(self.home, "units")
+        self.call("export", "systemd", "-f", path, "-o", folder, status=1, err="gaffer: .*cannot be written.*\n")
+        os.mkdir(folder)
+        self.assertEqual(len(self.call("export", "systemd", "-f", path, "-o", folder).splitlines()), len(os.listdir(folder)))
+
+
+class ProcfileRun(ConfigCase):
+    """run: once, and with its status."""
+
+    def start_run(self, *arguments, **options):
+        """(status, stdout) of `run` as a program."""
+        run = subprocess.run(CLI_COMMAND + ["run", *arguments], env=dict(self.env, GAFFER_TOKEN="x"), cwd=self.home, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, timeout=TIMEOUT, check=False, universal_newlines=True, **options)
+        return run.returncode, run.stdout
+
+    def test_environment_and_status(self):
+        self.write(".env", "A=1\nB=2\n")
+        self.write("x.env", "B=3\n")
+        self.write("Procfile", "web: echo web $PORT\n")
+        self.assertEqual(self.start_run("-e", "x.env", "echo $A $B $PORT ${GAFFER_TOKEN-none}"), (0, "1 3 5000 none\n"))
+        self.assertEqual(self.start_run("-p", "7000", "web"), (0, "web 7000\n"))
+        self.assertEqual(self.start_run("sh", "-c", "echo $1; exit 7", "sh", "-x"), (7, "-x\n"))
+        self.assertEqual(self.start_run("--", "cat", input="in"), (0, "in"))
+        self.assertEqual(self.start_run("kill -9 $$"), (137, ""))
+
+    def test_without_a_procfile(self):
+        self.assertEqual(self.start_run("pwd"), (0, self.home + "\n"))
+        self.assertEqual(self.start_run("nosuchprogram", "x"), (127, "gaffer: 'nosuchprogram' cannot be run: No such file or directory\n"))
+        self.call("run", status=2, err="gaffer: say what to run.*\n")
+
+    def test_signals_go_to_the_command(self):
+        run = subprocess.Popen(CLI_COMMAND + ["run", "trap 'echo term; exit 3' TERM; trap 'echo int' INT; echo ready; while :; do sleep 0.01; done"],
+                               env=self.env, cwd=self.home, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        with run:
+            self.addCleanup(run.kill)
+            self.assertEqual(run.stdout.readline(), b"ready\n")
+            run.send_signal(signal.SIGINT)      # a terminal sends it to both
+            run.send_signal(signal.SIGTERM)
+            self.assertEqual((run.stdout.readline(), run.wait(TIMEOUT)), (b"term\n", 3))
+
+
+class ProcfileServer(ConfigCase):
+    """load, unload, scale, ps."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.write("my app/Procfile", "web: exec sleep 1000\nworker: exec sleep 1000\n")
+        self.procfile = ("-f", self.path)
+
+    def test_load_scale_ps_unload(self):
+        self.assertEqual(self.call("load", *self.procfile, "-c", "worker=2"), "my-app:web: loaded\nmy-app:worker: loaded\n")
+        self.assertEqual(self.server.ok("GET", "/status/my-app:worker")["running"], 2)
+        self.assertEqual(self.call("load", *self.procfile), "my-app:web: already loaded\nmy-app:worker: already loaded\n")
+        self.assertEqual(self.call("scale", *self.procfile, "web=3", "worker-1"), "my-app:web: 3 processes\nmy-app:worker: 1 process\n")
+        self.assertEqual(self.call("scale", "my-app", "web=3", "my-app:worker+1"), "my-app:web: 3 processes\nmy-app:worker: 2 processes\n")
+        self.assertEqual(self.call("scale", "my-app", "web+1", "--json"), '{"ok": true, "numprocesses": 4}\n')
+        self.server.add("other", "sleep 1000")
+        for arguments in (self.procfile, ["my-app"]):
+            self.assertEqual([row.split()[0] for row in self.call("ps", *arguments).splitlines()[1:]],
+                             ["my-app:web"] * 4 + ["my-app:worker"] * 2)
+        self.write("my app/Procfile", "web: exec sleep 2000\nworker: exec sleep 1000\n")
+        self.assertEqual(self.call("load", *self.procfile), "my-app:web: updated\nmy-app:worker: already loaded\n")
+        self.assertEqual(self.server.ok("GET", "/status/my-app:web")["numprocesses"], 4, "what was scaled stays")
+        self.assertEqual(self.call("unload", "my-app"), "my-app:web: unloaded\nmy-app:worker: unloaded\n")
+        self.assertEqual(self.server.ok("GET", "/processes"), ["other"])
+
+    def test_each_process_has_a_port(self):
+        self.write("my app/Procfile", "web: echo $PORT; exec sleep 1000\nworker: echo $PORT; exec sleep 1000\n")
+        self.call("load", "x", *self.procfile, "-c", "web=3", "-p", "7000")
+        until(lambda: sorted(self.call("logs", "x:*").splitlines()) == [
+            "x:web    | 7000", "x:web    | 7001", "x:web    | 7002", "x:worker | 7100"])
+        os_pid = self.server.ok("GET", "/processes/2")["os_pid"]
+        os.kill(os_pid, signal.SIGKILL)
+        until(lambda: self.call("logs", "x:web").count("7001") == 2)
+
+    def test_mistakes(self):
+        self.call("load", "-f", self.home + "/no", status=1, err="gaffer: .*no: cannot be read: No such file.*\n")
+        self.call("load", "a:b", *self.procfile, status=1, err="gaffer: 'a:b' is no name of a group.*\n")
+        self.call("load", *self.procfile, "-c", "wep=1", status=4, err="gaffer: there is no 'wep' .*did you mean 'web'\\?\n")
+        self.call("load", *self.procfile, "-c", "web", status=1, err="gaffer: 'web' is not TYPE=NUMBER.*\n")
+        self.call("unload", *self.procfile, status=4, err="gaffer: there is no group 'my-app'.*\n")
+        self.call("scale", "web", status=2, err="gaffer: 'web' is no change.*\n")
+        self.server.add("other", "sleep 1000")
+        self.call("ps", "nosuch", status=4, err="gaffer: there is no process of the group 'nosuch'.*\n")
+        self.call("scale", "x", "web=1", status=4, err="gaffer: .*'x'.*\n")
+
+    def test_without_a_group(self):
+        """As `up` and `serve Procfile` name them."""
+        self.server.add("web", "sleep 1000")
+        self.server.add("other", "sleep 1000")
+        self.assertEqual(self.call("scale", *self.procfile, "web=2"), "web: 2 processes\n")
+        self.assertEqual([row.split()[0] for row in self.call("ps", *self.procfile).splitlines()], ["NAME", "web", "web"])
+        self.assertEqual(len(self.call("ps", "-f", self.home + "/no").splitlines()), 4)
+
+
+class ProcfileUp(CliFollowCase):
+    """up"""
+
+    def up(self, text, *arguments, **options):
+        """A running `up` of a Procfile."""
+        path = self.file(self.folder(), "Procfile", textwrap.dedent(text))
+        return self.follow("up", "-f", path, *arguments, **options)
+
+    def lines(self, process):
+        """Its lines without the time, as (name, text)."""
+        for line in process.stdout:
+            match = re.match(rb"\d\d:\d\d:\d\d (\S+) +\| (.*)\n\Z", line)
+            self.assertIsNotNone(match, line)
+            yield match.group(1).decode(), match.group(2).decode()
+
+    def ended(self, process, status):
+        """All that it still prints; it ends with `status`, and says nothing on stderr."""
+        rest = list(self.lines(process))
+        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (status, b""))
+        return rest
+
+    SLEEPERS = "a: echo ready; exec sleep 1000\nb: echo ready; exec sleep 1000\n"
+
+    def started(self, process, *names):
+        """{name: os pid} once each has printed `ready`."""
+        found, ready = {}, set()
+        for name, text in self.lines(process):
+            if name == "system" and " started, os pid " in text:
+                found[text.split()[0]] = int(text.split()[-1])
+            elif text == "ready":
+                ready.add(name)
+            if ready == set(names):
+                return found
+        raise AssertionError("it has ended")
+
+    def test_signals_stop_in_order(self):
+        for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            with self.subTest(signum=signum):
+                process = self.up(self.SLEEPERS)
+                os_pids = self.started(process, "a.1", "b.1")
+                process.send_signal(signum)
+                self.assertEqual(self.ended(process, 0), [("system", "b.1 was ended by SIGTERM"), ("system", "a.1 was ended by SIGTERM")])
+                self.assertFalse(any(map(alive, os_pids.values())))
+
+    def test_a_second_signal_kills(self):
+        code = "import os, signal; signal.signal(15, lambda *a: os.write(1, b'no\\n')); os.write(1, b'ready\\n'); [signal.pause() for _ in range(9)]"
+        process = self.up("a: exec %s -ISc %s\n" % (PYTHON, shlex.quote(code)))
+        os_pids = self.started(process, "a.1")
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(next(self.lines(process)), ("a.1", "no"))
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(self.ended(process, 0)[-1], ("system", "a.1 was ended by SIGKILL"))
+        self.assertFalse(alive(os_pids["a.1"]))
+
+    def test_one_dies_and_all_stop_with_its_status(self):
+        for how, status, words in (("exit 7", 7, "exited with status 7"), ("kill -9 $$", 137, "was ended by SIGKILL"), ("exit 0", 0, "exited with status 0")):
+            with self.subTest(how):
+                process = self.up("a: echo last words; %s\nb: exec sleep 1000\n" % how)
+                lines = [line for line in self.ended(process, status) if "started" not in line[1]]
+                self.assertEqual(lines[:2], [("a.1", "last words"), ("system", "a.1 " + words)])
+                self.assertEqual(lines[2:], [("system", "b.1 was ended by SIGTERM")])
+
+    def test_keep_going_and_some_types_only(self):
+        process = self.up("a: echo again\nb: echo ready; exec sleep 1000\nc: exit 9\n", "--keep-going", "a", "b", "-c", "b=2")
+        seen = []
+        while seen.count(("a.1", "again")) < 3 or ("b.2", "ready") not in seen:
+            seen.append(next(self.lines(process)))
+        process.send_signal(signal.SIGTERM)
+        self.assertFalse([line for line in self.ended(process, 0) + seen if line[0].startswith("c.")])
+        self.call("up", "-f", os.path.join(HERE, "examples", "procfile", "Procfile"), "wep", status=4, err="gaffer: .*did you mean 'web'\\?\n")
+        self.call("up", "-f", "/nosuch", status=1, err="gaffer: /nosuch: cannot be read.*\n")
+
+    def test_nothing_is_lost_where_it_is_read_slowly(self):
+        """More than pipes, windows and the queue hold: the process waits."""
+        read, write = os.pipe()
+        with unittest.mock.patch.object(gaffer, "SCREEN_SIZE", 65536), os.fdopen(read, "rb") as out:
+            manager = gaffer.Manager([gaffer.Screen(write, one_for_all=True)], window_size=65536)
+            manager.add_process("a", "seq 1 60000", flapping=gaffer.ONCE)
+            thread = threading.Thread(target=manager.run)
+            thread.start()
+            until(lambda: 1 in manager.processes and manager.processes[1].outputs["stdout"]._paused, "seq waits")
+            self.assertFalse(manager.processes[1].exited)
+            numbers = []
+            while not numbers or numbers[-1] != 60000:
+                name, text = re.match(rb"\S+ (\S+) +\| (.*)\n", out.readline()).groups()
+                if name == b"a.1":
+                    numbers.append(int(text))
+            self.assertEqual(numbers, list(range(1, 60001)))
+            thread.join(TIMEOUT)
+        os.close(write)
+
+    def test_nobody_reads(self):
+        process = self.up(self.SLEEPERS)
+        os_pids = self.started(process, "a.1", "b.1")
+        process.stdout.close()
+        os.kill(os_pids["a.1"], signal.SIGKILL)     # the next line fails
+        self.assertIn(process.wait(TIMEOUT), (137, 141))
+        self.assertEqual(process.stderr.read(), b"")
+        self.assertFalse(any(map(alive, os_pids.values())))
+        process.stdout = open(os.devnull, "rb")
+
+
+class ProcfileExample(CliFollowCase):
+    """The application in the folder examples comes up, scales, reloads and goes down, in a pipe and in a terminal."""
+
+    def setUp(self):
+        super().setUp()
+        self.home = self.folder()
+        self.app = os.path.join(self.home, "app")
+        shutil.copytree(os.path.join(HERE, "examples", "procfile"), self.app)
+        self.endpoint = "unix:" + os.path.join(self.home, "socket")
+        self.more = {"SPOOL": os.path.join(self.home, "spool"), "PYTHONDONTWRITEBYTECODE": "1"}
+        self.env = dict(self.env, **self.more)
+        ports = range(20000 + os.getpid() % 5000, 32000)    # below those that the system gives out
+        self.port = next(port for port in ports if self._free(port) and self._free(port + 1))
+
+    @staticmethod
+    def _free(port):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                sock.bind(("127.0.0.1", port))
+                return True
+        return False
+
+    def page(self, port):
+        """What the web process answers."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)) as connection:
+            connection.request("GET", "/")
+            return connection.getresponse().read()
+
+    def life(self, read_line, stop):
+        """From the start to the end. `read_line()`: the next line that is shown."""
+        def read_until(*words):
+            left, seen = set(words), []
+            while left:
+                seen.append(read_line())
+                self.assertTrue(seen[-1], "it has ended: %s" % seen)
+                left -= {word for word in left if word in re.sub("\x1b\\[[0-9]+m", "", seen[-1])}
+            return seen
+        seen = read_until("web.1 ", "worker.1 ", "clock.1 ", "listening on %d" % self.port, "did task-")
+        ask = ("--endpoint", self.endpoint, "-f", os.path.join(self.app, "Procfile"))
+        self.assertEqual(self.call("scale", "web=2", "worker+1", *ask), "web: 2 processes\nworker: 2 processes\n")
+        seen += read_until("web.2 started", "worker.2 started", "listening on %d" % (self.port + 1))
+        self.assertRegex(self.page(self.port + 1), rb"\Atasks done\tso far: \d+\n\Z")
+        text = cli_read(os.path.join(self.app, "Procfile"))
+        self.file(self.app, "Procfile", text.replace("worker: exec", "worker: echo new; exec"))
+        self.assertEqual(self.call("reload", *ask[:2]), "worker: changed (cmd)\nweb: kept\nclock: kept\n")
+        seen += read_until("| new")
+        self.assertEqual(len(self.call("ps", *ask).splitlines()), 6)
+        stop()
+        while True:
+            line = read_line()
+            if not line:
+                break
+            seen.append(line)
+        return [int(pid) for pid in re.findall(r"started, os pid (\d+)", "".join(seen))], seen
+
+    def command(self):
+        """What is run."""
+        return ["up", "-f", os.path.join(self.app, "Procfile"), "-p", str(self.port), "--bind", self.endpoint]
+
+    def check(self, process, os_pids, seen):
+        """Nothing is left, and the last one that began is the first to end."""
+        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (0, b""))
+        self.assertGreaterEqual(len(os_pids), 7)
+        self.assertEqual([os_pid for os_pid in os_pids if alive(os_pid)], [])
+        self.assertFalse(os.path.exists(self.endpoint[5:]))
+        ends = [line for line in seen if "was ended by" in line][-5:]
+        self.assertTrue("worker" in ends[0] and "web.1" in ends[-1], ends)
+
+    def test_in_a_pipe(self):
+        process = self.follow(*self.command())
+        self.check(process, *self.life(lambda: process.stdout.readline().decode(), lambda: process.send_signal(signal.SIGINT)))
+
+    def test_in_a_terminal(self):
+        main, side = os.openpty()
+        screen = os.fdopen(main, "rb", buffering=0)
+        self.addCleanup(screen.close)
+
+        def own_terminal():
+            os.setsid()
+            fcntl.ioctl(side, termios.TIOCSCTTY, 0)
+        process = subprocess.Popen(CLI_COMMAND + self.command(), stdin=side, stdout=side, stderr=subprocess.PIPE,
+                                   env=dict(self.env, TERM="xterm"), preexec_fn=own_terminal)
+        os.close(side)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        reader = io.BufferedReader(screen)
+        self.addCleanup(reader.close)
+
+        def read_line():
+            try:
+                return reader.readline().decode()
+            except OSError:                     # EIO: nobody has the other side any more
+                return ""
+        os_pids, seen = self.life(read_line, lambda: os.write(main, b"\x03"))
+        self.check(process, os_pids, [re.sub("\x1b\\[[0-9]+m", "", line) for line in seen])
+        self.assertTrue(any(re.match("\x1b\\[[0-9]+m[0-9:]{8} web.1    \\|\x1b\\[0m listening", line) for line in seen), seen[:9])
 
 
 class WebHooksTest(ServerCase):
