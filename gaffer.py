@@ -7597,14 +7597,14 @@ def leave_key(fd):
 
 def attach_command(arguments):
     """attach"""
-    client = connect(arguments)
-    pid = attach_pid(client, arguments.name)
+    client, name = connect(arguments), arguments.names[0]
+    pid = attach_pid(client, name)
     attachment = Attachment(client, pid, arguments.n)
     typed = sys.stdin is not None and sys.stdin.isatty()
     restore = leave_key(sys.stdin.fileno()) if typed else lambda: None
     before = {signum: signal.signal(signum, attachment.signal) for signum in (signal.SIGINT, signal.SIGQUIT)}
     tell("attached to %s, pid %s. %s leaves it running, Ctrl-C goes to it" % (
-        arguments.name, pid, "Ctrl-]" if typed else "QUIT"))
+        name, pid, "Ctrl-]" if typed else "QUIT"))
     try:
         return attachment.run()
     finally:
@@ -7665,6 +7665,90 @@ def shed_compiler():
         log.debug("goes on with the compiler's memory: %s", error)
 
 
+class PidFile:
+    """Keeps gaffer's pid in a file, locked, so that there is only one that uses it."""
+
+    def __init__(self, path):
+        self._path, self._file = path, None
+
+    def start(self, loop, manager):
+        """See apps. StartError: another gaffer has it, or it cannot be written."""
+        try:
+            self._file = open(self._path, "a+", encoding="ascii", errors="replace")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with self._file:
+                self._file.seek(0)
+                raise StartError("the pid file '%s' is used by a gaffer that runs, pid %s: stop it, or give another" % (
+                    self._path, self._file.read(20).strip())) from None
+        except OSError as error:
+            raise StartError("the pid file '%s' cannot be written: %s" % (self._path, error.strerror)) from None
+        self._file.truncate(0)
+        print(os.getpid(), file=self._file, flush=True)
+
+    def stop(self):
+        """See apps."""
+        with self._file:
+            try:
+                os.unlink(self._path)
+            except OSError:
+                pass                            # somebody else has removed it
+
+
+class Background:
+    """--daemon: fork() first of all; the process that was started waits until the server listens, and so can tell what is
+    wrong. As the last of the apps, it then lets go of the terminal."""
+
+    def __init__(self, log_file):
+        self._log_file, self._pipe = log_file, None
+
+    def fork(self):
+        """Go on as a process of its own. In the process that was started, this does not return."""
+        read, self._pipe = os.pipe()
+        if os.fork():
+            os.close(self._pipe)
+            with os.fdopen(read, "rb") as file:
+                os._exit(0 if file.read() == b"ok" else 1)
+        os.close(read)
+        os.setsid()
+        if os.fork():                           # not a session's leader: no terminal can become its own
+            os._exit(0)
+
+    def start(self, loop, manager):
+        """See apps."""
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+        self._log_file.take_over()
+        os.write(self._pipe, b"ok")
+        os.close(self._pipe)
+
+
+class LogFile:
+    """--log-file. `path`: None is stderr."""
+
+    def __init__(self, path, level):
+        self._taken_over = False
+        try:
+            self._handler = logging.FileHandler(path) if path else logging.StreamHandler()
+        except OSError as error:
+            raise StartError("the log file '%s' cannot be written: %s" % (path, error.strerror)) from None
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level, handlers=[self._handler])
+
+    def take_over(self):
+        """Let stdout and stderr go there too."""
+        self._taken_over = True
+        for number_ in (1, 2):
+            os.dup2(self._handler.stream.fileno(), number_)
+
+    def reopen(self):
+        """The file may have been moved away."""
+        if isinstance(self._handler, logging.FileHandler):
+            self._handler.close()
+            log.warning("the log goes on in this file")
+            if self._taken_over:
+                self.take_over()
+
+
 def report_lines(report, would=""):
     """What a reload has done, a line each; `would`: "would be ", where it was only asked."""
     failed = report["failed"]
@@ -7679,37 +7763,64 @@ def report_lines(report, would=""):
 
 
 def load_again(configuration, manager):
-    """What HUP asks for, on a thread of its own: a file may be slow. The outcome goes to the log."""
+    """Load the configuration. The outcome goes to the log."""
+    try:
+        report = configuration.reload(manager)
+    except GafferError as error:
+        for line in str(error).splitlines():
+            log.error("%s", line)
+        log.error("the configuration was not loaded: nothing is changed")
+    else:
+        for line in report_lines(report):
+            log.info("%s", line)
+
+
+def hung_up(log_file, configuration, manager):
+    """What HUP asks for, on a thread of its own, as files may be slow."""
     def run():
-        try:
-            report = configuration.reload(manager)
-        except GafferError as error:
-            for line in str(error).splitlines():
-                log.error("%s", line)
-            log.error("the configuration was not loaded: nothing is changed")
-        else:
-            for line in report_lines(report):
-                log.info("%s", line)
+        log_file.reopen()
+        if configuration is not None:
+            load_again(configuration, manager)
     threading.Thread(target=run, name="gaffer-reload", daemon=True).start()
+
+
+def serve_endpoints(arguments):
+    """The endpoints that the arguments name."""
+    return [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind]
+
+
+def serve_configuration(arguments, hooks):
+    """The Configuration of CONFIG, or None. ConfigError."""
+    if not arguments.config:
+        return None
+    taken = [endpoint.port for endpoint in serve_endpoints(arguments) or [HttpEndpoint()] if endpoint.path is None]
+    configuration = Configuration(lambda: ConfigReader().read(arguments.config, taken).settings(), hooks)
+    hooks.hooks = configuration.settings.webhooks
+    return configuration
 
 
 def serve(arguments):
     """serve: run a manager with the HTTP API until INT or TERM."""
+    if arguments.daemon and not arguments.log_file:
+        raise ClientError("--daemon needs --log-file FILE: nobody would see what it has to say", 2)
     shed_compiler()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr,
-                        level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
-    hooks, configuration, signals = WebHooks(), None, SigHandler((*SigHandler.SIGNALS, signal.SIGHUP))
-    endpoints = [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind]
-    if arguments.config:
-        taken = [endpoint.port for endpoint in endpoints or [HttpEndpoint()] if endpoint.path is None]
-        configuration = Configuration(lambda: ConfigReader().read(arguments.config, taken).settings(), hooks)
-        hooks.hooks = configuration.settings.webhooks
-        endpoints = endpoints or configuration.settings.endpoints
-        signals = SigHandler(reload=lambda: load_again(configuration, manager))
+    log_file = LogFile(arguments.log_file, (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
+    hooks = WebHooks()
+    configuration = serve_configuration(arguments, hooks)
+    endpoints = serve_endpoints(arguments) or (configuration.settings.endpoints if configuration else [])
     http = HttpHandler(endpoints or [HttpEndpoint(certfile=arguments.certfile, keyfile=arguments.keyfile)],
                        token=read_token(arguments.token_file), cors_origins=arguments.cors_origin,
                        allow_hosts=arguments.allow_host)
-    apps = [signals, http, hooks, Announcement(http)] + [ConsoleOutput(arguments.verbose > 1)] * (arguments.verbose > 0)
+    apps = [http, hooks, Announcement(http)] + [ConsoleOutput(arguments.verbose > 1)] * (arguments.verbose > 0)
+    if arguments.daemon:
+        apps.append(Background(log_file))
+        apps[-1].fork()
+    if arguments.config or arguments.log_file:
+        apps.insert(0, SigHandler(reload=lambda: hung_up(log_file, configuration, manager)))
+    else:
+        apps.insert(0, SigHandler((*SigHandler.SIGNALS, signal.SIGHUP)))
+    if arguments.pidfile:
+        apps.insert(0, PidFile(arguments.pidfile))
     manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE)
     if configuration is not None:
         configuration.begin(manager)
@@ -7975,6 +8086,119 @@ def export_command(arguments):
     return 0
 
 
+# completion
+
+def completed_options(command):
+    """[(names, help, metavar or None)] of a command's options."""
+    found = [(("-h", "--help"), "show this help message and exit", None)]
+    for names, how in command.options:
+        if names[0].startswith("-"):
+            found.append((names, how["help"], how.get("metavar")))
+    return found
+
+
+def completed_words(command):
+    """What stands in a command's place of names: "names" of processes, a list of words, or None (files)."""
+    for names, how in command.options:
+        if names[0] == "names" and how["metavar"] == "NAME":
+            return "names"
+        if "choices" in how:
+            return list(how["choices"])
+    return None
+
+
+BASH_COMPLETION = """_gaffer() {
+    local current="${COMP_WORDS[COMP_CWORD]}" command="" word words="" names=""
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        case "$word" in
+            %s) command="$word"; break ;;
+        esac
+    done
+    case "$command" in
+%s
+    esac
+    COMPREPLY=($(compgen -W "$words $names" -- "$current"))
+}
+complete -o default -F _gaffer gaffer.py gaffer"""
+
+
+def complete_bash(commands):
+    """A script for bash."""
+    cases = ['        "") words="%s --help --version" ;;' % " ".join(commands)]
+    for name, command in commands.items():
+        words = [word for names, _, _ in completed_options(command) for word in names]
+        found = completed_words(command)
+        words += found if isinstance(found, list) else []
+        names = ' names="all $("${COMP_WORDS[0]}" processes 2>/dev/null)"' if found == "names" else ""
+        cases.append('        %s) words="%s"%s ;;' % (name, " ".join(words), names))
+    return BASH_COMPLETION % ("|".join(commands), "\n".join(cases))
+
+
+ZSH_COMPLETION = """#compdef gaffer.py gaffer
+_gaffer() {
+    local state
+    local -a commands
+    commands=(
+%s
+    )
+    _arguments -C '1: :->command' '*:: :->rest'
+    case "$state" in
+        command) _describe command commands ;;
+        rest) case "$words[1]" in
+%s
+        esac ;;
+    esac
+}
+compdef _gaffer gaffer.py gaffer"""
+
+
+def complete_zsh(commands):
+    """A script for zsh."""
+    def described(form, name, text, value=""):
+        return shlex.quote(form % (name, re.sub(r"([\[\]:\\])", r"\\\1", text), value))
+
+    cases = []
+    for name, command in commands.items():
+        specs = [described("%s[%s]%s", word, text, ":%s:_files" % metavar if metavar else "")
+                 for names, text, metavar in completed_options(command) for word in names]
+        found = completed_words(command)
+        if found:
+            specs.append("'*:name:(%s)'" % ("all $(gaffer.py processes 2>/dev/null)" if found == "names" else " ".join(found)))
+        cases.append("            %s) _arguments %s ;;" % (name, " ".join(specs)))
+    listed = ["        " + described("%s:%s%s", name, command.help) for name, command in commands.items()]
+    return ZSH_COMPLETION % ("\n".join(listed), "\n".join(cases))
+
+
+def complete_fish(commands):
+    """A script for fish."""
+    def quoted(text):
+        return "'%s'" % text.replace("\\", "\\\\").replace("'", "\\'")
+
+    lines = []
+    for program in ("gaffer.py", "gaffer"):
+        lines += ["complete -c %s -f -n __fish_use_subcommand -a %s -d %s" % (program, name, quoted(command.help))
+                  for name, command in commands.items()]
+        for name, command in commands.items():
+            where = "complete -c %s -n '__fish_seen_subcommand_from %s'" % (program, name)
+            for names, text, metavar in completed_options(command):
+                words = " ".join("-l %s" % word[2:] if word[:2] == "--" else "-s %s" % word[1:] for word in names)
+                lines.append("%s %s%s -d %s" % (where, words, " -r" if metavar else "", quoted(text)))
+            found = completed_words(command)
+            if found:
+                words = "all (%s processes 2>/dev/null)" % program if found == "names" else " ".join(found)
+                lines.append("%s -f -a %s" % (where, quoted(words)))
+    return "\n".join(lines)
+
+
+SHELLS = {"bash": complete_bash, "zsh": complete_zsh, "fish": complete_fish}
+
+
+def completion_command(arguments):
+    """completion"""
+    print(SHELLS[arguments.shell](arguments.commands))
+    return 0
+
+
 # the table
 
 def option(*names, **how):
@@ -8098,6 +8322,9 @@ COMMANDS = {
         option("--certfile", metavar="FILE", help="serve TLS with this certificate (PEM)"),
         option("--keyfile", metavar="FILE", help="and this key"),
         option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE),
+        option("--pidfile", metavar="FILE", help="keep the pid in this file"),
+        option("--log-file", metavar="FILE", help="log into this file (default: to stderr)"),
+        option("--daemon", action="store_true", help="go on in the background; needs --log-file"),
         option("-v", "--verbose", action="count", default=0, help="log events; -vv: the processes' output too"))),
     "reload": Command(reload_command, "server", "[options]", "let the server load its CONFIG again, as HUP does", (
         option("--dry-run", action="store_true", help="only say what would change"), *ASK)),
@@ -8125,7 +8352,7 @@ COMMANDS = {
         option("-t", "--times", action="store_true", help="with the time at which a line came; before -f nobody knows it"),
         *ASK[:-1])),
     "attach": Command(attach_command, "look", "[options] NAME", "see a process's output, and type into it", (
-        option("name", metavar="NAME", help="a name, or where it has several processes a pid"),
+        option("names", metavar="NAME", nargs=1, help="a name, or where it has several processes a pid"),
         option("-n", metavar="N", type=whole, default=10, help="begin with its last N lines (default 10)"), *ASK[:-1])),
     "watch": Command(watch_command, "look", "[options] [PATTERN]", "print events as they happen, until Ctrl-C", (
         option("pattern", metavar="PATTERN", nargs="?", default="",
@@ -8147,8 +8374,11 @@ COMMANDS = {
             *TEMPLATE, *ASK)),
     "del_process": Command(del_process_command, "template", "[options] NAME ...", "forget a template; its processes stop", (
         SOME_NAMES, *ASK)),
+    "completion": Command(completion_command, "other", "bash|zsh|fish", "print what lets a shell complete the words", (
+        option("shell", metavar="SHELL", choices=("bash", "zsh", "fish"), help="its script is to be sourced"),)),
 }
-GROUPS = {"server": "the server", "control": "control", "look": "look", "template": "templates", "procfile": "Procfiles"}
+GROUPS = {"server": "the server", "control": "control", "look": "look", "template": "templates", "procfile": "Procfiles",
+          "other": "other"}
 
 QUICK_START = """\
 A process supervisor in one file, driven over HTTP. To begin with:
@@ -8187,6 +8417,7 @@ def make_parser(name):
         prog="gaffer.py " + name, usage="gaffer.py %s %s" % (name, command.usage), allow_abbrev=False,
         description="%s%s." % (command.help[0].upper(), command.help[1:]), formatter_class=help_formatter)
     parser._optionals.title = "options"         # Python 3.8 and 3.9 say "optional arguments"
+    parser.set_defaults(commands=COMMANDS)
     for names, how in command.options:
         parser.add_argument(*names, **how)
     return parser
@@ -8224,8 +8455,11 @@ def without_command(argv):
     if argv == ["--version"]:
         print("gaffer %s" % __version__)
         return 0
+    if len(argv) == 2 and argv[0] == "help" and argv[1] in COMMANDS:
+        make_parser(argv[1]).print_help()
+        return 0
     words = [word for word in argv if not word.startswith("-")] or argv
-    if words and words[0] not in ("-h", "--help"):
+    if words and words[0] not in ("-h", "--help", "help"):
         raise ClientError("there is no command '%s'%s" % (
             words[0], near(words[0], COMMANDS) or "; 'gaffer.py --help' lists them"), 2)
     print(overview(), end="")

@@ -10958,6 +10958,104 @@ class WebHooksTest(ServerCase):
         self.assertEqual((found, made.dropped), (["start", "spawn", "stop", "stop_pid", "exit"], 0))
 
 
+class CliDaemon(CliFollowCase):
+    """--pidfile, --log-file, --daemon, completion"""
+
+    def test_a_pid_file_is_for_one(self):
+        path = os.path.join(self.folder(), "pid")
+        self.file(os.path.dirname(path), "pid", "999999999999 stale\n")
+        server = self.start("--pidfile", path)
+        self.assertEqual(cli_read(path), "%d\n" % server.process.pid)
+        self.call("serve", "--bind", "127.0.0.1:0", "--pidfile", path, status=1, err="gaffer: the pid file '%s' is used by a gaffer "
+                  "that runs, pid %d: .*\n" % (path, server.process.pid))
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+        self.assertFalse(os.path.exists(path))
+        self.call("serve", "--bind", "127.0.0.1:0", "--pidfile", path + "/x", status=1, err="gaffer: the pid file .* cannot be written: .*\n")
+
+    def test_log_file_and_hup(self):
+        folder = self.folder()
+        path = os.path.join(folder, "log")
+        server = self.start("--log-file", path, "-v")
+        server.add("a", {"cmd": "sleep 1000"})
+        until(lambda: "INFO a: spawn" in cli_read(path))
+        os.rename(path, path + ".1")
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: os.path.exists(path))
+        server.add("b", {"cmd": "sleep 1000"})
+        until(lambda: "INFO b: spawn" in cli_read(path))
+        self.assertNotIn("b: spawn", cli_read(path + ".1"))
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+        self.call("serve", "--log-file", folder, status=1, err="gaffer: the log file '.*' cannot be written: Is a directory\n")
+
+    def test_daemon(self):
+        folder = self.folder()
+        endpoint, pidfile, log = "unix:" + os.path.join(folder, "socket"), os.path.join(folder, "pid"), os.path.join(folder, "log")
+        arguments = ("serve", "--daemon", "--bind", endpoint, "--log-file", log, "--pidfile", pidfile)
+        run = subprocess.run(CLI_SCRIPT + list(arguments), env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT,
+                             check=False, universal_newlines=True)
+        self.assertEqual((run.returncode, run.stderr, run.stdout), (0, "", "gaffer %s listening on %s\n" % (gaffer.__version__, endpoint)))
+        os_pid = int(cli_read(pidfile))
+        try:
+            self.assertEqual(gaffer.Client(endpoint).get("/processes"), [])
+            fields = cli_read("/proc/%d/stat" % os_pid).rpartition(")")[2].split()
+            self.assertNotEqual(int(fields[3]), os.getsid(0), "a session of its own")
+            self.assertNotEqual(int(fields[3]), os_pid, "of which it is not the leader")
+            self.assertEqual([os.readlink("/proc/%d/fd/%d" % (os_pid, fd)) for fd in (0, 1, 2)], ["/dev/null", log, log])
+            status, _, err = self.outcome(*arguments)
+            self.assertEqual(status, 1)
+            self.assertRegex(err, r"\Agaffer: the pid file [^\n]* pid %d[^\n]*\n\Z" % os_pid)
+        finally:
+            os.kill(os_pid, signal.SIGTERM)
+        until(lambda: not alive(os_pid))
+        self.assertEqual((cli_read(log), os.listdir(folder)), ("", ["log"]))
+        self.call("serve", "--daemon", status=2, err="gaffer: --daemon needs --log-file.*\n")
+
+    def complete(self, shell, script, line):
+        """The words that a shell offers."""
+        path = os.path.join(self.folder(), "script")
+        out = self.call("completion", shell)
+        with open(path, "w") as file:
+            file.write(out)
+        run = subprocess.run([shell, "-c", script % (path, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True,
+                             timeout=TIMEOUT, env=dict(self.env, PATH=self.path + ":" + os.environ["PATH"]), universal_newlines=True)
+        self.assertEqual(run.stderr, "")
+        return [word.partition("\t")[0] for word in run.stdout.splitlines()]
+
+    def check_completion(self, shell, script):
+        self.path = self.folder()
+        program = self.file(self.path, "gaffer.py", "#!/bin/sh\necho web; echo db\n", 0o700)
+        self.assertTrue(os.access(program, os.X_OK))
+        self.assertEqual(sorted(self.complete(shell, script, "gaffer.py re")), ["reload", "restart"])
+        self.assertEqual(self.complete(shell, script, "gaffer.py stop --no")[-1:], ["--no-wait"])
+        self.assertEqual(self.complete(shell, script, "gaffer.py stop w"), ["web"])
+        self.assertEqual(self.complete(shell, script, "gaffer.py export sy"), ["systemd"])
+
+    def test_completion_bash(self):
+        self.check_completion("bash", """source %s; line="%s"; COMP_WORDS=($line); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _gaffer
+                                         printf '%%s\\n' "${COMPREPLY[@]}" """)
+
+    @unittest.skipUnless(shutil.which("fish"), "needs fish")
+    def test_completion_fish(self):
+        self.check_completion("fish", "source %s; complete -C '%s'")
+
+    @unittest.skipUnless(shutil.which("zsh"), "needs zsh")
+    def test_completion_zsh(self):
+        path = self.file(self.folder(), "_gaffer", self.call("completion", "zsh"))
+        run = subprocess.run(["zsh", "-f", "-c", "autoload -Uz compinit; compinit -u -D; source %s; print $_comps[gaffer.py]; zsh -n %s" % (path, path)],
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=TIMEOUT, env=self.env)
+        self.assertEqual((run.returncode, run.stdout), (0, b"_gaffer\n"))
+
+    def test_completion_knows_every_command_and_option(self):
+        for shell in gaffer.SHELLS:
+            out = self.call("completion", shell)
+            for name, command in gaffer.COMMANDS.items():
+                self.assertRegex(out, r"\b%s\b" % name)
+                for names, _ in command.options:
+                    for word in names:
+                        if word.startswith("--"):
+                            self.assertIn(word if shell != "fish" else "-l " + word[2:], out)
+
+
 class Readme(CliCase):
     """What README.md shows is what happens."""
 
