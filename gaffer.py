@@ -1514,7 +1514,7 @@ OPTIONS = {
     "redirect_input": Option(False, check_flag, "a pipe to stdin"),
     "custom_streams": Option([], check_custom_streams, "labels of further two-way streams, from descriptor 3 on"),
     "graceful_timeout": Option(10, seconds(0), "seconds between the stop signal and SIGKILL"),
-    "flapping": Option(None, check_flapping, "rest when it exits too often"),
+    "flapping": Option(None, check_flapping, "rest when it exits too often: attempts, window, retry_in, max_retry"),
     "priority": Option(None, whole_number(-10 ** 6, 10 ** 6), "start order within one load, 0 first"),
 }
 
@@ -8244,7 +8244,7 @@ def template_options():
     for field, (default, _, text) in OPTIONS.items():
         name = field.replace("_", "-")
         if default is True and field != "start":
-            yield option("--no-" + name, dest=field, action="store_false", default=True, help="not: " + text)
+            yield option("--no-" + name, dest=field, action="store_false", default=True, help="do not " + text)
         elif default is False:
             yield option("--" + name, action="store_true", help=text)
         elif field not in ("name", "cmd", "args", "env", "start"):
