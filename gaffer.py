@@ -28,8 +28,10 @@ The file is read from top to bottom; its sections are
     page                 the web page
     api                  the route table and its handlers
     server               endpoints, requests and streams on the loop, WSGI
-    apps                 what plugs into a Manager: HttpHandler, SigHandler, ConsoleOutput
-    command line         argparse, main
+    client               a small wrapper of http.client
+    apps                 what plugs into a Manager: HttpHandler, SigHandler, WebHooks, ConsoleOutput
+    configuration        files of templates: INI, JSON, TOML, Procfiles, .env
+    command line         one table of commands, argparse, main
 
 Four rules hold everywhere:
 
@@ -46,7 +48,7 @@ Four rules hold everywhere:
 """
 import sys
 
-if __name__ == "__main__" and "serve" in sys.argv and sys._getframe().f_back is None:
+if __name__ == "__main__" and {"serve", "up"}.intersection(sys.argv) and sys._getframe().f_back is None:
     # A script stays in memory as the compiler's syntax tree for as long as it runs: 12 MiB, perhaps for years. So a server
     # goes on in a fresh interpreter, as the same process, with the compiled code alone; where it cannot, as it is.
     import marshal
@@ -111,7 +113,8 @@ from wsgiref.handlers import SimpleHandler
 
 __version__ = "0.1.0"
 __all__ = [
-    "Manager", "HttpHandler", "HttpEndpoint", "SigHandler", "ConsoleOutput", "AccessLog", "WebSocketHandler", "Request",
+    "Manager", "HttpHandler", "HttpEndpoint", "SigHandler", "ConsoleOutput", "AccessLog", "WebHooks", "WebSocketHandler",
+    "Request",
     "Response", "Loop", "GafferError", "main",
 ]
 
@@ -215,6 +218,23 @@ ACCESS_LOG_SIZE = 256 * KIB         # lines that wait to be written
 ACCESS_LOG_DELAY = 0.2              # and how long at most, where all goes well
 REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)    # seconds, of /metrics: loop to thread
 TURN_BUCKETS = (0.001, 0.01, 0.1, 1.0)      # of a turn of the loop: all else waits as long, and 10 ms of that can be felt
+CLIENT_TIME = 30.0                  # a command waits so long for an answer
+HEARTBEAT = 10                      # asks for a sign of life each so many seconds where it follows a stream
+STREAM_TIME = 3.0 * HEARTBEAT       # and takes it for lost without one
+WEBHOOK_QUEUE = 1000                # events that wait for the one worker; then they are dropped
+WEBHOOK_TIME = 5.0                  # a receiver that does not answer
+WEBHOOK_PAUSES = (0.5, 2.0)         # before each further try
+WEBHOOK_REST = 30.0                 # a receiver that failed is not asked again so long, or the others would wait for it
+WEBHOOK_END = 2.0                   # at gaffer's stop, what waits is sent for so long
+SCREEN_SIZE = MIB                   # lines that wait for a slow terminal; then the processes wait
+SCREEN_END = 5.0                    # at the end they are written for so long
+CONFIG_SIZE = MIB                   # a configuration file
+INCLUDES_MAX = 1000                 # configuration files that others include
+FAULTS_MAX = 100                    # faults of configuration files that are told at once
+STATUS_INTERVAL = 1.0               # status -w
+RETRY_FIRST = 0.1                   # a server that is away is asked again, each time after twice as long
+RETRY_MAX = 2.0
+LOG_QUEUE = 1000                    # lines that wait to be printed; then the server keeps them
 
 
 SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOSPC)     # no fault of who asks
@@ -1715,59 +1735,66 @@ OPTIONS = {
     "redirect_input": Option(False, check_flag, "a pipe to stdin"),
     "custom_streams": Option([], check_custom_streams, "labels of further two-way streams, from descriptor 3 on"),
     "graceful_timeout": Option(10, seconds(0), "seconds between the stop signal and SIGKILL"),
-    "flapping": Option(None, check_flapping, "rest when it exits too often"),
+    "flapping": Option(None, check_flapping, "rest when it exits too often: attempts, window, retry_in, max_retry"),
     "priority": Option(None, whole_number(-10 ** 6, 10 ** 6), "start order within one load, 0 first"),
 }
 
 
 def check_together(template, info):
-    """Faults of fields that are right by themselves: a list of sentences. Fills in what one field says of another."""
+    """Faults of fields that are right by themselves: [(field, sentence)]. Fills in what one field says of another."""
     faults = []
     try:
         args = template["args"]
         if not (args.strip() if isinstance(args, str) else args) and not template["shell"]:
             need(split_words(template["cmd"]), ValueError, "must not be empty")
     except ValueError as error:
-        faults.append("field 'cmd' %s" % error)
+        faults.append(("cmd", "field 'cmd' %s" % error))
     if template["detach"]:
         if "redirect_output" not in info:
             template["redirect_output"] = []
         for field in ("redirect_output", "redirect_input", "custom_streams"):
             if template[field]:
-                faults.append("field '%s' cannot go with 'detach': nobody would be there for its pipes" % field)
+                faults.append((field, "field '%s' cannot go with 'detach': nobody would be there for its pipes" % field))
     for label in template["custom_streams"]:
         if label in template["redirect_output"]:
-            faults.append("field 'custom_streams' has the label '%s', which is in 'redirect_output' too" % label)
+            faults.append((
+                "custom_streams", "field 'custom_streams' has the label '%s', which is in 'redirect_output' too" % label))
     if template["uid"] is not None and template["gid"] is None and find_user(template["uid"])[1] is None:
-        faults.append("field 'uid' names a user without an entry here; give 'gid' too")
+        faults.append(("uid", "field 'uid' names a user without an entry here; give 'gid' too"))
     return faults
 
 
-def check_template(info, known=None):
-    """A template with its defaults filled in, from a client's `info`. `known`: {field: value} to use where the field is
-    left out. InvalidProcessInfo names every field that is wrong."""
-    need(isinstance(info, dict), InvalidProcessInfo, "send one JSON object with at least 'name' and 'cmd'")
+def examine_template(info, known=None):
+    """(template, faults) of what somebody gave as a template: its defaults are filled in, and each fault is (field,
+    sentence). `known`: {field: value} to use where the field is left out."""
     template, faults = {}, []
     unknown = [field for field in info if field not in OPTIONS]
     for field in unknown[:10]:
-        faults.append("unknown field '%s'%s" % (field[:128], near(field, OPTIONS) or "; remove it"))
+        faults.append((field, "unknown field '%s'%s" % (field[:128], near(field, OPTIONS) or "; remove it")))
     if len(unknown) > 10:
-        faults.append("%d more unknown fields" % (len(unknown) - 10))
+        faults.append((unknown[10], "%d more unknown fields" % (len(unknown) - 10)))
     for field, option in OPTIONS.items():
         value = info.get(field, (known or {}).get(field))
         if value is None and field in info and option.default is not None:
-            faults.append("field '%s' must not be null; leave it out for its default" % field)
+            faults.append((field, "field '%s' must not be null; leave it out for its default" % field))
         template[field] = copy.copy(option.default)
         if value is None:
             if field in ("name", "cmd"):
-                faults.append("field '%s' is required" % field)
+                faults.append((field, "field '%s' is required" % field))
             continue
         try:
             template[field] = option.check(value)
         except ValueError as error:
-            faults.append("field '%s' %s" % (field, error))
-    faults += [] if faults else check_together(template, info)
-    need(not faults, InvalidProcessInfo, "; ".join(faults))
+            faults.append((field, "field '%s' %s" % (field, error)))
+    return template, faults or check_together(template, info)
+
+
+def check_template(info, known=None):
+    """A template with its defaults filled in, from a client's `info`. `known`: see examine_template(). InvalidProcessInfo
+    names every field that is wrong."""
+    need(isinstance(info, dict), InvalidProcessInfo, "send one JSON object with at least 'name' and 'cmd'")
+    template, faults = examine_template(info, known)
+    need(not faults, InvalidProcessInfo, "; ".join(sentence for _, sentence in faults))
     return template
 
 
@@ -1781,10 +1808,12 @@ def substitute(word, env):
 
 
 class Launch:
-    """What is executed: program (a path), argv, env (of bytes), cwd, uid, gid, groups (None: gaffer's own)."""
+    """What is executed: program (a path), argv, env (of bytes), cwd, uid, gid, groups (None: gaffer's own). `instance`: the
+    process's number among those of its template, from 1."""
 
-    def __init__(self, template):
+    def __init__(self, template, instance=1):
         """InvalidProcessInfo: it cannot be executed, with the reason."""
+        self.instance = instance
         self.env = self._environment(template)
         if template["shell"]:
             self.argv = ["/bin/sh", "-c", template["cmd"], "sh", *self._args(template)]
@@ -1795,6 +1824,14 @@ class Launch:
         self.cwd = None if template["cwd"] is None else self._checked("cwd", check_directory, template["cwd"])
         self.uid, self.gid, self.groups = self._checked("uid", self._identity, template)
         self.program = self._find(self.argv[0])
+
+    def again(self, template, instance):
+        """The same for another process that starts now; only one that asks for its number has to be looked up anew."""
+        if b"GAFFER_INSTANCE" in self.env:
+            return Launch(template, instance)
+        launch = copy.copy(self)
+        launch.instance = instance
+        return launch
 
     @staticmethod
     def _checked(field, function, value):
@@ -1808,8 +1845,7 @@ class Launch:
         args = template["args"]
         return split_words(args) if isinstance(args, str) else args
 
-    @staticmethod
-    def _environment(template):
+    def _environment(self, template):
         env = dict(os.environb) if template["os_env"] else {}
         env.update((os.fsencode(name), os.fsencode(str(value))) for name, value in template["env"].items())
         env.pop(b"GAFFER_TOKEN", None)
@@ -1817,6 +1853,8 @@ class Launch:
             env.setdefault(b"PYTHONUNBUFFERED", b"1")
         if template["custom_streams"]:
             env[b"GAFFER_STREAMS"] = ",".join(template["custom_streams"]).encode("ascii")
+        if "GAFFER_INSTANCE" in "%s %s" % (template["cmd"], template["args"]):
+            env[b"GAFFER_INSTANCE"] = b"%d" % self.instance         # only for who asks: env may have to stand alone
         return env
 
     @staticmethod
@@ -2179,6 +2217,7 @@ class Process:
 
     def __init__(self, pid, home, owner, loop, table, exit_watcher):
         self.pid, self.home, self.name, self.template = pid, home, home.name, home.info
+        self.instance = 1                       # its number among those of its template
         self._owner, self._loop, self._table, self._exit_watcher = owner, loop, table, exit_watcher
         self.outputs, self.inputs = {}, {}      # label -> Output, Input
         self.os_pid = self.started = self.exited_at = None
@@ -2214,7 +2253,7 @@ class Process:
         finally:
             for fd in theirs:
                 os.close(fd)
-        self.started = self._loop.clock()
+        self.started, self.instance = self._loop.clock(), launch.instance
         for label, fd in plan["write"].items():
             self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else end_socket)
         try:
@@ -2295,6 +2334,8 @@ class Process:
         if number in SHORTAGES:
             return Busy("the system has no room for another process (%s); try again later" % os.strerror(number))
         reason = os.strerror(number) if number else str(error)
+        if number == errno.ENOENT and launch.cwd is not None and not os.path.isdir(launch.cwd):
+            return InvalidProcessInfo("field 'cwd' names the directory %r, which has just gone" % launch.cwd)
         if number == errno.ENOENT:
             reason = "the interpreter that its first line names is not there"
         elif number == errno.ENOEXEC:
@@ -2311,6 +2352,14 @@ class Process:
     def age(self):
         """Seconds since its start, or how long it lived."""
         return (self._loop.clock() if self.exited_at is None else self.exited_at) - self.started
+
+    def status(self):
+        """What GET /status/<name> says of it."""
+        status = {"pid": self.pid, "os_pid": self.os_pid, "instance": self.instance, "uptime": round(self.age(), 3),
+                  "state": "running" if self.running else "stopping"}
+        if self.stopping and self._timer is not None:
+            status["kill_in"] = round(max(0.0, self._timer.when - self._loop.clock()), 3)
+        return status
 
     def signal(self, signum, group=False):
         """Send a signal to the process, or to its whole group."""
@@ -2427,6 +2476,7 @@ class Process:
 # --------------------------------------------------------------------------------------------------------------------
 TEMPLATE_EVENTS = ("create", "start", "stop", "restart", "update", "delete", "flap")
 PROCESS_EVENTS = ("spawn", "reap", "exit", "stop_pid")
+ADJUSTABLE = ("numprocesses", "priority", "flapping", "start")      # fields that a running process need not know of
 EVENT_TYPES = TEMPLATE_EVENTS + PROCESS_EVENTS
 
 
@@ -2452,6 +2502,11 @@ def matches(pattern, event):
     return kind in (None, event["event"]) and name in (None, event["name"])
 
 
+def priority_of(info):
+    """Where a template stands in the order of starts."""
+    return math.inf if info["priority"] is None else info["priority"]
+
+
 class Template:
     """A process template at work: the wish (`info`, `active`) and what there is of it."""
 
@@ -2469,7 +2524,9 @@ class Template:
         self.afterlife = None                   # Timer: when the first of them is forgotten
         self.restarts = 0
         self.exits = collections.Counter()      # (exit_status, term_signal) -> how many
-        self.last_exit = None                   # {"pid", "exit_status", "term_signal", "time"}
+        self.last_exit = None                   # {"pid", "exit_status", "term_signal", "time", "times": in a row}
+        self.gave_up = False                    # it flapped, and was stopped for good
+        self.created = None                     # the id of its create event: whether a name is still the same template
         self.error = None                       # why the last spawn failed
         self.said = Throttle()
         self.replace(info)
@@ -2486,6 +2543,20 @@ class Template:
     def running(self):
         """Processes that run and are not being stopped, oldest first."""
         return [process for process in self.processes.values() if process.running]
+
+    def free_instance(self):
+        """The lowest number that none of its processes has."""
+        taken = {process.instance for process in self.processes.values()}
+        number = len(taken) + 1                 # there is no gap, most often
+        return number if max(taken, default=0) < number else next(each for each in itertools.count(1) if each not in taken)
+
+    def note_exit(self, process):
+        """Remember the last exit, and how often in a row processes have exited by themselves in this way."""
+        last = self.last_exit
+        same = last is not None and not process.stopping and (last["exit_status"], last["term_signal"]) == (
+            process.exit_status, process.term_signal)
+        self.last_exit = {"pid": process.pid, "exit_status": process.exit_status, "term_signal": process.term_signal,
+                          "time": time.time(), "times": last["times"] + 1 if same else 1}
 
     def open_streams(self, size):
         """Make the template's streams fit its labels."""
@@ -2530,14 +2601,17 @@ class Template:
     def status(self):
         """What GET /status/<name> answers."""
         running = self.running()
-        waits = [timer.when for timer in [*self.pending, self.rest] if timer is not None]
+        waits = [round(max(0.0, timer.when - self._loop.clock()), 3)
+                 for timer in [*self.pending, self.rest] if timer is not None]
         return {
             "name": self.name, "active": self.active, "running": len(running), "numprocesses": self.info["numprocesses"],
             "max_processes": self.info["numprocesses"], "state": self.state(),
             "stopping": len(self.processes) - len(running), "pids": [process.pid for process in running],
             "os_pids": [process.os_pid for process in running], "restarts": self.restarts, "last_exit": self.last_exit,
             "uptime": round(max([process.age() for process in running] or [0]), 3),
-            "next_try": round(max(0.0, min(waits) - self._loop.clock()), 3) if waits else None, "error": self.error,
+            "next_try": min(waits) if waits else None, "waiting": sorted(waits), "gave_up": self.gave_up, "error": self.error,
+            "created": self.created, "graceful_timeout": self.info["graceful_timeout"],
+            "processes": [process.status() for process in self.processes.values()],
         }
 
 
@@ -2652,6 +2726,7 @@ class Manager:
         self._subscribers = []
         self._waiters = []                      # (done, callback)
         self._said = Throttle()
+        self.configuration = None               # what POST /_reload loads again: it has reload(manager, dry_run)
 
     # run and stop
 
@@ -2682,15 +2757,10 @@ class Manager:
         for app in self.apps:
             app.start(self.loop, self)
             self._started_apps.append(app)
-        for template in sorted(self.templates.values(), key=self._priority):
+        for template in sorted(self.templates.values(), key=lambda template: priority_of(template.info)):
             if template.active:
                 self._publish("start", template.name)
                 self._reconcile(template)
-
-    @staticmethod
-    def _priority(template):
-        priority = template.info["priority"]
-        return math.inf if priority is None else priority
 
     def stop(self, kill=False):
         """Stop all processes, newest first, each within its graceful_timeout, then let run() return. `kill`: at once.
@@ -2794,6 +2864,7 @@ class Manager:
                 first.append(self._spawn(template, launch))
         self.templates[info["name"]] = template
         self._publish("create", template.name)
+        template.created = "%d@%s" % (self.events.end, self.epoch)
         if info["start"]:
             template.active = True
             if self._running:
@@ -2817,7 +2888,7 @@ class Manager:
         template.forget_waits()
         template.replace(info)
         template.open_streams(self.window_size)
-        template.active = info["start"]
+        template.active, template.gave_up = info["start"], False
         self._publish("update", name)
         for process in template.running():
             self._end_process(process, "stop_pid")
@@ -2851,10 +2922,10 @@ class Manager:
         template = self.find_template(name)
         if template.active:
             return
-        launch = Launch(template.info)
+        launch = Launch(template.info, template.free_instance())
         template.replace(template.info)         # flapping begins anew
         first = []
-        template.active = True
+        template.active, template.gave_up = True, False
         if self._running and template.missing() > 0:
             try:
                 first.append(self._spawn(template, launch))
@@ -2906,13 +2977,24 @@ class Manager:
 
     def _scale(self, name, change):
         self._may_change()
+        number = min(NUMPROCESSES_MAX, max(0, self.find_template(name).info["numprocesses"] + change))
+        self._adjust(name, {"numprocesses": number})
+        return number
+
+    def adjust_process(self, name, fields):
+        """Change ADJUSTABLE fields of a template: {field: value}, checked. Its processes go on. NotFound."""
+        self.loop.call(self._adjust, name, fields)
+
+    def _adjust(self, name, fields):
+        self._may_change()
         template = self.find_template(name)
-        number = min(NUMPROCESSES_MAX, max(0, template.info["numprocesses"] + change))
-        if number != template.info["numprocesses"]:
-            template.info = dict(template.info, numprocesses=number)
+        changed = {field: value for field, value in fields.items() if template.info[field] != value}
+        if changed:
+            template.info = dict(template.info, **changed)
+            if "flapping" in changed:
+                template.replace(template.info)
             self._publish("update", name)
             self._reconcile(template)
-        return number
 
     def stop_process(self, target):
         """Stop one process by pid (it is replaced), or a template by name. NotFound."""
@@ -3077,7 +3159,7 @@ class Manager:
     def _respawn(self, template, failures, launch=None):
         """Spawn one that follows on so many failures. Returns the Launch; None: it failed too, and is tried again later."""
         try:
-            launch = launch or Launch(template.info)
+            launch = (launch.again if launch else Launch)(template.info, template.free_instance())
             process = self._spawn(template, launch)
         except (GafferError, OSError, ValueError, MemoryError) as error:
             template.error = str(error)
@@ -3119,14 +3201,14 @@ class Manager:
             template.forget_waits()
             template.rest = self.loop.later(template.info["flapping"]["retry_in"], self._rested, template)
         elif verdict == "stop":
+            template.gave_up = True
             self._stop_template(template)
 
     def exited(self, process):
         """Called by a process that has exited."""
         template = process.home
         template.exits[process.exit_status, process.term_signal] += 1
-        template.last_exit = {"pid": process.pid, "exit_status": process.exit_status, "term_signal": process.term_signal,
-                              "time": time.time()}
+        template.note_exit(process)
         self._publish("exit", process.name, process, exit_status=process.exit_status, term_signal=process.term_signal)
         if not process.stopping:
             self._judge(template, process.age())
@@ -4342,6 +4424,8 @@ FIELDS = {                                      # JSON Schema of each field of a
 SECONDS = {"type": "number", "minimum": 0}
 QUERY = {                                       # of a request's query: its JSON Schema, and what it means
     "running": (BOOLEAN, "pids of what runs, in place of names"),
+    "usage": (BOOLEAN, "with the CPU time and memory of each process"),
+    "dry_run": (BOOLEAN, "only tell what would change"),
     "wait": ({"type": ["boolean", "number"]}, "answer when it is done, or after so many seconds 504"),
     "group": (BOOLEAN, "to whole process groups"),
     "feed": ({"enum": ["longpoll", "continuous", "eventsource"]}, "in which form it comes"),
@@ -4709,6 +4793,12 @@ class Samples:
         result["stats"] = entries
         return result
 
+    def brief(self, process):
+        """{cpu, mem, rss} of one process, {} if it has just gone."""
+        seen = self._table.look(process.os_pid)
+        return {"cpu": self._percent(process, seen), "mem": round(100 * seen["rss"] / self.MEMORY, 2),
+                "rss": seen["rss"]} if seen else {}
+
     def one(self, process):
         """The entry of one process, {} if it has just gone."""
         seen = self._table.look(process.os_pid)
@@ -4968,10 +5058,27 @@ class Api:
         self.manager.signal(ref, parse_signal(signum), flag(request, "group"))
         return OK
 
-    @operation(errors=(NotFound,))
+    @operation("usage", errors=(NotFound,))
     def status(self, request, name):
         """The state of a template, its restarts and last exit."""
-        return self.manager.find_template(name).status()
+        template = self.manager.find_template(name)
+        status, processes = template.status(), list(template.processes.values())
+        if not flag(request, "usage"):
+            return status
+
+        def look():
+            for entry, process in zip(status["processes"], processes):
+                entry.update(self.samples.brief(process))
+            return json_response(status)
+        return ThreadReply(look)
+
+    @operation("dry_run", errors=(Conflict, InvalidProcessInfo))
+    def reload(self, request):
+        """Load the configuration that the server was started with again."""
+        configuration, dry_run = self.manager.configuration, flag(request, "dry_run")
+        need(configuration is not None, Conflict,
+             "this server was started without a CONFIG, so there is nothing to load again; start it with 'serve CONFIG'")
+        return ThreadReply(lambda: json_response(configuration.reload(self.manager, dry_run)))
 
     # groups
 
@@ -5283,6 +5390,7 @@ ROUTES = (
     ("/readyz", {"GET": Api.readyz}),
     ("/metrics", {"GET": Api.metrics}),
     ("/openapi.json", {"GET": Api.openapi}),
+    ("/_reload", {"POST": Api.reload}),
     ("/processes", {"GET": Api.processes, "POST": Api.create}),
     ("/processes/<name>", {"GET": Api.show, "PUT": Api.update, "POST": Api.update, "DELETE": Api.delete}),
     ("/processes/<name>/_pids", {"GET": Api.pids}),
@@ -5324,10 +5432,10 @@ ROUTES = (
 # --------------------------------------------------------------------------------------------------------------------
 class HttpEndpoint:
     """Where to listen: "host:port" (port 0: any free one), "[v6]:port" or "unix:/path"; with `certfile` and `keyfile` (PEM)
-    as TLS. StartError: it is none of these."""
+    as TLS. `backlog`: connections that may wait to be accepted. StartError: it is none of these."""
 
-    def __init__(self, bind="127.0.0.1:5000", certfile=None, keyfile=None):
-        self.bind, self.certfile, self.keyfile = bind, certfile, keyfile
+    def __init__(self, bind="127.0.0.1:5000", certfile=None, keyfile=None, backlog=BACKLOG):
+        self.bind, self.certfile, self.keyfile, self.backlog = bind, certfile, keyfile, backlog
         self.path = bind[5:] if bind.startswith("unix:") else None
         match = re.match(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]/]+):([0-9]{1,5})\Z", bind)
         if self.path is None and match and int(match.group(2)) < 65536:
@@ -6342,10 +6450,9 @@ class Listener(socketserver.TCPServer):
     """One endpoint's listening socket; the loop tells it when to accept."""
 
     allow_reuse_address = True
-    request_queue_size = BACKLOG
 
     def __init__(self, http, endpoint):
-        self.http, self.endpoint = http, endpoint
+        self.http, self.endpoint, self.request_queue_size = http, endpoint, endpoint.backlog
         self.address_family, address, self.local = endpoint.resolve()
         self.context = endpoint.tls_context()
         self._said = Throttle()
@@ -6505,6 +6612,174 @@ class WsgiOutput:
 
     def flush(self):
         """Nothing waits."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# client
+#
+# A small wrapper of http.client, for the command line and the webhooks: TCP, TLS and unix sockets, a token, event streams.
+# A connection a request. What fails is a ClientError: one sentence that says what to do, and the exit status of a command
+# that fails so. On the caller's thread.
+# --------------------------------------------------------------------------------------------------------------------
+DEFAULT_ENDPOINT = "http://127.0.0.1:5000"
+REFUSAL_STATUSES = {401: 6, 403: 6, 408: 124, 504: 124}     # HTTP status -> exit status; what is not here is 1
+FEED = "feed=eventsource&heartbeat=%d" % HEARTBEAT
+
+
+class ClientError(Exception):
+    """What a command cannot do: `str(error)` is one sentence, `exit_status` the command's, `code` the server's word for it."""
+
+    def __init__(self, reason, exit_status=1, code=None):
+        super().__init__(reason)
+        self.exit_status, self.code = exit_status, code
+
+
+class NoServer(ClientError):
+    """Nobody answers there, or not as gaffer does."""
+
+    def __init__(self, endpoint, why):
+        super().__init__("there is no gaffer at %s (%s): start one with 'python3 gaffer.py serve', or say where it is with "
+                         "--endpoint or GAFFER_ENDPOINT" % (endpoint, why), 5)
+        self.why = why
+
+
+class NotThere(ClientError):
+    """There is no such name, pid or group."""
+
+    def __init__(self, reason):
+        super().__init__(reason, 4, "not_found")
+
+
+def refusal(endpoint, status, body):
+    """The ClientError of an answer that is none of success."""
+    try:
+        error = json.loads(body)
+        code, reason = error["error"], str(error["reason"])
+    except (ValueError, TypeError, KeyError):
+        return NoServer(endpoint, "what listens there answers %d, and not as gaffer does" % status)
+    if code == "unauthorized":
+        reason = "the server wants its token: give it with --token-file FILE or GAFFER_TOKEN"
+    reason = re.sub(r"GET /processes\S* lists them", "'gaffer.py processes' lists them", reason)
+    reason = re.sub(r"GET /groups lists them", "'gaffer.py processes' lists what there is", reason)
+    reason = re.sub(r"PUT /processes/\S+ replaces it", "'gaffer.py update_process' replaces it", reason)
+    return NotThere(reason) if code == "not_found" else ClientError(reason, REFUSAL_STATUSES.get(status, 1), code)
+
+
+class Client:
+    """Asks one server. `endpoint`: http://host:port, https://host:port, host:port or unix:/path; `token`: a string or None;
+    `cacert`: a file of certificates (PEM) to trust. ClientError: the endpoint is none."""
+
+    def __init__(self, endpoint=DEFAULT_ENDPOINT, token=None, cacert=None):
+        self.endpoint, self._cacert = endpoint, cacert
+        self._headers = {"Connection": "close"}
+        if token is not None:                   # http.client writes latin-1, the server compares UTF-8
+            self._headers["Authorization"] = "Bearer " + token.encode("utf-8").decode("latin-1")
+        self.path = endpoint[5:] if endpoint.startswith("unix:") else None
+        try:
+            parts = urllib.parse.urlsplit(endpoint if "://" in endpoint or self.path == "" else "http://" + endpoint)
+            self.host, self.port, self._tls = parts.hostname, parts.port, parts.scheme == "https"
+        except ValueError:
+            self.host = None
+        if not self.path and (self.host is None or parts.scheme not in ("http", "https")):
+            raise ClientError("'%s' is no endpoint: give http://host:port, https://host:port or unix:/path" % endpoint, 2)
+        self._prefix = "" if self.path else parts.path.rstrip("/")
+        self.port = self.port or (443 if self._tls else 80)
+
+    def _connection(self, timeout):
+        """An http.client connection; one to a unix socket has its socket, which is not connected yet."""
+        import http.client
+        if self.path:
+            connection = http.client.HTTPConnection("localhost", timeout=timeout)
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(timeout)
+            return connection
+        if not self._tls:
+            return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        import ssl
+        context = ssl.create_default_context()
+        if self._cacert:
+            try:
+                context.load_verify_locations(self._cacert)
+            except OSError as error:
+                raise ClientError("the certificates of --cacert '%s' cannot be used: %s" % (self._cacert, error), 2) from None
+        return http.client.HTTPSConnection(self.host, self.port, timeout=timeout, context=context)
+
+    def open(self, method, path, value=None, headers=None, timeout=CLIENT_TIME):
+        """The http.client response to a request, if it is a success; close it. Arguments as for send(). ClientError."""
+        response = self.send(method, path, value, headers, timeout)
+        if response.status >= 300:
+            with response:
+                raise refusal(self.endpoint, response.status, response.read(MIB))
+        return response
+
+    def send(self, method, path, value=None, headers=None, timeout=CLIENT_TIME):
+        """The http.client response to a request, whatever its status; close it. `value`: bytes, or what is sent as JSON.
+        `timeout`: seconds without a byte. ClientError, NoServer."""
+        from http.client import HTTPException
+        body = value if value is None or isinstance(value, bytes) else json_bytes(value)
+        connection = self._connection(timeout)
+        try:
+            if self.path:
+                connection.sock.connect(self.path)
+            connection.request(method, self._prefix + path, body, dict(self._headers, **headers or {}))
+            response = connection.getresponse()
+        except (OSError, HTTPException) as error:
+            connection.close()
+            raise self._failure(error, timeout) from None
+        if connection.sock is not None:
+            connection.sock.close()             # the response has it now, and closes it
+        return response
+
+    def _failure(self, error, timeout):
+        if isinstance(error, socket.timeout):
+            return ClientError("%s has not answered in %g seconds" % (self.endpoint, timeout), 124)
+        if getattr(error, "verify_message", None):
+            return ClientError("the certificate of %s cannot be trusted (%s): give its authority's with --cacert" % (
+                self.endpoint, error.verify_message), 6)
+        if isinstance(error, PermissionError):
+            return ClientError("%s may not be used by you: be its owner, or root" % self.endpoint, 6)
+        why = str(getattr(error, "strerror", None) or error) or type(error).__name__
+        return NoServer(self.endpoint, ascii(why)[1:-1][:100].lower())
+
+    def request(self, method, path, value=None, timeout=CLIENT_TIME):
+        """The body of an answer, as bytes. ClientError."""
+        from http.client import HTTPException
+        with self.open(method, path, value, None, timeout) as response:
+            try:
+                return response.read()
+            except (OSError, HTTPException) as error:
+                raise self._failure(error, timeout) from None
+
+    def get(self, path):
+        """The value of a GET."""
+        body = self.request("GET", path)
+        try:
+            return json.loads(body)
+        except ValueError:
+            raise NoServer(self.endpoint, "what listens there does not answer as gaffer does") from None
+
+    def events(self, path, last_id=""):
+        """(id, type, data) of each event of an event stream, until it ends or is lost: then ask again with the last id.
+        The first has the type None and the stream's Gaffer-Offset. `path` asks for FEED. ClientError: it cannot be had."""
+        from http.client import HTTPException
+        with self.open("GET", path, None, {"Last-Event-ID": last_id} if last_id else None, STREAM_TIME) as response:
+            yield "", None, response.headers.get("Gaffer-Offset", "")
+            fields = {}
+            try:
+                for line in response:
+                    name, _, value = line.decode("utf-8", "replace").rstrip("\n").partition(": ")
+                    if name:
+                        fields[name] = value
+                    elif fields:
+                        yield fields.get("id", ""), fields.get("event", ""), fields.get("data", "")
+                        fields = {}
+            except (OSError, HTTPException):
+                pass                            # the caller sees the end, and asks again
+
+
+def reference(name):
+    """A name or pid as a part of a path."""
+    return urllib.parse.quote(name, safe=":@")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -6809,11 +7084,12 @@ class HttpHandler:
 
 
 class SigHandler:
-    """Stops the manager on INT and TERM; a second one kills at once. Only for the main thread."""
+    """Stops the manager on `signals`; a second one kills at once. `reload`: called on HUP. Only for the main thread."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self):
+    def __init__(self, signals=SIGNALS, reload=None):
+        self._signals, self._reload = signals, reload
         self._old = {}
         self._count = 0
 
@@ -6827,8 +7103,11 @@ class SigHandler:
             manager.stop(kill=self._count > 1)
         # a signal that arrives just before select() sleeps would be seen only after it: the descriptor wakes it
         self._old_fd = signal.set_wakeup_fd(loop.wake_fd, warn_on_full_buffer=False)
-        for signum in self.SIGNALS:
-            self._old[signum] = signal.signal(signum, stop)
+        for signum in self._signals:
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:      # nohup wants that it goes on
+                self._old[signum] = signal.signal(signum, stop)
+        if self._reload is not None:
+            self._old[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda signum, frame_: self._reload())
         if os.getpid() == 1:                    # a container's first process inherits everybody's orphans
             self._old[signal.SIGCHLD] = signal.signal(
                 signal.SIGCHLD, lambda signum, frame_: loop.call_soon(manager.reap_strangers))
@@ -6840,6 +7119,107 @@ class SigHandler:
         if self._old:
             signal.set_wakeup_fd(self._old_fd)
         self._old = {}
+
+
+class WebHooks:
+    """Posts events as JSON. `hooks`: [(pattern, URL)], patterns as for Manager.subscribe(). One worker sends them in their
+    order, with a timeout and retries; what its queue has no room for, and what a receiver does not take, is dropped and
+    counted (`dropped`). A receiver that fails is left alone for a while, as the others wait behind it."""
+
+    def __init__(self, hooks=()):
+        self.hooks = list(hooks)
+        self.dropped = 0
+        self._subscriptions = []
+        self._manager = self._thread = None
+        self._queue = collections.deque()       # (URL, event)
+        self._changed = threading.Condition()   # guards the queue, the count and the deadline
+        self._deadline = None                   # of the last words, once gaffer stops
+        self._down = {}                         # URL -> until when it is left alone
+        self._said = Throttle()
+
+    def start(self, loop, manager):
+        """See apps."""
+        self._manager = manager
+        self._deadline = None
+        self._subscribe()
+
+    def replace(self, hooks):
+        """Use other hooks from now on. Called on the loop."""
+        for subscription in self._subscriptions:
+            subscription.close()
+        self.hooks = list(hooks)
+        self._subscribe()
+
+    def _subscribe(self):
+        self._subscriptions = [
+            self._manager.subscribe(pattern, lambda kind, event, url=url: self._put(url, event)) for pattern, url in self.hooks]
+        if self.hooks and self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="gaffer-webhooks", daemon=True)
+            self._thread.start()
+
+    def _put(self, url, event):
+        with self._changed:
+            if len(self._queue) >= WEBHOOK_QUEUE:
+                self._drop(url, "the queue is full")
+            else:
+                self._queue.append((url, event))
+                self._changed.notify_all()
+
+    def _drop(self, url, why):
+        self.dropped += 1
+        self._said.warning("an event for the webhook %s was dropped, %d of all by now: %s", url, self.dropped, why)
+
+    def _work(self):
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._deadline is not None)
+                if not self._queue:
+                    return
+                url, event = self._queue.popleft()
+            failure = self._post(url, event)
+            if failure:
+                with self._changed:
+                    self._drop(url, failure)
+
+    def _post(self, url, event):
+        """None, or why the event was not taken."""
+        if time.monotonic() < self._down.get(url, 0):
+            return "it has failed, and is left alone for %g seconds" % WEBHOOK_REST
+        for pause in (*WEBHOOK_PAUSES, None):
+            failure, again = self._try(url, event)
+            if not again:
+                break
+            with self._changed:
+                if pause is None or self._deadline is not None:
+                    self._down[url] = time.monotonic() + WEBHOOK_REST
+                    break
+                self._changed.wait_for(lambda: self._deadline is not None, pause)
+        return failure
+
+    @staticmethod
+    def _try(url, event):
+        """(None or why it failed, may it be tried again)"""
+        parts = urllib.parse.urlsplit(url)
+        target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        try:
+            client = Client("%s://%s" % (parts.scheme, parts.netloc))
+            with client.send("POST", target, event, {"Content-Type": "application/json"}, WEBHOOK_TIME) as response:
+                status = response.status
+        except ClientError as error:
+            return getattr(error, "why", str(error)), True
+        return None if status < 300 else "it answers %d" % status, status >= 500 or status in (408, 429)
+
+    def stop(self):
+        """See apps: what waits is still sent, for WEBHOOK_END seconds."""
+        with self._changed:
+            self._deadline = time.monotonic() + WEBHOOK_END
+            self._changed.notify_all()
+
+    def join(self):
+        """See apps."""
+        if self._thread is not None:
+            self._thread.join(max(0.0, self._deadline - time.monotonic()))
+            self._thread = None
 
 
 class LineEncoder:
@@ -6878,6 +7258,14 @@ class LineSink:
         reader.close()
 
 
+def event_text(event):
+    """An event in words: "web: exit (pid 1, os pid 4711, status 3)"."""
+    details = ["pid %d" % event["pid"], "os pid %d" % event["os_pid"]] if "pid" in event else []
+    if event["event"] == "exit":
+        details.append("signal %d" % event["term_signal"] if event["term_signal"] else "status %d" % event["exit_status"])
+    return "%s: %s%s" % (event["name"], event["event"], " (%s)" % ", ".join(details) if details else "")
+
+
 class ConsoleOutput:
     """Logs what happens: events, and with `output` the processes' output too, a line each."""
 
@@ -6890,21 +7278,780 @@ class ConsoleOutput:
         manager.subscribe("", self._event)
 
     def _event(self, kind, event):
-        details = ["pid %d" % event["pid"], "os pid %d" % event["os_pid"]] if "pid" in event else []
-        if kind == "exit":
-            details.append("signal %d" % event["term_signal"] if event["term_signal"] else "status %d" % event["exit_status"])
-        log.info("%s: %s%s", event["name"], kind, " (%s)" % ", ".join(details) if details else "")
+        log.info("%s", event_text(event))
         if kind == "create" and self._output:
             template = self._manager.templates.get(event["name"])
             for label, merged in template.merged.items() if template else ():
                 Reader(merged.window, LineEncoder(), LineSink(event["name"], label), merged.window.start, "skip").start()
 
 
+PALETTE = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)      # colours of a terminal, one for each name
+
+
+def colour(text, code):
+    """Text in a colour of the terminal."""
+    return "\x1b[%dm%s\x1b[0m" % (code, text)
+
+
+def signal_name(number):
+    """SIGTERM, or SIG99 for one without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "SIG%d" % number
+
+
+def write_all(fd, data):
+    """Write all of it, past any buffer."""
+    while data:
+        data = data[os.write(fd, data):]
+
+
+class ScreenSink:
+    """A Reader's sink that puts a process's lines on the screen."""
+
+    def __init__(self, screen, pid):
+        self._screen, self._pid = screen, pid
+
+    def send(self, lines):
+        """See Reader."""
+        return self._screen.put(self._pid, lines)
+
+    def lost(self, reader, count):
+        """Never: it blocks."""
+
+    def finished(self, reader):
+        """See Reader."""
+        reader.close()
+        self._screen.finished(self._pid)
+
+
+class Screen:
+    """All processes on one screen: `HH:MM:SS web.1 | line`, and lines for what they begin and how they end. A thread writes
+    to `out`, a descriptor; where it is slow the processes wait, as for a pipe. `one_for_all`: when a process has ended by
+    itself the manager stops; `status` is then how it ended: its exit status, or 128 and the signal's number."""
+
+    def __init__(self, out, coloured=False, one_for_all=False):
+        self.status = 0
+        self._out, self._coloured, self._one_for_all = out, coloured, one_for_all
+        self._queue, self._size = collections.deque(), 0        # encoded lines
+        self._changed = threading.Condition()   # guards the queue, and the end
+        self._ending = self._failed = self._full = False
+        self._shown = {}                        # pid -> {"name", "open": streams, "exit": event, "readers", "by_itself"}
+        self._ended = set()                     # pids that were stopped
+        self._lagging = set()                   # readers that wait for room
+        self._colours = {}
+
+    def start(self, loop, manager):
+        """See apps."""
+        self._loop, self._manager = loop, manager
+        counts = {name: template.info["numprocesses"] for name, template in manager.templates.items()}
+        self._width = max([6, *(len("%s.%d" % count) for count in counts.items())])
+        manager.subscribe("", self._event)
+        self._thread = threading.Thread(target=self._write, name="gaffer-screen", daemon=True)
+        self._thread.start()
+
+    def say(self, text, name="system"):
+        """Show a line of gaffer's own. Called on the loop."""
+        self._enqueue(name, [text.encode("utf-8")])
+
+    def _event(self, kind, event):
+        pid = event.get("pid")
+        process = self._manager.processes.get(pid)
+        if kind == "spawn":
+            name = "%s.%d" % (event["name"], process.instance) if process else event["name"]
+            self._shown[pid] = {"name": name, "open": 0, "exit": None, "readers": []}
+            self.say("%s started, os pid %d" % (name, event["os_pid"]))
+            for output in process.outputs.values() if process else ():
+                self._follow(pid, output.window)
+        elif kind in ("stop_pid", "reap"):
+            self._ended.add(pid)
+        elif kind == "exit" and pid in self._shown:
+            self._shown[pid].update(exit=event, by_itself=pid not in self._ended and not self._manager.stopping)
+            self._ended.discard(pid)
+            self._maybe_ended(pid)
+
+    def _follow(self, pid, window):
+        reader = Reader(window, LineEncoder(), ScreenSink(self, pid), window.start, "block")
+        self._shown[pid]["open"] += 1
+        self._shown[pid]["readers"].append(reader)
+        reader.start()
+
+    def finished(self, pid):
+        """A stream of a process has come to its end."""
+        self._shown[pid]["open"] -= 1
+        self._maybe_ended(pid)
+
+    def _maybe_ended(self, pid):
+        """Say how a process has ended, behind its last words."""
+        shown = self._shown[pid]
+        event = shown["exit"]
+        if event is None or shown["open"]:
+            return
+        del self._shown[pid]
+        status, signum = event["exit_status"], event["term_signal"]
+        self.say("%s %s" % (shown["name"], "was ended by %s" % signal_name(signum) if signum else (
+            "exited with status %d" % status)))
+        if self._one_for_all and shown["by_itself"] and not self._manager.stopping:
+            self.status = 128 + signum if signum else status
+            self._manager.stop()
+
+    def put(self, pid, lines):
+        """Show lines of a process. False: there is no room for more, its readers are called when there is."""
+        shown = self._shown[pid]
+        if self._enqueue(shown["name"], lines):
+            return True
+        self._lagging.update(shown["readers"])
+        return False
+
+    def _enqueue(self, name, lines):
+        self._width = max(self._width, len(name))
+        prefix = "%s %-*s |" % (time.strftime("%H:%M:%S"), self._width, name)
+        if self._coloured and name != "system":
+            prefix = colour(prefix, self._colours.setdefault(name, PALETTE[len(self._colours) % len(PALETTE)]))
+        data = b"".join(b"%b %b\n" % (prefix.encode("utf-8"), line) for line in lines)
+        with self._changed:
+            if not self._failed:
+                self._queue.append(data)
+                self._size += len(data)
+                self._changed.notify_all()
+            self._full = self._size >= SCREEN_SIZE
+            return not self._full
+
+    def _write(self):
+        """The thread: until it is told to end, and nothing is left."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._ending)
+                if not self._queue:
+                    return
+                data = self._queue.popleft()
+            try:
+                write_all(self._out, data)
+            except OSError:                     # nobody looks any more, so there is no reason to go on
+                self._give_up()
+            with self._changed:
+                self._size = max(0, self._size - len(data))
+                again = self._full and self._size < SCREEN_SIZE // 2
+                self._full = self._full and not again
+            if again:
+                self._loop.call_soon(self._go_on)
+
+    def _give_up(self):
+        with self._changed:
+            self._failed, self._size = True, 0
+            self._queue.clear()
+        self.status = self.status or 128 + signal.SIGPIPE
+        self._manager.stop()
+
+    def _go_on(self):
+        lagging, self._lagging = self._lagging, set()
+        for reader in lagging:
+            reader.pump()
+
+    def stop(self):
+        """See apps."""
+        readers = [reader for shown in self._shown.values() for reader in shown["readers"]]
+        lost = sum(reader.log.end - (reader.fanout or reader).offset for reader in readers)
+        if lost:
+            self.say("%d bytes of output were not shown, as nobody took them" % lost)
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+
+    def join(self):
+        """See apps: what waits is still written, for SCREEN_END seconds."""
+        self._thread.join(SCREEN_END)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# configuration
+#
+# What a server is to run, as files say it: INI as gafferd had it, JSON, TOML where Python reads it, Procfiles with their
+# .env. Each kind of file is a Source, which yields sections named as in INI: gaffer, endpoint:public, process:web, env:web,
+# webhooks. ConfigReader makes Settings of them, or one ConfigError with every fault. Configuration applies what has changed.
+# --------------------------------------------------------------------------------------------------------------------
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+DOTENV = re.compile(r"""
+    [ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_.]*)[ \t]*=[ \t]*       # a name, then one of
+    (?:'([^']*)'|"((?:[^"\\]|\\.)*)"|((?:[^'"\s#][^\n]*?)?))            # 'as it is', "with \n", or without quotes
+    (?:[ \t]+\#[^\n]*|[ \t]*)\r?(?:\n|\Z)""", re.X | re.S)
+DOTENV_NOTHING = re.compile(r"[ \t\r]*(?:#[^\n]*)?(?:\n|\Z)")
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "$": "$"}
+PROCFILE_LINE = re.compile(r"([A-Za-z0-9_-]+)[ \t]*:[ \t]*(\S.*?)[ \t\r]*\Z")
+FIRST_PORT, PORTS_PER_TYPE = 5000, 100          # as foreman counts them
+
+
+def number(text):
+    """A number as text: an int, or a float. ValueError."""
+    try:
+        return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else float(text)
+    except ValueError:
+        raise ValueError("must be a number, not %r" % text) from None
+
+
+def split_list(text):
+    """What commas and spaces divide."""
+    return [word for word in re.split(r"[,\s]+", text) if word]
+
+
+def flapping_from_text(text):
+    """"2, 1.0, 7.0, 5", in the order of FLAPPING, or with names: "retry_in=7, attempts=2". ValueError."""
+    words = split_list(text)
+    need(len(words) <= len(FLAPPING), ValueError, "is at most attempts, window, retry_in, max_retry: 2, 1.0, 7.0, 5")
+    pairs = [word.rpartition("=") for word in words]
+    return {name or field: number(value) for field, (name, _, value) in zip(FLAPPING, pairs)}
+
+
+def from_text(field, text):
+    """A template's field of text, as INI files and the command line have it; None: left out. ValueError."""
+    default = OPTIONS[field].default
+    if isinstance(default, bool):
+        need(text.lower() in BOOLEANS, ValueError, "must be true or false, not %r" % text)
+        return BOOLEANS[text.lower()]
+    if field in ("redirect_output", "custom_streams"):
+        return split_list(text)
+    if text == "" and field != "cmd":
+        return None
+    if field == "env":
+        return dict(word.partition("=")[::2] for word in split_words(text))
+    if field == "flapping":
+        return flapping_from_text(text)
+    return number(text) if field in ("numprocesses", "priority", "graceful_timeout") else text
+
+
+def event_pattern(text):
+    """A pattern as Manager.subscribe() takes it. Dots stand for slashes where gafferctl's patterns had them:
+    "proc.web.exit"."""
+    if "/" in text or not text.startswith("proc."):
+        return "" if text in (".", "all") else text
+    name, _, kind = text[5:].rpartition(".")
+    return "proc/%s/%s" % (name, kind) if name and kind in EVENT_TYPES else "proc/" + text[5:]
+
+
+def parse_dotenv(text):
+    """({name: value}, [number of a line that is none]) of a .env file: NAME=value, perhaps with `export` before it, quotes
+    around the value and a comment behind; in double quotes \\n is a newline."""
+    values, wrong, place = {}, [], 0
+    while place < len(text):
+        match = DOTENV_NOTHING.match(text, place) or DOTENV.match(text, place)
+        if match is None:
+            wrong.append(text.count("\n", 0, place) + 1)
+            place = text.find("\n", place) + 1 or len(text)
+            continue
+        if match.re is DOTENV:
+            name, single, double, plain = match.groups()
+            if double is not None:
+                double = re.sub(r"\\(.)", lambda m: ESCAPES.get(m.group(1), m.group()), double, flags=re.S)
+            values[name] = next(value for value in (single, double, plain) if value is not None)
+        place = max(match.end(), place + 1)
+    return values, wrong
+
+
+class ConfigError(InvalidProcessInfo):
+    """Configuration files have faults: `faults`, a line each with file, line and section."""
+
+    def __init__(self, faults):
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+def read_text(path):
+    """The text of a file. ConfigError."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(CONFIG_SIZE + 1)
+        need(len(data) <= CONFIG_SIZE, ValueError, "it is over %d bytes" % CONFIG_SIZE)
+        return data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ConfigError(["%s: cannot be read: %s" % (path, getattr(error, "strerror", None) or error)]) from None
+
+
+class Source:
+    """A configuration file: its text, its faults, and where in it things stand. Kinds of files have sections(), which yields
+    (name, {field: value}), and _span(name) -> (start, end) in the text, or None, and _key(field), a regular expression."""
+
+    values_are_text = False
+
+    def __init__(self, path):
+        self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
+        self.text = read_text(path)
+        self.faults = []                        # (line, text)
+
+    def fault(self, reason, section=None, field=None, line=None):
+        """Note what is wrong, and where."""
+        line = line or self._line(section, field)
+        where = "[%s] " % section if section else ""
+        self.faults.append((line, "%s:%d: %s%s" % (self.path, line, where, reason)))
+
+    def _line(self, section, field):
+        span = section and self._span(section)
+        if not span:
+            return 1
+        place = re.compile(self._key(field), re.M).search(self.text, *span) if field else None
+        return self.text.count("\n", 0, place.start(1) if place else span[0]) + 1
+
+    def _header(self, pattern, following):
+        """The span from a header to the next one."""
+        start = re.compile(pattern, re.M).search(self.text)
+        if start is None:
+            return None
+        end = re.compile(following, re.M).search(self.text, start.end())
+        return start.start(1), end.start() if end else len(self.text)
+
+    def join(self, path):
+        """A path that the file names, as seen from its folder."""
+        return os.path.join(self.folder, path)
+
+
+class IniSource(Source):
+    """An INI file, as configparser reads it."""
+
+    values_are_text = True
+
+    def sections(self):
+        """See Source."""
+        parser = self._parse()
+        for name in parser.sections():
+            if name[0] == "\0":                 # a section that is there twice
+                continue
+            values = dict(parser[name])
+            for field in [field for field, value in values.items() if value is None]:
+                self.fault("'%s' has no value: write '%s = value'" % (field, field), name, field)
+                del values[field]
+            yield name, values
+
+    def _parse(self):
+        """A parser that has read what can be read: each line that it refuses is noted, and taken out."""
+        import configparser
+        lines = self.text.split("\n")
+        while True:
+            parser = configparser.RawConfigParser(delimiters=("=",), allow_no_value=True, default_section="\0")
+            parser.optionxform = str            # type: ignore[assignment,method-assign]  # variables are told apart by case
+            try:
+                parser.read_string("\n".join(lines))
+                return parser
+            except configparser.DuplicateSectionError as error:
+                self.fault("this section is there twice", error.section, line=error.lineno)
+                lines[error.lineno - 1] = "[\0%d]" % error.lineno
+            except configparser.DuplicateOptionError as error:
+                self.fault("'%s' is there twice" % error.option, error.section, line=error.lineno)
+                lines[error.lineno - 1] = ""
+            except configparser.ParsingError as error:
+                places = getattr(error, "errors", None) or [(error.lineno, "")]
+                for line in [line for line, _ in places]:
+                    self.fault("%r is neither [section] nor 'name = value' in a section" % lines[line - 1].strip(), line=line)
+                    lines[line - 1] = ""
+                if len(self.faults) > FAULTS_MAX:
+                    return configparser.RawConfigParser()
+
+    def _span(self, name):
+        return self._header(r"^(\[)%s\]" % re.escape(name), r"^\[")
+
+    def _key(self, field):
+        return r"^[ \t]*(%s)[ \t]*(?:=|$)" % re.escape(field)
+
+
+class TreeSource(Source):
+    """A file of objects within objects: gaffer and webhooks are sections, endpoint, process and env hold some by name."""
+
+    def sections(self):
+        """See Source."""
+        for name, value in self._load().items():
+            if name not in ("endpoint", "process", "env"):
+                yield from self._section(name, value)
+            elif isinstance(value, dict):
+                for inner, values in value.items():
+                    yield from self._section("%s:%s" % (name, inner), values)
+            else:
+                self.fault("must hold an object for each name", name)
+
+    def _section(self, name, values):
+        if isinstance(values, dict):
+            yield name, values
+        else:
+            self.fault("must be an object", name)
+
+
+class JsonSource(TreeSource):
+    """A JSON file: an object of sections, one template, or a list of templates."""
+
+    def _load(self):
+        try:
+            data = json.loads(self.text)
+        except (ValueError, RecursionError) as error:
+            self.fault("is no JSON: %s" % getattr(error, "msg", error), line=getattr(error, "lineno", 1))
+            return {}
+        data = [data] if isinstance(data, dict) and "cmd" in data else data
+        if isinstance(data, list):
+            named = [item for item in data if isinstance(item, dict) and isinstance(item.get("name"), str)]
+            if len(named) != len(data):
+                self.fault("each entry of the list must be a template, an object with 'name' and 'cmd'")
+            if len({item["name"] for item in named}) != len(named):
+                self.fault("a name is there twice")
+            return {"process": {item["name"]: item for item in named}}
+        if not isinstance(data, dict):
+            self.fault("must be an object, or a list of templates")
+            return {}
+        return data
+
+    def _span(self, name):
+        word = re.escape(json.dumps(name.partition(":")[2] or name))
+        start = re.search(r"(%s)\s*:" % word, self.text)
+        if start is None:                       # a list of templates
+            start = re.search(r'(\{)[^{}]*"name"\s*:\s*%s' % word, self.text)
+        if start is None:
+            return None
+        try:
+            place = self.text.index("{", start.start(1))
+            return start.start(1), json.JSONDecoder().raw_decode(self.text, place)[1]
+        except ValueError:
+            return start.start(1), len(self.text)
+
+    def _key(self, field):
+        return r"(%s)\s*:" % re.escape(json.dumps(field))
+
+
+class TomlSource(TreeSource):
+    """A TOML file, where Python has tomllib."""
+
+    def _load(self):
+        import importlib
+        try:
+            tomllib = importlib.import_module("tomllib")
+        except ImportError:
+            self.fault("Python %d.%d reads no TOML: use 3.11 or later, or a file of INI or JSON" % sys.version_info[:2])
+            return {}
+        try:
+            return tomllib.loads(self.text)
+        except ValueError as error:
+            line = re.search(r"line (\d+)", str(error))
+            self.fault("is no TOML: %s" % error, line=int(line.group(1)) if line else 1)
+            return {}
+
+    def _span(self, name):
+        parts = [r"[\"']?%s[\"']?" % re.escape(part) for part in name.split(":", 1)]
+        return self._header(r"^[ \t]*(\[)[ \t]*%s[ \t]*[.\]]" % r"[ \t]*\.[ \t]*".join(parts), r"^[ \t]*\[(?![^\]]*\.env)")
+
+    def _key(self, field):
+        return r"^[ \t]*[\"']?(%s)[\"']?[ \t]*[.=]" % re.escape(field)
+
+
+class Procfile(Source):
+    """A Procfile: 'type: command' lines. `root`: where they run (the file's folder); `env_files`: beside .env of that folder;
+    `port`: the first type's PORT, then there are a hundred for each type; `taken`: ports where gaffer itself is."""
+
+    def __init__(self, path, root=None, env_files=(), port=None, taken=()):
+        super().__init__(path)
+        self.folder = os.path.abspath(root or self.folder)
+        default = os.path.join(self.folder, ".env")
+        self.env = {}
+        for env_file in [default] * os.path.isfile(default) + list(env_files):
+            values, wrong = parse_dotenv(read_text(env_file))
+            self.env.update(values)
+            for line in wrong:
+                self.faults.append((line, "%s:%d: is not NAME=value" % (env_file, line)))
+        given = self.env.get("PORT", "") if port is None else str(port)
+        first = FIRST_PORT + PORTS_PER_TYPE * (FIRST_PORT in taken)
+        self.port = int(given) if re.fullmatch("[0-9]{1,5}", given) else first
+
+    def types(self):
+        """{type: command}, in the file's order."""
+        found = {}
+        for line, text in enumerate(self.text.split("\n"), 1):
+            match = PROCFILE_LINE.match(text)
+            if match and match.group(1) not in found:
+                found[match.group(1)] = match.group(2)
+            elif text.strip() and text.lstrip()[0] != "#":
+                self.fault("'%s' is there twice" % match.group(1) if match else
+                           "%r is not 'type: command'" % text.strip(), line=line)
+        return found
+
+    def sections(self):
+        """See Source. A process's own PORT comes of its type's and its number."""
+        for index, (name, command) in enumerate(self.types().items()):
+            env = dict(self.env, PORT=str(self.port + PORTS_PER_TYPE * index))
+            yield "process:" + name, {
+                "cmd": "PORT=$((PORT + GAFFER_INSTANCE - 1)); " + command, "shell": True, "cwd": self.folder, "env": env}
+
+    def _span(self, name):
+        return self._header(r"^(%s)[ \t]*:" % re.escape(name.partition(":")[2]), "\n")
+
+    def _key(self, field):
+        return r"(\b)"
+
+
+def is_procfile(path):
+    """True where a file's name says that it is a Procfile."""
+    name = os.path.basename(path).lower()
+    return name.startswith("procfile") or name.endswith(".procfile")
+
+
+def open_source(path, taken=()):
+    """The Source of a file, by its name. `taken`: see Procfile. ConfigError."""
+    if is_procfile(path):
+        return Procfile(path, taken=taken)
+    return {".json": JsonSource, ".toml": TomlSource}.get(os.path.splitext(path.lower())[1], IniSource)(path)
+
+
+# [HttpEndpoint], {name: template}, [(pattern, URL)]
+Settings = collections.namedtuple("Settings", "endpoints templates webhooks")
+
+
+class ConfigReader:
+    """Makes Settings of files: read() or take() them, then settings()."""
+
+    NAMED = ("endpoint", "process", "env")
+    FIELDS = {"gaffer": ("http_endpoints", "include", "include_dir"), "endpoint": ("bind", "backlog", "certfile", "keyfile")}
+
+    def __init__(self):
+        self._sources = []
+        self._sections = {}                     # name -> (source, values)
+
+    def read(self, path, taken=()):
+        """Read a file, and what it includes. `taken`: see Procfile. ConfigError: it cannot be read at all."""
+        return self.take(open_source(path, taken))
+
+    def take(self, source):
+        """Take a Source, and what it includes."""
+        self._sources.append(source)
+        for name, values in source.sections():
+            kind, _, rest = name.partition(":")
+            if kind not in ("gaffer", "webhooks", *self.NAMED) or (kind in self.NAMED) != bool(rest):
+                tail = ":%s" % (rest or "NAME") if rest or source.values_are_text else ""
+                known = ["gaffer", "webhooks", *(each + tail for each in self.NAMED)]
+                source.fault("there is no section of this name%s" % (
+                    near(name, known) or "; there are %s" % ", ".join(known)), name)
+            elif name in self._sections:
+                source.fault("this section is in %s too" % self._sections[name][0].path, name)
+            else:
+                self._sections[name] = source, values
+        found, values = self._sections.get("gaffer", (None, {}))
+        if found is source:
+            self._include(source, values)
+        return self
+
+    def _words(self, source, section, field, value):
+        """A list, or text that commas and spaces divide."""
+        if isinstance(value, str):
+            return split_list(value)
+        if isinstance(value, list) and all(isinstance(word, str) for word in value):
+            return value
+        source.fault("'%s' must be a list of strings, or a string" % field, section, field)
+        return []
+
+    def _include(self, source, values):
+        import glob
+        for pattern in self._words(source, "gaffer", "include", values.get("include", "")):
+            path = source.join(pattern)
+            self._include_all(source, "include", sorted(glob.glob(path)) if glob.has_magic(path) else [path])
+        for folder in self._words(source, "gaffer", "include_dir", values.get("include_dir", "")):
+            if not os.path.isdir(source.join(folder)):
+                source.fault("'include_dir' names %r, which is no folder" % folder, "gaffer", "include_dir")
+            found = [os.path.join(path, name) for path, _, names in os.walk(source.join(folder)) for name in names]
+            self._include_all(source, "include_dir", sorted(path for path in found if path.endswith(".ini")))
+
+    def _include_all(self, source, field, paths):
+        for path in paths:
+            if any(os.path.realpath(path) == os.path.realpath(known.path) for known in self._sources):
+                source.fault("'%s' names %s, which is included already" % (field, path), "gaffer", field)
+            elif len(self._sources) >= INCLUDES_MAX:
+                source.fault("more than %d files are included" % INCLUDES_MAX, "gaffer", field)
+                return
+            else:
+                try:
+                    self.take(open_source(path))
+                except ConfigError as error:
+                    source.fault("'%s': %s" % (field, error), "gaffer", field)
+
+    def settings(self):
+        """Settings. ConfigError, with every fault of all files."""
+        for name, (source, values) in self._sections.items():
+            known = self.FIELDS.get(name.partition(":")[0])
+            for field in [field for field in values if known and field not in known]:
+                source.fault("unknown field '%s'%s" % (field, near(field, known) or "; there are " + ", ".join(known)),
+                             name, field)
+        endpoints, webhooks = self._endpoints(), self._webhooks()
+        templates = {name: self._template(name, *found) for name, found in self._of_kind("process")}
+        for name, (source, _) in self._of_kind("env"):
+            if name not in templates:
+                source.fault("there is no [process:%s]%s" % (name, near(name, templates)), "env:" + name)
+        faults = [text for source in self._sources for _, text in sorted(source.faults, key=lambda fault: fault[0])]
+        if faults:
+            more = ["and %d faults more" % (len(faults) - FAULTS_MAX)] * (len(faults) > FAULTS_MAX)
+            raise ConfigError(faults[:FAULTS_MAX] + more)
+        return Settings(endpoints, templates, webhooks)
+
+    def _of_kind(self, kind):
+        return [(name.partition(":")[2], found) for name, found in self._sections.items() if name.startswith(kind + ":")]
+
+    def _endpoints(self):
+        made = {name: self._endpoint("endpoint:" + name, *found) for name, found in self._of_kind("endpoint")}
+        source, values = self._sections.get("gaffer", (None, {}))
+        if "http_endpoints" not in values:
+            return list(made.values())
+        names = self._words(source, "gaffer", "http_endpoints", values["http_endpoints"])
+        for name in names:
+            if name not in made:
+                source.fault("there is no [endpoint:%s]%s" % (name, near(name, made)), "gaffer", "http_endpoints")
+        return [made[name] for name in names if name in made]
+
+    @staticmethod
+    def _endpoint(section, source, values):
+        """An HttpEndpoint, or None: its faults are noted."""
+        def noted(field, error, function, *args):
+            try:
+                return function(*args)
+            except error as failure:
+                source.fault("'%s' %s" % (field, failure), section, field)
+                return None
+        backlog = values.get("backlog") or BACKLOG
+        backlog = noted("backlog", ValueError, number, backlog) if isinstance(backlog, str) else backlog
+        if backlog is not None:
+            backlog = noted("backlog", ValueError, whole_number(1, 65535), backlog)
+        paths = [source.join(values[field]) if values.get(field) else None for field in ("certfile", "keyfile")]
+        if not isinstance(values.get("bind"), str):
+            return source.fault("'bind' is missing: give host:port, [v6]:port or unix:/path", section)
+        bind = "unix:" + source.join(values["bind"][5:]) if values["bind"][:5] == "unix:" else values["bind"]
+        return noted("bind", StartError, HttpEndpoint, bind, *paths, backlog)
+
+    def _webhooks(self):
+        source, values = self._sections.get("webhooks", (None, {}))
+        hooks = []
+        for key, value in values.items():
+            pattern = event_pattern(key)
+            try:
+                parse_pattern(pattern.split("/"))
+            except BadEventType as error:
+                source.fault("'%s': %s" % (key, error), "webhooks", key)
+            for url in self._words(source, "webhooks", key, value):
+                try:
+                    Client(url)
+                    need("://" in url, ClientError, "'%s' is no URL" % url)
+                    hooks.append((pattern, url))
+                except ClientError:
+                    source.fault("'%s' must be a URL such as http://host:port/path, not %r" % (key, url), "webhooks", key)
+        return hooks
+
+    def _template(self, name, source, values):
+        """A template of [process:name] and [env:name]; its faults are noted."""
+        section, info, wrong = "process:" + name, {"name": name}, set()
+        for field, value in values.items():
+            try:
+                as_text = source.values_are_text and field in OPTIONS
+                info[field] = from_text(field, value) if as_text else value
+            except ValueError as error:
+                source.fault("field '%s' %s" % (field, error), section, field)
+                wrong.add(field)
+        info = {field: value for field, value in info.items() if value is not None or not source.values_are_text}
+        _, env = self._sections.get("env:" + name, (None, {}))
+        if env:
+            info["env"] = dict(info.get("env") or {}, **env)
+        info.setdefault("cwd", source.folder)
+        if isinstance(info["cwd"], str):
+            info["cwd"] = source.join(info["cwd"])
+        template, faults = examine_template(info)
+        if not faults and not wrong and template["start"]:
+            try:
+                Launch(template)
+            except InvalidProcessInfo as error:
+                faults = [("cmd", str(error))]
+        for field, reason in faults:
+            if field not in wrong:
+                source.fault(reason, section, field)
+        return template
+
+
+class Configuration:
+    """What a server was started with and can load again. `read()` returns Settings, or raises ConfigError; `hooks`: the
+    WebHooks that follow it, or None."""
+
+    def __init__(self, read, hooks=None):
+        self._read, self._hooks = read, hooks
+        self._lock = threading.Lock()           # one reload at a time
+        self.settings = read()
+
+    def begin(self, manager):
+        """Give a manager what to run."""
+        manager.configuration = self
+        for template in self.settings.templates.values():
+            manager.add_process(template)
+
+    def reload(self, manager, dry_run=False):
+        """Read it again, and change what has changed; with `dry_run` only say so. Returns {"ok", "added": [name], "changed":
+        {name: [field]}, "removed": [name], "kept": [name], "failed": {name: reason}, "webhooks": have they changed,
+        "needs_restart": [what cannot be changed in a running server]}. ConfigError: it is faulty, and nothing is changed."""
+        with self._lock:
+            settings = self._read()
+            return manager.loop.call(self._apply, manager, settings, dry_run)
+
+    def _apply(self, manager, settings, dry_run):
+        report = self._compare(manager, settings)
+        if dry_run:
+            return report
+        for name in report["removed"]:
+            self._attempt(report, name, manager.delete_process, name)
+        for name, fields in report["changed"].items():
+            self._attempt(report, name, self._change, manager, name, settings.templates[name], fields)
+        for name in sorted(report["added"], key=lambda name: priority_of(settings.templates[name])):
+            self._attempt(report, name, manager.add_process, settings.templates[name])
+        for name in report["failed"]:           # or the next time it would not be seen to have changed
+            settings.templates[name] = self.settings.templates.get(name, settings.templates.get(name))
+        if report["webhooks"] and self._hooks is not None:
+            self._hooks.replace(settings.webhooks)
+        self.settings = settings
+        report["ok"] = not report["failed"]
+        return report
+
+    @staticmethod
+    def _attempt(report, name, function, *args):
+        """The system may refuse what the file may say: no room for another process, a program that is none."""
+        try:
+            function(*args)
+        except GafferError as error:
+            report["failed"][name] = str(error)
+
+    def _compare(self, manager, settings):
+        """With what it was loaded with, not with what somebody has changed by hand since."""
+        before, after = self.settings.templates, settings.templates
+        report = {"ok": True, "added": [], "changed": {}, "kept": [], "failed": {},
+                  "removed": [name for name in before if name not in after and name in manager.templates]}
+        for name, template in after.items():
+            if name not in manager.templates:
+                report["added"].append(name)
+                continue
+            old = before[name] if name in before else manager.templates[name].info
+            fields = [field for field in OPTIONS if old[field] != template[field]]
+            if fields:
+                report["changed"][name] = fields
+            else:
+                report["kept"].append(name)
+        report["webhooks"] = self.settings.webhooks != settings.webhooks
+        report["needs_restart"] = ["endpoints"] * (
+            list(map(vars, self.settings.endpoints)) != list(map(vars, settings.endpoints)))
+        return report
+
+    @staticmethod
+    def _change(manager, name, info, fields):
+        template = manager.templates[name]
+        if set(fields) <= set(ADJUSTABLE):
+            manager.adjust_process(name, {field: info[field] for field in fields})
+            if "start" in fields:
+                (manager.start_template if info["start"] else manager.stop_template)(name)
+            return
+        # one that was stopped by hand stays stopped, one that gave up gets another chance; a number that was not changed here
+        # may have been scaled
+        info = dict(info, start=info["start"] if "start" in fields else template.active or template.gave_up)
+        if "numprocesses" not in fields:
+            info["numprocesses"] = template.info["numprocesses"]
+        manager.update_process(name, info)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # command line
 #
-# One argparse table; each command is a function of its arguments that returns the exit status. A start that fails is one
-# sentence and exit status 1.
+# COMMANDS is the one table: the parser, --help, the README and the completions come from it. A command is a function of its
+# arguments that returns the exit status; what it cannot do it raises, and main() tells it in one sentence on stderr.
 # --------------------------------------------------------------------------------------------------------------------
 def read_token(path):
     """The token of a file that nobody else can read, or of GAFFER_TOKEN; None if there is neither. StartError."""
@@ -6957,6 +8104,720 @@ class LogHandler(logging.StreamHandler):
             self.handleError(record)
 
 
+def connect(arguments):
+    """A Client for the server that the arguments or the environment name."""
+    endpoint = arguments.endpoint or os.environ.get("GAFFER_ENDPOINT") or DEFAULT_ENDPOINT
+    return Client(endpoint, read_token(arguments.token_file), arguments.cacert)
+
+
+def tell(text):
+    """Say what went wrong, a line each."""
+    for line in text.splitlines():
+        print("gaffer: %s" % line, file=sys.stderr)
+
+
+def drop_output():
+    """Nobody reads stdout any more: what is left in its buffer must not fail again at the end."""
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
+
+
+# names
+
+def find_names(client, words):
+    """Names and pids, each once, that `words` stand for: a name or a pid stands for itself, `all` for all names, and a glob
+    for those it matches. ClientError: a glob matches none."""
+    import fnmatch
+    names, found = None, {}
+    for word in words:
+        if word != "all" and not re.search(r"[*?\[]", word):
+            found[word] = True
+            continue
+        names = client.get("/processes") if names is None else names
+        matching = names if word == "all" else [name for name in names if fnmatch.fnmatchcase(name, word)]
+        if not matching and word != "all":
+            raise NotThere("no process matches '%s': 'gaffer.py processes' lists them" % word)
+        found.update(dict.fromkeys(matching, True))
+    return list(found)
+
+
+def each_name(arguments, act):
+    """Print what `act(client, name)` returns for each name: a line, or with --json bytes from the server. Where it fails
+    that is told, and the others go on. Returns the first failure's exit status."""
+    client, status = connect(arguments), 0
+    for name in find_names(client, arguments.names):
+        try:
+            result = act(client, name)
+        except ClientError as error:
+            if isinstance(error, NoServer) or error.code == "unauthorized":
+                raise                           # it would be the same for all others
+            tell(str(error))
+            status = status or error.exit_status
+        else:
+            print(result.decode("utf-8").rstrip("\n") if isinstance(result, bytes) else result, flush=True)
+    return status
+
+
+def bare(arguments, name, value):
+    """A value as it is where one was asked for, else with its name."""
+    return "%s" % value if arguments.names == [name] else "%s: %s" % (name, value)
+
+
+# control
+
+def change(arguments, action, words):
+    """start, stop, restart. `words(before)`: what to say, given the status before it."""
+    query = "?wait=%g" % arguments.timeout if arguments.timeout is not None else "" if arguments.no_wait else "?wait=true"
+
+    def act(client, name):
+        if name.isdigit() and action != "_stop":
+            raise ClientError("%s is a pid: start and restart take names, 'gaffer.py processes' lists them" % name, 2)
+        path = "/processes/" + reference(name)
+        before = client.get(path if name.isdigit() else "/status/" + reference(name))
+        longest = arguments.timeout if arguments.timeout is not None else before["graceful_timeout"] + WAIT_EXTRA
+        answer = client.request("POST", "%s/%s%s" % (path, action, query), timeout=CLIENT_TIME + longest)
+        return answer if arguments.json else "%s: %s" % (name, words(before))
+    return each_name(arguments, act)
+
+
+def start_command(arguments):
+    """start"""
+    return change(arguments, "_start", lambda before: "started" if not before["active"] else "already %s" % (
+        "running" if before["state"] == "running" else "started, %s" % before["state"]))
+
+
+def stop_command(arguments):
+    """stop"""
+    return change(arguments, "_stop", lambda before: "already stopped" if before.get("state") == "stopped" else "stopped")
+
+
+def restart_command(arguments):
+    """restart"""
+    return change(arguments, "_restart", lambda before: "restarted" if before["active"] else "started")
+
+
+def processes_of(number):
+    """"1 process", "2 processes"."""
+    return "%d process%s" % (number, "" if number == 1 else "es")
+
+
+def scale_by(arguments, action):
+    """add, sub."""
+    def act(client, name):
+        answer = client.request("POST", "/processes/%s/%s/%d" % (reference(name), action, arguments.n))
+        return answer if arguments.json else "%s: %s" % (name, processes_of(json.loads(answer)["numprocesses"]))
+    return each_name(arguments, act)
+
+
+def add_command(arguments):
+    """add"""
+    return scale_by(arguments, "_add")
+
+
+def sub_command(arguments):
+    """sub"""
+    return scale_by(arguments, "_sub")
+
+
+def kill_command(arguments):
+    """kill"""
+    def act(client, name):
+        answer = client.request("POST", "/processes/%s/_signal/%s%s" % (
+            reference(name), reference(arguments.sig), "?group=true" if arguments.group else ""))
+        return answer if arguments.json else "%s: signalled %s" % (name, arguments.sig)
+    return each_name(arguments, act)
+
+
+# templates
+
+def given_template(arguments):
+    """The template that add_process and update_process describe."""
+    info = {"name": arguments.name, "cmd": arguments.cmd[0]}
+    if len(arguments.cmd) > 1:
+        info["args"] = arguments.cmd[1:]
+    for field, option in OPTIONS.items():
+        value = getattr(arguments, field, None)
+        if field in info or field in ("start", "args") or value is None or value == option.default:
+            continue
+        try:
+            info[field] = dict(pair.partition("=")[::2] for pair in value) if field == "env" else (
+                value if isinstance(value, bool) else os.path.abspath(value) if field == "cwd" else from_text(field, value))
+        except ValueError as error:
+            raise ClientError("--%s: field '%s' %s" % (field.replace("_", "-"), field, error), 2) from None
+    return info
+
+
+def send_template(arguments, method, path, info, done):
+    """POST or PUT a template, and say so."""
+    answer = connect(arguments).request(method, path, info)
+    print(answer.decode("utf-8").rstrip("\n") if arguments.json else "%s: %s" % (info["name"], done))
+    return 0
+
+
+def add_process_command(arguments):
+    """add_process"""
+    info = dict(given_template(arguments), start=arguments.start)
+    return send_template(arguments, "POST", "/processes", info, "added and started" if arguments.start else "added")
+
+
+def load_process_command(arguments):
+    """load_process"""
+    try:
+        if arguments.file == "-":
+            info = json.load(sys.stdin)
+        else:
+            with open(arguments.file, encoding="utf-8") as file:
+                info = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ClientError("%s cannot be read as JSON: %s" % (
+            arguments.file, getattr(error, "strerror", None) or error)) from None
+    need(isinstance(info, dict), ClientError, "%s is to hold one JSON object, a template" % arguments.file)
+    info = dict(info, start=arguments.start)
+    return send_template(arguments, "POST", "/processes", info, "added and started" if arguments.start else "added")
+
+
+def update_process_command(arguments):
+    """update_process"""
+    info = given_template(arguments)
+    if arguments.start:
+        info["start"] = True
+    return send_template(arguments, "PUT", "/processes/" + reference(arguments.name), info, "updated")
+
+
+def get_process_command(arguments):
+    """get_process"""
+    def act(client, name):
+        answer = client.request("GET", "/processes/" + reference(name))
+        return answer if arguments.json else json.dumps(json.loads(answer), indent=4)
+    return each_name(arguments, act)
+
+
+def del_process_command(arguments):
+    """del_process"""
+    def act(client, name):
+        answer = client.request("DELETE", "/processes/" + reference(name))
+        return answer if arguments.json else "%s: %s" % (name, "stopped" if name.isdigit() else "deleted")
+    return each_name(arguments, act)
+
+
+# looking
+
+def processes_command(arguments):
+    """processes"""
+    answer = connect(arguments).request("GET", "/processes?running=true" if arguments.running else "/processes")
+    for line in [answer.decode("utf-8").rstrip("\n")] if arguments.json else json.loads(answer):
+        print(line)
+    return 0
+
+
+def show_status_field(arguments, field):
+    """numprocesses, running."""
+    def act(client, name):
+        answer = client.request("GET", "/status/" + reference(name))
+        return answer if arguments.json else bare(arguments, name, json.loads(answer)[field])
+    return each_name(arguments, act)
+
+
+def numprocesses_command(arguments):
+    """numprocesses"""
+    return show_status_field(arguments, "numprocesses")
+
+
+def running_command(arguments):
+    """running"""
+    return show_status_field(arguments, "running")
+
+
+def pids_command(arguments):
+    """pids"""
+    def act(client, name):
+        answer = client.request("GET", "/processes/%s/_pids" % reference(name))
+        return answer if arguments.json else bare(arguments, name, " ".join(map(str, json.loads(answer)["pids"])))
+    return each_name(arguments, act)
+
+
+# status
+
+def span(seconds_):
+    """Seconds as 8s, 1m02s, 3h12m or 2d04h."""
+    left = int(seconds_)
+    if left < 60:
+        return "%ds" % left
+    if left < 3600:
+        return "%dm%02ds" % divmod(left, 60)
+    if left < 86400:
+        return "%dh%02dm" % divmod(left // 60, 60)
+    return "%dd%02dh" % divmod(left // 3600, 24)
+
+
+def exit_code(last):
+    """An exit as a shell counts it: the status, or 128 and the signal's number."""
+    return 128 + last["term_signal"] if last["term_signal"] else last["exit_status"]
+
+
+def exit_text(last):
+    """"exited 1", "exited 137 (SIGKILL) 3 times"."""
+    text = "exited %d" % exit_code(last)
+    text += " (%s)" % signal_name(last["term_signal"]) if last["term_signal"] else ""
+    return text + (" %d times" % last["times"] if last.get("times", 1) > 1 else "")
+
+
+def status_rows(status):
+    """The rows of one template, each (name, state, pid, uptime, restarts, exit, cpu, mem, what there is to say): one for
+    each process, and for each place that waits for one; at least one."""
+    last, name, restarts = status["last_exit"], status["name"], status["restarts"]
+    code = "-" if last is None else exit_code(last)
+    why = status["error"] or (exit_text(last) if last else "")
+    rows = []
+    for process in status["processes"]:
+        note = "SIGKILL in %s" % span(process["kill_in"]) if "kill_in" in process else (
+            why if restarts and last["times"] > 1 and process["uptime"] < BACKOFF_RESET else "")
+        cpu, mem = ("%.1f%%" % process["cpu"], human(process["rss"])) if "cpu" in process else ("-", "-")
+        rows.append((name, process["state"], process["pid"], span(process["uptime"]), restarts, code, cpu, mem, note))
+    for wait in status["waiting"]:
+        note = "next try in %s, %s" % (span(math.ceil(wait)), why)
+        rows.append((name, status["state"], "-", "-", restarts, code, "-", "-", note.rstrip(", ")))
+    if not rows:
+        note = "gave up, %s" % why if status["gave_up"] else status["error"] or ""
+        rows.append((name, status["state"], "-", "-", restarts, code, "-", "-", note))
+    return rows
+
+
+STATUS_HEAD = ("NAME", "STATE", "PID", "UPTIME", "RESTARTS", "EXIT", "CPU", "MEM", "")
+STATE_COLOURS = {"running": 32, "backoff": 31, "flapping": 31, "stopping": 33, "starting": 33}
+
+
+def has_terminal():
+    """True where stdout is a terminal."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def wants_colour():
+    """True where stdout is a terminal whose user has nothing against colours (https://no-color.org)."""
+    return has_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def status_table(rows, width, coloured):
+    """The lines of a table. `width`: of the terminal, None: nothing is cut."""
+    rows = [tuple(map(str, row)) for row in [STATUS_HEAD, *rows]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rest = sum(widths[1:-1]) + 2 * (len(widths) - 2)
+    if width is not None:
+        widths[0] = min(widths[0], max(8, width - rest))
+    lines = []
+    for name, state, *numbers, note in rows:
+        cells = [name[:widths[0]].ljust(widths[0]), state.ljust(widths[1])]
+        cells += [number.rjust(size) for number, size in zip(numbers, widths[2:])]
+        room = None if width is None else max(0, width - widths[0] - rest - 2)
+        if coloured and state in STATE_COLOURS:
+            cells[1] = colour(cells[1], STATE_COLOURS[state])
+        lines.append("  ".join([*cells, note[:room]]).rstrip())
+    return lines
+
+
+def terminal_size():
+    """(columns, lines) of the terminal; (None, None) where stdout is none."""
+    if not has_terminal():
+        return None, None
+    try:
+        size = os.get_terminal_size(sys.stdout.fileno())
+        return size.columns or 80, size.lines or 24
+    except OSError:
+        return 80, 24
+
+
+def find_statuses(arguments, client):
+    """([status as the server sent it, as bytes], exit status): of the names that were given, or of all."""
+    found, failed = [], 0
+    for name in find_names(client, arguments.names or ["all"]):
+        try:
+            found.append(client.request("GET", "/status/%s?usage=true" % reference(name)))
+        except NotThere as error:
+            if name in arguments.names:         # else it was deleted since its name was sent
+                tell(str(error))
+                failed = 4
+    return found, failed
+
+
+def show_status(arguments, client):
+    """Print the table once. Returns the exit status: 3 where a row does not run."""
+    found, failed = find_statuses(arguments, client)
+    rows = [row for status in found for row in status_rows(json.loads(status))]
+    if arguments.json:
+        lines = [status.decode("utf-8").rstrip("\n") for status in found]
+    else:
+        columns, height = terminal_size()
+        lines = status_table(rows, columns, wants_colour())
+        if arguments.watch and height:
+            lines = ["\x1b[H\x1b[K" + lines[0], *("\x1b[K" + line for line in lines[1:height - 1])]
+            lines[-1] += "\x1b[J"
+    print("\n".join(lines), end="\n" if lines else "", flush=True)
+    return failed or (3 if any(row[1] != "running" for row in rows) else 0)
+
+
+def watch_status(arguments, client):
+    """Print the table, with -w again and again. Returns the exit status."""
+    if arguments.watch and has_terminal():
+        print("\x1b[2J", end="")
+    while True:
+        status = show_status(arguments, client)
+        if not arguments.watch:
+            return status
+        time.sleep(STATUS_INTERVAL)
+
+
+def status_command(arguments):
+    """status"""
+    return watch_status(arguments, connect(arguments))
+
+
+# watch, logs, attach
+
+def is_away(error):
+    """True for a ClientError that passes when the server is back."""
+    return isinstance(error, NoServer) or error.exit_status == 124 or error.code in ("stopping", "busy")
+
+
+def pauses():
+    """Seconds to wait before each try to reach a server that is away."""
+    pause = RETRY_FIRST
+    while True:
+        yield pause
+        pause = min(RETRY_MAX, 2 * pause)
+
+
+def follow_events(client, path):
+    """(type, data) of each event of /watch, over restarts of the server; type None: connected. ClientError, at once."""
+    last, waits = None, pauses()
+    while True:
+        try:
+            for number_, kind, data in client.events(path, last):
+                # before the first event its place is not known: from the beginning is better than from now
+                last, waits = number_ or last or "none", pauses()
+                yield kind, data
+        except ClientError as error:
+            if last is None or not is_away(error):
+                raise
+        time.sleep(next(waits))
+
+
+EVENT_COLOURS = {"spawn": 32, "start": 32, "exit": 31, "flap": 31, "stop": 33, "stop_pid": 33, "reap": 33}
+
+
+def event_line(event, coloured):
+    """An event as one line for people."""
+    when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+    text = event_text(event)
+    return "%s %s" % (when, colour(text, EVENT_COLOURS.get(event["event"], 36)) if coloured else text)
+
+
+def watch_command(arguments):
+    """watch"""
+    pattern = event_pattern(arguments.pattern)
+    path = "/watch%s?%s" % ("/" + "/".join(map(reference, pattern.split("/"))) if pattern else "", FEED)
+    for kind, data in follow_events(connect(arguments), path):
+        if kind is None:
+            continue
+        event = json.loads(data)
+        if arguments.json:
+            print(data, flush=True)
+        elif kind == "dropped":
+            tell("the server has restarted" if event.get("restarted") else "%d events were lost" % event["events"])
+        else:
+            print(event_line(event, wants_colour()), flush=True)
+    return 0
+
+
+def output_labels(client, name, arguments):
+    """Labels of a process's output that `logs` shows."""
+    labels = client.get("/processes/" + reference(name))["redirect_output"]
+    return list(dict.fromkeys(labels[:1] if arguments.stdout else labels[1:] if arguments.stderr else labels))
+
+
+class LogPrinter:
+    """Prints lines of several processes, each with its name in a colour of its own."""
+
+    def __init__(self, names, arguments):
+        self._flush = arguments.follow
+        self._prefix, self._times, self._coloured = not arguments.no_prefix, arguments.times, wants_colour()
+        self._width = max(map(len, names), default=0)
+        self._colours = {}
+
+    def show(self, name, text, when=None):
+        """Print a line; `when`: Unix time, where it is known."""
+        if self._prefix:
+            self._width = max(self._width, len(name))
+            code = self._colours.setdefault(name, PALETTE[len(self._colours) % len(PALETTE)])
+            prefix = "%-*s |" % (self._width, name)
+            text = "%s %s" % (colour(prefix, code) if self._coloured else prefix, text)
+        if self._times:
+            text = "%-19s %s" % (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if when else "-", text)
+        print(text, flush=self._flush)
+
+
+class LogFollower:
+    """What `logs -f` follows: a thread for each stream and one for the events that tell of new ones fill one queue. A stream
+    whose template is still the same goes on behind its last line; where it is another one's, it begins anew."""
+
+    def __init__(self, client, arguments):
+        import queue
+        self._client, self._arguments, self._empty = client, arguments, queue.Empty
+        self._streams = set()                   # (name, label) that have a thread
+        self._queue = queue.Queue(LOG_QUEUE)    # (name, line, time), an exception, or None: look for streams
+
+    def lines(self):
+        """(name, line, time or None) for ever. ClientError."""
+        self._look("tail=%d" % self._arguments.n, True)
+        self._start(self._watch)
+        retry = None
+        while True:
+            try:
+                item = self._queue.get(timeout=retry)
+            except self._empty:
+                item = None
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                retry = None if self._look("since=0", False) else RETRY_MAX
+            else:
+                yield item
+
+    def _start(self, function, *stream):
+        def run():
+            try:
+                function(*stream)
+            except Exception as error:          # it belongs to the main thread
+                self._queue.put(error)
+            else:
+                self._streams.discard(stream[:2])
+                self._queue.put(None)
+        threading.Thread(target=run, daemon=True).start()
+
+    def _look(self, begin, must_be):
+        """Follow the streams that nobody follows yet. False: not all can be looked at now."""
+        streams, failures = [], []
+        try:
+            for name in find_names(self._client, self._arguments.names or ["all"]):
+                try:
+                    streams += [(name, label) for label in output_labels(self._client, name, self._arguments)]
+                except NotThere as error:
+                    failures.append(error)
+        except ClientError as error:
+            if not (is_away(error) or isinstance(error, NotThere)):
+                raise
+            failures.append(error)
+        if must_be and failures:
+            raise failures[0]
+        for stream in streams:
+            if stream not in self._streams:
+                self._streams.add(stream)
+                self._start(self._follow, *stream, begin)
+        return not failures
+
+    def _watch(self):
+        for kind, _ in follow_events(self._client, "/watch?" + FEED):
+            if kind in ("create", "update", "dropped"):
+                self._queue.put(None)
+
+    def _identity(self, name):
+        """What changes when the name is another template's, or the server another run."""
+        return None if name.isdigit() else self._client.get("/status/" + reference(name))["created"]
+
+    def _follow(self, name, label, begin):
+        """Put a stream's lines into the queue until it is gone."""
+        identity, last, waits = None, "", pauses()
+        while last is not None:
+            try:
+                now = self._identity(name)
+                if identity not in (None, now):
+                    return
+                identity, last = now, self._copy(name, label, begin, last)
+                waits = pauses()
+            except ClientError as error:
+                if error.code in ("not_found", "io_not_found"):
+                    return
+                if not is_away(error):
+                    raise
+            time.sleep(next(waits))
+
+    def _copy(self, name, label, begin, last):
+        """One connection's lines. Returns the last id; None: the process has exited."""
+        path, history = "/streams/%s/%s" % (reference(name), reference(label)), 0
+        if self._arguments.times and not last:  # of what is there already nobody knows when it came
+            with self._client.open("HEAD", path) as response:
+                history = int(response.headers["Gaffer-Offset"])
+        for place, kind, data in self._client.events("%s?%s&%s" % (path, FEED, begin), last):
+            if kind == "exit":
+                return None
+            if kind == "dropped":
+                lost = json.loads(data)["bytes"]
+                if lost:
+                    self._queue.put((name, "-- %d bytes of %s were lost --" % (lost, label), None))
+            elif kind is not None:
+                known = int(place.partition("@")[0]) > history
+                self._queue.put((name, data, time.time() if known else None))
+            last = place or last
+        return last
+
+
+def logs_command(arguments):
+    """logs"""
+    client, status = connect(arguments), 0
+    names = find_names(client, arguments.names or ["all"])
+    printer = LogPrinter(names, arguments)
+    if arguments.follow:
+        for name, line, when in LogFollower(client, arguments).lines():
+            printer.show(name, line, when)
+    for name in names:
+        try:
+            for label in output_labels(client, name, arguments):
+                path = "/streams/%s/%s?tail=%d&timeout=0" % (reference(name), reference(label), arguments.n)
+                for line in client.request("GET", path).decode("utf-8", "replace").splitlines():
+                    printer.show(name, line)
+        except NotThere as error:
+            tell(str(error))
+            status = 4
+    return status
+
+
+class Attachment:
+    """What `attach` does: copies output to stdout and stderr, stdin to the process, and signals."""
+
+    def __init__(self, client, pid, tail):
+        import queue
+        self._client, self._pid, self._tail = client, pid, tail
+        self._info = client.get("/processes/%s" % pid)
+        self._run = client.get("/status/" + reference(self._info["name"]))["created"].partition("@")[2]
+        self._inbox = queue.SimpleQueue()       # the exit event, what went wrong, a signal's number
+
+    def run(self):
+        """Until the process has exited, or the user leaves. Returns the exit status."""
+        labels = list(dict.fromkeys(self._info["redirect_output"]))
+        copies = [self._thread(self._copy_output, label, out) for label, out in zip(labels, (sys.stdout, sys.stderr))]
+        if self._info["redirect_input"] and sys.stdin is not None:
+            self._thread(self._copy_input)
+        self._thread(self._wait_for_exit)
+        for item in iter(self._inbox.get, signal.SIGQUIT):
+            if isinstance(item, Exception):
+                raise item
+            if isinstance(item, dict):
+                for copy_ in copies:
+                    copy_.join(DRAIN_TIME + 1)
+                return exit_code(item)
+            self._pass_on(item)
+        return 0
+
+    def _thread(self, function, *args):
+        def run():
+            try:
+                function(*args)
+            except Exception as error:          # it belongs to the main thread
+                self._inbox.put(error)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    def _copy_output(self, label, out):
+        from http.client import HTTPException
+        begin = "tail=%d" % self._tail
+        while True:
+            path = "/streams/%s/%s?feed=continuous&%s" % (self._pid, reference(label), begin)
+            with self._client.open("GET", path, timeout=None) as response:
+                offset = int(response.headers["Gaffer-Offset"])
+                while True:
+                    try:
+                        data = response.read1(READ_SIZE)
+                    except (OSError, HTTPException):    # it was cut, as we were slow, or the network is
+                        break
+                    if not data:
+                        return
+                    offset += len(data)
+                    write_all(out.fileno(), data)
+            begin = "since=%d" % offset
+
+    def _copy_input(self):
+        going_on = True
+        while going_on:
+            data = os.read(sys.stdin.fileno(), READ_SIZE)
+            going_on = self._send(data) and data != b""
+
+    def _send(self, data):
+        """Write to its stdin; nothing is the end of file. False: it has closed it, or has exited."""
+        for pause in pauses():
+            try:
+                self._client.request("POST" if data else "DELETE", "/streams/%s/stdin" % self._pid, data or None)
+                return True
+            except ClientError as error:
+                if error.code in ("forbidden_write", "not_found"):
+                    return False
+                if error.code != "stdin_full":
+                    raise
+            time.sleep(pause)                   # as a pipe would make us wait
+        return False
+
+    def _wait_for_exit(self):
+        path = "/watch/proc/%s/exit?%s" % (reference(self._info["name"]), FEED)
+        last = "0@" + self._run
+        while True:
+            for number_, kind, data in self._client.events(path, last):
+                event, last = json.loads(data or "{}"), number_ or last
+                need(not event.get("restarted"), ClientError, "the server has restarted: attach again")
+                if kind == "exit" and event["pid"] == self._info["pid"]:
+                    return self._inbox.put(event)
+
+    def _pass_on(self, signum):
+        """To the whole group, as a terminal does."""
+        try:
+            self._client.request("POST", "/processes/%s/_signal/%d?group=true" % (self._pid, signum))
+        except NotThere:
+            pass                                # it has exited: that ends us too
+
+    def signal(self, signum, frame_):
+        """A signal handler: INT is passed on, QUIT leaves."""
+        self._inbox.put(signum)
+
+
+def attach_pid(client, name):
+    """The one process that a name stands for. ClientError: there are none, or several."""
+    if name.isdigit():
+        return name
+    pids = client.get("/processes/%s/_pids" % reference(name))["pids"]
+    need(pids, ClientError, "%s does not run: 'gaffer.py start %s' starts it" % (name, name))
+    need(len(pids) == 1, ClientError, "%s runs %d processes: attach to one of the pids %s" % (
+        name, len(pids), " ".join(map(str, pids))))
+    return str(pids[0])
+
+
+def leave_key(fd):
+    """Make Ctrl-] what sends QUIT, and leave lines as they are. Returns what restores the terminal."""
+    import termios
+    before = termios.tcgetattr(fd)
+    changed = copy.deepcopy(before)
+    changed[6][termios.VQUIT] = b"\x1d"
+    termios.tcsetattr(fd, termios.TCSADRAIN, changed)
+    return lambda: termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def attach_command(arguments):
+    """attach"""
+    client, name = connect(arguments), arguments.names[0]
+    pid = attach_pid(client, name)
+    attachment = Attachment(client, pid, arguments.n)
+    typed = sys.stdin is not None and sys.stdin.isatty()
+    restore = leave_key(sys.stdin.fileno()) if typed else lambda: None
+    before = {signum: signal.signal(signum, attachment.signal) for signum in (signal.SIGINT, signal.SIGQUIT)}
+    tell("attached to %s, pid %s. %s leaves it running, Ctrl-C goes to it" % (
+        name, pid, "Ctrl-]" if typed else "QUIT"))
+    try:
+        return attachment.run()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        restore()
+
+
+# serve
+
 class Announcement:
     """Prints where the server listens, once it does."""
 
@@ -6968,27 +8829,547 @@ class Announcement:
         put(sys.stdout, "gaffer %s listening on %s\n" % (__version__, ", ".join(self._http.urls)))
 
 
-def serve(arguments):
-    """`serve`: run a manager with the HTTP API until INT or TERM."""
-    keep_buffers()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[LogHandler(sys.stderr)],
-                        level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
+class PidFile:
+    """Keeps gaffer's pid in a file, locked, so that there is only one that uses it."""
+
+    def __init__(self, path):
+        self._path, self._file = path, None
+
+    def start(self, loop, manager):
+        """See apps. StartError: another gaffer has it, or it cannot be written."""
+        try:
+            self._file = open(self._path, "a+", encoding="ascii", errors="replace")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with self._file:
+                self._file.seek(0)
+                raise StartError("the pid file '%s' is used by a gaffer that runs, pid %s: stop it, or give another" % (
+                    self._path, self._file.read(20).strip())) from None
+        except OSError as error:
+            raise StartError("the pid file '%s' cannot be written: %s" % (self._path, error.strerror)) from None
+        self._file.truncate(0)
+        print(os.getpid(), file=self._file, flush=True)
+
+    def stop(self):
+        """See apps."""
+        with self._file:
+            try:
+                os.unlink(self._path)
+            except OSError:
+                pass                            # somebody else has removed it
+
+
+class Background:
+    """--daemon: fork() first of all; the process that was started waits until the server listens, and so can tell what is
+    wrong. As the last of the apps, it then lets go of the terminal."""
+
+    def __init__(self, log_file):
+        self._log_file, self._pipe = log_file, None
+
+    def fork(self):
+        """Go on as a process of its own. In the process that was started, this does not return."""
+        read, self._pipe = os.pipe()
+        if os.fork():
+            os.close(self._pipe)
+            with os.fdopen(read, "rb") as file:
+                os._exit(0 if file.read() == b"ok" else 1)
+        os.close(read)
+        os.setsid()
+        if os.fork():                           # not a session's leader: no terminal can become its own
+            os._exit(0)
+
+    def start(self, loop, manager):
+        """See apps."""
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+        self._log_file.take_over()
+        os.write(self._pipe, b"ok")
+        os.close(self._pipe)
+
+
+class LogFile:
+    """--log-file. `path`: None is stderr."""
+
+    def __init__(self, path, level):
+        self._taken_over = False
+        try:
+            self._handler = logging.FileHandler(path) if path else LogHandler(sys.stderr)
+        except OSError as error:
+            raise StartError("the log file '%s' cannot be written: %s" % (path, error.strerror)) from None
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level, handlers=[self._handler])
+
+    def take_over(self):
+        """Let stdout and stderr go there too."""
+        self._taken_over = True
+        for number_ in (1, 2):
+            os.dup2(self._handler.stream.fileno(), number_)
+
+    def reopen(self):
+        """The file may have been moved away."""
+        if isinstance(self._handler, logging.FileHandler):
+            self._handler.close()
+            log.warning("the log goes on in this file")
+            if self._taken_over:
+                self.take_over()
+
+
+def report_lines(report, would=""):
+    """What a reload has done, a line each; `would`: "would be ", where it was only asked."""
+    failed = report["failed"]
+    lines = ["%s: %sadded" % (name, would) for name in report["added"] if name not in failed]
+    lines += ["%s: %schanged (%s)" % (name, would, ", ".join(fields)) for name, fields in report["changed"].items()
+              if name not in failed]
+    lines += ["%s: %sremoved" % (name, would) for name in report["removed"]]
+    lines += ["%s: %skept" % (name, would) for name in report["kept"]]
+    lines += ["webhooks: %schanged" % would] * report["webhooks"]
+    lines += ["%s: changed, which only a restart of gaffer applies" % what for what in report["needs_restart"]]
+    return lines + ["%s: failed, %s" % failure for failure in failed.items()]
+
+
+def load_again(configuration, manager):
+    """Load the configuration. The outcome goes to the log."""
     try:
-        endpoints = [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind or ["127.0.0.1:5000"]]
-        http = HttpHandler(endpoints, token=read_token(arguments.token_file), cors_origins=arguments.cors_origin,
-                           allow_hosts=arguments.allow_host,
-                           access_log=AccessLog(arguments.access_log) if arguments.access_log else None,
-                           max_connections=arguments.connections,
-                           max_connections_per_address=arguments.connections_per_address)
-        apps = [SigHandler(), http, Announcement(http)]
-        if arguments.verbose:
-            apps.append(ConsoleOutput(arguments.verbose > 1))
-        manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE, exit_with=arguments.exit_with)
-        manager.run()
-    except StartError as error:
-        print("gaffer: %s" % error, file=sys.stderr)
-        return 1
+        report = configuration.reload(manager)
+    except GafferError as error:
+        for line in str(error).splitlines():
+            log.error("%s", line)
+        log.error("the configuration was not loaded: nothing is changed")
+    else:
+        for line in report_lines(report):
+            log.info("%s", line)
+
+
+def hung_up(log_file, configuration, manager):
+    """What HUP asks for, on a thread of its own, as files may be slow."""
+    def run():
+        log_file.reopen()
+        if configuration is not None:
+            load_again(configuration, manager)
+    threading.Thread(target=run, name="gaffer-reload", daemon=True).start()
+
+
+def serve_endpoints(arguments):
+    """The endpoints that the arguments name."""
+    return [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind]
+
+
+def serve_configuration(arguments, hooks):
+    """The Configuration of CONFIG, or None. ConfigError."""
+    if not arguments.config:
+        return None
+    taken = [endpoint.port for endpoint in serve_endpoints(arguments) or [HttpEndpoint()] if endpoint.path is None]
+    configuration = Configuration(lambda: ConfigReader().read(arguments.config, taken).settings(), hooks)
+    hooks.hooks = configuration.settings.webhooks
+    return configuration
+
+
+def serve(arguments):
+    """serve: run a manager with the HTTP API until INT or TERM."""
+    if arguments.daemon and not arguments.log_file:
+        raise ClientError("--daemon needs --log-file FILE: nobody would see what it has to say", 2)
+    keep_buffers()
+    log_file = LogFile(arguments.log_file, (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
+    hooks = WebHooks()
+    configuration = serve_configuration(arguments, hooks)
+    endpoints = serve_endpoints(arguments) or (configuration.settings.endpoints if configuration else [])
+    http = HttpHandler(endpoints or [HttpEndpoint(certfile=arguments.certfile, keyfile=arguments.keyfile)],
+                       token=read_token(arguments.token_file), cors_origins=arguments.cors_origin,
+                       allow_hosts=arguments.allow_host,
+                       access_log=AccessLog(arguments.access_log) if arguments.access_log else None,
+                       max_connections=arguments.connections, max_connections_per_address=arguments.connections_per_address)
+    apps = [http, hooks, Announcement(http)] + [ConsoleOutput(arguments.verbose > 1)] * (arguments.verbose > 0)
+    if arguments.daemon:
+        apps.append(Background(log_file))
+        apps[-1].fork()
+    if arguments.config or arguments.log_file:
+        apps.insert(0, SigHandler(reload=lambda: hung_up(log_file, configuration, manager)))
+    else:
+        apps.insert(0, SigHandler((*SigHandler.SIGNALS, signal.SIGHUP)))
+    if arguments.pidfile:
+        apps.insert(0, PidFile(arguments.pidfile))
+    manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE, exit_with=arguments.exit_with)
+    if configuration is not None:
+        configuration.begin(manager)
+    manager.run()
     return manager.exit_code
+
+
+def reload_command(arguments):
+    """reload"""
+    answer = connect(arguments).request("POST", "/_reload" + ("?dry_run=true" if arguments.dry_run else ""))
+    report, would = json.loads(answer), "would be " if arguments.dry_run else ""
+    for line in [answer.decode("utf-8").rstrip("\n")] if arguments.json else report_lines(report, would):
+        print(line)
+    return 1 if report["failed"] else 0
+
+
+# procfiles
+
+ONCE = {"attempts": 1, "window": SECONDS_MAX, "retry_in": 0.0, "max_retry": 0}     # flapping: an exit ends it
+
+
+def parse_formation(words, types):
+    """{type: number} of "web=2,worker=3"; `all` is each type. ClientError."""
+    formation = {}
+    for word in split_list(",".join(words)):
+        name, _, count = word.partition("=")
+        need(re.fullmatch("[0-9]{1,4}", count) and int(count) <= NUMPROCESSES_MAX, ClientError,
+             "'%s' is not TYPE=NUMBER, as in web=2" % word)
+        need(name in types or name == "all", NotThere, "there is no '%s' in the Procfile%s" % (name, near(name, types)))
+        formation.update(dict.fromkeys(types if name == "all" else [name], int(count)))
+    return formation
+
+
+def open_procfile(arguments, taken=()):
+    """The Procfile that the arguments name. ConfigError."""
+    return Procfile(arguments.procfile, arguments.root, arguments.env_file, arguments.port, taken)
+
+
+def procfile_templates(arguments, taken=()):
+    """{type: template} of a Procfile, with the numbers that the arguments ask for. ConfigError, ClientError."""
+    templates = ConfigReader().take(open_procfile(arguments, taken)).settings().templates
+    for name, count in parse_formation(arguments.concurrency, templates).items():
+        templates[name]["numprocesses"] = count
+    return templates
+
+
+def up_templates(arguments, taken):
+    """What `up` runs: {type: template}."""
+    templates = procfile_templates(arguments, taken)
+    for name in arguments.names:
+        need(name in templates, NotThere, "there is no '%s' in the Procfile%s" % (
+            name, near(name, templates) or ": there are " + ", ".join(templates)))
+    flapping = {} if arguments.keep_going else {"flapping": ONCE}
+    return {name: dict(info, **flapping) for name, info in templates.items() if name in (arguments.names or templates)}
+
+
+class Hello:
+    """Says on the screen where the API of `up` is."""
+
+    def __init__(self, screen, http):
+        self._screen, self._http = screen, http
+
+    def start(self, loop, manager):
+        """See apps."""
+        self._screen.say("listening on %s" % ", ".join(self._http.urls))
+
+
+def up_command(arguments):
+    """up"""
+    keep_buffers()
+    logging.basicConfig(format="%(levelname)s %(message)s", handlers=[LogHandler(sys.stderr)], level=logging.WARNING)
+    endpoints = [HttpEndpoint(bind) for bind in arguments.bind]
+    taken = [endpoint.port for endpoint in endpoints if endpoint.path is None]
+    configuration = Configuration(lambda: Settings([], up_templates(arguments, taken), []))
+    screen = Screen(sys.stdout.fileno(), wants_colour(), not arguments.keep_going)
+    apps = [SigHandler((*SigHandler.SIGNALS, signal.SIGHUP)), screen]
+    if endpoints:
+        http = HttpHandler(endpoints, token=read_token(arguments.token_file))
+        apps += [http, Hello(screen, http)]
+    manager = Manager(apps)
+    configuration.begin(manager)
+    manager.run()
+    return screen.status
+
+
+def run_once(arguments):
+    """run"""
+    try:
+        source = open_procfile(arguments)
+        env, types, root = dict(source.env, PORT=str(source.port)), source.types(), source.folder
+    except ConfigError:
+        if os.path.exists(arguments.procfile):
+            raise
+        env, types, root = {}, {}, arguments.root or "."        # no Procfile, no matter
+        for env_file in arguments.env_file:
+            env.update(parse_dotenv(read_text(env_file))[0])
+    words = arguments.cmd[1:] if arguments.cmd[:1] == ["--"] else arguments.cmd
+    if not words:
+        raise ClientError("say what to run: 'gaffer.py run CMD'", 2)
+    argv = words if len(words) > 1 else ["/bin/sh", "-c", types.get(words[0], words[0])]
+    env = dict(os.environ, **env)
+    env.pop("GAFFER_TOKEN", None)
+    # a handler, unlike "ignore", is not inherited; what the terminal sends the child gets by itself
+    before = {signum: signal.signal(signum, lambda *args: None) for signum in (signal.SIGINT, signal.SIGQUIT)}
+    try:
+        child = subprocess.Popen(argv, env=env, cwd=root)
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda signum, frame_: child.send_signal(signum))
+        status = child.wait()
+    except OSError as error:
+        raise ClientError("'%s' cannot be run: %s" % (argv[0], error.strerror), 127) from None
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+    return 128 - status if status < 0 else status
+
+
+def group_of(arguments):
+    """The group of a Procfile's processes: as given, or the name of its folder."""
+    folder = os.path.abspath(arguments.root or os.path.dirname(os.path.abspath(arguments.procfile)))
+    name = arguments.group or re.sub(r"[^A-Za-z0-9_.@-]", "-", os.path.basename(folder)).lstrip("-") or "app"
+    need(re.fullmatch(r"[A-Za-z0-9_.@-]{1,64}", name) and name[0] != "-", ClientError,
+         "'%s' is no name of a group: it is 1 to 64 of A-Z a-z 0-9 _ . @ -" % name)
+    return name
+
+
+def load_command(arguments):
+    """load"""
+    client, group = connect(arguments), group_of(arguments)
+    templates = procfile_templates(arguments, [client.port])
+    formation = parse_formation(arguments.concurrency, templates)
+    for kind, info in templates.items():
+        info = dict(info, name="%s:%s" % (group, kind))
+        path, done = "/processes/" + reference(info["name"]), "loaded"
+        try:
+            client.request("POST", "/processes", info)
+        except ClientError as error:
+            if error.code != "conflict":
+                raise
+            old = client.get(path)
+            if kind not in formation:           # it may have been scaled
+                info["numprocesses"] = old["numprocesses"]
+            info["start"] = old["start"]
+            done = "already loaded" if old == info else "updated"
+            if old != info:
+                client.request("PUT", path, {field: value for field, value in info.items() if field != "start"})
+        print("%s: %s" % (info["name"], done), flush=True)
+    return 0
+
+
+def unload_command(arguments):
+    """unload"""
+    client, group = connect(arguments), group_of(arguments)
+    names = client.get("/groups/" + reference(group))
+    client.request("DELETE", "/groups/" + reference(group))
+    for name in names:
+        print("%s: unloaded" % name)
+    return 0
+
+
+def app_names(client, arguments):
+    """Names of the Procfile's processes in the server: those of its group, else those named as its types are; where there
+    is no Procfile, all."""
+    names, prefix = client.get("/processes"), group_of(arguments) + ":"
+    found = [name for name in names if name.startswith(prefix)]
+    if not found and not arguments.group:
+        types = Procfile(arguments.procfile, arguments.root).types() if os.path.exists(arguments.procfile) else names
+        found = [name for name in names if name in types]
+    need(found or not (names or arguments.group), NotThere,
+         "there is no process of the group '%s': 'gaffer.py load' loads it" % prefix[:-1])
+    return found
+
+
+def ps_command(arguments):
+    """ps"""
+    client = connect(arguments)
+    arguments.names = app_names(client, arguments)
+    return watch_status(arguments, client) if arguments.names else 0
+
+
+def scale_command(arguments):
+    """scale"""
+    client, first = connect(arguments), arguments.changes[0]
+    arguments.group, changes = (None, arguments.changes) if re.search("[=+-][0-9]+$", first) else (first, arguments.changes[1:])
+    matches = [(re.fullmatch(r"(.+?)([=+-])([0-9]{1,4})", change_), change_) for change_ in changes or [first]]
+    for match, change_ in matches:
+        if match is None:
+            raise ClientError("'%s' is no change: say web=3, web+1 or web-1" % change_, 2)
+    names = {name.rpartition(":")[2]: name for name in app_names(client, arguments)}
+    for match, _ in matches:
+        kind, sign, count = match.group(1), match.group(2), int(match.group(3))
+        name = names.get(kind, kind)
+        now = client.get("/status/" + reference(name))["numprocesses"]
+        wanted = {"=": count, "+": now + count, "-": now - count}[sign]
+        answer = json_bytes({"ok": True, "numprocesses": now})
+        if wanted != now:
+            answer = client.request("POST", "/processes/%s/%s/%d" % (
+                reference(name), "_add" if wanted > now else "_sub", abs(wanted - now)))
+        print(answer.decode().rstrip("\n") if arguments.json else "%s: %s" % (
+            name, processes_of(json.loads(answer)["numprocesses"])), flush=True)
+    return 0
+
+
+def export_ini(group, source, templates):
+    """An INI file for `serve`."""
+    lines = ["; made from %s" % source.path, ""]
+    for index, (kind, info) in enumerate(templates.items()):
+        lines += ["[process:%s:%s]" % (group, kind), "cmd = %s" % info["cmd"], "shell = true", "cwd = %s" % info["cwd"],
+                  "numprocesses = %d" % info["numprocesses"], "priority = %d" % index, "", "[env:%s:%s]" % (group, kind)]
+        for name, value in info["env"].items():
+            need(value == value.strip() and "\n" not in value, ClientError,
+                 "the variable %s has a value that INI cannot hold: export json" % name)
+            lines.append("%s = %s" % (name, value))
+        lines.append("")
+    return {"%s.ini" % group: "\n".join(lines)}
+
+
+def export_json(group, source, templates):
+    """A JSON file for `serve`."""
+    fields = ("cmd", "shell", "cwd", "env", "numprocesses")
+    tree = {"process": {"%s:%s" % (group, kind): dict({field: info[field] for field in fields}, priority=index)
+                        for index, (kind, info) in enumerate(templates.items())}}
+    return {"%s.json" % group: json.dumps(tree, indent=4) + "\n"}
+
+
+def systemd_word(text):
+    """A word of a unit file, in quotes: systemd.syntax(7), systemd.service(5)."""
+    return '"%s"' % re.sub(r'[\\"]', r"\\\g<0>", text).replace("\n", "\\n").replace("%", "%%")
+
+
+def export_systemd(group, source, templates):
+    """Unit files: one of each process, and a target for all."""
+    units, commands = {}, source.types()
+    for kind, info in templates.items():
+        for number_ in range(info["numprocesses"]):
+            env = dict(info["env"], PORT=str(int(info["env"]["PORT"]) + number_))
+            lines = ["[Unit]", "Description=%s %s.%d" % (group, kind, number_ + 1), "PartOf=%s.target" % group, "", "[Service]",
+                     "WorkingDirectory=%s" % info["cwd"].replace("%", "%%"),
+                     *("Environment=%s" % systemd_word("%s=%s" % pair) for pair in env.items()),
+                     "ExecStart=/bin/sh -c %s" % systemd_word(commands[kind]).replace("$", "$$"), "Restart=always",
+                     "TimeoutStopSec=%g" % info["graceful_timeout"], "", "[Install]", "WantedBy=%s.target" % group, ""]
+            units["%s-%s-%d.service" % (group, kind, number_ + 1)] = "\n".join(lines)
+    target = ["[Unit]", "Description=%s" % group, "Wants=%s" % " ".join(units), "", "[Install]", "WantedBy=multi-user.target", ""]
+    return dict({"%s.target" % group: "\n".join(target)}, **units)
+
+
+EXPORTS = {"ini": export_ini, "json": export_json, "systemd": export_systemd}
+
+
+def export_command(arguments):
+    """export"""
+    files = EXPORTS[arguments.format](group_of(arguments), open_procfile(arguments), procfile_templates(arguments))
+    for name, text in files.items():
+        if not arguments.output:
+            print("# %s\n%s" % (name, text) if len(files) > 1 else text, end="")
+            continue
+        path = os.path.join(arguments.output, name)
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise ClientError("'%s' cannot be written: %s" % (path, error.strerror)) from None
+        print(path)
+    return 0
+
+
+# completion
+
+def completed_options(command):
+    """[(names, help, metavar or None)] of a command's options."""
+    found = [(("-h", "--help"), "show this help message and exit", None)]
+    for names, how in command.options:
+        if names[0].startswith("-"):
+            found.append((names, how["help"], how.get("metavar")))
+    return found
+
+
+def completed_words(command):
+    """What stands in a command's place of names: "names" of processes, a list of words, or None (files)."""
+    for names, how in command.options:
+        if names[0] == "names" and how["metavar"] == "NAME":
+            return "names"
+        if "choices" in how:
+            return list(how["choices"])
+    return None
+
+
+BASH_COMPLETION = """_gaffer() {
+    local current="${COMP_WORDS[COMP_CWORD]}" command="" word words="" names=""
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        case "$word" in
+            %s) command="$word"; break ;;
+        esac
+    done
+    case "$command" in
+%s
+    esac
+    COMPREPLY=($(compgen -W "$words $names" -- "$current"))
+}
+complete -o default -F _gaffer gaffer.py gaffer"""
+
+
+def complete_bash(commands):
+    """A script for bash."""
+    cases = ['        "") words="%s --help --version" ;;' % " ".join(commands)]
+    for name, command in commands.items():
+        words = [word for names, _, _ in completed_options(command) for word in names]
+        found = completed_words(command)
+        words += found if isinstance(found, list) else []
+        names = ' names="all $("${COMP_WORDS[0]}" processes 2>/dev/null)"' if found == "names" else ""
+        cases.append('        %s) words="%s"%s ;;' % (name, " ".join(words), names))
+    return BASH_COMPLETION % ("|".join(commands), "\n".join(cases))
+
+
+ZSH_COMPLETION = """#compdef gaffer.py gaffer
+_gaffer() {
+    local state
+    local -a commands
+    commands=(
+%s
+    )
+    _arguments -C '1: :->command' '*:: :->rest'
+    case "$state" in
+        command) _describe command commands ;;
+        rest) case "$words[1]" in
+%s
+        esac ;;
+    esac
+}
+compdef _gaffer gaffer.py gaffer"""
+
+
+def complete_zsh(commands):
+    """A script for zsh."""
+    def described(form, name, text, value=""):
+        return shlex.quote(form % (name, re.sub(r"([\[\]:\\])", r"\\\1", text), value))
+
+    cases = []
+    for name, command in commands.items():
+        specs = [described("%s[%s]%s", word, text, ":%s:_files" % metavar if metavar else "")
+                 for names, text, metavar in completed_options(command) for word in names]
+        found = completed_words(command)
+        if found:
+            specs.append("'*:name:(%s)'" % ("all $(gaffer.py processes 2>/dev/null)" if found == "names" else " ".join(found)))
+        cases.append("            %s) _arguments %s ;;" % (name, " ".join(specs)))
+    listed = ["        " + described("%s:%s%s", name, command.help) for name, command in commands.items()]
+    return ZSH_COMPLETION % ("\n".join(listed), "\n".join(cases))
+
+
+def complete_fish(commands):
+    """A script for fish."""
+    def quoted(text):
+        return "'%s'" % text.replace("\\", "\\\\").replace("'", "\\'")
+
+    lines = []
+    for program in ("gaffer.py", "gaffer"):
+        lines += ["complete -c %s -f -n __fish_use_subcommand -a %s -d %s" % (program, name, quoted(command.help))
+                  for name, command in commands.items()]
+        for name, command in commands.items():
+            where = "complete -c %s -n '__fish_seen_subcommand_from %s'" % (program, name)
+            for names, text, metavar in completed_options(command):
+                words = " ".join("-l %s" % word[2:] if word[:2] == "--" else "-s %s" % word[1:] for word in names)
+                lines.append("%s %s%s -d %s" % (where, words, " -r" if metavar else "", quoted(text)))
+            found = completed_words(command)
+            if found:
+                words = "all (%s processes 2>/dev/null)" % program if found == "names" else " ".join(found)
+                lines.append("%s -f -a %s" % (where, quoted(words)))
+    return "\n".join(lines)
+
+
+SHELLS = {"bash": complete_bash, "zsh": complete_zsh, "fish": complete_fish}
+
+
+def completion_command(arguments):
+    """completion"""
+    print(SHELLS[arguments.shell](arguments.commands))
+    return 0
+
+
+# the table
+
+def option(*names, **how):
+    """An argument of a command, as argparse's add_argument() takes it."""
+    return names, how
 
 
 def window_bytes(text):
@@ -7008,70 +9389,297 @@ def template_name(text):
         raise argparse.ArgumentTypeError("a name %s" % error) from None
 
 
-def count_from_1(text):
-    """--connections and its like: a number."""
+def positive(text):
+    """A whole number of at least 1."""
     import argparse
-    if not re.fullmatch("[0-9]{1,7}", text) or not int(text):
-        raise argparse.ArgumentTypeError("give a number from 1 to 9999999")
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError("'%s' is no whole number of at least 1" % text)
     return int(text)
 
 
-def add_options(parser, before=""):
-    """The options of serve, which may stand before the command too: there their names begin with `before`."""
-    def option(*names, **how):
-        parser.add_argument(*names, dest=before + names[-1].lstrip("-").replace("-", "_"), **how)
-    option("--bind", metavar="ADDRESS", action="append", default=[],
-           help="host:port (port 0: any free one), [v6]:port or unix:/path; repeatable (default 127.0.0.1:5000)")
-    option("--token-file", metavar="FILE", help="every request needs the token in this file")
-    option("--cors-origin", metavar="ORIGIN", action="append", default=[],
-           help="let pages of this origin use the API ('*': all of them); repeatable")
-    option("--allow-host", metavar="HOST", action="append", default=[], help="a further name of this server; repeatable")
-    option("--certfile", metavar="FILE", help="serve TLS with this certificate (PEM)")
-    option("--keyfile", metavar="FILE", help="and this key")
-    option("--access-log", metavar="FILE", help="a line for each request, in Apache's combined format ('-': to stderr)")
-    option("--exit-with", metavar="NAME", type=template_name,
-           help="stop when a process of this template, there or yet to come, ends by itself, and exit with its status")
-    option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE)
-    option("--connections", metavar="N", type=count_from_1,
-           help="at once (default %d, or seven eighths of the limit of open files)" % CONNECTIONS_MAX)
-    option("--connections-per-address", metavar="N", type=count_from_1,
-           help="of one address, this machine's own too (default %d, and those are not counted)" % ADDRESS_CONNECTIONS_MAX)
-    option("-v", "--verbose", action="count", default=0, help="log events; -vv: the processes' output too")
-
-
-def join_options(arguments):
-    """Bring together what stood before the command and after it: lists and counts add up, else the later one holds."""
-    for name, early in list(vars(arguments).items()):
-        if name.startswith("before_"):
-            late = getattr(arguments, name[7:])
-            adds_up = name in ("before_bind", "before_cors_origin", "before_allow_host", "before_verbose")
-            setattr(arguments, name[7:], early + late if adds_up else late or early)
-
-
-def make_parser():
-    """The argparse table."""
+def whole(text):
+    """A whole number."""
     import argparse
-    parser = argparse.ArgumentParser(prog="gaffer.py", description="A process supervisor in one file, driven over HTTP.")
-    parser.add_argument("--version", action="version", version="gaffer %s" % __version__)
-    add_options(parser, "before_")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    serve_parser = commands.add_parser("serve", help="run the supervisor and its HTTP API",
-                                       description="Run the supervisor and its HTTP API.")
-    add_options(serve_parser)
-    serve_parser.set_defaults(run=serve)
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError("'%s' is no whole number" % text)
+    return int(text)
+
+
+def some_seconds(text):
+    """A number of seconds."""
+    import argparse
+    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError("'%s' is no number of seconds" % text)
+    return float(text)
+
+
+def template_options():
+    """Options for the fields of a template."""
+    yield option("--env", metavar="NAME=VALUE", action="append", help="a variable of its environment; repeatable")
+    for field, (default, _, text) in OPTIONS.items():
+        name = field.replace("_", "-")
+        if default is True and field != "start":
+            yield option("--no-" + name, dest=field, action="store_false", default=True, help="do not " + text)
+        elif default is False:
+            yield option("--" + name, action="store_true", help=text)
+        elif field not in ("name", "cmd", "args", "env", "start"):
+            yield option("--" + name, metavar="VALUE", help=text)
+
+
+Command = collections.namedtuple("Command", "run group usage help options")
+
+TOKEN = option("--token-file", metavar="FILE", help="the token is in this file (or in GAFFER_TOKEN)")
+CONNECTION = (
+    option("--endpoint", metavar="URL",
+           help="http://host:port, https://host:port or unix:/path (or GAFFER_ENDPOINT; default %s)" % DEFAULT_ENDPOINT),
+    TOKEN,
+    option("--cacert", metavar="FILE", help="trust the certificates in this file (PEM)"),
+)
+ASK = (*CONNECTION, option("--json", action="store_true", help="print what the server sent"))
+SOME_NAMES = option("names", metavar="NAME", nargs="+", help="a name or a pid, a glob such as 'web*' or 'group:*', or all")
+NAMES_OR_ALL = option("names", metavar="NAME", nargs="*", help=SOME_NAMES[1]["help"] + " (the default)")
+WAIT = (
+    option("--timeout", metavar="SECONDS", type=some_seconds,
+           help="wait so long until it is done, then exit with 124; it goes on"),
+    option("--no-wait", action="store_true", help="do not wait until it is done"),
+)
+TEMPLATE = (
+    option("name", metavar="NAME", help="the template's name"),
+    option("cmd", metavar="CMD", nargs="+",
+           help="a command line as one word, or a program and its arguments (after -- if they have options)"),
+    option("--start", action="store_true", help="start it"),
+    *template_options(),
+)
+ONE_NAME = option("names", metavar="NAME", nargs=1, help=SOME_NAMES[1]["help"])
+WATCH = option("-w", "--watch", action="store_true", help="again each second, until Ctrl-C")
+BY = option("n", metavar="N", nargs="?", type=positive, default=1, help="how many (default 1)")
+
+PROCFILE = (
+    option("-f", "--procfile", metavar="FILE", default="Procfile", help="the Procfile (default ./Procfile)"),
+    option("-d", "--root", metavar="DIR", help="where its processes run (default: its folder)"),
+    option("-e", "--env-file", metavar="FILE", action="append", default=[],
+           help="variables, beside those of .env in that folder; repeatable"),
+    option("-p", "--port", metavar="PORT", type=whole, help="PORT of the first type, then a hundred for each (default 5000)"),
+)
+FORMATION = option("-c", "--concurrency", metavar="TYPE=N", action="append", default=[],
+                   help="how many of each type, as in web=2,worker=3 (default 1)")
+GROUP = option("group", metavar="GROUP", nargs="?", help="the name of the application (default: its folder's)")
+
+COMMANDS = {
+    "up": Command(up_command, "procfile", "[options] [TYPE ...]", "run a Procfile here, all output on one screen", (
+        option("names", metavar="TYPE", nargs="*", help="only these types (default: all)"), *PROCFILE, FORMATION,
+        option("--keep-going", action="store_true", help="start again what ends, in place of stopping all"),
+        option("--bind", metavar="ADDRESS", action="append", default=[], help="serve the HTTP API too, as serve; repeatable"),
+        option("--token-file", metavar="FILE", help="every request needs the token in this file (or in GAFFER_TOKEN)"))),
+    "run": Command(run_once, "procfile", "[options] CMD ...", "run a command once, in the environment of a Procfile", (
+        option("cmd", metavar="CMD", nargs="...", help="a type, a command line as one word, or a program and its arguments"),
+        *PROCFILE)),
+    "load": Command(load_command, "procfile", "[options] [GROUP]", "let the server run a Procfile", (
+        GROUP, *PROCFILE, FORMATION, *CONNECTION)),
+    "unload": Command(unload_command, "procfile", "[options] [GROUP]", "stop a loaded Procfile, and forget it", (
+        GROUP, *PROCFILE[:2], *CONNECTION)),
+    "scale": Command(scale_command, "procfile", "[options] [GROUP] CHANGE ...", "change how many of each type run", (
+        option("changes", metavar="CHANGE", nargs="+", help="web=3, web+1 or web-1"), *PROCFILE[:2], *ASK)),
+    "ps": Command(ps_command, "procfile", "[options] [GROUP]", "show the processes of a Procfile, as status does", (
+        GROUP, *PROCFILE[:2], WATCH, *ASK)),
+    "export": Command(export_command, "procfile", "[options] ini|json|systemd [GROUP]", "write a Procfile in another form", (
+        option("format", metavar="FORMAT", choices=("ini", "json", "systemd"), help="ini and json are for serve"), GROUP,
+        option("-o", "--output", metavar="DIR", help="write files into this folder (default: print them)"),
+        *PROCFILE, FORMATION)),
+    "serve": Command(serve, "server", "[options] [CONFIG]", "run the supervisor and its HTTP API", (
+        option("config", metavar="CONFIG", nargs="?", help="what to run: a file of INI, JSON or TOML, or a Procfile"),
+        option("--bind", metavar="ADDRESS", action="append", default=[],
+               help="host:port (port 0: any free one), [v6]:port or unix:/path; repeatable (default 127.0.0.1:5000)"),
+        option("--token-file", metavar="FILE", help="every request needs the token in this file (or in GAFFER_TOKEN)"),
+        option("--cors-origin", metavar="ORIGIN", action="append", default=[],
+               help="let pages of this origin use the API ('*': all of them); repeatable"),
+        option("--allow-host", metavar="HOST", action="append", default=[], help="a further name of this server; repeatable"),
+        option("--certfile", metavar="FILE", help="serve TLS with this certificate (PEM)"),
+        option("--keyfile", metavar="FILE", help="and this key"),
+        option("--access-log", metavar="FILE", help="a line for each request, in Apache's combined format ('-': to stderr)"),
+        option("--exit-with", metavar="NAME", type=template_name,
+               help="stop when a process of this template, there or yet to come, ends by itself, and exit with its status"),
+        option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE),
+        option("--connections", metavar="N", type=positive,
+               help="at once (default %d, or seven eighths of the limit of open files)" % CONNECTIONS_MAX),
+        option("--connections-per-address", metavar="N", type=positive,
+               help="of one address, this machine's own too (default %d, and those are not counted)" % ADDRESS_CONNECTIONS_MAX),
+        option("--pidfile", metavar="FILE", help="keep the pid in this file"),
+        option("--log-file", metavar="FILE", help="log into this file (default: to stderr)"),
+        option("--daemon", action="store_true", help="go on in the background; needs --log-file"),
+        option("-v", "--verbose", action="count", default=0, help="log events; -vv: the processes' output too"))),
+    "reload": Command(reload_command, "server", "[options]", "let the server load its CONFIG again, as HUP does", (
+        option("--dry-run", action="store_true", help="only say what would change"), *ASK)),
+    "processes": Command(processes_command, "look", "[options]", "list the names of all templates", (
+        option("--running", action="store_true", help="the pids of all that runs instead"), *ASK)),
+    "status": Command(status_command, "look", "[options] [NAME ...]", "show what runs, and what will happen next", (
+        NAMES_OR_ALL, WATCH, *ASK)),
+    "start": Command(start_command, "control", "[options] NAME ...", "start processes", (SOME_NAMES, *WAIT, *ASK)),
+    "stop": Command(stop_command, "control", "[options] NAME ...", "stop processes; they stay stopped", (
+        SOME_NAMES, *WAIT, *ASK)),
+    "restart": Command(restart_command, "control", "[options] NAME ...", "stop each process, and replace it", (
+        SOME_NAMES, *WAIT, *ASK)),
+    "add": Command(add_command, "control", "[options] NAME [N]", "run more processes of a template", (
+        ONE_NAME, BY, *ASK)),
+    "sub": Command(sub_command, "control", "[options] NAME [N]", "run fewer processes of a template; the oldest end", (
+        ONE_NAME, BY, *ASK)),
+    "kill": Command(kill_command, "control", "[options] NAME SIGNAL", "send a signal to processes", (
+        ONE_NAME, option("sig", metavar="SIGNAL", help="15, TERM or SIGTERM"),
+        option("--group", action="store_true", help="to their whole process groups"), *ASK)),
+    "logs": Command(logs_command, "look", "[options] [NAME ...]", "print the output of processes, each line with its name", (
+        NAMES_OR_ALL, option("-f", "--follow", action="store_true", help="go on with what comes, until Ctrl-C"),
+        option("-n", metavar="N", type=whole, default=10, help="begin with the last N lines of each stream (default 10)"),
+        option("--stdout", action="store_true", help="only stdout"), option("--stderr", action="store_true", help="only stderr"),
+        option("--no-prefix", action="store_true", help="without the names"),
+        option("-t", "--times", action="store_true", help="with the time at which a line came; before -f nobody knows it"),
+        *ASK[:-1])),
+    "attach": Command(attach_command, "look", "[options] NAME", "see a process's output, and type into it", (
+        option("names", metavar="NAME", nargs=1, help="a name, or where it has several processes a pid"),
+        option("-n", metavar="N", type=whole, default=10, help="begin with its last N lines (default 10)"), *ASK[:-1])),
+    "watch": Command(watch_command, "look", "[options] [PATTERN]", "print events as they happen, until Ctrl-C", (
+        option("pattern", metavar="PATTERN", nargs="?", default="",
+               help="a type such as exit, proc/NAME or proc/NAME/TYPE"), *ASK)),
+    "running": Command(running_command, "look", "[options] NAME ...", "print how many processes of a template run", (
+        SOME_NAMES, *ASK)),
+    "numprocesses": Command(numprocesses_command, "look", "[options] NAME ...", "print how many processes are wanted", (
+        SOME_NAMES, *ASK)),
+    "pids": Command(pids_command, "look", "[options] NAME ...", "print the pids of what runs", (SOME_NAMES, *ASK)),
+    "get_process": Command(get_process_command, "template", "[options] NAME ...", "print a template as JSON", (
+        SOME_NAMES, *ASK)),
+    "add_process": Command(add_process_command, "template", "[options] NAME CMD ...", "add a template", (
+        *TEMPLATE, *ASK)),
+    "load_process": Command(load_process_command, "template", "[options] FILE", "add a template from a file of JSON", (
+        option("file", metavar="FILE", help="as POST /processes takes it; - is stdin"),
+        option("--start", action="store_true", help="start it"), *ASK)),
+    "update_process": Command(
+        update_process_command, "template", "[options] NAME CMD ...", "replace a template and its processes", (
+            *TEMPLATE, *ASK)),
+    "del_process": Command(del_process_command, "template", "[options] NAME ...", "forget a template; its processes stop", (
+        SOME_NAMES, *ASK)),
+    "completion": Command(completion_command, "other", "bash|zsh|fish", "print what lets a shell complete the words", (
+        option("shell", metavar="SHELL", choices=("bash", "zsh", "fish"), help="its script is to be sourced"),)),
+}
+GROUPS = {"server": "the server", "control": "control", "look": "look", "template": "templates", "procfile": "Procfiles",
+          "other": "other"}
+
+QUICK_START = """\
+A process supervisor in one file, driven over HTTP. To begin with:
+
+  gaffer.py serve                          run it: API and web page are at http://127.0.0.1:5000
+  gaffer.py add_process --start web 'python3 -m http.server 8000'
+  gaffer.py status                         what runs?
+  gaffer.py up                             run the Procfile of this folder
+"""
+EXIT_STATUSES = """\
+'gaffer.py COMMAND --help' says more. Options may stand before or after the command.
+Exit status: 0 done, 1 the server said no, 2 wrong usage, 3 not running (status),
+4 no such name, 5 no server there, 6 refused, 124 timed out.
+"""
+
+
+def help_formatter(prog):
+    """An argparse formatter whose text is the same from every version of Python."""
+    import argparse
+
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        """An option's value is named once."""
+
+        def _format_action_invocation(self, action):
+            names = ", ".join(action.option_strings)
+            return (action.metavar or action.dest) if not names else names if action.nargs == 0 else "%s %s" % (
+                names, action.metavar)
+    return Formatter(prog, max_help_position=26)
+
+
+def make_parser(name):
+    """The argparse parser of one command."""
+    import argparse
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog="gaffer.py " + name, usage="gaffer.py %s %s" % (name, command.usage), allow_abbrev=False,
+        description="%s%s." % (command.help[0].upper(), command.help[1:]), formatter_class=help_formatter)
+    parser._optionals.title = "options"         # Python 3.8 and 3.9 say "optional arguments"
+    parser.set_defaults(commands=COMMANDS)
+    for names, how in command.options:
+        parser.add_argument(*names, **how)
     return parser
 
 
+def overview():
+    """The help for who does not know yet which command to ask for."""
+    lines = ["usage: gaffer.py COMMAND [options] ...", "", QUICK_START]
+    for group, title in GROUPS.items():
+        lines.append("%s:" % title)
+        lines += ["  %-16s %s" % (name, command.help) for name, command in COMMANDS.items() if command.group == group]
+        lines.append("")
+    return "\n".join([*lines, EXIT_STATUSES])
+
+
+def only_options(name, argv):
+    """True where `argv` is nothing but options that may belong to a command, each with its value."""
+    with_value = {word for names, how in COMMANDS[name].options if how.get("action", "append") == "append" for word in names}
+    index = 0
+    while index < len(argv) and argv[index].startswith("-"):
+        index += 2 if argv[index] in with_value else 1
+    return index == len(argv)
+
+
+def command_first(argv):
+    """(command, arguments): options may stand before the command's word. (None, argv): there is no such word."""
+    for place, word in enumerate(argv):
+        if word in COMMANDS and only_options(word, argv[:place]):
+            return word, argv[:place] + argv[place + 1:]
+    return None, argv
+
+
+def without_command(argv):
+    """--version, --help, nothing at all, or a mistake."""
+    if argv == ["--version"]:
+        print("gaffer %s" % __version__)
+        return 0
+    if len(argv) == 2 and argv[0] == "help" and argv[1] in COMMANDS:
+        make_parser(argv[1]).print_help()
+        return 0
+    words = [word for word in argv if not word.startswith("-")] or argv
+    if words and words[0] not in ("-h", "--help", "help"):
+        raise ClientError("there is no command '%s'%s" % (
+            words[0], near(words[0], COMMANDS) or "; 'gaffer.py --help' lists them"), 2)
+    print(overview(), end="")
+    return 0 if argv else 2
+
+
+def dispatch(argv):
+    """Do what a command line says. Returns the exit status."""
+    name, argv = command_first(argv)
+    if name is None:
+        return without_command(argv)
+    parser = make_parser(name)
+    rest = any(how.get("nargs") == "..." for _, how in COMMANDS[name].options)
+    try:
+        arguments = parser.parse_args(argv) if rest else parser.parse_intermixed_args(argv)
+    except SystemExit as error:                 # argparse has said it, or printed the help
+        return error.code
+    return COMMANDS[name].run(arguments)
+
+
 def main(argv=None):
-    """The command line. Returns the exit status: 0 done, 1 it could not start, 2 wrong usage; serve --exit-with: a process's
-    own."""
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help()
-        return 2
-    join_options(arguments)
-    return arguments.run(arguments)
+    """The command line. Returns the exit status: 0 done, 1 it could not be done, 2 wrong usage, 3 not running (status), 4 no
+    such name, 5 no server there, 6 refused, 124 timed out, 130 interrupted; serve --exit-with: a process's own."""
+    if hasattr(sys.stdout, "reconfigure"):      # what the terminal's encoding has no sign for is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = dispatch(list(sys.argv[1:] if argv is None else argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        return 128 + signal.SIGPIPE             # silent, as who is killed by it
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (StartError, ClientError, GafferError) as error:
+        tell(str(error))
+        return getattr(error, "exit_status", 1)
+    return status
 
 
 if __name__ == "__main__":
