@@ -9617,6 +9617,26 @@ class CliControl(CliControlCase):
         self.call("stop", "slow")
         self.assertEqual(self.call("stop", "slow"), "slow: already stopped\n")
 
+    def test_all_are_stopped_before_one_is_waited_for(self):
+        """Each goes only when the other has been told to."""
+        folder = self.folder()
+        code = """
+            import os, signal, time
+            def end(signum, frame):
+                open(%r + "/%s", "w").close()
+                while not os.path.exists(%r + "/%s"):
+                    time.sleep(0.005)
+                os._exit(0)
+            signal.signal(15, end)
+            os.write(1, b"ready\\n")
+            while True:
+                signal.pause()
+            """
+        for name, other in (("a", "b"), ("b", "a")):
+            self.server.add(name, python(code % (folder, name, folder, other)), graceful_timeout=1000)
+            self.server.request("GET", "/streams/%s/stdout?since=0" % name)
+        self.assertEqual(self.call("stop", "all"), "a: stopped\nb: stopped\n")
+
     def test_pids_stand_for_processes(self):
         self.sleepers("web", numprocesses=2)
         self.assertEqual(self.call("stop", "1", "--no-wait"), "1: stopped\n")
@@ -9715,6 +9735,16 @@ class CliStatus(CliControlCase):
         self.assertRegex(rows["broken"], r"broken +backoff +- +- +\d+ +1 .*  next try in \ds, exited 1 \d times\Z")
         self.assertRegex(rows["killed"], r"flapping +- .* 137 .* next try in (5m00s|4m5\ds), exited 137 \(SIGKILL\) 2 times\Z")
         self.assertRegex(rows["hopeless"], r"stopped .* 7 .*  gave up, exited 7 2 times\Z")
+
+    def test_again_each_second(self):
+        self.sleepers("web")
+        process = subprocess.Popen(CLI_COMMAND + ["status", "-w"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   env=dict(self.env, GAFFER_ENDPOINT=self.server.url))
+        with process:
+            self.addCleanup(process.kill)
+            self.assertEqual([process.stdout.readline()[:4] for _ in range(4)], [b"NAME", b"web ", b"NAME", b"web "])
+            process.send_signal(signal.SIGINT)
+            self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (130, b""))
 
     def test_table_on_a_terminal(self):
         rows = [("x" * 100, "running", 1, "1s", 0, "-", "0.1%", "1M", ""),
@@ -9831,6 +9861,7 @@ class CliCommands(CliControlCase):
 
     def test_what_is_no_gaffer(self):
         answers = {b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi": 5, b"HTTP/1.1 404 No\r\nContent-Length: 2\r\n\r\n{}": 5,
+                   b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}": 1, b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n[1]": 1,
                    b"SSH-2.0-x\r\n": 5, b"": 5, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi": 5}
         with socket.create_server(("127.0.0.1", 0)) as listener:
             for answer, expected in answers.items():
@@ -9842,7 +9873,8 @@ class CliCommands(CliControlCase):
                 thread = threading.Thread(target=serve_once)
                 thread.start()
                 endpoint = "http://127.0.0.1:%d" % listener.getsockname()[1]
-                self.call("get_process", "x*", "--endpoint", endpoint, status=expected, err="gaffer: there is no gaffer at .*\n")
+                self.call("pids" if expected == 1 else "get_process", "x" if expected == 1 else "x*", "--endpoint", endpoint, status=expected,
+                          err="gaffer: there is no gaffer at .*\n" if expected == 5 else "gaffer: what .* answered is not understood .*\n")
                 thread.join()
 
     @unittest.skipUnless(shutil.which("openssl"), "needs openssl for a certificate")
@@ -9965,10 +9997,10 @@ class CliLogs(CliFollowCase):
 
     def test_labels_that_come_with_an_update(self):
         self.server.add("a", "sh -c 'echo out; echo err >&2; sleep 1000'", redirect_output=["one"])
-        follower = self.follow("logs", "-f", "--no-prefix")
-        self.assertEqual(follower.stdout.readline(), b"out\n")
+        follower = self.follow("logs", "-f", "--no-prefix", "-t")
+        self.assertRegex(follower.stdout.readline(), rb"\A(-                  |[-0-9]{10} [0-9:]{8}) out\n\Z")
         self.server.ok("PUT", "/processes/a", {"cmd": "sh -c 'echo err >&2; sleep 1000'", "redirect_output": ["one", "two"]})
-        self.assertEqual(follower.stdout.readline(), b"err\n")
+        self.assertRegex(follower.stdout.readline(), rb"\A[-0-9]{10} [0-9:]{8} err\n\Z")
         self.assertEqual(self.interrupted(follower), b"")
 
     def test_a_pipe_that_nobody_reads(self):
@@ -9995,6 +10027,12 @@ class CliWatch(CliFollowCase):
         event = json.loads(exits.stdout.readline())
         self.assertEqual((event["event"], event["name"], event["term_signal"]), ("exit", "a", 15))
         self.assertEqual((self.interrupted(everything), self.interrupted(exits)), (b"", b""))
+
+    def test_colours(self):
+        event = {"event": "exit", "name": "a", "time": 0, "pid": 1, "os_pid": 7, "exit_status": 3, "term_signal": 0}
+        plain = gaffer.event_line(event, False)
+        self.assertEqual(plain[9:], "a: exit (pid 1, os pid 7, status 3)")
+        self.assertEqual(gaffer.event_line(event, True)[9:], "\x1b[31m%s\x1b[0m" % plain[9:])
 
     def test_patterns(self):
         for text, pattern in (("", ""), ("exit", "exit"), ("proc/web.a/exit", "proc/web.a/exit"), ("proc.web", "proc/web"), (
@@ -10466,6 +10504,14 @@ class ConfigServe(CliFollowCase):
         os_pid, = server.add("a", {"cmd": "sleep 1000"})
         self.assertEqual((server.stop(signal.SIGHUP), server.stderr), (0, ""))
         self.assertFalse(alive(os_pid))
+
+    def test_a_procfile(self):
+        path = self.file(self.folder(), "Procfile", "web: exec sleep 1000\nworker: exec sleep 1000\n")
+        server = self.start("serve", path, "--bind", "127.0.0.1:0")
+        self.assertEqual(server.ok("GET", "/processes"), ["web", "worker"])
+        self.assertEqual(server.ok("GET", "/processes/worker")["env"], {"PORT": "5100"})
+        self.assertEqual(self.called("scale", "-f", path, "web=2", "--endpoint", server.urls[0]), (0, "web: 2 processes\n", ""))
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
 
     def test_a_file_with_faults(self):
         path = self.file(self.folder(), "x.ini", "[process:a]\ncomand = x\n[process:b]\ncmd = true\nshell = 7\n")
