@@ -9,6 +9,7 @@ import ast
 import atexit
 import base64
 import builtins
+import concurrent.futures
 import contextlib
 import dis
 import email.utils
@@ -9890,6 +9891,35 @@ class CliCommands(CliControlCase):
         self.call("processes", "--endpoint", server.url, status=6, err="gaffer: .*cannot be trusted.*--cacert\n")
         self.call("processes", "--endpoint", server.url, "--cacert", key, status=2, err="gaffer: .*--cacert.*\n")
 
+    def test_each_as_a_program(self):
+        """What it prints where it succeeds. (serve, up, run, attach and watch have tests of their own.)"""
+        home = self.folder()
+        procfile, template = self.file(home, "Procfile", "web: exec sleep 1000\n"), self.file(home, "t.json", '{"name": "new2", "cmd": "true"}')
+        table = {
+            "processes": ([], r"t-add\nt-"), "status": (["t-status"], r"NAME .*\nt-status +running +\d"), "start": (["t-start"], "t-start: already running"),
+            "stop": (["t-stop"], "t-stop: stopped"), "restart": (["t-restart"], "t-restart: restarted"), "add": (["t-add"], "t-add: 2 processes"),
+            "sub": (["t-sub"], "t-sub: 0 processes"), "kill": (["t-kill", "CONT"], "t-kill: signalled CONT"), "running": (["t-running"], "1"),
+            "numprocesses": (["t-numprocesses"], "1"), "pids": (["t-pids"], r"\d+"), "get_process": (["t-get_process"], r'\{\n    "name": "t-get_process"'),
+            "add_process": (["new", "sleep 1"], "new: added"), "load_process": ([template], "new2: added"),
+            "update_process": (["t-update_process", "sleep 2000"], "t-update_process: updated"), "del_process": (["t-del_process"], "t-del_process: deleted"),
+            "logs": (["t-logs"], r"t-logs \| line"), "load": (["app", "-f", procfile], "app:web: loaded"), "unload": (["un"], "un:load: unloaded"),
+            "scale": (["-f", procfile, "t-scale=2"], "t-scale: 2 processes"), "ps": (["pp"], r"NAME .*\npp:s +running"), "reload": ([], r"\Z"),
+            "export": (["ini", "-f", procfile], "; made from"), "completion": (["bash"], r"_gaffer\(\) \{")}
+        self.assertEqual(set(table) | {"serve", "up", "run", "attach", "watch"}, set(gaffer.COMMANDS))
+        for name in ["t-" + name for name in sorted(table)] + ["un:load", "pp:s"]:
+            self.server.add(name, "sh -c 'echo line; exec sleep 1000'")
+        self.server.request("GET", "/streams/t-logs/stdout?since=0")
+        gaffer.Configuration(lambda: gaffer.Settings([], {}, [])).begin(self.server.manager)
+        env = dict(self.env, GAFFER_ENDPOINT=self.server.url)
+
+        def run(item):
+            name, (arguments, expected) = item
+            done = subprocess.run(CLI_COMMAND + [name, *arguments], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=TIMEOUT,
+                                  stderr=subprocess.PIPE, check=False, universal_newlines=True)
+            return name, done.returncode, done.stderr, bool(re.match(expected, done.stdout)) or done.stdout
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            self.assertEqual([outcome for outcome in pool.map(run, table.items()) if outcome[1:] != (0, "", True)], [])
+
     def test_as_a_user_runs_them(self):
         """The same as programs of their own: silent where nobody reads, nothing but the sentence where it fails."""
         self.sleepers("web")
@@ -11037,7 +11067,8 @@ class CliDaemon(CliFollowCase):
         folder = self.folder()
         endpoint, pidfile, log = "unix:" + os.path.join(folder, "socket"), os.path.join(folder, "pid"), os.path.join(folder, "log")
         arguments = ("serve", "--daemon", "--bind", endpoint, "--log-file", log, "--pidfile", pidfile)
-        run = subprocess.run(CLI_SCRIPT + list(arguments), env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT,
+        script = [PYTHON, "-W", "error", CLI_FILE]          # without -X dev, in which Python 3.8 fails after any fork
+        run = subprocess.run(script + list(arguments), env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT,
                              check=False, universal_newlines=True)
         self.assertEqual((run.returncode, run.stderr, run.stdout), (0, "", "gaffer %s listening on %s\n" % (gaffer.__version__, endpoint)))
         os_pid = int(cli_read(pidfile))
