@@ -8004,14 +8004,13 @@ def unload_command(arguments):
 
 def app_names(client, arguments):
     """Names of the Procfile's processes in the server: those of its group, else those named as its types are; where there
-    is no Procfile, all."""
+    is no Procfile, all. None of a group that was named: NotThere."""
     names, prefix = client.get("/processes"), group_of(arguments) + ":"
     found = [name for name in names if name.startswith(prefix)]
     if not found and not arguments.group:
         types = Procfile(arguments.procfile, arguments.root).types() if os.path.exists(arguments.procfile) else names
         found = [name for name in names if name in types]
-    need(found or not (names or arguments.group), NotThere,
-         "there is no process of the group '%s': 'gaffer.py load' loads it" % prefix[:-1])
+    need(found or not arguments.group, NotThere, "there is no process of the group '%s': 'gaffer.py load' loads it" % prefix[:-1])
     return found
 
 
@@ -8019,7 +8018,10 @@ def ps_command(arguments):
     """ps"""
     client = connect(arguments)
     arguments.names = app_names(client, arguments)
-    return watch_status(arguments, client) if arguments.names else 0
+    if not arguments.names:
+        tell("nothing of this Procfile is in the server: 'gaffer.py load' loads it")
+        return 4
+    return watch_status(arguments, client)
 
 
 def scale_command(arguments):
