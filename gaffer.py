@@ -5068,7 +5068,8 @@ class Api:
 
         def look():
             for entry, process in zip(status["processes"], processes):
-                entry.update(self.samples.brief(process))
+                if not process.exited:          # else the number may be a stranger's
+                    entry.update(self.samples.brief(process))
             return json_response(status)
         return ThreadReply(look)
 
@@ -7472,13 +7473,13 @@ class Screen:
 # webhooks. ConfigReader makes Settings of them, or one ConfigError with every fault. Configuration applies what has changed.
 # --------------------------------------------------------------------------------------------------------------------
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-DOTENV = re.compile(r"""
+DOTENV = r"""(?xs)
     [ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_.]*)[ \t]*=[ \t]*       # a name, then one of
     (?:'([^']*)'|"((?:[^"\\]|\\.)*)"|((?:[^'"\s#][^\n]*?)?))            # 'as it is', "with \n", or without quotes
-    (?:[ \t]+\#[^\n]*|[ \t]*)\r?(?:\n|\Z)""", re.X | re.S)
-DOTENV_NOTHING = re.compile(r"[ \t\r]*(?:#[^\n]*)?(?:\n|\Z)")
+    (?:[ \t]+\#[^\n]*|[ \t]*)\r?(?:\n|\Z)"""
+DOTENV_NOTHING = r"[ \t\r]*(?:#[^\n]*)?(?:\n|\Z)"
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "$": "$"}
-PROCFILE_LINE = re.compile(r"([A-Za-z0-9_-]+)[ \t]*:[ \t]*(\S.*?)[ \t\r]*\Z")
+PROCFILE_LINE = r"([A-Za-z0-9_-]+)[ \t]*:[ \t]*(\S.*?)[ \t\r]*\Z"
 FIRST_PORT, PORTS_PER_TYPE = 5000, 100          # as foreman counts them
 
 
@@ -7532,14 +7533,15 @@ def event_pattern(text):
 def parse_dotenv(text):
     """({name: value}, [number of a line that is none]) of a .env file: NAME=value, perhaps with `export` before it, quotes
     around the value and a comment behind; in double quotes \\n is a newline."""
+    nothing, pair = re.compile(DOTENV_NOTHING), re.compile(DOTENV)
     values, wrong, place = {}, [], 0
     while place < len(text):
-        match = DOTENV_NOTHING.match(text, place) or DOTENV.match(text, place)
+        match = nothing.match(text, place) or pair.match(text, place)
         if match is None:
             wrong.append(text.count("\n", 0, place) + 1)
             place = text.find("\n", place) + 1 or len(text)
             continue
-        if match.re is DOTENV:
+        if match.re is pair:
             name, single, double, plain = match.groups()
             if double is not None:
                 double = re.sub(r"\\(.)", lambda m: ESCAPES.get(m.group(1), m.group()), double, flags=re.S)
@@ -7759,7 +7761,7 @@ class Procfile(Source):
         """{type: command}, in the file's order."""
         found = {}
         for line, text in enumerate(self.text.split("\n"), 1):
-            match = PROCFILE_LINE.match(text)
+            match = re.match(PROCFILE_LINE, text)
             if match and match.group(1) not in found:
                 found[match.group(1)] = match.group(2)
             elif text.strip() and text.lstrip()[0] != "#":
@@ -8113,7 +8115,7 @@ def connect(arguments):
 def tell(text):
     """Say what went wrong, a line each."""
     for line in text.splitlines():
-        print("gaffer: %s" % line, file=sys.stderr)
+        print("gaffer: %s" % line, file=sys.stderr, flush=True)
 
 
 def drop_output():
@@ -8141,11 +8143,14 @@ def find_names(client, words):
     return list(found)
 
 
-def each_name(arguments, act):
+def each_name(arguments, act, ahead=None):
     """Print what `act(client, name)` returns for each name: a line, or with --json bytes from the server. Where it fails
-    that is told, and the others go on. Returns the first failure's exit status."""
+    that is told, and the others go on. `ahead(client, names)` comes first. Returns the first failure's exit status."""
     client, status = connect(arguments), 0
-    for name in find_names(client, arguments.names):
+    names = find_names(client, arguments.names)
+    if ahead is not None:
+        ahead(client, names)
+    for name in names:
         try:
             result = act(client, name)
         except ClientError as error:
@@ -8165,19 +8170,35 @@ def bare(arguments, name, value):
 
 # control
 
+def look_before(client, name, befores):
+    """The status of a name, or the template of a pid, before it is changed: looked at once."""
+    if name not in befores:
+        path = "/processes/" if name.isdigit() else "/status/"
+        befores[name] = client.get(path + reference(name))
+    return befores[name]
+
+
 def change(arguments, action, words):
     """start, stop, restart. `words(before)`: what to say, given the status before it."""
     query = "?wait=%g" % arguments.timeout if arguments.timeout is not None else "" if arguments.no_wait else "?wait=true"
+    befores = {}
+
+    def stop_all(client, names):
+        for name in names if len(names) > 1 else ():        # all of them, before the first is waited for
+            try:
+                look_before(client, name, befores)
+                client.request("POST", "/processes/%s/_stop" % reference(name))
+            except NotThere:
+                pass                            # that is told in its turn
 
     def act(client, name):
         if name.isdigit() and action != "_stop":
             raise ClientError("%s is a pid: start and restart take names, 'gaffer.py processes' lists them" % name, 2)
-        path = "/processes/" + reference(name)
-        before = client.get(path if name.isdigit() else "/status/" + reference(name))
+        before = look_before(client, name, befores)
         longest = arguments.timeout if arguments.timeout is not None else before["graceful_timeout"] + WAIT_EXTRA
-        answer = client.request("POST", "%s/%s%s" % (path, action, query), timeout=CLIENT_TIME + longest)
+        answer = client.request("POST", "/processes/%s/%s%s" % (reference(name), action, query), timeout=CLIENT_TIME + longest)
         return answer if arguments.json else "%s: %s" % (name, words(before))
-    return each_name(arguments, act)
+    return each_name(arguments, act, stop_all if action == "_stop" else None)
 
 
 def start_command(arguments):
@@ -8948,16 +8969,18 @@ def hung_up(log_file, configuration, manager):
     threading.Thread(target=run, name="gaffer-reload", daemon=True).start()
 
 
-def serve_endpoints(arguments):
-    """The endpoints that the arguments name."""
-    return [HttpEndpoint(bind, arguments.certfile, arguments.keyfile) for bind in arguments.bind]
+def serve_endpoints(arguments, configuration=None):
+    """Where to listen: as --bind says, else as the configuration does, else at port 5000."""
+    given = [HttpEndpoint(bind) for bind in arguments.bind] or (configuration.settings.endpoints if configuration else [])
+    return [HttpEndpoint(endpoint.bind, endpoint.certfile or arguments.certfile, endpoint.keyfile or arguments.keyfile,
+                         endpoint.backlog) for endpoint in given or [HttpEndpoint()]]
 
 
 def serve_configuration(arguments, hooks):
     """The Configuration of CONFIG, or None. ConfigError."""
     if not arguments.config:
         return None
-    taken = [endpoint.port for endpoint in serve_endpoints(arguments) or [HttpEndpoint()] if endpoint.path is None]
+    taken = [endpoint.port for endpoint in serve_endpoints(arguments) if endpoint.path is None]
     configuration = Configuration(lambda: ConfigReader().read(arguments.config, taken).settings(), hooks)
     hooks.hooks = configuration.settings.webhooks
     return configuration
@@ -8971,8 +8994,7 @@ def serve(arguments):
     log_file = LogFile(arguments.log_file, (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
     hooks = WebHooks()
     configuration = serve_configuration(arguments, hooks)
-    endpoints = serve_endpoints(arguments) or (configuration.settings.endpoints if configuration else [])
-    http = HttpHandler(endpoints or [HttpEndpoint(certfile=arguments.certfile, keyfile=arguments.keyfile)],
+    http = HttpHandler(serve_endpoints(arguments, configuration),
                        token=read_token(arguments.token_file), cors_origins=arguments.cors_origin,
                        allow_hosts=arguments.allow_host,
                        access_log=AccessLog(arguments.access_log) if arguments.access_log else None,
@@ -9132,7 +9154,7 @@ def load_command(arguments):
             done = "already loaded" if old == info else "updated"
             if old != info:
                 client.request("PUT", path, {field: value for field, value in info.items() if field != "start"})
-        print("%s: %s" % (info["name"], done), flush=True)
+        print(json.dumps({"ok": True}) if arguments.json else "%s: %s" % (info["name"], done), flush=True)
     return 0
 
 
@@ -9140,22 +9162,21 @@ def unload_command(arguments):
     """unload"""
     client, group = connect(arguments), group_of(arguments)
     names = client.get("/groups/" + reference(group))
-    client.request("DELETE", "/groups/" + reference(group))
-    for name in names:
-        print("%s: unloaded" % name)
+    answer = client.request("DELETE", "/groups/" + reference(group))
+    for line in [answer.decode().rstrip("\n")] if arguments.json else ["%s: unloaded" % name for name in names]:
+        print(line)
     return 0
 
 
 def app_names(client, arguments):
     """Names of the Procfile's processes in the server: those of its group, else those named as its types are; where there
-    is no Procfile, all."""
+    is no Procfile, all. None of a group that was named: NotThere."""
     names, prefix = client.get("/processes"), group_of(arguments) + ":"
     found = [name for name in names if name.startswith(prefix)]
     if not found and not arguments.group:
         types = Procfile(arguments.procfile, arguments.root).types() if os.path.exists(arguments.procfile) else names
         found = [name for name in names if name in types]
-    need(found or not (names or arguments.group), NotThere,
-         "there is no process of the group '%s': 'gaffer.py load' loads it" % prefix[:-1])
+    need(found or not arguments.group, NotThere, "there is no process of the group '%s': 'gaffer.py load' loads it" % prefix[:-1])
     return found
 
 
@@ -9163,7 +9184,10 @@ def ps_command(arguments):
     """ps"""
     client = connect(arguments)
     arguments.names = app_names(client, arguments)
-    return watch_status(arguments, client) if arguments.names else 0
+    if not arguments.names:
+        tell("nothing of this Procfile is in the server: 'gaffer.py load' loads it")
+        return 4
+    return watch_status(arguments, client)
 
 
 def scale_command(arguments):
@@ -9436,7 +9460,8 @@ CONNECTION = (
     option("--cacert", metavar="FILE", help="trust the certificates in this file (PEM)"),
 )
 ASK = (*CONNECTION, option("--json", action="store_true", help="print what the server sent"))
-SOME_NAMES = option("names", metavar="NAME", nargs="+", help="a name or a pid, a glob such as 'web*' or 'group:*', or all")
+SOME_NAMES = option("names", metavar="NAME", nargs="+",
+                    help="a name, a pid as status shows it, a glob such as 'web*' or 'group:*', or all")
 NAMES_OR_ALL = option("names", metavar="NAME", nargs="*", help=SOME_NAMES[1]["help"] + " (the default)")
 WAIT = (
     option("--timeout", metavar="SECONDS", type=some_seconds,
@@ -9475,9 +9500,9 @@ COMMANDS = {
         option("cmd", metavar="CMD", nargs="...", help="a type, a command line as one word, or a program and its arguments"),
         *PROCFILE)),
     "load": Command(load_command, "procfile", "[options] [GROUP]", "let the server run a Procfile", (
-        GROUP, *PROCFILE, FORMATION, *CONNECTION)),
+        GROUP, *PROCFILE, FORMATION, *ASK)),
     "unload": Command(unload_command, "procfile", "[options] [GROUP]", "stop a loaded Procfile, and forget it", (
-        GROUP, *PROCFILE[:2], *CONNECTION)),
+        GROUP, *PROCFILE[:2], *ASK)),
     "scale": Command(scale_command, "procfile", "[options] [GROUP] CHANGE ...", "change how many of each type run", (
         option("changes", metavar="CHANGE", nargs="+", help="web=3, web+1 or web-1"), *PROCFILE[:2], *ASK)),
     "ps": Command(ps_command, "procfile", "[options] [GROUP]", "show the processes of a Procfile, as status does", (
@@ -9659,7 +9684,13 @@ def dispatch(argv):
         arguments = parser.parse_args(argv) if rest else parser.parse_intermixed_args(argv)
     except SystemExit as error:                 # argparse has said it, or printed the help
         return error.code
-    return COMMANDS[name].run(arguments)
+    try:
+        return COMMANDS[name].run(arguments)
+    except (LookupError, TypeError, ValueError) as error:
+        if "endpoint" not in arguments:
+            raise                               # a mistake of ours, not of a server
+        raise ClientError("what %s answered is not understood (%s: %s): is it a gaffer of another version?" % (
+            connect(arguments).endpoint, type(error).__name__, error)) from error
 
 
 def main(argv=None):
@@ -9679,6 +9710,9 @@ def main(argv=None):
     except (StartError, ClientError, GafferError) as error:
         tell(str(error))
         return getattr(error, "exit_status", 1)
+    except OSError as error:                    # such as a full disk behind stdout
+        tell("this failed: %s" % error)
+        return 1
     return status
 
 

@@ -10,6 +10,7 @@ import ast
 import atexit
 import base64
 import builtins
+import concurrent.futures
 import contextlib
 import dis
 import email.utils
@@ -5463,7 +5464,7 @@ class ProcessShortage(ProcessCase):
                     self.assertEqual(sock.recv(1), b"")
         loop.call(setattr, loop, "register", register)
         self.assertEqual(len(logs.output), 1, logs.output)
-        self.assertEqual(loop.call(lambda: self.server.http._connections), 1)
+        self.assertEqual(loop.call(lambda: self.server.http.connections), 1)
         self.assertEqual(self.server.add("x", "cat", redirect_input=True), [1])
 
     def test_no_memory_for_a_process(self):
@@ -7570,7 +7571,7 @@ class HttpLimits(HttpCase):
             held[1].rest()
         for closed in (held[0], socket_):
             closed.close()
-        until(lambda: not server.http._connections, "the end of all")
+        until(lambda: not server.http.connections, "the end of all")
         self.held(server, 3)
         self.assertEqual(dict(server.http._of_address), {"127.0.0.1": 3})
 
@@ -7592,7 +7593,7 @@ class HttpLimits(HttpCase):
         with self.assertLogs("gaffer"):
             self.assertCode(self.wire(server).answer(), 503, "busy")
         held[0].close()
-        until(lambda: server.http._connections == 1, "the end of one")
+        until(lambda: server.http.connections == 1, "the end of one")
         self.held(server, 1)
 
     def test_connections_leave_descriptors_for_processes(self):
@@ -11583,6 +11584,26 @@ class CliControl(CliControlCase):
         self.call("stop", "slow")
         self.assertEqual(self.call("stop", "slow"), "slow: already stopped\n")
 
+    def test_all_are_stopped_before_one_is_waited_for(self):
+        """Each goes only when the other has been told to."""
+        folder = self.folder()
+        code = """
+            import os, signal, time
+            def end(signum, frame):
+                open(%r + "/%s", "w").close()
+                while not os.path.exists(%r + "/%s"):
+                    time.sleep(0.005)
+                os._exit(0)
+            signal.signal(15, end)
+            os.write(1, b"ready\\n")
+            while True:
+                signal.pause()
+            """
+        for name, other in (("a", "b"), ("b", "a")):
+            self.server.add(name, python(code % (folder, name, folder, other)), graceful_timeout=1000)
+            self.server.request("GET", "/streams/%s/stdout?since=0" % name)
+        self.assertEqual(self.call("stop", "all"), "a: stopped\nb: stopped\n")
+
     def test_pids_stand_for_processes(self):
         self.sleepers("web", numprocesses=2)
         self.assertEqual(self.call("stop", "1", "--no-wait"), "1: stopped\n")
@@ -11681,6 +11702,16 @@ class CliStatus(CliControlCase):
         self.assertRegex(rows["broken"], r"broken +backoff +- +- +\d+ +1 .*  next try in \ds, exited 1 \d times\Z")
         self.assertRegex(rows["killed"], r"flapping +- .* 137 .* next try in (5m00s|4m5\ds), exited 137 \(SIGKILL\) 2 times\Z")
         self.assertRegex(rows["hopeless"], r"stopped .* 7 .*  gave up, exited 7 2 times\Z")
+
+    def test_again_each_second(self):
+        self.sleepers("web")
+        process = subprocess.Popen(CLI_COMMAND + ["status", "-w"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   env=dict(self.env, GAFFER_ENDPOINT=self.server.url))
+        with process:
+            self.addCleanup(process.kill)
+            self.assertEqual([process.stdout.readline()[:4] for _ in range(4)], [b"NAME", b"web ", b"NAME", b"web "])
+            process.send_signal(signal.SIGINT)
+            self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (130, b""))
 
     def test_table_on_a_terminal(self):
         rows = [("x" * 100, "running", 1, "1s", 0, "-", "0.1%", "1M", ""),
@@ -11797,6 +11828,7 @@ class CliCommands(CliControlCase):
 
     def test_what_is_no_gaffer(self):
         answers = {b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi": 5, b"HTTP/1.1 404 No\r\nContent-Length: 2\r\n\r\n{}": 5,
+                   b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}": 1, b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n[1]": 1,
                    b"SSH-2.0-x\r\n": 5, b"": 5, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi": 5}
         with socket.create_server(("127.0.0.1", 0)) as listener:
             for answer, expected in answers.items():
@@ -11808,7 +11840,8 @@ class CliCommands(CliControlCase):
                 thread = threading.Thread(target=serve_once)
                 thread.start()
                 endpoint = "http://127.0.0.1:%d" % listener.getsockname()[1]
-                self.call("get_process", "x*", "--endpoint", endpoint, status=expected, err="gaffer: there is no gaffer at .*\n")
+                self.call("pids" if expected == 1 else "get_process", "x" if expected == 1 else "x*", "--endpoint", endpoint, status=expected,
+                          err="gaffer: there is no gaffer at .*\n" if expected == 5 else "gaffer: what .* answered is not understood .*\n")
                 thread.join()
 
     @unittest.skipUnless(shutil.which("openssl"), "needs openssl for a certificate")
@@ -11823,6 +11856,35 @@ class CliCommands(CliControlCase):
         self.assertEqual(self.call("processes", "--endpoint", server.url, "--cacert", cert), "")
         self.call("processes", "--endpoint", server.url, status=6, err="gaffer: .*cannot be trusted.*--cacert\n")
         self.call("processes", "--endpoint", server.url, "--cacert", key, status=2, err="gaffer: .*--cacert.*\n")
+
+    def test_each_as_a_program(self):
+        """What it prints where it succeeds. (serve, up, run, attach and watch have tests of their own.)"""
+        home = self.folder()
+        procfile, template = self.file(home, "Procfile", "web: exec sleep 1000\n"), self.file(home, "t.json", '{"name": "new2", "cmd": "true"}')
+        table = {
+            "processes": ([], r"t-add\nt-"), "status": (["t-status"], r"NAME .*\nt-status +running +\d"), "start": (["t-start"], "t-start: already running"),
+            "stop": (["t-stop"], "t-stop: stopped"), "restart": (["t-restart"], "t-restart: restarted"), "add": (["t-add"], "t-add: 2 processes"),
+            "sub": (["t-sub"], "t-sub: 0 processes"), "kill": (["t-kill", "CONT"], "t-kill: signalled CONT"), "running": (["t-running"], "1"),
+            "numprocesses": (["t-numprocesses"], "1"), "pids": (["t-pids"], r"\d+"), "get_process": (["t-get_process"], r'\{\n    "name": "t-get_process"'),
+            "add_process": (["new", "sleep 1"], "new: added"), "load_process": ([template], "new2: added"),
+            "update_process": (["t-update_process", "sleep 2000"], "t-update_process: updated"), "del_process": (["t-del_process"], "t-del_process: deleted"),
+            "logs": (["t-logs"], r"t-logs \| line"), "load": (["app", "-f", procfile], "app:web: loaded"), "unload": (["un"], "un:load: unloaded"),
+            "scale": (["-f", procfile, "t-scale=2"], "t-scale: 2 processes"), "ps": (["pp"], r"NAME .*\npp:s +running"), "reload": ([], r"\Z"),
+            "export": (["ini", "-f", procfile], "; made from"), "completion": (["bash"], r"_gaffer\(\) \{")}
+        self.assertEqual(set(table) | {"serve", "up", "run", "attach", "watch"}, set(gaffer.COMMANDS))
+        for name in ["t-" + name for name in sorted(table)] + ["un:load", "pp:s"]:
+            self.server.add(name, "sh -c 'echo line; exec sleep 1000'")
+        self.server.request("GET", "/streams/t-logs/stdout?since=0")
+        gaffer.Configuration(lambda: gaffer.Settings([], {}, [])).begin(self.server.manager)
+        env = dict(self.env, GAFFER_ENDPOINT=self.server.url)
+
+        def run(item):
+            name, (arguments, expected) = item
+            done = subprocess.run(CLI_COMMAND + [name, *arguments], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=TIMEOUT,
+                                  stderr=subprocess.PIPE, check=False, universal_newlines=True)
+            return name, done.returncode, done.stderr, bool(re.match(expected, done.stdout)) or done.stdout
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            self.assertEqual([outcome for outcome in pool.map(run, table.items()) if outcome[1:] != (0, "", True)], [])
 
     def test_as_a_user_runs_them(self):
         """The same as programs of their own: silent where nobody reads, nothing but the sentence where it fails."""
@@ -11937,10 +11999,10 @@ class CliLogs(CliFollowCase):
 
     def test_labels_that_come_with_an_update(self):
         self.server.add("a", "sh -c 'echo out; echo err >&2; sleep 1000'", redirect_output=["one"])
-        follower = self.follow("logs", "-f", "--no-prefix")
-        self.assertEqual(follower.stdout.readline(), b"out\n")
+        follower = self.follow("logs", "-f", "--no-prefix", "-t")
+        self.assertRegex(follower.stdout.readline(), rb"\A(-                  |[-0-9]{10} [0-9:]{8}) out\n\Z")
         self.server.ok("PUT", "/processes/a", {"cmd": "sh -c 'echo err >&2; sleep 1000'", "redirect_output": ["one", "two"]})
-        self.assertEqual(follower.stdout.readline(), b"err\n")
+        self.assertRegex(follower.stdout.readline(), rb"\A[-0-9]{10} [0-9:]{8} err\n\Z")
         self.assertEqual(self.interrupted(follower), b"")
 
     def test_a_pipe_that_nobody_reads(self):
@@ -11960,13 +12022,19 @@ class CliWatch(CliFollowCase):
         self.sleepers("a", "b")
         self.call("stop", "all")
         lines = [everything.stdout.readline().decode()]
-        while "b: exit" not in lines[-1]:
+        while sum(" exit (" in line for line in lines) < 2:      # in either order
             lines.append(everything.stdout.readline().decode())
         self.assertRegex("".join(lines), r"\A\d\d:\d\d:\d\d a: create\n[\d:]+ a: start\n[\d:]+ a: spawn \(pid 1, os pid \d+\)\n")
         self.assertRegex("".join(lines), r"b: exit \(pid 2, os pid \d+, signal 15\)\n")
         event = json.loads(exits.stdout.readline())
         self.assertEqual((event["event"], event["name"], event["term_signal"]), ("exit", "a", 15))
         self.assertEqual((self.interrupted(everything), self.interrupted(exits)), (b"", b""))
+
+    def test_colours(self):
+        event = {"event": "exit", "name": "a", "time": 0, "pid": 1, "os_pid": 7, "exit_status": 3, "term_signal": 0}
+        plain = gaffer.event_line(event, False)
+        self.assertEqual(plain[9:], "a: exit (pid 1, os pid 7, status 3)")
+        self.assertEqual(gaffer.event_line(event, True)[9:], "\x1b[31m%s\x1b[0m" % plain[9:])
 
     def test_patterns(self):
         for text, pattern in (("", ""), ("exit", "exit"), ("proc/web.a/exit", "proc/web.a/exit"), ("proc.web", "proc/web"), (
@@ -12438,6 +12506,14 @@ class ConfigServe(CliFollowCase):
         os_pid, = server.add("a", {"cmd": "sleep 1000"})
         self.assertEqual((server.stop(signal.SIGHUP), server.stderr), (0, ""))
         self.assertFalse(alive(os_pid))
+
+    def test_a_procfile(self):
+        path = self.file(self.folder(), "Procfile", "web: exec sleep 1000\nworker: exec sleep 1000\n")
+        server = self.start("serve", path, "--bind", "127.0.0.1:0")
+        self.assertEqual(server.ok("GET", "/processes"), ["web", "worker"])
+        self.assertEqual(server.ok("GET", "/processes/worker")["env"], {"PORT": "5100"})
+        self.assertEqual(self.called("scale", "-f", path, "web=2", "--endpoint", server.urls[0]), (0, "web: 2 processes\n", ""))
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
 
     def test_a_file_with_faults(self):
         path = self.file(self.folder(), "x.ini", "[process:a]\ncomand = x\n[process:b]\ncmd = true\nshell = 7\n")
@@ -12963,7 +13039,8 @@ class CliDaemon(CliFollowCase):
         folder = self.folder()
         endpoint, pidfile, log = "unix:" + os.path.join(folder, "socket"), os.path.join(folder, "pid"), os.path.join(folder, "log")
         arguments = ("serve", "--daemon", "--bind", endpoint, "--log-file", log, "--pidfile", pidfile)
-        run = subprocess.run(CLI_SCRIPT + list(arguments), env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT,
+        script = [PYTHON, "-W", "error", CLI_FILE]          # without -X dev, in which Python 3.8 fails after any fork
+        run = subprocess.run(script + list(arguments), env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT,
                              check=False, universal_newlines=True)
         self.assertEqual((run.returncode, run.stderr, run.stdout), (0, "", "gaffer %s listening on %s\n" % (gaffer.__version__, endpoint)))
         os_pid = int(cli_read(pidfile))
