@@ -5496,7 +5496,7 @@ class Channel:
     received(data), drained() and closing()."""
 
     stall = STALL
-    kind = "request"                            # or what it follows, as /metrics calls it
+    said = None                                 # what the access log is told at the end, but for the bytes
 
     def __init__(self, http, sock, received=b""):
         self.http, self.loop, self.sock = http, http.loop, sock
@@ -5506,10 +5506,15 @@ class Channel:
         self.closed = False
         self._ending, self._lingered = False, 0
         self._queue, self.queued = collections.deque(), 0
-        self.sent, self.said = 0, None          # bytes; and what the access log is told at the end
+        self.sent = 0                           # bytes
         self._mask = 0                          # what the selector watches
         self._timer = None
         self._progress = 0.0
+
+    @property
+    def kind(self):
+        """What its client does, as /metrics calls it."""
+        return "request"
 
     def open(self):
         """Begin; called on the loop."""
@@ -5823,9 +5828,13 @@ class FeedChannel(Channel):
         super().__init__(http, sock, received)
         self._reply, self._more, self._reader = reply, more, reply.reader
         self._reader.sink = self
-        self.kind = "eventsource" if reply.form == "eventsource" else "continuous"
         self.stall = BLOCK_STALL if self._reader.loss == "block" else STALL
         self._end_feed = self._beat = None
+
+    @property
+    def kind(self):
+        """See Channel."""
+        return "eventsource" if self._reply.form == "eventsource" else "continuous"
 
     def open(self):
         """See Channel."""
@@ -5896,7 +5905,6 @@ class WebSocketChannel(Channel):
     hold() and go_on() they get no messages, and what has come stays as it came."""
 
     limit = MESSAGE_SIZE
-    kind = "websocket"
 
     def __init__(self, http, sock, received, headers, inflater):
         super().__init__(http, sock, received)
@@ -5904,6 +5912,11 @@ class WebSocketChannel(Channel):
         self._decoder = WebSocketDecoder(self.limit, inflater)
         self._said_close = False
         self.held = False
+
+    @property
+    def kind(self):
+        """See Channel."""
+        return "websocket"
 
     def open(self):
         """See Channel."""
@@ -6193,6 +6206,11 @@ class RequestChannel(Channel):
         self._complete = 0.0                    # when the request was; 0: it had to wait for something to happen
         self._ends = ()                         # what ends a long poll's wait
 
+    @property
+    def kind(self):
+        """See Channel."""
+        return "longpoll" if self._parked else "request"
+
     def open(self):
         """See Channel."""
         super().open()
@@ -6419,7 +6437,7 @@ class RequestChannel(Channel):
     # long polls
 
     def _park(self, reply):
-        self._parked, self._complete, self.kind = True, 0.0, "longpoll"
+        self._parked, self._complete = True, 0.0
         if reply.timeout is not None:
             self._ends = (self.loop.later(reply.timeout, lambda: self._deliver(attempt(reply.expired))).cancel,)
         self._ends += (reply.begin(self._deliver),)
@@ -6433,7 +6451,7 @@ class RequestChannel(Channel):
             self.loop.call_soon(self._go_on)
 
     def _end_poll(self):
-        self._parked, self.kind = False, "request"
+        self._parked = False
         for end in self._ends:
             end()
         self._ends = ()
