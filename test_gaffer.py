@@ -34,6 +34,7 @@ import random
 import re
 import resource
 import runpy
+import select
 import selectors
 import shlex
 import shutil
@@ -729,13 +730,16 @@ class PureReadiness(PureLoopCase):
         self.assertEqual(seen, ["first"])
 
     def test_a_failing_callback(self):
+        """The loop goes on; the same fault is told once a minute, another one at once."""
         read, write = self.pipes[0]
-        self.register(read, lambda mask: os.read(read, 1) and 1 // 0)
-        os.write(write, b"ab")
+        seen = []
+        self.register(read, lambda mask: seen.append(os.read(read, 1)) or {b"a": 1}[seen[-1]] // 0)
+        os.write(write, b"abab")
         with self.assertLogs("gaffer", "ERROR") as logs:
-            self.advance()
-            self.advance()
-        self.assertEqual(len(logs.records), 2)
+            for _ in range(4):
+                self.advance()
+        self.assertEqual(seen, [b"a", b"b"] * 2)
+        self.assertEqual([record.exc_info[0] for record in logs.records], [ZeroDivisionError, KeyError])
 
     def test_wake_descriptor(self):
         """What a signal handler's wake-up writes ends the wait."""
@@ -7952,6 +7956,107 @@ class HttpToken(HttpCase):
         answer.connection.close()
 
 
+class HttpPages(HttpCase):
+    """What a page of the web can make its reader's browser send to a gaffer on the same machine, without asking first."""
+
+    BODY = b'{"name": "evil", "cmd": "cat", "args": ["="]}'
+
+    def unchanged(self, server=None):
+        """Nothing was added, started or stopped."""
+        self.assertEqual((server or self.server).ok("GET", "/processes"), ["web"])
+        self.assertEqual((server or self.server).ok("GET", "/processes?running=1"), [1])
+
+    def test_forms_and_simple_requests(self):
+        """Of every type that needs no preflight (Fetch standard, "CORS-safelisted request-header"), and as beacons."""
+        self.cat("web")
+        for kind in ("text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", None):
+            for origin in ("http://evil.example", "https://evil.example:5000", "null"):
+                for path in ("/processes", "/processes/web/_stop", "/processes/web/_add", "/streams/1/stdin", "/groups/x/_stop",
+                             "/processes/web/_signal/9"):
+                    with self.subTest(kind=kind, origin=origin, path=path):
+                        headers = ["Origin: " + origin, "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors"]
+                        headers += ["Content-Type: " + kind] if kind else []
+                        answer = self.ask(http_bytes("POST", path, *headers, body=self.BODY))
+                        self.assertCode(answer, 403, "forbidden_origin")
+                        self.assertEqual(HttpAccess.cors_names(answer[1]), set())
+        self.unchanged()
+
+    def test_what_needs_no_origin_changes_nothing(self):
+        """Images, links, scripts and frames send GET without an Origin: whatever the route, whatever it is told to override."""
+        self.cat("web")
+        before = self.server.ok("GET", "/watch?since=0&timeout=0")
+        for path, _ in gaffer.ROUTES:
+            target = path.replace("<pid>", "1").replace("<label>", "stdin").replace("<g>", "web").replace("<sig>", "9").replace("<n>", "1")
+            target = re.sub("<[^>]*>", "web", target)
+            for method in ("GET", "HEAD"):
+                with self.server.connect() as sock:     # some go on for ever
+                    sock.sendall(http_bytes(method, target + "?feed=longpoll&timeout=0", "X-HTTP-Method-Override: DELETE", "Connection: close",
+                                            "X-HTTP-Method: POST", "Referer: http://evil.example/"))
+                    self.assertRegex(sock.recv(12), rb"HTTP/1.1 [24]0[0-9]|HTTP/1.1 426", target)
+        self.assertEqual(self.server.ok("GET", "/watch?since=0&timeout=0"), before)
+        self.unchanged()
+
+    def test_rebound_name(self):
+        """A page whose own name was pointed here is of the same origin, by its browser's lights: its Host gives it away."""
+        self.cat("web")
+        for host in ("evil.example", "0.0.0.0", "[::]", "localhost.evil.example", "127.0.0.1.evil.example"):
+            host = "%s:%d" % (host, self.server.port)
+            for method, path in (("GET", "/processes"), ("GET", "/streams/1/stdout?since=0"), ("POST", "/processes"), ("OPTIONS", "/processes"),
+                                 ("DELETE", "/processes/web"), ("GET", "/"), ("GET", "/ping")):
+                with self.subTest(host=host, path=path):
+                    for headers in ((), ("Origin: http://" + host, "Sec-Fetch-Site: same-origin")):
+                        answer = self.ask(http_bytes(method, path, *headers, host=host))
+                        self.assertCode(answer, 403, "forbidden_host")
+                        self.assertEqual(HttpAccess.cors_names(answer[1]), set())
+            upgrade = http_bytes("GET", "/wstreams/1", "Origin: http://" + host, "Upgrade: websocket", "Connection: Upgrade",
+                                 "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==", host=host)
+            self.assertEqual(self.ask(upgrade)[0], 403)
+        self.unchanged()
+
+    def test_websockets(self):
+        """Need no preflight, and are readable by who opens them: from a foreign page there is none, read-only or not."""
+        self.cat("web")
+        for origin in ("http://evil.example", "https://evil.example", "null", "http://0.0.0.0:%d" % self.server.port, "file://"):
+            for query in ("", "?readonly=true"):
+                made = WebSocket(self.server.port, "/wstreams/1" + query, "Origin: %s\r\n" % origin)
+                self.addCleanup(made.close)
+                self.assertEqual(made.status, 403, origin)
+        self.unchanged()
+
+    def test_private_network_preflight(self):
+        """Nobody foreign is let in by the preflight that some browsers send to private addresses."""
+        answer = self.ask(http_bytes("OPTIONS", "/processes", "Origin: http://evil.example", "Access-Control-Request-Method: POST",
+                                     "Access-Control-Request-Private-Network: true"), "OPTIONS")
+        self.assertEqual((answer[0], HttpAccess.cors_names(answer[1])), (204, set()))
+
+    def test_token_guesses_are_all_answered_alike(self):
+        """Each is compared as a whole in constant time (hmac.compare_digest), and refused in the same words."""
+        import hmac
+        server = Running(token="correct horse")
+        self.addCleanup(server.stop_all)
+        compared, compare = [], hmac.compare_digest
+
+        def recorded(given, token):
+            compared.append((given, token))
+            return compare(given, token)
+        hmac.compare_digest = recorded
+        self.addCleanup(setattr, hmac, "compare_digest", compare)
+        answers = set()
+        guesses = ("", "c", "correct horsf", "correct horse ", "Correct horse", "correct hors", "x" * 5000, "correct horse\xe9")
+        for guess in guesses:
+            for header in ("Authorization: Bearer " + guess, HttpToken.basic("user:" + guess)):
+                answer = self.ask(http_bytes("GET", "/processes", header), server=server)
+                if guess == "correct horse " and "Bearer" in header:
+                    continue                    # white space around a header's value is none of it
+                answer[1].pop("date")
+                answers.add((answer[0], str(answer[1]), answer[2]))
+        self.assertEqual(len(answers), 1, answers)
+        self.assertEqual(answers.pop()[0], 401)
+        self.assertEqual(len(compared), 2 * len(guesses))
+        self.assertEqual({token for _, token in compared}, {b"correct horse"})
+        self.assertEqual(self.ask(http_bytes("GET", "/processes", "Authorization: Bearer correct horse"), server=server)[0], 200)
+
+
 class HttpEndpoints(HttpCase):
     """Where a server listens: TLS, unix sockets, IPv6, several at once; and where it refuses to."""
 
@@ -13512,6 +13617,533 @@ class Loadtest(CliCase):
         self.assertFalse(names["faulty"]({"figures": {}, "error": "not installed", "missing": True}))
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# chaos: everything at once, at random, and then the books
+# --------------------------------------------------------------------------------------------------------------------
+CHAOS = {"seconds": 3.0, "seed": 20}            # --chaos SECONDS, --seed N
+CHAOS_LINE = b"%08d\n"                          # all that children write: the content of a stream follows from the offset
+CHAOS_CHILDREN = {
+    "writer": """
+        import os, sys, time
+        n, speed = 0, int(sys.argv[1])
+        while n < int(sys.argv[2]):
+            data = b"".join(b"%08d\\n" % number for number in range(n, n + speed))
+            while data: data = data[os.write(1, data):]
+            n += speed
+            time.sleep(0.01)
+        """,
+    "stubborn": """
+        import os, signal, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.write(1, b"00000000\\n00000001\\n")
+        if os.fork() == 0: time.sleep(1000)
+        while True: time.sleep(1000)
+        """,
+    "parent": """
+        import os, time
+        os.write(1, b"00000000\\n")
+        if os.fork() == 0: time.sleep(1000)
+        time.sleep(0.2)
+        os._exit(3)
+        """,
+}
+
+
+def chaos_bytes(start, end):
+    """What a stream holds from offset `start` to `end`."""
+    lines = b"".join(CHAOS_LINE % number for number in range(start // 9, end // 9 + 1))
+    return lines[start % 9:start % 9 + end - start]
+
+
+class ChaosReaders:
+    """Reads streams, each on a thread of its own, and checks every byte: delivered, or dropped and told, or still to come."""
+
+    def __init__(self, port, chance):
+        self.port, self.chance = port, chance
+        self.faults, self.open = [], {}         # open: thread -> its socket
+        self.hurry = threading.Event()          # from here on, nobody reads slowly
+        self.books = dict.fromkeys(("delivered", "dropped", "cut", "readers", "resumed"), 0)
+        self._lock = threading.Lock()
+
+    def start(self, kind, target):
+        """A new reader of pid or name `target`."""
+        sock = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
+        slow = self.chance.random() < 0.3 and kind != "longpoll"
+        if slow:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        thread = threading.Thread(target=self._run, args=(kind, target, sock, slow), name="chaos %s %s" % (kind, target))
+        with self._lock:
+            self.open[thread] = sock
+            self.books["readers"] += 1
+        thread.start()
+
+    def _run(self, kind, target, sock, slow):
+        file = sock.makefile("rb", 512 if slow else -1)
+        try:
+            getattr(self, "_" + kind)(target, sock, file, (lambda: self.hurry.wait(0.002)) if slow else (lambda: None))
+        except (OSError, EOFError):
+            self.count(cut=1)                   # the test has dropped it, or the server has: told by the end
+        except Exception as error:
+            self.faults.append("%s of %s: %s" % (kind, target, repr(error)[:500]))
+        finally:
+            file.close()
+            sock.close()
+            with self._lock:
+                self.open.pop(threading.current_thread(), None)
+
+    def count(self, **more):
+        """Enter into the books."""
+        with self._lock:
+            for name, number in more.items():
+                self.books[name] += number
+
+    def drop(self, how):
+        """End one of them from this side."""
+        with self._lock:
+            if self.open:
+                sock = self.chance.choice(list(self.open.values()))
+                with contextlib.suppress(OSError):
+                    if how == "reset":
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    sock.shutdown(socket.SHUT_WR if how == "half" else socket.SHUT_RDWR)
+
+    @staticmethod
+    def line(file):
+        """One line; EOFError at the end."""
+        line = file.readline()
+        if not line.endswith(b"\n"):
+            raise EOFError
+        return line
+
+    def ask(self, sock, file, path, *headers):
+        """(status, headers) of a GET."""
+        sock.sendall("\r\n".join(("GET %s HTTP/1.1" % path, "Host: localhost", *headers, "", "")).encode())
+        status = int(self.line(file).split()[1])
+        return status, http.client.parse_headers(file)
+
+    def body(self, file, headers):
+        """The body of an answer with a length."""
+        data = file.read(int(headers["Content-Length"] or 0))
+        if len(data) < int(headers["Content-Length"] or 0):
+            raise EOFError
+        return data
+
+    def same(self, place, data):
+        """Check what was delivered at an offset. Returns the offset behind it."""
+        assert data == chaos_bytes(place, place + len(data)), "at %d came %r" % (place, data[:60])
+        self.count(delivered=len(data))
+        return place + len(data)
+
+    def _longpoll(self, pid, sock, file, pause):
+        place = 0
+        for _ in range(20):
+            status, headers = self.ask(sock, file, "/streams/%s/stdout?since=%d&timeout=0.3" % (pid, place))
+            if status == 404:
+                break
+            assert status in (200, 204), status
+            data = self.body(file, headers) if status == 200 else b""
+            dropped = int(headers["Gaffer-Dropped"] or 0)
+            self.count(dropped=dropped)
+            place = self.same(place + dropped, data)
+            assert int(headers["Gaffer-Offset"]) == place, (headers["Gaffer-Offset"], place)
+
+    def _chunks(self, file, pause):
+        """Each chunk; last the trailer, as a dict."""
+        while True:
+            size = int(self.line(file), 16)
+            if size == 0:
+                break
+            data = b""
+            while len(data) < size:
+                more = file.read1(min(size - len(data), 65536))
+                if not more:
+                    raise EOFError
+                data += more
+                pause()
+            assert self.line(file) == b"\r\n"
+            yield data
+        yield dict(http.client.parse_headers(file))
+
+    def _continuous(self, pid, sock, file, pause):
+        status, headers = self.ask(sock, file, "/streams/%s/stdout?feed=continuous&since=0" % pid)
+        if status == 200:
+            place = int(headers["Gaffer-Offset"])
+            for data in self._chunks(file, pause):
+                place = place if isinstance(data, dict) else self.same(place, data)
+
+    def _skip(self, pid, sock, file, pause):
+        status, headers = self.ask(sock, file, "/streams/%s/stdout?feed=continuous&since=0&loss=skip" % pid)
+        if status == 200:
+            taken, last = 0, b""
+            for data in self._chunks(file, pause):
+                if isinstance(data, dict):
+                    dropped = int(data.get("Gaffer-Dropped", 0))
+                    whole = re.search(rb"([0-9]{8})\n([0-9]{0,8})\Z", last)
+                    if whole:                   # the last line tells where the stream has ended
+                        end = 9 * (int(whole.group(1)) + 1) + len(whole.group(2))
+                        assert taken + dropped == end, (headers["Gaffer-Offset"], taken, dropped, end, last)
+                    self.count(dropped=dropped, delivered=taken)
+                else:
+                    taken, last = taken + len(data), (last + data)[-40:]
+
+    def _block(self, pid, sock, file, pause):
+        status, headers = self.ask(sock, file, "/streams/%s/stdout?feed=continuous&since=0&loss=block" % pid)
+        if status == 200:
+            place = int(headers["Gaffer-Offset"])
+            for data in self._chunks(file, pause):
+                place = place if isinstance(data, dict) else self.same(place, data)
+
+    def _events(self, sock, file, pause, path, *headers):
+        status, _ = self.ask(sock, file, path, *headers)
+        if status != 200:
+            return
+        for event in sse_events(file):
+            yield event
+            pause()
+
+    def _sse(self, pid, sock, file, pause, place=0, *headers):
+        most = self.chance.randrange(1, 3000)
+        for event in self._events(sock, file, pause, "/streams/%s/stdout?feed=eventsource&since=%d" % (pid, 0), *headers):
+            if event.get("event") == "dropped":
+                bytes_ = json.loads(event["data"])
+                assert not bytes_.get("restarted"), event
+                place += bytes_["bytes"]
+                self.count(dropped=bytes_["bytes"])
+                continue
+            end = int(event["id"].partition("@")[0].rstrip("x"))
+            if event["event"] == "exit":
+                assert end == place, (event, place)
+                continue
+            data = event["data"].encode()
+            assert end - place in (len(data), len(data) + 1), (event, place)
+            place = self.same(place, data + b"\n" * (end - place - len(data)))
+            most -= 1
+            if most == 0 and not headers:       # a reconnect: no gap, no repeat
+                self.count(resumed=1)
+                sock.close()
+                with socket.create_connection(("127.0.0.1", self.port), TIMEOUT) as again, again.makefile("rb") as more:
+                    with self._lock:
+                        self.open[threading.current_thread()] = again
+                    return self._sse(pid, again, more, lambda: None, place, "Last-Event-ID: " + event["id"])
+        return None
+
+    def _merged(self, name, sock, file, pause):
+        place = None
+        for event in self._events(sock, file, pause, "/streams/%s/stdout?feed=eventsource&tail=all" % name):
+            if event.get("event") == "dropped":
+                lost = json.loads(event["data"])["bytes"]
+                place = None if place is None else place + lost
+                self.count(dropped=lost)
+                continue
+            end, data = int(event["id"].partition("@")[0].rstrip("x")), event["data"]
+            assert re.fullmatch("[0-9]{0,8}", data), event
+            assert place is None or end - place in (len(data), len(data) + 1), (event, place)
+            self.count(delivered=end - place if place is not None else len(data))
+            place = end
+
+    def _websocket(self, pid, sock, file, pause):
+        status, _ = self.ask(sock, file, "/wstreams/%s?type=binary&readonly=true&since=0" % pid, "Upgrade: websocket",
+                             "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==")
+        place = 0
+        while status == 101:
+            head = file.read(2)
+            if len(head) < 2:
+                raise EOFError
+            size = head[1]
+            if size >= 126:
+                size = int.from_bytes(file.read(2 if size == 126 else 8), "big")
+            data = file.read(size)
+            if len(data) < size:
+                raise EOFError
+            pause()
+            if head[0] & 15 == 8:
+                code = int.from_bytes(data[:2], "big")
+                assert code in (1000, 1001, 1013), data
+                self.count(dropped=int(data.split()[-1]) if code == 1013 else 0)
+                break
+            place = self.same(place, data)
+
+    def _watch(self, name, sock, file, pause):
+        last = 0
+        for event in self._events(sock, file, pause, "/watch?feed=eventsource"):
+            if event.get("event") != "dropped":
+                number = int(event["id"].partition("@")[0])
+                assert number > last, event
+                last = number
+
+    def _stats(self, name, sock, file, pause):
+        for _ in self._events(sock, file, pause, "/stats?feed=eventsource&interval=0.1"):
+            pass
+
+
+class Chaos(CliCase):
+    """All of it at random, under a seed. Then the books: processes, bytes, threads, descriptors, children, memory."""
+
+    PROGRAM = """if True:
+        import ctypes, gc, signal, sys
+        sys.path[0] = %r
+        import gaffer
+
+        def trim(signum, frame):                # what the allocator only keeps is not gaffer's
+            gc.collect()
+            if sys.platform == "linux":
+                ctypes.CDLL(None).malloc_trim(0)
+        signal.signal(signal.SIGUSR1, trim)
+        sys.exit(gaffer.main())"""
+
+    READERS = ("longpoll", "continuous", "skip", "block", "sse", "sse", "websocket", "merged", "watch", "stats")
+
+    def test_chaos(self):
+        seconds, seed = CHAOS["seconds"], CHAOS["seed"]
+        self.chance = random.Random(seed)
+        self.journal = []
+        self.mark = "chaos-%d-%d" % (os.getpid(), seed)
+        self.server = self.run_program([PYTHON, "-c", self.PROGRAM % HERE, "serve", "--bind", "127.0.0.1:0", "--window", "65536"])
+        first = self.state()
+        try:
+            self.books = self.round(min(10.0, seconds / 3), 0)
+            while int(self.last_event.partition("@")[0]) < gaffer.EVENTS_KEPT + 100:    # the log of events is full from here on
+                self.server.ok("POST", "/processes", {"name": "x", "cmd": "true", "start": False})
+                self.server.ok("DELETE", "/processes/x")
+                self.last_event = self.server.ok("GET", "/watch/delete?since=%s" % self.last_event)["id"]
+            until(lambda: self.state()[:2] == first[:2], "the end of all connections")
+            before = self.state()
+            self.books = self.round(seconds, 1)
+            self.same_state(before)
+            self.assertEqual(self.server.stop(), 0)
+            self.assertEqual(self.server.stderr, "")
+        except BaseException:
+            print("\nchaos: seed %d, %g seconds; the last actions:" % (seed, seconds), *self.journal[-30:], sep="\n  ", file=sys.stderr)
+            raise
+        if seconds > 10:
+            print("chaos: seed %d, %g seconds: %s; state before and after %s %s" % (
+                seed, seconds, self.books, before, self.after), file=sys.stderr)
+
+    def state(self):
+        """(threads, descriptors, children, KiB of memory) of the server."""
+        pid = self.server.process.pid
+        self.server.process.send_signal(signal.SIGUSR1)
+        self.server.request("GET", "/ping")
+        status = dict(re.findall(r"(\w+):\s+(\d+)", cli_read("/proc/%d/status" % pid)))
+        return (int(status["Threads"]), len(os.listdir("/proc/%d/fd" % pid)), gaffer.ProcfsTable().children(pid), int(status["VmRSS"]))
+
+    def same_state(self, before):
+        """No thread, descriptor, child or two megabytes more than before."""
+        def same():
+            self.after = self.state()
+            return self.after[:3] == before[:3] and self.after[3] - before[3] < 2048
+        try:
+            until(same, "the end of all", 10)
+        except AssertionError:
+            folder = "/proc/%d/fd" % self.server.process.pid
+            self.assertEqual(self.after, before, [os.readlink(os.path.join(folder, name)) for name in os.listdir(folder)])
+
+    def marked(self):
+        """OS pids of all descendants that were ever started, by their environment."""
+        found = []
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open("/proc/%s/environ" % name, "rb") as file:
+                if self.mark.encode() in file.read() and alive(int(name)):
+                    found.append(int(name))
+        return found
+
+    def ask(self, method, path, body=None, good=(200,)):
+        """The value of a request on a connection that is kept; its status has to be one of `good`."""
+        self.journal.append("%s %s %s" % (method, path, str(body)[:100] if body else ""))
+        self.connection.request(method, path, json.dumps(body) if isinstance(body, dict) else body)
+        answer = self.connection.getresponse()
+        data = answer.read()
+        self.assertIn(answer.status, good, (self.journal[-1], data))
+        self.count_of_actions += 1
+        return json.loads(data) if data and answer.status == 200 else None
+
+    def round(self, seconds, number):
+        """Chaos for so long; returns the books."""
+        self.count_of_actions, self.written = 0, {}
+        self.connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=TIMEOUT)
+        self.readers = ChaosReaders(self.server.port, self.chance)
+        events, ended = [], threading.Event()
+        last = self.server.request("GET", "/watch?since=0&timeout=0")
+        since = self.last_event if number else "0"
+        feed = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=4 * TIMEOUT)
+        feed.request("GET", "/watch?feed=continuous&since=%s" % since)
+        stream = feed.getresponse()
+        self.assertEqual((last[0] in (200, 204), stream.status), (True, 200))
+
+        def take():
+            for line in stream:
+                events.append(json.loads(line))
+                if events[-1]["event"] == "create" and events[-1]["name"] == "end%d" % number:
+                    break
+            ended.set()
+        taker = threading.Thread(target=take)
+        taker.start()
+        actions = [getattr(self, name) for name in dir(self) if name.startswith("do_")]
+        deadline = time.monotonic() + seconds
+        try:
+            while time.monotonic() < deadline and not self.readers.faults:
+                self.chance.choice(actions)()
+            for name in self.ask("GET", "/processes"):
+                self.ask("DELETE", "/processes/" + name)
+            until(lambda: not self.marked() and not gaffer.ProcfsTable().children(self.server.process.pid), "the end of all processes, and that the server has seen it")
+            self.ask("POST", "/processes", {"name": "end%d" % number, "cmd": "true", "start": False})
+            self.assertTrue(ended.wait(TIMEOUT), "the watcher sees the end")
+            self.ask("DELETE", "/processes/end%d" % number)
+            self.last_event = events[-1]["id"]
+        finally:
+            self.end_readers()
+            feed.close()
+            stream.close()
+            taker.join()
+            self.connection.close()
+        self.assertEqual(self.readers.faults, [])
+        return dict(self.account(events), actions=self.count_of_actions, **self.readers.books)
+
+    def end_readers(self):
+        """Those that end have ended by themselves: their streams have; the others are dropped."""
+        for thread in tuple(self.readers.open):
+            if "watch" in thread.name or "stats" in thread.name:
+                with contextlib.suppress(OSError, KeyError):
+                    self.readers.open[thread].shutdown(socket.SHUT_RDWR)
+        self.readers.hurry.set()
+        deadline = time.monotonic() + TIMEOUT
+        for thread in tuple(self.readers.open):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                self.readers.faults.append("%s did not end with its stream" % thread.name)
+                with contextlib.suppress(OSError, KeyError):
+                    self.readers.open[thread].shutdown(socket.SHUT_RDWR)
+                thread.join()
+
+    def account(self, events):
+        """Every event once and in order; every process spawned once and gone once."""
+        numbers = [int(event["id"].partition("@")[0]) for event in events if event["event"] != "dropped"]
+        self.assertEqual([event for event in events if event["event"] == "dropped"], [])
+        self.assertEqual(numbers, list(range(numbers[0], numbers[0] + len(numbers))))
+        spawned = [event["pid"] for event in events if event["event"] == "spawn"]
+        exited = [event["pid"] for event in events if event["event"] == "exit"]
+        self.assertEqual(len(set(spawned)), len(spawned))
+        self.assertEqual(sorted(spawned), sorted(exited))
+        return {"events": len(events), "spawned": len(spawned), "exited": len(exited)}
+
+    # what may happen
+
+    def any_name(self):
+        return "t%d" % self.chance.randrange(6)
+
+    def any_pid(self):
+        """A running pid, or 0."""
+        pids = self.ask("GET", "/processes?running=true")
+        return self.chance.choice(pids) if pids else 0
+
+    def template(self):
+        """The fields of a random template."""
+        chance = self.chance
+        kind = chance.choice(["writer"] * 4 + ["cat"] * 3 + ["stubborn", "parent", "dies"])
+        info = {"env": {"CHAOS": self.mark}, "numprocesses": chance.choice((1, 1, 2, 3)), "graceful_timeout": 0.2}
+        if kind == "cat":
+            info.update(cmd="cat", redirect_input=True, custom_streams=chance.choice(([], ["extra"])))
+        elif kind == "dies":
+            info.update(cmd="sh -c 'exit %d'" % chance.randrange(256))
+            if chance.random() < 0.5:
+                info["flapping"] = {"attempts": 2, "window": 1.0, "retry_in": 0.2, "max_retry": 2}
+        else:
+            info.update(python(CHAOS_CHILDREN[kind]))
+            info["args"] = info["args"] + [str(chance.choice((1, 10, 100, 3000))), str(chance.choice((10, 1000, 10 ** 7)))]
+        return info
+
+    def do_add(self):
+        self.ask("POST", "/processes", dict(self.template(), name=self.any_name(), start=self.chance.random() < 0.9), (200, 409))
+
+    do_add_more = do_add
+
+    def do_update(self):
+        self.ask("PUT", "/processes/" + self.any_name(), self.template(), (200, 404))
+
+    def do_delete(self):
+        if self.chance.random() < 0.5:
+            self.ask("DELETE", "/processes/" + self.any_name(), None, (200, 404))
+
+    def do_scale(self):
+        self.ask("POST", "/processes/%s/%s/%d" % (self.any_name(), self.chance.choice(("_add", "_sub")),
+                                                  self.chance.randrange(1, 3)), None, (200, 404))
+        for name in self.ask("GET", "/processes"):      # not too many of them
+            number = (self.ask("GET", "/status/" + name, None, (200, 404)) or {}).get("numprocesses", 0)
+            if number > 4:
+                self.ask("POST", "/processes/%s/_sub/%d" % (name, number - 2), None, (200, 404))
+
+    def do_act(self):
+        action = self.chance.choice(("_start", "_stop", "_restart", "_start", "_restart?wait=2", "_stop?wait=2"))
+        self.ask("POST", "/processes/%s/%s" % (self.any_name(), action), None, (200, 404, 504))
+
+    def do_kill_from_outside(self):
+        pid = self.any_pid()
+        info = pid and self.ask("GET", "/processes/%d" % pid, None, (200, 404))
+        if info:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(info["os_pid"], self.chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)))
+
+    def do_signal(self):
+        self.ask("POST", "/processes/%d/_signal/%s%s" % (self.any_pid(), self.chance.choice(("TERM", "9", "SIGINT", "CONT")),
+                                                         self.chance.choice(("", "?group=true"))), None, (200, 404))
+
+    def do_stop_pid(self):
+        self.ask("DELETE", "/processes/%d" % self.any_pid(), None, (200, 404))
+
+    def do_write(self):
+        """Numbered lines to a cat: its output is checked like any other."""
+        pid, number = self.any_pid(), self.chance.choice((1, 100, 10000, 100000))
+        info = pid and self.ask("GET", "/processes/%d" % pid, None, (200, 404))
+        if info and info["cmd"] == "cat":
+            start = self.written.get(pid, 0)
+            status = (200, 403, 404, 503)
+            if self.ask("POST", "/streams/%d/stdin" % pid, chaos_bytes(9 * start, 9 * (start + number)), status):
+                self.written[pid] = start + number
+
+    do_write_more = do_write
+
+    def do_end_stdin(self):
+        if self.chance.random() < 0.3:
+            self.ask("DELETE", "/streams/%d/stdin" % self.any_pid(), None, (200, 403, 404))
+
+    def do_read(self):
+        if len(self.readers.open) < 12:
+            kind = self.chance.choice(self.READERS)
+            target = self.any_name() if kind == "merged" else self.any_pid()
+            self.journal.append("read %s %s" % (kind, target))
+            self.readers.start(kind, target)
+
+    do_read_more = do_read_again = do_read
+
+    def do_drop(self):
+        how = self.chance.choice(("reset", "close", "half"))
+        self.journal.append("drop a reader: " + how)
+        self.readers.drop(how)
+
+    def do_flood(self):
+        """Many requests at once, of which not all answers are taken; or a piece of one, then a reset."""
+        data = self.chance.choice((
+            b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100, b"GET /stats HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3,
+            b"POST /streams/1/stdin HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf of it",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n\r\n\x81\x82", os.urandom(500),
+            b"GET /watch HTTP/1.1\r\nHost: localhost\r\n\r\n", b"POST /processes HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n"))
+        self.journal.append("flood %r" % data[:40])
+        with socket.create_connection(("127.0.0.1", self.server.port), TIMEOUT) as sock:
+            sock.sendall(data[:self.chance.randrange(1, len(data) + 1)])
+            end = self.chance.choice(("reset", "close", "half"))
+            if end == "half":
+                sock.shutdown(socket.SHUT_WR)
+                sock.settimeout(0.05)
+                with contextlib.suppress(OSError):
+                    while sock.recv(65536):
+                        pass
+            elif end == "reset":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def do_reconnect(self):
+        self.connection.close()
+
+
 class Structure(Case):
     """gaffer.py as a text: what it promises to its reader."""
 
@@ -13635,17 +14267,92 @@ class Structure(Case):
                 self.assertTrue(re.search(r"(?<![\w-])%s\b" % option, self.readme), "the README does not have it")
 
 
+def run_class(name, write):
+    """In a process of its own: run one class of tests, and write what came of it as JSON."""
+    stream = io.StringIO()
+    suite = unittest.defaultTestLoader.loadTestsFromName(name, sys.modules["__main__"])
+    result = unittest.TextTestRunner(stream, verbosity=0).run(suite)
+    report = {"ran": result.testsRun, "skipped": ["%s: %s" % (test.id(), why) for test, why in result.skipped],
+              "text": "" if result.wasSuccessful() else stream.getvalue()}
+    with os.fdopen(write, "w", encoding="utf-8") as file:
+        json.dump(report, file)
+    atexit._run_exitfuncs()
+
+
+def start_class(name):
+    """Fork a process that runs a class. Returns (pid, a file to read its report from)."""
+    read, write = os.pipe()
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.close(read)
+            atexit._clear()                     # what the first process has to clean up is still in use
+            run_class(name, write)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(write)
+    return pid, os.fdopen(read, encoding="utf-8")
+
+
+def run_all(jobs):
+    """All classes, `jobs` at a time, each in a process of its own: most of the time of most tests is waiting. Returns the exit
+    status."""
+    waiting = [name for name, thing in list(globals().items()) if isinstance(thing, type) and issubclass(thing, unittest.TestCase)
+               and unittest.defaultTestLoader.getTestCaseNames(thing)]
+    waiting.sort(key=lambda name: name not in LONG)
+    began, running, ran, skipped, failed = time.monotonic(), {}, 0, [], []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop(0)
+            pid, file = start_class(name)
+            running[file] = name, pid
+        for file in select.select(list(running), [], [])[0]:
+            name, pid = running.pop(file)
+            with file:
+                text = file.read()
+            os.waitpid(pid, 0)
+            report = json.loads(text) if text else {"ran": 0, "skipped": [], "text": "%s: its process has died\n" % name}
+            ran, skipped = ran + report["ran"], skipped + report["skipped"]
+            if report["text"]:
+                failed.append(name)
+                print(report["text"], file=sys.stderr, flush=True)
+    for line in skipped:
+        print("skipped: %s" % line)
+    print("Ran %d tests in %.3fs\n\n%s" % (ran, time.monotonic() - began, "FAILED: " + " ".join(failed) if failed else "OK"))
+    return 1 if failed or not ran else 0
+
+
+LONG = ("StreamsCost", "StreamsLoss", "Loadtest", "StreamsLossless", "CliFaults", "HttpOpenapi", "ProcessHostile", "ProcessHostileThread",
+        "Chaos", "CliDaemon", "CliCommands", "HttpConnections", "HttpEndpoints")    # begun first, or all would wait for them
+
+
 def main():
-    """Run all tests, or those that are named. --fuzz N: N cases of each kind; --seed SEED, or SEED:FIRST: the same ones again."""
+    """Run all tests, or those that are named. --fuzz N: N cases of each kind; --chaos SECONDS: that alone, for so long; --seed
+    SEED: the same ones again (of --fuzz: SEED:FIRST, too). --jobs N: classes at a time."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--fuzz", type=int)
+    parser.add_argument("--chaos", type=float)
     parser.add_argument("--seed")
+    parser.add_argument("--jobs", type=int, default=3)
     given, rest = parser.parse_known_args()
     if given.fuzz is not None:
         seed, _, first = (given.seed or str(random.randrange(10 ** 6))).partition(":")
         PureFuzz.cases, PureFuzz.seed, PureFuzz.first = given.fuzz, seed, int(first or 0)
         print("%d cases of each kind, seed %s" % (given.fuzz, seed), file=sys.stderr, flush=True)
-    unittest.main(argv=sys.argv[:1] + (rest or (["PureFuzz"] if given.fuzz is not None else [])))
+        rest = rest or ["PureFuzz"]
+    if given.chaos is not None:
+        CHAOS["seconds"], rest = given.chaos, rest or ["Chaos"]
+        if given.seed:
+            CHAOS["seed"] = int(given.seed)
+    if rest:
+        unittest.main(argv=sys.argv[:1] + rest)
+    sys.exit(run_all(given.jobs))
 
 
 if __name__ == "__main__":
