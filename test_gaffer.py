@@ -9748,10 +9748,12 @@ class CliStatus(CliControlCase):
             self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (130, b""))
 
     def test_table_on_a_terminal(self):
-        rows = [("x" * 100, "running", 1, "1s", 0, "-", "0.1%", "1M", ""),
-                ("web", "backoff", "-", "-", 12, 137, "-", "-", "next try in 8s, exited 137 (SIGKILL) 3 times")]
+        rows = [("x" * 100, "running", 1, "1s", 0, "-", "0.1%", "1M", []),
+                ("web", "backoff", "-", "-", 12, 137, "-", "-", ["next try in 8s", "exited 137 (SIGKILL) 3 times"])]
         lines = gaffer.status_table(rows, 80, False)
         self.assertTrue(all(len(line) <= 80 for line in lines), lines)
+        self.assertTrue(gaffer.status_table(rows[1:], 80, False)[1].endswith("-  next try in 8s"))
+        self.assertTrue(gaffer.status_table(rows[1:], 100, False)[1].endswith("8s, exited 137 (SIGKILL) 3 times"))
         wide = gaffer.status_table(rows, None, False)
         self.assertIn("x" * 100, wide[1])
         self.assertTrue(wide[2].endswith("3 times"))
