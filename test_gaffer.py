@@ -10905,6 +10905,7 @@ class ProcfileExample(CliFollowCase):
         self.file(self.app, "Procfile", text.replace("worker: exec", "worker: echo new; exec"))
         self.assertEqual(self.call("reload", *ask[:2]), "worker: changed (cmd)\nweb: kept\nclock: kept\n")
         seen += read_until("| new")
+        until(lambda: self.called("ps", *ask)[0] == 0, "all run again")
         self.assertEqual(len(self.call("ps", *ask).splitlines()), 6)
         stop()
         while True:
