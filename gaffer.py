@@ -8402,27 +8402,24 @@ def exit_text(last):
 
 
 def status_rows(status):
-    """The rows of one template, each (name, state, pid, uptime, restarts, exit, cpu, mem, what there is to say): one for
+    """The rows of one template, each (name, state, pid, uptime, restarts, exit, cpu, mem, [what there is to say]): one for
     each process, and for each place that waits for one; at least one."""
     last, name, restarts = status["last_exit"], status["name"], status["restarts"]
     code = "-" if last is None else exit_code(last)
-    why = status["error"] or (exit_text(last) if last else "")
+    why = [status["error"] or exit_text(last)] if status["error"] or last else []
     rows = []
     for process in status["processes"]:
-        note = "SIGKILL in %s" % span(process["kill_in"]) if "kill_in" in process else (
-            why if restarts and last["times"] > 1 and process["uptime"] < BACKOFF_RESET else "")
+        failing = restarts and last["times"] > 1 and process["uptime"] < BACKOFF_RESET
+        notes = ["SIGKILL in %s" % span(process["kill_in"])] if "kill_in" in process else why if failing else []
         cpu, mem = ("%.1f%%" % process["cpu"], human(process["rss"])) if "cpu" in process else ("-", "-")
-        rows.append((name, process["state"], process["pid"], span(process["uptime"]), restarts, code, cpu, mem, note))
-    for wait in status["waiting"]:
-        note = "next try in %s, %s" % (span(math.ceil(wait)), why)
-        rows.append((name, status["state"], "-", "-", restarts, code, "-", "-", note.rstrip(", ")))
-    if not rows:
-        note = "gave up, %s" % why if status["gave_up"] else status["error"] or ""
-        rows.append((name, status["state"], "-", "-", restarts, code, "-", "-", note))
-    return rows
+        rows.append((name, process["state"], process["pid"], span(process["uptime"]), restarts, code, cpu, mem, notes))
+    waiting = [["next try in %s" % span(math.ceil(wait)), *why] for wait in status["waiting"]]
+    if not rows and not waiting:
+        waiting = [["gave up", *why] if status["gave_up"] else why if status["error"] else []]
+    return rows + [(name, status["state"], "-", "-", restarts, code, "-", "-", notes) for notes in waiting]
 
 
-STATUS_HEAD = ("NAME", "STATE", "PID", "UPTIME", "RESTARTS", "EXIT", "CPU", "MEM", "")
+STATUS_HEAD = ("NAME", "STATE", "PID", "UPTIME", "RESTARTS", "EXIT", "CPU", "MEM", ())
 STATE_COLOURS = {"running": 32, "backoff": 31, "flapping": 31, "stopping": 33, "starting": 33}
 
 
@@ -8436,21 +8433,30 @@ def wants_colour():
     return has_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def fitting(notes, room):
+    """Notes in one line, as many as there is room for (None: all); the first is cut where it has to be."""
+    text = ", ".join(notes[:1])
+    for note in notes[1:]:
+        if room is None or len(text) + 2 + len(note) <= room:
+            text = "%s, %s" % (text, note)
+    return text[:room]
+
+
 def status_table(rows, width, coloured):
     """The lines of a table. `width`: of the terminal, None: nothing is cut."""
-    rows = [tuple(map(str, row)) for row in [STATUS_HEAD, *rows]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rest = sum(widths[1:-1]) + 2 * (len(widths) - 2)
+    rows = [(*map(str, row[:-1]), row[-1]) for row in [STATUS_HEAD, *rows]]
+    widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
+    rest = sum(widths[1:]) + 2 * (len(widths) - 1)
     if width is not None:
         widths[0] = min(widths[0], max(8, width - rest))
+    room = None if width is None else max(0, width - widths[0] - rest - 2)
     lines = []
-    for name, state, *numbers, note in rows:
+    for name, state, *numbers, notes in rows:
         cells = [name[:widths[0]].ljust(widths[0]), state.ljust(widths[1])]
-        cells += [number.rjust(size) for number, size in zip(numbers, widths[2:])]
-        room = None if width is None else max(0, width - widths[0] - rest - 2)
+        cells += [number_.rjust(size) for number_, size in zip(numbers, widths[2:])]
         if coloured and state in STATE_COLOURS:
             cells[1] = colour(cells[1], STATE_COLOURS[state])
-        lines.append("  ".join([*cells, note[:room]]).rstrip())
+        lines.append("  ".join([*cells, fitting(notes, room)]).rstrip())
     return lines
 
 

@@ -11819,10 +11819,12 @@ class CliStatus(CliControlCase):
             self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (130, b""))
 
     def test_table_on_a_terminal(self):
-        rows = [("x" * 100, "running", 1, "1s", 0, "-", "0.1%", "1M", ""),
-                ("web", "backoff", "-", "-", 12, 137, "-", "-", "next try in 8s, exited 137 (SIGKILL) 3 times")]
+        rows = [("x" * 100, "running", 1, "1s", 0, "-", "0.1%", "1M", []),
+                ("web", "backoff", "-", "-", 12, 137, "-", "-", ["next try in 8s", "exited 137 (SIGKILL) 3 times"])]
         lines = gaffer.status_table(rows, 80, False)
         self.assertTrue(all(len(line) <= 80 for line in lines), lines)
+        self.assertTrue(gaffer.status_table(rows[1:], 80, False)[1].endswith("-  next try in 8s"))
+        self.assertTrue(gaffer.status_table(rows[1:], 100, False)[1].endswith("8s, exited 137 (SIGKILL) 3 times"))
         wide = gaffer.status_table(rows, None, False)
         self.assertIn("x" * 100, wide[1])
         self.assertTrue(wide[2].endswith("3 times"))
@@ -12980,6 +12982,7 @@ class ProcfileExample(CliFollowCase):
         self.file(self.app, "Procfile", text.replace("worker: exec", "worker: echo new; exec"))
         self.assertEqual(self.call("reload", *ask[:2]), "worker: changed (cmd)\nweb: kept\nclock: kept\n")
         seen += read_until("| new")
+        until(lambda: self.called("ps", *ask)[0] == 0, "all run again")
         self.assertEqual(len(self.call("ps", *ask).splitlines()), 6)
         stop()
         while True:
