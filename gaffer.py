@@ -9135,11 +9135,17 @@ def run_once(arguments):
     argv = words if len(words) > 1 else ["/bin/sh", "-c", types.get(words[0], words[0])]
     env = dict(os.environ, **env)
     env.pop("GAFFER_TOKEN", None)
+    child, early = None, []
+
+    def pass_on(signum, frame_):
+        (early.append if child is None else child.send_signal)(signum)
     # a handler, unlike "ignore", is not inherited; what the terminal sends the child gets by itself
     before = {signum: signal.signal(signum, lambda *args: None) for signum in (signal.SIGINT, signal.SIGQUIT)}
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, pass_on)
     try:
         child = subprocess.Popen(argv, env=env, cwd=root)
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda signum, frame_: child.send_signal(signum))
+        for signum in early:
+            child.send_signal(signum)
         status = child.wait()
     except OSError as error:
         raise ClientError("'%s' cannot be run: %s" % (argv[0], error.strerror), 127) from None

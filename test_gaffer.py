@@ -50,6 +50,7 @@ import termios
 import textwrap
 import threading
 import time
+import traceback
 import tracemalloc
 import unittest
 import unittest.mock
@@ -5223,7 +5224,7 @@ class ProcessEmbedded(ProcessCase):
         """stop() may be called on the loop's own thread."""
         self.server.add("x", "sleep 60")
         self.server.manager.subscribe("create", lambda kind, event: self.server.manager.stop())
-        self.server.json("POST", "/processes", {"name": "y", "cmd": "sleep 60"})
+        self.server.manager.add_process("y", "sleep 60")
         self.ended()
 
     def test_subscribe(self):
