@@ -101,8 +101,10 @@ def open_descriptors():
 class Case(unittest.TestCase):
     """After each test: the same threads, the same descriptors, no child left. A watchdog shows all stacks."""
 
+    patience = 4 * TIMEOUT
+
     def run(self, result=None):
-        faulthandler.dump_traceback_later(4 * TIMEOUT, exit=True)
+        faulthandler.dump_traceback_later(self.patience, exit=True)
         try:
             return super().run(result)
         finally:
@@ -11385,6 +11387,11 @@ class Chaos(CliCase):
         sys.exit(gaffer.main())"""
 
     READERS = ("longpoll", "continuous", "skip", "block", "sse", "sse", "websocket", "merged", "watch", "stats")
+
+    @property
+    def patience(self):
+        """See Case."""
+        return 2 * CHAOS["seconds"] + Case.patience
 
     def test_chaos(self):
         seconds, seed = CHAOS["seconds"], CHAOS["seed"]
