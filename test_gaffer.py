@@ -108,8 +108,10 @@ def open_descriptors():
 class Case(unittest.TestCase):
     """After each test: the same threads, the same descriptors, no child left. A watchdog shows all stacks."""
 
+    patience = 4 * TIMEOUT
+
     def run(self, result=None):
-        faulthandler.dump_traceback_later(4 * TIMEOUT, exit=True)
+        faulthandler.dump_traceback_later(self.patience, exit=True)
         try:
             return super().run(result)
         finally:
@@ -13889,21 +13891,37 @@ class Chaos(CliCase):
         sys.path[0] = %r
         import gaffer
 
-        def trim(signum, frame):                # what the allocator only keeps is not gaffer's
+        path = sys.argv.pop()
+
+        class Info(ctypes.Structure):           # mallinfo2(3), glibc 2.33
+            _fields_ = [("field%%d" %% number, ctypes.c_size_t) for number in range(10)]
+
+        def measure(signum, frame):
             gc.collect()
-            if sys.platform == "linux":
-                ctypes.CDLL(None).malloc_trim(0)
-        signal.signal(signal.SIGUSR1, trim)
+            library = ctypes.CDLL(None)
+            if hasattr(library, "mallinfo2"):
+                library.mallinfo2.restype = Info
+                info = library.mallinfo2()
+                with open(path, "w") as file:
+                    file.write(str((info.field7 + info.field4) // 1024))    # in the heap, and mapped
+        signal.signal(signal.SIGUSR1, measure)
         sys.exit(gaffer.main())"""
 
     READERS = ("longpoll", "continuous", "skip", "block", "sse", "sse", "websocket", "merged", "watch", "stats")
+
+    @property
+    def patience(self):
+        """See Case."""
+        return 2 * CHAOS["seconds"] + Case.patience
 
     def test_chaos(self):
         seconds, seed = CHAOS["seconds"], CHAOS["seed"]
         self.chance = random.Random(seed)
         self.journal = []
         self.mark = "chaos-%d-%d" % (os.getpid(), seed)
-        self.server = self.run_program([PYTHON, "-c", self.PROGRAM % HERE, "serve", "--bind", "127.0.0.1:0", "--window", "65536"])
+        self.memory = os.path.join(self.folder(), "memory")
+        command = [PYTHON, "-c", self.PROGRAM % HERE, "serve", "--bind", "127.0.0.1:0", "--window", "65536", self.memory]
+        self.server = self.run_program(command, env=dict(self.env, PYTHONMALLOC="malloc"))
         first = self.state()
         try:
             self.books = self.round(min(10.0, seconds / 3), 0)
@@ -13925,12 +13943,13 @@ class Chaos(CliCase):
                 seed, seconds, self.books, before, self.after), file=sys.stderr)
 
     def state(self):
-        """(threads, descriptors, children, KiB of memory) of the server."""
+        """(threads, descriptors, children, KiB of memory in use) of the server: what the allocator keeps is not in use."""
         pid = self.server.process.pid
         self.server.process.send_signal(signal.SIGUSR1)
         self.server.request("GET", "/ping")
         status = dict(re.findall(r"(\w+):\s+(\d+)", cli_read("/proc/%d/status" % pid)))
-        return (int(status["Threads"]), len(os.listdir("/proc/%d/fd" % pid)), gaffer.ProcfsTable().children(pid), int(status["VmRSS"]))
+        memory = cli_read(self.memory) if os.path.exists(self.memory) else status["VmRSS"]
+        return int(status["Threads"]), len(os.listdir("/proc/%d/fd" % pid)), gaffer.ProcfsTable().children(pid), int(memory)
 
     def same_state(self, before):
         """No thread, descriptor, child or two megabytes more than before."""
