@@ -5680,7 +5680,9 @@ class Channel:
 
     def _shut(self):
         shut_down(self.sock)
-        self.loop.later(LINGER_TIME, self.close)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.later(LINGER_TIME, self.close)
 
     def leave(self):
         """Let go of the socket, which lives on."""
@@ -5910,7 +5912,7 @@ class WebSocketChannel(Channel):
         super().__init__(http, sock, received)
         self._headers = headers
         self._decoder = WebSocketDecoder(self.limit, inflater)
-        self._said_close = False
+        self._said_close, self._patience = False, None
         self.held = False
 
     @property
@@ -5989,13 +5991,15 @@ class WebSocketChannel(Channel):
         if not self._said_close and not self.closed:
             self._said_close = True
             self.send(frame(CLOSE, b"") if code == 1005 else close_frame(code, reason))
-            self.loop.later(CLOSE_TIME, self.finish)
+            self._patience = self.loop.later(CLOSE_TIME, self.finish)
             if self.held:
                 self.loop.call_soon(self.go_on)     # the peer's close frame may be behind what waits
             self.ended(code, told)
 
     def closing(self):
         """See Channel."""
+        if self._patience is not None:
+            self._patience.cancel()
         if not self._said_close:
             self._said_close = True
             self.ended(1006, "")

@@ -9949,6 +9949,21 @@ class StreamsWebsocket(StreamsCase):
         self.send(pid, b"still there")
         self.assertEqual(self.upto(pid, 11), b"still there")
 
+    def test_nothing_is_kept_of_a_closed_connection(self):
+        """No timer holds it for the seconds that its end might have taken."""
+        pid, loop = self.cat(), self.server.manager.loop
+
+        def timers():
+            return loop.call(lambda: sum(entry[2].function is not None for entry in loop._timers))
+        before = timers()
+        for data in (WebSocket.encode(8, b"\x03\xe8"), WebSocket.encode(3, b""), WebSocket.encode(8, b"\x03\xe8") + b"more"):
+            websocket = self.websocket("/wstreams/%d?heartbeat=30" % pid)
+            websocket.sock.sendall(data)
+            self.assertEqual([websocket.read()[0], websocket.read()[0]], [8, None])
+            websocket.close()
+            until(lambda: not self.server.http.channels, "the end of the connection")
+        self.assertEqual(timers(), before)
+
     def test_readonly_takes_no_messages(self):
         pid = self.cat()
         websocket = self.websocket("/wstreams/%d?readonly=true" % pid)
@@ -13217,6 +13232,131 @@ class CliDaemon(CliFollowCase):
                             self.assertIn(word if shell != "fish" else "-l " + word[2:], out)
 
 
+class CliHostile(CliCase):
+    """A server of its own that gets nothing but malformed requests, openings and frames: it answers between them, and in the
+    end it has the same descriptors, and no more memory than when some of them had come."""
+
+    cases, seed, first = 100, "1", 0            # main(): --hostile N
+
+    OPENING = (b"GET /wstreams/1 HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+               b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n\r\n")
+
+    class Http(FuzzHttp):
+        """With the limits of the server."""
+        BODY = gaffer.BODY_SIZE
+
+    def setUp(self):
+        super().setUp()
+        self.server = self.start()
+        self.server.add("cat", {"cmd": "cat"}, redirect_input=True)
+        self.proc = "/proc/%d/" % self.server.process.pid
+        self.server.request("GET", "/processes/ca")                   # imports what a mistake needs, and what a websocket does
+        self.exchange(self.OPENING + WebSocket.encode(0x41, PureWebSocket.deflate(b"hello " * 100)))
+        self.descriptors = self.settled()
+
+    def settled(self):
+        """How many descriptors it has, when it has only one socket: the one that listens."""
+        def look():
+            kinds = []
+            for name in os.listdir(self.proc + "fd"):
+                with contextlib.suppress(OSError):
+                    kinds.append(os.readlink(self.proc + "fd/" + name).partition(":")[0])
+            return kinds.count("socket") == 1 and len(kinds)
+        return until(look, "the end of all connections")
+
+    def exchange(self, data):
+        """All that is answered to these bytes, up to the end of the connection."""
+        with socket.create_connection(("127.0.0.1", self.server.port), TIMEOUT) as sock:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+    def memory(self):
+        """Its resident size in bytes, with the descriptors that it began with."""
+        self.assertEqual(self.settled(), self.descriptors)
+        return int(re.search(r"VmRSS:\s+(\d+)", cli_read(self.proc + "status")).group(1)) * 1024
+
+    def hostile(self, case):
+        """Let case(rng) try all there is."""
+        warm = min(self.cases // 3, 1000)
+        for number in range(self.first, self.first + self.cases + warm):
+            if number == self.first + warm:
+                memory = self.memory()
+            try:
+                case(random.Random("%s:%d" % (self.seed, number)))
+                if number % 20 == 0:
+                    self.assertEqual(self.server.request("GET", "/ping")[2], b"OK")
+            except BaseException as error:
+                again = "python3 test_gaffer.py --hostile 1 --seed %s:%d CliHostile.%s" % (self.seed, number, self._testMethodName)
+                raise AssertionError("case %d; again: %s" % (number, again)) from error
+        growth = self.memory() - memory
+        if self.cases >= 1000:
+            print("%s: %d cases, %d KiB more memory, %d descriptors before and after" % (
+                self._testMethodName, self.cases, growth // 1024, self.descriptors), file=sys.stderr)
+        self.assertLess(growth, 2 * gaffer.MIB)
+        self.assertEqual(self.server.ok("GET", "/processes/cat/_pids")["pids"], [1])
+        self.assertEqual((self.server.stop(), self.server.stderr), (0, ""))
+
+    @staticmethod
+    def statuses(answer):
+        """The status of each response."""
+        return [int(status) for status in re.findall(rb"^HTTP/1\.1 ([0-9]{3}) [^\r\n]*\r$", answer, re.M)]
+
+    def test_requests(self):
+        def case(rng):
+            error = None
+            while not isinstance(error, type):
+                wire = fuzz_spoil(rng, b"".join(fuzz_request(rng) for _ in range(rng.choice((1, 1, 2)))))
+                seen, error = self.Http.outcome([wire])[:2]
+            found = self.statuses(self.exchange(wire))
+            self.assertTrue(found and 500 not in found and found[-1] != 100, (wire, found))
+            if not seen:                        # else the one in front may have ended the connection
+                self.assertEqual(found, [error.status], wire)
+        self.hostile(case)
+
+    def test_openings(self):
+        def malformed(wire):
+            try:
+                request = gaffer.HeadParser().feed(wire)
+                return request is not None and not gaffer.websocket_accept(request) + gaffer.accept_deflate(request, False)[0]
+            except gaffer.GafferError:
+                return True
+
+        def case(rng):
+            wire = self.OPENING
+            while not malformed(wire):
+                wire = fuzz_spoil(rng, self.OPENING)
+            found = self.statuses(self.exchange(wire))
+            self.assertFalse({101, 500} & set(found), (wire, found))     # with another path it may be a good request
+        self.hostile(case)
+
+    @staticmethod
+    def frames(data):
+        """[(opcode, payload)] of what a server has sent."""
+        found = []
+        while data:
+            size, start = data[1], (2, 4, 10)[max(0, data[1] - 125)]
+            size = int.from_bytes(data[2:start], "big") if start > 2 else size
+            assert len(data) >= start + size, data
+            found.append((data[0] & 15, data[start:start + size]))
+            data = data[start + size:]
+        return found
+
+    def test_frames(self):
+        def case(rng):
+            inflated, last = rng.random() < 0.5, ("",)
+            while last[0] != "fail":
+                wire = fuzz_spoil(rng, b"".join(fuzz_frame(rng) for _ in range(rng.randrange(1, 5))))
+                decoder = gaffer.WebSocketDecoder(gaffer.MESSAGE_SIZE, gaffer.Inflater(15, False) if inflated else None)
+                last = (list(decoder.feed(wire)) or [last])[-1]
+            opening = self.OPENING if inflated else re.sub(rb"\r\nSec-WebSocket-Ext[^\r]*", b"", self.OPENING)
+            head, _, data = self.exchange(opening + wire).partition(b"\r\n\r\n")
+            self.assertEqual((self.statuses(head), b"permessage-deflate" in head), ([101], inflated))
+            opcode, payload = self.frames(data)[-1]
+            self.assertEqual((opcode, payload[:2]), (8, struct.pack("!H", last[1])), wire)
+        self.hostile(case)
+
+
 class Readme(CliCase):
     """What README.md shows is what happens."""
 
@@ -14357,26 +14497,24 @@ LONG = ("StreamsCost", "StreamsLoss", "Loadtest", "StreamsLossless", "CliFaults"
 
 
 def main():
-    """Run all tests, or those that are named. --fuzz N: N cases of each kind; --chaos SECONDS: that alone, for so long; --seed
-    SEED: the same ones again (of --fuzz: SEED:FIRST, too). --jobs N: classes at a time."""
+    """Run all tests, or those that are named. --fuzz N, --hostile N: only those, with N cases of each kind; --chaos SECONDS: only
+    that, for so long; --seed SEED, or SEED:FIRST: the same ones again. --jobs N: classes at a time."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--fuzz", type=int)
-    parser.add_argument("--chaos", type=float)
-    parser.add_argument("--seed")
-    parser.add_argument("--jobs", type=int, default=3)
-    given, rest = parser.parse_known_args()
-    if given.fuzz is not None:
-        seed, _, first = (given.seed or str(random.randrange(10 ** 6))).partition(":")
-        PureFuzz.cases, PureFuzz.seed, PureFuzz.first = given.fuzz, seed, int(first or 0)
-        print("%d cases of each kind, seed %s" % (given.fuzz, seed), file=sys.stderr, flush=True)
-        rest = rest or ["PureFuzz"]
+    for option, kind in (("--fuzz", int), ("--hostile", int), ("--chaos", float), ("--seed", str), ("--jobs", int)):
+        parser.add_argument(option, type=kind)
+    given, names = parser.parse_known_args()
+    for case, count in (PureFuzz, given.fuzz), (CliHostile, given.hostile):
+        if count is not None:
+            seed, _, first = (given.seed or str(random.randrange(10 ** 6))).partition(":")
+            case.cases, case.seed, case.first = count, seed, int(first or 0)
+            print("%s: %d cases of each kind, seed %s" % (case.__name__, count, seed), file=sys.stderr, flush=True)
+            names = names or [case.__name__]
     if given.chaos is not None:
-        CHAOS["seconds"], rest = given.chaos, rest or ["Chaos"]
-        if given.seed:
-            CHAOS["seed"] = int(given.seed)
-    if rest:
-        unittest.main(argv=sys.argv[:1] + rest)
-    sys.exit(run_all(given.jobs))
+        CHAOS.update(seconds=given.chaos, seed=int(given.seed or CHAOS["seed"]))
+        names = names or ["Chaos"]
+    if names:
+        unittest.main(argv=sys.argv[:1] + names)
+    sys.exit(run_all(given.jobs or 3))
 
 
 if __name__ == "__main__":
