@@ -4418,11 +4418,14 @@ class ProcessTimes(Case):
         said = queue.Queue()
         self.manager.add_process("x", redirect_input=True, flapping=PROCESS_ONCE, **python("""
             import os, signal
+            read, write = os.pipe()
             if os.fork() == 0:
                 os.setsid()
+                os.write(write, b"x")
                 os.read(0, 1)
                 os.write(1, b'%d' % os.getpid())
                 signal.pause()
+            os.read(read, 1)                    # it has left the group
             os.read(0, 1)
             """))
         process = self.manager.get_process(1)
