@@ -23,7 +23,7 @@ The file is read from top to bottom; its sections are
     process              spawn, pipes into windows, stdin, exit, the end of the group
     manager              templates, events, reconcile: wanted beside actual
     http codec           request heads, bodies, responses, access rules, router, SSE
-    websocket codec      handshake, frames, messages, close codes (RFC 6455)
+    websocket codec      handshake, frames, messages, close codes (RFC 6455), compression (RFC 7692)
     page                 the web page
     api                  the route table and its handlers
     server               endpoints, request threads, streams on the loop, WSGI
@@ -161,6 +161,7 @@ CONTROL_SIZE = 4 * KIB              # pongs that wait behind a frame; above, the
 DEFLATE_LEVEL = 1                   # on log lines three times as fast as zlib's 6, for a quarter more bytes: it runs on the loop
 DEFLATE_WINDOW_BITS = 12            # of windows that are kept: 50 KiB a connection, and 3 % more bytes than with 300 KiB
 DEFLATE_SIZE_MIN = 256              # shorter messages hardly shrink on their own: a line of 150 bytes by a tenth
+DEFLATE_SIZE_MAX = MIB              # longer ones would hold up the loop: 3 to 5 ms a mebibyte
 FINAL_BLOCKS_MAX = 16               # in one compressed message: each costs a new decompressor
 OFFERS_SIZE = 2 * KIB               # Sec-WebSocket-Extensions: browsers send 60 bytes
 MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn: compressed, they cost little
@@ -3674,7 +3675,7 @@ class Deflater:
 
     def frame(self, opcode, payload):
         """One whole frame."""
-        if len(payload) < (1 if self._takeover else DEFLATE_SIZE_MIN):
+        if not (1 if self._takeover else DEFLATE_SIZE_MIN) <= len(payload) <= DEFLATE_SIZE_MAX:
             return frame(opcode, payload)
         import zlib                             # only where a client has offered it
         stream = self._stream or zlib.compressobj(DEFLATE_LEVEL, zlib.DEFLATED, -self.bits, min(8, self.bits - 7))
