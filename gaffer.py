@@ -23,7 +23,7 @@ The file is read from top to bottom; its sections are
     process              spawn, pipes into windows, stdin, exit, the end of the group
     manager              templates, events, reconcile: wanted beside actual
     http codec           request heads, bodies, responses, access rules, router, SSE
-    websocket codec      handshake, frames, messages, close codes (RFC 6455)
+    websocket codec      handshake, frames, messages, close codes (RFC 6455), compression (RFC 7692)
     observability        metrics, lines of the access log, the description of the API
     page                 the web page
     api                  the route table and its handlers
@@ -205,9 +205,10 @@ HANDLER_MESSAGE_SIZE = 16 * MIB     # a websocket message for a WebSocketHandler
 SEND_QUEUE_SIZE = 32 * MIB          # what a WebSocketHandler may have under way
 SEND_QUEUE_LOW = 256 * KIB          # above this its client is not read
 CONTROL_SIZE = 4 * KIB              # pongs that wait behind a frame; above, the older are dropped (RFC 6455 5.5.3)
-DEFLATE_LEVEL = 1                   # on log lines three times as fast as zlib's 6, for a quarter more bytes: it runs on the loop
+DEFLATE_LEVEL = 1                   # of log lines three times as fast as zlib's 6, for a quarter more bytes
 DEFLATE_WINDOW_BITS = 12            # of windows that are kept: 50 KiB a connection, and 3 % more bytes than with 300 KiB
 DEFLATE_SIZE_MIN = 256              # shorter messages hardly shrink on their own: a line of 150 bytes by a tenth
+DEFLATE_SIZE_MAX = MIB              # longer ones would hold up the loop: 3 to 5 ms a mebibyte
 FINAL_BLOCKS_MAX = 16               # in one compressed message: each costs a new decompressor
 OFFERS_SIZE = 2 * KIB               # Sec-WebSocket-Extensions: browsers send 60 bytes
 MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn: compressed, they cost little
@@ -3309,7 +3310,7 @@ class Request:
         return self._query
 
     def _parse_query(self):
-        need(not BAD_PERCENT.search(self.raw_query), BadRequest, "a % in the query is to be followed by two hexadecimal digits")
+        need(not BAD_PERCENT.search(self.raw_query), BadRequest, "a % in the query needs two hexadecimal digits behind it")
         try:
             pairs = urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True, errors="strict", max_num_fields=100)
         except UnicodeDecodeError:
@@ -3484,20 +3485,20 @@ class SizedDecoder:
     """Takes a body of `length` bytes: see ChunkedDecoder."""
 
     def __init__(self, length):
-        self._left, self._parts = length, []
+        self._length, self._body = length, bytearray()      # not a list: the pieces may be of one byte
         self.rest = b""
 
     @property
     def body(self):
         """The bytes."""
-        return b"".join(self._parts)
+        return bytes(self._body)
 
     def feed(self, data):
         """Take what came."""
-        self._parts.append(data[:self._left])
-        self.rest = data[self._left:]
-        self._left -= len(self._parts[-1])
-        return self._left == 0
+        left = self._length - len(self._body)
+        self._body += data[:left]
+        self.rest = data[left:]
+        return len(self._body) == self._length
 
 
 class ChunkedDecoder:
@@ -3988,7 +3989,9 @@ EXTENSION = re.compile(
     r"""(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+|"(?:\\?[!#$%&'*+.^_`|~0-9A-Za-z-])+"))?)*)[ \t]*)?(?:,|\Z)""")
 DEFLATE_PARAMETERS = {                          # RFC 7692 section 7.1: which values an offer may give
     "server_no_context_takeover": re.compile(r"\Z"), "client_no_context_takeover": re.compile(r"\Z"),
-    "server_max_window_bits": re.compile(r"=(?:[89]|1[0-5])\Z"), "client_max_window_bits": re.compile(r"(?:=(?:[89]|1[0-5]))?\Z")}
+    "server_max_window_bits": re.compile(r"=(?:[89]|1[0-5])\Z"),
+    "client_max_window_bits": re.compile(r"(?:=(?:[89]|1[0-5]))?\Z"),
+}
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014))
 
@@ -4051,7 +4054,7 @@ class Deflater:
 
     def frame(self, opcode, payload):
         """One whole frame."""
-        if len(payload) < (1 if self._takeover else DEFLATE_SIZE_MIN):
+        if not (1 if self._takeover else DEFLATE_SIZE_MIN) <= len(payload) <= DEFLATE_SIZE_MAX:
             return frame(opcode, payload)
         import zlib                             # only where a client has offered it
         stream = self._stream or zlib.compressobj(DEFLATE_LEVEL, zlib.DEFLATED, -self.bits, min(8, self.bits - 7))
@@ -4129,7 +4132,7 @@ def accept_deflate(request, takeover):
     for name, parameters in parse_extensions(request.headers.get("sec-websocket-extensions", "")):
         offer = dict(parameters)
         good = name == "permessage-deflate" and len(offer) == len(parameters) and all(
-            parameter in DEFLATE_PARAMETERS and DEFLATE_PARAMETERS[parameter].match(value) for parameter, value in parameters)
+            name in DEFLATE_PARAMETERS and DEFLATE_PARAMETERS[name].match(value) for name, value in parameters)
         if good and offer.get("server_max_window_bits") != "=8":     # which zlib cannot do
             return agreed_deflate(offer, takeover)
     return [], None, None
@@ -5381,7 +5384,8 @@ class Api:
         headers = websocket_accept(request)
         extensions, deflater, inflater = accept_deflate(request, False)
         reader = self._reader(request, window, FrameEncoder(binary, by_line, deflater), offset, loss)
-        return WebSocketReply(headers + extensions, inflater, reader, self._asked(request), stream, by_line, process, heartbeat)
+        headers += extensions
+        return WebSocketReply(headers, inflater, reader, self._asked(request), stream, by_line, process, heartbeat)
 
 
 ROUTES = (

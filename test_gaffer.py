@@ -2317,7 +2317,7 @@ class PureHeadParser(Case):
         self.assertEqual(line(gaffer.REQUEST_LINE_SIZE).find(b"\n"), gaffer.REQUEST_LINE_SIZE)
         for make, limit, error in ((head, gaffer.HEAD_SIZE, gaffer.HeadersTooLarge),
                                    (line, gaffer.REQUEST_LINE_SIZE, gaffer.UriTooLong)):
-            for size in range(limit - 2, limit + 3):
+            for size in (limit - 1, limit, limit + 1):
                 wire = make(size)
                 ways = [[wire], [wire[i:i + 1] for i in range(len(wire))]]
                 ways += [[wire[:cut], wire[cut:]] for cut in range(limit - 5, min(limit + 5, len(wire)))]
@@ -2331,14 +2331,14 @@ class PureHeadParser(Case):
     def test_byte_by_byte_costs_no_square(self):
         def cost(size):
             wire, best = b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * size + b"\r\n\r\n", math.inf
-            for _ in range(3):
+            for _ in range(2):
                 parser, began = gaffer.HeadParser(), time.thread_time()
                 for i in range(len(wire)):
                     parser.feed(wire[i:i + 1])
                 best = min(best, time.thread_time() - began)
                 self.assertFalse(parser.begun)
             return best
-        self.assertLess(cost(64000), 8 * 2.5 * cost(8000))
+        self.assertLess(cost(60000), 20 * 2.5 * cost(3000))
 
 
 class PureChunked(Case):
@@ -3206,7 +3206,7 @@ class PureWebSocket(Case):
     def test_small_fragments_cost_no_more_than_their_bytes(self):
         """A message that grows by nothing must not grow in memory, and one that grows by two bytes not by sixty."""
         for opcode in (1, 2):
-            for piece, count in ((b"", 20000), (b"ab", 20000)):
+            for piece, count in ((b"", 4000), (b"ab", 4000)):
                 decoder, wire = gaffer.WebSocketDecoder(100000), self.frame(0, piece, False) * 100
                 tracemalloc.start()
                 self.assertEqual(list(decoder.feed(self.frame(opcode, b"", False))), [])
@@ -3327,7 +3327,10 @@ class PureWebSocket(Case):
             self.assertEqual(deflater.frame(1, data), gaffer.frame(1, data))
         wire = deflater.frame(1, b"x" * gaffer.DEFLATE_SIZE_MIN)
         self.assertEqual((wire[0], len(wire) < 20), (0xC1, True))
-        self.assertEqual(gaffer.Deflater(12, True).frame(1, b""), b"\x81\0")
+        kept = gaffer.Deflater(12, True)
+        for data in (b"", b"x" * (gaffer.DEFLATE_SIZE_MAX + 1)):
+            self.assertEqual(kept.frame(1, data), gaffer.frame(1, data))
+        self.assertEqual(kept.frame(1, b"x" * gaffer.DEFLATE_SIZE_MAX)[0], 0xC1)
 
     def test_examples_of_the_rfc(self):
         """RFC 7692 section 7.2.3, however they come."""
@@ -3385,8 +3388,8 @@ class PureWebSocket(Case):
 
     def test_a_bomb_is_not_inflated(self):
         """A message over the limit costs its limit, and the work ends there: as it is whole, or in fragments, or both."""
-        limit, bomb = 1 << 20, self.deflate(b"\0" * (1 << 26))
-        self.assertLess(len(bomb), 70000)
+        limit, bomb = 1 << 18, self.deflate(b"\0" * (1 << 24))
+        self.assertLess(len(bomb), 20000)
         for wire in (self.frame(0x42, bomb), self.frame(0x41, bomb), self.frame(0x42, bomb[:500], False) + self.frame(0, bomb[500:])):
             tracemalloc.start()
             events = self.inflated([wire], limit)
@@ -9965,7 +9968,7 @@ class StreamsWebsocket(StreamsCase):
             self.assertEqual([websocket.read()[0], websocket.read()[0]], [8, None])
             websocket.close()
             until(lambda: not self.server.http.channels, "the end of the connection")
-        self.assertEqual(timers(), before)
+        self.assertLessEqual(timers(), before)  # that of a request before may have gone, too
 
     def test_readonly_takes_no_messages(self):
         pid = self.cat()
@@ -10106,7 +10109,7 @@ class StreamsDeflate(StreamsCase):
     def test_bombs(self):
         """A message over the limit ends its connection, compressed as it is, and no byte of it is written."""
         pid = self.cat()
-        for payload, code in ((PureWebSocket.deflate(bytes(gaffer.MESSAGE_SIZE + 1)), 1009), (PureWebSocket.deflate(bytes(1 << 27)), 1009),
+        for payload, code in ((PureWebSocket.deflate(bytes(gaffer.MESSAGE_SIZE + 1)), 1009), (PureWebSocket.deflate(bytes(1 << 24)), 1009),
                               (b"\xff" * 50, 1007)):
             websocket = self.websocket("/wstreams/%d" % pid, self.OFFER)
             websocket.frame(0x42, payload)
@@ -10115,14 +10118,14 @@ class StreamsDeflate(StreamsCase):
         self.assertEqual(self.poll(pid, "since=0&timeout=0"), (204, "0", b""))
 
     def test_what_waits_for_a_process_waits_compressed(self):
-        """A hundred kilobytes on the wire are a hundred megabytes of messages, of which a few are held; the rest when it reads."""
+        """A few kilobytes on the wire are many megabytes of messages, of which two are held; the rest come when it reads."""
         pid = self.server.add("t", python("""
             import hashlib, os, signal, sys
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
             os.write(1, b"ready\\n")
             signal.sigwait([signal.SIGUSR1])
             count, digest = 0, hashlib.md5()
-            while count < 100 * 1000000:
+            while count < 24 * 1000000:
                 data = os.read(0, 1 << 20)
                 count += len(data)
                 digest.update(data)
@@ -10131,7 +10134,7 @@ class StreamsDeflate(StreamsCase):
         self.upto(pid, 6)
         websocket, expected = self.websocket("/wstreams/%d?type=binary" % pid, self.OFFER), hashlib.md5()
         socket_, = self.server.http.channels
-        for number in range(100):
+        for number in range(24):
             data = bytes([number]) * 1000000
             expected.update(data)
             websocket.frame(0x42, PureWebSocket.deflate(data))
@@ -10140,7 +10143,7 @@ class StreamsDeflate(StreamsCase):
         self.assertLess(socket_._size, 2 * gaffer.MESSAGE_SIZE)
         self.assertLess(len(socket_._decoder._buffer), 2 * gaffer.READ_SIZE)
         self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
-        self.assertEqual(websocket.read(), (2, b"100000000 %s\n" % expected.hexdigest().encode()))
+        self.assertEqual(websocket.read(), (2, b"24000000 %s\n" % expected.hexdigest().encode()))
 
     def test_the_end_is_never_compressed(self):
         pid = self.puppet()
