@@ -5158,8 +5158,13 @@ class ProcessActions(ProcessCase):
         self.server.ok("POST", "/processes/%d/_signal/USR1?group=true" % pids[0])
         self.poll(pids[0], b"0\n")                                  # only the group's signal reaches the child
         self.server.ok("POST", "/processes/x/_signal/USR2?group=true")
-        until(lambda: self.poll(pids[1], b"end\n").count(b"end\n") == 2, "both of the second group")
-        self.assertNotIn(b"0\n", self.poll(pids[1]))
+        seen = [b""]
+
+        def both_have_ended():
+            seen.append(self.poll(pids[1], b"end\n"))
+            return seen[-1].count(b"end\n") == 2
+        until(both_have_ended)
+        self.assertNotIn(b"0\n", seen[-1])
         self.assertIn(b"1\n", self.poll(pids[1], b"end\n"))
         for name, code in (("NOPE", "bad_value"), ("0", "bad_value"), ("", "no_signal_number")):
             path = "/processes/x/_signal" + ("/" + name if name else "")
