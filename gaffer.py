@@ -8493,9 +8493,10 @@ def find_statuses(arguments, client):
 
 
 def show_status(arguments, client):
-    """Print the table once. Returns the exit status: 3 where a row does not run."""
+    """Print the table once. Returns the exit status: 3 where less runs than is wanted, or nothing."""
     found, failed = find_statuses(arguments, client)
-    rows = [row for status in found for row in status_rows(json.loads(status))]
+    statuses = list(map(json.loads, found))
+    rows = [row for status in statuses for row in status_rows(status)]
     if arguments.json:
         lines = [status.decode("utf-8").rstrip("\n") for status in found]
     else:
@@ -8505,7 +8506,8 @@ def show_status(arguments, client):
             lines = ["\x1b[H\x1b[K" + lines[0], *("\x1b[K" + line for line in lines[1:height - 1])]
             lines[-1] += "\x1b[J"
     print("\n".join(lines), end="\n" if lines else "", flush=True)
-    return failed or (3 if any(row[1] != "running" for row in rows) else 0)
+    well = all(status["state"] == "running" and status["running"] >= status["numprocesses"] for status in statuses)
+    return failed or (0 if well else 3)
 
 
 def watch_status(arguments, client):
@@ -8669,7 +8671,7 @@ class LogFollower:
 
     def _watch(self):
         for kind, _ in follow_events(self._client, "/watch?" + FEED):
-            if kind in ("create", "update", "dropped"):
+            if kind in (None, "create", "update", "dropped"):      # None: what came before it was connected is not told
                 self._queue.put(None)
 
     def _identity(self, name):
@@ -9126,6 +9128,32 @@ def up_command(arguments):
     return screen.status
 
 
+def wait_for_command(argv, env, root):
+    """Run a command in this terminal, and pass on what signals come. Returns its exit status, or 128 and the signal."""
+    children, early = [], []
+
+    def pass_on(signum, frame_):
+        for child in children:
+            child.send_signal(signum)
+        if not children:
+            early.append(signum)
+    # handlers, unlike "ignore", are not inherited; what the terminal sends, the child gets by itself
+    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), pass_on)
+    handlers.update(dict.fromkeys((signal.SIGINT, signal.SIGQUIT), lambda signum, frame_: None))
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    try:
+        children.append(subprocess.Popen(argv, env=env, cwd=root))
+        for signum in early:
+            children[0].send_signal(signum)
+        status = children[0].wait()
+    except OSError as error:
+        raise ClientError("'%s' cannot be run: %s" % (argv[0], error.strerror), 127) from None
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    return 128 - status if status < 0 else status
+
+
 def run_once(arguments):
     """run"""
     try:
@@ -9143,24 +9171,7 @@ def run_once(arguments):
     argv = words if len(words) > 1 else ["/bin/sh", "-c", types.get(words[0], words[0])]
     env = dict(os.environ, **env)
     env.pop("GAFFER_TOKEN", None)
-    child, early = None, []
-
-    def pass_on(signum, frame_):
-        (early.append if child is None else child.send_signal)(signum)
-    # a handler, unlike "ignore", is not inherited; what the terminal sends the child gets by itself
-    before = {signum: signal.signal(signum, lambda *args: None) for signum in (signal.SIGINT, signal.SIGQUIT)}
-    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        child = subprocess.Popen(argv, env=env, cwd=root)
-        for signum in early:
-            child.send_signal(signum)
-        status = child.wait()
-    except OSError as error:
-        raise ClientError("'%s' cannot be run: %s" % (argv[0], error.strerror), 127) from None
-    finally:
-        for signum, old in before.items():
-            signal.signal(signum, old)
-    return 128 - status if status < 0 else status
+    return wait_for_command(argv, env, root)
 
 
 def group_of(arguments):
