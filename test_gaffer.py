@@ -6529,7 +6529,9 @@ class HttpAccessLog(HttpCase):
         self.assertEqual(self.ask(b"GET /\xff\r\n\r\n")[0], 400)
         self.server.request("GET", "/watch?timeout=0")
         self.server.request("GET", "/wsgi/x")
+        self.lines(6)                               # what has a thread is logged when that ends
         self.server.request("HEAD", "/wsgi")
+        self.lines(7)
         self.ask(http_bytes("GET", "/x", 'User-Agent: "\t\x80\\'))
         lines = self.lines(8)
         self.assertEqual([(line[0], line[2], line[3]) for line in lines], [("127.0.0.1", *rest) for rest in (
