@@ -14524,6 +14524,7 @@ def main():
         if count is not None:
             seed, _, first = (given.seed or str(random.randrange(10 ** 6))).partition(":")
             case.cases, case.seed, case.first = count, seed, int(first or 0)
+            case.patience = Case.patience + count / 100
             print("%s: %d cases of each kind, seed %s" % (case.__name__, count, seed), file=sys.stderr, flush=True)
             names = names or [case.__name__]
     if given.chaos is not None:
