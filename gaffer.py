@@ -2612,7 +2612,6 @@ class Template:
             "uptime": round(max([process.age() for process in running] or [0]), 3),
             "next_try": min(waits) if waits else None, "waiting": sorted(waits), "gave_up": self.gave_up, "error": self.error,
             "created": self.created, "graceful_timeout": self.info["graceful_timeout"],
-            "processes": [process.status() for process in self.processes.values()],
         }
 
 
@@ -5068,6 +5067,7 @@ class Api:
         status, processes = template.status(), list(template.processes.values())
         if not flag(request, "usage"):
             return status
+        status["processes"] = [process.status() for process in processes]
 
         def look():
             for entry, process in zip(status["processes"], processes):
