@@ -7588,8 +7588,8 @@ class HttpLimits(HttpCase):
             for _ in range(3):
                 self.assertCode(self.wire(server).answer(), 503, "busy")
         self.assertEqual(len(logs.output), 1)
-        held[1].send(http_bytes("GET", "/wsgi/x"))      # a thread has it, and fails
         with self.assertLogs("gaffer"):
+            held[1].send(http_bytes("GET", "/wsgi/x"))  # a thread has it, and fails
             held[1].rest()
         for closed in (held[0], socket_):
             closed.close()
@@ -14487,8 +14487,12 @@ def run_all(jobs):
     waiting = [name for name, thing in list(globals().items()) if isinstance(thing, type) and issubclass(thing, unittest.TestCase)
                and unittest.defaultTestLoader.getTestCaseNames(thing)]
     waiting.sort(key=lambda name: name not in LONG)
-    began, running, ran, skipped, failed = time.monotonic(), {}, 0, [], []
-    while waiting or running:
+    tried = []
+    began, running, ran, skipped, failed, again = time.monotonic(), {}, 0, [], [], []
+    while waiting or running or again:
+        if not waiting and not running:         # what failed in company is tried once more, alone, and both are told
+            waiting, jobs, failed, tried, again = again, 1, [], tuple(again), []
+            print("again, alone: %s" % " ".join(tried), file=sys.stderr, flush=True)
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             pid, file = start_class(name)
@@ -14502,6 +14506,7 @@ def run_all(jobs):
             ran, skipped = ran + report["ran"], skipped + report["skipped"]
             if report["text"]:
                 failed.append(name)
+                again += [name] if name not in tried else []
                 print(report["text"], file=sys.stderr, flush=True)
     for line in skipped:
         print("skipped: %s" % line)
