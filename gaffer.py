@@ -173,6 +173,7 @@ CUSTOM_STREAMS_MAX = 16
 SECONDS_MAX = 10.0 ** 7             # any time a client names: 115 days, and select() can still count it
 
 HEAD_SIZE = 64 * KIB                # request line and headers, up to and with the empty line
+HEAD_KEPT = KIB                     # of a connection's last request: who polls sends the same again, and in less
 TARGET_SIZE = 8 * KIB               # request target: what browsers send at most
 REQUEST_LINE_SIZE = TARGET_SIZE + 64    # with a method and a version
 HEADERS_MAX = 100
@@ -3293,13 +3294,14 @@ class Request:
     """One request. method, target, path (still percent-encoded, with its leading /), version (1, 0) or (1, 1), headers
     {lower-case name: value, repeated ones joined by ", "}, body (bytes), client (address as text), secure (TLS)."""
 
-    __slots__ = ("method", "target", "path", "raw_query", "version", "headers", "body", "client", "secure", "_query")
+    __slots__ = ("method", "target", "path", "raw_query", "version", "headers", "body", "client", "secure", "_query",
+                 "_segments")
 
     def __init__(self, method, target, version, headers, body=b"", client="", secure=False):
         self.method, self.target, self.version, self.headers = method, target, version, headers
         self.body, self.client, self.secure = body, client, secure
         self.path, _, self.raw_query = target.partition("?")
-        self._query = None
+        self._query = self._segments = None
 
     @property
     def query(self):
@@ -3324,6 +3326,11 @@ class Request:
 
     def segments(self):
         """The path's parts, each percent-decoded once: an encoded slash never changes the route. BadRequest."""
+        if self._segments is None:
+            self._segments = self._split_path()
+        return self._segments
+
+    def _split_path(self):
         parts = self.path.split("/")[1:]
         if parts and parts[-1] == "":
             parts.pop()                         # a trailing / is the same resource
@@ -3409,13 +3416,20 @@ def parse_head(head):
     return Request(method, target, version, headers)
 
 
+def has_body(request):
+    """True where the head announces a body, be it an empty one. RFC 9112 section 6.3."""
+    return "content-length" in request.headers or "transfer-encoding" in request.headers
+
+
 class HeadParser:
     """Takes the heads of requests out of bytes as they come: `feed(data)` returns a Request once its head is complete, and
     `rest` is then what came behind it (the body; then the next head, to be fed again); None: more is to come. Raises what
-    parse_head() raises, and after that takes nothing more. However the bytes are cut, the outcome is the same."""
+    parse_head() raises, and after that takes nothing more. However the bytes are cut, the outcome is the same. A client that
+    asks the same again in the same bytes, without a body, gets the same Request: who polls is understood once."""
 
     def __init__(self):
         self.rest = b""
+        self._last = self._request = None       # the head before this one, if it had no body
         self._buffer = bytearray()              # a head that is not complete
         self._empty_lines = 0
 
@@ -3441,11 +3455,15 @@ class HeadParser:
         self.rest, self._empty_lines = bytes(data[end + 4:]), 0
         if seen:
             self._buffer = bytearray()
-        try:
-            return parse_head(data[:end])
-        except GafferError:
-            self._check(data, seen, end)        # had it come byte by byte, this would have been told first
-            raise
+        head = data[:end]
+        if head != self._last:
+            try:
+                self._request = parse_head(head)
+            except GafferError:
+                self._check(data, seen, end)    # had it come byte by byte, this would have been told first
+                raise
+            self._last = None if has_body(self._request) or len(head) > HEAD_KEPT else bytes(head)
+        return self._request
 
     def _skip_empty_lines(self, data):
         """RFC 9112 section 2.2."""
@@ -3584,11 +3602,6 @@ class ChunkedDecoder:
                 return True
             parse_headers(line.decode("latin-1"))
             self._trailers += len(line) + 2
-
-
-def has_body(request):
-    """True where the head announces a body, be it an empty one. RFC 9112 section 6.3."""
-    return "content-length" in request.headers or "transfer-encoding" in request.headers
 
 
 def body_decoder(request, limit):
@@ -6208,6 +6221,7 @@ class RequestChannel(Channel):
         self._listener, self._client, self.peer = listener, client, peer
         self._head, self._body = HeadParser(), None
         self._request = self._admitted = None
+        self._admissible = None                 # the last request that passed all checks
         self._busy = self._parked = False       # a request is being answered; and that is a long poll
         self._keep, self._gone = True, False    # the connection goes on; the client has closed its side
         self._deadline, self._expiry = math.inf, None
@@ -6307,6 +6321,8 @@ class RequestChannel(Channel):
     def _begin(self, request):
         """A head has come: check it, and answer, or wait for the body."""
         http, self._request = self.http, request
+        if request is self._admissible:         # asked again in the same bytes
+            return self._give(http.answer(request))
         request.client, request.secure = self._client, self.secure
         try:
             http.access.check_host(request)
@@ -6320,6 +6336,7 @@ class RequestChannel(Channel):
                 raise
             answer = error_response(error)
         if not has_body(request):
+            self._admissible = request if answer is None else None
             return self._give(answer or http.answer(request))
         self._body, self._admitted = body_decoder(request, http.body_limit(request)), answer
         self._wait(BODY_TIME)

@@ -2264,6 +2264,18 @@ class PureHeadParser(Case):
                 self.assertEqual(got, outcome, (wire[:200], [len(piece) for piece in pieces][:9]))
         return outcome
 
+    def test_the_same_bytes_are_the_same_request(self):
+        """Who polls is understood once; a body, another head or a long one is always read anew."""
+        parser, other = gaffer.HeadParser(), self.HEAD.replace(b"/a", b"/b")
+        first = parser.feed(self.HEAD)
+        self.assertIs(parser.feed(self.HEAD), first)
+        self.assertIsNone(parser.feed(self.HEAD[:9]))
+        self.assertIs(parser.feed(self.HEAD[9:]), first)
+        self.assertEqual([parser.feed(head).target for head in (other, self.HEAD, other)], ["/b", "/a", "/b"])
+        self.assertIsNot(parser.feed(self.HEAD), first)
+        for head in (self.HEAD[:-2] + b"Content-Length: 0\r\n\r\n", self.HEAD[:-2] + b"X: %s\r\n\r\n" % (b"x" * gaffer.HEAD_KEPT)):
+            self.assertIsNot(parser.feed(head), parser.feed(head))
+
     def test_any_cut(self):
         """Requests, one behind the other, and the beginning of a next one."""
         one = ("GET", "/a", (1, 1), {"host": "x"})
@@ -7904,6 +7916,13 @@ class HttpToken(HttpCase):
                     self.assertCode(answer, 401, "unauthorized")
         made = self.websocket("/wstreams/1")
         self.assertEqual(made.status, 401)
+
+    def test_each_request_of_a_connection(self):
+        """What came before on the same connection lets nobody in, and shuts nobody out."""
+        wire, good = self.wire(), self.basic(":" + self.TOKEN)
+        for header, status in ((good, 200), (good, 200), (self.basic(":no"), 401), (good, 200), ("X: y", 401), ("X: y", 401), (good, 200)):
+            wire.send(http_bytes("GET", "/processes", header))
+            self.assertEqual(wire.answer()[0], status)
 
     def test_what_needs_none(self):
         """OPTIONS anywhere, and the ping."""
