@@ -5645,7 +5645,7 @@ class ProcessProgram(Case):
         """Wait for the program's end; nothing of its process is left. Returns (exit status, rest of stdout, stderr)."""
         out, err = child.stdout.read(), child.stderr.read()
         status = child.wait(TIMEOUT)
-        self.assertEqual(process_group(os_pid), [])
+        until(lambda: not process_group(os_pid), "the end of what has been killed")
         return status, out, err
 
     def test_exceptions(self):
@@ -12849,6 +12849,7 @@ class ProcfileServer(ConfigCase):
         self.assertEqual(self.call("scale", "my-app", "web=3", "my-app:worker+1"), "my-app:web: 3 processes\nmy-app:worker: 2 processes\n")
         self.assertEqual(self.call("scale", "my-app", "web+1", "--json"), '{"ok": true, "numprocesses": 4}\n')
         self.server.add("other", "sleep 1000")
+        until(lambda: self.server.ok("GET", "/status/my-app:worker")["running"] == 2, "a place that is free again is filled")
         for arguments in (self.procfile, ["my-app"]):
             until(lambda: [row.split()[0] for row in self.call("ps", *arguments).splitlines()[1:]] ==
                   ["my-app:web"] * 4 + ["my-app:worker"] * 2)         # once what was scaled down has gone
@@ -14507,7 +14508,7 @@ def run_all(jobs):
                and unittest.defaultTestLoader.getTestCaseNames(thing)]
     waiting.sort(key=lambda name: name not in LONG)
     tried = []
-    began, running, ran, skipped, failed, again = time.monotonic(), {}, 0, [], [], []
+    began, running, ran, skipped, failed, again, took = time.monotonic(), {}, 0, [], [], [], {}
     while waiting or running or again:
         if not waiting and not running:         # what failed in company is tried once more, alone, and both are told
             waiting, jobs, failed, tried, again = again, 1, [], tuple(again), []
@@ -14515,9 +14516,10 @@ def run_all(jobs):
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             pid, file = start_class(name)
-            running[file] = name, pid
+            running[file] = name, pid, time.monotonic()
         for file in select.select(list(running), [], [])[0]:
-            name, pid = running.pop(file)
+            name, pid, start = running.pop(file)
+            took[name] = time.monotonic() - start
             with file:
                 text = file.read()
             os.waitpid(pid, 0)
@@ -14529,6 +14531,8 @@ def run_all(jobs):
                 print(report["text"], file=sys.stderr, flush=True)
     for line in skipped:
         print("skipped: %s" % line)
+    longest = sorted(took, key=took.get, reverse=True)[:12]
+    print("longest: %s" % ", ".join("%s %.1f s" % (name, took[name]) for name in longest))
     print("Ran %d tests in %.3fs\n\n%s" % (ran, time.monotonic() - began, "FAILED: " + " ".join(failed) if failed else "OK"))
     return 1 if failed or not ran else 0
 
