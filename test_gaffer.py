@@ -19,6 +19,7 @@ import faulthandler
 import fcntl
 import functools
 import gc
+import glob
 import grp
 import hashlib
 import http.client
@@ -130,6 +131,10 @@ class Case(unittest.TestCase):
         # the C library opens its own libgcc for a moment when the first thread ends
         left = {fd: what for fd, what in open_descriptors().items() if fd not in descriptors and "libgcc_s" not in what}
         self.assertEqual(left, {}, "descriptors are left")
+        self.no_child_is_left()
+
+    def no_child_is_left(self):
+        """Fails if this process has a child."""
         with self.assertRaises(ChildProcessError, msg="a child is left"):
             os.waitpid(-1, os.WNOHANG)
 
@@ -327,6 +332,177 @@ class ServerCase(Case):
         """`answer` is (status, value) of an error."""
         self.assertEqual((answer[0], answer[1].get("error")), (status, code), answer)
         self.assertIn(words, answer[1]["reason"])
+
+
+class BrowserError(AssertionError):
+    """The browser refused a command; the message is its own. `code`: WebDriver's, such as "javascript error"."""
+
+    def __init__(self, code, message):
+        super().__init__("%s: %s" % (code, message.partition("\n")[0]))
+        self.code = code
+
+
+class Browser:
+    """A headless Chromium with an empty profile, driven through chromedriver (W3C WebDriver). `flags` are Chromium's own."""
+
+    PROGRAMS = ("chromium", "chromedriver")
+    FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--disable-breakpad", "--remote-debugging-pipe")
+    KEYS = {"Backspace": "\ue003", "Tab": "\ue004", "Enter": "\ue007", "Shift": "\ue008", "Control": "\ue009", "Alt": "\ue00a",
+            "Escape": "\ue00c", "Space": "\ue00d", "PageUp": "\ue00e", "PageDown": "\ue00f", "End": "\ue010", "Home": "\ue011",
+            "ArrowLeft": "\ue012", "ArrowUp": "\ue013", "ArrowRight": "\ue014", "ArrowDown": "\ue015", "Delete": "\ue017"}
+    ELEMENT = "element-6066-11e4-a52e-4f735466cecf"     # the name of an element's id, fixed by the standard
+
+    def __init__(self, *flags):
+        self.directory = tempfile.mkdtemp(prefix="gaffer-browser-")
+        self.session = None
+        # a session of its own, by which close() finds all of it; the shell ends with us, and then the driver and the browser
+        self.driver = subprocess.Popen(["sh", "-c", 'chromedriver "$@" & read _; kill $!', "sh", "--port=0", "--log-path=%s/log" % self.directory],
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            said = iter(self.driver.stdout.readline, b"")
+            self.port = next(int(line.rstrip().rstrip(b".").split()[-1]) for line in said if b"started successfully" in line)
+            self.session = self._ask("POST", "/session", {"capabilities": {"alwaysMatch": {
+                "goog:loggingPrefs": {"browser": "ALL"}, "timeouts": {"script": int(1500 * TIMEOUT), "pageLoad": int(1000 * TIMEOUT)},
+                "unhandledPromptBehavior": "dismiss", "acceptInsecureCerts": True,
+                "goog:chromeOptions": {"binary": shutil.which("chromium"), "args": [
+                    *self.FLAGS, *flags, "--user-data-dir=" + os.path.join(self.directory, "profile")]}}}})["sessionId"]
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def lacks(cls):
+        """What is missing here to run it, or None."""
+        return next(("needs " + program for program in cls.PROGRAMS if not shutil.which(program)), None)
+
+    def _ask(self, method, path, value=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2 * TIMEOUT)
+        try:
+            connection.request(method, path, None if value is None else json.dumps(value), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            value = json.loads(answer.read().decode())["value"]
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise BrowserError(value["error"], value["message"])
+        return value
+
+    def do(self, method, path, value=None):
+        """A command of WebDriver in this session: its value. Raises BrowserError."""
+        return self._ask(method, "/session/%s/%s" % (self.session, path), {} if value is None and method == "POST" else value)
+
+    def get(self, url):
+        """Open a page, and wait until it has loaded."""
+        self.do("POST", "url", {"url": url})
+
+    def script(self, js, *args):
+        """Run the body of a function, with `arguments`; what it returns (a promise: what comes of it) as JSON."""
+        return self.do("POST", "execute/sync", {"script": js, "args": args})
+
+    def wait(self, js, *args):
+        """As script(), again and again until what it returns is true. Fails after TIMEOUT, with what the page shows."""
+        deadline, error = time.monotonic() + TIMEOUT, None
+        look = ("const args = arguments, done = args[args.length - 1], until = Date.now() + args[args.length - 2];"
+                "const condition = async function() {" + js + "\n};"
+                "(async function look() {"
+                "  let value, error;"
+                "  try { value = await condition.apply(null, args); } catch (thrown) { error = String(thrown); }"
+                "  if (value || Date.now() > until) done([value, error]); else setTimeout(look, 10);"
+                "})();")
+        while time.monotonic() < deadline:
+            try:
+                value, error = self.do("POST", "execute/async", {"script": look, "args": [*args, 1000 * (deadline - time.monotonic())]})
+                if value:
+                    return value
+            except BrowserError as gone:                # it went to another page meanwhile
+                error = str(gone)
+                if "unloaded" not in error and "context" not in error:
+                    raise
+        raise AssertionError("%s did not come true in %g seconds%s; the page shows %r, its console %s" % (
+            js, TIMEOUT, " (%s)" % error if error else "",
+            self.script("return document.body ? document.body.innerText.slice(0, 1000) : ''"), self.console()))
+
+    def find(self, selector):
+        """The id of the first element that a CSS selector matches."""
+        return self.do("POST", "element", {"using": "css selector", "value": selector})[self.ELEMENT]
+
+    def click(self, selector):
+        """Click into the middle of an element, as a user does: it has to be in sight, and nothing over it."""
+        self.do("POST", "element/%s/click" % self.find(selector))
+
+    def keys(self, text, selector=None):
+        """Type into an element, or into what has the focus. Special keys are KEYS["Enter"] and so on; a modifier holds to the end."""
+        element = self.find(selector) if selector else self.do("GET", "element/active")[self.ELEMENT]
+        self.do("POST", "element/%s/value" % element, {"text": text})
+
+    def size(self, width, height, mobile=False):
+        """The size of what a page sees, in CSS pixels."""
+        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=0, mobile=mobile)
+
+    def screenshot(self):
+        """What is in sight, as a PNG."""
+        return base64.b64decode(self.do("GET", "screenshot"))
+
+    def cdp(self, command, **params):
+        """A command of the Chrome DevTools Protocol: its result."""
+        return self.do("POST", "goog/cdp/execute", {"cmd": command, "params": params})
+
+    def console(self):
+        """The errors that the console of the browser has got since the last look, as text."""
+        return [entry["message"] for entry in self.do("POST", "se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
+
+    def _processes(self):
+        """All processes that it has started, and that have not ended."""
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError, IndexError), open("/proc/%s/stat" % name) as file:
+                state, _, _, session = file.read().rpartition(")")[2].split()[:4]
+                if int(session) == self.driver.pid and state not in "ZX":
+                    yield int(name)
+
+    def close(self):
+        """End the browser, its driver and all that they have started; forget the profile."""
+        if self.session is not None:
+            with contextlib.suppress(OSError, http.client.HTTPException, BrowserError):
+                self._ask("DELETE", "/session/" + self.session)
+        self.driver.stdin.close()
+        # the leader is reaped last, so that its number stays the session's
+        os.waitid(os.P_PID, self.driver.pid, os.WEXITED | os.WNOWAIT)
+        while list(self._processes()):
+            for os_pid in self._processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(os_pid, signal.SIGKILL)
+            threading.Event().wait(0.005)
+        self.driver.wait()
+        self.driver.stdout.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class BrowserCase(ServerCase):
+    """Each test has a running server, and all of a class one browser."""
+
+    FLAGS = ()                          # of Chromium
+
+    @classmethod
+    def setUpClass(cls):
+        missing = Browser.lacks()
+        if missing:
+            raise unittest.SkipTest(missing)
+        super().setUpClass()
+        cls.browser = Browser(*cls.FLAGS)
+        cls.addClassCleanup(cls.browser.close)
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(self.browser.get, "about:blank")        # or the page would ask a server that is gone
+        self.browser.console()
+
+    def no_child_is_left(self):
+        mine = set()
+        for path in glob.glob("/proc/self/task/*/children"):
+            with open(path) as file:
+                mine |= set(map(int, file.read().split()))
+        self.assertEqual(mine - {self.browser.driver.pid}, set(), "a child is left")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -10826,6 +11002,42 @@ class StreamsThreads(StreamsCase):
         for websocket in sockets:
             self.assertEqual(websocket.read(), (1, b"x\n"))
         self.assertLessEqual(threading.active_count(), before)     # the long polls' connections wait on the loop, too
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# a real browser
+# --------------------------------------------------------------------------------------------------------------------
+class BrowserDriver(BrowserCase):
+
+    def test_it_drives_the_page_and_tells_what_went_wrong(self):
+        browser = self.browser
+        browser.size(800, 600)
+        browser.get(self.server.url + "/")
+        self.assertEqual(browser.wait("return document.title"), "gaffer")
+        self.assertEqual(browser.script("return [innerWidth, innerHeight, arguments[0]]", "x"), [800, 600, "x"])
+        self.assertEqual(browser.script("return fetch('/ping').then(answer => answer.text())"), "OK")
+        browser.script("document.body.innerHTML = '<input><button>ok</button>';"
+                       "document.querySelector('button').addEventListener('click', event => event.target.id = 'clicked')")
+        browser.keys("ab" + browser.KEYS["Backspace"] + "c", "input")
+        browser.click("button")
+        self.assertEqual(browser.wait("return document.querySelector('#clicked') && document.querySelector('input').value"), "ac")
+        self.assertEqual(browser.screenshot()[:4], b"\x89PNG")
+        self.assertEqual(browser.cdp("Browser.getVersion")["protocolVersion"], "1.3")
+        self.assertEqual(browser.console(), [])
+        browser.script("return fetch('/nothing')")
+        self.assertIn("404", browser.console()[0])
+        with self.assertRaisesRegex(BrowserError, "javascript error: .*broken"):
+            browser.script("throw new Error('broken')")
+        with unittest.mock.patch(__name__ + ".TIMEOUT", 0.05), self.assertRaisesRegex(AssertionError, "return broken .*ReferenceError"):
+            browser.wait("return broken")
+
+    def test_nothing_of_it_is_left(self):
+        other = Browser()
+        started = list(other._processes())
+        self.assertGreater(len(started), 2)
+        other.close()
+        self.assertEqual([os_pid for os_pid in started if alive(os_pid)], [])
+        self.assertFalse(os.path.exists(other.directory))
 
 
 # --------------------------------------------------------------------------------------------------------------------
