@@ -14042,6 +14042,13 @@ CHAOS_CHILDREN = {
         time.sleep(0.2)
         os._exit(3)
         """,
+    "extra": """
+        import os
+        while True:
+            data = os.read(3, 65536)
+            if not data: break
+            while data: data = data[os.write(3, data):]
+        """,
 }
 
 
@@ -14058,7 +14065,7 @@ class ChaosReaders:
         self.port, self.chance = port, chance
         self.faults, self.open = [], {}         # open: thread -> its socket
         self.hurry = threading.Event()          # from here on, nobody reads slowly
-        self.books = dict.fromkeys(("delivered", "dropped", "cut", "readers", "resumed"), 0)
+        self.books = dict.fromkeys(("delivered", "dropped", "cut", "readers", "resumed", "typed"), 0)
         self._lock = threading.Lock()
 
     def start(self, kind, target):
@@ -14160,12 +14167,15 @@ class ChaosReaders:
             yield data
         yield dict(http.client.parse_headers(file))
 
-    def _continuous(self, pid, sock, file, pause):
-        status, headers = self.ask(sock, file, "/streams/%s/stdout?feed=continuous&since=0" % pid)
+    def _continuous(self, pid, sock, file, pause, label="stdout"):
+        status, headers = self.ask(sock, file, "/streams/%s/%s?feed=continuous&since=0" % (pid, label))
         if status == 200:
             place = int(headers["Gaffer-Offset"])
             for data in self._chunks(file, pause):
                 place = place if isinstance(data, dict) else self.same(place, data)
+
+    def _custom(self, pid, sock, file, pause):
+        self._continuous(pid, sock, file, pause, "extra")
 
     def _skip(self, pid, sock, file, pause):
         status, headers = self.ask(sock, file, "/streams/%s/stdout?feed=continuous&since=0&loss=skip" % pid)
@@ -14296,7 +14306,7 @@ class Chaos(CliCase):
         signal.signal(signal.SIGUSR1, measure)
         sys.exit(gaffer.main())"""
 
-    READERS = ("longpoll", "continuous", "skip", "block", "sse", "sse", "websocket", "merged", "watch", "stats")
+    READERS = ("longpoll", "continuous", "custom", "skip", "block", "sse", "sse", "websocket", "merged", "watch", "stats")
 
     @property
     def patience(self):
@@ -14452,10 +14462,10 @@ class Chaos(CliCase):
     def template(self):
         """The fields of a random template."""
         chance = self.chance
-        kind = chance.choice(["writer"] * 4 + ["cat"] * 3 + ["stubborn", "parent", "dies"])
+        kind = chance.choice(["writer"] * 4 + ["cat"] * 3 + ["stubborn", "parent", "dies", "extra"])
         info = {"env": {"CHAOS": self.mark}, "numprocesses": chance.choice((1, 1, 2, 3)), "graceful_timeout": 0.2}
         if kind == "cat":
-            info.update(cmd="cat", redirect_input=True, custom_streams=chance.choice(([], ["extra"])))
+            info.update(cmd="cat", redirect_input=True)
         elif kind == "dies":
             info.update(cmd="sh -c 'exit %d'" % chance.randrange(256))
             if chance.random() < 0.5:
@@ -14463,6 +14473,7 @@ class Chaos(CliCase):
         else:
             info.update(python(CHAOS_CHILDREN[kind]))
             info["args"] = info["args"] + [str(chance.choice((1, 10, 100, 3000))), str(chance.choice((10, 1000, 10 ** 7)))]
+            info["custom_streams"] = ["extra"] if kind == "extra" else []
         return info
 
     def do_add(self):
@@ -14504,16 +14515,44 @@ class Chaos(CliCase):
         self.ask("DELETE", "/processes/%d" % self.any_pid(), None, (200, 404))
 
     def do_write(self):
-        """Numbered lines to a cat: its output is checked like any other."""
+        """Numbered lines to what sends them back: its output is checked like any other."""
         pid, number = self.any_pid(), self.chance.choice((1, 100, 10000, 100000))
         info = pid and self.ask("GET", "/processes/%d" % pid, None, (200, 404))
-        if info and info["cmd"] == "cat":
-            start = self.written.get(pid, 0)
+        start = self.written.get(pid, 0)
+        if info and (info["cmd"] == "cat" or info["custom_streams"]) and start is not None:
+            label = "stdin" if info["cmd"] == "cat" else "extra"
             status = (200, 403, 404, 503)
-            if self.ask("POST", "/streams/%d/stdin" % pid, chaos_bytes(9 * start, 9 * (start + number)), status):
+            if self.ask("POST", "/streams/%d/%s" % (pid, label), chaos_bytes(9 * start, 9 * (start + number)), status):
                 self.written[pid] = start + number
 
     do_write_more = do_write
+
+    def do_write_by_websocket(self):
+        """The same, each line a message, and wait for the last one to come back: only then it is known where the next one goes."""
+        pid, number = self.any_pid(), self.chance.choice((1, 100, 1000))
+        info = pid and self.ask("GET", "/processes/%d" % pid, None, (200, 404))
+        start = self.written.get(pid, 0)
+        if not info or info["cmd"] != "cat" or start is None:
+            return
+        self.journal.append("write %d lines to %d by websocket" % (number, pid))
+        self.count_of_actions += 1
+        self.written[pid], end = None, chaos_bytes(9 * (start + number - 1), 9 * (start + number))
+        with contextlib.closing(WebSocket(self.server.port, "/wstreams/%d?type=binary" % pid)) as made:
+            if made.status != 101:
+                return self.assertIn(made.status, (403, 404))
+            lines = (WebSocket.encode(2, CHAOS_LINE % line) for line in range(start, start + number))
+            data, opcode = b"", 2
+            made.sock.settimeout(0.5)           # it may have been stopped
+            with contextlib.suppress(OSError):
+                made.sock.sendall(b"".join(lines))
+                while opcode == 2 and data[-9:] != end:
+                    opcode, more = made.read()
+                    data += more if opcode == 2 else b""
+        if data[-9:] == end:
+            self.written[pid] = start + number
+            self.assertEqual(data, chaos_bytes(9 * (start + number) - len(data), 9 * (start + number)))
+            self.readers.count(delivered=len(data), typed=9 * number)
+        return None
 
     def do_end_stdin(self):
         if self.chance.random() < 0.3:
