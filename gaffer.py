@@ -46,13 +46,18 @@ Four rules hold everywhere:
     statistics, added routes <-> Response, one send <- dict                     Input ---> stdin
     WSGI (owns its socket)       a stream's socket <- Reader <- Window <------ Output <--- stdout, stderr
 """
+import os
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C ends a command at any moment, be it in the middle of an import; what has more to do then sets a handler
+    signal.signal(signal.SIGINT, lambda signum, frame: os._exit(130))
 
 if __name__ == "__main__" and {"serve", "up"}.intersection(sys.argv) and sys._getframe().f_back is None:
     # A script stays in memory as the compiler's syntax tree for as long as it runs: 12 MiB, perhaps for years. So a server
     # goes on in a fresh interpreter, as the same process, with the compiled code alone; where it cannot, as it is.
     import marshal
-    import os
     try:
         if hasattr(sys, "orig_argv"):           # Python 3.10
             flags = sys.orig_argv[1:-len(sys.argv)]
@@ -69,7 +74,8 @@ if __name__ == "__main__" and {"serve", "up"}.intersection(sys.argv) and sys._ge
             marshal.dump(sys._getframe().f_code, file)
             file.seek(0)
             os.execv(sys.executable, [
-                sys.executable, *flags, "-S", "-c", "import marshal, sys\n"
+                sys.executable, *flags, "-S", "-c", "import _signal, marshal, os, sys\n"
+                "if _signal.getsignal(2) is _signal.default_int_handler:\n    _signal.signal(2, lambda *_: os._exit(130))\n"
                 "if sys.path[:1] == ['']:\n    sys.path[0] = sys.argv[1].rpartition('/')[0] or '.'\n"
                 "sys.modules['gaffer'] = gaffer = type(sys)('gaffer')\n"
                 "gaffer.__file__ = sys.argv[0] = sys.argv.pop(1)\n"
@@ -92,14 +98,12 @@ import itertools
 import json
 import logging
 import math
-import os
 import pwd
 import re
 import resource
 import select
 import selectors
 import shlex
-import signal
 import socket
 import socketserver
 import stat
