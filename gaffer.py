@@ -6655,6 +6655,13 @@ class WsgiOutput:
 DEFAULT_ENDPOINT = "http://127.0.0.1:5000"
 REFUSAL_STATUSES = {401: 6, 403: 6, 408: 124, 504: 124}     # HTTP status -> exit status; what is not here is 1
 FEED = "feed=eventsource&heartbeat=%d" % HEARTBEAT
+IN_COMMANDS = (                                 # what the server says of its API, as a user of commands does it
+    (r"GET /processes/(\S+)/_pids lists", r"'gaffer.py pids \1' lists"),
+    (r"GET /processes\?running=true lists them", "'gaffer.py pids all' lists them (a PID that status shows is the system's)"),
+    (r"GET /processes lists", "'gaffer.py processes' lists"),
+    (r"GET /groups lists them", "'gaffer.py processes' lists what there is"),
+    (r"PUT /processes/\S+ replaces", "'gaffer.py update_process' replaces"),
+)
 
 
 class ClientError(Exception):
@@ -6690,9 +6697,8 @@ def refusal(endpoint, status, body):
         return NoServer(endpoint, "what listens there answers %d, and not as gaffer does" % status)
     if code == "unauthorized":
         reason = "the server wants its token: give it with --token-file FILE or GAFFER_TOKEN"
-    reason = re.sub(r"GET /processes\S* lists them", "'gaffer.py processes' lists them", reason)
-    reason = re.sub(r"GET /groups lists them", "'gaffer.py processes' lists what there is", reason)
-    reason = re.sub(r"PUT /processes/\S+ replaces it", "'gaffer.py update_process' replaces it", reason)
+    for pattern, words in IN_COMMANDS:
+        reason = re.sub(pattern, words, reason)
     return NotThere(reason) if code == "not_found" else ClientError(reason, REFUSAL_STATUSES.get(status, 1), code)
 
 
@@ -8414,7 +8420,7 @@ def exit_text(last):
 
 
 def status_rows(status):
-    """The rows of one template, each (name, state, pid, uptime, restarts, exit, cpu, mem, [what there is to say]): one for
+    """The rows of one template, each (name, state, os_pid, uptime, restarts, exit, cpu, mem, [what there is to say]): one for
     each process, and for each place that waits for one; at least one."""
     last, name, restarts = status["last_exit"], status["name"], status["restarts"]
     code = "-" if last is None else exit_code(last)
@@ -8424,7 +8430,7 @@ def status_rows(status):
         failing = restarts and last["times"] > 1 and process["uptime"] < BACKOFF_RESET
         notes = ["SIGKILL in %s" % span(process["kill_in"])] if "kill_in" in process else why if failing else []
         cpu, mem = ("%.1f%%" % process["cpu"], human(process["rss"])) if "cpu" in process else ("-", "-")
-        rows.append((name, process["state"], process["pid"], span(process["uptime"]), restarts, code, cpu, mem, notes))
+        rows.append((name, process["state"], process["os_pid"], span(process["uptime"]), restarts, code, cpu, mem, notes))
     waiting = [["next try in %s" % span(math.ceil(wait)), *why] for wait in status["waiting"]]
     if not rows and not waiting:
         waiting = [["gave up", *why] if status["gave_up"] else why if status["error"] else []]
@@ -8840,11 +8846,11 @@ def attach_pid(client, name):
     """The one process that a name stands for. ClientError: there are none, or several."""
     if name.isdigit():
         return name
-    pids = client.get("/processes/%s/_pids" % reference(name))["pids"]
+    status = client.get("/status/" + reference(name))
+    pids = ["%d (os pid %d)" % pair for pair in zip(status["pids"], status["os_pids"])]
     need(pids, ClientError, "%s does not run: 'gaffer.py start %s' starts it" % (name, name))
-    need(len(pids) == 1, ClientError, "%s runs %d processes: attach to one of the pids %s" % (
-        name, len(pids), " ".join(map(str, pids))))
-    return str(pids[0])
+    need(len(pids) == 1, ClientError, "%s runs %d processes: attach to one of the pids %s" % (name, len(pids), ", ".join(pids)))
+    return str(status["pids"][0])
 
 
 def leave_key(fd):
@@ -9514,7 +9520,7 @@ CONNECTION = (
 )
 ASK = (*CONNECTION, option("--json", action="store_true", help="print what the server sent"))
 SOME_NAMES = option("names", metavar="NAME", nargs="+",
-                    help="a name, a pid as status shows it, a glob such as 'web*' or 'group:*', or all")
+                    help="a name, a pid as 'pids' prints it, a glob such as 'web*' or 'group:*', or all")
 NAMES_OR_ALL = option("names", metavar="NAME", nargs="*", help=SOME_NAMES[1]["help"] + " (the default)")
 WAIT = (
     option("--timeout", metavar="SECONDS", type=some_seconds,
@@ -9612,7 +9618,7 @@ COMMANDS = {
         option("-t", "--times", action="store_true", help="with the time at which a line came; before -f nobody knows it"),
         *ASK[:-1])),
     "attach": Command(attach_command, "look", "[options] NAME", "see a process's output, and type into it", (
-        option("names", metavar="NAME", nargs=1, help="a name, or where it has several processes a pid"),
+        option("names", metavar="NAME", nargs=1, help="a name, or where it has several processes a pid as 'pids' prints it"),
         option("-n", metavar="N", type=whole, default=10, help="begin with its last N lines (default 10)"), *ASK[:-1])),
     "watch": Command(watch_command, "look", "[options] [PATTERN]", "print events as they happen, until Ctrl-C", (
         option("pattern", metavar="PATTERN", nargs="?", default="",

@@ -11731,7 +11731,7 @@ class CliControl(CliControlCase):
         self.assertEqual(self.call("stop", "slow", "--timeout", "0.1", status=124, err="gaffer: this was not done in 0.1 .*\n"), "")
         self.assertEqual(self.call("stop", "slow", "--no-wait"), "slow: stopped\n")
         row = self.call("status", status=3).splitlines()[1]
-        self.assertRegex(row, r"slow +stopping +1 .* SIGKILL in 16m")
+        self.assertRegex(row, r"slow +stopping +\d+ .* SIGKILL in 16m")
         self.server.ok("POST", "/streams/1/stdin", b"\n")
         self.call("stop", "slow")
         self.assertEqual(self.call("stop", "slow"), "slow: already stopped\n")
@@ -11764,7 +11764,7 @@ class CliControl(CliControlCase):
         self.assertEqual(self.call("kill", "2", "KILL"), "2: signalled KILL\n")
         self.assertIn('"os_pid"', self.call("get_process", "3"))
         self.call("start", "3", status=2, err="gaffer: 3 is a pid: .*\n")
-        self.call("stop", "77", status=4, err="gaffer: there is no process 77; 'gaffer.py processes' lists them\n")
+        self.call("stop", "77", status=4, err="gaffer: there is no process 77; 'gaffer.py pids all' lists them .*system's\\)\n")
 
     def test_templates_from_the_command_line(self):
         self.assertEqual(self.call("add_process", "a", "sleep 1000", "--start"), "a: added and started\n")
@@ -11836,8 +11836,8 @@ class CliStatus(CliControlCase):
         self.sleepers("off", start=False)
         head, *rows = self.call("status", "web").splitlines()
         self.assertEqual(head.split(), "NAME STATE PID UPTIME RESTARTS EXIT CPU MEM".split())
-        for pid, row in enumerate(rows, 1):
-            self.assertRegex(row, r"\Aweb +running +%d +\ds +0 +- +\d+\.\d%% +[\d.]+[KM]?\Z" % pid)
+        for os_pid, row in zip(self.server.ok("GET", "/status/web")["os_pids"], rows):
+            self.assertRegex(row, r"\Aweb +running +%d +\ds +0 +- +\d+\.\d%% +[\d.]+[KM]?\Z" % os_pid)
             self.assertLessEqual(len(row), 80)
         self.assertEqual(len(rows), 2)
         rows = self.call("status", status=3).splitlines()
@@ -12250,9 +12250,9 @@ class CliAttach(CliFollowCase):
     def test_what_cannot_be_attached_to(self):
         self.sleepers("two", numprocesses=2)
         self.sleepers("off", start=False)
-        self.call("attach", "two", status=1, err="gaffer: two runs 2 processes: attach to one of the pids 1 2\n")
+        self.call("attach", "two", status=1, err="gaffer: two runs 2 processes: attach to one of the pids 1 \\(os pid \\d+\\), 2 \\(os pid \\d+\\)\n")
         self.call("attach", "off", status=1, err="gaffer: off does not run: 'gaffer.py start off' starts it\n")
-        self.call("attach", "77", status=4, err="gaffer: there is no process 77;.*\n")
+        self.call("attach", "77", status=4, err="gaffer: there is no process 77;.*'gaffer.py pids all'.*\n")
 
 
 class ConfigCase(CliControlCase):
