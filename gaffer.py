@@ -6778,14 +6778,18 @@ class Client:
         why = str(getattr(error, "strerror", None) or error) or type(error).__name__
         return NoServer(self.endpoint, ascii(why)[1:-1][:100].lower())
 
-    def request(self, method, path, value=None, timeout=CLIENT_TIME):
-        """The body of an answer, as bytes. ClientError."""
+    def exchange(self, method, path, value=None, timeout=CLIENT_TIME):
+        """(headers, body as bytes) of an answer. ClientError."""
         from http.client import HTTPException
         with self.open(method, path, value, None, timeout) as response:
             try:
-                return response.read()
+                return response.headers, response.read()
             except (OSError, HTTPException) as error:
                 raise self._failure(error, timeout) from None
+
+    def request(self, method, path, value=None, timeout=CLIENT_TIME):
+        """The body of an answer, as bytes. ClientError."""
+        return self.exchange(method, path, value, timeout)[1]
 
     def get(self, path):
         """The value of a GET."""
@@ -8599,17 +8603,27 @@ def output_labels(client, name, arguments):
     return list(dict.fromkeys(labels[:1] if arguments.stdout else labels[1:] if arguments.stderr else labels))
 
 
+def output_line(name, label, data, offset, when=None):
+    """A line of output, as `logs --json` prints it: `offset` behind it in its stream; `when`: Unix time, None: not known."""
+    return {"name": name, "label": label, "data": data, "offset": offset, "time": when and round(when, 3)}
+
+
 class LogPrinter:
     """Prints lines of several processes, each with its name in a colour of its own."""
 
     def __init__(self, names, arguments):
-        self._flush = arguments.follow
+        self._flush, self._json = arguments.follow, arguments.json
         self._prefix, self._times, self._coloured = not arguments.no_prefix, arguments.times, wants_colour()
         self._width = max(map(len, names), default=0)
         self._colours = {}
 
-    def show(self, name, text, when=None):
-        """Print a line; `when`: Unix time, where it is known."""
+    def show(self, line):
+        """Print an output_line(), or with `dropped` in place of `data` how many bytes of it were lost."""
+        print(json_bytes(line).decode().rstrip() if self._json else self._text(line), flush=self._flush)
+
+    def _text(self, line):
+        name, when = line["name"], line["time"]
+        text = line["data"] if "data" in line else "-- %d bytes of %s were lost --" % (line["dropped"], line["label"])
         if self._prefix:
             self._width = max(self._width, len(name))
             code = self._colours.setdefault(name, PALETTE[len(self._colours) % len(PALETTE)])
@@ -8617,7 +8631,7 @@ class LogPrinter:
             text = "%s %s" % (colour(prefix, code) if self._coloured else prefix, text)
         if self._times:
             text = "%-19s %s" % (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if when else "-", text)
-        print(text, flush=self._flush)
+        return text
 
 
 class LogFollower:
@@ -8628,10 +8642,10 @@ class LogFollower:
         import queue
         self._client, self._arguments, self._empty = client, arguments, queue.Empty
         self._streams = set()                   # (name, label) that have a thread
-        self._queue = queue.Queue(LOG_QUEUE)    # (name, line, time), an exception, or None: look for streams
+        self._queue = queue.Queue(LOG_QUEUE)    # lines, an exception, or None: look for streams
 
     def lines(self):
-        """(name, line, time or None) for ever. ClientError."""
+        """What LogPrinter shows, for ever. ClientError."""
         self._look("tail=%d" % self._arguments.n, True)
         self._start(self._watch)
         retry = None
@@ -8708,7 +8722,7 @@ class LogFollower:
     def _copy(self, name, label, begin, last):
         """One connection's lines. Returns the last id; None: the process has exited."""
         path, history = "/streams/%s/%s" % (reference(name), reference(label)), 0
-        if self._arguments.times and not last:  # of what is there already nobody knows when it came
+        if not last:                            # of what is there already nobody knows when it came
             with self._client.open("HEAD", path) as response:
                 history = int(response.headers["Gaffer-Offset"])
         for place, kind, data in self._client.events("%s?%s&%s" % (path, FEED, begin), last):
@@ -8717,12 +8731,22 @@ class LogFollower:
             if kind == "dropped":
                 lost = json.loads(data)["bytes"]
                 if lost:
-                    self._queue.put((name, "-- %d bytes of %s were lost --" % (lost, label), None))
+                    self._queue.put({"name": name, "label": label, "dropped": lost, "time": time.time()})
             elif kind is not None:
-                known = int(place.partition("@")[0]) > history
-                self._queue.put((name, data, time.time() if known else None))
+                offset = int(place.partition("@")[0])
+                self._queue.put(output_line(name, label, data, offset, time.time() if offset > history else None))
             last = place or last
         return last
+
+
+def last_lines(client, name, label, count):
+    """The last `count` lines of a stream, each an output_line()."""
+    path = "/streams/%s/%s?tail=%d&timeout=0" % (reference(name), reference(label), count)
+    headers, body = client.exchange("GET", path)
+    offset = int(headers["Gaffer-Offset"]) - len(body)
+    for line in body.splitlines(True):          # of bytes: they end at \n, \r\n and \r only, as the server's do
+        offset += len(line)
+        yield output_line(name, label, line.rstrip(b"\r\n").decode("utf-8", "replace"), offset)
 
 
 def logs_command(arguments):
@@ -8731,14 +8755,13 @@ def logs_command(arguments):
     names = find_names(client, arguments.names or ["all"])
     printer = LogPrinter(names, arguments)
     if arguments.follow:
-        for name, line, when in LogFollower(client, arguments).lines():
-            printer.show(name, line, when)
+        for line in LogFollower(client, arguments).lines():
+            printer.show(line)
     for name in names:
         try:
             for label in output_labels(client, name, arguments):
-                path = "/streams/%s/%s?tail=%d&timeout=0" % (reference(name), reference(label), arguments.n)
-                for line in client.request("GET", path).decode("utf-8", "replace").splitlines():
-                    printer.show(name, line)
+                for line in last_lines(client, name, label, arguments.n):
+                    printer.show(line)
         except NotThere as error:
             tell(str(error))
             status = 4
@@ -8748,9 +8771,9 @@ def logs_command(arguments):
 class Attachment:
     """What `attach` does: copies output to stdout and stderr, stdin to the process, and signals."""
 
-    def __init__(self, client, pid, tail):
+    def __init__(self, client, pid, tail, as_json):
         import queue
-        self._client, self._pid, self._tail = client, pid, tail
+        self._client, self._pid, self._tail, self._json = client, pid, tail, as_json
         self._info = client.get("/processes/%s" % pid)
         self._run = client.get("/status/" + reference(self._info["name"]))["created"].partition("@")[2]
         self._inbox = queue.SimpleQueue()       # the exit event, what went wrong, a signal's number
@@ -8758,7 +8781,8 @@ class Attachment:
     def run(self):
         """Until the process has exited, or the user leaves. Returns the exit status."""
         labels = list(dict.fromkeys(self._info["redirect_output"]))
-        copies = [self._thread(self._copy_output, label, out) for label, out in zip(labels, (sys.stdout, sys.stderr))]
+        copy_ = self._copy_lines if self._json else self._copy_output
+        copies = [self._thread(copy_, label, out) for label, out in zip(labels, (sys.stdout, sys.stderr))]
         if self._info["redirect_input"] and sys.stdin is not None:
             self._thread(self._copy_input)
         self._thread(self._wait_for_exit)
@@ -8766,8 +8790,10 @@ class Attachment:
             if isinstance(item, Exception):
                 raise item
             if isinstance(item, dict):
-                for copy_ in copies:
-                    copy_.join(DRAIN_TIME + 1)
+                for thread in copies:
+                    thread.join(DRAIN_TIME + 1)
+                if self._json:
+                    write_all(sys.stdout.fileno(), json_bytes(item))
                 return exit_code(item)
             self._pass_on(item)
         return 0
@@ -8799,6 +8825,18 @@ class Attachment:
                     offset += len(data)
                     write_all(out.fileno(), data)
             begin = "since=%d" % offset
+
+    def _copy_lines(self, label, out):
+        """--json: a line as `logs --json` prints it, all to stdout."""
+        path, last = "/streams/%s/%s?%s&tail=%d" % (self._pid, reference(label), FEED, self._tail), ""
+        while True:
+            for place, kind, data in self._client.events(path, last):
+                if kind == "exit":
+                    return
+                if kind == label:
+                    line = output_line(self._info["name"], label, data, int(place.partition("@")[0]), time.time())
+                    write_all(sys.stdout.fileno(), json_bytes(line))
+                last = place or last
 
     def _copy_input(self):
         going_on = True
@@ -8867,7 +8905,7 @@ def attach_command(arguments):
     """attach"""
     client, name = connect(arguments), arguments.names[0]
     pid = attach_pid(client, name)
-    attachment = Attachment(client, pid, arguments.n)
+    attachment = Attachment(client, pid, arguments.n, arguments.json)
     typed = sys.stdin is not None and sys.stdin.isatty()
     restore = leave_key(sys.stdin.fileno()) if typed else lambda: None
     before = {signum: signal.signal(signum, attachment.signal) for signum in (signal.SIGINT, signal.SIGQUIT)}
@@ -9615,11 +9653,13 @@ COMMANDS = {
         option("-n", metavar="N", type=whole, default=10, help="begin with the last N lines of each stream (default 10)"),
         option("--stdout", action="store_true", help="only stdout"), option("--stderr", action="store_true", help="only stderr"),
         option("--no-prefix", action="store_true", help="without the names"),
-        option("-t", "--times", action="store_true", help="with the time at which a line came; before -f nobody knows it"),
-        *ASK[:-1])),
+        option("-t", "--times", action="store_true",
+               help="with the time at which a line came here; of one that was there before it is not known: -"),
+        *CONNECTION, option("--json", action="store_true", help="an object a line: name, label, data, offset behind it, time"))),
     "attach": Command(attach_command, "look", "[options] NAME", "see a process's output, and type into it", (
         option("names", metavar="NAME", nargs=1, help="a name, or where it has several processes a pid as 'pids' prints it"),
-        option("-n", metavar="N", type=whole, default=10, help="begin with its last N lines (default 10)"), *ASK[:-1])),
+        option("-n", metavar="N", type=whole, default=10, help="begin with its last N lines (default 10)"),
+        *CONNECTION, option("--json", action="store_true", help="output as of logs --json, and at the end the exit event"))),
     "watch": Command(watch_command, "look", "[options] [PATTERN]", "print events as they happen, until Ctrl-C", (
         option("pattern", metavar="PATTERN", nargs="?", default="",
                help="a type such as exit, proc/NAME or proc/NAME/TYPE"), *ASK)),

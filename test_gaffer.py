@@ -12125,6 +12125,42 @@ class CliLogs(CliFollowCase):
         self.assertEqual(self.call("logs", "nosuch", "a", "-n", "1", status=4, err="gaffer: .*nosuch.*\n"), "a      | 3\n")
         self.call("logs", "-f", "a", "nosuch", status=4, err="gaffer: .*nosuch.*\n")
 
+    def test_a_line_ends_where_the_server_ends_it(self):
+        """Not at a form feed or U+2028, as Python's own splitlines() would."""
+        text = "a\x0cb\u2028c\x1cd\n\r\n e \rlast"
+        self.server.add("a", python("import os; os.write(1, %r.encode() + b'\\xff'); input()" % text), redirect_input=True)
+        self.server.request("GET", "/streams/a/stdout?since=0")
+        lines = ["a | a\x0cb\u2028c\x1cd", "a | ", "a |  e ", "a | last\ufffd"]
+        self.assertEqual(self.call("logs").split("\n"), lines + [""])
+        follower = self.follow("logs", "-f")
+        self.assertEqual([follower.stdout.readline().decode() for _ in lines], [line + "\n" for line in lines])
+
+    def test_json(self):
+        """An object a line; a time where it is known; what was lost is told."""
+        self.server.add("a", python(self.ECHO), redirect_input=True)
+        self.say("a", b"!err\n")
+        self.server.request("GET", "/streams/a/stderr?since=0")
+        expected = [{"name": "a", "label": "stdout", "data": "started", "offset": 8, "time": None},
+                    {"name": "a", "label": "stderr", "data": "!err", "offset": 5, "time": None}]
+        self.assertEqual(list(map(json.loads, self.call("logs", "--json", "a").splitlines())), expected)
+        before = time.time()
+        follower = self.follow("logs", "-f", "--json")
+        self.assertCountEqual([json.loads(follower.stdout.readline()) for _ in range(2)], expected)
+        self.say("a", b"new\n")
+        line = json.loads(follower.stdout.readline())
+        self.assertEqual((line["data"], line["offset"]), ("new", 12))
+        self.assertTrue(before - 1 < line["time"] < time.time() + 1, line)
+        self.assertEqual(self.interrupted(follower), b"")
+
+    def test_what_was_lost_is_told(self):
+        for as_json, text in (True, '{"name": "a", "label": "stdout", "dropped": 7, "time": 1}\n'), (
+                False, "%s a | -- 7 bytes of stdout were lost --\n" % time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1))):
+            printer = gaffer.LogPrinter(["a"], argparse.Namespace(json=as_json, follow=False, no_prefix=False, times=True))
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                printer.show({"name": "a", "label": "stdout", "dropped": 7, "time": 1})
+            self.assertEqual(out.getvalue(), text)
+
     def test_nothing_is_there_yet(self):
         self.assertEqual(self.call("logs"), "")
         follower = self.follow("logs", "-f")
@@ -12227,6 +12263,16 @@ class CliAttach(CliFollowCase):
         self.assertEqual(process.stdout.readline(), b"> interrupted\n")
         self.server.ok("POST", "/processes/1/_signal/KILL")
         self.assertEqual(process.wait(TIMEOUT), 137)
+
+    def test_json(self):
+        self.server.add("a", python("import os; os.write(2, b'e\\n'); os.write(1, b'x'); input(); raise SystemExit(3)"), redirect_input=True)
+        process = self.follow("attach", "a", "--json", stdin=subprocess.PIPE)
+        lines = [json.loads(process.stdout.readline()) for _ in range(2)]
+        self.assertCountEqual([(line["name"], line["label"], line["data"], line["offset"]) for line in lines], [
+            ("a", "stdout", "x", 1), ("a", "stderr", "e", 2)])
+        out, _ = process.communicate(b"\n", timeout=TIMEOUT)
+        event = json.loads(out)
+        self.assertEqual((process.returncode, event["event"], event["pid"], event["exit_status"]), (3, "exit", 1, 3))
 
     def test_in_a_terminal(self):
         self.server.add("a", "cat", redirect_input=True)
