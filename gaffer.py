@@ -8515,11 +8515,13 @@ def show_status(arguments, client):
         lines = [status.decode("utf-8").rstrip("\n") for status in found]
     else:
         columns, height = terminal_size()
-        lines = status_table(rows, columns, wants_colour())
+        lines = status_table(rows, columns, wants_colour()) if rows or arguments.watch else []
         if arguments.watch and height:
             lines = ["\x1b[H\x1b[K" + lines[0], *("\x1b[K" + line for line in lines[1:height - 1])]
             lines[-1] += "\x1b[J"
     print("\n".join(lines), end="\n" if lines else "", flush=True)
+    if not (lines or failed):
+        tell("nothing is there yet: 'gaffer.py add_process' adds a template, 'gaffer.py load' a Procfile")
     well = all(status["state"] == "running" and status["running"] >= status["numprocesses"] for status in statuses)
     return failed or (0 if well else 3)
 
@@ -9636,7 +9638,7 @@ COMMANDS = {
         option("--running", action="store_true", help="the pids of all that runs instead"), *ASK)),
     "status": Command(status_command, "look", "[options] [NAME ...]", "show what runs, and what will happen next", (
         NAMES_OR_ALL, WATCH, *ASK)),
-    "start": Command(start_command, "control", "[options] NAME ...", "start processes", (SOME_NAMES, *WAIT, *ASK)),
+    "start": Command(start_command, "control", "[options] NAME ...", "start processes (of a Procfile: up)", (SOME_NAMES, *WAIT, *ASK)),
     "stop": Command(stop_command, "control", "[options] NAME ...", "stop processes; they stay stopped", (
         SOME_NAMES, *WAIT, *ASK)),
     "restart": Command(restart_command, "control", "[options] NAME ...", "stop each process, and replace it", (
@@ -9756,6 +9758,15 @@ def command_first(argv):
     return None, argv
 
 
+ELSEWHERE = {                           # what supervisorctl, foreman, overmind, pm2 and systemctl call it -> what it is called here
+    "list": "status", "ls": "status", "l": "status", "show": "get_process", "describe": "get_process", "info": "get_process",
+    "pid": "pids", "tail": "logs", "log": "logs", "fg": "attach", "connect": "attach", "events": "watch", "monit": "status -w",
+    "top": "status -w", "signal": "kill", "delete": "del_process", "remove": "del_process", "rm": "del_process",
+    "reread": "reload --dry-run", "update": "reload", "check": "export json", "server": "serve", "daemon": "serve --daemon",
+    "version": "--version", "exec": "run",
+}
+
+
 def without_command(argv):
     """--version, --help, nothing at all, or a mistake."""
     if argv == ["--version"]:
@@ -9766,8 +9777,9 @@ def without_command(argv):
         return 0
     words = [word for word in argv if not word.startswith("-")] or argv
     if words and words[0] not in ("-h", "--help", "help"):
+        here = ELSEWHERE.get(words[0]) and ": it is 'gaffer.py %s'" % ELSEWHERE[words[0]]
         raise ClientError("there is no command '%s'%s" % (
-            words[0], near(words[0], COMMANDS) or "; 'gaffer.py --help' lists them"), 2)
+            words[0], here or near(words[0], COMMANDS) or "; 'gaffer.py --help' lists them"), 2)
     print(overview(), end="")
     return 0 if argv else 2
 

@@ -11843,6 +11843,10 @@ class CliStatus(CliControlCase):
         rows = self.call("status", status=3).splitlines()
         self.assertEqual(rows[3].split(), ["off", "stopped", "-", "-", "0", "-", "-", "-"])
 
+    def test_nothing_is_there(self):
+        self.assertEqual(self.call("status", err="gaffer: nothing is there yet: 'gaffer.py add_process'.*\n"), "")
+        self.assertEqual(self.call("status", "nosuch", status=4, err="gaffer: there is no process named 'nosuch';.*\n"), "")
+
     def test_it_says_what_happens_next(self):
         self.server.add("broken", "false")
         self.server.add("killed", {"cmd": "kill -9 $$", "shell": True}, flapping={"attempts": 2, "window": 60.0, "retry_in": 300.0})
@@ -11888,54 +11892,7 @@ class CliStatus(CliControlCase):
 
 
 class CliCommands(CliControlCase):
-    """Every command: a name that is not there, no server there, a token that is refused; and how it is asked for help."""
-
-    NAME = {"start", "stop", "restart", "add", "sub", "running", "numprocesses", "pids", "get_process", "del_process"}
-    ARGUMENTS = {"kill": ["web", "HUP"], "add_process": ["x", "sleep 1"], "update_process": ["web", "sleep 1"],
-                 "load_process": [os.path.join(HERE, "LICENSE")], "processes": [], "status": ["web"], "reload": [], "load": ["-f", os.path.join(HERE, "examples", "procfile", "Procfile")],
-                 "scale": ["web=3"]}
-
-    @classmethod
-    def commands(cls):
-        """(name, arguments) of all that ask a server."""
-        for name, command in gaffer.COMMANDS.items():
-            if any("--endpoint" in names for names, _ in command.options):
-                yield name, cls.ARGUMENTS[name] if name in cls.ARGUMENTS else ["web"]
-
-    def setUp(self):
-        super().setUp()
-        self.ARGUMENTS["load_process"] = [self.file(self.folder(), "x.json", '{"name": "x", "cmd": "true"}')]
-
-    def test_all_are_there(self):
-        self.assertLess(self.NAME, {name for name, _ in self.commands()})
-
-    def test_a_name_that_is_not_there(self):
-        self.call("scale", "web=3", status=4, err="gaffer: .*web.*\n")
-        for name, arguments in self.commands():
-            if "web" in arguments and name != "watch":      # what is not there yet may be watched
-                with self.subTest(name):
-                    self.assertEqual(self.called(name, *arguments)[0], 4)
-                    self.assertRegex(self.called(name, *arguments)[2], r"\Agaffer: [^\n]*'gaffer.py (processes|load)' l[^\n]*\n\Z")
-
-    def test_no_server(self):
-        for name, arguments in self.commands():
-            with self.subTest(name):
-                status, out, err = self.called("--endpoint", "http://127.0.0.1:1", name, *arguments)
-                self.assertEqual((status, out), (5, ""))
-                self.assertRegex(err, r"\Agaffer: there is no gaffer at http://127.0.0.1:1 \(.*'python3 gaffer.py serve'[^\n]*\n\Z")
-
-    def test_a_token_is_refused(self):
-        server = Running(token="s3cret")
-        self.addCleanup(server.stop_all)
-        token = self.file(self.folder(), "token", "wrong\n")
-        for name, arguments in self.commands():
-            for more in ([], ["--token-file", token]):
-                with self.subTest(name):
-                    status, out, err = self.called(name, *arguments, *more, "--endpoint", server.url)
-                    self.assertEqual((status, out), (6, ""))
-                    self.assertRegex(err, r"\Agaffer: the server wants its token: [^\n]*--token-file[^\n]*\n\Z")
-        os.environ["GAFFER_TOKEN"] = "s3cret"
-        self.assertEqual(self.called("processes", "--endpoint", server.url), (0, "", ""))
+    """How commands are asked for help, and what else is said to all of them."""
 
     def test_help(self):
         for name, command in gaffer.COMMANDS.items():
@@ -11959,6 +11916,9 @@ class CliCommands(CliControlCase):
 
     def test_mistakes(self):
         self.call("statsu", status=2, err="gaffer: there is no command 'statsu', did you mean 'status'\\?\n")
+        self.call("tail", "-f", "web", status=2, err="gaffer: there is no command 'tail': it is 'gaffer.py logs'\n")
+        for here in gaffer.ELSEWHERE.values():
+            self.assertIn(here.split()[0], [*gaffer.COMMANDS, "--version"])
         self.call("--json", "--x", status=2, err="gaffer: there is no command '--json'.*\n")
         self.call("--json", "x", "stop", status=2, err="gaffer: there is no command 'x'.*\n")
         self.call("stop", status=2, err=r"usage: gaffer.py stop [\s\S]*NAME\n")
@@ -12011,55 +11971,127 @@ class CliCommands(CliControlCase):
         self.call("processes", "--endpoint", server.url, status=6, err="gaffer: .*cannot be trusted.*--cacert\n")
         self.call("processes", "--endpoint", server.url, "--cacert", key, status=2, err="gaffer: .*--cacert.*\n")
 
-    def test_each_as_a_program(self):
-        """What it prints where it succeeds. (serve, up, run, attach and watch have tests of their own.)"""
-        home = self.folder()
-        procfile, template = self.file(home, "Procfile", "web: exec sleep 1000\n"), self.file(home, "t.json", '{"name": "new2", "cmd": "true"}')
-        table = {
-            "processes": ([], r"t-add\nt-"), "status": (["t-status"], r"NAME .*\nt-status +running +\d"), "start": (["t-start"], "t-start: already running"),
-            "stop": (["t-stop"], "t-stop: stopped"), "restart": (["t-restart"], "t-restart: restarted"), "add": (["t-add"], "t-add: 2 processes"),
-            "sub": (["t-sub"], "t-sub: 0 processes"), "kill": (["t-kill", "CONT"], "t-kill: signalled CONT"), "running": (["t-running"], "1"),
-            "numprocesses": (["t-numprocesses"], "1"), "pids": (["t-pids"], r"\d+"), "get_process": (["t-get_process"], r'\{\n    "name": "t-get_process"'),
-            "add_process": (["new", "sleep 1"], "new: added"), "load_process": ([template], "new2: added"),
-            "update_process": (["t-update_process", "sleep 2000"], "t-update_process: updated"), "del_process": (["t-del_process"], "t-del_process: deleted"),
-            "logs": (["t-logs"], r"t-logs \| line"), "load": (["app", "-f", procfile], "app:web: loaded"), "unload": (["un"], "un:load: unloaded"),
-            "scale": (["-f", procfile, "t-scale=2"], "t-scale: 2 processes"), "ps": (["pp"], r"NAME .*\npp:s +running"), "reload": ([], r"\Z"),
-            "export": (["ini", "-f", procfile], "; made from"), "completion": (["bash"], r"_gaffer\(\) \{")}
-        self.assertEqual(set(table) | {"serve", "up", "run", "attach", "watch"}, set(gaffer.COMMANDS))
-        for name in ["t-" + name for name in sorted(table)] + ["un:load", "pp:s"]:
-            self.server.add(name, "sh -c 'echo line; exec sleep 1000'")
-        self.server.request("GET", "/streams/t-logs/stdout?since=0")
-        gaffer.Configuration(lambda: gaffer.Settings([], {}, [])).begin(self.server.manager)
-        env = dict(self.env, GAFFER_ENDPOINT=self.server.url)
+class CliEveryCommand(CliControlCase):
+    """Each command as its user runs it, a program of its own against a real server: what it prints and how it ends when all is well,
+    with a wrong name, where no server is, where the token is refused, and where nobody reads what it prints."""
 
-        def run(item):
-            name, (arguments, expected) = item
-            done = subprocess.run(CLI_COMMAND + [name, *arguments], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=TIMEOUT,
-                                  stderr=subprocess.PIPE, check=False, universal_newlines=True)
-            return name, done.returncode, done.stderr, bool(re.match(expected, done.stdout)) or done.stdout
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            self.assertEqual([outcome for outcome in pool.map(run, table.items()) if outcome[1:] != (0, "", True)], [])
+    OWN_TESTS = {"serve", "up", "run"}          # ask no server, and go on
+    BY_GROUP = {"ps", "scale", "unload"}
+    NAMED = (4, "there is no process named 'nosuch'; 'gaffer.py processes' lists them")
+    GROUP = (4, "there is no process of the group 'nosuch': 'gaffer.py load' loads it")
+    # arguments, and what is printed, @ being a template that only this run has; arguments with a wrong name, and what comes of them
+    TABLE = {
+        "processes": ("", r"(.*\n)*@\n(.*\n)*", None, None),
+        "status": ("@", r"NAME +STATE .*\n@ +running +\d+ .*\n", "nosuch", NAMED),
+        "start": ("@", "@: already running\n", "nosuch", NAMED),
+        "stop": ("@", "@: stopped\n", "nosuch", NAMED),
+        "restart": ("@", "@: restarted\n", "nosuch", NAMED),
+        "add": ("@", "@: 2 processes\n", "nosuch", NAMED),
+        "sub": ("@", "@: 0 processes\n", "nosuch", NAMED),
+        "kill": ("@ CONT", "@: signalled CONT\n", "nosuch CONT", NAMED),
+        "running": ("@", "1\n", "nosuch", NAMED),
+        "numprocesses": ("@", "1\n", "nosuch", NAMED),
+        "pids": ("@", r"\d+\n", "nosuch", NAMED),
+        "get_process": ("@", r'\{\n    "name": "@",\n(.*\n)*\}\n', "nosuch", NAMED),
+        "add_process": ("@-new sleep 1", "@-new: added\n", "ticker sleep 1", (1, ".*'ticker'.*'gaffer.py update_process' replaces it")),
+        "load_process": ("@.json", "@-new: added\n", "ticker.json", (1, ".*'ticker'.*'gaffer.py update_process' replaces it")),
+        "update_process": ("@ sleep 2000", "@: updated\n", "nosuch sleep 1", NAMED),
+        "del_process": ("@", "@: deleted\n", "nosuch", NAMED),
+        "logs": ("@", r"@ \| line\n", "nosuch", NAMED),
+        "attach": ("@", "line\n", "nosuch", NAMED),
+        "watch": ("", r"[0-9:]{8} ticker: .*\n", "spawm", (1, "there is no event type 'spawm', did you mean 'spawn'.*")),
+        "reload": ("", "kept: kept\n", None, None),
+        "load": ("@-new", "@-new:web: loaded\n", "@-new -c wep=2", (4, "there is no 'wep' in the Procfile, did you mean 'web'\\?")),
+        "unload": ("@", "@:web: unloaded\n", "nosuch", (4, "there is no group 'nosuch'; 'gaffer.py processes' lists what there is")),
+        "scale": ("@ web=2", "@:web: 2 processes\n", "nosuch web=2", GROUP),
+        "ps": ("@", r"NAME +STATE .*\n@:web +running +\d+ .*\n", "nosuch", GROUP),
+        "export": ("ini @", r"; made from Procfile\n\n\[process:@:web\](.*\n)*", "ini nosuch -f nosuch", (1, "nosuch: cannot be read.*")),
+        "completion": ("bash", r"_gaffer\(\) \{(.*\n)*", "csh", (2, "(?s)usage: .*'csh'.*")),
+    }
+    STATUS = {"attach": 3, "watch": 130}
+    UNREAD = ("processes", "status", "stop", "logs", "attach", "watch", "export")   # each writes in a way of its own
+    SAID = {"attach": r"gaffer: attached to @, pid \d+\. .*\n"}
+    NO_SERVER = r"gaffer: there is no gaffer at http://127\.0\.0\.1:1 \(.*\): start one with 'python3 gaffer\.py serve'.*\n"
+    REFUSED = r"gaffer: the server wants its token: give it with --token-file FILE or GAFFER_TOKEN\n"
 
-    def test_as_a_user_runs_them(self):
-        """The same as programs of their own: silent where nobody reads, nothing but the sentence where it fails."""
-        self.sleepers("web")
-        env = dict(self.env, GAFFER_ENDPOINT=self.server.url)
-        runs = {name: subprocess.Popen(CLI_COMMAND + arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                       universal_newlines=True)
-                for name, arguments in (("status", ["status"]), ("wrong", ["stop", "nosuch"]), (
-                    "nobody", ["status", "--endpoint", "http://127.0.0.1:1"]), ("help", []))}
-        outcomes = {}
-        for name, run in runs.items():
-            with run:
-                out, err = run.communicate(timeout=TIMEOUT)
-                outcomes[name] = (run.returncode, out.count("\n") > 0, err.count("\n"))
-        self.assertEqual(outcomes, {"status": (0, True, 0), "wrong": (4, False, 1), "nobody": (5, False, 1), "help": (2, True, 0)})
-        read, write = os.pipe()
-        os.close(read)
-        for arguments in (["status"], ["--help"], ["status", "--help"]):
-            run = subprocess.run(CLI_COMMAND + arguments, env=env, stdout=write, stderr=subprocess.PIPE, check=False, timeout=TIMEOUT)
-            self.assertEqual((run.returncode, run.stderr), (141, b""), arguments)
-        os.close(write)
+    def setUp(self):
+        super().setUp()
+        self.home = self.folder()
+        self.file(self.home, "Procfile", "web: read x; exit 3\n")
+        self.file(self.home, "ticker.json", '{"name": "ticker", "cmd": "true"}')
+        kept = gaffer.examine_template({"name": "kept", "cmd": "sleep 1000"})[0]
+        gaffer.Configuration(lambda: gaffer.Settings([], {"kept": kept}, [])).begin(self.server.manager)
+        # watch has something to see at any time
+        self.server.add("ticker", "sleep 0.1", flapping={"attempts": 1000, "window": 0.01})
+        for run in ("well-", "unread-"):
+            for name in self.TABLE if run == "well-" else self.UNREAD:
+                template = run + name + ":web" * (name in self.BY_GROUP)
+                self.server.add(template, {"cmd": "echo line; read x; exit 3", "shell": True}, redirect_input=True)
+                self.file(self.home, run + name + ".json", '{"name": "%s%s-new", "cmd": "true"}' % (run, name))
+            for name in ("logs", "attach"):
+                self.server.request("GET", "/streams/%s/stdout?since=0" % (run + name))
+        self.guarded = Running(token="s3cret")
+        self.addCleanup(self.guarded.stop_all)
+        self.unread, write = os.pipe()
+        os.close(self.unread)
+        self.unread = os.fdopen(write, "wb")
+        self.addCleanup(self.unread.close)
+
+    def cells(self):
+        """(command, arguments, environment, stdout, (status, output, what is said on stderr)) of each run."""
+        for name, (arguments, output, wrong, comes) in self.TABLE.items():
+            well, unread = "well-" + name, "unread-" + name
+            said = self.SAID.get(name, "")
+            yield name, arguments.replace("@", well), {}, subprocess.PIPE, (
+                self.STATUS.get(name, 0), output.replace("@", well), said.replace("@", well))
+            if name in self.UNREAD:
+                yield name, arguments.replace("@", unread), {}, self.unread, (141, "", said.replace("@", unread))
+            if wrong is not None:
+                sentence = comes[1] if comes[0] == 2 else "gaffer: %s\n" % comes[1]
+                yield name, wrong.replace("@", well), {}, subprocess.PIPE, (comes[0], "", sentence)
+            if any("--endpoint" in names for names, _ in gaffer.COMMANDS[name].options):
+                nobody = {"GAFFER_ENDPOINT": "http://127.0.0.1:1"}
+                yield name, arguments.replace("@", well), nobody, subprocess.PIPE, (5, "", self.NO_SERVER)
+                refused = {"GAFFER_ENDPOINT": self.guarded.url, "GAFFER_TOKEN": "wrong"}
+                yield name, arguments.replace("@", well), refused, subprocess.PIPE, (6, "", self.REFUSED)
+
+    def run_cell(self, cell):
+        """None, or the cell and what was wrong with it."""
+        name, arguments, more, stdout, expected = cell
+        command = [PYTHON, CLI_FILE] if (name, more) in (("status", {}), ("stop", {}), ("logs", {})) else CLI_COMMAND
+        process = subprocess.Popen([*command, name, *arguments.split()], cwd=self.home, stdin=subprocess.PIPE, stdout=stdout,
+                                   stderr=subprocess.PIPE, universal_newlines=True, env={**self.env, "GAFFER_ENDPOINT": self.server.url, **more})
+        with process:
+            out = ""
+            if expected[0] == 130:
+                out = process.stdout.readline()
+                process.send_signal(signal.SIGINT)
+            rest, err = process.communicate("\n", timeout=TIMEOUT)
+        out = out if expected[0] == 130 else rest or ""
+        well = process.returncode == expected[0] and re.fullmatch(expected[1], out) and re.fullmatch(expected[2], err)
+        return None if well else (name, arguments, more, "unread" if stdout is self.unread else "", process.returncode, out, err)
+
+    def test_every_cell_of_the_table(self):
+        self.assertEqual(set(self.TABLE) | self.OWN_TESTS, set(gaffer.COMMANDS), "each command has a row")
+        with concurrent.futures.ThreadPoolExecutor(max(2, gaffer.CORES)) as pool:
+            self.assertEqual([outcome for outcome in pool.map(self.run_cell, self.cells()) if outcome is not None], [])
+
+    def test_json_is_an_object_a_line(self):
+        """Of every command that has it, in this process."""
+        for name, (arguments, _, _, _) in self.TABLE.items():
+            if any("--json" in names for names, _ in gaffer.COMMANDS[name].options) and name not in self.STATUS:
+                arguments = [word.replace("@", "well-" + name) for word in arguments.split()]
+                arguments = [os.path.join(self.home, word) if word.endswith(".json") else word for word in arguments]
+                more = ["-f", os.path.join(self.home, "Procfile")] if name in self.BY_GROUP | {"load"} else []
+                with self.subTest(name):
+                    lines = self.call(name, *arguments, *more, "--json").splitlines()
+                    self.assertTrue(lines and all(isinstance(json.loads(line), (dict, list)) for line in lines), lines)
+
+    def test_without_a_token(self):
+        self.call("processes", "--endpoint", self.guarded.url, status=6, err=self.REFUSED)
+        self.call("processes", "--endpoint", self.guarded.url, "--token-file", self.file(self.home, "token", "s3cret\n"))
+        os.environ["GAFFER_TOKEN"] = "s3cret"
+        self.call("processes", "--endpoint", self.guarded.url)
 
 
 class CliFollowCase(CliControlCase):
@@ -14574,7 +14606,7 @@ def run_all(jobs):
 
 
 LONG = ("StreamsCost", "StreamsLoss", "Loadtest", "StreamsLossless", "CliFaults", "HttpOpenapi", "ProcessHostile", "ProcessHostileThread",
-        "Chaos", "CliDaemon", "CliCommands", "HttpConnections", "HttpEndpoints")    # begun first, or all would wait for them
+        "Chaos", "CliDaemon", "CliEveryCommand", "HttpConnections", "HttpEndpoints")    # begun first, or all would wait for them
 
 
 def main():
