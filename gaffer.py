@@ -8996,12 +8996,15 @@ class LogFile:
     """--log-file. `path`: None is stderr."""
 
     def __init__(self, path, level):
-        self._taken_over = False
-        try:
-            self._handler = logging.FileHandler(path) if path else LogHandler(sys.stderr)
-        except OSError as error:
-            raise StartError("the log file '%s' cannot be written: %s" % (path, error.strerror)) from None
+        self._path, self._taken_over = path and os.path.abspath(path), False
+        self._handler = LogHandler(self._open() if path else sys.stderr)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level, handlers=[self._handler])
+
+    def _open(self):
+        try:
+            return open(self._path, "a", encoding="utf-8")
+        except OSError as error:
+            raise StartError("the log file '%s' cannot be written: %s" % (self._path, error.strerror)) from None
 
     def take_over(self):
         """Let stdout and stderr go there too."""
@@ -9010,12 +9013,18 @@ class LogFile:
             os.dup2(self._handler.stream.fileno(), number_)
 
     def reopen(self):
-        """The file may have been moved away."""
-        if isinstance(self._handler, logging.FileHandler):
-            self._handler.close()
+        """The file may have been moved away. Where it cannot be opened again, the log goes on as before."""
+        if self._path is None:
+            return
+        try:
+            file = self._open()
+        except StartError as error:
+            log.error("%s", error)
+            return
+        with self._handler.setStream(file):
             log.warning("the log goes on in this file")
-            if self._taken_over:
-                self.take_over()
+        if self._taken_over:
+            self.take_over()
 
 
 def report_lines(report, would=""):

@@ -13270,6 +13270,29 @@ class CliDaemon(CliFollowCase):
         self.assertEqual((server.stop(), server.stderr), (0, ""))
         self.call("serve", "--log-file", folder, status=1, err="gaffer: the log file '.*' cannot be written: Is a directory\n")
 
+    def test_a_log_file_that_cannot_be_opened_again(self):
+        """The server lives, and goes on in the old file until there is a place for a new one."""
+        folder = self.folder()
+        old, path = os.path.join(folder, "old"), os.path.join(folder, "logs", "log")
+        os.mkdir(os.path.dirname(path))
+        server = self.start("--log-file", path, "-v")
+        os.rename(os.path.dirname(path), old)
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "ERROR the log file '%s' cannot be written: No such file" % path in cli_read(old + "/log"))
+        server.add("a", {"cmd": "sleep 1000"})
+        until(lambda: "INFO a: spawn" in cli_read(old + "/log"))
+        os.mkdir(os.path.dirname(path))
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: os.path.exists(path) and "goes on in this file" in cli_read(path))
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+        self.assertIn("INFO a: exit", cli_read(path))
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_a_log_file_on_a_full_disk(self):
+        server = self.start("--log-file", "/dev/full", "-v")
+        server.add("a", {"cmd": "sleep 1000"})
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+
     def test_daemon(self):
         folder = self.folder()
         endpoint, pidfile, log = "unix:" + os.path.join(folder, "socket"), os.path.join(folder, "pid"), os.path.join(folder, "log")
