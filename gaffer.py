@@ -7257,10 +7257,16 @@ class WebHooks:
             self._changed.notify_all()
 
     def join(self):
-        """See apps."""
+        """See apps. What was not sent by then is dropped."""
         if self._thread is not None:
             self._thread.join(max(0.0, self._deadline - time.monotonic()))
             self._thread = None
+            with self._changed:
+                if self._queue:
+                    self.dropped += len(self._queue)
+                    log.warning("%d events for webhooks were not sent before the end, %d were dropped in all",
+                                len(self._queue), self.dropped)
+                    self._queue.clear()
 
 
 class LineEncoder:
@@ -7520,6 +7526,7 @@ DOTENV = r"""(?xs)
 DOTENV_NOTHING = r"[ \t\r]*(?:#[^\n]*)?(?:\n|\Z)"
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "$": "$"}
 PROCFILE_LINE = r"([A-Za-z0-9_-]+)[ \t]*:[ \t]*(\S.*?)[ \t\r]*\Z"
+PROCFILE_NAME = "Procfile"
 FIRST_PORT, PORTS_PER_TYPE = 5000, 100          # as foreman counts them
 
 
@@ -8323,6 +8330,7 @@ def add_process_command(arguments):
 
 def load_process_command(arguments):
     """load_process"""
+    where = "stdin" if arguments.file == "-" else arguments.file
     try:
         if arguments.file == "-":
             info = json.load(sys.stdin)
@@ -8331,8 +8339,8 @@ def load_process_command(arguments):
                 info = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise ClientError("%s cannot be read as JSON: %s" % (
-            arguments.file, getattr(error, "strerror", None) or error)) from None
-    need(isinstance(info, dict), ClientError, "%s is to hold one JSON object, a template" % arguments.file)
+            where, getattr(error, "strerror", None) or error)) from None
+    need(isinstance(info, dict), ClientError, "%s is to hold one JSON object, a template" % where)
     info = dict(info, start=arguments.start)
     return send_template(arguments, "POST", "/processes", info, "added and started" if arguments.start else "added")
 
@@ -9136,7 +9144,9 @@ def parse_formation(words, types):
 
 
 def open_procfile(arguments, taken=()):
-    """The Procfile that the arguments name. ConfigError."""
+    """The Procfile that the arguments name. ConfigError, ClientError."""
+    need(os.path.exists(arguments.procfile), ClientError,
+         "there is no '%s': name a Procfile with -f FILE, or write one, with a line 'web: COMMAND'" % arguments.procfile)
     return Procfile(arguments.procfile, arguments.root, arguments.env_file, arguments.port, taken)
 
 
@@ -9215,22 +9225,20 @@ def wait_for_command(argv, env, root):
 
 def run_once(arguments):
     """run"""
-    try:
+    if arguments.procfile == PROCFILE_NAME and not os.path.exists(PROCFILE_NAME):       # none is no matter
+        source = Procfile(os.devnull, arguments.root or ".", arguments.env_file, arguments.port)
+    else:
         source = open_procfile(arguments)
-        env, types, root = dict(source.env, PORT=str(source.port)), source.types(), source.folder
-    except ConfigError:
-        if os.path.exists(arguments.procfile):
-            raise
-        env, types, root = {}, {}, arguments.root or "."        # no Procfile, no matter
-        for env_file in arguments.env_file:
-            env.update(parse_dotenv(read_text(env_file))[0])
+    types, env = source.types(), dict(source.env, PORT=str(source.port))
+    if source.faults:
+        raise ConfigError([text for _, text in source.faults])
     words = arguments.cmd[1:] if arguments.cmd[:1] == ["--"] else arguments.cmd
     if not words:
         raise ClientError("say what to run: 'gaffer.py run CMD'", 2)
     argv = words if len(words) > 1 else ["/bin/sh", "-c", types.get(words[0], words[0])]
     env = dict(os.environ, **env)
     env.pop("GAFFER_TOKEN", None)
-    return wait_for_command(argv, env, root)
+    return wait_for_command(argv, env, source.folder)
 
 
 def group_of(arguments):
@@ -9588,7 +9596,7 @@ WATCH = option("-w", "--watch", action="store_true", help="again each second, un
 BY = option("n", metavar="N", nargs="?", type=positive, default=1, help="how many (default 1)")
 
 PROCFILE = (
-    option("-f", "--procfile", metavar="FILE", default="Procfile", help="the Procfile (default ./Procfile)"),
+    option("-f", "--procfile", metavar="FILE", default=PROCFILE_NAME, help="the Procfile (default ./Procfile)"),
     option("-d", "--root", metavar="DIR", help="where its processes run (default: its folder)"),
     option("-e", "--env-file", metavar="FILE", action="append", default=[],
            help="variables, beside those of .env in that folder; repeatable"),
@@ -9647,7 +9655,8 @@ COMMANDS = {
         option("--running", action="store_true", help="the pids of all that runs instead"), *ASK)),
     "status": Command(status_command, "look", "[options] [NAME ...]", "show what runs, and what will happen next", (
         NAMES_OR_ALL, WATCH, *ASK)),
-    "start": Command(start_command, "control", "[options] NAME ...", "start processes (of a Procfile: up)", (SOME_NAMES, *WAIT, *ASK)),
+    "start": Command(start_command, "control", "[options] NAME ...", "start processes (of a Procfile: up)", (
+        SOME_NAMES, *WAIT, *ASK)),
     "stop": Command(stop_command, "control", "[options] NAME ...", "stop processes; they stay stopped", (
         SOME_NAMES, *WAIT, *ASK)),
     "restart": Command(restart_command, "control", "[options] NAME ...", "stop each process, and replace it", (
@@ -9767,7 +9776,7 @@ def command_first(argv):
     return None, argv
 
 
-ELSEWHERE = {                           # what supervisorctl, foreman, overmind, pm2 and systemctl call it -> what it is called here
+ELSEWHERE = {                           # what it is called by supervisorctl, foreman, overmind, pm2, systemctl -> and here
     "list": "status", "ls": "status", "l": "status", "show": "get_process", "describe": "get_process", "info": "get_process",
     "pid": "pids", "tail": "logs", "log": "logs", "fg": "attach", "connect": "attach", "events": "watch", "monit": "status -w",
     "top": "status -w", "signal": "kill", "delete": "del_process", "remove": "del_process", "rm": "del_process",

@@ -12005,7 +12005,7 @@ class CliEveryCommand(CliControlCase):
         "unload": ("@", "@:web: unloaded\n", "nosuch", (4, "there is no group 'nosuch'; 'gaffer.py processes' lists what there is")),
         "scale": ("@ web=2", "@:web: 2 processes\n", "nosuch web=2", GROUP),
         "ps": ("@", r"NAME +STATE .*\n@:web +running +\d+ .*\n", "nosuch", GROUP),
-        "export": ("ini @", r"; made from Procfile\n\n\[process:@:web\](.*\n)*", "ini nosuch -f nosuch", (1, "nosuch: cannot be read.*")),
+        "export": ("ini @", r"; made from Procfile\n\n\[process:@:web\](.*\n)*", "ini nosuch -f nosuch", (1, "there is no 'nosuch': name a Procfile with -f FILE.*")),
         "completion": ("bash", r"_gaffer\(\) \{(.*\n)*", "csh", (2, "(?s)usage: .*'csh'.*")),
     }
     STATUS = {"attach": 3, "watch": 130}
@@ -12890,8 +12890,13 @@ class ProcfileRun(ConfigCase):
         self.assertEqual(self.start_run("kill -9 $$"), (137, ""))
 
     def test_without_a_procfile(self):
+        self.call("run", "-f", "/nosuch", "true", status=1, err="gaffer: there is no '/nosuch': .*\n")
         self.assertEqual(self.start_run("pwd"), (0, self.home + "\n"))
         self.assertEqual(self.start_run("nosuchprogram", "x"), (127, "gaffer: 'nosuchprogram' cannot be run: No such file or directory\n"))
+        self.write(".env", "A=env\n")
+        self.assertEqual(self.start_run("echo $A $PORT"), (0, "env 5000\n"))
+        self.write(".env", "A\n")
+        self.assertEqual(self.start_run("echo"), (1, "gaffer: %s/.env:1: is not NAME=value\n" % self.home))
         self.call("run", status=2, err="gaffer: say what to run.*\n")
 
     def test_signals_go_to_the_command(self):
@@ -12940,7 +12945,7 @@ class ProcfileServer(ConfigCase):
         until(lambda: self.call("logs", "x:web").count("7001") == 2)
 
     def test_mistakes(self):
-        self.call("load", "-f", self.home + "/no", status=1, err="gaffer: .*no: cannot be read: No such file.*\n")
+        self.call("load", "-f", self.home + "/no", status=1, err="gaffer: there is no '.*/no': name a Procfile with -f FILE.*\n")
         self.call("load", "a:b", *self.procfile, status=1, err="gaffer: 'a:b' is no name of a group.*\n")
         self.call("load", *self.procfile, "-c", "wep=1", status=4, err="gaffer: there is no 'wep' .*did you mean 'web'\\?\n")
         self.call("load", *self.procfile, "-c", "web", status=1, err="gaffer: 'web' is not TYPE=NUMBER.*\n")
@@ -13030,7 +13035,7 @@ class ProcfileUp(CliFollowCase):
         process.send_signal(signal.SIGTERM)
         self.assertFalse([line for line in self.ended(process, 0) + seen if line[0].startswith("c.")])
         self.call("up", "-f", os.path.join(HERE, "examples", "procfile", "Procfile"), "wep", status=4, err="gaffer: .*did you mean 'web'\\?\n")
-        self.call("up", "-f", "/nosuch", status=1, err="gaffer: /nosuch: cannot be read.*\n")
+        self.call("up", "-f", "/nosuch", status=1, err="gaffer: there is no '/nosuch': name a Procfile.*\n")
 
     def test_nothing_is_lost_where_it_is_read_slowly(self):
         """More than pipes, windows and the queue hold: the process waits."""
@@ -13220,7 +13225,7 @@ class WebHooksTest(ServerCase):
 
     def test_a_receiver_that_hangs(self):
         with socket.create_server(("127.0.0.1", 0)) as silent, unittest.mock.patch.object(gaffer, "WEBHOOK_QUEUE", 3), \
-                unittest.mock.patch.object(gaffer, "WEBHOOK_END", 0.1), self.assertLogs("gaffer", "WARNING"):
+                unittest.mock.patch.object(gaffer, "WEBHOOK_END", 0.1), self.assertLogs("gaffer", "WARNING") as logs:
             made = self.hooks(("create", "http://127.0.0.1:%d/" % silent.getsockname()[1]))
             self.server.add("first", "sleep 1000")
             sock, _ = silent.accept()
@@ -13230,6 +13235,8 @@ class WebHooksTest(ServerCase):
                 self.assertEqual(made.dropped, 2)
                 made.stop()
                 made.join()
+                self.assertEqual(made.dropped, 5, "what waited is counted, and told")
+        self.assertRegex(logs.output[-1], "3 events for webhooks were not sent before the end, 5 were dropped in all")
 
     def test_last_words_are_sent(self):
         made = gaffer.WebHooks([("proc/a", self.receiver.url + "/hook")])
