@@ -8173,12 +8173,14 @@ def drop_output():
 
 # names
 
-def find_names(client, words):
-    """Names and pids, each once, that `words` stand for: a name or a pid stands for itself, `all` for all names, and a glob
-    for those it matches. ClientError: a glob matches none."""
+def find_names(client, words, pids=False):
+    """Names and, if there may be any, pids, each once, that `words` stand for: a name or a pid stands for itself, `all` for
+    all names, and a glob for those it matches. ClientError: a glob matches none, or one is a pid that may not be."""
     import fnmatch
     names, found = None, {}
     for word in words:
+        if word.isdigit() and not pids:
+            raise ClientError("%s is a pid: this command takes names, 'gaffer.py processes' lists them" % word, 2)
         if word != "all" and not re.search(r"[*?\[]", word):
             found[word] = True
             continue
@@ -8190,11 +8192,12 @@ def find_names(client, words):
     return list(found)
 
 
-def each_name(arguments, act, ahead=None):
-    """Print what `act(client, name)` returns for each name: a line, or with --json bytes from the server. Where it fails
-    that is told, and the others go on. `ahead(client, names)` comes first. Returns the first failure's exit status."""
+def each_name(arguments, act, pids=False, ahead=None):
+    """Print what `act(client, name)` returns for each name (and pid, with `pids`): a line, or with --json bytes from the server.
+    Where it fails that is told, and the others go on. `ahead(client, names)` comes first. Returns the first failure's exit
+    status."""
     client, status = connect(arguments), 0
-    names = find_names(client, arguments.names)
+    names = find_names(client, arguments.names, pids)
     if ahead is not None:
         ahead(client, names)
     for name in names:
@@ -8239,13 +8242,11 @@ def change(arguments, action, words):
                 pass                            # that is told in its turn
 
     def act(client, name):
-        if name.isdigit() and action != "_stop":
-            raise ClientError("%s is a pid: start and restart take names, 'gaffer.py processes' lists them" % name, 2)
         before = look_before(client, name, befores)
         longest = arguments.timeout if arguments.timeout is not None else before["graceful_timeout"] + WAIT_EXTRA
         answer = client.request("POST", "/processes/%s/%s%s" % (reference(name), action, query), timeout=CLIENT_TIME + longest)
         return answer if arguments.json else "%s: %s" % (name, words(before))
-    return each_name(arguments, act, stop_all if action == "_stop" else None)
+    return each_name(arguments, act, True, stop_all) if action == "_stop" else each_name(arguments, act)
 
 
 def start_command(arguments):
@@ -8293,7 +8294,7 @@ def kill_command(arguments):
         answer = client.request("POST", "/processes/%s/_signal/%s%s" % (
             reference(name), reference(arguments.sig), "?group=true" if arguments.group else ""))
         return answer if arguments.json else "%s: signalled %s" % (name, arguments.sig)
-    return each_name(arguments, act)
+    return each_name(arguments, act, pids=True)
 
 
 # templates
@@ -8358,7 +8359,7 @@ def get_process_command(arguments):
     def act(client, name):
         answer = client.request("GET", "/processes/" + reference(name))
         return answer if arguments.json else json.dumps(json.loads(answer), indent=4)
-    return each_name(arguments, act)
+    return each_name(arguments, act, pids=True)
 
 
 def del_process_command(arguments):
@@ -8366,7 +8367,7 @@ def del_process_command(arguments):
     def act(client, name):
         answer = client.request("DELETE", "/processes/" + reference(name))
         return answer if arguments.json else "%s: %s" % (name, "stopped" if name.isdigit() else "deleted")
-    return each_name(arguments, act)
+    return each_name(arguments, act, pids=True)
 
 
 # looking
@@ -8610,7 +8611,9 @@ def watch_command(arguments):
 def output_labels(client, name, arguments):
     """Labels of a process's output that `logs` shows."""
     labels = client.get("/processes/" + reference(name))["redirect_output"]
-    return list(dict.fromkeys(labels[:1] if arguments.stdout else labels[1:] if arguments.stderr else labels))
+    if arguments.stdout != arguments.stderr:
+        labels = labels[:1] if arguments.stdout else labels[1:]
+    return list(dict.fromkeys(labels))
 
 
 def output_line(name, label, data, offset, when=None):
@@ -8686,7 +8689,7 @@ class LogFollower:
         """Follow the streams that nobody follows yet. False: not all can be looked at now."""
         streams, failures = [], []
         try:
-            for name in find_names(self._client, self._arguments.names or ["all"]):
+            for name in find_names(self._client, self._arguments.names or ["all"], True):
                 try:
                     streams += [(name, label) for label in output_labels(self._client, name, self._arguments)]
                 except NotThere as error:
@@ -8762,7 +8765,7 @@ def last_lines(client, name, label, count):
 def logs_command(arguments):
     """logs"""
     client, status = connect(arguments), 0
-    names = find_names(client, arguments.names or ["all"])
+    names = find_names(client, arguments.names or ["all"], True)
     printer = LogPrinter(names, arguments)
     if arguments.follow:
         for line in LogFollower(client, arguments).lines():
@@ -9576,9 +9579,10 @@ CONNECTION = (
     option("--cacert", metavar="FILE", help="trust the certificates in this file (PEM)"),
 )
 ASK = (*CONNECTION, option("--json", action="store_true", help="print what the server sent"))
-SOME_NAMES = option("names", metavar="NAME", nargs="+",
-                    help="a name, a pid as 'pids' prints it, a glob such as 'web*' or 'group:*', or all")
-NAMES_OR_ALL = option("names", metavar="NAME", nargs="*", help=SOME_NAMES[1]["help"] + " (the default)")
+NAMES = "a name, a glob such as 'web*' or 'group:*', or all"
+TARGETS = "a name, a pid as 'pids' prints it, a glob such as 'web*' or 'group:*', or all"
+SOME_NAMES = option("names", metavar="NAME", nargs="+", help=NAMES)
+SOME_TARGETS = option("names", metavar="NAME", nargs="+", help=TARGETS)
 WAIT = (
     option("--timeout", metavar="SECONDS", type=some_seconds,
            help="wait so long until it is done, then exit with 124; it goes on"),
@@ -9591,7 +9595,7 @@ TEMPLATE = (
     option("--start", action="store_true", help="start it"),
     *template_options(),
 )
-ONE_NAME = option("names", metavar="NAME", nargs=1, help=SOME_NAMES[1]["help"])
+ONE_NAME = option("names", metavar="NAME", nargs=1, help=NAMES)
 WATCH = option("-w", "--watch", action="store_true", help="again each second, until Ctrl-C")
 BY = option("n", metavar="N", nargs="?", type=positive, default=1, help="how many (default 1)")
 
@@ -9654,11 +9658,11 @@ COMMANDS = {
     "processes": Command(processes_command, "look", "[options]", "list the names of all templates", (
         option("--running", action="store_true", help="the pids of all that runs instead"), *ASK)),
     "status": Command(status_command, "look", "[options] [NAME ...]", "show what runs, and what will happen next", (
-        NAMES_OR_ALL, WATCH, *ASK)),
+        option("names", metavar="NAME", nargs="*", help=NAMES + " (the default)"), WATCH, *ASK)),
     "start": Command(start_command, "control", "[options] NAME ...", "start processes (of a Procfile: up)", (
         SOME_NAMES, *WAIT, *ASK)),
     "stop": Command(stop_command, "control", "[options] NAME ...", "stop processes; they stay stopped", (
-        SOME_NAMES, *WAIT, *ASK)),
+        SOME_TARGETS, *WAIT, *ASK)),
     "restart": Command(restart_command, "control", "[options] NAME ...", "stop each process, and replace it", (
         SOME_NAMES, *WAIT, *ASK)),
     "add": Command(add_command, "control", "[options] NAME [N]", "run more processes of a template", (
@@ -9666,10 +9670,11 @@ COMMANDS = {
     "sub": Command(sub_command, "control", "[options] NAME [N]", "run fewer processes of a template; the oldest end", (
         ONE_NAME, BY, *ASK)),
     "kill": Command(kill_command, "control", "[options] NAME SIGNAL", "send a signal to processes", (
-        ONE_NAME, option("sig", metavar="SIGNAL", help="15, TERM or SIGTERM"),
+        option("names", metavar="NAME", nargs=1, help=TARGETS), option("sig", metavar="SIGNAL", help="15, TERM or SIGTERM"),
         option("--group", action="store_true", help="to their whole process groups"), *ASK)),
     "logs": Command(logs_command, "look", "[options] [NAME ...]", "print the output of processes, each line with its name", (
-        NAMES_OR_ALL, option("-f", "--follow", action="store_true", help="go on with what comes, until Ctrl-C"),
+        option("names", metavar="NAME", nargs="*", help=TARGETS + " (the default)"),
+        option("-f", "--follow", action="store_true", help="go on with what comes, until Ctrl-C"),
         option("-n", metavar="N", type=whole, default=10, help="begin with the last N lines of each stream (default 10)"),
         option("--stdout", action="store_true", help="only stdout"), option("--stderr", action="store_true", help="only stderr"),
         option("--no-prefix", action="store_true", help="without the names"),
@@ -9689,7 +9694,7 @@ COMMANDS = {
         SOME_NAMES, *ASK)),
     "pids": Command(pids_command, "look", "[options] NAME ...", "print the pids of what runs", (SOME_NAMES, *ASK)),
     "get_process": Command(get_process_command, "template", "[options] NAME ...", "print a template as JSON", (
-        SOME_NAMES, *ASK)),
+        SOME_TARGETS, *ASK)),
     "add_process": Command(add_process_command, "template", "[options] NAME CMD ...", "add a template", (
         *TEMPLATE, *ASK)),
     "load_process": Command(load_process_command, "template", "[options] FILE", "add a template from a file of JSON", (
@@ -9699,7 +9704,7 @@ COMMANDS = {
         update_process_command, "template", "[options] NAME CMD ...", "replace a template and its processes", (
             *TEMPLATE, *ASK)),
     "del_process": Command(del_process_command, "template", "[options] NAME ...", "forget a template; its processes stop", (
-        SOME_NAMES, *ASK)),
+        SOME_TARGETS, *ASK)),
     "completion": Command(completion_command, "other", "bash|zsh|fish", "print what lets a shell complete the words", (
         option("shell", metavar="SHELL", choices=("bash", "zsh", "fish"), help="its script is to be sourced"),)),
 }

@@ -11763,7 +11763,8 @@ class CliControl(CliControlCase):
         self.assertEqual(self.call("pids", "web"), "2 3\n")
         self.assertEqual(self.call("kill", "2", "KILL"), "2: signalled KILL\n")
         self.assertIn('"os_pid"', self.call("get_process", "3"))
-        self.call("start", "3", status=2, err="gaffer: 3 is a pid: .*\n")
+        for command in ("start", "restart", "status", "running", "numprocesses", "pids", "add", "sub"):
+            self.call(command, "3", status=2, err="gaffer: 3 is a pid: this command takes names, .*\n")
         self.call("stop", "77", status=4, err="gaffer: there is no process 77; 'gaffer.py pids all' lists them .*system's\\)\n")
 
     def test_templates_from_the_command_line(self):
@@ -12153,6 +12154,7 @@ class CliLogs(CliFollowCase):
         self.assertEqual(self.call("logs", "-n", "2"), "a    | 2\na    | 3\nlong | one\nlong | two\n")
         self.assertEqual(self.call("logs", "a", "long", "-n1", "--no-prefix"), "3\none\ntwo\n")
         self.assertEqual(self.call("logs", "--stdout", "l*", "none"), "long | one\n")
+        self.assertEqual(self.call("logs", "--stdout", "--stderr", "long"), "long | one\nlong | two\n")
         self.assertEqual(self.call("logs", "--stderr", "long", "-t"), "-                   long | two\n")
         self.assertEqual(self.call("logs", "nosuch", "a", "-n", "1", status=4, err="gaffer: .*nosuch.*\n"), "a      | 3\n")
         self.call("logs", "-f", "a", "nosuch", status=4, err="gaffer: .*nosuch.*\n")
