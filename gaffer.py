@@ -169,6 +169,7 @@ EXIT_POLL = 0.25                    # between looks at a child that nothing can 
 KILL_AGAIN = 1.0                    # SIGKILL is repeated: a group may fork while it dies
 STOP_STAGGER = 0.1                  # at gaffer's stop, a process waits so long for the end of the one started after it
 STOP_STAGGER_TOTAL = 1.0            # and all of them together
+STOP_SEND = 2.0                     # then what waits to be sent, such as last words, goes to clients that take it
 WAIT_EXTRA = 5.0                    # ?wait=true: graceful_timeout and this
 
 TEMPLATES_MAX = 10000
@@ -2721,7 +2722,7 @@ class Manager:
         self.processes = {}                     # pid -> Process: all that can still be asked for
         self.events = EventLog(self.loop)
         self.started_at = time.time()
-        self.stopping = False
+        self.stopping = self._killing = False
         self._running = False
         self._started_apps = []
         self._exit_watcher = exit_watcher or probe_exit_watcher()
@@ -2750,11 +2751,15 @@ class Manager:
                 self.loop.call(self._stop, False)
                 self.loop.run()
         finally:
-            self.loop.call(self._end)
-            self.loop.close()
-            for app in reversed(self._started_apps):
-                if hasattr(app, "join"):
-                    app.join()
+            try:
+                self.loop.call(self._finish)
+                self.loop.run()                 # until all is sent
+            finally:
+                self.loop.call(self._end)
+                self.loop.close()
+                for app in reversed(self._started_apps):
+                    if hasattr(app, "join"):
+                        app.join()
 
     def _start(self):
         self._running = True
@@ -2782,6 +2787,7 @@ class Manager:
                     self._publish("stop", template.name)
             self._stop_in_order(list(alive), None if kill else min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(alive))))
         if kill:
+            self._killing = True
             for process in alive:
                 process.kill()
         self._maybe_stopped()
@@ -2811,8 +2817,8 @@ class Manager:
         if self.stopping and not self._alive():
             self.loop.call_soon(self.loop.stop)
 
-    def _end(self):
-        """The end of run(), also where it failed: nothing is left."""
+    def _finish(self):
+        """Nothing is left to run, also where run() failed: all streams end."""
         self.stopping, self._running = True, False
         for process in list(self.processes.values()):
             if not process.gone and not process.template["detach"]:
@@ -2823,6 +2829,17 @@ class Manager:
             for merged in template.merged.values():
                 merged.window.finish()
         self.events.finish()
+        self._let_send(self.loop.clock() + STOP_SEND)
+
+    def _let_send(self, until):
+        """Stop the loop when no app has anything left to send, or it is late, or all was to be killed."""
+        sending = any(getattr(app, "sending", False) for app in self._started_apps)
+        if sending and not self._killing and self.loop.clock() < until:
+            self.loop.later(STOP_SEND / 200, self._let_send, until)
+        else:
+            self.loop.stop()
+
+    def _end(self):
         for app in reversed(self._started_apps):
             if hasattr(app, "stop"):
                 app.stop()
@@ -6932,6 +6949,11 @@ class HttpHandler:
         deadline = time.monotonic() + SEND_TIME
         for thread in tuple(self._threads):
             thread.join(max(0.0, deadline - time.monotonic()))
+
+    @property
+    def sending(self):
+        """True where clients have not taken yet what is queued for them."""
+        return any(channel.queued for channel in self.channels)
 
     @property
     def urls(self):

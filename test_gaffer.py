@@ -12793,6 +12793,52 @@ class ConfigServe(CliFollowCase):
         self.assertEqual((server.stop(), server.stderr), (0, ""))
 
 
+    def test_last_words_at_the_servers_stop(self):
+        """More than a socket holds: who follows gets all of it."""
+        folder = self.folder()
+        child = self.file(folder, "child.py", textwrap.dedent("""
+            import os, signal
+            def bye(signum, frame):
+                for number in range(60):
+                    os.write(1, b"".join(b"%d %d\\n" % (number, place) for place in range(1000)))
+                os._exit(0)
+            signal.signal(signal.SIGTERM, bye)
+            os.write(1, b"ready\\n")
+            while True:
+                signal.pause()
+            """))
+        path = self.file(folder, "x.json", json.dumps({"name": "a", "cmd": PYTHON, "args": ["-I", "-S", child]}))
+        endpoint = "unix:" + os.path.join(folder, "socket")
+        server = self.start("serve", path, "--bind", endpoint)
+        follower = self.follow("logs", "-f", "--no-prefix", endpoint=endpoint)
+        self.assertEqual(follower.stdout.readline(), b"ready\n")
+
+        def restart():
+            self.assertEqual((server.stop(), server.stderr), (0, ""))
+            return self.start("serve", path, "--bind", endpoint)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            again = pool.submit(restart)
+            lines = list(iter(follower.stdout.readline, b"ready\n"))
+        self.assertEqual(len(lines), 60000)
+        self.assertEqual([line for number, line in enumerate(lines) if line != b"%d %d\n" % divmod(number, 1000)], [])
+        self.assertEqual(self.interrupted(follower), b"")
+        self.assertEqual((again.result().stop(), again.result().stderr), (0, ""))
+
+    def test_who_takes_nothing_does_not_keep_the_server(self):
+        for patience, kill in ((0.1, False), (1000.0, True)):
+            with self.subTest(kill=kill), unittest.mock.patch.object(gaffer, "STOP_SEND", patience):
+                server = Running()
+                self.addCleanup(server.stop_all)
+                server.add("a", "yes")
+                with server.connect() as deaf:
+                    deaf.sendall(b"GET /streams/a/stdout?feed=continuous HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    until(lambda: server.manager.loop.call(lambda: server.http.sending), "more than it takes")
+                    server.manager.stop()
+                    server.manager.stop(kill)
+                    server._thread.join(TIMEOUT)
+                    self.assertFalse(server._thread.is_alive())
+
+
 class ProcfileTexts(ConfigCase):
     """Procfiles and .env files as texts."""
 
