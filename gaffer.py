@@ -9439,8 +9439,9 @@ def completed_words(command):
 
 
 BASH_COMPLETION = """_gaffer() {
-    local current="${COMP_WORDS[COMP_CWORD]}" command="" word words="" names=""
-    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+    local line="${COMP_LINE:0:COMP_POINT}" command="" word words="" names=""
+    local current="${line##* }"
+    for word in ${line%%"$current"}; do
         case "$word" in
             %s) command="$word"; break ;;
         esac
@@ -9449,6 +9450,7 @@ BASH_COMPLETION = """_gaffer() {
 %s
     esac
     COMPREPLY=($(compgen -W "$words $names" -- "$current"))
+    [[ $current == *:* ]] && COMPREPLY=("${COMPREPLY[@]#"${current%%:*}:"}")
 }
 complete -o default -F _gaffer gaffer.py gaffer"""
 

@@ -13372,40 +13372,50 @@ class CliDaemon(CliFollowCase):
         self.assertEqual((cli_read(log), os.listdir(folder)), ("", ["log"]))
         self.call("serve", "--daemon", status=2, err="gaffer: --daemon needs --log-file.*\n")
 
-    def complete(self, shell, script, line):
-        """The words that a shell offers."""
-        path = os.path.join(self.folder(), "script")
-        out = self.call("completion", shell)
-        with open(path, "w") as file:
-            file.write(out)
-        run = subprocess.run([shell, "-c", script % (path, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True,
-                             timeout=TIMEOUT, env=dict(self.env, PATH=self.path + ":" + os.environ["PATH"]), universal_newlines=True)
-        self.assertEqual(run.stderr, "")
-        return [word.partition("\t")[0] for word in run.stdout.splitlines()]
+    def check_completion(self, shell, setup):
+        """An interactive shell in a terminal loads the script, and completes what is typed."""
+        home = self.folder()
+        script = self.file(home, "script", self.call("completion", shell[0]))
+        self.file(home, "gaffer.py", "#!/bin/sh\necho web; echo db; echo group:one\n", 0o700)
+        main, side = os.openpty()
+        self.addCleanup(os.close, main)
 
-    def check_completion(self, shell, script):
-        self.path = self.folder()
-        program = self.file(self.path, "gaffer.py", "#!/bin/sh\necho web; echo db\n", 0o700)
-        self.assertTrue(os.access(program, os.X_OK))
-        self.assertEqual(sorted(self.complete(shell, script, "gaffer.py re")), ["reload", "restart"])
-        self.assertEqual(self.complete(shell, script, "gaffer.py stop --no")[-1:], ["--no-wait"])
-        self.assertEqual(self.complete(shell, script, "gaffer.py stop w"), ["web"])
-        self.assertEqual(self.complete(shell, script, "gaffer.py export sy"), ["systemd"])
+        def own_terminal():
+            os.setsid()
+            fcntl.ioctl(side, termios.TIOCSCTTY, 0)
+        env = dict(self.env, TERM="dumb", HOME=home, PATH=home + ":" + os.environ["PATH"], XDG_CONFIG_HOME=home, INPUTRC=os.devnull)
+        process = subprocess.Popen(shell, stdin=side, stdout=side, stderr=side, env=env, cwd=home, preexec_fn=own_terminal)
+        os.close(side)
+        self.addCleanup(process.wait, TIMEOUT)
+        self.addCleanup(process.kill)
+        for typed, shown in (setup % script + "; echo set''-up\r", "set-up\r"), ("gaffer.py re\t\t", r"reload\b[^$]*restart\b"), ("gaffer.py stop w\t", "stop web "), (
+                "gaffer.py stop --no\t", "--no-wait "), ("gaffer.py export sy\t", "systemd "), ("gaffer.py stop group:\t", "group:one "):
+            os.write(main, typed.encode())
+            seen = ""
+            while not re.search(shown, seen):
+                ready, _, _ = select.select([main], [], [], TIMEOUT)
+                self.assertTrue(ready, "%r was typed, %r seen" % (typed, seen))
+                seen += os.read(main, 4096).decode("utf-8", "replace")
+            os.write(main, b"\x15")
 
+    @unittest.skipUnless(shutil.which("bash"), "needs bash")
     def test_completion_bash(self):
-        self.check_completion("bash", """source %s; line="%s"; COMP_WORDS=($line); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _gaffer
-                                         printf '%%s\\n' "${COMPREPLY[@]}" """)
-
-    @unittest.skipUnless(shutil.which("fish"), "needs fish")
-    def test_completion_fish(self):
-        self.check_completion("fish", "source %s; complete -C '%s'")
+        self.check_completion(["bash", "--norc", "--noprofile", "-i"], "source %s; PS1='$ '")
 
     @unittest.skipUnless(shutil.which("zsh"), "needs zsh")
     def test_completion_zsh(self):
-        path = self.file(self.folder(), "_gaffer", self.call("completion", "zsh"))
-        run = subprocess.run(["zsh", "-f", "-c", "autoload -Uz compinit; compinit -u -D; source %s; print $_comps[gaffer.py]; zsh -n %s" % (path, path)],
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=TIMEOUT, env=self.env)
-        self.assertEqual((run.returncode, run.stdout), (0, b"_gaffer\n"))
+        self.check_completion(["zsh", "-f", "-i"], "autoload -Uz compinit; compinit -u -D; source %s; PS1='$ '")
+
+    @unittest.skipUnless(shutil.which("fish"), "needs fish")
+    def test_completion_fish(self):
+        path = self.folder()
+        self.file(path, "gaffer.py", "#!/bin/sh\necho web; echo db; echo group:one\n", 0o700)
+        script = self.file(path, "script", self.call("completion", "fish"))
+        for line, words in ("re", ["reload", "restart"]), ("stop w", ["web"]), ("stop --no", ["--no-wait"]), ("export sy", ["systemd"]), (
+                "stop group:", ["group:one"]):
+            out = subprocess.check_output(["fish", "-c", "source %s; complete -C 'gaffer.py %s'" % (script, line)], timeout=TIMEOUT,
+                                          env=dict(self.env, PATH=path + ":" + os.environ["PATH"], HOME=path), universal_newlines=True)
+            self.assertEqual(sorted(word.partition("\t")[0] for word in out.splitlines()), words, line)
 
     def test_completion_knows_every_command_and_option(self):
         for shell in gaffer.SHELLS:
