@@ -46,13 +46,18 @@ Four rules hold everywhere:
     statistics, added routes <-> Response, one send <- dict                     Input ---> stdin
     WSGI (owns its socket)       a stream's socket <- Reader <- Window <------ Output <--- stdout, stderr
 """
+import os
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C ends a command at any moment, be it in the middle of an import; what has more to do then sets a handler
+    signal.signal(signal.SIGINT, lambda signum, frame: os._exit(130))
 
 if __name__ == "__main__" and {"serve", "up"}.intersection(sys.argv) and sys._getframe().f_back is None:
     # A script stays in memory as the compiler's syntax tree for as long as it runs: 12 MiB, perhaps for years. So a server
     # goes on in a fresh interpreter, as the same process, with the compiled code alone; where it cannot, as it is.
     import marshal
-    import os
     try:
         if hasattr(sys, "orig_argv"):           # Python 3.10
             flags = sys.orig_argv[1:-len(sys.argv)]
@@ -69,7 +74,8 @@ if __name__ == "__main__" and {"serve", "up"}.intersection(sys.argv) and sys._ge
             marshal.dump(sys._getframe().f_code, file)
             file.seek(0)
             os.execv(sys.executable, [
-                sys.executable, *flags, "-S", "-c", "import marshal, sys\n"
+                sys.executable, *flags, "-S", "-c", "import _signal, marshal, os, sys\n"
+                "if _signal.getsignal(2) is _signal.default_int_handler:\n    _signal.signal(2, lambda *_: os._exit(130))\n"
                 "if sys.path[:1] == ['']:\n    sys.path[0] = sys.argv[1].rpartition('/')[0] or '.'\n"
                 "sys.modules['gaffer'] = gaffer = type(sys)('gaffer')\n"
                 "gaffer.__file__ = sys.argv[0] = sys.argv.pop(1)\n"
@@ -92,14 +98,12 @@ import itertools
 import json
 import logging
 import math
-import os
 import pwd
 import re
 import resource
 import select
 import selectors
 import shlex
-import signal
 import socket
 import socketserver
 import stat
@@ -165,6 +169,7 @@ EXIT_POLL = 0.25                    # between looks at a child that nothing can 
 KILL_AGAIN = 1.0                    # SIGKILL is repeated: a group may fork while it dies
 STOP_STAGGER = 0.1                  # at gaffer's stop, a process waits so long for the end of the one started after it
 STOP_STAGGER_TOTAL = 1.0            # and all of them together
+STOP_SEND = 2.0                     # then what waits to be sent, such as last words, goes to clients that take it
 WAIT_EXTRA = 5.0                    # ?wait=true: graceful_timeout and this
 
 TEMPLATES_MAX = 10000
@@ -2718,7 +2723,7 @@ class Manager:
         self.processes = {}                     # pid -> Process: all that can still be asked for
         self.events = EventLog(self.loop)
         self.started_at = time.time()
-        self.stopping = False
+        self.stopping = self._killing = False
         self._running = False
         self._started_apps = []
         self._exit_watcher = exit_watcher or probe_exit_watcher()
@@ -2747,11 +2752,15 @@ class Manager:
                 self.loop.call(self._stop, False)
                 self.loop.run()
         finally:
-            self.loop.call(self._end)
-            self.loop.close()
-            for app in reversed(self._started_apps):
-                if hasattr(app, "join"):
-                    app.join()
+            try:
+                self.loop.call(self._finish)
+                self.loop.run()                 # until all is sent
+            finally:
+                self.loop.call(self._end)
+                self.loop.close()
+                for app in reversed(self._started_apps):
+                    if hasattr(app, "join"):
+                        app.join()
 
     def _start(self):
         self._running = True
@@ -2779,6 +2788,7 @@ class Manager:
                     self._publish("stop", template.name)
             self._stop_in_order(list(alive), None if kill else min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(alive))))
         if kill:
+            self._killing = True
             for process in alive:
                 process.kill()
         self._maybe_stopped()
@@ -2808,8 +2818,8 @@ class Manager:
         if self.stopping and not self._alive():
             self.loop.call_soon(self.loop.stop)
 
-    def _end(self):
-        """The end of run(), also where it failed: nothing is left."""
+    def _finish(self):
+        """Nothing is left to run, also where run() failed: all streams end."""
         self.stopping, self._running = True, False
         for process in list(self.processes.values()):
             if not process.gone and not process.template["detach"]:
@@ -2820,6 +2830,17 @@ class Manager:
             for merged in template.merged.values():
                 merged.window.finish()
         self.events.finish()
+        self._let_send(self.loop.clock() + STOP_SEND)
+
+    def _let_send(self, until):
+        """Stop the loop when no app has anything left to send, or it is late, or all was to be killed."""
+        sending = any(getattr(app, "sending", False) for app in self._started_apps)
+        if sending and not self._killing and self.loop.clock() < until:
+            self.loop.later(STOP_SEND / 200, self._let_send, until)
+        else:
+            self.loop.stop()
+
+    def _end(self):
         for app in reversed(self._started_apps):
             if hasattr(app, "stop"):
                 app.stop()
@@ -6668,6 +6689,13 @@ class WsgiOutput:
 DEFAULT_ENDPOINT = "http://127.0.0.1:5000"
 REFUSAL_STATUSES = {401: 6, 403: 6, 408: 124, 504: 124}     # HTTP status -> exit status; what is not here is 1
 FEED = "feed=eventsource&heartbeat=%d" % HEARTBEAT
+IN_COMMANDS = (                                 # what the server says of its API, as a user of commands does it
+    (r"GET /processes/(\S+)/_pids lists", r"'gaffer.py pids \1' lists"),
+    (r"GET /processes\?running=true lists them", "'gaffer.py pids all' lists them (a PID that status shows is the system's)"),
+    (r"GET /processes lists", "'gaffer.py processes' lists"),
+    (r"GET /groups lists them", "'gaffer.py processes' lists what there is"),
+    (r"PUT /processes/\S+ replaces", "'gaffer.py update_process' replaces"),
+)
 
 
 class ClientError(Exception):
@@ -6703,9 +6731,8 @@ def refusal(endpoint, status, body):
         return NoServer(endpoint, "what listens there answers %d, and not as gaffer does" % status)
     if code == "unauthorized":
         reason = "the server wants its token: give it with --token-file FILE or GAFFER_TOKEN"
-    reason = re.sub(r"GET /processes\S* lists them", "'gaffer.py processes' lists them", reason)
-    reason = re.sub(r"GET /groups lists them", "'gaffer.py processes' lists what there is", reason)
-    reason = re.sub(r"PUT /processes/\S+ replaces it", "'gaffer.py update_process' replaces it", reason)
+    for pattern, words in IN_COMMANDS:
+        reason = re.sub(pattern, words, reason)
     return NotThere(reason) if code == "not_found" else ClientError(reason, REFUSAL_STATUSES.get(status, 1), code)
 
 
@@ -6785,14 +6812,18 @@ class Client:
         why = str(getattr(error, "strerror", None) or error) or type(error).__name__
         return NoServer(self.endpoint, ascii(why)[1:-1][:100].lower())
 
-    def request(self, method, path, value=None, timeout=CLIENT_TIME):
-        """The body of an answer, as bytes. ClientError."""
+    def exchange(self, method, path, value=None, timeout=CLIENT_TIME):
+        """(headers, body as bytes) of an answer. ClientError."""
         from http.client import HTTPException
         with self.open(method, path, value, None, timeout) as response:
             try:
-                return response.read()
+                return response.headers, response.read()
             except (OSError, HTTPException) as error:
                 raise self._failure(error, timeout) from None
+
+    def request(self, method, path, value=None, timeout=CLIENT_TIME):
+        """The body of an answer, as bytes. ClientError."""
+        return self.exchange(method, path, value, timeout)[1]
 
     def get(self, path):
         """The value of a GET."""
@@ -6935,6 +6966,11 @@ class HttpHandler:
         deadline = time.monotonic() + SEND_TIME
         for thread in tuple(self._threads):
             thread.join(max(0.0, deadline - time.monotonic()))
+
+    @property
+    def sending(self):
+        """True where clients have not taken yet what is queued for them."""
+        return any(channel.queued for channel in self.channels)
 
     @property
     def urls(self):
@@ -7260,10 +7296,16 @@ class WebHooks:
             self._changed.notify_all()
 
     def join(self):
-        """See apps."""
+        """See apps. What was not sent by then is dropped."""
         if self._thread is not None:
             self._thread.join(max(0.0, self._deadline - time.monotonic()))
             self._thread = None
+            with self._changed:
+                if self._queue:
+                    self.dropped += len(self._queue)
+                    log.warning("%d events for webhooks were not sent before the end, %d were dropped in all",
+                                len(self._queue), self.dropped)
+                    self._queue.clear()
 
 
 class LineEncoder:
@@ -7523,6 +7565,7 @@ DOTENV = r"""(?xs)
 DOTENV_NOTHING = r"[ \t\r]*(?:#[^\n]*)?(?:\n|\Z)"
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "$": "$"}
 PROCFILE_LINE = r"([A-Za-z0-9_-]+)[ \t]*:[ \t]*(\S.*?)[ \t\r]*\Z"
+PROCFILE_NAME = "Procfile"
 FIRST_PORT, PORTS_PER_TYPE = 5000, 100          # as foreman counts them
 
 
@@ -8169,12 +8212,14 @@ def drop_output():
 
 # names
 
-def find_names(client, words):
-    """Names and pids, each once, that `words` stand for: a name or a pid stands for itself, `all` for all names, and a glob
-    for those it matches. ClientError: a glob matches none."""
+def find_names(client, words, pids=False):
+    """Names and, if there may be any, pids, each once, that `words` stand for: a name or a pid stands for itself, `all` for
+    all names, and a glob for those it matches. ClientError: a glob matches none, or one is a pid that may not be."""
     import fnmatch
     names, found = None, {}
     for word in words:
+        if word.isdigit() and not pids:
+            raise ClientError("%s is a pid: this command takes names, 'gaffer.py processes' lists them" % word, 2)
         if word != "all" and not re.search(r"[*?\[]", word):
             found[word] = True
             continue
@@ -8186,11 +8231,12 @@ def find_names(client, words):
     return list(found)
 
 
-def each_name(arguments, act, ahead=None):
-    """Print what `act(client, name)` returns for each name: a line, or with --json bytes from the server. Where it fails
-    that is told, and the others go on. `ahead(client, names)` comes first. Returns the first failure's exit status."""
+def each_name(arguments, act, pids=False, ahead=None):
+    """Print what `act(client, name)` returns for each name (and pid, with `pids`): a line, or with --json bytes from the server.
+    Where it fails that is told, and the others go on. `ahead(client, names)` comes first. Returns the first failure's exit
+    status."""
     client, status = connect(arguments), 0
-    names = find_names(client, arguments.names)
+    names = find_names(client, arguments.names, pids)
     if ahead is not None:
         ahead(client, names)
     for name in names:
@@ -8235,13 +8281,11 @@ def change(arguments, action, words):
                 pass                            # that is told in its turn
 
     def act(client, name):
-        if name.isdigit() and action != "_stop":
-            raise ClientError("%s is a pid: start and restart take names, 'gaffer.py processes' lists them" % name, 2)
         before = look_before(client, name, befores)
         longest = arguments.timeout if arguments.timeout is not None else before["graceful_timeout"] + WAIT_EXTRA
         answer = client.request("POST", "/processes/%s/%s%s" % (reference(name), action, query), timeout=CLIENT_TIME + longest)
         return answer if arguments.json else "%s: %s" % (name, words(before))
-    return each_name(arguments, act, stop_all if action == "_stop" else None)
+    return each_name(arguments, act, True, stop_all) if action == "_stop" else each_name(arguments, act)
 
 
 def start_command(arguments):
@@ -8289,7 +8333,7 @@ def kill_command(arguments):
         answer = client.request("POST", "/processes/%s/_signal/%s%s" % (
             reference(name), reference(arguments.sig), "?group=true" if arguments.group else ""))
         return answer if arguments.json else "%s: signalled %s" % (name, arguments.sig)
-    return each_name(arguments, act)
+    return each_name(arguments, act, pids=True)
 
 
 # templates
@@ -8326,6 +8370,7 @@ def add_process_command(arguments):
 
 def load_process_command(arguments):
     """load_process"""
+    where = "stdin" if arguments.file == "-" else arguments.file
     try:
         if arguments.file == "-":
             info = json.load(sys.stdin)
@@ -8334,8 +8379,8 @@ def load_process_command(arguments):
                 info = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise ClientError("%s cannot be read as JSON: %s" % (
-            arguments.file, getattr(error, "strerror", None) or error)) from None
-    need(isinstance(info, dict), ClientError, "%s is to hold one JSON object, a template" % arguments.file)
+            where, getattr(error, "strerror", None) or error)) from None
+    need(isinstance(info, dict), ClientError, "%s is to hold one JSON object, a template" % where)
     info = dict(info, start=arguments.start)
     return send_template(arguments, "POST", "/processes", info, "added and started" if arguments.start else "added")
 
@@ -8353,7 +8398,7 @@ def get_process_command(arguments):
     def act(client, name):
         answer = client.request("GET", "/processes/" + reference(name))
         return answer if arguments.json else json.dumps(json.loads(answer), indent=4)
-    return each_name(arguments, act)
+    return each_name(arguments, act, pids=True)
 
 
 def del_process_command(arguments):
@@ -8361,7 +8406,7 @@ def del_process_command(arguments):
     def act(client, name):
         answer = client.request("DELETE", "/processes/" + reference(name))
         return answer if arguments.json else "%s: %s" % (name, "stopped" if name.isdigit() else "deleted")
-    return each_name(arguments, act)
+    return each_name(arguments, act, pids=True)
 
 
 # looking
@@ -8427,7 +8472,7 @@ def exit_text(last):
 
 
 def status_rows(status):
-    """The rows of one template, each (name, state, pid, uptime, restarts, exit, cpu, mem, [what there is to say]): one for
+    """The rows of one template, each (name, state, os_pid, uptime, restarts, exit, cpu, mem, [what there is to say]): one for
     each process, and for each place that waits for one; at least one."""
     last, name, restarts = status["last_exit"], status["name"], status["restarts"]
     code = "-" if last is None else exit_code(last)
@@ -8437,7 +8482,7 @@ def status_rows(status):
         failing = restarts and last["times"] > 1 and process["uptime"] < BACKOFF_RESET
         notes = ["SIGKILL in %s" % span(process["kill_in"])] if "kill_in" in process else why if failing else []
         cpu, mem = ("%.1f%%" % process["cpu"], human(process["rss"])) if "cpu" in process else ("-", "-")
-        rows.append((name, process["state"], process["pid"], span(process["uptime"]), restarts, code, cpu, mem, notes))
+        rows.append((name, process["state"], process["os_pid"], span(process["uptime"]), restarts, code, cpu, mem, notes))
     waiting = [["next try in %s" % span(math.ceil(wait)), *why] for wait in status["waiting"]]
     if not rows and not waiting:
         waiting = [["gave up", *why] if status["gave_up"] else why if status["error"] else []]
@@ -8518,11 +8563,13 @@ def show_status(arguments, client):
         lines = [status.decode("utf-8").rstrip("\n") for status in found]
     else:
         columns, height = terminal_size()
-        lines = status_table(rows, columns, wants_colour())
+        lines = status_table(rows, columns, wants_colour()) if rows or arguments.watch else []
         if arguments.watch and height:
             lines = ["\x1b[H\x1b[K" + lines[0], *("\x1b[K" + line for line in lines[1:height - 1])]
             lines[-1] += "\x1b[J"
     print("\n".join(lines), end="\n" if lines else "", flush=True)
+    if not (lines or failed):
+        tell("nothing is there yet: 'gaffer.py add_process' adds a template, 'gaffer.py load' a Procfile")
     well = all(status["state"] == "running" and status["running"] >= status["numprocesses"] for status in statuses)
     return failed or (0 if well else 3)
 
@@ -8603,20 +8650,32 @@ def watch_command(arguments):
 def output_labels(client, name, arguments):
     """Labels of a process's output that `logs` shows."""
     labels = client.get("/processes/" + reference(name))["redirect_output"]
-    return list(dict.fromkeys(labels[:1] if arguments.stdout else labels[1:] if arguments.stderr else labels))
+    if arguments.stdout != arguments.stderr:
+        labels = labels[:1] if arguments.stdout else labels[1:]
+    return list(dict.fromkeys(labels))
+
+
+def output_line(name, label, data, offset, when=None):
+    """A line of output, as `logs --json` prints it: `offset` behind it in its stream; `when`: Unix time, None: not known."""
+    return {"name": name, "label": label, "data": data, "offset": offset, "time": when and round(when, 3)}
 
 
 class LogPrinter:
     """Prints lines of several processes, each with its name in a colour of its own."""
 
     def __init__(self, names, arguments):
-        self._flush = arguments.follow
+        self._flush, self._json = arguments.follow, arguments.json
         self._prefix, self._times, self._coloured = not arguments.no_prefix, arguments.times, wants_colour()
         self._width = max(map(len, names), default=0)
         self._colours = {}
 
-    def show(self, name, text, when=None):
-        """Print a line; `when`: Unix time, where it is known."""
+    def show(self, line):
+        """Print an output_line(), or with `dropped` in place of `data` how many bytes of it were lost."""
+        print(json_bytes(line).decode().rstrip() if self._json else self._text(line), flush=self._flush)
+
+    def _text(self, line):
+        name, when = line["name"], line["time"]
+        text = line["data"] if "data" in line else "-- %d bytes of %s were lost --" % (line["dropped"], line["label"])
         if self._prefix:
             self._width = max(self._width, len(name))
             code = self._colours.setdefault(name, PALETTE[len(self._colours) % len(PALETTE)])
@@ -8624,7 +8683,7 @@ class LogPrinter:
             text = "%s %s" % (colour(prefix, code) if self._coloured else prefix, text)
         if self._times:
             text = "%-19s %s" % (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if when else "-", text)
-        print(text, flush=self._flush)
+        return text
 
 
 class LogFollower:
@@ -8635,10 +8694,10 @@ class LogFollower:
         import queue
         self._client, self._arguments, self._empty = client, arguments, queue.Empty
         self._streams = set()                   # (name, label) that have a thread
-        self._queue = queue.Queue(LOG_QUEUE)    # (name, line, time), an exception, or None: look for streams
+        self._queue = queue.Queue(LOG_QUEUE)    # lines, an exception, or None: look for streams
 
     def lines(self):
-        """(name, line, time or None) for ever. ClientError."""
+        """What LogPrinter shows, for ever. ClientError."""
         self._look("tail=%d" % self._arguments.n, True)
         self._start(self._watch)
         retry = None
@@ -8669,7 +8728,7 @@ class LogFollower:
         """Follow the streams that nobody follows yet. False: not all can be looked at now."""
         streams, failures = [], []
         try:
-            for name in find_names(self._client, self._arguments.names or ["all"]):
+            for name in find_names(self._client, self._arguments.names or ["all"], True):
                 try:
                     streams += [(name, label) for label in output_labels(self._client, name, self._arguments)]
                 except NotThere as error:
@@ -8715,7 +8774,7 @@ class LogFollower:
     def _copy(self, name, label, begin, last):
         """One connection's lines. Returns the last id; None: the process has exited."""
         path, history = "/streams/%s/%s" % (reference(name), reference(label)), 0
-        if self._arguments.times and not last:  # of what is there already nobody knows when it came
+        if not last:                            # of what is there already nobody knows when it came
             with self._client.open("HEAD", path) as response:
                 history = int(response.headers["Gaffer-Offset"])
         for place, kind, data in self._client.events("%s?%s&%s" % (path, FEED, begin), last):
@@ -8724,28 +8783,37 @@ class LogFollower:
             if kind == "dropped":
                 lost = json.loads(data)["bytes"]
                 if lost:
-                    self._queue.put((name, "-- %d bytes of %s were lost --" % (lost, label), None))
+                    self._queue.put({"name": name, "label": label, "dropped": lost, "time": time.time()})
             elif kind is not None:
-                known = int(place.partition("@")[0]) > history
-                self._queue.put((name, data, time.time() if known else None))
+                offset = int(place.partition("@")[0])
+                self._queue.put(output_line(name, label, data, offset, time.time() if offset > history else None))
             last = place or last
         return last
+
+
+def last_lines(client, name, label, count):
+    """The last `count` lines of a stream, each an output_line()."""
+    path = "/streams/%s/%s?tail=%d&timeout=0" % (reference(name), reference(label), count)
+    headers, body = client.exchange("GET", path)
+    offset = int(headers["Gaffer-Offset"]) - len(body)
+    for line in body.splitlines(True):          # of bytes: they end at \n, \r\n and \r only, as the server's do
+        offset += len(line)
+        yield output_line(name, label, line.rstrip(b"\r\n").decode("utf-8", "replace"), offset)
 
 
 def logs_command(arguments):
     """logs"""
     client, status = connect(arguments), 0
-    names = find_names(client, arguments.names or ["all"])
+    names = find_names(client, arguments.names or ["all"], True)
     printer = LogPrinter(names, arguments)
     if arguments.follow:
-        for name, line, when in LogFollower(client, arguments).lines():
-            printer.show(name, line, when)
+        for line in LogFollower(client, arguments).lines():
+            printer.show(line)
     for name in names:
         try:
             for label in output_labels(client, name, arguments):
-                path = "/streams/%s/%s?tail=%d&timeout=0" % (reference(name), reference(label), arguments.n)
-                for line in client.request("GET", path).decode("utf-8", "replace").splitlines():
-                    printer.show(name, line)
+                for line in last_lines(client, name, label, arguments.n):
+                    printer.show(line)
         except NotThere as error:
             tell(str(error))
             status = 4
@@ -8755,9 +8823,9 @@ def logs_command(arguments):
 class Attachment:
     """What `attach` does: copies output to stdout and stderr, stdin to the process, and signals."""
 
-    def __init__(self, client, pid, tail):
+    def __init__(self, client, pid, tail, as_json):
         import queue
-        self._client, self._pid, self._tail = client, pid, tail
+        self._client, self._pid, self._tail, self._json = client, pid, tail, as_json
         self._info = client.get("/processes/%s" % pid)
         self._run = client.get("/status/" + reference(self._info["name"]))["created"].partition("@")[2]
         self._inbox = queue.SimpleQueue()       # the exit event, what went wrong, a signal's number
@@ -8765,7 +8833,8 @@ class Attachment:
     def run(self):
         """Until the process has exited, or the user leaves. Returns the exit status."""
         labels = list(dict.fromkeys(self._info["redirect_output"]))
-        copies = [self._thread(self._copy_output, label, out) for label, out in zip(labels, (sys.stdout, sys.stderr))]
+        copy_ = self._copy_lines if self._json else self._copy_output
+        copies = [self._thread(copy_, label, out) for label, out in zip(labels, (sys.stdout, sys.stderr))]
         if self._info["redirect_input"] and sys.stdin is not None:
             self._thread(self._copy_input)
         self._thread(self._wait_for_exit)
@@ -8773,8 +8842,10 @@ class Attachment:
             if isinstance(item, Exception):
                 raise item
             if isinstance(item, dict):
-                for copy_ in copies:
-                    copy_.join(DRAIN_TIME + 1)
+                for thread in copies:
+                    thread.join(DRAIN_TIME + 1)
+                if self._json:
+                    write_all(sys.stdout.fileno(), json_bytes(item))
                 return exit_code(item)
             self._pass_on(item)
         return 0
@@ -8806,6 +8877,18 @@ class Attachment:
                     offset += len(data)
                     write_all(out.fileno(), data)
             begin = "since=%d" % offset
+
+    def _copy_lines(self, label, out):
+        """--json: a line as `logs --json` prints it, all to stdout."""
+        path, last = "/streams/%s/%s?%s&tail=%d" % (self._pid, reference(label), FEED, self._tail), ""
+        while True:
+            for place, kind, data in self._client.events(path, last):
+                if kind == "exit":
+                    return
+                if kind == label:
+                    line = output_line(self._info["name"], label, data, int(place.partition("@")[0]), time.time())
+                    write_all(sys.stdout.fileno(), json_bytes(line))
+                last = place or last
 
     def _copy_input(self):
         going_on = True
@@ -8853,11 +8936,11 @@ def attach_pid(client, name):
     """The one process that a name stands for. ClientError: there are none, or several."""
     if name.isdigit():
         return name
-    pids = client.get("/processes/%s/_pids" % reference(name))["pids"]
+    status = client.get("/status/" + reference(name))
+    pids = ["%d (os pid %d)" % pair for pair in zip(status["pids"], status["os_pids"])]
     need(pids, ClientError, "%s does not run: 'gaffer.py start %s' starts it" % (name, name))
-    need(len(pids) == 1, ClientError, "%s runs %d processes: attach to one of the pids %s" % (
-        name, len(pids), " ".join(map(str, pids))))
-    return str(pids[0])
+    need(len(pids) == 1, ClientError, "%s runs %d processes: attach to one of the pids %s" % (name, len(pids), ", ".join(pids)))
+    return str(status["pids"][0])
 
 
 def leave_key(fd):
@@ -8874,7 +8957,7 @@ def attach_command(arguments):
     """attach"""
     client, name = connect(arguments), arguments.names[0]
     pid = attach_pid(client, name)
-    attachment = Attachment(client, pid, arguments.n)
+    attachment = Attachment(client, pid, arguments.n, arguments.json)
     typed = sys.stdin is not None and sys.stdin.isatty()
     restore = leave_key(sys.stdin.fileno()) if typed else lambda: None
     before = {signum: signal.signal(signum, attachment.signal) for signum in (signal.SIGINT, signal.SIGQUIT)}
@@ -8963,12 +9046,15 @@ class LogFile:
     """--log-file. `path`: None is stderr."""
 
     def __init__(self, path, level):
-        self._taken_over = False
-        try:
-            self._handler = logging.FileHandler(path) if path else LogHandler(sys.stderr)
-        except OSError as error:
-            raise StartError("the log file '%s' cannot be written: %s" % (path, error.strerror)) from None
+        self._path, self._taken_over = path and os.path.abspath(path), False
+        self._handler = LogHandler(self._open() if path else sys.stderr)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level, handlers=[self._handler])
+
+    def _open(self):
+        try:
+            return open(self._path, "a", encoding="utf-8")
+        except OSError as error:
+            raise StartError("the log file '%s' cannot be written: %s" % (self._path, error.strerror)) from None
 
     def take_over(self):
         """Let stdout and stderr go there too."""
@@ -8977,12 +9063,18 @@ class LogFile:
             os.dup2(self._handler.stream.fileno(), number_)
 
     def reopen(self):
-        """The file may have been moved away."""
-        if isinstance(self._handler, logging.FileHandler):
-            self._handler.close()
+        """The file may have been moved away. Where it cannot be opened again, the log goes on as before."""
+        if self._path is None:
+            return
+        try:
+            file = self._open()
+        except StartError as error:
+            log.error("%s", error)
+            return
+        with self._handler.setStream(file):
             log.warning("the log goes on in this file")
-            if self._taken_over:
-                self.take_over()
+        if self._taken_over:
+            self.take_over()
 
 
 def report_lines(report, would=""):
@@ -9094,7 +9186,9 @@ def parse_formation(words, types):
 
 
 def open_procfile(arguments, taken=()):
-    """The Procfile that the arguments name. ConfigError."""
+    """The Procfile that the arguments name. ConfigError, ClientError."""
+    need(os.path.exists(arguments.procfile), ClientError,
+         "there is no '%s': name a Procfile with -f FILE, or write one, with a line 'web: COMMAND'" % arguments.procfile)
     return Procfile(arguments.procfile, arguments.root, arguments.env_file, arguments.port, taken)
 
 
@@ -9173,22 +9267,20 @@ def wait_for_command(argv, env, root):
 
 def run_once(arguments):
     """run"""
-    try:
+    if arguments.procfile == PROCFILE_NAME and not os.path.exists(PROCFILE_NAME):       # none is no matter
+        source = Procfile(os.devnull, arguments.root or ".", arguments.env_file, arguments.port)
+    else:
         source = open_procfile(arguments)
-        env, types, root = dict(source.env, PORT=str(source.port)), source.types(), source.folder
-    except ConfigError:
-        if os.path.exists(arguments.procfile):
-            raise
-        env, types, root = {}, {}, arguments.root or "."        # no Procfile, no matter
-        for env_file in arguments.env_file:
-            env.update(parse_dotenv(read_text(env_file))[0])
+    types, env = source.types(), dict(source.env, PORT=str(source.port))
+    if source.faults:
+        raise ConfigError([text for _, text in source.faults])
     words = arguments.cmd[1:] if arguments.cmd[:1] == ["--"] else arguments.cmd
     if not words:
         raise ClientError("say what to run: 'gaffer.py run CMD'", 2)
     argv = words if len(words) > 1 else ["/bin/sh", "-c", types.get(words[0], words[0])]
     env = dict(os.environ, **env)
     env.pop("GAFFER_TOKEN", None)
-    return wait_for_command(argv, env, root)
+    return wait_for_command(argv, env, source.folder)
 
 
 def group_of(arguments):
@@ -9364,8 +9456,9 @@ def completed_words(command):
 
 
 BASH_COMPLETION = """_gaffer() {
-    local current="${COMP_WORDS[COMP_CWORD]}" command="" word words="" names=""
-    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+    local line="${COMP_LINE:0:COMP_POINT}" command="" word words="" names=""
+    local current="${line##* }"
+    for word in ${line%%"$current"}; do
         case "$word" in
             %s) command="$word"; break ;;
         esac
@@ -9374,6 +9467,7 @@ BASH_COMPLETION = """_gaffer() {
 %s
     esac
     COMPREPLY=($(compgen -W "$words $names" -- "$current"))
+    [[ $current == *:* ]] && COMPREPLY=("${COMPREPLY[@]#"${current%%:*}:"}")
 }
 complete -o default -F _gaffer gaffer.py gaffer"""
 
@@ -9526,9 +9620,10 @@ CONNECTION = (
     option("--cacert", metavar="FILE", help="trust the certificates in this file (PEM)"),
 )
 ASK = (*CONNECTION, option("--json", action="store_true", help="print what the server sent"))
-SOME_NAMES = option("names", metavar="NAME", nargs="+",
-                    help="a name, a pid as status shows it, a glob such as 'web*' or 'group:*', or all")
-NAMES_OR_ALL = option("names", metavar="NAME", nargs="*", help=SOME_NAMES[1]["help"] + " (the default)")
+NAMES = "a name, a glob such as 'web*' or 'group:*', or all"
+TARGETS = "a name, a pid as 'pids' prints it, a glob such as 'web*' or 'group:*', or all"
+SOME_NAMES = option("names", metavar="NAME", nargs="+", help=NAMES)
+SOME_TARGETS = option("names", metavar="NAME", nargs="+", help=TARGETS)
 WAIT = (
     option("--timeout", metavar="SECONDS", type=some_seconds,
            help="wait so long until it is done, then exit with 124; it goes on"),
@@ -9541,12 +9636,12 @@ TEMPLATE = (
     option("--start", action="store_true", help="start it"),
     *template_options(),
 )
-ONE_NAME = option("names", metavar="NAME", nargs=1, help=SOME_NAMES[1]["help"])
+ONE_NAME = option("names", metavar="NAME", nargs=1, help=NAMES)
 WATCH = option("-w", "--watch", action="store_true", help="again each second, until Ctrl-C")
 BY = option("n", metavar="N", nargs="?", type=positive, default=1, help="how many (default 1)")
 
 PROCFILE = (
-    option("-f", "--procfile", metavar="FILE", default="Procfile", help="the Procfile (default ./Procfile)"),
+    option("-f", "--procfile", metavar="FILE", default=PROCFILE_NAME, help="the Procfile (default ./Procfile)"),
     option("-d", "--root", metavar="DIR", help="where its processes run (default: its folder)"),
     option("-e", "--env-file", metavar="FILE", action="append", default=[],
            help="variables, beside those of .env in that folder; repeatable"),
@@ -9604,10 +9699,11 @@ COMMANDS = {
     "processes": Command(processes_command, "look", "[options]", "list the names of all templates", (
         option("--running", action="store_true", help="the pids of all that runs instead"), *ASK)),
     "status": Command(status_command, "look", "[options] [NAME ...]", "show what runs, and what will happen next", (
-        NAMES_OR_ALL, WATCH, *ASK)),
-    "start": Command(start_command, "control", "[options] NAME ...", "start processes", (SOME_NAMES, *WAIT, *ASK)),
-    "stop": Command(stop_command, "control", "[options] NAME ...", "stop processes; they stay stopped", (
+        option("names", metavar="NAME", nargs="*", help=NAMES + " (the default)"), WATCH, *ASK)),
+    "start": Command(start_command, "control", "[options] NAME ...", "start processes (of a Procfile: up)", (
         SOME_NAMES, *WAIT, *ASK)),
+    "stop": Command(stop_command, "control", "[options] NAME ...", "stop processes; they stay stopped", (
+        SOME_TARGETS, *WAIT, *ASK)),
     "restart": Command(restart_command, "control", "[options] NAME ...", "stop each process, and replace it", (
         SOME_NAMES, *WAIT, *ASK)),
     "add": Command(add_command, "control", "[options] NAME [N]", "run more processes of a template", (
@@ -9615,18 +9711,21 @@ COMMANDS = {
     "sub": Command(sub_command, "control", "[options] NAME [N]", "run fewer processes of a template; the oldest end", (
         ONE_NAME, BY, *ASK)),
     "kill": Command(kill_command, "control", "[options] NAME SIGNAL", "send a signal to processes", (
-        ONE_NAME, option("sig", metavar="SIGNAL", help="15, TERM or SIGTERM"),
+        option("names", metavar="NAME", nargs=1, help=TARGETS), option("sig", metavar="SIGNAL", help="15, TERM or SIGTERM"),
         option("--group", action="store_true", help="to their whole process groups"), *ASK)),
     "logs": Command(logs_command, "look", "[options] [NAME ...]", "print the output of processes, each line with its name", (
-        NAMES_OR_ALL, option("-f", "--follow", action="store_true", help="go on with what comes, until Ctrl-C"),
+        option("names", metavar="NAME", nargs="*", help=TARGETS + " (the default)"),
+        option("-f", "--follow", action="store_true", help="go on with what comes, until Ctrl-C"),
         option("-n", metavar="N", type=whole, default=10, help="begin with the last N lines of each stream (default 10)"),
         option("--stdout", action="store_true", help="only stdout"), option("--stderr", action="store_true", help="only stderr"),
         option("--no-prefix", action="store_true", help="without the names"),
-        option("-t", "--times", action="store_true", help="with the time at which a line came; before -f nobody knows it"),
-        *ASK[:-1])),
+        option("-t", "--times", action="store_true",
+               help="with the time at which a line came here; of one that was there before it is not known: -"),
+        *CONNECTION, option("--json", action="store_true", help="an object a line: name, label, data, offset behind it, time"))),
     "attach": Command(attach_command, "look", "[options] NAME", "see a process's output, and type into it", (
-        option("names", metavar="NAME", nargs=1, help="a name, or where it has several processes a pid"),
-        option("-n", metavar="N", type=whole, default=10, help="begin with its last N lines (default 10)"), *ASK[:-1])),
+        option("names", metavar="NAME", nargs=1, help="a name, or where it has several processes a pid as 'pids' prints it"),
+        option("-n", metavar="N", type=whole, default=10, help="begin with its last N lines (default 10)"),
+        *CONNECTION, option("--json", action="store_true", help="output as of logs --json, and at the end the exit event"))),
     "watch": Command(watch_command, "look", "[options] [PATTERN]", "print events as they happen, until Ctrl-C", (
         option("pattern", metavar="PATTERN", nargs="?", default="",
                help="a type such as exit, proc/NAME or proc/NAME/TYPE"), *ASK)),
@@ -9636,7 +9735,7 @@ COMMANDS = {
         SOME_NAMES, *ASK)),
     "pids": Command(pids_command, "look", "[options] NAME ...", "print the pids of what runs", (SOME_NAMES, *ASK)),
     "get_process": Command(get_process_command, "template", "[options] NAME ...", "print a template as JSON", (
-        SOME_NAMES, *ASK)),
+        SOME_TARGETS, *ASK)),
     "add_process": Command(add_process_command, "template", "[options] NAME CMD ...", "add a template", (
         *TEMPLATE, *ASK)),
     "load_process": Command(load_process_command, "template", "[options] FILE", "add a template from a file of JSON", (
@@ -9646,7 +9745,7 @@ COMMANDS = {
         update_process_command, "template", "[options] NAME CMD ...", "replace a template and its processes", (
             *TEMPLATE, *ASK)),
     "del_process": Command(del_process_command, "template", "[options] NAME ...", "forget a template; its processes stop", (
-        SOME_NAMES, *ASK)),
+        SOME_TARGETS, *ASK)),
     "completion": Command(completion_command, "other", "bash|zsh|fish", "print what lets a shell complete the words", (
         option("shell", metavar="SHELL", choices=("bash", "zsh", "fish"), help="its script is to be sourced"),)),
 }
@@ -9723,6 +9822,15 @@ def command_first(argv):
     return None, argv
 
 
+ELSEWHERE = {                           # what it is called by supervisorctl, foreman, overmind, pm2, systemctl -> and here
+    "list": "status", "ls": "status", "l": "status", "show": "get_process", "describe": "get_process", "info": "get_process",
+    "pid": "pids", "tail": "logs", "log": "logs", "fg": "attach", "connect": "attach", "events": "watch", "monit": "status -w",
+    "top": "status -w", "signal": "kill", "delete": "del_process", "remove": "del_process", "rm": "del_process",
+    "reread": "reload --dry-run", "update": "reload", "check": "export json", "server": "serve", "daemon": "serve --daemon",
+    "version": "--version", "exec": "run",
+}
+
+
 def without_command(argv):
     """--version, --help, nothing at all, or a mistake."""
     if argv == ["--version"]:
@@ -9733,8 +9841,9 @@ def without_command(argv):
         return 0
     words = [word for word in argv if not word.startswith("-")] or argv
     if words and words[0] not in ("-h", "--help", "help"):
+        here = ELSEWHERE.get(words[0]) and ": it is 'gaffer.py %s'" % ELSEWHERE[words[0]]
         raise ClientError("there is no command '%s'%s" % (
-            words[0], near(words[0], COMMANDS) or "; 'gaffer.py --help' lists them"), 2)
+            words[0], here or near(words[0], COMMANDS) or "; 'gaffer.py --help' lists them"), 2)
     print(overview(), end="")
     return 0 if argv else 2
 
