@@ -3664,7 +3664,9 @@ class Response:
 
     def __init__(self, body=b"", status=200, headers=(), content_type="application/json"):
         self.status, self.body = status, body
-        self.headers = [("Content-Type", content_type), *headers] if content_type else list(headers)
+        # what a process prints must not run as a script because a page says so
+        self.headers = [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff"), *headers] if content_type else (
+            list(headers))
 
     def encode(self, date, keep_alive, head_only=False, more=()):
         """Head and body as bytes, for one send. `head_only`: what HEAD gets. `more`: further headers."""
@@ -3763,6 +3765,14 @@ class Access:
         """ForbiddenOrigin: a page of a foreign origin must not change anything."""
         need(self.allows_origin(request), ForbiddenOrigin,
              "pages of another origin may not change anything here; allow it with --cors-origin")
+
+    def check_site(self, request):
+        """ForbiddenOrigin: a page of another site loads this as an image, a script or a frame, for which browsers send no
+        Origin. It could let a process wait, or tell from success and failure what there is. Fetch Metadata, W3C."""
+        headers = request.headers
+        if headers.get("sec-fetch-site") == "cross-site" and "origin" not in headers and "*" not in self._origins:
+            need(request.method in ("GET", "HEAD") and headers.get("sec-fetch-dest") == "document", ForbiddenOrigin,
+                 "pages of another site may link to this, not embed it; let them ask with CORS")
 
     def check_token(self, request):
         """Unauthorized. RFC 6750 section 2.1, RFC 7617."""
@@ -4914,6 +4924,8 @@ class Metrics:
                      [({"kind": kind}, kinds[kind]) for kind in ("longpoll", "continuous", "eventsource", "websocket")])
         yield Metric("gaffer_http_requests_total", "counter", "Requests that were answered, by method and status code; "
                      "streams when they begin.", counts.samples())
+        yield Metric("gaffer_http_wrong_tokens_total", "counter", "Requests refused for a token that was not the right one.",
+                     [({}, http.wrong_tokens)])
         yield Metric("gaffer_http_request_duration_seconds", "histogram", "From the request's last byte to the answer; "
                      "not of long polls and streams.", Histogram(REQUEST_BUCKETS, list(counts.by_length), counts.seconds))
 
@@ -4962,7 +4974,8 @@ class Api:
         policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; base-uri 'none'; "
                   "form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
         return Response(PAGE.replace("__NONCE__", nonce).encode("utf-8"), content_type="text/html; charset=utf-8",
-                        headers=[("Content-Security-Policy", policy), ("Vary", "Accept")])
+                        headers=[("Content-Security-Policy", policy), ("Cross-Origin-Opener-Policy", "same-origin"),
+                                 ("Vary", "Accept")])
 
     @operation(kinds=("text/plain",))
     def ping(self, request):
@@ -6917,7 +6930,8 @@ class HttpHandler:
         self.connections = 0
         self._of_address = collections.Counter()
         self._lock = threading.Lock()           # guards the three above, which other threads change
-        self._said = Throttle()
+        self.wrong_tokens = 0                   # that were sent
+        self._said, self._guessed = Throttle(), Throttle()
         self._date = (0, "")
 
     # the app
@@ -7086,9 +7100,20 @@ class HttpHandler:
             return Response(status=204, headers=access.preflight(request), content_type=None)
         if request.method not in ("GET", "HEAD") or "upgrade" in request.headers:
             access.check_origin(request)
+        access.check_site(request)
         if request.path.rstrip("/") not in OPEN_PATHS or request.method not in ("GET", "HEAD"):
-            access.check_token(request)
+            try:
+                access.check_token(request)
+            except Unauthorized:
+                self._unauthorized(request)
+                raise
         return None
+
+    def _unauthorized(self, request):
+        """Who guesses is told of; a browser that does not know yet that there is a token does not."""
+        if "authorization" in request.headers:
+            self.wrong_tokens += 1
+            self._guessed.warning("a wrong token came from %s; %d so far", request.client, self.wrong_tokens)
 
     def body_limit(self, request):
         """How long a body may be."""

@@ -2661,7 +2661,7 @@ class PureResponse(Case):
         self.assertEqual(response.encode("now", True).split(b"\r\n\r\n")[1], b'{"a": "\\u00e9"}\n')
         head = response.encode("now", True, head_only=True)
         self.assertEqual(set(head.split(b"\r\n")), {b"HTTP/1.1 404 Not Found", b"Date: now",
-                                                    b"Content-Type: application/json", b"X: y",
+                                                    b"Content-Type: application/json", b"X-Content-Type-Options: nosniff", b"X: y",
                                                     b"Content-Length: 16", b""})
         self.assertIn(b"\r\nConnection: close\r\n", response.encode("now", False))
         self.assertIn(b"\r\nZ: z\r\n", response.encode("now", True, more=[("Z", "z")]))
@@ -2853,6 +2853,49 @@ class PureAccess(Case):
         with self.assertRaises(gaffer.Unauthorized):
             access.check_token(pure_request())
         gaffer.Access().check_token(pure_request())
+
+    def token_times(self, access, wrong, rounds=400):
+        """How long it takes to refuse each wrong token: medians in seconds."""
+        requests = [pure_request("Authorization: Bearer " + token) for token in wrong]
+        times = [[] for _ in wrong]
+        for _ in range(rounds):
+            for request, taken in zip(requests, times):
+                began = time.perf_counter()
+                try:
+                    access.check_token(request)
+                except gaffer.Unauthorized:
+                    taken.append(time.perf_counter() - began)
+        return [sorted(taken)[rounds // 2] for taken in times]
+
+    def test_the_time_of_a_refusal_does_not_tell_how_much_of_the_token_was_right(self):
+        token = "t" * 30000
+        access, wrong = gaffer.Access(token=token), ("x" + token[1:], token[:-1] + "x")
+        first, last = self.token_times(access, wrong)
+        self.assertLess(abs(last / first - 1), 0.05)
+        with unittest.mock.patch("hmac.compare_digest", lambda one, other: one == other):
+            first, last = self.token_times(access, wrong)
+        self.assertGreater(last / first, 1.1, "this test would not have noticed")
+
+    def test_site(self):
+        """What browsers say of a request that has no Origin."""
+        access, everybody = gaffer.Access(), gaffer.Access(origins=["*"])
+        embedded = ("GET", "cross-site", "no-cors", "image"), ("GET", "cross-site", "navigate", "iframe"), (
+            "GET", "cross-site", "no-cors", "script"), ("GET", "cross-site", "no-cors", "empty"), (
+            "HEAD", "cross-site", "no-cors", "empty"), ("POST", "cross-site", "navigate", "document")
+        linked = ("GET", "cross-site", "navigate", "document"), ("GET", "same-origin", "no-cors", "image"), (
+            "POST", "same-origin", "cors", "empty"), ("GET", "none", "navigate", "document"), ("GET", "same-site", "no-cors", "image")
+        for given in embedded + linked:
+            method, *rest = given
+            lines = ["Sec-Fetch-%s: %s" % pair for pair in zip(("Site", "Mode", "Dest"), rest)]
+            with self.subTest(given):
+                if given in linked:
+                    access.check_site(pure_request(*lines, method=method))
+                else:
+                    with self.assertRaises(gaffer.ForbiddenOrigin):
+                        access.check_site(pure_request(*lines, method=method))
+                everybody.check_site(pure_request(*lines, method=method))
+                access.check_site(pure_request(*lines, "Origin: http://localhost:1", method=method))     # check_origin()'s matter
+        access.check_site(pure_request())
 
     def test_empty_token_lets_nobody_in(self):
         """A library that passes an empty setting on must not stand open and believe that it is closed."""
@@ -8108,6 +8151,15 @@ class HttpToken(HttpCase):
             with self.subTest(method=method, path=path):
                 self.assertEqual(self.ask(http_bytes(method, path), method)[0], status)
 
+    def test_who_guesses_is_told_of(self):
+        with self.assertLogs("gaffer", "WARNING") as caught:
+            for wrong in ("Authorization: Bearer a", self.basic("b"), "X: y", "Authorization: Bearer c"):
+                self.assertEqual(self.ask(http_bytes("GET", "/processes", wrong))[0], 401)
+            good = {"Authorization": "Bearer " + self.TOKEN.encode().decode("latin-1")}
+            self.assertIn(b"\ngaffer_http_wrong_tokens_total 3\n", self.server.request("GET", "/metrics", headers=good)[2])
+        self.assertEqual(len(caught.output), 1)
+        self.assertRegex(caught.output[0], r"a wrong token came from 127\.0\.0\.1:\d+; 1 so far$")
+
     def test_right_and_wrong(self):
         """Bearer, or Basic with the token as password and any user."""
         token = self.TOKEN.encode().decode("latin-1")
@@ -11038,6 +11090,256 @@ class BrowserDriver(BrowserCase):
         other.close()
         self.assertEqual([os_pid for os_pid in started if alive(os_pid)], [])
         self.assertFalse(os.path.exists(other.directory))
+
+
+class BrowserMisuse(BrowserCase):
+    """What a page of another site may try with a server on this machine: it changes nothing, and learns nothing. Beside each
+    attempt stands the same from a page that may, or a test that cannot fail would be easy to write."""
+
+    FLAGS = ("--host-resolver-rules=MAP *.example 127.0.0.1",)      # names that their owner points here
+    SECRET = "window.leaked = 'secret'"
+    ASK = """
+        const [url, options] = arguments;
+        return fetch(url, options).then(answer => answer.text().then(text => [answer.type, answer.status, text]),
+                                        error => [error.name, 0, '']);"""
+    FORM = """
+        const [url, enctype, fields] = arguments, frame = document.createElement('iframe'), form = document.createElement('form');
+        frame.name = 'answer';
+        Object.assign(form, {method: 'post', action: url, enctype, target: 'answer'});
+        for (const [name, value] of fields)
+            form.append(Object.assign(document.createElement('input'), {type: 'hidden', name, value}));
+        document.body.replaceChildren(frame, form);
+        return new Promise(done => { frame.onload = () => done('loaded'); form.submit(); });"""
+    SOCKET = """
+        const [url] = arguments, socket = new WebSocket(url);
+        return new Promise(done => {
+            socket.onopen = () => socket.send('typed\\n');
+            socket.onmessage = event => { socket.close(); done(event.data); };
+            socket.onclose = event => done(event.code); });"""
+    SOURCE = """
+        const [url] = arguments, source = new EventSource(url);
+        const told = new Promise(done => {
+            source.addEventListener('stdout', event => done(event.data));
+            source.onerror = event => done('refused'); });
+        return told.then(what => { source.close(); return what; });"""
+    LOAD = """
+        const [kind, attribute, url] = arguments, element = document.createElement(kind);
+        element.rel = 'stylesheet';
+        element[attribute] = url;
+        return new Promise(done => {
+            element.onload = () => done('loaded'); element.onerror = element.onstalled = () => done('refused');
+            document.body.append(element); });"""
+
+    @staticmethod
+    def page(request):
+        """Any page of any site."""
+        return 200, {"Content-Type": "text/html"}, "<!doctype html><meta charset=utf-8><title>a page</title><body>"
+
+    def setUp(self):
+        super().setUp()
+        self.site = Running(handlers=[("/page", self.page)], allow_hosts=["evil.example"])
+        self.addCleanup(self.site.stop_all)
+        self.evil, self.friend = ("http://%s:%d/page" % (host, self.site.port) for host in ("evil.example", "localhost"))
+        self.pids = (self.server.add("typed", "cat", redirect_input=True) + self.server.add("talks", python("""
+            print(%r, flush=True); input()""" % self.SECRET), redirect_input=True))
+        self.server.ok("GET", "/status/talks")
+        self.assertIn("leaked", self.server.request("GET", "/streams/%d/stdout?since=0" % self.pids[1])[2].decode())
+
+    def url(self, path, scheme="http"):
+        """Of the server that is attacked."""
+        return "%s://127.0.0.1:%d%s" % (scheme, self.server.port, path)
+
+    def count(self, method, status, server=None):
+        """How many requests a server has answered so."""
+        return (server or self.server).http.requests.by_method[method][status]
+
+    def assertUntouched(self):
+        """All is as setUp() has left it."""
+        server = self.server
+        self.assertEqual(server.ok("GET", "/processes"), ["typed", "talks"])
+        self.assertEqual(server.ok("GET", "/processes?running=1"), self.pids)
+        self.assertEqual(server.request("GET", "/streams/%d/stdout?since=0&timeout=0" % self.pids[0])[2], b"")
+        self.assertEqual([server.ok("GET", "/status/" + name)["numprocesses"] for name in ("typed", "talks")], [1, 1])
+
+    CHANGES = (("POST", "/processes"), ("POST", "/processes/typed/_stop"), ("POST", "/processes/typed/_restart"),
+               ("POST", "/processes/typed/_add/3"), ("POST", "/processes/typed/_signal/KILL"), ("POST", "/streams/1/stdin"),
+               ("POST", "/_reload"))
+    # which text/plain makes JSON of
+    TEMPLATE = [['{"name": "planted", "cmd": "true", "args": ["', '"]}']]
+
+    def test_forms(self):
+        self.browser.get(self.evil)
+        for enctype in ("application/x-www-form-urlencoded", "text/plain", "multipart/form-data"):
+            for _, path in self.CHANGES:
+                with self.subTest(enctype=enctype, path=path):
+                    before = self.count("POST", 403)
+                    self.assertEqual(self.browser.script(self.FORM, self.url(path), enctype, self.TEMPLATE), "loaded")
+                    self.assertEqual(self.count("POST", 403), before + 1)
+        self.assertUntouched()
+        self.browser.get(self.friend)
+        self.browser.script(self.FORM, self.url("/processes"), "text/plain", self.TEMPLATE)
+        self.assertEqual(self.server.ok("GET", "/processes"), ["typed", "talks", "planted"])
+
+    def test_requests_that_need_no_preflight(self):
+        self.browser.get(self.evil)
+        planted = {"method": "POST", "body": json.dumps({"name": "planted", "cmd": "true"}), "headers": {"Content-Type": "text/plain"}}
+        for mode in ("no-cors", "cors"):
+            for method, path in self.CHANGES:
+                with self.subTest(mode=mode, path=path):
+                    before = self.count(method, 403)
+                    answer = self.browser.script(self.ASK, self.url(path), dict(planted, mode=mode, credentials="include"))
+                    self.assertEqual(answer, ["opaque", 0, ""] if mode == "no-cors" else ["TypeError", 0, ""])
+                    self.assertEqual(self.count(method, 403), before + 1)
+        self.browser.script("navigator.sendBeacon(arguments[0], 'typed')", self.url("/streams/1/stdin"))
+        until(lambda: self.count("POST", 403) == before + 2, "the beacon")
+        self.assertUntouched()
+        self.browser.get(self.friend)
+        self.assertEqual(self.browser.script(self.ASK, self.url("/processes"), dict(planted, mode="cors"))[:2], ["cors", 200])
+        self.assertEqual(self.server.ok("GET", "/processes"), ["typed", "talks", "planted"])
+
+    def test_requests_with_a_preflight(self):
+        self.browser.get(self.evil)
+        asked = {"method": "PUT", "body": '{"cmd": "true"}', "headers": {"Content-Type": "application/json"}}
+        attempts = (asked, {"method": "DELETE"}, {"method": "POST", "headers": {"X-HTTP-Method-Override": "DELETE"}})
+        for options in attempts:
+            self.assertEqual(self.browser.script(self.ASK, self.url("/processes/typed"), options), ["TypeError", 0, ""])
+        self.assertEqual((self.count("OPTIONS", 204), self.count("PUT", 403), self.count("DELETE", 403)), (3, 0, 0))
+        self.assertUntouched()
+        self.browser.get(self.friend)
+        for options in attempts[:2]:
+            self.assertEqual(self.browser.script(self.ASK, self.url("/processes/typed"), options)[:2], ["cors", 200])
+        self.assertEqual(self.server.ok("GET", "/processes"), ["talks"])
+
+    def test_reading(self):
+        paths = ["/processes", "/processes/typed", "/streams/2/stdout?tail=all", "/metrics", "/", "/stats", "/watch?since=0"]
+        self.browser.get(self.evil)
+        for path in paths:
+            with self.subTest(path=path):
+                self.assertEqual(self.browser.script(self.ASK, self.url(path)), ["TypeError", 0, ""])
+                self.assertEqual(self.browser.script(self.ASK, self.url(path), {"mode": "no-cors"}), ["opaque", 0, ""])
+        stream = "/streams/2/stdout?tail=all&feed=eventsource"
+        self.assertEqual(self.browser.script(self.SOURCE, self.url(stream)), "refused")
+        self.browser.get(self.friend)
+        for path in paths:
+            self.assertEqual(self.browser.script(self.ASK, self.url(path))[:2], ["cors", 200])
+        self.assertEqual(self.browser.script(self.SOURCE, self.url(stream)), self.SECRET)
+
+    def test_websockets(self):
+        sockets = [self.url(path, "ws") for path in ("/wstreams/1", "/wstreams/2?tail=all&readonly=true")]
+        self.browser.get(self.evil)
+        for url in sockets:
+            self.assertEqual(self.browser.script(self.SOCKET, url), 1006)
+        self.assertEqual(self.count("GET", 403), 2)
+        self.assertUntouched()
+        self.browser.get(self.friend)
+        self.assertEqual([self.browser.script(self.SOCKET, url) for url in sockets], ["typed\n", self.SECRET + "\n"])
+
+    def test_what_a_page_may_embed(self):
+        """An image, a script, a style sheet or a frame is asked for without an Origin."""
+        self.browser.get(self.evil)
+        for kind, attribute in (("img", "src"), ("script", "src"), ("link", "href"), ("iframe", "src"), ("object", "data"),
+                                ("embed", "src"), ("audio", "src")):
+            for path in ("/processes/typed/_stop", "/processes/typed", "/processes/nobody", "/streams/2/stdout?tail=all", "/"):
+                with self.subTest(kind=kind, path=path):
+                    before = self.count("GET", 403)
+                    said = self.browser.script(self.LOAD, kind, attribute, self.url(path))
+                    self.assertEqual(said, "loaded" if kind in ("iframe", "embed") else "refused")    # whatever there is
+                    self.assertEqual(self.count("GET", 403), before + 1)
+                    self.assertIsNone(self.browser.script("return window.leaked"))
+        self.assertUntouched()
+
+    def test_a_page_of_another_site_does_not_hold_a_process(self):
+        """loss=block lets a process wait for its reader; a page that asks, and does not read, would stop it."""
+        self.browser.get(self.evil)
+        path = "/streams/2/stdout?feed=continuous&loss=block"
+        self.assertEqual(self.browser.script(self.ASK, self.url(path), {"mode": "no-cors"}), ["opaque", 0, ""])
+        self.assertEqual((self.count("GET", 403), self.server.ok("GET", "/processes")), (1, ["typed", "talks"]))
+
+    def test_frames_and_windows(self):
+        self.browser.get(self.friend.replace("localhost", "127.0.0.1"))     # of the same site, which alone would let it in
+        self.browser.script(self.LOAD, "iframe", "src", self.url("/"))
+        frame = self.browser.cdp("Page.getFrameTree")["frameTree"]["childFrames"][0]["frame"]
+        self.assertEqual(frame.get("unreachableUrl"), self.url("/"), frame)
+        self.assertIn("frame-ancestors", "".join(self.browser.console()))
+        window = self.browser.do("GET", "window")
+        self.browser.get(self.evil)
+        self.browser.script("window.other = open(arguments[0])", self.url("/"))
+        self.browser.wait("return other.closed")                        # so it seems to who has opened it
+        other = next(handle for handle in self.browser.do("GET", "window/handles") if handle != window)
+        self.browser.do("POST", "window", {"handle": other})
+        self.assertEqual(self.browser.script("return [document.title, window.opener]"), ["gaffer", None])
+        self.browser.do("DELETE", "window")
+        self.browser.do("POST", "window", {"handle": window})
+
+    def test_a_name_that_is_pointed_here(self):
+        """DNS rebinding: the page's own origin is this server, so the browser has nothing against it."""
+        for host in ("evil.example", "127.0.0.1.evil.example"):
+            self.browser.get("http://%s:%d/" % (host, self.server.port))
+            self.assertIn("forbidden_host", self.browser.script("return document.body.innerText"))
+            for options in ({}, {"method": "POST"}, {"method": "DELETE"}):
+                answer = self.browser.script(self.ASK, "/processes/typed", options)
+                self.assertEqual((answer[1], json.loads(answer[2])["error"]), (403, "forbidden_host"))
+            self.assertEqual(self.browser.script(self.SOCKET, "ws://%s:%d/wstreams/1" % (host, self.server.port)), 1006)
+        self.assertUntouched()
+        for host in ("127.0.0.1", "localhost", "web.localhost"):
+            self.browser.get("http://%s:%d/" % (host, self.server.port))
+            self.assertEqual(self.browser.script(self.ASK, "/processes/typed/_restart", {"method": "POST"})[1], 200)
+            self.assertEqual(self.browser.script(self.SOCKET, "ws://%s:%d/wstreams/talks" % (host, self.server.port)), 1006)
+
+    def test_the_address_of_nobody(self):
+        """Connections to 0.0.0.0 arrive here, too."""
+        url = "http://0.0.0.0:%d" % self.server.port
+        self.browser.get(self.evil)
+        for options in ({"method": "POST"}, {"method": "POST", "mode": "no-cors"}, {}):
+            self.assertIn(self.browser.script(self.ASK, url + "/processes/typed/_stop", options)[0], ("TypeError", "opaque"))
+        self.assertEqual(self.browser.script(self.SOCKET, url.replace("http", "ws") + "/wstreams/1"), 1006)
+        try:
+            self.browser.get(url + "/")
+            self.assertIn("forbidden_host", self.browser.script("return document.body.innerText"))
+        except BrowserError as error:
+            self.assertIn("net::ERR_", str(error))                      # browsers begin to refuse it themselves
+        self.assertUntouched()
+
+    def test_no_origin_at_all(self):
+        """Sandboxed frames and data: pages have the origin null."""
+        code = "const ask = async function() {%s}; ask(%%s, %%s).then(answer => parent.postMessage(answer, '*'))" % self.ASK
+        self.browser.get(self.evil)
+        look = """
+            const [source, code] = arguments, frame = document.createElement('iframe'), text = '<script>' + code + '</' + 'script>';
+            if (source == 'data') frame.src = 'data:text/html,' + encodeURIComponent(text);
+            else { frame.sandbox = 'allow-scripts allow-forms'; frame.srcdoc = text; }
+            return new Promise(done => { window.onmessage = event => done([event.origin, event.data]);
+                                         document.body.replaceChildren(frame); });"""
+        for source in "data", "sandbox":
+            for method, mode in (("POST", "no-cors"), ("POST", "cors"), ("GET", "cors")):
+                path = "/processes/typed/_stop" if method == "POST" else "/processes"
+                before, told = self.count("POST", 403), ["opaque" if mode == "no-cors" else "TypeError", 0, ""]
+                script = code % (json.dumps(self.url(path)), json.dumps({"method": method, "mode": mode}))
+                self.assertEqual(self.browser.script(look, source, script), ["null", told])
+                self.assertEqual(self.count("POST", 403), before + (method == "POST"))
+        self.assertUntouched()
+
+    def test_credentials_that_the_browser_has(self):
+        """A browser sends what it knows of this server along, whoever asks."""
+        server = Running(token="s3cret")
+        self.addCleanup(server.stop_all)
+        self.addCleanup(self.browser.get, "about:blank")
+        base = "127.0.0.1:%d" % server.port
+        self.browser.get("http://user:s3cret@%s/processes" % base)
+        self.browser.get("http://%s/" % base)
+        self.assertEqual(self.browser.wait("return document.title"), "gaffer")
+        added = {"method": "POST", "body": '{"name": "mine", "cmd": "cat", "redirect_input": true}'}
+        self.assertEqual(self.browser.script(self.ASK, "/processes", added)[1], 200)
+        self.assertEqual(self.browser.script(self.SOCKET, "ws://%s/wstreams/1" % base), "typed\n")
+        self.browser.get(self.evil)
+        for enctype in ("text/plain", "application/x-www-form-urlencoded"):
+            self.browser.script(self.FORM, "http://%s/processes" % base, enctype, self.TEMPLATE)
+        for mode in ("no-cors", "cors"):
+            self.browser.script(self.ASK, "http://%s/processes/mine" % base, dict(added, mode=mode, credentials="include"))
+            self.browser.script(self.ASK, "http://%s/processes" % base, {"mode": mode, "credentials": "include"})
+        self.assertEqual(self.browser.script(self.SOCKET, "ws://%s/wstreams/1" % base), 1006)
+        self.assertEqual(self.count("POST", 403, server), 4)
+        self.assertEqual(server.json("GET", "/processes", headers={"Authorization": "Bearer s3cret"}), (200, ["mine"]))
 
 
 # --------------------------------------------------------------------------------------------------------------------
