@@ -152,6 +152,13 @@ MERGED_LINE_DELAY = 1.0             # and in a merged stream after this: there i
 BLOCK_STALL = 30.0                  # a reader with loss=block that takes nothing is cut: it holds a child
 STALL = 300.0                       # any other reader that takes nothing: it holds a socket
 EVENTS_KEPT = 1024                  # events that can be resumed
+MARKS_KEPT = 1024                   # places of a template's stream where it is known who wrote, and when: 120 KiB of them
+MARK_INTERVAL = 0.05                # seconds between two of one writer: as exact as a time of a line is
+JOURNALS_MAX = 32                   # a journal costs its window and a formatting of each line
+JOURNAL_WINDOWS = 4                 # a journal is as long as so many windows: half a minute of 1,000 lines a second
+JOURNAL_REST = 120.0                # seconds for which it waits for a reader to come back
+COMPRESS_MIN = KIB                  # shorter answers hardly shrink
+PAGE_EVENTS = 200                   # the page begins with so many
 STATS_KEPT = 16                     # samples a slow reader of statistics may be behind
 
 STDIN_SIZE = MIB                    # waits for a process to read it
@@ -654,6 +661,12 @@ class ProcfsTable:
         fields = self._stat(os_pid)
         return bool(fields) and int(fields[19]) == start_time and fields[0] not in (b"Z", b"X")
 
+    def usage(self, os_pid):
+        """{cpu_time, rss}, as in look(), which reads much more; None if the process is gone."""
+        fields = self._stat(os_pid)
+        return {"cpu_time": (int(fields[11]) + int(fields[12])) / self.TICKS,
+                "rss": int(fields[21]) * self.PAGE} if fields else None
+
     def look(self, os_pid):
         """{ppid, cpu_time, start_time, rss, vms, nice, uid, cmdline, children}; sizes in bytes, times in seconds
         (start_time since boot); None if the process is gone."""
@@ -715,6 +728,10 @@ class PsTable:
         for part in rest.split(":"):
             total = total * 60 + float(part)
         return total + 86400 * int(days or 0)
+
+    def usage(self, os_pid):
+        """See ProcfsTable."""
+        return self.look(os_pid)
 
     def look(self, os_pid):
         """See ProcfsTable."""
@@ -1292,6 +1309,11 @@ class Log:
         """Call `satisfied()` after each append, and at the end, until it returns True. Returns a function that ends it."""
         self._waiters.append(satisfied)
         return lambda: satisfied in self._waiters and self._waiters.remove(satisfied)
+
+    @property
+    def waited_for(self):
+        """True while a long poll waits here."""
+        return bool(self._waiters)
 
     def finish(self):
         """Nothing will be appended any more: readers get what is left, then the end."""
@@ -1957,31 +1979,45 @@ def parse_signal(text):
 # when nothing of its group is left. All on the loop.
 # --------------------------------------------------------------------------------------------------------------------
 class Merged:
-    """A template's stream of one label: the output of all its processes in one window, never mixed within a line."""
+    """A template's stream of one label: the output of all its processes in one window, never mixed within a line. `journals`:
+    {None, a name or a pid: Journal}, those that this is a part of are told too."""
 
-    def __init__(self, loop, size):
-        self.window = Window(loop, size)
+    def __init__(self, loop, size, name, label, journals):
+        self.window, self.name, self.label, self._journals = Window(loop, size), name, label, journals
         self.sources = set()                    # the Outputs that feed it
+        self.marks = collections.deque(maxlen=MARKS_KEPT)       # (offset, Unix time, pid) of who wrote from there on
         self._open = None                       # who wrote the line that is not finished yet
 
     def write(self, source, data):
         """Append whole lines, or what cannot wait; an unfinished line of another source is ended first."""
         if self._open not in (None, source):
-            data = b"\n" + data
+            self.window.append(b"\n")
         self._open = None if data.endswith(b"\n") else source
+        now, marks = time.time(), self.marks
+        if not marks or marks[-1][2] != source.pid or not 0 <= now - marks[-1][1] < MARK_INTERVAL:
+            marks.append((self.window.end, now, source.pid))
         self.window.append(data)
+        if self._journals:
+            for key in (None, self.name, source.pid):
+                if key in self._journals:
+                    self._journals[key].write(now, self.name, source.pid, self.label, data)
 
 
 class Output:
-    """Reads a pipe into its own window and its template's."""
+    """Reads a pipe into its own window and its template's. `pid`: whose it is; `ended()` is called at its end."""
 
-    def __init__(self, loop, fd, window, merged):
-        self._loop, self._fd, self.window, self._merged = loop, fd, window, merged
+    def __init__(self, loop, fd, window, merged, pid, ended):
+        self._loop, self._fd, self.window, self._merged, self.pid, self._ended = loop, fd, window, merged, pid, ended
         self._carry = b""
         self._paused = self._held = False
         self._timer = self._pace = self._silence = None
         self._size_wide = min(READ_SIZE_WIDE, window.limit // 2)
         self._size = min(READ_SIZE, self._size_wide)
+
+    @property
+    def closed(self):
+        """True when its end has been read, or is not waited for any more."""
+        return self._fd is None
 
     def start(self):
         """Begin to read."""
@@ -2115,6 +2151,7 @@ class Output:
             self._carry = b""
         self._merged.sources.discard(self)
         self.window.finish()
+        self._ended()
 
     def _take_rest(self, fd):
         for _ in range(16):                     # a full pipe; who still writes into it does not stop us
@@ -2214,7 +2251,8 @@ def end_socket(fd):
 
 class Process:
     """A running process, and for a while one that has run. `os_pid`, `exit_status`, `term_signal` are the system's, `pid`
-    is gaffer's. `home` has the name and the template (info); `owner` is told exited(process) and gone(process)."""
+    is gaffer's. `home` has the name and the template (info); `owner` is told exited(process), ended(process): all that it
+    said has been read, and gone(process)."""
 
     def __init__(self, pid, home, owner, loop, table, exit_watcher):
         self.pid, self.home, self.name, self.template = pid, home, home.name, home.info
@@ -2223,7 +2261,7 @@ class Process:
         self.outputs, self.inputs = {}, {}      # label -> Output, Input
         self.os_pid = self.started = self.exited_at = None
         self.exit_status = self.term_signal = None
-        self.stopping = self.exited = self.gone = False
+        self.stopping = self.exited = self.ended = self.gone = False
         self.failures = 0                       # exits in a row before this one, for the backoff
         self.cpu_sample = None                  # (time, cpu_time, percent) of the last look
         self.escaped = []                       # (os pid, start time) of descendants that have left the group
@@ -2240,7 +2278,8 @@ class Process:
         try:
             plan = self._pipes(ours, theirs)
             for label, fd in plan["read"].items():
-                output = Output(self._loop, fd, Window(self._loop, window_size, merged[label].window), merged[label])
+                window = Window(self._loop, window_size, merged[label].window)
+                output = Output(self._loop, fd, window, merged[label], self.pid, self._output_ended)
                 output.start()                  # before there is a process: what may fail has to, as long as it can be undone
                 self.outputs[label] = output
                 ours.remove(fd)
@@ -2428,6 +2467,7 @@ class Process:
         for output in self.outputs.values():
             output.drain()
         self._owner.exited(self)
+        self._output_ended()
         if not self.stopping:                   # the rest of the group, while the zombie still pins its number
             self._signal_all(signal.SIGTERM)
         reap(self.os_pid)
@@ -2441,6 +2481,12 @@ class Process:
         for call in self.on_exit:
             self._loop.call_soon(call)
         self.on_exit.clear()
+
+    def _output_ended(self):
+        """Once it has exited and all its output was read, it has ended."""
+        if self.exited and not self.ended and all(output.closed for output in self.outputs.values()):
+            self.ended = True
+            self._owner.ended(self)
 
     def _poll_group(self, interval):
         """Nothing tells when a group is empty: look, while one is being ended, less and less often."""
@@ -2511,8 +2557,8 @@ def priority_of(info):
 class Template:
     """A process template at work: the wish (`info`, `active`) and what there is of it."""
 
-    def __init__(self, info, loop):
-        self._loop = loop
+    def __init__(self, info, loop, journals):
+        self._loop, self._journals = loop, journals
         self.name = info["name"]
         self.group = self.name.partition(":")[0] if ":" in self.name else None
         self.active = False
@@ -2566,7 +2612,7 @@ class Template:
             self.merged.pop(label).window.finish()
         for label in labels:
             if label not in self.merged:
-                self.merged[label] = Merged(self._loop, size)
+                self.merged[label] = Merged(self._loop, size, self.name, label, self._journals)
 
     def forget_waits(self):
         """Nothing starts later."""
@@ -2716,6 +2762,7 @@ class Manager:
         self.templates = {}
         self.processes = {}                     # pid -> Process: all that can still be asked for
         self.events = EventLog(self.loop)
+        self.journals = {}                      # None (all), a template's name or a pid: Journal, while somebody reads it
         self.started_at = time.time()
         self.stopping = False
         self._running = False
@@ -2818,6 +2865,8 @@ class Manager:
             template.forget_waits()
             for merged in template.merged.values():
                 merged.window.finish()
+        for journal in self.journals.values():
+            journal.finish()
         self.events.finish()
         for app in reversed(self._started_apps):
             if hasattr(app, "stop"):
@@ -2855,7 +2904,7 @@ class Manager:
         need(info["name"] not in self.templates, Conflict,
              "the name '%s' is taken; PUT /processes/%s replaces it" % (info["name"], info["name"]))
         need(len(self.templates) < TEMPLATES_MAX, Busy, "there are %d templates; delete one first" % TEMPLATES_MAX)
-        template = Template(info, self.loop)
+        template = Template(info, self.loop, self.journals)
         template.open_streams(self.window_size)
         first = []
         if info["start"]:
@@ -2912,6 +2961,8 @@ class Manager:
         self._publish("delete", name)
         for merged in template.merged.values():
             merged.window.finish()
+        if name in self.journals:
+            self.journals[name].finish()
 
     def start_template(self, name):
         """Let a template run. InvalidProcessInfo: it cannot be executed, and stays as it was. NotFound."""
@@ -3212,6 +3263,14 @@ class Manager:
         self._publish("exit", process.name, process, exit_status=process.exit_status, term_signal=process.term_signal)
         if not process.stopping:
             self._judge(template, process.age())
+
+    def ended(self, process):
+        """Called by a process that has exited, when all its output has been read."""
+        for key in (None, process.name, process.pid):
+            if key in self.journals:
+                self.journals[key].exit(time.time(), process.name, process.pid, process.exit_status, process.term_signal)
+        if process.pid in self.journals:
+            self.journals[process.pid].finish()
 
     def gone(self, process):
         """Called by a process of whose group nothing is left."""
@@ -4426,6 +4485,7 @@ FIELDS = {                                      # JSON Schema of each field of a
 SECONDS = {"type": "number", "minimum": 0}
 QUERY = {                                       # of a request's query: its JSON Schema, and what it means
     "running": (BOOLEAN, "pids of what runs, in place of names"),
+    "brief": (BOOLEAN, "of each process only CPU and memory: a tenth of the work"),
     "usage": (BOOLEAN, "with the CPU time and memory of each process"),
     "dry_run": (BOOLEAN, "only tell what would change"),
     "wait": ({"type": ["boolean", "number"]}, "answer when it is done, or after so many seconds 504"),
@@ -4560,98 +4620,1080 @@ def openapi(routes, secured):
 # page
 #
 # The web page, whole: no other request than to this server's own API, text only through textContent. __NONCE__ is
-# replaced at each request, as its Content-Security-Policy allows no other script or style.
+# replaced at each request, as its Content-Security-Policy allows no other script or style, and __SNAPSHOT__ by what runs
+# now, so that the first paint has it. Its parts: helpers, what is known, asking, streams, then a class for each view.
 # --------------------------------------------------------------------------------------------------------------------
-PAGE = """<!DOCTYPE html>
+PAGE = r"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>gaffer</title>
+<link rel="icon" href="data:,">
 <style nonce="__NONCE__">
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 72em; padding: 0 1em; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .3em .8em .3em 0; border-bottom: 1px solid #8884; }
-button { font: inherit; margin-right: .3em; }
-pre { border: 1px solid #8886; padding: .6em; height: 24em; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
-.stderr { color: #c33; } .note { opacity: .7; font-style: italic; }
-#message:empty { display: none; } #message { color: #c33; }
+:root {
+  color-scheme: light dark;
+  --bg: #ffffff; --panel: #f4f6f8; --text: #1b1f24; --dim: #57606a; --line: #d5dbe1; --edge: #818b98; --accent: #0757b3;
+  --good: #1a7f37; --warn: #8a5a00; --bad: #b42318; --mark: #ffe58a; --marked: #1b1f24; --here: #ffb454;
+  --c0: #1b1f24; --c1: #b42318; --c2: #1a7f37; --c3: #8a5a00; --c4: #0757b3; --c5: #8250df; --c6: #0b6e7a; --c7: #57606a;
+  --c8: #57606a; --c9: #c4261c; --c10: #147a33; --c11: #7d5600; --c12: #0a63c9; --c13: #9333b8; --c14: #0a6c85; --c15: #1b1f24;
+}
+@media (prefers-color-scheme: dark) { :root {
+  --bg: #0f1318; --panel: #171c23; --text: #e3e8ee; --dim: #9aa5b1; --line: #2b323b; --edge: #6b7683; --accent: #6cb0ff;
+  --good: #4cc06b; --warn: #e0a63a; --bad: #ff8078; --mark: #6b5a12; --marked: #ffffff; --here: #a85b00;
+  --c0: #9aa5b1; --c1: #ff8078; --c2: #4cc06b; --c3: #e0a63a; --c4: #6cb0ff; --c5: #cf9bff; --c6: #4fc3d0; --c7: #e3e8ee;
+  --c8: #9aa5b1; --c9: #ff9c95; --c10: #74d68d; --c11: #f0c060; --c12: #93c6ff; --c13: #e0b8ff; --c14: #7cdbe5; --c15: #ffffff;
+} }
+* { box-sizing: border-box; }
+html, body { height: 100%; margin: 0; }
+body { display: flex; flex-direction: column; font: 14px/1.4 system-ui, sans-serif; background: var(--bg); color: var(--text); }
+a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+[hidden] { display: none !important; }
+.quiet { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.skip:not(:focus) { position: absolute; left: -999px; }
+button, input, select, textarea { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--edge); border-radius: 4px; }
+button { padding: 1px 8px; cursor: pointer; background: var(--panel); } button:hover { border-color: var(--accent); color: var(--accent); }
+button:disabled, input:disabled { cursor: default; color: var(--dim); border-color: var(--line); }
+button[aria-pressed=true] { background: var(--accent); color: var(--bg); border-color: var(--accent); }
+button.main { background: var(--accent); color: var(--bg); border-color: var(--accent); }
+button.bad, .bad { color: var(--bad); } .dim { color: var(--dim); }
+input, select, textarea { padding: 2px 6px; } input[type=checkbox] { margin: 0; width: 15px; height: 15px; accent-color: var(--accent); }
+code, pre, .mono, textarea { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 12.5px; }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: 2px 14px; padding: 6px 14px; border-bottom: 1px solid var(--line); background: var(--panel); }
+header strong { margin-right: 4px; } nav { display: flex; gap: 2px; flex: 1; }
+nav a { padding: 2px 8px; border-radius: 4px; color: var(--text); }
+nav a[aria-current] { background: var(--bg); box-shadow: inset 0 -2px var(--accent); color: var(--accent); }
+#link::before { content: "\25CF"; margin-right: 5px; color: var(--good); } #link.away { color: var(--bad); } #link.away::before { color: var(--bad); }
+#message { margin: 0; padding: 6px 14px; color: var(--bad); border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+#message:empty { display: none; } #message button { float: right; }
+main { flex: 1; min-height: 0; overflow: auto; padding: 10px 14px; outline: none; } main.fill { display: flex; flex-direction: column; overflow: hidden; }
+h1 { font-size: 17px; margin: 0; } h2 { font-size: 14px; margin: 12px 0 4px; }
+.bar { display: flex; flex-wrap: wrap; align-items: center; gap: 6px; margin-bottom: 8px; } .bar .grow { flex: 1 1 160px; min-width: 0; max-width: 420px; }
+.bar .push { margin-left: auto; } .chip { border-radius: 10px; }
+.row, .group, .heads { display: grid; align-items: center; column-gap: 10px; padding: 0 6px; min-height: 31px; border-bottom: 1px solid var(--line);
+  grid-template-columns: 18px minmax(0, 3fr) minmax(0, 4fr) 92px 62px 58px 104px 116px 206px; }
+.row { content-visibility: auto; contain-intrinsic-size: auto 31px; } .row:hover, .row:focus-within { background: var(--panel); }
+.row:focus-visible { outline-offset: -2px; } .row > *, .cut { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.heads { color: var(--dim); position: sticky; top: -10px; background: var(--bg); z-index: 1; }
+.group { background: var(--panel); font-weight: 600; grid-template-columns: 18px minmax(0, 1fr) 206px; margin-top: 6px; }
+.number { text-align: right; font-variant-numeric: tabular-nums; } .acts { display: flex; gap: 4px; justify-content: flex-end; }
+.acts button { min-width: 25px; } .count { display: flex; gap: 5px; align-items: center; justify-content: flex-end; } .count button { padding: 0 6px; }
+.dot { display: inline-block; width: 1.3em; } .running .dot { color: var(--good); } .stopped .dot { color: var(--dim); }
+.backoff .dot, .flapping .dot, .backoff .word, .flapping .word { color: var(--bad); } .stopping .dot, .starting .dot { color: var(--warn); }
+.use { display: flex; gap: 6px; align-items: center; justify-content: flex-end; } svg { width: 44px; height: 17px; flex: none; overflow: visible; }
+svg path { fill: none; stroke: var(--accent); stroke-width: 1.3; vector-effect: non-scaling-stroke; }
+.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 1px 12px; margin: 0 0 8px; } .facts dt { color: var(--dim); } .facts dd { margin: 0; overflow-wrap: anywhere; }
+.part { grid-template-columns: 62px 82px minmax(0, 1fr) 70px 104px 116px 206px; } .parts { max-height: 30vh; overflow: auto; margin-bottom: 8px; flex: none; }
+.log { flex: 1; min-height: 180px; display: flex; flex-direction: column; position: relative; }
+.lines { flex: 1; min-height: 0; overflow: auto; border: 1px solid var(--line); border-radius: 4px; position: relative; contain: strict; overflow-anchor: none; font: 12.5px/18px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
+.lines > div { position: absolute; top: 0; left: 0; min-width: 100%; } .lines .l { white-space: pre; padding: 0 8px; min-height: 18px; border-left: 3px solid transparent; tab-size: 8; }
+.lines .block { will-change: transform; } .wrap .block { width: 100%; } .wrap .l { white-space: pre-wrap; word-break: break-all; }
+.l.stderr { border-left-color: var(--bad); } .l .k { color: var(--bad); } .l .t, .l .w, .l .k.other { color: var(--dim); } .l.note, .l.exit { color: var(--dim); font-style: italic; background: var(--panel); }
+.l.typed { color: var(--accent); } mark { background: var(--mark); color: var(--marked); } .here mark { background: var(--here); }
+.b { font-weight: 700; } .f { opacity: .75; } .i { font-style: italic; } .u { text-decoration: underline; } .s { text-decoration: line-through; }
+.more { position: absolute; bottom: 12px; right: 24px; box-shadow: 0 1px 4px #0004; }
+.entry { display: flex; gap: 6px; margin-top: 8px; align-items: center; flex-wrap: wrap; } .entry input { flex: 1 1 160px; min-width: 0; }
+.fields { display: grid; grid-template-columns: max-content minmax(0, 34rem); gap: 6px 14px; align-items: start; } .fields label { padding-top: 3px; }
+.fields input:not([type=checkbox]), .fields textarea { width: 100%; } .fields small { color: var(--dim); display: block; } .fields .bad { display: block; }
+[aria-invalid=true] { border-color: var(--bad); }
+.events { list-style: none; margin: 0; padding: 0; } .events li { display: grid; grid-template-columns: 92px minmax(90px, 180px) minmax(0, 1fr); gap: 12px; padding: 3px 6px; border-bottom: 1px solid var(--line); content-visibility: auto; contain-intrinsic-size: auto 27px; }
+dialog { color: inherit; background: var(--bg); border: 1px solid var(--edge); border-radius: 6px; max-width: min(620px, 94vw); padding: 16px 18px; } dialog::backdrop { background: #0007; }
+dialog h2 { margin: 0 0 8px; font-size: 16px; } dialog .bar { justify-content: flex-end; margin: 14px 0 0; } kbd { font: 12px ui-monospace, monospace; border: 1px solid var(--edge); border-radius: 3px; padding: 0 5px; }
+#menu { position: fixed; z-index: 9; min-width: 150px; max-height: 80vh; overflow: auto; background: var(--bg); border: 1px solid var(--edge); border-radius: 5px; padding: 4px; box-shadow: 0 3px 12px #0005; }
+#menu button { display: block; width: 100%; text-align: left; border: 0; background: none; } #menu button:hover, #menu button:focus { background: var(--panel); } #menu hr { border: 0; border-top: 1px solid var(--line); }
+@media (max-width: 900px) {
+  .heads { display: none; } main { padding: 8px; } .row:not(.part) { grid-template-columns: 18px minmax(0, 1fr) 96px 108px; row-gap: 3px; padding: 5px 4px; contain-intrinsic-size: auto 92px; }
+  .row:not(.part) > :nth-child(3) { grid-column: 2 / 5; grid-row: 2; white-space: normal; } .row:not(.part) > :nth-child(5), .row:not(.part) > :nth-child(6) { display: none; }
+  .row:not(.part) > :nth-child(4) { grid-column: 3 / 5; grid-row: 1; } .row:not(.part) > :nth-child(7) { grid-column: 1 / 3; grid-row: 3; justify-content: flex-start; } .row:not(.part) > :nth-child(8) { display: none; }
+  .row:not(.part) > :nth-child(9) { grid-column: 3 / 5; grid-row: 3; } .group { grid-template-columns: 18px minmax(0, 1fr) auto; }
+  .part { grid-template-columns: 44px minmax(0, 1fr) 60px 150px; } .part > :nth-child(2), .part > :nth-child(5), .part > :nth-child(6) { display: none; }
+  .fields { grid-template-columns: minmax(0, 1fr); gap: 2px; } .fields > div { margin-bottom: 8px; } .events li { grid-template-columns: 70px minmax(0, 1fr); } .events li > :nth-child(3) { grid-column: 1 / 3; }
+  .wide { display: none; } .parts { max-height: 22vh; } button { min-height: 26px; }
+}
+@media (prefers-reduced-motion: no-preference) { .row { transition: background .15s; } }
 </style></head>
 <body>
-<h1>gaffer</h1>
-<p id="message" role="alert"></p>
-<table><thead><tr><th>name</th><th>state</th><th>running</th><th>restarts</th><th>last exit</th><th></th></tr></thead>
-<tbody id="rows"></tbody></table>
-<h2 id="title">events</h2>
-<pre id="output" tabindex="0" aria-live="off"></pre>
+<a class="skip" href="#main" id="skip">Skip to content</a>
+<header><strong>gaffer</strong><nav aria-label="Views" id="nav"></nav><span id="link" role="status"></span>
+<button id="help" aria-label="Keys" title="keys (?)">?</button></header>
+<p id="message" role="alert"></p><p id="said" role="status" class="quiet"></p>
+<main id="main" tabindex="-1"></main>
+<div id="menu" role="menu" hidden></div>
+<dialog id="dialog" aria-labelledby="dialog-title"></dialog>
+<noscript>This page needs JavaScript. The same is there as JSON: ask with curl, or use the commands of gaffer.py.</noscript>
+<script type="application/json" id="snapshot">__SNAPSHOT__</script>
 <script nonce="__NONCE__">
 "use strict";
-const $ = id => document.getElementById(id), LINES = 2000;
-let sources = [];
-function say(text) { $("message").textContent = text; }
-async function call(method, path) {
+// ---- helpers: what is shown becomes text nodes and properties, never HTML
+const $ = id => document.getElementById(id), origin = location.origin;     // the origin holds no user or password, fetch() wants that
+const main = $("main"), enc = encodeURIComponent, snapshot = JSON.parse($("snapshot").textContent);
+const LINES_MAX = 100000, CHARS_MAX = 16e6, LINE = 18, HISTORY = 60, EVENTS_MAX = 1024, FIRST_LINES = 2000;
+
+function el(tag, props = {}, ...children) {
+  const node = tag === "svg" || tag === "path" ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [key, value] of Object.entries(props)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (typeof value === "function") node.addEventListener(key, value);
+    else if (key === "text") node.textContent = value;
+    else if (key === "value" || key === "checked") node[key] = value;
+    else node.setAttribute(key, value === true ? "" : value);
+  }
+  node.append(...children.filter(child => child !== null && child !== undefined));
+  return node;
+}
+function put(node, text) { if (node.textContent !== text) node.textContent = text; }
+function put2(node, name, value) { if (node.getAttribute(name) !== value) node.setAttribute(name, value); }
+function button(text, label, click, more = {}) { return el("button", {type: "button", text, "aria-label": label, title: label, click, ...more}); }
+function say(text) { $("said").textContent = text; }
+function complain(text) {
+  $("message").replaceChildren(...text ? [text, button("dismiss", null, () => complain(""))] : []);
+}
+function plural(count, word, words) { return count.toLocaleString("en") + " " + (count === 1 ? word : words || word + "s"); }
+function span(seconds) {
+  const left = Math.max(0, Math.floor(seconds)), two = value => String(value).padStart(2, "0");
+  if (left < 60) return left + "s";
+  if (left < 3600) return Math.floor(left / 60) + "m" + two(left % 60) + "s";
+  if (left < 86400) return Math.floor(left / 3600) + "h" + two(Math.floor(left / 60) % 60) + "m";
+  return Math.floor(left / 86400) + "d" + two(Math.floor(left / 3600) % 24) + "h";
+}
+function size(bytes) {
+  for (const unit of ["B", "K", "M"]) { if (bytes < 1000) return (bytes < 10 && unit !== "B" ? bytes.toFixed(1) : Math.round(bytes)) + unit; bytes /= 1024; }
+  return bytes.toFixed(1) + "G";
+}
+function clock(seconds, exact) {
+  const date = new Date(seconds * 1000), two = value => String(value).padStart(2, "0");
+  const text = two(date.getHours()) + ":" + two(date.getMinutes()) + ":" + two(date.getSeconds());
+  return exact ? text + "." + String(date.getMilliseconds()).padStart(3, "0") : text;
+}
+function exitText(last) {
+  const signal = last.term_signal && "SIG" + (snapshot.signals[last.term_signal] || last.term_signal);
+  return "exited " + (signal ? 128 + last.term_signal + " " + signal : last.exit_status) + (last.times > 1 ? ", " + last.times + " times" : "");
+}
+
+// ---- what is known: statuses by name, usage by name and by pid, events; all of it begins with the page's own snapshot
+const store = {templates: new Map(), events: snapshot.events, usage: new Map(), dirty: new Set()};
+function keep(status) { status.at = performance.now(); store.templates.set(status.name, status); }
+snapshot.templates.forEach(keep);
+function groupOf(name) { const place = name.indexOf(":"); return place < 0 ? "" : name.slice(0, place); }
+function elapsed(status) { return (performance.now() - status.at) / 1000; }
+function reason(status) {
+  const last = status.last_exit ? exitText(status.last_exit) : "", waits = [];
+  if (status.next_try !== null) waits.push("next try in " + Math.max(0, Math.ceil(status.next_try - elapsed(status))) + " s");
+  if (status.state === "flapping") waits.unshift("it exits too often");
+  if (status.gave_up) waits.unshift("gave up: it exits too often");
+  if (status.error) return [status.error, ...waits].join(" · ");
+  if (status.state === "running") {
+    const fresh = status.last_exit && status.restarts && status.uptime + elapsed(status) < 10;
+    return fresh ? last + ", started again" : "";
+  }
+  if (status.state === "stopping") return "waiting for " + plural(status.stopping, "process", "processes") + " to end";
+  if (status.state === "stopped" && status.active) return "scaled to 0";
+  return [last, ...waits].filter(Boolean).join(" · ");
+}
+const DOTS = {running: "●", backoff: "▲", flapping: "▲", stopping: "◐", starting: "◌", stopped: "○"};
+
+// ---- asking the server: a refusal is shown in its own words
+async function ask(method, path, body, quiet) {
   try {
-    const answer = await fetch(path, {method});
-    const value = await answer.json();
-    say(answer.ok ? "" : value.reason);
-    return answer.ok ? value : null;
-  } catch (error) { say("the server does not answer"); return null; }
-}
-function cell(row, text) { row.insertCell().textContent = text; }
-function button(place, text, action) {
-  const made = document.createElement("button");
-  made.textContent = text; made.onclick = action; place.append(made);
-}
-async function refresh() {
-  const names = await call("GET", "/processes");
-  if (!names) return;
-  const all = await Promise.all(names.map(name => call("GET", "/status/" + encodeURIComponent(name))));
-  const rows = document.createDocumentFragment();
-  all.forEach(status => {
-    if (!status) return;
-    const row = document.createElement("tr"), path = "/processes/" + encodeURIComponent(status.name), last = status.last_exit;
-    cell(row, status.name);
-    cell(row, status.state + (status.next_try ? ", next try in " + Math.ceil(status.next_try) + " s" : ""));
-    cell(row, status.running + " of " + status.numprocesses);
-    cell(row, status.restarts);
-    cell(row, last ? (last.term_signal ? "signal " + last.term_signal : "status " + last.exit_status) : "");
-    const place = row.insertCell();
-    for (const action of ["start", "stop", "restart"]) button(place, action, () => call("POST", path + "/_" + action));
-    button(place, "output", () => follow(status.name));
-    rows.append(row);
-  });
-  $("rows").replaceChildren(rows);
-}
-function add(text, kind) {
-  const output = $("output"), stick = output.scrollTop + output.clientHeight >= output.scrollHeight - 4;
-  const line = document.createElement("div");
-  line.textContent = text; line.className = kind; output.append(line);
-  if (output.childElementCount > LINES) output.firstChild.remove();
-  if (stick) output.scrollTop = output.scrollHeight;
-}
-async function follow(name) {
-  sources.forEach(source => source.close()); sources = [];
-  $("output").replaceChildren(); $("title").textContent = "output of " + name;
-  const template = await call("GET", "/processes/" + encodeURIComponent(name));
-  if (!template) return;
-  for (const label of new Set(template.redirect_output)) {
-    const path = "/streams/" + encodeURIComponent(name) + "/" + label + "?feed=eventsource&tail=200";
-    const source = new EventSource(path);
-    source.addEventListener(label, event => add(event.data, label));
-    source.addEventListener("dropped", event => add(JSON.parse(event.data).bytes + " bytes were lost here", "note"));
-    sources.push(source);
+    const answer = await fetch(origin + path, {method, body: body === undefined || typeof body === "string" ? body : JSON.stringify(body)});
+    const text = await answer.text(), value = text ? JSON.parse(text) : null;
+    if (!answer.ok && !quiet) complain(value && value.reason || "the server answered " + answer.status);
+    return {ok: answer.ok, status: answer.status, value};
+  } catch (error) {
+    if (!quiet) complain("the server does not answer; is it still running?");
+    return {ok: false, status: 0, value: {reason: "the server does not answer"}};
   }
 }
-const events = new EventSource("/watch?feed=eventsource");
-let due = null;
-function changed(event) {
-  if (!sources.length) add(event.type + " " + event.data, "note");
-  if (due === null) due = setTimeout(() => { due = null; refresh(); }, 100);
+async function act(names, action, said) {
+  complain("");
+  const results = await Promise.all(names.map(name => ask("POST", "/processes/" + enc(name) + "/" + action)));
+  const done = results.filter(result => result.ok).length;
+  if (done) say(said + ": " + (names.length === 1 ? names[0] : done + " of " + names.length));
 }
-const types = "create start stop restart update delete spawn reap exit stop_pid flap".split(" ");
-types.forEach(type => events.addEventListener(type, changed));
-events.onopen = refresh;
-events.onerror = () => say("the server does not answer; trying again");
-</script></body></html>
+async function actGroup(group, action, said) {
+  complain("");
+  if ((await ask("POST", "/groups/" + enc(group) + "/" + action)).ok) say(said + ": group " + group);
+}
+async function refresh(names) {
+  const all = !names || names.length > 8;
+  if (all) {
+    const answer = await ask("GET", "/status", undefined, true);
+    if (!answer.ok) return;
+    store.templates.clear();
+    answer.value.forEach(keep);
+  } else await Promise.all(names.map(async name => {
+    const answer = await ask("GET", "/status/" + enc(name), undefined, true);
+    if (answer.ok) keep(answer.value); else if (answer.status === 404) store.templates.delete(name);
+  }));
+  changed(all ? [...store.templates.keys()] : names);
+}
+function changed(names) {
+  const bad = [...store.templates.values()].filter(status => ["backoff", "flapping"].includes(status.state) || status.gave_up).length;
+  document.title = (bad ? bad + " failing – " : "") + (view && view.title ? view.title + " – " : "") + "gaffer";
+  if (view && view.update) view.update(names);
+}
+
+// ---- streams: one of events, and one of output where that is looked at; none in a hidden tab, as a browser has six connections
+const feeds = new Set();
+class Feed {
+  constructor(path, types, take) {
+    Object.assign(this, {path, types, take, since: null, source: null, timer: null, delay: 500});
+    feeds.add(this);
+    if (!document.hidden) this.open();
+  }
+  open() {
+    const source = this.source = new EventSource(origin + this.path(this.since));
+    const take = event => { this.since = event.lastEventId; this.take(event.type, event.data, event.lastEventId); };
+    for (const type of [...this.types, "dropped"]) source.addEventListener(type, take);
+    source.onopen = () => { this.delay = 500; linked(true); };
+    source.onerror = () => { this.shut(); linked(false); this.timer = setTimeout(() => this.open(), this.delay); this.delay = Math.min(5000, 2 * this.delay); };
+  }
+  shut() { clearTimeout(this.timer); if (this.source) this.source.close(); this.source = null; }
+  close() { this.shut(); feeds.delete(this); }
+}
+function linked(good) { put($("link"), good ? "live" : "reconnecting"); $("link").className = good ? "" : "away"; if (good) poll(); }
+document.addEventListener("visibilitychange", () => {
+  for (const feed of feeds) { feed.shut(); if (!document.hidden) feed.open(); }
+});
+const EVENT_TYPES = ["create", "start", "stop", "restart", "update", "delete", "spawn", "reap", "exit", "stop_pid", "flap"];
+function takeEvent(type, data) {
+  const event = JSON.parse(data);
+  if (type === "dropped") { if (event.restarted) { store.events.length = 0; store.usage.clear(); } later(null); return; }
+  store.events.push(event);
+  if (store.events.length > EVENTS_MAX) store.events.splice(0, store.events.length - EVENTS_MAX);
+  if (type === "delete") { store.templates.delete(event.name); changed([event.name]); } else later(event.name);
+  if (view && view.event) view.event(event);
+}
+let due = null, everything = false;
+function later(name) {
+  if (name === null) everything = true; else store.dirty.add(name);
+  if (due === null) due = setTimeout(() => {
+    const names = everything ? null : [...store.dirty];
+    due = null; everything = false; store.dirty.clear();
+    refresh(names);
+  }, 60);
+}
+
+// ---- CPU and memory, each two seconds while somebody looks
+let polling = false;
+async function poll() {
+  if (polling || document.hidden || !view || !view.usage) return;
+  polling = true;
+  await view.usage();
+  polling = false;
+}
+setInterval(poll, 2000);
+setInterval(() => { if (!document.hidden && view && view.tick) view.tick(); }, 1000);
+function note(key, cpu, rss) {
+  let seen = store.usage.get(key);
+  if (!seen) store.usage.set(key, seen = {cpu: [], rss: []});
+  for (const [list, value] of [[seen.cpu, cpu], [seen.rss, rss]]) { list.push(value); if (list.length > HISTORY) list.shift(); }
+}
+class Spark {
+  constructor(what) { this.text = el("span", {class: "number"}); this.node = el("div", {class: "use", role: "cell", title: what + ", last two minutes"}, this.text); this.path = null; }
+  draw(list, text, least) {
+    if (!this.path) { this.path = el("path"); this.node.prepend(el("svg", {viewBox: "0 0 44 17", preserveAspectRatio: "none", "aria-hidden": "true"}, this.path)); }
+    const most = Math.max(least, ...list), step = 44 / (HISTORY - 1), from = 44 - step * (list.length - 1);
+    put2(this.path, "d", list.map((value, number) => (number ? "L" : "M") + (from + number * step).toFixed(1) + " " + (16 - 15 * value / most).toFixed(1)).join(""));
+    put(this.text, text);
+  }
+  show(seen, runs) {
+    if (!seen || !runs) { put(this.text, ""); if (this.path) put2(this.path, "d", ""); return; }
+    if (this.cpu) this.draw(seen.cpu, seen.cpu[seen.cpu.length - 1].toFixed(1) + "%", 5);
+    else this.draw(seen.rss, size(seen.rss[seen.rss.length - 1]), 1);
+  }
+}
+function sparks() { const cpu = new Spark("CPU"); cpu.cpu = true; return [cpu, new Spark("memory")]; }
+
+// ---- menus and dialogs
+let menuFrom = null;
+function closeMenu(back) { if ($("menu").hidden) return; $("menu").hidden = true; if (back && menuFrom) menuFrom.focus(); }
+function menu(from, items) {
+  const box = $("menu"), place = from.getBoundingClientRect();
+  box.replaceChildren(...items.map(item => item ? el("button", {type: "button", role: "menuitem", text: item[0], class: item[2], click: () => { closeMenu(true); item[1](); }}) : el("hr")));
+  box.hidden = false; menuFrom = from;
+  box.style.left = Math.max(4, Math.min(place.left, innerWidth - box.offsetWidth - 4)) + "px";
+  box.style.top = Math.max(4, Math.min(place.bottom + 2, innerHeight - box.offsetHeight - 4)) + "px";
+  box.querySelector("button").focus();
+}
+$("menu").addEventListener("keydown", event => {
+  const all = [...$("menu").querySelectorAll("button")], here = all.indexOf(document.activeElement);
+  const next = {ArrowDown: here + 1, ArrowUp: here - 1, Home: 0, End: all.length - 1}[event.key];
+  if (next !== undefined) { all[(next + all.length) % all.length].focus(); event.preventDefault(); }
+  if (event.key === "Escape" || event.key === "Tab") { closeMenu(true); event.preventDefault(); }
+  event.stopPropagation();
+});
+document.addEventListener("pointerdown", event => { if (!$("menu").contains(event.target)) closeMenu(false); });
+// resolves with what `value` returns, or null
+function dialog(title, content, good, value = () => true, bad) {
+  const box = $("dialog"), back = document.activeElement;
+  return new Promise(resolve => {
+    const done = result => { box.onclose = null; box.close(); if (back && back.isConnected) back.focus(); resolve(result); };
+    const yes = button(good, null, () => done(value()), {class: bad ? "bad" : "main"});
+    box.replaceChildren(el("h2", {id: "dialog-title", text: title}), ...content,
+      el("div", {class: "bar"}, value ? button("Cancel", null, () => done(null)) : null, yes));
+    box.onclose = () => done(null);
+    box.onkeydown = event => { event.stopPropagation(); if (event.key === "Enter" && event.target.tagName === "INPUT") yes.click(); };
+    box.showModal();
+    (box.querySelector("input") || (bad ? box.querySelector(".bar button") : yes)).focus();
+  });
+}
+const SIGNALS = ["HUP", "INT", "TERM", "KILL", "USR1", "USR2", "STOP", "CONT", "QUIT"];
+async function askSignal(names, path) {
+  const field = el("input", {value: "HUP", list: "signals", "aria-label": "signal"});
+  const list = el("datalist", {id: "signals"}, ...SIGNALS.map(value => el("option", {value})));
+  const whole = el("input", {type: "checkbox"});
+  const signal = await dialog("Signal " + nameThem(names), [el("p", {}, "Signal: ", field, list), el("label", {}, whole, " to their whole process groups")], "Send", () => field.value.trim());
+  if (!signal) return;
+  const action = "_signal/" + enc(signal) + (whole.checked ? "?group=true" : "");
+  if (path) { complain(""); if ((await ask("POST", path + action)).ok) say("signal " + signal + " sent"); } else act(names, action, "signal " + signal + " sent");
+}
+async function askScale(names) {
+  const first = store.templates.get(names[0]);
+  const field = el("input", {type: "number", min: 0, max: 1000, value: first ? first.numprocesses : 1, "aria-label": "processes of each"});
+  const number = await dialog("Scale " + nameThem(names), [el("p", {}, "Processes of each: ", field)], "Scale", () => field.value);
+  if (number === null || number === "") return;
+  if (!/^\d+$/.test(number)) return complain("a number of processes is a whole number from 0 to 1,000");
+  for (const name of names) {
+    const change = number - store.templates.get(name).numprocesses;
+    if (change) act([name], change > 0 ? "_add/" + change : "_sub/" + -change, "scaled to " + number);
+  }
+}
+function nameThem(names) { return names.length === 1 ? names[0] : plural(names.length, "template"); }
+async function askDelete(names) {
+  const lines = names.slice(0, 12).map(name => {
+    const status = store.templates.get(name), alive = status ? status.running + status.stopping : 0;
+    return el("li", {text: name + (alive ? ": stops " + plural(alive, "process", "processes") + (status.os_pids.length ? " (OS pid " + status.os_pids.slice(0, 8).join(", ") + (status.os_pids.length > 8 ? ", …" : "") + ")" : "") : ": nothing of it runs")});
+  });
+  if (names.length > 12) lines.push(el("li", {text: "and " + (names.length - 12) + " more"}));
+  const text = el("p", {text: "Their processes get SIGTERM, and SIGKILL when their graceful timeout is over. The templates and their output are forgotten."});
+  if (!await dialog("Delete " + nameThem(names) + "?", [el("ul", {}, ...lines), text], "Delete", () => true, true)) return;
+  complain("");
+  const results = await Promise.all(names.map(name => ask("DELETE", "/processes/" + enc(name))));
+  say("deleted: " + results.filter(result => result.ok).length);
+  if (view && view.name && names.includes(view.name)) go("/");
+}
+function moreItems(names) {
+  const one = names.length === 1 ? names[0] : null;
+  return [...one ? [["Output", () => go("/p/" + enc(one))], ["Edit…", () => go("/edit/" + enc(one))], null] : [],
+    ["Start", () => act(names, "_start", "started")], ["Stop", () => act(names, "_stop", "stopped")], ["Restart", () => act(names, "_restart", "restarted")],
+    ["Scale…", () => askScale(names)], ["Signal…", () => askSignal(names)], null, ["Delete…", () => askDelete(names), "bad"]];
+}
+
+// ---- the overview
+class Row {
+  constructor(name, table) {
+    this.name = name;
+    const names = [name], inner = {tabindex: -1};
+    this.check = el("input", {type: "checkbox", "aria-label": "select " + name, change: () => table.selected(), ...inner});
+    this.link = el("a", {href: "#/p/" + enc(name), text: name, title: name, ...inner});
+    this.dot = el("span", {class: "dot", "aria-hidden": "true"}); this.word = el("span", {class: "word"}); this.why = el("span", {class: "dim"});
+    this.state = el("div", {role: "cell", class: "cut"}, this.dot, this.word, this.why);
+    this.count = el("span", {class: "number"});
+    this.uptime = el("div", {role: "cell", class: "number"}); this.restarts = el("div", {role: "cell", class: "number"});
+    [this.cpu, this.rss] = sparks();
+    this.toggle = button("", "", () => this.act("toggle"), inner);
+    this.node = el("div", {role: "row", class: "row", tabindex: -1, "data-name": name},
+      el("div", {role: "cell"}, this.check), el("div", {role: "cell", class: "cut"}, this.link), this.state,
+      el("div", {role: "cell", class: "count"}, button("−", "one process of " + name + " less", () => this.act("less"), inner), this.count, button("+", "one process of " + name + " more", () => this.act("more"), inner)),
+      this.uptime, this.restarts, this.cpu.node, this.rss.node,
+      el("div", {role: "cell", class: "acts"}, this.toggle, button("Restart", "restart " + name, () => this.act("restart"), inner),
+        this.menu = button("⋯", "more for " + name, () => menu(this.menu, moreItems(names)), {"aria-haspopup": "menu", ...inner})));
+    this.update();
+  }
+  act(what) {
+    const status = store.templates.get(this.name), names = [this.name];
+    if (what === "toggle") what = status.active ? "stop" : "start";
+    const [action, said] = {start: ["_start", "started"], stop: ["_stop", "stopped"], restart: ["_restart", "restarted"], more: ["_add", "one more"], less: ["_sub", "one less"]}[what];
+    act(names, action, said);
+  }
+  update() {
+    const status = store.templates.get(this.name);
+    put2(this.state, "class", "cut " + status.state); put(this.dot, DOTS[status.state]); put(this.word, status.state);
+    put(this.count, status.running + " / " + status.numprocesses); put(this.restarts, String(status.restarts));
+    put(this.toggle, status.active ? "Stop" : "Start"); put2(this.toggle, "aria-label", (status.active ? "stop " : "start ") + this.name); put2(this.toggle, "title", status.active ? "stop" : "start");
+    this.tick(); this.use();
+  }
+  tick() {
+    const status = store.templates.get(this.name), why = reason(status);
+    put(this.why, why ? " " + why : ""); put2(this.state, "title", status.state + " " + why);
+    put(this.uptime, status.running ? span(status.uptime + elapsed(status)) : "");
+  }
+  use() {
+    const runs = store.templates.get(this.name).running, seen = store.usage.get(this.name);
+    if (!seen && !this.cpu.path) return;
+    this.cpu.show(seen, runs); this.rss.show(seen, runs);
+  }
+  shown(words, state) {
+    const status = store.templates.get(this.name), text = (this.name + " " + status.state + " " + reason(status)).toLowerCase();
+    return (!state || status.state === state) && words.every(word => text.includes(word));
+  }
+}
+class Overview {
+  constructor(params) {
+    this.rows = new Map(); this.heads = new Map(); this.current = null; this.order = "";
+    this.search = el("input", {type: "search", class: "grow", placeholder: "Filter by name, state, reason", "aria-label": "Filter", value: params.get("q") || "", input: () => { setParam("q", this.search.value); this.filter(); }});
+    this.chips = el("span", {class: "bar", role: "group", "aria-label": "By state"}); this.chips.style.margin = 0;
+    this.bulk = el("span", {class: "bar", role: "group", "aria-label": "With what is selected"}); this.bulk.style.margin = 0;
+    this.all = el("input", {type: "checkbox", "aria-label": "select all that are shown", change: () => this.selectAll()});
+    this.body = el("div", {role: "rowgroup", focusin: event => this.focused(event.target.closest(".row"))});
+    this.empty = el("p", {class: "dim"});
+    const heads = ["name", "state", "processes", "uptime", "restarts", "CPU", "memory", "actions"].map((text, at) => el("div", {role: "columnheader", text, class: at > 1 ? "number" : ""}));
+    this.node = el("div", {}, el("h1", {class: "quiet", text: "Processes"}), el("div", {class: "bar"}, this.search, this.chips, this.bulk, el("a", {href: "#/add", class: "push", text: "+ Add a template"})),
+      el("div", {role: "table", "aria-label": "Templates"}, el("div", {role: "rowgroup"}, el("div", {role: "row", class: "heads"}, el("div", {role: "columnheader"}, this.all), ...heads)), this.body), this.empty);
+    this.update([]); this.selected();
+  }
+  update(names) {
+    for (const name of names) if (this.rows.has(name) && store.templates.has(name)) this.rows.get(name).update();
+    for (const name of this.rows.keys()) if (!store.templates.has(name)) this.rows.delete(name);
+    for (const name of store.templates.keys()) if (!this.rows.has(name)) this.rows.set(name, new Row(name, this));
+    const groups = new Map([["", []]]);
+    for (const [name, row] of this.rows) { const group = groupOf(name); if (!groups.has(group)) groups.set(group, []); groups.get(group).push(row); }
+    const nodes = [];
+    for (const [group, rows] of groups) { if (group) nodes.push(this.head(group, rows)); nodes.push(...rows.map(row => row.node)); }
+    const order = [...groups].map(([group, rows]) => group + "\n" + rows.map(row => row.name).join("\n")).join("\n");
+    if (order !== this.order) {
+      const had = document.activeElement;
+      this.order = order; this.body.replaceChildren(...nodes);
+      if (had && had !== document.activeElement && had.isConnected) had.focus();
+    }
+    if (!this.current || !this.rows.has(this.current.dataset.name)) this.focused([...this.rows.values()].map(row => row.node)[0] || null);
+    this.filter();
+  }
+  head(group, rows) {
+    let head = this.heads.get(group);
+    if (!head) {
+      const name = el("span"), all = el("input", {type: "checkbox", "aria-label": "select group " + group});
+      const more = button("⋯", "more for group " + group, () => menu(more, moreItems(head.names)), {"aria-haspopup": "menu"});
+      head = el("div", {role: "row", class: "group"}, el("div", {role: "cell"}, all), el("div", {role: "rowheader", class: "cut"}, name), el("div", {role: "cell", class: "acts"},
+        button("Start", "start group " + group, () => actGroup(group, "_start", "started")), button("Stop", "stop group " + group, () => actGroup(group, "_stop", "stopped")),
+        button("Restart", "restart group " + group, () => actGroup(group, "_restart", "restarted")), more));
+      all.addEventListener("change", () => { for (const each of head.names) this.rows.get(each).check.checked = all.checked; this.selected(); });
+      head.say = name; this.heads.set(group, head);
+    }
+    head.names = rows.map(row => row.name);
+    put(head.say, group + ": " + rows.filter(row => store.templates.get(row.name).running).length + " of " + rows.length + " running");
+    return head;
+  }
+  filter() {
+    const words = this.search.value.toLowerCase().split(/\s+/).filter(Boolean), state = params().get("state"), counts = {}, groups = new Set();
+    let shown = 0;
+    for (const row of this.rows.values()) {
+      const fits = row.shown(words, state), now = store.templates.get(row.name).state;
+      counts[now] = (counts[now] || 0) + 1; row.node.hidden = !fits; shown += fits;
+      if (fits) groups.add(groupOf(row.name));
+    }
+    for (const [group, head] of this.heads) head.hidden = !groups.has(group);
+    this.showChips(counts, state);
+    this.empty.hidden = shown > 0;
+    put(this.empty, this.rows.size ? "Nothing here fits the filter." : "No template yet. Add one, or run: python3 gaffer.py add_process --start clock 'sh -c \"while date; do sleep 1; done\"'");
+  }
+  showChips(counts, state) {
+    const key = JSON.stringify([counts, state]);
+    if (key === this.chipsKey) return;
+    const had = document.activeElement && document.activeElement.dataset.state;
+    this.chipsKey = key;
+    this.chips.replaceChildren(...[["", this.rows.size], ...Object.entries(counts).sort()].map(([name, count]) =>
+      el("button", {type: "button", class: "chip", "data-state": name || "all", "aria-pressed": String((state || "") === name), text: (name || "all") + " " + count, click: () => { setParam("state", name); this.filter(); }})));
+    if (had) { const again = this.chips.querySelector(`[data-state="${had}"]`); if (again) again.focus(); }
+  }
+  chosen() { return [...this.rows.values()].filter(row => row.check.checked).map(row => row.name); }
+  selectAll() { for (const row of this.rows.values()) row.check.checked = this.all.checked && !row.node.hidden; this.selected(); }
+  selected() {
+    const names = this.chosen(), more = button("More ⋯", "more for what is selected", () => menu(more, moreItems(this.chosen())), {"aria-haspopup": "menu"});
+    this.bulk.replaceChildren(...names.length ? [el("span", {text: names.length + " selected"}), button("Start", "start what is selected", () => act(this.chosen(), "_start", "started")),
+      button("Stop", "stop what is selected", () => act(this.chosen(), "_stop", "stopped")), button("Restart", "restart what is selected", () => act(this.chosen(), "_restart", "restarted")), more] : []);
+  }
+  focused(node) {                                  // one row at a time is on the way of the Tab key
+    if (!node || node === this.current) return;
+    for (const [row, tab] of [[this.current, -1], [node, 0]]) if (row) { row.tabIndex = tab; for (const inner of row.querySelectorAll("a, button, input")) inner.tabIndex = tab; }
+    this.current = node;
+  }
+  move(by) {
+    const nodes = [...this.rows.values()].map(row => row.node), all = [...this.body.children].filter(node => nodes.includes(node) && !node.hidden);
+    const here = document.activeElement.closest(".row") ? all.indexOf(this.current) + by : all.indexOf(this.current);
+    const next = all[Math.max(0, Math.min(all.length - 1, here))];
+    if (next) { next.focus(); next.scrollIntoView({block: "nearest"}); }
+  }
+  async usage() {
+    const answer = await ask("GET", "/stats?brief=true", undefined, true);
+    if (!answer.ok) return;
+    for (const entry of answer.value) {
+      note(entry.name, entry.cpu, entry.stats.reduce((sum, each) => sum + each.rss, 0));
+      if (view === this && this.rows.has(entry.name)) this.rows.get(entry.name).use();
+    }
+  }
+  tick() { for (const row of this.rows.values()) if (!row.node.hidden) row.tick(); }
+  key(key) {
+    const row = this.current && this.rows.get(this.current.dataset.name), names = row && [row.name];
+    if (key === "j" || key === "ArrowDown") this.move(1); else if (key === "k" || key === "ArrowUp") this.move(-1);
+    else if (key === "/") this.search.focus();
+    else if (!row) return false;
+    else if (key === "Enter" && document.activeElement === row.node) go("/p/" + enc(row.name));
+    else if (key === "x") { row.check.checked = !row.check.checked; this.selected(); }
+    else if (key === "s") row.act("start"); else if (key === "t") row.act("stop"); else if (key === "r") row.act("restart");
+    else if (key === "+") row.act("more"); else if (key === "-") row.act("less");
+    else if (key === "m") menu(row.menu, moreItems(names)); else if (key === "g") askSignal(names); else if (key === "Delete") askDelete(names);
+    else return false;
+    return true;
+  }
+}
+
+// ---- output. A line is kept as it comes: "<time> <name> <pid> <label> <text>"; only those in sight are in the document
+function parse(raw) {
+  const a = raw.indexOf(" "), b = raw.indexOf(" ", a + 1), c = raw.indexOf(" ", b + 1), d = raw.indexOf(" ", c + 1);
+  return {time: Number(raw.slice(0, a)), name: raw.slice(a + 1, b), pid: raw.slice(b + 1, c), label: raw.slice(c + 1, d), text: raw.slice(d + 1)};
+}
+const ESCAPE = /\x1b(?:\[[0-?]*[ -\/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -\/]*[0-~])/g;
+const CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g;
+function plain(text) { return text.replace(ESCAPE, "").replace(CONTROL, sign => String.fromCharCode(0x2400 + (sign === "\x7f" ? 33 : sign.charCodeAt(0)))); }
+function tell(line) {                              // the text of a line, without its colours
+  if (line.label !== "exit") return plain(line.text);
+  const exit = JSON.parse(line.text);
+  return "process " + line.pid + (exit.term_signal ? " was ended by SIG" + (snapshot.signals[exit.term_signal] || exit.term_signal) : " exited with status " + exit.exit_status);
+}
+function colour256(number) {
+  if (number < 16) return "var(--c" + number + ")";
+  if (number > 231) return "rgb(" + Array(3).fill(8 + 10 * (number - 232)) + ")";
+  return "rgb(" + [36, 6, 1].map(part => Math.floor((number - 16) / part) % 6).map(part => part ? 55 + 40 * part : 0) + ")";
+}
+const FLAGS = {1: "b", 2: "f", 3: "i", 4: "u", 9: "s"};
+function paint(style, codes) {                     // SGR, ECMA-48 8.3.117
+  for (let at = 0; at < codes.length; at++) {
+    const code = codes[at];
+    if (code === 0) Object.assign(style, {fg: "", bg: "", turned: false, flags: new Set()});
+    else if (FLAGS[code]) style.flags.add(FLAGS[code]);
+    else if (code === 22) { style.flags.delete("b"); style.flags.delete("f"); }
+    else if (FLAGS[code - 20]) style.flags.delete(FLAGS[code - 20]);
+    else if (code === 7 || code === 27) style.turned = code === 7;
+    else if (code === 38 || code === 48) {
+      const rgb = codes[at + 1] === 2, colour = rgb ? "rgb(" + codes.slice(at + 2, at + 5).map(part => part & 255) + ")" : colour256(codes[at + 2] & 255);
+      style[code === 38 ? "fg" : "bg"] = colour; at += rgb ? 4 : 2;
+    } else if (code === 39) style.fg = ""; else if (code === 49) style.bg = "";
+    else for (const [first, key, plus] of [[30, "fg", 0], [40, "bg", 0], [90, "fg", 8], [100, "bg", 8]]) if (code >= first && code < first + 8) style[key] = colour256(code - first + plus);
+  }
+}
+function segments(text) {                          // [[text, style or null]]
+  if (!text.includes("\x1b")) return [[plain(text), null]];
+  const style = {fg: "", bg: "", turned: false, flags: new Set()}, found = [];
+  let from = 0;
+  const take = to => { const part = plain(text.slice(from, to)); if (part) found.push([part, {...style, flags: [...style.flags].join(" ")}]); };
+  for (const match of text.matchAll(ESCAPE)) {
+    take(match.index);
+    from = match.index + match[0].length;
+    if (match[0].endsWith("m") && match[0][1] === "[") paint(style, match[0].slice(2, -1).split(/[;:]+/).map(Number));
+  }
+  take(text.length);
+  return found;
+}
+function dress(node, style) {
+  if (!style) return node;
+  let {fg, bg} = style;
+  if (style.turned) [fg, bg] = [bg || "var(--bg)", fg || "var(--text)"];
+  if (bg && !fg) fg = "var(--bg)";
+  node.className = style.flags; node.style.color = fg; node.style.background = bg;
+  return node;
+}
+function paintLine(node, parts, find) {            // the parts of a line, with what was searched marked
+  const ranges = find ? [...parts.map(part => part[0]).join("").matchAll(find)].filter(match => match[0]).map(match => [match.index, match.index + match[0].length]) : [];
+  let at = 0;
+  for (const [text, style] of parts) {
+    let from = 0;
+    for (const [first, end] of ranges) {
+      const a = Math.max(first - at, from), b = Math.min(end - at, text.length);
+      if (a >= b) continue;
+      if (a > from) node.append(dress(el("span", {text: text.slice(from, a)}), style));
+      node.append(el("mark", {text: text.slice(a, b)}));
+      from = b;
+    }
+    if (from < text.length) node.append(style ? dress(el("span", {text: text.slice(from)}), style) : text.slice(from));
+    at += text.length;
+  }
+}
+function expression(text, literal, flags) {        // small letters match capitals too
+  return new RegExp(literal ? text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&") : text, flags + (text === text.toLowerCase() ? "i" : ""));
+}
+
+class Log {
+  constructor(ref, names) {
+    Object.assign(this, {ref, names, lines: [], first: 0, chars: 0, shown: [], tops: [0], queue: [], open: new Map(), nodes: new Map(), following: true, paused: false, came: 0, frame: 0, columns: 80, found: -1, height: 0});
+    const get = params(), flag = (key, text, label) => button(text, label, () => this.toggle(key), {"aria-pressed": String(get.has(key)), "data-flag": key});
+    this.findBox = el("input", {type: "search", class: "grow", placeholder: "Find", "aria-label": "Find", value: get.get("find") || "", input: () => { setParam("find", this.findBox.value); this.search(); }, keydown: event => { if (event.key === "Enter") this.next(event.shiftKey ? -1 : 1); }});
+    this.filterBox = el("input", {type: "search", class: "grow mono", placeholder: "Filter by regular expression", "aria-label": "Filter by regular expression", value: get.get("filter") || "", input: () => { setParam("filter", this.filterBox.value); this.refilter(); }, "aria-describedby": "filter-error"});
+    this.labels = el("select", {"aria-label": "stream", change: () => { setParam("label", this.labels.value); this.refilter(); }}, ...["all streams", "stdout", "stderr"].map(text => el("option", {text, value: text === "all streams" ? "" : text})));
+    this.labels.value = get.get("label") || "";
+    this.hits = el("span", {class: "dim", role: "status"}); this.fault = el("span", {class: "bad", id: "filter-error", role: "alert"});
+    this.pauseButton = button("Pause", "pause (space)", () => this.pause(), {"aria-pressed": "false"});
+    this.spacer = el("div"); this.block = el("div", {class: "block"}); this.ruler = el("span", {class: "quiet", text: "0".repeat(100)});
+    this.box = el("div", {class: "lines", tabindex: 0, role: "log", "aria-live": "off", "aria-label": "Output", scroll: () => this.scrolled()}, this.spacer, this.block, this.ruler);
+    this.more = button("", null, () => this.follow(), {class: "more main", hidden: true});
+    this.node = el("section", {class: "log", "aria-label": "Output"}, el("div", {class: "bar"}, this.findBox, button("↑", "previous match (N)", () => this.next(-1)), button("↓", "next match (n)", () => this.next(1)), this.hits,
+      this.filterBox, this.fault, this.labels, this.pauseButton, flag("time", "Time", "timestamps"), flag("wrap", "Wrap", "wrap long lines"), button("Copy", "copy what is shown", () => this.copy()), button("Download", "download what is shown", () => this.download())),
+    this.box, this.more);
+    this.flags = {time: get.has("time"), wrap: get.has("wrap")};
+    this.box.classList.toggle("wrap", this.flags.wrap);
+    this.find = null; this.filter = null; this.readFilter(); this.readFind();
+    this.observer = new ResizeObserver(() => this.resized()); this.observer.observe(this.box);
+    this.feed = new Feed(since => "/streams" + (ref ? "/" + enc(ref) : "") + "?feed=eventsource&" + (since ? "since=" + enc(since) : "tail=" + FIRST_LINES), ["line"], (type, data, id) => this.take(type, data, id));
+  }
+  close() { this.feed.close(); this.observer.disconnect(); cancelAnimationFrame(this.frame); }
+  // what comes in
+  take(type, data, id) {
+    const run = id.split("@")[1].slice(0, 8);
+    if (type === "dropped") this.lost(JSON.parse(data), run); else this.push(data);
+    this.run = run;
+  }
+  lost(data, run) {
+    if (data.restarted && run === this.run) { this.clear(); this.say("shown anew: this page was away for longer than the server keeps its place"); }
+    else if (data.restarted) this.say("the server was started anew");
+    if (data.bytes) this.say(plural(data.bytes, "byte") + " were lost here: they came faster than they could be taken");
+  }
+  say(text, label = "*note") { this.push(Date.now() / 1000 + " - 0 " + label + " " + text); }
+  push(raw) {
+    this.queue.push(raw);
+    if (this.queue.length > LINES_MAX) this.queue.splice(0, LINES_MAX / 2);
+    if (!this.frame) this.frame = requestAnimationFrame(() => { this.frame = 0; this.flush(); });
+  }
+  clear() { this.first += this.lines.length; Object.assign(this, {lines: [], chars: 0, queue: [], shown: [], tops: [0]}); this.open.clear(); this.nodes.clear(); this.block.replaceChildren(); }
+  flush() {
+    const before = this.shown.length;
+    for (const raw of this.queue) this.keep(raw);
+    this.queue.length = 0;
+    if (!this.following) this.came += this.shown.length - before;
+    if (this.lines.length > LINES_MAX + 1000 || this.chars > CHARS_MAX) this.trim();
+    this.draw();
+  }
+  keep(raw) {
+    const {name, pid, label, text} = parse(raw), key = pid + " " + label.replace("+", ""), open = label.endsWith("+"), at = this.open.get(key);
+    if (at !== undefined && at >= this.first) {    // it goes on with a line that had no end yet
+      const place = at - this.first;
+      this.lines[place] += text; this.chars += text.length; this.nodes.delete(at);
+      if (!open) this.open.delete(key);
+      if (this.shown[this.shown.length - 1] === at) { this.tops.pop(); this.tops.push(this.tops[this.tops.length - 1] + this.rows(at)); }
+      return;
+    }
+    const number = this.first + this.lines.length;
+    this.lines.push(raw); this.chars += raw.length;
+    if (open) this.open.set(key, number); else if (label === "exit") for (const each of this.open.keys()) if (each.startsWith(pid + " ")) this.open.delete(each);
+    if (this.fits(number)) this.show(number);
+  }
+  show(number) { this.shown.push(number); this.tops.push(this.tops[this.tops.length - 1] + this.rows(number)); if (this.find && this.hit(number)) this.matches++; }
+  trim() {
+    let count = Math.max(0, this.lines.length - LINES_MAX);
+    for (let at = 0; at < count; at++) this.chars -= this.lines[at].length;
+    while (this.chars > CHARS_MAX * .95) this.chars -= this.lines[count++].length;
+    this.lines.splice(0, count); this.first += count;
+    let gone = 0;
+    while (gone < this.shown.length && this.shown[gone] < this.first) gone++;
+    const height = (this.tops[gone] - this.tops[0]) * LINE;
+    this.shown.splice(0, gone); this.tops.splice(0, gone);
+    if (!this.following) { this.sized(); this.box.scrollTop -= height; }
+  }
+  line(number) { return parse(this.lines[number - this.first]); }
+  // which lines are shown, and how high they are
+  readFilter() {
+    this.fault.textContent = ""; this.filter = null;
+    try { if (this.filterBox.value) this.filter = expression(this.filterBox.value, false, ""); }
+    catch (error) { this.fault.textContent = error.message.replace(/^Invalid regular expression: /, ""); }
+    put2(this.filterBox, "aria-invalid", String(Boolean(this.fault.textContent)));
+  }
+  fits(number) {
+    if (!this.filter && !this.labels.value) return true;
+    const line = this.line(number), label = line.label.replace("+", "");
+    if (label[0] === "*" || (label === "exit" && !this.filter)) return true;
+    return (!this.labels.value || label === this.labels.value) && (!this.filter || this.filter.test(tell(line)));
+  }
+  refilter() { this.readFilter(); this.rebuild(true); }
+  rebuild(again) {
+    if (again) this.shown = [...this.lines.keys()].map(at => at + this.first).filter(number => this.fits(number));
+    this.tops = [0];
+    for (const number of this.shown) this.tops.push(this.tops[this.tops.length - 1] + this.rows(number));
+    this.nodes.clear(); this.block.replaceChildren(); this.count(); this.draw();
+  }
+  rows(number) {
+    if (!this.flags.wrap) return 1;
+    const line = this.line(number);
+    return Math.max(1, Math.ceil((this.prefix(line).length + tell(line).length) / this.columns));
+  }
+  prefix(line) { return (this.flags.time ? clock(line.time, true) + " " : "") + (this.names ? this.who(line).padEnd(16) + " " : "") + this.mark(line); }
+  who(line) { return line.name === "-" ? "" : this.names === "pid" ? line.pid : line.name + "." + line.pid; }
+  mark(line) { const label = line.label.replace("+", ""); return label === "stdout" || label[0] === "*" || label === "exit" ? "    " : (label === "stderr" ? "err" : label.slice(0, 3).padEnd(3)) + " "; }
+  resized() {
+    const columns = Math.max(10, Math.floor((this.box.clientWidth - 19) / (this.ruler.offsetWidth0 || this.measure())));
+    this.height = this.box.clientHeight;
+    if (this.flags.wrap && columns !== this.columns) { this.columns = columns; this.rebuild(false); } else { this.columns = columns; this.draw(); }
+  }
+  measure() { this.ruler.className = ""; this.ruler.style.position = "absolute"; const width = this.ruler.offsetWidth / 100; this.ruler.className = "quiet"; return this.ruler.offsetWidth0 = width || 7.5; }
+  toggle(key) {
+    this.flags[key] = !this.flags[key]; setParam(key, this.flags[key] ? "1" : "");
+    this.node.querySelector(`[data-flag=${key}]`).setAttribute("aria-pressed", String(this.flags[key]));
+    this.box.classList.toggle("wrap", this.flags.wrap); this.rebuild(false);
+  }
+  // what is seen
+  total() { return (this.tops[this.tops.length - 1] - this.tops[0]) * LINE; }
+  at(row) { let low = 0, high = this.shown.length; while (low < high) { const half = (low + high) >> 1; if (this.tops[half + 1] - this.tops[0] > row) high = half; else low = half + 1; } return low; }
+  sized() { const height = this.total() + "px"; if (this.spacer.style.height !== height) this.spacer.style.height = height; }
+  draw() {
+    this.sized();
+    if (this.following) this.box.scrollTop = 1e9;
+    const top = this.following ? Math.max(0, this.total() - this.height) : this.box.scrollTop;
+    const from = Math.max(0, this.at(top / LINE) - 5), to = Math.min(this.shown.length, this.at((top + this.height) / LINE) + 6), wanted = new Set();
+    for (let place = from; place < to; place++) wanted.add(this.nodeOf(this.shown[place]));
+    for (const node of [...this.block.children]) if (!wanted.has(node)) { node.remove(); this.nodes.delete(node.number); }
+    let next = this.block.firstChild;
+    for (const node of wanted) if (node === next) next = next.nextSibling; else this.block.insertBefore(node, next);
+    this.block.style.transform = "translateY(" + (this.tops[from] - this.tops[0]) * LINE + "px)";
+    this.tellMore();
+  }
+  tellMore() {
+    this.more.hidden = this.following;
+    if (!this.following) put(this.more, (this.paused ? "Paused" : "") + (this.paused && this.came ? ", " : "") + (this.came ? plural(this.came, "new line") : this.paused ? "" : "To the end") + " ↓");
+    if (this.find) put(this.hits, plural(this.matches, "line"));
+  }
+  nodeOf(number) {
+    let node = this.nodes.get(number);
+    if (!node) { this.nodes.set(number, node = this.build(number)); node.number = number; }
+    return node;
+  }
+  build(number) {
+    const line = this.line(number), label = line.label.replace("+", ""), kind = {"exit": "exit", "*note": "note", "*stdin": "typed", stderr: "stderr"}[label] || "";
+    const node = el("div", {class: "l " + kind + (number === this.found ? " here" : "")});
+    if (this.flags.time) node.append(el("span", {class: "t", text: clock(line.time, true) + " "}));
+    if (this.names) node.append(el("span", {class: "w", text: this.who(line).padEnd(16) + " "}));
+    node.append(el("span", {class: "k" + (kind ? "" : " other"), text: this.mark(line), title: label}));
+    paintLine(node, kind === "exit" ? [[tell(line), null]] : segments(line.text), this.find);
+    return node;
+  }
+  scrolled() {
+    const end = this.box.scrollTop + this.height >= this.total() - LINE / 2;
+    if (!this.paused && end !== this.following) { this.following = end; this.came = 0; }
+    this.draw();
+  }
+  follow() { this.paused = false; put2(this.pauseButton, "aria-pressed", "false"); this.following = true; this.came = 0; this.draw(); this.box.focus(); }
+  pause() { if (this.paused) return this.follow(); this.paused = true; this.following = false; this.came = 0; put2(this.pauseButton, "aria-pressed", "true"); this.draw(); }
+  // find
+  readFind() { this.find = this.findBox.value ? expression(this.findBox.value, true, "g") : null; this.found = -1; this.matches = 0; }
+  hit(number) { this.find.lastIndex = 0; return this.find.test(tell(this.line(number))); }
+  count() { this.matches = 0; if (this.find) for (const number of this.shown) this.matches += this.hit(number); put(this.hits, this.find ? plural(this.matches, "line") : ""); }
+  search() { this.readFind(); this.nodes.clear(); this.block.replaceChildren(); this.count(); this.draw(); if (this.find) this.next(-1); }
+  next(by) {
+    if (!this.find || !this.shown.length) return;
+    const all = this.shown.length, start = this.found >= this.first ? this.shown.indexOf(this.found) : by > 0 ? -1 : all;
+    for (let step = 1; step <= all; step++) {
+      const place = (start + by * step + 2 * all) % all;
+      if (this.hit(this.shown[place])) return this.reveal(place);
+    }
+  }
+  reveal(place) {
+    this.nodes.delete(this.found); this.found = this.shown[place]; this.nodes.delete(this.found);
+    const top = (this.tops[place] - this.tops[0]) * LINE;
+    this.following = false;
+    if (top < this.box.scrollTop || top + LINE > this.box.scrollTop + this.height) this.box.scrollTop = top - this.height / 2;
+    this.draw();
+  }
+  // away with it
+  text() { return this.shown.map(number => { const line = this.line(number); return this.prefix(line).trimEnd() + (this.prefix(line).trim() ? " " : "") + tell(line) + "\n"; }).join(""); }
+  async copy() {
+    const text = this.text(), field = el("textarea", {value: text});
+    try { await navigator.clipboard.writeText(text); }
+    catch { document.body.append(field); field.select(); document.execCommand("copy"); field.remove(); }    // over http from another machine
+    say(plural(this.shown.length, "line") + " copied");
+  }
+  download() {
+    const link = el("a", {href: URL.createObjectURL(new Blob([this.text()], {type: "text/plain"})), download: (this.ref || "gaffer").replace(/[^\w.-]+/g, "_") + ".log"});
+    link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+    say("saved as " + link.download);
+  }
+  key(key) {
+    if (key === "f") this.findBox.focus(); else if (key === "/") this.filterBox.focus(); else if (key === "n") this.next(1); else if (key === "N") this.next(-1);
+    else if (key === " " && !document.activeElement.matches("button, a")) this.pause(); else if (key === "w") this.toggle("wrap"); else if (key === "t") this.toggle("time");
+    else if (key === "G" || key === "End") this.follow(); else if (key === "Home") { this.following = false; this.box.scrollTop = 0; } else return false;
+    return true;
+  }
+}
+class AllOutput {
+  constructor() { this.title = "output"; this.log = new Log("", "name"); this.node = el("div", {class: "log"}, el("h1", {class: "quiet", text: "Output of everything"}), this.log.node); this.fill = true; }
+  close() { this.log.close(); }
+  key(key) { return this.log.key(key); }
+}
+
+// ---- a line to stdin
+const typed = new Map();
+class Entry {
+  constructor(name, log) {
+    Object.assign(this, {name, log, at: 0}); if (!typed.has(name)) typed.set(name, []);
+    this.who = el("select", {"aria-label": "to which process", hidden: true});
+    this.line = el("input", {class: "mono", "aria-label": "A line to stdin", placeholder: "A line to stdin", autocomplete: "off", spellcheck: "false", keydown: event => this.key(event)});
+    this.buttons = [button("Send", null, () => this.send()), button("End of file", "close stdin", () => this.end())];
+    this.why = el("span", {class: "dim"});
+    this.node = el("div", {class: "entry"}, this.who, this.line, ...this.buttons, this.why);
+  }
+  show(template, pids) {
+    const why = !template.redirect_input ? "stdin is not redirected; edit the template and set redirect_input" : pids.length ? "" : "no process runs that could read it", key = pids.join();
+    for (const each of [this.line, ...this.buttons]) each.disabled = Boolean(why);
+    put(this.why, why); this.who.hidden = pids.length < 2 || Boolean(why);
+    if (key !== this.pids) { const had = this.who.value; this.who.replaceChildren(...pids.map(pid => el("option", {text: "process " + pid, value: pid}))); if (pids.map(String).includes(had)) this.who.value = had; }
+    this.pids = key;
+  }
+  async send() {
+    const text = this.line.value, past = typed.get(this.name);
+    complain("");
+    if (!(await ask("POST", "/streams/" + this.who.value + "/stdin", text + "\n")).ok) return;
+    if (text && past[past.length - 1] !== text) { past.push(text); if (past.length > 200) past.shift(); }
+    this.line.value = ""; this.at = 0; this.log.say("> " + text, "*stdin");
+  }
+  async end() { complain(""); if ((await ask("DELETE", "/streams/" + this.who.value + "/stdin")).ok) this.log.say("end of file", "*stdin"); }
+  key(event) {
+    const past = typed.get(this.name), by = {ArrowUp: 1, ArrowDown: -1}[event.key];
+    if (event.key === "Enter") this.send();
+    else if (by) { this.at = Math.max(0, Math.min(past.length, this.at + by)); this.line.value = this.at ? past[past.length - this.at] : ""; event.preventDefault(); }
+  }
+}
+
+// ---- one template, or one process of it (pid)
+class Detail {
+  constructor(params_, name, pid) {
+    Object.assign(this, {name, pid, title: pid ? name + "." + pid : name, fill: true, parts: new Map(), template: null});
+    this.log = new Log(pid || name, pid ? "" : "pid"); this.entry = new Entry(name, this.log);
+    this.word = el("span", {role: "status"}); this.facts = el("dl", {class: "facts"}); this.list = el("div", {class: "parts", role: "table", "aria-label": "Processes"});
+    this.toggle = button("Stop", null, () => act([name], store.templates.get(name).active ? "_stop" : "_start", "done"));
+    const more = button("⋯", "more", () => menu(more, moreItems([name])), {"aria-haspopup": "menu"});
+    const acts = pid ? [button("Stop", "stop this process; it is replaced", () => this.one(pid, "_stop")), button("Signal…", null, () => askSignal([name + "." + pid], "/processes/" + pid + "/"))] :
+      [this.toggle, button("Restart", null, () => act([name], "_restart", "restarted")), button("Edit", null, () => go("/edit/" + enc(name))), more];
+    this.node = el("div", {class: "log"}, el("div", {class: "bar"}, el("h1", {}, pid ? el("a", {href: "#/p/" + enc(name), text: name}) : name, pid ? " process " + pid : ""), this.word, el("span", {class: "acts push"}, ...acts)), this.facts, this.list, this.log.node, this.entry.node);
+    this.load(); this.update([name]);
+  }
+  async load() {
+    const answer = await ask("GET", "/processes/" + enc(this.name));
+    if (!answer.ok) return;
+    const info = this.template = answer.value, args = Array.isArray(info.args) ? info.args.map(quote).join(" ") : info.args;
+    const facts = [["command", info.cmd + (args ? " " + args : "")], ["directory", info.cwd]];
+    this.facts.replaceChildren(...facts.filter(fact => fact[1]).flatMap(([name, value]) => [el("dt", {text: name}), el("dd", {class: "mono", text: value})]));
+    this.update([this.name]); this.usage();
+  }
+  update(names) {
+    if (!names.includes(this.name)) return;
+    const status = store.templates.get(this.name);
+    if (!status) { put(this.word, "there is no template of this name"); this.list.replaceChildren(); return this.log.feed.close(); }
+    put(this.toggle, status.active ? "Stop" : "Start"); this.tick();
+    if (this.template) this.entry.show(this.template, this.pid ? status.pids.filter(pid => String(pid) === this.pid) : status.pids);
+    this.usage();
+  }
+  tick() {
+    const status = store.templates.get(this.name);
+    if (!status) return;
+    const runs = !this.pid || status.pids.includes(Number(this.pid)), state = runs ? status.state : "stopped", why = runs ? reason(status) : "this process has ended";
+    put2(this.word, "class", state); this.word.replaceChildren(el("span", {class: "dot", "aria-hidden": "true", text: DOTS[state]}), el("span", {class: "word", text: runs ? status.state : "ended"}), " " + (runs && status.running && !this.pid ? status.running + " of " + status.numprocesses + " " : "") + why);
+  }
+  async usage() {
+    if (this.asking) return;
+    this.asking = true;
+    const answer = await ask("GET", "/status/" + enc(this.name) + "?usage=true", undefined, true);
+    this.asking = false;
+    if (!answer.ok) return;
+    keep(answer.value);
+    const list = answer.value.processes.filter(each => !this.pid || String(each.pid) === this.pid);
+    for (const each of list) if (each.rss !== undefined) note(each.pid, each.cpu, each.rss);
+    for (const pid of this.parts.keys()) if (!list.some(each => each.pid === pid)) { this.parts.get(pid).node.remove(); this.parts.delete(pid); }
+    for (const each of list) this.part(each);
+  }
+  part(each) {
+    let part = this.parts.get(each.pid);
+    if (!part) {
+      part = {state: el("div", {role: "cell", class: "cut"}), uptime: el("div", {role: "cell", class: "number"}), use: sparks()};
+      part.node = el("div", {role: "row", class: "row part"}, el("div", {role: "cell"}, el("a", {href: "#/i/" + enc(this.name) + "/" + each.pid, text: String(each.pid), title: "output of process " + each.pid})), el("div", {role: "cell", class: "dim", text: "OS " + each.os_pid}),
+        part.state, part.uptime, part.use[0].node, part.use[1].node, el("div", {role: "cell", class: "acts"}, this.pid ? null : button("Stop", "stop process " + each.pid + "; it is replaced", () => this.one(each.pid, "_stop")), this.pid ? null : button("Signal…", "signal process " + each.pid, () => askSignal([this.name + "." + each.pid], "/processes/" + each.pid + "/"))));
+      this.parts.set(each.pid, part); this.list.append(part.node);
+    }
+    put(part.state, each.state + (each.kill_in !== undefined ? ", SIGKILL in " + Math.ceil(each.kill_in) + " s" : "")); put(part.uptime, span(each.uptime));
+    part.use.forEach(spark => spark.show(store.usage.get(each.pid), true));
+  }
+  async one(pid, action) { complain(""); if ((await ask("POST", "/processes/" + pid + "/" + action)).ok) say("process " + pid + " stopped"); }
+  close() { this.log.close(); }
+  key(key) {
+    if (this.log.key(key)) return true;
+    if (key === "i") this.entry.line.focus(); else if (key === "s") act([this.name], "_start", "started"); else if (key === "x") act([this.name], "_stop", "stopped"); else if (key === "r") act([this.name], "_restart", "restarted");
+    else if (key === "g") askSignal([this.name]); else if (key === "e") go("/edit/" + enc(this.name)); else if (key === "Delete") askDelete([this.name]); else return false;
+    return true;
+  }
+}
+
+// ---- events: what happened, and why
+const CAUSES = {start: "it was started", stop: "it was stopped", restart: "it was restarted", update: "it was changed or scaled", delete: "it was deleted", create: "it was added", flap: "it rested"};
+class Events {
+  constructor(get) {
+    this.title = "events"; this.causes = new Map(); this.began = new Map(); this.exits = new Map();
+    this.search = el("input", {type: "search", class: "grow", placeholder: "Filter by name, event, reason", "aria-label": "Filter", value: get.get("q") || "", input: () => { setParam("q", this.search.value); this.filter(); }});
+    this.list = el("ol", {class: "events", "aria-label": "Events, the newest first"});
+    this.node = el("div", {}, el("h1", {class: "quiet", text: "Events"}), el("div", {class: "bar"}, this.search), this.list);
+    for (const event of store.events) this.event(event);
+  }
+  event(event) {
+    const item = el("li", {}, el("time", {class: "dim mono", text: clock(event.time, true), title: new Date(event.time * 1000).toString()}), el("a", {class: "cut", href: "#/p/" + enc(event.name), text: event.name}), el("span", {class: ["exit", "flap"].includes(event.event) && (event.exit_status || event.event === "flap") ? "bad" : "", text: this.why(event)}));
+    this.list.prepend(item);
+    if (this.list.childElementCount > EVENTS_MAX) this.list.lastChild.remove();
+    item.hidden = !this.fits(item);
+  }
+  why(event) {
+    const {name, pid} = event, cause = this.causes.get(name), process = "process " + pid + " (OS pid " + event.os_pid + ")", lived = this.began.has(pid) ? " after " + span(event.time - this.began.get(pid)) : "";
+    if (event.event === "spawn") {
+      const exit = this.exits.get(name), again = exit && cause !== "start" && cause !== "update" && cause !== "restart";
+      this.began.set(pid, event.time); this.exits.delete(name);
+      return process + " started" + (exit && cause === "flap" ? ", after the rest" : again ? ", as process " + exit.pid + " had " + exitText(exit) : cause ? ": " + CAUSES[cause] : "");
+    }
+    if (event.event === "exit") {
+      this.began.delete(pid); if (!this.stopping(pid)) { this.exits.set(name, event); if (cause !== "flap") this.causes.delete(name); }
+      return process + " " + exitText(event) + lived + (this.stopped.delete(pid) ? ", as it was told to" : ", by itself");
+    }
+    if (event.event === "stop_pid" || event.event === "reap") { this.stopped.add(pid); return process + " is told to stop: " + (event.event === "reap" ? "fewer are wanted" : cause ? CAUSES[cause] : "it was stopped by its pid"); }
+    const gave = event.event === "stop" && cause === "flap" ? ": it went on to exit too often, gaffer gave up" : "";
+    this.causes.set(name, event.event);
+    return {create: "added", start: "started", stop: "stopped", restart: "restarted", update: "changed or scaled", delete: "deleted", flap: "rests: its processes exit too often"}[event.event] + gave;
+  }
+  stopped = new Set();
+  stopping(pid) { return this.stopped.has(pid); }
+  fits(item) { const text = item.textContent.toLowerCase(); return this.search.value.toLowerCase().split(/\s+/).every(word => text.includes(word)); }
+  filter() { for (const item of this.list.children) item.hidden = !this.fits(item); }
+  key(key) { if (key !== "/") return false; this.search.focus(); return true; }
+}
+
+// ---- the form of a template; what is wrong with a field the server says, and it is shown beside it
+function quote(word) { return /^[\w@%+=:,.\/-]+$/.test(word) ? word : "'" + word.replace(/'/g, "'\\''") + "'"; }
+const LISTS = ["redirect_output", "custom_streams"], PAIRS = ["env", "flapping"];
+class Form {
+  constructor(get, name) {
+    this.name = name; this.title = name ? "edit " + name : "add"; this.inputs = {}; this.faults = {};
+    this.fields = el("div", {class: "fields"}); this.rest = el("p", {class: "bad", role: "alert"}); this.warn = el("p", {class: "dim"});
+    this.node = el("form", {submit: event => { event.preventDefault(); this.save(); }}, el("h1", {text: name ? "Edit " + name : "Add a template"}), this.warn, this.fields, this.rest,
+      el("div", {class: "bar"}, el("button", {class: "main", text: name ? "Save" : "Add"}), button("Cancel", null, () => history.back())));
+    for (const [field, [value, help]] of Object.entries(snapshot.fields)) this.field(field, value, help);
+    if (name) this.load();
+  }
+  field(field, value, help) {
+    const id = "field-" + field, type = typeof value === "boolean" ? "checkbox" : "text";
+    const input = this.inputs[field] = PAIRS.includes(field) ? el("textarea", {id, rows: 2, placeholder: field === "env" ? "NAME=value, a line each" : "attempts=2 window=1 retry_in=7 max_retry=5"}) : el("input", {id, type, autocomplete: "off", spellcheck: "false"});
+    put2(input, "aria-describedby", id + "-help " + id + "-fault");
+    const fault = this.faults[field] = el("span", {class: "bad", id: id + "-fault", role: "alert"});
+    this.fields.append(el("label", {for: id, text: field}), el("div", {}, input, el("small", {id: id + "-help", text: help}), fault));
+    this.fill(field, value);
+    if (field === "name" && this.name) input.disabled = true;
+  }
+  fill(field, value) {
+    const input = this.inputs[field];
+    if (input.type === "checkbox") input.checked = value;
+    else if (PAIRS.includes(field)) input.value = Object.entries(value || {}).map(([key, each]) => key + "=" + each).join(field === "env" ? "\n" : " ");
+    else input.value = Array.isArray(value) ? value.map(field === "args" ? quote : String).join(" ") : value === null ? "" : value;
+  }
+  async load() {
+    const answer = await ask("GET", "/processes/" + enc(this.name)), status = store.templates.get(this.name);
+    if (!answer.ok) return;
+    for (const field of Object.keys(this.inputs)) this.fill(field, answer.value[field]);
+    if (status) { this.inputs.start.checked = status.active; put(this.warn, status.running ? "Saving stops " + plural(status.running, "process", "processes") + ", and starts them anew." : "Nothing of it runs now."); }
+  }
+  value(field) {
+    const input = this.inputs[field], text = input.value.trim();
+    if (input.type === "checkbox") return input.checked;
+    if (LISTS.includes(field)) return text ? text.split(/[\s,]+/) : [];
+    if (!text) return undefined;
+    if (field === "env") return Object.fromEntries(input.value.split("\n").filter(line => line.trim()).map(line => { const at = line.indexOf("="); return at < 0 ? [line.trim(), null] : [line.slice(0, at).trim(), line.slice(at + 1)]; }));
+    const number = each => each !== "" && !isNaN(each) ? Number(each) : each;
+    if (field === "flapping") return Object.fromEntries(text.split(/[\s,]+/).map(pair => { const [key, each] = pair.split("="); return [key, number(each || "")]; }));
+    return ["numprocesses", "graceful_timeout", "priority"].includes(field) ? number(text) : text;
+  }
+  async save() {
+    const info = {};
+    for (const field of Object.keys(this.inputs)) { const value = this.value(field); if (value !== undefined) info[field] = value; }
+    if (info.detach && LISTS.every(field => info[field].join() === snapshot.fields[field][0].join())) delete info.redirect_output;
+    const answer = await ask(this.name ? "PUT" : "POST", "/processes" + (this.name ? "/" + enc(this.name) : ""), info, true);
+    this.show(answer.ok ? "" : answer.value.reason);
+    if (!answer.ok) return;
+    say(this.name ? "saved" : "added"); await refresh([info.name]); go("/p/" + enc(info.name));
+  }
+  show(reason_) {
+    const left = [];
+    let first = null;
+    for (const [field, fault] of Object.entries(this.faults)) { put(fault, ""); this.inputs[field].removeAttribute("aria-invalid"); }
+    for (const sentence of reason_ ? reason_.split(/; (?=field ')/) : []) {
+      const field = (/^field '(\w+)'/.exec(sentence) || [])[1] || (/^the name '/.test(sentence) ? "name" : "");
+      if (!this.faults[field]) { left.push(sentence); continue; }
+      put(this.faults[field], sentence.replace(/^field '\w+' /, "")); put2(this.inputs[field], "aria-invalid", "true"); first = first || this.inputs[field];
+    }
+    put(this.rest, left.join("; ")); if (first) first.focus();
+  }
+}
+
+// ---- keys, and the address: #/, #/p/<name>, #/i/<name>/<pid>, #/logs, #/events, #/add, #/edit/<name>, each with ?what=is&set=
+const KEYS = [["?", "these keys"], ["p o e a", "processes, output, events, add"], ["Esc", "leave a field; back to the processes"],
+  ["j k", "next, previous row (arrows too)"], ["Enter", "output of the row"], ["s t r", "start, stop, restart (one template's page: s x r)"], ["+ −", "one process more, less"], ["x", "select the row"], ["m g Delete", "menu, signal, delete"],
+  ["f n N", "find, next, previous"], ["/", "filter"], ["Space", "pause"], ["w t", "wrap, timestamps"], ["Home End", "to the beginning; follow"], ["i", "type into the process; ↑ ↓ what was typed before"]];
+function showKeys() {
+  dialog("Keys", [el("dl", {class: "facts"}, ...KEYS.flatMap(([keys, text]) => [el("dt", {}, ...keys.split(" ").flatMap(key => [el("kbd", {text: key}), " "])), el("dd", {text})]))], "Close", null);
+}
+$("help").addEventListener("click", showKeys);
+$("skip").addEventListener("click", event => { event.preventDefault(); main.focus(); });
+const NAV = [["/", "Processes", "p"], ["/logs", "Output", "o"], ["/events", "Events", "e"], ["/add", "Add", "a"]];
+document.addEventListener("keydown", event => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || $("dialog").open) return;
+  const typing = event.target.matches("input:not([type=checkbox]), textarea, select");
+  if (event.key === "Escape") { if (typing) (view.log ? view.log.box : main).focus(); else go("/"); return; }
+  if (typing || (event.target.matches("button, a, input") && [" ", "Enter"].includes(event.key))) return;
+  const nav = NAV.find(each => each[2] === event.key);
+  if (event.key === "?") showKeys(); else if (view.key && view.key(event.key)) { /* it was for the view */ } else if (nav) go(nav[0]); else return;
+  event.preventDefault();
+});
+function params() { return new URLSearchParams(location.hash.split("?")[1] || ""); }
+function setParam(key, value) {
+  const all = params();
+  if (value) all.set(key, value); else all.delete(key);
+  history.replaceState(null, "", location.hash.split("?")[0].replace(/^$/, "#/") + (String(all) ? "?" + all : ""));
+}
+function go(path) { location.hash = "#" + path; }
+let view = null;
+const VIEWS = {"": Overview, p: Detail, i: Detail, logs: AllOutput, events: Events, add: Form, edit: Form};
+function route(first) {
+  const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decodeURIComponent), View = VIEWS[kind] || Overview;
+  closeMenu(false); complain("");
+  if (view && view.close) view.close();
+  view = null; main.replaceChildren();
+  view = new View(params(), ...parts);
+  main.classList.toggle("fill", Boolean(view.fill)); main.replaceChildren(view.node);
+  $("nav").replaceChildren(...NAV.map(([path, text]) => el("a", {href: "#" + path, text, "aria-current": path === "/" + kind ? "page" : null})));
+  changed([]);
+  if (first !== true) { const place = main.querySelector("[autofocus], form input:not(:disabled)") || (view.log ? view.log.box : view.current) || main; place.focus({preventScroll: true}); }
+  poll();
+}
+addEventListener("hashchange", route);
+route(true);
+linked(true); put($("link"), "connecting");
+const events = new Feed(since => "/watch?feed=eventsource&since=" + enc(since || snapshot.since), EVENT_TYPES, takeEvent);
+</script>
+</body></html>
 """
+
+LOGIN = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>gaffer</title>
+<h1>This gaffer has a token</h1>
+<p>Load this page again, and give the token as the password; any user name will do. It is in the file, or the variable
+GAFFER_TOKEN, that gaffer was started with.</p></html>
+"""
+
+
+def page_response(snapshot):
+    """The web page, which shows `snapshot` (JSON) before it asks for anything. No script and no style but its own can run in it,
+    and it can send nothing to another server."""
+    nonce = base64.b64encode(os.urandom(12)).decode("ascii")
+    policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; img-src data:; base-uri 'none'; "
+              "form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
+    data = encode_json(snapshot).replace("<", "\\u003c")        # nothing in it ends the element
+    page = PAGE.replace("__NONCE__", nonce).replace("__SNAPSHOT__", data)
+    return Response(page.encode("utf-8"), content_type="text/html; charset=utf-8", headers=[
+        ("Content-Security-Policy", policy), ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"),
+        ("X-Content-Type-Options", "nosniff"), ("Vary", "Accept")])
+
+
+def refusal(request, error):
+    """The Response to what was not let in: to a browser without the token, a page that says what to do."""
+    if isinstance(error, Unauthorized) and request.path == "/" and prefers_html(request.headers.get("accept", "")):
+        return Response(LOGIN.encode("utf-8"), error.status, [*error.headers(), ("Vary", "Accept")], "text/html; charset=utf-8")
+    return error_response(error)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -4776,6 +5818,167 @@ def human(size):
     return "%.1fG" % size
 
 
+def compressed(request, response):
+    """`response`; where its client takes gzip, and it is worth it, with a smaller body. RFC 9110 section 12.5.3."""
+    accepted = re.search(r"(?:^|,)\s*gzip\s*(?:$|,|;\s*q=(?!0(?:\.0*)?\s*(?:$|,)))", request.headers.get("accept-encoding", ""), re.I)
+    response.headers.append(("Vary", "Accept-Encoding"))
+    if accepted and len(response.body) >= COMPRESS_MIN:
+        import gzip
+        response.body = gzip.compress(response.body, 6)
+        response.headers.append(("Content-Encoding", "gzip"))
+    return response
+
+
+class Journal:
+    """What several streams say, in the order in which it was read, as a stream of its own. Each line has in front of it the
+    time, the template's name, the pid and the label: b"1764028800.123 web 3 stdout GET /"; an unfinished line that was
+    silent for a while is a line, too, whose label ends with a "+": what follows it of the same pid and label belongs to it.
+    The exit of a process is a line with the label "exit" and JSON. `epoch`: a word for this journal in every id."""
+
+    def __init__(self, loop, size, epoch):
+        self.window, self.epoch = Window(loop, size), epoch
+        self._loop = loop
+        self.asked = 0.0                        # when somebody began to read it, or was last seen to
+        self._open = {}                         # (pid, label) -> (name, unfinished line, the byte before it)
+        self._timer = None
+
+    def write(self, now, name, pid, label, data):
+        """Take what a process has said."""
+        _, carry, before = self._open.pop((pid, label), ("", b"", None))
+        self._take(now, (name, pid, label), carry + data, before, NORMAL)
+        if self._open and self._timer is None:
+            self._timer = self._loop.later(PARTIAL_LINE_DELAY, self._flush)
+
+    def _take(self, now, source, data, before, mode):
+        skip, segments, lines = split_lines(data, before, mode, CARRY_SIZE)
+        if lines:
+            prefix = b"%.3f %b %d %b " % (now, source[0].encode("ascii"), source[1], source[2].encode("ascii"))
+            open_line = [prefix[:-1] + b"+ " + lines.pop()] if segments[-1][-1] not in (10, 13) else []
+            self.window.append(valid_utf8(b"".join([b"%b%b\n" % (prefix, line) for line in lines] + [
+                b"%b\n" % line for line in open_line])))
+        taken = skip + sum(map(len, segments))
+        before = data[taken - 1] if taken else before
+        if taken < len(data) or before == 13:   # the newline of a line that ended with CR may still come
+            self._open[source[1:]] = source[0], data[taken:], before
+
+    def _flush(self):
+        """Show unfinished lines."""
+        waiting, self._open, self._timer = self._open, {}, None
+        for (pid, label), (name, data, before) in waiting.items():
+            self._take(time.time(), (name, pid, label), data, before, FLUSH)
+
+    def exit(self, now, name, pid, exit_status, term_signal):
+        """A process has ended."""
+        for key in [key for key in self._open if key[0] == pid]:
+            _, data, before = self._open.pop(key)
+            self._take(now, (name, *key), data, before, FINAL)
+        self.window.append(b"%.3f %b %d exit %b\n" % (now, name.encode("ascii"), pid, encode_json(
+            {"exit_status": exit_status, "term_signal": term_signal}).encode("ascii")))
+
+    def finish(self):
+        """No more will come."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._flush()
+        if self._timer is not None:
+            self._timer.cancel()
+        self.window.finish()
+
+    @property
+    def read(self):
+        """True while somebody does."""
+        return bool(self.window.live or self.window.lagging or self.window.waited_for)
+
+
+class Journals:
+    """Makes journals when they are first asked for, from what the templates' streams still hold, and lets them go."""
+
+    def __init__(self, manager):
+        self._manager, self._loop = manager, manager.loop
+        self._count = 0
+        self._timer = None
+
+    def find(self, ref):
+        """The Journal of a template, of a process by pid, or of all (None). NotFound, Busy."""
+        manager, process = self._manager, None
+        if ref is not None and manager.is_name(ref):
+            templates = [manager.find_template(ref)]
+        elif ref is not None:
+            process = manager.find_process(ref, past=True)
+            ref, templates = process.pid, [process.home]
+        else:
+            templates = list(manager.templates.values())
+        journal = manager.journals.get(ref)
+        if journal is None or (journal.window.ended and process is None):   # a template of that name was deleted
+            self._make_room()
+            self._count += 1
+            size = manager.window_size
+            journal = Journal(self._loop, JOURNAL_WINDOWS * size, "%sj%d" % (manager.epoch, self._count))
+            self._fill(journal, templates, process, size)
+            manager.journals[ref] = journal
+        journal.asked = self._loop.clock()
+        if self._timer is None:
+            self._timer = self._loop.later(JOURNAL_REST, self._forget)
+        return journal
+
+    def _make_room(self):
+        journals = self._manager.journals
+        if len(journals) >= JOURNALS_MAX:
+            unread = [key for key, journal in journals.items() if not journal.read]
+            need(unread, Busy, "%d journals are being read; end one first" % JOURNALS_MAX)
+            self._drop(min(unread, key=lambda key: journals[key].asked))
+
+    def _drop(self, key):
+        self._manager.journals.pop(key).finish()
+
+    def _forget(self):
+        """Let go of those that nobody has read for a while."""
+        now, self._timer = self._loop.clock(), None
+        for key, journal in list(self._manager.journals.items()):
+            if journal.read:
+                journal.asked = now
+            elif now - journal.asked >= JOURNAL_REST:
+                self._drop(key)
+        if self._manager.journals:
+            self._timer = self._loop.later(JOURNAL_REST / 4, self._forget)
+
+    def _fill(self, journal, templates, process, size):
+        """Say again what was said, as far as it is still known."""
+        streams = [merged for template in templates for merged in template.merged.values()]
+        said = [piece for merged in streams for piece in self._pieces(merged, size // len(streams))]
+        last = {pid: when for when, _, pid, _, _, _ in said}
+        for event in self._manager.events.read(self._manager.events.start, EVENTS_KEPT):
+            if event["event"] == "exit" and event["name"] in {template.name for template in templates}:
+                said.append((max(event["time"], last.get(event["pid"], 0)), event["name"], event["pid"], event, 0, 0))
+        for when, name, pid, what, first, end in sorted(said, key=lambda piece: piece[0]):
+            if process is not None and pid != process.pid:
+                continue
+            if isinstance(what, Merged):
+                journal.write(when, name, pid, what.label, what.window.read(first, end - first))
+            else:
+                journal.exit(when, name, pid, what["exit_status"], what["term_signal"])
+        if process is not None and process.ended:
+            journal.finish()
+
+    @staticmethod
+    def _pieces(merged, size):
+        """[(time, name, pid, merged, first offset, offset of the end)] of the last `size` bytes, the oldest first."""
+        window, found = merged.window, []
+        first, end = window.start, window.end
+        if end - first > size:
+            first = end - size
+        first = window.resync(first)
+        marks = list(itertools.takewhile(lambda mark: mark[0] > first, reversed(merged.marks)))
+        marks += itertools.islice(reversed(merged.marks), len(marks), len(marks) + 1)
+        for offset, when, pid in marks:
+            if max(offset, first) < end:
+                found.append((when, merged.name, pid, merged, max(offset, first), end))
+            end = min(end, offset)
+        if first < end:                         # older than all marks: whose it was is not known any more
+            found.append((marks[-1][1] if marks else 0.0, merged.name, 0, merged, first, end))
+        return found[::-1]
+
+
 class Samples:
     """Statistics of processes, taken on a thread, or on the loop for a feed. Shapes: CONTRACT, /stats."""
 
@@ -4784,10 +5987,10 @@ class Samples:
     def __init__(self, table, clock):
         self._table, self._clock = table, clock
 
-    def of(self, name, processes):
+    def of(self, name, processes, brief=False):
         """The entry of one template, of its running processes."""
-        entries = [self.one(process) for process in processes]
-        entries = [entry for entry in entries if entry]
+        look = self.brief if brief else self.one
+        entries = [dict({"id": process.pid}, **entry) for process, entry in zip(processes, map(look, processes)) if entry]
         result = {"name": name}
         for field in ("mem", "cpu"):
             values = [entry[field] for entry in entries] or [0]
@@ -4797,7 +6000,7 @@ class Samples:
 
     def brief(self, process):
         """{cpu, mem, rss} of one process, {} if it has just gone."""
-        seen = self._table.look(process.os_pid)
+        seen = self._table.usage(process.os_pid)
         return {"cpu": self._percent(process, seen), "mem": round(100 * seen["rss"] / self.MEMORY, 2),
                 "rss": seen["rss"]} if seen else {}
 
@@ -4916,6 +6119,7 @@ class Api:
         self.manager, self._http = manager, http
         self._metrics = Metrics(manager, http)
         self.samples = Samples(manager.table, manager.loop.clock)
+        self._journals = Journals(manager)
 
     # the server itself
 
@@ -4924,11 +6128,14 @@ class Api:
         """The version; to a browser, the web page."""
         if not prefers_html(request.headers.get("accept", "")):
             return json_response({"welcome": "gaffer", "version": __version__}, headers=[("Vary", "Accept")])
-        nonce = base64.b64encode(os.urandom(12)).decode("ascii")
-        policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; base-uri 'none'; "
-                  "form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
-        return Response(PAGE.replace("__NONCE__", nonce).encode("utf-8"), content_type="text/html; charset=utf-8",
-                        headers=[("Content-Security-Policy", policy), ("Vary", "Accept")])
+        snapshot = {
+            "version": __version__, "since": "%d@%s" % (self.manager.events.end, self.manager.epoch),
+            "templates": [template.status() for template in self.manager.templates.values()],
+            "events": self.manager.events.read(max(self.manager.events.start, self.manager.events.end - PAGE_EVENTS), PAGE_EVENTS),
+            "fields": {name: [option.default, option.help] for name, option in OPTIONS.items()},
+            "signals": {number.value: number.name[3:] for number in signal.Signals},
+        }
+        return ThreadReply(lambda: compressed(request, page_response(snapshot)))
 
     @operation(kinds=("text/plain",))
     def ping(self, request):
@@ -5064,17 +6271,32 @@ class Api:
     def status(self, request, name):
         """The state of a template, its restarts and last exit."""
         template = self.manager.find_template(name)
-        status, processes = template.status(), list(template.processes.values())
         if not flag(request, "usage"):
-            return status
-        status["processes"] = [process.status() for process in processes]
+            return template.status()
+        return ThreadReply(lambda look=self._look([template]): json_response(look()[0]))
+
+    @operation("usage")
+    def statuses(self, request):
+        """The states of all templates."""
+        templates = list(self.manager.templates.values())
+        look = self._look(templates) if flag(request, "usage") else [template.status() for template in templates].copy
+        return ThreadReply(lambda: compressed(request, json_response(look())))
+
+    def _look(self, templates):
+        """A function, for a thread, that completes the statuses of templates with what their processes use."""
+        statuses = [template.status() for template in templates]
+        processes = [(process, process.status()) for template in templates for process in template.processes.values()]
+        counts = [len(template.processes) for template in templates]
 
         def look():
-            for entry, process in zip(status["processes"], processes):
+            for process, entry in processes:
                 if not process.exited:          # else the number may be a stranger's
                     entry.update(self.samples.brief(process))
-            return json_response(status)
-        return ThreadReply(look)
+            entries = iter([entry for _, entry in processes])
+            for status, count in zip(statuses, counts):
+                status["processes"] = list(itertools.islice(entries, count))
+            return statuses
+        return look
 
     @operation("dry_run", errors=(Conflict, InvalidProcessInfo))
     def reload(self, request):
@@ -5131,7 +6353,7 @@ class Api:
 
     # statistics
 
-    @operation("feed interval heartbeat", (NotFound,), FEED_KINDS)
+    @operation("feed interval heartbeat brief", (NotFound,), FEED_KINDS)
     def stats(self, request, name=None, pid=None):
         """CPU and memory of processes, once or as a stream."""
         if name is not None:
@@ -5141,34 +6363,32 @@ class Api:
                  "process %s is not one of '%s'" % (pid[:20], name))
         feed = choice(request, "feed", FEEDS, None)
         interval = duration(request, "interval", 0.1, default=1.0)
+        sampler = functools.partial(self._sampler, name, pid, flag(request, "brief"))
         if feed is None:
-            sampler = self._sampler(name, pid)
-            return ThreadReply(lambda: json_response(sampler()))
+            return ThreadReply(lambda sample=sampler(): compressed(request, json_response(sample())))
         if feed == "longpoll":
-            def sample():
-                return json_response(self._sampler(name, pid)())
-            return ParkedReply(lambda deliver: lambda: None, interval, sample)
-        return self._stats_feed(request, feed, interval, name, pid)
+            return ParkedReply(lambda deliver: lambda: None, interval, lambda: json_response(sampler()()))
+        return self._stats_feed(request, feed, interval, sampler)
 
-    def _sampler(self, name, pid):
+    def _sampler(self, name, pid, brief):
         """A function that looks at the processes which run now."""
         if pid is not None:
             process = self.manager.find_process(pid)
-            return lambda: self.samples.one(process)
+            return lambda: self.samples.brief(process) if brief else self.samples.one(process)
         names = list(self.manager.templates) if name is None else [name]
-        running = [(each, self.manager.find_template(each).running()) for each in names]
+        running = [(each, self.manager.find_template(each).running(), brief) for each in names]
         if name is not None:
             return lambda: self.samples.of(*running[0])
         return lambda: [self.samples.of(*each) for each in running]
 
-    def _stats_feed(self, request, feed, interval, name, pid):
+    def _stats_feed(self, request, feed, interval, sampler):
         records = EventLog(self.manager.loop, STATS_KEPT)
         timer, ended = None, False
 
         def tick():
             nonlocal timer
             try:
-                records.append(self._sampler(name, pid)())
+                records.append(sampler()())
             except NotFound:
                 records.finish()                # the template, or the process, has gone
             else:
@@ -5241,8 +6461,9 @@ class Api:
             return cancel
         return ParkedReply(begin, timeout, expired)
 
-    def _position(self, request, log_):
+    def _position(self, request, log_, epoch=None):
         """(offset, restarted, is it the id of an exit) where a reader wants to begin. BadValue."""
+        epoch = epoch or self.manager.epoch
         query, last = request.query, request.headers.get("last-event-id", "")
         since, tail = query.get("since") or None, query.get("tail")
         need(since is None or tail is None, BadValue, "give 'since' or 'tail', not both")
@@ -5250,9 +6471,9 @@ class Api:
         if text:
             match = POSITION.match(text)
             need(match or last, BadValue, "'since' is a number, or an id as it was given out")
-            if match is None or match.group(3) not in (None, self.manager.epoch):
+            if match is None or match.group(3) not in (None, epoch):
                 return log_.start, True, False
-            number, at_exit = int(match.group(1)), text == "%dx@%s" % (log_.end, self.manager.epoch) and log_.ended
+            number, at_exit = int(match.group(1)), text == "%dx@%s" % (log_.end, epoch) and log_.ended
             if number <= log_.end and at_exit == bool(match.group(2)):
                 return number, False, at_exit
             need(last, BadValue, "'since' is beyond the end, which is at %d" % log_.end)
@@ -5311,6 +6532,23 @@ class Api:
             return self._stream(request, feed, (window, encoder, offset), first, loss, process)
         encoder = ChunkEncoder if request.version == (1, 1) else RawEncoder
         return self._stream(request, feed, (window, encoder, offset), b"", loss)
+
+    @operation("feed heartbeat since tail timeout", (NotFound,), STREAM_KINDS, statuses=(200, 204))
+    def journal(self, request, ref=None):
+        """All output of a process, of a template, or of everything, in order; each line with its time, name, pid, label."""
+        need("loss" not in request.query, BadValue, "nobody waits for the reader of a journal; leave out 'loss'")
+        journal = self._journals.find(ref)
+        window, feed = journal.window, choice(request, "feed", FEEDS, "longpoll")
+        offset, restarted, _ = self._position(request, window, journal.epoch)
+        if feed == "longpoll":
+            return self._next_bytes(request, window, offset)
+        if feed == "eventsource":
+            if window.ended and offset == window.end and not restarted and self._asked(request):
+                return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end)])
+            encoder = SseEncoder("line", journal.epoch)
+            first = encoder.dropped(0, offset, True) if restarted else b""
+            return self._stream(request, feed, (window, encoder, offset), first)
+        return self._stream(request, feed, (window, ChunkEncoder if request.version == (1, 1) else RawEncoder, offset))
 
     @staticmethod
     def _still_there(window, offset):
@@ -5410,6 +6648,7 @@ ROUTES = (
     ("/processes/<ref>/_signal/<sig>", {"POST": Api.signal}),
     ("/processes/<pid>", {"GET": Api.show, "DELETE": Api.stop_one}),
     ("/processes/<pid>/_stop", {"POST": Api.stop_one}),
+    ("/status", {"GET": Api.statuses}),
     ("/status/<ref>", {"GET": Api.status}),
     ("/stats", {"GET": Api.stats}),
     ("/stats/<ref>", {"GET": Api.stats}),
@@ -5421,6 +6660,8 @@ ROUTES = (
     ("/groups/<group>/_restart", {"POST": Api.group_restart}),
     ("/watch", {"GET": Api.watch}),
     ("/watch/<pattern...>", {"GET": Api.watch}),
+    ("/streams", {"GET": Api.journal}),
+    ("/streams/<ref>", {"GET": Api.journal}),
     ("/streams/<ref>/<label>", {"GET": Api.stream, "POST": Api.write, "DELETE": Api.end_input, "*": Api.stream_methods}),
     ("/streams/<ref>/stdin", {"POST": Api.write, "DELETE": Api.end_input}),
     ("/streams/<ref>/ttin", {"POST": Api.write, "DELETE": Api.end_input}),
@@ -6318,7 +7559,7 @@ class RequestChannel(Channel):
         except (Unauthorized, ForbiddenOrigin) as error:
             if has_body(request):               # which nobody will read
                 raise
-            answer = error_response(error)
+            answer = refusal(request, error)
         if not has_body(request):
             return self._give(answer or http.answer(request))
         self._body, self._admitted = body_decoder(request, http.body_limit(request)), answer
