@@ -4629,7 +4629,7 @@ PAGE = r"""<!DOCTYPE html>
 <link rel="icon" href="data:,">
 <style nonce="__NONCE__">
 :root {
-  color-scheme: light dark;
+  color-scheme: light dark; --mono: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
   --bg: #ffffff; --panel: #f4f6f8; --text: #1b1f24; --dim: #57606a; --line: #d5dbe1; --edge: #818b98; --accent: #0757b3;
   --good: #1a7f37; --warn: #8a5a00; --bad: #b42318; --mark: #ffe58a; --marked: #1b1f24; --here: #ffb454;
   --c0: #1b1f24; --c1: #b42318; --c2: #1a7f37; --c3: #8a5a00; --c4: #0757b3; --c5: #8250df; --c6: #0b6e7a; --c7: #57606a;
@@ -4637,78 +4637,80 @@ PAGE = r"""<!DOCTYPE html>
 }
 @media (prefers-color-scheme: dark) { :root {
   --bg: #0f1318; --panel: #171c23; --text: #e3e8ee; --dim: #9aa5b1; --line: #2b323b; --edge: #6b7683; --accent: #6cb0ff;
-  --good: #4cc06b; --warn: #e0a63a; --bad: #ff8078; --mark: #6b5a12; --marked: #ffffff; --here: #a85b00;
+  --good: #4cc06b; --warn: #e0a63a; --bad: #ff8078; --mark: #6b5a12; --marked: #ffffff; --here: #935000;
   --c0: #9aa5b1; --c1: #ff8078; --c2: #4cc06b; --c3: #e0a63a; --c4: #6cb0ff; --c5: #cf9bff; --c6: #4fc3d0; --c7: #e3e8ee;
   --c8: #9aa5b1; --c9: #ff9c95; --c10: #74d68d; --c11: #f0c060; --c12: #93c6ff; --c13: #e0b8ff; --c14: #7cdbe5; --c15: #ffffff;
 } }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; min-width: 0; }
 html, body { height: 100%; margin: 0; }
 body { display: flex; flex-direction: column; font: 14px/1.4 system-ui, sans-serif; background: var(--bg); color: var(--text); }
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 [hidden] { display: none !important; }
-.quiet { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.quiet { position: absolute; clip-path: inset(50%); white-space: nowrap; }
 .skip:not(:focus) { position: absolute; left: -999px; }
-button, input, select, textarea { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--edge); border-radius: 4px; }
-button { padding: 1px 8px; cursor: pointer; background: var(--panel); } button:hover { border-color: var(--accent); color: var(--accent); }
+button, input, select, textarea { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--edge);
+  border-radius: 4px; padding: 2px 6px; }
+button { padding: 1px 8px; cursor: pointer; background: var(--panel); white-space: nowrap; }
+button:hover { border-color: var(--accent); color: var(--accent); }
 button:disabled, input:disabled { cursor: default; color: var(--dim); border-color: var(--line); }
-button[aria-pressed=true] { background: var(--accent); color: var(--bg); border-color: var(--accent); }
-button.main { background: var(--accent); color: var(--bg); border-color: var(--accent); }
-button.bad, .bad { color: var(--bad); } .dim { color: var(--dim); }
-input, select, textarea { padding: 2px 6px; } input[type=checkbox] { margin: 0; width: 15px; height: 15px; accent-color: var(--accent); }
-code, pre, .mono, textarea { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 12.5px; }
-header { display: flex; flex-wrap: wrap; align-items: center; gap: 2px 14px; padding: 6px 14px; border-bottom: 1px solid var(--line); background: var(--panel); }
-header strong { margin-right: 4px; } nav { display: flex; gap: 2px; flex: 1; }
-nav a { padding: 2px 8px; border-radius: 4px; color: var(--text); }
+button.main, [aria-pressed=true] { background: var(--accent); color: var(--bg); border-color: var(--accent); }
+button.bad, .bad { color: var(--bad); } .dim, small { color: var(--dim); } [aria-invalid=true] { border-color: var(--bad); }
+input[type=checkbox] { margin: 0; width: 15px; height: 15px; accent-color: var(--accent); vertical-align: middle; }
+.mono, textarea { font: 12.5px/18px var(--mono); }
+header, .bar, .entry { display: flex; flex-wrap: wrap; align-items: center; gap: 6px; }
+header { padding: 6px 14px; border-bottom: 1px solid var(--line); background: var(--panel); }
+nav { display: flex; flex: 1; } nav a { padding: 2px 8px; border-radius: 4px; color: var(--text); }
 nav a[aria-current] { background: var(--bg); box-shadow: inset 0 -2px var(--accent); color: var(--accent); }
-#link::before { content: "\25CF"; margin-right: 5px; color: var(--good); } #link.away { color: var(--bad); } #link.away::before { color: var(--bad); }
+#link::before { content: "\25CF"; margin-right: 5px; color: var(--good); } #link.away, .away::before { color: var(--bad) !important; }
 #message { margin: 0; padding: 6px 14px; color: var(--bad); border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 #message:empty { display: none; } #message button { float: right; }
-main { flex: 1; min-height: 0; overflow: auto; padding: 10px 14px; outline: none; } main.fill { display: flex; flex-direction: column; overflow: hidden; }
-h1 { font-size: 17px; margin: 0; } h2 { font-size: 14px; margin: 12px 0 4px; }
-.bar { display: flex; flex-wrap: wrap; align-items: center; gap: 6px; margin-bottom: 8px; } .bar .grow { flex: 1 1 160px; min-width: 0; max-width: 420px; }
-.bar .push { margin-left: auto; } .chip { border-radius: 10px; }
-.row, .group, .heads { display: grid; align-items: center; column-gap: 10px; padding: 0 6px; min-height: 31px; border-bottom: 1px solid var(--line);
-  grid-template-columns: 18px minmax(0, 3fr) minmax(0, 4fr) 92px 62px 58px 104px 116px 206px; }
-.row { content-visibility: auto; contain-intrinsic-size: auto 31px; } .row:hover, .row:focus-within { background: var(--panel); }
-.row:focus-visible { outline-offset: -2px; } .row > *, .cut { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+main { flex: 1; min-height: 0; overflow: auto; padding: 10px 14px; outline: none; } main.fill { display: flex; overflow: hidden; }
+h1 { font-size: 17px; margin: 0; } dialog h2 { font-size: 16px; margin: 0 0 8px; }
+.bar { margin-bottom: 8px; } .grow { flex: 1 1 160px; max-width: 420px; } .push { margin-left: auto; }
+.row { display: grid; align-items: center; column-gap: 10px; padding: 0 6px; min-height: 31px; border-bottom: 1px solid var(--line);
+  grid-template-columns: 18px 3fr 5fr 100px 62px 58px 98px 104px 186px; }
+.item { content-visibility: auto; contain-intrinsic-size: auto 31px; } .item:hover, .item:focus-within { background: var(--panel); }
+.item:focus-visible { outline-offset: -2px; } .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .heads { color: var(--dim); position: sticky; top: -10px; background: var(--bg); z-index: 1; }
-.group { background: var(--panel); font-weight: 600; grid-template-columns: 18px minmax(0, 1fr) 206px; margin-top: 6px; }
-.number { text-align: right; font-variant-numeric: tabular-nums; } .acts { display: flex; gap: 4px; justify-content: flex-end; }
-.acts button { min-width: 25px; } .count { display: flex; gap: 5px; align-items: center; justify-content: flex-end; } .count button { padding: 0 6px; }
-.dot { display: inline-block; width: 1.3em; } .running .dot { color: var(--good); } .stopped .dot { color: var(--dim); }
-.backoff .dot, .flapping .dot, .backoff .word, .flapping .word { color: var(--bad); } .stopping .dot, .starting .dot { color: var(--warn); }
-.use { display: flex; gap: 6px; align-items: center; justify-content: flex-end; } svg { width: 44px; height: 17px; flex: none; overflow: visible; }
-svg path { fill: none; stroke: var(--accent); stroke-width: 1.3; vector-effect: non-scaling-stroke; }
-.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 1px 12px; margin: 0 0 8px; } .facts dt { color: var(--dim); } .facts dd { margin: 0; overflow-wrap: anywhere; }
-.part { grid-template-columns: 62px 82px minmax(0, 1fr) 70px 104px 116px 206px; } .parts { max-height: 30vh; overflow: auto; margin-bottom: 8px; flex: none; }
+.group { background: var(--panel); grid-template-columns: 18px 1fr auto; margin-top: 6px; } .group .cut { font-weight: 600; }
+.number { text-align: right; font-variant-numeric: tabular-nums; } .acts, .use { display: flex; gap: 4px; justify-content: flex-end; }
+.acts { align-items: center; } .live .start, .rest .stop { display: none; }
+.dot { display: inline-block; width: 1.3em; color: var(--warn); } .running .dot { color: var(--good); } .stopped .dot { color: var(--dim); }
+.backoff > *, .flapping > * { color: var(--bad); } .state .dim { color: var(--dim); }
+svg { width: 42px; height: 17px; overflow: visible; }
+path { fill: none; stroke: var(--accent); stroke-width: 1.3; vector-effect: non-scaling-stroke; }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: 1px 12px; margin: 0 0 8px; } dt { color: var(--dim); }
+dd { margin: 0; overflow-wrap: anywhere; max-height: 5em; overflow: auto; } .parts { max-height: 30vh; overflow: auto; margin-bottom: 8px; flex: none; }
+.part { grid-template-columns: 62px 82px 1fr 70px 98px 104px 156px; }
 .log { flex: 1; min-height: 180px; display: flex; flex-direction: column; position: relative; }
-.lines { flex: 1; min-height: 0; overflow: auto; border: 1px solid var(--line); border-radius: 4px; position: relative; contain: strict; overflow-anchor: none; font: 12.5px/18px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
-.lines > div { position: absolute; top: 0; left: 0; min-width: 100%; } .lines .l { white-space: pre; padding: 0 8px; min-height: 18px; border-left: 3px solid transparent; tab-size: 8; }
-.lines .block { will-change: transform; } .wrap .block { width: 100%; } .wrap .l { white-space: pre-wrap; word-break: break-all; }
-.l.stderr { border-left-color: var(--bad); } .l .k { color: var(--bad); } .l .t, .l .w, .l .k.other { color: var(--dim); } .l.note, .l.exit { color: var(--dim); font-style: italic; background: var(--panel); }
-.l.typed { color: var(--accent); } mark { background: var(--mark); color: var(--marked); } .here mark { background: var(--here); }
+.lines { flex: 1; overflow: auto; border: 1px solid var(--line); border-radius: 4px; position: relative; contain: strict;
+  overflow-anchor: none; }
+.lines > div { position: absolute; top: 0; left: 0; min-width: 100%; }
+.l { white-space: pre; padding: 0 8px; min-height: 18px; border-left: 3px solid transparent; }
+.wrap > div { width: 100%; } .wrap .l { white-space: pre-wrap; word-break: break-all; }
+.stderr { border-left-color: var(--bad); } .stderr .k { color: var(--bad); } .l .dim, .note, .exit { color: var(--dim); }
+.note, .exit { font-style: italic; background: var(--panel); } .stdin { color: var(--accent); }
+mark { background: var(--mark); color: var(--marked); } .here mark { background: var(--here); }
 .b { font-weight: 700; } .f { opacity: .75; } .i { font-style: italic; } .u { text-decoration: underline; } .s { text-decoration: line-through; }
-.more { position: absolute; bottom: 12px; right: 24px; box-shadow: 0 1px 4px #0004; }
-.entry { display: flex; gap: 6px; margin-top: 8px; align-items: center; flex-wrap: wrap; } .entry input { flex: 1 1 160px; min-width: 0; }
-.fields { display: grid; grid-template-columns: max-content minmax(0, 34rem); gap: 6px 14px; align-items: start; } .fields label { padding-top: 3px; }
-.fields input:not([type=checkbox]), .fields textarea { width: 100%; } .fields small { color: var(--dim); display: block; } .fields .bad { display: block; }
-[aria-invalid=true] { border-color: var(--bad); }
-.events { list-style: none; margin: 0; padding: 0; } .events li { display: grid; grid-template-columns: 92px minmax(90px, 180px) minmax(0, 1fr); gap: 12px; padding: 3px 6px; border-bottom: 1px solid var(--line); content-visibility: auto; contain-intrinsic-size: auto 27px; }
-dialog { color: inherit; background: var(--bg); border: 1px solid var(--edge); border-radius: 6px; max-width: min(620px, 94vw); padding: 16px 18px; } dialog::backdrop { background: #0007; }
-dialog h2 { margin: 0 0 8px; font-size: 16px; } dialog .bar { justify-content: flex-end; margin: 14px 0 0; } kbd { font: 12px ui-monospace, monospace; border: 1px solid var(--edge); border-radius: 3px; padding: 0 5px; }
-#menu { position: fixed; z-index: 9; min-width: 150px; max-height: 80vh; overflow: auto; background: var(--bg); border: 1px solid var(--edge); border-radius: 5px; padding: 4px; box-shadow: 0 3px 12px #0005; }
-#menu button { display: block; width: 100%; text-align: left; border: 0; background: none; } #menu button:hover, #menu button:focus { background: var(--panel); } #menu hr { border: 0; border-top: 1px solid var(--line); }
+.more { position: absolute; bottom: 12px; right: 24px; } .entry { margin-top: 8px; } .entry input { flex: 1 1 160px; }
+.fields { display: grid; grid-template-columns: max-content minmax(0, 34rem); gap: 6px 14px; } .fields small, .fields .bad { display: block; }
+.fields input:not([type=checkbox]), textarea { width: 100%; }
+.events { list-style: none; margin: 0; padding: 0; } .events li { grid-template-columns: 92px 180px 1fr; min-height: 27px; }
+dialog, #menu { color: inherit; background: var(--bg); border: 1px solid var(--edge); border-radius: 6px; }
+dialog { max-width: min(620px, 94vw); padding: 16px 18px; } dialog::backdrop { background: #0007; }
+dialog .bar { justify-content: flex-end; margin: 14px 0 0; }
+kbd { font: 12px var(--mono); border: 1px solid var(--edge); border-radius: 3px; padding: 0 5px; }
+#menu { position: fixed; z-index: 9; min-width: 150px; padding: 4px; box-shadow: 0 3px 12px #0005; }
+#menu button { display: block; width: 100%; text-align: left; border: 0; background: none; } #menu :focus { background: var(--panel); }
 @media (max-width: 900px) {
-  .heads { display: none; } main { padding: 8px; } .row:not(.part) { grid-template-columns: 18px minmax(0, 1fr) 96px 108px; row-gap: 3px; padding: 5px 4px; contain-intrinsic-size: auto 92px; }
-  .row:not(.part) > :nth-child(3) { grid-column: 2 / 5; grid-row: 2; white-space: normal; } .row:not(.part) > :nth-child(5), .row:not(.part) > :nth-child(6) { display: none; }
-  .row:not(.part) > :nth-child(4) { grid-column: 3 / 5; grid-row: 1; } .row:not(.part) > :nth-child(7) { grid-column: 1 / 3; grid-row: 3; justify-content: flex-start; } .row:not(.part) > :nth-child(8) { display: none; }
-  .row:not(.part) > :nth-child(9) { grid-column: 3 / 5; grid-row: 3; } .group { grid-template-columns: 18px minmax(0, 1fr) auto; }
-  .part { grid-template-columns: 44px minmax(0, 1fr) 60px 150px; } .part > :nth-child(2), .part > :nth-child(5), .part > :nth-child(6) { display: none; }
-  .fields { grid-template-columns: minmax(0, 1fr); gap: 2px; } .fields > div { margin-bottom: 8px; } .events li { grid-template-columns: 70px minmax(0, 1fr); } .events li > :nth-child(3) { grid-column: 1 / 3; }
-  .wide { display: none; } .parts { max-height: 22vh; } button { min-height: 26px; }
+  .heads, .wide { display: none; } main { padding: 8px; } .parts { max-height: 22vh; } button { min-height: 27px; }
+  .template { grid-template-columns: 18px 1fr 96px 90px; row-gap: 3px; padding: 5px 4px; contain-intrinsic-size: auto 92px; }
+  .template .state { grid-area: 2 / 2 / 3 / 5; white-space: normal; } .template .count { grid-area: 1 / 3 / 2 / 5; }
+  .template .use { grid-area: 3 / 1 / 4 / 3; } .template .acts { grid-area: 3 / 3 / 4 / 5; }
+  .part { grid-template-columns: 44px 1fr 60px 150px; } .fields { grid-template-columns: 1fr; gap: 2px; } .fields > div { margin-bottom: 8px; }
+  .events li { grid-template-columns: 88px 1fr; padding: 4px; } .events li > span { grid-column: 1 / 3; }
 }
-@media (prefers-reduced-motion: no-preference) { .row { transition: background .15s; } }
 </style></head>
 <body>
 <a class="skip" href="#main" id="skip">Skip to content</a>
@@ -4718,464 +4720,475 @@ dialog h2 { margin: 0 0 8px; font-size: 16px; } dialog .bar { justify-content: f
 <main id="main" tabindex="-1"></main>
 <div id="menu" role="menu" hidden></div>
 <dialog id="dialog" aria-labelledby="dialog-title"></dialog>
-<noscript>This page needs JavaScript. The same is there as JSON: ask with curl, or use the commands of gaffer.py.</noscript>
+<noscript>This page needs JavaScript. The same is there as JSON, and as commands of gaffer.py.</noscript>
 <script type="application/json" id="snapshot">__SNAPSHOT__</script>
 <script nonce="__NONCE__">
 "use strict";
-// ---- helpers: what is shown becomes text nodes and properties, never HTML
-const $ = id => document.getElementById(id), origin = location.origin;     // the origin holds no user or password, fetch() wants that
-const main = $("main"), enc = encodeURIComponent, snapshot = JSON.parse($("snapshot").textContent);
-const LINES_MAX = 100000, CHARS_MAX = 16e6, LINE = 18, HISTORY = 60, EVENTS_MAX = 1024, FIRST_LINES = 2000;
+// ---- helpers. What is shown becomes text and properties, never HTML. The origin has no password in it, or fetch() would refuse
+const $ = id => document.getElementById(id), {origin} = location, enc = encodeURIComponent, main = $("main");
+const snapshot = JSON.parse($("snapshot").textContent);
+const LINES_MAX = 100000, CHARS_MAX = 16e6, LINE = 18, SAMPLES = 60, EVENTS_MAX = 1024, FIRST_LINES = 2000;
 
-function el(tag, props = {}, ...children) {
-  const node = tag === "svg" || tag === "path" ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
-  for (const [key, value] of Object.entries(props)) {
-    if (value === undefined || value === null || value === false) continue;
+function el(kind, props, ...children) {            // el("div.bar.push", {text, title, click: function ...}, children)
+  const [tag, ...classes] = kind.split("."), space = tag === "svg" || tag === "path" ? "2000/svg" : "1999/xhtml";
+  const node = document.createElementNS("http://www.w3.org/" + space, tag);
+  if (classes.length) node.setAttribute("class", classes.join(" "));
+  for (const [key, value] of Object.entries(props || {})) {
     if (typeof value === "function") node.addEventListener(key, value);
     else if (key === "text") node.textContent = value;
     else if (key === "value" || key === "checked") node[key] = value;
-    else node.setAttribute(key, value === true ? "" : value);
+    else if (value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
   }
-  node.append(...children.filter(child => child !== null && child !== undefined));
+  node.append(...children.flat().filter(child => child));
   return node;
 }
 function put(node, text) { if (node.textContent !== text) node.textContent = text; }
-function put2(node, name, value) { if (node.getAttribute(name) !== value) node.setAttribute(name, value); }
-function button(text, label, click, more = {}) { return el("button", {type: "button", text, "aria-label": label, title: label, click, ...more}); }
-function say(text) { $("said").textContent = text; }
-function complain(text) {
-  $("message").replaceChildren(...text ? [text, button("dismiss", null, () => complain(""))] : []);
+function attr(node, name, value) { if (node.getAttribute(name) !== value) node.setAttribute(name, value); }
+function cell(kind, ...children) { return el("div" + kind, {role: "cell"}, ...children); }
+function button(kind, text, label, click, more) {
+  return el("button" + kind, {type: "button", text, title: label, "aria-label": label, click, ...more});
 }
-function plural(count, word, words) { return count.toLocaleString("en") + " " + (count === 1 ? word : words || word + "s"); }
-function span(seconds) {
-  const left = Math.max(0, Math.floor(seconds)), two = value => String(value).padStart(2, "0");
-  if (left < 60) return left + "s";
+function toggle(node, on) { attr(node, "aria-pressed", String(Boolean(on))); }
+function box(key, label, changed, more) {          // a search field whose text is in the address, too
+  const input = el("input.grow", {type: "search", placeholder: label, "aria-label": label, value: params().get(key) || "", ...more});
+  input.addEventListener("input", () => { setParam(key, input.value); changed(); });
+  return input;
+}
+function say(text) { $("said").textContent = text; }
+function complain(text) { $("message").replaceChildren(...text ? [text, button("", "Dismiss", "", () => complain(""))] : []); }
+function plural(count, word, words = word + "s") { return count.toLocaleString("en") + " " + (count === 1 ? word : words); }
+function two(value) { return String(Math.floor(value)).padStart(2, "0"); }
+function span(left) {
+  if (left < 10) return Math.max(0, left).toFixed(1) + "s";
+  if (left < 60) return Math.floor(left) + "s";
   if (left < 3600) return Math.floor(left / 60) + "m" + two(left % 60) + "s";
-  if (left < 86400) return Math.floor(left / 3600) + "h" + two(Math.floor(left / 60) % 60) + "m";
-  return Math.floor(left / 86400) + "d" + two(Math.floor(left / 3600) % 24) + "h";
+  if (left < 86400) return Math.floor(left / 3600) + "h" + two(left / 60 % 60) + "m";
+  return Math.floor(left / 86400) + "d" + two(left / 3600 % 24) + "h";
 }
 function size(bytes) {
-  for (const unit of ["B", "K", "M"]) { if (bytes < 1000) return (bytes < 10 && unit !== "B" ? bytes.toFixed(1) : Math.round(bytes)) + unit; bytes /= 1024; }
+  for (const unit of ["B", "K", "M"]) {
+    if (bytes < 1000) return (bytes < 10 && unit !== "B" ? bytes.toFixed(1) : Math.round(bytes)) + unit;
+    bytes /= 1024;
+  }
   return bytes.toFixed(1) + "G";
 }
-function clock(seconds, exact) {
-  const date = new Date(seconds * 1000), two = value => String(value).padStart(2, "0");
-  const text = two(date.getHours()) + ":" + two(date.getMinutes()) + ":" + two(date.getSeconds());
-  return exact ? text + "." + String(date.getMilliseconds()).padStart(3, "0") : text;
+function clock(seconds) {
+  const date = new Date(seconds * 1000), parts = [date.getHours(), date.getMinutes(), date.getSeconds()];
+  return parts.map(two).join(":") + "." + String(date.getMilliseconds()).padStart(3, "0");
 }
-function exitText(last) {
-  const signal = last.term_signal && "SIG" + (snapshot.signals[last.term_signal] || last.term_signal);
-  return "exited " + (signal ? 128 + last.term_signal + " " + signal : last.exit_status) + (last.times > 1 ? ", " + last.times + " times" : "");
+function signalName(number) { return "SIG" + (snapshot.signals[number] || number); }
+function exitText({exit_status, term_signal, times}) {
+  const code = term_signal ? 128 + term_signal + " " + signalName(term_signal) : exit_status;
+  return "exited " + code + (times > 1 ? ", " + times + " times" : "");
 }
 
-// ---- what is known: statuses by name, usage by name and by pid, events; all of it begins with the page's own snapshot
-const store = {templates: new Map(), events: snapshot.events, usage: new Map(), dirty: new Set()};
-function keep(status) { status.at = performance.now(); store.templates.set(status.name, status); }
+// ---- what is known: statuses by name, usage by name and by pid, events. It begins with what the page was sent with
+const templates = new Map(), used = new Map(), events = snapshot.events;
+function keep(status) { status.at = performance.now(); templates.set(status.name, status); }
 snapshot.templates.forEach(keep);
-function groupOf(name) { const place = name.indexOf(":"); return place < 0 ? "" : name.slice(0, place); }
-function elapsed(status) { return (performance.now() - status.at) / 1000; }
+function groupOf(name) { return name.includes(":") ? name.slice(0, name.indexOf(":")) : ""; }
+function since(status) { return (performance.now() - status.at) / 1000; }
 function reason(status) {
-  const last = status.last_exit ? exitText(status.last_exit) : "", waits = [];
-  if (status.next_try !== null) waits.push("next try in " + Math.max(0, Math.ceil(status.next_try - elapsed(status))) + " s");
-  if (status.state === "flapping") waits.unshift("it exits too often");
-  if (status.gave_up) waits.unshift("gave up: it exits too often");
-  if (status.error) return [status.error, ...waits].join(" · ");
-  if (status.state === "running") {
-    const fresh = status.last_exit && status.restarts && status.uptime + elapsed(status) < 10;
-    return fresh ? last + ", started again" : "";
+  const last = status.last_exit ? exitText(status.last_exit) : "", {state} = status;
+  if (state === "stopping") return "waiting for " + plural(status.stopping, "process", "processes") + " to end";
+  if (state === "stopped" && status.active) return "scaled to 0";
+  if (state === "running" && !status.error) {
+    return last && status.restarts && status.uptime + since(status) < 10 ? last + ", started again" : "";
   }
-  if (status.state === "stopping") return "waiting for " + plural(status.stopping, "process", "processes") + " to end";
-  if (status.state === "stopped" && status.active) return "scaled to 0";
-  return [last, ...waits].filter(Boolean).join(" · ");
+  const wait = status.next_try === null ? "" : "next try in " + Math.max(0, Math.ceil(status.next_try - since(status))) + " s";
+  const often = status.gave_up ? "gave up: it exits too often" : state === "flapping" ? "it exits too often" : "";
+  return [wait, status.error || last, often].filter(part => part).join(" · ");
 }
 const DOTS = {running: "●", backoff: "▲", flapping: "▲", stopping: "◐", starting: "◌", stopped: "○"};
+function showState(node, status, more) {
+  const why = status.ended ? "" : reason(status);
+  if (node.className !== "state cut " + status.state) node.className = "state cut " + status.state;
+  if (!node.firstChild) node.append(el("span.dot", {"aria-hidden": "true"}), el("span"), el("span.dim"));
+  [DOTS[status.state], status.ended || status.state, (more || "") + (why && " " + why)].forEach((text, at) => put(node.children[at], text));
+  attr(node, "title", node.textContent);
+}
 
 // ---- asking the server: a refusal is shown in its own words
 async function ask(method, path, body, quiet) {
+  const failed = reason => { if (!quiet) complain(reason); };
   try {
-    const answer = await fetch(origin + path, {method, body: body === undefined || typeof body === "string" ? body : JSON.stringify(body)});
-    const text = await answer.text(), value = text ? JSON.parse(text) : null;
-    if (!answer.ok && !quiet) complain(value && value.reason || "the server answered " + answer.status);
+    const answer = await fetch(origin + path, {method, body: typeof body === "object" ? JSON.stringify(body) : body});
+    const text = await answer.text(), value = text ? JSON.parse(text) : {};
+    if (!answer.ok) failed(value.reason);
     return {ok: answer.ok, status: answer.status, value};
   } catch (error) {
-    if (!quiet) complain("the server does not answer; is it still running?");
+    failed("the server does not answer; does it still run?");
     return {ok: false, status: 0, value: {reason: "the server does not answer"}};
   }
 }
-async function act(names, action, said) {
+async function act(refs, action, said = action.replace("_", "")) {     // refs: names, or pids
   complain("");
-  const results = await Promise.all(names.map(name => ask("POST", "/processes/" + enc(name) + "/" + action)));
+  const results = await Promise.all(refs.map(ref => ask("POST", "/processes/" + enc(ref) + "/" + action)));
   const done = results.filter(result => result.ok).length;
-  if (done) say(said + ": " + (names.length === 1 ? names[0] : done + " of " + names.length));
+  if (done) say(said + ": done for " + (refs.length === 1 ? refs[0] : done + " of " + refs.length));
 }
-async function actGroup(group, action, said) {
-  complain("");
-  if ((await ask("POST", "/groups/" + enc(group) + "/" + action)).ok) say(said + ": group " + group);
-}
-async function refresh(names) {
-  const all = !names || names.length > 8;
-  if (all) {
-    const answer = await ask("GET", "/status", undefined, true);
-    if (!answer.ok) return;
-    store.templates.clear();
-    answer.value.forEach(keep);
-  } else await Promise.all(names.map(async name => {
-    const answer = await ask("GET", "/status/" + enc(name), undefined, true);
-    if (answer.ok) keep(answer.value); else if (answer.status === 404) store.templates.delete(name);
-  }));
-  changed(all ? [...store.templates.keys()] : names);
+async function refresh(names) {                    // null: all
+  const answers = names ? await Promise.all(names.map(name => ask("GET", "/status/" + enc(name), undefined, true))) :
+    [await ask("GET", "/status", undefined, true)];
+  if (!names && answers[0].ok) { templates.clear(); answers[0].value.forEach(keep); }
+  else if (names) answers.forEach((answer, at) => {
+    if (answer.ok) keep(answer.value); else if (answer.status === 404) templates.delete(names[at]);
+  });
+  changed(names || [...templates.keys()]);
 }
 function changed(names) {
-  const bad = [...store.templates.values()].filter(status => ["backoff", "flapping"].includes(status.state) || status.gave_up).length;
-  document.title = (bad ? bad + " failing – " : "") + (view && view.title ? view.title + " – " : "") + "gaffer";
+  const bad = [...templates.values()].filter(status => status.gave_up || DOTS[status.state] === "▲").length;
+  document.title = [bad && bad + " failing", view && view.title, "gaffer"].filter(part => part).join(" – ");
   if (view && view.update) view.update(names);
 }
-
-// ---- streams: one of events, and one of output where that is looked at; none in a hidden tab, as a browser has six connections
-const feeds = new Set();
-class Feed {
-  constructor(path, types, take) {
-    Object.assign(this, {path, types, take, since: null, source: null, timer: null, delay: 500});
-    feeds.add(this);
-    if (!document.hidden) this.open();
+const dirty = new Set();
+let settling = false;
+async function settle(name) {                      // after an event; what many events say is asked for once
+  dirty.add(name);
+  if (settling) return;
+  settling = true;
+  while (dirty.size) {
+    await new Promise(resolve => setTimeout(resolve, 50));
+    const names = [...dirty];
+    dirty.clear();
+    await refresh(names.includes(null) || names.length > 8 ? null : names);
   }
-  open() {
-    const source = this.source = new EventSource(origin + this.path(this.since));
-    const take = event => { this.since = event.lastEventId; this.take(event.type, event.data, event.lastEventId); };
-    for (const type of [...this.types, "dropped"]) source.addEventListener(type, take);
-    source.onopen = () => { this.delay = 500; linked(true); };
-    source.onerror = () => { this.shut(); linked(false); this.timer = setTimeout(() => this.open(), this.delay); this.delay = Math.min(5000, 2 * this.delay); };
-  }
-  shut() { clearTimeout(this.timer); if (this.source) this.source.close(); this.source = null; }
-  close() { this.shut(); feeds.delete(this); }
+  settling = false;
 }
-function linked(good) { put($("link"), good ? "live" : "reconnecting"); $("link").className = good ? "" : "away"; if (good) poll(); }
+
+// ---- streams: events, and output where that is looked at; none in a hidden tab, as a browser has six connections for all
+const feeds = new Set();
+function feed(path, types, take) {
+  let source = null, timer = null, last = null, delay = 250;
+  const shut = () => { clearTimeout(timer); if (source) source.close(); source = null; };
+  const open = () => {
+    source = new EventSource(origin + path(last));
+    for (const type of [...types, "dropped"]) source.addEventListener(type, event => {
+      last = event.lastEventId;
+      take(type, event.data, last);
+    });
+    source.onopen = () => { delay = 250; linked(true); };
+    source.onerror = () => { shut(); linked(false); timer = setTimeout(open, delay); delay = Math.min(5000, 2 * delay); };
+  };
+  const self = {open, shut, close() { shut(); feeds.delete(self); }};
+  feeds.add(self);
+  if (!document.hidden) open();
+  return self;
+}
+function linked(good) { put($("link"), good ? "live" : "reconnecting"); $("link").className = good ? "" : "away"; }
 document.addEventListener("visibilitychange", () => {
-  for (const feed of feeds) { feed.shut(); if (!document.hidden) feed.open(); }
+  for (const each of feeds) { each.shut(); if (!document.hidden) each.open(); }
 });
-const EVENT_TYPES = ["create", "start", "stop", "restart", "update", "delete", "spawn", "reap", "exit", "stop_pid", "flap"];
 function takeEvent(type, data) {
   const event = JSON.parse(data);
-  if (type === "dropped") { if (event.restarted) { store.events.length = 0; store.usage.clear(); } later(null); return; }
-  store.events.push(event);
-  if (store.events.length > EVENTS_MAX) store.events.splice(0, store.events.length - EVENTS_MAX);
-  if (type === "delete") { store.templates.delete(event.name); changed([event.name]); } else later(event.name);
-  if (view && view.event) view.event(event);
-}
-let due = null, everything = false;
-function later(name) {
-  if (name === null) everything = true; else store.dirty.add(name);
-  if (due === null) due = setTimeout(() => {
-    const names = everything ? null : [...store.dirty];
-    due = null; everything = false; store.dirty.clear();
-    refresh(names);
-  }, 60);
+  if (type === "dropped") { if (event.restarted) { events.length = 0; used.clear(); } return settle(null); }
+  events.push(event);
+  if (events.length > EVENTS_MAX) events.shift();
+  if (type === "delete") { templates.delete(event.name); changed([event.name]); } else settle(event.name);
+  if (view.event) view.event(event);
 }
 
 // ---- CPU and memory, each two seconds while somebody looks
 let polling = false;
 async function poll() {
-  if (polling || document.hidden || !view || !view.usage) return;
+  if (polling || document.hidden || !view.usage) return;
   polling = true;
   await view.usage();
   polling = false;
 }
 setInterval(poll, 2000);
-setInterval(() => { if (!document.hidden && view && view.tick) view.tick(); }, 1000);
+setInterval(() => { if (!document.hidden && view.tick) view.tick(); }, 1000);
 function note(key, cpu, rss) {
-  let seen = store.usage.get(key);
-  if (!seen) store.usage.set(key, seen = {cpu: [], rss: []});
-  for (const [list, value] of [[seen.cpu, cpu], [seen.rss, rss]]) { list.push(value); if (list.length > HISTORY) list.shift(); }
+  if (!used.has(key)) used.set(key, [[], []]);
+  used.get(key).forEach((list, at) => { list.push([cpu, rss][at]); if (list.length > SAMPLES) list.shift(); });
 }
-class Spark {
-  constructor(what) { this.text = el("span", {class: "number"}); this.node = el("div", {class: "use", role: "cell", title: what + ", last two minutes"}, this.text); this.path = null; }
-  draw(list, text, least) {
-    if (!this.path) { this.path = el("path"); this.node.prepend(el("svg", {viewBox: "0 0 44 17", preserveAspectRatio: "none", "aria-hidden": "true"}, this.path)); }
-    const most = Math.max(least, ...list), step = 44 / (HISTORY - 1), from = 44 - step * (list.length - 1);
-    put2(this.path, "d", list.map((value, number) => (number ? "L" : "M") + (from + number * step).toFixed(1) + " " + (16 - 15 * value / most).toFixed(1)).join(""));
-    put(this.text, text);
-  }
-  show(seen, runs) {
-    if (!seen || !runs) { put(this.text, ""); if (this.path) put2(this.path, "d", ""); return; }
-    if (this.cpu) this.draw(seen.cpu, seen.cpu[seen.cpu.length - 1].toFixed(1) + "%", 5);
-    else this.draw(seen.rss, size(seen.rss[seen.rss.length - 1]), 1);
-  }
+function sparks() {                                // CPU and memory, drawn as they were in the last two minutes
+  const all = ["CPU", "memory"].map(title => {
+    const path = el("path"), text = el("span");
+    return {path, text, node: cell(".use.number", el("svg", {viewBox: "0 0 42 17", "aria-hidden": "true"}, el("title", {}), path), text)};
+  });
+  const draw = (at, list) => {
+    const most = Math.max(5, ...list), step = 42 / (SAMPLES - 1), from = 42 - step * (list.length - 1), last = list[list.length - 1];
+    const points = list.map((value, x) => (from + x * step).toFixed(1) + " " + (16 - 15 * value / most).toFixed(1));
+    attr(all[at].path, "d", points.length ? "M" + points.join("L") : "");
+    put(all[at].text, last === undefined ? "" : at ? size(last) : last.toFixed(1) + "%");
+  };
+  return {nodes: all.map(each => each.node), show: key => [0, 1].forEach(at => draw(at, (used.get(key) || [[], []])[at]))};
 }
-function sparks() { const cpu = new Spark("CPU"); cpu.cpu = true; return [cpu, new Spark("memory")]; }
 
 // ---- menus and dialogs
 let menuFrom = null;
-function closeMenu(back) { if ($("menu").hidden) return; $("menu").hidden = true; if (back && menuFrom) menuFrom.focus(); }
-function menu(from, items) {
-  const box = $("menu"), place = from.getBoundingClientRect();
-  box.replaceChildren(...items.map(item => item ? el("button", {type: "button", role: "menuitem", text: item[0], class: item[2], click: () => { closeMenu(true); item[1](); }}) : el("hr")));
-  box.hidden = false; menuFrom = from;
-  box.style.left = Math.max(4, Math.min(place.left, innerWidth - box.offsetWidth - 4)) + "px";
-  box.style.top = Math.max(4, Math.min(place.bottom + 2, innerHeight - box.offsetHeight - 4)) + "px";
-  box.querySelector("button").focus();
+function closeMenu(back) {
+  if (!$("menu").hidden && back && menuFrom) menuFrom.focus();
+  $("menu").hidden = true;
+}
+function menu(from, items) {                       // items: [text, what to do, class]
+  const node = $("menu"), place = from.getBoundingClientRect();
+  node.replaceChildren(...items.map(([text, click, kind]) =>
+    el("button" + (kind || ""), {type: "button", role: "menuitem", text, click: () => { closeMenu(true); click(); }})));
+  node.hidden = false; menuFrom = from;
+  node.style.left = Math.max(4, Math.min(place.left, innerWidth - node.offsetWidth - 4)) + "px";
+  node.style.top = Math.max(4, Math.min(place.bottom + 2, innerHeight - node.offsetHeight - 4)) + "px";
+  node.firstChild.focus();
 }
 $("menu").addEventListener("keydown", event => {
-  const all = [...$("menu").querySelectorAll("button")], here = all.indexOf(document.activeElement);
+  const all = [...$("menu").children], here = all.indexOf(document.activeElement);
   const next = {ArrowDown: here + 1, ArrowUp: here - 1, Home: 0, End: all.length - 1}[event.key];
-  if (next !== undefined) { all[(next + all.length) % all.length].focus(); event.preventDefault(); }
-  if (event.key === "Escape" || event.key === "Tab") { closeMenu(true); event.preventDefault(); }
-  event.stopPropagation();
+  if (next !== undefined) all[(next + all.length) % all.length].focus();
+  else if (["Escape", "Tab"].includes(event.key)) closeMenu(true);
+  else return event.stopPropagation();
+  event.preventDefault(); event.stopPropagation();
 });
-document.addEventListener("pointerdown", event => { if (!$("menu").contains(event.target)) closeMenu(false); });
-// resolves with what `value` returns, or null
-function dialog(title, content, good, value = () => true, bad) {
-  const box = $("dialog"), back = document.activeElement;
+document.addEventListener("pointerdown", event => { if (!$("menu").contains(event.target)) closeMenu(); });
+function dialog(title, content, good, value, kind = ".main") {     // resolves with value(), or null; without: nothing to cancel
+  const node = $("dialog"), back = document.activeElement;
   return new Promise(resolve => {
-    const done = result => { box.onclose = null; box.close(); if (back && back.isConnected) back.focus(); resolve(result); };
-    const yes = button(good, null, () => done(value()), {class: bad ? "bad" : "main"});
-    box.replaceChildren(el("h2", {id: "dialog-title", text: title}), ...content,
-      el("div", {class: "bar"}, value ? button("Cancel", null, () => done(null)) : null, yes));
-    box.onclose = () => done(null);
-    box.onkeydown = event => { event.stopPropagation(); if (event.key === "Enter" && event.target.tagName === "INPUT") yes.click(); };
-    box.showModal();
-    (box.querySelector("input") || (bad ? box.querySelector(".bar button") : yes)).focus();
+    const done = result => { node.onclose = null; node.close(); if (back.isConnected) back.focus(); resolve(result); };
+    const yes = button(kind, good, undefined, () => done(value ? value() : null));
+    const no = value && button("", "Cancel", undefined, () => done(null));
+    node.replaceChildren(el("h2", {id: "dialog-title", text: title}), ...content, el("div.bar", {}, no, yes));
+    node.onclose = () => done(null);
+    node.onkeydown = event => { if (event.key === "Enter" && event.target.matches("input")) { event.preventDefault(); yes.click(); } };
+    node.showModal();
+    (node.querySelector("input") || no || yes).focus();
   });
-}
-const SIGNALS = ["HUP", "INT", "TERM", "KILL", "USR1", "USR2", "STOP", "CONT", "QUIT"];
-async function askSignal(names, path) {
-  const field = el("input", {value: "HUP", list: "signals", "aria-label": "signal"});
-  const list = el("datalist", {id: "signals"}, ...SIGNALS.map(value => el("option", {value})));
-  const whole = el("input", {type: "checkbox"});
-  const signal = await dialog("Signal " + nameThem(names), [el("p", {}, "Signal: ", field, list), el("label", {}, whole, " to their whole process groups")], "Send", () => field.value.trim());
-  if (!signal) return;
-  const action = "_signal/" + enc(signal) + (whole.checked ? "?group=true" : "");
-  if (path) { complain(""); if ((await ask("POST", path + action)).ok) say("signal " + signal + " sent"); } else act(names, action, "signal " + signal + " sent");
-}
-async function askScale(names) {
-  const first = store.templates.get(names[0]);
-  const field = el("input", {type: "number", min: 0, max: 1000, value: first ? first.numprocesses : 1, "aria-label": "processes of each"});
-  const number = await dialog("Scale " + nameThem(names), [el("p", {}, "Processes of each: ", field)], "Scale", () => field.value);
-  if (number === null || number === "") return;
-  if (!/^\d+$/.test(number)) return complain("a number of processes is a whole number from 0 to 1,000");
-  for (const name of names) {
-    const change = number - store.templates.get(name).numprocesses;
-    if (change) act([name], change > 0 ? "_add/" + change : "_sub/" + -change, "scaled to " + number);
-  }
 }
 function nameThem(names) { return names.length === 1 ? names[0] : plural(names.length, "template"); }
+async function askSignal(refs, title = nameThem(refs)) {
+  const list = el("datalist", {id: "signals"}, Object.values(snapshot.signals).map(value => el("option", {value})));
+  const field = el("input", {value: "HUP", list: "signals"}), whole = el("input", {type: "checkbox"});
+  const name = await dialog("Signal " + title, [el("label", {}, "Signal: ", field, list), el("p", {}, el("label", {}, whole,
+    " to their whole process groups"))], "Send", () => field.value.trim());
+  if (name) act(refs, "_signal/" + enc(name) + (whole.checked ? "?group=true" : ""), "signal " + name);
+}
+async function askScale(names) {
+  const field = el("input", {type: "number", min: 0, max: 1000, value: templates.get(names[0]).numprocesses});
+  const number = await dialog("Scale " + nameThem(names), [el("label", {}, "Processes of each: ", field)], "Scale", () => field.value);
+  for (const name of number ? names : []) {
+    const change = Number(number) - templates.get(name).numprocesses;
+    if (change) act([name], change > 0 ? "_add/" + change : "_sub/" + -change, "scale");
+  }
+}
 async function askDelete(names) {
-  const lines = names.slice(0, 12).map(name => {
-    const status = store.templates.get(name), alive = status ? status.running + status.stopping : 0;
-    return el("li", {text: name + (alive ? ": stops " + plural(alive, "process", "processes") + (status.os_pids.length ? " (OS pid " + status.os_pids.slice(0, 8).join(", ") + (status.os_pids.length > 8 ? ", …" : "") + ")" : "") : ": nothing of it runs")});
+  const lines = names.map(name => {
+    const {running, stopping, os_pids} = templates.get(name), alive = running + stopping;
+    const which = os_pids.length ? " (OS pid " + os_pids.slice(0, 8).join(", ") + (os_pids.length > 8 ? ", …" : "") + ")" : "";
+    return el("li", {text: name + ": " + (alive ? "stops " + plural(alive, "process", "processes") + which : "nothing of it runs")});
   });
-  if (names.length > 12) lines.push(el("li", {text: "and " + (names.length - 12) + " more"}));
-  const text = el("p", {text: "Their processes get SIGTERM, and SIGKILL when their graceful timeout is over. The templates and their output are forgotten."});
-  if (!await dialog("Delete " + nameThem(names) + "?", [el("ul", {}, ...lines), text], "Delete", () => true, true)) return;
+  if (!await dialog("Delete " + nameThem(names) + "?", [el("ul", {}, lines.slice(0, 12), lines.length > 12 &&
+    el("li", {text: "and " + (lines.length - 12) + " more"})), el("p", {text: "Their processes get SIGTERM, and SIGKILL once " +
+    "the graceful timeout is over. The templates and their output are forgotten."})], "Delete", () => true, ".bad")) return;
   complain("");
   const results = await Promise.all(names.map(name => ask("DELETE", "/processes/" + enc(name))));
   say("deleted: " + results.filter(result => result.ok).length);
-  if (view && view.name && names.includes(view.name)) go("/");
+  if (names.includes(view.name)) go("/");
+}
+function actions(names, label) {                   // buttons for what is called `label`; names(): which templates that is now
+  const make = (text, action) => button("." + action, text, action + " " + label, () => act(names(), "_" + action));
+  const more = button("", "⋯", "more for " + label, () => menu(more, moreItems(names())), {"aria-haspopup": "menu"});
+  return [make("Start", "start"), make("Stop", "stop"), make("Restart", "restart"), more];
 }
 function moreItems(names) {
-  const one = names.length === 1 ? names[0] : null;
-  return [...one ? [["Output", () => go("/p/" + enc(one))], ["Edit…", () => go("/edit/" + enc(one))], null] : [],
-    ["Start", () => act(names, "_start", "started")], ["Stop", () => act(names, "_stop", "stopped")], ["Restart", () => act(names, "_restart", "restarted")],
-    ["Scale…", () => askScale(names)], ["Signal…", () => askSignal(names)], null, ["Delete…", () => askDelete(names), "bad"]];
+  const path = enc(names[0]);
+  return [...names.length === 1 ? [["Output", () => go("/p/" + path)], ["Edit…", () => go("/edit/" + path)]] : [],
+    ["Scale…", () => askScale(names)], ["Signal…", () => askSignal(names)], ["Delete…", () => askDelete(names), ".bad"]];
 }
 
 // ---- the overview
-class Row {
-  constructor(name, table) {
-    this.name = name;
-    const names = [name], inner = {tabindex: -1};
-    this.check = el("input", {type: "checkbox", "aria-label": "select " + name, change: () => table.selected(), ...inner});
-    this.link = el("a", {href: "#/p/" + enc(name), text: name, title: name, ...inner});
-    this.dot = el("span", {class: "dot", "aria-hidden": "true"}); this.word = el("span", {class: "word"}); this.why = el("span", {class: "dim"});
-    this.state = el("div", {role: "cell", class: "cut"}, this.dot, this.word, this.why);
-    this.count = el("span", {class: "number"});
-    this.uptime = el("div", {role: "cell", class: "number"}); this.restarts = el("div", {role: "cell", class: "number"});
-    [this.cpu, this.rss] = sparks();
-    this.toggle = button("", "", () => this.act("toggle"), inner);
-    this.node = el("div", {role: "row", class: "row", tabindex: -1, "data-name": name},
-      el("div", {role: "cell"}, this.check), el("div", {role: "cell", class: "cut"}, this.link), this.state,
-      el("div", {role: "cell", class: "count"}, button("−", "one process of " + name + " less", () => this.act("less"), inner), this.count, button("+", "one process of " + name + " more", () => this.act("more"), inner)),
-      this.uptime, this.restarts, this.cpu.node, this.rss.node,
-      el("div", {role: "cell", class: "acts"}, this.toggle, button("Restart", "restart " + name, () => this.act("restart"), inner),
-        this.menu = button("⋯", "more for " + name, () => menu(this.menu, moreItems(names)), {"aria-haspopup": "menu", ...inner})));
-    this.update();
+function makeRow(name, selected) {
+  const names = () => [name], one = (sign, action, text) => button("", sign, text + name, () => act([name], action, "scale"));
+  const check = el("input", {type: "checkbox", "aria-label": "select " + name, change: selected}), state = cell(".state.cut");
+  const count = el("span"), uptime = cell(".number.wide"), restarts = cell(".number.wide"), use = sparks();
+  const node = el("div.row.item.template", {role: "row", tabindex: -1, "data-name": name}, cell("", check),
+    cell(".cut", el("a", {href: "#/p/" + enc(name), text: name, title: name})), state,
+    cell(".count.acts.number", one("−", "_sub", "one process less of "), count, one("+", "_add", "one process more of ")),
+    uptime, restarts, use.nodes, cell(".acts", actions(names, name)));
+  use.nodes[1].classList.add("wide");
+  for (const inner of node.querySelectorAll("a, button, input")) inner.tabIndex = -1;
+  function tick() {
+    const status = templates.get(name);
+    showState(state, status);
+    put(uptime, status.running ? span(status.uptime + since(status)) : "");
   }
-  act(what) {
-    const status = store.templates.get(this.name), names = [this.name];
-    if (what === "toggle") what = status.active ? "stop" : "start";
-    const [action, said] = {start: ["_start", "started"], stop: ["_stop", "stopped"], restart: ["_restart", "restarted"], more: ["_add", "one more"], less: ["_sub", "one less"]}[what];
-    act(names, action, said);
+  function update() {
+    const status = templates.get(name);
+    put(count, status.running + " / " + status.numprocesses); put(restarts, String(status.restarts));
+    node.classList.toggle("live", status.active); node.classList.toggle("rest", !status.active);
+    tick();
   }
-  update() {
-    const status = store.templates.get(this.name);
-    put2(this.state, "class", "cut " + status.state); put(this.dot, DOTS[status.state]); put(this.word, status.state);
-    put(this.count, status.running + " / " + status.numprocesses); put(this.restarts, String(status.restarts));
-    put(this.toggle, status.active ? "Stop" : "Start"); put2(this.toggle, "aria-label", (status.active ? "stop " : "start ") + this.name); put2(this.toggle, "title", status.active ? "stop" : "start");
-    this.tick(); this.use();
-  }
-  tick() {
-    const status = store.templates.get(this.name), why = reason(status);
-    put(this.why, why ? " " + why : ""); put2(this.state, "title", status.state + " " + why);
-    put(this.uptime, status.running ? span(status.uptime + elapsed(status)) : "");
-  }
-  use() {
-    const runs = store.templates.get(this.name).running, seen = store.usage.get(this.name);
-    if (!seen && !this.cpu.path) return;
-    this.cpu.show(seen, runs); this.rss.show(seen, runs);
-  }
-  shown(words, state) {
-    const status = store.templates.get(this.name), text = (this.name + " " + status.state + " " + reason(status)).toLowerCase();
-    return (!state || status.state === state) && words.every(word => text.includes(word));
-  }
+  update();
+  return {name, node, check, update, tick, use: () => use.show(name), fits: words => {
+    const text = (name + " " + state.textContent).toLowerCase();
+    return words.every(word => text.includes(word));
+  }};
 }
-class Overview {
-  constructor(params) {
-    this.rows = new Map(); this.heads = new Map(); this.current = null; this.order = "";
-    this.search = el("input", {type: "search", class: "grow", placeholder: "Filter by name, state, reason", "aria-label": "Filter", value: params.get("q") || "", input: () => { setParam("q", this.search.value); this.filter(); }});
-    this.chips = el("span", {class: "bar", role: "group", "aria-label": "By state"}); this.chips.style.margin = 0;
-    this.bulk = el("span", {class: "bar", role: "group", "aria-label": "With what is selected"}); this.bulk.style.margin = 0;
-    this.all = el("input", {type: "checkbox", "aria-label": "select all that are shown", change: () => this.selectAll()});
-    this.body = el("div", {role: "rowgroup", focusin: event => this.focused(event.target.closest(".row"))});
-    this.empty = el("p", {class: "dim"});
-    const heads = ["name", "state", "processes", "uptime", "restarts", "CPU", "memory", "actions"].map((text, at) => el("div", {role: "columnheader", text, class: at > 1 ? "number" : ""}));
-    this.node = el("div", {}, el("h1", {class: "quiet", text: "Processes"}), el("div", {class: "bar"}, this.search, this.chips, this.bulk, el("a", {href: "#/add", class: "push", text: "+ Add a template"})),
-      el("div", {role: "table", "aria-label": "Templates"}, el("div", {role: "rowgroup"}, el("div", {role: "row", class: "heads"}, el("div", {role: "columnheader"}, this.all), ...heads)), this.body), this.empty);
-    this.update([]); this.selected();
+function makeGroup(group, rows, selected) {
+  const say = el("span"), all = el("input", {type: "checkbox", "aria-label": "select group " + group, change: () => {
+    for (const row of self.rows) row.check.checked = all.checked;
+    selected();
+  }});
+  const node = el("div.row.group", {role: "row"}, cell("", all), cell(".cut", say),
+    cell(".acts", actions(() => self.rows.map(row => row.name), "group " + group)));
+  const self = {node, rows, update() {
+    put(say, group + ": " + self.rows.filter(row => templates.get(row.name).running).length + " of " + self.rows.length + " running");
+  }};
+  return self;
+}
+function overview() {
+  const rows = new Map(), groups = new Map(), body = el("div", {role: "rowgroup"}), empty = el("p.dim"), search = box("q",
+    "Filter by name, state, reason", filter), chips = el("span.acts", {role: "group", "aria-label": "By state"});
+  const bulk = el("span.acts", {role: "group", "aria-label": "With what is selected"}), say = el("span");
+  const bulkActions = actions(chosen, "what is selected");
+  const all = el("input", {type: "checkbox", "aria-label": "select all that are shown", change: () => {
+    for (const row of rows.values()) row.check.checked = all.checked && !row.node.hidden;
+    selected();
+  }});
+  const heads = ["name", "state", "processes", "uptime", "restarts", "CPU", "memory", "actions"].map((text, at) =>
+    el("div" + (at > 1 ? ".number" : ""), {role: "columnheader", text}));
+  const node = el("div", {}, el("h1.quiet", {text: "Processes"}), el("div.bar", {}, search, chips, bulk), el("div", {role: "table",
+    "aria-label": "Templates"}, el("div.row.heads", {role: "row"}, el("div", {role: "columnheader"}, all), heads), body), empty);
+  let current = null, order = "";
+  body.addEventListener("focusin", event => focused(event.target.closest(".item")));
+
+  function update(names) {
+    for (const name of rows.keys()) if (!templates.has(name)) rows.delete(name);
+    for (const name of templates.keys()) if (!rows.has(name)) rows.set(name, makeRow(name, selected));
+    for (const name of names) if (rows.has(name)) rows.get(name).update();
+    arrange();
+    if (!current || !current.isConnected) focused(body.querySelector(".item"));
+    filter(); selected();
   }
-  update(names) {
-    for (const name of names) if (this.rows.has(name) && store.templates.has(name)) this.rows.get(name).update();
-    for (const name of this.rows.keys()) if (!store.templates.has(name)) this.rows.delete(name);
-    for (const name of store.templates.keys()) if (!this.rows.has(name)) this.rows.set(name, new Row(name, this));
-    const groups = new Map([["", []]]);
-    for (const [name, row] of this.rows) { const group = groupOf(name); if (!groups.has(group)) groups.set(group, []); groups.get(group).push(row); }
-    const nodes = [];
-    for (const [group, rows] of groups) { if (group) nodes.push(this.head(group, rows)); nodes.push(...rows.map(row => row.node)); }
-    const order = [...groups].map(([group, rows]) => group + "\n" + rows.map(row => row.name).join("\n")).join("\n");
-    if (order !== this.order) {
-      const had = document.activeElement;
-      this.order = order; this.body.replaceChildren(...nodes);
-      if (had && had !== document.activeElement && had.isConnected) had.focus();
+  function arrange() {                             // those without a group first, then group by group
+    const members = new Map([["", []]]), nodes = [], had = document.activeElement;
+    for (const row of rows.values()) {
+      const group = groupOf(row.name);
+      members.set(group, [...members.get(group) || [], row]);
     }
-    if (!this.current || !this.rows.has(this.current.dataset.name)) this.focused([...this.rows.values()].map(row => row.node)[0] || null);
-    this.filter();
-  }
-  head(group, rows) {
-    let head = this.heads.get(group);
-    if (!head) {
-      const name = el("span"), all = el("input", {type: "checkbox", "aria-label": "select group " + group});
-      const more = button("⋯", "more for group " + group, () => menu(more, moreItems(head.names)), {"aria-haspopup": "menu"});
-      head = el("div", {role: "row", class: "group"}, el("div", {role: "cell"}, all), el("div", {role: "rowheader", class: "cut"}, name), el("div", {role: "cell", class: "acts"},
-        button("Start", "start group " + group, () => actGroup(group, "_start", "started")), button("Stop", "stop group " + group, () => actGroup(group, "_stop", "stopped")),
-        button("Restart", "restart group " + group, () => actGroup(group, "_restart", "restarted")), more));
-      all.addEventListener("change", () => { for (const each of head.names) this.rows.get(each).check.checked = all.checked; this.selected(); });
-      head.say = name; this.heads.set(group, head);
+    for (const [group, list] of members) {
+      if (group && !groups.has(group)) groups.set(group, makeGroup(group, list, selected));
+      if (group) { groups.get(group).rows = list; groups.get(group).update(); nodes.push(groups.get(group).node); }
+      nodes.push(...list.map(row => row.node));
     }
-    head.names = rows.map(row => row.name);
-    put(head.say, group + ": " + rows.filter(row => store.templates.get(row.name).running).length + " of " + rows.length + " running");
-    return head;
+    for (const group of groups.keys()) if (!members.has(group)) groups.delete(group);
+    const now = nodes.map(each => each.dataset.name).join("\n");
+    if (now === order) return;
+    order = now; body.replaceChildren(...nodes);
+    if (had.isConnected) had.focus();
   }
-  filter() {
-    const words = this.search.value.toLowerCase().split(/\s+/).filter(Boolean), state = params().get("state"), counts = {}, groups = new Set();
+  function filter() {
+    const words = search.value.toLowerCase().split(/\s+/).filter(word => word), counts = {};
     let shown = 0;
-    for (const row of this.rows.values()) {
-      const fits = row.shown(words, state), now = store.templates.get(row.name).state;
-      counts[now] = (counts[now] || 0) + 1; row.node.hidden = !fits; shown += fits;
-      if (fits) groups.add(groupOf(row.name));
+    for (const row of rows.values()) {
+      const {state} = templates.get(row.name);
+      counts[state] = (counts[state] || 0) + 1;
+      row.node.hidden = !row.fits(words); shown += !row.node.hidden;
     }
-    for (const [group, head] of this.heads) head.hidden = !groups.has(group);
-    this.showChips(counts, state);
-    this.empty.hidden = shown > 0;
-    put(this.empty, this.rows.size ? "Nothing here fits the filter." : "No template yet. Add one, or run: python3 gaffer.py add_process --start clock 'sh -c \"while date; do sleep 1; done\"'");
+    for (const group of groups.values()) group.node.hidden = group.rows.every(row => row.node.hidden);
+    showCounts(Object.entries(counts).sort());
+    empty.hidden = shown > 0;
+    put(empty, rows.size ? "Nothing here fits the filter." : "No template yet: add one.");
   }
-  showChips(counts, state) {
-    const key = JSON.stringify([counts, state]);
-    if (key === this.chipsKey) return;
-    const had = document.activeElement && document.activeElement.dataset.state;
-    this.chipsKey = key;
-    this.chips.replaceChildren(...[["", this.rows.size], ...Object.entries(counts).sort()].map(([name, count]) =>
-      el("button", {type: "button", class: "chip", "data-state": name || "all", "aria-pressed": String((state || "") === name), text: (name || "all") + " " + count, click: () => { setParam("state", name); this.filter(); }})));
-    if (had) { const again = this.chips.querySelector(`[data-state="${had}"]`); if (again) again.focus(); }
+  function showCounts(counts) {
+    while (chips.childElementCount > counts.length + 1) chips.lastChild.remove();
+    [["all", rows.size], ...counts].forEach(([state, count], at) => {
+      const chip = chips.children[at] || button("", "", undefined, () => {
+        search.value = chip.state; setParam("q", chip.state); filter();
+      });
+      chip.state = state === "all" ? "" : state;
+      put(chip, state + " " + count); toggle(chip, search.value === chip.state);
+      if (!chip.isConnected) chips.append(chip);
+    });
   }
-  chosen() { return [...this.rows.values()].filter(row => row.check.checked).map(row => row.name); }
-  selectAll() { for (const row of this.rows.values()) row.check.checked = this.all.checked && !row.node.hidden; this.selected(); }
-  selected() {
-    const names = this.chosen(), more = button("More ⋯", "more for what is selected", () => menu(more, moreItems(this.chosen())), {"aria-haspopup": "menu"});
-    this.bulk.replaceChildren(...names.length ? [el("span", {text: names.length + " selected"}), button("Start", "start what is selected", () => act(this.chosen(), "_start", "started")),
-      button("Stop", "stop what is selected", () => act(this.chosen(), "_stop", "stopped")), button("Restart", "restart what is selected", () => act(this.chosen(), "_restart", "restarted")), more] : []);
+  function chosen() { return [...rows.values()].filter(row => row.check.checked).map(row => row.name); }
+  function selected() {
+    const count = chosen().length;
+    put(say, count + " selected");
+    if (Boolean(count) !== Boolean(bulk.firstChild)) bulk.replaceChildren(...count ? [say, ...bulkActions] : []);
   }
-  focused(node) {                                  // one row at a time is on the way of the Tab key
-    if (!node || node === this.current) return;
-    for (const [row, tab] of [[this.current, -1], [node, 0]]) if (row) { row.tabIndex = tab; for (const inner of row.querySelectorAll("a, button, input")) inner.tabIndex = tab; }
-    this.current = node;
+  function focused(row) {                          // one row at a time is on the way of the Tab key
+    if (!row || row === current) return;
+    for (const [each, tab] of [[current, -1], [row, 0]]) {
+      for (const inner of each ? [each, ...each.querySelectorAll("a, button, input")] : []) inner.tabIndex = tab;
+    }
+    current = row;
   }
-  move(by) {
-    const nodes = [...this.rows.values()].map(row => row.node), all = [...this.body.children].filter(node => nodes.includes(node) && !node.hidden);
-    const here = document.activeElement.closest(".row") ? all.indexOf(this.current) + by : all.indexOf(this.current);
-    const next = all[Math.max(0, Math.min(all.length - 1, here))];
+  function move(by) {
+    const nodes = [...body.querySelectorAll(".item")].filter(each => !each.hidden), here = nodes.indexOf(current);
+    const next = nodes[current.contains(document.activeElement) ? here + by : Math.max(0, here)];
     if (next) { next.focus(); next.scrollIntoView({block: "nearest"}); }
   }
-  async usage() {
+  async function usage() {
     const answer = await ask("GET", "/stats?brief=true", undefined, true);
-    if (!answer.ok) return;
-    for (const entry of answer.value) {
-      note(entry.name, entry.cpu, entry.stats.reduce((sum, each) => sum + each.rss, 0));
-      if (view === this && this.rows.has(entry.name)) this.rows.get(entry.name).use();
+    for (const entry of answer.ok ? answer.value : []) {
+      if (entry.stats.length) note(entry.name, entry.cpu, entry.stats.reduce((sum, each) => sum + each.rss, 0));
+      else used.delete(entry.name);
+      if (rows.has(entry.name)) rows.get(entry.name).use();
     }
   }
-  tick() { for (const row of this.rows.values()) if (!row.node.hidden) row.tick(); }
-  key(key) {
-    const row = this.current && this.rows.get(this.current.dataset.name), names = row && [row.name];
-    if (key === "j" || key === "ArrowDown") this.move(1); else if (key === "k" || key === "ArrowUp") this.move(-1);
-    else if (key === "/") this.search.focus();
+  function key(name) {
+    const row = current && rows.get(current.dataset.name), names = row && [row.name];
+    const simple = {s: "_start", t: "_stop", r: "_restart", "+": "_add", "-": "_sub"}[name];
+    if (name === "/") search.focus();
     else if (!row) return false;
-    else if (key === "Enter" && document.activeElement === row.node) go("/p/" + enc(row.name));
-    else if (key === "x") { row.check.checked = !row.check.checked; this.selected(); }
-    else if (key === "s") row.act("start"); else if (key === "t") row.act("stop"); else if (key === "r") row.act("restart");
-    else if (key === "+") row.act("more"); else if (key === "-") row.act("less");
-    else if (key === "m") menu(row.menu, moreItems(names)); else if (key === "g") askSignal(names); else if (key === "Delete") askDelete(names);
-    else return false;
+    else if (["j", "ArrowDown", "k", "ArrowUp"].includes(name)) move(name === "j" || name === "ArrowDown" ? 1 : -1);
+    else if (name === "Enter" && document.activeElement === current) go("/p/" + enc(row.name));
+    else if (name === "x") { row.check.checked = !row.check.checked; selected(); }
+    else if (simple) act(names, simple);
+    else if (name === "m") menu(current.querySelector("[aria-haspopup]"), moreItems(names));
+    else if (name === "g") askSignal(names); else if (name === "Delete") askDelete(names); else return false;
     return true;
   }
+  update([]);
+  return {node, update, usage, key, tick: () => rows.forEach(row => row.node.hidden || row.tick()), focus: () => current || search};
 }
 
-// ---- output. A line is kept as it comes: "<time> <name> <pid> <label> <text>"; only those in sight are in the document
+// ---- output. A line is kept as it came: "<time> <name> <pid> <label> <text>"; only what is in sight is in the document
 function parse(raw) {
-  const a = raw.indexOf(" "), b = raw.indexOf(" ", a + 1), c = raw.indexOf(" ", b + 1), d = raw.indexOf(" ", c + 1);
-  return {time: Number(raw.slice(0, a)), name: raw.slice(a + 1, b), pid: raw.slice(b + 1, c), label: raw.slice(c + 1, d), text: raw.slice(d + 1)};
+  const ends = [0, 0, 0, 0];
+  for (let at = 0, from = -1; at < 4; at++) ends[at] = from = raw.indexOf(" ", from + 1);
+  const label = raw.slice(ends[2] + 1, ends[3]), open = label.endsWith("+");
+  return {time: Number(raw.slice(0, ends[0])), name: raw.slice(ends[0] + 1, ends[1]), pid: raw.slice(ends[1] + 1, ends[2]),
+    label: open ? label.slice(0, -1) : label, open, text: raw.slice(ends[3] + 1)};
 }
-const ESCAPE = /\x1b(?:\[[0-?]*[ -\/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -\/]*[0-~])/g;
-const CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g;
-function plain(text) { return text.replace(ESCAPE, "").replace(CONTROL, sign => String.fromCharCode(0x2400 + (sign === "\x7f" ? 33 : sign.charCodeAt(0)))); }
-function tell(line) {                              // the text of a line, without its colours
+const ESCAPE = /\x1b(?:\[[0-?]*[ -\/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -\/]*[0-~])/g, CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g;
+function plain(text) {                             // without escape sequences; other control characters as their pictures
+  return text.replace(ESCAPE, "").replace(CONTROL, sign => String.fromCharCode(sign === "\x7f" ? 0x2421 : 0x2400 + sign.charCodeAt(0)));
+}
+function tell(line) {
   if (line.label !== "exit") return plain(line.text);
-  const exit = JSON.parse(line.text);
-  return "process " + line.pid + (exit.term_signal ? " was ended by SIG" + (snapshot.signals[exit.term_signal] || exit.term_signal) : " exited with status " + exit.exit_status);
+  const {exit_status, term_signal} = JSON.parse(line.text);
+  return "process " + line.pid + (term_signal ? " was ended by " + signalName(term_signal) : " exited with status " + exit_status);
 }
 function colour256(number) {
   if (number < 16) return "var(--c" + number + ")";
   if (number > 231) return "rgb(" + Array(3).fill(8 + 10 * (number - 232)) + ")";
-  return "rgb(" + [36, 6, 1].map(part => Math.floor((number - 16) / part) % 6).map(part => part ? 55 + 40 * part : 0) + ")";
+  return "rgb(" + [36, 6, 1].map(part => Math.floor((number - 16) / part) % 6).map(part => part && 55 + 40 * part) + ")";
 }
-const FLAGS = {1: "b", 2: "f", 3: "i", 4: "u", 9: "s"};
-function paint(style, codes) {                     // SGR, ECMA-48 8.3.117
+const FLAGS = {1: "b", 2: "f", 3: "i", 4: "u", 9: "s"}, BASES = [[30, "fg", 0], [40, "bg", 0], [90, "fg", 8], [100, "bg", 8]];
+function paint(style, codes) {                     // SGR: ECMA-48 section 8.3.117
   for (let at = 0; at < codes.length; at++) {
-    const code = codes[at];
+    const code = codes[at], base = BASES.find(([first]) => code >= first && code < first + 8);
     if (code === 0) Object.assign(style, {fg: "", bg: "", turned: false, flags: new Set()});
     else if (FLAGS[code]) style.flags.add(FLAGS[code]);
-    else if (code === 22) { style.flags.delete("b"); style.flags.delete("f"); }
+    else if (code === 22) "bf".split("").forEach(flag => style.flags.delete(flag));
     else if (FLAGS[code - 20]) style.flags.delete(FLAGS[code - 20]);
     else if (code === 7 || code === 27) style.turned = code === 7;
     else if (code === 38 || code === 48) {
-      const rgb = codes[at + 1] === 2, colour = rgb ? "rgb(" + codes.slice(at + 2, at + 5).map(part => part & 255) + ")" : colour256(codes[at + 2] & 255);
-      style[code === 38 ? "fg" : "bg"] = colour; at += rgb ? 4 : 2;
-    } else if (code === 39) style.fg = ""; else if (code === 49) style.bg = "";
-    else for (const [first, key, plus] of [[30, "fg", 0], [40, "bg", 0], [90, "fg", 8], [100, "bg", 8]]) if (code >= first && code < first + 8) style[key] = colour256(code - first + plus);
+      const rgb = codes[at + 1] === 2, parts = codes.slice(at + 2, at + 5).map(part => part & 255);
+      style[code === 38 ? "fg" : "bg"] = rgb ? "rgb(" + parts + ")" : colour256(parts[0]);
+      at += rgb ? 4 : 2;
+    } else if (code === 39 || code === 49) style[code === 39 ? "fg" : "bg"] = "";
+    else if (base) style[base[1]] = colour256(code - base[0] + base[2]);
   }
 }
-function segments(text) {                          // [[text, style or null]]
-  if (!text.includes("\x1b")) return [[plain(text), null]];
-  const style = {fg: "", bg: "", turned: false, flags: new Set()}, found = [];
+function segments(text) {                          // [[text, style]]
+  const style = {}, found = [];
   let from = 0;
-  const take = to => { const part = plain(text.slice(from, to)); if (part) found.push([part, {...style, flags: [...style.flags].join(" ")}]); };
+  paint(style, [0]);
+  const take = to => {
+    const part = plain(text.slice(from, to));
+    if (part) found.push([part, {...style, flags: [...style.flags].join(" ")}]);
+  };
   for (const match of text.matchAll(ESCAPE)) {
     take(match.index);
     from = match.index + match[0].length;
@@ -5184,486 +5197,495 @@ function segments(text) {                          // [[text, style or null]]
   take(text.length);
   return found;
 }
-function dress(node, style) {
-  if (!style) return node;
-  let {fg, bg} = style;
-  if (style.turned) [fg, bg] = [bg || "var(--bg)", fg || "var(--text)"];
-  if (bg && !fg) fg = "var(--bg)";
-  node.className = style.flags; node.style.color = fg; node.style.background = bg;
+function piece(text, {fg, bg, turned, flags}) {
+  if (turned) [fg, bg] = [bg || "var(--bg)", fg || "var(--text)"];
+  if (!fg && !bg && !flags) return document.createTextNode(text);
+  const node = el("span", {text, class: flags});
+  node.style.color = fg || bg && "var(--bg)"; node.style.background = bg;
   return node;
 }
-function paintLine(node, parts, find) {            // the parts of a line, with what was searched marked
-  const ranges = find ? [...parts.map(part => part[0]).join("").matchAll(find)].filter(match => match[0]).map(match => [match.index, match.index + match[0].length]) : [];
+function paintLine(node, parts, find) {            // with what is searched for marked
+  const found = find ? [...parts.map(part => part[0]).join("").matchAll(find)] : [];
   let at = 0;
   for (const [text, style] of parts) {
     let from = 0;
-    for (const [first, end] of ranges) {
-      const a = Math.max(first - at, from), b = Math.min(end - at, text.length);
-      if (a >= b) continue;
-      if (a > from) node.append(dress(el("span", {text: text.slice(from, a)}), style));
-      node.append(el("mark", {text: text.slice(a, b)}));
-      from = b;
+    for (const match of found) {
+      const first = Math.max(match.index - at, from), end = Math.min(match.index + match[0].length - at, text.length);
+      if (first >= end) continue;
+      node.append(piece(text.slice(from, first), style), el("mark", {text: text.slice(first, end)}));
+      from = end;
     }
-    if (from < text.length) node.append(style ? dress(el("span", {text: text.slice(from)}), style) : text.slice(from));
+    node.append(piece(text.slice(from), style));
     at += text.length;
   }
 }
-function expression(text, literal, flags) {        // small letters match capitals too
-  return new RegExp(literal ? text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&") : text, flags + (text === text.toLowerCase() ? "i" : ""));
-}
+function expression(text, flags) { return new RegExp(text, flags + (text === text.toLowerCase() ? "i" : "")); }
 
-class Log {
-  constructor(ref, names) {
-    Object.assign(this, {ref, names, lines: [], first: 0, chars: 0, shown: [], tops: [0], queue: [], open: new Map(), nodes: new Map(), following: true, paused: false, came: 0, frame: 0, columns: 80, found: -1, height: 0});
-    const get = params(), flag = (key, text, label) => button(text, label, () => this.toggle(key), {"aria-pressed": String(get.has(key)), "data-flag": key});
-    this.findBox = el("input", {type: "search", class: "grow", placeholder: "Find", "aria-label": "Find", value: get.get("find") || "", input: () => { setParam("find", this.findBox.value); this.search(); }, keydown: event => { if (event.key === "Enter") this.next(event.shiftKey ? -1 : 1); }});
-    this.filterBox = el("input", {type: "search", class: "grow mono", placeholder: "Filter by regular expression", "aria-label": "Filter by regular expression", value: get.get("filter") || "", input: () => { setParam("filter", this.filterBox.value); this.refilter(); }, "aria-describedby": "filter-error"});
-    this.labels = el("select", {"aria-label": "stream", change: () => { setParam("label", this.labels.value); this.refilter(); }}, ...["all streams", "stdout", "stderr"].map(text => el("option", {text, value: text === "all streams" ? "" : text})));
-    this.labels.value = get.get("label") || "";
-    this.hits = el("span", {class: "dim", role: "status"}); this.fault = el("span", {class: "bad", id: "filter-error", role: "alert"});
-    this.pauseButton = button("Pause", "pause (space)", () => this.pause(), {"aria-pressed": "false"});
-    this.spacer = el("div"); this.block = el("div", {class: "block"}); this.ruler = el("span", {class: "quiet", text: "0".repeat(100)});
-    this.box = el("div", {class: "lines", tabindex: 0, role: "log", "aria-live": "off", "aria-label": "Output", scroll: () => this.scrolled()}, this.spacer, this.block, this.ruler);
-    this.more = button("", null, () => this.follow(), {class: "more main", hidden: true});
-    this.node = el("section", {class: "log", "aria-label": "Output"}, el("div", {class: "bar"}, this.findBox, button("↑", "previous match (N)", () => this.next(-1)), button("↓", "next match (n)", () => this.next(1)), this.hits,
-      this.filterBox, this.fault, this.labels, this.pauseButton, flag("time", "Time", "timestamps"), flag("wrap", "Wrap", "wrap long lines"), button("Copy", "copy what is shown", () => this.copy()), button("Download", "download what is shown", () => this.download())),
-    this.box, this.more);
-    this.flags = {time: get.has("time"), wrap: get.has("wrap")};
-    this.box.classList.toggle("wrap", this.flags.wrap);
-    this.find = null; this.filter = null; this.readFilter(); this.readFind();
-    this.observer = new ResizeObserver(() => this.resized()); this.observer.observe(this.box);
-    this.feed = new Feed(since => "/streams" + (ref ? "/" + enc(ref) : "") + "?feed=eventsource&" + (since ? "since=" + enc(since) : "tail=" + FIRST_LINES), ["line"], (type, data, id) => this.take(type, data, id));
-  }
-  close() { this.feed.close(); this.observer.disconnect(); cancelAnimationFrame(this.frame); }
+function makeLog(ref, width) {                     // ref: "" (all), a name or a pid; width: of the column that says whose a line is
+  let lines = [], first = 0, chars = 0;            // what is kept, and the number of the first
+  let shown = [], tops = [0];                      // numbers of what fits the filter, and the row at which each begins
+  let queue = [], frame = 0, following = true, paused = false, came = 0, run = "";
+  let find = null, filter = null, matches = 0, here = -1, columns = 80, height = 0, sign = 0;
+  const open = new Map(), nodes = new Map(), flags = {time: params().has("time"), wrap: params().has("wrap")};
+  const flag = (key, text, label) => button("", text, label, () => {
+    flags[key] = !flags[key]; setParam(key, flags[key] ? "1" : "");
+    show(); rebuild();
+  });
+  const findBox = box("find", "Find", () => { search(); if (find) next(-1); }, {keydown: event => event.key === "Enter" && next(event.shiftKey ? -1 : 1)});
+  const filterBox = box("filter", "Filter by regular expression", () => { readFilter(); rebuild(true); }, {"aria-describedby": "fault"});
+  const fault = el("span.bad", {id: "fault", role: "alert"}), hits = el("span.dim", {role: "status"});
+  const labels = el("select", {"aria-label": "stream", change: () => { setParam("label", labels.value); rebuild(true); }},
+    ["", "stdout", "stderr"].map(value => el("option", {value, text: value || "all streams"})));
+  labels.value = params().get("label") || "";
+  const pauser = button("", "Pause", "pause (space)", pause), timer = flag("time", "Time", "timestamps (t)"), wrapper = flag("wrap", "Wrap", "wrap (w)");
+  const spacer = el("div"), block = el("div"), more = button(".more.main", "", undefined, follow);
+  const area = el("div.lines.mono", {tabindex: 0, role: "log", "aria-live": "off", "aria-label": "Output", scroll: scrolled}, spacer, block);
+  const node = el("section.log", {"aria-label": "Output"}, el("div.bar", {}, findBox, button("", "↑", "previous match (N)", () => next(-1)),
+    button("", "↓", "next match (n)", () => next(1)), hits, filterBox, fault, labels, pauser, timer, wrapper,
+    button("", "Copy", "copy what is shown", copy), button("", "Download", "download what is shown", download)), area, more);
+  const observer = new ResizeObserver(resized);
+
   // what comes in
-  take(type, data, id) {
-    const run = id.split("@")[1].slice(0, 8);
-    if (type === "dropped") this.lost(JSON.parse(data), run); else this.push(data);
-    this.run = run;
+  function take(type, data, id) {
+    const now = id.split("@")[1].slice(0, 8), {bytes, restarted} = type === "dropped" ? JSON.parse(data) : {};
+    if (restarted && now !== run) note("the server was started anew");
+    else if (restarted) { clear(); note("shown anew: this page was away for longer than the server keeps its place"); }
+    if (bytes) note(plural(bytes, "byte") + " were lost here: they came faster than they could be taken");
+    if (type === "line") push(data);
+    run = now;
   }
-  lost(data, run) {
-    if (data.restarted && run === this.run) { this.clear(); this.say("shown anew: this page was away for longer than the server keeps its place"); }
-    else if (data.restarted) this.say("the server was started anew");
-    if (data.bytes) this.say(plural(data.bytes, "byte") + " were lost here: they came faster than they could be taken");
+  function note(text, label = "*note") { push(Date.now() / 1000 + " - 0 " + label + " " + text); }
+  function push(raw) {
+    queue.push(raw);
+    if (queue.length > 2 * LINES_MAX) queue.splice(0, LINES_MAX);
+    if (!frame) frame = requestAnimationFrame(() => { frame = 0; flush(); });
   }
-  say(text, label = "*note") { this.push(Date.now() / 1000 + " - 0 " + label + " " + text); }
-  push(raw) {
-    this.queue.push(raw);
-    if (this.queue.length > LINES_MAX) this.queue.splice(0, LINES_MAX / 2);
-    if (!this.frame) this.frame = requestAnimationFrame(() => { this.frame = 0; this.flush(); });
+  function clear() { first += lines.length; lines = []; queue = []; chars = 0; open.clear(); rebuild(true); }
+  function flush() {
+    const before = shown.length;
+    queue.forEach(keepLine);
+    queue = [];
+    if (!following) came += shown.length - before;
+    if (lines.length > LINES_MAX + 1000 || chars > CHARS_MAX) trim();
+    draw();
   }
-  clear() { this.first += this.lines.length; Object.assign(this, {lines: [], chars: 0, queue: [], shown: [], tops: [0]}); this.open.clear(); this.nodes.clear(); this.block.replaceChildren(); }
-  flush() {
-    const before = this.shown.length;
-    for (const raw of this.queue) this.keep(raw);
-    this.queue.length = 0;
-    if (!this.following) this.came += this.shown.length - before;
-    if (this.lines.length > LINES_MAX + 1000 || this.chars > CHARS_MAX) this.trim();
-    this.draw();
+  function keepLine(raw) {
+    const line = parse(raw), key = line.pid + " " + line.label, at = open.has(key) ? open.get(key) - first : -1;
+    chars += raw.length;
+    if (at >= 0) {                                 // it goes on with a line that had no end yet
+      lines[at] += line.text; nodes.delete(at + first);
+      if (shown[shown.length - 1] === at + first) { shown.pop(); tops.pop(); add(at + first); }
+    } else { lines.push(raw); consider(first + lines.length - 1); }
+    if (!line.open) open.delete(key); else if (at < 0) open.set(key, first + lines.length - 1);
   }
-  keep(raw) {
-    const {name, pid, label, text} = parse(raw), key = pid + " " + label.replace("+", ""), open = label.endsWith("+"), at = this.open.get(key);
-    if (at !== undefined && at >= this.first) {    // it goes on with a line that had no end yet
-      const place = at - this.first;
-      this.lines[place] += text; this.chars += text.length; this.nodes.delete(at);
-      if (!open) this.open.delete(key);
-      if (this.shown[this.shown.length - 1] === at) { this.tops.pop(); this.tops.push(this.tops[this.tops.length - 1] + this.rows(at)); }
-      return;
-    }
-    const number = this.first + this.lines.length;
-    this.lines.push(raw); this.chars += raw.length;
-    if (open) this.open.set(key, number); else if (label === "exit") for (const each of this.open.keys()) if (each.startsWith(pid + " ")) this.open.delete(each);
-    if (this.fits(number)) this.show(number);
+  function consider(number) {
+    if (!fits(number)) return;
+    add(number);
+    if (find && hit(number)) matches++;
   }
-  show(number) { this.shown.push(number); this.tops.push(this.tops[this.tops.length - 1] + this.rows(number)); if (this.find && this.hit(number)) this.matches++; }
-  trim() {
-    let count = Math.max(0, this.lines.length - LINES_MAX);
-    for (let at = 0; at < count; at++) this.chars -= this.lines[at].length;
-    while (this.chars > CHARS_MAX * .95) this.chars -= this.lines[count++].length;
-    this.lines.splice(0, count); this.first += count;
-    let gone = 0;
-    while (gone < this.shown.length && this.shown[gone] < this.first) gone++;
-    const height = (this.tops[gone] - this.tops[0]) * LINE;
-    this.shown.splice(0, gone); this.tops.splice(0, gone);
-    if (!this.following) { this.sized(); this.box.scrollTop -= height; }
+  function add(number) { shown.push(number); tops.push(tops[tops.length - 1] + rows(number)); }
+  function trim() {
+    let count = Math.max(0, lines.length - LINES_MAX), gone = 0;
+    for (let at = 0; at < count; at++) chars -= lines[at].length;
+    while (chars > CHARS_MAX * .95) chars -= lines[count++].length;
+    lines.splice(0, count); first += count;
+    while (gone < shown.length && shown[gone] < first) gone++;
+    const lost = (tops[gone] - tops[0]) * LINE;
+    shown.splice(0, gone); tops.splice(0, gone);
+    if (!following) { const top = area.scrollTop - lost; fit(); area.scrollTop = top; }
   }
-  line(number) { return parse(this.lines[number - this.first]); }
+  function lineOf(number) { return parse(lines[number - first]); }
+
   // which lines are shown, and how high they are
-  readFilter() {
-    this.fault.textContent = ""; this.filter = null;
-    try { if (this.filterBox.value) this.filter = expression(this.filterBox.value, false, ""); }
-    catch (error) { this.fault.textContent = error.message.replace(/^Invalid regular expression: /, ""); }
-    put2(this.filterBox, "aria-invalid", String(Boolean(this.fault.textContent)));
+  function readFilter() {
+    fault.textContent = ""; filter = null;
+    try { if (filterBox.value) filter = expression(filterBox.value, ""); }
+    catch (error) { fault.textContent = error.message.replace("Invalid regular expression: ", ""); }
+    attr(filterBox, "aria-invalid", String(Boolean(fault.textContent)));
   }
-  fits(number) {
-    if (!this.filter && !this.labels.value) return true;
-    const line = this.line(number), label = line.label.replace("+", "");
-    if (label[0] === "*" || (label === "exit" && !this.filter)) return true;
-    return (!this.labels.value || label === this.labels.value) && (!this.filter || this.filter.test(tell(line)));
+  function fits(number) {
+    if (!filter && !labels.value) return true;
+    const line = lineOf(number), own = line.label[0] === "*" || line.label === "exit";
+    return (own || !labels.value || line.label === labels.value) && (own && !filter || !filter || filter.test(tell(line)));
   }
-  refilter() { this.readFilter(); this.rebuild(true); }
-  rebuild(again) {
-    if (again) this.shown = [...this.lines.keys()].map(at => at + this.first).filter(number => this.fits(number));
-    this.tops = [0];
-    for (const number of this.shown) this.tops.push(this.tops[this.tops.length - 1] + this.rows(number));
-    this.nodes.clear(); this.block.replaceChildren(); this.count(); this.draw();
+  function rebuild(again) {
+    const numbers = again ? lines.map((_, at) => at + first) : shown;
+    shown = []; tops = [0]; matches = 0; nodes.clear(); block.replaceChildren();
+    for (const number of numbers) if (again) consider(number); else add(number);
+    if (!again) matches = find ? shown.filter(hit).length : 0;
+    draw();
   }
-  rows(number) {
-    if (!this.flags.wrap) return 1;
-    const line = this.line(number);
-    return Math.max(1, Math.ceil((this.prefix(line).length + tell(line).length) / this.columns));
+  function rows(number) {
+    const line = flags.wrap && lineOf(number);
+    return line ? Math.max(1, Math.ceil((head(line).join("").length + tell(line).length) / columns)) : 1;
   }
-  prefix(line) { return (this.flags.time ? clock(line.time, true) + " " : "") + (this.names ? this.who(line).padEnd(16) + " " : "") + this.mark(line); }
-  who(line) { return line.name === "-" ? "" : this.names === "pid" ? line.pid : line.name + "." + line.pid; }
-  mark(line) { const label = line.label.replace("+", ""); return label === "stdout" || label[0] === "*" || label === "exit" ? "    " : (label === "stderr" ? "err" : label.slice(0, 3).padEnd(3)) + " "; }
-  resized() {
-    const columns = Math.max(10, Math.floor((this.box.clientWidth - 19) / (this.ruler.offsetWidth0 || this.measure())));
-    this.height = this.box.clientHeight;
-    if (this.flags.wrap && columns !== this.columns) { this.columns = columns; this.rebuild(false); } else { this.columns = columns; this.draw(); }
+  function head(line) {                            // [time, whose, label], each with its blank
+    const who = width === 6 ? line.pid : line.name + "." + line.pid, usual = ["stdout", "exit"].includes(line.label) || line.label[0] === "*";
+    return [flags.time ? clock(line.time) + " " : "", width && (line.name === "-" ? "" : who).padEnd(width) + " ",
+      usual ? "    " : (line.label === "stderr" ? "err" : line.label.slice(0, 3).padEnd(3)) + " "].map(part => part || "");
   }
-  measure() { this.ruler.className = ""; this.ruler.style.position = "absolute"; const width = this.ruler.offsetWidth / 100; this.ruler.className = "quiet"; return this.ruler.offsetWidth0 = width || 7.5; }
-  toggle(key) {
-    this.flags[key] = !this.flags[key]; setParam(key, this.flags[key] ? "1" : "");
-    this.node.querySelector(`[data-flag=${key}]`).setAttribute("aria-pressed", String(this.flags[key]));
-    this.box.classList.toggle("wrap", this.flags.wrap); this.rebuild(false);
+  function resized() {
+    const before = columns;
+    if (!sign) {
+      const ruler = el("span", {text: "0".repeat(100)});
+      area.append(ruler); sign = ruler.offsetWidth / 100 || 7.5; ruler.remove();
+    }
+    height = area.clientHeight; columns = Math.max(10, Math.floor((area.clientWidth - 19) / sign));
+    if (flags.wrap && before !== columns) rebuild(); else draw();
   }
+
   // what is seen
-  total() { return (this.tops[this.tops.length - 1] - this.tops[0]) * LINE; }
-  at(row) { let low = 0, high = this.shown.length; while (low < high) { const half = (low + high) >> 1; if (this.tops[half + 1] - this.tops[0] > row) high = half; else low = half + 1; } return low; }
-  sized() { const height = this.total() + "px"; if (this.spacer.style.height !== height) this.spacer.style.height = height; }
-  draw() {
-    this.sized();
-    if (this.following) this.box.scrollTop = 1e9;
-    const top = this.following ? Math.max(0, this.total() - this.height) : this.box.scrollTop;
-    const from = Math.max(0, this.at(top / LINE) - 5), to = Math.min(this.shown.length, this.at((top + this.height) / LINE) + 6), wanted = new Set();
-    for (let place = from; place < to; place++) wanted.add(this.nodeOf(this.shown[place]));
-    for (const node of [...this.block.children]) if (!wanted.has(node)) { node.remove(); this.nodes.delete(node.number); }
-    let next = this.block.firstChild;
-    for (const node of wanted) if (node === next) next = next.nextSibling; else this.block.insertBefore(node, next);
-    this.block.style.transform = "translateY(" + (this.tops[from] - this.tops[0]) * LINE + "px)";
-    this.tellMore();
+  function show() { toggle(timer, flags.time); toggle(wrapper, flags.wrap); toggle(pauser, paused); area.classList.toggle("wrap", flags.wrap); }
+  function total() { return (tops[tops.length - 1] - tops[0]) * LINE; }
+  function fit() { spacer.style.height = total() + "px"; }
+  function placeAt(row) {
+    let low = 0, high = shown.length;
+    while (low < high) { const half = low + high >> 1; if (tops[half + 1] - tops[0] > row) high = half; else low = half + 1; }
+    return low;
   }
-  tellMore() {
-    this.more.hidden = this.following;
-    if (!this.following) put(this.more, (this.paused ? "Paused" : "") + (this.paused && this.came ? ", " : "") + (this.came ? plural(this.came, "new line") : this.paused ? "" : "To the end") + " ↓");
-    if (this.find) put(this.hits, plural(this.matches, "line"));
+  function draw() {
+    fit();
+    if (following) area.scrollTop = 1e9;
+    const top = following ? Math.max(0, total() - height) : area.scrollTop, wanted = new Set();
+    const from = Math.max(0, placeAt(top / LINE) - 5), to = Math.min(shown.length, placeAt((top + height) / LINE) + 6);
+    for (let place = from; place < to; place++) wanted.add(nodeOf(shown[place]));
+    for (const each of [...block.children]) if (!wanted.has(each)) { each.remove(); nodes.delete(each.number); }
+    let after = block.firstChild;                  // what stays is not moved: a selection would be lost
+    for (const each of wanted) if (each === after) after = after.nextSibling; else block.insertBefore(each, after);
+    block.style.transform = "translateY(" + (tops[from] - tops[0]) * LINE + "px)";
+    more.hidden = following;
+    put(more, (paused ? "Paused: " : "") + (came ? plural(came, "new line") : "to the end") + " ↓");
+    put(hits, find ? plural(matches, "line") : "");
   }
-  nodeOf(number) {
-    let node = this.nodes.get(number);
-    if (!node) { this.nodes.set(number, node = this.build(number)); node.number = number; }
-    return node;
+  function nodeOf(number) {
+    if (!nodes.has(number)) nodes.set(number, build(number));
+    return nodes.get(number);
   }
-  build(number) {
-    const line = this.line(number), label = line.label.replace("+", ""), kind = {"exit": "exit", "*note": "note", "*stdin": "typed", stderr: "stderr"}[label] || "";
-    const node = el("div", {class: "l " + kind + (number === this.found ? " here" : "")});
-    if (this.flags.time) node.append(el("span", {class: "t", text: clock(line.time, true) + " "}));
-    if (this.names) node.append(el("span", {class: "w", text: this.who(line).padEnd(16) + " "}));
-    node.append(el("span", {class: "k" + (kind ? "" : " other"), text: this.mark(line), title: label}));
-    paintLine(node, kind === "exit" ? [[tell(line), null]] : segments(line.text), this.find);
-    return node;
+  function build(number) {
+    const line = lineOf(number), label = line.label.replace("*", ""), [time, who, mark] = head(line);
+    const made = el("div.l", {}, el("span.dim", {text: time + who}), el("span.k" + (label === "stderr" ? "" : ".dim"), {text: mark, title: label}));
+    made.number = number; made.classList.add(label);
+    made.classList.toggle("here", number === here);
+    paintLine(made, segments(label === "exit" ? tell(line) : line.text), find);
+    return made;
   }
-  scrolled() {
-    const end = this.box.scrollTop + this.height >= this.total() - LINE / 2;
-    if (!this.paused && end !== this.following) { this.following = end; this.came = 0; }
-    this.draw();
+  function scrolled() {
+    const end = area.scrollTop + height >= total() - LINE / 2;
+    if (!paused && end !== following) { following = end; came = 0; }
+    draw();
   }
-  follow() { this.paused = false; put2(this.pauseButton, "aria-pressed", "false"); this.following = true; this.came = 0; this.draw(); this.box.focus(); }
-  pause() { if (this.paused) return this.follow(); this.paused = true; this.following = false; this.came = 0; put2(this.pauseButton, "aria-pressed", "true"); this.draw(); }
-  // find
-  readFind() { this.find = this.findBox.value ? expression(this.findBox.value, true, "g") : null; this.found = -1; this.matches = 0; }
-  hit(number) { this.find.lastIndex = 0; return this.find.test(tell(this.line(number))); }
-  count() { this.matches = 0; if (this.find) for (const number of this.shown) this.matches += this.hit(number); put(this.hits, this.find ? plural(this.matches, "line") : ""); }
-  search() { this.readFind(); this.nodes.clear(); this.block.replaceChildren(); this.count(); this.draw(); if (this.find) this.next(-1); }
-  next(by) {
-    if (!this.find || !this.shown.length) return;
-    const all = this.shown.length, start = this.found >= this.first ? this.shown.indexOf(this.found) : by > 0 ? -1 : all;
-    for (let step = 1; step <= all; step++) {
-      const place = (start + by * step + 2 * all) % all;
-      if (this.hit(this.shown[place])) return this.reveal(place);
+  function follow() { paused = false; following = true; came = 0; show(); draw(); area.focus(); }
+  function pause() {
+    if (paused) return follow();
+    paused = true; following = false; came = 0;
+    show(); draw();
+  }
+
+  // find, copy, download
+  function hit(number) { find.lastIndex = 0; return find.test(tell(lineOf(number))); }
+  function search() { find = findBox.value ? expression(findBox.value.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "g") : null; here = -1; rebuild(); }
+  function next(by) {
+    const all = shown.length, start = here >= first ? shown.indexOf(here) : by > 0 ? -1 : all;
+    for (let step = 1; find && step <= all; step++) {
+      const place = (start + by * step + 2 * all) % all, top = (tops[place] - tops[0]) * LINE;
+      if (!hit(shown[place])) continue;
+      nodes.delete(here); here = shown[place]; nodes.delete(here); following = false;
+      if (top < area.scrollTop || top + LINE > area.scrollTop + height) area.scrollTop = top - height / 2;
+      return draw();
     }
   }
-  reveal(place) {
-    this.nodes.delete(this.found); this.found = this.shown[place]; this.nodes.delete(this.found);
-    const top = (this.tops[place] - this.tops[0]) * LINE;
-    this.following = false;
-    if (top < this.box.scrollTop || top + LINE > this.box.scrollTop + this.height) this.box.scrollTop = top - this.height / 2;
-    this.draw();
+  function text() { return shown.map(number => { const line = lineOf(number); return head(line).join("") + tell(line) + "\n"; }).join(""); }
+  async function copy() {
+    const field = el("textarea", {value: text()});
+    try { await navigator.clipboard.writeText(field.value); }
+    catch (error) { node.append(field); field.select(); document.execCommand("copy"); field.remove(); }    // plain http, not localhost
+    say(plural(shown.length, "line") + " copied");
   }
-  // away with it
-  text() { return this.shown.map(number => { const line = this.line(number); return this.prefix(line).trimEnd() + (this.prefix(line).trim() ? " " : "") + tell(line) + "\n"; }).join(""); }
-  async copy() {
-    const text = this.text(), field = el("textarea", {value: text});
-    try { await navigator.clipboard.writeText(text); }
-    catch { document.body.append(field); field.select(); document.execCommand("copy"); field.remove(); }    // over http from another machine
-    say(plural(this.shown.length, "line") + " copied");
+  function download() {
+    const href = URL.createObjectURL(new Blob([text()], {type: "text/plain"}));
+    el("a", {href, download: (ref || "gaffer").replace(/[^\w.-]+/g, "_") + ".log"}).click();
+    setTimeout(() => URL.revokeObjectURL(href), 1000);
+    say(plural(shown.length, "line") + " saved");
   }
-  download() {
-    const link = el("a", {href: URL.createObjectURL(new Blob([this.text()], {type: "text/plain"})), download: (this.ref || "gaffer").replace(/[^\w.-]+/g, "_") + ".log"});
-    link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-    say("saved as " + link.download);
+  function key(name) {
+    const keys = {f: () => findBox.focus(), "/": () => filterBox.focus(), n: () => next(1), N: () => next(-1), " ": pause,
+      w: () => wrapper.click(), t: () => timer.click(), End: follow, Home: () => { following = false; area.scrollTop = 0; draw(); }};
+    if (keys[name]) keys[name]();
+    return Boolean(keys[name]);
   }
-  key(key) {
-    if (key === "f") this.findBox.focus(); else if (key === "/") this.filterBox.focus(); else if (key === "n") this.next(1); else if (key === "N") this.next(-1);
-    else if (key === " " && !document.activeElement.matches("button, a")) this.pause(); else if (key === "w") this.toggle("wrap"); else if (key === "t") this.toggle("time");
-    else if (key === "G" || key === "End") this.follow(); else if (key === "Home") { this.following = false; this.box.scrollTop = 0; } else return false;
-    return true;
-  }
+  readFilter(); search(); show(); observer.observe(area);
+  const path = ref === "" ? "" : "/" + enc(ref);
+  const source = feed(last => "/streams" + path + "?feed=eventsource&" + (last ? "since=" + enc(last) : "tail=" + FIRST_LINES), ["line"], take);
+  return {node, area, key, note, end: source.close, close() { source.close(); observer.disconnect(); cancelAnimationFrame(frame); }};
 }
-class AllOutput {
-  constructor() { this.title = "output"; this.log = new Log("", "name"); this.node = el("div", {class: "log"}, el("h1", {class: "quiet", text: "Output of everything"}), this.log.node); this.fill = true; }
-  close() { this.log.close(); }
-  key(key) { return this.log.key(key); }
+function allOutput() {
+  const log = makeLog("", 18);
+  return {node: el("div.log", {}, el("h1.quiet", {text: "Output of everything"}), log.node), title: "output", fill: true, focus: () => log.area,
+    key: log.key, close: log.close};
 }
 
 // ---- a line to stdin
 const typed = new Map();
-class Entry {
-  constructor(name, log) {
-    Object.assign(this, {name, log, at: 0}); if (!typed.has(name)) typed.set(name, []);
-    this.who = el("select", {"aria-label": "to which process", hidden: true});
-    this.line = el("input", {class: "mono", "aria-label": "A line to stdin", placeholder: "A line to stdin", autocomplete: "off", spellcheck: "false", keydown: event => this.key(event)});
-    this.buttons = [button("Send", null, () => this.send()), button("End of file", "close stdin", () => this.end())];
-    this.why = el("span", {class: "dim"});
-    this.node = el("div", {class: "entry"}, this.who, this.line, ...this.buttons, this.why);
-  }
-  show(template, pids) {
-    const why = !template.redirect_input ? "stdin is not redirected; edit the template and set redirect_input" : pids.length ? "" : "no process runs that could read it", key = pids.join();
-    for (const each of [this.line, ...this.buttons]) each.disabled = Boolean(why);
-    put(this.why, why); this.who.hidden = pids.length < 2 || Boolean(why);
-    if (key !== this.pids) { const had = this.who.value; this.who.replaceChildren(...pids.map(pid => el("option", {text: "process " + pid, value: pid}))); if (pids.map(String).includes(had)) this.who.value = had; }
-    this.pids = key;
-  }
-  async send() {
-    const text = this.line.value, past = typed.get(this.name);
+function makeEntry(name, log) {
+  const past = typed.get(name) || [], why = el("span.dim"), who = el("select", {"aria-label": "to which process"});
+  let at = 0;
+  typed.set(name, past);
+  const line = el("input.mono", {"aria-label": "A line to stdin", placeholder: "A line to stdin", autocomplete: "off", keydown: event => {
+    const by = {ArrowUp: 1, ArrowDown: -1}[event.key];
+    if (event.key === "Enter") send();
+    if (!by) return;
+    at = Math.max(0, Math.min(past.length, at + by)); line.value = at ? past[past.length - at] : "";
+    event.preventDefault();
+  }});
+  const all = [who, line, button("", "Send", undefined, send), button("", "End of file", "close its stdin", end)];
+  async function send() {
+    const text = line.value;
     complain("");
-    if (!(await ask("POST", "/streams/" + this.who.value + "/stdin", text + "\n")).ok) return;
-    if (text && past[past.length - 1] !== text) { past.push(text); if (past.length > 200) past.shift(); }
-    this.line.value = ""; this.at = 0; this.log.say("> " + text, "*stdin");
+    if (!(await ask("POST", "/streams/" + who.value + "/stdin", text + "\n")).ok) return;
+    if (text && past[past.length - 1] !== text) past.push(text);
+    if (past.length > 200) past.shift();
+    line.value = ""; at = 0; log.note("> " + text, "*stdin");
   }
-  async end() { complain(""); if ((await ask("DELETE", "/streams/" + this.who.value + "/stdin")).ok) this.log.say("end of file", "*stdin"); }
-  key(event) {
-    const past = typed.get(this.name), by = {ArrowUp: 1, ArrowDown: -1}[event.key];
-    if (event.key === "Enter") this.send();
-    else if (by) { this.at = Math.max(0, Math.min(past.length, this.at + by)); this.line.value = this.at ? past[past.length - this.at] : ""; event.preventDefault(); }
+  async function end() {
+    complain("");
+    if ((await ask("DELETE", "/streams/" + who.value + "/stdin")).ok) log.note("end of file", "*stdin");
   }
+  return {node: el("div.entry", {}, all, why), line, show(template, pids) {
+    const no = !template.redirect_input ? "stdin is not redirected: edit the template, and set redirect_input" :
+      pids.length ? "" : "no process runs that could read it", had = who.value;
+    for (const each of all) each.disabled = Boolean(no);
+    put(why, no);
+    if (who.pids === pids.join()) return;
+    who.pids = pids.join(); who.hidden = pids.length < 2;
+    who.replaceChildren(...pids.map(value => el("option", {value, text: "process " + value})));
+    if (pids.includes(Number(had))) who.value = had;
+  }};
 }
 
-// ---- one template, or one process of it (pid)
-class Detail {
-  constructor(params_, name, pid) {
-    Object.assign(this, {name, pid, title: pid ? name + "." + pid : name, fill: true, parts: new Map(), template: null});
-    this.log = new Log(pid || name, pid ? "" : "pid"); this.entry = new Entry(name, this.log);
-    this.word = el("span", {role: "status"}); this.facts = el("dl", {class: "facts"}); this.list = el("div", {class: "parts", role: "table", "aria-label": "Processes"});
-    this.toggle = button("Stop", null, () => act([name], store.templates.get(name).active ? "_stop" : "_start", "done"));
-    const more = button("⋯", "more", () => menu(more, moreItems([name])), {"aria-haspopup": "menu"});
-    const acts = pid ? [button("Stop", "stop this process; it is replaced", () => this.one(pid, "_stop")), button("Signal…", null, () => askSignal([name + "." + pid], "/processes/" + pid + "/"))] :
-      [this.toggle, button("Restart", null, () => act([name], "_restart", "restarted")), button("Edit", null, () => go("/edit/" + enc(name))), more];
-    this.node = el("div", {class: "log"}, el("div", {class: "bar"}, el("h1", {}, pid ? el("a", {href: "#/p/" + enc(name), text: name}) : name, pid ? " process " + pid : ""), this.word, el("span", {class: "acts push"}, ...acts)), this.facts, this.list, this.log.node, this.entry.node);
-    this.load(); this.update([name]);
-  }
-  async load() {
-    const answer = await ask("GET", "/processes/" + enc(this.name));
+// ---- one template, or one process of it
+function detail(name, pid) {
+  const log = makeLog(pid || name, pid ? 0 : 6), entry = makeEntry(name, log), state = el("span", {role: "status"}), facts = el("dl.facts");
+  const parts = new Map(), list = el("div.parts", {role: "table", "aria-label": "Processes"}), path = "/p/" + enc(name);
+  const onePid = id => [button("", "Stop", "stop process " + id + "; it is replaced", () => act([id], "_stop")),
+    button("", "Signal…", "signal process " + id, () => askSignal([id], "process " + id))];
+  const acts = el("span.acts.push", {}, pid ? onePid(pid) : actions(() => [name], name));
+  const title = el("h1", {}, pid ? el("a", {href: "#" + path, text: name}) : name, pid && " process " + pid);
+  const node = el("div.log", {}, el("div.bar", {}, title, state, acts), facts, list, log.node, entry.node);
+  let template = null, asking = false;
+  async function load() {
+    const answer = await ask("GET", "/processes/" + enc(name));
     if (!answer.ok) return;
-    const info = this.template = answer.value, args = Array.isArray(info.args) ? info.args.map(quote).join(" ") : info.args;
-    const facts = [["command", info.cmd + (args ? " " + args : "")], ["directory", info.cwd]];
-    this.facts.replaceChildren(...facts.filter(fact => fact[1]).flatMap(([name, value]) => [el("dt", {text: name}), el("dd", {class: "mono", text: value})]));
-    this.update([this.name]); this.usage();
+    template = answer.value;
+    const {cmd, args, cwd} = template, words = Array.isArray(args) ? args.map(quote) : [args];
+    facts.replaceChildren(...[["command", [cmd, ...words].join(" ")], ["directory", cwd]].filter(fact => fact[1]).flatMap(([what, text]) =>
+      [el("dt", {text: what}), el("dd.mono", {text})]));
+    update([name]);
   }
-  update(names) {
-    if (!names.includes(this.name)) return;
-    const status = store.templates.get(this.name);
-    if (!status) { put(this.word, "there is no template of this name"); this.list.replaceChildren(); return this.log.feed.close(); }
-    put(this.toggle, status.active ? "Stop" : "Start"); this.tick();
-    if (this.template) this.entry.show(this.template, this.pid ? status.pids.filter(pid => String(pid) === this.pid) : status.pids);
-    this.usage();
+  function update(names) {
+    const status = templates.get(name);
+    if (!names.includes(name)) return;
+    if (!status) { put(state, "there is no template of this name"); list.replaceChildren(); return log.end(); }
+    acts.classList.toggle("live", status.active && !pid); acts.classList.toggle("rest", !status.active && !pid);
+    if (template) entry.show(template, pid ? status.pids.filter(each => String(each) === pid) : status.pids);
+    tick(); usage();
   }
-  tick() {
-    const status = store.templates.get(this.name);
+  function tick() {
+    const status = templates.get(name);
     if (!status) return;
-    const runs = !this.pid || status.pids.includes(Number(this.pid)), state = runs ? status.state : "stopped", why = runs ? reason(status) : "this process has ended";
-    put2(this.word, "class", state); this.word.replaceChildren(el("span", {class: "dot", "aria-hidden": "true", text: DOTS[state]}), el("span", {class: "word", text: runs ? status.state : "ended"}), " " + (runs && status.running && !this.pid ? status.running + " of " + status.numprocesses + " " : "") + why);
+    if (pid && !status.pids.includes(Number(pid))) showState(state, {state: "stopped", ended: "this process has ended"});
+    else showState(state, status, pid ? "" : " " + status.running + " of " + status.numprocesses);
   }
-  async usage() {
-    if (this.asking) return;
-    this.asking = true;
-    const answer = await ask("GET", "/status/" + enc(this.name) + "?usage=true", undefined, true);
-    this.asking = false;
+  async function usage() {
+    if (asking) return;
+    asking = true;
+    const answer = await ask("GET", "/status/" + enc(name) + "?usage=true", undefined, true);
+    asking = false;
     if (!answer.ok) return;
     keep(answer.value);
-    const list = answer.value.processes.filter(each => !this.pid || String(each.pid) === this.pid);
-    for (const each of list) if (each.rss !== undefined) note(each.pid, each.cpu, each.rss);
-    for (const pid of this.parts.keys()) if (!list.some(each => each.pid === pid)) { this.parts.get(pid).node.remove(); this.parts.delete(pid); }
-    for (const each of list) this.part(each);
+    const now = answer.value.processes.filter(each => !pid || String(each.pid) === pid);
+    for (const [id, part] of parts) if (!now.some(each => each.pid === id)) { part.node.remove(); parts.delete(id); }
+    for (const each of now) showPart(each);
   }
-  part(each) {
-    let part = this.parts.get(each.pid);
-    if (!part) {
-      part = {state: el("div", {role: "cell", class: "cut"}), uptime: el("div", {role: "cell", class: "number"}), use: sparks()};
-      part.node = el("div", {role: "row", class: "row part"}, el("div", {role: "cell"}, el("a", {href: "#/i/" + enc(this.name) + "/" + each.pid, text: String(each.pid), title: "output of process " + each.pid})), el("div", {role: "cell", class: "dim", text: "OS " + each.os_pid}),
-        part.state, part.uptime, part.use[0].node, part.use[1].node, el("div", {role: "cell", class: "acts"}, this.pid ? null : button("Stop", "stop process " + each.pid + "; it is replaced", () => this.one(each.pid, "_stop")), this.pid ? null : button("Signal…", "signal process " + each.pid, () => askSignal([this.name + "." + each.pid], "/processes/" + each.pid + "/"))));
-      this.parts.set(each.pid, part); this.list.append(part.node);
+  function showPart({pid: id, os_pid, state, uptime, cpu, rss, kill_in}) {
+    if (!parts.has(id)) {
+      const what = cell(".cut"), age = cell(".number"), use = sparks();
+      use.nodes.forEach(each => each.classList.add("wide"));
+      parts.set(id, {what, age, use, node: el("div.row.item.part", {role: "row"}, cell("", el("a", {href: "#/i/" + enc(name) + "/" + id, text: id,
+        title: "output of process " + id})), cell(".dim.wide", "OS " + os_pid), what, age, use.nodes, cell(".acts", pid ? [] : onePid(id)))});
+      list.append(parts.get(id).node);
     }
-    put(part.state, each.state + (each.kill_in !== undefined ? ", SIGKILL in " + Math.ceil(each.kill_in) + " s" : "")); put(part.uptime, span(each.uptime));
-    part.use.forEach(spark => spark.show(store.usage.get(each.pid), true));
+    const part = parts.get(id);
+    put(part.what, state + (kill_in === undefined ? "" : ", SIGKILL in " + Math.ceil(kill_in) + " s")); put(part.age, span(uptime));
+    if (rss !== undefined) note(id, cpu, rss);
+    part.use.show(id);
   }
-  async one(pid, action) { complain(""); if ((await ask("POST", "/processes/" + pid + "/" + action)).ok) say("process " + pid + " stopped"); }
-  close() { this.log.close(); }
-  key(key) {
-    if (this.log.key(key)) return true;
-    if (key === "i") this.entry.line.focus(); else if (key === "s") act([this.name], "_start", "started"); else if (key === "x") act([this.name], "_stop", "stopped"); else if (key === "r") act([this.name], "_restart", "restarted");
-    else if (key === "g") askSignal([this.name]); else if (key === "e") go("/edit/" + enc(this.name)); else if (key === "Delete") askDelete([this.name]); else return false;
-    return true;
+  function key(letter) {
+    const keys = {i: () => entry.line.focus(), s: () => act([name], "_start"), x: () => act([name], "_stop"), r: () => act([name], "_restart"),
+      g: () => askSignal([name]), d: () => go("/edit/" + enc(name)), Delete: () => askDelete([name])};
+    if (keys[letter]) keys[letter]();
+    return Boolean(keys[letter]) || log.key(letter);
   }
+  load(); update([name]);
+  return {node, name, title: pid ? name + " " + pid : name, fill: true, update, tick, usage, key, close: log.close, focus: () => log.area};
 }
 
 // ---- events: what happened, and why
-const CAUSES = {start: "it was started", stop: "it was stopped", restart: "it was restarted", update: "it was changed or scaled", delete: "it was deleted", create: "it was added", flap: "it rested"};
-class Events {
-  constructor(get) {
-    this.title = "events"; this.causes = new Map(); this.began = new Map(); this.exits = new Map();
-    this.search = el("input", {type: "search", class: "grow", placeholder: "Filter by name, event, reason", "aria-label": "Filter", value: get.get("q") || "", input: () => { setParam("q", this.search.value); this.filter(); }});
-    this.list = el("ol", {class: "events", "aria-label": "Events, the newest first"});
-    this.node = el("div", {}, el("h1", {class: "quiet", text: "Events"}), el("div", {class: "bar"}, this.search), this.list);
-    for (const event of store.events) this.event(event);
-  }
-  event(event) {
-    const item = el("li", {}, el("time", {class: "dim mono", text: clock(event.time, true), title: new Date(event.time * 1000).toString()}), el("a", {class: "cut", href: "#/p/" + enc(event.name), text: event.name}), el("span", {class: ["exit", "flap"].includes(event.event) && (event.exit_status || event.event === "flap") ? "bad" : "", text: this.why(event)}));
-    this.list.prepend(item);
-    if (this.list.childElementCount > EVENTS_MAX) this.list.lastChild.remove();
-    item.hidden = !this.fits(item);
-  }
-  why(event) {
-    const {name, pid} = event, cause = this.causes.get(name), process = "process " + pid + " (OS pid " + event.os_pid + ")", lived = this.began.has(pid) ? " after " + span(event.time - this.began.get(pid)) : "";
+const SAID = {create: "added", start: "started", stop: "stopped", restart: "restarted", update: "changed or scaled", delete: "deleted",
+  flap: "rests: its processes exit too often"};
+function eventList() {
+  const causes = new Map(), exits = new Map(), began = new Map(), told = new Set();      // the last of each, by name or by pid
+  const list = el("ol.events", {"aria-label": "Events, the newest first"}), search = box("q", "Filter by name, event, reason", () => {
+    for (const item of list.children) filter(item);
+  });
+  function why(event) {
+    const {name, pid, time} = event, cause = causes.get(name), exit = exits.get(name), process = "process " + pid + " (OS pid " + event.os_pid + ") ";
     if (event.event === "spawn") {
-      const exit = this.exits.get(name), again = exit && cause !== "start" && cause !== "update" && cause !== "restart";
-      this.began.set(pid, event.time); this.exits.delete(name);
-      return process + " started" + (exit && cause === "flap" ? ", after the rest" : again ? ", as process " + exit.pid + " had " + exitText(exit) : cause ? ": " + CAUSES[cause] : "");
+      began.set(pid, time); exits.delete(name);
+      return process + "started" + (exit ? ", as process " + exit.pid + " had " + exitText(exit) : cause ? ": the template was " + SAID[cause] : "");
     }
     if (event.event === "exit") {
-      this.began.delete(pid); if (!this.stopping(pid)) { this.exits.set(name, event); if (cause !== "flap") this.causes.delete(name); }
-      return process + " " + exitText(event) + lived + (this.stopped.delete(pid) ? ", as it was told to" : ", by itself");
+      const age = began.has(pid) ? " after " + span(time - began.get(pid)) : "", asked = told.delete(pid);
+      if (!asked) exits.set(name, event);
+      return process + exitText(event) + age + (asked ? ", as it was told to" : ", by itself");
     }
-    if (event.event === "stop_pid" || event.event === "reap") { this.stopped.add(pid); return process + " is told to stop: " + (event.event === "reap" ? "fewer are wanted" : cause ? CAUSES[cause] : "it was stopped by its pid"); }
-    const gave = event.event === "stop" && cause === "flap" ? ": it went on to exit too often, gaffer gave up" : "";
-    this.causes.set(name, event.event);
-    return {create: "added", start: "started", stop: "stopped", restart: "restarted", update: "changed or scaled", delete: "deleted", flap: "rests: its processes exit too often"}[event.event] + gave;
+    if (event.event === "stop_pid" || event.event === "reap") {
+      told.add(pid);
+      return process + "is told to stop: " + (event.event === "reap" ? "fewer are wanted" : cause && cause !== "start" ? "the template was " +
+        SAID[cause] : "by its pid");
+    }
+    causes.set(name, event.event);
+    return SAID[event.event] + (event.event === "stop" && cause === "flap" ? ": gaffer gave up, as it went on to exit too often" : "");
   }
-  stopped = new Set();
-  stopping(pid) { return this.stopped.has(pid); }
-  fits(item) { const text = item.textContent.toLowerCase(); return this.search.value.toLowerCase().split(/\s+/).every(word => text.includes(word)); }
-  filter() { for (const item of this.list.children) item.hidden = !this.fits(item); }
-  key(key) { if (key !== "/") return false; this.search.focus(); return true; }
+  function add(event) {
+    const bad = event.event === "flap" || event.exit_status || (event.term_signal && !told.has(event.pid));
+    const item = el("li.row.item", {}, el("time.dim.mono", {text: clock(event.time), title: new Date(event.time * 1000)}),
+      el("a.cut", {href: "#/p/" + enc(event.name), text: event.name}), el("span" + (bad ? ".bad" : ""), {text: why(event)}));
+    list.prepend(item); filter(item);
+    if (list.childElementCount > EVENTS_MAX) list.lastChild.remove();
+  }
+  function filter(item) {
+    const text = item.textContent.toLowerCase();
+    item.hidden = !search.value.toLowerCase().split(/\s+/).every(word => text.includes(word));
+  }
+  events.forEach(add);
+  return {node: el("div", {}, el("h1.quiet", {text: "Events"}), el("div.bar", {}, search), list), title: "events", event: add,
+    key: name => name === "/" && !search.focus(), focus: () => search};
 }
 
-// ---- the form of a template; what is wrong with a field the server says, and it is shown beside it
+// ---- the form of a template. What is wrong with a field says the server, and it is shown beside it
 function quote(word) { return /^[\w@%+=:,.\/-]+$/.test(word) ? word : "'" + word.replace(/'/g, "'\\''") + "'"; }
-const LISTS = ["redirect_output", "custom_streams"], PAIRS = ["env", "flapping"];
-class Form {
-  constructor(get, name) {
-    this.name = name; this.title = name ? "edit " + name : "add"; this.inputs = {}; this.faults = {};
-    this.fields = el("div", {class: "fields"}); this.rest = el("p", {class: "bad", role: "alert"}); this.warn = el("p", {class: "dim"});
-    this.node = el("form", {submit: event => { event.preventDefault(); this.save(); }}, el("h1", {text: name ? "Edit " + name : "Add a template"}), this.warn, this.fields, this.rest,
-      el("div", {class: "bar"}, el("button", {class: "main", text: name ? "Save" : "Add"}), button("Cancel", null, () => history.back())));
-    for (const [field, [value, help]] of Object.entries(snapshot.fields)) this.field(field, value, help);
-    if (name) this.load();
+function form(name) {
+  const inputs = {}, faults = {}, fields = el("div.fields"), rest = el("p.bad", {role: "alert"}), warning = el("p.dim");
+  const node = el("form", {submit: event => { event.preventDefault(); save(); }}, el("h1", {text: name ? "Edit " + name : "Add a template"}), warning,
+    fields, rest, el("div.bar", {}, el("button.main", {text: name ? "Save" : "Add"}), button("", "Cancel", undefined, () => history.back())));
+  for (const [field, [value, help]] of Object.entries(snapshot.fields)) {
+    const id = "field-" + field, described = {id, "aria-describedby": id + "-help " + id + "-fault", autocomplete: "off", spellcheck: "false"};
+    inputs[field] = field === "env" ? el("textarea", {rows: 2, placeholder: "NAME=value, a line each", ...described}) :
+      el("input", {type: typeof value === "boolean" ? "checkbox" : "text", ...described});
+    faults[field] = el("span.bad", {id: id + "-fault", role: "alert"});
+    fields.append(el("label", {for: id, text: field}), el("div", {}, inputs[field], el("small", {id: id + "-help", text: help}), faults[field]));
+    fill(field, value);
   }
-  field(field, value, help) {
-    const id = "field-" + field, type = typeof value === "boolean" ? "checkbox" : "text";
-    const input = this.inputs[field] = PAIRS.includes(field) ? el("textarea", {id, rows: 2, placeholder: field === "env" ? "NAME=value, a line each" : "attempts=2 window=1 retry_in=7 max_retry=5"}) : el("input", {id, type, autocomplete: "off", spellcheck: "false"});
-    put2(input, "aria-describedby", id + "-help " + id + "-fault");
-    const fault = this.faults[field] = el("span", {class: "bad", id: id + "-fault", role: "alert"});
-    this.fields.append(el("label", {for: id, text: field}), el("div", {}, input, el("small", {id: id + "-help", text: help}), fault));
-    this.fill(field, value);
-    if (field === "name" && this.name) input.disabled = true;
+  inputs.flapping.placeholder = "attempts=2 window=1 retry_in=7 max_retry=5"; inputs.name.disabled = Boolean(name);
+  function fill(field, value) {
+    if (typeof value === "boolean") inputs[field].checked = value;
+    else if (Array.isArray(value)) inputs[field].value = value.map(word => quote(word)).join(" ");
+    else if (value && typeof value === "object") {
+      inputs[field].value = Object.entries(value).map(pair => pair.join("=")).join(field === "env" ? "\n" : " ");
+    } else inputs[field].value = value === null ? "" : value;
   }
-  fill(field, value) {
-    const input = this.inputs[field];
-    if (input.type === "checkbox") input.checked = value;
-    else if (PAIRS.includes(field)) input.value = Object.entries(value || {}).map(([key, each]) => key + "=" + each).join(field === "env" ? "\n" : " ");
-    else input.value = Array.isArray(value) ? value.map(field === "args" ? quote : String).join(" ") : value === null ? "" : value;
+  async function load() {
+    const answer = await ask("GET", "/processes/" + enc(name)), {active, running} = templates.get(name) || {};
+    for (const field of answer.ok ? Object.keys(inputs) : []) fill(field, answer.value[field]);
+    inputs.start.checked = active;
+    put(warning, running ? "Saving stops " + plural(running, "process", "processes") + ", and starts them anew." : "Nothing of it runs now.");
   }
-  async load() {
-    const answer = await ask("GET", "/processes/" + enc(this.name)), status = store.templates.get(this.name);
-    if (!answer.ok) return;
-    for (const field of Object.keys(this.inputs)) this.fill(field, answer.value[field]);
-    if (status) { this.inputs.start.checked = status.active; put(this.warn, status.running ? "Saving stops " + plural(status.running, "process", "processes") + ", and starts them anew." : "Nothing of it runs now."); }
+  function number(text) { return text === "" || isNaN(text) ? text : Number(text); }
+  function pairs(texts, convert) {                 // what is no pair is sent too: the server says what is wrong with it
+    return Object.fromEntries(texts.map(text => text.includes("=") ? [text.slice(0, text.indexOf("=")).trim(),
+      convert(text.slice(text.indexOf("=") + 1))] : [text, null]));
   }
-  value(field) {
-    const input = this.inputs[field], text = input.value.trim();
-    if (input.type === "checkbox") return input.checked;
-    if (LISTS.includes(field)) return text ? text.split(/[\s,]+/) : [];
+  function valueOf(field) {
+    const {type, value, checked} = inputs[field], text = value.trim(), words = text.split(/[\s,]+/).filter(word => word);
+    if (type === "checkbox") return checked;
+    if (field === "redirect_output" || field === "custom_streams") return words;
     if (!text) return undefined;
-    if (field === "env") return Object.fromEntries(input.value.split("\n").filter(line => line.trim()).map(line => { const at = line.indexOf("="); return at < 0 ? [line.trim(), null] : [line.slice(0, at).trim(), line.slice(at + 1)]; }));
-    const number = each => each !== "" && !isNaN(each) ? Number(each) : each;
-    if (field === "flapping") return Object.fromEntries(text.split(/[\s,]+/).map(pair => { const [key, each] = pair.split("="); return [key, number(each || "")]; }));
+    if (field === "env") return pairs(value.split("\n").filter(line => line.trim()), each => each);
+    if (field === "flapping") return pairs(words, number);
     return ["numprocesses", "graceful_timeout", "priority"].includes(field) ? number(text) : text;
   }
-  async save() {
-    const info = {};
-    for (const field of Object.keys(this.inputs)) { const value = this.value(field); if (value !== undefined) info[field] = value; }
-    if (info.detach && LISTS.every(field => info[field].join() === snapshot.fields[field][0].join())) delete info.redirect_output;
-    const answer = await ask(this.name ? "PUT" : "POST", "/processes" + (this.name ? "/" + enc(this.name) : ""), info, true);
-    this.show(answer.ok ? "" : answer.value.reason);
+  async function save() {
+    const info = Object.fromEntries(Object.keys(inputs).map(field => [field, valueOf(field)]));
+    if (info.detach && inputs.redirect_output.value === "stdout stderr") delete info.redirect_output;
+    const answer = await ask(name ? "PUT" : "POST", "/processes" + (name ? "/" + enc(name) : ""), info, true);
+    refuse(answer.ok ? "" : answer.value.reason);
     if (!answer.ok) return;
-    say(this.name ? "saved" : "added"); await refresh([info.name]); go("/p/" + enc(info.name));
+    await refresh([info.name]);
+    say(name ? "saved" : "added"); go("/p/" + enc(info.name));
   }
-  show(reason_) {
-    const left = [];
-    let first = null;
-    for (const [field, fault] of Object.entries(this.faults)) { put(fault, ""); this.inputs[field].removeAttribute("aria-invalid"); }
-    for (const sentence of reason_ ? reason_.split(/; (?=field ')/) : []) {
-      const field = (/^field '(\w+)'/.exec(sentence) || [])[1] || (/^the name '/.test(sentence) ? "name" : "");
-      if (!this.faults[field]) { left.push(sentence); continue; }
-      put(this.faults[field], sentence.replace(/^field '\w+' /, "")); put2(this.inputs[field], "aria-invalid", "true"); first = first || this.inputs[field];
+  function refuse(reason) {
+    const bad = [], left = [];
+    for (const field of Object.keys(inputs)) { put(faults[field], ""); inputs[field].removeAttribute("aria-invalid"); }
+    for (const sentence of reason ? reason.split(/; (?=field ')/) : []) {
+      const field = (/^field '(\w+)'/.exec(sentence) || [])[1] || (sentence.startsWith("the name '") ? "name" : "");
+      if (!faults[field]) { left.push(sentence); continue; }
+      put(faults[field], sentence.replace(/^field '\w+' /, "")); attr(inputs[field], "aria-invalid", "true"); bad.push(field);
     }
-    put(this.rest, left.join("; ")); if (first) first.focus();
+    put(rest, left.join("; "));
+    if (bad.length) inputs[bad[0]].focus();
   }
+  if (name) load();
+  return {node, title: name ? "edit " + name : "add", focus: () => inputs[name ? "cmd" : "name"]};
 }
 
-// ---- keys, and the address: #/, #/p/<name>, #/i/<name>/<pid>, #/logs, #/events, #/add, #/edit/<name>, each with ?what=is&set=
-const KEYS = [["?", "these keys"], ["p o e a", "processes, output, events, add"], ["Esc", "leave a field; back to the processes"],
-  ["j k", "next, previous row (arrows too)"], ["Enter", "output of the row"], ["s t r", "start, stop, restart (one template's page: s x r)"], ["+ −", "one process more, less"], ["x", "select the row"], ["m g Delete", "menu, signal, delete"],
-  ["f n N", "find, next, previous"], ["/", "filter"], ["Space", "pause"], ["w t", "wrap, timestamps"], ["Home End", "to the beginning; follow"], ["i", "type into the process; ↑ ↓ what was typed before"]];
+// ---- keys, and the address: a view, and in "?" what is set in it
+const KEYS = [["?", "these keys"], ["p o e a", "processes, output, events, add a template"], ["Escape", "leave a field; back to the processes"],
+  ["j k", "next, previous row (arrows too)"], ["Enter", "output of the row"], ["s t r", "start, stop, restart; on a template's page s x r"],
+  ["+ -", "one process more, less"], ["x", "select the row"], ["m g Delete", "menu, signal, delete"], ["d", "edit the template of the page"],
+  ["f n N", "find, next, previous"], ["/", "filter"], ["Space", "pause"], ["w t", "wrap, timestamps"], ["Home End", "to the beginning; follow"],
+  ["i", "type into the process; ↑ ↓ what was typed before"]];
 function showKeys() {
-  dialog("Keys", [el("dl", {class: "facts"}, ...KEYS.flatMap(([keys, text]) => [el("dt", {}, ...keys.split(" ").flatMap(key => [el("kbd", {text: key}), " "])), el("dd", {text})]))], "Close", null);
+  dialog("Keys", [el("dl.facts", {}, KEYS.flatMap(([keys, text]) => [el("dt", {}, keys.split(" ").flatMap(key =>
+    [el("kbd", {text: key}), " "])), el("dd", {text})]))], "Close");
 }
-$("help").addEventListener("click", showKeys);
-$("skip").addEventListener("click", event => { event.preventDefault(); main.focus(); });
+const VIEWS = {"": overview, logs: allOutput, events: eventList, add: form, edit: form, p: detail, i: detail};
 const NAV = [["/", "Processes", "p"], ["/logs", "Output", "o"], ["/events", "Events", "e"], ["/add", "Add", "a"]];
-document.addEventListener("keydown", event => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || $("dialog").open) return;
-  const typing = event.target.matches("input:not([type=checkbox]), textarea, select");
-  if (event.key === "Escape") { if (typing) (view.log ? view.log.box : main).focus(); else go("/"); return; }
-  if (typing || (event.target.matches("button, a, input") && [" ", "Enter"].includes(event.key))) return;
-  const nav = NAV.find(each => each[2] === event.key);
-  if (event.key === "?") showKeys(); else if (view.key && view.key(event.key)) { /* it was for the view */ } else if (nav) go(nav[0]); else return;
-  event.preventDefault();
-});
 function params() { return new URLSearchParams(location.hash.split("?")[1] || ""); }
 function setParam(key, value) {
   const all = params();
   if (value) all.set(key, value); else all.delete(key);
-  history.replaceState(null, "", location.hash.split("?")[0].replace(/^$/, "#/") + (String(all) ? "?" + all : ""));
+  history.replaceState(null, "", (location.hash.split("?")[0] || "#/") + (String(all) && "?" + all));
 }
 function go(path) { location.hash = "#" + path; }
-let view = null;
-const VIEWS = {"": Overview, p: Detail, i: Detail, logs: AllOutput, events: Events, add: Form, edit: Form};
+let view = {};
 function route(first) {
-  const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decodeURIComponent), View = VIEWS[kind] || Overview;
-  closeMenu(false); complain("");
-  if (view && view.close) view.close();
-  view = null; main.replaceChildren();
-  view = new View(params(), ...parts);
+  const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decodeURIComponent);
+  closeMenu(); complain("");
+  if (view.close) view.close();
+  view = (VIEWS[kind] || overview)(...parts);
   main.classList.toggle("fill", Boolean(view.fill)); main.replaceChildren(view.node);
-  $("nav").replaceChildren(...NAV.map(([path, text]) => el("a", {href: "#" + path, text, "aria-current": path === "/" + kind ? "page" : null})));
-  changed([]);
-  if (first !== true) { const place = main.querySelector("[autofocus], form input:not(:disabled)") || (view.log ? view.log.box : view.current) || main; place.focus({preventScroll: true}); }
-  poll();
+  $("nav").replaceChildren(...NAV.map(([path, text]) => el("a", {href: "#" + path, text, "aria-current": path === "/" + kind && "page"})));
+  changed([]); poll();
+  if (first !== true) view.focus().focus({preventScroll: true});
 }
+document.addEventListener("keydown", event => {
+  const {key, target} = event, typing = target.matches("input:not([type=checkbox]), textarea, select");
+  if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || $("dialog").open) return;
+  const nav = NAV.find(each => each[2] === key);
+  if (key === "Escape" && typing) main.focus(); else if (key === "Escape") go("/");
+  else if (typing || ([" ", "Enter"].includes(key) && target.matches("button, a, input"))) return;
+  else if (key === "?") showKeys();
+  else if (nav) go(nav[0]);
+  else if (!view.key || !view.key(key)) return;
+  event.preventDefault();
+});
+$("help").addEventListener("click", showKeys);
+$("skip").addEventListener("click", event => { event.preventDefault(); main.focus(); });
 addEventListener("hashchange", route);
+put($("link"), "connecting");
 route(true);
-linked(true); put($("link"), "connecting");
-const events = new Feed(since => "/watch?feed=eventsource&since=" + enc(since || snapshot.since), EVENT_TYPES, takeEvent);
+feed(last => "/watch?feed=eventsource&since=" + enc(last || snapshot.since), ["create", "start", "stop", "restart", "update", "delete", "spawn",
+  "reap", "exit", "stop_pid", "flap"], takeEvent);
 </script>
 </body></html>
 """
@@ -5689,7 +5711,7 @@ def page_response(snapshot):
         ("X-Content-Type-Options", "nosniff"), ("Vary", "Accept")])
 
 
-def refusal(request, error):
+def entry_refusal(request, error):
     """The Response to what was not let in: to a browser without the token, a page that says what to do."""
     if isinstance(error, Unauthorized) and request.path == "/" and prefers_html(request.headers.get("accept", "")):
         return Response(LOGIN.encode("utf-8"), error.status, [*error.headers(), ("Vary", "Accept")], "text/html; charset=utf-8")
@@ -7559,7 +7581,7 @@ class RequestChannel(Channel):
         except (Unauthorized, ForbiddenOrigin) as error:
             if has_body(request):               # which nobody will read
                 raise
-            answer = refusal(request, error)
+            answer = entry_refusal(request, error)
         if not has_body(request):
             return self._give(answer or http.answer(request))
         self._body, self._admitted = body_decoder(request, http.body_limit(request)), answer
