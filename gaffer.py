@@ -156,6 +156,13 @@ MERGED_LINE_DELAY = 1.0             # and in a merged stream after this: there i
 BLOCK_STALL = 30.0                  # a reader with loss=block that takes nothing is cut: it holds a child
 STALL = 300.0                       # any other reader that takes nothing: it holds a socket
 EVENTS_KEPT = 1024                  # events that can be resumed
+MARKS_KEPT = 1024                   # places of a template's stream where it is known who wrote, and when: 120 KiB of them
+MARK_INTERVAL = 0.05                # seconds between two of one writer: as exact as a time of a line is
+JOURNALS_MAX = 32                   # a journal costs its window and a formatting of each line
+JOURNAL_WINDOWS = 4                 # a journal is as long as so many windows: half a minute of 1,000 lines a second
+JOURNAL_REST = 120.0                # seconds for which it waits for a reader to come back
+COMPRESS_MIN = KIB                  # shorter answers hardly shrink
+PAGE_EVENTS = 200                   # the page begins with so many
 STATS_KEPT = 16                     # samples a slow reader of statistics may be behind
 
 STDIN_SIZE = MIB                    # waits for a process to read it
@@ -660,6 +667,12 @@ class ProcfsTable:
         fields = self._stat(os_pid)
         return bool(fields) and int(fields[19]) == start_time and fields[0] not in (b"Z", b"X")
 
+    def usage(self, os_pid):
+        """{cpu_time, rss}, as in look(), which reads much more; None if the process is gone."""
+        fields = self._stat(os_pid)
+        return {"cpu_time": (int(fields[11]) + int(fields[12])) / self.TICKS,
+                "rss": int(fields[21]) * self.PAGE} if fields else None
+
     def look(self, os_pid):
         """{ppid, cpu_time, start_time, rss, vms, nice, uid, cmdline, children}; sizes in bytes, times in seconds
         (start_time since boot); None if the process is gone."""
@@ -721,6 +734,10 @@ class PsTable:
         for part in rest.split(":"):
             total = total * 60 + float(part)
         return total + 86400 * int(days or 0)
+
+    def usage(self, os_pid):
+        """See ProcfsTable."""
+        return self.look(os_pid)
 
     def look(self, os_pid):
         """See ProcfsTable."""
@@ -1298,6 +1315,11 @@ class Log:
         """Call `satisfied()` after each append, and at the end, until it returns True. Returns a function that ends it."""
         self._waiters.append(satisfied)
         return lambda: satisfied in self._waiters and self._waiters.remove(satisfied)
+
+    @property
+    def waited_for(self):
+        """True while a long poll waits here."""
+        return bool(self._waiters)
 
     def finish(self):
         """Nothing will be appended any more: readers get what is left, then the end."""
@@ -1963,31 +1985,45 @@ def parse_signal(text):
 # when nothing of its group is left. All on the loop.
 # --------------------------------------------------------------------------------------------------------------------
 class Merged:
-    """A template's stream of one label: the output of all its processes in one window, never mixed within a line."""
+    """A template's stream of one label: the output of all its processes in one window, never mixed within a line. `journals`:
+    {None, a name or a pid: Journal}, those that this is a part of are told too."""
 
-    def __init__(self, loop, size):
-        self.window = Window(loop, size)
+    def __init__(self, loop, size, name, label, journals):
+        self.window, self.name, self.label, self._journals = Window(loop, size), name, label, journals
         self.sources = set()                    # the Outputs that feed it
+        self.marks = collections.deque(maxlen=MARKS_KEPT)       # (offset, Unix time, pid) of who wrote from there on
         self._open = None                       # who wrote the line that is not finished yet
 
     def write(self, source, data):
         """Append whole lines, or what cannot wait; an unfinished line of another source is ended first."""
         if self._open not in (None, source):
-            data = b"\n" + data
+            self.window.append(b"\n")
         self._open = None if data.endswith(b"\n") else source
+        now, marks = time.time(), self.marks
+        if not marks or marks[-1][2] != source.pid or not 0 <= now - marks[-1][1] < MARK_INTERVAL:
+            marks.append((self.window.end, now, source.pid))
         self.window.append(data)
+        if self._journals:
+            for key in (None, self.name, source.pid):
+                if key in self._journals:
+                    self._journals[key].write(now, self.name, source.pid, self.label, data)
 
 
 class Output:
-    """Reads a pipe into its own window and its template's."""
+    """Reads a pipe into its own window and its template's. `pid`: whose it is; `ended()` is called at its end."""
 
-    def __init__(self, loop, fd, window, merged):
-        self._loop, self._fd, self.window, self._merged = loop, fd, window, merged
+    def __init__(self, loop, fd, window, merged, pid, ended):
+        self._loop, self._fd, self.window, self._merged, self.pid, self._ended = loop, fd, window, merged, pid, ended
         self._carry = b""
         self._paused = self._held = False
         self._timer = self._pace = self._silence = None
         self._size_wide = min(READ_SIZE_WIDE, window.limit // 2)
         self._size = min(READ_SIZE, self._size_wide)
+
+    @property
+    def closed(self):
+        """True when its end has been read, or is not waited for any more."""
+        return self._fd is None
 
     def start(self):
         """Begin to read."""
@@ -2121,6 +2157,7 @@ class Output:
             self._carry = b""
         self._merged.sources.discard(self)
         self.window.finish()
+        self._ended()
 
     def _take_rest(self, fd):
         for _ in range(16):                     # a full pipe; who still writes into it does not stop us
@@ -2220,7 +2257,8 @@ def end_socket(fd):
 
 class Process:
     """A running process, and for a while one that has run. `os_pid`, `exit_status`, `term_signal` are the system's, `pid`
-    is gaffer's. `home` has the name and the template (info); `owner` is told exited(process) and gone(process)."""
+    is gaffer's. `home` has the name and the template (info); `owner` is told exited(process), ended(process): all that it
+    said has been read, and gone(process)."""
 
     def __init__(self, pid, home, owner, loop, table, exit_watcher):
         self.pid, self.home, self.name, self.template = pid, home, home.name, home.info
@@ -2229,7 +2267,7 @@ class Process:
         self.outputs, self.inputs = {}, {}      # label -> Output, Input
         self.os_pid = self.started = self.exited_at = None
         self.exit_status = self.term_signal = None
-        self.stopping = self.exited = self.gone = False
+        self.stopping = self.exited = self.ended = self.gone = False
         self.failures = 0                       # exits in a row before this one, for the backoff
         self.cpu_sample = None                  # (time, cpu_time, percent) of the last look
         self.escaped = []                       # (os pid, start time) of descendants that have left the group
@@ -2246,7 +2284,8 @@ class Process:
         try:
             plan = self._pipes(ours, theirs)
             for label, fd in plan["read"].items():
-                output = Output(self._loop, fd, Window(self._loop, window_size, merged[label].window), merged[label])
+                window = Window(self._loop, window_size, merged[label].window)
+                output = Output(self._loop, fd, window, merged[label], self.pid, self._output_ended)
                 output.start()                  # before there is a process: what may fail has to, as long as it can be undone
                 self.outputs[label] = output
                 ours.remove(fd)
@@ -2434,6 +2473,7 @@ class Process:
         for output in self.outputs.values():
             output.drain()
         self._owner.exited(self)
+        self._output_ended()
         if not self.stopping:                   # the rest of the group, while the zombie still pins its number
             self._signal_all(signal.SIGTERM)
         reap(self.os_pid)
@@ -2447,6 +2487,12 @@ class Process:
         for call in self.on_exit:
             self._loop.call_soon(call)
         self.on_exit.clear()
+
+    def _output_ended(self):
+        """Once it has exited and all its output was read, it has ended."""
+        if self.exited and not self.ended and all(output.closed for output in self.outputs.values()):
+            self.ended = True
+            self._owner.ended(self)
 
     def _poll_group(self, interval):
         """Nothing tells when a group is empty: look, while one is being ended, less and less often."""
@@ -2517,8 +2563,8 @@ def priority_of(info):
 class Template:
     """A process template at work: the wish (`info`, `active`) and what there is of it."""
 
-    def __init__(self, info, loop):
-        self._loop = loop
+    def __init__(self, info, loop, journals):
+        self._loop, self._journals = loop, journals
         self.name = info["name"]
         self.group = self.name.partition(":")[0] if ":" in self.name else None
         self.active = False
@@ -2572,7 +2618,7 @@ class Template:
             self.merged.pop(label).window.finish()
         for label in labels:
             if label not in self.merged:
-                self.merged[label] = Merged(self._loop, size)
+                self.merged[label] = Merged(self._loop, size, self.name, label, self._journals)
 
     def forget_waits(self):
         """Nothing starts later."""
@@ -2722,6 +2768,7 @@ class Manager:
         self.templates = {}
         self.processes = {}                     # pid -> Process: all that can still be asked for
         self.events = EventLog(self.loop)
+        self.journals = {}                      # None (all), a template's name or a pid: Journal, while somebody reads it
         self.started_at = time.time()
         self.stopping = self._killing = False
         self._running = False
@@ -2829,6 +2876,8 @@ class Manager:
             template.forget_waits()
             for merged in template.merged.values():
                 merged.window.finish()
+        for journal in self.journals.values():
+            journal.finish()
         self.events.finish()
         self._let_send(self.loop.clock() + STOP_SEND)
 
@@ -2877,7 +2926,7 @@ class Manager:
         need(info["name"] not in self.templates, Conflict,
              "the name '%s' is taken; PUT /processes/%s replaces it" % (info["name"], info["name"]))
         need(len(self.templates) < TEMPLATES_MAX, Busy, "there are %d templates; delete one first" % TEMPLATES_MAX)
-        template = Template(info, self.loop)
+        template = Template(info, self.loop, self.journals)
         template.open_streams(self.window_size)
         first = []
         if info["start"]:
@@ -2934,6 +2983,8 @@ class Manager:
         self._publish("delete", name)
         for merged in template.merged.values():
             merged.window.finish()
+        if name in self.journals:
+            self.journals[name].finish()
 
     def start_template(self, name):
         """Let a template run. InvalidProcessInfo: it cannot be executed, and stays as it was. NotFound."""
@@ -3234,6 +3285,14 @@ class Manager:
         self._publish("exit", process.name, process, exit_status=process.exit_status, term_signal=process.term_signal)
         if not process.stopping:
             self._judge(template, process.age())
+
+    def ended(self, process):
+        """Called by a process that has exited, when all its output has been read."""
+        for key in (None, process.name, process.pid):
+            if key in self.journals:
+                self.journals[key].exit(time.time(), process.name, process.pid, process.exit_status, process.term_signal)
+        if process.pid in self.journals:
+            self.journals[process.pid].finish()
 
     def gone(self, process):
         """Called by a process of whose group nothing is left."""
@@ -4470,6 +4529,7 @@ FIELDS = {                                      # JSON Schema of each field of a
 SECONDS = {"type": "number", "minimum": 0}
 QUERY = {                                       # of a request's query: its JSON Schema, and what it means
     "running": (BOOLEAN, "pids of what runs, in place of names"),
+    "brief": (BOOLEAN, "of each process only CPU and memory: a tenth of the work"),
     "usage": (BOOLEAN, "with the CPU time and memory of each process"),
     "dry_run": (BOOLEAN, "only tell what would change"),
     "wait": ({"type": ["boolean", "number"]}, "answer when it is done, or after so many seconds 504"),
@@ -4604,98 +4664,1103 @@ def openapi(routes, secured):
 # page
 #
 # The web page, whole: no other request than to this server's own API, text only through textContent. __NONCE__ is
-# replaced at each request, as its Content-Security-Policy allows no other script or style.
+# replaced at each request, as its Content-Security-Policy allows no other script or style, and __SNAPSHOT__ by what runs
+# now, so that the first paint has it. Its parts: helpers, what is known, asking, streams, then a class for each view.
 # --------------------------------------------------------------------------------------------------------------------
-PAGE = """<!DOCTYPE html>
+PAGE = r"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>gaffer</title>
+<link rel="icon" href="data:,">
 <style nonce="__NONCE__">
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 72em; padding: 0 1em; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .3em .8em .3em 0; border-bottom: 1px solid #8884; }
-button { font: inherit; margin-right: .3em; }
-pre { border: 1px solid #8886; padding: .6em; height: 24em; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
-.stderr { color: #c33; } .note { opacity: .7; font-style: italic; }
-#message:empty { display: none; } #message { color: #c33; }
+:root {
+  color-scheme: light dark; --mono: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
+  --bg: #ffffff; --panel: #f4f6f8; --text: #1b1f24; --dim: #57606a; --line: #d5dbe1; --edge: #818b98; --accent: #0757b3;
+  --good: #1a7f37; --warn: #8a5a00; --bad: #b42318; --mark: #ffe58a; --marked: #1b1f24; --here: #ffb454;
+  --c0: #1b1f24; --c1: #b42318; --c2: #1a7f37; --c3: #8a5a00; --c4: #0757b3; --c5: #8250df; --c6: #0b6e7a; --c7: #57606a;
+  --c8: #57606a; --c9: #c4261c; --c10: #147a33; --c11: #7d5600; --c12: #0a63c9; --c13: #9333b8; --c14: #0a6c85; --c15: #1b1f24;
+}
+@media (prefers-color-scheme: dark) { :root {
+  --bg: #0f1318; --panel: #171c23; --text: #e3e8ee; --dim: #9aa5b1; --line: #2b323b; --edge: #6b7683; --accent: #6cb0ff;
+  --good: #4cc06b; --warn: #e0a63a; --bad: #ff8078; --mark: #6b5a12; --marked: #ffffff; --here: #935000;
+  --c0: #9aa5b1; --c1: #ff8078; --c2: #4cc06b; --c3: #e0a63a; --c4: #6cb0ff; --c5: #cf9bff; --c6: #4fc3d0; --c7: #e3e8ee;
+  --c8: #9aa5b1; --c9: #ff9c95; --c10: #74d68d; --c11: #f0c060; --c12: #93c6ff; --c13: #e0b8ff; --c14: #7cdbe5; --c15: #ffffff;
+} }
+* { box-sizing: border-box; min-width: 0; }
+html, body { height: 100%; margin: 0; }
+body { display: flex; flex-direction: column; font: 14px/1.4 system-ui, sans-serif; background: var(--bg); color: var(--text); }
+a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+[hidden] { display: none !important; }
+.quiet { position: absolute; clip-path: inset(50%); white-space: nowrap; }
+.skip:not(:focus) { position: absolute; left: -999px; }
+button, input, select, textarea { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--edge);
+  border-radius: 4px; padding: 2px 6px; }
+button { padding: 1px 8px; cursor: pointer; background: var(--panel); white-space: nowrap; }
+button:hover { border-color: var(--accent); color: var(--accent); }
+button:disabled, input:disabled { cursor: default; color: var(--dim); border-color: var(--line); }
+button.main, [aria-pressed=true] { background: var(--accent); color: var(--bg); border-color: var(--accent); }
+button.bad, .bad { color: var(--bad); } .dim, small { color: var(--dim); } [aria-invalid=true] { border-color: var(--bad); }
+input[type=checkbox] { margin: 0; width: 15px; height: 15px; accent-color: var(--accent); vertical-align: middle; }
+.mono, textarea { font: 12.5px/18px var(--mono); }
+header, .bar, .entry { display: flex; flex-wrap: wrap; align-items: center; gap: 6px; }
+header { padding: 6px 14px; border-bottom: 1px solid var(--line); background: var(--panel); }
+nav { display: flex; flex: 1; } nav a { padding: 2px 8px; border-radius: 4px; color: var(--text); }
+nav a[aria-current] { background: var(--bg); box-shadow: inset 0 -2px var(--accent); color: var(--accent); }
+#link::before { content: "\25CF"; margin-right: 5px; color: var(--good); } #link.away, .away::before { color: var(--bad) !important; }
+#message { margin: 0; padding: 6px 14px; color: var(--bad); border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+#message:empty { display: none; } #message button { float: right; }
+main { flex: 1; min-height: 0; overflow: auto; padding: 10px 14px; outline: none; } main.fill { display: flex; overflow: hidden; }
+h1 { font-size: 17px; margin: 0; } dialog h2 { font-size: 16px; margin: 0 0 8px; }
+.bar { margin-bottom: 8px; } .grow { flex: 1 1 160px; max-width: 420px; } .push { margin-left: auto; }
+.row { display: grid; align-items: center; column-gap: 10px; padding: 0 6px; min-height: 31px; border-bottom: 1px solid var(--line);
+  grid-template-columns: 18px 3fr 5fr 100px 62px 58px 98px 104px 186px; }
+.item { content-visibility: auto; contain-intrinsic-size: auto 31px; } .item:hover, .item:focus-within { background: var(--panel); }
+.item:focus-visible { outline-offset: -2px; } .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.heads { color: var(--dim); position: sticky; top: -10px; background: var(--bg); z-index: 1; }
+.group { background: var(--panel); grid-template-columns: 18px 1fr auto; margin-top: 6px; } .group .cut { font-weight: 600; }
+.number { text-align: right; font-variant-numeric: tabular-nums; } .acts, .use { display: flex; gap: 4px; justify-content: flex-end; }
+.acts { align-items: center; } .live .start, .rest .stop { display: none; }
+.dot { display: inline-block; width: 1.3em; color: var(--warn); } .running .dot { color: var(--good); } .stopped .dot { color: var(--dim); }
+.backoff > *, .flapping > * { color: var(--bad); } .state .dim { color: var(--dim); }
+svg { width: 42px; height: 17px; overflow: visible; }
+path { fill: none; stroke: var(--accent); stroke-width: 1.3; vector-effect: non-scaling-stroke; }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: 1px 12px; margin: 0 0 8px; } dt { color: var(--dim); }
+dd { margin: 0; overflow-wrap: anywhere; max-height: 5em; overflow: auto; } .parts { max-height: 30vh; overflow: auto; margin-bottom: 8px; flex: none; }
+.part { grid-template-columns: 62px 82px 1fr 70px 98px 104px 156px; }
+.log { flex: 1; min-height: 180px; display: flex; flex-direction: column; position: relative; }
+.lines { flex: 1; overflow: auto; border: 1px solid var(--line); border-radius: 4px; position: relative; contain: strict;
+  overflow-anchor: none; }
+.lines > div { position: absolute; top: 0; left: 0; min-width: 100%; }
+.l { white-space: pre; padding: 0 8px; min-height: 18px; border-left: 3px solid transparent; }
+.wrap > div { width: 100%; } .wrap .l { white-space: pre-wrap; word-break: break-all; }
+.stderr { border-left-color: var(--bad); } .stderr .k { color: var(--bad); } .l .dim, .note, .exit { color: var(--dim); }
+.note, .exit { font-style: italic; background: var(--panel); } .stdin { color: var(--accent); }
+mark { background: var(--mark); color: var(--marked); } .here mark { background: var(--here); }
+.b { font-weight: 700; } .f { opacity: .75; } .i { font-style: italic; } .u { text-decoration: underline; } .s { text-decoration: line-through; }
+.more { position: absolute; bottom: 12px; right: 24px; } .entry { margin-top: 8px; } .entry input { flex: 1 1 160px; }
+.fields { display: grid; grid-template-columns: max-content minmax(0, 34rem); gap: 6px 14px; } .fields small, .fields .bad { display: block; }
+.fields input:not([type=checkbox]), textarea { width: 100%; }
+.events { list-style: none; margin: 0; padding: 0; } .events li { grid-template-columns: 92px 180px 1fr; min-height: 27px; }
+dialog, #menu { color: inherit; background: var(--bg); border: 1px solid var(--edge); border-radius: 6px; }
+dialog { max-width: min(620px, 94vw); padding: 16px 18px; } dialog::backdrop { background: #0007; }
+dialog .bar { justify-content: flex-end; margin: 14px 0 0; }
+kbd { font: 12px var(--mono); border: 1px solid var(--edge); border-radius: 3px; padding: 0 5px; }
+#menu { position: fixed; z-index: 9; min-width: 150px; padding: 4px; box-shadow: 0 3px 12px #0005; }
+#menu button { display: block; width: 100%; text-align: left; border: 0; background: none; } #menu :focus { background: var(--panel); }
+@media (max-width: 900px) {
+  .heads, .wide { display: none; } main { padding: 8px; } .parts { max-height: 22vh; } button { min-height: 27px; }
+  .template { grid-template-columns: 18px 1fr 96px 90px; row-gap: 3px; padding: 5px 4px; contain-intrinsic-size: auto 92px; }
+  .template .state { grid-area: 2 / 2 / 3 / 5; white-space: normal; } .template .count { grid-area: 1 / 3 / 2 / 5; }
+  .template .use { grid-area: 3 / 1 / 4 / 3; } .template .acts { grid-area: 3 / 3 / 4 / 5; }
+  .part { grid-template-columns: 44px 1fr 60px 150px; } .fields { grid-template-columns: 1fr; gap: 2px; } .fields > div { margin-bottom: 8px; }
+  .events li { grid-template-columns: 88px 1fr; padding: 4px; } .events li > span { grid-column: 1 / 3; }
+}
 </style></head>
 <body>
-<h1>gaffer</h1>
-<p id="message" role="alert"></p>
-<table><thead><tr><th>name</th><th>state</th><th>running</th><th>restarts</th><th>last exit</th><th></th></tr></thead>
-<tbody id="rows"></tbody></table>
-<h2 id="title">events</h2>
-<pre id="output" tabindex="0" aria-live="off"></pre>
+<a class="skip" href="#main" id="skip">Skip to content</a>
+<header><strong>gaffer</strong><nav aria-label="Views" id="nav"></nav><span id="link" role="status"></span>
+<button id="help" aria-label="Keys" title="keys (?)">?</button></header>
+<p id="message" role="alert"></p><p id="said" role="status" class="quiet"></p>
+<main id="main" tabindex="-1"></main>
+<div id="menu" role="menu" hidden></div>
+<dialog id="dialog" aria-labelledby="dialog-title"></dialog>
+<noscript>This page needs JavaScript. The same is there as JSON, and as commands of gaffer.py.</noscript>
+<script type="application/json" id="snapshot">__SNAPSHOT__</script>
 <script nonce="__NONCE__">
 "use strict";
-const $ = id => document.getElementById(id), LINES = 2000;
-let sources = [];
-function say(text) { $("message").textContent = text; }
-async function call(method, path) {
+// ---- helpers. What is shown becomes text and properties, never HTML. The origin has no password in it, or fetch() would refuse
+const $ = id => document.getElementById(id), {origin} = location, enc = encodeURIComponent, main = $("main");
+const snapshot = JSON.parse($("snapshot").textContent);
+const LINES_MAX = 100000, CHARS_MAX = 16e6, LINE = 18, SAMPLES = 60, EVENTS_MAX = 1024, FIRST_LINES = 2000;
+
+function el(kind, props, ...children) {            // el("div.bar.push", {text, title, click: function ...}, children)
+  const [tag, ...classes] = kind.split("."), space = tag === "svg" || tag === "path" ? "2000/svg" : "1999/xhtml";
+  const node = document.createElementNS("http://www.w3.org/" + space, tag);
+  if (classes.length) node.setAttribute("class", classes.join(" "));
+  for (const [key, value] of Object.entries(props || {})) {
+    if (typeof value === "function") node.addEventListener(key, value);
+    else if (key === "text") node.textContent = value;
+    else if (key === "value" || key === "checked") node[key] = value;
+    else if (value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
+  }
+  node.append(...children.flat().filter(child => child));
+  return node;
+}
+function put(node, text) { if (node.textContent !== text) node.textContent = text; }
+function attr(node, name, value) { if (node.getAttribute(name) !== value) node.setAttribute(name, value); }
+function cell(kind, ...children) { return el("div" + kind, {role: "cell"}, ...children); }
+function button(kind, text, label, click, more) {
+  return el("button" + kind, {type: "button", text, title: label, "aria-label": label, click, ...more});
+}
+function toggle(node, on) { attr(node, "aria-pressed", String(Boolean(on))); }
+function box(key, label, changed, more) {          // a search field whose text is in the address, too
+  const input = el("input.grow", {type: "search", placeholder: label, "aria-label": label, value: params().get(key) || "", ...more});
+  input.addEventListener("input", () => { setParam(key, input.value); changed(); });
+  return input;
+}
+function say(text) { $("said").textContent = text; }
+function complain(text) { $("message").replaceChildren(...text ? [text, button("", "Dismiss", "", () => complain(""))] : []); }
+function plural(count, word, words = word + "s") { return count.toLocaleString("en") + " " + (count === 1 ? word : words); }
+function two(value) { return String(Math.floor(value)).padStart(2, "0"); }
+function span(left) {
+  if (left < 10) return Math.max(0, left).toFixed(1) + "s";
+  if (left < 60) return Math.floor(left) + "s";
+  if (left < 3600) return Math.floor(left / 60) + "m" + two(left % 60) + "s";
+  if (left < 86400) return Math.floor(left / 3600) + "h" + two(left / 60 % 60) + "m";
+  return Math.floor(left / 86400) + "d" + two(left / 3600 % 24) + "h";
+}
+function size(bytes) {
+  for (const unit of ["B", "K", "M"]) {
+    if (bytes < 1000) return (bytes < 10 && unit !== "B" ? bytes.toFixed(1) : Math.round(bytes)) + unit;
+    bytes /= 1024;
+  }
+  return bytes.toFixed(1) + "G";
+}
+function clock(seconds) {
+  const date = new Date(seconds * 1000), parts = [date.getHours(), date.getMinutes(), date.getSeconds()];
+  return parts.map(two).join(":") + "." + String(date.getMilliseconds()).padStart(3, "0");
+}
+function signalName(number) { return "SIG" + (snapshot.signals[number] || number); }
+function exitText({exit_status, term_signal, times}) {
+  const code = term_signal ? 128 + term_signal + " " + signalName(term_signal) : exit_status;
+  return "exited " + code + (times > 1 ? ", " + times + " times" : "");
+}
+
+// ---- what is known: statuses by name, usage by name and by pid, events. It begins with what the page was sent with
+const templates = new Map(), used = new Map(), events = snapshot.events;
+function keep(status) { status.at = performance.now(); templates.set(status.name, status); }
+snapshot.templates.forEach(keep);
+function groupOf(name) { return name.includes(":") ? name.slice(0, name.indexOf(":")) : ""; }
+function since(status) { return (performance.now() - status.at) / 1000; }
+function reason(status) {
+  const last = status.last_exit ? exitText(status.last_exit) : "", {state} = status;
+  if (state === "stopping") return "waiting for " + plural(status.stopping, "process", "processes") + " to end";
+  if (state === "stopped" && status.active) return "scaled to 0";
+  if (state === "running" && !status.error) {
+    return last && status.restarts && status.uptime + since(status) < 10 ? last + ", started again" : "";
+  }
+  const wait = status.next_try === null ? "" : "next try in " + Math.max(0, Math.ceil(status.next_try - since(status))) + " s";
+  const often = status.gave_up ? "gave up: it exits too often" : state === "flapping" ? "it exits too often" : "";
+  return [wait, status.error || last, often].filter(part => part).join(" · ");
+}
+const DOTS = {running: "●", backoff: "▲", flapping: "▲", stopping: "◐", starting: "◌", stopped: "○"};
+function showState(node, status, more) {
+  const why = status.ended ? "" : reason(status);
+  if (node.className !== "state cut " + status.state) node.className = "state cut " + status.state;
+  if (!node.firstChild) node.append(el("span.dot", {"aria-hidden": "true"}), el("span"), el("span.dim"));
+  [DOTS[status.state], status.ended || status.state, (more || "") + (why && " " + why)].forEach((text, at) => put(node.children[at], text));
+  attr(node, "title", node.textContent);
+}
+
+// ---- asking the server: a refusal is shown in its own words
+async function ask(method, path, body, quiet) {
+  const failed = reason => { if (!quiet) complain(reason); };
   try {
-    const answer = await fetch(path, {method});
-    const value = await answer.json();
-    say(answer.ok ? "" : value.reason);
-    return answer.ok ? value : null;
-  } catch (error) { say("the server does not answer"); return null; }
-}
-function cell(row, text) { row.insertCell().textContent = text; }
-function button(place, text, action) {
-  const made = document.createElement("button");
-  made.textContent = text; made.onclick = action; place.append(made);
-}
-async function refresh() {
-  const names = await call("GET", "/processes");
-  if (!names) return;
-  const all = await Promise.all(names.map(name => call("GET", "/status/" + encodeURIComponent(name))));
-  const rows = document.createDocumentFragment();
-  all.forEach(status => {
-    if (!status) return;
-    const row = document.createElement("tr"), path = "/processes/" + encodeURIComponent(status.name), last = status.last_exit;
-    cell(row, status.name);
-    cell(row, status.state + (status.next_try ? ", next try in " + Math.ceil(status.next_try) + " s" : ""));
-    cell(row, status.running + " of " + status.numprocesses);
-    cell(row, status.restarts);
-    cell(row, last ? (last.term_signal ? "signal " + last.term_signal : "status " + last.exit_status) : "");
-    const place = row.insertCell();
-    for (const action of ["start", "stop", "restart"]) button(place, action, () => call("POST", path + "/_" + action));
-    button(place, "output", () => follow(status.name));
-    rows.append(row);
-  });
-  $("rows").replaceChildren(rows);
-}
-function add(text, kind) {
-  const output = $("output"), stick = output.scrollTop + output.clientHeight >= output.scrollHeight - 4;
-  const line = document.createElement("div");
-  line.textContent = text; line.className = kind; output.append(line);
-  if (output.childElementCount > LINES) output.firstChild.remove();
-  if (stick) output.scrollTop = output.scrollHeight;
-}
-async function follow(name) {
-  sources.forEach(source => source.close()); sources = [];
-  $("output").replaceChildren(); $("title").textContent = "output of " + name;
-  const template = await call("GET", "/processes/" + encodeURIComponent(name));
-  if (!template) return;
-  for (const label of new Set(template.redirect_output)) {
-    const path = "/streams/" + encodeURIComponent(name) + "/" + label + "?feed=eventsource&tail=200";
-    const source = new EventSource(path);
-    source.addEventListener(label, event => add(event.data, label));
-    source.addEventListener("dropped", event => add(JSON.parse(event.data).bytes + " bytes were lost here", "note"));
-    sources.push(source);
+    const answer = await fetch(origin + path, {method, body: typeof body === "object" ? JSON.stringify(body) : body});
+    const text = await answer.text(), value = text ? JSON.parse(text) : {};
+    if (!answer.ok) failed(value.reason);
+    return {ok: answer.ok, status: answer.status, value};
+  } catch (error) {
+    failed("the server does not answer; does it still run?");
+    return {ok: false, status: 0, value: {reason: "the server does not answer"}};
   }
 }
-const events = new EventSource("/watch?feed=eventsource");
-let due = null;
-function changed(event) {
-  if (!sources.length) add(event.type + " " + event.data, "note");
-  if (due === null) due = setTimeout(() => { due = null; refresh(); }, 100);
+async function act(refs, action, said = action.replace("_", "")) {     // refs: names, or pids
+  complain("");
+  const results = await Promise.all(refs.map(ref => ask("POST", "/processes/" + enc(ref) + "/" + action)));
+  const done = results.filter(result => result.ok).length;
+  if (done) say(said + ": done for " + (refs.length === 1 ? refs[0] : done + " of " + refs.length));
 }
-const types = "create start stop restart update delete spawn reap exit stop_pid flap".split(" ");
-types.forEach(type => events.addEventListener(type, changed));
-events.onopen = refresh;
-events.onerror = () => say("the server does not answer; trying again");
-</script></body></html>
+async function refresh(names) {                    // null: all
+  const answers = names ? await Promise.all(names.map(name => ask("GET", "/status/" + enc(name), undefined, true))) :
+    [await ask("GET", "/status", undefined, true)];
+  if (!names && answers[0].ok) { templates.clear(); answers[0].value.forEach(keep); }
+  else if (names) answers.forEach((answer, at) => {
+    if (answer.ok) keep(answer.value); else if (answer.status === 404) templates.delete(names[at]);
+  });
+  changed(names || [...templates.keys()]);
+}
+function changed(names) {
+  const bad = [...templates.values()].filter(status => status.gave_up || DOTS[status.state] === "▲").length;
+  document.title = [bad && bad + " failing", view && view.title, "gaffer"].filter(part => part).join(" – ");
+  if (view && view.update) view.update(names);
+}
+const dirty = new Set();
+let settling = false;
+async function settle(name) {                      // after an event; what many events say is asked for once
+  dirty.add(name);
+  if (settling) return;
+  settling = true;
+  while (dirty.size) {
+    await new Promise(resolve => setTimeout(resolve, 50));
+    const names = [...dirty];
+    dirty.clear();
+    await refresh(names.includes(null) || names.length > 8 ? null : names);
+  }
+  settling = false;
+}
+
+// ---- streams: events, and output where that is looked at; none in a hidden tab, as a browser has six connections for all
+const feeds = new Set();
+function feed(path, types, take) {
+  let source = null, timer = null, last = null, delay = 250;
+  const shut = () => { clearTimeout(timer); if (source) source.close(); source = null; };
+  const open = () => {
+    source = new EventSource(origin + path(last));
+    for (const type of [...types, "dropped"]) source.addEventListener(type, event => {
+      last = event.lastEventId;
+      take(type, event.data, last);
+    });
+    source.onopen = () => { delay = 250; linked(true); };
+    source.onerror = () => { shut(); linked(false); timer = setTimeout(open, delay); delay = Math.min(5000, 2 * delay); };
+  };
+  const self = {open, shut, close() { shut(); feeds.delete(self); }};
+  feeds.add(self);
+  if (!document.hidden) open();
+  return self;
+}
+function linked(good) { put($("link"), good ? "live" : "reconnecting"); $("link").className = good ? "" : "away"; }
+document.addEventListener("visibilitychange", () => {
+  for (const each of feeds) { each.shut(); if (!document.hidden) each.open(); }
+});
+function takeEvent(type, data) {
+  const event = JSON.parse(data);
+  if (type === "dropped") { if (event.restarted) { events.length = 0; used.clear(); } return settle(null); }
+  events.push(event);
+  if (events.length > EVENTS_MAX) events.shift();
+  if (type === "delete") { templates.delete(event.name); changed([event.name]); } else settle(event.name);
+  if (view.event) view.event(event);
+}
+
+// ---- CPU and memory, each two seconds while somebody looks
+let polling = false;
+async function poll() {
+  if (polling || document.hidden || !view.usage) return;
+  polling = true;
+  await view.usage();
+  polling = false;
+}
+setInterval(poll, 2000);
+setInterval(() => { if (!document.hidden && view.tick) view.tick(); }, 1000);
+function note(key, cpu, rss) {
+  if (!used.has(key)) used.set(key, [[], []]);
+  used.get(key).forEach((list, at) => { list.push([cpu, rss][at]); if (list.length > SAMPLES) list.shift(); });
+}
+function sparks() {                                // CPU and memory, drawn as they were in the last two minutes
+  const all = ["CPU", "memory"].map(title => {
+    const path = el("path"), text = el("span");
+    return {path, text, node: cell(".use.number", el("svg", {viewBox: "0 0 42 17", "aria-hidden": "true"}, el("title", {}), path), text)};
+  });
+  const draw = (at, list) => {
+    const most = Math.max(5, ...list), step = 42 / (SAMPLES - 1), from = 42 - step * (list.length - 1), last = list[list.length - 1];
+    const points = list.map((value, x) => (from + x * step).toFixed(1) + " " + (16 - 15 * value / most).toFixed(1));
+    attr(all[at].path, "d", points.length ? "M" + points.join("L") : "");
+    put(all[at].text, last === undefined ? "" : at ? size(last) : last.toFixed(1) + "%");
+  };
+  return {nodes: all.map(each => each.node), show: key => [0, 1].forEach(at => draw(at, (used.get(key) || [[], []])[at]))};
+}
+
+// ---- menus and dialogs
+let menuFrom = null;
+function closeMenu(back) {
+  if (!$("menu").hidden && back && menuFrom) menuFrom.focus();
+  $("menu").hidden = true;
+}
+function menu(from, items) {                       // items: [text, what to do, class]
+  const node = $("menu"), place = from.getBoundingClientRect();
+  node.replaceChildren(...items.map(([text, click, kind]) =>
+    el("button" + (kind || ""), {type: "button", role: "menuitem", text, click: () => { closeMenu(true); click(); }})));
+  node.hidden = false; menuFrom = from;
+  node.style.left = Math.max(4, Math.min(place.left, innerWidth - node.offsetWidth - 4)) + "px";
+  node.style.top = Math.max(4, Math.min(place.bottom + 2, innerHeight - node.offsetHeight - 4)) + "px";
+  node.firstChild.focus();
+}
+$("menu").addEventListener("keydown", event => {
+  const all = [...$("menu").children], here = all.indexOf(document.activeElement);
+  const next = {ArrowDown: here + 1, ArrowUp: here - 1, Home: 0, End: all.length - 1}[event.key];
+  if (next !== undefined) all[(next + all.length) % all.length].focus();
+  else if (["Escape", "Tab"].includes(event.key)) closeMenu(true);
+  else return event.stopPropagation();
+  event.preventDefault(); event.stopPropagation();
+});
+document.addEventListener("pointerdown", event => { if (!$("menu").contains(event.target)) closeMenu(); });
+function dialog(title, content, good, value, kind = ".main") {     // resolves with value(), or null; without: nothing to cancel
+  const node = $("dialog"), back = document.activeElement;
+  return new Promise(resolve => {
+    const done = result => { node.onclose = null; node.close(); if (back.isConnected) back.focus(); resolve(result); };
+    const yes = button(kind, good, undefined, () => done(value ? value() : null));
+    const no = value && button("", "Cancel", undefined, () => done(null));
+    node.replaceChildren(el("h2", {id: "dialog-title", text: title}), ...content, el("div.bar", {}, no, yes));
+    node.onclose = () => done(null);
+    node.onkeydown = event => { if (event.key === "Enter" && event.target.matches("input")) { event.preventDefault(); yes.click(); } };
+    node.showModal();
+    (node.querySelector("input") || no || yes).focus();
+  });
+}
+function nameThem(names) { return names.length === 1 ? names[0] : plural(names.length, "template"); }
+async function askSignal(refs, title = nameThem(refs)) {
+  const list = el("datalist", {id: "signals"}, Object.values(snapshot.signals).map(value => el("option", {value})));
+  const field = el("input", {value: "HUP", list: "signals"}), whole = el("input", {type: "checkbox"});
+  const name = await dialog("Signal " + title, [el("label", {}, "Signal: ", field, list), el("p", {}, el("label", {}, whole,
+    " to their whole process groups"))], "Send", () => field.value.trim());
+  if (name) act(refs, "_signal/" + enc(name) + (whole.checked ? "?group=true" : ""), "signal " + name);
+}
+async function askScale(names) {
+  const field = el("input", {type: "number", min: 0, max: 1000, value: templates.get(names[0]).numprocesses});
+  const number = await dialog("Scale " + nameThem(names), [el("label", {}, "Processes of each: ", field)], "Scale", () => field.value);
+  for (const name of number ? names : []) {
+    const change = Number(number) - templates.get(name).numprocesses;
+    if (change) act([name], change > 0 ? "_add/" + change : "_sub/" + -change, "scale");
+  }
+}
+async function askDelete(names) {
+  const lines = names.map(name => {
+    const {running, stopping, os_pids} = templates.get(name), alive = running + stopping;
+    const which = os_pids.length ? " (OS pid " + os_pids.slice(0, 8).join(", ") + (os_pids.length > 8 ? ", …" : "") + ")" : "";
+    return el("li", {text: name + ": " + (alive ? "stops " + plural(alive, "process", "processes") + which : "nothing of it runs")});
+  });
+  if (!await dialog("Delete " + nameThem(names) + "?", [el("ul", {}, lines.slice(0, 12), lines.length > 12 &&
+    el("li", {text: "and " + (lines.length - 12) + " more"})), el("p", {text: "Their processes get SIGTERM, and SIGKILL once " +
+    "the graceful timeout is over. The templates and their output are forgotten."})], "Delete", () => true, ".bad")) return;
+  complain("");
+  const results = await Promise.all(names.map(name => ask("DELETE", "/processes/" + enc(name))));
+  say("deleted: " + results.filter(result => result.ok).length);
+  if (names.includes(view.name)) go("/");
+}
+function actions(names, label) {                   // buttons for what is called `label`; names(): which templates that is now
+  const make = (text, action) => button("." + action, text, action + " " + label, () => act(names(), "_" + action));
+  const more = button("", "⋯", "more for " + label, () => menu(more, moreItems(names())), {"aria-haspopup": "menu"});
+  return [make("Start", "start"), make("Stop", "stop"), make("Restart", "restart"), more];
+}
+function moreItems(names) {
+  const path = enc(names[0]);
+  return [...names.length === 1 ? [["Output", () => go("/p/" + path)], ["Edit…", () => go("/edit/" + path)]] : [],
+    ["Scale…", () => askScale(names)], ["Signal…", () => askSignal(names)], ["Delete…", () => askDelete(names), ".bad"]];
+}
+
+// ---- the overview
+function makeRow(name, selected) {
+  const names = () => [name], one = (sign, action, text) => button("", sign, text + name, () => act([name], action, "scale"));
+  const check = el("input", {type: "checkbox", "aria-label": "select " + name, change: selected}), state = cell(".state.cut");
+  const count = el("span"), uptime = cell(".number.wide"), restarts = cell(".number.wide"), use = sparks();
+  const node = el("div.row.item.template", {role: "row", tabindex: -1, "data-name": name}, cell("", check),
+    cell(".cut", el("a", {href: "#/p/" + enc(name), text: name, title: name})), state,
+    cell(".count.acts.number", one("−", "_sub", "one process less of "), count, one("+", "_add", "one process more of ")),
+    uptime, restarts, use.nodes, cell(".acts", actions(names, name)));
+  use.nodes[1].classList.add("wide");
+  for (const inner of node.querySelectorAll("a, button, input")) inner.tabIndex = -1;
+  function tick() {
+    const status = templates.get(name);
+    showState(state, status);
+    put(uptime, status.running ? span(status.uptime + since(status)) : "");
+  }
+  function update() {
+    const status = templates.get(name);
+    put(count, status.running + " / " + status.numprocesses); put(restarts, String(status.restarts));
+    node.classList.toggle("live", status.active); node.classList.toggle("rest", !status.active);
+    tick();
+  }
+  update();
+  return {name, node, check, update, tick, use: () => use.show(name), fits: words => {
+    const text = (name + " " + state.textContent).toLowerCase();
+    return words.every(word => text.includes(word));
+  }};
+}
+function makeGroup(group, rows, selected) {
+  const say = el("span"), all = el("input", {type: "checkbox", "aria-label": "select group " + group, change: () => {
+    for (const row of self.rows) row.check.checked = all.checked;
+    selected();
+  }});
+  const node = el("div.row.group", {role: "row"}, cell("", all), cell(".cut", say),
+    cell(".acts", actions(() => self.rows.map(row => row.name), "group " + group)));
+  const self = {node, rows, update() {
+    put(say, group + ": " + self.rows.filter(row => templates.get(row.name).running).length + " of " + self.rows.length + " running");
+  }};
+  return self;
+}
+function overview() {
+  const rows = new Map(), groups = new Map(), body = el("div", {role: "rowgroup"}), empty = el("p.dim"), search = box("q",
+    "Filter by name, state, reason", filter), chips = el("span.acts", {role: "group", "aria-label": "By state"});
+  const bulk = el("span.acts", {role: "group", "aria-label": "With what is selected"}), say = el("span");
+  const bulkActions = actions(chosen, "what is selected");
+  const all = el("input", {type: "checkbox", "aria-label": "select all that are shown", change: () => {
+    for (const row of rows.values()) row.check.checked = all.checked && !row.node.hidden;
+    selected();
+  }});
+  const heads = ["name", "state", "processes", "uptime", "restarts", "CPU", "memory", "actions"].map((text, at) =>
+    el("div" + (at > 1 ? ".number" : ""), {role: "columnheader", text}));
+  const node = el("div", {}, el("h1.quiet", {text: "Processes"}), el("div.bar", {}, search, chips, bulk), el("div", {role: "table",
+    "aria-label": "Templates"}, el("div.row.heads", {role: "row"}, el("div", {role: "columnheader"}, all), heads), body), empty);
+  let current = null, order = "";
+  body.addEventListener("focusin", event => focused(event.target.closest(".item")));
+
+  function update(names) {
+    for (const name of rows.keys()) if (!templates.has(name)) rows.delete(name);
+    for (const name of templates.keys()) if (!rows.has(name)) rows.set(name, makeRow(name, selected));
+    for (const name of names) if (rows.has(name)) rows.get(name).update();
+    arrange();
+    if (!current || !current.isConnected) focused(body.querySelector(".item"));
+    filter(); selected();
+  }
+  function arrange() {                             // those without a group first, then group by group
+    const members = new Map([["", []]]), nodes = [], had = document.activeElement;
+    for (const row of rows.values()) {
+      const group = groupOf(row.name);
+      members.set(group, [...members.get(group) || [], row]);
+    }
+    for (const [group, list] of members) {
+      if (group && !groups.has(group)) groups.set(group, makeGroup(group, list, selected));
+      if (group) { groups.get(group).rows = list; groups.get(group).update(); nodes.push(groups.get(group).node); }
+      nodes.push(...list.map(row => row.node));
+    }
+    for (const group of groups.keys()) if (!members.has(group)) groups.delete(group);
+    const now = nodes.map(each => each.dataset.name).join("\n");
+    if (now === order) return;
+    order = now; body.replaceChildren(...nodes);
+    if (had.isConnected) had.focus();
+  }
+  function filter() {
+    const words = search.value.toLowerCase().split(/\s+/).filter(word => word), counts = {};
+    let shown = 0;
+    for (const row of rows.values()) {
+      const {state} = templates.get(row.name);
+      counts[state] = (counts[state] || 0) + 1;
+      row.node.hidden = !row.fits(words); shown += !row.node.hidden;
+    }
+    for (const group of groups.values()) group.node.hidden = group.rows.every(row => row.node.hidden);
+    showCounts(Object.entries(counts).sort());
+    empty.hidden = shown > 0;
+    put(empty, rows.size ? "Nothing here fits the filter." : "No template yet: add one.");
+  }
+  function showCounts(counts) {
+    while (chips.childElementCount > counts.length + 1) chips.lastChild.remove();
+    [["all", rows.size], ...counts].forEach(([state, count], at) => {
+      const chip = chips.children[at] || button("", "", undefined, () => {
+        search.value = chip.state; setParam("q", chip.state); filter();
+      });
+      chip.state = state === "all" ? "" : state;
+      put(chip, state + " " + count); toggle(chip, search.value === chip.state);
+      if (!chip.isConnected) chips.append(chip);
+    });
+  }
+  function chosen() { return [...rows.values()].filter(row => row.check.checked).map(row => row.name); }
+  function selected() {
+    const count = chosen().length;
+    put(say, count + " selected");
+    if (Boolean(count) !== Boolean(bulk.firstChild)) bulk.replaceChildren(...count ? [say, ...bulkActions] : []);
+  }
+  function focused(row) {                          // one row at a time is on the way of the Tab key
+    if (!row || row === current) return;
+    for (const [each, tab] of [[current, -1], [row, 0]]) {
+      for (const inner of each ? [each, ...each.querySelectorAll("a, button, input")] : []) inner.tabIndex = tab;
+    }
+    current = row;
+  }
+  function move(by) {
+    const nodes = [...body.querySelectorAll(".item")].filter(each => !each.hidden), here = nodes.indexOf(current);
+    const next = nodes[current.contains(document.activeElement) ? here + by : Math.max(0, here)];
+    if (next) { next.focus(); next.scrollIntoView({block: "nearest"}); }
+  }
+  async function usage() {
+    const answer = await ask("GET", "/stats?brief=true", undefined, true);
+    for (const entry of answer.ok ? answer.value : []) {
+      if (entry.stats.length) note(entry.name, entry.cpu, entry.stats.reduce((sum, each) => sum + each.rss, 0));
+      else used.delete(entry.name);
+      if (rows.has(entry.name)) rows.get(entry.name).use();
+    }
+  }
+  function key(name) {
+    const row = current && rows.get(current.dataset.name), names = row && [row.name];
+    const simple = {s: "_start", t: "_stop", r: "_restart", "+": "_add", "-": "_sub"}[name];
+    if (name === "/") search.focus();
+    else if (!row) return false;
+    else if (["j", "ArrowDown", "k", "ArrowUp"].includes(name)) move(name === "j" || name === "ArrowDown" ? 1 : -1);
+    else if (name === "Enter" && document.activeElement === current) go("/p/" + enc(row.name));
+    else if (name === "x") { row.check.checked = !row.check.checked; selected(); }
+    else if (simple) act(names, simple);
+    else if (name === "m") menu(current.querySelector("[aria-haspopup]"), moreItems(names));
+    else if (name === "g") askSignal(names); else if (name === "Delete") askDelete(names); else return false;
+    return true;
+  }
+  update([]);
+  return {node, update, usage, key, tick: () => rows.forEach(row => row.node.hidden || row.tick()), focus: () => current || search};
+}
+
+// ---- output. A line is kept as it came: "<time> <name> <pid> <label> <text>"; only what is in sight is in the document
+function parse(raw) {
+  const ends = [0, 0, 0, 0];
+  for (let at = 0, from = -1; at < 4; at++) ends[at] = from = raw.indexOf(" ", from + 1);
+  const label = raw.slice(ends[2] + 1, ends[3]), open = label.endsWith("+");
+  return {time: Number(raw.slice(0, ends[0])), name: raw.slice(ends[0] + 1, ends[1]), pid: raw.slice(ends[1] + 1, ends[2]),
+    label: open ? label.slice(0, -1) : label, open, text: raw.slice(ends[3] + 1)};
+}
+const ESCAPE = /\x1b(?:\[[0-?]*[ -\/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -\/]*[0-~])/g, CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g;
+function plain(text) {                             // without escape sequences; other control characters as their pictures
+  return text.replace(ESCAPE, "").replace(CONTROL, sign => String.fromCharCode(sign === "\x7f" ? 0x2421 : 0x2400 + sign.charCodeAt(0)));
+}
+function tell(line) {
+  if (line.label !== "exit") return plain(line.text);
+  const {exit_status, term_signal} = JSON.parse(line.text);
+  return "process " + line.pid + (term_signal ? " was ended by " + signalName(term_signal) : " exited with status " + exit_status);
+}
+function colour256(number) {
+  if (number < 16) return "var(--c" + number + ")";
+  if (number > 231) return "rgb(" + Array(3).fill(8 + 10 * (number - 232)) + ")";
+  return "rgb(" + [36, 6, 1].map(part => Math.floor((number - 16) / part) % 6).map(part => part && 55 + 40 * part) + ")";
+}
+const FLAGS = {1: "b", 2: "f", 3: "i", 4: "u", 9: "s"}, BASES = [[30, "fg", 0], [40, "bg", 0], [90, "fg", 8], [100, "bg", 8]];
+function paint(style, codes) {                     // SGR: ECMA-48 section 8.3.117
+  for (let at = 0; at < codes.length; at++) {
+    const code = codes[at], base = BASES.find(([first]) => code >= first && code < first + 8);
+    if (code === 0) Object.assign(style, {fg: "", bg: "", turned: false, flags: new Set()});
+    else if (FLAGS[code]) style.flags.add(FLAGS[code]);
+    else if (code === 22) "bf".split("").forEach(flag => style.flags.delete(flag));
+    else if (FLAGS[code - 20]) style.flags.delete(FLAGS[code - 20]);
+    else if (code === 7 || code === 27) style.turned = code === 7;
+    else if (code === 38 || code === 48) {
+      const rgb = codes[at + 1] === 2, parts = codes.slice(at + 2, at + 5).map(part => part & 255);
+      style[code === 38 ? "fg" : "bg"] = rgb ? "rgb(" + parts + ")" : colour256(parts[0]);
+      at += rgb ? 4 : 2;
+    } else if (code === 39 || code === 49) style[code === 39 ? "fg" : "bg"] = "";
+    else if (base) style[base[1]] = colour256(code - base[0] + base[2]);
+  }
+}
+function segments(text) {                          // [[text, style]]
+  const style = {}, found = [];
+  let from = 0;
+  paint(style, [0]);
+  const take = to => {
+    const part = plain(text.slice(from, to));
+    if (part) found.push([part, {...style, flags: [...style.flags].join(" ")}]);
+  };
+  for (const match of text.matchAll(ESCAPE)) {
+    take(match.index);
+    from = match.index + match[0].length;
+    if (match[0].endsWith("m") && match[0][1] === "[") paint(style, match[0].slice(2, -1).split(/[;:]+/).map(Number));
+  }
+  take(text.length);
+  return found;
+}
+function piece(text, {fg, bg, turned, flags}) {
+  if (turned) [fg, bg] = [bg || "var(--bg)", fg || "var(--text)"];
+  if (!fg && !bg && !flags) return document.createTextNode(text);
+  const node = el("span", {text, class: flags});
+  node.style.color = fg || bg && "var(--bg)"; node.style.background = bg;
+  return node;
+}
+function paintLine(node, parts, find) {            // with what is searched for marked
+  const found = find ? [...parts.map(part => part[0]).join("").matchAll(find)] : [];
+  let at = 0;
+  for (const [text, style] of parts) {
+    let from = 0;
+    for (const match of found) {
+      const first = Math.max(match.index - at, from), end = Math.min(match.index + match[0].length - at, text.length);
+      if (first >= end) continue;
+      node.append(piece(text.slice(from, first), style), el("mark", {text: text.slice(first, end)}));
+      from = end;
+    }
+    node.append(piece(text.slice(from), style));
+    at += text.length;
+  }
+}
+function expression(text, flags) { return new RegExp(text, flags + (text === text.toLowerCase() ? "i" : "")); }
+
+function makeLog(ref, width) {                     // ref: "" (all), a name or a pid; width: of the column that says whose a line is
+  let lines = [], first = 0, chars = 0;            // what is kept, and the number of the first
+  let shown = [], tops = [0];                      // numbers of what fits the filter, and the row at which each begins
+  let queue = [], frame = 0, following = true, paused = false, came = 0, run = "";
+  let find = null, filter = null, matches = 0, here = -1, columns = 80, height = 0, sign = 0;
+  const open = new Map(), nodes = new Map(), flags = {time: params().has("time"), wrap: params().has("wrap")};
+  const flag = (key, text, label) => button("", text, label, () => {
+    flags[key] = !flags[key]; setParam(key, flags[key] ? "1" : "");
+    show(); rebuild();
+  });
+  const findBox = box("find", "Find", () => { search(); if (find) next(-1); }, {keydown: event => event.key === "Enter" && next(event.shiftKey ? -1 : 1)});
+  const filterBox = box("filter", "Filter by regular expression", () => { readFilter(); rebuild(true); }, {"aria-describedby": "fault"});
+  const fault = el("span.bad", {id: "fault", role: "alert"}), hits = el("span.dim", {role: "status"});
+  const labels = el("select", {"aria-label": "stream", change: () => { setParam("label", labels.value); rebuild(true); }},
+    ["", "stdout", "stderr"].map(value => el("option", {value, text: value || "all streams"})));
+  labels.value = params().get("label") || "";
+  const pauser = button("", "Pause", "pause (space)", pause), timer = flag("time", "Time", "timestamps (t)"), wrapper = flag("wrap", "Wrap", "wrap (w)");
+  const spacer = el("div"), block = el("div"), more = button(".more.main", "", undefined, follow);
+  const area = el("div.lines.mono", {tabindex: 0, role: "log", "aria-live": "off", "aria-label": "Output", scroll: scrolled}, spacer, block);
+  const node = el("section.log", {"aria-label": "Output"}, el("div.bar", {}, findBox, button("", "↑", "previous match (N)", () => next(-1)),
+    button("", "↓", "next match (n)", () => next(1)), hits, filterBox, fault, labels, pauser, timer, wrapper,
+    button("", "Copy", "copy what is shown", copy), button("", "Download", "download what is shown", download)), area, more);
+  const observer = new ResizeObserver(resized);
+
+  // what comes in
+  function take(type, data, id) {
+    const now = id.split("@")[1].slice(0, 8), {bytes, restarted} = type === "dropped" ? JSON.parse(data) : {};
+    if (restarted && now !== run) note("the server was started anew");
+    else if (restarted) { clear(); note("shown anew: this page was away for longer than the server keeps its place"); }
+    if (bytes) note(plural(bytes, "byte") + " were lost here: they came faster than they could be taken");
+    if (type === "line") push(data);
+    run = now;
+  }
+  function note(text, label = "*note") { push(Date.now() / 1000 + " - 0 " + label + " " + text); }
+  function push(raw) {
+    queue.push(raw);
+    if (queue.length > 2 * LINES_MAX) queue.splice(0, LINES_MAX);
+    if (!frame) frame = requestAnimationFrame(() => { frame = 0; flush(); });
+  }
+  function clear() { first += lines.length; lines = []; queue = []; chars = 0; open.clear(); rebuild(true); }
+  function flush() {
+    const before = shown.length;
+    queue.forEach(keepLine);
+    queue = [];
+    if (!following) came += shown.length - before;
+    if (lines.length > LINES_MAX + 1000 || chars > CHARS_MAX) trim();
+    draw();
+  }
+  function keepLine(raw) {
+    const line = parse(raw), key = line.pid + " " + line.label, at = open.has(key) ? open.get(key) - first : -1;
+    chars += raw.length;
+    if (at >= 0) {                                 // it goes on with a line that had no end yet
+      lines[at] += line.text; nodes.delete(at + first);
+      if (shown[shown.length - 1] === at + first) { shown.pop(); tops.pop(); add(at + first); }
+    } else { lines.push(raw); consider(first + lines.length - 1); }
+    if (!line.open) open.delete(key); else if (at < 0) open.set(key, first + lines.length - 1);
+  }
+  function consider(number) {
+    if (!fits(number)) return;
+    add(number);
+    if (find && hit(number)) matches++;
+  }
+  function add(number) { shown.push(number); tops.push(tops[tops.length - 1] + rows(number)); }
+  function trim() {
+    let count = Math.max(0, lines.length - LINES_MAX), gone = 0;
+    for (let at = 0; at < count; at++) chars -= lines[at].length;
+    while (chars > CHARS_MAX * .95) chars -= lines[count++].length;
+    lines.splice(0, count); first += count;
+    while (gone < shown.length && shown[gone] < first) gone++;
+    const lost = (tops[gone] - tops[0]) * LINE;
+    shown.splice(0, gone); tops.splice(0, gone);
+    if (!following) { const top = area.scrollTop - lost; fit(); area.scrollTop = top; }
+  }
+  function lineOf(number) { return parse(lines[number - first]); }
+
+  // which lines are shown, and how high they are
+  function readFilter() {
+    fault.textContent = ""; filter = null;
+    try { if (filterBox.value) filter = expression(filterBox.value, ""); }
+    catch (error) { fault.textContent = error.message.replace("Invalid regular expression: ", ""); }
+    attr(filterBox, "aria-invalid", String(Boolean(fault.textContent)));
+  }
+  function fits(number) {
+    if (!filter && !labels.value) return true;
+    const line = lineOf(number), own = line.label[0] === "*" || line.label === "exit";
+    return (own || !labels.value || line.label === labels.value) && (own && !filter || !filter || filter.test(tell(line)));
+  }
+  function rebuild(again) {
+    const numbers = again ? lines.map((_, at) => at + first) : shown;
+    shown = []; tops = [0]; matches = 0; nodes.clear(); block.replaceChildren();
+    for (const number of numbers) if (again) consider(number); else add(number);
+    if (!again) matches = find ? shown.filter(hit).length : 0;
+    draw();
+  }
+  function rows(number) {
+    const line = flags.wrap && lineOf(number);
+    return line ? Math.max(1, Math.ceil((head(line).join("").length + tell(line).length) / columns)) : 1;
+  }
+  function head(line) {                            // [time, whose, label], each with its blank
+    const who = width === 6 ? line.pid : line.name + "." + line.pid, usual = ["stdout", "exit"].includes(line.label) || line.label[0] === "*";
+    return [flags.time ? clock(line.time) + " " : "", width && (line.name === "-" ? "" : who).padEnd(width) + " ",
+      usual ? "    " : (line.label === "stderr" ? "err" : line.label.slice(0, 3).padEnd(3)) + " "].map(part => part || "");
+  }
+  function resized() {
+    const before = columns;
+    if (!sign) {
+      const ruler = el("span", {text: "0".repeat(100)});
+      area.append(ruler); sign = ruler.offsetWidth / 100 || 7.5; ruler.remove();
+    }
+    height = area.clientHeight; columns = Math.max(10, Math.floor((area.clientWidth - 19) / sign));
+    if (flags.wrap && before !== columns) rebuild(); else draw();
+  }
+
+  // what is seen
+  function show() { toggle(timer, flags.time); toggle(wrapper, flags.wrap); toggle(pauser, paused); area.classList.toggle("wrap", flags.wrap); }
+  function total() { return (tops[tops.length - 1] - tops[0]) * LINE; }
+  function fit() { spacer.style.height = total() + "px"; }
+  function placeAt(row) {
+    let low = 0, high = shown.length;
+    while (low < high) { const half = low + high >> 1; if (tops[half + 1] - tops[0] > row) high = half; else low = half + 1; }
+    return low;
+  }
+  function draw() {
+    fit();
+    if (following) area.scrollTop = 1e9;
+    const top = following ? Math.max(0, total() - height) : area.scrollTop, wanted = new Set();
+    const from = Math.max(0, placeAt(top / LINE) - 5), to = Math.min(shown.length, placeAt((top + height) / LINE) + 6);
+    for (let place = from; place < to; place++) wanted.add(nodeOf(shown[place]));
+    for (const each of [...block.children]) if (!wanted.has(each)) { each.remove(); nodes.delete(each.number); }
+    let after = block.firstChild;                  // what stays is not moved: a selection would be lost
+    for (const each of wanted) if (each === after) after = after.nextSibling; else block.insertBefore(each, after);
+    block.style.transform = "translateY(" + (tops[from] - tops[0]) * LINE + "px)";
+    more.hidden = following;
+    put(more, (paused ? "Paused: " : "") + (came ? plural(came, "new line") : "to the end") + " ↓");
+    put(hits, find ? plural(matches, "line") : "");
+  }
+  function nodeOf(number) {
+    if (!nodes.has(number)) nodes.set(number, build(number));
+    return nodes.get(number);
+  }
+  function build(number) {
+    const line = lineOf(number), label = line.label.replace("*", ""), [time, who, mark] = head(line);
+    const made = el("div.l", {}, el("span.dim", {text: time + who}), el("span.k" + (label === "stderr" ? "" : ".dim"), {text: mark, title: label}));
+    made.number = number; made.classList.add(label);
+    made.classList.toggle("here", number === here);
+    paintLine(made, segments(label === "exit" ? tell(line) : line.text), find);
+    return made;
+  }
+  function scrolled() {
+    const end = area.scrollTop + height >= total() - LINE / 2;
+    if (!paused && end !== following) { following = end; came = 0; }
+    draw();
+  }
+  function follow() { paused = false; following = true; came = 0; show(); draw(); area.focus(); }
+  function pause() {
+    if (paused) return follow();
+    paused = true; following = false; came = 0;
+    show(); draw();
+  }
+
+  // find, copy, download
+  function hit(number) { find.lastIndex = 0; return find.test(tell(lineOf(number))); }
+  function search() { find = findBox.value ? expression(findBox.value.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "g") : null; here = -1; rebuild(); }
+  function next(by) {
+    const all = shown.length, start = here >= first ? shown.indexOf(here) : by > 0 ? -1 : all;
+    for (let step = 1; find && step <= all; step++) {
+      const place = (start + by * step + 2 * all) % all, top = (tops[place] - tops[0]) * LINE;
+      if (!hit(shown[place])) continue;
+      nodes.delete(here); here = shown[place]; nodes.delete(here); following = false;
+      if (top < area.scrollTop || top + LINE > area.scrollTop + height) area.scrollTop = top - height / 2;
+      return draw();
+    }
+  }
+  function text() { return shown.map(number => { const line = lineOf(number); return head(line).join("") + tell(line) + "\n"; }).join(""); }
+  async function copy() {
+    const field = el("textarea", {value: text()});
+    try { await navigator.clipboard.writeText(field.value); }
+    catch (error) { node.append(field); field.select(); document.execCommand("copy"); field.remove(); }    // plain http, not localhost
+    say(plural(shown.length, "line") + " copied");
+  }
+  function download() {
+    const href = URL.createObjectURL(new Blob([text()], {type: "text/plain"}));
+    el("a", {href, download: (ref || "gaffer").replace(/[^\w.-]+/g, "_") + ".log"}).click();
+    setTimeout(() => URL.revokeObjectURL(href), 1000);
+    say(plural(shown.length, "line") + " saved");
+  }
+  function key(name) {
+    const keys = {f: () => findBox.focus(), "/": () => filterBox.focus(), n: () => next(1), N: () => next(-1), " ": pause,
+      w: () => wrapper.click(), t: () => timer.click(), End: follow, Home: () => { following = false; area.scrollTop = 0; draw(); }};
+    if (keys[name]) keys[name]();
+    return Boolean(keys[name]);
+  }
+  readFilter(); search(); show(); observer.observe(area);
+  const path = ref === "" ? "" : "/" + enc(ref);
+  const source = feed(last => "/streams" + path + "?feed=eventsource&" + (last ? "since=" + enc(last) : "tail=" + FIRST_LINES), ["line"], take);
+  return {node, area, key, note, end: source.close, close() { source.close(); observer.disconnect(); cancelAnimationFrame(frame); }};
+}
+function allOutput() {
+  const log = makeLog("", 18);
+  return {node: el("div.log", {}, el("h1.quiet", {text: "Output of everything"}), log.node), title: "output", fill: true, focus: () => log.area,
+    key: log.key, close: log.close};
+}
+
+// ---- a line to stdin
+const typed = new Map();
+function makeEntry(name, log) {
+  const past = typed.get(name) || [], why = el("span.dim"), who = el("select", {"aria-label": "to which process"});
+  let at = 0;
+  typed.set(name, past);
+  const line = el("input.mono", {"aria-label": "A line to stdin", placeholder: "A line to stdin", autocomplete: "off", keydown: event => {
+    const by = {ArrowUp: 1, ArrowDown: -1}[event.key];
+    if (event.key === "Enter") send();
+    if (!by) return;
+    at = Math.max(0, Math.min(past.length, at + by)); line.value = at ? past[past.length - at] : "";
+    event.preventDefault();
+  }});
+  const all = [who, line, button("", "Send", undefined, send), button("", "End of file", "close its stdin", end)];
+  async function send() {
+    const text = line.value;
+    complain("");
+    if (!(await ask("POST", "/streams/" + who.value + "/stdin", text + "\n")).ok) return;
+    if (text && past[past.length - 1] !== text) past.push(text);
+    if (past.length > 200) past.shift();
+    line.value = ""; at = 0; log.note("> " + text, "*stdin");
+  }
+  async function end() {
+    complain("");
+    if ((await ask("DELETE", "/streams/" + who.value + "/stdin")).ok) log.note("end of file", "*stdin");
+  }
+  return {node: el("div.entry", {}, all, why), line, show(template, pids) {
+    const no = !template.redirect_input ? "stdin is not redirected: edit the template, and set redirect_input" :
+      pids.length ? "" : "no process runs that could read it", had = who.value;
+    for (const each of all) each.disabled = Boolean(no);
+    put(why, no);
+    if (who.pids === pids.join()) return;
+    who.pids = pids.join(); who.hidden = pids.length < 2;
+    who.replaceChildren(...pids.map(value => el("option", {value, text: "process " + value})));
+    if (pids.includes(Number(had))) who.value = had;
+  }};
+}
+
+// ---- one template, or one process of it
+function detail(name, pid) {
+  const log = makeLog(pid || name, pid ? 0 : 6), entry = makeEntry(name, log), state = el("span", {role: "status"}), facts = el("dl.facts");
+  const parts = new Map(), list = el("div.parts", {role: "table", "aria-label": "Processes"}), path = "/p/" + enc(name);
+  const onePid = id => [button("", "Stop", "stop process " + id + "; it is replaced", () => act([id], "_stop")),
+    button("", "Signal…", "signal process " + id, () => askSignal([id], "process " + id))];
+  const acts = el("span.acts.push", {}, pid ? onePid(pid) : actions(() => [name], name));
+  const title = el("h1", {}, pid ? el("a", {href: "#" + path, text: name}) : name, pid && " process " + pid);
+  const node = el("div.log", {}, el("div.bar", {}, title, state, acts), facts, list, log.node, entry.node);
+  let template = null, asking = false;
+  async function load() {
+    const answer = await ask("GET", "/processes/" + enc(name));
+    if (!answer.ok) return;
+    template = answer.value;
+    const {cmd, args, cwd} = template, words = Array.isArray(args) ? args.map(quote) : [args];
+    facts.replaceChildren(...[["command", [cmd, ...words].join(" ")], ["directory", cwd]].filter(fact => fact[1]).flatMap(([what, text]) =>
+      [el("dt", {text: what}), el("dd.mono", {text})]));
+    update([name]);
+  }
+  function update(names) {
+    const status = templates.get(name);
+    if (!names.includes(name)) return;
+    if (!status) { put(state, "there is no template of this name"); list.replaceChildren(); return log.end(); }
+    acts.classList.toggle("live", status.active && !pid); acts.classList.toggle("rest", !status.active && !pid);
+    if (template) entry.show(template, pid ? status.pids.filter(each => String(each) === pid) : status.pids);
+    tick(); usage();
+  }
+  function tick() {
+    const status = templates.get(name);
+    if (!status) return;
+    if (pid && !status.pids.includes(Number(pid))) showState(state, {state: "stopped", ended: "this process has ended"});
+    else showState(state, status, pid ? "" : " " + status.running + " of " + status.numprocesses);
+  }
+  async function usage() {
+    if (asking) return;
+    asking = true;
+    const answer = await ask("GET", "/status/" + enc(name) + "?usage=true", undefined, true);
+    asking = false;
+    if (!answer.ok) return;
+    keep(answer.value);
+    const now = answer.value.processes.filter(each => !pid || String(each.pid) === pid);
+    for (const [id, part] of parts) if (!now.some(each => each.pid === id)) { part.node.remove(); parts.delete(id); }
+    for (const each of now) showPart(each);
+  }
+  function showPart({pid: id, os_pid, state, uptime, cpu, rss, kill_in}) {
+    if (!parts.has(id)) {
+      const what = cell(".cut"), age = cell(".number"), use = sparks();
+      use.nodes.forEach(each => each.classList.add("wide"));
+      parts.set(id, {what, age, use, node: el("div.row.item.part", {role: "row"}, cell("", el("a", {href: "#/i/" + enc(name) + "/" + id, text: id,
+        title: "output of process " + id})), cell(".dim.wide", "OS " + os_pid), what, age, use.nodes, cell(".acts", pid ? [] : onePid(id)))});
+      list.append(parts.get(id).node);
+    }
+    const part = parts.get(id);
+    put(part.what, state + (kill_in === undefined ? "" : ", SIGKILL in " + Math.ceil(kill_in) + " s")); put(part.age, span(uptime));
+    if (rss !== undefined) note(id, cpu, rss);
+    part.use.show(id);
+  }
+  function key(letter) {
+    const keys = {i: () => entry.line.focus(), s: () => act([name], "_start"), x: () => act([name], "_stop"), r: () => act([name], "_restart"),
+      g: () => askSignal([name]), d: () => go("/edit/" + enc(name)), Delete: () => askDelete([name])};
+    if (keys[letter]) keys[letter]();
+    return Boolean(keys[letter]) || log.key(letter);
+  }
+  load(); update([name]);
+  return {node, name, title: pid ? name + " " + pid : name, fill: true, update, tick, usage, key, close: log.close, focus: () => log.area};
+}
+
+// ---- events: what happened, and why
+const SAID = {create: "added", start: "started", stop: "stopped", restart: "restarted", update: "changed or scaled", delete: "deleted",
+  flap: "rests: its processes exit too often"};
+function eventList() {
+  const causes = new Map(), exits = new Map(), began = new Map(), told = new Set();      // the last of each, by name or by pid
+  const list = el("ol.events", {"aria-label": "Events, the newest first"}), search = box("q", "Filter by name, event, reason", () => {
+    for (const item of list.children) filter(item);
+  });
+  function why(event) {
+    const {name, pid, time} = event, cause = causes.get(name), exit = exits.get(name), process = "process " + pid + " (OS pid " + event.os_pid + ") ";
+    if (event.event === "spawn") {
+      began.set(pid, time); exits.delete(name);
+      return process + "started" + (exit ? ", as process " + exit.pid + " had " + exitText(exit) : cause ? ": the template was " + SAID[cause] : "");
+    }
+    if (event.event === "exit") {
+      const age = began.has(pid) ? " after " + span(time - began.get(pid)) : "", asked = told.delete(pid);
+      if (!asked) exits.set(name, event);
+      return process + exitText(event) + age + (asked ? ", as it was told to" : ", by itself");
+    }
+    if (event.event === "stop_pid" || event.event === "reap") {
+      told.add(pid);
+      return process + "is told to stop: " + (event.event === "reap" ? "fewer are wanted" : cause && cause !== "start" ? "the template was " +
+        SAID[cause] : "by its pid");
+    }
+    causes.set(name, event.event);
+    return SAID[event.event] + (event.event === "stop" && cause === "flap" ? ": gaffer gave up, as it went on to exit too often" : "");
+  }
+  function add(event) {
+    const bad = event.event === "flap" || event.exit_status || (event.term_signal && !told.has(event.pid));
+    const item = el("li.row.item", {}, el("time.dim.mono", {text: clock(event.time), title: new Date(event.time * 1000)}),
+      el("a.cut", {href: "#/p/" + enc(event.name), text: event.name}), el("span" + (bad ? ".bad" : ""), {text: why(event)}));
+    list.prepend(item); filter(item);
+    if (list.childElementCount > EVENTS_MAX) list.lastChild.remove();
+  }
+  function filter(item) {
+    const text = item.textContent.toLowerCase();
+    item.hidden = !search.value.toLowerCase().split(/\s+/).every(word => text.includes(word));
+  }
+  events.forEach(add);
+  return {node: el("div", {}, el("h1.quiet", {text: "Events"}), el("div.bar", {}, search), list), title: "events", event: add,
+    key: name => name === "/" && !search.focus(), focus: () => search};
+}
+
+// ---- the form of a template. What is wrong with a field says the server, and it is shown beside it
+function quote(word) { return /^[\w@%+=:,.\/-]+$/.test(word) ? word : "'" + word.replace(/'/g, "'\\''") + "'"; }
+function form(name) {
+  const inputs = {}, faults = {}, fields = el("div.fields"), rest = el("p.bad", {role: "alert"}), warning = el("p.dim");
+  const node = el("form", {submit: event => { event.preventDefault(); save(); }}, el("h1", {text: name ? "Edit " + name : "Add a template"}), warning,
+    fields, rest, el("div.bar", {}, el("button.main", {text: name ? "Save" : "Add"}), button("", "Cancel", undefined, () => history.back())));
+  for (const [field, [value, help]] of Object.entries(snapshot.fields)) {
+    const id = "field-" + field, described = {id, "aria-describedby": id + "-help " + id + "-fault", autocomplete: "off", spellcheck: "false"};
+    inputs[field] = field === "env" ? el("textarea", {rows: 2, placeholder: "NAME=value, a line each", ...described}) :
+      el("input", {type: typeof value === "boolean" ? "checkbox" : "text", ...described});
+    faults[field] = el("span.bad", {id: id + "-fault", role: "alert"});
+    fields.append(el("label", {for: id, text: field}), el("div", {}, inputs[field], el("small", {id: id + "-help", text: help}), faults[field]));
+    fill(field, value);
+  }
+  inputs.flapping.placeholder = "attempts=2 window=1 retry_in=7 max_retry=5"; inputs.name.disabled = Boolean(name);
+  function fill(field, value) {
+    if (typeof value === "boolean") inputs[field].checked = value;
+    else if (Array.isArray(value)) inputs[field].value = value.map(word => quote(word)).join(" ");
+    else if (value && typeof value === "object") {
+      inputs[field].value = Object.entries(value).map(pair => pair.join("=")).join(field === "env" ? "\n" : " ");
+    } else inputs[field].value = value === null ? "" : value;
+  }
+  async function load() {
+    const answer = await ask("GET", "/processes/" + enc(name)), {active, running} = templates.get(name) || {};
+    for (const field of answer.ok ? Object.keys(inputs) : []) fill(field, answer.value[field]);
+    inputs.start.checked = active;
+    put(warning, running ? "Saving stops " + plural(running, "process", "processes") + ", and starts them anew." : "Nothing of it runs now.");
+  }
+  function number(text) { return text === "" || isNaN(text) ? text : Number(text); }
+  function pairs(texts, convert) {                 // what is no pair is sent too: the server says what is wrong with it
+    return Object.fromEntries(texts.map(text => text.includes("=") ? [text.slice(0, text.indexOf("=")).trim(),
+      convert(text.slice(text.indexOf("=") + 1))] : [text, null]));
+  }
+  function valueOf(field) {
+    const {type, value, checked} = inputs[field], text = value.trim(), words = text.split(/[\s,]+/).filter(word => word);
+    if (type === "checkbox") return checked;
+    if (field === "redirect_output" || field === "custom_streams") return words;
+    if (!text) return undefined;
+    if (field === "env") return pairs(value.split("\n").filter(line => line.trim()), each => each);
+    if (field === "flapping") return pairs(words, number);
+    return ["numprocesses", "graceful_timeout", "priority"].includes(field) ? number(text) : text;
+  }
+  async function save() {
+    const info = Object.fromEntries(Object.keys(inputs).map(field => [field, valueOf(field)]));
+    if (info.detach && inputs.redirect_output.value === "stdout stderr") delete info.redirect_output;
+    const answer = await ask(name ? "PUT" : "POST", "/processes" + (name ? "/" + enc(name) : ""), info, true);
+    refuse(answer.ok ? "" : answer.value.reason);
+    if (!answer.ok) return;
+    await refresh([info.name]);
+    say(name ? "saved" : "added"); go("/p/" + enc(info.name));
+  }
+  function refuse(reason) {
+    const bad = [], left = [];
+    for (const field of Object.keys(inputs)) { put(faults[field], ""); inputs[field].removeAttribute("aria-invalid"); }
+    for (const sentence of reason ? reason.split(/; (?=field ')/) : []) {
+      const field = (/^field '(\w+)'/.exec(sentence) || [])[1] || (sentence.startsWith("the name '") ? "name" : "");
+      if (!faults[field]) { left.push(sentence); continue; }
+      put(faults[field], sentence.replace(/^field '\w+' /, "")); attr(inputs[field], "aria-invalid", "true"); bad.push(field);
+    }
+    put(rest, left.join("; "));
+    if (bad.length) inputs[bad[0]].focus();
+  }
+  if (name) load();
+  return {node, title: name ? "edit " + name : "add", focus: () => inputs[name ? "cmd" : "name"]};
+}
+
+// ---- keys, and the address: a view, and in "?" what is set in it
+const KEYS = [["?", "these keys"], ["p o e a", "processes, output, events, add a template"], ["Escape", "leave a field; back to the processes"],
+  ["j k", "next, previous row (arrows too)"], ["Enter", "output of the row"], ["s t r", "start, stop, restart; on a template's page s x r"],
+  ["+ -", "one process more, less"], ["x", "select the row"], ["m g Delete", "menu, signal, delete"], ["d", "edit the template of the page"],
+  ["f n N", "find, next, previous"], ["/", "filter"], ["Space", "pause"], ["w t", "wrap, timestamps"], ["Home End", "to the beginning; follow"],
+  ["i", "type into the process; ↑ ↓ what was typed before"]];
+function showKeys() {
+  dialog("Keys", [el("dl.facts", {}, KEYS.flatMap(([keys, text]) => [el("dt", {}, keys.split(" ").flatMap(key =>
+    [el("kbd", {text: key}), " "])), el("dd", {text})]))], "Close");
+}
+const VIEWS = {"": overview, logs: allOutput, events: eventList, add: form, edit: form, p: detail, i: detail};
+const NAV = [["/", "Processes", "p"], ["/logs", "Output", "o"], ["/events", "Events", "e"], ["/add", "Add", "a"]];
+function params() { return new URLSearchParams(location.hash.split("?")[1] || ""); }
+function setParam(key, value) {
+  const all = params();
+  if (value) all.set(key, value); else all.delete(key);
+  history.replaceState(null, "", (location.hash.split("?")[0] || "#/") + (String(all) && "?" + all));
+}
+function go(path) { location.hash = "#" + path; }
+let view = {};
+function route(first) {
+  const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decodeURIComponent);
+  closeMenu(); complain("");
+  if (view.close) view.close();
+  view = (VIEWS[kind] || overview)(...parts);
+  main.classList.toggle("fill", Boolean(view.fill)); main.replaceChildren(view.node);
+  $("nav").replaceChildren(...NAV.map(([path, text]) => el("a", {href: "#" + path, text, "aria-current": path === "/" + kind && "page"})));
+  changed([]); poll();
+  if (first !== true) view.focus().focus({preventScroll: true});
+}
+document.addEventListener("keydown", event => {
+  const {key, target} = event, typing = target.matches("input:not([type=checkbox]), textarea, select");
+  if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || $("dialog").open) return;
+  const nav = NAV.find(each => each[2] === key);
+  if (key === "Escape" && typing) main.focus(); else if (key === "Escape") go("/");
+  else if (typing || ([" ", "Enter"].includes(key) && target.matches("button, a, input"))) return;
+  else if (key === "?") showKeys();
+  else if (nav) go(nav[0]);
+  else if (!view.key || !view.key(key)) return;
+  event.preventDefault();
+});
+$("help").addEventListener("click", showKeys);
+$("skip").addEventListener("click", event => { event.preventDefault(); main.focus(); });
+addEventListener("hashchange", route);
+put($("link"), "connecting");
+route(true);
+feed(last => "/watch?feed=eventsource&since=" + enc(last || snapshot.since), ["create", "start", "stop", "restart", "update", "delete", "spawn",
+  "reap", "exit", "stop_pid", "flap"], takeEvent);
+</script>
+</body></html>
 """
+
+LOGIN = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>gaffer</title>
+<h1>This gaffer has a token</h1>
+<p>Load this page again, and give the token as the password; any user name will do. It is in the file, or the variable
+GAFFER_TOKEN, that gaffer was started with.</p></html>
+"""
+
+
+def page_response(snapshot):
+    """The web page, which shows `snapshot` (JSON) before it asks for anything. No script and no style but its own can run in it,
+    and it can send nothing to another server."""
+    nonce = base64.b64encode(os.urandom(12)).decode("ascii")
+    policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; img-src data:; base-uri 'none'; "
+              "form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
+    data = encode_json(snapshot).replace("<", "\\u003c")        # nothing in it ends the element
+    page = PAGE.replace("__NONCE__", nonce).replace("__SNAPSHOT__", data)
+    return Response(page.encode("utf-8"), content_type="text/html; charset=utf-8", headers=[
+        ("Content-Security-Policy", policy), ("Cache-Control", "no-store"), ("Cross-Origin-Opener-Policy", "same-origin"),
+        ("Referrer-Policy", "no-referrer"),
+        ("X-Content-Type-Options", "nosniff"), ("Vary", "Accept")])
+
+
+def entry_refusal(request, error):
+    """The Response to what was not let in: to a browser without the token, a page that says what to do."""
+    if isinstance(error, Unauthorized) and request.path == "/" and prefers_html(request.headers.get("accept", "")):
+        return Response(LOGIN.encode("utf-8"), error.status, [*error.headers(), ("Vary", "Accept")], "text/html; charset=utf-8")
+    return error_response(error)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -4820,6 +5885,167 @@ def human(size):
     return "%.1fG" % size
 
 
+def compressed(request, response):
+    """`response`; where its client takes gzip, and it is worth it, with a smaller body. RFC 9110 section 12.5.3."""
+    accepted = re.search(r"(?:^|,)\s*gzip\s*(?:$|,|;\s*q=(?!0(?:\.0*)?\s*(?:$|,)))", request.headers.get("accept-encoding", ""), re.I)
+    response.headers.append(("Vary", "Accept-Encoding"))
+    if accepted and len(response.body) >= COMPRESS_MIN:
+        import gzip
+        response.body = gzip.compress(response.body, 6)
+        response.headers.append(("Content-Encoding", "gzip"))
+    return response
+
+
+class Journal:
+    """What several streams say, in the order in which it was read, as a stream of its own. Each line has in front of it the
+    time, the template's name, the pid and the label: b"1764028800.123 web 3 stdout GET /"; an unfinished line that was
+    silent for a while is a line, too, whose label ends with a "+": what follows it of the same pid and label belongs to it.
+    The exit of a process is a line with the label "exit" and JSON. `epoch`: a word for this journal in every id."""
+
+    def __init__(self, loop, size, epoch):
+        self.window, self.epoch = Window(loop, size), epoch
+        self._loop = loop
+        self.asked = 0.0                        # when somebody began to read it, or was last seen to
+        self._open = {}                         # (pid, label) -> (name, unfinished line, the byte before it)
+        self._timer = None
+
+    def write(self, now, name, pid, label, data):
+        """Take what a process has said."""
+        _, carry, before = self._open.pop((pid, label), ("", b"", None))
+        self._take(now, (name, pid, label), carry + data, before, NORMAL)
+        if self._open and self._timer is None:
+            self._timer = self._loop.later(PARTIAL_LINE_DELAY, self._flush)
+
+    def _take(self, now, source, data, before, mode):
+        skip, segments, lines = split_lines(data, before, mode, CARRY_SIZE)
+        if lines:
+            prefix = b"%.3f %b %d %b " % (now, source[0].encode("ascii"), source[1], source[2].encode("ascii"))
+            open_line = [prefix[:-1] + b"+ " + lines.pop()] if segments[-1][-1] not in (10, 13) else []
+            self.window.append(valid_utf8(b"".join([b"%b%b\n" % (prefix, line) for line in lines] + [
+                b"%b\n" % line for line in open_line])))
+        taken = skip + sum(map(len, segments))
+        before = data[taken - 1] if taken else before
+        if taken < len(data) or before == 13:   # the newline of a line that ended with CR may still come
+            self._open[source[1:]] = source[0], data[taken:], before
+
+    def _flush(self):
+        """Show unfinished lines."""
+        waiting, self._open, self._timer = self._open, {}, None
+        for (pid, label), (name, data, before) in waiting.items():
+            self._take(time.time(), (name, pid, label), data, before, FLUSH)
+
+    def exit(self, now, name, pid, exit_status, term_signal):
+        """A process has ended."""
+        for key in [key for key in self._open if key[0] == pid]:
+            _, data, before = self._open.pop(key)
+            self._take(now, (name, *key), data, before, FINAL)
+        self.window.append(b"%.3f %b %d exit %b\n" % (now, name.encode("ascii"), pid, encode_json(
+            {"exit_status": exit_status, "term_signal": term_signal}).encode("ascii")))
+
+    def finish(self):
+        """No more will come."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._flush()
+        if self._timer is not None:
+            self._timer.cancel()
+        self.window.finish()
+
+    @property
+    def read(self):
+        """True while somebody does."""
+        return bool(self.window.live or self.window.lagging or self.window.waited_for)
+
+
+class Journals:
+    """Makes journals when they are first asked for, from what the templates' streams still hold, and lets them go."""
+
+    def __init__(self, manager):
+        self._manager, self._loop = manager, manager.loop
+        self._count = 0
+        self._timer = None
+
+    def find(self, ref):
+        """The Journal of a template, of a process by pid, or of all (None). NotFound, Busy."""
+        manager, process = self._manager, None
+        if ref is not None and manager.is_name(ref):
+            templates = [manager.find_template(ref)]
+        elif ref is not None:
+            process = manager.find_process(ref, past=True)
+            ref, templates = process.pid, [process.home]
+        else:
+            templates = list(manager.templates.values())
+        journal = manager.journals.get(ref)
+        if journal is None or (journal.window.ended and process is None):   # a template of that name was deleted
+            self._make_room()
+            self._count += 1
+            size = manager.window_size
+            journal = Journal(self._loop, JOURNAL_WINDOWS * size, "%sj%d" % (manager.epoch, self._count))
+            self._fill(journal, templates, process, size)
+            manager.journals[ref] = journal
+        journal.asked = self._loop.clock()
+        if self._timer is None:
+            self._timer = self._loop.later(JOURNAL_REST, self._forget)
+        return journal
+
+    def _make_room(self):
+        journals = self._manager.journals
+        if len(journals) >= JOURNALS_MAX:
+            unread = [key for key, journal in journals.items() if not journal.read]
+            need(unread, Busy, "%d journals are being read; end one first" % JOURNALS_MAX)
+            self._drop(min(unread, key=lambda key: journals[key].asked))
+
+    def _drop(self, key):
+        self._manager.journals.pop(key).finish()
+
+    def _forget(self):
+        """Let go of those that nobody has read for a while."""
+        now, self._timer = self._loop.clock(), None
+        for key, journal in list(self._manager.journals.items()):
+            if journal.read:
+                journal.asked = now
+            elif now - journal.asked >= JOURNAL_REST:
+                self._drop(key)
+        if self._manager.journals:
+            self._timer = self._loop.later(JOURNAL_REST / 4, self._forget)
+
+    def _fill(self, journal, templates, process, size):
+        """Say again what was said, as far as it is still known."""
+        streams = [merged for template in templates for merged in template.merged.values()]
+        said = [piece for merged in streams for piece in self._pieces(merged, size // len(streams))]
+        last = {pid: when for when, _, pid, _, _, _ in said}
+        for event in self._manager.events.read(self._manager.events.start, EVENTS_KEPT):
+            if event["event"] == "exit" and event["name"] in {template.name for template in templates}:
+                said.append((max(event["time"], last.get(event["pid"], 0)), event["name"], event["pid"], event, 0, 0))
+        for when, name, pid, what, first, end in sorted(said, key=lambda piece: piece[0]):
+            if process is not None and pid != process.pid:
+                continue
+            if isinstance(what, Merged):
+                journal.write(when, name, pid, what.label, what.window.read(first, end - first))
+            else:
+                journal.exit(when, name, pid, what["exit_status"], what["term_signal"])
+        if process is not None and process.ended:
+            journal.finish()
+
+    @staticmethod
+    def _pieces(merged, size):
+        """[(time, name, pid, merged, first offset, offset of the end)] of the last `size` bytes, the oldest first."""
+        window, found = merged.window, []
+        first, end = window.start, window.end
+        if end - first > size:
+            first = end - size
+        first = window.resync(first)
+        marks = list(itertools.takewhile(lambda mark: mark[0] > first, reversed(merged.marks)))
+        marks += itertools.islice(reversed(merged.marks), len(marks), len(marks) + 1)
+        for offset, when, pid in marks:
+            if max(offset, first) < end:
+                found.append((when, merged.name, pid, merged, max(offset, first), end))
+            end = min(end, offset)
+        if first < end:                         # older than all marks: whose it was is not known any more
+            found.append((marks[-1][1] if marks else 0.0, merged.name, 0, merged, first, end))
+        return found[::-1]
+
+
 class Samples:
     """Statistics of processes, taken on a thread, or on the loop for a feed. Shapes: CONTRACT, /stats."""
 
@@ -4828,10 +6054,10 @@ class Samples:
     def __init__(self, table, clock):
         self._table, self._clock = table, clock
 
-    def of(self, name, processes):
+    def of(self, name, processes, brief=False):
         """The entry of one template, of its running processes."""
-        entries = [self.one(process) for process in processes]
-        entries = [entry for entry in entries if entry]
+        look = self.brief if brief else self.one
+        entries = [dict({"id": process.pid}, **entry) for process, entry in zip(processes, map(look, processes)) if entry]
         result = {"name": name}
         for field in ("mem", "cpu"):
             values = [entry[field] for entry in entries] or [0]
@@ -4841,7 +6067,7 @@ class Samples:
 
     def brief(self, process):
         """{cpu, mem, rss} of one process, {} if it has just gone."""
-        seen = self._table.look(process.os_pid)
+        seen = self._table.usage(process.os_pid)
         return {"cpu": self._percent(process, seen), "mem": round(100 * seen["rss"] / self.MEMORY, 2),
                 "rss": seen["rss"]} if seen else {}
 
@@ -4962,6 +6188,7 @@ class Api:
         self.manager, self._http = manager, http
         self._metrics = Metrics(manager, http)
         self.samples = Samples(manager.table, manager.loop.clock)
+        self._journals = Journals(manager)
 
     # the server itself
 
@@ -4970,12 +6197,14 @@ class Api:
         """The version; to a browser, the web page."""
         if not prefers_html(request.headers.get("accept", "")):
             return json_response({"welcome": "gaffer", "version": __version__}, headers=[("Vary", "Accept")])
-        nonce = base64.b64encode(os.urandom(12)).decode("ascii")
-        policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; base-uri 'none'; "
-                  "form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
-        return Response(PAGE.replace("__NONCE__", nonce).encode("utf-8"), content_type="text/html; charset=utf-8",
-                        headers=[("Content-Security-Policy", policy), ("Cross-Origin-Opener-Policy", "same-origin"),
-                                 ("Vary", "Accept")])
+        snapshot = {
+            "version": __version__, "since": "%d@%s" % (self.manager.events.end, self.manager.epoch),
+            "templates": [template.status() for template in self.manager.templates.values()],
+            "events": self.manager.events.read(max(self.manager.events.start, self.manager.events.end - PAGE_EVENTS), PAGE_EVENTS),
+            "fields": {name: [option.default, option.help] for name, option in OPTIONS.items()},
+            "signals": {number.value: number.name[3:] for number in signal.Signals},
+        }
+        return ThreadReply(lambda: compressed(request, page_response(snapshot)))
 
     @operation(kinds=("text/plain",))
     def ping(self, request):
@@ -5111,17 +6340,32 @@ class Api:
     def status(self, request, name):
         """The state of a template, its restarts and last exit."""
         template = self.manager.find_template(name)
-        status, processes = template.status(), list(template.processes.values())
         if not flag(request, "usage"):
-            return status
-        status["processes"] = [process.status() for process in processes]
+            return template.status()
+        return ThreadReply(lambda look=self._look([template]): json_response(look()[0]))
+
+    @operation("usage")
+    def statuses(self, request):
+        """The states of all templates."""
+        templates = list(self.manager.templates.values())
+        look = self._look(templates) if flag(request, "usage") else [template.status() for template in templates].copy
+        return ThreadReply(lambda: compressed(request, json_response(look())))
+
+    def _look(self, templates):
+        """A function, for a thread, that completes the statuses of templates with what their processes use."""
+        statuses = [template.status() for template in templates]
+        processes = [(process, process.status()) for template in templates for process in template.processes.values()]
+        counts = [len(template.processes) for template in templates]
 
         def look():
-            for entry, process in zip(status["processes"], processes):
+            for process, entry in processes:
                 if not process.exited:          # else the number may be a stranger's
                     entry.update(self.samples.brief(process))
-            return json_response(status)
-        return ThreadReply(look)
+            entries = iter([entry for _, entry in processes])
+            for status, count in zip(statuses, counts):
+                status["processes"] = list(itertools.islice(entries, count))
+            return statuses
+        return look
 
     @operation("dry_run", errors=(Conflict, InvalidProcessInfo))
     def reload(self, request):
@@ -5178,7 +6422,7 @@ class Api:
 
     # statistics
 
-    @operation("feed interval heartbeat", (NotFound,), FEED_KINDS)
+    @operation("feed interval heartbeat brief", (NotFound,), FEED_KINDS)
     def stats(self, request, name=None, pid=None):
         """CPU and memory of processes, once or as a stream."""
         if name is not None:
@@ -5188,34 +6432,32 @@ class Api:
                  "process %s is not one of '%s'" % (pid[:20], name))
         feed = choice(request, "feed", FEEDS, None)
         interval = duration(request, "interval", 0.1, default=1.0)
+        sampler = functools.partial(self._sampler, name, pid, flag(request, "brief"))
         if feed is None:
-            sampler = self._sampler(name, pid)
-            return ThreadReply(lambda: json_response(sampler()))
+            return ThreadReply(lambda sample=sampler(): compressed(request, json_response(sample())))
         if feed == "longpoll":
-            def sample():
-                return json_response(self._sampler(name, pid)())
-            return ParkedReply(lambda deliver: lambda: None, interval, sample)
-        return self._stats_feed(request, feed, interval, name, pid)
+            return ParkedReply(lambda deliver: lambda: None, interval, lambda: json_response(sampler()()))
+        return self._stats_feed(request, feed, interval, sampler)
 
-    def _sampler(self, name, pid):
+    def _sampler(self, name, pid, brief):
         """A function that looks at the processes which run now."""
         if pid is not None:
             process = self.manager.find_process(pid)
-            return lambda: self.samples.one(process)
+            return lambda: self.samples.brief(process) if brief else self.samples.one(process)
         names = list(self.manager.templates) if name is None else [name]
-        running = [(each, self.manager.find_template(each).running()) for each in names]
+        running = [(each, self.manager.find_template(each).running(), brief) for each in names]
         if name is not None:
             return lambda: self.samples.of(*running[0])
         return lambda: [self.samples.of(*each) for each in running]
 
-    def _stats_feed(self, request, feed, interval, name, pid):
+    def _stats_feed(self, request, feed, interval, sampler):
         records = EventLog(self.manager.loop, STATS_KEPT)
         timer, ended = None, False
 
         def tick():
             nonlocal timer
             try:
-                records.append(self._sampler(name, pid)())
+                records.append(sampler()())
             except NotFound:
                 records.finish()                # the template, or the process, has gone
             else:
@@ -5288,8 +6530,9 @@ class Api:
             return cancel
         return ParkedReply(begin, timeout, expired)
 
-    def _position(self, request, log_):
+    def _position(self, request, log_, epoch=None):
         """(offset, restarted, is it the id of an exit) where a reader wants to begin. BadValue."""
+        epoch = epoch or self.manager.epoch
         query, last = request.query, request.headers.get("last-event-id", "")
         since, tail = query.get("since") or None, query.get("tail")
         need(since is None or tail is None, BadValue, "give 'since' or 'tail', not both")
@@ -5297,9 +6540,9 @@ class Api:
         if text:
             match = POSITION.match(text)
             need(match or last, BadValue, "'since' is a number, or an id as it was given out")
-            if match is None or match.group(3) not in (None, self.manager.epoch):
+            if match is None or match.group(3) not in (None, epoch):
                 return log_.start, True, False
-            number, at_exit = int(match.group(1)), text == "%dx@%s" % (log_.end, self.manager.epoch) and log_.ended
+            number, at_exit = int(match.group(1)), text == "%dx@%s" % (log_.end, epoch) and log_.ended
             if number <= log_.end and at_exit == bool(match.group(2)):
                 return number, False, at_exit
             need(last, BadValue, "'since' is beyond the end, which is at %d" % log_.end)
@@ -5358,6 +6601,23 @@ class Api:
             return self._stream(request, feed, (window, encoder, offset), first, loss, process)
         encoder = ChunkEncoder if request.version == (1, 1) else RawEncoder
         return self._stream(request, feed, (window, encoder, offset), b"", loss)
+
+    @operation("feed heartbeat since tail timeout", (NotFound,), STREAM_KINDS, statuses=(200, 204))
+    def journal(self, request, ref=None):
+        """All output of a process, of a template, or of everything, in order; each line with its time, name, pid, label."""
+        need("loss" not in request.query, BadValue, "nobody waits for the reader of a journal; leave out 'loss'")
+        journal = self._journals.find(ref)
+        window, feed = journal.window, choice(request, "feed", FEEDS, "longpoll")
+        offset, restarted, _ = self._position(request, window, journal.epoch)
+        if feed == "longpoll":
+            return self._next_bytes(request, window, offset)
+        if feed == "eventsource":
+            if window.ended and offset == window.end and not restarted and self._asked(request):
+                return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end)])
+            encoder = SseEncoder("line", journal.epoch)
+            first = encoder.dropped(0, offset, True) if restarted else b""
+            return self._stream(request, feed, (window, encoder, offset), first)
+        return self._stream(request, feed, (window, ChunkEncoder if request.version == (1, 1) else RawEncoder, offset))
 
     @staticmethod
     def _still_there(window, offset):
@@ -5457,6 +6717,7 @@ ROUTES = (
     ("/processes/<ref>/_signal/<sig>", {"POST": Api.signal}),
     ("/processes/<pid>", {"GET": Api.show, "DELETE": Api.stop_one}),
     ("/processes/<pid>/_stop", {"POST": Api.stop_one}),
+    ("/status", {"GET": Api.statuses}),
     ("/status/<ref>", {"GET": Api.status}),
     ("/stats", {"GET": Api.stats}),
     ("/stats/<ref>", {"GET": Api.stats}),
@@ -5468,6 +6729,8 @@ ROUTES = (
     ("/groups/<group>/_restart", {"POST": Api.group_restart}),
     ("/watch", {"GET": Api.watch}),
     ("/watch/<pattern...>", {"GET": Api.watch}),
+    ("/streams", {"GET": Api.journal}),
+    ("/streams/<ref>", {"GET": Api.journal}),
     ("/streams/<ref>/<label>", {"GET": Api.stream, "POST": Api.write, "DELETE": Api.end_input, "*": Api.stream_methods}),
     ("/streams/<ref>/stdin", {"POST": Api.write, "DELETE": Api.end_input}),
     ("/streams/<ref>/ttin", {"POST": Api.write, "DELETE": Api.end_input}),
@@ -6368,7 +7631,7 @@ class RequestChannel(Channel):
         except (Unauthorized, ForbiddenOrigin) as error:
             if has_body(request):               # which nobody will read
                 raise
-            answer = error_response(error)
+            answer = entry_refusal(request, error)
         if not has_body(request):
             self._admissible = request if answer is None else None
             return self._give(answer or http.answer(request))

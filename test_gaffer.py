@@ -11015,7 +11015,7 @@ class StreamsPause(Case):
             def finished(self, reader):
                 """The end."""
         window = gaffer.Window(loop)
-        output = gaffer.Output(loop, read, window, gaffer.Merged(loop, 1024))
+        output = gaffer.Output(loop, read, window, gaffer.Merged(loop, 1024, "name", "stdout", {}), 1, lambda: None)
         loop.call(output.start)
         self.addCleanup(loop.call, output.close)
         reader = gaffer.Reader(window, gaffer.SseEncoder("stdout", "epoch"), Sink(), 0)
