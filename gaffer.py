@@ -1172,7 +1172,8 @@ class Fanout:
 
     def discard(self, reader):
         """Let one go, who keeps this offset."""
-        reader.offset, reader.fanout = self.offset, None
+        reader.stand(self.offset)
+        reader.fanout = None
         self._log.lagging.add(reader)
         self._log.live -= self.members.pop(reader, None) is not None
         if not self.members:
@@ -1183,7 +1184,8 @@ class Fanout:
         """Let all go. Returns them."""
         readers = list(self.members)
         for reader in readers:
-            reader.offset, reader.fanout = self.offset, None
+            reader.stand(self.offset)
+            reader.fanout = None
             self._log.lagging.add(reader)
         self._log.live -= len(readers)
         self.members = {}
@@ -1525,6 +1527,13 @@ class Reader:
         self.dropped = 0
         self.last_sent = log_.loop.now
         self._closed = False
+        self._in_line = False                   # what was sent ends within a line: known only where it may matter
+
+    def stand(self, offset):
+        """All before an offset has been sent."""
+        self.offset = offset
+        if self.loss == "skip" and not self.encoder.by_line:
+            self._in_line = self.log.before(offset) not in (None, 10)
 
     def start(self):
         """Send what there is, then follow. A sink that is closed already has closed its reader: nothing."""
@@ -1550,7 +1559,7 @@ class Reader:
             payload, consumed = self._share()
             if consumed == 0:
                 return self._caught_up()
-            self.offset += consumed
+            self.stand(self.offset + consumed)
             self.log.moved()
             if payload:
                 self.last_sent = self.log.loop.now
@@ -1577,15 +1586,18 @@ class Reader:
 
     def _lost(self):
         """What stood at the offset is gone. True: go on."""
-        count = self.log.start - self.offset
+        log_, start = self.log, self.log.start
+        count = start - self.offset
         if self.encoder.dropped is None and self.loss != "skip":
-            self.log.books.dropped += count
+            log_.books.dropped += count
             self.sink.lost(self, count)
             return False
-        self.offset = self.log.resync(self.log.start)
-        count += self.offset - self.log.start
+        self.offset = log_.resync(start + self._in_line)
+        if self._in_line:                       # the end of the line before then closes the one that was cut short
+            self.offset = self.offset - 1 if log_.before(self.offset) == 10 else start
+        count += self.offset - start
         self.dropped += count
-        self.log.books.dropped += count
+        log_.books.dropped += count
         if self.encoder.dropped is None:
             return True
         return self.sink.send(self.encoder.dropped(count, self.offset))

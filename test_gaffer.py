@@ -1560,6 +1560,23 @@ class PureReader(PureLogCase):
         self.assertEqual(reader.dropped, 28 * 9)
         self.assertEqual(len(reader.sink.data) + reader.dropped, window.end)
 
+    def test_skip_closes_the_line_that_it_leaves(self):
+        """Half of a line never runs into another one: the end of the line before goes along, as a byte of the stream."""
+        for limit in range(91, 101):
+            window = self.window(limit)
+            reader = self.reader(window, loss="skip")
+            reader.sink.open = False
+            self.do(window.append, b"line 000\nlin")
+            for number in range(1, 40):
+                self.do(window.append, b"e %03d\nlin" % number)
+            self.do(window.append, b"e 040\n")
+            self.do(reader.pump)
+            lines = reader.sink.data.split(b"\n")
+            self.assertEqual(lines[:2] + lines[-1:], [b"line 000", b"lin", b""])
+            self.assertEqual(lines[2:-1], [b"line %03d" % number for number in range(41 - len(lines[2:-1]), 41)])
+            self.assertGreater(len(lines), 11)
+            self.assertEqual(len(reader.sink.data) + reader.dropped, window.end)
+
     def test_skip_where_no_line_ends(self):
         """A stream of bytes goes on at the window's first byte."""
         window = self.window(100)
