@@ -2284,7 +2284,7 @@ class Process:
         self.cpu_sample = None                  # (time, cpu_time, percent) of the last look
         self.escaped = []                       # (os pid, start time) of descendants that have left the group
         self.on_exit = set()                    # called once
-        self._watcher = self._timer = None
+        self._watcher = self._timer = self._look = None
         self._reaped = self._swept = False
 
     # start
@@ -2450,6 +2450,9 @@ class Process:
             self._timer.cancel()
         delay = self.template["graceful_timeout"] if delay is None else delay
         self._timer = self._loop.later(delay, self._escalate, step + 1)
+        if self._look is not None:              # what was signalled may soon be gone
+            self._look.cancel()
+            self._look = self._loop.later(GROUP_POLL, self._poll_group, GROUP_POLL)
 
     def _signal_all(self, signum):
         # After the reap the group's number is pinned by its members alone. Where a process has the leader's number again,
@@ -2493,7 +2496,7 @@ class Process:
         if not self._group_is_empty():
             if self._timer is None:
                 self._timer = self._loop.later(self.template["graceful_timeout"], self._escalate, 1)
-            self._loop.later(GROUP_POLL, self._poll_group, GROUP_POLL)
+            self._look = self._loop.later(GROUP_POLL, self._poll_group, GROUP_POLL)
         else:
             self._gone()
         for call in self.on_exit:
@@ -2512,7 +2515,7 @@ class Process:
             self._gone()
         else:
             interval = min(interval * 1.5, GROUP_POLL_MAX)
-            self._loop.later(interval, self._poll_group, interval)
+            self._look = self._loop.later(interval, self._poll_group, interval)
 
     def _gone(self):
         self.gone = True
@@ -2963,15 +2966,16 @@ class Manager:
     def _update(self, name, info):
         self._may_change()
         template = self.find_template(name)
-        info = check_template(info, {"name": name, "start": template.active})
+        given, info = info, check_template(info, {"name": name, "start": template.info["start"]})
+        active = info["start"] if "start" in given else template.active
         need(info["name"] == name, InvalidProcessInfo,
              "field 'name' is '%s', but this is '%s'; add a new template instead" % (info["name"], name))
-        if info["start"]:
+        if active:
             Launch(info)
         template.forget_waits()
         template.replace(info)
         template.open_streams(self.window_size)
-        template.active, template.gave_up = info["start"], False
+        template.active, template.gave_up = active, False
         self._publish("update", name)
         for process in template.running():
             self._end_process(process, "stop_pid")
@@ -3178,15 +3182,15 @@ class Manager:
             raise IoNotRedirected("the output of '%s' is not redirected; set 'redirect_output'" % info["name"])
         raise IoNotFound("'%s' has no stream '%s'; it has %s" % (info["name"], label, ", ".join(streams) or "none"))
 
-    def find_input(self, pid, label):
-        """The Input of a process by label. ForbiddenWrite, IoNotFound, NotFound."""
+    def find_input(self, pid, label, past=False):
+        """The Input of a process by label; `past`: or one that is closed. ForbiddenWrite, IoNotFound, NotFound."""
         need(not self.is_name(pid), NotFound, "input goes to one process: give a pid; GET /processes/%s/_pids lists them" % pid)
         process = self.find_process(pid, past=True)
         if label not in process.inputs:
             need(label != "stdin", ForbiddenWrite, "stdin of '%s' is not redirected; set 'redirect_input'" % process.name)
             raise IoNotFound("'%s' has no stream '%s' that could be written to" % (process.name, label))
         stream = process.inputs[label]
-        need(not stream.closed, ForbiddenWrite, "%s of process %d is closed" % (label, process.pid))
+        need(past or not stream.closed, ForbiddenWrite, "%s of process %d is closed" % (label, process.pid))
         return stream
 
     def _may_change(self):
@@ -3793,6 +3797,12 @@ class Access:
         self._token = None if token is None else token.encode("utf-8")
         self._origins = frozenset(origin.rstrip("/").lower() for origin in origins)
         self._hosts = frozenset(host.rstrip(".").lower() for host in hosts)
+        for origin in self._origins:            # or no request would ever match, and nobody would know why
+            need(re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin), StartError,
+                 "'%s' is no origin; give one as https://host or http://host:port, or '*'" % origin)
+        for host in self._hosts:
+            match = HOST.match(host)
+            need(match and not match.group(2), StartError, "'%s' is no host; give a name without a port" % host)
 
     def check_host(self, request):
         """BadRequest, ForbiddenHost. RFC 9110 section 7.2; a name that anybody can point here is refused, or any web page
@@ -6607,7 +6617,7 @@ class Api:
             return self._next_bytes(request, window, offset)
         if feed == "eventsource":
             if at_exit:
-                return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end)])
+                return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end), ("Gaffer-Ended", "true")])
             encoder = SseEncoder(label, self.manager.epoch)
             first = encoder.dropped(0, offset, True) if restarted else b""
             return self._stream(request, feed, (window, encoder, offset), first, loss, process)
@@ -6650,8 +6660,9 @@ class Api:
                 return Response(data, headers=headers, content_type="application/octet-stream")
             return nothing() if window.ended else None
 
-        def nothing():
-            return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end)])
+        def nothing():                          # and where nothing ever will come: who polls could not tell that from a timeout
+            headers = [("Gaffer-Offset", window.end)]
+            return Response(status=204, content_type=None, headers=headers + [("Gaffer-Ended", "true")] * window.ended)
         if request.method == "HEAD":
             return ready() or Response(None, headers=[("Gaffer-Offset", window.end)], content_type="application/octet-stream")
         return self._park(window, ready, timeout, nothing)
@@ -6699,7 +6710,7 @@ class Api:
         heartbeat = duration(request, "heartbeat", 0.1, true=60.0)
         stream = None
         if not flag(request, "readonly"):
-            stream = self.manager.find_input(ref, label if label in process.inputs else "stdin")
+            stream = self.manager.find_input(ref, label if label in process.inputs else "stdin", past=True)
         headers = websocket_accept(request)
         extensions, deflater, inflater = accept_deflate(request, False)
         reader = self._reader(request, window, FrameEncoder(binary, by_line, deflater), offset, loss)
@@ -7927,6 +7938,8 @@ class WsgiRun(SimpleHandler):
     server_software = None
     os_environ: dict = {}                       # gaffer's own environment is not the client's
     wsgi_multithread, wsgi_multiprocess = True, False
+    error_headers = [("Content-Type", "application/json")]
+    error_body = error_response(None).body
 
     def __init__(self, request, body, output, environ, more):
         super().__init__(body, output, WsgiErrors(), environ)
@@ -9429,10 +9442,11 @@ class Configuration:
             return
         # one that was stopped by hand stays stopped, one that gave up gets another chance; a number that was not changed here
         # may have been scaled
-        info = dict(info, start=info["start"] if "start" in fields else template.active or template.gave_up)
-        if "numprocesses" not in fields:
-            info["numprocesses"] = template.info["numprocesses"]
-        manager.update_process(name, info)
+        kept = {} if "numprocesses" in fields else {"numprocesses": template.info["numprocesses"]}
+        again = template.gave_up and "start" not in fields
+        manager.update_process(name, dict({field: value for field, value in info.items() if field != "start" or field in fields}, **kept))
+        if again:
+            manager.start_template(name)
 
 
 # --------------------------------------------------------------------------------------------------------------------

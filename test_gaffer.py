@@ -5261,12 +5261,18 @@ class ProcessActions(ProcessCase):
         self.server.ok("POST", "/processes/x/_stop?wait=true")
         self.server.ok("PUT", "/processes/x", {"cmd": "sleep 62"})
         self.assertFalse(self.server.ok("GET", "/status/x")["active"])
-        self.assertFalse(self.server.ok("GET", "/processes/x")["start"])
+        self.assertTrue(self.server.ok("GET", "/processes/x")["start"], "as it was given")
         self.assertEqual(self.pids("x"), [])
+        self.server.ok("POST", "/processes", {"name": "y", "cmd": "sleep 60", "start": False})
+        self.server.ok("POST", "/processes/y/_start")
+        self.server.ok("PUT", "/processes/y", {"cmd": "sleep 61"})
+        self.assertTrue(self.server.ok("GET", "/status/y")["active"])
+        self.assertFalse(self.server.ok("GET", "/processes/y")["start"], "as it was given")
+        self.server.ok("DELETE", "/processes/y")
         answer = self.server.json("PUT", "/processes/x", {"name": "y", "cmd": "true"})
         self.assertError(answer, 400, "invalid_process_info", "name")
         self.server.ok("POST", "/processes/x", {"name": "x", "cmd": "sleep 63", "start": True})
-        self.assertEqual(self.pids("x"), [4])
+        self.assertEqual(len(self.pids("x")), 1)
         self.server.ok("PUT", "/processes/x", {"cmd": "sleep 64", "start": False})
         self.assertFalse(self.server.ok("GET", "/status/x")["active"])
 
@@ -9106,6 +9112,7 @@ class HttpLibrary(HttpCase):
                 self.assertNotIn(b"secret", answer[2])
                 self.assertNotIn(b"Traceback", answer[2])
                 self.assertNotIn("set-cookie", answer[1])
+                self.assertCode(answer, 500, "internal_error")
                 self.assertIn("Traceback", "".join(logged.output))
         self.assertEqual(self.ask(http_bytes("GET", "/admin/fine"), server=server)[2], b"fine")
 
@@ -9481,6 +9488,8 @@ class StreamsLongpoll(StreamsCase):
         self.assertEqual(self.poll(pid, "since=10"), (204, "10", b""))
         self.assertEqual(self.poll(pid), (204, "10", b""))
         self.assertEqual(self.poll(pid, "tail=1"), (200, "10", b"last words"))
+        ended = [self.server.request("GET", "/streams/%d/stdout?timeout=0" % which)[1]["Gaffer-Ended"] for which in (pid, self.cat("other"))]
+        self.assertEqual(ended, ["true", None], "or who polls could not tell the end from a timeout")
 
     def test_the_end_of_a_stream_answers_who_waits(self):
         pid = self.cat()
@@ -10139,6 +10148,25 @@ class StreamsWebsocket(StreamsCase):
         self.assertEqual(lines.read(), (1, b""))
         both = self.websocket("/wstreams/%d?frame=line&type=binary&since=0" % pid)
         self.assertEqual([both.read() for _ in range(4)], [(2, "gr\u00fc\u00dfe".encode()), (2, b"\xff\0"), (2, b"a line"), (2, b"")])
+
+    def test_who_comes_late_gets_the_last_words_and_the_end(self):
+        """What was redirected and is closed is no reason to refuse: what is sent is dropped, the output goes on."""
+        pid = self.cat()
+        self.send(pid, b"last words")
+        self.end(pid)
+        self.server.wait_event("exit")
+        websocket = self.websocket("/wstreams/%d?tail=all" % pid)
+        self.assertEqual([websocket.read(), websocket.read()], [(1, b"last words"), (8, b"\x03\xe8exit 0")])
+        pid = self.puppet()
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"import signal; os.write(1, b'on'); signal.sigwait([signal.SIGUSR1])\n")
+        self.server.ok("DELETE", "/streams/%d/stdin" % pid)
+        websocket = self.websocket("/wstreams/%d?since=0" % pid)
+        self.assertEqual(websocket.read(), (1, b"on"))
+        with self.assertLogs("gaffer", "INFO"):
+            websocket.text("late")
+            websocket.frame(9, b"barrier")
+            self.assertEqual(websocket.read(), (10, b"barrier"))
+        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"x"), 403, "forbidden_write")
 
     def test_text_across_message_borders(self):
         pid = self.cat()
@@ -11601,6 +11629,13 @@ class CliServe(CliCase):
                 with open("/proc/%d/environ" % os_pid, "rb") as file:
                     self.assertNotIn(b"GAFFER_TOKEN", file.read())
                 self.assertEqual((server.stop(), server.stderr), (0, ""))
+
+    def test_an_origin_or_a_host_that_could_never_match(self):
+        for arguments, words in ((("--cors-origin", "foo"), "'foo' is no origin"), (("--cors-origin", "https://x/y"), "'https://x/y' is no origin"),
+                                 (("--allow-host", "a b"), "'a b' is no host"), (("--allow-host", "a:70"), "'a:70' is no host")):
+            status, out, err = self.called("serve", "--bind", "127.0.0.1:0", *arguments)
+            self.assertEqual((status, out), (1, ""))
+            self.assertRegex(err, r"\Agaffer: %s; give [^\n]*\n\Z" % re.escape(words))
 
     def test_cors_origin_and_allow_host_may_be_repeated(self):
         server = self.start("--cors-origin", "https://one.example", "--cors-origin", "https://two.example/",
