@@ -11870,6 +11870,27 @@ class CliStatus(CliControlCase):
             process.send_signal(signal.SIGINT)
             self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (130, b""))
 
+    def test_a_server_that_is_away_for_a_while(self):
+        away = gaffer.NoServer("http://x", "connection refused")
+        for shown, last in ((0, away, 3, KeyboardInterrupt()), KeyboardInterrupt), ((0, gaffer.NotThere("gone")), gaffer.NotThere), ((away,), gaffer.NoServer):
+            with unittest.mock.patch.object(gaffer, "show_status", side_effect=shown) as show, \
+                    unittest.mock.patch.object(gaffer, "STATUS_INTERVAL", 0), self.assertRaises(last):
+                gaffer.watch_status(argparse.Namespace(watch=True), None)
+            self.assertEqual(show.call_count, len(shown))
+
+    def test_colours_in_a_terminal_unless_they_are_not_wanted(self):
+        self.sleepers("web")
+        for more, colours in ({}, 2), ({"NO_COLOR": "1"}, 0), ({"TERM": "dumb"}, 0):
+            main, side = os.openpty()
+            with os.fdopen(main, "rb", 0) as screen:
+                env = {**self.env, "GAFFER_ENDPOINT": self.server.url, "TERM": "xterm", **more}
+                process = subprocess.Popen(CLI_COMMAND + ["status"], env=env, stdin=side, stdout=side, stderr=side)
+                os.close(side)
+                self.assertEqual(process.wait(TIMEOUT), 0)
+                out = screen.read(4096)
+            self.assertEqual(out.count(b"\x1b["), colours, out)
+            self.assertEqual(re.sub(b"\x1b\\[[0-9]+m", b"", out).split()[8:10], [b"web", b"running"])
+
     def test_table_on_a_terminal(self):
         rows = [("x" * 100, "running", 1, "1s", 0, "-", "0.1%", "1M", []),
                 ("web", "backoff", "-", "-", 12, 137, "-", "-", ["next try in 8s", "exited 137 (SIGKILL) 3 times"])]
@@ -12169,6 +12190,11 @@ class CliLogs(CliFollowCase):
         follower = self.follow("logs", "-f")
         self.assertEqual([follower.stdout.readline().decode() for _ in lines], [line + "\n" for line in lines])
 
+    def test_too_many_streams(self):
+        self.sleepers("a", "b")
+        with unittest.mock.patch.object(gaffer, "LOG_STREAMS", 3):
+            self.call("logs", "-f", status=1, err="gaffer: these are over 3 streams of output: name fewer.*\n")
+
     def test_json(self):
         """An object a line; a time where it is known; what was lost is told."""
         self.server.add("a", python(self.ECHO), redirect_input=True)
@@ -12323,6 +12349,12 @@ class CliAttach(CliFollowCase):
             process.send_signal(signal.SIGQUIT)     # the key's, which only a controlling terminal sends
             self.assertEqual(process.wait(TIMEOUT), 0)
             self.assertEqual(termios.tcgetattr(side)[6], before[6])
+            for signum in (signal.SIGTERM, signal.SIGHUP):
+                process = self.follow("attach", "a", stdin=side)
+                self.assertEqual(process.stdout.readline(), b"typed\n")
+                process.send_signal(signum)
+                self.assertEqual(process.wait(TIMEOUT), 128 + signum)
+                self.assertEqual(termios.tcgetattr(side)[6], before[6])
         finally:
             os.close(side)
         self.assertEqual(self.server.ok("GET", "/status/a")["running"], 1)
