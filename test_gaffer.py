@@ -11232,7 +11232,7 @@ class CliSignals(CliCase):
     def test_ctrl_c_while_it_still_imports(self):
         """Silent, as later: a module of the standard library is replaced by one that sends the signal."""
         folder = self.folder()
-        self.file(folder, "heapq.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: signal.pause()\n")
+        self.file(folder, "socketserver.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: signal.pause()\n")
         table = ([CLI_FILE, "status"], ["-m", "gaffer", "watch"], [CLI_FILE, "up"], [CLI_FILE, "serve", "--bind", "127.0.0.1:0"])
         runs = [subprocess.Popen([PYTHON, *command], cwd=HERE, env=dict(self.env, PYTHONPATH=folder), stdout=subprocess.PIPE,
                                  stderr=subprocess.PIPE) for command in table]
