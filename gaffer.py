@@ -8746,7 +8746,7 @@ class LogFollower:
                 now = self._identity(name)
                 if identity not in (None, now):
                     return
-                identity, last = now, self._copy(name, label, begin, last)
+                identity, last = now, self._copy(name, label, begin, last, (now or "").partition("@")[2])
                 waits = pauses()
             except ClientError as error:
                 if error.code in ("not_found", "io_not_found"):
@@ -8755,7 +8755,7 @@ class LogFollower:
                     raise
             time.sleep(next(waits))
 
-    def _copy(self, name, label, begin, last):
+    def _copy(self, name, label, begin, last, epoch):
         """One connection's lines. Returns the last id; None: the process has exited."""
         path, history = "/streams/%s/%s" % (reference(name), reference(label)), 0
         if not last:                            # of what is there already nobody knows when it came
@@ -8771,6 +8771,8 @@ class LogFollower:
             elif kind is not None:
                 offset = int(place.partition("@")[0])
                 self._queue.put(output_line(name, label, data, offset, time.time() if offset > history else None))
+            elif not last and epoch:            # where it begins: that has to do if it is lost before the first line
+                place = "%s@%s" % (data, epoch)
             last = place or last
         return last
 

@@ -12248,6 +12248,15 @@ class CliLogs(CliFollowCase):
         self.assertEqual(follower.stdout.readline(), b"a | 3\n")
         self.assertEqual(self.interrupted(follower), b"")
 
+    def test_a_connection_that_is_lost_before_the_first_line(self):
+        """What comes before it is there again is more than -n."""
+        self.server.add("a", "cat", redirect_input=True)
+        follower = self.follow("logs", "-f", "--no-prefix", "-n", "1", "--stdout")
+        until(lambda: self.streams() == 2, "the stream and the events")
+        self.server.manager.loop.call(lambda: [channel.close() for channel in tuple(self.server.http.channels)])
+        self.say("a", b"".join(b"%d\n" % number for number in range(100)))
+        self.assertEqual([follower.stdout.readline() for _ in range(100)], [b"%d\n" % number for number in range(100)])
+
     def test_labels_that_come_with_an_update(self):
         self.server.add("a", "sh -c 'echo out; echo err >&2; sleep 1000'", redirect_output=["one"])
         follower = self.follow("logs", "-f", "--no-prefix", "-t")
