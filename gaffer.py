@@ -7748,9 +7748,15 @@ class TreeSource(Source):
 class JsonSource(TreeSource):
     """A JSON file: an object of sections, one template, or a list of templates."""
 
+    def _object(self, pairs):
+        for name, count in collections.Counter(name for name, _ in pairs).items():
+            if count > 1:                       # json itself would take the last one, and say nothing
+                self.fault("%s is there twice in one object" % json.dumps(name))
+        return dict(pairs)
+
     def _load(self):
         try:
-            data = json.loads(self.text)
+            data = json.loads(self.text, object_pairs_hook=self._object)
         except (ValueError, RecursionError) as error:
             self.fault("is no JSON: %s" % getattr(error, "msg", error), line=getattr(error, "lineno", 1))
             return {}

@@ -12581,6 +12581,8 @@ class ConfigFiles(ConfigCase):
         self.assertRegex(self.faults("b.json", '{"a":\n1,}')[0], r"\Ab.json:2: is no JSON: ")
         self.assertEqual(len(self.faults("c.json", '[{"name": "a", "cmd": "sleep 1"}, {"name": "a", "cmd": "x"}, 3]')), 3)
         self.assertRegex(self.faults("d.json", "3")[0], "must be an object")
+        self.assertEqual(self.faults("f.json", '{"process": {"a":\n {"cmd": "true", "cmd": "false"},\n"a": {"cmd": "true"}}}'), [
+            'f.json:1: "cmd" is there twice in one object', 'f.json:1: "a" is there twice in one object'])
         self.assertEqual(self.faults("e.json", '{"process": [], "env": {"x": 1}}'), [
             "e.json:1: [process] must hold an object for each name", "e.json:1: [env:x] must be an object"])
         if sys.version_info >= (3, 11):
