@@ -12045,19 +12045,21 @@ class CliEveryCommand(CliControlCase):
         gaffer.Configuration(lambda: gaffer.Settings([], {"kept": kept}, [])).begin(self.server.manager)
         # watch has something to see at any time
         self.server.add("ticker", "sleep 0.1", flapping={"attempts": 1000, "window": 0.01})
-        for run in ("well-", "unread-"):
-            for name in self.TABLE if run == "well-" else self.UNREAD:
-                template = run + name + ":web" * (name in self.BY_GROUP)
-                self.server.add(template, {"cmd": "echo line; read x; exit 3", "shell": True}, redirect_input=True)
-                self.file(self.home, run + name + ".json", '{"name": "%s%s-new", "cmd": "true"}' % (run, name))
-            for name in ("logs", "attach"):
-                self.server.request("GET", "/streams/%s/stdout?since=0" % (run + name))
         self.guarded = Running(token="s3cret")
         self.addCleanup(self.guarded.stop_all)
         self.unread, write = os.pipe()
         os.close(self.unread)
         self.unread = os.fdopen(write, "wb")
         self.addCleanup(self.unread.close)
+
+    def add_templates(self, run, names):
+        """For each command a template of its own."""
+        for name in names:
+            template = run + name + ":web" * (name in self.BY_GROUP)
+            self.server.add(template, {"cmd": "echo line; read x; exit 3", "shell": True}, redirect_input=True)
+            self.file(self.home, run + name + ".json", '{"name": "%s%s-new", "cmd": "true"}' % (run, name))
+        for name in ("logs", "attach"):
+            self.server.request("GET", "/streams/%s/stdout?since=0" % (run + name))
 
     def cells(self):
         """(command, arguments, environment, stdout, (status, output, what is said on stderr)) of each run."""
@@ -12095,11 +12097,14 @@ class CliEveryCommand(CliControlCase):
 
     def test_every_cell_of_the_table(self):
         self.assertEqual(set(self.TABLE) | self.OWN_TESTS, set(gaffer.COMMANDS), "each command has a row")
+        self.add_templates("well-", self.TABLE)
+        self.add_templates("unread-", self.UNREAD)
         with concurrent.futures.ThreadPoolExecutor(max(2, gaffer.CORES)) as pool:
             self.assertEqual([outcome for outcome in pool.map(self.run_cell, self.cells()) if outcome is not None], [])
 
     def test_json_is_an_object_a_line(self):
         """Of every command that has it, in this process."""
+        self.add_templates("well-", self.TABLE)
         for name, (arguments, _, _, _) in self.TABLE.items():
             if any("--json" in names for names, _ in gaffer.COMMANDS[name].options) and name not in self.STATUS:
                 arguments = [word.replace("@", "well-" + name) for word in arguments.split()]
