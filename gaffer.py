@@ -248,6 +248,7 @@ FAULTS_MAX = 100                    # faults of configuration files that are tol
 STATUS_INTERVAL = 1.0               # status -w
 RETRY_FIRST = 0.1                   # a server that is away is asked again, each time after twice as long
 RETRY_MAX = 2.0
+LOG_STREAMS = 500                   # that logs -f follows at once, each on a thread
 LOG_QUEUE = 1000                    # lines that wait to be printed; then the server keeps them
 
 
@@ -9077,9 +9078,15 @@ class TreeSource(Source):
 class JsonSource(TreeSource):
     """A JSON file: an object of sections, one template, or a list of templates."""
 
+    def _object(self, pairs):
+        for name, count in collections.Counter(name for name, _ in pairs).items():
+            if count > 1:                       # json itself would take the last one, and say nothing
+                self.fault("%s is there twice in one object" % json.dumps(name))
+        return dict(pairs)
+
     def _load(self):
         try:
-            data = json.loads(self.text)
+            data = json.loads(self.text, object_pairs_hook=self._object)
         except (ValueError, RecursionError) as error:
             self.fault("is no JSON: %s" % getattr(error, "msg", error), line=getattr(error, "lineno", 1))
             return {}
@@ -9545,6 +9552,11 @@ def find_names(client, words, pids=False):
     return list(found)
 
 
+def as_sent(answer):
+    """What the server sent (bytes), as the line that --json prints."""
+    return answer.decode("utf-8").rstrip("\n")
+
+
 def each_name(arguments, act, pids=False, ahead=None):
     """Print what `act(client, name)` returns for each name (and pid, with `pids`): a line, or with --json bytes from the server.
     Where it fails that is told, and the others go on. `ahead(client, names)` comes first. Returns the first failure's exit
@@ -9562,7 +9574,7 @@ def each_name(arguments, act, pids=False, ahead=None):
             tell(str(error))
             status = status or error.exit_status
         else:
-            print(result.decode("utf-8").rstrip("\n") if isinstance(result, bytes) else result, flush=True)
+            print(as_sent(result) if isinstance(result, bytes) else result, flush=True)
     return status
 
 
@@ -9631,16 +9643,6 @@ def scale_by(arguments, action):
     return each_name(arguments, act)
 
 
-def add_command(arguments):
-    """add"""
-    return scale_by(arguments, "_add")
-
-
-def sub_command(arguments):
-    """sub"""
-    return scale_by(arguments, "_sub")
-
-
 def kill_command(arguments):
     """kill"""
     def act(client, name):
@@ -9672,7 +9674,7 @@ def given_template(arguments):
 def send_template(arguments, method, path, info, done):
     """POST or PUT a template, and say so."""
     answer = connect(arguments).request(method, path, info)
-    print(answer.decode("utf-8").rstrip("\n") if arguments.json else "%s: %s" % (info["name"], done))
+    print(as_sent(answer) if arguments.json else "%s: %s" % (info["name"], done))
     return 0
 
 
@@ -9728,7 +9730,7 @@ def del_process_command(arguments):
 def processes_command(arguments):
     """processes"""
     answer = connect(arguments).request("GET", "/processes?running=true" if arguments.running else "/processes")
-    for line in [answer.decode("utf-8").rstrip("\n")] if arguments.json else json.loads(answer):
+    for line in [as_sent(answer)] if arguments.json else json.loads(answer):
         print(line)
     return 0
 
@@ -9741,16 +9743,6 @@ def show_status_field(arguments, field):
     return each_name(arguments, act)
 
 
-def numprocesses_command(arguments):
-    """numprocesses"""
-    return show_status_field(arguments, "numprocesses")
-
-
-def running_command(arguments):
-    """running"""
-    return show_status_field(arguments, "running")
-
-
 def pids_command(arguments):
     """pids"""
     def act(client, name):
@@ -9760,6 +9752,11 @@ def pids_command(arguments):
 
 
 # status
+
+def is_away(error):
+    """True for a ClientError that passes when the server is back."""
+    return isinstance(error, NoServer) or error.exit_status == 124 or error.code in ("stopping", "busy")
+
 
 def span(seconds_):
     """Seconds as 8s, 1m02s, 3h12m or 2d04h."""
@@ -9874,7 +9871,7 @@ def show_status(arguments, client):
     statuses = list(map(json.loads, found))
     rows = [row for status in statuses for row in status_rows(status)]
     if arguments.json:
-        lines = [status.decode("utf-8").rstrip("\n") for status in found]
+        lines = list(map(as_sent, found))
     else:
         columns, height = terminal_size()
         lines = status_table(rows, columns, wants_colour()) if rows or arguments.watch else []
@@ -9892,11 +9889,15 @@ def watch_status(arguments, client):
     """Print the table, with -w again and again. Returns the exit status."""
     if arguments.watch and has_terminal():
         print("\x1b[2J", end="")
-    while True:
-        status = show_status(arguments, client)
-        if not arguments.watch:
-            return status
+    status = show_status(arguments, client)
+    while arguments.watch:
         time.sleep(STATUS_INTERVAL)
+        try:
+            status = show_status(arguments, client)
+        except ClientError as error:            # what was shown stays until the server is back
+            if not is_away(error):
+                raise
+    return status
 
 
 def status_command(arguments):
@@ -9906,9 +9907,16 @@ def status_command(arguments):
 
 # watch, logs, attach
 
-def is_away(error):
-    """True for a ClientError that passes when the server is back."""
-    return isinstance(error, NoServer) or error.exit_status == 124 or error.code in ("stopping", "busy")
+def run_aside(inbox, function, *args):
+    """Run a function on a thread of its own, which is not waited for at the end. What it raises goes into a queue."""
+    def run():
+        try:
+            function(*args)
+        except Exception as error:              # it belongs to who reads the queue
+            inbox.put(error)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
 
 
 def pauses():
@@ -9985,7 +9993,7 @@ class LogPrinter:
 
     def show(self, line):
         """Print an output_line(), or with `dropped` in place of `data` how many bytes of it were lost."""
-        print(json_bytes(line).decode().rstrip() if self._json else self._text(line), flush=self._flush)
+        print(encode_json(line) if self._json else self._text(line), flush=self._flush)
 
     def _text(self, line):
         name, when = line["name"], line["time"]
@@ -10013,30 +10021,21 @@ class LogFollower:
     def lines(self):
         """What LogPrinter shows, for ever. ClientError."""
         self._look("tail=%d" % self._arguments.n, True)
-        self._start(self._watch)
-        retry = None
+        run_aside(self._queue, self._watch)
+        complete, looked = True, time.monotonic()
         while True:
             try:
-                item = self._queue.get(timeout=retry)
+                item = self._queue.get(timeout=1.0)     # or a signal that comes just before would wait for the next line
             except self._empty:
+                if complete or time.monotonic() < looked + RETRY_MAX:
+                    continue
                 item = None
             if isinstance(item, Exception):
                 raise item
             if item is None:
-                retry = None if self._look("since=0", False) else RETRY_MAX
+                complete, looked = self._look("since=0", False), time.monotonic()
             else:
                 yield item
-
-    def _start(self, function, *stream):
-        def run():
-            try:
-                function(*stream)
-            except Exception as error:          # it belongs to the main thread
-                self._queue.put(error)
-            else:
-                self._streams.discard(stream[:2])
-                self._queue.put(None)
-        threading.Thread(target=run, daemon=True).start()
 
     def _look(self, begin, must_be):
         """Follow the streams that nobody follows yet. False: not all can be looked at now."""
@@ -10053,10 +10052,13 @@ class LogFollower:
             failures.append(error)
         if must_be and failures:
             raise failures[0]
-        for stream in streams:
-            if stream not in self._streams:
+        fresh = [stream for stream in streams if stream not in self._streams]
+        need(len(self._streams) + len(fresh) <= LOG_STREAMS, ClientError,
+             "these are over %d streams of output: name fewer processes, or --stdout" % LOG_STREAMS)
+        for stream in fresh:
+            if stream not in self._streams:     # one that is named twice
                 self._streams.add(stream)
-                self._start(self._follow, *stream, begin)
+                run_aside(self._queue, self._follow, stream, begin)
         return not failures
 
     def _watch(self):
@@ -10068,7 +10070,12 @@ class LogFollower:
         """What changes when the name is another template's, or the server another run."""
         return None if name.isdigit() else self._client.get("/status/" + reference(name))["created"]
 
-    def _follow(self, name, label, begin):
+    def _follow(self, stream, begin):
+        self._follow_to_end(*stream, begin)
+        self._streams.discard(stream)
+        self._queue.put(None)
+
+    def _follow_to_end(self, name, label, begin):
         """Put a stream's lines into the queue until it is gone."""
         identity, last, waits = None, "", pauses()
         while last is not None:
@@ -10076,7 +10083,7 @@ class LogFollower:
                 now = self._identity(name)
                 if identity not in (None, now):
                     return
-                identity, last = now, self._copy(name, label, begin, last)
+                identity, last = now, self._copy(name, label, begin, last, (now or "").partition("@")[2])
                 waits = pauses()
             except ClientError as error:
                 if error.code in ("not_found", "io_not_found"):
@@ -10085,7 +10092,7 @@ class LogFollower:
                     raise
             time.sleep(next(waits))
 
-    def _copy(self, name, label, begin, last):
+    def _copy(self, name, label, begin, last, epoch):
         """One connection's lines. Returns the last id; None: the process has exited."""
         path, history = "/streams/%s/%s" % (reference(name), reference(label)), 0
         if not last:                            # of what is there already nobody knows when it came
@@ -10101,6 +10108,8 @@ class LogFollower:
             elif kind is not None:
                 offset = int(place.partition("@")[0])
                 self._queue.put(output_line(name, label, data, offset, time.time() if offset > history else None))
+            elif not last and epoch:            # where it begins: that has to do if it is lost before the first line
+                place = "%s@%s" % (data, epoch)
             last = place or last
         return last
 
@@ -10137,6 +10146,8 @@ def logs_command(arguments):
 class Attachment:
     """What `attach` does: copies output to stdout and stderr, stdin to the process, and signals."""
 
+    SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+
     def __init__(self, client, pid, tail, as_json):
         import queue
         self._client, self._pid, self._tail, self._json = client, pid, tail, as_json
@@ -10148,13 +10159,15 @@ class Attachment:
         """Until the process has exited, or the user leaves. Returns the exit status."""
         labels = list(dict.fromkeys(self._info["redirect_output"]))
         copy_ = self._copy_lines if self._json else self._copy_output
-        copies = [self._thread(copy_, label, out) for label, out in zip(labels, (sys.stdout, sys.stderr))]
+        copies = [run_aside(self._inbox, copy_, label, out) for label, out in zip(labels, (sys.stdout, sys.stderr))]
         if self._info["redirect_input"] and sys.stdin is not None:
-            self._thread(self._copy_input)
-        self._thread(self._wait_for_exit)
+            run_aside(self._inbox, self._copy_input)
+        run_aside(self._inbox, self._wait_for_exit)
         for item in iter(self._inbox.get, signal.SIGQUIT):
             if isinstance(item, Exception):
                 raise item
+            if item in (signal.SIGTERM, signal.SIGHUP):
+                return 128 + item
             if isinstance(item, dict):
                 for thread in copies:
                     thread.join(DRAIN_TIME + 1)
@@ -10163,16 +10176,6 @@ class Attachment:
                 return exit_code(item)
             self._pass_on(item)
         return 0
-
-    def _thread(self, function, *args):
-        def run():
-            try:
-                function(*args)
-            except Exception as error:          # it belongs to the main thread
-                self._inbox.put(error)
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        return thread
 
     def _copy_output(self, label, out):
         from http.client import HTTPException
@@ -10241,9 +10244,16 @@ class Attachment:
         except NotThere:
             pass                                # it has exited: that ends us too
 
-    def signal(self, signum, frame_):
-        """A signal handler: INT is passed on, QUIT leaves."""
-        self._inbox.put(signum)
+    def take_signals(self):
+        """From now on, INT is passed on, QUIT leaves, TERM and HUP end this. A handler would run in the main thread alone, and
+        perhaps not before that has been woken by something else."""
+        signals = {signum for signum in self.SIGNALS if signal.getsignal(signum) != signal.SIG_IGN}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        run_aside(self._inbox, self._wait_for_signals, signals)
+
+    def _wait_for_signals(self, signals):
+        while signals:
+            self._inbox.put(signal.sigwait(signals))
 
 
 def attach_pid(client, name):
@@ -10273,29 +10283,27 @@ def attach_command(arguments):
     pid = attach_pid(client, name)
     attachment = Attachment(client, pid, arguments.n, arguments.json)
     typed = sys.stdin is not None and sys.stdin.isatty()
+    attachment.take_signals()
     restore = leave_key(sys.stdin.fileno()) if typed else lambda: None
-    before = {signum: signal.signal(signum, attachment.signal) for signum in (signal.SIGINT, signal.SIGQUIT)}
     tell("attached to %s, pid %s. %s leaves it running, Ctrl-C goes to it" % (
         name, pid, "Ctrl-]" if typed else "QUIT"))
     try:
         return attachment.run()
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
         restore()
 
 
 # serve
 
 class Announcement:
-    """Prints where the server listens, once it does."""
+    """Says where the server listens, once it does: `say(text)`."""
 
-    def __init__(self, http):
-        self._http = http
+    def __init__(self, http, say):
+        self._http, self._say = http, say
 
     def start(self, loop, manager):
         """See apps."""
-        put(sys.stdout, "gaffer %s listening on %s\n" % (__version__, ", ".join(self._http.urls)))
+        self._say("listening on " + ", ".join(self._http.urls))
 
 
 class PidFile:
@@ -10456,7 +10464,8 @@ def serve(arguments):
                        allow_hosts=arguments.allow_host,
                        access_log=AccessLog(arguments.access_log) if arguments.access_log else None,
                        max_connections=arguments.connections, max_connections_per_address=arguments.connections_per_address)
-    apps = [http, hooks, Announcement(http)] + [ConsoleOutput(arguments.verbose > 1)] * (arguments.verbose > 0)
+    announcement = Announcement(http, lambda text: put(sys.stdout, "gaffer %s %s\n" % (__version__, text)))
+    apps = [http, hooks, announcement] + [ConsoleOutput(arguments.verbose > 1)] * (arguments.verbose > 0)
     if arguments.daemon:
         apps.append(Background(log_file))
         apps[-1].fork()
@@ -10477,7 +10486,7 @@ def reload_command(arguments):
     """reload"""
     answer = connect(arguments).request("POST", "/_reload" + ("?dry_run=true" if arguments.dry_run else ""))
     report, would = json.loads(answer), "would be " if arguments.dry_run else ""
-    for line in [answer.decode("utf-8").rstrip("\n")] if arguments.json else report_lines(report, would):
+    for line in [as_sent(answer)] if arguments.json else report_lines(report, would):
         print(line)
     return 1 if report["failed"] else 0
 
@@ -10524,17 +10533,6 @@ def up_templates(arguments, taken):
     return {name: dict(info, **flapping) for name, info in templates.items() if name in (arguments.names or templates)}
 
 
-class Hello:
-    """Says on the screen where the API of `up` is."""
-
-    def __init__(self, screen, http):
-        self._screen, self._http = screen, http
-
-    def start(self, loop, manager):
-        """See apps."""
-        self._screen.say("listening on %s" % ", ".join(self._http.urls))
-
-
 def up_command(arguments):
     """up"""
     keep_buffers()
@@ -10546,7 +10544,7 @@ def up_command(arguments):
     apps = [SigHandler((*SigHandler.SIGNALS, signal.SIGHUP)), screen]
     if endpoints:
         http = HttpHandler(endpoints, token=read_token(arguments.token_file))
-        apps += [http, Hello(screen, http)]
+        apps += [http, Announcement(http, screen.say)]
     manager = Manager(apps)
     configuration.begin(manager)
     manager.run()
@@ -10635,7 +10633,7 @@ def unload_command(arguments):
     client, group = connect(arguments), group_of(arguments)
     names = client.get("/groups/" + reference(group))
     answer = client.request("DELETE", "/groups/" + reference(group))
-    for line in [answer.decode().rstrip("\n")] if arguments.json else ["%s: unloaded" % name for name in names]:
+    for line in [as_sent(answer)] if arguments.json else ["%s: unloaded" % name for name in names]:
         print(line)
     return 0
 
@@ -10680,7 +10678,7 @@ def scale_command(arguments):
         if wanted != now:
             answer = client.request("POST", "/processes/%s/%s/%d" % (
                 reference(name), "_add" if wanted > now else "_sub", abs(wanted - now)))
-        print(answer.decode().rstrip("\n") if arguments.json else "%s: %s" % (
+        print(as_sent(answer) if arguments.json else "%s: %s" % (
             name, processes_of(json.loads(answer)["numprocesses"])), flush=True)
     return 0
 
@@ -11020,10 +11018,12 @@ COMMANDS = {
         SOME_TARGETS, *WAIT, *ASK)),
     "restart": Command(restart_command, "control", "[options] NAME ...", "stop each process, and replace it", (
         SOME_NAMES, *WAIT, *ASK)),
-    "add": Command(add_command, "control", "[options] NAME [N]", "run more processes of a template", (
-        ONE_NAME, BY, *ASK)),
-    "sub": Command(sub_command, "control", "[options] NAME [N]", "run fewer processes of a template; the oldest end", (
-        ONE_NAME, BY, *ASK)),
+    "add": Command(
+        functools.partial(scale_by, action="_add"), "control", "[options] NAME [N]", "run more processes of a template",
+        (ONE_NAME, BY, *ASK)),
+    "sub": Command(
+        functools.partial(scale_by, action="_sub"), "control", "[options] NAME [N]",
+        "run fewer processes of a template; the oldest end", (ONE_NAME, BY, *ASK)),
     "kill": Command(kill_command, "control", "[options] NAME SIGNAL", "send a signal to processes", (
         option("names", metavar="NAME", nargs=1, help=TARGETS), option("sig", metavar="SIGNAL", help="15, TERM or SIGTERM"),
         option("--group", action="store_true", help="to their whole process groups"), *ASK)),
@@ -11043,10 +11043,12 @@ COMMANDS = {
     "watch": Command(watch_command, "look", "[options] [PATTERN]", "print events as they happen, until Ctrl-C", (
         option("pattern", metavar="PATTERN", nargs="?", default="",
                help="a type such as exit, proc/NAME or proc/NAME/TYPE"), *ASK)),
-    "running": Command(running_command, "look", "[options] NAME ...", "print how many processes of a template run", (
-        SOME_NAMES, *ASK)),
-    "numprocesses": Command(numprocesses_command, "look", "[options] NAME ...", "print how many processes are wanted", (
-        SOME_NAMES, *ASK)),
+    "running": Command(
+        functools.partial(show_status_field, field="running"), "look", "[options] NAME ...",
+        "print how many processes of a template run", (SOME_NAMES, *ASK)),
+    "numprocesses": Command(
+        functools.partial(show_status_field, field="numprocesses"), "look", "[options] NAME ...",
+        "print how many processes are wanted", (SOME_NAMES, *ASK)),
     "pids": Command(pids_command, "look", "[options] NAME ...", "print the pids of what runs", (SOME_NAMES, *ASK)),
     "get_process": Command(get_process_command, "template", "[options] NAME ...", "print a template as JSON", (
         SOME_TARGETS, *ASK)),

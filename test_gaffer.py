@@ -11817,7 +11817,7 @@ class CliSignals(CliCase):
     def test_ctrl_c_while_it_still_imports(self):
         """Silent, as later: a module of the standard library is replaced by one that sends the signal."""
         folder = self.folder()
-        self.file(folder, "heapq.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: signal.pause()\n")
+        self.file(folder, "socketserver.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: signal.pause()\n")
         table = ([CLI_FILE, "status"], ["-m", "gaffer", "watch"], [CLI_FILE, "up"], [CLI_FILE, "serve", "--bind", "127.0.0.1:0"])
         runs = [subprocess.Popen([PYTHON, *command], cwd=HERE, env=dict(self.env, PYTHONPATH=folder), stdout=subprocess.PIPE,
                                  stderr=subprocess.PIPE) for command in table]
@@ -12455,6 +12455,27 @@ class CliStatus(CliControlCase):
             process.send_signal(signal.SIGINT)
             self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (130, b""))
 
+    def test_a_server_that_is_away_for_a_while(self):
+        away = gaffer.NoServer("http://x", "connection refused")
+        for shown, last in ((0, away, 3, KeyboardInterrupt()), KeyboardInterrupt), ((0, gaffer.NotThere("gone")), gaffer.NotThere), ((away,), gaffer.NoServer):
+            with unittest.mock.patch.object(gaffer, "show_status", side_effect=shown) as show, \
+                    unittest.mock.patch.object(gaffer, "STATUS_INTERVAL", 0), self.assertRaises(last):
+                gaffer.watch_status(argparse.Namespace(watch=True), None)
+            self.assertEqual(show.call_count, len(shown))
+
+    def test_colours_in_a_terminal_unless_they_are_not_wanted(self):
+        self.sleepers("web")
+        for more, colours in ({}, 2), ({"NO_COLOR": "1"}, 0), ({"TERM": "dumb"}, 0):
+            main, side = os.openpty()
+            with os.fdopen(main, "rb", 0) as screen:
+                env = {**self.env, "GAFFER_ENDPOINT": self.server.url, "TERM": "xterm", **more}
+                process = subprocess.Popen(CLI_COMMAND + ["status"], env=env, stdin=side, stdout=side, stderr=side)
+                os.close(side)
+                self.assertEqual(process.wait(TIMEOUT), 0)
+                out = screen.read(4096)
+            self.assertEqual(out.count(b"\x1b["), colours, out)
+            self.assertEqual(re.sub(b"\x1b\\[[0-9]+m", b"", out).split()[8:10], [b"web", b"running"])
+
     def test_table_on_a_terminal(self):
         rows = [("x" * 100, "running", 1, "1s", 0, "-", "0.1%", "1M", []),
                 ("web", "backoff", "-", "-", 12, 137, "-", "-", ["next try in 8s", "exited 137 (SIGKILL) 3 times"])]
@@ -12609,19 +12630,21 @@ class CliEveryCommand(CliControlCase):
         gaffer.Configuration(lambda: gaffer.Settings([], {"kept": kept}, [])).begin(self.server.manager)
         # watch has something to see at any time
         self.server.add("ticker", "sleep 0.1", flapping={"attempts": 1000, "window": 0.01})
-        for run in ("well-", "unread-"):
-            for name in self.TABLE if run == "well-" else self.UNREAD:
-                template = run + name + ":web" * (name in self.BY_GROUP)
-                self.server.add(template, {"cmd": "echo line; read x; exit 3", "shell": True}, redirect_input=True)
-                self.file(self.home, run + name + ".json", '{"name": "%s%s-new", "cmd": "true"}' % (run, name))
-            for name in ("logs", "attach"):
-                self.server.request("GET", "/streams/%s/stdout?since=0" % (run + name))
         self.guarded = Running(token="s3cret")
         self.addCleanup(self.guarded.stop_all)
         self.unread, write = os.pipe()
         os.close(self.unread)
         self.unread = os.fdopen(write, "wb")
         self.addCleanup(self.unread.close)
+
+    def add_templates(self, run, names):
+        """For each command a template of its own."""
+        for name in names:
+            template = run + name + ":web" * (name in self.BY_GROUP)
+            self.server.add(template, {"cmd": "echo line; read x; exit 3", "shell": True}, redirect_input=True)
+            self.file(self.home, run + name + ".json", '{"name": "%s%s-new", "cmd": "true"}' % (run, name))
+        for name in ("logs", "attach"):
+            self.server.request("GET", "/streams/%s/stdout?since=0" % (run + name))
 
     def cells(self):
         """(command, arguments, environment, stdout, (status, output, what is said on stderr)) of each run."""
@@ -12659,11 +12682,14 @@ class CliEveryCommand(CliControlCase):
 
     def test_every_cell_of_the_table(self):
         self.assertEqual(set(self.TABLE) | self.OWN_TESTS, set(gaffer.COMMANDS), "each command has a row")
+        self.add_templates("well-", self.TABLE)
+        self.add_templates("unread-", self.UNREAD)
         with concurrent.futures.ThreadPoolExecutor(max(2, gaffer.CORES)) as pool:
             self.assertEqual([outcome for outcome in pool.map(self.run_cell, self.cells()) if outcome is not None], [])
 
     def test_json_is_an_object_a_line(self):
         """Of every command that has it, in this process."""
+        self.add_templates("well-", self.TABLE)
         for name, (arguments, _, _, _) in self.TABLE.items():
             if any("--json" in names for names, _ in gaffer.COMMANDS[name].options) and name not in self.STATUS:
                 arguments = [word.replace("@", "well-" + name) for word in arguments.split()]
@@ -12754,6 +12780,11 @@ class CliLogs(CliFollowCase):
         follower = self.follow("logs", "-f")
         self.assertEqual([follower.stdout.readline().decode() for _ in lines], [line + "\n" for line in lines])
 
+    def test_too_many_streams(self):
+        self.sleepers("a", "b")
+        with unittest.mock.patch.object(gaffer, "LOG_STREAMS", 3):
+            self.call("logs", "-f", status=1, err="gaffer: these are over 3 streams of output: name fewer.*\n")
+
     def test_json(self):
         """An object a line; a time where it is known; what was lost is told."""
         self.server.add("a", python(self.ECHO), redirect_input=True)
@@ -12806,6 +12837,15 @@ class CliLogs(CliFollowCase):
         self.say("a", b"3\n")
         self.assertEqual(follower.stdout.readline(), b"a | 3\n")
         self.assertEqual(self.interrupted(follower), b"")
+
+    def test_a_connection_that_is_lost_before_the_first_line(self):
+        """What comes before it is there again is more than -n."""
+        self.server.add("a", "cat", redirect_input=True)
+        follower = self.follow("logs", "-f", "--no-prefix", "-n", "1", "--stdout")
+        until(lambda: self.streams() == 2, "the stream and the events")
+        self.server.manager.loop.call(lambda: [channel.close() for channel in tuple(self.server.http.channels)])
+        self.say("a", b"".join(b"%d\n" % number for number in range(100)))
+        self.assertEqual([follower.stdout.readline() for _ in range(100)], [b"%d\n" % number for number in range(100)])
 
     def test_labels_that_come_with_an_update(self):
         self.server.add("a", "sh -c 'echo out; echo err >&2; sleep 1000'", redirect_output=["one"])
@@ -12908,6 +12948,12 @@ class CliAttach(CliFollowCase):
             process.send_signal(signal.SIGQUIT)     # the key's, which only a controlling terminal sends
             self.assertEqual(process.wait(TIMEOUT), 0)
             self.assertEqual(termios.tcgetattr(side)[6], before[6])
+            for signum in (signal.SIGTERM, signal.SIGHUP):
+                process = self.follow("attach", "a", stdin=side)
+                self.assertEqual(process.stdout.readline(), b"typed\n")
+                process.send_signal(signum)
+                self.assertEqual(process.wait(TIMEOUT), 128 + signum)
+                self.assertEqual(termios.tcgetattr(side)[6], before[6])
         finally:
             os.close(side)
         self.assertEqual(self.server.ok("GET", "/status/a")["running"], 1)
@@ -13125,6 +13171,8 @@ class ConfigFiles(ConfigCase):
         self.assertRegex(self.faults("b.json", '{"a":\n1,}')[0], r"\Ab.json:2: is no JSON: ")
         self.assertEqual(len(self.faults("c.json", '[{"name": "a", "cmd": "sleep 1"}, {"name": "a", "cmd": "x"}, 3]')), 3)
         self.assertRegex(self.faults("d.json", "3")[0], "must be an object")
+        self.assertEqual(self.faults("f.json", '{"process": {"a":\n {"cmd": "true", "cmd": "false"},\n"a": {"cmd": "true"}}}'), [
+            'f.json:1: "cmd" is there twice in one object', 'f.json:1: "a" is there twice in one object'])
         self.assertEqual(self.faults("e.json", '{"process": [], "env": {"x": 1}}'), [
             "e.json:1: [process] must hold an object for each name", "e.json:1: [env:x] must be an object"])
         if sys.version_info >= (3, 11):
