@@ -4629,158 +4629,169 @@ PAGE = r"""<!DOCTYPE html>
 <link rel="icon" href="data:,">
 <style nonce="__NONCE__">
 :root {
-  color-scheme: light dark; --mono: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
-  --bg: #ffffff; --panel: #f4f6f8; --text: #1b1f24; --dim: #57606a; --line: #d5dbe1; --edge: #818b98; --accent: #0757b3;
-  --good: #1a7f37; --warn: #8a5a00; --bad: #b42318; --mark: #ffe58a; --marked: #1b1f24; --here: #ffb454;
-  --c0: #1b1f24; --c1: #b42318; --c2: #1a7f37; --c3: #8a5a00; --c4: #0757b3; --c5: #8250df; --c6: #0b6e7a; --c7: #57606a;
-  --c8: #57606a; --c9: #c4261c; --c10: #147a33; --c11: #7d5600; --c12: #0a63c9; --c13: #9333b8; --c14: #0a6c85; --c15: #1b1f24;
+	color-scheme: light dark; --mono: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
+	--bg: #ffffff; --panel: #f4f6f8; --text: #1b1f24; --dim: #57606a; --line: #d5dbe1; --edge: #818b98; --accent: #0757b3;
+	--good: #1a7f37; --warn: #8a5a00; --bad: #b42318; --mark: #ffe58a; --marked: #1b1f24; --here: #ffb454;
+	--c0: #1b1f24; --c1: #b42318; --c2: #1a7f37; --c3: #8a5a00; --c4: #0757b3; --c5: #8250df; --c6: #0b6e7a; --c7: #57606a;
+	--c15: #1b1f24;
 }
 @media (prefers-color-scheme: dark) { :root {
-  --bg: #0f1318; --panel: #171c23; --text: #e3e8ee; --dim: #9aa5b1; --line: #2b323b; --edge: #6b7683; --accent: #6cb0ff;
-  --good: #4cc06b; --warn: #e0a63a; --bad: #ff8078; --mark: #6b5a12; --marked: #ffffff; --here: #935000;
-  --c0: #9aa5b1; --c1: #ff8078; --c2: #4cc06b; --c3: #e0a63a; --c4: #6cb0ff; --c5: #cf9bff; --c6: #4fc3d0; --c7: #e3e8ee;
-  --c8: #9aa5b1; --c9: #ff9c95; --c10: #74d68d; --c11: #f0c060; --c12: #93c6ff; --c13: #e0b8ff; --c14: #7cdbe5; --c15: #ffffff;
+	--bg: #0f1318; --panel: #171c23; --text: #e3e8ee; --dim: #9aa5b1; --line: #2b323b; --edge: #6b7683; --accent: #6cb0ff;
+	--good: #4cc06b; --warn: #e0a63a; --bad: #ff8078; --mark: #6b5a12; --marked: #ffffff; --here: #935000;
+	--c0: #9aa5b1; --c1: #ff8078; --c2: #4cc06b; --c3: #e0a63a; --c4: #6cb0ff; --c5: #cf9bff; --c6: #4fc3d0; --c7: #e3e8ee;
+	--c15: #ffffff;
 } }
-* { box-sizing: border-box; min-width: 0; }
-html, body { height: 100%; margin: 0; }
-body { display: flex; flex-direction: column; font: 14px/1.4 system-ui, sans-serif; background: var(--bg); color: var(--text); }
-a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-[hidden] { display: none !important; }
-.quiet { position: absolute; clip-path: inset(50%); white-space: nowrap; }
-.skip:not(:focus) { position: absolute; left: -999px; }
+* { box-sizing: border-box; min-width: 0 }
+html, body { height: 100%; margin: 0 }
+body { display: flex; flex-direction: column; font: 14px/1.4 system-ui, sans-serif; background: var(--bg);
+	color: var(--text) }
+a { color: var(--accent); text-decoration: none }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+[hidden] { display: none !important }
+.quiet { position: absolute; clip-path: inset(50%); white-space: nowrap }
 button, input, select, textarea { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--edge);
-  border-radius: 4px; padding: 2px 6px; }
-button { padding: 1px 8px; cursor: pointer; background: var(--panel); white-space: nowrap; }
-button:hover { border-color: var(--accent); color: var(--accent); }
-button:disabled, input:disabled { cursor: default; color: var(--dim); border-color: var(--line); }
-button.main, [aria-pressed=true] { background: var(--accent); color: var(--bg); border-color: var(--accent); }
-button.bad, .bad { color: var(--bad); } .dim, small { color: var(--dim); } [aria-invalid=true] { border-color: var(--bad); }
-input[type=checkbox] { margin: 0; width: 15px; height: 15px; accent-color: var(--accent); vertical-align: middle; }
-.mono, textarea { font: 12.5px/18px var(--mono); }
-header, .bar, .entry { display: flex; flex-wrap: wrap; align-items: center; gap: 6px; }
-header { padding: 6px 14px; border-bottom: 1px solid var(--line); background: var(--panel); }
-nav { display: flex; flex: 1; } nav a { padding: 2px 8px; border-radius: 4px; color: var(--text); }
-nav a[aria-current] { background: var(--bg); box-shadow: inset 0 -2px var(--accent); color: var(--accent); }
-#link::before { content: "\25CF"; margin-right: 5px; color: var(--good); } #link.away, .away::before { color: var(--bad) !important; }
-#message { margin: 0; padding: 6px 14px; color: var(--bad); border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-#message:empty { display: none; } #message button { float: right; }
-main { flex: 1; min-height: 0; overflow: auto; padding: 10px 14px; outline: none; } main.fill { display: flex; overflow: hidden; }
-h1 { font-size: 17px; margin: 0; } dialog h2 { font-size: 16px; margin: 0 0 8px; }
-.bar { margin-bottom: 8px; } .grow { flex: 1 1 160px; max-width: 420px; } .push { margin-left: auto; }
-.row { display: grid; align-items: center; column-gap: 10px; padding: 0 6px; min-height: 31px; border-bottom: 1px solid var(--line);
-  grid-template-columns: 18px 3fr 5fr 100px 62px 58px 98px 104px 186px; }
-.item { content-visibility: auto; contain-intrinsic-size: auto 31px; } .item:hover, .item:focus-within { background: var(--panel); }
-.item:focus-visible { outline-offset: -2px; } .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.heads { color: var(--dim); position: sticky; top: -10px; background: var(--bg); z-index: 1; }
-.group { background: var(--panel); grid-template-columns: 18px 1fr auto; margin-top: 6px; } .group .cut { font-weight: 600; }
-.number { text-align: right; font-variant-numeric: tabular-nums; } .acts, .use { display: flex; gap: 4px; justify-content: flex-end; }
-.acts { align-items: center; } .live .start, .rest .stop { display: none; }
-.dot { display: inline-block; width: 1.3em; color: var(--warn); } .running .dot { color: var(--good); } .stopped .dot { color: var(--dim); }
-.backoff > *, .flapping > * { color: var(--bad); } .state .dim { color: var(--dim); }
-svg { width: 42px; height: 17px; overflow: visible; }
-path { fill: none; stroke: var(--accent); stroke-width: 1.3; vector-effect: non-scaling-stroke; }
-.facts { display: grid; grid-template-columns: max-content 1fr; gap: 1px 12px; margin: 0 0 8px; } dt { color: var(--dim); }
-dd { margin: 0; overflow-wrap: anywhere; max-height: 5em; overflow: auto; } .parts { max-height: 30vh; overflow: auto; margin-bottom: 8px; flex: none; }
-.part { grid-template-columns: 62px 82px 1fr 70px 98px 104px 156px; }
-.log { flex: 1; min-height: 180px; display: flex; flex-direction: column; position: relative; }
+	border-radius: 4px; padding: 2px 6px }
+button { padding: 1px 8px; cursor: pointer; background: var(--panel); white-space: nowrap; flex: none }
+button:hover { border-color: var(--accent); color: var(--accent) }
+button:disabled, input:disabled { cursor: default; color: var(--dim); border-color: var(--line) }
+button.main, [aria-pressed=true] { background: var(--accent); color: var(--bg); border-color: var(--accent) }
+button.bad, .bad { color: var(--bad) } .dim, small { color: var(--dim) } [aria-invalid=true] { border-color: var(--bad) }
+input[type=checkbox] { margin: 0; width: 15px; height: 15px; accent-color: var(--accent); vertical-align: middle }
+.mono, textarea { font: 12.5px/18px var(--mono) }
+header, .bar, .entry { display: flex; flex-wrap: wrap; align-items: center; gap: 6px }
+header { padding: 6px 14px; border-bottom: 1px solid var(--line); background: var(--panel) }
+nav { display: flex; flex: 1 } nav a { padding: 2px 8px; border-radius: 4px; color: var(--text) }
+nav a[aria-current] { background: var(--bg); box-shadow: inset 0 -2px var(--accent); color: var(--accent) }
+#link::before { content: "\25CF"; margin-right: 5px; color: var(--good) }
+#link.away, .away::before { color: var(--bad) !important }
+#message { margin: 0; padding: 6px 14px; color: var(--bad); border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
+#message:empty { display: none } #message button { float: right }
+main { flex: 1; min-height: 0; overflow: auto; padding: 10px 14px; outline: none }
+main.fill { display: flex; overflow: hidden }
+h1 { font-size: 17px; margin: 0 } dialog h2 { font-size: 16px; margin: 0 0 8px }
+.bar { margin-bottom: 8px } .grow { flex: 1 1 160px; max-width: 420px } .push { margin-left: auto }
+.row { display: grid; align-items: center; column-gap: 10px; padding: 0 6px; min-height: 31px;
+	border-bottom: 1px solid var(--line);
+	grid-template-columns: 18px 3fr 5fr 100px 62px 58px 98px 104px 186px }
+.item { content-visibility: auto; contain-intrinsic-size: auto 31px }
+.item:hover, .item:focus-within { background: var(--panel) }
+.item:focus-visible { outline-offset: -2px } .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+.heads { color: var(--dim); position: sticky; top: -10px; background: var(--bg); z-index: 1 }
+.group { background: var(--panel); grid-template-columns: 18px 1fr auto; margin-top: 6px } .group .cut { font-weight: 600 }
+.number { text-align: right; font-variant-numeric: tabular-nums }
+.acts, .use { display: flex; gap: 4px; justify-content: flex-end; align-items: center }
+.bar .acts { flex-wrap: wrap } .live .start, .rest .stop { display: none }
+.dot { display: inline-block; width: 1.3em; color: var(--warn) } .running .dot { color: var(--good) }
+.stopped .dot { color: var(--dim) }
+.backoff > *, .flapping > * { color: var(--bad) } .state .dim { color: var(--dim) }
+svg { width: 42px; height: 17px; overflow: visible }
+path { fill: none; stroke: var(--accent); stroke-width: 1.3; vector-effect: non-scaling-stroke }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: 1px 12px; margin: 0 0 8px } dt { color: var(--dim) }
+dd { margin: 0; overflow-wrap: anywhere; max-height: 5em; overflow: auto }
+.parts { max-height: 30vh; overflow: auto; margin-bottom: 8px; flex: none }
+.part { grid-template-columns: 62px 82px 1fr 70px 98px 104px 156px }
+.log { flex: 1; min-height: 180px; display: flex; flex-direction: column; position: relative }
 .lines { flex: 1; overflow: auto; border: 1px solid var(--line); border-radius: 4px; position: relative; contain: strict;
-  overflow-anchor: none; }
-.lines > div { position: absolute; top: 0; left: 0; min-width: 100%; }
-.l { white-space: pre; padding: 0 8px; min-height: 18px; border-left: 3px solid transparent; }
-.wrap > div { width: 100%; } .wrap .l { white-space: pre-wrap; word-break: break-all; }
-.stderr { border-left-color: var(--bad); } .stderr .k { color: var(--bad); } .l .dim, .note, .exit { color: var(--dim); }
-.note, .exit { font-style: italic; background: var(--panel); } .stdin { color: var(--accent); }
-mark { background: var(--mark); color: var(--marked); } .here mark { background: var(--here); }
-.b { font-weight: 700; } .f { opacity: .75; } .i { font-style: italic; } .u { text-decoration: underline; } .s { text-decoration: line-through; }
-.more { position: absolute; bottom: 12px; right: 24px; } .entry { margin-top: 8px; } .entry input { flex: 1 1 160px; }
-.fields { display: grid; grid-template-columns: max-content minmax(0, 34rem); gap: 6px 14px; } .fields small, .fields .bad { display: block; }
-.fields input:not([type=checkbox]), textarea { width: 100%; }
-.events { list-style: none; margin: 0; padding: 0; } .events li { grid-template-columns: 92px 180px 1fr; min-height: 27px; }
-dialog, #menu { color: inherit; background: var(--bg); border: 1px solid var(--edge); border-radius: 6px; }
-dialog { max-width: min(620px, 94vw); padding: 16px 18px; } dialog::backdrop { background: #0007; }
-dialog .bar { justify-content: flex-end; margin: 14px 0 0; }
-kbd { font: 12px var(--mono); border: 1px solid var(--edge); border-radius: 3px; padding: 0 5px; }
-#menu { position: fixed; z-index: 9; min-width: 150px; padding: 4px; box-shadow: 0 3px 12px #0005; }
-#menu button { display: block; width: 100%; text-align: left; border: 0; background: none; } #menu :focus { background: var(--panel); }
+	overflow-anchor: none }
+.lines > div { position: absolute; top: 0; left: 0; min-width: 100% }
+.l { white-space: pre; padding: 0 8px; min-height: 18px; border-left: 3px solid transparent }
+.wrap > div { width: 100% } .wrap .l { white-space: pre-wrap; word-break: break-all }
+.stderr { border-left-color: var(--bad) } .stderr .k { color: var(--bad) } .l .dim, .note, .exit { color: var(--dim) }
+.note, .exit { background: var(--panel) } .stdin { color: var(--accent) }
+mark { background: var(--mark); color: var(--marked) } .here mark { background: var(--here) }
+.b { font-weight: 700 } .f { opacity: .75 } .i, .note, .exit { font-style: italic } .u { text-decoration: underline }
+.s { text-decoration: line-through }
+.more { position: absolute; bottom: 12px; right: 24px } .entry { margin-top: 8px } .entry input { flex: 1 1 160px }
+.fields { display: grid; grid-template-columns: max-content minmax(0, 34rem); gap: 6px 14px }
+.fields small, .fields .bad { display: block }
+.fields input:not([type=checkbox]), textarea { width: 100% }
+.events { list-style: none; margin: 0; padding: 0 } .events li { grid-template-columns: 92px 180px 1fr; min-height: 27px }
+dialog, #menu { color: inherit; background: var(--bg); border: 1px solid var(--edge); border-radius: 6px }
+dialog { max-width: min(620px, 94vw); padding: 16px 18px } dialog::backdrop { background: #0007 }
+dialog .bar { justify-content: flex-end; margin: 14px 0 0 }
+kbd { font: 12px var(--mono); border: 1px solid var(--edge); border-radius: 3px; padding: 0 5px }
+#menu { position: fixed; z-index: 9; min-width: 150px; padding: 4px; box-shadow: 0 3px 12px #0005 }
+#menu button { display: block; width: 100%; text-align: left; border: 0; background: none }
+#menu :focus { background: var(--panel) }
 @media (max-width: 900px) {
-  .heads, .wide { display: none; } main { padding: 8px; } .parts { max-height: 22vh; } button { min-height: 27px; }
-  .template { grid-template-columns: 18px 1fr 96px 90px; row-gap: 3px; padding: 5px 4px; contain-intrinsic-size: auto 92px; }
-  .template .state { grid-area: 2 / 2 / 3 / 5; white-space: normal; } .template .count { grid-area: 1 / 3 / 2 / 5; }
-  .template .use { grid-area: 3 / 1 / 4 / 3; } .template .acts { grid-area: 3 / 3 / 4 / 5; }
-  .part { grid-template-columns: 44px 1fr 60px 150px; } .fields { grid-template-columns: 1fr; gap: 2px; } .fields > div { margin-bottom: 8px; }
-  .events li { grid-template-columns: 88px 1fr; padding: 4px; } .events li > span { grid-column: 1 / 3; }
+	.heads, .wide { display: none } main { padding: 8px } .parts { max-height: 22vh } button { min-height: 27px }
+	.template { grid-template-columns: 18px 1fr 96px 90px; row-gap: 3px; padding: 5px 4px; contain-intrinsic-size: auto 92px }
+	.template .state { grid-area: 2 / 2 / 3 / 5; white-space: normal } 
+	.template .use { grid-area: 3 / 1 / 4 / 3 } .template .acts { grid-area: 3 / 3 / 4 / 5 }
+.template .count { grid-area: 1 / 3 / 2 / 5 }
+	.part { grid-template-columns: 44px 1fr 60px 150px } .fields { grid-template-columns: 1fr; gap: 2px }
+.fields > div { margin-bottom: 8px }
+	.events li { grid-template-columns: 88px 1fr; padding: 4px } .events li > span { grid-column: 1 / 3 }
 }
 </style></head>
 <body>
-<a class="skip" href="#main" id="skip">Skip to content</a>
 <header><strong>gaffer</strong><nav aria-label="Views" id="nav"></nav><span id="link" role="status"></span>
 <button id="help" aria-label="Keys" title="keys (?)">?</button></header>
 <p id="message" role="alert"></p><p id="said" role="status" class="quiet"></p>
 <main id="main" tabindex="-1"></main>
 <div id="menu" role="menu" hidden></div>
 <dialog id="dialog" aria-labelledby="dialog-title"></dialog>
-<noscript>This page needs JavaScript. The same is there as JSON, and as commands of gaffer.py.</noscript>
+<noscript>This page needs JavaScript.</noscript>
 <script type="application/json" id="snapshot">__SNAPSHOT__</script>
 <script nonce="__NONCE__">
 "use strict";
-// ---- helpers. What is shown becomes text and properties, never HTML. The origin has no password in it, or fetch() would refuse
+// ---- helpers. What is shown becomes text and properties, never HTML. The origin is without a password, or fetch() refuses
 const $ = id => document.getElementById(id), {origin} = location, enc = encodeURIComponent, main = $("main");
 const snapshot = JSON.parse($("snapshot").textContent);
 const LINES_MAX = 100000, CHARS_MAX = 16e6, LINE = 18, SAMPLES = 60, EVENTS_MAX = 1024, FIRST_LINES = 2000;
 
-function el(kind, props, ...children) {            // el("div.bar.push", {text, title, click: function ...}, children)
-  const [tag, ...classes] = kind.split("."), space = tag === "svg" || tag === "path" ? "2000/svg" : "1999/xhtml";
-  const node = document.createElementNS("http://www.w3.org/" + space, tag);
-  if (classes.length) node.setAttribute("class", classes.join(" "));
-  for (const [key, value] of Object.entries(props || {})) {
-    if (typeof value === "function") node.addEventListener(key, value);
-    else if (key === "text") node.textContent = value;
-    else if (key === "value" || key === "checked") node[key] = value;
-    else if (value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
-  }
-  node.append(...children.flat().filter(child => child));
-  return node;
+function el(kind, props, ...children) {  // el("div.bar.push", {text, title, click: function ...}, children)
+	const [tag, ...classes] = kind.split("."), space = tag === "svg" || tag === "path" ? "2000/svg" : "1999/xhtml";
+	const node = document.createElementNS("http://www.w3.org/" + space, tag);
+	if (classes.length) node.setAttribute("class", classes.join(" "));
+	for (const [key, value] of Object.entries(props || {})) {
+		if (typeof value === "function") node.addEventListener(key, value);
+		else if (key === "text") node.textContent = value;
+		else if (key === "value" || key === "checked") node[key] = value;
+		else if (value !== undefined && value !== false) node.setAttribute(key === "label" ? "aria-label" : key,
+			value === true ? "" : value);
+	}
+	node.append(...children.flat().filter(child => child));
+	return node;
 }
 function put(node, text) { if (node.textContent !== text) node.textContent = text; }
 function attr(node, name, value) { if (node.getAttribute(name) !== value) node.setAttribute(name, value); }
 function cell(kind, ...children) { return el("div" + kind, {role: "cell"}, ...children); }
 function button(kind, text, label, click, more) {
-  return el("button" + kind, {type: "button", text, title: label, "aria-label": label, click, ...more});
+	return el("button" + kind, {type: "button", text, title: label, label, click, ...more});
 }
 function toggle(node, on) { attr(node, "aria-pressed", String(Boolean(on))); }
-function box(key, label, changed, more) {          // a search field whose text is in the address, too
-  const input = el("input.grow", {type: "search", placeholder: label, "aria-label": label, value: params().get(key) || "", ...more});
-  input.addEventListener("input", () => { setParam(key, input.value); changed(); });
-  return input;
+function checkbox(label, change) { return el("input", {type: "checkbox", label, change}); }
+function box(key, label, changed, more) {  // a search field whose text is in the address, too
+	const input = el("input.grow", {type: "search", placeholder: label, label, value: params().get(key) || "", ...more});
+	input.addEventListener("input", () => { setParam(key, input.value); changed(); });
+	return input;
 }
 function say(text) { $("said").textContent = text; }
-function complain(text) { $("message").replaceChildren(...text ? [text, button("", "Dismiss", "", () => complain(""))] : []); }
+function complain(text) { $("message").replaceChildren(...text ? [text, button("", "Dismiss", "", () => complain(""))] : []);
+	}
 function plural(count, word, words = word + "s") { return count.toLocaleString("en") + " " + (count === 1 ? word : words); }
+function wordsOf(text) { return text.toLowerCase().split(/\s+/).filter(word => word); }
 function two(value) { return String(Math.floor(value)).padStart(2, "0"); }
 function span(left) {
-  if (left < 10) return Math.max(0, left).toFixed(1) + "s";
-  if (left < 60) return Math.floor(left) + "s";
-  if (left < 3600) return Math.floor(left / 60) + "m" + two(left % 60) + "s";
-  if (left < 86400) return Math.floor(left / 3600) + "h" + two(left / 60 % 60) + "m";
-  return Math.floor(left / 86400) + "d" + two(left / 3600 % 24) + "h";
+	if (left < 60) return left < 10 ? Math.max(0, left).toFixed(1) + "s" : Math.floor(left) + "s";
+	const [unit, big, small, rest] = [[60, "m", "s", 1], [3600, "h", "m", 60], [86400, "d", "h",
+		3600]].filter(each => left >= each[0]).pop();
+	return Math.floor(left / unit) + big + two(left % unit / rest) + small;
 }
 function size(bytes) {
-  for (const unit of ["B", "K", "M"]) {
-    if (bytes < 1000) return (bytes < 10 && unit !== "B" ? bytes.toFixed(1) : Math.round(bytes)) + unit;
-    bytes /= 1024;
-  }
-  return bytes.toFixed(1) + "G";
+	const power = Math.min(3, Math.floor(Math.log2(bytes + 1) / 10)), value = bytes / 1024 ** power;
+	return value.toFixed(power && value < 10 ? 1 : 0) + "BKMG"[power];
 }
 function clock(seconds) {
-  const date = new Date(seconds * 1000), parts = [date.getHours(), date.getMinutes(), date.getSeconds()];
-  return parts.map(two).join(":") + "." + String(date.getMilliseconds()).padStart(3, "0");
+	const date = new Date(seconds * 1000), parts = [date.getHours(), date.getMinutes(), date.getSeconds()];
+	return parts.map(two).join(":") + "." + String(date.getMilliseconds()).padStart(3, "0");
 }
-function signalName(number) { return "SIG" + (snapshot.signals[number] || number); }
 function exitText({exit_status, term_signal, times}) {
-  const code = term_signal ? 128 + term_signal + " " + signalName(term_signal) : exit_status;
-  return "exited " + code + (times > 1 ? ", " + times + " times" : "");
+	const code = term_signal ? 128 + term_signal + " SIG" + (snapshot.signals[term_signal] || term_signal) : exit_status;
+	return "exited " + code + (times > 1 ? ", " + times + " times" : "");
 }
+function processes(count) { return plural(count, "process", "processes"); }
 
 // ---- what is known: statuses by name, usage by name and by pid, events. It begins with what the page was sent with
 const templates = new Map(), used = new Map(), events = snapshot.events;
@@ -4789,903 +4800,937 @@ snapshot.templates.forEach(keep);
 function groupOf(name) { return name.includes(":") ? name.slice(0, name.indexOf(":")) : ""; }
 function since(status) { return (performance.now() - status.at) / 1000; }
 function reason(status) {
-  const last = status.last_exit ? exitText(status.last_exit) : "", {state} = status;
-  if (state === "stopping") return "waiting for " + plural(status.stopping, "process", "processes") + " to end";
-  if (state === "stopped" && status.active) return "scaled to 0";
-  if (state === "running" && !status.error) {
-    return last && status.restarts && status.uptime + since(status) < 10 ? last + ", started again" : "";
-  }
-  const wait = status.next_try === null ? "" : "next try in " + Math.max(0, Math.ceil(status.next_try - since(status))) + " s";
-  const often = status.gave_up ? "gave up: it exits too often" : state === "flapping" ? "it exits too often" : "";
-  return [wait, status.error || last, often].filter(part => part).join(" · ");
+	const last = status.last_exit ? exitText(status.last_exit) : "", {state} = status;
+	if (state === "stopping") return "waiting for " + processes(status.stopping) + " to end";
+	if (state === "stopped" && status.active) return "scaled to 0";
+	if (state === "running" && !status.error) {
+		return last && status.restarts && status.uptime + since(status) < 10 ? last + ", started again" : "";
+	}
+	const wait = status.next_try === null ? "" : "next try in " + Math.max(0,
+		Math.ceil(status.next_try - since(status))) + " s";
+	const often = status.gave_up ? "gave up: it exits too often" : state === "flapping" ? "it exits too often" : "";
+	return [wait, status.error || last, often].filter(part => part).join(" · ");
 }
 const DOTS = {running: "●", backoff: "▲", flapping: "▲", stopping: "◐", starting: "◌", stopped: "○"};
 function showState(node, status, more) {
-  const why = status.ended ? "" : reason(status);
-  if (node.className !== "state cut " + status.state) node.className = "state cut " + status.state;
-  if (!node.firstChild) node.append(el("span.dot", {"aria-hidden": "true"}), el("span"), el("span.dim"));
-  [DOTS[status.state], status.ended || status.state, (more || "") + (why && " " + why)].forEach((text, at) => put(node.children[at], text));
-  attr(node, "title", node.textContent);
+	const why = status.ended ? "" : reason(status);
+	if (node.className !== "state cut " + status.state) node.className = "state cut " + status.state;
+	if (!node.firstChild) node.append(el("span.dot", {"aria-hidden": "true"}), el("span"), el("span.dim"));
+	[DOTS[status.state], status.ended || status.state, (more || "") + (why && " " + why)].forEach((text,
+		at) => put(node.children[at], text));
+	attr(node, "title", node.textContent);
 }
 
 // ---- asking the server: a refusal is shown in its own words
 async function ask(method, path, body, quiet) {
-  const failed = reason => { if (!quiet) complain(reason); };
-  try {
-    const answer = await fetch(origin + path, {method, body: typeof body === "object" ? JSON.stringify(body) : body});
-    const text = await answer.text(), value = text ? JSON.parse(text) : {};
-    if (!answer.ok) failed(value.reason);
-    return {ok: answer.ok, status: answer.status, value};
-  } catch (error) {
-    failed("the server does not answer; does it still run?");
-    return {ok: false, status: 0, value: {reason: "the server does not answer"}};
-  }
+	if (method !== "GET") complain("");
+	const failed = reason => { if (!quiet) complain(reason); };
+	try {
+		const answer = await fetch(origin + path, {method, body: typeof body === "object" ? JSON.stringify(body) : body});
+		const text = await answer.text(), value = text ? JSON.parse(text) : {};
+		if (!answer.ok) failed(value.reason);
+		return {ok: answer.ok, status: answer.status, value};
+	} catch (error) {
+		failed("the server does not answer; does it still run?");
+		return {ok: false, status: 0, value: {reason: "the server does not answer"}};
+	}
 }
-async function act(refs, action, said = action.replace("_", "")) {     // refs: names, or pids
-  complain("");
-  const results = await Promise.all(refs.map(ref => ask("POST", "/processes/" + enc(ref) + "/" + action)));
-  const done = results.filter(result => result.ok).length;
-  if (done) say(said + ": done for " + (refs.length === 1 ? refs[0] : done + " of " + refs.length));
+async function act(refs, action) {  // refs: names, or pids
+	const results = await Promise.all(refs.map(ref => ask("POST", "/processes/" + enc(ref) + "/" + action)));
+	const done = results.filter(result => result.ok).length;
+	if (done) say(action.split("?")[0].replace(/[_/]/g, " ") + ": done for " + (refs.length === 1 ? refs[0] : done + " of " +
+		refs.length));
 }
-async function refresh(names) {                    // null: all
-  const answers = names ? await Promise.all(names.map(name => ask("GET", "/status/" + enc(name), undefined, true))) :
-    [await ask("GET", "/status", undefined, true)];
-  if (!names && answers[0].ok) { templates.clear(); answers[0].value.forEach(keep); }
-  else if (names) answers.forEach((answer, at) => {
-    if (answer.ok) keep(answer.value); else if (answer.status === 404) templates.delete(names[at]);
-  });
-  changed(names || [...templates.keys()]);
+async function refresh(names) {  // null: all
+	const answers = names ? await Promise.all(names.map(name => ask("GET", "/status/" + enc(name), undefined, true))) :
+		[await ask("GET", "/status", undefined, true)];
+	if (!names && answers[0].ok) { templates.clear(); answers[0].value.forEach(keep); }
+	else if (names) answers.forEach((answer, at) => {
+		if (answer.ok) keep(answer.value); else if (answer.status === 404) templates.delete(names[at]);
+	});
+	changed(names || [...templates.keys()]);
 }
 function changed(names) {
-  const bad = [...templates.values()].filter(status => status.gave_up || DOTS[status.state] === "▲").length;
-  document.title = [bad && bad + " failing", view && view.title, "gaffer"].filter(part => part).join(" – ");
-  if (view && view.update) view.update(names);
+	const bad = [...templates.values()].filter(status => status.gave_up || DOTS[status.state] === "▲").length;
+	document.title = [bad && bad + " failing", view && view.title, "gaffer"].filter(part => part).join(" – ");
+	if (view && view.update) view.update(names);
 }
 const dirty = new Set();
 let settling = false;
-async function settle(name) {                      // after an event; what many events say is asked for once
-  dirty.add(name);
-  if (settling) return;
-  settling = true;
-  while (dirty.size) {
-    await new Promise(resolve => setTimeout(resolve, 50));
-    const names = [...dirty];
-    dirty.clear();
-    await refresh(names.includes(null) || names.length > 8 ? null : names);
-  }
-  settling = false;
+async function settle(name) {  // after an event; what many events say is asked for once
+	dirty.add(name);
+	if (settling) return;
+	settling = true;
+	while (dirty.size) {
+		await new Promise(resolve => setTimeout(resolve, 50));
+		const names = [...dirty];
+		dirty.clear();
+		await refresh(names.includes(null) || names.length > 8 ? null : names);
+	}
+	settling = false;
 }
 
 // ---- streams: events, and output where that is looked at; none in a hidden tab, as a browser has six connections for all
 const feeds = new Set();
 function feed(path, types, take) {
-  let source = null, timer = null, last = null, delay = 250;
-  const shut = () => { clearTimeout(timer); if (source) source.close(); source = null; };
-  const open = () => {
-    source = new EventSource(origin + path(last));
-    for (const type of [...types, "dropped"]) source.addEventListener(type, event => {
-      last = event.lastEventId;
-      take(type, event.data, last);
-    });
-    source.onopen = () => { delay = 250; linked(true); };
-    source.onerror = () => { shut(); linked(false); timer = setTimeout(open, delay); delay = Math.min(5000, 2 * delay); };
-  };
-  const self = {open, shut, close() { shut(); feeds.delete(self); }};
-  feeds.add(self);
-  if (!document.hidden) open();
-  return self;
+	let source = null, timer = null, last = null, delay = 250;
+	const shut = () => { clearTimeout(timer); if (source) source.close(); source = null; };
+	const open = () => {
+		source = new EventSource(origin + path(last));
+		for (const type of [...types, "dropped"]) source.addEventListener(type, event => {
+			last = event.lastEventId;
+			take(type, event.data, last);
+		});
+		source.onopen = () => { delay = 250; linked(true); };
+		source.onerror = () => { shut(); linked(false); timer = setTimeout(open, delay); delay = Math.min(5000, 2 * delay); };
+	};
+	const self = {open, shut, close() { shut(); feeds.delete(self); }};
+	feeds.add(self);
+	if (!document.hidden) open();
+	return self;
 }
 function linked(good) { put($("link"), good ? "live" : "reconnecting"); $("link").className = good ? "" : "away"; }
 document.addEventListener("visibilitychange", () => {
-  for (const each of feeds) { each.shut(); if (!document.hidden) each.open(); }
+	for (const each of feeds) { each.shut(); if (!document.hidden) each.open(); }
 });
 function takeEvent(type, data) {
-  const event = JSON.parse(data);
-  if (type === "dropped") { if (event.restarted) { events.length = 0; used.clear(); } return settle(null); }
-  events.push(event);
-  if (events.length > EVENTS_MAX) events.shift();
-  if (type === "delete") { templates.delete(event.name); changed([event.name]); } else settle(event.name);
-  if (view.event) view.event(event);
+	const event = JSON.parse(data);
+	if (type === "dropped") { if (event.restarted) { events.length = 0; used.clear(); } return settle(null); }
+	events.push(event);
+	if (events.length > EVENTS_MAX) events.shift();
+	if (type === "delete") { templates.delete(event.name); changed([event.name]); } else settle(event.name);
+	if (view.event) view.event(event);
 }
 
 // ---- CPU and memory, each two seconds while somebody looks
 let polling = false;
 async function poll() {
-  if (polling || document.hidden || !view.usage) return;
-  polling = true;
-  await view.usage();
-  polling = false;
+	if (polling || document.hidden || !view.usage) return;
+	polling = true;
+	await view.usage();
+	polling = false;
 }
 setInterval(poll, 2000);
 setInterval(() => { if (!document.hidden && view.tick) view.tick(); }, 1000);
 function note(key, cpu, rss) {
-  if (!used.has(key)) used.set(key, [[], []]);
-  used.get(key).forEach((list, at) => { list.push([cpu, rss][at]); if (list.length > SAMPLES) list.shift(); });
+	if (!used.has(key)) used.set(key, [[], []]);
+	used.get(key).forEach((list, at) => { list.push([cpu, rss][at]); if (list.length > SAMPLES) list.shift(); });
 }
-function sparks() {                                // CPU and memory, drawn as they were in the last two minutes
-  const all = ["CPU", "memory"].map(title => {
-    const path = el("path"), text = el("span");
-    return {path, text, node: cell(".use.number", el("svg", {viewBox: "0 0 42 17", "aria-hidden": "true"}, el("title", {}), path), text)};
-  });
-  const draw = (at, list) => {
-    const most = Math.max(5, ...list), step = 42 / (SAMPLES - 1), from = 42 - step * (list.length - 1), last = list[list.length - 1];
-    const points = list.map((value, x) => (from + x * step).toFixed(1) + " " + (16 - 15 * value / most).toFixed(1));
-    attr(all[at].path, "d", points.length ? "M" + points.join("L") : "");
-    put(all[at].text, last === undefined ? "" : at ? size(last) : last.toFixed(1) + "%");
-  };
-  return {nodes: all.map(each => each.node), show: key => [0, 1].forEach(at => draw(at, (used.get(key) || [[], []])[at]))};
+function sparks() {  // CPU and memory, drawn as they were in the last two minutes
+	const all = ["CPU", "memory"].map(title => {
+		const path = el("path"), text = el("span", {title});
+		return {path, text, node: cell(".use.number", el("svg", {viewBox: "0 0 42 17", "aria-hidden": "true"}, path), text)};
+	});
+	const draw = (at, list) => {
+		const most = Math.max(5, ...list), step = 42 / (SAMPLES - 1), from = 42 - step * (list.length - 1),
+			last = list[list.length - 1];
+		const points = list.map((value, x) => (from + x * step).toFixed(1) + " " + (16 - 15 * value / most).toFixed(1));
+		attr(all[at].path, "d", points.length ? "M" + points.join("L") : "");
+		put(all[at].text, last === undefined ? "" : at ? size(last) : last.toFixed(1) + "%");
+	};
+	return {nodes: all.map(each => each.node), show: key => [0, 1].forEach(at => draw(at, (used.get(key) || [[], []])[at]))};
 }
 
 // ---- menus and dialogs
 let menuFrom = null;
 function closeMenu(back) {
-  if (!$("menu").hidden && back && menuFrom) menuFrom.focus();
-  $("menu").hidden = true;
+	if (!$("menu").hidden && back && menuFrom) menuFrom.focus();
+	$("menu").hidden = true;
 }
-function menu(from, items) {                       // items: [text, what to do, class]
-  const node = $("menu"), place = from.getBoundingClientRect();
-  node.replaceChildren(...items.map(([text, click, kind]) =>
-    el("button" + (kind || ""), {type: "button", role: "menuitem", text, click: () => { closeMenu(true); click(); }})));
-  node.hidden = false; menuFrom = from;
-  node.style.left = Math.max(4, Math.min(place.left, innerWidth - node.offsetWidth - 4)) + "px";
-  node.style.top = Math.max(4, Math.min(place.bottom + 2, innerHeight - node.offsetHeight - 4)) + "px";
-  node.firstChild.focus();
+function menu(from, items) {  // items: [text, what to do, class]
+	const node = $("menu"), place = from.getBoundingClientRect();
+	node.replaceChildren(...items.map(([text, click, kind]) =>
+		el("button" + (kind || ""), {type: "button", role: "menuitem", text, click: () => { closeMenu(true); click(); }})));
+	node.hidden = false; menuFrom = from;
+	node.style.left = Math.max(4, Math.min(place.left, innerWidth - node.offsetWidth - 4)) + "px";
+	node.style.top = Math.max(4, Math.min(place.bottom + 2, innerHeight - node.offsetHeight - 4)) + "px";
+	node.firstChild.focus();
 }
 $("menu").addEventListener("keydown", event => {
-  const all = [...$("menu").children], here = all.indexOf(document.activeElement);
-  const next = {ArrowDown: here + 1, ArrowUp: here - 1, Home: 0, End: all.length - 1}[event.key];
-  if (next !== undefined) all[(next + all.length) % all.length].focus();
-  else if (["Escape", "Tab"].includes(event.key)) closeMenu(true);
-  else return event.stopPropagation();
-  event.preventDefault(); event.stopPropagation();
+	const all = [...$("menu").children], here = all.indexOf(document.activeElement);
+	const next = {ArrowDown: here + 1, ArrowUp: here - 1, Home: 0, End: all.length - 1}[event.key];
+	if (next !== undefined) all[(next + all.length) % all.length].focus();
+	else if (["Escape", "Tab"].includes(event.key)) closeMenu(true);
+	else return event.stopPropagation();
+	event.preventDefault(); event.stopPropagation();
 });
 document.addEventListener("pointerdown", event => { if (!$("menu").contains(event.target)) closeMenu(); });
-function dialog(title, content, good, value, kind = ".main") {     // resolves with value(), or null; without: nothing to cancel
-  const node = $("dialog"), back = document.activeElement;
-  return new Promise(resolve => {
-    const done = result => { node.onclose = null; node.close(); if (back.isConnected) back.focus(); resolve(result); };
-    const yes = button(kind, good, undefined, () => done(value ? value() : null));
-    const no = value && button("", "Cancel", undefined, () => done(null));
-    node.replaceChildren(el("h2", {id: "dialog-title", text: title}), ...content, el("div.bar", {}, no, yes));
-    node.onclose = () => done(null);
-    node.onkeydown = event => { if (event.key === "Enter" && event.target.matches("input")) { event.preventDefault(); yes.click(); } };
-    node.showModal();
-    (node.querySelector("input") || no || yes).focus();
-  });
+function dialog(title, content, good, value, kind = ".main") {  // resolves with value(), or null; without: nothing to cancel
+	const node = $("dialog"), back = document.activeElement;
+	return new Promise(resolve => {
+		const done = result => { node.onclose = null; node.close(); if (back.isConnected) back.focus(); resolve(result); };
+		const yes = button(kind, good, undefined, () => done(value ? value() : null));
+		const no = value && button("", "Cancel", undefined, () => done(null));
+		node.replaceChildren(el("h2", {id: "dialog-title", text: title}), ...content, el("div.bar", {}, no, yes));
+		node.onclose = () => done(null);
+		node.onkeydown = event => { if (event.key === "Enter" && event.target.matches("input")) { event.preventDefault();
+			yes.click(); } };
+		node.showModal();
+		(node.querySelector("input") || no || yes).focus();
+	});
 }
 function nameThem(names) { return names.length === 1 ? names[0] : plural(names.length, "template"); }
 async function askSignal(refs, title = nameThem(refs)) {
-  const list = el("datalist", {id: "signals"}, Object.values(snapshot.signals).map(value => el("option", {value})));
-  const field = el("input", {value: "HUP", list: "signals"}), whole = el("input", {type: "checkbox"});
-  const name = await dialog("Signal " + title, [el("label", {}, "Signal: ", field, list), el("p", {}, el("label", {}, whole,
-    " to their whole process groups"))], "Send", () => field.value.trim());
-  if (name) act(refs, "_signal/" + enc(name) + (whole.checked ? "?group=true" : ""), "signal " + name);
+	const list = el("datalist", {id: "signals"}, Object.values(snapshot.signals).map(value => el("option", {value})));
+	const field = el("input", {value: "HUP", list: "signals"}), whole = checkbox();
+	const name = await dialog("Signal " + title, [el("label", {}, "Signal: ", field, list), el("p", {}, el("label", {}, whole,
+		" to their whole process groups"))], "Send", () => field.value.trim());
+	if (name) act(refs, "_signal/" + enc(name) + (whole.checked ? "?group=true" : ""));
 }
 async function askScale(names) {
-  const field = el("input", {type: "number", min: 0, max: 1000, value: templates.get(names[0]).numprocesses});
-  const number = await dialog("Scale " + nameThem(names), [el("label", {}, "Processes of each: ", field)], "Scale", () => field.value);
-  for (const name of number ? names : []) {
-    const change = Number(number) - templates.get(name).numprocesses;
-    if (change) act([name], change > 0 ? "_add/" + change : "_sub/" + -change, "scale");
-  }
+	const field = el("input", {type: "number", min: 0, max: 1000, value: templates.get(names[0]).numprocesses});
+	const number = await dialog("Scale " + nameThem(names), [el("label", {}, "Processes of each: ", field)], "Scale",
+		() => field.value);
+	for (const name of number ? names : []) {
+		const change = Number(number) - templates.get(name).numprocesses;
+		if (change) act([name], change > 0 ? "_add/" + change : "_sub/" + -change);
+	}
 }
 async function askDelete(names) {
-  const lines = names.map(name => {
-    const {running, stopping, os_pids} = templates.get(name), alive = running + stopping;
-    const which = os_pids.length ? " (OS pid " + os_pids.slice(0, 8).join(", ") + (os_pids.length > 8 ? ", …" : "") + ")" : "";
-    return el("li", {text: name + ": " + (alive ? "stops " + plural(alive, "process", "processes") + which : "nothing of it runs")});
-  });
-  if (!await dialog("Delete " + nameThem(names) + "?", [el("ul", {}, lines.slice(0, 12), lines.length > 12 &&
-    el("li", {text: "and " + (lines.length - 12) + " more"})), el("p", {text: "Their processes get SIGTERM, and SIGKILL once " +
-    "the graceful timeout is over. The templates and their output are forgotten."})], "Delete", () => true, ".bad")) return;
-  complain("");
-  const results = await Promise.all(names.map(name => ask("DELETE", "/processes/" + enc(name))));
-  say("deleted: " + results.filter(result => result.ok).length);
-  if (names.includes(view.name)) go("/");
+	const lines = names.map(name => {
+		const {running, stopping, os_pids} = templates.get(name), alive = running + stopping;
+		const which = os_pids.length ? " (OS pid " + os_pids.slice(0, 8).join(", ") + (os_pids.length > 8 ? ", …" : "") + ")" : "";
+		return el("li", {text: name + ": " + (alive ? "stops " + processes(alive) + which : "nothing of it runs")});
+	});
+	if (!await dialog("Delete " + nameThem(names) + "?", [el("ul", {}, lines.slice(0, 12), lines.length > 12 &&
+		el("li", {text: "and " + (lines.length - 12) + " more"})), el("p",
+			{text: "Their processes get SIGTERM, and SIGKILL once " +
+		"the graceful timeout is over. The templates and their output are forgotten."})], "Delete", () => true, ".bad")) return;
+	const results = await Promise.all(names.map(name => ask("DELETE", "/processes/" + enc(name))));
+	say("deleted: " + results.filter(result => result.ok).length);
+	if (names.includes(view.name)) go("/");
 }
-function actions(names, label) {                   // buttons for what is called `label`; names(): which templates that is now
-  const make = (text, action) => button("." + action, text, action + " " + label, () => act(names(), "_" + action));
-  const more = button("", "⋯", "more for " + label, () => menu(more, moreItems(names())), {"aria-haspopup": "menu"});
-  return [make("Start", "start"), make("Stop", "stop"), make("Restart", "restart"), more];
+function actions(names, label) {  // buttons for what is called `label`; names(): which templates that is now
+	const make = (text, action) => button("." + action, text, action + " " + label, () => act(names(), "_" + action));
+	const more = button("", "⋯", "more for " + label, () => menu(more, moreItems(names())), {"aria-haspopup": "menu"});
+	return [make("Start", "start"), make("Stop", "stop"), make("Restart", "restart"), more];
 }
 function moreItems(names) {
-  const path = enc(names[0]);
-  return [...names.length === 1 ? [["Output", () => go("/p/" + path)], ["Edit…", () => go("/edit/" + path)]] : [],
-    ["Scale…", () => askScale(names)], ["Signal…", () => askSignal(names)], ["Delete…", () => askDelete(names), ".bad"]];
+	const path = enc(names[0]);
+	return [...names.length === 1 ? [["Edit…", () => go("/edit/" + path)]] : [],
+		["Scale…", () => askScale(names)], ["Signal…", () => askSignal(names)], ["Delete…", () => askDelete(names), ".bad"]];
 }
 
 // ---- the overview
 function makeRow(name, selected) {
-  const names = () => [name], one = (sign, action, text) => button("", sign, text + name, () => act([name], action, "scale"));
-  const check = el("input", {type: "checkbox", "aria-label": "select " + name, change: selected}), state = cell(".state.cut");
-  const count = el("span"), uptime = cell(".number.wide"), restarts = cell(".number.wide"), use = sparks();
-  const node = el("div.row.item.template", {role: "row", tabindex: -1, "data-name": name}, cell("", check),
-    cell(".cut", el("a", {href: "#/p/" + enc(name), text: name, title: name})), state,
-    cell(".count.acts.number", one("−", "_sub", "one process less of "), count, one("+", "_add", "one process more of ")),
-    uptime, restarts, use.nodes, cell(".acts", actions(names, name)));
-  use.nodes[1].classList.add("wide");
-  for (const inner of node.querySelectorAll("a, button, input")) inner.tabIndex = -1;
-  function tick() {
-    const status = templates.get(name);
-    showState(state, status);
-    put(uptime, status.running ? span(status.uptime + since(status)) : "");
-  }
-  function update() {
-    const status = templates.get(name);
-    put(count, status.running + " / " + status.numprocesses); put(restarts, String(status.restarts));
-    node.classList.toggle("live", status.active); node.classList.toggle("rest", !status.active);
-    tick();
-  }
-  update();
-  return {name, node, check, update, tick, use: () => use.show(name), fits: words => {
-    const text = (name + " " + state.textContent).toLowerCase();
-    return words.every(word => text.includes(word));
-  }};
+	const names = () => [name], one = (sign, action, text) => button("", sign, text + name, () => act([name], action));
+	const check = checkbox("select " + name, selected), state = cell(".state.cut");
+	const count = el("span"), uptime = cell(".number.wide"), restarts = cell(".number.wide"), use = sparks();
+	const node = el("div.row.item.template", {role: "row", tabindex: -1, "data-name": name}, cell("", check),
+		cell(".cut", el("a", {href: "#/p/" + enc(name), text: name, title: name})), state,
+		cell(".count.acts.number", one("−", "_sub", "one process less of "), count, one("+", "_add", "one process more of ")),
+		uptime, restarts, use.nodes, cell(".acts", actions(names, name)));
+	use.nodes[1].classList.add("wide");
+	for (const inner of node.querySelectorAll("a, button, input")) inner.tabIndex = -1;
+	function tick() {
+		const status = templates.get(name);
+		showState(state, status);
+		put(uptime, status.running ? span(status.uptime + since(status)) : "");
+	}
+	function update() {
+		const status = templates.get(name);
+		put(count, status.running + " / " + status.numprocesses); put(restarts, String(status.restarts));
+		node.classList.toggle("live", status.active); node.classList.toggle("rest", !status.active);
+		tick();
+	}
+	update();
+	return {name, node, check, update, tick, use: () => use.show(name), fits: words => {
+		const text = (name + " " + state.textContent).toLowerCase();
+		return words.every(word => text.includes(word));
+	}};
 }
-function makeGroup(group, rows, selected) {
-  const say = el("span"), all = el("input", {type: "checkbox", "aria-label": "select group " + group, change: () => {
-    for (const row of self.rows) row.check.checked = all.checked;
-    selected();
-  }});
-  const node = el("div.row.group", {role: "row"}, cell("", all), cell(".cut", say),
-    cell(".acts", actions(() => self.rows.map(row => row.name), "group " + group)));
-  const self = {node, rows, update() {
-    put(say, group + ": " + self.rows.filter(row => templates.get(row.name).running).length + " of " + self.rows.length + " running");
-  }};
-  return self;
+function makeGroup(group, selected) {
+	const said = el("span"), self = {rows: []}, all = checkbox("select group " + group, () => {
+		for (const row of self.rows) row.check.checked = all.checked;
+		selected();
+	});
+	const acts = actions(() => self.rows.map(row => row.name), "group " + group);
+	self.node = el("div.row.group", {role: "row"}, cell("", all), cell(".cut", said), cell(".acts", acts));
+	self.update = () => {
+		const running = self.rows.filter(row => templates.get(row.name).running).length;
+		put(said, group + ": " + running + " of " + self.rows.length + " running");
+	};
+	return self;
 }
 function overview() {
-  const rows = new Map(), groups = new Map(), body = el("div", {role: "rowgroup"}), empty = el("p.dim"), search = box("q",
-    "Filter by name, state, reason", filter), chips = el("span.acts", {role: "group", "aria-label": "By state"});
-  const bulk = el("span.acts", {role: "group", "aria-label": "With what is selected"}), say = el("span");
-  const bulkActions = actions(chosen, "what is selected");
-  const all = el("input", {type: "checkbox", "aria-label": "select all that are shown", change: () => {
-    for (const row of rows.values()) row.check.checked = all.checked && !row.node.hidden;
-    selected();
-  }});
-  const heads = ["name", "state", "processes", "uptime", "restarts", "CPU", "memory", "actions"].map((text, at) =>
-    el("div" + (at > 1 ? ".number" : ""), {role: "columnheader", text}));
-  const node = el("div", {}, el("h1.quiet", {text: "Processes"}), el("div.bar", {}, search, chips, bulk), el("div", {role: "table",
-    "aria-label": "Templates"}, el("div.row.heads", {role: "row"}, el("div", {role: "columnheader"}, all), heads), body), empty);
-  let current = null, order = "";
-  body.addEventListener("focusin", event => focused(event.target.closest(".item")));
+	const rows = new Map(), groups = new Map(), body = el("div", {role: "rowgroup"}), empty = el("p.dim"), search = box("q",
+		"Filter by name, state, reason", filter), chips = ["", ...Object.keys(DOTS)].map(state =>
+		button("", "", undefined, () => { search.value = state; setParam("q", state); filter(); }, {"data-state": state}));
+	const say = el("span"), bulk = el("span.acts", {}, say, actions(chosen, "what is selected"));
+	const all = checkbox("select all that are shown", () => {
+		for (const row of rows.values()) row.check.checked = all.checked && !row.node.hidden;
+		selected();
+	});
+	const heads = ["name", "state", "processes", "uptime", "restarts", "CPU", "memory", "actions"].map((text, at) =>
+		el("div" + (at > 1 ? ".number" : ""), {role: "columnheader", text}));
+	const node = el("div", {}, el("h1.quiet", {text: "Processes"}), el("div.bar", {}, search, chips, bulk), el("div",
+		{role: "table",
+		label: "Templates"}, el("div.row.heads", {role: "row"}, el("div", {role: "columnheader"}, all), heads), body), empty);
+	let current = null, order = "";
+	body.addEventListener("focusin", event => focused(event.target.closest(".item")));
 
-  function update(names) {
-    for (const name of rows.keys()) if (!templates.has(name)) rows.delete(name);
-    for (const name of templates.keys()) if (!rows.has(name)) rows.set(name, makeRow(name, selected));
-    for (const name of names) if (rows.has(name)) rows.get(name).update();
-    arrange();
-    if (!current || !current.isConnected) focused(body.querySelector(".item"));
-    filter(); selected();
-  }
-  function arrange() {                             // those without a group first, then group by group
-    const members = new Map([["", []]]), nodes = [], had = document.activeElement;
-    for (const row of rows.values()) {
-      const group = groupOf(row.name);
-      members.set(group, [...members.get(group) || [], row]);
-    }
-    for (const [group, list] of members) {
-      if (group && !groups.has(group)) groups.set(group, makeGroup(group, list, selected));
-      if (group) { groups.get(group).rows = list; groups.get(group).update(); nodes.push(groups.get(group).node); }
-      nodes.push(...list.map(row => row.node));
-    }
-    for (const group of groups.keys()) if (!members.has(group)) groups.delete(group);
-    const now = nodes.map(each => each.dataset.name).join("\n");
-    if (now === order) return;
-    order = now; body.replaceChildren(...nodes);
-    if (had.isConnected) had.focus();
-  }
-  function filter() {
-    const words = search.value.toLowerCase().split(/\s+/).filter(word => word), counts = {};
-    let shown = 0;
-    for (const row of rows.values()) {
-      const {state} = templates.get(row.name);
-      counts[state] = (counts[state] || 0) + 1;
-      row.node.hidden = !row.fits(words); shown += !row.node.hidden;
-    }
-    for (const group of groups.values()) group.node.hidden = group.rows.every(row => row.node.hidden);
-    showCounts(Object.entries(counts).sort());
-    empty.hidden = shown > 0;
-    put(empty, rows.size ? "Nothing here fits the filter." : "No template yet: add one.");
-  }
-  function showCounts(counts) {
-    while (chips.childElementCount > counts.length + 1) chips.lastChild.remove();
-    [["all", rows.size], ...counts].forEach(([state, count], at) => {
-      const chip = chips.children[at] || button("", "", undefined, () => {
-        search.value = chip.state; setParam("q", chip.state); filter();
-      });
-      chip.state = state === "all" ? "" : state;
-      put(chip, state + " " + count); toggle(chip, search.value === chip.state);
-      if (!chip.isConnected) chips.append(chip);
-    });
-  }
-  function chosen() { return [...rows.values()].filter(row => row.check.checked).map(row => row.name); }
-  function selected() {
-    const count = chosen().length;
-    put(say, count + " selected");
-    if (Boolean(count) !== Boolean(bulk.firstChild)) bulk.replaceChildren(...count ? [say, ...bulkActions] : []);
-  }
-  function focused(row) {                          // one row at a time is on the way of the Tab key
-    if (!row || row === current) return;
-    for (const [each, tab] of [[current, -1], [row, 0]]) {
-      for (const inner of each ? [each, ...each.querySelectorAll("a, button, input")] : []) inner.tabIndex = tab;
-    }
-    current = row;
-  }
-  function move(by) {
-    const nodes = [...body.querySelectorAll(".item")].filter(each => !each.hidden), here = nodes.indexOf(current);
-    const next = nodes[current.contains(document.activeElement) ? here + by : Math.max(0, here)];
-    if (next) { next.focus(); next.scrollIntoView({block: "nearest"}); }
-  }
-  async function usage() {
-    const answer = await ask("GET", "/stats?brief=true", undefined, true);
-    for (const entry of answer.ok ? answer.value : []) {
-      if (entry.stats.length) note(entry.name, entry.cpu, entry.stats.reduce((sum, each) => sum + each.rss, 0));
-      else used.delete(entry.name);
-      if (rows.has(entry.name)) rows.get(entry.name).use();
-    }
-  }
-  function key(name) {
-    const row = current && rows.get(current.dataset.name), names = row && [row.name];
-    const simple = {s: "_start", t: "_stop", r: "_restart", "+": "_add", "-": "_sub"}[name];
-    if (name === "/") search.focus();
-    else if (!row) return false;
-    else if (["j", "ArrowDown", "k", "ArrowUp"].includes(name)) move(name === "j" || name === "ArrowDown" ? 1 : -1);
-    else if (name === "Enter" && document.activeElement === current) go("/p/" + enc(row.name));
-    else if (name === "x") { row.check.checked = !row.check.checked; selected(); }
-    else if (simple) act(names, simple);
-    else if (name === "m") menu(current.querySelector("[aria-haspopup]"), moreItems(names));
-    else if (name === "g") askSignal(names); else if (name === "Delete") askDelete(names); else return false;
-    return true;
-  }
-  update([]);
-  return {node, update, usage, key, tick: () => rows.forEach(row => row.node.hidden || row.tick()), focus: () => current || search};
+	function update(names) {
+		for (const name of rows.keys()) if (!templates.has(name)) rows.delete(name);
+		for (const name of templates.keys()) if (!rows.has(name)) rows.set(name, makeRow(name, selected));
+		for (const name of names) if (rows.has(name)) rows.get(name).update();
+		arrange();
+		if (!current || !current.isConnected) focused(body.querySelector(".item"));
+		filter(); selected();
+	}
+	function arrange() {  // those without a group first, then group by group
+		const members = new Map([["", []]]), nodes = [], had = document.activeElement;
+		for (const row of rows.values()) {
+			const group = groupOf(row.name);
+			members.set(group, [...members.get(group) || [], row]);
+		}
+		for (const [group, list] of members) {
+			const head = group && (groups.get(group) || makeGroup(group, selected));
+			if (head) { groups.set(group, head); head.rows = list; head.update(); nodes.push(head.node); }
+			nodes.push(...list.map(row => row.node));
+		}
+		for (const group of groups.keys()) if (!members.has(group)) groups.delete(group);
+		const now = nodes.map(each => each.dataset.name).join("\n");
+		if (now === order) return;
+		order = now; body.replaceChildren(...nodes);
+		if (had.isConnected) had.focus();
+	}
+	function filter() {
+		const words = wordsOf(search.value), counts = {};
+		let shown = 0;
+		for (const row of rows.values()) {
+			const {state} = templates.get(row.name);
+			counts[state] = (counts[state] || 0) + 1;
+			row.node.hidden = !row.fits(words); shown += !row.node.hidden;
+		}
+		for (const group of groups.values()) group.node.hidden = group.rows.every(row => row.node.hidden);
+		for (const chip of chips) showCount(chip, counts);
+		empty.hidden = shown > 0;
+		put(empty, rows.size ? "Nothing here fits the filter." : "No template yet: add one.");
+	}
+	function showCount(chip, counts) {
+		const {state} = chip.dataset, count = state ? counts[state] : rows.size;
+		chip.hidden = !count;
+		put(chip, (state || "all") + " " + count); toggle(chip, search.value === state);
+	}
+	function chosen() { return [...rows.values()].filter(row => row.check.checked).map(row => row.name); }
+	function selected() {
+		const count = chosen().length;
+		put(say, count + " selected");
+		bulk.hidden = !count;
+	}
+	function focused(row) {  // one row at a time is on the way of the Tab key
+		if (!row || row === current) return;
+		for (const [each, tab] of [[current, -1], [row, 0]]) {
+			for (const inner of each ? [each, ...each.querySelectorAll("a, button, input")] : []) inner.tabIndex = tab;
+		}
+		current = row;
+	}
+	function move(by) {
+		const nodes = [...body.querySelectorAll(".item")].filter(each => !each.hidden), here = nodes.indexOf(current);
+		const next = nodes[current.contains(document.activeElement) ? here + by : Math.max(0, here)];
+		if (next) { next.focus(); next.scrollIntoView({block: "nearest"}); }
+	}
+	async function usage() {
+		const answer = await ask("GET", "/stats?brief=true", undefined, true);
+		for (const entry of answer.ok ? answer.value : []) {
+			if (entry.stats.length) note(entry.name, entry.cpu, entry.stats.reduce((sum, each) => sum + each.rss, 0));
+			else used.delete(entry.name);
+			if (rows.has(entry.name)) rows.get(entry.name).use();
+		}
+	}
+	function key(name) {
+		const row = current && rows.get(current.dataset.name), names = row && [row.name];
+		const simple = {s: "_start", t: "_stop", r: "_restart", "+": "_add", "-": "_sub"}[name];
+		if (name === "/") search.focus();
+		else if (!row) return false;
+		else if (["j", "ArrowDown", "k", "ArrowUp"].includes(name)) move(name === "j" || name === "ArrowDown" ? 1 : -1);
+		else if (name === "Enter" && document.activeElement === current) go("/p/" + enc(row.name));
+		else if (name === "x") { row.check.checked = !row.check.checked; selected(); }
+		else if (simple) act(names, simple);
+		else if (name === "m") menu(current.querySelector("[aria-haspopup]"), moreItems(names));
+		else if (name === "g") askSignal(names); else if (name === "Delete") askDelete(names); else return false;
+		return true;
+	}
+	update([]);
+	return {node, update, usage, key, tick: () => rows.forEach(row => row.node.hidden || row.tick()),
+		focus: () => current || search};
 }
 
 // ---- output. A line is kept as it came: "<time> <name> <pid> <label> <text>"; only what is in sight is in the document
 function parse(raw) {
-  const ends = [0, 0, 0, 0];
-  for (let at = 0, from = -1; at < 4; at++) ends[at] = from = raw.indexOf(" ", from + 1);
-  const label = raw.slice(ends[2] + 1, ends[3]), open = label.endsWith("+");
-  return {time: Number(raw.slice(0, ends[0])), name: raw.slice(ends[0] + 1, ends[1]), pid: raw.slice(ends[1] + 1, ends[2]),
-    label: open ? label.slice(0, -1) : label, open, text: raw.slice(ends[3] + 1)};
+	const [, time, name, pid, label, open, text] = /^(\S+) (\S+) (\d+) ([^ +]+)(\+?) ([^]*)$/.exec(raw);
+	return {time: Number(time), name, pid, label, open, text};
 }
-const ESCAPE = /\x1b(?:\[[0-?]*[ -\/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -\/]*[0-~])/g, CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g;
-function plain(text) {                             // without escape sequences; other control characters as their pictures
-  return text.replace(ESCAPE, "").replace(CONTROL, sign => String.fromCharCode(sign === "\x7f" ? 0x2421 : 0x2400 + sign.charCodeAt(0)));
+const ESCAPE = /\x1b(?:\[[0-?]*[ -\/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -\/]*[0-~])/g,
+	CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g;
+function plain(text) {  // without escape sequences; other control characters as their pictures
+	return text.replace(ESCAPE, "").replace(CONTROL, sign => String.fromCharCode(sign === "\x7f" ? 0x2421 : 0x2400 +
+		sign.charCodeAt(0)));
 }
 function tell(line) {
-  if (line.label !== "exit") return plain(line.text);
-  const {exit_status, term_signal} = JSON.parse(line.text);
-  return "process " + line.pid + (term_signal ? " was ended by " + signalName(term_signal) : " exited with status " + exit_status);
+	if (line.label !== "exit") return plain(line.text);
+	return "process " + line.pid + " " + exitText(JSON.parse(line.text));
 }
 function colour256(number) {
-  if (number < 16) return "var(--c" + number + ")";
-  if (number > 231) return "rgb(" + Array(3).fill(8 + 10 * (number - 232)) + ")";
-  return "rgb(" + [36, 6, 1].map(part => Math.floor((number - 16) / part) % 6).map(part => part && 55 + 40 * part) + ")";
+	const cube = [36, 6, 1].map(part => Math.floor((number - 16) / part) % 6).map(part => part && 55 + 40 * part);
+	return number < 16 ? "var(--c" + number % 8 + ")" :
+		"rgb(" + (number > 231 ? Array(3).fill(8 + 10 * (number - 232)) : cube) + ")";
 }
-const FLAGS = {1: "b", 2: "f", 3: "i", 4: "u", 9: "s"}, BASES = [[30, "fg", 0], [40, "bg", 0], [90, "fg", 8], [100, "bg", 8]];
-function paint(style, codes) {                     // SGR: ECMA-48 section 8.3.117
-  for (let at = 0; at < codes.length; at++) {
-    const code = codes[at], base = BASES.find(([first]) => code >= first && code < first + 8);
-    if (code === 0) Object.assign(style, {fg: "", bg: "", turned: false, flags: new Set()});
-    else if (FLAGS[code]) style.flags.add(FLAGS[code]);
-    else if (code === 22) "bf".split("").forEach(flag => style.flags.delete(flag));
-    else if (FLAGS[code - 20]) style.flags.delete(FLAGS[code - 20]);
-    else if (code === 7 || code === 27) style.turned = code === 7;
-    else if (code === 38 || code === 48) {
-      const rgb = codes[at + 1] === 2, parts = codes.slice(at + 2, at + 5).map(part => part & 255);
-      style[code === 38 ? "fg" : "bg"] = rgb ? "rgb(" + parts + ")" : colour256(parts[0]);
-      at += rgb ? 4 : 2;
-    } else if (code === 39 || code === 49) style[code === 39 ? "fg" : "bg"] = "";
-    else if (base) style[base[1]] = colour256(code - base[0] + base[2]);
-  }
+const FLAGS = {1: "b", 2: "f", 3: "i", 4: "u", 9: "s"};
+const BASES = [[30, "fg"], [40, "bg"], [90, "fg"], [100, "bg"]];
+function paint(style, codes) {  // SGR: ECMA-48 section 8.3.117
+	for (let at = 0; at < codes.length; at++) {
+		const code = codes[at], base = BASES.find(([first]) => code >= first && code < first + 8);
+		if (code === 0) Object.assign(style, {fg: "", bg: "", turned: false, flags: new Set()});
+		else if (FLAGS[code]) style.flags.add(FLAGS[code]);
+		else if (code === 22) "bf".split("").forEach(flag => style.flags.delete(flag));
+		else if (FLAGS[code - 20]) style.flags.delete(FLAGS[code - 20]);
+		else if (code === 7 || code === 27) style.turned = code === 7;
+		else if (code === 38 || code === 48) {
+			const rgb = codes[at + 1] === 2, parts = codes.slice(at + 2, at + 5).map(part => part & 255);
+			style[code === 38 ? "fg" : "bg"] = rgb ? "rgb(" + parts + ")" : colour256(parts[0]);
+			at += rgb ? 4 : 2;
+		} else if (code === 39 || code === 49) style[code === 39 ? "fg" : "bg"] = "";
+		else if (base) style[base[1]] = colour256(code - base[0]);
+	}
 }
-function segments(text) {                          // [[text, style]]
-  const style = {}, found = [];
-  let from = 0;
-  paint(style, [0]);
-  const take = to => {
-    const part = plain(text.slice(from, to));
-    if (part) found.push([part, {...style, flags: [...style.flags].join(" ")}]);
-  };
-  for (const match of text.matchAll(ESCAPE)) {
-    take(match.index);
-    from = match.index + match[0].length;
-    if (match[0].endsWith("m") && match[0][1] === "[") paint(style, match[0].slice(2, -1).split(/[;:]+/).map(Number));
-  }
-  take(text.length);
-  return found;
+function segments(text) {  // [[text, style]]
+	const style = {}, found = [];
+	let from = 0;
+	paint(style, [0]);
+	const take = to => {
+		const part = plain(text.slice(from, to));
+		if (part) found.push([part, {...style, flags: [...style.flags].join(" ")}]);
+	};
+	for (const match of text.matchAll(ESCAPE)) {
+		take(match.index);
+		from = match.index + match[0].length;
+		if (match[0].endsWith("m") && match[0][1] === "[") paint(style, match[0].slice(2, -1).split(/[;:]+/).map(Number));
+	}
+	take(text.length);
+	return found;
 }
 function piece(text, {fg, bg, turned, flags}) {
-  if (turned) [fg, bg] = [bg || "var(--bg)", fg || "var(--text)"];
-  if (!fg && !bg && !flags) return document.createTextNode(text);
-  const node = el("span", {text, class: flags});
-  node.style.color = fg || bg && "var(--bg)"; node.style.background = bg;
-  return node;
+	if (turned) [fg, bg] = [bg || "var(--bg)", fg || "var(--text)"];
+	if (!fg && !bg && !flags) return document.createTextNode(text);
+	const node = el("span", {text, class: flags});
+	node.style.color = fg || bg && "var(--bg)"; node.style.background = bg;
+	return node;
 }
-function paintLine(node, parts, find) {            // with what is searched for marked
-  const found = find ? [...parts.map(part => part[0]).join("").matchAll(find)] : [];
-  let at = 0;
-  for (const [text, style] of parts) {
-    let from = 0;
-    for (const match of found) {
-      const first = Math.max(match.index - at, from), end = Math.min(match.index + match[0].length - at, text.length);
-      if (first >= end) continue;
-      node.append(piece(text.slice(from, first), style), el("mark", {text: text.slice(first, end)}));
-      from = end;
-    }
-    node.append(piece(text.slice(from), style));
-    at += text.length;
-  }
+function paintLine(node, parts, find) {  // with what is searched for marked
+	const found = find ? [...parts.map(part => part[0]).join("").matchAll(find)] : [];
+	let at = 0;
+	for (const [text, style] of parts) {
+		let from = 0;
+		for (const match of found) {
+			const first = Math.max(match.index - at, from), end = Math.min(match.index + match[0].length - at, text.length);
+			if (first >= end) continue;
+			node.append(piece(text.slice(from, first), style), el("mark", {text: text.slice(first, end)}));
+			from = end;
+		}
+		node.append(piece(text.slice(from), style));
+		at += text.length;
+	}
 }
 function expression(text, flags) { return new RegExp(text, flags + (text === text.toLowerCase() ? "i" : "")); }
 
-function makeLog(ref, width) {                     // ref: "" (all), a name or a pid; width: of the column that says whose a line is
-  let lines = [], first = 0, chars = 0;            // what is kept, and the number of the first
-  let shown = [], tops = [0];                      // numbers of what fits the filter, and the row at which each begins
-  let queue = [], frame = 0, following = true, paused = false, came = 0, run = "";
-  let find = null, filter = null, matches = 0, here = -1, columns = 80, height = 0, sign = 0;
-  const open = new Map(), nodes = new Map(), flags = {time: params().has("time"), wrap: params().has("wrap")};
-  const flag = (key, text, label) => button("", text, label, () => {
-    flags[key] = !flags[key]; setParam(key, flags[key] ? "1" : "");
-    show(); rebuild();
-  });
-  const findBox = box("find", "Find", () => { search(); if (find) next(-1); }, {keydown: event => event.key === "Enter" && next(event.shiftKey ? -1 : 1)});
-  const filterBox = box("filter", "Filter by regular expression", () => { readFilter(); rebuild(true); }, {"aria-describedby": "fault"});
-  const fault = el("span.bad", {id: "fault", role: "alert"}), hits = el("span.dim", {role: "status"});
-  const labels = el("select", {"aria-label": "stream", change: () => { setParam("label", labels.value); rebuild(true); }},
-    ["", "stdout", "stderr"].map(value => el("option", {value, text: value || "all streams"})));
-  labels.value = params().get("label") || "";
-  const pauser = button("", "Pause", "pause (space)", pause), timer = flag("time", "Time", "timestamps (t)"), wrapper = flag("wrap", "Wrap", "wrap (w)");
-  const spacer = el("div"), block = el("div"), more = button(".more.main", "", undefined, follow);
-  const area = el("div.lines.mono", {tabindex: 0, role: "log", "aria-live": "off", "aria-label": "Output", scroll: scrolled}, spacer, block);
-  const node = el("section.log", {"aria-label": "Output"}, el("div.bar", {}, findBox, button("", "↑", "previous match (N)", () => next(-1)),
-    button("", "↓", "next match (n)", () => next(1)), hits, filterBox, fault, labels, pauser, timer, wrapper,
-    button("", "Copy", "copy what is shown", copy), button("", "Download", "download what is shown", download)), area, more);
-  const observer = new ResizeObserver(resized);
+function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the column that says whose a line is
+	let lines = [], first = 0, chars = 0;  // what is kept, and the number of the first
+	let shown = [], tops = [0];  // numbers of what fits the filter, and the row at which each begins
+	let queue = [], frame = 0, following = true, paused = false, came = 0, run = "";
+	let find = null, filter = null, matches = 0, here = -1, columns = 80, height = 0, sign = 0;
+	const open = new Map(), nodes = new Map(), flags = {};
+	const flag = (key, text, label) => {
+		flags[key] = params().has(key);
+		return button("", text, label, () => { flags[key] = !flags[key]; setParam(key, flags[key] ? "1" : ""); show(); rebuild();
+			});
+	};
+	const findBox = box("find", "Find", () => { search(); if (find) next(-1); },
+		{keydown: event => event.key === "Enter" && next(event.shiftKey ? -1 : 1)});
+	const filterBox = box("filter", "Filter by regular expression", () => { readFilter(); rebuild(true); },
+		{"aria-describedby": "fault"});
+	const fault = el("span.bad", {id: "fault", role: "alert"}), hits = el("span.dim", {role: "status"});
+	const labels = el("select", {label: "stream", change: () => { setParam("label", labels.value); rebuild(true); }},
+		["", "stdout", "stderr"].map(value => el("option", {value, text: value || "all streams"})));
+	labels.value = params().get("label") || "";
+	const pauser = button("", "Pause", "pause (space)", pause), timer = flag("time", "Time", "timestamps (t)"),
+		wrapper = flag("wrap", "Wrap", "wrap (w)");
+	const spacer = el("div"), block = el("div"), more = button(".more.main", "", undefined, follow);
+	const area = el("div.lines.mono", {tabindex: 0, role: "log", "aria-live": "off", label: "Output", scroll: scrolled}, spacer,
+		block);
+	const node = el("section.log", {label: "Output"}, el("div.bar", {}, findBox, button("", "↑", "previous match (N)",
+		() => next(-1)),
+		button("", "↓", "next match (n)", () => next(1)), hits, filterBox, fault, labels, pauser, timer, wrapper,
+		button("", "Copy", "copy what is shown", copy), button("", "Download", "download what is shown", download)), area, more);
+	const observer = new ResizeObserver(resized);
 
-  // what comes in
-  function take(type, data, id) {
-    const now = id.split("@")[1].slice(0, 8), {bytes, restarted} = type === "dropped" ? JSON.parse(data) : {};
-    if (restarted && now !== run) note("the server was started anew");
-    else if (restarted) { clear(); note("shown anew: this page was away for longer than the server keeps its place"); }
-    if (bytes) note(plural(bytes, "byte") + " were lost here: they came faster than they could be taken");
-    if (type === "line") push(data);
-    run = now;
-  }
-  function note(text, label = "*note") { push(Date.now() / 1000 + " - 0 " + label + " " + text); }
-  function push(raw) {
-    queue.push(raw);
-    if (queue.length > 2 * LINES_MAX) queue.splice(0, LINES_MAX);
-    if (!frame) frame = requestAnimationFrame(() => { frame = 0; flush(); });
-  }
-  function clear() { first += lines.length; lines = []; queue = []; chars = 0; open.clear(); rebuild(true); }
-  function flush() {
-    const before = shown.length;
-    queue.forEach(keepLine);
-    queue = [];
-    if (!following) came += shown.length - before;
-    if (lines.length > LINES_MAX + 1000 || chars > CHARS_MAX) trim();
-    draw();
-  }
-  function keepLine(raw) {
-    const line = parse(raw), key = line.pid + " " + line.label, at = open.has(key) ? open.get(key) - first : -1;
-    chars += raw.length;
-    if (at >= 0) {                                 // it goes on with a line that had no end yet
-      lines[at] += line.text; nodes.delete(at + first);
-      if (shown[shown.length - 1] === at + first) { shown.pop(); tops.pop(); add(at + first); }
-    } else { lines.push(raw); consider(first + lines.length - 1); }
-    if (!line.open) open.delete(key); else if (at < 0) open.set(key, first + lines.length - 1);
-  }
-  function consider(number) {
-    if (!fits(number)) return;
-    add(number);
-    if (find && hit(number)) matches++;
-  }
-  function add(number) { shown.push(number); tops.push(tops[tops.length - 1] + rows(number)); }
-  function trim() {
-    let count = Math.max(0, lines.length - LINES_MAX), gone = 0;
-    for (let at = 0; at < count; at++) chars -= lines[at].length;
-    while (chars > CHARS_MAX * .95) chars -= lines[count++].length;
-    lines.splice(0, count); first += count;
-    while (gone < shown.length && shown[gone] < first) gone++;
-    const lost = (tops[gone] - tops[0]) * LINE;
-    shown.splice(0, gone); tops.splice(0, gone);
-    if (!following) { const top = area.scrollTop - lost; fit(); area.scrollTop = top; }
-  }
-  function lineOf(number) { return parse(lines[number - first]); }
+	// what comes in
+	function take(type, data, id) {
+		const now = id.split("@")[1].slice(0, 8), {bytes, restarted} = type === "dropped" ? JSON.parse(data) : {};
+		if (restarted && now !== run) note("the server was started anew");
+		else if (restarted) {
+			first += lines.length; lines = []; queue = []; chars = 0; open.clear(); rebuild(true);
+			note("shown anew, after a long absence");
+		}
+		if (bytes) note(plural(bytes, "byte") + " were lost here");
+		if (type === "line") push(data);
+		run = now;
+	}
+	function note(text, label = "*note") { push(Date.now() / 1000 + " - 0 " + label + " " + text); }
+	function push(raw) {
+		queue.push(raw);
+		if (queue.length > 2 * LINES_MAX) queue.splice(0, LINES_MAX);
+		if (!frame) frame = requestAnimationFrame(() => { frame = 0; flush(); });
+	}
+	function flush() {
+		const before = shown.length;
+		queue.forEach(keepLine);
+		queue = [];
+		if (!following) came += shown.length - before;
+		if (lines.length > LINES_MAX + 1000 || chars > CHARS_MAX) trim();
+		draw();
+	}
+	function keepLine(raw) {
+		const line = parse(raw), key = line.pid + " " + line.label, at = open.has(key) ? open.get(key) - first : -1;
+		chars += raw.length;
+		if (at >= 0) {  // it goes on with a line that had no end yet
+			lines[at] += line.text; nodes.delete(at + first);
+			if (shown[shown.length - 1] === at + first) { shown.pop(); tops.pop(); add(at + first); }
+		} else { lines.push(raw); consider(first + lines.length - 1); }
+		if (!line.open) open.delete(key); else if (at < 0) open.set(key, first + lines.length - 1);
+	}
+	function consider(number) {
+		if (!fits(number)) return;
+		add(number);
+		if (find && hit(number)) matches++;
+	}
+	function add(number) { shown.push(number); tops.push(tops[tops.length - 1] + rows(number)); }
+	function trim() {
+		let count = Math.max(0, lines.length - LINES_MAX), gone = 0;
+		for (let at = 0; at < count; at++) chars -= lines[at].length;
+		while (chars > CHARS_MAX * .95) chars -= lines[count++].length;
+		lines.splice(0, count); first += count;
+		while (gone < shown.length && shown[gone] < first) gone++;
+		const lost = yOf(gone);
+		shown.splice(0, gone); tops.splice(0, gone);
+		if (!following) { const top = area.scrollTop - lost; fit(); area.scrollTop = top; }
+	}
+	function lineOf(number) { return parse(lines[number - first]); }
 
-  // which lines are shown, and how high they are
-  function readFilter() {
-    fault.textContent = ""; filter = null;
-    try { if (filterBox.value) filter = expression(filterBox.value, ""); }
-    catch (error) { fault.textContent = error.message.replace("Invalid regular expression: ", ""); }
-    attr(filterBox, "aria-invalid", String(Boolean(fault.textContent)));
-  }
-  function fits(number) {
-    if (!filter && !labels.value) return true;
-    const line = lineOf(number), own = line.label[0] === "*" || line.label === "exit";
-    return (own || !labels.value || line.label === labels.value) && (own && !filter || !filter || filter.test(tell(line)));
-  }
-  function rebuild(again) {
-    const numbers = again ? lines.map((_, at) => at + first) : shown;
-    shown = []; tops = [0]; matches = 0; nodes.clear(); block.replaceChildren();
-    for (const number of numbers) if (again) consider(number); else add(number);
-    if (!again) matches = find ? shown.filter(hit).length : 0;
-    draw();
-  }
-  function rows(number) {
-    const line = flags.wrap && lineOf(number);
-    return line ? Math.max(1, Math.ceil((head(line).join("").length + tell(line).length) / columns)) : 1;
-  }
-  function head(line) {                            // [time, whose, label], each with its blank
-    const who = width === 6 ? line.pid : line.name + "." + line.pid, usual = ["stdout", "exit"].includes(line.label) || line.label[0] === "*";
-    return [flags.time ? clock(line.time) + " " : "", width && (line.name === "-" ? "" : who).padEnd(width) + " ",
-      usual ? "    " : (line.label === "stderr" ? "err" : line.label.slice(0, 3).padEnd(3)) + " "].map(part => part || "");
-  }
-  function resized() {
-    const before = columns;
-    if (!sign) {
-      const ruler = el("span", {text: "0".repeat(100)});
-      area.append(ruler); sign = ruler.offsetWidth / 100 || 7.5; ruler.remove();
-    }
-    height = area.clientHeight; columns = Math.max(10, Math.floor((area.clientWidth - 19) / sign));
-    if (flags.wrap && before !== columns) rebuild(); else draw();
-  }
+	// which lines are shown, and how high they are
+	function readFilter() {
+		fault.textContent = ""; filter = null;
+		try { if (filterBox.value) filter = expression(filterBox.value, ""); }
+		catch (error) { fault.textContent = error.message.replace("Invalid regular expression: ", ""); }
+		attr(filterBox, "aria-invalid", String(Boolean(fault.textContent)));
+	}
+	function fits(number) {
+		if (!filter && !labels.value) return true;
+		const line = lineOf(number), own = line.label[0] === "*" || line.label === "exit";
+		return (own || !labels.value || line.label === labels.value) && (own && !filter || !filter || filter.test(tell(line)));
+	}
+	function rebuild(again) {
+		const numbers = again ? lines.map((_, at) => at + first) : shown;
+		shown = []; tops = [0]; matches = 0; nodes.clear(); block.replaceChildren();
+		for (const number of numbers) if (again) consider(number); else add(number);
+		if (!again) matches = find ? shown.filter(hit).length : 0;
+		draw();
+	}
+	function rows(number) {
+		const line = flags.wrap && lineOf(number);
+		return line ? Math.max(1, Math.ceil((head(line).join("").length + tell(line).length) / columns)) : 1;
+	}
+	function head(line) {  // [time, whose, label], each with its blank
+		const who = width === 6 ? line.pid : line.name + "." + line.pid, usual = ["stdout",
+			"exit"].includes(line.label) || line.label[0] === "*";
+		return [flags.time ? clock(line.time) + " " : "", width && (line.name === "-" ? "" : who).padEnd(width) + " ",
+			usual ? "    " : (line.label === "stderr" ? "err" : line.label.slice(0, 3).padEnd(3)) + " "].map(part => part || "");
+	}
+	function resized() {
+		const before = columns;
+		if (!sign) {
+			const ruler = el("span", {text: "0".repeat(100)});
+			area.append(ruler); sign = ruler.offsetWidth / 100 || 7.5; ruler.remove();
+		}
+		height = area.clientHeight; columns = Math.max(10, Math.floor((area.clientWidth - 19) / sign));
+		if (flags.wrap && before !== columns) rebuild(); else draw();
+	}
 
-  // what is seen
-  function show() { toggle(timer, flags.time); toggle(wrapper, flags.wrap); toggle(pauser, paused); area.classList.toggle("wrap", flags.wrap); }
-  function total() { return (tops[tops.length - 1] - tops[0]) * LINE; }
-  function fit() { spacer.style.height = total() + "px"; }
-  function placeAt(row) {
-    let low = 0, high = shown.length;
-    while (low < high) { const half = low + high >> 1; if (tops[half + 1] - tops[0] > row) high = half; else low = half + 1; }
-    return low;
-  }
-  function draw() {
-    fit();
-    if (following) area.scrollTop = 1e9;
-    const top = following ? Math.max(0, total() - height) : area.scrollTop, wanted = new Set();
-    const from = Math.max(0, placeAt(top / LINE) - 5), to = Math.min(shown.length, placeAt((top + height) / LINE) + 6);
-    for (let place = from; place < to; place++) wanted.add(nodeOf(shown[place]));
-    for (const each of [...block.children]) if (!wanted.has(each)) { each.remove(); nodes.delete(each.number); }
-    let after = block.firstChild;                  // what stays is not moved: a selection would be lost
-    for (const each of wanted) if (each === after) after = after.nextSibling; else block.insertBefore(each, after);
-    block.style.transform = "translateY(" + (tops[from] - tops[0]) * LINE + "px)";
-    more.hidden = following;
-    put(more, (paused ? "Paused: " : "") + (came ? plural(came, "new line") : "to the end") + " ↓");
-    put(hits, find ? plural(matches, "line") : "");
-  }
-  function nodeOf(number) {
-    if (!nodes.has(number)) nodes.set(number, build(number));
-    return nodes.get(number);
-  }
-  function build(number) {
-    const line = lineOf(number), label = line.label.replace("*", ""), [time, who, mark] = head(line);
-    const made = el("div.l", {}, el("span.dim", {text: time + who}), el("span.k" + (label === "stderr" ? "" : ".dim"), {text: mark, title: label}));
-    made.number = number; made.classList.add(label);
-    made.classList.toggle("here", number === here);
-    paintLine(made, segments(label === "exit" ? tell(line) : line.text), find);
-    return made;
-  }
-  function scrolled() {
-    const end = area.scrollTop + height >= total() - LINE / 2;
-    if (!paused && end !== following) { following = end; came = 0; }
-    draw();
-  }
-  function follow() { paused = false; following = true; came = 0; show(); draw(); area.focus(); }
-  function pause() {
-    if (paused) return follow();
-    paused = true; following = false; came = 0;
-    show(); draw();
-  }
+	// what is seen
+	function show() { toggle(timer, flags.time); toggle(wrapper, flags.wrap); toggle(pauser, paused);
+		area.classList.toggle("wrap", flags.wrap); }
+	function yOf(place) { return (tops[place] - tops[0]) * LINE; }
+	function total() { return yOf(shown.length); }
+	function fit() { spacer.style.height = total() + "px"; }
+	function placeAt(y) {
+		let low = 0, high = shown.length;
+		while (low < high) { const half = low + high >> 1; if (yOf(half + 1) > y) high = half; else low = half + 1; }
+		return low;
+	}
+	function draw() {
+		fit();
+		if (following) area.scrollTop = 1e9;
+		const top = following ? Math.max(0, total() - height) : area.scrollTop, wanted = new Set();
+		const from = Math.max(0, placeAt(top) - 5), to = Math.min(shown.length, placeAt(top + height) + 6);
+		for (let place = from; place < to; place++) wanted.add(nodeOf(shown[place]));
+		for (const each of [...block.children]) if (!wanted.has(each)) { each.remove(); nodes.delete(each.number); }
+		let after = block.firstChild;  // what stays is not moved: a selection would be lost
+		for (const each of wanted) if (each === after) after = after.nextSibling; else block.insertBefore(each, after);
+		block.style.transform = `translateY(${yOf(from)}px)`;
+		more.hidden = following;
+		put(more, (paused ? "Paused: " : "") + (came ? plural(came, "new line") : "to the end") + " ↓");
+		put(hits, find ? plural(matches, "line") : "");
+	}
+	function nodeOf(number) {
+		if (nodes.has(number)) return nodes.get(number);
+		const line = lineOf(number), label = line.label.replace("*", ""), [time, who, mark] = head(line);
+		const made = el("div.l", {}, el("span.dim", {text: time + who}), el("span.k" + (label === "stderr" ? "" : ".dim"),
+			{text: mark, title: label}));
+		made.number = number; made.classList.add(label);
+		made.classList.toggle("here", number === here);
+		paintLine(made, segments(label === "exit" ? tell(line) : line.text), find);
+		nodes.set(number, made);
+		return made;
+	}
+	function scrolled() {
+		const end = area.scrollTop + height >= total() - LINE / 2;
+		if (!paused && end !== following) { following = end; came = 0; }
+		draw();
+	}
+	function halt(still) { paused = still; following = !still; came = 0; show(); draw(); }
+	function follow() { halt(false); area.focus(); }
+	function pause() { halt(!paused); }
 
-  // find, copy, download
-  function hit(number) { find.lastIndex = 0; return find.test(tell(lineOf(number))); }
-  function search() { find = findBox.value ? expression(findBox.value.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "g") : null; here = -1; rebuild(); }
-  function next(by) {
-    const all = shown.length, start = here >= first ? shown.indexOf(here) : by > 0 ? -1 : all;
-    for (let step = 1; find && step <= all; step++) {
-      const place = (start + by * step + 2 * all) % all, top = (tops[place] - tops[0]) * LINE;
-      if (!hit(shown[place])) continue;
-      nodes.delete(here); here = shown[place]; nodes.delete(here); following = false;
-      if (top < area.scrollTop || top + LINE > area.scrollTop + height) area.scrollTop = top - height / 2;
-      return draw();
-    }
-  }
-  function text() { return shown.map(number => { const line = lineOf(number); return head(line).join("") + tell(line) + "\n"; }).join(""); }
-  async function copy() {
-    const field = el("textarea", {value: text()});
-    try { await navigator.clipboard.writeText(field.value); }
-    catch (error) { node.append(field); field.select(); document.execCommand("copy"); field.remove(); }    // plain http, not localhost
-    say(plural(shown.length, "line") + " copied");
-  }
-  function download() {
-    const href = URL.createObjectURL(new Blob([text()], {type: "text/plain"}));
-    el("a", {href, download: (ref || "gaffer").replace(/[^\w.-]+/g, "_") + ".log"}).click();
-    setTimeout(() => URL.revokeObjectURL(href), 1000);
-    say(plural(shown.length, "line") + " saved");
-  }
-  function key(name) {
-    const keys = {f: () => findBox.focus(), "/": () => filterBox.focus(), n: () => next(1), N: () => next(-1), " ": pause,
-      w: () => wrapper.click(), t: () => timer.click(), End: follow, Home: () => { following = false; area.scrollTop = 0; draw(); }};
-    if (keys[name]) keys[name]();
-    return Boolean(keys[name]);
-  }
-  readFilter(); search(); show(); observer.observe(area);
-  const path = ref === "" ? "" : "/" + enc(ref);
-  const source = feed(last => "/streams" + path + "?feed=eventsource&" + (last ? "since=" + enc(last) : "tail=" + FIRST_LINES), ["line"], take);
-  return {node, area, key, note, end: source.close, close() { source.close(); observer.disconnect(); cancelAnimationFrame(frame); }};
+	// find, copy, download
+	function hit(number) { find.lastIndex = 0; return find.test(tell(lineOf(number))); }
+	function search() { find = findBox.value ? expression(findBox.value.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "g") : null;
+		here = -1; rebuild(); }
+	function next(by) {
+		const all = shown.length, start = here >= first ? shown.indexOf(here) : by > 0 ? -1 : all;
+		for (let step = 1; find && step <= all; step++) {
+			const place = (start + by * step + 2 * all) % all, top = yOf(place);
+			if (!hit(shown[place])) continue;
+			nodes.delete(here); here = shown[place]; nodes.delete(here); following = false;
+			if (top < area.scrollTop || top + LINE > area.scrollTop + height) area.scrollTop = top - height / 2;
+			return draw();
+		}
+	}
+	function text() { return shown.map(number => { const line = lineOf(number); return head(line).join("") + tell(line) + "\n";
+		}).join(""); }
+	async function copy() {
+		try { await navigator.clipboard.writeText(text()); say(plural(shown.length, "line") + " copied"); }
+		catch (error) { complain("browsers copy only for https or localhost: download it instead"); }
+	}
+	function download() {
+		const href = URL.createObjectURL(new Blob([text()], {type: "text/plain"}));
+		el("a", {href, download: (ref || "gaffer").replace(/[^\w.-]+/g, "_") + ".log"}).click();
+		setTimeout(() => URL.revokeObjectURL(href), 1000);
+		say(plural(shown.length, "line") + " saved");
+	}
+	function key(name) {
+		const keys = {f: () => findBox.focus(), "/": () => filterBox.focus(), n: () => next(1), N: () => next(-1), " ": pause,
+			w: () => wrapper.click(), t: () => timer.click(), End: follow, Home: () => { following = false; area.scrollTop = 0;
+				draw(); }};
+		if (keys[name]) keys[name]();
+		return Boolean(keys[name]);
+	}
+	readFilter(); search(); show(); observer.observe(area);
+	const path = ref === "" ? "" : "/" + enc(ref);
+	const source = feed(last => "/streams" + path + "?feed=eventsource&" + (last ? "since=" + enc(last) : "tail=" +
+		FIRST_LINES), ["line"], take);
+	return {node, area, key, note, end: source.close, close() { source.close(); observer.disconnect();
+		cancelAnimationFrame(frame); }};
 }
 function allOutput() {
-  const log = makeLog("", 18);
-  return {node: el("div.log", {}, el("h1.quiet", {text: "Output of everything"}), log.node), title: "output", fill: true, focus: () => log.area,
-    key: log.key, close: log.close};
+	const log = makeLog("", 18);
+	return {node: el("div.log", {}, el("h1.quiet", {text: "Output of everything"}), log.node), title: "output", fill: true,
+		focus: () => log.area,
+		key: log.key, close: log.close};
 }
 
 // ---- a line to stdin
 const typed = new Map();
 function makeEntry(name, log) {
-  const past = typed.get(name) || [], why = el("span.dim"), who = el("select", {"aria-label": "to which process"});
-  let at = 0;
-  typed.set(name, past);
-  const line = el("input.mono", {"aria-label": "A line to stdin", placeholder: "A line to stdin", autocomplete: "off", keydown: event => {
-    const by = {ArrowUp: 1, ArrowDown: -1}[event.key];
-    if (event.key === "Enter") send();
-    if (!by) return;
-    at = Math.max(0, Math.min(past.length, at + by)); line.value = at ? past[past.length - at] : "";
-    event.preventDefault();
-  }});
-  const all = [who, line, button("", "Send", undefined, send), button("", "End of file", "close its stdin", end)];
-  async function send() {
-    const text = line.value;
-    complain("");
-    if (!(await ask("POST", "/streams/" + who.value + "/stdin", text + "\n")).ok) return;
-    if (text && past[past.length - 1] !== text) past.push(text);
-    if (past.length > 200) past.shift();
-    line.value = ""; at = 0; log.note("> " + text, "*stdin");
-  }
-  async function end() {
-    complain("");
-    if ((await ask("DELETE", "/streams/" + who.value + "/stdin")).ok) log.note("end of file", "*stdin");
-  }
-  return {node: el("div.entry", {}, all, why), line, show(template, pids) {
-    const no = !template.redirect_input ? "stdin is not redirected: edit the template, and set redirect_input" :
-      pids.length ? "" : "no process runs that could read it", had = who.value;
-    for (const each of all) each.disabled = Boolean(no);
-    put(why, no);
-    if (who.pids === pids.join()) return;
-    who.pids = pids.join(); who.hidden = pids.length < 2;
-    who.replaceChildren(...pids.map(value => el("option", {value, text: "process " + value})));
-    if (pids.includes(Number(had))) who.value = had;
-  }};
+	const past = typed.get(name) || [], why = el("span.dim"), who = el("select", {label: "to which process"});
+	let at = 0;
+	typed.set(name, past);
+	const line = el("input.mono", {label: "A line to stdin", placeholder: "A line to stdin", autocomplete: "off",
+		keydown: event => {
+		const by = {ArrowUp: 1, ArrowDown: -1}[event.key];
+		if (event.key === "Enter") send();
+		if (!by) return;
+		at = Math.max(0, Math.min(past.length, at + by)); line.value = at ? past[past.length - at] : "";
+		event.preventDefault();
+	}});
+	const all = [who, line, button("", "Send", undefined, send), button("", "End of file", "close its stdin", end)];
+	async function send() {
+		const text = line.value;
+		if (!(await ask("POST", "/streams/" + who.value + "/stdin", text + "\n")).ok) return;
+		if (text && past[past.length - 1] !== text) past.push(text);
+		if (past.length > 200) past.shift();
+		line.value = ""; at = 0; log.note("> " + text, "*stdin");
+	}
+	async function end() {
+		if ((await ask("DELETE", "/streams/" + who.value + "/stdin")).ok) log.note("end of file", "*stdin");
+	}
+	return {node: el("div.entry", {}, all, why), line, show(template, pids) {
+		const no = !template.redirect_input ? "stdin is not redirected: edit the template, and set redirect_input" :
+			pids.length ? "" : "nothing runs that could read it", had = who.value;
+		for (const each of all) each.disabled = Boolean(no);
+		put(why, no);
+		if (who.pids === pids.join()) return;
+		who.pids = pids.join(); who.hidden = pids.length < 2;
+		who.replaceChildren(...pids.map(value => el("option", {value, text: "process " + value})));
+		if (pids.includes(Number(had))) who.value = had;
+	}};
 }
 
 // ---- one template, or one process of it
 function detail(name, pid) {
-  const log = makeLog(pid || name, pid ? 0 : 6), entry = makeEntry(name, log), state = el("span", {role: "status"}), facts = el("dl.facts");
-  const parts = new Map(), list = el("div.parts", {role: "table", "aria-label": "Processes"}), path = "/p/" + enc(name);
-  const onePid = id => [button("", "Stop", "stop process " + id + "; it is replaced", () => act([id], "_stop")),
-    button("", "Signal…", "signal process " + id, () => askSignal([id], "process " + id))];
-  const acts = el("span.acts.push", {}, pid ? onePid(pid) : actions(() => [name], name));
-  const title = el("h1", {}, pid ? el("a", {href: "#" + path, text: name}) : name, pid && " process " + pid);
-  const node = el("div.log", {}, el("div.bar", {}, title, state, acts), facts, list, log.node, entry.node);
-  let template = null, asking = false;
-  async function load() {
-    const answer = await ask("GET", "/processes/" + enc(name));
-    if (!answer.ok) return;
-    template = answer.value;
-    const {cmd, args, cwd} = template, words = Array.isArray(args) ? args.map(quote) : [args];
-    facts.replaceChildren(...[["command", [cmd, ...words].join(" ")], ["directory", cwd]].filter(fact => fact[1]).flatMap(([what, text]) =>
-      [el("dt", {text: what}), el("dd.mono", {text})]));
-    update([name]);
-  }
-  function update(names) {
-    const status = templates.get(name);
-    if (!names.includes(name)) return;
-    if (!status) { put(state, "there is no template of this name"); list.replaceChildren(); return log.end(); }
-    acts.classList.toggle("live", status.active && !pid); acts.classList.toggle("rest", !status.active && !pid);
-    if (template) entry.show(template, pid ? status.pids.filter(each => String(each) === pid) : status.pids);
-    tick(); usage();
-  }
-  function tick() {
-    const status = templates.get(name);
-    if (!status) return;
-    if (pid && !status.pids.includes(Number(pid))) showState(state, {state: "stopped", ended: "this process has ended"});
-    else showState(state, status, pid ? "" : " " + status.running + " of " + status.numprocesses);
-  }
-  async function usage() {
-    if (asking) return;
-    asking = true;
-    const answer = await ask("GET", "/status/" + enc(name) + "?usage=true", undefined, true);
-    asking = false;
-    if (!answer.ok) return;
-    keep(answer.value);
-    const now = answer.value.processes.filter(each => !pid || String(each.pid) === pid);
-    for (const [id, part] of parts) if (!now.some(each => each.pid === id)) { part.node.remove(); parts.delete(id); }
-    for (const each of now) showPart(each);
-  }
-  function showPart({pid: id, os_pid, state, uptime, cpu, rss, kill_in}) {
-    if (!parts.has(id)) {
-      const what = cell(".cut"), age = cell(".number"), use = sparks();
-      use.nodes.forEach(each => each.classList.add("wide"));
-      parts.set(id, {what, age, use, node: el("div.row.item.part", {role: "row"}, cell("", el("a", {href: "#/i/" + enc(name) + "/" + id, text: id,
-        title: "output of process " + id})), cell(".dim.wide", "OS " + os_pid), what, age, use.nodes, cell(".acts", pid ? [] : onePid(id)))});
-      list.append(parts.get(id).node);
-    }
-    const part = parts.get(id);
-    put(part.what, state + (kill_in === undefined ? "" : ", SIGKILL in " + Math.ceil(kill_in) + " s")); put(part.age, span(uptime));
-    if (rss !== undefined) note(id, cpu, rss);
-    part.use.show(id);
-  }
-  function key(letter) {
-    const keys = {i: () => entry.line.focus(), s: () => act([name], "_start"), x: () => act([name], "_stop"), r: () => act([name], "_restart"),
-      g: () => askSignal([name]), d: () => go("/edit/" + enc(name)), Delete: () => askDelete([name])};
-    if (keys[letter]) keys[letter]();
-    return Boolean(keys[letter]) || log.key(letter);
-  }
-  load(); update([name]);
-  return {node, name, title: pid ? name + " " + pid : name, fill: true, update, tick, usage, key, close: log.close, focus: () => log.area};
+	const log = makeLog(pid || name, pid ? 0 : 6), entry = makeEntry(name, log), state = el("span", {role: "status"}),
+		facts = el("dl.facts");
+	const parts = new Map(), list = el("div.parts", {role: "table", label: "Processes"}), path = "/p/" + enc(name);
+	const onePid = id => [button("", "Stop", "stop process " + id + "; it is replaced", () => act([id], "_stop")),
+		button("", "Signal…", "signal process " + id, () => askSignal([id], "process " + id))];
+	const acts = el("span.acts.push", {}, pid ? onePid(pid) : actions(() => [name], name));
+	const title = el("h1", {}, pid ? el("a", {href: "#" + path, text: name}) : name, pid && " process " + pid);
+	const node = el("div.log", {}, el("div.bar", {}, title, state, acts), facts, list, log.node, entry.node);
+	let template = null, asking = false;
+	async function load() {
+		const answer = await ask("GET", "/processes/" + enc(name));
+		if (!answer.ok) return;
+		template = answer.value;
+		const {cmd, args, cwd} = template, words = Array.isArray(args) ? args.map(quote) : [args];
+		facts.replaceChildren(...[["command", [cmd, ...words].join(" ")], ["directory",
+			cwd]].filter(fact => fact[1]).flatMap(([what, text]) =>
+			[el("dt", {text: what}), el("dd.mono", {text})]));
+		update([name]);
+	}
+	function update(names) {
+		const status = templates.get(name);
+		if (!names.includes(name)) return;
+		if (!status) { put(state, "there is no template of this name"); list.replaceChildren(); return log.end(); }
+		acts.classList.toggle("live", status.active && !pid); acts.classList.toggle("rest", !status.active && !pid);
+		if (template) entry.show(template, pid ? status.pids.filter(each => String(each) === pid) : status.pids);
+		tick(); usage();
+	}
+	function tick() {
+		const status = templates.get(name);
+		if (!status) return;
+		if (pid && !status.pids.includes(Number(pid))) showState(state, {state: "stopped", ended: "this process has ended"});
+		else showState(state, status, pid ? "" : " " + status.running + " of " + status.numprocesses);
+	}
+	async function usage() {
+		if (asking) return;
+		asking = true;
+		const answer = await ask("GET", "/status/" + enc(name) + "?usage=true", undefined, true);
+		asking = false;
+		if (!answer.ok) return;
+		keep(answer.value);
+		const now = answer.value.processes.filter(each => !pid || String(each.pid) === pid);
+		for (const [id, part] of parts) if (!now.some(each => each.pid === id)) { part.node.remove(); parts.delete(id); }
+		for (const each of now) showPart(each);
+	}
+	function showPart({pid: id, os_pid, state, uptime, cpu, rss, kill_in}) {
+		if (!parts.has(id)) {
+			const what = cell(".cut"), age = cell(".number"), use = sparks();
+			use.nodes.forEach(each => each.classList.add("wide"));
+			parts.set(id, {what, age, use, node: el("div.row.item.part", {role: "row"}, cell("", el("a",
+				{href: "#/i/" + enc(name) + "/" + id, text: id})), cell(".dim.wide", "OS " + os_pid), what, age, use.nodes, cell(".acts",
+					pid ? [] : onePid(id)))});
+			list.append(parts.get(id).node);
+		}
+		const part = parts.get(id);
+		put(part.what, state + (kill_in === undefined ? "" : ", SIGKILL in " + Math.ceil(kill_in) + " s")); put(part.age,
+			span(uptime));
+		if (rss !== undefined) note(id, cpu, rss);
+		part.use.show(id);
+	}
+	function key(letter) {
+		const keys = {i: () => entry.line.focus(), s: () => act([name], "_start"), x: () => act([name], "_stop"),
+			r: () => act([name], "_restart"),
+			g: () => askSignal([name]), d: () => go("/edit/" + enc(name)), Delete: () => askDelete([name])};
+		if (keys[letter]) keys[letter]();
+		return Boolean(keys[letter]) || log.key(letter);
+	}
+	load(); update([name]);
+	return {node, name, title: pid ? name + " " + pid : name, fill: true, update, tick, usage, key, close: log.close,
+		focus: () => log.area};
 }
 
 // ---- events: what happened, and why
-const SAID = {create: "added", start: "started", stop: "stopped", restart: "restarted", update: "changed or scaled", delete: "deleted",
-  flap: "rests: its processes exit too often"};
+const SAID = {create: "added", start: "started", stop: "stopped", restart: "restarted", update: "changed or scaled",
+	delete: "deleted",
+	flap: "left to rest, as it exits too often"};
 function eventList() {
-  const causes = new Map(), exits = new Map(), began = new Map(), told = new Set();      // the last of each, by name or by pid
-  const list = el("ol.events", {"aria-label": "Events, the newest first"}), search = box("q", "Filter by name, event, reason", () => {
-    for (const item of list.children) filter(item);
-  });
-  function why(event) {
-    const {name, pid, time} = event, cause = causes.get(name), exit = exits.get(name), process = "process " + pid + " (OS pid " + event.os_pid + ") ";
-    if (event.event === "spawn") {
-      began.set(pid, time); exits.delete(name);
-      return process + "started" + (exit ? ", as process " + exit.pid + " had " + exitText(exit) : cause ? ": the template was " + SAID[cause] : "");
-    }
-    if (event.event === "exit") {
-      const age = began.has(pid) ? " after " + span(time - began.get(pid)) : "", asked = told.delete(pid);
-      if (!asked) exits.set(name, event);
-      return process + exitText(event) + age + (asked ? ", as it was told to" : ", by itself");
-    }
-    if (event.event === "stop_pid" || event.event === "reap") {
-      told.add(pid);
-      return process + "is told to stop: " + (event.event === "reap" ? "fewer are wanted" : cause && cause !== "start" ? "the template was " +
-        SAID[cause] : "by its pid");
-    }
-    causes.set(name, event.event);
-    return SAID[event.event] + (event.event === "stop" && cause === "flap" ? ": gaffer gave up, as it went on to exit too often" : "");
-  }
-  function add(event) {
-    const bad = event.event === "flap" || event.exit_status || (event.term_signal && !told.has(event.pid));
-    const item = el("li.row.item", {}, el("time.dim.mono", {text: clock(event.time), title: new Date(event.time * 1000)}),
-      el("a.cut", {href: "#/p/" + enc(event.name), text: event.name}), el("span" + (bad ? ".bad" : ""), {text: why(event)}));
-    list.prepend(item); filter(item);
-    if (list.childElementCount > EVENTS_MAX) list.lastChild.remove();
-  }
-  function filter(item) {
-    const text = item.textContent.toLowerCase();
-    item.hidden = !search.value.toLowerCase().split(/\s+/).every(word => text.includes(word));
-  }
-  events.forEach(add);
-  return {node: el("div", {}, el("h1.quiet", {text: "Events"}), el("div.bar", {}, search), list), title: "events", event: add,
-    key: name => name === "/" && !search.focus(), focus: () => search};
+	const causes = new Map(), exits = new Map(), began = new Map(), told = new Set();  // the last of each, by name or by pid
+	const list = el("ol.events", {label: "Events, the newest first"}), search = box("q", "Filter by name, event, reason",
+		() => {
+		for (const item of list.children) filter(item);
+	});
+	function why(event) {
+		const {name, pid, time} = event, cause = causes.get(name), exit = exits.get(name),
+			was = ": the template was " + SAID[cause];
+		const process = "process " + pid + " (OS pid " + event.os_pid + ") ";
+		if (event.event === "spawn") {
+			began.set(pid, time); exits.delete(name);
+			return process + "started" + (exit ? ", as process " + exit.pid + " had " + exitText(exit) : cause ? was : "");
+		}
+		if (event.event === "exit") {
+			const age = began.has(pid) ? " after " + span(time - began.get(pid)) : "", asked = told.delete(pid);
+			if (!asked) exits.set(name, event);
+			return process + exitText(event) + age + (asked ? ", as it was told to" : ", by itself");
+		}
+		if (event.event === "stop_pid" || event.event === "reap") {
+			told.add(pid);
+			return process + "is told to stop" + (event.event === "reap" ? ": fewer are wanted" : cause &&
+				cause !== "start" ? was : " by its pid");
+		}
+		causes.set(name, event.event);
+		return SAID[event.event] + (event.event === "stop" && cause === "flap" ? ": it went on to exit too often" : "");
+	}
+	function add(event) {
+		const bad = event.event === "flap" || event.exit_status || (event.term_signal && !told.has(event.pid));
+		const item = el("li.row.item", {}, el("time.dim.mono", {text: clock(event.time), title: new Date(event.time * 1000)}),
+			el("a.cut", {href: "#/p/" + enc(event.name), text: event.name}), el("span" + (bad ? ".bad" : ""), {text: why(event)}));
+		list.prepend(item); filter(item);
+		if (list.childElementCount > EVENTS_MAX) list.lastChild.remove();
+	}
+	function filter(item) {
+		const text = item.textContent.toLowerCase();
+		item.hidden = !wordsOf(search.value).every(word => text.includes(word));
+	}
+	events.forEach(add);
+	return {node: el("div", {}, el("h1.quiet", {text: "Events"}), el("div.bar", {}, search), list), title: "events", event: add,
+		key: name => name === "/" && !search.focus(), focus: () => search};
 }
 
 // ---- the form of a template. What is wrong with a field says the server, and it is shown beside it
 function quote(word) { return /^[\w@%+=:,.\/-]+$/.test(word) ? word : "'" + word.replace(/'/g, "'\\''") + "'"; }
 function form(name) {
-  const inputs = {}, faults = {}, fields = el("div.fields"), rest = el("p.bad", {role: "alert"}), warning = el("p.dim");
-  const node = el("form", {submit: event => { event.preventDefault(); save(); }}, el("h1", {text: name ? "Edit " + name : "Add a template"}), warning,
-    fields, rest, el("div.bar", {}, el("button.main", {text: name ? "Save" : "Add"}), button("", "Cancel", undefined, () => history.back())));
-  for (const [field, [value, help]] of Object.entries(snapshot.fields)) {
-    const id = "field-" + field, described = {id, "aria-describedby": id + "-help " + id + "-fault", autocomplete: "off", spellcheck: "false"};
-    inputs[field] = field === "env" ? el("textarea", {rows: 2, placeholder: "NAME=value, a line each", ...described}) :
-      el("input", {type: typeof value === "boolean" ? "checkbox" : "text", ...described});
-    faults[field] = el("span.bad", {id: id + "-fault", role: "alert"});
-    fields.append(el("label", {for: id, text: field}), el("div", {}, inputs[field], el("small", {id: id + "-help", text: help}), faults[field]));
-    fill(field, value);
-  }
-  inputs.flapping.placeholder = "attempts=2 window=1 retry_in=7 max_retry=5"; inputs.name.disabled = Boolean(name);
-  function fill(field, value) {
-    if (typeof value === "boolean") inputs[field].checked = value;
-    else if (Array.isArray(value)) inputs[field].value = value.map(word => quote(word)).join(" ");
-    else if (value && typeof value === "object") {
-      inputs[field].value = Object.entries(value).map(pair => pair.join("=")).join(field === "env" ? "\n" : " ");
-    } else inputs[field].value = value === null ? "" : value;
-  }
-  async function load() {
-    const answer = await ask("GET", "/processes/" + enc(name)), {active, running} = templates.get(name) || {};
-    for (const field of answer.ok ? Object.keys(inputs) : []) fill(field, answer.value[field]);
-    inputs.start.checked = active;
-    put(warning, running ? "Saving stops " + plural(running, "process", "processes") + ", and starts them anew." : "Nothing of it runs now.");
-  }
-  function number(text) { return text === "" || isNaN(text) ? text : Number(text); }
-  function pairs(texts, convert) {                 // what is no pair is sent too: the server says what is wrong with it
-    return Object.fromEntries(texts.map(text => text.includes("=") ? [text.slice(0, text.indexOf("=")).trim(),
-      convert(text.slice(text.indexOf("=") + 1))] : [text, null]));
-  }
-  function valueOf(field) {
-    const {type, value, checked} = inputs[field], text = value.trim(), words = text.split(/[\s,]+/).filter(word => word);
-    if (type === "checkbox") return checked;
-    if (field === "redirect_output" || field === "custom_streams") return words;
-    if (!text) return undefined;
-    if (field === "env") return pairs(value.split("\n").filter(line => line.trim()), each => each);
-    if (field === "flapping") return pairs(words, number);
-    return ["numprocesses", "graceful_timeout", "priority"].includes(field) ? number(text) : text;
-  }
-  async function save() {
-    const info = Object.fromEntries(Object.keys(inputs).map(field => [field, valueOf(field)]));
-    if (info.detach && inputs.redirect_output.value === "stdout stderr") delete info.redirect_output;
-    const answer = await ask(name ? "PUT" : "POST", "/processes" + (name ? "/" + enc(name) : ""), info, true);
-    refuse(answer.ok ? "" : answer.value.reason);
-    if (!answer.ok) return;
-    await refresh([info.name]);
-    say(name ? "saved" : "added"); go("/p/" + enc(info.name));
-  }
-  function refuse(reason) {
-    const bad = [], left = [];
-    for (const field of Object.keys(inputs)) { put(faults[field], ""); inputs[field].removeAttribute("aria-invalid"); }
-    for (const sentence of reason ? reason.split(/; (?=field ')/) : []) {
-      const field = (/^field '(\w+)'/.exec(sentence) || [])[1] || (sentence.startsWith("the name '") ? "name" : "");
-      if (!faults[field]) { left.push(sentence); continue; }
-      put(faults[field], sentence.replace(/^field '\w+' /, "")); attr(inputs[field], "aria-invalid", "true"); bad.push(field);
-    }
-    put(rest, left.join("; "));
-    if (bad.length) inputs[bad[0]].focus();
-  }
-  if (name) load();
-  return {node, title: name ? "edit " + name : "add", focus: () => inputs[name ? "cmd" : "name"]};
+	const inputs = {}, faults = {}, fields = el("div.fields"), rest = el("p.bad", {role: "alert"}), warning = el("p.dim");
+	const title = name ? "Edit " + name : "Add a template", acts = [el("button.main", {text: name ? "Save" : "Add"}),
+		button("", "Cancel", undefined, () => history.back())];
+	const node = el("form", {submit: event => { event.preventDefault(); save(); }}, el("h1", {text: title}), warning, fields,
+		rest,
+		el("div.bar", {}, acts));
+	for (const [field, [value, help]] of Object.entries(snapshot.fields)) {
+		const id = "field-" + field, described = {id, "aria-describedby": id + "-help " + id + "-fault", autocomplete: "off",
+			spellcheck: "false"};
+		inputs[field] = ["cmd", "args", "env"].includes(field) ? el("textarea", {rows: 1, ...described}) :
+			el("input", {type: typeof value === "boolean" ? "checkbox" : "text", ...described});
+		faults[field] = el("span.bad", {id: id + "-fault", role: "alert"});
+		fields.append(el("label", {for: id, text: field}), el("div", {}, inputs[field], el("small", {id: id + "-help",
+			text: help}), faults[field]));
+		fill(field, value);
+	}
+	inputs.flapping.placeholder = "attempts=2 window=1 retry_in=7 max_retry=5";
+		inputs.env.placeholder = "NAME=value, a line each";
+	inputs.name.disabled = Boolean(name);
+	function fill(field, value) {
+		if (typeof value === "boolean") inputs[field].checked = value;
+		else if (Array.isArray(value)) inputs[field].value = value.map(word => quote(word)).join(" ");
+		else if (value && typeof value === "object") {
+			inputs[field].value = Object.entries(value).map(pair => pair.join("=")).join(field === "env" ? "\n" : " ");
+		} else inputs[field].value = value === null ? "" : value;
+	}
+	async function load() {
+		const answer = await ask("GET", "/processes/" + enc(name)), {active, running} = templates.get(name) || {};
+		for (const field of answer.ok ? Object.keys(inputs) : []) fill(field, answer.value[field]);
+		inputs.start.checked = active;
+		put(warning, running ? "Saving stops " + processes(running) + ", and starts them anew." : "Nothing of it runs now.");
+	}
+	function number(text) { return text === "" || isNaN(text) ? text : Number(text); }
+	function pairs(texts, convert) {  // what is no pair is sent too: the server says what is wrong with it
+		return Object.fromEntries(texts.map(text => text.includes("=") ? [text.slice(0, text.indexOf("=")).trim(),
+			convert(text.slice(text.indexOf("=") + 1))] : [text, null]));
+	}
+	function valueOf(field) {
+		const {type, value, checked} = inputs[field], text = value.trim(), words = text.split(/[\s,]+/).filter(word => word);
+		if (type === "checkbox") return checked;
+		if (field === "redirect_output" || field === "custom_streams") return words;
+		if (!text) return undefined;
+		if (field === "env") return pairs(value.split("\n").filter(line => line.trim()), each => each);
+		if (field === "flapping") return pairs(words, number);
+		return ["numprocesses", "graceful_timeout", "priority"].includes(field) ? number(text) : text;
+	}
+	async function save() {
+		const info = Object.fromEntries(Object.keys(inputs).map(field => [field, valueOf(field)]));
+		if (info.detach && inputs.redirect_output.value === "stdout stderr") delete info.redirect_output;
+		const answer = await ask(name ? "PUT" : "POST", "/processes" + (name ? "/" + enc(name) : ""), info, true);
+		refuse(answer.ok ? "" : answer.value.reason);
+		if (!answer.ok) return;
+		await refresh([info.name]);
+		say(name ? "saved" : "added"); go("/p/" + enc(info.name));
+	}
+	function refuse(reason) {
+		const bad = [], left = [];
+		for (const field of Object.keys(inputs)) { put(faults[field], ""); inputs[field].removeAttribute("aria-invalid"); }
+		for (const sentence of reason ? reason.split(/; (?=field ')/) : []) {
+			const field = (/^field '(\w+)'/.exec(sentence) || [])[1] || (sentence.startsWith("the name '") ? "name" : "");
+			if (!faults[field]) { left.push(sentence); continue; }
+			put(faults[field], sentence.replace(/^field '\w+' /, "")); attr(inputs[field], "aria-invalid", "true"); bad.push(field);
+		}
+		put(rest, left.join("; "));
+		if (bad.length) inputs[bad[0]].focus();
+	}
+	if (name) load();
+	return {node, title, focus: () => inputs[name ? "cmd" : "name"]};
 }
 
 // ---- keys, and the address: a view, and in "?" what is set in it
-const KEYS = [["?", "these keys"], ["p o e a", "processes, output, events, add a template"], ["Escape", "leave a field; back to the processes"],
-  ["j k", "next, previous row (arrows too)"], ["Enter", "output of the row"], ["s t r", "start, stop, restart; on a template's page s x r"],
-  ["+ -", "one process more, less"], ["x", "select the row"], ["m g Delete", "menu, signal, delete"], ["d", "edit the template of the page"],
-  ["f n N", "find, next, previous"], ["/", "filter"], ["Space", "pause"], ["w t", "wrap, timestamps"], ["Home End", "to the beginning; follow"],
-  ["i", "type into the process; ↑ ↓ what was typed before"]];
+const KEYS = [["?", "these keys"], ["p o e a", "processes, output, events, add"], ["Escape",
+	"leave a field; processes"],
+	["j k", "next, previous row (arrows too)"], ["Enter", "output of the row"], ["s t r",
+		"start, stop, restart; on a template's page s x r"],
+	["+ -", "one process more, less"], ["x", "select the row"], ["m g Delete", "menu, signal, delete"], ["d",
+		"edit the template of the page"],
+	["f n N", "find, next, previous"], ["/", "filter"], ["Space", "pause"], ["w t", "wrap, timestamps"], ["Home End",
+		"begin; follow"],
+	["i", "type to stdin; ↑ ↓ what was typed before"]];
 function showKeys() {
-  dialog("Keys", [el("dl.facts", {}, KEYS.flatMap(([keys, text]) => [el("dt", {}, keys.split(" ").flatMap(key =>
-    [el("kbd", {text: key}), " "])), el("dd", {text})]))], "Close");
+	dialog("Keys", [el("dl.facts", {}, KEYS.flatMap(([keys, text]) => [el("dt", {}, keys.split(" ").flatMap(key =>
+		[el("kbd", {text: key}), " "])), el("dd", {text})]))], "Close");
 }
 const VIEWS = {"": overview, logs: allOutput, events: eventList, add: form, edit: form, p: detail, i: detail};
 const NAV = [["/", "Processes", "p"], ["/logs", "Output", "o"], ["/events", "Events", "e"], ["/add", "Add", "a"]];
 function params() { return new URLSearchParams(location.hash.split("?")[1] || ""); }
 function setParam(key, value) {
-  const all = params();
-  if (value) all.set(key, value); else all.delete(key);
-  history.replaceState(null, "", (location.hash.split("?")[0] || "#/") + (String(all) && "?" + all));
+	const all = params();
+	if (value) all.set(key, value); else all.delete(key);
+	history.replaceState(null, "", (location.hash.split("?")[0] || "#/") + (String(all) && "?" + all));
 }
 function go(path) { location.hash = "#" + path; }
 let view = {};
 function route(first) {
-  const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decodeURIComponent);
-  closeMenu(); complain("");
-  if (view.close) view.close();
-  view = (VIEWS[kind] || overview)(...parts);
-  main.classList.toggle("fill", Boolean(view.fill)); main.replaceChildren(view.node);
-  $("nav").replaceChildren(...NAV.map(([path, text]) => el("a", {href: "#" + path, text, "aria-current": path === "/" + kind && "page"})));
-  changed([]); poll();
-  if (first !== true) view.focus().focus({preventScroll: true});
+	const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decodeURIComponent);
+	closeMenu(); complain("");
+	if (view.close) view.close();
+	view = (VIEWS[kind] || overview)(...parts);
+	main.classList.toggle("fill", Boolean(view.fill)); main.replaceChildren(view.node);
+	$("nav").replaceChildren(...NAV.map(([path, text]) => el("a", {href: "#" + path, text,
+		"aria-current": path === "/" + kind && "page"})));
+	changed([]); poll();
+	if (first !== true) view.focus().focus({preventScroll: true});
 }
 document.addEventListener("keydown", event => {
-  const {key, target} = event, typing = target.matches("input:not([type=checkbox]), textarea, select");
-  if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || $("dialog").open) return;
-  const nav = NAV.find(each => each[2] === key);
-  if (key === "Escape" && typing) main.focus(); else if (key === "Escape") go("/");
-  else if (typing || ([" ", "Enter"].includes(key) && target.matches("button, a, input"))) return;
-  else if (key === "?") showKeys();
-  else if (nav) go(nav[0]);
-  else if (!view.key || !view.key(key)) return;
-  event.preventDefault();
+	const {key, target} = event, typing = target.matches("input:not([type=checkbox]), textarea, select");
+	if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || $("dialog").open) return;
+	const nav = NAV.find(each => each[2] === key);
+	if (key === "Escape" && typing) main.focus(); else if (key === "Escape") go("/");
+	else if (typing || ([" ", "Enter"].includes(key) && target.matches("button, a, input"))) return;
+	else if (key === "?") showKeys();
+	else if (nav) go(nav[0]);
+	else if (!view.key || !view.key(key)) return;
+	event.preventDefault();
 });
 $("help").addEventListener("click", showKeys);
-$("skip").addEventListener("click", event => { event.preventDefault(); main.focus(); });
 addEventListener("hashchange", route);
 put($("link"), "connecting");
 route(true);
-feed(last => "/watch?feed=eventsource&since=" + enc(last || snapshot.since), ["create", "start", "stop", "restart", "update", "delete", "spawn",
-  "reap", "exit", "stop_pid", "flap"], takeEvent);
+feed(last => "/watch?feed=eventsource&since=" + enc(last || snapshot.since), ["create", "start", "stop", "restart", "update",
+	"delete", "spawn",
+	"reap", "exit", "stop_pid", "flap"], takeEvent);
 </script>
 </body></html>
 """
