@@ -4652,7 +4652,7 @@ a { color: var(--accent); text-decoration: none }
 button, input, select, textarea { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--edge);
 	border-radius: 4px; padding: 2px 6px }
 button { padding: 1px 8px; cursor: pointer; background: var(--panel); white-space: nowrap; flex: none }
-button:hover { border-color: var(--accent); color: var(--accent) }
+button:hover { border-color: var(--accent) }
 button:disabled, input:disabled { cursor: default; color: var(--dim); border-color: var(--line) }
 button.main, [aria-pressed=true] { background: var(--accent); color: var(--bg); border-color: var(--accent) }
 button.bad, .bad { color: var(--bad) } .dim, small { color: var(--dim) } [aria-invalid=true] { border-color: var(--bad) }
@@ -4715,9 +4715,9 @@ kbd { font: 12px var(--mono); border: 1px solid var(--edge); border-radius: 3px;
 #menu :focus { background: var(--panel) }
 @media (max-width: 900px) {
 	.heads, .wide { display: none } main { padding: 8px } .parts { max-height: 22vh } button { min-height: 27px }
-	.template { grid-template-columns: 18px 1fr 96px 90px; row-gap: 3px; padding: 5px 4px; contain-intrinsic-size: auto 92px }
+	.template { grid-template-columns: 18px 1fr 96px 90px; row-gap: 3px; padding: 5px 4px }
 	.template .state { grid-area: 2 / 2 / 3 / 5; white-space: normal } 
-	.template .use { grid-area: 3 / 1 / 4 / 3 } .template .acts { grid-area: 3 / 3 / 4 / 5 }
+	.template .use { grid-area: 3 / 2; justify-content: flex-start } .template .acts { grid-area: 3 / 3 / 4 / 5 }
 .template .count { grid-area: 1 / 3 / 2 / 5 }
 	.part { grid-template-columns: 44px 1fr 60px 150px } .fields { grid-template-columns: 1fr; gap: 2px }
 .fields > div { margin-bottom: 8px }
@@ -5402,7 +5402,7 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 	function pause() { halt(!paused); }
 
 	// find, copy, download
-	function hit(number) { find.lastIndex = 0; return find.test(tell(lineOf(number))); }
+	function hit(number) { return tell(lineOf(number)).search(find) >= 0; }
 	function search() { find = findBox.value ? expression(findBox.value.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "g") : null;
 		here = -1; rebuild(); }
 	function next(by) {
@@ -5574,7 +5574,7 @@ function eventList() {
 		const process = "process " + pid + " (OS pid " + event.os_pid + ") ";
 		if (event.event === "spawn") {
 			began.set(pid, time); exits.delete(name);
-			return process + "started" + (exit ? ", as process " + exit.pid + " had " + exitText(exit) : cause ? was : "");
+			return process + "started" + (exit ? ", as process " + exit.pid + " had " + exitText(exit) : cause && cause !== "start" ? was : "");
 		}
 		if (event.event === "exit") {
 			const age = began.has(pid) ? " after " + span(time - began.get(pid)) : "", asked = told.delete(pid);
@@ -5591,7 +5591,7 @@ function eventList() {
 	}
 	function add(event) {
 		const bad = event.event === "flap" || event.exit_status || (event.term_signal && !told.has(event.pid));
-		const item = el("li.row.item", {}, el("time.dim.mono", {text: clock(event.time), title: new Date(event.time * 1000)}),
+		const item = el("li.row.item", {}, el("time.dim.mono", {text: clock(event.time)}),
 			el("a.cut", {href: "#/p/" + enc(event.name), text: event.name}), el("span" + (bad ? ".bad" : ""), {text: why(event)}));
 		list.prepend(item); filter(item);
 		if (list.childElementCount > EVENTS_MAX) list.lastChild.remove();
@@ -5685,8 +5685,7 @@ const KEYS = [["?", "these keys"], ["p o e a", "processes, output, events, add"]
 		"start, stop, restart; on a template's page s x r"],
 	["+ -", "one process more, less"], ["x", "select the row"], ["m g Delete", "menu, signal, delete"], ["d",
 		"edit the template of the page"],
-	["f n N", "find, next, previous"], ["/", "filter"], ["Space", "pause"], ["w t", "wrap, timestamps"], ["Home End",
-		"begin; follow"],
+	["f n N", "find, next, previous"], ["/", "filter"], ["Space", "pause"], ["w t", "wrap, timestamps"], ["End", "follow"],
 	["i", "type to stdin; ↑ ↓ what was typed before"]];
 function showKeys() {
 	dialog("Keys", [el("dl.facts", {}, KEYS.flatMap(([keys, text]) => [el("dt", {}, keys.split(" ").flatMap(key =>
