@@ -4741,7 +4741,7 @@ const snapshot = JSON.parse($("snapshot").textContent);
 const LINES_MAX = 100000, CHARS_MAX = 16e6, LINE = 18, SAMPLES = 60, EVENTS_MAX = 1024, FIRST_LINES = 2000;
 
 function el(kind, props, ...children) {  // el("div.bar.push", {text, title, click: function ...}, children)
-	const [tag, ...classes] = kind.split("."), space = tag === "svg" || tag === "path" ? "2000/svg" : "1999/xhtml";
+	const [tag, ...classes] = kind.split("."), space = ["svg", "path"].includes(tag) ? "2000/svg" : "1999/xhtml";
 	const node = document.createElementNS("http://www.w3.org/" + space, tag);
 	if (classes.length) node.setAttribute("class", classes.join(" "));
 	for (const [key, value] of Object.entries(props || {})) {
@@ -4772,6 +4772,7 @@ function complain(text) { $("message").replaceChildren(...text ? [text, button("
 	}
 function plural(count, word, words = word + "s") { return count.toLocaleString("en") + " " + (count === 1 ? word : words); }
 function wordsOf(text) { return text.toLowerCase().split(/\s+/).filter(word => word); }
+function run(keys, name) { if (keys[name]) keys[name](); return Boolean(keys[name]); }
 function two(value) { return String(Math.floor(value)).padStart(2, "0"); }
 function span(left) {
 	if (left < 60) return left < 10 ? Math.max(0, left).toFixed(1) + "s" : Math.floor(left) + "s";
@@ -4831,8 +4832,9 @@ async function ask(method, path, body, quiet) {
 		if (!answer.ok) failed(value.reason);
 		return {ok: answer.ok, status: answer.status, value};
 	} catch (error) {
-		failed("the server does not answer; does it still run?");
-		return {ok: false, status: 0, value: {reason: "the server does not answer"}};
+		const value = {reason: "the server does not answer; does it still run?"};
+		failed(value.reason);
+		return {value};
 	}
 }
 async function act(refs, action) {  // refs: names, or pids
@@ -4989,7 +4991,7 @@ async function askScale(names) {
 async function askDelete(names) {
 	const lines = names.map(name => {
 		const {running, stopping, os_pids} = templates.get(name), alive = running + stopping;
-		const which = os_pids.length ? " (OS pid " + os_pids.slice(0, 8).join(", ") + (os_pids.length > 8 ? ", …" : "") + ")" : "";
+		const which = running ? " (OS pid " + os_pids.slice(0, 9).join(", ") + ")" : "";
 		return el("li", {text: name + ": " + (alive ? "stops " + processes(alive) + which : "nothing of it runs")});
 	});
 	if (!await dialog("Delete " + nameThem(names) + "?", [el("ul", {}, lines.slice(0, 12), lines.length > 12 &&
@@ -5428,11 +5430,8 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 		say(plural(shown.length, "line") + " saved");
 	}
 	function key(name) {
-		const keys = {f: () => findBox.focus(), "/": () => filterBox.focus(), n: () => next(1), N: () => next(-1), " ": pause,
-			w: () => wrapper.click(), t: () => timer.click(), End: follow, Home: () => { following = false; area.scrollTop = 0;
-				draw(); }};
-		if (keys[name]) keys[name]();
-		return Boolean(keys[name]);
+		return run({f: () => findBox.focus(), "/": () => filterBox.focus(), n: () => next(1), N: () => next(-1), " ": pause,
+			w: () => wrapper.click(), t: () => timer.click(), End: follow}, name);
 	}
 	readFilter(); search(); show(); observer.observe(area);
 	const path = ref === "" ? "" : "/" + enc(ref);
@@ -5547,11 +5546,9 @@ function detail(name, pid) {
 		part.use.show(id);
 	}
 	function key(letter) {
-		const keys = {i: () => entry.line.focus(), s: () => act([name], "_start"), x: () => act([name], "_stop"),
-			r: () => act([name], "_restart"),
-			g: () => askSignal([name]), d: () => go("/edit/" + enc(name)), Delete: () => askDelete([name])};
-		if (keys[letter]) keys[letter]();
-		return Boolean(keys[letter]) || log.key(letter);
+		return run({i: () => entry.line.focus(), s: () => act([name], "_start"), x: () => act([name], "_stop"),
+			r: () => act([name], "_restart"), g: () => askSignal([name]), d: () => go("/edit/" + enc(name)),
+			Delete: () => askDelete([name])}, letter) || log.key(letter);
 	}
 	load(); update([name]);
 	return {node, name, title: pid ? name + " " + pid : name, fill: true, update, tick, usage, key, close: log.close,
@@ -5574,7 +5571,8 @@ function eventList() {
 		const process = "process " + pid + " (OS pid " + event.os_pid + ") ";
 		if (event.event === "spawn") {
 			began.set(pid, time); exits.delete(name);
-			return process + "started" + (exit ? ", as process " + exit.pid + " had " + exitText(exit) : cause && cause !== "start" ? was : "");
+			return process + "started" + (exit ? ", as process " + exit.pid + " had " + exitText(exit) :
+				cause && cause !== "start" ? was : "");
 		}
 		if (event.event === "exit") {
 			const age = began.has(pid) ? " after " + span(time - began.get(pid)) : "", asked = told.delete(pid);
