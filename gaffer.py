@@ -5882,11 +5882,14 @@ def human(size):
     return "%.1fG" % size
 
 
+GZIP = re.compile(r"(?:^|,)\s*gzip\s*(?:$|,|;\s*q=(?!0(?:\.0*)?\s*(?:$|,)))", re.I)
+
+
 def compressed(request, response):
     """`response`; where its client takes gzip, and it is worth it, with a smaller body. RFC 9110 section 12.5.3."""
-    accepted = re.search(r"(?:^|,)\s*gzip\s*(?:$|,|;\s*q=(?!0(?:\.0*)?\s*(?:$|,)))", request.headers.get("accept-encoding", ""), re.I)
+    offer = request.headers.get("accept-encoding", "")
     response.headers.append(("Vary", "Accept-Encoding"))
-    if accepted and len(response.body) >= COMPRESS_MIN:
+    if GZIP.search(offer) and len(response.body) >= COMPRESS_MIN:
         import gzip
         response.body = gzip.compress(response.body, 6)
         response.headers.append(("Content-Encoding", "gzip"))
@@ -6192,10 +6195,11 @@ class Api:
         """The version; to a browser, the web page."""
         if not prefers_html(request.headers.get("accept", "")):
             return json_response({"welcome": "gaffer", "version": __version__}, headers=[("Vary", "Accept")])
+        events = self.manager.events
         snapshot = {
-            "version": __version__, "since": "%d@%s" % (self.manager.events.end, self.manager.epoch),
+            "version": __version__, "since": "%d@%s" % (events.end, self.manager.epoch),
             "templates": [template.status() for template in self.manager.templates.values()],
-            "events": self.manager.events.read(max(self.manager.events.start, self.manager.events.end - PAGE_EVENTS), PAGE_EVENTS),
+            "events": events.read(max(events.start, events.end - PAGE_EVENTS), PAGE_EVENTS),
             "fields": {name: [option.default, option.help] for name, option in OPTIONS.items()},
             "signals": {number.value: number.name[3:] for number in signal.Signals},
         }
@@ -6337,7 +6341,8 @@ class Api:
         template = self.manager.find_template(name)
         if not flag(request, "usage"):
             return template.status()
-        return ThreadReply(lambda look=self._look([template]): json_response(look()[0]))
+        look = self._look([template])
+        return ThreadReply(lambda: json_response(look()[0]))
 
     @operation("usage")
     def statuses(self, request):
@@ -6429,7 +6434,8 @@ class Api:
         interval = duration(request, "interval", 0.1, default=1.0)
         sampler = functools.partial(self._sampler, name, pid, flag(request, "brief"))
         if feed is None:
-            return ThreadReply(lambda sample=sampler(): compressed(request, json_response(sample())))
+            sample = sampler()
+            return ThreadReply(lambda: compressed(request, json_response(sample())))
         if feed == "longpoll":
             return ParkedReply(lambda deliver: lambda: None, interval, lambda: json_response(sampler()()))
         return self._stats_feed(request, feed, interval, sampler)
