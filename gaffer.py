@@ -5239,7 +5239,7 @@ function expression(text, flags) { return new RegExp(text, flags + (text === tex
 function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the column that says whose a line is
 	let lines = [], first = 0, chars = 0;  // what is kept, and the number of the first
 	let shown = [], tops = [0];  // numbers of what fits the filter, and the row at which each begins
-	let queue = [], frame = 0, following = true, paused = false, came = 0, run = "";
+	let queue = [], frame = 0, following = true, paused = false, came = 0, epoch = "";
 	let find = null, filter = null, matches = 0, here = -1, columns = 80, height = 0, sign = 0;
 	const open = new Map(), nodes = new Map(), flags = {};
 	const flag = (key, text, label) => {
@@ -5269,14 +5269,14 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 	// what comes in
 	function take(type, data, id) {
 		const now = id.split("@")[1].slice(0, 8), {bytes, restarted} = type === "dropped" ? JSON.parse(data) : {};
-		if (restarted && now !== run) note("the server was started anew");
+		if (restarted && now !== epoch) note("the server was started anew");
 		else if (restarted) {
 			first += lines.length; lines = []; queue = []; chars = 0; open.clear(); rebuild(true);
 			note("shown anew, after a long absence");
 		}
 		if (bytes) note(plural(bytes, "byte") + " were lost here");
 		if (type === "line") push(data);
-		run = now;
+		epoch = now;
 	}
 	function note(text, label = "*note") { push(Date.now() / 1000 + " - 0 " + label + " " + text); }
 	function push(raw) {

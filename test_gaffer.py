@@ -11021,6 +11021,563 @@ class BrowserDriver(BrowserCase):
         self.assertFalse(os.path.exists(other.directory))
 
 
+class BrowserPage(BrowserCase):
+    """The web page, as its users have it: every view, every button, by mouse and by keyboard."""
+
+    FLAGS = ("--font-render-hinting=none", "--js-flags=--expose-gc", "--enable-precise-memory-info")
+    LINES = "return [...document.querySelectorAll('.l')].map(node => node.textContent)"
+
+    def setUp(self):
+        super().setUp()
+        self.browser.size(1280, 800)
+
+    def open(self, path="/", server=None):
+        """Load the page anew at an address of its own, and wait until it is live."""
+        self.browser.get("about:blank")
+        self.browser.get("%s/#%s" % ((server or self.server).url, path))
+        self.browser.wait("return document.querySelector('#link').textContent === 'live'")
+
+    def press(self, label, within="body"):
+        """Click a button by its accessible name."""
+        self.browser.click('%s [aria-label="%s"]' % (within, label))
+
+    def choose(self, text):
+        """Click an entry of the open menu, or a button of the open dialog."""
+        self.browser.script("const all = [...document.querySelectorAll('#menu button, #dialog button')];"
+                            "all.find(node => node.offsetParent && node.textContent === arguments[0]).click()", text)
+
+    def state(self, name):
+        """What GET /status/<name> says."""
+        return self.server.ok("GET", "/status/" + name)
+
+    def shows(self, text, selector="main"):
+        """Wait until an element has a text in it."""
+        self.browser.wait("const node = document.querySelector(arguments[0]); return node && node.textContent.includes(arguments[1])",
+                          selector, text)
+
+    def row(self, name, text):
+        """Wait until the row of a template has a text in it."""
+        self.shows(text, '[data-name="%s"]' % name)
+
+    def happened(self, event, name, since=0):
+        """Wait for an event of a template; its id."""
+        return self.server.wait_event("proc/%s/%s" % (name, event), since)["id"]
+
+    def address(self):
+        """What stands behind the #."""
+        return self.browser.script("return location.hash")
+
+    def keys(self, *names):
+        """Press keys, one after the other, wherever the focus is."""
+        for name in names:
+            key = self.browser.KEYS.get(name, name)
+            self.browser.do("POST", "actions", {"actions": [{"type": "key", "id": "keyboard", "actions": [
+                {"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]}]})
+
+    def hide(self, hidden):
+        """As when another tab comes to the front."""
+        self.browser.script("Object.defineProperty(document, 'hidden', {value: arguments[0], configurable: true});"
+                            "document.dispatchEvent(new Event('visibilitychange'))", hidden)
+
+    # the overview
+
+    def test_every_button_of_a_template(self):
+        self.server.add("web", "sleep 1000", numprocesses=2)
+        self.server.add("off", "sleep 1000", start=False)
+        self.open()
+        self.row("web", "2 / 2")
+        self.row("off", "stopped")
+        self.press("start off")
+        self.row("off", "running")
+        self.press("stop off")
+        self.happened("exit", "off")
+        self.row("off", "exited 143 SIGTERM")
+        self.press("restart web")
+        self.happened("restart", "web")
+        self.press("one process more of web")
+        self.row("web", "3 / 3")
+        self.press("one process less of web")
+        self.row("web", "2 / 2")
+        self.press("more for web")
+        self.choose("Scale…")
+        self.browser.keys(self.browser.KEYS["Backspace"] + "4", "#dialog input")
+        self.choose("Scale")
+        self.row("web", "4 / 4")
+        self.assertEqual(self.state("web")["numprocesses"], 4)
+        self.press("more for web")
+        self.choose("Signal…")
+        self.browser.script("document.querySelector('#dialog input').value = 'KILL'")
+        self.choose("Send")
+        self.row("web", "exited 137 SIGKILL")
+        self.press("more for web")
+        self.choose("Signal…")
+        self.browser.script("document.querySelector('#dialog input').value = 'NONSENSE'")
+        self.choose("Send")
+        self.shows("'NONSENSE' is no signal", "#message")
+        self.browser.click("#message button")
+        self.press("more for web")
+        self.choose("Delete…")
+        self.shows("stops 4 processes (OS pid %s" % self.state("web")["os_pids"][0], "#dialog")
+        self.choose("Cancel")
+        self.assertIn("web", self.server.ok("GET", "/processes"))
+        self.press("more for web")
+        self.choose("Delete…")
+        self.choose("Delete")
+        self.browser.wait("return !document.querySelector('[data-name=web]')")
+        self.assertEqual(self.server.ok("GET", "/processes"), ["off"])
+
+    def test_groups_and_what_is_selected(self):
+        for name in ("web:a", "web:b", "job:c"):
+            self.server.add(name, "sleep 1000")
+        self.open()
+        self.shows("web: 2 of 2 running")
+        self.press("stop group web")
+        self.shows("web: 0 of 2 running")
+        self.press("start group web")
+        self.shows("web: 2 of 2 running")
+        self.press("restart group web")
+        self.happened("restart", "web:b")
+        self.press("select web:a")
+        self.press("select group job")
+        self.shows("2 selected")
+        self.press("stop what is selected")
+        self.row("job:c", "stopped")
+        self.row("web:a", "stopped")
+        self.assertTrue(self.state("web:b")["active"])
+        self.press("start what is selected")
+        self.row("job:c", "running")
+        self.press("restart what is selected")
+        self.happened("restart", "job:c")
+        self.press("select all that are shown")
+        self.shows("3 selected")
+        self.press("more for what is selected")
+        self.choose("Delete…")
+        self.choose("Delete")
+        self.shows("No template yet")
+
+    def test_states_have_their_reasons_and_it_is_filtered_as_one_types(self):
+        self.server.add("good", "sleep 1000")
+        self.server.add("bad", "sh -c 'exit 3'")
+        self.server.add("worse", "sh -c 'kill -9 $$$$'", flapping={"attempts": 2, "window": 5, "retry_in": 60, "max_retry": 5})
+        self.open()
+        self.row("bad", "backoff")
+        self.row("bad", "exited 3")
+        self.row("worse", "next try in ")
+        self.row("worse", "exited 137 SIGKILL, 2 times · it exits too often")
+        self.browser.keys("sigkill", "main input[type=search]")
+        visible = "return [...document.querySelectorAll('.template')].filter(row => !row.hidden).map(row => row.dataset.name)"
+        self.assertEqual(self.browser.script(visible), ["worse"])
+        self.assertEqual(self.address(), "#/?q=sigkill")
+        self.browser.click("[data-state=running]")
+        self.assertEqual(self.browser.script(visible), ["good"])
+        self.browser.wait("return document.querySelector('[data-name=good] path').getAttribute('d')")
+        self.browser.wait("return document.querySelector('[data-name=good]').textContent.includes('%')")
+
+    # forms
+
+    def test_a_template_is_added_refused_and_edited(self):
+        self.open("/add")
+        self.browser.click("form button.main")
+        self.shows("is required", "#field-name-fault")
+        self.shows("is required", "#field-cmd-fault")
+        self.browser.keys("new:one", "#field-name")
+        self.browser.keys("no-such-program", "#field-cmd")
+        self.browser.keys("A=1", "#field-env")
+        self.browser.click("form button.main")
+        self.shows("names 'no-such-program', which is not found in PATH", "#field-cmd-fault")
+        self.assertEqual(self.browser.script("return [document.activeElement.id, document.activeElement.ariaInvalid]"), ["field-cmd", "true"])
+        self.browser.script("document.querySelector('#field-cmd').value = 'cat'")
+        self.browser.keys("-5", "#field-numprocesses")
+        self.browser.click("form button.main")
+        self.browser.wait("return document.querySelector('#field-numprocesses-fault').textContent")
+        self.browser.script("document.querySelector('#field-numprocesses').value = '2'; document.querySelector('#field-redirect_input').click()")
+        self.browser.script("document.querySelector('#field-flapping').value = 'attempts=3 window=2'")
+        self.browser.click("form button.main")
+        self.shows("new:one")
+        info = self.server.ok("GET", "/processes/new:one")
+        self.assertEqual((info["cmd"], info["numprocesses"], info["redirect_input"], info["env"], info["flapping"]["attempts"]),
+                         ("cat", 2, True, {"A": "1"}, 3))
+        self.browser.wait("return location.hash === '#/p/new%3Aone'")
+        self.browser.script("location.hash = '#/edit/new%3Aone'")
+        self.shows("Saving stops 2 processes")
+        self.browser.script("document.querySelector('#field-cmd').value = 'sh'; document.querySelector('#field-args').value = \"-c 'echo a; exec cat'\"")
+        self.browser.click("form button.main")
+        self.happened("update", "new:one")
+        self.assertEqual(dict(self.server.ok("GET", "/processes/new:one"), cmd="cat", args=[]), info)
+        self.shows("sh -c 'echo a; exec cat'", ".facts")
+
+    # output
+
+    def test_output_is_text_with_its_colours_and_the_next_process_follows(self):
+        pid, = self.server.add("talk", python("""
+            import sys
+            print("<script>document.title = 'owned'</script><b>bold</b>")
+            print("\\x1b[31mred\\x1b[0m \\x1b[1;38;5;208morange\\x1b[m \\x1b[48;2;1;2;3mdeep\\x1b[0m \\x1b[?25l\\x1b]0;title\\x07plain")
+            sys.stderr.write("to stderr\\n")
+            sys.stdout.write("half a line, ")
+            sys.stdout.flush()
+            input()
+            print("and the rest")
+            sys.exit(3)
+            """), redirect_input=True)
+        self.open("/p/talk")
+        self.shows("half a line, ", ".lines")
+        lines = self.browser.script(self.LINES)
+        self.assertIn("%-11d<script>document.title = 'owned'</script><b>bold</b>" % pid, lines)
+        self.assertEqual(self.browser.script("return [document.title, document.querySelectorAll('.l script, .l b').length]"), ["talk – gaffer", 0])
+        self.assertEqual(self.browser.script(
+            "const all = [...document.querySelectorAll('.l span')], of = text => all.find(node => node.textContent === text);"
+            "return [getComputedStyle(of('red')).color, of('orange').className, of('orange').style.color, of('deep').style.background]"),
+            ["rgb(180, 35, 24)", "b", "rgb(255, 135, 0)", "rgb(1, 2, 3)"])
+        self.assertTrue(any(line.endswith("red orange deep plain") for line in lines), lines)
+        self.assertEqual(self.browser.script("return [...document.querySelectorAll('.l.stderr')].map(node => node.textContent.slice(7))"), ["err to stderr"])
+        self.browser.keys("go on" + self.browser.KEYS["Enter"], ".entry input")
+        self.shows("half a line, and the rest")
+        self.shows("process %d exited 3" % pid)
+        self.browser.wait("return document.querySelectorAll('.l.exit').length === 1 && "
+                          "[...document.querySelectorAll('.l')].filter(node => node.textContent.includes('owned')).length === 2")
+
+    def numbers(self, count, more="input()"):
+        """A template that prints numbered lines, and then does what `more` says."""
+        return self.server.add("count", python("for n in range(%d): print('line', n)\n%s" % (count, more)), redirect_input=True)
+
+    def test_find_filter_pause_and_the_rest(self):
+        self.numbers(300, "for line in iter(input, 'end'): print(line)")
+        self.open("/p/count")
+        self.shows("line 299", ".lines")
+        browser = self.browser
+        browser.keys("LINE 299", '[aria-label="Find"]')         # capitals are meant
+        self.shows("0 lines", "section .bar")
+        browser.script("const node = document.querySelector('[aria-label=Find]'); node.value = 'line 29'; node.dispatchEvent(new Event('input'))")
+        browser.wait("return [...document.querySelectorAll('.here mark')].map(node => node.textContent).join() === 'line 29'")
+        self.shows("11 lines", "section .bar")
+        self.assertEqual(browser.script("return document.querySelector('.here').textContent.trim().slice(-8)"), "line 299")
+        self.press("previous match (N)")
+        self.assertEqual(browser.script("return document.querySelector('.here').textContent.slice(-8)"), "line 298")
+        self.press("next match (n)")
+        self.press("next match (n)")
+        self.assertEqual(browser.script("return document.querySelector('.here').textContent.slice(-7)"), "line 29")
+        browser.keys("7$", '[aria-label="Filter by regular expression"]')
+        browser.wait("return [...document.querySelectorAll('.l')].every(node => node.textContent.endsWith('7')) && document.querySelectorAll('.l').length > 9")
+        browser.keys("(", '[aria-label="Filter by regular expression"]')
+        self.shows("Unterminated group", "#fault")
+        browser.script("for (const node of document.querySelectorAll('main .bar input')) { node.value = ''; node.dispatchEvent(new Event('input')); }")
+        self.press("pause (space)")
+        browser.keys("after the pause" + browser.KEYS["Enter"], ".entry input")
+        self.shows("Paused: 2 new lines", ".more")
+        browser.click(".more")
+        self.shows("after the pause", ".lines")
+        browser.script("document.querySelector('.lines').scrollTop = 0")
+        browser.wait("return document.querySelector('.l').textContent.endsWith('line 0')")
+        browser.keys("unseen" + browser.KEYS["Enter"], ".entry input")
+        self.shows("2 new lines", ".more")
+        self.assertNotIn("unseen", browser.script(self.LINES)[-1])
+        browser.click(".more")
+        self.shows("unseen", ".lines")
+        self.press("timestamps (t)")
+        browser.wait("return /^\\d\\d:\\d\\d:\\d\\d\\.\\d{3} /.test(document.querySelector('.l').textContent)")
+        browser.script("document.querySelector('.entry input').value = 'x'.repeat(2000)")
+        browser.keys(browser.KEYS["Enter"], ".entry input")
+        self.press("wrap (w)")
+        browser.wait("const long = [...document.querySelectorAll('.l')].filter(node => node.textContent.length > 2000);"
+                     "return long.length && long.every(node => node.clientHeight >= 10 * 18)")
+        self.assertEqual(self.address(), "#/p/count?time=1&wrap=1")
+        browser.script("window.saved = []; URL.createObjectURL = blob => { saved.push(blob); return 'data:,'; };"
+                       "Object.defineProperty(navigator, 'clipboard', {value: {writeText: async text => saved.push(text)}})")
+        self.press("copy what is shown")
+        self.press("download what is shown")
+        text, blob = browser.wait("return saved.length === 2 && Promise.all([saved[0], saved[1].text()])")
+        self.assertEqual(text, blob)
+        self.assertIn(" line 123\n", text)
+        browser.script("document.querySelector('main select').value = 'stderr'; document.querySelector('main select').dispatchEvent(new Event('change'))")
+        browser.wait("return [...document.querySelectorAll('.l')].every(node => !/ line/.test(node.textContent))")
+
+    def test_input_with_history_and_the_end_of_file(self):
+        pid, = self.server.add("echo", "cat", redirect_input=True)
+        self.server.add("deaf", "sleep 1000")
+        self.open("/p/echo")
+        browser, field = self.browser, ".entry input"
+        browser.wait("return !document.querySelector(arguments[0]).disabled", field)
+        for text in ("first", "second <b>"):
+            browser.keys(text + browser.KEYS["Enter"], field)
+            browser.wait("return [...document.querySelectorAll('.l')].filter(node => node.textContent.endsWith(arguments[0])).length === 2", text)
+        browser.keys(browser.KEYS["ArrowUp"] * 2, field)
+        self.assertEqual(browser.script("return document.querySelector(arguments[0]).value", field), "first")
+        browser.keys(browser.KEYS["ArrowDown"], field)
+        self.assertEqual(browser.script("return document.querySelector(arguments[0]).value", field), "second <b>")
+        self.press("close its stdin")
+        self.happened("exit", "echo")
+        self.shows("process %d exited 0" % pid, ".lines")
+        self.open("/p/deaf")
+        self.shows("stdin is not redirected: edit the template, and set redirect_input", ".entry")
+        self.assertTrue(browser.script("return document.querySelector(arguments[0]).disabled", field))
+
+    def test_one_process_of_several_and_all_of_everything(self):
+        first, second = self.server.add("pair", python("import os\nprint('I am', os.getpid())\ninput()"), numprocesses=2, redirect_input=True)
+        self.server.add("other", "sh -c 'echo other; exec sleep 1000'")
+        self.open("/logs")
+        self.shows("other.3", ".lines")
+        self.browser.wait("return document.querySelectorAll('.l').length === 3")
+        self.browser.script("location.hash = '#/p/pair'")
+        self.browser.click('.part a[href="#/i/pair/%d"]' % second)
+        self.shows("I am %d" % self.server.ok("GET", "/processes/%d" % second)["os_pid"], ".lines")
+        self.assertEqual(len(self.browser.script(self.LINES)), 1)
+        self.press("signal process %d" % second)
+        self.browser.script("document.querySelector('#dialog input').value = 'KILL'")
+        self.choose("Send")
+        self.shows("process %d exited 137 SIGKILL" % second, ".lines")
+        self.shows("this process has ended")
+        self.browser.script("history.back()")
+        self.browser.wait("return location.hash === '#/p/pair' && document.querySelectorAll('.part').length === 2")
+        self.press("stop process %d; it is replaced" % first)
+        self.shows("process %d exited 143 SIGTERM" % first, ".lines")
+
+    def test_after_a_cut_it_goes_on_without_gap_or_repeat(self):
+        self.numbers(50, "for n in iter(input, 'end'): print('line', n)")
+        pid = self.state("count")["pids"][0]
+        self.open("/p/count")
+        self.shows("line 49", ".lines")
+
+        def cut():
+            for channel in list(self.server.http.channels):
+                if channel.kind == "eventsource":
+                    channel.close()
+        for number in range(50, 65):
+            if number % 5 == 0:
+                self.server.manager.loop.call(cut)
+            self.server.request("POST", "/streams/%d/stdin" % pid, b"%d\n" % number)
+        self.shows("line 64", ".lines")
+        self.browser.wait("return document.querySelector('#link').textContent === 'live'")
+        self.assertEqual([line.split()[-1] for line in self.browser.script(self.LINES)][-30:], [str(number) for number in range(35, 65)])
+
+    def test_a_restarted_server_is_found_again(self):
+        first = Running()
+        first.add("talk", "sh -c 'echo first; exec sleep 1000'")
+        port = first.port
+        try:
+            self.open("/p/talk", first)
+            self.shows("first", ".lines")
+        finally:
+            first.stop_all()
+        self.shows("reconnecting", "#link")
+        self.browser.console()                      # that nobody answers is in it
+        second = Running(endpoints=[gaffer.HttpEndpoint("127.0.0.1:%d" % port)])
+        self.addCleanup(second.stop_all)
+        second.add("talk", "sh -c 'echo second; exec sleep 1000'")
+        self.browser.wait("return document.querySelector('#link').textContent === 'live'")
+        self.shows("second", ".lines")
+        lines = [line.strip() for line in self.browser.script(self.LINES)]
+        self.assertEqual([re.sub(r"^1 +", "", line) for line in lines if "exited" not in line], ["first", "the server was started anew", "second"])
+        self.browser.script("location.hash = '#/'")
+        self.row("talk", "running")
+
+    def test_what_fell_out_of_the_window_is_told_in_its_place(self):
+        server = Running(window=4096)
+        self.addCleanup(server.stop_all)
+        pid, = server.add("flood", python("print('begin')\ninput()\nfor n in range(9999): print(n)\nprint('end')\ninput()"), redirect_input=True)
+        self.open("/p/flood", server)
+        self.shows("begin", ".lines")
+        self.hide(True)
+        server.request("POST", "/streams/%d/stdin" % pid, b"\n")
+        until(lambda: b"end" in server.request("GET", "/streams/flood/stdout?tail=1&timeout=0")[2], "the end")
+        self.hide(False)
+        self.shows("9998", ".lines")
+        self.browser.script("const node = document.querySelector('[aria-label^=Filter]'); node.value = 'begin|lost'; node.dispatchEvent(new Event('input'))")
+        said = self.browser.wait("const all = [...document.querySelectorAll('.l')].map(node => node.textContent.trim()); return all.length === 2 && all")
+        self.assertRegex(said[0], "begin$")
+        self.assertRegex(said[1], "^[0-9]{3},[0-9]{3} bytes were lost here$")
+
+    def test_a_hundred_thousand_lines(self):
+        """They are all there, a hundred of them in the document, and a new line costs as little as with ten."""
+        server = Running(window=8 * gaffer.MIB)
+        self.addCleanup(server.stop_all)
+        pid, = server.add("many", python("import sys\nprint('begin')\ninput()\nsys.stdout.write(''.join('line %d\\n' % n for n in range(100500)))\ninput()"),
+                          redirect_input=True)
+        self.open("/p/many", server)
+        self.shows("begin", ".lines")
+        server.request("POST", "/streams/%d/stdin" % pid, b"\n")
+        browser = self.browser
+        self.shows("line 100499", ".lines")
+        self.assertLess(browser.script("return document.querySelectorAll('*').length"), 500)
+        height = browser.script("return document.querySelector('.lines').scrollHeight / 18")
+        self.assertTrue(99999 <= height <= 101010, height)
+        browser.script("document.querySelector('.lines').scrollTop = 50000 * 18")
+        browser.wait("return document.querySelectorAll('.l').length > 20 && /line [45]\\d{4}$/.test(document.querySelector('.l').textContent)")
+        browser.script("const node = document.querySelector('[aria-label=Find]'); node.value = 'line 77777'; node.dispatchEvent(new Event('input'))")
+        browser.wait("const node = document.querySelector('.here'); return node && node.textContent.endsWith('line 77777')")
+        self.assertEqual(browser.console(), [])
+
+    def test_three_hundred_processes(self):
+        """The first paint has them all."""
+        for number in range(300):
+            self.server.manager.add_process("g%d:sleeper-%d" % (number // 60, number), "sleep 1000")
+        self.browser.cdp("Network.enable")
+        self.browser.cdp("Network.setBlockedURLs", urls=["*/status*", "*/stats*", "*/watch*"])
+        self.addCleanup(self.browser.cdp, "Network.setBlockedURLs", urls=[])
+        self.browser.get("about:blank")
+        self.browser.get(self.server.url + "/")
+        counts = self.browser.script("return [document.querySelectorAll('.template').length, document.querySelectorAll('.group').length]")
+        self.assertEqual(counts, [300, 5])
+        paint = self.browser.wait("const [paint] = performance.getEntriesByName('first-contentful-paint'); return paint && paint.startTime")
+        self.assertLess(paint, 3000)
+        self.browser.cdp("Network.setBlockedURLs", urls=[])
+        self.browser.console()
+        self.open()
+        self.shows("running 300")
+        self.press("stop group g4")
+        self.shows("g4: 0 of 60 running")
+        self.shows("stopped 60")
+
+    # how it is used
+
+    def test_a_phone(self):
+        self.server.add("web:server", "sleep 1000")
+        self.server.add("bad", "sh -c 'echo out of luck >&2; exit 3'")
+        self.browser.size(390, 844, mobile=True)
+        for path in ("/", "/p/bad", "/logs", "/events", "/add", "/edit/bad"):
+            self.open(path)
+            self.assertEqual(self.browser.script(
+                "return [document.documentElement.scrollWidth, document.querySelector('main').scrollWidth <= innerWidth, ...[...document.querySelectorAll("
+                "'main button, main input')].filter(node => node.offsetParent && node.getBoundingClientRect().right > innerWidth + 1).map(node => node.outerHTML)]"),
+                [390, True], path)
+        self.open()
+        self.press("stop web:server")
+        self.row("web:server", "stopped")
+
+    def test_the_keyboard_alone(self):
+        for name in ("one", "two"):
+            self.server.add(name, "cat", redirect_input=True)
+        self.open()
+        self.keys("?")
+        self.shows("these keys", "#dialog")
+        self.keys("Escape")
+        self.browser.wait("return !document.querySelector('#dialog').open")
+        self.keys("j", "j")
+        self.browser.wait("return document.activeElement.dataset.name === 'two'")
+        self.keys("t")
+        self.row("two", "stopped")
+        self.keys("s")
+        self.row("two", "running")
+        self.keys("+")
+        self.row("two", "2 / 2")
+        self.keys("-")
+        self.row("two", "1 / 1")
+        self.keys("r")
+        self.happened("restart", "two")
+        self.keys("x")
+        self.shows("1 selected")
+        self.keys("m", "ArrowDown", "ArrowUp", "Escape")
+        self.browser.wait("return document.querySelector('#menu').hidden && document.activeElement.getAttribute('aria-label') === 'more for two'")
+        self.keys("k")
+        self.browser.wait("return document.activeElement.dataset.name === 'one'")
+        self.keys("Enter")
+        self.browser.wait("return location.hash === '#/p/one' && document.querySelector('.entry input') && !document.querySelector('.entry input').disabled")
+        self.keys("i", "h", "Enter")
+        self.shows("> h", ".lines")
+        self.keys("Escape", "f", "x", "Escape", "/", "h", "Escape", " ", "w", "t")
+        self.browser.wait("return location.hash === '#/p/one?find=x&filter=h&wrap=1&time=1'")
+        self.shows("Paused", ".more")
+        self.keys("End", "Delete")
+        self.shows("Delete one?", "#dialog")
+        self.keys("Tab", "Enter")
+        self.browser.wait("return location.hash === '#/' && !document.querySelector('[data-name=one]')")
+        self.keys("e")
+        self.shows("deleted", ".events")
+        self.keys("Escape", "o")
+        self.browser.wait("return location.hash === '#/logs'")
+        self.keys("Escape", "a")
+        self.browser.wait("return document.activeElement.id === 'field-name'")
+
+    def test_events_say_what_happened_and_why(self):
+        self.server.add("bad", "sh -c 'exit 3'")
+        self.happened("exit", "bad")
+        self.open("/events")
+        self.shows("as process 1 had exited 3", ".events")
+        self.shows("exited 3 after", ".events")
+        self.server.ok("POST", "/processes/bad/_stop")
+        self.shows("stopped", ".events")
+        self.server.add("good", "sleep 1000", numprocesses=2)
+        self.server.ok("POST", "/processes/good/_sub")
+        self.shows("is told to stop: fewer are wanted", ".events")
+        self.shows("SIGTERM after", ".events")
+        self.shows("as it was told to", ".events")
+        self.browser.keys("good", "main input[type=search]")
+        self.browser.wait("return [...document.querySelectorAll('.events li')].every(item => item.hidden || item.textContent.includes('good'))")
+        self.assertEqual(self.address(), "#/events?q=good")
+
+    def test_links_and_the_way_back(self):
+        self.server.add("web:a", "sleep 1000")
+        self.open("/?q=web")
+        self.browser.click("main .template a")
+        self.browser.wait("return location.hash === '#/p/web%3Aa'")
+        self.browser.script("history.back()")
+        self.browser.wait("return location.hash === '#/?q=web' && document.querySelector('main input[type=search]').value === 'web'")
+        self.browser.script("history.forward()")
+        self.shows("web:a", "h1")
+        self.assertEqual(self.browser.script("return document.title"), "web:a – gaffer")
+        self.open("/p/nobody")
+        self.shows("there is no template of this name")
+
+    def test_it_needs_no_more_than_two_streams_and_none_when_it_is_hidden(self):
+        self.server.add("talk", "sh -c 'echo hello; exec sleep 1000'")
+        self.open("/p/talk")
+        self.shows("hello", ".lines")
+
+        def streams():
+            return self.server.manager.loop.call(lambda: sum(channel.kind == "eventsource" for channel in self.server.http.channels))
+        self.assertEqual(streams(), 2)
+        self.hide(True)
+        until(lambda: streams() == 0, "no stream")
+        self.server.ok("POST", "/processes/talk/_restart?wait=true")
+        self.hide(False)
+        self.browser.wait("return [...document.querySelectorAll('.l')].filter(node => node.textContent.endsWith('hello')).length === 2")
+        self.assertEqual(streams(), 2)
+
+    def test_under_a_token(self):
+        server = Running(token="correct horse")
+        self.addCleanup(server.stop_all)
+        headers = {"Authorization": "Bearer correct horse"}
+        self.assertEqual(server.request("POST", "/processes", {"name": "talk", "cmd": "sh -c 'echo hello; exec sleep 1000'"}, headers)[0], 200)
+        status, answered, data = server.request("GET", "/", headers={"Accept": "text/html"})     # what is read after "Cancel"
+        self.assertEqual((status, answered["WWW-Authenticate"][:5], answered["Content-Type"]), (401, "Basic", "text/html; charset=utf-8"))
+        self.assertIn(b"give the token as the password", data)
+        self.browser.get("http://any:correct%%20horse@127.0.0.1:%d/#/p/talk" % server.port)
+        self.shows("hello", ".lines")
+        self.press("stop talk")
+        self.shows("stopped")
+        self.assertEqual(self.browser.script("return document.cookie + localStorage.length + sessionStorage.length"), "00")
+        self.assertEqual(self.browser.console(), [])
+
+    def test_nothing_foreign_runs_in_it(self):
+        self.open()
+        self.browser.script("window.ran = 0; const node = document.createElement('div'); document.body.append(node);"
+                            "node.innerHTML = '<img src=x onerror=\"ran = 1\"><a style=\"color: red\" href=\"javascript:ran=2\">x</a>';"
+                            "const made = document.createElement('script'); made.textContent = 'ran = 3'; document.body.append(made); node.querySelector('a').click()")
+        self.assertEqual(self.browser.script("return fetch('http://localhost:1/').catch(error => ran)"), 0)
+        self.assertGreater(len([line for line in self.browser.console() if "Content Security Policy" in line]), 2)
+
+    def test_its_picture_can_be_taken(self):
+        """`WRITE_PICTURE=1 python3 test_gaffer.py BrowserPage.test_its_picture_can_be_taken` writes examples/page.png."""
+        work = "import time\nwhile True:\n    end = time.time() + %g\n    while time.time() < end: pass\n    time.sleep(%g)"
+        self.server.add("web:front", python(work % (.03, .1)), numprocesses=4)
+        self.server.add("web:api", python("x = [0] * 4000000\n" + work % (.1, .3)), numprocesses=2)
+        self.server.add("web:worker", "sh -c 'echo cannot reach the database >&2; exit 3'")
+        self.server.add("jobs:mail", "sleep 1000")
+        self.server.add("jobs:nightly", "sleep 1000", start=False)
+        self.server.add("jobs:import", "sh -c 'kill -9 $$$$'", flapping={"attempts": 2, "window": 5, "retry_in": 60, "max_retry": 5})
+        self.browser.size(1100, 420)
+        self.open()
+        self.row("jobs:import", "flapping")
+        samples = 30 if os.environ.get("WRITE_PICTURE") else 1
+        self.browser.wait("return document.querySelector('path').getAttribute('d').split('L').length >= arguments[0]", samples)
+        picture = self.browser.screenshot()
+        self.assertEqual(picture[:8], b"\x89PNG\r\n\x1a\n")
+        self.assertLess(len(picture), 150000)
+        if os.environ.get("WRITE_PICTURE"):
+            with open(os.path.join(HERE, "examples", "page.png"), "wb") as file:
+                file.write(picture)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # ring 4: the command line, the README, the structure of the file
 # --------------------------------------------------------------------------------------------------------------------
