@@ -4716,7 +4716,7 @@ kbd { font: 12px var(--mono); border: 1px solid var(--edge); border-radius: 3px;
 @media (max-width: 900px) {
 	.heads, .wide { display: none } main { padding: 8px } .parts { max-height: 22vh } button { min-height: 27px }
 	.template { grid-template-columns: 18px 1fr 96px 90px; row-gap: 3px; padding: 5px 4px }
-	.template .state { grid-area: 2 / 2 / 3 / 5; white-space: normal } 
+	.template .state { grid-area: 2 / 2 / 3 / 5; white-space: normal }
 	.template .use { grid-area: 3 / 2; justify-content: flex-start } .template .acts { grid-area: 3 / 3 / 4 / 5 }
 .template .count { grid-area: 1 / 3 / 2 / 5 }
 	.part { grid-template-columns: 44px 1fr 60px 150px } .fields { grid-template-columns: 1fr; gap: 2px }
@@ -5535,8 +5535,8 @@ function detail(name, pid) {
 			const what = cell(".cut"), age = cell(".number"), use = sparks();
 			use.nodes.forEach(each => each.classList.add("wide"));
 			parts.set(id, {what, age, use, node: el("div.row.item.part", {role: "row"}, cell("", el("a",
-				{href: "#/i/" + enc(name) + "/" + id, text: id})), cell(".dim.wide", "OS " + os_pid), what, age, use.nodes, cell(".acts",
-					pid ? [] : onePid(id)))});
+				{href: "#/i/" + enc(name) + "/" + id, text: id})), cell(".dim.wide", "OS " + os_pid), what, age, use.nodes,
+				cell(".acts", pid ? [] : onePid(id)))});
 			list.append(parts.get(id).node);
 		}
 		const part = parts.get(id);
@@ -5590,7 +5590,8 @@ function eventList() {
 	function add(event) {
 		const bad = event.event === "flap" || event.exit_status || (event.term_signal && !told.has(event.pid));
 		const item = el("li.row.item", {}, el("time.dim.mono", {text: clock(event.time)}),
-			el("a.cut", {href: "#/p/" + enc(event.name), text: event.name}), el("span" + (bad ? ".bad" : ""), {text: why(event)}));
+			el("a.cut", {href: "#/p/" + enc(event.name), text: event.name}),
+			el("span" + (bad ? ".bad" : ""), {text: why(event)}));
 		list.prepend(item); filter(item);
 		if (list.childElementCount > EVENTS_MAX) list.lastChild.remove();
 	}
@@ -5667,7 +5668,8 @@ function form(name) {
 		for (const sentence of reason ? reason.split(/; (?=field ')/) : []) {
 			const field = (/^field '(\w+)'/.exec(sentence) || [])[1] || (sentence.startsWith("the name '") ? "name" : "");
 			if (!faults[field]) { left.push(sentence); continue; }
-			put(faults[field], sentence.replace(/^field '\w+' /, "")); attr(inputs[field], "aria-invalid", "true"); bad.push(field);
+			put(faults[field], sentence.replace(/^field '\w+' /, "")); bad.push(field);
+			attr(inputs[field], "aria-invalid", "true");
 		}
 		put(rest, left.join("; "));
 		if (bad.length) inputs[bad[0]].focus();
@@ -5744,8 +5746,8 @@ def page_response(snapshot):
     """The web page, which shows `snapshot` (JSON) before it asks for anything. No script and no style but its own can run in it,
     and it can send nothing to another server."""
     nonce = base64.b64encode(os.urandom(12)).decode("ascii")
-    policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; img-src data:; base-uri 'none'; "
-              "form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
+    policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; img-src data:; "
+              "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
     data = encode_json(snapshot).replace("<", "\\u003c")        # nothing in it ends the element
     page = PAGE.replace("__NONCE__", nonce).replace("__SNAPSHOT__", data)
     return Response(page.encode("utf-8"), content_type="text/html; charset=utf-8", headers=[
@@ -5920,7 +5922,7 @@ class Journal:
         skip, segments, lines = split_lines(data, before, mode, CARRY_SIZE)
         if lines:
             prefix = b"%.3f %b %d %b " % (now, source[0].encode("ascii"), source[1], source[2].encode("ascii"))
-            open_line = [prefix[:-1] + b"+ " + lines.pop()] if segments[-1][-1] not in (10, 13) else []
+            open_line = [prefix[:-1] + b"+ " + lines.pop()] if mode != FINAL and segments[-1][-1] not in (10, 13) else []
             self.window.append(valid_utf8(b"".join([b"%b%b\n" % (prefix, line) for line in lines] + [
                 b"%b\n" % line for line in open_line])))
         taken = skip + sum(map(len, segments))

@@ -3015,6 +3015,65 @@ class PureAccessLine(Case):
                 time.tzset()
 
 
+class PurePage(Case):
+    """The text of the web page."""
+
+    @staticmethod
+    def luminance(colour):
+        """Relative luminance of "#rrggbb" (WCAG 2.2)."""
+        parts = [int(colour[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(self, one, other):
+        """From 1 to 21."""
+        dark, light = sorted((self.luminance(one), self.luminance(other)))
+        return (light + 0.05) / (dark + 0.05)
+
+    def test_its_size(self):
+        self.assertLess(len(gaffer.PAGE.encode("utf-8")), 60 * 1024)
+
+    def test_it_makes_no_html_of_text_and_asks_nobody_else(self):
+        for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "cookie", "localStorage",
+                     "sessionStorage", ' style="', "importScripts", "XMLHttpRequest"):
+            self.assertNotIn(word, gaffer.PAGE)
+        self.assertIsNone(re.search(r"<[^>]*\son\w+\s*=", gaffer.PAGE), "an inline handler")
+        self.assertEqual(set(re.findall(r"https?://[^\"]*", gaffer.PAGE)), {"http://www.w3.org/"})     # the names of namespaces
+        self.assertEqual(re.findall(r'(?:src|href)="([^"]*)"', gaffer.PAGE.partition("<script")[0]), ["data:,"])
+
+    def test_contrasts(self):
+        """AA of WCAG 2.2: 4.5 for text, 3 for the edges of what can be used; in light and in dark."""
+        light, dark = [dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in gaffer.PAGE.split("@media (prefers-color-scheme: dark)")[:2]]
+        self.assertEqual(set(light), set(dark))
+        for scheme in light, dark:
+            for text in ("text", "dim", "accent", "good", "warn", "bad", *("c%d" % number for number in range(8))):
+                for ground in ("bg", "panel"):
+                    self.assertGreaterEqual(self.contrast(scheme[text], scheme[ground]), 4.5, (text, ground, scheme))
+            for ground in ("bg", "panel"):
+                self.assertGreaterEqual(self.contrast(scheme["edge"], scheme[ground]), 3, scheme)
+            for ground in ("mark", "here"):
+                self.assertGreaterEqual(self.contrast(scheme["marked"], scheme[ground]), 4.5, (ground, scheme))
+
+    def test_a_snapshot_cannot_leave_its_element(self):
+        response = gaffer.page_response({"name": "</script><script>alert(1)</script>__NONCE__<!--"})
+        page, headers = response.body.decode("utf-8"), dict(response.headers)
+        nonce = re.search("'nonce-([^']+)'", headers["Content-Security-Policy"]).group(1)
+        self.assertEqual(page.count("<script"), 2)
+        self.assertEqual(page.count('nonce="%s"' % nonce), 2)
+        data = re.search('<script type="application/json" id="snapshot">(.*?)</script>', page).group(1)
+        self.assertEqual(json.loads(data), {"name": "</script><script>alert(1)</script>__NONCE__<!--"})
+        self.assertNotEqual(gaffer.page_response({}).headers, response.headers)
+
+    def test_gzip_only_where_it_is_wanted(self):
+        for offer, wanted in (("gzip", True), ("deflate, gzip;q=0.5, br", True), ("GZIP", True), ("gzip;q=1.0", True), ("gzip;q=0", False), ("", False),
+                              ("gzip;q=0.000, br", False), ("br", False), ("x-gzip-not", False), ("gzip ; q=0.001", True)):
+            request = gaffer.Request("GET", "/", (1, 1), {"accept-encoding": offer})
+            made = gaffer.compressed(request, gaffer.Response(b"long " * 1000))
+            self.assertEqual(dict(made.headers).get("Content-Encoding"), "gzip" if wanted else None, offer)
+            self.assertEqual(zlib.decompress(made.body, 31) if wanted else made.body, b"long " * 1000)
+        self.assertEqual(gaffer.compressed(request, gaffer.Response(b"short")).body, b"short")
+
+
 class PureUtf8(Case):
 
     BYTES = bytes((0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE2, 0xED, 0xEF,
@@ -9922,6 +9981,162 @@ class StreamsTemplate(StreamsCase):
         self.assertEqual(wire.exactly(10), b"last words")
 
 
+class StreamsJournal(ServerCase):
+    """What several streams say, as one: GET /streams, /streams/<name>, /streams/<pid>."""
+
+    def read(self, path, headers=None):
+        """[(name, pid, label, text)] of what there is now; without times."""
+        status, _, data = self.server.request("GET", path + ("&" if "?" in path else "?") + "timeout=0", headers=headers)
+        self.assertIn(status, (200, 204), data)
+        return [tuple(line.split(" ", 4)[1:]) for line in data.decode("utf-8").splitlines()]
+
+    def lines(self, path, count):
+        """The first `count` lines of a stream."""
+        answer, events = self.server.sse(path + ("&" if "?" in path else "?") + "feed=eventsource")
+        self.addCleanup(answer.connection.close)
+        self.addCleanup(answer.close)
+        return [tuple(event["data"].split(" ", 4)[1:]) for event in itertools.islice(events, count)]
+
+    SCRIPT = """
+        import sys
+        for line in iter(sys.stdin.readline, ""):
+            (sys.stderr if line.startswith("e") else sys.stdout).write(line)
+            sys.stderr.flush(); sys.stdout.flush()
+        sys.exit(4)
+        """
+
+    def say(self, pid, *lines):
+        """Let a process say lines, one after the other: each is read before the next is given."""
+        for line in lines:
+            since = self.server.request("GET", "/streams/%d/%s?timeout=0" % (pid, "stderr" if line[0] == "e" else "stdout"))[1]["Gaffer-Offset"]
+            self.server.ok("POST", "/streams/%d/stdin" % pid, line.encode() + b"\n")
+            self.server.request("GET", "/streams/%d/%s?since=%s" % (pid, "stderr" if line[0] == "e" else "stdout", since))
+
+    def test_streams_of_all_in_the_order_in_which_they_were_read(self):
+        one, = self.server.add("one", python(self.SCRIPT), redirect_input=True)
+        two, = self.server.add("two", python(self.SCRIPT), redirect_input=True)
+        for pid, line in ((one, "a"), (two, "b"), (one, "e1"), (one, "c"), (two, "e2")):
+            self.say(pid, line)
+        said = [("one", "1", "stdout", "a"), ("two", "2", "stdout", "b"), ("one", "1", "stderr", "e1"), ("one", "1", "stdout", "c"),
+                ("two", "2", "stderr", "e2")]
+        self.assertEqual(sorted(self.read("/streams?tail=all")), sorted(said))      # what was said before is as exact as 50 ms
+        self.say(two, "d")
+        self.say(one, "e3", "f")
+        said = said[:5] + [("two", "2", "stdout", "d"), ("one", "1", "stderr", "e3"), ("one", "1", "stdout", "f")]
+        self.assertEqual(self.read("/streams?tail=3"), said[5:])                    # and now to the line
+        self.assertEqual(sorted(self.read("/streams/one?tail=all")), sorted(line for line in said if line[0] == "one"))
+        self.assertEqual(sorted(self.read("/streams/2?tail=all")), sorted(line for line in said if line[1] == "2"))
+
+    def test_the_exit_is_a_line_and_the_next_process_follows(self):
+        pid, = self.server.add("one", python("print('last words', end='')\nraise SystemExit(4)"), redirect_input=True)
+        self.server.wait_event("proc/one/spawn", self.server.wait_event("proc/one/exit")["id"])
+        lines = self.lines("/streams/one?tail=all", 3)
+        self.assertEqual(lines[:2], [("one", str(pid), "stdout", "last words"), ("one", str(pid), "exit", '{"exit_status": 4, "term_signal": 0}')])
+        self.assertEqual(lines[2][:2], ("one", str(pid + 1)))
+        self.assertEqual(self.lines("/streams/%d?tail=all" % pid, 9), lines[:2])    # it ends there, before it or after it was asked for
+        status, headers, _ = self.server.request("GET", "/streams/%d?feed=eventsource&since=0&tail=" % pid)
+        self.assertEqual(status, 400)
+        answer, events = self.server.sse("/streams/%d?feed=eventsource&since=0" % pid)
+        last = [event["id"] for event in events][-1]
+        answer.close()
+        answer.connection.close()
+        self.assertEqual(self.server.request("GET", "/streams/%d?feed=eventsource" % pid, headers={"Last-Event-ID": last})[0], 204)
+
+    def test_lines_that_are_not_finished(self):
+        pid, = self.server.add("ask", python("import sys\nsys.stdout.write('name? \\xe2\\x82')\nsys.stdout.flush()\nsys.stdout.write(input() + '\\r\\nb\\rc\\n')\ninput()"),
+                               redirect_input=True)
+        answer, events = self.server.sse("/streams/ask?feed=eventsource&tail=all")
+        self.addCleanup(answer.connection.close)
+        self.addCleanup(answer.close)
+        self.assertEqual(next(events)["data"].split(" ", 3)[2:], ["%d" % pid, "stdout+ name? \xe2\x82"])
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"x\n")
+        self.assertEqual([next(events)["data"].split(" ", 3)[3] for _ in range(3)], ["stdout x", "stdout b", "stdout c"])
+
+    def test_resume(self):
+        pid, = self.server.add("one", "cat", redirect_input=True)
+        answer, events = self.server.sse("/streams/one?feed=eventsource&tail=all")
+        self.say(pid, "a")
+        first = next(events)
+        answer.close()
+        answer.connection.close()
+        self.say(pid, "b", "c")
+        self.assertEqual([line[3] for line in self.read("/streams/one?since=" + first["id"])], ["b", "c"])
+        self.assertEqual([line[3] for line in self.lines("/streams/one?since=" + first["id"], 2)], ["b", "c"])
+        answer, events = self.server.sse("/streams/one?feed=eventsource", {"Last-Event-ID": "5@0123abcdj1"})
+        self.addCleanup(answer.connection.close)
+        self.addCleanup(answer.close)
+        self.assertEqual(json.loads(next(events)["data"]), {"bytes": 0, "restarted": True})
+        self.assertEqual([next(events)["data"].split(" ", 4)[4] for _ in range(3)], ["a", "b", "c"])
+        self.assertError(self.server.json("GET", "/streams/one?loss=block"), 400, "bad_value", "leave out 'loss'")
+        self.assertError(self.server.json("GET", "/streams/nobody"), 404, "not_found")
+        self.assertError(self.server.json("GET", "/streams/17"), 404, "not_found")
+        self.assertError(self.server.json("GET", "/streams?since=1x"), 400, "bad_value")
+        lines = self.server.stream("/streams/one?feed=continuous&tail=1")
+        self.addCleanup(lines.connection.close)
+        self.addCleanup(lines.close)
+        self.assertRegex(lines.readline(), rb"^[0-9]+\.[0-9]{3} one 1 stdout c\n$")
+
+    def test_who_said_it_is_known_of_processes_that_share_a_stream(self):
+        """And nothing of one is in the journal of another; what is older than all marks has the pid 0."""
+        pids = self.server.add("many", python("import os, sys\nfor line in iter(sys.stdin.readline, ''):\n    print(line.strip(), end='\\n', flush=True)"),
+                               numprocesses=3, redirect_input=True)
+        for number in range(30):
+            self.say(pids[number % 3], "%d says %d" % (pids[number % 3], number))
+        for pid in pids:
+            lines = self.read("/streams/%d?tail=all" % pid)
+            self.assertEqual([line[1:3] for line in lines], [(str(pid), "stdout")] * 10)
+            self.assertTrue(all(line[3].startswith("%d says" % pid) for line in lines), lines)
+        self.server.manager.loop.call(self.server.manager.templates["many"].merged["stdout"].marks.clear)
+        self.server.manager.loop.call(self.server.manager.journals.clear)
+        self.assertEqual({line[1] for line in self.read("/streams/many?tail=all")}, {"0"})
+
+    def test_journals_are_few_and_go_when_nobody_reads_them(self):
+        for number in range(gaffer.JOURNALS_MAX + 3):
+            self.server.add("t%d" % number, "sleep 1000")
+            self.assertEqual(self.read("/streams/t%d?tail=all" % number), [])
+        self.assertEqual(len(self.server.manager.journals), gaffer.JOURNALS_MAX)
+        answers = []
+        for number in range(gaffer.JOURNALS_MAX):
+            answers.append(self.server.stream("/streams/t%d?feed=continuous" % number))
+            self.addCleanup(answers[-1].connection.close)
+            self.addCleanup(answers[-1].close)
+        self.assertError(self.server.json("GET", "/streams/t%d?tail=all&timeout=0" % gaffer.JOURNALS_MAX), 503, "busy", "end one first")
+        self.server.ok("DELETE", "/processes/t0")
+        self.assertEqual(answers[0].read(), b"")                # the stream has ended with its template
+
+    def test_a_journal_rests_only_so_long(self):
+        self.server.add("one", "cat", redirect_input=True)
+        with unittest.mock.patch("gaffer.JOURNAL_REST", 0.05):
+            self.read("/streams/one?tail=all")
+            self.assertEqual(list(self.server.manager.journals), ["one"])
+            until(lambda: not self.server.manager.journals, "the end of the journal")
+
+    def test_status_of_all_and_brief_statistics(self):
+        pid, = self.server.add("one", "sleep 1000")
+        self.server.add("two", "sleep 1000", start=False)
+        one, two = self.server.ok("GET", "/status")
+        self.assertEqual([one["name"], two["name"], one["running"], two["state"]], ["one", "two", 1, "stopped"])
+        self.assertNotIn("processes", one)
+        one, two = self.server.ok("GET", "/status?usage=true")
+        self.assertEqual((one["processes"][0]["pid"], two["processes"]), (pid, []))
+        self.assertGreater(one["processes"][0]["rss"], 0)
+        one, two = self.server.ok("GET", "/stats?brief=true")
+        self.assertEqual([set(entry) for entry in one["stats"]], [{"id", "cpu", "mem", "rss"}])
+        self.assertEqual((one["stats"][0]["id"], two["stats"], two["cpu"]), (pid, [], 0))
+        self.assertEqual(set(self.server.ok("GET", "/stats/one/%d?brief=true" % pid)), {"cpu", "mem", "rss"})
+        status, headers, data = self.server.request("GET", "/status", headers={"Accept-Encoding": "gzip"})
+        self.assertEqual((headers["Content-Encoding"], headers["Vary"]), (None, "Accept-Encoding"))     # it is short
+        for number in range(20):
+            self.server.manager.add_process("t%d" % number, "true", start=False)
+        status, headers, data = self.server.request("GET", "/status", headers={"Accept-Encoding": "gzip"})
+        self.assertEqual((headers["Content-Encoding"], len(json.loads(zlib.decompress(data, 31)))), ("gzip", 22))
+        status, headers, data = self.server.request("GET", "/", headers={"Accept-Encoding": "gzip", "Accept": "text/html"})
+        self.assertEqual((headers["Content-Encoding"], headers["Cache-Control"]), ("gzip", "no-store"))
+        self.assertIn(b'"name": "t19"', zlib.decompress(data, 31))
+        self.assertLess(len(data), 25000, "of a slow line")
+        self.assertEqual(self.server.request("HEAD", "/", headers={"Accept": "text/html"})[0], 200)
+
+
 class StreamsStdin(StreamsCase):
     def test_what_is_posted_arrives_byte_for_byte(self):
         pid = self.cat()
@@ -11576,6 +11791,109 @@ class BrowserPage(BrowserCase):
         if os.environ.get("WRITE_PICTURE"):
             with open(os.path.join(HERE, "examples", "page.png"), "wb") as file:
                 file.write(picture)
+
+
+class BrowserFigures(BrowserCase):
+    """What the web page costs. `python3 test_gaffer.py --figures` measures more, and prints it."""
+
+    full = False                        # with --figures
+
+    def tell(self, text, *values):
+        """Print a figure."""
+        if self.full:
+            print(text % values, file=sys.stderr, flush=True)
+
+    def open(self, path):
+        """Load the page, and wait until it is live."""
+        self.browser.size(1280, 800)
+        self.browser.get("about:blank")
+        self.browser.get("%s/#%s" % (self.server.url, path))
+        self.browser.wait("return document.querySelector('#link').textContent === 'live'")
+
+    def pass_time(self, seconds):
+        """Let the page run for a while; how many frames it has drawn, and the longest pause between two, in seconds."""
+        return self.browser.script(
+            "const end = performance.now() + 1000 * arguments[0]; let frames = 0, longest = 0, last = performance.now();"
+            "return new Promise(resolve => requestAnimationFrame(function frame(now) {"
+            "  longest = Math.max(longest, now - last); last = now; frames++;"
+            "  if (now < end) requestAnimationFrame(frame); else resolve([frames, longest / 1000]); }))", seconds)
+
+    def lines(self, name, rate, total):
+        """A template that prints `total` lines of 60 bytes, so many a second, once it is told to."""
+        return self.server.add(name, python("""
+            import sys, time
+            input()
+            began, done = time.monotonic(), 0
+            while done < %d:
+                due = min(%d, int((time.monotonic() - began) * %d))
+                sys.stdout.write("".join("%%09d %%s\\n" %% (number, "x" * 49) for number in range(done, due)))
+                done = due
+                time.sleep(0.01)
+            print("end")
+            input()
+            """ % (total, total, rate)), redirect_input=True)[0]
+
+    def test_frames_while_5000_lines_a_second_arrive(self):
+        seconds = 10 if self.full else 1
+        pid = self.lines("fast", 5000, 5000 * (seconds + 1))
+        self.open("/p/fast")
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
+        self.browser.wait("return document.querySelector('.l')")
+        frames, longest = self.pass_time(seconds)
+        self.tell("%.1f frames a second while 5,000 lines a second arrive, the longest pause %.0f ms", frames / seconds, 1000 * longest)
+        self.assertGreater(frames / seconds, 20)
+        self.browser.wait("return [...document.querySelectorAll('.l')].some(node => node.textContent.endsWith(' end'))")
+        self.assertEqual(self.browser.script("return document.querySelectorAll('.note').length"), 0, "nothing was lost")
+
+    def test_memory_is_bounded(self):
+        totals = (200000, 800000) if self.full else (20000,)
+        self.open("/p/none")
+        used = []
+        for number, total in enumerate(totals):
+            name = "many%d" % number
+            pid = self.lines(name, 25000, total)
+            if not number:
+                self.browser.script("location.hash = '#/logs'")
+            self.browser.wait("return document.querySelector('.lines')")
+            self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
+            self.wait_long("return [...document.querySelectorAll('.l')].some(node => /%s.* end$/.test(node.textContent))" % name)
+            self.browser.cdp("HeapProfiler.collectGarbage")
+            self.browser.cdp("Performance.enable")
+            metrics = {metric["name"]: metric["value"] for metric in self.browser.cdp("Performance.getMetrics")["metrics"]}
+            used.append(metrics["JSHeapUsedSize"] / 2 ** 20)
+            self.tell("%.1f MiB of JavaScript's heap and %d nodes after %d lines", used[-1], metrics["Nodes"], sum(totals[:number + 1]))
+        self.assertLess(max(used), 80)
+        if self.full:
+            self.assertLess(used[1], 1.3 * used[0])
+
+    def wait_long(self, js):
+        """Wait for what takes more than TIMEOUT."""
+        for _ in range(10):
+            with contextlib.suppress(AssertionError):
+                return self.browser.wait(js)
+        self.fail(js)
+
+    @unittest.skipUnless("--figures" in sys.argv, "only with --figures")
+    def test_three_hundred_processes(self):
+        for number in range(300):
+            self.server.manager.add_process("g%d:sleeper-%d" % (number // 60, number), "sleep 1000")
+        paints = []
+        for _ in range(7):
+            self.open("/")
+            paints.append(self.browser.wait("const [paint] = performance.getEntriesByName('first-contentful-paint'); return paint && paint.startTime"))
+        self.tell("first paint of 300 processes: %.0f ms, median of %d loads (%.0f to %.0f)", sorted(paints)[len(paints) // 2], len(paints),
+                  min(paints), max(paints))
+        self.pass_time(3)
+        before = time.process_time()
+        frames, _ = self.pass_time(20)
+        self.tell("%.2f %% of a core for the server while one page shows 300 processes", 5 * (time.process_time() - before))
+        self.browser.get("about:blank")
+        before = time.process_time()
+        self.pass_time(10)
+        self.tell("%.2f %% without a page", 10 * (time.process_time() - before))
+        page = self.server.request("GET", "/", headers={"Accept": "text/html", "Accept-Encoding": "gzip"})[2]
+        stats = self.server.request("GET", "/stats?brief=true", headers={"Accept-Encoding": "gzip"})[2]
+        self.tell("the page with its data is %.1f KiB as gzip, each look at the statistics %.1f KiB", len(page) / 1024, len(stats) / 1024)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -15289,8 +15607,9 @@ LONG = ("StreamsCost", "StreamsLoss", "Loadtest", "StreamsLossless", "CliFaults"
 
 def main():
     """Run all tests, or those that are named. --fuzz N, --hostile N: only those, with N cases of each kind; --chaos SECONDS: only
-    that, for so long; --seed SEED, or SEED:FIRST: the same ones again. --jobs N: classes at a time."""
+    that, for so long; --figures: what the web page costs; --seed SEED, or SEED:FIRST: the same ones again. --jobs N: classes at a time."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--figures", action="store_true")
     for option, kind in (("--fuzz", int), ("--hostile", int), ("--chaos", float), ("--seed", str), ("--jobs", int)):
         parser.add_argument(option, type=kind)
     given, names = parser.parse_known_args()
@@ -15301,6 +15620,9 @@ def main():
             case.patience = Case.patience + count / 100
             print("%s: %d cases of each kind, seed %s" % (case.__name__, count, seed), file=sys.stderr, flush=True)
             names = names or [case.__name__]
+    if given.figures:
+        BrowserFigures.full, BrowserFigures.patience = True, 20 * TIMEOUT
+        names = names or ["BrowserFigures"]
     if given.chaos is not None:
         CHAOS.update(seconds=given.chaos, seed=int(given.seed or CHAOS["seed"]))
         names = names or ["Chaos"]
