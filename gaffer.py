@@ -154,8 +154,8 @@ STALL = 300.0                       # any other reader that takes nothing: it ho
 EVENTS_KEPT = 1024                  # events that can be resumed
 STATS_KEPT = 16                     # samples a slow reader of statistics may be behind
 
-STDIN_SIZE = MIB                    # waits for a process to read it
-STDIN_LOW = STDIN_SIZE // 2         # below this, websockets are read again
+STDIN_SIZE = MIB                    # waits for a process to read it; half of it, and its websockets are read again
+STDIN_SIZE_MAX = 1024 * MIB
 DRAIN_TIME = 2.0                    # output after an exit, where a grandchild holds the pipe
 AFTERLIFE = 60.0                    # windows of an exited process can be read this long
 AFTERLIFE_COUNT = 16                # of a template's last exits (or twice its numprocesses, if that is more)
@@ -211,6 +211,7 @@ DEFLATE_SIZE_MIN = 256              # shorter messages hardly shrink on their ow
 DEFLATE_SIZE_MAX = MIB              # longer ones would hold up the loop: 3 to 5 ms a mebibyte
 FINAL_BLOCKS_MAX = 16               # in one compressed message: each costs a new decompressor
 OFFERS_SIZE = 2 * KIB               # Sec-WebSocket-Extensions: browsers send 60 bytes
+FRAMES_PER_TURN = 256               # of one websocket, so that the others get theirs: some 0.5 ms, with a pong or a line for each
 MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn: compressed, they cost little
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
 
@@ -2128,10 +2129,12 @@ class Output:
 
 
 class Input:
-    """Writes into a process's stdin, or custom stream, as it reads. `shutdown(fd)` is how the end of file is said."""
+    """Writes into a process's stdin, or custom stream, as it reads; up to `limit` bytes wait. `end_of_file(fd)` is how the
+    end of file is said."""
 
-    def __init__(self, loop, fd, label, end_of_file):
+    def __init__(self, loop, fd, label, end_of_file, limit):
         self._loop, self._fd, self._label, self._end_of_file = loop, fd, label, end_of_file
+        self.limit = limit
         self._buffer = collections.deque()
         self._registered = self._ending = False
         self.size = 0                           # bytes that wait
@@ -2145,11 +2148,13 @@ class Input:
     def write(self, data):
         """Take all of `data`, or nothing. ForbiddenWrite: closed. StdinFull: the process does not read."""
         need(not self.closed, ForbiddenWrite, "%s of this process is closed; start another process to write to" % self._label)
-        need(self.size + len(data) <= STDIN_SIZE, StdinFull,
+        need(self.size + len(data) <= self.limit, StdinFull,
              "%d bytes wait for the process to read them; send this again later" % self.size)
         if data:
-            self._buffer.append(memoryview(data))
             self.size += len(data)
+            if self._buffer and len(self._buffer[-1]) + len(data) <= COALESCE_SIZE:     # each would cost 200 bytes more
+                data = b"".join((self._buffer.pop(), data))
+            self._buffer.append(memoryview(data))
             self._flush()
             need(self._fd is not None, ForbiddenWrite, "the process has closed its %s" % self._label)
 
@@ -2175,7 +2180,7 @@ class Input:
         if self._ending and not self._buffer:
             return self.close()
         self._watch(bool(self._buffer))
-        if self.on_low and self.size <= STDIN_LOW:
+        if self.on_low and self.size <= self.limit // 2:
             self._tell_low()
         return None
 
@@ -2233,9 +2238,9 @@ class Process:
 
     # start
 
-    def spawn(self, launch, merged, window_size):
-        """Execute `launch`. `merged`: {label: Merged}. InvalidProcessInfo: it cannot be executed. Busy: the system has no
-        room for another process."""
+    def spawn(self, launch, merged, window_size, input_size):
+        """Execute `launch`. `merged`: {label: Merged}; sizes: see Manager. InvalidProcessInfo: it cannot be executed.
+        Busy: the system has no room for another process."""
         ours, theirs = [], []                   # descriptors to close when it fails, and always
         try:
             plan = self._pipes(ours, theirs)
@@ -2256,7 +2261,7 @@ class Process:
                 os.close(fd)
         self.started, self.instance = self._loop.clock(), launch.instance
         for label, fd in plan["write"].items():
-            self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else end_socket)
+            self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else end_socket, input_size)
         try:
             self._watcher = self._exit_watcher(self._loop, self.os_pid, self._exit)
         except (OSError, RuntimeError):         # no descriptor, no thread left: the process runs, and has to be watched
@@ -2703,15 +2708,17 @@ class ProcessHandle:
 
 class Manager:
     """Keeps processes running. `apps`: objects with start(loop, manager), and maybe stop() and restart(). `window_size`:
-    bytes kept of each stream. `exit_with`: the name of a template, there or yet to come; once a process of it has ended by
-    itself, all others are stopped, run() returns, and `exit_code` is its status, or 128 and the signal. `exit_watcher`,
-    `process_table`: see the platform section; chosen by probing."""
+    bytes kept of each stream; `input_size`: that wait for a process to read them. `exit_with`: the name of a template,
+    there or yet to come; once a process of it has ended by itself, all others are stopped, run() returns, and
+    `exit_code` is its status, or 128 and the signal. `exit_watcher`, `process_table`: see the platform section; chosen
+    by probing."""
 
-    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None, exit_with=None):
+    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None, exit_with=None,
+                 input_size=STDIN_SIZE):
         self.exit_with, self.exit_code = exit_with, 0
         self.loop = loop or Loop()
         self.apps = list(apps)
-        self.window_size = window_size
+        self.window_size, self.input_size = window_size, input_size
         self.epoch = os.urandom(4).hex()        # a word for this run, in every id
         self.templates = {}
         self.processes = {}                     # pid -> Process: all that can still be asked for
@@ -3177,7 +3184,7 @@ class Manager:
     def _spawn(self, template, launch):
         """A new process of `template`, running. The caller publishes it."""
         process = Process(self._next_pid, template, self, self.loop, self.table, self._exit_watcher)
-        process.spawn(launch, template.merged, self.window_size)
+        process.spawn(launch, template.merged, self.window_size, self.input_size)
         self._next_pid += 1
         self.processes[process.pid] = template.processes[process.pid] = process
         template.error = None
@@ -4157,7 +4164,7 @@ class WebSocketDecoder:
         self._compressed = False                # is the message under way
         self._buffer, self._at = b"", 0         # what came, and how far it is understood
         self._event = None
-        self._done = False
+        self._done, self._frames = False, 0
         self._message = None                    # opcode of the message under way
         self._data, self._size = bytearray(), 0     # what of it is here, and what its frames have announced
         self._checked = 0                       # how much of it is known to be UTF-8
@@ -4168,12 +4175,18 @@ class WebSocketDecoder:
         """Take bytes; returns an iterator over the events they complete. What is not asked for yet waits for the next
         feed(), of b"" too: so who has enough need not take more."""
         self._buffer = self._buffer[self._at:] + data
-        self._at = 0
+        self._at, self._frames = 0, FRAMES_PER_TURN
         return iter(self._next, None)
+
+    @property
+    def more(self):
+        """True where feed() has stopped after FRAMES_PER_TURN frames: feed(b"") goes on."""
+        return self._frames == 0
 
     def _next(self):
         self._event = None
-        while self._event is None and not self._done and (self._payload() if self._frame is not None else self._head()):
+        while self._event is None and not self._done and self._frames and (
+                self._payload() if self._frame is not None else self._head()):
             pass
         return self._event
 
@@ -4237,6 +4250,7 @@ class WebSocketDecoder:
         last = left == len(data)
         if last:
             self._frame = None
+            self._frames -= 1
         if opcode >= 8:
             self._control += data
             return last and self._control_end(opcode)
@@ -5354,7 +5368,8 @@ class Api:
     def write(self, request, ref, label="stdin"):
         """Write to a process, whole or not at all."""
         self._writable(ref, label)
-        need(len(request.body) <= STDIN_SIZE, TooLarge, "a body is at most %d bytes; send it in parts" % STDIN_SIZE)
+        most = self.manager.input_size
+        need(len(request.body) <= most, TooLarge, "a body is at most %d bytes; send it in parts" % most)
         self.manager.write(ref, label, request.body)
         return OK
 
@@ -5971,10 +5986,11 @@ class WebSocketChannel(Channel):
             if self.held:
                 return
             left -= len(event[1]) if event[0] in ("text", "binary") else 0
-            if left < 0:                        # the others' turn
-                self.hold()
-                self.loop.call_soon(self.go_on)
-                return
+            if left < 0:
+                break
+        if (left < 0 or self._decoder.more) and not self.closed and not self._ending:      # the others' turn
+            self.hold()
+            self.loop.call_soon(self.go_on)
 
     def _take(self, kind, data, reason=""):
         if kind in ("text", "binary"):
@@ -6026,6 +6042,7 @@ class ProcessSocket(WebSocketChannel):
     """A websocket to a process: what comes in goes to its stdin, its output comes back."""
 
     def __init__(self, http, sock, received, reply, more):
+        self.limit = reply.stream.limit if reply.stream is not None else MESSAGE_SIZE
         super().__init__(http, sock, received, [*reply.headers, *more], reply.inflater)
         self._reply, self._reader = reply, reply.reader
         self._reader.sink = self
@@ -6060,7 +6077,7 @@ class ProcessSocket(WebSocketChannel):
         data = data.encode("utf-8") if isinstance(data, str) else data
         self._messages.append(data + b"\n" if self._reply.by_line else data)
         self._size += len(self._messages[-1])
-        if self._size > STDIN_LOW:
+        if self._size > self.limit // 2:
             self._write()
         return None
 
@@ -6074,7 +6091,7 @@ class ProcessSocket(WebSocketChannel):
     def _write(self):
         """Also what came in front of the peer's close frame."""
         messages, self._messages, stream = self._messages, [], self._reply.stream
-        if self._size <= STDIN_LOW:
+        if self._size <= self.limit // 2:
             messages = [b"".join(messages)]
         self._size = 0
         while messages:
@@ -6091,8 +6108,8 @@ class ProcessSocket(WebSocketChannel):
         if self._said_close or self.closed:
             return log.info("%d websocket messages for %s were dropped: it does not read",
                             len(messages), self._reply.process.name)
-        if len(messages[0]) > STDIN_SIZE:
-            return self.say_close(1009, "a message is over %d bytes" % STDIN_SIZE)
+        if len(messages[0]) > self.limit:       # with its end of line
+            return self.say_close(1009, "a message is over %d bytes" % self.limit)
         self._messages, self._size = messages, sum(map(len, messages))
         self.hold()
         return self._reply.stream.on_low.add(self._stdin_low)
@@ -6231,6 +6248,11 @@ class RequestChannel(Channel):
     def kind(self):
         """See Channel."""
         return "longpoll" if self._parked else "request"
+
+    @property
+    def talks_tls(self):
+        """True where the client expects TLS, be the handshake made or not."""
+        return self._listener.context is not None
 
     def open(self):
         """See Channel."""
@@ -6952,7 +6974,7 @@ class HttpHandler:
                 self.connections += 1
                 self._of_address[peer] += 1
         if full:
-            self._refuse(sock)
+            self._refuse(sock, listener.context is None)
             if self.access_log is not None:
                 self.access_log.add(client, None, Busy.status, 0)
         else:
@@ -6988,7 +7010,7 @@ class HttpHandler:
                     del self._threads[thread]
         if channel is not None:
             self.released(channel.peer)
-            self._refuse(channel.sock)
+            self._refuse(channel.sock, not channel.talks_tls)
         return False
 
     def _run(self, function, *args):
@@ -7011,12 +7033,14 @@ class HttpHandler:
         with self._lock:
             self._threads[threading.current_thread()] = None
 
-    def _refuse(self, sock):
+    def _refuse(self, sock, plain):
+        """`plain`: without TLS; with it there is no answer, as that would need the handshake that there is no room for."""
         self._said.warning("too many connections: one was refused")     # in all, of its address, or threads
         self.requests.add("", Busy.status)
         try:
             sock.setblocking(False)
-            sock.send(error_response(Busy("there are too many connections; try again later")).encode(self.date(), False))
+            if plain:
+                sock.send(error_response(Busy("there are too many connections; try again later")).encode(self.date(), False))
             sock.shutdown(socket.SHUT_WR)
             sock.recv(READ_SIZE)                # what is not read would make a reset of it, and the answer may be lost
         except OSError:
@@ -7064,7 +7088,8 @@ class HttpHandler:
 
     def body_limit(self, request):
         """How long a body may be."""
-        return self._max_body if self._router.find(request.segments())[0] is None else BODY_SIZE
+        own = self._router.find(request.segments())[0] is not None
+        return max(BODY_SIZE, self._api.manager.input_size) if own else self._max_body
 
     def answer(self, request):
         """A Response, or one of the replies. Called on the loop."""
@@ -9068,7 +9093,8 @@ def serve(arguments):
         apps.insert(0, SigHandler((*SigHandler.SIGNALS, signal.SIGHUP)))
     if arguments.pidfile:
         apps.insert(0, PidFile(arguments.pidfile))
-    manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE, exit_with=arguments.exit_with)
+    manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE, exit_with=arguments.exit_with,
+                      input_size=arguments.input or STDIN_SIZE)
     if configuration is not None:
         configuration.begin(manager)
     manager.run()
@@ -9470,12 +9496,14 @@ def option(*names, **how):
     return names, how
 
 
-def window_bytes(text):
-    """--window: a number of bytes."""
-    import argparse
-    if not re.fullmatch("[0-9]{1,12}", text) or not WINDOW_SIZE_MIN <= int(text) <= WINDOW_SIZE_MAX:
-        raise argparse.ArgumentTypeError("a window is %d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX))
-    return int(text)
+def some_bytes(least, most):
+    """--window, --input: a number of bytes in bounds."""
+    def check(text):
+        import argparse
+        if not re.fullmatch("[0-9]{1,12}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError("give %d to %d bytes" % (least, most))
+        return int(text)
+    return check
 
 
 def template_name(text):
@@ -9598,7 +9626,10 @@ COMMANDS = {
         option("--access-log", metavar="FILE", help="a line for each request, in Apache's combined format ('-': to stderr)"),
         option("--exit-with", metavar="NAME", type=template_name,
                help="stop when a process of this template, there or yet to come, ends by itself, and exit with its status"),
-        option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE),
+        option("--window", metavar="BYTES", type=some_bytes(WINDOW_SIZE_MIN, WINDOW_SIZE_MAX),
+               help="how much is kept of each stream (default %d)" % WINDOW_SIZE),
+        option("--input", metavar="BYTES", type=some_bytes(1, STDIN_SIZE_MAX),
+               help="how much waits for a process to read it, and is the most of one body or message (default %d)" % STDIN_SIZE),
         option("--connections", metavar="N", type=positive,
                help="at once (default %d, or seven eighths of the limit of open files)" % CONNECTIONS_MAX),
         option("--connections-per-address", metavar="N", type=positive,

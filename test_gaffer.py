@@ -23,6 +23,7 @@ import glob
 import grp
 import hashlib
 import http.client
+import inspect
 import io
 import itertools
 import json
@@ -3436,6 +3437,19 @@ class PureWebSocket(Case):
                 self.assertLess(size, 2 * len(piece) * count + 10000)
                 whole = piece * count + b"cd"
                 self.assertEqual(list(decoder.feed(self.frame(0, b"cd"))), [("text", whole.decode()) if opcode == 1 else ("binary", whole)])
+
+    def test_many_frames_come_in_portions(self):
+        """They cost more than their few bytes, and one that floods must not keep the others waiting."""
+        most = gaffer.FRAMES_PER_TURN
+        for kind, wire in ("ping", self.frame(9, b"")), ("text", self.frame(1, b"")), (None, self.frame(0, b"", False)):
+            decoder = gaffer.WebSocketDecoder(100)
+            events = list(decoder.feed((self.frame(1, b"", False) if kind is None else b"") + wire * (2 * most + 3)))
+            counts, more = [len(events)], [decoder.more]
+            while decoder.more:
+                counts.append(len(list(decoder.feed(b""))))
+                more.append(decoder.more)
+            self.assertEqual((sum(counts), max(counts)), (2 * most + 3, most) if kind else (0, 0))
+            self.assertEqual(more, [True, True, False])
 
     def test_events_wait_until_they_are_asked_for(self):
         """Who has enough stops, and goes on with the next feed."""
@@ -8358,6 +8372,16 @@ class HttpEndpoints(HttpCase):
         self.assertEqual(wire.answer()[2], b"OK")
         wire.close()
 
+    def test_with_tls_there_is_no_plain_answer(self):
+        """It would be none to a client that speaks TLS, and there is no room for a handshake."""
+        server, _ = self.tls(max_connections=1)
+        first = server.connect()
+        self.addCleanup(first.close)
+        until(lambda: server.http.connections == 1, "the first")
+        with self.assertLogs("gaffer", "WARNING"), server.connect() as second:
+            self.assertEqual(second.recv(1000), b"")
+        self.assertEqual(server.http.requests.other[503], 1)
+
     def test_tls_with_http_client(self):
         """Requests, a body of a megabyte, keep-alive."""
         server, context = self.tls(handlers=[("/echo", lambda request: request.body)])
@@ -9974,6 +9998,33 @@ class StreamsTemplate(StreamsCase):
         self.assertEqual(wire.exactly(10), b"last words")
 
 
+class PureInput(PureLoopCase):
+    """What waits for a process."""
+
+    def test_many_small_pieces_cost_little_more_than_their_bytes(self):
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        stream, sent = gaffer.Input(self.loop, write, "stdin", os.close, 300000), []
+        tracemalloc.start()
+        with contextlib.suppress(gaffer.StdinFull):
+            for number in itertools.count():
+                piece = b"%d\n" % number
+                self.do(stream.write, piece)
+                sent.append(number)
+        size = tracemalloc.get_traced_memory()[0] - sys.getsizeof(sent) - 32 * len(sent)
+        tracemalloc.stop()
+        self.assertGreater(stream.size, 300000 - 10)
+        self.assertLess(size, 2 * 300000)
+        self.do(stream.end)
+        with os.fdopen(read, "rb") as file:
+            for number in sent:
+                if number % 1000 == 0:
+                    self.advance()
+                self.assertEqual(file.readline(), b"%d\n" % number)
+            self.advance()
+            self.assertEqual(file.read(), b"")
+
+
 class StreamsStdin(StreamsCase):
     def test_what_is_posted_arrives_byte_for_byte(self):
         pid = self.cat()
@@ -11564,7 +11615,8 @@ class CliServe(CliCase):
                 os_pid = server.ok("GET", "/processes/1", headers=good)["os_pid"]
                 with open("/proc/%d/environ" % os_pid, "rb") as file:
                     self.assertNotIn(b"GAFFER_TOKEN", file.read())
-                self.assertEqual((server.stop(), server.stderr), (0, ""))
+                self.assertEqual(server.stop(), 0)
+                self.assertRegex(server.stderr, r"^[^\n]*a wrong token came from 127\.0\.0\.1:\d+; 1 so far\n\Z")
 
     def test_cors_origin_and_allow_host_may_be_repeated(self):
         server = self.start("--cors-origin", "https://one.example", "--cors-origin", "https://two.example/",
@@ -11583,6 +11635,19 @@ class CliServe(CliCase):
         self.assertEqual((status, headers["Access-Control-Allow-Origin"]), (404, "https://any.example"))
         self.assertNotIn("Access-Control-Allow-Credentials", headers)
         self.assertEqual(server.stop(), 0)
+
+    def test_input(self):
+        server = self.start("--input", "2000000")
+        server.add("a", python("import time\nwhile True: time.sleep(9)"), redirect_input=True)
+        size = 2 * 10 ** 6                      # as JSON, with its quotes
+        self.assertEqual(server.request("POST", "/streams/1/stdin", "x" * (size - 1))[0], 413)
+        self.assertEqual(server.request("POST", "/streams/1/stdin", "x" * (size - 2))[0], 200)
+        self.assertEqual(server.request("POST", "/streams/1/stdin", "x" * (size - 2))[0], 503)
+        made = WebSocket(server.port, "/wstreams/1")
+        self.addCleanup(made.close)
+        made.sock.sendall(struct.pack("!BBQ", 0x81, 0xFF, size + 1) + b"mask")
+        self.assertEqual(made.read()[1][:2], struct.pack("!H", 1009))
+        server.stop()
 
     def test_window(self):
         server = self.start("--window", "4096")
@@ -12434,6 +12499,7 @@ class CliCommands(CliControlCase):
                 with self.subTest(name):
                     status, out, err = self.called(name, *arguments, *more, "--endpoint", server.url)
                     self.assertEqual((status, out), (6, ""))
+                    err = re.sub(r"\Aa wrong token came from [^\n]*\n", "", err)      # the server, in this same process, says so
                     self.assertRegex(err, r"\Agaffer: the server wants its token: [^\n]*--token-file[^\n]*\n\Z")
         os.environ["GAFFER_TOKEN"] = "s3cret"
         self.assertEqual(self.called("processes", "--endpoint", server.url), (0, "", ""))
@@ -13980,9 +14046,9 @@ class Readme(CliCase):
 
     def test_the_command_reference_is_what_help_says(self):
         """`WRITE_README=1 python3 test_gaffer.py Readme` writes it anew."""
-        head, fence, _ = self.text.partition("## Command reference\n\n```text\n")
+        head, fence, rest = self.text.partition("## Command reference\n\n```text\n")
         self.assertTrue(fence)
-        made = head + fence + "$ gaffer.py --help\n" + self.reference() + "```\n"
+        made = head + fence + "$ gaffer.py --help\n" + self.reference() + "```\n" + rest.partition("\n```\n")[2]
         if os.environ.get("WRITE_README"):
             with open(os.path.join(HERE, "README.md"), "w", encoding="utf-8") as file:
                 file.write(made)
@@ -13999,12 +14065,32 @@ class Readme(CliCase):
         flapping = {name: default for name, (default, _) in gaffer.FLAPPING.items()}
         self.assertIn("`%s`" % json.dumps(flapping), self.text)
 
+    # how the work is cut and paced, and what a command of the command line does by itself: nothing ends there
+    INTERNAL = frozenset("""
+        KIB MIB WINDOW_SIZE_MIN WINDOW_SIZE_MAX STDIN_SIZE_MAX READ_SIZE READ_SIZE_WIDE PIPE_SIZE COALESCE_SIZE SHARE_SIZE JOIN_SIZE
+        PARTS_MAX SHARES_PER_TURN COURTESY COURTESY_RECENT FANOUT_SIZE PACE PACE_READERS PACE_MIN PACE_MAX PARTIAL_LINE_DELAY
+        MERGED_LINE_DELAY GROUP_POLL GROUP_POLL_MAX EXIT_POLL KILL_AGAIN STOP_STAGGER STOP_STAGGER_TOTAL WAIT_EXTRA SECONDS_MAX
+        REQUEST_LINE_SIZE REQUESTS_PER_TURN LINGER_TIME LINGER_SIZE FILES_FOR_CONNECTIONS ACCEPTS_PER_TURN LOOKS ACCEPT_PAUSE
+        MEMORY_PAUSE SEND_QUEUE_LOW DEFLATE_LEVEL DEFLATE_WINDOW_BITS DEFLATE_SIZE_MIN DEFLATE_SIZE_MAX MESSAGES_PER_TURN
+        ACCESS_LOG_DELAY REQUEST_BUCKETS TURN_BUCKETS CLIENT_TIME HEARTBEAT STREAM_TIME WEBHOOK_PAUSES WEBHOOK_REST WEBHOOK_END
+        SCREEN_END FAULTS_MAX STATUS_INTERVAL RETRY_FIRST RETRY_MAX SHORTAGES""".split())
+
     def test_its_limits_are_those_of_the_source(self):
-        rows = re.findall(r"^\| `([A-Z_]+)` \| ([0-9,]+)(?: (\w+))? \|", self.text, re.M)
-        self.assertGreater(len(rows), 15)
+        rows = re.findall(r"^\| `([A-Z_]+)` \| ([0-9,]+)(?: (\w+))? \|([^|]*)\| ([^|]+) \|$", self.text, re.M)
         units = {"": 1, "s": 1, "KiB": 1024, "MiB": 1024 ** 2}
-        for name, number, unit in rows:
-            self.assertEqual(int(number.replace(",", "")) * units[unit], getattr(gaffer, name), name)
+        for name, number, unit, how, what in rows:
+            with self.subTest(name):
+                self.assertEqual(int(number.replace(",", "")) * units[unit], getattr(gaffer, name))
+                for option in re.findall(r"`(--[a-z-]+)`", how):
+                    self.assertIn(option, self.reference())
+                for owner, argument in re.findall(r"`(\w+)\((\w+)=\)`", how):
+                    self.assertIn(argument, inspect.signature(getattr(gaffer, owner)).parameters)
+                self.assertIn(":", what, "it is to say what happens there")
+        source = cli_read(gaffer.__file__)
+        section = source[source.index("\nKIB, MIB ="):source.index("\nclass GafferError")]
+        constants = {name for line in re.findall(r"^([A-Z_, ]+) =", section, re.M) for name in line.split(", ")}
+        told = [row[0] for row in rows]
+        self.assertEqual(sorted([*told, *self.INTERNAL]), sorted(constants), "each limit is in the table once, or internal")
         self.assertIn("from %d bytes to 1 GiB" % gaffer.WINDOW_SIZE_MIN, self.text)
         self.assertIn("default %d" % gaffer.WINDOW_SIZE, self.text)
 
