@@ -217,6 +217,8 @@ CLOSE_TIME = 5.0                    # for the peer's close frame, and for the la
 
 ACCESS_FIELD_SIZE = KIB             # of a client's header in the access log
 ACCESS_LOG_SIZE = 256 * KIB         # lines that wait to be written
+LOG_SIZE = 256 * KIB                # of --log-file, too
+LOG_END = 1.0                       # and at gaffer's stop they are written for so long
 ACCESS_LOG_DELAY = 0.2              # and how long at most, where all goes well
 REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)    # seconds, of /metrics: loop to thread
 TURN_BUCKETS = (0.001, 0.01, 0.1, 1.0)      # of a turn of the loop: all else waits as long, and 10 ms of that can be felt
@@ -5739,15 +5741,127 @@ class Channel:
                 self.http.access_log.add(client, request, status, max(0, self.sent - head))
 
 
+class LineWriter:
+    """Writes lines to a file, on a thread of its own: a disk may hang, and nobody read a pipe. `path`: "-" is stderr. Up to
+    `most` bytes wait. `failed(lines, reason)` is told, on that thread, of those that could not be written. Where the file is
+    moved away, it goes on in a new one. Any thread may call."""
+
+    def __init__(self, path, most, failed):
+        self._path, self._most, self._failed = path, most, failed
+        self.fd = self._identity = None
+        self._waiting, self._changed = bytearray(), threading.Condition()
+        self._thread, self._end, self._closing = None, math.inf, False
+        self._torn = False                      # what was written last ends within a line
+
+    def open(self):
+        """Open the file, or open it anew. OSError."""
+        if self._path == "-":
+            fd = 2
+        else:                                   # non-blocking: opening a pipe without a reader must not wait for one
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+        before, self.fd, seen = self.fd, fd, os.fstat(fd)
+        regular = stat.S_ISREG(seen.st_mode)
+        self._piece = self._most if regular else select.PIPE_BUF    # so much fits where poll() says that something does
+        self._identity = (seen.st_dev, seen.st_ino) if regular and self._path != "-" else None
+        self._closing = False
+        if before is not None:
+            os.close(before)
+
+    def put(self, data):
+        """Take whole lines. False: too much waits already, they are dropped."""
+        with self._changed:
+            if self.fd is None or len(self._waiting) + len(data) > self._most:
+                return False
+            self._waiting += data
+            if self._thread is None:
+                self._end = math.inf
+                self._thread = threading.Thread(target=self._run, name="gaffer-log", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+            return True
+
+    def end(self):
+        """Let the thread end, once it has written what waits, for which it has LOG_END."""
+        with self._changed:
+            self._end = time.monotonic() + LOG_END
+            self._changed.notify()
+
+    def join(self):
+        """Wait for that. A disk that hangs is not waited for."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(2 * LOG_END)
+            if thread.is_alive():
+                self._failed(self._waiting.count(b"\n"), "it hangs")
+
+    def close(self):
+        """Write what waits, and close the file. A thread that hangs does so itself, should it come back: the number of the
+        descriptor must not become another file's before that."""
+        self._closing = True
+        self.end()
+        self.join()
+        with self._changed:
+            if self._thread is None:
+                self._shut()
+
+    def _shut(self):
+        if self.fd is not None and self._path != "-":
+            os.close(self.fd)
+        self.fd = None
+
+    def _run(self):
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._end < math.inf)
+                data, self._waiting = self._waiting, bytearray()
+                if not data:
+                    self._thread = None         # what comes from now on is for another
+                    if self._closing:
+                        self._shut()
+                    return
+            try:
+                if self._identity is not None:
+                    self._follow()
+                self._write(data)
+            except OSError as error:
+                self._failed(data.count(b"\n"), (error.strerror or str(error)).lower())
+
+    def _follow(self):
+        """Where the file has been moved away, or removed, go on in a new one. OSError."""
+        try:
+            seen = os.stat(self._path)
+            moved = (seen.st_dev, seen.st_ino) != self._identity
+        except OSError:
+            moved = True
+        if moved:
+            self.open()
+
+    def _write(self, data):
+        """Write `data`, and take away what is written. OSError."""
+        if self._torn:
+            data[:0] = b"\n"
+        ready = select.poll()
+        ready.register(self.fd, select.POLLOUT)
+        while data:
+            while not ready.poll(100):
+                if time.monotonic() > self._end:
+                    raise TimeoutError(errno.ETIMEDOUT, "nobody takes it")
+            piece = data[:self._piece]
+            try:
+                count = os.write(self.fd, piece[:piece.rfind(b"\n") + 1] or piece)
+            except BlockingIOError:             # somebody else was faster
+                continue
+            self._torn = data[count - 1:count] != b"\n"
+            del data[:count]
+
+
 class AccessLog:
     """A line for each request, in Apache's combined format. `path`: a file, "-": stderr. Lines wait in a buffer for a moment;
-    what the file or the pipe does not take is dropped, counted, and told once a minute. A file that was moved away is opened
-    anew."""
+    what the file or the pipe does not take is dropped, counted, and told once a minute."""
 
     def __init__(self, path):
-        self._path, self._fd, self._identity = path, None, None
+        self._path, self._writer = path, LineWriter(path, ACCESS_LOG_SIZE, self._drop)
         self._pending = bytearray()
-        self._cut = self._torn = False          # what was written ends within a line; and its rest was dropped
         self._lost = 0
         self._loop = self._timer = None
         self._secrets = ()
@@ -5762,97 +5876,48 @@ class AccessLog:
             self._secrets = sorted({raw, urllib.parse.quote(token), urllib.parse.quote(token, ""), urllib.parse.quote_plus(token),
                                     base64.b64encode(b":" + token.encode("utf-8")).decode("ascii")}, key=len, reverse=True)
         try:
-            self._open()
+            self._writer.open()
         except OSError as error:
             raise StartError("the access log '%s' cannot be written: %s" % (self._path, error.strerror)) from None
 
-    def _open(self):
-        if self._path == "-":
-            fd = 2
-        else:                                   # non-blocking: it may be a named pipe
-            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
-        if self._fd is not None:
-            os.close(self._fd)
-        self._fd, seen = fd, os.fstat(fd)
-        regular = stat.S_ISREG(seen.st_mode)
-        self._piece = ACCESS_LOG_SIZE if regular else select.PIPE_BUF       # so much fits where poll() says that something does
-        self._identity = (seen.st_dev, seen.st_ino) if regular and self._path != "-" else None
-
     def add(self, client, request, status, size):
         """A request has been answered with `size` bytes beside the head. On the loop."""
-        if self._fd is None:
+        if self._writer.fd is None:
             return
         now = int(time.time())
         if self._time[0] != now:
             self._time = (now, log_time(now))
-        line = access_line(client, self._time[1], request, status, size, self._secrets).encode("ascii")
-        if len(self._pending) + len(line) > ACCESS_LOG_SIZE:
-            self._write()
-        if len(self._pending) + len(line) > ACCESS_LOG_SIZE:
-            return self._drop(1, "nobody takes it")
-        self._pending += line
-        if self._timer is None and self._loop.owned() and not self._loop.closed:
+        self._pending += access_line(client, self._time[1], request, status, size, self._secrets).encode("ascii")
+        if len(self._pending) > ACCESS_LOG_SIZE // 8:
+            self._hand_over()
+        elif self._timer is None and self._loop.owned() and not self._loop.closed:
             self._timer = self._loop.later(ACCESS_LOG_DELAY, self._flush)
-        return None
 
     def _flush(self):
         self._timer = None
-        if self._identity is not None:
-            self._follow()
-        self._write()
-        if self._pending:
-            self._timer = self._loop.later(ACCESS_LOG_DELAY, self._flush)
+        self._hand_over()
 
-    def _follow(self):
-        """Where the file has been moved away, or removed, the log goes on in a new one."""
-        try:
-            seen = os.stat(self._path)
-            if (seen.st_dev, seen.st_ino) == self._identity:
-                return
-        except OSError:
-            pass
-        try:
-            self._open()
-        except OSError as error:
-            self._said.warning("the access log '%s' cannot be opened again: %s", self._path, error.strerror)
+    def _hand_over(self):
+        lines, self._pending = self._pending, bytearray()
+        if lines and not self._writer.put(lines):
+            self._drop(lines.count(b"\n"), "nobody takes it")
 
-    def _write(self):
-        ready = select.poll()
-        ready.register(self._fd, select.POLLOUT)
-        while self._pending and ready.poll(0):
-            try:
-                if self._torn:
-                    os.write(self._fd, b"\n")
-                    self._torn = self._cut = False
-                piece = self._pending[:self._piece]
-                count = os.write(self._fd, piece[:piece.rfind(b"\n") + 1] or piece)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._torn = self._torn or self._cut
-                return self._drop(self._pending.count(b"\n"), (error.strerror or str(error)).lower(), True)
-            self._cut = self._pending[count - 1:count] != b"\n"
-            del self._pending[:count]
-        return None
-
-    def _drop(self, lines, reason, all_of_them=False):
+    def _drop(self, lines, reason):
         self._lost += lines
-        if all_of_them:
-            self._pending.clear()
         self._said.warning("the access log '%s' cannot be written: %s; %d lines are lost so far", self._path, reason, self._lost)
 
     def stop(self):
-        """Write what waits, and close."""
-        if self._fd is not None:
-            self._write()
-            if self._pending:
-                self._drop(self._pending.count(b"\n"), "nobody takes it", True)
-            if self._path != "-":
-                os.close(self._fd)
-            self._fd = None
+        """Nothing more will come."""
+        if self._writer.fd is not None:
+            self._hand_over()
+            self._writer.end()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def join(self):
+        """What waits is written, and the file closed."""
+        self._writer.close()
 
 
 class FeedChannel(Channel):
@@ -6950,7 +7015,9 @@ class HttpHandler:
                     pass                        # it is closing by itself
 
     def join(self):
-        """Wait for the threads, which see their sockets closed."""
+        """Wait for the threads, which see their sockets closed, and for the access log."""
+        if self.access_log is not None:
+            self.access_log.join()
         deadline = time.monotonic() + SEND_TIME
         for thread in tuple(self._threads):
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -8170,11 +8237,15 @@ class LogHandler(logging.StreamHandler):
 
     left_out = 0
 
+    def take(self, text):
+        """Write text. False: not all of it could be."""
+        return put(self.stream, text)
+
     def emit(self, record):
         """See logging.Handler."""
         try:
             told = "gaffer: %d lines of this log were not taken here\n" % self.left_out if self.left_out else ""
-            if put(self.stream, told + self.format(record) + self.terminator):
+            if self.take(told + self.format(record) + self.terminator):
                 self.left_out = 0
             else:
                 self.left_out += 1
@@ -8973,6 +9044,7 @@ class Background:
 
     def fork(self):
         """Go on as a process of its own. In the process that was started, this does not return."""
+        self._log_file.rest()
         read, self._pipe = os.pipe()
         if os.fork():
             os.close(self._pipe)
@@ -8992,30 +9064,50 @@ class Background:
         os.close(self._pipe)
 
 
-class LogFile:
-    """--log-file. `path`: None is stderr."""
+class LogFile(LogHandler):
+    """--log-file: the same on a LineWriter, so that a disk that hangs holds nothing. StartError."""
 
-    def __init__(self, path, level):
-        self._taken_over = False
+    def __init__(self, path):
+        super().__init__()
+        self._writer, self._taken_over = LineWriter(path, LOG_SIZE, self._lost), False
         try:
-            self._handler = logging.FileHandler(path) if path else LogHandler(sys.stderr)
+            self._writer.open()
         except OSError as error:
             raise StartError("the log file '%s' cannot be written: %s" % (path, error.strerror)) from None
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level, handlers=[self._handler])
+
+    def take(self, text):
+        """See LogHandler."""
+        return self._writer.put(text.encode("utf-8", "backslashreplace"))
+
+    def _lost(self, lines, reason):
+        self.left_out += lines
+
+    def rest(self):
+        """Have no thread until there is something to write again: for who is about to fork."""
+        self._writer.end()
+        self._writer.join()
 
     def take_over(self):
         """Let stdout and stderr go there too."""
         self._taken_over = True
         for number_ in (1, 2):
-            os.dup2(self._handler.stream.fileno(), number_)
+            os.dup2(self._writer.fd, number_)
 
     def reopen(self):
         """The file may have been moved away."""
-        if isinstance(self._handler, logging.FileHandler):
-            self._handler.close()
-            log.warning("the log goes on in this file")
-            if self._taken_over:
-                self.take_over()
+        self.rest()
+        try:
+            self._writer.open()
+        except OSError as error:
+            log.warning("the log file cannot be opened again: %s", error.strerror)
+        log.warning("the log goes on in this file")
+        if self._taken_over:
+            self.take_over()
+
+    def close(self):
+        """See logging.Handler."""
+        self._writer.close()
+        super().close()
 
 
 def report_lines(report, would=""):
@@ -9047,7 +9139,8 @@ def load_again(configuration, manager):
 def hung_up(log_file, configuration, manager):
     """What HUP asks for, on a thread of its own, as files may be slow."""
     def run():
-        log_file.reopen()
+        if log_file is not None:
+            log_file.reopen()
         if configuration is not None:
             load_again(configuration, manager)
     threading.Thread(target=run, name="gaffer-reload", daemon=True).start()
@@ -9075,7 +9168,9 @@ def serve(arguments):
     if arguments.daemon and not arguments.log_file:
         raise ClientError("--daemon needs --log-file FILE: nobody would see what it has to say", 2)
     keep_buffers()
-    log_file = LogFile(arguments.log_file, (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
+    log_file = LogFile(arguments.log_file) if arguments.log_file else None
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[log_file or LogHandler(sys.stderr)],
+                        level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
     hooks = WebHooks()
     configuration = serve_configuration(arguments, hooks)
     http = HttpHandler(serve_endpoints(arguments, configuration),

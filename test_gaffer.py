@@ -6822,6 +6822,27 @@ class HttpAccessLog(HttpCase):
         self.assertEqual(self.lines(1)[0][2], "GET /ping?2 HTTP/1.1")
         self.assertEqual(len(access_lines(cli_read(self.path + ".1"))), 1)
 
+    def test_a_disk_that_hangs(self):
+        """Nothing waits for it, not even the end, for longer than a moment; what was lost is told."""
+        self.serve()
+        write, go_on, hangs, fd = os.write, threading.Event(), threading.Event(), self.server.http.access_log._writer.fd
+
+        def slow(number, data):
+            if number == fd:
+                hangs.set()
+                go_on.wait(TIMEOUT)
+            return write(number, data)
+        with unittest.mock.patch("gaffer.os.write", slow), unittest.mock.patch("gaffer.LOG_END", 0.05):
+            self.addCleanup(go_on.set)
+            self.server.request("GET", "/ping")
+            self.assertTrue(hangs.wait(TIMEOUT))
+            with self.assertLogs("gaffer", "WARNING") as logged:
+                for _ in range(100):
+                    self.assertEqual(self.server.request("GET", "/ping?" + "x" * 7000)[0], 200)
+                self.server.stop_all()
+            go_on.set()
+        self.assertRegex(logged.output[0], r"cannot be written: nobody takes it; \d+ lines are lost so far")
+
     def test_a_pipe_that_nobody_reads_and_that_is_closed(self):
         os.mkfifo(self.path)
         with self.assertRaisesRegex(gaffer.StartError, "access log"):
@@ -6831,16 +6852,16 @@ class HttpAccessLog(HttpCase):
         with self.assertLogs("gaffer", "WARNING") as logged:
             while not logged.output:            # the pipe is full, and then the buffer: nothing waits for them
                 self.server.request("GET", "/ping?" + "x" * 7000)
-            self.assertRegex(logged.output[0], "cannot be written: nobody takes it; 1 lines are lost so far")
+            self.assertRegex(logged.output[0], r"cannot be written: nobody takes it; \d lines are lost so far")
             held = self.server.http.access_log
-            self.assertLessEqual(len(held._pending), gaffer.ACCESS_LOG_SIZE)
+            self.assertLessEqual(len(held._pending) + len(held._writer._waiting), 2 * gaffer.ACCESS_LOG_SIZE)
             data = b""
             while len(data) < 10 * 7100:        # whoever reads on gets whole lines
                 with contextlib.suppress(BlockingIOError):
                     data += os.read(read, 65536)
             access_lines(data[:data.rfind(b"\n") + 1].decode())
             os.close(read)
-            until(lambda: not held._pending, "the loss of what cannot be written")
+            until(lambda: not held._writer._waiting, "the loss of what cannot be written")
             self.assertEqual(self.server.request("GET", "/ping")[0], 200)
         self.assertEqual(len(logged.output), 1, "once a minute")
 
@@ -6854,6 +6875,36 @@ class HttpAccessLog(HttpCase):
             self.server.stop_all()
         self.assertRegex(logged.output[0], "access log '/dev/full' cannot be written: no space left on device; [1-3] lines")
         self.assertEqual(len(logged.output), 1)
+
+
+class CliLogFile(Case):
+    """--log-file."""
+
+    def test_a_pipe_that_nobody_reads(self):
+        """Nothing waits for it: not the start, not who logs, not the end."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = os.path.join(folder.name, "log")
+        os.mkfifo(path)
+        with self.assertRaisesRegex(gaffer.StartError, "the log file '.*' cannot be written"):
+            gaffer.LogFile(path)
+        read = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, read)
+        with unittest.mock.patch("gaffer.LOG_SIZE", 8192), unittest.mock.patch("gaffer.LOG_END", 0.05):
+            handler = gaffer.LogFile(path)
+            count, data = 0, b""
+            while not handler.left_out:
+                handler.emit(logging.makeLogRecord({"msg": "line %d" % count}))
+                count += 1
+            while b"not taken here" not in data:
+                with contextlib.suppress(BlockingIOError):
+                    data += os.read(read, 65536)
+                handler.emit(logging.makeLogRecord({"msg": "more"}))
+            self.assertTrue(data.startswith(b"".join(b"line %d\n" % number for number in range(count - 1))))
+            self.assertRegex(data, rb"gaffer: [1-9][0-9]* lines of this log were not taken here\n")
+            while not handler.left_out:
+                handler.emit(logging.makeLogRecord({"msg": "x" * 1000}))
+            handler.close()
 
 
 class HttpProbes(HttpCase):
@@ -12177,6 +12228,43 @@ class CliFaults(CliCase):
         self.assertEqual(server.stop(), 0)
 
 
+class StreamsFrozen(StreamsCase):
+
+    def test_a_clock_that_leaps_ahead(self):
+        """The machine, or gaffer, was halted for longer than any of its limits. What had come meanwhile was in time."""
+        ahead = 0.0
+        loop = gaffer.Loop(lambda: time.monotonic() + ahead)
+        with unittest.mock.patch("gaffer.Manager", functools.partial(gaffer.Manager, loop=loop)):
+            server = Running()
+        self.addCleanup(server.stop_all)
+        pid, = server.add("x", "cat", redirect_input=True)
+        server.add("y", "cat", redirect_input=True, graceful_timeout=3)
+        idle, half, poll = (server.connect() for _ in range(3))
+        for sock in idle, half, poll:
+            self.addCleanup(sock.close)
+        half.sendall(b"GET /ping HTTP/1.1\r\n")
+        poll.sendall(http_bytes("GET", "/streams/%d/stdout?since=0" % pid))
+        block = server.stream("/streams/%d/stdout?feed=continuous&loss=block" % pid)
+        made = WebSocket(server.port, "/wstreams/%d" % pid)
+        for opened in block.connection, block, made:
+            self.addCleanup(opened.close)
+        until(lambda: loop.call(lambda: len([c for c in server.http.channels if c.kind == "longpoll"])), "the long poll")
+        go_on, halted = threading.Event(), threading.Event()
+        loop.call_soon(lambda: (halted.set(), go_on.wait(TIMEOUT)))
+        self.assertTrue(halted.wait(TIMEOUT))
+        idle.sendall(http_bytes("GET", "/ping"))
+        half.sendall(b"Host: localhost\r\n\r\n")
+        made.text("hello\n")
+        ahead += 1000.0
+        go_on.set()
+        for sock in idle, half:
+            self.assertEqual(sock.recv(1000)[:15], b"HTTP/1.1 200 OK")
+        self.assertEqual((made.read(), block.readline(), poll.recv(1000)[:15]), ((1, b"hello\n"), b"hello\n", b"HTTP/1.1 200 OK"))
+        self.assertEqual([server.ok("GET", "/status/" + name)["restarts"] for name in ("x", "y")], [0, 0])
+        ahead -= 2000.0                         # no monotonic clock does that: it then takes its time, and goes on
+        self.assertEqual(server.request("GET", "/ping")[0], 200)
+
+
 class CliErrors(CliCase):
     """Starts that fail: one sentence. Wrong usage: argparse's."""
 
@@ -14072,7 +14160,7 @@ class Readme(CliCase):
         MERGED_LINE_DELAY GROUP_POLL GROUP_POLL_MAX EXIT_POLL KILL_AGAIN STOP_STAGGER STOP_STAGGER_TOTAL WAIT_EXTRA SECONDS_MAX
         REQUEST_LINE_SIZE REQUESTS_PER_TURN LINGER_TIME LINGER_SIZE FILES_FOR_CONNECTIONS ACCEPTS_PER_TURN LOOKS ACCEPT_PAUSE
         MEMORY_PAUSE SEND_QUEUE_LOW DEFLATE_LEVEL DEFLATE_WINDOW_BITS DEFLATE_SIZE_MIN DEFLATE_SIZE_MAX MESSAGES_PER_TURN
-        ACCESS_LOG_DELAY REQUEST_BUCKETS TURN_BUCKETS CLIENT_TIME HEARTBEAT STREAM_TIME WEBHOOK_PAUSES WEBHOOK_REST WEBHOOK_END
+        ACCESS_LOG_DELAY LOG_END REQUEST_BUCKETS TURN_BUCKETS CLIENT_TIME HEARTBEAT STREAM_TIME WEBHOOK_PAUSES WEBHOOK_REST WEBHOOK_END
         SCREEN_END FAULTS_MAX STATUS_INTERVAL RETRY_FIRST RETRY_MAX SHORTAGES""".split())
 
     def test_its_limits_are_those_of_the_source(self):
@@ -15115,7 +15203,7 @@ def run_all(jobs):
 
 
 LONG = ("StreamsCost", "StreamsLoss", "Loadtest", "StreamsLossless", "CliFaults", "HttpOpenapi", "ProcessHostile", "ProcessHostileThread",
-        "Chaos", "CliDaemon", "CliCommands", "HttpConnections", "HttpEndpoints")    # begun first, or all would wait for them
+        "Chaos", "CliDaemon", "CliCommands", "HttpConnections", "HttpEndpoints", "BrowserMisuse")    # begun first, or all would wait for them
 
 
 def main():
