@@ -185,6 +185,7 @@ HEAD_TIME = 10.0                    # from the first byte of a head to its last
 BODY_TIME = 60.0
 IDLE_TIME = 60.0                    # a connection without a request
 REQUESTS_PER_TURN = 16              # of one connection that sends many at once, so that the others get theirs
+CHUNKS_AT_ONCE = 16                 # of a body, which then counts as one of these: a chunk of one byte costs some 4 us
 SEND_TIME = 30.0                    # a client that does not take its answer
 LINGER_TIME = 2.0                   # refused bodies are read and dropped so long, or the client never sees the refusal
 LINGER_SIZE = 8 * MIB               # and so much
@@ -3492,6 +3493,8 @@ def body_length(request):
 class SizedDecoder:
     """Takes a body of `length` bytes: see ChunkedDecoder."""
 
+    more = False
+
     def __init__(self, length):
         self._length, self._body = length, bytearray()      # not a list: the pieces may be of one byte
         self.rest = b""
@@ -3511,12 +3514,14 @@ class SizedDecoder:
 
 class ChunkedDecoder:
     """Decodes a chunked body of up to `limit` bytes: `feed(data)` returns True when it is complete; then `body` holds it
-    and `rest` what came behind. BadRequest, TooLarge. RFC 9112 section 7.1."""
+    and `rest` what came behind. After `at_once` chunks it stops; then `more` is true, and `rest` is to be fed again.
+    BadRequest, TooLarge. RFC 9112 section 7.1."""
 
     SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
 
-    def __init__(self, limit):
-        self._limit, self._size = limit, 0
+    def __init__(self, limit, at_once=math.inf):
+        self._limit, self._size, self._at_once = limit, 0, at_once
+        self.more = False
         self._body = bytearray()
         self._extensions = 0                    # bytes of them so far
         self.rest, self._data, self._at = b"", b"", 0
@@ -3532,14 +3537,19 @@ class ChunkedDecoder:
         """Take what came."""
         self._data, self._at = self.rest + data, 0
         done = self._go_on()
-        self.rest = self._data[self._at:]
+        self.rest, self._data = self._data[self._at:], b""
         return done
 
     def _go_on(self):
+        chunks, self.more = self._at_once, False
         while True:
             if self._trailers is not None:
                 return self._trailer()
             if self._left is None:
+                self.more = chunks == 0
+                if self.more:
+                    return False
+                chunks -= 1
                 line = self._line(CHUNK_LINE_SIZE)
                 if line is None:
                     return False
@@ -3609,7 +3619,7 @@ def body_decoder(request, limit):
     need(length is None or length <= limit, TooLarge, "the body is over %d bytes; send less" % limit)
     need(request.headers.get("expect", "100-continue").lower() == "100-continue" or request.version == (1, 0),
          ExpectationFailed, "the only expectation here is 100-continue")
-    return ChunkedDecoder(limit) if length is None else SizedDecoder(length)
+    return ChunkedDecoder(limit, CHUNKS_AT_ONCE) if length is None else SizedDecoder(length)
 
 
 def http_date(now):
@@ -6364,7 +6374,7 @@ class RequestChannel(Channel):
 
     def left(self):
         """See Channel: who has closed only his own side still gets the answer, but not one that he would have to wait for."""
-        if self._busy and not self._parked and not self._ending:
+        if (self._busy or self.early) and not self._parked and not self._ending:
             self._gone = True
             self.reading(False)
         else:
@@ -6391,6 +6401,8 @@ class RequestChannel(Channel):
             self.loop.call_soon(self._go_on)
         if not self._ending and not self._gone:
             self.reading(len(self.early) < PIPELINE_SIZE)
+        elif not self._busy and not self.early:
+            self.finish()
 
     def _take(self, data):
         if self._body is not None:
@@ -6431,6 +6443,8 @@ class RequestChannel(Channel):
     def _take_body(self, data):
         """True: it is complete, and the request answered."""
         if not self._body.feed(data):
+            if self._body.more:                 # that is for _go_on(), or the others' turn
+                self.early, self._body.rest = self._body.rest, b""
             return False
         self._request.body, self.early, self._body = self._body.body, self._body.rest, None
         self._give(self._admitted or self.http.answer(self._request))
@@ -6464,7 +6478,8 @@ class RequestChannel(Channel):
             return self._respond(answer)
         self._busy, self._deadline = True, math.inf
         if isinstance(answer, ParkedReply):
-            return self._park(answer)
+            self._park(answer)
+            return self.close() if self._gone and self._parked else None
         if isinstance(answer, ThreadReply):
             return self.http.start_thread(self._work, answer.work) or self._respond(error_response(
                 Busy("there are too many requests that take time; try again later")))
@@ -6497,7 +6512,7 @@ class RequestChannel(Channel):
             self._answered()
 
     def _answered(self):
-        if not self._keep or self._gone:
+        if not self._keep or self._gone and not self.early:
             return self.finish()
         self._busy, self._request = False, None
         return self._wait(IDLE_TIME)

@@ -2529,6 +2529,18 @@ class PureChunked(Case):
                 return decoder.body, decoder.rest + b"".join(pieces[number:])
         return None
 
+    def test_many_chunks_come_in_portions(self):
+        """A flood of chunks of one byte must not keep the others waiting; whatever the portion, the body is the same."""
+        wire = b"1\r\na\r\n" * 10 + b"3;x\r\nbcd\r\n0\r\nX: y\r\n\r\nrest"
+        for at_once in (1, 2, 3, 11, 12, 13):
+            decoder, rounds, done = gaffer.ChunkedDecoder(100, at_once), 0, False
+            while not done:
+                rest, decoder.rest = wire if rounds == 0 else decoder.rest, b""
+                done = decoder.feed(rest)
+                rounds += 1
+                self.assertNotEqual(done, decoder.more)
+            self.assertEqual((decoder.body, decoder.rest, rounds), (b"a" * 10 + b"bcd", b"rest", -(-12 // at_once)))
+
     def test_good(self):
         for wire, body, rest in (
                 (b"0\r\n\r\n", b"", b""), (b"3\r\nabc\r\n0\r\n\r\n", b"abc", b""),
@@ -7910,6 +7922,34 @@ class HttpLimits(HttpCase):
         self.held(self.server, 14)
         with self.assertLogs("gaffer"):
             self.assertCode(self.wire().answer(), 503, "busy")
+
+    def test_a_body_of_many_chunks(self):
+        """It is taken in portions, of which the last ends it; what follows is the next request."""
+        server, count = self.limited(handlers=[("/size", lambda request: str(len(request.body)))]), 5000
+        wire = self.wire(server)
+        sender = threading.Thread(target=wire.send, args=(http_bytes(
+            "POST", "/size", "Transfer-Encoding: chunked", body=b"1\r\na\r\n" * count + b"0\r\n\r\n") + http_bytes("GET", "/ping"),))
+        turns = server.manager.loop.turns
+        sender.start()
+        self.assertEqual([wire.answer()[2] for _ in range(2)], [b"%d" % count, b"OK"])
+        sender.join()
+        most = gaffer.CHUNKS_AT_ONCE * gaffer.REQUESTS_PER_TURN
+        self.assertGreaterEqual(server.manager.loop.turns - turns, count // most)
+
+    def test_who_has_said_all_gets_all_answers(self):
+        """A client may close its side behind many requests, or a body, that take more than one turn."""
+        server = self.limited(handlers=[("/size", lambda request: str(len(request.body)))])
+        body = http_bytes("POST", "/size", "Transfer-Encoding: chunked", body=b"1\r\na\r\n" * 5000 + b"0\r\n\r\n")
+        for sent, expected in ((http_bytes("GET", "/ping") * 100, [b"OK"] * 100), (body, [b"5000"]), (body * 2, [b"5000"] * 2),
+                               (http_bytes("GET", "/ping") + body[:-2], [b"OK"]),
+                               (http_bytes("GET", "/ping") * 100 + http_bytes("GET", "/watch"), [b"OK"] * 100)):
+            wire, answers = self.wire(server), []
+            wire.sock.sendall(sent)
+            wire.sock.shutdown(socket.SHUT_WR)
+            for _ in expected:
+                answers.append(wire.answer()[2])
+            self.assertEqual(answers, expected)
+            self.assertEqual(wire.rest(), b"")
 
     def test_many_that_send_a_byte_now_and_then_delay_nobody(self):
         """Heads and bodies that trickle in on many connections: a request beside them is answered at once."""
@@ -14158,7 +14198,7 @@ class Readme(CliCase):
         KIB MIB WINDOW_SIZE_MIN WINDOW_SIZE_MAX STDIN_SIZE_MAX READ_SIZE READ_SIZE_WIDE PIPE_SIZE COALESCE_SIZE SHARE_SIZE JOIN_SIZE
         PARTS_MAX SHARES_PER_TURN COURTESY COURTESY_RECENT FANOUT_SIZE PACE PACE_READERS PACE_MIN PACE_MAX PARTIAL_LINE_DELAY
         MERGED_LINE_DELAY GROUP_POLL GROUP_POLL_MAX EXIT_POLL KILL_AGAIN STOP_STAGGER STOP_STAGGER_TOTAL WAIT_EXTRA SECONDS_MAX
-        REQUEST_LINE_SIZE REQUESTS_PER_TURN LINGER_TIME LINGER_SIZE FILES_FOR_CONNECTIONS ACCEPTS_PER_TURN LOOKS ACCEPT_PAUSE
+        REQUEST_LINE_SIZE CHUNKS_AT_ONCE LINGER_TIME LINGER_SIZE FILES_FOR_CONNECTIONS ACCEPTS_PER_TURN LOOKS ACCEPT_PAUSE
         MEMORY_PAUSE SEND_QUEUE_LOW DEFLATE_LEVEL DEFLATE_WINDOW_BITS DEFLATE_SIZE_MIN DEFLATE_SIZE_MAX MESSAGES_PER_TURN
         ACCESS_LOG_DELAY LOG_END REQUEST_BUCKETS TURN_BUCKETS CLIENT_TIME HEARTBEAT STREAM_TIME WEBHOOK_PAUSES WEBHOOK_REST WEBHOOK_END
         SCREEN_END FAULTS_MAX STATUS_INTERVAL RETRY_FIRST RETRY_MAX SHORTAGES""".split())
