@@ -161,8 +161,8 @@ COMPRESS_MIN = KIB                  # shorter answers hardly shrink
 PAGE_EVENTS = 200                   # the page begins with so many
 STATS_KEPT = 16                     # samples a slow reader of statistics may be behind
 
-STDIN_SIZE = MIB                    # waits for a process to read it
-STDIN_LOW = STDIN_SIZE // 2         # below this, websockets are read again
+STDIN_SIZE = MIB                    # waits for a process to read it; half of it, and its websockets are read again
+STDIN_SIZE_MAX = 1024 * MIB
 DRAIN_TIME = 2.0                    # output after an exit, where a grandchild holds the pipe
 AFTERLIFE = 60.0                    # windows of an exited process can be read this long
 AFTERLIFE_COUNT = 16                # of a template's last exits (or twice its numprocesses, if that is more)
@@ -192,6 +192,7 @@ HEAD_TIME = 10.0                    # from the first byte of a head to its last
 BODY_TIME = 60.0
 IDLE_TIME = 60.0                    # a connection without a request
 REQUESTS_PER_TURN = 16              # of one connection that sends many at once, so that the others get theirs
+CHUNKS_AT_ONCE = 16                 # of a body, which then counts as one of these: a chunk of one byte costs some 4 us
 SEND_TIME = 30.0                    # a client that does not take its answer
 LINGER_TIME = 2.0                   # refused bodies are read and dropped so long, or the client never sees the refusal
 LINGER_SIZE = 8 * MIB               # and so much
@@ -218,11 +219,14 @@ DEFLATE_SIZE_MIN = 256              # shorter messages hardly shrink on their ow
 DEFLATE_SIZE_MAX = MIB              # longer ones would hold up the loop: 3 to 5 ms a mebibyte
 FINAL_BLOCKS_MAX = 16               # in one compressed message: each costs a new decompressor
 OFFERS_SIZE = 2 * KIB               # Sec-WebSocket-Extensions: browsers send 60 bytes
+FRAMES_PER_TURN = 256               # of one websocket, so that the others get theirs: some 0.5 ms, with a pong or a line for each
 MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn: compressed, they cost little
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
 
 ACCESS_FIELD_SIZE = KIB             # of a client's header in the access log
 ACCESS_LOG_SIZE = 256 * KIB         # lines that wait to be written
+LOG_SIZE = 256 * KIB                # of --log-file, too
+LOG_END = 1.0                       # and at gaffer's stop they are written for so long
 ACCESS_LOG_DELAY = 0.2              # and how long at most, where all goes well
 REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)    # seconds, of /metrics: loop to thread
 TURN_BUCKETS = (0.001, 0.01, 0.1, 1.0)      # of a turn of the loop: all else waits as long, and 10 ms of that can be felt
@@ -2165,10 +2169,12 @@ class Output:
 
 
 class Input:
-    """Writes into a process's stdin, or custom stream, as it reads. `shutdown(fd)` is how the end of file is said."""
+    """Writes into a process's stdin, or custom stream, as it reads; up to `limit` bytes wait. `end_of_file(fd)` is how the
+    end of file is said."""
 
-    def __init__(self, loop, fd, label, end_of_file):
+    def __init__(self, loop, fd, label, end_of_file, limit):
         self._loop, self._fd, self._label, self._end_of_file = loop, fd, label, end_of_file
+        self.limit = limit
         self._buffer = collections.deque()
         self._registered = self._ending = False
         self.size = 0                           # bytes that wait
@@ -2182,11 +2188,13 @@ class Input:
     def write(self, data):
         """Take all of `data`, or nothing. ForbiddenWrite: closed. StdinFull: the process does not read."""
         need(not self.closed, ForbiddenWrite, "%s of this process is closed; start another process to write to" % self._label)
-        need(self.size + len(data) <= STDIN_SIZE, StdinFull,
+        need(self.size + len(data) <= self.limit, StdinFull,
              "%d bytes wait for the process to read them; send this again later" % self.size)
         if data:
-            self._buffer.append(memoryview(data))
             self.size += len(data)
+            if self._buffer and len(self._buffer[-1]) + len(data) <= COALESCE_SIZE:     # each would cost 200 bytes more
+                data = b"".join((self._buffer.pop(), data))
+            self._buffer.append(memoryview(data))
             self._flush()
             need(self._fd is not None, ForbiddenWrite, "the process has closed its %s" % self._label)
 
@@ -2212,7 +2220,7 @@ class Input:
         if self._ending and not self._buffer:
             return self.close()
         self._watch(bool(self._buffer))
-        if self.on_low and self.size <= STDIN_LOW:
+        if self.on_low and self.size <= self.limit // 2:
             self._tell_low()
         return None
 
@@ -2271,9 +2279,9 @@ class Process:
 
     # start
 
-    def spawn(self, launch, merged, window_size):
-        """Execute `launch`. `merged`: {label: Merged}. InvalidProcessInfo: it cannot be executed. Busy: the system has no
-        room for another process."""
+    def spawn(self, launch, merged, window_size, input_size):
+        """Execute `launch`. `merged`: {label: Merged}; sizes: see Manager. InvalidProcessInfo: it cannot be executed.
+        Busy: the system has no room for another process."""
         ours, theirs = [], []                   # descriptors to close when it fails, and always
         try:
             plan = self._pipes(ours, theirs)
@@ -2295,7 +2303,7 @@ class Process:
                 os.close(fd)
         self.started, self.instance = self._loop.clock(), launch.instance
         for label, fd in plan["write"].items():
-            self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else end_socket)
+            self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else end_socket, input_size)
         try:
             self._watcher = self._exit_watcher(self._loop, self.os_pid, self._exit)
         except (OSError, RuntimeError):         # no descriptor, no thread left: the process runs, and has to be watched
@@ -2749,15 +2757,17 @@ class ProcessHandle:
 
 class Manager:
     """Keeps processes running. `apps`: objects with start(loop, manager), and maybe stop() and restart(). `window_size`:
-    bytes kept of each stream. `exit_with`: the name of a template, there or yet to come; once a process of it has ended by
-    itself, all others are stopped, run() returns, and `exit_code` is its status, or 128 and the signal. `exit_watcher`,
-    `process_table`: see the platform section; chosen by probing."""
+    bytes kept of each stream; `input_size`: that wait for a process to read them. `exit_with`: the name of a template,
+    there or yet to come; once a process of it has ended by itself, all others are stopped, run() returns, and
+    `exit_code` is its status, or 128 and the signal. `exit_watcher`, `process_table`: see the platform section; chosen
+    by probing."""
 
-    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None, exit_with=None):
+    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None, exit_with=None,
+                 input_size=STDIN_SIZE):
         self.exit_with, self.exit_code = exit_with, 0
         self.loop = loop or Loop()
         self.apps = list(apps)
-        self.window_size = window_size
+        self.window_size, self.input_size = window_size, input_size
         self.epoch = os.urandom(4).hex()        # a word for this run, in every id
         self.templates = {}
         self.processes = {}                     # pid -> Process: all that can still be asked for
@@ -3228,7 +3238,7 @@ class Manager:
     def _spawn(self, template, launch):
         """A new process of `template`, running. The caller publishes it."""
         process = Process(self._next_pid, template, self, self.loop, self.table, self._exit_watcher)
-        process.spawn(launch, template.merged, self.window_size)
+        process.spawn(launch, template.merged, self.window_size, self.input_size)
         self._next_pid += 1
         self.processes[process.pid] = template.processes[process.pid] = process
         template.error = None
@@ -3542,6 +3552,8 @@ def body_length(request):
 class SizedDecoder:
     """Takes a body of `length` bytes: see ChunkedDecoder."""
 
+    more = False
+
     def __init__(self, length):
         self._length, self._body = length, bytearray()      # not a list: the pieces may be of one byte
         self.rest = b""
@@ -3561,12 +3573,14 @@ class SizedDecoder:
 
 class ChunkedDecoder:
     """Decodes a chunked body of up to `limit` bytes: `feed(data)` returns True when it is complete; then `body` holds it
-    and `rest` what came behind. BadRequest, TooLarge. RFC 9112 section 7.1."""
+    and `rest` what came behind. After `at_once` chunks it stops; then `more` is true, and `rest` is to be fed again.
+    BadRequest, TooLarge. RFC 9112 section 7.1."""
 
     SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
 
-    def __init__(self, limit):
-        self._limit, self._size = limit, 0
+    def __init__(self, limit, at_once=math.inf):
+        self._limit, self._size, self._at_once = limit, 0, at_once
+        self.more = False
         self._body = bytearray()
         self._extensions = 0                    # bytes of them so far
         self.rest, self._data, self._at = b"", b"", 0
@@ -3582,14 +3596,19 @@ class ChunkedDecoder:
         """Take what came."""
         self._data, self._at = self.rest + data, 0
         done = self._go_on()
-        self.rest = self._data[self._at:]
+        self.rest, self._data = self._data[self._at:], b""
         return done
 
     def _go_on(self):
+        chunks, self.more = self._at_once, False
         while True:
             if self._trailers is not None:
                 return self._trailer()
             if self._left is None:
+                self.more = chunks == 0
+                if self.more:
+                    return False
+                chunks -= 1
                 line = self._line(CHUNK_LINE_SIZE)
                 if line is None:
                     return False
@@ -3659,7 +3678,7 @@ def body_decoder(request, limit):
     need(length is None or length <= limit, TooLarge, "the body is over %d bytes; send less" % limit)
     need(request.headers.get("expect", "100-continue").lower() == "100-continue" or request.version == (1, 0),
          ExpectationFailed, "the only expectation here is 100-continue")
-    return ChunkedDecoder(limit) if length is None else SizedDecoder(length)
+    return ChunkedDecoder(limit, CHUNKS_AT_ONCE) if length is None else SizedDecoder(length)
 
 
 def http_date(now):
@@ -3689,7 +3708,9 @@ class Response:
 
     def __init__(self, body=b"", status=200, headers=(), content_type="application/json"):
         self.status, self.body = status, body
-        self.headers = [("Content-Type", content_type), *headers] if content_type else list(headers)
+        # what a process prints must not run as a script because a page says so
+        self.headers = [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff"), *headers] if content_type else (
+            list(headers))
 
     def encode(self, date, keep_alive, head_only=False, more=()):
         """Head and body as bytes, for one send. `head_only`: what HEAD gets. `more`: further headers."""
@@ -3788,6 +3809,14 @@ class Access:
         """ForbiddenOrigin: a page of a foreign origin must not change anything."""
         need(self.allows_origin(request), ForbiddenOrigin,
              "pages of another origin may not change anything here; allow it with --cors-origin")
+
+    def check_site(self, request):
+        """ForbiddenOrigin: a page of another site loads this as an image, a script or a frame, for which browsers send no
+        Origin. It could let a process wait, or tell from success and failure what there is. Fetch Metadata, W3C."""
+        headers = request.headers
+        if headers.get("sec-fetch-site") == "cross-site" and "origin" not in headers and "*" not in self._origins:
+            need(request.method in ("GET", "HEAD") and headers.get("sec-fetch-dest") == "document", ForbiddenOrigin,
+                 "pages of another site may link to this, not embed it; let them ask with CORS")
 
     def check_token(self, request):
         """Unauthorized. RFC 6750 section 2.1, RFC 7617."""
@@ -4206,7 +4235,7 @@ class WebSocketDecoder:
         self._compressed = False                # is the message under way
         self._buffer, self._at = b"", 0         # what came, and how far it is understood
         self._event = None
-        self._done = False
+        self._done, self._frames = False, 0
         self._message = None                    # opcode of the message under way
         self._data, self._size = bytearray(), 0     # what of it is here, and what its frames have announced
         self._checked = 0                       # how much of it is known to be UTF-8
@@ -4217,12 +4246,18 @@ class WebSocketDecoder:
         """Take bytes; returns an iterator over the events they complete. What is not asked for yet waits for the next
         feed(), of b"" too: so who has enough need not take more."""
         self._buffer = self._buffer[self._at:] + data
-        self._at = 0
+        self._at, self._frames = 0, FRAMES_PER_TURN
         return iter(self._next, None)
+
+    @property
+    def more(self):
+        """True where feed() has stopped after FRAMES_PER_TURN frames: feed(b"") goes on."""
+        return self._frames == 0
 
     def _next(self):
         self._event = None
-        while self._event is None and not self._done and (self._payload() if self._frame is not None else self._head()):
+        while self._event is None and not self._done and self._frames and (
+                self._payload() if self._frame is not None else self._head()):
             pass
         return self._event
 
@@ -4286,6 +4321,7 @@ class WebSocketDecoder:
         last = left == len(data)
         if last:
             self._frame = None
+            self._frames -= 1
         if opcode >= 8:
             self._control += data
             return last and self._control_end(opcode)
@@ -5751,8 +5787,8 @@ def page_response(snapshot):
     data = encode_json(snapshot).replace("<", "\\u003c")        # nothing in it ends the element
     page = PAGE.replace("__NONCE__", nonce).replace("__SNAPSHOT__", data)
     return Response(page.encode("utf-8"), content_type="text/html; charset=utf-8", headers=[
-        ("Content-Security-Policy", policy), ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"),
-        ("X-Content-Type-Options", "nosniff"), ("Vary", "Accept")])
+        ("Content-Security-Policy", policy), ("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-store"),
+        ("Referrer-Policy", "no-referrer"), ("Vary", "Accept")])
 
 
 def entry_refusal(request, error):
@@ -6152,6 +6188,8 @@ class Metrics:
                      [({"kind": kind}, kinds[kind]) for kind in ("longpoll", "continuous", "eventsource", "websocket")])
         yield Metric("gaffer_http_requests_total", "counter", "Requests that were answered, by method and status code; "
                      "streams when they begin.", counts.samples())
+        yield Metric("gaffer_http_wrong_tokens_total", "counter", "Requests refused for a token that was not the right one.",
+                     [({}, http.wrong_tokens)])
         yield Metric("gaffer_http_request_duration_seconds", "histogram", "From the request's last byte to the answer; "
                      "not of long polls and streams.", Histogram(REQUEST_BUCKETS, list(counts.by_length), counts.seconds))
 
@@ -6651,7 +6689,8 @@ class Api:
     def write(self, request, ref, label="stdin"):
         """Write to a process, whole or not at all."""
         self._writable(ref, label)
-        need(len(request.body) <= STDIN_SIZE, TooLarge, "a body is at most %d bytes; send it in parts" % STDIN_SIZE)
+        most = self.manager.input_size
+        need(len(request.body) <= most, TooLarge, "a body is at most %d bytes; send it in parts" % most)
         self.manager.write(ref, label, request.body)
         return OK
 
@@ -7024,15 +7063,127 @@ class Channel:
                 self.http.access_log.add(client, request, status, max(0, self.sent - head))
 
 
+class LineWriter:
+    """Writes lines to a file, on a thread of its own: a disk may hang, and nobody read a pipe. `path`: "-" is stderr. Up to
+    `most` bytes wait. `failed(lines, reason)` is told, on that thread, of those that could not be written. Where the file is
+    moved away, it goes on in a new one. Any thread may call."""
+
+    def __init__(self, path, most, failed):
+        self._path, self._most, self._failed = path, most, failed
+        self.fd = self._identity = None
+        self._waiting, self._changed = bytearray(), threading.Condition()
+        self._thread, self._end, self._closing = None, math.inf, False
+        self._torn = False                      # what was written last ends within a line
+
+    def open(self):
+        """Open the file, or open it anew. OSError."""
+        if self._path == "-":
+            fd = 2
+        else:                                   # non-blocking: opening a pipe without a reader must not wait for one
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+        before, self.fd, seen = self.fd, fd, os.fstat(fd)
+        regular = stat.S_ISREG(seen.st_mode)
+        self._piece = self._most if regular else select.PIPE_BUF    # so much fits where poll() says that something does
+        self._identity = (seen.st_dev, seen.st_ino) if regular and self._path != "-" else None
+        self._closing = False
+        if before is not None:
+            os.close(before)
+
+    def put(self, data):
+        """Take whole lines. False: too much waits already, they are dropped."""
+        with self._changed:
+            if self.fd is None or len(self._waiting) + len(data) > self._most:
+                return False
+            self._waiting += data
+            if self._thread is None:
+                self._end = math.inf
+                self._thread = threading.Thread(target=self._run, name="gaffer-log", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+            return True
+
+    def end(self):
+        """Let the thread end, once it has written what waits, for which it has LOG_END."""
+        with self._changed:
+            self._end = time.monotonic() + LOG_END
+            self._changed.notify()
+
+    def join(self):
+        """Wait for that. A disk that hangs is not waited for."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(2 * LOG_END)
+            if thread.is_alive():
+                self._failed(self._waiting.count(b"\n"), "it hangs")
+
+    def close(self):
+        """Write what waits, and close the file. A thread that hangs does so itself, should it come back: the number of the
+        descriptor must not become another file's before that."""
+        self._closing = True
+        self.end()
+        self.join()
+        with self._changed:
+            if self._thread is None:
+                self._shut()
+
+    def _shut(self):
+        if self.fd is not None and self._path != "-":
+            os.close(self.fd)
+        self.fd = None
+
+    def _run(self):
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._end < math.inf)
+                data, self._waiting = self._waiting, bytearray()
+                if not data:
+                    self._thread = None         # what comes from now on is for another
+                    if self._closing:
+                        self._shut()
+                    return
+            try:
+                if self._identity is not None:
+                    self._follow()
+                self._write(data)
+            except OSError as error:
+                self._failed(data.count(b"\n"), (error.strerror or str(error)).lower())
+
+    def _follow(self):
+        """Where the file has been moved away, or removed, go on in a new one. OSError."""
+        try:
+            seen = os.stat(self._path)
+            moved = (seen.st_dev, seen.st_ino) != self._identity
+        except OSError:
+            moved = True
+        if moved:
+            self.open()
+
+    def _write(self, data):
+        """Write `data`, and take away what is written. OSError."""
+        if self._torn:
+            data[:0] = b"\n"
+        ready = select.poll()
+        ready.register(self.fd, select.POLLOUT)
+        while data:
+            while not ready.poll(100):
+                if time.monotonic() > self._end:
+                    raise TimeoutError(errno.ETIMEDOUT, "nobody takes it")
+            piece = data[:self._piece]
+            try:
+                count = os.write(self.fd, piece[:piece.rfind(b"\n") + 1] or piece)
+            except BlockingIOError:             # somebody else was faster
+                continue
+            self._torn = data[count - 1:count] != b"\n"
+            del data[:count]
+
+
 class AccessLog:
     """A line for each request, in Apache's combined format. `path`: a file, "-": stderr. Lines wait in a buffer for a moment;
-    what the file or the pipe does not take is dropped, counted, and told once a minute. A file that was moved away is opened
-    anew."""
+    what the file or the pipe does not take is dropped, counted, and told once a minute."""
 
     def __init__(self, path):
-        self._path, self._fd, self._identity = path, None, None
+        self._path, self._writer = path, LineWriter(path, ACCESS_LOG_SIZE, self._drop)
         self._pending = bytearray()
-        self._cut = self._torn = False          # what was written ends within a line; and its rest was dropped
         self._lost = 0
         self._loop = self._timer = None
         self._secrets = ()
@@ -7047,97 +7198,48 @@ class AccessLog:
             self._secrets = sorted({raw, urllib.parse.quote(token), urllib.parse.quote(token, ""), urllib.parse.quote_plus(token),
                                     base64.b64encode(b":" + token.encode("utf-8")).decode("ascii")}, key=len, reverse=True)
         try:
-            self._open()
+            self._writer.open()
         except OSError as error:
             raise StartError("the access log '%s' cannot be written: %s" % (self._path, error.strerror)) from None
 
-    def _open(self):
-        if self._path == "-":
-            fd = 2
-        else:                                   # non-blocking: it may be a named pipe
-            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
-        if self._fd is not None:
-            os.close(self._fd)
-        self._fd, seen = fd, os.fstat(fd)
-        regular = stat.S_ISREG(seen.st_mode)
-        self._piece = ACCESS_LOG_SIZE if regular else select.PIPE_BUF       # so much fits where poll() says that something does
-        self._identity = (seen.st_dev, seen.st_ino) if regular and self._path != "-" else None
-
     def add(self, client, request, status, size):
         """A request has been answered with `size` bytes beside the head. On the loop."""
-        if self._fd is None:
+        if self._writer.fd is None:
             return
         now = int(time.time())
         if self._time[0] != now:
             self._time = (now, log_time(now))
-        line = access_line(client, self._time[1], request, status, size, self._secrets).encode("ascii")
-        if len(self._pending) + len(line) > ACCESS_LOG_SIZE:
-            self._write()
-        if len(self._pending) + len(line) > ACCESS_LOG_SIZE:
-            return self._drop(1, "nobody takes it")
-        self._pending += line
-        if self._timer is None and self._loop.owned() and not self._loop.closed:
+        self._pending += access_line(client, self._time[1], request, status, size, self._secrets).encode("ascii")
+        if len(self._pending) > ACCESS_LOG_SIZE // 8:
+            self._hand_over()
+        elif self._timer is None and self._loop.owned() and not self._loop.closed:
             self._timer = self._loop.later(ACCESS_LOG_DELAY, self._flush)
-        return None
 
     def _flush(self):
         self._timer = None
-        if self._identity is not None:
-            self._follow()
-        self._write()
-        if self._pending:
-            self._timer = self._loop.later(ACCESS_LOG_DELAY, self._flush)
+        self._hand_over()
 
-    def _follow(self):
-        """Where the file has been moved away, or removed, the log goes on in a new one."""
-        try:
-            seen = os.stat(self._path)
-            if (seen.st_dev, seen.st_ino) == self._identity:
-                return
-        except OSError:
-            pass
-        try:
-            self._open()
-        except OSError as error:
-            self._said.warning("the access log '%s' cannot be opened again: %s", self._path, error.strerror)
+    def _hand_over(self):
+        lines, self._pending = self._pending, bytearray()
+        if lines and not self._writer.put(lines):
+            self._drop(lines.count(b"\n"), "nobody takes it")
 
-    def _write(self):
-        ready = select.poll()
-        ready.register(self._fd, select.POLLOUT)
-        while self._pending and ready.poll(0):
-            try:
-                if self._torn:
-                    os.write(self._fd, b"\n")
-                    self._torn = self._cut = False
-                piece = self._pending[:self._piece]
-                count = os.write(self._fd, piece[:piece.rfind(b"\n") + 1] or piece)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._torn = self._torn or self._cut
-                return self._drop(self._pending.count(b"\n"), (error.strerror or str(error)).lower(), True)
-            self._cut = self._pending[count - 1:count] != b"\n"
-            del self._pending[:count]
-        return None
-
-    def _drop(self, lines, reason, all_of_them=False):
+    def _drop(self, lines, reason):
         self._lost += lines
-        if all_of_them:
-            self._pending.clear()
         self._said.warning("the access log '%s' cannot be written: %s; %d lines are lost so far", self._path, reason, self._lost)
 
     def stop(self):
-        """Write what waits, and close."""
-        if self._fd is not None:
-            self._write()
-            if self._pending:
-                self._drop(self._pending.count(b"\n"), "nobody takes it", True)
-            if self._path != "-":
-                os.close(self._fd)
-            self._fd = None
+        """Nothing more will come."""
+        if self._writer.fd is not None:
+            self._hand_over()
+            self._writer.end()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def join(self):
+        """What waits is written, and the file closed."""
+        self._writer.close()
 
 
 class FeedChannel(Channel):
@@ -7271,10 +7373,11 @@ class WebSocketChannel(Channel):
             if self.held:
                 return
             left -= len(event[1]) if event[0] in ("text", "binary") else 0
-            if left < 0:                        # the others' turn
-                self.hold()
-                self.loop.call_soon(self.go_on)
-                return
+            if left < 0:
+                break
+        if (left < 0 or self._decoder.more) and not self.closed and not self._ending:      # the others' turn
+            self.hold()
+            self.loop.call_soon(self.go_on)
 
     def _take(self, kind, data, reason=""):
         if kind in ("text", "binary"):
@@ -7326,6 +7429,7 @@ class ProcessSocket(WebSocketChannel):
     """A websocket to a process: what comes in goes to its stdin, its output comes back."""
 
     def __init__(self, http, sock, received, reply, more):
+        self.limit = reply.stream.limit if reply.stream is not None else MESSAGE_SIZE
         super().__init__(http, sock, received, [*reply.headers, *more], reply.inflater)
         self._reply, self._reader = reply, reply.reader
         self._reader.sink = self
@@ -7360,7 +7464,7 @@ class ProcessSocket(WebSocketChannel):
         data = data.encode("utf-8") if isinstance(data, str) else data
         self._messages.append(data + b"\n" if self._reply.by_line else data)
         self._size += len(self._messages[-1])
-        if self._size > STDIN_LOW:
+        if self._size > self.limit // 2:
             self._write()
         return None
 
@@ -7374,7 +7478,7 @@ class ProcessSocket(WebSocketChannel):
     def _write(self):
         """Also what came in front of the peer's close frame."""
         messages, self._messages, stream = self._messages, [], self._reply.stream
-        if self._size <= STDIN_LOW:
+        if self._size <= self.limit // 2:
             messages = [b"".join(messages)]
         self._size = 0
         while messages:
@@ -7391,8 +7495,8 @@ class ProcessSocket(WebSocketChannel):
         if self._said_close or self.closed:
             return log.info("%d websocket messages for %s were dropped: it does not read",
                             len(messages), self._reply.process.name)
-        if len(messages[0]) > STDIN_SIZE:
-            return self.say_close(1009, "a message is over %d bytes" % STDIN_SIZE)
+        if len(messages[0]) > self.limit:       # with its end of line
+            return self.say_close(1009, "a message is over %d bytes" % self.limit)
         self._messages, self._size = messages, sum(map(len, messages))
         self.hold()
         return self._reply.stream.on_low.add(self._stdin_low)
@@ -7532,6 +7636,11 @@ class RequestChannel(Channel):
         """See Channel."""
         return "longpoll" if self._parked else "request"
 
+    @property
+    def talks_tls(self):
+        """True where the client expects TLS, be the handshake made or not."""
+        return self._listener.context is not None
+
     def open(self):
         """See Channel."""
         super().open()
@@ -7577,7 +7686,7 @@ class RequestChannel(Channel):
 
     def left(self):
         """See Channel: who has closed only his own side still gets the answer, but not one that he would have to wait for."""
-        if self._busy and not self._parked and not self._ending:
+        if (self._busy or self.early) and not self._parked and not self._ending:
             self._gone = True
             self.reading(False)
         else:
@@ -7604,6 +7713,8 @@ class RequestChannel(Channel):
             self.loop.call_soon(self._go_on)
         if not self._ending and not self._gone:
             self.reading(len(self.early) < PIPELINE_SIZE)
+        elif not self._busy and not self.early:
+            self.finish()
 
     def _take(self, data):
         if self._body is not None:
@@ -7644,6 +7755,8 @@ class RequestChannel(Channel):
     def _take_body(self, data):
         """True: it is complete, and the request answered."""
         if not self._body.feed(data):
+            if self._body.more:                 # that is for _go_on(), or the others' turn
+                self.early, self._body.rest = self._body.rest, b""
             return False
         self._request.body, self.early, self._body = self._body.body, self._body.rest, None
         self._give(self._admitted or self.http.answer(self._request))
@@ -7677,7 +7790,8 @@ class RequestChannel(Channel):
             return self._respond(answer)
         self._busy, self._deadline = True, math.inf
         if isinstance(answer, ParkedReply):
-            return self._park(answer)
+            self._park(answer)
+            return self.close() if self._gone and self._parked else None
         if isinstance(answer, ThreadReply):
             return self.http.start_thread(self._work, answer.work) or self._respond(error_response(
                 Busy("there are too many requests that take time; try again later")))
@@ -7710,7 +7824,7 @@ class RequestChannel(Channel):
             self._answered()
 
     def _answered(self):
-        if not self._keep or self._gone:
+        if not self._keep or self._gone and not self.early:
             return self.finish()
         self._busy, self._request = False, None
         return self._wait(IDLE_TIME)
@@ -8182,7 +8296,8 @@ class HttpHandler:
         self.connections = 0
         self._of_address = collections.Counter()
         self._lock = threading.Lock()           # guards the three above, which other threads change
-        self._said = Throttle()
+        self.wrong_tokens = 0                   # that were sent
+        self._said, self._guessed = Throttle(), Throttle()
         self._date = (0, "")
 
     # the app
@@ -8227,7 +8342,9 @@ class HttpHandler:
                     pass                        # it is closing by itself
 
     def join(self):
-        """Wait for the threads, which see their sockets closed."""
+        """Wait for the threads, which see their sockets closed, and for the access log."""
+        if self.access_log is not None:
+            self.access_log.join()
         deadline = time.monotonic() + SEND_TIME
         for thread in tuple(self._threads):
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -8251,7 +8368,7 @@ class HttpHandler:
                 self.connections += 1
                 self._of_address[peer] += 1
         if full:
-            self._refuse(sock)
+            self._refuse(sock, listener.context is None)
             if self.access_log is not None:
                 self.access_log.add(client, None, Busy.status, 0)
         else:
@@ -8287,7 +8404,7 @@ class HttpHandler:
                     del self._threads[thread]
         if channel is not None:
             self.released(channel.peer)
-            self._refuse(channel.sock)
+            self._refuse(channel.sock, not channel.talks_tls)
         return False
 
     def _run(self, function, *args):
@@ -8310,12 +8427,14 @@ class HttpHandler:
         with self._lock:
             self._threads[threading.current_thread()] = None
 
-    def _refuse(self, sock):
+    def _refuse(self, sock, plain):
+        """`plain`: without TLS; with it there is no answer, as that would need the handshake that there is no room for."""
         self._said.warning("too many connections: one was refused")     # in all, of its address, or threads
         self.requests.add("", Busy.status)
         try:
             sock.setblocking(False)
-            sock.send(error_response(Busy("there are too many connections; try again later")).encode(self.date(), False))
+            if plain:
+                sock.send(error_response(Busy("there are too many connections; try again later")).encode(self.date(), False))
             sock.shutdown(socket.SHUT_WR)
             sock.recv(READ_SIZE)                # what is not read would make a reset of it, and the answer may be lost
         except OSError:
@@ -8346,13 +8465,25 @@ class HttpHandler:
             return Response(status=204, headers=access.preflight(request), content_type=None)
         if request.method not in ("GET", "HEAD") or "upgrade" in request.headers:
             access.check_origin(request)
+        access.check_site(request)
         if request.path.rstrip("/") not in OPEN_PATHS or request.method not in ("GET", "HEAD"):
-            access.check_token(request)
+            try:
+                access.check_token(request)
+            except Unauthorized:
+                self._unauthorized(request)
+                raise
         return None
+
+    def _unauthorized(self, request):
+        """Who guesses is told of; a browser that does not know yet that there is a token does not."""
+        if "authorization" in request.headers:
+            self.wrong_tokens += 1
+            self._guessed.warning("a wrong token came from %s; %d so far", request.client, self.wrong_tokens)
 
     def body_limit(self, request):
         """How long a body may be."""
-        return self._max_body if self._router.find(request.segments())[0] is None else BODY_SIZE
+        own = self._router.find(request.segments())[0] is not None
+        return max(BODY_SIZE, self._api.manager.input_size) if own else self._max_body
 
     def answer(self, request):
         """A Response, or one of the replies. Called on the loop."""
@@ -9433,11 +9564,15 @@ class LogHandler(logging.StreamHandler):
 
     left_out = 0
 
+    def take(self, text):
+        """Write text. False: not all of it could be."""
+        return put(self.stream, text)
+
     def emit(self, record):
         """See logging.Handler."""
         try:
             told = "gaffer: %d lines of this log were not taken here\n" % self.left_out if self.left_out else ""
-            if put(self.stream, told + self.format(record) + self.terminator):
+            if self.take(told + self.format(record) + self.terminator):
                 self.left_out = 0
             else:
                 self.left_out += 1
@@ -10236,6 +10371,7 @@ class Background:
 
     def fork(self):
         """Go on as a process of its own. In the process that was started, this does not return."""
+        self._log_file.rest()
         read, self._pipe = os.pipe()
         if os.fork():
             os.close(self._pipe)
@@ -10255,30 +10391,50 @@ class Background:
         os.close(self._pipe)
 
 
-class LogFile:
-    """--log-file. `path`: None is stderr."""
+class LogFile(LogHandler):
+    """--log-file: the same on a LineWriter, so that a disk that hangs holds nothing. StartError."""
 
-    def __init__(self, path, level):
-        self._taken_over = False
+    def __init__(self, path):
+        super().__init__()
+        self._writer, self._taken_over = LineWriter(path, LOG_SIZE, self._lost), False
         try:
-            self._handler = logging.FileHandler(path) if path else LogHandler(sys.stderr)
+            self._writer.open()
         except OSError as error:
             raise StartError("the log file '%s' cannot be written: %s" % (path, error.strerror)) from None
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level, handlers=[self._handler])
+
+    def take(self, text):
+        """See LogHandler."""
+        return self._writer.put(text.encode("utf-8", "backslashreplace"))
+
+    def _lost(self, lines, reason):
+        self.left_out += lines
+
+    def rest(self):
+        """Have no thread until there is something to write again: for who is about to fork."""
+        self._writer.end()
+        self._writer.join()
 
     def take_over(self):
         """Let stdout and stderr go there too."""
         self._taken_over = True
         for number_ in (1, 2):
-            os.dup2(self._handler.stream.fileno(), number_)
+            os.dup2(self._writer.fd, number_)
 
     def reopen(self):
         """The file may have been moved away."""
-        if isinstance(self._handler, logging.FileHandler):
-            self._handler.close()
-            log.warning("the log goes on in this file")
-            if self._taken_over:
-                self.take_over()
+        self.rest()
+        try:
+            self._writer.open()
+        except OSError as error:
+            log.warning("the log file cannot be opened again: %s", error.strerror)
+        log.warning("the log goes on in this file")
+        if self._taken_over:
+            self.take_over()
+
+    def close(self):
+        """See logging.Handler."""
+        self._writer.close()
+        super().close()
 
 
 def report_lines(report, would=""):
@@ -10310,7 +10466,8 @@ def load_again(configuration, manager):
 def hung_up(log_file, configuration, manager):
     """What HUP asks for, on a thread of its own, as files may be slow."""
     def run():
-        log_file.reopen()
+        if log_file is not None:
+            log_file.reopen()
         if configuration is not None:
             load_again(configuration, manager)
     threading.Thread(target=run, name="gaffer-reload", daemon=True).start()
@@ -10338,7 +10495,9 @@ def serve(arguments):
     if arguments.daemon and not arguments.log_file:
         raise ClientError("--daemon needs --log-file FILE: nobody would see what it has to say", 2)
     keep_buffers()
-    log_file = LogFile(arguments.log_file, (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
+    log_file = LogFile(arguments.log_file) if arguments.log_file else None
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[log_file or LogHandler(sys.stderr)],
+                        level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
     hooks = WebHooks()
     configuration = serve_configuration(arguments, hooks)
     http = HttpHandler(serve_endpoints(arguments, configuration),
@@ -10356,7 +10515,8 @@ def serve(arguments):
         apps.insert(0, SigHandler((*SigHandler.SIGNALS, signal.SIGHUP)))
     if arguments.pidfile:
         apps.insert(0, PidFile(arguments.pidfile))
-    manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE, exit_with=arguments.exit_with)
+    manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE, exit_with=arguments.exit_with,
+                      input_size=arguments.input or STDIN_SIZE)
     if configuration is not None:
         configuration.begin(manager)
     manager.run()
@@ -10758,12 +10918,14 @@ def option(*names, **how):
     return names, how
 
 
-def window_bytes(text):
-    """--window: a number of bytes."""
-    import argparse
-    if not re.fullmatch("[0-9]{1,12}", text) or not WINDOW_SIZE_MIN <= int(text) <= WINDOW_SIZE_MAX:
-        raise argparse.ArgumentTypeError("a window is %d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX))
-    return int(text)
+def some_bytes(least, most):
+    """--window, --input: a number of bytes in bounds."""
+    def check(text):
+        import argparse
+        if not re.fullmatch("[0-9]{1,12}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError("give %d to %d bytes" % (least, most))
+        return int(text)
+    return check
 
 
 def template_name(text):
@@ -10886,7 +11048,10 @@ COMMANDS = {
         option("--access-log", metavar="FILE", help="a line for each request, in Apache's combined format ('-': to stderr)"),
         option("--exit-with", metavar="NAME", type=template_name,
                help="stop when a process of this template, there or yet to come, ends by itself, and exit with its status"),
-        option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE),
+        option("--window", metavar="BYTES", type=some_bytes(WINDOW_SIZE_MIN, WINDOW_SIZE_MAX),
+               help="how much is kept of each stream (default %d)" % WINDOW_SIZE),
+        option("--input", metavar="BYTES", type=some_bytes(1, STDIN_SIZE_MAX),
+               help="how much waits for a process to read it, and is the most of one body or message (default %d)" % STDIN_SIZE),
         option("--connections", metavar="N", type=positive,
                help="at once (default %d, or seven eighths of the limit of open files)" % CONNECTIONS_MAX),
         option("--connections-per-address", metavar="N", type=positive,

@@ -23,6 +23,7 @@ import glob
 import grp
 import hashlib
 import http.client
+import inspect
 import io
 import itertools
 import json
@@ -2528,6 +2529,18 @@ class PureChunked(Case):
                 return decoder.body, decoder.rest + b"".join(pieces[number:])
         return None
 
+    def test_many_chunks_come_in_portions(self):
+        """A flood of chunks of one byte must not keep the others waiting; whatever the portion, the body is the same."""
+        wire = b"1\r\na\r\n" * 10 + b"3;x\r\nbcd\r\n0\r\nX: y\r\n\r\nrest"
+        for at_once in (1, 2, 3, 11, 12, 13):
+            decoder, rounds, done = gaffer.ChunkedDecoder(100, at_once), 0, False
+            while not done:
+                rest, decoder.rest = wire if rounds == 0 else decoder.rest, b""
+                done = decoder.feed(rest)
+                rounds += 1
+                self.assertNotEqual(done, decoder.more)
+            self.assertEqual((decoder.body, decoder.rest, rounds), (b"a" * 10 + b"bcd", b"rest", -(-12 // at_once)))
+
     def test_good(self):
         for wire, body, rest in (
                 (b"0\r\n\r\n", b"", b""), (b"3\r\nabc\r\n0\r\n\r\n", b"abc", b""),
@@ -2649,7 +2662,7 @@ class PureResponse(Case):
         self.assertEqual(response.encode("now", True).split(b"\r\n\r\n")[1], b'{"a": "\\u00e9"}\n')
         head = response.encode("now", True, head_only=True)
         self.assertEqual(set(head.split(b"\r\n")), {b"HTTP/1.1 404 Not Found", b"Date: now",
-                                                    b"Content-Type: application/json", b"X: y",
+                                                    b"Content-Type: application/json", b"X-Content-Type-Options: nosniff", b"X: y",
                                                     b"Content-Length: 16", b""})
         self.assertIn(b"\r\nConnection: close\r\n", response.encode("now", False))
         self.assertIn(b"\r\nZ: z\r\n", response.encode("now", True, more=[("Z", "z")]))
@@ -2841,6 +2854,49 @@ class PureAccess(Case):
         with self.assertRaises(gaffer.Unauthorized):
             access.check_token(pure_request())
         gaffer.Access().check_token(pure_request())
+
+    def token_times(self, access, wrong, rounds=400):
+        """How long it takes to refuse each wrong token: medians in seconds."""
+        requests = [pure_request("Authorization: Bearer " + token) for token in wrong]
+        times = [[] for _ in wrong]
+        for _ in range(rounds):
+            for request, taken in zip(requests, times):
+                began = time.perf_counter()
+                try:
+                    access.check_token(request)
+                except gaffer.Unauthorized:
+                    taken.append(time.perf_counter() - began)
+        return [sorted(taken)[rounds // 2] for taken in times]
+
+    def test_the_time_of_a_refusal_does_not_tell_how_much_of_the_token_was_right(self):
+        token = "t" * 30000
+        access, wrong = gaffer.Access(token=token), ("x" + token[1:], token[:-1] + "x")
+        first, last = self.token_times(access, wrong)
+        self.assertLess(abs(last / first - 1), 0.05)
+        with unittest.mock.patch("hmac.compare_digest", lambda one, other: one == other):
+            first, last = self.token_times(access, wrong)
+        self.assertGreater(last / first, 1.1, "this test would not have noticed")
+
+    def test_site(self):
+        """What browsers say of a request that has no Origin."""
+        access, everybody = gaffer.Access(), gaffer.Access(origins=["*"])
+        embedded = ("GET", "cross-site", "no-cors", "image"), ("GET", "cross-site", "navigate", "iframe"), (
+            "GET", "cross-site", "no-cors", "script"), ("GET", "cross-site", "no-cors", "empty"), (
+            "HEAD", "cross-site", "no-cors", "empty"), ("POST", "cross-site", "navigate", "document")
+        linked = ("GET", "cross-site", "navigate", "document"), ("GET", "same-origin", "no-cors", "image"), (
+            "POST", "same-origin", "cors", "empty"), ("GET", "none", "navigate", "document"), ("GET", "same-site", "no-cors", "image")
+        for given in embedded + linked:
+            method, *rest = given
+            lines = ["Sec-Fetch-%s: %s" % pair for pair in zip(("Site", "Mode", "Dest"), rest)]
+            with self.subTest(given):
+                if given in linked:
+                    access.check_site(pure_request(*lines, method=method))
+                else:
+                    with self.assertRaises(gaffer.ForbiddenOrigin):
+                        access.check_site(pure_request(*lines, method=method))
+                everybody.check_site(pure_request(*lines, method=method))
+                access.check_site(pure_request(*lines, "Origin: http://localhost:1", method=method))     # check_origin()'s matter
+        access.check_site(pure_request())
 
     def test_empty_token_lets_nobody_in(self):
         """A library that passes an empty setting on must not stand open and believe that it is closed."""
@@ -3452,6 +3508,19 @@ class PureWebSocket(Case):
                 self.assertLess(size, 2 * len(piece) * count + 10000)
                 whole = piece * count + b"cd"
                 self.assertEqual(list(decoder.feed(self.frame(0, b"cd"))), [("text", whole.decode()) if opcode == 1 else ("binary", whole)])
+
+    def test_many_frames_come_in_portions(self):
+        """They cost more than their few bytes, and one that floods must not keep the others waiting."""
+        most = gaffer.FRAMES_PER_TURN
+        for kind, wire in ("ping", self.frame(9, b"")), ("text", self.frame(1, b"")), (None, self.frame(0, b"", False)):
+            decoder = gaffer.WebSocketDecoder(100)
+            events = list(decoder.feed((self.frame(1, b"", False) if kind is None else b"") + wire * (2 * most + 3)))
+            counts, more = [len(events)], [decoder.more]
+            while decoder.more:
+                counts.append(len(list(decoder.feed(b""))))
+                more.append(decoder.more)
+            self.assertEqual((sum(counts), max(counts)), (2 * most + 3, most) if kind else (0, 0))
+            self.assertEqual(more, [True, True, False])
 
     def test_events_wait_until_they_are_asked_for(self):
         """Who has enough stops, and goes on with the next feed."""
@@ -6824,6 +6893,27 @@ class HttpAccessLog(HttpCase):
         self.assertEqual(self.lines(1)[0][2], "GET /ping?2 HTTP/1.1")
         self.assertEqual(len(access_lines(cli_read(self.path + ".1"))), 1)
 
+    def test_a_disk_that_hangs(self):
+        """Nothing waits for it, not even the end, for longer than a moment; what was lost is told."""
+        self.serve()
+        write, go_on, hangs, fd = os.write, threading.Event(), threading.Event(), self.server.http.access_log._writer.fd
+
+        def slow(number, data):
+            if number == fd:
+                hangs.set()
+                go_on.wait(TIMEOUT)
+            return write(number, data)
+        with unittest.mock.patch("gaffer.os.write", slow), unittest.mock.patch("gaffer.LOG_END", 0.05):
+            self.addCleanup(go_on.set)
+            self.server.request("GET", "/ping")
+            self.assertTrue(hangs.wait(TIMEOUT))
+            with self.assertLogs("gaffer", "WARNING") as logged:
+                for _ in range(100):
+                    self.assertEqual(self.server.request("GET", "/ping?" + "x" * 7000)[0], 200)
+                self.server.stop_all()
+            go_on.set()
+        self.assertRegex(logged.output[0], r"cannot be written: nobody takes it; \d+ lines are lost so far")
+
     def test_a_pipe_that_nobody_reads_and_that_is_closed(self):
         os.mkfifo(self.path)
         with self.assertRaisesRegex(gaffer.StartError, "access log"):
@@ -6833,16 +6923,16 @@ class HttpAccessLog(HttpCase):
         with self.assertLogs("gaffer", "WARNING") as logged:
             while not logged.output:            # the pipe is full, and then the buffer: nothing waits for them
                 self.server.request("GET", "/ping?" + "x" * 7000)
-            self.assertRegex(logged.output[0], "cannot be written: nobody takes it; 1 lines are lost so far")
+            self.assertRegex(logged.output[0], r"cannot be written: nobody takes it; \d lines are lost so far")
             held = self.server.http.access_log
-            self.assertLessEqual(len(held._pending), gaffer.ACCESS_LOG_SIZE)
+            self.assertLessEqual(len(held._pending) + len(held._writer._waiting), 2 * gaffer.ACCESS_LOG_SIZE)
             data = b""
             while len(data) < 10 * 7100:        # whoever reads on gets whole lines
                 with contextlib.suppress(BlockingIOError):
                     data += os.read(read, 65536)
             access_lines(data[:data.rfind(b"\n") + 1].decode())
             os.close(read)
-            until(lambda: not held._pending, "the loss of what cannot be written")
+            until(lambda: not held._writer._waiting, "the loss of what cannot be written")
             self.assertEqual(self.server.request("GET", "/ping")[0], 200)
         self.assertEqual(len(logged.output), 1, "once a minute")
 
@@ -6856,6 +6946,36 @@ class HttpAccessLog(HttpCase):
             self.server.stop_all()
         self.assertRegex(logged.output[0], "access log '/dev/full' cannot be written: no space left on device; [1-3] lines")
         self.assertEqual(len(logged.output), 1)
+
+
+class CliLogFile(Case):
+    """--log-file."""
+
+    def test_a_pipe_that_nobody_reads(self):
+        """Nothing waits for it: not the start, not who logs, not the end."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = os.path.join(folder.name, "log")
+        os.mkfifo(path)
+        with self.assertRaisesRegex(gaffer.StartError, "the log file '.*' cannot be written"):
+            gaffer.LogFile(path)
+        read = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, read)
+        with unittest.mock.patch("gaffer.LOG_SIZE", 8192), unittest.mock.patch("gaffer.LOG_END", 0.05):
+            handler = gaffer.LogFile(path)
+            count, data = 0, b""
+            while not handler.left_out:
+                handler.emit(logging.makeLogRecord({"msg": "line %d" % count}))
+                count += 1
+            while b"not taken here" not in data:
+                with contextlib.suppress(BlockingIOError):
+                    data += os.read(read, 65536)
+                handler.emit(logging.makeLogRecord({"msg": "more"}))
+            self.assertTrue(data.startswith(b"".join(b"line %d\n" % number for number in range(count - 1))))
+            self.assertRegex(data, rb"gaffer: [1-9][0-9]* lines of this log were not taken here\n")
+            while not handler.left_out:
+                handler.emit(logging.makeLogRecord({"msg": "x" * 1000}))
+            handler.close()
 
 
 class HttpProbes(HttpCase):
@@ -7862,6 +7982,34 @@ class HttpLimits(HttpCase):
         with self.assertLogs("gaffer"):
             self.assertCode(self.wire().answer(), 503, "busy")
 
+    def test_a_body_of_many_chunks(self):
+        """It is taken in portions, of which the last ends it; what follows is the next request."""
+        server, count = self.limited(handlers=[("/size", lambda request: str(len(request.body)))]), 5000
+        wire = self.wire(server)
+        sender = threading.Thread(target=wire.send, args=(http_bytes(
+            "POST", "/size", "Transfer-Encoding: chunked", body=b"1\r\na\r\n" * count + b"0\r\n\r\n") + http_bytes("GET", "/ping"),))
+        turns = server.manager.loop.turns
+        sender.start()
+        self.assertEqual([wire.answer()[2] for _ in range(2)], [b"%d" % count, b"OK"])
+        sender.join()
+        most = gaffer.CHUNKS_AT_ONCE * gaffer.REQUESTS_PER_TURN
+        self.assertGreaterEqual(server.manager.loop.turns - turns, count // most)
+
+    def test_who_has_said_all_gets_all_answers(self):
+        """A client may close its side behind many requests, or a body, that take more than one turn."""
+        server = self.limited(handlers=[("/size", lambda request: str(len(request.body)))])
+        body = http_bytes("POST", "/size", "Transfer-Encoding: chunked", body=b"1\r\na\r\n" * 5000 + b"0\r\n\r\n")
+        for sent, expected in ((http_bytes("GET", "/ping") * 100, [b"OK"] * 100), (body, [b"5000"]), (body * 2, [b"5000"] * 2),
+                               (http_bytes("GET", "/ping") + body[:-2], [b"OK"]),
+                               (http_bytes("GET", "/ping") * 100 + http_bytes("GET", "/watch"), [b"OK"] * 100)):
+            wire, answers = self.wire(server), []
+            wire.sock.sendall(sent)
+            wire.sock.shutdown(socket.SHUT_WR)
+            for _ in expected:
+                answers.append(wire.answer()[2])
+            self.assertEqual(answers, expected)
+            self.assertEqual(wire.rest(), b"")
+
     def test_many_that_send_a_byte_now_and_then_delay_nobody(self):
         """Heads and bodies that trickle in on many connections: a request beside them is answered at once."""
         slow = [self.server.connect() for _ in range(200)]
@@ -8148,6 +8296,15 @@ class HttpToken(HttpCase):
             with self.subTest(method=method, path=path):
                 self.assertEqual(self.ask(http_bytes(method, path), method)[0], status)
 
+    def test_who_guesses_is_told_of(self):
+        with self.assertLogs("gaffer", "WARNING") as caught:
+            for wrong in ("Authorization: Bearer a", self.basic("b"), "X: y", "Authorization: Bearer c"):
+                self.assertEqual(self.ask(http_bytes("GET", "/processes", wrong))[0], 401)
+            good = {"Authorization": "Bearer " + self.TOKEN.encode().decode("latin-1")}
+            self.assertIn(b"\ngaffer_http_wrong_tokens_total 3\n", self.server.request("GET", "/metrics", headers=good)[2])
+        self.assertEqual(len(caught.output), 1)
+        self.assertRegex(caught.output[0], r"a wrong token came from 127\.0\.0\.1:\d+; 1 so far$")
+
     def test_right_and_wrong(self):
         """Bearer, or Basic with the token as password and any user."""
         token = self.TOKEN.encode().decode("latin-1")
@@ -8364,6 +8521,16 @@ class HttpEndpoints(HttpCase):
         wire.send(http_bytes("GET", "/ping", host="localhost"))
         self.assertEqual(wire.answer()[2], b"OK")
         wire.close()
+
+    def test_with_tls_there_is_no_plain_answer(self):
+        """It would be none to a client that speaks TLS, and there is no room for a handshake."""
+        server, _ = self.tls(max_connections=1)
+        first = server.connect()
+        self.addCleanup(first.close)
+        until(lambda: server.http.connections == 1, "the first")
+        with self.assertLogs("gaffer", "WARNING"), server.connect() as second:
+            self.assertEqual(second.recv(1000), b"")
+        self.assertEqual(server.http.requests.other[503], 1)
 
     def test_tls_with_http_client(self):
         """Requests, a body of a megabyte, keep-alive."""
@@ -10137,6 +10304,33 @@ class StreamsJournal(ServerCase):
         self.assertEqual(self.server.request("HEAD", "/", headers={"Accept": "text/html"})[0], 200)
 
 
+class PureInput(PureLoopCase):
+    """What waits for a process."""
+
+    def test_many_small_pieces_cost_little_more_than_their_bytes(self):
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        stream, sent = gaffer.Input(self.loop, write, "stdin", os.close, 300000), []
+        tracemalloc.start()
+        with contextlib.suppress(gaffer.StdinFull):
+            for number in itertools.count():
+                piece = b"%d\n" % number
+                self.do(stream.write, piece)
+                sent.append(number)
+        size = tracemalloc.get_traced_memory()[0] - sys.getsizeof(sent) - 32 * len(sent)
+        tracemalloc.stop()
+        self.assertGreater(stream.size, 300000 - 10)
+        self.assertLess(size, 2 * 300000)
+        self.do(stream.end)
+        with os.fdopen(read, "rb") as file:
+            for number in sent:
+                if number % 1000 == 0:
+                    self.advance()
+                self.assertEqual(file.readline(), b"%d\n" % number)
+            self.advance()
+            self.assertEqual(file.read(), b"")
+
+
 class StreamsStdin(StreamsCase):
     def test_what_is_posted_arrives_byte_for_byte(self):
         pid = self.cat()
@@ -11780,7 +11974,7 @@ class BrowserPage(BrowserCase):
         self.server.add("jobs:mail", "sleep 1000")
         self.server.add("jobs:nightly", "sleep 1000", start=False)
         self.server.add("jobs:import", "sh -c 'kill -9 $$$$'", flapping={"attempts": 2, "window": 5, "retry_in": 60, "max_retry": 5})
-        self.browser.size(1100, 420)
+        self.browser.size(1280, 390)
         self.open()
         self.row("jobs:import", "flapping")
         samples = 58 if os.environ.get("WRITE_PICTURE") else 2
@@ -11903,6 +12097,256 @@ class BrowserFigures(BrowserCase):
         page = self.server.request("GET", "/", headers={"Accept": "text/html", "Accept-Encoding": "gzip"})[2]
         stats = self.server.request("GET", "/stats?brief=true", headers={"Accept-Encoding": "gzip"})[2]
         self.tell("the page with its data is %.1f KiB as gzip, each look at the statistics %.1f KiB", len(page) / 1024, len(stats) / 1024)
+
+
+class BrowserMisuse(BrowserCase):
+    """What a page of another site may try with a server on this machine: it changes nothing, and learns nothing. Beside each
+    attempt stands the same from a page that may, or a test that cannot fail would be easy to write."""
+
+    FLAGS = ("--host-resolver-rules=MAP *.example 127.0.0.1",)      # names that their owner points here
+    SECRET = "window.leaked = 'secret'"
+    ASK = """
+        const [url, options] = arguments;
+        return fetch(url, options).then(answer => answer.text().then(text => [answer.type, answer.status, text]),
+                                        error => [error.name, 0, '']);"""
+    FORM = """
+        const [url, enctype, fields] = arguments, frame = document.createElement('iframe'), form = document.createElement('form');
+        frame.name = 'answer';
+        Object.assign(form, {method: 'post', action: url, enctype, target: 'answer'});
+        for (const [name, value] of fields)
+            form.append(Object.assign(document.createElement('input'), {type: 'hidden', name, value}));
+        document.body.replaceChildren(frame, form);
+        return new Promise(done => { frame.onload = () => done('loaded'); form.submit(); });"""
+    SOCKET = """
+        const [url] = arguments, socket = new WebSocket(url);
+        return new Promise(done => {
+            socket.onopen = () => socket.send('typed\\n');
+            socket.onmessage = event => { socket.close(); done(event.data); };
+            socket.onclose = event => done(event.code); });"""
+    SOURCE = """
+        const [url] = arguments, source = new EventSource(url);
+        const told = new Promise(done => {
+            source.addEventListener('stdout', event => done(event.data));
+            source.onerror = event => done('refused'); });
+        return told.then(what => { source.close(); return what; });"""
+    LOAD = """
+        const [kind, attribute, url] = arguments, element = document.createElement(kind);
+        element.rel = 'stylesheet';
+        element[attribute] = url;
+        return new Promise(done => {
+            element.onload = () => done('loaded'); element.onerror = element.onstalled = () => done('refused');
+            document.body.append(element); });"""
+
+    @staticmethod
+    def page(request):
+        """Any page of any site."""
+        return 200, {"Content-Type": "text/html"}, "<!doctype html><meta charset=utf-8><title>a page</title><body>"
+
+    def setUp(self):
+        super().setUp()
+        self.site = Running(handlers=[("/page", self.page)], allow_hosts=["evil.example"])
+        self.addCleanup(self.site.stop_all)
+        self.evil, self.friend = ("http://%s:%d/page" % (host, self.site.port) for host in ("evil.example", "localhost"))
+        self.pids = (self.server.add("typed", "cat", redirect_input=True) + self.server.add("talks", python("""
+            print(%r, flush=True); input()""" % self.SECRET), redirect_input=True))
+        self.server.ok("GET", "/status/talks")
+        self.assertIn("leaked", self.server.request("GET", "/streams/%d/stdout?since=0" % self.pids[1])[2].decode())
+
+    def url(self, path, scheme="http"):
+        """Of the server that is attacked."""
+        return "%s://127.0.0.1:%d%s" % (scheme, self.server.port, path)
+
+    def count(self, method, status, server=None):
+        """How many requests a server has answered so."""
+        return (server or self.server).http.requests.by_method[method][status]
+
+    def assertUntouched(self):
+        """All is as setUp() has left it."""
+        server = self.server
+        self.assertEqual(server.ok("GET", "/processes"), ["typed", "talks"])
+        self.assertEqual(server.ok("GET", "/processes?running=1"), self.pids)
+        self.assertEqual(server.request("GET", "/streams/%d/stdout?since=0&timeout=0" % self.pids[0])[2], b"")
+        self.assertEqual([server.ok("GET", "/status/" + name)["numprocesses"] for name in ("typed", "talks")], [1, 1])
+
+    CHANGES = (("POST", "/processes"), ("POST", "/processes/typed/_stop"), ("POST", "/processes/typed/_restart"),
+               ("POST", "/processes/typed/_add/3"), ("POST", "/processes/typed/_signal/KILL"), ("POST", "/streams/1/stdin"),
+               ("POST", "/_reload"))
+    # which text/plain makes JSON of
+    TEMPLATE = [['{"name": "planted", "cmd": "true", "args": ["', '"]}']]
+
+    def test_forms(self):
+        self.browser.get(self.evil)
+        for enctype in ("application/x-www-form-urlencoded", "text/plain", "multipart/form-data"):
+            for _, path in self.CHANGES:
+                with self.subTest(enctype=enctype, path=path):
+                    before = self.count("POST", 403)
+                    self.assertEqual(self.browser.script(self.FORM, self.url(path), enctype, self.TEMPLATE), "loaded")
+                    self.assertEqual(self.count("POST", 403), before + 1)
+        self.assertUntouched()
+        self.browser.get(self.friend)
+        self.browser.script(self.FORM, self.url("/processes"), "text/plain", self.TEMPLATE)
+        self.assertEqual(self.server.ok("GET", "/processes"), ["typed", "talks", "planted"])
+
+    def test_requests_that_need_no_preflight(self):
+        self.browser.get(self.evil)
+        planted = {"method": "POST", "body": json.dumps({"name": "planted", "cmd": "true"}), "headers": {"Content-Type": "text/plain"}}
+        for mode in ("no-cors", "cors"):
+            for method, path in self.CHANGES:
+                with self.subTest(mode=mode, path=path):
+                    before = self.count(method, 403)
+                    answer = self.browser.script(self.ASK, self.url(path), dict(planted, mode=mode, credentials="include"))
+                    self.assertEqual(answer, ["opaque", 0, ""] if mode == "no-cors" else ["TypeError", 0, ""])
+                    self.assertEqual(self.count(method, 403), before + 1)
+        self.browser.script("navigator.sendBeacon(arguments[0], 'typed')", self.url("/streams/1/stdin"))
+        until(lambda: self.count("POST", 403) == before + 2, "the beacon")
+        self.assertUntouched()
+        self.browser.get(self.friend)
+        self.assertEqual(self.browser.script(self.ASK, self.url("/processes"), dict(planted, mode="cors"))[:2], ["cors", 200])
+        self.assertEqual(self.server.ok("GET", "/processes"), ["typed", "talks", "planted"])
+
+    def test_requests_with_a_preflight(self):
+        self.browser.get(self.evil)
+        asked = {"method": "PUT", "body": '{"cmd": "true"}', "headers": {"Content-Type": "application/json"}}
+        attempts = (asked, {"method": "DELETE"}, {"method": "POST", "headers": {"X-HTTP-Method-Override": "DELETE"}})
+        for options in attempts:
+            self.assertEqual(self.browser.script(self.ASK, self.url("/processes/typed"), options), ["TypeError", 0, ""])
+        self.assertEqual((self.count("OPTIONS", 204), self.count("PUT", 403), self.count("DELETE", 403)), (3, 0, 0))
+        self.assertUntouched()
+        self.browser.get(self.friend)
+        for options in attempts[:2]:
+            self.assertEqual(self.browser.script(self.ASK, self.url("/processes/typed"), options)[:2], ["cors", 200])
+        self.assertEqual(self.server.ok("GET", "/processes"), ["talks"])
+
+    def test_reading(self):
+        paths = ["/processes", "/processes/typed", "/streams/2/stdout?tail=all", "/metrics", "/", "/stats", "/watch?since=0"]
+        self.browser.get(self.evil)
+        for path in paths:
+            with self.subTest(path=path):
+                self.assertEqual(self.browser.script(self.ASK, self.url(path)), ["TypeError", 0, ""])
+                self.assertEqual(self.browser.script(self.ASK, self.url(path), {"mode": "no-cors"}), ["opaque", 0, ""])
+        stream = "/streams/2/stdout?tail=all&feed=eventsource"
+        self.assertEqual(self.browser.script(self.SOURCE, self.url(stream)), "refused")
+        self.browser.get(self.friend)
+        for path in paths:
+            self.assertEqual(self.browser.script(self.ASK, self.url(path))[:2], ["cors", 200])
+        self.assertEqual(self.browser.script(self.SOURCE, self.url(stream)), self.SECRET)
+
+    def test_websockets(self):
+        sockets = [self.url(path, "ws") for path in ("/wstreams/1", "/wstreams/2?tail=all&readonly=true")]
+        self.browser.get(self.evil)
+        for url in sockets:
+            self.assertEqual(self.browser.script(self.SOCKET, url), 1006)
+        self.assertEqual(self.count("GET", 403), 2)
+        self.assertUntouched()
+        self.browser.get(self.friend)
+        self.assertEqual([self.browser.script(self.SOCKET, url) for url in sockets], ["typed\n", self.SECRET + "\n"])
+
+    def test_what_a_page_may_embed(self):
+        """An image, a script, a style sheet or a frame is asked for without an Origin."""
+        self.browser.get(self.evil)
+        for kind, attribute in (("img", "src"), ("script", "src"), ("link", "href"), ("iframe", "src"), ("object", "data"),
+                                ("embed", "src"), ("audio", "src")):
+            for path in ("/processes/typed/_stop", "/processes/typed", "/processes/nobody", "/streams/2/stdout?tail=all", "/"):
+                with self.subTest(kind=kind, path=path):
+                    before = self.count("GET", 403)
+                    said = self.browser.script(self.LOAD, kind, attribute, self.url(path))
+                    self.assertEqual(said, "loaded" if kind in ("iframe", "embed") else "refused")    # whatever there is
+                    self.assertEqual(self.count("GET", 403), before + 1)
+                    self.assertIsNone(self.browser.script("return window.leaked"))
+        self.assertUntouched()
+
+    def test_a_page_of_another_site_does_not_hold_a_process(self):
+        """loss=block lets a process wait for its reader; a page that asks, and does not read, would stop it."""
+        self.browser.get(self.evil)
+        path = "/streams/2/stdout?feed=continuous&loss=block"
+        self.assertEqual(self.browser.script(self.ASK, self.url(path), {"mode": "no-cors"}), ["opaque", 0, ""])
+        self.assertEqual((self.count("GET", 403), self.server.ok("GET", "/processes")), (1, ["typed", "talks"]))
+
+    def test_frames_and_windows(self):
+        self.browser.get(self.friend.replace("localhost", "127.0.0.1"))     # of the same site, which alone would let it in
+        self.browser.script(self.LOAD, "iframe", "src", self.url("/"))
+        frame = self.browser.cdp("Page.getFrameTree")["frameTree"]["childFrames"][0]["frame"]
+        self.assertEqual(frame.get("unreachableUrl"), self.url("/"), frame)
+        self.assertIn("frame-ancestors", "".join(self.browser.console()))
+        window = self.browser.do("GET", "window")
+        self.browser.get(self.evil)
+        self.browser.script("window.other = open(arguments[0])", self.url("/"))
+        self.browser.wait("return other.closed")                        # so it seems to who has opened it
+        other = next(handle for handle in self.browser.do("GET", "window/handles") if handle != window)
+        self.browser.do("POST", "window", {"handle": other})
+        self.assertEqual(self.browser.script("return [document.title, window.opener]"), ["gaffer", None])
+        self.browser.do("DELETE", "window")
+        self.browser.do("POST", "window", {"handle": window})
+
+    def test_a_name_that_is_pointed_here(self):
+        """DNS rebinding: the page's own origin is this server, so the browser has nothing against it."""
+        for host in ("evil.example", "127.0.0.1.evil.example"):
+            self.browser.get("http://%s:%d/" % (host, self.server.port))
+            self.assertIn("forbidden_host", self.browser.script("return document.body.innerText"))
+            for options in ({}, {"method": "POST"}, {"method": "DELETE"}):
+                answer = self.browser.script(self.ASK, "/processes/typed", options)
+                self.assertEqual((answer[1], json.loads(answer[2])["error"]), (403, "forbidden_host"))
+            self.assertEqual(self.browser.script(self.SOCKET, "ws://%s:%d/wstreams/1" % (host, self.server.port)), 1006)
+        self.assertUntouched()
+        for host in ("127.0.0.1", "localhost", "web.localhost"):
+            self.browser.get("http://%s:%d/" % (host, self.server.port))
+            self.assertEqual(self.browser.script(self.ASK, "/processes/typed/_restart", {"method": "POST"})[1], 200)
+            self.assertEqual(self.browser.script(self.SOCKET, "ws://%s:%d/wstreams/talks" % (host, self.server.port)), 1006)
+
+    def test_the_address_of_nobody(self):
+        """Connections to 0.0.0.0 arrive here, too."""
+        url = "http://0.0.0.0:%d" % self.server.port
+        self.browser.get(self.evil)
+        for options in ({"method": "POST"}, {"method": "POST", "mode": "no-cors"}, {}):
+            self.assertIn(self.browser.script(self.ASK, url + "/processes/typed/_stop", options)[0], ("TypeError", "opaque"))
+        self.assertEqual(self.browser.script(self.SOCKET, url.replace("http", "ws") + "/wstreams/1"), 1006)
+        try:
+            self.browser.get(url + "/")
+            self.assertIn("forbidden_host", self.browser.script("return document.body.innerText"))
+        except BrowserError as error:
+            self.assertIn("net::ERR_", str(error))                      # browsers begin to refuse it themselves
+        self.assertUntouched()
+
+    def test_no_origin_at_all(self):
+        """Sandboxed frames and data: pages have the origin null."""
+        code = "const ask = async function() {%s}; ask(%%s, %%s).then(answer => parent.postMessage(answer, '*'))" % self.ASK
+        self.browser.get(self.evil)
+        look = """
+            const [source, code] = arguments, frame = document.createElement('iframe'), text = '<script>' + code + '</' + 'script>';
+            if (source == 'data') frame.src = 'data:text/html,' + encodeURIComponent(text);
+            else { frame.sandbox = 'allow-scripts allow-forms'; frame.srcdoc = text; }
+            return new Promise(done => { window.onmessage = event => done([event.origin, event.data]);
+                                         document.body.replaceChildren(frame); });"""
+        for source in "data", "sandbox":
+            for method, mode in (("POST", "no-cors"), ("POST", "cors"), ("GET", "cors")):
+                path = "/processes/typed/_stop" if method == "POST" else "/processes"
+                before, told = self.count("POST", 403), ["opaque" if mode == "no-cors" else "TypeError", 0, ""]
+                script = code % (json.dumps(self.url(path)), json.dumps({"method": method, "mode": mode}))
+                self.assertEqual(self.browser.script(look, source, script), ["null", told])
+                self.assertEqual(self.count("POST", 403), before + (method == "POST"))
+        self.assertUntouched()
+
+    def test_credentials_that_the_browser_has(self):
+        """A browser sends what it knows of this server along, whoever asks."""
+        server = Running(token="s3cret")
+        self.addCleanup(server.stop_all)
+        self.addCleanup(self.browser.get, "about:blank")
+        base = "127.0.0.1:%d" % server.port
+        self.browser.get("http://user:s3cret@%s/processes" % base)
+        self.browser.get("http://%s/" % base)
+        self.assertEqual(self.browser.wait("return document.title"), "gaffer")
+        added = {"method": "POST", "body": '{"name": "mine", "cmd": "cat", "redirect_input": true}'}
+        self.assertEqual(self.browser.script(self.ASK, "/processes", added)[1], 200)
+        self.assertEqual(self.browser.script(self.SOCKET, "ws://%s/wstreams/1" % base), "typed\n")
+        self.browser.get(self.evil)
+        for enctype in ("text/plain", "application/x-www-form-urlencoded"):
+            self.browser.script(self.FORM, "http://%s/processes" % base, enctype, self.TEMPLATE)
+        for mode in ("no-cors", "cors"):
+            self.browser.script(self.ASK, "http://%s/processes/mine" % base, dict(added, mode=mode, credentials="include"))
+            self.browser.script(self.ASK, "http://%s/processes" % base, {"mode": mode, "credentials": "include"})
+        self.assertEqual(self.browser.script(self.SOCKET, "ws://%s/wstreams/1" % base), 1006)
+        self.assertEqual(self.count("POST", 403, server), 4)
+        self.assertEqual(server.json("GET", "/processes", headers={"Authorization": "Bearer s3cret"}), (200, ["mine"]))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -12146,7 +12590,8 @@ class CliServe(CliCase):
                 os_pid = server.ok("GET", "/processes/1", headers=good)["os_pid"]
                 with open("/proc/%d/environ" % os_pid, "rb") as file:
                     self.assertNotIn(b"GAFFER_TOKEN", file.read())
-                self.assertEqual((server.stop(), server.stderr), (0, ""))
+                self.assertEqual(server.stop(), 0)
+                self.assertRegex(server.stderr, r"^[^\n]*a wrong token came from 127\.0\.0\.1:\d+; 1 so far\n\Z")
 
     def test_cors_origin_and_allow_host_may_be_repeated(self):
         server = self.start("--cors-origin", "https://one.example", "--cors-origin", "https://two.example/",
@@ -12165,6 +12610,19 @@ class CliServe(CliCase):
         self.assertEqual((status, headers["Access-Control-Allow-Origin"]), (404, "https://any.example"))
         self.assertNotIn("Access-Control-Allow-Credentials", headers)
         self.assertEqual(server.stop(), 0)
+
+    def test_input(self):
+        server = self.start("--input", "2000000")
+        server.add("a", python("import time\nwhile True: time.sleep(9)"), redirect_input=True)
+        size = 2 * 10 ** 6                      # as JSON, with its quotes
+        self.assertEqual(server.request("POST", "/streams/1/stdin", "x" * (size - 1))[0], 413)
+        self.assertEqual(server.request("POST", "/streams/1/stdin", "x" * (size - 2))[0], 200)
+        self.assertEqual(server.request("POST", "/streams/1/stdin", "x" * (size - 2))[0], 503)
+        made = WebSocket(server.port, "/wstreams/1")
+        self.addCleanup(made.close)
+        made.sock.sendall(struct.pack("!BBQ", 0x81, 0xFF, size + 1) + b"mask")
+        self.assertEqual(made.read()[1][:2], struct.pack("!H", 1009))
+        server.stop()
 
     def test_window(self):
         server = self.start("--window", "4096")
@@ -12694,6 +13152,43 @@ class CliFaults(CliCase):
         self.assertEqual(server.stop(), 0)
 
 
+class StreamsFrozen(StreamsCase):
+
+    def test_a_clock_that_leaps_ahead(self):
+        """The machine, or gaffer, was halted for longer than any of its limits. What had come meanwhile was in time."""
+        ahead = 0.0
+        loop = gaffer.Loop(lambda: time.monotonic() + ahead)
+        with unittest.mock.patch("gaffer.Manager", functools.partial(gaffer.Manager, loop=loop)):
+            server = Running()
+        self.addCleanup(server.stop_all)
+        pid, = server.add("x", "cat", redirect_input=True)
+        server.add("y", "cat", redirect_input=True, graceful_timeout=3)
+        idle, half, poll = (server.connect() for _ in range(3))
+        for sock in idle, half, poll:
+            self.addCleanup(sock.close)
+        half.sendall(b"GET /ping HTTP/1.1\r\n")
+        poll.sendall(http_bytes("GET", "/streams/%d/stdout?since=0" % pid))
+        block = server.stream("/streams/%d/stdout?feed=continuous&loss=block" % pid)
+        made = WebSocket(server.port, "/wstreams/%d" % pid)
+        for opened in block.connection, block, made:
+            self.addCleanup(opened.close)
+        until(lambda: loop.call(lambda: len([c for c in server.http.channels if c.kind == "longpoll"])), "the long poll")
+        go_on, halted = threading.Event(), threading.Event()
+        loop.call_soon(lambda: (halted.set(), go_on.wait(TIMEOUT)))
+        self.assertTrue(halted.wait(TIMEOUT))
+        idle.sendall(http_bytes("GET", "/ping"))
+        half.sendall(b"Host: localhost\r\n\r\n")
+        made.text("hello\n")
+        ahead += 1000.0
+        go_on.set()
+        for sock in idle, half:
+            self.assertEqual(sock.recv(1000)[:15], b"HTTP/1.1 200 OK")
+        self.assertEqual((made.read(), block.readline(), poll.recv(1000)[:15]), ((1, b"hello\n"), b"hello\n", b"HTTP/1.1 200 OK"))
+        self.assertEqual([server.ok("GET", "/status/" + name)["restarts"] for name in ("x", "y")], [0, 0])
+        ahead -= 2000.0                         # no monotonic clock does that: it then takes its time, and goes on
+        self.assertEqual(server.request("GET", "/ping")[0], 200)
+
+
 class CliErrors(CliCase):
     """Starts that fail: one sentence. Wrong usage: argparse's."""
 
@@ -13016,6 +13511,7 @@ class CliCommands(CliControlCase):
                 with self.subTest(name):
                     status, out, err = self.called(name, *arguments, *more, "--endpoint", server.url)
                     self.assertEqual((status, out), (6, ""))
+                    err = re.sub(r"\Aa wrong token came from [^\n]*\n", "", err)      # the server, in this same process, says so
                     self.assertRegex(err, r"\Agaffer: the server wants its token: [^\n]*--token-file[^\n]*\n\Z")
         os.environ["GAFFER_TOKEN"] = "s3cret"
         self.assertEqual(self.called("processes", "--endpoint", server.url), (0, "", ""))
@@ -14562,9 +15058,9 @@ class Readme(CliCase):
 
     def test_the_command_reference_is_what_help_says(self):
         """`WRITE_README=1 python3 test_gaffer.py Readme` writes it anew."""
-        head, fence, _ = self.text.partition("## Command reference\n\n```text\n")
+        head, fence, rest = self.text.partition("## Command reference\n\n```text\n")
         self.assertTrue(fence)
-        made = head + fence + "$ gaffer.py --help\n" + self.reference() + "```\n"
+        made = head + fence + "$ gaffer.py --help\n" + self.reference() + "```\n" + rest.partition("\n```\n")[2]
         if os.environ.get("WRITE_README"):
             with open(os.path.join(HERE, "README.md"), "w", encoding="utf-8") as file:
                 file.write(made)
@@ -14581,12 +15077,32 @@ class Readme(CliCase):
         flapping = {name: default for name, (default, _) in gaffer.FLAPPING.items()}
         self.assertIn("`%s`" % json.dumps(flapping), self.text)
 
+    # how the work is cut and paced, and what a command of the command line does by itself: nothing ends there
+    INTERNAL = frozenset("""
+        KIB MIB WINDOW_SIZE_MIN WINDOW_SIZE_MAX STDIN_SIZE_MAX READ_SIZE READ_SIZE_WIDE PIPE_SIZE COALESCE_SIZE SHARE_SIZE JOIN_SIZE
+        PARTS_MAX SHARES_PER_TURN COURTESY COURTESY_RECENT FANOUT_SIZE PACE PACE_READERS PACE_MIN PACE_MAX PARTIAL_LINE_DELAY
+        MERGED_LINE_DELAY MARK_INTERVAL COMPRESS_MIN PAGE_EVENTS GROUP_POLL GROUP_POLL_MAX EXIT_POLL KILL_AGAIN STOP_STAGGER STOP_STAGGER_TOTAL WAIT_EXTRA SECONDS_MAX
+        REQUEST_LINE_SIZE CHUNKS_AT_ONCE LINGER_TIME LINGER_SIZE FILES_FOR_CONNECTIONS ACCEPTS_PER_TURN LOOKS ACCEPT_PAUSE
+        MEMORY_PAUSE SEND_QUEUE_LOW DEFLATE_LEVEL DEFLATE_WINDOW_BITS DEFLATE_SIZE_MIN DEFLATE_SIZE_MAX MESSAGES_PER_TURN
+        ACCESS_LOG_DELAY LOG_END REQUEST_BUCKETS TURN_BUCKETS CLIENT_TIME HEARTBEAT STREAM_TIME WEBHOOK_PAUSES WEBHOOK_REST WEBHOOK_END
+        SCREEN_END FAULTS_MAX STATUS_INTERVAL RETRY_FIRST RETRY_MAX SHORTAGES""".split())
+
     def test_its_limits_are_those_of_the_source(self):
-        rows = re.findall(r"^\| `([A-Z_]+)` \| ([0-9,]+)(?: (\w+))? \|", self.text, re.M)
-        self.assertGreater(len(rows), 15)
+        rows = re.findall(r"^\| `([A-Z_]+)` \| ([0-9,]+)(?: (\w+))? \|([^|]*)\| ([^|]+) \|$", self.text, re.M)
         units = {"": 1, "s": 1, "KiB": 1024, "MiB": 1024 ** 2}
-        for name, number, unit in rows:
-            self.assertEqual(int(number.replace(",", "")) * units[unit], getattr(gaffer, name), name)
+        for name, number, unit, how, what in rows:
+            with self.subTest(name):
+                self.assertEqual(int(number.replace(",", "")) * units[unit], getattr(gaffer, name))
+                for option in re.findall(r"`(--[a-z-]+)`", how):
+                    self.assertIn(option, self.reference())
+                for owner, argument in re.findall(r"`(\w+)\((\w+)=\)`", how):
+                    self.assertIn(argument, inspect.signature(getattr(gaffer, owner)).parameters)
+                self.assertIn(":", what, "it is to say what happens there")
+        source = cli_read(gaffer.__file__)
+        section = source[source.index("\nKIB, MIB ="):source.index("\nclass GafferError")]
+        constants = {name for line in re.findall(r"^([A-Z_, ]+) =", section, re.M) for name in line.split(", ")}
+        told = [row[0] for row in rows]
+        self.assertEqual(sorted([*told, *self.INTERNAL]), sorted(constants), "each limit is in the table once, or internal")
         self.assertIn("from %d bytes to 1 GiB" % gaffer.WINDOW_SIZE_MIN, self.text)
         self.assertIn("default %d" % gaffer.WINDOW_SIZE, self.text)
 
@@ -15611,7 +16127,7 @@ def run_all(jobs):
 
 
 LONG = ("StreamsCost", "StreamsLoss", "Loadtest", "StreamsLossless", "CliFaults", "HttpOpenapi", "ProcessHostile", "ProcessHostileThread",
-        "Chaos", "CliDaemon", "CliCommands", "HttpConnections", "HttpEndpoints")    # begun first, or all would wait for them
+        "Chaos", "CliDaemon", "CliCommands", "HttpConnections", "HttpEndpoints", "BrowserMisuse")    # begun first, or all would wait for them
 
 
 def main():
