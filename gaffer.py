@@ -165,8 +165,8 @@ COMPRESS_MIN = KIB                  # shorter answers hardly shrink
 PAGE_EVENTS = 200                   # the page begins with so many
 STATS_KEPT = 16                     # samples a slow reader of statistics may be behind
 
-STDIN_SIZE = MIB                    # waits for a process to read it
-STDIN_LOW = STDIN_SIZE // 2         # below this, websockets are read again
+STDIN_SIZE = MIB                    # waits for a process to read it; half of it, and its websockets are read again
+STDIN_SIZE_MAX = 1024 * MIB
 DRAIN_TIME = 2.0                    # output after an exit, where a grandchild holds the pipe
 AFTERLIFE = 60.0                    # windows of an exited process can be read this long
 AFTERLIFE_COUNT = 16                # of a template's last exits (or twice its numprocesses, if that is more)
@@ -198,6 +198,7 @@ HEAD_TIME = 10.0                    # from the first byte of a head to its last
 BODY_TIME = 60.0
 IDLE_TIME = 60.0                    # a connection without a request
 REQUESTS_PER_TURN = 16              # of one connection that sends many at once, so that the others get theirs
+CHUNKS_AT_ONCE = 16                 # of a body, which then counts as one of these: a chunk of one byte costs some 4 us
 SEND_TIME = 30.0                    # a client that does not take its answer
 LINGER_TIME = 2.0                   # refused bodies are read and dropped so long, or the client never sees the refusal
 LINGER_SIZE = 8 * MIB               # and so much
@@ -224,11 +225,14 @@ DEFLATE_SIZE_MIN = 256              # shorter messages hardly shrink on their ow
 DEFLATE_SIZE_MAX = MIB              # longer ones would hold up the loop: 3 to 5 ms a mebibyte
 FINAL_BLOCKS_MAX = 16               # in one compressed message: each costs a new decompressor
 OFFERS_SIZE = 2 * KIB               # Sec-WebSocket-Extensions: browsers send 60 bytes
+FRAMES_PER_TURN = 256               # of one websocket, so that the others get theirs: some 0.5 ms, with a pong or a line for each
 MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn: compressed, they cost little
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
 
 ACCESS_FIELD_SIZE = KIB             # of a client's header in the access log
 ACCESS_LOG_SIZE = 256 * KIB         # lines that wait to be written
+LOG_SIZE = 256 * KIB                # of --log-file, too
+LOG_END = 1.0                       # and at gaffer's stop they are written for so long
 ACCESS_LOG_DELAY = 0.2              # and how long at most, where all goes well
 REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)    # seconds, of /metrics: loop to thread
 TURN_BUCKETS = (0.001, 0.01, 0.1, 1.0)      # of a turn of the loop: all else waits as long, and 10 ms of that can be felt
@@ -2184,10 +2188,12 @@ class Output:
 
 
 class Input:
-    """Writes into a process's stdin, or custom stream, as it reads. `shutdown(fd)` is how the end of file is said."""
+    """Writes into a process's stdin, or custom stream, as it reads; up to `limit` bytes wait. `end_of_file(fd)` is how the
+    end of file is said."""
 
-    def __init__(self, loop, fd, label, end_of_file):
+    def __init__(self, loop, fd, label, end_of_file, limit):
         self._loop, self._fd, self._label, self._end_of_file = loop, fd, label, end_of_file
+        self.limit = limit
         self._buffer = collections.deque()
         self._registered = self._ending = False
         self.size = 0                           # bytes that wait
@@ -2201,11 +2207,13 @@ class Input:
     def write(self, data):
         """Take all of `data`, or nothing. ForbiddenWrite: closed. StdinFull: the process does not read."""
         need(not self.closed, ForbiddenWrite, "%s of this process is closed; start another process to write to" % self._label)
-        need(self.size + len(data) <= STDIN_SIZE, StdinFull,
+        need(self.size + len(data) <= self.limit, StdinFull,
              "%d bytes wait for the process to read them; send this again later" % self.size)
         if data:
-            self._buffer.append(memoryview(data))
             self.size += len(data)
+            if self._buffer and len(self._buffer[-1]) + len(data) <= COALESCE_SIZE:     # each would cost 200 bytes more
+                data = b"".join((self._buffer.pop(), data))
+            self._buffer.append(memoryview(data))
             self._flush()
             need(self._fd is not None, ForbiddenWrite, "the process has closed its %s" % self._label)
 
@@ -2231,7 +2239,7 @@ class Input:
         if self._ending and not self._buffer:
             return self.close()
         self._watch(bool(self._buffer))
-        if self.on_low and self.size <= STDIN_LOW:
+        if self.on_low and self.size <= self.limit // 2:
             self._tell_low()
         return None
 
@@ -2290,9 +2298,9 @@ class Process:
 
     # start
 
-    def spawn(self, launch, merged, window_size):
-        """Execute `launch`. `merged`: {label: Merged}. InvalidProcessInfo: it cannot be executed. Busy: the system has no
-        room for another process."""
+    def spawn(self, launch, merged, window_size, input_size):
+        """Execute `launch`. `merged`: {label: Merged}; sizes: see Manager. InvalidProcessInfo: it cannot be executed.
+        Busy: the system has no room for another process."""
         ours, theirs = [], []                   # descriptors to close when it fails, and always
         try:
             plan = self._pipes(ours, theirs)
@@ -2314,7 +2322,7 @@ class Process:
                 os.close(fd)
         self.started, self.instance = self._loop.clock(), launch.instance
         for label, fd in plan["write"].items():
-            self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else end_socket)
+            self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else end_socket, input_size)
         try:
             self._watcher = self._exit_watcher(self._loop, self.os_pid, self._exit)
         except (OSError, RuntimeError):         # no descriptor, no thread left: the process runs, and has to be watched
@@ -2771,15 +2779,17 @@ class ProcessHandle:
 
 class Manager:
     """Keeps processes running. `apps`: objects with start(loop, manager), and maybe stop() and restart(). `window_size`:
-    bytes kept of each stream. `exit_with`: the name of a template, there or yet to come; once a process of it has ended by
-    itself, all others are stopped, run() returns, and `exit_code` is its status, or 128 and the signal. `exit_watcher`,
-    `process_table`: see the platform section; chosen by probing."""
+    bytes kept of each stream; `input_size`: that wait for a process to read them. `exit_with`: the name of a template,
+    there or yet to come; once a process of it has ended by itself, all others are stopped, run() returns, and
+    `exit_code` is its status, or 128 and the signal. `exit_watcher`, `process_table`: see the platform section; chosen
+    by probing."""
 
-    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None, exit_with=None):
+    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None, exit_with=None,
+                 input_size=STDIN_SIZE):
         self.exit_with, self.exit_code = exit_with, 0
         self.loop = loop or Loop()
         self.apps = list(apps)
-        self.window_size = window_size
+        self.window_size, self.input_size = window_size, input_size
         self.epoch = os.urandom(4).hex()        # a word for this run, in every id
         self.templates = {}
         self.processes = {}                     # pid -> Process: all that can still be asked for
@@ -3267,7 +3277,7 @@ class Manager:
     def _spawn(self, template, launch):
         """A new process of `template`, running. The caller publishes it."""
         process = Process(self._next_pid, template, self, self.loop, self.table, self._exit_watcher)
-        process.spawn(launch, template.merged, self.window_size)
+        process.spawn(launch, template.merged, self.window_size, self.input_size)
         self._next_pid += 1
         self.processes[process.pid] = template.processes[process.pid] = process
         template.error = None
@@ -3598,6 +3608,8 @@ def body_length(request):
 class SizedDecoder:
     """Takes a body of `length` bytes: see ChunkedDecoder."""
 
+    more = False
+
     def __init__(self, length):
         self._length, self._body = length, bytearray()      # not a list: the pieces may be of one byte
         self.rest = b""
@@ -3617,12 +3629,14 @@ class SizedDecoder:
 
 class ChunkedDecoder:
     """Decodes a chunked body of up to `limit` bytes: `feed(data)` returns True when it is complete; then `body` holds it
-    and `rest` what came behind. BadRequest, TooLarge. RFC 9112 section 7.1."""
+    and `rest` what came behind. After `at_once` chunks it stops; then `more` is true, and `rest` is to be fed again.
+    BadRequest, TooLarge. RFC 9112 section 7.1."""
 
     SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
 
-    def __init__(self, limit):
-        self._limit, self._size = limit, 0
+    def __init__(self, limit, at_once=math.inf):
+        self._limit, self._size, self._at_once = limit, 0, at_once
+        self.more = False
         self._body = bytearray()
         self._extensions = 0                    # bytes of them so far
         self.rest, self._data, self._at = b"", b"", 0
@@ -3638,14 +3652,19 @@ class ChunkedDecoder:
         """Take what came."""
         self._data, self._at = self.rest + data, 0
         done = self._go_on()
-        self.rest = self._data[self._at:]
+        self.rest, self._data = self._data[self._at:], b""
         return done
 
     def _go_on(self):
+        chunks, self.more = self._at_once, False
         while True:
             if self._trailers is not None:
                 return self._trailer()
             if self._left is None:
+                self.more = chunks == 0
+                if self.more:
+                    return False
+                chunks -= 1
                 line = self._line(CHUNK_LINE_SIZE)
                 if line is None:
                     return False
@@ -3710,7 +3729,7 @@ def body_decoder(request, limit):
     need(length is None or length <= limit, TooLarge, "the body is over %d bytes; send less" % limit)
     need(request.headers.get("expect", "100-continue").lower() == "100-continue" or request.version == (1, 0),
          ExpectationFailed, "the only expectation here is 100-continue")
-    return ChunkedDecoder(limit) if length is None else SizedDecoder(length)
+    return ChunkedDecoder(limit, CHUNKS_AT_ONCE) if length is None else SizedDecoder(length)
 
 
 def http_date(now):
@@ -4273,7 +4292,7 @@ class WebSocketDecoder:
         self._compressed = False                # is the message under way
         self._buffer, self._at = b"", 0         # what came, and how far it is understood
         self._event = None
-        self._done = False
+        self._done, self._frames = False, 0
         self._message = None                    # opcode of the message under way
         self._data, self._size = bytearray(), 0     # what of it is here, and what its frames have announced
         self._checked = 0                       # how much of it is known to be UTF-8
@@ -4284,12 +4303,18 @@ class WebSocketDecoder:
         """Take bytes; returns an iterator over the events they complete. What is not asked for yet waits for the next
         feed(), of b"" too: so who has enough need not take more."""
         self._buffer = self._buffer[self._at:] + data
-        self._at = 0
+        self._at, self._frames = 0, FRAMES_PER_TURN
         return iter(self._next, None)
+
+    @property
+    def more(self):
+        """True where feed() has stopped after FRAMES_PER_TURN frames: feed(b"") goes on."""
+        return self._frames == 0
 
     def _next(self):
         self._event = None
-        while self._event is None and not self._done and (self._payload() if self._frame is not None else self._head()):
+        while self._event is None and not self._done and self._frames and (
+                self._payload() if self._frame is not None else self._head()):
             pass
         return self._event
 
@@ -4353,6 +4378,7 @@ class WebSocketDecoder:
         last = left == len(data)
         if last:
             self._frame = None
+            self._frames -= 1
         if opcode >= 8:
             self._control += data
             return last and self._control_end(opcode)
@@ -4696,158 +4722,170 @@ PAGE = r"""<!DOCTYPE html>
 <link rel="icon" href="data:,">
 <style nonce="__NONCE__">
 :root {
-  color-scheme: light dark; --mono: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
-  --bg: #ffffff; --panel: #f4f6f8; --text: #1b1f24; --dim: #57606a; --line: #d5dbe1; --edge: #818b98; --accent: #0757b3;
-  --good: #1a7f37; --warn: #8a5a00; --bad: #b42318; --mark: #ffe58a; --marked: #1b1f24; --here: #ffb454;
-  --c0: #1b1f24; --c1: #b42318; --c2: #1a7f37; --c3: #8a5a00; --c4: #0757b3; --c5: #8250df; --c6: #0b6e7a; --c7: #57606a;
-  --c8: #57606a; --c9: #c4261c; --c10: #147a33; --c11: #7d5600; --c12: #0a63c9; --c13: #9333b8; --c14: #0a6c85; --c15: #1b1f24;
+	color-scheme: light dark; --mono: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
+	--bg: #ffffff; --panel: #f4f6f8; --text: #1b1f24; --dim: #57606a; --line: #d5dbe1; --edge: #818b98; --accent: #0757b3;
+	--good: #1a7f37; --warn: #8a5a00; --bad: #b42318; --mark: #ffe58a; --marked: #1b1f24; --here: #ffb454;
+	--c0: #1b1f24; --c1: #b42318; --c2: #1a7f37; --c3: #8a5a00; --c4: #0757b3; --c5: #8250df; --c6: #0b6e7a; --c7: #57606a;
+	--c15: #1b1f24;
 }
 @media (prefers-color-scheme: dark) { :root {
-  --bg: #0f1318; --panel: #171c23; --text: #e3e8ee; --dim: #9aa5b1; --line: #2b323b; --edge: #6b7683; --accent: #6cb0ff;
-  --good: #4cc06b; --warn: #e0a63a; --bad: #ff8078; --mark: #6b5a12; --marked: #ffffff; --here: #935000;
-  --c0: #9aa5b1; --c1: #ff8078; --c2: #4cc06b; --c3: #e0a63a; --c4: #6cb0ff; --c5: #cf9bff; --c6: #4fc3d0; --c7: #e3e8ee;
-  --c8: #9aa5b1; --c9: #ff9c95; --c10: #74d68d; --c11: #f0c060; --c12: #93c6ff; --c13: #e0b8ff; --c14: #7cdbe5; --c15: #ffffff;
+	--bg: #0f1318; --panel: #171c23; --text: #e3e8ee; --dim: #9aa5b1; --line: #2b323b; --edge: #6b7683; --accent: #6cb0ff;
+	--good: #4cc06b; --warn: #e0a63a; --bad: #ff8078; --mark: #6b5a12; --marked: #ffffff; --here: #935000;
+	--c0: #9aa5b1; --c1: #ff8078; --c2: #4cc06b; --c3: #e0a63a; --c4: #6cb0ff; --c5: #cf9bff; --c6: #4fc3d0; --c7: #e3e8ee;
+	--c15: #ffffff;
 } }
-* { box-sizing: border-box; min-width: 0; }
-html, body { height: 100%; margin: 0; }
-body { display: flex; flex-direction: column; font: 14px/1.4 system-ui, sans-serif; background: var(--bg); color: var(--text); }
-a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-[hidden] { display: none !important; }
-.quiet { position: absolute; clip-path: inset(50%); white-space: nowrap; }
-.skip:not(:focus) { position: absolute; left: -999px; }
+* { box-sizing: border-box; min-width: 0 }
+html, body { height: 100%; margin: 0 }
+body { display: flex; flex-direction: column; font: 14px/1.4 system-ui, sans-serif; background: var(--bg);
+	color: var(--text) }
+a { color: var(--accent); text-decoration: none }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+[hidden] { display: none !important }
+.quiet { position: absolute; clip-path: inset(50%); white-space: nowrap }
 button, input, select, textarea { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--edge);
-  border-radius: 4px; padding: 2px 6px; }
-button { padding: 1px 8px; cursor: pointer; background: var(--panel); white-space: nowrap; }
-button:hover { border-color: var(--accent); color: var(--accent); }
-button:disabled, input:disabled { cursor: default; color: var(--dim); border-color: var(--line); }
-button.main, [aria-pressed=true] { background: var(--accent); color: var(--bg); border-color: var(--accent); }
-button.bad, .bad { color: var(--bad); } .dim, small { color: var(--dim); } [aria-invalid=true] { border-color: var(--bad); }
-input[type=checkbox] { margin: 0; width: 15px; height: 15px; accent-color: var(--accent); vertical-align: middle; }
-.mono, textarea { font: 12.5px/18px var(--mono); }
-header, .bar, .entry { display: flex; flex-wrap: wrap; align-items: center; gap: 6px; }
-header { padding: 6px 14px; border-bottom: 1px solid var(--line); background: var(--panel); }
-nav { display: flex; flex: 1; } nav a { padding: 2px 8px; border-radius: 4px; color: var(--text); }
-nav a[aria-current] { background: var(--bg); box-shadow: inset 0 -2px var(--accent); color: var(--accent); }
-#link::before { content: "\25CF"; margin-right: 5px; color: var(--good); } #link.away, .away::before { color: var(--bad) !important; }
-#message { margin: 0; padding: 6px 14px; color: var(--bad); border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-#message:empty { display: none; } #message button { float: right; }
-main { flex: 1; min-height: 0; overflow: auto; padding: 10px 14px; outline: none; } main.fill { display: flex; overflow: hidden; }
-h1 { font-size: 17px; margin: 0; } dialog h2 { font-size: 16px; margin: 0 0 8px; }
-.bar { margin-bottom: 8px; } .grow { flex: 1 1 160px; max-width: 420px; } .push { margin-left: auto; }
-.row { display: grid; align-items: center; column-gap: 10px; padding: 0 6px; min-height: 31px; border-bottom: 1px solid var(--line);
-  grid-template-columns: 18px 3fr 5fr 100px 62px 58px 98px 104px 186px; }
-.item { content-visibility: auto; contain-intrinsic-size: auto 31px; } .item:hover, .item:focus-within { background: var(--panel); }
-.item:focus-visible { outline-offset: -2px; } .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.heads { color: var(--dim); position: sticky; top: -10px; background: var(--bg); z-index: 1; }
-.group { background: var(--panel); grid-template-columns: 18px 1fr auto; margin-top: 6px; } .group .cut { font-weight: 600; }
-.number { text-align: right; font-variant-numeric: tabular-nums; } .acts, .use { display: flex; gap: 4px; justify-content: flex-end; }
-.acts { align-items: center; } .live .start, .rest .stop { display: none; }
-.dot { display: inline-block; width: 1.3em; color: var(--warn); } .running .dot { color: var(--good); } .stopped .dot { color: var(--dim); }
-.backoff > *, .flapping > * { color: var(--bad); } .state .dim { color: var(--dim); }
-svg { width: 42px; height: 17px; overflow: visible; }
-path { fill: none; stroke: var(--accent); stroke-width: 1.3; vector-effect: non-scaling-stroke; }
-.facts { display: grid; grid-template-columns: max-content 1fr; gap: 1px 12px; margin: 0 0 8px; } dt { color: var(--dim); }
-dd { margin: 0; overflow-wrap: anywhere; max-height: 5em; overflow: auto; } .parts { max-height: 30vh; overflow: auto; margin-bottom: 8px; flex: none; }
-.part { grid-template-columns: 62px 82px 1fr 70px 98px 104px 156px; }
-.log { flex: 1; min-height: 180px; display: flex; flex-direction: column; position: relative; }
+	border-radius: 4px; padding: 2px 6px }
+button { padding: 1px 8px; cursor: pointer; background: var(--panel); white-space: nowrap; flex: none }
+button:hover { border-color: var(--accent) }
+button:disabled, input:disabled { cursor: default; color: var(--dim); border-color: var(--line) }
+button.main, [aria-pressed=true] { background: var(--accent); color: var(--bg); border-color: var(--accent) }
+button.bad, .bad { color: var(--bad) } .dim, small { color: var(--dim) } [aria-invalid=true] { border-color: var(--bad) }
+input[type=checkbox] { margin: 0; width: 15px; height: 15px; accent-color: var(--accent); vertical-align: middle }
+.mono, textarea { font: 12.5px/18px var(--mono) }
+header, .bar, .entry { display: flex; flex-wrap: wrap; align-items: center; gap: 6px }
+header { padding: 6px 14px; border-bottom: 1px solid var(--line); background: var(--panel) }
+nav { display: flex; flex: 1 } nav a { padding: 2px 8px; border-radius: 4px; color: var(--text) }
+nav a[aria-current] { background: var(--bg); box-shadow: inset 0 -2px var(--accent); color: var(--accent) }
+#link::before { content: "\25CF"; margin-right: 5px; color: var(--good) }
+#link.away, .away::before { color: var(--bad) !important }
+#message { margin: 0; padding: 6px 14px; color: var(--bad); border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
+#message:empty { display: none } #message button { float: right }
+main { flex: 1; min-height: 0; overflow: auto; padding: 10px 14px; outline: none }
+main.fill { display: flex; overflow: hidden }
+h1 { font-size: 17px; margin: 0 } dialog h2 { font-size: 16px; margin: 0 0 8px }
+.bar { margin-bottom: 8px } .grow { flex: 1 1 160px; max-width: 420px } .push { margin-left: auto }
+.row { display: grid; align-items: center; column-gap: 10px; padding: 0 6px; min-height: 31px;
+	border-bottom: 1px solid var(--line);
+	grid-template-columns: 18px 3fr 5fr 100px 62px 58px 98px 104px 186px }
+.item { content-visibility: auto; contain-intrinsic-size: auto 31px }
+.item:hover, .item:focus-within { background: var(--panel) }
+.item:focus-visible { outline-offset: -2px } .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+.heads { color: var(--dim); position: sticky; top: -10px; background: var(--bg); z-index: 1 }
+.group { background: var(--panel); grid-template-columns: 18px 1fr auto; margin-top: 6px } .group .cut { font-weight: 600 }
+.number { text-align: right; font-variant-numeric: tabular-nums }
+.acts, .use { display: flex; gap: 4px; justify-content: flex-end; align-items: center }
+.bar .acts { flex-wrap: wrap } .live .start, .rest .stop { display: none }
+.dot { display: inline-block; width: 1.3em; color: var(--warn) } .running .dot { color: var(--good) }
+.stopped .dot { color: var(--dim) }
+.backoff > *, .flapping > * { color: var(--bad) } .state .dim { color: var(--dim) }
+svg { width: 42px; height: 17px; overflow: visible }
+path { fill: none; stroke: var(--accent); stroke-width: 1.3; vector-effect: non-scaling-stroke }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: 1px 12px; margin: 0 0 8px } dt { color: var(--dim) }
+dd { margin: 0; overflow-wrap: anywhere; max-height: 5em; overflow: auto }
+.parts { max-height: 30vh; overflow: auto; margin-bottom: 8px; flex: none }
+.part { grid-template-columns: 62px 82px 1fr 70px 98px 104px 156px }
+.log { flex: 1; min-height: 180px; display: flex; flex-direction: column; position: relative }
 .lines { flex: 1; overflow: auto; border: 1px solid var(--line); border-radius: 4px; position: relative; contain: strict;
-  overflow-anchor: none; }
-.lines > div { position: absolute; top: 0; left: 0; min-width: 100%; }
-.l { white-space: pre; padding: 0 8px; min-height: 18px; border-left: 3px solid transparent; }
-.wrap > div { width: 100%; } .wrap .l { white-space: pre-wrap; word-break: break-all; }
-.stderr { border-left-color: var(--bad); } .stderr .k { color: var(--bad); } .l .dim, .note, .exit { color: var(--dim); }
-.note, .exit { font-style: italic; background: var(--panel); } .stdin { color: var(--accent); }
-mark { background: var(--mark); color: var(--marked); } .here mark { background: var(--here); }
-.b { font-weight: 700; } .f { opacity: .75; } .i { font-style: italic; } .u { text-decoration: underline; } .s { text-decoration: line-through; }
-.more { position: absolute; bottom: 12px; right: 24px; } .entry { margin-top: 8px; } .entry input { flex: 1 1 160px; }
-.fields { display: grid; grid-template-columns: max-content minmax(0, 34rem); gap: 6px 14px; } .fields small, .fields .bad { display: block; }
-.fields input:not([type=checkbox]), textarea { width: 100%; }
-.events { list-style: none; margin: 0; padding: 0; } .events li { grid-template-columns: 92px 180px 1fr; min-height: 27px; }
-dialog, #menu { color: inherit; background: var(--bg); border: 1px solid var(--edge); border-radius: 6px; }
-dialog { max-width: min(620px, 94vw); padding: 16px 18px; } dialog::backdrop { background: #0007; }
-dialog .bar { justify-content: flex-end; margin: 14px 0 0; }
-kbd { font: 12px var(--mono); border: 1px solid var(--edge); border-radius: 3px; padding: 0 5px; }
-#menu { position: fixed; z-index: 9; min-width: 150px; padding: 4px; box-shadow: 0 3px 12px #0005; }
-#menu button { display: block; width: 100%; text-align: left; border: 0; background: none; } #menu :focus { background: var(--panel); }
+	overflow-anchor: none }
+.lines > div { position: absolute; top: 0; left: 0; min-width: 100% }
+.l { white-space: pre; padding: 0 8px; min-height: 18px; border-left: 3px solid transparent }
+.wrap > div { width: 100% } .wrap .l { white-space: pre-wrap; word-break: break-all }
+.stderr { border-left-color: var(--bad) } .stderr .k { color: var(--bad) } .l .dim, .note, .exit { color: var(--dim) }
+.note, .exit { background: var(--panel) } .stdin { color: var(--accent) }
+mark { background: var(--mark); color: var(--marked) } .here mark { background: var(--here) }
+.b { font-weight: 700 } .f { opacity: .75 } .i, .note, .exit { font-style: italic } .u { text-decoration: underline }
+.s { text-decoration: line-through }
+.more { position: absolute; bottom: 12px; right: 24px } .entry { margin-top: 8px } .entry input { flex: 1 1 160px }
+.fields { display: grid; grid-template-columns: max-content minmax(0, 34rem); gap: 6px 14px }
+.fields small, .fields .bad { display: block }
+.fields input:not([type=checkbox]), textarea { width: 100% }
+.events { list-style: none; margin: 0; padding: 0 } .events li { grid-template-columns: 92px 180px 1fr; min-height: 27px }
+dialog, #menu { color: inherit; background: var(--bg); border: 1px solid var(--edge); border-radius: 6px }
+dialog { max-width: min(620px, 94vw); padding: 16px 18px } dialog::backdrop { background: #0007 }
+dialog .bar { justify-content: flex-end; margin: 14px 0 0 }
+kbd { font: 12px var(--mono); border: 1px solid var(--edge); border-radius: 3px; padding: 0 5px }
+#menu { position: fixed; z-index: 9; min-width: 150px; padding: 4px; box-shadow: 0 3px 12px #0005 }
+#menu button { display: block; width: 100%; text-align: left; border: 0; background: none }
+#menu :focus { background: var(--panel) }
 @media (max-width: 900px) {
-  .heads, .wide { display: none; } main { padding: 8px; } .parts { max-height: 22vh; } button { min-height: 27px; }
-  .template { grid-template-columns: 18px 1fr 96px 90px; row-gap: 3px; padding: 5px 4px; contain-intrinsic-size: auto 92px; }
-  .template .state { grid-area: 2 / 2 / 3 / 5; white-space: normal; } .template .count { grid-area: 1 / 3 / 2 / 5; }
-  .template .use { grid-area: 3 / 1 / 4 / 3; } .template .acts { grid-area: 3 / 3 / 4 / 5; }
-  .part { grid-template-columns: 44px 1fr 60px 150px; } .fields { grid-template-columns: 1fr; gap: 2px; } .fields > div { margin-bottom: 8px; }
-  .events li { grid-template-columns: 88px 1fr; padding: 4px; } .events li > span { grid-column: 1 / 3; }
+	.heads, .wide { display: none } main { padding: 8px } .parts { max-height: 22vh } button { min-height: 27px }
+	.template { grid-template-columns: 18px 1fr 96px 90px; row-gap: 3px; padding: 5px 4px }
+	.template .state { grid-area: 2 / 2 / 3 / 5; white-space: normal }
+	.template .use { grid-area: 3 / 2; justify-content: flex-start } .template .acts { grid-area: 3 / 3 / 4 / 5 }
+.template .count { grid-area: 1 / 3 / 2 / 5 }
+	.part { grid-template-columns: 44px 1fr 60px 150px } .fields { grid-template-columns: 1fr; gap: 2px }
+.fields > div { margin-bottom: 8px }
+	.events li { grid-template-columns: 88px 1fr; padding: 4px } .events li > span { grid-column: 1 / 3 }
 }
 </style></head>
 <body>
-<a class="skip" href="#main" id="skip">Skip to content</a>
 <header><strong>gaffer</strong><nav aria-label="Views" id="nav"></nav><span id="link" role="status"></span>
 <button id="help" aria-label="Keys" title="keys (?)">?</button></header>
 <p id="message" role="alert"></p><p id="said" role="status" class="quiet"></p>
 <main id="main" tabindex="-1"></main>
 <div id="menu" role="menu" hidden></div>
 <dialog id="dialog" aria-labelledby="dialog-title"></dialog>
-<noscript>This page needs JavaScript. The same is there as JSON, and as commands of gaffer.py.</noscript>
+<noscript>This page needs JavaScript.</noscript>
 <script type="application/json" id="snapshot">__SNAPSHOT__</script>
 <script nonce="__NONCE__">
 "use strict";
-// ---- helpers. What is shown becomes text and properties, never HTML. The origin has no password in it, or fetch() would refuse
+// ---- helpers. What is shown becomes text and properties, never HTML. The origin is without a password, or fetch() refuses
 const $ = id => document.getElementById(id), {origin} = location, enc = encodeURIComponent, main = $("main");
 const snapshot = JSON.parse($("snapshot").textContent);
 const LINES_MAX = 100000, CHARS_MAX = 16e6, LINE = 18, SAMPLES = 60, EVENTS_MAX = 1024, FIRST_LINES = 2000;
 
-function el(kind, props, ...children) {            // el("div.bar.push", {text, title, click: function ...}, children)
-  const [tag, ...classes] = kind.split("."), space = tag === "svg" || tag === "path" ? "2000/svg" : "1999/xhtml";
-  const node = document.createElementNS("http://www.w3.org/" + space, tag);
-  if (classes.length) node.setAttribute("class", classes.join(" "));
-  for (const [key, value] of Object.entries(props || {})) {
-    if (typeof value === "function") node.addEventListener(key, value);
-    else if (key === "text") node.textContent = value;
-    else if (key === "value" || key === "checked") node[key] = value;
-    else if (value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
-  }
-  node.append(...children.flat().filter(child => child));
-  return node;
+function el(kind, props, ...children) {  // el("div.bar.push", {text, title, click: function ...}, children)
+	const [tag, ...classes] = kind.split("."), space = ["svg", "path"].includes(tag) ? "2000/svg" : "1999/xhtml";
+	const node = document.createElementNS("http://www.w3.org/" + space, tag);
+	if (classes.length) node.setAttribute("class", classes.join(" "));
+	for (const [key, value] of Object.entries(props || {})) {
+		if (typeof value === "function") node.addEventListener(key, value);
+		else if (key === "text") node.textContent = value;
+		else if (key === "value" || key === "checked") node[key] = value;
+		else if (value !== undefined && value !== false) node.setAttribute(key === "label" ? "aria-label" : key,
+			value === true ? "" : value);
+	}
+	node.append(...children.flat().filter(child => child));
+	return node;
 }
 function put(node, text) { if (node.textContent !== text) node.textContent = text; }
 function attr(node, name, value) { if (node.getAttribute(name) !== value) node.setAttribute(name, value); }
 function cell(kind, ...children) { return el("div" + kind, {role: "cell"}, ...children); }
 function button(kind, text, label, click, more) {
-  return el("button" + kind, {type: "button", text, title: label, "aria-label": label, click, ...more});
+	return el("button" + kind, {type: "button", text, title: label, label, click, ...more});
 }
 function toggle(node, on) { attr(node, "aria-pressed", String(Boolean(on))); }
-function box(key, label, changed, more) {          // a search field whose text is in the address, too
-  const input = el("input.grow", {type: "search", placeholder: label, "aria-label": label, value: params().get(key) || "", ...more});
-  input.addEventListener("input", () => { setParam(key, input.value); changed(); });
-  return input;
+function checkbox(label, change) { return el("input", {type: "checkbox", label, change}); }
+function box(key, label, changed, more) {  // a search field whose text is in the address, too
+	const input = el("input.grow", {type: "search", placeholder: label, label, value: params().get(key) || "", ...more});
+	input.addEventListener("input", () => { setParam(key, input.value); changed(); });
+	return input;
 }
 function say(text) { $("said").textContent = text; }
-function complain(text) { $("message").replaceChildren(...text ? [text, button("", "Dismiss", "", () => complain(""))] : []); }
+function complain(text) { $("message").replaceChildren(...text ? [text, button("", "Dismiss", "", () => complain(""))] : []);
+	}
 function plural(count, word, words = word + "s") { return count.toLocaleString("en") + " " + (count === 1 ? word : words); }
+function wordsOf(text) { return text.toLowerCase().split(/\s+/).filter(word => word); }
+function run(keys, name) { if (keys[name]) keys[name](); return Boolean(keys[name]); }
 function two(value) { return String(Math.floor(value)).padStart(2, "0"); }
 function span(left) {
-  if (left < 10) return Math.max(0, left).toFixed(1) + "s";
-  if (left < 60) return Math.floor(left) + "s";
-  if (left < 3600) return Math.floor(left / 60) + "m" + two(left % 60) + "s";
-  if (left < 86400) return Math.floor(left / 3600) + "h" + two(left / 60 % 60) + "m";
-  return Math.floor(left / 86400) + "d" + two(left / 3600 % 24) + "h";
+	if (left < 60) return left < 10 ? Math.max(0, left).toFixed(1) + "s" : Math.floor(left) + "s";
+	const [unit, big, small, rest] = [[60, "m", "s", 1], [3600, "h", "m", 60], [86400, "d", "h",
+		3600]].filter(each => left >= each[0]).pop();
+	return Math.floor(left / unit) + big + two(left % unit / rest) + small;
 }
 function size(bytes) {
-  for (const unit of ["B", "K", "M"]) {
-    if (bytes < 1000) return (bytes < 10 && unit !== "B" ? bytes.toFixed(1) : Math.round(bytes)) + unit;
-    bytes /= 1024;
-  }
-  return bytes.toFixed(1) + "G";
+	const power = Math.min(3, Math.floor(Math.log2(bytes + 1) / 10)), value = bytes / 1024 ** power;
+	return value.toFixed(power && value < 10 ? 1 : 0) + "BKMG"[power];
 }
 function clock(seconds) {
-  const date = new Date(seconds * 1000), parts = [date.getHours(), date.getMinutes(), date.getSeconds()];
-  return parts.map(two).join(":") + "." + String(date.getMilliseconds()).padStart(3, "0");
+	const date = new Date(seconds * 1000), parts = [date.getHours(), date.getMinutes(), date.getSeconds()];
+	return parts.map(two).join(":") + "." + String(date.getMilliseconds()).padStart(3, "0");
 }
-function signalName(number) { return "SIG" + (snapshot.signals[number] || number); }
 function exitText({exit_status, term_signal, times}) {
-  const code = term_signal ? 128 + term_signal + " " + signalName(term_signal) : exit_status;
-  return "exited " + code + (times > 1 ? ", " + times + " times" : "");
+	const code = term_signal ? 128 + term_signal + " SIG" + (snapshot.signals[term_signal] || term_signal) : exit_status;
+	return "exited " + code + (times > 1 ? ", " + times + " times" : "");
 }
+function processes(count) { return plural(count, "process", "processes"); }
 
 // ---- what is known: statuses by name, usage by name and by pid, events. It begins with what the page was sent with
 const templates = new Map(), used = new Map(), events = snapshot.events;
@@ -4856,903 +4894,935 @@ snapshot.templates.forEach(keep);
 function groupOf(name) { return name.includes(":") ? name.slice(0, name.indexOf(":")) : ""; }
 function since(status) { return (performance.now() - status.at) / 1000; }
 function reason(status) {
-  const last = status.last_exit ? exitText(status.last_exit) : "", {state} = status;
-  if (state === "stopping") return "waiting for " + plural(status.stopping, "process", "processes") + " to end";
-  if (state === "stopped" && status.active) return "scaled to 0";
-  if (state === "running" && !status.error) {
-    return last && status.restarts && status.uptime + since(status) < 10 ? last + ", started again" : "";
-  }
-  const wait = status.next_try === null ? "" : "next try in " + Math.max(0, Math.ceil(status.next_try - since(status))) + " s";
-  const often = status.gave_up ? "gave up: it exits too often" : state === "flapping" ? "it exits too often" : "";
-  return [wait, status.error || last, often].filter(part => part).join(" · ");
+	const last = status.last_exit ? exitText(status.last_exit) : "", {state} = status;
+	if (state === "stopping") return "waiting for " + processes(status.stopping) + " to end";
+	if (state === "stopped" && status.active) return "scaled to 0";
+	if (state === "running" && !status.error) {
+		return last && status.restarts && status.uptime + since(status) < 10 ? last + ", started again" : "";
+	}
+	const wait = status.next_try === null ? "" : "next try in " + Math.max(0,
+		Math.ceil(status.next_try - since(status))) + " s";
+	const often = status.gave_up ? "gave up: it exits too often" : state === "flapping" ? "it exits too often" : "";
+	return [wait, status.error || last, often].filter(part => part).join(" · ");
 }
 const DOTS = {running: "●", backoff: "▲", flapping: "▲", stopping: "◐", starting: "◌", stopped: "○"};
 function showState(node, status, more) {
-  const why = status.ended ? "" : reason(status);
-  if (node.className !== "state cut " + status.state) node.className = "state cut " + status.state;
-  if (!node.firstChild) node.append(el("span.dot", {"aria-hidden": "true"}), el("span"), el("span.dim"));
-  [DOTS[status.state], status.ended || status.state, (more || "") + (why && " " + why)].forEach((text, at) => put(node.children[at], text));
-  attr(node, "title", node.textContent);
+	const why = status.ended ? "" : reason(status);
+	if (node.className !== "state cut " + status.state) node.className = "state cut " + status.state;
+	if (!node.firstChild) node.append(el("span.dot", {"aria-hidden": "true"}), el("span"), el("span.dim"));
+	[DOTS[status.state], status.ended || status.state, (more || "") + (why && " " + why)].forEach((text,
+		at) => put(node.children[at], text));
+	attr(node, "title", node.textContent);
 }
 
 // ---- asking the server: a refusal is shown in its own words
 async function ask(method, path, body, quiet) {
-  const failed = reason => { if (!quiet) complain(reason); };
-  try {
-    const answer = await fetch(origin + path, {method, body: typeof body === "object" ? JSON.stringify(body) : body});
-    const text = await answer.text(), value = text ? JSON.parse(text) : {};
-    if (!answer.ok) failed(value.reason);
-    return {ok: answer.ok, status: answer.status, value};
-  } catch (error) {
-    failed("the server does not answer; does it still run?");
-    return {ok: false, status: 0, value: {reason: "the server does not answer"}};
-  }
+	if (method !== "GET") complain("");
+	const failed = reason => { if (!quiet) complain(reason); };
+	try {
+		const answer = await fetch(origin + path, {method, body: typeof body === "object" ? JSON.stringify(body) : body});
+		const text = await answer.text(), value = text ? JSON.parse(text) : {};
+		if (!answer.ok) failed(value.reason);
+		return {ok: answer.ok, status: answer.status, value};
+	} catch (error) {
+		const value = {reason: "the server does not answer; does it still run?"};
+		failed(value.reason);
+		return {value};
+	}
 }
-async function act(refs, action, said = action.replace("_", "")) {     // refs: names, or pids
-  complain("");
-  const results = await Promise.all(refs.map(ref => ask("POST", "/processes/" + enc(ref) + "/" + action)));
-  const done = results.filter(result => result.ok).length;
-  if (done) say(said + ": done for " + (refs.length === 1 ? refs[0] : done + " of " + refs.length));
+async function act(refs, action) {  // refs: names, or pids
+	const results = await Promise.all(refs.map(ref => ask("POST", "/processes/" + enc(ref) + "/" + action)));
+	const done = results.filter(result => result.ok).length;
+	if (done) say(action.split("?")[0].replace(/[_/]/g, " ") + ": done for " + (refs.length === 1 ? refs[0] : done + " of " +
+		refs.length));
 }
-async function refresh(names) {                    // null: all
-  const answers = names ? await Promise.all(names.map(name => ask("GET", "/status/" + enc(name), undefined, true))) :
-    [await ask("GET", "/status", undefined, true)];
-  if (!names && answers[0].ok) { templates.clear(); answers[0].value.forEach(keep); }
-  else if (names) answers.forEach((answer, at) => {
-    if (answer.ok) keep(answer.value); else if (answer.status === 404) templates.delete(names[at]);
-  });
-  changed(names || [...templates.keys()]);
+async function refresh(names) {  // null: all
+	const answers = names ? await Promise.all(names.map(name => ask("GET", "/status/" + enc(name), undefined, true))) :
+		[await ask("GET", "/status", undefined, true)];
+	if (!names && answers[0].ok) { templates.clear(); answers[0].value.forEach(keep); }
+	else if (names) answers.forEach((answer, at) => {
+		if (answer.ok) keep(answer.value); else if (answer.status === 404) templates.delete(names[at]);
+	});
+	changed(names || [...templates.keys()]);
 }
 function changed(names) {
-  const bad = [...templates.values()].filter(status => status.gave_up || DOTS[status.state] === "▲").length;
-  document.title = [bad && bad + " failing", view && view.title, "gaffer"].filter(part => part).join(" – ");
-  if (view && view.update) view.update(names);
+	const bad = [...templates.values()].filter(status => status.gave_up || DOTS[status.state] === "▲").length;
+	document.title = [bad && bad + " failing", view && view.title, "gaffer"].filter(part => part).join(" – ");
+	if (view && view.update) view.update(names);
 }
 const dirty = new Set();
 let settling = false;
-async function settle(name) {                      // after an event; what many events say is asked for once
-  dirty.add(name);
-  if (settling) return;
-  settling = true;
-  while (dirty.size) {
-    await new Promise(resolve => setTimeout(resolve, 50));
-    const names = [...dirty];
-    dirty.clear();
-    await refresh(names.includes(null) || names.length > 8 ? null : names);
-  }
-  settling = false;
+async function settle(name) {  // after an event; what many events say is asked for once
+	dirty.add(name);
+	if (settling) return;
+	settling = true;
+	while (dirty.size) {
+		await new Promise(resolve => setTimeout(resolve, 50));
+		const names = [...dirty];
+		dirty.clear();
+		await refresh(names.includes(null) || names.length > 8 ? null : names);
+	}
+	settling = false;
 }
 
 // ---- streams: events, and output where that is looked at; none in a hidden tab, as a browser has six connections for all
 const feeds = new Set();
 function feed(path, types, take) {
-  let source = null, timer = null, last = null, delay = 250;
-  const shut = () => { clearTimeout(timer); if (source) source.close(); source = null; };
-  const open = () => {
-    source = new EventSource(origin + path(last));
-    for (const type of [...types, "dropped"]) source.addEventListener(type, event => {
-      last = event.lastEventId;
-      take(type, event.data, last);
-    });
-    source.onopen = () => { delay = 250; linked(true); };
-    source.onerror = () => { shut(); linked(false); timer = setTimeout(open, delay); delay = Math.min(5000, 2 * delay); };
-  };
-  const self = {open, shut, close() { shut(); feeds.delete(self); }};
-  feeds.add(self);
-  if (!document.hidden) open();
-  return self;
+	let source = null, timer = null, last = null, delay = 250;
+	const shut = () => { clearTimeout(timer); if (source) source.close(); source = null; };
+	const open = () => {
+		source = new EventSource(origin + path(last));
+		for (const type of [...types, "dropped"]) source.addEventListener(type, event => {
+			last = event.lastEventId;
+			take(type, event.data, last);
+		});
+		source.onopen = () => { delay = 250; linked(true); };
+		source.onerror = () => { shut(); linked(false); timer = setTimeout(open, delay); delay = Math.min(5000, 2 * delay); };
+	};
+	const self = {open, shut, close() { shut(); feeds.delete(self); }};
+	feeds.add(self);
+	if (!document.hidden) open();
+	return self;
 }
 function linked(good) { put($("link"), good ? "live" : "reconnecting"); $("link").className = good ? "" : "away"; }
 document.addEventListener("visibilitychange", () => {
-  for (const each of feeds) { each.shut(); if (!document.hidden) each.open(); }
+	for (const each of feeds) { each.shut(); if (!document.hidden) each.open(); }
 });
 function takeEvent(type, data) {
-  const event = JSON.parse(data);
-  if (type === "dropped") { if (event.restarted) { events.length = 0; used.clear(); } return settle(null); }
-  events.push(event);
-  if (events.length > EVENTS_MAX) events.shift();
-  if (type === "delete") { templates.delete(event.name); changed([event.name]); } else settle(event.name);
-  if (view.event) view.event(event);
+	const event = JSON.parse(data);
+	if (type === "dropped") { if (event.restarted) { events.length = 0; used.clear(); } return settle(null); }
+	events.push(event);
+	if (events.length > EVENTS_MAX) events.shift();
+	if (type === "delete") { templates.delete(event.name); changed([event.name]); } else settle(event.name);
+	if (view.event) view.event(event);
 }
 
 // ---- CPU and memory, each two seconds while somebody looks
 let polling = false;
 async function poll() {
-  if (polling || document.hidden || !view.usage) return;
-  polling = true;
-  await view.usage();
-  polling = false;
+	if (polling || document.hidden || !view.usage) return;
+	polling = true;
+	await view.usage();
+	polling = false;
 }
 setInterval(poll, 2000);
 setInterval(() => { if (!document.hidden && view.tick) view.tick(); }, 1000);
 function note(key, cpu, rss) {
-  if (!used.has(key)) used.set(key, [[], []]);
-  used.get(key).forEach((list, at) => { list.push([cpu, rss][at]); if (list.length > SAMPLES) list.shift(); });
+	if (!used.has(key)) used.set(key, [[], []]);
+	used.get(key).forEach((list, at) => { list.push([cpu, rss][at]); if (list.length > SAMPLES) list.shift(); });
 }
-function sparks() {                                // CPU and memory, drawn as they were in the last two minutes
-  const all = ["CPU", "memory"].map(title => {
-    const path = el("path"), text = el("span");
-    return {path, text, node: cell(".use.number", el("svg", {viewBox: "0 0 42 17", "aria-hidden": "true"}, el("title", {}), path), text)};
-  });
-  const draw = (at, list) => {
-    const most = Math.max(5, ...list), step = 42 / (SAMPLES - 1), from = 42 - step * (list.length - 1), last = list[list.length - 1];
-    const points = list.map((value, x) => (from + x * step).toFixed(1) + " " + (16 - 15 * value / most).toFixed(1));
-    attr(all[at].path, "d", points.length ? "M" + points.join("L") : "");
-    put(all[at].text, last === undefined ? "" : at ? size(last) : last.toFixed(1) + "%");
-  };
-  return {nodes: all.map(each => each.node), show: key => [0, 1].forEach(at => draw(at, (used.get(key) || [[], []])[at]))};
+function sparks() {  // CPU and memory, drawn as they were in the last two minutes
+	const all = ["CPU", "memory"].map(title => {
+		const path = el("path"), text = el("span", {title});
+		return {path, text, node: cell(".use.number", el("svg", {viewBox: "0 0 42 17", "aria-hidden": "true"}, path), text)};
+	});
+	const draw = (at, list) => {
+		const most = Math.max(5, ...list), step = 42 / (SAMPLES - 1), from = 42 - step * (list.length - 1),
+			last = list[list.length - 1];
+		const points = list.map((value, x) => (from + x * step).toFixed(1) + " " + (16 - 15 * value / most).toFixed(1));
+		attr(all[at].path, "d", points.length ? "M" + points.join("L") : "");
+		put(all[at].text, last === undefined ? "" : at ? size(last) : last.toFixed(1) + "%");
+	};
+	return {nodes: all.map(each => each.node), show: key => [0, 1].forEach(at => draw(at, (used.get(key) || [[], []])[at]))};
 }
 
 // ---- menus and dialogs
 let menuFrom = null;
 function closeMenu(back) {
-  if (!$("menu").hidden && back && menuFrom) menuFrom.focus();
-  $("menu").hidden = true;
+	if (!$("menu").hidden && back && menuFrom) menuFrom.focus();
+	$("menu").hidden = true;
 }
-function menu(from, items) {                       // items: [text, what to do, class]
-  const node = $("menu"), place = from.getBoundingClientRect();
-  node.replaceChildren(...items.map(([text, click, kind]) =>
-    el("button" + (kind || ""), {type: "button", role: "menuitem", text, click: () => { closeMenu(true); click(); }})));
-  node.hidden = false; menuFrom = from;
-  node.style.left = Math.max(4, Math.min(place.left, innerWidth - node.offsetWidth - 4)) + "px";
-  node.style.top = Math.max(4, Math.min(place.bottom + 2, innerHeight - node.offsetHeight - 4)) + "px";
-  node.firstChild.focus();
+function menu(from, items) {  // items: [text, what to do, class]
+	const node = $("menu"), place = from.getBoundingClientRect();
+	node.replaceChildren(...items.map(([text, click, kind]) =>
+		el("button" + (kind || ""), {type: "button", role: "menuitem", text, click: () => { closeMenu(true); click(); }})));
+	node.hidden = false; menuFrom = from;
+	node.style.left = Math.max(4, Math.min(place.left, innerWidth - node.offsetWidth - 4)) + "px";
+	node.style.top = Math.max(4, Math.min(place.bottom + 2, innerHeight - node.offsetHeight - 4)) + "px";
+	node.firstChild.focus();
 }
 $("menu").addEventListener("keydown", event => {
-  const all = [...$("menu").children], here = all.indexOf(document.activeElement);
-  const next = {ArrowDown: here + 1, ArrowUp: here - 1, Home: 0, End: all.length - 1}[event.key];
-  if (next !== undefined) all[(next + all.length) % all.length].focus();
-  else if (["Escape", "Tab"].includes(event.key)) closeMenu(true);
-  else return event.stopPropagation();
-  event.preventDefault(); event.stopPropagation();
+	const all = [...$("menu").children], here = all.indexOf(document.activeElement);
+	const next = {ArrowDown: here + 1, ArrowUp: here - 1, Home: 0, End: all.length - 1}[event.key];
+	if (next !== undefined) all[(next + all.length) % all.length].focus();
+	else if (["Escape", "Tab"].includes(event.key)) closeMenu(true);
+	else return event.stopPropagation();
+	event.preventDefault(); event.stopPropagation();
 });
 document.addEventListener("pointerdown", event => { if (!$("menu").contains(event.target)) closeMenu(); });
-function dialog(title, content, good, value, kind = ".main") {     // resolves with value(), or null; without: nothing to cancel
-  const node = $("dialog"), back = document.activeElement;
-  return new Promise(resolve => {
-    const done = result => { node.onclose = null; node.close(); if (back.isConnected) back.focus(); resolve(result); };
-    const yes = button(kind, good, undefined, () => done(value ? value() : null));
-    const no = value && button("", "Cancel", undefined, () => done(null));
-    node.replaceChildren(el("h2", {id: "dialog-title", text: title}), ...content, el("div.bar", {}, no, yes));
-    node.onclose = () => done(null);
-    node.onkeydown = event => { if (event.key === "Enter" && event.target.matches("input")) { event.preventDefault(); yes.click(); } };
-    node.showModal();
-    (node.querySelector("input") || no || yes).focus();
-  });
+function dialog(title, content, good, value, kind = ".main") {  // resolves with value(), or null; without: nothing to cancel
+	const node = $("dialog"), back = document.activeElement;
+	return new Promise(resolve => {
+		const done = result => { node.onclose = null; node.close(); if (back.isConnected) back.focus(); resolve(result); };
+		const yes = button(kind, good, undefined, () => done(value ? value() : null));
+		const no = value && button("", "Cancel", undefined, () => done(null));
+		node.replaceChildren(el("h2", {id: "dialog-title", text: title}), ...content, el("div.bar", {}, no, yes));
+		node.onclose = () => done(null);
+		node.onkeydown = event => { if (event.key === "Enter" && event.target.matches("input")) { event.preventDefault();
+			yes.click(); } };
+		node.showModal();
+		(node.querySelector("input") || no || yes).focus();
+	});
 }
 function nameThem(names) { return names.length === 1 ? names[0] : plural(names.length, "template"); }
 async function askSignal(refs, title = nameThem(refs)) {
-  const list = el("datalist", {id: "signals"}, Object.values(snapshot.signals).map(value => el("option", {value})));
-  const field = el("input", {value: "HUP", list: "signals"}), whole = el("input", {type: "checkbox"});
-  const name = await dialog("Signal " + title, [el("label", {}, "Signal: ", field, list), el("p", {}, el("label", {}, whole,
-    " to their whole process groups"))], "Send", () => field.value.trim());
-  if (name) act(refs, "_signal/" + enc(name) + (whole.checked ? "?group=true" : ""), "signal " + name);
+	const list = el("datalist", {id: "signals"}, Object.values(snapshot.signals).map(value => el("option", {value})));
+	const field = el("input", {value: "HUP", list: "signals"}), whole = checkbox();
+	const name = await dialog("Signal " + title, [el("label", {}, "Signal: ", field, list), el("p", {}, el("label", {}, whole,
+		" to their whole process groups"))], "Send", () => field.value.trim());
+	if (name) act(refs, "_signal/" + enc(name) + (whole.checked ? "?group=true" : ""));
 }
 async function askScale(names) {
-  const field = el("input", {type: "number", min: 0, max: 1000, value: templates.get(names[0]).numprocesses});
-  const number = await dialog("Scale " + nameThem(names), [el("label", {}, "Processes of each: ", field)], "Scale", () => field.value);
-  for (const name of number ? names : []) {
-    const change = Number(number) - templates.get(name).numprocesses;
-    if (change) act([name], change > 0 ? "_add/" + change : "_sub/" + -change, "scale");
-  }
+	const field = el("input", {type: "number", min: 0, max: 1000, value: templates.get(names[0]).numprocesses});
+	const number = await dialog("Scale " + nameThem(names), [el("label", {}, "Processes of each: ", field)], "Scale",
+		() => field.value);
+	for (const name of number ? names : []) {
+		const change = Number(number) - templates.get(name).numprocesses;
+		if (change) act([name], change > 0 ? "_add/" + change : "_sub/" + -change);
+	}
 }
 async function askDelete(names) {
-  const lines = names.map(name => {
-    const {running, stopping, os_pids} = templates.get(name), alive = running + stopping;
-    const which = os_pids.length ? " (OS pid " + os_pids.slice(0, 8).join(", ") + (os_pids.length > 8 ? ", …" : "") + ")" : "";
-    return el("li", {text: name + ": " + (alive ? "stops " + plural(alive, "process", "processes") + which : "nothing of it runs")});
-  });
-  if (!await dialog("Delete " + nameThem(names) + "?", [el("ul", {}, lines.slice(0, 12), lines.length > 12 &&
-    el("li", {text: "and " + (lines.length - 12) + " more"})), el("p", {text: "Their processes get SIGTERM, and SIGKILL once " +
-    "the graceful timeout is over. The templates and their output are forgotten."})], "Delete", () => true, ".bad")) return;
-  complain("");
-  const results = await Promise.all(names.map(name => ask("DELETE", "/processes/" + enc(name))));
-  say("deleted: " + results.filter(result => result.ok).length);
-  if (names.includes(view.name)) go("/");
+	const lines = names.map(name => {
+		const {running, stopping, os_pids} = templates.get(name), alive = running + stopping;
+		const which = running ? " (OS pid " + os_pids.slice(0, 9).join(", ") + ")" : "";
+		return el("li", {text: name + ": " + (alive ? "stops " + processes(alive) + which : "nothing of it runs")});
+	});
+	if (!await dialog("Delete " + nameThem(names) + "?", [el("ul", {}, lines.slice(0, 12), lines.length > 12 &&
+		el("li", {text: "and " + (lines.length - 12) + " more"})), el("p",
+			{text: "Their processes get SIGTERM, and SIGKILL once " +
+		"the graceful timeout is over. The templates and their output are forgotten."})], "Delete", () => true, ".bad")) return;
+	const results = await Promise.all(names.map(name => ask("DELETE", "/processes/" + enc(name))));
+	say("deleted: " + results.filter(result => result.ok).length);
+	if (names.includes(view.name)) go("/");
 }
-function actions(names, label) {                   // buttons for what is called `label`; names(): which templates that is now
-  const make = (text, action) => button("." + action, text, action + " " + label, () => act(names(), "_" + action));
-  const more = button("", "⋯", "more for " + label, () => menu(more, moreItems(names())), {"aria-haspopup": "menu"});
-  return [make("Start", "start"), make("Stop", "stop"), make("Restart", "restart"), more];
+function actions(names, label) {  // buttons for what is called `label`; names(): which templates that is now
+	const make = (text, action) => button("." + action, text, action + " " + label, () => act(names(), "_" + action));
+	const more = button("", "⋯", "more for " + label, () => menu(more, moreItems(names())), {"aria-haspopup": "menu"});
+	return [make("Start", "start"), make("Stop", "stop"), make("Restart", "restart"), more];
 }
 function moreItems(names) {
-  const path = enc(names[0]);
-  return [...names.length === 1 ? [["Output", () => go("/p/" + path)], ["Edit…", () => go("/edit/" + path)]] : [],
-    ["Scale…", () => askScale(names)], ["Signal…", () => askSignal(names)], ["Delete…", () => askDelete(names), ".bad"]];
+	const path = enc(names[0]);
+	return [...names.length === 1 ? [["Edit…", () => go("/edit/" + path)]] : [],
+		["Scale…", () => askScale(names)], ["Signal…", () => askSignal(names)], ["Delete…", () => askDelete(names), ".bad"]];
 }
 
 // ---- the overview
 function makeRow(name, selected) {
-  const names = () => [name], one = (sign, action, text) => button("", sign, text + name, () => act([name], action, "scale"));
-  const check = el("input", {type: "checkbox", "aria-label": "select " + name, change: selected}), state = cell(".state.cut");
-  const count = el("span"), uptime = cell(".number.wide"), restarts = cell(".number.wide"), use = sparks();
-  const node = el("div.row.item.template", {role: "row", tabindex: -1, "data-name": name}, cell("", check),
-    cell(".cut", el("a", {href: "#/p/" + enc(name), text: name, title: name})), state,
-    cell(".count.acts.number", one("−", "_sub", "one process less of "), count, one("+", "_add", "one process more of ")),
-    uptime, restarts, use.nodes, cell(".acts", actions(names, name)));
-  use.nodes[1].classList.add("wide");
-  for (const inner of node.querySelectorAll("a, button, input")) inner.tabIndex = -1;
-  function tick() {
-    const status = templates.get(name);
-    showState(state, status);
-    put(uptime, status.running ? span(status.uptime + since(status)) : "");
-  }
-  function update() {
-    const status = templates.get(name);
-    put(count, status.running + " / " + status.numprocesses); put(restarts, String(status.restarts));
-    node.classList.toggle("live", status.active); node.classList.toggle("rest", !status.active);
-    tick();
-  }
-  update();
-  return {name, node, check, update, tick, use: () => use.show(name), fits: words => {
-    const text = (name + " " + state.textContent).toLowerCase();
-    return words.every(word => text.includes(word));
-  }};
+	const names = () => [name], one = (sign, action, text) => button("", sign, text + name, () => act([name], action));
+	const check = checkbox("select " + name, selected), state = cell(".state.cut");
+	const count = el("span"), uptime = cell(".number.wide"), restarts = cell(".number.wide"), use = sparks();
+	const node = el("div.row.item.template", {role: "row", tabindex: -1, "data-name": name}, cell("", check),
+		cell(".cut", el("a", {href: "#/p/" + enc(name), text: name, title: name})), state,
+		cell(".count.acts.number", one("−", "_sub", "one process less of "), count, one("+", "_add", "one process more of ")),
+		uptime, restarts, use.nodes, cell(".acts", actions(names, name)));
+	use.nodes[1].classList.add("wide");
+	for (const inner of node.querySelectorAll("a, button, input")) inner.tabIndex = -1;
+	function tick() {
+		const status = templates.get(name);
+		showState(state, status);
+		put(uptime, status.running ? span(status.uptime + since(status)) : "");
+	}
+	function update() {
+		const status = templates.get(name);
+		put(count, status.running + " / " + status.numprocesses); put(restarts, String(status.restarts));
+		node.classList.toggle("live", status.active); node.classList.toggle("rest", !status.active);
+		tick();
+	}
+	update();
+	return {name, node, check, update, tick, use: () => use.show(name), fits: words => {
+		const text = (name + " " + state.textContent).toLowerCase();
+		return words.every(word => text.includes(word));
+	}};
 }
-function makeGroup(group, rows, selected) {
-  const say = el("span"), all = el("input", {type: "checkbox", "aria-label": "select group " + group, change: () => {
-    for (const row of self.rows) row.check.checked = all.checked;
-    selected();
-  }});
-  const node = el("div.row.group", {role: "row"}, cell("", all), cell(".cut", say),
-    cell(".acts", actions(() => self.rows.map(row => row.name), "group " + group)));
-  const self = {node, rows, update() {
-    put(say, group + ": " + self.rows.filter(row => templates.get(row.name).running).length + " of " + self.rows.length + " running");
-  }};
-  return self;
+function makeGroup(group, selected) {
+	const said = el("span"), self = {rows: []}, all = checkbox("select group " + group, () => {
+		for (const row of self.rows) row.check.checked = all.checked;
+		selected();
+	});
+	const acts = actions(() => self.rows.map(row => row.name), "group " + group);
+	self.node = el("div.row.group", {role: "row"}, cell("", all), cell(".cut", said), cell(".acts", acts));
+	self.update = () => {
+		const running = self.rows.filter(row => templates.get(row.name).running).length;
+		put(said, group + ": " + running + " of " + self.rows.length + " running");
+	};
+	return self;
 }
 function overview() {
-  const rows = new Map(), groups = new Map(), body = el("div", {role: "rowgroup"}), empty = el("p.dim"), search = box("q",
-    "Filter by name, state, reason", filter), chips = el("span.acts", {role: "group", "aria-label": "By state"});
-  const bulk = el("span.acts", {role: "group", "aria-label": "With what is selected"}), say = el("span");
-  const bulkActions = actions(chosen, "what is selected");
-  const all = el("input", {type: "checkbox", "aria-label": "select all that are shown", change: () => {
-    for (const row of rows.values()) row.check.checked = all.checked && !row.node.hidden;
-    selected();
-  }});
-  const heads = ["name", "state", "processes", "uptime", "restarts", "CPU", "memory", "actions"].map((text, at) =>
-    el("div" + (at > 1 ? ".number" : ""), {role: "columnheader", text}));
-  const node = el("div", {}, el("h1.quiet", {text: "Processes"}), el("div.bar", {}, search, chips, bulk), el("div", {role: "table",
-    "aria-label": "Templates"}, el("div.row.heads", {role: "row"}, el("div", {role: "columnheader"}, all), heads), body), empty);
-  let current = null, order = "";
-  body.addEventListener("focusin", event => focused(event.target.closest(".item")));
+	const rows = new Map(), groups = new Map(), body = el("div", {role: "rowgroup"}), empty = el("p.dim"), search = box("q",
+		"Filter by name, state, reason", filter), chips = ["", ...Object.keys(DOTS)].map(state =>
+		button("", "", undefined, () => { search.value = state; setParam("q", state); filter(); }, {"data-state": state}));
+	const say = el("span"), bulk = el("span.acts", {}, say, actions(chosen, "what is selected"));
+	const all = checkbox("select all that are shown", () => {
+		for (const row of rows.values()) row.check.checked = all.checked && !row.node.hidden;
+		selected();
+	});
+	const heads = ["name", "state", "processes", "uptime", "restarts", "CPU", "memory", "actions"].map((text, at) =>
+		el("div" + (at > 1 ? ".number" : ""), {role: "columnheader", text}));
+	const node = el("div", {}, el("h1.quiet", {text: "Processes"}), el("div.bar", {}, search, chips, bulk), el("div",
+		{role: "table",
+		label: "Templates"}, el("div.row.heads", {role: "row"}, el("div", {role: "columnheader"}, all), heads), body), empty);
+	let current = null, order = "";
+	body.addEventListener("focusin", event => focused(event.target.closest(".item")));
 
-  function update(names) {
-    for (const name of rows.keys()) if (!templates.has(name)) rows.delete(name);
-    for (const name of templates.keys()) if (!rows.has(name)) rows.set(name, makeRow(name, selected));
-    for (const name of names) if (rows.has(name)) rows.get(name).update();
-    arrange();
-    if (!current || !current.isConnected) focused(body.querySelector(".item"));
-    filter(); selected();
-  }
-  function arrange() {                             // those without a group first, then group by group
-    const members = new Map([["", []]]), nodes = [], had = document.activeElement;
-    for (const row of rows.values()) {
-      const group = groupOf(row.name);
-      members.set(group, [...members.get(group) || [], row]);
-    }
-    for (const [group, list] of members) {
-      if (group && !groups.has(group)) groups.set(group, makeGroup(group, list, selected));
-      if (group) { groups.get(group).rows = list; groups.get(group).update(); nodes.push(groups.get(group).node); }
-      nodes.push(...list.map(row => row.node));
-    }
-    for (const group of groups.keys()) if (!members.has(group)) groups.delete(group);
-    const now = nodes.map(each => each.dataset.name).join("\n");
-    if (now === order) return;
-    order = now; body.replaceChildren(...nodes);
-    if (had.isConnected) had.focus();
-  }
-  function filter() {
-    const words = search.value.toLowerCase().split(/\s+/).filter(word => word), counts = {};
-    let shown = 0;
-    for (const row of rows.values()) {
-      const {state} = templates.get(row.name);
-      counts[state] = (counts[state] || 0) + 1;
-      row.node.hidden = !row.fits(words); shown += !row.node.hidden;
-    }
-    for (const group of groups.values()) group.node.hidden = group.rows.every(row => row.node.hidden);
-    showCounts(Object.entries(counts).sort());
-    empty.hidden = shown > 0;
-    put(empty, rows.size ? "Nothing here fits the filter." : "No template yet: add one.");
-  }
-  function showCounts(counts) {
-    while (chips.childElementCount > counts.length + 1) chips.lastChild.remove();
-    [["all", rows.size], ...counts].forEach(([state, count], at) => {
-      const chip = chips.children[at] || button("", "", undefined, () => {
-        search.value = chip.state; setParam("q", chip.state); filter();
-      });
-      chip.state = state === "all" ? "" : state;
-      put(chip, state + " " + count); toggle(chip, search.value === chip.state);
-      if (!chip.isConnected) chips.append(chip);
-    });
-  }
-  function chosen() { return [...rows.values()].filter(row => row.check.checked).map(row => row.name); }
-  function selected() {
-    const count = chosen().length;
-    put(say, count + " selected");
-    if (Boolean(count) !== Boolean(bulk.firstChild)) bulk.replaceChildren(...count ? [say, ...bulkActions] : []);
-  }
-  function focused(row) {                          // one row at a time is on the way of the Tab key
-    if (!row || row === current) return;
-    for (const [each, tab] of [[current, -1], [row, 0]]) {
-      for (const inner of each ? [each, ...each.querySelectorAll("a, button, input")] : []) inner.tabIndex = tab;
-    }
-    current = row;
-  }
-  function move(by) {
-    const nodes = [...body.querySelectorAll(".item")].filter(each => !each.hidden), here = nodes.indexOf(current);
-    const next = nodes[current.contains(document.activeElement) ? here + by : Math.max(0, here)];
-    if (next) { next.focus(); next.scrollIntoView({block: "nearest"}); }
-  }
-  async function usage() {
-    const answer = await ask("GET", "/stats?brief=true", undefined, true);
-    for (const entry of answer.ok ? answer.value : []) {
-      if (entry.stats.length) note(entry.name, entry.cpu, entry.stats.reduce((sum, each) => sum + each.rss, 0));
-      else used.delete(entry.name);
-      if (rows.has(entry.name)) rows.get(entry.name).use();
-    }
-  }
-  function key(name) {
-    const row = current && rows.get(current.dataset.name), names = row && [row.name];
-    const simple = {s: "_start", t: "_stop", r: "_restart", "+": "_add", "-": "_sub"}[name];
-    if (name === "/") search.focus();
-    else if (!row) return false;
-    else if (["j", "ArrowDown", "k", "ArrowUp"].includes(name)) move(name === "j" || name === "ArrowDown" ? 1 : -1);
-    else if (name === "Enter" && document.activeElement === current) go("/p/" + enc(row.name));
-    else if (name === "x") { row.check.checked = !row.check.checked; selected(); }
-    else if (simple) act(names, simple);
-    else if (name === "m") menu(current.querySelector("[aria-haspopup]"), moreItems(names));
-    else if (name === "g") askSignal(names); else if (name === "Delete") askDelete(names); else return false;
-    return true;
-  }
-  update([]);
-  return {node, update, usage, key, tick: () => rows.forEach(row => row.node.hidden || row.tick()), focus: () => current || search};
+	function update(names) {
+		for (const name of rows.keys()) if (!templates.has(name)) rows.delete(name);
+		for (const name of templates.keys()) if (!rows.has(name)) rows.set(name, makeRow(name, selected));
+		for (const name of names) if (rows.has(name)) rows.get(name).update();
+		arrange();
+		if (!current || !current.isConnected) focused(body.querySelector(".item"));
+		filter(); selected();
+	}
+	function arrange() {  // those without a group first, then group by group
+		const members = new Map([["", []]]), nodes = [], had = document.activeElement;
+		for (const row of rows.values()) {
+			const group = groupOf(row.name);
+			members.set(group, [...members.get(group) || [], row]);
+		}
+		for (const [group, list] of members) {
+			const head = group && (groups.get(group) || makeGroup(group, selected));
+			if (head) { groups.set(group, head); head.rows = list; head.update(); nodes.push(head.node); }
+			nodes.push(...list.map(row => row.node));
+		}
+		for (const group of groups.keys()) if (!members.has(group)) groups.delete(group);
+		const now = nodes.map(each => each.dataset.name).join("\n");
+		if (now === order) return;
+		order = now; body.replaceChildren(...nodes);
+		if (had.isConnected) had.focus();
+	}
+	function filter() {
+		const words = wordsOf(search.value), counts = {};
+		let shown = 0;
+		for (const row of rows.values()) {
+			const {state} = templates.get(row.name);
+			counts[state] = (counts[state] || 0) + 1;
+			row.node.hidden = !row.fits(words); shown += !row.node.hidden;
+		}
+		for (const group of groups.values()) group.node.hidden = group.rows.every(row => row.node.hidden);
+		for (const chip of chips) showCount(chip, counts);
+		empty.hidden = shown > 0;
+		put(empty, rows.size ? "Nothing here fits the filter." : "No template yet: add one.");
+	}
+	function showCount(chip, counts) {
+		const {state} = chip.dataset, count = state ? counts[state] : rows.size;
+		chip.hidden = !count;
+		put(chip, (state || "all") + " " + count); toggle(chip, search.value === state);
+	}
+	function chosen() { return [...rows.values()].filter(row => row.check.checked).map(row => row.name); }
+	function selected() {
+		const count = chosen().length;
+		put(say, count + " selected");
+		bulk.hidden = !count;
+	}
+	function focused(row) {  // one row at a time is on the way of the Tab key
+		if (!row || row === current) return;
+		for (const [each, tab] of [[current, -1], [row, 0]]) {
+			for (const inner of each ? [each, ...each.querySelectorAll("a, button, input")] : []) inner.tabIndex = tab;
+		}
+		current = row;
+	}
+	function move(by) {
+		const nodes = [...body.querySelectorAll(".item")].filter(each => !each.hidden), here = nodes.indexOf(current);
+		const next = nodes[current.contains(document.activeElement) ? here + by : Math.max(0, here)];
+		if (next) { next.focus(); next.scrollIntoView({block: "nearest"}); }
+	}
+	async function usage() {
+		const answer = await ask("GET", "/stats?brief=true", undefined, true);
+		for (const entry of answer.ok ? answer.value : []) {
+			if (entry.stats.length) note(entry.name, entry.cpu, entry.stats.reduce((sum, each) => sum + each.rss, 0));
+			else used.delete(entry.name);
+			if (rows.has(entry.name)) rows.get(entry.name).use();
+		}
+	}
+	function key(name) {
+		const row = current && rows.get(current.dataset.name), names = row && [row.name];
+		const simple = {s: "_start", t: "_stop", r: "_restart", "+": "_add", "-": "_sub"}[name];
+		if (name === "/") search.focus();
+		else if (!row) return false;
+		else if (["j", "ArrowDown", "k", "ArrowUp"].includes(name)) move(name === "j" || name === "ArrowDown" ? 1 : -1);
+		else if (name === "Enter" && document.activeElement === current) go("/p/" + enc(row.name));
+		else if (name === "x") { row.check.checked = !row.check.checked; selected(); }
+		else if (simple) act(names, simple);
+		else if (name === "m") menu(current.querySelector("[aria-haspopup]"), moreItems(names));
+		else if (name === "g") askSignal(names); else if (name === "Delete") askDelete(names); else return false;
+		return true;
+	}
+	update([]);
+	return {node, update, usage, key, tick: () => rows.forEach(row => row.node.hidden || row.tick()),
+		focus: () => current || search};
 }
 
 // ---- output. A line is kept as it came: "<time> <name> <pid> <label> <text>"; only what is in sight is in the document
 function parse(raw) {
-  const ends = [0, 0, 0, 0];
-  for (let at = 0, from = -1; at < 4; at++) ends[at] = from = raw.indexOf(" ", from + 1);
-  const label = raw.slice(ends[2] + 1, ends[3]), open = label.endsWith("+");
-  return {time: Number(raw.slice(0, ends[0])), name: raw.slice(ends[0] + 1, ends[1]), pid: raw.slice(ends[1] + 1, ends[2]),
-    label: open ? label.slice(0, -1) : label, open, text: raw.slice(ends[3] + 1)};
+	const [, time, name, pid, label, open, text] = /^(\S+) (\S+) (\d+) ([^ +]+)(\+?) ([^]*)$/.exec(raw);
+	return {time: Number(time), name, pid, label, open, text};
 }
-const ESCAPE = /\x1b(?:\[[0-?]*[ -\/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -\/]*[0-~])/g, CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g;
-function plain(text) {                             // without escape sequences; other control characters as their pictures
-  return text.replace(ESCAPE, "").replace(CONTROL, sign => String.fromCharCode(sign === "\x7f" ? 0x2421 : 0x2400 + sign.charCodeAt(0)));
+const ESCAPE = /\x1b(?:\[[0-?]*[ -\/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -\/]*[0-~])/g,
+	CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g;
+function plain(text) {  // without escape sequences; other control characters as their pictures
+	return text.replace(ESCAPE, "").replace(CONTROL, sign => String.fromCharCode(sign === "\x7f" ? 0x2421 : 0x2400 +
+		sign.charCodeAt(0)));
 }
 function tell(line) {
-  if (line.label !== "exit") return plain(line.text);
-  const {exit_status, term_signal} = JSON.parse(line.text);
-  return "process " + line.pid + (term_signal ? " was ended by " + signalName(term_signal) : " exited with status " + exit_status);
+	if (line.label !== "exit") return plain(line.text);
+	return "process " + line.pid + " " + exitText(JSON.parse(line.text));
 }
 function colour256(number) {
-  if (number < 16) return "var(--c" + number + ")";
-  if (number > 231) return "rgb(" + Array(3).fill(8 + 10 * (number - 232)) + ")";
-  return "rgb(" + [36, 6, 1].map(part => Math.floor((number - 16) / part) % 6).map(part => part && 55 + 40 * part) + ")";
+	const cube = [36, 6, 1].map(part => Math.floor((number - 16) / part) % 6).map(part => part && 55 + 40 * part);
+	return number < 16 ? "var(--c" + number % 8 + ")" :
+		"rgb(" + (number > 231 ? Array(3).fill(8 + 10 * (number - 232)) : cube) + ")";
 }
-const FLAGS = {1: "b", 2: "f", 3: "i", 4: "u", 9: "s"}, BASES = [[30, "fg", 0], [40, "bg", 0], [90, "fg", 8], [100, "bg", 8]];
-function paint(style, codes) {                     // SGR: ECMA-48 section 8.3.117
-  for (let at = 0; at < codes.length; at++) {
-    const code = codes[at], base = BASES.find(([first]) => code >= first && code < first + 8);
-    if (code === 0) Object.assign(style, {fg: "", bg: "", turned: false, flags: new Set()});
-    else if (FLAGS[code]) style.flags.add(FLAGS[code]);
-    else if (code === 22) "bf".split("").forEach(flag => style.flags.delete(flag));
-    else if (FLAGS[code - 20]) style.flags.delete(FLAGS[code - 20]);
-    else if (code === 7 || code === 27) style.turned = code === 7;
-    else if (code === 38 || code === 48) {
-      const rgb = codes[at + 1] === 2, parts = codes.slice(at + 2, at + 5).map(part => part & 255);
-      style[code === 38 ? "fg" : "bg"] = rgb ? "rgb(" + parts + ")" : colour256(parts[0]);
-      at += rgb ? 4 : 2;
-    } else if (code === 39 || code === 49) style[code === 39 ? "fg" : "bg"] = "";
-    else if (base) style[base[1]] = colour256(code - base[0] + base[2]);
-  }
+const FLAGS = {1: "b", 2: "f", 3: "i", 4: "u", 9: "s"};
+const BASES = [[30, "fg"], [40, "bg"], [90, "fg"], [100, "bg"]];
+function paint(style, codes) {  // SGR: ECMA-48 section 8.3.117
+	for (let at = 0; at < codes.length; at++) {
+		const code = codes[at], base = BASES.find(([first]) => code >= first && code < first + 8);
+		if (code === 0) Object.assign(style, {fg: "", bg: "", turned: false, flags: new Set()});
+		else if (FLAGS[code]) style.flags.add(FLAGS[code]);
+		else if (code === 22) "bf".split("").forEach(flag => style.flags.delete(flag));
+		else if (FLAGS[code - 20]) style.flags.delete(FLAGS[code - 20]);
+		else if (code === 7 || code === 27) style.turned = code === 7;
+		else if (code === 38 || code === 48) {
+			const rgb = codes[at + 1] === 2, parts = codes.slice(at + 2, at + 5).map(part => part & 255);
+			style[code === 38 ? "fg" : "bg"] = rgb ? "rgb(" + parts + ")" : colour256(parts[0]);
+			at += rgb ? 4 : 2;
+		} else if (code === 39 || code === 49) style[code === 39 ? "fg" : "bg"] = "";
+		else if (base) style[base[1]] = colour256(code - base[0]);
+	}
 }
-function segments(text) {                          // [[text, style]]
-  const style = {}, found = [];
-  let from = 0;
-  paint(style, [0]);
-  const take = to => {
-    const part = plain(text.slice(from, to));
-    if (part) found.push([part, {...style, flags: [...style.flags].join(" ")}]);
-  };
-  for (const match of text.matchAll(ESCAPE)) {
-    take(match.index);
-    from = match.index + match[0].length;
-    if (match[0].endsWith("m") && match[0][1] === "[") paint(style, match[0].slice(2, -1).split(/[;:]+/).map(Number));
-  }
-  take(text.length);
-  return found;
+function segments(text) {  // [[text, style]]
+	const style = {}, found = [];
+	let from = 0;
+	paint(style, [0]);
+	const take = to => {
+		const part = plain(text.slice(from, to));
+		if (part) found.push([part, {...style, flags: [...style.flags].join(" ")}]);
+	};
+	for (const match of text.matchAll(ESCAPE)) {
+		take(match.index);
+		from = match.index + match[0].length;
+		if (match[0].endsWith("m") && match[0][1] === "[") paint(style, match[0].slice(2, -1).split(/[;:]+/).map(Number));
+	}
+	take(text.length);
+	return found;
 }
 function piece(text, {fg, bg, turned, flags}) {
-  if (turned) [fg, bg] = [bg || "var(--bg)", fg || "var(--text)"];
-  if (!fg && !bg && !flags) return document.createTextNode(text);
-  const node = el("span", {text, class: flags});
-  node.style.color = fg || bg && "var(--bg)"; node.style.background = bg;
-  return node;
+	if (turned) [fg, bg] = [bg || "var(--bg)", fg || "var(--text)"];
+	if (!fg && !bg && !flags) return document.createTextNode(text);
+	const node = el("span", {text, class: flags});
+	node.style.color = fg || bg && "var(--bg)"; node.style.background = bg;
+	return node;
 }
-function paintLine(node, parts, find) {            // with what is searched for marked
-  const found = find ? [...parts.map(part => part[0]).join("").matchAll(find)] : [];
-  let at = 0;
-  for (const [text, style] of parts) {
-    let from = 0;
-    for (const match of found) {
-      const first = Math.max(match.index - at, from), end = Math.min(match.index + match[0].length - at, text.length);
-      if (first >= end) continue;
-      node.append(piece(text.slice(from, first), style), el("mark", {text: text.slice(first, end)}));
-      from = end;
-    }
-    node.append(piece(text.slice(from), style));
-    at += text.length;
-  }
+function paintLine(node, parts, find) {  // with what is searched for marked
+	const found = find ? [...parts.map(part => part[0]).join("").matchAll(find)] : [];
+	let at = 0;
+	for (const [text, style] of parts) {
+		let from = 0;
+		for (const match of found) {
+			const first = Math.max(match.index - at, from), end = Math.min(match.index + match[0].length - at, text.length);
+			if (first >= end) continue;
+			node.append(piece(text.slice(from, first), style), el("mark", {text: text.slice(first, end)}));
+			from = end;
+		}
+		node.append(piece(text.slice(from), style));
+		at += text.length;
+	}
 }
 function expression(text, flags) { return new RegExp(text, flags + (text === text.toLowerCase() ? "i" : "")); }
 
-function makeLog(ref, width) {                     // ref: "" (all), a name or a pid; width: of the column that says whose a line is
-  let lines = [], first = 0, chars = 0;            // what is kept, and the number of the first
-  let shown = [], tops = [0];                      // numbers of what fits the filter, and the row at which each begins
-  let queue = [], frame = 0, following = true, paused = false, came = 0, run = "";
-  let find = null, filter = null, matches = 0, here = -1, columns = 80, height = 0, sign = 0;
-  const open = new Map(), nodes = new Map(), flags = {time: params().has("time"), wrap: params().has("wrap")};
-  const flag = (key, text, label) => button("", text, label, () => {
-    flags[key] = !flags[key]; setParam(key, flags[key] ? "1" : "");
-    show(); rebuild();
-  });
-  const findBox = box("find", "Find", () => { search(); if (find) next(-1); }, {keydown: event => event.key === "Enter" && next(event.shiftKey ? -1 : 1)});
-  const filterBox = box("filter", "Filter by regular expression", () => { readFilter(); rebuild(true); }, {"aria-describedby": "fault"});
-  const fault = el("span.bad", {id: "fault", role: "alert"}), hits = el("span.dim", {role: "status"});
-  const labels = el("select", {"aria-label": "stream", change: () => { setParam("label", labels.value); rebuild(true); }},
-    ["", "stdout", "stderr"].map(value => el("option", {value, text: value || "all streams"})));
-  labels.value = params().get("label") || "";
-  const pauser = button("", "Pause", "pause (space)", pause), timer = flag("time", "Time", "timestamps (t)"), wrapper = flag("wrap", "Wrap", "wrap (w)");
-  const spacer = el("div"), block = el("div"), more = button(".more.main", "", undefined, follow);
-  const area = el("div.lines.mono", {tabindex: 0, role: "log", "aria-live": "off", "aria-label": "Output", scroll: scrolled}, spacer, block);
-  const node = el("section.log", {"aria-label": "Output"}, el("div.bar", {}, findBox, button("", "↑", "previous match (N)", () => next(-1)),
-    button("", "↓", "next match (n)", () => next(1)), hits, filterBox, fault, labels, pauser, timer, wrapper,
-    button("", "Copy", "copy what is shown", copy), button("", "Download", "download what is shown", download)), area, more);
-  const observer = new ResizeObserver(resized);
+function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the column that says whose a line is
+	let lines = [], first = 0, chars = 0;  // what is kept, and the number of the first
+	let shown = [], tops = [0];  // numbers of what fits the filter, and the row at which each begins
+	let queue = [], frame = 0, following = true, paused = false, came = 0, epoch = "";
+	let find = null, filter = null, matches = 0, here = -1, columns = 80, height = 0, sign = 0;
+	const open = new Map(), nodes = new Map(), flags = {};
+	const flag = (key, text, label) => {
+		flags[key] = params().has(key);
+		return button("", text, label, () => { flags[key] = !flags[key]; setParam(key, flags[key] ? "1" : ""); show(); rebuild();
+			});
+	};
+	const findBox = box("find", "Find", () => { search(); if (find) next(-1); },
+		{keydown: event => event.key === "Enter" && next(event.shiftKey ? -1 : 1)});
+	const filterBox = box("filter", "Filter by regular expression", () => { readFilter(); rebuild(true); },
+		{"aria-describedby": "fault"});
+	const fault = el("span.bad", {id: "fault", role: "alert"}), hits = el("span.dim", {role: "status"});
+	const labels = el("select", {label: "stream", change: () => { setParam("label", labels.value); rebuild(true); }},
+		["", "stdout", "stderr"].map(value => el("option", {value, text: value || "all streams"})));
+	labels.value = params().get("label") || "";
+	const pauser = button("", "Pause", "pause (space)", pause), timer = flag("time", "Time", "timestamps (t)"),
+		wrapper = flag("wrap", "Wrap", "wrap (w)");
+	const spacer = el("div"), block = el("div"), more = button(".more.main", "", undefined, follow);
+	const area = el("div.lines.mono", {tabindex: 0, role: "log", "aria-live": "off", label: "Output", scroll: scrolled}, spacer,
+		block);
+	const node = el("section.log", {label: "Output"}, el("div.bar", {}, findBox, button("", "↑", "previous match (N)",
+		() => next(-1)),
+		button("", "↓", "next match (n)", () => next(1)), hits, filterBox, fault, labels, pauser, timer, wrapper,
+		button("", "Copy", "copy what is shown", copy), button("", "Download", "download what is shown", download)), area, more);
+	const observer = new ResizeObserver(resized);
 
-  // what comes in
-  function take(type, data, id) {
-    const now = id.split("@")[1].slice(0, 8), {bytes, restarted} = type === "dropped" ? JSON.parse(data) : {};
-    if (restarted && now !== run) note("the server was started anew");
-    else if (restarted) { clear(); note("shown anew: this page was away for longer than the server keeps its place"); }
-    if (bytes) note(plural(bytes, "byte") + " were lost here: they came faster than they could be taken");
-    if (type === "line") push(data);
-    run = now;
-  }
-  function note(text, label = "*note") { push(Date.now() / 1000 + " - 0 " + label + " " + text); }
-  function push(raw) {
-    queue.push(raw);
-    if (queue.length > 2 * LINES_MAX) queue.splice(0, LINES_MAX);
-    if (!frame) frame = requestAnimationFrame(() => { frame = 0; flush(); });
-  }
-  function clear() { first += lines.length; lines = []; queue = []; chars = 0; open.clear(); rebuild(true); }
-  function flush() {
-    const before = shown.length;
-    queue.forEach(keepLine);
-    queue = [];
-    if (!following) came += shown.length - before;
-    if (lines.length > LINES_MAX + 1000 || chars > CHARS_MAX) trim();
-    draw();
-  }
-  function keepLine(raw) {
-    const line = parse(raw), key = line.pid + " " + line.label, at = open.has(key) ? open.get(key) - first : -1;
-    chars += raw.length;
-    if (at >= 0) {                                 // it goes on with a line that had no end yet
-      lines[at] += line.text; nodes.delete(at + first);
-      if (shown[shown.length - 1] === at + first) { shown.pop(); tops.pop(); add(at + first); }
-    } else { lines.push(raw); consider(first + lines.length - 1); }
-    if (!line.open) open.delete(key); else if (at < 0) open.set(key, first + lines.length - 1);
-  }
-  function consider(number) {
-    if (!fits(number)) return;
-    add(number);
-    if (find && hit(number)) matches++;
-  }
-  function add(number) { shown.push(number); tops.push(tops[tops.length - 1] + rows(number)); }
-  function trim() {
-    let count = Math.max(0, lines.length - LINES_MAX), gone = 0;
-    for (let at = 0; at < count; at++) chars -= lines[at].length;
-    while (chars > CHARS_MAX * .95) chars -= lines[count++].length;
-    lines.splice(0, count); first += count;
-    while (gone < shown.length && shown[gone] < first) gone++;
-    const lost = (tops[gone] - tops[0]) * LINE;
-    shown.splice(0, gone); tops.splice(0, gone);
-    if (!following) { const top = area.scrollTop - lost; fit(); area.scrollTop = top; }
-  }
-  function lineOf(number) { return parse(lines[number - first]); }
+	// what comes in
+	function take(type, data, id) {
+		const now = id.split("@")[1].slice(0, 8), {bytes, restarted} = type === "dropped" ? JSON.parse(data) : {};
+		if (restarted && now !== epoch) note("the server was started anew");
+		else if (restarted) {
+			first += lines.length; lines = []; queue = []; chars = 0; open.clear(); rebuild(true);
+			note("shown anew, after a long absence");
+		}
+		if (bytes) note(plural(bytes, "byte") + " were lost here");
+		if (type === "line") push(data);
+		epoch = now;
+	}
+	function note(text, label = "*note") { push(Date.now() / 1000 + " - 0 " + label + " " + text); }
+	function push(raw) {
+		queue.push(raw);
+		if (queue.length > 2 * LINES_MAX) queue.splice(0, LINES_MAX);
+		if (!frame) frame = requestAnimationFrame(() => { frame = 0; flush(); });
+	}
+	function flush() {
+		const before = shown.length;
+		queue.forEach(keepLine);
+		queue = [];
+		if (!following) came += shown.length - before;
+		if (lines.length > LINES_MAX + 1000 || chars > CHARS_MAX) trim();
+		draw();
+	}
+	function keepLine(raw) {
+		const line = parse(raw), key = line.pid + " " + line.label, at = open.has(key) ? open.get(key) - first : -1;
+		chars += raw.length;
+		if (at >= 0) {  // it goes on with a line that had no end yet
+			lines[at] += line.text; nodes.delete(at + first);
+			if (shown[shown.length - 1] === at + first) { shown.pop(); tops.pop(); add(at + first); }
+		} else { lines.push(raw); consider(first + lines.length - 1); }
+		if (!line.open) open.delete(key); else if (at < 0) open.set(key, first + lines.length - 1);
+	}
+	function consider(number) {
+		if (!fits(number)) return;
+		add(number);
+		if (find && hit(number)) matches++;
+	}
+	function add(number) { shown.push(number); tops.push(tops[tops.length - 1] + rows(number)); }
+	function trim() {
+		let count = Math.max(0, lines.length - LINES_MAX), gone = 0;
+		for (let at = 0; at < count; at++) chars -= lines[at].length;
+		while (chars > CHARS_MAX * .95) chars -= lines[count++].length;
+		lines.splice(0, count); first += count;
+		while (gone < shown.length && shown[gone] < first) gone++;
+		const lost = yOf(gone);
+		shown.splice(0, gone); tops.splice(0, gone);
+		if (!following) { const top = area.scrollTop - lost; fit(); area.scrollTop = top; }
+	}
+	function lineOf(number) { return parse(lines[number - first]); }
 
-  // which lines are shown, and how high they are
-  function readFilter() {
-    fault.textContent = ""; filter = null;
-    try { if (filterBox.value) filter = expression(filterBox.value, ""); }
-    catch (error) { fault.textContent = error.message.replace("Invalid regular expression: ", ""); }
-    attr(filterBox, "aria-invalid", String(Boolean(fault.textContent)));
-  }
-  function fits(number) {
-    if (!filter && !labels.value) return true;
-    const line = lineOf(number), own = line.label[0] === "*" || line.label === "exit";
-    return (own || !labels.value || line.label === labels.value) && (own && !filter || !filter || filter.test(tell(line)));
-  }
-  function rebuild(again) {
-    const numbers = again ? lines.map((_, at) => at + first) : shown;
-    shown = []; tops = [0]; matches = 0; nodes.clear(); block.replaceChildren();
-    for (const number of numbers) if (again) consider(number); else add(number);
-    if (!again) matches = find ? shown.filter(hit).length : 0;
-    draw();
-  }
-  function rows(number) {
-    const line = flags.wrap && lineOf(number);
-    return line ? Math.max(1, Math.ceil((head(line).join("").length + tell(line).length) / columns)) : 1;
-  }
-  function head(line) {                            // [time, whose, label], each with its blank
-    const who = width === 6 ? line.pid : line.name + "." + line.pid, usual = ["stdout", "exit"].includes(line.label) || line.label[0] === "*";
-    return [flags.time ? clock(line.time) + " " : "", width && (line.name === "-" ? "" : who).padEnd(width) + " ",
-      usual ? "    " : (line.label === "stderr" ? "err" : line.label.slice(0, 3).padEnd(3)) + " "].map(part => part || "");
-  }
-  function resized() {
-    const before = columns;
-    if (!sign) {
-      const ruler = el("span", {text: "0".repeat(100)});
-      area.append(ruler); sign = ruler.offsetWidth / 100 || 7.5; ruler.remove();
-    }
-    height = area.clientHeight; columns = Math.max(10, Math.floor((area.clientWidth - 19) / sign));
-    if (flags.wrap && before !== columns) rebuild(); else draw();
-  }
+	// which lines are shown, and how high they are
+	function readFilter() {
+		fault.textContent = ""; filter = null;
+		try { if (filterBox.value) filter = expression(filterBox.value, ""); }
+		catch (error) { fault.textContent = error.message.replace("Invalid regular expression: ", ""); }
+		attr(filterBox, "aria-invalid", String(Boolean(fault.textContent)));
+	}
+	function fits(number) {
+		if (!filter && !labels.value) return true;
+		const line = lineOf(number), own = line.label[0] === "*" || line.label === "exit";
+		return (own || !labels.value || line.label === labels.value) && (own && !filter || !filter || filter.test(tell(line)));
+	}
+	function rebuild(again) {
+		const numbers = again ? lines.map((_, at) => at + first) : shown;
+		shown = []; tops = [0]; matches = 0; nodes.clear(); block.replaceChildren();
+		for (const number of numbers) if (again) consider(number); else add(number);
+		if (!again) matches = find ? shown.filter(hit).length : 0;
+		draw();
+	}
+	function rows(number) {
+		const line = flags.wrap && lineOf(number);
+		return line ? Math.max(1, Math.ceil((head(line).join("").length + tell(line).length) / columns)) : 1;
+	}
+	function head(line) {  // [time, whose, label], each with its blank
+		const who = width === 6 ? line.pid : line.name + "." + line.pid, usual = ["stdout",
+			"exit"].includes(line.label) || line.label[0] === "*";
+		return [flags.time ? clock(line.time) + " " : "", width && (line.name === "-" ? "" : who).padEnd(width) + " ",
+			usual ? "    " : (line.label === "stderr" ? "err" : line.label.slice(0, 3).padEnd(3)) + " "].map(part => part || "");
+	}
+	function resized() {
+		const before = columns;
+		if (!sign) {
+			const ruler = el("span", {text: "0".repeat(100)});
+			area.append(ruler); sign = ruler.offsetWidth / 100 || 7.5; ruler.remove();
+		}
+		height = area.clientHeight; columns = Math.max(10, Math.floor((area.clientWidth - 19) / sign));
+		if (flags.wrap && before !== columns) rebuild(); else draw();
+	}
 
-  // what is seen
-  function show() { toggle(timer, flags.time); toggle(wrapper, flags.wrap); toggle(pauser, paused); area.classList.toggle("wrap", flags.wrap); }
-  function total() { return (tops[tops.length - 1] - tops[0]) * LINE; }
-  function fit() { spacer.style.height = total() + "px"; }
-  function placeAt(row) {
-    let low = 0, high = shown.length;
-    while (low < high) { const half = low + high >> 1; if (tops[half + 1] - tops[0] > row) high = half; else low = half + 1; }
-    return low;
-  }
-  function draw() {
-    fit();
-    if (following) area.scrollTop = 1e9;
-    const top = following ? Math.max(0, total() - height) : area.scrollTop, wanted = new Set();
-    const from = Math.max(0, placeAt(top / LINE) - 5), to = Math.min(shown.length, placeAt((top + height) / LINE) + 6);
-    for (let place = from; place < to; place++) wanted.add(nodeOf(shown[place]));
-    for (const each of [...block.children]) if (!wanted.has(each)) { each.remove(); nodes.delete(each.number); }
-    let after = block.firstChild;                  // what stays is not moved: a selection would be lost
-    for (const each of wanted) if (each === after) after = after.nextSibling; else block.insertBefore(each, after);
-    block.style.transform = "translateY(" + (tops[from] - tops[0]) * LINE + "px)";
-    more.hidden = following;
-    put(more, (paused ? "Paused: " : "") + (came ? plural(came, "new line") : "to the end") + " ↓");
-    put(hits, find ? plural(matches, "line") : "");
-  }
-  function nodeOf(number) {
-    if (!nodes.has(number)) nodes.set(number, build(number));
-    return nodes.get(number);
-  }
-  function build(number) {
-    const line = lineOf(number), label = line.label.replace("*", ""), [time, who, mark] = head(line);
-    const made = el("div.l", {}, el("span.dim", {text: time + who}), el("span.k" + (label === "stderr" ? "" : ".dim"), {text: mark, title: label}));
-    made.number = number; made.classList.add(label);
-    made.classList.toggle("here", number === here);
-    paintLine(made, segments(label === "exit" ? tell(line) : line.text), find);
-    return made;
-  }
-  function scrolled() {
-    const end = area.scrollTop + height >= total() - LINE / 2;
-    if (!paused && end !== following) { following = end; came = 0; }
-    draw();
-  }
-  function follow() { paused = false; following = true; came = 0; show(); draw(); area.focus(); }
-  function pause() {
-    if (paused) return follow();
-    paused = true; following = false; came = 0;
-    show(); draw();
-  }
+	// what is seen
+	function show() { toggle(timer, flags.time); toggle(wrapper, flags.wrap); toggle(pauser, paused);
+		area.classList.toggle("wrap", flags.wrap); }
+	function yOf(place) { return (tops[place] - tops[0]) * LINE; }
+	function total() { return yOf(shown.length); }
+	function fit() { spacer.style.height = total() + "px"; }
+	function placeAt(y) {
+		let low = 0, high = shown.length;
+		while (low < high) { const half = low + high >> 1; if (yOf(half + 1) > y) high = half; else low = half + 1; }
+		return low;
+	}
+	function draw() {
+		fit();
+		if (following) area.scrollTop = 1e9;
+		const top = following ? Math.max(0, total() - height) : area.scrollTop, wanted = new Set();
+		const from = Math.max(0, placeAt(top) - 5), to = Math.min(shown.length, placeAt(top + height) + 6);
+		for (let place = from; place < to; place++) wanted.add(nodeOf(shown[place]));
+		for (const each of [...block.children]) if (!wanted.has(each)) { each.remove(); nodes.delete(each.number); }
+		let after = block.firstChild;  // what stays is not moved: a selection would be lost
+		for (const each of wanted) if (each === after) after = after.nextSibling; else block.insertBefore(each, after);
+		block.style.transform = `translateY(${yOf(from)}px)`;
+		more.hidden = following;
+		put(more, (paused ? "Paused: " : "") + (came ? plural(came, "new line") : "to the end") + " ↓");
+		put(hits, find ? plural(matches, "line") : "");
+	}
+	function nodeOf(number) {
+		if (nodes.has(number)) return nodes.get(number);
+		const line = lineOf(number), label = line.label.replace("*", ""), [time, who, mark] = head(line);
+		const made = el("div.l", {}, el("span.dim", {text: time + who}), el("span.k" + (label === "stderr" ? "" : ".dim"),
+			{text: mark, title: label}));
+		made.number = number; made.classList.add(label);
+		made.classList.toggle("here", number === here);
+		paintLine(made, segments(label === "exit" ? tell(line) : line.text), find);
+		nodes.set(number, made);
+		return made;
+	}
+	function scrolled() {
+		const end = area.scrollTop + height >= total() - LINE / 2;
+		if (!paused && end !== following) { following = end; came = 0; }
+		draw();
+	}
+	function halt(still) { paused = still; following = !still; came = 0; show(); draw(); }
+	function follow() { halt(false); area.focus(); }
+	function pause() { halt(!paused); }
 
-  // find, copy, download
-  function hit(number) { find.lastIndex = 0; return find.test(tell(lineOf(number))); }
-  function search() { find = findBox.value ? expression(findBox.value.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "g") : null; here = -1; rebuild(); }
-  function next(by) {
-    const all = shown.length, start = here >= first ? shown.indexOf(here) : by > 0 ? -1 : all;
-    for (let step = 1; find && step <= all; step++) {
-      const place = (start + by * step + 2 * all) % all, top = (tops[place] - tops[0]) * LINE;
-      if (!hit(shown[place])) continue;
-      nodes.delete(here); here = shown[place]; nodes.delete(here); following = false;
-      if (top < area.scrollTop || top + LINE > area.scrollTop + height) area.scrollTop = top - height / 2;
-      return draw();
-    }
-  }
-  function text() { return shown.map(number => { const line = lineOf(number); return head(line).join("") + tell(line) + "\n"; }).join(""); }
-  async function copy() {
-    const field = el("textarea", {value: text()});
-    try { await navigator.clipboard.writeText(field.value); }
-    catch (error) { node.append(field); field.select(); document.execCommand("copy"); field.remove(); }    // plain http, not localhost
-    say(plural(shown.length, "line") + " copied");
-  }
-  function download() {
-    const href = URL.createObjectURL(new Blob([text()], {type: "text/plain"}));
-    el("a", {href, download: (ref || "gaffer").replace(/[^\w.-]+/g, "_") + ".log"}).click();
-    setTimeout(() => URL.revokeObjectURL(href), 1000);
-    say(plural(shown.length, "line") + " saved");
-  }
-  function key(name) {
-    const keys = {f: () => findBox.focus(), "/": () => filterBox.focus(), n: () => next(1), N: () => next(-1), " ": pause,
-      w: () => wrapper.click(), t: () => timer.click(), End: follow, Home: () => { following = false; area.scrollTop = 0; draw(); }};
-    if (keys[name]) keys[name]();
-    return Boolean(keys[name]);
-  }
-  readFilter(); search(); show(); observer.observe(area);
-  const path = ref === "" ? "" : "/" + enc(ref);
-  const source = feed(last => "/streams" + path + "?feed=eventsource&" + (last ? "since=" + enc(last) : "tail=" + FIRST_LINES), ["line"], take);
-  return {node, area, key, note, end: source.close, close() { source.close(); observer.disconnect(); cancelAnimationFrame(frame); }};
+	// find, copy, download
+	function hit(number) { return tell(lineOf(number)).search(find) >= 0; }
+	function search() { find = findBox.value ? expression(findBox.value.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "g") : null;
+		here = -1; rebuild(); }
+	function next(by) {
+		const all = shown.length, start = here >= first ? shown.indexOf(here) : by > 0 ? -1 : all;
+		for (let step = 1; find && step <= all; step++) {
+			const place = (start + by * step + 2 * all) % all, top = yOf(place);
+			if (!hit(shown[place])) continue;
+			nodes.delete(here); here = shown[place]; nodes.delete(here); following = false;
+			if (top < area.scrollTop || top + LINE > area.scrollTop + height) area.scrollTop = top - height / 2;
+			return draw();
+		}
+	}
+	function text() { return shown.map(number => { const line = lineOf(number); return head(line).join("") + tell(line) + "\n";
+		}).join(""); }
+	async function copy() {
+		try { await navigator.clipboard.writeText(text()); say(plural(shown.length, "line") + " copied"); }
+		catch (error) { complain("browsers copy only for https or localhost: download it instead"); }
+	}
+	function download() {
+		const href = URL.createObjectURL(new Blob([text()], {type: "text/plain"}));
+		el("a", {href, download: (ref || "gaffer").replace(/[^\w.-]+/g, "_") + ".log"}).click();
+		setTimeout(() => URL.revokeObjectURL(href), 1000);
+		say(plural(shown.length, "line") + " saved");
+	}
+	function key(name) {
+		return run({f: () => findBox.focus(), "/": () => filterBox.focus(), n: () => next(1), N: () => next(-1), " ": pause,
+			w: () => wrapper.click(), t: () => timer.click(), End: follow}, name);
+	}
+	readFilter(); search(); show(); observer.observe(area);
+	const path = ref === "" ? "" : "/" + enc(ref);
+	const source = feed(last => "/streams" + path + "?feed=eventsource&" + (last ? "since=" + enc(last) : "tail=" +
+		FIRST_LINES), ["line"], take);
+	return {node, area, key, note, end: source.close, close() { source.close(); observer.disconnect();
+		cancelAnimationFrame(frame); }};
 }
 function allOutput() {
-  const log = makeLog("", 18);
-  return {node: el("div.log", {}, el("h1.quiet", {text: "Output of everything"}), log.node), title: "output", fill: true, focus: () => log.area,
-    key: log.key, close: log.close};
+	const log = makeLog("", 18);
+	return {node: el("div.log", {}, el("h1.quiet", {text: "Output of everything"}), log.node), title: "output", fill: true,
+		focus: () => log.area,
+		key: log.key, close: log.close};
 }
 
 // ---- a line to stdin
 const typed = new Map();
 function makeEntry(name, log) {
-  const past = typed.get(name) || [], why = el("span.dim"), who = el("select", {"aria-label": "to which process"});
-  let at = 0;
-  typed.set(name, past);
-  const line = el("input.mono", {"aria-label": "A line to stdin", placeholder: "A line to stdin", autocomplete: "off", keydown: event => {
-    const by = {ArrowUp: 1, ArrowDown: -1}[event.key];
-    if (event.key === "Enter") send();
-    if (!by) return;
-    at = Math.max(0, Math.min(past.length, at + by)); line.value = at ? past[past.length - at] : "";
-    event.preventDefault();
-  }});
-  const all = [who, line, button("", "Send", undefined, send), button("", "End of file", "close its stdin", end)];
-  async function send() {
-    const text = line.value;
-    complain("");
-    if (!(await ask("POST", "/streams/" + who.value + "/stdin", text + "\n")).ok) return;
-    if (text && past[past.length - 1] !== text) past.push(text);
-    if (past.length > 200) past.shift();
-    line.value = ""; at = 0; log.note("> " + text, "*stdin");
-  }
-  async function end() {
-    complain("");
-    if ((await ask("DELETE", "/streams/" + who.value + "/stdin")).ok) log.note("end of file", "*stdin");
-  }
-  return {node: el("div.entry", {}, all, why), line, show(template, pids) {
-    const no = !template.redirect_input ? "stdin is not redirected: edit the template, and set redirect_input" :
-      pids.length ? "" : "no process runs that could read it", had = who.value;
-    for (const each of all) each.disabled = Boolean(no);
-    put(why, no);
-    if (who.pids === pids.join()) return;
-    who.pids = pids.join(); who.hidden = pids.length < 2;
-    who.replaceChildren(...pids.map(value => el("option", {value, text: "process " + value})));
-    if (pids.includes(Number(had))) who.value = had;
-  }};
+	const past = typed.get(name) || [], why = el("span.dim"), who = el("select", {label: "to which process"});
+	let at = 0;
+	typed.set(name, past);
+	const line = el("input.mono", {label: "A line to stdin", placeholder: "A line to stdin", autocomplete: "off",
+		keydown: event => {
+		const by = {ArrowUp: 1, ArrowDown: -1}[event.key];
+		if (event.key === "Enter") send();
+		if (!by) return;
+		at = Math.max(0, Math.min(past.length, at + by)); line.value = at ? past[past.length - at] : "";
+		event.preventDefault();
+	}});
+	const all = [who, line, button("", "Send", undefined, send), button("", "End of file", "close its stdin", end)];
+	async function send() {
+		const text = line.value;
+		if (!(await ask("POST", "/streams/" + who.value + "/stdin", text + "\n")).ok) return;
+		if (text && past[past.length - 1] !== text) past.push(text);
+		if (past.length > 200) past.shift();
+		line.value = ""; at = 0; log.note("> " + text, "*stdin");
+	}
+	async function end() {
+		if ((await ask("DELETE", "/streams/" + who.value + "/stdin")).ok) log.note("end of file", "*stdin");
+	}
+	return {node: el("div.entry", {}, all, why), line, show(template, pids) {
+		const no = !template.redirect_input ? "stdin is not redirected: edit the template, and set redirect_input" :
+			pids.length ? "" : "nothing runs that could read it", had = who.value;
+		for (const each of all) each.disabled = Boolean(no);
+		put(why, no);
+		if (who.pids === pids.join()) return;
+		who.pids = pids.join(); who.hidden = pids.length < 2;
+		who.replaceChildren(...pids.map(value => el("option", {value, text: "process " + value})));
+		if (pids.includes(Number(had))) who.value = had;
+	}};
 }
 
 // ---- one template, or one process of it
 function detail(name, pid) {
-  const log = makeLog(pid || name, pid ? 0 : 6), entry = makeEntry(name, log), state = el("span", {role: "status"}), facts = el("dl.facts");
-  const parts = new Map(), list = el("div.parts", {role: "table", "aria-label": "Processes"}), path = "/p/" + enc(name);
-  const onePid = id => [button("", "Stop", "stop process " + id + "; it is replaced", () => act([id], "_stop")),
-    button("", "Signal…", "signal process " + id, () => askSignal([id], "process " + id))];
-  const acts = el("span.acts.push", {}, pid ? onePid(pid) : actions(() => [name], name));
-  const title = el("h1", {}, pid ? el("a", {href: "#" + path, text: name}) : name, pid && " process " + pid);
-  const node = el("div.log", {}, el("div.bar", {}, title, state, acts), facts, list, log.node, entry.node);
-  let template = null, asking = false;
-  async function load() {
-    const answer = await ask("GET", "/processes/" + enc(name));
-    if (!answer.ok) return;
-    template = answer.value;
-    const {cmd, args, cwd} = template, words = Array.isArray(args) ? args.map(quote) : [args];
-    facts.replaceChildren(...[["command", [cmd, ...words].join(" ")], ["directory", cwd]].filter(fact => fact[1]).flatMap(([what, text]) =>
-      [el("dt", {text: what}), el("dd.mono", {text})]));
-    update([name]);
-  }
-  function update(names) {
-    const status = templates.get(name);
-    if (!names.includes(name)) return;
-    if (!status) { put(state, "there is no template of this name"); list.replaceChildren(); return log.end(); }
-    acts.classList.toggle("live", status.active && !pid); acts.classList.toggle("rest", !status.active && !pid);
-    if (template) entry.show(template, pid ? status.pids.filter(each => String(each) === pid) : status.pids);
-    tick(); usage();
-  }
-  function tick() {
-    const status = templates.get(name);
-    if (!status) return;
-    if (pid && !status.pids.includes(Number(pid))) showState(state, {state: "stopped", ended: "this process has ended"});
-    else showState(state, status, pid ? "" : " " + status.running + " of " + status.numprocesses);
-  }
-  async function usage() {
-    if (asking) return;
-    asking = true;
-    const answer = await ask("GET", "/status/" + enc(name) + "?usage=true", undefined, true);
-    asking = false;
-    if (!answer.ok) return;
-    keep(answer.value);
-    const now = answer.value.processes.filter(each => !pid || String(each.pid) === pid);
-    for (const [id, part] of parts) if (!now.some(each => each.pid === id)) { part.node.remove(); parts.delete(id); }
-    for (const each of now) showPart(each);
-  }
-  function showPart({pid: id, os_pid, state, uptime, cpu, rss, kill_in}) {
-    if (!parts.has(id)) {
-      const what = cell(".cut"), age = cell(".number"), use = sparks();
-      use.nodes.forEach(each => each.classList.add("wide"));
-      parts.set(id, {what, age, use, node: el("div.row.item.part", {role: "row"}, cell("", el("a", {href: "#/i/" + enc(name) + "/" + id, text: id,
-        title: "output of process " + id})), cell(".dim.wide", "OS " + os_pid), what, age, use.nodes, cell(".acts", pid ? [] : onePid(id)))});
-      list.append(parts.get(id).node);
-    }
-    const part = parts.get(id);
-    put(part.what, state + (kill_in === undefined ? "" : ", SIGKILL in " + Math.ceil(kill_in) + " s")); put(part.age, span(uptime));
-    if (rss !== undefined) note(id, cpu, rss);
-    part.use.show(id);
-  }
-  function key(letter) {
-    const keys = {i: () => entry.line.focus(), s: () => act([name], "_start"), x: () => act([name], "_stop"), r: () => act([name], "_restart"),
-      g: () => askSignal([name]), d: () => go("/edit/" + enc(name)), Delete: () => askDelete([name])};
-    if (keys[letter]) keys[letter]();
-    return Boolean(keys[letter]) || log.key(letter);
-  }
-  load(); update([name]);
-  return {node, name, title: pid ? name + " " + pid : name, fill: true, update, tick, usage, key, close: log.close, focus: () => log.area};
+	const log = makeLog(pid || name, pid ? 0 : 6), entry = makeEntry(name, log), state = el("span", {role: "status"}),
+		facts = el("dl.facts");
+	const parts = new Map(), list = el("div.parts", {role: "table", label: "Processes"}), path = "/p/" + enc(name);
+	const onePid = id => [button("", "Stop", "stop process " + id + "; it is replaced", () => act([id], "_stop")),
+		button("", "Signal…", "signal process " + id, () => askSignal([id], "process " + id))];
+	const acts = el("span.acts.push", {}, pid ? onePid(pid) : actions(() => [name], name));
+	const title = el("h1", {}, pid ? el("a", {href: "#" + path, text: name}) : name, pid && " process " + pid);
+	const node = el("div.log", {}, el("div.bar", {}, title, state, acts), facts, list, log.node, entry.node);
+	let template = null, asking = false;
+	async function load() {
+		const answer = await ask("GET", "/processes/" + enc(name));
+		if (!answer.ok) return;
+		template = answer.value;
+		const {cmd, args, cwd} = template, words = Array.isArray(args) ? args.map(quote) : [args];
+		facts.replaceChildren(...[["command", [cmd, ...words].join(" ")], ["directory",
+			cwd]].filter(fact => fact[1]).flatMap(([what, text]) =>
+			[el("dt", {text: what}), el("dd.mono", {text})]));
+		update([name]);
+	}
+	function update(names) {
+		const status = templates.get(name);
+		if (!names.includes(name)) return;
+		if (!status) { put(state, "there is no template of this name"); list.replaceChildren(); return log.end(); }
+		acts.classList.toggle("live", status.active && !pid); acts.classList.toggle("rest", !status.active && !pid);
+		if (template) entry.show(template, pid ? status.pids.filter(each => String(each) === pid) : status.pids);
+		tick(); usage();
+	}
+	function tick() {
+		const status = templates.get(name);
+		if (!status) return;
+		if (pid && !status.pids.includes(Number(pid))) showState(state, {state: "stopped", ended: "this process has ended"});
+		else showState(state, status, pid ? "" : " " + status.running + " of " + status.numprocesses);
+	}
+	async function usage() {
+		if (asking) return;
+		asking = true;
+		const answer = await ask("GET", "/status/" + enc(name) + "?usage=true", undefined, true);
+		asking = false;
+		if (!answer.ok) return;
+		keep(answer.value);
+		const now = answer.value.processes.filter(each => !pid || String(each.pid) === pid);
+		for (const [id, part] of parts) if (!now.some(each => each.pid === id)) { part.node.remove(); parts.delete(id); }
+		for (const each of now) showPart(each);
+	}
+	function showPart({pid: id, os_pid, state, uptime, cpu, rss, kill_in}) {
+		if (!parts.has(id)) {
+			const what = cell(".cut"), age = cell(".number"), use = sparks();
+			use.nodes.forEach(each => each.classList.add("wide"));
+			parts.set(id, {what, age, use, node: el("div.row.item.part", {role: "row"}, cell("", el("a",
+				{href: "#/i/" + enc(name) + "/" + id, text: id})), cell(".dim.wide", "OS " + os_pid), what, age, use.nodes,
+				cell(".acts", pid ? [] : onePid(id)))});
+			list.append(parts.get(id).node);
+		}
+		const part = parts.get(id);
+		put(part.what, state + (kill_in === undefined ? "" : ", SIGKILL in " + Math.ceil(kill_in) + " s")); put(part.age,
+			span(uptime));
+		if (rss !== undefined) note(id, cpu, rss);
+		part.use.show(id);
+	}
+	function key(letter) {
+		return run({i: () => entry.line.focus(), s: () => act([name], "_start"), x: () => act([name], "_stop"),
+			r: () => act([name], "_restart"), g: () => askSignal([name]), d: () => go("/edit/" + enc(name)),
+			Delete: () => askDelete([name])}, letter) || log.key(letter);
+	}
+	load(); update([name]);
+	return {node, name, title: pid ? name + " " + pid : name, fill: true, update, tick, usage, key, close: log.close,
+		focus: () => log.area};
 }
 
 // ---- events: what happened, and why
-const SAID = {create: "added", start: "started", stop: "stopped", restart: "restarted", update: "changed or scaled", delete: "deleted",
-  flap: "rests: its processes exit too often"};
+const SAID = {create: "added", start: "started", stop: "stopped", restart: "restarted", update: "changed or scaled",
+	delete: "deleted",
+	flap: "left to rest, as it exits too often"};
 function eventList() {
-  const causes = new Map(), exits = new Map(), began = new Map(), told = new Set();      // the last of each, by name or by pid
-  const list = el("ol.events", {"aria-label": "Events, the newest first"}), search = box("q", "Filter by name, event, reason", () => {
-    for (const item of list.children) filter(item);
-  });
-  function why(event) {
-    const {name, pid, time} = event, cause = causes.get(name), exit = exits.get(name), process = "process " + pid + " (OS pid " + event.os_pid + ") ";
-    if (event.event === "spawn") {
-      began.set(pid, time); exits.delete(name);
-      return process + "started" + (exit ? ", as process " + exit.pid + " had " + exitText(exit) : cause ? ": the template was " + SAID[cause] : "");
-    }
-    if (event.event === "exit") {
-      const age = began.has(pid) ? " after " + span(time - began.get(pid)) : "", asked = told.delete(pid);
-      if (!asked) exits.set(name, event);
-      return process + exitText(event) + age + (asked ? ", as it was told to" : ", by itself");
-    }
-    if (event.event === "stop_pid" || event.event === "reap") {
-      told.add(pid);
-      return process + "is told to stop: " + (event.event === "reap" ? "fewer are wanted" : cause && cause !== "start" ? "the template was " +
-        SAID[cause] : "by its pid");
-    }
-    causes.set(name, event.event);
-    return SAID[event.event] + (event.event === "stop" && cause === "flap" ? ": gaffer gave up, as it went on to exit too often" : "");
-  }
-  function add(event) {
-    const bad = event.event === "flap" || event.exit_status || (event.term_signal && !told.has(event.pid));
-    const item = el("li.row.item", {}, el("time.dim.mono", {text: clock(event.time), title: new Date(event.time * 1000)}),
-      el("a.cut", {href: "#/p/" + enc(event.name), text: event.name}), el("span" + (bad ? ".bad" : ""), {text: why(event)}));
-    list.prepend(item); filter(item);
-    if (list.childElementCount > EVENTS_MAX) list.lastChild.remove();
-  }
-  function filter(item) {
-    const text = item.textContent.toLowerCase();
-    item.hidden = !search.value.toLowerCase().split(/\s+/).every(word => text.includes(word));
-  }
-  events.forEach(add);
-  return {node: el("div", {}, el("h1.quiet", {text: "Events"}), el("div.bar", {}, search), list), title: "events", event: add,
-    key: name => name === "/" && !search.focus(), focus: () => search};
+	const causes = new Map(), exits = new Map(), began = new Map(), told = new Set();  // the last of each, by name or by pid
+	const list = el("ol.events", {label: "Events, the newest first"}), search = box("q", "Filter by name, event, reason",
+		() => {
+		for (const item of list.children) filter(item);
+	});
+	function why(event) {
+		const {name, pid, time} = event, cause = causes.get(name), exit = exits.get(name),
+			was = ": the template was " + SAID[cause];
+		const process = "process " + pid + " (OS pid " + event.os_pid + ") ";
+		if (event.event === "spawn") {
+			began.set(pid, time); exits.delete(name);
+			return process + "started" + (exit ? ", as process " + exit.pid + " had " + exitText(exit) :
+				cause && cause !== "start" ? was : "");
+		}
+		if (event.event === "exit") {
+			const age = began.has(pid) ? " after " + span(time - began.get(pid)) : "", asked = told.delete(pid);
+			if (!asked) exits.set(name, event);
+			return process + exitText(event) + age + (asked ? ", as it was told to" : ", by itself");
+		}
+		if (event.event === "stop_pid" || event.event === "reap") {
+			told.add(pid);
+			return process + "is told to stop" + (event.event === "reap" ? ": fewer are wanted" : cause &&
+				cause !== "start" ? was : " by its pid");
+		}
+		causes.set(name, event.event);
+		return SAID[event.event] + (event.event === "stop" && cause === "flap" ? ": it went on to exit too often" : "");
+	}
+	function add(event) {
+		const bad = event.event === "flap" || event.exit_status || (event.term_signal && !told.has(event.pid));
+		const item = el("li.row.item", {}, el("time.dim.mono", {text: clock(event.time)}),
+			el("a.cut", {href: "#/p/" + enc(event.name), text: event.name}),
+			el("span" + (bad ? ".bad" : ""), {text: why(event)}));
+		list.prepend(item); filter(item);
+		if (list.childElementCount > EVENTS_MAX) list.lastChild.remove();
+	}
+	function filter(item) {
+		const text = item.textContent.toLowerCase();
+		item.hidden = !wordsOf(search.value).every(word => text.includes(word));
+	}
+	events.forEach(add);
+	return {node: el("div", {}, el("h1.quiet", {text: "Events"}), el("div.bar", {}, search), list), title: "events", event: add,
+		key: name => name === "/" && !search.focus(), focus: () => search};
 }
 
 // ---- the form of a template. What is wrong with a field says the server, and it is shown beside it
 function quote(word) { return /^[\w@%+=:,.\/-]+$/.test(word) ? word : "'" + word.replace(/'/g, "'\\''") + "'"; }
 function form(name) {
-  const inputs = {}, faults = {}, fields = el("div.fields"), rest = el("p.bad", {role: "alert"}), warning = el("p.dim");
-  const node = el("form", {submit: event => { event.preventDefault(); save(); }}, el("h1", {text: name ? "Edit " + name : "Add a template"}), warning,
-    fields, rest, el("div.bar", {}, el("button.main", {text: name ? "Save" : "Add"}), button("", "Cancel", undefined, () => history.back())));
-  for (const [field, [value, help]] of Object.entries(snapshot.fields)) {
-    const id = "field-" + field, described = {id, "aria-describedby": id + "-help " + id + "-fault", autocomplete: "off", spellcheck: "false"};
-    inputs[field] = field === "env" ? el("textarea", {rows: 2, placeholder: "NAME=value, a line each", ...described}) :
-      el("input", {type: typeof value === "boolean" ? "checkbox" : "text", ...described});
-    faults[field] = el("span.bad", {id: id + "-fault", role: "alert"});
-    fields.append(el("label", {for: id, text: field}), el("div", {}, inputs[field], el("small", {id: id + "-help", text: help}), faults[field]));
-    fill(field, value);
-  }
-  inputs.flapping.placeholder = "attempts=2 window=1 retry_in=7 max_retry=5"; inputs.name.disabled = Boolean(name);
-  function fill(field, value) {
-    if (typeof value === "boolean") inputs[field].checked = value;
-    else if (Array.isArray(value)) inputs[field].value = value.map(word => quote(word)).join(" ");
-    else if (value && typeof value === "object") {
-      inputs[field].value = Object.entries(value).map(pair => pair.join("=")).join(field === "env" ? "\n" : " ");
-    } else inputs[field].value = value === null ? "" : value;
-  }
-  async function load() {
-    const answer = await ask("GET", "/processes/" + enc(name)), {active, running} = templates.get(name) || {};
-    for (const field of answer.ok ? Object.keys(inputs) : []) fill(field, answer.value[field]);
-    inputs.start.checked = active;
-    put(warning, running ? "Saving stops " + plural(running, "process", "processes") + ", and starts them anew." : "Nothing of it runs now.");
-  }
-  function number(text) { return text === "" || isNaN(text) ? text : Number(text); }
-  function pairs(texts, convert) {                 // what is no pair is sent too: the server says what is wrong with it
-    return Object.fromEntries(texts.map(text => text.includes("=") ? [text.slice(0, text.indexOf("=")).trim(),
-      convert(text.slice(text.indexOf("=") + 1))] : [text, null]));
-  }
-  function valueOf(field) {
-    const {type, value, checked} = inputs[field], text = value.trim(), words = text.split(/[\s,]+/).filter(word => word);
-    if (type === "checkbox") return checked;
-    if (field === "redirect_output" || field === "custom_streams") return words;
-    if (!text) return undefined;
-    if (field === "env") return pairs(value.split("\n").filter(line => line.trim()), each => each);
-    if (field === "flapping") return pairs(words, number);
-    return ["numprocesses", "graceful_timeout", "priority"].includes(field) ? number(text) : text;
-  }
-  async function save() {
-    const info = Object.fromEntries(Object.keys(inputs).map(field => [field, valueOf(field)]));
-    if (info.detach && inputs.redirect_output.value === "stdout stderr") delete info.redirect_output;
-    const answer = await ask(name ? "PUT" : "POST", "/processes" + (name ? "/" + enc(name) : ""), info, true);
-    refuse(answer.ok ? "" : answer.value.reason);
-    if (!answer.ok) return;
-    await refresh([info.name]);
-    say(name ? "saved" : "added"); go("/p/" + enc(info.name));
-  }
-  function refuse(reason) {
-    const bad = [], left = [];
-    for (const field of Object.keys(inputs)) { put(faults[field], ""); inputs[field].removeAttribute("aria-invalid"); }
-    for (const sentence of reason ? reason.split(/; (?=field ')/) : []) {
-      const field = (/^field '(\w+)'/.exec(sentence) || [])[1] || (sentence.startsWith("the name '") ? "name" : "");
-      if (!faults[field]) { left.push(sentence); continue; }
-      put(faults[field], sentence.replace(/^field '\w+' /, "")); attr(inputs[field], "aria-invalid", "true"); bad.push(field);
-    }
-    put(rest, left.join("; "));
-    if (bad.length) inputs[bad[0]].focus();
-  }
-  if (name) load();
-  return {node, title: name ? "edit " + name : "add", focus: () => inputs[name ? "cmd" : "name"]};
+	const inputs = {}, faults = {}, fields = el("div.fields"), rest = el("p.bad", {role: "alert"}), warning = el("p.dim");
+	const title = name ? "Edit " + name : "Add a template", acts = [el("button.main", {text: name ? "Save" : "Add"}),
+		button("", "Cancel", undefined, () => history.back())];
+	const node = el("form", {submit: event => { event.preventDefault(); save(); }}, el("h1", {text: title}), warning, fields,
+		rest,
+		el("div.bar", {}, acts));
+	for (const [field, [value, help]] of Object.entries(snapshot.fields)) {
+		const id = "field-" + field, described = {id, "aria-describedby": id + "-help " + id + "-fault", autocomplete: "off",
+			spellcheck: "false"};
+		inputs[field] = ["cmd", "args", "env"].includes(field) ? el("textarea", {rows: 1, ...described}) :
+			el("input", {type: typeof value === "boolean" ? "checkbox" : "text", ...described});
+		faults[field] = el("span.bad", {id: id + "-fault", role: "alert"});
+		fields.append(el("label", {for: id, text: field}), el("div", {}, inputs[field], el("small", {id: id + "-help",
+			text: help}), faults[field]));
+		fill(field, value);
+	}
+	inputs.flapping.placeholder = "attempts=2 window=1 retry_in=7 max_retry=5";
+		inputs.env.placeholder = "NAME=value, a line each";
+	inputs.name.disabled = Boolean(name);
+	function fill(field, value) {
+		if (typeof value === "boolean") inputs[field].checked = value;
+		else if (Array.isArray(value)) inputs[field].value = value.map(word => quote(word)).join(" ");
+		else if (value && typeof value === "object") {
+			inputs[field].value = Object.entries(value).map(pair => pair.join("=")).join(field === "env" ? "\n" : " ");
+		} else inputs[field].value = value === null ? "" : value;
+	}
+	async function load() {
+		const answer = await ask("GET", "/processes/" + enc(name)), {active, running} = templates.get(name) || {};
+		for (const field of answer.ok ? Object.keys(inputs) : []) fill(field, answer.value[field]);
+		inputs.start.checked = active;
+		put(warning, running ? "Saving stops " + processes(running) + ", and starts them anew." : "Nothing of it runs now.");
+	}
+	function number(text) { return text === "" || isNaN(text) ? text : Number(text); }
+	function pairs(texts, convert) {  // what is no pair is sent too: the server says what is wrong with it
+		return Object.fromEntries(texts.map(text => text.includes("=") ? [text.slice(0, text.indexOf("=")).trim(),
+			convert(text.slice(text.indexOf("=") + 1))] : [text, null]));
+	}
+	function valueOf(field) {
+		const {type, value, checked} = inputs[field], text = value.trim(), words = text.split(/[\s,]+/).filter(word => word);
+		if (type === "checkbox") return checked;
+		if (field === "redirect_output" || field === "custom_streams") return words;
+		if (!text) return undefined;
+		if (field === "env") return pairs(value.split("\n").filter(line => line.trim()), each => each);
+		if (field === "flapping") return pairs(words, number);
+		return ["numprocesses", "graceful_timeout", "priority"].includes(field) ? number(text) : text;
+	}
+	async function save() {
+		const info = Object.fromEntries(Object.keys(inputs).map(field => [field, valueOf(field)]));
+		if (info.detach && inputs.redirect_output.value === "stdout stderr") delete info.redirect_output;
+		const answer = await ask(name ? "PUT" : "POST", "/processes" + (name ? "/" + enc(name) : ""), info, true);
+		refuse(answer.ok ? "" : answer.value.reason);
+		if (!answer.ok) return;
+		await refresh([info.name]);
+		say(name ? "saved" : "added"); go("/p/" + enc(info.name));
+	}
+	function refuse(reason) {
+		const bad = [], left = [];
+		for (const field of Object.keys(inputs)) { put(faults[field], ""); inputs[field].removeAttribute("aria-invalid"); }
+		for (const sentence of reason ? reason.split(/; (?=field ')/) : []) {
+			const field = (/^field '(\w+)'/.exec(sentence) || [])[1] || (sentence.startsWith("the name '") ? "name" : "");
+			if (!faults[field]) { left.push(sentence); continue; }
+			put(faults[field], sentence.replace(/^field '\w+' /, "")); bad.push(field);
+			attr(inputs[field], "aria-invalid", "true");
+		}
+		put(rest, left.join("; "));
+		if (bad.length) inputs[bad[0]].focus();
+	}
+	if (name) load();
+	return {node, title, focus: () => inputs[name ? "cmd" : "name"]};
 }
 
 // ---- keys, and the address: a view, and in "?" what is set in it
-const KEYS = [["?", "these keys"], ["p o e a", "processes, output, events, add a template"], ["Escape", "leave a field; back to the processes"],
-  ["j k", "next, previous row (arrows too)"], ["Enter", "output of the row"], ["s t r", "start, stop, restart; on a template's page s x r"],
-  ["+ -", "one process more, less"], ["x", "select the row"], ["m g Delete", "menu, signal, delete"], ["d", "edit the template of the page"],
-  ["f n N", "find, next, previous"], ["/", "filter"], ["Space", "pause"], ["w t", "wrap, timestamps"], ["Home End", "to the beginning; follow"],
-  ["i", "type into the process; ↑ ↓ what was typed before"]];
+const KEYS = [["?", "these keys"], ["p o e a", "processes, output, events, add"], ["Escape",
+	"leave a field; processes"],
+	["j k", "next, previous row (arrows too)"], ["Enter", "output of the row"], ["s t r",
+		"start, stop, restart; on a template's page s x r"],
+	["+ -", "one process more, less"], ["x", "select the row"], ["m g Delete", "menu, signal, delete"], ["d",
+		"edit the template of the page"],
+	["f n N", "find, next, previous"], ["/", "filter"], ["Space", "pause"], ["w t", "wrap, timestamps"], ["End", "follow"],
+	["i", "type to stdin; ↑ ↓ what was typed before"]];
 function showKeys() {
-  dialog("Keys", [el("dl.facts", {}, KEYS.flatMap(([keys, text]) => [el("dt", {}, keys.split(" ").flatMap(key =>
-    [el("kbd", {text: key}), " "])), el("dd", {text})]))], "Close");
+	dialog("Keys", [el("dl.facts", {}, KEYS.flatMap(([keys, text]) => [el("dt", {}, keys.split(" ").flatMap(key =>
+		[el("kbd", {text: key}), " "])), el("dd", {text})]))], "Close");
 }
 const VIEWS = {"": overview, logs: allOutput, events: eventList, add: form, edit: form, p: detail, i: detail};
 const NAV = [["/", "Processes", "p"], ["/logs", "Output", "o"], ["/events", "Events", "e"], ["/add", "Add", "a"]];
 function params() { return new URLSearchParams(location.hash.split("?")[1] || ""); }
 function setParam(key, value) {
-  const all = params();
-  if (value) all.set(key, value); else all.delete(key);
-  history.replaceState(null, "", (location.hash.split("?")[0] || "#/") + (String(all) && "?" + all));
+	const all = params();
+	if (value) all.set(key, value); else all.delete(key);
+	history.replaceState(null, "", (location.hash.split("?")[0] || "#/") + (String(all) && "?" + all));
 }
 function go(path) { location.hash = "#" + path; }
 let view = {};
 function route(first) {
-  const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decodeURIComponent);
-  closeMenu(); complain("");
-  if (view.close) view.close();
-  view = (VIEWS[kind] || overview)(...parts);
-  main.classList.toggle("fill", Boolean(view.fill)); main.replaceChildren(view.node);
-  $("nav").replaceChildren(...NAV.map(([path, text]) => el("a", {href: "#" + path, text, "aria-current": path === "/" + kind && "page"})));
-  changed([]); poll();
-  if (first !== true) view.focus().focus({preventScroll: true});
+	const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decodeURIComponent);
+	closeMenu(); complain("");
+	if (view.close) view.close();
+	view = (VIEWS[kind] || overview)(...parts);
+	main.classList.toggle("fill", Boolean(view.fill)); main.replaceChildren(view.node);
+	$("nav").replaceChildren(...NAV.map(([path, text]) => el("a", {href: "#" + path, text,
+		"aria-current": path === "/" + kind && "page"})));
+	changed([]); poll();
+	if (first !== true) view.focus().focus({preventScroll: true});
 }
 document.addEventListener("keydown", event => {
-  const {key, target} = event, typing = target.matches("input:not([type=checkbox]), textarea, select");
-  if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || $("dialog").open) return;
-  const nav = NAV.find(each => each[2] === key);
-  if (key === "Escape" && typing) main.focus(); else if (key === "Escape") go("/");
-  else if (typing || ([" ", "Enter"].includes(key) && target.matches("button, a, input"))) return;
-  else if (key === "?") showKeys();
-  else if (nav) go(nav[0]);
-  else if (!view.key || !view.key(key)) return;
-  event.preventDefault();
+	const {key, target} = event, typing = target.matches("input:not([type=checkbox]), textarea, select");
+	if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || $("dialog").open) return;
+	const nav = NAV.find(each => each[2] === key);
+	if (key === "Escape" && typing) main.focus(); else if (key === "Escape") go("/");
+	else if (typing || ([" ", "Enter"].includes(key) && target.matches("button, a, input"))) return;
+	else if (key === "?") showKeys();
+	else if (nav) go(nav[0]);
+	else if (!view.key || !view.key(key)) return;
+	event.preventDefault();
 });
 $("help").addEventListener("click", showKeys);
-$("skip").addEventListener("click", event => { event.preventDefault(); main.focus(); });
 addEventListener("hashchange", route);
 put($("link"), "connecting");
 route(true);
-feed(last => "/watch?feed=eventsource&since=" + enc(last || snapshot.since), ["create", "start", "stop", "restart", "update", "delete", "spawn",
-  "reap", "exit", "stop_pid", "flap"], takeEvent);
+feed(last => "/watch?feed=eventsource&since=" + enc(last || snapshot.since), ["create", "start", "stop", "restart", "update",
+	"delete", "spawn",
+	"reap", "exit", "stop_pid", "flap"], takeEvent);
 </script>
 </body></html>
 """
@@ -5769,14 +5839,13 @@ def page_response(snapshot):
     """The web page, which shows `snapshot` (JSON) before it asks for anything. No script and no style but its own can run in it,
     and it can send nothing to another server."""
     nonce = base64.b64encode(os.urandom(12)).decode("ascii")
-    policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; img-src data:; base-uri 'none'; "
-              "form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
+    policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; img-src data:; "
+              "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
     data = encode_json(snapshot).replace("<", "\\u003c")        # nothing in it ends the element
     page = PAGE.replace("__NONCE__", nonce).replace("__SNAPSHOT__", data)
     return Response(page.encode("utf-8"), content_type="text/html; charset=utf-8", headers=[
-        ("Content-Security-Policy", policy), ("Cache-Control", "no-store"), ("Cross-Origin-Opener-Policy", "same-origin"),
-        ("Referrer-Policy", "no-referrer"),
-        ("X-Content-Type-Options", "nosniff"), ("Vary", "Accept")])
+        ("Content-Security-Policy", policy), ("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-store"),
+        ("Referrer-Policy", "no-referrer"), ("Vary", "Accept")])
 
 
 def entry_refusal(request, error):
@@ -5908,11 +5977,14 @@ def human(size):
     return "%.1fG" % size
 
 
+GZIP = re.compile(r"(?:^|,)\s*gzip\s*(?:$|,|;\s*q=(?!0(?:\.0*)?\s*(?:$|,)))", re.I)
+
+
 def compressed(request, response):
     """`response`; where its client takes gzip, and it is worth it, with a smaller body. RFC 9110 section 12.5.3."""
-    accepted = re.search(r"(?:^|,)\s*gzip\s*(?:$|,|;\s*q=(?!0(?:\.0*)?\s*(?:$|,)))", request.headers.get("accept-encoding", ""), re.I)
+    offer = request.headers.get("accept-encoding", "")
     response.headers.append(("Vary", "Accept-Encoding"))
-    if accepted and len(response.body) >= COMPRESS_MIN:
+    if GZIP.search(offer) and len(response.body) >= COMPRESS_MIN:
         import gzip
         response.body = gzip.compress(response.body, 6)
         response.headers.append(("Content-Encoding", "gzip"))
@@ -5943,7 +6015,7 @@ class Journal:
         skip, segments, lines = split_lines(data, before, mode, CARRY_SIZE)
         if lines:
             prefix = b"%.3f %b %d %b " % (now, source[0].encode("ascii"), source[1], source[2].encode("ascii"))
-            open_line = [prefix[:-1] + b"+ " + lines.pop()] if segments[-1][-1] not in (10, 13) else []
+            open_line = [prefix[:-1] + b"+ " + lines.pop()] if mode != FINAL and segments[-1][-1] not in (10, 13) else []
             self.window.append(valid_utf8(b"".join([b"%b%b\n" % (prefix, line) for line in lines] + [
                 b"%b\n" % line for line in open_line])))
         taken = skip + sum(map(len, segments))
@@ -6220,10 +6292,11 @@ class Api:
         """The version; to a browser, the web page."""
         if not prefers_html(request.headers.get("accept", "")):
             return json_response({"welcome": "gaffer", "version": __version__}, headers=[("Vary", "Accept")])
+        events = self.manager.events
         snapshot = {
-            "version": __version__, "since": "%d@%s" % (self.manager.events.end, self.manager.epoch),
+            "version": __version__, "since": "%d@%s" % (events.end, self.manager.epoch),
             "templates": [template.status() for template in self.manager.templates.values()],
-            "events": self.manager.events.read(max(self.manager.events.start, self.manager.events.end - PAGE_EVENTS), PAGE_EVENTS),
+            "events": events.read(max(events.start, events.end - PAGE_EVENTS), PAGE_EVENTS),
             "fields": {name: [option.default, option.help] for name, option in OPTIONS.items()},
             "signals": {number.value: number.name[3:] for number in signal.Signals},
         }
@@ -6365,7 +6438,8 @@ class Api:
         template = self.manager.find_template(name)
         if not flag(request, "usage"):
             return template.status()
-        return ThreadReply(lambda look=self._look([template]): json_response(look()[0]))
+        look = self._look([template])
+        return ThreadReply(lambda: json_response(look()[0]))
 
     @operation("usage")
     def statuses(self, request):
@@ -6457,7 +6531,8 @@ class Api:
         interval = duration(request, "interval", 0.1, default=1.0)
         sampler = functools.partial(self._sampler, name, pid, flag(request, "brief"))
         if feed is None:
-            return ThreadReply(lambda sample=sampler(): compressed(request, json_response(sample())))
+            sample = sampler()
+            return ThreadReply(lambda: compressed(request, json_response(sample())))
         if feed == "longpoll":
             return ParkedReply(lambda deliver: lambda: None, interval, lambda: json_response(sampler()()))
         return self._stats_feed(request, feed, interval, sampler)
@@ -6672,7 +6747,8 @@ class Api:
     def write(self, request, ref, label="stdin"):
         """Write to a process, whole or not at all."""
         self._writable(ref, label)
-        need(len(request.body) <= STDIN_SIZE, TooLarge, "a body is at most %d bytes; send it in parts" % STDIN_SIZE)
+        most = self.manager.input_size
+        need(len(request.body) <= most, TooLarge, "a body is at most %d bytes; send it in parts" % most)
         self.manager.write(ref, label, request.body)
         return OK
 
@@ -7045,15 +7121,130 @@ class Channel:
                 self.http.access_log.add(client, request, status, max(0, self.sent - head))
 
 
+class LineWriter:
+    """Writes lines to a file, on a thread of its own: a disk may hang, and nobody read a pipe. `path`: "-" is stderr. Up to
+    `most` bytes wait. `failed(lines, reason)` is told, on that thread, of those that could not be written. Where the file is
+    moved away, it goes on in a new one. Any thread may call."""
+
+    def __init__(self, path, most, failed):
+        self._path, self._most, self._failed = path, most, failed
+        self.fd = self._identity = None
+        self._waiting, self._changed = bytearray(), threading.Condition()
+        self._thread, self._end, self._closing = None, math.inf, False
+        self._torn = False                      # what was written last ends within a line
+
+    def open(self):
+        """Open the file, or open it anew. OSError."""
+        if self._path == "-":
+            fd = 2
+        else:                                   # non-blocking: opening a pipe without a reader must not wait for one
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+        before, self.fd, seen = self.fd, fd, os.fstat(fd)
+        regular = stat.S_ISREG(seen.st_mode)
+        self._piece = self._most if regular else select.PIPE_BUF    # so much fits where poll() says that something does
+        self._identity = (seen.st_dev, seen.st_ino) if regular and self._path != "-" else None
+        self._closing = False
+        if before is not None:
+            os.close(before)
+
+    def put(self, data):
+        """Take whole lines. False: too much waits already, they are dropped."""
+        with self._changed:
+            if self.fd is None or len(self._waiting) + len(data) > self._most:
+                return False
+            self._waiting += data
+            if self._thread is None:
+                self._end = math.inf
+                self._thread = threading.Thread(target=self._run, name="gaffer-log", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+            return True
+
+    def end(self):
+        """Let the thread end, once it has written what waits, for which it has LOG_END."""
+        with self._changed:
+            self._end = time.monotonic() + LOG_END
+            self._changed.notify()
+
+    def join(self):
+        """Wait for that. A disk that hangs is not waited for."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(2 * LOG_END)
+            if thread.is_alive():
+                self._failed(self._waiting.count(b"\n"), "it hangs")
+
+    def close(self):
+        """Write what waits, and close the file. A thread that hangs does so itself, should it come back: the number of the
+        descriptor must not become another file's before that."""
+        self._closing = True
+        self.end()
+        self.join()
+        with self._changed:
+            if self._thread is None:
+                self._shut()
+
+    def _shut(self):
+        if self.fd is not None and self._path != "-":
+            os.close(self.fd)
+        self.fd = None
+
+    def _run(self):
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._end < math.inf)
+                data, self._waiting = self._waiting, bytearray()
+                if not data:
+                    self._thread = None         # what comes from now on is for another
+                    if self._closing:
+                        self._shut()
+                    return
+            try:
+                if self._identity is not None:
+                    self._follow()
+                self._write(data)
+            except OSError as error:
+                self._failed(data.count(b"\n"), (error.strerror or str(error)).lower())
+
+    def _follow(self):
+        """Where the file has been moved away, or removed, go on in a new one; where there can be none, in this one."""
+        try:
+            seen = os.stat(self._path)
+            moved = (seen.st_dev, seen.st_ino) != self._identity
+        except OSError:
+            moved = True
+        if moved:
+            try:
+                self.open()
+            except OSError:
+                pass                            # who asks for it with reopen() is told; the next line tries again
+
+    def _write(self, data):
+        """Write `data`, and take away what is written. OSError."""
+        if self._torn:
+            data[:0] = b"\n"
+        ready = select.poll()
+        ready.register(self.fd, select.POLLOUT)
+        while data:
+            while not ready.poll(100):
+                if time.monotonic() > self._end:
+                    raise TimeoutError(errno.ETIMEDOUT, "nobody takes it")
+            piece = data[:self._piece]
+            try:
+                count = os.write(self.fd, piece[:piece.rfind(b"\n") + 1] or piece)
+            except BlockingIOError:             # somebody else was faster
+                continue
+            self._torn = data[count - 1:count] != b"\n"
+            del data[:count]
+
+
 class AccessLog:
     """A line for each request, in Apache's combined format. `path`: a file, "-": stderr. Lines wait in a buffer for a moment;
-    what the file or the pipe does not take is dropped, counted, and told once a minute. A file that was moved away is opened
-    anew."""
+    what the file or the pipe does not take is dropped, counted, and told once a minute."""
 
     def __init__(self, path):
-        self._path, self._fd, self._identity = path, None, None
+        self._path, self._writer = path, LineWriter(path, ACCESS_LOG_SIZE, self._drop)
         self._pending = bytearray()
-        self._cut = self._torn = False          # what was written ends within a line; and its rest was dropped
         self._lost = 0
         self._loop = self._timer = None
         self._secrets = ()
@@ -7068,97 +7259,48 @@ class AccessLog:
             self._secrets = sorted({raw, urllib.parse.quote(token), urllib.parse.quote(token, ""), urllib.parse.quote_plus(token),
                                     base64.b64encode(b":" + token.encode("utf-8")).decode("ascii")}, key=len, reverse=True)
         try:
-            self._open()
+            self._writer.open()
         except OSError as error:
             raise StartError("the access log '%s' cannot be written: %s" % (self._path, error.strerror)) from None
 
-    def _open(self):
-        if self._path == "-":
-            fd = 2
-        else:                                   # non-blocking: it may be a named pipe
-            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
-        if self._fd is not None:
-            os.close(self._fd)
-        self._fd, seen = fd, os.fstat(fd)
-        regular = stat.S_ISREG(seen.st_mode)
-        self._piece = ACCESS_LOG_SIZE if regular else select.PIPE_BUF       # so much fits where poll() says that something does
-        self._identity = (seen.st_dev, seen.st_ino) if regular and self._path != "-" else None
-
     def add(self, client, request, status, size):
         """A request has been answered with `size` bytes beside the head. On the loop."""
-        if self._fd is None:
+        if self._writer.fd is None:
             return
         now = int(time.time())
         if self._time[0] != now:
             self._time = (now, log_time(now))
-        line = access_line(client, self._time[1], request, status, size, self._secrets).encode("ascii")
-        if len(self._pending) + len(line) > ACCESS_LOG_SIZE:
-            self._write()
-        if len(self._pending) + len(line) > ACCESS_LOG_SIZE:
-            return self._drop(1, "nobody takes it")
-        self._pending += line
-        if self._timer is None and self._loop.owned() and not self._loop.closed:
+        self._pending += access_line(client, self._time[1], request, status, size, self._secrets).encode("ascii")
+        if len(self._pending) > ACCESS_LOG_SIZE // 8:
+            self._hand_over()
+        elif self._timer is None and self._loop.owned() and not self._loop.closed:
             self._timer = self._loop.later(ACCESS_LOG_DELAY, self._flush)
-        return None
 
     def _flush(self):
         self._timer = None
-        if self._identity is not None:
-            self._follow()
-        self._write()
-        if self._pending:
-            self._timer = self._loop.later(ACCESS_LOG_DELAY, self._flush)
+        self._hand_over()
 
-    def _follow(self):
-        """Where the file has been moved away, or removed, the log goes on in a new one."""
-        try:
-            seen = os.stat(self._path)
-            if (seen.st_dev, seen.st_ino) == self._identity:
-                return
-        except OSError:
-            pass
-        try:
-            self._open()
-        except OSError as error:
-            self._said.warning("the access log '%s' cannot be opened again: %s", self._path, error.strerror)
+    def _hand_over(self):
+        lines, self._pending = self._pending, bytearray()
+        if lines and not self._writer.put(lines):
+            self._drop(lines.count(b"\n"), "nobody takes it")
 
-    def _write(self):
-        ready = select.poll()
-        ready.register(self._fd, select.POLLOUT)
-        while self._pending and ready.poll(0):
-            try:
-                if self._torn:
-                    os.write(self._fd, b"\n")
-                    self._torn = self._cut = False
-                piece = self._pending[:self._piece]
-                count = os.write(self._fd, piece[:piece.rfind(b"\n") + 1] or piece)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._torn = self._torn or self._cut
-                return self._drop(self._pending.count(b"\n"), (error.strerror or str(error)).lower(), True)
-            self._cut = self._pending[count - 1:count] != b"\n"
-            del self._pending[:count]
-        return None
-
-    def _drop(self, lines, reason, all_of_them=False):
+    def _drop(self, lines, reason):
         self._lost += lines
-        if all_of_them:
-            self._pending.clear()
         self._said.warning("the access log '%s' cannot be written: %s; %d lines are lost so far", self._path, reason, self._lost)
 
     def stop(self):
-        """Write what waits, and close."""
-        if self._fd is not None:
-            self._write()
-            if self._pending:
-                self._drop(self._pending.count(b"\n"), "nobody takes it", True)
-            if self._path != "-":
-                os.close(self._fd)
-            self._fd = None
+        """Nothing more will come."""
+        if self._writer.fd is not None:
+            self._hand_over()
+            self._writer.end()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def join(self):
+        """What waits is written, and the file closed."""
+        self._writer.close()
 
 
 class FeedChannel(Channel):
@@ -7292,10 +7434,11 @@ class WebSocketChannel(Channel):
             if self.held:
                 return
             left -= len(event[1]) if event[0] in ("text", "binary") else 0
-            if left < 0:                        # the others' turn
-                self.hold()
-                self.loop.call_soon(self.go_on)
-                return
+            if left < 0:
+                break
+        if (left < 0 or self._decoder.more) and not self.closed and not self._ending:      # the others' turn
+            self.hold()
+            self.loop.call_soon(self.go_on)
 
     def _take(self, kind, data, reason=""):
         if kind in ("text", "binary"):
@@ -7347,6 +7490,7 @@ class ProcessSocket(WebSocketChannel):
     """A websocket to a process: what comes in goes to its stdin, its output comes back."""
 
     def __init__(self, http, sock, received, reply, more):
+        self.limit = reply.stream.limit if reply.stream is not None else MESSAGE_SIZE
         super().__init__(http, sock, received, [*reply.headers, *more], reply.inflater)
         self._reply, self._reader = reply, reply.reader
         self._reader.sink = self
@@ -7381,7 +7525,7 @@ class ProcessSocket(WebSocketChannel):
         data = data.encode("utf-8") if isinstance(data, str) else data
         self._messages.append(data + b"\n" if self._reply.by_line else data)
         self._size += len(self._messages[-1])
-        if self._size > STDIN_LOW:
+        if self._size > self.limit // 2:
             self._write()
         return None
 
@@ -7395,7 +7539,7 @@ class ProcessSocket(WebSocketChannel):
     def _write(self):
         """Also what came in front of the peer's close frame."""
         messages, self._messages, stream = self._messages, [], self._reply.stream
-        if self._size <= STDIN_LOW:
+        if self._size <= self.limit // 2:
             messages = [b"".join(messages)]
         self._size = 0
         while messages:
@@ -7412,8 +7556,8 @@ class ProcessSocket(WebSocketChannel):
         if self._said_close or self.closed:
             return log.info("%d websocket messages for %s were dropped: it does not read",
                             len(messages), self._reply.process.name)
-        if len(messages[0]) > STDIN_SIZE:
-            return self.say_close(1009, "a message is over %d bytes" % STDIN_SIZE)
+        if len(messages[0]) > self.limit:       # with its end of line
+            return self.say_close(1009, "a message is over %d bytes" % self.limit)
         self._messages, self._size = messages, sum(map(len, messages))
         self.hold()
         return self._reply.stream.on_low.add(self._stdin_low)
@@ -7554,6 +7698,11 @@ class RequestChannel(Channel):
         """See Channel."""
         return "longpoll" if self._parked else "request"
 
+    @property
+    def talks_tls(self):
+        """True where the client expects TLS, be the handshake made or not."""
+        return self._listener.context is not None
+
     def open(self):
         """See Channel."""
         super().open()
@@ -7599,7 +7748,7 @@ class RequestChannel(Channel):
 
     def left(self):
         """See Channel: who has closed only his own side still gets the answer, but not one that he would have to wait for."""
-        if self._busy and not self._parked and not self._ending:
+        if (self._busy or self.early) and not self._parked and not self._ending:
             self._gone = True
             self.reading(False)
         else:
@@ -7626,6 +7775,8 @@ class RequestChannel(Channel):
             self.loop.call_soon(self._go_on)
         if not self._ending and not self._gone:
             self.reading(len(self.early) < PIPELINE_SIZE)
+        elif not self._busy and not self.early:
+            self.finish()
 
     def _take(self, data):
         if self._body is not None:
@@ -7669,6 +7820,8 @@ class RequestChannel(Channel):
     def _take_body(self, data):
         """True: it is complete, and the request answered."""
         if not self._body.feed(data):
+            if self._body.more:                 # that is for _go_on(), or the others' turn
+                self.early, self._body.rest = self._body.rest, b""
             return False
         self._request.body, self.early, self._body = self._body.body, self._body.rest, None
         self._give(self._admitted or self.http.answer(self._request))
@@ -7702,7 +7855,8 @@ class RequestChannel(Channel):
             return self._respond(answer)
         self._busy, self._deadline = True, math.inf
         if isinstance(answer, ParkedReply):
-            return self._park(answer)
+            self._park(answer)
+            return self.close() if self._gone and self._parked else None
         if isinstance(answer, ThreadReply):
             return self.http.start_thread(self._work, answer.work) or self._respond(error_response(
                 Busy("there are too many requests that take time; try again later")))
@@ -7735,7 +7889,7 @@ class RequestChannel(Channel):
             self._answered()
 
     def _answered(self):
-        if not self._keep or self._gone:
+        if not self._keep or self._gone and not self.early:
             return self.finish()
         self._busy, self._request = False, None
         return self._wait(IDLE_TIME)
@@ -8265,7 +8419,9 @@ class HttpHandler:
                     pass                        # it is closing by itself
 
     def join(self):
-        """Wait for the threads, which see their sockets closed."""
+        """Wait for the threads, which see their sockets closed, and for the access log."""
+        if self.access_log is not None:
+            self.access_log.join()
         deadline = time.monotonic() + SEND_TIME
         for thread in tuple(self._threads):
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -8294,7 +8450,7 @@ class HttpHandler:
                 self.connections += 1
                 self._of_address[peer] += 1
         if full:
-            self._refuse(sock)
+            self._refuse(sock, listener.context is None)
             if self.access_log is not None:
                 self.access_log.add(client, None, Busy.status, 0)
         else:
@@ -8330,7 +8486,7 @@ class HttpHandler:
                     del self._threads[thread]
         if channel is not None:
             self.released(channel.peer)
-            self._refuse(channel.sock)
+            self._refuse(channel.sock, not channel.talks_tls)
         return False
 
     def _run(self, function, *args):
@@ -8353,12 +8509,14 @@ class HttpHandler:
         with self._lock:
             self._threads[threading.current_thread()] = None
 
-    def _refuse(self, sock):
+    def _refuse(self, sock, plain):
+        """`plain`: without TLS; with it there is no answer, as that would need the handshake that there is no room for."""
         self._said.warning("too many connections: one was refused")     # in all, of its address, or threads
         self.requests.add("", Busy.status)
         try:
             sock.setblocking(False)
-            sock.send(error_response(Busy("there are too many connections; try again later")).encode(self.date(), False))
+            if plain:
+                sock.send(error_response(Busy("there are too many connections; try again later")).encode(self.date(), False))
             sock.shutdown(socket.SHUT_WR)
             sock.recv(READ_SIZE)                # what is not read would make a reset of it, and the answer may be lost
         except OSError:
@@ -8406,7 +8564,8 @@ class HttpHandler:
 
     def body_limit(self, request):
         """How long a body may be."""
-        return self._max_body if self._router.find(request.segments())[0] is None else BODY_SIZE
+        own = self._router.find(request.segments())[0] is not None
+        return max(BODY_SIZE, self._api.manager.input_size) if own else self._max_body
 
     def answer(self, request):
         """A Response, or one of the replies. Called on the loop."""
@@ -9501,11 +9660,15 @@ class LogHandler(logging.StreamHandler):
 
     left_out = 0
 
+    def take(self, text):
+        """Write text. False: not all of it could be."""
+        return put(self.stream, text)
+
     def emit(self, record):
         """See logging.Handler."""
         try:
             told = "gaffer: %d lines of this log were not taken here\n" % self.left_out if self.left_out else ""
-            if put(self.stream, told + self.format(record) + self.terminator):
+            if self.take(told + self.format(record) + self.terminator):
                 self.left_out = 0
             else:
                 self.left_out += 1
@@ -10345,6 +10508,7 @@ class Background:
 
     def fork(self):
         """Go on as a process of its own. In the process that was started, this does not return."""
+        self._log_file.rest()
         read, self._pipe = os.pipe()
         if os.fork():
             os.close(self._pipe)
@@ -10364,39 +10528,55 @@ class Background:
         os.close(self._pipe)
 
 
-class LogFile:
-    """--log-file. `path`: None is stderr."""
+class LogFile(LogHandler):
+    """--log-file: the same on a LineWriter, so that a disk that hangs holds nothing. StartError."""
 
-    def __init__(self, path, level):
-        self._path, self._taken_over = path and os.path.abspath(path), False
-        self._handler = LogHandler(self._open() if path else sys.stderr)
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level, handlers=[self._handler])
+    def __init__(self, path):
+        super().__init__()
+        self._path, self._taken_over = os.path.abspath(path), False
+        self._writer = LineWriter(self._path, LOG_SIZE, self._lost)
+        self._open()
 
     def _open(self):
         try:
-            return open(self._path, "a", encoding="utf-8")
+            self._writer.open()
         except OSError as error:
             raise StartError("the log file '%s' cannot be written: %s" % (self._path, error.strerror)) from None
+
+    def take(self, text):
+        """See LogHandler."""
+        return self._writer.put(text.encode("utf-8", "backslashreplace"))
+
+    def _lost(self, lines, reason):
+        self.left_out += lines
+
+    def rest(self):
+        """Have no thread until there is something to write again: for who is about to fork."""
+        self._writer.end()
+        self._writer.join()
 
     def take_over(self):
         """Let stdout and stderr go there too."""
         self._taken_over = True
         for number_ in (1, 2):
-            os.dup2(self._handler.stream.fileno(), number_)
+            os.dup2(self._writer.fd, number_)
 
     def reopen(self):
         """The file may have been moved away. Where it cannot be opened again, the log goes on as before."""
-        if self._path is None:
-            return
+        self.rest()
         try:
-            file = self._open()
+            self._open()
         except StartError as error:
             log.error("%s", error)
             return
-        with self._handler.setStream(file):
-            log.warning("the log goes on in this file")
+        log.warning("the log goes on in this file")
         if self._taken_over:
             self.take_over()
+
+    def close(self):
+        """See logging.Handler."""
+        self._writer.close()
+        super().close()
 
 
 def report_lines(report, would=""):
@@ -10428,7 +10608,8 @@ def load_again(configuration, manager):
 def hung_up(log_file, configuration, manager):
     """What HUP asks for, on a thread of its own, as files may be slow."""
     def run():
-        log_file.reopen()
+        if log_file is not None:
+            log_file.reopen()
         if configuration is not None:
             load_again(configuration, manager)
     threading.Thread(target=run, name="gaffer-reload", daemon=True).start()
@@ -10456,7 +10637,9 @@ def serve(arguments):
     if arguments.daemon and not arguments.log_file:
         raise ClientError("--daemon needs --log-file FILE: nobody would see what it has to say", 2)
     keep_buffers()
-    log_file = LogFile(arguments.log_file, (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
+    log_file = LogFile(arguments.log_file) if arguments.log_file else None
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[log_file or LogHandler(sys.stderr)],
+                        level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
     hooks = WebHooks()
     configuration = serve_configuration(arguments, hooks)
     http = HttpHandler(serve_endpoints(arguments, configuration),
@@ -10475,7 +10658,8 @@ def serve(arguments):
         apps.insert(0, SigHandler((*SigHandler.SIGNALS, signal.SIGHUP)))
     if arguments.pidfile:
         apps.insert(0, PidFile(arguments.pidfile))
-    manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE, exit_with=arguments.exit_with)
+    manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE, exit_with=arguments.exit_with,
+                      input_size=arguments.input or STDIN_SIZE)
     if configuration is not None:
         configuration.begin(manager)
     manager.run()
@@ -10868,12 +11052,14 @@ def option(*names, **how):
     return names, how
 
 
-def window_bytes(text):
-    """--window: a number of bytes."""
-    import argparse
-    if not re.fullmatch("[0-9]{1,12}", text) or not WINDOW_SIZE_MIN <= int(text) <= WINDOW_SIZE_MAX:
-        raise argparse.ArgumentTypeError("a window is %d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX))
-    return int(text)
+def some_bytes(least, most):
+    """--window, --input: a number of bytes in bounds."""
+    def check(text):
+        import argparse
+        if not re.fullmatch("[0-9]{1,12}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError("give %d to %d bytes" % (least, most))
+        return int(text)
+    return check
 
 
 def template_name(text):
@@ -10997,7 +11183,10 @@ COMMANDS = {
         option("--access-log", metavar="FILE", help="a line for each request, in Apache's combined format ('-': to stderr)"),
         option("--exit-with", metavar="NAME", type=template_name,
                help="stop when a process of this template, there or yet to come, ends by itself, and exit with its status"),
-        option("--window", metavar="BYTES", type=window_bytes, help="how much is kept of each stream (default %d)" % WINDOW_SIZE),
+        option("--window", metavar="BYTES", type=some_bytes(WINDOW_SIZE_MIN, WINDOW_SIZE_MAX),
+               help="how much is kept of each stream (default %d)" % WINDOW_SIZE),
+        option("--input", metavar="BYTES", type=some_bytes(1, STDIN_SIZE_MAX),
+               help="how much waits for a process to read it, and is the most of one body or message (default %d)" % STDIN_SIZE),
         option("--connections", metavar="N", type=positive,
                help="at once (default %d, or seven eighths of the limit of open files)" % CONNECTIONS_MAX),
         option("--connections-per-address", metavar="N", type=positive,

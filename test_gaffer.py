@@ -23,6 +23,7 @@ import glob
 import grp
 import hashlib
 import http.client
+import inspect
 import io
 import itertools
 import json
@@ -2557,6 +2558,18 @@ class PureChunked(Case):
                 return decoder.body, decoder.rest + b"".join(pieces[number:])
         return None
 
+    def test_many_chunks_come_in_portions(self):
+        """A flood of chunks of one byte must not keep the others waiting; whatever the portion, the body is the same."""
+        wire = b"1\r\na\r\n" * 10 + b"3;x\r\nbcd\r\n0\r\nX: y\r\n\r\nrest"
+        for at_once in (1, 2, 3, 11, 12, 13):
+            decoder, rounds, done = gaffer.ChunkedDecoder(100, at_once), 0, False
+            while not done:
+                rest, decoder.rest = wire if rounds == 0 else decoder.rest, b""
+                done = decoder.feed(rest)
+                rounds += 1
+                self.assertNotEqual(done, decoder.more)
+            self.assertEqual((decoder.body, decoder.rest, rounds), (b"a" * 10 + b"bcd", b"rest", -(-12 // at_once)))
+
     def test_good(self):
         for wire, body, rest in (
                 (b"0\r\n\r\n", b"", b""), (b"3\r\nabc\r\n0\r\n\r\n", b"abc", b""),
@@ -3087,6 +3100,65 @@ class PureAccessLine(Case):
                 time.tzset()
 
 
+class PurePage(Case):
+    """The text of the web page."""
+
+    @staticmethod
+    def luminance(colour):
+        """Relative luminance of "#rrggbb" (WCAG 2.2)."""
+        parts = [int(colour[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(self, one, other):
+        """From 1 to 21."""
+        dark, light = sorted((self.luminance(one), self.luminance(other)))
+        return (light + 0.05) / (dark + 0.05)
+
+    def test_its_size(self):
+        self.assertLess(len(gaffer.PAGE.encode("utf-8")), 60 * 1024)
+
+    def test_it_makes_no_html_of_text_and_asks_nobody_else(self):
+        for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "cookie", "localStorage",
+                     "sessionStorage", ' style="', "importScripts", "XMLHttpRequest"):
+            self.assertNotIn(word, gaffer.PAGE)
+        self.assertIsNone(re.search(r"<[^>]*\son\w+\s*=", gaffer.PAGE), "an inline handler")
+        self.assertEqual(set(re.findall(r"https?://[^\"]*", gaffer.PAGE)), {"http://www.w3.org/"})     # the names of namespaces
+        self.assertEqual(re.findall(r'(?:src|href)="([^"]*)"', gaffer.PAGE.partition("<script")[0]), ["data:,"])
+
+    def test_contrasts(self):
+        """AA of WCAG 2.2: 4.5 for text, 3 for the edges of what can be used; in light and in dark."""
+        light, dark = [dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in gaffer.PAGE.split("@media (prefers-color-scheme: dark)")[:2]]
+        self.assertEqual(set(light), set(dark))
+        for scheme in light, dark:
+            for text in ("text", "dim", "accent", "good", "warn", "bad", *("c%d" % number for number in range(8))):
+                for ground in ("bg", "panel"):
+                    self.assertGreaterEqual(self.contrast(scheme[text], scheme[ground]), 4.5, (text, ground, scheme))
+            for ground in ("bg", "panel"):
+                self.assertGreaterEqual(self.contrast(scheme["edge"], scheme[ground]), 3, scheme)
+            for ground in ("mark", "here"):
+                self.assertGreaterEqual(self.contrast(scheme["marked"], scheme[ground]), 4.5, (ground, scheme))
+
+    def test_a_snapshot_cannot_leave_its_element(self):
+        response = gaffer.page_response({"name": "</script><script>alert(1)</script>__NONCE__<!--"})
+        page, headers = response.body.decode("utf-8"), dict(response.headers)
+        nonce = re.search("'nonce-([^']+)'", headers["Content-Security-Policy"]).group(1)
+        self.assertEqual(page.count("<script"), 2)
+        self.assertEqual(page.count('nonce="%s"' % nonce), 2)
+        data = re.search('<script type="application/json" id="snapshot">(.*?)</script>', page).group(1)
+        self.assertEqual(json.loads(data), {"name": "</script><script>alert(1)</script>__NONCE__<!--"})
+        self.assertNotEqual(gaffer.page_response({}).headers, response.headers)
+
+    def test_gzip_only_where_it_is_wanted(self):
+        for offer, wanted in (("gzip", True), ("deflate, gzip;q=0.5, br", True), ("GZIP", True), ("gzip;q=1.0", True), ("gzip;q=0", False), ("", False),
+                              ("gzip;q=0.000, br", False), ("br", False), ("x-gzip-not", False), ("gzip ; q=0.001", True)):
+            request = gaffer.Request("GET", "/", (1, 1), {"accept-encoding": offer})
+            made = gaffer.compressed(request, gaffer.Response(b"long " * 1000))
+            self.assertEqual(dict(made.headers).get("Content-Encoding"), "gzip" if wanted else None, offer)
+            self.assertEqual(zlib.decompress(made.body, 31) if wanted else made.body, b"long " * 1000)
+        self.assertEqual(gaffer.compressed(request, gaffer.Response(b"short")).body, b"short")
+
+
 class PureUtf8(Case):
 
     BYTES = bytes((0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE2, 0xED, 0xEF,
@@ -3465,6 +3537,19 @@ class PureWebSocket(Case):
                 self.assertLess(size, 2 * len(piece) * count + 10000)
                 whole = piece * count + b"cd"
                 self.assertEqual(list(decoder.feed(self.frame(0, b"cd"))), [("text", whole.decode()) if opcode == 1 else ("binary", whole)])
+
+    def test_many_frames_come_in_portions(self):
+        """They cost more than their few bytes, and one that floods must not keep the others waiting."""
+        most = gaffer.FRAMES_PER_TURN
+        for kind, wire in ("ping", self.frame(9, b"")), ("text", self.frame(1, b"")), (None, self.frame(0, b"", False)):
+            decoder = gaffer.WebSocketDecoder(100)
+            events = list(decoder.feed((self.frame(1, b"", False) if kind is None else b"") + wire * (2 * most + 3)))
+            counts, more = [len(events)], [decoder.more]
+            while decoder.more:
+                counts.append(len(list(decoder.feed(b""))))
+                more.append(decoder.more)
+            self.assertEqual((sum(counts), max(counts)), (2 * most + 3, most) if kind else (0, 0))
+            self.assertEqual(more, [True, True, False])
 
     def test_events_wait_until_they_are_asked_for(self):
         """Who has enough stops, and goes on with the next feed."""
@@ -6843,6 +6928,27 @@ class HttpAccessLog(HttpCase):
         self.assertEqual(self.lines(1)[0][2], "GET /ping?2 HTTP/1.1")
         self.assertEqual(len(access_lines(cli_read(self.path + ".1"))), 1)
 
+    def test_a_disk_that_hangs(self):
+        """Nothing waits for it, not even the end, for longer than a moment; what was lost is told."""
+        self.serve()
+        write, go_on, hangs, fd = os.write, threading.Event(), threading.Event(), self.server.http.access_log._writer.fd
+
+        def slow(number, data):
+            if number == fd:
+                hangs.set()
+                go_on.wait(TIMEOUT)
+            return write(number, data)
+        with unittest.mock.patch("gaffer.os.write", slow), unittest.mock.patch("gaffer.LOG_END", 0.05):
+            self.addCleanup(go_on.set)
+            self.server.request("GET", "/ping")
+            self.assertTrue(hangs.wait(TIMEOUT))
+            with self.assertLogs("gaffer", "WARNING") as logged:
+                for _ in range(100):
+                    self.assertEqual(self.server.request("GET", "/ping?" + "x" * 7000)[0], 200)
+                self.server.stop_all()
+            go_on.set()
+        self.assertRegex(logged.output[0], r"cannot be written: nobody takes it; \d+ lines are lost so far")
+
     def test_a_pipe_that_nobody_reads_and_that_is_closed(self):
         os.mkfifo(self.path)
         with self.assertRaisesRegex(gaffer.StartError, "access log"):
@@ -6852,16 +6958,16 @@ class HttpAccessLog(HttpCase):
         with self.assertLogs("gaffer", "WARNING") as logged:
             while not logged.output:            # the pipe is full, and then the buffer: nothing waits for them
                 self.server.request("GET", "/ping?" + "x" * 7000)
-            self.assertRegex(logged.output[0], "cannot be written: nobody takes it; 1 lines are lost so far")
+            self.assertRegex(logged.output[0], r"cannot be written: nobody takes it; \d lines are lost so far")
             held = self.server.http.access_log
-            self.assertLessEqual(len(held._pending), gaffer.ACCESS_LOG_SIZE)
+            self.assertLessEqual(len(held._pending) + len(held._writer._waiting), 2 * gaffer.ACCESS_LOG_SIZE)
             data = b""
             while len(data) < 10 * 7100:        # whoever reads on gets whole lines
                 with contextlib.suppress(BlockingIOError):
                     data += os.read(read, 65536)
             access_lines(data[:data.rfind(b"\n") + 1].decode())
             os.close(read)
-            until(lambda: not held._pending, "the loss of what cannot be written")
+            until(lambda: not held._writer._waiting, "the loss of what cannot be written")
             self.assertEqual(self.server.request("GET", "/ping")[0], 200)
         self.assertEqual(len(logged.output), 1, "once a minute")
 
@@ -6875,6 +6981,36 @@ class HttpAccessLog(HttpCase):
             self.server.stop_all()
         self.assertRegex(logged.output[0], "access log '/dev/full' cannot be written: no space left on device; [1-3] lines")
         self.assertEqual(len(logged.output), 1)
+
+
+class CliLogFile(Case):
+    """--log-file."""
+
+    def test_a_pipe_that_nobody_reads(self):
+        """Nothing waits for it: not the start, not who logs, not the end."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = os.path.join(folder.name, "log")
+        os.mkfifo(path)
+        with self.assertRaisesRegex(gaffer.StartError, "the log file '.*' cannot be written"):
+            gaffer.LogFile(path)
+        read = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, read)
+        with unittest.mock.patch("gaffer.LOG_SIZE", 8192), unittest.mock.patch("gaffer.LOG_END", 0.05):
+            handler = gaffer.LogFile(path)
+            count, data = 0, b""
+            while not handler.left_out:
+                handler.emit(logging.makeLogRecord({"msg": "line %d" % count}))
+                count += 1
+            while b"not taken here" not in data:
+                with contextlib.suppress(BlockingIOError):
+                    data += os.read(read, 65536)
+                handler.emit(logging.makeLogRecord({"msg": "more"}))
+            self.assertTrue(data.startswith(b"".join(b"line %d\n" % number for number in range(count - 1))))
+            self.assertRegex(data, rb"gaffer: [1-9][0-9]* lines of this log were not taken here\n")
+            while not handler.left_out:
+                handler.emit(logging.makeLogRecord({"msg": "x" * 1000}))
+            handler.close()
 
 
 class HttpProbes(HttpCase):
@@ -7881,6 +8017,34 @@ class HttpLimits(HttpCase):
         with self.assertLogs("gaffer"):
             self.assertCode(self.wire().answer(), 503, "busy")
 
+    def test_a_body_of_many_chunks(self):
+        """It is taken in portions, of which the last ends it; what follows is the next request."""
+        server, count = self.limited(handlers=[("/size", lambda request: str(len(request.body)))]), 5000
+        wire = self.wire(server)
+        sender = threading.Thread(target=wire.send, args=(http_bytes(
+            "POST", "/size", "Transfer-Encoding: chunked", body=b"1\r\na\r\n" * count + b"0\r\n\r\n") + http_bytes("GET", "/ping"),))
+        turns = server.manager.loop.turns
+        sender.start()
+        self.assertEqual([wire.answer()[2] for _ in range(2)], [b"%d" % count, b"OK"])
+        sender.join()
+        most = gaffer.CHUNKS_AT_ONCE * gaffer.REQUESTS_PER_TURN
+        self.assertGreaterEqual(server.manager.loop.turns - turns, count // most)
+
+    def test_who_has_said_all_gets_all_answers(self):
+        """A client may close its side behind many requests, or a body, that take more than one turn."""
+        server = self.limited(handlers=[("/size", lambda request: str(len(request.body)))])
+        body = http_bytes("POST", "/size", "Transfer-Encoding: chunked", body=b"1\r\na\r\n" * 5000 + b"0\r\n\r\n")
+        for sent, expected in ((http_bytes("GET", "/ping") * 100, [b"OK"] * 100), (body, [b"5000"]), (body * 2, [b"5000"] * 2),
+                               (http_bytes("GET", "/ping") + body[:-2], [b"OK"]),
+                               (http_bytes("GET", "/ping") * 100 + http_bytes("GET", "/watch"), [b"OK"] * 100)):
+            wire, answers = self.wire(server), []
+            wire.sock.sendall(sent)
+            wire.sock.shutdown(socket.SHUT_WR)
+            for _ in expected:
+                answers.append(wire.answer()[2])
+            self.assertEqual(answers, expected)
+            self.assertEqual(wire.rest(), b"")
+
     def test_many_that_send_a_byte_now_and_then_delay_nobody(self):
         """Heads and bodies that trickle in on many connections: a request beside them is answered at once."""
         slow = [self.server.connect() for _ in range(200)]
@@ -8399,6 +8563,16 @@ class HttpEndpoints(HttpCase):
         wire.send(http_bytes("GET", "/ping", host="localhost"))
         self.assertEqual(wire.answer()[2], b"OK")
         wire.close()
+
+    def test_with_tls_there_is_no_plain_answer(self):
+        """It would be none to a client that speaks TLS, and there is no room for a handshake."""
+        server, _ = self.tls(max_connections=1)
+        first = server.connect()
+        self.addCleanup(first.close)
+        until(lambda: server.http.connections == 1, "the first")
+        with self.assertLogs("gaffer", "WARNING"), server.connect() as second:
+            self.assertEqual(second.recv(1000), b"")
+        self.assertEqual(server.http.requests.other[503], 1)
 
     def test_tls_with_http_client(self):
         """Requests, a body of a megabyte, keep-alive."""
@@ -10019,6 +10193,189 @@ class StreamsTemplate(StreamsCase):
         self.assertEqual(wire.exactly(10), b"last words")
 
 
+class StreamsJournal(ServerCase):
+    """What several streams say, as one: GET /streams, /streams/<name>, /streams/<pid>."""
+
+    def read(self, path, headers=None):
+        """[(name, pid, label, text)] of what there is now; without times."""
+        status, _, data = self.server.request("GET", path + ("&" if "?" in path else "?") + "timeout=0", headers=headers)
+        self.assertIn(status, (200, 204), data)
+        return [tuple(line.split(" ", 4)[1:]) for line in data.decode("utf-8").splitlines()]
+
+    def lines(self, path, count):
+        """The first `count` lines of a stream."""
+        answer, events = self.server.sse(path + ("&" if "?" in path else "?") + "feed=eventsource")
+        self.addCleanup(answer.connection.close)
+        self.addCleanup(answer.close)
+        return [tuple(event["data"].split(" ", 4)[1:]) for event in itertools.islice(events, count)]
+
+    SCRIPT = """
+        import sys
+        for line in iter(sys.stdin.readline, ""):
+            (sys.stderr if line.startswith("e") else sys.stdout).write(line)
+            sys.stderr.flush(); sys.stdout.flush()
+        sys.exit(4)
+        """
+
+    def say(self, pid, *lines):
+        """Let a process say lines, one after the other: each is read before the next is given."""
+        for line in lines:
+            since = self.server.request("GET", "/streams/%d/%s?timeout=0" % (pid, "stderr" if line[0] == "e" else "stdout"))[1]["Gaffer-Offset"]
+            self.server.ok("POST", "/streams/%d/stdin" % pid, line.encode() + b"\n")
+            self.server.request("GET", "/streams/%d/%s?since=%s" % (pid, "stderr" if line[0] == "e" else "stdout", since))
+
+    def test_streams_of_all_in_the_order_in_which_they_were_read(self):
+        one, = self.server.add("one", python(self.SCRIPT), redirect_input=True)
+        two, = self.server.add("two", python(self.SCRIPT), redirect_input=True)
+        for pid, line in ((one, "a"), (two, "b"), (one, "e1"), (one, "c"), (two, "e2")):
+            self.say(pid, line)
+        said = [("one", "1", "stdout", "a"), ("two", "2", "stdout", "b"), ("one", "1", "stderr", "e1"), ("one", "1", "stdout", "c"),
+                ("two", "2", "stderr", "e2")]
+        self.assertEqual(sorted(self.read("/streams?tail=all")), sorted(said))      # what was said before is as exact as 50 ms
+        self.say(two, "d")
+        self.say(one, "e3", "f")
+        said = said[:5] + [("two", "2", "stdout", "d"), ("one", "1", "stderr", "e3"), ("one", "1", "stdout", "f")]
+        self.assertEqual(self.read("/streams?tail=3"), said[5:])                    # and now to the line
+        self.assertEqual(sorted(self.read("/streams/one?tail=all")), sorted(line for line in said if line[0] == "one"))
+        self.assertEqual(sorted(self.read("/streams/2?tail=all")), sorted(line for line in said if line[1] == "2"))
+
+    def test_the_exit_is_a_line_and_the_next_process_follows(self):
+        pid, = self.server.add("one", python("print('last words', end='')\nraise SystemExit(4)"), redirect_input=True)
+        self.server.wait_event("proc/one/spawn", self.server.wait_event("proc/one/exit")["id"])
+        lines = self.lines("/streams/one?tail=all", 3)
+        self.assertEqual(lines[:2], [("one", str(pid), "stdout", "last words"), ("one", str(pid), "exit", '{"exit_status": 4, "term_signal": 0}')])
+        self.assertEqual(lines[2][:2], ("one", str(pid + 1)))
+        self.assertEqual(self.lines("/streams/%d?tail=all" % pid, 9), lines[:2])    # it ends there, before it or after it was asked for
+        status, headers, _ = self.server.request("GET", "/streams/%d?feed=eventsource&since=0&tail=" % pid)
+        self.assertEqual(status, 400)
+        answer, events = self.server.sse("/streams/%d?feed=eventsource&since=0" % pid)
+        last = [event["id"] for event in events][-1]
+        answer.close()
+        answer.connection.close()
+        self.assertEqual(self.server.request("GET", "/streams/%d?feed=eventsource" % pid, headers={"Last-Event-ID": last})[0], 204)
+
+    def test_lines_that_are_not_finished(self):
+        pid, = self.server.add("ask", python("import sys\nsys.stdout.write('name? \\xe2\\x82')\nsys.stdout.flush()\nsys.stdout.write(input() + '\\r\\nb\\rc\\n')\ninput()"),
+                               redirect_input=True)
+        answer, events = self.server.sse("/streams/ask?feed=eventsource&tail=all")
+        self.addCleanup(answer.connection.close)
+        self.addCleanup(answer.close)
+        self.assertEqual(next(events)["data"].split(" ", 3)[2:], ["%d" % pid, "stdout+ name? \xe2\x82"])
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"x\n")
+        self.assertEqual([next(events)["data"].split(" ", 3)[3] for _ in range(3)], ["stdout x", "stdout b", "stdout c"])
+
+    def test_resume(self):
+        pid, = self.server.add("one", "cat", redirect_input=True)
+        answer, events = self.server.sse("/streams/one?feed=eventsource&tail=all")
+        self.say(pid, "a")
+        first = next(events)
+        answer.close()
+        answer.connection.close()
+        self.say(pid, "b", "c")
+        self.assertEqual([line[3] for line in self.read("/streams/one?since=" + first["id"])], ["b", "c"])
+        self.assertEqual([line[3] for line in self.lines("/streams/one?since=" + first["id"], 2)], ["b", "c"])
+        answer, events = self.server.sse("/streams/one?feed=eventsource", {"Last-Event-ID": "5@0123abcdj1"})
+        self.addCleanup(answer.connection.close)
+        self.addCleanup(answer.close)
+        self.assertEqual(json.loads(next(events)["data"]), {"bytes": 0, "restarted": True})
+        self.assertEqual([next(events)["data"].split(" ", 4)[4] for _ in range(3)], ["a", "b", "c"])
+        self.assertError(self.server.json("GET", "/streams/one?loss=block"), 400, "bad_value", "leave out 'loss'")
+        self.assertError(self.server.json("GET", "/streams/nobody"), 404, "not_found")
+        self.assertError(self.server.json("GET", "/streams/17"), 404, "not_found")
+        self.assertError(self.server.json("GET", "/streams?since=1x"), 400, "bad_value")
+        lines = self.server.stream("/streams/one?feed=continuous&tail=1")
+        self.addCleanup(lines.connection.close)
+        self.addCleanup(lines.close)
+        self.assertRegex(lines.readline(), rb"^[0-9]+\.[0-9]{3} one 1 stdout c\n$")
+
+    def test_who_said_it_is_known_of_processes_that_share_a_stream(self):
+        """And nothing of one is in the journal of another; what is older than all marks has the pid 0."""
+        pids = self.server.add("many", python("import os, sys\nfor line in iter(sys.stdin.readline, ''):\n    print(line.strip(), end='\\n', flush=True)"),
+                               numprocesses=3, redirect_input=True)
+        for number in range(30):
+            self.say(pids[number % 3], "%d says %d" % (pids[number % 3], number))
+        for pid in pids:
+            lines = self.read("/streams/%d?tail=all" % pid)
+            self.assertEqual([line[1:3] for line in lines], [(str(pid), "stdout")] * 10)
+            self.assertTrue(all(line[3].startswith("%d says" % pid) for line in lines), lines)
+        self.server.manager.loop.call(self.server.manager.templates["many"].merged["stdout"].marks.clear)
+        self.server.manager.loop.call(self.server.manager.journals.clear)
+        self.assertEqual({line[1] for line in self.read("/streams/many?tail=all")}, {"0"})
+
+    def test_journals_are_few_and_go_when_nobody_reads_them(self):
+        for number in range(gaffer.JOURNALS_MAX + 3):
+            self.server.add("t%d" % number, "sleep 1000")
+            self.assertEqual(self.read("/streams/t%d?tail=all" % number), [])
+        self.assertEqual(len(self.server.manager.journals), gaffer.JOURNALS_MAX)
+        answers = []
+        for number in range(gaffer.JOURNALS_MAX):
+            answers.append(self.server.stream("/streams/t%d?feed=continuous" % number))
+            self.addCleanup(answers[-1].connection.close)
+            self.addCleanup(answers[-1].close)
+        self.assertError(self.server.json("GET", "/streams/t%d?tail=all&timeout=0" % gaffer.JOURNALS_MAX), 503, "busy", "end one first")
+        self.server.ok("DELETE", "/processes/t0")
+        self.assertEqual(answers[0].read(), b"")                # the stream has ended with its template
+
+    def test_a_journal_rests_only_so_long(self):
+        self.server.add("one", "cat", redirect_input=True)
+        with unittest.mock.patch("gaffer.JOURNAL_REST", 0.05):
+            self.read("/streams/one?tail=all")
+            self.assertEqual(list(self.server.manager.journals), ["one"])
+            until(lambda: not self.server.manager.journals, "the end of the journal")
+
+    def test_status_of_all_and_brief_statistics(self):
+        pid, = self.server.add("one", "sleep 1000")
+        self.server.add("two", "sleep 1000", start=False)
+        one, two = self.server.ok("GET", "/status")
+        self.assertEqual([one["name"], two["name"], one["running"], two["state"]], ["one", "two", 1, "stopped"])
+        self.assertNotIn("processes", one)
+        one, two = self.server.ok("GET", "/status?usage=true")
+        self.assertEqual((one["processes"][0]["pid"], two["processes"]), (pid, []))
+        self.assertGreater(one["processes"][0]["rss"], 0)
+        one, two = self.server.ok("GET", "/stats?brief=true")
+        self.assertEqual([set(entry) for entry in one["stats"]], [{"id", "cpu", "mem", "rss"}])
+        self.assertEqual((one["stats"][0]["id"], two["stats"], two["cpu"]), (pid, [], 0))
+        self.assertEqual(set(self.server.ok("GET", "/stats/one/%d?brief=true" % pid)), {"cpu", "mem", "rss"})
+        status, headers, data = self.server.request("GET", "/status", headers={"Accept-Encoding": "gzip"})
+        self.assertEqual((headers["Content-Encoding"], headers["Vary"]), (None, "Accept-Encoding"))     # it is short
+        for number in range(20):
+            self.server.manager.add_process("t%d" % number, "true", start=False)
+        status, headers, data = self.server.request("GET", "/status", headers={"Accept-Encoding": "gzip"})
+        self.assertEqual((headers["Content-Encoding"], len(json.loads(zlib.decompress(data, 31)))), ("gzip", 22))
+        status, headers, data = self.server.request("GET", "/", headers={"Accept-Encoding": "gzip", "Accept": "text/html"})
+        self.assertEqual((headers["Content-Encoding"], headers["Cache-Control"]), ("gzip", "no-store"))
+        self.assertIn(b'"name": "t19"', zlib.decompress(data, 31))
+        self.assertLess(len(data), 25000, "of a slow line")
+        self.assertEqual(self.server.request("HEAD", "/", headers={"Accept": "text/html"})[0], 200)
+
+
+class PureInput(PureLoopCase):
+    """What waits for a process."""
+
+    def test_many_small_pieces_cost_little_more_than_their_bytes(self):
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        stream, sent = gaffer.Input(self.loop, write, "stdin", os.close, 300000), []
+        tracemalloc.start()
+        with contextlib.suppress(gaffer.StdinFull):
+            for number in itertools.count():
+                piece = b"%d\n" % number
+                self.do(stream.write, piece)
+                sent.append(number)
+        size = tracemalloc.get_traced_memory()[0] - sys.getsizeof(sent) - 32 * len(sent)
+        tracemalloc.stop()
+        self.assertGreater(stream.size, 300000 - 10)
+        self.assertLess(size, 2 * 300000)
+        self.do(stream.end)
+        with os.fdopen(read, "rb") as file:
+            for number in sent:
+                if number % 1000 == 0:
+                    self.advance()
+                self.assertEqual(file.readline(), b"%d\n" % number)
+            self.advance()
+            self.assertEqual(file.read(), b"")
+
+
 class StreamsStdin(StreamsCase):
     def test_what_is_posted_arrives_byte_for_byte(self):
         pid = self.cat()
@@ -11137,6 +11494,675 @@ class BrowserDriver(BrowserCase):
         self.assertFalse(os.path.exists(other.directory))
 
 
+class BrowserPage(BrowserCase):
+    """The web page, as its users have it: every view, every button, by mouse and by keyboard."""
+
+    FLAGS = ("--font-render-hinting=none", "--js-flags=--expose-gc", "--enable-precise-memory-info")
+    LINES = "return [...document.querySelectorAll('.l')].map(node => node.textContent)"
+
+    def setUp(self):
+        super().setUp()
+        self.browser.size(1280, 800)
+
+    def open(self, path="/", server=None):
+        """Load the page anew at an address of its own, and wait until it is live."""
+        self.browser.get("about:blank")
+        self.browser.get("%s/#%s" % ((server or self.server).url, path))
+        self.browser.wait("return document.querySelector('#link').textContent === 'live'")
+
+    def press(self, label, within="body"):
+        """Click a button by its accessible name."""
+        self.browser.click('%s [aria-label="%s"]' % (within, label))
+
+    def choose(self, text):
+        """Click an entry of the open menu, or a button of the open dialog."""
+        self.browser.script("const all = [...document.querySelectorAll('#menu button, #dialog button')];"
+                            "all.find(node => node.offsetParent && node.textContent === arguments[0]).click()", text)
+
+    def state(self, name):
+        """What GET /status/<name> says."""
+        return self.server.ok("GET", "/status/" + name)
+
+    def shows(self, text, selector="main"):
+        """Wait until an element has a text in it."""
+        self.browser.wait("const node = document.querySelector(arguments[0]); return node && node.textContent.includes(arguments[1])",
+                          selector, text)
+
+    def row(self, name, text):
+        """Wait until the row of a template has a text in it."""
+        self.shows(text, '[data-name="%s"]' % name)
+
+    def happened(self, event, name, since=0):
+        """Wait for an event of a template; its id."""
+        return self.server.wait_event("proc/%s/%s" % (name, event), since)["id"]
+
+    def address(self):
+        """What stands behind the #."""
+        return self.browser.script("return location.hash")
+
+    def keys(self, *names):
+        """Press keys, one after the other, wherever the focus is."""
+        for name in names:
+            key = self.browser.KEYS.get(name, name)
+            self.browser.do("POST", "actions", {"actions": [{"type": "key", "id": "keyboard", "actions": [
+                {"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]}]})
+
+    def hide(self, hidden):
+        """As when another tab comes to the front."""
+        self.browser.script("Object.defineProperty(document, 'hidden', {value: arguments[0], configurable: true});"
+                            "document.dispatchEvent(new Event('visibilitychange'))", hidden)
+
+    # the overview
+
+    def test_every_button_of_a_template(self):
+        self.server.add("web", "sleep 1000", numprocesses=2)
+        self.server.add("off", "sleep 1000", start=False)
+        self.open()
+        self.row("web", "2 / 2")
+        self.row("off", "stopped")
+        self.press("start off")
+        self.row("off", "running")
+        self.press("stop off")
+        self.happened("exit", "off")
+        self.row("off", "exited 143 SIGTERM")
+        self.press("restart web")
+        self.happened("restart", "web")
+        self.press("one process more of web")
+        self.row("web", "3 / 3")
+        self.press("one process less of web")
+        self.row("web", "2 / 2")
+        self.press("more for web")
+        self.choose("Scale…")
+        self.browser.keys(self.browser.KEYS["Backspace"] + "4", "#dialog input")
+        self.choose("Scale")
+        self.row("web", "4 / 4")
+        self.assertEqual(self.state("web")["numprocesses"], 4)
+        self.press("more for web")
+        self.choose("Signal…")
+        self.browser.script("document.querySelector('#dialog input').value = 'KILL'")
+        self.choose("Send")
+        self.row("web", "exited 137 SIGKILL")
+        self.press("more for web")
+        self.choose("Signal…")
+        self.browser.script("document.querySelector('#dialog input').value = 'NONSENSE'")
+        self.choose("Send")
+        self.shows("'NONSENSE' is no signal", "#message")
+        self.browser.click("#message button")
+        self.press("more for web")
+        self.choose("Delete…")
+        self.shows("stops 4 processes (OS pid %s" % self.state("web")["os_pids"][0], "#dialog")
+        self.choose("Cancel")
+        self.assertIn("web", self.server.ok("GET", "/processes"))
+        self.press("more for web")
+        self.choose("Delete…")
+        self.choose("Delete")
+        self.browser.wait("return !document.querySelector('[data-name=web]')")
+        self.assertEqual(self.server.ok("GET", "/processes"), ["off"])
+
+    def test_groups_and_what_is_selected(self):
+        for name in ("web:a", "web:b", "job:c"):
+            self.server.add(name, "sleep 1000")
+        self.open()
+        self.shows("web: 2 of 2 running")
+        self.press("stop group web")
+        self.shows("web: 0 of 2 running")
+        self.press("start group web")
+        self.shows("web: 2 of 2 running")
+        self.press("restart group web")
+        self.happened("restart", "web:b")
+        self.press("select web:a")
+        self.press("select group job")
+        self.shows("2 selected")
+        self.press("stop what is selected")
+        self.row("job:c", "stopped")
+        self.row("web:a", "stopped")
+        self.assertTrue(self.state("web:b")["active"])
+        self.press("start what is selected")
+        self.row("job:c", "running")
+        self.press("restart what is selected")
+        self.happened("restart", "job:c")
+        self.press("select all that are shown")
+        self.shows("3 selected")
+        self.press("more for what is selected")
+        self.choose("Delete…")
+        self.choose("Delete")
+        self.shows("No template yet")
+
+    def test_states_have_their_reasons_and_it_is_filtered_as_one_types(self):
+        self.server.add("good", "sleep 1000")
+        self.server.add("bad", "sh -c 'exit 3'")
+        self.server.add("worse", "sh -c 'kill -9 $$$$'", flapping={"attempts": 2, "window": 5, "retry_in": 60, "max_retry": 5})
+        self.open()
+        self.row("bad", "backoff")
+        self.row("bad", "exited 3")
+        self.row("worse", "next try in ")
+        self.row("worse", "exited 137 SIGKILL, 2 times · it exits too often")
+        self.browser.keys("sigkill", "main input[type=search]")
+        visible = "return [...document.querySelectorAll('.template')].filter(row => !row.hidden).map(row => row.dataset.name)"
+        self.assertEqual(self.browser.script(visible), ["worse"])
+        self.assertEqual(self.address(), "#/?q=sigkill")
+        self.browser.click("[data-state=running]")
+        self.assertEqual(self.browser.script(visible), ["good"])
+        self.browser.wait("return document.querySelector('[data-name=good] path').getAttribute('d')")
+        self.browser.wait("return document.querySelector('[data-name=good]').textContent.includes('%')")
+
+    # forms
+
+    def test_a_template_is_added_refused_and_edited(self):
+        self.open("/add")
+        self.browser.click("form button.main")
+        self.shows("is required", "#field-name-fault")
+        self.shows("is required", "#field-cmd-fault")
+        self.browser.keys("new:one", "#field-name")
+        self.browser.keys("no-such-program", "#field-cmd")
+        self.browser.keys("A=1", "#field-env")
+        self.browser.click("form button.main")
+        self.shows("names 'no-such-program', which is not found in PATH", "#field-cmd-fault")
+        self.assertEqual(self.browser.script("return [document.activeElement.id, document.activeElement.ariaInvalid]"), ["field-cmd", "true"])
+        self.browser.script("document.querySelector('#field-cmd').value = 'cat'")
+        self.browser.keys("-5", "#field-numprocesses")
+        self.browser.click("form button.main")
+        self.browser.wait("return document.querySelector('#field-numprocesses-fault').textContent")
+        self.browser.script("document.querySelector('#field-numprocesses').value = '2'; document.querySelector('#field-redirect_input').click()")
+        self.browser.script("document.querySelector('#field-flapping').value = 'attempts=3 window=2'")
+        self.browser.click("form button.main")
+        self.shows("new:one")
+        info = self.server.ok("GET", "/processes/new:one")
+        self.assertEqual((info["cmd"], info["numprocesses"], info["redirect_input"], info["env"], info["flapping"]["attempts"]),
+                         ("cat", 2, True, {"A": "1"}, 3))
+        self.browser.wait("return location.hash === '#/p/new%3Aone'")
+        self.browser.script("location.hash = '#/edit/new%3Aone'")
+        self.shows("Saving stops 2 processes")
+        self.browser.script("document.querySelector('#field-cmd').value = 'sh'; document.querySelector('#field-args').value = \"-c 'echo a; exec cat'\"")
+        self.browser.click("form button.main")
+        self.happened("update", "new:one")
+        self.assertEqual(dict(self.server.ok("GET", "/processes/new:one"), cmd="cat", args=[]), info)
+        self.shows("sh -c 'echo a; exec cat'", ".facts")
+
+    # output
+
+    def test_output_is_text_with_its_colours_and_the_next_process_follows(self):
+        pid, = self.server.add("talk", python("""
+            import sys
+            print("<script>document.title = 'owned'</script><b>bold</b>")
+            print("\\x1b[31mred\\x1b[0m \\x1b[1;38;5;208morange\\x1b[m \\x1b[48;2;1;2;3mdeep\\x1b[0m \\x1b[?25l\\x1b]0;title\\x07plain")
+            sys.stderr.write("to stderr\\n")
+            sys.stdout.write("half a line, ")
+            sys.stdout.flush()
+            input()
+            print("and the rest")
+            sys.exit(3)
+            """), redirect_input=True)
+        self.open("/p/talk")
+        self.shows("half a line, ", ".lines")
+        lines = self.browser.script(self.LINES)
+        self.assertIn("%-11d<script>document.title = 'owned'</script><b>bold</b>" % pid, lines)
+        self.assertEqual(self.browser.script("return [document.title, document.querySelectorAll('.l script, .l b').length]"), ["talk – gaffer", 0])
+        self.assertEqual(self.browser.script(
+            "const all = [...document.querySelectorAll('.l span')], of = text => all.find(node => node.textContent === text);"
+            "return [getComputedStyle(of('red')).color, of('orange').className, of('orange').style.color, of('deep').style.background]"),
+            ["rgb(180, 35, 24)", "b", "rgb(255, 135, 0)", "rgb(1, 2, 3)"])
+        self.assertTrue(any(line.endswith("red orange deep plain") for line in lines), lines)
+        self.assertEqual(self.browser.script("return [...document.querySelectorAll('.l.stderr')].map(node => node.textContent.slice(7))"), ["err to stderr"])
+        self.browser.keys("go on" + self.browser.KEYS["Enter"], ".entry input")
+        self.shows("half a line, and the rest")
+        self.shows("process %d exited 3" % pid)
+        self.browser.wait("return document.querySelectorAll('.l.exit').length === 1 && "
+                          "[...document.querySelectorAll('.l')].filter(node => node.textContent.includes('owned')).length === 2")
+
+    def numbers(self, count, more="input()"):
+        """A template that prints numbered lines, and then does what `more` says."""
+        return self.server.add("count", python("for n in range(%d): print('line', n)\n%s" % (count, more)), redirect_input=True)
+
+    def test_find_filter_pause_and_the_rest(self):
+        self.numbers(300, "for line in iter(input, 'end'): print(line)")
+        self.open("/p/count")
+        self.shows("line 299", ".lines")
+        browser = self.browser
+        browser.keys("LINE 299", '[aria-label="Find"]')         # capitals are meant
+        self.shows("0 lines", "section .bar")
+        browser.script("const node = document.querySelector('[aria-label=Find]'); node.value = 'line 29'; node.dispatchEvent(new Event('input'))")
+        browser.wait("return [...document.querySelectorAll('.here mark')].map(node => node.textContent).join() === 'line 29'")
+        self.shows("11 lines", "section .bar")
+        self.assertEqual(browser.script("return document.querySelector('.here').textContent.trim().slice(-8)"), "line 299")
+        self.press("previous match (N)")
+        self.assertEqual(browser.script("return document.querySelector('.here').textContent.slice(-8)"), "line 298")
+        self.press("next match (n)")
+        self.press("next match (n)")
+        self.assertEqual(browser.script("return document.querySelector('.here').textContent.slice(-7)"), "line 29")
+        browser.keys("7$", '[aria-label="Filter by regular expression"]')
+        browser.wait("return [...document.querySelectorAll('.l')].every(node => node.textContent.endsWith('7')) && document.querySelectorAll('.l').length > 9")
+        browser.keys("(", '[aria-label="Filter by regular expression"]')
+        self.shows("Unterminated group", "#fault")
+        browser.script("for (const node of document.querySelectorAll('main .bar input')) { node.value = ''; node.dispatchEvent(new Event('input')); }")
+        self.press("pause (space)")
+        browser.keys("after the pause" + browser.KEYS["Enter"], ".entry input")
+        self.shows("Paused: 2 new lines", ".more")
+        browser.click(".more")
+        self.shows("after the pause", ".lines")
+        browser.script("document.querySelector('.lines').scrollTop = 0")
+        browser.wait("return document.querySelector('.l').textContent.endsWith('line 0')")
+        browser.keys("unseen" + browser.KEYS["Enter"], ".entry input")
+        self.shows("2 new lines", ".more")
+        self.assertNotIn("unseen", browser.script(self.LINES)[-1])
+        browser.click(".more")
+        self.shows("unseen", ".lines")
+        self.press("timestamps (t)")
+        browser.wait("return /^\\d\\d:\\d\\d:\\d\\d\\.\\d{3} /.test(document.querySelector('.l').textContent)")
+        browser.script("document.querySelector('.entry input').value = 'x'.repeat(2000)")
+        browser.keys(browser.KEYS["Enter"], ".entry input")
+        self.press("wrap (w)")
+        browser.wait("const long = [...document.querySelectorAll('.l')].filter(node => node.textContent.length > 2000);"
+                     "return long.length && long.every(node => node.clientHeight >= 10 * 18)")
+        self.assertEqual(self.address(), "#/p/count?time=1&wrap=1")
+        browser.script("window.saved = []; URL.createObjectURL = blob => { saved.push(blob); return 'data:,'; };"
+                       "Object.defineProperty(navigator, 'clipboard', {value: {writeText: async text => saved.push(text)}})")
+        self.press("copy what is shown")
+        self.press("download what is shown")
+        text, blob = browser.wait("return saved.length === 2 && Promise.all([saved[0], saved[1].text()])")
+        self.assertEqual(text, blob)
+        self.assertIn(" line 123\n", text)
+        browser.script("document.querySelector('main select').value = 'stderr'; document.querySelector('main select').dispatchEvent(new Event('change'))")
+        browser.wait("return [...document.querySelectorAll('.l')].every(node => !/ line/.test(node.textContent))")
+
+    def test_input_with_history_and_the_end_of_file(self):
+        pid, = self.server.add("echo", "cat", redirect_input=True)
+        self.server.add("deaf", "sleep 1000")
+        self.open("/p/echo")
+        browser, field = self.browser, ".entry input"
+        browser.wait("return !document.querySelector(arguments[0]).disabled", field)
+        for text in ("first", "second <b>"):
+            browser.keys(text + browser.KEYS["Enter"], field)
+            browser.wait("return [...document.querySelectorAll('.l')].filter(node => node.textContent.endsWith(arguments[0])).length === 2", text)
+        browser.keys(browser.KEYS["ArrowUp"] * 2, field)
+        self.assertEqual(browser.script("return document.querySelector(arguments[0]).value", field), "first")
+        browser.keys(browser.KEYS["ArrowDown"], field)
+        self.assertEqual(browser.script("return document.querySelector(arguments[0]).value", field), "second <b>")
+        self.press("close its stdin")
+        self.happened("exit", "echo")
+        self.shows("process %d exited 0" % pid, ".lines")
+        self.open("/p/deaf")
+        self.shows("stdin is not redirected: edit the template, and set redirect_input", ".entry")
+        self.assertTrue(browser.script("return document.querySelector(arguments[0]).disabled", field))
+
+    def test_one_process_of_several_and_all_of_everything(self):
+        first, second = self.server.add("pair", python("import os\nprint('I am', os.getpid())\ninput()"), numprocesses=2, redirect_input=True)
+        self.server.add("other", "sh -c 'echo other; exec sleep 1000'")
+        self.open("/logs")
+        self.shows("other.3", ".lines")
+        self.browser.wait("return document.querySelectorAll('.l').length === 3")
+        self.browser.script("location.hash = '#/p/pair'")
+        self.browser.click('.part a[href="#/i/pair/%d"]' % second)
+        self.shows("I am %d" % self.server.ok("GET", "/processes/%d" % second)["os_pid"], ".lines")
+        self.assertEqual(len(self.browser.script(self.LINES)), 1)
+        self.press("signal process %d" % second)
+        self.browser.script("document.querySelector('#dialog input').value = 'KILL'")
+        self.choose("Send")
+        self.shows("process %d exited 137 SIGKILL" % second, ".lines")
+        self.shows("this process has ended")
+        self.browser.script("history.back()")
+        self.browser.wait("return location.hash === '#/p/pair' && document.querySelectorAll('.part').length === 2")
+        self.press("stop process %d; it is replaced" % first)
+        self.shows("process %d exited 143 SIGTERM" % first, ".lines")
+
+    def test_after_a_cut_it_goes_on_without_gap_or_repeat(self):
+        self.numbers(50, "for n in iter(input, 'end'): print('line', n)")
+        pid = self.state("count")["pids"][0]
+        self.open("/p/count")
+        self.shows("line 49", ".lines")
+
+        def cut():
+            for channel in list(self.server.http.channels):
+                if channel.kind == "eventsource":
+                    channel.close()
+        for number in range(50, 65):
+            if number % 5 == 0:
+                self.server.manager.loop.call(cut)
+            self.server.request("POST", "/streams/%d/stdin" % pid, b"%d\n" % number)
+        self.shows("line 64", ".lines")
+        self.browser.wait("return document.querySelector('#link').textContent === 'live'")
+        self.assertEqual([line.split()[-1] for line in self.browser.script(self.LINES)][-30:], [str(number) for number in range(35, 65)])
+
+    def test_a_restarted_server_is_found_again(self):
+        first = Running()
+        first.add("talk", "sh -c 'echo first; exec sleep 1000'")
+        port = first.port
+        try:
+            self.open("/p/talk", first)
+            self.shows("first", ".lines")
+        finally:
+            first.stop_all()
+        self.shows("reconnecting", "#link")
+        self.browser.console()                      # that nobody answers is in it
+        second = Running(endpoints=[gaffer.HttpEndpoint("127.0.0.1:%d" % port)])
+        self.addCleanup(second.stop_all)
+        second.add("talk", "sh -c 'echo second; exec sleep 1000'")
+        self.browser.wait("return document.querySelector('#link').textContent === 'live'")
+        self.shows("second", ".lines")
+        lines = [line.strip() for line in self.browser.script(self.LINES)]
+        self.assertEqual([re.sub(r"^1 +", "", line) for line in lines if "exited" not in line], ["first", "the server was started anew", "second"])
+        self.browser.script("location.hash = '#/'")
+        self.row("talk", "running")
+
+    def test_what_fell_out_of_the_window_is_told_in_its_place(self):
+        server = Running(window=4096)
+        self.addCleanup(server.stop_all)
+        pid, = server.add("flood", python("print('begin')\ninput()\nfor n in range(9999): print(n)\nprint('end')\ninput()"), redirect_input=True)
+        self.open("/p/flood", server)
+        self.shows("begin", ".lines")
+        self.hide(True)
+        server.request("POST", "/streams/%d/stdin" % pid, b"\n")
+        until(lambda: b"end" in server.request("GET", "/streams/flood/stdout?tail=1&timeout=0")[2], "the end")
+        self.hide(False)
+        self.shows("9998", ".lines")
+        self.browser.script("const node = document.querySelector('[aria-label^=Filter]'); node.value = 'begin|lost'; node.dispatchEvent(new Event('input'))")
+        said = self.browser.wait("const all = [...document.querySelectorAll('.l')].map(node => node.textContent.trim()); return all.length === 2 && all")
+        self.assertRegex(said[0], "begin$")
+        self.assertRegex(said[1], "^[0-9]{3},[0-9]{3} bytes were lost here$")
+
+    def test_a_hundred_thousand_lines(self):
+        """They are all there, a hundred of them in the document, and a new line costs as little as with ten."""
+        server = Running(window=8 * gaffer.MIB)
+        self.addCleanup(server.stop_all)
+        pid, = server.add("many", python("import sys\nprint('begin')\ninput()\nsys.stdout.write(''.join('line %d\\n' % n for n in range(100500)))\ninput()"),
+                          redirect_input=True)
+        self.open("/p/many", server)
+        self.shows("begin", ".lines")
+        server.request("POST", "/streams/%d/stdin" % pid, b"\n")
+        browser = self.browser
+        self.shows("line 100499", ".lines")
+        self.assertLess(browser.script("return document.querySelectorAll('*').length"), 500)
+        height = browser.script("return document.querySelector('.lines').scrollHeight / 18")
+        self.assertTrue(99999 <= height <= 101010, height)
+        browser.script("document.querySelector('.lines').scrollTop = 50000 * 18")
+        browser.wait("return document.querySelectorAll('.l').length > 20 && /line [45]\\d{4}$/.test(document.querySelector('.l').textContent)")
+        browser.script("const node = document.querySelector('[aria-label=Find]'); node.value = 'line 77777'; node.dispatchEvent(new Event('input'))")
+        browser.wait("const node = document.querySelector('.here'); return node && node.textContent.endsWith('line 77777')")
+        self.assertEqual(browser.console(), [])
+
+    def test_three_hundred_processes(self):
+        """The first paint has them all."""
+        for number in range(300):
+            self.server.manager.add_process("g%d:sleeper-%d" % (number // 60, number), "sleep 1000")
+        self.browser.cdp("Network.enable")
+        self.browser.cdp("Network.setBlockedURLs", urls=["*/status*", "*/stats*", "*/watch*"])
+        self.addCleanup(self.browser.cdp, "Network.setBlockedURLs", urls=[])
+        self.browser.get("about:blank")
+        self.browser.get(self.server.url + "/")
+        counts = self.browser.script("return [document.querySelectorAll('.template').length, document.querySelectorAll('.group').length]")
+        self.assertEqual(counts, [300, 5])
+        paint = self.browser.wait("const [paint] = performance.getEntriesByName('first-contentful-paint'); return paint && paint.startTime")
+        self.assertLess(paint, 3000)
+        self.browser.cdp("Network.setBlockedURLs", urls=[])
+        self.browser.console()
+        self.open()
+        self.shows("running 300")
+        self.press("stop group g4")
+        self.shows("g4: 0 of 60 running")
+        self.shows("stopped 60")
+
+    # how it is used
+
+    def test_a_phone(self):
+        self.server.add("web:server", "sleep 1000")
+        self.server.add("bad", "sh -c 'echo out of luck >&2; exit 3'")
+        self.browser.size(390, 844, mobile=True)
+        for path in ("/", "/p/bad", "/logs", "/events", "/add", "/edit/bad"):
+            self.open(path)
+            self.assertEqual(self.browser.script(
+                "return [document.documentElement.scrollWidth, document.querySelector('main').scrollWidth <= innerWidth, ...[...document.querySelectorAll("
+                "'main button, main input')].filter(node => node.offsetParent && node.getBoundingClientRect().right > innerWidth + 1).map(node => node.outerHTML)]"),
+                [390, True], path)
+        self.open()
+        self.press("stop web:server")
+        self.row("web:server", "stopped")
+
+    def test_the_keyboard_alone(self):
+        for name in ("one", "two"):
+            self.server.add(name, "cat", redirect_input=True)
+        self.open()
+        self.keys("?")
+        self.shows("these keys", "#dialog")
+        self.keys("Escape")
+        self.browser.wait("return !document.querySelector('#dialog').open")
+        self.keys("j", "j")
+        self.browser.wait("return document.activeElement.dataset.name === 'two'")
+        self.keys("t")
+        self.row("two", "stopped")
+        self.keys("s")
+        self.row("two", "running")
+        self.keys("+")
+        self.row("two", "2 / 2")
+        self.keys("-")
+        self.row("two", "1 / 1")
+        self.keys("r")
+        self.happened("restart", "two")
+        self.keys("x")
+        self.shows("1 selected")
+        self.keys("m", "ArrowDown", "ArrowUp", "Escape")
+        self.browser.wait("return document.querySelector('#menu').hidden && document.activeElement.getAttribute('aria-label') === 'more for two'")
+        self.keys("k")
+        self.browser.wait("return document.activeElement.dataset.name === 'one'")
+        self.keys("Enter")
+        self.browser.wait("return location.hash === '#/p/one' && document.querySelector('.entry input') && !document.querySelector('.entry input').disabled")
+        self.keys("i", "h", "Enter")
+        self.shows("> h", ".lines")
+        self.keys("Escape", "f", "x", "Escape", "/", "h", "Escape", " ", "w", "t")
+        self.browser.wait("return location.hash === '#/p/one?find=x&filter=h&wrap=1&time=1'")
+        self.shows("Paused", ".more")
+        self.keys("End", "Delete")
+        self.shows("Delete one?", "#dialog")
+        self.keys("Tab", "Enter")
+        self.browser.wait("return location.hash === '#/' && !document.querySelector('[data-name=one]')")
+        self.keys("e")
+        self.shows("deleted", ".events")
+        self.keys("Escape", "o")
+        self.browser.wait("return location.hash === '#/logs'")
+        self.keys("Escape", "a")
+        self.browser.wait("return document.activeElement.id === 'field-name'")
+
+    def test_events_say_what_happened_and_why(self):
+        self.server.add("bad", "sh -c 'exit 3'")
+        self.happened("exit", "bad")
+        self.open("/events")
+        self.shows("as process 1 had exited 3", ".events")
+        self.shows("exited 3 after", ".events")
+        self.server.ok("POST", "/processes/bad/_stop")
+        self.shows("stopped", ".events")
+        self.server.add("good", "sleep 1000", numprocesses=2)
+        self.server.ok("POST", "/processes/good/_sub")
+        self.shows("is told to stop: fewer are wanted", ".events")
+        self.shows("SIGTERM after", ".events")
+        self.shows("as it was told to", ".events")
+        self.browser.keys("good", "main input[type=search]")
+        self.browser.wait("return [...document.querySelectorAll('.events li')].every(item => item.hidden || item.textContent.includes('good'))")
+        self.assertEqual(self.address(), "#/events?q=good")
+
+    def test_links_and_the_way_back(self):
+        self.server.add("web:a", "sleep 1000")
+        self.open("/?q=web")
+        self.browser.click("main .template a")
+        self.browser.wait("return location.hash === '#/p/web%3Aa'")
+        self.browser.script("history.back()")
+        self.browser.wait("return location.hash === '#/?q=web' && document.querySelector('main input[type=search]').value === 'web'")
+        self.browser.script("history.forward()")
+        self.shows("web:a", "h1")
+        self.assertEqual(self.browser.script("return document.title"), "web:a – gaffer")
+        self.open("/p/nobody")
+        self.shows("there is no template of this name")
+
+    def test_it_needs_no_more_than_two_streams_and_none_when_it_is_hidden(self):
+        self.server.add("talk", "sh -c 'echo hello; exec sleep 1000'")
+        self.open("/p/talk")
+        self.shows("hello", ".lines")
+
+        def streams():
+            return self.server.manager.loop.call(lambda: sum(channel.kind == "eventsource" for channel in self.server.http.channels))
+        self.assertEqual(streams(), 2)
+        self.hide(True)
+        until(lambda: streams() == 0, "no stream")
+        self.server.ok("POST", "/processes/talk/_restart?wait=true")
+        self.hide(False)
+        self.browser.wait("return [...document.querySelectorAll('.l')].filter(node => node.textContent.endsWith('hello')).length === 2")
+        self.assertEqual(streams(), 2)
+
+    def test_under_a_token(self):
+        server = Running(token="correct horse")
+        self.addCleanup(server.stop_all)
+        headers = {"Authorization": "Bearer correct horse"}
+        self.assertEqual(server.request("POST", "/processes", {"name": "talk", "cmd": "sh -c 'echo hello; exec sleep 1000'"}, headers)[0], 200)
+        status, answered, data = server.request("GET", "/", headers={"Accept": "text/html"})     # what is read after "Cancel"
+        self.assertEqual((status, answered["WWW-Authenticate"][:5], answered["Content-Type"]), (401, "Basic", "text/html; charset=utf-8"))
+        self.assertIn(b"give the token as the password", data)
+        self.browser.get("http://any:correct%%20horse@127.0.0.1:%d/#/p/talk" % server.port)
+        self.shows("hello", ".lines")
+        self.press("stop talk")
+        self.shows("stopped")
+        self.assertEqual(self.browser.script("return document.cookie + localStorage.length + sessionStorage.length"), "00")
+        self.assertEqual(self.browser.console(), [])
+
+    def test_nothing_foreign_runs_in_it(self):
+        self.open()
+        self.browser.script("window.ran = 0; const node = document.createElement('div'); document.body.append(node);"
+                            "node.innerHTML = '<img src=x onerror=\"ran = 1\"><a style=\"color: red\" href=\"javascript:ran=2\">x</a>';"
+                            "const made = document.createElement('script'); made.textContent = 'ran = 3'; document.body.append(made); node.querySelector('a').click()")
+        self.assertEqual(self.browser.script("return fetch('http://localhost:1/').catch(error => ran)"), 0)
+        self.assertGreater(len([line for line in self.browser.console() if "Content Security Policy" in line]), 2)
+
+    def test_its_picture_can_be_taken(self):
+        """`WRITE_PICTURE=1 python3 test_gaffer.py BrowserPage.test_its_picture_can_be_taken` writes examples/page.png."""
+        work = "import time\nwhile True:\n    end = time.time() + %g\n    while time.time() < end: pass\n    time.sleep(%g)"
+        self.server.add("web:front", python(work % (.03, .1)), numprocesses=4)
+        self.server.add("web:api", python("x = [0] * 4000000\n" + work % (.1, .3)), numprocesses=2)
+        self.server.add("web:worker", "sh -c 'echo cannot reach the database >&2; exit 3'")
+        self.server.add("jobs:mail", "sleep 1000")
+        self.server.add("jobs:nightly", "sleep 1000", start=False)
+        self.server.add("jobs:import", "sh -c 'kill -9 $$$$'", flapping={"attempts": 2, "window": 5, "retry_in": 60, "max_retry": 5})
+        self.browser.size(1280, 390)
+        self.open()
+        self.row("jobs:import", "flapping")
+        samples = 58 if os.environ.get("WRITE_PICTURE") else 2
+        self.browser.script("setInterval(poll, 250)")       # two minutes would be long
+        self.browser.wait("return document.querySelector('path').getAttribute('d').split('L').length >= arguments[0]", samples)
+        picture = self.browser.screenshot()
+        self.assertEqual(picture[:8], b"\x89PNG\r\n\x1a\n")
+        self.assertLess(len(picture), 150000)
+        if os.environ.get("WRITE_PICTURE"):
+            with open(os.path.join(HERE, "examples", "page.png"), "wb") as file:
+                file.write(picture)
+
+
+class BrowserFigures(BrowserCase):
+    """What the web page costs. `python3 test_gaffer.py --figures` measures more, and prints it."""
+
+    full = False                        # with --figures
+
+    def tell(self, text, *values):
+        """Print a figure."""
+        if self.full:
+            print(text % values, file=sys.stderr, flush=True)
+
+    def open(self, path):
+        """Load the page, and wait until it is live."""
+        self.browser.size(1280, 800)
+        self.browser.get("about:blank")
+        self.browser.get("%s/#%s" % (self.server.url, path))
+        self.browser.wait("return document.querySelector('#link').textContent === 'live'")
+
+    def pass_time(self, seconds):
+        """Let the page run for a while; how many frames it has drawn, and the longest pause between two, in seconds."""
+        return self.browser.script(
+            "const end = performance.now() + 1000 * arguments[0]; let frames = 0, longest = 0, last = performance.now();"
+            "return new Promise(resolve => requestAnimationFrame(function frame(now) {"
+            "  longest = Math.max(longest, now - last); last = now; frames++;"
+            "  if (now < end) requestAnimationFrame(frame); else resolve([frames, longest / 1000]); }))", seconds)
+
+    def lines(self, name, rate, total):
+        """A template that prints `total` lines of 60 bytes, so many a second, once it is told to."""
+        return self.server.add(name, python("""
+            import sys, time
+            input()
+            began, done = time.monotonic(), 0
+            while done < %d:
+                due = min(%d, int((time.monotonic() - began) * %d))
+                sys.stdout.write("".join("%%09d %%s\\n" %% (number, "x" * 49) for number in range(done, due)))
+                done = due
+                time.sleep(0.01)
+            print("end")
+            input()
+            """ % (total, total, rate)), redirect_input=True)[0]
+
+    def test_frames_while_5000_lines_a_second_arrive(self):
+        seconds = 10 if self.full else 1
+        pid = self.lines("fast", 5000, 5000 * (seconds + 1))
+        self.open("/p/fast")
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
+        self.browser.wait("return document.querySelector('.l')")
+        frames, longest = self.pass_time(seconds)
+        self.tell("%.1f frames a second while 5,000 lines a second arrive, the longest pause %.0f ms", frames / seconds, 1000 * longest)
+        self.assertGreater(frames / seconds, 20)
+        self.browser.wait("return [...document.querySelectorAll('.l')].some(node => node.textContent.endsWith(' end'))")
+        self.assertEqual(self.browser.script("return document.querySelectorAll('.note').length"), 0, "nothing was lost")
+
+    def test_memory_is_bounded(self):
+        totals = (200000, 800000) if self.full else (20000,)
+        self.open("/p/none")
+        used, empty = [], self.memory()
+        for number, total in enumerate(totals):
+            name = "many%d" % number
+            pid = self.lines(name, 25000, total)
+            if not number:
+                self.browser.script("location.hash = '#/logs'")
+            self.browser.wait("return document.querySelector('.lines')")
+            self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
+            self.wait_long("return [...document.querySelectorAll('.l')].some(node => /%s.* end$/.test(node.textContent))" % name)
+            used.append(self.memory())
+            self.tell("%.1f MiB of memory of the tab, %.1f of them since it began, and %d elements after %d lines", used[-1], used[-1] - empty,
+                      self.browser.script("return document.querySelectorAll('*').length"), sum(totals[:number + 1]))
+        self.assertLess(max(used) - empty, 150)
+        if self.full:
+            self.assertLess(used[1] - empty, 1.5 * (used[0] - empty))
+
+    def memory(self):
+        """MiB that the process of the tab has for itself: the lines are kept outside of JavaScript's heap."""
+        self.browser.cdp("HeapProfiler.collectGarbage")
+        found = [0]
+        for pid in self.browser._processes():
+            with contextlib.suppress(OSError), open("/proc/%d/cmdline" % pid, "rb") as command, open("/proc/%d/smaps_rollup" % pid) as rollup:
+                if b"--type=renderer" in command.read():
+                    found.append(sum(int(line.split()[1]) for line in rollup if line.startswith("Private_")))
+        return max(found) / 1024
+
+    def wait_long(self, js):
+        """Wait for what takes more than TIMEOUT."""
+        for _ in range(10):
+            with contextlib.suppress(AssertionError):
+                return self.browser.wait(js)
+        self.fail(js)
+
+    @unittest.skipUnless("--figures" in sys.argv, "only with --figures")
+    def test_three_hundred_processes(self):
+        for number in range(300):
+            self.server.manager.add_process("g%d:sleeper-%d" % (number // 60, number), "sleep 1000")
+        paints = []
+        for _ in range(7):
+            self.open("/")
+            paints.append(self.browser.wait("const [paint] = performance.getEntriesByName('first-contentful-paint'); return paint && paint.startTime"))
+        self.tell("first paint of 300 processes: %.0f ms, median of %d loads (%.0f to %.0f)", sorted(paints)[len(paints) // 2], len(paints),
+                  min(paints), max(paints))
+        self.pass_time(3)
+        before = time.process_time()
+        frames, _ = self.pass_time(20)
+        self.tell("%.2f %% of a core for the server while one page shows 300 processes", 5 * (time.process_time() - before))
+        self.browser.get("about:blank")
+        before = time.process_time()
+        self.pass_time(10)
+        self.tell("%.2f %% without a page", 10 * (time.process_time() - before))
+        page = self.server.request("GET", "/", headers={"Accept": "text/html", "Accept-Encoding": "gzip"})[2]
+        stats = self.server.request("GET", "/stats?brief=true", headers={"Accept-Encoding": "gzip"})[2]
+        self.tell("the page with its data is %.1f KiB as gzip, each look at the statistics %.1f KiB", len(page) / 1024, len(stats) / 1024)
+
+
 class BrowserMisuse(BrowserCase):
     """What a page of another site may try with a server on this machine: it changes nothing, and learns nothing. Beside each
     attempt stands the same from a page that may, or a test that cannot fail would be easy to write."""
@@ -11628,7 +12654,8 @@ class CliServe(CliCase):
                 os_pid = server.ok("GET", "/processes/1", headers=good)["os_pid"]
                 with open("/proc/%d/environ" % os_pid, "rb") as file:
                     self.assertNotIn(b"GAFFER_TOKEN", file.read())
-                self.assertEqual((server.stop(), server.stderr), (0, ""))
+                self.assertEqual(server.stop(), 0)
+                self.assertRegex(server.stderr, r"^[^\n]*a wrong token came from 127\.0\.0\.1:\d+; 1 so far\n\Z")
 
     def test_an_origin_or_a_host_that_could_never_match(self):
         for arguments, words in ((("--cors-origin", "foo"), "'foo' is no origin"), (("--cors-origin", "https://x/y"), "'https://x/y' is no origin"),
@@ -11654,6 +12681,19 @@ class CliServe(CliCase):
         self.assertEqual((status, headers["Access-Control-Allow-Origin"]), (404, "https://any.example"))
         self.assertNotIn("Access-Control-Allow-Credentials", headers)
         self.assertEqual(server.stop(), 0)
+
+    def test_input(self):
+        server = self.start("--input", "2000000")
+        server.add("a", python("import time\nwhile True: time.sleep(9)"), redirect_input=True)
+        size = 2 * 10 ** 6                      # as JSON, with its quotes
+        self.assertEqual(server.request("POST", "/streams/1/stdin", "x" * (size - 1))[0], 413)
+        self.assertEqual(server.request("POST", "/streams/1/stdin", "x" * (size - 2))[0], 200)
+        self.assertEqual(server.request("POST", "/streams/1/stdin", "x" * (size - 2))[0], 503)
+        made = WebSocket(server.port, "/wstreams/1")
+        self.addCleanup(made.close)
+        made.sock.sendall(struct.pack("!BBQ", 0x81, 0xFF, size + 1) + b"mask")
+        self.assertEqual(made.read()[1][:2], struct.pack("!H", 1009))
+        server.stop()
 
     def test_window(self):
         server = self.start("--window", "4096")
@@ -12194,6 +13234,43 @@ class CliFaults(CliCase):
         self.assertEqual((status, body), (204, b""))
         self.assertEqual(server.ok("POST", "/processes/x/_stop?wait=1"), {"ok": True})
         self.assertEqual(server.stop(), 0)
+
+
+class StreamsFrozen(StreamsCase):
+
+    def test_a_clock_that_leaps_ahead(self):
+        """The machine, or gaffer, was halted for longer than any of its limits. What had come meanwhile was in time."""
+        ahead = 0.0
+        loop = gaffer.Loop(lambda: time.monotonic() + ahead)
+        with unittest.mock.patch("gaffer.Manager", functools.partial(gaffer.Manager, loop=loop)):
+            server = Running()
+        self.addCleanup(server.stop_all)
+        pid, = server.add("x", "cat", redirect_input=True)
+        server.add("y", "cat", redirect_input=True, graceful_timeout=3)
+        idle, half, poll = (server.connect() for _ in range(3))
+        for sock in idle, half, poll:
+            self.addCleanup(sock.close)
+        half.sendall(b"GET /ping HTTP/1.1\r\n")
+        poll.sendall(http_bytes("GET", "/streams/%d/stdout?since=0" % pid))
+        block = server.stream("/streams/%d/stdout?feed=continuous&loss=block" % pid)
+        made = WebSocket(server.port, "/wstreams/%d" % pid)
+        for opened in block.connection, block, made:
+            self.addCleanup(opened.close)
+        until(lambda: loop.call(lambda: len([c for c in server.http.channels if c.kind == "longpoll"])), "the long poll")
+        go_on, halted = threading.Event(), threading.Event()
+        loop.call_soon(lambda: (halted.set(), go_on.wait(TIMEOUT)))
+        self.assertTrue(halted.wait(TIMEOUT))
+        idle.sendall(http_bytes("GET", "/ping"))
+        half.sendall(b"Host: localhost\r\n\r\n")
+        made.text("hello\n")
+        ahead += 1000.0
+        go_on.set()
+        for sock in idle, half:
+            self.assertEqual(sock.recv(1000)[:15], b"HTTP/1.1 200 OK")
+        self.assertEqual((made.read(), block.readline(), poll.recv(1000)[:15]), ((1, b"hello\n"), b"hello\n", b"HTTP/1.1 200 OK"))
+        self.assertEqual([server.ok("GET", "/status/" + name)["restarts"] for name in ("x", "y")], [0, 0])
+        ahead -= 2000.0                         # no monotonic clock does that: it then takes its time, and goes on
+        self.assertEqual(server.request("GET", "/ping")[0], 200)
 
 
 class CliErrors(CliCase):
@@ -14279,9 +15356,9 @@ class Readme(CliCase):
 
     def test_the_command_reference_is_what_help_says(self):
         """`WRITE_README=1 python3 test_gaffer.py Readme` writes it anew."""
-        head, fence, _ = self.text.partition("## Command reference\n\n```text\n")
+        head, fence, rest = self.text.partition("## Command reference\n\n```text\n")
         self.assertTrue(fence)
-        made = head + fence + "$ gaffer.py --help\n" + self.reference() + "```\n"
+        made = head + fence + "$ gaffer.py --help\n" + self.reference() + "```\n" + rest.partition("\n```\n")[2]
         if os.environ.get("WRITE_README"):
             with open(os.path.join(HERE, "README.md"), "w", encoding="utf-8") as file:
                 file.write(made)
@@ -14298,12 +15375,32 @@ class Readme(CliCase):
         flapping = {name: default for name, (default, _) in gaffer.FLAPPING.items()}
         self.assertIn("`%s`" % json.dumps(flapping), self.text)
 
+    # how the work is cut and paced, and what a command of the command line does by itself: nothing ends there
+    INTERNAL = frozenset("""
+        KIB MIB WINDOW_SIZE_MIN WINDOW_SIZE_MAX STDIN_SIZE_MAX READ_SIZE READ_SIZE_WIDE PIPE_SIZE COALESCE_SIZE SHARE_SIZE JOIN_SIZE
+        PARTS_MAX SHARES_PER_TURN COURTESY COURTESY_RECENT FANOUT_SIZE PACE PACE_READERS PACE_MIN PACE_MAX PARTIAL_LINE_DELAY
+        MERGED_LINE_DELAY MARK_INTERVAL COMPRESS_MIN PAGE_EVENTS GROUP_POLL GROUP_POLL_MAX EXIT_POLL KILL_AGAIN STOP_STAGGER STOP_STAGGER_TOTAL WAIT_EXTRA SECONDS_MAX
+        REQUEST_LINE_SIZE CHUNKS_AT_ONCE LINGER_TIME LINGER_SIZE FILES_FOR_CONNECTIONS ACCEPTS_PER_TURN LOOKS ACCEPT_PAUSE
+        MEMORY_PAUSE SEND_QUEUE_LOW DEFLATE_LEVEL DEFLATE_WINDOW_BITS DEFLATE_SIZE_MIN DEFLATE_SIZE_MAX MESSAGES_PER_TURN
+        ACCESS_LOG_DELAY LOG_END REQUEST_BUCKETS TURN_BUCKETS CLIENT_TIME HEARTBEAT STREAM_TIME WEBHOOK_PAUSES WEBHOOK_REST WEBHOOK_END
+        SCREEN_END FAULTS_MAX STATUS_INTERVAL RETRY_FIRST RETRY_MAX SHORTAGES""".split())
+
     def test_its_limits_are_those_of_the_source(self):
-        rows = re.findall(r"^\| `([A-Z_]+)` \| ([0-9,]+)(?: (\w+))? \|", self.text, re.M)
-        self.assertGreater(len(rows), 15)
+        rows = re.findall(r"^\| `([A-Z_]+)` \| ([0-9,]+)(?: (\w+))? \|([^|]*)\| ([^|]+) \|$", self.text, re.M)
         units = {"": 1, "s": 1, "KiB": 1024, "MiB": 1024 ** 2}
-        for name, number, unit in rows:
-            self.assertEqual(int(number.replace(",", "")) * units[unit], getattr(gaffer, name), name)
+        for name, number, unit, how, what in rows:
+            with self.subTest(name):
+                self.assertEqual(int(number.replace(",", "")) * units[unit], getattr(gaffer, name))
+                for option in re.findall(r"`(--[a-z-]+)`", how):
+                    self.assertIn(option, self.reference())
+                for owner, argument in re.findall(r"`(\w+)\((\w+)=\)`", how):
+                    self.assertIn(argument, inspect.signature(getattr(gaffer, owner)).parameters)
+                self.assertIn(":", what, "it is to say what happens there")
+        source = cli_read(gaffer.__file__)
+        section = source[source.index("\nKIB, MIB ="):source.index("\nclass GafferError")]
+        constants = {name for line in re.findall(r"^([A-Z_, ]+) =", section, re.M) for name in line.split(", ")}
+        told = [row[0] for row in rows]
+        self.assertEqual(sorted([*told, *self.INTERNAL]), sorted(constants), "each limit is in the table once, or internal")
         self.assertIn("from %d bytes to 1 GiB" % gaffer.WINDOW_SIZE_MIN, self.text)
         self.assertIn("default %d" % gaffer.WINDOW_SIZE, self.text)
 
@@ -15370,13 +16467,14 @@ def run_all(jobs):
 
 
 LONG = ("StreamsCost", "StreamsLoss", "Loadtest", "StreamsLossless", "CliFaults", "HttpOpenapi", "ProcessHostile", "ProcessHostileThread",
-        "Chaos", "CliDaemon", "CliEveryCommand", "HttpConnections", "HttpEndpoints")    # begun first, or all would wait for them
+        "Chaos", "CliDaemon", "CliEveryCommand", "HttpConnections", "HttpEndpoints", "BrowserMisuse")    # begun first, or all would wait for them
 
 
 def main():
     """Run all tests, or those that are named. --fuzz N, --hostile N: only those, with N cases of each kind; --chaos SECONDS: only
-    that, for so long; --seed SEED, or SEED:FIRST: the same ones again. --jobs N: classes at a time."""
+    that, for so long; --figures: what the web page costs; --seed SEED, or SEED:FIRST: the same ones again. --jobs N: classes at a time."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--figures", action="store_true")
     for option, kind in (("--fuzz", int), ("--hostile", int), ("--chaos", float), ("--seed", str), ("--jobs", int)):
         parser.add_argument(option, type=kind)
     given, names = parser.parse_known_args()
@@ -15387,6 +16485,9 @@ def main():
             case.patience = Case.patience + count / 100
             print("%s: %d cases of each kind, seed %s" % (case.__name__, count, seed), file=sys.stderr, flush=True)
             names = names or [case.__name__]
+    if given.figures:
+        BrowserFigures.full, BrowserFigures.patience = True, 20 * TIMEOUT
+        names = names or ["BrowserFigures"]
     if given.chaos is not None:
         CHAOS.update(seconds=given.chaos, seed=int(given.seed or CHAOS["seed"]))
         names = names or ["Chaos"]
