@@ -8213,6 +8213,12 @@ class HttpToken(HttpCase):
     TOKEN = "s\u00e9cret: word"
     options = {"token": TOKEN, "handlers": [("/hit", lambda request: "hit")]}
 
+    def setUp(self):
+        super().setUp()
+        quiet = logging.NullHandler()           # each guess is told of
+        logging.getLogger("gaffer").addHandler(quiet)
+        self.addCleanup(logging.getLogger("gaffer").removeHandler, quiet)
+
     @staticmethod
     def basic(text):
         """An Authorization header."""
