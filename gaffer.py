@@ -9084,7 +9084,7 @@ class LogFile(LogHandler):
 
     def __init__(self, path):
         super().__init__()
-        self._writer, self._taken_over = LineWriter(path, LOG_SIZE, self._lost), False
+        self._writer, self._taken_over = LineWriter(os.path.abspath(path), LOG_SIZE, self._lost), False
         try:
             self._writer.open()
         except OSError as error:
@@ -9109,12 +9109,13 @@ class LogFile(LogHandler):
             os.dup2(self._writer.fd, number_)
 
     def reopen(self):
-        """The file may have been moved away."""
+        """The file may have been moved away. Where it cannot be opened again, the log goes on as before."""
         self.rest()
         try:
             self._writer.open()
         except OSError as error:
-            log.warning("the log file cannot be opened again: %s", error.strerror)
+            log.error("the log file cannot be opened again: %s", error.strerror)
+            return
         log.warning("the log goes on in this file")
         if self._taken_over:
             self.take_over()
