@@ -3924,10 +3924,13 @@ class FuzzHttp:
                 if request is None:
                     return
                 data, self.left = self.parser.rest, self.head(request)
-                self.chunks = gaffer.ChunkedDecoder(self.BODY) if self.left is None else None
+                self.chunks = gaffer.ChunkedDecoder(self.BODY, 2) if self.left is None else None
                 self.seen.append(b"")
             elif self.chunks is not None:
                 done = self.chunks.feed(data)
+                if self.chunks.more:
+                    data, self.chunks.rest = self.chunks.rest, b""
+                    continue
                 assert len(self.chunks.rest) <= max(gaffer.CHUNK_LINE_SIZE, gaffer.TRAILERS_SIZE) + 1 or done
                 assert len(self.chunks.body) <= self.BODY
                 if not done:
@@ -4019,6 +4022,8 @@ class PureFuzz(Case):
                 decoder, events = gaffer.WebSocketDecoder(limit, gaffer.Inflater(*deflate) if deflate else None), []
                 for piece in pieces:
                     events += decoder.feed(piece)
+                    while decoder.more:
+                        events += decoder.feed(b"")
                     self.assertLessEqual(len(decoder._data), limit + 1)
                     self.assertTrue(decoder._done or len(decoder._buffer) - decoder._at <= 14)
                 self.assertTrue(all(len(event[1]) <= limit for event in events if event[0] in ("text", "binary")))
@@ -4027,7 +4032,8 @@ class PureFuzz(Case):
             if rng.random() < 0.95:
                 wire = fuzz_spoil(rng, b"".join(fuzz_frame(rng) for _ in range(rng.randrange(1, 5))))
             self.compare(rng, wire, outcome)
-        self.fuzz(case)
+        with http_limits(FRAMES_PER_TURN=3):
+            self.fuzz(case)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -8301,6 +8307,12 @@ class HttpToken(HttpCase):
     TOKEN = "s\u00e9cret: word"
     options = {"token": TOKEN, "handlers": [("/hit", lambda request: "hit")]}
 
+    def setUp(self):
+        super().setUp()
+        quiet = logging.NullHandler()           # each guess is told of
+        logging.getLogger("gaffer").addHandler(quiet)
+        self.addCleanup(logging.getLogger("gaffer").removeHandler, quiet)
+
     @staticmethod
     def basic(text):
         """An Authorization header."""
@@ -12240,8 +12252,8 @@ class BrowserMisuse(BrowserCase):
 
     def test_forms(self):
         self.browser.get(self.evil)
-        for enctype in ("application/x-www-form-urlencoded", "text/plain", "multipart/form-data"):
-            for _, path in self.CHANGES:
+        for enctype in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+            for _, path in self.CHANGES if enctype == "text/plain" else self.CHANGES[:2]:
                 with self.subTest(enctype=enctype, path=path):
                     before = self.count("POST", 403)
                     self.assertEqual(self.browser.script(self.FORM, self.url(path), enctype, self.TEMPLATE), "loaded")
