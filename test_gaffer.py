@@ -7202,7 +7202,7 @@ class HttpMethods(HttpCase):
         """404 for every method."""
         self.cat("web")
         for path in ("/nothing", "/processes/web/_nothing", "/processes/web/start", "/processes/web/_add/1/2", "/stat",
-                     "/status", "/streams", "/streams/1", "/streams/1/stdout/x", "/groups/g/_add", "/Processes",
+                     "/status/web/x", "/stream", "/streams/1/stdout/x", "/groups/g/_add", "/Processes",
                      "/index.html"):
             for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
                 with self.subTest(method=method, path=path):
@@ -11406,6 +11406,7 @@ class BrowserDriver(BrowserCase):
         self.assertEqual(browser.wait("return document.title"), "gaffer")
         self.assertEqual(browser.script("return [innerWidth, innerHeight, arguments[0]]", "x"), [800, 600, "x"])
         self.assertEqual(browser.script("return fetch('/ping').then(answer => answer.text())"), "OK")
+        browser.get(self.server.url + "/ping")              # a page without a script that would miss what is taken away
         browser.script("document.body.innerHTML = '<input><button>ok</button>';"
                        "document.querySelector('button').addEventListener('click', event => event.target.id = 'clicked')")
         browser.keys("ab" + browser.KEYS["Backspace"] + "c", "input")
