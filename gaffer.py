@@ -9306,7 +9306,7 @@ class TomlSource(TreeSource):
 
 class Procfile(Source):
     """A Procfile: 'type: command' lines. `root`: where they run (the file's folder); `env_files`: beside .env of that folder;
-    `port`: the first type's PORT, then there are a hundred for each type; `taken`: ports where gaffer itself is."""
+    `port`: the first type's PORT (else that of the environment), then there are a hundred for each type; `taken`: ports where gaffer itself is."""
 
     def __init__(self, path, root=None, env_files=(), port=None, taken=()):
         super().__init__(path)
@@ -9318,9 +9318,12 @@ class Procfile(Source):
             self.env.update(values)
             for line in wrong:
                 self.faults.append((line, "%s:%d: is not NAME=value" % (env_file, line)))
-        given = self.env.get("PORT", "") if port is None else str(port)
-        first = FIRST_PORT + PORTS_PER_TYPE * (FIRST_PORT in taken)
-        self.port = int(given) if re.fullmatch("[0-9]{1,5}", given) else first
+        given = (self.env.get("PORT") or os.environ.get("PORT", "")) if port is None else str(port)
+        self.port = FIRST_PORT + PORTS_PER_TYPE * (FIRST_PORT in taken)
+        if re.fullmatch("[0-9]{1,5}", given) and 0 < int(given) < 65536:
+            self.port = int(given)
+        elif given:
+            self.faults.append((0, "PORT is '%s': give a number from 1 to 65535" % given[:40]))
 
     def types(self):
         """{type: command}, in the file's order."""
@@ -10848,7 +10851,7 @@ def scale_command(arguments):
     """scale"""
     client, first = connect(arguments), arguments.changes[0]
     arguments.group, changes = (None, arguments.changes) if re.search("[=+-][0-9]+$", first) else (first, arguments.changes[1:])
-    matches = [(re.fullmatch(r"(.+?)([=+-])([0-9]{1,4})", change_), change_) for change_ in changes or [first]]
+    matches = [(re.fullmatch(r"([^=+]+?)([=+-])([0-9]{1,4})", change_), change_) for change_ in changes or [first]]
     for match, change_ in matches:
         if match is None:
             raise ClientError("'%s' is no change: say web=3, web+1 or web-1" % change_, 2)
@@ -11143,7 +11146,7 @@ PROCFILE = (
     option("-d", "--root", metavar="DIR", help="where its processes run (default: its folder)"),
     option("-e", "--env-file", metavar="FILE", action="append", default=[],
            help="variables, beside those of .env in that folder; repeatable"),
-    option("-p", "--port", metavar="PORT", type=whole, help="PORT of the first type, then a hundred for each (default 5000)"),
+    option("-p", "--port", metavar="PORT", type=whole, help="PORT of the first type, then a hundred for each (default: that of the environment, or 5000)"),
 )
 FORMATION = option("-c", "--concurrency", metavar="TYPE=N", action="append", default=[],
                    help="how many of each type, as in web=2,worker=3 (default 1)")

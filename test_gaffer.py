@@ -14596,6 +14596,10 @@ class ProcfileTexts(ConfigCase):
         self.assertEqual({info["cwd"] for info in settings.templates.values()}, {self.home})
         self.assertEqual(gaffer.Procfile(path, taken=[5000]).port, 5100)
         self.assertEqual(gaffer.Procfile(path, port=7000, taken=[5000]).port, 7000)
+        with unittest.mock.patch.dict(os.environ, PORT="8000"):
+            self.assertEqual((gaffer.Procfile(path).port, gaffer.Procfile(path, port=7000).port), (8000, 7000))
+        for port in 0, 65536, 70000:
+            self.assertEqual(gaffer.Procfile(path, port=port).faults, [(0, "PORT is '%d': give a number from 1 to 65535" % port)])
         self.write(".env", "PORT=6000\n")
         self.assertEqual((gaffer.Procfile(path).port, gaffer.Procfile(path, port=7000).port), (6000, 7000))
         self.assertEqual(gaffer.Procfile(path, root="/").env, {})
@@ -14727,7 +14731,8 @@ class ProcfileServer(ConfigCase):
         self.call("load", *self.procfile, "-c", "wep=1", status=4, err="gaffer: there is no 'wep' .*did you mean 'web'\\?\n")
         self.call("load", *self.procfile, "-c", "web", status=1, err="gaffer: 'web' is not TYPE=NUMBER.*\n")
         self.call("unload", *self.procfile, status=4, err="gaffer: there is no group 'my-app'.*\n")
-        self.call("scale", "web", status=2, err="gaffer: 'web' is no change.*\n")
+        for change in "web", "web=-1", "web=x", "=1":
+            self.call("scale", change, status=2, err="gaffer: '%s' is no change.*\n" % change)
         self.server.add("other", "sleep 1000")
         self.call("ps", "nosuch", status=4, err="gaffer: there is no process of the group 'nosuch'.*\n")
         self.call("scale", "x", "web=1", status=4, err="gaffer: .*'x'.*\n")
