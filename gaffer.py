@@ -9306,7 +9306,8 @@ class TomlSource(TreeSource):
 
 class Procfile(Source):
     """A Procfile: 'type: command' lines. `root`: where they run (the file's folder); `env_files`: beside .env of that folder;
-    `port`: the first type's PORT (else that of the environment), then there are a hundred for each type; `taken`: ports where gaffer itself is."""
+    `port`: the first type's PORT (else that of the environment), then there are a hundred for each type; `taken`: ports
+    where gaffer itself is."""
 
     def __init__(self, path, root=None, env_files=(), port=None, taken=()):
         super().__init__(path)
@@ -9611,9 +9612,12 @@ class Configuration:
             return
         # one that was stopped by hand stays stopped, one that gave up gets another chance; a number that was not changed here
         # may have been scaled
-        kept = {} if "numprocesses" in fields else {"numprocesses": template.info["numprocesses"]}
-        again = template.gave_up and "start" not in fields
-        manager.update_process(name, dict({field: value for field, value in info.items() if field != "start" or field in fields}, **kept))
+        again, info = template.gave_up and "start" not in fields, dict(info)
+        if "start" not in fields:
+            del info["start"]
+        if "numprocesses" not in fields:
+            info["numprocesses"] = template.info["numprocesses"]
+        manager.update_process(name, info)
         if again:
             manager.start_template(name)
 
@@ -11146,7 +11150,8 @@ PROCFILE = (
     option("-d", "--root", metavar="DIR", help="where its processes run (default: its folder)"),
     option("-e", "--env-file", metavar="FILE", action="append", default=[],
            help="variables, beside those of .env in that folder; repeatable"),
-    option("-p", "--port", metavar="PORT", type=whole, help="PORT of the first type, then a hundred for each (default: that of the environment, or 5000)"),
+    option("-p", "--port", metavar="PORT", type=whole,
+           help="PORT of the first type, then a hundred for each (default: that of the environment, or 5000)"),
 )
 FORMATION = option("-c", "--concurrency", metavar="TYPE=N", action="append", default=[],
                    help="how many of each type, as in web=2,worker=3 (default 1)")
