@@ -11494,6 +11494,10 @@ class BrowserPage(BrowserCase):
         self.browser.script("Object.defineProperty(document, 'hidden', {value: arguments[0], configurable: true});"
                             "document.dispatchEvent(new Event('visibilitychange'))", hidden)
 
+    def streams(self):
+        """How many event streams are open."""
+        return self.server.manager.loop.call(lambda: sum(channel.kind == "eventsource" for channel in self.server.http.channels))
+
     # the overview
 
     def test_every_button_of_a_template(self):
@@ -11563,7 +11567,7 @@ class BrowserPage(BrowserCase):
         self.row("job:c", "running")
         self.press("restart what is selected")
         self.happened("restart", "job:c")
-        self.press("select all that are shown")
+        self.press("select all shown")
         self.shows("3 selected")
         self.press("more for what is selected")
         self.choose("Delete…")
@@ -11699,8 +11703,8 @@ class BrowserPage(BrowserCase):
         self.assertEqual(self.address(), "#/p/count?time=1&wrap=1")
         browser.script("window.saved = []; URL.createObjectURL = blob => { saved.push(blob); return 'data:,'; };"
                        "Object.defineProperty(navigator, 'clipboard', {value: {writeText: async text => saved.push(text)}})")
-        self.press("copy what is shown")
-        self.press("download what is shown")
+        self.press("copy")
+        self.press("download")
         text, blob = browser.wait("return saved.length === 2 && Promise.all([saved[0], saved[1].text()])")
         self.assertEqual(text, blob)
         self.assertIn(" line 123\n", text)
@@ -11724,7 +11728,7 @@ class BrowserPage(BrowserCase):
         self.happened("exit", "echo")
         self.shows("process %d exited 0" % pid, ".lines")
         self.open("/p/deaf")
-        self.shows("stdin is not redirected: edit the template, and set redirect_input", ".entry")
+        self.shows("stdin is not redirected: edit it, set redirect_input", ".entry")
         self.assertTrue(browser.script("return document.querySelector(arguments[0]).disabled", field))
 
     def test_one_process_of_several_and_all_of_everything(self):
@@ -11742,8 +11746,14 @@ class BrowserPage(BrowserCase):
         self.choose("Send")
         self.shows("process %d exited 137 SIGKILL" % second, ".lines")
         self.shows("this process has ended")
-        self.browser.script("history.back()")
-        self.browser.wait("return location.hash === '#/p/pair' && document.querySelectorAll('.part').length === 2")
+        self.browser.wait("return document.querySelector('#link').textContent === 'live'")
+        self.assertEqual(self.streams(), 1, "nothing more is to come from it")
+        self.open("/i/pair/77")
+        self.shows("there is no process 77", "#message")
+        self.browser.wait("return document.querySelector('#link').textContent === 'live'")
+        self.browser.console()
+        self.browser.script("location.hash = '#/p/pair'")
+        self.browser.wait("return document.querySelectorAll('.part').length === 2")
         self.press("stop process %d; it is replaced" % first)
         self.shows("process %d exited 143 SIGTERM" % first, ".lines")
 
@@ -11937,16 +11947,26 @@ class BrowserPage(BrowserCase):
         self.server.add("talk", "sh -c 'echo hello; exec sleep 1000'")
         self.open("/p/talk")
         self.shows("hello", ".lines")
-
-        def streams():
-            return self.server.manager.loop.call(lambda: sum(channel.kind == "eventsource" for channel in self.server.http.channels))
-        self.assertEqual(streams(), 2)
+        self.assertEqual(self.streams(), 2)
         self.hide(True)
-        until(lambda: streams() == 0, "no stream")
+        until(lambda: self.streams() == 0, "no stream")
         self.server.ok("POST", "/processes/talk/_restart?wait=true")
         self.hide(False)
         self.browser.wait("return [...document.querySelectorAll('.l')].filter(node => node.textContent.endsWith('hello')).length === 2")
-        self.assertEqual(streams(), 2)
+        self.assertEqual(self.streams(), 2)
+
+    def test_a_template_goes_and_comes_again(self):
+        self.server.add("talk", "sh -c 'echo first; exec sleep 1000'")
+        self.open("/p/talk")
+        self.shows("first", ".lines")
+        self.server.ok("DELETE", "/processes/talk")
+        self.shows("there is no template of this name")
+        until(lambda: self.streams() == 1, "its stream has ended")
+        self.server.add("talk", "sh -c 'echo second; exec sleep 1000'")
+        self.shows("second", ".lines")
+        self.shows("running")
+        self.open("/p/%")                           # an address with a fault in it
+        self.shows("there is no template of this name")
 
     def test_under_a_token(self):
         server = Running(token="correct horse")
