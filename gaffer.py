@@ -4720,6 +4720,7 @@ h1 { font-size: 17px; margin: 0 } dialog h2 { font-size: 16px; margin: 0 0 8px }
 .dot { display: inline-block; width: 1.3em; color: var(--warn) } .running .dot { color: var(--good) }
 .stopped .dot { color: var(--dim) }
 .backoff > *, .flapping > * { color: var(--bad) } .state .dim { color: var(--dim) }
+.use span { min-width: 3.3em }
 svg { width: 42px; height: 17px; overflow: visible }
 path { fill: none; stroke: var(--accent); stroke-width: 1.3; vector-effect: non-scaling-stroke }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: 1px 12px; margin: 0 0 8px } dt { color: var(--dim) }
@@ -4908,7 +4909,7 @@ async function settle(name) {  // after an event; what many events say is asked 
 	settling = false;
 }
 
-// ---- streams: events, and output where that is looked at; none in a hidden tab, as a browser has six connections for all
+// ---- streams; none in a hidden tab, as a browser has six connections for all its tabs
 const feeds = new Set();
 function feed(path, types, take) {
 	let source = null, timer = null, last = null, delay = 250;
@@ -4948,7 +4949,7 @@ function takeEvent(type, data) {
 	if (view.event) view.event(event);
 }
 
-// ---- CPU and memory, each two seconds while somebody looks
+// ---- CPU and memory, each two seconds
 let polling = false;
 async function poll() {
 	if (polling || document.hidden || !view.usage) return;

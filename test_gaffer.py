@@ -11759,22 +11759,39 @@ class BrowserPage(BrowserCase):
         self.shows("process %d exited 143 SIGTERM" % first, ".lines")
 
     def test_after_a_cut_it_goes_on_without_gap_or_repeat(self):
-        self.numbers(50, "for n in iter(input, 'end'): print('line', n)")
-        pid = self.state("count")["pids"][0]
+        """Four times, in the middle of what comes, both where the page is in time and where it is behind."""
+        pid, = self.server.add("count", python("""
+            import time
+            input()
+            for part in range(100):
+                print("\\n".join("line %d" % number for number in range(100 * part, 100 * part + 100)), flush=True)
+                time.sleep(0.01)
+            print("end")
+            input()
+            """), redirect_input=True)
         self.open("/p/count")
-        self.shows("line 49", ".lines")
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
 
         def cut():
             for channel in list(self.server.http.channels):
                 if channel.kind == "eventsource":
                     channel.close()
-        for number in range(50, 65):
-            if number % 5 == 0:
-                self.server.manager.loop.call(cut)
-            self.server.request("POST", "/streams/%d/stdin" % pid, b"%d\n" % number)
-        self.shows("line 64", ".lines")
+        for number in (500, 2500, 5000, 9000):
+            self.browser.wait("const all = document.querySelectorAll('.l'); return all.length && Number(all[all.length - 1].textContent.slice(16)) > arguments[0]",
+                              number)
+            self.server.manager.loop.call(cut)
+        self.browser.wait("return [...document.querySelectorAll('.l')].some(node => node.textContent.endsWith(' end'))")
+        text = self.copied()
+        self.assertEqual(re.findall("line ([0-9]+)\n", text), [str(number) for number in range(10000)])
+        self.assertEqual(text.count("\n"), 10001, "and nothing else was said")
         self.browser.wait("return document.querySelector('#link').textContent === 'live'")
-        self.assertEqual([line.split()[-1] for line in self.browser.script(self.LINES)][-30:], [str(number) for number in range(35, 65)])
+
+    def copied(self):
+        """What the page copies: all lines that it shows, in sight or not."""
+        self.browser.script("window.saved = []; Object.defineProperty(navigator, 'clipboard', {configurable: true,"
+                            " value: {writeText: async text => saved.push(text)}})")
+        self.press("copy")
+        return self.browser.wait("return saved[0]")
 
     def test_a_restarted_server_is_found_again(self):
         first = Running()
@@ -11913,6 +11930,19 @@ class BrowserPage(BrowserCase):
         self.browser.wait("return location.hash === '#/logs'")
         self.keys("Escape", "a")
         self.browser.wait("return document.activeElement.id === 'field-name'")
+
+    def test_what_can_be_used_has_a_name_for_who_hears_it(self):
+        """In the tree that a screen reader gets, of each view; and a view has one heading of the first level."""
+        used = {"button", "checkbox", "textbox", "searchbox", "combobox", "ComboBoxMenuSelect", "spinbutton", "link", "log", "table", "menuitem"}
+        self.server.add("web:a", "cat", redirect_input=True, numprocesses=2)
+        for path in ("/", "/p/web%3Aa", "/i/web%3Aa/1", "/logs", "/events", "/add", "/edit/web%3Aa"):
+            self.open(path)
+            self.browser.wait("return document.querySelector('main').textContent.length > 20")
+            nodes = [node for node in self.browser.cdp("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
+            nameless = [node for node in nodes if node["role"]["value"] in used and not node["name"]["value"]]
+            self.assertEqual(nameless, [], path)
+            self.assertGreater(len([node for node in nodes if node["role"]["value"] in used]), 5, path)
+            self.assertEqual(self.browser.script("return document.querySelectorAll('h1').length"), 1, path)
 
     def test_events_say_what_happened_and_why(self):
         self.server.add("bad", "sh -c 'exit 3'")
