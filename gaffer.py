@@ -4777,6 +4777,7 @@ h1 { font-size: 17px; margin: 0 } dialog h2 { font-size: 16px; margin: 0 0 8px }
 .dot { display: inline-block; width: 1.3em; color: var(--warn) } .running .dot { color: var(--good) }
 .stopped .dot { color: var(--dim) }
 .backoff > *, .flapping > * { color: var(--bad) } .state .dim { color: var(--dim) }
+.use span { min-width: 3.3em }
 svg { width: 42px; height: 17px; overflow: visible }
 path { fill: none; stroke: var(--accent); stroke-width: 1.3; vector-effect: non-scaling-stroke }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: 1px 12px; margin: 0 0 8px } dt { color: var(--dim) }
@@ -4789,7 +4790,7 @@ dd { margin: 0; overflow-wrap: anywhere; max-height: 5em; overflow: auto }
 .lines > div { position: absolute; top: 0; left: 0; min-width: 100% }
 .l { white-space: pre; padding: 0 8px; min-height: 18px; border-left: 3px solid transparent }
 .wrap > div { width: 100% } .wrap .l { white-space: pre-wrap; word-break: break-all }
-.stderr { border-left-color: var(--bad) } .stderr .k { color: var(--bad) } .l .dim, .note, .exit { color: var(--dim) }
+.stderr { border-left-color: var(--bad) } .stderr .k { color: var(--bad) } .note, .exit { color: var(--dim) }
 .note, .exit { background: var(--panel) } .stdin { color: var(--accent) }
 mark { background: var(--mark); color: var(--marked) } .here mark { background: var(--here) }
 .b { font-weight: 700 } .f { opacity: .75 } .i, .note, .exit { font-style: italic } .u { text-decoration: underline }
@@ -4824,7 +4825,6 @@ kbd { font: 12px var(--mono); border: 1px solid var(--edge); border-radius: 3px;
 <main id="main" tabindex="-1"></main>
 <div id="menu" role="menu" hidden></div>
 <dialog id="dialog" aria-labelledby="dialog-title"></dialog>
-<noscript>This page needs JavaScript.</noscript>
 <script type="application/json" id="snapshot">__SNAPSHOT__</script>
 <script nonce="__NONCE__">
 "use strict";
@@ -4861,8 +4861,9 @@ function box(key, label, changed, more) {  // a search field whose text is in th
 	return input;
 }
 function say(text) { $("said").textContent = text; }
-function complain(text) { $("message").replaceChildren(...text ? [text, button("", "Dismiss", "", () => complain(""))] : []);
-	}
+function complain(text) {
+	$("message").replaceChildren(...text ? [text, button("", "Dismiss", undefined, () => complain(""))] : []);
+}
 function plural(count, word, words = word + "s") { return count.toLocaleString("en") + " " + (count === 1 ? word : words); }
 function wordsOf(text) { return text.toLowerCase().split(/\s+/).filter(word => word); }
 function run(keys, name) { if (keys[name]) keys[name](); return Boolean(keys[name]); }
@@ -4902,7 +4903,7 @@ function reason(status) {
 	}
 	const wait = status.next_try === null ? "" : "next try in " + Math.max(0,
 		Math.ceil(status.next_try - since(status))) + " s";
-	const often = status.gave_up ? "gave up: it exits too often" : state === "flapping" ? "it exits too often" : "";
+	const often = (status.gave_up ? "gave up: " : "") + (status.gave_up || state === "flapping" ? "it exits too often" : "");
 	return [wait, status.error || last, often].filter(part => part).join(" · ");
 }
 const DOTS = {running: "●", backoff: "▲", flapping: "▲", stopping: "◐", starting: "◌", stopped: "○"};
@@ -4925,7 +4926,7 @@ async function ask(method, path, body, quiet) {
 		if (!answer.ok) failed(value.reason);
 		return {ok: answer.ok, status: answer.status, value};
 	} catch (error) {
-		const value = {reason: "the server does not answer; does it still run?"};
+		const value = {reason: "the server does not answer"};
 		failed(value.reason);
 		return {value};
 	}
@@ -4947,8 +4948,8 @@ async function refresh(names) {  // null: all
 }
 function changed(names) {
 	const bad = [...templates.values()].filter(status => status.gave_up || DOTS[status.state] === "▲").length;
-	document.title = [bad && bad + " failing", view && view.title, "gaffer"].filter(part => part).join(" – ");
-	if (view && view.update) view.update(names);
+	document.title = [bad && bad + " failing", view.title, "gaffer"].filter(part => part).join(" – ");
+	if (view.update) view.update(names);
 }
 const dirty = new Set();
 let settling = false;
@@ -4965,7 +4966,7 @@ async function settle(name) {  // after an event; what many events say is asked 
 	settling = false;
 }
 
-// ---- streams: events, and output where that is looked at; none in a hidden tab, as a browser has six connections for all
+// ---- streams; none in a hidden tab, as a browser has six connections for all its tabs
 const feeds = new Set();
 function feed(path, types, take) {
 	let source = null, timer = null, last = null, delay = 250;
@@ -4976,15 +4977,23 @@ function feed(path, types, take) {
 			last = event.lastEventId;
 			take(type, event.data, last);
 		});
-		source.onopen = () => { delay = 250; linked(true); };
-		source.onerror = () => { shut(); linked(false); timer = setTimeout(open, delay); delay = Math.min(5000, 2 * delay); };
+		source.onopen = () => { delay = 250; self.away = false; linked(); };
+		source.onerror = () => {
+			shut(); self.away = true; linked();
+			timer = setTimeout(open, delay); delay = Math.min(5000, 2 * delay);
+		};
 	};
-	const self = {open, shut, close() { shut(); feeds.delete(self); }};
-	feeds.add(self);
-	if (!document.hidden) open();
+	const self = {open, shut, close() { shut(); feeds.delete(self); linked(); }, resume() {
+		if (!feeds.has(self) && !document.hidden) open();
+		feeds.add(self);
+	}};
+	self.resume();
 	return self;
 }
-function linked(good) { put($("link"), good ? "live" : "reconnecting"); $("link").className = good ? "" : "away"; }
+function linked() {
+	const away = [...feeds].some(each => each.away);
+	put($("link"), away ? "reconnecting" : "live"); $("link").className = away ? "away" : "";
+}
 document.addEventListener("visibilitychange", () => {
 	for (const each of feeds) { each.shut(); if (!document.hidden) each.open(); }
 });
@@ -4997,7 +5006,7 @@ function takeEvent(type, data) {
 	if (view.event) view.event(event);
 }
 
-// ---- CPU and memory, each two seconds while somebody looks
+// ---- CPU and memory, each two seconds
 let polling = false;
 async function poll() {
 	if (polling || document.hidden || !view.usage) return;
@@ -5043,7 +5052,7 @@ function menu(from, items) {  // items: [text, what to do, class]
 }
 $("menu").addEventListener("keydown", event => {
 	const all = [...$("menu").children], here = all.indexOf(document.activeElement);
-	const next = {ArrowDown: here + 1, ArrowUp: here - 1, Home: 0, End: all.length - 1}[event.key];
+	const next = {ArrowDown: here + 1, ArrowUp: here - 1}[event.key];
 	if (next !== undefined) all[(next + all.length) % all.length].focus();
 	else if (["Escape", "Tab"].includes(event.key)) closeMenu(true);
 	else return event.stopPropagation();
@@ -5058,8 +5067,10 @@ function dialog(title, content, good, value, kind = ".main") {  // resolves with
 		const no = value && button("", "Cancel", undefined, () => done(null));
 		node.replaceChildren(el("h2", {id: "dialog-title", text: title}), ...content, el("div.bar", {}, no, yes));
 		node.onclose = () => done(null);
-		node.onkeydown = event => { if (event.key === "Enter" && event.target.matches("input")) { event.preventDefault();
-			yes.click(); } };
+		node.onkeydown = event => {
+			if (event.key !== "Enter" || !event.target.matches("input")) return;
+			event.preventDefault(); yes.click();
+		};
 		node.showModal();
 		(node.querySelector("input") || no || yes).focus();
 	});
@@ -5088,9 +5099,8 @@ async function askDelete(names) {
 		return el("li", {text: name + ": " + (alive ? "stops " + processes(alive) + which : "nothing of it runs")});
 	});
 	if (!await dialog("Delete " + nameThem(names) + "?", [el("ul", {}, lines.slice(0, 12), lines.length > 12 &&
-		el("li", {text: "and " + (lines.length - 12) + " more"})), el("p",
-			{text: "Their processes get SIGTERM, and SIGKILL once " +
-		"the graceful timeout is over. The templates and their output are forgotten."})], "Delete", () => true, ".bad")) return;
+		el("li", {text: "and " + (lines.length - 12) + " more"})), el("p", {text:
+		"SIGTERM comes first, SIGKILL after the graceful timeout. Templates and output are forgotten."})], "Delete", () => true, ".bad")) return;
 	const results = await Promise.all(names.map(name => ask("DELETE", "/processes/" + enc(name))));
 	say("deleted: " + results.filter(result => result.ok).length);
 	if (names.includes(view.name)) go("/");
@@ -5152,7 +5162,7 @@ function overview() {
 		"Filter by name, state, reason", filter), chips = ["", ...Object.keys(DOTS)].map(state =>
 		button("", "", undefined, () => { search.value = state; setParam("q", state); filter(); }, {"data-state": state}));
 	const say = el("span"), bulk = el("span.acts", {}, say, actions(chosen, "what is selected"));
-	const all = checkbox("select all that are shown", () => {
+	const all = checkbox("select all shown", () => {
 		for (const row of rows.values()) row.check.checked = all.checked && !row.node.hidden;
 		selected();
 	});
@@ -5200,7 +5210,7 @@ function overview() {
 		for (const group of groups.values()) group.node.hidden = group.rows.every(row => row.node.hidden);
 		for (const chip of chips) showCount(chip, counts);
 		empty.hidden = shown > 0;
-		put(empty, rows.size ? "Nothing here fits the filter." : "No template yet: add one.");
+		put(empty, rows.size ? "Nothing fits the filter." : "No template yet: add one.");
 	}
 	function showCount(chip, counts) {
 		const {state} = chip.dataset, count = state ? counts[state] : rows.size;
@@ -5337,15 +5347,17 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 	const open = new Map(), nodes = new Map(), flags = {};
 	const flag = (key, text, label) => {
 		flags[key] = params().has(key);
-		return button("", text, label, () => { flags[key] = !flags[key]; setParam(key, flags[key] ? "1" : ""); show(); rebuild();
-			});
+		return button("", text, label, () => {
+			flags[key] = !flags[key]; setParam(key, flags[key] ? "1" : "");
+			show(); rebuild();
+		});
 	};
 	const findBox = box("find", "Find", () => { search(); if (find) next(-1); },
 		{keydown: event => event.key === "Enter" && next(event.shiftKey ? -1 : 1)});
-	const filterBox = box("filter", "Filter by regular expression", () => { readFilter(); rebuild(true); },
+	const filterBox = box("filter", "Filter by regular expression", () => { readFilter(); rebuild(); },
 		{"aria-describedby": "fault"});
 	const fault = el("span.bad", {id: "fault", role: "alert"}), hits = el("span.dim", {role: "status"});
-	const labels = el("select", {label: "stream", change: () => { setParam("label", labels.value); rebuild(true); }},
+	const labels = el("select", {label: "stream", change: () => { setParam("label", labels.value); rebuild(); }},
 		["", "stdout", "stderr"].map(value => el("option", {value, text: value || "all streams"})));
 	labels.value = params().get("label") || "";
 	const pauser = button("", "Pause", "pause (space)", pause), timer = flag("time", "Time", "timestamps (t)"),
@@ -5356,7 +5368,7 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 	const node = el("section.log", {label: "Output"}, el("div.bar", {}, findBox, button("", "↑", "previous match (N)",
 		() => next(-1)),
 		button("", "↓", "next match (n)", () => next(1)), hits, filterBox, fault, labels, pauser, timer, wrapper,
-		button("", "Copy", "copy what is shown", copy), button("", "Download", "download what is shown", download)), area, more);
+		button("", "Copy", "copy", copy), button("", "Download", "download", download)), area, more);
 	const observer = new ResizeObserver(resized);
 
 	// what comes in
@@ -5364,7 +5376,7 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 		const now = id.split("@")[1].slice(0, 8), {bytes, restarted} = type === "dropped" ? JSON.parse(data) : {};
 		if (restarted && now !== epoch) note("the server was started anew");
 		else if (restarted) {
-			first += lines.length; lines = []; queue = []; chars = 0; open.clear(); rebuild(true);
+			first += lines.length; lines = []; queue = []; chars = 0; open.clear(); rebuild();
 			note("shown anew, after a long absence");
 		}
 		if (bytes) note(plural(bytes, "byte") + " were lost here");
@@ -5393,6 +5405,9 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 			if (shown[shown.length - 1] === at + first) { shown.pop(); tops.pop(); add(at + first); }
 		} else { lines.push(raw); consider(first + lines.length - 1); }
 		if (!line.open) open.delete(key); else if (at < 0) open.set(key, first + lines.length - 1);
+		if (line.label !== "exit") return;
+		for (const each of open.keys()) if (each.startsWith(line.pid + " ")) open.delete(each);
+		if (ref === line.pid) source.close();
 	}
 	function consider(number) {
 		if (!fits(number)) return;
@@ -5424,11 +5439,9 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 		const line = lineOf(number), own = line.label[0] === "*" || line.label === "exit";
 		return (own || !labels.value || line.label === labels.value) && (own && !filter || !filter || filter.test(tell(line)));
 	}
-	function rebuild(again) {
-		const numbers = again ? lines.map((_, at) => at + first) : shown;
+	function rebuild() {
 		shown = []; tops = [0]; matches = 0; nodes.clear(); block.replaceChildren();
-		for (const number of numbers) if (again) consider(number); else add(number);
-		if (!again) matches = find ? shown.filter(hit).length : 0;
+		lines.forEach((_, at) => consider(first + at));
 		draw();
 	}
 	function rows(number) {
@@ -5436,10 +5449,10 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 		return line ? Math.max(1, Math.ceil((head(line).join("").length + tell(line).length) / columns)) : 1;
 	}
 	function head(line) {  // [time, whose, label], each with its blank
-		const who = width === 6 ? line.pid : line.name + "." + line.pid, usual = ["stdout",
-			"exit"].includes(line.label) || line.label[0] === "*";
-		return [flags.time ? clock(line.time) + " " : "", width && (line.name === "-" ? "" : who).padEnd(width) + " ",
-			usual ? "    " : (line.label === "stderr" ? "err" : line.label.slice(0, 3).padEnd(3)) + " "].map(part => part || "");
+		const who = line.name === "-" ? "" : width === 6 ? line.pid : line.name + "." + line.pid;
+		const mark = {stdout: "", stderr: "err", exit: ""}[line.label];
+		return [flags.time ? clock(line.time) + " " : "", width ? who.padEnd(width) + " " : "",
+			(mark === undefined ? line.label.replace(/^\*.*/, "").slice(0, 3) : mark).padEnd(4)];
 	}
 	function resized() {
 		const before = columns;
@@ -5452,8 +5465,10 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 	}
 
 	// what is seen
-	function show() { toggle(timer, flags.time); toggle(wrapper, flags.wrap); toggle(pauser, paused);
-		area.classList.toggle("wrap", flags.wrap); }
+	function show() {
+		toggle(timer, flags.time); toggle(wrapper, flags.wrap); toggle(pauser, paused);
+		area.classList.toggle("wrap", flags.wrap);
+	}
 	function yOf(place) { return (tops[place] - tops[0]) * LINE; }
 	function total() { return yOf(shown.length); }
 	function fit() { spacer.style.height = total() + "px"; }
@@ -5481,7 +5496,8 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 		const line = lineOf(number), label = line.label.replace("*", ""), [time, who, mark] = head(line);
 		const made = el("div.l", {}, el("span.dim", {text: time + who}), el("span.k" + (label === "stderr" ? "" : ".dim"),
 			{text: mark, title: label}));
-		made.number = number; made.classList.add(label);
+		made.number = number;
+		if (/^(stderr|exit|\*.*)$/.test(line.label)) made.classList.add(label);
 		made.classList.toggle("here", number === here);
 		paintLine(made, segments(label === "exit" ? tell(line) : line.text), find);
 		nodes.set(number, made);
@@ -5498,8 +5514,10 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 
 	// find, copy, download
 	function hit(number) { return tell(lineOf(number)).search(find) >= 0; }
-	function search() { find = findBox.value ? expression(findBox.value.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "g") : null;
-		here = -1; rebuild(); }
+	function search() {
+		const text = findBox.value.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+		find = text ? expression(text, "g") : null; here = -1; rebuild();
+	}
 	function next(by) {
 		const all = shown.length, start = here >= first ? shown.indexOf(here) : by > 0 ? -1 : all;
 		for (let step = 1; find && step <= all; step++) {
@@ -5510,8 +5528,7 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 			return draw();
 		}
 	}
-	function text() { return shown.map(number => { const line = lineOf(number); return head(line).join("") + tell(line) + "\n";
-		}).join(""); }
+	function text() { return shown.map(lineOf).map(line => head(line).join("") + tell(line) + "\n").join(""); }
 	async function copy() {
 		try { await navigator.clipboard.writeText(text()); say(plural(shown.length, "line") + " copied"); }
 		catch (error) { complain("browsers copy only for https or localhost: download it instead"); }
@@ -5530,14 +5547,14 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 	const path = ref === "" ? "" : "/" + enc(ref);
 	const source = feed(last => "/streams" + path + "?feed=eventsource&" + (last ? "since=" + enc(last) : "tail=" +
 		FIRST_LINES), ["line"], take);
-	return {node, area, key, note, end: source.close, close() { source.close(); observer.disconnect();
-		cancelAnimationFrame(frame); }};
+	return {node, area, key, note, source, close() {
+		source.close(); observer.disconnect(); cancelAnimationFrame(frame);
+	}};
 }
 function allOutput() {
 	const log = makeLog("", 18);
-	return {node: el("div.log", {}, el("h1.quiet", {text: "Output of everything"}), log.node), title: "output", fill: true,
-		focus: () => log.area,
-		key: log.key, close: log.close};
+	return {node: el("div.log", {}, el("h1.quiet", {text: "Output"}), log.node), title: "output", fill: true,
+		focus: () => log.area, key: log.key, close: log.close};
 }
 
 // ---- a line to stdin
@@ -5566,7 +5583,7 @@ function makeEntry(name, log) {
 		if ((await ask("DELETE", "/streams/" + who.value + "/stdin")).ok) log.note("end of file", "*stdin");
 	}
 	return {node: el("div.entry", {}, all, why), line, show(template, pids) {
-		const no = !template.redirect_input ? "stdin is not redirected: edit the template, and set redirect_input" :
+		const no = !template.redirect_input ? "stdin is not redirected: edit it, set redirect_input" :
 			pids.length ? "" : "nothing runs that could read it", had = who.value;
 		for (const each of all) each.disabled = Boolean(no);
 		put(why, no);
@@ -5592,17 +5609,19 @@ function detail(name, pid) {
 		const answer = await ask("GET", "/processes/" + enc(name));
 		if (!answer.ok) return;
 		template = answer.value;
-		const {cmd, args, cwd} = template, words = Array.isArray(args) ? args.map(quote) : [args];
-		facts.replaceChildren(...[["command", [cmd, ...words].join(" ")], ["directory",
-			cwd]].filter(fact => fact[1]).flatMap(([what, text]) =>
-			[el("dt", {text: what}), el("dd.mono", {text})]));
+		const {cmd, args} = template, words = Array.isArray(args) ? args.map(quote) : [args];
+		facts.replaceChildren(el("dt", {text: "command"}), el("dd.mono", {text: [cmd, ...words].join(" ")}));
 		update([name]);
 	}
 	function update(names) {
 		const status = templates.get(name);
 		if (!names.includes(name)) return;
-		if (!status) { put(state, "there is no template of this name"); list.replaceChildren(); return log.end(); }
-		acts.classList.toggle("live", status.active && !pid); acts.classList.toggle("rest", !status.active && !pid);
+		if (!status) {
+			showState(state, {state: "stopped", ended: "there is no template of this name"});
+			return log.source.close();
+		}
+		if (!pid) log.source.resume();
+		acts.classList.toggle("live", status.active); acts.classList.toggle("rest", !status.active);
 		if (template) entry.show(template, pid ? status.pids.filter(each => String(each) === pid) : status.pids);
 		tick(); usage();
 	}
@@ -5620,7 +5639,9 @@ function detail(name, pid) {
 		if (!answer.ok) return;
 		keep(answer.value);
 		const now = answer.value.processes.filter(each => !pid || String(each.pid) === pid);
-		for (const [id, part] of parts) if (!now.some(each => each.pid === id)) { part.node.remove(); parts.delete(id); }
+		for (const [id, part] of parts) if (!now.some(each => each.pid === id)) {
+			part.node.remove(); parts.delete(id); used.delete(id);
+		}
 		for (const each of now) showPart(each);
 	}
 	function showPart({pid: id, os_pid, state, uptime, cpu, rss, kill_in}) {
@@ -5633,8 +5654,8 @@ function detail(name, pid) {
 			list.append(parts.get(id).node);
 		}
 		const part = parts.get(id);
-		put(part.what, state + (kill_in === undefined ? "" : ", SIGKILL in " + Math.ceil(kill_in) + " s")); put(part.age,
-			span(uptime));
+		put(part.what, state + (kill_in === undefined ? "" : ", SIGKILL in " + Math.ceil(kill_in) + " s"));
+		put(part.age, span(uptime));
 		if (rss !== undefined) note(id, cpu, rss);
 		part.use.show(id);
 	}
@@ -5644,14 +5665,14 @@ function detail(name, pid) {
 			Delete: () => askDelete([name])}, letter) || log.key(letter);
 	}
 	load(); update([name]);
+	if (pid) ask("GET", "/streams/" + pid + "?timeout=0").then(answer => answer.status === 404 && log.source.close());
 	return {node, name, title: pid ? name + " " + pid : name, fill: true, update, tick, usage, key, close: log.close,
 		focus: () => log.area};
 }
 
 // ---- events: what happened, and why
 const SAID = {create: "added", start: "started", stop: "stopped", restart: "restarted", update: "changed or scaled",
-	delete: "deleted",
-	flap: "left to rest, as it exits too often"};
+	delete: "deleted", flap: "left to rest, as it exits too often"};
 function eventList() {
 	const causes = new Map(), exits = new Map(), began = new Map(), told = new Set();  // the last of each, by name or by pid
 	const list = el("ol.events", {label: "Events, the newest first"}), search = box("q", "Filter by name, event, reason",
@@ -5792,10 +5813,11 @@ function setParam(key, value) {
 	if (value) all.set(key, value); else all.delete(key);
 	history.replaceState(null, "", (location.hash.split("?")[0] || "#/") + (String(all) && "?" + all));
 }
+function decode(part) { try { return decodeURIComponent(part); } catch (error) { return part; } }
 function go(path) { location.hash = "#" + path; }
 let view = {};
 function route(first) {
-	const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decodeURIComponent);
+	const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decode);
 	closeMenu(); complain("");
 	if (view.close) view.close();
 	view = (VIEWS[kind] || overview)(...parts);
@@ -5818,7 +5840,6 @@ document.addEventListener("keydown", event => {
 });
 $("help").addEventListener("click", showKeys);
 addEventListener("hashchange", route);
-put($("link"), "connecting");
 route(true);
 feed(last => "/watch?feed=eventsource&since=" + enc(last || snapshot.since), ["create", "start", "stop", "restart", "update",
 	"delete", "spawn",
