@@ -12028,6 +12028,15 @@ class BrowserPage(BrowserCase):
         self.shows("exited 3 after", ".events")
         self.server.ok("POST", "/processes/bad/_stop")
         self.shows("stopped", ".events")
+        pid, = self.server.add("one", "sleep 1000")
+        self.server.ok("POST", "/processes/%d/_stop" % pid)
+        self.happened("spawn", "one", self.happened("exit", "one"))
+        self.shows("started in place of process %d" % pid, ".events")
+        self.server.ok("POST", "/processes/one/_restart")
+        self.shows("is told to stop: the template was restarted", ".events")
+        self.server.add("flap", "false", flapping={"attempts": 2, "window": 5, "retry_in": 0.05, "max_retry": 1})
+        self.shows("rests: it exits too often", ".events")
+        self.shows("stopped: it exits too often", ".events")
         self.server.add("good", "sleep 1000", numprocesses=2)
         self.server.ok("POST", "/processes/good/_sub")
         self.shows("is told to stop: fewer are wanted", ".events")
@@ -12061,6 +12070,11 @@ class BrowserPage(BrowserCase):
         self.hide(False)
         self.browser.wait("return [...document.querySelectorAll('.l')].filter(node => node.textContent.endsWith('hello')).length === 2")
         self.assertEqual(self.streams(), 2)
+        self.hide(True)
+        self.server.manager.loop.call(lambda: self.server.manager.journals.pop("talk").finish())     # as after JOURNAL_REST
+        self.hide(False)
+        self.shows("shown anew", ".lines")
+        self.assertEqual(len([line for line in self.browser.script(self.LINES) if line.endswith("hello")]), 2)
 
     def test_a_template_goes_and_comes_again(self):
         self.server.add("talk", "sh -c 'echo first; exec sleep 1000'")
