@@ -11858,8 +11858,7 @@ class BrowserPage(BrowserCase):
                 if channel.kind == "eventsource":
                     channel.close()
         for number in (500, 2500, 5000, 9000):
-            self.browser.wait("const all = document.querySelectorAll('.l'); return all.length && Number(all[all.length - 1].textContent.slice(16)) > arguments[0]",
-                              number)
+            self.browser.wait("return [...document.querySelectorAll('.l')].some(node => parseInt(node.textContent.slice(16)) > arguments[0])", number)
             self.server.manager.loop.call(cut)
         self.browser.wait("return [...document.querySelectorAll('.l')].some(node => node.textContent.endsWith(' end'))")
         text = self.copied()
