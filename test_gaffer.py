@@ -10302,8 +10302,7 @@ class StreamsJournal(ServerCase):
 
     def test_who_said_it_is_known_of_processes_that_share_a_stream(self):
         """And nothing of one is in the journal of another; what is older than all marks has the pid 0."""
-        pids = self.server.add("many", python("import os, sys\nfor line in iter(sys.stdin.readline, ''):\n    print(line.strip(), end='\\n', flush=True)"),
-                               numprocesses=3, redirect_input=True)
+        pids = self.server.add("many", python(self.SCRIPT), numprocesses=3, redirect_input=True)
         for number in range(30):
             self.say(pids[number % 3], "%d says %d" % (pids[number % 3], number))
         for pid in pids:
