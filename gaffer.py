@@ -4870,7 +4870,7 @@ function toggle(node, on) { attr(node, "aria-pressed", String(Boolean(on))); }
 function checkbox(label, change) { return el("input", {type: "checkbox", label, change}); }
 function box(key, label, changed, more) {  // a search field whose text is in the address, too
 	const input = el("input.grow", {type: "search", placeholder: label, label, value: params().get(key) || "", ...more});
-	input.addEventListener("input", () => { setParam(key, input.value); changed(); });
+	input.addEventListener("input", () => { changed(); setParam(key, input.value); });
 	return input;
 }
 function say(text) { $("said").textContent = text; }
@@ -5544,7 +5544,7 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 	function text() { return shown.map(lineOf).map(line => head(line).join("") + tell(line) + "\n").join(""); }
 	async function copy() {
 		try { await navigator.clipboard.writeText(text()); say(plural(shown.length, "line") + " copied"); }
-		catch (error) { complain("browsers copy only for https or localhost: download it instead"); }
+		catch (error) { complain("browsers copy only for https or localhost: download"); }
 	}
 	function download() {
 		const href = URL.createObjectURL(new Blob([text()], {type: "text/plain"}));
@@ -5597,7 +5597,7 @@ function makeEntry(name, log) {
 	}
 	return {node: el("div.entry", {}, all, why), line, show(template, pids) {
 		const no = !template.redirect_input ? "stdin is not redirected: edit it, set redirect_input" :
-			pids.length ? "" : "nothing runs that could read it", had = who.value;
+			pids.length ? "" : "nothing runs", had = who.value;
 		for (const each of all) each.disabled = Boolean(no);
 		put(why, no);
 		if (who.pids === pids.join()) return;
@@ -5685,37 +5685,36 @@ function detail(name, pid) {
 
 // ---- events: what happened, and why
 const SAID = {create: "added", start: "started", stop: "stopped", restart: "restarted", update: "changed or scaled",
-	delete: "deleted", flap: "left to rest, as it exits too often"};
+	delete: "deleted", flap: "rests: it exits too often"};
 function eventList() {
-	const causes = new Map(), exits = new Map(), began = new Map(), told = new Set();  // the last of each, by name or by pid
-	const list = el("ol.events", {label: "Events, the newest first"}), search = box("q", "Filter by name, event, reason",
-		() => {
-		for (const item of list.children) filter(item);
-	});
+	const causes = new Map(), exits = new Map(), began = new Map(), told = new Map();  // the last of each
+	const list = el("ol.events", {label: "Events"});
+	const search = box("q", "Filter by name, event, reason", () => [...list.children].forEach(filter));
 	function why(event) {
-		const {name, pid, time} = event, cause = causes.get(name), exit = exits.get(name),
-			was = ": the template was " + SAID[cause];
+		const {event: kind, name, pid, time} = event, cause = causes.get(name), exit = exits.get(name);
+		const was = cause && time - cause.time < 1 && cause.event !== "start" ? ": the template was " + SAID[cause.event] : "";
 		const process = "process " + pid + " (OS pid " + event.os_pid + ") ";
-		if (event.event === "spawn") {
+		if (kind === "spawn") {
 			began.set(pid, time); exits.delete(name);
-			return process + "started" + (exit ? ", as process " + exit.pid + " had " + exitText(exit) :
-				cause && cause !== "start" ? was : "");
+			return process + "started" + (!exit ? was : exit.told ? " in place of process " + exit.pid :
+				", as process " + exit.pid + " had " + exitText(exit));
 		}
-		if (event.event === "exit") {
-			const age = began.has(pid) ? " after " + span(time - began.get(pid)) : "", asked = told.delete(pid);
-			if (!asked) exits.set(name, event);
-			return process + exitText(event) + age + (asked ? ", as it was told to" : ", by itself");
+		if (kind === "exit") {
+			const age = began.has(pid) ? " after " + span(time - began.get(pid)) : "", how = told.get(pid);
+			told.delete(pid); began.delete(pid);
+			if (how !== "reap") exits.set(name, {...event, told: how});
+			return process + exitText(event) + age + (how ? ", as it was told to" : ", by itself");
 		}
-		if (event.event === "stop_pid" || event.event === "reap") {
-			told.add(pid);
-			return process + "is told to stop" + (event.event === "reap" ? ": fewer are wanted" : cause &&
-				cause !== "start" ? was : " by its pid");
+		if (kind === "stop_pid" || kind === "reap") {
+			told.set(pid, kind);
+			return process + "is told to stop" + (kind === "reap" ? ": fewer are wanted" : was || " by its pid");
 		}
-		causes.set(name, event.event);
-		return SAID[event.event] + (event.event === "stop" && cause === "flap" ? ": it went on to exit too often" : "");
+		causes.set(name, event);
+		if (kind === "start" || kind === "stop") exits.delete(name);
+		return SAID[kind] + (kind === "stop" && exit && !exit.told && time - exit.time < .1 ? ": it exits too often" : "");
 	}
 	function add(event) {
-		const bad = event.event === "flap" || event.exit_status || (event.term_signal && !told.has(event.pid));
+		const bad = event.event === "flap" || !told.has(event.pid) && (event.exit_status || event.term_signal);
 		const item = el("li.row.item", {}, el("time.dim.mono", {text: clock(event.time)}),
 			el("a.cut", {href: "#/p/" + enc(event.name), text: event.name}),
 			el("span" + (bad ? ".bad" : ""), {text: why(event)}));
@@ -5764,7 +5763,7 @@ function form(name) {
 		const answer = await ask("GET", "/processes/" + enc(name)), {active, running} = templates.get(name) || {};
 		for (const field of answer.ok ? Object.keys(inputs) : []) fill(field, answer.value[field]);
 		inputs.start.checked = active;
-		put(warning, running ? "Saving stops " + processes(running) + ", and starts them anew." : "Nothing of it runs now.");
+		put(warning, running ? "Saving stops " + processes(running) + ", and starts them anew." : "");
 	}
 	function number(text) { return text === "" || isNaN(text) ? text : Number(text); }
 	function pairs(texts, convert) {  // what is no pair is sent too: the server says what is wrong with it
@@ -5811,9 +5810,9 @@ const KEYS = [["?", "these keys"], ["p o e a", "processes, output, events, add"]
 	["j k", "next, previous row (arrows too)"], ["Enter", "output of the row"], ["s t r",
 		"start, stop, restart; on a template's page s x r"],
 	["+ -", "one process more, less"], ["x", "select the row"], ["m g Delete", "menu, signal, delete"], ["d",
-		"edit the template of the page"],
+		"edit the page's template"],
 	["f n N", "find, next, previous"], ["/", "filter"], ["Space", "pause"], ["w t", "wrap, timestamps"], ["End", "follow"],
-	["i", "type to stdin; ↑ ↓ what was typed before"]];
+	["i", "type to stdin; ↑ ↓ history"]];
 function showKeys() {
 	dialog("Keys", [el("dl.facts", {}, KEYS.flatMap(([keys, text]) => [el("dt", {}, keys.split(" ").flatMap(key =>
 		[el("kbd", {text: key}), " "])), el("dd", {text})]))], "Close");

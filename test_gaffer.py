@@ -11523,6 +11523,11 @@ class BrowserPage(BrowserCase):
         self.browser.get("%s/#%s" % ((server or self.server).url, path))
         self.browser.wait("return document.querySelector('#link').textContent === 'live'")
 
+    def go(self, path):
+        """Another view of the page that is open."""
+        self.browser.script("if (location.hash === '#' + arguments[0]) return; location.hash = arguments[0];"
+                            "return new Promise(resolve => addEventListener('hashchange', () => setTimeout(resolve), {once: true}))", path)
+
     def click(self, selector):
         """Click an element, once it is there."""
         self.browser.wait("return document.querySelector(arguments[0])", selector)
@@ -11853,8 +11858,7 @@ class BrowserPage(BrowserCase):
                 if channel.kind == "eventsource":
                     channel.close()
         for number in (500, 2500, 5000, 9000):
-            self.browser.wait("const all = document.querySelectorAll('.l'); return all.length && Number(all[all.length - 1].textContent.slice(16)) > arguments[0]",
-                              number)
+            self.browser.wait("return [...document.querySelectorAll('.l')].some(node => parseInt(node.textContent.slice(16)) > arguments[0])", number)
             self.server.manager.loop.call(cut)
         self.browser.wait("return [...document.querySelectorAll('.l')].some(node => node.textContent.endsWith(' end'))")
         text = self.copied()
@@ -11953,13 +11957,14 @@ class BrowserPage(BrowserCase):
         self.server.add("web:server", "sleep 1000")
         self.server.add("bad", "sh -c 'echo out of luck >&2; exit 3'")
         self.browser.size(390, 844, mobile=True)
+        self.open("/logs")
         for path in ("/", "/p/bad", "/logs", "/events", "/add", "/edit/bad"):
-            self.open(path)
+            self.go(path)
             self.assertEqual(self.browser.script(
                 "return [document.documentElement.scrollWidth, document.querySelector('main').scrollWidth <= innerWidth, ...[...document.querySelectorAll("
                 "'main button, main input')].filter(node => node.offsetParent && node.getBoundingClientRect().right > innerWidth + 1).map(node => node.outerHTML)]"),
                 [390, True], path)
-        self.open()
+        self.go("/")
         self.press("stop web:server")
         self.row("web:server", "stopped")
 
@@ -12011,8 +12016,9 @@ class BrowserPage(BrowserCase):
         """In the tree that a screen reader gets, of each view; and a view has one heading of the first level."""
         used = {"button", "checkbox", "textbox", "searchbox", "combobox", "ComboBoxMenuSelect", "spinbutton", "link", "log", "table", "menuitem"}
         self.server.add("web:a", "cat", redirect_input=True, numprocesses=2)
+        self.open("/logs")
         for path in ("/", "/p/web%3Aa", "/i/web%3Aa/1", "/logs", "/events", "/add", "/edit/web%3Aa"):
-            self.open(path)
+            self.go(path)
             self.browser.wait("return document.querySelector('main').textContent.length > 20")
             nodes = [node for node in self.browser.cdp("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
             nameless = [node for node in nodes if node["role"]["value"] in used and not node["name"]["value"]]
@@ -12028,6 +12034,15 @@ class BrowserPage(BrowserCase):
         self.shows("exited 3 after", ".events")
         self.server.ok("POST", "/processes/bad/_stop")
         self.shows("stopped", ".events")
+        pid, = self.server.add("one", "sleep 1000")
+        self.server.ok("POST", "/processes/%d/_stop" % pid)
+        self.happened("spawn", "one", self.happened("exit", "one"))
+        self.shows("started in place of process %d" % pid, ".events")
+        self.server.ok("POST", "/processes/one/_restart")
+        self.shows("is told to stop: the template was restarted", ".events")
+        self.server.add("flap", "false", flapping={"attempts": 2, "window": 5, "retry_in": 0.05, "max_retry": 1})
+        self.shows("rests: it exits too often", ".events")
+        self.shows("stopped: it exits too often", ".events")
         self.server.add("good", "sleep 1000", numprocesses=2)
         self.server.ok("POST", "/processes/good/_sub")
         self.shows("is told to stop: fewer are wanted", ".events")
@@ -12061,6 +12076,11 @@ class BrowserPage(BrowserCase):
         self.hide(False)
         self.browser.wait("return [...document.querySelectorAll('.l')].filter(node => node.textContent.endsWith('hello')).length === 2")
         self.assertEqual(self.streams(), 2)
+        self.hide(True)
+        self.server.manager.loop.call(lambda: self.server.manager.journals.pop("talk").finish())     # as after JOURNAL_REST
+        self.hide(False)
+        self.shows("shown anew", ".lines")
+        self.assertEqual(len([line for line in self.browser.script(self.LINES) if line.endswith("hello")]), 2)
 
     def test_a_template_goes_and_comes_again(self):
         self.server.add("talk", "sh -c 'echo first; exec sleep 1000'")
@@ -12165,7 +12185,7 @@ class BrowserFigures(BrowserCase):
     def test_frames_while_5000_lines_a_second_arrive(self):
         seconds = 10 if self.full else 1
         ahead = 110000 if self.full else 0          # so that as many lines go as come
-        pid = self.lines("fast", 5000, ahead + 5000 * (seconds + 2), ahead)
+        pid = self.lines("fast", 5000, ahead + 5000 * (seconds + 1), ahead)
         self.open("/p/fast")
         self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
         self.browser.wait("return [...document.querySelectorAll('.l')].some(node => Number(node.textContent.slice(10, 20)) >= arguments[0])", ahead + 10)
