@@ -11822,7 +11822,7 @@ class BrowserPage(BrowserCase):
         self.browser.script("location.hash = '#/p/pair'")
         self.click('.part a[href="#/i/pair/%d"]' % second)
         self.shows("I am %d" % self.server.ok("GET", "/processes/%d" % second)["os_pid"], ".lines")
-        self.assertEqual(len(self.browser.script(self.LINES)), 1)
+        until(lambda: len(self.browser.script(self.LINES)) == 1, "the view of the one alone")
         self.press("signal process %d" % second)
         self.browser.script("document.querySelector('#dialog input').value = 'KILL'")
         self.choose("Send")
