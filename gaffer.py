@@ -2777,169 +2777,250 @@ class ProcessHandle:
         self._manager.signal(self._target, parse_signal(str(signum)))
 
 
-class Manager:
-    """Keeps processes running. `apps`: objects with start(loop, manager), and maybe stop() and restart(). `window_size`:
-    bytes kept of each stream; `input_size`: that wait for a process to read them. `exit_with`: the name of a template,
-    there or yet to come; once a process of it has ended by itself, all others are stopped, run() returns, and
-    `exit_code` is its status, or 128 and the signal. `exit_watcher`, `process_table`: see the platform section; chosen
-    by probing."""
+class Keeper:
+    """What there is, and what keeps it as it is wanted: templates, their processes, events. For the loop's owner alone, but for
+    subscribe()."""
 
-    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None, exit_with=None,
-                 input_size=STDIN_SIZE):
-        self.exit_with, self.exit_code = exit_with, 0
-        self.loop = loop or Loop()
-        self.apps = list(apps)
+    def __init__(self, loop, window_size, input_size, exit_watcher, process_table):
+        self.loop = loop
         self.window_size, self.input_size = window_size, input_size
         self.epoch = os.urandom(4).hex()        # a word for this run, in every id
         self.templates = {}
         self.processes = {}                     # pid -> Process: all that can still be asked for
-        self.events = EventLog(self.loop)
+        self.events = EventLog(loop)
         self.journals = {}                      # None (all), a template's name or a pid: Journal, while somebody reads it
-        self.started_at = time.time()
-        self.stopping = self._killing = False
-        self._running = False
-        self._started_apps = []
+        self.stopping = self._running = False
         self._exit_watcher = exit_watcher or probe_exit_watcher()
         self.table = process_table or probe_process_table()
         self._next_pid = 1
         self._subscribers = []
         self._waiters = []                      # (done, callback)
         self._said = Throttle()
-        self.configuration = None               # what POST /_reload loads again: it has reload(manager, dry_run)
 
-    # run and stop
+    # look-ups
 
-    def run(self):
-        """Start the apps and all active templates, in the order of their priority, and serve until stop(). The calling
-        thread becomes the loop's. Raises what an app's start() raises, with nothing left running."""
-        try:
-            self.loop.call(self._start)
-            self.loop.run()
-        finally:
-            self._wind_up()
+    @staticmethod
+    def is_name(target):
+        """True for a template's name, False for a pid: a name is never all digits."""
+        return isinstance(target, str) and not (target.isascii() and target.isdigit())
 
-    def _wind_up(self):
-        """Nothing is left after run(), whatever ended it."""
-        try:
-            if self.loop.call(self._alive):     # an exception, such as KeyboardInterrupt, came first
-                self.loop.call(self._stop, False)
-                self.loop.run()
-        finally:
-            try:
-                self.loop.call(self._finish)
-                self.loop.run()                 # until all is sent
-            finally:
-                self.loop.call(self._end)
-                self.loop.close()
-                for app in reversed(self._started_apps):
-                    if hasattr(app, "join"):
-                        app.join()
+    def find_template(self, name):
+        """NotFound."""
+        template = self.templates.get(name)
+        if template is None:
+            raise NotFound("there is no process named '%s'%s" % (
+                name[:128], near(name, self.templates) or "; GET /processes lists them"))
+        return template
 
-    def _start(self):
-        self._running = True
-        for app in self.apps:
-            app.start(self.loop, self)
-            self._started_apps.append(app)
-        for template in sorted(self.templates.values(), key=lambda template: priority_of(template.info)):
-            if template.active:
-                self._publish("start", template.name)
-                self._reconcile(template)
+    def find_process(self, pid, past=False):
+        """A running process by pid; `past`: or one that can still be read. NotFound."""
+        process = self.processes.get(int(pid)) if len(str(pid)) < 20 and str(int(pid)) == str(pid) else None
+        if process is None or not (past or process.running):
+            raise NotFound("there is no process %s; GET /processes?running=true lists them" % str(pid)[:20])
+        return process
 
-    def stop(self, kill=False):
-        """Stop all processes, newest first, each within its graceful_timeout, then let run() return. `kill`: at once.
-        Any thread may call it, and a signal handler."""
-        self.loop.call_soon(self._stop, kill)
-
-    def _stop(self, kill):
-        alive = self._alive()
-        if not self.stopping:
-            self.stopping = True
-            for template in self.templates.values():
-                template.forget_waits()
-                if template.active:
-                    template.active = False
-                    self._publish("stop", template.name)
-            self._stop_in_order(list(alive), None if kill else min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(alive))))
-        if kill:
-            self._killing = True
-            for process in alive:
-                process.kill()
-        self._maybe_stopped()
-
-    def _stop_in_order(self, alive, patience):
-        """Signal the newest that runs; the next one when it is gone, or after `patience` seconds (None: none)."""
-        while alive:
-            process = alive.pop()
-            if not process.gone:
-                self._end_process(process, "stop_pid")
-                if patience is not None:
-                    self._go_on_when_gone(process, alive, patience)
-                    break
-
-    def _go_on_when_gone(self, process, alive, patience):
-        def go_on():
-            timer.cancel()
-            cancel()
-            self._stop_in_order(alive, patience)
-        timer = self.loop.later(patience, go_on)
-        cancel = self.wait_until(lambda: process.gone, go_on)
-
-    def _alive(self):
-        return [process for process in self.processes.values() if not process.gone and not process.template["detach"]]
-
-    def _maybe_stopped(self):
-        if self.stopping and not self._alive():
-            self.loop.call_soon(self.loop.stop)
-
-    def _finish(self):
-        """Nothing is left to run, also where run() failed: all streams end."""
-        self.stopping, self._running = True, False
-        for process in list(self.processes.values()):
-            if not process.gone and not process.template["detach"]:
-                process.kill()
-            process.release()
-        for template in self.templates.values():
-            template.forget_waits()
-            for merged in template.merged.values():
-                merged.window.finish()
-        for journal in self.journals.values():
-            journal.finish()
-        self.events.finish()
-        self._let_send(self.loop.clock() + STOP_SEND)
-
-    def _let_send(self, until):
-        """Stop the loop when no app has anything left to send, or it is late, or all was to be killed."""
-        sending = any(getattr(app, "sending", False) for app in self._started_apps)
-        if sending and not self._killing and self.loop.clock() < until:
-            self.loop.later(STOP_SEND / 200, self._let_send, until)
+    def find_window(self, target, label):
+        """The Window of a stream by pid or name, and label. IoNotFound, IoNotRedirected, NotFound."""
+        if self.is_name(target):
+            template = self.find_template(target)
+            streams, info = template.merged, template.info
         else:
-            self.loop.stop()
+            process = self.find_process(target, past=True)
+            streams, info = process.outputs, process.template
+        if label in streams:
+            return streams[label].window
+        if not info["redirect_output"] and label in ("stdout", "stderr"):
+            raise IoNotRedirected("the output of '%s' is not redirected; set 'redirect_output'" % info["name"])
+        raise IoNotFound("'%s' has no stream '%s'; it has %s" % (info["name"], label, ", ".join(streams) or "none"))
 
-    def _end(self):
-        for app in reversed(self._started_apps):
-            if hasattr(app, "stop"):
-                app.stop()
+    def find_input(self, pid, label, past=False):
+        """The Input of a process by label; `past`: or one that is closed. ForbiddenWrite, IoNotFound, NotFound."""
+        need(not self.is_name(pid), NotFound, "input goes to one process: give a pid; GET /processes/%s/_pids lists them" % pid)
+        process = self.find_process(pid, past=True)
+        if label not in process.inputs:
+            need(label != "stdin", ForbiddenWrite, "stdin of '%s' is not redirected; set 'redirect_input'" % process.name)
+            raise IoNotFound("'%s' has no stream '%s' that could be written to" % (process.name, label))
+        stream = process.inputs[label]
+        need(past or not stream.closed, ForbiddenWrite, "%s of process %d is closed" % (label, process.pid))
+        return stream
 
-    def restart(self):
-        """Restart all active templates, and the apps that can be."""
-        self.loop.call(self._restart_all)
+    # events
 
-    def _restart_all(self):
-        for app in self._started_apps:
-            if hasattr(app, "restart"):
-                app.restart()
-        for template in self.templates.values():
-            if template.active:
-                self.restart_template(template.name)
+    def subscribe(self, pattern, callback):
+        """Call `callback(type, event)` on the loop's thread for each event that `pattern` ("", "exit", "proc/web",
+        "proc/web/exit") matches. Returns a Subscription. BadEventType."""
+        entry = (parse_pattern(pattern.split("/")), callback)
+        self.loop.call(self._subscribers.append, entry)
+        return Subscription(self.loop, lambda: entry in self._subscribers and self._subscribers.remove(entry))
 
-    def reap_strangers(self):
-        """As pid 1: take away the zombies that were no process of ours, but whose parents have ended before them."""
-        ours = {process.os_pid for process in self.processes.values() if not process.gone}
-        for os_pid in self.table.children(os.getpid()):
-            if os_pid not in ours:
-                reap(os_pid)
+    def _publish(self, kind, name, process=None, **more):
+        event = {"event": kind, "name": name, "id": "%d@%s" % (self.events.end + 1, self.epoch), "time": time.time()}
+        if process is not None:
+            event.update(pid=process.pid, os_pid=process.os_pid)
+        event.update(more)
+        self.events.append(event)
+        for pattern, callback in self._subscribers:
+            if matches(pattern, event):
+                self.loop.call_soon(callback, kind, dict(event))
 
-    # templates
+    def wait_until(self, done, callback):
+        """Call `callback()` on the loop once `done()` is true; it is asked after each end and spawn of a process. Returns a
+        function that ends it."""
+        entry = (done, callback)
+        self._waiters.append(entry)
+        self.loop.call_soon(self._check_waiters)
+        return lambda: entry in self._waiters and self._waiters.remove(entry)
+
+    def _check_waiters(self):
+        for entry in tuple(self._waiters):
+            if entry in self._waiters and entry[0]():
+                self._waiters.remove(entry)
+                entry[1]()
+
+    # wanted and actual
+
+    def _reconcile(self, template):
+        if not self._running or self.stopping:
+            return
+        surplus = len(template.running()) - template.wanted()
+        for process in template.running()[:max(0, surplus)]:
+            self._end_process(process, "reap")
+        while template.pending and template.missing() < 0:
+            template.pending.pop().cancel()
+        launch = None
+        while template.missing() > 0:
+            launch = self._respawn(template, 0, launch)
+            if launch is None:
+                break
+
+    def _respawn(self, template, failures, launch=None):
+        """Spawn one that follows on so many failures. Returns the Launch; None: it failed too, and is tried again later."""
+        try:
+            launch = (launch.again if launch else Launch)(template.info, template.free_instance())
+            process = self._spawn(template, launch)
+        except (GafferError, OSError, ValueError, MemoryError) as error:
+            template.error = str(error)
+            short = isinstance(error, (Busy, MemoryError))      # of what the machine has: that is no flapping
+            (self._said if short else template.said).warning("%s cannot be started: %s", template.name, error)
+            if not short:
+                self._judge(template, 0.0)
+            if template.missing() > 0:          # with a delay even where flapping is judged: nothing has run that took time
+                self._fill_slot(template, failures + 1, backoff(failures + 2))
+            return None
+        process.failures = failures
+        self._publish("spawn", template.name, process)
+        return launch
+
+    def _spawn(self, template, launch):
+        """A new process of `template`, running. The caller publishes it."""
+        process = Process(self._next_pid, template, self, self.loop, self.table, self._exit_watcher)
+        process.spawn(launch, template.merged, self.window_size, self.input_size)
+        self._next_pid += 1
+        self.processes[process.pid] = template.processes[process.pid] = process
+        template.error = None
+        if self._waiters:
+            self.loop.call_soon(self._check_waiters)
+        return process
+
+    def _end_process(self, process, kind):
+        if process.running:
+            self._publish(kind, process.name, process)
+        process.stop()
+
+    def _stop_template(self, template):
+        template.forget_waits()
+        if template.active:
+            template.active = False
+            self._publish("stop", template.name)
+        for process in template.running():
+            self._end_process(process, "stop_pid")
+
+    def _judge(self, template, lived):
+        """A process has ended by itself: let the template rest, or stop for good, where it flaps."""
+        if template.flapping is None or template.rest is not None or not template.active or self.stopping:
+            return
+        oldest = max([lived, *(process.age() for process in template.running())])
+        verdict = template.flapping.exited(self.loop.clock(), oldest)
+        if verdict == "rest":
+            self._publish("flap", template.name)
+            template.forget_waits()
+            template.rest = self.loop.later(template.info["flapping"]["retry_in"], self._rested, template)
+        elif verdict == "stop":
+            template.gave_up = True
+            self._stop_template(template)
+
+    def exited(self, process):
+        """Called by a process that has exited."""
+        template = process.home
+        template.exits[process.exit_status, process.term_signal] += 1
+        template.note_exit(process)
+        self._publish("exit", process.name, process, exit_status=process.exit_status, term_signal=process.term_signal)
+        if not process.stopping:
+            self._judge(template, process.age())
+
+    def ended(self, process):
+        """Called by a process that has exited, when all its output has been read."""
+        for key in (None, process.name, process.pid):
+            if key in self.journals:
+                self.journals[key].exit(time.time(), process.name, process.pid, process.exit_status, process.term_signal)
+        if process.pid in self.journals:
+            self.journals[process.pid].finish()
+
+    def gone(self, process):
+        """Called by a process of whose group nothing is left."""
+        template = process.home
+        template.processes.pop(process.pid, None)
+        self._keep(template, process)
+        if template.active and not template.deleted and not self.stopping:
+            if not process.stopping:
+                template.restarts += 1
+            if not process.stopping and template.missing() > 0:
+                failures = 1 if process.age() >= BACKOFF_RESET else process.failures + 1
+                self._fill_slot(template, failures, backoff(failures) if template.flapping is None else 0.0)
+            self._reconcile(template)
+        self._check_waiters()
+
+    def _fill_slot(self, template, failures, delay):
+        """Replace a process that ended by itself: now, or after its backoff."""
+        if delay:
+            timer = self.loop.later(delay, lambda: self._retry(template, timer, failures))
+            template.pending.append(timer)
+        else:
+            self._respawn(template, failures)
+
+    def _retry(self, template, timer, failures):
+        template.pending.remove(timer)
+        if template.missing() > 0 and self._respawn(template, failures):
+            self._reconcile(template)
+
+    def _rested(self, template):
+        template.rest = None
+        self._reconcile(template)
+
+    def _keep(self, template, process):
+        """Let the windows of a process that is gone be read for a while."""
+        if template.deleted or not process.outputs:
+            self.processes.pop(process.pid, None)
+            return
+        template.past.append(process)
+        while len(template.past) > max(AFTERLIFE_COUNT, 2 * template.info["numprocesses"]):
+            self.processes.pop(template.past.popleft().pid, None)
+        if template.afterlife is None:
+            template.afterlife = self.loop.later(AFTERLIFE, self._forget, template)
+
+    def _forget(self, template):
+        """Let go of the oldest that can be read, and come again for the next: one timer, which holds no process."""
+        template.afterlife = None
+        now = self.loop.clock()
+        while template.past and template.past[0].exited_at + AFTERLIFE <= now:
+            self.processes.pop(template.past.popleft().pid, None)
+        if template.past:
+            template.afterlife = self.loop.later(template.past[0].exited_at + AFTERLIFE - now, self._forget, template)
+
+
+class Operator(Keeper):
+    """What may be asked of templates and processes, from any thread: each method holds the loop while it acts, and what it
+    has done is done when it returns."""
 
     def add_process(self, name, cmd=None, **options):
         """Add a template, and start it unless start=False; before run(), it starts there. `options`: the fields of a
@@ -3045,14 +3126,6 @@ class Manager:
         self._may_change()
         self._stop_template(self.find_template(name))
 
-    def _stop_template(self, template):
-        template.forget_waits()
-        if template.active:
-            template.active = False
-            self._publish("stop", template.name)
-        for process in template.running():
-            self._end_process(process, "stop_pid")
-
     def restart_template(self, name):
         """Stop each process, and replace it once it is gone; a stopped template is started. NotFound."""
         self.loop.call(self._restart_template, name)
@@ -3157,225 +3230,165 @@ class Manager:
         process = self.find_process(target)
         return dict(process.template, pid=process.pid, os_pid=process.os_pid)
 
-    # look-ups, for the owner of the loop
-
-    @staticmethod
-    def is_name(target):
-        """True for a template's name, False for a pid: a name is never all digits."""
-        return isinstance(target, str) and not (target.isascii() and target.isdigit())
-
-    def find_template(self, name):
-        """NotFound."""
-        template = self.templates.get(name)
-        if template is None:
-            raise NotFound("there is no process named '%s'%s" % (
-                name[:128], near(name, self.templates) or "; GET /processes lists them"))
-        return template
-
-    def find_process(self, pid, past=False):
-        """A running process by pid; `past`: or one that can still be read. NotFound."""
-        process = self.processes.get(int(pid)) if len(str(pid)) < 20 and str(int(pid)) == str(pid) else None
-        if process is None or not (past or process.running):
-            raise NotFound("there is no process %s; GET /processes?running=true lists them" % str(pid)[:20])
-        return process
-
-    def find_window(self, target, label):
-        """The Window of a stream by pid or name, and label. IoNotFound, IoNotRedirected, NotFound."""
-        if self.is_name(target):
-            template = self.find_template(target)
-            streams, info = template.merged, template.info
-        else:
-            process = self.find_process(target, past=True)
-            streams, info = process.outputs, process.template
-        if label in streams:
-            return streams[label].window
-        if not info["redirect_output"] and label in ("stdout", "stderr"):
-            raise IoNotRedirected("the output of '%s' is not redirected; set 'redirect_output'" % info["name"])
-        raise IoNotFound("'%s' has no stream '%s'; it has %s" % (info["name"], label, ", ".join(streams) or "none"))
-
-    def find_input(self, pid, label, past=False):
-        """The Input of a process by label; `past`: or one that is closed. ForbiddenWrite, IoNotFound, NotFound."""
-        need(not self.is_name(pid), NotFound, "input goes to one process: give a pid; GET /processes/%s/_pids lists them" % pid)
-        process = self.find_process(pid, past=True)
-        if label not in process.inputs:
-            need(label != "stdin", ForbiddenWrite, "stdin of '%s' is not redirected; set 'redirect_input'" % process.name)
-            raise IoNotFound("'%s' has no stream '%s' that could be written to" % (process.name, label))
-        stream = process.inputs[label]
-        need(past or not stream.closed, ForbiddenWrite, "%s of process %d is closed" % (label, process.pid))
-        return stream
-
     def _may_change(self):
         need(not self.stopping, Stopping, "gaffer is stopping; start it again")
 
-    # events
 
-    def subscribe(self, pattern, callback):
-        """Call `callback(type, event)` on the loop's thread for each event that `pattern` ("", "exit", "proc/web",
-        "proc/web/exit") matches. Returns a Subscription. BadEventType."""
-        entry = (parse_pattern(pattern.split("/")), callback)
-        self.loop.call(self._subscribers.append, entry)
-        return Subscription(self.loop, lambda: entry in self._subscribers and self._subscribers.remove(entry))
+class Manager(Operator):
+    """Keeps processes running. `apps`: objects with start(loop, manager), and maybe stop() and restart(). `window_size`:
+    bytes kept of each stream; `input_size`: that wait for a process to read them. `exit_with`: the name of a template,
+    there or yet to come; once a process of it has ended by itself, all others are stopped, run() returns, and
+    `exit_code` is its status, or 128 and the signal. `exit_watcher`, `process_table`: see the platform section; chosen
+    by probing."""
 
-    def _publish(self, kind, name, process=None, **more):
-        event = {"event": kind, "name": name, "id": "%d@%s" % (self.events.end + 1, self.epoch), "time": time.time()}
-        if process is not None:
-            event.update(pid=process.pid, os_pid=process.os_pid)
-        event.update(more)
-        self.events.append(event)
-        for pattern, callback in self._subscribers:
-            if matches(pattern, event):
-                self.loop.call_soon(callback, kind, dict(event))
+    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None, exit_with=None,
+                 input_size=STDIN_SIZE):
+        super().__init__(loop or Loop(), window_size, input_size, exit_watcher, process_table)
+        self.exit_with, self.exit_code = exit_with, 0
+        self.apps = list(apps)
+        self.started_at = time.time()
+        self._killing = False
+        self._started_apps = []
+        self.configuration = None               # what POST /_reload loads again: it has reload(manager, dry_run)
 
-    def wait_until(self, done, callback):
-        """Call `callback()` on the loop once `done()` is true; it is asked after each end and spawn of a process. Returns a
-        function that ends it."""
-        entry = (done, callback)
-        self._waiters.append(entry)
-        self.loop.call_soon(self._check_waiters)
-        return lambda: entry in self._waiters and self._waiters.remove(entry)
-
-    def _check_waiters(self):
-        for entry in tuple(self._waiters):
-            if entry in self._waiters and entry[0]():
-                self._waiters.remove(entry)
-                entry[1]()
-
-    # wanted and actual
-
-    def _reconcile(self, template):
-        if not self._running or self.stopping:
-            return
-        surplus = len(template.running()) - template.wanted()
-        for process in template.running()[:max(0, surplus)]:
-            self._end_process(process, "reap")
-        while template.pending and template.missing() < 0:
-            template.pending.pop().cancel()
-        launch = None
-        while template.missing() > 0:
-            launch = self._respawn(template, 0, launch)
-            if launch is None:
-                break
-
-    def _respawn(self, template, failures, launch=None):
-        """Spawn one that follows on so many failures. Returns the Launch; None: it failed too, and is tried again later."""
+    def run(self):
+        """Start the apps and all active templates, in the order of their priority, and serve until stop(). The calling
+        thread becomes the loop's. Raises what an app's start() raises, with nothing left running."""
         try:
-            launch = (launch.again if launch else Launch)(template.info, template.free_instance())
-            process = self._spawn(template, launch)
-        except (GafferError, OSError, ValueError, MemoryError) as error:
-            template.error = str(error)
-            short = isinstance(error, (Busy, MemoryError))      # of what the machine has: that is no flapping
-            (self._said if short else template.said).warning("%s cannot be started: %s", template.name, error)
-            if not short:
-                self._judge(template, 0.0)
-            if template.missing() > 0:          # with a delay even where flapping is judged: nothing has run that took time
-                self._fill_slot(template, failures + 1, backoff(failures + 2))
-            return None
-        process.failures = failures
-        self._publish("spawn", template.name, process)
-        return launch
+            self.loop.call(self._start)
+            self.loop.run()
+        finally:
+            self._wind_up()
 
-    def _spawn(self, template, launch):
-        """A new process of `template`, running. The caller publishes it."""
-        process = Process(self._next_pid, template, self, self.loop, self.table, self._exit_watcher)
-        process.spawn(launch, template.merged, self.window_size, self.input_size)
-        self._next_pid += 1
-        self.processes[process.pid] = template.processes[process.pid] = process
-        template.error = None
-        if self._waiters:
-            self.loop.call_soon(self._check_waiters)
-        return process
+    def _wind_up(self):
+        """Nothing is left after run(), whatever ended it."""
+        try:
+            if self.loop.call(self._alive):     # an exception, such as KeyboardInterrupt, came first
+                self.loop.call(self._stop, False)
+                self.loop.run()
+        finally:
+            try:
+                self.loop.call(self._finish)
+                self.loop.run()                 # until all is sent
+            finally:
+                self.loop.call(self._end)
+                self.loop.close()
+                for app in reversed(self._started_apps):
+                    if hasattr(app, "join"):
+                        app.join()
 
-    def _end_process(self, process, kind):
-        if process.running:
-            self._publish(kind, process.name, process)
-        process.stop()
+    def _start(self):
+        self._running = True
+        for app in self.apps:
+            app.start(self.loop, self)
+            self._started_apps.append(app)
+        for template in sorted(self.templates.values(), key=lambda template: priority_of(template.info)):
+            if template.active:
+                self._publish("start", template.name)
+                self._reconcile(template)
 
-    def _judge(self, template, lived):
-        """A process has ended by itself: let the template rest, or stop for good, where it flaps."""
-        if template.flapping is None or template.rest is not None or not template.active or self.stopping:
-            return
-        oldest = max([lived, *(process.age() for process in template.running())])
-        verdict = template.flapping.exited(self.loop.clock(), oldest)
-        if verdict == "rest":
-            self._publish("flap", template.name)
-            template.forget_waits()
-            template.rest = self.loop.later(template.info["flapping"]["retry_in"], self._rested, template)
-        elif verdict == "stop":
-            template.gave_up = True
-            self._stop_template(template)
+    def stop(self, kill=False):
+        """Stop all processes, newest first, each within its graceful_timeout, then let run() return. `kill`: at once.
+        Any thread may call it, and a signal handler."""
+        self.loop.call_soon(self._stop, kill)
 
-    def exited(self, process):
-        """Called by a process that has exited."""
-        template = process.home
-        template.exits[process.exit_status, process.term_signal] += 1
-        template.note_exit(process)
-        self._publish("exit", process.name, process, exit_status=process.exit_status, term_signal=process.term_signal)
-        if not process.stopping:
-            self._judge(template, process.age())
+    def _stop(self, kill):
+        alive = self._alive()
+        if not self.stopping:
+            self.stopping = True
+            for template in self.templates.values():
+                template.forget_waits()
+                if template.active:
+                    template.active = False
+                    self._publish("stop", template.name)
+            self._stop_in_order(list(alive), None if kill else min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(alive))))
+        if kill:
+            self._killing = True
+            for process in alive:
+                process.kill()
+        self._maybe_stopped()
 
-    def ended(self, process):
-        """Called by a process that has exited, when all its output has been read."""
-        for key in (None, process.name, process.pid):
-            if key in self.journals:
-                self.journals[key].exit(time.time(), process.name, process.pid, process.exit_status, process.term_signal)
-        if process.pid in self.journals:
-            self.journals[process.pid].finish()
+    def _stop_in_order(self, alive, patience):
+        """Signal the newest that runs; the next one when it is gone, or after `patience` seconds (None: none)."""
+        while alive:
+            process = alive.pop()
+            if not process.gone:
+                self._end_process(process, "stop_pid")
+                if patience is not None:
+                    self._go_on_when_gone(process, alive, patience)
+                    break
+
+    def _go_on_when_gone(self, process, alive, patience):
+        def go_on():
+            timer.cancel()
+            cancel()
+            self._stop_in_order(alive, patience)
+        timer = self.loop.later(patience, go_on)
+        cancel = self.wait_until(lambda: process.gone, go_on)
+
+    def _alive(self):
+        return [process for process in self.processes.values() if not process.gone and not process.template["detach"]]
 
     def gone(self, process):
-        """Called by a process of whose group nothing is left."""
-        template = process.home
-        template.processes.pop(process.pid, None)
-        self._keep(template, process)
+        """See Keeper."""
         if process.name == self.exit_with and not process.stopping and not self.stopping:
             self.exit_code = 128 + process.term_signal if process.term_signal else process.exit_status
             log.info("%s has ended, and so does gaffer, with %d", process.name, self.exit_code)
             self._stop(False)
-        if template.active and not template.deleted and not self.stopping:
-            if not process.stopping:
-                template.restarts += 1
-            if not process.stopping and template.missing() > 0:
-                failures = 1 if process.age() >= BACKOFF_RESET else process.failures + 1
-                self._fill_slot(template, failures, backoff(failures) if template.flapping is None else 0.0)
-            self._reconcile(template)
-        self._check_waiters()
+        super().gone(process)
         self._maybe_stopped()
 
-    def _fill_slot(self, template, failures, delay):
-        """Replace a process that ended by itself: now, or after its backoff."""
-        if delay:
-            timer = self.loop.later(delay, lambda: self._retry(template, timer, failures))
-            template.pending.append(timer)
+    def _maybe_stopped(self):
+        if self.stopping and not self._alive():
+            self.loop.call_soon(self.loop.stop)
+
+    def _finish(self):
+        """Nothing is left to run, also where run() failed: all streams end."""
+        self.stopping, self._running = True, False
+        for process in list(self.processes.values()):
+            if not process.gone and not process.template["detach"]:
+                process.kill()
+            process.release()
+        for template in self.templates.values():
+            template.forget_waits()
+            for merged in template.merged.values():
+                merged.window.finish()
+        for journal in self.journals.values():
+            journal.finish()
+        self.events.finish()
+        self._let_send(self.loop.clock() + STOP_SEND)
+
+    def _let_send(self, until):
+        """Stop the loop when no app has anything left to send, or it is late, or all was to be killed."""
+        sending = any(getattr(app, "sending", False) for app in self._started_apps)
+        if sending and not self._killing and self.loop.clock() < until:
+            self.loop.later(STOP_SEND / 200, self._let_send, until)
         else:
-            self._respawn(template, failures)
+            self.loop.stop()
 
-    def _retry(self, template, timer, failures):
-        template.pending.remove(timer)
-        if template.missing() > 0 and self._respawn(template, failures):
-            self._reconcile(template)
+    def _end(self):
+        for app in reversed(self._started_apps):
+            if hasattr(app, "stop"):
+                app.stop()
 
-    def _rested(self, template):
-        template.rest = None
-        self._reconcile(template)
+    def restart(self):
+        """Restart all active templates, and the apps that can be."""
+        self.loop.call(self._restart_all)
 
-    def _keep(self, template, process):
-        """Let the windows of a process that is gone be read for a while."""
-        if template.deleted or not process.outputs:
-            self.processes.pop(process.pid, None)
-            return
-        template.past.append(process)
-        while len(template.past) > max(AFTERLIFE_COUNT, 2 * template.info["numprocesses"]):
-            self.processes.pop(template.past.popleft().pid, None)
-        if template.afterlife is None:
-            template.afterlife = self.loop.later(AFTERLIFE, self._forget, template)
+    def _restart_all(self):
+        for app in self._started_apps:
+            if hasattr(app, "restart"):
+                app.restart()
+        for template in self.templates.values():
+            if template.active:
+                self.restart_template(template.name)
 
-    def _forget(self, template):
-        """Let go of the oldest that can be read, and come again for the next: one timer, which holds no process."""
-        template.afterlife = None
-        now = self.loop.clock()
-        while template.past and template.past[0].exited_at + AFTERLIFE <= now:
-            self.processes.pop(template.past.popleft().pid, None)
-        if template.past:
-            template.afterlife = self.loop.later(template.past[0].exited_at + AFTERLIFE - now, self._forget, template)
+    def reap_strangers(self):
+        """As pid 1: take away the zombies that were no process of ours, but whose parents have ended before them."""
+        ours = {process.os_pid for process in self.processes.values() if not process.gone}
+        for os_pid in self.table.children(os.getpid()):
+            if os_pid not in ours:
+                reap(os_pid)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -6296,246 +6309,13 @@ class Metrics:
         return [Metric(name, kind, help_, [({}, number)]) for name, kind, help_, number in rows]
 
 
-class Api:
-    """The handlers of the route table, on one manager. `http`: the HttpHandler."""
+class Feeds:
+    """The handlers of what is read as it happens, and written to: statistics, events, streams. `manager`: a Manager."""
 
-    def __init__(self, manager, http):
-        self.manager, self._http = manager, http
-        self._metrics = Metrics(manager, http)
+    def __init__(self, manager):
+        self.manager = manager
         self.samples = Samples(manager.table, manager.loop.clock)
         self._journals = Journals(manager)
-
-    # the server itself
-
-    @operation(kinds=("application/json", "text/html"))
-    def welcome(self, request):
-        """The version; to a browser, the web page."""
-        if not prefers_html(request.headers.get("accept", "")):
-            return json_response({"welcome": "gaffer", "version": __version__}, headers=[("Vary", "Accept")])
-        events = self.manager.events
-        snapshot = {
-            "version": __version__, "since": "%d@%s" % (events.end, self.manager.epoch),
-            "templates": [template.status() for template in self.manager.templates.values()],
-            "events": events.read(max(events.start, events.end - PAGE_EVENTS), PAGE_EVENTS),
-            "fields": {name: [option.default, option.help] for name, option in OPTIONS.items()},
-            "signals": {number.value: number.name[3:] for number in signal.Signals},
-        }
-        return ThreadReply(lambda: compressed(request, page_response(snapshot)))
-
-    @operation(kinds=("text/plain",))
-    def ping(self, request):
-        """OK, for as long as gaffer answers."""
-        return Response(b"OK", content_type="text/plain")
-
-    @operation(kinds=("text/plain",))
-    def metrics(self, request):
-        """What gaffer does, for Prometheus."""
-        metrics = self._metrics.collect()
-        return ThreadReply(lambda: Response(metrics_text(metrics + self._metrics.resources()),
-                                            content_type="text/plain; version=0.0.4; charset=utf-8"))
-
-    @operation()
-    def openapi(self, request):
-        """This description of the API: OpenAPI 3.1."""
-        return ThreadReply(lambda: json_response(openapi(self._http.routes, self._http.secured)))
-
-    @operation(kinds=("text/plain",))
-    def healthz(self, request):
-        """OK, for as long as gaffer answers: a liveness probe."""
-        return Response(b"OK", content_type="text/plain")
-
-    @operation(errors=(Stopping,), statuses=(200, 503))
-    def readyz(self, request):
-        """Whether every active template runs as many processes as it is to: a readiness probe."""
-        need(not self.manager.stopping, Stopping, "gaffer is stopping; start it again")
-        lacking = [(template, len(template.running())) for template in self.manager.templates.values() if template.active]
-        lacking = [(template, running) for template, running in lacking if running < template.wanted()]
-        return json_response({"ready": not lacking, "templates": [
-            {"name": template.name, "state": template.state(), "running": running, "numprocesses": template.wanted(),
-             "error": template.error} for template, running in lacking]}, 503 if lacking else 200)
-
-    # templates and processes
-
-    @operation("running")
-    def processes(self, request):
-        """Names of templates, or pids of what runs."""
-        if flag(request, "running"):
-            return [process.pid for process in self.manager.processes.values() if process.running]
-        return list(self.manager.templates)
-
-    @operation(errors=(InvalidJson, InvalidProcessInfo, Conflict), body="template")
-    def create(self, request):
-        """Add a template, and start it."""
-        def work():
-            self.manager.add_process(check_template(request.json()))
-            return json_response(OK)
-        return ThreadReply(work)
-
-    @operation(errors=(NotFound,))
-    def show(self, request, ref):
-        """A template; by pid the one that the process runs."""
-        return self.manager.info(ref)
-
-    @operation(errors=(InvalidJson, InvalidProcessInfo, NotFound), body="fields")
-    def update(self, request, name):
-        """Replace a template, and its processes."""
-        def work():
-            self.manager.update_process(name, request.json())
-            return json_response(OK)
-        return ThreadReply(work)
-
-    @operation(errors=(NotFound,))
-    def delete(self, request, name):
-        """Stop a template's processes, and forget it."""
-        self.manager.delete_process(name)
-        return OK
-
-    @operation(errors=(NotFound,))
-    def pids(self, request, name):
-        """Pids of what a template runs."""
-        return {"ok": True, "pids": [process.pid for process in self.manager.find_template(name).running()]}
-
-    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
-    def start(self, request, name):
-        """Start a template."""
-        return self._act(request, [self.manager.find_template(name)], self.manager.start_template)
-
-    @operation("wait", (NotFound, WaitTimeout))
-    def stop(self, request, name):
-        """Stop a template."""
-        return self._act(request, [self.manager.find_template(name)], self.manager.stop_template)
-
-    @operation("wait", (NotFound, WaitTimeout))
-    def stop_one(self, request, pid):
-        """Stop one process; it is replaced."""
-        process = self.manager.find_process(pid)
-        return self._act(request, [process.home], lambda name: self.manager.stop_process(process.pid), [process])
-
-    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
-    def restart(self, request, name):
-        """Stop each process of a template, and replace it."""
-        return self._act(request, [self.manager.find_template(name)], self.manager.restart_template)
-
-    def _act(self, request, templates, action, stopped=None):
-        """Do it, and answer; with ?wait when it is done."""
-        longest = max([template.info["graceful_timeout"] for template in templates] or [0])
-        wait = duration(request, "wait", 0, true=longest + WAIT_EXTRA)
-        before = [process for template in templates for process in template.processes.values()] if stopped is None else stopped
-        for template in templates:
-            action(template.name)
-        if wait is None:
-            return OK
-
-        def done():
-            return all(process.gone or process.running for process in before) and (stopped is not None or all(
-                template.missing() <= 0 for template in templates))
-        if done():
-            return OK
-        return ParkedReply(
-            lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(OK))), wait,
-            lambda: error_response(WaitTimeout("this was not done in %g seconds; it goes on, ask again" % wait)))
-
-    @operation(errors=(NotFound, BadValue))
-    def add(self, request, name, number="1"):
-        """Run more processes of a template."""
-        return {"ok": True, "numprocesses": self.manager.scale(name, count_of(number))}
-
-    @operation(errors=(NotFound, BadValue))
-    def sub(self, request, name, number="1"):
-        """Run fewer processes of a template."""
-        return {"ok": True, "numprocesses": self.manager.scale(name, -count_of(number))}
-
-    @operation("group", (NotFound, NoSignalNumber, Forbidden))
-    def signal(self, request, ref, signum=None):
-        """Send a signal to a process, or to each of a template."""
-        need(signum is not None, NoSignalNumber, "name a signal: _signal/TERM")
-        self.manager.signal(ref, parse_signal(signum), flag(request, "group"))
-        return OK
-
-    @operation("usage", errors=(NotFound,))
-    def status(self, request, name):
-        """The state of a template, its restarts and last exit."""
-        template = self.manager.find_template(name)
-        if not flag(request, "usage"):
-            return template.status()
-        look = self._look([template])
-        return ThreadReply(lambda: json_response(look()[0]))
-
-    @operation("usage")
-    def statuses(self, request):
-        """The states of all templates."""
-        templates = list(self.manager.templates.values())
-        look = self._look(templates) if flag(request, "usage") else [template.status() for template in templates].copy
-        return ThreadReply(lambda: compressed(request, json_response(look())))
-
-    def _look(self, templates):
-        """A function, for a thread, that completes the statuses of templates with what their processes use."""
-        statuses = [template.status() for template in templates]
-        processes = [(process, process.status()) for template in templates for process in template.processes.values()]
-        counts = [len(template.processes) for template in templates]
-
-        def look():
-            for process, entry in processes:
-                if not process.exited:          # else the number may be a stranger's
-                    entry.update(self.samples.brief(process))
-            entries = iter([entry for _, entry in processes])
-            for status, count in zip(statuses, counts):
-                status["processes"] = list(itertools.islice(entries, count))
-            return statuses
-        return look
-
-    @operation("dry_run", errors=(Conflict, InvalidProcessInfo))
-    def reload(self, request):
-        """Load the configuration that the server was started with again."""
-        configuration, dry_run = self.manager.configuration, flag(request, "dry_run")
-        need(configuration is not None, Conflict,
-             "this server was started without a CONFIG, so there is nothing to load again; start it with 'serve CONFIG'")
-        return ThreadReply(lambda: json_response(configuration.reload(self.manager, dry_run)))
-
-    # groups
-
-    @operation()
-    def groups(self, request):
-        """Names of groups."""
-        return list(dict.fromkeys(t.group for t in self.manager.templates.values() if t.group is not None))
-
-    def _members(self, group):
-        members = [template for template in self.manager.templates.values() if template.group == group]
-        need(members, NotFound, "there is no group '%s'; GET /groups lists them" % group[:128])
-        return members
-
-    @operation(errors=(NotFound,))
-    def group(self, request, group):
-        """Names of the templates of a group."""
-        return [template.name for template in self._members(group)]
-
-    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
-    def group_start(self, request, group):
-        """Start all templates of a group."""
-        members = self._members(group)
-        for template in members:
-            Launch(template.info)               # all of them, or none
-        return self._act(request, members, self.manager.start_template)
-
-    @operation("wait", (NotFound, WaitTimeout))
-    def group_stop(self, request, group):
-        """Stop all templates of a group."""
-        return self._act(request, self._members(group), self.manager.stop_template)
-
-    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
-    def group_restart(self, request, group):
-        """Restart all templates of a group."""
-        members = self._members(group)
-        for template in members:
-            Launch(template.info)
-        return self._act(request, members, self.manager.restart_template)
-
-    @operation(errors=(NotFound,))
-    def group_delete(self, request, group):
-        """Stop and forget all templates of a group."""
-        for template in self._members(group):
-            self.manager.delete_process(template.name)
-        return OK
 
     # statistics
 
@@ -6813,6 +6593,247 @@ class Api:
         reader = self._reader(request, window, FrameEncoder(binary, by_line, deflater), offset, loss)
         headers += extensions
         return WebSocketReply(headers, inflater, reader, self._asked(request), stream, by_line, process, heartbeat)
+
+
+class Api(Feeds):
+    """All handlers of the route table. `http`: the HttpHandler."""
+
+    def __init__(self, manager, http):
+        super().__init__(manager)
+        self._http = http
+        self._metrics = Metrics(manager, http)
+
+    # the server itself
+
+    @operation(kinds=("application/json", "text/html"))
+    def welcome(self, request):
+        """The version; to a browser, the web page."""
+        if not prefers_html(request.headers.get("accept", "")):
+            return json_response({"welcome": "gaffer", "version": __version__}, headers=[("Vary", "Accept")])
+        events = self.manager.events
+        snapshot = {
+            "version": __version__, "since": "%d@%s" % (events.end, self.manager.epoch),
+            "templates": [template.status() for template in self.manager.templates.values()],
+            "events": events.read(max(events.start, events.end - PAGE_EVENTS), PAGE_EVENTS),
+            "fields": {name: [option.default, option.help] for name, option in OPTIONS.items()},
+            "signals": {number.value: number.name[3:] for number in signal.Signals},
+        }
+        return ThreadReply(lambda: compressed(request, page_response(snapshot)))
+
+    @operation(kinds=("text/plain",))
+    def ping(self, request):
+        """OK, for as long as gaffer answers."""
+        return Response(b"OK", content_type="text/plain")
+
+    @operation(kinds=("text/plain",))
+    def metrics(self, request):
+        """What gaffer does, for Prometheus."""
+        metrics = self._metrics.collect()
+        return ThreadReply(lambda: Response(metrics_text(metrics + self._metrics.resources()),
+                                            content_type="text/plain; version=0.0.4; charset=utf-8"))
+
+    @operation()
+    def openapi(self, request):
+        """This description of the API: OpenAPI 3.1."""
+        return ThreadReply(lambda: json_response(openapi(self._http.routes, self._http.secured)))
+
+    @operation(kinds=("text/plain",))
+    def healthz(self, request):
+        """OK, for as long as gaffer answers: a liveness probe."""
+        return Response(b"OK", content_type="text/plain")
+
+    @operation(errors=(Stopping,), statuses=(200, 503))
+    def readyz(self, request):
+        """Whether every active template runs as many processes as it is to: a readiness probe."""
+        need(not self.manager.stopping, Stopping, "gaffer is stopping; start it again")
+        lacking = [(template, len(template.running())) for template in self.manager.templates.values() if template.active]
+        lacking = [(template, running) for template, running in lacking if running < template.wanted()]
+        return json_response({"ready": not lacking, "templates": [
+            {"name": template.name, "state": template.state(), "running": running, "numprocesses": template.wanted(),
+             "error": template.error} for template, running in lacking]}, 503 if lacking else 200)
+
+    # templates and processes
+
+    @operation("running")
+    def processes(self, request):
+        """Names of templates, or pids of what runs."""
+        if flag(request, "running"):
+            return [process.pid for process in self.manager.processes.values() if process.running]
+        return list(self.manager.templates)
+
+    @operation(errors=(InvalidJson, InvalidProcessInfo, Conflict), body="template")
+    def create(self, request):
+        """Add a template, and start it."""
+        def work():
+            self.manager.add_process(check_template(request.json()))
+            return json_response(OK)
+        return ThreadReply(work)
+
+    @operation(errors=(NotFound,))
+    def show(self, request, ref):
+        """A template; by pid the one that the process runs."""
+        return self.manager.info(ref)
+
+    @operation(errors=(InvalidJson, InvalidProcessInfo, NotFound), body="fields")
+    def update(self, request, name):
+        """Replace a template, and its processes."""
+        def work():
+            self.manager.update_process(name, request.json())
+            return json_response(OK)
+        return ThreadReply(work)
+
+    @operation(errors=(NotFound,))
+    def delete(self, request, name):
+        """Stop a template's processes, and forget it."""
+        self.manager.delete_process(name)
+        return OK
+
+    @operation(errors=(NotFound,))
+    def pids(self, request, name):
+        """Pids of what a template runs."""
+        return {"ok": True, "pids": [process.pid for process in self.manager.find_template(name).running()]}
+
+    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
+    def start(self, request, name):
+        """Start a template."""
+        return self._act(request, [self.manager.find_template(name)], self.manager.start_template)
+
+    @operation("wait", (NotFound, WaitTimeout))
+    def stop(self, request, name):
+        """Stop a template."""
+        return self._act(request, [self.manager.find_template(name)], self.manager.stop_template)
+
+    @operation("wait", (NotFound, WaitTimeout))
+    def stop_one(self, request, pid):
+        """Stop one process; it is replaced."""
+        process = self.manager.find_process(pid)
+        return self._act(request, [process.home], lambda name: self.manager.stop_process(process.pid), [process])
+
+    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
+    def restart(self, request, name):
+        """Stop each process of a template, and replace it."""
+        return self._act(request, [self.manager.find_template(name)], self.manager.restart_template)
+
+    def _act(self, request, templates, action, stopped=None):
+        """Do it, and answer; with ?wait when it is done."""
+        longest = max([template.info["graceful_timeout"] for template in templates] or [0])
+        wait = duration(request, "wait", 0, true=longest + WAIT_EXTRA)
+        before = [process for template in templates for process in template.processes.values()] if stopped is None else stopped
+        for template in templates:
+            action(template.name)
+        if wait is None:
+            return OK
+
+        def done():
+            return all(process.gone or process.running for process in before) and (stopped is not None or all(
+                template.missing() <= 0 for template in templates))
+        if done():
+            return OK
+        return ParkedReply(
+            lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(OK))), wait,
+            lambda: error_response(WaitTimeout("this was not done in %g seconds; it goes on, ask again" % wait)))
+
+    @operation(errors=(NotFound, BadValue))
+    def add(self, request, name, number="1"):
+        """Run more processes of a template."""
+        return {"ok": True, "numprocesses": self.manager.scale(name, count_of(number))}
+
+    @operation(errors=(NotFound, BadValue))
+    def sub(self, request, name, number="1"):
+        """Run fewer processes of a template."""
+        return {"ok": True, "numprocesses": self.manager.scale(name, -count_of(number))}
+
+    @operation("group", (NotFound, NoSignalNumber, Forbidden))
+    def signal(self, request, ref, signum=None):
+        """Send a signal to a process, or to each of a template."""
+        need(signum is not None, NoSignalNumber, "name a signal: _signal/TERM")
+        self.manager.signal(ref, parse_signal(signum), flag(request, "group"))
+        return OK
+
+    @operation("usage", errors=(NotFound,))
+    def status(self, request, name):
+        """The state of a template, its restarts and last exit."""
+        template = self.manager.find_template(name)
+        if not flag(request, "usage"):
+            return template.status()
+        look = self._look([template])
+        return ThreadReply(lambda: json_response(look()[0]))
+
+    @operation("usage")
+    def statuses(self, request):
+        """The states of all templates."""
+        templates = list(self.manager.templates.values())
+        look = self._look(templates) if flag(request, "usage") else [template.status() for template in templates].copy
+        return ThreadReply(lambda: compressed(request, json_response(look())))
+
+    def _look(self, templates):
+        """A function, for a thread, that completes the statuses of templates with what their processes use."""
+        statuses = [template.status() for template in templates]
+        processes = [(process, process.status()) for template in templates for process in template.processes.values()]
+        counts = [len(template.processes) for template in templates]
+
+        def look():
+            for process, entry in processes:
+                if not process.exited:          # else the number may be a stranger's
+                    entry.update(self.samples.brief(process))
+            entries = iter([entry for _, entry in processes])
+            for status, count in zip(statuses, counts):
+                status["processes"] = list(itertools.islice(entries, count))
+            return statuses
+        return look
+
+    @operation("dry_run", errors=(Conflict, InvalidProcessInfo))
+    def reload(self, request):
+        """Load the configuration that the server was started with again."""
+        configuration, dry_run = self.manager.configuration, flag(request, "dry_run")
+        need(configuration is not None, Conflict,
+             "this server was started without a CONFIG, so there is nothing to load again; start it with 'serve CONFIG'")
+        return ThreadReply(lambda: json_response(configuration.reload(self.manager, dry_run)))
+
+    # groups
+
+    @operation()
+    def groups(self, request):
+        """Names of groups."""
+        return list(dict.fromkeys(t.group for t in self.manager.templates.values() if t.group is not None))
+
+    def _members(self, group):
+        members = [template for template in self.manager.templates.values() if template.group == group]
+        need(members, NotFound, "there is no group '%s'; GET /groups lists them" % group[:128])
+        return members
+
+    @operation(errors=(NotFound,))
+    def group(self, request, group):
+        """Names of the templates of a group."""
+        return [template.name for template in self._members(group)]
+
+    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
+    def group_start(self, request, group):
+        """Start all templates of a group."""
+        members = self._members(group)
+        for template in members:
+            Launch(template.info)               # all of them, or none
+        return self._act(request, members, self.manager.start_template)
+
+    @operation("wait", (NotFound, WaitTimeout))
+    def group_stop(self, request, group):
+        """Stop all templates of a group."""
+        return self._act(request, self._members(group), self.manager.stop_template)
+
+    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
+    def group_restart(self, request, group):
+        """Restart all templates of a group."""
+        members = self._members(group)
+        for template in members:
+            Launch(template.info)
+        return self._act(request, members, self.manager.restart_template)
+
+    @operation(errors=(NotFound,))
+    def group_delete(self, request, group):
+        """Stop and forget all templates of a group."""
+        for template in self._members(group):
+            self.manager.delete_process(template.name)
+        return OK
 
 
 ROUTES = (

@@ -7117,8 +7117,8 @@ class HttpOpenapi(HttpCase):
 
     def test_a_handler_declares_the_query_that_it_reads(self):
         tree = ast.parse(cli_read(os.path.abspath(gaffer.__file__)))
-        api, = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Api"]
-        functions = {node.name: node for node in api.body if isinstance(node, ast.FunctionDef)}
+        handlers = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in ("Feeds", "Api")]
+        functions = {node.name: node for class_ in handlers for node in class_.body if isinstance(node, ast.FunctionDef)}
 
         def reads(name, seen):
             """Names of the query that a method and those it calls look at."""
@@ -11821,7 +11821,7 @@ class BrowserPage(BrowserCase):
         self.browser.script("location.hash = '#/p/pair'")
         self.click('.part a[href="#/i/pair/%d"]' % second)
         self.shows("I am %d" % self.server.ok("GET", "/processes/%d" % second)["os_pid"], ".lines")
-        self.assertEqual(len(self.browser.script(self.LINES)), 1)
+        until(lambda: len(self.browser.script(self.LINES)) == 1, "the view of the one alone")
         self.press("signal process %d" % second)
         self.browser.script("document.querySelector('#dialog input').value = 'KILL'")
         self.choose("Send")
