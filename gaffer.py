@@ -5112,9 +5112,8 @@ async function askDelete(names) {
 		return el("li", {text: name + ": " + (alive ? "stops " + processes(alive) + which : "nothing of it runs")});
 	});
 	const text = "SIGTERM comes first, SIGKILL after the graceful timeout. Templates and output are forgotten.";
-	const more = lines.splice(12), rest = more.length > 0 && el("li", {text: "and " + more.length + " more"});
-	const content = [el("ul", {}, lines, rest), el("p", {text})];
-	if (!await dialog("Delete " + nameThem(names) + "?", content, "Delete", () => true, ".bad")) return;
+	const list = el("ul", {}, lines.slice(0, 12), lines.length > 12 && el("li", {text: "…"}));
+	if (!await dialog("Delete " + nameThem(names) + "?", [list, el("p", {text})], "Delete", () => true, ".bad")) return;
 	const results = await Promise.all(names.map(name => ask("DELETE", "/processes/" + enc(name))));
 	say("deleted: " + results.filter(result => result.ok).length);
 	if (names.includes(view.name)) go("/");
