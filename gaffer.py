@@ -10380,13 +10380,20 @@ class Attachment:
             if item in (signal.SIGTERM, signal.SIGHUP):
                 return 128 + item
             if isinstance(item, dict):
-                for thread in copies:
-                    thread.join(DRAIN_TIME + 1)
-                if self._json:
-                    write_all(sys.stdout.fileno(), json_bytes(item))
-                return exit_code(item)
+                return self._exited(item, copies)
             self._pass_on(item)
         return 0
+
+    def _exited(self, event, copies):
+        for thread in copies:
+            thread.join(DRAIN_TIME + 1)
+        while not self._inbox.empty():          # the last words may have met a closed pipe
+            left = self._inbox.get()
+            if isinstance(left, OSError):
+                raise left
+        if self._json:
+            write_all(sys.stdout.fileno(), json_bytes(event))
+        return exit_code(event)
 
     def _copy_output(self, label, out):
         from http.client import HTTPException

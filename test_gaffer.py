@@ -15689,7 +15689,7 @@ class Loadtest(CliCase):
         token = self.file(self.folder(), "token", "secret\n")
         status, out, err = self.loadtest(*endpoint, "--token-file", token, "--api", "1", "--against", "socat", *self.SMALL)
         self.assertEqual((status, err), (0, "loadtest: api, 1 kept: gaffer, round 1 of 1\nloadtest: socat can do nothing of this\n"))
-        self.assertRegex(out, r"\Agaffer %s, CPython [^\n]*\n\napi  .*\n +.*\n1 kept: gaffer +[0-9,]+ +0 " % gaffer.__version__)
+        self.assertRegex(out, r"\Agaffer %s, CPython [^\n]*\n\napi  .*\n +.*\n1 kept: gaffer +[0-9,.]+ +0 " % gaffer.__version__)
 
     def test_wrong_usage_is_told(self):
         main = self.names()["main"]
