@@ -11780,7 +11780,7 @@ class BrowserPage(BrowserCase):
         browser.keys(browser.KEYS["Enter"], ".entry input")
         self.press("wrap (w)")
         browser.wait("const long = [...document.querySelectorAll('.l')].filter(node => node.textContent.length > 2000);"
-                     "return long.length && long.every(node => node.clientHeight >= 10 * 18)")
+                     "return long.length === 2 && long.every(node => node.clientHeight >= 10 * 18)")
         self.assertEqual(self.address(), "#/p/count?time=1&wrap=1")
         browser.script("window.saved = []; URL.createObjectURL = blob => { saved.push(blob); return 'data:,'; };"
                        "Object.defineProperty(navigator, 'clipboard', {value: {writeText: async text => saved.push(text)}})")
@@ -12079,7 +12079,7 @@ class BrowserPage(BrowserCase):
         self.server.manager.loop.call(lambda: self.server.manager.journals.pop("talk").finish())     # as after JOURNAL_REST
         self.hide(False)
         self.shows("shown anew", ".lines")
-        self.assertEqual(len([line for line in self.browser.script(self.LINES) if line.endswith("hello")]), 2)
+        until(lambda: len([line for line in self.browser.script(self.LINES) if line.endswith("hello")]) == 2, "what was said, once each")
 
     def test_a_template_goes_and_comes_again(self):
         self.server.add("talk", "sh -c 'echo first; exec sleep 1000'")
