@@ -16525,6 +16525,7 @@ def start_class(name):
 def run_all(jobs):
     """All classes, `jobs` at a time, each in a process of its own: the tests wait most of their time. Returns the exit
     status."""
+    faulthandler.enable()
     waiting = [name for name, thing in list(globals().items()) if isinstance(thing, type) and issubclass(thing, unittest.TestCase)
                and unittest.defaultTestLoader.getTestCaseNames(thing)]
     waiting.sort(key=lambda name: LONG.index(name) if name in LONG else len(LONG))
@@ -16538,7 +16539,11 @@ def run_all(jobs):
             name = waiting.pop(0)
             pid, file = start_class(name)
             running[file] = name, pid, time.monotonic()
-        for file in select.select(list(running), [], [])[0]:
+        for name, pid, start in running.values():
+            if time.monotonic() - start > 3 * TIMEOUT:      # it hangs where no test's watchdog looks: it shows its stacks, and has failed
+                print("%s hangs" % name, file=sys.stderr, flush=True)
+                os.kill(pid, signal.SIGABRT)
+        for file in select.select(list(running), [], [], TIMEOUT / 10)[0]:
             name, pid, start = running.pop(file)
             took[name] = time.monotonic() - start
             with file:
