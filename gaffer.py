@@ -209,9 +209,10 @@ ADDRESS_CONNECTIONS_MAX = 1000      # of one address, a /64 of IPv6; HttpHandler
 THREADS_MAX = 2000                  # requests that take time: statistics, bodies of templates, added routes, TLS handshakes
 BACKLOG = 1024
 ACCEPTS_PER_TURN = 64
-LOOKS = 100                         # some 50 us: how often the loop looks for what it expects before it sleeps
+LOOKS = 100                         # 50 us: websocket echo takes 40 us with them, 90 without
+SELECT_MAX = 10.0 ** 6              # seconds of one wait: epoll counts milliseconds, in 32 bits
 ACCEPT_PAUSE = 1.0                  # after EMFILE: the listener would wake the loop for ever
-MEMORY_PAUSE = 0.05                 # after ENOMEM, for the same reason
+ERROR_PAUSE = 0.05                  # after ENOMEM, for the same reason
 PIPELINE_SIZE = 64 * KIB            # requests that arrive while one before them is answered
 
 MESSAGE_SIZE = MIB                  # a websocket message for a process: it has to fit into stdin
@@ -842,87 +843,64 @@ def user_name(uid):
 # --------------------------------------------------------------------------------------------------------------------
 # loop
 #
-# One selector, one heap of timers, one inbox with one wake-up byte. Whoever holds the loop's lock owns all state: the
-# loop's thread does, except while it sleeps in select(); there another thread may borrow it for one call, which saves
-# two thread switches (54 us become 2). Everything that sends to clients or calls user code is put into the inbox and
-# runs on the loop's own thread. With nothing to do it makes no system call at all.
+# One selector, one heap of timers, one inbox with one wake-up byte. The loop's lock guards all state. The thread that
+# runs the loop holds it for the work of a turn, but neither while it waits in the selector nor while it runs user code;
+# any other thread takes it for one short call. With nothing to do the loop makes no system call at all.
 # --------------------------------------------------------------------------------------------------------------------
 class Timer:
-    """A call that is due; `cancel()` it at any time."""
+    """A call that is due at `when`, by the loop's clock."""
 
-    __slots__ = ("when", "function", "args", "loop")
+    __slots__ = ("when", "function", "args", "_loop")
 
     def __init__(self, loop, when, function, args):
-        self.loop, self.when, self.function, self.args = loop, when, function, args
+        self._loop, self.when, self.function, self.args = loop, when, function, args
 
     def cancel(self):
-        """Never run it."""
+        """Never run the call. Cancelling a timer that has run or was cancelled does nothing."""
         if self.function is not None:
             self.function, self.args = None, ()
-            self.loop.timer_cancelled()
-
-
-class _Call:
-    """A call that another thread waits for."""
-
-    def __init__(self, function, args):
-        self.function, self.args = function, args
-        self.result, self.error = None, None
-        self._done = threading.Lock()
-        self._done.acquire()
-
-    def run(self):
-        try:
-            self.result = self.function(*self.args)
-        except BaseException as error:          # it belongs to the caller's thread, whatever it is
-            self.error = error
-        self._done.release()
-
-    def fail(self, error):
-        self.error = error
-        self._done.release()
-
-    def wait(self):
-        self._done.acquire()
-        if self.error is not None:
-            raise self.error
-        return self.result
+            self._loop.pending_timers -= 1
 
 
 class Loop:
-    """A selectors-based event loop. `clock`: seconds, monotonic; tests pass their own and call `step()`."""
+    """An event loop on `selectors`. `clock` returns monotonic seconds; tests pass their own and call `step()`."""
 
     def __init__(self, clock=time.monotonic):
         self.clock = clock
-        self.now = clock()                      # the time at the start of this turn
+        self.now = clock()                      # when this turn, or this call, began
+        self.closed = False
+        self.pending_timers = 0
+        self.turns, self.busy = 0, 0.0          # turns taken, and seconds spent working in them
+        self.turns_by_length = [0] * (len(TURN_BUCKETS) + 1)    # the first stays 0: most turns
+        self._lock, self._gate = threading.Lock(), threading.Lock()
+        self._owner = None                      # the thread that holds the lock
         self._selector = selectors.DefaultSelector()
         self._callbacks = {}                    # fd -> callback(mask)
-        self._timers, self._sequence, self._cancelled = [], itertools.count(), 0
-        self._inbox = collections.deque()
-        self._lock = threading.Lock()
-        self._owner = None
-        self._sleeping = self._woken = self._changed = False
-        self._sleep_until = math.inf
+        self._timers, self._sequence = [], itertools.count()
+        self._inbox, self._unlocked = collections.deque(), collections.deque()
+        self._deadline = -math.inf              # when the next turn begins at the latest
+        self._sleeping = True                   # True: what is due before that has to wake it
+        self._woken = self._stopping = self._pausing = False
         self._looks = 0
-        self._said = collections.defaultdict(Throttle)      # type of exception -> what says it
-        self._running = self._stopping = self.closed = False
-        self.turns, self.busy = 0, 0.0          # turns taken, and seconds of work in them
-        self.turns_by_length = [0] * (len(TURN_BUCKETS) + 1)    # the first is not counted: all that are in no other
+        self._reports = collections.defaultdict(Throttle)       # one for each type of exception
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
-        self._callbacks[self._wake_read] = self._drain_wake
-        self._selector.register(self._wake_read, selectors.EVENT_READ, self._callbacks[self._wake_read])
+        drain = self._callbacks[self._wake_read] = self._drain_wake
+        self._selector.register(self._wake_read, selectors.EVENT_READ, drain)
 
-    # what any thread may call
+    # for any thread
 
     def call(self, function, *args):
-        """Run `function(*args)` as the owner of all state and return what it returns, or raise what it raises.
-        Stopping: the loop is closed."""
-        if self._owner == threading.get_ident():
+        """Run `function(*args)` under the lock; return what it returns, raise what it raises.
+
+        The owner of the lock may call again. Raises Stopping once the loop is closed.
+        """
+        thread = threading.get_ident()
+        if self._owner == thread:
             return function(*args)
-        if self._lock.acquire(not self._running):
-            self._owner = threading.get_ident()
+        with self._gate, self._lock:
+            self._owner = thread
             try:
                 if self.closed:
                     raise Stopping("gaffer is stopping; start it again")
@@ -930,27 +908,31 @@ class Loop:
                 return function(*args)
             finally:
                 self._owner = None
-                self._lock.release()
-                if self._sleeping and (self._inbox or self._changed or (
-                        self._timers and self._timers[0][0] < self._sleep_until)):
-                    self._wake()
-        call = _Call(function, args)
-        self._inbox.append(call)
-        self._wake()
-        if self.closed:                         # closed between the two: nobody will look into the inbox any more
-            self._fail_inbox()
-        return call.wait()
 
     def call_soon(self, function, *args):
-        """Run `function(*args)` in the loop's next turn, on its thread. Returns at once; False: the loop is closed."""
+        """Run `function(*args)` in the loop's next turn, on its thread, under the lock.
+
+        Returns at once, False if the loop is closed. A signal handler may call this, too.
+        """
         self._inbox.append((function, args))
+        if self._sleeping:
+            self._wake()
+        return not self.closed
+
+    def call_unlocked(self, function, *args):
+        """Run `function(*args)` on the loop's thread, at the end of its turn, without the lock.
+
+        All user code runs here. What it raises is logged. Returns at once, False if the loop is
+        closed.
+        """
+        self._unlocked.append((function, args))
         if self._sleeping:
             self._wake()
         return not self.closed
 
     @property
     def wake_fd(self):
-        """A descriptor; a byte written to it wakes the loop (signal.set_wakeup_fd)."""
+        """A descriptor; a byte written to it wakes the loop (see signal.set_wakeup_fd)."""
         return self._wake_write
 
     def stop(self):
@@ -958,47 +940,42 @@ class Loop:
         self._stopping = True
         self._wake()
 
-    # what only the owner may call
+    # for the owner of the lock
 
     def owned(self):
-        """True where the calling thread owns all state."""
+        """Return True if the calling thread holds the lock."""
         return self._owner == threading.get_ident()
 
     def later(self, delay, function, *args):
-        """Run `function(*args)` in `delay` seconds. Returns a Timer."""
+        """Run `function(*args)` in `delay` seconds, under the lock. Returns a Timer."""
         assert self.owned()
         timer = Timer(self, self.clock() + delay, function, args)
-        heapq.heappush(self._timers, (timer.when, next(self._sequence), timer))
-        return timer
-
-    def timer_cancelled(self):
-        """Forget cancelled timers once they are most of the heap: their times may be far away."""
-        self._cancelled += 1
-        if self._cancelled > 64 and self._cancelled * 2 > len(self._timers):
+        self.pending_timers += 1
+        if len(self._timers) > 64 + 2 * self.pending_timers:    # cancelled ones may be due in days
             self._timers = [entry for entry in self._timers if entry[2].function is not None]
             heapq.heapify(self._timers)
-            self._cancelled = 0
+        heapq.heappush(self._timers, (timer.when, next(self._sequence), timer))
+        if self._sleeping and timer.when < self._deadline:
+            self._wake()
+        return timer
 
     def expect(self):
-        """A conversation is under way, and each side may answer at once: look for it some times before the next sleep, as
-        that and the waking take longer than a prompt answer."""
+        """Poll LOOKS times before the next wait, as an answer may come sooner than a wake-up."""
         self._looks = LOOKS if CORES > 1 else 0
 
     def register(self, fd, events, callback):
-        """Call `callback(mask)` whenever `fd` is ready for `events` (selectors.EVENT_READ, EVENT_WRITE)."""
+        """Call `callback(mask)` whenever `fd` is ready (selectors.EVENT_READ, EVENT_WRITE)."""
         assert self.owned()
         self._selector.register(fd, events, callback)
         self._callbacks[fd] = callback
-        self._changed = True
 
     def modify(self, fd, events):
         """Change what a registered `fd` is watched for."""
         assert self.owned()
         self._selector.modify(fd, events, self._callbacks[fd])
-        self._changed = True
 
     def unregister(self, fd):
-        """Watch `fd` no longer. To be called before it is closed."""
+        """Stop watching `fd`. Do this before closing it."""
         assert self.owned()
         self._selector.unregister(fd)
         del self._callbacks[fd]
@@ -1006,47 +983,100 @@ class Loop:
     # turns
 
     def run(self):
-        """Take turns until `stop()`. The calling thread is the loop's."""
-        self._acquire()
-        self._running = True
+        """Take turns until `stop()`. Only KeyboardInterrupt and SystemExit end it earlier."""
         try:
             while not self._stopping:
                 self._turn(math.inf)
         finally:
-            self._running = self._stopping = False
-            self._release()
+            self._stopping = False
 
     def step(self, timeout=0.0):
-        """One turn, which waits at most `timeout` seconds. For tests."""
-        self._acquire()
-        try:
-            self._turn(timeout)
-        finally:
-            self._release()
+        """Take one turn, which waits `timeout` seconds at most. For tests."""
+        self._turn(timeout)
 
     def close(self):
-        """Free the descriptors; whoever still calls gets Stopping."""
-        self._acquire()
-        try:
+        """Run what was handed over before, then free the descriptors."""
+        with self._gate, self._lock:
             if self.closed:
                 return
-            self._run_inbox()                   # sockets that were just handed over
-            self.closed = True
-            self._fail_inbox()
-            self._selector.close()
-            os.close(self._wake_read)
-            write, self._wake_write = self._wake_write, None
-            os.close(write)
-        finally:
-            self._release()
+            self._owner, self.closed = threading.get_ident(), True
+            try:
+                for _ in range(len(self._inbox)):
+                    self._guard(*self._inbox.popleft())
+            finally:
+                self._selector.close()
+                os.close(self._wake_read)
+                write, self._wake_write = self._wake_write, None
+                os.close(write)
+                self._owner = None
+        self._run_unlocked()
 
-    def _acquire(self):
-        self._lock.acquire()
-        self._owner = threading.get_ident()
+    def _turn(self, longest):
+        events = self._select(longest)
+        with self._gate:                        # a thread that waits for the lock goes first
+            pass
+        with self._lock:
+            self._owner, self._sleeping = threading.get_ident(), False
+            try:
+                self.now = self.clock()
+                for key, mask in events:
+                    # since the wait, fd may have been closed and given to something else
+                    if self._callbacks.get(key.fd) is key.data:
+                        self._guard(key.data, (mask,))
+                last, timers = next(self._sequence), self._timers
+                while timers and timers[0][0] <= self.now and timers[0][1] < last:
+                    timer = heapq.heappop(timers)[2]
+                    function, args = timer.function, timer.args
+                    if function is not None:
+                        timer.cancel()
+                        self._guard(function, args)
+                    timers = self._timers
+                for _ in range(len(self._inbox)):       # what these add is for the next turn
+                    self._guard(*self._inbox.popleft())
+                took = self.clock() - self.now
+                self.turns += 1
+                self.busy += took
+                if took > TURN_BUCKETS[0]:
+                    self.turns_by_length[bisect.bisect_left(TURN_BUCKETS, took)] += 1
+            finally:
+                self._sleeping = True           # before the inbox is checked: see call_soon()
+                timers = self._timers
+                while timers and timers[0][2].function is None:
+                    heapq.heappop(timers)
+                self._deadline = -math.inf if self._inbox else timers[0][0] if timers else math.inf
+                self._owner = None
+        self._run_unlocked()
 
-    def _release(self):
-        self._owner = None
-        self._lock.release()
+    def _select(self, longest):
+        """Wait until something is due, for `longest` seconds at most. Returns what is ready."""
+        if self._pausing:                       # or what has failed would fail again at once
+            self._pausing = False
+            time.sleep(ERROR_PAUSE)
+        wait = 0 if self._unlocked else min(longest, self._deadline - self.clock(), SELECT_MAX)
+        try:
+            while self._looks and wait > 0:
+                self._looks -= 1
+                events = self._selector.select(0)
+                if events:
+                    return events
+            return self._selector.select(max(0, wait))
+        except Exception as error:              # the turn goes on: its timers need no descriptor
+            self._reports[type(error)].exception("the loop cannot wait for its descriptors")
+            self._pausing = True
+            return []
+
+    def _run_unlocked(self):
+        for _ in range(len(self._unlocked)):
+            self._guard(*self._unlocked.popleft())
+
+    def _guard(self, function, args):
+        try:
+            function(*args)
+        except (KeyboardInterrupt, SystemExit):     # meant for this thread
+            raise
+        except BaseException as error:
+            self._reports[type(error)].exception("a callback of the loop failed; the loop goes on")
+            self._pausing = self._pausing or isinstance(error, MemoryError)
 
     def _wake(self):
         if not self._woken:
@@ -1054,88 +1084,11 @@ class Loop:
             try:
                 os.write(self._wake_write, b"\0")
             except (BlockingIOError, TypeError, OSError):
-                pass                            # full: it will wake; closed: there is nobody to wake
+                pass                            # full: it will wake; closed: nothing is left to wake
 
     def _drain_wake(self, mask):
         os.read(self._wake_read, 4096)
         self._woken = False
-
-    def _fail_inbox(self):
-        while self._inbox:
-            entry = self._inbox.popleft()
-            if isinstance(entry, _Call):
-                entry.fail(Stopping("gaffer is stopping; start it again"))
-
-    def _timeout(self, longest):
-        if self._inbox or self._stopping:
-            return 0
-        timers = self._timers
-        while timers and timers[0][2].function is None:
-            heapq.heappop(timers)
-            self._cancelled = max(0, self._cancelled - 1)
-        if timers:
-            longest = min(longest, max(0.0, timers[0][0] - self.clock()))
-        return None if longest == math.inf else longest
-
-    def _turn(self, longest):
-        self._changed = False
-        self._sleeping = True                   # before the inbox is looked at: who appends after that, wakes
-        timeout = self._timeout(longest)
-        self._sleep_until = self._timers[0][0] if self._timers else math.inf
-        self._release()
-        try:
-            events = self._select(timeout)
-        finally:
-            self._acquire()
-            self._sleeping = False
-        self.now = self.clock()
-        for key, mask in events:
-            # a callback before this one, or a borrower, may have closed fd, and it may be another's by now
-            if self._callbacks.get(key.fd) is key.data:
-                self._guard(key.data, mask)
-        self._run_timers()
-        self._run_inbox()
-        took = self.clock() - self.now
-        self.turns += 1
-        self.busy += took
-        if took > TURN_BUCKETS[0]:
-            self.turns_by_length[bisect.bisect_left(TURN_BUCKETS, took)] += 1
-
-    def _select(self, timeout):
-        while self._looks and timeout != 0:
-            self._looks -= 1
-            events = self._selector.select(0)
-            if events:
-                return events
-        return self._selector.select(timeout)
-
-    def _run_timers(self):
-        due = []
-        while self._timers and self._timers[0][0] <= self.now:
-            due.append(heapq.heappop(self._timers)[2])
-        for timer in due:
-            function, args = timer.function, timer.args
-            timer.function, timer.args = None, ()
-            if function is None:
-                self._cancelled = max(0, self._cancelled - 1)
-            else:
-                self._guard(function, *args)
-
-    def _run_inbox(self):
-        for _ in range(len(self._inbox)):       # what these append is for the next turn
-            entry = self._inbox.popleft()
-            if isinstance(entry, _Call):
-                entry.run()
-            else:
-                self._guard(entry[0], *entry[1])
-
-    def _guard(self, function, *args):
-        try:
-            function(*args)
-        except Exception as error:
-            self._said[type(error)].exception("a callback of the loop failed; the loop goes on")
-            if isinstance(error, MemoryError):  # who wanted it will want it again at once
-                time.sleep(MEMORY_PAUSE)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -710,78 +710,60 @@ class PureTimers(PureLoopCase):
         self.ran = []
 
     def test_in_order(self):
-        """By time; of equal times, who was first."""
+        """By time; of equal times, the one set first."""
         for delay, name in ((3, "c"), (1, "a"), (2, "b1"), (2, "b2"), (2, "b3")):
             self.later(delay, self.ran.append, name)
-        self.advance(0.999)
-        self.assertEqual(self.ran, [])
-        self.advance(0.001)
-        self.assertEqual(self.ran, ["a"])
-        self.advance(10)
-        self.assertEqual(self.ran, ["a", "b1", "b2", "b3", "c"])
+        for seconds, ran in ((0.999, ""), (0.001, "a"), (10, "a b1 b2 b3 c")):
+            self.advance(seconds)
+            self.assertEqual(" ".join(self.ran), ran)
 
-    def test_a_timer_set_by_a_timer_waits_for_the_next_turn(self):
-        """Or one that is always due would starve the rest."""
-        def again():
+    def test_what_a_turn_adds_is_for_the_next(self):
+        """A timer that is due at once, or a call_soon: it would starve the rest."""
+        def again(add):
             self.ran.append(1)
-            self.loop.later(0, again)
-        self.later(0, again)
-        self.advance()
-        self.assertEqual(len(self.ran), 1)
-        self.advance()
-        self.assertEqual(len(self.ran), 2)
+            add(again, add)
+        self.later(0, again, functools.partial(self.loop.later, 0))
+        self.loop.call_soon(again, self.loop.call_soon)
+        for turns in range(1, 4):
+            self.advance()
+            self.assertEqual(len(self.ran), 2 * turns)
 
     def test_cancel(self):
-        timer = self.later(1, self.ran.append, "never")
-        self.later(1, self.ran.append, "yes")
-        self.do(timer.cancel)
-        self.do(timer.cancel)
+        """Before it is due, in the turn in which it is, by itself, twice."""
+        early = self.later(1, self.ran.append, "never")
+        own = self.later(2, lambda: (self.ran.append("own"), own.cancel(), late.cancel()))
+        late = self.later(2, self.ran.append, "never")
+        self.later(2, self.ran.append, "yes")
+        self.do(early.cancel)
+        self.do(early.cancel)
         self.advance(2)
-        self.assertEqual(self.ran, ["yes"])
-        self.do(timer.cancel)
-
-    def test_cancel_of_one_that_is_due_in_the_same_turn(self):
-        self.later(1, lambda: second.cancel())
-        second = self.later(1, self.ran.append, "never")
-        self.later(1, self.ran.append, "yes")
-        self.advance(1)
-        self.assertEqual(self.ran, ["yes"])
-
-    def test_cancel_by_itself_and_after_it_ran(self):
-        timer = self.later(1, lambda: (self.ran.append(1), timer.cancel()))
-        self.advance(1)
-        self.do(timer.cancel)
-        self.later(1, self.ran.append, 2)
-        self.advance(1)
-        self.assertEqual(self.ran, [1, 2])
+        self.do(own.cancel)
+        self.assertEqual((self.ran, self.loop.pending_timers), (["own", "yes"], 0))
 
     def test_cancelled_timers_are_forgotten(self):
-        """Their times may be far away: they must not fill the heap. Those that stay run in order."""
-        timers = [self.later(1 + (i * 7919) % 5000, self.ran.append, 1 + (i * 7919) % 5000) for i in range(5000)]
-        for i, timer in enumerate(timers):
-            if i % 10:
-                self.do(timer.cancel)
-        self.assertLess(len(self.loop._timers), 1100)
-        self.advance(5001)
-        self.assertEqual(len(self.ran), 500)
-        self.assertEqual(self.ran, sorted(self.ran))
-        self.assertEqual(self.loop._timers, [])
-
-    def test_the_same_timer_set_anew_for_ever(self):
-        """As a connection's idle time is: the heap stays small."""
-        for _ in range(3000):
+        """A connection's idle timer is set anew for ever: it must not fill the memory."""
+        timers = [self.later(300, self.ran.append, 1) for _ in range(500)]
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        for _ in range(20000):
             self.do(self.later(300, self.ran.append, 1).cancel)
-        self.assertLess(len(self.loop._timers), 200)
+        self.assertLess(tracemalloc.get_traced_memory()[0], 500000)
+        self.assertEqual(self.loop.pending_timers, 500)
+        for timer in timers[1:]:
+            self.do(timer.cancel)
+        self.advance(300)
+        self.assertEqual(self.ran, [1])
 
     def test_random_timers_against_a_model(self):
         rng = random.Random(1)
         model = {}
-        for number in range(300):
+        for number in range(2000):
             delay = rng.randrange(50)
-            model[number] = (self.clock.now + delay, self.later(delay, self.ran.append, number))
-            if rng.random() < 0.4:
+            timer = self.later(delay, self.ran.append, number)
+            model[number] = (self.clock.now + delay, timer)
+            if rng.random() < 0.6:
                 self.do(model.pop(rng.choice(sorted(model)))[1].cancel)
-            if rng.random() < 0.3:
+            if rng.random() < 0.1:
                 self.ran.clear()
                 self.advance(rng.randrange(8))
                 due = sorted((when, n) for n, (when, _) in model.items() if when <= self.clock.now)
@@ -789,52 +771,29 @@ class PureTimers(PureLoopCase):
                 for _, n in due:
                     del model[n]
 
-    def test_now_is_the_time_of_the_turn(self):
+    def test_now_is_the_time_of_the_turn_or_the_call(self):
         seen = []
-        self.later(1, lambda: (setattr(self.clock, "now", self.clock.now + 5), seen.append(self.loop.now)))
+
+        def slow():
+            self.clock.now += 5
+            seen.append(self.loop.now)
+        self.later(1, slow)
         self.advance(1)
-        self.assertEqual(seen, [1001.0])
-        self.advance()
-        self.assertEqual(self.loop.now, 1006.0)
-
-    def test_a_failure_does_not_end_the_loop(self):
-        self.later(1, lambda: 1 // 0)
-        self.later(1, self.ran.append, "timer")
-        self.loop.call_soon(lambda: {}["no"])
-        self.loop.call_soon(self.ran.append, "inbox")
-        with self.assertLogs("gaffer", "ERROR") as logs:
-            self.advance(1)
-        self.assertEqual(self.ran, ["timer", "inbox"])
-        self.assertEqual([record.exc_info[0] for record in logs.records], [ZeroDivisionError, KeyError])
-
-    def test_call_soon(self):
-        """Not at once, in order, and what it puts in itself in the turn after."""
-        self.loop.call_soon(self.ran.append, 1)
-        self.loop.call_soon(self.loop.call_soon, self.ran.append, 3)
-        self.loop.call_soon(self.ran.append, 2)
-        self.assertEqual(self.ran, [])
-        self.advance()
-        self.assertEqual(self.ran, [1, 2])
-        self.advance()
-        self.assertEqual(self.ran, [1, 2, 3])
+        self.do(lambda: seen.append(self.loop.now))
+        self.assertEqual(seen, [1001.0, 1006.0])
 
 
 class PureCalls(PureLoopCase):
-    """Loop.call() where no thread runs the loop, and what follows close()."""
+    """What may be called, by whom, and when it runs; no thread runs the loop."""
 
-    def test_result_error_and_owner(self):
-        self.assertFalse(self.loop.owned())
+    def test_call(self):
+        """Result and error are the caller's, and so is the lock; it may call again."""
         self.assertEqual(self.loop.call(divmod, 7, 2), (3, 1))
-        self.assertTrue(self.loop.call(self.loop.owned))
-        self.assertTrue(self.loop.call(self.loop.call, self.loop.owned))
-        with self.assertRaises(ZeroDivisionError):
-            self.loop.call(divmod, 1, 0)
-        self.assertFalse(self.loop.owned(), "the loop is given back after an error")
-        self.assertEqual(self.loop.call(len, "abc"), 3)
-
-    def test_now_is_fresh_in_a_call(self):
-        self.clock.now += 7
-        self.assertEqual(self.loop.call(lambda: self.loop.now), 1007.0)
+        self.assertEqual((self.loop.owned(), self.loop.call(self.loop.call, self.loop.owned)), (False, True))
+        for error in (ZeroDivisionError, KeyboardInterrupt, SystemExit):
+            with self.assertRaises(error):
+                self.loop.call(unittest.mock.Mock(side_effect=error))
+            self.assertFalse(self.loop.owned(), "the lock is released")
 
     @unittest.skipUnless(__debug__, "assertions are off")
     def test_only_the_owner(self):
@@ -846,138 +805,153 @@ class PureCalls(PureLoopCase):
             with self.subTest(method.__name__), self.assertRaises(AssertionError):
                 method(*args)
 
-    def test_closed(self):
+    def test_call_soon_and_call_unlocked(self):
+        """In order: the work of a turn under the lock, then user code without it."""
         ran = []
-        self.loop.call_soon(ran.append, 1)
+
+        def note(name):
+            ran.append((name, self.loop.owned()))
+        self.loop.call_unlocked(note, "user 1")
+        self.loop.call_soon(note, "work 1")
+        self.loop.call_soon(self.loop.call_unlocked, note, "user 2")
+        self.loop.call_soon(note, "work 2")
+        self.assertEqual(ran, [])
+        self.advance()
+        self.assertEqual(ran, [("work 1", True), ("work 2", True), ("user 1", False), ("user 2", False)])
+
+    def test_a_failure_ends_nothing(self):
+        """It is logged once a minute for each type; the rest of the turn runs."""
+        class Odd(BaseException):
+            pass
+        ran = []
+        with self.assertLogs("gaffer", "ERROR") as logs:
+            for add in (functools.partial(self.later, 1), self.loop.call_soon, self.loop.call_unlocked):
+                for error in (ZeroDivisionError, KeyError, Odd):
+                    add(unittest.mock.Mock(side_effect=error))
+                add(ran.append, 1)
+            self.advance(1)
+        self.assertEqual([record.exc_info[0] for record in logs.records], [ZeroDivisionError, KeyError, Odd])
+        self.assertEqual(ran, [1, 1, 1])
+
+    def test_an_interrupt_belongs_to_the_thread_that_runs_the_loop(self):
+        """Nothing that was due is lost with it, and the lock is free."""
+        for error in (KeyboardInterrupt, SystemExit):
+            for add in (functools.partial(self.later, 0), self.loop.call_soon, self.loop.call_unlocked):
+                with self.subTest(error=error, add=add):
+                    ran = []
+                    self.loop.call_soon(ran.append, "first")
+                    add(unittest.mock.Mock(side_effect=error))
+                    add(ran.append, "second")
+                    with self.assertRaises(error):
+                        self.loop.run()
+                    self.assertEqual(self.loop.call(self.loop.owned), True)
+                    self.loop.call_soon(self.loop.stop)
+                    self.loop.run()
+                    self.assertEqual(sorted(ran), ["first", "second"])
+
+    def test_closed(self):
+        """What was handed over before is done; afterwards nothing is."""
+        ran = []
+        self.assertTrue(self.loop.call_soon(ran.append, 1))
+        self.assertTrue(self.loop.call_unlocked(ran.append, 2))
         self.loop.close()
-        self.assertEqual(ran, [1], "what was handed over before is done")
         self.loop.close()
-        self.assertTrue(self.loop.closed)
+        self.assertEqual((ran, self.loop.closed), ([1, 2], True))
         with self.assertRaises(gaffer.Stopping) as caught:
-            self.loop.call(ran.append, 2)
+            self.loop.call(ran.append, 3)
         self.assertEqual((caught.exception.status, caught.exception.code), (503, "stopping"))
-        self.loop.call_soon(ran.append, 3)
+        self.assertEqual((self.loop.call_soon(ran.append, 4), self.loop.call_unlocked(ran.append, 5)), (False, False))
         self.loop.stop()
-        self.assertEqual(ran, [1])
-
-
-class PureExpect(PureLoopCase):
-
-    def test_a_conversation_is_not_slept_through(self):
-        """After expect() the loop looks LOOKS times at most before it sleeps, and sleeps no longer than it would."""
-        if gaffer.CORES < 2:
-            self.skipTest("with one core the other side could not answer meanwhile")
-        seen = []
-        select = self.loop._selector.select
-        self.loop._selector.select = lambda timeout: (seen.append(timeout), select(0))[1]
-        self.do(self.loop.expect)
-        self.loop.step(0.5)
-        self.assertEqual(seen, gaffer.LOOKS * [0] + [0.5])
-        del seen[:]
-        self.loop.step(0.5)
-        self.assertEqual(seen, [0.5])
-
-    def test_what_was_expected_ends_the_looking(self):
-        """And the rest of it is for the next answer."""
-        read, write = os.pipe()
-        self.addCleanup(os.close, read)
-        self.addCleanup(os.close, write)
-        got = []
-        self.do(self.loop.register, read, selectors.EVENT_READ, lambda mask: got.append(os.read(read, 1)))
-        self.do(self.loop.expect)
-        os.write(write, b"x")
-        self.loop.step(30)
-        self.assertEqual(got, [b"x"])
-        self.do(self.loop.unregister, read)
-
-    def test_timers_that_are_due_come_first(self):
-        got = []
-        self.later(0, got.append, 1)
-        self.do(self.loop.expect)
-        looks = self.loop._looks
-        self.loop.step(30)
-        self.assertEqual((got, self.loop._looks), ([1], looks))
+        self.assertEqual(ran, [1, 2])
 
 
 class PureReadiness(PureLoopCase):
 
     def setUp(self):
         super().setUp()
-        self.pipes = [os.pipe() for _ in range(2)]
-        for pair in self.pipes:
-            for fd in pair:
-                self.addCleanup(os.close, fd)
+        self.pairs = [socket.socketpair() for _ in range(2)]
+        for left, right in self.pairs:
+            self.addCleanup(left.close)
+            self.addCleanup(right.close)
 
-    def register(self, fd, callback):
-        self.do(self.loop.register, fd, 1, callback)
-        self.addCleanup(self.forget, fd)
-
-    def forget(self, fd):
-        with contextlib.suppress(KeyError):
-            self.do(self.loop.unregister, fd)
+    def register(self, number, callback):
+        fd = self.pairs[number][0].fileno()
+        self.do(self.loop.register, fd, selectors.EVENT_READ, callback)
+        return fd
 
     def test_ready(self):
-        read, write = self.pipes[0]
-        seen = []
-        self.register(read, lambda mask: seen.append((mask, os.read(read, 10))))
+        """For what is asked for, until it is no longer."""
+        (left, right), masks = self.pairs[0], []
+        fd = self.register(0, masks.append)
         self.advance()
-        self.assertEqual(seen, [])
-        os.write(write, b"x")
-        self.advance()
-        self.assertEqual(seen, [(1, b"x")])
-        self.do(self.loop.unregister, read)
-        os.write(write, b"y")
-        self.advance()
-        self.assertEqual(len(seen), 1)
-
-    def test_modify(self):
-        left, right = socket.socketpair()
-        self.addCleanup(left.close)
-        self.addCleanup(right.close)
-        masks = []
-        self.register(left.fileno(), masks.append)
-        self.advance()
-        self.do(self.loop.modify, left.fileno(), 2)
+        self.do(self.loop.modify, fd, selectors.EVENT_WRITE)
         self.advance()
         right.sendall(b"x")
-        self.do(self.loop.modify, left.fileno(), 3)
+        self.do(self.loop.modify, fd, selectors.EVENT_READ)
         self.advance()
-        self.assertEqual(masks, [2, 3])
+        self.do(self.loop.unregister, fd)
+        self.advance()
+        self.assertEqual(masks, [selectors.EVENT_WRITE, selectors.EVENT_READ])
 
-    def test_an_event_of_a_descriptor_that_another_callback_has_taken_away(self):
-        """Both are ready in one turn; the first to run takes the other's place, whose event is stale by then."""
+    def test_an_event_of_a_descriptor_that_is_another_by_then(self):
+        """Both are ready in one turn; the first to run puts something else in the other's place."""
         seen = []
 
-        def take(other):
-            self.loop.unregister(other)
-            self.loop.register(other, 1, lambda mask: seen.append("new"))
+        def replace(number):
+            fd = self.pairs[number][0].fileno()
+            self.loop.unregister(fd)
+            self.loop.register(fd, selectors.EVENT_READ, lambda mask: seen.append("new"))
             seen.append("first")
-        reads = [read for read, _ in self.pipes]
-        self.register(reads[0], lambda mask: take(reads[1]))
-        self.register(reads[1], lambda mask: take(reads[0]))
-        for _, write in self.pipes:
-            os.write(write, b"x")
+        for number, (_, right) in enumerate(self.pairs):
+            self.register(number, lambda mask, other=1 - number: replace(other))
+            right.sendall(b"x")
         self.advance()
         self.assertEqual(seen, ["first"])
 
     def test_a_failing_callback(self):
-        """The loop goes on; the same fault is told once a minute, another one at once."""
-        read, write = self.pipes[0]
+        """The others of the turn run, and it is asked again."""
         seen = []
-        self.register(read, lambda mask: seen.append(os.read(read, 1)) or {b"a": 1}[seen[-1]] // 0)
-        os.write(write, b"abab")
-        with self.assertLogs("gaffer", "ERROR") as logs:
-            for _ in range(4):
-                self.advance()
-        self.assertEqual(seen, [b"a", b"b"] * 2)
-        self.assertEqual([record.exc_info[0] for record in logs.records], [ZeroDivisionError, KeyError])
+        for number, (_, right) in enumerate(self.pairs):
+            self.register(number, lambda mask, number=number: seen.append(number) or 1 // 0)
+            right.sendall(b"x")
+        with self.assertLogs("gaffer", "ERROR"):
+            self.advance()
+            self.advance()
+        self.assertEqual(sorted(seen), [0, 0, 1, 1])
 
     def test_wake_descriptor(self):
-        """What a signal handler's wake-up writes ends the wait."""
+        """What signal.set_wakeup_fd() writes ends the wait."""
         os.write(self.loop.wake_fd, b"\x0f")
         began = time.monotonic()
         self.loop.step(TIMEOUT)
         self.assertLess(time.monotonic() - began, TIMEOUT / 2)
+
+    def test_expect_waits_no_longer(self):
+        """An answer, a timer, or the time given ends it."""
+        (_, right), got = self.pairs[0], []
+        self.register(0, lambda mask: got.append(self.pairs[0][0].recv(1)))
+        right.sendall(b"x")
+        self.do(self.loop.expect)
+        self.loop.step(TIMEOUT)
+        self.later(0, got.append, b"y")
+        self.do(self.loop.expect)
+        self.loop.step(TIMEOUT)
+        self.loop.step(0.001)
+        self.assertEqual(got, [b"x", b"y"])
+
+    def test_a_selector_that_fails(self):
+        """The loop goes on with its timers and calls, at a slow pace, and says so once."""
+        select, ran = selectors.DefaultSelector.select, []
+        for error in (OSError(errno.EBADF, "bad"), ValueError("closed"), MemoryError()):
+            with self.subTest(error=error), unittest.mock.patch(
+                    "selectors.DefaultSelector.select", side_effect=[error] * 4 + 2 * [[]]), self.assertLogs("gaffer", "ERROR") as logs:
+                self.later(0, ran.append, error)
+                began = time.monotonic()
+                for _ in range(4):
+                    self.loop.step(TIMEOUT)
+                self.assertGreater(time.monotonic() - began, 2 * gaffer.ERROR_PAUSE)
+                self.assertEqual((ran.pop(), len(logs.records)), (error, 1))
+        self.assertIs(selectors.DefaultSelector.select, select)
 
 
 class PureRunning(Case):
@@ -996,119 +970,117 @@ class PureRunning(Case):
         self.assertFalse(self.thread.is_alive())
         self.loop.close()
 
-    def hold(self):
-        """Keep the loop's thread in a callback. Returns a function that lets it go on."""
+    def hold(self, add):
+        """Keep the loop's thread in a callback that is given to add(). Returns a function that ends it."""
         held, release = threading.Event(), threading.Event()
         self.addCleanup(release.set)
-        self.loop.call_soon(lambda: (held.set(), release.wait(TIMEOUT)))
+        add(lambda: (held.set(), release.wait(TIMEOUT)))
         self.assertTrue(held.wait(TIMEOUT))
         return release.set
 
-    def in_thread(self, function, *args):
-        """Call on another thread. Returns (thread, list that gets what it returned or raised)."""
+    def in_threads(self, count, function):
+        """Call `function()` on threads at once. Returns the list that gets what each returns or raises, and join()."""
         got = []
 
         def run():
             try:
-                got.append(self.loop.call(function, *args))
+                got.append(function())
             except BaseException as error:
                 got.append(error)
-        thread = threading.Thread(target=run)
-        thread.start()
-        return thread, got
+        threads = [threading.Thread(target=run) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        return got, lambda: [thread.join(TIMEOUT) for thread in threads]
 
-    def test_a_sleeping_loop_is_borrowed(self):
-        """The call runs on the caller's own thread."""
-        until(lambda: self.loop.call(threading.get_ident) == threading.get_ident(), "a borrowed call")
-
-    def test_a_busy_loop_gets_it_queued(self):
-        """The call runs on the loop's thread; result and error are the caller's."""
-        release = self.hold()
-        calls = [self.in_thread(threading.get_ident), self.in_thread(divmod, 1, 0), self.in_thread(sys.exit, 3)]
-        until(lambda: len(self.loop._inbox) == 3)
-        self.assertEqual([got for _, got in calls], [[], [], []])
-        release()
-        for thread, _ in calls:
-            thread.join(TIMEOUT)
-        (ident,), (division,), (leave,) = [got for _, got in calls]
-        self.assertEqual(ident, self.thread.ident)
-        self.assertIsInstance(division, ZeroDivisionError)
-        self.assertIsInstance(leave, SystemExit)
+    def test_a_call_runs_on_its_own_thread(self):
+        self.assertEqual(self.loop.call(threading.get_ident), threading.get_ident())
+        got, join = self.in_threads(1, lambda: self.loop.call(sys.exit, 3))
+        join()
+        self.assertIsInstance(got[0], SystemExit)
         self.assertEqual(self.loop.call(len, "the loop goes on"), 16)
 
-    def test_a_queued_call_sees_what_was_queued_before(self):
-        release, seen = self.hold(), []
-        self.loop.call_soon(seen.append, 1)
-        thread, got = self.in_thread(tuple, seen)
-        until(lambda: len(self.loop._inbox) == 2)
+    def test_a_call_while_user_code_runs(self):
+        """User code may take its time: it holds up the loop's thread, not the lock."""
+        release = self.hold(self.loop.call_unlocked)
+        self.assertEqual(self.loop.call(len, "abc"), 3)
         release()
-        thread.join(TIMEOUT)
-        self.assertEqual((seen, got), ([1], [(1,)]))
 
-    def test_what_a_borrower_does_wakes_the_loop(self):
-        """A timer, a descriptor, a call_soon: the loop sleeps without a limit when they come."""
-        for name in ("timer", "descriptor", "inbox"):
+    def test_what_is_added_wakes_the_loop(self):
+        """A timer, a descriptor, a call: the loop waits without a limit when they come."""
+        read, write = os.pipe()
+        self.addCleanup(os.close, read)
+        self.addCleanup(os.close, write)
+        os.write(write, b"x")
+
+        def ready(mask):
+            self.loop.unregister(read)
+            happened.set()
+        adds = {
+            "timer": lambda: self.loop.call(self.loop.later, 0.001, happened.set),
+            "timer before another": lambda: self.loop.call(self.loop.later, 0.001, happened.set),
+            "descriptor": lambda: self.loop.call(self.loop.register, read, 1, ready),
+            "call_soon": lambda: self.loop.call_soon(happened.set),
+            "call_soon in a call": lambda: self.loop.call(self.loop.call_soon, happened.set),
+            "call_soon in a turn": lambda: self.loop.call_soon(self.loop.call_soon, happened.set),
+            "call_unlocked": lambda: self.loop.call_unlocked(happened.set),
+            "call_unlocked in user code": lambda: self.loop.call_unlocked(self.loop.call_unlocked, happened.set),
+            "timer in user code": lambda: self.loop.call_unlocked(self.loop.call, self.loop.later, 0.001, happened.set),
+        }
+        for name, add in adds.items():
             with self.subTest(name):
                 happened = threading.Event()
-                until(lambda: self.loop.call(threading.get_ident) == threading.get_ident())
-                if name == "timer":
-                    self.loop.call(self.loop.later, 0.001, happened.set)
-                elif name == "inbox":
-                    self.loop.call(self.loop.call_soon, happened.set)
-                else:
-                    read, write = os.pipe()
-                    os.write(write, b"x")
-
-                    def ready(mask, fds=(read, write)):
-                        self.loop.unregister(fds[0])
-                        os.close(fds[0])
-                        os.close(fds[1])
-                        happened.set()
-                    self.loop.call(self.loop.register, read, 1, ready)
+                add()
                 self.assertTrue(happened.wait(TIMEOUT))
+                self.loop.call(self.loop.later, 1000, print)
 
-    def test_call_soon_runs_on_the_loops_thread(self):
-        happened, where = threading.Event(), []
-        self.loop.call_soon(lambda: (where.append(threading.get_ident()), happened.set()))
-        self.assertTrue(happened.wait(TIMEOUT))
-        self.assertEqual(where, [self.thread.ident])
+    def test_any_time_can_be_waited_for(self):
+        """Longer than the system's calls can count."""
+        for seconds in (3e6, gaffer.SECONDS_MAX, 1e300, math.inf):
+            self.loop.call(self.loop.later, seconds, print)
+            happened = threading.Event()
+            self.loop.call_soon(happened.set)
+            self.assertTrue(happened.wait(TIMEOUT))
+        turns = self.loop.turns
+        time.sleep(0.1)
+        self.assertLess(self.loop.turns, turns + 3, "it waits")
 
-    def test_what_a_callback_puts_in_is_not_slept_over(self):
-        happened = threading.Event()
-        self.loop.call_soon(self.loop.call_soon, self.loop.call_soon, happened.set)
-        self.assertTrue(happened.wait(TIMEOUT))
-
-    def test_a_call_that_waits_when_the_loop_is_closed(self):
-        """It does not wait for ever: close() is the last to look into the inbox."""
-        release = self.hold()
-        thread, got = self.in_thread(len, "abc")
-        until(lambda: self.loop._inbox)
-        self.loop.stop()
-        release()
-        self.thread.join(TIMEOUT)
-        self.loop.close()
-        thread.join(TIMEOUT)
-        self.assertEqual(got, [3])
+    def test_a_busy_loop_lets_calls_in(self):
+        """Once a turn at least, and the loop gets its turns beside many that call."""
+        def busy():
+            end = time.monotonic() + 0.002
+            while time.monotonic() < end:
+                pass
+            turns.append(1)
+            self.loop.call_soon(busy)
+        turns = []
+        self.loop.call_soon(busy)
+        until(lambda: turns)
+        before = len(turns)
+        for _ in range(20):
+            self.loop.call(len, "abc")
+        self.assertLess(len(turns) - before, 60)
+        over = threading.Event()
+        got, join = self.in_threads(8, lambda: [self.loop.call(time.sleep, 0) for _ in iter(over.is_set, True)])
+        before = len(turns)
+        until(lambda: len(turns) > before + 10)
+        over.set()
+        join()
+        self.assertGreater(min(map(len, got)), 0)
 
     def test_calls_while_the_loop_is_closed(self):
-        """From the moment on where it is closing, all get Stopping, and none waits for ever."""
+        """All get Stopping, and none waits for ever."""
         self.loop.stop()
         self.thread.join(TIMEOUT)
-        held, release = threading.Event(), threading.Event()
-        self.addCleanup(release.set)
-        self.loop.call_soon(lambda: (held.set(), release.wait(TIMEOUT)))
         closer = threading.Thread(target=self.loop.close)
-        closer.start()
-        self.assertTrue(held.wait(TIMEOUT))
-        calls = [self.in_thread(len, "never") for _ in range(5)]
-        release.set()
-        for thread, got in calls:
-            thread.join(TIMEOUT)
-            self.assertIsInstance(got[0], gaffer.Stopping)
+        release = self.hold(lambda callback: (self.loop.call_soon(callback), closer.start()))
+        got, join = self.in_threads(5, lambda: self.loop.call(len, "never"))
+        release()
+        join()
         closer.join(TIMEOUT)
+        self.assertEqual([type(error) for error in got], [gaffer.Stopping] * 5)
 
     def test_many_threads(self):
-        """Whether borrowed or queued, one call at a time, none lost, none twice."""
+        """One call at a time, none lost, none twice."""
         state = {"inside": 0, "count": 0}
 
         def count():
@@ -1123,18 +1095,16 @@ class PureRunning(Case):
                 if self.loop.call(count) != (1, True):
                     wrong.append(1)
                 self.loop.call_soon(soon.append, 1)
-        wrong, soon = [], []
-        threads = [threading.Thread(target=caller) for _ in range(8)]
+                self.loop.call_unlocked(later.append, 1)
+        wrong, soon, later = [], [], []
         switch = sys.getswitchinterval()
         self.addCleanup(sys.setswitchinterval, switch)
         sys.setswitchinterval(1e-5)
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(TIMEOUT)
+        _, join = self.in_threads(8, caller)
+        join()
         sys.setswitchinterval(switch)
-        self.hold()()                           # a barrier: what was put in before has run
-        self.assertEqual((wrong, state, len(soon)), ([], {"inside": 0, "count": 2400}, 2400))
+        self.hold(self.loop.call_unlocked)()    # what was put in before has run
+        self.assertEqual((wrong, state, len(soon), len(later)), ([], {"inside": 0, "count": 2400}, 2400, 2400))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -15545,7 +15515,7 @@ class Readme(CliCase):
         PARTS_MAX SHARES_PER_TURN COURTESY COURTESY_RECENT FANOUT_SIZE PACE PACE_READERS PACE_MIN PACE_MAX PARTIAL_LINE_DELAY
         MERGED_LINE_DELAY MARK_INTERVAL COMPRESS_MIN PAGE_EVENTS GROUP_POLL GROUP_POLL_MAX EXIT_POLL KILL_AGAIN STOP_SEND STOP_STAGGER STOP_STAGGER_TOTAL WAIT_EXTRA SECONDS_MAX
         REQUEST_LINE_SIZE CHUNKS_AT_ONCE LINGER_TIME LINGER_SIZE FILES_FOR_CONNECTIONS ACCEPTS_PER_TURN LOOKS ACCEPT_PAUSE
-        MEMORY_PAUSE SEND_QUEUE_LOW DEFLATE_LEVEL DEFLATE_WINDOW_BITS DEFLATE_SIZE_MIN DEFLATE_SIZE_MAX MESSAGES_PER_TURN
+        ERROR_PAUSE SELECT_MAX SEND_QUEUE_LOW DEFLATE_LEVEL DEFLATE_WINDOW_BITS DEFLATE_SIZE_MIN DEFLATE_SIZE_MAX MESSAGES_PER_TURN
         ACCESS_LOG_DELAY LOG_END REQUEST_BUCKETS TURN_BUCKETS CLIENT_TIME HEARTBEAT STREAM_TIME WEBHOOK_PAUSES WEBHOOK_REST WEBHOOK_END
         SCREEN_END FAULTS_MAX STATUS_INTERVAL RETRY_FIRST RETRY_MAX SHORTAGES""".split())
 
