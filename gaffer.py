@@ -173,7 +173,6 @@ AFTERLIFE_COUNT = 16                # of a template's last exits (or twice its n
 GROUP_POLL = 0.02                   # between looks at a group whose leader is gone: only while one is being ended
 GROUP_POLL_MAX = 1.0
 EXIT_POLL = 0.25                    # between looks at a child that nothing can be opened for to watch it
-KILL_AGAIN = 1.0                    # SIGKILL is repeated: a group may fork while it dies
 STOP_STAGGER = 0.1                  # at gaffer's stop, a process waits so long for the end of the one started after it
 STOP_STAGGER_TOTAL = 1.0            # and all of them together
 STOP_SEND = 2.0                     # then what waits to be sent, such as last words, goes to clients that take it
@@ -1561,23 +1560,46 @@ class Reader:
         return self.sink.send(self.encoder.dropped(count, self.offset))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # templates
 #
-# A process template is a dict. OPTIONS is the one table of its fields: default, check, help; JSON, the command line and
-# the README all come from it. A check returns the value or raises ValueError with a sentence that continues "field 'x' ".
-# resolve() makes of a template what is executed, each time anew, as the environment may have changed. Any thread.
-# --------------------------------------------------------------------------------------------------------------------
-NAME = re.compile(r"(?!-|:|\d+\Z|\.{1,2}\Z)[A-Za-z0-9_.:@-]{1,128}\Z")
-LABEL = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9_.-]{1,64}\Z")
+# A process template is a dict. OPTIONS is the one table of its fields: default, check and help;
+# JSON, the command line, the description of the API and the README all come from it. A check
+# returns the value, or raises ValueError with a sentence that continues "field 'x' "; its `schema`
+# is the JSON Schema of what it accepts. Launch turns a template into what is executed, each time
+# anew, as the environment may have changed. Any thread may call all of this.
+# --------------------------------------------------------------------------------------------------
+NAME = re.compile(r"(?!-|:|[0-9]+$|\.{1,2}$|all$)[A-Za-z0-9_.:@-]{1,128}")
+LABEL = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_.-]{1,64}")
 RESERVED_LABELS = ("stdin", "ttin", "exit", "dropped")
 VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
+QUOTED = re.compile(r"""'[^']*'|"(?:[^"\\]|\\.)*"|\\.""", re.DOTALL)
+
+
+def to_bytes(text):
+    """Encode what the system is to get: UTF-8, whatever the locale says."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def is_number(value, kinds=(int, float)):
+    """Tell whether JSON's `value` is a number; true and false are none."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def json_schema(type, **more):
+    """Mark a check with the JSON Schema of what it accepts."""
+    def mark(check):
+        check.schema = dict(more, type=type)
+        return check
+    return mark
 
 
 def check_text(value, what="a string"):
-    """A string that can be handed to the system: no NUL, and valid UTF-8."""
-    need(isinstance(value, str), ValueError, "must be %s" % what)
-    need("\0" not in value, ValueError, "must not hold a NUL character")
+    """Check a string that can be handed to the system: no NUL, and valid UTF-8."""
+    if not isinstance(value, str):
+        raise ValueError("must be %s" % what)
+    if "\0" in value:
+        raise ValueError("must not hold a NUL character")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -1585,199 +1607,228 @@ def check_text(value, what="a string"):
     return value
 
 
+@json_schema("string", pattern="^%s$" % NAME.pattern)
 def check_name(value):
-    """The name of a template."""
-    need(isinstance(value, str) and NAME.match(value), ValueError,
-         "must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, and not begin with - or :")
+    """Check the name of a template."""
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise ValueError("must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not 'all', and"
+                         " not begin with - or :")
     return value
 
 
+@json_schema("string", minLength=1)
 def check_command(value):
-    """A program, or a command line."""
-    need(check_text(value).strip(), ValueError, "must not be empty")
+    """Check a program, or a command line."""
+    if not check_text(value).strip():
+        raise ValueError("must not be empty")
     return value
 
 
 def split_words(text):
-    """The words of a command line, as a shell splits them. ValueError: a quote is not closed."""
+    """Split a command line as a shell does. ValueError: a quote is not closed."""
+    def unquote(match):                     # shlex keeps these backslashes
+        token = match.group()
+        if token[0] == '"':
+            return re.sub(r"\\(.)", lambda pair: {"\n": "", "$": "$", "`": "`"}.get(
+                pair.group(1), pair.group()), token, flags=re.DOTALL)
+        return "" if token == "\\\n" else token
     try:
-        return shlex.split(text)
+        return shlex.split(QUOTED.sub(unquote, text))
     except ValueError as error:
         raise ValueError("cannot be split into words: %s" % str(error).lower()) from None
 
 
+@json_schema(["array", "string"], items={"type": "string"})
 def check_args(value):
-    """A list of strings, or one string that is split as a shell splits words."""
+    """Check a list of strings, or one string that is split as a shell splits words."""
     if isinstance(value, list):
         return [check_text(word, "a list of strings, or a string") for word in value]
     split_words(check_text(value, "a list of strings, or a string"))
     return value
 
 
+@json_schema("boolean")
 def check_flag(value):
-    """true or false."""
-    need(isinstance(value, bool), ValueError, "must be true or false")
+    """Check a boolean."""
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
     return value
 
 
+@json_schema("object", additionalProperties={"type": ["string", "number"]})
 def check_env(value):
-    """{name: string or number}"""
-    need(isinstance(value, dict), ValueError, "must be an object of strings and numbers")
+    """Check {name: string or number}."""
+    what = "an object of strings and numbers"
+    if not isinstance(value, dict):
+        raise ValueError("must be %s" % what)
     for name, text in value.items():
-        need(name and "=" not in name, ValueError, "has a variable named %r: a name is not empty and has no '='" % name)
-        check_text(name, "an object of strings and numbers")
-        if isinstance(text, bool) or not isinstance(text, (str, int, float)):
-            raise ValueError("must be an object of strings and numbers, but %r is neither" % name)
-        need(not isinstance(text, float) or math.isfinite(text), ValueError, "has a number %r that is too large" % name)
+        if not check_text(name, "%s, and %r is no name" % (what, name)) or "=" in name:
+            raise ValueError("has a variable %r: a name is not empty and has no '='" % name)
+        if not isinstance(text, str) and not is_number(text):
+            raise ValueError("must be %s, but %r is neither" % (what, name))
+        if isinstance(text, float) and not math.isfinite(text):
+            raise ValueError("has a number %r that is too large" % name)
         check_text(str(text))
     return dict(value)
 
 
+@json_schema("string")
 def check_directory(value):
-    """A directory that exists."""
-    need(os.path.isdir(check_text(value)), ValueError, "names the directory %r, which is not there" % value)
+    """Check a directory that exists."""
+    if not os.path.isdir(to_bytes(check_text(value))):
+        raise ValueError("names the directory %r, which is not there" % value)
     return value
 
 
-def check_uid(value):
-    """A user that exists, by name or number, as whom gaffer may run something."""
-    need(isinstance(value, (int, str)) and not isinstance(value, bool), ValueError, "must be a user's name or number")
-    uid = find_user(value)[0]
-    need(os.geteuid() in (0, uid), ValueError, "asks for user %r, which only root may do: run gaffer as root" % (value,))
-    return value
-
-
-def check_gid(value):
-    """A group that exists, by name or number, as which gaffer may run something."""
-    need(isinstance(value, (int, str)) and not isinstance(value, bool), ValueError, "must be a group's name or number")
-    gid = find_group(value)
-    need(os.geteuid() == 0 or os.getegid() == gid, ValueError,
-         "asks for group %r, which only root may do: run gaffer as root" % (value,))
-    return value
+def identity(what, find, own):
+    """A check for a user or group that exists and as whom gaffer may run something."""
+    @json_schema(["string", "integer"])
+    def check(value):
+        if not isinstance(value, str) and not is_number(value, int):
+            raise ValueError("must be a %s's name or number" % what)
+        if os.geteuid() != 0 and find(value) != own():
+            raise ValueError("asks for %s %r, which only root may do: run gaffer as root"
+                             % (what, value))
+        find(value)
+        return value
+    return check
 
 
 def whole_number(least, most):
     """A check for an integer from `least` to `most`."""
+    @json_schema("integer", minimum=least, maximum=most)
     def check(value):
-        need(isinstance(value, int) and not isinstance(value, bool) and least <= value <= most, ValueError,
-             "must be a whole number from %d to %d" % (least, most))
+        if not is_number(value, int) or not least <= value <= most:
+            raise ValueError("must be a whole number from %d to %d" % (least, most))
         return value
     return check
 
 
 def seconds(least, most=SECONDS_MAX):
     """A check for a number of seconds from `least` to `most`."""
+    @json_schema("number", minimum=least, maximum=most)
     def check(value):
-        need(isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most, ValueError,
-             "must be a number of seconds from %g to %d" % (least, most))
+        if not is_number(value) or not least <= value <= most:
+            raise ValueError("must be a number of seconds from %g to %d" % (least, most))
         return value
     return check
 
 
-def check_label(value):
-    """The label of a stream."""
-    need(isinstance(value, str) and LABEL.match(value), ValueError, "has a label that is not 1 to 64 of A-Z a-z 0-9 _ . -")
-    need(value not in RESERVED_LABELS, ValueError, "has the label %r, which is reserved" % value)
-    return value
+def labels(most, unique=False):
+    """A check for a list of at most `most` labels of streams."""
+    @json_schema("array", maxItems=most, uniqueItems=unique,
+                 items={"type": "string", "pattern": "^%s$" % LABEL.pattern})
+    def check(value):
+        if not isinstance(value, list) or len(value) > most:
+            raise ValueError("must be a list of at most %d labels" % most)
+        for label in value:
+            if not isinstance(label, str) or not LABEL.fullmatch(label):
+                raise ValueError("has a label that is not 1 to 64 of A-Z a-z 0-9 _ . -")
+            if label in RESERVED_LABELS:
+                raise ValueError("has the label %r, which is reserved" % label)
+        if unique and len(set(value)) < len(value):
+            raise ValueError("has a label twice")
+        return list(value)
+    return check
 
 
-def check_output(value):
-    """At most two labels."""
-    need(isinstance(value, list) and len(value) <= 2, ValueError,
-         "must be a list of at most two labels, the first for stdout and the second for stderr")
-    return [check_label(label) for label in value]
-
-
-def check_custom_streams(value):
-    """Labels, each once."""
-    need(isinstance(value, list) and len(value) <= CUSTOM_STREAMS_MAX, ValueError,
-         "must be a list of at most %d labels" % CUSTOM_STREAMS_MAX)
-    need(len(set(map(str, value))) == len(value), ValueError, "has a label twice")
-    return [check_label(label) for label in value]
+def record(fields):
+    """A check for an object, or null, of `fields`: {name: (default, check)}."""
+    @json_schema("object", additionalProperties=False, properties={
+        name: dict(check.schema, default=default) for name, (default, check) in fields.items()})
+    def check(value):
+        if not isinstance(value, dict):
+            raise ValueError("must be an object with %s" % ", ".join(fields))
+        full = {name: default for name, (default, _) in fields.items()}
+        for name, item in value.items():
+            if name not in fields:
+                raise ValueError("has the unknown field %r%s" % (name, near(str(name), fields)))
+            try:
+                full[name] = fields[name][1](item)
+            except ValueError as error:
+                raise ValueError("has a field '%s' that %s" % (name, error)) from None
+        return full
+    return check
 
 
 FLAPPING = {
-    "attempts": (2, whole_number(1, 1000)), "window": (1.0, seconds(0.001)), "retry_in": (7.0, seconds(0)),
-    "max_retry": (5, whole_number(0, 10 ** 6)),
+    "attempts": (2, whole_number(1, 1000)), "window": (1.0, seconds(0.001)),
+    "retry_in": (7.0, seconds(0)), "max_retry": (5, whole_number(0, 10 ** 6)),
 }
-
-
-def check_flapping(value):
-    """{attempts, window, retry_in, max_retry}, what is left out has its default."""
-    need(isinstance(value, dict), ValueError, "must be an object with attempts, window, retry_in and max_retry")
-    full = {name: default for name, (default, _) in FLAPPING.items()}
-    for name, number in value.items():
-        need(name in FLAPPING, ValueError, "has the unknown field %r%s" % (name, near(name, FLAPPING)))
-        try:
-            full[name] = FLAPPING[name][1](number)
-        except ValueError as error:
-            raise ValueError("has a field '%s' that %s" % (name, error)) from None
-    return full
-
-
 Option = collections.namedtuple("Option", "default check help")
-
 OPTIONS = {
-    "name": Option(None, check_name, "the template's name; a part before the first ':' is its group"),
+    "name": Option(None, check_name,
+                   "the template's name; a part before the first ':' is its group"),
     "cmd": Option(None, check_command, "the command line, or with args the program"),
     "args": Option([], check_args, "the program's arguments: a list, or a string to split"),
     "env": Option({}, check_env, "variables of its environment"),
     "os_env": Option(True, check_flag, "add them to gaffer's own environment"),
     "cwd": Option(None, check_directory, "working directory"),
-    "uid": Option(None, check_uid, "user, by name or number"),
-    "gid": Option(None, check_gid, "group, by name or number"),
+    "uid": Option(None, identity("user", lambda user: find_user(user)[0], os.geteuid),
+                  "user, by name or number"),
+    "gid": Option(None, identity("group", find_group, os.getegid), "group, by name or number"),
     "shell": Option(False, check_flag, "give cmd to /bin/sh -c"),
     "numprocesses": Option(1, whole_number(0, NUMPROCESSES_MAX), "how many to keep running"),
     "start": Option(True, check_flag, "start when added"),
     "detach": Option(False, check_flag, "survive gaffer's stop"),
-    "redirect_output": Option(["stdout", "stderr"], check_output, "labels for stdout and stderr"),
+    "redirect_output": Option(["stdout", "stderr"], labels(2), "labels for stdout and stderr"),
     "redirect_input": Option(False, check_flag, "a pipe to stdin"),
-    "custom_streams": Option([], check_custom_streams, "labels of further two-way streams, from descriptor 3 on"),
+    "custom_streams": Option([], labels(CUSTOM_STREAMS_MAX, unique=True),
+                             "labels of further two-way streams, from descriptor 3 on"),
     "graceful_timeout": Option(10, seconds(0), "seconds between the stop signal and SIGKILL"),
-    "flapping": Option(None, check_flapping, "rest when it exits too often: attempts, window, retry_in, max_retry"),
-    "priority": Option(None, whole_number(-10 ** 6, 10 ** 6), "start order within one load, 0 first"),
+    "flapping": Option(None, record(FLAPPING), "rest when it exits too often: %s"
+                       % ", ".join(FLAPPING)),
+    "priority": Option(None, whole_number(-10 ** 6, 10 ** 6),
+                       "start order within one load, 0 first"),
 }
+ADJUSTABLE = ("numprocesses", "priority", "flapping", "start")   # a running process is not affected
 
 
 def check_together(template, info):
-    """Faults of fields that are right by themselves: [(field, sentence)]. Fills in what one field says of another."""
+    """Return faults of fields that are right by themselves, [(field, sentence)]; fill in what one
+    field says of another. `info`: the fields as they were given."""
     faults = []
-    try:
-        args = template["args"]
-        if not (args.strip() if isinstance(args, str) else args) and not template["shell"]:
-            need(split_words(template["cmd"]), ValueError, "must not be empty")
-    except ValueError as error:
-        faults.append(("cmd", "field 'cmd' %s" % error))
+    args = template["args"]
+    if not (args.strip() if isinstance(args, str) else args) and not template["shell"]:
+        try:
+            if not split_words(template["cmd"]):
+                raise ValueError("must not be empty")
+        except ValueError as error:
+            faults.append(("cmd", "field 'cmd' %s" % error))
     if template["detach"]:
         if "redirect_output" not in info:
             template["redirect_output"] = []
-        for field in ("redirect_output", "redirect_input", "custom_streams"):
-            if template[field]:
-                faults.append((field, "field '%s' cannot go with 'detach': nobody would be there for its pipes" % field))
+        faults += [(field, "field '%s' cannot go with 'detach': nobody would be there for its pipes"
+                    % field) for field in ("redirect_output", "redirect_input", "custom_streams")
+                   if template[field]]
     for label in template["custom_streams"]:
         if label in template["redirect_output"]:
-            faults.append((
-                "custom_streams", "field 'custom_streams' has the label '%s', which is in 'redirect_output' too" % label))
-    if template["uid"] is not None and template["gid"] is None and find_user(template["uid"])[1] is None:
-        faults.append(("uid", "field 'uid' names a user without an entry here; give 'gid' too"))
+            faults.append(("custom_streams", "field 'custom_streams' has the label '%s', which is "
+                           "in 'redirect_output' too" % label))
+    if template["uid"] is not None and template["gid"] is None:
+        if find_user(template["uid"])[1] is None:
+            faults.append(("uid", "field 'uid' is a user without an entry here; give 'gid' too"))
     return faults
 
 
 def examine_template(info, known=None):
-    """(template, faults) of what somebody gave as a template: its defaults are filled in, and each fault is (field,
-    sentence). `known`: {field: value} to use where the field is left out."""
+    """Return (template, faults) of a client's `info`: a template with its defaults filled in, and
+    all faults as (field, sentence). `known`: {field: value} for fields that are left out."""
     template, faults = {}, []
     unknown = [field for field in info if field not in OPTIONS]
     for field in unknown[:10]:
-        faults.append((field, "unknown field '%s'%s" % (field[:128], near(field, OPTIONS) or "; remove it")))
+        field = str(field)[:128]
+        faults.append((field, "unknown field '%s'%s" % (
+            field, near(field, OPTIONS) or "; remove it")))
     if len(unknown) > 10:
         faults.append((unknown[10], "%d more unknown fields" % (len(unknown) - 10)))
     for field, option in OPTIONS.items():
         value = info.get(field, (known or {}).get(field))
-        if value is None and field in info and option.default is not None:
-            faults.append((field, "field '%s' must not be null; leave it out for its default" % field))
         template[field] = copy.copy(option.default)
         if value is None:
+            if field in info and option.default is not None:
+                faults.append((field, "field '%s' must not be null; leave it out for its default"
+                               % field))
             if field in ("name", "cmd"):
                 faults.append((field, "field '%s' is required" % field))
             continue
@@ -1789,153 +1840,155 @@ def examine_template(info, known=None):
 
 
 def check_template(info, known=None):
-    """A template with its defaults filled in, from a client's `info`. `known`: see examine_template(). InvalidProcessInfo
-    names every field that is wrong."""
-    need(isinstance(info, dict), InvalidProcessInfo, "send one JSON object with at least 'name' and 'cmd'")
+    """Return a template from a client's `info`, as examine_template(). InvalidProcessInfo names
+    every field that is wrong."""
+    if not isinstance(info, dict):
+        raise InvalidProcessInfo("send one JSON object with at least 'name' and 'cmd'")
     template, faults = examine_template(info, known)
-    need(not faults, InvalidProcessInfo, "; ".join(sentence for _, sentence in faults))
+    if faults:
+        raise InvalidProcessInfo("; ".join(sentence for _, sentence in faults))
     return template
 
 
 def substitute(word, env):
-    """`word` with $VAR and ${VAR} filled in from `env` (of bytes); an unset one stays as it is, $$ is $."""
+    """Fill in $VAR and ${VAR} from `env` (of bytes); an unset one stays as it is, $$ is $."""
     def value(match):
         name = match.group(1) or match.group(2)
-        found = None if name is None else env.get(name.encode("ascii"))
-        return "$" if name is None else match.group() if found is None else os.fsdecode(found)
+        if name is None:
+            return "$"
+        found = env.get(name.encode("ascii"))
+        return match.group() if found is None else found.decode("utf-8", "surrogateescape")
     return VARIABLE.sub(value, word)
 
 
 class Launch:
-    """What is executed: program (a path), argv, env (of bytes), cwd, uid, gid, groups (None: gaffer's own). `instance`: the
-    process's number among those of its template, from 1."""
+    """What is executed: `program` (a path), `argv`, `env` and `cwd`, in bytes; `uid`, `gid` and
+    `groups`, None for gaffer's own. `instance`: the process's number within its template, from 1.
+    InvalidProcessInfo: it cannot be executed."""
 
     def __init__(self, template, instance=1):
-        """InvalidProcessInfo: it cannot be executed, with the reason."""
+        for field in ("cwd", "uid", "gid"):     # checked again: the system may have changed
+            try:
+                if template[field] is not None:
+                    OPTIONS[field].check(template[field])
+            except ValueError as error:
+                raise InvalidProcessInfo("field '%s' %s" % (field, error)) from None
         self.instance = instance
-        self.env = self._environment(template)
+        self.cwd = None if template["cwd"] is None else to_bytes(template["cwd"])
+        self.uid = self.gid = self.groups = user = None
+        if template["uid"] is not None:
+            self.uid, self.gid, user = find_user(template["uid"])
+        if template["gid"] is not None:
+            self.gid = find_group(template["gid"])
+        if os.geteuid() == 0 and self.gid is not None:
+            self.groups = [self.gid] if user is None else os.getgrouplist(user, self.gid)
+        self.env = self._environment(template, user)
+        args = template["args"]
+        words = split_words(args) if isinstance(args, str) else args
         if template["shell"]:
-            self.argv = ["/bin/sh", "-c", template["cmd"], "sh", *self._args(template)]
+            words = ["/bin/sh", "-c", template["cmd"], "sh", *words]
         else:
-            args = self._args(template)
-            words = [template["cmd"], *args] if args else split_words(template["cmd"])
-            self.argv = [substitute(word, self.env) for word in words]
-        self.cwd = None if template["cwd"] is None else self._checked("cwd", check_directory, template["cwd"])
-        self.uid, self.gid, self.groups = self._checked("uid", self._identity, template)
+            words = [template["cmd"], *words] if words else split_words(template["cmd"])
+            words = [substitute(word, self.env) for word in words]
+        self.argv = [to_bytes(word) for word in words]
         self.program = self._find(self.argv[0])
 
     def again(self, template, instance):
-        """The same for another process that starts now; only one that asks for its number has to be looked up anew."""
+        """Return a Launch for another process that starts now: looked up anew only if it shows its
+        instance number."""
         if b"GAFFER_INSTANCE" in self.env:
             return Launch(template, instance)
         launch = copy.copy(self)
         launch.instance = instance
         return launch
 
-    @staticmethod
-    def _checked(field, function, value):
-        try:
-            return function(value)
-        except ValueError as error:
-            raise InvalidProcessInfo("field '%s' %s" % (field, error)) from None
-
-    @staticmethod
-    def _args(template):
-        args = template["args"]
-        return split_words(args) if isinstance(args, str) else args
-
-    def _environment(self, template):
+    def _environment(self, template, user):
         env = dict(os.environb) if template["os_env"] else {}
-        env.update((os.fsencode(name), os.fsencode(str(value))) for name, value in template["env"].items())
+        if self.uid is not None:
+            for name in (b"HOME", b"USER", b"LOGNAME", b"SHELL"):
+                env.pop(name, None)
+            if user is not None:
+                entry = pwd.getpwnam(user)
+                env.update({b"HOME": os.fsencode(entry.pw_dir), b"USER": os.fsencode(user),
+                            b"LOGNAME": os.fsencode(user),
+                            b"SHELL": os.fsencode(entry.pw_shell or "/bin/sh")})
+        env.update((to_bytes(name), to_bytes(str(text))) for name, text in template["env"].items())
         env.pop(b"GAFFER_TOKEN", None)
-        if template["redirect_output"]:
+        if template["redirect_output"]:         # output that sits in a buffer looks lost
             env.setdefault(b"PYTHONUNBUFFERED", b"1")
         if template["custom_streams"]:
             env[b"GAFFER_STREAMS"] = ",".join(template["custom_streams"]).encode("ascii")
         if "GAFFER_INSTANCE" in "%s %s" % (template["cmd"], template["args"]):
-            env[b"GAFFER_INSTANCE"] = b"%d" % self.instance         # only for who asks: env may have to stand alone
+            env[b"GAFFER_INSTANCE"] = b"%d" % self.instance     # else env may have to stand alone
         return env
 
-    @staticmethod
-    def _identity(template):
-        """(uid, gid, groups), each None where it stays gaffer's."""
-        uid, gid, groups, name = None, None, None, None
-        if template["uid"] is not None:
-            check_uid(template["uid"])
-            uid, gid, name = find_user(template["uid"])
-        if template["gid"] is not None:
-            check_gid(template["gid"])
-            gid = find_group(template["gid"])
-        if os.geteuid() == 0 and gid is not None:
-            groups = os.getgrouplist(name, gid) if name is not None else [gid]
-        return uid, gid, groups
-
-    @staticmethod
-    def _absolute(path):
-        try:
-            return os.path.abspath(path)
-        except OSError:                         # gaffer's own directory has been removed: what is relative to it is gone
-            return path
-
     def _find(self, program):
-        """The path of what would be executed, as seen from the process's own directory."""
+        """Return the path of `program`, as seen from the process's own directory."""
         search = self.env.get(b"PATH", os.environb.get(b"PATH", os.fsencode(os.defpath)))
-        folders = [""] if "/" in program else os.fsdecode(search).split(":")
-        paths = [os.path.join(self.cwd or "", folder, program) for folder in folders]
+        folders = [b""] if b"/" in program else search.split(b":")
+        paths = [os.path.join(self.cwd or b"", folder, program) for folder in folders]
+        try:
+            paths = [os.path.abspath(path) for path in paths]
+        except OSError:                         # gaffer's own directory has been removed
+            pass
         for path in paths:
             if os.path.isfile(path) and os.access(path, os.X_OK):
-                return self._absolute(path)
-        there = [path for path in paths if os.path.exists(path)]
-        raise InvalidProcessInfo("field 'cmd' names %r, which %s" % (program, (
-            "is a directory" if os.path.isdir(there[0]) else "is not executable: chmod +x it") if there else (
-            "is not there" if "/" in program else "is not found in PATH")))
+                return path
+        path = next(filter(os.path.exists, paths), paths[0])
+        shown, tried = (part.decode("utf-8", "replace") for part in (program, path))
+        if os.path.exists(path):
+            fault = "is a directory" if os.path.isdir(path) else "is not executable: chmod +x it"
+        else:
+            fault = "is not there"
+        if fault == "is not there" and b"/" not in program:
+            tried, fault = shown, "is not found in PATH"
+        raise InvalidProcessInfo("field 'cmd' names %r, %s %s" % (
+            shown, "which" if tried == shown else "but %s" % tried, fault))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # policies
 #
-# What to do about exits, as data and pure functions of a clock reading. The manager acts on what they return.
-# --------------------------------------------------------------------------------------------------------------------
-BACKOFF_FIRST = 0.1                             # the second failure waits this long
-BACKOFF_MAX = 10.0                              # and none longer than this
+# What to do about exits, as data and pure functions of a clock reading. The manager acts on what
+# they return.
+# --------------------------------------------------------------------------------------------------
+BACKOFF_FIRST, BACKOFF_MAX = 0.1, 10.0          # seconds; the first failure waits for none
 BACKOFF_RESET = 10.0                            # a process that lived this long was no failure
-ESCALATION = ((signal.SIGTERM, None), (signal.SIGKILL, KILL_AGAIN))     # (signal, seconds to the next); None: as told
+KILL_AGAIN = 1.0                                # seconds: a group may fork while it dies
 
 
 def backoff(failures):
-    """Seconds to wait after so many failures in a row: 0, then 0.1 doubling to 10."""
-    if failures <= 1:
-        return 0.0
-    return min(BACKOFF_MAX, BACKOFF_FIRST * 2 ** min(failures - 2, 20))
+    """Return the seconds to wait after `failures` in a row: 0, then 0.1 doubling to 10."""
+    return 0.0 if failures <= 1 else min(BACKOFF_MAX, BACKOFF_FIRST * 2 ** min(failures - 2, 20))
 
 
-class Flapping:
-    """Judges exits: `exited(now, lived)` -> "start", "rest" (for retry_in seconds) or "stop" (for good)."""
-
-    def __init__(self, config):
-        """`config`: as check_flapping() returns it."""
-        self._config = config
-        self._exits = collections.deque(maxlen=config["attempts"])
-        self._rests = 0
-
-    def exited(self, now, lived):
-        """A process has exited by itself at `now`, `lived` seconds after its start."""
-        config = self._config
-        if lived > config["window"]:
-            self._rests = 0
-        self._exits.append(now)
-        if len(self._exits) < config["attempts"] or now - self._exits[0] > config["window"]:
-            return "start"
-        self._exits.clear()
-        if self._rests >= config["max_retry"]:
-            self._rests = 0
-            return "stop"
-        self._rests += 1
-        return "rest"
+def after_exit(info, now, lived, failures, history):
+    """Decide what follows an exit that nobody asked for. `lived`: seconds, of the oldest process
+    of the template; `failures`: exits in a row, with this one; `history`: as returned last time,
+    () at first. Return (action, seconds, history): "start" the next one after so many seconds,
+    "pause" the template for so many seconds, or "stop" it for good."""
+    flapping = info["flapping"]
+    if flapping is None:
+        return "start", backoff(failures), ()
+    times, pauses = history or ((), 0)
+    if lived > flapping["window"]:
+        pauses = 0
+    times = (*times, now)[-flapping["attempts"]:]
+    if len(times) < flapping["attempts"] or now - times[0] > flapping["window"]:
+        return "start", 0.0, (times, pauses)
+    if pauses >= flapping["max_retry"]:
+        return "stop", 0.0, ()
+    return "pause", flapping["retry_in"], ((), pauses + 1)
 
 
-def parse_signal(text):
-    """A signal by number or name: "15", "TERM", "SIGTERM". BadValue: there is none."""
+def stop_steps(info):
+    """Return the steps of a stop, (signal, seconds until the next) each; the last repeats."""
+    return (signal.SIGTERM, info["graceful_timeout"]), (signal.SIGKILL, KILL_AGAIN)
+
+
+def parse_signal(value):
+    """Return the number of a signal: 15, "15", "TERM", "SIGTERM", signal.SIGTERM. BadValue."""
+    text = str(int(value)) if is_number(value, int) else str(value)
     if text.isascii() and text.isdigit() and len(text) < 4:
         if int(text) in set(map(int, signal.valid_signals())):
             return int(text)
@@ -2403,14 +2456,14 @@ class Process:
         """SIGKILL to its group at once."""
         self.stopping = True
         if not self.gone:
-            self._escalate(len(ESCALATION) - 1)
+            self._escalate(1)
 
     def _escalate(self, step):
-        signum, delay = ESCALATION[min(step, len(ESCALATION) - 1)]
+        steps = stop_steps(self.template)
+        signum, delay = steps[min(step, len(steps) - 1)]
         self._signal_all(signum)
         if self._timer is not None:
             self._timer.cancel()
-        delay = self.template["graceful_timeout"] if delay is None else delay
         self._timer = self._loop.later(delay, self._escalate, step + 1)
         if self._look is not None:              # what was signalled may soon be gone
             self._look.cancel()
@@ -2506,7 +2559,6 @@ class Process:
 # --------------------------------------------------------------------------------------------------------------------
 TEMPLATE_EVENTS = ("create", "start", "stop", "restart", "update", "delete", "flap")
 PROCESS_EVENTS = ("spawn", "reap", "exit", "stop_pid")
-ADJUSTABLE = ("numprocesses", "priority", "flapping", "start")      # fields that a running process need not know of
 EVENT_TYPES = TEMPLATE_EVENTS + PROCESS_EVENTS
 
 
@@ -2563,8 +2615,7 @@ class Template:
 
     def replace(self, info):
         """Take new options. Streams of labels that stay go on."""
-        self.info = info
-        self.flapping = Flapping(info["flapping"]) if info["flapping"] else None
+        self.info, self.history = info, ()
 
     def labels(self):
         """Labels of all streams that can be read, stdout's first."""
@@ -2727,7 +2778,7 @@ class ProcessHandle:
 
     def signal(self, signum):
         """Send a signal (a number, or a name) to it."""
-        self._manager.signal(self._target, parse_signal(str(signum)))
+        self._manager.signal(self._target, parse_signal(signum))
 
 
 class Keeper:
@@ -2890,15 +2941,16 @@ class Keeper:
 
     def _judge(self, template, lived):
         """A process has ended by itself: let the template rest, or stop for good, where it flaps."""
-        if template.flapping is None or template.rest is not None or not template.active or self.stopping:
+        if template.rest is not None or not template.active or self.stopping:
             return
         oldest = max([lived, *(process.age() for process in template.running())])
-        verdict = template.flapping.exited(self.loop.clock(), oldest)
-        if verdict == "rest":
+        action, delay, template.history = after_exit(
+            template.info, self.loop.clock(), oldest, 1, template.history)
+        if action == "pause":
             self._publish("flap", template.name)
             template.forget_waits()
-            template.rest = self.loop.later(template.info["flapping"]["retry_in"], self._rested, template)
-        elif verdict == "stop":
+            template.rest = self.loop.later(delay, self._rested, template)
+        elif action == "stop":
             template.gave_up = True
             self._stop_template(template)
 
@@ -2929,7 +2981,7 @@ class Keeper:
                 template.restarts += 1
             if not process.stopping and template.missing() > 0:
                 failures = 1 if process.age() >= BACKOFF_RESET else process.failures + 1
-                self._fill_slot(template, failures, backoff(failures) if template.flapping is None else 0.0)
+                self._fill_slot(template, failures, backoff(failures) if template.info["flapping"] is None else 0.0)
             self._reconcile(template)
         self._check_waiters()
 
@@ -4525,22 +4577,6 @@ def access_line(client, when, request, status, size, secrets=()):
 # openapi
 
 STRING, BOOLEAN = {"type": "string"}, {"type": "boolean"}
-LABELS = {"type": "array", "items": {"type": "string", "pattern": "^(?!\\.{1,2}$)[A-Za-z0-9_.-]{1,64}$"}}
-WHO = {"type": ["string", "integer", "null"]}
-FIELDS = {                                      # JSON Schema of each field of a template; OPTIONS has the rest
-    "name": {"type": "string", "pattern": "^(?!-|:|[0-9]+$|\\.{1,2}$)[A-Za-z0-9_.:@-]{1,128}$"},
-    "cmd": {"type": "string", "minLength": 1},
-    "args": {"type": ["array", "string"], "items": STRING},
-    "env": {"type": "object", "additionalProperties": {"type": ["string", "number"]}}, "os_env": BOOLEAN,
-    "cwd": {"type": ["string", "null"]}, "uid": WHO, "gid": WHO, "shell": BOOLEAN,
-    "numprocesses": {"type": "integer", "minimum": 0, "maximum": NUMPROCESSES_MAX}, "start": BOOLEAN, "detach": BOOLEAN,
-    "redirect_output": dict(LABELS, maxItems=2), "redirect_input": BOOLEAN,
-    "custom_streams": dict(LABELS, maxItems=CUSTOM_STREAMS_MAX, uniqueItems=True),
-    "graceful_timeout": {"type": "number", "minimum": 0, "maximum": SECONDS_MAX},
-    "flapping": {"type": ["object", "null"], "additionalProperties": False, "properties": {
-        name: {"type": "number", "minimum": 0, "default": default} for name, (default, _) in FLAPPING.items()}},
-    "priority": {"type": ["integer", "null"], "minimum": -10 ** 6, "maximum": 10 ** 6},
-}
 SECONDS = {"type": "number", "minimum": 0}
 QUERY = {                                       # of a request's query: its JSON Schema, and what it means
     "running": (BOOLEAN, "pids of what runs, in place of names"),
@@ -4586,9 +4622,12 @@ def template_schema(required):
     """JSON Schema of a process template, from the table of its fields."""
     fields = {}
     for name, option in OPTIONS.items():
-        fields[name] = dict(FIELDS[name], description=option.help)
+        fields[name] = dict(option.check.schema, description=option.help)
         if name not in ("name", "cmd"):
             fields[name]["default"] = option.default
+            if option.default is None:
+                types = option.check.schema["type"]
+                fields[name]["type"] = [*([types] if isinstance(types, str) else types), "null"]
     return {"type": "object", "properties": fields, "required": required, "additionalProperties": False}
 
 

@@ -1870,48 +1870,52 @@ class PureEvents(PureLogCase):
                          b'{"event": "dropped", "id": "7@e", "events": 3, "restarted": true}\n')
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # templates
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class PureTemplates(Case):
 
     DEFAULTS = {
-        "args": [], "env": {}, "os_env": True, "cwd": None, "uid": None, "gid": None, "shell": False, "numprocesses": 1,
-        "start": True, "detach": False, "redirect_output": ["stdout", "stderr"], "redirect_input": False,
-        "custom_streams": [], "graceful_timeout": 10, "flapping": None, "priority": None,
+        "args": [], "env": {}, "os_env": True, "cwd": None, "uid": None, "gid": None,
+        "shell": False, "numprocesses": 1, "start": True, "detach": False,
+        "redirect_output": ["stdout", "stderr"], "redirect_input": False, "custom_streams": [],
+        "graceful_timeout": 10, "flapping": None, "priority": None,
     }
     FLAG = ([True, False], [1, 0, "true", "", None, []])
-    NOT_LABELS = ["stdin", "ttin", "exit", "dropped", "", ".", "..", "a/b", "a b", "x" * 65, "\u00e9", "a\n", 1, None,
-                  ["a"]]
+    NOT_LABELS = [["stdin"], ["ttin"], ["exit"], ["dropped"], [""], ["."], [".."], ["a/b"], ["a b"],
+                  ["x" * 65], ["\u00e9"], ["a\n"], [1], [None], [["a"]]]
+    NOT_IDENTITIES = ["no-such-one", "", -1, 2 ** 32 - 1, 2 ** 70, True, 1.5, []]
     # field: (good values, bad values)
     VALUES = {
-        "name": (["a", "web:1", "a@b.c-d_E", "x" * 128, "1a", "a:", "...", "_", ".a", "0x10", "@"],
-                 ["", "x" * 129, "12", ".", "..", "-a", ":a", "a b", "a/b", "\u00e4", "a\n", "a\0", "\u0661", 5, None,
-                  [], True]),
+        "name": (["a", "web:1", "a@b.c-d_E", "x" * 128, "1a", "a:", "...", "_", ".a", "0x10", "@",
+                  "all:a", "alls", "ALL"],
+                 ["", "x" * 129, "12", ".", "..", "-a", ":a", "a b", "a/b", "\u00e4", "a\n", "12\n",
+                  "a\0", "\u0661", "all", "all\n", 5, None, [], True]),
         "cmd": (["true", "a 'b c' $D", "/bin/ls", "\u00e4"],
                 ["", "  ", "\t\n", "'", "a \"b", "a\0b", "\ud800", 5, None, ["a"], True]),
-        "args": ([[], ["a", "", " "], "", "a 'b c'"], [5, {}, [1], ["a", None], "'", ["\0"], ["\ud800"], None, True,
-                                                       [["a"]]]),
+        "args": ([[], ["a", "", " "], "", "a 'b c'"],
+                 [5, {}, [1], ["a", None], "'", ["\0"], ["\ud800"], None, True, [["a"]]]),
         "env": ([{}, {"A": "b", "N": 1, "F": 1.5, "E": ""}, {"a b": "c"}],
-                [[], "x", {"A": None}, {"A": True}, {"A": []}, {"A": {}}, {"": "x"}, {"A=B": "x"}, {"A": "\0"},
-                 {"A\0": "x"},
-                 {"A": "\ud800"}, {"A": math.inf}, {"A": math.nan}, None, [["A", "b"]]]),
+                [[], "x", {"A": None}, {"A": True}, {"A": []}, {"": "x"}, {"A=B": "x"},
+                 {"A": "\0"}, {"A\0": "x"}, {"A": "\ud800"}, {"A": math.inf}, {"A": math.nan},
+                 {1: "x"}, {None: "x"}, {b"A": "x"}, {("A",): "x"}, None, [["A", "b"]]]),
         "os_env": FLAG, "shell": FLAG, "start": FLAG, "redirect_input": FLAG, "detach": FLAG,
         "cwd": (["/", ".", None], ["/no/such/directory", PYTHON, "", 5, "/\0", ["/"]]),
-        "uid": ([None, os.geteuid(), str(os.geteuid())], ["no-such-user", "", -1, 2 ** 32 - 1, 2 ** 70, True, 1.5, []]),
-        "gid": ([None, os.getegid(), str(os.getegid())],
-                ["no-such-group", "", -1, 2 ** 32 - 1, 2 ** 70, True, 1.5, []]),
+        "uid": ([None, os.geteuid(), str(os.geteuid())], NOT_IDENTITIES),
+        "gid": ([None, os.getegid(), str(os.getegid())], NOT_IDENTITIES),
         "numprocesses": ([0, 1, 1000], [-1, 1001, 1.0, "1", True, None, []]),
         "redirect_output": ([[], ["a"], ["a", "b"], ["a", "a"], ["x" * 64], ["A.b_c-1"], ["1"]],
-                            ["stdout", ["a", "b", "c"], {}, None, 1, *([label] for label in NOT_LABELS)]),
+                            ["stdout", ["a", "b", "c"], {}, None, 1, *NOT_LABELS]),
         "custom_streams": ([[], ["a"], ["a", "b"], ["s%d" % number for number in range(16)]],
                            ["a", ["s%d" % number for number in range(17)], ["a", "a"], None, {},
-                            *([label] for label in NOT_LABELS)]),
-        "graceful_timeout": ([0, 0.5, 10, 10 ** 7], [-1, -0.1, 10 ** 8, math.inf, math.nan, "1", True, None, []]),
-        "flapping": ([None, {}, {"attempts": 1}, {"attempts": 3, "window": 0.5, "retry_in": 0, "max_retry": 0}],
-                     [[], 5, True, "x", {"attempts": 0}, {"attempts": 1.5}, {"attempts": True}, {"window": 0},
-                      {"window": "1"},
-                      {"retry_in": -1}, {"max_retry": -1}, {"max_retry": None}, {"retries": 1}]),
+                            *NOT_LABELS]),
+        "graceful_timeout": ([0, 0.5, 10, 10 ** 7],
+                             [-1, -0.1, 10 ** 8, math.inf, math.nan, "1", True, None, []]),
+        "flapping": ([None, {}, {"attempts": 1},
+                      {"attempts": 3, "window": 0.5, "retry_in": 0, "max_retry": 0}],
+                     [[], 5, True, "x", {"attempts": 0}, {"attempts": 1.5}, {"attempts": True},
+                      {"window": 0}, {"window": "1"}, {"retry_in": -1}, {"max_retry": -1},
+                      {"max_retry": None}, {"retries": 1}, {1: 1}]),
         "priority": ([None, 0, -5, 100], [1.5, "1", True, []]),
     }
 
@@ -1925,122 +1929,114 @@ class PureTemplates(Case):
             gaffer.check_template(info)
         return str(caught.exception)
 
-    def test_every_field_is_here(self):
+    def test_values(self):
+        """Good ones come back as they were given; bad ones are refused by the field's name."""
         self.assertEqual(set(self.VALUES), set(gaffer.OPTIONS))
-
-    def test_defaults(self):
         self.assertEqual(self.check(), dict(self.DEFAULTS, name="a", cmd="true"))
-
-    def test_good_values(self):
-        """They come back as they were given."""
-        for field, (good, _) in self.VALUES.items():
+        for field, (good, bad) in self.VALUES.items():
             for value in good:
                 with self.subTest(field=field, value=value):
-                    given = self.check(**{field: value})[field]
+                    wanted = value
                     if field == "flapping" and value is not None:
-                        self.assertEqual(given, dict({"attempts": 2, "window": 1.0, "retry_in": 7.0, "max_retry": 5},
-                                                     **value))
-                    else:
-                        self.assertEqual(given, value)
-
-    def test_bad_values(self):
-        """They are refused by the name of their field, in one sentence."""
-        for field, (_, bad) in self.VALUES.items():
+                        wanted = dict(dict(attempts=2, window=1.0, retry_in=7.0, max_retry=5),
+                                      **value)
+                    self.assertEqual(self.check(**{field: value})[field], wanted)
             for value in bad:
                 with self.subTest(field=field, value=value):
-                    reason = self.refusal(dict({"name": "a", "cmd": "true"}, **{field: value}))
+                    reason = self.refusal({"name": "a", "cmd": "true", field: value})
                     self.assertIn("field '%s'" % field, reason)
                     self.assertNotIn("\n", reason)
 
-    def test_required(self):
-        self.assertEqual(self.refusal({}), "field 'name' is required; field 'cmd' is required")
-        self.assertEqual(self.refusal({"name": "a"}), "field 'cmd' is required")
-
-    def test_unknown_fields(self):
-        self.assertEqual(self.refusal({"name": "a", "cmd": "b", "comand": "c"}),
-                         "unknown field 'comand', did you mean 'cmd'?")
-        self.assertIn("did you mean 'numprocesses'?", self.refusal({"name": "a", "cmd": "b", "num_processes": 2}))
-        reason = self.refusal({"name": "a", "cmd": "b", "zzzz": 1})
-        self.assertIn("unknown field 'zzzz'", reason)
-        self.assertNotIn("mean", reason)
-        self.assertIn("did you mean 'attempts'?", self.refusal({"name": "a", "cmd": "b", "flapping": {"atempts": 2}}))
-
-    def test_a_flood_of_mistakes(self):
-        """Neither the answer nor the time for it grows with them."""
-        info = {"field%d" % number: 1 for number in range(20000)}
-        self.assertLess(len(self.refusal(dict(info, name="a", cmd="b"))), 3000)
-        self.assertLess(len(self.refusal({"name": "a", "cmd": "b", "x" * 100000: 1})), 3000)
-
-    def test_all_faults_at_once(self):
-        reason = self.refusal({"name": "-", "cmd": 5, "numprocesses": -1, "shel": True})
-        for word in ("'name'", "'cmd'", "'numprocesses'", "'shel'"):
-            self.assertIn(word, reason)
-
-    def test_no_object(self):
-        for info in (None, [], "a", 5, [["name", "a"]]):
-            with self.subTest(info=info):
-                self.assertIn("object", self.refusal(info))
+    def test_refusals(self):
+        """All faults in one sentence, with a near match; its length is bounded."""
+        flood = {"field%d" % number: 1 for number in range(20000)}
+        table = [
+            ({}, "field 'name' is required; field 'cmd' is required"),
+            ({"name": "a"}, "field 'cmd' is required"),
+            ({"name": "a", "cmd": "b", "comand": 1}, "unknown field 'comand', did you mean 'cmd'?"),
+            ({"name": "a", "cmd": "b", "num_processes": 2}, "did you mean 'numprocesses'?"),
+            ({"name": "a", "cmd": "b", "zzzz": 1}, "unknown field 'zzzz'; remove it"),
+            ({"name": "a", "cmd": "b", "flapping": {"atempts": 2}}, "did you mean 'attempts'?"),
+            (dict(flood, name="a", cmd="b"), "19990 more unknown fields"),
+            ({"name": "a", "cmd": "b", "x" * 100000: 1}, "unknown field 'xxx"),
+            *(({"name": "-", "cmd": 5, "numprocesses": -1, "shel": True}, field)
+              for field in ("'name'", "'cmd'", "'numprocesses'", "'shel'")),
+            *((value, "one JSON object") for value in (None, [], "a", 5, [["name", "a"]])),
+        ]
+        for info, words in table:
+            with self.subTest(words):
+                reason = self.refusal(info)
+                self.assertIn(words, reason)
+                self.assertLess(len(reason), 3000)
 
     def test_known(self):
         """An update may leave out what is known; it is checked as well."""
         info = gaffer.check_template({"cmd": "x"}, {"name": "old", "start": False})
-        self.assertEqual((info["name"], info["cmd"], info["start"]), ("old", "x", False))
-        self.assertIs(gaffer.check_template({"cmd": "x", "start": True}, {"name": "old", "start": False})["start"],
-                      True)
+        self.assertEqual((info["name"], info["start"], info["env"]), ("old", False, {}))
+        self.assertEqual(gaffer.check_template({"cmd": "x", "start": True},
+                                               {"name": "old", "start": False})["start"], True)
+        with self.assertRaises(gaffer.InvalidProcessInfo):
+            gaffer.check_template({"cmd": "x"}, {"name": "-"})
 
-    def test_a_template_is_its_own(self):
-        """Nothing that a caller does to what it gave, or got, changes this template or another."""
-        env, labels = {"A": "1"}, ["a"]
-        info = self.check(env=env, redirect_output=labels)
-        env["A"] = labels[0] = "b"
+    def test_copies(self):
+        """Nobody can change a template through what he gave, or a default through a template."""
+        given = {"name": "a", "cmd": "b", "env": {"A": "1"}, "redirect_output": ["a"]}
+        info = gaffer.check_template(given)
+        given["env"]["A"] = "2"
+        given["redirect_output"].append("b")
         self.assertEqual((info["env"], info["redirect_output"]), ({"A": "1"}, ["a"]))
         one, other = self.check(), self.check()
         for field in ("env", "args", "redirect_output", "custom_streams"):
-            with self.subTest(field):
-                self.assertIsNot(one[field], other[field])
+            self.assertIsNot(one[field], other[field], field)
 
     def test_together(self):
-        unknown = {"uid": 54321} if os.geteuid() == 0 else None
-        table = [
-            ({"detach": True, "redirect_output": ["a"]}, "field 'redirect_output' cannot go with 'detach'"),
-            ({"detach": True, "redirect_input": True}, "field 'redirect_input' cannot go with 'detach'"),
-            ({"detach": True, "custom_streams": ["a"]}, "field 'custom_streams' cannot go with 'detach'"),
-            ({"redirect_output": ["a"], "custom_streams": ["a"]}, "label 'a'"),
-            ({"custom_streams": ["stdout"]}, "label 'stdout'"),
-            ({"cmd": "a 'b"}, "field 'cmd' cannot be split into words"),
-            ({"cmd": "a 'b", "args": []}, "field 'cmd' cannot be split into words"),
-            (unknown, "give 'gid' too"),
-        ]
-        for fields, words in table:
-            if fields is not None:
-                with self.subTest(fields=fields):
-                    self.assertIn(words, self.refusal(dict({"name": "a", "cmd": "true"}, **fields)))
-
-    def test_together_good(self):
+        """Fields that are right by themselves, and wrong together."""
+        for fields, words in (
+                ({"detach": True, "redirect_output": ["a"]}, "'redirect_output' cannot go with"),
+                ({"detach": True, "redirect_input": True}, "'redirect_input' cannot go with"),
+                ({"detach": True, "custom_streams": ["a"]}, "'custom_streams' cannot go with"),
+                ({"redirect_output": ["a"], "custom_streams": ["a"]}, "label 'a'"),
+                ({"custom_streams": ["stdout"]}, "label 'stdout'"),
+                ({"cmd": "a 'b", "args": []}, "field 'cmd' cannot be split into words"),
+                ({"cmd": "''", "args": " "}, None),
+                ({"cmd": "it's", "args": ["x"]}, None),
+                ({"cmd": "echo 'a", "shell": True}, None),
+                ({"redirect_output": [], "custom_streams": ["stdout"]}, None),
+                *([({"uid": 54321}, "give 'gid' too"), ({"uid": 54321, "gid": 54321}, None)]
+                  if os.geteuid() == 0 else [])):
+            with self.subTest(fields=fields):
+                if words is None:
+                    self.check(**fields)
+                else:
+                    self.assertIn(words, self.refusal(dict({"name": "a", "cmd": "b"}, **fields)))
         self.assertEqual(self.check(detach=True)["redirect_output"], [])
-        self.assertEqual(self.check(detach=True, redirect_output=[])["redirect_output"], [])
-        self.assertEqual(self.check(cmd="it's", args=["x"])["cmd"], "it's")
-        self.assertEqual(self.check(cmd="echo 'a", shell=True)["cmd"], "echo 'a")
-        self.check(redirect_output=[], custom_streams=["stdout"])
-        if os.geteuid() == 0:
-            self.check(uid=54321, gid=54321)
 
+    def test_words(self):
+        """As a shell splits them: sh itself is asked."""
+        for text in ("a  b\tc", "a 'b  c' \"d e\"", "''", "a\\ b \\'", "'a'\"b\"c", "a\\\nb c",
+                     "a \\\n b", "\"a\\\nb\"", "'a\\\nb'", "\"\\$X \\` \\\" \\\\ \\x\"", "\"it's\" \\\n 'a\"b'",
+                     "\\\\\\\n b", "\"\\\\\\\nb\"", "a\\\n\\\nb", "'\\'\\\n", "# a", "a#b"):
+            if text == "# a":
+                self.assertEqual(gaffer.split_words(text), ["#", "a"], "a comment is none here")
+                continue
+            with self.subTest(text):
+                shown = subprocess.run(["sh", "-c", "printf '%s\\0' " + text],
+                                       stdout=subprocess.PIPE, check=True).stdout.decode()
+                self.assertEqual(gaffer.split_words(text), shown.split("\0")[:-1])
 
-class PureSubstitution(Case):
-
-    def test_table(self):
-        env = {"A": "1", "B_2": "two", "D": "$A", "E": "", "PORT": "80"}
+    def test_substitution(self):
+        env = {b"A": b"1", b"B_2": b"two", b"D": b"$A", b"E": b"", b"PORT": b"80",
+               b"U": "\u00e4".encode(), b"X": b"\xff"}
         for word, wanted in (
-                ("", ""), ("x", "x"), ("$A", "1"), ("${A}", "1"), ("${A}B", "1B"), ("$AB", "$AB"), ("${AB}", "${AB}"),
-                ("$A$A", "11"),
-                ("a$A.b", "a1.b"), ("$B_2", "two"), ("$$", "$"), ("$$A", "$A"), ("$$$A", "$1"), ("$$$$", "$$"),
-                ("$${A}", "${A}"),
-                ("$", "$"), ("a$", "a$"), ("$ A", "$ A"), ("$1", "$1"), ("$-", "$-"), ("${", "${"), ("${A", "${A"),
-                ("${}", "${}"),
-                ("${A-b}", "${A-b}"), ("${1}", "${1}"), ("$D", "$A"), ("$E", ""), ("x${E}y", "xy"), (":$PORT/", ":80/"),
-                ("$\u00c4", "$\u00c4"), ("$A\u00e4", "1\u00e4"), ("%A% {A} `A`", "%A% {A} `A`")):
+                ("", ""), ("x", "x"), ("$A", "1"), ("${A}B", "1B"), ("$AB", "$AB"), ("$A$A", "11"),
+                ("${AB}", "${AB}"), ("a$A.b", "a1.b"), ("$B_2", "two"), ("$$", "$"), ("$$A", "$A"),
+                ("$$$A", "$1"), ("$$$$", "$$"), ("$${A}", "${A}"), ("$", "$"), ("a$", "a$"),
+                ("$ A", "$ A"), ("$1", "$1"), ("$-", "$-"), ("${", "${"), ("${A", "${A"),
+                ("${}", "${}"), ("${A-b}", "${A-b}"), ("${1}", "${1}"), ("$D", "$A"), ("$E", ""),
+                ("x${E}y", "xy"), (":$PORT/", ":80/"), ("$\u00c4", "$\u00c4"),
+                ("$A\u00e4", "1\u00e4"), ("%A% {A} `A`", "%A% {A} `A`"), ("$U", "\u00e4"), ("$X", "\udcff")):
             with self.subTest(word):
-                self.assertEqual(gaffer.substitute(word, {os.fsencode(name): os.fsencode(value) for name, value in env.items()}), wanted)
+                self.assertEqual(gaffer.substitute(word, env), wanted)
 
 
 class PureLaunch(Case):
@@ -2064,6 +2060,10 @@ class PureLaunch(Case):
         """A Launch of a template."""
         return gaffer.Launch(gaffer.check_template(dict({"name": "a", "cmd": cmd}, **fields)))
 
+    def program(self, cmd, **fields):
+        """The path that a template is executed by."""
+        return os.fsdecode(self.launch(cmd, **fields).program)
+
     def refusal(self, cmd, **fields):
         """Why it cannot be launched."""
         with self.assertRaises(gaffer.InvalidProcessInfo) as caught:
@@ -2077,86 +2077,89 @@ class PureLaunch(Case):
                 ({"cmd": "sh $PORT ${PORT}x '$PORT' $$PORT $NO_SUCH_VARIABLE"},
                  ["sh", "8000", "8000x", "8000", "$PORT", "$NO_SUCH_VARIABLE"]),
                 ({"cmd": "sh $HOME"}, ["sh", "/home/x y"]),
-                ({"cmd": "sh -c x", "args": []}, ["sh", "-c", "x"]),
-                ({"cmd": "sh -c x", "args": ""}, ["sh", "-c", "x"]),
+                ({"cmd": "sh one \\\n two"}, ["sh", "one", "two"]),
+                *(({"cmd": "sh -c x", "args": args}, ["sh", "-c", "x"]) for args in ([], "", "  ")),
                 ({"cmd": "sh", "args": "-c 'a b'"}, ["sh", "-c", "a b"]),
                 ({"cmd": "sh", "args": ["-c", "a  'b", "$PORT"]}, ["sh", "-c", "a  'b", "8000"]),
                 ({"cmd": "sh", "args": ["$P"], "env": {"P": 5}}, ["sh", "5"]),
                 ({"cmd": "a 'b $PORT", "shell": True}, ["/bin/sh", "-c", "a 'b $PORT", "sh"]),
                 ({"cmd": "echo $1", "shell": True, "args": ["$PORT", "x y"]},
                  ["/bin/sh", "-c", "echo $1", "sh", "$PORT", "x y"]),
-                ({"cmd": "echo $1", "shell": True, "args": "a 'b c'"}, ["/bin/sh", "-c", "echo $1", "sh", "a", "b c"])):
+                ({"cmd": "echo $1", "shell": True, "args": "a 'b c'"},
+                 ["/bin/sh", "-c", "echo $1", "sh", "a", "b c"])):
             with self.subTest(fields=fields):
-                self.assertEqual(self.launch(**fields).argv, argv)
-
-    def test_args_without_a_word_count_as_absent(self):
-        """A string of blanks is split into no words."""
-        self.assertEqual(self.launch("sh -c x", args="  ").argv, ["sh", "-c", "x"])
+                self.assertEqual(self.launch(**fields).argv, [word.encode() for word in argv])
 
     def test_env(self):
-        pure_environ(self, GAFFER_TOKEN="secret", PYTHONUNBUFFERED=None, PURE="theirs", GAFFER_STREAMS=None)
-        env = self.launch("sh", env={"PURE": "mine", "N": 5, "F": 1.5}).env
-        self.assertEqual((env[b"PURE"], env[b"N"], env[b"F"], env[b"PATH"]), (b"mine", b"5", b"1.5", os.environb[b"PATH"]))
+        pure_environ(self, GAFFER_TOKEN="secret", PYTHONUNBUFFERED=None, PURE="theirs",
+                     GAFFER_STREAMS=None)
+        env = self.launch("sh", env={"PURE": "mine", "N": 5, "F": 1.5, "\u00e4": "\u20ac"}).env
+        self.assertEqual([env[name] for name in (b"PURE", b"N", b"F", "\u00e4".encode(), b"PATH")],
+                         [b"mine", b"5", b"1.5", "\u20ac".encode(), os.environb[b"PATH"]])
         self.assertNotIn(b"GAFFER_TOKEN", env)
-        self.assertEqual(self.launch("sh", env={"A": "b"}, os_env=False, redirect_output=[]).env, {b"A": b"b"})
         self.assertNotIn(b"GAFFER_STREAMS", env)
         self.assertNotIn(b"GAFFER_TOKEN", self.launch("sh", env={"GAFFER_TOKEN": "x"}).env)
-        self.assertEqual(self.launch("sh", custom_streams=["in", "out"]).env[b"GAFFER_STREAMS"], b"in,out")
+        self.assertEqual(self.launch("sh", env={"A": "b"}, os_env=False, redirect_output=[]).env,
+                         {b"A": b"b"})
+        self.assertEqual(self.launch("sh", custom_streams=["in", "out"]).env[b"GAFFER_STREAMS"],
+                         b"in,out")
         self.assertEqual(os.environ["GAFFER_TOKEN"], "secret")
 
     def test_pythonunbuffered(self):
         pure_environ(self, PYTHONUNBUFFERED=None)
         self.assertEqual(self.launch("sh").env[b"PYTHONUNBUFFERED"], b"1")
         self.assertNotIn(b"PYTHONUNBUFFERED", self.launch("sh", redirect_output=[]).env)
-        self.assertEqual(self.launch("sh", env={"PYTHONUNBUFFERED": ""}).env[b"PYTHONUNBUFFERED"], b"")
+        empty = self.launch("sh", env={"PYTHONUNBUFFERED": ""})
+        self.assertEqual(empty.env[b"PYTHONUNBUFFERED"], b"")
         pure_environ(self, PYTHONUNBUFFERED="0")
         self.assertEqual(self.launch("sh").env[b"PYTHONUNBUFFERED"], b"0")
 
     def test_path(self):
-        """The first that can be executed, in the PATH of the process; gaffer's where it has none."""
+        """The first in the PATH of the process, or gaffer's, that can be executed."""
         first, second = self.file("one/tool"), self.file("two/tool")
         plain = self.file("zero/tool", 0o644)
         os.makedirs(os.path.join(self.folder, "dir/tool"))
-        path = ":".join(os.path.join(self.folder, name) for name in ("nowhere", "dir", "zero", "one", "two"))
-        self.assertEqual(self.launch("tool", env={"PATH": path}).program, first)
-        self.assertEqual(self.launch("tool x", env={"PATH": os.path.dirname(second)}).program, second)
-        self.assertEqual(self.launch("tool", env={"PATH": os.path.dirname(second)}).argv, ["tool"])
+        path = ":".join(os.path.join(self.folder, each)
+                        for each in ("nowhere", "dir", "zero", "one", "two"))
+        self.assertEqual(self.program("tool", env={"PATH": path}), first)
+        self.assertEqual(self.program("tool x", env={"PATH": os.path.dirname(second)}), second)
         pure_environ(self, PATH=os.path.dirname(second))
-        self.assertEqual(self.launch("tool", os_env=False).program, second)
-        self.assertEqual(self.launch("tool").program, second)
-        self.assertIn("'tool', which is not executable", self.refusal("tool", env={"PATH": os.path.dirname(plain)}))
-        self.assertIn("'tool', which is not found in PATH", self.refusal("tool", env={"PATH": "/nowhere"}))
+        self.assertEqual(self.program("tool", os_env=False), second)
+        self.assertEqual(self.program("tool"), second)
+        self.assertEqual(self.refusal("tool", env={"PATH": os.path.dirname(plain)}),
+                         "field 'cmd' names 'tool', but %s is not executable: chmod +x it" % plain)
+        self.assertEqual(self.refusal("tool", env={"PATH": "/nowhere"}),
+                         "field 'cmd' names 'tool', which is not found in PATH")
 
     def test_a_path(self):
+        """The sentence names the path that was tried."""
         tool, plain = self.file("bin/tool"), self.file("bin/plain", 0o644)
-        self.assertEqual(self.launch(tool).program, tool)
-        self.assertIn("is not executable", self.refusal(plain))
-        self.assertIn("is a directory", self.refusal(os.path.dirname(tool)))
-        self.assertIn("is not there", self.refusal(tool + "x"))
-        for words in ("field 'cmd'", repr(tool + "x")):
-            self.assertIn(words, self.refusal(tool + "x"))
-        self.assertIn("field 'cmd'", self.refusal("$TOOL", env={"TOOL": "/no/tool"}))
-        self.assertEqual(self.launch("$TOOL", env={"TOOL": tool}).program, tool)
+        names = "field 'cmd' names "
+        self.assertEqual(self.program(tool), tool)
+        self.assertEqual(self.program("$TOOL", env={"TOOL": tool}), tool)
+        for cmd, fields, reason in (
+                (plain, {}, names + "%r, which is not executable: chmod +x it" % plain),
+                (self.folder, {}, names + "%r, which is a directory" % self.folder),
+                (tool + "x", {}, names + "%r, which is not there" % (tool + "x")),
+                ("$TOOL", {"env": {"TOOL": "/no/tool"}}, names + "'/no/tool', which is not there"),
+                ("./no.sh", {}, names + "'./no.sh', but %s/no.sh is not there" % os.getcwd()),
+                ("./no.sh", {"cwd": self.folder},
+                 names + "'./no.sh', but %s/no.sh is not there" % self.folder),
+                ("bin/plain", {"cwd": self.folder},
+                 names + "'bin/plain', but %s is not executable: chmod +x it" % plain)):
+            with self.subTest(cmd=cmd, fields=fields):
+                self.assertEqual(self.refusal(cmd, **fields), reason)
 
     def test_cwd(self):
-        """A program with a slash, and relative parts of PATH, are seen from the process's directory."""
-        tool = self.file("sub/bin/tool")
-        sub = os.path.join(self.folder, "sub")
-        for cmd, fields in (("bin/tool", {}), ("./bin/tool", {}), ("tool", {"env": {"PATH": "bin"}})):
-            with self.subTest(cmd):
-                launch = self.launch(cmd, cwd=sub, **fields)
-                self.assertEqual((os.path.normpath(launch.program), launch.cwd), (tool, sub))
-        self.assertIn("is not there", self.refusal("./tool", cwd=sub))
-
-    def test_relative_cwd(self):
-        """The program is still what is executed once the process has gone there."""
-        tool = self.file("sub/bin/tool")
-        before = os.getcwd()
-        self.addCleanup(os.chdir, before)
+        """A relative program, and relative parts of PATH, are seen from the process's directory."""
+        tool, sub = self.file("sub/bin/tool"), os.path.join(self.folder, "sub")
+        self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
-        launch = self.launch("bin/tool", cwd="sub")
-        there = os.path.join(self.folder, launch.cwd)
-        self.assertEqual(os.path.normpath(os.path.join(there, launch.program)), tool)
+        for cmd, fields in (("bin/tool", {}), ("./bin/tool", {}),
+                            ("tool", {"env": {"PATH": "bin"}})):
+            for cwd in (sub, "sub"):
+                with self.subTest(cmd, cwd=cwd):
+                    self.assertEqual(self.program(cmd, cwd=cwd, **fields), tool)
 
     def test_cwd_is_looked_at_anew(self):
         gone = os.path.join(self.folder, "gone")
@@ -2167,104 +2170,114 @@ class PureLaunch(Case):
             gaffer.Launch(template)
 
     def test_identity(self):
+        """With a user come his groups, and HOME, USER, LOGNAME and SHELL unless env names them."""
+        pure_environ(self, HOME="/mine", USER="me", LOGNAME="me", SHELL="/mine/sh")
         launch = self.launch("sh")
         self.assertEqual((launch.uid, launch.gid, launch.groups), (None, None, None))
-        launch = self.launch("sh", uid=os.geteuid(), gid=os.getegid())
-        self.assertEqual((launch.uid, launch.gid), (os.geteuid(), os.getegid()))
-        if os.geteuid() == 0:
-            self.assertIn(launch.gid, launch.groups)
-            launch = self.launch("sh", uid=54321, gid=54322)
-            self.assertEqual((launch.uid, launch.gid, launch.groups), (54321, 54322, [54322]))
-            launch = self.launch("sh", uid="nobody")
-            self.assertEqual(launch.uid, gaffer.find_user("nobody")[0])
-            self.assertNotIn(0, [launch.gid, *launch.groups])
+        self.assertEqual(launch.env[b"HOME"], b"/mine")
+        own = self.launch("sh", uid=os.geteuid(), gid=os.getegid())
+        self.assertEqual((own.uid, own.gid), (os.geteuid(), os.getegid()))
+        self.assertEqual(own.env[b"HOME"], os.fsencode(pwd.getpwuid(os.geteuid()).pw_dir))
+        if os.geteuid() != 0:
+            return
+        self.assertIn(own.gid, own.groups)
+        names = (b"HOME", b"USER", b"LOGNAME", b"SHELL")
+        entry = pwd.getpwnam("nobody")
+        nobody = self.launch("sh $HOME", uid="nobody", env={"SHELL": "/bin/x"})
+        self.assertEqual(nobody.uid, entry.pw_uid)
+        self.assertNotIn(0, [nobody.gid, *nobody.groups])
+        self.assertEqual([nobody.env[name].decode() for name in names],
+                         [entry.pw_dir, "nobody", "nobody", "/bin/x"])
+        self.assertEqual(nobody.argv[1].decode(), entry.pw_dir)
+        unknown = self.launch("sh", uid=54321, gid=54322)
+        self.assertEqual((unknown.uid, unknown.gid, unknown.groups), (54321, 54322, [54322]))
+        self.assertEqual([unknown.env.get(name) for name in names], [None] * 4)
+
+    def test_any_locale(self):
+        """UTF-8 goes in and out, whatever the locale says."""
+        tool = self.file("\u00e4/tool\u20ac")
+        code = """
+            import os, sys
+            sys.path.insert(0, %a)
+            import gaffer
+            folder, word = %a, "\\u00e4"
+            info = {"name": "a", "cmd": "./tool\\u20ac $W " + word, "cwd": folder,
+                    "env": {"W": word}}
+            launch = gaffer.Launch(gaffer.check_template(info))
+            assert launch.argv[1:] == [b"\\xc3\\xa4"] * 2 and launch.env[b"W"] == b"\\xc3\\xa4"
+            assert launch.program == folder.encode("utf-8") + b"/tool\\xe2\\x82\\xac"
+            """ % (os.path.dirname(os.path.abspath(gaffer.__file__)), os.path.dirname(tool))
+        env = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+        subprocess.run([PYTHON, "-c", textwrap.dedent(code)], env=env, check=True, timeout=TIMEOUT)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # policies
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class PurePolicies(Case):
 
+    def decide(self, flapping, exits):
+        """What after_exit() says to exits, [(time, seconds lived)], one after the other: words."""
+        info = {"flapping": gaffer.OPTIONS["flapping"].check(flapping)}
+        history, actions = (), []
+        for now, lived in exits:
+            action, delay, history = gaffer.after_exit(info, now, lived, 1, history)
+            self.assertEqual(delay, info["flapping"]["retry_in"] if action == "pause" else 0)
+            actions.append(action)
+        return " ".join(actions)
+
     def test_backoff(self):
-        for failures, seconds in ((0, 0), (1, 0), (2, 0.1), (3, 0.2), (4, 0.4), (5, 0.8), (6, 1.6), (7, 3.2), (8, 6.4),
-                                  (9, 10),
-                                  (10, 10), (100, 10), (10 ** 9, 10)):
+        """Without flapping: none the first time, then 0.1 s doubling to 10."""
+        for failures, delay in ((0, 0), (1, 0), (2, 0.1), (3, 0.2), (4, 0.4), (5, 0.8), (6, 1.6),
+                                (7, 3.2), (8, 6.4), (9, 10), (10, 10), (100, 10), (10 ** 9, 10)):
             with self.subTest(failures):
-                self.assertAlmostEqual(gaffer.backoff(failures), seconds)
+                action, seconds, history = gaffer.after_exit(
+                    {"flapping": None}, 5.0, 1.0, failures, ())
+                self.assertEqual((action, history), ("start", ()))
+                self.assertAlmostEqual(seconds, delay)
 
-    def flapping(self, **config):
-        """A Flapping."""
-        return gaffer.Flapping(gaffer.check_flapping(config))
-
-    def test_flaps(self):
-        """`attempts` exits within `window`; after `max_retry` rests the next flap stops it for good."""
-        flapping, now = self.flapping(attempts=3, window=1.0, max_retry=2), 100.0
-        verdicts = []
-        for _ in range(9):
-            now += 0.5
-            verdicts.append(flapping.exited(now, 0.5))
-        self.assertEqual(verdicts, ["start", "start", "rest", "start", "start", "rest", "start", "start", "stop"])
-
-    def test_too_slow_to_flap(self):
-        """A process that lives just as long as the window is neither flapping by itself nor a success."""
-        flapping = self.flapping(attempts=2, window=1.0)
-        self.assertEqual([flapping.exited(now, 1.0) for now in (1, 2.001, 3.002, 4.003)], ["start"] * 4)
-
-    def test_the_window_itself_is_within(self):
-        flapping = self.flapping(attempts=2, window=1.0)
-        self.assertEqual([flapping.exited(now, 1.0) for now in (1, 2)], ["start", "rest"])
-
-    def test_the_window_slides(self):
-        flapping = self.flapping(attempts=3, window=1.0)
-        self.assertEqual([flapping.exited(now, 0.1) for now in (0, 0.9, 1.8, 1.85)],
-                         ["start", "start", "start", "rest"])
-
-    def test_rests_start_anew(self):
-        """The exits before a rest do not count after it."""
-        flapping = self.flapping(attempts=2, window=100.0)
-        self.assertEqual([flapping.exited(now, 0) for now in (1, 2, 3, 4)], ["start", "rest", "start", "rest"])
-
-    def test_one_that_outlived_the_window_forgives(self):
-        flapping = self.flapping(attempts=1, window=1.0, max_retry=2)
-        self.assertEqual([flapping.exited(now, 0) for now in (1, 10)], ["rest", "rest"])
-        self.assertEqual(flapping.exited(20, 1.001), "rest")
-        self.assertEqual([flapping.exited(now, 0) for now in (30, 40)], ["rest", "stop"])
-
-    def test_one_that_did_not_outlive_it_does_not(self):
-        flapping = self.flapping(attempts=1, window=1.0, max_retry=1)
-        self.assertEqual([flapping.exited(1, 0), flapping.exited(9, 1.0)], ["rest", "stop"])
-
-    def test_no_retry(self):
-        self.assertEqual(self.flapping(attempts=1, max_retry=0).exited(1, 0), "stop")
-
-    def test_defaults(self):
-        """attempts 2 within 1 s, 5 rests."""
-        flapping = self.flapping()
-        verdicts = [flapping.exited(now, 0.1) for now in range(0, 24, 2) for now in (now, now + 0.5)]
-        self.assertEqual(verdicts[:12], ["start", "rest"] * 5 + ["start", "stop"])
-
-    def test_started_again_after_stop(self):
-        """By hand: it may rest as often again."""
-        flapping = self.flapping(attempts=1, max_retry=1)
-        self.assertEqual([flapping.exited(now, 0) for now in range(4)], ["rest", "stop", "rest", "stop"])
+    def test_flapping(self):
+        for flapping, exits, actions in (
+                # `attempts` exits in `window`; after `max_retry` pauses the next flap is the last
+                ({"attempts": 3, "max_retry": 2}, [(n / 2, 0.5) for n in range(9)],
+                 "start start pause start start pause start start stop"),
+                # what lives just as long as the window is neither flapping nor a success
+                ({}, [(n * 1.001, 1.0) for n in range(4)], "start start start start"),
+                ({}, [(1, 1.0), (2, 1.0)], "start pause"),
+                # the window slides
+                ({"attempts": 3}, [(0, 0.1), (0.9, 0.1), (1.8, 0.1), (1.85, 0.1)],
+                 "start start start pause"),
+                # exits before a pause do not count after it
+                ({"window": 100}, [(n, 0) for n in range(4)], "start pause start pause"),
+                # what outlived the window forgives the pauses before; what did not, does not
+                ({"attempts": 1, "max_retry": 2},
+                 [(1, 0), (10, 0), (20, 1.001), (30, 0), (40, 0)], "pause pause pause pause stop"),
+                ({"attempts": 1, "max_retry": 1}, [(1, 0), (9, 1.0)], "pause stop"),
+                ({"attempts": 1, "max_retry": 0}, [(1, 0)], "stop"),
+                # the defaults: 2 exits within 1 s, 5 pauses
+                ({}, [(now, 0.1) for even in range(0, 12, 2) for now in (even, even + 0.5)],
+                 "start pause " * 5 + "start stop"),
+                # started by hand after the stop: all pauses are there again
+                ({"attempts": 1, "max_retry": 1}, [(n, 0) for n in range(4)],
+                 "pause stop pause stop")):
+            with self.subTest(flapping=flapping, exits=exits):
+                self.assertEqual(self.decide(flapping, exits), actions)
 
     def test_signals(self):
-        for text, number in (("15", 15), ("TERM", 15), ("SIGTERM", 15), ("term", 15), ("sigterm", 15), ("Kill", 9),
-                             ("9", 9), ("1", 1),
-                             ("HUP", 1), ("USR1", int(signal.SIGUSR1)), ("sigusr2", int(signal.SIGUSR2)), ("64", 64),
-                             ("CHLD", int(signal.SIGCHLD))):
-            with self.subTest(text):
-                self.assertEqual(gaffer.parse_signal(text), number)
-        for text in ("", "0", "00", "-1", "+15", "65", "999", "1000", "9" * 5000, "15 ", " 15", "1.0", "0x9",
-                     "\u0661\u0665", "\u00b9", "SIG",
-                     "SIGSIGTERM", "NOPE", "SIG_DFL", "SIG15", "TERM\n", "TERM\0", "15;9"):
-            with self.subTest(text[:9]), self.assertRaises(gaffer.BadValue) as caught:
-                gaffer.parse_signal(text)
+        for value, number in (("15", 15), ("TERM", 15), ("SIGTERM", 15), ("term", 15), (15, 15),
+                              (signal.SIGTERM, 15), ("Kill", 9), ("9", 9), ("1", 1), ("HUP", 1),
+                              (signal.SIGUSR1, int(signal.SIGUSR1)), ("64", 64),
+                              ("sigusr2", int(signal.SIGUSR2)), ("CHLD", int(signal.SIGCHLD))):
+            with self.subTest(value):
+                self.assertEqual(gaffer.parse_signal(value), number)
+        for value in ("", "0", "00", "-1", "+15", "65", "999", "1000", "9" * 5000, "15 ", " 15",
+                      "1.0", "0x9", "\u0661\u0665", "\u00b9", "SIG", "SIGSIGTERM", "NOPE",
+                      "SIG_DFL", "SIG15", "TERM\n", "TERM\0", "15;9", 0, -1, 1000, True, None, 15.0, b"TERM"):
+            with self.subTest(str(value)[:9]), self.assertRaises(gaffer.BadValue) as caught:
+                gaffer.parse_signal(value)
             self.assertLess(len(str(caught.exception)), 300)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# http codec
 # --------------------------------------------------------------------------------------------------------------------
 def pure_request(*lines, target="/", method="GET", version="1.1", host="localhost"):
     """A Request of further header lines."""
@@ -7129,7 +7142,6 @@ class HttpOpenapi(HttpCase):
     def test_a_template_has_all_its_fields(self):
         fields = gaffer.openapi(gaffer.ROUTES, False)["components"]["schemas"]["Template"]["properties"]
         self.assertEqual(list(fields), list(gaffer.OPTIONS))
-        self.assertEqual(set(gaffer.FIELDS), set(gaffer.OPTIONS))
         for name, option in gaffer.OPTIONS.items():
             kinds = fields[name]["type"]
             kind = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object", type(None): "null"}[type(option.default)]
@@ -15513,7 +15525,7 @@ class Readme(CliCase):
     INTERNAL = frozenset("""
         KIB MIB WINDOW_SIZE_MIN WINDOW_SIZE_MAX STDIN_SIZE_MAX READ_SIZE READ_SIZE_WIDE PIPE_SIZE COALESCE_SIZE SHARE_SIZE JOIN_SIZE
         PARTS_MAX SHARES_PER_TURN COURTESY COURTESY_RECENT FANOUT_SIZE PACE PACE_READERS PACE_MIN PACE_MAX PARTIAL_LINE_DELAY
-        MERGED_LINE_DELAY MARK_INTERVAL COMPRESS_MIN PAGE_EVENTS GROUP_POLL GROUP_POLL_MAX EXIT_POLL KILL_AGAIN STOP_SEND STOP_STAGGER STOP_STAGGER_TOTAL WAIT_EXTRA SECONDS_MAX
+        MERGED_LINE_DELAY MARK_INTERVAL COMPRESS_MIN PAGE_EVENTS GROUP_POLL GROUP_POLL_MAX EXIT_POLL STOP_SEND STOP_STAGGER STOP_STAGGER_TOTAL WAIT_EXTRA SECONDS_MAX
         REQUEST_LINE_SIZE CHUNKS_AT_ONCE LINGER_TIME LINGER_SIZE FILES_FOR_CONNECTIONS ACCEPTS_PER_TURN LOOKS ACCEPT_PAUSE
         ERROR_PAUSE SELECT_MAX SEND_QUEUE_LOW DEFLATE_LEVEL DEFLATE_WINDOW_BITS DEFLATE_SIZE_MIN DEFLATE_SIZE_MAX MESSAGES_PER_TURN
         ACCESS_LOG_DELAY LOG_END REQUEST_BUCKETS TURN_BUCKETS CLIENT_TIME HEARTBEAT STREAM_TIME WEBHOOK_PAUSES WEBHOOK_REST WEBHOOK_END
