@@ -23,7 +23,7 @@ The file is read from top to bottom; its sections are
     process              spawn, pipes into windows, stdin, exit, the end of the group
     manager              templates, events, reconcile: wanted beside actual
     http codec           request heads, bodies, responses, access rules, router, SSE
-    websocket codec      handshake, frames, messages, close codes (RFC 6455), compression (RFC 7692)
+    websocket codec      handshake, frames, messages, close codes (RFC 6455)
     observability        metrics, lines of the access log, the description of the API
     page                 the web page
     api                  the route table and its handlers
@@ -219,14 +219,8 @@ HANDLER_MESSAGE_SIZE = 16 * MIB     # a websocket message for a WebSocketHandler
 SEND_QUEUE_SIZE = 32 * MIB          # what a WebSocketHandler may have under way
 SEND_QUEUE_LOW = 256 * KIB          # above this its client is not read
 CONTROL_SIZE = 4 * KIB              # pongs that wait behind a frame; above, the older are dropped (RFC 6455 5.5.3)
-DEFLATE_LEVEL = 1                   # of log lines three times as fast as zlib's 6, for a quarter more bytes
-DEFLATE_WINDOW_BITS = 12            # of windows that are kept: 50 KiB a connection, and 3 % more bytes than with 300 KiB
-DEFLATE_SIZE_MIN = 256              # shorter messages hardly shrink on their own: a line of 150 bytes by a tenth
-DEFLATE_SIZE_MAX = MIB              # longer ones would hold up the loop: 3 to 5 ms a mebibyte
-FINAL_BLOCKS_MAX = 16               # in one compressed message: each costs a new decompressor
-OFFERS_SIZE = 2 * KIB               # Sec-WebSocket-Extensions: browsers send 60 bytes
 FRAMES_PER_TURN = 256               # of one websocket, so that the others get theirs: some 0.5 ms, with a pong or a line for each
-MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn: compressed, they cost little
+MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
 
 ACCESS_FIELD_SIZE = KIB             # of a client's header in the access log
@@ -3399,151 +3393,277 @@ class Manager(Operator):
 # --------------------------------------------------------------------------------------------------------------------
 # http codec
 #
-# HTTP/1.1 as RFC 9110 and 9112 want it, strictly: a request is understood in one way or refused. Everything here is pure;
-# the server section moves the bytes. A refusal closes the connection where the next request's start would be a guess.
+# HTTP/1.1 as RFC 9110 and 9112 define it, strictly: a request has one meaning or is refused.
+# Reading is a function of a buffered binary file, everything else of values.
 # --------------------------------------------------------------------------------------------------------------------
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
-OTHER_METHODS = ("PATCH", "TRACE", "CONNECT")   # which no resource here has: RFC 9110 section 9.3, RFC 5789
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-HEADER_LINES = re.compile(r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
+OTHER_METHODS = ("PATCH", "TRACE", "CONNECT")   # known, but no resource has them
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(TOKEN + r" [\x21-\x7e]+ HTTP/[0-9]\.[0-9]")
+HEADER_LINES = re.compile(r"(?:%s:[\t\x20-\x7e\x80-\xff]*\r\n)*" % TOKEN)
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 SINGLE_HEADERS = frozenset((
-    "host", "content-length", "transfer-encoding", "content-type", "authorization", "origin", "last-event-id", "expect",
-    "upgrade", "sec-websocket-key", "sec-websocket-version", "content-encoding"))
+    "host", "content-length", "transfer-encoding", "content-type", "authorization", "origin",
+    "last-event-id", "expect", "upgrade", "sec-websocket-key", "sec-websocket-version",
+    "content-encoding"))
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]{0,5}))?\Z")
+CHUNK_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
 class Request:
-    """One request. method, target, path (still percent-encoded, with its leading /), version (1, 0) or (1, 1), headers
-    {lower-case name: value, repeated ones joined by ", "}, body (bytes), client (address as text), secure (TLS)."""
+    """A request.
 
-    __slots__ = ("method", "target", "path", "raw_query", "version", "headers", "body", "client", "secure", "_query",
-                 "_segments")
+    method, target, path (percent-encoded, with its leading /), raw_query, version (1, 0) or (1, 1),
+    headers {lower-case name: value; repeated ones joined by ", "}, body (bytes), client
+    ("address:port" or "unix"), secure (whether it came over TLS).
+    """
 
     def __init__(self, method, target, version, headers, body=b"", client="", secure=False):
         self.method, self.target, self.version, self.headers = method, target, version, headers
         self.body, self.client, self.secure = body, client, secure
         self.path, _, self.raw_query = target.partition("?")
-        self._query = self._segments = None
 
-    @property
+    @functools.cached_property
     def query(self):
-        """{name: value} of the query. BadRequest: a name is given twice, or it is not percent-encoded as it should be."""
-        if self._query is None:
-            self._query = self._parse_query() if self.raw_query else {}
-        return self._query
-
-    def _parse_query(self):
-        need(not BAD_PERCENT.search(self.raw_query), BadRequest, "a % in the query needs two hexadecimal digits behind it")
+        """The query as {name: value}. Raises BadRequest: a name is repeated, or badly encoded."""
+        if BAD_PERCENT.search(self.raw_query):
+            raise BadRequest("a % in the query must be followed by two hexadecimal digits")
         try:
-            pairs = urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True, errors="strict", max_num_fields=100)
+            pairs = urllib.parse.parse_qsl(
+                self.raw_query, keep_blank_values=True, errors="strict", max_num_fields=100)
         except UnicodeDecodeError:
-            raise BadRequest("the query is to be percent-encoded UTF-8") from None
+            raise BadRequest("the query must be percent-encoded UTF-8") from None
         except ValueError:
             raise BadRequest("the query has more than 100 fields; send fewer") from None
-        query = {}
-        for name, value in pairs:
-            need(name not in query, BadRequest, "the query names %r twice; name it once" % name[:40])
-            query[name] = value
+        query = dict(pairs)
+        if len(query) < len(pairs):
+            name = next(name for name, count in collections.Counter(
+                name for name, _ in pairs).items() if count > 1)
+            raise BadRequest("the query has %r twice; give it once" % name[:40])
         return query
 
     def segments(self):
-        """The path's parts, each percent-decoded once: an encoded slash never changes the route. BadRequest."""
-        if self._segments is None:
-            self._segments = self._split_path()
-        return self._segments
+        """Return the path's parts, each percent-decoded once, so an encoded / does not divide them.
 
-    def _split_path(self):
+        Raises BadRequest.
+        """
         parts = self.path.split("/")[1:]
         if parts and parts[-1] == "":
             parts.pop()                         # a trailing / is the same resource
         if "%" not in self.path:
             return parts
-        need(not BAD_PERCENT.search(self.path), BadRequest, "a % in the path is to be followed by two hexadecimal digits")
+        if BAD_PERCENT.search(self.path):
+            raise BadRequest("a % in the path must be followed by two hexadecimal digits")
         try:
             return [urllib.parse.unquote(part, errors="strict") for part in parts]
         except UnicodeDecodeError:
-            raise BadRequest("the path is to be percent-encoded UTF-8") from None
+            raise BadRequest("the path must be percent-encoded UTF-8") from None
 
     def json(self):
-        """The body as JSON. InvalidJson."""
+        """Return the body as a JSON value. Raises InvalidJson."""
         def refuse(word):
-            raise ValueError("%s is no JSON value" % word)
+            raise ValueError("%s is not a JSON value" % word)
         try:
             return json.loads(self.body.decode("utf-8"), parse_constant=refuse)
         except (ValueError, RecursionError) as error:
-            raise InvalidJson("the body is not JSON in UTF-8: %s" % (
-                "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200])) from None
+            fault = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+            raise InvalidJson("the body is not JSON in UTF-8: %s" % fault) from None
 
     def wants_close(self):
-        """True where the connection ends with the answer (RFC 9112 section 9.3)."""
-        if "connection" not in self.headers:
-            return self.version == (1, 0)
-        words = [word.strip() for word in self.headers["connection"].lower().split(",")]
+        """Return whether the connection ends after the answer (RFC 9112 section 9.3)."""
+        words = [word.strip() for word in self.headers.get("connection", "").lower().split(",")]
         return "close" in words or self.version == (1, 0) and "keep-alive" not in words
 
 
 def absolute_target(target, headers):
-    """The path of an absolute-form target, whose authority then counts as the Host. RFC 9112 section 3.2.2."""
+    """Return the path of an absolute-form target; its authority becomes the Host header.
+
+    Raises BadRequest. RFC 9112 section 3.2.2.
+    """
     match = re.match(r"https?://([^/?#]*)(.*)\Z", target, re.I)
     if match is None:
-        raise BadRequest("the request target is to begin with /")
-    need(HOST.match(headers.get("host", match.group(1))), BadRequest, "the Host header is no host, or host:port")
+        raise BadRequest("the request target must begin with /")
+    if not HOST.match(headers.get("host", match.group(1))):
+        raise BadRequest("the Host header must be host or host:port")
     headers["host"] = match.group(1)
     path = match.group(2)
     return path if path.startswith("/") else "/" + path
 
 
 def parse_headers(text):
-    """{name: value} of header lines. BadRequest, HeadersTooLarge. RFC 9110 section 5, 9112 section 5."""
-    if text:
-        text += "\r\n"
-    need(HEADER_LINES.fullmatch(text), BadRequest,
-         "a header line is not 'Name: value': no space before the colon, no folded line, no control character")
-    headers = {}
-    lines = text.split("\r\n")
-    lines.pop()
+    """Return {name: value} of header lines, each with its CR LF.
+
+    Raises BadRequest, HeadersTooLarge. RFC 9110 section 5, RFC 9112 section 5.
+    """
+    if not HEADER_LINES.fullmatch(text):
+        raise BadRequest("a header line must be 'Name: value', without a space before the colon, "
+                         "folding or control characters")
+    lines = text.split("\r\n")[:-1]
     if len(lines) > HEADERS_MAX:
         raise HeadersTooLarge("there are more than %d headers; send fewer" % HEADERS_MAX)
+    headers = {}
     for line in lines:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
-            need(name not in SINGLE_HEADERS, BadRequest, "the header %s is given twice; give it once" % name)
-            value = "%s, %s" % (headers[name], value)
+            if name in SINGLE_HEADERS:
+                raise BadRequest("the header %s is given twice; give it once" % name)
+            value = headers[name] + ("; " if name == "cookie" else ", ") + value    # RFC 6265 5.4
         headers[name] = value
     return headers
 
 
 def parse_head(head):
-    """A Request of the bytes of a head, without its empty line. BadRequest, VersionNotSupported, UriTooLong,
-    HeadersTooLarge. RFC 9112 sections 2.2, 3, 5."""
-    text = head.decode("latin-1")
-    line, _, rest = text.partition("\r\n")
+    """Return the Request that a head announces, given without its empty line.
+
+    Raises BadRequest, VersionNotSupported, UriTooLong, HeadersTooLarge. RFC 9112 sections 3 and 5.
+    """
+    line, _, rest = head.decode("latin-1").partition("\r\n")
     if len(line) >= REQUEST_LINE_SIZE:
         raise UriTooLong("the request line is over %d bytes; shorten it" % REQUEST_LINE_SIZE)
-    match = REQUEST_LINE.fullmatch(line)
-    if match is None:
-        need(not re.fullmatch(r".* HTTP/\d+(\.\d+)?", line) or " HTTP/1." in line, VersionNotSupported, "use HTTP/1.1")
-        raise BadRequest("the first line is not 'METHOD /path HTTP/1.1'")
-    method, target, major, minor = match.groups()
-    need(major == "1", VersionNotSupported, "use HTTP/1.1")
+    if not REQUEST_LINE.fullmatch(line):
+        if re.fullmatch(r".* HTTP/\d+(\.\d+)?", line) and " HTTP/1." not in line:
+            raise VersionNotSupported("use HTTP/1.1")
+        raise BadRequest("the first line must be 'METHOD /path HTTP/1.1'")
+    method, target, protocol = line.split(" ")
+    if protocol[5] != "1":
+        raise VersionNotSupported("use HTTP/1.1")
     if len(target) > TARGET_SIZE:
         raise UriTooLong("the request target is over %d bytes; shorten it" % TARGET_SIZE)
-    version = (1, min(int(minor), 1))
-    headers = parse_headers(rest)
-    need("host" in headers or version == (1, 0), BadRequest, "the Host header is missing (RFC 9112 section 3.2)")
+    version = (1, min(int(protocol[7]), 1))
+    headers = parse_headers(rest + "\r\n" if rest else "")
+    if "host" not in headers and version == (1, 1):
+        raise BadRequest("the Host header is missing (RFC 9112 section 3.2)")
     if target[0] != "/" and (target != "*" or method != "OPTIONS"):
         target = absolute_target(target, headers)
-    need("#" not in target, BadRequest, "the request target has a fragment; leave out what begins with #")
+    if "#" in target:
+        raise BadRequest("the request target has a fragment; remove the # and what follows")
     return Request(method, target, version, headers)
 
 
+def read_line(file, limit, error):
+    """Return a line without its CR LF, or None at the end of the file.
+
+    Raises `error` if it is over `limit` bytes, BadRequest if it ends otherwise.
+    """
+    line = file.readline(limit + 2)
+    if line.endswith(b"\r\n"):
+        return line[:-2]
+    if line.endswith(b"\n"):
+        raise BadRequest("every line must end with CR LF")
+    if len(line) < limit + 2:
+        return None
+    raise error
+
+
+def read_request(file):
+    """Read a head from a buffered binary file. Return its Request; None: the file ended before.
+
+    Raises BadRequest, VersionNotSupported, UriTooLong, HeadersTooLarge. RFC 9112 section 2.2.
+    """
+    uri_too_long = UriTooLong("the request line is over %d bytes; shorten it" % REQUEST_LINE_SIZE)
+    headers_too_large = HeadersTooLarge("the head is over %d bytes; send less" % HEAD_SIZE)
+    line = read_line(file, REQUEST_LINE_SIZE, uri_too_long)
+    for _ in range(EMPTY_LINES_MAX):            # old clients send one after a body
+        if line != b"":
+            break
+        line = read_line(file, REQUEST_LINE_SIZE, uri_too_long)
+    if line == b"":
+        raise BadRequest("send a request, not empty lines")
+    lines, left = [], HEAD_SIZE
+    while line:
+        lines.append(line)
+        left -= len(line) + 2
+        line = read_line(file, max(0, left - 4), headers_too_large)     # the empty line has to fit
+    return None if line is None else parse_head(b"\r\n".join(lines))
+
+
 def has_body(request):
-    """True where the head announces a body, be it an empty one. RFC 9112 section 6.3."""
+    """Return whether the head announces a body, even an empty one. RFC 9112 section 6.3."""
     return "content-length" in request.headers or "transfer-encoding" in request.headers
+
+
+def body_length(request, limit):
+    """Return the length in bytes of the body that a head announces; None: it comes in chunks.
+
+    Raises BadRequest, TooLarge, UnsupportedMediaType, ExpectationFailed. RFC 9110 sections 8.4 and
+    10.1.1, RFC 9112 section 6.
+    """
+    headers = request.headers
+    if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
+        raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
+    expectation = headers.get("expect", "100-continue").lower()
+    if expectation != "100-continue" and request.version == (1, 1):
+        raise ExpectationFailed("the only expectation known here is 100-continue")
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if length is not None:
+            raise BadRequest("send Content-Length or Transfer-Encoding, not both")
+        if request.version == (1, 0):
+            raise BadRequest("HTTP/1.0 has no Transfer-Encoding; send Content-Length")
+        if coding.lower() != "chunked":
+            raise BadRequest("the only Transfer-Encoding known here is chunked")
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}", length or "0"):
+        raise BadRequest("Content-Length must be a decimal number")
+    if int(length or 0) > limit:
+        raise TooLarge("the body is over %d bytes; send less" % limit)
+    return int(length or 0)
+
+
+def read_body(file, length, limit):
+    """Read a body of `length` bytes, or if that is None a chunked one of up to `limit` bytes.
+
+    Raises BadRequest, TooLarge; EOFError: the file ends too early. RFC 9112 section 7.1.
+    """
+    if length is not None:
+        body = file.read(length)
+        if len(body) < length:
+            raise EOFError
+        return body
+    body, extensions = bytearray(), 0
+    too_long = BadRequest("a line of the chunked body is too long")
+    while True:
+        line = read_line(file, CHUNK_LINE_SIZE, too_long)
+        if line is None:
+            raise EOFError
+        match = CHUNK_SIZE_LINE.match(line)
+        if match is None:
+            raise BadRequest("a chunk must begin with its size in hexadecimal digits")
+        extensions += len(line) - match.end(1)
+        if extensions > CHUNK_EXTENSIONS_SIZE:
+            raise BadRequest("chunk extensions are ignored here; send none")
+        size = int(match.group(1), 16)
+        if len(body) + size > limit:
+            raise TooLarge("the body is over %d bytes; send less" % limit)
+        if size == 0:
+            break
+        data = file.read(size + 2)
+        if not b"\r\n".startswith(data[size:]):
+            raise BadRequest("a chunk is longer than its size says")
+        if len(data) < size + 2:
+            raise EOFError
+        body += data[:-2]
+    left = TRAILERS_SIZE
+    while line:                                 # trailers are checked and ignored
+        line = read_line(file, left, too_long)
+        if line is None:
+            raise EOFError
+        if line:
+            parse_headers(line.decode("latin-1") + "\r\n")
+            left -= len(line) + 2
+    return bytes(body)
+
+
+def check_query(request, names):
+    """Raise BadValue for a query parameter that is not one of `names`, unless it begins with _."""
+    for name in request.query:
+        if name not in names and not name.startswith("_"):
+            raise BadValue("unknown parameter '%s'%s" % (
+                name[:40], near(name, names) or "; this resource takes %s" % (
+                    ", ".join(names) or "none")))
 
 
 class HeadParser:
@@ -3607,20 +3727,6 @@ class HeadParser:
                  "the request line is over %d bytes; shorten it" % REQUEST_LINE_SIZE)
         need(data.count(b"\n", seen, stop) == data.count(b"\r\n", max(0, seen - 1), stop), BadRequest,
              "lines of a request end with CR LF")
-
-
-def body_length(request):
-    """The body's length, None for a chunked one. BadRequest: said twice, or in no known way. RFC 9112 section 6."""
-    coding, length = request.headers.get("transfer-encoding"), request.headers.get("content-length")
-    if coding is not None:
-        need(length is None, BadRequest, "send Content-Length or Transfer-Encoding, not both")
-        need(request.version == (1, 1), BadRequest, "HTTP/1.0 has no Transfer-Encoding; send Content-Length")
-        need(coding.lower() == "chunked", BadRequest, "the only Transfer-Encoding here is chunked")
-        return None
-    if length is None:
-        return 0
-    need(re.fullmatch(r"[0-9]{1,18}", length), BadRequest, "Content-Length is to be one decimal number")
-    return int(length)
 
 
 class SizedDecoder:
@@ -3734,19 +3840,13 @@ class ChunkedDecoder:
                 return False
             if not line:
                 return True
-            parse_headers(line.decode("latin-1"))
+            parse_headers(line.decode("latin-1") + "\r\n")
             self._trailers += len(line) + 2
 
 
 def body_decoder(request, limit):
-    """What takes in the body that a head announces: a SizedDecoder or ChunkedDecoder. BadRequest, TooLarge,
-    UnsupportedMediaType, ExpectationFailed. RFC 9110 sections 8.4 and 10.1.1."""
-    coding = request.headers.get("content-encoding", "identity").lower()
-    need(coding in ("identity", ""), UnsupportedMediaType, "send the body as it is, without Content-Encoding")
-    length = body_length(request)
-    need(length is None or length <= limit, TooLarge, "the body is over %d bytes; send less" % limit)
-    need(request.headers.get("expect", "100-continue").lower() == "100-continue" or request.version == (1, 0),
-         ExpectationFailed, "the only expectation here is 100-continue")
+    """Return what takes in the body that a head announces: a SizedDecoder or ChunkedDecoder."""
+    length = body_length(request, limit)
     return ChunkedDecoder(limit, CHUNKS_AT_ONCE) if length is None else SizedDecoder(length)
 
 
@@ -3824,80 +3924,112 @@ def attempt(function, *args):
         return error_response(error)
 
 
-class Access:
-    """Who may do what, as pure checks of a request's head: Host, Origin, token. `origins`: further allowed ones, or "*".
-    `hosts`: further names of this server. `token`: None, or what every request has to bring."""
+ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#\s:@\[\]]+)(?::([0-9]{1,5}))?\Z")
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
-    LOCAL_ORIGIN = re.compile(r"https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?\Z")
+
+def parse_origin(text):
+    """Return (scheme, host, port) of an origin, the default port filled in, or None. RFC 6454."""
+    match = ORIGIN.match(text.lower())
+    if match is None:
+        return None
+    scheme, host, port = match.groups()
+    return scheme, host, int(port) if port else DEFAULT_PORTS.get(scheme)
+
+
+class Access:
+    """Who may do what, as pure checks of a request's head: Host, Origin, token.
+
+    `origins`: allowed ones beside the server's own and this machine's, or "*" for all. `hosts`:
+    names of this server beside its addresses. `token`: what every request must bring, or None.
+    """
 
     def __init__(self, token=None, origins=(), hosts=()):
-        need(token != "", ValueError, "an empty token would let everybody in; give a longer one, or None")
+        if token == "":
+            raise ValueError("an empty token would let everybody in; give a longer one, or None")
         self._token = None if token is None else token.encode("utf-8")
-        self._origins = frozenset(origin.rstrip("/").lower() for origin in origins)
+        self._any_origin = "*" in origins
+        self._origins = {parse_origin(text.rstrip("/")): text for text in origins if text != "*"}
+        if None in self._origins:               # it would never match, and nobody would know why
+            raise StartError("'%s' is not an origin; give https://host, http://host:port or '*'" %
+                             self._origins[None])
         self._hosts = frozenset(host.rstrip(".").lower() for host in hosts)
-        for origin in self._origins:            # or no request would ever match, and nobody would know why
-            need(re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin), StartError,
-                 "'%s' is no origin; give one as https://host or http://host:port, or '*'" % origin)
         for host in self._hosts:
             match = HOST.match(host)
-            need(match and not match.group(2), StartError, "'%s' is no host; give a name without a port" % host)
+            if not match or match.group(2):
+                raise StartError("'%s' is not a host; give a name without a port" % host)
 
     def check_host(self, request):
-        """BadRequest, ForbiddenHost. RFC 9110 section 7.2; a name that anybody can point here is refused, or any web page
-        could reach this server under its own origin."""
+        """Refuse names that anybody could point here: DNS rebinding would let any page in.
+
+        Raises BadRequest, ForbiddenHost. RFC 9110 section 7.2. No page can reach a unix socket.
+        """
         value = request.headers.get("host")
-        if value is None:
-            return                              # HTTP/1.0
+        if value is None or request.client == "unix":   # only HTTP/1.0 may leave it out
+            return
         match = HOST.match(value)
-        need(match and int(match.group(2) or 0) < 65536, BadRequest, "the Host header is no host, or host:port")
+        if not match or int(match.group(2) or 0) > 65535:
+            raise BadRequest("the Host header must be host or host:port")
         host = match.group(1).lower()
         host = host[:-1] if host.endswith(".") else host
-        if host[:1] == "[":
-            good = self._is_address(socket.AF_INET6, host[1:-1])
-            need(good is not None, BadRequest, "the Host header has no IPv6 address in its brackets")
-        else:
-            good = self._is_address(socket.AF_INET, host)
-        if not (good or host == "localhost" or host.endswith(".localhost") or host in self._hosts):
-            raise ForbiddenHost("this server is not called %r; use its address, or start it with --allow-host" % host[:100])
-
-    @staticmethod
-    def _is_address(family, text):
-        """True for an address; False for the unspecified one; None for none."""
+        family = socket.AF_INET6 if host[:1] == "[" else socket.AF_INET
         try:
-            packed = socket.inet_pton(family, text)
+            address = socket.inet_pton(family, host.strip("[]"))
         except OSError:
-            return None
-        if packed[:-4] == b"\0" * 10 + b"\xff\xff":
-            packed = packed[-4:]
-        return any(packed)
+            if family == socket.AF_INET6:
+                raise BadRequest("the Host header has no IPv6 address in its brackets") from None
+            if host == "localhost" or host.endswith(".localhost") or host in self._hosts:
+                return
+        else:
+            if address[:-4] == b"\0" * 10 + b"\xff\xff":
+                address = address[-4:]          # an IPv4 address as IPv6
+            if any(address):
+                return
+        raise ForbiddenHost("this server is not called %r; use its address, or start it with "
+                            "--allow-host" % host[:100])
 
     def allows_origin(self, request):
-        """True where the request has no Origin, or one that may change things here."""
-        origin = request.headers.get("origin")
-        if origin is None or "*" in self._origins:
+        """Return whether the request has no Origin, or one that may change something.
+
+        The own origin is http or https of the Host, or of a name in `hosts`, because TLS may end at
+        a proxy.
+        """
+        text = request.headers.get("origin")
+        if text is None or self._any_origin:
             return True
-        origin = origin.lower()
-        own = "%s://%s" % ("https" if request.secure else "http", request.headers.get("host", "").lower())
-        return origin == own or origin in self._origins or self.LOCAL_ORIGIN.match(origin) is not None
+        origin = parse_origin(text)
+        if origin is None or origin in self._origins:
+            return origin is not None
+        scheme, host, port = origin
+        if scheme not in DEFAULT_PORTS:
+            return False
+        own = parse_origin("%s://%s" % (scheme, request.headers.get("host", "")))
+        return (origin == own or host in ("localhost", "127.0.0.1", "[::1]")
+                or host in self._hosts and port == DEFAULT_PORTS[scheme])
 
     def check_origin(self, request):
-        """ForbiddenOrigin: a page of a foreign origin must not change anything."""
-        need(self.allows_origin(request), ForbiddenOrigin,
-             "pages of another origin may not change anything here; allow it with --cors-origin")
+        """Raise ForbiddenOrigin: a page of another origin must not change anything."""
+        if not self.allows_origin(request):
+            raise ForbiddenOrigin(
+                "pages of another origin may not change anything here; allow it with --cors-origin")
 
     def check_site(self, request):
-        """ForbiddenOrigin: a page of another site loads this as an image, a script or a frame, for which browsers send no
-        Origin. It could let a process wait, or tell from success and failure what there is. Fetch Metadata, W3C."""
+        """Raise ForbiddenOrigin if a page of another site embeds this, as an image or a script.
+
+        Browsers send no Origin then. The page could hold up a process, or learn from success and
+        failure what exists. Fetch Metadata Request Headers, W3C.
+        """
         headers = request.headers
-        if headers.get("sec-fetch-site") == "cross-site" and "origin" not in headers and "*" not in self._origins:
-            need(request.method in ("GET", "HEAD") and headers.get("sec-fetch-dest") == "document", ForbiddenOrigin,
-                 "pages of another site may link to this, not embed it; let them ask with CORS")
+        if (headers.get("sec-fetch-site") != "cross-site" or "origin" in headers or self._any_origin
+                or request.method in ("GET", "HEAD") and headers.get("sec-fetch-dest") == "document"):
+            return
+        raise ForbiddenOrigin("pages of another site may link to this but not embed it; use CORS")
 
     def check_token(self, request):
-        """Unauthorized. RFC 6750 section 2.1, RFC 7617."""
+        """Raise Unauthorized without the token. RFC 6750 section 2.1, RFC 7617."""
         if self._token is None:
             return
-        import hmac                             # only where there is a token: it brings OpenSSL, 4 MiB
+        import hmac                             # brings in OpenSSL, 4 MiB, so only when needed
         scheme, _, value = request.headers.get("authorization", "").partition(" ")
         given = b""
         if scheme.lower() == "bearer":
@@ -3907,25 +4039,28 @@ class Access:
                 given = base64.b64decode(value.strip(), validate=True).partition(b":")[2]
             except ValueError:
                 pass                            # as wrong as any other
-        need(hmac.compare_digest(given, self._token), Unauthorized,
-             "send the token: 'Authorization: Bearer <token>', or Basic with the token as password")
+        if not hmac.compare_digest(given, self._token):
+            raise Unauthorized("send the token: 'Authorization: Bearer <token>', "
+                               "or Basic with the token as password")
 
     def cors(self, request):
-        """The CORS headers of an answer: [(name, value)]."""
+        """Return the CORS headers of an answer: [(name, value)]."""
         origin = request.headers.get("origin")
         if origin is None:
             return []
         if not self.allows_origin(request):
             return [("Vary", "Origin")]
         return [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
-                ("Access-Control-Expose-Headers", "Gaffer-Offset, Gaffer-Dropped")]
+                ("Access-Control-Expose-Headers", "Gaffer-Offset, Gaffer-Dropped, Gaffer-Ended")]
 
     def preflight(self, request):
-        """What the answer to OPTIONS has on top of cors(): [(name, value)]."""
+        """Return what the answer to OPTIONS has on top of cors(): [(name, value)]."""
         if "origin" not in request.headers or not self.allows_origin(request):
             return []
-        allowed_headers = "X-Requested-With, X-HTTP-Method-Override, Content-Type, Accept, Authorization, Last-Event-ID"
-        return [("Access-Control-Allow-Methods", ", ".join(METHODS)), ("Access-Control-Allow-Headers", allowed_headers),
+        allowed_headers = ("X-Requested-With, X-HTTP-Method-Override, Content-Type, Accept, "
+                           "Authorization, Last-Event-ID")
+        return [("Access-Control-Allow-Methods", ", ".join(METHODS)),
+                ("Access-Control-Allow-Headers", allowed_headers),
                 ("Access-Control-Max-Age", "86400")]
 
 
@@ -3948,12 +4083,14 @@ class Router:
                 self._routes.setdefault((parts[0] if parts else "", len(parts)), []).append((parts, methods))
 
     def find(self, segments):
-        """(methods, args), or (None, ()) where there is no such resource. A literal part goes before a placeholder."""
+        """Return (methods, args), or (None, ()) for no such resource. A literal part wins over <>."""
         best = None
-        for parts, methods in self._routes.get((segments[0] if segments else "", len(segments)), ()):
+        key = (segments[0] if segments else "", len(segments))
+        for parts, methods in self._routes.get(key, ()):
             args = []
             for part, segment in zip(parts, segments):
-                if part[0] == "<" and (part not in ("<pid>", "<name>") or (part == "<pid>") == segment.isdigit()):
+                is_pid = segment.isascii() and segment.isdigit()
+                if part[0] == "<" and (part not in ("<pid>", "<name>") or (part == "<pid>") == is_pid):
                     args.append(segment)
                 elif part != segment:
                     break
@@ -4133,52 +4270,42 @@ class RecordEncoder:
 # --------------------------------------------------------------------------------------------------------------------
 # websocket codec
 #
-# RFC 6455, the server's side. Pure, and it never raises: what a peer does wrong becomes a ("fail", code, reason) event, with
-# which the connection is closed. Text is checked as it comes, so that a bad byte fails at once (section 8.1).
-#
-# Messages are compressed (permessage-deflate, RFC 7692) where the client offers it. A stream's messages are each compressed
-# on their own: all who read it share one frame, and a connection keeps nothing. With a window kept for each of 100 readers
-# (context takeover), 8 KB of log lines would be 28 % of their size in place of 30 %, for sixty times the work; lines that
-# trickle in lose more, but where there is little to send there is little to save. A connection to a route keeps both
-# windows: its messages are its own, small and alike. It costs 24 KiB, 50 at most (28 more where the client cannot bound its
-# window); everything is made when the first compressed message is.
+# RFC 6455, the server's side, without extensions. Pure. Section numbers below are those of the RFC.
 # --------------------------------------------------------------------------------------------------------------------
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
-COMPRESSED = 0x40                               # RSV1, on a message's first frame
-DEFLATE_TAIL = b"\0\0\xff\xff"                  # the end of what zlib flushes, which is not sent (RFC 7692 section 7.2.1)
-EXTENSION = re.compile(
-    r"""[ \t]*(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+)((?:[ \t]*;[ \t]*[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:[ \t]*=[ \t]*"""
-    r"""(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+|"(?:\\?[!#$%&'*+.^_`|~0-9A-Za-z-])+"))?)*)[ \t]*)?(?:,|\Z)""")
-DEFLATE_PARAMETERS = {                          # RFC 7692 section 7.1: which values an offer may give
-    "server_no_context_takeover": re.compile(r"\Z"), "client_no_context_takeover": re.compile(r"\Z"),
-    "server_max_window_bits": re.compile(r"=(?:[89]|1[0-5])\Z"),
-    "client_max_window_bits": re.compile(r"(?:=(?:[89]|1[0-5]))?\Z"),
-}
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014))
 
 
 def websocket_accept(request):
-    """The headers of the 101 answer to an opening handshake. UpgradeRequired, BadRequest. Sections 4.1 and 4.2."""
-    import hashlib                              # only for websockets: it brings OpenSSL, 4 MiB
+    """Return the headers that accept an opening handshake: [(name, value)]. Sections 4.1, 4.2.
+
+    Raises UpgradeRequired, BadRequest.
+    """
+    import hashlib                              # brings in OpenSSL, 4 MiB, so only when needed
     headers = request.headers
     upgrade = [word.strip().lower() for word in headers.get("upgrade", "").split(",")]
     connection = [word.strip().lower() for word in headers.get("connection", "").split(",")]
-    need("websocket" in upgrade and "upgrade" in connection, UpgradeRequired, "this is a websocket: open it as one")
-    need(request.method == "GET" and request.version == (1, 1), BadRequest, "a websocket is opened with GET and HTTP/1.1")
-    need(headers.get("sec-websocket-version") == "13", UpgradeRequired, "use Sec-WebSocket-Version 13")
+    if "websocket" not in upgrade or "upgrade" not in connection:
+        raise UpgradeRequired("this resource is a websocket; open it as one")
+    if request.method != "GET" or request.version != (1, 1):
+        raise BadRequest("open a websocket with GET and HTTP/1.1")
+    if headers.get("sec-websocket-version") != "13":
+        raise UpgradeRequired("use Sec-WebSocket-Version 13")
     key = headers.get("sec-websocket-key", "")
     try:
-        good = len(base64.b64decode(key, validate=True)) == 16
+        valid = len(base64.b64decode(key, validate=True)) == 16
     except ValueError:
-        good = False
-    need(good, BadRequest, "Sec-WebSocket-Key is to be 16 bytes in base64")
-    accept = base64.b64encode(hashlib.sha1(key.encode("ascii") + WEBSOCKET_GUID).digest()).decode("ascii")
-    return [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
+        valid = False
+    if not valid:
+        raise BadRequest("Sec-WebSocket-Key must be 16 bytes in base64")
+    digest = hashlib.sha1(key.encode("ascii") + WEBSOCKET_GUID).digest()
+    return [("Upgrade", "websocket"), ("Connection", "Upgrade"),
+            ("Sec-WebSocket-Accept", base64.b64encode(digest).decode("ascii"))]
 
 
 def frame_head(opcode, size):
-    """The head of a whole, unmasked frame. Section 5.2."""
+    """Return the head of an unfragmented, unmasked frame. Section 5.2."""
     if size < 126:
         return bytes((0x80 | opcode, size))
     if size < 65536:
@@ -4187,277 +4314,151 @@ def frame_head(opcode, size):
 
 
 def frame(opcode, payload):
-    """One whole, unmasked frame. Section 5.2."""
+    """Return an unfragmented, unmasked frame. Section 5.2."""
     return frame_head(opcode, len(payload)) + payload
 
 
 def close_frame(code, reason=""):
-    """A close frame; the reason is cut to what fits. Section 5.5.1."""
+    """Return a close frame, the reason cut to what fits. Section 5.5.1."""
     text = reason.encode("utf-8")[:123]
     return frame(CLOSE, struct.pack("!H", code) + text[:len(text) - incomplete_utf8(text)])
 
 
 def unmask(data, key, position=0):
-    """`data` XOR the 4-byte `key`, where `position` bytes of the frame came before. Section 5.3."""
+    """XOR `data` with the 4-byte `key`, from byte `position` of the frame on. Section 5.3."""
     size = len(data)
     position %= 4
     key = key[position:] + key[:position]
-    mask = (key * (size // 4 + 1))[:size]
-    return (int.from_bytes(data, "little") ^ int.from_bytes(mask, "little")).to_bytes(size, "little")
+    mask = int.from_bytes((key * (size // 4 + 1))[:size], "little")
+    return (int.from_bytes(data, "little") ^ mask).to_bytes(size, "little")
 
 
-class Deflater:
-    """Makes messages to frames, compressed ones where that pays. `bits`: the window's; `takeover`: it is kept between
-    messages. RFC 7692 section 7.2.1."""
-
-    def __init__(self, bits, takeover):
-        self.bits, self._takeover = bits, takeover
-        self._stream = None
-
-    def frame(self, opcode, payload):
-        """One whole frame."""
-        if not (1 if self._takeover else DEFLATE_SIZE_MIN) <= len(payload) <= DEFLATE_SIZE_MAX:
-            return frame(opcode, payload)
-        import zlib                             # only where a client has offered it
-        stream = self._stream or zlib.compressobj(DEFLATE_LEVEL, zlib.DEFLATED, -self.bits, min(8, self.bits - 7))
-        made = stream.compress(payload) + stream.flush(zlib.Z_SYNC_FLUSH)
-        if self._takeover:                      # what has gone through it must be sent so: the peer's window follows it
-            self._stream = stream
-        elif len(made) - 4 >= len(payload):
-            return frame(opcode, payload)
-        return frame(opcode | COMPRESSED, made[:-4])
-
-
-class Inflater:
-    """Decompresses the messages of a peer, as they come. `bits`, `takeover`: as for Deflater. RFC 7692 section 7.2.2."""
-
-    def __init__(self, bits, takeover):
-        self._bits, self._takeover = bits, takeover
-        self._stream, self._final = None, 0
-
-    def feed(self, data, last, most):
-        """At most `most` bytes of what `data` holds; more is lost, as is the message. `last`: the message ends with `data`.
-        ValueError: it is not compressed as it should be."""
-        import zlib                             # only where a client has offered it
-        parts, data = [], data + DEFLATE_TAIL if last else data
-        while data and most:
-            self._stream = self._stream or zlib.decompressobj(-self._bits)
-            try:
-                parts.append(self._stream.decompress(data, most))
-            except zlib.error:
-                raise ValueError("a message is not compressed as it should be") from None
-            most -= len(parts[-1])
-            data = self._stream.unused_data
-            if self._stream.eof:                # a final block, which is allowed (section 7.2.3.4)
-                self._stream, self._final = None, self._final + 1
-                if self._final > FINAL_BLOCKS_MAX:
-                    raise ValueError("a compressed message has more than %d final blocks" % FINAL_BLOCKS_MAX)
-        if last:
-            self._stream, self._final = self._stream if self._takeover else None, 0
-        return b"".join(parts)
-
-
-def parse_extensions(text):
-    """[(name, [(parameter, "=value" or "")])] of a Sec-WebSocket-Extensions header. BadRequest: section 9.1 has it that what
-    is not of its form fails the handshake. HeadersTooLarge."""
-    need(len(text) <= OFFERS_SIZE, HeadersTooLarge, "Sec-WebSocket-Extensions is too long; offer fewer")
-    found, at = [], 0
-    while at < len(text):
-        match = EXTENSION.match(text, at)
-        need(match, BadRequest, "Sec-WebSocket-Extensions is not 'name; parameter=value, ...'")
-        name, parameters, at = match.group(1), match.group(2), match.end()
-        if name:                                # else an empty part of a list, which RFC 9110 section 5.6.1 has taken
-            parts = [part.partition("=") for part in re.sub(r'[ \t"\\]', "", parameters).split(";")[1:]]
-            found.append((name, [(parameter, sign + value) for parameter, sign, value in parts]))
-    return found
-
-
-def agreed_deflate(offer, takeover):
-    """What accept_deflate() returns for a valid offer: {parameter: "=value" or ""}."""
-    keep_ours = takeover and "server_no_context_takeover" not in offer
-    keep_theirs = takeover and "client_no_context_takeover" not in offer
-    ours = min(int(offer.get("server_max_window_bits", "=15")[1:]), DEFLATE_WINDOW_BITS if keep_ours else 15)
-    theirs = int(offer.get("client_max_window_bits", "")[1:] or 15)
-    answer = ["permessage-deflate"] + ["server_no_context_takeover"] * (not keep_ours)
-    answer += ["client_no_context_takeover"] * (not keep_theirs)
-    answer += ["server_max_window_bits=%d" % ours] * ("server_max_window_bits" in offer)
-    if keep_theirs and "client_max_window_bits" in offer:       # it must not be answered where it was not offered
-        theirs = min(theirs, DEFLATE_WINDOW_BITS)
-        answer.append("client_max_window_bits=%d" % theirs)
-    return [("Sec-WebSocket-Extensions", "; ".join(answer))], Deflater(ours, keep_ours), Inflater(theirs, keep_theirs)
-
-
-def accept_deflate(request, takeover):
-    """([header of the 101 answer], Deflater, Inflater) for the client's first offer of permessage-deflate that is valid and
-    can be met; ([], None, None) where there is none. `takeover`: windows are kept between messages, if the client agrees.
-    BadRequest: see parse_extensions(). RFC 7692 section 7.1."""
-    for name, parameters in parse_extensions(request.headers.get("sec-websocket-extensions", "")):
-        offer = dict(parameters)
-        good = name == "permessage-deflate" and len(offer) == len(parameters) and all(
-            name in DEFLATE_PARAMETERS and DEFLATE_PARAMETERS[name].match(value) for name, value in parameters)
-        if good and offer.get("server_max_window_bits") != "=8":     # which zlib cannot do
-            return agreed_deflate(offer, takeover)
-    return [], None, None
+class WebSocketViolation(Exception):
+    """The peer broke the protocol. args: the close code, the reason."""
 
 
 class WebSocketDecoder:
-    """Turns a client's bytes into events: ("text", str), ("binary", bytes), ("ping", bytes), ("pong", bytes),
-    ("close", code, reason), ("fail", code, reason); after one of the last two, none. `limit`: bytes of a message;
-    `inflater`: an Inflater where messages may be compressed."""
+    """Decode a client's bytes into events; never raises.
 
-    def __init__(self, limit, inflater=None):
-        self._limit, self._inflater = limit, inflater
-        self._compressed = False                # is the message under way
-        self._buffer, self._at = b"", 0         # what came, and how far it is understood
-        self._event = None
-        self._done, self._frames = False, 0
-        self._message = None                    # opcode of the message under way
-        self._data, self._size = bytearray(), 0     # what of it is here, and what its frames have announced
-        self._checked = 0                       # how much of it is known to be UTF-8
-        self._frame = None                      # [opcode, final, key, bytes left, bytes seen] of the frame under way
-        self._control = b""
+    Events: ("text", str), ("binary", bytes), ("ping", bytes), ("pong", bytes), ("close", code,
+    reason) and ("fail", code, reason); nothing follows the last two. `limit`: bytes of a message.
+    """
+
+    def __init__(self, limit):
+        self._limit = limit
+        self._buffer, self._at = b"", 0         # input, and how much of it is decoded
+        self._frames = 0                        # how many more this feed() may decode
+        self._closed = False
+        self._events = self._guard()
 
     def feed(self, data):
-        """Take bytes; returns an iterator over the events they complete. What is not asked for yet waits for the next
-        feed(), of b"" too: so who has enough need not take more."""
-        self._buffer = self._buffer[self._at:] + data
+        """Add input and return an iterator over the events that it completes.
+
+        The decoder reads no further than the iterator is followed; the rest waits for the next
+        feed(), which may add nothing.
+        """
+        if not self._closed:
+            self._buffer = self._buffer[self._at:] + data
         self._at, self._frames = 0, FRAMES_PER_TURN
-        return iter(self._next, None)
+        return iter(self._events.__next__, None)
 
     @property
     def more(self):
-        """True where feed() has stopped after FRAMES_PER_TURN frames: feed(b"") goes on."""
+        """True if feed() stopped after FRAMES_PER_TURN frames; feed(b"") continues."""
         return self._frames == 0
 
-    def _next(self):
-        self._event = None
-        while self._event is None and not self._done and self._frames and (
-                self._payload() if self._frame is not None else self._head()):
-            pass
-        return self._event
+    def _guard(self):
+        """Yield what _decode() yields; its exceptions become the last event."""
+        try:
+            yield from self._decode()
+        except WebSocketViolation as violation:
+            event = ("fail", *violation.args)
+        except UnicodeDecodeError:
+            event = ("fail", 1007, "the text is not UTF-8")
+        else:
+            event = None
+        self._buffer, self._closed = b"", True
+        while True:
+            yield event
+            event = None
 
-    def _fail(self, code, reason):
-        self._event = ("fail", code, reason)
-        self._done = True
-        return False
-
-    def _head(self):
-        """Take a frame's head. False: it is not all there, or wrong."""
-        buffer, at = self._buffer, self._at
-        if len(buffer) < at + 2:
-            return False
-        first, second = buffer[at], buffer[at + 1]
-        opcode, final, size = first & 15, first >> 7, second & 127
-        fault = self._head_fault(first, second, opcode, final, size)
-        if fault:
-            return self._fail(1002, fault)
-        start = at + 2 + (0, 2, 8)[max(0, size - 125)] + 4
-        if len(buffer) < start:
-            return False
-        if size > 125:
-            size = int.from_bytes(buffer[at + 2:start - 4], "big")
-            if size < 126 or (size < 65536 and start == at + 14) or size >> 63:
-                return self._fail(1002, "a frame's length is not in its shortest form")
-        if opcode < 8:
-            if opcode:
-                self._message, self._data, self._size, self._checked = opcode, bytearray(), 0, 0
-                self._compressed = bool(first & COMPRESSED)
-            self._size += size
-            # what does not shrink grows a little
-            if self._size > (self._limit + self._limit // 8 + KIB if self._compressed else self._limit):
-                return self._fail(1009, "a message is over %d bytes" % self._limit)
-        self._frame = [opcode, final, buffer[start - 4:start], size, 0]
-        self._at = start
-        return True
-
-    def _head_fault(self, first, second, opcode, final, size):
-        if first & 0x70 and (first & 0x70 != COMPRESSED or self._inflater is None or opcode not in (TEXT, BINARY)):
-            return "reserved bits are set"
-        if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
-            return "opcode %d is reserved" % opcode
-        if not second & 0x80:
-            return "a client's frames are masked"
-        if opcode >= 8 and (not final or size > 125):
-            return "a control frame is not fragmented, and not over 125 bytes"
-        if opcode == CONTINUATION and self._message is None:
-            return "there is no message to continue"
-        if opcode in (TEXT, BINARY) and self._message is not None:
-            return "the message before is not finished"
-        return ""
-
-    def _payload(self):
-        """Take what is there of a frame's payload. False: it is not all there, or wrong."""
-        opcode, final, key, left, seen = self._frame
-        data = self._buffer[self._at:self._at + left]
-        self._at += len(data)
-        self._frame[3], self._frame[4] = left - len(data), seen + len(data)
-        if data:
-            data = unmask(data, key, seen)
-        last = left == len(data)
-        if last:
-            self._frame = None
+    def _decode(self):
+        """Yield events, and None to wait for input or for the next feed(). Sections 5.2 to 5.5."""
+        message = None                          # the opcode of the unfinished message
+        content, checked = bytearray(), 0       # and how much of it is known to be UTF-8
+        while True:
+            while len(self._buffer) < self._at + 2 or not self._frames:
+                yield None
+            first, second = self._buffer[self._at:self._at + 2]
+            opcode, final, size = first & 15, first >> 7, second & 127
+            if first & 0x70:
+                raise WebSocketViolation(1002, "reserved bits are set")
+            if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
+                raise WebSocketViolation(1002, "opcode %d is reserved" % opcode)
+            if not second & 0x80:
+                raise WebSocketViolation(1002, "a client must mask its frames")
+            if opcode >= CLOSE and (not final or size > 125):
+                raise WebSocketViolation(1002, "a control frame must be whole and at most 125 bytes")
+            if opcode < CLOSE and (opcode == CONTINUATION) != (message is not None):
+                raise WebSocketViolation(1002, "there is no message to continue" if message is None
+                                         else "the previous message is not finished")
+            length = 6 + (0, 2, 8)[max(0, size - 125)]
+            while len(self._buffer) < self._at + length:
+                yield None
+            head = self._buffer[self._at:self._at + length]
+            self._at += length
+            if size > 125:
+                size = int.from_bytes(head[2:-4], "big")
+                if size < 126 or (length == 14 and size < 65536) or size >> 63:
+                    raise WebSocketViolation(1002, "a frame's length must have its shortest form")
+            if opcode in (TEXT, BINARY):
+                message, content, checked = opcode, bytearray(), 0
+            if opcode < CLOSE and len(content) + size > self._limit:
+                raise WebSocketViolation(1009, "a message is over %d bytes" % self._limit)
+            target = content if opcode < CLOSE else bytearray()
+            seen = 0
+            while True:
+                data = unmask(self._buffer[self._at:self._at + size - seen], head[-4:], seen)
+                self._at += len(data)
+                seen += len(data)
+                target += data
+                if opcode < CLOSE and message == TEXT and not (final and seen == size):
+                    end = len(content) - incomplete_utf8(content[-3:])
+                    content[checked:end].decode("utf-8")    # a bad byte fails at once (section 8.1)
+                    checked = end
+                if seen == size:
+                    break
+                yield None
             self._frames -= 1
-        if opcode >= 8:
-            self._control += data
-            return last and self._control_end(opcode)
-        return self._take_data(data, last and final) and last
+            if opcode == CLOSE:
+                yield self._close_event(bytes(target))
+                return
+            if opcode in (PING, PONG):
+                yield "ping" if opcode == PING else "pong", bytes(target)
+            elif final:
+                text, message = message == TEXT, None
+                yield ("text", content.decode("utf-8")) if text else ("binary", bytes(content))
 
-    def _take_data(self, data, end):
-        """Add to the message; `end`: it ends here. False: it is wrong."""
-        try:
-            if self._compressed:
-                need(self._size or not end, ValueError, "a compressed message has one byte at least")
-                data = self._inflater.feed(data, end, self._limit + 1 - len(self._data))
-            self._data += data
-            over = len(self._data) > self._limit
-            if end and not over:
-                self._message_end()
-            elif self._message == TEXT:
-                self._check_text()
-        except UnicodeDecodeError:
-            return self._fail(1007, "a text message is not UTF-8")
-        except ValueError as error:
-            return self._fail(1007, str(error))
-        return not over or self._fail(1009, "a message is over %d bytes" % self._limit)
-
-    def _check_text(self):
-        """What is whole must be UTF-8, the rest the beginning of a character. UnicodeDecodeError."""
-        end = len(self._data) - incomplete_utf8(self._data[-3:])
-        self._data[self._checked:end].decode("utf-8")
-        self._checked = end
-
-    def _message_end(self):
-        data, text = self._data, self._message == TEXT
-        self._message, self._data = None, bytearray()
-        self._event = ("text", data.decode("utf-8")) if text else ("binary", bytes(data))
-
-    def _control_end(self, opcode):
-        data, self._control = self._control, b""
-        if opcode != CLOSE:
-            self._event = ("ping" if opcode == PING else "pong", data)
-            return True
-        code, reason = (int.from_bytes(data[:2], "big"), data[2:]) if data else (1005, b"")
-        if len(data) == 1 or data and code not in CLOSE_CODES and not 3000 <= code < 5000:
-            return self._fail(1002, "the close code is none")
-        try:
-            self._event = ("close", code, reason.decode("utf-8"))
-        except UnicodeDecodeError:
-            return self._fail(1007, "the close reason is not UTF-8")
-        self._done = True
-        return False
+    @staticmethod
+    def _close_event(payload):
+        """Return ("close", code, reason). Section 7.4."""
+        if not payload:
+            return "close", 1005, ""
+        code = int.from_bytes(payload[:2], "big")
+        if len(payload) == 1 or (code not in CLOSE_CODES and not 3000 <= code < 5000):
+            raise WebSocketViolation(1002, "the close code is not valid")
+        return "close", code, payload[2:].decode("utf-8")
 
 
 class FrameEncoder:
-    """A stream as websocket messages: binary or text, as it comes or a line each; with a `deflater` compressed, each on its
-    own."""
+    """A stream as websocket messages: binary or text, as it comes or one per line."""
     partial = False
     dropped = None
 
-    def __init__(self, binary, by_line, deflater=None):
-        self.key = ("frame", binary, by_line, deflater.bits if deflater else None)
-        self._binary, self.by_line = binary, by_line
+    def __init__(self, binary, by_line):
+        self.key, self.by_line = ("frame", binary, by_line), by_line
+        self._binary = binary
         self._opcode, self._valid = (BINARY, bytes) if binary else (TEXT, valid_utf8)
-        self._deflater, self._made = deflater, deflater.frame if deflater else frame
 
     def ends(self, data):
         """See Log."""
@@ -4467,14 +4468,15 @@ class FrameEncoder:
         """See Log."""
         if self.by_line:
             skip, segments, lines = split_lines(data, before, mode, piece)
-            return b"".join([self._made(self._opcode, line) for line in map(self._valid, lines)]), skip + sum(map(len, segments))
+            return (b"".join([frame(self._opcode, self._valid(line)) for line in lines]),
+                    skip + sum(map(len, segments)))
         if not self._binary and mode != FINAL:
             data = data[:len(data) - incomplete_utf8(data)]
         if not data:
             return b"", 0
         content = self._valid(data)
-        if self._deflater or len(content) < JOIN_SIZE:
-            return self._made(self._opcode, content), len(data)
+        if len(content) < JOIN_SIZE:
+            return frame(self._opcode, content), len(data)
         return (frame_head(self._opcode, len(content)), content), len(data)
 
 
@@ -5954,11 +5956,11 @@ class ParkedReply:
 
 
 class WebSocketReply:
-    """A websocket to a process. `inflater`: for its messages, or None; `reader`, `asked`: as in StreamReply; `stream`: an
+    """A websocket to a process. `reader`, `asked`: as in StreamReply; `stream`: an
     Input or None (readonly)."""
 
-    def __init__(self, headers, inflater, reader, asked, stream, by_line, process, heartbeat):
-        self.headers, self.inflater, self.reader, self.asked, self.stream = headers, inflater, reader, asked, stream
+    def __init__(self, headers, reader, asked, stream, by_line, process, heartbeat):
+        self.headers, self.reader, self.asked, self.stream = headers, reader, asked, stream
         self.by_line, self.process, self.heartbeat = by_line, process, heartbeat
 
 
@@ -6581,10 +6583,8 @@ class Feeds:
         if not flag(request, "readonly"):
             stream = self.manager.find_input(ref, label if label in process.inputs else "stdin", past=True)
         headers = websocket_accept(request)
-        extensions, deflater, inflater = accept_deflate(request, False)
-        reader = self._reader(request, window, FrameEncoder(binary, by_line, deflater), offset, loss)
-        headers += extensions
-        return WebSocketReply(headers, inflater, reader, self._asked(request), stream, by_line, process, heartbeat)
+        reader = self._reader(request, window, FrameEncoder(binary, by_line), offset, loss)
+        return WebSocketReply(headers, reader, self._asked(request), stream, by_line, process, heartbeat)
 
 
 class Api(Feeds):
@@ -7421,10 +7421,10 @@ class WebSocketChannel(Channel):
 
     limit = MESSAGE_SIZE
 
-    def __init__(self, http, sock, received, headers, inflater):
+    def __init__(self, http, sock, received, headers):
         super().__init__(http, sock, received)
         self._headers = headers
-        self._decoder = WebSocketDecoder(self.limit, inflater)
+        self._decoder = WebSocketDecoder(self.limit)
         self._said_close, self._patience = False, None
         self.held = False
 
@@ -7524,7 +7524,7 @@ class ProcessSocket(WebSocketChannel):
 
     def __init__(self, http, sock, received, reply, more):
         self.limit = reply.stream.limit if reply.stream is not None else MESSAGE_SIZE
-        super().__init__(http, sock, received, [*reply.headers, *more], reply.inflater)
+        super().__init__(http, sock, received, [*reply.headers, *more])
         self._reply, self._reader = reply, reply.reader
         self._reader.sink = self
         self.stall = BLOCK_STALL if self._reader.loss == "block" else STALL
@@ -7631,8 +7631,7 @@ class WebSocketHandler:
     the loop's thread and must not block; send() and end() may be called from any. `request`, `args`: the opening request
     and the groups of the route's pattern."""
 
-    max_message = HANDLER_MESSAGE_SIZE          # bytes of one message, decompressed
-    compression = True                          # where the client offers it
+    max_message = HANDLER_MESSAGE_SIZE          # bytes of one message
 
     def __init__(self, request, args, channel):
         self.request, self.args, self._channel = request, args, channel
@@ -7657,11 +7656,10 @@ class WebSocketHandler:
 
 
 class HandlerReply:
-    """A websocket of an added route. `deflater`, `inflater`: for its messages, or None."""
+    """A websocket of an added route."""
 
-    def __init__(self, handler, request, args, headers, deflater, inflater):
+    def __init__(self, handler, request, args, headers):
         self.handler, self.request, self.args, self.headers = handler, request, args, headers
-        self.deflater, self.inflater = deflater, inflater
 
 
 class HandlerSocket(WebSocketChannel):
@@ -7670,8 +7668,7 @@ class HandlerSocket(WebSocketChannel):
     def __init__(self, http, sock, received, reply, more):
         self._handler = reply.handler(reply.request, reply.args, self)
         self.limit = self._handler.max_message
-        self._frame = reply.deflater.frame if reply.deflater else frame
-        super().__init__(http, sock, received, [*reply.headers, *more], reply.inflater)
+        super().__init__(http, sock, received, [*reply.headers, *more])
 
     def _safely(self, function, *args):
         try:
@@ -7692,7 +7689,7 @@ class HandlerSocket(WebSocketChannel):
         """Queue a message."""
         if self.closed or self._said_close:
             return
-        payload = self._frame(opcode, payload)
+        payload = frame(opcode, payload)
         if self.queued + len(payload) > SEND_QUEUE_SIZE:
             log.warning("a websocket client did not take %d bytes; it is closed", self.queued)
             return self.close()
@@ -8634,9 +8631,7 @@ class HttpHandler:
             if match:
                 groups = [None if group is None else urllib.parse.unquote(group) for group in match.groups()]
                 if isinstance(handler, type) and issubclass(handler, WebSocketHandler):
-                    headers = websocket_accept(request)
-                    extensions, *codec = accept_deflate(request, True) if handler.compression else ([], None, None)
-                    return HandlerReply(handler, request, groups, headers + extensions, *codec)
+                    return HandlerReply(handler, request, groups, websocket_accept(request))
                 return ThreadReply(functools.partial(self._call, handler, request, groups))
         for prefix, app in self._wsgi:
             if request.path == prefix or request.path.startswith(prefix + "/"):
