@@ -254,44 +254,52 @@ SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBU
 
 
 class GafferError(Exception):
-    """An error that a client is told: HTTP status, code, and one sentence (`str(error)`) that says what to do."""
-
-    status = 500
-    code = "internal_error"
+    """An error for the client: an HTTP status, a code, and a sentence that says what to do."""
+    status, code = 500, "internal_error"
 
     def headers(self):
-        """Further response headers: a list of (name, value)."""
+        """Return further headers of the response: [(name, value)]."""
         return []
 
 
 class BadRequest(GafferError):
-    """The request is not HTTP as RFC 9112 wants it, or says two things at once."""
+    """The request is not HTTP as RFC 9112 defines it, or contradicts itself."""
     status, code = 400, "bad_request"
 
 
-class InvalidJson(GafferError):
-    """The body is not one JSON object in UTF-8."""
-    status, code = 400, "invalid_json"
+class InvalidJson(BadRequest):
+    """The body is not a JSON object in UTF-8."""
+    code = "invalid_json"
 
 
-class InvalidProcessInfo(GafferError):
-    """A template has a field that is unknown, missing or wrong, or a command that cannot be executed."""
-    status, code = 400, "invalid_process_info"
+class InvalidProcessInfo(BadRequest):
+    """A field of a template is unknown, missing or wrong, or its command cannot be executed."""
+    code = "invalid_process_info"
 
 
-class BadValue(GafferError):
-    """A parameter of the path or the query has no usable value."""
-    status, code = 400, "bad_value"
+class BadValue(BadRequest):
+    """A parameter of the path or the query is unknown, or its value is not valid."""
+    code = "bad_value"
 
 
-class NoSignalNumber(GafferError):
-    """_signal was called without a signal."""
-    status, code = 400, "no_signal_number"
+class NoSignalNumber(BadRequest):
+    """_signal needs a signal."""
+    code = "no_signal_number"
 
 
-class IoNotRedirected(GafferError):
-    """The process has no output that could be read."""
-    status, code = 400, "io_not_redirected"
+class IoNotRedirected(BadRequest):
+    """The output of the process is not redirected."""
+    code = "io_not_redirected"
+
+
+class ExpectationFailed(BadRequest):
+    """An Expect other than 100-continue (RFC 9110 section 10.1.1)."""
+    status = 417
+
+
+class VersionNotSupported(BadRequest):
+    """The version is not HTTP/1.x."""
+    status = 505
 
 
 class Unauthorized(GafferError):
@@ -299,52 +307,52 @@ class Unauthorized(GafferError):
     status, code = 401, "unauthorized"
 
     def headers(self):
-        """RFC 7617: what makes a browser ask."""
+        """Make a browser ask for the token (RFC 7617)."""
         return [("WWW-Authenticate", 'Basic realm="gaffer", charset="UTF-8"')]
 
 
-class ForbiddenWrite(GafferError):
-    """The process's stdin is not redirected, or closed."""
-    status, code = 403, "forbidden_write"
-
-
-class ForbiddenOrigin(GafferError):
-    """A page of another origin wants to change something."""
-    status, code = 403, "forbidden_origin"
-
-
-class ForbiddenHost(GafferError):
-    """The Host header is no name of this server (DNS rebinding)."""
-    status, code = 403, "forbidden_host"
-
-
 class Forbidden(GafferError):
-    """The operating system does not let gaffer do this."""
+    """The operating system does not allow it."""
     status, code = 403, "forbidden"
 
 
+class ForbiddenWrite(Forbidden):
+    """The stdin of the process is not redirected, or it is closed."""
+    code = "forbidden_write"
+
+
+class ForbiddenOrigin(Forbidden):
+    """A page of another origin must not do this."""
+    code = "forbidden_origin"
+
+
+class ForbiddenHost(Forbidden):
+    """The Host header does not name this server (DNS rebinding)."""
+    code = "forbidden_host"
+
+
 class NotFound(GafferError):
-    """No such name, id or group."""
+    """There is no such name, id or group."""
     status, code = 404, "not_found"
 
 
-class ResourceNotFound(GafferError):
-    """No such route or action."""
-    status, code = 404, "resource_not_found"
+class ResourceNotFound(NotFound):
+    """There is no such route or action."""
+    code = "resource_not_found"
 
 
-class IoNotFound(GafferError):
-    """The process has no stream of this label."""
-    status, code = 404, "io_not_found"
+class IoNotFound(NotFound):
+    """The process has no stream with this label."""
+    code = "io_not_found"
 
 
-class BadEventType(GafferError):
-    """There is no event of this type."""
-    status, code = 404, "bad_event_type"
+class BadEventType(NotFound):
+    """There is no such type of event."""
+    code = "bad_event_type"
 
 
 class MethodNotAllowed(GafferError):
-    """The resource exists, but not for this method. `allow`: the methods that it has."""
+    """The resource does not have this method. `allow`: those it has."""
     status, code = 405, "method_not_allowed"
 
     def __init__(self, reason, allow=()):
@@ -352,8 +360,13 @@ class MethodNotAllowed(GafferError):
         self.allow = allow
 
     def headers(self):
-        """RFC 9110 section 15.5.6: Allow is required."""
+        """Name the methods (RFC 9110 section 15.5.6)."""
         return [("Allow", ", ".join(self.allow))]
+
+
+class MethodUnknown(GafferError):
+    """HTTP does not have this method (RFC 9110 section 15.6.2)."""
+    status, code = 501, "method_not_allowed"
 
 
 class RequestTimeout(GafferError):
@@ -362,18 +375,23 @@ class RequestTimeout(GafferError):
 
 
 class Conflict(GafferError):
-    """The name is taken."""
+    """The name is taken, or what was asked for can no longer happen."""
     status, code = 409, "conflict"
 
 
 class TooLarge(GafferError):
-    """The body is larger than its limit."""
+    """The body is over its limit."""
     status, code = 413, "too_large"
 
 
-class UriTooLong(GafferError):
-    """The request target is longer than its limit."""
+class UriTooLong(TooLarge):
+    """The request line is over its limit."""
     status, code = 414, "uri_too_long"
+
+
+class HeadersTooLarge(TooLarge):
+    """The headers are over their limit, in number or in bytes."""
+    status, code = 431, "headers_too_large"
 
 
 class UnsupportedMediaType(GafferError):
@@ -381,57 +399,37 @@ class UnsupportedMediaType(GafferError):
     status, code = 415, "unsupported_media_type"
 
 
-class ExpectationFailed(GafferError):
-    """An Expect other than 100-continue (RFC 9110 section 10.1.1)."""
-    status, code = 417, "bad_request"
-
-
 class UpgradeRequired(GafferError):
-    """The resource speaks websocket only."""
+    """The resource is a websocket."""
     status, code = 426, "upgrade_required"
 
     def headers(self):
-        """RFC 9110 section 15.5.22, RFC 6455 section 4.4."""
+        """Say what to upgrade to (RFC 9110 section 15.5.22, RFC 6455 section 4.4)."""
         return [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13")]
 
 
-class HeadersTooLarge(GafferError):
-    """The headers are more, or longer, than their limit."""
-    status, code = 431, "headers_too_large"
-
-
-class StdinFull(GafferError):
-    """Too much waits for the process to read it; nothing of the body was written."""
-    status, code = 503, "stdin_full"
-
-
 class Busy(GafferError):
-    """Too many connections."""
+    """There are too many connections, threads or processes."""
     status, code = 503, "busy"
 
 
-class Stopping(GafferError):
-    """gaffer is stopping: nothing can be changed any more."""
-    status, code = 503, "stopping"
+class StdinFull(Busy):
+    """Too many bytes wait for the process to read them; nothing of the body was written."""
+    code = "stdin_full"
+
+
+class Stopping(Busy):
+    """gaffer is stopping, and nothing can be changed any more."""
+    code = "stopping"
 
 
 class WaitTimeout(GafferError):
-    """?wait: not done in time."""
+    """What was waited for has not happened in time."""
     status, code = 504, "wait_timeout"
 
 
-class MethodUnknown(GafferError):
-    """The method is none that HTTP has (RFC 9110 section 15.6.2)."""
-    status, code = 501, "method_not_allowed"
-
-
-class VersionNotSupported(GafferError):
-    """Not HTTP/1.x."""
-    status, code = 505, "bad_request"
-
-
 class StartError(Exception):
-    """gaffer itself cannot start; `str(error)` is the one sentence for its user."""
+    """gaffer itself cannot start; str(error) is the sentence for its user."""
 
 
 def need(condition, error, reason):
