@@ -12101,14 +12101,147 @@ def cli_environment(**more):
     return dict(kept, **more)
 
 
+class ForkServer:
+    """Forks commands from a process that has gaffer imported: a start takes a twentieth of the time that
+    the interpreter and the import do. It ends when all that could ask it have ended."""
+
+    socket = None                       # where requests are sent: JSON, the standard descriptors, a status pipe
+
+    @classmethod
+    def start(cls):
+        """Fork the server. All that is forked from here on may ask it."""
+        gaffer.make_parser("serve").format_help()       # imports what it needs
+        gc.collect()
+        gc.freeze()                     # or the collector would copy all pages in each process
+        sock, cls.socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        cls.pid = os.fork()
+        if cls.pid:
+            return sock.close()
+        status = 1
+        try:
+            cls.socket.close()
+            os.setpgid(0, 0)            # Ctrl-C is not for it
+            left = cls.serve(sock)
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            status = len(left) > 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    @classmethod
+    def end(cls):
+        """Wait for its end. Returns whether a command was left, or something went wrong."""
+        cls.socket.close()
+        return os.waitpid(cls.pid, 0)[1] != 0
+
+    @classmethod
+    def serve(cls, sock):
+        """Answer each request with the command's pid and, when it has ended, its status, 4 bytes each.
+        Returns the pids of those that still run when there is nobody left to ask."""
+        pipes = {}                      # {pid of a command that runs: where its status is written}
+        awake, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wakeup.fileno())
+        while True:
+            ready = select.select([sock, awake], [], [])[0]
+            if awake in ready:
+                awake.recv(4096)
+                while pipes:
+                    pid, status = os.waitpid(-1, os.WNOHANG)
+                    if not pid:
+                        break
+                    with os.fdopen(pipes.pop(pid), "wb", 0) as pipe, contextlib.suppress(BrokenPipeError):
+                        pipe.write(struct.pack("i", status))
+            if sock in ready:
+                data, ancillary, _, _ = sock.recvmsg(1 << 18, socket.CMSG_SPACE(16))
+                if not data:
+                    return pipes
+                *streams, pipe = struct.unpack("4i", ancillary[0][2])
+                pid = os.fork()
+                if not pid:
+                    cls.run(streams, **json.loads(data))
+                for fd in streams:
+                    os.close(fd)
+                os.write(pipe, struct.pack("i", pid))
+                pipes[pid] = pipe
+
+    @staticmethod
+    def run(streams, arguments, environment, folder, group):
+        """In a process of its own: call main(), and end as the interpreter ends."""
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for number, fd in enumerate(streams):
+                os.dup2(fd, number)
+            os.closerange(3, 256)
+            os.setpgid(0, group)
+            os.chdir(folder)
+            os.environ.clear()
+            os.environ.update(environment)
+            sys.argv[:] = ["gaffer.py", *arguments]
+            sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = (
+                open(0, closefd=False), open(1, "w", closefd=False), open(2, "w", 1, errors="backslashreplace", closefd=False))
+            warnings.simplefilter("error")
+            faulthandler.enable()
+            try:
+                status = gaffer.main() or 0
+            except SystemExit as error:
+                status = error.code or 0
+            for thread in threading.enumerate():
+                if thread is not threading.current_thread() and not thread.daemon:
+                    thread.join()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+
+class ForkedCommand(subprocess.Popen):
+    """`gaffer.py ARGUMENTS`, forked by the ForkServer."""
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags,
+                       shell, *pipes_and_more):
+        pipes = pipes_and_more[:6]      # of stdin, stdout and stderr: the end to read from, the end to write to
+        streams = [number if fd == -1 else fd for number, fd in enumerate((pipes[0], pipes[3], pipes[5]))]
+        self._pipe, write = os.pipe()
+        request = {"arguments": args, "environment": dict(os.environ if env is None else env), "folder": cwd or os.getcwd(),
+                   "group": os.getpgrp()}
+        ForkServer.socket.sendmsg([json.dumps(request).encode()], [
+            (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("4i", *streams, write))])
+        os.close(write)
+        self.pid, = struct.unpack("i", os.read(self._pipe, 4))
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
+
+    def _wait(self, timeout):
+        if self.returncode is None:
+            if not select.select([self._pipe], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            status, = struct.unpack("i", os.read(self._pipe, 4))
+            os.close(self._pipe)
+            self.returncode = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+        return self.returncode
+
+    def _internal_poll(self, *_, **__):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._wait(0)
+        return self.returncode
+
+
 class CliProcess:
     """A program that prints one line when it is up. stop() ends it; stdout and stderr are what else it printed."""
 
-    def __init__(self, command, env=None, cwd=None, pattern=CLI_LISTENING):
+    def __init__(self, command, env=None, cwd=None, pattern=CLI_LISTENING, popen=subprocess.Popen):
         self._stderr = tempfile.NamedTemporaryFile("w+", prefix="stderr-")
         self._expected = []
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._stderr,
-                                        env=env, cwd=cwd, universal_newlines=True)
+        self.process = popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._stderr,
+                             env=env, cwd=cwd, universal_newlines=True)
         self.first_line = self.process.stdout.readline()
         match = pattern.match(self.first_line)
         if match is None:
@@ -12178,24 +12311,18 @@ class CliProcess:
 
 
 class CliCase(Case):
-    """start() and run_program() run programs that end with the test. Most tests run gaffer's main() from a compiled module:
+    """start() and run_program() run programs that end with the test. Most tests run gaffer's main() in a forked process:
     the script (`script=True`) is compiled at each start, which takes longer than all else."""
 
-    env = None
-
-    @classmethod
-    def setUpClass(cls):
-        if CliCase.env is None:
-            cache = tempfile.TemporaryDirectory()
-            atexit.register(cache.cleanup)
-            CliCase.env = cli_environment(PYTHONPYCACHEPREFIX=cache.name)
-            subprocess.run(CLI_COMMAND + ["--version"], env=cls.env, stdout=subprocess.DEVNULL, check=True, timeout=TIMEOUT)
+    env = None                          # main() gives it a cache of compiled modules
 
     def start(self, *arguments, script=False, **options):
         """A running `gaffer.py ARGUMENTS`; where they name no command: `serve` on a free port, with them."""
         if "serve" not in arguments:
             arguments = ("serve", "--bind", "127.0.0.1:0") + arguments
-        return self.run_program((CLI_SCRIPT if script else CLI_COMMAND) + list(arguments), **options)
+        if script:
+            return self.run_program([*CLI_SCRIPT, *arguments], **options)
+        return self.run_program(arguments, popen=ForkedCommand, **options)
 
     def run_program(self, command, **options):
         """A CliProcess that is closed after the test."""
@@ -12220,9 +12347,10 @@ class CliCase(Case):
 
     def outcome(self, *arguments):
         """(exit status, stdout, stderr) of a run that ends by itself."""
-        run = subprocess.run(CLI_COMMAND + list(arguments), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False,
-                             stderr=subprocess.PIPE, env=self.env, universal_newlines=True, timeout=TIMEOUT)
-        return run.returncode, run.stdout, run.stderr
+        with ForkedCommand(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           env=self.env, universal_newlines=True) as run:
+            out, err = run.communicate(timeout=TIMEOUT)
+        return run.returncode, out, err
 
     def called(self, *arguments):
         """The same of main(), called in this process: for tables, as it is a hundred times faster."""
@@ -12827,8 +12955,7 @@ class CliFaults(CliCase):
     def serve_on(self, **streams):
         """(process, its unix socket's path) of a server with other standard streams, once it answers."""
         path = os.path.join(self.folder(), "socket")
-        process = subprocess.Popen(CLI_COMMAND + ["serve", "-v", "--bind", "unix:" + path], stdin=subprocess.DEVNULL, env=self.env,
-                                   **streams)
+        process = ForkedCommand(["serve", "-v", "--bind", "unix:" + path], stdin=subprocess.DEVNULL, env=self.env, **streams)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         until(lambda: process.poll() is not None or os.path.exists(path), "the socket")
@@ -13207,8 +13334,8 @@ class CliStatus(CliControlCase):
 
     def test_again_each_second(self):
         self.sleepers("web")
-        process = subprocess.Popen(CLI_COMMAND + ["status", "-w"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   env=dict(self.env, GAFFER_ENDPOINT=self.server.url))
+        process = ForkedCommand(["status", "-w"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env=dict(self.env, GAFFER_ENDPOINT=self.server.url))
         with process:
             self.addCleanup(process.kill)
             self.assertEqual([process.stdout.readline()[:4] for _ in range(4)], [b"NAME", b"web ", b"NAME", b"web "])
@@ -13229,7 +13356,7 @@ class CliStatus(CliControlCase):
             main, side = os.openpty()
             with os.fdopen(main, "rb", 0) as screen:
                 env = {**self.env, "GAFFER_ENDPOINT": self.server.url, "TERM": "xterm", **more}
-                process = subprocess.Popen(CLI_COMMAND + ["status"], env=env, stdin=side, stdout=side, stderr=side)
+                process = ForkedCommand(["status"], env=env, stdin=side, stdout=side, stderr=side)
                 os.close(side)
                 self.assertEqual(process.wait(TIMEOUT), 0)
                 out = screen.read(4096)
@@ -13427,9 +13554,12 @@ class CliEveryCommand(CliControlCase):
     def run_cell(self, cell):
         """None, or the cell and what was wrong with it."""
         name, arguments, more, stdout, expected = cell
-        command = [PYTHON, CLI_FILE] if (name, more) in (("status", {}), ("stop", {}), ("logs", {})) else CLI_COMMAND
-        process = subprocess.Popen([*command, name, *arguments.split()], cwd=self.home, stdin=subprocess.PIPE, stdout=stdout,
-                                   stderr=subprocess.PIPE, universal_newlines=True, env={**self.env, "GAFFER_ENDPOINT": self.server.url, **more})
+        options = {"cwd": self.home, "stdin": subprocess.PIPE, "stdout": stdout, "stderr": subprocess.PIPE,
+                   "universal_newlines": True, "env": {**self.env, "GAFFER_ENDPOINT": self.server.url, **more}}
+        if (name, more) in (("status", {}), ("stop", {}), ("logs", {})):
+            process = subprocess.Popen([PYTHON, CLI_FILE, name, *arguments.split()], **options)
+        else:
+            process = ForkedCommand([name, *arguments.split()], **options)
         with process:
             out = ""
             if expected[0] == 130:
@@ -13490,8 +13620,8 @@ class CliFollowCase(CliControlCase):
     def follow(self, *arguments, endpoint=None, **options):
         """A running command whose stdout is read with readline()."""
         options.setdefault("stdin", subprocess.DEVNULL)
-        process = subprocess.Popen(CLI_COMMAND + list(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
-                                   env=dict(self.env, GAFFER_ENDPOINT=endpoint or self.server.url), **options)
+        process = ForkedCommand(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+                                env=dict(self.env, GAFFER_ENDPOINT=endpoint or self.server.url), **options)
 
         def end():
             process.kill()
@@ -14319,11 +14449,12 @@ class ProcfileTexts(ConfigCase):
 class ProcfileRun(ConfigCase):
     """run: once, and with its status."""
 
-    def start_run(self, *arguments, **options):
+    def start_run(self, *arguments, given=None):
         """(status, stdout) of `run` as a program."""
-        run = subprocess.run(CLI_COMMAND + ["run", *arguments], env=dict(self.env, GAFFER_TOKEN="x"), cwd=self.home, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, timeout=TIMEOUT, check=False, universal_newlines=True, **options)
-        return run.returncode, run.stdout
+        with ForkedCommand(["run", *arguments], env=dict(self.env, GAFFER_TOKEN="x"), cwd=self.home, stdin=subprocess.PIPE,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True) as run:
+            out, _ = run.communicate(given, timeout=TIMEOUT)
+        return run.returncode, out
 
     def test_environment_and_status(self):
         self.write(".env", "A=1\nB=2\n")
@@ -14332,7 +14463,7 @@ class ProcfileRun(ConfigCase):
         self.assertEqual(self.start_run("-e", "x.env", "echo $A $B $PORT ${GAFFER_TOKEN-none}"), (0, "1 3 5000 none\n"))
         self.assertEqual(self.start_run("-p", "7000", "web"), (0, "web 7000\n"))
         self.assertEqual(self.start_run("sh", "-c", "echo $1; exit 7", "sh", "-x"), (7, "-x\n"))
-        self.assertEqual(self.start_run("--", "cat", input="in"), (0, "in"))
+        self.assertEqual(self.start_run("--", "cat", given="in"), (0, "in"))
         self.assertEqual(self.start_run("kill -9 $$"), (137, ""))
 
     def test_without_a_procfile(self):
@@ -14346,8 +14477,8 @@ class ProcfileRun(ConfigCase):
         self.call("run", status=2, err="gaffer: say what to run.*\n")
 
     def test_signals_go_to_the_command(self):
-        run = subprocess.Popen(CLI_COMMAND + ["run", "trap 'echo term; exit 3' TERM; trap 'echo int' INT; echo ready; while :; do sleep 0.01; done"],
-                               env=self.env, cwd=self.home, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        run = ForkedCommand(["run", "trap 'echo term; exit 3' TERM; trap 'echo int' INT; echo ready; while :; do sleep 0.01; done"],
+                            env=self.env, cwd=self.home, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
         with run:
             self.addCleanup(run.kill)
             self.assertEqual(run.stdout.readline(), b"ready\n")
@@ -16268,6 +16399,8 @@ def run_tests(tests, jobs, slowest, verbose):
         for share in running:           # Ctrl-C, or a fault of the runner
             print("it was running %s: %s" % (" ".join(share.names), share.doing), file=sys.stderr)
             share.kill()
+    if ForkServer.end():
+        failed.append("ForkServer (a command was left)")
     ran = sorted((line for share in done for line in share.ran), key=lambda line: -line["seconds"])
     skipped = [line for share in done for line in share.skipped]
     for line in skipped:
@@ -16329,7 +16462,10 @@ def main():
     tests = find_tests(names)
     if given.quick:
         tests = [test for test in tests if globals()[test.partition(".")[0]].quick]
-    sys.exit(run_tests(tests, given.jobs, given.slowest, given.verbose))
+    ForkServer.start()
+    with tempfile.TemporaryDirectory() as cache:
+        CliCase.env = cli_environment(PYTHONPYCACHEPREFIX=cache)
+        sys.exit(run_tests(tests, given.jobs, given.slowest, given.verbose))
 
 
 if __name__ == "__main__":
