@@ -886,7 +886,7 @@ class PureReadiness(PureLoopCase):
 
     def test_ready(self):
         """For what is asked for, until it is no longer."""
-        (left, right), masks = self.pairs[0], []
+        (_, right), masks = self.pairs[0], []
         fd = self.register(0, masks.append)
         self.advance()
         self.do(self.loop.modify, fd, selectors.EVENT_WRITE)
@@ -12463,8 +12463,8 @@ class CliServe(CliCase):
                 server.expect_stderr(r"WARNING a wrong token came from 127\.0\.0\.1:\d+; 1 so far$")
 
     def test_an_origin_or_a_host_that_could_never_match(self):
-        for arguments, words in ((("--cors-origin", "foo"), "'foo' is no origin"), (("--cors-origin", "https://x/y"), "'https://x/y' is no origin"),
-                                 (("--allow-host", "a b"), "'a b' is no host"), (("--allow-host", "a:70"), "'a:70' is no host")):
+        for arguments, words in ((("--cors-origin", "foo"), "'foo' is not an origin"), (("--cors-origin", "https://x/y"), "'https://x/y' is not an origin"),
+                                 (("--allow-host", "a b"), "'a b' is not a host"), (("--allow-host", "a:70"), "'a:70' is not a host")):
             status, out, err = self.called("serve", "--bind", "127.0.0.1:0", *arguments)
             self.assertEqual((status, out), (1, ""))
             self.assertRegex(err, r"\Agaffer: %s; give [^\n]*\n\Z" % re.escape(words))
@@ -14404,7 +14404,7 @@ class ProcfileTexts(ConfigCase):
         self.write(".env", "A=1\nB")
         self.assertEqual(self.faults("Procfile", "web: sleep 1\njunk\nweb: x\n7: x\n"), [
             ".env:2: is not NAME=value", "Procfile:2: 'junk' is not 'type: command'", "Procfile:3: 'web' is there twice",
-            "Procfile:4: [process:7] field 'name' must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, and not begin with - or :"])
+            "Procfile:4: [process:7] field 'name' must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not 'all', and not begin with - or :"])
 
     def test_formation(self):
         types = {"web": 1, "worker": 2}
