@@ -3604,11 +3604,13 @@ def body_length(request, limit):
         if coding.lower() != "chunked":
             raise BadRequest("the only Transfer-Encoding known here is chunked")
         return None
-    if not re.fullmatch(r"[0-9]{1,18}", length or "0"):
+    if length is None:
+        return 0
+    if not re.fullmatch(r"[0-9]{1,18}", length):
         raise BadRequest("Content-Length must be a decimal number")
-    if int(length or 0) > limit:
+    if int(length) > limit:
         raise TooLarge("the body is over %d bytes; send less" % limit)
-    return int(length or 0)
+    return int(length)
 
 
 def read_body(file, length, limit):
