@@ -17,7 +17,7 @@ The file is read from top to bottom; its sections are
     constants, errors    limits and their reasons; one error tree, rendered once
     platform             all that differs between systems: exits, groups, users, statistics
     loop                 selector, timers, inbox; who may touch state, and when
-    logs and readers     bounded logs of bytes and events; a reader is a position
+    streams              bounded logs of bytes and events; a reader is an offset in one
     templates            one table of options, their checks, and what is executed
     policies             backoff, flapping, stop escalation: values in, values out
     process              spawn, pipes into windows, stdin, exit, the end of the group
@@ -140,17 +140,11 @@ READ_SIZE_WIDE = 128 * KIB          # of a pipe that was found full, and then go
 PIPE_SIZE = 256 * KIB               # this: fewer turns, and its writer sleeps less often; more gained nothing
 COALESCE_SIZE = 16 * KIB            # small reads are joined up to this, or a window of short lines would be all overhead
 CARRY_SIZE = 64 * KIB               # an unfinished line that waits to be merged into a template's stream
-SHARE_SIZE = 64 * KIB               # a reader that lags is sent a piece of the log, or so much where no line ends in that
+SHARE_SIZE = 160 * KIB              # of a log, encoded for one reader in one go: a wide read and a cut line
 JOIN_SIZE = 8 * KIB                 # smaller data is copied behind its head; larger goes out beside it, uncopied
 PARTS_MAX = 64                      # pieces of one sendmsg()
 SHARES_PER_TURN = 4                 # and how often in one turn of the loop, so that the others get theirs
-COURTESY = 0.002                    # a read is held back so long, where a reader that takes would lose something
-COURTESY_RECENT = 0.1               # that is one which took something so lately; a dead one holds nothing
-FANOUT_SIZE = 256                   # readers that are sent to in one go; a crowd is several, each sent what is fresh at its turn
-PACE = 1.8                          # a round of a crowd begins so many times its length after the last: what comes meanwhile
-PACE_READERS = 16                   # gathers, for half the cost and twice the latency; a crowd is more than this, and its
-PACE_MIN = 0.0005                   # round takes longer than this
-PACE_MAX = 0.05
+MEMO_MAX = 8                        # payloads of a log that are kept for its other readers, until the next append
 PARTIAL_LINE_DELAY = 0.1            # an unfinished line (a prompt) is shown after this much silence
 MERGED_LINE_DELAY = 1.0             # and in a merged stream after this: there it holds up, or is cut by, the others' lines
 BLOCK_STALL = 30.0                  # a reader with loss=block that takes nothing is cut: it holds a child
@@ -831,13 +825,14 @@ def user_name(uid):
         return str(uid)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # loop
 #
-# One selector, one heap of timers, one inbox with one wake-up byte. The loop's lock guards all state. The thread that
-# runs the loop holds it for the work of a turn, but neither while it waits in the selector nor while it runs user code;
-# any other thread takes it for one short call. With nothing to do the loop makes no system call at all.
-# --------------------------------------------------------------------------------------------------------------------
+# One selector, one heap of timers, one inbox with one wake-up byte. The loop's lock guards all
+# state. The thread that runs the loop holds it for the work of a turn, but neither while it waits
+# in the selector nor while it runs user code; any other thread takes it for one short call. With
+# nothing to do the loop makes no system call at all.
+# --------------------------------------------------------------------------------------------------
 class Timer:
     """A call that is due at `when`, by the loop's clock."""
 
@@ -854,7 +849,7 @@ class Timer:
 
 
 class Loop:
-    """An event loop on `selectors`. `clock` returns monotonic seconds; tests pass their own and call `step()`."""
+    """An event loop on `selectors`. `clock` returns monotonic seconds; tests pass their own."""
 
     def __init__(self, clock=time.monotonic):
         self.clock = clock
@@ -1075,318 +1070,207 @@ class Loop:
             try:
                 os.write(self._wake_write, b"\0")
             except (BlockingIOError, TypeError, OSError):
-                pass                            # full: it will wake; closed: nothing is left to wake
+                pass                            # full: it wakes; closed: nothing is left to wake
 
     def _drain_wake(self, mask):
         os.read(self._wake_read, 4096)
         self._woken = False
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# logs and readers
+# --------------------------------------------------------------------------------------------------
+# streams
 #
-# A stream is a log with a bounded window, and a reader is a position in it. Window holds bytes and counts in bytes,
-# EventLog holds events and counts them. A reader whose sink takes everything is live: it stands in a Fanout with all who
-# share its encoder and its offset, and gets the same encoded bytes object as they do, in the turn that read the data. One
-# whose sink took less has its own offset and is pumped when the sink has drained. What falls out of the window before it
-# was read is counted and told. All on the loop.
-#
-# An encoder is stateless: encode(data, offset, before, mode, piece) -> (payload, consumed), where `before` is the byte in
-# front of a leading newline (is it the second half of a line's end?), `piece` the length from which an unfinished line is
-# cut, and what is not consumed (half a line, half a character) is offered again. Its attributes: key (equal for encoders
-# that are), by_line, partial (unfinished lines are shown after a while), ends(data) (is there more to encode now?), and
-# dropped (a function, or None).
-# A payload is bytes, or a tuple of bytes where that saves a copy. A sink has send(payload) -> bool ("took it all"),
-# lost(reader, count) and finished(reader).
-# --------------------------------------------------------------------------------------------------------------------
-NORMAL, FLUSH, FINAL = 0, 1, 2                  # wait for the rest; show what is there; there is no rest
+# A stream is a log with a bounded window, and a reader is an offset in it. Window holds bytes and
+# counts in bytes, EventLog holds events and counts them. What is encoded for one reader is kept
+# until the next append and serves all readers at the same offset. A reader whose sink is full lags
+# behind, at no cost; what falls out of the window before it was sent is counted and reported. All
+# of this runs under the loop's lock.
+# --------------------------------------------------------------------------------------------------
+NORMAL, FLUSH, FINAL = 0, 1, 2      # wait for the rest; show what there is; no more comes
 
 
-class Fanout:
-    """The live readers of one log that share an encoder and an offset."""
+class Encoder:
+    """Turns what a log holds into payloads for a client; this one sends bytes as they are.
 
-    def __init__(self, log_, encoder, offset):
-        self._log, self._encoder, self.key, self.offset = log_, encoder, encoder.key, offset
-        self.members = {}                       # reader -> its sink's send; a dict keeps the order
-        self.rest = None                        # Timer: what comes gathers until then
-        self._timer, self._fresh_at = None, 0.0
-        self._arm()
+    A payload is bytes, or a tuple of bytes if that saves a copy. Encoders hold no state, and those
+    with the same `key` make the same payloads. `by_line`: nothing is encoded before a line ends;
+    `partial`: but an unfinished line is, after PARTIAL_LINE_DELAY without output.
+    """
 
-    def add(self, reader):
-        """Take in a reader that stands here."""
-        self._log.lagging.discard(reader)
-        self._log.live += 1
-        self.members[reader] = reader.sink.send
-        reader.fanout = self
+    key, by_line, partial = ("raw",), False, False
 
-    def discard(self, reader):
-        """Let one go, who keeps this offset."""
-        reader.stand(self.offset)
-        reader.fanout = None
-        self._log.lagging.add(reader)
-        self._log.live -= self.members.pop(reader, None) is not None
-        if not self.members:
-            self._log.forget(self)
-            self._disarm()
+    def encode(self, data, offset, before, mode, piece):
+        """Encode `data`, which begins at `offset`. Returns (payload, how much was consumed).
 
-    def dissolve(self):
-        """Let all go. Returns them."""
-        readers = list(self.members)
-        for reader in readers:
-            reader.stand(self.offset)
-            reader.fanout = None
-            self._log.lagging.add(reader)
-        self._log.live -= len(readers)
-        self.members = {}
-        self._disarm()
-        return readers
+        What is not consumed (half a line, half a character) is offered again with more behind it.
+        `before` is the byte in front of a leading newline, or None; `mode` is NORMAL, FLUSH or
+        FINAL; a line of at least `piece` bytes is encoded before it ends.
+        """
+        return data, len(data)
 
-    def push(self, fresh):
-        """Encode once what is new and send it to everybody."""
-        log_ = self._log
-        behind = log_.end - self.offset
-        if self.rest is not None and behind < log_.limit // 2:
-            return
-        if behind == len(fresh):
-            self._encode(fresh, NORMAL)
-        elif behind >= log_.limit // 2 or self._encoder.ends(fresh):    # else the same unfinished line is longer now
-            self._catch_up()
-        self._arm()
+    def dropped(self, count, offset, restarted=False):
+        """Return the payload that reports a loss; None if the format has no room for that.
 
-    def _catch_up(self):
-        if self.offset >= self._log.start:
-            self._encode(self._log.read(self.offset, self._log.limit), NORMAL)
-        else:                                   # half a line has fallen out of a very small window
-            for reader in self.dissolve():
-                reader.pump()
-
-    def _encode(self, data, mode):
-        payload, consumed = self._log.encode(self._encoder, data, self.offset, mode)
-        self.offset += consumed
-        if payload:
-            self._send(payload)
-        self._log.moved()
-
-    def _send(self, payload):
-        loop, count = self._log.loop, len(self.members)
-        began = loop.clock() if count > PACE_READERS else 0.0
-        for reader, send in tuple(self.members.items()):
-            if reader.fanout is self:           # a sink that failed may have closed others
-                reader.last_sent = loop.now
-                if not send(payload) and reader.fanout is self:     # else it has failed, and is closed
-                    self.discard(reader)
-        if count > PACE_READERS and self.members:
-            self._pace(loop.clock() - began, count)
-
-    def _pace(self, took, count):
-        """Begin the next round in a while; `took`: the time for the `count` readers here, of all that are live."""
-        if self.rest is not None:
-            self.rest.cancel()
-            self.rest = None
-        if took > PACE_MIN:
-            round_ = took * max(1.0, self._log.live / count)
-            self.rest = self._log.loop.later(min(PACE_MAX, PACE * round_ - took), self._rested)
-
-    def _rested(self):
-        self.rest = None
-        self._log.loop.later(0, self._go_on)    # behind the next reads: what they bring goes along
-
-    def _go_on(self):
-        if self.members and self.rest is None and self.offset < self._log.end:
-            self._catch_up()
-            self._arm()
-
-    def _arm(self):
-        """An unfinished line is shown after a while of silence, which begins when all have been sent what came."""
-        if self._encoder.partial:
-            self._fresh_at = self._log.loop.clock()
-            if self._timer is None and self.offset < self._log.end:
-                self._timer = self._log.loop.later(PARTIAL_LINE_DELAY, self._silence)
-
-    def _disarm(self):
-        for timer in (self._timer, self.rest):
-            if timer is not None:
-                timer.cancel()
-        self._timer = self.rest = None
-
-    def _silence(self):
-        self._timer = None
-        loop = self._log.loop
-        wait = self._fresh_at + PARTIAL_LINE_DELAY - loop.now
-        if wait > 0:
-            self._timer = loop.later(wait, self._silence)
-        elif self.offset < self._log.end:
-            self._encode(self._log.read(self.offset, self._log.limit), FLUSH)
+        `count` bytes or events are missing before `offset`. `restarted`: all of another run are.
+        """
 
 
 class Log:
-    """What Window and EventLog share: readers, who waits, and the end. `limit`: how much is kept. `books`: the log in whose
-    `dropped` it is counted what readers have lost here; its own, where there is none."""
+    """A bounded log with absolute offsets, and its readers: the base of Window and EventLog.
 
-    def __init__(self, loop, limit, books=None):
+    `limit`: how much is kept. `drop_counter`: the log that counts, in `dropped`, what readers have
+    lost here; by default this one.
+    """
+
+    def __init__(self, loop, limit, drop_counter=None):
         self.loop, self.limit = loop, limit
-        self.books, self.dropped = books or self, 0
+        self.drop_counter, self.dropped = drop_counter or self, 0
         self.start = self.end = 0
         self.ended = False
-        self.on_room = set()                    # called once when a reader that lagged has moved on
-        self.lagging = set()                    # readers that have not taken all
-        self.live = 0                           # how many have
-        self._fanouts = []
-        self.blockers = set()                   # readers with loss=block
+        self.readers = {}                       # Reader -> None, in the order in which they came
+        self.blockers = set()                   # readers with loss="block"
+        self.on_room = set()                    # called once, when one of those has advanced
         self._waiters = []
+        self._memo = {}                         # (encoder key, offset, mode) -> (payload, consumed)
+        self._appended_at, self._flush_timer = -math.inf, None
 
     def read(self, offset, size):
-        """Up to `size` of what stands at `offset` (not before `start`)."""
+        """Return up to `size` of what stands at `offset`, which is not before `start`."""
         raise NotImplementedError
 
     def piece(self, offset):
-        """What stands at `offset`, as much as can be had without a copy."""
-        raise NotImplementedError
+        """Return what stands at `offset`, as much of it as needs no copy."""
+        return self.read(offset, self.limit)
 
     def before(self, offset):
-        """The byte in front of `offset`; None if it is not known."""
+        """Return the byte in front of `offset`, None if it is not known."""
         return None
 
-    def encode(self, encoder, data, offset, mode):
-        """What `encoder` makes of `data`, which stands at `offset`."""
-        before = self.before(offset) if encoder.by_line and data[:1] == b"\n" else None
-        return encoder.encode(data, offset, before, mode, self.limit // 2)
-
     def resync(self, offset):
-        """The first place at or after `offset` where a reader that lost its place may go on."""
+        """Return the first offset, from `offset` on, at which a reader may begin."""
         return offset
 
+    def encoded(self, encoder, offset, mode):
+        """Encode a share of what stands at `offset`. Returns (payload, consumed); see Encoder."""
+        key = encoder.key, offset, mode
+        found = self._memo.get(key)
+        if found is None:
+            data, left = self.piece(offset), self.end - offset
+            before = self.before(offset) if encoder.by_line and data[:1] == b"\n" else None
+            if len(data) < min(JOIN_SIZE, left):                # a line that two reads have cut
+                data = self.read(offset, SHARE_SIZE)
+            while True:
+                whole = len(data) == left
+                last_mode = FINAL if self.ended else mode
+                found = encoder.encode(
+                    data, offset, before, last_mode if whole else NORMAL, self.limit // 2)
+                if found[1] or whole:
+                    break
+                data = self.read(offset, max(SHARE_SIZE, 4 * len(data)))
+            if len(self._memo) >= MEMO_MAX:
+                self._memo.clear()
+            self._memo[key] = found
+        return found
+
     def room(self):
-        """How much may be appended before a reader with loss=block would lose something: math.inf where there is none."""
-        if not self.blockers:
-            return math.inf
-        return min(self.limit - (self.end - (reader.fanout or reader).offset) for reader in self.blockers)
+        """Return how much can be appended before a reader with loss="block" would lose any."""
+        slowest = min((reader.offset for reader in self.blockers), default=math.inf)
+        return slowest + self.limit - self.end
 
     def wait(self, satisfied):
-        """Call `satisfied()` after each append, and at the end, until it returns True. Returns a function that ends it."""
+        """Call `satisfied()` after each append, and at the end, until it returns True.
+
+        Returns a function that cancels this.
+        """
         self._waiters.append(satisfied)
         return lambda: satisfied in self._waiters and self._waiters.remove(satisfied)
 
-    @property
-    def waited_for(self):
-        """True while a long poll waits here."""
-        return bool(self._waiters)
-
     def finish(self):
-        """Nothing will be appended any more: readers get what is left, then the end."""
-        if self.ended:
-            return
-        self.ended = True
-        fanouts, self._fanouts = self._fanouts, []
-        for fanout in fanouts:
-            for reader in fanout.dissolve():
-                reader.pump()
-        self._run_waiters()
-
-    def join(self, reader):
-        """Make `reader` live: it has taken all there is for its encoder."""
-        for fanout in self._fanouts:
-            if (fanout.offset == reader.offset and fanout.key == reader.encoder.key
-                    and len(fanout.members) < FANOUT_SIZE):
-                break
-        else:
-            fanout = Fanout(self, reader.encoder, reader.offset)
-            self._fanouts.append(fanout)
-        fanout.add(reader)
+        """End the log: its readers get what is left, then the end."""
+        if not self.ended:
+            self.ended = True
+            self._feed(True)
 
     def add(self, reader):
-        """Called by the reader."""
-        self.lagging.add(reader)
+        """Let a reader follow. One with loss="block" holds up the writer from now on."""
+        self.readers[reader] = None
         if reader.loss == "block":
             self.blockers.add(reader)
 
     def remove(self, reader):
-        """Called by the reader."""
-        self.lagging.discard(reader)
+        """Forget a reader."""
+        self.readers.pop(reader, None)
         self.blockers.discard(reader)
-        self.moved()
+        if not self.readers and self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
+        self.advanced()
 
-    def rest(self):
-        """Seconds for which none of the readers wants more; math.inf: there are none."""
-        if self.lagging or self._waiters:
-            return 0.0
-        whens = [0.0 if fanout.rest is None else fanout.rest.when for fanout in self._fanouts]
-        return max(0.0, min(whens) - self.loop.clock()) if whens else math.inf
+    def advanced(self):
+        """A reader with loss="block" has advanced or left: tell those who wait for room."""
+        waiting, self.on_room = self.on_room, set()
+        for resume in waiting:
+            self.loop.call_soon(resume)
 
-    def hurried(self):
-        """True where a reader that is busy taking would soon lose something."""
-        recent = self.loop.now - COURTESY_RECENT
-        return any(reader.last_sent > recent and self.end - reader.offset > self.limit // 2 for reader in self.lagging)
+    def flush_later(self):
+        """Show unfinished lines once nothing has come for PARTIAL_LINE_DELAY."""
+        if self._flush_timer is None:
+            delay = self._appended_at + PARTIAL_LINE_DELAY - self.loop.clock()
+            self._flush_timer = self.loop.later(max(0.0, delay), self._flush)
 
-    def moved(self):
-        """A reader has moved on, or left: whoever waited for room may go on."""
-        if self.on_room:
-            waiting, self.on_room = self.on_room, set()
-            for resume in waiting:
-                self.loop.call_soon(resume)
+    def _flush(self):
+        self._flush_timer = None
+        if self.loop.now < self._appended_at + PARTIAL_LINE_DELAY:
+            self.flush_later()
+        else:
+            for reader in tuple(self.readers):
+                if reader.encoder.partial and not reader.full:
+                    reader.pump(FLUSH)
 
-    def _appended(self, fresh):
-        """Show `fresh` data, which is the end of the log, to all live readers."""
-        for fanout in tuple(self._fanouts):
-            fanout.push(fresh)
-        if len(self._fanouts) > 1:
-            self._merge_fanouts()
+    def _feed(self, line_ended):
+        """Send what is new to all readers. `line_ended`: it holds the end of a line."""
+        self._memo.clear()
+        self._appended_at = self.loop.now
+        for reader in tuple(self.readers):
+            if reader.full:
+                continue
+            if line_ended or not reader.encoder.by_line or (
+                    self.end - reader.offset >= self.limit // 2):
+                reader.pump()
+            elif reader.encoder.partial:
+                self.flush_later()
+        self._appended_at = self.loop.clock()   # sending took time: that is no silence of the writer
         if self._waiters:
-            self._run_waiters()
-
-    def _merge_fanouts(self):
-        """Those that have come to stand at the same place become one, up to a size; empty ones go."""
-        places, kept = {}, []
-        for fanout in self._fanouts:
-            first = places.get((fanout.key, fanout.offset))
-            if first is not None and len(first.members) + len(fanout.members) <= FANOUT_SIZE:
-                for reader in fanout.dissolve():
-                    first.add(reader)
-            elif fanout.members:
-                places[fanout.key, fanout.offset] = fanout
-                kept.append(fanout)
-        self._fanouts = kept
-
-    def forget(self, fanout):
-        """Called by a fanout that has lost its last member."""
-        if fanout in self._fanouts:
-            self._fanouts.remove(fanout)
-
-    def _run_waiters(self):
-        waiters, self._waiters = self._waiters, []
-        self._waiters = [satisfied for satisfied in waiters if not satisfied()] + self._waiters
+            waiters, self._waiters = self._waiters, []
+            self._waiters = [each for each in waiters if not each()] + self._waiters
 
 
 class Window(Log):
     """The last `limit` bytes of a stream, by absolute offset from `start` to `end`."""
 
-    def __init__(self, loop, limit=WINDOW_SIZE, books=None):
-        super().__init__(loop, limit, books)
-        self._chunks, self._offsets = [], []    # bytes, and the offset of each's first byte
+    def __init__(self, loop, limit=WINDOW_SIZE, drop_counter=None):
+        super().__init__(loop, limit, drop_counter)
+        self._chunks, self._offsets = [], []    # bytes, and the offset of each one's first byte
         self._before = None                     # the byte in front of the first chunk
 
     def append(self, data):
-        """Add bytes; the oldest fall out. Live readers have them when this returns."""
-        chunks = self._chunks
+        """Add bytes; the oldest fall out. Readers that do not lag have them when this returns."""
+        chunks, offsets = self._chunks, self._offsets
         if chunks and len(chunks[-1]) + len(data) <= COALESCE_SIZE:
             chunks[-1] += data
         else:
             chunks.append(data)
-            self._offsets.append(self.end)
+            offsets.append(self.end)
         self.end += len(data)
         if self.end - self.start > self.limit:
-            self._trim()
-        self._appended(data)
-
-    def _trim(self):
-        self.start = self.end - self.limit
-        chunks, offsets = self._chunks, self._offsets
-        while offsets[0] + len(chunks[0]) <= self.start:
-            self._before = chunks[0][-1]
-            del chunks[0], offsets[0]
+            self.start = self.end - self.limit
+            while offsets[0] + len(chunks[0]) <= self.start:
+                self._before = chunks[0][-1]
+                del chunks[0], offsets[0]
+        self._feed(b"\n" in data or b"\r" in data)
 
     def read(self, offset, size):
-        """Up to `size` bytes from `offset` on: of one piece where that costs no copy, at least one if there is one."""
+        """Return up to `size` bytes from `offset` on, without a copy if they are one chunk."""
         size = min(size, self.end - offset)
         if size <= 0:
             return b""
@@ -1404,7 +1288,6 @@ class Window(Log):
         return b"".join(parts)
 
     def piece(self, offset):
-        """See Log."""
         if offset >= self.end:
             return b""
         index = bisect.bisect_right(self._offsets, offset) - 1
@@ -1412,22 +1295,22 @@ class Window(Log):
         return chunk[skip:] if skip else chunk
 
     def before(self, offset):
-        """See Log."""
         if offset == 0 or not self._offsets or offset < self._offsets[0]:
             return None
-        if offset == self._offsets[0]:
-            return self._before
-        return self.read(offset - 1, 1)[0]
+        return self._before if offset == self._offsets[0] else self.read(offset - 1, 1)[0]
 
     def resync(self, offset):
-        """The start of the first line at or after `offset`; `offset` itself where no line ends in the window."""
+        """Return where the first line at or after `offset` begins; `offset` if none ends there."""
         if self.before(offset) == 10 or offset == 0:
             return offset
         end = self.read(offset, self.limit).find(b"\n")
         return offset if end < 0 else offset + end + 1
 
     def tail(self, lines):
-        """The offset where the last `lines` lines begin (an unfinished one counts); math.inf: all that are whole."""
+        """Return the offset at which the last `lines` lines begin, an unfinished one counted.
+
+        math.inf: that of the first whole line.
+        """
         if lines == 0:
             return self.end
         first = self.resync(self.start)
@@ -1442,7 +1325,7 @@ class Window(Log):
 
 
 class EventLog(Log):
-    """The last `limit` events (any objects), counted from 1: event n stands between offsets n - 1 and n."""
+    """The last `limit` events, which are any objects. Event n, from 1, is at offset n - 1."""
 
     def __init__(self, loop, limit=EVENTS_KEPT):
         super().__init__(loop, limit)
@@ -1453,39 +1336,35 @@ class EventLog(Log):
         self._events.append(event)
         self.end += 1
         self.start = self.end - len(self._events)
-        self._appended([event])
+        self._feed(True)
 
     def read(self, offset, size):
-        """A list of up to `size` events behind `offset`."""
+        """Return a list of up to `size` events from `offset` on."""
         first = offset - self.start
         return list(itertools.islice(self._events, first, first + size))
 
-    def piece(self, offset):
-        """See Log."""
-        return self.read(offset, self.limit)
-
 
 class Reader:
-    """A position in a log, and the sink that its data goes to. `loss`: "cut" (tell the sink, which ends), "skip" (count,
-    and go on), "block" (the feeder waits for this reader). An encoder that has `dropped(count, offset)` tells a loss
-    within the stream itself. `start()` begins."""
+    """An offset in a log, and the sink that gets what follows. `start()` begins.
 
-    def __init__(self, log_, encoder, sink, offset, loss="cut"):
-        self.log, self.encoder, self.sink, self.offset, self.loss = log_, encoder, sink, offset, loss
-        self.fanout = None
+    A sink has send(payload), which returns False if it is full and then calls `pump()` when it is
+    not any more, lost(reader, count) and finished(reader). `loss` is what happens to a reader that
+    is a window behind: "cut" (the sink is told, and closes), "skip" (what was lost is counted, in
+    `dropped`) or "block" (the writer waits for it). An encoder that can report a loss in its own
+    format does so, and the reader goes on.
+    """
+
+    def __init__(self, source, encoder, sink, offset, loss="cut"):
+        self.log, self.encoder, self.sink = source, encoder, sink
+        self.offset, self.loss = offset, loss
         self.dropped = 0
-        self.last_sent = log_.loop.now
+        self.full = True                        # nothing is sent until pump() is called
+        self.last_sent = source.loop.now
         self._closed = False
-        self._in_line = False                   # what was sent ends within a line: known only where it may matter
-
-    def stand(self, offset):
-        """All before an offset has been sent."""
-        self.offset = offset
-        if self.loss == "skip" and not self.encoder.by_line:
-            self._in_line = self.log.before(offset) not in (None, 10)
+        self._within_line = False               # only known of loss="skip", the one to need it
 
     def start(self):
-        """Send what there is, then follow. A sink that is closed already has closed its reader: nothing."""
+        """Send what there is, then follow. Does nothing if the sink has closed the reader."""
         if not self._closed:
             self.log.add(self)
             self.pump()
@@ -1494,62 +1373,52 @@ class Reader:
         """Follow no longer."""
         if not self._closed:
             self._closed = True
-            if self.fanout is not None:
-                self.fanout.discard(self)
             self.log.remove(self)
 
-    def pump(self):
-        """Send what stands behind the offset, share by share, until the sink is full or there is no more."""
+    def pump(self, mode=NORMAL):
+        """Send what stands at the offset, share by share, until the sink is full or has it all."""
+        source, self.full = self.log, False
         for _ in range(SHARES_PER_TURN):
-            if self._closed or self.fanout is not None:
+            if self._closed or (self.offset < source.start and not self._skip_lost()):
                 return
-            if self.offset < self.log.start and not self._lost():
+            payload, consumed = source.encoded(self.encoder, self.offset, mode)
+            if not consumed:
+                if source.ended:
+                    self.sink.finished(self)
+                elif self.encoder.partial and mode == NORMAL and self.offset < source.end:
+                    source.flush_later()
                 return
-            payload, consumed = self._share()
-            if consumed == 0:
-                return self._caught_up()
-            self.stand(self.offset + consumed)
-            self.log.moved()
+            self.offset += consumed
+            if self.loss == "block":
+                source.advanced()
+            elif self.loss == "skip" and not self.encoder.by_line:
+                self._within_line = source.before(self.offset) not in (None, 10)
             if payload:
-                self.last_sent = self.log.loop.now
-                if not self.sink.send(payload):
-                    return                      # the sink calls pump() again when it has drained
-        self.log.loop.call_soon(self.pump)
+                self.last_sent = source.loop.now
+                self.full = not self.sink.send(payload)
+            if self.full or (self.offset == source.end and not source.ended):
+                return
+        self.full = True                        # the others' turn
+        source.loop.call_soon(self.pump)
 
-    def _share(self):
-        """Encode the next share: a piece of the log, or as much more as a line needs that does not end in it."""
-        log_, offset = self.log, self.offset
-        data, left = log_.piece(offset), log_.end - offset
-        while True:
-            mode = FINAL if log_.ended and len(data) == left else NORMAL
-            payload, consumed = log_.encode(self.encoder, data, offset, mode)
-            if consumed or len(data) == left:
-                return payload, consumed
-            data = log_.read(offset, max(SHARE_SIZE, 4 * len(data)))
-
-    def _caught_up(self):
-        if self.log.ended:
-            self.sink.finished(self)
-        else:
-            self.log.join(self)
-
-    def _lost(self):
-        """What stood at the offset is gone. True: go on."""
-        log_, start = self.log, self.log.start
+    def _skip_lost(self):
+        """Count and report what was lost. Returns False if nothing can be sent now."""
+        source, start = self.log, self.log.start
         count = start - self.offset
-        if self.encoder.dropped is None and self.loss != "skip":
-            log_.books.dropped += count
+        reports = self.encoder.dropped(count, start) is not None
+        if not reports and self.loss != "skip":
+            source.drop_counter.dropped += count
             self.sink.lost(self, count)
             return False
-        self.offset = log_.resync(start + self._in_line)
-        if self._in_line:                       # the end of the line before then closes the one that was cut short
-            self.offset = self.offset - 1 if log_.before(self.offset) == 10 else start
+        self.offset = source.resync(start + self._within_line)
+        if self._within_line:                   # the newline before closes the line cut short
+            self.offset = self.offset - 1 if source.before(self.offset) == 10 else start
         count += self.offset - start
         self.dropped += count
-        log_.books.dropped += count
-        if self.encoder.dropped is None:
-            return True
-        return self.sink.send(self.encoder.dropped(count, self.offset))
+        source.drop_counter.dropped += count
+        if reports:
+            self.full = not self.sink.send(self.encoder.dropped(count, self.offset))
+        return not self.full
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2030,7 +1899,7 @@ class Output:
     def __init__(self, loop, fd, window, merged, pid, ended):
         self._loop, self._fd, self.window, self._merged, self.pid, self._ended = loop, fd, window, merged, pid, ended
         self._carry = b""
-        self._paused = self._held = False
+        self._paused = False
         self._timer = self._pace = self._silence = None
         self._size_wide = min(READ_SIZE_WIDE, window.limit // 2)
         self._size = min(READ_SIZE, self._size_wide)
@@ -2064,10 +1933,10 @@ class Output:
     def _readable(self, mask):
         window, merged = self.window, self._merged.window
         size = self._size
-        if window.lagging or window.blockers or merged.lagging or merged.blockers:
-            size = self._considerate_size()
-            if size == 0:
-                return None
+        if window.blockers or merged.blockers:
+            size = min(size, self._room())
+            if size <= 0:
+                return self._pause()
         try:
             data = os.read(self._fd, size)
         except BlockingIOError:
@@ -2079,25 +1948,13 @@ class Output:
         if len(data) == self._size < self._size_wide:
             self._size = self._size_wide
             widen_pipe(self._fd)
+        began = self._loop.clock()
         self._take(data)
-        if window.live + merged.live > PACE_READERS and self._fd is not None:
-            rest = min(window.rest(), merged.rest())
-            if 0 < rest < math.inf:
-                self._pause(rest, for_room=False)
+        took = self._loop.clock() - began
+        if took > 0.0005 and len(window.readers) + len(merged.readers) > 16 and self._fd is not None:
+            # what is written during a pause goes out in one: 1,000 readers cost half the CPU
+            self._pause(min(0.05, 0.8 * took))
         return None
-
-    def _considerate_size(self):
-        """How much may be read where readers are behind; 0: nothing for now."""
-        room = self._room()
-        if room <= 0:
-            self._pause()
-            return 0
-        if not self._held and (self.window.hurried() or self._merged.window.hurried()):
-            self._held = True
-            self._pause(COURTESY)
-            return 0
-        self._held = False
-        return min(self._size, room)
 
     def _take(self, data):
         self.window.append(data)
@@ -2127,14 +1984,14 @@ class Output:
             data, self._carry = self._carry, b""
             self._merged.write(self, data)
 
-    def _pause(self, seconds_=None, for_room=True):
-        """Read on in so many seconds, or when a reader has moved."""
+    def _pause(self, delay=None):
+        """Stop reading, for `delay` seconds, or until there is room for a reader that blocks."""
         self._paused = True
         self._loop.unregister(self._fd)
-        if seconds_ is not None:
-            self._pace = self._loop.later(seconds_, self._resume)
-        if for_room:
+        if delay is None:
             self._await_room()
+        else:
+            self._pace = self._loop.later(delay, self._resume)
 
     def _await_room(self):
         for window in (self.window, self._merged.window):
@@ -2723,21 +2580,6 @@ class CallbackSink:
         reader.close()
 
 
-class RawEncoder:
-    """Bytes as they are."""
-    key, by_line, partial, dropped = ("raw",), False, False, None
-
-    @staticmethod
-    def ends(data):
-        """See Log."""
-        return True
-
-    @staticmethod
-    def encode(data, offset, before, mode, piece):
-        """See Log."""
-        return data, len(data)
-
-
 class ProcessHandle:
     """What Manager.get_process() returns: one process (`pid`) or, by name, whatever a template runs."""
 
@@ -2756,7 +2598,7 @@ class ProcessHandle:
 
     def _monitor(self, label, callback):
         window = self._manager.find_window(self._target, label)
-        reader = Reader(window, RawEncoder, CallbackSink(callback, label, dict(self._facts, event=label)), window.end)
+        reader = Reader(window, Encoder(), CallbackSink(callback, label, dict(self._facts, event=label)), window.end)
         reader.start()
         return Subscription(self._manager.loop, reader.close)
 
@@ -4174,24 +4016,18 @@ def split_lines(data, before, mode, piece):
     return skip, segments, lines
 
 
-class ChunkEncoder:
+class ChunkEncoder(Encoder):
     """A continuous stream: the bytes, in chunks."""
-    key, by_line, partial, dropped = ("chunk",), False, False, None
 
-    @staticmethod
-    def ends(data):
-        """See Log."""
-        return True
+    key = ("chunk",)
 
-    @staticmethod
-    def encode(data, offset, before, mode, piece):
-        """See Log."""
+    def encode(self, data, offset, before, mode, piece):
         if len(data) < JOIN_SIZE:
             return (chunk(data) if data else b""), len(data)
         return (b"%x\r\n" % len(data), data, b"\r\n"), len(data)
 
 
-class SseEncoder:
+class SseEncoder(Encoder):
     """Server-Sent Events, one a line, each with the offset behind it as its id (HTML, section 9.2)."""
     by_line = partial = True
 
@@ -4201,13 +4037,7 @@ class SseEncoder:
         self._line_block = b"id: %%d@%b\nevent: %b\ndata: %%b\n" % (epoch.encode("ascii"), label.encode("ascii"))
         self._block = self._line_block + b"\n"
 
-    @staticmethod
-    def ends(data):
-        """See Log."""
-        return b"\n" in data or b"\r" in data
-
     def encode(self, data, offset, before, mode, piece):
-        """See Log."""
         cut = data.rfind(b"\n") + 1
         if cut and before is None and mode == NORMAL and len(data) - cut < piece and b"\r" not in data:
             segments = data[:cut].splitlines(True)          # most: whole lines, whose ends can stay where they are
@@ -4229,7 +4059,6 @@ class SseEncoder:
         return block * len(lines) % tuple(values)
 
     def dropped(self, count, offset, restarted=False):
-        """The event that tells a loss."""
         data = {"bytes": count, "restarted": True} if restarted else {"bytes": count}
         return b"id: %d@%b\nevent: dropped\ndata: %b\n\n" % (offset, self._epoch.encode(), json.dumps(data).encode())
 
@@ -4238,17 +4067,15 @@ class SseEncoder:
         return b"id: %dx@%b\nevent: exit\ndata: %b\n\n" % (offset, self._epoch.encode(), json.dumps(data).encode())
 
 
-class RecordEncoder:
+class RecordEncoder(Encoder):
     """Records of an EventLog, by `form`: "eventsource", JSON lines in chunks ("chunked"), or "plain" JSON lines.
     `wanted(record)` tells which are sent, `name(record)` the type of a server-sent event; encoders of one `key` agree."""
-    by_line = partial = False
 
     def __init__(self, form, epoch, key, wanted, name):
         self._form, self._epoch, self._wanted, self._name = form, epoch, wanted, name
         self.key = (form, key)
 
     def encode(self, records, offset, before, mode, piece):
-        """See Log."""
         blocks = [self._block(offset + number, self._name(record), record)
                   for number, record in enumerate(records, 1) if self._wanted(record)]
         return b"".join(blocks), len(records)
@@ -4260,7 +4087,6 @@ class RecordEncoder:
         return chunk(line + b"\n") if self._form == "chunked" else line + b"\n"
 
     def dropped(self, count, offset, restarted=False):
-        """The record that tells a loss."""
         record = {"events": count, "restarted": True} if restarted else {"events": count}
         if self._form != "eventsource":
             record = dict({"event": "dropped", "id": "%d@%s" % (offset, self._epoch)}, **record)
@@ -4450,22 +4276,15 @@ class WebSocketDecoder:
         return "close", code, payload[2:].decode("utf-8")
 
 
-class FrameEncoder:
+class FrameEncoder(Encoder):
     """A stream as websocket messages: binary or text, as it comes or one per line."""
-    partial = False
-    dropped = None
 
     def __init__(self, binary, by_line):
         self.key, self.by_line = ("frame", binary, by_line), by_line
         self._binary = binary
         self._opcode, self._valid = (BINARY, bytes) if binary else (TEXT, valid_utf8)
 
-    def ends(self, data):
-        """See Log."""
-        return not self.by_line or b"\n" in data or b"\r" in data
-
     def encode(self, data, offset, before, mode, piece):
-        """See Log."""
         if self.by_line:
             skip, segments, lines = split_lines(data, before, mode, piece)
             return (b"".join([frame(self._opcode, self._valid(line)) for line in lines]),
@@ -5906,11 +5725,11 @@ def offset_headers(reader, asked, clamp):
     if reader.offset < window.start:
         if not asked:
             place = reader.offset = window.resync(window.start)
-        elif reader.loss == "skip" or reader.encoder.dropped is not None:
+        elif reader.loss == "skip" or reader.encoder.dropped(0, place) is not None:
             place = window.resync(window.start)
         elif clamp:
             lost, reader.offset = place - reader.offset, place
-            window.books.dropped += lost
+            window.drop_counter.dropped += lost
     headers = [("Gaffer-Offset", place)]
     return headers + [("Gaffer-Dropped", lost)] if lost else headers
 
@@ -6076,7 +5895,7 @@ class Journal:
     @property
     def read(self):
         """True while somebody does."""
-        return bool(self.window.live or self.window.lagging or self.window.waited_for)
+        return bool(self.window.readers or self.window._waiters)
 
 
 class Journals:
@@ -6491,7 +6310,7 @@ class Feeds:
             encoder = SseEncoder(label, self.manager.epoch)
             first = encoder.dropped(0, offset, True) if restarted else b""
             return self._stream(request, feed, (window, encoder, offset), first, loss, process)
-        encoder = ChunkEncoder if request.version == (1, 1) else RawEncoder
+        encoder = (ChunkEncoder if request.version == (1, 1) else Encoder)()
         return self._stream(request, feed, (window, encoder, offset), b"", loss)
 
     @operation("feed heartbeat since tail timeout", (NotFound,), STREAM_KINDS, statuses=(200, 204))
@@ -6509,7 +6328,7 @@ class Feeds:
             encoder = SseEncoder("line", journal.epoch)
             first = encoder.dropped(0, offset, True) if restarted else b""
             return self._stream(request, feed, (window, encoder, offset), first)
-        return self._stream(request, feed, (window, ChunkEncoder if request.version == (1, 1) else RawEncoder, offset))
+        return self._stream(request, feed, (window, (ChunkEncoder if request.version == (1, 1) else Encoder)(), offset))
 
     @staticmethod
     def _still_there(window, offset):
@@ -6526,7 +6345,7 @@ class Feeds:
             data = window.read(first, window.limit)
             headers[0] = ("Gaffer-Offset", first + len(data))
             if data:
-                window.books.dropped += first - offset
+                window.drop_counter.dropped += first - offset
                 return Response(data, headers=headers, content_type="application/octet-stream")
             return nothing() if window.ended else None
 
@@ -8809,18 +8628,12 @@ class WebHooks:
                     self._queue.clear()
 
 
-class LineEncoder:
+class LineEncoder(Encoder):
     """Whole lines, as a list of bytes."""
-    key, by_line, partial, dropped = ("lines",), True, False, None
 
-    @staticmethod
-    def ends(data):
-        """See logs."""
-        return b"\n" in data or b"\r" in data
+    key, by_line = ("lines",), True
 
-    @staticmethod
-    def encode(data, offset, before, mode, piece):
-        """See logs."""
+    def encode(self, data, offset, before, mode, piece):
         skip, segments, lines = split_lines(data, before, mode, piece)
         return lines, skip + sum(map(len, segments))
 
@@ -9039,7 +8852,7 @@ class Screen:
     def stop(self):
         """See apps."""
         readers = [reader for shown in self._shown.values() for reader in shown["readers"]]
-        lost = sum(reader.log.end - (reader.fanout or reader).offset for reader in readers)
+        lost = sum(reader.log.end - reader.offset for reader in readers)
         if lost:
             self.say("%d bytes of output were not shown, as nobody took them" % lost)
         with self._changed:
