@@ -1485,8 +1485,9 @@ def check_command(value):
     return value
 
 
-def split_words(text):
-    """Split a command line as a shell does. ValueError: a quote is not closed."""
+def split_words(text, separators=""):
+    """Split a command line as a shell does. ValueError: a quote is not closed. `separators`:
+    characters that divide words, besides blanks."""
     def unquote(match):                     # shlex keeps these backslashes
         token = match.group()
         if token[0] == '"':
@@ -1494,7 +1495,10 @@ def split_words(text):
                 pair.group(1), pair.group()), token, flags=re.DOTALL)
         return "" if token == "\\\n" else token
     try:
-        return shlex.split(QUOTED.sub(unquote, text))
+        lexer = shlex.shlex(QUOTED.sub(unquote, text), posix=True)
+        lexer.whitespace_split, lexer.commenters = True, ""
+        lexer.whitespace += separators
+        return list(lexer)
     except ValueError as error:
         raise ValueError("cannot be split into words: %s" % str(error).lower()) from None
 
@@ -1645,6 +1649,24 @@ OPTIONS = {
 ADJUSTABLE = ("numprocesses", "priority", "flapping", "start")   # a running process is not affected
 
 
+def port_of(env, instance):
+    """Return the PORT of a template's process, or None if `env` has no GAFFER_PORT_STEP.
+
+    With it, PORT is that of the first process, and each further one adds the step. Raise
+    ValueError if this is not a port.
+    """
+    if "GAFFER_PORT_STEP" not in env:
+        return None
+    first, step = str(env.get("PORT", "")), str(env["GAFFER_PORT_STEP"])
+    if not re.fullmatch("[0-9]{1,5}", first) or not re.fullmatch("[0-9]{1,5}", step):
+        raise ValueError("has GAFFER_PORT_STEP: give it and PORT whole numbers")
+    port = int(first) + int(step) * max(0, instance - 1)
+    if not 0 < port < 65536:
+        raise ValueError("makes %d the PORT of process %d: it must be 1 to 65535" % (
+            port, instance))
+    return port
+
+
 def check_together(template, info):
     """Return faults of fields that are right by themselves, [(field, sentence)]; fill in what one
     field says of another. `info`: the fields as they were given."""
@@ -1666,37 +1688,48 @@ def check_together(template, info):
         if label in template["redirect_output"]:
             faults.append(("custom_streams", "field 'custom_streams' has the label '%s', which is "
                            "in 'redirect_output' too" % label))
+    try:
+        port_of(template["env"], template["numprocesses"])
+    except ValueError as error:
+        faults.append(("env", "field 'env' %s" % error))
     if template["uid"] is not None and template["gid"] is None:
         if find_user(template["uid"])[1] is None:
             faults.append(("uid", "field 'uid' is a user without an entry here; give 'gid' too"))
     return faults
 
 
-def examine_template(info, known=None):
-    """Return (template, faults) of a client's `info`: a template with its defaults filled in, and
-    all faults as (field, sentence). `known`: {field: value} for fields that are left out."""
-    template, faults = {}, []
-    unknown = [field for field in info if field not in OPTIONS]
+def examine_fields(info, options, required=(), known=None):
+    """Return (values, faults) of `info` by a table of options: values with their defaults filled
+    in, and all faults as (field, sentence). `known`: {field: value} for fields that are left out.
+    """
+    values, faults = {}, []
+    unknown = [field for field in info if field not in options]
     for field in unknown[:10]:
         field = str(field)[:128]
         faults.append((field, "unknown field '%s'%s" % (
-            field, near(field, OPTIONS) or "; remove it")))
+            field, near(field, options) or "; remove it")))
     if len(unknown) > 10:
         faults.append((unknown[10], "%d more unknown fields" % (len(unknown) - 10)))
-    for field, option in OPTIONS.items():
+    for field, option in options.items():
         value = info.get(field, (known or {}).get(field))
-        template[field] = copy.copy(option.default)
+        values[field] = copy.copy(option.default)
         if value is None:
             if field in info and option.default is not None:
                 faults.append((field, "field '%s' must not be null; leave it out for its default"
                                % field))
-            if field in ("name", "cmd"):
+            if field in required:
                 faults.append((field, "field '%s' is required" % field))
             continue
         try:
-            template[field] = option.check(value)
+            values[field] = option.check(value)
         except ValueError as error:
             faults.append((field, "field '%s' %s" % (field, error)))
+    return values, faults
+
+
+def examine_template(info, known=None):
+    """Return (template, faults) of a client's `info`, as examine_fields() does."""
+    template, faults = examine_fields(info, OPTIONS, ("name", "cmd"), known)
     return template, faults or check_together(template, info)
 
 
@@ -1720,6 +1753,53 @@ def substitute(word, env):
         found = env.get(name.encode("ascii"))
         return match.group() if found is None else found.decode("utf-8", "surrogateescape")
     return VARIABLE.sub(value, word)
+
+
+ENV_LINE = re.compile(r"""(?xs)
+    (?:[ \t\r]*(?:\#[^\n]*)?                                           # nothing, or a comment
+    |[ \t]*(?:export[ \t]+)?(?P<name>[A-Za-z_][A-Za-z0-9_.]*)[ \t]*=
+        (?:[ \t]*(?:'(?P<single>[^'\0]*)'|"(?P<double>(?:[^"\\\0]|\\.)*)")[ \t\r]*(?:\#[^\n]*)?
+        |(?![ \t]*['"])(?P<plain>[^\n\0]*)))
+    (?:\n|\Z)""")
+ENV_VARIABLE = r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_.]*)\})?"
+ENV_ESCAPES = {"n": "\n", "t": "\t", '"': '"', "\\": "\\", "$": "$"}
+
+
+def parse_env(text, environ):
+    """Read the text of a .env file. Return ({name: value}, [(line, sentence)]).
+
+    The second tells what is wrong. $NAME and ${NAME} stand for a variable from a line before,
+    else from `environ`, else for nothing; single quotes keep them as they are.
+    """
+    values, faults, start = {}, [], 0
+
+    def fill(match):
+        escape, name = match.groupdict().get("escape"), match.group(match.lastindex or 0)
+        if escape is not None:
+            if escape not in ENV_ESCAPES:
+                raise ValueError(r'has \%s in double quotes, which may have \n \t \" \\ \$' % escape)
+            return ENV_ESCAPES[escape]
+        if name == "$":
+            raise ValueError(r"has a '$' without a name: use single quotes, or \$ in double quotes")
+        return values.get(name, environ.get(name, ""))
+
+    while start < len(text):
+        match = ENV_LINE.match(text, start)
+        try:
+            if match is None:
+                raise ValueError("is not NAME=value, with a value in quotes or without any")
+            name, single, double, plain = match.group("name", "single", "double", "plain")
+            if single is not None:
+                values[name] = single
+            elif double is not None:
+                values[name] = re.sub(r"(?s)\\(?P<escape>.)|" + ENV_VARIABLE, fill, double)
+            elif plain is not None:
+                plain = re.sub("[ \t]#.*", "", plain).strip(" \t\r")
+                values[name] = re.sub(ENV_VARIABLE, fill, plain)
+        except ValueError as error:
+            faults.append((text.count("\n", 0, start) + 1, str(error)))
+        start = match.end() if match else text.find("\n", start) + 1 or len(text)
+    return values, faults
 
 
 class Launch:
@@ -1757,7 +1837,7 @@ class Launch:
     def again(self, template, instance):
         """Return a Launch for another process that starts now: looked up anew only if it shows its
         instance number."""
-        if b"GAFFER_INSTANCE" in self.env:
+        if b"GAFFER_INSTANCE" in self.env or "GAFFER_PORT_STEP" in template["env"]:
             return Launch(template, instance)
         launch = copy.copy(self)
         launch.instance = instance
@@ -1775,6 +1855,11 @@ class Launch:
                             b"SHELL": os.fsencode(entry.pw_shell or "/bin/sh")})
         env.update((to_bytes(name), to_bytes(str(text))) for name, text in template["env"].items())
         env.pop(b"GAFFER_TOKEN", None)
+        try:
+            if env.pop(b"GAFFER_PORT_STEP", None) is not None:
+                env[b"PORT"] = b"%d" % port_of(template["env"], self.instance)
+        except ValueError as error:             # there are more processes than ports
+            raise InvalidProcessInfo("field 'env' %s" % error) from None
         if template["redirect_output"]:         # output that sits in a buffer looks lost
             env.setdefault(b"PYTHONUNBUFFERED", b"1")
         if template["custom_streams"]:
@@ -8867,516 +8952,464 @@ class Screen:
 # --------------------------------------------------------------------------------------------------------------------
 # configuration
 #
-# What a server is to run, as files say it: INI as gafferd had it, JSON, TOML where Python reads it, Procfiles with their
-# .env. Each kind of file is a Source, which yields sections named as in INI: gaffer, endpoint:public, process:web, env:web,
-# webhooks. ConfigReader makes Settings of them, or one ConfigError with every fault. Configuration applies what has changed.
+# Files that tell a server what to run: INI as gafferd had it, JSON, TOML if Python reads it, and
+# Procfiles with their .env. A loader returns {kind: {name: {field: value}}}, FIELDS is the table of
+# all fields, and read_settings() returns Settings, or raises one ConfigError with every fault.
+# Configuration applies what has changed.
 # --------------------------------------------------------------------------------------------------------------------
-BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-DOTENV = r"""(?xs)
-    [ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_.]*)[ \t]*=[ \t]*       # a name, then one of
-    (?:'([^']*)'|"((?:[^"\\]|\\.)*)"|((?:[^'"\s#][^\n]*?)?))            # 'as it is', "with \n", or without quotes
-    (?:[ \t]+\#[^\n]*|[ \t]*)\r?(?:\n|\Z)"""
-DOTENV_NOTHING = r"[ \t\r]*(?:#[^\n]*)?(?:\n|\Z)"
-ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "$": "$"}
-PROCFILE_LINE = r"([A-Za-z0-9_-]+)[ \t]*:[ \t]*(\S.*?)[ \t\r]*\Z"
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
+            "false": False, "no": False, "off": False, "0": False}
 PROCFILE_NAME = "Procfile"
-FIRST_PORT, PORTS_PER_TYPE = 5000, 100          # as foreman counts them
-
-
-def number(text):
-    """A number as text: an int, or a float. ValueError."""
-    try:
-        return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else float(text)
-    except ValueError:
-        raise ValueError("must be a number, not %r" % text) from None
+FIRST_PORT, PORTS_PER_TYPE = 5000, 100          # as in foreman
+SHELL_WORDS = frozenset("""! . : [ [[ { } alias bg bind break builtin case cd command continue
+    coproc declare do done echo elif else esac eval exec exit export false fc fg fi for function
+    getopts hash if in jobs kill let local printf pwd read readonly return select set shift source
+    test then time times trap true type typeset ulimit umask unalias unset until wait while
+    """.split())                                # what a program can't do, or does in another way
 
 
 def split_list(text):
-    """What commas and spaces divide."""
+    """Return the words of a text that commas and spaces divide."""
     return [word for word in re.split(r"[,\s]+", text) if word]
 
 
+def parse_number(text):
+    """Return the number that a text writes, else the text, which the check of the field refuses."""
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"[+-]?[0-9]+\.[0-9]*|[+-]?\.[0-9]+", text) else text
+
+
+def env_from_words(words):
+    """Return {name: value} of "A=1" and "A"; the latter is gaffer's own variable, as in docker."""
+    pairs = [word.partition("=") for word in words]
+    return {name: value if equals else os.environ[name]
+            for name, equals, value in pairs if equals or name in os.environ}
+
+
 def flapping_from_text(text):
-    """"2, 1.0, 7.0, 5", in the order of FLAPPING, or with names: "retry_in=7, attempts=2". ValueError."""
+    """Return the object of "2, 1.0, 7.0, 5", in the order of FLAPPING, or of "attempts=2"."""
     words = split_list(text)
-    need(len(words) <= len(FLAPPING), ValueError, "is at most attempts, window, retry_in, max_retry: 2, 1.0, 7.0, 5")
+    if len(words) > len(FLAPPING):
+        raise ValueError("is at most attempts, window, retry_in, max_retry: 2, 1.0, 7.0, 5")
     pairs = [word.rpartition("=") for word in words]
-    return {name or field: number(value) for field, (name, _, value) in zip(FLAPPING, pairs)}
+    return {name or field: parse_number(value) for field, (name, _, value) in zip(FLAPPING, pairs)}
+
+
+CONVERTERS = {                                  # of text, for fields that are not text
+    "env": lambda text: env_from_words(split_words(text, ",")), "flapping": flapping_from_text,
+    **dict.fromkeys(("redirect_output", "custom_streams"), split_list),
+    **dict.fromkeys(("numprocesses", "priority", "graceful_timeout", "backlog"), parse_number)}
 
 
 def from_text(field, text):
-    """A template's field of text, as INI files and the command line have it; None: left out. ValueError."""
-    default = OPTIONS[field].default
-    if isinstance(default, bool):
-        need(text.lower() in BOOLEANS, ValueError, "must be true or false, not %r" % text)
-        return BOOLEANS[text.lower()]
-    if field in ("redirect_output", "custom_streams"):
-        return split_list(text)
-    if text == "" and field != "cmd":
-        return None
-    if field == "env":
-        return dict(word.partition("=")[::2] for word in split_words(text))
-    if field == "flapping":
-        return flapping_from_text(text)
-    return number(text) if field in ("numprocesses", "priority", "graceful_timeout") else text
+    """Return the value of a field as INI and the command line write it; None: it is left out.
+
+    Raise ValueError with a sentence that continues "field 'x' ".
+    """
+    convert = CONVERTERS.get(field, str)
+    if field in OPTIONS and isinstance(OPTIONS[field].default, bool):
+        return BOOLEANS.get(text.lower(), text)
+    return None if text == "" and field != "cmd" and convert is not split_list else convert(text)
 
 
 def event_pattern(text):
-    """A pattern as Manager.subscribe() takes it. Dots stand for slashes where gafferctl's patterns had them:
-    "proc.web.exit"."""
+    """Return a pattern as Manager.subscribe() takes it; gafferctl wrote "proc.web.exit"."""
     if "/" in text or not text.startswith("proc."):
         return "" if text in (".", "all") else text
     name, _, kind = text[5:].rpartition(".")
     return "proc/%s/%s" % (name, kind) if name and kind in EVENT_TYPES else "proc/" + text[5:]
 
 
-def parse_dotenv(text):
-    """({name: value}, [number of a line that is none]) of a .env file: NAME=value, perhaps with `export` before it, quotes
-    around the value and a comment behind; in double quotes \\n is a newline."""
-    nothing, pair = re.compile(DOTENV_NOTHING), re.compile(DOTENV)
-    values, wrong, place = {}, [], 0
-    while place < len(text):
-        match = nothing.match(text, place) or pair.match(text, place)
-        if match is None:
-            wrong.append(text.count("\n", 0, place) + 1)
-            place = text.find("\n", place) + 1 or len(text)
-            continue
-        if match.re is pair:
-            name, single, double, plain = match.groups()
-            if double is not None:
-                double = re.sub(r"\\(.)", lambda m: ESCAPES.get(m.group(1), m.group()), double, flags=re.S)
-            values[name] = next(value for value in (single, double, plain) if value is not None)
-        place = max(match.end(), place + 1)
-    return values, wrong
+def check_words(value):
+    """A list of strings, or one string that commas and spaces divide."""
+    words = split_list(value) if isinstance(value, str) else value
+    if not isinstance(words, list):
+        raise ValueError("must be a list of strings, or a string")
+    return [check_text(word, "a list of strings, or a string") for word in words]
+
+
+FIELDS = {
+    "gaffer": {
+        "http_endpoints": Option(None, check_words, "names of the endpoints to listen on"),
+        "include": Option([], check_words, "further files; * and ? match several"),
+        "include_dir": Option([], check_words, "folders whose *.ini files are read")},
+    "endpoint": {
+        "bind": Option(None, check_text, "host:port, [v6]:port or unix:/path"),
+        "backlog": Option(BACKLOG, whole_number(1, 65535), "connections that wait to be accepted"),
+        "certfile": Option(None, check_text, "certificate for TLS (PEM)"),
+        "keyfile": Option(None, check_text, "its key (PEM)")},
+    "process": OPTIONS, "env": {}, "webhooks": {}}      # the last two hold names of the user's own
+NAMED_KINDS = ("endpoint", "process", "env")
 
 
 class ConfigError(InvalidProcessInfo):
-    """Configuration files have faults: `faults`, a line each with file, line and section."""
+    """Configuration files have faults: a line each, with file, line and section."""
 
     def __init__(self, faults):
         super().__init__("\n".join(faults))
-        self.faults = faults
 
 
 def read_text(path):
-    """The text of a file. ConfigError."""
+    """Return the text of a file. Raise ConfigError."""
     try:
         with open(path, "rb") as file:
             data = file.read(CONFIG_SIZE + 1)
-        need(len(data) <= CONFIG_SIZE, ValueError, "it is over %d bytes" % CONFIG_SIZE)
-        return data.decode("utf-8-sig")
+        if len(data) > CONFIG_SIZE:
+            raise ValueError("it is over %d bytes" % CONFIG_SIZE)
+        return check_text(data.decode("utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise ConfigError(["%s: cannot be read: %s" % (path, getattr(error, "strerror", None) or error)]) from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(["%s: cannot be read: %s" % (path, reason)]) from None
 
 
-class Source:
-    """A configuration file: its text, its faults, and where in it things stand. Kinds of files have sections(), which yields
-    (name, {field: value}), and _span(name) -> (start, end) in the text, or None, and _key(field), a regular expression."""
-
-    values_are_text = False
+class ConfigFile:
+    """A configuration file: its text, and its faults: [(line, text)]."""
 
     def __init__(self, path):
         self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
-        self.text = read_text(path)
-        self.faults = []                        # (line, text)
+        self.text, self.faults = read_text(path), []
 
-    def fault(self, reason, section=None, field=None, line=None):
-        """Note what is wrong, and where."""
+    def fault(self, reason, section="", field=None, line=None):
+        """Note what is wrong, with its line."""
         line = line or self._line(section, field)
         where = "[%s] " % section if section else ""
         self.faults.append((line, "%s:%d: %s%s" % (self.path, line, where, reason)))
 
-    def _line(self, section, field):
-        span = section and self._span(section)
-        if not span:
-            return 1
-        place = re.compile(self._key(field), re.M).search(self.text, *span) if field else None
-        return self.text.count("\n", 0, place.start(1) if place else span[0]) + 1
-
-    def _header(self, pattern, following):
-        """The span from a header to the next one."""
-        start = re.compile(pattern, re.M).search(self.text)
-        if start is None:
-            return None
-        end = re.compile(following, re.M).search(self.text, start.end())
-        return start.start(1), end.start() if end else len(self.text)
-
     def join(self, path):
-        """A path that the file names, as seen from its folder."""
+        """Return a path of the file as seen from its folder."""
         return os.path.join(self.folder, path)
 
+    def note(self, section, fields, faults):
+        """Note faults of a section's fields, [(field, sentence)]."""
+        for field, reason in faults:
+            self.fault(reason, section, field if field in fields else None)
 
-class IniSource(Source):
-    """An INI file, as configparser reads it."""
+    def _line(self, section, field):
+        """Return the line of a section or its field; parsers tell only those of syntax errors."""
+        kind, _, name = map(re.escape, section.partition(":"))
+        tail = r"[ \t]*[:.][ \t]*[\"']?%s[\"']?" % name if name else ""
+        steps = [r"\"%s\"\s*:" % kind] if name else []
+        steps.append(r"^[ \t]*\[[ \t]*%s%s[ \t]*[].]|(\"name\"\s*:\s*)?\"%s\"\s*[:,}]|^%s[ \t]*:"
+                     % (kind, tail, name or kind, name or kind))
+        if field:
+            steps.append(r"^[ \t]*[\"']?{0}[\"']?[ \t]*[=.]|\"{0}\"\s*:".format(re.escape(field)))
+        place = 0
+        for step in steps if section else []:
+            found = re.compile(step, re.M).search(self.text, place)
+            place = found.end() if found else place
+            if found and found.group().startswith('"name"'):    # other fields may come before it
+                place = self.text.rfind("{", 0, place) + 1
+        return self.text.count("\n", 0, place) + 1
 
-    values_are_text = True
 
-    def sections(self):
-        """See Source."""
-        parser = self._parse()
-        for name in parser.sections():
-            if name[0] == "\0":                 # a section that is there twice
-                continue
-            values = dict(parser[name])
-            for field in [field for field, value in values.items() if value is None]:
-                self.fault("'%s' has no value: write '%s = value'" % (field, field), name, field)
-                del values[field]
-            yield name, values
-
-    def _parse(self):
-        """A parser that has read what can be read: each line that it refuses is noted, and taken out."""
-        import configparser
-        lines = self.text.split("\n")
-        while True:
-            parser = configparser.RawConfigParser(delimiters=("=",), allow_no_value=True, default_section="\0")
-            parser.optionxform = str            # type: ignore[assignment,method-assign]  # variables are told apart by case
+def load_ini(file):
+    """Load an INI file with configparser; each line that it refuses is a fault."""
+    import configparser
+    lines, tree = file.text.split("\n"), {}
+    while len(file.faults) <= FAULTS_MAX:
+        parser = configparser.RawConfigParser(delimiters=("=",), default_section="\0")
+        parser.optionxform = str                # type: ignore[assignment,method-assign]
+        try:
+            parser.read_string("\n".join(lines))
+            break
+        except configparser.Error as error:
+            twice = not isinstance(error, configparser.ParsingError)
+            reason = "there twice" if twice else "neither [section] nor 'name = value' in a section"
+            outside = isinstance(error, configparser.MissingSectionHeaderError)
+            for line, _ in getattr(error, "errors", None) or [(error.lineno, "")]:
+                text = lines[line - 1].strip()
+                file.fault("'%s' is %s" % (text.partition(" = ")[0], reason),
+                           getattr(error, "section", ""), line=line)
+                # what follows belongs to it, and is left out with it
+                lines[line - 1] = "[\0%d]" % line if text[:1] == "[" else "" if outside else "\0%d=" % line
+    for section in parser.sections():
+        kind, _, name = section.partition(":")
+        fields = {field: text for field, text in parser[section].items() if field[0] != "\0"}
+        for field, text in fields.items() if FIELDS.get(kind) else ():
             try:
-                parser.read_string("\n".join(lines))
-                return parser
-            except configparser.DuplicateSectionError as error:
-                self.fault("this section is there twice", error.section, line=error.lineno)
-                lines[error.lineno - 1] = "[\0%d]" % error.lineno
-            except configparser.DuplicateOptionError as error:
-                self.fault("'%s' is there twice" % error.option, error.section, line=error.lineno)
-                lines[error.lineno - 1] = ""
-            except configparser.ParsingError as error:
-                places = getattr(error, "errors", None) or [(error.lineno, "")]
-                for line in [line for line, _ in places]:
-                    self.fault("%r is neither [section] nor 'name = value' in a section" % lines[line - 1].strip(), line=line)
-                    lines[line - 1] = ""
-                if len(self.faults) > FAULTS_MAX:
-                    return configparser.RawConfigParser()
-
-    def _span(self, name):
-        return self._header(r"^(\[)%s\]" % re.escape(name), r"^\[")
-
-    def _key(self, field):
-        return r"^[ \t]*(%s)[ \t]*(?:=|$)" % re.escape(field)
+                fields[field] = from_text(field, text)
+            except ValueError as error:
+                file.fault("field '%s' %s" % (field, error), section, field)
+                fields[field] = None
+        if section[0] != "\0":
+            tree.setdefault(kind, {})[name] = {
+                field: value for field, value in fields.items() if value is not None}
+    return tree
 
 
-class TreeSource(Source):
-    """A file of objects within objects: gaffer and webhooks are sections, endpoint, process and env hold some by name."""
-
-    def sections(self):
-        """See Source."""
-        for name, value in self._load().items():
-            if name not in ("endpoint", "process", "env"):
-                yield from self._section(name, value)
-            elif isinstance(value, dict):
-                for inner, values in value.items():
-                    yield from self._section("%s:%s" % (name, inner), values)
-            else:
-                self.fault("must hold an object for each name", name)
-
-    def _section(self, name, values):
-        if isinstance(values, dict):
-            yield name, values
-        else:
-            self.fault("must be an object", name)
-
-
-class JsonSource(TreeSource):
-    """A JSON file: an object of sections, one template, or a list of templates."""
-
-    def _object(self, pairs):
+def load_objects(file):
+    """Load JSON or TOML: an object of sections, a template, or a list of templates."""
+    def unique(pairs):
         for name, count in collections.Counter(name for name, _ in pairs).items():
-            if count > 1:                       # json itself would take the last one, and say nothing
-                self.fault("%s is there twice in one object" % json.dumps(name))
+            if count > 1:                       # json itself would take the last one
+                file.fault("'%s' is there twice in one object" % name)
         return dict(pairs)
-
-    def _load(self):
-        try:
-            data = json.loads(self.text, object_pairs_hook=self._object)
-        except (ValueError, RecursionError) as error:
-            self.fault("is no JSON: %s" % getattr(error, "msg", error), line=getattr(error, "lineno", 1))
-            return {}
-        data = [data] if isinstance(data, dict) and "cmd" in data else data
-        if isinstance(data, list):
-            named = [item for item in data if isinstance(item, dict) and isinstance(item.get("name"), str)]
-            if len(named) != len(data):
-                self.fault("each entry of the list must be a template, an object with 'name' and 'cmd'")
-            if len({item["name"] for item in named}) != len(named):
-                self.fault("a name is there twice")
-            return {"process": {item["name"]: item for item in named}}
-        if not isinstance(data, dict):
-            self.fault("must be an object, or a list of templates")
-            return {}
-        return data
-
-    def _span(self, name):
-        word = re.escape(json.dumps(name.partition(":")[2] or name))
-        start = re.search(r"(%s)\s*:" % word, self.text)
-        if start is None:                       # a list of templates
-            start = re.search(r'(\{)[^{}]*"name"\s*:\s*%s' % word, self.text)
-        if start is None:
-            return None
-        try:
-            place = self.text.index("{", start.start(1))
-            return start.start(1), json.JSONDecoder().raw_decode(self.text, place)[1]
-        except ValueError:
-            return start.start(1), len(self.text)
-
-    def _key(self, field):
-        return r"(%s)\s*:" % re.escape(json.dumps(field))
+    try:
+        if file.path.lower().endswith(".toml"):
+            import importlib
+            data = importlib.import_module("tomllib").loads(file.text)
+        else:
+            data = json.loads(file.text, object_pairs_hook=unique)
+    except ImportError:
+        file.fault("Python %d.%d reads no TOML: use 3.11, INI or JSON" % sys.version_info[:2])
+        return {}
+    except (ValueError, RecursionError) as error:
+        found = re.search(r"line (\d+)", str(error))
+        file.fault("cannot be parsed: %s" % error, line=int(found.group(1)) if found else 1)
+        return {}
+    tree = {}
+    if isinstance(data, dict) and "cmd" not in data:
+        for kind, value in data.items():
+            sections = value if kind in NAMED_KINDS and isinstance(value, dict) else {"": value}
+            for name, fields in sections.items():
+                if isinstance(fields, dict) and (name or kind not in NAMED_KINDS):
+                    tree.setdefault(kind, {})[name] = fields
+                else:
+                    file.fault("must be an object", "%s:%s" % (kind, name) if name else kind)
+        return tree
+    for item in data if isinstance(data, list) else [data]:
+        name = item.get("name") if isinstance(item, dict) else None
+        if not isinstance(name, str) or name in tree:
+            file.fault("must be sections, a template, or a list of templates of different names")
+        else:
+            tree[name] = item
+    return {"process": tree}
 
 
-class TomlSource(TreeSource):
-    """A TOML file, where Python has tomllib."""
+def command_fields(command):
+    """Return the fields cmd and shell for a command of a Procfile.
 
-    def _load(self):
-        import importlib
-        try:
-            tomllib = importlib.import_module("tomllib")
-        except ImportError:
-            self.fault("Python %d.%d reads no TOML: use 3.11 or later, or a file of INI or JSON" % sys.version_info[:2])
-            return {}
-        try:
-            return tomllib.loads(self.text)
-        except ValueError as error:
-            line = re.search(r"line (\d+)", str(error))
-            self.fault("is no TOML: %s" % error, line=int(line.group(1)) if line else 1)
-            return {}
+    A simple command is executed directly. Of another, the last part takes the place of the shell
+    if that means the same, so that a signal reaches the program and not a shell.
+    """
+    def hide(match):                            # quotes hide operators, double ones no variables
+        part = match.group()
+        return ("$" if part[0] != "'" and re.search("[$`]", part) else "_") * len(part)
+    bare = re.sub(QUOTED.pattern + r"|\$\(\(?[^()'\"]*\)?\)", hide, command, flags=re.S)
+    last = max([0, *(match.end() for match in re.finditer(r";|&&|\|\|", bare))])
+    before = re.compile(r"\s*((?:[A-Za-z_]\w*=\S*\s+)*)(exec\s+)?").match(bare, last)
+    start = before.end()
+    program = re.compile(r"\S*").match(bare, start).group()
+    if program in SHELL_WORDS or not re.fullmatch(r"[\w@%+:,./][\w@%+:,./-]*", program):
+        return {"cmd": command, "shell": True}
+    if last == 0 and not before.group(1) and re.fullmatch(r"[\w@%+=:,./ \t-]+", bare[start:]) and (
+            "$" not in command):                # gaffer fills in variables in single quotes, too
+        return {"cmd": command[start:], "shell": False}
+    others = re.sub(r"&&|\|\||[<>]&", "", bare)
+    if not before.group(2) and not re.search(r"[|&()`]|\btrap\b", others):
+        command = "%sexec %s" % (command[:start], command[start:])
+    return {"cmd": command, "shell": True}
 
-    def _span(self, name):
-        parts = [r"[\"']?%s[\"']?" % re.escape(part) for part in name.split(":", 1)]
-        return self._header(r"^[ \t]*(\[)[ \t]*%s[ \t]*[.\]]" % r"[ \t]*\.[ \t]*".join(parts), r"^[ \t]*\[(?![^\]]*\.env)")
 
-    def _key(self, field):
-        return r"^[ \t]*[\"']?(%s)[\"']?[ \t]*[.=]" % re.escape(field)
+def free_port(port, taken, size=PORTS_PER_TYPE):
+    """Return `port`, or the first above it by hundreds, so that none of `size` is in `taken`."""
+    while any(port <= other < port + size for other in taken):
+        port += PORTS_PER_TYPE
+    return port
 
 
-class Procfile(Source):
-    """A Procfile: 'type: command' lines. `root`: where they run (the file's folder); `env_files`: beside .env of that folder;
-    `port`: the first type's PORT (else that of the environment), then there are a hundred for each type; `taken`: ports
-    where gaffer itself is."""
+class Procfile(ConfigFile):
+    """A Procfile, lines of 'type: command', with the environment of its processes.
+
+    `types`: {type: command}. `root`: where they run (the file's folder). `env_files`: read in
+    place of .env in that folder. `port`: PORT of the first type (that of .env or of gaffer, else
+    5000); each further type has a hundred more. `taken`: ports in use.
+    """
 
     def __init__(self, path, root=None, env_files=(), port=None, taken=()):
         super().__init__(path)
-        self.folder = os.path.abspath(root or self.folder)
+        self.folder, self.env = os.path.abspath(root or self.folder), {}
+        self.types, self.taken = {}, list(taken)
         default = os.path.join(self.folder, ".env")
-        self.env = {}
-        for env_file in [default] * os.path.isfile(default) + list(env_files):
-            values, wrong = parse_dotenv(read_text(env_file))
+        for env_file in env_files or [default] * os.path.isfile(default):
+            values, faults = parse_env(read_text(env_file), dict(os.environ, **self.env))
             self.env.update(values)
-            for line in wrong:
-                self.faults.append((line, "%s:%d: is not NAME=value" % (env_file, line)))
-        given = (self.env.get("PORT") or os.environ.get("PORT", "")) if port is None else str(port)
-        self.port = FIRST_PORT + PORTS_PER_TYPE * (FIRST_PORT in taken)
+            for line, reason in faults:
+                self.faults.append((line, "%s:%d: %s" % (env_file, line, reason)))
+        given = str(port if port is not None else self.env.get("PORT", os.environ.get("PORT", "")))
+        self.port = free_port(FIRST_PORT, self.taken)
         if re.fullmatch("[0-9]{1,5}", given) and 0 < int(given) < 65536:
-            self.port = int(given)
+            self.port = free_port(int(given), self.taken, 1)
         elif given:
             self.faults.append((0, "PORT is '%s': give a number from 1 to 65535" % given[:40]))
-
-    def types(self):
-        """{type: command}, in the file's order."""
-        found = {}
         for line, text in enumerate(self.text.split("\n"), 1):
-            match = re.match(PROCFILE_LINE, text)
-            if match and match.group(1) not in found:
-                found[match.group(1)] = match.group(2)
+            match = re.match(r"([A-Za-z0-9_-]+)[ \t]*:[ \t]*(\S.*?)[ \t\r]*\Z", text)
+            if match and match.group(1) not in self.types:
+                self.types[match.group(1)] = match.group(2)
             elif text.strip() and text.lstrip()[0] != "#":
                 self.fault("'%s' is there twice" % match.group(1) if match else
                            "%r is not 'type: command'" % text.strip(), line=line)
-        return found
-
-    def sections(self):
-        """See Source. A process's own PORT comes of its type's and its number."""
-        for index, (name, command) in enumerate(self.types().items()):
-            env = dict(self.env, PORT=str(self.port + PORTS_PER_TYPE * index))
-            yield "process:" + name, {
-                "cmd": "PORT=$((PORT + GAFFER_INSTANCE - 1)); " + command, "shell": True, "cwd": self.folder, "env": env}
-
-    def _span(self, name):
-        return self._header(r"^(%s)[ \t]*:" % re.escape(name.partition(":")[2]), "\n")
-
-    def _key(self, field):
-        return r"(\b)"
 
 
-def is_procfile(path):
-    """True where a file's name says that it is a Procfile."""
-    name = os.path.basename(path).lower()
-    return name.startswith("procfile") or name.endswith(".procfile")
+def load_procfile(file):
+    """Load a Procfile: a template for each type, each process of which has a PORT of its own."""
+    tree, port = {}, file.port
+    for name, command in file.types.items():
+        port = free_port(port + PORTS_PER_TYPE, file.taken) if tree else port
+        file.taken += [port, port + PORTS_PER_TYPE - 1]
+        env = dict(file.env, PORT=str(port), GAFFER_PORT_STEP="1")
+        tree[name] = dict(command_fields(command), cwd=file.folder, env=env)
+    if not tree and not file.faults:
+        file.fault("there is no line 'type: command' in it")
+    return {"process": tree}
 
 
-def open_source(path, taken=()):
-    """The Source of a file, by its name. `taken`: see Procfile. ConfigError."""
-    if is_procfile(path):
-        return Procfile(path, taken=taken)
-    return {".json": JsonSource, ".toml": TomlSource}.get(os.path.splitext(path.lower())[1], IniSource)(path)
+def raise_faults(files):
+    """Raise one ConfigError with the faults of files, if they have any."""
+    faults = [text for file in files for _, text in sorted(file.faults, key=lambda fault: fault[0])]
+    if len(faults) > FAULTS_MAX:
+        faults[FAULTS_MAX:] = ["and %d faults more" % (len(faults) - FAULTS_MAX)]
+    if faults:
+        raise ConfigError(faults)
+
+
+def read_procfile(path, root=None, env_files=(), port=None, taken=()):
+    """Return the Procfile of a path; None: one without a type. Raise ConfigError."""
+    file = Procfile(path or os.devnull, root or (None if path else "."), env_files, port, taken)
+    raise_faults([file])
+    return file
+
+
+def make_endpoint(file, name, fields):
+    """Return the HttpEndpoint of [endpoint:name], or None if it has faults."""
+    section = "endpoint:" + name
+    values, faults = examine_fields(fields, FIELDS["endpoint"], ("bind",))
+    file.note(section, fields, faults)
+    for field in ("certfile", "keyfile"):
+        values[field] = values[field] and file.join(values[field])
+    if not faults and values["bind"].startswith("unix:"):
+        values["bind"] = "unix:" + file.join(values["bind"][5:])
+    try:
+        return None if faults else HttpEndpoint(**values)
+    except StartError as error:
+        return file.fault(str(error), section, "bind")
+
+
+def make_hooks(file, fields):
+    """Return [(pattern, URL)] of [webhooks]."""
+    hooks = []
+    for key, value in fields.items():
+        try:
+            parse_pattern(event_pattern(key).split("/"))
+            for url in check_words(value):
+                if "://" not in url:
+                    raise ValueError("%r is not a URL such as http://host:port/path" % url)
+                Client(url)
+                hooks.append((event_pattern(key), url))
+        except (BadEventType, ClientError, ValueError) as error:
+            file.fault("'%s': %s" % (key, error), "webhooks", key)
+    return hooks
+
+
+def make_template(file, name, fields, env_file, env):
+    """Return the template of [process:name]. `env`: [env:name], which is in `env_file`."""
+    section, info = "process:" + name, dict(fields)
+    if info.setdefault("name", name) != name:
+        file.fault("field 'name' is %r: leave it out" % (info["name"],), section, "name")
+        info["name"] = name
+    try:
+        if isinstance(info.get("env", {}), dict):
+            info["env"] = dict(info.get("env", {}), **check_env(env))
+    except ValueError as error:
+        env_file.fault(str(error), "env:" + name)
+    if info.get("cwd") is None or isinstance(info["cwd"], str):
+        info["cwd"] = file.join(info.get("cwd") or "")
+    template, faults = examine_template(info)
+    try:
+        if template["start"] and not faults:
+            Launch(template)
+    except InvalidProcessInfo as error:
+        faults = [("cmd", str(error))]
+    file.note(section, fields, faults)
+    return template
 
 
 # [HttpEndpoint], {name: template}, [(pattern, URL)]
 Settings = collections.namedtuple("Settings", "endpoints templates webhooks")
 
 
-class ConfigReader:
-    """Makes Settings of files: read() or take() them, then settings()."""
+def read_settings(source, taken=()):
+    """Read a path or a Procfile, and what it includes. Return Settings.
 
-    NAMED = ("endpoint", "process", "env")
-    FIELDS = {"gaffer": ("http_endpoints", "include", "include_dir"), "endpoint": ("bind", "backlog", "certfile", "keyfile")}
+    `taken`: ports that gaffer listens on in place of those that are read. Raise ConfigError with
+    every fault of all files.
+    """
+    import glob
+    files, found, taken = [], {kind: {} for kind in FIELDS}, list(taken)
 
-    def __init__(self):
-        self._sources = []
-        self._sections = {}                     # name -> (source, values)
+    def read(path):
+        if not re.search(r"(?i)^procfile|\.procfile$", os.path.basename(path)):
+            return ConfigFile(path)
+        if not taken:                           # all endpoints are known: Procfiles are read last
+            endpoints = [found["endpoint"][name][1] for name in found["endpoint"]]
+            taken.extend(endpoint.port for endpoint in endpoints or [HttpEndpoint()]
+                         if endpoint and not endpoint.path)
+        return Procfile(path, taken=taken)
 
-    def read(self, path, taken=()):
-        """Read a file, and what it includes. `taken`: see Procfile. ConfigError: it cannot be read at all."""
-        return self.take(open_source(path, taken))
-
-    def take(self, source):
-        """Take a Source, and what it includes."""
-        self._sources.append(source)
-        for name, values in source.sections():
-            kind, _, rest = name.partition(":")
-            if kind not in ("gaffer", "webhooks", *self.NAMED) or (kind in self.NAMED) != bool(rest):
-                tail = ":%s" % (rest or "NAME") if rest or source.values_are_text else ""
-                known = ["gaffer", "webhooks", *(each + tail for each in self.NAMED)]
-                source.fault("there is no section of this name%s" % (
-                    near(name, known) or "; there are %s" % ", ".join(known)), name)
-            elif name in self._sections:
-                source.fault("this section is in %s too" % self._sections[name][0].path, name)
+    def take(file):
+        files.append(file)
+        load = load_objects if re.search(r"(?i)\.(json|toml)$", file.path) else load_ini
+        tree = (load_procfile if isinstance(file, Procfile) else load)(file)
+        for kind, name in [(kind, name) for kind, sections in tree.items() for name in sections]:
+            section, fields = "%s:%s" % (kind, name) if name else kind, tree[kind][name]
+            if kind not in FIELDS or bool(name) != (kind in NAMED_KINDS):
+                known = [kind if kind not in NAMED_KINDS else "%s:%s" % (kind, name or "NAME")
+                         for kind in FIELDS]
+                file.fault("there is no section of this name%s" % (
+                    near(section, known) or "; there are " + ", ".join(known)), section)
+            elif name in found[kind]:
+                file.fault("this section is in %s too" % found[kind][name][0].path, section)
             else:
-                self._sections[name] = source, values
-        found, values = self._sections.get("gaffer", (None, {}))
-        if found is source:
-            self._include(source, values)
-        return self
+                found[kind][name] = file, (
+                    make_endpoint(file, name, fields) if kind == "endpoint" else fields)
+        taken.extend(getattr(file, "taken", ()))
 
-    def _words(self, source, section, field, value):
-        """A list, or text that commas and spaces divide."""
-        if isinstance(value, str):
-            return split_list(value)
-        if isinstance(value, list) and all(isinstance(word, str) for word in value):
-            return value
-        source.fault("'%s' must be a list of strings, or a string" % field, section, field)
-        return []
-
-    def _include(self, source, values):
-        import glob
-        for pattern in self._words(source, "gaffer", "include", values.get("include", "")):
-            path = source.join(pattern)
-            self._include_all(source, "include", sorted(glob.glob(path)) if glob.has_magic(path) else [path])
-        for folder in self._words(source, "gaffer", "include_dir", values.get("include_dir", "")):
-            if not os.path.isdir(source.join(folder)):
-                source.fault("'include_dir' names %r, which is no folder" % folder, "gaffer", "include_dir")
-            found = [os.path.join(path, name) for path, _, names in os.walk(source.join(folder)) for name in names]
-            self._include_all(source, "include_dir", sorted(path for path in found if path.endswith(".ini")))
-
-    def _include_all(self, source, field, paths):
-        for path in paths:
-            if any(os.path.realpath(path) == os.path.realpath(known.path) for known in self._sources):
-                source.fault("'%s' names %s, which is included already" % (field, path), "gaffer", field)
-            elif len(self._sources) >= INCLUDES_MAX:
-                source.fault("more than %d files are included" % INCLUDES_MAX, "gaffer", field)
-                return
-            else:
-                try:
-                    self.take(open_source(path))
-                except ConfigError as error:
-                    source.fault("'%s': %s" % (field, error), "gaffer", field)
-
-    def settings(self):
-        """Settings. ConfigError, with every fault of all files."""
-        for name, (source, values) in self._sections.items():
-            known = self.FIELDS.get(name.partition(":")[0])
-            for field in [field for field in values if known and field not in known]:
-                source.fault("unknown field '%s'%s" % (field, near(field, known) or "; there are " + ", ".join(known)),
-                             name, field)
-        endpoints, webhooks = self._endpoints(), self._webhooks()
-        templates = {name: self._template(name, *found) for name, found in self._of_kind("process")}
-        for name, (source, _) in self._of_kind("env"):
-            if name not in templates:
-                source.fault("there is no [process:%s]%s" % (name, near(name, templates)), "env:" + name)
-        faults = [text for source in self._sources for _, text in sorted(source.faults, key=lambda fault: fault[0])]
-        if faults:
-            more = ["and %d faults more" % (len(faults) - FAULTS_MAX)] * (len(faults) > FAULTS_MAX)
-            raise ConfigError(faults[:FAULTS_MAX] + more)
-        return Settings(endpoints, templates, webhooks)
-
-    def _of_kind(self, kind):
-        return [(name.partition(":")[2], found) for name, found in self._sections.items() if name.startswith(kind + ":")]
-
-    def _endpoints(self):
-        made = {name: self._endpoint("endpoint:" + name, *found) for name, found in self._of_kind("endpoint")}
-        source, values = self._sections.get("gaffer", (None, {}))
-        if "http_endpoints" not in values:
-            return list(made.values())
-        names = self._words(source, "gaffer", "http_endpoints", values["http_endpoints"])
-        for name in names:
-            if name not in made:
-                source.fault("there is no [endpoint:%s]%s" % (name, near(name, made)), "gaffer", "http_endpoints")
-        return [made[name] for name in names if name in made]
-
-    @staticmethod
-    def _endpoint(section, source, values):
-        """An HttpEndpoint, or None: its faults are noted."""
-        def noted(field, error, function, *args):
-            try:
-                return function(*args)
-            except error as failure:
-                source.fault("'%s' %s" % (field, failure), section, field)
-                return None
-        backlog = values.get("backlog") or BACKLOG
-        backlog = noted("backlog", ValueError, number, backlog) if isinstance(backlog, str) else backlog
-        if backlog is not None:
-            backlog = noted("backlog", ValueError, whole_number(1, 65535), backlog)
-        paths = [source.join(values[field]) if values.get(field) else None for field in ("certfile", "keyfile")]
-        if not isinstance(values.get("bind"), str):
-            return source.fault("'bind' is missing: give host:port, [v6]:port or unix:/path", section)
-        bind = "unix:" + source.join(values["bind"][5:]) if values["bind"][:5] == "unix:" else values["bind"]
-        return noted("bind", StartError, HttpEndpoint, bind, *paths, backlog)
-
-    def _webhooks(self):
-        source, values = self._sections.get("webhooks", (None, {}))
-        hooks = []
-        for key, value in values.items():
-            pattern = event_pattern(key)
-            try:
-                parse_pattern(pattern.split("/"))
-            except BadEventType as error:
-                source.fault("'%s': %s" % (key, error), "webhooks", key)
-            for url in self._words(source, "webhooks", key, value):
-                try:
-                    Client(url)
-                    need("://" in url, ClientError, "'%s' is no URL" % url)
-                    hooks.append((pattern, url))
-                except ClientError:
-                    source.fault("'%s' must be a URL such as http://host:port/path, not %r" % (key, url), "webhooks", key)
-        return hooks
-
-    def _template(self, name, source, values):
-        """A template of [process:name] and [env:name]; its faults are noted."""
-        section, info, wrong = "process:" + name, {"name": name}, set()
-        for field, value in values.items():
-            try:
-                as_text = source.values_are_text and field in OPTIONS
-                info[field] = from_text(field, value) if as_text else value
-            except ValueError as error:
-                source.fault("field '%s' %s" % (field, error), section, field)
-                wrong.add(field)
-        info = {field: value for field, value in info.items() if value is not None or not source.values_are_text}
-        _, env = self._sections.get("env:" + name, (None, {}))
-        if env:
-            info["env"] = dict(info.get("env") or {}, **env)
-        info.setdefault("cwd", source.folder)
-        if isinstance(info["cwd"], str):
-            info["cwd"] = source.join(info["cwd"])
-        template, faults = examine_template(info)
-        if not faults and not wrong and template["start"]:
-            try:
-                Launch(template)
-            except InvalidProcessInfo as error:
-                faults = [("cmd", str(error))]
-        for field, reason in faults:
-            if field not in wrong:
-                source.fault(reason, section, field)
-        return template
+    take(read(source) if isinstance(source, str) else source)
+    main, fields = found["gaffer"].get("", (files[0], {}))
+    gaffer, faults = examine_fields(fields, FIELDS["gaffer"])
+    main.note("gaffer", fields, faults)
+    paths = []
+    for pattern in map(main.join, gaffer["include"]):
+        names = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        paths += [("include", name) for name in names]
+    for root in map(main.join, gaffer["include_dir"]):
+        if not os.path.isdir(root):
+            main.fault("%r is not a folder" % root, "gaffer", "include_dir")
+        for folder, folders, names in os.walk(root):
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            paths += [("include_dir", os.path.join(folder, name)) for name in sorted(names)
+                      if name.endswith(".ini") and name[0] != "."]
+    for field, path in sorted(paths, key=lambda pair: "procfile" in pair[1].lower()):
+        try:
+            if os.path.realpath(path) in [os.path.realpath(file.path) for file in files]:
+                raise ConfigError(["%s is included already" % path])
+            if len(files) >= INCLUDES_MAX:
+                raise ConfigError(["%s is one of more than %d files" % (path, INCLUDES_MAX)])
+            take(read(path))
+        except ConfigError as error:
+            main.fault("'%s': %s" % (field, error), "gaffer", field)
+    endpoints = {name: endpoint for name, (_, endpoint) in found["endpoint"].items()}
+    chosen = list(endpoints) if gaffer["http_endpoints"] is None else gaffer["http_endpoints"]
+    for name in [name for name in chosen if name not in endpoints]:
+        main.fault("there is no [endpoint:%s]%s" % (name, near(name, endpoints)),
+                   "gaffer", "http_endpoints")
+    hooks = make_hooks(*found["webhooks"].get("", (files[0], {})))
+    for name in found["env"]:
+        if name not in found["process"]:
+            found["env"][name][0].fault("there is no [process:%s]%s" % (
+                name, near(name, found["process"])), "env:" + name)
+    templates = {name: make_template(file, name, fields, *found["env"].get(name, (file, {})))
+                 for name, (file, fields) in found["process"].items()}
+    raise_faults(files)
+    return Settings([endpoints[name] for name in chosen], templates, hooks)
 
 
 class Configuration:
-    """What a server was started with and can load again. `read()` returns Settings, or raises ConfigError; `hooks`: the
-    WebHooks that follow it, or None."""
+    """What a server was started with and can load again.
+
+    `read()` returns Settings, or raises ConfigError. `hooks`: the WebHooks that follow it, or None.
+    """
 
     def __init__(self, read, hooks=None):
         self._read, self._hooks = read, hooks
@@ -9390,57 +9423,48 @@ class Configuration:
             manager.add_process(template)
 
     def reload(self, manager, dry_run=False):
-        """Read it again, and change what has changed; with `dry_run` only say so. Returns {"ok", "added": [name], "changed":
-        {name: [field]}, "removed": [name], "kept": [name], "failed": {name: reason}, "webhooks": have they changed,
-        "needs_restart": [what cannot be changed in a running server]}. ConfigError: it is faulty, and nothing is changed."""
+        """Read it again, and change what has changed; with `dry_run` only report it.
+
+        Return {"ok", "added": [name], "changed": {name: [field]}, "removed": [name], "kept":
+        [name], "failed": {name: reason}, "webhooks": whether they changed, "needs_restart": [what
+        a running server can't change]}. Raise ConfigError, and change nothing, if it has faults.
+        """
         with self._lock:
             settings = self._read()
             return manager.loop.call(self._apply, manager, settings, dry_run)
 
     def _apply(self, manager, settings, dry_run):
-        report = self._compare(manager, settings)
-        if dry_run:
-            return report
-        for name in report["removed"]:
-            self._attempt(report, name, manager.delete_process, name)
-        for name, fields in report["changed"].items():
-            self._attempt(report, name, self._change, manager, name, settings.templates[name], fields)
-        for name in sorted(report["added"], key=lambda name: priority_of(settings.templates[name])):
-            self._attempt(report, name, manager.add_process, settings.templates[name])
-        for name in report["failed"]:           # or the next time it would not be seen to have changed
-            settings.templates[name] = self.settings.templates.get(name, settings.templates.get(name))
-        if report["webhooks"] and self._hooks is not None:
-            self._hooks.replace(settings.webhooks)
-        self.settings = settings
-        report["ok"] = not report["failed"]
-        return report
-
-    @staticmethod
-    def _attempt(report, name, function, *args):
-        """The system may refuse what the file may say: no room for another process, a program that is none."""
-        try:
-            function(*args)
-        except GafferError as error:
-            report["failed"][name] = str(error)
-
-    def _compare(self, manager, settings):
-        """With what it was loaded with, not with what somebody has changed by hand since."""
-        before, after = self.settings.templates, settings.templates
-        report = {"ok": True, "added": [], "changed": {}, "kept": [], "failed": {},
-                  "removed": [name for name in before if name not in after and name in manager.templates]}
-        for name, template in after.items():
-            if name not in manager.templates:
-                report["added"].append(name)
-                continue
-            old = before[name] if name in before else manager.templates[name].info
-            fields = [field for field in OPTIONS if old[field] != template[field]]
-            if fields:
-                report["changed"][name] = fields
-            else:
-                report["kept"].append(name)
-        report["webhooks"] = self.settings.webhooks != settings.webhooks
-        report["needs_restart"] = ["endpoints"] * (
-            list(map(vars, self.settings.endpoints)) != list(map(vars, settings.endpoints)))
+        before, after, present = self.settings.templates, settings.templates, manager.templates
+        changed = {}                            # by the files, not by hand
+        for name in [name for name in after if name in present]:
+            info = before[name] if name in before else present[name].info
+            changed[name] = [field for field in OPTIONS if info[field] != after[name][field]]
+        endpoints = [list(map(vars, each.endpoints)) for each in (self.settings, settings)]
+        report = {
+            "ok": True, "failed": {},
+            "added": sorted((name for name in after if name not in present),
+                            key=lambda name: priority_of(after[name])),
+            "changed": {name: fields for name, fields in changed.items() if fields},
+            "removed": [name for name in before if name not in after and name in present],
+            "kept": [name for name, fields in changed.items() if not fields],
+            "webhooks": self.settings.webhooks != settings.webhooks,
+            "needs_restart": ["endpoints"] if endpoints[0] != endpoints[1] else []}
+        for name in [] if dry_run else [*report["removed"], *report["changed"], *report["added"]]:
+            try:                                # the system may refuse what the file may ask for
+                if name not in after:
+                    manager.delete_process(name)
+                elif name in changed:
+                    self._change(manager, name, after[name], changed[name])
+                else:
+                    manager.add_process(after[name])
+            except GafferError as error:
+                report["failed"][name], report["ok"] = str(error), False
+                # or the next time it would not be seen to have changed
+                after[name] = before.get(name, after.get(name))
+        if not dry_run:
+            self.settings = settings
+            if report["webhooks"] and self._hooks is not None:
+                self._hooks.replace(settings.webhooks)
         return report
 
     @staticmethod
@@ -9451,8 +9475,7 @@ class Configuration:
             if "start" in fields:
                 (manager.start_template if info["start"] else manager.stop_template)(name)
             return
-        # one that was stopped by hand stays stopped, one that gave up gets another chance; a number that was not changed here
-        # may have been scaled
+        # what was stopped or scaled by hand stays so; what gave up gets another chance
         again, info = template.gave_up and "start" not in fields, dict(info)
         if "start" not in fields:
             del info["start"]
@@ -9675,7 +9698,7 @@ def given_template(arguments):
         if field in info or field in ("start", "args") or value is None or value == option.default:
             continue
         try:
-            info[field] = dict(pair.partition("=")[::2] for pair in value) if field == "env" else (
+            info[field] = env_from_words(value) if field == "env" else (
                 value if isinstance(value, bool) else os.path.abspath(value) if field == "cwd" else from_text(field, value))
         except ValueError as error:
             raise ClientError("--%s: field '%s' %s" % (field.replace("_", "-"), field, error), 2) from None
@@ -10481,8 +10504,8 @@ def serve_configuration(arguments, hooks):
     """The Configuration of CONFIG, or None. ConfigError."""
     if not arguments.config:
         return None
-    taken = [endpoint.port for endpoint in serve_endpoints(arguments) if endpoint.path is None]
-    configuration = Configuration(lambda: ConfigReader().read(arguments.config, taken).settings(), hooks)
+    taken = [endpoint.port for endpoint in map(HttpEndpoint, arguments.bind) if endpoint.path is None]
+    configuration = Configuration(lambda: read_settings(arguments.config, taken), hooks)
     hooks.hooks = configuration.settings.webhooks
     return configuration
 
@@ -10551,12 +10574,12 @@ def open_procfile(arguments, taken=()):
     """The Procfile that the arguments name. ConfigError, ClientError."""
     need(os.path.exists(arguments.procfile), ClientError,
          "there is no '%s': name a Procfile with -f FILE, or write one, with a line 'web: COMMAND'" % arguments.procfile)
-    return Procfile(arguments.procfile, arguments.root, arguments.env_file, arguments.port, taken)
+    return read_procfile(arguments.procfile, arguments.root, arguments.env_file, arguments.port, taken)
 
 
 def procfile_templates(arguments, taken=()):
     """{type: template} of a Procfile, with the numbers that the arguments ask for. ConfigError, ClientError."""
-    templates = ConfigReader().take(open_procfile(arguments, taken)).settings().templates
+    templates = read_settings(open_procfile(arguments, taken)).templates
     for name, count in parse_formation(arguments.concurrency, templates).items():
         templates[name]["numprocesses"] = count
     return templates
@@ -10619,12 +10642,10 @@ def wait_for_command(argv, env, root):
 def run_once(arguments):
     """run"""
     if arguments.procfile == PROCFILE_NAME and not os.path.exists(PROCFILE_NAME):       # none is no matter
-        source = Procfile(os.devnull, arguments.root or ".", arguments.env_file, arguments.port)
+        source = read_procfile(None, arguments.root, arguments.env_file, arguments.port)
     else:
         source = open_procfile(arguments)
-    types, env = source.types(), dict(source.env, PORT=str(source.port))
-    if source.faults:
-        raise ConfigError([text for _, text in source.faults])
+    types, env = source.types, dict(source.env, PORT=str(source.port))
     words = arguments.cmd[1:] if arguments.cmd[:1] == ["--"] else arguments.cmd
     if not words:
         raise ClientError("say what to run: 'gaffer.py run CMD'", 2)
@@ -10683,7 +10704,7 @@ def app_names(client, arguments):
     names, prefix = client.get("/processes"), group_of(arguments) + ":"
     found = [name for name in names if name.startswith(prefix)]
     if not found and not arguments.group:
-        types = Procfile(arguments.procfile, arguments.root).types() if os.path.exists(arguments.procfile) else names
+        types = read_procfile(arguments.procfile, arguments.root).types if os.path.exists(arguments.procfile) else names
         found = [name for name in names if name in types]
     need(found or not arguments.group, NotThere, "there is no process of the group '%s': 'gaffer.py load' loads it" % prefix[:-1])
     return found
@@ -10726,7 +10747,8 @@ def export_ini(group, source, templates):
     """An INI file for `serve`."""
     lines = ["; made from %s" % source.path, ""]
     for index, (kind, info) in enumerate(templates.items()):
-        lines += ["[process:%s:%s]" % (group, kind), "cmd = %s" % info["cmd"], "shell = true", "cwd = %s" % info["cwd"],
+        lines += ["[process:%s:%s]" % (group, kind), "cmd = %s" % info["cmd"],
+                  "shell = %s" % json.dumps(info["shell"]), "cwd = %s" % info["cwd"],
                   "numprocesses = %d" % info["numprocesses"], "priority = %d" % index, "", "[env:%s:%s]" % (group, kind)]
         for name, value in info["env"].items():
             need(value == value.strip() and "\n" not in value, ClientError,
@@ -10751,10 +10773,11 @@ def systemd_word(text):
 
 def export_systemd(group, source, templates):
     """Unit files: one of each process, and a target for all."""
-    units, commands = {}, source.types()
+    units, commands = {}, source.types
     for kind, info in templates.items():
         for number_ in range(info["numprocesses"]):
             env = dict(info["env"], PORT=str(int(info["env"]["PORT"]) + number_))
+            del env["GAFFER_PORT_STEP"]
             lines = ["[Unit]", "Description=%s %s.%d" % (group, kind, number_ + 1), "PartOf=%s.target" % group, "", "[Service]",
                      "WorkingDirectory=%s" % info["cwd"].replace("%", "%%"),
                      *("Environment=%s" % systemd_word("%s=%s" % pair) for pair in env.items()),
@@ -10997,7 +11020,7 @@ PROCFILE = (
     option("-f", "--procfile", metavar="FILE", default=PROCFILE_NAME, help="the Procfile (default ./Procfile)"),
     option("-d", "--root", metavar="DIR", help="where its processes run (default: its folder)"),
     option("-e", "--env-file", metavar="FILE", action="append", default=[],
-           help="variables, beside those of .env in that folder; repeatable"),
+           help="variables, in place of those of .env in that folder; repeatable"),
     option("-p", "--port", metavar="PORT", type=whole,
            help="PORT of the first type, then a hundred for each (default: that of the environment, or 5000)"),
 )

@@ -1747,6 +1747,9 @@ class PureTemplates(Case):
                 ({"cmd": "it's", "args": ["x"]}, None),
                 ({"cmd": "echo 'a", "shell": True}, None),
                 ({"redirect_output": [], "custom_streams": ["stdout"]}, None),
+                ({"env": {"GAFFER_PORT_STEP": "1"}}, "has GAFFER_PORT_STEP: give it and PORT"),
+                ({"env": {"GAFFER_PORT_STEP": 1, "PORT": 65500}, "numprocesses": 37},
+                 "field 'env' makes 65536 the PORT of process 37"),
                 *([({"uid": 54321}, "give 'gid' too"), ({"uid": 54321, "gid": 54321}, None)]
                   if os.geteuid() == 0 else [])):
             with self.subTest(fields=fields):
@@ -1782,6 +1785,35 @@ class PureTemplates(Case):
                 ("$A\u00e4", "1\u00e4"), ("%A% {A} `A`", "%A% {A} `A`"), ("$U", "\u00e4"), ("$X", "\udcff")):
             with self.subTest(word):
                 self.assertEqual(gaffer.substitute(word, env), wanted)
+
+
+class PureEnvFile(Case):
+    """The texts of .env files."""
+
+    def test_table(self):
+        for text, wanted in (
+                ("A=1", {"A": "1"}), ("export A = b c  ", {"A": "b c"}), ("A=", {"A": ""}), ("", {}),
+                ("\n# x\n\n  A=1 # x\n", {"A": "1"}), ("A=b#c #d", {"A": "b#c"}), ("A= # x", {"A": ""}),
+                ("A=#336699", {"A": "#336699"}), ("A='x'#c", {"A": "x"}), ("A=it's \"b\"", {"A": "it's \"b\""}),
+                ("A='b \\n \"c\" # $D' # e", {"A": "b \\n \"c\" # $D"}),
+                ('A="b\\nc\\t\\"d\\" \\\\ \\$e # f"', {"A": 'b\nc\t"d" \\ $e # f'}),
+                ('A="b\nc"\nB=2', {"A": "b\nc", "B": "2"}), ("A=1\r\nB='2'\r\n", {"A": "1", "B": "2"}),
+                ("A=x=y\nA=2", {"A": "2"}), ("A=\\n", {"A": "\\n"}),
+                ("A=1\nB=${A}$A-$H/${N}.\nH=x", {"A": "1", "B": "11-home/.", "H": "x"}),
+                ("A=x\nB=\"${A}$H\"\nC='$A'", {"A": "x", "B": "xhome", "C": "$A"})):
+            with self.subTest(text):
+                self.assertEqual(gaffer.parse_env(text, {"H": "home"}), (wanted, []))
+
+    def test_faults(self):
+        for text, lines, word in (
+                ("A\n", [1], "NAME=value"), ("A=1\n1A=2\nB=3", [2], "NAME=value"), ('A="b\nB=1', [1], "quotes"),
+                ("A='b'c", [1], "quotes"), ("=1\n\n-", [1, 3], "NAME=value"), ("export A", [1], "NAME=value"),
+                ('\nA="\\q"', [2], "\\q"), ("A=${B:-c}", [1], "'$'"), ("A='x\ny'\nB=$(date)", [3], "'$'"),
+                ("A=$$", [1], "'$'"), ('A="5$"', [1], "'$'")):
+            with self.subTest(text):
+                faults = gaffer.parse_env(text, {})[1]
+                self.assertEqual([line for line, _ in faults], lines)
+                self.assertIn(word, faults[0][1])
 
 
 class PureLaunch(Case):
@@ -1849,6 +1881,15 @@ class PureLaunch(Case):
         self.assertEqual(self.launch("sh", custom_streams=["in", "out"]).env[b"GAFFER_STREAMS"],
                          b"in,out")
         self.assertEqual(os.environ["GAFFER_TOKEN"], "secret")
+
+    def test_port(self):
+        """Only with a step each process has its own."""
+        for step, wanted in (({}, [b"7000", b"7000"]), ({"GAFFER_PORT_STEP": "1"}, [b"7000", b"7002"])):
+            first = self.launch("sh", env={"PORT": 7000, **step})
+            third = first.again(gaffer.check_template({
+                "name": "a", "cmd": "sh", "env": {"PORT": 7000, **step}}), 3)
+            self.assertEqual([launch.env[b"PORT"] for launch in (first, third)], wanted)
+            self.assertNotIn(b"GAFFER_PORT_STEP", third.env)
 
     def test_pythonunbuffered(self):
         pure_environ(self, PYTHONUNBUFFERED=None)
@@ -13606,13 +13647,13 @@ class ConfigCase(CliControlCase):
 
     def settings(self, name, text):
         """Settings of a file."""
-        return gaffer.ConfigReader().read(self.write(name, text)).settings()
+        return gaffer.read_settings(self.write(name, text))
 
     def faults(self, name, text):
         """Its faults, without the folder."""
         with self.assertRaises(gaffer.ConfigError) as caught:
             self.settings(name, text)
-        return [fault.replace(self.home + "/", "") for fault in caught.exception.faults]
+        return str(caught.exception).replace(self.home + "/", "").split("\n")
 
 
 class ConfigFiles(ConfigCase):
@@ -13638,7 +13679,8 @@ class ConfigFiles(ConfigCase):
         [process:a]
         cmd = sh -c 'echo %d "$HOME"'
         args = a 'b c'
-        env = A=1 B='x y'
+        env = A=1, B="x, y"
+            PURE_SET, PURE_UNSET C=
         os_env = no
         cwd = .
         uid =
@@ -13662,24 +13704,30 @@ class ConfigFiles(ConfigCase):
         lower = x=y
         """
 
-    def test_every_field(self):
+    def test_every_field_of_ini(self):
+        pure_environ(self, PURE_SET="set", PURE_UNSET=None)
         found = self.settings("gaffer.ini", self.INI)
         self.assertEqual(set(found.templates), {"a", "g:b"})
         self.assertEqual(found.templates["a"], {
-            "name": "a", "cmd": "sh -c 'echo %d \"$HOME\"'", "args": "a 'b c'", "os_env": False, "uid": None, "gid": None,
-            "env": {"A": "1", "B": "x y", "PORT": "80", "lower": "x=y"}, "cwd": self.home + "/.", "shell": False,
-            "numprocesses": 2, "start": False, "detach": False, "redirect_output": ["out", "err"], "redirect_input": True,
-            "custom_streams": ["one", "two"], "graceful_timeout": 2.5, "priority": 0,
+            "name": "a", "cmd": "sh -c 'echo %d \"$HOME\"'", "args": "a 'b c'", "os_env": False,
+            "uid": None, "gid": None, "cwd": self.home + "/.", "shell": False, "numprocesses": 2,
+            "env": {"A": "1", "B": "x, y", "PURE_SET": "set", "C": "", "PORT": "80", "lower": "x=y"},
+            "start": False, "detach": False, "redirect_output": ["out", "err"],
+            "redirect_input": True, "custom_streams": ["one", "two"], "graceful_timeout": 2.5,
+            "priority": 0,
             "flapping": {"attempts": 3, "window": 1.5, "retry_in": 2, "max_retry": 4}})
-        self.assertEqual((found.templates["g:b"]["cmd"], found.templates["g:b"]["cwd"]), ("sleep\n1000", self.home))
+        self.assertEqual((found.templates["g:b"]["cmd"], found.templates["g:b"]["cwd"]),
+                         ("sleep\n1000", self.home + "/"))
         self.assertEqual([(endpoint.bind, endpoint.backlog) for endpoint in found.endpoints], [
             ("127.0.0.1:0", 7), ("unix:%s/socket" % self.home, gaffer.BACKLOG)])
-        self.assertEqual(found.webhooks, [("create", "http://localhost:1/x"), ("proc/a/exit", "https://localhost/y?z=1")])
-        self.assertEqual(set(gaffer.OPTIONS) - {"name"}, set(re.findall(r"^ *(\w+) =", self.INI[self.INI.index("[process:a]"):
-                                                                     self.INI.index("[process:g:b]")], re.M)))
+        self.assertEqual(found.webhooks, [
+            ("create", "http://localhost:1/x"), ("proc/a/exit", "https://localhost/y?z=1")])
+        process = self.INI[self.INI.index("[process:a]"):self.INI.index("[process:g:b]")]
+        self.assertEqual(set(gaffer.OPTIONS) - {"name"}, set(re.findall(r"^ *(\w+) =", process, re.M)))
 
     TREE = {"gaffer": {"http_endpoints": ["public"]}, "endpoint": {"public": {"bind": "127.0.0.1:0"}},
-            "process": {"a": {"cmd": "sleep 1000", "numprocesses": 2, "redirect_output": ["out"], "flapping": {"attempts": 3}},
+            "process": {"a": {"cmd": "sleep 1000", "redirect_output": ["out"],
+                              "flapping": {"attempts": 3}},
                         "g:b": {"cmd": "sleep", "args": ["1000"], "start": False}},
             "env": {"a": {"PORT": 80}}, "webhooks": {"exit": "http://localhost/x"}}
     TOML = """
@@ -13689,7 +13737,6 @@ class ConfigFiles(ConfigCase):
         bind = "127.0.0.1:0"
         [process.a]
         cmd = "sleep 1000"
-        numprocesses = 2
         redirect_output = ["out"]
         flapping = {attempts = 3}
         [process."g:b"]
@@ -13706,8 +13753,10 @@ class ConfigFiles(ConfigCase):
         found = self.settings("x.json", json.dumps(self.TREE))
         self.assertEqual(found.templates["a"]["env"], {"PORT": 80})
         self.assertEqual(found.templates["a"]["flapping"]["max_retry"], 5)
-        self.assertEqual((found.templates["g:b"]["args"], found.templates["g:b"]["start"]), (["1000"], False))
-        self.assertEqual((found.webhooks, found.endpoints[0].bind), ([("exit", "http://localhost/x")], "127.0.0.1:0"))
+        self.assertEqual((found.templates["g:b"]["args"], found.templates["g:b"]["start"]),
+                         (["1000"], False))
+        self.assertEqual((found.webhooks, found.endpoints[0].bind),
+                         ([("exit", "http://localhost/x")], "127.0.0.1:0"))
         listed = [dict(values, name=name) for name, values in self.TREE["process"].items()]
         self.assertEqual(set(self.settings("list.json", json.dumps(listed)).templates), {"a", "g:b"})
         self.assertEqual(set(self.settings("one.json", json.dumps(listed[0])).templates), {"a"})
@@ -13715,33 +13764,30 @@ class ConfigFiles(ConfigCase):
             toml = self.settings("x.toml", self.TOML)
             self.assertEqual((toml.templates, toml.webhooks), (found.templates, found.webhooks))
         else:
-            self.assertRegex(self.faults("x.toml", self.TOML)[0], r"\Ax.toml:1: Python 3\.\d+ reads no TOML")
+            self.assertRegex(self.faults("x.toml", self.TOML)[0],
+                             r"\Ax.toml:1: Python 3\.\d+ reads no TOML")
 
     def test_included_files(self):
-        self.write("conf.d/b.ini", "[process:b]\ncmd = sleep 2\n")
-        self.write("conf.d/deep/c.ini", "[process:c]\ncmd = sleep 3\n")
+        for name in ("conf.d/b", "conf.d/deep/c", "e/1", "e/2", "conf.d/.#x", "conf.d/._y", "conf.d/.z/z"):
+            self.write(name + ".ini", "[process:%s]\ncmd = sleep 2\n" % name.replace("/", ":"))
         self.write("conf.d/no.txt", "nothing")
-        self.write("d.json", '{"name": "d", "cmd": "sleep 4"}')
-        self.write("e/1.ini", "[process:e1]\ncmd = sleep 1\n")
-        self.write("e/2.ini", "[process:e2]\ncmd = sleep 1\n[env:a]\nX = 1\n")
-        found = self.settings("a.ini", "[gaffer]\ninclude = d.json e/*.ini\ninclude_dir = conf.d\n[process:a]\ncmd = sleep 1\n")
-        self.assertEqual({name: os.path.basename(info["cwd"]) for name, info in found.templates.items() if name != "a"},
-                         {"b": "conf.d", "c": "deep", "d": os.path.basename(self.home), "e1": "e", "e2": "e"})
+        self.write("d.json", '[{"name": "d", "cmd": "sleep 4"}]')
+        self.write("f.ini", "[env:a]\nX = 1\n[endpoint:x]\nbind = 127.0.0.1:5140\n")
+        self.write("g/Procfile", "web: sleep 1\nother: sleep 1\n")
+        self.write("h/Procfile", "worker: sleep 1\n")
+        pure_environ(self, PORT=None)
+        found = self.settings("a.ini", "[gaffer]\ninclude = g/Procfile h/Procfile f.ini d.json e/*.ini\n"
+                                       "include_dir = conf.d\n[process:a]\ncmd = sleep 1\n")
+        names = [name for name in found.templates if "PORT" not in found.templates[name]["env"]]
+        self.assertEqual(set(names), {"a", "d", "e:1", "e:2", "conf.d:b", "conf.d:deep:c"})
+        self.assertEqual({os.path.relpath(found.templates[name]["cwd"], self.home) for name in names},
+                         {".", "e", "conf.d", "conf.d/deep"})
         self.assertEqual(found.templates["a"]["env"], {"X": "1"})
+        self.assertEqual([found.templates[name]["env"]["PORT"] for name in ("web", "other", "worker")],
+                         ["5000", "5200", "5300"], "no port twice, and none that gaffer has")
 
-    def test_faults_of_included_files(self):
-        self.write("b.ini", "[process:a]\ncmd = sleep 2\n[process:b]\ncmd = sleep 1\nnumproceses = 3\n")
-        self.assertEqual(self.faults("a.ini", "[gaffer]\ninclude = b.ini b.ini no.ini a.ini\ninclude_dir = nothing\n"
-                                              "[process:a]\ncmd = sleep 1\n"), [
-            "a.ini:2: [gaffer] 'include' names b.ini, which is included already",
-            "a.ini:2: [gaffer] 'include': no.ini: cannot be read: No such file or directory",
-            "a.ini:2: [gaffer] 'include' names a.ini, which is included already",
-            "a.ini:3: [gaffer] 'include_dir' names 'nothing', which is no folder",
-            "b.ini:1: [process:a] this section is in a.ini too",
-            "b.ini:5: [process:b] unknown field 'numproceses', did you mean 'numprocesses'?"])
-
-    def test_every_fault_at_once_with_its_line(self):
-        found = self.faults("gaffer.ini", """\
+    FAULTS = [
+        ("all.ini", """\
             junk
             [gaffer]
             http_endpoints = public, nix
@@ -13758,12 +13804,16 @@ class ConfigFiles(ConfigCase):
             numprocesses = two
             uid = nosuch-user
             cwd
+              more
             [process:a]
             cmd = nosuchprog
             cwd = nosuchdir
             shell = maybe
             [process:b]
             cmd = nosuchprog
+            env = A='1
+            flapping = 1 2 3 4 5
+            name = other
             [process:a]
             cmd = z
             [env:x]
@@ -13771,50 +13821,94 @@ class ConfigFiles(ConfigCase):
             [webhooks]
             creat = http://x
             exit = nourl
-            """)
-        words = ["1: 'junk'", "3: [gaffer] there is no [endpoint:nix]", "4: [gaffer] unknown field 'includ', did you",
-                 "6: [endpoint:public] 'bind' '127.0.0.1' is no address", "7: [endpoint:public] 'backlog' must be a number",
-                 "8: [endpoint:public] 'bind' is there twice", "9: [endpoint:other] 'bind' is missing",
-                 "10: [proces:dummy] there is no section of this name, did you mean 'process:dummy'",
-                 "12: [process:dummy] field 'cmd' is required", "13: [process:dummy] unknown field 'comand', did you mean 'cmd'",
-                 "14: [process:dummy] field 'numprocesses' must be a number", "15: [process:dummy] field 'uid' there is no user",
-                 "16: [process:dummy] 'cwd' has no value", "19: [process:a] field 'cwd' names the directory",
-                 "20: [process:a] field 'shell' must be true or false", "22: [process:b] field 'cmd' names 'nosuchprog'",
-                 "23: [process:a] this section is there twice", "25: [env:x] there is no [process:x]",
-                 "28: [webhooks] 'creat': there is no event type 'creat', did you mean 'create'", "29: [webhooks] 'exit' must be a URL"]
-        self.assertEqual([fault[:len(word) + 11] for fault, word in zip(found, words)], ["gaffer.ini:" + word for word in words])
-        self.assertEqual(len(found), len(words))
+            [process]
+            [endpoint:last]
+            bind = 127.0.0.1
+            """, [
+            "1: 'junk' is neither [section] nor 'name = value' in a section",
+            "3: [gaffer] there is no [endpoint:nix]",
+            "4: [gaffer] unknown field 'includ', did you mean 'include'?",
+            "7: [endpoint:public] field 'backlog' must be a whole number from 1 to 65535",
+            "8: [endpoint:public] 'bind' is there twice",
+            "9: [endpoint:other] field 'bind' is required",
+            "10: [proces:dummy] there is no section of this name, did you mean 'process:dummy'?",
+            "12: [process:dummy] field 'cmd' is required",
+            "13: [process:dummy] unknown field 'comand', did you mean 'cmd'?",
+            "14: [process:dummy] field 'numprocesses' must be a whole number from 0 to 1000",
+            "15: [process:dummy] field 'uid' there is no user 'nosuch-user' here",
+            "16: 'cwd' is neither [section] nor 'name = value' in a section",
+            "20: [process:a] field 'cwd' names the directory '@nosuchdir', which is not there",
+            "21: [process:a] field 'shell' must be true or false",
+            "23: [process:b] field 'cmd' names 'nosuchprog', which is not found in PATH",
+            "24: [process:b] field 'env' cannot be split into words: no closing quotation",
+            "25: [process:b] field 'flapping' is at most attempts, window, retry_in, max_retry: "
+            "2, 1.0, 7.0, 5",
+            "26: [process:b] field 'name' is 'other': leave it out",
+            "27: [process:a] '[process:a]' is there twice",
+            "29: [env:x] there is no [process:x]",
+            "32: [webhooks] 'creat': there is no event type 'creat', did you mean 'create'?*",
+            "33: [webhooks] 'exit': 'nourl' is not a URL such as http://host:port/path",
+            "34: [process] there is no section of this name, did you mean 'process:NAME'?",
+            "36: [endpoint:last] '127.0.0.1' is no address: give host:port, [v6]:port or unix:/path"]),
+        ("include.ini", "[gaffer]\ninclude = b.ini b.ini no.ini include.ini\ninclude_dir = nothing\n"
+                        "[process:a]\ncmd = sleep 1\n", [
+            "2: [gaffer] 'include': @b.ini is included already",
+            "2: [gaffer] 'include': @no.ini: cannot be read: No such file or directory",
+            "2: [gaffer] 'include': @include.ini is included already",
+            "3: [gaffer] '@nothing' is not a folder",
+            "b.ini:1: [process:a] this section is in include.ini too",
+            "b.ini:5: [process:b] unknown field 'numproceses', did you mean 'numprocesses'?"]),
+        ("nul.ini", "[gaffer]\ninclude = a\0b\n", ["nul.ini: cannot be read: must not hold a NUL character"]),
+        ("tree.json", '{"process":\n {"web": {"cmd": "true",\n "numprocesses": "x"},\n"db":\n'
+                      '{"cmdd": 1}, "e": {"cmd": "true",\n"env": [1]}}, "env": {"e": {"A": 1}},\n'
+                      '"processes": {}, "gaffer": {\n"include": ["a\\u0000"]},\n'
+                      '"endpoint": {"x": {"bind": "127.0.0.1:0", "certfile":\n5}, "y": 1}}', [
+            "3: [process:web] field 'numprocesses' must be a whole number from 0 to 1000",
+            "4: [process:db] field 'cmd' is required",
+            "5: [process:db] unknown field 'cmdd', did you mean 'cmd'?",
+            "6: [process:e] field 'env' must be an object of strings and numbers",
+            "7: [processes] there is no section of this name, did you mean 'process:NAME'?",
+            "8: [gaffer] field 'include' must not hold a NUL character",
+            "9: [endpoint:x] field 'certfile' must be a string",
+            "10: [endpoint:y] must be an object"]),
+        ("env.json", '{"process": {"a": {"cmd": "true", "name": "b"}},\n"env": {"a": {"X": []}}}', [
+            "1: [process:a] field 'name' is 'b': leave it out",
+            "2: [env:a] must be an object of strings and numbers, but 'X' is neither"]),
+        ("syntax.json", '{"a":\n1,}', ["2: cannot be parsed: *"]),
+        ("three.json", "3", ["1: must be sections, a template, or a list of templates of different names"]),
+        ("list.json", '[{"name": "a", "cmd": "true"},\n{"cmd": "x", "name": "b", "env": 1},\n'
+                      '{"name": "a", "cmd": "x"}]', [
+            "1: must be sections, a template, or a list of templates of different names",
+            "2: [process:b] field 'env' must be an object of strings and numbers"]),
+        ("twice.json", '{"process": {"a":\n {"cmd": "true", "cmd": "false"}}, "env": []}', [
+            "1: 'cmd' is there twice in one object", "2: [env] must be an object"]),
+        ("syntax.toml", "[process.a]\ncmd = \n", ["2: cannot be parsed: *"]),
+        ("tree.toml", "[process.a]\ncmd = 'sleep 1'\nshell = 1\n[process.'g:b']\n\ncmd = 'nosuchprog'\n", [
+            "3: [process:a] field 'shell' must be true or false",
+            "6: [process:g:b] field 'cmd' names 'nosuchprog', which is not found in PATH"]),
+    ]
 
-    def test_faults_of_json_and_toml(self):
-        self.assertEqual(self.faults("a.json", '{"process":\n {"web": {"cmd": "sleep 1",\n "numprocesses": "x"},\n"db":\n{"cmdd": 1}},\n'
-                                               '"processes": {}, "gaffer": 3}'), [
-            "a.json:3: [process:web] field 'numprocesses' must be a whole number from 0 to 1000",
-            "a.json:4: [process:db] field 'cmd' is required",
-            "a.json:5: [process:db] unknown field 'cmdd', did you mean 'cmd'?",
-            "a.json:6: [processes] there is no section of this name, did you mean 'process'?",
-            "a.json:6: [gaffer] must be an object"])
-        self.assertRegex(self.faults("b.json", '{"a":\n1,}')[0], r"\Ab.json:2: is no JSON: ")
-        self.assertEqual(len(self.faults("c.json", '[{"name": "a", "cmd": "sleep 1"}, {"name": "a", "cmd": "x"}, 3]')), 3)
-        self.assertRegex(self.faults("d.json", "3")[0], "must be an object")
-        self.assertEqual(self.faults("f.json", '{"process": {"a":\n {"cmd": "true", "cmd": "false"},\n"a": {"cmd": "true"}}}'), [
-            'f.json:1: "cmd" is there twice in one object', 'f.json:1: "a" is there twice in one object'])
-        self.assertEqual(self.faults("e.json", '{"process": [], "env": {"x": 1}}'), [
-            "e.json:1: [process] must hold an object for each name", "e.json:1: [env:x] must be an object"])
-        if sys.version_info >= (3, 11):
-            self.assertRegex(self.faults("a.toml", "[process.a]\ncmd = \n")[0], r"\Aa.toml:2: is no TOML: ")
-            found = self.faults("b.toml", "[process.a]\ncmd = 'sleep 1'\nshell = 1\n[process.'g:b']\n\ncmd = 'nosuchprog'\n")
-            self.assertEqual([fault.partition(" field")[0] for fault in found], ["b.toml:3: [process:a]", "b.toml:6: [process:g:b]"])
+    def test_every_fault_at_once_with_its_line(self):
+        self.write("b.ini", "[process:a]\ncmd = sleep 2\n[process:b]\ncmd = sleep 1\nnumproceses = 3\n")
+        for name, text, faults in self.FAULTS:
+            if name.endswith(".toml") and sys.version_info < (3, 11):
+                continue
+            with self.subTest(name):
+                for fault, wanted in itertools.zip_longest(self.faults(name, text), faults):
+                    wanted = wanted if wanted and wanted[0].isalpha() else "%s:%s" % (name, wanted)
+                    self.assertRegex(fault or "", "\\A%s\\Z" % re.escape(wanted.replace("@", "")).replace(r"\*", ".*"))
 
     def test_files_that_cannot_be_read(self):
-        for path, words in ((self.home, "Is a directory"), (self.home + "/no", "No such file"), ("/dev/zero", "over 1048576")):
+        for path, words in ((self.home, "Is a directory"), (self.home + "/no", "No such file"),
+                            ("/dev/zero", "over 1048576")):
             with self.assertRaisesRegex(gaffer.ConfigError, words):
-                gaffer.ConfigReader().read(path)
+                gaffer.read_settings(path)
         path = self.home + "/latin"
         with open(path, "wb") as file:
             file.write(b"\xe4")
         self.call("serve", path, status=1, err="gaffer: .*latin: cannot be read: 'utf-8'.*\n")
-        self.assertIn("and 100 faults more", self.faults("many.ini", "[process:a]\ncmd = true\n" + "".join("x%d = 1\n" % i for i in range(10))
-                                                         + "".join("[x%d]\n" % i for i in range(190)))[-1])
+        many = ["[process:a]\ncmd = true", *("x%d = 1" % i for i in range(10)), *("[x%d]" % i for i in range(190))]
+        self.assertEqual(self.faults("many.ini", "\n".join(many))[100:], ["and 100 faults more"])
 
 
 class ConfigReload(ConfigCase):
@@ -13824,7 +13918,7 @@ class ConfigReload(ConfigCase):
         """Serve a file; say what has changed with change()."""
         self.path = self.write("gaffer.ini", text)
         self.hooks = gaffer.WebHooks()
-        self.configuration = gaffer.Configuration(lambda: gaffer.ConfigReader().read(self.path).settings(), self.hooks)
+        self.configuration = gaffer.Configuration(lambda: gaffer.read_settings(self.path), self.hooks)
         self.server.manager.loop.call(self.hooks.start, self.server.manager.loop, self.server.manager)
         self.configuration.begin(self.server.manager)
 
@@ -14005,7 +14099,8 @@ class ConfigServe(CliFollowCase):
         path = self.file(self.folder(), "Procfile", "web: exec sleep 1000\nworker: exec sleep 1000\n")
         server = self.start("serve", path, "--bind", "127.0.0.1:0")
         self.assertEqual(server.ok("GET", "/processes"), ["web", "worker"])
-        self.assertEqual(server.ok("GET", "/processes/worker")["env"], {"PORT": "5100"})
+        self.assertEqual(server.ok("GET", "/processes/worker")["env"],
+                         {"PORT": "5100", "GAFFER_PORT_STEP": "1"})
         self.assertEqual(self.called("scale", "-f", path, "web=2", "--endpoint", server.urls[0]), (0, "web: 2 processes\n", ""))
         self.assertEqual((server.stop(), server.stderr), (0, ""))
 
@@ -14014,7 +14109,7 @@ class ConfigServe(CliFollowCase):
         status, out, err = self.outcome("serve", path)
         self.assertEqual((status, out), (1, ""))
         self.assertEqual(err, "gaffer: {0}:1: [process:a] field 'cmd' is required\ngaffer: {0}:2: [process:a] unknown field 'comand', did you mean "
-                              "'cmd'?\ngaffer: {0}:5: [process:b] field 'shell' must be true or false, not '7'\n".format(path))
+                              "'cmd'?\ngaffer: {0}:5: [process:b] field 'shell' must be true or false\n".format(path))
 
     def test_logs_follow_over_kills_and_a_restart_of_the_server(self):
         """Every line once."""
@@ -14099,47 +14194,63 @@ class ConfigServe(CliFollowCase):
 
 
 class ProcfileTexts(ConfigCase):
-    """Procfiles and .env files as texts."""
+    """Procfiles, and what export makes of them."""
 
-    def test_dotenv(self):
-        table = [
-            ("A=1", {"A": "1"}), ("export A = b c  ", {"A": "b c"}), ("A=", {"A": ""}), ("\n# x\n\n  A=1 # x\n", {"A": "1"}),
-            ("A=b#c #d", {"A": "b#c"}), ("A='b \\n \"c\" # d' # e", {"A": "b \\n \"c\" # d"}), ("A= # x", {"A": ""}),
-            ('A="b\\nc\\t\\"d\\" \\\\ \\$e \\q"', {"A": 'b\nc\t"d" \\ $e \\q'}), ('A="b\nc"\nB=2', {"A": "b\nc", "B": "2"}),
-            ("A=1\r\nB='2'\r\n", {"A": "1", "B": "2"}), ("A=x=y\nA=2", {"A": "2"}), ("", {}), ("A=$B ${C}", {"A": "$B ${C}"}),
-        ]
-        for text, values in table:
-            with self.subTest(text):
-                self.assertEqual(gaffer.parse_dotenv(text), (values, []))
-        for text, wrong in (("A\n", [1]), ("A=1\n1A=2\nB=3", [2]), ('A="b\nB=1', [1]), ("A='b'c", [1]), ("=1\n\n-", [1, 3])):
-            with self.subTest(text):
-                self.assertEqual(gaffer.parse_dotenv(text)[1], wrong)
+    COMMANDS = [                                # (command, cmd, shell)
+        ("python3 app.py", "python3 app.py", False),
+        ("exec python3 app.py web", "python3 app.py web", False),
+        ("'./my app' --a=b 'c;d' \"e f\" g\\ h", "'./my app' --a=b 'c;d' \"e f\" g\\ h", False),
+        ("python3 -m http.server $PORT", "exec python3 -m http.server $PORT", True),
+        ("sh -c 'echo $PORT; x'", "exec sh -c 'echo $PORT; x'", True),
+        ("A=1 B='x y' app", "A=1 B='x y' exec app", True),
+        ("cd a && B=2 app 2>&1 < x # c", "cd a && B=2 exec app 2>&1 < x # c", True),
+        ("a || b; c -x \"$D\" $((E + 1)) $(f)", "a || b; exec c -x \"$D\" $((E + 1)) $(f)", True),
+        *((text, text, True) for text in (
+            "echo x", "a | b", "a & wait", "trap 'a' EXIT; b", "if a; then b; fi", "{ a; b; }", "! a", "a;",
+            "f() { a; }; f", "while a; do b; done", "cd a && exec b", "exec -a n b", "A=1", "$A b", "~/a", "`a`")),
+    ]
+
+    def test_a_shell_only_where_it_is_needed(self):
+        for command, cmd, shell in self.COMMANDS:
+            with self.subTest(command):
+                self.assertEqual(gaffer.command_fields(command), {"cmd": cmd, "shell": shell})
 
     def test_types_ports_and_environment(self):
+        pure_environ(self, PORT=None)
         self.write(".env", "A=1\nB=2\n")
-        more = self.write("more.env", "B=3\n")
-        path = self.write("Procfile", "# x\nweb: a $PORT | b\n\n  \nwork-er_2 :  c  \r\n")
-        source = gaffer.Procfile(path, env_files=[more])
-        self.assertEqual(source.types(), {"web": "a $PORT | b", "work-er_2": "c"})
-        settings = gaffer.ConfigReader().take(source).settings()
-        self.assertEqual([info["env"] for info in settings.templates.values()], [
-            {"A": "1", "B": "3", "PORT": "5000"}, {"A": "1", "B": "3", "PORT": "5100"}])
-        self.assertEqual({info["cwd"] for info in settings.templates.values()}, {self.home})
-        self.assertEqual(gaffer.Procfile(path, taken=[5000]).port, 5100)
-        self.assertEqual(gaffer.Procfile(path, port=7000, taken=[5000]).port, 7000)
-        with unittest.mock.patch.dict(os.environ, PORT="8000"):
-            self.assertEqual((gaffer.Procfile(path).port, gaffer.Procfile(path, port=7000).port), (8000, 7000))
-        for port in 0, 65536, 70000:
-            self.assertEqual(gaffer.Procfile(path, port=port).faults, [(0, "PORT is '%d': give a number from 1 to 65535" % port)])
+        more = self.write("more.env", "B=3\nC=$B$A\n")
+        path = self.write("Procfile", "# x\nweb: sleep $PORT | b\n\n  \nwork-er_2 :  sleep 1  \r\n")
+        self.assertEqual(gaffer.Procfile(path).types, {"web": "sleep $PORT | b", "work-er_2": "sleep 1"})
+        self.assertEqual((gaffer.Procfile(path).env, gaffer.Procfile(path, root="/").env), ({"A": "1", "B": "2"}, {}))
+        pure_environ(self, A="own")
+        templates = gaffer.read_settings(gaffer.Procfile(path, env_files=[more])).templates
+        env = {"B": "3", "C": "3own", "GAFFER_PORT_STEP": "1"}
+        self.assertEqual([info["env"] for info in templates.values()], [dict(env, PORT="5000"), dict(env, PORT="5100")])
+        self.assertEqual({info["cwd"] for info in templates.values()}, {self.home})
+        for options, own, wanted in (               # options, PORT of gaffer's environment, PORT
+                ({"taken": [5000]}, None, 5100), ({"taken": [5050]}, None, 5100), ({"taken": [5000], "port": 4950}, None, 4950),
+                ({"port": 7000, "taken": [7000]}, None, 7100), ({}, "8000", 8000), ({"port": 7000}, "8000", 7000)):
+            with self.subTest(options=options, own=own):
+                pure_environ(self, PORT=own)
+                self.assertEqual(gaffer.Procfile(path, **options).port, wanted)
         self.write(".env", "PORT=6000\n")
         self.assertEqual((gaffer.Procfile(path).port, gaffer.Procfile(path, port=7000).port), (6000, 7000))
-        self.assertEqual(gaffer.Procfile(path, root="/").env, {})
 
     def test_faults(self):
         self.write(".env", "A=1\nB")
-        self.assertEqual(self.faults("Procfile", "web: sleep 1\njunk\nweb: x\n7: x\n"), [
-            ".env:2: is not NAME=value", "Procfile:2: 'junk' is not 'type: command'", "Procfile:3: 'web' is there twice",
-            "Procfile:4: [process:7] field 'name' must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not 'all', and not begin with - or :"])
+        self.assertEqual(self.faults("Procfile", "web: sleep 1\njunk\nweb: x\n7: sleep 1\nx: nosuchprogram\n"), [
+            ".env:2: is not NAME=value, with a value in quotes or without any",
+            "Procfile:2: 'junk' is not 'type: command'", "Procfile:3: 'web' is there twice",
+            "Procfile:4: [process:7] field 'name' must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not 'all', "
+            "and not begin with - or :",
+            "Procfile:5: [process:x] field 'cmd' names 'nosuchprogram', which is not found in PATH"])
+        os.unlink(self.home + "/.env")
+        self.assertEqual(self.faults("Procfile", "# nothing\n"), ["Procfile:1: there is no line 'type: command' in it"])
+        path = self.write("Procfile", "a: sleep 1\nb: sleep 1\n")
+        for options, err in ((("-p", "65500"), ".*:2: \\[process:b\\] .* makes 65600 the PORT .*"),
+                             (("-p", "0"), "PORT is '0': give a number from 1 to 65535"),
+                             (("-p", "65536"), "PORT is '65536': give a number from 1 to 65535")):
+            self.call("up", "-f", path, *options, status=1, err="gaffer: %s\n" % err)
 
     def test_formation(self):
         types = {"web": 1, "worker": 2}
@@ -14150,10 +14261,9 @@ class ProcfileTexts(ConfigCase):
                 gaffer.parse_formation([wrong], types)
 
     def test_exports_say_the_same(self):
-        self.write(".env", "A='x  y'\nB=%d $Q \\\n")
+        self.write(".env", "A='x  y'\nB=%d \\\n")
         path = self.write("Procfile", "web: echo \"$A\" 100%\nworker: sleep 1000\n")
-        source = gaffer.Procfile(path)
-        plain = gaffer.ConfigReader().take(source).settings().templates
+        plain = gaffer.read_settings(gaffer.Procfile(path)).templates
         plain["worker"]["numprocesses"] = 2
         for kind in ("ini", "json"):
             out = self.call("export", kind, "my", "-f", path, "-c", "worker=2")
@@ -14171,14 +14281,17 @@ class ProcfileTexts(ConfigCase):
         out = self.call("export", "systemd", "my", "-f", path, "-c", "web=2", "-p", "7000")
         self.assertEqual(re.findall("^# (.*)$", out, re.M), [
             "my.target", "my-web-1.service", "my-web-2.service", "my-work_er-1.service"])
-        for line in ('Environment="A=100%% \\"q\\" $x \\\\"', 'Environment="PORT=7001"', 'Environment="PORT=7100"', "PartOf=my.target",
-                     'ExecStart=/bin/sh -c "exec app --port $$PORT 5%%"', "WorkingDirectory=" + self.home, "Restart=always",
-                     "Wants=my-web-1.service my-web-2.service my-work_er-1.service"):
+        for line in ('Environment="A=100%% \\"q\\" $x \\\\"', 'Environment="PORT=7001"', 'Environment="PORT=7100"',
+                     'ExecStart=/bin/sh -c "exec app --port $$PORT 5%%"', "WorkingDirectory=" + self.home,
+                     "Wants=my-web-1.service my-web-2.service my-work_er-1.service", "Restart=always",
+                     "PartOf=my.target"):
             self.assertIn("\n%s\n" % line, out)
+        self.assertNotIn("STEP", out)
         folder = os.path.join(self.home, "units")
         self.call("export", "systemd", "-f", path, "-o", folder, status=1, err="gaffer: .*cannot be written.*\n")
         os.mkdir(folder)
-        self.assertEqual(len(self.call("export", "systemd", "-f", path, "-o", folder).splitlines()), len(os.listdir(folder)))
+        self.assertEqual(len(self.call("export", "systemd", "-f", path, "-o", folder).splitlines()),
+                         len(os.listdir(folder)))
 
 
 class ProcfileRun(ConfigCase):
@@ -14195,7 +14308,7 @@ class ProcfileRun(ConfigCase):
         self.write(".env", "A=1\nB=2\n")
         self.write("x.env", "B=3\n")
         self.write("Procfile", "web: echo web $PORT\n")
-        self.assertEqual(self.start_run("-e", "x.env", "echo $A $B $PORT ${GAFFER_TOKEN-none}"), (0, "1 3 5000 none\n"))
+        self.assertEqual(self.start_run("-e", "x.env", "echo $A $B $PORT ${GAFFER_TOKEN-none}"), (0, "3 5000 none\n"))
         self.assertEqual(self.start_run("-p", "7000", "web"), (0, "web 7000\n"))
         self.assertEqual(self.start_run("sh", "-c", "echo $1; exit 7", "sh", "-x"), (7, "-x\n"))
         self.assertEqual(self.start_run("--", "cat", given="in"), (0, "in"))
@@ -14208,7 +14321,7 @@ class ProcfileRun(ConfigCase):
         self.write(".env", "A=env\n")
         self.assertEqual(self.start_run("echo $A $PORT"), (0, "env 5000\n"))
         self.write(".env", "A\n")
-        self.assertEqual(self.start_run("echo"), (1, "gaffer: %s/.env:1: is not NAME=value\n" % self.home))
+        self.assertEqual(self.start_run("echo"), (1, "gaffer: %s/.env:1: is not NAME=value, with a value in quotes or without any\n" % self.home))
         self.call("run", status=2, err="gaffer: say what to run.*\n")
 
     def test_signals_go_to_the_command(self):
@@ -14426,7 +14539,7 @@ class ProcfileExample(CliFollowCase):
         self.assertRegex(self.page(self.port + 1), rb"\Atasks done\tso far: \d+\n\Z")
         text = cli_read(os.path.join(self.app, "Procfile"))
         self.file(self.app, "Procfile", text.replace("worker: exec", "worker: echo new; exec"))
-        self.assertEqual(self.call("reload", *ask[:2]), "worker: changed (cmd)\nweb: kept\nclock: kept\n")
+        self.assertEqual(self.call("reload", *ask[:2]), "worker: changed (cmd, shell)\nweb: kept\nclock: kept\n")
         seen += read_until("| new")
         until(lambda: self.called("ps", *ask)[0] == 0, "all run again")
         self.assertEqual(len(self.call("ps", *ask).splitlines()), 6)
