@@ -14361,6 +14361,13 @@ class ProcfileServer(ConfigCase):
         self.assertEqual(self.call("unload", "my-app"), "my-app:web: unloaded\nmy-app:worker: unloaded\n")
         self.assertEqual(self.server.ok("GET", "/processes"), ["other"])
 
+    def test_no_shell_is_in_front_of_a_program(self):
+        self.write("my app/Procfile", "a: sleep 1000\nb: exec sleep 1000 > /dev/null\nc: cd / && X=$A sleep 1000\n")
+        self.call("load", "x", *self.procfile)
+        for name in "abc":
+            os_pid, = self.server.ok("GET", "/status/x:" + name)["os_pids"]
+            until(lambda: cli_read("/proc/%d/cmdline" % os_pid) == "sleep\x001000\0")
+
     def test_each_process_has_a_port(self):
         self.write("my app/Procfile", "web: echo $PORT; exec sleep 1000\nworker: echo $PORT; exec sleep 1000\n")
         self.call("load", "x", *self.procfile, "-c", "web=3", "-p", "7000")
