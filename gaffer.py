@@ -8974,10 +8974,11 @@ def split_list(text):
 
 
 def parse_number(text):
-    """Return the number that a text writes, else the text, which the check of the field refuses."""
-    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-        return int(text)
-    return float(text) if re.fullmatch(r"[+-]?[0-9]+\.[0-9]*|[+-]?\.[0-9]+", text) else text
+    """Return the int or float that a text writes. Raise ValueError if it writes none."""
+    try:
+        return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else float(text)
+    except ValueError:
+        raise ValueError("must be a number, not %r" % text) from None
 
 
 def env_from_words(words):
@@ -9009,7 +9010,9 @@ def from_text(field, text):
     """
     convert = CONVERTERS.get(field, str)
     if field in OPTIONS and isinstance(OPTIONS[field].default, bool):
-        return BOOLEANS.get(text.lower(), text)
+        if text.lower() not in BOOLEANS:
+            raise ValueError("must be true or false, not %r" % text)
+        return BOOLEANS[text.lower()]
     return None if text == "" and field != "cmd" and convert is not split_list else convert(text)
 
 
@@ -9081,9 +9084,10 @@ class ConfigFile:
         return os.path.join(self.folder, path)
 
     def note(self, section, fields, faults):
-        """Note faults of a section's fields, [(field, sentence)]."""
+        """Note faults of a section's fields, [(field, sentence)], unless its text has one."""
         for field, reason in faults:
-            self.fault(reason, section, field if field in fields else None)
+            if not any("[%s] field '%s' " % (section, field) in text for _, text in self.faults):
+                self.fault(reason, section, field if field in fields else None)
 
     def _line(self, section, field):
         """Return the line of a section or its field; parsers tell only those of syntax errors."""
@@ -9129,9 +9133,8 @@ def load_ini(file):
         for field, text in fields.items() if FIELDS.get(kind) else ():
             try:
                 fields[field] = from_text(field, text)
-            except ValueError as error:
+            except ValueError as error:         # the text stays, and no check accepts it
                 file.fault("field '%s' %s" % (field, error), section, field)
-                fields[field] = None
         if section[0] != "\0":
             tree.setdefault(kind, {})[name] = {
                 field: value for field, value in fields.items() if value is not None}

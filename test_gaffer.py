@@ -13811,6 +13811,8 @@ class ConfigFiles(ConfigCase):
             shell = maybe
             [process:b]
             cmd = nosuchprog
+            [process:c]
+            cmd = true
             env = A='1
             flapping = 1 2 3 4 5
             name = other
@@ -13828,28 +13830,28 @@ class ConfigFiles(ConfigCase):
             "1: 'junk' is neither [section] nor 'name = value' in a section",
             "3: [gaffer] there is no [endpoint:nix]",
             "4: [gaffer] unknown field 'includ', did you mean 'include'?",
-            "7: [endpoint:public] field 'backlog' must be a whole number from 1 to 65535",
+            "7: [endpoint:public] field 'backlog' must be a number, not 'x'",
             "8: [endpoint:public] 'bind' is there twice",
             "9: [endpoint:other] field 'bind' is required",
             "10: [proces:dummy] there is no section of this name, did you mean 'process:dummy'?",
             "12: [process:dummy] field 'cmd' is required",
             "13: [process:dummy] unknown field 'comand', did you mean 'cmd'?",
-            "14: [process:dummy] field 'numprocesses' must be a whole number from 0 to 1000",
+            "14: [process:dummy] field 'numprocesses' must be a number, not 'two'",
             "15: [process:dummy] field 'uid' there is no user 'nosuch-user' here",
             "16: 'cwd' is neither [section] nor 'name = value' in a section",
             "20: [process:a] field 'cwd' names the directory '@nosuchdir', which is not there",
-            "21: [process:a] field 'shell' must be true or false",
+            "21: [process:a] field 'shell' must be true or false, not 'maybe'",
             "23: [process:b] field 'cmd' names 'nosuchprog', which is not found in PATH",
-            "24: [process:b] field 'env' cannot be split into words: no closing quotation",
-            "25: [process:b] field 'flapping' is at most attempts, window, retry_in, max_retry: "
+            "26: [process:c] field 'env' cannot be split into words: no closing quotation",
+            "27: [process:c] field 'flapping' is at most attempts, window, retry_in, max_retry: "
             "2, 1.0, 7.0, 5",
-            "26: [process:b] field 'name' is 'other': leave it out",
-            "27: [process:a] '[process:a]' is there twice",
-            "29: [env:x] there is no [process:x]",
-            "32: [webhooks] 'creat': there is no event type 'creat', did you mean 'create'?*",
-            "33: [webhooks] 'exit': 'nourl' is not a URL such as http://host:port/path",
-            "34: [process] there is no section of this name, did you mean 'process:NAME'?",
-            "36: [endpoint:last] '127.0.0.1' is no address: give host:port, [v6]:port or unix:/path"]),
+            "28: [process:c] field 'name' is 'other': leave it out",
+            "29: [process:a] '[process:a]' is there twice",
+            "31: [env:x] there is no [process:x]",
+            "34: [webhooks] 'creat': there is no event type 'creat', did you mean 'create'?*",
+            "35: [webhooks] 'exit': 'nourl' is not a URL such as http://host:port/path",
+            "36: [process] there is no section of this name, did you mean 'process:NAME'?",
+            "38: [endpoint:last] '127.0.0.1' is no address: give host:port, [v6]:port or unix:/path"]),
         ("include.ini", "[gaffer]\ninclude = b.ini b.ini no.ini include.ini\ninclude_dir = nothing\n"
                         "[process:a]\ncmd = sleep 1\n", [
             "2: [gaffer] 'include': @b.ini is included already",
@@ -14109,7 +14111,7 @@ class ConfigServe(CliFollowCase):
         status, out, err = self.outcome("serve", path)
         self.assertEqual((status, out), (1, ""))
         self.assertEqual(err, "gaffer: {0}:1: [process:a] field 'cmd' is required\ngaffer: {0}:2: [process:a] unknown field 'comand', did you mean "
-                              "'cmd'?\ngaffer: {0}:5: [process:b] field 'shell' must be true or false\n".format(path))
+                              "'cmd'?\ngaffer: {0}:5: [process:b] field 'shell' must be true or false, not '7'\n".format(path))
 
     def test_logs_follow_over_kills_and_a_restart_of_the_server(self):
         """Every line once."""
