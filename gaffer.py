@@ -591,18 +591,6 @@ def reap(os_pid):
         pass
 
 
-def signal_group(group, signum):
-    """Signal a process group (0: only look). False: it has no member, or none that gaffer may signal."""
-    try:
-        os.killpg(group, signum)
-        return True
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        log.warning("process group %d runs as another user and cannot be signalled", group)
-        return False
-
-
 class ProcfsTable:
     """Processes as Linux shows them under /proc."""
 
@@ -621,15 +609,32 @@ class ProcfsTable:
         """The fields of /proc/<pid>/stat from the state on (proc(5) counts it as 3); [] if the process is gone."""
         return self._read(os_pid, "stat").rpartition(b")")[2].split()
 
-    def group_members(self, group):
-        """OS pids of the living members of a process group (zombies do not count)."""
-        members = []
+    def groups(self):
+        """Return the ids of all process groups that have a living member (a zombie is none)."""
+        found = set()
         for entry in os.listdir("/proc"):
             if entry.isdigit():
                 fields = self._stat(int(entry))
-                if fields and int(fields[2]) == group and fields[0] not in (b"Z", b"X"):
-                    members.append(int(entry))
-        return members
+                if fields and fields[0] not in (b"Z", b"X"):
+                    found.add(int(fields[2]))
+        return found
+
+    def orphans(self, os_pid, ours):
+        """Return the OS pids of processes without a parent that began after `os_pid`, each in a
+        session as new as itself: daemons. `ours`: those that are known."""
+        reapers, found = {1}, []
+        parent = os.getppid()
+        while parent > 1:
+            reapers.add(parent)
+            fields = self._stat(parent)
+            parent = int(fields[1]) if fields else 0
+        for entry in os.listdir("/proc"):
+            if entry.isdigit() and int(entry) > os_pid and int(entry) not in ours:
+                fields = self._stat(int(entry))
+                if (fields and int(fields[1]) in reapers and int(fields[3]) > os_pid
+                        and fields[0] not in (b"Z", b"X")):
+                    found.append(int(entry))
+        return found
 
     def children(self, os_pid):
         """OS pids of a process's children; [] if it is gone."""
@@ -695,10 +700,14 @@ class PsTable:
             if len(words) == len(columns):
                 yield dict(zip(columns, words))
 
-    def group_members(self, group):
+    def groups(self):
         """See ProcfsTable."""
-        return [int(row["pid"]) for row in self._rows(("pid", "pgid", "stat"))
-                if int(row["pgid"]) == group and row["stat"][0] not in "ZX"]
+        rows = self._rows(("pgid", "stat"))
+        return {int(row["pgid"]) for row in rows if row["stat"][0] not in "ZX"}
+
+    def orphans(self, os_pid, ours):
+        """See ProcfsTable; not known."""
+        return []
 
     def children(self, os_pid):
         """See ProcfsTable."""
@@ -2216,41 +2225,166 @@ def end_socket(fd):
             pass                                # the process is gone
 
 
-class Process:
-    """A running process, and for a while one that has run. `os_pid`, `exit_status`, `term_signal` are the system's, `pid`
-    is gaffer's. `home` has the name and the template (info); `owner` is told exited(process), ended(process): all that it
-    said has been read, and gone(process)."""
+def pid_exists(os_pid):
+    """Return True if the system has a process, or a zombie, of this number."""
+    try:
+        os.kill(os_pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
-    def __init__(self, pid, home, owner, loop, table, exit_watcher):
+
+class GroupWatcher:
+    """Calls `process.step("empty")` once no process of its group lives. Nothing announces that, so
+    the groups are polled, less and less often; one listing of all processes serves every group."""
+
+    def __init__(self, loop, table):
+        self._loop, self._table = loop, table
+        self._waiting = {}                      # Process -> True if it had only zombies
+        self._timer, self._interval, self._cost = None, GROUP_POLL, 0.0
+
+    def add(self, process):
+        """Watch the group of a process that has exited."""
+        self._waiting[process] = False
+        self.hurry()
+
+    def hurry(self):
+        """Poll soon: a group was signalled."""
+        if not self._waiting:
+            return
+        self._interval = GROUP_POLL
+        wait = max(GROUP_POLL, 5 * self._cost)      # polling takes a sixth of one core at most
+        if self._timer is not None and self._timer.when > self._loop.clock() + wait:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = self._loop.later(wait, self._poll)
+
+    def _poll(self):
+        self._timer, began = None, self._loop.clock()
+        groups = None
+        for process in list(self._waiting):
+            if process.signal_group(0):
+                try:
+                    groups = self._table.groups() if groups is None else groups
+                except OSError:                 # no descriptor is left to list them with
+                    break
+                if process.os_pid in groups:
+                    self._waiting[process] = False
+                    continue
+                # zombies that nobody waits for, or forks that are faster than the listing: a
+                # signal reaches all of them, and the next listing is to be believed
+                if not self._waiting[process]:
+                    self._waiting[process] = True
+                    process.signal_group(signal.SIGKILL)
+                    continue
+            del self._waiting[process]
+            process.step("empty")
+        self._cost = self._loop.clock() - began
+        if self._waiting and self._timer is None:
+            self._interval = min(self._interval * 1.5, GROUP_POLL_MAX)
+            self._timer = self._loop.later(max(self._interval, 5 * self._cost), self._poll)
+
+
+# Executed in place of a program that asks for what Popen has no argument for: sets it, then becomes
+# the program. A shell cannot do it: its redirections take descriptors of one digit, and a signal
+# that was ignored when it began stays so.
+PRELUDE = """
+import os, signal, sys
+errors, fds, identity, ctype, program, *argv = sys.argv[1:]
+try:
+    os.set_inheritable(int(errors), False)
+    for number in signal.valid_signals():
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    for number, fd in enumerate(map(int, fds.split()), 3):
+        os.dup2(fd, number)
+        os.close(fd)
+    uid, gid, groups = eval(identity)
+    if groups is not None:
+        os.setgroups(groups)
+    if gid is not None:
+        os.setgid(gid)
+    if uid is not None:
+        os.setuid(uid)
+    os.environ.pop("LC_CTYPE", None)            # Python may have set it, for itself
+    if ctype:
+        os.environ["LC_CTYPE"] = ctype[1:]
+    os.execv(program, argv)
+except OSError as error:
+    os.write(int(errors), b"%d" % error.errno)
+"""
+
+
+class Process:
+    """A process: from its spawn until nothing of its group is left, and then while its output can
+    be read. `pid` is gaffer's number of it; `os_pid`, `exit_status` and `term_signal` are the
+    system's. `home`: its Template; `manager` is told process_exited(), process_ended() once all its
+    output has been read as well, and process_gone()."""
+
+    def __init__(self, pid, home, manager):
         self.pid, self.home, self.name, self.template = pid, home, home.name, home.info
         self.instance = 1                       # its number among those of its template
-        self._owner, self._loop, self._table, self._exit_watcher = owner, loop, table, exit_watcher
+        self._manager, self._loop = manager, manager.loop
         self.outputs, self.inputs = {}, {}      # label -> Output, Input
-        self.os_pid = self.started = self.exited_at = None
-        self.exit_status = self.term_signal = None
-        self.stopping = self.exited = self.ended = self.gone = False
+        self.os_pid = self.started = self.exited_at = self.exit_status = self.term_signal = None
+        self.state = "running"                  # see LIFE
+        self.by_itself = False                  # it exited without having been asked to
+        self.ended = False                      # it has exited, and its output has been read
+        self.abandoned = False                  # gaffer may not signal it, or it outlived SIGKILL
         self.failures = 0                       # exits in a row before this one, for the backoff
-        self.cpu_sample = None                  # (time, cpu_time, percent) of the last look
-        self.escaped = []                       # (os pid, start time) of descendants that have left the group
+        self.retry_after = 0.0                  # seconds between its end and the next start
+        self.cpu_sample = None                  # (time, cpu_time, percent) of the last sample
+        self.escaped = []                       # (os pid, start time) of what has left the group
         self.on_exit = set()                    # called once
-        self._watcher = self._timer = self._look = None
-        self._reaped = self._swept = False
+        self._watcher = self._timer = None
+        self._reaped = False
+        self._stop_step = 0                     # which of stop_steps() is next
 
-    # start
+    # its start
 
-    def spawn(self, launch, merged, window_size, input_size):
-        """Execute `launch`. `merged`: {label: Merged}; sizes: see Manager. InvalidProcessInfo: it cannot be executed.
-        Busy: the system has no room for another process."""
+    def spawn(self, launch):
+        """Execute `launch`. InvalidProcessInfo: it cannot be executed. Busy: the system has no room
+        for another process."""
         ours, theirs = [], []                   # descriptors to close when it fails, and always
+        stdio, extra, inputs = [subprocess.DEVNULL] * 3, [], {}
+        template, merged, size = self.template, self.home.merged, self._manager.window_size
+
+        def read_from(fd, label):
+            window = Window(self._loop, size, merged[label].window)
+            output = Output(self._loop, fd, window, merged[label], self.pid, self._check_ended)
+            output.start()
+            ours.remove(fd)
+            self.outputs[label] = output
+
         try:
-            plan = self._pipes(ours, theirs)
-            for label, fd in plan["read"].items():
-                window = Window(self._loop, window_size, merged[label].window)
-                output = Output(self._loop, fd, window, merged[label], self.pid, self._output_ended)
-                output.start()                  # before there is a process: what may fail has to, as long as it can be undone
-                self.outputs[label] = output
-                ours.remove(fd)
-            self.os_pid = self._popen(launch, plan, theirs)
+            ends = {}                           # all that may fail comes before there is a process
+            for number, label in enumerate(template["redirect_output"], 1):
+                if label not in ends:
+                    read, ends[label] = os.pipe()
+                    ours.append(read)
+                    theirs.append(ends[label])
+                    os.set_blocking(read, False)
+                    read_from(read, label)
+                stdio[number] = ends[label]
+            if template["redirect_input"]:
+                stdio[0], inputs["stdin"] = os.pipe()
+                theirs.append(stdio[0])
+                ours.append(inputs["stdin"])
+            for label in template["custom_streams"]:
+                left, right = socket.socketpair()
+                extra.append(right.detach())
+                theirs.append(extra[-1])
+                ours.append(left.detach())
+                os.set_blocking(ours[-1], False)
+                inputs[label] = fcntl.fcntl(ours[-1], fcntl.F_DUPFD_CLOEXEC, 0)
+                ours.append(inputs[label])
+                read_from(ours[-2], label)
+            for fd in inputs.values():
+                os.set_blocking(fd, False)
+            self.os_pid = self._execute(launch, stdio, extra, theirs)
         except (OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
             for output in self.outputs.values():
                 output.close()
@@ -2261,320 +2395,329 @@ class Process:
             for fd in theirs:
                 os.close(fd)
         self.started, self.instance = self._loop.clock(), launch.instance
-        for label, fd in plan["write"].items():
-            self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else end_socket, input_size)
+        for label, fd in inputs.items():
+            self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else
+                                       end_socket, self._manager.input_size)
         try:
-            self._watcher = self._exit_watcher(self._loop, self.os_pid, self._exit)
-        except (OSError, RuntimeError):         # no descriptor, no thread left: the process runs, and has to be watched
-            self._watcher = PollWatcher(self._loop, self.os_pid, self._exit)
-
-    def _pipes(self, ours, theirs):
-        """Open what connects us: {"stdio": the child's three, "extra": its further ones, "read", "write": {label: fd}}."""
-        template = self.template
-        plan = {"stdio": [subprocess.DEVNULL] * 3, "extra": [], "read": {}, "write": {}}
-        ends = {}
-        for number, label in enumerate(template["redirect_output"], 1):
-            if label not in ends:
-                read, ends[label] = os.pipe()
-                ours.append(read)
-                theirs.append(ends[label])
-                plan["read"][label] = read
-            plan["stdio"][number] = ends[label]
-        if template["redirect_input"]:
-            plan["stdio"][0], plan["write"]["stdin"] = os.pipe()
-            theirs.append(plan["stdio"][0])
-            ours.append(plan["write"]["stdin"])
-        for label in template["custom_streams"]:
-            left, right = socket.socketpair()
-            theirs.append(right.detach())
-            ours.append(left.detach())
-            plan["extra"].append(theirs[-1])
-            plan["read"][label] = ours[-1]
-            ours.append(fcntl.fcntl(ours[-1], fcntl.F_DUPFD_CLOEXEC, 0))
-            plan["write"][label] = ours[-1]
-        for fd in ours:
-            os.set_blocking(fd, False)
-        return plan
-
-    def _popen(self, launch, plan, theirs):
-        arguments = {}
-        prepare = None
-        if sys.version_info >= (3, 9):
-            arguments = {"user": launch.uid, "group": launch.gid, "extra_groups": launch.groups}
-        elif launch.uid is not None or launch.gid is not None:
-            prepare = launch
-        if plan["extra"] or prepare:
-            # descriptors 3, 4, ... have no argument of Popen's: a few system calls between fork and exec. All numbers up to
-            # there are made to exist here first, so that Popen's own error pipe lies above them
-            last = 2 + len(plan["extra"])
-            moved = []
-            for fd in plan["extra"]:
-                moved.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, last + 1))
-                theirs.append(moved[-1])
-            held = -1
-            while held <= last:
-                held = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-                theirs.append(held)
-            arguments["pass_fds"] = range(3, last + 1)
-            arguments["preexec_fn"] = lambda: self._in_child(moved, prepare)
-        popen = subprocess.Popen(
-            launch.argv, executable=launch.program, cwd=launch.cwd, env=launch.env, start_new_session=True,
-            stdin=plan["stdio"][0], stdout=plan["stdio"][1], stderr=plan["stdio"][2], **arguments)
-        popen.returncode = 0                    # the exit is ours to watch: Popen shall neither wait nor warn
-        return popen.pid
+            self._watcher = self._manager.exit_watcher(self._loop, self.os_pid, self._check_exit)
+        except (OSError, RuntimeError):         # no descriptor, no thread is left
+            self._watcher = PollWatcher(self._loop, self.os_pid, self._check_exit)
 
     @staticmethod
-    def _in_child(extra, identity):
-        for number, fd in enumerate(extra, 3):
-            os.dup2(fd, number)
-        if identity is not None:                # Python 3.8
-            if identity.groups is not None:
-                os.setgroups(identity.groups)
-            if identity.gid is not None:
-                os.setgid(identity.gid)
-            if identity.uid is not None:
-                os.setuid(identity.uid)
+    def _execute(launch, stdio, extra, theirs):
+        """Fork and execute. Returns the system's pid."""
+        argv, program, arguments = launch.argv, launch.program, {}
+        identity, errors, moved = (launch.uid, launch.gid, launch.groups), None, []
+        ignored = any(signal.getsignal(number) == signal.SIG_IGN for number in range(1, 32)
+                      if number not in (signal.SIGPIPE, signal.SIGXFSZ))    # Popen resets these
+        mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())       # a child inherits it
+        try:
+            if extra or ignored or (sys.version_info < (3, 9) and identity != (None, None, None)):
+                errors, write = os.pipe()
+                theirs.append(errors)
+                moved.append(write)
+                for fd in [*extra, write]:      # above the numbers that they are to have
+                    moved.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3 + len(extra)))
+                ctype = launch.env.get(b"LC_CTYPE")
+                argv = [sys.executable, "-I", "-S", "-c", PRELUDE, str(moved[-1]),
+                        " ".join(map(str, moved[1:-1])), repr(identity),
+                        b"" if ctype is None else b"=" + ctype, program, *argv]
+                program, arguments = sys.executable, {"pass_fds": moved[1:]}
+            elif sys.version_info >= (3, 9):
+                arguments = dict(zip(("user", "group", "extra_groups"), identity))
+            popen = subprocess.Popen(
+                argv, executable=program, cwd=launch.cwd, env=launch.env, start_new_session=True,
+                stdin=stdio[0], stdout=stdio[1], stderr=stdio[2], **arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for fd in moved:
+                os.close(fd)
+        popen.returncode = 0                    # Popen shall neither wait nor warn
+        number = os.read(errors, 16) if errors is not None else b""
+        if number:                              # at its end, the program has been executed
+            os.waitpid(popen.pid, 0)
+            raise OSError(int(number), os.strerror(int(number)))
+        return popen.pid
 
     @staticmethod
     def _refusal(launch, error):
         number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
         if number in SHORTAGES:
-            return Busy("the system has no room for another process (%s); try again later" % os.strerror(number))
+            return Busy("the system has no room for another process (%s); try again later"
+                        % os.strerror(number))
         reason = os.strerror(number) if number else str(error)
         if number == errno.ENOENT and launch.cwd is not None and not os.path.isdir(launch.cwd):
-            return InvalidProcessInfo("field 'cwd' names the directory %r, which has just gone" % launch.cwd)
+            return InvalidProcessInfo("field 'cwd' names the directory %r, which has just gone"
+                                      % launch.cwd.decode("utf-8", "replace"))
         if number == errno.ENOENT:
             reason = "the interpreter that its first line names is not there"
         elif number == errno.ENOEXEC:
             reason = "it is no program: its first line should name an interpreter, as in #!/bin/sh"
-        return InvalidProcessInfo("field 'cmd' names %r, which cannot be executed: %s" % (launch.program, reason))
+        return InvalidProcessInfo("field 'cmd' names %r, which cannot be executed: %s" % (
+            launch.program.decode("utf-8", "replace"), reason))
 
     # its life
 
-    @property
-    def running(self):
-        """True until it has exited or is being stopped."""
-        return not self.stopping and not self.exited
-
-    def age(self):
-        """Seconds since its start, or how long it lived."""
-        return (self._loop.clock() if self.exited_at is None else self.exited_at) - self.started
-
-    def status(self):
-        """What GET /status/<name> says of it."""
-        status = {"pid": self.pid, "os_pid": self.os_pid, "instance": self.instance, "uptime": round(self.age(), 3),
-                  "state": "running" if self.running else "stopping"}
-        if self.stopping and self._timer is not None:
-            status["kill_in"] = round(max(0.0, self._timer.when - self._loop.clock()), 3)
-        return status
-
-    def signal(self, signum, group=False):
-        """Send a signal to the process, or to its whole group."""
-        if not self._reaped:                    # a zombie at least: the number is not anybody else's
-            try:
-                (os.killpg if group else os.kill)(self.os_pid, signum)
-            except ProcessLookupError:
-                pass                            # it has just exited
-            except PermissionError:
-                raise Forbidden("process %d runs as a user that gaffer may not signal" % self.pid) from None
+    def step(self, event):
+        """Take the step of LIFE for `event`: change the state, act, then inform. An event that has
+        no step in this state is ignored."""
+        if (self.state, event) in self.LIFE:
+            self.state, act = self.LIFE[self.state, event]
+            act(self)
 
     def stop(self):
         """End its whole group: SIGTERM, after graceful_timeout SIGKILL."""
-        if not self.stopping:
-            self.stopping = True
-            if not self.exited:
-                self.escaped = self._table.escaped(self.os_pid, self.os_pid)
-                self._escalate(0)
+        self.step("stop")
 
     def kill(self):
-        """SIGKILL to its group at once."""
-        self.stopping = True
-        if not self.gone:
-            self._escalate(1)
+        """Send SIGKILL to its group at once."""
+        self.step("kill")
 
-    def _escalate(self, step):
+    def _signal_stop(self):
+        """Take the next of stop_steps()."""
         steps = stop_steps(self.template)
-        signum, delay = steps[min(step, len(steps) - 1)]
-        self._signal_all(signum)
+        signum, delay = steps[min(self._stop_step, len(steps) - 1)]
+        self._stop_step += 1
+        if self.signal_group(signum) and signum != signal.SIGKILL:
+            self.signal_group(signal.SIGCONT)   # what is stopped could not act on it
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.later(delay, self._escalate, step + 1)
-        if self._look is not None:              # what was signalled may soon be gone
-            self._look.cancel()
-            self._look = self._loop.later(GROUP_POLL, self._poll_group, GROUP_POLL)
+        self._timer = None if self.abandoned else self._loop.later(delay, self.step, "late")
+        self._manager.groups.hurry()
 
-    def _signal_all(self, signum):
-        # After the reap the group's number is pinned by its members alone. Where a process has the leader's number again,
-        # it was given away; else it cannot be a stranger's, but for a wrap of all pids within these few instructions.
-        if self._reaped and self._table.look(self.os_pid) is not None:
-            return
-        if signal_group(self.os_pid, signum) and signum != signal.SIGKILL:
-            signal_group(self.os_pid, signal.SIGCONT)       # one that is stopped could not act on it
+    def _stop(self):
+        try:                                    # later its descendants would be somebody else's
+            self.escaped = self._manager.table.escaped(self.os_pid, self.os_pid)
+        except Exception:
+            log.exception("the descendants of %s (pid %d) cannot be listed", self.name, self.pid)
+        self._signal_stop()
 
-    def _group_is_empty(self):
-        if not signal_group(self.os_pid, 0):
-            return True
-        try:
-            if self._table.group_members(self.os_pid):
-                return False
-        except (OSError, subprocess.SubprocessError):
-            return False                        # nothing can be opened to look: the next look tells
-        # zombies that nobody waits for, or a chain of forks that is faster than the listing: a signal reaches all at once,
-        # and the next look tells
-        swept, self._swept = self._swept, True
-        self._signal_all(signal.SIGKILL)
-        return swept
+    def _kill(self):
+        self._stop_step = len(stop_steps(self.template)) - 1
+        self._signal_stop()
+
+    def _check_exit(self):
+        result = peek_exit(self.os_pid)
+        if result is not None:
+            self.exit_status, self.term_signal = result
+            self.step("exit")
+
+    def _exit_by_itself(self):
+        self.by_itself = True
+        self._exit()
 
     def _exit(self):
-        result = peek_exit(self.os_pid)
-        if result is None or self.exited:
-            return
-        self.exit_status, self.term_signal = result
-        self.exited, self.exited_at = True, self._loop.clock()
+        self.exited_at = self._loop.clock()
         self._watcher.close()
-        for stream in self.inputs.values():
-            stream.close()
-        for output in self.outputs.values():
-            output.drain()
-        self._owner.exited(self)
-        self._output_ended()
-        if not self.stopping:                   # the rest of the group, while the zombie still pins its number
-            self._signal_all(signal.SIGTERM)
+        if self.by_itself:                      # the zombie still pins the group's number
+            self._signal_stop()
         reap(self.os_pid)
         self._reaped = True
-        if not self._group_is_empty():
-            if self._timer is None:
-                self._timer = self._loop.later(self.template["graceful_timeout"], self._escalate, 1)
-            self._look = self._loop.later(GROUP_POLL, self._poll_group, GROUP_POLL)
-        else:
-            self._gone()
+        for stream in self.inputs.values():
+            stream.close()
+        remains = self.signal_group(0)
+        if remains:
+            self._manager.groups.add(self)
         for call in self.on_exit:
             self._loop.call_soon(call)
         self.on_exit.clear()
+        self._manager.process_exited(self, remains)
+        self._check_ended()
+        if not remains:
+            self.step("empty")
 
-    def _output_ended(self):
-        """Once it has exited and all its output was read, it has ended."""
-        if self.exited and not self.ended and all(output.closed for output in self.outputs.values()):
-            self.ended = True
-            self._owner.ended(self)
-
-    def _poll_group(self, interval):
-        """Nothing tells when a group is empty: look, while one is being ended, less and less often."""
-        if self._group_is_empty():
-            self._gone()
-        else:
-            interval = min(interval * 1.5, GROUP_POLL_MAX)
-            self._look = self._loop.later(interval, self._poll_group, interval)
-
-    def _gone(self):
-        self.gone = True
+    def _end(self):
         if self._timer is not None:
             self._timer.cancel()
-        self.escaped = [os_pid for os_pid, start in self.escaped if self._table.still(os_pid, start)]
+        for output in self.outputs.values():
+            output.drain()
+        self._manager.process_gone(self)
+        self.escaped = [os_pid for os_pid, start in self.escaped
+                        if self._manager.table.still(os_pid, start)]
         if self.escaped:
-            log.warning("%s (pid %d): os pid %s left its process group and still runs: it is not stopped",
-                        self.name, self.pid, ", ".join(map(str, self.escaped)))
-        self._owner.gone(self)
+            log.warning("%s (pid %d): os pid %s left its process group and still runs: it is not "
+                        "stopped", self.name, self.pid, ", ".join(map(str, self.escaped)))
+
+    def _check_ended(self):
+        if self.exited and not self.ended and all(each.closed for each in self.outputs.values()):
+            self.ended = True
+            self._manager.process_ended(self)
 
     def release(self):
-        """gaffer stops: end the streams, watch no longer. A detached process goes on."""
+        """Close its streams and stop watching it, as gaffer ends. A detached process goes on."""
         for stream in [*self.inputs.values(), *self.outputs.values()]:
             stream.close()
         if not self.exited:
             self._watcher.close()
 
+    # what others may ask and do at any time
 
-# --------------------------------------------------------------------------------------------------------------------
+    @property
+    def running(self):
+        """True until it has exited or is being stopped."""
+        return self.state == "running"
+
+    @property
+    def exited(self):
+        """True once it has exited: its number may be somebody else's."""
+        return self.state in ("exited", "gone")
+
+    @property
+    def gone(self):
+        """True once nothing of its group is left."""
+        return self.state == "gone"
+
+    def age(self):
+        """Return the seconds since its start, or how long it lived."""
+        return (self._loop.clock() if self.exited_at is None else self.exited_at) - self.started
+
+    def status(self):
+        """Return its part of GET /status/<name>."""
+        status = {"pid": self.pid, "os_pid": self.os_pid, "instance": self.instance,
+                  "uptime": round(self.age(), 3),
+                  "state": "running" if self.running else "stopping"}
+        if not self.running and self._timer is not None:
+            status["kill_in"] = round(max(0.0, self._timer.when - self._loop.clock()), 3)
+        return status
+
+    def signal(self, signum, group=False):
+        """Send a signal to the process, or to its whole group. Forbidden."""
+        if not self.exited:
+            try:
+                (os.killpg if group else os.kill)(self.os_pid, signum)
+            except ProcessLookupError:
+                pass                            # it has just exited
+            except PermissionError:
+                raise Forbidden("process %d runs as a user that gaffer may not signal"
+                                % self.pid) from None
+
+    def signal_group(self, signum):
+        """Send a signal to its group (0: only check). Returns False if it has no member, or none
+        that gaffer may signal."""
+        # The group's number is pinned by its members alone once the leader is reaped. If a process
+        # has that number, the group was empty and the number has been given away.
+        if self._reaped and pid_exists(self.os_pid):
+            return False
+        try:
+            os.killpg(self.os_pid, signum)
+            return True
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            self.abandon("runs as another user and cannot be signalled")
+            return False
+
+    def abandon(self, why):
+        """Wait for it no longer when gaffer stops."""
+        if not self.abandoned:
+            self.abandoned = True
+            log.warning("%s (pid %d): os pid %d %s: it is left to itself",
+                        self.name, self.pid, self.os_pid, why)
+            self._loop.call_soon(self._manager.process_abandoned)
+
+    # (state, event): (next state, what is done). stop and kill come from the manager, late when a
+    # stop takes too long, exit when the leader has exited, empty when its group has no member left.
+    LIFE = {
+        ("running", "stop"): ("stopping", _stop),
+        ("running", "kill"): ("stopping", _kill),
+        ("running", "exit"): ("exited", _exit_by_itself),
+        ("stopping", "late"): ("stopping", _signal_stop),
+        ("stopping", "kill"): ("stopping", _kill),
+        ("stopping", "exit"): ("exited", _exit),
+        ("exited", "late"): ("exited", _signal_stop),
+        ("exited", "kill"): ("exited", _kill),
+        ("exited", "empty"): ("gone", _end),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
 # manager
 #
-# What is wanted stands in the templates, what there is in their processes; _reconcile() closes the gap and is called after
-# every change of either. A change and its event are one act. The public methods may be called from any thread; those with
-# an underscore, and Template's, only by the owner of the loop.
-# --------------------------------------------------------------------------------------------------------------------
+# What is wanted is in the templates, what there is in their processes; _reconcile() closes the gap
+# and is called after every change of either. A public method is the implementation: its decorator
+# takes the loop's lock, so that any thread may call it. Methods with an underscore, those that a
+# process calls and Template's need the lock. Observers run by loop.call_unlocked() alone.
+# --------------------------------------------------------------------------------------------------
 TEMPLATE_EVENTS = ("create", "start", "stop", "restart", "update", "delete", "flap")
 PROCESS_EVENTS = ("spawn", "reap", "exit", "stop_pid")
 EVENT_TYPES = TEMPLATE_EVENTS + PROCESS_EVENTS
+SPAWN_TIME = 0.004                              # seconds of spawning in one turn of the loop
 
 
 def parse_pattern(parts):
-    """(type, name), each None where anything matches, of an event pattern: [], ["."], [type], ["proc", name],
-    ["proc", name, type]. BadEventType."""
+    """Return (type, name) of an event pattern, None where anything matches: [], ["."], [type],
+    ["proc", name], ["proc", name, type]. BadEventType."""
     parts = [part for part in parts if part not in ("", ".")]
     kind, name = None, None
     if parts[:1] == ["proc"]:
-        need(len(parts) > 1, BadEventType, "name a template: proc/<name> or proc/<name>/<type>")
+        if len(parts) == 1:
+            raise BadEventType("name a template: proc/<name> or proc/<name>/<type>")
         name, parts = parts[1], parts[2:]
-    need(len(parts) <= 1, BadEventType, "a pattern is empty, <type>, proc/<name> or proc/<name>/<type>")
+    if len(parts) > 1:
+        raise BadEventType("a pattern is empty, <type>, proc/<name> or proc/<name>/<type>")
     if parts:
         kind = parts[0]
-        need(kind in EVENT_TYPES, BadEventType,
-             "there is no event type %r%s; types are %s" % (kind, near(kind, EVENT_TYPES), " ".join(EVENT_TYPES)))
+        if kind not in EVENT_TYPES:
+            raise BadEventType("there is no event type %r%s; types are %s" % (
+                kind, near(kind, EVENT_TYPES), " ".join(EVENT_TYPES)))
     return kind, name
 
 
 def matches(pattern, event):
-    """True where `event` is one that the pattern (type, name) asks for."""
-    kind, name = pattern
-    return kind in (None, event["event"]) and name in (None, event["name"])
+    """Return True if the pattern (type, name) asks for `event`."""
+    return pattern[0] in (None, event["event"]) and pattern[1] in (None, event["name"])
 
 
 def priority_of(info):
-    """Where a template stands in the order of starts."""
+    """Return a template's place in the order of starts; stops go the other way."""
     return math.inf if info["priority"] is None else info["priority"]
 
 
 class Template:
-    """A process template at work: the wish (`info`, `active`) and what there is of it."""
+    """A process template at work: what is wanted (`info`, `active`) and what there is of it."""
 
     def __init__(self, info, loop, journals):
         self._loop, self._journals = loop, journals
         self.name = info["name"]
         self.group = self.name.partition(":")[0] if ":" in self.name else None
-        self.active = False
-        self.deleted = False
-        self.processes = {}                     # pid -> Process, all that are not gone, oldest first
-        self.pending = []                       # Timers: slots that wait for the end of their backoff
-        self.rest = None                        # Timer: flapping, nothing is spawned
+        self.active = self.deleted = False
+        self.gave_up = False                    # it flapped, and was stopped for good
+        self.processes = {}                     # pid -> Process: not gone, oldest first
+        self.pending = []                       # Timers: slots that wait for the end of a backoff
+        self.pause = None                       # Timer: it flaps, and nothing is spawned
+        self.failures = []                      # what the next spawns follow: exits in a row
+        self.history = ()                       # see after_exit()
         self.merged = {}                        # label -> Merged
         self.past = collections.deque()         # Processes that are gone and can still be read
-        self.afterlife = None                   # Timer: when the first of them is forgotten
+        self.retention = None                   # Timer: when the first of them is forgotten
         self.restarts = 0
         self.exits = collections.Counter()      # (exit_status, term_signal) -> how many
-        self.last_exit = None                   # {"pid", "exit_status", "term_signal", "time", "times": in a row}
-        self.gave_up = False                    # it flapped, and was stopped for good
-        self.created = None                     # the id of its create event: whether a name is still the same template
+        self.last_exit = None                   # {pid, exit_status, term_signal, time, times}
+        self.created = None                     # the id of its create event
         self.error = None                       # why the last spawn failed
-        self.said = Throttle()
+        self.hint = None                        # what its user should change
+        self.report = Throttle()
         self.replace(info)
 
     def replace(self, info):
-        """Take new options. Streams of labels that stay go on."""
-        self.info, self.history = info, ()
+        """Take new options, and forget what went wrong before."""
+        self.info, self.history, self.hint, self.gave_up = info, (), None, False
 
     def labels(self):
-        """Labels of all streams that can be read, stdout's first."""
+        """Return the labels of all streams that can be read, stdout's first."""
         return list(dict.fromkeys([*self.info["redirect_output"], *self.info["custom_streams"]]))
 
     def running(self):
-        """Processes that run and are not being stopped, oldest first."""
+        """Return the processes that run and are not being stopped, oldest first."""
         return [process for process in self.processes.values() if process.running]
 
     def free_instance(self):
-        """The lowest number that none of its processes has."""
+        """Return the lowest number, from 1, that none of its processes has."""
         taken = {process.instance for process in self.processes.values()}
-        number = len(taken) + 1                 # there is no gap, most often
-        return number if max(taken, default=0) < number else next(each for each in itertools.count(1) if each not in taken)
-
-    def note_exit(self, process):
-        """Remember the last exit, and how often in a row processes have exited by themselves in this way."""
-        last = self.last_exit
-        same = last is not None and not process.stopping and (last["exit_status"], last["term_signal"]) == (
-            process.exit_status, process.term_signal)
-        self.last_exit = {"pid": process.pid, "exit_status": process.exit_status, "term_signal": process.term_signal,
-                          "time": time.time(), "times": last["times"] + 1 if same else 1}
+        return next(each for each in range(1, len(taken) + 2) if each not in taken)
 
     def open_streams(self, size):
-        """Make the template's streams fit its labels."""
+        """Make the template's streams fit its labels. Those of labels that stay go on."""
         labels = self.labels()
         for label in [label for label in self.merged if label not in labels]:
             self.merged.pop(label).window.finish()
@@ -2583,27 +2726,26 @@ class Template:
                 self.merged[label] = Merged(self._loop, size, self.name, label, self._journals)
 
     def forget_waits(self):
-        """Nothing starts later."""
-        for timer in self.pending:
-            timer.cancel()
-        self.pending = []
-        if self.rest is not None:
-            self.rest.cancel()
-            self.rest = None
+        """Cancel all later starts."""
+        for timer in [*self.pending, self.pause]:
+            if timer is not None:
+                timer.cancel()
+        self.pending, self.pause, self.failures = [], None, []
 
     def wanted(self):
-        """How many processes there are to be."""
+        """Return how many processes there are to be."""
         return self.info["numprocesses"] if self.active else 0
 
     def missing(self):
-        """How many processes have to be spawned now."""
-        if not self.active or self.rest is not None:
+        """Return how many processes have to be spawned now. A slot is kept until its process is
+        gone."""
+        if not self.active or self.pause is not None:
             return 0
         return self.info["numprocesses"] - len(self.processes) - len(self.pending)
 
     def state(self):
-        """One word: running, starting, backoff, flapping, stopping or stopped."""
-        if self.rest is not None:
+        """Return one word: running, starting, backoff, flapping, stopping or stopped."""
+        if self.pause is not None:
             return "flapping"
         if self.pending:
             return "backoff"
@@ -2614,136 +2756,213 @@ class Template:
         return "starting" if self.active and self.info["numprocesses"] else "stopped"
 
     def status(self):
-        """What GET /status/<name> answers."""
+        """Return the answer of GET /status/<name>."""
         running = self.running()
-        waits = [round(max(0.0, timer.when - self._loop.clock()), 3)
-                 for timer in [*self.pending, self.rest] if timer is not None]
+        waits = sorted(round(max(0.0, timer.when - self._loop.clock()), 3)
+                       for timer in [*self.pending, self.pause] if timer is not None)
         return {
-            "name": self.name, "active": self.active, "running": len(running), "numprocesses": self.info["numprocesses"],
-            "max_processes": self.info["numprocesses"], "state": self.state(),
-            "stopping": len(self.processes) - len(running), "pids": [process.pid for process in running],
-            "os_pids": [process.os_pid for process in running], "restarts": self.restarts, "last_exit": self.last_exit,
+            "name": self.name, "active": self.active, "running": len(running),
+            "numprocesses": self.info["numprocesses"], "max_processes": self.info["numprocesses"],
+            "state": self.state(), "stopping": len(self.processes) - len(running),
+            "pids": [process.pid for process in running],
+            "os_pids": [process.os_pid for process in running], "restarts": self.restarts,
+            "last_exit": self.last_exit, "next_try": waits[0] if waits else None, "waiting": waits,
             "uptime": round(max([process.age() for process in running] or [0]), 3),
-            "next_try": min(waits) if waits else None, "waiting": sorted(waits), "gave_up": self.gave_up, "error": self.error,
+            "gave_up": self.gave_up, "error": self.error, "hint": self.hint,
             "created": self.created, "graceful_timeout": self.info["graceful_timeout"],
         }
 
 
 class Subscription:
-    """What subscribe() and monitor_io() return. `close()` ends it."""
+    """What subscribe() and monitor_io() return: calls `callback(type, event)` on the loop's thread,
+    without its lock. `close()` ends it."""
 
-    def __init__(self, loop, close):
-        self._loop, self._close = loop, close
+    def __init__(self, loop, callback):
+        self._loop, self._callback = loop, callback
+        self.on_close = None                    # called under the lock
+
+    def deliver(self, kind, event):
+        """Have the callback called at the end of this turn."""
+        self._loop.call_unlocked(self._call, kind, event)
+
+    def _call(self, kind, event):
+        if self._callback is not None:
+            self._callback(kind, event)
 
     def close(self):
-        """No further call, from any thread."""
+        """Have no further call begin, from any thread."""
+        self._callback = None
         try:
-            self._loop.call(self._close)
+            self._loop.call(self.on_close)
         except Stopping:
             pass                                # it has ended with the manager
 
 
-class CallbackSink:
-    """A Reader's sink that calls `callback(label, event)` on the loop."""
+class SubscriptionSink:
+    """A Reader's sink that delivers output of `label` to a Subscription, with `facts` of it."""
 
-    def __init__(self, callback, label, facts):
-        self._callback, self._label, self._facts = callback, label, facts
+    def __init__(self, subscription, label, facts):
+        self._subscription, self._label, self._facts = subscription, label, facts
 
     def send(self, payload):
-        """See Reader."""
-        try:
-            self._callback(self._label, dict(self._facts, data=payload))
-        except Exception:
-            log.exception("the callback of monitor_io(%r) failed", self._label)
+        self._subscription.deliver(self._label, dict(self._facts, event=self._label, data=payload))
         return True
 
     def lost(self, reader, count):
-        """Never: it takes everything at once."""
+        """Never called: send() takes everything at once."""
 
     def finished(self, reader):
-        """See Reader."""
         reader.close()
 
 
 class ProcessHandle:
-    """What Manager.get_process() returns: one process (`pid`) or, by name, whatever a template runs."""
+    """What add_process() and get_process() return: one process (`pid`) or, by name, whatever a
+    template runs. Any thread may call it."""
 
-    def __init__(self, manager, target, facts):
-        self._manager, self._target, self._facts = manager, target, facts
-        self.name, self.pid, self.os_pid = facts["name"], facts.get("pid"), facts.get("os_pid")
+    def __init__(self, manager, target, name, pid=None, os_pid=None):
+        self._manager, self._target = manager, target
+        self.name, self.pid, self.os_pid = name, pid, os_pid
 
     def info(self):
-        """The template as a dict, with pid and os_pid where it is one process."""
+        """Return the template as a dict, with pid and os_pid if it is one process. NotFound."""
         return self._manager.info(self._target)
 
     def monitor_io(self, label, callback):
-        """Call `callback(label, event)` on the loop's thread with all output of `label` from now on; event is a dict with
-        event, name, pid, os_pid and data (bytes). Returns a Subscription. IoNotFound, IoNotRedirected."""
-        return self._manager.loop.call(self._monitor, label, callback)
-
-    def _monitor(self, label, callback):
-        window = self._manager.find_window(self._target, label)
-        reader = Reader(window, Encoder(), CallbackSink(callback, label, dict(self._facts, event=label)), window.end)
-        reader.start()
-        return Subscription(self._manager.loop, reader.close)
+        """Call `callback(label, event)` on the loop's thread with all output of `label` from now
+        on; event is a dict with event, name, data (bytes) and, for one process, pid and os_pid.
+        Returns a Subscription. IoNotFound, IoNotRedirected."""
+        facts = {"name": self.name}
+        if self.pid is not None:
+            facts.update(pid=self.pid, os_pid=self.os_pid)
+        return self._manager.monitor_io(self._target, label, callback, facts)
 
     def write(self, data, label="stdin"):
-        """Write bytes to its stdin, all or nothing. ForbiddenWrite, StdinFull."""
+        """Write bytes to its stdin, all or nothing. By name: to the one process that the template
+        has. ForbiddenWrite, StdinFull, NotFound."""
         self._manager.write(self._target, label, data)
 
     def stop(self):
         """Stop it: a process is replaced while its template is active, a template stays stopped."""
         self._manager.stop_process(self._target)
 
-    def signal(self, signum):
-        """Send a signal (a number, or a name) to it."""
-        self._manager.signal(self._target, parse_signal(signum))
+    def signal(self, signum, group=False):
+        """Send a signal to it: a number, a name or a signal.Signals. BadValue, Forbidden."""
+        self._manager.signal(self._target, parse_signal(signum), group)
+
+    def wait(self, timeout=None):
+        """Block until it has ended: of a process nothing of its group is left, of a template
+        nothing runs or will be started. Returns the last exit, {"exit_status", "term_signal", …},
+        or None if there was none. WaitTimeout: it takes longer than `timeout` seconds."""
+        return self._manager.wait_for(self._target, timeout)
 
 
-class Keeper:
-    """What there is, and what keeps it as it is wanted: templates, their processes, events. For the loop's owner alone, but for
-    subscribe()."""
+def on_loop(method):
+    """Have a method of Manager run under the loop's lock, whatever thread calls it."""
+    @functools.wraps(method)
+    def call(self, *args, **options):
+        return self.loop.call(functools.partial(method, self, *args, **options))
+    return call
 
-    def __init__(self, loop, window_size, input_size, exit_watcher, process_table):
-        self.loop = loop
+
+def changing(method):
+    """on_loop() for a method that changes something: Stopping while gaffer stops."""
+    @on_loop
+    @functools.wraps(method)
+    def call(self, *args, **options):
+        if self.stopping:
+            raise Stopping("gaffer is stopping; start it again")
+        return method(self, *args, **options)
+    return call
+
+
+def starting(method):
+    """changing() for a method that starts processes: it returns (template, result), and
+    its caller gets the result once they have been spawned, or at once on the loop's thread."""
+    locked = changing(method)
+
+    @functools.wraps(method)
+    def call(self, *args, **options):
+        template, result = locked(self, *args, **options)
+        if template is not None and not self.on_loop_thread():
+            self.block_until(lambda: template.missing() <= 0 or not self._running)
+        return result
+    return call
+
+
+class Manager:
+    """Keeps processes running. `apps`: objects with start(loop, manager), and maybe stop() and
+    restart(). `window_size`: bytes kept of each stream; `input_size`: bytes that may wait for a
+    process to read them. `exit_with`: the name of a template, there or yet to come: once a process
+    of it has ended by itself, all others are stopped, run() returns, and `exit_code` is its status,
+    or 128 and the signal. `exit_watcher`, `process_table`: see the platform section; probed."""
+
+    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None,
+                 process_table=None, exit_with=None, input_size=STDIN_SIZE):
+        self.loop = loop or Loop()
+        self.apps = list(apps)
         self.window_size, self.input_size = window_size, input_size
+        self.exit_with, self.exit_code = exit_with, 0
+        self.exit_watcher = exit_watcher or probe_exit_watcher()
+        self.table = process_table or probe_process_table()
+        self.groups = GroupWatcher(self.loop, self.table)
         self.epoch = os.urandom(4).hex()        # a word for this run, in every id
+        self.started_at = time.time()
         self.templates = {}
         self.processes = {}                     # pid -> Process: all that can still be asked for
-        self.events = EventLog(loop)
-        self.journals = {}                      # None (all), a template's name or a pid: Journal, while somebody reads it
-        self.stopping = self._running = False
-        self._exit_watcher = exit_watcher or probe_exit_watcher()
-        self.table = process_table or probe_process_table()
+        self.events = EventLog(self.loop)
+        self.journals = {}                      # None (all), a name or a pid: Journal that is read
+        self.configuration = None               # what POST /_reload loads again
+        self.stopping = False
+        self._running = self._killing = self._ended = False
+        self._thread = None                     # the loop's, while run() runs
+        self._started_apps = []
         self._next_pid = 1
-        self._subscribers = []
+        self._subscriptions = []                # (pattern, Subscription)
         self._waiters = []                      # (done, callback)
-        self._said = Throttle()
+        self._to_spawn = {}                     # Template -> its last Launch, or None
+        self._to_stop, self._wave = [], []      # see _stop_next(): Process, (Process, time)
+        self._stop_timer, self._stop_stagger = None, 0.0
+        self._report = Throttle()
 
-    # look-ups
+    # look-ups, for the owner of the lock
 
     @staticmethod
     def is_name(target):
-        """True for a template's name, False for a pid: a name is never all digits."""
+        """Return True for a template's name, False for a pid: a name is never all digits."""
         return isinstance(target, str) and not (target.isascii() and target.isdigit())
 
     def find_template(self, name):
-        """NotFound."""
-        template = self.templates.get(name)
-        if template is None:
+        """Return a Template. NotFound."""
+        if name not in self.templates:
             raise NotFound("there is no process named '%s'%s" % (
                 name[:128], near(name, self.templates) or "; GET /processes lists them"))
-        return template
+        return self.templates[name]
 
     def find_process(self, pid, past=False):
-        """A running process by pid; `past`: or one that can still be read. NotFound."""
-        process = self.processes.get(int(pid)) if len(str(pid)) < 20 and str(int(pid)) == str(pid) else None
+        """Return a running process by pid; `past`: or one that can still be read. NotFound."""
+        text = str(pid)
+        process = None
+        if len(text) < 20 and text.isascii() and text.isdigit() and text[0] != "0":
+            process = self.processes.get(int(text))
         if process is None or not (past or process.running):
-            raise NotFound("there is no process %s; GET /processes?running=true lists them" % str(pid)[:20])
+            raise NotFound("there is no process %s; GET /processes?running=true lists them"
+                           % text[:20])
         return process
 
+    def find_one(self, target):
+        """Return a process by pid, also one that can only be read, or the one process that a
+        template has, by name. NotFound."""
+        if not self.is_name(target):
+            return self.find_process(target, past=True)
+        running = self.find_template(target).running()
+        if len(running) != 1:
+            raise NotFound("'%s' has %d processes, and this is for one: give a pid; "
+                           "GET /processes/%s/_pids lists them" % (target, len(running), target))
+        return running[0]
+
     def find_window(self, target, label):
-        """The Window of a stream by pid or name, and label. IoNotFound, IoNotRedirected, NotFound."""
+        """Return the Window of a stream by pid or name, and label. IoNotFound, IoNotRedirected,
+        NotFound."""
         if self.is_name(target):
             template = self.find_template(target)
             streams, info = template.merged, template.info
@@ -2753,43 +2972,83 @@ class Keeper:
         if label in streams:
             return streams[label].window
         if not info["redirect_output"] and label in ("stdout", "stderr"):
-            raise IoNotRedirected("the output of '%s' is not redirected; set 'redirect_output'" % info["name"])
-        raise IoNotFound("'%s' has no stream '%s'; it has %s" % (info["name"], label, ", ".join(streams) or "none"))
+            raise IoNotRedirected("the output of '%s' is not redirected; set 'redirect_output'"
+                                  % info["name"])
+        raise IoNotFound("'%s' has no stream '%s'; it has %s" % (
+            info["name"], label, ", ".join(streams) or "none"))
 
-    def find_input(self, pid, label, past=False):
-        """The Input of a process by label; `past`: or one that is closed. ForbiddenWrite, IoNotFound, NotFound."""
-        need(not self.is_name(pid), NotFound, "input goes to one process: give a pid; GET /processes/%s/_pids lists them" % pid)
-        process = self.find_process(pid, past=True)
+    def find_input(self, target, label, past=False):
+        """Return the Input of a process by label; `past`: or one that is closed. ForbiddenWrite,
+        IoNotFound, NotFound."""
+        process = self.find_one(target)
         if label not in process.inputs:
-            need(label != "stdin", ForbiddenWrite, "stdin of '%s' is not redirected; set 'redirect_input'" % process.name)
-            raise IoNotFound("'%s' has no stream '%s' that could be written to" % (process.name, label))
+            if label == "stdin":
+                raise ForbiddenWrite("stdin of '%s' is not redirected; set 'redirect_input'"
+                                     % process.name)
+            raise IoNotFound("'%s' has no stream '%s' that could be written to"
+                             % (process.name, label))
         stream = process.inputs[label]
-        need(past or not stream.closed, ForbiddenWrite, "%s of process %d is closed" % (label, process.pid))
+        if stream.closed and not past:
+            raise ForbiddenWrite("%s of process %d is closed" % (label, process.pid))
         return stream
 
-    # events
+    @on_loop
+    def get_process(self, target):
+        """Return a ProcessHandle for a template's name or a pid. NotFound."""
+        if self.is_name(target):
+            return ProcessHandle(self, target, self.find_template(target).name)
+        process = self.find_process(target)
+        return ProcessHandle(self, process.pid, process.name, process.pid, process.os_pid)
+
+    @on_loop
+    def info(self, target):
+        """Return a template as a dict, by name; by pid the one that the process runs, with pid and
+        os_pid. NotFound."""
+        if self.is_name(target):
+            return self.find_template(target).info
+        process = self.find_process(target)
+        return dict(process.template, pid=process.pid, os_pid=process.os_pid)
+
+    # events and waits
 
     def subscribe(self, pattern, callback):
-        """Call `callback(type, event)` on the loop's thread for each event that `pattern` ("", "exit", "proc/web",
-        "proc/web/exit") matches. Returns a Subscription. BadEventType."""
-        entry = (parse_pattern(pattern.split("/")), callback)
-        self.loop.call(self._subscribers.append, entry)
-        return Subscription(self.loop, lambda: entry in self._subscribers and self._subscribers.remove(entry))
+        """Call `callback(type, event)` on the loop's thread for each event that `pattern` ("",
+        "exit", "proc/web", "proc/web/exit") matches. Returns a Subscription. BadEventType."""
+        subscription = Subscription(self.loop, callback)
+        entry = parse_pattern(pattern.split("/")), subscription
+        subscription.on_close = lambda: entry in self._subscriptions and self._subscriptions.remove(
+            entry)
+        self.loop.call(self._subscriptions.append, entry)
+        return subscription
+
+    @on_loop
+    def monitor_io(self, target, label, callback, facts):
+        """Deliver the output of a stream: see ProcessHandle.monitor_io()."""
+        window, subscription = self.find_window(target, label), Subscription(self.loop, callback)
+        sink = SubscriptionSink(subscription, label, facts)
+        reader = Reader(window, Encoder(), sink, window.end)
+        subscription.on_close = reader.close
+        reader.start()
+        return subscription
 
     def _publish(self, kind, name, process=None, **more):
-        event = {"event": kind, "name": name, "id": "%d@%s" % (self.events.end + 1, self.epoch), "time": time.time()}
+        event = {"event": kind, "name": name, "id": "%d@%s" % (self.events.end + 1, self.epoch),
+                 "time": time.time()}
         if process is not None:
             event.update(pid=process.pid, os_pid=process.os_pid)
         event.update(more)
-        self.events.append(event)
-        for pattern, callback in self._subscribers:
+        try:
+            self.events.append(event)
+        except Exception:                       # no observer has a part in a process's life
+            log.exception("the event %s of %s could not be sent to everybody", kind, name)
+        for pattern, subscription in self._subscriptions:
             if matches(pattern, event):
-                self.loop.call_soon(callback, kind, dict(event))
+                subscription.deliver(kind, dict(event))
 
     def wait_until(self, done, callback):
-        """Call `callback()` on the loop once `done()` is true; it is asked after each end and spawn of a process. Returns a
-        function that ends it."""
-        entry = (done, callback)
+        """Call `callback()` on the loop once `done()` is true; it is asked after each end and spawn
+        of a process. Returns a function that ends it. For the owner of the lock."""
+        entry = done, callback
         self._waiters.append(entry)
         self.loop.call_soon(self._check_waiters)
         return lambda: entry in self._waiters and self._waiters.remove(entry)
@@ -2800,7 +3059,44 @@ class Keeper:
                 self._waiters.remove(entry)
                 entry[1]()
 
-    # wanted and actual
+    def on_loop_thread(self):
+        """Return True if the calling thread must not wait for the loop."""
+        return self.loop.owned() or threading.get_ident() == self._thread
+
+    def block_until(self, done, timeout=None):
+        """Block the calling thread until `done()`, asked under the lock, is true or run() ends.
+        Returns False after `timeout` seconds."""
+        event = threading.Event()
+
+        def begin():
+            if done():
+                event.set()
+            return self.wait_until(lambda: self._ended or done(), event.set)
+        cancel = self.loop.call(begin)
+        if event.wait(timeout):
+            return True
+        self.loop.call(cancel)
+        return False
+
+    def wait_for(self, target, timeout=None):
+        """Block until a process or a template has ended: see ProcessHandle.wait()."""
+        if self.on_loop_thread():
+            raise RuntimeError("this would wait for its own thread; wait on another one")
+
+        def find():
+            if self.is_name(target):
+                template = self.find_template(target)
+                return (lambda: not template.processes and template.state() == "stopped",
+                        lambda: template.last_exit)
+            process = self.find_process(target, past=True)
+            return lambda: process.gone, lambda: {
+                "exit_status": process.exit_status, "term_signal": process.term_signal}
+        done, result = self.loop.call(find)
+        if not self.block_until(done, timeout):
+            raise WaitTimeout("%s has not ended in %g seconds; it goes on" % (target, timeout))
+        return result()
+
+    # what is wanted beside what there is
 
     def _reconcile(self, template):
         if not self._running or self.stopping:
@@ -2810,45 +3106,73 @@ class Keeper:
             self._end_process(process, "reap")
         while template.pending and template.missing() < 0:
             template.pending.pop().cancel()
-        launch = None
-        while template.missing() > 0:
-            launch = self._respawn(template, 0, launch)
-            if launch is None:
-                break
+        if template.missing() > 0:
+            if not self._to_spawn:
+                self.loop.call_soon(self._spawn_some)
+            self._to_spawn.setdefault(template)
 
-    def _respawn(self, template, failures, launch=None):
-        """Spawn one that follows on so many failures. Returns the Launch; None: it failed too, and is tried again later."""
+    def _spawn_some(self):
+        """Spawn what is missing, for SPAWN_TIME; then again in the next turn, so that others have
+        theirs in between."""
+        until = self.loop.clock() + SPAWN_TIME
+        while self._to_spawn:
+            template = next(iter(self._to_spawn))
+            if template.missing() > 0 and not self.stopping:
+                launch = self._respawn(template, self._to_spawn[template])
+                self._to_spawn[template] = launch
+                if launch is not None and self.loop.clock() < until:
+                    continue
+                if launch is not None:
+                    break
+            del self._to_spawn[template]
+        if self._to_spawn:
+            self.loop.call_soon(self._spawn_some)
+        self._check_waiters()
+
+    def _respawn(self, template, launch):
+        """Spawn a process that nobody waits for; `launch`: that of the one before it, or None.
+        Returns its Launch; None: it failed, and is tried again later."""
+        failures = template.failures.pop() if template.failures else 0
         try:
             launch = (launch.again if launch else Launch)(template.info, template.free_instance())
             process = self._spawn(template, launch)
         except (GafferError, OSError, ValueError, MemoryError) as error:
             template.error = str(error)
-            short = isinstance(error, (Busy, MemoryError))      # of what the machine has: that is no flapping
-            (self._said if short else template.said).warning("%s cannot be started: %s", template.name, error)
+            short = isinstance(error, (Busy, MemoryError))  # of what the system has: no flapping
+            (self._report if short else template.report).warning(
+                "%s cannot be started: %s", template.name, error)
             if not short:
-                self._judge(template, 0.0)
-            if template.missing() > 0:          # with a delay even where flapping is judged: nothing has run that took time
-                self._fill_slot(template, failures + 1, backoff(failures + 2))
+                self._judge(template, 0.0, 1)
+            if template.missing() > 0:          # with a delay also if it flaps: nothing took time
+                self._spawn_later(template, failures + 1, backoff(failures + 2))
             return None
         process.failures = failures
         self._publish("spawn", template.name, process)
         return launch
 
     def _spawn(self, template, launch):
-        """A new process of `template`, running. The caller publishes it."""
-        process = Process(self._next_pid, template, self, self.loop, self.table, self._exit_watcher)
-        process.spawn(launch, template.merged, self.window_size, self.input_size)
+        """Return a new process of `template`, running. The caller publishes it."""
+        process = Process(self._next_pid, template, self)
+        process.spawn(launch)
         self._next_pid += 1
         self.processes[process.pid] = template.processes[process.pid] = process
         template.error = None
-        if self._waiters:
-            self.loop.call_soon(self._check_waiters)
         return process
 
+    def _spawn_later(self, template, failures, delay):
+        """Fill a slot after a delay; until then it counts as filled."""
+        def fill():
+            template.pending.remove(timer)
+            template.failures.append(failures)
+            self._reconcile(template)
+        timer = self.loop.later(delay, fill)
+        template.pending.append(timer)
+
     def _end_process(self, process, kind):
-        if process.running:
-            self._publish(kind, process.name, process)
+        running = process.running
         process.stop()
+        if running:
+            self._publish(kind, process.name, process)
 
     def _stop_template(self, template):
         template.forget_waits()
@@ -2858,151 +3182,212 @@ class Keeper:
         for process in template.running():
             self._end_process(process, "stop_pid")
 
-    def _judge(self, template, lived):
-        """A process has ended by itself: let the template rest, or stop for good, where it flaps."""
-        if template.rest is not None or not template.active or self.stopping:
-            return
+    def _judge(self, template, lived, failures):
+        """Decide what follows an exit or a failed spawn. Returns the seconds until the next try."""
+        if template.pause is not None or not template.active or self.stopping:
+            return 0.0
         oldest = max([lived, *(process.age() for process in template.running())])
         action, delay, template.history = after_exit(
-            template.info, self.loop.clock(), oldest, 1, template.history)
+            template.info, self.loop.clock(), oldest, failures, template.history)
         if action == "pause":
-            self._publish("flap", template.name)
             template.forget_waits()
-            template.rest = self.loop.later(delay, self._rested, template)
+            template.pause = self.loop.later(delay, self._end_pause, template)
+            self._publish("flap", template.name)
         elif action == "stop":
             template.gave_up = True
             self._stop_template(template)
+        return delay
 
-    def exited(self, process):
-        """Called by a process that has exited."""
-        template = process.home
-        template.exits[process.exit_status, process.term_signal] += 1
-        template.note_exit(process)
-        self._publish("exit", process.name, process, exit_status=process.exit_status, term_signal=process.term_signal)
-        if not process.stopping:
-            self._judge(template, process.age())
+    def _end_pause(self, template):
+        template.pause = None
+        self._reconcile(template)
 
-    def ended(self, process):
-        """Called by a process that has exited, when all its output has been read."""
+    # what a process tells
+
+    def process_exited(self, process, remains):
+        """A process has exited; `remains`: others of its group have not."""
+        template, status, signum = process.home, process.exit_status, process.term_signal
+        template.exits[status, signum] += 1
+        last, by_itself = template.last_exit, process.by_itself
+        again = last and by_itself and (status, signum) == (
+            last["exit_status"], last["term_signal"])
+        template.last_exit = {
+            "pid": process.pid, "exit_status": status, "term_signal": signum, "time": time.time(),
+            "times": last["times"] + 1 if again else 1}
+        more = {}
+        if by_itself:
+            template.hint = None
+            if (status, signum) == (0, 0) and process.age() < BACKOFF_RESET:
+                ours = {each.os_pid for each in self.processes.values() if not each.gone}
+                if remains or self.table.orphans(process.os_pid, ours):
+                    template.hint = more["hint"] = (
+                        "it exited with success and left a process behind: it seems to daemonize; "
+                        "have it stay in the foreground, so that it can be watched and stopped")
+        self._publish("exit", process.name, process, exit_status=status, term_signal=signum, **more)
+        if by_itself:
+            process.failures = 1 if process.age() >= BACKOFF_RESET else process.failures + 1
+            process.retry_after = self._judge(template, process.age(), process.failures)
+
+    def process_ended(self, process):
+        """A process has exited, and all its output has been read."""
         for key in (None, process.name, process.pid):
             if key in self.journals:
-                self.journals[key].exit(time.time(), process.name, process.pid, process.exit_status, process.term_signal)
+                self.journals[key].exit(time.time(), process.name, process.pid, process.exit_status,
+                                        process.term_signal)
         if process.pid in self.journals:
             self.journals[process.pid].finish()
 
-    def gone(self, process):
-        """Called by a process of whose group nothing is left."""
+    def process_gone(self, process):
+        """Nothing of a process's group is left: its slot is free."""
         template = process.home
         template.processes.pop(process.pid, None)
-        self._keep(template, process)
+        self._retain(template, process)
+        if process.name == self.exit_with and process.by_itself and not self.stopping:
+            self.exit_code = (128 + process.term_signal if process.term_signal
+                              else process.exit_status)
+            log.info("%s has ended, and so does gaffer, with %d", process.name, self.exit_code)
+            self._stop(False)
         if template.active and not template.deleted and not self.stopping:
-            if not process.stopping:
-                template.restarts += 1
-            if not process.stopping and template.missing() > 0:
-                failures = 1 if process.age() >= BACKOFF_RESET else process.failures + 1
-                self._fill_slot(template, failures, backoff(failures) if template.info["flapping"] is None else 0.0)
+            template.restarts += process.by_itself
+            if process.by_itself and template.missing() > 0:
+                if process.retry_after:
+                    self._spawn_later(template, process.failures, process.retry_after)
+                else:
+                    template.failures.append(process.failures)
             self._reconcile(template)
-        self._check_waiters()
+        if self.stopping:
+            self._stop_next()
+        self.loop.call_soon(self._check_waiters)
+        self._maybe_stopped()
 
-    def _fill_slot(self, template, failures, delay):
-        """Replace a process that ended by itself: now, or after its backoff."""
-        if delay:
-            timer = self.loop.later(delay, lambda: self._retry(template, timer, failures))
-            template.pending.append(timer)
-        else:
-            self._respawn(template, failures)
+    def process_abandoned(self):
+        """A process cannot be ended."""
+        self._maybe_stopped()
 
-    def _retry(self, template, timer, failures):
-        template.pending.remove(timer)
-        if template.missing() > 0 and self._respawn(template, failures):
-            self._reconcile(template)
-
-    def _rested(self, template):
-        template.rest = None
-        self._reconcile(template)
-
-    def _keep(self, template, process):
-        """Let the windows of a process that is gone be read for a while."""
+    def _retain(self, template, process):
+        """Let the output of a process that is gone be read for a while."""
         if template.deleted or not process.outputs:
             self.processes.pop(process.pid, None)
             return
         template.past.append(process)
         while len(template.past) > max(AFTERLIFE_COUNT, 2 * template.info["numprocesses"]):
             self.processes.pop(template.past.popleft().pid, None)
-        if template.afterlife is None:
-            template.afterlife = self.loop.later(AFTERLIFE, self._forget, template)
+        if template.retention is None:
+            template.retention = self.loop.later(AFTERLIFE, self._forget, template)
 
     def _forget(self, template):
-        """Let go of the oldest that can be read, and come again for the next: one timer, which holds no process."""
-        template.afterlife = None
-        now = self.loop.clock()
+        """Forget processes whose time is over. One timer for all of them, which holds none."""
+        template.retention, now = None, self.loop.clock()
         while template.past and template.past[0].exited_at + AFTERLIFE <= now:
             self.processes.pop(template.past.popleft().pid, None)
         if template.past:
-            template.afterlife = self.loop.later(template.past[0].exited_at + AFTERLIFE - now, self._forget, template)
+            wait = template.past[0].exited_at + AFTERLIFE - now
+            template.retention = self.loop.later(wait, self._forget, template)
 
+    # changes
 
-class Operator(Keeper):
-    """What may be asked of templates and processes, from any thread: each method holds the loop while it acts, and what it
-    has done is done when it returns."""
-
-    def add_process(self, name, cmd=None, **options):
-        """Add a template, and start it unless start=False; before run(), it starts there. `options`: the fields of a
-        template. InvalidProcessInfo, Conflict. `name` may be the whole template as a dict."""
+    def add_process(self, name, cmd=None, dry_run=False, **options):
+        """Add a template, and start it unless start=False; before run(), it starts there.
+        `options`: the fields of a template. `name` may be the whole template as a dict. `dry_run`:
+        only check. Returns its ProcessHandle. InvalidProcessInfo, Conflict, Busy."""
         info = dict(name) if isinstance(name, dict) else dict(options, name=name, cmd=cmd)
-        self.loop.call(self._add, check_template(info))
+        return self._add(check_template(info), dry_run)
 
-    def _add(self, info):
-        self._may_change()
-        need(info["name"] not in self.templates, Conflict,
-             "the name '%s' is taken; PUT /processes/%s replaces it" % (info["name"], info["name"]))
-        need(len(self.templates) < TEMPLATES_MAX, Busy, "there are %d templates; delete one first" % TEMPLATES_MAX)
+    @starting
+    def _add(self, info, dry_run):
+        name = info["name"]
+        if name in self.templates:
+            raise Conflict("the name '%s' is taken; PUT /processes/%s replaces it" % (name, name))
+        if len(self.templates) >= TEMPLATES_MAX:
+            raise Busy("there are %d templates; delete one first" % TEMPLATES_MAX)
         template = Template(info, self.loop, self.journals)
+        launch = Launch(info) if info["start"] else None
+        handle = ProcessHandle(self, name, name)
+        if dry_run:
+            return template, handle
         template.open_streams(self.window_size)
-        first = []
-        if info["start"]:
-            launch = Launch(info)
-            if info["numprocesses"] and self._running:
-                first.append(self._spawn(template, launch))
-        self.templates[info["name"]] = template
-        self._publish("create", template.name)
+        first = None
+        if info["start"] and info["numprocesses"] and self._running:
+            first = self._spawn(template, launch)
+        self.templates[name] = template
+        self._publish("create", name)
         template.created = "%d@%s" % (self.events.end, self.epoch)
-        if info["start"]:
-            template.active = True
-            if self._running:
-                self._publish("start", template.name)
-        for process in first:
-            self._publish("spawn", template.name, process)
+        template.active = info["start"]
+        if template.active and self._running:
+            self._publish("start", name)
+        if first is not None:
+            self._publish("spawn", name, first)
         self._reconcile(template)
+        return template, handle
 
-    def update_process(self, name, info):
-        """Replace a template; its processes are stopped and, if it is active, replaced. InvalidProcessInfo, NotFound."""
-        self.loop.call(self._update, name, info)
+    def update_process(self, name, info, create=False, dry_run=False):
+        """Make a template as `info` says, "name" and "start" as they are unless given. Its
+        processes are stopped and, if it is active, replaced, unless only ADJUSTABLE fields change.
+        `create`: add it if it is not there; `dry_run`: only check. Returns "created", "changed" or
+        "unchanged". InvalidProcessInfo, NotFound."""
+        template = check_template(info, {"name": name})
+        if template["name"] != name:
+            raise InvalidProcessInfo("field 'name' is '%s', but this is '%s'; add a new template "
+                                     "instead" % (template["name"], name))
+        return self._update(name, template, "start" in info, create, dry_run)
 
-    def _update(self, name, info):
-        self._may_change()
+    @starting
+    def _update(self, name, info, start_given, create, dry_run):
+        if create and name not in self.templates:
+            self._add(info, dry_run)
+            return self.templates.get(name), "created"
         template = self.find_template(name)
-        given, info = info, check_template(info, {"name": name, "start": template.info["start"]})
-        active = info["start"] if "start" in given else template.active
-        need(info["name"] == name, InvalidProcessInfo,
-             "field 'name' is '%s', but this is '%s'; add a new template instead" % (info["name"], name))
-        if active:
+        old, active = template.info, template.active
+        if start_given:
+            active = info["start"]
+        else:
+            info["start"] = old["start"]
+        fields = {field for field in OPTIONS if info[field] != old[field]}
+        replaced = not fields <= set(ADJUSTABLE)
+        if not fields and active == template.active:
+            return template, "unchanged"
+        if active and (replaced or not template.active):
             Launch(info)
-        template.forget_waits()
-        template.replace(info)
-        template.open_streams(self.window_size)
-        template.active, template.gave_up = active, False
-        self._publish("update", name)
-        for process in template.running():
-            self._end_process(process, "stop_pid")
+        if dry_run:
+            return template, "changed"
+        template.info = info
+        if replaced or "flapping" in fields:
+            template.replace(info)
+        if replaced:
+            template.forget_waits()
+            template.open_streams(self.window_size)
+            template.active = active
+        if fields:
+            self._publish("update", name)
+        if replaced:
+            for process in template.running():
+                self._end_process(process, "stop_pid")
+        elif active and not template.active:
+            self.start_template(name)
+        elif not active:
+            self._stop_template(template)
         self._reconcile(template)
+        return template, "changed"
 
+    @starting
+    def adjust_process(self, name, fields):
+        """Change ADJUSTABLE fields of a template, {field: value}, checked. NotFound."""
+        info = dict(self.find_template(name).info, **fields)
+        self._update(name, info, "start" in fields, False, False)
+        return self.templates[name], None
+
+    @starting
+    def scale(self, name, change):
+        """Change numprocesses by `change`, within 0 and its limit. Returns the new number.
+        NotFound."""
+        template = self.find_template(name)
+        number = min(NUMPROCESSES_MAX, max(0, template.info["numprocesses"] + change))
+        self.adjust_process(name, {"numprocesses": number})
+        return template, number
+
+    @changing
     def delete_process(self, name):
-        """Stop a template's processes and forget it. NotFound."""
-        self.loop.call(self._delete, name)
-
-    def _delete(self, name):
-        self._may_change()
+        """Stop a template's processes and forget it; its name is free at once. NotFound."""
         template = self.find_template(name)
         self._stop_template(template)
         del self.templates[name]
@@ -3010,55 +3395,49 @@ class Operator(Keeper):
         for process in template.past:
             self.processes.pop(process.pid, None)
         template.past.clear()
-        if template.afterlife is not None:
-            template.afterlife.cancel()
+        if template.retention is not None:
+            template.retention.cancel()
         self._publish("delete", name)
         for merged in template.merged.values():
             merged.window.finish()
         if name in self.journals:
             self.journals[name].finish()
 
+    @starting
     def start_template(self, name):
-        """Let a template run. InvalidProcessInfo: it cannot be executed, and stays as it was. NotFound."""
-        self.loop.call(self._start_template, name)
-
-    def _start_template(self, name):
-        self._may_change()
+        """Let a template run. InvalidProcessInfo: it cannot be executed, and stays as it was.
+        NotFound."""
         template = self.find_template(name)
         if template.active:
-            return
-        launch = Launch(template.info, template.free_instance())
-        template.replace(template.info)         # flapping begins anew
-        first = []
-        template.active, template.gave_up = True, False
-        if self._running and template.missing() > 0:
-            try:
-                first.append(self._spawn(template, launch))
-            except GafferError:
-                template.active = False
-                raise
+            return template, None
+        launch, first = Launch(template.info, template.free_instance()), None
+        template.active = True
+        try:
+            if self._running and template.missing() > 0:
+                first = self._spawn(template, launch)
+        except GafferError:
+            template.active = False
+            raise
+        template.replace(template.info)
         self._publish("start", name)
-        for process in first:
-            self._publish("spawn", name, process)
+        if first is not None:
+            self._publish("spawn", name, first)
         self._reconcile(template)
+        return template, None
 
+    @changing
     def stop_template(self, name):
         """Stop a template's processes; they stay stopped. NotFound."""
-        self.loop.call(self._stop_named, name)
-
-    def _stop_named(self, name):
-        self._may_change()
         self._stop_template(self.find_template(name))
 
+    @starting
     def restart_template(self, name):
-        """Stop each process, and replace it once it is gone; a stopped template is started. NotFound."""
-        self.loop.call(self._restart_template, name)
-
-    def _restart_template(self, name):
-        self._may_change()
+        """Stop each process, and replace it once it is gone; start a stopped template. NotFound,
+        InvalidProcessInfo."""
         template = self.find_template(name)
         if not template.active:
-            return self._start_template(name)
+            self.start_template(name)
+            return template, None
         Launch(template.info)
         template.forget_waits()
         template.replace(template.info)
@@ -3066,158 +3445,82 @@ class Operator(Keeper):
         for process in template.running():
             self._end_process(process, "stop_pid")
         self._reconcile(template)
-        return None
+        return template, None
 
-    def scale(self, name, change):
-        """Change numprocesses by `change`, within 0 and its limit. Returns the new number. NotFound."""
-        return self.loop.call(self._scale, name, change)
-
-    def _scale(self, name, change):
-        self._may_change()
-        number = min(NUMPROCESSES_MAX, max(0, self.find_template(name).info["numprocesses"] + change))
-        self._adjust(name, {"numprocesses": number})
-        return number
-
-    def adjust_process(self, name, fields):
-        """Change ADJUSTABLE fields of a template: {field: value}, checked. Its processes go on. NotFound."""
-        self.loop.call(self._adjust, name, fields)
-
-    def _adjust(self, name, fields):
-        self._may_change()
-        template = self.find_template(name)
-        changed = {field: value for field, value in fields.items() if template.info[field] != value}
-        if changed:
-            template.info = dict(template.info, **changed)
-            if "flapping" in changed:
-                template.replace(template.info)
-            self._publish("update", name)
-            self._reconcile(template)
-
+    @changing
     def stop_process(self, target):
         """Stop one process by pid (it is replaced), or a template by name. NotFound."""
-        self.loop.call(self._stop_target, target)
-
-    def _stop_target(self, target):
-        self._may_change()
         if self.is_name(target):
             self._stop_template(self.find_template(target))
         else:
             self._end_process(self.find_process(target), "stop_pid")
 
+    @changing
     def signal(self, target, signum, group=False):
         """Send a signal to one process by pid, or to each of a template's. NotFound, Forbidden."""
-        self.loop.call(self._signal, target, signum, group)
-
-    def _signal(self, target, signum, group):
-        self._may_change()
         if self.is_name(target):
             processes = self.find_template(target).running()
-        else:                                   # one that is being stopped may still need a stronger word
+        else:                                   # one that is being stopped may need a stronger one
             processes = [self.find_process(target, past=True)]
-            need(not processes[0].exited, NotFound, "process %s has exited" % target)
+            if processes[0].exited:
+                raise NotFound("process %s has exited" % target)
         for process in processes:
             process.signal(signum, group)
 
-    def write(self, pid, label, data):
-        """Write bytes to a process's stdin or custom stream, all or nothing. ForbiddenWrite, StdinFull, IoNotFound."""
-        self.loop.call(self._write, pid, label, data)
+    @changing
+    def write(self, target, label, data):
+        """Write bytes to a process's stdin or custom stream, all or nothing. ForbiddenWrite,
+        StdinFull, IoNotFound."""
+        self.find_input(target, label).write(data)
 
-    def _write(self, pid, label, data):
-        self._may_change()
-        self.find_input(pid, label).write(data)
+    @changing
+    def end_input(self, target, label):
+        """End a process's stdin or custom stream, behind what waits. ForbiddenWrite, IoNotFound."""
+        self.find_input(target, label).end()
 
-    def end_input(self, pid, label):
-        """End of file on a process's stdin or custom stream, behind what waits. ForbiddenWrite, IoNotFound."""
-        self.loop.call(self._end_input, pid, label)
-
-    def _end_input(self, pid, label):
-        self._may_change()
-        self.find_input(pid, label).end()
-
-    def get_process(self, target):
-        """A ProcessHandle for a template's name or a pid. NotFound."""
-        return self.loop.call(self._handle, target)
-
-    def _handle(self, target):
-        if self.is_name(target):
-            return ProcessHandle(self, target, {"name": self.find_template(target).name})
-        process = self.find_process(target)
-        return ProcessHandle(self, process.pid, {"name": process.name, "pid": process.pid, "os_pid": process.os_pid})
-
-    def info(self, target):
-        """A template as a dict, by name; by pid the one that the process runs, with pid and os_pid. NotFound."""
-        return self.loop.call(self._info, target)
-
-    def _info(self, target):
-        if self.is_name(target):
-            return self.find_template(target).info
-        process = self.find_process(target)
-        return dict(process.template, pid=process.pid, os_pid=process.os_pid)
-
-    def _may_change(self):
-        need(not self.stopping, Stopping, "gaffer is stopping; start it again")
-
-
-class Manager(Operator):
-    """Keeps processes running. `apps`: objects with start(loop, manager), and maybe stop() and restart(). `window_size`:
-    bytes kept of each stream; `input_size`: that wait for a process to read them. `exit_with`: the name of a template,
-    there or yet to come; once a process of it has ended by itself, all others are stopped, run() returns, and
-    `exit_code` is its status, or 128 and the signal. `exit_watcher`, `process_table`: see the platform section; chosen
-    by probing."""
-
-    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None, process_table=None, exit_with=None,
-                 input_size=STDIN_SIZE):
-        super().__init__(loop or Loop(), window_size, input_size, exit_watcher, process_table)
-        self.exit_with, self.exit_code = exit_with, 0
-        self.apps = list(apps)
-        self.started_at = time.time()
-        self._killing = False
-        self._started_apps = []
-        self.configuration = None               # what POST /_reload loads again: it has reload(manager, dry_run)
+    # from the start to the end
 
     def run(self):
-        """Start the apps and all active templates, in the order of their priority, and serve until stop(). The calling
-        thread becomes the loop's. Raises what an app's start() raises, with nothing left running."""
+        """Start the apps and all active templates, in the order of their priority, and serve until
+        stop(). The calling thread becomes the loop's. Raises what an app's start() raises, with
+        nothing left running."""
+        self._thread = threading.get_ident()
         try:
             self.loop.call(self._start)
             self.loop.run()
         finally:
-            self._wind_up()
-
-    def _wind_up(self):
-        """Nothing is left after run(), whatever ended it."""
-        try:
-            if self.loop.call(self._alive):     # an exception, such as KeyboardInterrupt, came first
-                self.loop.call(self._stop, False)
-                self.loop.run()
-        finally:
             try:
-                self.loop.call(self._finish)
-                self.loop.run()                 # until all is sent
+                if self.loop.call(self._alive):     # an exception, such as KeyboardInterrupt
+                    self.loop.call(self._stop, False)
+                    self.loop.run()
             finally:
-                self.loop.call(self._end)
-                self.loop.close()
-                for app in reversed(self._started_apps):
-                    if hasattr(app, "join"):
-                        app.join()
+                try:
+                    self.loop.call(self._finish)
+                    self.loop.run()             # until all is sent
+                finally:
+                    self.loop.call(self._end)
+                    self.loop.close()
+                    for app in reversed(self._started_apps):
+                        if hasattr(app, "join"):
+                            app.join()
 
     def _start(self):
         self._running = True
         for app in self.apps:
             app.start(self.loop, self)
             self._started_apps.append(app)
-        for template in sorted(self.templates.values(), key=lambda template: priority_of(template.info)):
+        for template in sorted(self.templates.values(), key=lambda each: priority_of(each.info)):
             if template.active:
                 self._publish("start", template.name)
                 self._reconcile(template)
 
     def stop(self, kill=False):
-        """Stop all processes, newest first, each within its graceful_timeout, then let run() return. `kill`: at once.
-        Any thread may call it, and a signal handler."""
+        """Stop all processes, the highest priority first and the newest first within one, each
+        within its graceful_timeout, then let run() return. `kill`: at once. Any thread may call it,
+        and a signal handler."""
         self.loop.call_soon(self._stop, kill)
 
     def _stop(self, kill):
-        alive = self._alive()
         if not self.stopping:
             self.stopping = True
             for template in self.templates.values():
@@ -3225,50 +3528,50 @@ class Manager(Operator):
                 if template.active:
                     template.active = False
                     self._publish("stop", template.name)
-            self._stop_in_order(list(alive), None if kill else min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(alive))))
+            self._to_stop = sorted(self._alive(), key=lambda each: priority_of(each.template))
+            self._stop_stagger = min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(self._to_stop)))
+            self._stop_next()
         if kill:
             self._killing = True
-            for process in alive:
+            while self._to_stop:
+                self._end_process(self._to_stop.pop(), "stop_pid")
+            for process in self._alive():
                 process.kill()
         self._maybe_stopped()
 
-    def _stop_in_order(self, alive, patience):
-        """Signal the newest that runs; the next one when it is gone, or after `patience` seconds (None: none)."""
-        while alive:
-            process = alive.pop()
+    def _stop_next(self):
+        """Stop what is next in order: a process waits for the one after it for a moment, and for
+        all of a higher priority until they are gone or their graceful_timeout is over."""
+        now = self.loop.clock()
+        if self._stop_timer is not None:
+            self._stop_timer.cancel()
+        while self._to_stop:
+            process, wave = self._to_stop[-1], self._wave
+            same = wave and priority_of(wave[-1][0].template) == priority_of(process.template)
+            waits = [since + (self._stop_stagger if same else each.template["graceful_timeout"])
+                     for each, since in (wave[-1:] if same else wave)
+                     if not each.gone and not each.abandoned]
+            if waits and max(waits) > now:
+                self._stop_timer = self.loop.later(max(waits) - now, self._stop_next)
+                break
+            if not same:
+                wave.clear()
+            self._to_stop.pop()
             if not process.gone:
+                wave.append((process, now))
                 self._end_process(process, "stop_pid")
-                if patience is not None:
-                    self._go_on_when_gone(process, alive, patience)
-                    break
-
-    def _go_on_when_gone(self, process, alive, patience):
-        def go_on():
-            timer.cancel()
-            cancel()
-            self._stop_in_order(alive, patience)
-        timer = self.loop.later(patience, go_on)
-        cancel = self.wait_until(lambda: process.gone, go_on)
 
     def _alive(self):
-        return [process for process in self.processes.values() if not process.gone and not process.template["detach"]]
-
-    def gone(self, process):
-        """See Keeper."""
-        if process.name == self.exit_with and not process.stopping and not self.stopping:
-            self.exit_code = 128 + process.term_signal if process.term_signal else process.exit_status
-            log.info("%s has ended, and so does gaffer, with %d", process.name, self.exit_code)
-            self._stop(False)
-        super().gone(process)
-        self._maybe_stopped()
+        return [process for process in self.processes.values()
+                if not (process.gone or process.abandoned or process.template["detach"])]
 
     def _maybe_stopped(self):
         if self.stopping and not self._alive():
             self.loop.call_soon(self.loop.stop)
 
     def _finish(self):
-        """Nothing is left to run, also where run() failed: all streams end."""
-        self.stopping, self._running = True, False
+        """End all streams: nothing is left to run, also if run() failed."""
+        self.stopping, self._running, self._ended = True, False, True
         for process in list(self.processes.values()):
             if not process.gone and not process.template["detach"]:
                 process.kill()
@@ -3280,10 +3583,11 @@ class Manager(Operator):
         for journal in self.journals.values():
             journal.finish()
         self.events.finish()
+        self._check_waiters()
         self._let_send(self.loop.clock() + STOP_SEND)
 
     def _let_send(self, until):
-        """Stop the loop when no app has anything left to send, or it is late, or all was to be killed."""
+        """Stop the loop once no app has anything left to send, or it is late."""
         sending = any(getattr(app, "sending", False) for app in self._started_apps)
         if sending and not self._killing and self.loop.clock() < until:
             self.loop.later(STOP_SEND / 200, self._let_send, until)
@@ -3295,20 +3599,26 @@ class Manager(Operator):
             if hasattr(app, "stop"):
                 app.stop()
 
+    @changing
     def restart(self):
-        """Restart all active templates, and the apps that can be."""
-        self.loop.call(self._restart_all)
-
-    def _restart_all(self):
+        """Restart all active templates, and the apps that can be. InvalidProcessInfo tells which
+        could not be, after all others have been."""
         for app in self._started_apps:
             if hasattr(app, "restart"):
                 app.restart()
-        for template in self.templates.values():
+        faults = []
+        for template in list(self.templates.values()):
             if template.active:
-                self.restart_template(template.name)
+                try:
+                    self.restart_template(template.name)
+                except GafferError as error:
+                    faults.append("'%s': %s" % (template.name, error))
+        if faults:
+            raise InvalidProcessInfo("; ".join(faults))
 
-    def reap_strangers(self):
-        """As pid 1: take away the zombies that were no process of ours, but whose parents have ended before them."""
+    @on_loop
+    def reap_orphans(self):
+        """As pid 1: reap what was no process of ours, but whose parents have ended before it."""
         ours = {process.os_pid for process in self.processes.values() if not process.gone}
         for os_pid in self.table.children(os.getpid()):
             if os_pid not in ours:
@@ -6472,12 +6782,10 @@ class Feeds:
                (*STREAM_ERRORS, ForbiddenWrite, ForbiddenOrigin, UpgradeRequired), statuses=(101,))
     def websocket(self, request, ref):
         """A websocket: messages to stdin, output back."""
-        need(not self.manager.is_name(ref), NotFound,
-             "a websocket goes to one process: give a pid; GET /processes/%s/_pids lists them" % ref[:128])
-        process = self.manager.find_process(ref, past=True)
+        process = self.manager.find_one(ref)
         labels = list(process.outputs)
         label = request.query.get("label") or (labels[0] if labels else "stdout")
-        window = self.manager.find_window(ref, label)
+        window = self.manager.find_window(process.pid, label)
         binary = choice(request, "type", ("text", "binary"), "text") == "binary"
         by_line = choice(request, "frame", ("line",), None) == "line"
         loss = choice(request, "loss", ("skip", "block"), "cut")
@@ -6485,7 +6793,8 @@ class Feeds:
         heartbeat = duration(request, "heartbeat", 0.1, true=60.0)
         stream = None
         if not flag(request, "readonly"):
-            stream = self.manager.find_input(ref, label if label in process.inputs else "stdin", past=True)
+            stream = self.manager.find_input(
+                process.pid, label if label in process.inputs else "stdin", past=True)
         headers = websocket_accept(request)
         reader = self._reader(request, window, FrameEncoder(binary, by_line), offset, loss)
         return WebSocketReply(headers, reader, self._asked(request), stream, by_line, process, heartbeat)
@@ -6557,11 +6866,12 @@ class Api(Feeds):
             return [process.pid for process in self.manager.processes.values() if process.running]
         return list(self.manager.templates)
 
-    @operation(errors=(InvalidJson, InvalidProcessInfo, Conflict), body="template")
+    @operation("dry_run", (InvalidJson, InvalidProcessInfo, Conflict), body="template")
     def create(self, request):
         """Add a template, and start it."""
         def work():
-            self.manager.add_process(check_template(request.json()))
+            template = check_template(request.json())
+            self.manager.add_process(template, dry_run=flag(request, "dry_run"))
             return json_response(OK)
         return ThreadReply(work)
 
@@ -6570,19 +6880,20 @@ class Api(Feeds):
         """A template; by pid the one that the process runs."""
         return self.manager.info(ref)
 
-    @operation(errors=(InvalidJson, InvalidProcessInfo, NotFound), body="fields")
+    @operation("dry_run", (InvalidJson, InvalidProcessInfo, NotFound), body="fields")
     def update(self, request, name):
-        """Replace a template, and its processes."""
+        """Make a template as it is given; PUT adds one that is not there."""
         def work():
-            self.manager.update_process(name, request.json())
-            return json_response(OK)
+            done = self.manager.update_process(
+                name, request.json(), request.method == "PUT", flag(request, "dry_run"))
+            return json_response(dict(OK, created=True) if done == "created" else
+                                 dict(OK, changed=done == "changed"))
         return ThreadReply(work)
 
-    @operation(errors=(NotFound,))
+    @operation("wait", (NotFound, WaitTimeout))
     def delete(self, request, name):
         """Stop a template's processes, and forget it."""
-        self.manager.delete_process(name)
-        return OK
+        return self._act(request, [self.manager.find_template(name)], self.manager.delete_process)
 
     @operation(errors=(NotFound,))
     def pids(self, request, name):
@@ -6611,33 +6922,50 @@ class Api(Feeds):
         return self._act(request, [self.manager.find_template(name)], self.manager.restart_template)
 
     def _act(self, request, templates, action, stopped=None):
-        """Do it, and answer; with ?wait when it is done."""
+        """Act on each template, and answer: once what starts has been spawned, with ?wait once what
+        stops is gone. `stopped`: the processes that are to end, if not all. Faults are told
+        together."""
+        manager = self.manager
         longest = max([template.info["graceful_timeout"] for template in templates] or [0])
         wait = duration(request, "wait", 0, true=longest + WAIT_EXTRA)
-        before = [process for template in templates for process in template.processes.values()] if stopped is None else stopped
-        for template in templates:
-            action(template.name)
-        if wait is None:
-            return OK
+        before = stopped
+        if before is None:
+            before = [each for template in templates for each in template.processes.values()]
 
         def done():
-            return all(process.gone or process.running for process in before) and (stopped is not None or all(
-                template.missing() <= 0 for template in templates))
-        if done():
-            return OK
-        return ParkedReply(
-            lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(OK))), wait,
-            lambda: error_response(WaitTimeout("this was not done in %g seconds; it goes on, ask again" % wait)))
+            return all(process.gone or process.running for process in before) and (
+                stopped is not None or all(
+                    template.deleted or template.missing() <= 0 for template in templates))
 
-    @operation(errors=(NotFound, BadValue))
+        def work():
+            result, faults = OK, []
+            for template in templates:
+                try:
+                    result = action(template.name) or OK
+                except GafferError as error:
+                    if len(templates) == 1:
+                        raise
+                    faults.append("'%s': %s" % (template.name, error))
+            need(not faults, InvalidProcessInfo, "; ".join(faults))
+            if wait is not None and not manager.block_until(done, wait):
+                raise WaitTimeout("this was not done in %g seconds; it goes on, ask again" % wait)
+            return json_response(result)
+        return ThreadReply(work)
+
+    @operation("wait", (NotFound, BadValue, WaitTimeout))
     def add(self, request, name, number="1"):
         """Run more processes of a template."""
-        return {"ok": True, "numprocesses": self.manager.scale(name, count_of(number))}
+        return self._scale(request, name, count_of(number))
 
-    @operation(errors=(NotFound, BadValue))
+    @operation("wait", (NotFound, BadValue, WaitTimeout))
     def sub(self, request, name, number="1"):
         """Run fewer processes of a template."""
-        return {"ok": True, "numprocesses": self.manager.scale(name, -count_of(number))}
+        return self._scale(request, name, -count_of(number))
+
+    def _scale(self, request, name, change):
+        def scale(name):
+            return {"ok": True, "numprocesses": self.manager.scale(name, change)}
+        return self._act(request, [self.manager.find_template(name)], scale)
 
     @operation("group", (NotFound, NoSignalNumber, Forbidden))
     def signal(self, request, ref, signum=None):
@@ -6706,10 +7034,7 @@ class Api(Feeds):
     @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
     def group_start(self, request, group):
         """Start all templates of a group."""
-        members = self._members(group)
-        for template in members:
-            Launch(template.info)               # all of them, or none
-        return self._act(request, members, self.manager.start_template)
+        return self._act(request, self._members(group), self.manager.start_template)
 
     @operation("wait", (NotFound, WaitTimeout))
     def group_stop(self, request, group):
@@ -6719,17 +7044,12 @@ class Api(Feeds):
     @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
     def group_restart(self, request, group):
         """Restart all templates of a group."""
-        members = self._members(group)
-        for template in members:
-            Launch(template.info)
-        return self._act(request, members, self.manager.restart_template)
+        return self._act(request, self._members(group), self.manager.restart_template)
 
-    @operation(errors=(NotFound,))
+    @operation("wait", (NotFound, WaitTimeout))
     def group_delete(self, request, group):
         """Stop and forget all templates of a group."""
-        for template in self._members(group):
-            self.manager.delete_process(template.name)
-        return OK
+        return self._act(request, self._members(group), self.manager.delete_process)
 
 
 ROUTES = (
@@ -8595,7 +8915,7 @@ class SigHandler:
             self._old[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda signum, frame_: self._reload())
         if os.getpid() == 1:                    # a container's first process inherits everybody's orphans
             self._old[signal.SIGCHLD] = signal.signal(
-                signal.SIGCHLD, lambda signum, frame_: loop.call_soon(manager.reap_strangers))
+                signal.SIGCHLD, lambda signum, frame_: loop.call_soon(manager.reap_orphans))
 
     def stop(self):
         """See apps."""
@@ -9743,7 +10063,7 @@ def update_process_command(arguments):
     info = given_template(arguments)
     if arguments.start:
         info["start"] = True
-    return send_template(arguments, "PUT", "/processes/" + reference(arguments.name), info, "updated")
+    return send_template(arguments, "POST", "/processes/" + reference(arguments.name), info, "updated")
 
 
 def get_process_command(arguments):

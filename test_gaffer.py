@@ -5181,9 +5181,11 @@ class ProcessEmbedded(ProcessCase):
         with self.assertRaises(gaffer.StdinFull):
             manager.write(1, "stdin", b"2" * 1024 * 1024)
         for target, label, error in ((2, "stdin", gaffer.ForbiddenWrite), (1, "nothing", gaffer.IoNotFound),
-                                     (3, "stdin", gaffer.NotFound), ("x", "stdin", gaffer.NotFound)):
+                                     (3, "stdin", gaffer.NotFound),
+                                     ("y", "stdin", gaffer.ForbiddenWrite), ("z", "stdin", gaffer.NotFound)):
             with self.subTest(target=target, label=label), self.assertRaises(error):
                 manager.write(target, label, b"!")
+        manager.get_process("x").write(b"!")
 
     def test_add_process(self):
         """A template as a dict too; faults raise, nothing is added."""
@@ -5570,7 +5572,9 @@ class ProcessTables(Case):
         """Members, children, and who has left."""
         for table in self.TABLES:
             with self.subTest(type(table).__name__):
-                self.assertEqual(sorted(table.group_members(self.child.pid)), sorted([self.child.pid, *self.stayed]))
+                groups = table.groups()
+                self.assertEqual([self.child.pid in groups, self.left[0] in groups, self.stayed[0] in groups],
+                                 [True, True, False])
                 self.assertEqual(sorted(table.children(self.child.pid)), sorted(self.stayed + self.left))
                 escaped = table.escaped(self.child.pid, self.child.pid)
                 self.assertEqual([os_pid for os_pid, _ in escaped], self.left)
@@ -5584,9 +5588,8 @@ class ProcessTables(Case):
         child.wait(TIMEOUT)
         for table in self.TABLES:
             with self.subTest(type(table).__name__):
-                self.assertEqual(sorted(table.group_members(self.child.pid)), sorted([self.child.pid, self.stayed[1]]))
                 self.assertIsNone(table.look(child.pid))
-                self.assertEqual(table.group_members(child.pid), [])
+                self.assertNotIn(child.pid, table.groups())
                 self.assertEqual(table.children(child.pid), [])
                 self.assertEqual(table.escaped(child.pid, child.pid), [])
                 self.assertFalse(table.still(child.pid, 0))
@@ -5623,14 +5626,6 @@ class ProcessTables(Case):
 
 class ProcessPlatform(Case):
     """Small things of the platform section."""
-
-    def test_signal_group(self):
-        """False where there is no such group."""
-        child = subprocess.Popen(["sleep", "60"], start_new_session=True)
-        self.assertTrue(gaffer.signal_group(child.pid, 0))
-        self.assertTrue(gaffer.signal_group(child.pid, signal.SIGKILL))
-        child.wait(TIMEOUT)
-        self.assertFalse(gaffer.signal_group(child.pid, 0))
 
     def test_peek_and_reap(self):
         """Looking does not reap; reaping twice is no error."""
@@ -5886,24 +5881,43 @@ class HttpEndpointTable(HttpCase):
             "graceful_timeout": 10, "flapping": None, "priority": None})
 
     def test_replace(self):
-        """PUT or POST; the name may be left out, but not be another; start left out: as it was."""
+        """PUT makes it so, POST only what is there; the answer says what was to do."""
+        def pids():
+            return self.server.ok("GET", "/processes/web/_pids")["pids"]
         self.cat("web")
+        changed, unchanged = b'{"ok": true, "changed": true}\n', b'{"ok": true, "changed": false}\n'
+        info, pid = {"cmd": "sleep 60"}, 1
         for method in ("PUT", "POST"):
-            with self.subTest(method=method):
-                before = self.server.ok("GET", "/processes/web/_pids")["pids"]
-                self.exact(method, "/processes/web", HTTP_OK, {"cmd": "sleep 60", "numprocesses": 2})
-                now = until(lambda: (lambda pids: len(pids) == 2 and pids)(
-                    self.server.ok("GET", "/processes/web/_pids")["pids"]), "two new processes")
-                self.assertFalse(set(before) & set(now))
-                self.assertEqual(self.server.ok("GET", "/processes/web")["cmd"], "sleep 60")
-        self.assertError(self.server.json("PUT", "/processes/web", {"name": "x", "cmd": "cat"}), 400,
-                         "invalid_process_info")
-        self.assertError(self.server.json("PUT", "/processes/nobody", {"cmd": "cat"}), 404, "not_found")
+            with self.subTest(method):
+                self.exact(method, "/processes/web?dry_run=true", changed, info)
+                self.assertEqual(pids(), [pid])
+                self.exact(method, "/processes/web", changed, info)
+                until(lambda pid=pid: pids() == [pid + 1], "the new process")
+                self.exact(method, "/processes/web", unchanged, dict(info, name="web", start=True))
+                more = dict(info, numprocesses=2, priority=1, flapping={})
+                self.exact(method, "/processes/web", changed, more)
+                self.assertEqual(pids(), [pid + 1, pid + 2])
+                self.exact(method, "/processes/web", changed, info)
+                self.assertEqual(pids(), [pid + 2])
+                info, pid = {"cmd": "sleep 61"}, pid + 2
+        for path, body, reason in (("web", {"name": "x", "cmd": "cat"}, "'x'"),
+                                   ("web", {"cmd": "/nowhere"}, "/nowhere"), ("new", {}, "'cmd'"),
+                                   ("web", {"cmd": "cat", "comand": 1}, "'comand'")):
+            self.assertError(self.server.json("PUT", "/processes/" + path, body), 400,
+                             "invalid_process_info", reason)
+        self.assertError(self.server.json("POST", "/processes/new", {"cmd": "cat"}), 404, "not_found")
+        created = b'{"ok": true, "created": true}\n'
+        for path in ("/processes/new?dry_run=true", "/processes/new"):
+            self.assertEqual(self.server.ok("GET", "/processes"), ["web"])
+            self.exact("PUT", path, created, {"cmd": "cat", "redirect_input": True})
+        self.exact("POST", "/processes?dry_run=true", HTTP_OK, {"name": "other", "cmd": "cat"})
+        self.assertEqual(self.server.ok("GET", "/processes"), ["web", "new"])
         self.exact("POST", "/processes/web/_stop", HTTP_OK)
-        self.exact("PUT", "/processes/web", HTTP_OK, {"cmd": "sleep 61"})
+        self.exact("PUT", "/processes/web", changed, {"cmd": "sleep 62"})
+        self.exact("PUT", "/processes/web", unchanged, {"cmd": "sleep 62"})
         self.assertEqual(self.server.ok("GET", "/status/web")["active"], False)
-        self.exact("PUT", "/processes/web", HTTP_OK, {"cmd": "sleep 62", "start": True})
-        self.assertEqual(self.server.ok("GET", "/status/web")["active"], True)
+        self.exact("PUT", "/processes/web", changed, {"cmd": "sleep 62", "start": True})
+        until(pids, "the new process")
 
     def test_actions_may_be_repeated(self):
         """_stop, _start and _restart, each twice."""
@@ -6047,7 +6061,8 @@ class HttpEndpointTable(HttpCase):
         self.assertEqual(next(lines), "two")
         self.exact("POST", "/streams/1/stdin/", HTTP_OK, b"")
         self.assertError(self.server.json("GET", "/streams/1/stdin"), 405, "method_not_allowed")
-        self.assertError(self.server.json("POST", "/streams/cat/stdin", b"x"), 404, "not_found")
+        self.server.ok("POST", "/streams/cat/stdin", b"x\n")
+        self.assertEqual(next(lines), "x")
         self.server.ok("POST", "/processes", dict(python("""
             import os, socket
             peer = socket.socket(fileno=3)
@@ -7169,7 +7184,7 @@ class HttpSyntax(HttpCase):
         self.assertEqual(self.server.ok("GET", "/processes"), ["web"])
         self.assertEqual(self.ask(http_bytes("POST", "/processes", body=space))[2], HTTP_OK)
         self.assertEqual(self.ask(http_bytes("PUT", "/processes/big", "Transfer-Encoding: chunked",
-                                             body=http_chunks(space)))[2], HTTP_OK)
+                                             body=http_chunks(space)))[2], b'{"ok": true, "changed": false}\n')
         for length in (most + 1, 10 ** 17):
             self.assertRefused(http_bytes("POST", "/processes", "Content-Length: %d" % length), 413, "too_large")
 
@@ -9649,9 +9664,14 @@ class StreamsTemplate(StreamsCase):
         self.assertEqual(wire.exactly(4), b"\non\n")
 
     def test_input_and_websockets_go_to_one_process(self):
-        self.cat("t")
-        self.assertError(self.server.json("POST", "/streams/t/stdin", b"x"), 404, "not_found")
-        self.assertError(self.server.json("DELETE", "/streams/t/stdin"), 404, "not_found")
+        """By name where the template has exactly one."""
+        pid = self.cat("t")
+        self.server.ok("POST", "/streams/t/stdin", b"x")
+        self.assertEqual(self.continuous(pid, "since=0").exactly(1), b"x")
+        self.assertEqual(self.websocket("/wstreams/t").status, 101)
+        self.server.ok("POST", "/processes/t/_add")
+        for method in ("POST", "DELETE"):
+            self.assertError(self.server.json(method, "/streams/t/stdin", b"x"), 404, "not_found")
         self.assertEqual(self.websocket("/wstreams/t").status, 404)
 
     def test_an_update_that_drops_a_label_ends_its_stream(self):
@@ -11795,7 +11815,7 @@ class BrowserMisuse(BrowserCase):
         for host in ("127.0.0.1", "localhost", "web.localhost"):
             self.browser.get("http://%s:%d/" % (host, self.server.port))
             self.assertEqual(self.browser.script(self.ASK, "/processes/typed/_restart", {"method": "POST"})[1], 200)
-            self.assertEqual(self.browser.script(self.SOCKET, "ws://%s:%d/wstreams/talks" % (host, self.server.port)), 1006)
+            self.assertEqual(self.browser.script(self.SOCKET, "ws://%s:%d/wstreams/talks" % (host, self.server.port)), 1000)
 
     def test_the_address_of_nobody(self):
         """Connections to 0.0.0.0 arrive here, too."""
@@ -12534,7 +12554,7 @@ class CliExitWith(CliCase):
         path = os.path.join(folder, "left")
         server.add("main", {"cmd": "(echo $$ > %s; exec sleep 1000) & read x; exit 4" % path, "shell": True}, redirect_input=True)
         until(lambda: os.path.exists(path) and cli_read(path), "the child of the process")
-        left = [row for row in gaffer.ProcfsTable().group_members(server.ok("GET", "/status/main")["os_pids"][0])]
+        left = process_group(server.ok("GET", "/status/main")["os_pids"][0])
         self.assertEqual(len(left), 2)
         self.tell(server, 1, "end")
         self.assertEqual((server.stop(None, 4), server.stderr), (4, ""))
