@@ -9446,7 +9446,7 @@ def load_ini(file):
                 file.fault("'%s' is %s" % (text.partition(" = ")[0], reason),
                            getattr(error, "section", ""), line=line)
                 # what follows belongs to it, and is left out with it
-                lines[line - 1] = "[\0%d]" % line if text[:1] == "[" else "" if outside else "\0%d=" % line
+                lines[line - 1] = "" if outside else ("[\0%d]" if text[:1] == "[" else "\0%d=") % line
     for section in parser.sections():
         kind, _, name = section.partition(":")
         fields = {field: text for field, text in parser[section].items() if field[0] != "\0"}
@@ -9636,8 +9636,10 @@ def make_template(file, name, fields, env_file, env):
             info["env"] = dict(info.get("env", {}), **check_env(env))
     except ValueError as error:
         env_file.fault(str(error), "env:" + name)
-    if info.get("cwd") is None or isinstance(info["cwd"], str):
-        info["cwd"] = file.join(info.get("cwd") or "")
+    if info.get("cwd") is None:
+        info["cwd"] = file.folder
+    elif isinstance(info["cwd"], str):
+        info["cwd"] = file.join(info["cwd"])
     template, faults = examine_template(info)
     try:
         if template["start"] and not faults:
@@ -11027,7 +11029,7 @@ def app_names(client, arguments):
     names, prefix = client.get("/processes"), group_of(arguments) + ":"
     found = [name for name in names if name.startswith(prefix)]
     if not found and not arguments.group:
-        types = read_procfile(arguments.procfile, arguments.root).types if os.path.exists(arguments.procfile) else names
+        types = Procfile(arguments.procfile, arguments.root).types if os.path.exists(arguments.procfile) else names
         found = [name for name in names if name in types]
     need(found or not arguments.group, NotThere, "there is no process of the group '%s': 'gaffer.py load' loads it" % prefix[:-1])
     return found

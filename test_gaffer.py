@@ -13737,7 +13737,7 @@ class ConfigFiles(ConfigCase):
             "priority": 0,
             "flapping": {"attempts": 3, "window": 1.5, "retry_in": 2, "max_retry": 4}})
         self.assertEqual((found.templates["g:b"]["cmd"], found.templates["g:b"]["cwd"]),
-                         ("sleep\n1000", self.home + "/"))
+                         ("sleep\n1000", self.home))
         self.assertEqual([(endpoint.bind, endpoint.backlog) for endpoint in found.endpoints], [
             ("127.0.0.1:0", 7), ("unix:%s/socket" % self.home, gaffer.BACKLOG)])
         self.assertEqual(found.webhooks, [
@@ -13937,7 +13937,7 @@ class ConfigReload(ConfigCase):
     """Loading it again: only what has changed is touched."""
 
     def begin(self, text):
-        """Serve a file; say what has changed with change()."""
+        """Serve a file; change() writes it anew."""
         self.path = self.write("gaffer.ini", text)
         self.hooks = gaffer.WebHooks()
         self.configuration = gaffer.Configuration(lambda: gaffer.read_settings(self.path), self.hooks)
@@ -13945,26 +13945,29 @@ class ConfigReload(ConfigCase):
         self.configuration.begin(self.server.manager)
 
     def change(self, text, **expected):
-        """Write the file anew, and let it be loaded: what is told."""
+        """Write the file anew, let it be loaded, and compare the report."""
         self.write("gaffer.ini", text)
-        report = self.server.ok("POST", "/_reload")
-        nothing = {"ok": True, "added": [], "changed": {}, "removed": [], "kept": [], "failed": {}, "webhooks": False, "needs_restart": []}
-        self.assertEqual(report, dict(nothing, **expected))
+        report = {"ok": True, "added": [], "changed": {}, "removed": [], "kept": [], "failed": {},
+                  "webhooks": False, "needs_restart": []}
+        self.assertEqual(self.server.ok("POST", "/_reload"), dict(report, **expected))
 
     def pids(self, name):
         """Pids of what it runs now."""
         return self.server.ok("GET", "/processes/%s/_pids" % name)["pids"]
 
-    BOTH = "[process:a]\ncmd = sleep 1000\n[process:b]\ncmd = sleep 1000\n"
+    @staticmethod
+    def ini(*more, **commands):
+        """A file of templates, their commands being `sleep N`."""
+        return "".join("[process:%s]\ncmd = sleep %s\n" % pair for pair in commands.items()) + "\n".join(more)
 
     def test_without_a_file_there_is_nothing_to_load(self):
         self.assertError(self.server.json("POST", "/_reload"), 409, "conflict", "serve CONFIG")
         self.call("reload", status=1, err="gaffer: this server was started without a CONFIG.*\n")
 
     def test_added_changed_removed_kept(self):
-        self.begin(self.BOTH + "[process:c]\ncmd = sleep 1000\n")
+        self.begin(self.ini(a=1000, b=1000, c=1000))
         self.server.add("by-hand", "sleep 1000")
-        self.change("[process:a]\ncmd = sleep 1000\n[process:b]\ncmd = sleep 2000\ngraceful_timeout = 3\n[process:d]\ncmd = sleep 1001\n",
+        self.change(self.ini("graceful_timeout = 3", a=1000, d=1001, b=2000),
                     added=["d"], changed={"b": ["cmd", "graceful_timeout"]}, removed=["c"], kept=["a"])
         self.assertEqual(self.server.ok("GET", "/processes"), ["a", "b", "by-hand", "d"])
         self.assertEqual(self.pids("a"), [1])
@@ -13972,12 +13975,13 @@ class ConfigReload(ConfigCase):
         self.assertEqual(self.server.ok("GET", "/processes/b")["cmd"], "sleep 2000")
 
     def test_said_by_the_command(self):
-        self.begin(self.BOTH)
-        self.write("gaffer.ini", "[process:a]\ncmd = sleep 1001\n[process:c]\ncmd = sleep 1001\n[endpoint:x]\nbind = 127.0.0.1:0\n[webhooks]\nflap=http://localhost:1\n")
-        lines = "c: {0}added\na: {0}changed (cmd)\nb: {0}removed\nwebhooks: {0}changed\nendpoints: changed, which only a restart of gaffer applies\n"
+        self.begin(self.ini(a=1000, b=1000))
+        self.write("gaffer.ini", self.ini("[endpoint:x]\nbind = 127.0.0.1:0\n[webhooks]\n"
+                                          "flap=http://localhost:1", a=1001, c=1001))
+        lines = ("c: {0}added\na: {0}changed (cmd)\nb: {0}removed\nwebhooks: {0}changed\n"
+                 "endpoints: changed, which only a restart of gaffer applies\n")
         self.assertEqual(self.call("reload", "--dry-run"), lines.format("would be "))
-        self.assertEqual(self.server.ok("GET", "/processes"), ["a", "b"])
-        self.assertEqual((self.pids("a"), self.hooks.hooks), ([1], []))
+        self.assertEqual((self.server.ok("GET", "/processes"), self.pids("a"), self.hooks.hooks), (["a", "b"], [1], []))
         self.assertEqual(self.call("reload"), lines.format(""))
         self.assertEqual(self.hooks.hooks, [("flap", "http://localhost:1")])
         self.assertEqual(self.call("reload"), "a: kept\nc: kept\n")
@@ -13986,40 +13990,40 @@ class ConfigReload(ConfigCase):
         self.hooks.join()
 
     def test_fields_that_need_no_restart(self):
-        self.begin("[process:a]\ncmd = sleep 1000\nnumprocesses = 2\n")
-        self.change("[process:a]\ncmd = sleep 1000\nnumprocesses = 3\npriority = 1\nflapping = 2\n",
-                    changed={"a": ["numprocesses", "flapping", "priority"]})
-        self.assertEqual(self.pids("a"), [1, 2, 3])
-        self.change("[process:a]\ncmd = sleep 1000\nnumprocesses = 1\npriority = 1\nflapping = 2\nstart = false\n",
-                    changed={"a": ["numprocesses", "start"]})
-        self.assertEqual(self.pids("a"), [])
-        self.change("[process:a]\ncmd = sleep 1000\nflapping = 2\npriority = 1\n", changed={"a": ["start"]})
-        until(lambda: len(self.pids("a")) == 1)
+        self.begin(self.ini("numprocesses = 2", a=1000))
+        for more, changed, wanted in (
+                ("numprocesses = 3\npriority = 1\nflapping = 2", ["numprocesses", "flapping", "priority"], 3),
+                ("priority = 1\nflapping = 2\nstart = false", ["numprocesses", "start"], 0),
+                ("priority = 1\nflapping = 2", ["start"], 1)):
+            self.change(self.ini(more, a=1000), changed={"a": changed})
+            until(lambda: len(self.pids("a")) == wanted)
+            self.assertEqual(self.pids("a"), {3: [1, 2, 3], 0: [], 1: [4]}[wanted])
 
     def test_what_was_done_by_hand_stays(self):
-        self.begin(self.BOTH)
+        self.begin(self.ini(a=1000, b=1000))
         self.server.ok("POST", "/processes/a/_stop?wait=true")
         self.server.ok("POST", "/processes/b/_add/2")
-        self.change(self.BOTH, kept=["a", "b"])
+        self.change(self.ini(a=1000, b=1000), kept=["a", "b"])
         self.assertEqual((self.pids("a"), self.pids("b")), ([], [2, 3, 4]))
-        self.change(self.BOTH.replace("1000", "2000"), changed={"a": ["cmd"], "b": ["cmd"]})
+        self.change(self.ini(a=2000, b=2000), changed={"a": ["cmd"], "b": ["cmd"]})
         self.assertEqual(self.pids("a"), [])
         until(lambda: len(self.pids("b")) == 3)
         self.server.ok("DELETE", "/processes/a")
-        self.change(self.BOTH.replace("1000", "2000"), added=["a"], kept=["b"])
+        self.change(self.ini(a=2000, b=2000), added=["a"], kept=["b"])
         self.assertEqual(len(self.pids("a")), 1)
         self.server.add("c", "sleep 1000")
-        self.change(self.BOTH.replace("1000", "2000") + "[process:c]\ncmd = sleep 1000\n", changed={"c": ["cwd"]}, kept=["a", "b"])
+        self.change(self.ini(a=2000, b=2000, c=1000), changed={"c": ["cwd"]}, kept=["a", "b"])
 
     def test_one_that_gave_up_gets_another_chance(self):
         self.begin("[process:a]\ncmd = false\nflapping = 1, 10, 0, 0\n")
         self.server.wait_event("proc/a/stop")
-        self.change("[process:a]\ncmd = sleep 1000\nflapping = 1, 10, 0, 0\n", changed={"a": ["cmd"]})
+        self.change(self.ini("flapping = 1, 10, 0, 0", a=1000), changed={"a": ["cmd"]})
         self.assertEqual(len(self.pids("a")), 1)
 
     def test_a_broken_file_changes_nothing(self):
-        self.begin(self.BOTH)
-        for text in ("[process:a]\ncmd = sleep 1001\n[process:c]\ncmd = nosuchprog\n", "[process:c]\ncmd = sleep 1001\nx = 1", "junk", "[gaffer]\ninclude=no"):
+        self.begin(self.ini(a=1000, b=1000))
+        for text in (self.ini("[process:c]\ncmd = nosuchprog", a=1001), self.ini("x = 1", c=1001), "junk",
+                     "[gaffer]\ninclude=no"):
             self.write("gaffer.ini", text)
             status, answer = self.server.json("POST", "/_reload")
             self.assertEqual((status, answer["error"]), (400, "invalid_process_info"))
@@ -14028,72 +14032,39 @@ class ConfigReload(ConfigCase):
             self.assertEqual(self.pids("a") + self.pids("b"), [1, 2])
         os.unlink(self.path)
         self.call("reload", status=1, err="gaffer: .*gaffer.ini: cannot be read: No such file.*\n")
-        self.change(self.BOTH, kept=["a", "b"])
+        self.change(self.ini(a=1000, b=1000), kept=["a", "b"])
 
     def test_what_the_system_refuses_is_told_and_tried_again(self):
         program = self.write("program", "#!/nosuchinterpreter\n")
         os.chmod(program, 0o700)
-        self.begin(self.BOTH)
-        text = self.BOTH + "[process:c]\ncmd = ./program\n"
+        self.begin(self.ini(a=1000))
+        text = self.ini("[process:c]\ncmd = ./program", a=1000)
         reason = self.server.json("POST", "/processes", {"name": "c", "cmd": program})[1]["reason"]
         for _ in range(2):
-            self.change(text, ok=False, added=["c"], kept=["a", "b"], failed={"c": reason})
+            self.change(text, ok=False, added=["c"], kept=["a"], failed={"c": reason})
         self.call("reload", status=1, err="")
         self.write("program", "#!/bin/sh\nexec sleep 1000\n")
         os.chmod(program, 0o700)
-        self.change(text, added=["c"], kept=["a", "b"])
+        self.change(text, added=["c"], kept=["a"])
         self.server.ok("DELETE", "/processes/c")
 
 
 class ConfigServe(CliFollowCase):
     """`serve CONFIG` as its user sees it."""
 
-    def test_the_example_of_old(self):
-        """dummy, echo, priority and an environment, as gafferd's users have it, from any folder."""
-        folder = self.folder()
-        for name in ("dummy.py", "echo.py"):
-            shutil.copy(os.path.join(HERE, "examples", name), folder)
-        path = self.file(folder, "gaffer.ini", textwrap.dedent("""\
-            [gaffer]
-            http_endpoints = public
-
-            [endpoint:public]
-            bind = 127.0.0.1:0
-
-            [webhooks]
-            ;create = http://echohttp.com/echo
-
-            [process:dummy]
-            cmd = ./dummy.py
-            numprocesses = 1
-            redirect_output = stdout, stderr
-
-            [process:echo]
-            cmd = ./echo.py
-            numprocesses = 1
-            redirect_output = stdout, stderr
-            redirect_input  = true
-
-            [process:priority0]
-            cmd = ./dummy.py
-            priority = 0
-
-            [env:dummy]
-            PORT = 80
-            """))
-        server = self.start("serve", path, cwd="/")
-        self.assertEqual(server.ok("GET", "/processes"), ["dummy", "echo", "priority0"])
-        self.assertEqual([server.ok("GET", "/processes/%d" % pid)["name"] for pid in (1, 2, 3)], ["priority0", "dummy", "echo"])
+    def test_the_example(self):
+        """Copied, and run from another folder: paths are relative to the file."""
+        folder = os.path.join(self.folder(), "examples")
+        shutil.copytree(os.path.join(HERE, "examples"), folder)
+        text = cli_read(os.path.join(folder, "gaffer.ini")).replace("127.0.0.1:5000", "127.0.0.1:0")
+        server = self.start("serve", self.file(folder, "gaffer.ini", text), cwd="/")
+        self.assertEqual(server.ok("GET", "/processes"), ["dummy", "echo", "priority"])
+        self.assertEqual([server.ok("GET", "/processes/%d" % pid)["name"] for pid in (1, 2, 3)],
+                         ["priority", "dummy", "echo"])
         self.assertEqual(server.request("GET", "/streams/dummy/stdout?since=0")[2][:8], b"STDOUT 0")
         os_pid, = server.ok("GET", "/status/dummy")["os_pids"]
         self.assertIn("PORT=80", cli_read("/proc/%d/environ" % os_pid).split("\0"))
         self.assertEqual(server.request("POST", "/streams/3/stdin", None, {"Content-Length": "0"})[0], 200)
-        self.assertEqual((server.stop(), server.stderr), (0, ""))
-
-    def test_the_example_in_the_folder(self):
-        server = self.start("serve", os.path.join(HERE, "examples", "gaffer.ini"), "--bind", "127.0.0.1:0")
-        self.assertEqual(server.ok("GET", "/processes"), ["dummy", "echo", "priority"])
-        self.assertEqual([server.ok("GET", "/status/" + name)["running"] for name in ("dummy", "echo", "priority")], [1, 1, 1])
         self.assertEqual((server.stop(), server.stderr), (0, ""))
 
     def test_hup_loads_it_again(self):
@@ -14236,6 +14207,29 @@ class ProcfileTexts(ConfigCase):
         for command, cmd, shell in self.COMMANDS:
             with self.subTest(command):
                 self.assertEqual(gaffer.command_fields(command), {"cmd": cmd, "shell": shell})
+
+    SAME = (
+        "@ a b", "exec @ x", "A=1 @ $V", 'A=$V @ "$V" \'$V\' $E "$E" a\\ b', "cd / && @ *bin",
+        "true && false || @ x", "@ a; @ b", '@ \'a;b\' "c|d" e\\;f', "@ a | cat", "@ a & wait",
+        "trap 'echo t' EXIT; @ a", "A=1; @", '@ $((1+2)) $(echo a b) "$(echo a b)"', "! @ a",
+        "@ # x; y", "{ @ a; }", "if true; then @ a; fi", "@ a >&2", "(@ a)", "f() { @ $1; }; f x",
+        "for i in 1 2; do @ $i; done", '@ "a\\"b\\$V\\\\"', "'@' x", '"@" x', "B='x y' A=2 @ \\\\",
+        "@ {a,b} [x] ~", "@ \\$V", "@ a;", "exec 3>&1; @ a >&3", "@ `echo a b`", "A='@'; $A x",
+        "[ -n x ] && @ y", "env A=3 @ q", "command @ z", '@ ü \'a\' "" \'\'', "echo 'a\\nb'",
+        "exit 4", "cd /nosuch || @ a=b -c")
+
+    def test_every_command_does_what_sh_does(self):
+        """sh itself is asked."""
+        pure_environ(self, V="v w", E="", A=None, B=None)
+        show = self.write("show", "#!/bin/sh\nprintf '<%s>' \"$A\" \"$B\" \"$@\"\nexit 3\n")
+        os.chmod(show, 0o700)
+        for text in self.SAME:
+            with self.subTest(text):
+                text = text.replace("@", show)
+                launch = gaffer.Launch(gaffer.check_template(dict(gaffer.command_fields(text), name="a")))
+                runs = [subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=TIMEOUT, check=False)
+                        for argv in (["/bin/sh", "-c", text], launch.argv)]
+                self.assertEqual(*[(run.returncode, run.stdout) for run in runs])
 
     def test_types_ports_and_environment(self):
         pure_environ(self, PORT=None)
