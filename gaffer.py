@@ -211,10 +211,12 @@ PIPELINE_SIZE = 64 * KIB            # requests that arrive while one before them
 MESSAGE_SIZE = MIB                  # a websocket message for a process: it has to fit into stdin
 HANDLER_MESSAGE_SIZE = 16 * MIB     # a websocket message for a WebSocketHandler
 SEND_QUEUE_SIZE = 32 * MIB          # what a WebSocketHandler may have under way
+MESSAGE_OVERHEAD = 200              # what each of these costs beside its bytes
 SEND_QUEUE_LOW = 256 * KIB          # above this its client is not read
 CONTROL_SIZE = 4 * KIB              # pongs that wait behind a frame; above, the older are dropped (RFC 6455 5.5.3)
 FRAMES_PER_TURN = 256               # of one websocket, so that the others get theirs: some 0.5 ms, with a pong or a line for each
 MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn
+END_CHECK = 2.0                     # between looks whether a client that is not read has left
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
 
 ACCESS_FIELD_SIZE = KIB             # of a client's header in the access log
@@ -7179,7 +7181,7 @@ class Channel:
         self._queue, self.queued = collections.deque(), 0
         self.sent = 0                           # bytes
         self._mask = 0                          # what the selector watches
-        self._timer = None
+        self._timer = self._end_check = None
         self._progress = 0.0
 
     @property
@@ -7274,6 +7276,23 @@ class Channel:
     def reading(self, wanted):
         """Read from the client, or let it wait."""
         self._watch(self._mask | selectors.EVENT_READ if wanted else self._mask & ~selectors.EVENT_READ)
+        if self._end_check is not None:
+            self._end_check.cancel()
+            self._end_check = None
+        if not wanted and not self.closed:
+            self._end_check = self.loop.later(END_CHECK, self._check_end)
+
+    def _check_end(self):
+        """The selector tells no end of a client that is not read: it may be behind unread data."""
+        self._end_check = self.loop.later(END_CHECK, self._check_end)
+        end = select.poll()
+        end.register(self.sock, getattr(select, "POLLRDHUP", 0))    # POLLHUP, POLLERR come unasked
+        if end.poll(0):
+            self.left_unread()
+
+    def left_unread(self):
+        """The client has closed its side, and has not been read for END_CHECK seconds."""
+        self.close()
 
     def _ready(self, mask):
         if mask & selectors.EVENT_WRITE:
@@ -7361,8 +7380,9 @@ class Channel:
         self.closed = True
         self._queue.clear()
         self.queued = 0
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._end_check):
+            if timer is not None:
+                timer.cancel()
         self.http.channels.discard(self)
 
     def close(self):
@@ -7825,6 +7845,12 @@ class ProcessSocket(WebSocketChannel):
         if not self.held:
             self.go_on()
 
+    def left_unread(self):
+        """See Channel."""
+        log.info("%d bytes and more of a websocket for %s were dropped: it does not read, and the client has left",
+                 self._size, self._reply.process.name)
+        super().left_unread()
+
     def lost(self, reader, count):
         """See Reader."""
         self.say_close(1013, "dropped %d" % count)
@@ -7852,8 +7878,8 @@ class ProcessSocket(WebSocketChannel):
 
 class WebSocketHandler:
     """Base of a websocket route: HttpHandler(handlers=[(r"/echo", Echo)]) makes one for each connection. Its methods run on
-    the loop's thread and must not block; send() and end() may be called from any. `request`, `args`: the opening request
-    and the groups of the route's pattern."""
+    the loop's thread and must not block; send() and end() may be called from any, only queue, and never wait. `request`,
+    `args`: the opening request and the groups of the route's pattern."""
 
     max_message = HANDLER_MESSAGE_SIZE          # bytes of one message
 
@@ -7870,13 +7896,15 @@ class WebSocketHandler:
         """The connection is closed: called once. `code`: the peer's close code, ours, or 1006 if there was none."""
 
     def send(self, data):
-        """Send str as a text message, bytes as a binary one. A client that takes nothing is closed at SEND_QUEUE_SIZE."""
-        opcode, payload = (TEXT, data.encode("utf-8")) if isinstance(data, str) else (BINARY, bytes(data))
-        self._channel.loop.call(self._channel.send_message, opcode, payload)
+        """Queue str as a text message, bytes as a binary one. A client that takes nothing is closed at SEND_QUEUE_SIZE."""
+        if isinstance(data, str):
+            self._channel.post(TEXT, data.encode("utf-8"))
+        else:
+            self._channel.post(BINARY, bytes(data))
 
     def end(self, code=1000, reason=""):
-        """Close the connection."""
-        self._channel.loop.call(self._channel.say_close, code, reason)
+        """Close the connection, behind what was sent."""
+        self._channel.post(CLOSE, (code, reason))
 
 
 class HandlerReply:
@@ -7890,6 +7918,8 @@ class HandlerSocket(WebSocketChannel):
     """A websocket of a WebSocketHandler."""
 
     def __init__(self, http, sock, received, reply, more):
+        self._posted, self._posted_size = collections.deque(), 0    # what any thread has queued
+        self._posting = threading.Lock()        # guards these two
         self._handler = reply.handler(reply.request, reply.args, self)
         self.limit = self._handler.max_message
         super().__init__(http, sock, received, [*reply.headers, *more])
@@ -7904,13 +7934,39 @@ class HandlerSocket(WebSocketChannel):
     def opened(self):
         """See WebSocketChannel."""
         self._safely(self._handler.open)
+        self._send_posted()
 
     def message(self, data):
         """See WebSocketChannel."""
         self._safely(self._handler.message, data)
+        self._send_posted()                     # a client that does not take it is read no further
 
-    def send_message(self, opcode, payload):
-        """Queue a message."""
+    def post(self, opcode, payload):
+        """Queue a message, or a close frame as (code, reason), for the loop. Any thread may call."""
+        with self._posting:
+            if self._posted_size > SEND_QUEUE_SIZE:
+                return                          # the loop will close it
+            self._posted.append((opcode, payload))
+            self._posted_size += len(payload) + MESSAGE_OVERHEAD
+            first = len(self._posted) == 1
+        if first:
+            self.loop.call_soon(self._send_posted)
+
+    def _send_posted(self):
+        with self._posting:
+            posted, size = self._posted, self._posted_size
+            self._posted, self._posted_size = collections.deque(), 0
+        if size > SEND_QUEUE_SIZE and not self.closed:
+            log.warning("a websocket handler sent %d bytes at once; its client is closed", size)
+            return self.close()
+        for opcode, payload in posted:
+            if opcode == CLOSE:
+                self.say_close(*payload)
+            else:
+                self._send_message(opcode, payload)
+        return None
+
+    def _send_message(self, opcode, payload):
         if self.closed or self._said_close:
             return
         payload = frame(opcode, payload)
@@ -8006,6 +8062,11 @@ class RequestChannel(Channel):
             self._gone = True
             self.reading(False)
         else:
+            self.close()
+
+    def left_unread(self):
+        """See Channel: all but a long poll is answered soon, and then what waits is read."""
+        if self._parked:
             self.close()
 
     # requests

@@ -8594,6 +8594,69 @@ class HttpLibrary(HttpCase):
         self.assertEqual([made.read() for _ in range(1000)], [(1, b"%d" % number) for number in range(1000)])
         self.assertEqual(made.read()[0], 8)
 
+    def test_websocket_sends_under_a_lock_that_the_handler_waits_for(self):
+        """send() and end() only queue: they wait for nobody, so that a chat room may have a lock."""
+        for where, act in (("open", lambda made: None), ("message", lambda made: made.text("x")),
+                           ("close", lambda made: made.close())):
+            with self.subTest(where):
+                lock, waits, took, made = threading.Lock(), threading.Event(), [], []
+
+                def wait(handler, *arguments, lock=lock, waits=waits, took=took, made=made):
+                    made.append(handler)
+                    waits.set()
+                    took.append(lock.acquire(timeout=TIMEOUT / 3))
+                    if took[-1]:
+                        lock.release()
+                server, seen = self.socket_server(**{where: wait})
+                with lock:
+                    client = self.open_socket(server)
+                    act(client)
+                    self.assertTrue(waits.wait(TIMEOUT))
+                    made[0].send("sent")
+                    made[0].end()
+                    self.assertEqual(took, [], "send() has waited for the handler")
+                until(lambda took=took: took, "the handler's end")
+                self.assertEqual(took, [True])
+                if where != "close":
+                    self.assertEqual([client.read() for _ in range(2)], [(1, b"sent"), (8, struct.pack("!H", 1000))])
+
+    def test_websocket_handlers_run_on_one_thread(self):
+        """Never on one that sends, nor within a send(), even where that ends the connection."""
+        threads, inside, nested = set(), [], []
+
+        def enter(handler, *arguments):
+            threads.add(threading.get_ident())
+            nested.extend(inside)
+            inside.append(1)
+            try:
+                if arguments == ("flood",):
+                    for _ in range(100):
+                        handler.send(bytes(gaffer.MIB))
+            finally:
+                inside.pop()
+        server, _ = self.socket_server()
+        closed = queue.Queue()
+
+        def close(handler, code, reason):
+            enter(handler)
+            closed.put(code)
+        made = queue.Queue()
+        server, _ = self.socket_server(open=lambda handler: (enter(handler), made.put(handler)), message=enter, close=close)
+        with http_limits(SEND_QUEUE_SIZE=8 * gaffer.MIB):
+            for act in ("flood", "send", "end"):
+                client = self.open_socket(server)
+                handler = made.get(timeout=TIMEOUT)
+                if act == "flood":              # from its own message()
+                    client.text("flood")
+                elif act == "send":             # from this thread
+                    for _ in range(100):
+                        handler.send(bytes(gaffer.MIB))
+                else:
+                    handler.end()
+                    client.frame(8, struct.pack("!H", 1000))
+                self.assertEqual(closed.get(timeout=TIMEOUT), 1000 if act == "end" else 1006)
+        self.assertEqual((len(threads), threading.get_ident() in threads, nested), (1, False, []))
+
     def test_websocket_handlers_that_fail(self):
         """1011, the traceback in the log; close() is called; the others go on."""
         def fail(*arguments):
