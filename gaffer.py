@@ -87,6 +87,7 @@ if __name__ == "__main__" and {"serve", "up"}.intersection(sys.argv) and sys._ge
 import base64
 import bisect
 import collections
+import contextlib
 import copy
 import errno
 import fcntl
@@ -877,7 +878,7 @@ class Loop:
         self._inbox, self._unlocked = collections.deque(), collections.deque()
         self._deadline = -math.inf              # when the next turn begins at the latest
         self._sleeping = True                   # True: what is due before that has to wake it
-        self._woken = self._stopping = self._pausing = False
+        self._woken = self._stopping = self._pausing = self._interrupted = False
         self._looks = 0
         self._reports = collections.defaultdict(Throttle)       # one for each type of exception
         self._wake_read, self._wake_write = os.pipe()
@@ -937,6 +938,38 @@ class Loop:
         self._stopping = True
         self._wake()
 
+    @contextlib.contextmanager
+    def interrupts(self):
+        """Let Ctrl-C raise KeyboardInterrupt from `run()` between two turns, not within a step.
+
+        A second Ctrl-C before that raises at once. Does nothing off the main thread, and where
+        SIGINT has a handler of the program's own.
+        """
+        if (self.closed or threading.current_thread() is not threading.main_thread()
+                or signal.getsignal(signal.SIGINT) is not signal.default_int_handler):
+            yield
+            return
+
+        def interrupt(signum, frame_):
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+        signal.signal(signal.SIGINT, interrupt)
+        # a signal that arrives just before the wait: the descriptor ends it
+        before = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            if signal.getsignal(signal.SIGINT) is interrupt:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._raise_interrupt()
+
+    def _raise_interrupt(self):
+        if self._interrupted:
+            self._interrupted = False
+            raise KeyboardInterrupt
+
     # for the owner of the lock
 
     def owned(self):
@@ -984,6 +1017,7 @@ class Loop:
         try:
             while not self._stopping:
                 self._turn(math.inf)
+                self._raise_interrupt()
         finally:
             self._stopping = False
 
@@ -999,7 +1033,8 @@ class Loop:
             self._owner, self.closed = threading.get_ident(), True
             try:
                 for _ in range(len(self._inbox)):
-                    self._guard(*self._inbox.popleft())
+                    function, args = self._inbox.popleft()
+                    self.guard(function, *args)
             finally:
                 self._selector.close()
                 os.close(self._wake_read)
@@ -1019,17 +1054,18 @@ class Loop:
                 for key, mask in events:
                     # since the wait, fd may have been closed and given to something else
                     if self._callbacks.get(key.fd) is key.data:
-                        self._guard(key.data, (mask,))
+                        self.guard(key.data, mask)
                 last, timers = next(self._sequence), self._timers
                 while timers and timers[0][0] <= self.now and timers[0][1] < last:
                     timer = heapq.heappop(timers)[2]
                     function, args = timer.function, timer.args
                     if function is not None:
                         timer.cancel()
-                        self._guard(function, args)
+                        self.guard(function, *args)
                     timers = self._timers
                 for _ in range(len(self._inbox)):       # what these add is for the next turn
-                    self._guard(*self._inbox.popleft())
+                    function, args = self._inbox.popleft()
+                    self.guard(function, *args)
                 took = self.clock() - self.now
                 self.turns += 1
                 self.busy += took
@@ -1064,16 +1100,23 @@ class Loop:
 
     def _run_unlocked(self):
         for _ in range(len(self._unlocked)):
-            self._guard(*self._unlocked.popleft())
+            function, args = self._unlocked.popleft()
+            self.guard(function, *args)
 
-    def _guard(self, function, args):
+    def guard(self, function, *args):
+        """Return what `function(*args)` returns; if it raises, log that and return None.
+
+        KeyboardInterrupt and SystemExit pass on the main thread, to which signals belong.
+        """
         try:
-            function(*args)
-        except (KeyboardInterrupt, SystemExit):     # meant for this thread
-            raise
+            return function(*args)
         except BaseException as error:
+            if (isinstance(error, (KeyboardInterrupt, SystemExit))
+                    and threading.current_thread() is threading.main_thread()):
+                raise
             self._reports[type(error)].exception("a callback of the loop failed; the loop goes on")
             self._pausing = self._pausing or isinstance(error, MemoryError)
+            return None
 
     def _wake(self):
         if not self._woken:
@@ -1253,7 +1296,7 @@ class Log:
         self._appended_at = self.loop.clock()   # sending took time: that is no silence of the writer
         if self._waiters:
             waiters, self._waiters = self._waiters, []
-            self._waiters = [each for each in waiters if not each()] + self._waiters
+            self._waiters = [each for each in waiters if not self.loop.guard(each)] + self._waiters
 
 
 class Window(Log):
@@ -1387,7 +1430,18 @@ class Reader:
             self.log.remove(self)
 
     def pump(self, mode=NORMAL):
-        """Send what stands at the offset, share by share, until the sink is full or has it all."""
+        """Send what stands at the offset, share by share, until the sink is full or has it all.
+
+        If the encoder or the sink raises, this reader is cut, and nobody else notices.
+        """
+        try:
+            self._pump(mode)
+        except Exception:
+            log.exception("a reader of a stream failed; it is cut")
+            self.log.loop.guard(self.sink.lost, self, self.log.end - self.offset)
+            self.close()
+
+    def _pump(self, mode):
         source, self.full = self.log, False
         for _ in range(SHARES_PER_TURN):
             if self._closed or (self.offset < source.start and not self._skip_lost()):
@@ -1986,7 +2040,8 @@ class Merged:
         if self._journals:
             for key in (None, self.name, source.pid):
                 if key in self._journals:
-                    self._journals[key].write(now, self.name, source.pid, self.label, data)
+                    self.window.loop.guard(
+                        self._journals[key].write, now, self.name, source.pid, self.label, data)
 
 
 class Output:
@@ -2118,10 +2173,10 @@ class Output:
         for timer in (self._timer, self._pace, self._silence):
             if timer is not None:
                 timer.cancel()
-        self._take_rest(fd)
+        self._loop.guard(self._take_rest, fd)
         os.close(fd)
         if self._carry:
-            self._merged.write(self, self._carry)
+            self._loop.guard(self._merged.write, self, self._carry)
             self._carry = b""
         self._merged.sources.discard(self)
         self.window.finish()
@@ -3059,7 +3114,7 @@ class Manager:
         for entry in tuple(self._waiters):
             if entry in self._waiters and entry[0]():
                 self._waiters.remove(entry)
-                entry[1]()
+                self.loop.guard(entry[1])
 
     def on_loop_thread(self):
         """Return True if the calling thread must not wait for the loop."""
@@ -3488,23 +3543,29 @@ class Manager:
         nothing left running."""
         self._thread = threading.get_ident()
         try:
-            self.loop.call(self._start)
-            self.loop.run()
+            with self.loop.interrupts():
+                try:
+                    self.loop.call(self._start)
+                    self.loop.run()
+                finally:
+                    self._wind_up()
+        finally:
+            self.loop.close()
+            for app in reversed(self._started_apps):
+                if hasattr(app, "join"):
+                    app.join()
+
+    def _wind_up(self):
+        try:
+            if self.loop.call(self._alive):     # an exception, such as KeyboardInterrupt
+                self.loop.call(self._stop, False)
+                self.loop.run()
         finally:
             try:
-                if self.loop.call(self._alive):     # an exception, such as KeyboardInterrupt
-                    self.loop.call(self._stop, False)
-                    self.loop.run()
+                self.loop.call(self._finish)
+                self.loop.run()                 # until all is sent
             finally:
-                try:
-                    self.loop.call(self._finish)
-                    self.loop.run()             # until all is sent
-                finally:
-                    self.loop.call(self._end)
-                    self.loop.close()
-                    for app in reversed(self._started_apps):
-                        if hasattr(app, "join"):
-                            app.join()
+                self.loop.call(self._end)
 
     def _start(self):
         self._running = True
@@ -7847,7 +7908,7 @@ class ProcessSocket(WebSocketChannel):
 
     def left_unread(self):
         """See Channel."""
-        log.info("%d bytes and more of a websocket for %s were dropped: it does not read, and the client has left",
+        log.info("%d bytes and more were dropped: %s does not read them, and their client has left",
                  self._size, self._reply.process.name)
         super().left_unread()
 
@@ -7878,8 +7939,9 @@ class ProcessSocket(WebSocketChannel):
 
 class WebSocketHandler:
     """Base of a websocket route: HttpHandler(handlers=[(r"/echo", Echo)]) makes one for each connection. Its methods run on
-    the loop's thread and must not block; send() and end() may be called from any, only queue, and never wait. `request`,
-    `args`: the opening request and the groups of the route's pattern."""
+    the loop's thread and must not block. send() and end() only queue, never wait, and may be
+    called from any thread. `request`, `args`: the opening request and the groups of the route's
+    pattern."""
 
     max_message = HANDLER_MESSAGE_SIZE          # bytes of one message
 
@@ -7896,7 +7958,10 @@ class WebSocketHandler:
         """The connection is closed: called once. `code`: the peer's close code, ours, or 1006 if there was none."""
 
     def send(self, data):
-        """Queue str as a text message, bytes as a binary one. A client that takes nothing is closed at SEND_QUEUE_SIZE."""
+        """Queue str as a text message, bytes as a binary one.
+
+        A client that takes nothing is closed at SEND_QUEUE_SIZE.
+        """
         if isinstance(data, str):
             self._channel.post(TEXT, data.encode("utf-8"))
         else:
@@ -7942,7 +8007,7 @@ class HandlerSocket(WebSocketChannel):
         self._send_posted()                     # a client that does not take it is read no further
 
     def post(self, opcode, payload):
-        """Queue a message, or a close frame as (code, reason), for the loop. Any thread may call."""
+        """Queue a message, or a close frame as (code, reason). Any thread may call."""
         with self._posting:
             if self._posted_size > SEND_QUEUE_SIZE:
                 return                          # the loop will close it
@@ -9357,7 +9422,7 @@ def split_list(text):
 def parse_number(text):
     """Return the int or float that a text writes. Raise ValueError if it writes none."""
     try:
-        return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else float(text)
+        return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else float(text.encode("ascii"))
     except ValueError:
         raise ValueError("must be a number, not %r" % text) from None
 

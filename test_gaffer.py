@@ -5498,6 +5498,76 @@ class ProcessProgram(Case):
         self.assertNotEqual(status, 0)
         self.assertIn("KeyboardInterrupt", err)
 
+    def test_an_interrupt_within_a_step(self):
+        """It leaves run() when the step is complete: no process is left half reaped."""
+        folder = os.path.dirname(os.path.abspath(gaffer.__file__))
+        for call in ("waitid", "waitpid", "killpg", "close"):
+            with self.subTest(call):
+                program = textwrap.dedent("""
+                    import os, signal, sys
+                    sys.path.insert(0, %r)
+                    import gaffer
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
+                    call, armed = os.%s, []
+                    def interrupted(*args):
+                        if armed and armed.pop():
+                            signal.raise_signal(signal.SIGINT)
+                        return call(*args)
+                    os.%s = interrupted
+                    manager = gaffer.Manager()
+                    manager.add_process("x", "cat", redirect_input=True)
+                    def spawned(kind, event):
+                        if not seen:
+                            seen.append(event["os_pid"])
+                            armed.append(True)
+                            os.kill(event["os_pid"], signal.SIGKILL)
+                    seen = []
+                    manager.subscribe("spawn", spawned)
+                    manager.subscribe("exit", lambda kind, event: print(kind, event["os_pid"]))
+                    try:
+                        manager.run()
+                    except KeyboardInterrupt:
+                        print("interrupted")
+                    try:
+                        os.wait()
+                    except ChildProcessError:
+                        print("nothing is left")
+                    """) % (folder, call, call)
+                done = subprocess.run(
+                    [PYTHON, "-W", "error", "-c", program], stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE, timeout=TIMEOUT, check=False)
+                said = done.stdout.decode().splitlines()
+                self.assertEqual((said[0].split()[0], said[-2:], done.stderr.decode()),
+                                 ("exit", ["interrupted", "nothing is left"], ""))
+
+    def test_an_interrupt_while_another_thread_calls(self):
+        """It is the main thread's, which runs the loop; the caller gets its result."""
+        folder = os.path.dirname(os.path.abspath(gaffer.__file__))
+        program = textwrap.dedent("""
+            import signal, sys, threading
+            sys.path.insert(0, %r)
+            import gaffer
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            manager, got = gaffer.Manager(), []
+            def interrupt():
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                return "result"
+            def work():
+                for _ in range(100):
+                    manager.loop.call(len, "abc")
+                got.append(manager.loop.call(interrupt))
+            thread = threading.Thread(target=work)
+            manager.loop.call_soon(thread.start)
+            try:
+                manager.run()
+            except KeyboardInterrupt:
+                thread.join()
+                print("interrupted", got)
+            """) % folder
+        done = subprocess.run([PYTHON, "-W", "error", "-c", program], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=TIMEOUT, check=False)
+        self.assertEqual((done.stdout, done.stderr), (b"interrupted ['result']\n", b""))
+
     def test_signals(self):
         """With SigHandler TERM and INT stop, so that run() returns; a second one kills."""
         child, os_pid = self.begin(True, graceful_timeout=600)
@@ -6919,6 +6989,63 @@ class HttpErrorTable(HttpCase):
         table = {code for codes in HTTP_CODES.values() for code in codes}
         self.assertEqual(seen, table, "a code of the table was never seen")
         self.assertEqual({error.code for error in PureErrors.tree()}, table)
+
+
+class HttpDigits(HttpCase):
+    """Numbers are ASCII digits: others are no name and no number."""
+
+    OTHERS = ("\u00b2", "\u0663", "\uff11", "\u0967", "\U0001d7d9", "1\u00b2", "\u0661\u0662",
+              "1\u0663")
+
+    def test_segments(self):
+        self.cat("web")
+        for digits in self.OTHERS:
+            quoted = urllib.parse.quote(digits)
+            for method, path in (
+                    ("GET", "/processes/%s"), ("HEAD", "/processes/%s"),
+                    ("DELETE", "/processes/%s"), ("PUT", "/processes/%s"),
+                    ("POST", "/processes/%s"), ("GET", "/processes/%s/_pids"),
+                    ("POST", "/processes/%s/_stop"), ("POST", "/processes/%s/_start"),
+                    ("POST", "/processes/%s/_restart"), ("POST", "/processes/%s/_signal/TERM"),
+                    ("POST", "/processes/web/_signal/%s"), ("POST", "/processes/1/_signal/%s"),
+                    ("POST", "/processes/web/_add/%s"), ("POST", "/processes/web/_sub/%s"),
+                    ("GET", "/status/%s"), ("GET", "/stats/%s"), ("GET", "/stats/web/%s"),
+                    ("GET", "/groups/%s"), ("POST", "/groups/%s/_stop"), ("DELETE", "/groups/%s"),
+                    ("GET", "/streams/%s?timeout=0"), ("GET", "/streams/%s/stdout?timeout=0"),
+                    ("GET", "/streams/1/%s?timeout=0"), ("POST", "/streams/%s/stdin"),
+                    ("DELETE", "/streams/%s/stdin"), ("GET", "/wstreams/%s"),
+                    ("GET", "/watch/%s?timeout=0"),
+                    ("GET", "/watch/proc/%s?timeout=0")):
+                with self.subTest(method + " " + path % digits):
+                    body = {"cmd": "cat"} if method in ("PUT", "POST") else None
+                    status, _, data = self.server.request(method, path % quoted, body)
+                    # a pattern of events may name what is not there yet
+                    allowed = (204,) if path.startswith("/watch/proc") else (400, 404)
+                    self.assertIn(status, allowed, data)
+        self.assertEqual(self.server.ok("GET", "/processes"), ["web"])
+        self.assertEqual(self.server.ok("GET", "/processes/web/_pids")["pids"], [1])
+
+    def test_parameters(self):
+        self.cat("web")
+        for digits in self.OTHERS:
+            quoted = urllib.parse.quote(digits)
+            for method, path in (
+                    ("GET", "/streams/1/stdout?since=%s"), ("GET", "/streams/1/stdout?tail=%s"),
+                    ("GET", "/streams/1/stdout?timeout=%s"), ("GET", "/watch?since=%s"),
+                    ("GET", "/watch?timeout=%s"), ("GET", "/watch?feed=eventsource&heartbeat=%s"),
+                    ("GET", "/stats?feed=continuous&interval=%s"),
+                    ("POST", "/processes/web/_stop?wait=%s"), ("GET", "/processes?running=%s")):
+                with self.subTest(method + " " + path % digits):
+                    self.assertError(self.server.json(method, path % quoted), 400, "bad_value")
+            for field in "numprocesses", "graceful_timeout", "priority":
+                with self.subTest(field, digits=digits):
+                    info = {"name": "x", "cmd": "cat", field: digits}
+                    self.assertError(self.server.json("POST", "/processes", info),
+                                     400, "invalid_process_info")
+            for header in "Content-Length: ", "Transfer-Encoding: chunked\r\n\r\n":
+                with self.subTest(header, digits=digits):
+                    self.assertRefused(b"POST /streams/1/stdin HTTP/1.1\r\nHost: localhost\r\n"
+                                       b"%b%b\r\n\r\n" % (header.encode(), digits.encode()))
 
 
 class HttpSyntax(HttpCase):
@@ -8595,7 +8722,7 @@ class HttpLibrary(HttpCase):
         self.assertEqual(made.read()[0], 8)
 
     def test_websocket_sends_under_a_lock_that_the_handler_waits_for(self):
-        """send() and end() only queue: they wait for nobody, so that a chat room may have a lock."""
+        """send() and end() only queue: they wait for nobody, and a chat room may have a lock."""
         for where, act in (("open", lambda made: None), ("message", lambda made: made.text("x")),
                            ("close", lambda made: made.close())):
             with self.subTest(where):
@@ -8618,7 +8745,8 @@ class HttpLibrary(HttpCase):
                 until(lambda took=took: took, "the handler's end")
                 self.assertEqual(took, [True])
                 if where != "close":
-                    self.assertEqual([client.read() for _ in range(2)], [(1, b"sent"), (8, struct.pack("!H", 1000))])
+                    self.assertEqual([client.read() for _ in range(2)],
+                                     [(1, b"sent"), (8, struct.pack("!H", 1000))])
 
     def test_websocket_handlers_run_on_one_thread(self):
         """Never on one that sends, nor within a send(), even where that ends the connection."""
@@ -8634,14 +8762,10 @@ class HttpLibrary(HttpCase):
                         handler.send(bytes(gaffer.MIB))
             finally:
                 inside.pop()
-        server, _ = self.socket_server()
-        closed = queue.Queue()
-
-        def close(handler, code, reason):
-            enter(handler)
-            closed.put(code)
-        made = queue.Queue()
-        server, _ = self.socket_server(open=lambda handler: (enter(handler), made.put(handler)), message=enter, close=close)
+        made, closed = queue.Queue(), queue.Queue()
+        server, _ = self.socket_server(
+            open=lambda handler: (enter(handler), made.put(handler)), message=enter,
+            close=lambda handler, code, reason: (enter(handler), closed.put(code)))
         with http_limits(SEND_QUEUE_SIZE=8 * gaffer.MIB):
             for act in ("flood", "send", "end"):
                 client = self.open_socket(server)
@@ -10456,6 +10580,249 @@ class StreamsWatch(StreamsCase):
         wire = self.watch("?feed=continuous", version="1.0")
         self.cat()
         self.assertEqual(json.loads(wire.file.readline())["event"], "create")
+
+
+class StreamsTimes(StreamsCase):
+
+    def test_no_time_that_a_client_names_does_harm(self):
+        """Longer ones than a selector takes, up to the longest that is allowed, and beyond."""
+        self.server.add("x", "cat", redirect_input=True)
+        kept = []
+        # the longest first, while no shorter one hides it
+        for seconds in "10000000", "5000000", "3000000", "2147484", "2147483.647":
+            for path in ("/watch?feed=eventsource&heartbeat=%s",
+                         "/watch?feed=continuous&heartbeat=%s",
+                         "/streams/1/stdout?feed=eventsource&heartbeat=%s",
+                         "/stats?feed=eventsource&interval=%s"):
+                with self.subTest(path % seconds):
+                    kept.append(self.server.stream(path % seconds, {"Origin": "https://x.example"}))
+                    self.assertEqual(kept[-1].status, 200)
+            for path in ("/watch?timeout=%s", "/streams/1/stdout?timeout=%s",
+                         "/stats?feed=longpoll&interval=%s"):
+                sock = self.server.connect()
+                self.addCleanup(sock.close)
+                sock.sendall(http_bytes("GET", path % seconds))
+            self.websocket("/wstreams/1?heartbeat=%s" % seconds)
+            for field in ({"graceful_timeout": float(seconds)},
+                          {"flapping": {"retry_in": float(seconds)}}):
+                name = "t%d" % len(kept)
+                with self.subTest(field):
+                    info = dict(field, name=name, cmd="cat", redirect_input=True)
+                    self.server.ok("POST", "/processes", info)
+                    self.server.ok("POST", "/processes/%s/_stop?wait=%s" % (name, seconds))
+                    self.server.ok("DELETE", "/processes/" + name)
+            self.assertEqual(self.server.request("GET", "/ping")[2], b"OK")
+        for seconds in "10000001", "99999999999999999999", "1e400", "nan", "inf", "-1":
+            with self.subTest(seconds):
+                answer = self.server.json("GET", "/watch?feed=eventsource&heartbeat=" + seconds)
+                self.assertError(answer, 400, "bad_value")
+                body = b'{"name": "y", "cmd": "cat", "graceful_timeout": %b}' % seconds.encode()
+                self.assertEqual(self.server.json("POST", "/processes", body)[0], 400)
+        self.assertEqual(self.server.request("GET", "/ping")[2], b"OK")
+        for answer in kept:
+            answer.connection.close()
+            answer.close()
+
+
+class StreamsObservers(StreamsCase):
+    """Who is told of a step of a process's life can do no harm to it."""
+
+    def follow(self, *paths):
+        """Raw sockets on which streams have begun."""
+        made = []
+        for path in paths:
+            sock = self.server.connect()
+            self.addCleanup(sock.close)
+            sock.sendall(http_bytes("GET", path))
+            self.assertEqual(sock.recv(12), b"HTTP/1.1 200")
+            made.append(sock)
+        return made
+
+    def whole_lives(self, count):
+        """POST and DELETE of processes that end in all the ways there are; nothing is left."""
+        for number in range(count):
+            info = {"name": "n%d" % number, "cmd": "cat", "redirect_input": True}
+            self.server.ok("POST", "/processes", info)
+        groups = [pid for status in self.server.ok("GET", "/status") if status["name"][0] == "n"
+                  for pid in status["os_pids"]]
+        self.assertEqual(len(groups), count)
+        for number in range(count):
+            if number % 3 == 0:
+                pid, = self.server.ok("GET", "/processes/n%d/_pids" % number)["pids"]
+                self.server.ok("DELETE", "/streams/%d/stdin" % pid)
+            elif number % 3 == 1:
+                self.server.ok("POST", "/processes/n%d/_stop?wait=true" % number)
+            self.server.ok("DELETE", "/processes/n%d" % number)
+        for group in groups:
+            until(lambda group=group: not process_group(group) and process_state(group) is None,
+                  "the end of %d" % group)
+        names = self.server.ok("GET", "/processes")
+        self.assertEqual([name for name in names if name[0] == "n"], [])
+
+    def test_many_watchers_of_many_changes(self):
+        """More than are sent to one by one, of every form, of which some are behind."""
+        clients = self.follow(*["/watch?feed=eventsource"] * 24, *["/watch?feed=continuous"] * 24,
+                              "/watch/proc/n1?feed=eventsource", "/watch/exit?feed=continuous",
+                              "/streams?feed=eventsource", "/streams?feed=continuous",
+                              "/stats?feed=eventsource&interval=0.1")
+        self.whole_lives(30)
+        for sock in clients:
+            sock.close()
+
+    def test_encoders_are_whole(self):
+        """What one leaves out has a default."""
+        whole = type("Whole", (gaffer.Encoder,), {})
+        got = queue.Queue()
+
+        class Sink:
+            send = staticmethod(lambda payload: got.put(payload) or True)
+
+            def finished(self, reader):
+                """The end."""
+                reader.close()
+        loop = self.server.manager.loop
+        window = loop.call(gaffer.Window, loop)
+        loop.call(lambda: gaffer.Reader(window, whole(), Sink(), 0).start())
+        for number in range(3):
+            loop.call(window.append, b"%d" % number)
+        loop.call(window.finish)
+        data = b""
+        while data != b"012":
+            data += got.get(timeout=TIMEOUT)
+
+    def test_encoders_that_fail(self):
+        """Their readers are cut, and see it; the processes live and end as ever."""
+        self.expect_log("planted")
+        classes, found = [gaffer.Encoder], []
+        while classes:
+            found.append(classes.pop())
+            classes += found[-1].__subclasses__()
+
+        def fail(*arguments):
+            raise RuntimeError("planted")
+        pid, = self.server.add("x", "cat", redirect_input=True)
+        clients = self.follow("/watch?feed=eventsource", "/watch?feed=continuous",
+                              "/streams/x/stdout?feed=eventsource",
+                              "/streams/x/stdout?feed=continuous",
+                              "/streams/%d/stdout?feed=eventsource&since=0" % pid)
+        made = self.websocket("/wstreams/%d" % pid)
+        with contextlib.ExitStack() as patches:
+            for each in found[1:]:
+                patches.enter_context(unittest.mock.patch.object(each, "encode", fail))
+            self.server.ok("POST", "/streams/%d/stdin" % pid, b"line\n")
+            self.whole_lives(12)
+            for sock in clients:
+                until(lambda sock=sock: not sock.recv(65536), "the end of what cannot be encoded")
+            until(lambda: made.read()[0] in (8, None), "the end of the websocket")
+        self.assertEqual(self.server.ok("GET", "/status/x")["running"], 1)
+        self.assertEqual(self.server.request("GET", "/streams/x/stdout?since=0")[2], b"line\n")
+
+    def test_observers_that_fail(self):
+        """Each for itself: the others are told."""
+        self.expect_log("planted")
+        told = queue.Queue()
+
+        def fail(kind, event):
+            raise RuntimeError("planted")
+
+        def leave(kind, event):
+            raise SystemExit("planted")
+
+        def interrupt(kind, event):
+            raise KeyboardInterrupt("planted")
+        manager = self.server.manager
+        for callback in fail, leave, interrupt, lambda kind, event: told.put(kind):
+            manager.subscribe("exit", callback)
+        pid, = self.server.add("x", "cat", redirect_input=True)
+        for callback in fail, lambda kind, event: told.put(event["data"]):
+            manager.get_process("x").monitor_io("stdout", callback)
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"line\n")
+        self.assertEqual(told.get(timeout=TIMEOUT), b"line\n")
+        self.whole_lives(6)
+        self.assertEqual([told.get(timeout=TIMEOUT) for _ in range(6)], ["exit"] * 6)
+
+
+@unittest.skipUnless(os.path.exists("/proc/net/tcp"), "needs /proc/net/tcp")
+class StreamsGone(StreamsCase):
+    """A client that leaves is noticed, whatever keeps the server from reading what it sent last."""
+
+    def waits_for_close(self):
+        """How many connections the clients have closed and the server has not."""
+        with open("/proc/net/tcp") as file:
+            rows = [line.split() for line in file.readlines()[1:]]
+        return sum(row[3] == "08" and int(row[1].rpartition(":")[2], 16) == self.server.port
+                   for row in rows)
+
+    def fill(self, sock, data):
+        """Send until the server takes no more, or all is sent."""
+        sock.settimeout(0.2)
+        with contextlib.suppress(socket.timeout):
+            sock.sendall(data)
+
+    def states(self):
+        """(name, function that brings a new connection there and returns its socket)."""
+        deaf, = self.server.add("deaf", "sleep 1000", redirect_input=True)
+        loud, = self.server.add("loud", "yes", start=True)
+
+        def stdin_full(query=""):
+            made = self.websocket("/wstreams/%d%s" % (deaf, query))
+            self.fill(made.sock, WebSocket.encode(2, bytes(65536)) * 40)
+            return made.sock
+
+        def request(path, behind=b""):
+            sock = self.server.connect()
+            self.addCleanup(sock.close)
+            sock.sendall(http_bytes("GET", path))
+            self.fill(sock, behind)
+            return sock
+        pipelined = http_bytes("GET", "/ping") * 3000
+        yield "websocket, stdin is full", stdin_full
+        yield "websocket by line, stdin is full", functools.partial(stdin_full, "?frame=line")
+        for path in ("/watch", "/streams/%d/stdout" % deaf, "/streams",
+                     "/stats?feed=longpoll&interval=1000"):
+            yield ("long poll of %s, requests behind it" % path,
+                   functools.partial(request, path, pipelined))
+            yield "long poll of %s" % path, functools.partial(request, path)
+        for query in "", "&loss=skip", "&loss=block":
+            yield "continuous that is full" + query, functools.partial(
+                request, "/streams/%d/stdout?feed=continuous%s" % (loud, query))
+            yield "events that are full" + query, functools.partial(
+                request, "/streams/%d/stdout?feed=eventsource%s" % (loud, query), bytes(200000))
+
+    def test_clients_that_leave(self):
+        for name, state in self.states():
+            for leave in ("close", "shutdown"):
+                with self.subTest(name, leave=leave):
+                    sock = state()
+                    if leave == "close":
+                        sock.close()
+                    else:
+                        sock.shutdown(socket.SHUT_WR)
+        until(lambda: not self.waits_for_close(), "the end of all connections")
+        self.assertEqual(self.server.request("GET", "/ping")[2], b"OK")
+
+    def test_what_was_sent_before(self):
+        """All of it is for the process that reads on, though its client has left meanwhile."""
+        pid, = self.server.add("x", python("""
+            import signal, sys
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+            print("ready")
+            signal.sigwait([signal.SIGUSR1])
+            size = 0
+            while size < 40 * 65536:
+                size += len(sys.stdin.buffer.read1(65536))
+            print("all")
+            sys.stdin.read()
+            """), redirect_input=True)
+        lines = self.server.stream("/streams/%d/stdout?feed=continuous&since=0" % pid)
+        self.assertEqual(lines.readline(), b"ready\n")
+        made = self.websocket("/wstreams/%d" % pid)
+        self.fill(made.sock, WebSocket.encode(2, bytes(65536)) * 40)
+        made.sock.shutdown(socket.SHUT_WR)
+        self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
+        self.assertEqual(lines.readline(), b"all\n")
+        lines.connection.close()
+        lines.close()
 
 
 class StreamsStats(StreamsCase):
