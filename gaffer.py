@@ -9395,17 +9395,18 @@ class Screen:
         self._thread.join(SCREEN_END)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # configuration
 #
 # Files that tell a server what to run: INI as gafferd had it, JSON, TOML if Python reads it, and
 # Procfiles with their .env. A loader returns {kind: {name: {field: value}}}, FIELDS is the table of
 # all fields, and read_settings() returns Settings, or raises one ConfigError with every fault.
 # Configuration applies what has changed.
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
             "false": False, "no": False, "off": False, "0": False}
 PROCFILE_NAME = "Procfile"
+PROCFILE_PATH = re.compile(r"(?is)(?:.*/)?(?:procfile[^/]*|[^/]*\.procfile)")
 FIRST_PORT, PORTS_PER_TYPE = 5000, 100          # as in foreman
 SHELL_WORDS = frozenset("""! . : [ [[ { } alias bg bind break builtin case cd command continue
     coproc declare do done echo elif else esac eval exec exit export false fc fg fi for function
@@ -9531,8 +9532,9 @@ class ConfigFile:
 
     def note(self, section, fields, faults):
         """Note faults of a section's fields, [(field, sentence)], unless its text has one."""
+        known = "\n".join(text for _, text in self.faults)
         for field, reason in faults:
-            if not any("[%s] field '%s' " % (section, field) in text for _, text in self.faults):
+            if "[%s] field '%s' " % (section, field) not in known:
                 self.fault(reason, section, field if field in fields else None)
 
     def _line(self, section, field):
@@ -9569,10 +9571,11 @@ def load_ini(file):
             outside = isinstance(error, configparser.MissingSectionHeaderError)
             for line, _ in getattr(error, "errors", None) or [(error.lineno, "")]:
                 text = lines[line - 1].strip()
-                file.fault("'%s' is %s" % (text.partition(" = ")[0], reason),
+                file.fault("'%s' is %s" % (text.partition("=")[0].rstrip(), reason),
                            getattr(error, "section", ""), line=line)
                 # what follows belongs to it, and is left out with it
-                lines[line - 1] = "" if outside else ("[\0%d]" if text[:1] == "[" else "\0%d=") % line
+                dummy = "[\0%d]" if text[:1] == "[" else "\0%d="
+                lines[line - 1] = "" if outside else dummy % line
     for section in parser.sections():
         kind, _, name = section.partition(":")
         fields = {field: text for field, text in parser[section].items() if field[0] != "\0"}
@@ -9780,23 +9783,23 @@ def make_template(file, name, fields, env_file, env):
 Settings = collections.namedtuple("Settings", "endpoints templates webhooks")
 
 
-def read_settings(source, taken=()):
+def read_settings(source, taken=None):
     """Read a path or a Procfile, and what it includes. Return Settings.
 
-    `taken`: ports that gaffer listens on in place of those that are read. Raise ConfigError with
-    every fault of all files.
+    `taken`: ports that gaffer listens on, if they are not those of the files. Raise ConfigError
+    with every fault of all files.
     """
     import glob
-    files, found, taken = [], {kind: {} for kind in FIELDS}, list(taken)
+    files, found, ports = [], {kind: {} for kind in FIELDS}, list(taken or ())
 
     def read(path):
-        if not re.search(r"(?i)^procfile|\.procfile$", os.path.basename(path)):
+        if not PROCFILE_PATH.fullmatch(path):
             return ConfigFile(path)
-        if not taken:                           # all endpoints are known: Procfiles are read last
+        if taken is None and not ports:         # all endpoints are known: Procfiles are read last
             endpoints = [found["endpoint"][name][1] for name in found["endpoint"]]
-            taken.extend(endpoint.port for endpoint in endpoints or [HttpEndpoint()]
+            ports.extend(endpoint.port for endpoint in endpoints or [HttpEndpoint()]
                          if endpoint and not endpoint.path)
-        return Procfile(path, taken=taken)
+        return Procfile(path, taken=ports)
 
     def take(file):
         files.append(file)
@@ -9814,7 +9817,7 @@ def read_settings(source, taken=()):
             else:
                 found[kind][name] = file, (
                     make_endpoint(file, name, fields) if kind == "endpoint" else fields)
-        taken.extend(getattr(file, "taken", ()))
+        ports.extend(getattr(file, "taken", ()))
 
     take(read(source) if isinstance(source, str) else source)
     main, fields = found["gaffer"].get("", (files[0], {}))
@@ -9831,7 +9834,7 @@ def read_settings(source, taken=()):
             folders[:] = sorted(name for name in folders if name[0] != ".")
             paths += [("include_dir", os.path.join(folder, name)) for name in sorted(names)
                       if name.endswith(".ini") and name[0] != "."]
-    for field, path in sorted(paths, key=lambda pair: "procfile" in pair[1].lower()):
+    for field, path in sorted(paths, key=lambda pair: bool(PROCFILE_PATH.fullmatch(pair[1]))):
         try:
             if os.path.realpath(path) in [os.path.realpath(file.path) for file in files]:
                 raise ConfigError(["%s is included already" % path])
@@ -10955,7 +10958,8 @@ def serve_configuration(arguments, hooks):
     """The Configuration of CONFIG, or None. ConfigError."""
     if not arguments.config:
         return None
-    taken = [endpoint.port for endpoint in map(HttpEndpoint, arguments.bind) if endpoint.path is None]
+    binds = [HttpEndpoint(bind) for bind in arguments.bind]
+    taken = [endpoint.port for endpoint in binds if endpoint.path is None] if binds else None
     configuration = Configuration(lambda: read_settings(arguments.config, taken), hooks)
     hooks.hooks = configuration.settings.webhooks
     return configuration

@@ -14235,6 +14235,9 @@ class ConfigFiles(ConfigCase):
         self.assertEqual(found.templates["a"]["env"], {"X": "1"})
         self.assertEqual([found.templates[name]["env"]["PORT"] for name in ("web", "other", "worker")],
                          ["5000", "5200", "5300"], "no port twice, and none that gaffer has")
+        for taken, port in ((None, "5100"), ([], "5000"), ([5001], "5100"), ([8000], "5000")):
+            templates = gaffer.read_settings(self.home + "/h/Procfile", taken).templates
+            self.assertEqual(templates["worker"]["env"]["PORT"], port, taken)
 
     FAULTS = [
         ("all.ini", """\
@@ -14245,7 +14248,7 @@ class ConfigFiles(ConfigCase):
             [endpoint:public]
             bind = 127.0.0.1
             backlog = x
-            bind = 1
+            bind=1
             [endpoint:other]
             [proces:dummy]
             cmd = x
