@@ -9637,8 +9637,9 @@ def command_fields(command):
     """
     def hide(match):                            # quotes hide operators, double ones no variables
         part = match.group()
-        return ("$" if part[0] != "'" and re.search("[$`]", part) else "_") * len(part)
-    bare = re.sub(QUOTED.pattern + r"|\$\(\(?[^()'\"]*\)?\)", hide, command, flags=re.S)
+        variables = part[0] != "'" and re.search("[$`]", part)
+        return ("#" if part[0] == "#" else "$" if variables else "_") * len(part)
+    bare = re.sub(QUOTED.pattern + r"|\$\(\(?[^()'\"]*\)?\)|(?<!\S)#.*", hide, command, flags=re.S)
     last = max([0, *(match.end() for match in re.finditer(r";|&&|\|\|", bare))])
     before = re.compile(r"\s*((?:[A-Za-z_]\w*=\S*\s+)*)(exec\s+)?").match(bare, last)
     start = before.end()
