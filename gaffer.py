@@ -170,7 +170,8 @@ GROUP_POLL_MAX = 1.0
 EXIT_POLL = 0.25                    # between looks at a child that nothing can be opened for to watch it
 STOP_STAGGER = 0.1                  # at gaffer's stop, a process waits so long for the end of the one started after it
 STOP_STAGGER_TOTAL = 1.0            # and all of them together
-STOP_SEND = 2.0                     # then what waits to be sent, such as last words, goes to clients that take it
+STOP_SEND = 2.0                     # then clients get what is left for them, while one takes any
+STOP_SEND_TOTAL = 20.0              # within this time, and at most for so long
 WAIT_EXTRA = 5.0                    # ?wait=true: graceful_timeout and this
 
 TEMPLATES_MAX = 10000
@@ -3647,13 +3648,16 @@ class Manager:
             journal.finish()
         self.events.finish()
         self._check_waiters()
-        self._let_send(self.loop.clock() + STOP_SEND)
+        self._let_send([], 0.0, self.loop.clock() + STOP_SEND_TOTAL)
 
-    def _let_send(self, until):
-        """Stop the loop once no app has anything left to send, or it is late."""
-        sending = any(getattr(app, "sending", False) for app in self._started_apps)
-        if sending and not self._killing and self.loop.clock() < until:
-            self.loop.later(STOP_SEND / 200, self._let_send, until)
+    def _let_send(self, before, until, end):
+        """Stop the loop once all is sent, or no client takes more, or all was to be killed."""
+        sending = [app.sending for app in self._started_apps if getattr(app, "sending", None)]
+        now = self.loop.clock()
+        if sending != before:                   # somebody has taken some of it
+            until = min(now + STOP_SEND, end)
+        if sending and not self._killing and now < until:
+            self.loop.later(STOP_SEND / 200, self._let_send, sending, until, end)
         else:
             self.loop.stop()
 
@@ -7231,6 +7235,7 @@ class Channel:
 
     stall = STALL
     said = None                                 # what the access log is told at the end, but for the bytes
+    _reader = None                              # the Reader that feeds it
 
     def __init__(self, http, sock, received=b""):
         self.http, self.loop, self.sock = http, http.loop, sock
@@ -7249,6 +7254,13 @@ class Channel:
     def kind(self):
         """What its client does, as /metrics calls it."""
         return "request"
+
+    @property
+    def unsent(self):
+        """Bytes that the client has still to take: in the queue, and those ahead of its reader."""
+        if self._reader is None or self._ending:
+            return self.queued
+        return self.queued + self._reader.log.end - self._reader.offset
 
     def open(self):
         """Begin; called on the loop."""
@@ -8787,6 +8799,9 @@ class HttpHandler:
         for listener in self.listeners:
             listener.close()
         self.listeners = []
+        if self.sending:
+            log.warning("%d clients did not take what was left for them: at least %d bytes are lost",
+                        len(self.sending), sum(channel.unsent for channel in self.channels))
         for channel in tuple(self.channels):
             channel.close()
         if self.access_log is not None:
@@ -8808,8 +8823,8 @@ class HttpHandler:
 
     @property
     def sending(self):
-        """True where clients have not taken yet what is queued for them."""
-        return any(channel.queued for channel in self.channels)
+        """{channel: bytes sent} of those whose clients have not taken all yet."""
+        return {channel: channel.sent for channel in self.channels if channel.unsent}
 
     @property
     def urls(self):

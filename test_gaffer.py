@@ -14600,7 +14600,38 @@ class ConfigServe(CliFollowCase):
         self.assertEqual(self.interrupted(follower), b"")
         self.assertEqual((again.result().stop(), again.result().stderr), (0, ""))
 
+    def test_last_words_for_a_slow_client(self):
+        """It gets all of them as long as it goes on to take some."""
+        ahead = 0.0
+        loop = gaffer.Loop(lambda: time.monotonic() + ahead)
+        with unittest.mock.patch("gaffer.Manager", functools.partial(gaffer.Manager, loop=loop)):
+            server = Running(window=32 * gaffer.MIB)
+        self.addCleanup(server.stop_all)
+        server.add("a", python(PROCESS_AWAITS_TERM + "os.write(1, b'ready\\n')\nsignal.sigwait([15])\n"
+                                                     "sys.stdout.write('x' * 16000000)"))
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            slow.settimeout(TIMEOUT)
+            slow.connect(("127.0.0.1", server.port))
+            slow.sendall(b"GET /streams/a/stdout?feed=continuous&since=0 HTTP/1.0\r\n"
+                         b"Host: localhost\r\n\r\n")
+            data = b""
+            while not data.endswith(b"ready\n"):
+                data += slow.recv(65536)
+            server.manager.stop()
+            until(lambda: not server.manager._running and server.http.sending, "the last words")
+            channel, = server.http.channels
+            for _ in range(3):
+                before, ahead = channel.sent, ahead + 0.5 * gaffer.STOP_SEND
+                while channel.sent == before:
+                    data += slow.recv(65536)
+                    self.assertFalse(channel.closed)
+            data += b"".join(iter(lambda: slow.recv(65536), b""))
+        server._thread.join(TIMEOUT)
+        self.assertEqual(len(data.partition(b"ready\n")[2]), 16000000)
+
     def test_who_takes_nothing_does_not_keep_the_server(self):
+        """What is lost is told."""
         for patience, kill in ((0.1, False), (1000.0, True)):
             with self.subTest(kill=kill), unittest.mock.patch.object(gaffer, "STOP_SEND", patience):
                 server = Running()
@@ -14609,10 +14640,12 @@ class ConfigServe(CliFollowCase):
                 with server.connect() as deaf:
                     deaf.sendall(b"GET /streams/a/stdout?feed=continuous HTTP/1.1\r\nHost: localhost\r\n\r\n")
                     until(lambda: server.manager.loop.call(lambda: server.http.sending), "more than it takes")
-                    server.manager.stop()
-                    server.manager.stop(kill)
-                    server._thread.join(TIMEOUT)
+                    with self.assertLogs("gaffer", "WARNING") as logged:
+                        server.manager.stop()
+                        server.manager.stop(kill)
+                        server._thread.join(TIMEOUT)
                     self.assertFalse(server._thread.is_alive())
+                    self.assertRegex(logged.output[0], r"1 clients did not take .* \d+ bytes are lost")
 
 
 class ProcfileTexts(ConfigCase):
