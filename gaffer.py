@@ -162,12 +162,13 @@ STATS_KEPT = 16                     # samples a slow reader of statistics may be
 
 STDIN_SIZE = MIB                    # waits for a process to read it; half of it, and its websockets are read again
 STDIN_SIZE_MAX = 1024 * MIB
-DRAIN_TIME = 2.0                    # output after an exit, where a grandchild holds the pipe
+DRAIN_TIME = 2.0                    # output after the end of a process's group, if another holds it
 AFTERLIFE = 60.0                    # windows of an exited process can be read this long
 AFTERLIFE_COUNT = 16                # of a template's last exits (or twice its numprocesses, if that is more)
 GROUP_POLL = 0.02                   # between looks at a group whose leader is gone: only while one is being ended
 GROUP_POLL_MAX = 1.0
 EXIT_POLL = 0.25                    # between looks at a child that nothing can be opened for to watch it
+STOP_KILL = 10.0                    # after a second signal gaffer ends even if processes do not
 STOP_STAGGER = 0.1                  # at gaffer's stop, a process waits so long for the end of the one started after it
 STOP_STAGGER_TOTAL = 1.0            # and all of them together
 STOP_SEND = 2.0                     # then clients get what is left for them, while one takes any
@@ -2067,7 +2068,7 @@ class Output:
         self._merged.sources.add(self)
 
     def drain(self):
-        """The process has exited: what is in the pipe is read, but nobody is waited for any longer than DRAIN_TIME."""
+        """Read what is in the pipe, for DRAIN_TIME at most: the process group is gone."""
         if self._fd is not None and self._timer is None:
             self._timer = self._loop.later(DRAIN_TIME, self._drained)
 
@@ -2357,6 +2358,7 @@ try:
     for number in signal.valid_signals():
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number, fd in enumerate(map(int, fds.split()), 3):
         os.dup2(fd, number)
         os.close(fd)
@@ -2468,9 +2470,9 @@ class Process:
         identity, errors, moved = (launch.uid, launch.gid, launch.groups), None, []
         ignored = any(signal.getsignal(number) == signal.SIG_IGN for number in range(1, 32)
                       if number not in (signal.SIGPIPE, signal.SIGXFSZ))    # Popen resets these
-        mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())       # a child inherits it
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
-            if extra or ignored or (sys.version_info < (3, 9) and identity != (None, None, None)):
+            if extra or ignored or blocked or (sys.version_info < (3, 9) and identity != (None, None, None)):
                 errors, write = os.pipe()
                 theirs.append(errors)
                 moved.append(write)
@@ -2487,7 +2489,6 @@ class Process:
                 argv, executable=program, cwd=launch.cwd, env=launch.env, start_new_session=True,
                 stdin=stdio[0], stdout=stdio[1], stderr=stdio[2], **arguments)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for fd in moved:
                 os.close(fd)
         popen.returncode = 0                    # Popen shall neither wait nor warn
@@ -3596,12 +3597,19 @@ class Manager:
             self._stop_stagger = min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(self._to_stop)))
             self._stop_next()
         if kill:
+            if not self._killing:
+                self.loop.later(STOP_KILL, self._give_up)
             self._killing = True
             while self._to_stop:
                 self._end_process(self._to_stop.pop(), "stop_pid")
             for process in self._alive():
                 process.kill()
         self._maybe_stopped()
+
+    def _give_up(self):
+        """Stop although processes are left: one that waits for a device cannot be killed."""
+        for process in self._alive():
+            process.abandon("was killed and does not end")
 
     def _stop_next(self):
         """Stop what is next in order: a process waits for the one after it for a moment, and for
@@ -10679,7 +10687,8 @@ class Attachment:
 
     def _exited(self, event, copies):
         for thread in copies:
-            thread.join(DRAIN_TIME + 1)
+            # the rest of its group may write until it is killed
+            thread.join(self._info["graceful_timeout"] + DRAIN_TIME + 1)
         while not self._inbox.empty():          # the last words may have met a closed pipe
             left = self._inbox.get()
             if isinstance(left, OSError):

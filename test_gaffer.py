@@ -3748,6 +3748,26 @@ class ProcessHostile(ProcessHostileTable, ProcessCase):
                 self.assertEqual(last["term_signal"], event["term_signal"])
                 self.assertEqual(process_group(event["os_pid"]), [])
 
+    def test_works_on_behind_its_shell(self):
+        """Output is read as long as something of the process's group is left."""
+        code = PROCESS_AWAITS_TERM + textwrap.dedent("""
+            print('ready', flush=True)
+            signal.sigwait([signal.SIGTERM])
+            signal.sigtimedwait([], 0.5)
+            print('saved', flush=True)
+            """)
+        command = "%s -I -S -c %s; true" % (PYTHON, shlex.quote(code))
+        for way in "stop", "exit":
+            with self.subTest(way), unittest.mock.patch("gaffer.DRAIN_TIME", 0.2):
+                pid, = self.server.add("x", command, shell=True)
+                group = self.os_pid(pid)
+                self.poll(pid, b"ready\n")
+                if way == "exit":
+                    os.kill(group, signal.SIGKILL)
+                self.stop("x", group)
+                self.assertEqual(self.poll(pid), b"ready\nsaved\n")
+                self.server.ok("DELETE", "/processes/x")
+
     def test_leaves_the_session(self):
         """What left the process group cannot be stopped; it is reported by its number."""
         code = """
@@ -5019,6 +5039,33 @@ class ProcessEmbedded(ProcessCase):
         """run() has returned."""
         self.server._thread.join(TIMEOUT)
         self.assertFalse(self.server._thread.is_alive())
+
+    def test_signals_that_the_calling_thread_blocks(self):
+        """It may have reasons. Its processes have none."""
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTERM])
+        try:
+            server = Running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        self.addCleanup(server.stop_all)
+        server.add("x", "grep SigBlk /proc/self/status; sleep 1000", shell=True)
+        _, _, data = server.request("GET", "/streams/1/stdout?since=0")
+        self.assertEqual(data, b"SigBlk:\t" + b"0" * 16 + b"\n")
+
+    def test_one_that_does_not_die(self):
+        """As if it waited for a device: a second stop ends gaffer, and tells what is left."""
+        pid, = self.server.add("x", "sleep 1000")
+        os_pid = self.os_pid(pid)
+        with unittest.mock.patch("gaffer.os.killpg"), unittest.mock.patch("gaffer.STOP_KILL", 0.1):
+            self.server.manager.stop()
+            with self.assertLogs("gaffer", "WARNING") as logged:
+                self.server.manager.stop(kill=True)
+                self.ended()
+        self.assertTrue(alive(os_pid))
+        self.assertEqual([record.getMessage() for record in logged.records], [
+            "x (pid 1): os pid %d was killed and does not end: it is left to itself" % os_pid])
+        os.kill(os_pid, signal.SIGKILL)
+        os.waitpid(os_pid, 0)
 
     def test_stop_in_reverse_order(self):
         """The newest first, each when the one after it is gone; then run() returns and nothing is left."""
