@@ -7487,12 +7487,18 @@ class LineWriter:
     def __init__(self, path, most, failed):
         self._path, self._most, self._failed = path, most, failed
         self.fd = self._identity = None
+        self.copies = ()                        # further descriptors that lead to the file
         self._waiting, self._changed = bytearray(), threading.Condition()
-        self._thread, self._end, self._closing = None, math.inf, False
+        self._thread, self._end = None, math.inf
+        self._closing = self._reopening = False
         self._torn = False                      # what was written last ends within a line
 
     def open(self):
-        """Open the file, or open it anew. OSError."""
+        """Open the file. From the first line on, only the thread opens and closes it. OSError."""
+        self._closing = False
+        self._open()
+
+    def _open(self):
         if self._path == "-":
             fd = 2
         else:                                   # non-blocking: opening a pipe without a reader must not wait for one
@@ -7501,9 +7507,17 @@ class LineWriter:
         regular = stat.S_ISREG(seen.st_mode)
         self._piece = self._most if regular else select.PIPE_BUF    # so much fits where poll() says that something does
         self._identity = (seen.st_dev, seen.st_ino) if regular and self._path != "-" else None
-        self._closing = False
-        if before is not None:
+        for other in self.copies:
+            os.dup2(fd, other)
+        if before not in (None, fd):
             os.close(before)
+
+    def reopen(self):
+        """Open the file anew, as it may have been moved away. If that fails, keep the old one."""
+        with self._changed:
+            if self.fd is not None and not self._closing:
+                self._reopening = True
+                self._go_on()
 
     def put(self, data):
         """Take whole lines. False: too much waits already, they are dropped."""
@@ -7511,12 +7525,15 @@ class LineWriter:
             if self.fd is None or len(self._waiting) + len(data) > self._most:
                 return False
             self._waiting += data
-            if self._thread is None:
-                self._end = math.inf
-                self._thread = threading.Thread(target=self._run, name="gaffer-log", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+            self._go_on()
             return True
+
+    def _go_on(self):
+        if self._thread is None:
+            self._end = math.inf
+            self._thread = threading.Thread(target=self._run, name="gaffer-log", daemon=True)
+            self._thread.start()
+        self._changed.notify()
 
     def end(self):
         """Let the thread end, once it has written what waits, for which it has LOG_END."""
@@ -7550,36 +7567,41 @@ class LineWriter:
     def _run(self):
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._end < math.inf)
+                self._changed.wait_for(
+                    lambda: self._waiting or self._reopening or self._end < math.inf)
                 data, self._waiting = self._waiting, bytearray()
-                if not data:
+                reopening, self._reopening = self._reopening, False
+                if not data and not reopening:
                     self._thread = None         # what comes from now on is for another
                     if self._closing:
                         self._shut()
                     return
             try:
-                if self._identity is not None:
-                    self._follow()
+                # after a disk has hung beyond the end, the path may be somebody else's
+                if time.monotonic() <= self._end and (reopening or self._moved()):
+                    self._open()
+            except OSError as error:
+                if reopening:                   # else the next line tries again
+                    log.error("'%s' cannot be opened again: %s; the log goes on in the old file",
+                              self._path, error.strerror)
+            try:
                 self._write(data)
             except OSError as error:
                 self._failed(data.count(b"\n"), (error.strerror or str(error)).lower())
 
-    def _follow(self):
-        """Where the file has been moved away, or removed, go on in a new one; where there can be none, in this one."""
+    def _moved(self):
+        """True where the file is no longer found under its path."""
+        if self._identity is None:
+            return False
         try:
             seen = os.stat(self._path)
-            moved = (seen.st_dev, seen.st_ino) != self._identity
         except OSError:
-            moved = True
-        if moved:
-            try:
-                self.open()
-            except OSError:
-                pass                            # who asks for it with reopen() is told; the next line tries again
+            return True
+        return (seen.st_dev, seen.st_ino) != self._identity
 
     def _write(self, data):
         """Write `data`, and take away what is written. OSError."""
-        if self._torn:
+        if self._torn and data:
             data[:0] = b"\n"
         ready = select.poll()
         ready.register(self.fd, select.POLLOUT)
@@ -7646,6 +7668,10 @@ class AccessLog:
     def _drop(self, lines, reason):
         self._lost += lines
         self._said.warning("the access log '%s' cannot be written: %s; %d lines are lost so far", self._path, reason, self._lost)
+
+    def reopen(self):
+        """Have the file opened anew: it may have been moved away. Any thread may call it."""
+        self._writer.reopen()
 
     def stop(self):
         """Nothing more will come."""
@@ -9037,13 +9063,29 @@ class HttpHandler:
         return output.status, output.size
 
 
+def ending_signals():
+    """Return the signals that end a process by default, but for the faults of a program: their
+    handler would return to the same instruction for ever."""
+    import faulthandler
+    harmless = {"KILL", "STOP", "TSTP", "TTIN", "TTOU", "CONT", "CHLD", "URG", "WINCH", "INFO",
+                "ILL", "BUS", "FPE", "SEGV", "EMT"}
+    if faulthandler.is_enabled():           # shows the stacks
+        harmless.add("ABRT")
+    always = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    return [signum for signum in signal.valid_signals()
+            if getattr(signum, "name", "SIGRT")[3:] not in harmless
+            and (signum in always or signal.getsignal(signum) == signal.SIG_DFL)]
+
+
 class SigHandler:
-    """Stops the manager on `signals`; a second one kills at once. `reload`: called on HUP. Only for the main thread."""
+    """Stops the manager on `signals`; a second one, or SIGQUIT, kills at once. `reload` is called
+    on SIGHUP, `reopen` on SIGUSR1 and SIGUSR2, both by the loop. SIGCHLD gets its default, and no
+    signal stays blocked. Only for the main thread."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, signals=SIGNALS, reload=None):
-        self._signals, self._reload = signals, reload
+    def __init__(self, signals=SIGNALS, reload=None, reopen=None):
+        self._signals, self._reload, self._reopen = signals, reload, reopen
         self._old = {}
         self._count = 0
 
@@ -9055,22 +9097,34 @@ class SigHandler:
         def stop(signum, frame_):
             self._count += 1
             manager.stop(kill=self._count > 1)
-        # a signal that arrives just before select() sleeps would be seen only after it: the descriptor wakes it
-        self._old_fd = signal.set_wakeup_fd(loop.wake_fd, warn_on_full_buffer=False)
-        for signum in self._signals:
-            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:      # nohup wants that it goes on
-                self._old[signum] = signal.signal(signum, stop)
+        handlers = dict.fromkeys(self._signals, stop)
+        handlers[signal.SIGQUIT] = lambda signum, frame_: manager.stop(kill=True)
         if self._reload is not None:
-            self._old[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda signum, frame_: self._reload())
+            handlers[signal.SIGHUP] = lambda signum, frame_: loop.call_soon(self._reload)
+        elif signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            # nohup wants that gaffer goes on; children do not inherit a handler
+            handlers[signal.SIGHUP] = lambda signum, frame_: None
+        if self._reopen is not None:
+            for signum in (signal.SIGUSR1, signal.SIGUSR2):
+                handlers[signum] = lambda signum, frame_: loop.call_soon(self._reopen)
         if os.getpid() == 1:                    # a container's first process inherits everybody's orphans
-            self._old[signal.SIGCHLD] = signal.signal(
-                signal.SIGCHLD, lambda signum, frame_: loop.call_soon(manager.reap_orphans))
+            handlers[signal.SIGCHLD] = lambda signum, frame_: loop.call_soon(manager.reap_orphans)
+        elif signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+            # else the system would throw exit statuses away
+            handlers[signal.SIGCHLD] = signal.SIG_DFL
+        # a signal just before select() sleeps would be seen only after it: the descriptor wakes it
+        self._old_fd = signal.set_wakeup_fd(loop.wake_fd, warn_on_full_buffer=False)
+        for signum, handler in handlers.items():
+            self._old[signum] = signal.signal(signum, handler)
+        self._old_mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def stop(self):
         """See apps."""
-        for signum, old in self._old.items():
-            signal.signal(signum, old)
         if self._old:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._old_mask)
+            for signum, old in self._old.items():
+                # None: set by other means than Python's
+                signal.signal(signum, signal.SIG_DFL if old is None else old)
             signal.set_wakeup_fd(self._old_fd)
         self._old = {}
 
@@ -10890,15 +10944,12 @@ class LogFile(LogHandler):
 
     def __init__(self, path):
         super().__init__()
-        self._path, self._taken_over = os.path.abspath(path), False
-        self._writer = LineWriter(self._path, LOG_SIZE, self._lost)
-        self._open()
-
-    def _open(self):
+        self._writer = LineWriter(os.path.abspath(path), LOG_SIZE, self._lost)
         try:
             self._writer.open()
         except OSError as error:
-            raise StartError("the log file '%s' cannot be written: %s" % (self._path, error.strerror)) from None
+            raise StartError("the log file '%s' cannot be written: %s" % (
+                path, error.strerror)) from None
 
     def take(self, text):
         """See LogHandler."""
@@ -10914,21 +10965,13 @@ class LogFile(LogHandler):
 
     def take_over(self):
         """Let stdout and stderr go there too."""
-        self._taken_over = True
-        for number_ in (1, 2):
-            os.dup2(self._writer.fd, number_)
+        self._writer.copies = (1, 2)
+        for other in self._writer.copies:
+            os.dup2(self._writer.fd, other)
 
     def reopen(self):
-        """The file may have been moved away. Where it cannot be opened again, the log goes on as before."""
-        self.rest()
-        try:
-            self._open()
-        except StartError as error:
-            log.error("%s", error)
-            return
-        log.warning("the log goes on in this file")
-        if self._taken_over:
-            self.take_over()
+        """See AccessLog."""
+        self._writer.reopen()
 
     def close(self):
         """See logging.Handler."""
@@ -10960,16 +11003,6 @@ def load_again(configuration, manager):
     else:
         for line in report_lines(report):
             log.info("%s", line)
-
-
-def hung_up(log_file, configuration, manager):
-    """What HUP asks for, on a thread of its own, as files may be slow."""
-    def run():
-        if log_file is not None:
-            log_file.reopen()
-        if configuration is not None:
-            load_again(configuration, manager)
-    threading.Thread(target=run, name="gaffer-reload", daemon=True).start()
 
 
 def serve_endpoints(arguments, configuration=None):
@@ -11010,12 +11043,17 @@ def serve(arguments):
     if arguments.daemon:
         apps.append(Background(log_file))
         apps[-1].fork()
-    if arguments.config or arguments.log_file:
-        apps.insert(0, SigHandler(reload=lambda: hung_up(log_file, configuration, manager)))
-    else:
-        apps.insert(0, SigHandler((*SigHandler.SIGNALS, signal.SIGHUP)))
     if arguments.pidfile:
         apps.insert(0, PidFile(arguments.pidfile))
+
+    def reload():                               # on a thread, as files may be slow
+        threading.Thread(target=load_again, args=(configuration, manager), name="gaffer-reload",
+                         daemon=True).start()
+
+    def reopen():
+        for opened in filter(None, (log_file, http.access_log)):
+            opened.reopen()
+    apps.insert(0, SigHandler(ending_signals(), reload if configuration else None, reopen))
     manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE, exit_with=arguments.exit_with,
                       input_size=arguments.input or STDIN_SIZE)
     if configuration is not None:
@@ -11083,7 +11121,7 @@ def up_command(arguments):
     taken = [endpoint.port for endpoint in endpoints if endpoint.path is None]
     configuration = Configuration(lambda: Settings([], up_templates(arguments, taken), []))
     screen = Screen(sys.stdout.fileno(), wants_colour(), not arguments.keep_going)
-    apps = [SigHandler((*SigHandler.SIGNALS, signal.SIGHUP)), screen]
+    apps = [SigHandler(ending_signals(), reopen=lambda: None), screen]      # it has no log files
     if endpoints:
         http = HttpHandler(endpoints, token=read_token(arguments.token_file))
         apps += [http, Announcement(http, screen.say)]

@@ -6576,6 +6576,35 @@ class HttpAccessLog(HttpCase):
             go_on.set()
         self.assertRegex(logged.output[0], r"cannot be written: nobody takes it; \d+ lines are lost so far")
 
+    def test_a_disk_that_comes_back_after_the_end(self):
+        """What waited goes to the file that was open, which is closed; no other is opened."""
+        self.serve()
+        write, go_on, hangs = os.write, threading.Event(), threading.Event()
+        fd = self.server.http.access_log._writer.fd
+
+        def slow(number, data):
+            if number == fd:
+                hangs.set()
+                go_on.wait(TIMEOUT)
+            return write(number, data)
+        with unittest.mock.patch("gaffer.os.write", slow), unittest.mock.patch("gaffer.LOG_END", 0.05):
+            self.addCleanup(go_on.set)
+            self.server.request("GET", "/ping?1")
+            self.assertTrue(hangs.wait(TIMEOUT))
+            with self.assertLogs("gaffer", "WARNING"):
+                self.server.request("GET", "/ping?2")
+                self.server.stop_all()
+            os.rename(self.path, self.path + ".1")
+            self.server.http.access_log.reopen()
+            go_on.set()
+            for thread in threading.enumerate():
+                if thread.name == "gaffer-log":
+                    thread.join(TIMEOUT)
+        self.assertEqual(os.listdir(self.folder.name), ["access.log.1"])
+        lines = access_lines(cli_read(self.path + ".1"))
+        self.assertEqual([line[2] for line in lines], ["GET /ping?%d HTTP/1.1" % n for n in (1, 2)])
+        self.assertNotIn(self.path + ".1", open_descriptors().values())
+
     def test_a_pipe_that_nobody_reads_and_that_is_closed(self):
         os.mkfifo(self.path)
         with self.assertRaisesRegex(gaffer.StartError, "access log"):
@@ -12912,6 +12941,127 @@ class CliSignals(CliCase):
                 self.assertEqual((server.stop(second), server.stderr), (0, ""))
                 self.assertFalse(alive(os_pid))
 
+    # after the handler of a fault the same fault comes again: these are left alone
+    FAULTS = {signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV}
+    GO_ON = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, signal.SIGCONT, signal.SIGURG,
+             signal.SIGWINCH, signal.SIGUSR1, signal.SIGUSR2}
+    STOPS = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
+
+    def test_no_signal_leaves_a_process_or_the_pid_file_behind(self):
+        ending = signal.valid_signals() - self.FAULTS - self.GO_ON - self.STOPS - {signal.SIGKILL}
+        ending = [signum for signum in ending if not signal.SIGRTMIN < signum < signal.SIGRTMAX]
+
+        def ends(signum):
+            pidfile = os.path.join(self.folder(), "pid")
+            arguments = ["serve", "--bind", "127.0.0.1:0", "--pidfile", pidfile]
+            if signum == signal.SIGABRT:        # a forked command shows its stacks
+                server = self.run_program(CLI_COMMAND + arguments)
+            else:
+                server = self.start(*arguments)
+            os_pid, = server.add("a", {"cmd": "sleep 1000"})
+            status = server.stop(signum)
+            return signum, status, server.stderr, alive(os_pid), os.path.exists(pidfile)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for signum, *outcome in pool.map(ends, ending):
+                with self.subTest(signum=signum):
+                    self.assertEqual(outcome, [0, "", False, False])
+
+    def test_signals_that_end_nothing(self):
+        server = self.start()
+        os_pid, = server.add("a", {"cmd": "sleep 1000"})
+        for signum in self.GO_ON:
+            server.process.send_signal(signum)
+            self.assertEqual(server.ok("GET", "/status/a")["os_pids"], [os_pid], signum)
+        for signum in self.STOPS:               # not its processes
+            server.process.send_signal(signum)
+            until(lambda: process_state(server.process.pid) == "T", "the stop")
+            self.assertIn(process_state(os_pid), "RS")
+            server.process.send_signal(signal.SIGCONT)
+            self.assertEqual(server.ok("GET", "/status/a")["os_pids"], [os_pid], signum)
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+
+    def test_quit_kills_at_once(self):
+        path = os.path.join(self.folder(), "stopped")
+        for before in (), (signal.SIGTERM,):
+            with self.subTest(before=before):
+                server = self.start()
+                os_pid = self._add(server, "a", path, "a", "goes on")
+                for signum in before:
+                    server.process.send_signal(signum)
+                    until(functools.partial(os.path.exists, path), "TERM at the child")
+                self.assertEqual((server.stop(signal.SIGQUIT), server.stderr), (0, ""))
+                self.assertFalse(alive(os_pid))
+
+    # starts another program as a careless parent would
+    CARELESS = """if True:
+        import os, signal, sys
+        signals = set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP}
+        if sys.argv[1] == "ignored":
+            for signum in signals:
+                signal.signal(signum, signal.SIG_IGN)
+        else:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        os.execv(sys.argv[2], sys.argv[2:])"""
+    SIGNALS_OF_A_CHILD = "grep -E '^Sig(Blk|Ign)' /proc/self/status; echo end; exec sleep 1000"
+
+    def test_signals_that_were_blocked_or_ignored_when_it_was_started(self):
+        """Neither gaffer nor its processes are deaf to them, and exits are told as they are."""
+        for how in "blocked", "ignored":
+            with self.subTest(how):
+                server = self.run_program([PYTHON, "-c", self.CARELESS, how, *CLI_COMMAND,
+                                           "serve", "--bind", "127.0.0.1:0"])
+                os_pid, = server.add("a", {"cmd": self.SIGNALS_OF_A_CHILD, "shell": True})
+                data = b""
+                while not data.endswith(b"end\n"):
+                    data += server.request("GET", "/streams/a/stdout?since=%d" % len(data))[2]
+                masks = [int(mask, 16) for mask in re.findall(rb"Sig...:\t([0-9a-f]+)", data)]
+                # not the C library's own two, which its posix_spawn() ignores
+                self.assertEqual([mask % (1 << 31) for mask in masks], [0, 0], data)
+                server.add("b", {"cmd": "exit 3", "shell": True})
+                self.assertEqual(server.ok("GET", "/watch/proc/b/exit?since=0")["exit_status"], 3)
+                if how == "ignored":            # nohup
+                    server.process.send_signal(signal.SIGHUP)
+                    self.assertEqual(server.ok("GET", "/status/a")["os_pids"], [os_pid])
+                self.assertEqual((server.stop(), server.stderr), (0, ""))
+                self.assertFalse(alive(os_pid))
+
+    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("setpriv"), "needs root and setpriv")
+    def test_a_process_that_gaffer_may_not_signal(self):
+        """A user's gaffer runs a program that becomes root: it is named once and left running."""
+        folder = tempfile.TemporaryDirectory(dir="/tmp")        # where another user may look
+        self.addCleanup(folder.cleanup)
+        os.chmod(folder.name, 0o755)
+        program = shutil.copy(shutil.which("setpriv"), folder.name)
+        os.chmod(program, 0o4755)
+        become = "%s --reuid 0 --clear-groups sh -c 'echo ready; exec sleep 1000'" % program
+        code = ("import sys; sys.path[0] = %r; import argparse, gaffer, os\n"
+                "gaffer.make_parser('serve').format_help(); os.setgid(61234); os.setuid(61234)\n"
+                "sys.exit(gaffer.main())" % HERE)
+        command = [PYTHON, "-c", code, "serve", "--bind", "127.0.0.1:0"]
+        for cmd, shell, twice in ((become, False, False), (become + "; true", True, False),
+                                  (become, False, True)):
+            with self.subTest(cmd, twice=twice):
+                server = self.run_program(command, cwd="/")
+                server.expect_stderr("runs as another user and cannot be signalled")
+                leader, = server.add("a", {"cmd": cmd}, shell=shell)
+                _, _, data = server.request("GET", "/streams/1/stdout?since=0")
+                self.assertEqual(data, b"ready\n")
+                os_pid, = set(process_group(leader)) - {leader} or {leader}
+                try:
+                    if twice:
+                        stubborn = {"cmd": "trap '' TERM; echo ready; exec sleep 1000"}
+                        server.add("b", stubborn, shell=True)
+                        _, _, data = server.request("GET", "/streams/2/stdout?since=0")
+                        self.assertEqual(data, b"ready\n")
+                        server.process.send_signal(signal.SIGTERM)
+                        until(lambda: server.ok("GET", "/status/a")["stopping"], "the stop of a")
+                    self.assertEqual(server.stop(signal.SIGINT), 0)
+                    self.assertTrue(alive(os_pid))
+                finally:
+                    os.kill(os_pid, signal.SIGKILL)
+                self.assertRegex(server.stderr, r"\A[^\n]* a \(pid 1\): os pid \d+ runs as another user"
+                                                r" and cannot be signalled: it is left to itself\n\Z")
+
     def test_a_detached_process_lives_on(self):
         server = self.start()
         os_pid, = server.add("a", {"cmd": "sleep 1000"}, detach=True)
@@ -14566,6 +14716,8 @@ class ConfigServe(CliFollowCase):
         os_pid, = server.add("a", {"cmd": "sleep 1000"})
         self.assertEqual((server.stop(signal.SIGHUP), server.stderr), (0, ""))
         self.assertFalse(alive(os_pid))
+        server = self.start("--log-file", os.path.join(self.folder(), "log"))
+        self.assertEqual((server.stop(signal.SIGHUP), server.stderr), (0, ""))
 
     def test_a_procfile(self):
         path = self.file(self.folder(), "Procfile", "web: exec sleep 1000\nworker: exec sleep 1000\n")
@@ -14945,14 +15097,27 @@ class ProcfileUp(CliFollowCase):
         raise AssertionError("it has ended")
 
     def test_signals_stop_all(self):
-        for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGALRM,
+                       signal.SIGXCPU):
             with self.subTest(signum=signum):
                 process = self.up(self.SLEEPERS)
                 os_pids = self.started(process, "a.1", "b.1")
+                process.send_signal(signal.SIGUSR1)     # a log file that it does not have
+                process.send_signal(signal.SIGUSR2)
                 process.send_signal(signum)
-                self.assertEqual(sorted(self.ended(process, 0)), [
-                    ("system", "a.1 was ended by SIGTERM"), ("system", "b.1 was ended by SIGTERM")])
+                shown = [text for _, text in sorted(self.ended(process, 0))]
+                if signum == signal.SIGQUIT:    # SIGKILL follows SIGTERM at once
+                    shown = [text.replace("KILL", "TERM") for text in shown]
+                self.assertEqual(shown, ["a.1 was ended by SIGTERM", "b.1 was ended by SIGTERM"])
                 self.assertFalse(any(map(alive, os_pids.values())))
+
+    def test_child_signals_that_were_ignored(self):
+        path = self.file(self.folder(), "Procfile", "a: exit 7\n")
+        command = [PYTHON, "-c", CliSignals.CARELESS, "ignored", *CLI_COMMAND, "up", "-f", path]
+        run = subprocess.run(command, env=self.env, stdin=subprocess.DEVNULL, timeout=TIMEOUT,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+        self.assertEqual((run.returncode, run.stderr), (7, b""))
+        self.assertIn(b"a.1 exited with status 7\n", run.stdout)
 
     def test_a_second_signal_kills(self):
         code = ("import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, [15]); "
@@ -15208,18 +15373,26 @@ class CliDaemon(CliFollowCase):
         self.assertFalse(os.path.exists(path))
         self.call("serve", "--bind", "127.0.0.1:0", "--pidfile", path + "/x", status=1, err="gaffer: the pid file .* cannot be written: .*\n")
 
-    def test_log_file_and_hup(self):
+    def test_log_files_are_reopened(self):
         folder = self.folder()
-        path = os.path.join(folder, "log")
-        server = self.start("--log-file", path, "-v")
-        server.add("a", {"cmd": "sleep 1000"})
-        until(lambda: "INFO a: spawn" in cli_read(path))
-        os.rename(path, path + ".1")
-        server.process.send_signal(signal.SIGHUP)
-        until(lambda: os.path.exists(path))
-        server.add("b", {"cmd": "sleep 1000"})
-        until(lambda: "INFO b: spawn" in cli_read(path))
-        self.assertNotIn("b: spawn", cli_read(path + ".1"))
+        paths = [os.path.join(folder, name) for name in ("log", "access")]
+        server = self.start("--log-file", paths[0], "--access-log", paths[1], "-v")
+        for number, signum in enumerate((signal.SIGUSR1, signal.SIGUSR2)):
+            server.add("a%d" % number, {"cmd": "sleep 1000"})
+            until(lambda: "INFO a%d: spawn" % number in cli_read(paths[0]), "the old log")
+            until(lambda: "GET /status/a%d" % number in cli_read(paths[1]), "the old access log")
+            for path in paths:
+                os.rename(path, path + ".1")
+            server.process.send_signal(signum)
+            until(lambda: all(map(os.path.exists, paths)), "the new files")
+            self.assertEqual(list(map(cli_read, paths)), ["", ""])
+            server.add("b%d" % number, {"cmd": "sleep 1000"})
+            until(lambda: "INFO b%d: spawn" % number in cli_read(paths[0]), "the new log")
+            until(lambda: "GET /status/b%d" % number in cli_read(paths[1]), "the new access log")
+            for path in paths:
+                self.assertNotIn("b%d" % number, cli_read(path + ".1"))
+        held = CliServe._descriptors(server.process.pid)
+        self.assertEqual(sorted(name for name in held if name.startswith(folder)), sorted(paths))
         self.assertEqual((server.stop(), server.stderr), (0, ""))
         self.call("serve", "--log-file", folder, status=1, err="gaffer: the log file '.*' cannot be written: Is a directory\n")
 
@@ -15230,13 +15403,14 @@ class CliDaemon(CliFollowCase):
         os.mkdir(os.path.dirname(path))
         server = self.start("--log-file", path, "-v")
         os.rename(os.path.dirname(path), old)
-        server.process.send_signal(signal.SIGHUP)
-        until(lambda: "ERROR the log file '%s' cannot be written: No such file" % path in cli_read(old + "/log"))
+        server.process.send_signal(signal.SIGUSR1)
+        words = "ERROR '%s' cannot be opened again: No such file" % path
+        until(lambda: words in cli_read(old + "/log"), "the failure")
         server.add("a", {"cmd": "sleep 1000"})
         until(lambda: "INFO a: spawn" in cli_read(old + "/log"))
         os.mkdir(os.path.dirname(path))
-        server.process.send_signal(signal.SIGHUP)
-        until(lambda: os.path.exists(path) and "goes on in this file" in cli_read(path))
+        server.process.send_signal(signal.SIGUSR1)
+        until(lambda: os.path.exists(path))
         self.assertEqual((server.stop(), server.stderr), (0, ""))
         self.assertIn("INFO a: exit", cli_read(path))
 
