@@ -6668,6 +6668,39 @@ class CliLogFile(Case):
                 handler.emit(logging.makeLogRecord({"msg": "x" * 1000}))
             handler.close()
 
+    def test_reopened_by_several_at_once(self):
+        """Each descriptor is closed once, by its owner: it may be a client's socket by then."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = os.path.join(folder.name, "log")
+        before = set(open_descriptors())
+        handler, end = gaffer.LogFile(path), threading.Event()
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+
+        def reopen():
+            for number in range(300):
+                handler.emit(logging.makeLogRecord({"msg": "line %d" % number}))
+                handler.reopen()
+
+        def borrow():               # its close() fails if gaffer has closed its descriptor
+            while not end.is_set():
+                with open(os.devnull, "rb"):
+                    pass
+        stranger = threading.Thread(target=borrow)
+        threads = [threading.Thread(target=reopen) for _ in range(3)]
+        for thread in (stranger, *threads):
+            thread.start()
+        for thread in threads:
+            thread.join(TIMEOUT)
+        end.set()
+        stranger.join(TIMEOUT)
+        handler.emit(logging.makeLogRecord({"msg": "the end"}))
+        until(lambda: "the end" in cli_read(path), "the last line")
+        left = [what for fd, what in open_descriptors().items() if fd not in before]
+        self.assertEqual(left, [path])
+        handler.close()
+
 
 class HttpProbes(HttpCase):
     """/healthz and /readyz."""
@@ -15395,6 +15428,39 @@ class CliDaemon(CliFollowCase):
         self.assertEqual(sorted(name for name in held if name.startswith(folder)), sorted(paths))
         self.assertEqual((server.stop(), server.stderr), (0, ""))
         self.call("serve", "--log-file", folder, status=1, err="gaffer: the log file '.*' cannot be written: Is a directory\n")
+
+    def test_signals_that_come_close_together(self):
+        """Two of them 1 ms apart, many times: each descriptor is closed once, and none is left."""
+        folder = self.folder()
+        config = self.file(folder, "gaffer.ini", "[process:a]\ncmd = cat\nredirect_input = true\n")
+        path, access = os.path.join(folder, "log"), os.path.join(folder, "access")
+        server = self.start(config, "--log-file", path, "--access-log", access, "-v")
+        with socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as client:
+            client.sendall(http_bytes("GET", "/streams/a/stdout?feed=continuous"))
+            self.assertEqual(client.recv(12), b"HTTP/1.1 200")
+
+            def opened():
+                found = []
+                for each in glob.glob("/proc/%d/fd/*" % server.process.pid):
+                    with contextlib.suppress(FileNotFoundError):
+                        found.append(os.readlink(each))
+                return sorted(found)
+            before, pause = opened(), threading.Event()
+            for _ in range(50):
+                for signum in signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2:
+                    os.rename(path, path + ".1")
+                    for _ in range(2):
+                        server.process.send_signal(signum)
+                        pause.wait(0.001)
+                    until(lambda: os.path.exists(path), "a new log file")
+            until(lambda: opened() == before, "the descriptors of before, and no others")
+            self.assertEqual(server.request("GET", "/ping")[0], 200)
+            client.settimeout(0.01)
+            with self.assertRaises(socket.timeout):     # the head, then silence, no end
+                while client.recv(4096):
+                    pass
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+        self.assertIn("INFO a: exit", cli_read(path))
 
     def test_a_log_file_that_cannot_be_opened_again(self):
         """The server lives, and goes on in the old file until there is a place for a new one."""
