@@ -627,21 +627,20 @@ class ProcfsTable:
                     found.add(group)
         return found
 
-    def orphans(self, os_pid, ours):
-        """Return the OS pids of processes without a parent that began after `os_pid`, each in a
-        session as new as itself: daemons. `ours`: those that are known."""
-        reapers, found = {1}, []
-        parent = os.getppid()
-        while parent > 1:
+    def orphans(self, age, ours):
+        """Return the OS pids of daemons, without a parent and in a session of their own, that began
+        in the last `age` seconds. `ours`: OS pids that are known."""
+        reapers, found, parent = {1}, [], os.getppid()
+        while parent > 1:                       # one of these may take in orphans (a subreaper)
             reapers.add(parent)
             fields = self._stat(parent)
             parent = int(fields[1]) if fields else 0
+        since = (time.clock_gettime(time.CLOCK_BOOTTIME) - age) * self.TICKS - 1
         for entry in os.listdir("/proc"):
-            if entry.isdigit() and int(entry) > os_pid and int(entry) not in ours:
-                fields = self._stat(int(entry))
-                if (fields and int(fields[1]) in reapers and int(fields[3]) > os_pid
-                        and fields[0] not in (b"Z", b"X")):
-                    found.append(int(entry))
+            fields = self._stat(int(entry)) if entry.isdigit() and int(entry) not in ours else []
+            if (fields and int(fields[19]) >= since and int(fields[1]) in reapers
+                    and int(fields[3]) != os.getsid(0) and fields[0] not in (b"Z", b"X")):
+                found.append(int(entry))
         return found
 
     def children(self, os_pid):
@@ -713,7 +712,7 @@ class PsTable:
         rows = self._rows(("pgid", "stat"))
         return wanted & {int(row["pgid"]) for row in rows if row["stat"][0] not in "ZX"}
 
-    def orphans(self, os_pid, ours):
+    def orphans(self, age, ours):
         """See ProcfsTable; not known."""
         return []
 
@@ -3282,7 +3281,7 @@ class Manager:
             template.hint = None
             if (status, signum) == (0, 0) and process.age() < BACKOFF_RESET:
                 ours = {each.os_pid for each in self.processes.values() if not each.gone}
-                if remains or self.table.orphans(process.os_pid, ours):
+                if remains or self.table.orphans(process.age(), ours):
                     template.hint = more["hint"] = (
                         "it exited with success and left a process behind: it seems to daemonize; "
                         "have it stay in the foreground, so that it can be watched and stopped")

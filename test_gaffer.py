@@ -4082,6 +4082,11 @@ class ProcessClock:
         times = [when for when, each, _ in self.seen if each == kind]
         return [round(when - times[0], 3) for when in times]
 
+    def os_pid(self, name):
+        """The system's pid of the last process of a template."""
+        return [event["os_pid"] for _, kind, event in self.seen
+                if kind == "spawn" and event["name"] == name][-1]
+
     def status(self, name):
         """What GET /status/<name> answers."""
         return self.manager.loop.call(lambda: self.manager.find_template(name).status())
@@ -4311,6 +4316,33 @@ class ProcessTimes(Case):
         self.clock.advance(0.02, settle=False)
         self.clock.wait("exit", 1)
         self.assertEqual(self.clock.seen[-1][2]["term_signal"], signal.SIGKILL)
+
+    def test_stop_by_priority(self):
+        """The highest first, the newest within one; the next when those are gone or late."""
+        def ready(pid):
+            window = self.manager.loop.call(self.manager.find_window, pid, "stdout")
+            until(lambda: window.end, "the process's word")
+        for pid, (name, priority, command) in enumerate((
+                ("db", 0, {"cmd": "sleep 60"}), ("app", 1, PROCESS_STUBBORN), ("late", 5, PROCESS_STUBBORN),
+                ("late2", 5, {"cmd": "sleep 60"}), ("none", None, {"cmd": "sleep 60"})), 1):
+            self.manager.add_process(name, priority=priority, graceful_timeout=3, **command)
+            if command is PROCESS_STUBBORN:
+                ready(pid)
+        self.clock.barrier()
+        self.manager.stop()
+
+        def stopped(number):
+            self.clock.wait("stop_pid", number)
+            self.clock.barrier()
+            return [event["name"] for _, kind, event in self.clock.seen if kind == "stop_pid"]
+        self.assertEqual(stopped(3), ["none", "late2", "late"])
+        self.clock.advance(2.99, settle=False)
+        self.assertEqual(stopped(3), ["none", "late2", "late"])
+        self.clock.advance(0.02, settle=False)
+        self.assertEqual(stopped(4)[3:], ["app"])
+        os.kill(self.clock.os_pid("app"), signal.SIGKILL)
+        self.assertEqual(stopped(5)[4:], ["db"])
+        self.clock.join()
 
 
 class ProcessEvents(ProcessCase):
@@ -5328,6 +5360,232 @@ class ProcessEmbedded(ProcessCase):
         with self.assertLogs("gaffer", logging.WARNING) as logs:
             manager.run()
         self.assertIn("x cannot be started", logs.output[0])
+
+
+class ProcessLife(ProcessCase):
+    """The steps of a process's life: what acts comes before what informs, and none takes long."""
+
+    def test_many_starts_leave_room_for_others(self):
+        """The answer comes when all have been spawned; others are answered in between."""
+        manager, seen = self.server.manager, set()
+
+        def count():
+            return len(manager.templates["x"].processes) if "x" in manager.templates else 0
+        with unittest.mock.patch.object(gaffer, "SPAWN_TIME", 0), \
+                concurrent.futures.ThreadPoolExecutor(1) as pool:
+            added = pool.submit(self.server.add, "x", "sleep 60", numprocesses=40)
+            while not added.done():
+                seen.add(manager.loop.call(count))
+        self.assertEqual(len(added.result()), 40)
+        self.assertGreater(len(seen - {0, 1, 40}), 5)
+        self.assertEqual(self.server.ok("POST", "/processes/x/_add/9"), {"ok": True, "numprocesses": 49})
+        self.assertEqual(len(self.pids("x")), 49)
+        self.assertEqual([pid for kind, pid in self.kinds("x") if kind == "spawn"], list(range(1, 50)))
+
+    def test_a_stop_amid_many_starts(self):
+        """Nothing is spawned any more, and whoever waits is answered."""
+        manager = self.server.manager
+        with unittest.mock.patch.object(gaffer, "SPAWN_TIME", 0), \
+                concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for name, end in (("x", lambda: manager.stop_template("x")),
+                              ("y", lambda: manager.delete_process("y")), ("z", manager.stop)):
+                added = pool.submit(manager.add_process, name, "sleep 60", numprocesses=1000)
+                self.server.wait_event("proc/%s/spawn" % name)
+                end()
+                self.assertEqual(added.result(TIMEOUT).name, name)
+        self.server._thread.join(TIMEOUT)
+        self.assertLess(manager._next_pid, 2000)
+
+    def test_one_listing_serves_all_groups(self):
+        """Groups that outlive their leaders are listed together."""
+        class Table(gaffer.ProcfsTable):
+            wanted = []
+
+            def groups(self, wanted):
+                self.wanted.append(len(wanted))
+                return super().groups(wanted)
+        server = Running(process_table=Table())
+        self.addCleanup(server.stop_all)
+        server.add("x", '(trap "" TERM; echo ready; exec sleep 60) & wait', shell=True,
+                   graceful_timeout=0.3, numprocesses=30)
+        answer, events = server.sse("/streams/x/stdout?feed=eventsource&since=0")
+        self.assertEqual([next(events)["data"] for _ in range(30)], ["ready"] * 30)
+        answer.connection.close()
+        groups = server.ok("GET", "/status/x")["os_pids"]
+        server.ok("POST", "/processes/x/_stop?wait=true")
+        self.assertEqual([process_group(group) for group in groups], [[]] * 30)
+        self.assertEqual(max(Table.wanted), 30)
+        self.assertLess(len(Table.wanted), 60)
+
+    def test_what_only_informs_stops_nothing(self):
+        """Neither a look at descendants that fails nor an observer of events that does."""
+        class Table(gaffer.ProcfsTable):
+            def escaped(self, os_pid, group):
+                raise FileNotFoundError("ps")
+
+            def orphans(self, age, ours):
+                raise AssertionError("asked for a process that was told to end")
+        server = Running(process_table=Table())
+        self.addCleanup(server.stop_all)
+        server.add("x", "sleep 60", numprocesses=2)
+        groups = server.ok("GET", "/status/x")["os_pids"]
+        append = server.manager.events.append
+
+        def fail(event):
+            append(event)
+            raise RuntimeError("an observer")
+        with self.assertLogs("gaffer", logging.ERROR) as logs, \
+                unittest.mock.patch.object(server.manager.events, "append", fail):
+            server.ok("POST", "/processes/x/_stop?wait=true")
+        self.assertEqual([process_state(group) for group in groups], [None] * 2)
+        for words in ("descendants of x", "the event stop_pid of x", "the event exit of x"):
+            self.assertTrue(any(words in line for line in logs.output), words)
+
+    def test_a_process_that_daemonizes(self):
+        """Its exit event and its status say so, whether it has left its group by then or not."""
+        code = """
+            import os, signal
+            read, write = os.pipe()
+            if os.fork():
+                os.read(read, 1)
+                os._exit(0)
+            %s
+            os.write(write, b"x")
+            signal.pause()                      # of test %d
+            """
+        for name, leave in (("a", ""), ("b", "os.setsid()"),
+                            ("c", "os.setsid(); os.fork() and os._exit(0)")):
+            with self.subTest(leave):
+                self.server.add(name, python(code % (leave, os.getpid())),
+                                flapping=PROCESS_ONCE)
+                event = self.server.wait_event("proc/%s/exit" % name)
+                self.addCleanup(self.end_daemons)
+                self.assertIn("foreground", event["hint"])
+                self.assertEqual(self.server.ok("GET", "/status/" + name)["hint"], event["hint"])
+        with unittest.mock.patch.object(self.server.manager.table, "orphans", lambda age, ours: []):
+            for name, command in (("d", "true"), ("e", "sleep 60 & exit 1"), ("f", "kill $$")):
+                self.server.add(name, command, shell=True, flapping=PROCESS_ONCE)
+                self.assertNotIn("hint", self.server.wait_event("proc/%s/exit" % name))
+                self.assertIsNone(self.server.ok("GET", "/status/" + name)["hint"])
+
+    @staticmethod
+    def end_daemons():
+        """Kill what the test above has left behind."""
+        for daemon in gaffer.ProcfsTable().orphans(TIMEOUT, ()):
+            with contextlib.suppress(OSError), open("/proc/%d/cmdline" % daemon) as file:
+                if "# of test %d" % os.getpid() in file.read():
+                    os.kill(daemon, signal.SIGKILL)
+
+    def test_the_way_to_what_popen_cannot_set(self):
+        """A program that asks for descriptors from 3 on starts like any other."""
+        code = """
+            import os, signal
+            print(sorted(os.environ), os.environ.get("LC_CTYPE"), signal.getsignal(signal.SIGPIPE))
+            print(sorted(os.listdir("/proc/self/fd"), key=int), os.getcwd(), os.getsid(0) == os.getpid())
+            """
+        for env in ({}, {"LC_CTYPE": "C"}, {"LC_CTYPE": "xx_YY"}):
+            seen = []
+            for labels in ([], ["a"] * 1):
+                env = dict(env, PATH=os.environ["PATH"], GAFFER_STREAMS="a")
+                pid, = self.server.add("x", "env", args=["-i", *("%s=%s" % item for item in env.items()),
+                                                        PYTHON, "-I", "-S", "-c", textwrap.dedent(code)],
+                                       custom_streams=labels, cwd="/", os_env=False, env=env,
+                                       flapping=PROCESS_ONCE) or [self.spawned("x", 1)["pid"]]
+                seen.append(self.poll(pid).decode().replace("'3', '4'", "'3'"))
+                self.server.ok("DELETE", "/processes/x")
+            self.assertEqual(seen[0], seen[1])
+
+    def test_faults_behind_the_prelude(self):
+        """What cannot be executed is refused there as well."""
+        script = process_script(self, "#!/nowhere/interpreter\n")
+        for cmd, words in ((script, "interpreter"), (process_script(self, "echo\n"), "no program")):
+            answer = self.server.json("POST", "/processes", {"name": "x", "cmd": cmd, "custom_streams": ["a"]})
+            self.assertError(answer, 400, "invalid_process_info", words)
+        self.assertEqual(self.server.ok("GET", "/processes"), [])
+
+    def test_waits_of_changes(self):
+        """?wait with DELETE and _sub: of the groups nothing is left when it answers."""
+        for method, path in (("POST", "/processes/x/_sub/2?wait=true"), ("DELETE", "/processes/x?wait=true"),
+                             ("DELETE", "/groups/g?wait=true")):
+            with self.subTest(path):
+                name = "g:x" if "groups" in path else "x"
+                self.server.add(name, PROCESS_STUBBORN, numprocesses=2, graceful_timeout=0.2)
+                groups = self.server.ok("GET", "/status/" + name)["os_pids"]
+                for pid in self.pids(name):
+                    self.poll(pid, b"ready\n")
+                self.assertError(self.server.json(method, path.replace("true", "0.01")), 504, "wait_timeout")
+                if method == "DELETE":
+                    self.assertEqual(self.server.ok("GET", "/processes"), [])
+                    until(lambda: not any(map(process_group, groups)))
+                    continue
+                self.server.ok(method, path)
+                self.assertEqual([process_group(group) for group in groups], [[]] * 2)
+                self.server.ok("DELETE", "/processes/x?wait=true")
+
+    def test_restart_of_many_goes_on_after_one_that_cannot(self):
+        """Each on its own; the faults are told together."""
+        folders = [tempfile.mkdtemp(), tempfile.mkdtemp()]
+        for name, cwd in (("g:a", folders[0]), ("g:b", None), ("g:c", folders[1]), ("g:d", None)):
+            self.server.add(name, "sleep 60", cwd=cwd)
+        for folder in folders:
+            os.rmdir(folder)
+        for number, restart in enumerate((self.server.manager.restart, lambda: self.server.json(
+                "POST", "/groups/g/_restart?wait=true"), lambda: self.server.json("POST", "/groups/g/_start"))):
+            try:
+                reason = restart()
+                reason = reason[1].get("reason", "")
+            except gaffer.InvalidProcessInfo as error:
+                reason = str(error)
+            if number < 2:
+                for words in ("'g:a': field 'cwd'", "'g:c': field 'cwd'"):
+                    self.assertIn(words, reason)
+                for name in ("g:b", "g:d"):
+                    self.assertEqual(self.spawned(name, number + 2)["name"], name)
+        self.assertEqual([self.server.ok("GET", "/status/g:" + each)["pids"] for each in "ac"], [[1], [3]])
+
+    def test_handle(self):
+        """add_process() returns the name's handle; signals are numbers, names or signal.Signals."""
+        handle = self.server.manager.add_process("x", "cat", redirect_input=True, flapping=PROCESS_ONCE)
+        self.assertEqual((handle.name, handle.pid, handle.info()["cmd"]), ("x", None, "cat"))
+        said = queue.Queue()
+        handle.monitor_io("stdout", lambda label, event: said.put(event["data"]))
+        handle.write(b"hello\n")
+        self.assertEqual(said.get(timeout=TIMEOUT), b"hello\n")
+        with self.assertRaises(gaffer.WaitTimeout):
+            handle.wait(0.01)
+        for signum in ("WINCH", "SIGWINCH", str(int(signal.SIGWINCH)), int(signal.SIGWINCH), signal.SIGWINCH):
+            handle.signal(signum)
+        one = self.server.manager.get_process(1)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            waits = [pool.submit(each.wait, TIMEOUT) for each in (one, handle)]
+            handle.signal(signal.SIGKILL)
+            self.assertEqual([wait.result(TIMEOUT)["term_signal"] for wait in waits], [9, 9])
+        self.assertEqual(handle.wait()["term_signal"], 9)
+        self.server.manager.add_process("y", "sleep 60").stop()
+        refused = queue.Queue()
+        self.server.manager.subscribe("create", lambda kind, event: refused.put(self.refusal(handle.wait)))
+        self.assertIsNone(self.server.manager.add_process("z", "true", start=False).wait(TIMEOUT))
+        self.assertIn("its own thread", refused.get(timeout=TIMEOUT))
+
+    @staticmethod
+    def refusal(function):
+        """The words of the RuntimeError that a call raises."""
+        try:
+            function()
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    def test_wait_at_the_end(self):
+        """Whoever waits when gaffer ends goes on."""
+        handle = self.server.manager.add_process("x", "sleep 60", detach=True)
+        os_pid = self.os_pid(1)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            wait = pool.submit(handle.wait)
+            self.server.manager.stop()
+            wait.result(TIMEOUT)
+        os.kill(os_pid, signal.SIGKILL)
+        os.waitpid(os_pid, 0)
 
 
 class ProcessShortage(ProcessCase):
