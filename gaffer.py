@@ -3134,7 +3134,10 @@ class Manager:
             if done():
                 event.set()
             return self.wait_until(lambda: self._ended or done(), event.set)
-        cancel = self.loop.call(begin)
+        try:
+            cancel = self.loop.call(begin)
+        except Stopping:                        # run() has ended meanwhile
+            return True
         if event.wait(timeout):
             return True
         self.loop.call(cancel)

@@ -5148,6 +5148,11 @@ class ProcessEmbedded(ProcessCase):
                 function()
         manager.stop()
 
+    def test_a_wait_that_begins_after_the_end(self):
+        """The change that it follows was made."""
+        self.server.stop_all()
+        self.assertTrue(self.server.manager.block_until(lambda: False, TIMEOUT))
+
     def test_a_stop_from_a_callback(self):
         """stop() may be called on the loop's own thread."""
         self.server.add("x", "sleep 60")
