@@ -2152,19 +2152,13 @@ class Output:
         for window in (self.window, self._merged.window):
             window.on_room.add(self._resume)
 
-    def _forget_room(self):
-        for window in (self.window, self._merged.window):
-            window.on_room.discard(self._resume)
-
     def _resume(self):
-        if not self._paused or self._fd is None:
-            return
-        self._forget_room()
-        if self._room() <= 0:
-            self._await_room()
-            return
-        self._paused = False
-        self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
+        if self._paused and self._fd is not None:
+            if self._room() <= 0:
+                self._await_room()
+            else:
+                self._paused = False
+                self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
 
     def close(self):
         """Take what is in the pipe right now, then end the stream."""
@@ -2172,7 +2166,6 @@ class Output:
             return
         if not self._paused:
             self._loop.unregister(self._fd)
-        self._forget_room()
         fd, self._fd = self._fd, None
         for timer in (self._timer, self._pace, self._silence):
             if timer is not None:
@@ -2298,8 +2291,10 @@ def pid_exists(os_pid):
 
 
 class GroupWatcher:
-    """Calls `process.step("empty")` once no process of its group lives. Nothing announces that, so
-    the groups are polled, less and less often; one listing of all processes serves every group."""
+    """Takes the step "empty" of processes that have exited, once no other of their group lives.
+
+    Nothing announces that, so it polls, less and less often, with one listing for all groups.
+    """
 
     def __init__(self, loop, table):
         self._loop, self._table = loop, table
@@ -2313,10 +2308,12 @@ class GroupWatcher:
 
     def hurry(self):
         """Poll soon: a group was signalled."""
-        if not self._waiting:
-            return
         self._interval = GROUP_POLL
-        wait = max(GROUP_POLL, 5 * self._cost)      # polling takes a sixth of one core at most
+        if self._waiting:
+            self._schedule()
+
+    def _schedule(self):
+        wait = max(self._interval, 5 * self._cost)      # a sixth of one core at most
         if self._timer is not None and self._timer.when > self._loop.clock() + wait:
             self._timer.cancel()
             self._timer = None
@@ -2325,29 +2322,26 @@ class GroupWatcher:
 
     def _poll(self):
         self._timer, began = None, self._loop.clock()
-        groups = None
+        waiting = [process for process in self._waiting if process.signal_group(0)]
+        try:
+            groups = self._table.groups({each.os_pid for each in waiting}) if waiting else ()
+        except OSError:                         # no descriptor is left to list them with
+            groups = {each.os_pid for each in waiting}
         for process in list(self._waiting):
-            if process.signal_group(0):
-                try:
-                    if groups is None:
-                        groups = self._table.groups({each.os_pid for each in self._waiting})
-                except OSError:                 # no descriptor is left to list them with
-                    break
-                if process.os_pid in groups:
-                    self._waiting[process] = False
-                    continue
-                # zombies that nobody waits for, or forks that are faster than the listing: a
-                # signal reaches all of them, and the next listing is to be believed
-                if not self._waiting[process]:
-                    self._waiting[process] = True
+            # If only zombies are left that nobody waits for, or forks that are faster than the
+            # listing, a signal reaches all of them, and the next listing is to be believed.
+            swept = self._waiting[process]
+            if process in waiting and not (swept and process.os_pid not in groups):
+                self._waiting[process] = process.os_pid not in groups
+                if self._waiting[process]:
                     process.signal_group(signal.SIGKILL)
-                    continue
-            del self._waiting[process]
-            process.step("empty")
+            else:
+                del self._waiting[process]
+                process.step("empty")
         self._cost = self._loop.clock() - began
-        if self._waiting and self._timer is None:
-            self._interval = min(self._interval * 1.5, GROUP_POLL_MAX)
-            self._timer = self._loop.later(max(self._interval, 5 * self._cost), self._poll)
+        self._interval = min(self._interval * 1.5, GROUP_POLL_MAX)
+        if self._waiting:
+            self._schedule()
 
 
 # Executed in place of a program that asks for what Popen has no argument for: sets it, then becomes
@@ -2399,6 +2393,7 @@ class Process:
         self.abandoned = False                  # gaffer may not signal it, or it outlived SIGKILL
         self.failures = 0                       # exits in a row before this one, for the backoff
         self.retry_after = 0.0                  # seconds between its end and the next start
+        self.last_exit = None                   # as its template's
         self.cpu_sample = None                  # (time, cpu_time, percent) of the last sample
         self.escaped = []                       # (os pid, start time) of what has left the group
         self.on_exit = set()                    # called once
@@ -2527,14 +2522,6 @@ class Process:
             self.state, act = self.LIFE[self.state, event]
             act(self)
 
-    def stop(self):
-        """End its whole group: SIGTERM, after graceful_timeout SIGKILL."""
-        self.step("stop")
-
-    def kill(self):
-        """Send SIGKILL to its group at once."""
-        self.step("kill")
-
     def _signal_stop(self):
         """Take the next of stop_steps()."""
         steps = stop_steps(self.template)
@@ -2635,12 +2622,11 @@ class Process:
 
     def status(self):
         """Return its part of GET /status/<name>."""
-        status = {"pid": self.pid, "os_pid": self.os_pid, "instance": self.instance,
-                  "uptime": round(self.age(), 3),
-                  "state": "running" if self.running else "stopping"}
+        more = {}
         if not self.running and self._timer is not None:
-            status["kill_in"] = round(max(0.0, self._timer.when - self._loop.clock()), 3)
-        return status
+            more["kill_in"] = round(max(0.0, self._timer.when - self._loop.clock()), 3)
+        return dict(more, pid=self.pid, os_pid=self.os_pid, instance=self.instance,
+                    uptime=round(self.age(), 3), state="running" if self.running else "stopping")
 
     def signal(self, signum, group=False):
         """Send a signal to the process, or to its whole group. Forbidden."""
@@ -2675,7 +2661,7 @@ class Process:
             self.abandoned = True
             log.warning("%s (pid %d): os pid %d %s: it is left to itself",
                         self.name, self.pid, self.os_pid, why)
-            self._loop.call_soon(self._manager.process_abandoned)
+            self._loop.call_soon(self._manager.maybe_stopped)
 
     # (state, event): (next state, what is done). stop and kill come from the manager, late when a
     # stop takes too long, exit when the leader has exited, empty when its group has no member left.
@@ -2710,18 +2696,15 @@ def parse_pattern(parts):
     """Return (type, name) of an event pattern, None where anything matches: [], ["."], [type],
     ["proc", name], ["proc", name, type]. BadEventType."""
     parts = [part for part in parts if part not in ("", ".")]
-    kind, name = None, None
+    kind = name = None
     if parts[:1] == ["proc"]:
-        if len(parts) == 1:
-            raise BadEventType("name a template: proc/<name> or proc/<name>/<type>")
+        need(len(parts) > 1, BadEventType, "name a template: proc/<name> or proc/<name>/<type>")
         name, parts = parts[1], parts[2:]
-    if len(parts) > 1:
-        raise BadEventType("a pattern is empty, <type>, proc/<name> or proc/<name>/<type>")
+    need(len(parts) <= 1, BadEventType, "a pattern is empty, <type> or proc/<name>[/<type>]")
     if parts:
         kind = parts[0]
-        if kind not in EVENT_TYPES:
-            raise BadEventType("there is no event type %r%s; types are %s" % (
-                kind, near(kind, EVENT_TYPES), " ".join(EVENT_TYPES)))
+        need(kind in EVENT_TYPES, BadEventType, "there is no event type %r%s; types are %s" % (
+            kind, near(kind, EVENT_TYPES), " ".join(EVENT_TYPES)))
     return kind, name
 
 
@@ -2750,8 +2733,7 @@ class Template:
         self.failures = []                      # what the next spawns follow: exits in a row
         self.history = ()                       # see after_exit()
         self.merged = {}                        # label -> Merged
-        self.past = collections.deque()         # Processes that are gone and can still be read
-        self.retention = None                   # Timer: when the first of them is forgotten
+        self.past = collections.deque()         # pids of the last processes that are gone
         self.restarts = 0
         self.exits = collections.Counter()      # (exit_status, term_signal) -> how many
         self.last_exit = None                   # {pid, exit_status, term_signal, time, times}
@@ -2837,10 +2819,11 @@ class Template:
 
 class Subscription:
     """What subscribe() and monitor_io() return: calls `callback(type, event)` on the loop's thread,
-    without its lock. `close()` ends it."""
+    without its lock, until close(). For monitor_io() it is a Reader's sink; `facts` go into each
+    event."""
 
-    def __init__(self, loop, callback):
-        self._loop, self._callback = loop, callback
+    def __init__(self, loop, callback, facts=None):
+        self._loop, self._callback, self._facts = loop, callback, facts
         self.on_close = None                    # called under the lock
 
     def deliver(self, kind, event):
@@ -2859,21 +2842,16 @@ class Subscription:
         except Stopping:
             pass                                # it has ended with the manager
 
-
-class SubscriptionSink:
-    """A Reader's sink that delivers output of `label` to a Subscription, with `facts` of it."""
-
-    def __init__(self, subscription, label, facts):
-        self._subscription, self._label, self._facts = subscription, label, facts
-
     def send(self, payload):
-        self._subscription.deliver(self._label, dict(self._facts, event=self._label, data=payload))
+        """Take everything at once."""
+        self.deliver(self._facts["event"], dict(self._facts, data=payload))
         return True
 
     def lost(self, reader, count):
-        """Never called: send() takes everything at once."""
+        """Do nothing: only a reader that failed is cut."""
 
     def finished(self, reader):
+        """Release the reader of a stream that has ended."""
         reader.close()
 
 
@@ -2893,10 +2871,18 @@ class ProcessHandle:
         """Call `callback(label, event)` on the loop's thread with all output of `label` from now
         on; event is a dict with event, name, data (bytes) and, for one process, pid and os_pid.
         Returns a Subscription. IoNotFound, IoNotRedirected."""
-        facts = {"name": self.name}
+        manager, facts = self._manager, {"name": self.name, "event": label}
         if self.pid is not None:
             facts.update(pid=self.pid, os_pid=self.os_pid)
-        return self._manager.monitor_io(self._target, label, callback, facts)
+        subscription = Subscription(manager.loop, callback, facts)
+
+        def begin():
+            window = manager.find_window(self._target, label)
+            reader = Reader(window, Encoder(), subscription, window.end)
+            subscription.on_close = reader.close
+            reader.start()
+        manager.loop.call(begin)
+        return subscription
 
     def write(self, data, label="stdin"):
         """Write bytes to its stdin, all or nothing. By name: to the one process that the template
@@ -2915,7 +2901,21 @@ class ProcessHandle:
         """Block until it has ended: of a process nothing of its group is left, of a template
         nothing runs or will be started. Returns the last exit, {"exit_status", "term_signal", …},
         or None if there was none. WaitTimeout: it takes longer than `timeout` seconds."""
-        return self._manager.wait_for(self._target, timeout)
+        manager = self._manager
+        if manager.on_loop_thread():
+            raise RuntimeError("this would wait for its own thread; wait on another one")
+        if self.pid is None:
+            target = manager.loop.call(manager.find_template, self.name)
+        else:
+            target = manager.loop.call(manager.find_process, self.pid, True)
+
+        def done():
+            if self.pid is not None:
+                return target.gone
+            return not target.processes and target.state() == "stopped"
+        if not manager.block_until(done, timeout):
+            raise WaitTimeout("%s has not ended in %g seconds; it goes on" % (self.name, timeout))
+        return target.last_exit
 
 
 def on_loop(method):
@@ -3083,26 +3083,13 @@ class Manager:
         self.loop.call(self._subscriptions.append, entry)
         return subscription
 
-    @on_loop
-    def monitor_io(self, target, label, callback, facts):
-        """Deliver the output of a stream: see ProcessHandle.monitor_io()."""
-        window, subscription = self.find_window(target, label), Subscription(self.loop, callback)
-        sink = SubscriptionSink(subscription, label, facts)
-        reader = Reader(window, Encoder(), sink, window.end)
-        subscription.on_close = reader.close
-        reader.start()
-        return subscription
-
     def _publish(self, kind, name, process=None, **more):
         event = {"event": kind, "name": name, "id": "%d@%s" % (self.events.end + 1, self.epoch),
                  "time": time.time()}
         if process is not None:
             event.update(pid=process.pid, os_pid=process.os_pid)
         event.update(more)
-        try:
-            self.events.append(event)
-        except Exception:                       # no observer has a part in a process's life
-            log.exception("the event %s of %s could not be sent to everybody", kind, name)
+        self.loop.guard(self.events.append, event)      # no observer has a part in any life
         for pattern, subscription in self._subscriptions:
             if matches(pattern, event):
                 subscription.deliver(kind, dict(event))
@@ -3143,24 +3130,6 @@ class Manager:
         self.loop.call(cancel)
         return False
 
-    def wait_for(self, target, timeout=None):
-        """Block until a process or a template has ended: see ProcessHandle.wait()."""
-        if self.on_loop_thread():
-            raise RuntimeError("this would wait for its own thread; wait on another one")
-
-        def find():
-            if self.is_name(target):
-                template = self.find_template(target)
-                return (lambda: not template.processes and template.state() == "stopped",
-                        lambda: template.last_exit)
-            process = self.find_process(target, past=True)
-            return lambda: process.gone, lambda: {
-                "exit_status": process.exit_status, "term_signal": process.term_signal}
-        done, result = self.loop.call(find)
-        if not self.block_until(done, timeout):
-            raise WaitTimeout("%s has not ended in %g seconds; it goes on" % (target, timeout))
-        return result()
-
     # what is wanted beside what there is
 
     def _reconcile(self, template):
@@ -3181,15 +3150,13 @@ class Manager:
         theirs in between."""
         until = self.loop.clock() + SPAWN_TIME
         while self._to_spawn:
-            template = next(iter(self._to_spawn))
+            template, launch = next(iter(self._to_spawn.items()))
             if template.missing() > 0 and not self.stopping:
-                launch = self._respawn(template, self._to_spawn[template])
-                self._to_spawn[template] = launch
-                if launch is not None and self.loop.clock() < until:
-                    continue
-                if launch is not None:
-                    break
-            del self._to_spawn[template]
+                launch = self._to_spawn[template] = self._respawn(template, launch)
+            if launch is None or template.missing() <= 0:
+                del self._to_spawn[template]
+            if self.loop.clock() > until:
+                break
         if self._to_spawn:
             self.loop.call_soon(self._spawn_some)
         self._check_waiters()
@@ -3235,7 +3202,7 @@ class Manager:
 
     def _end_process(self, process, kind):
         running = process.running
-        process.stop()
+        process.step("stop")
         if running:
             self._publish(kind, process.name, process)
 
@@ -3276,7 +3243,7 @@ class Manager:
         last, by_itself = template.last_exit, process.by_itself
         again = last and by_itself and (status, signum) == (
             last["exit_status"], last["term_signal"])
-        template.last_exit = {
+        process.last_exit = template.last_exit = {
             "pid": process.pid, "exit_status": status, "term_signal": signum, "time": time.time(),
             "times": last["times"] + 1 if again else 1}
         more = {}
@@ -3323,31 +3290,17 @@ class Manager:
         if self.stopping:
             self._stop_next()
         self.loop.call_soon(self._check_waiters)
-        self._maybe_stopped()
-
-    def process_abandoned(self):
-        """A process cannot be ended."""
-        self._maybe_stopped()
+        self.maybe_stopped()
 
     def _retain(self, template, process):
         """Let the output of a process that is gone be read for a while."""
         if template.deleted or not process.outputs:
-            self.processes.pop(process.pid, None)
+            del self.processes[process.pid]
             return
-        template.past.append(process)
-        while len(template.past) > max(AFTERLIFE_COUNT, 2 * template.info["numprocesses"]):
-            self.processes.pop(template.past.popleft().pid, None)
-        if template.retention is None:
-            template.retention = self.loop.later(AFTERLIFE, self._forget, template)
-
-    def _forget(self, template):
-        """Forget processes whose time is over. One timer for all of them, which holds none."""
-        template.retention, now = None, self.loop.clock()
-        while template.past and template.past[0].exited_at + AFTERLIFE <= now:
-            self.processes.pop(template.past.popleft().pid, None)
-        if template.past:
-            wait = template.past[0].exited_at + AFTERLIFE - now
-            template.retention = self.loop.later(wait, self._forget, template)
+        template.past.append(process.pid)
+        if len(template.past) > max(AFTERLIFE_COUNT, 2 * template.info["numprocesses"]):
+            self.processes.pop(template.past.popleft(), None)
+        self.loop.later(AFTERLIFE, self.processes.pop, process.pid, None)
 
     # changes
 
@@ -3360,30 +3313,38 @@ class Manager:
 
     @starting
     def _add(self, info, dry_run):
-        name = info["name"]
+        name, handle = info["name"], ProcessHandle(self, info["name"], info["name"])
         if name in self.templates:
             raise Conflict("the name '%s' is taken; PUT /processes/%s replaces it" % (name, name))
         if len(self.templates) >= TEMPLATES_MAX:
             raise Busy("there are %d templates; delete one first" % TEMPLATES_MAX)
         template = Template(info, self.loop, self.journals)
         launch = Launch(info) if info["start"] else None
-        handle = ProcessHandle(self, name, name)
         if dry_run:
             return template, handle
         template.open_streams(self.window_size)
-        first = None
-        if info["start"] and info["numprocesses"] and self._running:
-            first = self._spawn(template, launch)
-        self.templates[name] = template
-        self._publish("create", name)
-        template.created = "%d@%s" % (self.events.end, self.epoch)
-        template.active = info["start"]
-        if template.active and self._running:
-            self._publish("start", name)
-        if first is not None:
-            self._publish("spawn", name, first)
-        self._reconcile(template)
+        self._activate(template, launch, "create")
         return template, handle
+
+    def _activate(self, template, launch, created=None):
+        """Start a template, if there is a `launch`, with its first process; if that cannot be
+        spawned, nothing has happened. `created`: the event that tells of a new one."""
+        template.active, first = launch is not None, None
+        if self._running and template.missing() > 0:
+            try:
+                first = self._spawn(template, launch)
+            except GafferError:
+                template.active = False
+                raise
+        if created:
+            self.templates[template.name] = template
+            self._publish(created, template.name)
+            template.created = "%d@%s" % (self.events.end, self.epoch)
+        if template.active and self._running:
+            self._publish("start", template.name)
+        if first is not None:
+            self._publish("spawn", template.name, first)
+        self._reconcile(template)
 
     def update_process(self, name, info, create=False, dry_run=False):
         """Make a template as `info` says, "name" and "start" as they are unless given. Its
@@ -3457,11 +3418,8 @@ class Manager:
         self._stop_template(template)
         del self.templates[name]
         template.deleted = True
-        for process in template.past:
-            self.processes.pop(process.pid, None)
-        template.past.clear()
-        if template.retention is not None:
-            template.retention.cancel()
+        for pid in template.past:
+            self.processes.pop(pid, None)
         self._publish("delete", name)
         for merged in template.merged.values():
             merged.window.finish()
@@ -3475,19 +3433,9 @@ class Manager:
         template = self.find_template(name)
         if template.active:
             return template, None
-        launch, first = Launch(template.info, template.free_instance()), None
-        template.active = True
-        try:
-            if self._running and template.missing() > 0:
-                first = self._spawn(template, launch)
-        except GafferError:
-            template.active = False
-            raise
+        launch = Launch(template.info, template.free_instance())
+        self._activate(template, launch)
         template.replace(template.info)
-        self._publish("start", name)
-        if first is not None:
-            self._publish("spawn", name, first)
-        self._reconcile(template)
         return template, None
 
     @changing
@@ -3609,8 +3557,8 @@ class Manager:
             while self._to_stop:
                 self._end_process(self._to_stop.pop(), "stop_pid")
             for process in self._alive():
-                process.kill()
-        self._maybe_stopped()
+                process.step("kill")
+        self.maybe_stopped()
 
     def _give_up(self):
         """Stop although processes are left: one that waits for a device cannot be killed."""
@@ -3643,7 +3591,8 @@ class Manager:
         return [process for process in self.processes.values()
                 if not (process.gone or process.abandoned or process.template["detach"])]
 
-    def _maybe_stopped(self):
+    def maybe_stopped(self):
+        """End the loop if gaffer stops and nothing runs any more that it can end."""
         if self.stopping and not self._alive():
             self.loop.call_soon(self.loop.stop)
 
@@ -3652,7 +3601,7 @@ class Manager:
         self.stopping, self._running, self._ended = True, False, True
         for process in list(self.processes.values()):
             if not process.gone and not process.template["detach"]:
-                process.kill()
+                process.step("kill")
             process.release()
         for template in self.templates.values():
             template.forget_waits()

@@ -5443,7 +5443,7 @@ class ProcessLife(ProcessCase):
                 unittest.mock.patch.object(server.manager.events, "append", fail):
             server.ok("POST", "/processes/x/_stop?wait=true")
         self.assertEqual([process_state(group) for group in groups], [None] * 2)
-        for words in ("descendants of x", "the event stop_pid of x", "the event exit of x"):
+        for words in ("descendants of x", "an observer"):
             self.assertTrue(any(words in line for line in logs.output), words)
 
     def test_a_process_that_daemonizes(self):
