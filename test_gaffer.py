@@ -395,17 +395,22 @@ class BrowserError(AssertionError):
 
 
 class Browser:
-    """A headless Chromium with an empty profile, driven through chromedriver (W3C WebDriver). `flags` are Chromium's own."""
+    """A headless Chromium with an empty profile, driven through chromedriver (W3C WebDriver)."""
 
     PROGRAMS = ("chromium", "chromedriver")
     FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--disable-breakpad", "--remote-debugging-pipe")
+             "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--disable-breakpad", "--remote-debugging-pipe",
+             "--font-render-hinting=none", "--js-flags=--expose-gc", "--enable-precise-memory-info",
+             "--host-resolver-rules=MAP *.example 127.0.0.1",   # names that their owner points here
+             # no more processes than the tests need
+             "--in-process-gpu", "--renderer-process-limit=1", "--disable-extensions", "--mute-audio",
+             "--disable-features=SpareRendererForSitePerProcess,BackForwardCache,MediaRouter,Translate")
     KEYS = {"Backspace": "\ue003", "Tab": "\ue004", "Enter": "\ue007", "Shift": "\ue008", "Control": "\ue009", "Alt": "\ue00a",
             "Escape": "\ue00c", "Space": "\ue00d", "PageUp": "\ue00e", "PageDown": "\ue00f", "End": "\ue010", "Home": "\ue011",
             "ArrowLeft": "\ue012", "ArrowUp": "\ue013", "ArrowRight": "\ue014", "ArrowDown": "\ue015", "Delete": "\ue017"}
     ELEMENT = "element-6066-11e4-a52e-4f735466cecf"     # the name of an element's id, fixed by the standard
 
-    def __init__(self, *flags):
+    def __init__(self):
         self.directory = tempfile.mkdtemp(prefix="gaffer-browser-")
         self.session = None
         # a session of its own, by which close() finds all of it; the shell ends with us, and then the driver and the browser
@@ -418,7 +423,7 @@ class Browser:
                 "goog:loggingPrefs": {"browser": "ALL"}, "timeouts": {"script": int(1500 * TIMEOUT), "pageLoad": int(1000 * TIMEOUT)},
                 "unhandledPromptBehavior": "dismiss", "acceptInsecureCerts": True,
                 "goog:chromeOptions": {"binary": shutil.which("chromium"), "args": [
-                    *self.FLAGS, *flags, "--user-data-dir=" + os.path.join(self.directory, "profile")]}}}})["sessionId"]
+                    *self.FLAGS, "--user-data-dir=" + os.path.join(self.directory, "profile")]}}}})["sessionId"]
         except BaseException:
             self.close()
             raise
@@ -531,9 +536,9 @@ class Browser:
 
 
 class BrowserCase(ServerCase):
-    """Each test has a running server, and all of a class one browser."""
+    """Each test has a running server, and all tests have one browser."""
 
-    FLAGS = ()                          # of Chromium
+    share, quick, browser = "browser", False, None
 
     @classmethod
     def setUpClass(cls):
@@ -541,8 +546,9 @@ class BrowserCase(ServerCase):
         if missing:
             raise unittest.SkipTest(missing)
         super().setUpClass()
-        cls.browser = Browser(*cls.FLAGS)
-        cls.addClassCleanup(cls.browser.close)
+        if BrowserCase.browser is None:
+            BrowserCase.browser = Browser()
+            atexit.register(BrowserCase.browser.close)
 
     def setUp(self):
         super().setUp()
@@ -11681,7 +11687,6 @@ class BrowserDriver(BrowserCase):
 class BrowserPage(BrowserCase):
     """The web page, as its users have it: every view, every button, by mouse and by keyboard."""
 
-    FLAGS = ("--font-render-hinting=none", "--js-flags=--expose-gc", "--enable-precise-memory-info")
     LINES = "return [...document.querySelectorAll('.l')].map(node => node.textContent)"
 
     def setUp(self):
@@ -12426,7 +12431,6 @@ class BrowserMisuse(BrowserCase):
     """What a page of another site may try with a server on this machine: it changes nothing, and learns nothing. Beside each
     attempt stands the same from a page that may, or a test that cannot fail would be easy to write."""
 
-    FLAGS = ("--host-resolver-rules=MAP *.example 127.0.0.1",)      # names that their owner points here
     SECRET = "window.leaked = 'secret'"
     ASK = """
         const [url, options] = arguments;
