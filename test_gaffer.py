@@ -4673,7 +4673,7 @@ class ProcessTemplate(ProcessCase):
         pids = self.server.add("x", python(code), numprocesses=2, redirect_input=True, flapping=dict(PROCESS_ONCE, attempts=2))
         for pid, me in zip(pids, b"ab"):
             self.server.ok("POST", "/streams/%d/stdin" % pid, bytes([me]))
-        for event, _ in zip(self.server.events("exit", since=0), pids):
+        for _, event in zip(pids, self.server.events("exit", since=0)):
             self.assertEqual(event["exit_status"], 0)
         for pid in pids:
             self.poll(pid)
@@ -7011,6 +7011,8 @@ class HttpProbes(HttpCase):
 
 class HttpOpenapi(HttpCase):
     """/openapi.json: every route is described, and the description is right."""
+
+    quick = False
 
     def test_every_route_and_method(self):
         described = self.server.ok("GET", "/openapi.json")
@@ -17315,7 +17317,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="without browsers, load test and other long ones")
     parser.add_argument("--slowest", type=int, metavar="N", default=10, help="show the N slowest tests (10)")
     parser.add_argument("-v", "--verbose", action="store_true", help="show how long each test took")
-    parser.add_argument("--jobs", type=int, default=gaffer.CORES + 1, help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=2 * gaffer.CORES, help="processes at a time")
     parser.add_argument("--figures", action="store_true", help="what the web page costs")
     parser.add_argument("--fuzz", type=int, metavar="N", help="only PureFuzz, N cases of each kind")
     parser.add_argument("--hostile", type=int, metavar="N", help="only CliHostile, N cases of each kind")
