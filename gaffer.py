@@ -84,6 +84,7 @@ if __name__ == "__main__" and {"serve", "up"}.intersection(sys.argv) and sys._ge
     except OSError:
         pass
 
+import array
 import base64
 import bisect
 import collections
@@ -113,6 +114,7 @@ import subprocess
 import threading
 import time
 import urllib.parse
+import weakref
 from http import HTTPStatus
 from wsgiref.handlers import SimpleHandler
 
@@ -151,11 +153,9 @@ MERGED_LINE_DELAY = 1.0             # and in a merged stream after this: there i
 BLOCK_STALL = 30.0                  # a reader with loss=block that takes nothing is cut: it holds a child
 STALL = 300.0                       # any other reader that takes nothing: it holds a socket
 EVENTS_KEPT = 1024                  # events that can be resumed
-MARKS_KEPT = 1024                   # places of a template's stream where it is known who wrote, and when: 120 KiB of them
-MARK_INTERVAL = 0.05                # seconds between two of one writer: as exact as a time of a line is
-JOURNALS_MAX = 32                   # a journal costs its window and a formatting of each line
-JOURNAL_WINDOWS = 4                 # a journal is as long as so many windows: half a minute of 1,000 lines a second
-JOURNAL_REST = 120.0                # seconds for which it waits for a reader to come back
+JOURNAL_ENTRIES = 32768             # of the index of all output: 1.3 MiB, half a minute of 1,000 lines a second
+JOURNAL_WINDOWS = 4                 # windows that one long poll of the journal, or its tail, may be long
+JOIN_TIME = 0.01                    # seconds in which short reads of a stream are one entry of the journal
 COMPRESS_MIN = KIB                  # shorter answers hardly shrink
 PAGE_EVENTS = 200                   # the page begins with so many
 STATS_KEPT = 16                     # samples a slow reader of statistics may be behind
@@ -1146,6 +1146,47 @@ class Loop:
 # --------------------------------------------------------------------------------------------------
 NORMAL, FLUSH, FINAL = 0, 1, 2      # wait for the rest; show what there is; no more comes
 
+# the beginnings that a character of more than one byte can have (Unicode, table 3-7)
+INCOMPLETE_UTF8 = re.compile(
+    rb"(?:[\xc2-\xdf]|\xe0[\xa0-\xbf]?|[\xe1-\xec\xee\xef][\x80-\xbf]?|\xed[\x80-\x9f]?|\xf0(?:[\x90-\xbf][\x80-\xbf]?)?"
+    rb"|[\xf1-\xf3][\x80-\xbf]{0,2}|\xf4(?:[\x80-\x8f][\x80-\xbf]?)?)\Z")
+
+
+def incomplete_utf8(data):
+    """How many bytes at the end of `data` begin a character that is not complete: 0 to 3."""
+    if data[-1:] < b"\x80":
+        return 0
+    match = INCOMPLETE_UTF8.search(data[-3:])
+    return len(match.group()) if match else 0
+
+
+def valid_utf8(data):
+    """`data` with what is not UTF-8 replaced by U+FFFD."""
+    try:
+        data.decode("utf-8")
+        return data
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "replace").encode("utf-8")
+
+
+def split_lines(data, before, mode, piece):
+    """(skip, segments, lines): the lines of `data` with and without their ends. An unfinished one is only taken with mode
+    FLUSH (up to a whole character) or FINAL, or when it is as long as `piece`. `skip` is 1 where `data` begins with the
+    newline of a line whose CR was taken before: that is no line."""
+    skip = 1 if data[:1] == b"\n" and before == 13 else 0
+    if skip:
+        data = data[1:]
+    segments, lines = data.splitlines(True), data.splitlines()
+    if segments and segments[-1][-1] not in (10, 13):
+        last = segments.pop()
+        lines.pop()
+        if mode != FINAL:
+            last = last[:len(last) - incomplete_utf8(last)] if mode == FLUSH or len(last) >= piece else b""
+        if last:
+            segments.append(last)
+            lines.append(last)
+    return skip, segments, lines
+
 
 class Encoder:
     """Turns what a log holds into payloads for a client; this one sends bytes as they are.
@@ -1174,16 +1215,17 @@ class Encoder:
 
 
 class Log:
-    """A bounded log with absolute offsets, and its readers: the base of Window and EventLog.
+    """A log with absolute offsets, and its readers: the base of Window, EventLog and JournalView.
 
     `limit`: how much is kept. `drop_counter`: the log that counts, in `dropped`, what readers have
     lost here; by default this one.
     """
 
+    start = end = 0
+
     def __init__(self, loop, limit, drop_counter=None):
         self.loop, self.limit = loop, limit
-        self.drop_counter, self.dropped = drop_counter or self, 0
-        self.start = self.end = 0
+        self.dropped, self._drop_counter = 0, drop_counter      # no reference to itself
         self.ended = False
         self.readers = {}                       # Reader -> None, in the order in which they came
         self.blockers = set()                   # readers with loss="block"
@@ -1209,26 +1251,35 @@ class Log:
         return offset
 
     def encoded(self, encoder, offset, mode):
-        """Encode a share of what stands at `offset`. Returns (payload, consumed); see Encoder."""
+        """Encode a share of what stands at `offset`. Returns (payload, consumed); see Encoder.
+
+        A payload that is a number: so many bytes in front of what is left are lost.
+        """
         key = encoder.key, offset, mode
         found = self._memo.get(key)
         if found is None:
-            data, left = self.piece(offset), self.end - offset
-            before = self.before(offset) if encoder.by_line and data[:1] == b"\n" else None
-            if len(data) < min(JOIN_SIZE, left):                # a line that two reads have cut
-                data = self.read(offset, SHARE_SIZE)
-            while True:
-                whole = len(data) == left
-                last_mode = FINAL if self.ended else mode
-                found = encoder.encode(
-                    data, offset, before, last_mode if whole else NORMAL, self.limit // 2)
-                if found[1] or whole:
-                    break
-                data = self.read(offset, max(SHARE_SIZE, 4 * len(data)))
+            found = self._encode(encoder, offset, mode)
             if len(self._memo) >= MEMO_MAX:
                 self._memo.clear()
             self._memo[key] = found
         return found
+
+    def _encode(self, encoder, offset, mode):
+        data, left = self.piece(offset), self.end - offset
+        if len(data) < min(JOIN_SIZE, left):    # a line that two reads have cut
+            data = self.read(offset, SHARE_SIZE)
+        before = self.before(offset) if encoder.by_line and data[:1] == b"\n" else None
+        while True:
+            whole = len(data) == left
+            mode_here = NORMAL if not whole else FINAL if self.ended else mode
+            found = encoder.encode(data, offset, before, mode_here, self.limit // 2)
+            if found[1] or whole:
+                return found
+            data = self.read(offset, max(SHARE_SIZE, 4 * len(data)))
+
+    def count_dropped(self, count):
+        """Count what a reader has lost."""
+        (self._drop_counter or self).dropped += count
 
     def room(self):
         """Return how much can be appended before a reader with loss="block" would lose any."""
@@ -1247,7 +1298,7 @@ class Log:
         """End the log: its readers get what is left, then the end."""
         if not self.ended:
             self.ended = True
-            self._feed(True)
+            self.feed(True)
 
     def add(self, reader):
         """Let a reader follow. One with loss="block" holds up the writer from now on."""
@@ -1285,7 +1336,7 @@ class Log:
                 if reader.encoder.partial and not reader.full:
                     reader.pump(FLUSH)
 
-    def _feed(self, line_ended):
+    def feed(self, line_ended):
         """Send what is new to all readers. `line_ended`: it holds the end of a line."""
         self._memo.clear()
         self._appended_at = self.loop.now
@@ -1325,7 +1376,7 @@ class Window(Log):
             while offsets[0] + len(chunks[0]) <= self.start:
                 self._before = chunks[0][-1]
                 del chunks[0], offsets[0]
-        self._feed(b"\n" in data or b"\r" in data)
+        self.feed(b"\n" in data or b"\r" in data)
 
     def read(self, offset, size):
         """Return up to `size` bytes from `offset` on, without a copy if they are one chunk."""
@@ -1356,6 +1407,12 @@ class Window(Log):
         if offset == 0 or not self._offsets or offset < self._offsets[0]:
             return None
         return self._before if offset == self._offsets[0] else self.read(offset - 1, 1)[0]
+
+    def take(self, offset, encoder=None):
+        """Return (bytes, offset behind them, bytes lost) of what stands at `offset`."""
+        first = max(offset, self.start)
+        data = self.read(first, self.limit)
+        return data, first + len(data), first - offset
 
     def resync(self, offset):
         """Return where the first line at or after `offset` begins; `offset` if none ends there."""
@@ -1394,7 +1451,7 @@ class EventLog(Log):
         self._events.append(event)
         self.end += 1
         self.start = self.end - len(self._events)
-        self._feed(True)
+        self.feed(True)
 
     def read(self, offset, size):
         """Return a list of up to `size` events from `offset` on."""
@@ -1416,6 +1473,7 @@ class Reader:
         self.log, self.encoder, self.sink = source, encoder, sink
         self.offset, self.loss = offset, loss
         self.dropped = 0
+        self.told_until = 0                     # losses before this offset need not be reported
         self.full = True                        # nothing is sent until pump() is called
         self.last_sent = source.loop.now
         self._closed = False
@@ -1457,6 +1515,10 @@ class Reader:
                 elif self.encoder.partial and mode == NORMAL and self.offset < source.end:
                     source.flush_later()
                 return
+            if payload.__class__ is int:
+                if not self._report(payload, self.offset + consumed):
+                    return
+                continue
             self.offset += consumed
             if self.loss == "block":
                 source.advanced()
@@ -1471,23 +1533,300 @@ class Reader:
         source.loop.call_soon(self.pump)
 
     def _skip_lost(self):
-        """Count and report what was lost. Returns False if nothing can be sent now."""
+        """Go on from where the window begins. Returns False if nothing can be sent now."""
         source, start = self.log, self.log.start
-        count = start - self.offset
-        reports = self.encoder.dropped(count, start) is not None
-        if not reports and self.loss != "skip":
-            source.drop_counter.dropped += count
-            self.sink.lost(self, count)
-            return False
-        self.offset = source.resync(start + self._within_line)
+        if self.loss != "skip" and self.encoder.dropped(0, start) is None:
+            return self._report(start - self.offset, start)
+        offset = source.resync(start + self._within_line)
         if self._within_line:                   # the newline before closes the line cut short
-            self.offset = self.offset - 1 if source.before(self.offset) == 10 else start
-        count += self.offset - start
-        self.dropped += count
-        source.drop_counter.dropped += count
-        if reports:
-            self.full = not self.sink.send(self.encoder.dropped(count, self.offset))
+            offset = offset - 1 if source.before(offset) == 10 else start
+        return self._report(offset - self.offset, offset)
+
+    def _report(self, count, offset):
+        """Count and report `count` lost bytes before `offset`, and go on there."""
+        told = None
+        if offset > self.told_until:
+            self.log.count_dropped(count)
+            told = self.encoder.dropped(count, offset)
+            if told is None and self.loss != "skip":
+                self.sink.lost(self, count)
+                return False
+            self.dropped += count
+        self.offset = offset
+        if told is not None:
+            self.full = not self.sink.send(told)
         return not self.full
+
+
+class JournalSource:
+    """Whose bytes an entry of the journal holds: a stream, an unfinished line of one, or an exit.
+
+    `window`: a weak reference to the template's window of that label. `text`: the line of an entry
+    that is in no window. `shown`: the entry stands for the unfinished line in front of its place.
+    `track`: [where the last entry of the template that fell out of the index ends].
+    """
+
+    __slots__ = ("name", "pid", "label", "window", "track", "text", "shown",
+                 "line_start", "appended_at", "closed")
+
+    def __init__(self, name, pid, label, window, track, text=None, shown=False):
+        self.name, self.pid, self.label = name, pid, label
+        self.window, self.track, self.text, self.shown = window, track, text, shown
+        self.line_start = 0                     # where the line that is not finished yet began
+        self.appended_at, self.closed = 0.0, False
+
+
+class JournalView(Log):
+    """What a Journal holds of a template, of a process by pid, or of all, as a log of lines."""
+
+    def __init__(self, journal, name, pid, track):
+        super().__init__(journal.loop, journal.limit, journal)
+        self.journal, self.name, self.pid, self._track = journal, name, pid, track
+
+    @property
+    def start(self):
+        """The first offset from which on nothing has gone out of the index."""
+        return self.journal.start if self.name is None else self._track[0]
+
+    @property
+    def end(self):
+        """The offset behind all output."""
+        return self.journal.end
+
+    def wants(self, source):
+        """Return True if what a source holds belongs here."""
+        return self.name in (None, source.name) and self.pid in (None, source.pid)
+
+    def take(self, offset, encoder):
+        """Return (bytes, offset behind them, bytes lost) of what stands at `offset`."""
+        lost = max(0, self.start - offset)
+        parts, size, offset = [], 0, offset + lost
+        while size < self.limit:
+            payload, consumed = self.encoded(encoder, offset, NORMAL)
+            if not consumed:
+                break
+            offset += consumed
+            if payload.__class__ is int:
+                lost += payload
+            else:
+                parts.append(payload)
+                size += len(payload)
+        return b"".join(parts), offset, lost
+
+    def tail(self, lines):
+        """Return the offset behind which the last `lines` lines are, within `limit` bytes."""
+        journal, size, index = self.journal, 0, len(self.journal.sources)
+        while index > 0 and lines > 0 and size < self.limit:
+            index -= 1
+            if self.wants(journal.sources[index]):
+                base = journal.entry_start(index)
+                size += journal.entry_start(index + 1) - base
+                if lines < math.inf:
+                    lost, _, ends, _ = journal.lines(index, base)
+                    if lost:
+                        _, _, ends, _ = journal.lines(index, base + lost)
+                    if len(ends) > lines:
+                        return ends[-lines - 1]
+                    lines -= len(ends)
+        return journal.entry_start(index)
+
+    def _encode(self, encoder, offset, mode):
+        journal, groups, size, lost = self.journal, [], 0, 0
+        index, place = journal.entry_at(offset), offset
+        while place < journal.end and size < SHARE_SIZE:
+            end = journal.entry_start(index + 1)
+            if self.wants(journal.sources[index]):
+                count, prefix, ends, lines = journal.lines(index, place)
+                if count and groups:
+                    break
+                lost += count
+                if lost and place + count < end:        # the rest of the entry can be read
+                    place += count
+                    break
+                if lines:
+                    groups.append((prefix, ends, lines))
+                size += end - place
+            index, place = index + 1, end
+        return lost or encoder.encode(groups, offset, None, mode, 0)[0], place - offset
+
+
+class Journal:
+    """An index of all output of this run, in the order in which it was read.
+
+    An entry is a piece of a window, with its time. It begins at an offset in one count of all
+    output bytes, in which an exit, and an unfinished line that was shown, count as one. Nothing is
+    encoded unless somebody reads; the index costs 40 bytes for each read of a pipe. `limit`: how
+    much one long poll gets.
+    """
+
+    def __init__(self, loop, limit):
+        self.loop, self.limit = loop, limit
+        self.start = self.end = self.dropped = 0
+        self.sources = []                       # of each entry
+        self._offsets, self._times = array.array("q"), array.array("d")
+        self._places = array.array("q")         # where it begins in the window
+        self._heads = array.array("q")          # and where the line began that it goes on with
+        self._tracks = {}                       # name of a template -> see JournalSource
+        self._views = weakref.WeakValueDictionary()     # (name, pid) -> JournalView that is in use
+        self._unfinished, self._timer = set(), None     # sources that are within a line
+
+    def source(self, name, pid, label, window):
+        """Return the JournalSource of a stream of a process."""
+        track = self._tracks.setdefault(name, [0])
+        return JournalSource(name, pid, label, weakref.ref(window), track)
+
+    def append(self, source, data):
+        """Add `data`, which was just appended to the window of `source`."""
+        window, size, now = source.window(), len(data), time.time()
+        place = window.end - size
+        length = self.end - self._offsets[-1] if self._offsets else 0
+        if not (length and self.sources[-1] is source and self._places[-1] + length == place
+                and length + size <= COALESCE_SIZE and 0 <= now - self._times[-1] < JOIN_TIME):
+            self._add(source, now, place)
+        self.end += size
+        newline = data.rfind(b"\n")
+        if newline >= 0:
+            source.line_start = place + newline + 1
+        if newline == size - 1:
+            self._unfinished.discard(source)
+        else:
+            self._unfinished.add(source)
+        self._feed(source)
+        source.appended_at = self.loop.clock()  # feeding took time: that is no silence of the writer
+        if window.end - source.line_start >= min(CARRY_SIZE, window.limit // 2):
+            self._show(source, "+")
+        self._flush_later()
+
+    def exit(self, name, pid, exit_status, term_signal):
+        """Add the exit of a process of which all output was read; journals of it end."""
+        text = json.dumps({"exit_status": exit_status, "term_signal": term_signal}).encode("ascii")
+        source = JournalSource(name, pid, "exit", None, self._tracks.get(name, [0]), text)
+        self._add(source, time.time(), 0)
+        self.end += 1
+        self._feed(source)
+        self._finish(lambda view: view.pid == pid)
+
+    def close(self, source):
+        """End a stream: its last line is shown though it has no end."""
+        if source in self._unfinished:
+            self._show(source, "")
+        source.closed = True
+
+    def finish(self, name=None):
+        """End the journals of a template that is deleted; None: all."""
+        self._tracks.pop(name, None)
+        self._finish(lambda view: name in (None, view.name))
+
+    def view(self, name=None, pid=None, ended=False):
+        """Return the JournalView of all output, of a template's, or of one process's of it."""
+        view = None if ended else self._views.get((name, pid))
+        if view is None:
+            view = JournalView(self, name, pid, self._tracks.get(name, [0]))
+            view.ended = ended
+            if not ended:
+                self._views[name, pid] = view
+                self._flush_later()
+        return view
+
+    def entry_at(self, offset):
+        """Return the index of the entry that holds `offset`."""
+        return max(0, bisect.bisect_right(self._offsets, offset) - 1)
+
+    def entry_start(self, index):
+        """Return the offset at which an entry begins; the end of the last one for the next."""
+        return self._offsets[index] if index < len(self._offsets) else self.end
+
+    def lines(self, index, offset):
+        """Return (lost, prefix, ends, lines) of what ends in an entry behind `offset`.
+
+        `ends` are the offsets behind the lines. A line that began in an earlier entry is whole.
+        `lost`: so many bytes at `offset` are gone, and the lists are empty.
+        """
+        source, base, end = self.sources[index], self._offsets[index], self.entry_start(index + 1)
+        prefix = ("%.3f %s %d %s " % (
+            self._times[index], source.name, source.pid, source.label)).encode("ascii")
+        if source.text is not None:
+            return 0, prefix, [end], [source.text]
+        window, place, head = source.window(), self._places[index], self._heads[index]
+        if window is None or (source.shown and head < window.start):
+            return end - offset, prefix, [], []
+        stop = place if source.shown else place + end - base
+        first = place + offset - base
+        if head < window.start:                 # on from the start of a line
+            head = window.resync(window.start)
+            if window.before(head) != 10:
+                head = stop
+            if first < head:
+                return min(head, stop) - first, prefix, [], []
+        elif head < first and window.before(first) in (10, 13) and not source.shown:
+            head = first
+        data = window.read(head, stop - head)
+        mode = FINAL if source.shown else NORMAL
+        skip, segments, lines = split_lines(data, window.before(head), mode, math.inf)
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError:
+            lines = list(map(valid_utf8, lines))
+        if source.shown:
+            return 0, prefix, [end], lines[-1:]
+        ends = list(itertools.accumulate(map(len, segments), initial=head + skip + base - place))
+        known = bisect.bisect_right(ends, offset, 1)    # lines before
+        return 0, prefix, ends[known:], lines[known - 1:]
+
+    def _add(self, source, now, place):
+        if len(self.sources) >= JOURNAL_ENTRIES:
+            for index in range(JOURNAL_ENTRIES // 4):
+                self.sources[index].track[0] = self._offsets[index + 1]
+            for column in (self.sources, self._offsets, self._times, self._places, self._heads):
+                del column[:JOURNAL_ENTRIES // 4]
+            self.start = self._offsets[0]
+        self.sources.append(source)
+        self._offsets.append(self.end)
+        self._times.append(now)
+        self._places.append(place)
+        self._heads.append(source.line_start)
+
+    def _feed(self, source):
+        if self._views:
+            for view in list(self._views.values()):
+                if view.wants(source):
+                    view.feed(True)
+
+    def _finish(self, ends):
+        for key, view in list(self._views.items()):
+            if ends(view):
+                del self._views[key]
+                view.finish()
+
+    def _show(self, source, mark):
+        """Show the unfinished line of a stream, up to a whole character if it may go on."""
+        self._unfinished.discard(source)
+        window = source.window()
+        if window is None:
+            return
+        place = window.end
+        if mark:
+            place -= incomplete_utf8(window.read(max(window.start, place - 3), 3))
+        if place > source.line_start and window.before(place) != 13:
+            shown = JournalSource(source.name, source.pid, source.label + mark, source.window,
+                           source.track, shown=True)
+            shown.line_start, source.line_start = source.line_start, place
+            self._add(shown, time.time(), place)
+            self.end += 1
+            self._feed(shown)
+
+    def _flush_later(self):
+        if self._unfinished and self._views and self._timer is None:
+            silent = min(source.appended_at for source in self._unfinished)
+            delay = max(0.0, silent + PARTIAL_LINE_DELAY - self.loop.clock())
+            self._timer = self.loop.later(delay, self._flush)
+
+    def _flush(self):
+        self._timer = None
+        for source in list(self._unfinished):
+            if self.loop.now >= source.appended_at + PARTIAL_LINE_DELAY:
+                self._show(source, "+")
+        self._flush_later()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2023,29 +2362,33 @@ def parse_signal(value):
 # when nothing of its group is left. All on the loop.
 # --------------------------------------------------------------------------------------------------------------------
 class Merged:
-    """A template's stream of one label: the output of all its processes in one window, never mixed within a line. `journals`:
-    {None, a name or a pid: Journal}, those that this is a part of are told too."""
+    """A template's stream of one label: all its processes' output, never mixed within a line."""
 
-    def __init__(self, loop, size, name, label, journals):
-        self.window, self.name, self.label, self._journals = Window(loop, size), name, label, journals
-        self.sources = set()                    # the Outputs that feed it
-        self.marks = collections.deque(maxlen=MARKS_KEPT)       # (offset, Unix time, pid) of who wrote from there on
-        self._open = None                       # who wrote the line that is not finished yet
+    def __init__(self, loop, size, name, label, journal):
+        self.window, self.name, self.label = Window(loop, size), name, label
+        self.sources = {}                       # Output that feeds it -> JournalSource
+        self._journal = journal
+        self._open = None                       # JournalSource whose last line is not finished
 
-    def write(self, source, data):
-        """Append whole lines, or what cannot wait; an unfinished line of another source is ended first."""
+    def open(self, output):
+        """An Output begins to feed it."""
+        self.sources[output] = self._journal.source(
+            self.name, output.pid, self.label, self.window)
+
+    def close(self, output):
+        """An Output feeds it no longer."""
+        self._journal.close(self.sources.pop(output))
+
+    def write(self, output, data):
+        """Append whole lines, or what cannot wait; another's unfinished line is ended first."""
+        source = self.sources[output]
         if self._open not in (None, source):
             self.window.append(b"\n")
+            if not self._open.closed:
+                self._journal.append(self._open, b"\n")
         self._open = None if data.endswith(b"\n") else source
-        now, marks = time.time(), self.marks
-        if not marks or marks[-1][2] != source.pid or not 0 <= now - marks[-1][1] < MARK_INTERVAL:
-            marks.append((self.window.end, now, source.pid))
         self.window.append(data)
-        if self._journals:
-            for key in (None, self.name, source.pid):
-                if key in self._journals:
-                    self.window.loop.guard(
-                        self._journals[key].write, now, self.name, source.pid, self.label, data)
+        self._journal.append(source, data)
 
 
 class Output:
@@ -2067,7 +2410,7 @@ class Output:
     def start(self):
         """Begin to read."""
         self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
-        self._merged.sources.add(self)
+        self._merged.open(self)
 
     def drain(self):
         """Read what is in the pipe, for DRAIN_TIME at most: the process group is gone."""
@@ -2175,7 +2518,7 @@ class Output:
         if self._carry:
             self._loop.guard(self._merged.write, self, self._carry)
             self._carry = b""
-        self._merged.sources.discard(self)
+        self._merged.close(self)
         self.window.finish()
         self._ended()
 
@@ -2721,8 +3064,8 @@ def priority_of(info):
 class Template:
     """A process template at work: what is wanted (`info`, `active`) and what there is of it."""
 
-    def __init__(self, info, loop, journals):
-        self._loop, self._journals = loop, journals
+    def __init__(self, info, loop, journal):
+        self._loop, self._journal = loop, journal
         self.name = info["name"]
         self.group = self.name.partition(":")[0] if ":" in self.name else None
         self.active = self.deleted = False
@@ -2767,7 +3110,7 @@ class Template:
             self.merged.pop(label).window.finish()
         for label in labels:
             if label not in self.merged:
-                self.merged[label] = Merged(self._loop, size, self.name, label, self._journals)
+                self.merged[label] = Merged(self._loop, size, self.name, label, self._journal)
 
     def forget_waits(self):
         """Cancel all later starts."""
@@ -2972,7 +3315,7 @@ class Manager:
         self.templates = {}
         self.processes = {}                     # pid -> Process: all that can still be asked for
         self.events = EventLog(self.loop)
-        self.journals = {}                      # None (all), a name or a pid: Journal that is read
+        self.journal = Journal(self.loop, JOURNAL_WINDOWS * window_size)
         self.configuration = None               # what POST /_reload loads again
         self.stopping = False
         self._running = self._killing = self._ended = False
@@ -3262,12 +3605,7 @@ class Manager:
 
     def process_ended(self, process):
         """A process has exited, and all its output has been read."""
-        for key in (None, process.name, process.pid):
-            if key in self.journals:
-                self.journals[key].exit(time.time(), process.name, process.pid, process.exit_status,
-                                        process.term_signal)
-        if process.pid in self.journals:
-            self.journals[process.pid].finish()
+        self.journal.exit(process.name, process.pid, process.exit_status, process.term_signal)
 
     def process_gone(self, process):
         """Nothing of a process's group is left: its slot is free."""
@@ -3318,7 +3656,7 @@ class Manager:
             raise Conflict("the name '%s' is taken; PUT /processes/%s replaces it" % (name, name))
         if len(self.templates) >= TEMPLATES_MAX:
             raise Busy("there are %d templates; delete one first" % TEMPLATES_MAX)
-        template = Template(info, self.loop, self.journals)
+        template = Template(info, self.loop, self.journal)
         launch = Launch(info) if info["start"] else None
         if dry_run:
             return template, handle
@@ -3423,8 +3761,7 @@ class Manager:
         self._publish("delete", name)
         for merged in template.merged.values():
             merged.window.finish()
-        if name in self.journals:
-            self.journals[name].finish()
+        self.journal.finish(name)
 
     @starting
     def start_template(self, name):
@@ -3607,8 +3944,7 @@ class Manager:
             template.forget_waits()
             for merged in template.merged.values():
                 merged.window.finish()
-        for journal in self.journals.values():
-            journal.finish()
+        self.journal.finish()
         self.events.finish()
         self._check_waiters()
         self._let_send([], 0.0, self.loop.clock() + STOP_SEND_TOTAL)
@@ -4399,48 +4735,6 @@ def chunk(data):
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-# the beginnings that a character of more than one byte can have (Unicode, table 3-7)
-INCOMPLETE_UTF8 = re.compile(
-    rb"(?:[\xc2-\xdf]|\xe0[\xa0-\xbf]?|[\xe1-\xec\xee\xef][\x80-\xbf]?|\xed[\x80-\x9f]?|\xf0(?:[\x90-\xbf][\x80-\xbf]?)?"
-    rb"|[\xf1-\xf3][\x80-\xbf]{0,2}|\xf4(?:[\x80-\x8f][\x80-\xbf]?)?)\Z")
-
-
-def incomplete_utf8(data):
-    """How many bytes at the end of `data` begin a character that is not complete: 0 to 3."""
-    if data[-1:] < b"\x80":
-        return 0
-    match = INCOMPLETE_UTF8.search(data[-3:])
-    return len(match.group()) if match else 0
-
-
-def valid_utf8(data):
-    """`data` with what is not UTF-8 replaced by U+FFFD."""
-    try:
-        data.decode("utf-8")
-        return data
-    except UnicodeDecodeError:
-        return data.decode("utf-8", "replace").encode("utf-8")
-
-
-def split_lines(data, before, mode, piece):
-    """(skip, segments, lines): the lines of `data` with and without their ends. An unfinished one is only taken with mode
-    FLUSH (up to a whole character) or FINAL, or when it is as long as `piece`. `skip` is 1 where `data` begins with the
-    newline of a line whose CR was taken before: that is no line."""
-    skip = 1 if data[:1] == b"\n" and before == 13 else 0
-    if skip:
-        data = data[1:]
-    segments, lines = data.splitlines(True), data.splitlines()
-    if segments and segments[-1][-1] not in (10, 13):
-        last = segments.pop()
-        lines.pop()
-        if mode != FINAL:
-            last = last[:len(last) - incomplete_utf8(last)] if mode == FLUSH or len(last) >= piece else b""
-        if last:
-            segments.append(last)
-            lines.append(last)
-    return skip, segments, lines
-
-
 class ChunkEncoder(Encoder):
     """A continuous stream: the bytes, in chunks."""
 
@@ -4490,6 +4784,34 @@ class SseEncoder(Encoder):
     def exit(self, offset, data):
         """The event at the end of a process; its id is never given to anything else."""
         return b"id: %dx@%b\nevent: exit\ndata: %b\n\n" % (offset, self._epoch.encode(), json.dumps(data).encode())
+
+
+class JournalEncoder(SseEncoder):
+    """Lines of the journal, by `form`: "eventsource", "chunked" or "plain"."""
+
+    by_line = partial = False
+
+    def __init__(self, form, epoch):
+        super().__init__("line", epoch)
+        self.key, self._form = ("journal", form), form
+
+    def encode(self, groups, offset, before, mode, piece):
+        """Encode [(prefix, ends, lines)]; see Journal.lines()."""
+        parts = []
+        for prefix, ends, lines in groups:
+            if self._form == "eventsource":
+                block = self._line_block[:-3] + prefix + b"%b\n\n"
+                values = tuple(itertools.chain.from_iterable(zip(ends, lines)))
+            else:
+                block, values = prefix + b"%b\n", tuple(lines)
+            parts.append(block * len(lines) % values)
+        text = b"".join(parts)
+        return chunk(text) if text and self._form == "chunked" else text, 0
+
+    def dropped(self, count, offset, restarted=False):
+        if self._form != "eventsource":
+            return None
+        return super().dropped(count, offset, restarted)
 
 
 class RecordEncoder(Encoder):
@@ -6143,18 +6465,27 @@ OK = {"ok": True}
 
 
 def offset_headers(reader, asked, clamp):
-    """Gaffer-Offset, of the first byte that the reader gets, and Gaffer-Dropped. What fell out of the window before the
-    start is nobody's loss where no offset was `asked` for; else the reader tells it, or with `clamp` these headers do."""
-    window, lost = reader.log, 0
-    place = max(reader.offset, window.start)
-    if reader.offset < window.start:
+    """Return the headers that say where a reader begins, and what it has lost before that.
+
+    Without an offset that was `asked` for, nothing is lost. A reader that can report a loss itself
+    does; for another, with `clamp`, these headers do.
+    """
+    source, lost = reader.log, 0
+    place = max(reader.offset, source.start)
+    reports = reader.loss == "skip" or reader.encoder.dropped(0, place) is not None
+    if isinstance(source, JournalView):
         if not asked:
-            place = reader.offset = window.resync(window.start)
-        elif reader.loss == "skip" or reader.encoder.dropped(0, place) is not None:
-            place = window.resync(window.start)
+            reader.told_until = source.end
+        elif not reports:
+            _, reader.told_until, lost = source.take(reader.offset, reader.encoder)
+    elif reader.offset < source.start:
+        if not asked:
+            place = reader.offset = source.resync(source.start)
+        elif reports:
+            place = source.resync(source.start)
         elif clamp:
             lost, reader.offset = place - reader.offset, place
-            window.drop_counter.dropped += lost
+    source.count_dropped(lost)
     headers = [("Gaffer-Offset", place)]
     return headers + [("Gaffer-Dropped", lost)] if lost else headers
 
@@ -6171,7 +6502,7 @@ class StreamReply:
     def head(self, date, more):
         """The response head as bytes; to be made when the reader starts. The connection ends with the stream."""
         headers = [("Date", date), *self.response.headers, ("Connection", "close"), *more]
-        if isinstance(self.reader.log, Window):
+        if not isinstance(self.reader.log, EventLog):
             headers += offset_headers(self.reader, self.asked, True)
         return encode_head(200, headers)
 
@@ -6260,156 +6591,6 @@ def compressed(request, response):
         response.body = gzip.compress(response.body, 6)
         response.headers.append(("Content-Encoding", "gzip"))
     return response
-
-
-class Journal:
-    """What several streams say, in the order in which it was read, as a stream of its own. Each line has in front of it the
-    time, the template's name, the pid and the label: b"1764028800.123 web 3 stdout GET /"; an unfinished line that was
-    silent for a while is a line, too, whose label ends with a "+": what follows it of the same pid and label belongs to it.
-    The exit of a process is a line with the label "exit" and JSON. `epoch`: a word for this journal in every id."""
-
-    def __init__(self, loop, size, epoch):
-        self.window, self.epoch = Window(loop, size), epoch
-        self._loop = loop
-        self.asked = 0.0                        # when somebody began to read it, or was last seen to
-        self._open = {}                         # (pid, label) -> (name, unfinished line, the byte before it)
-        self._timer = None
-
-    def write(self, now, name, pid, label, data):
-        """Take what a process has said."""
-        _, carry, before = self._open.pop((pid, label), ("", b"", None))
-        self._take(now, (name, pid, label), carry + data, before, NORMAL)
-        if self._open and self._timer is None:
-            self._timer = self._loop.later(PARTIAL_LINE_DELAY, self._flush)
-
-    def _take(self, now, source, data, before, mode):
-        skip, segments, lines = split_lines(data, before, mode, CARRY_SIZE)
-        if lines:
-            prefix = b"%.3f %b %d %b " % (now, source[0].encode("ascii"), source[1], source[2].encode("ascii"))
-            open_line = [prefix[:-1] + b"+ " + lines.pop()] if mode != FINAL and segments[-1][-1] not in (10, 13) else []
-            self.window.append(valid_utf8(b"".join([b"%b%b\n" % (prefix, line) for line in lines] + [
-                b"%b\n" % line for line in open_line])))
-        taken = skip + sum(map(len, segments))
-        before = data[taken - 1] if taken else before
-        if taken < len(data) or before == 13:   # the newline of a line that ended with CR may still come
-            self._open[source[1:]] = source[0], data[taken:], before
-
-    def _flush(self):
-        """Show unfinished lines."""
-        waiting, self._open, self._timer = self._open, {}, None
-        for (pid, label), (name, data, before) in waiting.items():
-            self._take(time.time(), (name, pid, label), data, before, FLUSH)
-
-    def exit(self, now, name, pid, exit_status, term_signal):
-        """A process has ended."""
-        for key in [key for key in self._open if key[0] == pid]:
-            _, data, before = self._open.pop(key)
-            self._take(now, (name, *key), data, before, FINAL)
-        self.window.append(b"%.3f %b %d exit %b\n" % (now, name.encode("ascii"), pid, encode_json(
-            {"exit_status": exit_status, "term_signal": term_signal}).encode("ascii")))
-
-    def finish(self):
-        """No more will come."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._flush()
-        if self._timer is not None:
-            self._timer.cancel()
-        self.window.finish()
-
-    @property
-    def read(self):
-        """True while somebody does."""
-        return bool(self.window.readers or self.window._waiters)
-
-
-class Journals:
-    """Makes journals when they are first asked for, from what the templates' streams still hold, and lets them go."""
-
-    def __init__(self, manager):
-        self._manager, self._loop = manager, manager.loop
-        self._count = 0
-        self._timer = None
-
-    def find(self, ref):
-        """The Journal of a template, of a process by pid, or of all (None). NotFound, Busy."""
-        manager, process = self._manager, None
-        if ref is not None and manager.is_name(ref):
-            templates = [manager.find_template(ref)]
-        elif ref is not None:
-            process = manager.find_process(ref, past=True)
-            ref, templates = process.pid, [process.home]
-        else:
-            templates = list(manager.templates.values())
-        journal = manager.journals.get(ref)
-        if journal is None or (journal.window.ended and process is None):   # a template of that name was deleted
-            self._make_room()
-            self._count += 1
-            size = manager.window_size
-            journal = Journal(self._loop, JOURNAL_WINDOWS * size, "%sj%d" % (manager.epoch, self._count))
-            self._fill(journal, templates, process, size)
-            manager.journals[ref] = journal
-        journal.asked = self._loop.clock()
-        if self._timer is None:
-            self._timer = self._loop.later(JOURNAL_REST, self._forget)
-        return journal
-
-    def _make_room(self):
-        journals = self._manager.journals
-        if len(journals) >= JOURNALS_MAX:
-            unread = [key for key, journal in journals.items() if not journal.read]
-            need(unread, Busy, "%d journals are being read; end one first" % JOURNALS_MAX)
-            self._drop(min(unread, key=lambda key: journals[key].asked))
-
-    def _drop(self, key):
-        self._manager.journals.pop(key).finish()
-
-    def _forget(self):
-        """Let go of those that nobody has read for a while."""
-        now, self._timer = self._loop.clock(), None
-        for key, journal in list(self._manager.journals.items()):
-            if journal.read:
-                journal.asked = now
-            elif now - journal.asked >= JOURNAL_REST:
-                self._drop(key)
-        if self._manager.journals:
-            self._timer = self._loop.later(JOURNAL_REST / 4, self._forget)
-
-    def _fill(self, journal, templates, process, size):
-        """Say again what was said, as far as it is still known."""
-        streams = [merged for template in templates for merged in template.merged.values()]
-        said = [piece for merged in streams for piece in self._pieces(merged, size // len(streams))]
-        last = {pid: when for when, _, pid, _, _, _ in said}
-        for event in self._manager.events.read(self._manager.events.start, EVENTS_KEPT):
-            if event["event"] == "exit" and event["name"] in {template.name for template in templates}:
-                said.append((max(event["time"], last.get(event["pid"], 0)), event["name"], event["pid"], event, 0, 0))
-        for when, name, pid, what, first, end in sorted(said, key=lambda piece: piece[0]):
-            if process is not None and pid != process.pid:
-                continue
-            if isinstance(what, Merged):
-                journal.write(when, name, pid, what.label, what.window.read(first, end - first))
-            else:
-                journal.exit(when, name, pid, what["exit_status"], what["term_signal"])
-        if process is not None and process.ended:
-            journal.finish()
-
-    @staticmethod
-    def _pieces(merged, size):
-        """[(time, name, pid, merged, first offset, offset of the end)] of the last `size` bytes, the oldest first."""
-        window, found = merged.window, []
-        first, end = window.start, window.end
-        if end - first > size:
-            first = end - size
-        first = window.resync(first)
-        marks = list(itertools.takewhile(lambda mark: mark[0] > first, reversed(merged.marks)))
-        marks += itertools.islice(reversed(merged.marks), len(marks), len(marks) + 1)
-        for offset, when, pid in marks:
-            if max(offset, first) < end:
-                found.append((when, merged.name, pid, merged, max(offset, first), end))
-            end = min(end, offset)
-        if first < end:                         # older than all marks: whose it was is not known any more
-            found.append((marks[-1][1] if marks else 0.0, merged.name, 0, merged, first, end))
-        return found[::-1]
 
 
 class Samples:
@@ -6553,7 +6734,6 @@ class Feeds:
     def __init__(self, manager):
         self.manager = manager
         self.samples = Samples(manager.table, manager.loop.clock)
-        self._journals = Journals(manager)
 
     # statistics
 
@@ -6666,9 +6846,9 @@ class Feeds:
             return cancel
         return ParkedReply(begin, timeout, expired)
 
-    def _position(self, request, log_, epoch=None):
+    def _position(self, request, log_):
         """(offset, restarted, is it the id of an exit) where a reader wants to begin. BadValue."""
-        epoch = epoch or self.manager.epoch
+        epoch = self.manager.epoch
         query, last = request.query, request.headers.get("last-event-id", "")
         since, tail = query.get("since") or None, query.get("tail")
         need(since is None or tail is None, BadValue, "give 'since' or 'tail', not both")
@@ -6683,7 +6863,7 @@ class Feeds:
                 return number, False, at_exit
             need(last, BadValue, "'since' is beyond the end, which is at %d" % log_.end)
             return log_.start, True, False
-        if tail is None or not isinstance(log_, Window):
+        if tail is None or isinstance(log_, EventLog):
             return log_.end, False, False
         need(tail == "all" or re.fullmatch(r"[0-9]{1,9}", tail), BadValue, "'tail' is a number of lines, or all")
         return log_.tail(math.inf if tail == "all" else int(tail)), False, False
@@ -6742,44 +6922,46 @@ class Feeds:
     def journal(self, request, ref=None):
         """All output of a process, of a template, or of everything, in order; each line with its time, name, pid, label."""
         need("loss" not in request.query, BadValue, "nobody waits for the reader of a journal; leave out 'loss'")
-        journal = self._journals.find(ref)
-        window, feed = journal.window, choice(request, "feed", FEEDS, "longpoll")
-        offset, restarted, _ = self._position(request, window, journal.epoch)
+        manager = self.manager
+        if ref is None:
+            view = manager.journal.view()
+        elif manager.is_name(ref):
+            view = manager.journal.view(manager.find_template(ref).name)
+        else:
+            process = manager.find_process(ref, past=True)
+            view = manager.journal.view(process.name, process.pid, process.ended)
+        feed = choice(request, "feed", FEEDS, "longpoll")
+        offset, restarted, _ = self._position(request, view)
+        plain = JournalEncoder("plain", manager.epoch)
         if feed == "longpoll":
-            return self._next_bytes(request, window, offset)
-        if feed == "eventsource":
-            if window.ended and offset == window.end and not restarted and self._asked(request):
-                return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end)])
-            encoder = SseEncoder("line", journal.epoch)
-            first = encoder.dropped(0, offset, True) if restarted else b""
-            return self._stream(request, feed, (window, encoder, offset), first)
-        return self._stream(request, feed, (window, (ChunkEncoder if request.version == (1, 1) else Encoder)(), offset))
+            return self._next_bytes(request, view, offset, plain)
+        encoder = JournalEncoder(self._form(request, feed), manager.epoch)
+        first = b""
+        if feed == "eventsource" and restarted:
+            first = encoder.dropped(0, offset, True)
+        elif feed == "eventsource" and view.ended and self._asked(request) and not view.take(offset, plain)[0]:
+            return Response(status=204, content_type=None, headers=[("Gaffer-Offset", view.end)])
+        return self._stream(request, feed, (view, encoder, offset), first)
 
-    @staticmethod
-    def _still_there(window, offset):
-        """The first offset that can be had, and the headers that tell what cannot."""
-        lost = max(0, window.start - offset)
-        headers = [("Gaffer-Offset", offset + lost)]
-        return offset + lost, headers + [("Gaffer-Dropped", lost)] if lost else headers
-
-    def _next_bytes(self, request, window, offset):
+    def _next_bytes(self, request, source, offset, encoder=None):
         timeout = duration(request, "timeout", 0)
 
         def ready():
-            first, headers = self._still_there(window, offset)
-            data = window.read(first, window.limit)
-            headers[0] = ("Gaffer-Offset", first + len(data))
-            if data:
-                window.drop_counter.dropped += first - offset
-                return Response(data, headers=headers, content_type="application/octet-stream")
-            return nothing() if window.ended else None
+            data, end, lost = source.take(offset, encoder)
+            if not data:
+                return nothing() if source.ended else None
+            headers = [("Gaffer-Offset", end)]
+            if lost and self._asked(request):   # else what had gone was never asked for
+                source.count_dropped(lost)
+                headers.append(("Gaffer-Dropped", lost))
+            return Response(data, headers=headers, content_type="application/octet-stream")
 
         def nothing():                          # and where nothing ever will come: who polls could not tell that from a timeout
-            headers = [("Gaffer-Offset", window.end)]
-            return Response(status=204, content_type=None, headers=headers + [("Gaffer-Ended", "true")] * window.ended)
+            headers = [("Gaffer-Offset", source.end)]
+            return Response(status=204, content_type=None, headers=headers + [("Gaffer-Ended", "true")] * source.ended)
         if request.method == "HEAD":
-            return ready() or Response(None, headers=[("Gaffer-Offset", window.end)], content_type="application/octet-stream")
-        return self._park(window, ready, timeout, nothing)
+            return ready() or Response(None, headers=[("Gaffer-Offset", source.end)], content_type="application/octet-stream")
+        return self._park(source, ready, timeout, nothing)
 
     @operation(errors=(*STREAM_ERRORS, ForbiddenWrite, StdinFull), body="bytes")
     def write(self, request, ref, label="stdin"):

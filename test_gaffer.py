@@ -57,6 +57,7 @@ import tracemalloc
 import unittest
 import unittest.mock
 import urllib.parse
+import weakref
 import warnings
 import wsgiref.util
 import wsgiref.validate
@@ -1620,6 +1621,241 @@ class PureEvents(PureLogCase):
         self.assertEqual([line.get("n") for line in lines], [0, None, 6, 7, 8, 9])
         self.assertEqual(self.encoder("plain").dropped(3, 7, True),
                          b'{"event": "dropped", "id": "7@e", "events": 3, "restarted": true}\n')
+
+
+class PureJournal(PureLogCase):
+    """What several streams say, in one order: an index of their windows, and its readers."""
+
+    class Output:
+        def __init__(self, pid):
+            self.pid = pid
+
+    def setUp(self):
+        super().setUp()
+        self.journal = gaffer.Journal(self.loop, gaffer.MIB)
+        self.streams = {}                       # (name, label) -> Merged
+
+    def stream(self, name, pid, label="out", size=gaffer.MIB):
+        """A function that writes."""
+        merged = self.streams.setdefault((name, label), gaffer.Merged(self.loop, size, name, label, self.journal))
+        output = self.Output(pid)
+        self.do(merged.open, output)
+
+        def write(data):
+            self.do(merged.write, output, data)
+        write.close = lambda: self.do(merged.close, output)
+        return write
+
+    def sse(self, *which, offset=None, open=True):
+        view = self.do(self.journal.view, *which)
+        return self.reader(view, gaffer.JournalEncoder("eventsource", "e"), offset, open=open)
+
+    @staticmethod
+    def events(reader):
+        """[(id, line without its time)], or (id, bytes dropped)."""
+        return [(number, line.split(b" ", 1)[1].decode() if kind == "line" else json.loads(line)["bytes"])
+                for number, kind, line in pure_sse(reader.sink.data)]
+
+    def lines(self, *which, offset=0):
+        """What a long poll gets: ([line without its time], where it ends, bytes lost)."""
+        data, end, lost = self.do(lambda: self.journal.view(*which).take(offset, gaffer.JournalEncoder("plain", "e")))
+        return [line.split(b" ", 1)[1].decode() for line in data.splitlines()], end, lost
+
+    def exit(self, *which):
+        self.do(self.journal.exit, *which)
+
+    def test_in_order_with_their_names_and_by_filter(self):
+        """Live and later; the exit comes last, and ends the journal of its process."""
+        live = {which: self.sse(*which) for which in ((), ("a",), ("a", 1), ("b",))}
+        one, err, two = self.stream("a", 1), self.stream("a", 1, "err"), self.stream("b", 2)
+        for write, data in ((one, b"x\n"), (two, b"y\nz\n"), (err, b"\xff\n"), (one, b"last")):
+            write(data)
+        one.close()
+        self.exit("a", 1, 4, 0)
+        wanted = [(2, "a 1 out x"), (4, "b 2 out y"), (6, "b 2 out z"), (8, "a 1 err \ufffd"), (13, "a 1 out last"),
+                  (14, 'a 1 exit {"exit_status": 4, "term_signal": 0}')]
+        for which, reader in live.items():
+            events = [event for event in wanted if event[1].startswith(" ".join(map(str, which)))]
+            self.assertEqual((self.events(reader), reader.sink.ends), (events, int(which == ("a", 1))))
+            self.assertEqual(self.lines(*which), ([line for _, line in events], 14, 0))
+            self.assertEqual(self.events(self.sse(*which, offset=0)), events)
+        self.do(self.journal.finish, "a")
+        self.assertEqual([reader.sink.ends for reader in live.values()], [0, 1, 1, 0])
+        self.do(self.journal.finish)
+        self.assertEqual([reader.sink.ends for reader in live.values()], [1, 1, 1, 1])
+
+    def test_unfinished_lines(self):
+        """Shown after 100 ms while somebody reads, with a plus; what follows is only what is new."""
+        write, other = self.stream("a", 1), self.stream("b", 2)
+        write("name? \u20ac".encode()[:-1])
+        self.advance(1)
+        reader = self.sse("a", offset=0)
+        self.advance(0.01)
+        other(b"between\n")
+        self.assertEqual(self.events(reader), [(9, "a 1 out+ name? ")])
+        self.advance(0.11)
+        write("\u20ac".encode()[-1:] + b" joe\r")
+        write(b"\nwho\r")
+        write(b"is")
+        for _ in range(5):
+            self.advance(0.05)
+        lines = [line for _, line in self.events(reader)]
+        self.assertEqual(lines, ["a 1 out+ name? ", "a 1 out \u20ac joe", "a 1 out who", "a 1 out+ is"])
+        write(b"\n")
+        lines.append("a 1 out ")
+        self.assertEqual([line for _, line in self.events(reader)], lines)
+        self.assertEqual(self.lines("a")[0], lines)
+
+    def test_another_process_ends_an_unfinished_line(self):
+        """In the template's stream, and so here; not one that was shown as the last."""
+        one, two = self.stream("a", 1), self.stream("a", 2)
+        one(b"half")
+        two(b"whole\n")
+        one(b"last")
+        one.close()
+        two(b"on\n")
+        self.assertEqual(self.lines()[0], ["a 1 out half", "a 2 out whole", "a 1 out last", "a 2 out on"])
+
+    def test_long_lines_come_in_pieces(self):
+        write = self.stream("a", 1)
+        for _ in range(20):
+            write(b"x" * 10000)
+        write(b"\n")
+        lines = self.lines()[0]
+        self.assertEqual("".join(line.split(" ")[3] for line in lines), "x" * 200000)
+        self.assertEqual([line.split(" ")[2] for line in lines], ["out+"] * 2 + ["out"])
+
+    def test_nobody_reads(self):
+        """It costs an index of bounded size, no line is looked at."""
+        write = self.stream("a", 1)
+        self.assertEqual(self.lines()[0], [])
+        with unittest.mock.patch("gaffer.split_lines", side_effect=AssertionError):
+            tracemalloc.start()
+            self.addCleanup(tracemalloc.stop)
+            for number in range(100000):
+                write(b"%d\n" % number)
+                if number % 2:
+                    self.exit("a", 1, 0, 0)
+            self.assertLess(tracemalloc.get_traced_memory()[0], 12 * gaffer.MIB)
+        self.assertEqual(self.lines(offset=self.do(lambda: self.journal.view().tail(2)))[0], ["a 1 out 99999", 'a 1 exit {"exit_status": 0, "term_signal": 0}'])
+
+    def test_a_quiet_template_beside_a_busy_one(self):
+        """Where its reader stands is good, however much of the index has gone since."""
+        quiet, busy = self.stream("quiet", 1), self.stream("busy", 2)
+        quiet(b"a\n")
+        _, offset, _ = self.lines("quiet")
+        with unittest.mock.patch("gaffer.JOURNAL_ENTRIES", 64):
+            live = self.sse("quiet")
+            for _ in range(100):
+                busy(b"y" * 20000 + b"\n")
+            self.assertEqual(self.lines("quiet", offset=offset), ([], self.journal.end, 0))
+            quiet(b"b\n")
+            self.assertEqual(self.lines("quiet", offset=offset), (["quiet 1 out b"], self.journal.end, 0))
+            self.assertEqual(self.events(live), [(self.journal.end, "quiet 1 out b")])
+            lines, _, lost = self.lines("quiet")
+            self.assertEqual((lines, lost), (["quiet 1 out b"], 2))
+
+    def test_bytes_that_have_gone(self):
+        """From the window: what is left is told from the start of a line; with a template: all of them."""
+        small, large = self.stream("small", 1, size=256), self.stream("large", 2)
+        for number in range(20):
+            small(b"line %03d %s\n" % (number, b"x" * 30))
+            large(b"%03d\n" % number)
+        reader = self.sse(offset=0)
+        for _ in range(20):
+            self.advance()
+        events = self.events(reader)
+        lines = [event[1] for event in events if isinstance(event[1], str)]
+        self.assertEqual(lines[:14], ["large 2 out %03d" % number for number in range(14)])
+        self.assertEqual(lines[14:16], ["small 1 out line 014 " + "x" * 30, "large 2 out 014"])
+        self.assertEqual([event for event in events if isinstance(event[1], int)], [(40 + 44 * number, 40) for number in range(14)])
+        self.assertEqual(self.lines()[1:], (self.journal.end, 14 * 40))
+        self.assertEqual(self.lines("small", offset=14 * 44)[2], 0)
+        window = weakref.ref(self.streams["large", "out"].window)
+        large.close()
+        del self.streams["large", "out"], large
+        self.assertIsNone(window(), "the bytes are freed")
+        self.assertEqual(self.lines()[1:], (self.journal.end, 14 * 40 + 20 * 4))
+
+    def test_tail(self):
+        """Against all lines; what has gone is no line."""
+        writes = [self.stream("a", 1, size=300), self.stream("b", 2), self.stream("b", 2, "err")]
+        rng = random.Random(7)
+        for number in range(200):
+            rng.choice(writes)(b"".join(b"%d\n" % rng.randrange(10 ** 6) for _ in range(rng.choice((1, 2, 90)))))
+            if number % 20 == 0:
+                self.exit("a", 1, 0, 0)
+        for which in ((), ("a",), ("b",), ("b", 2), ("b", 3)):
+            everything, end, _ = self.lines(*which)
+            for count in (0, 1, 2, 3, 10, 100, 1000, math.inf):
+                offset = self.do(lambda: self.journal.view(*which).tail(count))
+                wanted = everything[len(everything) - min(count, len(everything)):]
+                self.assertEqual(self.lines(*which, offset=offset)[0], wanted, (which, count))
+
+    def test_a_resume_neither_loses_nor_repeats(self):
+        """Random streams and silences; a reader that is cut now and then gets what one gets that is not."""
+        rng = random.Random(8)
+        for number in range(12):
+            with self.subTest(number), unittest.mock.patch("gaffer.COALESCE_SIZE", rng.choice((20, 16384))):
+                self.setUp()
+                writes = [self.stream(*which) for which in (("a", 1), ("a", 2), ("b", 3), ("b", 3, "err"))]
+                said = [b""] * 4
+                whole, cut, polled, polls = self.sse(offset=0), self.sse(offset=0), [], 0
+                events = []
+                for _ in range(300):
+                    which = rng.randrange(4)
+                    data = bytes(rng.choice(b"ab \r\n\n") for _ in range(rng.randrange(1, 30)))
+                    said[which] += data
+                    writes[which](data)
+                    if rng.random() < 0.3:
+                        self.clock.now += 0.2 * rng.random()
+                        self.advance()
+                    if rng.random() < 0.2:
+                        events += self.events(cut)
+                        self.do(cut.close)
+                        cut = self.sse(offset=events[-1][0] if events else 0)
+                    if rng.random() < 0.2:
+                        lines, polls, lost = self.lines(offset=polls)
+                        polled += lines
+                        self.assertEqual(lost, 0)
+                for write in writes:
+                    write.close()
+                wanted = self.events(whole)
+                self.assertEqual([line for _, line in events + self.events(cut)], [line for _, line in wanted])
+                self.assertEqual(polled + self.lines(offset=polls)[0], [line for _, line in wanted])
+                for which, source in ((2, "b 3 out"), (3, "b 3 err")):          # of those that nobody else interrupts
+                    text = "".join(line[len(source):].replace("+ ", " ", 1)[1:] + ("" if line[len(source)] == "+" else "\n")
+                                   for _, line in wanted if line.startswith(source))
+                    lines = said[which].decode().replace("\r\n", "\n").replace("\r", "\n")
+                    self.assertEqual(text.rstrip("\n"), lines.rstrip("\n"))
+
+    def test_a_reader_that_lags(self):
+        """What it gets are whole lines in order, and where one is missing it is told."""
+        rng = random.Random(9)
+        writes = [self.stream("a", 1, size=400), self.stream("b", 2, size=400)]
+        reader, plain = self.sse(open=False), self.reader(self.do(self.journal.view, "a"), gaffer.JournalEncoder("plain", "e"), open=False)
+        numbers = [0, 0]
+        for step in range(600):
+            which = rng.randrange(2)
+            writes[which](b"%d\n" % numbers[which])
+            numbers[which] += 1
+            if step in (50, 500):
+                self.drain(reader)
+            reader.sink.open = False
+        self.drain(reader)
+        self.drain(plain)
+        for _ in range(200):
+            self.advance()
+        self.assertEqual((plain.sink.data.split(b" ")[4:], plain.sink.losses[0] > 0), ([b"0\n"], True))
+        due, lost = {"a": 0, "b": 0}, False
+        for _, line in self.events(reader):
+            if isinstance(line, int):
+                lost = True
+            else:
+                name, _, _, text = line.split(" ")
+                self.assertTrue(int(text) == due[name] or (lost and int(text) > due[name]), line)
+                due[name] = int(text) + 1
+        self.assertEqual(([due["a"], due["b"]], lost), (numbers, True))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3406,7 +3642,7 @@ def fuzz_frame(rng):
         return WebSocket.encode(rng.randrange(8, 11), data[:rng.choice((0, 1, 2, 9, 125, 200))], rng.random() < 0.9, mask)
     if kind < 0.15:
         return WebSocket.encode(8, struct.pack("!H", rng.choice((1000, 1001, 1005, 3000, rng.randrange(65536)))) + data[:90], True, mask)
-    if rng.random() < 0.05:
+    if rng.random() < 0.01:
         data = bytes(rng.choice((900, 1100, 100000)))
     pieces = [data] if rng.random() < 0.5 else list(pure_pieces(rng, data, 20)) or [b""]
     return b"".join(WebSocket.encode(0 if number else rng.choice((1, 2)) | reserved, piece, number == len(pieces) - 1, mask)
@@ -10302,9 +10538,10 @@ class StreamsJournal(ServerCase):
         self.assertEqual(sorted(self.read("/streams/2?tail=all")), sorted(line for line in said if line[1] == "2"))
 
     def test_the_exit_is_a_line_and_the_next_process_follows(self):
-        self.server.add("one", python("print('last words', end='')\nraise SystemExit(4)"), redirect_input=True)
-        pid = self.server.wait_event("proc/one/spawn")["pid"]   # it may have been replaced by now
+        pid, = self.server.add("one", python("input()\nprint('last words', end='')\nraise SystemExit(4)"), redirect_input=True)
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
         self.server.wait_event("proc/one/spawn", self.server.wait_event("proc/one/exit")["id"])
+        self.server.ok("POST", "/streams/%d/stdin" % (pid + 1), b"\n")
         lines = self.lines("/streams/one?tail=all", 3)
         self.assertEqual(lines[:2], [("one", str(pid), "stdout", "last words"), ("one", str(pid), "exit", '{"exit_status": 4, "term_signal": 0}')])
         self.assertEqual(lines[2][:2], ("one", str(pid + 1)))
@@ -10352,7 +10589,7 @@ class StreamsJournal(ServerCase):
         self.assertRegex(lines.readline(), rb"^[0-9]+\.[0-9]{3} one 1 stdout c\n$")
 
     def test_who_said_it_is_known_of_processes_that_share_a_stream(self):
-        """And nothing of one is in the journal of another; what is older than all marks has the pid 0."""
+        """And nothing of one is in the journal of another."""
         pids = self.server.add("many", python(self.SCRIPT), numprocesses=3, redirect_input=True)
         for number in range(30):
             self.say(pids[number % 3], "%d says %d" % (pids[number % 3], number))
@@ -10360,30 +10597,76 @@ class StreamsJournal(ServerCase):
             lines = self.read("/streams/%d?tail=all" % pid)
             self.assertEqual([line[1:3] for line in lines], [(str(pid), "stdout")] * 10)
             self.assertTrue(all(line[3].startswith("%d says" % pid) for line in lines), lines)
-        self.server.manager.loop.call(self.server.manager.templates["many"].merged["stdout"].marks.clear)
-        self.server.manager.loop.call(self.server.manager.journals.clear)
-        self.assertEqual({line[1] for line in self.read("/streams/many?tail=all")}, {"0"})
 
-    def test_journals_are_few_and_go_when_nobody_reads_them(self):
-        for number in range(gaffer.JOURNALS_MAX + 3):
-            self.server.add("t%d" % number, "sleep 1000")
+    def test_places_are_good_whatever_is_read_beside(self):
+        """A loop of long polls, and an event stream that comes back, after many other journals were read."""
+        one, = self.server.add("one", "cat", redirect_input=True)
+        for number in range(40):
+            self.server.add("t%d" % number, "cat", redirect_input=True)
+        _, headers, _ = self.server.request("GET", "/streams?timeout=0")
+        place, got, event = headers["Gaffer-Offset"], [], "0"
+        for number in range(40):
+            self.say(one, "line %d" % number)
             self.assertEqual(self.read("/streams/t%d?tail=all" % number), [])
-        self.assertEqual(len(self.server.manager.journals), gaffer.JOURNALS_MAX)
-        answers = []
-        for number in range(gaffer.JOURNALS_MAX):
-            answers.append(self.server.stream("/streams/t%d?feed=continuous" % number))
-            self.addCleanup(answers[-1].connection.close)
-            self.addCleanup(answers[-1].close)
-        self.assertError(self.server.json("GET", "/streams/t%d?tail=all&timeout=0" % gaffer.JOURNALS_MAX), 503, "busy", "end one first")
-        self.server.ok("DELETE", "/processes/t0")
-        self.assertEqual(answers[0].read(), b"")                # the stream has ended with its template
+            path = ("/streams", "/streams/one", "/streams/%d" % one)[number % 3]
+            status, headers, data = self.server.request("GET", path + "?timeout=30&since=" + place)
+            self.assertEqual((status, headers["Gaffer-Dropped"]), (200, None))
+            place = headers["Gaffer-Offset"]
+            got += [line.split(b" ", 4)[4].decode() for line in data.splitlines()]
+            answer, events = self.server.sse(path + "?feed=eventsource", {"Last-Event-ID": event})
+            text, event = next((each["data"].split(" ", 4)[4], each["id"]) for each in events)
+            answer.close()
+            answer.connection.close()
+            self.assertEqual(text, "line %d" % number)
+        self.assertEqual(got, ["line %d" % number for number in range(40)])
 
-    def test_a_journal_rests_only_so_long(self):
+    def test_what_has_gone_is_told(self):
+        """In a header, in an event; not if nobody has asked for it."""
+        server = Running(window=1024)
+        self.addCleanup(server.stop_all)
+        server.add("one", python("for number in range(1000): print('line %03d' % number)\ninput()"), redirect_input=True)
+        until(lambda: b"line 999" in server.request("GET", "/streams/1/stdout?tail=1&timeout=0")[2], "the last line")
+        status, headers, data = server.request("GET", "/streams?since=0&timeout=0")
+        lines = [line.split(b" ")[5] for line in data.splitlines()]
+        self.assertEqual(lines, [b"%03d" % number for number in range(1000 - len(lines), 1000)])
+        self.assertEqual((int(headers["Gaffer-Dropped"]), headers["Gaffer-Offset"]), (9000 - 9 * len(lines), "9000"))
+        for feed in ("longpoll", "continuous"):
+            for query, lost in (("since=0", headers["Gaffer-Dropped"]), ("tail=all", None), ("tail=3", None)):
+                answer = server.stream("/streams?feed=%s&%s" % (feed, query))
+                self.addCleanup(answer.connection.close)
+                self.addCleanup(answer.close)
+                self.assertEqual(answer.getheader("Gaffer-Dropped"), lost)
+                last = lines[-3:] if query == "tail=3" else lines
+                self.assertEqual([answer.readline().split()[-1] for _ in last], last)
+        answer, events = server.sse("/streams?feed=eventsource&since=0")
+        self.addCleanup(answer.connection.close)
+        self.addCleanup(answer.close)
+        first = next(events)
+        self.assertEqual((first["event"], json.loads(first["data"])), ("dropped", {"bytes": 9000 - 9 * len(lines)}))
+        self.assertEqual(next(events)["data"].split()[-1].encode(), lines[0])
+        answer, events = server.sse("/streams?feed=eventsource&tail=all")
+        self.addCleanup(answer.connection.close)
+        self.addCleanup(answer.close)
+        self.assertEqual(next(events)["data"].split()[-1].encode(), lines[0])
+
+    def test_a_journal_that_nobody_reads_any_more_costs_nothing(self):
         self.server.add("one", "cat", redirect_input=True)
-        with unittest.mock.patch("gaffer.JOURNAL_REST", 0.05):
-            self.read("/streams/one?tail=all")
-            self.assertEqual(list(self.server.manager.journals), ["one"])
-            until(lambda: not self.server.manager.journals, "the end of the journal")
+        answer = self.server.stream("/streams?feed=continuous")
+        self.server.request("GET", "/streams?timeout=0")
+        answer.close()
+        answer.connection.close()
+        until(lambda: not self.server.http.channels, "the end of its reader")
+        with unittest.mock.patch("gaffer.Journal.lines", side_effect=AssertionError):
+            self.say(1, *map(str, range(10)))
+        self.assertEqual(len(self.read("/streams?tail=all")), 10)
+
+    def test_it_ends_with_its_template(self):
+        self.server.add("one", "cat", redirect_input=True)
+        answer = self.server.stream("/streams/one?feed=continuous")
+        self.addCleanup(answer.connection.close)
+        self.addCleanup(answer.close)
+        self.server.ok("DELETE", "/processes/one")
+        self.assertEqual(answer.read(), b"")
 
     def test_status_of_all_and_brief_statistics(self):
         pid, = self.server.add("one", "sleep 1000")
@@ -12254,11 +12537,6 @@ class BrowserPage(BrowserCase):
         self.hide(False)
         self.browser.wait("return [...document.querySelectorAll('.l')].filter(node => node.textContent.endsWith('hello')).length === 2")
         self.assertEqual(self.streams(), 2)
-        self.hide(True)
-        self.server.manager.loop.call(lambda: self.server.manager.journals.pop("talk").finish())     # as after JOURNAL_REST
-        self.hide(False)
-        self.shows("shown anew", ".lines")
-        until(lambda: len([line for line in self.browser.script(self.LINES) if line.endswith("hello")]) == 2, "what was said, once each")
 
     def test_a_template_goes_and_comes_again(self):
         self.server.add("talk", "sh -c 'echo first; exec sleep 1000'")
