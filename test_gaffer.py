@@ -3538,7 +3538,6 @@ class PureWebSocket(Case):
         self.assertEqual(text.encode(b"\xe2\x82", 0, None, gaffer.FINAL, 1000), (b"\x81\x03\xef\xbf\xbd", 2))
         for encoder in (binary, text):
             self.assertEqual(encoder.encode(b"", 0, None, gaffer.FINAL, 1000), (b"", 0))
-            self.assertTrue(encoder.ends(b"x"))
 
     def test_frame_encoder_of_lines(self):
         binary, text = gaffer.FrameEncoder(True, True), gaffer.FrameEncoder(False, True)
@@ -3546,7 +3545,6 @@ class PureWebSocket(Case):
         self.assertEqual(text.encode(b"\na\xff\n", 0, 13, gaffer.NORMAL, 1000), (b"\x81\x04a\xef\xbf\xbd", 4))
         self.assertEqual(binary.encode(b"\xff\nc", 0, None, gaffer.FINAL, 1000), (b"\x82\x01\xff\x82\x01c", 3))
         self.assertEqual(binary.encode(b"half", 0, None, gaffer.NORMAL, 1000), (b"", 0))
-        self.assertEqual([bool(text.ends(data)) for data in (b"a", b"a\n", b"\r")], [False, True, True])
 
     def test_text_is_the_same_however_it_comes(self):
         """UTF-8 across message borders."""
@@ -11891,7 +11889,7 @@ class StreamsPause(Case):
             def finished(self, reader):
                 """The end."""
         window = gaffer.Window(loop)
-        output = gaffer.Output(loop, read, window, gaffer.Merged(loop, 1024, "name", "stdout", {}), 1, lambda: None)
+        output = gaffer.Output(loop, read, window, gaffer.Merged(loop, 1024, "name", "stdout", gaffer.Journal(loop, 1024)), 1, lambda: None)
         loop.call(output.start)
         self.addCleanup(loop.call, output.close)
         reader = gaffer.Reader(window, gaffer.SseEncoder("stdout", "epoch"), Sink(), 0)
@@ -12369,7 +12367,7 @@ class BrowserPage(BrowserCase):
         self.browser.script("const node = document.querySelector('[aria-label^=Filter]'); node.value = 'begin|lost'; node.dispatchEvent(new Event('input'))")
         said = self.browser.wait("const all = [...document.querySelectorAll('.l')].map(node => node.textContent.trim()); return all.length === 2 && all")
         self.assertRegex(said[0], "begin$")
-        self.assertRegex(said[1], "^[0-9]{3},[0-9]{3} bytes were lost here$")
+        self.assertRegex(said[1], "^4[0-9],[0-9]{3} bytes were lost here$")
 
     def test_a_hundred_thousand_lines(self):
         """They are all there, a hundred of them in the document, and a new line costs as little as with ten."""
