@@ -167,7 +167,7 @@ AFTERLIFE = 60.0                    # windows of an exited process can be read t
 AFTERLIFE_COUNT = 16                # of a template's last exits (or twice its numprocesses, if that is more)
 GROUP_POLL = 0.02                   # between looks at a group whose leader is gone: only while one is being ended
 GROUP_POLL_MAX = 1.0
-EXIT_POLL = 0.25                    # between looks at a child that nothing can be opened for to watch it
+EXIT_POLL = 0.05                    # between looks at children that have no pidfd
 STOP_KILL = 10.0                    # after a second signal gaffer ends even if processes do not
 STOP_STAGGER = 0.1                  # at gaffer's stop, a process waits so long for the end of the one started after it
 STOP_STAGGER_TOTAL = 1.0            # and all of them together
@@ -470,14 +470,14 @@ class Throttle:
         log.log(level, message + (" (and %d times more before)" % unsaid if unsaid else ""), *args, **more)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # platform
 #
-# The only place that asks which system this is. What differs stands in whole classes, chosen once by probing: how an
-# exit is watched, where a process group's members and a process's statistics are read. Nothing here keeps state.
-# --------------------------------------------------------------------------------------------------------------------
+# The only place that asks which system this is. Linux has pidfds and /proc. Elsewhere children are
+# polled, there are no statistics, and a process group is gone when it cannot be signalled.
+# --------------------------------------------------------------------------------------------------
 class PidfdWatcher:
-    """Calls `callback()` on the loop when child `os_pid` has exited, without reaping it. Linux 5.3, Python 3.9."""
+    """Calls `callback()` when child `os_pid` has exited, which is not reaped. OSError."""
 
     def __init__(self, loop, os_pid, callback):
         self._loop = loop
@@ -496,92 +496,56 @@ class PidfdWatcher:
             self._fd = None
 
 
-class KqueueWatcher:
-    """The same for macOS and the BSDs: a kqueue is itself a descriptor that a selector can watch."""
-
-    def __init__(self, loop, os_pid, callback):
-        self._loop = loop
-        self._queue = select.kqueue()
-        event = select.kevent(os_pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)
-        try:
-            self._queue.control([event], 0)
-        except ProcessLookupError:              # exited already
-            loop.call_soon(callback)
-        loop.register(self._queue.fileno(), selectors.EVENT_READ, lambda mask: callback())
-
-    def close(self):
-        """Stop watching."""
-        if not self._queue.closed:
-            self._loop.unregister(self._queue.fileno())
-            self._queue.close()
-
-
-class ThreadWatcher:
-    """The same anywhere that has waitid(): a thread for each child, which sleeps in the kernel until the exit."""
-
-    def __init__(self, loop, os_pid, callback):
-        self._loop, self._os_pid, self._callback = loop, os_pid, callback
-        # daemon: a detached process outlives gaffer, and nothing can end a waitid()
-        self._thread = threading.Thread(target=self._wait, name="gaffer-wait-%d" % os_pid, daemon=True)
-        self._thread.start()
-
-    def _wait(self):
-        try:
-            os.waitid(os.P_PID, self._os_pid, os.WEXITED | os.WNOWAIT)
-        except ChildProcessError:
-            pass                                # reaped by somebody else: an exit all the same, peek_exit() tells
-        self._loop.call_soon(self._exited)
-
-    def _exited(self):
-        if self._callback is not None:
-            self._callback()
-
-    def close(self):
-        """Stop watching; the thread ends with the process."""
-        self._callback = None
-
-
 class PollWatcher:
-    """The same where the system has neither a descriptor nor a thread left for it: looks at the child now and then."""
+    """Calls `callback()` every EXIT_POLL seconds; peek_exit() tells whether there is something."""
 
     def __init__(self, loop, os_pid, callback):
-        self._loop, self._os_pid, self._callback = loop, os_pid, callback
-        self._timer = loop.later(EXIT_POLL, self._look)
+        self._loop, self._callback = loop, callback
+        self._schedule()
 
-    def _look(self):
-        self._timer = self._loop.later(EXIT_POLL, self._look)
-        self._callback()                        # which knows what to do where nothing has happened
+    def _schedule(self):
+        # at the same times for all children: they share one turn of the loop
+        self._timer = self._loop.later(EXIT_POLL - self._loop.clock() % EXIT_POLL, self._poll)
+
+    def _poll(self):
+        self._schedule()
+        self._callback()
 
     def close(self):
         """Stop watching."""
         self._timer.cancel()
 
 
-def probe_exit_watcher():
-    """The watcher class that works here."""
-    if hasattr(os, "pidfd_open"):
+def watch_exit(loop, os_pid, callback):
+    """Call `callback()` under the loop's lock when child `os_pid` has exited, or may have.
+
+    Returns an object whose close() ends that.
+    """
+    if hasattr(os, "pidfd_open"):               # Linux, Python 3.9
         try:
-            os.close(os.pidfd_open(os.getpid()))
-            return PidfdWatcher
+            return PidfdWatcher(loop, os_pid, callback)
         except OSError:
-            pass                                # an old kernel, or a sandbox that forbids it
-    if hasattr(select, "kqueue"):
-        return KqueueWatcher
-    return ThreadWatcher
+            pass                                # an old kernel, a sandbox, no descriptor left
+    return PollWatcher(loop, os_pid, callback)
 
 
 def peek_exit(os_pid):
-    """(exit_status, term_signal) of a child that has exited, None while it runs. It stays a zombie, so that its process
-    group's id cannot be given to a stranger before the group has been signalled for the last time."""
+    """Return (exit_status, term_signal) of a child that has exited, None while it runs.
+
+    It stays a zombie, so that its process group's number cannot be given to a stranger before the
+    group has been signalled for the last time.
+    """
     try:
-        if not hasattr(os, "waitid"):           # macOS before Python 3.13: looking is reaping
+        if not hasattr(os, "waitid"):           # macOS before Python 3.13: this reaps it
             pid, status = os.waitpid(os_pid, os.WNOHANG)
             if pid == 0:
                 return None
-            return (0, os.WTERMSIG(status)) if os.WIFSIGNALED(status) else (os.WEXITSTATUS(status), 0)
+            if os.WIFSIGNALED(status):
+                return 0, os.WTERMSIG(status)
+            return os.WEXITSTATUS(status), 0
         info = os.waitid(os.P_PID, os_pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
     except ChildProcessError:
-        log.warning("the exit status of os pid %d was taken by another part of this program", os_pid)
+        log.warning("another part of this program took the exit status of os pid %d", os_pid)
         return 255, 0
     if info is None:
         return None
@@ -589,7 +553,7 @@ def peek_exit(os_pid):
 
 
 def reap(os_pid):
-    """Take a zombie away. One that is gone already is no error."""
+    """Remove a zombie, if it is still there."""
     try:
         os.waitpid(os_pid, os.WNOHANG)
     except ChildProcessError:
@@ -597,8 +561,9 @@ def reap(os_pid):
 
 
 class ProcfsTable:
-    """Processes as Linux shows them under /proc."""
+    """Processes as Linux shows them in /proc; on other systems there are none to be seen."""
 
+    EXISTS = os.path.exists("/proc/self/stat")
     TICKS = os.sysconf("SC_CLK_TCK")
     PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -607,15 +572,17 @@ class ProcfsTable:
         try:
             with open("/proc/%d/%s" % (os_pid, name), "rb") as file:
                 return file.read()
-        except OSError:                         # gone between two looks
+        except OSError:                         # it is gone
             return b""
 
     def _stat(self, os_pid):
-        """The fields of /proc/<pid>/stat from the state on (proc(5) counts it as 3); [] if the process is gone."""
+        """Return the fields of stat from the state on, number 3 in proc(5); [] without process."""
         return self._read(os_pid, "stat").rpartition(b")")[2].split()
 
     def groups(self, wanted):
         """Return those of the process groups that have a living member (a zombie is none)."""
+        if not self.EXISTS:
+            return wanted
         found = set()
         for entry in os.listdir("/proc"):
             try:                                # a tenth of the cost of reading all their files
@@ -635,6 +602,8 @@ class ProcfsTable:
             reapers.add(parent)
             fields = self._stat(parent)
             parent = int(fields[1]) if fields else 0
+        if not self.EXISTS:
+            return []
         since = (time.clock_gettime(time.CLOCK_BOOTTIME) - age) * self.TICKS - 1
         for entry in os.listdir("/proc"):
             fields = self._stat(int(entry)) if entry.isdigit() and int(entry) not in ours else []
@@ -644,7 +613,7 @@ class ProcfsTable:
         return found
 
     def children(self, os_pid):
-        """OS pids of a process's children; [] if it is gone."""
+        """Return the OS pids of a process's children; [] if it is gone."""
         found = []
         try:
             threads = os.listdir("/proc/%d/task" % os_pid)
@@ -655,7 +624,7 @@ class ProcfsTable:
         return found
 
     def escaped(self, os_pid, group):
-        """[(os_pid, start_time)] of descendants that have left the group."""
+        """Return [(os_pid, start_time)] of descendants that have left the group."""
         found, heads = [], [os_pid]
         while heads:
             for child in self.children(heads.pop()):
@@ -666,131 +635,70 @@ class ProcfsTable:
         return found
 
     def still(self, os_pid, start_time):
-        """True while the process that escaped() named lives."""
+        """Return True while a process that escaped() has named lives."""
         fields = self._stat(os_pid)
         return bool(fields) and int(fields[19]) == start_time and fields[0] not in (b"Z", b"X")
 
     def usage(self, os_pid):
-        """{cpu_time, rss}, as in look(), which reads much more; None if the process is gone."""
+        """Return {cpu_time, rss} of look(), at a third of its cost; None if there is no process."""
         fields = self._stat(os_pid)
         return {"cpu_time": (int(fields[11]) + int(fields[12])) / self.TICKS,
                 "rss": int(fields[21]) * self.PAGE} if fields else None
 
     def look(self, os_pid):
-        """{ppid, cpu_time, start_time, rss, vms, nice, uid, cmdline, children}; sizes in bytes, times in seconds
-        (start_time since boot); None if the process is gone."""
+        """Return what is known of a process; None if there is no such process.
+
+        {ppid, cpu_time, start_time, rss, vms, nice, uid, cmdline, children}: sizes in bytes, times
+        in seconds (start_time since boot).
+        """
         fields = self._stat(os_pid)
-        if not fields:
-            return None
         try:
             uid = os.stat("/proc/%d" % os_pid).st_uid
         except OSError:
             return None
+        if not fields:
+            return None
         words = self._read(os_pid, "cmdline").rstrip(b"\0").replace(b"\0", b" ")
         return {
             "ppid": int(fields[1]), "cpu_time": (int(fields[11]) + int(fields[12])) / self.TICKS,
-            "start_time": int(fields[19]) / self.TICKS, "rss": int(fields[21]) * self.PAGE, "vms": int(fields[20]),
-            "nice": int(fields[16]), "uid": uid, "cmdline": words.decode("utf-8", "replace"),
-            "children": self.children(os_pid),
+            "start_time": int(fields[19]) / self.TICKS, "rss": int(fields[21]) * self.PAGE,
+            "vms": int(fields[20]), "nice": int(fields[16]), "uid": uid,
+            "cmdline": words.decode("utf-8", "replace"), "children": self.children(os_pid),
         }
-
-
-class PsTable:
-    """Processes as ps(1) prints them: slower, and everywhere."""
-
-    @staticmethod
-    def _rows(columns, *which):
-        command = ["ps", *(which or ("-A",)), "-o", ",".join(name + "=" for name in columns)]
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False, timeout=10)
-        for line in result.stdout.decode("utf-8", "replace").splitlines():
-            words = line.split(None, len(columns) - 1)
-            if len(words) == len(columns):
-                yield dict(zip(columns, words))
-
-    def groups(self, wanted):
-        """See ProcfsTable."""
-        rows = self._rows(("pgid", "stat"))
-        return wanted & {int(row["pgid"]) for row in rows if row["stat"][0] not in "ZX"}
-
-    def orphans(self, age, ours):
-        """See ProcfsTable; not known."""
-        return []
-
-    def children(self, os_pid):
-        """See ProcfsTable."""
-        return [int(row["pid"]) for row in self._rows(("pid", "ppid")) if int(row["ppid"]) == os_pid]
-
-    def escaped(self, os_pid, group):
-        """See ProcfsTable; the start time is not known."""
-        rows = list(self._rows(("pid", "ppid", "pgid")))
-        family = {os_pid}
-        for row in rows * 4:                    # generations in any order; deeper ones are rare
-            if int(row["ppid"]) in family:
-                family.add(int(row["pid"]))
-        return [(int(row["pid"]), 0) for row in rows if int(row["pid"]) in family and int(row["pgid"]) != group]
-
-    def still(self, os_pid, start_time):
-        """See ProcfsTable."""
-        return any(self._rows(("pid",), "-p", str(os_pid)))
-
-    @staticmethod
-    def _seconds(text):
-        """Seconds of ps's [[dd-]hh:]mm:ss."""
-        days, _, rest = text.rpartition("-")
-        total = 0.0
-        for part in rest.split(":"):
-            total = total * 60 + float(part)
-        return total + 86400 * int(days or 0)
-
-    def usage(self, os_pid):
-        """See ProcfsTable."""
-        return self.look(os_pid)
-
-    def look(self, os_pid):
-        """See ProcfsTable."""
-        columns = ("ppid", "time", "etime", "rss", "vsz", "nice", "uid", "command")
-        for row in self._rows(columns, "-p", str(os_pid)):
-            return {
-                "ppid": int(row["ppid"]), "cpu_time": self._seconds(row["time"]),
-                "start_time": time.monotonic() - self._seconds(row["etime"]), "rss": int(row["rss"]) * KIB,
-                "vms": int(row["vsz"]) * KIB, "nice": int(row["nice"]) if row["nice"].lstrip("-").isdigit() else 0,
-                "uid": int(row["uid"]), "cmdline": row["command"], "children": self.children(os_pid),
-            }
-        return None
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def probe_process_table():
-    """The process table that works here."""
-    return ProcfsTable() if os.path.exists("/proc/self/stat") else PsTable()
-
-
 def widen_pipe(fd):
-    """Let a pipe hold PIPE_SIZE bytes, where the system can (Linux; there is a quota for each user that is not root)."""
+    """Let a pipe hold PIPE_SIZE bytes, if the system can: Linux, with a quota for each user."""
     if sys.platform == "linux":
         try:
-            fcntl.fcntl(fd, 1031, PIPE_SIZE)    # F_SETPIPE_SZ, which fcntl knows by name from Python 3.10 on
+            fcntl.fcntl(fd, 1031, PIPE_SIZE)    # F_SETPIPE_SZ has its name from Python 3.10 on
         except OSError:
             pass                                # over the quota, or no pipe: it works as it is
 
 
 def keep_buffers():
-    """glibc gives each larger buffer back to the system at once, and asks for it again: three system calls a read. From the
-    first large block that it gets back it learns to keep up to twice as much."""
+    """Let glibc keep larger buffers: that saves a fast event stream 20 % of its CPU time.
+
+    It returns each to the system at once, but learns from the first one freed to keep up to twice
+    as much.
+    """
     bytes(MIB)
 
 
 def files_max():
-    """How many descriptors the system lets this process have."""
+    """Return how many descriptors this process may have."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return math.inf if soft == resource.RLIM_INFINITY else soft
 
 
 def network(address):
-    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, of which every host has a choice. None: this
-    machine, or a unix socket."""
+    """Return what counts as one client: an IPv4 address, or the /64 of an IPv6 address.
+
+    None: this machine, or a unix socket.
+    """
     if ":" in address and "." not in address:
         packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
         return None if packed == b"\0" * 15 + b"\1" else packed[:8]
@@ -799,8 +707,11 @@ def network(address):
 
 
 def end_a_thread():
-    """Python 3.8 ends a thread by pthread_exit(), for which glibc loads a library at the first end, and aborts the whole
-    program where no descriptor is left to load it with. So the first ends while there is one."""
+    """Start a thread and let it end, on Python 3.8.
+
+    There glibc loads a library for the first end of a thread, and aborts the program if no
+    descriptor is left for that.
+    """
     if sys.version_info < (3, 9):
         thread = threading.Thread(target=int)
         thread.start()
@@ -808,8 +719,10 @@ def end_a_thread():
 
 
 def find_user(user):
-    """(uid, gid, name) of a user by name or number; gid and name are None where a number has no entry.
-    ValueError: there is none. 2**32 - 1 means "leave it as it is" to the kernel, so it is no user."""
+    """Return (uid, gid, name) of a user by name or number; no gid and name without an entry.
+
+    ValueError: there is none. To the kernel, 2**32 - 1 is no user, but "leave it as it is".
+    """
     user = int(user) if isinstance(user, str) and user.isascii() and user.isdigit() else user
     try:
         entry = pwd.getpwuid(user) if isinstance(user, int) else pwd.getpwnam(user)
@@ -821,20 +734,21 @@ def find_user(user):
 
 
 def find_group(group):
-    """gid of a group by name or number. ValueError: there is none."""
-    if isinstance(group, int) or (group.isascii() and group.isdigit()):
-        group = int(group)
-        if 0 <= group < 2 ** 32 - 1:
-            return group
-        raise ValueError("there is no group %r here" % (group,))
+    """Return the gid of a group by name or number. ValueError: there is none."""
     try:
-        return grp.getgrnam(group).gr_gid
+        if isinstance(group, int) or (group.isascii() and group.isdigit()):
+            if 0 <= int(group) < 2 ** 32 - 1:
+                return int(group)
+        else:
+            return grp.getgrnam(group).gr_gid
     except KeyError:
-        raise ValueError("there is no group %r here" % (group,)) from None
+        pass
+    raise ValueError("there is no group %r here" % (group,))
 
 
+@functools.lru_cache(1024)
 def user_name(uid):
-    """A user's name, or its number as text."""
+    """Return a user's name, or the number as text."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -2799,10 +2713,7 @@ class Process:
         for label, fd in inputs.items():
             self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else
                                        end_socket, self._manager.input_size)
-        try:
-            self._watcher = self._manager.exit_watcher(self._loop, self.os_pid, self._check_exit)
-        except (OSError, RuntimeError):         # no descriptor, no thread is left
-            self._watcher = PollWatcher(self._loop, self.os_pid, self._check_exit)
+        self._watcher = self._manager.watch_exit(self._loop, self.os_pid, self._check_exit)
 
     @staticmethod
     def _execute(launch, stdio, extra, theirs):
@@ -3299,7 +3210,7 @@ class Manager:
     restart(). `window_size`: bytes kept of each stream; `input_size`: bytes that may wait for a
     process to read them. `exit_with`: the name of a template, there or yet to come: once a process
     of it has ended by itself, all others are stopped, run() returns, and `exit_code` is its status,
-    or 128 and the signal. `exit_watcher`, `process_table`: see the platform section; probed."""
+    or 128 and the signal. `exit_watcher`: as watch_exit(); `process_table`: as ProcfsTable."""
 
     def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None,
                  process_table=None, exit_with=None, input_size=STDIN_SIZE):
@@ -3307,8 +3218,8 @@ class Manager:
         self.apps = list(apps)
         self.window_size, self.input_size = window_size, input_size
         self.exit_with, self.exit_code = exit_with, 0
-        self.exit_watcher = exit_watcher or probe_exit_watcher()
-        self.table = process_table or probe_process_table()
+        self.watch_exit = exit_watcher or watch_exit
+        self.table = process_table or ProcfsTable()
         self.groups = GroupWatcher(self.loop, self.table)
         self.epoch = os.urandom(4).hex()        # a word for this run, in every id
         self.started_at = time.time()
