@@ -24,10 +24,11 @@ The file is read from top to bottom; its sections are
     manager              templates, events, reconcile: wanted beside actual
     http codec           request heads, bodies, responses, access rules, router, SSE
     websocket codec      handshake, frames, messages, close codes (RFC 6455)
+    channels             connections that the loop drives: feeds, websockets, long polls, idle ones
     observability        metrics, lines of the access log, the description of the API
     page                 the web page
     api                  the route table and its handlers
-    server               endpoints, requests and streams on the loop, WSGI
+    server               endpoints, requests on threads, WSGI, the access log, HttpHandler
     client               a small wrapper of http.client
     apps                 what plugs into a Manager: HttpHandler, SigHandler, WebHooks, ConsoleOutput
     configuration        files of templates: INI, JSON, TOML, Procfiles, .env
@@ -101,6 +102,7 @@ import json
 import logging
 import math
 import pwd
+import queue
 import re
 import resource
 import select
@@ -181,7 +183,6 @@ CUSTOM_STREAMS_MAX = 16
 SECONDS_MAX = 10.0 ** 7             # any time a client names: 115 days, and select() can still count it
 
 HEAD_SIZE = 64 * KIB                # request line and headers, up to and with the empty line
-HEAD_KEPT = KIB                     # of a connection's last request: who polls sends the same again, and in less
 TARGET_SIZE = 8 * KIB               # request target: what browsers send at most
 REQUEST_LINE_SIZE = TARGET_SIZE + 64    # with a method and a version
 HEADERS_MAX = 100
@@ -193,23 +194,24 @@ TRAILERS_SIZE = 8 * KIB             # headers behind a chunked body, which mean 
 HEAD_TIME = 10.0                    # from the first byte of a head to its last
 BODY_TIME = 60.0
 IDLE_TIME = 60.0                    # a connection without a request
-REQUESTS_PER_TURN = 16              # of one connection that sends many at once, so that the others get theirs
-CHUNKS_AT_ONCE = 16                 # of a body, which then counts as one of these: a chunk of one byte costs some 4 us
-SEND_TIME = 30.0                    # a client that does not take its answer
+KEEP_TIME = 0.5                     # a thread waits so long for the next request, then the loop does
+SEND_TIME = 30.0                    # a client that does not take SEND_SIZE of its answer
+SEND_SIZE = 256 * KIB
 LINGER_TIME = 2.0                   # refused bodies are read and dropped so long, or the client never sees the refusal
 LINGER_SIZE = 8 * MIB               # and so much
 HANDSHAKE_TIME = 10.0               # TLS
+HANDSHAKES_MAX = 200                # under way; one more ends the oldest
+END_POLL = 1.0                      # between looks whether a client that is not read has left
 CONNECTIONS_MAX = 15000             # requests and streams together; HttpHandler(max_connections=)
 FILES_FOR_CONNECTIONS = 0.875       # of the system's limit of open files: the rest is for processes, which have to come back
 ADDRESS_CONNECTIONS_MAX = 1000      # of one address, a /64 of IPv6; HttpHandler(max_connections_per_address=)
-THREADS_MAX = 2000                  # requests that take time: statistics, bodies of templates, added routes, TLS handshakes
+THREADS_MAX = 1000                  # requests under way: head, body, answer; 503 `busy`
 BACKLOG = 1024
-ACCEPTS_PER_TURN = 64
+ACCEPTS_PER_TURN = 16
 LOOKS = 100                         # 50 us: websocket echo takes 40 us with them, 90 without
 SELECT_MAX = 10.0 ** 6              # seconds of one wait: epoll counts milliseconds, in 32 bits
 ACCEPT_PAUSE = 1.0                  # after EMFILE: the listener would wake the loop for ever
 ERROR_PAUSE = 0.05                  # after ENOMEM, for the same reason
-PIPELINE_SIZE = 64 * KIB            # requests that arrive while one before them is answered
 
 MESSAGE_SIZE = MIB                  # a websocket message for a process: it has to fit into stdin
 HANDLER_MESSAGE_SIZE = 16 * MIB     # a websocket message for a WebSocketHandler
@@ -223,10 +225,9 @@ END_CHECK = 2.0                     # between looks whether a client that is not
 CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
 
 ACCESS_FIELD_SIZE = KIB             # of a client's header in the access log
-ACCESS_LOG_SIZE = 256 * KIB         # lines that wait to be written
+ACCESS_LOG_LINES = 2000             # that wait to be written
 LOG_SIZE = 256 * KIB                # of --log-file, too
 LOG_END = 1.0                       # and at gaffer's stop they are written for so long
-ACCESS_LOG_DELAY = 0.2              # and how long at most, where all goes well
 REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)    # seconds, of /metrics: loop to thread
 TURN_BUCKETS = (0.001, 0.01, 0.1, 1.0)      # of a turn of the loop: all else waits as long, and 10 ms of that can be felt
 CLIENT_TIME = 30.0                  # a command waits so long for an answer
@@ -4180,190 +4181,6 @@ def check_query(request, names):
                     ", ".join(names) or "none")))
 
 
-class HeadParser:
-    """Takes the heads of requests out of bytes as they come: `feed(data)` returns a Request once its head is complete, and
-    `rest` is then what came behind it (the body; then the next head, to be fed again); None: more is to come. Raises what
-    parse_head() raises, and after that takes nothing more. However the bytes are cut, the outcome is the same. A client that
-    asks the same again in the same bytes, without a body, gets the same Request: who polls is understood once."""
-
-    def __init__(self):
-        self.rest = b""
-        self._last = self._request = None       # the head before this one, if it had no body
-        self._buffer = bytearray()              # a head that is not complete
-        self._empty_lines = 0
-
-    @property
-    def begun(self):
-        """True where the next head has begun to come; empty lines do not count."""
-        return bool(self._buffer)
-
-    def feed(self, data):
-        """Take what came. BadRequest, VersionNotSupported, UriTooLong, HeadersTooLarge."""
-        seen = len(self._buffer)
-        if seen:
-            self._buffer += data
-            data = self._buffer
-        if data[:2] == b"\r\n":
-            data, seen = self._skip_empty_lines(data), 0
-        end = data.find(b"\r\n\r\n", max(0, seen - 3), HEAD_SIZE)
-        if end < 0:
-            self._check(data, seen, min(len(data), HEAD_SIZE))
-            need(len(data) < HEAD_SIZE, HeadersTooLarge, "the head is over %d bytes; send less" % HEAD_SIZE)
-            self._buffer = data if seen else bytearray(data)
-            return None
-        self.rest, self._empty_lines = bytes(data[end + 4:]), 0
-        if seen:
-            self._buffer = bytearray()
-        head = data[:end]
-        if head != self._last:
-            try:
-                self._request = parse_head(head)
-            except GafferError:
-                self._check(data, seen, end)    # had it come byte by byte, this would have been told first
-                raise
-            self._last = None if has_body(self._request) or len(head) > HEAD_KEPT else bytes(head)
-        return self._request
-
-    def _skip_empty_lines(self, data):
-        """RFC 9112 section 2.2."""
-        while data[:2] == b"\r\n":
-            data = data[2:]
-            self._empty_lines += 1
-            need(self._empty_lines <= EMPTY_LINES_MAX, BadRequest, "send a request, not empty lines")
-        self._buffer = bytearray()
-        return data
-
-    @staticmethod
-    def _check(data, seen, stop):
-        """What is wrong already before the head is complete. `seen`: bytes that were checked before."""
-        if seen <= REQUEST_LINE_SIZE < stop:
-            need(data.find(b"\n", 0, REQUEST_LINE_SIZE + 1) >= 0, UriTooLong,
-                 "the request line is over %d bytes; shorten it" % REQUEST_LINE_SIZE)
-        need(data.count(b"\n", seen, stop) == data.count(b"\r\n", max(0, seen - 1), stop), BadRequest,
-             "lines of a request end with CR LF")
-
-
-class SizedDecoder:
-    """Takes a body of `length` bytes: see ChunkedDecoder."""
-
-    more = False
-
-    def __init__(self, length):
-        self._length, self._body = length, bytearray()      # not a list: the pieces may be of one byte
-        self.rest = b""
-
-    @property
-    def body(self):
-        """The bytes."""
-        return bytes(self._body)
-
-    def feed(self, data):
-        """Take what came."""
-        left = self._length - len(self._body)
-        self._body += data[:left]
-        self.rest = data[left:]
-        return len(self._body) == self._length
-
-
-class ChunkedDecoder:
-    """Decodes a chunked body of up to `limit` bytes: `feed(data)` returns True when it is complete; then `body` holds it
-    and `rest` what came behind. After `at_once` chunks it stops; then `more` is true, and `rest` is to be fed again.
-    BadRequest, TooLarge. RFC 9112 section 7.1."""
-
-    SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
-
-    def __init__(self, limit, at_once=math.inf):
-        self._limit, self._size, self._at_once = limit, 0, at_once
-        self.more = False
-        self._body = bytearray()
-        self._extensions = 0                    # bytes of them so far
-        self.rest, self._data, self._at = b"", b"", 0
-        self._left = None                       # bytes of the chunk that are to come; None: a size line is next
-        self._trailers = None                   # bytes of trailers so far; None: still chunks
-
-    @property
-    def body(self):
-        """The decoded bytes."""
-        return bytes(self._body)
-
-    def feed(self, data):
-        """Take what came."""
-        self._data, self._at = self.rest + data, 0
-        done = self._go_on()
-        self.rest, self._data = self._data[self._at:], b""
-        return done
-
-    def _go_on(self):
-        chunks, self.more = self._at_once, False
-        while True:
-            if self._trailers is not None:
-                return self._trailer()
-            if self._left is None:
-                self.more = chunks == 0
-                if self.more:
-                    return False
-                chunks -= 1
-                line = self._line(CHUNK_LINE_SIZE)
-                if line is None:
-                    return False
-                self._chunk(line)
-            elif not self._payload():
-                return False
-
-    def _line(self, limit):
-        end = self._data.find(b"\n", self._at)
-        size = (len(self._data) if end < 0 else end) - self._at
-        need(size <= limit, BadRequest, "a line of the chunked body is over %d bytes" % limit)
-        if end < 0:
-            return None
-        line, self._at = self._data[self._at:end + 1], end + 1
-        need(line.endswith(b"\r\n"), BadRequest, "lines of a chunked body end with CR LF")
-        return line[:-2]
-
-    def _chunk(self, line):
-        match = self.SIZE.match(line)
-        if match is None:
-            raise BadRequest("a chunk begins with its size in hexadecimal digits")
-        self._extensions += len(line) - match.end(1)
-        need(self._extensions <= CHUNK_EXTENSIONS_SIZE, BadRequest, "chunk extensions mean nothing here; leave them out")
-        self._left = int(match.group(1), 16)
-        self._size += self._left
-        need(self._size <= self._limit, TooLarge, "the body is over %d bytes; send less" % self._limit)
-        if self._left == 0:
-            self._trailers = 0
-
-    def _payload(self):
-        """Take the chunk's bytes, then its CR LF."""
-        if self._left:
-            part = self._data[self._at:self._at + self._left]
-            self._body += part
-            self._at += len(part)
-            self._left -= len(part)
-        end = self._data[self._at:self._at + 2]
-        need(self._left or b"\r\n".startswith(end), BadRequest, "a chunk is longer than its size says")
-        if self._left or len(end) < 2:
-            return False
-        self._at, self._left = self._at + 2, None
-        return True
-
-    def _trailer(self):
-        """Trailers are read, checked and dropped."""
-        while True:
-            line = self._line(TRAILERS_SIZE - self._trailers)
-            if line is None:
-                return False
-            if not line:
-                return True
-            parse_headers(line.decode("latin-1") + "\r\n")
-            self._trailers += len(line) + 2
-
-
-def body_decoder(request, limit):
-    """Return what takes in the body that a head announces: a SizedDecoder or ChunkedDecoder."""
-    length = body_length(request, limit)
-    return ChunkedDecoder(limit, CHUNKS_AT_ONCE) if length is None else SizedDecoder(length)
-
-
 def http_date(now):
     """Unix time in the form of RFC 9110 section 5.6.7, whatever the locale."""
     year, month, day, hour, minute, second, weekday = time.gmtime(now)[:7]
@@ -4384,6 +4201,19 @@ def encode_head(status, headers):
     return (text + "\r\n\r\n").encode("latin-1")
 
 
+def merge_headers(headers, more):
+    """Return `headers` with `more`, of which only Vary is joined to one that is already there."""
+    merged = list(headers)
+    names = {name.lower(): index for index, (name, _) in enumerate(merged)}
+    for name, value in more:
+        index = names.get(name.lower())
+        if index is None:
+            merged.append((name, value))
+        elif name == "Vary" and value.lower() not in re.split(r"[\s,]+", merged[index][1].lower()):
+            merged[index] = name, "%s, %s" % (merged[index][1], value)
+    return merged
+
+
 class Response:
     """An answer: status, headers [(name, value)] beside the framing ones, body (bytes; None: HEAD of what is not known)."""
 
@@ -4397,7 +4227,7 @@ class Response:
 
     def encode(self, date, keep_alive, head_only=False, more=()):
         """Head and body as bytes, for one send. `head_only`: what HEAD gets. `more`: further headers."""
-        headers = [("Date", date), *more, *self.headers]
+        headers = merge_headers([("Date", date), *self.headers], more)
         without_body = self.status in (204, 304) or self.body is None       # RFC 9110 sections 15.3.5 and 15.4.5
         if not without_body:
             headers.append(("Content-Length", len(self.body)))
@@ -4658,12 +4488,15 @@ class ChunkEncoder(Encoder):
 
 
 class SseEncoder(Encoder):
-    """Server-Sent Events, one a line, each with the offset behind it as its id (HTML, section 9.2)."""
+    """Server-Sent Events, one a line, each with the offset behind it as its id (HTML, section 9.2).
+
+    `framed` makes a piece of the body out of bytes: chunk(), or bytes() for HTTP/1.0.
+    """
     by_line = partial = True
 
-    def __init__(self, label, epoch):
-        self.key = ("sse", label)
-        self._epoch = epoch
+    def __init__(self, label, epoch, framed=bytes):
+        self.key = ("sse", label, framed)
+        self._epoch, self._framed = epoch, framed
         self._line_block = b"id: %%d@%b\nevent: %b\ndata: %%b\n" % (epoch.encode("ascii"), label.encode("ascii"))
         self._block = self._line_block + b"\n"
 
@@ -4673,10 +4506,12 @@ class SseEncoder(Encoder):
             segments = data[:cut].splitlines(True)          # most: whole lines, whose ends can stay where they are
             return self._blocks(data, self._line_block, offset, segments, segments), cut
         skip, segments, lines = split_lines(data, before, mode, piece)
-        return self._blocks(data, self._block, offset + skip, segments, lines), skip + sum(map(len, segments))
+        consumed = skip + sum(map(len, segments))
+        if not segments:
+            return b"", consumed
+        return self._blocks(data, self._block, offset + skip, segments, lines), consumed
 
-    @staticmethod
-    def _blocks(data, block, offset, segments, lines):
+    def _blocks(self, data, block, offset, segments, lines):
         """One formatting of all is twice as fast as one of each."""
         try:
             data.decode("utf-8")
@@ -4686,25 +4521,27 @@ class SseEncoder(Encoder):
         next(ids)
         values = [None] * (2 * len(lines))
         values[0::2], values[1::2] = ids, lines
-        return block * len(lines) % tuple(values)
+        return self._framed(block * len(lines) % tuple(values))
 
     def dropped(self, count, offset, restarted=False):
         data = {"bytes": count, "restarted": True} if restarted else {"bytes": count}
-        return b"id: %d@%b\nevent: dropped\ndata: %b\n\n" % (offset, self._epoch.encode(), json.dumps(data).encode())
+        return self._framed(b"id: %d@%b\nevent: dropped\ndata: %b\n\n" % (
+            offset, self._epoch.encode(), json.dumps(data).encode()))
 
     def exit(self, offset, data):
         """The event at the end of a process; its id is never given to anything else."""
-        return b"id: %dx@%b\nevent: exit\ndata: %b\n\n" % (offset, self._epoch.encode(), json.dumps(data).encode())
+        return self._framed(b"id: %dx@%b\nevent: exit\ndata: %b\n\n" % (
+            offset, self._epoch.encode(), json.dumps(data).encode()))
 
 
 class JournalEncoder(SseEncoder):
-    """Lines of the journal, by `form`: "eventsource", "chunked" or "plain"."""
+    """Lines of the journal, by `form`: Server-Sent Events ("eventsource"), or as they are."""
 
     by_line = partial = False
 
-    def __init__(self, form, epoch):
-        super().__init__("line", epoch)
-        self.key, self._form = ("journal", form), form
+    def __init__(self, form, epoch, framed=bytes):
+        super().__init__("line", epoch, framed)
+        self.key, self._form = ("journal", form, framed), form
 
     def encode(self, groups, offset, before, mode, piece):
         """Encode [(prefix, ends, lines)]; see Journal.lines()."""
@@ -4717,7 +4554,7 @@ class JournalEncoder(SseEncoder):
                 block, values = prefix + b"%b\n", tuple(lines)
             parts.append(block * len(lines) % values)
         text = b"".join(parts)
-        return chunk(text) if text and self._form == "chunked" else text, 0
+        return self._framed(text) if text else b"", 0
 
     def dropped(self, count, offset, restarted=False):
         if self._form != "eventsource":
@@ -4726,29 +4563,34 @@ class JournalEncoder(SseEncoder):
 
 
 class RecordEncoder(Encoder):
-    """Records of an EventLog, by `form`: "eventsource", JSON lines in chunks ("chunked"), or "plain" JSON lines.
-    `wanted(record)` tells which are sent, `name(record)` the type of a server-sent event; encoders of one `key` agree."""
+    """Records of an EventLog, by `form`: Server-Sent Events ("eventsource") or JSON lines ("continuous").
 
-    def __init__(self, form, epoch, key, wanted, name):
-        self._form, self._epoch, self._wanted, self._name = form, epoch, wanted, name
-        self.key = (form, key)
+    `wanted(record)` tells which are sent, `name(record)` the type of a server-sent event; encoders of one `key` agree.
+    `framed`: as for SseEncoder.
+    """
+
+    def __init__(self, form, framed, epoch, key, wanted, name):
+        self._form, self._framed, self._epoch, self._wanted, self._name = form, framed, epoch, wanted, name
+        self.key = (form, framed, key)
 
     def encode(self, records, offset, before, mode, piece):
         blocks = [self._block(offset + number, self._name(record), record)
                   for number, record in enumerate(records, 1) if self._wanted(record)]
-        return b"".join(blocks), len(records)
+        if self._form == "eventsource":
+            blocks = [b"".join(blocks)]
+        return b"".join(map(self._framed, filter(None, blocks))), len(records)
 
     def _block(self, number, name, record):
         line = json.dumps(record).encode("ascii")
         if self._form == "eventsource":
             return b"id: %d@%b\nevent: %b\ndata: %b\n\n" % (number, self._epoch.encode(), name.encode(), line)
-        return chunk(line + b"\n") if self._form == "chunked" else line + b"\n"
+        return line + b"\n"
 
     def dropped(self, count, offset, restarted=False):
         record = {"events": count, "restarted": True} if restarted else {"events": count}
         if self._form != "eventsource":
             record = dict({"event": "dropped", "id": "%d@%s" % (offset, self._epoch)}, **record)
-        return self._block(offset, "dropped", record)
+        return self._framed(self._block(offset, "dropped", record))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -4786,6 +4628,19 @@ def websocket_accept(request):
     digest = hashlib.sha1(key.encode("ascii") + WEBSOCKET_GUID).digest()
     return [("Upgrade", "websocket"), ("Connection", "Upgrade"),
             ("Sec-WebSocket-Accept", base64.b64encode(digest).decode("ascii"))]
+
+
+SUBPROTOCOL = re.compile(TOKEN)
+
+
+def subprotocol(request, known=None):
+    """Return the header that accepts a subprotocol, if one is offered: [(name, value)]. Section 4.2.2.
+
+    It is the client's first one that is in `known`, or of all if that is None.
+    """
+    offered = [word.strip() for word in request.headers.get("sec-websocket-protocol", "").split(",")]
+    chosen = [word for word in offered if SUBPROTOCOL.fullmatch(word) and (known is None or word in known)]
+    return [("Sec-WebSocket-Protocol", chosen[0])] if chosen else []
 
 
 def frame_head(opcode, size):
@@ -4958,6 +4813,741 @@ class FrameEncoder(Encoder):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# channels
+#
+# Connections that last or wait live on the loop: feeds, websockets, long polls and idle ones. A thousand of them are a
+# thousand entries in one selector, and no thread. A route handler returns a channel, and the server starts it.
+# --------------------------------------------------------------------------------------------------------------------
+CLIENT_LEFT = 499                               # in the access log, as nginx has it: the client did not wait
+
+
+class Connection:
+    """A client's connection, whether a thread or a channel has it.
+
+    `listener`: the Listener that accepted it; `address`: of the client, as text; `peer`: see network();
+    `early`: bytes that were read and not used yet.
+    """
+
+    __slots__ = ("listener", "sock", "address", "peer", "early")
+
+    def __init__(self, listener, sock, address, peer):
+        self.listener, self.sock, self.address, self.peer = listener, sock, address, peer
+        self.early = b""
+
+
+def peek(sock):
+    """Return a byte that can be read from a non-blocking socket; b"": its end; None: nothing yet."""
+    try:
+        return socket.socket.recv(sock, 1, socket.MSG_PEEK)     # with TLS: below it
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
+def offset_headers(reader, asked, clamp):
+    """Return the headers that say where a reader begins, and what it has lost before that.
+
+    Without an offset that was `asked` for, nothing is lost. A reader that can report a loss itself
+    does; for another, with `clamp`, these headers do.
+    """
+    source, lost = reader.log, 0
+    place = max(reader.offset, source.start)
+    reports = reader.loss == "skip" or reader.encoder.dropped(0, place) is not None
+    if isinstance(source, JournalView):
+        if not asked:
+            reader.told_until = source.end
+        elif not reports:
+            _, reader.told_until, lost = source.take(reader.offset, reader.encoder)
+    elif reader.offset < source.start:
+        if not asked:
+            place = reader.offset = source.resync(source.start)
+        elif reports:
+            place = source.resync(source.start)
+        elif clamp:
+            lost, reader.offset = place - reader.offset, place
+    source.count_dropped(lost)
+    headers = [("Gaffer-Offset", place)]
+    return headers + [("Gaffer-Dropped", lost)] if lost else headers
+
+
+class Channel:
+    """A connection that the loop drives. What its client does not take waits in a queue.
+
+    This class alone reads and drops what comes; see finish(). Subclasses override opened(),
+    received(data), left(), drained() and closing().
+    """
+
+    kind = "request"                            # as /metrics calls it
+    reader = None                               # what it sends, if that is a stream
+    stall = STALL
+    status = None                               # for the access log, if this is not yet answered
+
+    def start(self, connection, request=None, more=()):
+        """Begin, on the loop. `more`: further headers of the answer to `request`."""
+        self.connection, self.request, self.more = connection, request, more
+        self.sock, self.http = connection.sock, connection.listener.http
+        self.loop, self._would_block = self.http.loop, connection.listener.would_block
+        self.secure = connection.listener.context is not None
+        self.closed = self._ending = False
+        self._queue, self.queued = collections.deque(), 0
+        self.sent = self._head = 0              # bytes in all, and of the head
+        self._mask = 0                          # what the selector watches
+        self._timer = self._end_timer = None
+        self._progress, self._lingered = 0.0, 0
+        self.sock.setblocking(False)
+        self.http.channels.add(self)
+        self._watch(selectors.EVENT_READ)
+        self.opened()
+        self._read_pending()
+
+    def opened(self):
+        """The connection is this channel's."""
+
+    @property
+    def unsent(self):
+        """Bytes that the client has still to take: what is queued, and what is ahead of the reader."""
+        if self.reader is None or self._ending:
+            return self.queued
+        return self.queued + self.reader.log.end - self.reader.offset
+
+    def head(self):
+        """Return the Response to a HEAD for which GET would begin this channel."""
+        return Response(None)
+
+    def received(self, data):
+        """Bytes have come; a client that only listens has nothing to say."""
+
+    def left(self):
+        """The client has closed its side."""
+        self.close()
+
+    def drained(self):
+        """All that was queued has been taken."""
+
+    def closing(self):
+        """The connection is about to be closed: called once."""
+
+    def send_head(self, status, headers, rest=b""):
+        """Send the head of an answer that lasts."""
+        head = encode_head(status, merge_headers([("Date", self.http.date()), *headers], self.more))
+        self.status, self._head = status, len(head)
+        self.http.requests.add(self.request.method, status)
+        self.send(head + rest)
+
+    def send(self, payload):
+        """Send bytes, or a tuple of them, and queue what is not taken. True: all is taken."""
+        if self.closed:
+            return False
+        parts, count = (payload,), 0
+        if payload.__class__ is tuple:
+            # TLS has no gathering write
+            parts, payload = (b"".join(payload),) if self.secure else payload, None
+        if not self._queue:
+            try:
+                count = self.sock.send(parts[0]) if len(parts) == 1 else self.sock.sendmsg(parts)
+            except self._would_block:
+                pass
+            except OSError:
+                self.close()
+                return False
+            self.sent += count
+            if count == len(parts[0]) and len(parts) == 1:
+                return True
+        for part in parts:
+            if count < len(part):
+                if not self._queue:
+                    self._watch(self._mask | selectors.EVENT_WRITE)
+                    self._progress = self.loop.now
+                    if self._timer is None:
+                        self._timer = self.loop.later(self.stall, self._check_stall)
+                self._queue.append(memoryview(part)[count:])
+                self.queued += len(part) - count
+            count = max(0, count - len(part))
+        return not self._queue
+
+    def _watch(self, mask):
+        if mask != self._mask and not self.closed:
+            if mask and self._mask:
+                self.loop.modify(self.sock.fileno(), mask)
+            elif mask:
+                self.loop.register(self.sock.fileno(), mask, self._ready)
+            else:
+                self.loop.unregister(self.sock.fileno())
+            self._mask = mask
+
+    def reading(self, wanted):
+        """Read from the client, or let it wait."""
+        if wanted:
+            self._watch(self._mask | selectors.EVENT_READ)
+            self._read_pending()
+        else:
+            self._watch(self._mask & ~selectors.EVENT_READ)
+            if self._end_timer is None and not self.closed:
+                self._end_timer = self.loop.later(END_POLL, self._check_end)
+
+    def _check_end(self):
+        """See whether a client that is not read has left, which the selector does not tell."""
+        self._end_timer = None
+        if not self._mask & selectors.EVENT_READ:
+            poll = select.poll()
+            poll.register(self.sock, getattr(select, "POLLRDHUP", select.POLLHUP))
+            if poll.poll(0):
+                self.left()
+            else:
+                self._end_timer = self.loop.later(END_POLL, self._check_end)
+
+    def _ready(self, mask):
+        if mask & selectors.EVENT_WRITE:
+            self._flush()
+        if mask & selectors.EVENT_READ and self._mask & selectors.EVENT_READ:
+            self._read()
+
+    def _read(self):
+        try:
+            data = self.sock.recv(READ_SIZE)
+        except self._would_block:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.left()
+        elif not self._ending:
+            self.received(data)
+            self._read_pending()
+        else:                                   # unread bytes would turn the end into a reset
+            self._lingered += len(data)
+            if self._lingered > LINGER_SIZE:
+                self.close()
+
+    def _read_pending(self):
+        """Read what TLS has decrypted already, of which the selector does not know."""
+        if self.secure and self._mask & selectors.EVENT_READ and self.sock.pending():
+            self.loop.call_soon(self._ready, selectors.EVENT_READ)
+
+    def _flush(self):
+        while self._queue:
+            try:
+                count = self.sock.send(self._queue[0]) if self.secure else (
+                    self.sock.sendmsg(list(itertools.islice(self._queue, PARTS_MAX))))
+            except self._would_block:
+                return
+            except OSError:
+                self.close()
+                return
+            self._progress = self.loop.now
+            self.queued -= count
+            self.sent += count
+            while self._queue and count >= len(self._queue[0]):
+                count -= len(self._queue.popleft())
+            if count:
+                self._queue[0] = self._queue[0][count:]
+                return
+        self._watch(self._mask & ~selectors.EVENT_WRITE)
+        if self._ending:
+            self._shut_down()
+        else:
+            self.drained()
+
+    def _check_stall(self):
+        self._timer = None
+        if self._queue:
+            wait = self._progress + self.stall - self.loop.now
+            if wait > 0:
+                self._timer = self.loop.later(wait, self._check_stall)
+            else:
+                log.info("a client took nothing for %g seconds; its connection is closed", self.stall)
+                self.close()
+
+    def finish(self):
+        """Close when all is sent and the client has had time to read it. RFC 9112 section 9.6."""
+        if not self._ending and not self.closed:
+            self._ending = True
+            self.closing()
+            self.reading(True)
+            if not self._queue:
+                self._shut_down()
+
+    def _shut_down(self):
+        try:
+            if self.secure:
+                self.sock.unwrap()              # TLS's close_notify; the client's is not waited for
+        except (OSError, ValueError):
+            pass
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass                                # it has left
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.later(LINGER_TIME, self.close)
+
+    def detach(self):
+        """Leave the connection to another channel or a thread."""
+        self._watch(0)
+        self.closed = True
+        self._queue.clear()
+        self.queued = 0
+        for timer in (self._timer, self._end_timer):
+            if timer is not None:
+                timer.cancel()
+        self.http.channels.discard(self)
+
+    def close(self):
+        """Close now."""
+        if not self.closed:
+            self.detach()
+            if not self._ending:
+                self.closing()
+            self.http.close_connection(self.connection)
+            if self.status is not None:
+                self.http.log_request(self.connection.address, self.request, self.status,
+                                      max(0, self.sent - self._head))
+
+
+class Idle(Channel):
+    """A connection that waits for its next request, `patience` seconds at most."""
+
+    kind = "idle"
+
+    def __init__(self, patience):
+        self._patience = patience
+
+    def opened(self):
+        self._timer = self.loop.later(self._patience, self.close)
+
+    def _ready(self, mask):
+        self.detach()
+        self.connection.listener.process_request(self.sock, self.connection)
+
+
+class LongPoll(Channel):
+    """An answer that comes later.
+
+    `begin(deliver)` begins to wait for deliver(Response) and returns a function that ends the wait.
+    After `timeout` seconds (None: never) `expired()` makes the Response.
+    """
+
+    kind = "longpoll"
+    stall = SEND_TIME
+
+    def __init__(self, begin, timeout, expired):
+        self._begin, self._timeout, self._expired = begin, timeout, expired
+
+    def opened(self):
+        self.status, self._answered = CLIENT_LEFT, False
+        self._ends = []
+        if self._timeout is not None:
+            self._ends.append(self.loop.later(
+                self._timeout, lambda: self._deliver(attempt(self._expired))).cancel)
+        self._ends.append(self._begin(self._deliver))
+        if self._answered:                      # at once
+            self._ends.pop()()
+
+    def _read(self):
+        """Leave the next request where it is."""
+        found = None if self._ending else peek(self.sock)
+        if self._ending or found == b"":
+            super()._read()
+        elif found:
+            self.reading(False)
+
+    def _deliver(self, response):
+        if not self._answered and not self.closed:
+            self._answered, self.status = True, None
+            self.closing()
+            self._keep = not (self.request.wants_close() or self.http.closed)
+            if self.send(self.http.answer(self.connection, self.request, response, self._keep)):
+                self.drained()
+
+    def drained(self):
+        if self._keep:
+            self.detach()
+            self.connection.listener.process_request(self.sock, self.connection)
+        else:
+            self.finish()
+
+    def closing(self):
+        while self._ends:
+            self._ends.pop()()
+
+
+class Feed(Channel):
+    """A stream without end: exact bytes, JSON lines, or Server-Sent Events.
+
+    `form`: continuous or eventsource; `reader`: a Reader without a sink; `asked`: the client has
+    named its offset; `heartbeat`: seconds or None; `first`: sent before everything else;
+    `process`: whose exit ends an event stream; `begin()` starts what fills the log, and returns a
+    function that ends it.
+    """
+
+    def __init__(self, form, chunked, reader, asked, heartbeat=None, first=b"", process=None,
+                 begin=None):
+        self.kind, self._chunked, self.reader, self._asked = form, chunked, reader, asked
+        self._heartbeat, self._first, self._process, self._begin = heartbeat, first, process, begin
+        self.stall = BLOCK_STALL if reader.loss == "block" else STALL
+        self._end_feed = self._beat = None
+
+    def head(self):
+        # the reader is to start in the same turn
+        has_records = isinstance(self.reader.log, EventLog)
+        content_type = "text/event-stream" if self.kind == "eventsource" else (
+            "application/json" if has_records else "application/octet-stream")
+        headers = [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff"),
+                   ("X-Accel-Buffering", "no")]
+        if self._chunked:
+            headers.append(("Transfer-Encoding", "chunked"))
+            if self.reader.loss == "skip" and self.kind == "continuous":
+                headers.append(("Trailer", "Gaffer-Dropped"))
+        if not has_records:
+            headers += offset_headers(self.reader, self._asked, True)
+        return Response(None, headers=headers, content_type=None)
+
+    def opened(self):
+        self.reader.sink = self
+        # a browser takes the stream for open when the first byte of its body is there
+        beat = self._beat_bytes() if self.kind == "eventsource" else b""
+        self.send_head(200, [*self.head().headers, ("Connection", "close")], beat + self._first)
+        self.reader.start()
+        if self._begin is not None and not self.closed:
+            self._end_feed = self._begin()
+            if self.closed:                     # by its first sample
+                self._end_feed()
+        if self._heartbeat is not None and not self.closed:
+            self._beat = self.loop.later(self._heartbeat, self._send_heartbeat)
+
+    def _beat_bytes(self):
+        return chunk(b"\n") if self._chunked else b"\n"
+
+    def drained(self):
+        self.reader.pump()
+
+    def lost(self, reader, count):
+        """Cut the stream, without its last chunk."""
+        log.info("a reader of a continuous stream was too slow: %d bytes were dropped, it is cut", count)
+        self.finish()
+
+    def finished(self, reader):
+        """End the stream, an event stream of a process with its exit."""
+        if self._process is not None and not self._process.exited:
+            self._process.on_exit.add(self._end)
+        else:
+            self._end()
+
+    def _end(self):
+        if self.closed or self._ending:
+            return
+        process, reader = self._process, self.reader
+        if process is not None:
+            self.send(reader.encoder.exit(reader.log.end, {
+                "pid": process.pid, "exit_status": process.exit_status,
+                "term_signal": process.term_signal}))
+        if self._chunked:
+            told = reader.loss == "skip" and self.kind == "continuous"
+            trailer = b"Gaffer-Dropped: %d\r\n" % reader.dropped if told else b""
+            self.send(b"0\r\n" + trailer + b"\r\n")
+        self.finish()
+
+    def _send_heartbeat(self):
+        wait = self.reader.last_sent + self._heartbeat - self.loop.now
+        if wait <= 0:
+            wait = self._heartbeat
+            self.reader.last_sent = self.loop.now
+            if not self._queue:
+                self.send(self._beat_bytes())
+        if not self.closed:
+            self._beat = self.loop.later(wait, self._send_heartbeat)
+
+    def closing(self):
+        self.reader.close()
+        if self._beat is not None:
+            self._beat.cancel()
+        if self._end_feed is not None:
+            self._end_feed()
+        if self._process is not None:
+            self._process.on_exit.discard(self._end)
+
+
+class WebSocketChannel(Channel):
+    """RFC 6455 on the loop: it answers pings and makes closing handshakes.
+
+    Subclasses override take_messages() and ended(). Between pause() and resume() nothing is read.
+    """
+
+    kind = "websocket"
+
+    def __init__(self, headers, limit):
+        self._headers, self.limit, self._decoder = headers, limit, WebSocketDecoder(limit)
+        self._events, self._size = iter(()), 0  # of this turn, and the bytes of its messages
+        self._close_sent, self._close_timer, self.paused = False, None, False
+
+    def opened(self):
+        self.send_head(101, self._headers)
+        self.begin()
+        early, self.connection.early = self.connection.early, b""
+        if early and not self.closed:           # frames that came with the request
+            self.received(early)
+
+    def begin(self):
+        """The handshake is done."""
+
+    def take_messages(self):
+        """Take what next_message() returns, until that is None."""
+
+    def ended(self, code, reason):
+        """The connection is at its end: called once."""
+
+    def received(self, data):
+        self._events, self._size = self._decoder.feed(data), 0
+        self.take_messages()
+
+    def next_message(self):
+        """Return the next message (str or bytes), or None: no more for now."""
+        while not (self.closed or self._ending or self.paused):
+            event = next(self._events, None) if self._size <= MESSAGES_PER_TURN else None
+            if event is None:
+                if self._size > MESSAGES_PER_TURN or self._decoder.more:    # the others' turn
+                    self.pause()
+                    self.loop.call_soon(self.resume)
+                return None
+            kind, data = event[:2]
+            if kind in ("close", "fail"):       # the peer's own reason is not sent back
+                self.send_close(data, event[2] if kind == "fail" else "", event[2])
+                self.finish()
+            elif self._close_sent:
+                continue
+            elif kind in ("text", "binary"):
+                self._size += len(data)
+                return data
+            elif kind == "ping" and self.queued < CONTROL_SIZE + self.limit:
+                self.send(frame(PONG, data))
+        return None
+
+    def pause(self):
+        """Read no more for now; what has come stays as it came."""
+        self.paused = True
+        self.reading(False)
+
+    def resume(self):
+        """Take what has come, and read again."""
+        self.paused = False
+        if not self.closed and not self._ending:
+            self.reading(True)
+            self.received(b"")
+
+    def send_close(self, code, reason="", told=None):
+        """Send a close frame, once. The connection ends with the peer's answer, or after CLOSE_TIME.
+
+        `told`: the reason that ended() gets, if it is not `reason`. Code 1005: there was none
+        (RFC 6455 section 7.4.1).
+        """
+        if not self._close_sent and not self.closed:
+            self._close_sent = True
+            self.send(frame(CLOSE, b"") if code == 1005 else close_frame(code, reason))
+            self._close_timer = self.loop.later(CLOSE_TIME, self.finish)
+            if self.paused:                     # the peer's close frame may be behind what waits
+                self.loop.call_soon(self.resume)
+            self.ended(code, reason if told is None else told)
+
+    def closing(self):
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+        if not self._close_sent:
+            self._close_sent = True
+            self.ended(1006, "")
+
+
+class ProcessSocket(WebSocketChannel):
+    """A websocket to a process: what comes in goes to its stdin, its output comes back.
+
+    `reader`, `asked`, `heartbeat`: as for Feed; `stream`: an Input, None if the client only reads;
+    `by_line`: an end of line is added to each message.
+    """
+
+    def __init__(self, headers, reader, asked, stream, by_line, process, heartbeat):
+        super().__init__(headers, stream.limit if stream is not None else MESSAGE_SIZE)
+        self.reader, self._asked, self._stream, self._by_line = reader, asked, stream, by_line
+        self._process, self._heartbeat, self._beat = process, heartbeat, None
+        self.stall = BLOCK_STALL if reader.loss == "block" else STALL
+        self._messages, self._waiting = [], 0   # what is to be written, and its size
+
+    def opened(self):
+        self.reader.sink = self
+        self._headers = self._headers + offset_headers(self.reader, self._asked, False)
+        super().opened()
+
+    def begin(self):
+        self.reader.start()
+        if self._heartbeat is not None and not self.closed:
+            self._beat = self.loop.later(self._heartbeat, self._ping)
+
+    def _ping(self):
+        if not self._queue and not self._close_sent:
+            self.send(frame(PING, b""))
+        self._beat = self.loop.later(self._heartbeat, self._ping)
+
+    def drained(self):
+        self.reader.pump()
+
+    def take_messages(self):
+        """Write what comes together together."""
+        for data in iter(self.next_message, None):
+            if self._stream is None:
+                self.send_close(1008, "this websocket is read only")
+                continue
+            data = data.encode("utf-8") if isinstance(data, str) else data
+            self._messages.append(data + b"\n" if self._by_line else data)
+            self._waiting += len(self._messages[-1])
+            if self._waiting > self.limit // 2:
+                self._write()
+        if self._messages and not self.paused:  # also what came in front of a close frame
+            self._write()
+            self.loop.expect()
+
+    def _write(self):
+        messages, self._messages = self._messages, []
+        if self._waiting <= self.limit // 2:
+            messages = [b"".join(messages)]
+        self._waiting = 0
+        while messages:
+            try:
+                self._stream.write(messages[0])
+                del messages[0]
+            except ForbiddenWrite as error:     # its output goes on, and reports the exit at the end
+                log.info("websocket input of %s was dropped: %s", self._process.name, error)
+                return
+            except StdinFull:
+                if self._close_sent or self.closed:
+                    log.info("%d websocket messages for %s were dropped: it does not read",
+                             len(messages), self._process.name)
+                elif len(messages[0]) > self.limit:     # with its end of line
+                    self.send_close(1009, "a message is over %d bytes" % self.limit)
+                else:
+                    self._messages, self._waiting = messages, sum(map(len, messages))
+                    self.pause()
+                    self._stream.on_low.add(self._stdin_low)
+                return
+
+    def _stdin_low(self):
+        self.paused = False
+        self._write()
+        if not self.paused:
+            self.resume()
+
+    def lost(self, reader, count):
+        """Close the websocket: its messages would have a gap."""
+        self.send_close(1013, "dropped %d" % count)
+
+    def finished(self, reader):
+        """Close the websocket with the exit of the process, now or when that comes."""
+        if self._process.exited:
+            self._process_exited()
+        else:
+            self._process.on_exit.add(self._process_exited)
+
+    def _process_exited(self):
+        status, signum = self._process.exit_status, self._process.term_signal
+        self.send_close(1000, "signal %d" % signum if signum else "exit %d" % status)
+
+    def ended(self, code, reason):
+        self.reader.close()
+        if self._beat is not None:
+            self._beat.cancel()
+        self._process.on_exit.discard(self._process_exited)
+        if self._stream is not None:
+            self._stream.on_low.discard(self._stdin_low)
+
+
+class WebSocketHandler:
+    """Base of a websocket route: HttpHandler(handlers=[(r"/echo", Echo)]) makes one a connection.
+
+    Its methods run one after the other on the loop's thread, and must not block; send() and end()
+    may be called by any thread. `request`: the opening request; `args`: the groups of the route.
+    """
+
+    max_message = HANDLER_MESSAGE_SIZE          # bytes
+    protocols: tuple = ()                       # subprotocols; the client's first that is here is used
+
+    def __init__(self, request, args, channel):
+        self.request, self.args, self._channel = request, args, channel
+
+    def open(self):
+        """The connection is open."""
+
+    def message(self, data):
+        """A message has come: str for a text one, bytes for a binary one."""
+
+    def close(self, code, reason):
+        """The connection is closed: called once.
+
+        `code`: the peer's close code, ours, or 1006 if there was none.
+        """
+
+    def send(self, data):
+        """Queue str as a text message, bytes as a binary one. A closed connection drops it.
+
+        At SEND_QUEUE_SIZE bytes the client is taken for dead and its connection closed.
+        """
+        opcode, payload = (TEXT, data.encode("utf-8")) if isinstance(data, str) else (BINARY, bytes(data))
+        self._channel.call(self._channel.send_message, opcode, payload)
+
+    def end(self, code=1000, reason=""):
+        """Close the connection."""
+        self._channel.call(self._channel.send_close, code, reason)
+
+
+class HandlerSocket(WebSocketChannel):
+    """A websocket of a WebSocketHandler, of which `handler` is the class."""
+
+    def __init__(self, handler, request, args, headers):
+        super().__init__(headers, handler.max_message)
+        self._handler = handler(request, args, self)
+
+    def call(self, function, *args):
+        """Do something under the lock, unless gaffer has stopped: then the client has gone."""
+        try:
+            return self.loop.call(function, *args)
+        except Stopping:
+            return None
+
+    def begin(self):
+        self.loop.call_unlocked(self._run, self._handler.open)
+
+    def _run(self, method, *args):
+        try:
+            method(*args)
+        except Exception:
+            log.exception("a websocket handler failed; its connection is closed")
+            self.call(self.send_close, 1011, "the handler failed")
+
+    def take_messages(self):
+        self.loop.call_unlocked(self._dispatch)
+
+    def _dispatch(self):
+        # one by one: what the handler sends may fill the queue, and then the next has to wait
+        for data in iter(functools.partial(self.call, self.next_message), None):
+            self._run(self._handler.message, data)
+
+    def send_message(self, opcode, payload):
+        """Queue a message."""
+        if self.closed or self._close_sent:
+            return
+        payload = frame(opcode, payload)
+        if self.queued + len(payload) > SEND_QUEUE_SIZE:
+            log.warning("a websocket client did not take %d bytes; it is closed", self.queued)
+            self.close()
+        elif not self.send(payload) and self.queued > SEND_QUEUE_LOW:
+            self.pause()
+
+    def drained(self):
+        if self.paused:
+            self.resume()
+
+    def ended(self, code, reason):
+        self.loop.call_unlocked(self._run, self._handler.close, code, reason)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # observability
 #
 # What others see of gaffer's own work, as pure values: metrics for Prometheus (text format 0.0.4), lines of the access log,
@@ -4965,22 +5555,30 @@ class FrameEncoder(Encoder):
 # made when it is asked for.
 # --------------------------------------------------------------------------------------------------------------------
 class RequestCounts:
-    """Requests that were answered: `by_method` {method: {status: how many}}, `other` for methods that HTTP does not know;
-    `by_length` and `seconds`, how long the answer took, of those that did not wait for something to happen."""
+    """Requests that were answered. Any thread may count.
+
+    `by_method`: {method: {status: how many}}, "other" for methods that HTTP does not know;
+    `by_length` and `seconds`: of those that did not wait for something to happen.
+    """
 
     def __init__(self):
-        self.by_method = {method: collections.defaultdict(int) for method in METHODS + OTHER_METHODS}
-        self.other = collections.defaultdict(int)
+        self.by_method = {method: collections.Counter() for method in (*METHODS, *OTHER_METHODS, "other")}
         self.by_length, self.seconds = [0] * (len(REQUEST_BUCKETS) + 1), 0.0
+        self._lock = threading.Lock()
 
-    def add(self, method, status):
-        """One that was answered, without a time."""
-        self.by_method.get(method, self.other)[status] += 1
+    def add(self, method, status, took=None):
+        """Count an answer, and the seconds that it took."""
+        with self._lock:
+            self.by_method[method if method in self.by_method else "other"][status] += 1
+            if took is not None:
+                self.seconds += took
+                self.by_length[bisect.bisect_left(REQUEST_BUCKETS, took)] += 1
 
     def samples(self):
-        """[({label: value}, number)]"""
-        rows = [*self.by_method.items(), ("other", self.other)]
-        return [({"method": method, "code": status}, count) for method, counts in rows for status, count in counts.items()]
+        """Return [({label: value}, number)]."""
+        with self._lock:
+            return [({"method": method, "code": status}, count)
+                    for method, counts in self.by_method.items() for status, count in counts.items()]
 
 
 Metric = collections.namedtuple("Metric", "name kind help samples")     # samples: [({label: value}, number)], or a Histogram
@@ -5050,7 +5648,7 @@ def access_line(client, when, request, status, size, secrets=()):
             text = text.replace(secret, "***")
         fields.append(escape_field(text, most))
     host = client.rpartition(":")[0] or client
-    return '%s - - [%s] "%s" %d %s "%s" "%s"\n' % (host, when, fields[0], status, size or "-", *fields[1:])
+    return '%s - - [%s] "%s" %d %s "%s" "%s"' % (host, when, fields[0], status, size or "-", *fields[1:])
 
 
 # openapi
@@ -5084,15 +5682,16 @@ PLACEHOLDERS = {                                # of a path
 }
 ANY_ERRORS = (BadRequest, ForbiddenHost, HeadersTooLarge, UriTooLong, MethodNotAllowed, Busy, GafferError)
 CHANGE_ERRORS = (ForbiddenOrigin, Stopping, TooLarge, UnsupportedMediaType, ExpectationFailed, RequestTimeout)
-Operation = collections.namedtuple("Operation", "query errors kinds body statuses")
+Operation = collections.namedtuple("Operation", "query errors kinds body statuses unlocked")
 
 
-def operation(query="", errors=(), kinds=("application/json",), body=None, statuses=(200,)):
+def operation(query="", errors=(), kinds=("application/json",), body=None, statuses=(200,), unlocked=False):
     """Marks a handler with what the description of the API says of it beside its docstring: `query`: parameters, names with
     spaces between; `errors`: classes beside those that any request may get; `kinds`: content types of the answer; `body`:
-    None, "template", "fields" (of one, without its name) or "bytes"; `statuses` of success."""
+    None, "template", "fields" (of one, without its name) or "bytes"; `statuses` of success. `unlocked`: the handler runs
+    without the loop's lock, and takes it by itself for what it needs."""
     def mark(handler):
-        handler.operation = Operation(query.split(), errors, kinds, body, statuses)
+        handler.operation = Operation(query.split(), errors, kinds, body, statuses, unlocked)
         return handler
     return mark
 
@@ -6362,8 +6961,9 @@ def entry_refusal(request, error):
 # --------------------------------------------------------------------------------------------------------------------
 # api
 #
-# The route table and its handlers: the only section that knows both manager and request. A handler runs on the loop and
-# returns a Response, a value to send as JSON, or one of the replies below.
+# The route table and its handlers: the only section that knows both manager and request. A handler runs on the request's
+# thread, under the loop's lock, or without it where its work takes time (`unlocked`). It returns a Response, a value to
+# send as JSON, a channel that the loop starts, or a function that goes on without the lock.
 # --------------------------------------------------------------------------------------------------------------------
 POSITION = re.compile(r"([0-9]{1,18})(x?)(?:@([A-Za-z0-9]{1,32}))?\Z")
 FEEDS = ("longpoll", "continuous", "eventsource")
@@ -6371,83 +6971,7 @@ FEED_KINDS = ("application/json", "text/event-stream")
 STREAM_KINDS = ("application/octet-stream", "text/event-stream")
 STREAM_ERRORS = (NotFound, IoNotFound, IoNotRedirected)
 OPEN_PATHS = ("/ping", "/healthz")              # which need no token
-CLIENT_LEFT = 499                               # in the access log, of who did not wait for the answer; as nginx says it
 OK = {"ok": True}
-
-
-def offset_headers(reader, asked, clamp):
-    """Return the headers that say where a reader begins, and what it has lost before that.
-
-    Without an offset that was `asked` for, nothing is lost. A reader that can report a loss itself
-    does; for another, with `clamp`, these headers do.
-    """
-    source, lost = reader.log, 0
-    place = max(reader.offset, source.start)
-    reports = reader.loss == "skip" or reader.encoder.dropped(0, place) is not None
-    if isinstance(source, JournalView):
-        if not asked:
-            reader.told_until = source.end
-        elif not reports:
-            _, reader.told_until, lost = source.take(reader.offset, reader.encoder)
-    elif reader.offset < source.start:
-        if not asked:
-            place = reader.offset = source.resync(source.start)
-        elif reports:
-            place = source.resync(source.start)
-        elif clamp:
-            lost, reader.offset = place - reader.offset, place
-    source.count_dropped(lost)
-    headers = [("Gaffer-Offset", place)]
-    return headers + [("Gaffer-Dropped", lost)] if lost else headers
-
-
-class StreamReply:
-    """A stream without end. `response`: its head; `reader`: a Reader without a sink yet; `asked`: the client has named its
-    offset. `form`: chunked, plain, eventsource. `first`: bytes before everything else. `process`: whose exit ends an event
-    stream. `begin()` -> a function that ends what feeds the log."""
-
-    def __init__(self, response, reader, asked, form, heartbeat=None, first=b"", process=None, begin=None):
-        self.response, self.reader, self.asked, self.form, self.heartbeat = response, reader, asked, form, heartbeat
-        self.first, self.process, self.begin = first, process, begin
-
-    def head(self, date, more):
-        """The response head as bytes; to be made when the reader starts. The connection ends with the stream."""
-        headers = [("Date", date), *self.response.headers, ("Connection", "close"), *more]
-        if not isinstance(self.reader.log, EventLog):
-            headers += offset_headers(self.reader, self.asked, True)
-        return encode_head(200, headers)
-
-
-class ThreadReply:
-    """The answer is what `work()` returns: on a thread, as it takes time."""
-
-    def __init__(self, work):
-        self.work = work
-
-
-class SocketReply:
-    """`write(sock, more)` writes the answer, with `more` headers, and returns (status, bytes of the body); the connection
-    ends: on a thread."""
-
-    def __init__(self, write):
-        self.write = write
-
-
-class ParkedReply:
-    """The answer comes later. `begin(deliver)` -> a function that ends the wait; deliver(Response). `timeout` seconds
-    (None: none), then `expired()` makes the Response."""
-
-    def __init__(self, begin, timeout, expired):
-        self.begin, self.timeout, self.expired = begin, timeout, expired
-
-
-class WebSocketReply:
-    """A websocket to a process. `reader`, `asked`: as in StreamReply; `stream`: an
-    Input or None (readonly)."""
-
-    def __init__(self, headers, reader, asked, stream, by_line, process, heartbeat):
-        self.headers, self.reader, self.asked, self.stream = headers, reader, asked, stream
-        self.by_line, self.process, self.heartbeat = by_line, process, heartbeat
 
 
 def choice(request, name, values, default):
@@ -6603,7 +7127,7 @@ class Metrics:
     def _clients(self):
         http, counts = self._http, self._http.requests
         kinds = collections.Counter(channel.kind for channel in http.channels)
-        yield Metric("gaffer_http_connections", "gauge", "Open connections.", [({}, http.connections)])
+        yield Metric("gaffer_http_connections", "gauge", "Open connections.", [({}, len(http.connections))])
         yield Metric("gaffer_http_streams", "gauge", "Clients that follow something, by kind.",
                      [({"kind": kind}, kinds[kind]) for kind in ("longpoll", "continuous", "eventsource", "websocket")])
         yield Metric("gaffer_http_requests_total", "counter", "Requests that were answered, by method and status code; "
@@ -6648,23 +7172,25 @@ class Feeds:
 
     # statistics
 
-    @operation("feed interval heartbeat brief", (NotFound,), FEED_KINDS)
+    @operation("feed interval heartbeat brief", (NotFound,), FEED_KINDS, unlocked=True)
     def stats(self, request, name=None, pid=None):
         """CPU and memory of processes, once or as a stream."""
+        self.manager.loop.call(self._check_reference, name, pid)
+        feed = choice(request, "feed", FEEDS, None)
+        interval = duration(request, "interval", 0.1, default=1.0)
+        sampler = functools.partial(self._sampler, name, pid, flag(request, "brief"))
+        if feed is None:
+            return compressed(request, json_response(self.manager.loop.call(sampler)()))
+        if feed == "longpoll":
+            return LongPoll(lambda deliver: lambda: None, interval, lambda: json_response(sampler()()))
+        return self.manager.loop.call(self._stats_feed, request, feed, interval, sampler)
+
+    def _check_reference(self, name, pid):
         if name is not None:
             self.manager.find_template(name)
         if pid is not None:
             need(not self.manager.is_name(pid) and self.manager.find_process(pid).name == name, NotFound,
                  "process %s is not one of '%s'" % (pid[:20], name))
-        feed = choice(request, "feed", FEEDS, None)
-        interval = duration(request, "interval", 0.1, default=1.0)
-        sampler = functools.partial(self._sampler, name, pid, flag(request, "brief"))
-        if feed is None:
-            sample = sampler()
-            return ThreadReply(lambda: compressed(request, json_response(sample())))
-        if feed == "longpoll":
-            return ParkedReply(lambda deliver: lambda: None, interval, lambda: json_response(sampler()()))
-        return self._stats_feed(request, feed, interval, sampler)
 
     def _sampler(self, name, pid, brief):
         """A function that looks at the processes which run now."""
@@ -6700,7 +7226,8 @@ class Feeds:
         def begin():
             tick()
             return end
-        encoder = RecordEncoder(self._form(request, feed), self.manager.epoch, "stat", lambda record: True, lambda record: "stat")
+        encoder = RecordEncoder(feed, self._framed(request), self.manager.epoch, "stat", lambda record: True,
+                                lambda record: "stat")
         return self._stream(request, feed, (records, encoder, 0), begin=begin)
 
     # events and streams
@@ -6715,7 +7242,7 @@ class Feeds:
         offset, restarted, _ = self._position(request, events)
         if feed == "longpoll":
             return self._next_event(request, pattern, offset, restarted)
-        encoder = RecordEncoder(self._form(request, feed), self.manager.epoch, pattern,
+        encoder = RecordEncoder(feed, self._framed(request), self.manager.epoch, pattern,
                                 lambda event: matches(pattern, event), lambda event: event["event"])
         first = encoder.dropped(0, offset, True) if restarted else b""
         return self._stream(request, feed, (events, encoder, offset), first=first)
@@ -6755,7 +7282,7 @@ class Feeds:
             if satisfied():                     # it came between the two
                 cancel()
             return cancel
-        return ParkedReply(begin, timeout, expired)
+        return LongPoll(begin, timeout, expired)
 
     def _position(self, request, log_):
         """(offset, restarted, is it the id of an exit) where a reader wants to begin. BadValue."""
@@ -6780,23 +7307,14 @@ class Feeds:
         return log_.tail(math.inf if tail == "all" else int(tail)), False, False
 
     @staticmethod
-    def _form(request, feed):
-        return "eventsource" if feed == "eventsource" else "chunked" if request.version == (1, 1) else "plain"
+    def _framed(request):
+        return chunk if request.version == (1, 1) else bytes
 
     def _stream(self, request, feed, where, first=b"", loss="cut", process=None, begin=None):
-        """A StreamReply: `where` is (log, encoder, offset)."""
-        log_, encoder, offset = where
-        form = self._form(request, feed)
-        kinds = {"eventsource": "text/event-stream", "records": "application/json", "bytes": "application/octet-stream"}
-        kind = kinds["eventsource" if form == "eventsource" else "records" if isinstance(log_, EventLog) else "bytes"]
-        headers = [("Cache-Control", "no-store"), ("X-Accel-Buffering", "no")]
-        if form == "chunked":
-            headers.append(("Transfer-Encoding", "chunked"))
-            if loss == "skip":
-                headers.append(("Trailer", "Gaffer-Dropped"))
+        """A Feed: `where` is (log, encoder, offset)."""
         heartbeat = duration(request, "heartbeat", 0.1, true=60.0)
-        return StreamReply(Response(headers=headers, content_type=kind), self._reader(request, log_, encoder, offset, loss),
-                           self._asked(request), form, heartbeat, first, process, begin)
+        reader = self._reader(request, *where, loss)
+        return Feed(feed, request.version == (1, 1), reader, self._asked(request), heartbeat, first, process, begin)
 
     @staticmethod
     def _asked(request):
@@ -6823,7 +7341,7 @@ class Feeds:
         if feed == "eventsource":
             if at_exit:
                 return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end), ("Gaffer-Ended", "true")])
-            encoder = SseEncoder(label, self.manager.epoch)
+            encoder = SseEncoder(label, self.manager.epoch, self._framed(request))
             first = encoder.dropped(0, offset, True) if restarted else b""
             return self._stream(request, feed, (window, encoder, offset), first, loss, process)
         encoder = (ChunkEncoder if request.version == (1, 1) else Encoder)()
@@ -6846,7 +7364,7 @@ class Feeds:
         plain = JournalEncoder("plain", manager.epoch)
         if feed == "longpoll":
             return self._next_bytes(request, view, offset, plain)
-        encoder = JournalEncoder(self._form(request, feed), manager.epoch)
+        encoder = JournalEncoder(feed, manager.epoch, self._framed(request))
         first = b""
         if feed == "eventsource" and restarted:
             first = encoder.dropped(0, offset, True)
@@ -6920,7 +7438,8 @@ class Feeds:
                 process.pid, label if label in process.inputs else "stdin", past=True)
         headers = websocket_accept(request)
         reader = self._reader(request, window, FrameEncoder(binary, by_line), offset, loss)
-        return WebSocketReply(headers, reader, self._asked(request), stream, by_line, process, heartbeat)
+        headers += subprotocol(request)
+        return ProcessSocket(headers, reader, self._asked(request), stream, by_line, process, heartbeat)
 
 
 class Api(Feeds):
@@ -6933,39 +7452,42 @@ class Api(Feeds):
 
     # the server itself
 
-    @operation(kinds=("application/json", "text/html"))
+    @operation(kinds=("application/json", "text/html"), unlocked=True)
     def welcome(self, request):
         """The version; to a browser, the web page."""
         if not prefers_html(request.headers.get("accept", "")):
             return json_response({"welcome": "gaffer", "version": __version__}, headers=[("Vary", "Accept")])
+        return compressed(request, page_response(self.manager.loop.call(self._snapshot)))
+
+    def _snapshot(self):
+        """What the page shows at first."""
         events = self.manager.events
-        snapshot = {
+        return {
             "version": __version__, "since": "%d@%s" % (events.end, self.manager.epoch),
             "templates": [template.status() for template in self.manager.templates.values()],
             "events": events.read(max(events.start, events.end - PAGE_EVENTS), PAGE_EVENTS),
             "fields": {name: [option.default, option.help] for name, option in OPTIONS.items()},
             "signals": {number.value: number.name[3:] for number in signal.Signals},
         }
-        return ThreadReply(lambda: compressed(request, page_response(snapshot)))
 
-    @operation(kinds=("text/plain",))
+    @operation(kinds=("text/plain",), unlocked=True)
     def ping(self, request):
         """OK, for as long as gaffer answers."""
         return Response(b"OK", content_type="text/plain")
 
-    @operation(kinds=("text/plain",))
+    @operation(kinds=("text/plain",), unlocked=True)
     def metrics(self, request):
         """What gaffer does, for Prometheus."""
-        metrics = self._metrics.collect()
-        return ThreadReply(lambda: Response(metrics_text(metrics + self._metrics.resources()),
-                                            content_type="text/plain; version=0.0.4; charset=utf-8"))
+        metrics = self.manager.loop.call(self._metrics.collect)
+        return Response(metrics_text(metrics + self._metrics.resources()),
+                        content_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @operation()
+    @operation(unlocked=True)
     def openapi(self, request):
         """This description of the API: OpenAPI 3.1."""
-        return ThreadReply(lambda: json_response(openapi(self._http.routes, self._http.secured)))
+        return openapi(self._http.routes, self._http.secured)
 
-    @operation(kinds=("text/plain",))
+    @operation(kinds=("text/plain",), unlocked=True)
     def healthz(self, request):
         """OK, for as long as gaffer answers: a liveness probe."""
         return Response(b"OK", content_type="text/plain")
@@ -6989,29 +7511,23 @@ class Api(Feeds):
             return [process.pid for process in self.manager.processes.values() if process.running]
         return list(self.manager.templates)
 
-    @operation("dry_run", (InvalidJson, InvalidProcessInfo, Conflict), body="template")
+    @operation("dry_run", (InvalidJson, InvalidProcessInfo, Conflict), body="template", unlocked=True)
     def create(self, request):
         """Add a template, and start it."""
-        def work():
-            template = check_template(request.json())
-            self.manager.add_process(template, dry_run=flag(request, "dry_run"))
-            return json_response(OK)
-        return ThreadReply(work)
+        self.manager.add_process(check_template(request.json()), dry_run=flag(request, "dry_run"))
+        return OK
 
     @operation(errors=(NotFound,))
     def show(self, request, ref):
         """A template; by pid the one that the process runs."""
         return self.manager.info(ref)
 
-    @operation("dry_run", (InvalidJson, InvalidProcessInfo, NotFound), body="fields")
+    @operation("dry_run", (InvalidJson, InvalidProcessInfo, NotFound), body="fields", unlocked=True)
     def update(self, request, name):
         """Make a template as it is given; PUT adds one that is not there."""
-        def work():
-            done = self.manager.update_process(
-                name, request.json(), request.method == "PUT", flag(request, "dry_run"))
-            return json_response(dict(OK, created=True) if done == "created" else
-                                 dict(OK, changed=done == "changed"))
-        return ThreadReply(work)
+        done = self.manager.update_process(
+            name, request.json(), request.method == "PUT", flag(request, "dry_run"))
+        return dict(OK, created=True) if done == "created" else dict(OK, changed=done == "changed")
 
     @operation("wait", (NotFound, WaitTimeout))
     def delete(self, request, name):
@@ -7072,8 +7588,8 @@ class Api(Feeds):
             need(not faults, InvalidProcessInfo, "; ".join(faults))
             if wait is not None and not manager.block_until(done, wait):
                 raise WaitTimeout("this was not done in %g seconds; it goes on, ask again" % wait)
-            return json_response(result)
-        return ThreadReply(work)
+            return result
+        return work
 
     @operation("wait", (NotFound, BadValue, WaitTimeout))
     def add(self, request, name, number="1"):
@@ -7097,23 +7613,24 @@ class Api(Feeds):
         self.manager.signal(ref, parse_signal(signum), flag(request, "group"))
         return OK
 
-    @operation("usage", errors=(NotFound,))
+    @operation("usage", errors=(NotFound,), unlocked=True)
     def status(self, request, name):
         """The state of a template, its restarts and last exit."""
-        template = self.manager.find_template(name)
-        if not flag(request, "usage"):
-            return template.status()
-        look = self._look([template])
-        return ThreadReply(lambda: json_response(look()[0]))
+        return self._look(request, name)[0]
 
-    @operation("usage")
+    @operation("usage", unlocked=True)
     def statuses(self, request):
         """The states of all templates."""
-        templates = list(self.manager.templates.values())
-        look = self._look(templates) if flag(request, "usage") else [template.status() for template in templates].copy
-        return ThreadReply(lambda: compressed(request, json_response(look())))
+        return compressed(request, json_response(self._look(request)))
 
-    def _look(self, templates):
+    def _look(self, request, name=None):
+        """The statuses of one template, or all, and with ?usage what their processes use."""
+        def read():
+            templates = [self.manager.find_template(name)] if name is not None else list(self.manager.templates.values())
+            return self._usage(templates) if flag(request, "usage") else [template.status() for template in templates].copy
+        return self.manager.loop.call(read)()
+
+    def _usage(self, templates):
         """A function, for a thread, that completes the statuses of templates with what their processes use."""
         statuses = [template.status() for template in templates]
         processes = [(process, process.status()) for template in templates for process in template.processes.values()]
@@ -7129,13 +7646,13 @@ class Api(Feeds):
             return statuses
         return look
 
-    @operation("dry_run", errors=(Conflict, InvalidProcessInfo))
+    @operation("dry_run", errors=(Conflict, InvalidProcessInfo), unlocked=True)
     def reload(self, request):
         """Load the configuration that the server was started with again."""
         configuration, dry_run = self.manager.configuration, flag(request, "dry_run")
         need(configuration is not None, Conflict,
              "this server was started without a CONFIG, so there is nothing to load again; start it with 'serve CONFIG'")
-        return ThreadReply(lambda: json_response(configuration.reload(self.manager, dry_run)))
+        return configuration.reload(self.manager, dry_run)
 
     # groups
 
@@ -7221,9 +7738,8 @@ ROUTES = (
 # --------------------------------------------------------------------------------------------------------------------
 # server
 #
-# Endpoints accept on the loop, and a RequestChannel reads each connection's requests there. What needs no more than the state
-# that the loop owns is answered at once: a thread that takes part in every request costs more than the request. What takes
-# time has a thread for as long as it takes. A long poll waits in the channel; a stream gets a channel of its own kind.
+# The loop accepts connections. Once one has sent something a thread takes it: a handler reads requests and answers them,
+# blocking, in straight lines. It hands over to the loop what lasts or waits, and what is idle; see channels.
 # --------------------------------------------------------------------------------------------------------------------
 class HttpEndpoint:
     """Where to listen: "host:port" (port 0: any free one), "[v6]:port" or "unix:/path"; with `certfile` and `keyfile` (PEM)
@@ -7269,262 +7785,6 @@ class HttpEndpoint:
         except (OSError, ValueError) as error:
             raise StartError("the certificate '%s' cannot be used: %s" % (self.certfile, error)) from None
         return context
-
-
-def shut_down(sock):
-    """Say that nothing more will be sent: TLS's close_notify, then FIN."""
-    try:
-        if hasattr(sock, "unwrap"):
-            sock.setblocking(False)
-            sock.unwrap()
-    except (OSError, ValueError):
-        pass                                    # the peer's own close_notify is not waited for
-    try:
-        sock.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass                                    # it is gone
-
-
-class Channel:
-    """A connection that the loop drives: what is sent waits in a queue while the client does not take it. Subclasses have
-    received(data), drained() and closing()."""
-
-    stall = STALL
-    said = None                                 # what the access log is told at the end, but for the bytes
-    _reader = None                              # the Reader that feeds it
-
-    def __init__(self, http, sock, received=b""):
-        self.http, self.loop, self.sock = http, http.loop, sock
-        self.peer = None                        # see network()
-        self.secure = hasattr(sock, "unwrap")   # TLS
-        self.early = received                   # what came behind the request
-        self.closed = False
-        self._ending, self._lingered = False, 0
-        self._queue, self.queued = collections.deque(), 0
-        self.sent = 0                           # bytes
-        self._mask = 0                          # what the selector watches
-        self._timer = self._end_check = None
-        self._progress = 0.0
-
-    @property
-    def kind(self):
-        """What its client does, as /metrics calls it."""
-        return "request"
-
-    @property
-    def unsent(self):
-        """Bytes that the client has still to take: in the queue, and those ahead of its reader."""
-        if self._reader is None or self._ending:
-            return self.queued
-        return self.queued + self._reader.log.end - self._reader.offset
-
-    def open(self):
-        """Begin; called on the loop."""
-        self.sock.setblocking(False)
-        self.http.channels.add(self)
-        self._watch(selectors.EVENT_READ)
-        self._look_inside()
-
-    def received(self, data):
-        """Bytes have come. Nothing is expected of who only listens."""
-
-    def begins(self, head):
-        """A stream begins with this head, whose size the access log does not count."""
-        if self.said is not None:
-            self.said = (*self.said[:3], len(head))
-
-    def left(self):
-        """The client has closed its side."""
-        self.close()
-
-    def drained(self):
-        """All that was queued has been taken."""
-
-    def closing(self):
-        """The connection is about to be closed."""
-
-    def send(self, payload):
-        """Send a payload (bytes, or a tuple of them), or queue what is not taken. True: all is taken."""
-        if payload.__class__ is tuple:
-            if not self.secure:
-                return self._send_parts(payload)
-            payload = b"".join(payload)         # TLS has no gathering write, and copies anyway
-        if self._queue or self.closed:
-            return self._enqueue(payload)
-        try:
-            count = self.sock.send(payload)
-        except self.http.would_block:
-            count = 0
-        except OSError:
-            self.close()
-            return False
-        self.sent += count
-        return count == len(payload) or self._enqueue(memoryview(payload)[count:])
-
-    def _send_parts(self, parts):
-        count = 0
-        if not self._queue and not self.closed:
-            try:
-                count = self._send_some(parts)
-            except self.http.would_block:
-                pass
-            except OSError:
-                self.close()
-        self.sent += count
-        for part in parts:
-            if count < len(part):
-                self._enqueue(memoryview(part)[count:])
-            count = max(0, count - len(part))
-        return not self._queue and not self.closed
-
-    def _send_some(self, parts):
-        """Send some of a sequence of bytes. Returns how many were taken."""
-        return self.sock.send(parts[0]) if self.secure or len(parts) == 1 else self.sock.sendmsg(parts)
-
-    def _enqueue(self, payload):
-        if not self.closed:
-            if not self._queue:
-                self._watch(self._mask | selectors.EVENT_WRITE)
-                self._progress = self.loop.now
-                if self._timer is None:
-                    self._timer = self.loop.later(self.stall, self._check_stall)
-            self._queue.append(memoryview(payload))
-            self.queued += len(payload)
-        return False
-
-    def _watch(self, mask):
-        if mask != self._mask and not self.closed:
-            if mask and self._mask:
-                self.loop.modify(self.sock.fileno(), mask)
-            elif mask:
-                self.loop.register(self.sock.fileno(), mask, self._ready)
-            else:
-                self.loop.unregister(self.sock.fileno())
-            self._mask = mask
-
-    def reading(self, wanted):
-        """Read from the client, or let it wait."""
-        self._watch(self._mask | selectors.EVENT_READ if wanted else self._mask & ~selectors.EVENT_READ)
-        if self._end_check is not None:
-            self._end_check.cancel()
-            self._end_check = None
-        if not wanted and not self.closed:
-            self._end_check = self.loop.later(END_CHECK, self._check_end)
-
-    def _check_end(self):
-        """The selector tells no end of a client that is not read: it may be behind unread data."""
-        self._end_check = self.loop.later(END_CHECK, self._check_end)
-        end = select.poll()
-        end.register(self.sock, getattr(select, "POLLRDHUP", 0))    # POLLHUP, POLLERR come unasked
-        if end.poll(0):
-            self.left_unread()
-
-    def left_unread(self):
-        """The client has closed its side, and has not been read for END_CHECK seconds."""
-        self.close()
-
-    def _ready(self, mask):
-        if mask & selectors.EVENT_WRITE:
-            self._flush()
-        if mask & selectors.EVENT_READ and not self.closed:
-            self._read()
-
-    def _read(self):
-        try:
-            data = self.sock.recv(READ_SIZE)
-        except self.http.would_block:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.left()
-        elif not self._ending:
-            self.received(data)
-            self._look_inside()
-        else:                                   # what is not read would make a reset of the end
-            self._lingered += len(data)
-            if self._lingered > LINGER_SIZE:
-                self.close()
-
-    def _look_inside(self):
-        """What TLS has decrypted already, the selector does not know of."""
-        if not self.closed and self._mask & selectors.EVENT_READ and getattr(self.sock, "pending", int)():
-            self.loop.call_soon(self._read_pending)
-
-    def _read_pending(self):
-        if not self.closed and self._mask & selectors.EVENT_READ:
-            self._read()
-
-    def _flush(self):
-        while self._queue:
-            try:
-                count = self._send_some(list(itertools.islice(self._queue, PARTS_MAX)))
-            except self.http.would_block:
-                return
-            except OSError:
-                return self.close()
-            self._progress = self.loop.now
-            self.queued -= count
-            self.sent += count
-            while count and count >= len(self._queue[0]):
-                count -= len(self._queue.popleft())
-            if count:
-                self._queue[0] = self._queue[0][count:]
-                return
-        self._watch(self._mask & ~selectors.EVENT_WRITE)
-        if self._ending:
-            self._shut()
-        else:
-            self.drained()
-
-    def _check_stall(self):
-        self._timer = None
-        if not self._queue or self.closed:
-            return
-        wait = self._progress + self.stall - self.loop.now
-        if wait <= 0:
-            log.info("a client took nothing for %g seconds; its connection is closed", self.stall)
-            self.close()
-        else:
-            self._timer = self.loop.later(wait, self._check_stall)
-
-    def finish(self):
-        """Close once all is sent, and the client has had a chance to take it (RFC 9112 section 9.6)."""
-        if not self._ending and not self.closed:
-            self._ending = True
-            self.closing()
-            self.reading(True)
-            if not self._queue:
-                self._shut()
-
-    def _shut(self):
-        shut_down(self.sock)
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self.loop.later(LINGER_TIME, self.close)
-
-    def leave(self):
-        """Let go of the socket, which lives on."""
-        self._watch(0)
-        self.closed = True
-        self._queue.clear()
-        self.queued = 0
-        for timer in (self._timer, self._end_check):
-            if timer is not None:
-                timer.cancel()
-        self.http.channels.discard(self)
-
-    def close(self):
-        """Close now."""
-        if not self.closed:
-            self.leave()
-            self.http.released(self.peer)
-            if not self._ending:
-                self.closing()
-            self.sock.close()
-            if self.said is not None:
-                client, request, status, head = self.said
-                self.http.access_log.add(client, request, status, max(0, self.sent - head))
 
 
 class LineWriter:
@@ -7667,808 +7927,377 @@ class LineWriter:
 
 
 class AccessLog:
-    """A line for each request, in Apache's combined format. `path`: a file, "-": stderr. Lines wait in a buffer for a moment;
-    what the file or the pipe does not take is dropped, counted, and told once a minute."""
+    """A line for each request, in Apache's combined format. `path`: a file, or "-" for stderr.
+
+    A thread writes the lines. Up to ACCESS_LOG_LINES wait for it; more are dropped, and that is
+    reported once a minute, as is what cannot be written. A file that was moved away is made anew.
+    """
 
     def __init__(self, path):
-        self._path, self._writer = path, LineWriter(path, ACCESS_LOG_SIZE, self._drop)
-        self._pending = bytearray()
-        self._lost = 0
-        self._loop = self._timer = None
+        self._path = path
+        self._queue = self._handler = self._listener = None
+        self._lost, self._reports = 0, Throttle()
         self._secrets = ()
         self._time = (0, "")
-        self._said = Throttle()
 
-    def start(self, loop, token):
-        """Open the file. StartError. `token`: never to be written."""
-        self._loop = loop
+    def start(self, token):
+        """Open the file. `token`: never to be written. Raises StartError."""
+        from logging.handlers import QueueListener, WatchedFileHandler
+
+        class File(WatchedFileHandler):
+            """Unbuffered, so that a full disk leaves nothing behind."""
+
+            def _open(self):
+                file = io.FileIO(self.baseFilename, "a", opener=lambda path, flags: os.open(path, flags, 0o640))
+                return io.TextIOWrapper(file, encoding="ascii", write_through=True)
+
+            def emit(self, record):
+                try:
+                    super().emit(record)
+                except OSError:                 # it cannot be made anew
+                    self.handleError(record)
+
+        class Listener(QueueListener):
+            def enqueue_sentinel(self):
+                self.queue.put(None)            # waits where the queue is full
+
         if token is not None:
             raw = token.encode("utf-8").decode("latin-1")
-            self._secrets = sorted({raw, urllib.parse.quote(token), urllib.parse.quote(token, ""), urllib.parse.quote_plus(token),
-                                    base64.b64encode(b":" + token.encode("utf-8")).decode("ascii")}, key=len, reverse=True)
+            self._secrets = sorted({
+                raw, urllib.parse.quote(token), urllib.parse.quote(token, ""), urllib.parse.quote_plus(token),
+                base64.b64encode(b":" + token.encode("utf-8")).decode("ascii")}, key=len, reverse=True)
         try:
-            self._writer.open()
+            if self._path != "-":               # non-blocking: a pipe may have no reader
+                os.close(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640))
+            self._handler = logging.StreamHandler() if self._path == "-" else File(self._path)
         except OSError as error:
             raise StartError("the access log '%s' cannot be written: %s" % (self._path, error.strerror)) from None
+        self._handler.handleError = self._report
+        self._queue = queue.Queue(ACCESS_LOG_LINES)
+        self._listener = Listener(self._queue, self._handler)
+        self._listener.start()
 
     def add(self, client, request, status, size):
-        """A request has been answered with `size` bytes beside the head. On the loop."""
-        if self._writer.fd is None:
-            return
+        """Note a request that was answered with `size` bytes beside the head. Any thread."""
         now = int(time.time())
-        if self._time[0] != now:
-            self._time = (now, log_time(now))
-        self._pending += access_line(client, self._time[1], request, status, size, self._secrets).encode("ascii")
-        if len(self._pending) > ACCESS_LOG_SIZE // 8:
-            self._hand_over()
-        elif self._timer is None and self._loop.owned() and not self._loop.closed:
-            self._timer = self._loop.later(ACCESS_LOG_DELAY, self._flush)
+        made, when = self._time
+        if made != now:
+            when = log_time(now)
+            self._time = now, when
+        line = access_line(client, when, request, status, size, self._secrets)
+        try:
+            self._queue.put_nowait(logging.makeLogRecord({"msg": line}))
+        except queue.Full:
+            self._report(None)
 
-    def _flush(self):
-        self._timer = None
-        self._hand_over()
-
-    def _hand_over(self):
-        lines, self._pending = self._pending, bytearray()
-        if lines and not self._writer.put(lines):
-            self._drop(lines.count(b"\n"), "nobody takes it")
-
-    def _drop(self, lines, reason):
-        self._lost += lines
-        self._said.warning("the access log '%s' cannot be written: %s; %d lines are lost so far", self._path, reason, self._lost)
+    def _report(self, record):
+        self._lost += 1
+        error = sys.exc_info()[1]
+        self._reports.warning(
+            "the access log '%s' cannot be written: %s; %d lines are lost so far", self._path,
+            (error.strerror or str(error)).lower() if isinstance(error, OSError) else "nobody takes it", self._lost)
 
     def reopen(self):
-        """Have the file opened anew: it may have been moved away. Any thread may call it."""
-        self._writer.reopen()
+        """Open the file anew if it has been moved away, on a thread as a disk may hang. Any thread."""
+        if self._path != "-":
+            threading.Thread(target=self._reopen, daemon=True).start()
+
+    def _reopen(self):
+        with self._handler.lock:
+            try:
+                self._handler.reopenIfNeeded()
+            except OSError as error:            # each line tries again
+                log.error("'%s' cannot be opened again: %s", self._path, error.strerror)
 
     def stop(self):
-        """Nothing more will come."""
-        if self._writer.fd is not None:
-            self._hand_over()
-            self._writer.end()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        """Write what waits, and close the file; a disk that hangs is not waited for."""
+        if self._listener is not None:
+            end = threading.Thread(target=self._stop, daemon=True)
+            end.start()
+            end.join(LOG_END)
 
-    def join(self):
-        """What waits is written, and the file closed."""
-        self._writer.close()
+    def _stop(self):
+        self._listener.stop()
+        self._handler.close()
 
 
-class FeedChannel(Channel):
-    """A continuous stream, or Server-Sent Events."""
+class WsgiErrors:
+    """wsgi.errors: into gaffer's log."""
 
-    def __init__(self, http, sock, received, reply, more):
-        super().__init__(http, sock, received)
-        self._reply, self._more, self._reader = reply, more, reply.reader
-        self._reader.sink = self
-        self.stall = BLOCK_STALL if self._reader.loss == "block" else STALL
-        self._end_feed = self._beat = None
+    def write(self, text):
+        """Log a line."""
+        if text.strip():
+            log.error("%s", text.rstrip())
 
-    @property
-    def kind(self):
-        """See Channel."""
-        return "eventsource" if self._reply.form == "eventsource" else "continuous"
+    def writelines(self, lines):
+        """Log lines."""
+        for line in lines:
+            self.write(line)
 
-    def open(self):
-        """See Channel."""
-        super().open()
-        head = self._reply.head(self.http.date(), self._more)
-        self.begins(head)
-        self.send(head + self._reply.first)
-        self._reader.start()
-        if self._reply.begin is not None and not self.closed:
-            self._end_feed = self._reply.begin()
-            if self.closed:                     # by its first sample
-                self._end_feed()
-        if self._reply.heartbeat is not None and not self.closed:
-            self._beat = self.loop.later(self._reply.heartbeat, self._heartbeat)
-
-    def drained(self):
-        """See Channel."""
-        self._reader.pump()
-
-    def lost(self, reader, count):
-        """See Reader: a continuous stream is cut without its last chunk."""
-        log.info("a reader of a continuous stream was too slow: %d bytes were dropped, it is cut", count)
-        self.finish()
-
-    def finished(self, reader):
-        """See Reader."""
-        process = self._reply.process
-        if process is not None and not process.exited:
-            process.on_exit.add(self._process_exited)
-        elif process is not None:
-            self._process_exited()
-        else:
-            if self._reply.form == "chunked":
-                trailer = b"Gaffer-Dropped: %d\r\n" % reader.dropped if reader.loss == "skip" else b""
-                self.send(b"0\r\n" + trailer + b"\r\n")
-            self.finish()
-
-    def _process_exited(self):
-        if not self.closed and not self._ending:
-            process, reader = self._reply.process, self._reader
-            self.send(reader.encoder.exit(reader.log.end, {
-                "pid": process.pid, "exit_status": process.exit_status, "term_signal": process.term_signal}))
-            self.finish()
-
-    def _heartbeat(self):
-        wait = self._reader.last_sent + self._reply.heartbeat - self.loop.now
-        if wait <= 0:
-            wait = self._reply.heartbeat
-            self._reader.last_sent = self.loop.now
-            if not self._queue:
-                self.send(chunk(b"\n") if self._reply.form == "chunked" else b"\n")
-        if not self.closed:
-            self._beat = self.loop.later(wait, self._heartbeat)
-
-    def closing(self):
-        """See Channel."""
-        self._reader.close()
-        if self._beat is not None:
-            self._beat.cancel()
-        if self._end_feed is not None:
-            self._end_feed()
-        if self._reply.process is not None:
-            self._reply.process.on_exit.discard(self._process_exited)
+    def flush(self):
+        """Do nothing: nothing waits."""
 
 
-class WebSocketChannel(Channel):
-    """RFC 6455 on the loop: pings are answered, closing handshakes made. Subclasses have message(data), ended(); between
-    hold() and go_on() they get no messages, and what has come stays as it came."""
+class WsgiRun(SimpleHandler):
+    """One request of a WSGI application (PEP 3333) that is mounted at `prefix`."""
 
-    limit = MESSAGE_SIZE
+    http_version = "1.1"
+    os_environ: dict = {}                       # gaffer's own environment is not the client's
+    error_headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
 
-    def __init__(self, http, sock, received, headers):
-        super().__init__(http, sock, received)
-        self._headers = headers
-        self._decoder = WebSocketDecoder(self.limit)
-        self._said_close, self._patience = False, None
-        self.held = False
+    def __init__(self, http, app, prefix, request):
+        super().__init__(io.BytesIO(request.body), None, WsgiErrors(), self._environ(prefix, request))
+        self._http, self._app, self._prefix, self._request = http, app, prefix, request
+        self.error_body = error_response(GafferError(
+            "the application at %s has failed; gaffer's log says how" % (prefix or "/"))).body
+        self._status = self._size = 0
+        self._head, self._without_body, self._chunked, self._left = b"", False, False, None
+        self.cut = False                        # the client did not get all of the answer,
+        self.framed = True                      # and can see that from its length or chunks
 
-    @property
-    def kind(self):
-        """See Channel."""
-        return "websocket"
+    @staticmethod
+    def _environ(prefix, request):
+        match = HOST.match(request.headers.get("host", ""))     # on a unix socket it may be anything
+        host, port = match.groups() if match else ("localhost", None)
+        environ = {
+            "REQUEST_METHOD": request.method, "SCRIPT_NAME": prefix, "QUERY_STRING": request.raw_query,
+            "PATH_INFO": urllib.parse.unquote(request.path[len(prefix):], "latin-1"),
+            "SERVER_PROTOCOL": "HTTP/%d.%d" % request.version,
+            "SERVER_NAME": host, "SERVER_PORT": port or ("443" if request.secure else "80"),
+            "REMOTE_ADDR": request.client.rpartition(":")[0], "CONTENT_LENGTH": str(len(request.body)),
+            "CONTENT_TYPE": request.headers.get("content-type", ""), "wsgi.input_terminated": True,
+        }
+        for name, value in request.headers.items():
+            # "_" would let a client forge another header's name; Proxy would become HTTP_PROXY
+            if "_" not in name and name not in (
+                    "proxy", "content-type", "content-length", "transfer-encoding"):
+                environ["HTTP_" + name.upper().replace("-", "_")] = value
+        if request.secure:
+            environ["HTTPS"] = "on"
+        return environ
 
-    def open(self):
-        """See Channel."""
-        super().open()
-        head = encode_head(101, [("Date", self.http.date()), *self._headers, *self.more_headers()])
-        self.begins(head)
-        self.send(head)
-        self.opened()
-        if self.early and not self.closed:      # frames that came with the request
-            early, self.early = self.early, b""
-            self.received(early)
+    def respond(self, send, keep):
+        """Run the application, and send what it answers. Return whether the connection goes on."""
+        self._send, self._keep = send, keep
+        self.run(self._app)
+        http, request = self._http, self._request
+        self.cut = self.cut or bool(self._left)
+        http.requests.add(request.method, self._status)
+        http.log_request(request.client, request, self._status, self._size)
+        return self._keep and not self.cut
 
-    def more_headers(self):
-        """What else the answer to the handshake says."""
-        return []
+    def send_headers(self):
+        request, self._status = self._request, int(self.status[:3])
+        self._without_body = request.method == "HEAD" or self._status in (204, 304)
+        if self._status == 204:
+            del self.headers["Content-Length"]
+        if not self._without_body:
+            self.cleanup_headers()              # adds a Content-Length if the body is one block
+            length = self.headers["Content-Length"]
+            self._left = None if length is None else int(length)
+            self._chunked = length is None and request.version == (1, 1)
+            if self._chunked:
+                self.headers["Transfer-Encoding"] = "chunked"
+            self.framed = self._chunked or length is not None
+            self._keep = self._keep and self.framed
+        if not self._keep:
+            self.headers["Connection"] = "close"
+        elif request.version == (1, 0):
+            self.headers["Connection"] = "keep-alive"
+        self._head = encode_head(self._status, merge_headers(
+            [("Date", self._http.date()), *self.headers.items()], self._http.access.cors(request)))
+        self.headers_sent = True
 
-    def opened(self):
-        """The handshake is done."""
+    def finish_content(self):
+        if not self.headers_sent:
+            self.send_headers()
+        self._write(b"")
+        if self._chunked:
+            self._send(b"0\r\n\r\n")
 
-    def message(self, data):
-        """A whole message has come: str or bytes."""
-
-    def ended(self, code, reason):
-        """The connection is at its end: called once."""
-
-    def received(self, data):
-        """See Channel."""
-        left = MESSAGES_PER_TURN
-        for event in self._decoder.feed(data):
-            if self.closed or self._ending:
-                return
-            self._take(*event)
-            if self.held:
-                return
-            left -= len(event[1]) if event[0] in ("text", "binary") else 0
-            if left < 0:
-                break
-        if (left < 0 or self._decoder.more) and not self.closed and not self._ending:      # the others' turn
-            self.hold()
-            self.loop.call_soon(self.go_on)
-
-    def _take(self, kind, data, reason=""):
-        if kind in ("text", "binary"):
-            if not self._said_close:
-                self.message(data)
-        elif kind == "ping":
-            if self.queued < CONTROL_SIZE + self.limit and not self._said_close:
-                self.send(frame(PONG, data))
-        elif kind in ("close", "fail"):
-            self._say_close(data, reason if kind == "fail" else "", reason)
-            self.finish()
-
-    def hold(self):
-        """Take no more for now."""
-        self.held = True
-        self.reading(False)
-
-    def go_on(self):
-        """Take what has come meanwhile, and read again."""
-        self.held = False
-        if not self.closed and not self._ending:
-            self.reading(True)
-            self.received(b"")
-
-    def say_close(self, code, reason=""):
-        """Send a close frame, once; the connection ends when the peer has answered, or CLOSE_TIME later."""
-        self._say_close(code, reason, reason)
-
-    def _say_close(self, code, reason, told):
-        """`told`: the reason that ended() gets; the peer's own is not sent back. Code 1005: it gave none (section 7.4.1)."""
-        if not self._said_close and not self.closed:
-            self._said_close = True
-            self.send(frame(CLOSE, b"") if code == 1005 else close_frame(code, reason))
-            self._patience = self.loop.later(CLOSE_TIME, self.finish)
-            if self.held:
-                self.loop.call_soon(self.go_on)     # the peer's close frame may be behind what waits
-            self.ended(code, told)
-
-    def closing(self):
-        """See Channel."""
-        if self._patience is not None:
-            self._patience.cancel()
-        if not self._said_close:
-            self._said_close = True
-            self.ended(1006, "")
-
-
-class ProcessSocket(WebSocketChannel):
-    """A websocket to a process: what comes in goes to its stdin, its output comes back."""
-
-    def __init__(self, http, sock, received, reply, more):
-        self.limit = reply.stream.limit if reply.stream is not None else MESSAGE_SIZE
-        super().__init__(http, sock, received, [*reply.headers, *more])
-        self._reply, self._reader = reply, reply.reader
-        self._reader.sink = self
-        self.stall = BLOCK_STALL if self._reader.loss == "block" else STALL
-        self._messages, self._size = [], 0      # what is to be written to stdin
-        self._beat = None
-
-    def more_headers(self):
-        """See WebSocketChannel."""
-        return offset_headers(self._reader, self._reply.asked, False)
-
-    def opened(self):
-        """See WebSocketChannel."""
-        self._reader.start()
-        if self._reply.heartbeat is not None and not self.closed:
-            self._beat = self.loop.later(self._reply.heartbeat, self._heartbeat)
-
-    def _heartbeat(self):
-        if not self._queue and not self._said_close:
-            self.send(frame(PING, b""))
-        self._beat = self.loop.later(self._reply.heartbeat, self._heartbeat)
-
-    def drained(self):
-        """See Channel."""
-        self._reader.pump()
-
-    def message(self, data):
-        """See WebSocketChannel."""
-        stream = self._reply.stream
-        if stream is None:
-            return self.say_close(1008, "this websocket is read only")
-        data = data.encode("utf-8") if isinstance(data, str) else data
-        self._messages.append(data + b"\n" if self._reply.by_line else data)
-        self._size += len(self._messages[-1])
-        if self._size > self.limit // 2:
-            self._write()
-        return None
-
-    def received(self, data):
-        """See Channel: what comes together is written together."""
-        super().received(data)
-        if self._messages and not self.held:
-            self._write()
-            self.loop.expect()
-
-    def _write(self):
-        """Also what came in front of the peer's close frame."""
-        messages, self._messages, stream = self._messages, [], self._reply.stream
-        if self._size <= self.limit // 2:
-            messages = [b"".join(messages)]
-        self._size = 0
-        while messages:
+    def _write(self, data):
+        """Send a piece of the body, the first one together with the head."""
+        if self._without_body:
+            data = b""
+        if self._left is not None:
+            data = data[:self._left]            # more would be read as the next answer
+            self._left -= len(data)
+        self._size += len(data)
+        head, self._head = self._head, b""
+        if head or data:
             try:
-                stream.write(messages[0])
-            except StdinFull:
-                return self._stdin_full(messages)
-            except ForbiddenWrite as error:     # its output goes on, and tells the exit at the end
-                return log.info("websocket input of %s was dropped: %s", self._reply.process.name, error)
-            del messages[0]
-        return None
+                self._send(head + (chunk(data) if self._chunked and data else data))
+            except OSError as error:
+                self.cut = True
+                raise BrokenPipeError(str(error)) from None     # that the application is not to blame for
 
-    def _stdin_full(self, messages):
-        if self._said_close or self.closed:
-            return log.info("%d websocket messages for %s were dropped: it does not read",
-                            len(messages), self._reply.process.name)
-        if len(messages[0]) > self.limit:       # with its end of line
-            return self.say_close(1009, "a message is over %d bytes" % self.limit)
-        self._messages, self._size = messages, sum(map(len, messages))
-        self.hold()
-        return self._reply.stream.on_low.add(self._stdin_low)
+    def _flush(self):
+        """Do nothing: nothing waits."""
 
-    def _stdin_low(self):
-        self.held = False
-        self._write()
-        if not self.held:
-            self.go_on()
-
-    def left_unread(self):
-        """See Channel."""
-        log.info("%d bytes and more were dropped: %s does not read them, and their client has left",
-                 self._size, self._reply.process.name)
-        super().left_unread()
-
-    def lost(self, reader, count):
-        """See Reader."""
-        self.say_close(1013, "dropped %d" % count)
-
-    def finished(self, reader):
-        """See Reader."""
-        if self._reply.process.exited:
-            self._process_exited()
-        else:
-            self._reply.process.on_exit.add(self._process_exited)
-
-    def _process_exited(self):
-        process = self._reply.process
-        self.say_close(1000, "signal %d" % process.term_signal if process.term_signal else "exit %d" % process.exit_status)
-
-    def ended(self, code, reason):
-        """See WebSocketChannel."""
-        self._reader.close()
-        if self._beat is not None:
-            self._beat.cancel()
-        self._reply.process.on_exit.discard(self._process_exited)
-        if self._reply.stream is not None:
-            self._reply.stream.on_low.discard(self._stdin_low)
+    def log_exception(self, exc_info):
+        log.error("the application at %s has failed", self._prefix or "/", exc_info=exc_info)
+        self.cut = self.headers_sent
 
 
-class WebSocketHandler:
-    """Base of a websocket route: HttpHandler(handlers=[(r"/echo", Echo)]) makes one for each connection. Its methods run on
-    the loop's thread and must not block. send() and end() only queue, never wait, and may be
-    called from any thread. `request`, `args`: the opening request and the groups of the route's
-    pattern."""
+class SocketReader(io.RawIOBase):
+    """What comes on a socket until `deadline`, in time.monotonic(); then it raises socket.timeout.
 
-    max_message = HANDLER_MESSAGE_SIZE          # bytes of one message
+    `early`: bytes that were read before. `go_ahead`: bytes that are sent before the next read.
+    """
 
-    def __init__(self, request, args, channel):
-        self.request, self.args, self._channel = request, args, channel
+    def __init__(self, sock, early):
+        self._sock, self.early = sock, early
+        self.deadline = 0.0                     # None: the socket is not read any more
+        self.go_ahead = b""
 
-    def open(self):
-        """The connection is open."""
-
-    def message(self, data):
-        """A message has come: str for a text one, bytes for a binary one."""
-
-    def close(self, code, reason):
-        """The connection is closed: called once. `code`: the peer's close code, ours, or 1006 if there was none."""
-
-    def send(self, data):
-        """Queue str as a text message, bytes as a binary one.
-
-        A client that takes nothing is closed at SEND_QUEUE_SIZE.
-        """
-        if isinstance(data, str):
-            self._channel.post(TEXT, data.encode("utf-8"))
-        else:
-            self._channel.post(BINARY, bytes(data))
-
-    def end(self, code=1000, reason=""):
-        """Close the connection, behind what was sent."""
-        self._channel.post(CLOSE, (code, reason))
-
-
-class HandlerReply:
-    """A websocket of an added route."""
-
-    def __init__(self, handler, request, args, headers):
-        self.handler, self.request, self.args, self.headers = handler, request, args, headers
-
-
-class HandlerSocket(WebSocketChannel):
-    """A websocket of a WebSocketHandler."""
-
-    def __init__(self, http, sock, received, reply, more):
-        self._posted, self._posted_size = collections.deque(), 0    # what any thread has queued
-        self._posting = threading.Lock()        # guards these two
-        self._handler = reply.handler(reply.request, reply.args, self)
-        self.limit = self._handler.max_message
-        super().__init__(http, sock, received, [*reply.headers, *more])
-
-    def _safely(self, function, *args):
-        try:
-            function(*args)
-        except Exception:
-            log.exception("a websocket handler failed; its connection is closed")
-            self.say_close(1011, "the handler failed")
-
-    def opened(self):
-        """See WebSocketChannel."""
-        self._safely(self._handler.open)
-        self._send_posted()
-
-    def message(self, data):
-        """See WebSocketChannel."""
-        self._safely(self._handler.message, data)
-        self._send_posted()                     # a client that does not take it is read no further
-
-    def post(self, opcode, payload):
-        """Queue a message, or a close frame as (code, reason). Any thread may call."""
-        with self._posting:
-            if self._posted_size > SEND_QUEUE_SIZE:
-                return                          # the loop will close it
-            self._posted.append((opcode, payload))
-            self._posted_size += len(payload) + MESSAGE_OVERHEAD
-            first = len(self._posted) == 1
-        if first:
-            self.loop.call_soon(self._send_posted)
-
-    def _send_posted(self):
-        with self._posting:
-            posted, size = self._posted, self._posted_size
-            self._posted, self._posted_size = collections.deque(), 0
-        if size > SEND_QUEUE_SIZE and not self.closed:
-            log.warning("a websocket handler sent %d bytes at once; its client is closed", size)
-            return self.close()
-        for opcode, payload in posted:
-            if opcode == CLOSE:
-                self.say_close(*payload)
-            else:
-                self._send_message(opcode, payload)
-        return None
-
-    def _send_message(self, opcode, payload):
-        if self.closed or self._said_close:
-            return
-        payload = frame(opcode, payload)
-        if self.queued + len(payload) > SEND_QUEUE_SIZE:
-            log.warning("a websocket client did not take %d bytes; it is closed", self.queued)
-            return self.close()
-        if not self.send(payload) and self.queued > SEND_QUEUE_LOW:
-            self.hold()
-
-    def drained(self):
-        """See Channel."""
-        if self.held:
-            self.go_on()
-
-    def ended(self, code, reason):
-        """See WebSocketChannel."""
-        self._safely(self._handler.close, code, reason)
-
-
-class RequestChannel(Channel):
-    """The requests of one connection, in order. `client`: its address as text; `peer`: see network()."""
-
-    stall = SEND_TIME
-
-    def __init__(self, http, sock, listener, client, peer):
-        super().__init__(http, sock)
-        self._listener, self._client, self.peer = listener, client, peer
-        self._head, self._body = HeadParser(), None
-        self._request = self._admitted = None
-        self._admissible = None                 # the last request that passed all checks
-        self._busy = self._parked = False       # a request is being answered; and that is a long poll
-        self._keep, self._gone = True, False    # the connection goes on; the client has closed its side
-        self._deadline, self._expiry = math.inf, None
-        self._complete = 0.0                    # when the request was; 0: it had to wait for something to happen
-        self._ends = ()                         # what ends a long poll's wait
-
-    @property
-    def kind(self):
-        """See Channel."""
-        return "longpoll" if self._parked else "request"
-
-    @property
-    def talks_tls(self):
-        """True where the client expects TLS, be the handshake made or not."""
-        return self._listener.context is not None
-
-    def open(self):
-        """See Channel."""
-        super().open()
-        self._wait(HANDSHAKE_TIME if self._listener.context and not self.secure else IDLE_TIME)
-
-    def _ready(self, mask):
-        if self._listener.context is not None and not self.secure:
-            self.leave()
-            self.http.start_thread(self._handshake, channel=self)
-        else:
-            super()._ready(mask)
-
-    def _handshake(self):
-        """TLS, on a thread: it takes time, and the client may take its own."""
-        self.sock.settimeout(HANDSHAKE_TIME)
-        self.sock = self._listener.context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-        self.sock.do_handshake()
-        if self.http.enter(RequestChannel(self.http, self.sock, self._listener, self._client, self.peer)):
-            self.http.thread_keeps_nothing()
-
-    # what the client owes
-
-    def _wait(self, seconds_):
-        self._deadline = self.loop.now + seconds_
-        if self._expiry is None or self._expiry.when > self._deadline:
-            self._end_wait()
-            self._expiry = self.loop.later(seconds_, self._expired)
-
-    def _end_wait(self):
-        if self._expiry is not None:
-            self._expiry.cancel()
-            self._expiry = None
-
-    def _expired(self):
-        self._expiry = None
-        left = self._deadline - self.loop.now
-        if 0 < left < math.inf:
-            self._expiry = self.loop.later(left, self._expired)
-        elif left <= 0 and (self._head.begun or self._body is not None):
-            self._refuse(RequestTimeout("the request did not arrive in time; send it faster"))
-        elif left <= 0:
-            self.close()
-
-    def left(self):
-        """See Channel: who has closed only his own side still gets the answer, but not one that he would have to wait for."""
-        if (self._busy or self.early) and not self._parked and not self._ending:
-            self._gone = True
-            self.reading(False)
-        else:
-            self.close()
-
-    def left_unread(self):
-        """See Channel: all but a long poll is answered soon, and then what waits is read."""
-        if self._parked:
-            self.close()
-
-    # requests
-
-    def received(self, data):
-        """See Channel."""
-        self.early = self.early + data if self.early else data
-        self._go_on()
-
-    def _go_on(self):
-        """Answer what has come, as far as it can be answered now."""
-        for _ in range(REQUESTS_PER_TURN):
-            if self._busy or not self.early or self.closed or self._ending:
-                break
-            data, self.early = self.early, b""
-            try:
-                self._take(data)
-            except GafferError as error:
-                self._refuse(error)
-        else:
-            self.loop.call_soon(self._go_on)
-        if not self._ending and not self._gone:
-            self.reading(len(self.early) < PIPELINE_SIZE)
-        elif not self._busy and not self.early:
-            self.finish()
-
-    def _take(self, data):
-        if self._body is not None:
-            return self._take_body(data)
-        begun = self._head.begun
-        request = self._head.feed(data)
-        if request is not None:
-            self.early = self._head.rest
-            self._begin(request)
-        elif self._head.begun and not begun:
-            self._wait(HEAD_TIME)
-        return None
-
-    def _begin(self, request):
-        """A head has come: check it, and answer, or wait for the body."""
-        http, self._request = self.http, request
-        if request is self._admissible:         # asked again in the same bytes
-            return self._give(http.answer(request))
-        request.client, request.secure = self._client, self.secure
-        try:
-            http.access.check_host(request)
-        except GafferError:                     # whose own origin is none, so that cors() has nothing to say
-            request.headers.pop("origin", None)
-            raise
-        try:
-            answer = http.admit_request(request)
-        except (Unauthorized, ForbiddenOrigin) as error:
-            if has_body(request):               # which nobody will read
-                raise
-            answer = entry_refusal(request, error)
-        if not has_body(request):
-            self._admissible = request if answer is None else None
-            return self._give(answer or http.answer(request))
-        self._body, self._admitted = body_decoder(request, http.body_limit(request)), answer
-        self._wait(BODY_TIME)
-        data, self.early = self.early, b""
-        if not self._take_body(data) and not data and "expect" in request.headers and request.version == (1, 1):
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return None
-
-    def _take_body(self, data):
-        """True: it is complete, and the request answered."""
-        if not self._body.feed(data):
-            if self._body.more:                 # that is for _go_on(), or the others' turn
-                self.early, self._body.rest = self._body.rest, b""
-            return False
-        self._request.body, self.early, self._body = self._body.body, self._body.rest, None
-        self._give(self._admitted or self.http.answer(self._request))
+    def readable(self):
         return True
 
-    def _tell(self, status, size):
-        """Tell the access log."""
-        if self.http.access_log is not None:
-            self.http.access_log.add(self._client, self._request, status, size)
+    def readinto(self, buffer):
+        if self.early:
+            size = min(len(buffer), len(self.early))
+            buffer[:size], self.early = self.early[:size], self.early[size:]
+            return size
+        if self.deadline is None:
+            return None
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        self._sock.settimeout(left)
+        if self.go_ahead:
+            self._sock.sendall(self.go_ahead)
+            self.go_ahead = b""
+        return self._sock.recv_into(buffer)
 
-    def _refuse(self, error):
-        """Answer with an error and close, as where the next request begins is not known."""
-        request = self._request
-        more = self.http.access.cors(request) if request else ()
-        head_only = request is not None and request.method == "HEAD"
-        response = error_response(error)
-        self.http.requests.add(request.method if request else "", response.status)
-        self.send(response.encode(self.http.date(), False, head_only, more))
-        self._tell(response.status, 0 if head_only else len(response.body))
-        self.finish()
 
-    # answers
+class Handler(socketserver.StreamRequestHandler):
+    """The requests of a connection, on a thread. What socketserver calls client_address is a Connection."""
 
-    def _give(self, answer):
-        """Send a Response, or do what the reply needs."""
-        self._complete = self.loop.now
-        head_only = self._request.method == "HEAD"
-        if isinstance(answer, ParkedReply) and head_only:
-            answer = Response(None)
-        if isinstance(answer, Response):
-            return self._respond(answer)
-        self._busy, self._deadline = True, math.inf
-        if isinstance(answer, ParkedReply):
-            self._park(answer)
-            return self.close() if self._gone and self._parked else None
-        if isinstance(answer, ThreadReply):
-            return self.http.start_thread(self._work, answer.work) or self._respond(error_response(
-                Busy("there are too many requests that take time; try again later")))
-        more = self.http.access.cors(self._request)
-        if isinstance(answer, SocketReply):
-            self.leave()
-            return (self.http.start_thread(self._let_write, answer.write, more, channel=self)
-                    or self._tell(Busy.status, 0))
-        if isinstance(answer, StreamReply) and head_only:
-            self.http.requests.add("HEAD", 200)
-            self._tell(200, 0)
-            self.send(answer.head(self.http.date(), more))
-            return self.finish()
-        return self._hand_over(answer, more)
+    def setup(self):
+        self.http, self.client = self.server.http, self.client_address
+        threading.current_thread().name = "gaffer-http"
+        self.http.threads[self.client] = threading.current_thread()
+        self.reader = SocketReader(self.request, self.client.early)
+        self.rfile = io.BufferedReader(self.reader, READ_SIZE)
+        self.channel = self.current = None      # what takes the connection over, and for which request
+        self.gone, self.sent = False, 0         # the client has left; bytes that it took
 
-    def _respond(self, response):
-        http, request = self.http, self._request
-        self._keep = not (request.wants_close() or http.closed)
-        encoded = http.encode(request, response, self._keep, http.access.cors(request), request.method == "HEAD")
-        self._busy, self._deadline = True, math.inf
-        counts = http.requests
-        counts.by_method.get(request.method, counts.other)[response.status] += 1
-        if self._complete:
-            took = self.loop.clock() - self._complete
-            counts.seconds += took
-            counts.by_length[0 if took <= REQUEST_BUCKETS[0] else bisect.bisect_left(REQUEST_BUCKETS, took)] += 1
-        if http.access_log is not None:
-            self._tell(response.status, 0 if request.method == "HEAD" else len(response.body or b""))
-        if self.send(encoded):
-            self._answered()
-
-    def _answered(self):
-        if not self._keep or self._gone and not self.early:
-            return self.finish()
-        self._busy, self._request = False, None
-        return self._wait(IDLE_TIME)
-
-    def drained(self):
-        """See Channel."""
-        self._answered()
-        self._go_on()
-
-    def _work(self, work):
-        response = error_response(None)         # for one that ends its thread
+    def handle(self):
         try:
-            response = attempt(work)
-        finally:
-            self.loop.call_soon(self._worked, response)
+            if self.server.context is not None and self.request.version() is None:
+                self.request.settimeout(HANDSHAKE_TIME)
+                self.request.do_handshake()
+                self.http.handshakes.pop(self.client, None)
+            keep = True
+            while keep:
+                self.reader.deadline = time.monotonic() + KEEP_TIME
+                try:
+                    self.gone = not self.rfile.peek(1)
+                except socket.timeout:
+                    self.channel = Idle(IDLE_TIME)
+                    return
+                keep = not self.gone and self.handle_request()
+                self.http.working.discard(self)
+        except (OSError, EOFError) as error:
+            log.debug("a client has left: %s", error)
+            self.gone = True
 
-    def _worked(self, response):
-        if self.closed:
-            self._tell(CLIENT_LEFT, 0)
-        else:
-            self._respond(response)
-            self._go_on()
+    def handle_request(self):
+        """Read a request and answer it. Return whether another may follow on this thread."""
+        http, request, keep, began = self.http, None, False, None
+        try:
+            self.reader.deadline = time.monotonic() + HEAD_TIME
+            request = read_request(self.rfile)
+            if request is None:
+                self.gone = True
+                return False
+            http.working.add(self)
+            began = time.monotonic()
+            request.client, request.secure = self.client.address, self.server.context is not None
+            keep = not (has_body(request) or request.wants_close() or http.closed)
+            respond, limit = http.route(request)
+            if has_body(request):
+                length = body_length(request, limit)
+                if "expect" in request.headers and request.version == (1, 1):
+                    self.reader.go_ahead = b"HTTP/1.1 100 Continue\r\n\r\n"
+                self.reader.deadline = time.monotonic() + BODY_TIME
+                request.body = read_body(self.rfile, length, limit)
+                self.reader.go_ahead = b""
+                keep, began = not (request.wants_close() or http.closed), time.monotonic()
+            answer = respond(request)
+        except socket.timeout:
+            answer, began = error_response(RequestTimeout("the request did not arrive in time; send it faster")), None
+        except GafferError as error:
+            answer = entry_refusal(request, error)
+        if isinstance(answer, Channel) and request.method != "HEAD":
+            self.channel, self.current = answer, request
+            return False
+        if isinstance(answer, WsgiRun):
+            keep = answer.respond(self.send, keep)
+            self.gone = answer.cut
+            if answer.cut and not answer.framed:    # then only a reset tells the client
+                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return keep
+        if isinstance(answer, Channel):
+            keep, began = keep and not isinstance(answer, Feed), None
+            answer = http.loop.call(answer.head)
+        self.send(http.answer(self.client, request, answer, keep, began))
+        return keep
 
-    def _let_write(self, write, more):
-        self.sock.settimeout(SEND_TIME)
-        self.loop.call_soon(self._written, *write(self.sock, more))
+    def send(self, data):
+        """Send all of it, as long as the client takes some. OSError: it has left."""
+        view = memoryview(data)
+        self.request.settimeout(SEND_TIME)
+        for start in range(0, len(data), SEND_SIZE):
+            self.request.sendall(view[start:start + SEND_SIZE])
+            self.sent += SEND_SIZE
 
-    def _written(self, status, size):
-        self.http.requests.add(self._request.method, status)
-        self._tell(status, size)
-
-    def _hand_over(self, reply, more):
-        kinds = {StreamReply: FeedChannel, WebSocketReply: ProcessSocket, HandlerReply: HandlerSocket}
-        channel = attempt(kinds[type(reply)], self.http, self.sock, self.early, reply, more)
-        if isinstance(channel, Response):
-            return self._respond(channel)
-        status = 200 if isinstance(reply, StreamReply) else 101
-        self.http.requests.add(self._request.method, status)
-        if self.http.access_log is not None:
-            channel.said = (self._client, self._request, status, 0)
-        self.leave()
-        channel.peer = self.peer
-        return channel.open()
-
-    # long polls
-
-    def _park(self, reply):
-        self._parked, self._complete = True, 0.0
-        if reply.timeout is not None:
-            self._ends = (self.loop.later(reply.timeout, lambda: self._deliver(attempt(reply.expired))).cancel,)
-        self._ends += (reply.begin(self._deliver),)
-        if not self._parked:                    # it was delivered at once
-            self._end_poll()
-
-    def _deliver(self, response):
-        if self._parked:
-            self._end_poll()
-            self._respond(response)
-            self.loop.call_soon(self._go_on)
-
-    def _end_poll(self):
-        self._parked = False
-        for end in self._ends:
-            end()
-        self._ends = ()
-
-    def leave(self):
-        """See Channel."""
-        super().leave()
-        self._end_wait()
-        if self._parked:
-            self._tell(CLIENT_LEFT, 0)
-        self._end_poll()
+    def finish(self):
+        """Leave the connection to the loop, which goes on with it or ends it."""
+        self.reader.deadline = None
+        self.client.early = self.rfile.peek() + self.reader.early
+        try:
+            self.http.loop.call(self.http.hand_over, self)
+        except Stopping:
+            self.request.close()
 
 
-class Listener(socketserver.TCPServer):
+class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """One endpoint's listening socket; the loop tells it when to accept."""
 
-    allow_reuse_address = True
+    allow_reuse_address = daemon_threads = True
 
     def __init__(self, http, endpoint):
         self.http, self.endpoint, self.request_queue_size = http, endpoint, endpoint.backlog
         self.address_family, address, self.local = endpoint.resolve()
         self.context = endpoint.tls_context()
-        self._said = Throttle()
-        super().__init__(address, socketserver.BaseRequestHandler, bind_and_activate=False)
+        self.would_block = (BlockingIOError,)
+        if self.context is not None:
+            import ssl
+            self.would_block += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        self._accepts, self._inode = 0, None
+        self._reports = Throttle()
+        super().__init__(address, Handler, bind_and_activate=False)
 
     def open(self):
-        """Bind, listen, and accept on the loop. StartError."""
+        """Bind, listen, and accept on the loop. Raises StartError."""
         path = self.endpoint.path
         try:
-            if path is not None:
+            if path is None:
+                self.server_bind()
+            else:
                 self._remove_stale(path)
                 mask = os.umask(0o177)          # the socket is never open to others, not for a moment
                 try:
                     self.server_bind()
                 finally:
                     os.umask(mask)
-            else:
-                self.server_bind()
+                self._inode = os.lstat(path)
             self.server_activate()
         except OSError as error:
             self.socket.close()
-            hint = "another program listens there; give another --bind" if error.errno == errno.EADDRINUSE else (
-                "give another --bind")
+            hint = "another program listens there; give another --bind" if (
+                error.errno == errno.EADDRINUSE) else "give another --bind"
             raise StartError("cannot listen on %s: %s: %s" % (
                 self.endpoint.bind, (error.strerror or str(error)).lower(), hint)) from None
         self.socket.setblocking(False)
@@ -8476,7 +8305,7 @@ class Listener(socketserver.TCPServer):
 
     @staticmethod
     def _remove_stale(path):
-        """Take away the socket of a server that has died."""
+        """Remove the socket of a server that has died."""
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 if stat.S_ISSOCK(os.lstat(path).st_mode):
@@ -8495,18 +8324,34 @@ class Listener(socketserver.TCPServer):
         return "%s://%s:%d" % (self.endpoint.scheme, "[%s]" % host if ":" in host else host, port)
 
     def _accept(self, mask):
-        for _ in range(ACCEPTS_PER_TURN):
-            try:
-                sock, address = self.get_request()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in SHORTAGES:
-                    self._said.warning("no connection can be accepted: %s; trying again every second", error.strerror)
-                    self.http.loop.unregister(self.fileno())
-                    self.http.loop.later(ACCEPT_PAUSE, self._accept_again)
-                return
-            self.process_request(sock, address)
+        self._accepts = ACCEPTS_PER_TURN
+        while self._accepts:
+            self._accepts -= 1
+            self._handle_request_noblock()
+
+    def get_request(self):
+        try:
+            sock, address = self.socket.accept()
+        except OSError as error:
+            self._accepts = 0
+            if not isinstance(error, BlockingIOError) and error.errno in SHORTAGES:
+                self._reports.warning("no connection can be accepted: %s; trying again every second",
+                                      error.strerror)
+                self.http.loop.unregister(self.fileno())
+                self.http.loop.later(ACCEPT_PAUSE, self._accept_again)
+            raise
+        try:
+            client, peer = "unix", None
+            if self.address_family != socket.AF_UNIX:
+                client, peer = "%s:%d" % address[:2], network(address[0])
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if self.context is not None:
+                sock = self.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        except (OSError, ValueError) as error:  # it has left already
+            sock.close()
+            raise OSError(errno.ECONNABORTED, str(error)) from None
+        return sock, Connection(self, sock, client, peer)
 
     def _accept_again(self):
         if self.fileno() >= 0:
@@ -8515,98 +8360,372 @@ class Listener(socketserver.TCPServer):
             except OSError:                     # the selector has no room either
                 self.http.loop.later(ACCEPT_PAUSE, self._accept_again)
 
+    def verify_request(self, request, client_address):
+        """Return whether there is room for a connection; if not, it has been told so."""
+        return self.http.admit(client_address)
+
     def process_request(self, request, client_address):
-        """Take a connection in."""
-        client, peer = "unix", None
-        if self.address_family != socket.AF_UNIX:
-            client, peer = "%s:%d" % client_address[:2], network(client_address[0])
+        """Let a thread answer a connection that has sent something; others wait on the loop."""
+        http, client = self.http, client_address
+        request.setblocking(False)
+        came = client.early or self.context is not None and request.pending() or peek(request)
+        before_handshake = self.context is not None and request.version() is None
+        if came is None:
+            http.start_channel(Idle(HANDSHAKE_TIME if before_handshake else IDLE_TIME), client)
+        elif came == b"":
+            http.close_connection(client)
+        elif len(http.threads) >= THREADS_MAX:
+            http.refuse(client)
+        else:
+            http.threads[client] = None
+            if before_handshake:
+                http.begin_handshake(client)
             try:
-                request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            except OSError:                     # it has been reset: macOS says so here
-                return request.close()
-        return self.http.accept(self, request, client, peer)
+                super().process_request(request, client)
+            except (RuntimeError, MemoryError) as error:    # the system has no thread left
+                self._reports.warning("a request has no thread: %s", error)
+                del http.threads[client]
+                http.refuse(client)
+
+    def shutdown_request(self, request):
+        """Do nothing: the loop closes connections."""
+
+    def handle_error(self, request, client_address):
+        log.exception("a request failed")
 
     def close(self):
         """Listen no longer."""
-        if self.fileno() >= 0:
-            if self.http.loop.owned():
-                try:
-                    self.http.loop.unregister(self.fileno())
-                except KeyError:
-                    pass                        # it was waiting for descriptors
-            self.server_close()
-            if self.endpoint.path is not None:
-                try:
+        if self.fileno() < 0:
+            return
+        if self.http.loop.owned():
+            try:
+                self.http.loop.unregister(self.fileno())
+            except KeyError:
+                pass                            # it was waiting for descriptors
+        self.server_close()
+        if self._inode is not None:
+            try:
+                if os.path.samestat(os.lstat(self.endpoint.path), self._inode):
                     os.unlink(self.endpoint.path)
-                except OSError:
-                    pass                        # somebody else has removed it
+            except OSError:
+                pass                            # somebody else has removed it
 
 
-class WsgiErrors:
-    """wsgi.errors: into gaffer's log."""
-
-    def write(self, text):
-        """Log a line."""
-        if text.strip():
-            log.error("%s", text.rstrip())
-
-    def writelines(self, lines):
-        """Log lines."""
-        for line in lines:
-            self.write(line)
-
-    def flush(self):
-        """Nothing waits."""
+FRAMING_HEADERS = ("content-length", "transfer-encoding", "connection", "date")     # said by Response.encode()
 
 
-class WsgiRun(SimpleHandler):
-    """Runs one request of a mounted WSGI application (PEP 3333)."""
+def made_response(result):
+    """Return a Response of what an added route returns: str, bytes, dict, list, Response or (status, headers, body).
 
-    http_version = "1.1"
-    server_software = None
-    os_environ: dict = {}                       # gaffer's own environment is not the client's
-    wsgi_multithread, wsgi_multiprocess = True, False
-    error_headers = [("Content-Type", "application/json")]
-    error_body = error_response(None).body
+    Raises ValueError, TypeError if it is none of these, or cannot be sent.
+    """
+    if isinstance(result, tuple):
+        status, headers, body = result
+        if not (isinstance(status, int) and 200 <= status <= 599):
+            raise ValueError("the status of a route's answer must be a number from 200 to 599")
+        made = made_response(body)
+        given = [(str(name), str(value)) for name, value in (headers.items() if isinstance(headers, dict) else headers)]
+        given = [pair for pair in given if pair[0].lower() not in FRAMING_HEADERS]
+        if any(name.lower() == "content-type" for name, _ in given):
+            made.headers = [pair for pair in made.headers if pair[0] != "Content-Type"]
+        made.status, made.headers = status, made.headers + given
+    elif isinstance(result, Response):
+        made = result
+    elif isinstance(result, str):
+        made = Response(result.encode("utf-8"), content_type="text/plain; charset=utf-8")
+    elif isinstance(result, (bytes, bytearray)):
+        made = Response(bytes(result), content_type="application/octet-stream")
+    else:
+        made = json_response(result)
+    encode_head(made.status, made.headers)
+    return made
 
-    def __init__(self, request, body, output, environ, more):
-        super().__init__(body, output, WsgiErrors(), environ)
-        self._more = more
-        self.request_handler = request
 
-    def cleanup_headers(self):
-        """See wsgiref: the connection ends with the answer, so its length is no matter."""
-        super().cleanup_headers()
-        for name, value in [*self._more, ("Connection", "close")]:
-            self.headers[name] = value
-        encode_head(200, self.headers.items())
+class HttpHandler:
+    """The HTTP API as an app.
 
-    def log_exception(self, exc_info):
-        """See wsgiref."""
-        log.error("a mounted application failed", exc_info=exc_info)
+    `endpoints`: HttpEndpoints (127.0.0.1:5000). `handlers`: [(regular expression, callable or
+    WebSocketHandler class)]; callable(request, *groups) runs on the request's thread and returns
+    str, bytes, dict, list, Response or (status, headers, body). `wsgi`: {"/prefix": application}.
+    `token`, `cors_origins`, `allow_hosts`: who may do what. `max_body`: bytes of a body for handlers
+    and WSGI. `access_log`: an AccessLog. `max_connections`: at once (15,000, or what the limit of
+    open files leaves). `max_connections_per_address`: of one IPv4 address, or /64 of IPv6 (1,000;
+    this machine's own are not counted, unless a number is given). One more is answered 503 `busy`.
+    """
 
+    def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(), allow_hosts=(),
+                 max_body=16 * MIB, access_log=None, max_connections=None, max_connections_per_address=None):
+        self.endpoints = list(endpoints) if endpoints is not None else [HttpEndpoint()]
+        self.access = Access(token, cors_origins, allow_hosts)
+        self.access_log, self._token, self.secured = access_log, token, token is not None
+        self._handlers = [(re.compile(pattern), handler) for pattern, handler in handlers]
+        self._wsgi = sorted(((path.rstrip("/"), app) for path, app in (wsgi or {}).items()),
+                            key=lambda item: -len(item[0]))
+        self._max_body = max_body
+        self.routes, self._router, self._api = ROUTES, Router(ROUTES), None
+        self._max_connections, self._max_of_address = max_connections, max_connections_per_address
+        self.loop, self.closed, self.listeners = None, False, []
+        self.connections, self._of_address = set(), collections.Counter()
+        self.channels = set()                   # those of the connections that the loop has,
+        self.threads = {}                       # and the threads of the others, by Connection
+        self.handshakes = {}                    # Connections with a TLS handshake under way; the oldest first
+        self.working = set()                    # Handlers with a request
+        self.requests = RequestCounts()
+        self.wrong_tokens = 0                   # that were sent
+        self._reports, self._guesses = Throttle(), Throttle()
+        self._date = (0, "")
 
-class WsgiOutput:
-    """A socket as a file, which drops the body where only the head is wanted."""
+    # the app
 
-    def __init__(self, sock, head_only):
-        self._sock, self._head_only, self._heads = sock, head_only, 0
-        self.status = self.size = 0             # size: of the body
+    def start(self, loop, manager):
+        """Listen. Raises StartError: an endpoint cannot be used, or would be open to everybody."""
+        self.loop, self._api, self.closed = loop, Api(manager, self), False
+        end_a_thread()
+        try:
+            if self.access_log is not None:
+                self.access_log.start(self._token)
+            for endpoint in self.endpoints:
+                listener = Listener(self, endpoint)
+                self.listeners.append(listener)
+                if not listener.local and not self.secured:
+                    raise StartError(
+                        "%s can be reached from other machines: give a token with --token-file or "
+                        "GAFFER_TOKEN, or listen on 127.0.0.1" % endpoint.bind)
+                listener.open()
+        except BaseException:
+            self.stop()
+            self.join()
+            raise
 
-    def write(self, data):
-        """Send all of it. wsgiref writes the status line, Date and headers first, and the headers end with an empty line."""
-        if not self.status:
-            self.status = int(data.split(None, 2)[1])
-        if not self._head_only or self._heads == 0:
-            self._sock.sendall(data)
-            self.size += len(data) if self._heads else 0
-        if data.endswith(b"\r\n\r\n"):
-            self._heads += 1
-        return len(data)
+    def stop(self):
+        """Listen no longer, close all connections."""
+        self.closed = True
+        for listener in self.listeners:
+            listener.close()
+        self.listeners = []
+        unsent = [channel.unsent for channel in self.channels if channel.unsent]
+        if unsent:
+            log.warning("%d clients did not take what was left for them: at least %d bytes are lost",
+                        len(unsent), sum(unsent))
+        for channel in tuple(self.channels):
+            channel.close()
+        for connection in tuple(self.connections):
+            self._interrupt(connection)
 
-    def flush(self):
-        """Nothing waits."""
+    @staticmethod
+    def _interrupt(connection):
+        """Let the thread of a connection see its end."""
+        try:
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+        except OSError:
+            pass                                # it has ended already
+
+    def join(self):
+        """Wait for the threads, and for what they have given to the access log."""
+        deadline = time.monotonic() + STOP_SEND
+        for thread in tuple(self.threads.values()):
+            if thread is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        if self.access_log is not None:
+            self.access_log.stop()
+
+    @property
+    def sending(self):
+        """{channel or Handler: bytes sent} of those that have more to send."""
+        left = {channel: channel.sent for channel in self.channels if channel.unsent}
+        return {**left, **{handler: handler.sent for handler in tuple(self.working)}}
+
+    @property
+    def urls(self):
+        """What the endpoints are called, with their real ports."""
+        return [listener.url for listener in self.listeners]
+
+    # connections; all on the loop, or under its lock
+
+    def admit(self, connection):
+        """Count a new connection; refuse it and return False if there are too many."""
+        if connection.peer is None and self._max_of_address is not None:
+            connection.peer = connection.address.rpartition(":")[0] or None
+        peer = connection.peer
+        most = self._max_connections or min(CONNECTIONS_MAX, files_max() * FILES_FOR_CONNECTIONS)
+        full = len(self.connections) >= most or (
+            peer is not None and self._of_address[peer] >= (self._max_of_address or ADDRESS_CONNECTIONS_MAX))
+        self.connections.add(connection)
+        self._of_address[peer] += 1
+        if full:
+            self.refuse(connection)
+        return not full
+
+    def refuse(self, connection):
+        """Close a connection for which there is no room; say so, unless that needs a TLS handshake."""
+        self._reports.warning("too many connections: one was refused")  # in all, of its address, or threads
+        sock = connection.sock
+        sock.setblocking(False)
+        try:
+            data = self.answer(connection, None, error_response(
+                Busy("there are too many connections; try again later")), False)
+            if connection.listener.context is None:
+                sock.send(data)
+            sock.shutdown(socket.SHUT_WR)
+            sock.recv(READ_SIZE)                # unread bytes would make a reset of it, and lose the answer
+        except OSError:
+            pass                                # it does not wait for the answer
+        self.close_connection(connection)
+
+    def close_connection(self, connection):
+        """Close a connection and forget it."""
+        self.connections.discard(connection)
+        self._of_address[connection.peer] -= 1
+        if not self._of_address[connection.peer]:
+            del self._of_address[connection.peer]
+        connection.sock.close()
+
+    def begin_handshake(self, connection):
+        """Note a TLS handshake. If there are too many, the oldest one ends: it has had its time."""
+        if len(self.handshakes) >= HANDSHAKES_MAX:
+            oldest = next(iter(self.handshakes))
+            self.handshakes.pop(oldest, None)
+            self._interrupt(oldest)
+        self.handshakes[connection] = None
+
+    def hand_over(self, handler):
+        """Take the connection of a thread that ends."""
+        connection = handler.client
+        del self.threads[connection]
+        self.handshakes.pop(connection, None)
+        if handler.gone or self.closed:
+            self.close_connection(connection)
+            return
+        channel = handler.channel or Channel()
+        self.start_channel(channel, connection, handler.current)
+        if handler.channel is None:
+            channel.finish()
+
+    def start_channel(self, channel, connection, request=None):
+        """Let a channel have a connection."""
+        try:
+            channel.start(connection, request, self._more_headers(request))
+        except OSError as error:                # the selector has no room
+            self._reports.warning("a connection cannot be watched and is closed: %s", error.strerror)
+            channel.close()
+
+    # requests
+
+    def route(self, request):
+        """Check a head. Return (a function of the request that makes its answer, limit of the body).
+
+        The function raises nothing; the answer is a Response, a Channel or a WsgiRun. Raises
+        GafferError.
+        """
+        access = self.access
+        try:
+            access.check_host(request)
+        except GafferError:
+            request.headers.pop("origin", None)     # whose own origin is none, so CORS has nothing to say
+            raise
+        if request.method == "OPTIONS":
+            return self._answer_options, BODY_SIZE
+        if request.method not in ("GET", "HEAD") or "upgrade" in request.headers:
+            access.check_origin(request)
+        access.check_site(request)
+        if request.path.rstrip("/") not in OPEN_PATHS or request.method not in ("GET", "HEAD"):
+            try:
+                access.check_token(request)
+            except Unauthorized:
+                if "authorization" in request.headers:  # else it may be a browser, that does not know yet
+                    self.wrong_tokens += 1
+                    self._guesses.warning("a wrong token came from %s; %d so far",
+                                          request.client, self.wrong_tokens)
+                raise
+        try:
+            return self._find(request)
+        except GafferError as error:
+            if not has_body(request) or "expect" in request.headers:
+                raise
+            answer = error_response(error)      # a client that has sent its body may go on behind it
+            return (lambda request: answer), BODY_SIZE
+
+    def _find(self, request):
+        methods, args = self._router.find(request.segments())
+        if methods is not None:
+            handler = methods.get(request.method)
+            if handler is None:
+                if request.method not in METHODS + OTHER_METHODS:
+                    raise MethodUnknown("HTTP has no such method; they are in capitals")
+                if "*" in methods:              # what may be done with a stream depends on its label
+                    methods = self.loop.call(methods["*"], self._api, *args)
+                raise MethodNotAllowed("use one of the methods in the Allow header", allowed(methods))
+            return (functools.partial(attempt, self._call_api, handler, args),
+                    max(BODY_SIZE, self._api.manager.input_size))
+        for pattern, handler in self._handlers:
+            match = pattern.fullmatch(request.path)
+            if match:
+                groups = [None if group is None else urllib.parse.unquote(group) for group in match.groups()]
+                return functools.partial(self._call_route, pattern.pattern, handler, groups), self._max_body
+        for prefix, app in self._wsgi:
+            if request.path == prefix or request.path.startswith(prefix + "/"):
+                return functools.partial(WsgiRun, self, app, prefix), self._max_body
+        raise ResourceNotFound("there is nothing at %s" % request.path[:200])
+
+    def _answer_options(self, request):
+        return Response(status=204, headers=self.access.preflight(request), content_type=None)
+
+    def _call_api(self, handler, args, request):
+        if handler.operation.unlocked:
+            result = handler(self._api, request, *args)
+        else:
+            result = self.loop.call(handler, self._api, request, *args)
+        if callable(result):
+            result = result()
+        return result if isinstance(result, (Response, Channel)) else json_response(result)
+
+    @staticmethod
+    def _call_route(pattern, handler, groups, request):
+        try:
+            if isinstance(handler, type) and issubclass(handler, WebSocketHandler):
+                headers = websocket_accept(request) + subprotocol(request, handler.protocols)
+                return HandlerSocket(handler, request, groups, headers)
+            return made_response(handler(request, *groups))
+        except GafferError as error:
+            return error_response(error)
+        except Exception:
+            log.exception("the added route %s has failed", pattern)
+            return error_response(GafferError("the added route %s has failed; gaffer's log says how" % pattern))
+
+    def _more_headers(self, request):
+        """Return the headers that answers have beside their own."""
+        cors = self.access.cors(request) if request is not None else []
+        return [("Cache-Control", "no-store"), *cors]
+
+    def answer(self, connection, request, response, keep, began=None):
+        """Return a Response as bytes, and count and log it. Any thread.
+
+        `keep`: the connection goes on; `began`: when its request was complete, by time.monotonic().
+        """
+        head_only = request is not None and request.method == "HEAD"
+        more = self._more_headers(request)
+        if keep and request.version == (1, 0):
+            more.append(("Connection", "keep-alive"))
+        data = response.encode(self.date(), keep, head_only, more)
+        method = request.method if request is not None else ""
+        self.requests.add(method, response.status, None if began is None else time.monotonic() - began)
+        self.log_request(connection.address, request, response.status,
+                         0 if head_only else len(response.body or b""))
+        return data
+
+    def log_request(self, client, request, status, size):
+        """Tell the access log of an answer with `size` bytes of body. Any thread."""
+        if self.access_log is not None:
+            self.access_log.add(client, request, status, size)
+
+    def date(self):
+        """Return the Date header's value; it is made once a second."""
+        now = int(time.time())
+        made, text = self._date
+        if made != now:
+            text = http_date(now)
+            self._date = now, text
+        return text
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -8793,324 +8912,6 @@ def reference(name):
 # What plugs into a Manager: any object with start(loop, manager), and maybe stop(), restart(), and join(), which is called
 # last, when the loop is closed.
 # --------------------------------------------------------------------------------------------------------------------
-FRAMING_HEADERS = ("content-length", "transfer-encoding", "connection", "date")     # said by Response.encode()
-
-
-def made_response(result):
-    """A Response of what an added route returns: str, bytes, dict, list, Response or (status, headers, body)."""
-    if isinstance(result, tuple):
-        status, headers, body = result
-        need(isinstance(status, int) and 200 <= status <= 599, ValueError, "a handler's status is a number from 200 to 599")
-        made = made_response(body)
-        given = [(str(name), str(value)) for name, value in (headers.items() if isinstance(headers, dict) else headers)]
-        given = [pair for pair in given if pair[0].lower() not in FRAMING_HEADERS]
-        if any(name.lower() == "content-type" for name, _ in given):
-            made.headers = [pair for pair in made.headers if pair[0] != "Content-Type"]
-        made.status, made.headers = status, made.headers + given
-        return made
-    if isinstance(result, Response):
-        return result
-    if isinstance(result, str):
-        return Response(result.encode("utf-8"), content_type="text/plain; charset=utf-8")
-    if isinstance(result, (bytes, bytearray)):
-        return Response(bytes(result), content_type="application/octet-stream")
-    return json_response(result)
-
-
-class HttpHandler:
-    """The HTTP API as an app. `endpoints`: HttpEndpoints (127.0.0.1:5000). `handlers`: [(regular expression, callable or
-    WebSocketHandler class)]; callable(request, *groups) runs on a thread of its own and returns str, bytes, dict, list,
-    Response or (status, headers, body). `wsgi`: {"/prefix": WSGI application}. `token`, `cors_origins`, `allow_hosts`: who
-    may do what. `max_body`: bytes of a body for handlers and WSGI. `access_log`: an AccessLog. `max_connections`: at once
-    (15,000, or what the limit of open files leaves). `max_connections_per_address`: of one IPv4 address, or /64 of IPv6
-    (1,000; this machine's own are not counted, unless a number is given). A connection over these is answered 503 `busy`."""
-
-    def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(), allow_hosts=(), max_body=16 * MIB,
-                 access_log=None, max_connections=None, max_connections_per_address=None):
-        self.endpoints = list(endpoints) if endpoints is not None else [HttpEndpoint()]
-        self.access = Access(token, cors_origins, allow_hosts)
-        self.listeners = []
-        self.channels = set()
-        self.requests = RequestCounts()
-        self.loop = None
-        self.closed = False
-        self.would_block = (BlockingIOError, InterruptedError)
-        self._handlers = [(re.compile(pattern), handler) for pattern, handler in handlers]
-        self._wsgi = sorted(((path.rstrip("/"), app) for path, app in (wsgi or {}).items()), key=lambda item: -len(item[0]))
-        self._max_body = max_body
-        self.routes, self.secured = ROUTES, token is not None
-        self.access_log, self._token = access_log, token
-        self._router = Router(ROUTES)
-        self._api = None
-        self._max_connections, self._max_of_address = max_connections, max_connections_per_address
-        self._threads = {}                      # thread -> the RequestChannel whose socket it has, or None
-        self.connections = 0
-        self._of_address = collections.Counter()
-        self._lock = threading.Lock()           # guards the three above, which other threads change
-        self.wrong_tokens = 0                   # that were sent
-        self._said, self._guessed = Throttle(), Throttle()
-        self._date = (0, "")
-
-    # the app
-
-    def start(self, loop, manager):
-        """Listen. StartError: an endpoint cannot be used, or would be open to everybody."""
-        self.loop, self._api, self.closed = loop, Api(manager, self), False
-        end_a_thread()
-        if any(endpoint.certfile for endpoint in self.endpoints):
-            import ssl
-            self.would_block += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
-        try:
-            if self.access_log is not None:
-                self.access_log.start(loop, self._token)
-            for endpoint in self.endpoints:
-                listener = Listener(self, endpoint)
-                if not listener.local and not self.secured:
-                    listener.server_close()
-                    raise StartError("%s can be reached from other machines: give a token with --token-file or GAFFER_TOKEN, "
-                                     "or listen on 127.0.0.1" % endpoint.bind)
-                listener.open()
-                self.listeners.append(listener)
-        except BaseException:
-            self.stop()
-            raise
-
-    def stop(self):
-        """Listen no longer, close all connections."""
-        self.closed = True
-        for listener in self.listeners:
-            listener.close()
-        self.listeners = []
-        if self.sending:
-            log.warning("%d clients did not take what was left for them: at least %d bytes are lost",
-                        len(self.sending), sum(channel.unsent for channel in self.channels))
-        for channel in tuple(self.channels):
-            channel.close()
-        if self.access_log is not None:
-            self.access_log.stop()
-        with self._lock:
-            for channel in filter(None, self._threads.values()):
-                try:
-                    channel.sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass                        # it is closing by itself
-
-    def join(self):
-        """Wait for the threads, which see their sockets closed, and for the access log."""
-        if self.access_log is not None:
-            self.access_log.join()
-        deadline = time.monotonic() + SEND_TIME
-        for thread in tuple(self._threads):
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-    @property
-    def sending(self):
-        """{channel: bytes sent} of those whose clients have not taken all yet."""
-        return {channel: channel.sent for channel in self.channels if channel.unsent}
-
-    @property
-    def urls(self):
-        """What the endpoints are called, with their real ports."""
-        return [listener.url for listener in self.listeners]
-
-    # connections
-
-    def accept(self, listener, sock, client, peer):
-        """Take in a new connection. Called on the loop."""
-        if peer is None and self._max_of_address is not None:
-            peer = client.rpartition(":")[0] or None
-        most = self._max_connections or min(CONNECTIONS_MAX, files_max() * FILES_FOR_CONNECTIONS)
-        most_of_address = self._max_of_address or ADDRESS_CONNECTIONS_MAX
-        with self._lock:
-            full = self.connections >= most or (peer is not None and self._of_address[peer] >= most_of_address)
-            if not full:
-                self.connections += 1
-                self._of_address[peer] += 1
-        if full:
-            self._refuse(sock, listener.context is None)
-            if self.access_log is not None:
-                self.access_log.add(client, None, Busy.status, 0)
-        else:
-            self._open(RequestChannel(self, sock, listener, client, peer))
-
-    def enter(self, channel):
-        """Open a channel on the loop. From any thread; False: the loop is closed."""
-        return self.loop.call_soon(self._open, channel)
-
-    def _open(self, channel):
-        try:
-            if not self.closed:
-                return channel.open()
-        except OSError as error:                # the selector has no room
-            self._said.warning("a connection cannot be watched and is closed: %s", error.strerror)
-        return channel.close()
-
-    def start_thread(self, function, *args, channel=None):
-        """Run `function(*args)` on a thread, which owns the socket of `channel`: it is closed when the thread ends. False:
-        there are too many, and the client has been told so."""
-        thread = threading.Thread(target=self._run, args=(function, *args), name="gaffer-http", daemon=True)
-        with self._lock:
-            full = len(self._threads) >= THREADS_MAX
-            if not full:
-                self._threads[thread] = channel
-        if not full:
-            try:
-                thread.start()
-                return True
-            except (RuntimeError, MemoryError) as error:        # the system has no thread left
-                self._said.warning("a request has no thread: %s", error)
-                with self._lock:
-                    del self._threads[thread]
-        if channel is not None:
-            self.released(channel.peer)
-            self._refuse(channel.sock, not channel.talks_tls)
-        return False
-
-    def _run(self, function, *args):
-        try:
-            function(*args)
-        except OSError as error:                # it has left
-            log.debug("a client has left: %s", error)
-        except Exception:
-            log.exception("a request failed")
-        finally:
-            with self._lock:
-                channel = self._threads.pop(threading.current_thread())
-            if channel is not None:
-                shut_down(channel.sock)
-                channel.sock.close()
-                self.released(channel.peer)
-
-    def thread_keeps_nothing(self):
-        """The calling thread has given its socket to another channel."""
-        with self._lock:
-            self._threads[threading.current_thread()] = None
-
-    def _refuse(self, sock, plain):
-        """`plain`: without TLS; with it there is no answer, as that would need the handshake that there is no room for."""
-        self._said.warning("too many connections: one was refused")     # in all, of its address, or threads
-        self.requests.add("", Busy.status)
-        try:
-            sock.setblocking(False)
-            if plain:
-                sock.send(error_response(Busy("there are too many connections; try again later")).encode(self.date(), False))
-            sock.shutdown(socket.SHUT_WR)
-            sock.recv(READ_SIZE)                # what is not read would make a reset of it, and the answer may be lost
-        except OSError:
-            pass                                # it does not wait for the answer
-        sock.close()
-
-    def released(self, peer):
-        """A connection has ended."""
-        with self._lock:
-            self.connections -= 1
-            self._of_address[peer] -= 1
-            if not self._of_address[peer]:
-                del self._of_address[peer]
-
-    def date(self):
-        """The Date header's value; made once a second."""
-        now = int(time.time())
-        if self._date[0] != now:
-            self._date = (now, http_date(now))
-        return self._date[1]
-
-    # requests
-
-    def admit_request(self, request):
-        """None, or the Response to a request that needs no route. Raises what Access refuses beside the host."""
-        access = self.access
-        if request.method == "OPTIONS":
-            return Response(status=204, headers=access.preflight(request), content_type=None)
-        if request.method not in ("GET", "HEAD") or "upgrade" in request.headers:
-            access.check_origin(request)
-        access.check_site(request)
-        if request.path.rstrip("/") not in OPEN_PATHS or request.method not in ("GET", "HEAD"):
-            try:
-                access.check_token(request)
-            except Unauthorized:
-                self._unauthorized(request)
-                raise
-        return None
-
-    def _unauthorized(self, request):
-        """Who guesses is told of; a browser that does not know yet that there is a token does not."""
-        if "authorization" in request.headers:
-            self.wrong_tokens += 1
-            self._guessed.warning("a wrong token came from %s; %d so far", request.client, self.wrong_tokens)
-
-    def body_limit(self, request):
-        """How long a body may be."""
-        own = self._router.find(request.segments())[0] is not None
-        return max(BODY_SIZE, self._api.manager.input_size) if own else self._max_body
-
-    def answer(self, request):
-        """A Response, or one of the replies. Called on the loop."""
-        return attempt(self._route, request)
-
-    def _route(self, request):
-        methods, args = self._router.find(request.segments())
-        if methods is None:
-            return self._extra(request)
-        handler = methods.get(request.method)
-        if handler is None:
-            need(request.method in METHODS + OTHER_METHODS, MethodUnknown, "HTTP has no such method; they are in capitals")
-            # what may be done with a stream depends on its label
-            allow = methods["*"](self._api, *args) if "*" in methods else methods
-            raise MethodNotAllowed("use one of the methods in the Allow header", allowed(allow))
-        result = handler(self._api, request, *args)
-        replies = (Response, StreamReply, ParkedReply, WebSocketReply, ThreadReply)
-        return result if isinstance(result, replies) else json_response(result)
-
-    def encode(self, request, response, keep_alive, more, head_only=False):
-        """A Response as bytes; one that an added route has made so that it cannot be sent becomes a 500."""
-        if request.version == (1, 0) and keep_alive:
-            more = [*more, ("Connection", "keep-alive")]
-        encoded = attempt(response.encode, self.date(), keep_alive, head_only, more)
-        if isinstance(encoded, Response):
-            encoded = encoded.encode(self.date(), keep_alive, head_only, more)
-        return encoded
-
-    def _extra(self, request):
-        """Routes that were added, and mounted applications."""
-        for pattern, handler in self._handlers:
-            match = pattern.fullmatch(request.path)
-            if match:
-                groups = [None if group is None else urllib.parse.unquote(group) for group in match.groups()]
-                if isinstance(handler, type) and issubclass(handler, WebSocketHandler):
-                    return HandlerReply(handler, request, groups, websocket_accept(request))
-                return ThreadReply(functools.partial(self._call, handler, request, groups))
-        for prefix, app in self._wsgi:
-            if request.path == prefix or request.path.startswith(prefix + "/"):
-                return SocketReply(functools.partial(self._run_wsgi, app, prefix, request))
-        raise ResourceNotFound("there is nothing at %s" % request.path[:200])
-
-    @staticmethod
-    def _call(handler, request, groups):
-        return made_response(handler(request, *groups))
-
-    @staticmethod
-    def _run_wsgi(app, prefix, request, sock, more):
-        host, port = HOST.match(request.headers.get("host", "localhost")).groups()
-        environ = {
-            "REQUEST_METHOD": request.method, "SCRIPT_NAME": prefix, "QUERY_STRING": request.raw_query,
-            "PATH_INFO": urllib.parse.unquote(request.path[len(prefix):], "latin-1"),
-            "SERVER_PROTOCOL": "HTTP/%d.%d" % request.version,
-            "SERVER_NAME": host, "SERVER_PORT": port or ("443" if request.secure else "80"),
-            "REMOTE_ADDR": request.client.rpartition(":")[0], "CONTENT_LENGTH": str(len(request.body)),
-            "CONTENT_TYPE": request.headers.get("content-type", ""), "wsgi.url_scheme": "https" if request.secure else "http",
-        }
-        for name, value in request.headers.items():
-            # "_" would let a client forge another header's name; Proxy would become HTTP_PROXY
-            if "_" not in name and name not in ("proxy", "content-type", "content-length"):
-                environ["HTTP_" + name.upper().replace("-", "_")] = value
-        if request.secure:
-            environ["HTTPS"] = "on"
-        output = WsgiOutput(sock, request.method == "HEAD")
-        WsgiRun(request, io.BytesIO(request.body), output, environ, more).run(app)
-        return output.status, output.size
-
-
 def ending_signals():
     """Return the signals that end a process by default, but for the faults of a program: their
     handler would return to the same instruction for ever."""

@@ -432,9 +432,9 @@ class Gaffer:
 
 
 def sse_size(lines, size, epoch):
-    """Bytes of an event stream of so many lines of `size` bytes: all but the ids, and the digits of these."""
+    """Bytes of an event stream of so many lines of `size` bytes: an empty line, all but the ids, and the digits of these."""
     digits = sum(lines - (10 ** power - 1) // size for power in range(20) if 10 ** power <= lines * size)
-    return lines * (len("id: @%s\nevent: stdout\ndata: \n" % epoch) + size) + digits
+    return 1 + lines * (len("id: @%s\nevent: stdout\ndata: \n" % epoch) + size) + digits
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -503,7 +503,7 @@ def gaffer_stream(form, options, blocks):
         path, headers, total, parse, last = {
             "continuous": ("/streams/%d/stdout?feed=continuous&loss=block", (), size, chunk_header, b""),
             "websocket": ("/wstreams/%d?type=binary&readonly=true&loss=block", UPGRADE, size, frame_header, b""),
-            "SSE": ("/streams/%d/stdout?feed=eventsource&loss=block", (), sse_size(size // LINE, LINE, server.epoch()), None,
+            "SSE": ("/streams/%d/stdout?feed=eventsource&loss=block", (), sse_size(size // LINE, LINE, server.epoch()), chunk_header,
                     b"id: %d@" % size),
         }[form]
         with server.stream(path % pid, *headers) as sock:
@@ -700,7 +700,7 @@ def fan_out(options, source, clients, rate, seconds):
 def gaffer_audience(options, rate, lines):
     """Server-Sent Events, an event a line."""
     with Gaffer(options) as server, server.waiting(python(STAMPS, rate, lines)) as (pid, go):
-        request = server.head("/streams/%d/stdout?feed=eventsource" % pid)
+        request = server.head("/streams/%d/stdout?feed=eventsource" % pid, version="1.0")       # no chunks
         yield Audience(server.address, request, go, server.pid, sse_size(lines, STAMPED, server.epoch()), b"\n\n")
 
 
