@@ -2789,11 +2789,9 @@ class Process:
         self._timer = None if self.abandoned else self._loop.later(delay, self.step, "late")
         self._manager.groups.hurry()
 
-    def _stop(self):
-        try:                                    # later its descendants would be somebody else's
-            self.escaped = self._manager.table.escaped(self.os_pid, self.os_pid)
-        except Exception:
-            log.exception("the descendants of %s (pid %d) cannot be listed", self.name, self.pid)
+    def _stop(self):                            # looked for before they lose their parent
+        self.escaped = self._loop.guard(
+            self._manager.table.escaped, self.os_pid, self.os_pid) or []
         self._signal_stop()
 
     def _kill(self):
@@ -2826,9 +2824,9 @@ class Process:
             self._loop.call_soon(call)
         self.on_exit.clear()
         self._manager.process_exited(self, remains)
-        self._check_ended()
         if not remains:
             self.step("empty")
+        self._check_ended()
 
     def _end(self):
         if self._timer is not None:
@@ -3506,7 +3504,7 @@ class Manager:
             template.hint = None
             if (status, signum) == (0, 0) and process.age() < BACKOFF_RESET:
                 ours = {each.os_pid for each in self.processes.values() if not each.gone}
-                if remains or self.table.orphans(process.age(), ours):
+                if remains or self.loop.guard(self.table.orphans, process.age(), ours):
                     template.hint = more["hint"] = (
                         "it exited with success and left a process behind: it seems to daemonize; "
                         "have it stay in the foreground, so that it can be watched and stopped")
