@@ -4597,125 +4597,80 @@ class ProcessTimes(Case):
 
 
 class ProcessEvents(ProcessCase):
-    """The order of events, as section 5 of the contract has it."""
+    """Events: their order and their fields."""
 
-    def expect(self, *kinds):
-        """The events since the last call, without pids."""
-        found = self.kinds("x")
-        fresh = [kind for kind, _ in found[self.known:]]
-        self.known = len(found)
-        self.assertEqual(fresh, list(kinds))
+    # (template fields, requests, events in this order, without pids)
+    ORDERS = {
+        "added": ({}, [], "create start spawn spawn"),
+        "added without a start": (
+            {"start": False}, ["POST /_start", "POST /_start"], "create start spawn spawn"),
+        "stopped, and once more": (
+            {}, ["POST /_stop?wait=true", "POST /_stop?wait=true"],
+            "create start spawn spawn stop stop_pid stop_pid exit exit"),
+        "stopped before it was started": ({"start": False}, ["POST /_stop"], "create"),
+        "scaled": (
+            {}, ["POST /_add/2", "POST /_sub?wait=true"],
+            "create start spawn spawn update spawn spawn update reap exit"),
+        "deleted": (
+            {}, ["DELETE ?wait=true"],
+            "create start spawn spawn stop stop_pid stop_pid delete exit exit"),
+        "deleted before it was started": ({"start": False}, ["DELETE "], "create delete"),
+        "replaced": (
+            {"numprocesses": 1}, ["PUT ", "POST /_start?wait=true"],
+            "create start spawn update stop_pid exit spawn"),
+        "restarted": (
+            {"numprocesses": 1}, ["POST /_restart?wait=true"],
+            "create start spawn restart stop_pid exit spawn"),
+        "restarted before it was started": (
+            {"start": False, "numprocesses": 1}, ["POST /_restart"], "create start spawn"),
+        "one process stopped": (
+            {"numprocesses": 1}, ["POST /_restart?wait=true"],
+            "create start spawn restart stop_pid exit spawn"),
+    }
 
-    def setUp(self):
-        super().setUp()
-        self.known = 0
-
-    def test_create(self):
-        self.server.add("x", "sleep 60", numprocesses=2)
-        self.expect("create", "start", "spawn", "spawn")
-
-    def test_create_without_start(self):
-        self.server.add("x", "sleep 60", numprocesses=2, start=False)
-        self.expect("create")
-        self.server.ok("POST", "/processes/x/_start")
-        self.expect("start", "spawn", "spawn")
-
-    def test_stop(self):
-        self.server.add("x", "sleep 60", numprocesses=2)
-        self.expect("create", "start", "spawn", "spawn")
-        self.server.ok("POST", "/processes/x/_stop?wait=true")
-        self.expect("stop", "stop_pid", "stop_pid", "exit", "exit")
-
-    def test_scale(self):
-        """Up: the new ones; down: the oldest ends."""
-        pids = self.server.add("x", "sleep 60", numprocesses=2)
-        self.expect("create", "start", "spawn", "spawn")
-        self.assertEqual(self.server.ok("POST", "/processes/x/_add/2"), {"ok": True, "numprocesses": 4})
-        self.expect("update", "spawn", "spawn")
-        self.assertEqual(self.server.ok("POST", "/processes/x/_sub"), {"ok": True, "numprocesses": 3})
-        self.exit_of(pids[0])
-        self.assertEqual(self.kinds("x")[-3:], [("update", None), ("reap", 1), ("exit", 1)])
-
-    def test_delete(self):
-        pids = self.server.add("x", "sleep 60", numprocesses=2)
-        self.expect("create", "start", "spawn", "spawn")
-        self.server.ok("DELETE", "/processes/x")
-        for pid in pids:
-            self.exit_of(pid)
-        self.expect("stop", "stop_pid", "stop_pid", "delete", "exit", "exit")
-
-    def test_delete_stopped(self):
-        self.server.add("x", "sleep 60", start=False)
-        self.server.ok("DELETE", "/processes/x")
-        self.expect("create", "delete")
-
-    def test_replace(self):
-        self.server.add("x", "sleep 60")
-        self.expect("create", "start", "spawn")
-        self.server.ok("PUT", "/processes/x", {"cmd": "sleep 61"})
-        self.spawned("x", 2)
-        self.expect("update", "stop_pid", "exit", "spawn")
-
-    def test_restart(self):
-        self.server.add("x", "sleep 60", numprocesses=2)
-        self.expect("create", "start", "spawn", "spawn")
-        self.server.ok("POST", "/processes/x/_restart?wait=true")
-        kinds = [kind for kind, _ in self.kinds("x")[self.known:]]
-        self.assertEqual(kinds[:3], ["restart", "stop_pid", "stop_pid"])
-        self.assertEqual(sorted(kinds[3:]), ["exit", "exit", "spawn", "spawn"])
-        self.assertEqual((kinds[3], kinds[-1]), ("exit", "spawn"))
-
-    def test_restart_of_a_stopped_one(self):
-        self.server.add("x", "sleep 60", start=False)
-        self.server.ok("POST", "/processes/x/_restart")
-        self.expect("create", "start", "spawn")
+    def test_order(self):
+        for number, (what, (fields, requests, events)) in enumerate(self.ORDERS.items()):
+            with self.subTest(what):
+                name = "x%d" % number
+                self.server.add(name, "sleep 60", **dict({"numprocesses": 2}, **fields))
+                for request in requests:
+                    method, path = request.split(" ")
+                    body = {"cmd": "sleep 61"} if method == "PUT" else None
+                    self.server.ok(method, "/processes/" + name + path, body)
+                until(lambda name=name, events=events: len(self.kinds(name)) >= len(events.split()))
+                self.assertEqual(" ".join(kind for kind, _ in self.kinds(name)), events)
 
     def test_stop_of_one_pid(self):
         pid, = self.server.add("x", "sleep 60")
         self.server.ok("POST", "/processes/%d/_stop" % pid)
         self.spawned("x", 2)
-        self.assertEqual(self.kinds("x")[-3:], [("stop_pid", pid), ("exit", pid), ("spawn", pid + 1)])
-
-    def test_repeated(self):
-        """What is so already, is no event."""
-        self.server.add("x", "sleep 60", start=False)
-        for _ in range(2):
-            self.server.ok("POST", "/processes/x/_stop")
-        self.expect("create")
-        for _ in range(2):
-            self.server.ok("POST", "/processes/x/_start")
-        self.expect("start", "spawn")
-        self.server.ok("POST", "/processes/x/_stop?wait=true")
-        self.server.ok("POST", "/processes/x/_stop?wait=true")
-        self.expect("stop", "stop_pid", "exit")
+        self.assertEqual(self.kinds("x")[-3:],
+                         [("stop_pid", pid), ("exit", pid), ("spawn", pid + 1)])
 
     def test_exit_by_itself(self):
-        self.server.add("x", "exit 3", shell=True, flapping=dict(PROCESS_ONCE, max_retry=1, retry_in=1000))
+        self.server.add("x", "exit 3", shell=True,
+                        flapping=dict(PROCESS_ONCE, max_retry=1, retry_in=1000))
         self.server.wait_event("proc/x/flap")
-        self.expect("create", "start", "spawn", "exit", "flap")
+        self.assertEqual([kind for kind, _ in self.kinds("x")],
+                         ["create", "start", "spawn", "exit", "flap"])
 
     def test_fields(self):
         """What an event has."""
-        self.server.ok("POST", "/processes", {"name": "x", "cmd": "exit 3", "shell": True, "flapping": PROCESS_ONCE})
-        before = time.time()
-        events = {}
+        self.server.add("x", "exit 3", shell=True, flapping=PROCESS_ONCE)
+        events = []
         for event in self.server.events("proc/x", since=0):
-            events[event["event"]] = event
+            events.append(event)
             if event["event"] == "stop":
                 break
-        self.assertEqual(list(events), ["create", "start", "spawn", "exit", "stop"])
-        for kind, event in events.items():
-            fields = {"event", "name", "id", "time"}
-            if kind in ("spawn", "exit"):
-                fields |= {"pid", "os_pid"}
-            if kind == "exit":
-                fields |= {"exit_status", "term_signal"}
-            self.assertEqual(set(event), fields)
-            self.assertLess(abs(event["time"] - before), TIMEOUT)
-            self.assertRegex(event["id"], r"\A[0-9]+@[A-Za-z0-9]+\Z")
-        self.assertEqual((events["exit"]["exit_status"], events["exit"]["term_signal"]), (3, 0))
-        numbers = [int(event["id"].partition("@")[0]) for event in events.values()]
-        self.assertEqual(numbers, sorted(set(numbers)))
+        self.assertEqual([event["event"] for event in events],
+                         ["create", "start", "spawn", "exit", "stop"])
+        more = {"spawn": {"pid", "os_pid"}, "exit": {"pid", "os_pid", "exit_status", "term_signal"}}
+        for number, event in enumerate(events, 1):
+            self.assertEqual(set(event),
+                             {"event", "name", "id", "time"} | more.get(event["event"], set()))
+            self.assertLess(abs(event["time"] - time.time()), TIMEOUT)
+            self.assertRegex(event["id"], r"\A%d@[A-Za-z0-9]+\Z" % number)
+        self.assertEqual((events[3]["exit_status"], events[3]["term_signal"]), (3, 0))
 
 
 class ProcessTemplate(ProcessCase):
@@ -4748,65 +4703,44 @@ class ProcessTemplate(ProcessCase):
         self.addCleanup(put, old)
         put(value)
 
-    def test_cmd(self):
-        """cmd alone is split as a shell splits words; nothing else of a shell happens."""
-        self.assertEqual(self.output("printf '%s|' a 'b c' \"d 'e'\" f\\ g '*' ';' '>' '|'"), b"a|b c|d 'e'|f g|*|;|>|||")
-
-    def test_args(self):
-        """With args cmd is the program; a string is split; an empty list counts as absent."""
-        self.assertEqual(self.output("printf", args=["%s|", "a b", "c"]), b"a b|c|")
-        self.assertEqual(self.output("printf", args="%s| 'a b' c"), b"a b|c|")
-        self.assertEqual(self.output("printf '%s|' a b", args=[]), b"a|b|")
-        folder = tempfile.mkdtemp()
-        self.addCleanup(os.rmdir, folder)
-        program = os.path.join(folder, "a program")
-        os.symlink("/bin/echo", program)
-        self.addCleanup(os.unlink, program)
-        self.assertEqual(self.output(program, args=["hello"]), b"hello\n")
-
-    def test_substitution(self):
-        """$VAR and ${VAR} in each word, once, from the process's environment."""
-        env = {"PORT": 80, "NESTED": "$PORT", "EMPTY": "", "SPACE": "a b", "PROGRAM": "printf"}
-        command = "$PROGRAM '%s|' $PORT ${PORT}1 $NESTED $UNSET_ ${UNSET_} $$PORT $$ $ '' $EMPTY $SPACE x$PORT-"
-        self.assertEqual(self.output(command, env=env), b"80|801|$PORT|$UNSET_|${UNSET_}|$PORT|$|$|||a b|x80-|")
-        self.assertEqual(self.output("printf", args=["%s|", "$PORT"], env=env), b"80|")
+    def test_words(self):
+        """What a command becomes: its words, variables, arguments, directory and program."""
+        script = process_script(self, "#!/bin/sh\necho found in $PWD\n")
+        folder = os.path.realpath(os.path.dirname(script))
         self.setenv("GAFFER_TEST_OWN", "ours")
-        self.assertEqual(self.output("printf %s $GAFFER_TEST_OWN"), b"ours")
-        self.assertEqual(self.output("printf %s $GAFFER_TEST_OWN", os_env=False), b"$GAFFER_TEST_OWN")
-
-    def test_shell(self):
-        """cmd goes to /bin/sh -c untouched, args become $1, $2, ..."""
-        command = "echo $0 $# \"$1\" \"$2\" $((1+1)) $X | cat"
-        self.assertEqual(self.output(command, shell=True, args=["a b", "$X"], env={"X": "y"}), b"sh 2 a b $X 2 y\n")
-        self.assertEqual(self.output("echo \"$1\"", shell=True, args="'a b' c"), b"a b\n")
+        env = {"PORT": 80, "NESTED": "$PORT", "EMPTY": "", "SPACE": "a b", "PROGRAM": "printf"}
+        found = "found in %s\n" % folder
+        for cmd, options, output in (
+                ("printf '%s|' a 'b c' \"d 'e'\" f\\ g '*' ';' '>' '|'", {},
+                 "a|b c|d 'e'|f g|*|;|>|||"),
+                ("printf '%s|' one \\\n two", {}, "one|two|"),
+                ("printf", {"args": ["%s|", "a b", "$PORT"], "env": env}, "a b|80|"),
+                ("printf", {"args": "%s| 'a b' c"}, "a b|c|"),
+                ("printf '%s|' a b", {"args": []}, "a|b|"),
+                ("$PROGRAM '%s|' $PORT ${PORT}1 $NESTED $UNSET_ ${UNSET_} $$PORT $$ $ '' $EMPTY "
+                 "$SPACE x$PORT-", {"env": env}, "80|801|$PORT|$UNSET_|${UNSET_}|$PORT|$|$|||a b|x80-|"),
+                ("printf %s $GAFFER_TEST_OWN", {}, "ours"),
+                ("printf %s $GAFFER_TEST_OWN", {"os_env": False}, "$GAFFER_TEST_OWN"),
+                ("echo $0 $# \"$1\" \"$2\" $((1+1)) $X | cat",
+                 {"shell": True, "args": ["a b", "$X"], "env": {"X": "y"}}, "sh 2 a b $X 2 y\n"),
+                ("echo \"$1\"", {"shell": True, "args": "'a b' c"}, "a b\n"),
+                ("script", {"env": {"PATH": folder + ":/bin"}, "cwd": folder}, found),
+                ("sh -c 'echo ours'", {"os_env": False}, "ours\n"),
+                ("./script", {"cwd": folder}, found), ("pwd", {}, os.getcwd() + "\n")):
+            with self.subTest(cmd):
+                self.assertEqual(self.output(cmd, **options).decode(), output)
 
     def test_env(self):
-        """Variables, strings or numbers, win over gaffer's own environment."""
+        """Variables, strings or numbers, win over gaffer's own environment, or stand alone."""
         self.setenv("GAFFER_TEST_OWN", "ours")
         self.setenv("GAFFER_TOKEN", "secret")
-        given = {"GAFFER_TEST_OWN": "theirs", "NUMBER": 5, "HALF": 0.5, "UMLAUT": "\u00e4\U0001f600", "EMPTY": ""}
-        env = self.environment(env=given)
-        expected = dict(given, NUMBER="5", HALF="0.5")
-        self.assertEqual({name: env.get(name) for name in expected}, expected)
-        self.assertEqual(env["PATH"], os.environ["PATH"])
-        self.assertNotIn("GAFFER_TOKEN", env)
-
-    def test_os_env(self):
-        """Or stand alone."""
-        self.assertEqual(self.environment(env={"A": "b"}, os_env=False), {"A": "b", "PYTHONUNBUFFERED": "1"})
-
-    def test_path(self):
-        """The program is looked up in the PATH of env, else in gaffer's."""
-        script = process_script(self, "#!/bin/sh\necho found\n")
-        self.assertEqual(self.output("script", env={"PATH": os.path.dirname(script)}), b"found\n")
-        self.assertEqual(self.output("sh -c 'echo ours'", os_env=False), b"ours\n")
-
-    def test_cwd(self):
-        """The directory; a relative program is looked up from there."""
-        script = process_script(self, "#!/bin/sh\npwd\n")
-        folder = os.path.realpath(os.path.dirname(script))
-        self.assertEqual(self.output("./script", cwd=folder), folder.encode() + b"\n")
-        self.assertEqual(self.output("pwd"), os.getcwd().encode() + b"\n")
+        env = self.environment(env={"GAFFER_TEST_OWN": "theirs", "NUMBER": 5, "HALF": 0.5,
+                                    "UMLAUT": "\u00e4\U0001f600", "EMPTY": ""})
+        self.assertEqual([env.get(name) for name in ("GAFFER_TEST_OWN", "NUMBER", "HALF", "UMLAUT",
+                                                     "EMPTY", "PATH", "GAFFER_TOKEN")],
+                         ["theirs", "5", "0.5", "\u00e4\U0001f600", "", os.environ["PATH"], None])
+        self.assertEqual(self.environment(env={"A": "b"}, os_env=False),
+                         {"A": "b", "PYTHONUNBUFFERED": "1"})
 
     @unittest.skipUnless(os.geteuid() == 0, "only root may run something as another user")
     def test_identity(self):
