@@ -595,20 +595,21 @@ class ProcfsTable:
                     found.add(group)
         return found
 
-    def orphans(self, age, ours):
+    def orphans(self, since, ours):
         """Return the OS pids of daemons, without a parent and in a session of their own, that began
-        in the last `age` seconds. `ours`: OS pids that are known."""
+        after `since` (as time.monotonic()). `ours`: OS pids that are known."""
+        if not self.EXISTS:
+            return []
+        boot_time = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
         reapers, found, parent = {1}, [], os.getppid()
         while parent > 1:                       # one of these may take in orphans (a subreaper)
             reapers.add(parent)
             fields = self._stat(parent)
             parent = int(fields[1]) if fields else 0
-        if not self.EXISTS:
-            return []
-        since = (time.clock_gettime(time.CLOCK_BOOTTIME) - age) * self.TICKS - 1
+        first = (boot_time + since) * self.TICKS - 1
         for entry in os.listdir("/proc"):
             fields = self._stat(int(entry)) if entry.isdigit() and int(entry) not in ours else []
-            if (fields and int(fields[19]) >= since and int(fields[1]) in reapers
+            if (fields and int(fields[19]) >= first and int(fields[1]) in reapers
                     and int(fields[3]) != os.getsid(0) and fields[0] not in (b"Z", b"X")):
                 found.append(int(entry))
         return found
@@ -3504,7 +3505,7 @@ class Manager:
             template.hint = None
             if (status, signum) == (0, 0) and process.age() < BACKOFF_RESET:
                 ours = {each.os_pid for each in self.processes.values() if not each.gone}
-                if remains or self.loop.guard(self.table.orphans, process.age(), ours):
+                if remains or self.loop.guard(self.table.orphans, process.started, ours):
                     template.hint = more["hint"] = (
                         "it exited with success and left a process behind: it seems to daemonize; "
                         "have it stay in the foreground, so that it can be watched and stopped")

@@ -5613,7 +5613,7 @@ class ProcessLife(ProcessCase):
             def escaped(self, os_pid, group):
                 raise FileNotFoundError("ps")
 
-            def orphans(self, age, ours):
+            def orphans(self, since, ours):
                 raise OSError("EMFILE")
         server = Running(process_table=Table())
         self.addCleanup(server.stop_all)
@@ -5655,7 +5655,7 @@ class ProcessLife(ProcessCase):
                 self.addCleanup(self.end_daemons)
                 self.assertIn("foreground", event["hint"])
                 self.assertEqual(self.server.ok("GET", "/status/" + name)["hint"], event["hint"])
-        with unittest.mock.patch.object(self.server.manager.table, "orphans", lambda age, ours: []):
+        with unittest.mock.patch.object(self.server.manager.table, "orphans", lambda since, ours: []):
             for name, command in (("d", "true"), ("e", "sleep 60 & exit 1"), ("f", "kill $$")):
                 self.server.add(name, command, shell=True, flapping=PROCESS_ONCE)
                 self.assertNotIn("hint", self.server.wait_event("proc/%s/exit" % name))
@@ -5664,7 +5664,7 @@ class ProcessLife(ProcessCase):
     @staticmethod
     def end_daemons():
         """Kill what the test above has left behind."""
-        for daemon in gaffer.ProcfsTable().orphans(TIMEOUT, ()):
+        for daemon in gaffer.ProcfsTable().orphans(0, ()):
             with contextlib.suppress(OSError), open("/proc/%d/cmdline" % daemon) as file:
                 if "# of test %d" % os.getpid() in file.read():
                     os.kill(daemon, signal.SIGKILL)
@@ -5676,16 +5676,17 @@ class ProcessLife(ProcessCase):
             print(sorted(os.environ), os.environ.get("LC_CTYPE"), signal.getsignal(signal.SIGPIPE))
             print(sorted(os.listdir("/proc/self/fd"), key=int), os.getcwd(), os.getsid(0) == os.getpid())
             """
-        for env in ({}, {"LC_CTYPE": "C"}, {"LC_CTYPE": "xx_YY"}):
+        for number, env in enumerate(({}, {"LC_CTYPE": "C"}, {"LC_CTYPE": "xx_YY"})):
             seen = []
-            for labels in ([], ["a"] * 1):
-                env = dict(env, PATH=os.environ["PATH"], GAFFER_STREAMS="a")
-                pid, = self.server.add("x", "env", args=["-i", *("%s=%s" % item for item in env.items()),
-                                                        PYTHON, "-I", "-S", "-c", textwrap.dedent(code)],
-                                       custom_streams=labels, cwd="/", os_env=False, env=env,
-                                       flapping=PROCESS_ONCE) or [self.spawned("x", 1)["pid"]]
-                seen.append(self.poll(pid).decode().replace("'3', '4'", "'3'"))
-                self.server.ok("DELETE", "/processes/x")
+            env = dict(env, PATH=os.environ["PATH"], GAFFER_STREAMS="a")
+            words = ["-i", *("%s=%s" % item for item in env.items()), PYTHON, "-I", "-S", "-c",
+                     textwrap.dedent(code)]
+            for labels in ([], ["a"]):
+                name = "x%d%d" % (number, len(labels))
+                self.server.add(name, "env", args=words, custom_streams=labels, cwd="/",
+                                os_env=False, env=env, flapping=PROCESS_ONCE)
+                said = self.poll(self.spawned(name, 1)["pid"]).decode()
+                seen.append(said.replace("'3', '4'", "'3'"))
             self.assertEqual(seen[0], seen[1])
 
     def test_faults_behind_the_prelude(self):
