@@ -1062,14 +1062,15 @@ class Loop:
 # --------------------------------------------------------------------------------------------------
 NORMAL, FLUSH, FINAL = 0, 1, 2      # wait for the rest; show what there is; no more comes
 
-# the beginnings that a character of more than one byte can have (Unicode, table 3-7)
+# the beginnings of a character that has more than one byte (Unicode, table 3-7)
 INCOMPLETE_UTF8 = re.compile(
-    rb"(?:[\xc2-\xdf]|\xe0[\xa0-\xbf]?|[\xe1-\xec\xee\xef][\x80-\xbf]?|\xed[\x80-\x9f]?|\xf0(?:[\x90-\xbf][\x80-\xbf]?)?"
-    rb"|[\xf1-\xf3][\x80-\xbf]{0,2}|\xf4(?:[\x80-\x8f][\x80-\xbf]?)?)\Z")
+    rb"(?:[\xc2-\xdf]|\xe0[\xa0-\xbf]?|[\xe1-\xec\xee\xef][\x80-\xbf]?|\xed[\x80-\x9f]?"
+    rb"|\xf0(?:[\x90-\xbf][\x80-\xbf]?)?|[\xf1-\xf3][\x80-\xbf]{0,2}"
+    rb"|\xf4(?:[\x80-\x8f][\x80-\xbf]?)?)\Z")
 
 
 def incomplete_utf8(data):
-    """How many bytes at the end of `data` begin a character that is not complete: 0 to 3."""
+    """Return how many bytes at the end of `data` begin a character that is not whole: 0 to 3."""
     if data[-1:] < b"\x80":
         return 0
     match = INCOMPLETE_UTF8.search(data[-3:])
@@ -1077,7 +1078,7 @@ def incomplete_utf8(data):
 
 
 def valid_utf8(data):
-    """`data` with what is not UTF-8 replaced by U+FFFD."""
+    """Return `data` with U+FFFD for what is not UTF-8."""
     try:
         data.decode("utf-8")
         return data
@@ -1086,9 +1087,12 @@ def valid_utf8(data):
 
 
 def split_lines(data, before, mode, piece):
-    """(skip, segments, lines): the lines of `data` with and without their ends. An unfinished one is only taken with mode
-    FLUSH (up to a whole character) or FINAL, or when it is as long as `piece`. `skip` is 1 where `data` begins with the
-    newline of a line whose CR was taken before: that is no line."""
+    """Return (skip, segments, lines): the lines of `data` with and without their ends.
+
+    An unfinished line is only taken with mode FLUSH (up to a whole character) or FINAL, or if it
+    has at least `piece` bytes. `skip` is 1 if `data` begins with the newline of a line whose CR was
+    taken before: that is no line.
+    """
     skip = 1 if data[:1] == b"\n" and before == 13 else 0
     if skip:
         data = data[1:]
@@ -1096,8 +1100,10 @@ def split_lines(data, before, mode, piece):
     if segments and segments[-1][-1] not in (10, 13):
         last = segments.pop()
         lines.pop()
+        if mode == NORMAL and len(last) < piece:
+            return skip, segments, lines
         if mode != FINAL:
-            last = last[:len(last) - incomplete_utf8(last)] if mode == FLUSH or len(last) >= piece else b""
+            last = last[:len(last) - incomplete_utf8(last)]
         if last:
             segments.append(last)
             lines.append(last)
@@ -1264,7 +1270,7 @@ class Log:
                 reader.pump()
             elif reader.encoder.partial:
                 self.flush_later()
-        self._appended_at = self.loop.clock()   # sending took time: that is no silence of the writer
+        self._appended_at = self.loop.clock()   # its writer was not silent meanwhile
         if self._waiters:
             waiters, self._waiters = self._waiters, []
             self._waiters = [each for each in waiters if not self.loop.guard(each)] + self._waiters
@@ -1412,41 +1418,38 @@ class Reader:
 
         If the encoder or the sink raises, this reader is cut, and nobody else notices.
         """
+        source, self.full = self.log, False
         try:
-            self._pump(mode)
+            for _ in range(SHARES_PER_TURN):
+                if self._closed or (self.offset < source.start and not self._skip_lost()):
+                    return
+                payload, consumed = source.encoded(self.encoder, self.offset, mode)
+                if payload.__class__ is int:
+                    if not self._report(payload, self.offset + consumed):
+                        return
+                    continue
+                if not consumed:
+                    if source.ended:
+                        self.sink.finished(self)
+                    elif self.encoder.partial and mode == NORMAL and self.offset < source.end:
+                        source.flush_later()
+                    return
+                self.offset += consumed
+                if self.loss == "block":
+                    source.advanced()
+                elif self.loss == "skip" and not self.encoder.by_line:
+                    self._within_line = source.before(self.offset) not in (None, 10)
+                if payload:
+                    self.last_sent = source.loop.now
+                    self.full = not self.sink.send(payload)
+                if self.full or (self.offset == source.end and not source.ended):
+                    return
+            self.full = True                    # the others' turn
+            source.loop.call_soon(self.pump)
         except Exception:
             log.exception("a reader of a stream failed; it is cut")
-            self.log.loop.guard(self.sink.lost, self, self.log.end - self.offset)
+            source.loop.guard(self.sink.lost, self, source.end - self.offset)
             self.close()
-
-    def _pump(self, mode):
-        source, self.full = self.log, False
-        for _ in range(SHARES_PER_TURN):
-            if self._closed or (self.offset < source.start and not self._skip_lost()):
-                return
-            payload, consumed = source.encoded(self.encoder, self.offset, mode)
-            if not consumed:
-                if source.ended:
-                    self.sink.finished(self)
-                elif self.encoder.partial and mode == NORMAL and self.offset < source.end:
-                    source.flush_later()
-                return
-            if payload.__class__ is int:
-                if not self._report(payload, self.offset + consumed):
-                    return
-                continue
-            self.offset += consumed
-            if self.loss == "block":
-                source.advanced()
-            elif self.loss == "skip" and not self.encoder.by_line:
-                self._within_line = source.before(self.offset) not in (None, 10)
-            if payload:
-                self.last_sent = source.loop.now
-                self.full = not self.sink.send(payload)
-            if self.full or (self.offset == source.end and not source.ended):
-                return
-        self.full = True                        # the others' turn
-        source.loop.call_soon(self.pump)
 
     def _skip_lost(self):
         """Go on from where the window begins. Returns False if nothing can be sent now."""
@@ -1608,7 +1611,7 @@ class Journal:
         else:
             self._unfinished.add(source)
         self._feed(source)
-        source.appended_at = self.loop.clock()  # feeding took time: that is no silence of the writer
+        source.appended_at = self.loop.clock()  # its writer was not silent meanwhile
         if window.end - source.line_start >= min(CARRY_SIZE, window.limit // 2):
             self._show(source, "+")
         self._flush_later()
