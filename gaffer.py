@@ -25,7 +25,7 @@ The file is read from top to bottom; its sections are
     http codec           request heads, bodies, responses, access rules, router, SSE
     websocket codec      handshake, frames, messages, close codes (RFC 6455)
     channels             connections that the loop drives: feeds, websockets, long polls, idle ones
-    observability        metrics, lines of the access log, the description of the API
+    metrics and OpenAPI  what Prometheus reads; parameters; the description of the API
     page                 the web page
     api                  the route table and its handlers
     server               endpoints, requests on threads, WSGI, the access log, HttpHandler
@@ -115,6 +115,7 @@ import struct
 import subprocess
 import threading
 import time
+import types
 import urllib.parse
 import weakref
 from http import HTTPStatus
@@ -160,6 +161,7 @@ JOURNAL_WINDOWS = 4                 # windows that one long poll of the journal,
 JOIN_TIME = 0.01                    # seconds in which short reads of a stream are one entry of the journal
 COMPRESS_MIN = KIB                  # shorter answers hardly shrink
 PAGE_EVENTS = 200                   # the page begins with so many
+QUESTIONS_MAX = 64                  # POSTs to stdin whose answer no long poll has fetched
 STATS_KEPT = 16                     # samples a slow reader of statistics may be behind
 
 STDIN_SIZE = MIB                    # waits for a process to read it; half of it, and its websockets are read again
@@ -228,7 +230,6 @@ ACCESS_FIELD_SIZE = KIB             # of a client's header in the access log
 ACCESS_LOG_LINES = 2000             # that wait to be written
 LOG_SIZE = 256 * KIB                # of --log-file, too
 LOG_END = 1.0                       # and at gaffer's stop they are written for so long
-REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)    # seconds, of /metrics: loop to thread
 TURN_BUCKETS = (0.001, 0.01, 0.1, 1.0)      # of a turn of the loop: all else waits as long, and 10 ms of that can be felt
 CLIENT_TIME = 30.0                  # a command waits so long for an answer
 HEARTBEAT = 10                      # asks for a sign of life each so many seconds where it follows a stream
@@ -1151,6 +1152,8 @@ class Log:
         self.ended = False
         self.readers = {}                       # Reader -> None, in the order in which they came
         self.blockers = set()                   # readers with loss="block"
+        self.questions = collections.deque(maxlen=QUESTIONS_MAX)    # offsets at POSTs to stdin
+        self.answered = 0                       # where the last answer to one ended
         self.on_room = set()                    # called once, when one of those has advanced
         self._waiters = []
         self._memo = {}                         # (encoder key, offset, mode) -> (payload, consumed)
@@ -1202,6 +1205,11 @@ class Log:
     def count_dropped(self, count):
         """Count what a reader has lost."""
         (self._drop_counter or self).dropped += count
+
+    def next_question(self, offset):
+        """Return where a long poll begins: at the oldest question that has no answer yet, or at
+        `offset`. What was answered before is not sent again."""
+        return max(self.questions.popleft(), self.answered) if self.questions else offset
 
     def room(self):
         """Return how much can be appended before a reader with loss="block" would lose any."""
@@ -4537,31 +4545,29 @@ class SseEncoder(Encoder):
 
 
 class JournalEncoder(SseEncoder):
-    """Lines of the journal, by `form`: Server-Sent Events ("eventsource"), or as they are."""
+    """Lines of the journal: as Server-Sent Events, if `events`, or as they are."""
 
     by_line = partial = False
 
-    def __init__(self, form, epoch, framed=bytes):
+    def __init__(self, events, epoch, framed=bytes):
         super().__init__("line", epoch, framed)
-        self.key, self._form = ("journal", form, framed), form
+        self.key, self._events = ("journal", events, framed), events
 
     def encode(self, groups, offset, before, mode, piece):
         """Encode [(prefix, ends, lines)]; see Journal.lines()."""
         parts = []
         for prefix, ends, lines in groups:
-            if self._form == "eventsource":
+            if self._events:
                 block = self._line_block[:-3] + prefix + b"%b\n\n"
                 values = tuple(itertools.chain.from_iterable(zip(ends, lines)))
             else:
                 block, values = prefix + b"%b\n", tuple(lines)
             parts.append(block * len(lines) % values)
         text = b"".join(parts)
-        return self._framed(text) if text else b"", 0
+        return self._framed(text) if text else text, 0
 
     def dropped(self, count, offset, restarted=False):
-        if self._form != "eventsource":
-            return None
-        return super().dropped(count, offset, restarted)
+        return super().dropped(count, offset, restarted) if self._events else None
 
 
 class RecordEncoder(Encoder):
@@ -5549,249 +5555,297 @@ class HandlerSocket(WebSocketChannel):
         self.loop.call_unlocked(self._run, self._handler.close, code, reason)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# observability
+# --------------------------------------------------------------------------------------------------
+# metrics and OpenAPI
 #
-# What others see of gaffer's own work, as pure values: metrics for Prometheus (text format 0.0.4), lines of the access log,
-# and the description of the API (OpenAPI 3.1). Counting is a plain addition where the thing happens, on the loop; all else is
-# made when it is asked for.
-# --------------------------------------------------------------------------------------------------------------------
+# Metrics for Prometheus (text format 0.0.4), from what is counted anyway, and the description of
+# the API (OpenAPI 3.1), from the route table, the parameters and the table of template fields.
+# --------------------------------------------------------------------------------------------------
 class RequestCounts:
-    """Requests that were answered. Any thread may count.
-
-    `by_method`: {method: {status: how many}}, "other" for methods that HTTP does not know;
-    `by_length` and `seconds`: of those that did not wait for something to happen.
-    """
+    """Requests answered, by method and status, and the time they took. Any thread may count."""
 
     def __init__(self):
-        self.by_method = {method: collections.Counter() for method in (*METHODS, *OTHER_METHODS, "other")}
-        self.by_length, self.seconds = [0] * (len(REQUEST_BUCKETS) + 1), 0.0
+        self._answers = collections.Counter()
+        self.seconds, self.timed = 0.0, 0       # of requests that did not wait for an event
         self._lock = threading.Lock()
 
     def add(self, method, status, took=None):
-        """Count an answer, and the seconds that it took."""
+        """Count an answer and, if it did not wait for an event, the seconds that it took."""
+        method = method if method in METHODS + OTHER_METHODS else "other"
         with self._lock:
-            self.by_method[method if method in self.by_method else "other"][status] += 1
+            self._answers[method, status] += 1
             if took is not None:
                 self.seconds += took
-                self.by_length[bisect.bisect_left(REQUEST_BUCKETS, took)] += 1
+                self.timed += 1
 
     def samples(self):
         """Return [({label: value}, number)]."""
         with self._lock:
             return [({"method": method, "code": status}, count)
-                    for method, counts in self.by_method.items() for status, count in counts.items()]
+                    for (method, status), count in self._answers.items()]
 
 
-Metric = collections.namedtuple("Metric", "name kind help samples")     # samples: [({label: value}, number)], or a Histogram
-Histogram = collections.namedtuple("Histogram", "bounds counts total")     # a count for each bound, and for what is above
+def metric_lines(name, kind, help_, samples):
+    """Return the text of a metric. `samples`: [({label: value}, number)], or a number.
+
+    Of a summary, `samples` is (sum, count).
+    """
+    lines = ["# HELP %s %s\n# TYPE %s %s\n" % (name, help_, name, kind)]
+    if kind == "summary":
+        return lines[0] + "%s_sum %s\n%s_count %s\n" % (name, samples[0], name, samples[1])
+    for labels_, number in samples if isinstance(samples, list) else [({}, samples)]:
+        inside = ",".join('%s="%s"' % (label, str(value).replace("\\", "\\\\").replace(
+            '"', '\\"').replace("\n", "\\n")) for label, value in labels_.items())
+        lines.append("%s%s %s\n" % (name, "{%s}" % inside if inside else "", number))
+    return "".join(lines)
 
 
-def escape_label(value):
-    """The value of a label as it stands between its quotes."""
-    return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+def template_metrics(manager):
+    """Return the metrics of templates and their streams, as text. Under the lock."""
+    processes, wanted, restarts, exits, written, dropped, waiting = ([] for _ in range(7))
+    for template in manager.templates.values():
+        name = {"template": template.name}
+        running = len(template.running())
+        for state, count in (("running", running), ("stopping", len(template.processes) - running),
+                             ("waiting", len(template.pending))):
+            processes.append((dict(name, state=state), count))
+        wanted.append((name, template.wanted()))
+        restarts.append((name, template.restarts))
+        for (status, signum), count in template.exits.items():
+            exits.append((dict(name, exit_status=status, term_signal=signum), count))
+        for label, merged in template.merged.items():
+            written.append((dict(name, label=label), merged.window.end))
+            dropped.append((dict(name, label=label), merged.window.dropped))
+        for process in template.processes.values():
+            for label, stream in process.inputs.items():
+                waiting.append((dict(name, label=label, pid=process.pid), stream.size))
+    return "".join(itertools.starmap(metric_lines, (
+        ("gaffer_processes", "gauge", "Processes by state; waiting: for a restart.", processes),
+        ("gaffer_processes_wanted", "gauge", "Processes that should run now.", wanted),
+        ("gaffer_process_restarts_total", "counter", "Restarts after an exit.", restarts),
+        ("gaffer_process_exits_total", "counter", "Exits, by status and signal.", exits),
+        ("gaffer_stream_bytes_total", "counter", "Bytes of output.", written),
+        ("gaffer_stream_dropped_bytes_total", "counter",
+         "Bytes that readers missed, added up over all readers.", dropped),
+        ("gaffer_input_waiting_bytes", "gauge", "Bytes that a process has not read yet.", waiting))))
 
 
-def metric_line(name, labels, number):
-    """One sample."""
-    inside = ",".join('%s="%s"' % (label, escape_label(value)) for label, value in labels.items())
-    return "%s%s %s\n" % (name, "{%s}" % inside if inside else "", number)
+def server_metrics(manager, http):
+    """Return the metrics of gaffer itself, as text. Under the lock."""
+    kinds = collections.Counter(channel.kind for channel in http.channels)
+    counts, loop = http.requests, manager.loop
+    return "".join(itertools.starmap(metric_lines, (
+        ("gaffer_http_connections", "gauge", "Open connections.", len(http.connections)),
+        ("gaffer_http_streams", "gauge", "Clients that follow something.", [
+            ({"kind": kind}, kinds[kind])
+            for kind in ("longpoll", "continuous", "eventsource", "websocket")]),
+        ("gaffer_http_requests_total", "counter", "Requests answered; streams when they begin.",
+         counts.samples()),
+        ("gaffer_http_request_seconds", "summary",
+         "Time spent on requests that did not wait for an event.", (counts.seconds, counts.timed)),
+        ("gaffer_http_wrong_tokens_total", "counter", "Requests with a wrong token.",
+         http.wrong_tokens),
+        ("gaffer_loop_busy_seconds_total", "counter", "Time the loop has worked.", loop.busy),
+        ("gaffer_loop_turns_total", "counter", "Turns of the loop.", loop.turns),
+        ("gaffer_events_total", "counter", "Events published.", manager.events.end),
+        ("gaffer_events_dropped_total", "counter", "Events that readers missed.",
+         manager.events.dropped),
+        ("gaffer_info", "gauge", "The version of gaffer, and of Python.", [
+            ({"version": __version__, "python": "%d.%d.%d" % sys.version_info[:3]}, 1)]),
+        ("process_start_time_seconds", "gauge", "When gaffer started, in Unix time.",
+         manager.started_at))))
 
 
-def histogram_lines(name, histogram):
-    """The samples of a histogram: cumulative counts, the sum, the count."""
-    totals = list(itertools.accumulate(histogram.counts))
-    for bound, total in zip([*map(float, histogram.bounds), "+Inf"], totals):
-        yield metric_line(name + "_bucket", {"le": bound}, total)
-    yield metric_line(name + "_sum", {}, histogram.total)
-    yield metric_line(name + "_count", {}, totals[-1])
+def process_metrics(table):
+    """Return the metrics of gaffer's own process, under the names that Prometheus has for all."""
+    seen = table.look(os.getpid()) or {"cpu_time": 0.0, "rss": 0, "vms": 0}
+    return "".join(itertools.starmap(metric_lines, (
+        ("process_cpu_seconds_total", "counter", "CPU time of gaffer itself.", seen["cpu_time"]),
+        ("process_resident_memory_bytes", "gauge", "Memory of gaffer itself.", seen["rss"]),
+        ("process_virtual_memory_bytes", "gauge", "Address space of gaffer itself.", seen["vms"]),
+        ("process_open_fds", "gauge", "Open file descriptors.", len(os.listdir("/dev/fd")) - 1),
+        ("process_max_fds", "gauge", "How many it may have.",
+         "+Inf" if files_max() == math.inf else files_max()))))
 
 
-def metrics_text(metrics):
-    """Metrics in Prometheus's text format 0.0.4, as bytes."""
-    parts = []
-    for name, kind, help_, samples in metrics:
-        parts.append("# HELP %s %s\n# TYPE %s %s\n" % (name, help_, name, kind))
-        if isinstance(samples, Histogram):
-            parts += histogram_lines(name, samples)
-        else:
-            parts += [metric_line(name, *sample) for sample in samples]
-    return "".join(parts).encode("utf-8")
+def parse_flag(text):
+    """Return the boolean of a query parameter."""
+    if text not in ("true", "1", "false", "0"):
+        raise ValueError("must be true or false")
+    return text in ("true", "1")
 
 
-# access log
-
-UNSAFE = re.compile(r"[^\x20\x21\x23-\x5b\x5d-\x7e]")
-
-
-def escape_field(text, most):
-    """What a client has sent, as it can stand between quotes in a line: printable ASCII, all else as \\xhh."""
-    return UNSAFE.sub(lambda match: "\\x%02x" % ord(match.group()), text[:most])
-
-
-def log_time(now):
-    """Unix time as in Apache's logs, with the offset of the time zone, whatever the locale."""
-    local = time.localtime(now)
-    hours, minutes = divmod(abs(local.tm_gmtoff) // 60, 60)
-    return "%02d/%s/%d:%02d:%02d:%02d %s%02d%02d" % (
-        local.tm_mday, MONTHS[local.tm_mon - 1], *(local[0], *local[3:6]), "-" if local.tm_gmtoff < 0 else "+", hours, minutes)
+def parse_seconds(least, true=None):
+    """Return a parser of a number of seconds; `true` is what "true" stands for, if anything."""
+    def parse(text):
+        if true is not None and text in ("true", "false"):
+            return true if text == "true" else None
+        if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", text) or not (
+                least <= float(text) <= SECONDS_MAX):
+            raise ValueError("must be a number of seconds from %g to %d" % (least, SECONDS_MAX))
+        return float(text)
+    return parse
 
 
-def access_line(client, when, request, status, size, secrets=()):
-    """A line of the access log in Apache's combined format. `request`: None where there was none that could be read; `secrets`
-    never stand in it. A `size` of 0 is -, as there."""
-    line = referer = agent = "-"
-    if request is not None:
-        line = "%s %s HTTP/%d.%d" % (request.method, request.target, *request.version)
-        referer, agent = [request.headers.get(name) or "-" for name in ("referer", "user-agent")]
-    fields = []
-    for text, most in ((line, 2 * TARGET_SIZE), (referer, ACCESS_FIELD_SIZE), (agent, ACCESS_FIELD_SIZE)):
-        for secret in secrets:
-            text = text.replace(secret, "***")
-        fields.append(escape_field(text, most))
-    host = client.rpartition(":")[0] or client
-    return '%s - - [%s] "%s" %d %s "%s" "%s"' % (host, when, fields[0], status, size or "-", *fields[1:])
+def parse_choice(*words):
+    """Return a parser of one of `words`."""
+    def parse(text):
+        if text not in words:
+            raise ValueError("must be %s%s" % (" or ".join(words), near(text, words)))
+        return text
+    return parse
 
 
-# openapi
+def parse_tail(text):
+    """Return a number of lines; math.inf for "all"."""
+    if text != "all" and not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError("must be a number of lines, or all")
+    return math.inf if text == "all" else int(text)
 
-STRING, BOOLEAN = {"type": "string"}, {"type": "boolean"}
-SECONDS = {"type": "number", "minimum": 0}
-QUERY = {                                       # of a request's query: its JSON Schema, and what it means
-    "running": (BOOLEAN, "pids of what runs, in place of names"),
-    "brief": (BOOLEAN, "of each process only CPU and memory: a tenth of the work"),
-    "usage": (BOOLEAN, "with the CPU time and memory of each process"),
-    "dry_run": (BOOLEAN, "only tell what would change"),
-    "wait": ({"type": ["boolean", "number"]}, "answer when it is done, or after so many seconds 504"),
-    "group": (BOOLEAN, "to whole process groups"),
-    "feed": ({"enum": ["longpoll", "continuous", "eventsource"]}, "in which form it comes"),
-    "interval": ({"type": "number", "minimum": 0.1}, "seconds between two samples of a feed"),
-    "timeout": (SECONDS, "longpoll: 204 when nothing came in so many seconds"),
-    "heartbeat": ({"type": ["boolean", "number"]}, "an empty line after so many seconds of silence; true: 60"),
-    "since": (STRING, "begin at this offset, or behind this id"),
-    "tail": ({"type": ["integer", "string"]}, "begin with the last so many lines, or all"),
-    "loss": ({"enum": ["skip", "block"]}, "what is to happen to a reader that is too slow; else it is cut"),
-    "label": (STRING, "which stream comes back"),
-    "type": ({"enum": ["text", "binary"]}, "of the messages"),
-    "frame": ({"enum": ["line"]}, "one message a line"),
-    "readonly": (BOOLEAN, "nothing is written to the process"),
+
+POSITION = re.compile(r"([0-9]{1,18})(x?)(?:@([A-Za-z0-9]{1,32}))?\Z")
+
+
+def parse_since(text):
+    """Return the match of an offset or id; an empty one is none."""
+    match = POSITION.match(text)
+    if text and match is None:
+        raise ValueError("must be an offset, or an id as it was given out")
+    return match
+
+
+Parameter = collections.namedtuple("Parameter", "parse schema help")
+OPEN_PATHS = ("/ping", "/healthz")              # they need no token
+FLAG, TEXT_TYPE, NUMBER = {"type": "boolean"}, {"type": "string"}, {"type": "number", "minimum": 0}
+FLAG_OR_NUMBER = {"type": ["boolean", "number"]}
+FEEDS = ("longpoll", "continuous", "eventsource")
+PARAMETERS = {                                  # of the query: the one table that checks them
+    "running": Parameter(parse_flag, FLAG, "pids of running processes instead of names"),
+    "brief": Parameter(parse_flag, FLAG, "only CPU and memory: a tenth of the work"),
+    "usage": Parameter(parse_flag, FLAG, "with CPU and memory of each process"),
+    "dry_run": Parameter(parse_flag, FLAG, "only check, and say what would be done"),
+    "group": Parameter(parse_flag, FLAG, "to whole process groups"),
+    "wait": Parameter(parse_seconds(0, True), FLAG_OR_NUMBER,
+                      "answer when it is done, or 504 after this many seconds"),
+    "feed": Parameter(parse_choice(*FEEDS), {"enum": FEEDS}, "how output is sent"),
+    "interval": Parameter(parse_seconds(0.1), NUMBER, "seconds between two samples of a feed"),
+    "timeout": Parameter(parse_seconds(0), NUMBER, "longpoll: 204 if nothing comes in this time"),
+    "heartbeat": Parameter(parse_seconds(0.1, 60.0), FLAG_OR_NUMBER,
+                           "an empty line after this many seconds without output; true: 60"),
+    "since": Parameter(parse_since, TEXT_TYPE, "begin at this offset, or after this id"),
+    "lastEventId": Parameter(str, TEXT_TYPE, "the same as the header Last-Event-ID"),
+    "tail": Parameter(parse_tail, {"type": ["integer", "string"]}, "begin with the last n lines"),
+    "loss": Parameter(parse_choice("skip", "block"), {"enum": ["skip", "block"]},
+                      "what happens to a reader that is too slow; without it, it is cut"),
+    "label": Parameter(str, TEXT_TYPE, "which stream comes back"),
+    "type": Parameter(parse_choice("text", "binary"), {"enum": ["text", "binary"]},
+                      "type of the messages"),
+    "frame": Parameter(parse_choice("line"), {"enum": ["line"]}, "one message per line"),
+    "readonly": Parameter(parse_flag, FLAG, "nothing is written to the process"),
 }
-PLACEHOLDERS = {                                # of a path
-    "name": "a template's name", "pid": "gaffer's number of a process", "ref": "a template's name, or the pid of a process",
-    "id": "the pid of a process of the template", "n": "how many; at least 1", "sig": "a signal: 15, TERM or SIGTERM",
-    "group": "the name of a group", "label": "the label of a stream", "p1": "a type of event, or proc", "p2": "a template's name",
-    "p3": "a type of event",
-}
-ANY_ERRORS = (BadRequest, ForbiddenHost, HeadersTooLarge, UriTooLong, MethodNotAllowed, Busy, GafferError)
-CHANGE_ERRORS = (ForbiddenOrigin, Stopping, TooLarge, UnsupportedMediaType, ExpectationFailed, RequestTimeout)
-Operation = collections.namedtuple("Operation", "query errors kinds body statuses unlocked")
 
 
-def operation(query="", errors=(), kinds=("application/json",), body=None, statuses=(200,), unlocked=False):
-    """Marks a handler with what the description of the API says of it beside its docstring: `query`: parameters, names with
-    spaces between; `errors`: classes beside those that any request may get; `kinds`: content types of the answer; `body`:
-    None, "template", "fields" (of one, without its name) or "bytes"; `statuses` of success. `unlocked`: the handler runs
-    without the loop's lock, and takes it by itself for what it needs."""
+def parse_query(request, names):
+    """Return the query as an object with an attribute for each of `names`, None if not given.
+
+    Raises BadValue, BadRequest.
+    """
+    check_query(request, names)
+    query = types.SimpleNamespace(**dict.fromkeys(names))
+    for name in names:
+        if name in request.query:
+            try:
+                setattr(query, name, PARAMETERS[name].parse(request.query[name]))
+            except ValueError as error:
+                raise BadValue("'%s' %s" % (name, error)) from None
+    return query
+
+
+def operation(query="", unlocked=False, body=None, answer="application/json"):
+    """Mark a handler of the API.
+
+    `query`: names of the PARAMETERS that it takes; `unlocked`: it runs without the loop's lock, as
+    it takes time; `body`: what it reads, "Template", "Fields" (one without a name) or "bytes";
+    `answer`: its content type, None for a websocket.
+    """
     def mark(handler):
-        handler.operation = Operation(query.split(), errors, kinds, body, statuses, unlocked)
+        handler.query, handler.unlocked = tuple(query.split()), unlocked
+        handler.body, handler.answer = body, answer
         return handler
     return mark
 
 
 def template_schema(required):
-    """JSON Schema of a process template, from the table of its fields."""
+    """Return the JSON Schema of a template, from the table of its fields."""
     fields = {}
     for name, option in OPTIONS.items():
         fields[name] = dict(option.check.schema, description=option.help)
         if name not in ("name", "cmd"):
             fields[name]["default"] = option.default
-            if option.default is None:
-                types = option.check.schema["type"]
-                fields[name]["type"] = [*([types] if isinstance(types, str) else types), "null"]
-    return {"type": "object", "properties": fields, "required": required, "additionalProperties": False}
+        if option.default is None and name not in ("name", "cmd"):
+            kind = fields[name]["type"]
+            fields[name]["type"] = [*([kind] if isinstance(kind, str) else kind), "null"]
+    return {"type": "object", "properties": fields, "required": required,
+            "additionalProperties": False}
 
 
-def describe_answers(handler, method, secured):
-    """The responses object of an operation."""
-    said, answers = handler.operation, {}
-    secured = secured and handler.__name__ not in ("ping", "healthz")
-    for status in said.statuses:
-        answers[str(status)] = {"description": REASONS[status]}
-        if status not in (101, 204):
-            answers[str(status)]["content"] = {kind: {} for kind in said.kinds}
-    errors = ANY_ERRORS + said.errors + (CHANGE_ERRORS if method not in ("GET", "HEAD") else ()) + (
-        (BadValue,) if said.query else ()) + ((Unauthorized,) if secured else ())
-    for error in sorted(set(errors), key=lambda error: (error.status, error.code)):
-        answer = answers.setdefault(str(error.status), {"description": "", "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}})
-        answer["description"] = ", ".join(filter(None, (answer["description"], error.code)))
-    return answers
-
-
-def describe(handler, method, path, names, secured):
-    """The operation object of a handler under a path, whose placeholders are `names`."""
-    said = handler.operation
-    parameters = [{"name": name, "in": "path", "required": True, "schema": STRING, "description": PLACEHOLDERS[name]}
-                  for name in names]
-    parameters += [{"name": name, "in": "query", "schema": QUERY[name][0], "description": QUERY[name][1]} for name in said.query]
-    result = {
-        "operationId": re.sub(r"\W+", "_", method.lower() + path).rstrip("_"), "parameters": parameters,
-        "summary": (handler.__doc__ or handler.__name__).partition("\n")[0].rstrip("."),
-        "responses": describe_answers(handler, method, secured),
-    }
-    if said.body is not None:
-        content = {"application/octet-stream": {}} if said.body == "bytes" else {
-            "application/json": {"schema": {"$ref": "#/components/schemas/" + said.body.title()}}}
-        result["requestBody"] = {"required": said.body != "bytes", "content": content}
-    if secured and handler.__name__ in ("ping", "healthz"):
-        result["security"] = []
-    return result
-
-
-def described_paths(routes):
-    """The paths of the description: [(path with {name}, its names, methods)]. What differs in the placeholders' names alone is
-    one path there; one that takes any number of parts is several."""
-    merged = {}
-    for pattern, methods in routes:
-        methods = {method: handler for method, handler in methods.items() if method in METHODS}
-        for path in [pattern.replace("<pattern...>", parts) for parts in ("<p1>", "<p1>/<p2>", "<p1>/<p2>/<p3>")] if (
-                "..." in pattern) else [pattern]:
-            shape = re.sub(r"<\w+>", "<>", path)
-            if shape in merged:
-                path = re.sub(r"<name>|<pid>", "<ref>", path)
-            known = merged.setdefault(shape, [path, {}])
-            known[0] = path
-            for method, handler in methods.items():
-                known[1].setdefault(method, []).append(handler)
-    return [(re.sub(r"<(\w+)>", r"{\1}", path), re.findall(r"<(\w+)>", path), methods) for path, methods in merged.values()]
+def describe(handler, method, path):
+    """Return the operation object of a handler."""
+    parameters = [{"name": name, "in": "path", "required": True, "schema": TEXT_TYPE}
+                  for name in re.findall("{(.*?)}", path)]
+    parameters += [{"name": name, "in": "query", "schema": PARAMETERS[name].schema,
+                    "description": PARAMETERS[name].help} for name in handler.query]
+    success = {"2XX": {"description": "done", "content": {handler.answer: {}}}}
+    if handler.answer is None:
+        success = {"101": {"description": "a websocket"}}
+    described = {
+        "operationId": re.sub(r"\W+", "_", method.lower() + path).rstrip("_"),
+        "summary": handler.__doc__.partition("\n")[0].rstrip("."), "parameters": parameters,
+        "responses": dict(success, default={"$ref": "#/components/responses/Error"})}
+    if handler.body is not None:
+        kind, schema = "application/json", {"$ref": "#/components/schemas/%s" % handler.body}
+        if handler.body == "bytes":
+            kind, schema = "application/octet-stream", {}
+        described["requestBody"] = {"content": {kind: {"schema": schema}}}
+    return described
 
 
 def openapi(routes, secured):
-    """The description of the API, OpenAPI 3.1, as a dict. `routes`: the route table; `secured`: there is a token."""
-    paths = {}
-    for path, names, methods in described_paths(routes):
-        here = paths[path] = {}
-        for method, handlers in methods.items():
-            here[method.lower()] = described = describe(handlers[0], method, path, names, secured)
-            for handler in [handler for handler in handlers[1:] if handler is not handlers[0]]:
-                other = describe(handler, method, path, names, secured)
-                described["summary"] += "; with a pid: " + other["summary"]
-                described["responses"] = {**other["responses"], **described["responses"]}
-        if "get" in here:
-            here["head"] = dict(here["get"], operationId="head" + here["get"]["operationId"][3:])
-    result = {
-        "openapi": "3.1.0", "servers": [{"url": "/"}], "paths": paths,
-        "info": {"title": "gaffer", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"}},
-        "components": {"schemas": {
+    """Return the description of the API as a dict. `secured`: requests need a token."""
+    shapes, paths = {}, {}
+    for pattern, methods in routes:
+        patterns = [pattern]
+        if pattern.endswith("/<pattern...>"):
+            patterns = [pattern[:-13] + end for end in ("/<p1>", "/<p1>/<p2>", "/<p1>/<p2>/<p3>")]
+        for pattern in patterns:                # /x/<name> and /x/<pid> are one path there
+            shape = re.sub("<.*?>", "<>", pattern)
+            path = pattern if shape not in shapes else re.sub("<(name|pid)>", "<ref>", pattern)
+            shapes[shape] = path, dict(methods, **shapes.get(shape, ("", {}))[1])
+    for path, methods in shapes.values():
+        path = re.sub("<(.*?)>", r"{\1}", path)
+        paths[path] = {method.lower(): describe(handler, method, path)
+                       for method, handler in methods.items() if method in METHODS}
+        if "GET" in methods:
+            paths[path]["head"] = describe(methods["GET"], "HEAD", path)
+        if path in OPEN_PATHS:
+            for described in paths[path].values():
+                described["security"] = []
+    components = {
+        "schemas": {
             "Template": template_schema(["name", "cmd"]), "Fields": template_schema(["cmd"]),
-            "Error": {"type": "object", "required": ["error", "reason"], "properties": {"error": STRING, "reason": STRING}}}},
-    }
+            "Error": {"type": "object", "required": ["error", "reason"],
+                      "properties": {"error": TEXT_TYPE, "reason": TEXT_TYPE}}},
+        "responses": {"Error": {"description": "what is wrong, and what to do", "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}}}
+    described = {"openapi": "3.1.0", "servers": [{"url": "/"}], "paths": paths,
+                 "components": components, "info": {
+                     "title": "gaffer", "version": __version__,
+                     "license": {"name": "MIT", "identifier": "MIT"}}}
     if secured:
-        result["security"] = [{"bearer": []}, {"basic": []}]
-        result["components"]["securitySchemes"] = {
-            "bearer": {"type": "http", "scheme": "bearer"},
-            "basic": {"type": "http", "scheme": "basic", "description": "the token as password, any user"}}
-    return result
+        described["security"] = [{"bearer": []}, {"basic": []}]
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"},
+                                         "basic": {"type": "http", "scheme": "basic"}}
+    return described
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -6960,55 +7014,19 @@ def entry_refusal(request, error):
     return error_response(error)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # api
 #
-# The route table and its handlers: the only section that knows both manager and request. A handler runs on the request's
-# thread, under the loop's lock, or without it where its work takes time (`unlocked`). It returns a Response, a value to
-# send as JSON, a channel that the loop starts, or a function that goes on without the lock.
-# --------------------------------------------------------------------------------------------------------------------
-POSITION = re.compile(r"([0-9]{1,18})(x?)(?:@([A-Za-z0-9]{1,32}))?\Z")
-FEEDS = ("longpoll", "continuous", "eventsource")
-FEED_KINDS = ("application/json", "text/event-stream")
-STREAM_KINDS = ("application/octet-stream", "text/event-stream")
-STREAM_ERRORS = (NotFound, IoNotFound, IoNotRedirected)
-OPEN_PATHS = ("/ping", "/healthz")              # which need no token
+# The route table and its handlers: the only section that knows both manager and request. A handler
+# runs on the request's thread, under the loop's lock unless it takes time (`unlocked`). It returns
+# a value to send as JSON, a Response, or a channel that the loop starts.
+# --------------------------------------------------------------------------------------------------
 OK = {"ok": True}
-
-
-def choice(request, name, values, default):
-    """A parameter of the query that is one of `values`. BadValue."""
-    value = request.query.get(name, default)
-    need(value in values or value is default, BadValue, "'%s' is one of %s" % (name, ", ".join(values)))
-    return value
-
-
-def flag(request, name):
-    """A parameter that is true or 1, false or 0, or absent. BadValue."""
-    return choice(request, name, ("true", "1", "false", "0"), None) in ("true", "1")
-
-
-def duration(request, name, least, default=None, true=None):
-    """A parameter in seconds; "true" stands for `true` where that is given, "false" for none. BadValue."""
-    text = request.query.get(name)
-    if text is None or (text == "false" and true is not None):
-        return default
-    if text == "true" and true is not None:
-        return true
-    need(re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}", text), BadValue, "'%s' is a number of seconds" % name)
-    need(least <= float(text) <= SECONDS_MAX, BadValue, "'%s' is at least %g seconds and at most %d" % (name, least, SECONDS_MAX))
-    return float(text)
-
-
-def count_of(text):
-    """A positive number of a path. BadValue."""
-    need(re.fullmatch(r"[0-9]{1,1000}", text) and int(text) > 0, BadValue,
-         "give a whole number of at least 1, not %r" % text[:20])
-    return min(int(text), NUMPROCESSES_MAX)
+GZIP = re.compile(r"(?:^|,)\s*gzip\s*(?:$|,|;\s*q=(?!0(?:\.0*)?\s*(?:$|,)))", re.I)
 
 
 def human(size):
-    """Bytes as 17, 4K, 21M or 1G."""
+    """Return a number of bytes as 17, 4K, 21M or 1.5G."""
     for unit in ("", "K", "M"):
         if size < 1024:
             return "%d%s" % (size, unit)
@@ -7016,14 +7034,10 @@ def human(size):
     return "%.1fG" % size
 
 
-GZIP = re.compile(r"(?:^|,)\s*gzip\s*(?:$|,|;\s*q=(?!0(?:\.0*)?\s*(?:$|,)))", re.I)
-
-
 def compressed(request, response):
-    """`response`; where its client takes gzip, and it is worth it, with a smaller body. RFC 9110 section 12.5.3."""
-    offer = request.headers.get("accept-encoding", "")
+    """Compress a response if its client takes gzip and it is worth it. RFC 9110 section 12.5.3."""
     response.headers.append(("Vary", "Accept-Encoding"))
-    if GZIP.search(offer) and len(response.body) >= COMPRESS_MIN:
+    if GZIP.search(request.headers.get("accept-encoding", "")) and len(response.body) >= KIB:
         import gzip
         response.body = gzip.compress(response.body, 6)
         response.headers.append(("Content-Encoding", "gzip"))
@@ -7031,37 +7045,43 @@ def compressed(request, response):
 
 
 class Samples:
-    """Statistics of processes, taken on a thread, or on the loop for a feed. Shapes: CONTRACT, /stats."""
+    """Statistics of processes; any thread. Their shapes are those of /stats."""
 
     MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
     def __init__(self, table, clock):
         self._table, self._clock = table, clock
+        self._user_name = functools.lru_cache(1000)(user_name)
 
     def of(self, name, processes, brief=False):
-        """The entry of one template, of its running processes."""
+        """Return the entry of a template, from its running processes."""
         look = self.brief if brief else self.one
-        entries = [dict({"id": process.pid}, **entry) for process, entry in zip(processes, map(look, processes)) if entry]
+        entries = [dict({"id": process.pid}, **entry)
+                   for process, entry in zip(processes, map(look, processes)) if entry]
         result = {"name": name}
         for field in ("mem", "cpu"):
             values = [entry[field] for entry in entries] or [0]
-            result[field], result["max_" + field], result["min_" + field] = round(sum(values), 2), max(values), min(values)
+            result[field] = round(sum(values), 2)
+            result["max_" + field], result["min_" + field] = max(values), min(values)
         result["stats"] = entries
         return result
 
     def brief(self, process):
-        """{cpu, mem, rss} of one process, {} if it has just gone."""
+        """Return {cpu, mem, rss} of a process, {} if it has just gone."""
         seen = self._table.usage(process.os_pid)
-        return {"cpu": self._percent(process, seen), "mem": round(100 * seen["rss"] / self.MEMORY, 2),
-                "rss": seen["rss"]} if seen else {}
+        return {"cpu": self._percent(process, seen), "rss": seen["rss"],
+                "mem": round(100 * seen["rss"] / self.MEMORY, 2)} if seen else {}
 
     def one(self, process):
-        """The entry of one process, {} if it has just gone."""
+        """Return the entry of a process, {} if it has just gone."""
         seen = self._table.look(process.os_pid)
-        return dict({"id": process.pid}, **self._entry(process.os_pid, seen, self._percent(process, seen))) if seen else {}
+        if not seen:
+            return {}
+        return dict({"id": process.pid}, **self._entry(
+            process.os_pid, seen, self._percent(process, seen)))
 
     def _percent(self, process, seen):
-        """Percent of one core since the last look, or over its life at the first."""
+        """Return percent of one core since the last sample, or at first over its life."""
         now, last = self._clock(), process.cpu_sample
         if last is not None and now - last[0] < 0.1:
             return last[2]
@@ -7075,284 +7095,485 @@ class Samples:
         children = [(child, self._table.look(child)) for child in seen["children"]] if depth else []
         return {
             "pid": os_pid, "cpu": percent, "mem": round(100 * seen["rss"] / self.MEMORY, 2),
-            "mem_info1": human(seen["rss"]), "mem_info2": human(seen["vms"]), "rss": seen["rss"], "vms": seen["vms"],
-            "ctime": "%d:%05.2f" % (minutes, rest), "username": user_name(seen["uid"]), "nice": seen["nice"],
-            "cmdline": seen["cmdline"],
-            "children": [self._entry(child, look, 0.0, depth - 1) for child, look in children if look],
-        }
+            "mem_info1": human(seen["rss"]), "mem_info2": human(seen["vms"]), "rss": seen["rss"],
+            "vms": seen["vms"], "ctime": "%d:%05.2f" % (minutes, rest), "nice": seen["nice"],
+            "username": self._user_name(seen["uid"]), "cmdline": seen["cmdline"],
+            "children": [self._entry(child, look, 0.0, depth - 1) for child, look in children if look]}
 
 
-class Metrics:
-    """What /metrics tells, read from where it stands. `http`: the HttpHandler."""
+class StatsFeed:
+    """Samples every `interval` seconds, for all clients that follow the same.
+
+    `sampler()` is called under the lock, and what it returns on a thread; NotFound ends the feed.
+    """
+
+    def __init__(self, loop, interval, sampler, closed):
+        self.records = EventLog(loop, STATS_KEPT)
+        self._loop, self._interval = loop, interval
+        self._sampler, self._closed = sampler, closed
+        self._followers, self._timer = 0, None
+
+    def follow(self):
+        """Count a follower; return a function that ends its following."""
+        self._followers += 1
+        if self._followers == 1:
+            self._tick()
+        return self._leave
+
+    def _leave(self):
+        self._followers -= 1
+        if self._followers == 0:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._closed()
+
+    def _tick(self):
+        self._timer = None
+        try:
+            sample = self._sampler()
+            threading.Thread(target=self._sample, args=(sample,), name="gaffer-stats",
+                             daemon=True).start()
+        except NotFound:
+            self.records.finish()
+        except RuntimeError:                    # the system has no thread left
+            self._sampled(None)
+
+    def _sample(self, sample):
+        record = None
+        try:
+            record = sample()
+        except OSError as error:
+            log.warning("statistics cannot be read: %s", error)
+        self._loop.call_soon(self._sampled, record)
+
+    def _sampled(self, record):
+        if self._followers:
+            self._timer = self._loop.later(self._interval, self._tick)
+            if record is not None:
+                self.records.append(record)
+
+
+class Api:
+    """The handlers of the route table. `manager`: a Manager; `http`: the HttpHandler."""
 
     def __init__(self, manager, http):
-        self._manager, self._http = manager, http
-
-    def collect(self):
-        """[Metric] of all that the loop owns."""
-        return [*self._templates(), *self._streams(), *self._clients(), *self._own()]
-
-    def _templates(self):
-        templates = list(self._manager.templates.values())
-        states, exits = [], []
-        for template in templates:
-            running = len(template.running())
-            counts = (running, len(template.processes) - running, len(template.pending))
-            states += [({"template": template.name, "state": state}, count)
-                       for state, count in zip(("running", "stopping", "waiting"), counts)]
-            exits += [({"template": template.name, "exit_status": status, "term_signal": signum}, count)
-                      for (status, signum), count in template.exits.items()]
-        yield Metric("gaffer_processes", "gauge", "Processes by state; waiting: for the end of a backoff.", states)
-        yield Metric("gaffer_processes_wanted", "gauge", "Processes that the template is to have now.",
-                     [({"template": each.name}, each.wanted()) for each in templates])
-        yield Metric("gaffer_process_restarts_total", "counter", "Processes replaced because they had ended by themselves.",
-                     [({"template": each.name}, each.restarts) for each in templates])
-        yield Metric("gaffer_process_exits_total", "counter", "Processes that have ended; signal 0: by themselves.", exits)
-
-    def _streams(self):
-        written, dropped, waiting = [], [], []
-        for template in self._manager.templates.values():
-            for label, merged in template.merged.items():
-                labels = {"template": template.name, "label": label}
-                written.append((labels, merged.window.end))
-                dropped.append((labels, merged.window.dropped))
-            sizes = collections.Counter()
-            for process in template.processes.values():
-                for label, stream in process.inputs.items():
-                    sizes[label] += stream.size
-            waiting += [({"template": template.name, "label": label}, size) for label, size in sizes.items()]
-        yield Metric("gaffer_stream_bytes_total", "counter", "Bytes of output, by template and label.", written)
-        yield Metric("gaffer_stream_dropped_bytes_total", "counter", "Bytes that a client was too slow or too late for, "
-                     "added up over all clients.", dropped)
-        yield Metric("gaffer_input_waiting_bytes", "gauge", "Bytes that wait for a process to read them.", waiting)
-
-    def _clients(self):
-        http, counts = self._http, self._http.requests
-        kinds = collections.Counter(channel.kind for channel in http.channels)
-        yield Metric("gaffer_http_connections", "gauge", "Open connections.", [({}, len(http.connections))])
-        yield Metric("gaffer_http_streams", "gauge", "Clients that follow something, by kind.",
-                     [({"kind": kind}, kinds[kind]) for kind in ("longpoll", "continuous", "eventsource", "websocket")])
-        yield Metric("gaffer_http_requests_total", "counter", "Requests that were answered, by method and status code; "
-                     "streams when they begin.", counts.samples())
-        yield Metric("gaffer_http_wrong_tokens_total", "counter", "Requests refused for a token that was not the right one.",
-                     [({}, http.wrong_tokens)])
-        yield Metric("gaffer_http_request_duration_seconds", "histogram", "From the request's last byte to the answer; "
-                     "not of long polls and streams.", Histogram(REQUEST_BUCKETS, list(counts.by_length), counts.seconds))
-
-    def _own(self):
-        manager, loop = self._manager, self._manager.loop
-        lengths = [loop.turns - sum(loop.turns_by_length), *loop.turns_by_length[1:]]
-        yield Metric("gaffer_loop_lag_seconds", "histogram", "How long a turn of the loop took: all else waited so long.",
-                     Histogram(TURN_BUCKETS, lengths, loop.busy))
-        yield Metric("gaffer_events_total", "counter", "Events published.", [({}, manager.events.end)])
-        yield Metric("gaffer_events_dropped_total", "counter", "Events that a client was too slow or too late for.",
-                     [({}, manager.events.dropped)])
-        yield Metric("gaffer_info", "gauge", "The version of gaffer, and of Python.",
-                     [({"version": __version__, "python": "%d.%d.%d" % sys.version_info[:3]}, 1)])
-        yield Metric("process_start_time_seconds", "gauge", "When gaffer started, in Unix time.", [({}, manager.started_at)])
-
-    def resources(self):
-        """[Metric] of gaffer's own process, under the names that Prometheus has for every process. It takes time: on a
-        thread."""
-        import resource
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        seen = self._manager.table.look(os.getpid()) or {"cpu_time": 0.0, "rss": 0, "vms": 0}
-        rows = (("process_cpu_seconds_total", "counter", "CPU time of gaffer itself.", seen["cpu_time"]),
-                ("process_resident_memory_bytes", "gauge", "Memory of gaffer itself.", seen["rss"]),
-                ("process_virtual_memory_bytes", "gauge", "Address space of gaffer itself.", seen["vms"]),
-                ("process_open_fds", "gauge", "Descriptors that gaffer has open.", len(os.listdir("/dev/fd")) - 1),
-                ("process_max_fds", "gauge", "How many it may have.", "+Inf" if limit == resource.RLIM_INFINITY else limit))
-        return [Metric(name, kind, help_, [({}, number)]) for name, kind, help_, number in rows]
-
-
-class Feeds:
-    """The handlers of what is read as it happens, and written to: statistics, events, streams. `manager`: a Manager."""
-
-    def __init__(self, manager):
-        self.manager = manager
+        self.manager, self._http = manager, http
         self.samples = Samples(manager.table, manager.loop.clock)
+        self._stats_feeds = {}                  # what is sampled -> StatsFeed
+
+    # the server itself
+
+    @operation(unlocked=True, answer="text/html")
+    def welcome(self, request, query):
+        """The version; to a browser, the web page."""
+        if not prefers_html(request.headers.get("accept", "")):
+            return json_response({"welcome": "gaffer", "version": __version__},
+                                 headers=[("Vary", "Accept")])
+        return compressed(request, page_response(self.manager.loop.call(self._snapshot)))
+
+    def _snapshot(self):
+        """Return what the page shows at first."""
+        manager, events = self.manager, self.manager.events
+        return {
+            "version": __version__, "since": "%d@%s" % (events.end, manager.epoch),
+            "templates": [template.status() for template in manager.templates.values()],
+            "events": events.read(max(events.start, events.end - PAGE_EVENTS), PAGE_EVENTS),
+            "fields": {name: [option.default, option.help] for name, option in OPTIONS.items()},
+            "signals": {number.value: number.name[3:] for number in signal.Signals},
+        }
+
+    @operation(unlocked=True, answer="text/plain")
+    def ping(self, request, query):
+        """OK while gaffer answers."""
+        return Response(b"OK", content_type="text/plain")
+
+    @operation(unlocked=True, answer="text/plain")
+    def metrics(self, request, query):
+        """Metrics for Prometheus."""
+        call = self.manager.loop.call
+        text = (call(template_metrics, self.manager) + call(server_metrics, self.manager, self._http)
+                + process_metrics(self.manager.table))
+        return Response(text.encode("utf-8"),
+                        content_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @operation(unlocked=True)
+    def openapi(self, request, query):
+        """This description of the API."""
+        return openapi(self._http.routes, self._http.secured)
+
+    @operation()
+    def readyz(self, request, query):
+        """Whether every active template is as it is wanted; else 503."""
+        waiting = [template.name for template in self.manager.templates.values()
+                   if len(template.running()) < template.wanted()]
+        ready = not waiting and not self.manager.stopping
+        return json_response({"ready": ready, "waiting": waiting}, 200 if ready else 503)
+
+    @operation("dry_run", unlocked=True)
+    def reload(self, request, query):
+        """Load the configuration again that the server was started with."""
+        configuration = self.manager.configuration
+        if configuration is None:
+            raise Conflict("this server was started without a CONFIG, so there is nothing to load; "
+                           "start it with 'serve CONFIG'")
+        return configuration.reload(self.manager, query.dry_run)
+
+    # templates and processes
+
+    @operation("running")
+    def processes(self, request, query):
+        """Names of templates, or pids of running processes."""
+        if query.running:
+            return [process.pid for process in self.manager.processes.values() if process.running]
+        return list(self.manager.templates)
+
+    @operation("dry_run", unlocked=True, body="Template")
+    def create(self, request, query):
+        """Add a template and start it."""
+        self.manager.add_process(check_template(request.json()), dry_run=query.dry_run)
+        return OK
+
+    @operation()
+    def show(self, request, query, ref):
+        """A template; by pid, the one that the process runs."""
+        return self.manager.info(ref)
+
+    @operation("dry_run", unlocked=True, body="Fields")
+    def put(self, request, query, name):
+        """Make a template as it is given: add it, change it, or leave it alone."""
+        return self._update(request, query, name, True)
+
+    @operation("dry_run", unlocked=True, body="Fields")
+    def update(self, request, query, name):
+        """Change a template as it is given."""
+        return self._update(request, query, name, False)
+
+    def _update(self, request, query, name, create):
+        outcome = self.manager.update_process(name, request.json(), create, query.dry_run)
+        if outcome == "created":
+            return {"ok": True, "created": True}
+        return {"ok": True, "changed": outcome == "changed"}
+
+    @operation()
+    def delete(self, request, query, name):
+        """Stop a template's processes and forget it."""
+        self.manager.delete_process(name)
+        return OK
+
+    @operation()
+    def pids(self, request, query, name):
+        """Pids of a template's processes."""
+        running = self.manager.find_template(name).running()
+        return {"ok": True, "pids": [process.pid for process in running]}
+
+    @operation("wait", unlocked=True)
+    def start(self, request, query, name):
+        """Start a template."""
+        return self._act(query, [name], self.manager.start_template)
+
+    @operation("wait", unlocked=True)
+    def stop(self, request, query, name):
+        """Stop a template."""
+        return self._act(query, [name], self.manager.stop_template)
+
+    @operation("wait", unlocked=True)
+    def restart(self, request, query, name):
+        """Stop each process of a template and replace it."""
+        return self._act(query, [name], self.manager.restart_template)
+
+    @operation("wait", unlocked=True)
+    def stop_process(self, request, query, pid):
+        """Stop one process; it is replaced while its template is active."""
+        process = self.manager.loop.call(self.manager.find_process, pid)
+        self.manager.stop_process(pid)
+        return self._done([], [process], query.wait)
+
+    def _act(self, query, names, action):
+        """Do something to templates, and answer; with `wait` when it is done."""
+        find = self.manager.find_template
+
+        def list_processes():
+            return [process for name in names for process in find(name).processes.values()]
+        before = self.manager.loop.call(list_processes)
+        templates = [self.manager.loop.call(find, name) for name in names]
+        for name in names:
+            action(name)
+        return self._done(templates, before, query.wait)
+
+    def _done(self, templates, before, wait):
+        """Answer at once, or when those processes are gone and no template lacks any."""
+        if wait is None:
+            return OK
+
+        def done():
+            return (all(process.gone or process.running for process in before)
+                    and all(template.missing() <= 0 and not template.pending
+                            for template in templates))
+        infos = [each.info for each in templates] + [each.template for each in before]
+        if wait is True:
+            wait = max([info["graceful_timeout"] for info in infos] or [0]) + WAIT_EXTRA
+        return LongPoll(
+            lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(OK))), wait,
+            lambda: error_response(WaitTimeout("this is not done after %g s; it goes on" % wait)))
+
+    @operation(unlocked=True)
+    def add(self, request, query, name, number="1"):
+        """Run more processes of a template."""
+        return {"ok": True, "numprocesses": self.manager.scale(name, self._count(number))}
+
+    @operation(unlocked=True)
+    def sub(self, request, query, name, number="1"):
+        """Run fewer processes of a template."""
+        return {"ok": True, "numprocesses": self.manager.scale(name, -self._count(number))}
+
+    @staticmethod
+    def _count(text):
+        if not re.fullmatch("[0-9]{1,1000}", text) or not int(text):
+            raise BadValue("give a whole number from 1, not %r" % text[:20])
+        return min(int(text), NUMPROCESSES_MAX)
+
+    @operation("group")
+    def signal(self, request, query, ref, signum=None):
+        """Send a signal to a process, or to each process of a template."""
+        if signum is None:
+            raise NoSignalNumber("name a signal: _signal/TERM")
+        self.manager.signal(ref, parse_signal(signum), query.group)
+        return OK
+
+    @operation("usage", unlocked=True)
+    def status(self, request, query, name):
+        """The state of a template, its restarts and last exit."""
+        return self._statuses(query, [name])[0]
+
+    @operation("usage", unlocked=True)
+    def statuses(self, request, query):
+        """The states of all templates."""
+        return compressed(request, json_response(self._statuses(query, None)))
+
+    def _statuses(self, query, names):
+        """Return the statuses of templates; names None: of all. The sampling is done unlocked."""
+        def collect():
+            found = [self.manager.find_template(name)
+                     for name in (self.manager.templates if names is None else names)]
+            return [(template.status(), [(process, process.status()) for process in (
+                template.processes.values() if query.usage else ())]) for template in found]
+        statuses = []
+        for status, processes in self.manager.loop.call(collect):
+            statuses.append(status)
+            if query.usage:
+                for process, entry in processes:
+                    if not process.exited:      # else the number may be another process's
+                        entry.update(self.samples.brief(process))
+                status["processes"] = [entry for _, entry in processes]
+        return statuses
+
+    # groups
+
+    @operation()
+    def groups(self, request, query):
+        """Names of groups."""
+        return list(dict.fromkeys(each.group for each in self.manager.templates.values()
+                                  if each.group is not None))
+
+    @operation()
+    def group(self, request, query, group):
+        """Names of the templates of a group."""
+        names = [each.name for each in self.manager.templates.values() if each.group == group]
+        if not names:
+            raise NotFound("there is no group '%s'; GET /groups lists them" % group[:128])
+        return names
+
+    @operation("wait", unlocked=True)
+    def group_start(self, request, query, group):
+        """Start all templates of a group."""
+        return self._act_on_group(request, query, group, self.manager.start_template, True)
+
+    @operation("wait", unlocked=True)
+    def group_stop(self, request, query, group):
+        """Stop all templates of a group."""
+        return self._act_on_group(request, query, group, self.manager.stop_template, False)
+
+    @operation("wait", unlocked=True)
+    def group_restart(self, request, query, group):
+        """Restart all templates of a group."""
+        return self._act_on_group(request, query, group, self.manager.restart_template, True)
+
+    def _act_on_group(self, request, query, group, action, starts):
+        names = self.manager.loop.call(self.group, request, query, group)
+        if starts:                              # all of them, or none
+            for name in names:
+                Launch(self.manager.info(name))
+        return self._act(query, names, action)
+
+    @operation()
+    def group_delete(self, request, query, group):
+        """Stop and forget all templates of a group."""
+        for name in self.group(request, query, group):
+            self.manager.delete_process(name)
+        return OK
 
     # statistics
 
-    @operation("feed interval heartbeat brief", (NotFound,), FEED_KINDS, unlocked=True)
-    def stats(self, request, name=None, pid=None):
+    @operation("feed interval heartbeat brief", unlocked=True)
+    def stats(self, request, query, name=None, pid=None):
         """CPU and memory of processes, once or as a stream."""
-        self.manager.loop.call(self._check_reference, name, pid)
-        feed = choice(request, "feed", FEEDS, None)
-        interval = duration(request, "interval", 0.1, default=1.0)
-        sampler = functools.partial(self._sampler, name, pid, flag(request, "brief"))
-        if feed is None:
-            return compressed(request, json_response(self.manager.loop.call(sampler)()))
-        if feed == "longpoll":
-            return LongPoll(lambda deliver: lambda: None, interval, lambda: json_response(sampler()()))
-        return self.manager.loop.call(self._stats_feed, request, feed, interval, sampler)
+        call, interval = self.manager.loop.call, query.interval or 1.0
 
-    def _check_reference(self, name, pid):
-        if name is not None:
-            self.manager.find_template(name)
-        if pid is not None:
-            need(not self.manager.is_name(pid) and self.manager.find_process(pid).name == name, NotFound,
-                 "process %s is not one of '%s'" % (pid[:20], name))
+        def sampler():
+            """Return a function that samples what runs now. Under the lock."""
+            if pid is not None:
+                process = self.manager.find_process(pid)
+                if self.manager.is_name(pid) or process.name != name:
+                    raise NotFound("process %s is not one of '%s'" % (pid[:20], name[:128]))
+                return functools.partial(
+                    self.samples.brief if query.brief else self.samples.one, process)
+            names = list(self.manager.templates) if name is None else [name]
+            running = [(each, self.manager.find_template(each).running()) for each in names]
 
-    def _sampler(self, name, pid, brief):
-        """A function that looks at the processes which run now."""
-        if pid is not None:
-            process = self.manager.find_process(pid)
-            return lambda: self.samples.brief(process) if brief else self.samples.one(process)
-        names = list(self.manager.templates) if name is None else [name]
-        running = [(each, self.manager.find_template(each).running(), brief) for each in names]
-        if name is not None:
-            return lambda: self.samples.of(*running[0])
-        return lambda: [self.samples.of(*each) for each in running]
+            def sample():
+                entries = [self.samples.of(*each, query.brief) for each in running]
+                return entries if name is None else entries[0]
+            return sample
+        sample = call(sampler)
+        if query.feed is None:
+            return compressed(request, json_response(sample()))
+        if query.feed == "longpoll":
+            return LongPoll(lambda deliver: lambda: None, interval,
+                            lambda: json_response(sampler()()))
+        return call(self._follow_stats, request, query, (name, pid, query.brief, interval), sampler)
 
-    def _stats_feed(self, request, feed, interval, sampler):
-        records = EventLog(self.manager.loop, STATS_KEPT)
-        timer, ended = None, False
-
-        def tick():
-            nonlocal timer
-            try:
-                records.append(sampler()())
-            except NotFound:
-                records.finish()                # the template, or the process, has gone
-            else:
-                if not ended:                   # as the client may have, when it was sent to
-                    timer = self.manager.loop.later(interval, tick)
-
-        def end():
-            nonlocal ended
-            ended = True
-            if timer is not None:
-                timer.cancel()
-
-        def begin():
-            tick()
-            return end
-        encoder = RecordEncoder(feed, self._framed(request), self.manager.epoch, "stat", lambda record: True,
-                                lambda record: "stat")
-        return self._stream(request, feed, (records, encoder, 0), begin=begin)
+    def _follow_stats(self, request, query, key, sampler):
+        feeds = self._stats_feeds
+        if key not in feeds:
+            feeds[key] = StatsFeed(self.manager.loop, key[-1], sampler, lambda: feeds.pop(key))
+        records = feeds[key].records
+        encoder = RecordEncoder(query.feed, self._framed(request), self.manager.epoch, "stat",
+                                lambda record: True, lambda record: "stat")
+        return self._feed(request, query, records, encoder, records.end, begin=feeds[key].follow)
 
     # events and streams
 
-    @operation("feed heartbeat since tail timeout", (BadEventType,), FEED_KINDS, statuses=(200, 204))
-    def watch(self, request, *parts):
+    @operation("feed heartbeat since lastEventId tail timeout")
+    def watch(self, request, query, *parts):
         """Events, one or as a stream."""
         parts = parts[0] if parts else []
-        need(len(parts) < 4, BadEventType, "a pattern is empty, <type>, proc/<name> or proc/<name>/<type>")
-        pattern = parse_pattern(parts)
-        events, feed = self.manager.events, choice(request, "feed", FEEDS, "longpoll")
-        offset, restarted, _ = self._position(request, events)
-        if feed == "longpoll":
-            return self._next_event(request, pattern, offset, restarted)
-        encoder = RecordEncoder(feed, self._framed(request), self.manager.epoch, pattern,
+        if len(parts) > 3:
+            raise BadEventType("a pattern is <type>, proc/<name> or proc/<name>/<type>")
+        pattern, events = parse_pattern(parts), self.manager.events
+        offset, restarted, _ = self._begin(request, query, events)
+        if query.feed in (None, "longpoll"):
+            return self._next_event(query, pattern, offset, restarted)
+        encoder = RecordEncoder(query.feed, self._framed(request), self.manager.epoch, pattern,
                                 lambda event: matches(pattern, event), lambda event: event["event"])
         first = encoder.dropped(0, offset, True) if restarted else b""
-        return self._stream(request, feed, (events, encoder, offset), first=first)
+        return self._feed(request, query, events, encoder, offset, first)
 
-    def _next_event(self, request, pattern, offset, restarted):
+    def _next_event(self, query, pattern, offset, restarted):
         events = self.manager.events
-        timeout = duration(request, "timeout", 0)
 
-        def ready():
+        def answer():
             nonlocal offset
             if restarted or offset < events.start:
-                place = "%d@%s" % (events.start, self.manager.epoch)
-                lost = {"event": "dropped", "events": max(0, events.start - offset), "id": place}
+                lost = {"event": "dropped", "events": max(0, events.start - offset),
+                        "id": "%d@%s" % (events.start, self.manager.epoch)}
                 events.dropped += lost["events"]
                 return json_response(dict(lost, restarted=True) if restarted else lost)
             for event in events.read(offset, EVENTS_KEPT):
                 offset += 1
                 if matches(pattern, event):
                     return json_response(event)
-            return Response(status=204, content_type=None) if events.ended else None
-        return self._park(events, ready, timeout, lambda: Response(status=204, content_type=None))
+            return nothing() if events.ended else None
+
+        def nothing():
+            return Response(status=204, content_type=None)
+        return self._wait_for(events, answer, query.timeout, nothing)
 
     @staticmethod
-    def _park(log_, ready, timeout, expired):
-        """The answer that ready() makes, now or when the log has more."""
-        response = ready()
+    def _wait_for(source, answer, timeout, expired):
+        """Return what answer() makes, now or when the log has more."""
+        response = answer()
         if response is not None:
             return response
 
         def begin(deliver):
             def satisfied():
-                response = attempt(ready)
+                response = attempt(answer)
                 if response is not None:
                     deliver(response)
                 return response is not None
-            cancel = log_.wait(satisfied)
+            cancel = source.wait(satisfied)
             if satisfied():                     # it came between the two
                 cancel()
             return cancel
         return LongPoll(begin, timeout, expired)
 
-    def _position(self, request, log_):
-        """(offset, restarted, is it the id of an exit) where a reader wants to begin. BadValue."""
-        epoch = self.manager.epoch
-        query, last = request.query, request.headers.get("last-event-id", "")
-        since, tail = query.get("since") or None, query.get("tail")
-        need(since is None or tail is None, BadValue, "give 'since' or 'tail', not both")
-        text = last or since
-        if text:
-            match = POSITION.match(text)
-            need(match or last, BadValue, "'since' is a number, or an id as it was given out")
+    def _begin(self, request, query, source):
+        """Return where a reader begins: (offset, whether its id is of another run, whether it is
+        the id of an exit). Raises BadValue."""
+        epoch, tail = self.manager.epoch, query.tail
+        last = request.headers.get("last-event-id") or query.lastEventId
+        if query.since and tail is not None:
+            raise BadValue("give 'since' or 'tail', not both")
+        match = POSITION.match(last) if last else query.since
+        if last or match:
             if match is None or match.group(3) not in (None, epoch):
-                return log_.start, True, False
-            number, at_exit = int(match.group(1)), text == "%dx@%s" % (log_.end, epoch) and log_.ended
-            if number <= log_.end and at_exit == bool(match.group(2)):
-                return number, False, at_exit
-            need(last, BadValue, "'since' is beyond the end, which is at %d" % log_.end)
-            return log_.start, True, False
-        if tail is None or isinstance(log_, EventLog):
-            return log_.end, False, False
-        need(tail == "all" or re.fullmatch(r"[0-9]{1,9}", tail), BadValue, "'tail' is a number of lines, or all")
-        return log_.tail(math.inf if tail == "all" else int(tail)), False, False
+                return source.start, True, False
+            offset, ended = int(match.group(1)), bool(match.group(2))
+            at_exit = ended and source.ended and offset == source.end and match.group(3) == epoch
+            if offset <= source.end and at_exit == ended:
+                return offset, False, at_exit
+            if not last:
+                raise BadValue("'since' is beyond the end, which is at %d" % source.end)
+            return source.start, True, False
+        if tail is None or isinstance(source, EventLog):
+            return source.end, False, False
+        return source.tail(tail), False, False
 
     @staticmethod
     def _framed(request):
         return chunk if request.version == (1, 1) else bytes
 
-    def _stream(self, request, feed, where, first=b"", loss="cut", process=None, begin=None):
-        """A Feed: `where` is (log, encoder, offset)."""
-        heartbeat = duration(request, "heartbeat", 0.1, true=60.0)
-        reader = self._reader(request, *where, loss)
-        return Feed(feed, request.version == (1, 1), reader, self._asked(request), heartbeat, first, process, begin)
+    @staticmethod
+    def _asked(request, query):
+        """Return whether the client has named an offset, so that what went before is a loss."""
+        return bool(query.since or query.lastEventId or request.headers.get("last-event-id"))
+
+    def _feed(self, request, query, source, encoder, offset, first=b"", loss=None, process=None,
+              begin=None):
+        """Return a Feed of a log."""
+        reader = self._reader(request, source, encoder, offset, loss)
+        asked = hasattr(query, "since") and self._asked(request, query)
+        return Feed(query.feed, request.version == (1, 1), reader, asked, query.heartbeat, first,
+                    process, begin)
 
     @staticmethod
-    def _asked(request):
-        return bool(request.query.get("since") or request.headers.get("last-event-id"))
-
-    @staticmethod
-    def _reader(request, log_, encoder, offset, loss):
-        """A Reader for a channel to start. One that blocks does so from now on, or the child would run ahead of it."""
-        reader = Reader(log_, encoder, None, offset, loss)
+    def _reader(request, source, encoder, offset, loss):
+        reader = Reader(source, encoder, None, offset, loss or "cut")
         if loss == "block" and request.method == "GET":
-            log_.add(reader)
+            source.add(reader)                  # at once, or the child would run ahead of it
         return reader
 
-    @operation("feed heartbeat since tail timeout loss", STREAM_ERRORS, STREAM_KINDS, statuses=(200, 204))
-    def stream(self, request, ref, label):
-        """Output of a process, or of all of a template."""
-        window = self.manager.find_window(ref, label)
-        process = None if self.manager.is_name(ref) else self.manager.find_process(ref, past=True)
-        feed = choice(request, "feed", FEEDS, "longpoll")
-        loss = choice(request, "loss", ("skip", "block"), "cut")
-        offset, restarted, at_exit = self._position(request, window)
-        if feed == "longpoll":
-            return self._next_bytes(request, window, offset)
-        if feed == "eventsource":
-            if at_exit:
-                return Response(status=204, content_type=None, headers=[("Gaffer-Offset", window.end), ("Gaffer-Ended", "true")])
-            encoder = SseEncoder(label, self.manager.epoch, self._framed(request))
-            first = encoder.dropped(0, offset, True) if restarted else b""
-            return self._stream(request, feed, (window, encoder, offset), first, loss, process)
-        encoder = (ChunkEncoder if request.version == (1, 1) else Encoder)()
-        return self._stream(request, feed, (window, encoder, offset), b"", loss)
+    @operation("feed heartbeat since lastEventId tail timeout loss",
+               answer="application/octet-stream")
+    def stream(self, request, query, ref, label):
+        """Output of a process, or of all processes of a template."""
+        manager, window = self.manager, self.manager.find_window(ref, label)
+        process = None if manager.is_name(ref) else manager.find_process(ref, past=True)
+        offset, restarted, at_exit = self._begin(request, query, window)
+        if query.feed in (None, "longpoll"):
+            return self._next_bytes(request, query, window, offset)
+        if query.feed == "continuous":
+            encoder = (ChunkEncoder if request.version == (1, 1) else Encoder)()
+            return self._feed(request, query, window, encoder, offset, loss=query.loss)
+        if at_exit:
+            return self._nothing(window)
+        encoder = SseEncoder(label, manager.epoch, self._framed(request))
+        first = encoder.dropped(0, offset, True) if restarted else b""
+        return self._feed(request, query, window, encoder, offset, first, query.loss, process)
 
-    @operation("feed heartbeat since tail timeout", (NotFound,), STREAM_KINDS, statuses=(200, 204))
-    def journal(self, request, ref=None):
-        """All output of a process, of a template, or of everything, in order; each line with its time, name, pid, label."""
-        need("loss" not in request.query, BadValue, "nobody waits for the reader of a journal; leave out 'loss'")
+    @operation("feed heartbeat since lastEventId tail timeout", answer="application/octet-stream")
+    def journal(self, request, query, ref=None):
+        """All output in order, each line with its time, name, pid and label."""
         manager = self.manager
         if ref is None:
             view = manager.journal.view()
@@ -7361,349 +7582,115 @@ class Feeds:
         else:
             process = manager.find_process(ref, past=True)
             view = manager.journal.view(process.name, process.pid, process.ended)
-        feed = choice(request, "feed", FEEDS, "longpoll")
-        offset, restarted, _ = self._position(request, view)
-        plain = JournalEncoder("plain", manager.epoch)
-        if feed == "longpoll":
-            return self._next_bytes(request, view, offset, plain)
-        encoder = JournalEncoder(feed, manager.epoch, self._framed(request))
-        first = b""
-        if feed == "eventsource" and restarted:
-            first = encoder.dropped(0, offset, True)
-        elif feed == "eventsource" and view.ended and self._asked(request) and not view.take(offset, plain)[0]:
-            return Response(status=204, content_type=None, headers=[("Gaffer-Offset", view.end)])
-        return self._stream(request, feed, (view, encoder, offset), first)
+        offset, restarted, _ = self._begin(request, query, view)
+        plain = JournalEncoder(False, manager.epoch)
+        if query.feed in (None, "longpoll"):
+            return self._next_bytes(request, query, view, offset, plain)
+        events, first = query.feed == "eventsource", b""
+        encoder = JournalEncoder(events, manager.epoch, self._framed(request))
+        if events:
+            if restarted:
+                first = encoder.dropped(0, offset, True)
+            elif view.ended and self._asked(request, query) and not view.take(offset, plain)[0]:
+                return self._nothing(view)
+        return self._feed(request, query, view, encoder, offset, first)
 
-    def _next_bytes(self, request, source, offset, encoder=None):
-        timeout = duration(request, "timeout", 0)
+    @staticmethod
+    def _nothing(source):
+        """Return the answer if nothing came; it says if nothing ever will."""
+        headers = [("Gaffer-Offset", source.end)]
+        if source.ended:
+            headers.append(("Gaffer-Ended", "true"))
+        return Response(status=204, content_type=None, headers=headers)
 
-        def ready():
+    def _next_bytes(self, request, query, source, offset, encoder=None):
+        asked, question = self._asked(request, query), False
+        if not asked and query.tail is None and request.method == "GET" and source.questions:
+            offset, question = source.next_question(offset), True
+
+        def answer():
             data, end, lost = source.take(offset, encoder)
             if not data:
-                return nothing() if source.ended else None
+                return self._nothing(source) if source.ended else None
+            if question:
+                source.answered = end
             headers = [("Gaffer-Offset", end)]
-            if lost and self._asked(request):   # else what had gone was never asked for
+            if lost and asked:                  # else nobody asked for what is gone
                 source.count_dropped(lost)
                 headers.append(("Gaffer-Dropped", lost))
             return Response(data, headers=headers, content_type="application/octet-stream")
-
-        def nothing():                          # and where nothing ever will come: who polls could not tell that from a timeout
-            headers = [("Gaffer-Offset", source.end)]
-            return Response(status=204, content_type=None, headers=headers + [("Gaffer-Ended", "true")] * source.ended)
         if request.method == "HEAD":
-            return ready() or Response(None, headers=[("Gaffer-Offset", source.end)], content_type="application/octet-stream")
-        return self._park(source, ready, timeout, nothing)
+            return answer() or Response(None, headers=[("Gaffer-Offset", source.end)],
+                                        content_type="application/octet-stream")
+        return self._wait_for(source, answer, query.timeout, lambda: self._nothing(source))
 
-    @operation(errors=(*STREAM_ERRORS, ForbiddenWrite, StdinFull), body="bytes")
-    def write(self, request, ref, label="stdin"):
+    @operation(body="bytes")
+    def write(self, request, query, ref, label="stdin"):
         """Write to a process, whole or not at all."""
-        self._writable(ref, label)
+        self._check_writable(ref, label)
         most = self.manager.input_size
-        need(len(request.body) <= most, TooLarge, "a body is at most %d bytes; send it in parts" % most)
+        if len(request.body) > most:
+            raise TooLarge("a body may have %d bytes; send it in parts" % most)
+        process = self.manager.find_one(ref)
+        streams = [*process.outputs.values(), *process.home.merged.values()]
+        windows = [stream.window for stream in streams if label == "stdin"]
+        places = [window.end for window in windows]
         self.manager.write(ref, label, request.body)
+        for window, place in zip(windows, places):      # a long poll that follows begins here
+            window.questions.append(place)
         return OK
 
-    @operation(errors=(*STREAM_ERRORS, ForbiddenWrite))
-    def end_input(self, request, ref, label="stdin"):
+    @operation()
+    def end_input(self, request, query, ref, label="stdin"):
         """End of file for a process."""
-        self._writable(ref, label)
+        self._check_writable(ref, label)
         self.manager.end_input(ref, label)
         return OK
 
     def stream_methods(self, ref, label):
-        """What may be done with this stream."""
+        """Return the methods of a stream, which depend on its label."""
         if self.manager.is_name(ref):
             return ("GET", "HEAD")
-        process = self.manager.find_process(ref, past=True)
-        return (("GET", "HEAD") if label in process.outputs else ()) + (("POST", "DELETE") if label in process.inputs else ())
+        process, methods = self.manager.find_process(ref, past=True), ()
+        if label in process.outputs:
+            methods += ("GET", "HEAD")
+        if label in process.inputs:
+            methods += ("POST", "DELETE")
+        return methods
 
-    def _writable(self, ref, label):
-        if not self.manager.is_name(ref) and self.stream_methods(ref, label) == ("GET", "HEAD"):
-            raise MethodNotAllowed("'%s' can be read, not written" % label[:64], ("GET", "HEAD", "OPTIONS"))
+    def _check_writable(self, ref, label):
+        if label != "stdin" and self.stream_methods(ref, label) == ("GET", "HEAD"):
+            raise MethodNotAllowed("'%s' can be read, not written" % label[:64],
+                                   ("GET", "HEAD", "OPTIONS"))
 
-    @operation("label type frame loss since tail heartbeat readonly",
-               (*STREAM_ERRORS, ForbiddenWrite, ForbiddenOrigin, UpgradeRequired), statuses=(101,))
-    def websocket(self, request, ref):
+    @operation("label type frame loss since lastEventId tail heartbeat readonly", answer=None)
+    def websocket(self, request, query, ref):
         """A websocket: messages to stdin, output back."""
         process = self.manager.find_one(ref)
-        labels = list(process.outputs)
-        label = request.query.get("label") or (labels[0] if labels else "stdout")
-        window = self.manager.find_window(process.pid, label)
-        binary = choice(request, "type", ("text", "binary"), "text") == "binary"
-        by_line = choice(request, "frame", ("line",), None) == "line"
-        loss = choice(request, "loss", ("skip", "block"), "cut")
-        offset, _, _ = self._position(request, window)
-        heartbeat = duration(request, "heartbeat", 0.1, true=60.0)
-        stream = None
-        if not flag(request, "readonly"):
-            stream = self.manager.find_input(
-                process.pid, label if label in process.inputs else "stdin", past=True)
-        headers = websocket_accept(request)
-        reader = self._reader(request, window, FrameEncoder(binary, by_line), offset, loss)
-        headers += subprotocol(request)
-        return ProcessSocket(headers, reader, self._asked(request), stream, by_line, process, heartbeat)
-
-
-class Api(Feeds):
-    """All handlers of the route table. `http`: the HttpHandler."""
-
-    def __init__(self, manager, http):
-        super().__init__(manager)
-        self._http = http
-        self._metrics = Metrics(manager, http)
-
-    # the server itself
-
-    @operation(kinds=("application/json", "text/html"), unlocked=True)
-    def welcome(self, request):
-        """The version; to a browser, the web page."""
-        if not prefers_html(request.headers.get("accept", "")):
-            return json_response({"welcome": "gaffer", "version": __version__}, headers=[("Vary", "Accept")])
-        return compressed(request, page_response(self.manager.loop.call(self._snapshot)))
-
-    def _snapshot(self):
-        """What the page shows at first."""
-        events = self.manager.events
-        return {
-            "version": __version__, "since": "%d@%s" % (events.end, self.manager.epoch),
-            "templates": [template.status() for template in self.manager.templates.values()],
-            "events": events.read(max(events.start, events.end - PAGE_EVENTS), PAGE_EVENTS),
-            "fields": {name: [option.default, option.help] for name, option in OPTIONS.items()},
-            "signals": {number.value: number.name[3:] for number in signal.Signals},
-        }
-
-    @operation(kinds=("text/plain",), unlocked=True)
-    def ping(self, request):
-        """OK, for as long as gaffer answers."""
-        return Response(b"OK", content_type="text/plain")
-
-    @operation(kinds=("text/plain",), unlocked=True)
-    def metrics(self, request):
-        """What gaffer does, for Prometheus."""
-        metrics = self.manager.loop.call(self._metrics.collect)
-        return Response(metrics_text(metrics + self._metrics.resources()),
-                        content_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @operation(unlocked=True)
-    def openapi(self, request):
-        """This description of the API: OpenAPI 3.1."""
-        return openapi(self._http.routes, self._http.secured)
-
-    @operation(kinds=("text/plain",), unlocked=True)
-    def healthz(self, request):
-        """OK, for as long as gaffer answers: a liveness probe."""
-        return Response(b"OK", content_type="text/plain")
-
-    @operation(errors=(Stopping,), statuses=(200, 503))
-    def readyz(self, request):
-        """Whether every active template runs as many processes as it is to: a readiness probe."""
-        need(not self.manager.stopping, Stopping, "gaffer is stopping; start it again")
-        lacking = [(template, len(template.running())) for template in self.manager.templates.values() if template.active]
-        lacking = [(template, running) for template, running in lacking if running < template.wanted()]
-        return json_response({"ready": not lacking, "templates": [
-            {"name": template.name, "state": template.state(), "running": running, "numprocesses": template.wanted(),
-             "error": template.error} for template, running in lacking]}, 503 if lacking else 200)
-
-    # templates and processes
-
-    @operation("running")
-    def processes(self, request):
-        """Names of templates, or pids of what runs."""
-        if flag(request, "running"):
-            return [process.pid for process in self.manager.processes.values() if process.running]
-        return list(self.manager.templates)
-
-    @operation("dry_run", (InvalidJson, InvalidProcessInfo, Conflict), body="template", unlocked=True)
-    def create(self, request):
-        """Add a template, and start it."""
-        self.manager.add_process(check_template(request.json()), dry_run=flag(request, "dry_run"))
-        return OK
-
-    @operation(errors=(NotFound,))
-    def show(self, request, ref):
-        """A template; by pid the one that the process runs."""
-        return self.manager.info(ref)
-
-    @operation("dry_run", (InvalidJson, InvalidProcessInfo, NotFound), body="fields", unlocked=True)
-    def update(self, request, name):
-        """Make a template as it is given; PUT adds one that is not there."""
-        done = self.manager.update_process(
-            name, request.json(), request.method == "PUT", flag(request, "dry_run"))
-        return dict(OK, created=True) if done == "created" else dict(OK, changed=done == "changed")
-
-    @operation("wait", (NotFound, WaitTimeout))
-    def delete(self, request, name):
-        """Stop a template's processes, and forget it."""
-        return self._act(request, [self.manager.find_template(name)], self.manager.delete_process)
-
-    @operation(errors=(NotFound,))
-    def pids(self, request, name):
-        """Pids of what a template runs."""
-        return {"ok": True, "pids": [process.pid for process in self.manager.find_template(name).running()]}
-
-    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
-    def start(self, request, name):
-        """Start a template."""
-        return self._act(request, [self.manager.find_template(name)], self.manager.start_template)
-
-    @operation("wait", (NotFound, WaitTimeout))
-    def stop(self, request, name):
-        """Stop a template."""
-        return self._act(request, [self.manager.find_template(name)], self.manager.stop_template)
-
-    @operation("wait", (NotFound, WaitTimeout))
-    def stop_one(self, request, pid):
-        """Stop one process; it is replaced."""
-        process = self.manager.find_process(pid)
-        return self._act(request, [process.home], lambda name: self.manager.stop_process(process.pid), [process])
-
-    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
-    def restart(self, request, name):
-        """Stop each process of a template, and replace it."""
-        return self._act(request, [self.manager.find_template(name)], self.manager.restart_template)
-
-    def _act(self, request, templates, action, stopped=None):
-        """Act on each template, and answer: once what starts has been spawned, with ?wait once what
-        stops is gone. `stopped`: the processes that are to end, if not all. Faults are told
-        together."""
-        manager = self.manager
-        longest = max([template.info["graceful_timeout"] for template in templates] or [0])
-        wait = duration(request, "wait", 0, true=longest + WAIT_EXTRA)
-        before = stopped
-        if before is None:
-            before = [each for template in templates for each in template.processes.values()]
-
-        def done():
-            return all(process.gone or process.running for process in before) and (
-                stopped is not None or all(
-                    template.deleted or template.missing() <= 0 for template in templates))
-
-        def work():
-            result, faults = OK, []
-            for template in templates:
-                try:
-                    result = action(template.name) or OK
-                except GafferError as error:
-                    if len(templates) == 1:
-                        raise
-                    faults.append("'%s': %s" % (template.name, error))
-            need(not faults, InvalidProcessInfo, "; ".join(faults))
-            if wait is not None and not manager.block_until(done, wait):
-                raise WaitTimeout("this was not done in %g seconds; it goes on, ask again" % wait)
-            return result
-        return work
-
-    @operation("wait", (NotFound, BadValue, WaitTimeout))
-    def add(self, request, name, number="1"):
-        """Run more processes of a template."""
-        return self._scale(request, name, count_of(number))
-
-    @operation("wait", (NotFound, BadValue, WaitTimeout))
-    def sub(self, request, name, number="1"):
-        """Run fewer processes of a template."""
-        return self._scale(request, name, -count_of(number))
-
-    def _scale(self, request, name, change):
-        def scale(name):
-            return {"ok": True, "numprocesses": self.manager.scale(name, change)}
-        return self._act(request, [self.manager.find_template(name)], scale)
-
-    @operation("group", (NotFound, NoSignalNumber, Forbidden))
-    def signal(self, request, ref, signum=None):
-        """Send a signal to a process, or to each of a template."""
-        need(signum is not None, NoSignalNumber, "name a signal: _signal/TERM")
-        self.manager.signal(ref, parse_signal(signum), flag(request, "group"))
-        return OK
-
-    @operation("usage", errors=(NotFound,), unlocked=True)
-    def status(self, request, name):
-        """The state of a template, its restarts and last exit."""
-        return self._look(request, name)[0]
-
-    @operation("usage", unlocked=True)
-    def statuses(self, request):
-        """The states of all templates."""
-        return compressed(request, json_response(self._look(request)))
-
-    def _look(self, request, name=None):
-        """The statuses of one template, or all, and with ?usage what their processes use."""
-        def read():
-            templates = [self.manager.find_template(name)] if name is not None else list(self.manager.templates.values())
-            return self._usage(templates) if flag(request, "usage") else [template.status() for template in templates].copy
-        return self.manager.loop.call(read)()
-
-    def _usage(self, templates):
-        """A function, for a thread, that completes the statuses of templates with what their processes use."""
-        statuses = [template.status() for template in templates]
-        processes = [(process, process.status()) for template in templates for process in template.processes.values()]
-        counts = [len(template.processes) for template in templates]
-
-        def look():
-            for process, entry in processes:
-                if not process.exited:          # else the number may be a stranger's
-                    entry.update(self.samples.brief(process))
-            entries = iter([entry for _, entry in processes])
-            for status, count in zip(statuses, counts):
-                status["processes"] = list(itertools.islice(entries, count))
-            return statuses
-        return look
-
-    @operation("dry_run", errors=(Conflict, InvalidProcessInfo), unlocked=True)
-    def reload(self, request):
-        """Load the configuration that the server was started with again."""
-        configuration, dry_run = self.manager.configuration, flag(request, "dry_run")
-        need(configuration is not None, Conflict,
-             "this server was started without a CONFIG, so there is nothing to load again; start it with 'serve CONFIG'")
-        return configuration.reload(self.manager, dry_run)
-
-    # groups
-
-    @operation()
-    def groups(self, request):
-        """Names of groups."""
-        return list(dict.fromkeys(t.group for t in self.manager.templates.values() if t.group is not None))
-
-    def _members(self, group):
-        members = [template for template in self.manager.templates.values() if template.group == group]
-        need(members, NotFound, "there is no group '%s'; GET /groups lists them" % group[:128])
-        return members
-
-    @operation(errors=(NotFound,))
-    def group(self, request, group):
-        """Names of the templates of a group."""
-        return [template.name for template in self._members(group)]
-
-    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
-    def group_start(self, request, group):
-        """Start all templates of a group."""
-        return self._act(request, self._members(group), self.manager.start_template)
-
-    @operation("wait", (NotFound, WaitTimeout))
-    def group_stop(self, request, group):
-        """Stop all templates of a group."""
-        return self._act(request, self._members(group), self.manager.stop_template)
-
-    @operation("wait", (NotFound, InvalidProcessInfo, WaitTimeout))
-    def group_restart(self, request, group):
-        """Restart all templates of a group."""
-        return self._act(request, self._members(group), self.manager.restart_template)
-
-    @operation("wait", (NotFound, WaitTimeout))
-    def group_delete(self, request, group):
-        """Stop and forget all templates of a group."""
-        return self._act(request, self._members(group), self.manager.delete_process)
+        label = query.label or next(iter(process.outputs), "stdout")
+        window, stream = self.manager.find_window(process.pid, label), None
+        offset, _, _ = self._begin(request, query, window)
+        if not query.readonly:
+            target = label if label in process.inputs else "stdin"
+            stream = self.manager.find_input(process.pid, target, past=True)
+        headers = websocket_accept(request) + subprotocol(request)
+        by_line = query.frame == "line"
+        encoder = FrameEncoder(query.type == "binary", by_line)
+        reader = self._reader(request, window, encoder, offset, query.loss)
+        return ProcessSocket(headers, reader, self._asked(request, query), stream, by_line, process,
+                             query.heartbeat)
 
 
 ROUTES = (
     ("/", {"GET": Api.welcome}),
     ("/ping", {"GET": Api.ping}),
-    ("/healthz", {"GET": Api.healthz}),
+    ("/healthz", {"GET": Api.ping}),
     ("/readyz", {"GET": Api.readyz}),
     ("/metrics", {"GET": Api.metrics}),
     ("/openapi.json", {"GET": Api.openapi}),
     ("/_reload", {"POST": Api.reload}),
     ("/processes", {"GET": Api.processes, "POST": Api.create}),
-    ("/processes/<name>", {"GET": Api.show, "PUT": Api.update, "POST": Api.update, "DELETE": Api.delete}),
+    ("/processes/<name>", {"GET": Api.show, "PUT": Api.put, "POST": Api.update, "DELETE": Api.delete}),
     ("/processes/<name>/_pids", {"GET": Api.pids}),
     ("/processes/<name>/_start", {"POST": Api.start}),
     ("/processes/<name>/_stop", {"POST": Api.stop}),
@@ -7714,8 +7701,8 @@ ROUTES = (
     ("/processes/<name>/_sub/<n>", {"POST": Api.sub}),
     ("/processes/<ref>/_signal", {"POST": Api.signal}),
     ("/processes/<ref>/_signal/<sig>", {"POST": Api.signal}),
-    ("/processes/<pid>", {"GET": Api.show, "DELETE": Api.stop_one}),
-    ("/processes/<pid>/_stop", {"POST": Api.stop_one}),
+    ("/processes/<pid>", {"GET": Api.show, "DELETE": Api.stop_process}),
+    ("/processes/<pid>/_stop", {"POST": Api.stop_process}),
     ("/status", {"GET": Api.statuses}),
     ("/status/<ref>", {"GET": Api.status}),
     ("/stats", {"GET": Api.stats}),
@@ -7926,6 +7913,38 @@ class LineWriter:
                 continue
             self._torn = data[count - 1:count] != b"\n"
             del data[:count]
+
+
+UNSAFE = re.compile(r"[^\x20\x21\x23-\x5b\x5d-\x7e]")
+
+
+def escape_field(text, most):
+    """What a client has sent, as it can stand between quotes in a line: printable ASCII, all else as \\xhh."""
+    return UNSAFE.sub(lambda match: "\\x%02x" % ord(match.group()), text[:most])
+
+
+def log_time(now):
+    """Unix time as in Apache's logs, with the offset of the time zone, whatever the locale."""
+    local = time.localtime(now)
+    hours, minutes = divmod(abs(local.tm_gmtoff) // 60, 60)
+    return "%02d/%s/%d:%02d:%02d:%02d %s%02d%02d" % (
+        local.tm_mday, MONTHS[local.tm_mon - 1], *(local[0], *local[3:6]), "-" if local.tm_gmtoff < 0 else "+", hours, minutes)
+
+
+def access_line(client, when, request, status, size, secrets=()):
+    """A line of the access log in Apache's combined format. `request`: None where there was none that could be read; `secrets`
+    never stand in it. A `size` of 0 is -, as there."""
+    line = referer = agent = "-"
+    if request is not None:
+        line = "%s %s HTTP/%d.%d" % (request.method, request.target, *request.version)
+        referer, agent = [request.headers.get(name) or "-" for name in ("referer", "user-agent")]
+    fields = []
+    for text, most in ((line, 2 * TARGET_SIZE), (referer, ACCESS_FIELD_SIZE), (agent, ACCESS_FIELD_SIZE)):
+        for secret in secrets:
+            text = text.replace(secret, "***")
+        fields.append(escape_field(text, most))
+    host = client.rpartition(":")[0] or client
+    return '%s - - [%s] "%s" %d %s "%s" "%s"' % (host, when, fields[0], status, size or "-", *fields[1:])
 
 
 class AccessLog:
@@ -8673,10 +8692,11 @@ class HttpHandler:
         return Response(status=204, headers=self.access.preflight(request), content_type=None)
 
     def _call_api(self, handler, args, request):
-        if handler.operation.unlocked:
-            result = handler(self._api, request, *args)
+        query = parse_query(request, handler.query)
+        if handler.unlocked:
+            result = handler(self._api, request, query, *args)
         else:
-            result = self.loop.call(handler, self._api, request, *args)
+            result = self.loop.call(handler, self._api, request, query, *args)
         if callable(result):
             result = result()
         return result if isinstance(result, (Response, Channel)) else json_response(result)
