@@ -7314,7 +7314,7 @@ class Api:
             wait = max([info["graceful_timeout"] for info in infos] or [0]) + WAIT_EXTRA
         return LongPoll(
             lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(OK))), wait,
-            lambda: error_response(WaitTimeout("this is not done after %g s; it goes on" % wait)))
+            lambda: error_response(WaitTimeout("this was not done in %g seconds; it goes on" % wait)))
 
     @operation(unlocked=True)
     def add(self, request, query, name, number="1"):

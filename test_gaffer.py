@@ -9899,8 +9899,7 @@ class StreamsLongpoll(StreamsCase):
                         "by name, from the first POST on")
         self.assertEqual(poll(), (200, "19", b"four\n"))
         for _ in range(3 * gaffer.QUESTIONS_MAX):
-            self.send(1, b"x\n")
-        self.assertEqual(self.poll(1, "since=%d" % (19 + 6 * gaffer.QUESTIONS_MAX - 2))[2], b"x\n")
+            self.written(1, b"x\n")
         self.assertEqual(poll()[2], b"x\n" * gaffer.QUESTIONS_MAX)
 
     def test_has_no_heartbeat(self):
