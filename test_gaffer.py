@@ -9898,8 +9898,9 @@ class StreamsLongpoll(StreamsCase):
         self.assertTrue(self.server.request("GET", "/streams/web/stdout")[2].startswith(b"one\ntwo\nthree\n"),
                         "by name, from the first POST on")
         self.assertEqual(poll(), (200, "19", b"four\n"))
-        for _ in range(3 * gaffer.QUESTIONS_MAX):
-            self.written(1, b"x\n")
+        for number in range(3 * gaffer.QUESTIONS_MAX):
+            self.send(1, b"x\n")
+            self.assertEqual(poll("since=%d" % (19 + 2 * number))[2], b"x\n")
         self.assertEqual(poll()[2], b"x\n" * gaffer.QUESTIONS_MAX)
 
     def test_has_no_heartbeat(self):
