@@ -52,38 +52,8 @@ import signal
 import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Ctrl-C ends a command at any moment, be it in the middle of an import; what has more to do then sets a handler
-    signal.signal(signal.SIGINT, lambda signum, frame: os._exit(130))
-
-if __name__ == "__main__" and {"serve", "up"}.intersection(sys.argv) and sys._getframe().f_back is None:
-    # A script stays in memory as the compiler's syntax tree for as long as it runs: 12 MiB, perhaps for years. So a server
-    # goes on in a fresh interpreter, as the same process, with the compiled code alone; where it cannot, as it is.
-    import marshal
-    try:
-        if hasattr(sys, "orig_argv"):           # Python 3.10
-            flags = sys.orig_argv[1:-len(sys.argv)]
-        else:
-            from subprocess import _args_from_interpreter_flags    # type: ignore[attr-defined]
-            flags = _args_from_interpreter_flags()
-        if hasattr(os, "memfd_create"):
-            file = os.fdopen(os.memfd_create("gaffer", 0), "w+b")
-        else:
-            from tempfile import TemporaryFile
-            file = TemporaryFile()
-            os.set_inheritable(file.fileno(), True)
-        with file:
-            marshal.dump(sys._getframe().f_code, file)
-            file.seek(0)
-            os.execv(sys.executable, [
-                sys.executable, *flags, "-S", "-c", "import _signal, marshal, os, sys\n"
-                "if _signal.getsignal(2) is _signal.default_int_handler:\n    _signal.signal(2, lambda *_: os._exit(130))\n"
-                "if sys.path[:1] == ['']:\n    sys.path[0] = sys.argv[1].rpartition('/')[0] or '.'\n"
-                "sys.modules['gaffer'] = gaffer = type(sys)('gaffer')\n"
-                "gaffer.__file__ = sys.argv[0] = sys.argv.pop(1)\n"
-                "with open(%d, 'rb') as file:\n    exec(marshal.load(file), vars(gaffer))\n"
-                "sys.exit(gaffer.main())" % file.fileno(), __file__, *sys.argv[1:]])
-    except OSError:
-        pass
+    # Ctrl-C ends a command at any moment, even within an import; serve, up and attach set handlers
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import array
 import base64
@@ -5207,7 +5177,9 @@ class Feed(Channel):
             headers.append(("Transfer-Encoding", "chunked"))
             if self.reader.loss == "skip" and self.kind == "continuous":
                 headers.append(("Trailer", "Gaffer-Dropped"))
-        if not has_records:
+        if has_records:
+            headers.append(("Gaffer-Offset", self.reader.offset))
+        else:
             headers += offset_headers(self.reader, self._asked, True)
         return Response(None, headers=headers, content_type=None)
 
@@ -7737,6 +7709,7 @@ class HttpEndpoint:
     def __init__(self, bind="127.0.0.1:5000", certfile=None, keyfile=None, backlog=BACKLOG):
         self.bind, self.certfile, self.keyfile, self.backlog = bind, certfile, keyfile, backlog
         self.path = bind[5:] if bind.startswith("unix:") else None
+        bind = re.sub(r"\A:?([0-9]+)\Z", r"127.0.0.1:\1", bind)
         match = re.match(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]/]+):([0-9]{1,5})\Z", bind)
         if self.path is None and match and int(match.group(2)) < 65536:
             self.host, self.port = match.group(1).strip("[]"), int(match.group(2))
@@ -7744,6 +7717,8 @@ class HttpEndpoint:
             raise StartError("'%s' is no address: give host:port, [v6]:port or unix:/path" % bind)
         if keyfile and not certfile:
             raise StartError("a keyfile needs its certfile: give --certfile too")
+        if self.path and certfile:
+            raise StartError("'%s' is a unix socket, which has no TLS: leave out the certfile" % bind)
 
     @property
     def scheme(self):
@@ -8753,24 +8728,18 @@ class HttpHandler:
 # --------------------------------------------------------------------------------------------------------------------
 # client
 #
-# A small wrapper of http.client, for the command line and the webhooks: TCP, TLS and unix sockets, a token, event streams.
-# A connection a request. What fails is a ClientError: one sentence that says what to do, and the exit status of a command
-# that fails so. On the caller's thread.
+# A thin wrapper of http.client for the command line and the webhooks: TCP, TLS and unix sockets, a token, event streams.
+# One connection per request. A failure is a ClientError: one sentence that says what to do, and the exit status of the
+# command. Runs on the caller's thread.
 # --------------------------------------------------------------------------------------------------------------------
 DEFAULT_ENDPOINT = "http://127.0.0.1:5000"
-REFUSAL_STATUSES = {401: 6, 403: 6, 408: 124, 504: 124}     # HTTP status -> exit status; what is not here is 1
+REFUSAL_STATUSES = {401: 6, 403: 6, 408: 124, 504: 124}     # HTTP status -> exit status, else 1
 FEED = "feed=eventsource&heartbeat=%d" % HEARTBEAT
-IN_COMMANDS = (                                 # what the server says of its API, as a user of commands does it
-    (r"GET /processes/(\S+)/_pids lists", r"'gaffer.py pids \1' lists"),
-    (r"GET /processes\?running=true lists them", "'gaffer.py pids all' lists them (a PID that status shows is the system's)"),
-    (r"GET /processes lists", "'gaffer.py processes' lists"),
-    (r"GET /groups lists them", "'gaffer.py processes' lists what there is"),
-    (r"PUT /processes/\S+ replaces", "'gaffer.py update_process' replaces"),
-)
 
 
 class ClientError(Exception):
-    """What a command cannot do: `str(error)` is one sentence, `exit_status` the command's, `code` the server's word for it."""
+    """A command failed: `str(error)` is one sentence, `exit_status` the command's, `code` the
+    server's error code."""
 
     def __init__(self, reason, exit_status=1, code=None):
         super().__init__(reason)
@@ -8778,38 +8747,41 @@ class ClientError(Exception):
 
 
 class NoServer(ClientError):
-    """Nobody answers there, or not as gaffer does."""
+    """No server answers at the endpoint, or something that is not gaffer."""
 
     def __init__(self, endpoint, why):
-        super().__init__("there is no gaffer at %s (%s): start one with 'python3 gaffer.py serve', or say where it is with "
-                         "--endpoint or GAFFER_ENDPOINT" % (endpoint, why), 5)
+        super().__init__(
+            "there is no gaffer at %s (%s): start one with 'python3 gaffer.py serve', or say where it "
+            "is with --endpoint or GAFFER_ENDPOINT" % (endpoint, why), 5)
         self.why = why
 
 
 class NotThere(ClientError):
-    """There is no such name, pid or group."""
+    """There is no such name, process or group."""
 
     def __init__(self, reason):
         super().__init__(reason, 4, "not_found")
 
 
 def refusal(endpoint, status, body):
-    """The ClientError of an answer that is none of success."""
+    """Return the ClientError for an answer with an error status."""
     try:
         error = json.loads(body)
         code, reason = error["error"], str(error["reason"])
     except (ValueError, TypeError, KeyError):
-        return NoServer(endpoint, "what listens there answers %d, and not as gaffer does" % status)
+        return NoServer(endpoint, "it answers %d, and not as gaffer does" % status)
     if code == "unauthorized":
         reason = "the server wants its token: give it with --token-file FILE or GAFFER_TOKEN"
-    for pattern, words in IN_COMMANDS:
-        reason = re.sub(pattern, words, reason)
-    return NotThere(reason) if code == "not_found" else ClientError(reason, REFUSAL_STATUSES.get(status, 1), code)
+    reason = re.sub(r"PUT /processes/\S+ replaces", "'gaffer.py update_process' changes", reason)
+    if code == "not_found":
+        return NotThere(reason)
+    return ClientError(reason, REFUSAL_STATUSES.get(status, 1), code)
 
 
 class Client:
-    """Asks one server. `endpoint`: http://host:port, https://host:port, host:port or unix:/path; `token`: a string or None;
-    `cacert`: a file of certificates (PEM) to trust. ClientError: the endpoint is none."""
+    """Sends requests to one server. `endpoint`: http://host:port, https://host:port, host:port, port
+    or unix:/path; `token`: a string or None; `cacert`: a PEM file of certificates to trust.
+    ClientError: the endpoint is malformed."""
 
     def __init__(self, endpoint=DEFAULT_ENDPOINT, token=None, cacert=None):
         self.endpoint, self._cacert = endpoint, cacert
@@ -8817,51 +8789,61 @@ class Client:
         if token is not None:                   # http.client writes latin-1, the server compares UTF-8
             self._headers["Authorization"] = "Bearer " + token.encode("utf-8").decode("latin-1")
         self.path = endpoint[5:] if endpoint.startswith("unix:") else None
+        text = re.sub(r"\A:?([0-9]+)\Z", r"127.0.0.1:\1", endpoint)
         try:
-            parts = urllib.parse.urlsplit(endpoint if "://" in endpoint or self.path == "" else "http://" + endpoint)
-            self.host, self.port, self._tls = parts.hostname, parts.port, parts.scheme == "https"
+            url = urllib.parse.urlsplit(text if "://" in text else "http://" + text)
+            self.host, self.port = (None, None) if self.path else (url.hostname, url.port)
         except ValueError:
             self.host = None
-        if not self.path and (self.host is None or parts.scheme not in ("http", "https")):
-            raise ClientError("'%s' is no endpoint: give http://host:port, https://host:port or unix:/path" % endpoint, 2)
-        self._prefix = "" if self.path else parts.path.rstrip("/")
-        self.port = self.port or (443 if self._tls else 80)
+        if not (self.path or self.path is None and self.host and url.scheme in ("http", "https")):
+            raise ClientError("'%s' is not an endpoint: give http://host:port, https://host:port or "
+                              "unix:/path" % endpoint, 2)
+        self._tls = not self.path and url.scheme == "https"
+        self._prefix = "" if self.path else url.path.rstrip("/")
 
     def _connection(self, timeout):
-        """An http.client connection; one to a unix socket has its socket, which is not connected yet."""
+        """Return an http.client connection. ClientError: --cacert cannot be read."""
         import http.client
-        if self.path:
-            connection = http.client.HTTPConnection("localhost", timeout=timeout)
-            connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.settimeout(timeout)
-            return connection
         if not self._tls:
-            return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+            return http.client.HTTPConnection(self.host or "localhost", self.port, timeout=timeout)
         import ssl
         context = ssl.create_default_context()
-        if self._cacert:
-            try:
+        try:
+            if self._cacert:
                 context.load_verify_locations(self._cacert)
-            except OSError as error:
-                raise ClientError("the certificates of --cacert '%s' cannot be used: %s" % (self._cacert, error), 2) from None
+        except OSError as error:
+            raise ClientError("the certificates of --cacert '%s' cannot be used: %s" % (
+                self._cacert, error), 2) from None
         return http.client.HTTPSConnection(self.host, self.port, timeout=timeout, context=context)
 
-    def open(self, method, path, value=None, headers=None, timeout=CLIENT_TIME):
-        """The http.client response to a request, if it is a success; close it. Arguments as for send(). ClientError."""
-        response = self.send(method, path, value, headers, timeout)
-        if response.status >= 300:
-            with response:
-                raise refusal(self.endpoint, response.status, response.read(MIB))
-        return response
+    def _failure(self, error, timeout):
+        """Return the ClientError for an exception of http.client or of the socket."""
+        if isinstance(error, socket.timeout):
+            return ClientError("%s has not answered in %g seconds" % (self.endpoint, timeout), 124)
+        if getattr(error, "verify_message", None):
+            return ClientError("the certificate of %s cannot be trusted (%s): give its authority's with "
+                               "--cacert" % (self.endpoint, error.verify_message), 6)
+        if isinstance(error, PermissionError):
+            return ClientError("you may not use %s: be its owner, or root" % self.endpoint, 6)
+        why = str(getattr(error, "strerror", None) or error) or type(error).__name__
+        why = ascii(why)[1:-1][:100].lower()
+        if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
+            why = "no TLS there; is it http://?"
+        elif not (self._tls or self.path or isinstance(error, OSError)
+                  and not isinstance(error, ConnectionResetError)):
+            why = "no answer in HTTP: %s; does it serve TLS, as https://?" % why
+        return NoServer(self.endpoint, why)
 
-    def send(self, method, path, value=None, headers=None, timeout=CLIENT_TIME):
-        """The http.client response to a request, whatever its status; close it. `value`: bytes, or what is sent as JSON.
-        `timeout`: seconds without a byte. ClientError, NoServer."""
+    def open(self, method, path, value=None, headers=None, timeout=CLIENT_TIME):
+        """Return the http.client response to a request; close it. `value`: bytes, or what is sent as
+        JSON. `timeout`: seconds without a byte. ClientError, NoServer: it is not a success."""
         from http.client import HTTPException
         body = value if value is None or isinstance(value, bytes) else json_bytes(value)
         connection = self._connection(timeout)
         try:
             if self.path:
+                connection.sock = socket.socket(socket.AF_UNIX)
+                connection.sock.settimeout(timeout)
                 connection.sock.connect(self.path)
             connection.request(method, self._prefix + path, body, dict(self._headers, **headers or {}))
             response = connection.getresponse()
@@ -8869,22 +8851,14 @@ class Client:
             connection.close()
             raise self._failure(error, timeout) from None
         if connection.sock is not None:
-            connection.sock.close()             # the response has it now, and closes it
+            connection.sock.close()             # the response holds it now, and closes it
+        if response.status >= 300:
+            with response:
+                raise refusal(self.endpoint, response.status, response.read(MIB))
         return response
 
-    def _failure(self, error, timeout):
-        if isinstance(error, socket.timeout):
-            return ClientError("%s has not answered in %g seconds" % (self.endpoint, timeout), 124)
-        if getattr(error, "verify_message", None):
-            return ClientError("the certificate of %s cannot be trusted (%s): give its authority's with --cacert" % (
-                self.endpoint, error.verify_message), 6)
-        if isinstance(error, PermissionError):
-            return ClientError("%s may not be used by you: be its owner, or root" % self.endpoint, 6)
-        why = str(getattr(error, "strerror", None) or error) or type(error).__name__
-        return NoServer(self.endpoint, ascii(why)[1:-1][:100].lower())
-
     def exchange(self, method, path, value=None, timeout=CLIENT_TIME):
-        """(headers, body as bytes) of an answer. ClientError."""
+        """Return (headers, body as bytes) of an answer. ClientError."""
         from http.client import HTTPException
         with self.open(method, path, value, None, timeout) as response:
             try:
@@ -8893,22 +8867,23 @@ class Client:
                 raise self._failure(error, timeout) from None
 
     def request(self, method, path, value=None, timeout=CLIENT_TIME):
-        """The body of an answer, as bytes. ClientError."""
+        """Return the body of an answer, as bytes. ClientError."""
         return self.exchange(method, path, value, timeout)[1]
 
     def get(self, path):
-        """The value of a GET."""
-        body = self.request("GET", path)
+        """Return the JSON value of a GET. ClientError."""
         try:
-            return json.loads(body)
+            return json.loads(self.request("GET", path))
         except ValueError:
-            raise NoServer(self.endpoint, "what listens there does not answer as gaffer does") from None
+            raise NoServer(self.endpoint, "it does not answer as gaffer does") from None
 
     def events(self, path, last_id=""):
-        """(id, type, data) of each event of an event stream, until it ends or is lost: then ask again with the last id.
-        The first has the type None and the stream's Gaffer-Offset. `path` asks for FEED. ClientError: it cannot be had."""
+        """Yield (id, type, data) of each event until the stream ends or is cut; ask again with the
+        last id. The first has the type None and the stream's Gaffer-Offset as data. `path` asks for
+        FEED. ClientError: there is no such stream."""
         from http.client import HTTPException
-        with self.open("GET", path, None, {"Last-Event-ID": last_id} if last_id else None, STREAM_TIME) as response:
+        headers = {"Last-Event-ID": last_id} if last_id else None
+        with self.open("GET", path, None, headers, STREAM_TIME) as response:
             yield "", None, response.headers.get("Gaffer-Offset", "")
             fields = {}
             try:
@@ -8924,7 +8899,7 @@ class Client:
 
 
 def reference(name):
-    """A name or pid as a part of a path."""
+    """Return a name or pid as a segment of a path."""
     return urllib.parse.quote(name, safe=":@")
 
 
@@ -9001,110 +8976,102 @@ class SigHandler:
 
 
 class WebHooks:
-    """Posts events as JSON. `hooks`: [(pattern, URL)], patterns as for Manager.subscribe(). One worker sends them in their
-    order, with a timeout and retries; what its queue has no room for, and what a receiver does not take, is dropped and
-    counted (`dropped`). A receiver that fails is left alone for a while, as the others wait behind it."""
+    """Post events as JSON. `hooks`: [(pattern, URL)], patterns as for Manager.subscribe(). One worker
+    posts them in order, with a timeout and retries. An event that finds the queue full, or that its
+    receiver does not accept, is dropped and counted (`dropped`). A receiver that failed is skipped for
+    WEBHOOK_REST seconds, because the others wait behind it."""
 
     def __init__(self, hooks=()):
-        self.hooks = list(hooks)
-        self.dropped = 0
-        self._subscriptions = []
-        self._manager = self._thread = None
-        self._queue = collections.deque()       # (URL, event)
-        self._changed = threading.Condition()   # guards the queue, the count and the deadline
-        self._deadline = None                   # of the last words, once gaffer stops
-        self._down = {}                         # URL -> until when it is left alone
-        self._said = Throttle()
+        self.hooks, self.dropped = list(hooks), 0
+        self._queue = queue.Queue(WEBHOOK_QUEUE)        # (URL, event); None wakes the worker
+        self._lock = threading.Lock()           # guards `dropped`
+        self._ending = threading.Event()
+        self._subscriptions, self._thread = [], None
+        self._skipped = {}                      # URL -> until when
+        self._throttle = Throttle()
 
     def start(self, loop, manager):
-        """See apps."""
+        """Begin to post."""
         self._manager = manager
-        self._deadline = None
-        self._subscribe()
+        self._ending.clear()
+        self.replace(self.hooks)
 
     def replace(self, hooks):
         """Use other hooks from now on. Called on the loop."""
         for subscription in self._subscriptions:
             subscription.close()
         self.hooks = list(hooks)
-        self._subscribe()
-
-    def _subscribe(self):
         self._subscriptions = [
-            self._manager.subscribe(pattern, lambda kind, event, url=url: self._put(url, event)) for pattern, url in self.hooks]
+            self._manager.subscribe(pattern, lambda kind, event, url=url: self._put(url, event))
+            for pattern, url in self.hooks]
         if self.hooks and self._thread is None:
             self._thread = threading.Thread(target=self._work, name="gaffer-webhooks", daemon=True)
             self._thread.start()
 
     def _put(self, url, event):
-        with self._changed:
-            if len(self._queue) >= WEBHOOK_QUEUE:
-                self._drop(url, "the queue is full")
-            else:
-                self._queue.append((url, event))
-                self._changed.notify_all()
+        try:
+            self._queue.put_nowait((url, event))
+        except queue.Full:
+            self._drop(url, "the queue is full")
 
     def _drop(self, url, why):
-        self.dropped += 1
-        self._said.warning("an event for the webhook %s was dropped, %d of all by now: %s", url, self.dropped, why)
+        with self._lock:
+            self.dropped += 1
+        self._throttle.warning("an event for the webhook %s was dropped, %d of all by now: %s",
+                               url, self.dropped, why)
 
     def _work(self):
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._deadline is not None)
-                if not self._queue:
-                    return
-                url, event = self._queue.popleft()
-            failure = self._post(url, event)
-            if failure:
-                with self._changed:
-                    self._drop(url, failure)
+        while not (self._ending.is_set() and self._queue.empty()):
+            item = self._queue.get()
+            if item is not None:
+                failure = self._post(*item)
+                if failure:
+                    self._drop(item[0], failure)
 
     def _post(self, url, event):
-        """None, or why the event was not taken."""
-        if time.monotonic() < self._down.get(url, 0):
-            return "it has failed, and is left alone for %g seconds" % WEBHOOK_REST
+        """Return None, or why the event was not accepted."""
+        if time.monotonic() < self._skipped.get(url, 0):
+            return "it failed, and is skipped for %g seconds" % WEBHOOK_REST
+        import http.client
+        import urllib.request
+        request = urllib.request.Request(url, json_bytes(event), {"Content-Type": "application/json"})
         for pause in (*WEBHOOK_PAUSES, None):
-            failure, again = self._try(url, event)
-            if not again:
+            try:
+                urllib.request.urlopen(request, timeout=WEBHOOK_TIME).close()
+                return None
+            except urllib.error.HTTPError as error:
+                failure = "it answers %d" % error.code
+                error.close()
+                if error.code < 500 and error.code not in (408, 429):
+                    return failure
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                failure = str(getattr(error, "reason", None) or error).lower()
+            if pause is None or self._ending.wait(pause):
+                self._skipped[url] = time.monotonic() + WEBHOOK_REST
                 break
-            with self._changed:
-                if pause is None or self._deadline is not None:
-                    self._down[url] = time.monotonic() + WEBHOOK_REST
-                    break
-                self._changed.wait_for(lambda: self._deadline is not None, pause)
         return failure
 
-    @staticmethod
-    def _try(url, event):
-        """(None or why it failed, may it be tried again)"""
-        parts = urllib.parse.urlsplit(url)
-        target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-        try:
-            client = Client("%s://%s" % (parts.scheme, parts.netloc))
-            with client.send("POST", target, event, {"Content-Type": "application/json"}, WEBHOOK_TIME) as response:
-                status = response.status
-        except ClientError as error:
-            return getattr(error, "why", str(error)), True
-        return None if status < 300 else "it answers %d" % status, status >= 500 or status in (408, 429)
-
     def stop(self):
-        """See apps: what waits is still sent, for WEBHOOK_END seconds."""
-        with self._changed:
-            self._deadline = time.monotonic() + WEBHOOK_END
-            self._changed.notify_all()
+        """Accept no more events; post what waits, within WEBHOOK_END seconds."""
+        self._ending.set()
+        try:
+            self._queue.put_nowait(None)
+        except queue.Full:
+            pass                                # the worker has something to do, and will see the end
 
     def join(self):
-        """See apps. What was not sent by then is dropped."""
+        """Wait for the worker, drop what it could not post in time."""
         if self._thread is not None:
-            self._thread.join(max(0.0, self._deadline - time.monotonic()))
+            self._thread.join(WEBHOOK_END)
             self._thread = None
-            with self._changed:
-                if self._queue:
-                    self.dropped += len(self._queue)
-                    log.warning("%d events for webhooks were not sent before the end, %d were dropped in all",
-                                len(self._queue), self.dropped)
-                    self._queue.clear()
+            left = 0
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    left += self._queue.get_nowait() is not None
+            self.dropped += left
+            if left:
+                log.warning("%d events for webhooks were not posted before the end, %d were dropped "
+                            "in all", left, self.dropped)
 
 
 class LineEncoder(Encoder):
@@ -9118,62 +9085,73 @@ class LineEncoder(Encoder):
 
 
 class LineSink:
-    """A Reader's sink that logs each line."""
+    """A Reader's sink that passes lines to `show(lines)`, which returns False when it is full.
+    `ended()` is called at the end of the stream."""
 
-    def __init__(self, name, label):
-        self._name, self._label = name, label
-
-    def send(self, lines):
-        """See Reader."""
-        for line in lines:
-            log.debug("%s %s | %s", self._name, self._label, line.decode("utf-8", "replace"))
-        return True
+    def __init__(self, show, ended=lambda: None):
+        self.send, self._ended = show, ended
 
     def lost(self, reader, count):
-        """Never: it skips."""
+        """Never called: its readers skip or block."""
 
     def finished(self, reader):
-        """See Reader."""
+        """Called by the reader at the end of the log."""
         reader.close()
+        self._ended()
 
 
 def event_text(event):
-    """An event in words: "web: exit (pid 1, os pid 4711, status 3)"."""
-    details = ["pid %d" % event["pid"], "os pid %d" % event["os_pid"]] if "pid" in event else []
-    if event["event"] == "exit":
-        details.append("signal %d" % event["term_signal"] if event["term_signal"] else "status %d" % event["exit_status"])
+    """Return an event in words: "web: exit (pid 1, os pid 4711, status 3)"."""
+    details = []
+    if "pid" in event:
+        details = ["pid %d" % event["pid"], "os pid %d" % event["os_pid"]]
+    if event["event"] == "exit" and event["term_signal"]:
+        details.append("signal %d" % event["term_signal"])
+    elif event["event"] == "exit":
+        details.append("status %d" % event["exit_status"])
     return "%s: %s%s" % (event["name"], event["event"], " (%s)" % ", ".join(details) if details else "")
 
 
 class ConsoleOutput:
-    """Logs what happens: events, and with `output` the processes' output too, a line each."""
+    """Log events: failures as warnings, the others as information. With `output`, log each line of
+    the processes' output for debugging."""
 
     def __init__(self, output=False):
         self._output = output
+        self._stopped = set()                   # pids that gaffer stopped: their exit is no failure
 
     def start(self, loop, manager):
-        """See apps."""
-        self._manager = manager
+        """Subscribe to all events."""
+        self._loop, self._manager = loop, manager
         manager.subscribe("", self._event)
 
     def _event(self, kind, event):
-        log.info("%s", event_text(event))
-        if kind == "create" and self._output:
-            template = self._manager.templates.get(event["name"])
-            for label, merged in template.merged.items() if template else ():
-                Reader(merged.window, LineEncoder(), LineSink(event["name"], label), merged.window.start, "skip").start()
+        pid, template, level = event.get("pid"), self._manager.templates.get(event["name"]), logging.INFO
+        if kind in ("stop_pid", "reap"):
+            self._stopped.add(pid)
+        elif kind == "exit" and pid not in self._stopped:
+            level = logging.WARNING if event["exit_status"] or event["term_signal"] else level
+        self._stopped.discard(pid if kind == "exit" else None)
+        gave_up = (kind == "stop" and template is not None and template.gave_up and template.last_exit
+                   and (template.last_exit["exit_status"] or template.last_exit["term_signal"]))
+        if kind == "flap" or gave_up:
+            level = logging.WARNING
+        log.log(level, "%s%s", event_text(event), ": it gave up; start it when it is mended" if gave_up else "")
+        if kind == "spawn" and self._output:
+            self._loop.call(self._follow, event["name"], pid)
 
-
-PALETTE = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)      # colours of a terminal, one for each name
-
-
-def colour(text, code):
-    """Text in a colour of the terminal."""
-    return "\x1b[%dm%s\x1b[0m" % (code, text)
+    def _follow(self, name, pid):
+        process = self._manager.processes.get(pid)
+        for label, output in process.outputs.items() if process is not None else ():
+            def show(lines, label=label):
+                for line in lines:
+                    log.debug("%s %s | %s", name, label, line.decode("utf-8", "replace"))
+                return True
+            Reader(output.window, LineEncoder(), LineSink(show), output.window.start, "skip").start()
 
 
 def signal_name(number):
-    """SIGTERM, or SIG99 for one without a name."""
+    """Return SIGTERM, or SIG99 for one without a name."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -9181,166 +9159,193 @@ def signal_name(number):
 
 
 def write_all(fd, data):
-    """Write all of it, past any buffer."""
+    """Write all of it, past any buffer, and wait for a descriptor that another made non-blocking."""
     while data:
-        data = data[os.write(fd, data):]
+        try:
+            data = data[os.write(fd, data):]
+        except BlockingIOError:
+            select.select([], [fd], [])
 
 
-class ScreenSink:
-    """A Reader's sink that puts a process's lines on the screen."""
+def colour(text, code):
+    """Return text in a colour of the terminal."""
+    return "\x1b[%dm%s\x1b[0m" % (code, text)
 
-    def __init__(self, screen, pid):
-        self._screen, self._pid = screen, pid
 
-    def send(self, lines):
-        """See Reader."""
-        return self._screen.put(self._pid, lines)
+class Prefixer:
+    """Makes what stands before a line of output: `name |`, in a column, with a colour for each name."""
 
-    def lost(self, reader, count):
-        """Never: it blocks."""
+    PALETTE = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
 
-    def finished(self, reader):
-        """See Reader."""
-        reader.close()
-        self._screen.finished(self._pid)
+    def __init__(self, coloured, width=0):
+        self._coloured, self._width, self._colours = coloured, width, {}
+
+    def prefix(self, name, when=""):
+        """Return the prefix as a string."""
+        self._width = max(self._width, len(name))
+        text = "%s%-*s |" % (when and when + " ", self._width, name)
+        if not self._coloured or name == "system":
+            return text
+        code = self.PALETTE[len(self._colours) % len(self.PALETTE)]
+        return colour(text, self._colours.setdefault(name, code))
+
+
+class Writer:
+    """Writes to a descriptor on a thread of its own, so that nothing waits for a slow terminal, pipe or
+    disk. Up to `limit` bytes may wait. `drained()` is called on that thread once half of them are
+    written after it was `full`, `failed()` when a write fails."""
+
+    def __init__(self, fd, limit, drained=lambda: None, failed=lambda: None):
+        self.fd, self.full = fd, False
+        self._limit, self._drained, self._failed = limit, drained, failed
+        self._lock, self._size = threading.Lock(), 0
+        self._queue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="gaffer-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, data):
+        """Take bytes. Return False when there is no room for more."""
+        with self._lock:
+            self._size += len(data)
+            self.full = self.full or self._size >= self._limit
+        self._queue.put(data)
+        return not self.full
+
+    def _run(self):
+        for data in iter(self._queue.get, None):
+            try:
+                write_all(self.fd, data)
+            except OSError:
+                self._failed()
+            with self._lock:
+                self._size -= len(data)
+                drained = self.full and self._size <= self._limit // 2
+                self.full = self.full and not drained
+            if drained:
+                self._drained()
+
+    def close(self, timeout):
+        """Write what waits. Return whether that was done within `timeout` seconds."""
+        self._queue.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
 
 class Screen:
-    """All processes on one screen: `HH:MM:SS web.1 | line`, and lines for what they begin and how they end. A thread writes
-    to `out`, a descriptor; where it is slow the processes wait, as for a pipe. `one_for_all`: when a process has ended by
-    itself the manager stops; `status` is then how it ended: its exit status, or 128 and the signal's number."""
+    """Shows all processes on one screen: `HH:MM:SS web.1 | line`, and lines for their starts and ends.
+    Where `out`, a descriptor, is slow the processes wait, as for a pipe. `one_for_all`: when a process
+    ends by itself the manager stops; `status` is then its exit status, or 128 and the signal."""
+
+    WAITING_DELAY = 0.5                         # a stop that takes less needs no comment
 
     def __init__(self, out, coloured=False, one_for_all=False):
         self.status = 0
-        self._out, self._coloured, self._one_for_all = out, coloured, one_for_all
-        self._queue, self._size = collections.deque(), 0        # encoded lines
-        self._changed = threading.Condition()   # guards the queue, and the end
-        self._ending = self._failed = self._full = False
-        self._shown = {}                        # pid -> {"name", "open": streams, "exit": event, "readers", "by_itself"}
-        self._ended = set()                     # pids that were stopped
+        self._one_for_all = one_for_all
+        self._coloured, self._prefixer = coloured, Prefixer(coloured)
+        self._out = out
+        self._shown = {}                        # pid -> {"name", "open", "exit", "readers", "by_itself"}
+        self._stopped = set()                   # pids that gaffer stopped
         self._lagging = set()                   # readers that wait for room
-        self._colours = {}
+        self._told = False
 
     def start(self, loop, manager):
-        """See apps."""
         self._loop, self._manager = loop, manager
-        counts = {name: template.info["numprocesses"] for name, template in manager.templates.items()}
-        self._width = max([6, *(len("%s.%d" % count) for count in counts.items())])
-        manager.subscribe("", self._event)
-        self._thread = threading.Thread(target=self._write, name="gaffer-screen", daemon=True)
-        self._thread.start()
+        names = ["%s.%d" % (name, template.info["numprocesses"])
+                 for name, template in manager.templates.items()]
+        self._prefixer = Prefixer(self._coloured, max(map(len, ["system", *names])))
+        self._writer = Writer(self._out, SCREEN_SIZE, self._drained, self._failed)
+        manager.subscribe("", lambda kind, event: loop.call(self._event, kind, event))
 
-    def say(self, text, name="system"):
-        """Show a line of gaffer's own. Called on the loop."""
-        self._enqueue(name, [text.encode("utf-8")])
+    def say(self, text):
+        """Show a line of gaffer's own."""
+        self._show("system", [text.encode("utf-8")])
+
+    def _show(self, name, lines):
+        prefix = self._prefixer.prefix(name, time.strftime("%H:%M:%S")).encode("utf-8")
+        return self._writer.put(b"".join(b"%b %b\n" % (prefix, line) for line in lines))
 
     def _event(self, kind, event):
         pid = event.get("pid")
-        process = self._manager.processes.get(pid)
         if kind == "spawn":
-            name = "%s.%d" % (event["name"], process.instance) if process else event["name"]
-            self._shown[pid] = {"name": name, "open": 0, "exit": None, "readers": []}
-            self.say("%s started, os pid %d" % (name, event["os_pid"]))
-            for output in process.outputs.values() if process else ():
-                self._follow(pid, output.window)
+            self._follow(pid, event)
         elif kind in ("stop_pid", "reap"):
-            self._ended.add(pid)
+            self._stopped.add(pid)
+            if self._manager.stopping and not self._told:
+                self._told = True
+                self._loop.later(self.WAITING_DELAY, self._say_what_it_waits_for)
         elif kind == "exit" and pid in self._shown:
-            self._shown[pid].update(exit=event, by_itself=pid not in self._ended and not self._manager.stopping)
-            self._ended.discard(pid)
+            self._shown[pid].update(exit=event, by_itself=pid not in self._stopped)
+            self._stopped.discard(pid)
             self._maybe_ended(pid)
 
-    def _follow(self, pid, window):
-        reader = Reader(window, LineEncoder(), ScreenSink(self, pid), window.start, "block")
-        self._shown[pid]["open"] += 1
-        self._shown[pid]["readers"].append(reader)
-        reader.start()
+    def _follow(self, pid, event):
+        process = self._manager.processes[pid]
+        name = "%s.%d" % (event["name"], process.instance)
+        windows = [output.window for output in process.outputs.values()]
+        shown = self._shown[pid] = {"name": name, "open": len(windows), "exit": None, "readers": []}
+        self.say("%s started, os pid %d" % (name, event["os_pid"]))
 
-    def finished(self, pid):
-        """A stream of a process has come to its end."""
-        self._shown[pid]["open"] -= 1
-        self._maybe_ended(pid)
+        def show(lines):
+            room = self._show(name, lines)
+            if not room:
+                self._lagging.update(shown["readers"])
+            return room
+
+        def ended():
+            shown["open"] -= 1
+            self._maybe_ended(pid)
+        for window in windows:
+            shown["readers"].append(
+                Reader(window, LineEncoder(), LineSink(show, ended), window.start, "block"))
+        for reader in shown["readers"]:
+            reader.start()
 
     def _maybe_ended(self, pid):
-        """Say how a process has ended, behind its last words."""
+        """Say how a process ended, after its last line."""
         shown = self._shown[pid]
         event = shown["exit"]
         if event is None or shown["open"]:
             return
         del self._shown[pid]
         status, signum = event["exit_status"], event["term_signal"]
-        self.say("%s %s" % (shown["name"], "was ended by %s" % signal_name(signum) if signum else (
-            "exited with status %d" % status)))
+        self.say("%s %s" % (shown["name"], "was ended by %s" % signal_name(signum) if signum else
+                            "exited with status %d" % status))
         if self._one_for_all and shown["by_itself"] and not self._manager.stopping:
             self.status = 128 + signum if signum else status
             self._manager.stop()
 
-    def put(self, pid, lines):
-        """Show lines of a process. False: there is no room for more, its readers are called when there is."""
-        shown = self._shown[pid]
-        if self._enqueue(shown["name"], lines):
-            return True
-        self._lagging.update(shown["readers"])
-        return False
+    def _say_what_it_waits_for(self):
+        """Name the processes that have not ended yet, and say when they are killed."""
+        waiting = [(shown["name"], self._manager.processes[pid].status().get("kill_in"))
+                   for pid, shown in self._shown.items() if shown["exit"] is None]
+        kills = [kill_in for _, kill_in in waiting if kill_in is not None]
+        if waiting:
+            self.say("waiting for %s%s; Ctrl-C again kills now" % (
+                ", ".join(name for name, _ in waiting),
+                ", SIGKILL in %d s" % math.ceil(max(kills)) if kills else ""))
 
-    def _enqueue(self, name, lines):
-        self._width = max(self._width, len(name))
-        prefix = "%s %-*s |" % (time.strftime("%H:%M:%S"), self._width, name)
-        if self._coloured and name != "system":
-            prefix = colour(prefix, self._colours.setdefault(name, PALETTE[len(self._colours) % len(PALETTE)]))
-        data = b"".join(b"%b %b\n" % (prefix.encode("utf-8"), line) for line in lines)
-        with self._changed:
-            if not self._failed:
-                self._queue.append(data)
-                self._size += len(data)
-                self._changed.notify_all()
-            self._full = self._size >= SCREEN_SIZE
-            return not self._full
+    def _drained(self):
+        self._loop.call_soon(self._resume)
 
-    def _write(self):
-        """The thread: until it is told to end, and nothing is left."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._ending)
-                if not self._queue:
-                    return
-                data = self._queue.popleft()
-            try:
-                write_all(self._out, data)
-            except OSError:                     # nobody looks any more, so there is no reason to go on
-                self._give_up()
-            with self._changed:
-                self._size = max(0, self._size - len(data))
-                again = self._full and self._size < SCREEN_SIZE // 2
-                self._full = self._full and not again
-            if again:
-                self._loop.call_soon(self._go_on)
-
-    def _give_up(self):
-        with self._changed:
-            self._failed, self._size = True, 0
-            self._queue.clear()
-        self.status = self.status or 128 + signal.SIGPIPE
-        self._manager.stop()
-
-    def _go_on(self):
+    def _resume(self):
         lagging, self._lagging = self._lagging, set()
         for reader in lagging:
             reader.pump()
 
+    def _failed(self):
+        """Nobody looks any more: stop."""
+        self.status = self.status or 128 + signal.SIGPIPE
+        self._manager.stop()
+
     def stop(self):
-        """See apps."""
         readers = [reader for shown in self._shown.values() for reader in shown["readers"]]
         lost = sum(reader.log.end - reader.offset for reader in readers)
         if lost:
-            self.say("%d bytes of output were not shown, as nobody took them" % lost)
-        with self._changed:
-            self._ending = True
-            self._changed.notify_all()
+            self.say("%d bytes of output were not shown, because nobody read them" % lost)
 
     def join(self):
-        """See apps: what waits is still written, for SCREEN_END seconds."""
-        self._thread.join(SCREEN_END)
+        """Write what waits, within SCREEN_END seconds."""
+        self._writer.close(SCREEN_END)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9893,10 +9898,13 @@ class Configuration:
 # command line
 #
 # COMMANDS is the one table: the parser, --help, the README and the completions come from it. A command is a function of its
-# arguments that returns the exit status; what it cannot do it raises, and main() tells it in one sentence on stderr.
+# arguments that returns the exit status. What it cannot do it raises, and main() prints that as one sentence on stderr.
 # --------------------------------------------------------------------------------------------------------------------
+FOLDER_SOCKET = ".gaffer.sock"                  # where `up` serves its API, in its folder
+
+
 def read_token(path):
-    """The token of a file that nobody else can read, or of GAFFER_TOKEN; None if there is neither. StartError."""
+    """Return the token of a file that nobody else can read, or of GAFFER_TOKEN, or None. StartError."""
     if path is None:
         return os.environ.get("GAFFER_TOKEN") or None
     try:
@@ -9905,892 +9913,908 @@ def read_token(path):
                 raise StartError("the token file '%s' can be read by others: chmod 600 it" % path)
             token = file.read().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise StartError("the token file '%s' cannot be read: %s" % (path, getattr(error, "strerror", None) or error)) from None
+        why = getattr(error, "strerror", None) or error
+        raise StartError("the token file '%s' cannot be read: %s" % (path, why)) from None
     if not token or "\n" in token:
-        raise StartError("the token file '%s' is to hold one line, the token" % path)
+        raise StartError("the token file '%s' must hold one line, the token" % path)
     return token
 
 
-def put(stream, text):
-    """Write text to a stream as far as it is taken now. False: not all of it. Who has stopped reading a pipe, or a terminal,
-    must not hold the loop; what is written goes past the buffer, which would fail again at the exit."""
-    try:
-        fd = stream.fileno()
-    except (AttributeError, OSError, ValueError):           # there is none, or it is in memory
-        return stream is None or bool(stream.write(text))
-    poller = select.poll()
-    poller.register(fd, select.POLLOUT)
-    data = text.encode("utf-8", "backslashreplace")
-    try:
-        while data and poller.poll(0):          # then a pipe has room for PIPE_BUF bytes
-            data = data[os.write(fd, data[:select.PIPE_BUF]):]
-    except OSError:
-        pass                                    # closed, or the disk is full
-    return not data
+def find_endpoint():
+    """Return GAFFER_ENDPOINT, or the socket of the `up` that runs in this folder, or the default. Another
+    user's socket is not trusted: it would be sent the token."""
+    if os.environ.get("GAFFER_ENDPOINT"):
+        return os.environ["GAFFER_ENDPOINT"]
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
+        if os.stat(FOLDER_SOCKET).st_uid == os.geteuid():
+            sock.settimeout(CLIENT_TIME)
+            sock.connect(FOLDER_SOCKET)
+            return "unix:" + FOLDER_SOCKET
+    return DEFAULT_ENDPOINT
 
 
-class LogHandler(logging.StreamHandler):
-    """Logs to a stream that may be full: lines that it does not take are counted, and told once it takes them again."""
-
-    left_out = 0
-
-    def take(self, text):
-        """Write text. False: not all of it could be."""
-        return put(self.stream, text)
-
-    def emit(self, record):
-        """See logging.Handler."""
-        try:
-            told = "gaffer: %d lines of this log were not taken here\n" % self.left_out if self.left_out else ""
-            if self.take(told + self.format(record) + self.terminator):
-                self.left_out = 0
-            else:
-                self.left_out += 1
-        except Exception:
-            self.handleError(record)
-
-
-def connect(arguments):
-    """A Client for the server that the arguments or the environment name."""
-    endpoint = arguments.endpoint or os.environ.get("GAFFER_ENDPOINT") or DEFAULT_ENDPOINT
-    return Client(endpoint, read_token(arguments.token_file), arguments.cacert)
+def connect(args):
+    """Return a Client for the server that the arguments, the environment or the folder name."""
+    return Client(args.endpoint or find_endpoint(), read_token(args.token_file), args.cacert)
 
 
 def tell(text):
-    """Say what went wrong, a line each."""
+    """Print each line of a message to stderr."""
     for line in text.splitlines():
         print("gaffer: %s" % line, file=sys.stderr, flush=True)
 
 
-def drop_output():
-    """Nobody reads stdout any more: what is left in its buffer must not fail again at the end."""
-    with open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), sys.stdout.fileno())
+def report(error, status):
+    """Print why one of several names failed, and return the exit status so far. Raise what would fail
+    for all others too."""
+    if isinstance(error, NoServer) or error.code == "unauthorized":
+        raise error
+    tell(str(error))
+    return status or error.exit_status
+
+
+def as_sent(answer):
+    """Return the server's answer (bytes) as the line that --json prints."""
+    return answer.decode("utf-8").rstrip("\n")
 
 
 # names
 
-def find_names(client, words, pids=False):
-    """Names and, if there may be any, pids, each once, that `words` stand for: a name or a pid stands for itself, `all` for
-    all names, and a glob for those it matches. ClientError: a glob matches none, or one is a pid that may not be."""
+# what a word of the command line stands for: a template, or one process of it
+Target = collections.namedtuple("Target", "word path status process")
+
+
+def get_statuses(client):
+    """Return {name: status} of all templates, with their processes: one request."""
+    statuses = client.get("/status?usage=true")
+    if not isinstance(statuses, list):
+        raise TypeError("not a list of templates")
+    return {status["name"]: status for status in statuses}
+
+
+def process_name(name, process):
+    """Return what people call a process: web.2."""
+    return "%s.%d" % (name, process["instance"])
+
+
+def find_process(statuses, word):
+    """Return (status, process) of web.2, of a pid of gaffer's or of one of the system's, or None."""
+    running = [(status, process) for status in statuses.values() for process in status["processes"]]
+    for key in (lambda status, process: process_name(status["name"], process),
+                lambda status, process: str(process["pid"]),
+                lambda status, process: str(process["os_pid"])):
+        for pair in running:
+            if key(*pair) == word:
+                return pair
+    return None
+
+
+def find_targets(statuses, words, processes=False):
+    """Return ([Target], exit status) for names, globs, `all` and, with `processes`, single processes. A
+    word that stands for nothing is told."""
     import fnmatch
-    names, found = None, {}
+    found, exit_status = {}, 0
     for word in words:
-        if word.isdigit() and not pids:
-            raise ClientError("%s is a pid: this command takes names, 'gaffer.py processes' lists them" % word, 2)
-        if word != "all" and not re.search(r"[*?\[]", word):
-            found[word] = True
-            continue
-        names = client.get("/processes") if names is None else names
-        matching = names if word == "all" else [name for name in names if fnmatch.fnmatchcase(name, word)]
-        if not matching and word != "all":
-            raise NotThere("no process matches '%s': 'gaffer.py processes' lists them" % word)
-        found.update(dict.fromkeys(matching, True))
-    return list(found)
+        names = list(statuses) if word == "all" else fnmatch.filter(statuses, word)
+        pair = None if names else find_process(statuses, word)
+        if pair is not None and processes:
+            status, process = pair
+            path = "/processes/%d" % process["pid"]
+            found.setdefault(path, Target(word, path, status, process))
+        elif pair is not None:
+            exit_status = report(ClientError("'%s' is a process: this command takes a name, %s" % (
+                word, pair[0]["name"]), 2), exit_status)
+        elif not names and word != "all":
+            exit_status = report(NotThere("there is no process named '%s'%s" % (
+                word, near(word, statuses) or "; 'gaffer.py status' lists them")), exit_status)
+        for name in names:
+            path = "/processes/" + reference(name)
+            found[path] = Target(name, path, statuses[name], None)
+    return list(found.values()), exit_status
 
 
-def as_sent(answer):
-    """What the server sent (bytes), as the line that --json prints."""
-    return answer.decode("utf-8").rstrip("\n")
+# commands that are a verb and a path
+
+def wait_for(client, path, target, args):
+    """Wait until a target is as it should be; `path` is "/_start" or "/_stop". Return the answer.
+    ClientError: 124, it takes longer than it may."""
+    query, longest = "true", target.status["graceful_timeout"] + WAIT_EXTRA
+    if args.timeout is not None:
+        query, longest = "%g" % args.timeout, args.timeout
+    try:
+        return client.request("POST", "%s%s?wait=%s" % (target.path, path, query),
+                              timeout=CLIENT_TIME + longest)
+    except NotThere:
+        if target.process:                      # it is stopping already
+            return b'{"ok": true}\n'
+        raise
 
 
-def each_name(arguments, act, pids=False, ahead=None):
-    """Print what `act(client, name)` returns for each name (and pid, with `pids`): a line, or with --json bytes from the server.
-    Where it fails that is told, and the others go on. `ahead(client, names)` comes first. Returns the first failure's exit
-    status."""
-    client, status = connect(arguments), 0
-    names = find_names(client, arguments.names, pids)
-    if ahead is not None:
-        ahead(client, names)
-    for name in names:
-        try:
-            result = act(client, name)
-        except ClientError as error:
-            if isinstance(error, NoServer) or error.code == "unauthorized":
-                raise                           # it would be the same for all others
-            tell(str(error))
-            status = status or error.exit_status
-        else:
-            print(as_sent(result) if isinstance(result, bytes) else result, flush=True)
-    return status
+def settled_path(target):
+    """Return the path that waits until a target has as many processes as it should."""
+    return "/_start" if target.status["active"] else "/_stop"
 
 
-def bare(arguments, name, value):
-    """A value as it is where one was asked for, else with its name."""
-    return "%s" % value if arguments.names == [name] else "%s: %s" % (name, value)
+def started_text(target, answer):
+    """Say what `start` did."""
+    state = target.status["state"]
+    if not target.status["active"]:
+        return "started"
+    return "already running" if state == "running" else "already started, %s" % state
 
 
-# control
-
-def look_before(client, name, befores):
-    """The status of a name, or the template of a pid, before it is changed: looked at once."""
-    if name not in befores:
-        path = "/processes/" if name.isdigit() else "/status/"
-        befores[name] = client.get(path + reference(name))
-    return befores[name]
+def stopped_text(target, answer):
+    """Say what `stop` did."""
+    if target.process:
+        return "stopped, to be replaced" if target.status["active"] else "stopped"
+    return "already stopped" if target.status["state"] == "stopped" else "stopped"
 
 
-def change(arguments, action, words):
-    """start, stop, restart. `words(before)`: what to say, given the status before it."""
-    query = "?wait=%g" % arguments.timeout if arguments.timeout is not None else "" if arguments.no_wait else "?wait=true"
-    befores = {}
-
-    def stop_all(client, names):
-        for name in names if len(names) > 1 else ():        # all of them, before the first is waited for
-            try:
-                look_before(client, name, befores)
-                client.request("POST", "/processes/%s/_stop" % reference(name))
-            except NotThere:
-                pass                            # that is told in its turn
-
-    def act(client, name):
-        before = look_before(client, name, befores)
-        longest = arguments.timeout if arguments.timeout is not None else before["graceful_timeout"] + WAIT_EXTRA
-        answer = client.request("POST", "/processes/%s/%s%s" % (reference(name), action, query), timeout=CLIENT_TIME + longest)
-        return answer if arguments.json else "%s: %s" % (name, words(before))
-    return each_name(arguments, act, True, stop_all) if action == "_stop" else each_name(arguments, act)
+def restarted_text(target, answer):
+    """Say what `restart` did."""
+    return "restarted" if target.status["active"] else "started"
 
 
-def start_command(arguments):
-    """start"""
-    return change(arguments, "_start", lambda before: "started" if not before["active"] else "already %s" % (
-        "running" if before["state"] == "running" else "started, %s" % before["state"]))
-
-
-def stop_command(arguments):
-    """stop"""
-    return change(arguments, "_stop", lambda before: "already stopped" if before.get("state") == "stopped" else "stopped")
-
-
-def restart_command(arguments):
-    """restart"""
-    return change(arguments, "_restart", lambda before: "restarted" if before["active"] else "started")
-
-
-def processes_of(number):
-    """"1 process", "2 processes"."""
+def count_text(target, answer):
+    """Say how many processes are wanted: "1 process", "2 processes"."""
+    number = json.loads(answer)["numprocesses"]
     return "%d process%s" % (number, "" if number == 1 else "es")
 
 
-def scale_by(arguments, action):
-    """add, sub."""
-    def act(client, name):
-        answer = client.request("POST", "/processes/%s/%s/%d" % (reference(name), action, arguments.n))
-        return answer if arguments.json else "%s: %s" % (name, processes_of(json.loads(answer)["numprocesses"]))
-    return each_name(arguments, act)
+# command: (path behind that of the process, path that waits until it is done, text(target, answer)).
+# "settled" means settled_path().
+VERBS = {
+    "start": ("/_start", "/_start", started_text),
+    "stop": ("/_stop", "/_stop", stopped_text),
+    "restart": ("/_restart", "/_start", restarted_text),
+    "add": ("/_add/{n}", "/_start", count_text),
+    "sub": ("/_sub/{n}", "settled", count_text),
+    "kill": ("/_signal/{sig}?group={group}", None, "signalled {sig}"),
+}
 
 
-def kill_command(arguments):
-    """kill"""
-    def act(client, name):
-        answer = client.request("POST", "/processes/%s/_signal/%s%s" % (
-            reference(name), reference(arguments.sig), "?group=true" if arguments.group else ""))
-        return answer if arguments.json else "%s: signalled %s" % (name, arguments.sig)
-    return each_name(arguments, act, pids=True)
+def act_command(args, verb):
+    """Do one of VERBS: tell all names first, then wait for each."""
+    path, wait_path, text = VERBS[verb]
+    client, answers = connect(args), []
+    targets, exit_status = find_targets(get_statuses(client), args.names, verb in ("stop", "kill"))
+    path = path.format(**{name: reference(str(value)) for name, value in vars(args).items()})
+    waits = wait_path and not args.no_wait
+    for target in targets:
+        try:                                    # a process that was told to stop can be asked no more
+            answers.append((target, b"" if waits and target.process else
+                            client.request("POST", target.path + path)))
+        except ClientError as error:
+            exit_status = report(error, exit_status)
+    for target, answer in answers:
+        try:
+            if waits:
+                waited = wait_for(client, wait_path if wait_path != "settled" else settled_path(target),
+                                  target, args)
+                answer = answer or waited
+        except ClientError as error:
+            exit_status = report(error, exit_status)
+            continue
+        words = text.format(**vars(args)) if isinstance(text, str) else text(target, answer)
+        print(as_sent(answer) if args.json else "%s: %s" % (target.word, words), flush=True)
+    return exit_status
+
+
+def delete_templates(client, targets, args, text):
+    """Stop all of them, forget each when its processes are gone. Return the exit status."""
+    exit_status = 0
+    for target in targets if not args.no_wait else ():
+        client.request("POST", target.path + "/_stop")
+    for target in targets:
+        try:
+            if not args.no_wait:
+                wait_for(client, "/_stop", target, args)
+        except ClientError as error:
+            exit_status = report(error, exit_status)
+        answer = client.request("DELETE", target.path)
+        if not exit_status:
+            print(as_sent(answer) if args.json else "%s: %s" % (target.word, text), flush=True)
+    return exit_status
+
+
+def del_process_command(args):
+    """del_process"""
+    client = connect(args)
+    targets, exit_status = find_targets(get_statuses(client), args.names)
+    return delete_templates(client, targets, args, "deleted") or exit_status
+
+
+def get_process_command(args):
+    """get_process"""
+    client = connect(args)
+    targets, exit_status = find_targets(get_statuses(client), args.names, True)
+    for target in targets:
+        answer = client.request("GET", target.path)
+        print(as_sent(answer) if args.json else json.dumps(json.loads(answer), indent=4))
+    return exit_status
+
+
+def show_command(args, field):
+    """running, numprocesses, pids: print a field of each status."""
+    targets, exit_status = find_targets(get_statuses(connect(args)), args.names)
+    for target in targets:
+        value = target.status[field]
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        print(encode_json(target.status) if args.json else text if args.names == [target.word] else
+              "%s: %s" % (target.word, text))
+    return exit_status
+
+
+def processes_command(args):
+    """processes"""
+    answer = connect(args).request("GET", "/processes?running=true" if args.running else "/processes")
+    for line in [as_sent(answer)] if args.json else json.loads(answer):
+        print(line)
+    return 0
+
+
+def outcome_lines(outcome, would=""):
+    """Return what a reload did, a line each; `would`: "would be " for a dry run."""
+    failed = outcome["failed"]
+    lines = ["%s: %sadded" % (name, would) for name in outcome["added"] if name not in failed]
+    lines += ["%s: %schanged (%s)" % (name, would, ", ".join(fields))
+              for name, fields in outcome["changed"].items() if name not in failed]
+    lines += ["%s: %sremoved" % (name, would) for name in outcome["removed"]]
+    lines += ["%s: %skept" % (name, would) for name in outcome["kept"]]
+    lines += ["webhooks: %schanged" % would] * outcome["webhooks"]
+    lines += ["%s: changed, which only a restart of gaffer applies" % what
+              for what in outcome["needs_restart"]]
+    return lines + ["%s: failed, %s" % failure for failure in failed.items()]
+
+
+def reload_command(args):
+    """reload"""
+    answer = connect(args).request("POST", "/_reload" + "?dry_run=true" * args.dry_run)
+    outcome = json.loads(answer)
+    for line in [as_sent(answer)] if args.json else outcome_lines(outcome, "would be " * args.dry_run):
+        print(line)
+    return 1 if outcome["failed"] else 0
 
 
 # templates
 
-def given_template(arguments):
-    """The template that add_process and update_process describe."""
-    info = {"name": arguments.name, "cmd": arguments.cmd[0]}
-    if len(arguments.cmd) > 1:
-        info["args"] = arguments.cmd[1:]
-    for field, option in OPTIONS.items():
-        value = getattr(arguments, field, None)
-        if field in info or field in ("start", "args") or value is None or value == option.default:
+def given_fields(args):
+    """Return the fields of a template that the arguments name, {} for none. ClientError."""
+    info = {}
+    words = args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
+    if words:
+        info.update(cmd=words[0], args=words[1:])
+    for field in OPTIONS:
+        value = getattr(args, field, None)
+        if field in ("name", "cmd", "args", "start") or value is None:
             continue
         try:
-            info[field] = env_from_words(value) if field == "env" else (
-                value if isinstance(value, bool) else os.path.abspath(value) if field == "cwd" else from_text(field, value))
+            if field == "env":
+                info[field] = env_from_words(value)
+            elif field == "cwd":
+                info[field] = os.path.abspath(value)
+            else:
+                info[field] = value if isinstance(value, bool) else from_text(field, value)
         except ValueError as error:
             raise ClientError("--%s: field '%s' %s" % (field.replace("_", "-"), field, error), 2) from None
     return info
 
 
-def send_template(arguments, method, path, info, done):
-    """POST or PUT a template, and say so."""
-    answer = connect(arguments).request(method, path, info)
-    print(as_sent(answer) if arguments.json else "%s: %s" % (info["name"], done))
+def send_template(args, method, path, info, done):
+    """Send a template, and say so."""
+    answer = connect(args).request(method, path, info)
+    print(as_sent(answer) if args.json else "%s: %s" % (info.get("name"), done))
     return 0
 
 
-def add_process_command(arguments):
+def add_process_command(args):
     """add_process"""
-    info = dict(given_template(arguments), start=arguments.start)
-    return send_template(arguments, "POST", "/processes", info, "added and started" if arguments.start else "added")
+    info = dict(given_fields(args), name=args.name, start=args.start)
+    if "cmd" not in info:
+        raise ClientError("say what to run: 'gaffer.py add_process NAME CMD ...'", 2)
+    return send_template(args, "POST", "/processes", info, "added and started" if args.start else "added")
 
 
-def load_process_command(arguments):
+def load_process_command(args):
     """load_process"""
-    where = "stdin" if arguments.file == "-" else arguments.file
     try:
-        if arguments.file == "-":
-            info = json.load(sys.stdin)
-        else:
-            with open(arguments.file, encoding="utf-8") as file:
-                info = json.load(file)
+        with open(0 if args.file == "-" else args.file, encoding="utf-8", closefd=args.file != "-") as file:
+            info = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise ClientError("%s cannot be read as JSON: %s" % (
-            where, getattr(error, "strerror", None) or error)) from None
-    need(isinstance(info, dict), ClientError, "%s is to hold one JSON object, a template" % where)
-    info = dict(info, start=arguments.start)
-    return send_template(arguments, "POST", "/processes", info, "added and started" if arguments.start else "added")
+        why = getattr(error, "strerror", None) or error
+        where = "stdin" if args.file == "-" else args.file
+        raise ClientError("%s cannot be read as JSON: %s" % (where, why)) from None
+    if not isinstance(info, dict):
+        raise ClientError("%s must hold one JSON object, a template" % args.file)
+    info["start"] = args.start
+    return send_template(args, "POST", "/processes", info, "added and started" if args.start else "added")
 
 
-def update_process_command(arguments):
-    """update_process"""
-    info = given_template(arguments)
-    if arguments.start:
+def update_process_command(args):
+    """update_process: change what is given, and leave the rest."""
+    client, path, given = connect(args), "/processes/" + reference(args.name), given_fields(args)
+    if not given and not args.start:
+        raise ClientError("say what to change: an option, or the command", 2)
+    info = client.get(path)
+    if "env" in given:
+        given["env"] = dict(info["env"], **given["env"])
+    del info["start"]                           # it runs, or not, as before
+    info.update(given)
+    if args.start:
         info["start"] = True
-    return send_template(arguments, "POST", "/processes/" + reference(arguments.name), info, "updated")
-
-
-def get_process_command(arguments):
-    """get_process"""
-    def act(client, name):
-        answer = client.request("GET", "/processes/" + reference(name))
-        return answer if arguments.json else json.dumps(json.loads(answer), indent=4)
-    return each_name(arguments, act, pids=True)
-
-
-def del_process_command(arguments):
-    """del_process"""
-    def act(client, name):
-        answer = client.request("DELETE", "/processes/" + reference(name))
-        return answer if arguments.json else "%s: %s" % (name, "stopped" if name.isdigit() else "deleted")
-    return each_name(arguments, act, pids=True)
-
-
-# looking
-
-def processes_command(arguments):
-    """processes"""
-    answer = connect(arguments).request("GET", "/processes?running=true" if arguments.running else "/processes")
-    for line in [as_sent(answer)] if arguments.json else json.loads(answer):
-        print(line)
-    return 0
-
-
-def show_status_field(arguments, field):
-    """numprocesses, running."""
-    def act(client, name):
-        answer = client.request("GET", "/status/" + reference(name))
-        return answer if arguments.json else bare(arguments, name, json.loads(answer)[field])
-    return each_name(arguments, act)
-
-
-def pids_command(arguments):
-    """pids"""
-    def act(client, name):
-        answer = client.request("GET", "/processes/%s/_pids" % reference(name))
-        return answer if arguments.json else bare(arguments, name, " ".join(map(str, json.loads(answer)["pids"])))
-    return each_name(arguments, act)
+    return send_template(args, "POST", path, info, "updated")
 
 
 # status
+
+def span(seconds_):
+    """Return seconds as 8s, 1m02s, 3h12m or 2d04h."""
+    whole_seconds = int(seconds_)
+    if whole_seconds < 60:
+        return "%ds" % whole_seconds
+    if whole_seconds < 3600:
+        return "%dm%02ds" % divmod(whole_seconds, 60)
+    if whole_seconds < 86400:
+        return "%dh%02dm" % divmod(whole_seconds // 60, 60)
+    return "%dd%02dh" % divmod(whole_seconds // 3600, 24)
+
+
+def exit_code(last):
+    """Return an exit as a shell counts it: the status, or 128 and the signal's number."""
+    return 128 + last["term_signal"] if last["term_signal"] else last["exit_status"]
+
+
+def exit_text(last):
+    """Return an exit in words: "exit 1", "exit 137 (SIGKILL), 3 times"."""
+    text = "exit %d" % exit_code(last)
+    text += " (%s)" % signal_name(last["term_signal"]) if last["term_signal"] else ""
+    return text + (", %d times" % last["times"] if last.get("times", 1) > 1 else "")
+
+
+def is_failing(status):
+    """True for a template that needs somebody."""
+    return bool(status["state"] in ("backoff", "flapping", "failed") or status["gave_up"] or status["error"])
+
+
+def status_rows(status, with_ids):
+    """Return the rows of one template, [cells ..., note]: one for each process, and for each slot that
+    waits for one; at least one."""
+    last, name, restarts = status["last_exit"], status["name"], status["restarts"]
+    count = "%d/%d" % (status["running"], status["numprocesses"])
+    code = "-" if last is None else exit_code(last)
+    why = [status["error"]] if status["error"] else [exit_text(last)] if last else []
+    rows = []
+    for process in sorted(status["processes"], key=lambda process: process["instance"]):
+        note = []
+        if "kill_in" in process:
+            note = ["SIGKILL in %s" % span(process["kill_in"])]
+        elif restarts and last["times"] > 1 and process["uptime"] < BACKOFF_RESET:
+            note = why
+        usage = ["%.1f%%" % process["cpu"], human(process["rss"])] if "cpu" in process else ["-", "-"]
+        rows.append([process_name(name, process), process["state"], count, process["os_pid"],
+                     *([process["pid"]] if with_ids else []), span(process["uptime"]), restarts, code,
+                     *usage, "; ".join(note)])
+    notes = [["next try in %s" % span(math.ceil(wait)), *why] for wait in status["waiting"]]
+    if not rows and not notes:
+        notes = [["gave up", *why] if status["gave_up"] else why if status["error"] else []]
+    blank = ["-"] * (2 if with_ids else 1)
+    return rows + [[name, status["state"], count, *blank, "-", restarts, code, "-", "-", "; ".join(note)]
+                   for note in notes]
+
+
+STATUS_COLOURS = {"running": 32, "ready": 32, "backoff": 31, "flapping": 31, "failed": 31, "stopping": 33,
+                  "starting": 33, "waiting": 33}
+
+
+def cut(text, size):
+    """Return text in at most `size` columns (None: all of it), with an ellipsis where it was cut."""
+    return text if size is None or len(text) <= size else text[:size - 1] + "…"
+
+
+def status_table(statuses, width, coloured):
+    """Return the lines of the table, failures first, and the summary. `width`: of the terminal, None:
+    nothing is cut."""
+    statuses = sorted(statuses, key=lambda status: (not is_failing(status), status["state"] in (
+        "running", "scheduled"), status["state"] in ("stopped", "done")))
+    os_pids = {os_pid for status in statuses for os_pid in status["os_pids"]}
+    with_ids = any(pid in os_pids for status in statuses for pid in status["pids"])
+    head = ["NAME", "STATE", "RUN", "PID", *["ID"] * with_ids, "UPTIME", "RESTARTS", "EXIT", "CPU", "MEM", ""]
+    rows = [head] + [row for status in statuses for row in status_rows(status, with_ids)]
+    rows = [list(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
+    others = sum(widths[1:]) + 2 * (len(widths) - 1)
+    if width is not None:
+        widths[0] = min(widths[0], max(8, width - others))
+    lines = []
+    for name, state, *numbers, note in rows:
+        cells = [cut(name, widths[0]).ljust(widths[0]), state.ljust(widths[1])]
+        cells += [number_.rjust(size) for number_, size in zip(numbers, widths[2:])]
+        line = cut("  ".join([*cells, note]).rstrip(), width)
+        if coloured and state in STATUS_COLOURS:
+            line = line.replace("  " + state, "  " + colour(state, STATUS_COLOURS[state]), 1)
+        lines.append(line)
+    counts = collections.Counter(status["state"] for status in statuses)
+    return lines + ["%d template%s: %s" % (len(statuses), "s" * (len(statuses) != 1), ", ".join(
+        "%d %s" % (count, state) for state, count in counts.most_common()))]
+
+
+def wants_colour(args):
+    """True if stdout is a terminal whose user has nothing against colours (https://no-color.org)."""
+    return not (args.no_color or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+                or not sys.stdout.isatty())
+
+
+def show_status(args, client, choose):
+    """Print the table once. `choose(statuses)` -> ([status], exit status). Return the exit status: 3
+    where less runs than is wanted, or nothing."""
+    statuses, failed = choose(get_statuses(client))
+    columns, rows = os.get_terminal_size(sys.stdout.fileno()) if sys.stdout.isatty() else (None, None)
+    if args.json:
+        lines = [encode_json(status) for status in statuses]
+    else:
+        lines = status_table(statuses, columns, wants_colour(args)) if statuses else []
+        if args.watch and rows:
+            more = len(lines) - rows + 1
+            if more > 0:
+                lines[rows - 3:-1] = ["… %d more lines do not fit: name what to show" % (more + 1)]
+            lines = ["\x1b[H\x1b[K" + "\n\x1b[K".join(lines) + "\x1b[J"]
+    for line in lines:
+        print(line)
+    sys.stdout.flush()
+    if not (statuses or failed or args.watch):
+        tell("nothing is there yet: 'gaffer.py add_process' adds a template, 'gaffer.py load' a Procfile")
+    well = statuses and all(status["state"] == "running" and status["running"] >= status["numprocesses"]
+                            for status in statuses)
+    return failed or (0 if well else 3)
+
 
 def is_away(error):
     """True for a ClientError that passes when the server is back."""
     return isinstance(error, NoServer) or error.exit_status == 124 or error.code in ("stopping", "busy")
 
 
-def span(seconds_):
-    """Seconds as 8s, 1m02s, 3h12m or 2d04h."""
-    left = int(seconds_)
-    if left < 60:
-        return "%ds" % left
-    if left < 3600:
-        return "%dm%02ds" % divmod(left, 60)
-    if left < 86400:
-        return "%dh%02dm" % divmod(left // 60, 60)
-    return "%dd%02dh" % divmod(left // 3600, 24)
-
-
-def exit_code(last):
-    """An exit as a shell counts it: the status, or 128 and the signal's number."""
-    return 128 + last["term_signal"] if last["term_signal"] else last["exit_status"]
-
-
-def exit_text(last):
-    """"exited 1", "exited 137 (SIGKILL) 3 times"."""
-    text = "exited %d" % exit_code(last)
-    text += " (%s)" % signal_name(last["term_signal"]) if last["term_signal"] else ""
-    return text + (" %d times" % last["times"] if last.get("times", 1) > 1 else "")
-
-
-def status_rows(status):
-    """The rows of one template, each (name, state, os_pid, uptime, restarts, exit, cpu, mem, [what there is to say]): one for
-    each process, and for each place that waits for one; at least one."""
-    last, name, restarts = status["last_exit"], status["name"], status["restarts"]
-    code = "-" if last is None else exit_code(last)
-    why = [status["error"] or exit_text(last)] if status["error"] or last else []
-    rows = []
-    for process in status["processes"]:
-        failing = restarts and last["times"] > 1 and process["uptime"] < BACKOFF_RESET
-        notes = ["SIGKILL in %s" % span(process["kill_in"])] if "kill_in" in process else why if failing else []
-        cpu, mem = ("%.1f%%" % process["cpu"], human(process["rss"])) if "cpu" in process else ("-", "-")
-        rows.append((name, process["state"], process["os_pid"], span(process["uptime"]), restarts, code, cpu, mem, notes))
-    waiting = [["next try in %s" % span(math.ceil(wait)), *why] for wait in status["waiting"]]
-    if not rows and not waiting:
-        waiting = [["gave up", *why] if status["gave_up"] else why if status["error"] else []]
-    return rows + [(name, status["state"], "-", "-", restarts, code, "-", "-", notes) for notes in waiting]
-
-
-STATUS_HEAD = ("NAME", "STATE", "PID", "UPTIME", "RESTARTS", "EXIT", "CPU", "MEM", ())
-STATE_COLOURS = {"running": 32, "backoff": 31, "flapping": 31, "stopping": 33, "starting": 33}
-
-
-def has_terminal():
-    """True where stdout is a terminal."""
-    return sys.stdout is not None and sys.stdout.isatty()
-
-
-def wants_colour():
-    """True where stdout is a terminal whose user has nothing against colours (https://no-color.org)."""
-    return has_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def fitting(notes, room):
-    """Notes in one line, as many as there is room for (None: all); the first is cut where it has to be."""
-    text = ", ".join(notes[:1])
-    for note in notes[1:]:
-        if room is None or len(text) + 2 + len(note) <= room:
-            text = "%s, %s" % (text, note)
-    return text[:room]
-
-
-def status_table(rows, width, coloured):
-    """The lines of a table. `width`: of the terminal, None: nothing is cut."""
-    rows = [(*map(str, row[:-1]), row[-1]) for row in [STATUS_HEAD, *rows]]
-    widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
-    rest = sum(widths[1:]) + 2 * (len(widths) - 1)
-    if width is not None:
-        widths[0] = min(widths[0], max(8, width - rest))
-    room = None if width is None else max(0, width - widths[0] - rest - 2)
-    lines = []
-    for name, state, *numbers, notes in rows:
-        cells = [name[:widths[0]].ljust(widths[0]), state.ljust(widths[1])]
-        cells += [number_.rjust(size) for number_, size in zip(numbers, widths[2:])]
-        if coloured and state in STATE_COLOURS:
-            cells[1] = colour(cells[1], STATE_COLOURS[state])
-        lines.append("  ".join([*cells, fitting(notes, room)]).rstrip())
-    return lines
-
-
-def terminal_size():
-    """(columns, lines) of the terminal; (None, None) where stdout is none."""
-    if not has_terminal():
-        return None, None
-    try:
-        size = os.get_terminal_size(sys.stdout.fileno())
-        return size.columns or 80, size.lines or 24
-    except OSError:
-        return 80, 24
-
-
-def find_statuses(arguments, client):
-    """([status as the server sent it, as bytes], exit status): of the names that were given, or of all."""
-    found, failed = [], 0
-    for name in find_names(client, arguments.names or ["all"]):
-        try:
-            found.append(client.request("GET", "/status/%s?usage=true" % reference(name)))
-        except NotThere as error:
-            if name in arguments.names:         # else it was deleted since its name was sent
-                tell(str(error))
-                failed = 4
-    return found, failed
-
-
-def show_status(arguments, client):
-    """Print the table once. Returns the exit status: 3 where less runs than is wanted, or nothing."""
-    found, failed = find_statuses(arguments, client)
-    statuses = list(map(json.loads, found))
-    rows = [row for status in statuses for row in status_rows(status)]
-    if arguments.json:
-        lines = list(map(as_sent, found))
-    else:
-        columns, height = terminal_size()
-        lines = status_table(rows, columns, wants_colour()) if rows or arguments.watch else []
-        if arguments.watch and height:
-            lines = ["\x1b[H\x1b[K" + lines[0], *("\x1b[K" + line for line in lines[1:height - 1])]
-            lines[-1] += "\x1b[J"
-    print("\n".join(lines), end="\n" if lines else "", flush=True)
-    if not (lines or failed):
-        tell("nothing is there yet: 'gaffer.py add_process' adds a template, 'gaffer.py load' a Procfile")
-    well = all(status["state"] == "running" and status["running"] >= status["numprocesses"] for status in statuses)
-    return failed or (0 if well else 3)
-
-
-def watch_status(arguments, client):
-    """Print the table, with -w again and again. Returns the exit status."""
-    if arguments.watch and has_terminal():
+def watch_status(args, client, choose):
+    """Print the table; with -w each second, also over restarts of the server. Return the exit status."""
+    if args.watch and sys.stdout.isatty():
         print("\x1b[2J", end="")
-    status = show_status(arguments, client)
-    while arguments.watch:
+    exit_status = show_status(args, client, choose)
+    while args.watch:
         time.sleep(STATUS_INTERVAL)
         try:
-            status = show_status(arguments, client)
+            exit_status = show_status(args, client, choose)
         except ClientError as error:            # what was shown stays until the server is back
             if not is_away(error):
                 raise
-    return status
+    return exit_status
 
 
-def status_command(arguments):
+def status_command(args):
     """status"""
-    return watch_status(arguments, connect(arguments))
+    def choose(statuses):
+        targets, exit_status = find_targets(statuses, args.names or ["all"])
+        return [target.status for target in targets], exit_status
+    return watch_status(args, connect(args), choose)
 
 
-# watch, logs, attach
-
-def run_aside(inbox, function, *args):
-    """Run a function on a thread of its own, which is not waited for at the end. What it raises goes into a queue."""
-    def run():
-        try:
-            function(*args)
-        except Exception as error:              # it belongs to who reads the queue
-            inbox.put(error)
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread
-
+# watch, logs
 
 def pauses():
-    """Seconds to wait before each try to reach a server that is away."""
+    """Yield the seconds to wait before each try to reach a server that is away."""
     pause = RETRY_FIRST
     while True:
         yield pause
         pause = min(RETRY_MAX, 2 * pause)
 
 
-def follow_events(client, path):
-    """(type, data) of each event of /watch, over restarts of the server; type None: connected. ClientError, at once."""
-    last, waits = None, pauses()
+def run_epoch(client):
+    """Return the word for this run of the server that its ids carry, None before its first event."""
+    answer = client.request("GET", "/watch?since=0&timeout=0")
+    return json.loads(answer)["id"].partition("@")[2] if answer else None
+
+
+def follow_events(client, path, last=""):
+    """Yield (type, data) of each event, also over restarts of the server. `last`: the id to go on
+    behind. ClientError: the server refuses, or is away at the start."""
+    epoch, connected, waits = run_epoch(client), False, pauses()
     while True:
         try:
             for number_, kind, data in client.events(path, last):
-                # before the first event its place is not known: from the beginning is better than from now
-                last, waits = number_ or last or "none", pauses()
-                yield kind, data
+                if kind is None and not last:   # lost before its first event, it goes on from here
+                    number_ = "%s@%s" % (data or 0, epoch) if epoch else "0"
+                last, connected, waits = number_ or last, True, pauses()
+                if kind is not None:
+                    yield kind, data
         except ClientError as error:
-            if last is None or not is_away(error):
+            if not connected or not (is_away(error) or isinstance(error, NotThere)):
                 raise
         time.sleep(next(waits))
 
 
-EVENT_COLOURS = {"spawn": 32, "start": 32, "exit": 31, "flap": 31, "stop": 33, "stop_pid": 33, "reap": 33}
+EVENT_COLOURS = {"spawn": 32, "start": 32, "ready": 32, "done": 32, "exit": 31, "flap": 31, "fail": 31,
+                 "stop": 33, "stop_pid": 33, "reap": 33}
 
 
-def event_line(event, coloured):
-    """An event as one line for people."""
-    when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-    text = event_text(event)
-    return "%s %s" % (when, colour(text, EVENT_COLOURS.get(event["event"], 36)) if coloured else text)
-
-
-def watch_command(arguments):
+def watch_command(args):
     """watch"""
-    pattern = event_pattern(arguments.pattern)
-    path = "/watch%s?%s" % ("/" + "/".join(map(reference, pattern.split("/"))) if pattern else "", FEED)
-    for kind, data in follow_events(connect(arguments), path):
-        if kind is None:
-            continue
+    pattern, coloured = event_pattern(args.pattern), wants_colour(args)
+    path = "/watch%s?%s" % ("/" * bool(pattern) + "/".join(map(reference, pattern.split("/"))), FEED)
+    for kind, data in follow_events(connect(args), path):
         event = json.loads(data)
-        if arguments.json:
+        if args.json:
             print(data, flush=True)
         elif kind == "dropped":
-            tell("the server has restarted" if event.get("restarted") else "%d events were lost" % event["events"])
+            tell("the server has restarted" if event.get("restarted") else
+                 "%d events were lost" % event["events"])
         else:
-            print(event_line(event, wants_colour()), flush=True)
+            text = event_text(event)
+            text = colour(text, EVENT_COLOURS.get(kind, 36)) if coloured else text
+            print(time.strftime("%H:%M:%S", time.localtime(event["time"])), text, flush=True)
     return 0
 
 
-def output_labels(client, name, arguments):
-    """Labels of a process's output that `logs` shows."""
-    labels = client.get("/processes/" + reference(name))["redirect_output"]
-    if arguments.stdout != arguments.stderr:
-        labels = labels[:1] if arguments.stdout else labels[1:]
-    return list(dict.fromkeys(labels))
+JOURNAL_LINE = re.compile(r"([0-9.]+) (\S+) (\d+) ([^ +]+)(\+?) (.*)", re.S)
+JournalLine = collections.namedtuple("JournalLine", "time name pid label open text")
 
 
-def output_line(name, label, data, offset, when=None):
-    """A line of output, as `logs --json` prints it: `offset` behind it in its stream; `when`: Unix time, None: not known."""
-    return {"name": name, "label": label, "data": data, "offset": offset, "time": when and round(when, 3)}
+def journal_line(text):
+    """Return the JournalLine of a line of GET /streams."""
+    when, name, pid, label, plus, text = JOURNAL_LINE.fullmatch(text).groups()
+    return JournalLine(float(when), name, int(pid), label, bool(plus), text)
 
 
 class LogPrinter:
-    """Prints lines of several processes, each with its name in a colour of its own."""
+    """Prints JournalLines as `web.1 | text`. A line that was printed unfinished is continued."""
 
-    def __init__(self, names, arguments):
-        self._flush, self._json = arguments.follow, arguments.json
-        self._prefix, self._times, self._coloured = not arguments.no_prefix, arguments.times, wants_colour()
-        self._width = max(map(len, names), default=0)
-        self._colours = {}
+    def __init__(self, args, client, statuses):
+        self._args, self._client, self._names = args, client, {}     # {(name, pid): web.1}
+        self._prefixer = Prefixer(wants_colour(args))
+        self._open = None                       # the stream whose unfinished line is the last one
+        self._learn(statuses)
 
-    def show(self, line):
-        """Print an output_line(), or with `dropped` in place of `data` how many bytes of it were lost."""
-        print(encode_json(line) if self._json else self._text(line), flush=self._flush)
+    def _learn(self, statuses):
+        for name, status in statuses.items():
+            for process in status["processes"]:
+                self._names[name, process["pid"]] = process_name(name, process)
+            if status["numprocesses"] == 1:     # its earlier processes had the same name
+                self._names[name, None] = name + ".1"
 
-    def _text(self, line):
-        name, when = line["name"], line["time"]
-        text = line["data"] if "data" in line else "-- %d bytes of %s were lost --" % (line["dropped"], line["label"])
-        if self._prefix:
-            self._width = max(self._width, len(name))
-            code = self._colours.setdefault(name, PALETTE[len(self._colours) % len(PALETTE)])
-            prefix = "%-*s |" % (self._width, name)
-            text = "%s %s" % (colour(prefix, code) if self._coloured else prefix, text)
-        if self._times:
-            text = "%-19s %s" % (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if when else "-", text)
-        return text
+    def _name(self, line):
+        if (line.name, line.pid) not in self._names:
+            if self._args.follow:               # a new process
+                with contextlib.suppress(ClientError):
+                    self._learn(get_statuses(self._client))
+            self._names.setdefault((line.name, line.pid), self._names.get((line.name, None), line.name))
+        return self._names[line.name, line.pid]
 
-
-class LogFollower:
-    """What `logs -f` follows: a thread for each stream and one for the events that tell of new ones fill one queue. A stream
-    whose template is still the same goes on behind its last line; where it is another one's, it begins anew."""
-
-    def __init__(self, client, arguments):
-        import queue
-        self._client, self._arguments, self._empty = client, arguments, queue.Empty
-        self._streams = set()                   # (name, label) that have a thread
-        self._queue = queue.Queue(LOG_QUEUE)    # lines, an exception, or None: look for streams
-
-    def lines(self):
-        """What LogPrinter shows, for ever. ClientError."""
-        self._look("tail=%d" % self._arguments.n, True)
-        run_aside(self._queue, self._watch)
-        complete, looked = True, time.monotonic()
-        while True:
-            try:
-                item = self._queue.get(timeout=1.0)     # or a signal that comes just before would wait for the next line
-            except self._empty:
-                if complete or time.monotonic() < looked + RETRY_MAX:
-                    continue
-                item = None
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                complete, looked = self._look("since=0", False), time.monotonic()
-            else:
-                yield item
-
-    def _look(self, begin, must_be):
-        """Follow the streams that nobody follows yet. False: not all can be looked at now."""
-        streams, failures = [], []
-        try:
-            for name in find_names(self._client, self._arguments.names or ["all"], True):
-                try:
-                    streams += [(name, label) for label in output_labels(self._client, name, self._arguments)]
-                except NotThere as error:
-                    failures.append(error)
-        except ClientError as error:
-            if not (is_away(error) or isinstance(error, NotThere)):
-                raise
-            failures.append(error)
-        if must_be and failures:
-            raise failures[0]
-        fresh = [stream for stream in streams if stream not in self._streams]
-        need(len(self._streams) + len(fresh) <= LOG_STREAMS, ClientError,
-             "these are over %d streams of output: name fewer processes, or --stdout" % LOG_STREAMS)
-        for stream in fresh:
-            if stream not in self._streams:     # one that is named twice
-                self._streams.add(stream)
-                run_aside(self._queue, self._follow, stream, begin)
-        return not failures
-
-    def _watch(self):
-        for kind, _ in follow_events(self._client, "/watch?" + FEED):
-            if kind in (None, "create", "update", "dropped"):      # None: what came before it was connected is not told
-                self._queue.put(None)
-
-    def _identity(self, name):
-        """What changes when the name is another template's, or the server another run."""
-        return None if name.isdigit() else self._client.get("/status/" + reference(name))["created"]
-
-    def _follow(self, stream, begin):
-        self._follow_to_end(*stream, begin)
-        self._streams.discard(stream)
-        self._queue.put(None)
-
-    def _follow_to_end(self, name, label, begin):
-        """Put a stream's lines into the queue until it is gone."""
-        identity, last, waits = None, "", pauses()
-        while last is not None:
-            try:
-                now = self._identity(name)
-                if identity not in (None, now):
-                    return
-                identity, last = now, self._copy(name, label, begin, last, (now or "").partition("@")[2])
-                waits = pauses()
-            except ClientError as error:
-                if error.code in ("not_found", "io_not_found"):
-                    return
-                if not is_away(error):
-                    raise
-            time.sleep(next(waits))
-
-    def _copy(self, name, label, begin, last, epoch):
-        """One connection's lines. Returns the last id; None: the process has exited."""
-        path, history = "/streams/%s/%s" % (reference(name), reference(label)), 0
-        if not last:                            # of what is there already nobody knows when it came
-            with self._client.open("HEAD", path) as response:
-                history = int(response.headers["Gaffer-Offset"])
-        for place, kind, data in self._client.events("%s?%s&%s" % (path, FEED, begin), last):
-            if kind == "exit":
-                return None
-            if kind == "dropped":
-                lost = json.loads(data)["bytes"]
-                if lost:
-                    self._queue.put({"name": name, "label": label, "dropped": lost, "time": time.time()})
-            elif kind is not None:
-                offset = int(place.partition("@")[0])
-                self._queue.put(output_line(name, label, data, offset, time.time() if offset > history else None))
-            elif not last and epoch:            # where it begins: that has to do if it is lost before the first line
-                place = "%s@%s" % (data, epoch)
-            last = place or last
-        return last
+    def show(self, lines):
+        """Print lines."""
+        args = self._args
+        if not args.no_prefix:                  # one width for all of them
+            for line in lines:
+                self._prefixer.prefix(self._name(line))
+        for line in lines:
+            stream, prefix = (line.pid, line.label), ""
+            if args.json:
+                print(encode_json({"time": line.time, "name": line.name, "pid": line.pid,
+                                   "label": line.label, "data": line.text}))
+                continue
+            if self._open != stream:
+                prefix = "\n" if self._open else ""
+                if args.times:
+                    prefix += time.strftime("%Y-%m-%d %H:%M:%S ", time.localtime(line.time))
+                if not args.no_prefix:
+                    prefix += self._prefixer.prefix(self._name(line)) + " "
+            self._open = stream if line.open else None
+            print(prefix + line.text, end="" if line.open else "\n")
+        if not args.follow and self._open:
+            print()
+        sys.stdout.flush()
 
 
-def last_lines(client, name, label, count):
-    """The last `count` lines of a stream, each an output_line()."""
-    path = "/streams/%s/%s?tail=%d&timeout=0" % (reference(name), reference(label), count)
-    headers, body = client.exchange("GET", path)
-    offset = int(headers["Gaffer-Offset"]) - len(body)
-    for line in body.splitlines(True):          # of bytes: they end at \n, \r\n and \r only, as the server's do
-        offset += len(line)
-        yield output_line(name, label, line.rstrip(b"\r\n").decode("utf-8", "replace"), offset)
+def merge_lines(lines, count):
+    """Return the last `count` lines (None: all) of each stream, in order, unfinished ones joined, and of
+    what a terminal would overwrite after \\r only the last."""
+    found, streams = [], {}
+    for line in lines:
+        stream = line[1:4]
+        index = streams.get(stream)
+        if index is not None:
+            line = line._replace(time=found[index].time, text=found[index].text + line.text)
+            found[index] = line
+        else:
+            index = len(found)
+            found.append(line)
+        streams[stream] = index if line.open else None
+    left = collections.Counter()
+    kept = []
+    for line in reversed(found):
+        left[line[1:4]] += 1
+        if count is None or left[line[1:4]] <= count:
+            kept.append(line._replace(text=line.text.rstrip("\r").rpartition("\r")[2]))
+    return kept[::-1]
 
 
-def logs_command(arguments):
-    """logs"""
-    client, status = connect(arguments), 0
-    names = find_names(client, arguments.names or ["all"], True)
-    printer = LogPrinter(names, arguments)
-    if arguments.follow:
-        for line in LogFollower(client, arguments).lines():
-            printer.show(line)
-    for name in names:
-        try:
-            for label in output_labels(client, name, arguments):
-                for line in last_lines(client, name, label, arguments.n):
-                    printer.show(line)
-        except NotThere as error:
-            tell(str(error))
-            status = 4
-    return status
+def logs_command(args):
+    """logs: from the journal, one request, and with -f one stream."""
+    client = connect(args)
+    statuses = get_statuses(client)
+    targets, exit_status = find_targets(statuses, args.names, True)
+    if args.names and not targets:
+        return exit_status
+    pids = {target.process["pid"] for target in targets if target.process}
+    globs = [word for word in args.names if find_process(statuses, word) is None]
+    hidden = {"exit"} | ({"stderr"} if args.stdout else set()) | ({"stdout"} if args.stderr else set())
+    if args.stdout and args.stderr:
+        hidden = {"exit"}
+    import fnmatch
 
+    def wanted(line):
+        return line.label not in hidden and (not args.names or line.pid in pids or any(
+            word == "all" or fnmatch.fnmatchcase(line.name, word) for word in globs))
+    path = "/streams"
+    if len(targets) == len(args.names) == 1:
+        target = targets[0]
+        path += "/%s" % (target.process["pid"] if target.process else reference(target.word))
+    headers, body = client.exchange("GET", path + "?tail=all&timeout=0")
+    lines = [journal_line(line) for line in body.decode("utf-8", "replace").split("\n")[:-1]]
+    printer = LogPrinter(args, client, statuses)
+    count = args.n if args.n is not None or args.since else 10
+    since = time.time() - args.since if args.since else 0
+    printer.show(merge_lines([line for line in lines if wanted(line) and line.time >= since], count))
+    if not args.follow:
+        return exit_status
+    for kind, data in follow_events(client, "%s?%s&since=%s" % (path, FEED, headers["Gaffer-Offset"])):
+        if kind == "dropped":
+            lost = json.loads(data)
+            if not lost.get("restarted"):
+                tell("%d bytes were lost" % lost["bytes"])
+            continue
+        line = journal_line(data)
+        if wanted(line):
+            printer.show([line])
+        elif line.label == "exit" and path == "/streams/%d" % line.pid:
+            break
+    return exit_status
+
+
+# attach
 
 class Attachment:
-    """What `attach` does: copies output to stdout and stderr, stdin to the process, and signals."""
+    """Copies a process's output to stdout and stderr, stdin to the process, and passes signals on."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+    def __init__(self, client, status, process):
+        self._client, self._pid = client, process["pid"]
+        self.info = client.get("/processes/%d" % self._pid)
+        self._exits = "/watch/proc/%s/exit?%s" % (reference(status["name"]), FEED)
+        self._start_id = "0@" + status["created"].partition("@")[2]
+        self._inbox = queue.SimpleQueue()       # the exit event, an exception, a signal's number
+        self.ended = self.line_is_open = False  # what was shown last ends within a line
 
-    def __init__(self, client, pid, tail, as_json):
-        import queue
-        self._client, self._pid, self._tail, self._json = client, pid, tail, as_json
-        self._info = client.get("/processes/%s" % pid)
-        self._run = client.get("/status/" + reference(self._info["name"]))["created"].partition("@")[2]
-        self._inbox = queue.SimpleQueue()       # the exit event, what went wrong, a signal's number
-
-    def run(self):
-        """Until the process has exited, or the user leaves. Returns the exit status."""
-        labels = list(dict.fromkeys(self._info["redirect_output"]))
-        copy_ = self._copy_lines if self._json else self._copy_output
-        copies = [run_aside(self._inbox, copy_, label, out) for label, out in zip(labels, (sys.stdout, sys.stderr))]
-        if self._info["redirect_input"] and sys.stdin is not None:
-            run_aside(self._inbox, self._copy_input)
-        run_aside(self._inbox, self._wait_for_exit)
+    def run(self, tail):
+        """Copy until the process has exited or the user leaves. Return the exit status."""
+        # a handler would run in the main thread alone, and only once something else had woken that
+        signals = {signum for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+                   if signal.getsignal(signum) != signal.SIG_IGN}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        labels = list(dict.fromkeys(self.info["redirect_output"]))
+        copies = [self._start(self._copy_output, *pair, tail) for pair in zip(labels, (1, 2))]
+        self._start(self._take_signals, signals)
+        self._start(self._watch_exit)
+        if self.info["redirect_input"]:
+            self._start(self._copy_input)
         for item in iter(self._inbox.get, signal.SIGQUIT):
             if isinstance(item, Exception):
                 raise item
-            if item in (signal.SIGTERM, signal.SIGHUP):
-                return 128 + item
             if isinstance(item, dict):
-                return self._exited(item, copies)
-            self._pass_on(item)
+                for thread in copies:
+                    # the rest of its group may write until it is killed
+                    thread.join(self.info["graceful_timeout"] + DRAIN_TIME + 1)
+                while not self._inbox.empty():  # the last output may have met a closed pipe
+                    item_ = self._inbox.get()
+                    if isinstance(item_, OSError):
+                        raise item_
+                self.ended = True
+                return exit_code(item)
+            if item != signal.SIGINT:
+                return 128 + item
+            with contextlib.suppress(NotThere): # to the whole group, as a terminal does
+                self._client.request("POST", "/processes/%d/_signal/INT?group=true" % self._pid)
         return 0
 
-    def _exited(self, event, copies):
-        for thread in copies:
-            # the rest of its group may write until it is killed
-            thread.join(self._info["graceful_timeout"] + DRAIN_TIME + 1)
-        while not self._inbox.empty():          # the last words may have met a closed pipe
-            left = self._inbox.get()
-            if isinstance(left, OSError):
-                raise left
-        if self._json:
-            write_all(sys.stdout.fileno(), json_bytes(event))
-        return exit_code(event)
+    def _start(self, function, *args):
+        """Run a function on a thread; what it raises is for run()."""
+        def work():
+            try:
+                function(*args)
+            except Exception as error:
+                self._inbox.put(error)
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        return thread
 
-    def _copy_output(self, label, out):
+    def _take_signals(self, signals):
+        while signals:
+            self._inbox.put(signal.sigwait(signals))
+
+    def _copy_output(self, label, fd, tail):
         from http.client import HTTPException
-        begin = "tail=%d" % self._tail
+        begin = "tail=%d" % tail
         while True:
-            path = "/streams/%s/%s?feed=continuous&%s" % (self._pid, reference(label), begin)
+            path = "/streams/%d/%s?feed=continuous&%s" % (self._pid, reference(label), begin)
             with self._client.open("GET", path, timeout=None) as response:
                 offset = int(response.headers["Gaffer-Offset"])
                 while True:
                     try:
                         data = response.read1(READ_SIZE)
-                    except (OSError, HTTPException):    # it was cut, as we were slow, or the network is
+                    except (OSError, HTTPException):    # it was cut: we were slow, or the network is
                         break
                     if not data:
                         return
                     offset += len(data)
-                    write_all(out.fileno(), data)
+                    self.line_is_open = not data.endswith(b"\n")
+                    write_all(fd, data)
             begin = "since=%d" % offset
 
-    def _copy_lines(self, label, out):
-        """--json: a line as `logs --json` prints it, all to stdout."""
-        path, last = "/streams/%s/%s?%s&tail=%d" % (self._pid, reference(label), FEED, self._tail), ""
-        while True:
-            for place, kind, data in self._client.events(path, last):
-                if kind == "exit":
-                    return
-                if kind == label:
-                    line = output_line(self._info["name"], label, data, int(place.partition("@")[0]), time.time())
-                    write_all(sys.stdout.fileno(), json_bytes(line))
-                last = place or last
-
     def _copy_input(self):
-        going_on = True
-        while going_on:
-            data = os.read(sys.stdin.fileno(), READ_SIZE)
-            going_on = self._send(data) and data != b""
+        data = b"-"
+        while data:
+            data = os.read(0, READ_SIZE)        # nothing: end of file
+            for pause in pauses():              # as a full pipe would make us wait
+                try:
+                    method = "POST" if data else "DELETE"
+                    self._client.request(method, "/streams/%d/stdin" % self._pid, data or None)
+                    break
+                except ClientError as error:
+                    if error.code in ("forbidden_write", "not_found"):
+                        return                  # it has closed its stdin, or exited
+                    if error.code != "stdin_full":
+                        raise
+                time.sleep(pause)
 
-    def _send(self, data):
-        """Write to its stdin; nothing is the end of file. False: it has closed it, or has exited."""
-        for pause in pauses():
-            try:
-                self._client.request("POST" if data else "DELETE", "/streams/%s/stdin" % self._pid, data or None)
-                return True
-            except ClientError as error:
-                if error.code in ("forbidden_write", "not_found"):
-                    return False
-                if error.code != "stdin_full":
-                    raise
-            time.sleep(pause)                   # as a pipe would make us wait
-        return False
-
-    def _wait_for_exit(self):
-        path = "/watch/proc/%s/exit?%s" % (reference(self._info["name"]), FEED)
-        last = "0@" + self._run
+    def _watch_exit(self):
+        last = self._start_id
         while True:
-            for number_, kind, data in self._client.events(path, last):
-                event, last = json.loads(data or "{}"), number_ or last
-                need(not event.get("restarted"), ClientError, "the server has restarted: attach again")
-                if kind == "exit" and event["pid"] == self._info["pid"]:
+            for number_, kind, data in self._client.events(self._exits, last):
+                event, last = json.loads(data) if kind else {}, number_ or last
+                if event.get("restarted"):
+                    raise ClientError("the server has restarted: attach again")
+                if kind == "exit" and event["pid"] == self._pid:
                     return self._inbox.put(event)
 
-    def _pass_on(self, signum):
-        """To the whole group, as a terminal does."""
-        try:
-            self._client.request("POST", "/processes/%s/_signal/%d?group=true" % (self._pid, signum))
-        except NotThere:
-            pass                                # it has exited: that ends us too
 
-    def take_signals(self):
-        """From now on, INT is passed on, QUIT leaves, TERM and HUP end this. A handler would run in the main thread alone, and
-        perhaps not before that has been woken by something else."""
-        signals = {signum for signum in self.SIGNALS if signal.getsignal(signum) != signal.SIG_IGN}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        run_aside(self._inbox, self._wait_for_signals, signals)
-
-    def _wait_for_signals(self, signals):
-        while signals:
-            self._inbox.put(signal.sigwait(signals))
-
-
-def attach_pid(client, name):
-    """The one process that a name stands for. ClientError: there are none, or several."""
-    if name.isdigit():
-        return name
-    status = client.get("/status/" + reference(name))
-    pids = ["%d (os pid %d)" % pair for pair in zip(status["pids"], status["os_pids"])]
-    need(pids, ClientError, "%s does not run: 'gaffer.py start %s' starts it" % (name, name))
-    need(len(pids) == 1, ClientError, "%s runs %d processes: attach to one of the pids %s" % (name, len(pids), ", ".join(pids)))
-    return str(status["pids"][0])
-
-
-def leave_key(fd):
-    """Make Ctrl-] what sends QUIT, and leave lines as they are. Returns what restores the terminal."""
-    import termios
-    before = termios.tcgetattr(fd)
-    changed = copy.deepcopy(before)
-    changed[6][termios.VQUIT] = b"\x1d"
-    termios.tcsetattr(fd, termios.TCSADRAIN, changed)
-    return lambda: termios.tcsetattr(fd, termios.TCSADRAIN, before)
-
-
-def attach_command(arguments):
+def attach_command(args):
     """attach"""
-    client, name = connect(arguments), arguments.names[0]
-    pid = attach_pid(client, name)
-    attachment = Attachment(client, pid, arguments.n, arguments.json)
-    typed = sys.stdin is not None and sys.stdin.isatty()
-    attachment.take_signals()
-    restore = leave_key(sys.stdin.fileno()) if typed else lambda: None
-    tell("attached to %s, pid %s. %s leaves it running, Ctrl-C goes to it" % (
-        name, pid, "Ctrl-]" if typed else "QUIT"))
+    client, word = connect(args), args.names[0]
+    statuses = get_statuses(client)
+    targets, exit_status = find_targets(statuses, [word], True)
+    if not targets:
+        return exit_status
+    status = targets[0].status
+    processes = [targets[0].process] if targets[0].process else status["processes"]
+    if not processes:
+        raise ClientError("%s does not run: 'gaffer.py start %s' starts it" % (word, word))
+    names = [process_name(status["name"], process) for process in processes]
+    if len(names) > 1:
+        raise ClientError("%s runs %d processes: attach to one of %s" % (word, len(names), ", ".join(names)))
+    attachment = Attachment(client, status, processes[0])
+    typed, restore = os.isatty(0), lambda: None
+    if typed:                                   # Ctrl-] sends QUIT
+        import termios
+        before, changed = termios.tcgetattr(0), termios.tcgetattr(0)
+        changed[6][termios.VQUIT] = b"\x1d"
+        termios.tcsetattr(0, termios.TCSADRAIN, changed)
+
+        def restore():
+            with contextlib.suppress(termios.error):        # the terminal is gone
+                termios.tcsetattr(0, termios.TCSADRAIN, before)
+    tell("attached to %s, os pid %d: %s leaves it running, Ctrl-C goes to it%s" % (
+        names[0], processes[0]["os_pid"], "Ctrl-]" if typed else "QUIT",
+        "" if attachment.info["redirect_input"] else "; its stdin is /dev/null, so it hears nothing"))
     try:
-        return attachment.run()
+        exit_status = attachment.run(args.n)
     finally:
         restore()
+        if attachment.line_is_open and sys.stderr.isatty():
+            print(file=sys.stderr)
+    if exit_status != 128 + signal.SIGHUP:      # then the terminal is gone
+        tell("detached, %s" % ("%s has ended" % names[0] if attachment.ended else "%s runs on" % names[0]))
+    return exit_status
 
 
 # serve
 
-class Announcement:
-    """Says where the server listens, once it does: `say(text)`."""
-
-    def __init__(self, http, say):
-        self._http, self._say = http, say
-
-    def start(self, loop, manager):
-        """See apps."""
-        self._say("listening on " + ", ".join(self._http.urls))
-
-
 class PidFile:
-    """Keeps gaffer's pid in a file, locked, so that there is only one that uses it."""
+    """Keeps gaffer's pid in a locked file, so that only one gaffer uses it."""
 
     def __init__(self, path):
         self._path, self._file = path, None
 
     def start(self, loop, manager):
-        """See apps. StartError: another gaffer has it, or it cannot be written."""
         try:
-            self._file = open(self._path, "a+", encoding="ascii", errors="replace")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while self._file is None or not self._is_ours():    # until its last user has removed it
+                self._file = open(self._path, "a+", encoding="ascii", errors="replace")
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with self._file:
                 self._file.seek(0)
-                raise StartError("the pid file '%s' is used by a gaffer that runs, pid %s: stop it, or give another" % (
-                    self._path, self._file.read(20).strip())) from None
+                raise StartError("the pid file '%s' is used by a gaffer that runs, pid %s: stop it, or "
+                                 "give another" % (self._path, self._file.read(20).strip())) from None
         except OSError as error:
-            raise StartError("the pid file '%s' cannot be written: %s" % (self._path, error.strerror)) from None
+            raise StartError("the pid file '%s' cannot be written: %s" % (
+                self._path, error.strerror)) from None
         self._file.truncate(0)
         print(os.getpid(), file=self._file, flush=True)
 
+    def _is_ours(self):
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
     def stop(self):
-        """See apps."""
         with self._file:
-            try:
+            if self._is_ours():
                 os.unlink(self._path)
-            except OSError:
-                pass                            # somebody else has removed it
+
+
+class LogHandler(logging.Handler):
+    """Logs to stderr, or to the file at `path`, and never waits for it: lines that find no room are
+    counted, and the count is logged as soon as there is room again. StartError."""
+
+    def __init__(self, path=None):
+        super().__init__()
+        self._path = path and os.path.abspath(path)
+        self._dropped, self._standard = 0, False
+        self._writer = Writer(self._open() if path else 2, LOG_SIZE)
+
+    def _open(self):
+        try:                                    # a FIFO that nobody reads would block
+            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640)
+        except OSError as error:
+            raise StartError("the log file '%s' cannot be written: %s" % (
+                self._path, error.strerror)) from None
+
+    def emit(self, record):
+        if self._writer.full:
+            self._dropped += 1
+            return
+        text = "gaffer: %d lines of this log were dropped here\n" % self._dropped if self._dropped else ""
+        self._dropped = 0
+        self._writer.put((text + self.format(record) + "\n").encode("utf-8", "backslashreplace"))
+
+    def replace_standard_streams(self):
+        """Let stdout and stderr lead to the file, too."""
+        self._standard = True
+        os.dup2(self._writer.fd, 1)
+        os.dup2(self._writer.fd, 2)
+
+    def reopen(self):
+        """Open the file again, as it may have been moved. If that fails, the log goes on as before."""
+        if self._path is None:
+            return
+        try:
+            fd = self._open()
+        except StartError as error:
+            log.error("%s", error)
+            return
+        os.dup2(fd, self._writer.fd, inheritable=False)
+        os.close(fd)
+        if self._standard:
+            self.replace_standard_streams()
+
+    def close(self):
+        if self._writer.close(LOG_END) and self._path:
+            os.close(self._writer.fd)
+            self._path = None
+        super().close()
 
 
 class Background:
-    """--daemon: fork() first of all; the process that was started waits until the server listens, and so can tell what is
-    wrong. As the last of the apps, it then lets go of the terminal."""
+    """--daemon: go on as a process of its own; the one that was started waits until the server listens,
+    so that it can print what is wrong. As the last of the apps, it leaves the terminal."""
 
-    def __init__(self, log_file):
-        self._log_file, self._pipe = log_file, None
-
-    def fork(self):
-        """Go on as a process of its own. In the process that was started, this does not return."""
-        self._log_file.rest()
+    def __init__(self):
+        self.handler = None                     # the LogHandler, which has a thread: not before the fork
         read, self._pipe = os.pipe()
         if os.fork():
             os.close(self._pipe)
@@ -10802,392 +10826,381 @@ class Background:
             os._exit(0)
 
     def start(self, loop, manager):
-        """See apps."""
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
-        self._log_file.take_over()
+        self.handler.replace_standard_streams()
         os.write(self._pipe, b"ok")
         os.close(self._pipe)
 
 
-class LogFile(LogHandler):
-    """--log-file: the same on a LineWriter, so that a disk that hangs holds nothing. StartError."""
+class Announcement:
+    """Says where an HttpHandler listens, once it does."""
 
-    def __init__(self, path):
-        super().__init__()
-        self._writer = LineWriter(os.path.abspath(path), LOG_SIZE, self._lost)
-        try:
-            self._writer.open()
-        except OSError as error:
-            raise StartError("the log file '%s' cannot be written: %s" % (
-                path, error.strerror)) from None
+    def __init__(self, http, say):
+        self._http, self._say = http, say
 
-    def take(self, text):
-        """See LogHandler."""
-        return self._writer.put(text.encode("utf-8", "backslashreplace"))
-
-    def _lost(self, lines, reason):
-        self.left_out += lines
-
-    def rest(self):
-        """Have no thread until there is something to write again: for who is about to fork."""
-        self._writer.end()
-        self._writer.join()
-
-    def take_over(self):
-        """Let stdout and stderr go there too."""
-        self._writer.copies = (1, 2)
-        for other in self._writer.copies:
-            os.dup2(self._writer.fd, other)
-
-    def reopen(self):
-        """See AccessLog."""
-        self._writer.reopen()
-
-    def close(self):
-        """See logging.Handler."""
-        self._writer.close()
-        super().close()
-
-
-def report_lines(report, would=""):
-    """What a reload has done, a line each; `would`: "would be ", where it was only asked."""
-    failed = report["failed"]
-    lines = ["%s: %sadded" % (name, would) for name in report["added"] if name not in failed]
-    lines += ["%s: %schanged (%s)" % (name, would, ", ".join(fields)) for name, fields in report["changed"].items()
-              if name not in failed]
-    lines += ["%s: %sremoved" % (name, would) for name in report["removed"]]
-    lines += ["%s: %skept" % (name, would) for name in report["kept"]]
-    lines += ["webhooks: %schanged" % would] * report["webhooks"]
-    lines += ["%s: changed, which only a restart of gaffer applies" % what for what in report["needs_restart"]]
-    return lines + ["%s: failed, %s" % failure for failure in failed.items()]
+    def start(self, loop, manager):
+        if self._http.urls:
+            self._say("listening on " + ", ".join(self._http.urls))
 
 
 def load_again(configuration, manager):
-    """Load the configuration. The outcome goes to the log."""
+    """Load the configuration again. The outcome goes to the log."""
     try:
-        report = configuration.reload(manager)
+        outcome = configuration.reload(manager)
     except GafferError as error:
-        for line in str(error).splitlines():
+        for line in [*str(error).splitlines(), "the configuration was not loaded: nothing is changed"]:
             log.error("%s", line)
-        log.error("the configuration was not loaded: nothing is changed")
     else:
-        for line in report_lines(report):
-            log.info("%s", line)
+        lines = outcome_lines(dict(outcome, kept=[]))
+        log.warning("the configuration was loaded again: %s", "; ".join(lines) or "nothing has changed")
 
 
-def serve_endpoints(arguments, configuration=None):
-    """Where to listen: as --bind says, else as the configuration does, else at port 5000."""
-    given = [HttpEndpoint(bind) for bind in arguments.bind] or (configuration.settings.endpoints if configuration else [])
-    return [HttpEndpoint(endpoint.bind, endpoint.certfile or arguments.certfile, endpoint.keyfile or arguments.keyfile,
-                         endpoint.backlog) for endpoint in given or [HttpEndpoint()]]
+def run_cached():
+    """Go on in a new interpreter with the cached bytecode of this file, if it can be cached: a script
+    stays in memory as the compiler's syntax tree for as long as it runs, 12 MiB."""
+    if __name__ != "__main__" or __spec__ is not None:
+        return                                  # imported, or run by -m, or here already
+    import importlib.machinery
+    import importlib.util
+    cache = importlib.util.cache_from_source(__file__)
+    importlib.machinery.SourceFileLoader("gaffer", __file__).get_code("gaffer")     # writes it if need be
+    try:
+        if os.stat(cache).st_mtime < os.stat(__file__).st_mtime:
+            return
+    except OSError:
+        return
+    flags = subprocess._args_from_interpreter_flags()       # type: ignore[attr-defined]
+    os.execv(sys.executable, [
+        sys.executable, *flags, "-c",
+        "import sys; '' in sys.path and sys.path.remove(''); del sys.argv[0]; __file__ = sys.argv[0]; "
+        "from importlib.machinery import ModuleSpec, SourceFileLoader; "
+        "__spec__ = ModuleSpec('gaffer', SourceFileLoader('gaffer', __file__)); "
+        "exec(__spec__.loader.get_code('gaffer'))", os.path.abspath(__file__), *sys.argv[1:]])
 
 
-def serve_configuration(arguments, hooks):
-    """The Configuration of CONFIG, or None. ConfigError."""
-    if not arguments.config:
-        return None
-    binds = [HttpEndpoint(bind) for bind in arguments.bind]
-    taken = [endpoint.port for endpoint in binds if endpoint.path is None] if binds else None
-    configuration = Configuration(lambda: read_settings(arguments.config, taken), hooks)
-    hooks.hooks = configuration.settings.webhooks
-    return configuration
+def serve_endpoints(args, settings=None):
+    """Return the HttpEndpoints: those of --bind, else of the configuration, else port 5000."""
+    endpoints = [HttpEndpoint(bind) for bind in args.bind] or (settings.endpoints if settings else [])
+    return [endpoint if endpoint.path else HttpEndpoint(
+        endpoint.bind, endpoint.certfile or args.certfile, endpoint.keyfile or args.keyfile, endpoint.backlog)
+            for endpoint in endpoints or [HttpEndpoint()]]
 
 
-def serve(arguments):
-    """serve: run a manager with the HTTP API until INT or TERM."""
-    if arguments.daemon and not arguments.log_file:
-        raise ClientError("--daemon needs --log-file FILE: nobody would see what it has to say", 2)
-    keep_buffers()
-    log_file = LogFile(arguments.log_file) if arguments.log_file else None
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[log_file or LogHandler(sys.stderr)],
-                        level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)])
-    hooks = WebHooks()
-    configuration = serve_configuration(arguments, hooks)
-    http = HttpHandler(serve_endpoints(arguments, configuration),
-                       token=read_token(arguments.token_file), cors_origins=arguments.cors_origin,
-                       allow_hosts=arguments.allow_host,
-                       access_log=AccessLog(arguments.access_log) if arguments.access_log else None,
-                       max_connections=arguments.connections, max_connections_per_address=arguments.connections_per_address)
-    announcement = Announcement(http, lambda text: put(sys.stdout, "gaffer %s %s\n" % (__version__, text)))
-    apps = [http, hooks, announcement] + [ConsoleOutput(arguments.verbose > 1)] * (arguments.verbose > 0)
-    if arguments.daemon:
-        apps.append(Background(log_file))
-        apps[-1].fork()
-    if arguments.pidfile:
-        apps.insert(0, PidFile(arguments.pidfile))
+def run_server(args, handler, background):
+    """Run a manager with the HTTP API until INT or TERM. Return the exit status."""
+    hooks, configuration, binds = WebHooks(), None, [HttpEndpoint(bind) for bind in args.bind]
+    if args.config:
+        taken = [endpoint.port for endpoint in binds if endpoint.path is None] if binds else None
+        configuration = Configuration(lambda: read_settings(args.config, taken), hooks)
+        hooks.hooks = configuration.settings.webhooks
+    access_log = AccessLog(args.access_log) if args.access_log else None
+    http = HttpHandler(
+        serve_endpoints(args, configuration and configuration.settings),
+        token=read_token(args.token_file), cors_origins=args.cors_origin, allow_hosts=args.allow_host,
+        access_log=access_log, max_connections=args.connections,
+        max_connections_per_address=args.connections_per_address)
 
-    def reload():                               # on a thread, as files may be slow
-        threading.Thread(target=load_again, args=(configuration, manager), name="gaffer-reload",
-                         daemon=True).start()
+    def reload():                               # on a thread: files may be slow
+        threading.Thread(target=load_again, name="gaffer-reload", daemon=True,
+                         args=(configuration, manager)).start()
 
     def reopen():
-        for opened in filter(None, (log_file, http.access_log)):
-            opened.reopen()
-    apps.insert(0, SigHandler(ending_signals(), reload if configuration else None, reopen))
-    manager = Manager(apps, window_size=arguments.window or WINDOW_SIZE, exit_with=arguments.exit_with,
-                      input_size=arguments.input or STDIN_SIZE)
+        handler.reopen()
+        if access_log is not None:
+            access_log.reopen()
+
+    def announce(text):
+        stdout = Writer(1, LOG_SIZE)            # which nobody may read
+        stdout.put(("gaffer %s %s\n" % (__version__, text)).encode("utf-8"))
+        stdout.close(LOG_END)
+    manager = Manager(
+        [SigHandler(ending_signals(), reload if configuration else None, reopen),
+         *([PidFile(args.pidfile)] if args.pidfile else []), ConsoleOutput(args.verbose > 1),
+         http, hooks, Announcement(http, announce), *background],
+        window_size=args.window or WINDOW_SIZE, exit_with=args.exit_with,
+        input_size=args.input or STDIN_SIZE)
     if configuration is not None:
         configuration.begin(manager)
     manager.run()
     return manager.exit_code
 
 
-def reload_command(arguments):
-    """reload"""
-    answer = connect(arguments).request("POST", "/_reload" + ("?dry_run=true" if arguments.dry_run else ""))
-    report, would = json.loads(answer), "would be " if arguments.dry_run else ""
-    for line in [as_sent(answer)] if arguments.json else report_lines(report, would):
-        print(line)
-    return 1 if report["failed"] else 0
+def serve(args):
+    """serve"""
+    run_cached()
+    if args.daemon and not args.log_file:
+        raise ClientError("--daemon needs --log-file FILE: nobody would see what it has to say", 2)
+    keep_buffers()
+    background = [Background() for _ in range(args.daemon)]
+    handler = LogHandler(args.log_file)
+    for app in background:
+        app.handler = handler
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[handler], level=(
+        logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)])
+    try:
+        return run_server(args, handler, background)
+    finally:
+        handler.close()
 
 
-# procfiles
+# Procfiles
 
 ONCE = {"attempts": 1, "window": SECONDS_MAX, "retry_in": 0.0, "max_retry": 0}     # flapping: an exit ends it
 
 
-def parse_formation(words, types):
-    """{type: number} of "web=2,worker=3"; `all` is each type. ClientError."""
+def open_procfile(args, taken=()):
+    """Return the Procfile that the arguments name. ConfigError, ClientError."""
+    if not os.path.exists(args.procfile):
+        raise ClientError("there is no '%s': name a Procfile with -f FILE, or write one, with a line "
+                          "'web: COMMAND'" % args.procfile)
+    return read_procfile(args.procfile, args.root, args.env_file, args.port, taken)
+
+
+def procfile_templates(args, taken=()):
+    """Return {type: template} of a Procfile, and {type: number} of -c. ConfigError, ClientError."""
+    templates = read_settings(open_procfile(args, taken)).templates
     formation = {}
-    for word in split_list(",".join(words)):
-        name, _, count = word.partition("=")
-        need(re.fullmatch("[0-9]{1,4}", count) and int(count) <= NUMPROCESSES_MAX, ClientError,
-             "'%s' is not TYPE=NUMBER, as in web=2" % word)
-        need(name in types or name == "all", NotThere, "there is no '%s' in the Procfile%s" % (name, near(name, types)))
-        formation.update(dict.fromkeys(types if name == "all" else [name], int(count)))
-    return formation
+    for word in split_list(",".join(args.concurrency)):
+        kind, _, count = word.partition("=")
+        if not (re.fullmatch("[0-9]{1,4}", count) and int(count) <= NUMPROCESSES_MAX):
+            raise ClientError("'%s' is not TYPE=NUMBER, as in web=2" % word)
+        if kind not in templates and kind != "all":
+            raise NotThere("there is no '%s' in the Procfile%s" % (kind, near(kind, templates)))
+        formation.update(dict.fromkeys(templates if kind == "all" else [kind], int(count)))
+    for kind, count in formation.items():
+        templates[kind]["numprocesses"] = count
+    return templates, formation
 
 
-def open_procfile(arguments, taken=()):
-    """The Procfile that the arguments name. ConfigError, ClientError."""
-    need(os.path.exists(arguments.procfile), ClientError,
-         "there is no '%s': name a Procfile with -f FILE, or write one, with a line 'web: COMMAND'" % arguments.procfile)
-    return read_procfile(arguments.procfile, arguments.root, arguments.env_file, arguments.port, taken)
+class FolderApi(HttpHandler):
+    """The API on a unix socket of a folder. Where there can be none, `say` says so."""
+
+    def __init__(self, folder, say, token):
+        super().__init__([HttpEndpoint("unix:" + os.path.join(folder, FOLDER_SOCKET))], token=token)
+        self._say = say
+
+    def start(self, loop, manager):
+        try:
+            super().start(loop, manager)
+        except StartError as error:
+            self._say("there is no API in this folder: %s" % error)
 
 
-def procfile_templates(arguments, taken=()):
-    """{type: template} of a Procfile, with the numbers that the arguments ask for. ConfigError, ClientError."""
-    templates = read_settings(open_procfile(arguments, taken)).templates
-    for name, count in parse_formation(arguments.concurrency, templates).items():
-        templates[name]["numprocesses"] = count
-    return templates
+def up_templates(args, taken):
+    """Return {type: template} of what `up` runs."""
+    templates, _ = procfile_templates(args, taken)
+    for name in args.names:
+        if name not in templates:
+            raise NotThere("there is no '%s' in the Procfile%s" % (
+                name, near(name, templates) or ": there are " + ", ".join(templates)))
+    more = {"redirect_input": True}             # which does not end
+    if not args.keep_going:
+        more["flapping"] = ONCE
+    return {name: dict(info, **more) for name, info in templates.items()
+            if name in (args.names or templates)}
 
 
-def up_templates(arguments, taken):
-    """What `up` runs: {type: template}."""
-    templates = procfile_templates(arguments, taken)
-    for name in arguments.names:
-        need(name in templates, NotThere, "there is no '%s' in the Procfile%s" % (
-            name, near(name, templates) or ": there are " + ", ".join(templates)))
-    flapping = {} if arguments.keep_going else {"flapping": ONCE}
-    return {name: dict(info, **flapping) for name, info in templates.items() if name in (arguments.names or templates)}
-
-
-def up_command(arguments):
+def up_command(args):
     """up"""
+    run_cached()
     keep_buffers()
-    logging.basicConfig(format="%(levelname)s %(message)s", handlers=[LogHandler(sys.stderr)], level=logging.WARNING)
-    endpoints = [HttpEndpoint(bind) for bind in arguments.bind]
+    endpoints = [HttpEndpoint(bind) for bind in args.bind]
     taken = [endpoint.port for endpoint in endpoints if endpoint.path is None]
-    configuration = Configuration(lambda: Settings([], up_templates(arguments, taken), []))
-    screen = Screen(sys.stdout.fileno(), wants_colour(), not arguments.keep_going)
-    apps = [SigHandler(ending_signals(), reopen=lambda: None), screen]      # it has no log files
+    configuration = Configuration(lambda: Settings([], up_templates(args, taken), []))
+    if not any(info["numprocesses"] for info in configuration.settings.templates.values()):
+        raise ClientError("there is nothing to run: all numbers are 0")
+    screen = Screen(1, wants_colour(args), not args.keep_going)
+    token = read_token(args.token_file)
+    folder = args.root or os.path.dirname(os.path.abspath(args.procfile))
+    https = [FolderApi(folder, screen.say, token)]
     if endpoints:
-        http = HttpHandler(endpoints, token=read_token(arguments.token_file))
-        apps += [http, Announcement(http, screen.say)]
-    manager = Manager(apps)
-    configuration.begin(manager)
-    manager.run()
-    return screen.status
-
-
-def wait_for_command(argv, env, root):
-    """Run a command in this terminal, and pass on what signals come. Returns its exit status, or 128 and the signal."""
-    children, early = [], []
-
-    def pass_on(signum, frame_):
-        for child in children:
-            child.send_signal(signum)
-        if not children:
-            early.append(signum)
-    # handlers, unlike "ignore", are not inherited; what the terminal sends, the child gets by itself
-    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), pass_on)
-    handlers.update(dict.fromkeys((signal.SIGINT, signal.SIGQUIT), lambda signum, frame_: None))
-    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+        https.append(HttpHandler(endpoints, token=token))
+    manager = Manager([SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
+                       *(Announcement(http, screen.say) for http in https)])
+    handler = LogHandler()
+    logging.basicConfig(format="%(levelname)s %(message)s", handlers=[handler], level=logging.WARNING)
     try:
-        children.append(subprocess.Popen(argv, env=env, cwd=root))
-        for signum in early:
-            children[0].send_signal(signum)
-        status = children[0].wait()
-    except OSError as error:
-        raise ClientError("'%s' cannot be run: %s" % (argv[0], error.strerror), 127) from None
+        configuration.begin(manager)
+        manager.run()
+        return screen.status
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-    return 128 - status if status < 0 else status
+        handler.close()
 
 
-def run_once(arguments):
-    """run"""
-    if arguments.procfile == PROCFILE_NAME and not os.path.exists(PROCFILE_NAME):       # none is no matter
-        source = read_procfile(None, arguments.root, arguments.env_file, arguments.port)
+def run_command(args):
+    """run: become the command."""
+    if args.procfile == PROCFILE_NAME and not os.path.exists(PROCFILE_NAME):    # none is no fault
+        source = read_procfile(None, args.root, args.env_file, args.port)
     else:
-        source = open_procfile(arguments)
-    types, env = source.types, dict(source.env, PORT=str(source.port))
-    words = arguments.cmd[1:] if arguments.cmd[:1] == ["--"] else arguments.cmd
+        source = open_procfile(args)
+    env = dict(os.environ, **source.env)
+    env["PORT"] = str(source.port)
+    words = args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
     if not words:
         raise ClientError("say what to run: 'gaffer.py run CMD'", 2)
-    argv = words if len(words) > 1 else ["/bin/sh", "-c", types.get(words[0], words[0])]
-    env = dict(os.environ, **env)
+    argv = words if len(words) > 1 else ["/bin/sh", "-c", source.types.get(words[0], words[0])]
     env.pop("GAFFER_TOKEN", None)
-    return wait_for_command(argv, env, source.folder)
+    for signum in (signal.SIGPIPE, signal.SIGXFSZ):     # which Python ignores
+        signal.signal(signum, signal.SIG_DFL)
+    try:
+        os.chdir(source.folder)
+        os.execvpe(argv[0], argv, env)
+    except OSError as error:
+        raise ClientError("'%s' cannot be run: %s" % (argv[0], error.strerror), 127) from None
 
 
-def group_of(arguments):
-    """The group of a Procfile's processes: as given, or the name of its folder."""
-    folder = os.path.abspath(arguments.root or os.path.dirname(os.path.abspath(arguments.procfile)))
-    name = arguments.group or re.sub(r"[^A-Za-z0-9_.@-]", "-", os.path.basename(folder)).lstrip("-") or "app"
-    need(re.fullmatch(r"[A-Za-z0-9_.@-]{1,64}", name) and name[0] != "-", ClientError,
-         "'%s' is no name of a group: it is 1 to 64 of A-Z a-z 0-9 _ . @ -" % name)
+def group_of(args):
+    """Return the group of a Procfile's processes: as given, or the name of its folder."""
+    folder = os.path.abspath(args.root or os.path.dirname(os.path.abspath(args.procfile)))
+    name = args.group or re.sub(r"[^A-Za-z0-9_.@-]", "-", os.path.basename(folder)).lstrip("-") or "app"
+    if not re.fullmatch(r"(?!-)[A-Za-z0-9_.@-]{1,64}", name):
+        raise ClientError("'%s' is not a group's name: give 1 to 64 of A-Z a-z 0-9 _ . @ -" % name)
     return name
 
 
-def load_command(arguments):
-    """load"""
-    client, group = connect(arguments), group_of(arguments)
-    templates = procfile_templates(arguments, [client.port])
-    formation = parse_formation(arguments.concurrency, templates)
+def app_statuses(args, statuses):
+    """Return {type: status} of the Procfile's processes in the server: those of its group, else those
+    named as its types are, and without a Procfile all. NotThere."""
+    prefix = group_of(args) + ":"
+    found = {name[len(prefix):]: status for name, status in statuses.items() if name.startswith(prefix)}
+    if not found and not args.group:
+        types = statuses
+        if os.path.exists(args.procfile):
+            types = read_procfile(args.procfile, args.root).types
+        found = {name: status for name, status in statuses.items() if name in types}
+    if not found:
+        raise NotThere("there is no process of the group '%s': 'gaffer.py load' loads it" % prefix[:-1])
+    return found
+
+
+def load_command(args):
+    """load: make the group what the Procfile says."""
+    client, group = connect(args), group_of(args)
+    statuses = get_statuses(client)
+    templates, formation = procfile_templates(args, [client.port])
     for kind, info in templates.items():
         info = dict(info, name="%s:%s" % (group, kind))
         path, done = "/processes/" + reference(info["name"]), "loaded"
-        try:
+        if info["name"] not in statuses:
             client.request("POST", "/processes", info)
-        except ClientError as error:
-            if error.code != "conflict":
-                raise
+        else:
             old = client.get(path)
             if kind not in formation:           # it may have been scaled
                 info["numprocesses"] = old["numprocesses"]
             info["start"] = old["start"]
             done = "already loaded" if old == info else "updated"
             if old != info:
-                client.request("PUT", path, {field: value for field, value in info.items() if field != "start"})
-        print(json.dumps({"ok": True}) if arguments.json else "%s: %s" % (info["name"], done), flush=True)
-    return 0
+                del info["start"]
+                client.request("PUT", path, info)
+        print(json.dumps({"ok": True}) if args.json else "%s:%s: %s" % (group, kind, done), flush=True)
+    gone = [name for name in statuses if name.startswith(group + ":")
+            and name[len(group) + 1:] not in templates]
+    return delete_templates(client, find_targets(statuses, gone)[0], args, "removed")
 
 
-def unload_command(arguments):
+def unload_command(args):
     """unload"""
-    client, group = connect(arguments), group_of(arguments)
-    names = client.get("/groups/" + reference(group))
-    answer = client.request("DELETE", "/groups/" + reference(group))
-    for line in [as_sent(answer)] if arguments.json else ["%s: unloaded" % name for name in names]:
-        print(line)
-    return 0
+    client, prefix = connect(args), group_of(args) + ":"
+    targets = [target for target in find_targets(get_statuses(client), ["all"])[0]
+               if target.word.startswith(prefix)]
+    if not targets:
+        raise NotThere("there is no group '%s': 'gaffer.py status' lists what there is" % prefix[:-1])
+    return delete_templates(client, targets, args, "unloaded")
 
 
-def app_names(client, arguments):
-    """Names of the Procfile's processes in the server: those of its group, else those named as its types are; where there
-    is no Procfile, all. None of a group that was named: NotThere."""
-    names, prefix = client.get("/processes"), group_of(arguments) + ":"
-    found = [name for name in names if name.startswith(prefix)]
-    if not found and not arguments.group:
-        types = Procfile(arguments.procfile, arguments.root).types if os.path.exists(arguments.procfile) else names
-        found = [name for name in names if name in types]
-    need(found or not arguments.group, NotThere, "there is no process of the group '%s': 'gaffer.py load' loads it" % prefix[:-1])
-    return found
-
-
-def ps_command(arguments):
+def ps_command(args):
     """ps"""
-    client = connect(arguments)
-    arguments.names = app_names(client, arguments)
-    if not arguments.names:
-        tell("nothing of this Procfile is in the server: 'gaffer.py load' loads it")
-        return 4
-    return watch_status(arguments, client)
+    return watch_status(args, connect(args), lambda statuses: (
+        list(app_statuses(args, statuses).values()), 0))
 
 
-def scale_command(arguments):
+def scale_command(args):
     """scale"""
-    client, first = connect(arguments), arguments.changes[0]
-    arguments.group, changes = (None, arguments.changes) if re.search("[=+-][0-9]+$", first) else (first, arguments.changes[1:])
-    matches = [(re.fullmatch(r"([^=+]+?)([=+-])([0-9]{1,4})", change_), change_) for change_ in changes or [first]]
-    for match, change_ in matches:
-        if match is None:
-            raise ClientError("'%s' is no change: say web=3, web+1 or web-1" % change_, 2)
-    names = {name.rpartition(":")[2]: name for name in app_names(client, arguments)}
-    for match, _ in matches:
-        kind, sign, count = match.group(1), match.group(2), int(match.group(3))
-        name = names.get(kind, kind)
-        now = client.get("/status/" + reference(name))["numprocesses"]
-        wanted = {"=": count, "+": now + count, "-": now - count}[sign]
+    client, words = connect(args), args.changes
+    statuses = get_statuses(client)
+    change = re.compile(r"(?:[^=+:]+:)?([^=+:]+?)([=+-])([0-9]{1,4})")
+    is_group = any(name.startswith(words[0] + ":") for name in statuses)
+    args.group = words[0] if is_group or not change.fullmatch(words[0]) else None
+    words = words[1:] if args.group else words
+    matches = [change.fullmatch(word) for word in words]
+    if None in matches or not matches:
+        raise ClientError("'%s' is not a change: say web=3, web+1 or web-1" % (
+            words[matches.index(None)] if matches else args.group), 2)
+    found = app_statuses(args, statuses)
+    for kind, _, _ in (match.groups() for match in matches):
+        if kind not in found:
+            raise NotThere("there is no '%s'%s" % (kind, near(kind, found) or ": there are " + ", ".join(found)))
+    for kind, sign, count in (match.groups() for match in matches):
+        now = found[kind]["numprocesses"]
+        by = int(count) - now if sign == "=" else int(sign + count)
+        target = Target(found[kind]["name"], "/processes/" + reference(found[kind]["name"]), found[kind], None)
         answer = json_bytes({"ok": True, "numprocesses": now})
-        if wanted != now:
-            answer = client.request("POST", "/processes/%s/%s/%d" % (
-                reference(name), "_add" if wanted > now else "_sub", abs(wanted - now)))
-        print(as_sent(answer) if arguments.json else "%s: %s" % (
-            name, processes_of(json.loads(answer)["numprocesses"])), flush=True)
+        if by:
+            answer = client.request("POST", "%s/_%s/%d" % (target.path, "add" if by > 0 else "sub", abs(by)))
+        if by and not args.no_wait:
+            wait_for(client, settled_path(target), target, args)
+        print(as_sent(answer) if args.json else "%s: %s" % (target.word, count_text(target, answer)), flush=True)
     return 0
-
-
-def export_ini(group, source, templates):
-    """An INI file for `serve`."""
-    lines = ["; made from %s" % source.path, ""]
-    for index, (kind, info) in enumerate(templates.items()):
-        lines += ["[process:%s:%s]" % (group, kind), "cmd = %s" % info["cmd"],
-                  "shell = %s" % json.dumps(info["shell"]), "cwd = %s" % info["cwd"],
-                  "numprocesses = %d" % info["numprocesses"], "priority = %d" % index, "", "[env:%s:%s]" % (group, kind)]
-        for name, value in info["env"].items():
-            need(value == value.strip() and "\n" not in value, ClientError,
-                 "the variable %s has a value that INI cannot hold: export json" % name)
-            lines.append("%s = %s" % (name, value))
-        lines.append("")
-    return {"%s.ini" % group: "\n".join(lines)}
-
-
-def export_json(group, source, templates):
-    """A JSON file for `serve`."""
-    fields = ("cmd", "shell", "cwd", "env", "numprocesses")
-    tree = {"process": {"%s:%s" % (group, kind): dict({field: info[field] for field in fields}, priority=index)
-                        for index, (kind, info) in enumerate(templates.items())}}
-    return {"%s.json" % group: json.dumps(tree, indent=4) + "\n"}
 
 
 def systemd_word(text):
-    """A word of a unit file, in quotes: systemd.syntax(7), systemd.service(5)."""
+    """Return a word of a unit file, in quotes: systemd.syntax(7), systemd.service(5)."""
     return '"%s"' % re.sub(r'[\\"]', r"\\\g<0>", text).replace("\n", "\\n").replace("%", "%%")
 
 
 def export_systemd(group, source, templates):
-    """Unit files: one of each process, and a target for all."""
+    """Return {file: text}: a unit of each process, and a target for all."""
     units, commands = {}, source.types
     for kind, info in templates.items():
         for number_ in range(info["numprocesses"]):
             env = dict(info["env"], PORT=str(int(info["env"]["PORT"]) + number_))
             del env["GAFFER_PORT_STEP"]
-            lines = ["[Unit]", "Description=%s %s.%d" % (group, kind, number_ + 1), "PartOf=%s.target" % group, "", "[Service]",
-                     "WorkingDirectory=%s" % info["cwd"].replace("%", "%%"),
-                     *("Environment=%s" % systemd_word("%s=%s" % pair) for pair in env.items()),
-                     "ExecStart=/bin/sh -c %s" % systemd_word(commands[kind]).replace("$", "$$"), "Restart=always",
-                     "TimeoutStopSec=%g" % info["graceful_timeout"], "", "[Install]", "WantedBy=%s.target" % group, ""]
-            units["%s-%s-%d.service" % (group, kind, number_ + 1)] = "\n".join(lines)
-    target = ["[Unit]", "Description=%s" % group, "Wants=%s" % " ".join(units), "", "[Install]", "WantedBy=multi-user.target", ""]
-    return dict({"%s.target" % group: "\n".join(target)}, **units)
+            units["%s-%s-%d.service" % (group, kind, number_ + 1)] = "\n".join([
+                "[Unit]", "Description=%s %s.%d" % (group, kind, number_ + 1), "PartOf=%s.target" % group, "",
+                "[Service]", "WorkingDirectory=%s" % info["cwd"].replace("%", "%%"),
+                *("Environment=%s" % systemd_word("%s=%s" % pair) for pair in env.items()),
+                "ExecStart=/bin/sh -c %s" % systemd_word(commands[kind]).replace("$", "$$"),
+                "Restart=always", "TimeoutStopSec=%g" % info["graceful_timeout"], "",
+                "[Install]", "WantedBy=%s.target" % group, ""])
+    target = "[Unit]\nDescription=%s\nWants=%s\n\n[Install]\nWantedBy=multi-user.target\n"
+    return dict({"%s.target" % group: target % (group, " ".join(units))}, **units)
 
 
-EXPORTS = {"ini": export_ini, "json": export_json, "systemd": export_systemd}
+def export_files(args):
+    """Return {file: text} of a Procfile in another form. ClientError: it cannot be said in that form."""
+    group, source = group_of(args), open_procfile(args)
+    templates, _ = procfile_templates(args)
+    if args.format == "systemd":
+        return export_systemd(group, source, templates)
+    sections = {"%s:%s" % (group, kind): dict(
+        {field: value for field, value in info.items() if value != OPTIONS[field].default and field != "name"},
+        priority=index) for index, (kind, info) in enumerate(templates.items())}
+    if args.format == "json":
+        return {"%s.json" % group: json.dumps({"process": sections}, indent=4) + "\n"}
+    lines = ["; made from %s" % source.path]
+    for name, info in sections.items():
+        env = info.pop("env")
+        info["args"] = " ".join(map(shlex.quote, info.get("args") or []))
+        lines += ["", "[process:%s]" % name]
+        lines += ["%s = %s" % (field, "true" if value is True else value) for field, value in info.items()
+                  if value != ""]
+        lines += ["", "[env:%s]" % name]
+        for variable, value in env.items():
+            if value != value.strip() or "\n" in value:
+                raise ClientError("the variable %s has a value that INI cannot hold: export json" % variable)
+            lines.append("%s = %s" % (variable, value))
+    return {"%s.ini" % group: "\n".join([*lines, ""])}
 
 
-def export_command(arguments):
+def export_command(args):
     """export"""
-    files = EXPORTS[arguments.format](group_of(arguments), open_procfile(arguments), procfile_templates(arguments))
+    files = export_files(args)
     for name, text in files.items():
-        if not arguments.output:
+        path = os.path.join(args.output or "", name)
+        if not args.output:
             print("# %s\n%s" % (name, text) if len(files) > 1 else text, end="")
             continue
-        path = os.path.join(arguments.output, name)
         try:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -11197,140 +11210,105 @@ def export_command(arguments):
     return 0
 
 
-# completion
+# completion: the shells ask the program for words
 
-def completed_options(command):
-    """[(names, help, metavar or None)] of a command's options."""
-    found = [(("-h", "--help"), "show this help message and exit", None)]
-    for names, how in command.options:
-        if names[0].startswith("-"):
-            found.append((names, how["help"], how.get("metavar")))
-    return found
-
-
-def completed_words(command):
-    """What stands in a command's place of names: "names" of processes, a list of words, or None (files)."""
-    for names, how in command.options:
-        if names[0] == "names" and how["metavar"] == "NAME":
-            return "names"
-        if "choices" in how:
-            return list(how["choices"])
-    return None
-
-
-BASH_COMPLETION = """_gaffer() {
-    local line="${COMP_LINE:0:COMP_POINT}" command="" word words="" names=""
-    local current="${line##* }"
-    for word in ${line%%"$current"}; do
-        case "$word" in
-            %s) command="$word"; break ;;
-        esac
-    done
-    case "$command" in
-%s
-    esac
-    COMPREPLY=($(compgen -W "$words $names" -- "$current"))
-    [[ $current == *:* ]] && COMPREPLY=("${COMPREPLY[@]#"${current%%:*}:"}")
+COMPLETION = {
+    "bash": """_gaffer() {
+    local IFS=$'\\n' line="${COMP_LINE:0:COMP_POINT}"
+    COMPREPLY=($("${COMP_WORDS[0]}" completion bash "$line" 2>/dev/null))
 }
-complete -o default -F _gaffer gaffer.py gaffer"""
-
-
-def complete_bash(commands):
-    """A script for bash."""
-    cases = ['        "") words="%s --help --version" ;;' % " ".join(commands)]
-    for name, command in commands.items():
-        words = [word for names, _, _ in completed_options(command) for word in names]
-        found = completed_words(command)
-        words += found if isinstance(found, list) else []
-        names = ' names="all $("${COMP_WORDS[0]}" processes 2>/dev/null)"' if found == "names" else ""
-        cases.append('        %s) words="%s"%s ;;' % (name, " ".join(words), names))
-    return BASH_COMPLETION % ("|".join(commands), "\n".join(cases))
-
-
-ZSH_COMPLETION = """#compdef gaffer.py gaffer
+complete -o default -F _gaffer gaffer.py gaffer""",
+    "zsh": """#compdef gaffer.py gaffer
 _gaffer() {
-    local state
-    local -a commands
-    commands=(
-%s
-    )
-    _arguments -C '1: :->command' '*:: :->rest'
-    case "$state" in
-        command) _describe command commands ;;
-        rest) case "$words[1]" in
-%s
-        esac ;;
-    esac
+    local -a found
+    found=("${(@f)$($words[1] completion zsh "$LBUFFER" 2>/dev/null)}")
+    [[ -n $found ]] && compadd -- $found || _files
 }
-compdef _gaffer gaffer.py gaffer"""
+compdef _gaffer gaffer.py gaffer""",
+    "fish": """for program in gaffer.py gaffer
+    complete -c $program -f -a '(env (commandline -opc)[1] completion fish (commandline -cp))'
+end""",
+}
 
 
-def complete_zsh(commands):
-    """A script for zsh."""
-    def described(form, name, text, value=""):
-        return shlex.quote(form % (name, re.sub(r"([\[\]:\\])", r"\\\1", text), value))
-
-    cases = []
-    for name, command in commands.items():
-        specs = [described("%s[%s]%s", word, text, ":%s:_files" % metavar if metavar else "")
-                 for names, text, metavar in completed_options(command) for word in names]
-        found = completed_words(command)
-        if found:
-            specs.append("'*:name:(%s)'" % ("all $(gaffer.py processes 2>/dev/null)" if found == "names" else " ".join(found)))
-        cases.append("            %s) _arguments %s ;;" % (name, " ".join(specs)))
-    listed = ["        " + described("%s:%s%s", name, command.help) for name, command in commands.items()]
-    return ZSH_COMPLETION % ("\n".join(listed), "\n".join(cases))
+def command_first(commands, argv):
+    """Return (command, arguments), as options may stand before the command, or (None, argv)."""
+    for place, word in enumerate(argv):
+        if word in commands:
+            with_value = {name for names, how in commands[word].options if "metavar" in how
+                          for name in names}
+            index = 0                           # is all before it options, each with its value?
+            while index < place and argv[index].startswith("-"):
+                index += 2 if argv[index] in with_value else 1
+            if index == place:
+                return word, argv[:place] + argv[place + 1:]
+    return None, argv
 
 
-def complete_fish(commands):
-    """A script for fish."""
-    def quoted(text):
-        return "'%s'" % text.replace("\\", "\\\\").replace("'", "\\'")
-
-    lines = []
-    for program in ("gaffer.py", "gaffer"):
-        lines += ["complete -c %s -f -n __fish_use_subcommand -a %s -d %s" % (program, name, quoted(command.help))
-                  for name, command in commands.items()]
-        for name, command in commands.items():
-            where = "complete -c %s -n '__fish_seen_subcommand_from %s'" % (program, name)
-            for names, text, metavar in completed_options(command):
-                words = " ".join("-l %s" % word[2:] if word[:2] == "--" else "-s %s" % word[1:] for word in names)
-                lines.append("%s %s%s -d %s" % (where, words, " -r" if metavar else "", quoted(text)))
-            found = completed_words(command)
-            if found:
-                words = "all (%s processes 2>/dev/null)" % program if found == "names" else " ".join(found)
-                lines.append("%s -f -a %s" % (where, quoted(words)))
-    return "\n".join(lines)
-
-
-SHELLS = {"bash": complete_bash, "zsh": complete_zsh, "fish": complete_fish}
+def completions(commands, line):
+    """Return the words that may stand at the end of a command line."""
+    *words, current = re.split(r"[ \t]+", line)[1:] or [""]
+    name, rest = command_first(commands, words)
+    if name is None:
+        return [word for word in [*commands, "--help", "--version"] if word.startswith(current)]
+    found = ["--help"]
+    for names, how in commands[name].options:
+        if names[0].startswith("-"):
+            if rest and rest[-1] in names and "metavar" in how:
+                return []                       # its value: a file, most often
+            found += names
+        elif "choices" in how:
+            found += how["choices"]
+        elif how.get("metavar") == "NAME" and not current.startswith("-"):
+            with contextlib.suppress(ClientError):
+                found += ["all", *Client(find_endpoint(), read_token(None)).get("/processes")]
+    return [word for word in found if word.startswith(current) and (current or word[0] != "-")]
 
 
-def completion_command(arguments):
+def completion_command(args):
     """completion"""
-    print(SHELLS[arguments.shell](arguments.commands))
+    if args.line is None:
+        print(COMPLETION[args.shell])
+        return 0
+    for word in completions(args.commands, args.line):
+        if args.shell == "bash":                # which completes only what stands behind a colon
+            word = word[args.line.rpartition(" ")[2].rfind(":") + 1:]
+        print(word)
     return 0
 
 
 # the table
 
-def option(*names, **how):
-    """An argument of a command, as argparse's add_argument() takes it."""
-    return names, how
+def option(words, text, **how):
+    """Return (names, keywords) of an argument of a command, as argparse's add_argument() takes them.
+    `words`: "-f, --procfile FILE", "--json" (a flag) or, for a positional argument, "names NAME+" with
+    + ? * or ... for how many."""
+    *names, last = words.replace(",", "").split()
+    if not words.startswith("-"):
+        metavar, nargs = re.fullmatch(r"([A-Z]+)(\W*)", last).groups()
+        return names, dict({"nargs": nargs or None}, metavar=metavar, help=text, **how)
+    if last.startswith("-"):
+        return [*names, last], dict({"action": "store_true"}, help=text, **how)
+    return names, dict(how, metavar=last, help=text)
 
 
-def some_bytes(least, most):
-    """--window, --input: a number of bytes in bounds."""
+def checked(pattern, convert, what, least=0, most=math.inf):
+    """Return an argparse type: text that matches a pattern, with a value in bounds."""
     def check(text):
         import argparse
-        if not re.fullmatch("[0-9]{1,12}", text) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError("give %d to %d bytes" % (least, most))
-        return int(text)
+        if not re.fullmatch(pattern, text) or not least <= convert(text) <= most:
+            raise argparse.ArgumentTypeError("'%s' is not %s" % (text, what))
+        return convert(text)
     return check
 
 
+def size_type(least, most):
+    """Return the argparse type of a number of bytes."""
+    return checked("[0-9]{1,12}", int, "%d to %d bytes" % (least, most), least, most)
+
+
 def template_name(text):
-    """--exit-with: a name that a template can have."""
+    """Return --exit-with: a name that a template can have."""
     import argparse
     try:
         return check_name(text)
@@ -11338,198 +11316,171 @@ def template_name(text):
         raise argparse.ArgumentTypeError("a name %s" % error) from None
 
 
-def positive(text):
-    """A whole number of at least 1."""
-    import argparse
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) == 0:
-        raise argparse.ArgumentTypeError("'%s' is no whole number of at least 1" % text)
-    return int(text)
-
-
-def whole(text):
-    """A whole number."""
-    import argparse
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError("'%s' is no whole number" % text)
-    return int(text)
-
-
-def some_seconds(text):
-    """A number of seconds."""
-    import argparse
-    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,3})?", text):
-        raise argparse.ArgumentTypeError("'%s' is no number of seconds" % text)
-    return float(text)
-
-
 def template_options():
-    """Options for the fields of a template."""
-    yield option("--env", metavar="NAME=VALUE", action="append", help="a variable of its environment; repeatable")
+    """Yield options for the fields of a template."""
+    yield option("--env NAME[=VALUE]", "a variable of its environment, without a value that of yours; "
+                 "repeatable", action="append")
     for field, (default, _, text) in OPTIONS.items():
         name = field.replace("_", "-")
-        if default is True and field != "start":
-            yield option("--no-" + name, dest=field, action="store_false", default=True, help="do not " + text)
-        elif default is False:
-            yield option("--" + name, action="store_true", help=text)
-        elif field not in ("name", "cmd", "args", "env", "start"):
-            yield option("--" + name, metavar="VALUE", help=text)
+        if field in ("name", "cmd", "args", "env", "start"):
+            continue
+        if isinstance(default, bool):
+            yield option("--" + name, text, dest=field, default=None)
+            yield option("--no-" + name, "do not " + text, dest=field, action="store_false", default=None)
+        else:
+            yield option("--%s VALUE" % name, text)
 
 
-Command = collections.namedtuple("Command", "run group usage help options")
-
-TOKEN = option("--token-file", metavar="FILE", help="the token is in this file (or in GAFFER_TOKEN)")
-CONNECTION = (
-    option("--endpoint", metavar="URL",
-           help="http://host:port, https://host:port or unix:/path (or GAFFER_ENDPOINT; default %s)" % DEFAULT_ENDPOINT),
-    TOKEN,
-    option("--cacert", metavar="FILE", help="trust the certificates in this file (PEM)"),
-)
-ASK = (*CONNECTION, option("--json", action="store_true", help="print what the server sent"))
+WHOLE = checked("[0-9]{1,9}", int, "a whole number")
+POSITIVE = checked("[0-9]{1,9}", int, "a whole number of at least 1", 1)
+SECONDS = checked(r"[0-9]{1,7}(\.[0-9]+)?", float, "a number of seconds")
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+AGO = checked("[0-9]{1,7}[smhd]", lambda text: int(text[:-1]) * UNITS[text[-1]], "90s, 10m, 2h or 1d")
+LINES = checked("[0-9]{1,9}|all", lambda text: math.inf if text == "all" else int(text),
+                "a number of lines, or all")
 NAMES = "a name, a glob such as 'web*' or 'group:*', or all"
-TARGETS = "a name, a pid as 'pids' prints it, a glob such as 'web*' or 'group:*', or all"
-SOME_NAMES = option("names", metavar="NAME", nargs="+", help=NAMES)
-SOME_TARGETS = option("names", metavar="NAME", nargs="+", help=TARGETS)
-WAIT = (
-    option("--timeout", metavar="SECONDS", type=some_seconds,
-           help="wait so long until it is done, then exit with 124; it goes on"),
-    option("--no-wait", action="store_true", help="do not wait until it is done"),
-)
+TARGETS = NAMES + ", or one process: web.2, or its pid"
+SOME_NAMES, SOME_TARGETS = option("names NAME+", NAMES), option("names NAME+", TARGETS)
+JSON = option("--json", "print what the server sent")
+CONNECTION = (
+    option("--endpoint URL", "http://host:port, https://host:port or unix:/path (default: GAFFER_ENDPOINT, "
+           "else the 'up' of this folder, else %s)" % DEFAULT_ENDPOINT),
+    option("--token-file FILE", "the token is in this file (or in GAFFER_TOKEN)"),
+    option("--cacert FILE", "trust the certificates in this file (PEM)"))
+ASK = (*CONNECTION, JSON)
+BY = option("n N?", "how many (default 1)", type=POSITIVE, default=1)
+WAIT = (option("--timeout SECONDS", "wait this long at most, then exit with 124", type=SECONDS),
+        option("--no-wait", "do not wait until it is done"))
+COLOUR = option("--no-color", "no colours (NO_COLOR does the same)")
+WATCH = option("-w, --watch", "again each second, until Ctrl-C")
+START = option("--start", "start it")
 TEMPLATE = (
-    option("name", metavar="NAME", help="the template's name"),
-    option("cmd", metavar="CMD", nargs="+",
-           help="a command line as one word, or a program and its arguments (after -- if they have options)"),
-    option("--start", action="store_true", help="start it"),
-    *template_options(),
-)
-ONE_NAME = option("names", metavar="NAME", nargs=1, help=NAMES)
-WATCH = option("-w", "--watch", action="store_true", help="again each second, until Ctrl-C")
-BY = option("n", metavar="N", nargs="?", type=positive, default=1, help="how many (default 1)")
-
+    option("name NAME", "the template's name"),
+    option("cmd CMD...", "all that follows NAME: a command line as one word, or a program and its arguments"),
+    START, *template_options(), *ASK)
+PLACE = (option("-f, --procfile FILE", "the Procfile (default ./Procfile)", default=PROCFILE_NAME),
+         option("-d, --root DIR", "where its processes run (default: its folder)"))
 PROCFILE = (
-    option("-f", "--procfile", metavar="FILE", default=PROCFILE_NAME, help="the Procfile (default ./Procfile)"),
-    option("-d", "--root", metavar="DIR", help="where its processes run (default: its folder)"),
-    option("-e", "--env-file", metavar="FILE", action="append", default=[],
-           help="variables, in place of those of .env in that folder; repeatable"),
-    option("-p", "--port", metavar="PORT", type=whole,
-           help="PORT of the first type, then a hundred for each (default: that of the environment, or 5000)"),
-)
-FORMATION = option("-c", "--concurrency", metavar="TYPE=N", action="append", default=[],
-                   help="how many of each type, as in web=2,worker=3 (default 1)")
-GROUP = option("group", metavar="GROUP", nargs="?", help="the name of the application (default: its folder's)")
+    *PLACE, option("-e, --env-file FILE", "variables, in place of those of .env in that folder; repeatable",
+                   action="append", default=[]),
+    option("-p, --port PORT", "PORT of the first type, then a hundred for each (default: that of the "
+           "environment, or 5000)", type=WHOLE))
+FORMATION = option("-c, --concurrency TYPE=N", "how many of each type, as in web=2,worker=3 (default 1)",
+                   action="append", default=[])
+GROUP = option("group GROUP?", "the name of the application (default: its folder's)")
+LISTEN = (
+    option("--bind ADDRESS", "host:port (0: any free one), port, [v6]:port or unix:/path; repeatable",
+           action="append", default=[]),
+    option("--token-file FILE", "every request needs the token in this file (or in GAFFER_TOKEN)"))
+SERVE = (
+    option("config CONFIG?", "what to run: a file of INI, JSON or TOML, or a Procfile"), *LISTEN,
+    option("--cors-origin ORIGIN", "let pages of this origin use the API ('*': all of them); repeatable",
+           action="append", default=[]),
+    option("--allow-host HOST", "a further name of this server; repeatable", action="append", default=[]),
+    option("--certfile FILE", "serve TLS with this certificate (PEM)"),
+    option("--keyfile FILE", "and this key"),
+    option("--access-log FILE", "a line for each request, in Apache's combined format ('-': to stderr)"),
+    option("--exit-with NAME", "stop when a process of this template ends by itself, and exit with its "
+           "status", type=template_name),
+    option("--window BYTES", "how much is kept of each stream (default %d)" % WINDOW_SIZE,
+           type=size_type(WINDOW_SIZE_MIN, WINDOW_SIZE_MAX)),
+    option("--input BYTES", "how much may wait for a process to read it (default %d)" % STDIN_SIZE,
+           type=size_type(1, STDIN_SIZE_MAX)),
+    option("--connections N", "at once (default %d, or seven eighths of the limit of open files)" % (
+        CONNECTIONS_MAX), type=POSITIVE),
+    option("--connections-per-address N", "of one address, this machine's own too (default %d, and those "
+           "are not counted)" % ADDRESS_CONNECTIONS_MAX, type=POSITIVE),
+    option("--pidfile FILE", "keep the pid in this file"),
+    option("--log-file FILE", "log into this file (default: to stderr)"),
+    option("--daemon", "go on in the background; needs --log-file"),
+    option("-v, --verbose", "log events; -vv: the processes' output too", action="count", default=0))
+
+Command = collections.namedtuple("Command", "group run help options")
+
+
+def verb(name, text, *options):
+    """Return the Command of one of VERBS."""
+    waits = WAIT if VERBS[name][1] else ()
+    return Command("control", functools.partial(act_command, verb=name), text, (*options, *waits, *ASK))
+
+
+def show(field, text):
+    """Return the Command that prints a field of each status."""
+    return Command("look", functools.partial(show_command, field=field), text, (SOME_NAMES, *ASK))
+
 
 COMMANDS = {
-    "up": Command(up_command, "procfile", "[options] [TYPE ...]", "run a Procfile here, all output on one screen", (
-        option("names", metavar="TYPE", nargs="*", help="only these types (default: all)"), *PROCFILE, FORMATION,
-        option("--keep-going", action="store_true", help="start again what ends, in place of stopping all"),
-        option("--bind", metavar="ADDRESS", action="append", default=[], help="serve the HTTP API too, as serve; repeatable"),
-        option("--token-file", metavar="FILE", help="every request needs the token in this file (or in GAFFER_TOKEN)"))),
-    "run": Command(run_once, "procfile", "[options] CMD ...", "run a command once, in the environment of a Procfile", (
-        option("cmd", metavar="CMD", nargs="...", help="a type, a command line as one word, or a program and its arguments"),
-        *PROCFILE)),
-    "load": Command(load_command, "procfile", "[options] [GROUP]", "let the server run a Procfile", (
-        GROUP, *PROCFILE, FORMATION, *ASK)),
-    "unload": Command(unload_command, "procfile", "[options] [GROUP]", "stop a loaded Procfile, and forget it", (
-        GROUP, *PROCFILE[:2], *ASK)),
-    "scale": Command(scale_command, "procfile", "[options] [GROUP] CHANGE ...", "change how many of each type run", (
-        option("changes", metavar="CHANGE", nargs="+", help="web=3, web+1 or web-1"), *PROCFILE[:2], *ASK)),
-    "ps": Command(ps_command, "procfile", "[options] [GROUP]", "show the processes of a Procfile, as status does", (
-        GROUP, *PROCFILE[:2], WATCH, *ASK)),
-    "export": Command(export_command, "procfile", "[options] ini|json|systemd [GROUP]", "write a Procfile in another form", (
-        option("format", metavar="FORMAT", choices=("ini", "json", "systemd"), help="ini and json are for serve"), GROUP,
-        option("-o", "--output", metavar="DIR", help="write files into this folder (default: print them)"),
-        *PROCFILE, FORMATION)),
-    "serve": Command(serve, "server", "[options] [CONFIG]", "run the supervisor and its HTTP API", (
-        option("config", metavar="CONFIG", nargs="?", help="what to run: a file of INI, JSON or TOML, or a Procfile"),
-        option("--bind", metavar="ADDRESS", action="append", default=[],
-               help="host:port (port 0: any free one), [v6]:port or unix:/path; repeatable (default 127.0.0.1:5000)"),
-        option("--token-file", metavar="FILE", help="every request needs the token in this file (or in GAFFER_TOKEN)"),
-        option("--cors-origin", metavar="ORIGIN", action="append", default=[],
-               help="let pages of this origin use the API ('*': all of them); repeatable"),
-        option("--allow-host", metavar="HOST", action="append", default=[], help="a further name of this server; repeatable"),
-        option("--certfile", metavar="FILE", help="serve TLS with this certificate (PEM)"),
-        option("--keyfile", metavar="FILE", help="and this key"),
-        option("--access-log", metavar="FILE", help="a line for each request, in Apache's combined format ('-': to stderr)"),
-        option("--exit-with", metavar="NAME", type=template_name,
-               help="stop when a process of this template, there or yet to come, ends by itself, and exit with its status"),
-        option("--window", metavar="BYTES", type=some_bytes(WINDOW_SIZE_MIN, WINDOW_SIZE_MAX),
-               help="how much is kept of each stream (default %d)" % WINDOW_SIZE),
-        option("--input", metavar="BYTES", type=some_bytes(1, STDIN_SIZE_MAX),
-               help="how much waits for a process to read it, and is the most of one body or message (default %d)" % STDIN_SIZE),
-        option("--connections", metavar="N", type=positive,
-               help="at once (default %d, or seven eighths of the limit of open files)" % CONNECTIONS_MAX),
-        option("--connections-per-address", metavar="N", type=positive,
-               help="of one address, this machine's own too (default %d, and those are not counted)" % ADDRESS_CONNECTIONS_MAX),
-        option("--pidfile", metavar="FILE", help="keep the pid in this file"),
-        option("--log-file", metavar="FILE", help="log into this file (default: to stderr)"),
-        option("--daemon", action="store_true", help="go on in the background; needs --log-file"),
-        option("-v", "--verbose", action="count", default=0, help="log events; -vv: the processes' output too"))),
-    "reload": Command(reload_command, "server", "[options]", "let the server load its CONFIG again, as HUP does", (
-        option("--dry-run", action="store_true", help="only say what would change"), *ASK)),
-    "processes": Command(processes_command, "look", "[options]", "list the names of all templates", (
-        option("--running", action="store_true", help="the pids of all that runs instead"), *ASK)),
-    "status": Command(status_command, "look", "[options] [NAME ...]", "show what runs, and what will happen next", (
-        option("names", metavar="NAME", nargs="*", help=NAMES + " (the default)"), WATCH, *ASK)),
-    "start": Command(start_command, "control", "[options] NAME ...", "start processes (of a Procfile: up)", (
-        SOME_NAMES, *WAIT, *ASK)),
-    "stop": Command(stop_command, "control", "[options] NAME ...", "stop processes; they stay stopped", (
-        SOME_TARGETS, *WAIT, *ASK)),
-    "restart": Command(restart_command, "control", "[options] NAME ...", "stop each process, and replace it", (
-        SOME_NAMES, *WAIT, *ASK)),
-    "add": Command(
-        functools.partial(scale_by, action="_add"), "control", "[options] NAME [N]", "run more processes of a template",
-        (ONE_NAME, BY, *ASK)),
-    "sub": Command(
-        functools.partial(scale_by, action="_sub"), "control", "[options] NAME [N]",
-        "run fewer processes of a template; the oldest end", (ONE_NAME, BY, *ASK)),
-    "kill": Command(kill_command, "control", "[options] NAME SIGNAL", "send a signal to processes", (
-        option("names", metavar="NAME", nargs=1, help=TARGETS), option("sig", metavar="SIGNAL", help="15, TERM or SIGTERM"),
-        option("--group", action="store_true", help="to their whole process groups"), *ASK)),
-    "logs": Command(logs_command, "look", "[options] [NAME ...]", "print the output of processes, each line with its name", (
-        option("names", metavar="NAME", nargs="*", help=TARGETS + " (the default)"),
-        option("-f", "--follow", action="store_true", help="go on with what comes, until Ctrl-C"),
-        option("-n", metavar="N", type=whole, default=10, help="begin with the last N lines of each stream (default 10)"),
-        option("--stdout", action="store_true", help="only stdout"), option("--stderr", action="store_true", help="only stderr"),
-        option("--no-prefix", action="store_true", help="without the names"),
-        option("-t", "--times", action="store_true",
-               help="with the time at which a line came here; of one that was there before it is not known: -"),
-        *CONNECTION, option("--json", action="store_true", help="an object a line: name, label, data, offset behind it, time"))),
-    "attach": Command(attach_command, "look", "[options] NAME", "see a process's output, and type into it", (
-        option("names", metavar="NAME", nargs=1, help="a name, or where it has several processes a pid as 'pids' prints it"),
-        option("-n", metavar="N", type=whole, default=10, help="begin with its last N lines (default 10)"),
-        *CONNECTION, option("--json", action="store_true", help="output as of logs --json, and at the end the exit event"))),
-    "watch": Command(watch_command, "look", "[options] [PATTERN]", "print events as they happen, until Ctrl-C", (
-        option("pattern", metavar="PATTERN", nargs="?", default="",
-               help="a type such as exit, proc/NAME or proc/NAME/TYPE"), *ASK)),
-    "running": Command(
-        functools.partial(show_status_field, field="running"), "look", "[options] NAME ...",
-        "print how many processes of a template run", (SOME_NAMES, *ASK)),
-    "numprocesses": Command(
-        functools.partial(show_status_field, field="numprocesses"), "look", "[options] NAME ...",
-        "print how many processes are wanted", (SOME_NAMES, *ASK)),
-    "pids": Command(pids_command, "look", "[options] NAME ...", "print the pids of what runs", (SOME_NAMES, *ASK)),
-    "get_process": Command(get_process_command, "template", "[options] NAME ...", "print a template as JSON", (
+    "serve": Command("server", serve, "run the supervisor and its HTTP API", SERVE),
+    "reload": Command("server", reload_command, "let the server load its CONFIG again, as HUP does", (
+        option("--dry-run", "only say what would change"), *ASK)),
+    "start": verb("start", "start processes (of a Procfile: up)", SOME_NAMES),
+    "stop": verb("stop", "stop processes; they stay stopped", SOME_TARGETS),
+    "restart": verb("restart", "stop each process, and replace it", SOME_NAMES),
+    "add": verb("add", "run more processes of a template", option("names NAME", NAMES, nargs=1), BY),
+    "sub": verb("sub", "run fewer processes of a template; the oldest end", option("names NAME", NAMES, nargs=1), BY),
+    "kill": verb("kill", "send a signal to processes", SOME_TARGETS,
+                 option("sig SIGNAL", "15, TERM or SIGTERM; also as -9 in front of NAME"),
+                 option("--group", "to their whole process groups", action="store_const", const="true", default="false")),
+    "processes": Command("look", processes_command, "list the names of all templates", (
+        option("--running", "the pids of all that runs instead"), *ASK)),
+    "status": Command("look", status_command, "show what runs, and what will happen next", (
+        option("names NAME*", NAMES + " (the default)"), WATCH, COLOUR, *ASK)),
+    "logs": Command("look", logs_command, "print the output of processes, in order", (
+        option("names NAME*", TARGETS + " (the default)"),
+        option("-f, --follow", "go on with what comes, until Ctrl-C"),
+        option("-n N", "begin with the last N lines of each stream, or all (default 10)", type=LINES),
+        option("--since TIME", "begin with what came in the last 90s, 10m, 2h or 1d", type=AGO),
+        option("--stdout", "only stdout"), option("--stderr", "only stderr"),
+        option("--no-prefix", "without the names"), option("-t, --times", "with the time of each line"),
+        COLOUR, *CONNECTION, option("--json", "an object a line: time, name, pid, label, data"))),
+    "attach": Command("look", attach_command, "see a process's output, and type into it", (
+        option("names NAME", "a name, or one process: web.2, or its pid", nargs=1),
+        option("-n N", "begin with its last N lines (default 10)", type=WHOLE, default=10), *CONNECTION)),
+    "watch": Command("look", watch_command, "print events as they happen, until Ctrl-C", (
+        option("pattern PATTERN?", "a type such as exit, proc/NAME or proc/NAME/TYPE", default=""),
+        COLOUR, *ASK)),
+    "running": show("running", "print how many processes of a template run"),
+    "numprocesses": show("numprocesses", "print how many processes are wanted"),
+    "pids": show("pids", "print gaffer's pids of what runs"),
+    "get_process": Command("template", get_process_command, "print a template as JSON", (
         SOME_TARGETS, *ASK)),
-    "add_process": Command(add_process_command, "template", "[options] NAME CMD ...", "add a template", (
-        *TEMPLATE, *ASK)),
-    "load_process": Command(load_process_command, "template", "[options] FILE", "add a template from a file of JSON", (
-        option("file", metavar="FILE", help="as POST /processes takes it; - is stdin"),
-        option("--start", action="store_true", help="start it"), *ASK)),
-    "update_process": Command(
-        update_process_command, "template", "[options] NAME CMD ...", "replace a template and its processes", (
-            *TEMPLATE, *ASK)),
-    "del_process": Command(del_process_command, "template", "[options] NAME ...", "forget a template; its processes stop", (
-        SOME_TARGETS, *ASK)),
-    "completion": Command(completion_command, "other", "bash|zsh|fish", "print what lets a shell complete the words", (
-        option("shell", metavar="SHELL", choices=("bash", "zsh", "fish"), help="its script is to be sourced"),)),
+    "add_process": Command("template", add_process_command, "add a template", TEMPLATE),
+    "load_process": Command("template", load_process_command, "add a template from a file of JSON", (
+        option("file FILE", "as POST /processes takes it; - is stdin"), START, *ASK)),
+    "update_process": Command("template", update_process_command,
+                              "change what is given of a template, and replace its processes", TEMPLATE),
+    "del_process": Command("template", del_process_command, "stop a template, and forget it", (
+        SOME_NAMES, *WAIT, *ASK)),
+    "up": Command("procfile", up_command, "run a Procfile here, all output on one screen", (
+        option("names TYPE*", "only these types (default: all)"), *PROCFILE, FORMATION,
+        option("--keep-going", "start again what ends, in place of stopping all"), *LISTEN, COLOUR)),
+    "run": Command("procfile", run_command, "run a command once, in the environment of a Procfile", (
+        option("cmd CMD...", "a type, a command line as one word, or a program and its arguments"), *PROCFILE)),
+    "load": Command("procfile", load_command, "let the server run a Procfile", (
+        GROUP, *PROCFILE, FORMATION, *WAIT, *ASK)),
+    "unload": Command("procfile", unload_command, "stop a loaded Procfile, and forget it", (
+        GROUP, *PLACE, *WAIT, *ASK)),
+    "scale": Command("procfile", scale_command, "change how many of each type run", (
+        option("changes CHANGE+", "perhaps a GROUP, then web=3, web+1 or web-1"), *PLACE, *WAIT, *ASK)),
+    "ps": Command("procfile", ps_command, "show the processes of a Procfile, as status does", (
+        GROUP, *PLACE, WATCH, COLOUR, *ASK)),
+    "export": Command("procfile", export_command, "write a Procfile in another form", (
+        option("format FORMAT", "ini or json, for serve, or systemd", choices=("ini", "json", "systemd")), GROUP,
+        option("-o, --output DIR", "write files into this folder (default: print them)"), *PROCFILE, FORMATION)),
+    "completion": Command("other", completion_command, "print what lets a shell complete the words", (
+        option("shell SHELL", "bash, zsh or fish: its script is to be sourced", choices=("bash", "zsh", "fish")),
+        option("line LINE?", "for the script: what was typed so far"))),
 }
-GROUPS = {"server": "the server", "control": "control", "look": "look", "template": "templates", "procfile": "Procfiles",
-          "other": "other"}
+
+
+GROUPS = {"server": "the server", "control": "control", "look": "look", "template": "templates",
+          "procfile": "Procfiles", "other": "other"}
 
 QUICK_START = """\
 A process supervisor in one file, driven over HTTP. To begin with:
 
   gaffer.py serve                          run it: API and web page are at http://127.0.0.1:5000
-  gaffer.py add_process --start web 'python3 -m http.server 8000'
+  gaffer.py add_process --start web python3 -m http.server 8000
   gaffer.py status                         what runs?
   gaffer.py up                             run the Procfile of this folder
 """
@@ -11538,29 +11489,33 @@ EXIT_STATUSES = """\
 Exit status: 0 done, 1 the server said no, 2 wrong usage, 3 not running (status),
 4 no such name, 5 no server there, 6 refused, 124 timed out.
 """
-
-
-def help_formatter(prog):
-    """An argparse formatter whose text is the same from every version of Python."""
-    import argparse
-
-    class Formatter(argparse.RawDescriptionHelpFormatter):
-        """An option's value is named once."""
-
-        def _format_action_invocation(self, action):
-            names = ", ".join(action.option_strings)
-            return (action.metavar or action.dest) if not names else names if action.nargs == 0 else "%s %s" % (
-                names, action.metavar)
-    return Formatter(prog, max_help_position=26)
+ELSEWHERE = {                           # what supervisorctl, foreman, pm2, systemctl call it -> our name
+    "list": "status", "ls": "status", "l": "status", "show": "get_process", "describe": "get_process",
+    "info": "get_process", "pid": "pids", "tail": "logs", "log": "logs", "fg": "attach",
+    "connect": "attach", "events": "watch", "monit": "status -w", "top": "status -w", "signal": "kill",
+    "delete": "del_process", "remove": "del_process", "rm": "del_process",
+    "reread": "reload --dry-run", "update": "reload", "check": "export json", "server": "serve",
+    "daemon": "serve --daemon", "version": "--version", "exec": "run",
+}
 
 
 def make_parser(name):
-    """The argparse parser of one command."""
+    """Return the argparse parser of a command; its help is the same from every version of Python."""
     import argparse
+
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        """Names an option's value once."""
+
+        def _format_action_invocation(self, action):
+            names = ", ".join(action.option_strings)
+            return "%s %s" % (names, action.metavar or "") if names else action.metavar or action.dest
     command = COMMANDS[name]
+    forms = {"+": "%s ...", "?": "[%s]", "*": "[%s ...]", "...": "%s ..."}
+    places = [forms.get(how["nargs"], "%s") % how["metavar"] for _, how in command.options if "nargs" in how]
     parser = argparse.ArgumentParser(
-        prog="gaffer.py " + name, usage="gaffer.py %s %s" % (name, command.usage), allow_abbrev=False,
-        description="%s%s." % (command.help[0].upper(), command.help[1:]), formatter_class=help_formatter)
+        prog="gaffer.py " + name, usage=" ".join(["gaffer.py", name, "[options]", *places]), allow_abbrev=False,
+        description="%s%s." % (command.help[0].upper(), command.help[1:]),
+        formatter_class=lambda prog: Formatter(prog, max_help_position=26))
     parser._optionals.title = "options"         # Python 3.8 and 3.9 say "optional arguments"
     parser.set_defaults(commands=COMMANDS)
     for names, how in command.options:
@@ -11568,100 +11523,83 @@ def make_parser(name):
     return parser
 
 
-def overview():
-    """The help for who does not know yet which command to ask for."""
-    lines = ["usage: gaffer.py COMMAND [options] ...", "", QUICK_START]
-    for group, title in GROUPS.items():
-        lines.append("%s:" % title)
-        lines += ["  %-16s %s" % (name, command.help) for name, command in COMMANDS.items() if command.group == group]
-        lines.append("")
-    return "\n".join([*lines, EXIT_STATUSES])
-
-
-def only_options(name, argv):
-    """True where `argv` is nothing but options that may belong to a command, each with its value."""
-    with_value = {word for names, how in COMMANDS[name].options if how.get("action", "append") == "append" for word in names}
-    index = 0
-    while index < len(argv) and argv[index].startswith("-"):
-        index += 2 if argv[index] in with_value else 1
-    return index == len(argv)
-
-
-def command_first(argv):
-    """(command, arguments): options may stand before the command's word. (None, argv): there is no such word."""
-    for place, word in enumerate(argv):
-        if word in COMMANDS and only_options(word, argv[:place]):
-            return word, argv[:place] + argv[place + 1:]
-    return None, argv
-
-
-ELSEWHERE = {                           # what it is called by supervisorctl, foreman, overmind, pm2, systemctl -> and here
-    "list": "status", "ls": "status", "l": "status", "show": "get_process", "describe": "get_process", "info": "get_process",
-    "pid": "pids", "tail": "logs", "log": "logs", "fg": "attach", "connect": "attach", "events": "watch", "monit": "status -w",
-    "top": "status -w", "signal": "kill", "delete": "del_process", "remove": "del_process", "rm": "del_process",
-    "reread": "reload --dry-run", "update": "reload", "check": "export json", "server": "serve", "daemon": "serve --daemon",
-    "version": "--version", "exec": "run",
-}
-
-
 def without_command(argv):
-    """--version, --help, nothing at all, or a mistake."""
+    """Do --version, --help, nothing at all, or a mistake."""
     if argv == ["--version"]:
         print("gaffer %s" % __version__)
         return 0
-    if len(argv) == 2 and argv[0] == "help" and argv[1] in COMMANDS:
-        make_parser(argv[1]).print_help()
-        return 0
     words = [word for word in argv if not word.startswith("-")] or argv
     if words and words[0] not in ("-h", "--help", "help"):
-        here = ELSEWHERE.get(words[0]) and ": it is 'gaffer.py %s'" % ELSEWHERE[words[0]]
+        here = ELSEWHERE.get(words[0])
         raise ClientError("there is no command '%s'%s" % (
-            words[0], here or near(words[0], COMMANDS) or "; 'gaffer.py --help' lists them"), 2)
-    print(overview(), end="")
+            words[0], ": it is 'gaffer.py %s'" % here if here else near(words[0], COMMANDS) or
+            "; 'gaffer.py --help' lists them"), 2)
+    print("usage: gaffer.py COMMAND [options] ...\n\n%s" % QUICK_START)
+    for group, title in GROUPS.items():
+        print("%s:" % title)
+        for name, command in COMMANDS.items():
+            if command.group == group:
+                print("  %-16s %s" % (name, command.help))
+        print()
+    print(EXIT_STATUSES, end="")
     return 0 if argv else 2
 
 
 def dispatch(argv):
-    """Do what a command line says. Returns the exit status."""
-    name, argv = command_first(argv)
+    """Do what a command line says. Return the exit status."""
+    if len(argv) == 2 and argv[0] == "help":
+        argv = [argv[1], "--help"]
+    name, argv = command_first(COMMANDS, argv)
     if name is None:
         return without_command(argv)
+    if name == "kill":                          # kill -9 NAME
+        dashed = [word for word in argv if re.fullmatch(r"-([0-9]+|(SIG)?[A-Z]{3}[A-Z0-9]*)", word)]
+        argv = [word for word in argv if word not in dashed] + [word[1:] for word in dashed]
     parser = make_parser(name)
     rest = any(how.get("nargs") == "..." for _, how in COMMANDS[name].options)
     try:
-        arguments = parser.parse_args(argv) if rest else parser.parse_intermixed_args(argv)
+        args = parser.parse_args(argv) if rest else parser.parse_intermixed_args(argv)
     except SystemExit as error:                 # argparse has said it, or printed the help
         return error.code
     try:
-        return COMMANDS[name].run(arguments)
+        return COMMANDS[name].run(args)
     except (LookupError, TypeError, ValueError) as error:
-        if "endpoint" not in arguments:
+        if "endpoint" not in args:
             raise                               # a mistake of ours, not of a server
-        raise ClientError("what %s answered is not understood (%s: %s): is it a gaffer of another version?" % (
-            connect(arguments).endpoint, type(error).__name__, error)) from error
+        raise ClientError("what %s answered is not understood (%s: %s): is it a gaffer of another "
+                          "version?" % (connect(args).endpoint, type(error).__name__, error)) from error
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0 done, 1 it could not be done, 2 wrong usage, 3 not running (status), 4 no
-    such name, 5 no server there, 6 refused, 124 timed out, 130 interrupted; serve --exit-with: a process's own."""
-    if hasattr(sys.stdout, "reconfigure"):      # what the terminal's encoding has no sign for is no reason to fail
+    """Do what the command line says. Return the exit status: 0 done, 1 it could not be done, 2 wrong
+    usage, 3 not running (status), 4 no such name, 5 no server there, 6 refused, 124 timed out, 128+n
+    after signal n; serve --exit-with and up: a process's own."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:                         # closed: else a socket would get its number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))
+    if hasattr(sys.stdout, "reconfigure"):      # what the terminal cannot show is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = dispatch(list(sys.argv[1:] if argv is None else argv))
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        drop_output()
-        return 128 + signal.SIGPIPE             # silent, as who is killed by it
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (StartError, ClientError, GafferError) as error:
         tell(str(error))
         return getattr(error, "exit_status", 1)
-    except OSError as error:                    # such as a full disk behind stdout
-        tell("this failed: %s" % error)
-        return 1
-    return status
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):     # such as a full disk behind stdout
+            tell("this failed: %s" % error)
+            return 1
+        nothing = os.open(os.devnull, os.O_WRONLY)          # the pipe or the terminal was closed: what
+        os.dup2(nothing, 1)                                 # is left in a buffer must not fail again
+        os.dup2(nothing, 2)
+        return 128 + (signal.SIGPIPE if error.errno == errno.EPIPE else signal.SIGHUP)
 
 
 if __name__ == "__main__":
