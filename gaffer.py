@@ -2250,14 +2250,16 @@ def parse_signal(value):
     raise BadValue("%r is no signal: give a number or a name such as TERM" % text[:40])
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # process
 #
-# One incarnation of a template: spawned once, with a pid of gaffer's own that is never used again. Output moves bytes from
-# a pipe into windows, Input from a bounded buffer into a pipe. Exit and end of output are two events: the exit is told at
-# once, a window ends at the end of file, or after a short drain where a grandchild holds the pipe. The process is gone
-# when nothing of its group is left. All on the loop.
-# --------------------------------------------------------------------------------------------------------------------
+# One process of a template: spawned once, with a pid of gaffer's own that is never used again.
+# Output moves bytes from a pipe into windows, Input from a bounded buffer into a pipe. Process is a
+# state machine, with its table at the end of the class: a step changes the state, acts, and only
+# then informs the manager. Exit and end of output are two events: a stream ends at the end of file,
+# or soon after the group is empty if somebody outside of it holds the pipe. All of this runs under
+# the loop's lock.
+# --------------------------------------------------------------------------------------------------
 class Merged:
     """A template's stream of one label: all its processes' output, never mixed within a line."""
 
@@ -2289,10 +2291,11 @@ class Merged:
 
 
 class Output:
-    """Reads a pipe into its own window and its template's. `pid`: whose it is; `ended()` is called at its end."""
+    """Reads a pipe of process `pid` into its own window and its template's; calls `ended()`."""
 
     def __init__(self, loop, fd, window, merged, pid, ended):
-        self._loop, self._fd, self.window, self._merged, self.pid, self._ended = loop, fd, window, merged, pid, ended
+        self._loop, self._fd, self.window, self.pid = loop, fd, window, pid
+        self._merged, self._ended = merged, ended
         self._carry = b""
         self._paused = False
         self._timer = self._pace = self._silence = None
@@ -2301,7 +2304,7 @@ class Output:
 
     @property
     def closed(self):
-        """True when its end has been read, or is not waited for any more."""
+        """True once nothing is read any more."""
         return self._fd is None
 
     def start(self):
@@ -2322,7 +2325,7 @@ class Output:
             self.close()
 
     def _room(self):
-        """What may be read now; of the merged window, its line's carry and perhaps a line's end have to fit in too."""
+        """Return how much may be read before a reader that blocks would lose something."""
         return min(self.window.room(), self._merged.window.room() - len(self._carry) - 1)
 
     def _readable(self, mask):
@@ -2346,7 +2349,8 @@ class Output:
         began = self._loop.clock()
         self._take(data)
         took = self._loop.clock() - began
-        if took > 0.0005 and len(window.readers) + len(merged.readers) > 16 and self._fd is not None:
+        readers = len(window.readers) + len(merged.readers)
+        if took > 0.0005 and readers > 16 and self._fd is not None:
             # what is written during a pause goes out in one: 1,000 readers cost half the CPU
             self._pause(min(0.05, 0.8 * took))
         return None
@@ -2371,7 +2375,7 @@ class Output:
             self._silence = self._loop.later(MERGED_LINE_DELAY, self._show_carry)
 
     def _show_carry(self):
-        """A line that is not finished (a prompt) is not held back for ever, as long as nobody would lose it."""
+        """Show an unfinished line (a prompt) after a while, if no reader that blocks loses it."""
         self._silence = None
         if self._carry and self._merged.window.room() <= len(self._carry):
             self._silence = self._loop.later(MERGED_LINE_DELAY, self._show_carry)
@@ -2401,7 +2405,7 @@ class Output:
                 self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
 
     def close(self):
-        """Take what is in the pipe right now, then end the stream."""
+        """Read what is in the pipe right now, then end the stream."""
         if self._fd is None:
             return
         if not self._paused:
@@ -2420,7 +2424,7 @@ class Output:
         self._ended()
 
     def _take_rest(self, fd):
-        for _ in range(16):                     # a full pipe; who still writes into it does not stop us
+        for _ in range(16):                     # a full pipe; somebody may still write into it
             try:
                 data = os.read(fd, min(self._size, max(0, self._room())))
             except OSError:
@@ -2431,37 +2435,41 @@ class Output:
 
 
 class Input:
-    """Writes into a process's stdin, or custom stream, as it reads; up to `limit` bytes wait. `end_of_file(fd)` is how the
-    end of file is said."""
+    """Writes into a process's stdin or custom stream as it reads; up to `limit` bytes wait.
+    `close_fd(fd)` ends the stream."""
 
-    def __init__(self, loop, fd, label, end_of_file, limit):
-        self._loop, self._fd, self._label, self._end_of_file = loop, fd, label, end_of_file
+    def __init__(self, loop, fd, label, close_fd, limit):
+        self._loop, self._fd, self._label, self._close_fd = loop, fd, label, close_fd
         self.limit = limit
         self._buffer = collections.deque()
         self._registered = self._ending = False
         self.size = 0                           # bytes that wait
-        self.on_low = set()                     # called once when there is room again
+        self.on_low = set()                     # called once, when half of it is free again
 
     @property
     def closed(self):
-        """True when nothing can be written any more."""
+        """True once nothing can be written any more."""
         return self._fd is None or self._ending
 
     def write(self, data):
-        """Take all of `data`, or nothing. ForbiddenWrite: closed. StdinFull: the process does not read."""
-        need(not self.closed, ForbiddenWrite, "%s of this process is closed; start another process to write to" % self._label)
-        need(self.size + len(data) <= self.limit, StdinFull,
-             "%d bytes wait for the process to read them; send this again later" % self.size)
+        """Write all of `data`, or nothing. ForbiddenWrite: it is closed. StdinFull."""
+        if self.closed:
+            raise ForbiddenWrite("%s of this process is closed; start another process to write to"
+                                 % self._label)
+        if self.size + len(data) > self.limit:
+            raise StdinFull("%d bytes wait for the process to read them; send this again later"
+                            % self.size)
         if data:
             self.size += len(data)
-            if self._buffer and len(self._buffer[-1]) + len(data) <= COALESCE_SIZE:     # each would cost 200 bytes more
-                data = b"".join((self._buffer.pop(), data))
+            if self._buffer and len(self._buffer[-1]) + len(data) <= COALESCE_SIZE:
+                data = b"".join((self._buffer.pop(), data))     # each piece costs 200 bytes more
             self._buffer.append(memoryview(data))
             self._flush()
-            need(self._fd is not None, ForbiddenWrite, "the process has closed its %s" % self._label)
+            if self._fd is None:
+                raise ForbiddenWrite("the process has closed its %s" % self._label)
 
     def end(self):
-        """End of file, behind what waits."""
+        """End the stream, behind what waits."""
         self._ending = True
         self._flush()
 
@@ -2472,7 +2480,8 @@ class Input:
             except BlockingIOError:
                 break
             except OSError:                     # EPIPE: it has closed its side
-                log.info("%d bytes for %s were not read: the process has closed it", self.size, self._label)
+                log.info("%d bytes for %s were not read: the process has closed it",
+                         self.size, self._label)
                 return self.close()
             self.size -= count
             rest = self._buffer.popleft()[count:]
@@ -2483,7 +2492,7 @@ class Input:
             return self.close()
         self._watch(bool(self._buffer))
         if self.on_low and self.size <= self.limit // 2:
-            self._tell_low()
+            self._resume_writers()
         return None
 
     def _watch(self, wanted):
@@ -2494,7 +2503,7 @@ class Input:
             else:
                 self._loop.unregister(self._fd)
 
-    def _tell_low(self):
+    def _resume_writers(self):
         waiting, self.on_low = self.on_low, set()
         for resume in waiting:
             self._loop.call_soon(resume)
@@ -2506,12 +2515,12 @@ class Input:
             fd, self._fd = self._fd, None
             self._buffer.clear()
             self.size = 0
-            self._end_of_file(fd)
-            self._tell_low()
+            self._close_fd(fd)
+            self._resume_writers()
 
 
 def end_socket(fd):
-    """End of file on one of the two sides of a custom stream: the other side goes on."""
+    """Close our way into a custom stream; the way out goes on."""
     with socket.socket(fileno=fd) as side:
         try:
             side.shutdown(socket.SHUT_WR)
@@ -2682,6 +2691,7 @@ class Process:
                 read_from(ours[-2], label)
             for fd in inputs.values():
                 os.set_blocking(fd, False)
+            self.started, self.instance = self._loop.clock(), launch.instance
             self.os_pid = self._execute(launch, stdio, extra, theirs)
         except (OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
             for output in self.outputs.values():
@@ -2692,7 +2702,6 @@ class Process:
         finally:
             for fd in theirs:
                 os.close(fd)
-        self.started, self.instance = self._loop.clock(), launch.instance
         for label, fd in inputs.items():
             self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else
                                        end_socket, self._manager.input_size)
