@@ -7235,11 +7235,10 @@ class Api:
             return {"ok": True, "created": True}
         return {"ok": True, "changed": outcome == "changed"}
 
-    @operation()
+    @operation("wait", unlocked=True)
     def delete(self, request, query, name):
         """Stop a template's processes and forget it."""
-        self.manager.delete_process(name)
-        return OK
+        return self._act(query, [name], self.manager.delete_process)
 
     @operation()
     def pids(self, request, query, name):
@@ -7270,21 +7269,30 @@ class Api:
         return self._done([], [process], query.wait)
 
     def _act(self, query, names, action):
-        """Do something to templates, and answer; with `wait` when it is done."""
+        """Do something to each template, and answer; with `wait` when it is done. What one refuses
+        is reported after the others had their turn."""
         find = self.manager.find_template
 
         def list_processes():
             return [process for name in names for process in find(name).processes.values()]
         before = self.manager.loop.call(list_processes)
         templates = [self.manager.loop.call(find, name) for name in names]
+        answer, faults = OK, []
         for name in names:
-            action(name)
-        return self._done(templates, before, query.wait)
+            try:
+                answer = action(name) or OK
+            except GafferError as error:
+                if len(names) == 1:
+                    raise
+                faults.append("'%s': %s" % (name, error))
+        if faults:
+            raise InvalidProcessInfo("; ".join(faults))
+        return self._done(templates, before, query.wait, answer)
 
-    def _done(self, templates, before, wait):
+    def _done(self, templates, before, wait, answer=OK):
         """Answer at once, or when those processes are gone and no template lacks any."""
         if wait is None:
-            return OK
+            return answer
 
         def done():
             return (all(process.gone or process.running for process in before)
@@ -7294,18 +7302,23 @@ class Api:
         if wait is True:
             wait = max([info["graceful_timeout"] for info in infos] or [0]) + WAIT_EXTRA
         return LongPoll(
-            lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(OK))), wait,
-            lambda: error_response(WaitTimeout("this was not done in %g seconds; it goes on" % wait)))
+            lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(answer))),
+            wait, lambda: error_response(WaitTimeout(
+                "this was not done in %g seconds; it goes on" % wait)))
 
-    @operation(unlocked=True)
+    @operation("wait", unlocked=True)
     def add(self, request, query, name, number="1"):
         """Run more processes of a template."""
-        return {"ok": True, "numprocesses": self.manager.scale(name, self._count(number))}
+        return self._scale(query, name, self._count(number))
 
-    @operation(unlocked=True)
+    @operation("wait", unlocked=True)
     def sub(self, request, query, name, number="1"):
         """Run fewer processes of a template."""
-        return {"ok": True, "numprocesses": self.manager.scale(name, -self._count(number))}
+        return self._scale(query, name, -self._count(number))
+
+    def _scale(self, query, name, change):
+        return self._act(query, [name], lambda name: {
+            "ok": True, "numprocesses": self.manager.scale(name, change)})
 
     @staticmethod
     def _count(text):
@@ -7367,31 +7380,26 @@ class Api:
     @operation("wait", unlocked=True)
     def group_start(self, request, query, group):
         """Start all templates of a group."""
-        return self._act_on_group(request, query, group, self.manager.start_template, True)
+        return self._act_on_group(request, query, group, self.manager.start_template)
 
     @operation("wait", unlocked=True)
     def group_stop(self, request, query, group):
         """Stop all templates of a group."""
-        return self._act_on_group(request, query, group, self.manager.stop_template, False)
+        return self._act_on_group(request, query, group, self.manager.stop_template)
 
     @operation("wait", unlocked=True)
     def group_restart(self, request, query, group):
         """Restart all templates of a group."""
-        return self._act_on_group(request, query, group, self.manager.restart_template, True)
+        return self._act_on_group(request, query, group, self.manager.restart_template)
 
-    def _act_on_group(self, request, query, group, action, starts):
-        names = self.manager.loop.call(self.group, request, query, group)
-        if starts:                              # all of them, or none
-            for name in names:
-                Launch(self.manager.info(name))
-        return self._act(query, names, action)
-
-    @operation()
+    @operation("wait", unlocked=True)
     def group_delete(self, request, query, group):
         """Stop and forget all templates of a group."""
-        for name in self.group(request, query, group):
-            self.manager.delete_process(name)
-        return OK
+        return self._act_on_group(request, query, group, self.manager.delete_process)
+
+    def _act_on_group(self, request, query, group, action):
+        names = self.manager.loop.call(self.group, request, query, group)
+        return self._act(query, names, action)
 
     # statistics
 
