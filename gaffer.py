@@ -1481,12 +1481,12 @@ class JournalView(Log):
         self.journal, self.name, self.pid, self._track = journal, name, pid, track
 
     @property
-    def start(self):
+    def start(self):                            # type: ignore[override]
         """The first offset from which on nothing has gone out of the index."""
         return self.journal.start if self.name is None else self._track[0]
 
     @property
-    def end(self):
+    def end(self):                              # type: ignore[override]
         """The offset behind all output."""
         return self.journal.end
 
@@ -2710,7 +2710,8 @@ class Process:
     @staticmethod
     def _execute(launch, stdio, extra, theirs):
         """Fork and execute. Returns the system's pid."""
-        argv, program, arguments = launch.argv, launch.program, {}
+        argv, program = launch.argv, launch.program
+        arguments: dict = {}
         identity, errors, moved = (launch.uid, launch.gid, launch.groups), None, []
         ignored = any(signal.getsignal(number) == signal.SIG_IGN for number in range(1, 32)
                       if number not in (signal.SIGPIPE, signal.SIGXFSZ))    # Popen resets these
@@ -4866,7 +4867,7 @@ class Channel:
     """
 
     kind = "request"                            # as /metrics calls it
-    reader = None                               # what it sends, if that is a stream
+    reader: "Reader" = None                     # what it sends, if that is a stream
     stall = STALL
     status = None                               # for the access log, if this is not yet answered
 
@@ -7752,7 +7753,7 @@ class HttpEndpoint:
             raise StartError("the address '%s' cannot be found: %s" % (self.host, error.strerror or error)) from None
         found.sort(key=lambda entry: entry[0] != socket.AF_INET)
         family, _, _, _, address = found[0]
-        return family, address, address[0].startswith("127.") or address[0] in ("::1", "::ffff:127.0.0.1")
+        return family, address, str(address[0]).startswith("127.") or address[0] in ("::1", "::ffff:127.0.0.1")
 
     def tls_context(self):
         """An ssl.SSLContext, or None. StartError: the files are no certificate and key."""
@@ -7972,7 +7973,7 @@ class AccessLog:
 
         class Listener(QueueListener):
             def enqueue_sentinel(self):
-                self.queue.put(None)            # waits where the queue is full
+                self.queue.put(None)            # type: ignore[attr-defined]  # waits where it is full
 
         if token is not None:
             raw = token.encode("utf-8").decode("latin-1")
@@ -8056,6 +8057,8 @@ class WsgiRun(SimpleHandler):
 
     http_version = "1.1"
     os_environ: dict = {}                       # gaffer's own environment is not the client's
+    status: str
+    headers: dict                               # a wsgiref.headers.Headers
     error_headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
 
     def __init__(self, http, app, prefix, request):
@@ -8185,6 +8188,9 @@ class SocketReader(io.RawIOBase):
 
 class Handler(socketserver.StreamRequestHandler):
     """The requests of a connection, on a thread. What socketserver calls client_address is a Connection."""
+
+    server: "Listener"
+    rfile: io.BufferedReader
 
     def setup(self):
         self.http, self.client = self.server.http, self.client_address
@@ -8333,14 +8339,14 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """What a client connects to, with the real port."""
         if self.endpoint.path is not None:
             return "unix:" + self.endpoint.path
-        host, port = self.server_address[:2]
-        return "%s://%s:%d" % (self.endpoint.scheme, "[%s]" % host if ":" in host else host, port)
+        host, port = map(str, self.server_address[:2])
+        return "%s://%s:%s" % (self.endpoint.scheme, "[%s]" % host if ":" in host else host, port)
 
     def _accept(self, mask):
         self._accepts = ACCEPTS_PER_TURN
         while self._accepts:
             self._accepts -= 1
-            self._handle_request_noblock()
+            self._handle_request_noblock()      # type: ignore[attr-defined]
 
     def get_request(self):
         try:
@@ -9539,7 +9545,8 @@ def load_ini(file):
             twice = not isinstance(error, configparser.ParsingError)
             reason = "there twice" if twice else "neither [section] nor 'name = value' in a section"
             outside = isinstance(error, configparser.MissingSectionHeaderError)
-            for line, _ in getattr(error, "errors", None) or [(error.lineno, "")]:
+            lines_at = getattr(error, "errors", None) or [(error.lineno, "")]   # type: ignore[attr-defined]
+            for line, _ in lines_at:
                 text = lines[line - 1].strip()
                 file.fault("'%s' is %s" % (text.partition("=")[0].rstrip(), reason),
                            getattr(error, "section", ""), line=line)
@@ -10112,7 +10119,7 @@ def act_command(args, verb):
         except ClientError as error:
             exit_status = report(error, exit_status)
             continue
-        words = text.format(**vars(args)) if isinstance(text, str) else text(target, answer)
+        words = text(target, answer) if callable(text) else str(text).format(**vars(args))
         print(as_sent(answer) if args.json else "%s: %s" % (target.word, words), flush=True)
     return exit_status
 
@@ -11030,7 +11037,7 @@ def up_command(args):
     screen = Screen(1, wants_colour(args), not args.keep_going)
     token = read_token(args.token_file)
     folder = args.root or os.path.dirname(os.path.abspath(args.procfile))
-    https = [FolderApi(folder, screen.say, token)]
+    https: list = [FolderApi(folder, screen.say, token)]
     if endpoints:
         https.append(HttpHandler(endpoints, token=token))
     manager = Manager([SigHandler(ending_signals(), reopen=lambda: None), screen, *https,

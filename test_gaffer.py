@@ -153,7 +153,7 @@ def unexpected(texts, patterns):
 class Case(unittest.TestCase):
     """After each test: the same threads, the same descriptors, no child left, no fault unseen."""
 
-    patience = 2 * TIMEOUT              # seconds that a test may take
+    patience = 3 * TIMEOUT              # seconds that a test may take
     share = None                        # classes with the same one run in one process
     quick = True                        # part of --quick
 
@@ -555,7 +555,7 @@ class BrowserCase(ServerCase):
     def no_child_is_left(self):
         mine = set()
         for path in glob.glob("/proc/self/task/*/children"):
-            with open(path) as file:
+            with contextlib.suppress(FileNotFoundError), open(path) as file:    # a thread may have ended
                 mine |= set(map(int, file.read().split()))
         self.assertEqual(mine - {self.browser.driver.pid}, set(), "a child is left")
 
@@ -9486,7 +9486,7 @@ class HttpLibrary(HttpCase):
                 wire.close()
         for version, length, parts, error in (("1.1", None, ["ab", None], None), ("1.1", "5", ["ab", None], None),
                                               ("1.1", "5", ["ab"], None), ("1.0", None, ["ab", None], ConnectionResetError)):
-            with self.subTest(version=version, length=length, parts=parts), self.assertLogs("gaffer", "WARNING") as logged:
+            with self.subTest(version=version, length=length, parts=parts), self.assertLogs("gaffer", "WARNING"):
                 logging.getLogger("gaffer").warning("assertLogs wants one")
                 wire = self.wire(server)
                 wire.send(http_bytes("GET", "/admin?" + urllib.parse.quote(json.dumps(["200 OK", length, parts])), version=version))
@@ -12983,9 +12983,12 @@ class ForkServer:
         try:
             cls.socket.close()
             os.setpgid(0, 0)            # Ctrl-C is not for it
-            left = cls.serve(sock)
-            for pid in left:
-                os.kill(pid, signal.SIGKILL)
+            awake, wakeup = socket.socketpair()
+            with sock, awake, wakeup:
+                left = cls.serve(sock, awake, wakeup)
+                for pid in left:
+                    os.kill(pid, signal.SIGKILL)
+                signal.set_wakeup_fd(-1)
             status = len(left) > 0
         except BaseException:
             traceback.print_exc()
@@ -12999,11 +13002,10 @@ class ForkServer:
         return os.waitpid(cls.pid, 0)[1] != 0
 
     @classmethod
-    def serve(cls, sock):
+    def serve(cls, sock, awake, wakeup):
         """Answer each request with the command's pid and, when it has ended, its status, 4 bytes each.
         Returns the pids of those that still run when there is nobody left to ask."""
         pipes = {}                      # {pid of a command that runs: where its status is written}
-        awake, wakeup = socket.socketpair()
         wakeup.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wakeup.fileno())
@@ -17546,7 +17548,7 @@ class Share:
         self.names = list(dict.fromkeys(test.partition(".")[0] for test in tests))
         self.doing = "its start"
         self.ran = []                   # the lines of the tests that have ended
-        self.faults = []                # texts
+        self.faults, self.failed = [], []       # texts; the tests or classes that they belong to
         self.skipped = []               # texts
 
     def start(self):
@@ -17564,6 +17566,7 @@ class Share:
             try:
                 os.setpgid(0, 0)
                 os.dup2(self._stderr.fileno(), 2)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
                 os.close(self._pipe)
                 self._stderr.close()
@@ -17608,9 +17611,14 @@ class Share:
                 continue
             self.skipped += line["skipped"]
             if line["fault"]:
-                self.faults.append(line["fault"])
+                self.fault(line["fault"], line["ended"])
             if "seconds" in line:
                 self.ran.append(line)
+
+    def fault(self, text, test=None):
+        """Something is wrong in a test, or in the share."""
+        self.faults.append(text)
+        self.failed += [test] if test in self.tests else self.names
 
     def hurry(self):
         """End what does not end by itself: its group shows its stacks and aborts, then it is killed."""
@@ -17630,13 +17638,13 @@ class Share:
             return False
         self.read()
         if self.doing != "the end":
-            self.faults.append("%s: the process ended in %s; %d of %d tests have run" % (
-                " ".join(self.names), self.doing, len(self.ran), len(self.tests)))
+            self.fault("%s: the process ended in %s; %d of %d tests have run" % (
+                " ".join(self.names), self.doing, len(self.ran), len(self.tests)), self.doing)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, 0)
             left = process_group(self.pid)
             if left:
-                self.faults.append("%s: processes are left: %s" % (" ".join(self.names), left))
+                self.fault("%s: processes are left: %s" % (" ".join(self.names), left))
                 os.killpg(self.pid, signal.SIGABRT)
                 until(lambda: not process_group(self.pid) or os.killpg(self.pid, signal.SIGKILL))
         if self.faults:
@@ -17679,6 +17687,7 @@ def run_tests(tests, jobs, slowest, verbose):
     waiting, running, done, failed = make_shares(tests, seconds), [], [], []
     began = time.monotonic()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -17692,7 +17701,7 @@ def run_tests(tests, jobs, slowest, verbose):
                 if share.over():
                     running.remove(share)
                     done.append(share)
-                    failed += share.names if share.faults else []
+                    failed += share.failed
                     print("".join(text.rstrip("\n") + "\n\n" for text in share.faults), end="",
                           file=sys.stderr, flush=True)
     finally:

@@ -503,8 +503,8 @@ def gaffer_stream(form, options, blocks):
         path, headers, total, parse, last = {
             "continuous": ("/streams/%d/stdout?feed=continuous&loss=block", (), size, chunk_header, b""),
             "websocket": ("/wstreams/%d?type=binary&readonly=true&loss=block", UPGRADE, size, frame_header, b""),
-            "SSE": ("/streams/%d/stdout?feed=eventsource&loss=block", (), sse_size(size // LINE, LINE, server.epoch()), chunk_header,
-                    b"id: %d@" % size),
+            "SSE": ("/streams/%d/stdout?feed=eventsource&loss=block", (), sse_size(size // LINE, LINE, server.epoch()),
+                    chunk_header, b"id: %d@" % size),
         }[form]
         with server.stream(path % pid, *headers) as sock:
             yield Stream(sock, go, server.pid, size, total, parse, last)
