@@ -1864,6 +1864,19 @@ def identity(what, find, own):
     return check
 
 
+def parse_signal(value):
+    """Return the number of a signal: 15, "15", "TERM", "SIGTERM", signal.SIGTERM. BadValue."""
+    text = str(int(value)) if is_number(value, int) else str(value)
+    if text.isascii() and text.isdigit() and len(text) < 4:
+        if int(text) in set(map(int, signal.valid_signals())):
+            return int(text)
+    else:
+        name = text.upper() if text.upper().startswith("SIG") else "SIG" + text.upper()
+        if name in signal.Signals.__members__:
+            return int(signal.Signals[name])
+    raise BadValue("%r is no signal: give a number or a name such as TERM" % text[:40])
+
+
 def whole_number(least, most):
     """A check for an integer from `least` to `most`."""
     @json_schema("integer", minimum=least, maximum=most)
@@ -1882,6 +1895,48 @@ def seconds(least, most=SECONDS_MAX):
             raise ValueError("must be a number of seconds from %g to %d" % (least, most))
         return value
     return check
+
+
+def check_signal(value):
+    """Check a number or a name of a signal."""
+    try:
+        parse_signal(value)
+    except BadValue as error:
+        raise ValueError("must name signals: %s" % error) from None
+    return value
+
+
+@json_schema("string", enum=["always", "on-failure", "never"])
+def check_restart(value):
+    """Check a restart policy."""
+    if value not in check_restart.schema["enum"]:
+        raise ValueError("must be 'always', 'on-failure' or 'never'")
+    return value
+
+
+@json_schema("array", items={"type": ["integer", "string"]})
+def check_success(value):
+    """Check a list of exit statuses and names of signals."""
+    if not isinstance(value, list):
+        raise ValueError("must be a list of exit statuses and names of signals: [0, \"TERM\"]")
+    for item in value:
+        if isinstance(item, str) and not item.isdigit():
+            check_signal(item)
+        elif not is_number(item, int) or not 0 <= item <= 255:
+            raise ValueError("has %r, which is neither an exit status from 0 to 255 nor the name of"
+                             " a signal" % (item,))
+    return list(value)
+
+
+@json_schema(["array", "number"], items={"type": "number", "minimum": 0}, minItems=2, maxItems=2)
+def check_delay(value):
+    """Check a number of seconds, or the first and the longest of growing ones."""
+    pair = value if isinstance(value, list) else [value, value]
+    if len(pair) != 2 or not all(is_number(each) and 0 <= each <= SECONDS_MAX for each in pair):
+        raise ValueError("must be a number of seconds, or the first and the longest: [0.1, 10]")
+    if pair[0] > pair[1]:
+        raise ValueError("has a first number of seconds that is longer than the longest")
+    return value
 
 
 def labels(most, unique=False):
@@ -1946,6 +2001,11 @@ OPTIONS = {
     "custom_streams": Option([], labels(CUSTOM_STREAMS_MAX, unique=True),
                              "labels of further two-way streams, from descriptor 3 on"),
     "graceful_timeout": Option(10, seconds(0), "seconds between the stop signal and SIGKILL"),
+    "restart": Option("always", check_restart,
+                      "start it again when it exits: always, on-failure or never"),
+    "success": Option([0], check_success, "exit statuses and signals that count as success"),
+    "restart_delay": Option([0.1, 10], check_delay,
+                            "seconds before it is started again: always these, or first, longest"),
     "flapping": Option(None, record(FLAPPING), "rest when it exits too often: %s"
                        % ", ".join(FLAPPING)),
     "priority": Option(None, whole_number(-10 ** 6, 10 ** 6),
@@ -2203,30 +2263,48 @@ class Launch:
 # What to do about exits, as data and pure functions of a clock reading. The manager acts on what
 # they return.
 # --------------------------------------------------------------------------------------------------
-BACKOFF_FIRST, BACKOFF_MAX = 0.1, 10.0          # seconds; the first failure waits for none
 BACKOFF_RESET = 10.0                            # a process that lived this long was no failure
 KILL_AGAIN = 1.0                                # seconds: a group may fork while it dies
+CANNOT_START = 127, 0                           # exit of what could not be executed, as in a shell
 
 
-def backoff(failures):
-    """Return the seconds to wait after `failures` in a row: 0, then 0.1 doubling to 10."""
-    return 0.0 if failures <= 1 else min(BACKOFF_MAX, BACKOFF_FIRST * 2 ** min(failures - 2, 20))
+def succeeded(info, end):
+    """Return True if `end`, (exit status, number of the signal or 0), counts as success."""
+    status, signum = end
+    if signum:
+        return signum in [parse_signal(each) for each in info["success"] if isinstance(each, str)]
+    return status in info["success"]
 
 
-def after_exit(info, now, lived, failures, history):
-    """Decide what follows an exit that nobody asked for. `lived`: seconds, of the oldest process
-    of the template; `failures`: exits in a row, with this one; `history`: as returned last time,
-    () at first. Return (action, seconds, history): "start" the next one after so many seconds,
-    "pause" the template for so many seconds, or "stop" it for good."""
-    flapping = info["flapping"]
+def restart_delay(info, failures):
+    """Return the seconds before the next start, after `failures` in a row. Of [first, longest]:
+    none, then the first, doubling to the longest."""
+    delay = info["restart_delay"]
+    if not isinstance(delay, list):
+        return float(delay)
+    if failures <= 1 or info["flapping"] and delay == OPTIONS["restart_delay"].default:
+        return 0.0
+    return float(min(delay[1], delay[0] * 2 ** min(failures - 2, 30)))
+
+
+def after_exit(info, end, now, lived, failures, history):
+    """Decide what follows an exit that nobody asked for. `end`: (exit status, signal); `lived`:
+    seconds, of the oldest process of the template; `failures`: exits in a row, with this one;
+    `history`: as returned last time, () at first. Return (action, seconds, history): "start" the
+    next one after so many seconds, "pause" the template for so many seconds, "stop" it for good,
+    or the process has no successor: "done", or "failed"."""
+    success = succeeded(info, end)
+    if info["restart"] == "never" or info["restart"] == "on-failure" and success:
+        return "done" if success else "failed", 0.0, history
+    flapping, delay = info["flapping"], restart_delay(info, failures)
     if flapping is None:
-        return "start", backoff(failures), ()
+        return "start", delay, ()
     times, pauses = history or ((), 0)
     if lived > flapping["window"]:
         pauses = 0
     times = (*times, now)[-flapping["attempts"]:]
     if len(times) < flapping["attempts"] or now - times[0] > flapping["window"]:
-        return "start", 0.0, (times, pauses)
+        return "start", delay, (times, pauses)
     if pauses >= flapping["max_retry"]:
         return "stop", 0.0, ()
     return "pause", flapping["retry_in"], ((), pauses + 1)
@@ -2235,19 +2313,6 @@ def after_exit(info, now, lived, failures, history):
 def stop_steps(info):
     """Return the steps of a stop, (signal, seconds until the next) each; the last repeats."""
     return (signal.SIGTERM, info["graceful_timeout"]), (signal.SIGKILL, KILL_AGAIN)
-
-
-def parse_signal(value):
-    """Return the number of a signal: 15, "15", "TERM", "SIGTERM", signal.SIGTERM. BadValue."""
-    text = str(int(value)) if is_number(value, int) else str(value)
-    if text.isascii() and text.isdigit() and len(text) < 4:
-        if int(text) in set(map(int, signal.valid_signals())):
-            return int(text)
-    else:
-        name = text.upper() if text.upper().startswith("SIG") else "SIG" + text.upper()
-        if name in signal.Signals.__members__:
-            return int(signal.Signals[name])
-    raise BadValue("%r is no signal: give a number or a name such as TERM" % text[:40])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2641,7 +2706,7 @@ class Process:
         self.ended = False                      # it has exited, and its output has been read
         self.abandoned = False                  # gaffer may not signal it, or it outlived SIGKILL
         self.failures = 0                       # exits in a row before this one, for the backoff
-        self.retry_after = 0.0                  # seconds between its end and the next start
+        self.retry_after = 0.0                  # seconds until the next start; None: there is none
         self.last_exit = None                   # as its template's
         self.cpu_sample = None                  # (time, cpu_time, percent) of the last sample
         self.escaped = []                       # (os pid, start time) of what has left the group
@@ -2931,7 +2996,7 @@ class Process:
 # takes the loop's lock, so that any thread may call it. Methods with an underscore, those that a
 # process calls and Template's need the lock. Observers run by loop.call_unlocked() alone.
 # --------------------------------------------------------------------------------------------------
-TEMPLATE_EVENTS = ("create", "start", "stop", "restart", "update", "delete", "flap")
+TEMPLATE_EVENTS = ("create", "start", "stop", "restart", "update", "delete", "flap", "done", "fail")
 PROCESS_EVENTS = ("spawn", "reap", "exit", "stop_pid")
 EVENT_TYPES = TEMPLATE_EVENTS + PROCESS_EVENTS
 SPAWN_TIME = 0.002                              # seconds of spawning in one turn of the loop
@@ -2972,6 +3037,9 @@ class Template:
         self.group = self.name.partition(":")[0] if ":" in self.name else None
         self.active = self.deleted = False
         self.gave_up = False                    # it flapped, and was stopped for good
+        self.outcome = None                     # of its last run: "done" or "failed"
+        self.finished = []                      # exits, (status, signal), that nothing follows
+        self.tries = 0                          # exits and failed spawns since its start
         self.processes = {}                     # pid -> Process: not gone, oldest first
         self.pending = []                       # Timers: slots that wait for the end of a backoff
         self.pause = None                       # Timer: it flaps, and nothing is spawned
@@ -2989,8 +3057,9 @@ class Template:
         self.replace(info)
 
     def replace(self, info):
-        """Take new options, and forget what went wrong before."""
+        """Take new options, and forget what came of the old ones."""
         self.info, self.history, self.hint, self.gave_up = info, (), None, False
+        self.outcome, self.finished, self.tries = None, [], 0
 
     def labels(self):
         """Return the labels of all streams that can be read, stdout's first."""
@@ -3030,10 +3099,17 @@ class Template:
         gone."""
         if not self.active or self.pause is not None:
             return 0
-        return self.info["numprocesses"] - len(self.processes) - len(self.pending)
+        return self.info["numprocesses"] - len(self.processes) - len(self.pending) - len(
+            self.finished)
+
+    def ended(self):
+        """Return True if each of its processes has exited, and nothing follows."""
+        return bool(self.active and self.finished and self.pause is None
+                    and not self.processes and not self.pending and self.missing() <= 0)
 
     def state(self):
-        """Return one word: running, starting, backoff, flapping, stopping or stopped."""
+        """Return one word: starting, running, backoff, flapping, stopping, stopped, done, failed.
+        """
         if self.pause is not None:
             return "flapping"
         if self.pending:
@@ -3042,7 +3118,9 @@ class Template:
             return "running"
         if self.processes:
             return "stopping"
-        return "starting" if self.active and self.info["numprocesses"] else "stopped"
+        if not self.active:
+            return self.outcome or "stopped"
+        return "starting" if self.info["numprocesses"] else "stopped"
 
     def status(self):
         """Return the answer of GET /status/<name>."""
@@ -3057,7 +3135,8 @@ class Template:
             "os_pids": [process.os_pid for process in running], "restarts": self.restarts,
             "last_exit": self.last_exit, "next_try": waits[0] if waits else None, "waiting": waits,
             "uptime": round(max([process.age() for process in running] or [0]), 3),
-            "gave_up": self.gave_up, "error": self.error, "hint": self.hint,
+            "gave_up": self.gave_up, "outcome": self.outcome, "error": self.error,
+            "hint": self.hint,
             "created": self.created, "graceful_timeout": self.info["graceful_timeout"],
         }
 
@@ -3157,7 +3236,7 @@ class ProcessHandle:
         def done():
             if self.pid is not None:
                 return target.gone
-            return not target.processes and target.state() == "stopped"
+            return target.state() in ("stopped", "done", "failed")
         if not manager.block_until(done, timeout):
             raise WaitTimeout("%s has not ended in %g seconds; it goes on" % (self.name, timeout))
         return target.last_exit
@@ -3380,6 +3459,8 @@ class Manager:
     def _reconcile(self, template):
         if not self._running or self.stopping:
             return
+        if template.ended():
+            self._finish_run(template)
         surplus = len(template.running()) - template.wanted()
         for process in template.running()[:max(0, surplus)]:
             self._end_process(process, "reap")
@@ -3418,10 +3499,12 @@ class Manager:
             short = isinstance(error, (Busy, MemoryError))  # of what the system has: no flapping
             (self._report if short else template.report).warning(
                 "%s cannot be started: %s", template.name, error)
-            if not short:
-                self._judge(template, 0.0, 1)
-            if template.missing() > 0:          # with a delay also if it flaps: nothing took time
-                self._spawn_later(template, failures + 1, backoff(failures + 2))
+            if not short and self._judge(template, CANNOT_START, 0.0, 1) is None:
+                template.finished.append(CANNOT_START)
+                self._reconcile(template)
+            elif template.missing() > 0:        # with a delay also if it flaps: nothing took time
+                delay = restart_delay(dict(template.info, flapping=None), failures + 2)
+                self._spawn_later(template, failures + 1, delay)
             return None
         process.failures = failures
         self._publish("spawn", template.name, process)
@@ -3453,19 +3536,27 @@ class Manager:
 
     def _stop_template(self, template):
         template.forget_waits()
+        template.finished = []
         if template.active:
             template.active = False
             self._publish("stop", template.name)
         for process in template.running():
             self._end_process(process, "stop_pid")
 
-    def _judge(self, template, lived, failures):
-        """Decide what follows an exit or a failed spawn. Returns the seconds until the next try."""
-        if template.pause is not None or not template.active or self.stopping:
+    def _judge(self, template, end, lived, failures):
+        """Decide what follows an exit or a failed spawn. Returns the seconds until the next try;
+        None: there is none."""
+        if not template.active or self.stopping:
             return 0.0
+        template.tries += 1
         oldest = max([lived, *(process.age() for process in template.running())])
-        action, delay, template.history = after_exit(
-            template.info, self.loop.clock(), oldest, failures, template.history)
+        action, delay, history = after_exit(
+            template.info, end, self.loop.clock(), oldest, failures, template.history)
+        if action in ("done", "failed"):
+            return None
+        if template.pause is not None:          # what exits meanwhile does not count
+            return 0.0
+        template.history = history
         if action == "pause":
             template.forget_waits()
             template.pause = self.loop.later(delay, self._end_pause, template)
@@ -3474,6 +3565,15 @@ class Manager:
             template.gave_up = True
             self._stop_template(template)
         return delay
+
+    def _finish_run(self, template):
+        """A template has ended by itself: it is done, or has failed."""
+        failures = [end for end in template.finished if not succeeded(template.info, end)]
+        status, signum = (failures or template.finished)[0]
+        template.outcome, template.finished = "failed" if failures else "done", []
+        template.active = False
+        self._publish("fail" if failures else "done", template.name, exit_status=status,
+                      term_signal=signum, tries=template.tries)
 
     def _end_pause(self, template):
         template.pause = None
@@ -3503,7 +3603,8 @@ class Manager:
         self._publish("exit", process.name, process, exit_status=status, term_signal=signum, **more)
         if by_itself:
             process.failures = 1 if process.age() >= BACKOFF_RESET else process.failures + 1
-            process.retry_after = self._judge(template, process.age(), process.failures)
+            process.retry_after = self._judge(
+                template, (status, signum), process.age(), process.failures)
 
     def process_ended(self, process):
         """A process has exited, and all its output has been read."""
@@ -3520,7 +3621,10 @@ class Manager:
             log.info("%s has ended, and so does gaffer, with %d", process.name, self.exit_code)
             self._stop(False)
         if template.active and not template.deleted and not self.stopping:
-            template.restarts += process.by_itself
+            if process.by_itself and process.retry_after is None:
+                template.finished.append((process.exit_status, process.term_signal))
+            else:
+                template.restarts += process.by_itself
             if process.by_itself and template.missing() > 0:
                 if process.retry_after:
                     self._spawn_later(template, process.failures, process.retry_after)
@@ -3603,23 +3707,23 @@ class Manager:
             self._add(info, dry_run)
             return self.templates.get(name), "created"
         template = self.find_template(name)
-        old, active = template.info, template.active
-        if start_given:
-            active = info["start"]
-        else:
-            info["start"] = old["start"]
+        # what has ended by itself was not stopped, and nobody wants it to run again either
+        old, was = template.info, template.active or template.outcome is not None
+        info["start"] = info["start"] if start_given else old["start"]
+        active = info["start"] if start_given else was
         fields = {field for field in OPTIONS if info[field] != old[field]}
         replaced = not fields <= set(ADJUSTABLE)
-        if not fields and active == template.active:
+        if not fields and active == was:
             return template, "unchanged"
-        if active and (replaced or not template.active):
+        if active and (replaced or not was):
             Launch(info)
         if dry_run:
             return template, "changed"
         template.info = info
-        if replaced or "flapping" in fields:
-            template.replace(info)
+        if "flapping" in fields:
+            template.history = ()
         if replaced:
+            template.replace(info)
             template.forget_waits()
             template.open_streams(self.window_size)
             template.active = active
@@ -3628,7 +3732,7 @@ class Manager:
         if replaced:
             for process in template.running():
                 self._end_process(process, "stop_pid")
-        elif active and not template.active:
+        elif active and not was:
             self.start_template(name)
         elif not active:
             self._stop_template(template)
@@ -5897,7 +6001,7 @@ h1 { font-size: 17px; margin: 0 } dialog h2 { font-size: 16px; margin: 0 0 8px }
 .bar .acts { flex-wrap: wrap } .live .start, .rest .stop { display: none }
 .dot { display: inline-block; width: 1.3em; color: var(--warn) } .running .dot { color: var(--good) }
 .stopped .dot { color: var(--dim) }
-.backoff > *, .flapping > * { color: var(--bad) } .state .dim { color: var(--dim) }
+.backoff > *, .flapping > *, .failed > * { color: var(--bad) } .state .dim { color: var(--dim) }
 .use span { min-width: 3.3em }
 svg { width: 42px; height: 17px; overflow: visible }
 path { fill: none; stroke: var(--accent); stroke-width: 1.3; vector-effect: non-scaling-stroke }
@@ -6027,7 +6131,8 @@ function reason(status) {
 	const often = (status.gave_up ? "gave up: " : "") + (status.gave_up || state === "flapping" ? "it exits too often" : "");
 	return [wait, status.error || last, often].filter(part => part).join(" · ");
 }
-const DOTS = {running: "●", backoff: "▲", flapping: "▲", stopping: "◐", starting: "◌", stopped: "○"};
+const DOTS = {running: "●", backoff: "▲", flapping: "▲", stopping: "◐", starting: "◌", stopped: "○",
+	done: "✓", failed: "▲"};
 function showState(node, status, more) {
 	const why = status.ended ? "" : reason(status);
 	if (node.className !== "state cut " + status.state) node.className = "state cut " + status.state;
@@ -6793,7 +6898,7 @@ function detail(name, pid) {
 
 // ---- events: what happened, and why
 const SAID = {create: "added", start: "started", stop: "stopped", restart: "restarted", update: "changed or scaled",
-	delete: "deleted", flap: "rests: it exits too often"};
+	delete: "deleted", flap: "rests: it exits too often", done: "is done", fail: "has failed"};
 function eventList() {
 	const causes = new Map(), exits = new Map(), began = new Map(), told = new Map();  // the last of each
 	const list = el("ol.events", {label: "Events"});
@@ -6822,7 +6927,7 @@ function eventList() {
 		return SAID[kind] + (kind === "stop" && exit && !exit.told && time - exit.time < .1 ? ": it exits too often" : "");
 	}
 	function add(event) {
-		const bad = event.event === "flap" || !told.has(event.pid) && (event.exit_status || event.term_signal);
+		const bad = ["flap", "fail"].includes(event.event) || !told.has(event.pid) && (event.exit_status || event.term_signal);
 		const item = el("li.row.item", {}, el("time.dim.mono", {text: clock(event.time)}),
 			el("a.cut", {href: "#/p/" + enc(event.name), text: event.name}),
 			el("span" + (bad ? ".bad" : ""), {text: why(event)}));
@@ -6840,6 +6945,7 @@ function eventList() {
 
 // ---- the form of a template. What is wrong with a field says the server, and it is shown beside it
 function quote(word) { return /^[\w@%+=:,.\/-]+$/.test(word) ? word : "'" + word.replace(/'/g, "'\\''") + "'"; }
+const AS_JSON = ["success", "restart_delay"];  // fields that are written as in JSON
 function form(name) {
 	const inputs = {}, faults = {}, fields = el("div.fields"), rest = el("p.bad", {role: "alert"}), warning = el("p.dim");
 	const title = name ? "Edit " + name : "Add a template", acts = [el("button.main", {text: name ? "Save" : "Add"}),
@@ -6862,6 +6968,9 @@ function form(name) {
 	inputs.name.disabled = Boolean(name);
 	function fill(field, value) {
 		if (typeof value === "boolean") inputs[field].checked = value;
+		else if (AS_JSON.includes(field) && typeof value === "object") {
+			inputs[field].value = value === null ? "" : JSON.stringify(value);
+		}
 		else if (Array.isArray(value)) inputs[field].value = value.map(word => quote(word)).join(" ");
 		else if (value && typeof value === "object") {
 			inputs[field].value = Object.entries(value).map(pair => pair.join("=")).join(field === "env" ? "\n" : " ");
@@ -6885,6 +6994,7 @@ function form(name) {
 		if (!text) return undefined;
 		if (field === "env") return pairs(value.split("\n").filter(line => line.trim()), each => each);
 		if (field === "flapping") return pairs(words, number);
+		if (AS_JSON.includes(field)) try { return JSON.parse(text); } catch (error) { return text; }
 		return ["numprocesses", "graceful_timeout", "priority"].includes(field) ? number(text) : text;
 	}
 	async function save() {
@@ -6963,7 +7073,7 @@ addEventListener("hashchange", route);
 route(true);
 feed(last => "/watch?feed=eventsource&since=" + enc(last || snapshot.since), ["create", "start", "stop", "restart", "update",
 	"delete", "spawn",
-	"reap", "exit", "stop_pid", "flap"], takeEvent);
+	"reap", "exit", "stop_pid", "flap", "done", "fail"], takeEvent);
 </script>
 </body></html>
 """
@@ -7187,7 +7297,7 @@ class Api:
     def readyz(self, request, query):
         """Whether every active template is as it is wanted; else 503."""
         waiting = [template.name for template in self.manager.templates.values()
-                   if len(template.running()) < template.wanted()]
+                   if len(template.running()) + len(template.finished) < template.wanted()]
         ready = not waiting and not self.manager.stopping
         return json_response({"ready": ready, "waiting": waiting}, 200 if ready else 503)
 
@@ -9420,7 +9530,20 @@ def flapping_from_text(text):
     return {name or field: parse_number(value) for field, (name, _, value) in zip(FLAPPING, pairs)}
 
 
+def number_or_text(text):
+    """Return the whole number that a text writes, or the text."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else text
+
+
+def delays_from_text(text):
+    """Return the number of "5", or the list of "0.1, 10"."""
+    numbers = [parse_number(word) for word in split_list(text)]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 CONVERTERS = {                                  # of text, for fields that are not text
+    "success": lambda text: [number_or_text(word) for word in split_list(text)],
+    "restart_delay": delays_from_text,
     "env": lambda text: env_from_words(split_words(text, ",")), "flapping": flapping_from_text,
     **dict.fromkeys(("redirect_output", "custom_streams"), split_list),
     **dict.fromkeys(("numprocesses", "priority", "graceful_timeout", "backlog"), parse_number)}

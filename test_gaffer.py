@@ -1864,7 +1864,8 @@ class PureTemplates(Case):
         "args": [], "env": {}, "os_env": True, "cwd": None, "uid": None, "gid": None,
         "shell": False, "numprocesses": 1, "start": True, "detach": False,
         "redirect_output": ["stdout", "stderr"], "redirect_input": False, "custom_streams": [],
-        "graceful_timeout": 10, "flapping": None, "priority": None,
+        "graceful_timeout": 10, "restart": "always", "success": [0], "restart_delay": [0.1, 10],
+        "flapping": None, "priority": None,
     }
     FLAG = ([True, False], [1, 0, "true", "", None, []])
     NOT_LABELS = [["stdin"], ["ttin"], ["exit"], ["dropped"], [""], ["."], [".."], ["a/b"], ["a b"],
@@ -1901,6 +1902,12 @@ class PureTemplates(Case):
                      [[], 5, True, "x", {"attempts": 0}, {"attempts": 1.5}, {"attempts": True},
                       {"window": 0}, {"window": "1"}, {"retry_in": -1}, {"max_retry": -1},
                       {"max_retry": None}, {"retries": 1}, {1: 1}]),
+        "restart": (["always", "on-failure", "never"], ["no", "", True, None, ["always"]]),
+        "success": ([[], [0, 3, 255], [0, "TERM", "sigint"]],
+                    [0, "TERM", [256], [-1], [1.5], [True], ["15"], ["NOPE"], [None], None]),
+        "restart_delay": ([0, 5, 0.5, [0, 0], [1, 60.5]],
+                          [-1, "5", True, [], [1], [2, 1], [1, 2, 3], [-1, 1], [1, None], 1e8,
+                           [0, math.inf], None]),
         "priority": ([None, 0, -5, 100], [1.5, "1", True, []]),
     }
 
@@ -2244,10 +2251,10 @@ class PurePolicies(Case):
 
     def decide(self, flapping, exits):
         """What after_exit() says to exits, [(time, seconds lived)], one after the other: words."""
-        info = {"flapping": gaffer.OPTIONS["flapping"].check(flapping)}
+        info = gaffer.check_template({"name": "x", "cmd": "x", "flapping": flapping})
         history, actions = (), []
         for now, lived in exits:
-            action, delay, history = gaffer.after_exit(info, now, lived, 1, history)
+            action, delay, history = gaffer.after_exit(info, (1, 0), now, lived, 1, history)
             self.assertEqual(delay, info["flapping"]["retry_in"] if action == "pause" else 0)
             actions.append(action)
         return " ".join(actions)
@@ -2258,7 +2265,8 @@ class PurePolicies(Case):
                                 (7, 3.2), (8, 6.4), (9, 10), (10, 10), (100, 10), (10 ** 9, 10)):
             with self.subTest(failures):
                 action, seconds, history = gaffer.after_exit(
-                    {"flapping": None}, 5.0, 1.0, failures, ())
+                    gaffer.check_template({"name": "x", "cmd": "x"}), (1, 0), 5.0, 1.0, failures,
+                    ())
                 self.assertEqual((action, history), ("start", ()))
                 self.assertAlmostEqual(seconds, delay)
 
@@ -2288,6 +2296,25 @@ class PurePolicies(Case):
                  "pause stop pause stop")):
             with self.subTest(flapping=flapping, exits=exits):
                 self.assertEqual(self.decide(flapping, exits), actions)
+
+    def test_success(self):
+        for success, end, good in (
+                ([0], (0, 0), True), ([0], (1, 0), False), ([0], (0, 15), False),
+                ([3], (0, 0), False), ([0, 143], (143, 0), True), ([0, 143], (0, 15), False),
+                ([0, "TERM"], (0, 15), True), (["SIGTERM"], (0, 15), True), ([], (0, 0), False),
+                ([15], (0, 15), False), (["TERM"], (143, 0), False), (["int"], (0, 2), True)):
+            with self.subTest(success=success, end=end):
+                self.assertEqual(gaffer.succeeded({"success": success}, end), good)
+
+    def test_restart_delay(self):
+        default, flapping = [0.1, 10], {"attempts": 9}
+        for delay, flaps, failures, seconds in (
+                (0, None, 1, 0), (5, None, 1, 5), (5, None, 9, 5), (5, flapping, 1, 5),
+                ([1, 60], None, 1, 0), ([1, 60], None, 2, 1), ([1, 60], None, 8, 60),
+                ([1, 60], flapping, 3, 2), (default, flapping, 9, 0), (default, None, 4, 0.4)):
+            with self.subTest(delay=delay, flapping=flaps, failures=failures):
+                info = {"restart_delay": delay, "flapping": flaps}
+                self.assertAlmostEqual(gaffer.restart_delay(info, failures), seconds)
 
     def test_signals(self):
         for value, number in (("15", 15), ("TERM", 15), ("SIGTERM", 15), ("term", 15), (15, 15),
@@ -4568,6 +4595,133 @@ class ProcessTimes(Case):
         self.clock.join()
 
 
+# how a process ends: (command, (exit status, signal))
+POLICY_ENDS = {
+    "0": ("true", (0, 0)), "1": ("sh -c 'exit 1'", (1, 0)), "143": ("sh -c 'exit 143'", (143, 0)),
+    "KILL": ("sh -c 'kill -KILL $$$$'", (0, 9)), "cannot start": ("{folder}/x", (127, 0))}
+
+
+class ProcessPolicies(Case):
+    """restart and success, on a clock that the tests move: number of starts, state, last event."""
+
+    def run_policy(self, restart, command, **options):
+        """Run a template with a policy for 100 seconds. Return (starts, status, events)."""
+        clock = ProcessClock()
+        try:
+            clock.manager.add_process("x", command, restart=restart, **options)
+            clock.settle()
+            for _ in range(20):
+                clock.advance(5)
+            return clock.count("spawn"), clock.status("x"), clock.seen
+        finally:
+            clock.close()
+
+    def test_table(self):
+        """3 policies, 5 ends, with and without flapping."""
+        flapping = {"attempts": 2, "window": 50, "retry_in": 1, "max_retry": 1}
+        for restart in ("always", "on-failure", "never"):
+            for word, (command, end) in POLICY_ENDS.items():
+                for flaps in (None, flapping):
+                    with self.subTest(restart=restart, end=word, flaps=bool(flaps)):
+                        self.check(restart, command, end, flaps)
+
+    def check(self, restart, command, end, flaps):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        program, cannot = os.path.join(folder, "x"), end == (127, 0)
+        if cannot:                              # it is there for the check, and goes then
+            with open(program, "w", encoding="ascii") as file:
+                file.write("#!/bin/sh\nrm \"$0\"; exit 1\n")
+            os.chmod(program, 0o755)
+        starts, status, seen = self.run_policy(restart, command.format(folder=folder),
+                                               flapping=flaps)
+        last = [(kind, event) for _, kind, event in seen if kind in ("done", "fail", "stop")]
+        if restart == "always" or restart == "on-failure" and end != (0, 0):
+            if flaps:
+                self.assertEqual((status["state"], status["gave_up"]), ("stopped", True))
+                self.assertEqual([kind for kind, _ in last], ["stop"])
+            else:
+                self.assertEqual((status["state"], last), ("backoff", []))
+            self.assertEqual(starts, 1 if cannot else 4 if flaps else 15)
+            return
+        kind, event = last[-1]
+        first = (1, 0) if cannot else end       # it is not started a second time
+        self.assertEqual((starts, len(last), kind), (1, 1, "fail" if any(first) else "done"))
+        self.assertEqual(status["state"], "failed" if any(first) else "done")
+        self.assertEqual((event["exit_status"], event["term_signal"], event["tries"]), (*first, 1))
+        self.assertFalse(status["active"])
+
+    def test_tries_and_success(self):
+        """On-failure until it succeeds; what counts as success is the template's word."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        script = "echo >> n; exit $((3 - $(wc -l < n)))"
+        starts, status, seen = self.run_policy("on-failure", script, shell=True, cwd=folder)
+        self.assertEqual((starts, status["state"], status["restarts"]), (3, "done", 2))
+        self.assertEqual((seen[-1][1], seen[-1][2]["tries"]), ("done", 3))
+        for success, state in (([0, 3], "done"), ([3], "done"), (["TERM", 0], "failed")):
+            _, status, _ = self.run_policy("never", "exit 3", shell=True, success=success)
+            self.assertEqual(status["state"], state)
+        _, status, _ = self.run_policy("never", "kill $$", shell=True, success=["TERM"])
+        self.assertEqual(status["state"], "done")
+
+    def test_many(self):
+        """Several of one template: it has failed if one has, once all have ended."""
+        clock = ProcessClock()
+        self.addCleanup(clock.close)
+        clock.manager.add_process("x", "exit $((GAFFER_INSTANCE - 1))", shell=True, numprocesses=3,
+                                  restart="never")
+        clock.settle()
+        self.assertEqual(clock.status("x")["state"], "failed")
+        self.assertEqual((clock.count("spawn"), clock.seen[-1][1]), (3, "fail"))
+        self.assertEqual((clock.seen[-1][2]["exit_status"], clock.seen[-1][2]["tries"]), (1, 3))
+
+    def test_what_starts_it_again(self):
+        """_start, _restart and a change run what is done again; the same template does not."""
+        clock = ProcessClock()
+        self.addCleanup(clock.close)
+        manager, info = clock.manager, {"name": "x", "cmd": "true", "restart": "never"}
+        manager.add_process(info)
+        for number, (act, runs) in enumerate((
+                (lambda: manager.start_template("x"), True),
+                (lambda: manager.restart_template("x"), True),
+                (lambda: manager.update_process("x", info), False),
+                (lambda: manager.update_process("x", dict(info, start=True)), False),
+                (lambda: manager.scale("x", 1), False), (lambda: manager.scale("x", -1), False),
+                (lambda: manager.stop_template("x"), False),
+                (lambda: manager.update_process("x", dict(info, cmd="true x")), True),
+                (manager.restart, False), (lambda: manager.start_template("x"), True))):
+            with self.subTest(number):
+                clock.settle()
+                starts = clock.count("spawn")
+                self.assertEqual(clock.status("x")["state"], "done")
+                self.assertEqual(clock.count("done"), starts)
+                act()
+                clock.barrier()
+                self.assertEqual(clock.count("spawn") - starts, runs)
+
+    def test_wait(self):
+        """A handle waits for the end of what ends by itself, and returns the last exit."""
+        clock = ProcessClock()
+        self.addCleanup(clock.close)
+        handle = clock.manager.add_process("x", "sh -c 'exit 3'", restart="never")
+        self.assertEqual(handle.wait(TIMEOUT)["exit_status"], 3)
+        self.assertEqual(clock.status("x")["outcome"], "failed")
+
+    def test_restart_delay_is_kept(self):
+        """A number of seconds is always that, also the first time and with flapping."""
+        for flapping in (None, {"attempts": 5}):
+            clock = ProcessClock()
+            try:
+                clock.manager.add_process("x", "true", restart_delay=3, flapping=flapping)
+                clock.settle()
+                for _ in range(9):
+                    clock.advance(1)
+                self.assertEqual(clock.times("spawn"), [0, 3, 6, 9])
+            finally:
+                clock.close()
+
+
 class ProcessEvents(ProcessCase):
     """Events: their order and their fields."""
 
@@ -4954,10 +5108,8 @@ class ProcessTemplate(ProcessCase):
         """The template as it was given, defaults filled in; by pid with pid and os_pid."""
         self.server.add("x", "sleep 60", env={"A": 1}, priority=3)
         template = self.server.ok("GET", "/processes/x")
-        self.assertEqual(template, {
-            "name": "x", "cmd": "sleep 60", "args": [], "env": {"A": 1}, "os_env": True, "cwd": None, "uid": None, "gid": None,
-            "shell": False, "numprocesses": 1, "start": True, "detach": False, "redirect_output": ["stdout", "stderr"],
-            "redirect_input": False, "custom_streams": [], "graceful_timeout": 10, "flapping": None, "priority": 3})
+        self.assertEqual(template, dict(PureTemplates.DEFAULTS, name="x", cmd="sleep 60", env={"A": 1},
+                                        priority=3))
         process = self.server.ok("GET", "/processes/1")
         os_pid = process.pop("os_pid")
         self.assertEqual(process, dict(template, pid=1))
@@ -15040,6 +15192,9 @@ class ConfigFiles(ConfigCase):
         redirect_input = yes
         custom_streams = one two
         graceful_timeout = 2.5
+        restart = on-failure
+        success = 0, 3 TERM
+        restart_delay = 1, 2.5
         flapping = 3, 1.5, 2, 4
         priority = 0
 
@@ -15061,7 +15216,8 @@ class ConfigFiles(ConfigCase):
             "env": {"A": "1", "B": "x, y", "PURE_SET": "set", "C": "", "PORT": "80", "lower": "x=y"},
             "start": False, "detach": False, "redirect_output": ["out", "err"],
             "redirect_input": True, "custom_streams": ["one", "two"], "graceful_timeout": 2.5,
-            "priority": 0,
+            "priority": 0, "restart": "on-failure", "success": [0, 3, "TERM"],
+            "restart_delay": [1, 2.5],
             "flapping": {"attempts": 3, "window": 1.5, "retry_in": 2, "max_retry": 4}})
         self.assertEqual((found.templates["g:b"]["cmd"], found.templates["g:b"]["cwd"]),
                          ("sleep\n1000", self.home))
@@ -16485,7 +16641,8 @@ class Readme(CliCase):
         self.assertEqual(self.text if not os.environ.get("WRITE_README") else made, made)
 
     def test_its_own_prose_is_under_300_lines(self):
-        self.assertLess(self.text.partition("## Command reference")[0].count("\n"), 300)
+        prose = self.text.partition("## Command reference")[0]
+        self.assertLess(len(re.findall(r"^(?!\| `)", prose, re.M)), 280)
 
     def test_has_every_field_with_its_default(self):
         rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", self.text, re.M))
