@@ -200,7 +200,6 @@ ACCESS_FIELD_SIZE = KIB             # of a client's header in the access log
 ACCESS_LOG_LINES = 2000             # that wait to be written
 LOG_SIZE = 256 * KIB                # of --log-file, too
 LOG_END = 1.0                       # and at gaffer's stop they are written for so long
-TURN_BUCKETS = (0.001, 0.01, 0.1, 1.0)      # of a turn of the loop: all else waits as long, and 10 ms of that can be felt
 CLIENT_TIME = 30.0                  # a command waits so long for an answer
 HEARTBEAT = 10                      # asks for a sign of life each so many seconds where it follows a stream
 STREAM_TIME = 3.0 * HEARTBEAT       # and takes it for lost without one
@@ -760,7 +759,6 @@ class Loop:
         self.closed = False
         self.pending_timers = 0
         self.turns, self.busy = 0, 0.0          # turns taken, and seconds spent working in them
-        self.turns_by_length = [0] * (len(TURN_BUCKETS) + 1)    # the first stays 0: most turns
         self._lock, self._gate = threading.Lock(), threading.Lock()
         self._owner = None                      # the thread that holds the lock
         self._selector = selectors.DefaultSelector()
@@ -957,11 +955,8 @@ class Loop:
                 for _ in range(len(self._inbox)):       # what these add is for the next turn
                     function, args = self._inbox.popleft()
                     self.guard(function, *args)
-                took = self.clock() - self.now
                 self.turns += 1
-                self.busy += took
-                if took > TURN_BUCKETS[0]:
-                    self.turns_by_length[bisect.bisect_left(TURN_BUCKETS, took)] += 1
+                self.busy += self.clock() - self.now
             finally:
                 self._sleeping = True           # before the inbox is checked: see call_soon()
                 timers = self._timers
@@ -7199,16 +7194,17 @@ class StatsFeed:
     `sampler()` is called under the lock, and what it returns on a thread; NotFound ends the feed.
     """
 
-    def __init__(self, loop, interval, sampler, closed):
+    def __init__(self, loop, interval, sampler, feeds, key):
         self.records = EventLog(loop, STATS_KEPT)
-        self._loop, self._interval = loop, interval
-        self._sampler, self._closed = sampler, closed
+        self._loop, self._interval, self._sampler = loop, interval, sampler
+        self._feeds, self._key = feeds, key     # where those that have followers are found
         self._followers, self._timer = 0, None
 
     def follow(self):
         """Count a follower; return a function that ends its following."""
         self._followers += 1
         if self._followers == 1:
+            self._feeds.setdefault(self._key, self)
             self._tick()
         return self._leave
 
@@ -7217,7 +7213,8 @@ class StatsFeed:
         if self._followers == 0:
             if self._timer is not None:
                 self._timer.cancel()
-            self._closed()
+            if self._feeds.get(self._key) is self:
+                del self._feeds[self._key]
 
     def _tick(self):
         self._timer = None
@@ -7543,13 +7540,12 @@ class Api:
         return call(self._follow_stats, request, query, (name, pid, query.brief, interval), sampler)
 
     def _follow_stats(self, request, query, key, sampler):
-        feeds = self._stats_feeds
-        if key not in feeds:
-            feeds[key] = StatsFeed(self.manager.loop, key[-1], sampler, lambda: feeds.pop(key))
-        records = feeds[key].records
+        loop, feeds = self.manager.loop, self._stats_feeds
+        feed = feeds.get(key) or StatsFeed(loop, key[-1], sampler, feeds, key)
+        records = feed.records
         encoder = RecordEncoder(query.feed, self._framed(request), self.manager.epoch, "stat",
                                 lambda record: True, lambda record: "stat")
-        return self._feed(request, query, records, encoder, records.end, begin=feeds[key].follow)
+        return self._feed(request, query, records, encoder, records.end, begin=feed.follow)
 
     # events and streams
 
