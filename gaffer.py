@@ -4030,6 +4030,8 @@ class Request:
     @functools.cached_property
     def query(self):
         """The query as {name: value}. Raises BadRequest: a name is repeated, or badly encoded."""
+        if not self.raw_query:
+            return {}
         if BAD_PERCENT.search(self.raw_query):
             raise BadRequest("a % in the query must be followed by two hexadecimal digits")
         try:
@@ -4145,6 +4147,9 @@ def parse_head(head):
     return Request(method, target, version, headers)
 
 
+known_head = functools.lru_cache(256)(parse_head)   # a client that polls sends the same again
+
+
 def read_line(file, limit, error):
     """Return a line without its CR LF, or None at the end of the file.
 
@@ -4179,7 +4184,11 @@ def read_request(file):
         lines.append(line)
         left -= len(line) + 2
         line = read_line(file, max(0, left - 4), headers_too_large)     # the empty line has to fit
-    return None if line is None else parse_head(b"\r\n".join(lines))
+    if line is None:
+        return None
+    head = b"\r\n".join(lines)
+    known = known_head(head) if len(head) <= KIB else parse_head(head)
+    return Request(known.method, known.target, known.version, dict(known.headers))
 
 
 def has_body(request):
