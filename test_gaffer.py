@@ -44,6 +44,7 @@ import signal
 import socket
 import ssl
 import stat
+import statistics
 import struct
 import subprocess
 import sys
@@ -8243,6 +8244,164 @@ class HttpConnections(HttpCase):
         self.assertEqual(json.loads(feed.answer_chunk())["event"], "create")
 
 
+class HttpThreads(HttpCase):
+    """A thread answers a request; what waits is on the loop; each has its bounds."""
+
+    @staticmethod
+    def request_threads():
+        """How many threads requests have."""
+        return sum(thread.name == "gaffer-http" for thread in threading.enumerate())
+
+    def serve(self, **options):
+        """Another server."""
+        made = Running(**options)
+        self.addCleanup(made.stop_all)
+        return made
+
+    def test_who_sends_nothing_has_no_thread(self):
+        """Neither before the first request nor, after a moment, behind it."""
+        wires = [self.wire() for _ in range(30)]
+        for wire in wires[:10]:
+            wire.send(http_bytes("GET", "/ping"))
+            self.assertEqual(wire.answer()[2], b"OK")
+        until(lambda: sum(channel.kind == "idle" for channel in tuple(self.server.http.channels)) == 30, "all are idle")
+        until(lambda: not self.request_threads(), "the end of the threads")
+        for wire in wires:
+            wire.send(http_bytes("GET", "/ping") * 2)
+            self.assertEqual([wire.answer()[2], wire.answer()[2]], [b"OK", b"OK"])
+
+    def test_many_that_dawdle(self):
+        """Half a head, half a body: a request beside them is answered at once."""
+        dawdlers = [self.wire() for _ in range(500)]
+        for number, wire in enumerate(dawdlers):
+            wire.send((b"GET /ping HT", http_bytes("POST", "/processes", "Content-Length: 9"))[number % 2])
+        until(lambda: len(self.server.http.threads) == 500, "their threads")
+        wire, took = self.wire(), []
+        for number in range(200):
+            began = time.monotonic()
+            dawdlers[number].send(b"T" if number % 2 == 0 else b"{")
+            wire.send(http_bytes("GET", "/ping"))
+            self.assertEqual(wire.answer()[2], b"OK")
+            took.append(time.monotonic() - began)
+        self.assertLess(statistics.median(took), 0.02)
+
+    def test_a_request_belongs_to_one_call(self):
+        """What a handler does to it, the next one does not see."""
+        def pop(request):
+            return {"query": request.query.pop("a", None), "header": request.headers.pop("x", None)}
+        server = self.serve(handlers=[("/pop", pop)])
+        wire = self.wire(server)
+        for _ in range(3):
+            wire.send(http_bytes("GET", "/pop?a=1", "X: 2"))
+            self.assertEqual(json.loads(wire.answer()[2].decode()), {"query": "1", "header": "2"})
+
+    def test_expect(self):
+        """What will be refused is refused before its body; else the client is told to go on."""
+        server = self.serve(handlers=[("/echo", lambda request: request.body)], token="secret")
+        expect, token = "Expect: 100-continue", "Authorization: Bearer secret"
+        for path, headers, status in (("/nope", (token,), 404), ("/ping", (token,), 405), ("/echo", (), 401),
+                                      ("/echo", (token, "Content-Encoding: gzip"), 415), ("/echo", (token, "Host2: x"), None)):
+            for framing in ("Content-Length: 5", "Transfer-Encoding: chunked"):
+                with self.subTest(path=path, headers=headers, framing=framing):
+                    wire = self.wire(server)
+                    wire.send(http_bytes("POST", path, expect, framing, *headers))
+                    if status is None:
+                        self.assertEqual((wire.file.readline(), wire.file.readline()), (b"HTTP/1.1 100 Continue\r\n", b"\r\n"))
+                        wire.send(b"hello" if "Length" in framing else http_chunks(b"hello"))
+                        self.assertEqual(wire.answer()[2], b"hello")
+                    else:
+                        self.assertEqual(wire.answer()[0], status)
+                        self.assertEqual(wire.rest(), b"")
+                    wire.close()
+        wire = self.wire(server)
+        wire.send(http_bytes("POST", "/echo", expect, token, "Content-Length: %d" % 2 ** 40))
+        self.assertEqual(wire.answer()[0], 413)
+
+    def test_no_answer_is_kept_by_a_cache(self):
+        """Whatever it is."""
+        self.cat("web")
+        answers = [self.ask(data, method) for method, data in (
+            *((method, http_bytes(method, path)) for method, path in (
+                ("GET", "/"), ("GET", "/status"), ("HEAD", "/status"), ("GET", "/nope"), ("PUT", "/ping"), ("OPTIONS", "/x"),
+                ("GET", "/streams/1/stdout?timeout=0"), ("GET", "/metrics"), ("GET", "/wstreams/1"), ("POST", "/processes"))),
+            ("GET", http_bytes("GET", "/", "Accept: text/html")), ("GET", http_bytes("GET", "/ping", host="evil.example")),
+            ("GET", b"bad\r\n\r\n"))]
+        answers.append(self.server.request("GET", "/watch?timeout=0"))
+        for path in ("/watch?feed=continuous", "/streams/1/stdout?feed=eventsource", "/streams?feed=continuous"):
+            answer = self.server.stream(path)
+            self.addCleanup(answer.connection.close)
+            self.addCleanup(answer.close)
+            answers.append((answer.status, {"cache-control": answer.headers.get_all("Cache-Control")}))
+        for answer in answers:
+            given = answer[1]["Cache-Control"] if isinstance(answer[1], http.client.HTTPMessage) else answer[1]["cache-control"]
+            self.assertIn(given, (["no-store"], "no-store"), answer)
+
+    def test_requests_under_way_at_the_stop(self):
+        """They have STOP_SEND seconds, then they are cut."""
+        entered, leave = queue.Queue(), threading.Event()
+
+        def slow(request):
+            entered.put(None)
+            leave.wait(TIMEOUT)
+            return "done"
+
+        def application(environ, start_response):
+            start_response("200 OK", [])
+            yield slow(None).encode()
+        self.addCleanup(leave.set)
+        for patience, answers in ((TIMEOUT, [b"done", b"done"]), (0.1, [b"", b""])):
+            with self.subTest(patience=patience), unittest.mock.patch.object(gaffer, "STOP_SEND", patience):
+                leave.clear()
+                server = self.serve(handlers=[("/slow", slow)], wsgi={"/wsgi": application})
+                wires = [self.wire(server), self.wire(server)]
+                for wire, path in zip(wires, ("/slow", "/wsgi")):
+                    wire.send(http_bytes("GET", path))
+                    entered.get(timeout=TIMEOUT)
+                server.manager.stop()
+                if answers[0]:
+                    until(lambda: server.manager.stopping, "the stop")
+                    leave.set()
+                    self.assertEqual([wire.answer()[2] for wire in wires], answers)
+                self.assertEqual([wire.rest() for wire in wires], [b"", b""])
+                leave.set()
+                server.stop_all()
+
+    def test_subprotocols(self):
+        """A handler takes the client's first that it knows, a process the first; what is none of these is left out."""
+        made = type("Chat", (gaffer.WebSocketHandler,), {"protocols": ("chat", "v2")})
+        server = self.serve(handlers=[("/plain", gaffer.WebSocketHandler), ("/chat", made)])
+        server.add("cat", "cat", redirect_input=True)
+        for path, offer, chosen in (("/plain", "chat", None), ("/chat", "v1, v2 , chat", "v2"), ("/chat", "v1", None), ("/chat", None, None),
+                                    ("/wstreams/1", "chat, v2", "chat"), ("/wstreams/1", None, None), ("/wstreams/1", ", a b", None)):
+            with self.subTest(path=path, offer=offer):
+                wire = WebSocket(server.port, path, "Sec-WebSocket-Protocol: %s\r\n" % offer if offer else "")
+                self.assertEqual((wire.status, wire.headers["Sec-WebSocket-Protocol"]), (101, chosen))
+                wire.close()
+
+    def test_chunks_of_an_event_stream(self):
+        """One for the empty line at its begin, one a send, and the last one at a real end; none for HTTP/1.0."""
+        pid, = self.cat("web", flapping=STREAMS_ONCE)
+        epoch = self.server.manager.epoch
+        event = "id: 2@%s\nevent: stdout\ndata: x\n\n" % epoch
+        end = "id: 2x@%s\nevent: exit\ndata: {\"pid\": %d, \"exit_status\": 0, \"term_signal\": 0}\n\n" % (epoch, pid)
+        path = "/streams/%d/stdout?feed=eventsource&since=0" % pid
+        new, old, cut = (StreamsWire(self.server.port, path, version=version) for version in ("1.1", "1.0", "1.1"))
+        for wire in new, old, cut:
+            self.addCleanup(wire.close)
+            wire.head()
+            if wire is cut:
+                self.server.manager.loop.call(lambda: [
+                    channel.close() for channel in tuple(self.server.http.channels)
+                    if channel.sock.getpeername() == wire.sock.getsockname()])
+                self.assertIsNone(wire.chunk())
+        self.assertEqual((new.headers["Transfer-Encoding"], old.headers["Transfer-Encoding"]), ("chunked", None))
+        self.server.ok("POST", "/streams/%d/stdin" % pid, b"x\n")
+        self.assertEqual(new.chunk().decode(), event)
+        self.server.ok("DELETE", "/streams/%d/stdin" % pid)
+        self.assertEqual((new.chunk().decode(), new.chunk()), (end, b""))
+        self.assertEqual(old.file.read().decode(), event + end)
+
+
 class HttpLimits(HttpCase):
     """How many connections there may be, in all and of one address."""
 
@@ -8915,6 +9074,18 @@ class HttpEndpoints(HttpCase):
                 while sock.recv(1000):
                     pass
 
+    def test_handshakes_without_end(self):
+        """They have a limit of their own, and one more ends the oldest: others get in, with TLS or without."""
+        server, context = self.tls()
+        with http_limits(HANDSHAKES_MAX=20):
+            hanging = [server.connect() for _ in range(60)]
+            for sock in hanging:
+                self.addCleanup(sock.close)
+                sock.sendall(b"\x16\x03\x01")
+            until(lambda: len(server.http.handshakes) == 20 and len(server.http.connections) == 20, "the limit")
+            self.ping(self.secure(server, context))
+            self.assertLessEqual(len(server.http.threads), 20)
+
     def test_handshake_that_never_ends(self):
         """Is cut after a while."""
         server, _ = self.tls()
@@ -9035,6 +9206,28 @@ class HttpEndpoints(HttpCase):
         with open(path) as file:
             self.assertEqual(file.read(), "precious")
         os.unlink(path)
+
+    def test_a_unix_socket_that_another_server_has_taken_over(self):
+        """Is not removed by the old one."""
+        path = os.path.join(self.folder, "taken.sock")
+        old = self.listen("unix:" + path)
+        os.rename(path, path + ".old")
+        new = self.listen("unix:" + path)
+        old.stop_all()
+        self.ping(self.local(path))
+        new.stop_all()
+        self.assertFalse(os.path.lexists(path))
+        os.unlink(path + ".old")
+
+    def test_any_host_on_a_unix_socket(self):
+        """No page can reach it; an application gets a name that it can use."""
+        path = os.path.join(self.folder, "host.sock")
+        self.listen("unix:" + path, wsgi={"/name": lambda environ, start: (start("200 OK", []), [environ["SERVER_NAME"].encode()])[1]})
+        for host in ("unix", "a/b", "[x"):
+            wire = self.local(path)
+            wire.send(http_bytes("GET", "/name", host=host))
+            self.assertEqual(wire.answer()[2], b"unix" if host == "unix" else b"localhost")
+            wire.close()
 
     def test_unix_sockets_that_cannot_be(self):
         """A folder that is not there, a path that is too long."""
