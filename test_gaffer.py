@@ -16776,7 +16776,7 @@ class Readme(CliCase):
         server = self.run_program(shlex.split(command) + ["--bind", "127.0.0.1:0"], env=self.env, cwd=HERE)
         self.env["GAFFER_ENDPOINT"] = server.urls[0]
         self.assertEqual(output.replace("5000", str(server.port)), server.first_line)
-        self.assertGreater(len(examples), len(gaffer.ROUTES))
+        self.assertGreater(len(examples), 7)
         for command, output in examples:
             with self.subTest(command=command):
                 status, out, err = self.shell(command, server.port)
@@ -16811,32 +16811,23 @@ class Readme(CliCase):
         self.assertEqual((program.stop(), program.stderr), (0, ""))
         self.assertEqual(program.stdout.count("ticker has exited\n"), 2)
 
-    @staticmethod
-    def reference():
-        """All helps, as they are printed where the output is no terminal."""
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out), unittest.mock.patch.dict(os.environ, {"COLUMNS": "80"}):
-            gaffer.main(["--help"])
-            for group in gaffer.GROUPS:
-                for name, command in gaffer.COMMANDS.items():
-                    if command.group == group:
-                        print("\n$ gaffer.py %s --help" % name)
-                        gaffer.main([name, "--help"])
-        return out.getvalue()
+    def test_it_is_short(self):
+        self.assertLessEqual(self.text.count("\n"), 350)
+        self.assertLessEqual(max(map(len, self.text.split("\n"))), 160)
 
-    def test_the_command_reference_is_what_help_says(self):
-        """`WRITE_README=1 python3 test_gaffer.py Readme` writes it anew."""
-        head, fence, rest = self.text.partition("## Command reference\n\n```text\n")
-        self.assertTrue(fence)
-        made = head + fence + "$ gaffer.py --help\n" + self.reference() + "```\n" + rest.partition("\n```\n")[2]
-        if os.environ.get("WRITE_README"):
-            with open(os.path.join(HERE, "README.md"), "w", encoding="utf-8") as file:
-                file.write(made)
-        self.assertEqual(self.text if not os.environ.get("WRITE_README") else made, made)
-
-    def test_its_own_prose_is_under_300_lines(self):
-        prose = self.text.partition("## Command reference")[0]
-        self.assertLess(len(re.findall(r"^(?!\| `)", prose, re.M)), 280)
+    def test_all_has_a_help_text(self):
+        """The reference is `COMMAND --help`, not the README."""
+        for name, command in gaffer.COMMANDS.items():
+            parser = gaffer.make_parser(name)
+            self.assertTrue(command.help, name)
+            for action in parser._actions:
+                self.assertTrue(action.help, (name, action.option_strings or action.dest))
+            self.assertIn("`%s" % name, self.text.replace(", `", " `"), name)
+        for table in gaffer.OPTIONS, gaffer.PARAMETERS:
+            for name, entry in table.items():
+                self.assertTrue(entry.help, name)
+        for path, methods in gaffer.ROUTES:
+            self.assertTrue(all(handler.__doc__ for handler in methods.values()), path)
 
     def test_has_every_field_with_its_default(self):
         rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", self.text, re.M))
@@ -16848,8 +16839,8 @@ class Readme(CliCase):
 
     def test_has_every_type_of_event_and_the_version(self):
         listed = re.search(r"^Types of events: (.*)\.$", self.text, re.M).group(1).split()
-        self.assertEqual(sorted(listed), sorted(gaffer.EVENT_TYPES))
-        self.assertIn("version %s." % gaffer.__version__.rpartition(".")[0], self.text)
+        self.assertLessEqual(set(gaffer.EVENT_TYPES), set(listed))
+        self.assertIn("gaffer %s listening on" % gaffer.__version__, self.text)
 
 
 class Examples(CliCase):
@@ -16925,6 +16916,66 @@ class Examples(CliCase):
         shout.text("quiet")
         self.assertEqual(shout.read(), (1, b"QUIET"))
         self.assertEqual((program.stop(signal.SIGINT), program.stdout, program.stderr), (0, "", ""))
+
+    def test_chat(self):
+        """Everybody gets every message, and a thread of the program's own sends, too."""
+        program = self.run_program(self.example("chat.py", "127.0.0.1:0"), pattern=self.LISTENING)
+        one = WebSocket(program.port, "/chat")
+        self.addCleanup(one.close)
+        self.assertEqual(one.read(), (1, b"somebody has come in"))
+        two = WebSocket(program.port, "/chat")
+        self.addCleanup(two.close)
+        self.assertEqual([client.read() for client in (one, two)], [(1, b"somebody has come in")] * 2)
+        two.text("hello")
+        self.assertEqual([client.read() for client in (one, two)], [(1, b"hello")] * 2)
+        two.frame(8, struct.pack("!H", 1000))
+        self.assertEqual(one.read(), (1, b"somebody has left"))
+        self.assertEqual((program.stop(), program.stderr), (0, ""))
+
+    @unittest.skipUnless(shutil.which("nginx"), "needs nginx")
+    def test_nginx(self):
+        """The block is what nginx takes, and what its clients need."""
+        folder, server = self.folder(), self.start("--allow-host", "gaffer.example.com")
+        block = cli_read(os.path.join(self.FOLDER, "nginx.conf"))
+        path = os.path.join(folder, "nginx.conf")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        with open(path, "w") as file:
+            file.write("pid %s/pid; error_log stderr; daemon off; events {} http { access_log off;\n%s\n"
+                       "client_body_temp_path %s; proxy_temp_path %s; fastcgi_temp_path %s; uwsgi_temp_path %s; scgi_temp_path %s;\n"
+                       "server { listen 127.0.0.1:%d; %s } }" % (
+                           folder, re.search("map .*}", block).group(), *[folder] * 5, port,
+                           block.replace("127.0.0.1:5000", "127.0.0.1:%d" % server.port)))
+        nginx = subprocess.Popen(["nginx", "-p", folder, "-c", path], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        with nginx:
+            def listens():
+                with socket.socket() as sock:
+                    return sock.connect_ex(("127.0.0.1", port)) == 0
+            until(listens, "nginx")
+            server.add("cat", {"cmd": "cat"}, redirect_input=True)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+            connection.request("POST", "/gaffer/streams/1/stdin", b"hello\n", {
+                "Host": "gaffer.example.com", "Origin": "https://gaffer.example.com"})
+            self.assertEqual(connection.getresponse().read(), b'{"ok": true}\n')
+            connection.close()
+            client = WebSocket(port, "/gaffer/wstreams/1?tail=all")
+            self.assertEqual(client.read(), (1, b"hello\n"))
+            client.close()
+            nginx.terminate()
+            self.assertNotIn(b"[emerg]", nginx.stderr.read())
+        self.assertEqual((server.stop(), server.stderr), (0, ""))
+
+    def test_systemd_unit(self):
+        text = cli_read(os.path.join(self.FOLDER, "gaffer.service"))
+        command = re.search("^ExecStart=(.*)$", text, re.M).group(1).split()
+        self.assertEqual(command[2:], ["serve", "/etc/gaffer.ini"])
+
+    def test_configurations(self):
+        """Each example file is one that serve takes."""
+        for name in ("gaffer.ini", "gaffer.toml")[:2 if sys.version_info >= (3, 11) else 1]:
+            settings = gaffer.read_settings(os.path.join(self.FOLDER, name))
+            self.assertEqual(list(settings.templates)[:2], ["dummy", "echo"])
+            self.assertEqual(settings.endpoints[0].bind, "127.0.0.1:5000")
 
     def test_websocket_echo(self):
         program = self.run_program(self.example("websocket_echo.py", "0"), pattern=self.LISTENING)
@@ -17808,17 +17859,28 @@ class Structure(Case):
         self.assertGreater(len(banners), 10)
         self.assertEqual([name for name in listed if name in banners], banners)
 
+    def readme_routes(self):
+        """{(method, path)} of the README's table, where `/_stop` behind another path is short for a full one."""
+        found = set()
+        for row in re.findall(r"^\| (`(?:GET|POST|PUT|DELETE)[^|]*)\|", self.readme, re.M):
+            methods, path = [], None
+            for word in re.sub(r"[`,]", " ", row).split():
+                if word in gaffer.METHODS:
+                    methods, path = methods * (path is None) + [word], None
+                else:
+                    base = (path or base).partition("/_")[0] if word.startswith("/_") and len(methods) and found else ""
+                    path = base = base + word if word.startswith("/_") and word != "/_reload" else word
+                    found |= {(method, re.sub("<.*?>", "<>", path)) for method in methods}
+        return found
+
     def test_every_route_is_in_the_readme_and_in_a_test(self):
+        shown = self.readme_routes()
         for path, methods in gaffer.ROUTES:
             parts = re.split(r"(<[^>]*>)", path)
-            shown = "".join("<[^>]+>" if part.startswith("<") else re.escape(part) for part in parts)
             used = "".join(r"[^/\s\"'?]+" if part.startswith("<") else re.escape(part) for part in parts)
-            if path.endswith("/_signal"):       # only there to ask for the signal
-                shown += "/<sig>"
-            lines = [line for line in self.readme.splitlines() if re.search("[` ]%s`" % shown, line)]
             with self.subTest(path=path):
                 for method in set(methods) - {"*"}:         # "*": what decides where it cannot be told beforehand
-                    self.assertTrue([line for line in lines if re.search(r"\b%s\b" % method, line)], method)
+                    self.assertIn((method, re.sub("<.*?>", "<>", path)), shown)
                 self.assertTrue(re.search(r"[\"'/ ]" + used + r"[\"'?/\s]", self.tests), "no test asks for it")
 
     def test_every_option_of_a_template_is_in_a_test(self):
@@ -17831,13 +17893,12 @@ class Structure(Case):
         return [option for action in gaffer.make_parser("serve")._actions for option in action.option_strings
                 if option not in ("-h", "--help")]
 
-    def test_every_option_of_serve_is_in_the_readme_and_in_a_test(self):
+    def test_every_option_of_serve_is_in_a_test(self):
         options = self.serve_options()
         self.assertIn("--bind", options)
         for option in options:
             with self.subTest(option=option):
                 self.assertTrue('"%s"' % option in self.tests, "no test gives it")
-                self.assertTrue(re.search(r"(?<![\w-])%s\b" % option, self.readme), "the README does not have it")
 
 
 # --------------------------------------------------------------------------------------------------
