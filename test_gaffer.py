@@ -10719,7 +10719,8 @@ class StreamsTemplate(StreamsCase):
         pid, = self.server.ok("GET", "/processes/t/_pids")["pids"]
         self.send(pid, b"x")                    # it exits by itself, in the middle of a line, and is started again
         self.assertEqual(wire.exactly(10), b"bye\nhello\n")
-        self.assertEvents(events, [("bye", 10), ("hello", 16)])
+        self.assertEqual(events.event()[:2], ("stdout", "bye"))     # its end may come after 100 ms of silence
+        self.assertEvents(events, [("hello", 16)])
         self.server.ok("POST", "/processes/t/_restart?wait=true")
         self.assertEqual(wire.exactly(6), b"hello\n")
         self.assertEvents(events, [("hello", 22)])
@@ -16286,7 +16287,7 @@ class ProcfileExample(CliFollowCase):
         seen += read_until("web.2 started", "worker.2 started", "listening on %d" % (self.port + 1))
         self.assertRegex(self.page(self.port + 1), rb"\Atasks done\tso far: \d+\n\Z")
         text = cli_read(os.path.join(self.app, "Procfile"))
-        self.file(self.app, "Procfile", text.replace("worker: exec", "worker: echo new; exec"))
+        self.file(self.app, "Procfile", text.replace("worker: ", "worker: echo new; "))
         self.assertEqual(self.call("reload", *ask[:2]), "worker: changed (cmd, shell)\nweb: kept\nclock: kept\n")
         seen += read_until("| new")
         until(lambda: self.called("ps", *ask)[0] == 0, "all run again")
