@@ -8866,9 +8866,9 @@ class HttpHandler:
 # --------------------------------------------------------------------------------------------------------------------
 # client
 #
-# A thin wrapper of http.client for the command line and the webhooks: TCP, TLS and unix sockets, a token, event streams.
-# One connection per request. A failure is a ClientError: one sentence that says what to do, and the exit status of the
-# command. Runs on the caller's thread.
+# A thin wrapper of http.client for the command line: TCP, TLS and unix sockets, a token, event
+# streams. One connection per request. A failure is a ClientError: one sentence that says what to do,
+# and the exit status of the command. Runs on the caller's thread.
 # --------------------------------------------------------------------------------------------------------------------
 DEFAULT_ENDPOINT = "http://127.0.0.1:5000"
 REFUSAL_STATUSES = {401: 6, 403: 6, 408: 124, 504: 124}     # HTTP status -> exit status, else 1
@@ -8889,8 +8889,8 @@ class NoServer(ClientError):
 
     def __init__(self, endpoint, why):
         super().__init__(
-            "there is no gaffer at %s (%s): start one with 'python3 gaffer.py serve', or say where it "
-            "is with --endpoint or GAFFER_ENDPOINT" % (endpoint, why), 5)
+            "there is no gaffer at %s (%s): start one with 'python3 gaffer.py serve', or say where "
+            "it is with --endpoint or GAFFER_ENDPOINT" % (endpoint, why), 5)
         self.why = why
 
 
@@ -8917,14 +8917,16 @@ def refusal(endpoint, status, body):
 
 
 class Client:
-    """Sends requests to one server. `endpoint`: http://host:port, https://host:port, host:port, port
-    or unix:/path; `token`: a string or None; `cacert`: a PEM file of certificates to trust.
-    ClientError: the endpoint is malformed."""
+    """Sends requests to one server.
+
+    `endpoint`: http://host:port, https://host:port, host:port, port or unix:/path; `token`: a string
+    or None; `cacert`: a PEM file of certificates to trust. ClientError: the endpoint is malformed.
+    """
 
     def __init__(self, endpoint=DEFAULT_ENDPOINT, token=None, cacert=None):
         self.endpoint, self._cacert = endpoint, cacert
         self._headers = {"Connection": "close"}
-        if token is not None:                   # http.client writes latin-1, the server compares UTF-8
+        if token is not None:                   # http.client writes latin-1, gaffer reads UTF-8
             self._headers["Authorization"] = "Bearer " + token.encode("utf-8").decode("latin-1")
         self.path = endpoint[5:] if endpoint.startswith("unix:") else None
         text = re.sub(r"\A:?([0-9]+)\Z", r"127.0.0.1:\1", endpoint)
@@ -8934,8 +8936,8 @@ class Client:
         except ValueError:
             self.host = None
         if not (self.path or self.path is None and self.host and url.scheme in ("http", "https")):
-            raise ClientError("'%s' is not an endpoint: give http://host:port, https://host:port or "
-                              "unix:/path" % endpoint, 2)
+            raise ClientError("'%s' is not an endpoint: give http://host:port, https://host:port "
+                              "or unix:/path" % endpoint, 2)
         self._tls = not self.path and url.scheme == "https"
         self._prefix = "" if self.path else url.path.rstrip("/")
 
@@ -8959,8 +8961,8 @@ class Client:
         if isinstance(error, socket.timeout):
             return ClientError("%s has not answered in %g seconds" % (self.endpoint, timeout), 124)
         if getattr(error, "verify_message", None):
-            return ClientError("the certificate of %s cannot be trusted (%s): give its authority's with "
-                               "--cacert" % (self.endpoint, error.verify_message), 6)
+            return ClientError("the certificate of %s cannot be trusted (%s): give its authority's "
+                               "with --cacert" % (self.endpoint, error.verify_message), 6)
         if isinstance(error, PermissionError):
             return ClientError("you may not use %s: be its owner, or root" % self.endpoint, 6)
         why = str(getattr(error, "strerror", None) or error) or type(error).__name__
@@ -8973,8 +8975,11 @@ class Client:
         return NoServer(self.endpoint, why)
 
     def open(self, method, path, value=None, headers=None, timeout=CLIENT_TIME):
-        """Return the http.client response to a request; close it. `value`: bytes, or what is sent as
-        JSON. `timeout`: seconds without a byte. ClientError, NoServer: it is not a success."""
+        """Return the http.client response to a request; close it.
+
+        `value`: bytes, or what is sent as JSON. `timeout`: seconds without a byte. ClientError,
+        NoServer: it is not a success.
+        """
         from http.client import HTTPException
         body = value if value is None or isinstance(value, bytes) else json_bytes(value)
         connection = self._connection(timeout)
@@ -8983,7 +8988,8 @@ class Client:
                 connection.sock = socket.socket(socket.AF_UNIX)
                 connection.sock.settimeout(timeout)
                 connection.sock.connect(self.path)
-            connection.request(method, self._prefix + path, body, dict(self._headers, **headers or {}))
+            headers = dict(self._headers, **headers or {})
+            connection.request(method, self._prefix + path, body, headers)
             response = connection.getresponse()
         except (OSError, HTTPException) as error:
             connection.close()
@@ -9114,10 +9120,12 @@ class SigHandler:
 
 
 class WebHooks:
-    """Post events as JSON. `hooks`: [(pattern, URL)], patterns as for Manager.subscribe(). One worker
-    posts them in order, with a timeout and retries. An event that finds the queue full, or that its
-    receiver does not accept, is dropped and counted (`dropped`). A receiver that failed is skipped for
-    WEBHOOK_REST seconds, because the others wait behind it."""
+    """Posts events as JSON. `hooks`: [(pattern, URL)], patterns as for Manager.subscribe().
+
+    One worker posts them in order, with a timeout and retries. An event that finds the queue full, or
+    that its receiver does not accept, is dropped and counted (`dropped`). A receiver that failed is
+    skipped for WEBHOOK_REST seconds, because the others wait behind it.
+    """
 
     def __init__(self, hooks=()):
         self.hooks, self.dropped = list(hooks), 0
@@ -9172,7 +9180,8 @@ class WebHooks:
             return "it failed, and is skipped for %g seconds" % WEBHOOK_REST
         import http.client
         import urllib.request
-        request = urllib.request.Request(url, json_bytes(event), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, json_bytes(event), headers)
         for pause in (*WEBHOOK_PAUSES, None):
             try:
                 urllib.request.urlopen(request, timeout=WEBHOOK_TIME).close()
@@ -9195,7 +9204,7 @@ class WebHooks:
         try:
             self._queue.put_nowait(None)
         except queue.Full:
-            pass                                # the worker has something to do, and will see the end
+            pass                                # the worker is busy, and will see the end
 
     def join(self):
         """Wait for the worker, drop what it could not post in time."""
@@ -9208,8 +9217,8 @@ class WebHooks:
                     left += self._queue.get_nowait() is not None
             self.dropped += left
             if left:
-                log.warning("%d events for webhooks were not posted before the end, %d were dropped "
-                            "in all", left, self.dropped)
+                log.warning("%d events for webhooks were not posted before the end, %d were "
+                            "dropped in all", left, self.dropped)
 
 
 class LineEncoder(Encoder):
@@ -9247,12 +9256,13 @@ def event_text(event):
         details.append("signal %d" % event["term_signal"])
     elif event["event"] == "exit":
         details.append("status %d" % event["exit_status"])
-    return "%s: %s%s" % (event["name"], event["event"], " (%s)" % ", ".join(details) if details else "")
+    more = " (%s)" % ", ".join(details) if details else ""
+    return "%s: %s%s" % (event["name"], event["event"], more)
 
 
 class ConsoleOutput:
-    """Log events: failures as warnings, the others as information. With `output`, log each line of
-    the processes' output for debugging."""
+    """Logs events: failures as warnings, the others as information. With `output`, it logs each line
+    of the processes' output for debugging."""
 
     def __init__(self, output=False):
         self._output = output
@@ -9264,17 +9274,19 @@ class ConsoleOutput:
         manager.subscribe("", self._event)
 
     def _event(self, kind, event):
-        pid, template, level = event.get("pid"), self._manager.templates.get(event["name"]), logging.INFO
+        pid, template = event.get("pid"), self._manager.templates.get(event["name"])
+        info, failed, note = template.info if template else {"success": [0]}, False, ""
         if kind in ("stop_pid", "reap"):
             self._stopped.add(pid)
-        elif kind == "exit" and pid not in self._stopped:
-            level = logging.WARNING if event["exit_status"] or event["term_signal"] else level
-        self._stopped.discard(pid if kind == "exit" else None)
-        gave_up = (kind == "stop" and template is not None and template.gave_up and template.last_exit
-                   and (template.last_exit["exit_status"] or template.last_exit["term_signal"]))
-        if kind == "flap" or gave_up:
-            level = logging.WARNING
-        log.log(level, "%s%s", event_text(event), ": it gave up; start it when it is mended" if gave_up else "")
+        elif kind == "exit":
+            end = event["exit_status"], event["term_signal"]
+            failed = pid not in self._stopped and not succeeded(info, end)
+            self._stopped.discard(pid)
+        elif kind == "stop" and template and template.gave_up and template.last_exit:
+            end = template.last_exit["exit_status"], template.last_exit["term_signal"]
+            failed, note = not succeeded(info, end), ": it gave up; start it when it is mended"
+        failed = failed or kind in ("flap", "fail")
+        log.log(logging.WARNING if failed else logging.INFO, "%s%s", event_text(event), note)
         if kind == "spawn" and self._output:
             self._loop.call(self._follow, event["name"], pid)
 
@@ -9285,7 +9297,8 @@ class ConsoleOutput:
                 for line in lines:
                     log.debug("%s %s | %s", name, label, line.decode("utf-8", "replace"))
                 return True
-            Reader(output.window, LineEncoder(), LineSink(show), output.window.start, "skip").start()
+            start = output.window.start
+            Reader(output.window, LineEncoder(), LineSink(show), start, "skip").start()
 
 
 def signal_name(number):
@@ -9297,7 +9310,7 @@ def signal_name(number):
 
 
 def write_all(fd, data):
-    """Write all of it, past any buffer, and wait for a descriptor that another made non-blocking."""
+    """Write all of it, past any buffer. Wait even if the descriptor is non-blocking."""
     while data:
         try:
             data = data[os.write(fd, data):]
@@ -9311,7 +9324,7 @@ def colour(text, code):
 
 
 class Prefixer:
-    """Makes what stands before a line of output: `name |`, in a column, with a colour for each name."""
+    """Makes what stands before a line of output: `name |` in a column, a colour for each name."""
 
     PALETTE = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
 
@@ -9329,9 +9342,11 @@ class Prefixer:
 
 
 class Writer:
-    """Writes to a descriptor on a thread of its own, so that nothing waits for a slow terminal, pipe or
-    disk. Up to `limit` bytes may wait. `drained()` is called on that thread once half of them are
-    written after it was `full`, `failed()` when a write fails."""
+    """Writes to a descriptor on a thread, so that nobody waits for a slow terminal, pipe or disk.
+
+    Up to `limit` bytes may wait. `drained()` is called on that thread once half of them are written
+    after it was `full`, `failed()` when a write fails.
+    """
 
     def __init__(self, fd, limit, drained=lambda: None, failed=lambda: None):
         self.fd, self.full = fd, False
@@ -9370,9 +9385,11 @@ class Writer:
 
 
 class Screen:
-    """Shows all processes on one screen: `HH:MM:SS web.1 | line`, and lines for their starts and ends.
-    Where `out`, a descriptor, is slow the processes wait, as for a pipe. `one_for_all`: when a process
-    ends by itself the manager stops; `status` is then its exit status, or 128 and the signal."""
+    """Shows all processes on one screen: `HH:MM:SS web.1 | line`, also when they start and end.
+
+    If `out`, a descriptor, is slow the processes wait, as for a pipe. `one_for_all`: when a process
+    ends by itself the manager stops; `status` is then its exit status, or 128 and the signal.
+    """
 
     WAITING_DELAY = 0.5                         # a stop that takes less needs no comment
 
@@ -9381,7 +9398,7 @@ class Screen:
         self._one_for_all = one_for_all
         self._coloured, self._prefixer = coloured, Prefixer(coloured)
         self._out = out
-        self._shown = {}                        # pid -> {"name", "open", "exit", "readers", "by_itself"}
+        self._shown = {}            # pid -> {"name", "open", "exit", "readers", "by_itself"}
         self._stopped = set()                   # pids that gaffer stopped
         self._lagging = set()                   # readers that wait for room
         self._told = False
@@ -10049,14 +10066,15 @@ class Configuration:
 # --------------------------------------------------------------------------------------------------------------------
 # command line
 #
-# COMMANDS is the one table: the parser, --help, the README and the completions come from it. A command is a function of its
-# arguments that returns the exit status. What it cannot do it raises, and main() prints that as one sentence on stderr.
+# COMMANDS is the one table: the parser, --help, the README and the completions come from it. A
+# command is a function of its arguments that returns the exit status. What it cannot do it raises,
+# and main() prints that as one sentence on stderr.
 # --------------------------------------------------------------------------------------------------------------------
 FOLDER_SOCKET = ".gaffer.sock"                  # where `up` serves its API, in its folder
 
 
 def read_token(path):
-    """Return the token of a file that nobody else can read, or of GAFFER_TOKEN, or None. StartError."""
+    """Return the token of a private file, or of GAFFER_TOKEN, or None. StartError."""
     if path is None:
         return os.environ.get("GAFFER_TOKEN") or None
     try:
@@ -10073,8 +10091,10 @@ def read_token(path):
 
 
 def find_endpoint():
-    """Return GAFFER_ENDPOINT, or the socket of the `up` that runs in this folder, or the default. Another
-    user's socket is not trusted: it would be sent the token."""
+    """Return GAFFER_ENDPOINT, or the socket of the `up` that runs in this folder, or the default.
+
+    Another user's socket is not trusted, because it would be sent the token.
+    """
     if os.environ.get("GAFFER_ENDPOINT"):
         return os.environ["GAFFER_ENDPOINT"]
     with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
@@ -10096,28 +10116,30 @@ def tell(text):
         print("gaffer: %s" % line, file=sys.stderr, flush=True)
 
 
-def report(error, status):
-    """Print why one of several names failed, and return the exit status so far. Raise what would fail
-    for all others too."""
+def report(error, exit_status):
+    """Print why one of several names failed, and return the exit status so far.
+
+    Raise what would fail for all the others too.
+    """
     if isinstance(error, NoServer) or error.code == "unauthorized":
         raise error
     tell(str(error))
-    return status or error.exit_status
+    return exit_status or error.exit_status
 
 
-def as_sent(answer):
-    """Return the server's answer (bytes) as the line that --json prints."""
-    return answer.decode("utf-8").rstrip("\n")
+def show(args, answer, text):
+    """Print what the server answered (bytes) with --json, else `text`."""
+    print(answer.decode("utf-8").rstrip("\n") if args.json else text, flush=True)
 
 
 # names
 
-# what a word of the command line stands for: a template, or one process of it
+# what a word stands for: a template, or one of its processes (an entry of its status)
 Target = collections.namedtuple("Target", "word path status process")
 
 
 def get_statuses(client):
-    """Return {name: status} of all templates, with their processes: one request."""
+    """Return {name: status} of all templates, with their processes, by one request."""
     statuses = client.get("/status?usage=true")
     if not isinstance(statuses, list):
         raise TypeError("not a list of templates")
@@ -10129,33 +10151,28 @@ def process_name(name, process):
     return "%s.%d" % (name, process["instance"])
 
 
-def find_process(statuses, word):
-    """Return (status, process) of web.2, of a pid of gaffer's or of one of the system's, or None."""
-    running = [(status, process) for status in statuses.values() for process in status["processes"]]
-    for key in (lambda status, process: process_name(status["name"], process),
-                lambda status, process: str(process["pid"]),
-                lambda status, process: str(process["os_pid"])):
-        for pair in running:
-            if key(*pair) == word:
-                return pair
-    return None
-
-
 def find_targets(statuses, words, processes=False):
-    """Return ([Target], exit status) for names, globs, `all` and, with `processes`, single processes. A
-    word that stands for nothing is told."""
+    """Return ([Target], exit status) for names, globs and `all`.
+
+    With `processes`, also for single processes: web.2, gaffer's pid, or the system's; a name comes
+    first, then in this order. A word that stands for nothing is told.
+    """
     import fnmatch
+    running = [(name, status, process) for name, status in statuses.items()
+               for process in status["processes"]]
+    known = [{str(entry[2]["os_pid"]): entry for entry in running},
+             {str(entry[2]["pid"]): entry for entry in running},
+             {process_name(entry[0], entry[2]): entry for entry in running}]
     found, exit_status = {}, 0
     for word in words:
         names = list(statuses) if word == "all" else fnmatch.filter(statuses, word)
-        pair = None if names else find_process(statuses, word)
-        if pair is not None and processes:
-            status, process = pair
-            path = "/processes/%d" % process["pid"]
-            found.setdefault(path, Target(word, path, status, process))
-        elif pair is not None:
+        one = None if names else collections.ChainMap(*known[::-1]).get(word)
+        if one and processes:
+            path = "/processes/%d" % one[2]["pid"]
+            found.setdefault(path, Target(word, path, *one[1:]))
+        elif one:
             exit_status = report(ClientError("'%s' is a process: this command takes a name, %s" % (
-                word, pair[0]["name"]), 2), exit_status)
+                word, one[0]), 2), exit_status)
         elif not names and word != "all":
             exit_status = report(NotThere("there is no process named '%s'%s" % (
                 word, near(word, statuses) or "; 'gaffer.py status' lists them")), exit_status)
@@ -10167,9 +10184,19 @@ def find_targets(statuses, words, processes=False):
 
 # commands that are a verb and a path
 
+# verb: (path behind that of the process, path that is answered when it is done); "settled": that of
+# settled_path(), None: nothing to wait for
+VERBS = {
+    "start": ("/_start", "/_start"), "stop": ("/_stop", "/_stop"),
+    "restart": ("/_restart", "/_start"), "add": ("/_add/{n}", "settled"), "sub": ("/_sub/{n}", "settled"),
+    "kill": ("/_signal/{sig}?group={group}", None)}
+
+
 def wait_for(client, path, target, args):
-    """Wait until a target is as it should be; `path` is "/_start" or "/_stop". Return the answer.
-    ClientError: 124, it takes longer than it may."""
+    """Ask for "/_start" or "/_stop" and wait until it is done. Return the answer.
+
+    Raise ClientError with exit status 124 if it takes longer than it may.
+    """
     query, longest = "true", target.status["graceful_timeout"] + WAIT_EXTRA
     if args.timeout is not None:
         query, longest = "%g" % args.timeout, args.timeout
@@ -10177,63 +10204,48 @@ def wait_for(client, path, target, args):
         return client.request("POST", "%s%s?wait=%s" % (target.path, path, query),
                               timeout=CLIENT_TIME + longest)
     except NotThere:
-        if target.process:                      # it is stopping already
-            return b'{"ok": true}\n'
-        raise
+        if target.process is None:
+            raise
+        return b'{"ok": true}\n'                # it is stopping already
 
 
 def settled_path(target):
-    """Return the path that waits until a target has as many processes as it should."""
+    """Return the path that waits until a template has as many processes as it should."""
     return "/_start" if target.status["active"] else "/_stop"
 
 
-def started_text(target, answer):
-    """Say what `start` did."""
-    state = target.status["state"]
-    if not target.status["active"]:
-        return "started"
-    return "already running" if state == "running" else "already started, %s" % state
-
-
-def stopped_text(target, answer):
-    """Say what `stop` did."""
-    if target.process:
-        return "stopped, to be replaced" if target.status["active"] else "stopped"
-    return "already stopped" if target.status["state"] == "stopped" else "stopped"
-
-
-def restarted_text(target, answer):
-    """Say what `restart` did."""
-    return "restarted" if target.status["active"] else "started"
-
-
-def count_text(target, answer):
-    """Say how many processes are wanted: "1 process", "2 processes"."""
+def count_text(answer):
+    """Return how many processes are wanted: "1 process", "2 processes"."""
     number = json.loads(answer)["numprocesses"]
     return "%d process%s" % (number, "" if number == 1 else "es")
 
 
-# command: (path behind that of the process, path that waits until it is done, text(target, answer)).
-# "settled" means settled_path().
-VERBS = {
-    "start": ("/_start", "/_start", started_text),
-    "stop": ("/_stop", "/_stop", stopped_text),
-    "restart": ("/_restart", "/_start", restarted_text),
-    "add": ("/_add/{n}", "/_start", count_text),
-    "sub": ("/_sub/{n}", "settled", count_text),
-    "kill": ("/_signal/{sig}?group={group}", None, "signalled {sig}"),
-}
+def act_text(verb, target, answer, args):
+    """Return what one of VERBS did."""
+    status = target.status
+    if verb in ("add", "sub"):
+        return count_text(answer)
+    if verb == "kill":
+        return "signalled " + args.sig
+    if verb == "stop" and target.process:
+        return "stopped, to be replaced" if status["active"] else "stopped"
+    if verb == "stop":
+        return "already stopped" if status["state"] == "stopped" else "stopped"
+    if not status["active"] or verb == "restart":
+        return "restarted" if status["active"] else "started"
+    state = status["state"]
+    return "already running" if state == "running" else "already started, " + state
 
 
-def act_command(args, verb):
+def act(args, verb):
     """Do one of VERBS: tell all names first, then wait for each."""
-    path, wait_path, text = VERBS[verb]
+    path, wait_path = VERBS[verb]
     client, answers = connect(args), []
     targets, exit_status = find_targets(get_statuses(client), args.names, verb in ("stop", "kill"))
     path = path.format(**{name: reference(str(value)) for name, value in vars(args).items()})
     waits = wait_path and not args.no_wait
     for target in targets:
-        try:                                    # a process that was told to stop can be asked no more
+        try:                                    # a process that was told to stop hears no more
             answers.append((target, b"" if waits and target.process else
                             client.request("POST", target.path + path)))
         except ClientError as error:
@@ -10241,67 +10253,65 @@ def act_command(args, verb):
     for target, answer in answers:
         try:
             if waits:
-                waited = wait_for(client, wait_path if wait_path != "settled" else settled_path(target),
-                                  target, args)
+                waited = wait_for(client, settled_path(target) if wait_path == "settled" else
+                                  wait_path, target, args)
                 answer = answer or waited
+            show(args, answer, "%s: %s" % (target.word, act_text(verb, target, answer, args)))
         except ClientError as error:
             exit_status = report(error, exit_status)
-            continue
-        words = text(target, answer) if callable(text) else str(text).format(**vars(args))
-        print(as_sent(answer) if args.json else "%s: %s" % (target.word, words), flush=True)
     return exit_status
 
 
-def delete_templates(client, targets, args, text):
-    """Stop all of them, forget each when its processes are gone. Return the exit status."""
+def delete(client, targets, args, text):
+    """Stop templates, and forget each when its processes are gone. Return the exit status."""
     exit_status = 0
-    for target in targets if not args.no_wait else ():
+    for target in [] if args.no_wait else targets:
         client.request("POST", target.path + "/_stop")
     for target in targets:
         try:
             if not args.no_wait:
                 wait_for(client, "/_stop", target, args)
+            show(args, client.request("DELETE", target.path), "%s: %s" % (target.word, text))
         except ClientError as error:
             exit_status = report(error, exit_status)
-        answer = client.request("DELETE", target.path)
-        if not exit_status:
-            print(as_sent(answer) if args.json else "%s: %s" % (target.word, text), flush=True)
+            client.request("DELETE", target.path)
     return exit_status
 
 
 def del_process_command(args):
-    """del_process"""
+    """Forget templates."""
     client = connect(args)
     targets, exit_status = find_targets(get_statuses(client), args.names)
-    return delete_templates(client, targets, args, "deleted") or exit_status
+    return delete(client, targets, args, "deleted") or exit_status
 
 
 def get_process_command(args):
-    """get_process"""
+    """Print templates."""
     client = connect(args)
     targets, exit_status = find_targets(get_statuses(client), args.names, True)
     for target in targets:
         answer = client.request("GET", target.path)
-        print(as_sent(answer) if args.json else json.dumps(json.loads(answer), indent=4))
+        show(args, answer, json.dumps(json.loads(answer), indent=4))
     return exit_status
 
 
-def show_command(args, field):
-    """running, numprocesses, pids: print a field of each status."""
+def show_field(args, field):
+    """Print a field of each status."""
     targets, exit_status = find_targets(get_statuses(connect(args)), args.names)
     for target in targets:
         value = target.status[field]
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        print(encode_json(target.status) if args.json else text if args.names == [target.word] else
-              "%s: %s" % (target.word, text))
+        text = text if args.names == [target.word] else "%s: %s" % (target.word, text)
+        show(args, json_bytes(target.status), text)
     return exit_status
 
 
 def processes_command(args):
-    """processes"""
-    answer = connect(args).request("GET", "/processes?running=true" if args.running else "/processes")
-    for line in [as_sent(answer)] if args.json else json.loads(answer):
-        print(line)
+    """Print names, or pids."""
+    path = "/processes?running=true" if args.running else "/processes"
+    answer = connect(args).request("GET", path)
+    for value in [None] if args.json else json.loads(answer):
+        show(args, answer, value)
     return 0
 
 
@@ -10313,77 +10323,72 @@ def outcome_lines(outcome, would=""):
               for name, fields in outcome["changed"].items() if name not in failed]
     lines += ["%s: %sremoved" % (name, would) for name in outcome["removed"]]
     lines += ["%s: %skept" % (name, would) for name in outcome["kept"]]
-    lines += ["webhooks: %schanged" % would] * outcome["webhooks"]
+    lines += ["webhooks: %schanged" % would] if outcome["webhooks"] else []
     lines += ["%s: changed, which only a restart of gaffer applies" % what
               for what in outcome["needs_restart"]]
     return lines + ["%s: failed, %s" % failure for failure in failed.items()]
 
 
 def reload_command(args):
-    """reload"""
-    answer = connect(args).request("POST", "/_reload" + "?dry_run=true" * args.dry_run)
+    """Let the server load its configuration again."""
+    answer = connect(args).request("POST", "/_reload" + ("?dry_run=true" if args.dry_run else ""))
     outcome = json.loads(answer)
-    for line in [as_sent(answer)] if args.json else outcome_lines(outcome, "would be " * args.dry_run):
-        print(line)
+    show(args, answer, "\n".join(outcome_lines(outcome, "would be " if args.dry_run else "")))
     return 1 if outcome["failed"] else 0
 
 
 # templates
 
 def given_fields(args):
-    """Return the fields of a template that the arguments name, {} for none. ClientError."""
-    info = {}
+    """Return the fields of a template that the arguments name. ClientError."""
     words = args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
-    if words:
-        info.update(cmd=words[0], args=words[1:])
+    info = {"cmd": words[0], "args": words[1:]} if words else {}
     for field in OPTIONS:
         value = getattr(args, field, None)
         if field in ("name", "cmd", "args", "start") or value is None:
             continue
         try:
-            if field == "env":
-                info[field] = env_from_words(value)
-            elif field == "cwd":
-                info[field] = os.path.abspath(value)
-            else:
-                info[field] = value if isinstance(value, bool) else from_text(field, value)
+            info[field] = (env_from_words(value) if field == "env" else
+                           os.path.abspath(value) if field == "cwd" else
+                           value if isinstance(value, bool) else from_text(field, value))
         except ValueError as error:
-            raise ClientError("--%s: field '%s' %s" % (field.replace("_", "-"), field, error), 2) from None
+            raise ClientError("--%s: field '%s' %s" % (
+                field.replace("_", "-"), field, error), 2) from None
     return info
 
 
-def send_template(args, method, path, info, done):
-    """Send a template, and say so."""
-    answer = connect(args).request(method, path, info)
-    print(as_sent(answer) if args.json else "%s: %s" % (info.get("name"), done))
+def send_new(args, info):
+    """POST a new template. Return the exit status."""
+    info["start"] = args.start
+    answer = connect(args).request("POST", "/processes", info)
+    show(args, answer, "%s: added%s" % (info["name"], " and started" if args.start else ""))
     return 0
 
 
 def add_process_command(args):
-    """add_process"""
-    info = dict(given_fields(args), name=args.name, start=args.start)
+    """Add the template that the arguments describe."""
+    info = dict(given_fields(args), name=args.name)
     if "cmd" not in info:
         raise ClientError("say what to run: 'gaffer.py add_process NAME CMD ...'", 2)
-    return send_template(args, "POST", "/processes", info, "added and started" if args.start else "added")
+    return send_new(args, info)
 
 
 def load_process_command(args):
-    """load_process"""
+    """Add the template that a JSON file describes."""
+    where = "stdin" if args.file == "-" else args.file
     try:
-        with open(0 if args.file == "-" else args.file, encoding="utf-8", closefd=args.file != "-") as file:
-            info = json.load(file)
+        with open(0 if args.file == "-" else args.file, "rb", closefd=args.file != "-") as file:
+            info = json.loads(file.read())
     except (OSError, ValueError, RecursionError) as error:
-        why = getattr(error, "strerror", None) or error
-        where = "stdin" if args.file == "-" else args.file
-        raise ClientError("%s cannot be read as JSON: %s" % (where, why)) from None
-    if not isinstance(info, dict):
-        raise ClientError("%s must hold one JSON object, a template" % args.file)
-    info["start"] = args.start
-    return send_template(args, "POST", "/processes", info, "added and started" if args.start else "added")
+        raise ClientError("%s cannot be read as JSON: %s" % (
+            where, getattr(error, "strerror", None) or error)) from None
+    if not isinstance(info, dict) or "name" not in info:
+        raise ClientError("%s must hold one JSON object, a template with name and cmd" % where)
+    return send_new(args, info)
 
 
 def update_process_command(args):
-    """update_process: change what is given, and leave the rest."""
+    """Change what is given of a template, and leave the rest."""
     client, path, given = connect(args), "/processes/" + reference(args.name), given_fields(args)
     if not given and not args.start:
         raise ClientError("say what to change: an option, or the command", 2)
@@ -10391,24 +10396,27 @@ def update_process_command(args):
     if "env" in given:
         given["env"] = dict(info["env"], **given["env"])
     del info["start"]                           # it runs, or not, as before
-    info.update(given)
-    if args.start:
-        info["start"] = True
-    return send_template(args, "POST", path, info, "updated")
+    info.update(given, **{"start": True} if args.start else {})
+    show(args, client.request("POST", path, info), "%s: updated" % args.name)
+    return 0
 
 
 # status
 
-def span(seconds_):
+STATUS_COLOURS = {"running": 32, "backoff": 31, "flapping": 31, "failed": 31,
+                  "stopping": 33, "starting": 33, "waiting": 33}
+
+
+def span(time_left):
     """Return seconds as 8s, 1m02s, 3h12m or 2d04h."""
-    whole_seconds = int(seconds_)
-    if whole_seconds < 60:
-        return "%ds" % whole_seconds
-    if whole_seconds < 3600:
-        return "%dm%02ds" % divmod(whole_seconds, 60)
-    if whole_seconds < 86400:
-        return "%dh%02dm" % divmod(whole_seconds // 60, 60)
-    return "%dd%02dh" % divmod(whole_seconds // 3600, 24)
+    number = int(time_left)
+    if number < 60:
+        return "%ds" % number
+    if number < 3600:
+        return "%dm%02ds" % divmod(number, 60)
+    if number < 86400:
+        return "%dh%02dm" % divmod(number // 60, 60)
+    return "%dd%02dh" % divmod(number // 3600, 24)
 
 
 def exit_code(last):
@@ -10416,117 +10424,122 @@ def exit_code(last):
     return 128 + last["term_signal"] if last["term_signal"] else last["exit_status"]
 
 
-def exit_text(last):
-    """Return an exit in words: "exit 1", "exit 137 (SIGKILL), 3 times"."""
-    text = "exit %d" % exit_code(last)
-    text += " (%s)" % signal_name(last["term_signal"]) if last["term_signal"] else ""
-    return text + (", %d times" % last["times"] if last.get("times", 1) > 1 else "")
-
-
-def is_failing(status):
-    """True for a template that needs somebody."""
-    return bool(status["state"] in ("backoff", "flapping", "failed") or status["gave_up"] or status["error"])
-
-
 def status_rows(status, with_ids):
-    """Return the rows of one template, [cells ..., note]: one for each process, and for each slot that
-    waits for one; at least one."""
-    last, name, restarts = status["last_exit"], status["name"], status["restarts"]
+    """Return the rows of one template, [cells ..., note]: one for each process, and for each slot
+    that waits for one; at least one."""
+    last, name, restarts = status["last_exit"], status["name"], str(status["restarts"])
     count = "%d/%d" % (status["running"], status["numprocesses"])
-    code = "-" if last is None else exit_code(last)
-    why = [status["error"]] if status["error"] else [exit_text(last)] if last else []
+    code, why = "-", [status["error"]] if status["error"] else []
+    if last is not None:
+        code = text = str(exit_code(last))
+        if last["term_signal"]:
+            text += " (%s)" % signal_name(last["term_signal"])
+        if last["times"] > 1:
+            text += ", %d times" % last["times"]
+        why = why or ["exit " + text]
     rows = []
     for process in sorted(status["processes"], key=lambda process: process["instance"]):
         note = []
         if "kill_in" in process:
-            note = ["SIGKILL in %s" % span(process["kill_in"])]
-        elif restarts and last["times"] > 1 and process["uptime"] < BACKOFF_RESET:
+            note = ["SIGKILL in " + span(process["kill_in"])]
+        elif last and last["times"] > 1 and process["uptime"] < BACKOFF_RESET:
             note = why
-        usage = ["%.1f%%" % process["cpu"], human(process["rss"])] if "cpu" in process else ["-", "-"]
-        rows.append([process_name(name, process), process["state"], count, process["os_pid"],
-                     *([process["pid"]] if with_ids else []), span(process["uptime"]), restarts, code,
-                     *usage, "; ".join(note)])
-    notes = [["next try in %s" % span(math.ceil(wait)), *why] for wait in status["waiting"]]
+        usage = ["-", "-"]
+        if "cpu" in process:
+            usage = ["%.1f%%" % process["cpu"], human(process["rss"])]
+        ids = [str(process["os_pid"])] + ([str(process["pid"])] if with_ids else [])
+        rows.append([process_name(name, process), process["state"], count, *ids,
+                     span(process["uptime"]), restarts, code, *usage, "; ".join(note)])
+    notes = [["next try in " + span(math.ceil(wait)), *why] for wait in status["waiting"]]
     if not rows and not notes:
         notes = [["gave up", *why] if status["gave_up"] else why if status["error"] else []]
-    blank = ["-"] * (2 if with_ids else 1)
-    return rows + [[name, status["state"], count, *blank, "-", restarts, code, "-", "-", "; ".join(note)]
-                   for note in notes]
-
-
-STATUS_COLOURS = {"running": 32, "ready": 32, "backoff": 31, "flapping": 31, "failed": 31, "stopping": 33,
-                  "starting": 33, "waiting": 33}
+    ids = ["-", "-"] if with_ids else ["-"]
+    return rows + [[name, status["state"], count, *ids, "-", restarts, code, "-", "-",
+                    "; ".join(note)] for note in notes]
 
 
 def cut(text, size):
-    """Return text in at most `size` columns (None: all of it), with an ellipsis where it was cut."""
+    """Return text in at most `size` columns (None: all of it), with an ellipsis if it was cut."""
     return text if size is None or len(text) <= size else text[:size - 1] + "…"
 
 
 def status_table(statuses, width, coloured):
-    """Return the lines of the table, failures first, and the summary. `width`: of the terminal, None:
-    nothing is cut."""
-    statuses = sorted(statuses, key=lambda status: (not is_failing(status), status["state"] in (
-        "running", "scheduled"), status["state"] in ("stopped", "done")))
+    """Return the lines of the table, failures first, and the summary.
+
+    `width`: of the terminal; None: nothing is cut.
+    """
+    def urgency(status):
+        failing = status["gave_up"] or status["error"]
+        order = {"backoff": 0, "flapping": 0, "failed": 0, "running": 2, "scheduled": 2,
+                 "stopped": 3, "done": 3}
+        return 0 if failing else order.get(status["state"], 1)
     os_pids = {os_pid for status in statuses for os_pid in status["os_pids"]}
     with_ids = any(pid in os_pids for status in statuses for pid in status["pids"])
-    head = ["NAME", "STATE", "RUN", "PID", *["ID"] * with_ids, "UPTIME", "RESTARTS", "EXIT", "CPU", "MEM", ""]
-    rows = [head] + [row for status in statuses for row in status_rows(status, with_ids)]
-    rows = [list(map(str, row)) for row in rows]
-    widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
-    others = sum(widths[1:]) + 2 * (len(widths) - 1)
+    rows = [["NAME", "STATE", "RUN", "PID", *(["ID"] if with_ids else []), "UPTIME", "RESTARTS",
+             "EXIT", "CPU", "MEM", ""]]
+    for status in sorted(statuses, key=urgency):
+        rows += status_rows(status, with_ids)
+    widths = [max(map(len, column)) for column in zip(*rows)][:-1]
     if width is not None:
+        others = sum(widths[1:]) + 2 * (len(widths) - 1)
         widths[0] = min(widths[0], max(8, width - others))
     lines = []
     for name, state, *numbers, note in rows:
         cells = [cut(name, widths[0]).ljust(widths[0]), state.ljust(widths[1])]
-        cells += [number_.rjust(size) for number_, size in zip(numbers, widths[2:])]
+        cells += [number.rjust(size) for number, size in zip(numbers, widths[2:])]
         line = cut("  ".join([*cells, note]).rstrip(), width)
         if coloured and state in STATUS_COLOURS:
             line = line.replace("  " + state, "  " + colour(state, STATUS_COLOURS[state]), 1)
         lines.append(line)
-    counts = collections.Counter(status["state"] for status in statuses)
-    return lines + ["%d template%s: %s" % (len(statuses), "s" * (len(statuses) != 1), ", ".join(
-        "%d %s" % (count, state) for state, count in counts.most_common()))]
+    counts = collections.Counter(status["state"] for status in sorted(statuses, key=urgency))
+    states = ", ".join("%d %s" % (count, state) for state, count in counts.most_common())
+    return lines + ["%d template%s: %s" % (
+        len(statuses), "" if len(statuses) == 1 else "s", states)]
 
 
 def wants_colour(args):
-    """True if stdout is a terminal whose user has nothing against colours (https://no-color.org)."""
+    """Return True if stdout is a terminal whose user wants colours (https://no-color.org)."""
     return not (args.no_color or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
                 or not sys.stdout.isatty())
 
 
 def show_status(args, client, choose):
-    """Print the table once. `choose(statuses)` -> ([status], exit status). Return the exit status: 3
-    where less runs than is wanted, or nothing."""
+    """Print the table once. Return the exit status: 3 if less runs than is wanted, or nothing.
+
+    `choose(statuses)` returns ([status], exit status).
+    """
     statuses, failed = choose(get_statuses(client))
-    columns, rows = os.get_terminal_size(sys.stdout.fileno()) if sys.stdout.isatty() else (None, None)
+    size = os.get_terminal_size(sys.stdout.fileno()) if sys.stdout.isatty() else None
     if args.json:
-        lines = [encode_json(status) for status in statuses]
+        lines = list(map(encode_json, statuses))
     else:
-        lines = status_table(statuses, columns, wants_colour(args)) if statuses else []
-        if args.watch and rows:
-            more = len(lines) - rows + 1
-            if more > 0:
-                lines[rows - 3:-1] = ["… %d more lines do not fit: name what to show" % (more + 1)]
+        lines = []
+        if statuses:
+            lines = status_table(statuses, size and size.columns, wants_colour(args))
+        if args.watch and size:
+            hidden = len(lines) - size.lines + 2
+            if hidden > 1:
+                lines[-hidden - 1:-1] = ["… %d more lines do not fit: name what to show" % hidden]
             lines = ["\x1b[H\x1b[K" + "\n\x1b[K".join(lines) + "\x1b[J"]
     for line in lines:
         print(line)
     sys.stdout.flush()
     if not (statuses or failed or args.watch):
-        tell("nothing is there yet: 'gaffer.py add_process' adds a template, 'gaffer.py load' a Procfile")
-    well = statuses and all(status["state"] == "running" and status["running"] >= status["numprocesses"]
-                            for status in statuses)
+        tell("nothing is there yet: 'gaffer.py add_process' adds a template, 'load' a Procfile")
+    well = statuses and all(status["state"] in ("running", "scheduled", "done") and (
+        status["running"] >= status["numprocesses"] or status["state"] != "running")
+        for status in statuses)
     return failed or (0 if well else 3)
 
 
 def is_away(error):
-    """True for a ClientError that passes when the server is back."""
-    return isinstance(error, NoServer) or error.exit_status == 124 or error.code in ("stopping", "busy")
+    """Return True for a ClientError that passes when the server is back."""
+    return (isinstance(error, NoServer) or error.exit_status == 124
+            or error.code in ("stopping", "busy"))
 
 
 def watch_status(args, client, choose):
-    """Print the table; with -w each second, also over restarts of the server. Return the exit status."""
+    """Print the table; with -w each second, also over restarts of the server."""
     if args.watch and sys.stdout.isatty():
         print("\x1b[2J", end="")
     exit_status = show_status(args, client, choose)
@@ -10541,7 +10554,7 @@ def watch_status(args, client, choose):
 
 
 def status_command(args):
-    """status"""
+    """Show what runs."""
     def choose(statuses):
         targets, exit_status = find_targets(statuses, args.names or ["all"])
         return [target.status for target in targets], exit_status
@@ -10549,6 +10562,10 @@ def status_command(args):
 
 
 # watch, logs
+
+EVENT_COLOURS = {"spawn": 32, "start": 32, "ready": 32, "done": 32, "exit": 31, "flap": 31,
+                 "fail": 31, "stop": 33, "stop_pid": 33, "reap": 33}
+
 
 def pauses():
     """Yield the seconds to wait before each try to reach a server that is away."""
@@ -10558,22 +10575,20 @@ def pauses():
         pause = min(RETRY_MAX, 2 * pause)
 
 
-def run_epoch(client):
-    """Return the word for this run of the server that its ids carry, None before its first event."""
-    answer = client.request("GET", "/watch?since=0&timeout=0")
-    return json.loads(answer)["id"].partition("@")[2] if answer else None
+def follow_events(client, path):
+    """Yield (type, data) of each event, also over restarts of the server.
 
-
-def follow_events(client, path, last=""):
-    """Yield (type, data) of each event, also over restarts of the server. `last`: the id to go on
-    behind. ClientError: the server refuses, or is away at the start."""
-    epoch, connected, waits = run_epoch(client), False, pauses()
+    Raise ClientError if the server refuses, or is away at the start.
+    """
+    answer = client.request("GET", "/watch?since=0&timeout=0")      # an event tells which run it is
+    epoch = json.loads(answer)["id"].partition("@")[2] if answer else None
+    last, connected, waits = "", False, pauses()
     while True:
         try:
-            for number_, kind, data in client.events(path, last):
+            for place, kind, data in client.events(path, last):
                 if kind is None and not last:   # lost before its first event, it goes on from here
-                    number_ = "%s@%s" % (data or 0, epoch) if epoch else "0"
-                last, connected, waits = number_ or last, True, pauses()
+                    place = "%s@%s" % (data or 0, epoch) if epoch else "0"
+                last, connected, waits = place or last, True, pauses()
                 if kind is not None:
                     yield kind, data
         except ClientError as error:
@@ -10582,15 +10597,11 @@ def follow_events(client, path, last=""):
         time.sleep(next(waits))
 
 
-EVENT_COLOURS = {"spawn": 32, "start": 32, "ready": 32, "done": 32, "exit": 31, "flap": 31, "fail": 31,
-                 "stop": 33, "stop_pid": 33, "reap": 33}
-
-
 def watch_command(args):
-    """watch"""
+    """Print events as they happen."""
     pattern, coloured = event_pattern(args.pattern), wants_colour(args)
-    path = "/watch%s?%s" % ("/" * bool(pattern) + "/".join(map(reference, pattern.split("/"))), FEED)
-    for kind, data in follow_events(connect(args), path):
+    path = "".join("/" + reference(part) for part in pattern.split("/") if part)
+    for kind, data in follow_events(connect(args), "/watch%s?%s" % (path, FEED)):
         event = json.loads(data)
         if args.json:
             print(data, flush=True)
@@ -10604,21 +10615,21 @@ def watch_command(args):
     return 0
 
 
-JOURNAL_LINE = re.compile(r"([0-9.]+) (\S+) (\d+) ([^ +]+)(\+?) (.*)", re.S)
+# a line of GET /streams; `open`: it has no end yet
 JournalLine = collections.namedtuple("JournalLine", "time name pid label open text")
 
 
 def journal_line(text):
-    """Return the JournalLine of a line of GET /streams."""
-    when, name, pid, label, plus, text = JOURNAL_LINE.fullmatch(text).groups()
-    return JournalLine(float(when), name, int(pid), label, bool(plus), text)
+    """Parse a line of GET /streams."""
+    when, name, pid, label, text = text.split(" ", 4)
+    return JournalLine(float(when), name, int(pid), label.rstrip("+"), label.endswith("+"), text)
 
 
 class LogPrinter:
     """Prints JournalLines as `web.1 | text`. A line that was printed unfinished is continued."""
 
     def __init__(self, args, client, statuses):
-        self._args, self._client, self._names = args, client, {}     # {(name, pid): web.1}
+        self._args, self._client, self._names = args, client, {}    # {(name, pid): web.1}
         self._prefixer = Prefixer(wants_colour(args))
         self._open = None                       # the stream whose unfinished line is the last one
         self._learn(statuses)
@@ -10631,19 +10642,19 @@ class LogPrinter:
                 self._names[name, None] = name + ".1"
 
     def _name(self, line):
-        if (line.name, line.pid) not in self._names:
+        key = line.name, line.pid
+        if key not in self._names:
             if self._args.follow:               # a new process
                 with contextlib.suppress(ClientError):
                     self._learn(get_statuses(self._client))
-            self._names.setdefault((line.name, line.pid), self._names.get((line.name, None), line.name))
-        return self._names[line.name, line.pid]
+            self._names.setdefault(key, self._names.get((line.name, None), line.name))
+        return self._names[key]
 
     def show(self, lines):
-        """Print lines."""
+        """Print lines, their names in a column of one width."""
         args = self._args
-        if not args.no_prefix:                  # one width for all of them
-            for line in lines:
-                self._prefixer.prefix(self._name(line))
+        for line in [] if args.no_prefix else lines:
+            self._prefixer.prefix(self._name(line))
         for line in lines:
             stream, prefix = (line.pid, line.label), ""
             if args.json:
@@ -10658,73 +10669,70 @@ class LogPrinter:
                     prefix += self._prefixer.prefix(self._name(line)) + " "
             self._open = stream if line.open else None
             print(prefix + line.text, end="" if line.open else "\n")
-        if not args.follow and self._open:
+        if self._open and not args.follow:
             print()
         sys.stdout.flush()
 
 
 def merge_lines(lines, count):
-    """Return the last `count` lines (None: all) of each stream, in order, unfinished ones joined, and of
-    what a terminal would overwrite after \\r only the last."""
-    found, streams = [], {}
+    """Return the last `count` lines of each stream, in order.
+
+    Unfinished ones are joined; of what a terminal would overwrite after \\r the last is left.
+    """
+    found, unfinished, kept = [], {}, []        # {stream: index of its unfinished line}
     for line in lines:
-        stream = line[1:4]
-        index = streams.get(stream)
-        if index is not None:
-            line = line._replace(time=found[index].time, text=found[index].text + line.text)
-            found[index] = line
-        else:
+        index = unfinished.pop(line[1:4], None)
+        if index is None:
             index = len(found)
             found.append(line)
-        streams[stream] = index if line.open else None
-    left = collections.Counter()
-    kept = []
+        else:
+            found[index] = line._replace(time=found[index].time, text=found[index].text + line.text)
+        if line.open:
+            unfinished[line[1:4]] = index
+    counts = collections.Counter()
     for line in reversed(found):
-        left[line[1:4]] += 1
-        if count is None or left[line[1:4]] <= count:
+        counts[line[1:4]] += 1
+        if counts[line[1:4]] <= count:
             kept.append(line._replace(text=line.text.rstrip("\r").rpartition("\r")[2]))
     return kept[::-1]
 
 
 def logs_command(args):
-    """logs: from the journal, one request, and with -f one stream."""
+    """Print output from the journal: one request, and with -f one stream."""
+    import fnmatch
     client = connect(args)
     statuses = get_statuses(client)
     targets, exit_status = find_targets(statuses, args.names, True)
     if args.names and not targets:
         return exit_status
     pids = {target.process["pid"] for target in targets if target.process}
-    globs = [word for word in args.names if find_process(statuses, word) is None]
-    hidden = {"exit"} | ({"stderr"} if args.stdout else set()) | ({"stdout"} if args.stderr else set())
-    if args.stdout and args.stderr:
-        hidden = {"exit"}
-    import fnmatch
+    globs = ["*" if word == "all" else word for word in args.names]
+    labels = [label for label in ("stdout", "stderr") if getattr(args, label)]
 
     def wanted(line):
-        return line.label not in hidden and (not args.names or line.pid in pids or any(
-            word == "all" or fnmatch.fnmatchcase(line.name, word) for word in globs))
-    path = "/streams"
+        return line.label != "exit" and (not labels or line.label in labels) and (
+            not args.names or line.pid in pids
+            or any(fnmatch.fnmatchcase(line.name, glob) for glob in globs))
+    printer, path = LogPrinter(args, client, statuses), "/streams"
     if len(targets) == len(args.names) == 1:
-        target = targets[0]
-        path += "/%s" % (target.process["pid"] if target.process else reference(target.word))
+        path = targets[0].path.replace("/processes/", "/streams/")
     headers, body = client.exchange("GET", path + "?tail=all&timeout=0")
-    lines = [journal_line(line) for line in body.decode("utf-8", "replace").split("\n")[:-1]]
-    printer = LogPrinter(args, client, statuses)
-    count = args.n if args.n is not None or args.since else 10
     since = time.time() - args.since if args.since else 0
-    printer.show(merge_lines([line for line in lines if wanted(line) and line.time >= since], count))
+    lines = map(journal_line, body.decode("utf-8", "replace").split("\n")[:-1])
+    lines = [line for line in lines if wanted(line) and line.time >= since]
+    printer.show(merge_lines(lines, args.n if args.n is not None else math.inf if since else 10))
     if not args.follow:
         return exit_status
-    for kind, data in follow_events(client, "%s?%s&since=%s" % (path, FEED, headers["Gaffer-Offset"])):
+    path += "?%s&since=%s" % (FEED, headers["Gaffer-Offset"])
+    for kind, data in follow_events(client, path):
         if kind == "dropped":
-            lost = json.loads(data)
-            if not lost.get("restarted"):
-                tell("%d bytes were lost" % lost["bytes"])
+            if not json.loads(data).get("restarted"):
+                tell("%d bytes were lost" % json.loads(data)["bytes"])
             continue
         line = journal_line(data)
         if wanted(line):
             printer.show([line])
-        elif line.label == "exit" and path == "/streams/%d" % line.pid:
+        elif line.label == "exit" and path.startswith("/streams/%d?" % line.pid):
             break
     return exit_status
 
@@ -10732,21 +10740,21 @@ def logs_command(args):
 # attach
 
 class Attachment:
-    """Copies a process's output to stdout and stderr, stdin to the process, and passes signals on."""
+    """Copies a process's output to stdout and stderr, stdin to it, and passes signals on."""
 
     def __init__(self, client, status, process):
         self._client, self._pid = client, process["pid"]
         self.info = client.get("/processes/%d" % self._pid)
         self._exits = "/watch/proc/%s/exit?%s" % (reference(status["name"]), FEED)
-        self._start_id = "0@" + status["created"].partition("@")[2]
+        self._last = "0@" + status["created"].partition("@")[2]
         self._inbox = queue.SimpleQueue()       # the exit event, an exception, a signal's number
         self.ended = self.line_is_open = False  # what was shown last ends within a line
 
     def run(self, tail):
         """Copy until the process has exited or the user leaves. Return the exit status."""
         # a handler would run in the main thread alone, and only once something else had woken that
-        signals = {signum for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
-                   if signal.getsignal(signum) != signal.SIG_IGN}
+        signals = {signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP}
+        signals -= {signum for signum in signals if signal.getsignal(signum) == signal.SIG_IGN}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         labels = list(dict.fromkeys(self.info["redirect_output"]))
         copies = [self._start(self._copy_output, *pair, tail) for pair in zip(labels, (1, 2))]
@@ -10757,24 +10765,23 @@ class Attachment:
         for item in iter(self._inbox.get, signal.SIGQUIT):
             if isinstance(item, Exception):
                 raise item
-            if isinstance(item, dict):
+            if isinstance(item, dict):          # the rest of its group may write until it is killed
                 for thread in copies:
-                    # the rest of its group may write until it is killed
                     thread.join(self.info["graceful_timeout"] + DRAIN_TIME + 1)
-                while not self._inbox.empty():  # the last output may have met a closed pipe
-                    item_ = self._inbox.get()
-                    if isinstance(item_, OSError):
-                        raise item_
+                while not self._inbox.empty():  # its final output may have met a closed pipe
+                    late = self._inbox.get()
+                    if isinstance(late, OSError):
+                        raise late
                 self.ended = True
                 return exit_code(item)
             if item != signal.SIGINT:
                 return 128 + item
-            with contextlib.suppress(NotThere): # to the whole group, as a terminal does
+            with contextlib.suppress(NotThere):     # to the whole group, as a terminal does
                 self._client.request("POST", "/processes/%d/_signal/INT?group=true" % self._pid)
         return 0
 
     def _start(self, function, *args):
-        """Run a function on a thread; what it raises is for run()."""
+        """Run a function on a thread. What it raises is for run()."""
         def work():
             try:
                 function(*args)
@@ -10798,7 +10805,7 @@ class Attachment:
                 while True:
                     try:
                         data = response.read1(READ_SIZE)
-                    except (OSError, HTTPException):    # it was cut: we were slow, or the network is
+                    except (OSError, HTTPException):    # cut: we were slow, or the network is
                         break
                     if not data:
                         return
@@ -10813,8 +10820,8 @@ class Attachment:
             data = os.read(0, READ_SIZE)        # nothing: end of file
             for pause in pauses():              # as a full pipe would make us wait
                 try:
-                    method = "POST" if data else "DELETE"
-                    self._client.request(method, "/streams/%d/stdin" % self._pid, data or None)
+                    self._client.request("POST" if data else "DELETE",
+                                         "/streams/%d/stdin" % self._pid, data or None)
                     break
                 except ClientError as error:
                     if error.code in ("forbidden_write", "not_found"):
@@ -10824,10 +10831,9 @@ class Attachment:
                 time.sleep(pause)
 
     def _watch_exit(self):
-        last = self._start_id
         while True:
-            for number_, kind, data in self._client.events(self._exits, last):
-                event, last = json.loads(data) if kind else {}, number_ or last
+            for place, kind, data in self._client.events(self._exits, self._last):
+                event, self._last = json.loads(data) if kind else {}, place or self._last
                 if event.get("restarted"):
                     raise ClientError("the server has restarted: attach again")
                 if kind == "exit" and event["pid"] == self._pid:
@@ -10835,41 +10841,37 @@ class Attachment:
 
 
 def attach_command(args):
-    """attach"""
+    """See a process's output, and type into it."""
     client, word = connect(args), args.names[0]
-    statuses = get_statuses(client)
-    targets, exit_status = find_targets(statuses, [word], True)
+    targets, exit_status = find_targets(get_statuses(client), [word], True)
     if not targets:
         return exit_status
     status = targets[0].status
-    processes = [targets[0].process] if targets[0].process else status["processes"]
-    if not processes:
-        raise ClientError("%s does not run: 'gaffer.py start %s' starts it" % (word, word))
-    names = [process_name(status["name"], process) for process in processes]
-    if len(names) > 1:
-        raise ClientError("%s runs %d processes: attach to one of %s" % (word, len(names), ", ".join(names)))
-    attachment = Attachment(client, status, processes[0])
-    typed, restore = os.isatty(0), lambda: None
-    if typed:                                   # Ctrl-] sends QUIT
-        import termios
+    found = [targets[0].process] if targets[0].process else status["processes"]
+    names = [process_name(status["name"], process) for process in found]
+    if len(names) != 1:
+        raise ClientError("%s runs %d processes: attach to one of %s" % (
+            word, len(names), ", ".join(names)) if names else
+            "%s does not run: 'gaffer.py start %s' starts it" % (word, word))
+    import termios
+    attachment, before = Attachment(client, status, found[0]), None
+    if os.isatty(0):                            # Ctrl-] sends QUIT
         before, changed = termios.tcgetattr(0), termios.tcgetattr(0)
         changed[6][termios.VQUIT] = b"\x1d"
         termios.tcsetattr(0, termios.TCSADRAIN, changed)
-
-        def restore():
-            with contextlib.suppress(termios.error):        # the terminal is gone
-                termios.tcsetattr(0, termios.TCSADRAIN, before)
     tell("attached to %s, os pid %d: %s leaves it running, Ctrl-C goes to it%s" % (
-        names[0], processes[0]["os_pid"], "Ctrl-]" if typed else "QUIT",
-        "" if attachment.info["redirect_input"] else "; its stdin is /dev/null, so it hears nothing"))
+        names[0], found[0]["os_pid"], "Ctrl-]" if before else "QUIT",
+        "" if attachment.info["redirect_input"] else "; its stdin is /dev/null: it reads nothing"))
     try:
         exit_status = attachment.run(args.n)
     finally:
-        restore()
+        if before:
+            with contextlib.suppress(termios.error):        # the terminal is gone
+                termios.tcsetattr(0, termios.TCSADRAIN, before)
+    if exit_status != 128 + signal.SIGHUP:
         if attachment.line_is_open and sys.stderr.isatty():
             print(file=sys.stderr)
-    if exit_status != 128 + signal.SIGHUP:      # then the terminal is gone
-        tell("detached, %s" % ("%s has ended" % names[0] if attachment.ended else "%s runs on" % names[0]))
+        tell("detached, %s %s" % (names[0], "has ended" if attachment.ended else "runs on"))
     return exit_status
 
 
@@ -10883,21 +10885,25 @@ class PidFile:
 
     def start(self, loop, manager):
         try:
-            while self._file is None or not self._is_ours():    # until its last user has removed it
+            while True:
                 self._file = open(self._path, "a+", encoding="ascii", errors="replace")
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_there():
+                    break
+                self._file.close()              # its last user has removed it meanwhile
         except BlockingIOError:
             with self._file:
                 self._file.seek(0)
-                raise StartError("the pid file '%s' is used by a gaffer that runs, pid %s: stop it, or "
-                                 "give another" % (self._path, self._file.read(20).strip())) from None
+                raise StartError("the pid file '%s' is used by a gaffer that runs, pid %s: stop "
+                                 "it, or give another" % (
+                                     self._path, self._file.read(20).strip())) from None
         except OSError as error:
             raise StartError("the pid file '%s' cannot be written: %s" % (
                 self._path, error.strerror)) from None
         self._file.truncate(0)
         print(os.getpid(), file=self._file, flush=True)
 
-    def _is_ours(self):
+    def _is_there(self):
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
         except FileNotFoundError:
@@ -10905,13 +10911,15 @@ class PidFile:
 
     def stop(self):
         with self._file:
-            if self._is_ours():
+            if self._is_there():
                 os.unlink(self._path)
 
 
 class LogHandler(logging.Handler):
-    """Logs to stderr, or to the file at `path`, and never waits for it: lines that find no room are
-    counted, and the count is logged as soon as there is room again. StartError."""
+    """Logs to stderr, or to the file at `path`, and never waits for it.
+
+    Lines that find no room are counted, and the count is logged once there is room. StartError.
+    """
 
     def __init__(self, path=None):
         super().__init__()
@@ -10921,7 +10929,8 @@ class LogHandler(logging.Handler):
 
     def _open(self):
         try:                                    # a FIFO that nobody reads would block
-            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+            return os.open(self._path, flags, 0o640)
         except OSError as error:
             raise StartError("the log file '%s' cannot be written: %s" % (
                 self._path, error.strerror)) from None
@@ -10930,9 +10939,11 @@ class LogHandler(logging.Handler):
         if self._writer.full:
             self._dropped += 1
             return
-        text = "gaffer: %d lines of this log were dropped here\n" % self._dropped if self._dropped else ""
-        self._dropped = 0
-        self._writer.put((text + self.format(record) + "\n").encode("utf-8", "backslashreplace"))
+        text = self.format(record) + "\n"
+        if self._dropped:
+            text = "gaffer: %d lines of this log were dropped here\n%s" % (self._dropped, text)
+            self._dropped = 0
+        self._writer.put(text.encode("utf-8", "backslashreplace"))
 
     def replace_standard_streams(self):
         """Let stdout and stderr lead to the file, too."""
@@ -10941,14 +10952,13 @@ class LogHandler(logging.Handler):
         os.dup2(self._writer.fd, 2)
 
     def reopen(self):
-        """Open the file again, as it may have been moved. If that fails, the log goes on as before."""
+        """Open the file again, as it may have been moved; if that fails, go on as before."""
         if self._path is None:
             return
         try:
             fd = self._open()
         except StartError as error:
-            log.error("%s", error)
-            return
+            return log.error("%s", error)
         os.dup2(fd, self._writer.fd, inheritable=False)
         os.close(fd)
         if self._standard:
@@ -10962,11 +10972,11 @@ class LogHandler(logging.Handler):
 
 
 class Background:
-    """--daemon: go on as a process of its own; the one that was started waits until the server listens,
-    so that it can print what is wrong. As the last of the apps, it leaves the terminal."""
+    """--daemon: goes on as a process of its own. The one that was started waits until the server
+    listens, so that it can print what is wrong. As the last of the apps, it leaves the terminal."""
 
     def __init__(self):
-        self.handler = None                     # the LogHandler, which has a thread: not before the fork
+        self.handler = None                     # the LogHandler has a thread: not before the fork
         read, self._pipe = os.pipe()
         if os.fork():
             os.close(self._pipe)
@@ -10974,7 +10984,7 @@ class Background:
                 os._exit(0 if file.read() == b"ok" else 1)
         os.close(read)
         os.setsid()
-        if os.fork():                           # not a session's leader: no terminal can become its own
+        if os.fork():                           # not a session's leader: it gets no terminal
             os._exit(0)
 
     def start(self, loop, manager):
@@ -10986,14 +10996,40 @@ class Background:
 
 
 class Announcement:
-    """Says where an HttpHandler listens, once it does."""
+    """Says where HttpHandlers listen, once they do."""
 
-    def __init__(self, http, say):
-        self._http, self._say = http, say
+    def __init__(self, say, *https):
+        self._say, self._https = say, https
 
     def start(self, loop, manager):
-        if self._http.urls:
-            self._say("listening on " + ", ".join(self._http.urls))
+        urls = [url for http in self._https for url in http.urls]
+        if urls:
+            self._say("listening on " + ", ".join(urls))
+
+
+def run_cached():
+    """Go on in a new interpreter with the cached bytecode of this file, if it can be cached.
+
+    A script stays in memory as the compiler's syntax tree, 12 MiB, for as long as it runs.
+    """
+    if __name__ != "__main__" or __spec__ is not None:
+        return                                  # imported, or run by -m, or here already
+    from importlib import machinery, util
+    cache = util.cache_from_source(__file__)
+    machinery.SourceFileLoader("gaffer", __file__).get_code("gaffer")   # writes it if need be
+    try:
+        if os.stat(cache).st_mtime < os.stat(__file__).st_mtime:
+            return
+    except OSError:
+        return
+    code = ("import sys; '' in sys.path and sys.path.remove(''); del sys.argv[0]; "
+            "from importlib.machinery import ModuleSpec, SourceFileLoader; "
+            "__file__ = sys.argv[0]; "
+            "__spec__ = ModuleSpec('gaffer', SourceFileLoader('gaffer', __file__)); "
+            "exec(__spec__.loader.get_code('gaffer'))")
+    flags = subprocess._args_from_interpreter_flags()       # type: ignore[attr-defined]
+    os.execv(sys.executable, [sys.executable, *flags, "-c", code, os.path.abspath(__file__),
+                              *sys.argv[1:]])
 
 
 def load_again(configuration, manager):
@@ -11001,56 +11037,30 @@ def load_again(configuration, manager):
     try:
         outcome = configuration.reload(manager)
     except GafferError as error:
-        for line in [*str(error).splitlines(), "the configuration was not loaded: nothing is changed"]:
+        for line in str(error).splitlines():
             log.error("%s", line)
+        log.error("the configuration was not loaded: nothing is changed")
     else:
-        lines = outcome_lines(dict(outcome, kept=[]))
-        log.warning("the configuration was loaded again: %s", "; ".join(lines) or "nothing has changed")
-
-
-def run_cached():
-    """Go on in a new interpreter with the cached bytecode of this file, if it can be cached: a script
-    stays in memory as the compiler's syntax tree for as long as it runs, 12 MiB."""
-    if __name__ != "__main__" or __spec__ is not None:
-        return                                  # imported, or run by -m, or here already
-    import importlib.machinery
-    import importlib.util
-    cache = importlib.util.cache_from_source(__file__)
-    importlib.machinery.SourceFileLoader("gaffer", __file__).get_code("gaffer")     # writes it if need be
-    try:
-        if os.stat(cache).st_mtime < os.stat(__file__).st_mtime:
-            return
-    except OSError:
-        return
-    flags = subprocess._args_from_interpreter_flags()       # type: ignore[attr-defined]
-    os.execv(sys.executable, [
-        sys.executable, *flags, "-c",
-        "import sys; '' in sys.path and sys.path.remove(''); del sys.argv[0]; __file__ = sys.argv[0]; "
-        "from importlib.machinery import ModuleSpec, SourceFileLoader; "
-        "__spec__ = ModuleSpec('gaffer', SourceFileLoader('gaffer', __file__)); "
-        "exec(__spec__.loader.get_code('gaffer'))", os.path.abspath(__file__), *sys.argv[1:]])
-
-
-def serve_endpoints(args, settings=None):
-    """Return the HttpEndpoints: those of --bind, else of the configuration, else port 5000."""
-    endpoints = [HttpEndpoint(bind) for bind in args.bind] or (settings.endpoints if settings else [])
-    return [endpoint if endpoint.path else HttpEndpoint(
-        endpoint.bind, endpoint.certfile or args.certfile, endpoint.keyfile or args.keyfile, endpoint.backlog)
-            for endpoint in endpoints or [HttpEndpoint()]]
+        log.warning("the configuration was loaded again: %s", "; ".join(
+            outcome_lines(dict(outcome, kept=[]))) or "nothing has changed")
 
 
 def run_server(args, handler, background):
     """Run a manager with the HTTP API until INT or TERM. Return the exit status."""
-    hooks, configuration, binds = WebHooks(), None, [HttpEndpoint(bind) for bind in args.bind]
+    hooks, configuration, endpoints = WebHooks(), None, list(map(HttpEndpoint, args.bind))
     if args.config:
-        taken = [endpoint.port for endpoint in binds if endpoint.path is None] if binds else None
+        taken = [endpoint.port for endpoint in endpoints if not endpoint.path]
+        taken = taken if endpoints else None    # those of CONFIG
         configuration = Configuration(lambda: read_settings(args.config, taken), hooks)
         hooks.hooks = configuration.settings.webhooks
+        endpoints = endpoints or configuration.settings.endpoints
+    endpoints = [endpoint if endpoint.path else HttpEndpoint(
+        endpoint.bind, endpoint.certfile or args.certfile, endpoint.keyfile or args.keyfile,
+        endpoint.backlog) for endpoint in endpoints or [HttpEndpoint()]]
     access_log = AccessLog(args.access_log) if args.access_log else None
     http = HttpHandler(
-        serve_endpoints(args, configuration and configuration.settings),
-        token=read_token(args.token_file), cors_origins=args.cors_origin, allow_hosts=args.allow_host,
-        access_log=access_log, max_connections=args.connections,
+        endpoints, token=read_token(args.token_file), cors_origins=args.cors_origin,
+        allow_hosts=args.allow_host, access_log=access_log, max_connections=args.connections,
         max_connections_per_address=args.connections_per_address)
 
     def reload():                               # on a thread: files may be slow
@@ -11066,12 +11076,13 @@ def run_server(args, handler, background):
         stdout = Writer(1, LOG_SIZE)            # which nobody may read
         stdout.put(("gaffer %s %s\n" % (__version__, text)).encode("utf-8"))
         stdout.close(LOG_END)
-    manager = Manager(
-        [SigHandler(ending_signals(), reload if configuration else None, reopen),
-         *([PidFile(args.pidfile)] if args.pidfile else []), ConsoleOutput(args.verbose > 1),
-         http, hooks, Announcement(http, announce), *background],
-        window_size=args.window or WINDOW_SIZE, exit_with=args.exit_with,
-        input_size=args.input or STDIN_SIZE)
+    apps = [SigHandler(ending_signals(), reload if configuration else None, reopen)]
+    if args.pidfile:
+        apps.append(PidFile(args.pidfile))
+    apps += [ConsoleOutput(args.verbose > 1), http, hooks, Announcement(announce, http),
+             *background]
+    manager = Manager(apps, window_size=args.window or WINDOW_SIZE, exit_with=args.exit_with,
+                      input_size=args.input or STDIN_SIZE)
     if configuration is not None:
         configuration.begin(manager)
     manager.run()
@@ -11079,17 +11090,18 @@ def run_server(args, handler, background):
 
 
 def serve(args):
-    """serve"""
+    """Run the server, in the background if that is asked for."""
     run_cached()
     if args.daemon and not args.log_file:
         raise ClientError("--daemon needs --log-file FILE: nobody would see what it has to say", 2)
     keep_buffers()
-    background = [Background() for _ in range(args.daemon)]
+    background = [Background()] if args.daemon else []
     handler = LogHandler(args.log_file)
     for app in background:
         app.handler = handler
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[handler], level=(
-        logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)])
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", handlers=[handler],
+        level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)])
     try:
         return run_server(args, handler, background)
     finally:
@@ -11098,21 +11110,17 @@ def serve(args):
 
 # Procfiles
 
-ONCE = {"attempts": 1, "window": SECONDS_MAX, "retry_in": 0.0, "max_retry": 0}     # flapping: an exit ends it
-
-
 def open_procfile(args, taken=()):
     """Return the Procfile that the arguments name. ConfigError, ClientError."""
     if not os.path.exists(args.procfile):
-        raise ClientError("there is no '%s': name a Procfile with -f FILE, or write one, with a line "
-                          "'web: COMMAND'" % args.procfile)
+        raise ClientError("there is no '%s': name a Procfile with -f FILE, or write one, with a "
+                          "line 'web: COMMAND'" % args.procfile)
     return read_procfile(args.procfile, args.root, args.env_file, args.port, taken)
 
 
 def procfile_templates(args, taken=()):
     """Return {type: template} of a Procfile, and {type: number} of -c. ConfigError, ClientError."""
-    templates = read_settings(open_procfile(args, taken)).templates
-    formation = {}
+    templates, formation = read_settings(open_procfile(args, taken)).templates, {}
     for word in split_list(",".join(args.concurrency)):
         kind, _, count = word.partition("=")
         if not (re.fullmatch("[0-9]{1,4}", count) and int(count) <= NUMPROCESSES_MAX):
@@ -11126,7 +11134,7 @@ def procfile_templates(args, taken=()):
 
 
 class FolderApi(HttpHandler):
-    """The API on a unix socket of a folder. Where there can be none, `say` says so."""
+    """The API on a unix socket of a folder. If there can be none, it says so with `say`."""
 
     def __init__(self, folder, say, token):
         super().__init__([HttpEndpoint("unix:" + os.path.join(folder, FOLDER_SOCKET))], token=token)
@@ -11148,30 +11156,31 @@ def up_templates(args, taken):
                 name, near(name, templates) or ": there are " + ", ".join(templates)))
     more = {"redirect_input": True}             # which does not end
     if not args.keep_going:
-        more["flapping"] = ONCE
+        more["restart"] = "never"
     return {name: dict(info, **more) for name, info in templates.items()
             if name in (args.names or templates)}
 
 
 def up_command(args):
-    """up"""
+    """Run a Procfile on this screen."""
     run_cached()
     keep_buffers()
-    endpoints = [HttpEndpoint(bind) for bind in args.bind]
-    taken = [endpoint.port for endpoint in endpoints if endpoint.path is None]
+    endpoints = list(map(HttpEndpoint, args.bind))
+    taken = [endpoint.port for endpoint in endpoints if not endpoint.path]
     configuration = Configuration(lambda: Settings([], up_templates(args, taken), []))
     if not any(info["numprocesses"] for info in configuration.settings.templates.values()):
         raise ClientError("there is nothing to run: all numbers are 0")
     screen = Screen(1, wants_colour(args), not args.keep_going)
     token = read_token(args.token_file)
     folder = args.root or os.path.dirname(os.path.abspath(args.procfile))
-    https: list = [FolderApi(folder, screen.say, token)]
+    https = [FolderApi(folder, screen.say, token)]
     if endpoints:
         https.append(HttpHandler(endpoints, token=token))
     manager = Manager([SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
-                       *(Announcement(http, screen.say) for http in https)])
+                       Announcement(screen.say, *https)])
     handler = LogHandler()
-    logging.basicConfig(format="%(levelname)s %(message)s", handlers=[handler], level=logging.WARNING)
+    logging.basicConfig(
+        format="%(levelname)s %(message)s", handlers=[handler], level=logging.WARNING)
     try:
         configuration.begin(manager)
         manager.run()
@@ -11181,118 +11190,119 @@ def up_command(args):
 
 
 def run_command(args):
-    """run: become the command."""
+    """Become the command."""
     if args.procfile == PROCFILE_NAME and not os.path.exists(PROCFILE_NAME):    # none is no fault
         source = read_procfile(None, args.root, args.env_file, args.port)
     else:
         source = open_procfile(args)
-    env = dict(os.environ, **source.env)
-    env["PORT"] = str(source.port)
     words = args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
     if not words:
         raise ClientError("say what to run: 'gaffer.py run CMD'", 2)
-    argv = words if len(words) > 1 else ["/bin/sh", "-c", source.types.get(words[0], words[0])]
+    if len(words) == 1:
+        words = ["/bin/sh", "-c", source.types.get(words[0], words[0])]
+    env = dict(os.environ, **source.env)
+    env["PORT"] = str(source.port)
     env.pop("GAFFER_TOKEN", None)
     for signum in (signal.SIGPIPE, signal.SIGXFSZ):     # which Python ignores
         signal.signal(signum, signal.SIG_DFL)
     try:
         os.chdir(source.folder)
-        os.execvpe(argv[0], argv, env)
+        os.execvpe(words[0], words, env)
     except OSError as error:
-        raise ClientError("'%s' cannot be run: %s" % (argv[0], error.strerror), 127) from None
+        raise ClientError("'%s' cannot be run: %s" % (words[0], error.strerror), 127) from None
 
 
 def group_of(args):
     """Return the group of a Procfile's processes: as given, or the name of its folder."""
     folder = os.path.abspath(args.root or os.path.dirname(os.path.abspath(args.procfile)))
-    name = args.group or re.sub(r"[^A-Za-z0-9_.@-]", "-", os.path.basename(folder)).lstrip("-") or "app"
+    name = re.sub(r"[^A-Za-z0-9_.@-]", "-", os.path.basename(folder)).lstrip("-")
+    name = args.group or name or "app"
     if not re.fullmatch(r"(?!-)[A-Za-z0-9_.@-]{1,64}", name):
         raise ClientError("'%s' is not a group's name: give 1 to 64 of A-Z a-z 0-9 _ . @ -" % name)
     return name
 
 
-def app_statuses(args, statuses):
-    """Return {type: status} of the Procfile's processes in the server: those of its group, else those
-    named as its types are, and without a Procfile all. NotThere."""
-    prefix = group_of(args) + ":"
-    found = {name[len(prefix):]: status for name, status in statuses.items() if name.startswith(prefix)}
+def find_app(args, statuses):
+    """Return {type: Target} of the Procfile's templates in the server. NotThere.
+
+    They are those of its group, else those named as its types are, and without a Procfile all.
+    """
+    targets, group = find_targets(statuses, ["all"])[0], group_of(args)
+    found = {target.word[len(group) + 1:]: target for target in targets
+             if target.word.startswith(group + ":")}
     if not found and not args.group:
         types = statuses
         if os.path.exists(args.procfile):
             types = read_procfile(args.procfile, args.root).types
-        found = {name: status for name, status in statuses.items() if name in types}
+        found = {target.word: target for target in targets if target.word in types}
     if not found:
-        raise NotThere("there is no process of the group '%s': 'gaffer.py load' loads it" % prefix[:-1])
+        raise NotThere("there is no process of the group '%s': 'gaffer.py load' loads it" % group)
     return found
 
 
 def load_command(args):
-    """load: make the group what the Procfile says."""
+    """Make the group in the server what the Procfile says."""
     client, group = connect(args), group_of(args)
     statuses = get_statuses(client)
     templates, formation = procfile_templates(args, [client.port])
     for kind, info in templates.items():
-        info = dict(info, name="%s:%s" % (group, kind))
-        path, done = "/processes/" + reference(info["name"]), "loaded"
-        if info["name"] not in statuses:
-            client.request("POST", "/processes", info)
-        else:
-            old = client.get(path)
+        name = info["name"] = "%s:%s" % (group, kind)
+        if name in statuses:
+            del info["start"]                   # it runs, or not, as before
             if kind not in formation:           # it may have been scaled
-                info["numprocesses"] = old["numprocesses"]
-            info["start"] = old["start"]
-            done = "already loaded" if old == info else "updated"
-            if old != info:
-                del info["start"]
-                client.request("PUT", path, info)
-        print(json.dumps({"ok": True}) if args.json else "%s:%s: %s" % (group, kind, done), flush=True)
+                info["numprocesses"] = statuses[name]["numprocesses"]
+        answer = client.request("PUT", "/processes/" + reference(name), info)
+        outcome = json.loads(answer)
+        show(args, answer, "%s: %s" % (name, "loaded" if outcome.get("created") else
+                                       "updated" if outcome["changed"] else "already loaded"))
     gone = [name for name in statuses if name.startswith(group + ":")
             and name[len(group) + 1:] not in templates]
-    return delete_templates(client, find_targets(statuses, gone)[0], args, "removed")
+    return delete(client, find_targets(statuses, gone)[0], args, "removed")
 
 
 def unload_command(args):
-    """unload"""
-    client, prefix = connect(args), group_of(args) + ":"
-    targets = [target for target in find_targets(get_statuses(client), ["all"])[0]
-               if target.word.startswith(prefix)]
-    if not targets:
-        raise NotThere("there is no group '%s': 'gaffer.py status' lists what there is" % prefix[:-1])
-    return delete_templates(client, targets, args, "unloaded")
+    """Stop and forget a group."""
+    client, args.group = connect(args), group_of(args)
+    return delete(client, find_app(args, get_statuses(client)).values(), args, "unloaded")
 
 
 def ps_command(args):
-    """ps"""
+    """Show the processes of a Procfile."""
     return watch_status(args, connect(args), lambda statuses: (
-        list(app_statuses(args, statuses).values()), 0))
+        [target.status for target in find_app(args, statuses).values()], 0))
 
 
 def scale_command(args):
-    """scale"""
+    """Change how many processes of each type run."""
     client, words = connect(args), args.changes
     statuses = get_statuses(client)
     change = re.compile(r"(?:[^=+:]+:)?([^=+:]+?)([=+-])([0-9]{1,4})")
     is_group = any(name.startswith(words[0] + ":") for name in statuses)
     args.group = words[0] if is_group or not change.fullmatch(words[0]) else None
-    words = words[1:] if args.group else words
-    matches = [change.fullmatch(word) for word in words]
-    if None in matches or not matches:
-        raise ClientError("'%s' is not a change: say web=3, web+1 or web-1" % (
-            words[matches.index(None)] if matches else args.group), 2)
-    found = app_statuses(args, statuses)
-    for kind, _, _ in (match.groups() for match in matches):
+    changes = []
+    for word in words[1:] if args.group else words:
+        match = change.fullmatch(word)
+        if match is None:
+            raise ClientError("'%s' is not a change: say web=3, web+1 or web-1" % word, 2)
+        changes.append(match.groups())
+    if not changes:
+        raise ClientError("'%s' is not a change: say web=3, web+1 or web-1" % words[0], 2)
+    found = find_app(args, statuses)
+    for kind, _, _ in changes:
         if kind not in found:
-            raise NotThere("there is no '%s'%s" % (kind, near(kind, found) or ": there are " + ", ".join(found)))
-    for kind, sign, count in (match.groups() for match in matches):
-        now = found[kind]["numprocesses"]
+            raise NotThere("there is no '%s'%s" % (
+                kind, near(kind, found) or ": there are " + ", ".join(found)))
+    for kind, sign, count in changes:
+        target = found[kind]
+        now = target.status["numprocesses"]
         by = int(count) - now if sign == "=" else int(sign + count)
-        target = Target(found[kind]["name"], "/processes/" + reference(found[kind]["name"]), found[kind], None)
         answer = json_bytes({"ok": True, "numprocesses": now})
         if by:
-            answer = client.request("POST", "%s/_%s/%d" % (target.path, "add" if by > 0 else "sub", abs(by)))
+            verb = "add" if by > 0 else "sub"
+            answer = client.request("POST", "%s/_%s/%d" % (target.path, verb, abs(by)))
         if by and not args.no_wait:
             wait_for(client, settled_path(target), target, args)
-        print(as_sent(answer) if args.json else "%s: %s" % (target.word, count_text(target, answer)), flush=True)
+        show(args, answer, "%s: %s" % (target.word, count_text(answer)))
     return 0
 
 
@@ -11303,16 +11313,17 @@ def systemd_word(text):
 
 def export_systemd(group, source, templates):
     """Return {file: text}: a unit of each process, and a target for all."""
-    units, commands = {}, source.types
+    units = {}
     for kind, info in templates.items():
-        for number_ in range(info["numprocesses"]):
-            env = dict(info["env"], PORT=str(int(info["env"]["PORT"]) + number_))
+        for instance in range(1, info["numprocesses"] + 1):
+            env = dict(info["env"], PORT=str(port_of(info["env"], instance)))
             del env["GAFFER_PORT_STEP"]
-            units["%s-%s-%d.service" % (group, kind, number_ + 1)] = "\n".join([
-                "[Unit]", "Description=%s %s.%d" % (group, kind, number_ + 1), "PartOf=%s.target" % group, "",
-                "[Service]", "WorkingDirectory=%s" % info["cwd"].replace("%", "%%"),
+            units["%s-%s-%d.service" % (group, kind, instance)] = "\n".join([
+                "[Unit]", "Description=%s %s.%d" % (group, kind, instance),
+                "PartOf=%s.target" % group, "", "[Service]",
+                "WorkingDirectory=%s" % info["cwd"].replace("%", "%%"),
                 *("Environment=%s" % systemd_word("%s=%s" % pair) for pair in env.items()),
-                "ExecStart=/bin/sh -c %s" % systemd_word(commands[kind]).replace("$", "$$"),
+                "ExecStart=/bin/sh -c %s" % systemd_word(source.types[kind]).replace("$", "$$"),
                 "Restart=always", "TimeoutStopSec=%g" % info["graceful_timeout"], "",
                 "[Install]", "WantedBy=%s.target" % group, ""])
     target = "[Unit]\nDescription=%s\nWants=%s\n\n[Install]\nWantedBy=multi-user.target\n"
@@ -11320,33 +11331,35 @@ def export_systemd(group, source, templates):
 
 
 def export_files(args):
-    """Return {file: text} of a Procfile in another form. ClientError: it cannot be said in that form."""
+    """Return {file: text} of a Procfile in another form. ClientError: that form cannot hold it."""
     group, source = group_of(args), open_procfile(args)
     templates, _ = procfile_templates(args)
     if args.format == "systemd":
         return export_systemd(group, source, templates)
-    sections = {"%s:%s" % (group, kind): dict(
-        {field: value for field, value in info.items() if value != OPTIONS[field].default and field != "name"},
-        priority=index) for index, (kind, info) in enumerate(templates.items())}
+    sections = {}
+    for index, (kind, info) in enumerate(templates.items()):
+        sections["%s:%s" % (group, kind)] = dict(
+            {field: value for field, value in info.items()
+             if value != OPTIONS[field].default and field != "name"}, priority=index)
     if args.format == "json":
         return {"%s.json" % group: json.dumps({"process": sections}, indent=4) + "\n"}
     lines = ["; made from %s" % source.path]
     for name, info in sections.items():
-        env = info.pop("env")
-        info["args"] = " ".join(map(shlex.quote, info.get("args") or []))
-        lines += ["", "[process:%s]" % name]
-        lines += ["%s = %s" % (field, "true" if value is True else value) for field, value in info.items()
-                  if value != ""]
+        env, lines = info.pop("env"), [*lines, "", "[process:%s]" % name]
+        lines += ["%s = %s" % (field, shlex.join(value) if field == "args" else
+                               json.dumps(value) if isinstance(value, bool) else value)
+                  for field, value in info.items() if value != []]
         lines += ["", "[env:%s]" % name]
         for variable, value in env.items():
             if value != value.strip() or "\n" in value:
-                raise ClientError("the variable %s has a value that INI cannot hold: export json" % variable)
+                raise ClientError(
+                    "the variable %s has a value that INI cannot hold: export json" % variable)
             lines.append("%s = %s" % (variable, value))
     return {"%s.ini" % group: "\n".join([*lines, ""])}
 
 
 def export_command(args):
-    """export"""
+    """Write a Procfile in another form."""
     files = export_files(args)
     for name, text in files.items():
         path = os.path.join(args.output or "", name)
@@ -11411,19 +11424,19 @@ def completions(commands, line):
             found += names
         elif "choices" in how:
             found += how["choices"]
-        elif how.get("metavar") == "NAME" and not current.startswith("-"):
+        elif how["metavar"] == "NAME" and not current.startswith("-"):
             with contextlib.suppress(ClientError):
                 found += ["all", *Client(find_endpoint(), read_token(None)).get("/processes")]
     return [word for word in found if word.startswith(current) and (current or word[0] != "-")]
 
 
 def completion_command(args):
-    """completion"""
+    """Print a shell's script, or the words that it asks for."""
     if args.line is None:
         print(COMPLETION[args.shell])
         return 0
     for word in completions(args.commands, args.line):
-        if args.shell == "bash":                # which completes only what stands behind a colon
+        if args.shell == "bash":                # it completes only what stands behind a colon
             word = word[args.line.rpartition(" ")[2].rfind(":") + 1:]
         print(word)
     return 0
@@ -11432,9 +11445,11 @@ def completion_command(args):
 # the table
 
 def option(words, text, **how):
-    """Return (names, keywords) of an argument of a command, as argparse's add_argument() takes them.
-    `words`: "-f, --procfile FILE", "--json" (a flag) or, for a positional argument, "names NAME+" with
-    + ? * or ... for how many."""
+    """Return (names, keywords) of an argument, as argparse's add_argument() takes them.
+
+    `words`: "-f, --procfile FILE", "--json" (a flag) or, for a positional argument, "names NAME+"
+    with + ? * or ... for how many.
+    """
     *names, last = words.replace(",", "").split()
     if not words.startswith("-"):
         metavar, nargs = re.fullmatch(r"([A-Z]+)(\W*)", last).groups()
@@ -11442,6 +11457,11 @@ def option(words, text, **how):
     if last.startswith("-"):
         return [*names, last], dict({"action": "store_true"}, help=text, **how)
     return names, dict(how, metavar=last, help=text)
+
+
+def several(words, text):
+    """Return an option() that may be repeated."""
+    return option(words, text + "; repeatable", action="append", default=[])
 
 
 def checked(pattern, convert, what, least=0, most=math.inf):
@@ -11452,11 +11472,6 @@ def checked(pattern, convert, what, least=0, most=math.inf):
             raise argparse.ArgumentTypeError("'%s' is not %s" % (text, what))
         return convert(text)
     return check
-
-
-def size_type(least, most):
-    """Return the argparse type of a number of bytes."""
-    return checked("[0-9]{1,12}", int, "%d to %d bytes" % (least, most), least, most)
 
 
 def template_name(text):
@@ -11470,15 +11485,16 @@ def template_name(text):
 
 def template_options():
     """Yield options for the fields of a template."""
-    yield option("--env NAME[=VALUE]", "a variable of its environment, without a value that of yours; "
-                 "repeatable", action="append")
+    yield option("--env NAME[=VALUE]", "a variable of its environment, without a value that of "
+                 "yours; repeatable", action="append")
     for field, (default, _, text) in OPTIONS.items():
         name = field.replace("_", "-")
         if field in ("name", "cmd", "args", "env", "start"):
             continue
         if isinstance(default, bool):
             yield option("--" + name, text, dest=field, default=None)
-            yield option("--no-" + name, "do not " + text, dest=field, action="store_false", default=None)
+            yield option("--no-" + name, "do not " + text, dest=field, action="store_false",
+                         default=None)
         else:
             yield option("--%s VALUE" % name, text)
 
@@ -11487,19 +11503,20 @@ WHOLE = checked("[0-9]{1,9}", int, "a whole number")
 POSITIVE = checked("[0-9]{1,9}", int, "a whole number of at least 1", 1)
 SECONDS = checked(r"[0-9]{1,7}(\.[0-9]+)?", float, "a number of seconds")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-AGO = checked("[0-9]{1,7}[smhd]", lambda text: int(text[:-1]) * UNITS[text[-1]], "90s, 10m, 2h or 1d")
+AGO = checked("[0-9]{1,7}[smhd]", lambda text: int(text[:-1]) * UNITS[text[-1]],
+              "90s, 10m, 2h or 1d")
 LINES = checked("[0-9]{1,9}|all", lambda text: math.inf if text == "all" else int(text),
                 "a number of lines, or all")
 NAMES = "a name, a glob such as 'web*' or 'group:*', or all"
 TARGETS = NAMES + ", or one process: web.2, or its pid"
 SOME_NAMES, SOME_TARGETS = option("names NAME+", NAMES), option("names NAME+", TARGETS)
-JSON = option("--json", "print what the server sent")
+ONE_NAME = option("names NAME", NAMES, nargs=1)
 CONNECTION = (
-    option("--endpoint URL", "http://host:port, https://host:port or unix:/path (default: GAFFER_ENDPOINT, "
-           "else the 'up' of this folder, else %s)" % DEFAULT_ENDPOINT),
+    option("--endpoint URL", "http://host:port, https://host:port or unix:/path (default: "
+           "GAFFER_ENDPOINT, else the 'up' of this folder, else %s)" % DEFAULT_ENDPOINT),
     option("--token-file FILE", "the token is in this file (or in GAFFER_TOKEN)"),
     option("--cacert FILE", "trust the certificates in this file (PEM)"))
-ASK = (*CONNECTION, JSON)
+ASK = (*CONNECTION, option("--json", "print what the server sent"))
 BY = option("n N?", "how many (default 1)", type=POSITIVE, default=1)
 WAIT = (option("--timeout SECONDS", "wait this long at most, then exit with 124", type=SECONDS),
         option("--no-wait", "do not wait until it is done"))
@@ -11508,125 +11525,130 @@ WATCH = option("-w, --watch", "again each second, until Ctrl-C")
 START = option("--start", "start it")
 TEMPLATE = (
     option("name NAME", "the template's name"),
-    option("cmd CMD...", "all that follows NAME: a command line as one word, or a program and its arguments"),
-    START, *template_options(), *ASK)
+    option("cmd CMD...", "all that follows NAME: a command line as one word, or a program and its "
+           "arguments"), START, *template_options(), *ASK)
 PLACE = (option("-f, --procfile FILE", "the Procfile (default ./Procfile)", default=PROCFILE_NAME),
          option("-d, --root DIR", "where its processes run (default: its folder)"))
 PROCFILE = (
-    *PLACE, option("-e, --env-file FILE", "variables, in place of those of .env in that folder; repeatable",
-                   action="append", default=[]),
-    option("-p, --port PORT", "PORT of the first type, then a hundred for each (default: that of the "
-           "environment, or 5000)", type=WHOLE))
-FORMATION = option("-c, --concurrency TYPE=N", "how many of each type, as in web=2,worker=3 (default 1)",
-                   action="append", default=[])
+    *PLACE, several("-e, --env-file FILE", "variables, in place of those of .env in that folder"),
+    option("-p, --port PORT", "PORT of the first type, then a hundred for each (default: that of "
+           "the environment, or 5000)", type=WHOLE))
+FORMATION = several("-c, --concurrency TYPE=N", "how many of each type, as in web=2,worker=3")
 GROUP = option("group GROUP?", "the name of the application (default: its folder's)")
 LISTEN = (
-    option("--bind ADDRESS", "host:port (0: any free one), port, [v6]:port or unix:/path; repeatable",
-           action="append", default=[]),
+    several("--bind ADDRESS", "host:port (0: any free one), port, [v6]:port or unix:/path"),
     option("--token-file FILE", "every request needs the token in this file (or in GAFFER_TOKEN)"))
 SERVE = (
     option("config CONFIG?", "what to run: a file of INI, JSON or TOML, or a Procfile"), *LISTEN,
-    option("--cors-origin ORIGIN", "let pages of this origin use the API ('*': all of them); repeatable",
-           action="append", default=[]),
-    option("--allow-host HOST", "a further name of this server; repeatable", action="append", default=[]),
+    several("--cors-origin ORIGIN", "let pages of this origin use the API ('*': all of them)"),
+    several("--allow-host HOST", "a further name of this server"),
     option("--certfile FILE", "serve TLS with this certificate (PEM)"),
     option("--keyfile FILE", "and this key"),
-    option("--access-log FILE", "a line for each request, in Apache's combined format ('-': to stderr)"),
-    option("--exit-with NAME", "stop when a process of this template ends by itself, and exit with its "
-           "status", type=template_name),
+    option("--access-log FILE", "a line for each request, in Apache's format ('-': stderr)"),
+    option("--exit-with NAME", "stop when a process of this template ends by itself, and exit with "
+           "its status", type=template_name),
     option("--window BYTES", "how much is kept of each stream (default %d)" % WINDOW_SIZE,
-           type=size_type(WINDOW_SIZE_MIN, WINDOW_SIZE_MAX)),
+           type=checked("[0-9]{1,12}", int, "%d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX),
+                        WINDOW_SIZE_MIN, WINDOW_SIZE_MAX)),
     option("--input BYTES", "how much may wait for a process to read it (default %d)" % STDIN_SIZE,
-           type=size_type(1, STDIN_SIZE_MAX)),
-    option("--connections N", "at once (default %d, or seven eighths of the limit of open files)" % (
+           type=checked("[0-9]{1,12}", int, "1 to %d bytes" % STDIN_SIZE_MAX, 1, STDIN_SIZE_MAX)),
+    option("--connections N", "at once (default %d, or 7/8 of the limit of open files)" % (
         CONNECTIONS_MAX), type=POSITIVE),
-    option("--connections-per-address N", "of one address, this machine's own too (default %d, and those "
-           "are not counted)" % ADDRESS_CONNECTIONS_MAX, type=POSITIVE),
+    option("--connections-per-address N", "of one address, this machine's own too (default %d, and "
+           "those are not counted)" % ADDRESS_CONNECTIONS_MAX, type=POSITIVE),
     option("--pidfile FILE", "keep the pid in this file"),
     option("--log-file FILE", "log into this file (default: to stderr)"),
     option("--daemon", "go on in the background; needs --log-file"),
-    option("-v, --verbose", "log events; -vv: the processes' output too", action="count", default=0))
+    option("-v, --verbose", "log events; -vv: the processes' output too", action="count",
+           default=0))
+LOGS = (
+    option("names NAME*", TARGETS + " (the default)"),
+    option("-f, --follow", "go on with what comes, until Ctrl-C"),
+    option("-n N", "begin with the last N lines of each stream, or all (default 10)", type=LINES),
+    option("--since TIME", "begin with what came in the last 90s, 10m, 2h or 1d", type=AGO),
+    option("--stdout", "only stdout"), option("--stderr", "only stderr"),
+    option("--no-prefix", "without the names"), option("-t, --times", "with the time of each line"),
+    COLOUR, *CONNECTION, option("--json", "an object a line: time, name, pid, label, data"))
 
+GROUPS = {"server": "the server", "control": "control", "look": "look", "template": "templates",
+          "procfile": "Procfiles", "other": "other"}
 Command = collections.namedtuple("Command", "group run help options")
 
 
 def verb(name, text, *options):
     """Return the Command of one of VERBS."""
     waits = WAIT if VERBS[name][1] else ()
-    return Command("control", functools.partial(act_command, verb=name), text, (*options, *waits, *ASK))
+    return Command("control", functools.partial(act, verb=name), text, (*options, *waits, *ASK))
 
 
-def show(field, text):
+def field(name, text):
     """Return the Command that prints a field of each status."""
-    return Command("look", functools.partial(show_command, field=field), text, (SOME_NAMES, *ASK))
+    return Command("look", functools.partial(show_field, field=name), text, (SOME_NAMES, *ASK))
 
 
 COMMANDS = {
     "serve": Command("server", serve, "run the supervisor and its HTTP API", SERVE),
-    "reload": Command("server", reload_command, "let the server load its CONFIG again, as HUP does", (
+    "reload": Command("server", reload_command, "let the server load its CONFIG again", (
         option("--dry-run", "only say what would change"), *ASK)),
     "start": verb("start", "start processes (of a Procfile: up)", SOME_NAMES),
     "stop": verb("stop", "stop processes; they stay stopped", SOME_TARGETS),
     "restart": verb("restart", "stop each process, and replace it", SOME_NAMES),
-    "add": verb("add", "run more processes of a template", option("names NAME", NAMES, nargs=1), BY),
-    "sub": verb("sub", "run fewer processes of a template; the oldest end", option("names NAME", NAMES, nargs=1), BY),
+    "add": verb("add", "run more processes of a template", ONE_NAME, BY),
+    "sub": verb("sub", "run fewer processes of a template; the oldest end", ONE_NAME, BY),
     "kill": verb("kill", "send a signal to processes", SOME_TARGETS,
                  option("sig SIGNAL", "15, TERM or SIGTERM; also as -9 in front of NAME"),
-                 option("--group", "to their whole process groups", action="store_const", const="true", default="false")),
+                 option("--group", "to their whole process groups", action="store_const",
+                        const="true", default="false")),
     "processes": Command("look", processes_command, "list the names of all templates", (
         option("--running", "the pids of all that runs instead"), *ASK)),
     "status": Command("look", status_command, "show what runs, and what will happen next", (
         option("names NAME*", NAMES + " (the default)"), WATCH, COLOUR, *ASK)),
-    "logs": Command("look", logs_command, "print the output of processes, in order", (
-        option("names NAME*", TARGETS + " (the default)"),
-        option("-f, --follow", "go on with what comes, until Ctrl-C"),
-        option("-n N", "begin with the last N lines of each stream, or all (default 10)", type=LINES),
-        option("--since TIME", "begin with what came in the last 90s, 10m, 2h or 1d", type=AGO),
-        option("--stdout", "only stdout"), option("--stderr", "only stderr"),
-        option("--no-prefix", "without the names"), option("-t, --times", "with the time of each line"),
-        COLOUR, *CONNECTION, option("--json", "an object a line: time, name, pid, label, data"))),
+    "logs": Command("look", logs_command, "print the output of processes, in order", LOGS),
     "attach": Command("look", attach_command, "see a process's output, and type into it", (
         option("names NAME", "a name, or one process: web.2, or its pid", nargs=1),
-        option("-n N", "begin with its last N lines (default 10)", type=WHOLE, default=10), *CONNECTION)),
+        option("-n N", "begin with its last N lines (default 10)", type=WHOLE, default=10),
+        *CONNECTION)),
     "watch": Command("look", watch_command, "print events as they happen, until Ctrl-C", (
         option("pattern PATTERN?", "a type such as exit, proc/NAME or proc/NAME/TYPE", default=""),
         COLOUR, *ASK)),
-    "running": show("running", "print how many processes of a template run"),
-    "numprocesses": show("numprocesses", "print how many processes are wanted"),
-    "pids": show("pids", "print gaffer's pids of what runs"),
+    "running": field("running", "print how many processes of a template run"),
+    "numprocesses": field("numprocesses", "print how many processes are wanted"),
+    "pids": field("pids", "print gaffer's pids of what runs"),
     "get_process": Command("template", get_process_command, "print a template as JSON", (
         SOME_TARGETS, *ASK)),
     "add_process": Command("template", add_process_command, "add a template", TEMPLATE),
-    "load_process": Command("template", load_process_command, "add a template from a file of JSON", (
+    "load_process": Command("template", load_process_command, "add a template from a JSON file", (
         option("file FILE", "as POST /processes takes it; - is stdin"), START, *ASK)),
     "update_process": Command("template", update_process_command,
-                              "change what is given of a template, and replace its processes", TEMPLATE),
+                              "change what is given of a template", TEMPLATE),
     "del_process": Command("template", del_process_command, "stop a template, and forget it", (
         SOME_NAMES, *WAIT, *ASK)),
     "up": Command("procfile", up_command, "run a Procfile here, all output on one screen", (
         option("names TYPE*", "only these types (default: all)"), *PROCFILE, FORMATION,
-        option("--keep-going", "start again what ends, in place of stopping all"), *LISTEN, COLOUR)),
-    "run": Command("procfile", run_command, "run a command once, in the environment of a Procfile", (
-        option("cmd CMD...", "a type, a command line as one word, or a program and its arguments"), *PROCFILE)),
+        option("--keep-going", "start again what ends, in place of stopping all"),
+        *LISTEN, COLOUR)),
+    "run": Command("procfile", run_command, "run a command in the environment of a Procfile", (
+        option("cmd CMD...", "a type, a command line as one word, or a program and its arguments"),
+        *PROCFILE)),
     "load": Command("procfile", load_command, "let the server run a Procfile", (
         GROUP, *PROCFILE, FORMATION, *WAIT, *ASK)),
     "unload": Command("procfile", unload_command, "stop a loaded Procfile, and forget it", (
         GROUP, *PLACE, *WAIT, *ASK)),
     "scale": Command("procfile", scale_command, "change how many of each type run", (
-        option("changes CHANGE+", "perhaps a GROUP, then web=3, web+1 or web-1"), *PLACE, *WAIT, *ASK)),
+        option("changes CHANGE+", "perhaps a GROUP, then web=3, web+1 or web-1"), *PLACE, *WAIT,
+        *ASK)),
     "ps": Command("procfile", ps_command, "show the processes of a Procfile, as status does", (
         GROUP, *PLACE, WATCH, COLOUR, *ASK)),
     "export": Command("procfile", export_command, "write a Procfile in another form", (
-        option("format FORMAT", "ini or json, for serve, or systemd", choices=("ini", "json", "systemd")), GROUP,
-        option("-o, --output DIR", "write files into this folder (default: print them)"), *PROCFILE, FORMATION)),
-    "completion": Command("other", completion_command, "print what lets a shell complete the words", (
-        option("shell SHELL", "bash, zsh or fish: its script is to be sourced", choices=("bash", "zsh", "fish")),
+        option("format FORMAT", "ini or json, for serve, or systemd",
+               choices=("ini", "json", "systemd")), GROUP,
+        option("-o, --output DIR", "write files into this folder (default: print them)"), *PROCFILE,
+        FORMATION)),
+    "completion": Command("other", completion_command, "print what lets a shell complete words", (
+        option("shell SHELL", "bash, zsh or fish: its script is to be sourced",
+               choices=("bash", "zsh", "fish")),
         option("line LINE?", "for the script: what was typed so far"))),
 }
-
-
-GROUPS = {"server": "the server", "control": "control", "look": "look", "template": "templates",
-          "procfile": "Procfiles", "other": "other"}
 
 QUICK_START = """\
 A process supervisor in one file, driven over HTTP. To begin with:
@@ -11641,18 +11663,19 @@ EXIT_STATUSES = """\
 Exit status: 0 done, 1 the server said no, 2 wrong usage, 3 not running (status),
 4 no such name, 5 no server there, 6 refused, 124 timed out.
 """
-ELSEWHERE = {                           # what supervisorctl, foreman, pm2, systemctl call it -> our name
-    "list": "status", "ls": "status", "l": "status", "show": "get_process", "describe": "get_process",
-    "info": "get_process", "pid": "pids", "tail": "logs", "log": "logs", "fg": "attach",
-    "connect": "attach", "events": "watch", "monit": "status -w", "top": "status -w", "signal": "kill",
-    "delete": "del_process", "remove": "del_process", "rm": "del_process",
+# what supervisorctl, foreman, pm2 and systemctl call it -> our name
+ELSEWHERE = {
+    "list": "status", "ls": "status", "l": "status", "show": "get_process", "info": "get_process",
+    "describe": "get_process", "pid": "pids", "tail": "logs", "log": "logs", "fg": "attach",
+    "connect": "attach", "events": "watch", "monit": "status -w", "top": "status -w",
+    "signal": "kill", "delete": "del_process", "remove": "del_process", "rm": "del_process",
     "reread": "reload --dry-run", "update": "reload", "check": "export json", "server": "serve",
     "daemon": "serve --daemon", "version": "--version", "exec": "run",
 }
 
 
 def make_parser(name):
-    """Return the argparse parser of a command; its help is the same from every version of Python."""
+    """Return the argparse parser of a command; every version of Python prints the same help."""
     import argparse
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -11660,12 +11683,14 @@ def make_parser(name):
 
         def _format_action_invocation(self, action):
             names = ", ".join(action.option_strings)
-            return "%s %s" % (names, action.metavar or "") if names else action.metavar or action.dest
+            return "%s %s" % (names, action.metavar or "") if names else action.metavar
     command = COMMANDS[name]
     forms = {"+": "%s ...", "?": "[%s]", "*": "[%s ...]", "...": "%s ..."}
-    places = [forms.get(how["nargs"], "%s") % how["metavar"] for _, how in command.options if "nargs" in how]
+    usage = ["gaffer.py", name, "[options]"]
+    usage += [forms.get(how["nargs"], "%s") % how["metavar"]
+              for _, how in command.options if "nargs" in how]
     parser = argparse.ArgumentParser(
-        prog="gaffer.py " + name, usage=" ".join(["gaffer.py", name, "[options]", *places]), allow_abbrev=False,
+        prog="gaffer.py " + name, usage=" ".join(usage), allow_abbrev=False,
         description="%s%s." % (command.help[0].upper(), command.help[1:]),
         formatter_class=lambda prog: Formatter(prog, max_help_position=26))
     parser._optionals.title = "options"         # Python 3.8 and 3.9 say "optional arguments"
@@ -11675,8 +11700,8 @@ def make_parser(name):
     return parser
 
 
-def without_command(argv):
-    """Do --version, --help, nothing at all, or a mistake."""
+def run_without_command(argv):
+    """Do --version, --help, nothing at all, or a mistake. Return the exit status."""
     if argv == ["--version"]:
         print("gaffer %s" % __version__)
         return 0
@@ -11703,14 +11728,14 @@ def dispatch(argv):
         argv = [argv[1], "--help"]
     name, argv = command_first(COMMANDS, argv)
     if name is None:
-        return without_command(argv)
+        return run_without_command(argv)
     if name == "kill":                          # kill -9 NAME
         dashed = [word for word in argv if re.fullmatch(r"-([0-9]+|(SIG)?[A-Z]{3}[A-Z0-9]*)", word)]
         argv = [word for word in argv if word not in dashed] + [word[1:] for word in dashed]
     parser = make_parser(name)
-    rest = any(how.get("nargs") == "..." for _, how in COMMANDS[name].options)
+    takes_rest = any(how.get("nargs") == "..." for _, how in COMMANDS[name].options)
     try:
-        args = parser.parse_args(argv) if rest else parser.parse_intermixed_args(argv)
+        args = parser.parse_args(argv) if takes_rest else parser.parse_intermixed_args(argv)
     except SystemExit as error:                 # argparse has said it, or printed the help
         return error.code
     try:
@@ -11718,14 +11743,18 @@ def dispatch(argv):
     except (LookupError, TypeError, ValueError) as error:
         if "endpoint" not in args:
             raise                               # a mistake of ours, not of a server
-        raise ClientError("what %s answered is not understood (%s: %s): is it a gaffer of another "
-                          "version?" % (connect(args).endpoint, type(error).__name__, error)) from error
+        raise ClientError("what %s answered is not understood (%s: %s): is it a gaffer of "
+                          "another version?" % (
+                              connect(args).endpoint, type(error).__name__, error)) from error
 
 
 def main(argv=None):
-    """Do what the command line says. Return the exit status: 0 done, 1 it could not be done, 2 wrong
-    usage, 3 not running (status), 4 no such name, 5 no server there, 6 refused, 124 timed out, 128+n
-    after signal n; serve --exit-with and up: a process's own."""
+    """Do what the command line says. Return the exit status.
+
+    0: done, 1: it could not be done, 2: wrong usage, 3: not running (status), 4: no such name,
+    5: no server there, 6: refused, 124: timed out, 128+n: after signal n; serve --exit-with and up:
+    a process's own.
+    """
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
@@ -11736,9 +11765,9 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):      # what the terminal cannot show is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = dispatch(list(sys.argv[1:] if argv is None else argv))
+        exit_status = dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
-        return status
+        return exit_status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (StartError, ClientError, GafferError) as error:
@@ -11748,9 +11777,9 @@ def main(argv=None):
         if error.errno not in (errno.EPIPE, errno.EIO):     # such as a full disk behind stdout
             tell("this failed: %s" % error)
             return 1
-        nothing = os.open(os.devnull, os.O_WRONLY)          # the pipe or the terminal was closed: what
-        os.dup2(nothing, 1)                                 # is left in a buffer must not fail again
-        os.dup2(nothing, 2)
+        nothing = os.open(os.devnull, os.O_WRONLY)          # the pipe or the terminal was closed:
+        os.dup2(nothing, 1)                                 # what is left in a buffer must not fail
+        os.dup2(nothing, 2)                                 # again
         return 128 + (signal.SIGPIPE if error.errno == errno.EPIPE else signal.SIGHUP)
 
 

@@ -13386,6 +13386,7 @@ class ForkServer:
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)        # as the first lines of gaffer.py do
             for number, fd in enumerate(streams):
                 os.dup2(fd, number)
             os.closerange(3, 256)
@@ -13604,6 +13605,25 @@ class CliServe(CliCase):
             with contextlib.suppress(FileNotFoundError):    # closed between the two
                 found.append(os.readlink(os.path.join(folder, name)))
         return found
+
+    def test_it_runs_from_cached_bytecode(self):
+        """ps shows what runs; what could not be cached runs as it is; no other command is executed twice."""
+        with unittest.mock.patch.dict(self.env):
+            server = self.run_program([PYTHON, CLI_FILE, "serve", "--bind", "127.0.0.1:0"])
+            server.add("a", {"cmd": "sleep 1000"})
+            words = cli_read("/proc/%d/cmdline" % server.process.pid).split("\0")
+            self.assertEqual(words[1:2] + words[3:6], ["-c", CLI_FILE, "serve", "--bind"])
+            resident = int(re.search(r"VmRSS:\s+(\d+)", cli_read("/proc/%d/status" % server.process.pid)).group(1))
+            self.assertLess(resident, 21 * 1024)
+            uncached = self.run_program([PYTHON, "-B", CLI_FILE, "serve", "--bind", "127.0.0.1:0"],
+                                        env=dict(self.env, PYTHONPYCACHEPREFIX=self.folder()))
+            words = cli_read("/proc/%d/cmdline" % uncached.process.pid).split("\0")
+            self.assertEqual(words[1:4], ["-B", CLI_FILE, "serve"])
+        traced = [PYTHON, "-c", "import os, runpy, sys; os.execv = None; sys.argv[:] = sys.argv[1:]; "
+                  "runpy.run_path(sys.argv[0], run_name='__main__')", CLI_FILE]
+        run = subprocess.run([*traced, "start", "up", "--endpoint", server.urls[0]], env=self.env, check=False,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT)
+        self.assertEqual((run.returncode, run.stderr[:45]), (4, b"gaffer: there is no process named 'up'; 'gaffe"[:45]))
 
     def test_several_addresses_before_and_after_the_command(self):
         path = os.path.join(self.folder(), "socket")
@@ -14562,7 +14582,7 @@ class CliFollowCase(CliControlCase):
         """Ctrl-C: what else it printed; it says nothing on stderr."""
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=TIMEOUT)
-        self.assertEqual((process.returncode, err), (130, b""))
+        self.assertEqual((process.returncode, err), (-signal.SIGINT, b""))
         return out
 
     def say(self, name, text):
@@ -14788,8 +14808,8 @@ class CliStatus(CliFollowCase):
         self.assertEqual([line.split()[0] for line in lines], ["NAME", "broken", "hopeless", "web.1", "web.2", "3"])
         self.assertRegex(lines[1], r"backoff +0/1 .*  next try in \ds; exit 1, \d+ times\Z")
         self.assertRegex(lines[2], r"stopped +0/1 .* 7 .*  gave up; exit 7, 2 times\Z")
-        self.assertEqual([json.loads(line)["name"] for line in self.call("status", "--json", "web", "b*", status=3).splitlines()],
-                         ["web", "broken"])
+        self.assertEqual([json.loads(line)["name"] for line in self.call("status", "--json", "web", "h*", status=3).splitlines()],
+                         ["web", "hopeless"])
 
     def test_300_templates_are_one_request(self):
         for number in range(300):
@@ -14947,13 +14967,13 @@ class CliEveryCommand(CliControlCase):
         "watch": ("proc/ticker", r"[0-9:]{8} ticker: .*\n", "spawm", (1, "there is no event type 'spawm', did you mean 'spawn'.*")),
         "reload": ("", "kept: kept\n", None, None),
         "load": ("@-new", "@-new:web: loaded\n", "@-new -c wep=2", (4, "there is no 'wep' in the Procfile, did you mean 'web'\\?")),
-        "unload": ("@", "@:web: unloaded\n", "nosuch", (4, "there is no group 'nosuch': 'gaffer.py status' lists what there is")),
+        "unload": ("@", "@:web: unloaded\n", "nosuch", GROUP),
         "scale": ("@ web=2", "@:web: 2 processes\n", "nosuch web=2", GROUP),
         "ps": ("@", r"NAME +STATE .*\n@:web\.1 +running +1/1 +\d+ .*\n1 template: 1 running\n", "nosuch", GROUP),
         "export": ("ini @", r"; made from Procfile\n\n\[process:@:web\](.*\n)*", "ini nosuch -f nosuch", (1, "there is no 'nosuch': name a Procfile with -f FILE.*")),
         "completion": ("bash", r"_gaffer\(\) \{(.*\n)*", "csh", (2, "(?s)usage: .*'csh'.*")),
     }
-    STATUS = {"attach": 3, "watch": 130}
+    STATUS = {"attach": 3, "watch": -signal.SIGINT}
     UNREAD = ("processes", "status", "stop", "logs", "attach", "watch", "export")   # each writes in a way of its own
     SAID = {"attach": r"gaffer: attached to @\.1, os pid \d+: .*\n(gaffer: detached, @\.1 has ended\n)?"}
     NO_SERVER = r"gaffer: there is no gaffer at http://127\.0\.0\.1:1 \(.*\): start one with 'python3 gaffer\.py serve'.*\n"
@@ -15013,11 +15033,11 @@ class CliEveryCommand(CliControlCase):
             process = ForkedCommand([name, *arguments.split()], **options)
         with process:
             out = ""
-            if expected[0] == 130:
+            if expected[0] == -signal.SIGINT:
                 out = process.stdout.readline()
                 process.send_signal(signal.SIGINT)
             rest, err = process.communicate("\n", timeout=TIMEOUT)
-        out = out if expected[0] == 130 else rest or ""
+        out = out if expected[0] == -signal.SIGINT else rest or ""
         well = process.returncode == expected[0] and re.fullmatch(expected[1], out) and re.fullmatch(expected[2], err)
         return None if well else (name, arguments, more, "unread" if stdout is self.unread else "", process.returncode, out, err)
 
@@ -15197,10 +15217,10 @@ class CliLogs(CliFollowCase):
         """Unfinished ones are continued; form feeds and U+2028 end none."""
         line = gaffer.journal_line
         for texts, count, shown in (
-                (["1.5 a 1 stdout+ 50%", "1.6 b 2 stdout x", "1.7 a 1 stdout  done"], None, ["50% done", "x"]),
+                (["1.5 a 1 stdout+ 50%", "1.6 b 2 stdout x", "1.7 a 1 stdout  done"], math.inf, ["50% done", "x"]),
                 (["1 a 1 stdout x", "1 a 1 stderr y", "1 a 1 stdout z"], 1, ["y", "z"]),
-                (["1 a 1 stdout 10%\r20%\r"], None, ["20%"]), (["1 a 1 stdout a\x0cb\u2028c d"], None, ["a\x0cb\u2028c d"]),
-                (["1 a 1 stdout "], None, [""])):
+                (["1 a 1 stdout 10%\r20%\r"], math.inf, ["20%"]), (["1 a 1 stdout a\x0cb\u2028c d"], math.inf, ["a\x0cb\u2028c d"]),
+                (["1 a 1 stdout "], math.inf, [""])):
             self.assertEqual([each.text for each in gaffer.merge_lines(map(line, texts), count)], shown)
 
     def test_an_unfinished_line_is_continued_as_it_comes(self):
@@ -16109,7 +16129,7 @@ class ProcfileServer(ConfigCase):
                 (["load", *self.procfile, "-c", "web"], 1, "'web' is not TYPE=NUMBER.*"),
                 (["load", *self.procfile, "-c", "all=x"], 1, "'all=x' is not TYPE=NUMBER.*"),
                 (["load", *self.procfile, "-c", "web=1001"], 1, "'web=1001' is not TYPE=NUMBER.*"),
-                (["unload", *self.procfile], 4, "there is no group 'my-app-2'.*"),
+                (["unload", *self.procfile], 4, "there is no process of the group 'my-app-2'.*"),
                 (["scale", "web=1", "web"], 2, "'web' is not a change.*"), (["scale", "web=1", "web=-1"], 2, "'web=-1' is not a change.*"),
                 (["scale", "web"], 2, "'web' is not a change.*"),
                 (["ps", "nosuch"], 4, "there is no process of the group 'nosuch'.*"),
@@ -16213,12 +16233,34 @@ class ProcfileUp(CliFollowCase):
         self.call("up", "-f", os.path.join(HERE, "examples", "procfile", "Procfile"), "wep", status=4, err="gaffer: .*did you mean 'web'\\?\n")
         self.call("up", "-f", "/nosuch", status=1, err="gaffer: there is no '/nosuch': name a Procfile.*\n")
 
+    def test_stdin_does_not_end(self):
+        process = self.up("css: cat; echo ended\nweb: sleep 0.3; exit 4\n")
+        self.assertNotIn(("css.1", "ended"), self.ended(process, 4))
+
+    def test_nothing_to_run(self):
+        path = self.file(self.folder(), "Procfile", "web: sleep 1\n")
+        self.call("up", "-f", path, "-c", "all=0", status=1, err="gaffer: there is nothing to run: .*\n")
+        self.call("up", "-f", self.file(self.folder(), "Procfile", "# x\n"), status=1, err="gaffer: .*\n")
+
+    def test_closed_descriptors(self):
+        path = self.file(self.folder(), "Procfile", "web: exit 3\n")
+        command = " ".join(map(shlex.quote, [*CLI_SCRIPT, "up", "-f", path]))
+        run = subprocess.run(["/bin/sh", "-c", "exec %s <&- >&- 2>&-" % command], env=self.env, check=False, timeout=TIMEOUT)
+        self.assertEqual(run.returncode, 3)
+
+    def test_a_socket_that_cannot_be_made(self):
+        folder = os.path.join(self.folder(), "x" * 100)
+        os.mkdir(folder)
+        process = self.follow("up", "-f", self.file(folder, "Procfile", "web: exit 3\n"))
+        lines = self.ended(process, 3)
+        self.assertRegex(lines[0][1], "there is no API in this folder: .*too long")
+
     def test_nothing_is_lost_where_it_is_read_slowly(self):
         """More than pipes, windows and the queue hold: the process waits."""
         read, write = os.pipe()
         with unittest.mock.patch.object(gaffer, "SCREEN_SIZE", 65536), os.fdopen(read, "rb") as out:
             manager = gaffer.Manager([gaffer.Screen(write, one_for_all=True)], window_size=65536)
-            manager.add_process("a", "seq 1 60000", flapping=gaffer.ONCE)
+            manager.add_process("a", "seq 1 60000", restart="never")
             thread = threading.Thread(target=manager.run)
             thread.start()
             until(lambda: 1 in manager.processes and manager.processes[1].outputs["stdout"]._paused, "seq waits")
@@ -16437,6 +16479,30 @@ class CliDaemon(CliFollowCase):
         self.assertEqual((server.stop(), server.stderr), (0, ""))
         self.assertFalse(os.path.exists(path))
         self.call("serve", "--bind", "127.0.0.1:0", "--pidfile", path + "/x", status=1, err="gaffer: the pid file .* cannot be written: .*\n")
+
+    def test_a_pid_file_that_its_last_user_removes(self):
+        """Between the open and the lock of the next one, which takes a new file; nobody removes another's."""
+        path = os.path.join(self.folder(), "pid")
+        first, second, third, fourth = (gaffer.PidFile(path) for _ in range(4))
+        first.start(None, None)
+        flock, opened = fcntl.flock, []
+
+        def slow(file, how):
+            if not opened:
+                opened.append(True)
+                first.stop()
+            flock(file, how)
+        with unittest.mock.patch("fcntl.flock", slow):
+            second.start(None, None)
+        self.assertEqual(cli_read(path), "%d\n" % os.getpid())
+        with self.assertRaisesRegex(gaffer.StartError, "is used by a gaffer"):
+            third.start(None, None)
+        os.unlink(path)
+        fourth.start(None, None)
+        second.stop()
+        self.assertTrue(os.path.exists(path))
+        fourth.stop()
+        self.assertFalse(os.path.exists(path))
 
     def test_log_files_are_reopened(self):
         folder = self.folder()
