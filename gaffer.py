@@ -216,8 +216,6 @@ FAULTS_MAX = 100                    # faults of configuration files that are tol
 STATUS_INTERVAL = 1.0               # status -w
 RETRY_FIRST = 0.1                   # a server that is away is asked again, each time after twice as long
 RETRY_MAX = 2.0
-LOG_STREAMS = 500                   # that logs -f follows at once, each on a thread
-LOG_QUEUE = 1000                    # lines that wait to be printed; then the server keeps them
 
 
 SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOSPC)     # no fault of who asks
@@ -7879,148 +7877,12 @@ class HttpEndpoint:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_cert_chain(self.certfile, self.keyfile)
+        except ssl.SSLError:
+            raise StartError("the certificate '%s' cannot be used: it must hold a certificate and its key "
+                             "in PEM, or the key be in a keyfile (--keyfile)" % self.certfile) from None
         except (OSError, ValueError) as error:
             raise StartError("the certificate '%s' cannot be used: %s" % (self.certfile, error)) from None
         return context
-
-
-class LineWriter:
-    """Writes lines to a file, on a thread of its own: a disk may hang, and nobody read a pipe. `path`: "-" is stderr. Up to
-    `most` bytes wait. `failed(lines, reason)` is told, on that thread, of those that could not be written. Where the file is
-    moved away, it goes on in a new one. Any thread may call."""
-
-    def __init__(self, path, most, failed):
-        self._path, self._most, self._failed = path, most, failed
-        self.fd = self._identity = None
-        self.copies = ()                        # further descriptors that lead to the file
-        self._waiting, self._changed = bytearray(), threading.Condition()
-        self._thread, self._end = None, math.inf
-        self._closing = self._reopening = False
-        self._torn = False                      # what was written last ends within a line
-
-    def open(self):
-        """Open the file. From the first line on, only the thread opens and closes it. OSError."""
-        self._closing = False
-        self._open()
-
-    def _open(self):
-        if self._path == "-":
-            fd = 2
-        else:                                   # non-blocking: opening a pipe without a reader must not wait for one
-            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
-        before, self.fd, seen = self.fd, fd, os.fstat(fd)
-        regular = stat.S_ISREG(seen.st_mode)
-        self._piece = self._most if regular else select.PIPE_BUF    # so much fits where poll() says that something does
-        self._identity = (seen.st_dev, seen.st_ino) if regular and self._path != "-" else None
-        for other in self.copies:
-            os.dup2(fd, other)
-        if before not in (None, fd):
-            os.close(before)
-
-    def reopen(self):
-        """Open the file anew, as it may have been moved away. If that fails, keep the old one."""
-        with self._changed:
-            if self.fd is not None and not self._closing:
-                self._reopening = True
-                self._go_on()
-
-    def put(self, data):
-        """Take whole lines. False: too much waits already, they are dropped."""
-        with self._changed:
-            if self.fd is None or len(self._waiting) + len(data) > self._most:
-                return False
-            self._waiting += data
-            self._go_on()
-            return True
-
-    def _go_on(self):
-        if self._thread is None:
-            self._end = math.inf
-            self._thread = threading.Thread(target=self._run, name="gaffer-log", daemon=True)
-            self._thread.start()
-        self._changed.notify()
-
-    def end(self):
-        """Let the thread end, once it has written what waits, for which it has LOG_END."""
-        with self._changed:
-            self._end = time.monotonic() + LOG_END
-            self._changed.notify()
-
-    def join(self):
-        """Wait for that. A disk that hangs is not waited for."""
-        thread = self._thread
-        if thread is not None:
-            thread.join(2 * LOG_END)
-            if thread.is_alive():
-                self._failed(self._waiting.count(b"\n"), "it hangs")
-
-    def close(self):
-        """Write what waits, and close the file. A thread that hangs does so itself, should it come back: the number of the
-        descriptor must not become another file's before that."""
-        self._closing = True
-        self.end()
-        self.join()
-        with self._changed:
-            if self._thread is None:
-                self._shut()
-
-    def _shut(self):
-        if self.fd is not None and self._path != "-":
-            os.close(self.fd)
-        self.fd = None
-
-    def _run(self):
-        while True:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._waiting or self._reopening or self._end < math.inf)
-                data, self._waiting = self._waiting, bytearray()
-                reopening, self._reopening = self._reopening, False
-                if not data and not reopening:
-                    self._thread = None         # what comes from now on is for another
-                    if self._closing:
-                        self._shut()
-                    return
-            try:
-                # after a disk has hung beyond the end, the path may be somebody else's
-                if time.monotonic() <= self._end and (reopening or self._moved()):
-                    self._open()
-            except OSError as error:
-                if reopening:                   # else the next line tries again
-                    log.error("'%s' cannot be opened again: %s; the log goes on in the old file",
-                              self._path, error.strerror)
-            try:
-                self._write(data)
-            except OSError as error:
-                self._failed(data.count(b"\n"), (error.strerror or str(error)).lower())
-
-    def _moved(self):
-        """True where the file is no longer found under its path."""
-        if self._identity is None:
-            return False
-        try:
-            seen = os.stat(self._path)
-        except OSError:
-            return True
-        return (seen.st_dev, seen.st_ino) != self._identity
-
-    def _write(self, data):
-        """Write `data`, and take away what is written. OSError."""
-        if self._torn and data:
-            data[:0] = b"\n"
-        ready = select.poll()
-        ready.register(self.fd, select.POLLOUT)
-        while data:
-            while not ready.poll(100):
-                if time.monotonic() > self._end:
-                    raise TimeoutError(errno.ETIMEDOUT, "nobody takes it")
-            piece = data[:self._piece]
-            try:
-                count = os.write(self.fd, piece[:piece.rfind(b"\n") + 1] or piece)
-            except BlockingIOError:             # somebody else was faster
-                continue
-            self._torn = data[count - 1:count] != b"\n"
-            del data[:count]
 
 
 UNSAFE = re.compile(r"[^\x20\x21\x23-\x5b\x5d-\x7e]")
@@ -11068,7 +10930,7 @@ def run_server(args, handler, background):
                          args=(configuration, manager)).start()
 
     def reopen():
-        handler.reopen()
+        threading.Thread(target=handler.reopen, name="gaffer-reopen", daemon=True).start()
         if access_log is not None:
             access_log.reopen()
 

@@ -14483,6 +14483,8 @@ class CliErrors(CliCase):
             (free + ["--token-file", self.file(folder, "two", "a\nb\n")], "one line"),
             (free + ["--certfile", missing], "cannot be used"),
             (free + ["--certfile", plain, "--keyfile", plain], "cannot be used"),
+            (free + ["--certfile", plain], "--keyfile"),
+            (["--bind", "unix:" + os.path.join(folder, "s"), "--certfile", plain, "--bind", "127.0.0.1:0"], "--keyfile"),
             (free + ["--keyfile", plain], "certfile"),
         ]
         for number, (arguments, words) in enumerate(table):
