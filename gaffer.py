@@ -10938,7 +10938,7 @@ def run_server(args, handler, background):
         stdout = Writer(1, LOG_SIZE)            # which nobody may read
         stdout.put(("gaffer %s %s\n" % (__version__, text)).encode("utf-8"))
         stdout.close(LOG_END)
-    apps = [SigHandler(ending_signals(), reload if configuration else None, reopen)]
+    apps: list = [SigHandler(ending_signals(), reload if configuration else None, reopen)]
     if args.pidfile:
         apps.append(PidFile(args.pidfile))
     apps += [ConsoleOutput(args.verbose > 1), http, hooks, Announcement(announce, http),
@@ -11035,7 +11035,7 @@ def up_command(args):
     screen = Screen(1, wants_colour(args), not args.keep_going)
     token = read_token(args.token_file)
     folder = args.root or os.path.dirname(os.path.abspath(args.procfile))
-    https = [FolderApi(folder, screen.say, token)]
+    https: list = [FolderApi(folder, screen.say, token)]
     if endpoints:
         https.append(HttpHandler(endpoints, token=token))
     manager = Manager([SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
