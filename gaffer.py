@@ -2,7 +2,8 @@
 """gaffer.py - a process supervisor in one file, driven over HTTP.
 
     python3 gaffer.py serve
-    curl -d '{"name": "clock", "cmd": "sh -c \\"while date; do sleep 1; done\\""}' localhost:5000/processes
+    curl localhost:5000/processes -d '{"name": "clock", "shell": true,
+                                       "cmd": "while date; do sleep 1; done"}'
     curl 'localhost:5000/streams/clock/stdout?feed=continuous'
 
 or inside a program:
@@ -12,9 +13,9 @@ or inside a program:
     manager.add_process("web", "python3 -m http.server 8000", numprocesses=2)
     manager.run()
 
-The file is read from top to bottom; its sections are
+Read the file from top to bottom; its sections are
 
-    constants, errors    limits and their reasons; one error tree, rendered once
+    constants, errors    one error tree, rendered once
     platform             all that differs between systems: exits, groups, users, statistics
     loop                 selector, timers, inbox; who may touch state, and when
     streams              bounded logs of bytes and events; a reader is an offset in one
@@ -36,16 +37,17 @@ The file is read from top to bottom; its sections are
 
 Four rules hold everywhere:
 
-1. Names point up the page only. A section uses what stands above it, never what stands below.
-2. One thread at a time owns every process, pipe, log, timer and stream: the one that holds the loop. Others
-   say loop.call(function, ...): it runs at once where the loop sleeps, else in the loop's next turn.
+1. Names point up the page only: a section uses what is above it.
+2. One lock, the loop's, guards all state of processes, streams and timers. The loop's thread holds
+   it except while it waits; another thread takes it for one short call, by loop.call(). User code
+   never runs under it.
 3. Protocol code is pure: bytes or values in, bytes or values out; no socket, no thread, no clock.
-4. Every buffer has a limit, a name and a reason, below.
+4. Every buffer has a limit, with a name and a reason, at the top of its section.
 
-    threads that come and go     the loop's thread                                       children
-    TLS handshakes ------------> head -> Request -> route -> manager, reconcile - spawn -> process group
-    statistics, added routes <-> Response, one send <- dict                     Input ---> stdin
-    WSGI (owns its socket)       a stream's socket <- Reader <- Window <------ Output <--- stdout, stderr
+    a thread for each request     the loop's thread                           children
+    head, body -> route, answer   manager, reconcile ------- spawn ---------> process group
+    what lasts or waits --------> channel <- Reader <- Window <--- Output <-- stdout, stderr
+                                  a websocket -------------------> Input ---> stdin
 """
 import os
 import signal
@@ -93,145 +95,32 @@ from wsgiref.handlers import SimpleHandler
 
 __version__ = "0.1.0"
 __all__ = [
-    "Manager", "HttpHandler", "HttpEndpoint", "SigHandler", "ConsoleOutput", "AccessLog", "WebHooks", "WebSocketHandler",
-    "Request",
-    "Response", "Loop", "GafferError", "main",
+    "Manager", "HttpHandler", "HttpEndpoint", "SigHandler", "ConsoleOutput", "AccessLog",
+    "WebHooks", "WebSocketHandler", "Request", "Response", "Loop", "GafferError", "main",
 ]
 
 log = logging.getLogger("gaffer")
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # constants, errors
 #
-# Limits first, each with its reason, so that they can be read, and changed, in one place. Sizes are in bytes, times in
-# seconds. Then the error tree: an error is raised anywhere, carries its HTTP status and code, and is rendered once.
-# --------------------------------------------------------------------------------------------------------------------
+# Sizes are in bytes and times in seconds, everywhere. Limits are at the top of their sections, each
+# with its reason. An error is raised anywhere, carries its HTTP status and code, and is rendered
+# once.
+# --------------------------------------------------------------------------------------------------
 KIB, MIB = 1024, 1024 * 1024
-
-WINDOW_SIZE = MIB                   # a stream's window: some 10,000 lines of last words
-WINDOW_SIZE_MIN = 256               # a window has to hold a line or two
-WINDOW_SIZE_MAX = 1024 * MIB
-READ_SIZE = 64 * KIB                # one read of a socket, or of a pipe: what a pipe holds
-READ_SIZE_WIDE = 128 * KIB          # of a pipe that was found full, and then got
-PIPE_SIZE = 256 * KIB               # this: fewer turns, and its writer sleeps less often; more gained nothing
-COALESCE_SIZE = 16 * KIB            # small reads are joined up to this, or a window of short lines would be all overhead
-CARRY_SIZE = 64 * KIB               # an unfinished line that waits to be merged into a template's stream
-SHARE_SIZE = 160 * KIB              # of a log, encoded for one reader in one go: a wide read and a cut line
-JOIN_SIZE = 8 * KIB                 # smaller data is copied behind its head; larger goes out beside it, uncopied
-PARTS_MAX = 64                      # pieces of one sendmsg()
-SHARES_PER_TURN = 4                 # and how often in one turn of the loop, so that the others get theirs
-MEMO_MAX = 8                        # payloads of a log that are kept for its other readers, until the next append
-PARTIAL_LINE_DELAY = 0.1            # an unfinished line (a prompt) is shown after this much silence
-MERGED_LINE_DELAY = 1.0             # and in a merged stream after this: there it holds up, or is cut by, the others' lines
-BLOCK_STALL = 30.0                  # a reader with loss=block that takes nothing is cut: it holds a child
-STALL = 300.0                       # any other reader that takes nothing: it holds a socket
-EVENTS_KEPT = 1024                  # events that can be resumed
-JOURNAL_ENTRIES = 32768             # of the index of all output: 1.3 MiB, half a minute of 1,000 lines a second
-JOURNAL_WINDOWS = 4                 # windows that one long poll of the journal, or its tail, may be long
-JOIN_TIME = 0.01                    # seconds in which short reads of a stream are one entry of the journal
-COMPRESS_MIN = KIB                  # shorter answers hardly shrink
-PAGE_EVENTS = 200                   # the page begins with so many
-QUESTIONS_MAX = 64                  # POSTs to stdin whose answer no long poll has fetched
-STATS_KEPT = 16                     # samples a slow reader of statistics may be behind
-
-STDIN_SIZE = MIB                    # waits for a process to read it; half of it, and its websockets are read again
-STDIN_SIZE_MAX = 1024 * MIB
-DRAIN_TIME = 2.0                    # output after the end of a process's group, if another holds it
-AFTERLIFE = 60.0                    # windows of an exited process can be read this long
-AFTERLIFE_COUNT = 16                # of a template's last exits (or twice its numprocesses, if that is more)
-GROUP_POLL = 0.02                   # between looks at a group whose leader is gone: only while one is being ended
-GROUP_POLL_MAX = 1.0
-EXIT_POLL = 0.05                    # between looks at children that have no pidfd
-STOP_KILL = 10.0                    # after a second signal gaffer ends even if processes do not
-STOP_STAGGER = 0.1                  # at gaffer's stop, a process waits so long for the end of the one started after it
-STOP_STAGGER_TOTAL = 1.0            # and all of them together
-STOP_SEND = 2.0                     # then clients get what is left for them, while one takes any
-STOP_SEND_TOTAL = 20.0              # within this time, and at most for so long
-WAIT_EXTRA = 5.0                    # ?wait=true: graceful_timeout and this
-
-TEMPLATES_MAX = 10000
-NUMPROCESSES_MAX = 1000
-CUSTOM_STREAMS_MAX = 16
-SECONDS_MAX = 10.0 ** 7             # any time a client names: 115 days, and select() can still count it
-
-HEAD_SIZE = 64 * KIB                # request line and headers, up to and with the empty line
-TARGET_SIZE = 8 * KIB               # request target: what browsers send at most
-REQUEST_LINE_SIZE = TARGET_SIZE + 64    # with a method and a version
-HEADERS_MAX = 100
-EMPTY_LINES_MAX = 8                 # in front of a request: old clients send one behind a body
-BODY_SIZE = MIB                     # JSON and stdin; for mounted applications see HttpHandler(max_body=)
-CHUNK_LINE_SIZE = 256               # a chunk's size and its extensions
-CHUNK_EXTENSIONS_SIZE = 16 * KIB    # those of all chunks of a body: they mean nothing, and are read for nothing
-TRAILERS_SIZE = 8 * KIB             # headers behind a chunked body, which mean as little
-HEAD_TIME = 10.0                    # from the first byte of a head to its last
-BODY_TIME = 60.0
-IDLE_TIME = 60.0                    # a connection without a request
-KEEP_TIME = 0.5                     # a thread waits so long for the next request, then the loop does
-SEND_TIME = 30.0                    # a client that does not take SEND_SIZE of its answer
-SEND_SIZE = 256 * KIB
-LINGER_TIME = 2.0                   # refused bodies are read and dropped so long, or the client never sees the refusal
-LINGER_SIZE = 8 * MIB               # and so much
-HANDSHAKE_TIME = 10.0               # TLS
-HANDSHAKES_MAX = 200                # under way; one more ends the oldest
-END_POLL = 1.0                      # between looks whether a client that is not read has left
-CONNECTIONS_MAX = 15000             # requests and streams together; HttpHandler(max_connections=)
-FILES_FOR_CONNECTIONS = 0.875       # of the system's limit of open files: the rest is for processes, which have to come back
-ADDRESS_CONNECTIONS_MAX = 1000      # of one address, a /64 of IPv6; HttpHandler(max_connections_per_address=)
-THREADS_MAX = 1000                  # requests under way: head, body, answer; 503 `busy`
-BACKLOG = 1024
-ACCEPTS_PER_TURN = 16
-LOOKS = 100                         # 50 us: websocket echo takes 40 us with them, 90 without
-SELECT_MAX = 10.0 ** 6              # seconds of one wait: epoll counts milliseconds, in 32 bits
-ACCEPT_PAUSE = 1.0                  # after EMFILE: the listener would wake the loop for ever
-ERROR_PAUSE = 0.05                  # after ENOMEM, for the same reason
-
-MESSAGE_SIZE = MIB                  # a websocket message for a process: it has to fit into stdin
-HANDLER_MESSAGE_SIZE = 16 * MIB     # a websocket message for a WebSocketHandler
-SEND_QUEUE_SIZE = 32 * MIB          # what a WebSocketHandler may have under way
-MESSAGE_OVERHEAD = 200              # what each of these costs beside its bytes
-SEND_QUEUE_LOW = 256 * KIB          # above this its client is not read
-CONTROL_SIZE = 4 * KIB              # pongs that wait behind a frame; above, the older are dropped (RFC 6455 5.5.3)
-FRAMES_PER_TURN = 256               # of one websocket, so that the others get theirs: some 0.5 ms, with a pong or a line for each
-MESSAGES_PER_TURN = MIB             # bytes of messages that one websocket gives in one turn
-END_CHECK = 2.0                     # between looks whether a client that is not read has left
-CLOSE_TIME = 5.0                    # for the peer's close frame, and for the last bytes
-
-ACCESS_FIELD_SIZE = KIB             # of a client's header in the access log
-ACCESS_LOG_LINES = 2000             # that wait to be written
-LOG_SIZE = 256 * KIB                # of --log-file, too
-LOG_END = 1.0                       # and at gaffer's stop they are written for so long
-CLIENT_TIME = 30.0                  # a command waits so long for an answer
-HEARTBEAT = 10                      # asks for a sign of life each so many seconds where it follows a stream
-STREAM_TIME = 3.0 * HEARTBEAT       # and takes it for lost without one
-WEBHOOK_QUEUE = 1000                # events that wait for the one worker; then they are dropped
-WEBHOOK_TIME = 5.0                  # a receiver that does not answer
-WEBHOOK_PAUSES = (0.5, 2.0)         # before each further try
-WEBHOOK_REST = 30.0                 # a receiver that failed is not asked again so long, or the others would wait for it
-WEBHOOK_END = 2.0                   # at gaffer's stop, what waits is sent for so long
-SCREEN_SIZE = MIB                   # lines that wait for a slow terminal; then the processes wait
-SCREEN_END = 5.0                    # at the end they are written for so long
-CONFIG_SIZE = MIB                   # a configuration file
-INCLUDES_MAX = 1000                 # configuration files that others include
-FAULTS_MAX = 100                    # faults of configuration files that are told at once
-STATUS_INTERVAL = 1.0               # status -w
-RETRY_FIRST = 0.1                   # a server that is away is asked again, each time after twice as long
-RETRY_MAX = 2.0
-
-
-SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOSPC)     # no fault of who asks
+READ_SIZE = 64 * KIB                            # of a socket or a pipe: what a pipe holds
+SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOSPC)
 
 
 class GafferError(Exception):
     """An error for the client: an HTTP status, a code, and a sentence that says what to do."""
     status, code = 500, "internal_error"
-
-    def headers(self):
-        """Return further headers of the response: [(name, value)]."""
-        return []
+    headers = ()                                # [(name, value)] of the response
 
 
 class BadRequest(GafferError):
-    """The request is not HTTP as RFC 9112 defines it, or contradicts itself."""
+    """The request is not HTTP as RFC 9112 defines it, or it contradicts itself."""
     status, code = 400, "bad_request"
 
 
@@ -273,10 +162,7 @@ class VersionNotSupported(BadRequest):
 class Unauthorized(GafferError):
     """The token is missing or wrong."""
     status, code = 401, "unauthorized"
-
-    def headers(self):
-        """Make a browser ask for the token (RFC 7617)."""
-        return [("WWW-Authenticate", 'Basic realm="gaffer", charset="UTF-8"')]
+    headers = [("WWW-Authenticate", 'Basic realm="gaffer", charset="UTF-8"')]
 
 
 class Forbidden(GafferError):
@@ -320,16 +206,12 @@ class BadEventType(NotFound):
 
 
 class MethodNotAllowed(GafferError):
-    """The resource does not have this method. `allow`: those it has."""
+    """The resource does not have this method. `allow`: those it has (RFC 9110 section 15.5.6)."""
     status, code = 405, "method_not_allowed"
 
     def __init__(self, reason, allow=()):
         super().__init__(reason)
-        self.allow = allow
-
-    def headers(self):
-        """Name the methods (RFC 9110 section 15.5.6)."""
-        return [("Allow", ", ".join(self.allow))]
+        self.headers = [("Allow", ", ".join(allow))]
 
 
 class MethodUnknown(GafferError):
@@ -368,12 +250,9 @@ class UnsupportedMediaType(GafferError):
 
 
 class UpgradeRequired(GafferError):
-    """The resource is a websocket."""
+    """The resource is a websocket (RFC 9110 section 15.5.22, RFC 6455 section 4.4)."""
     status, code = 426, "upgrade_required"
-
-    def headers(self):
-        """Say what to upgrade to (RFC 9110 section 15.5.22, RFC 6455 section 4.4)."""
-        return [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13")]
+    headers = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13")]
 
 
 class Busy(GafferError):
@@ -392,22 +271,16 @@ class Stopping(Busy):
 
 
 class WaitTimeout(GafferError):
-    """What was waited for has not happened in time."""
+    """What a request waits for has not happened in time."""
     status, code = 504, "wait_timeout"
 
 
 class StartError(Exception):
-    """gaffer itself cannot start; str(error) is the sentence for its user."""
-
-
-def need(condition, error, reason):
-    """Raise `error(reason)` unless `condition` holds."""
-    if not condition:
-        raise error(reason)
+    """gaffer itself cannot start; str(error) is a sentence for its user."""
 
 
 def near(word, words):
-    """', did you mean ...?' where one of `words` is much like `word`, else ''."""
+    """Return ", did you mean '…'?" with the word that is most like `word`, "" if none is."""
     if len(word) > 128 or len(words) > 500:     # more takes more time than a mistake is worth
         return ""
     import difflib                              # only for a mistake
@@ -416,27 +289,26 @@ def near(word, words):
 
 
 class Throttle:
-    """Says a thing that may repeat for ever once in `seconds`, with how often it was left unsaid."""
+    """Logs what may repeat for ever once in `seconds`, and how often it was left out before."""
 
     def __init__(self, seconds=60.0, clock=time.monotonic):
         self._seconds, self._clock = seconds, clock
-        self._next, self._unsaid = -math.inf, 0
+        self._next, self._left_out = -math.inf, 0
 
-    def warning(self, message, *args):
+    def warning(self, message, *args, level=logging.WARNING, **more):
         """Log a warning, or count it."""
-        self._say(logging.WARNING, message, args)
-
-    def exception(self, message, *args):
-        """The same of an error that is being handled, with its traceback."""
-        self._say(logging.ERROR, message, args, exc_info=True)
-
-    def _say(self, level, message, args, **more):
         now = self._clock()
         if now < self._next:
-            self._unsaid += 1
+            self._left_out += 1
             return
-        unsaid, self._unsaid, self._next = self._unsaid, 0, now + self._seconds
-        log.log(level, message + (" (and %d times more before)" % unsaid if unsaid else ""), *args, **more)
+        if self._left_out:
+            message += " (and %d times more before)" % self._left_out
+        self._next, self._left_out = now + self._seconds, 0
+        log.log(level, message, *args, **more)
+
+    def exception(self, message, *args):
+        """Log the error that is being handled, with its traceback, or count it."""
+        self.warning(message, *args, level=logging.ERROR, exc_info=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,6 +317,10 @@ class Throttle:
 # The only place that asks which system this is. Linux has pidfds and /proc. Elsewhere children are
 # polled, there are no statistics, and a process group is gone when it cannot be signalled.
 # --------------------------------------------------------------------------------------------------
+EXIT_POLL = 0.05                                # between checks of children that have no pidfd
+PIPE_SIZE = 256 * KIB                           # fewer turns, fewer sleeps of the writer
+
+
 class PidfdWatcher:
     """Calls `callback()` when child `os_pid` has exited, which is not reaped. OSError."""
 
@@ -733,6 +609,11 @@ def user_name(uid):
 # in the selector nor while it runs user code; any other thread takes it for one short call. With
 # nothing to do the loop makes no system call at all.
 # --------------------------------------------------------------------------------------------------
+LOOKS = 100                                     # polls, 50 us: websocket echo takes 40 us, not 90
+SELECT_MAX = 10.0 ** 6                          # seconds: epoll counts milliseconds, in 32 bits
+ERROR_PAUSE = 0.05                              # after a lack of memory, or it would fail at once
+
+
 class Timer:
     """A call that is due at `when`, by the loop's clock."""
 
@@ -1024,6 +905,18 @@ class Loop:
 # behind, at no cost; what falls out of the window before it was sent is counted and reported. All
 # of this runs under the loop's lock.
 # --------------------------------------------------------------------------------------------------
+WINDOW_SIZE = MIB                               # some 10,000 lines of final output
+COALESCE_SIZE = 16 * KIB                        # short reads are joined: a chunk has an overhead
+CARRY_SIZE = 64 * KIB                           # of an unfinished line that waits to be merged
+SHARE_SIZE = 160 * KIB                          # encoded at once: a wide read and a cut line
+SHARES_PER_TURN = 4                             # of one reader, so that the others get theirs
+JOIN_SIZE = 8 * KIB                             # shorter data is copied behind its head
+MEMO_MAX = 8                                    # payloads kept for other readers, until an append
+PARTIAL_LINE_DELAY = 0.1                        # of silence, before a prompt is shown
+EVENTS_KEPT = 1024                              # how far back events can be resumed
+QUESTIONS_MAX = 64                              # POSTs to stdin that no long poll has followed yet
+JOURNAL_ENTRIES = 32768                         # 1.3 MiB: 30 seconds of 1,000 lines a second
+JOIN_TIME = 0.01                                # short reads within it are one entry of the journal
 NORMAL, FLUSH, FINAL = 0, 1, 2      # wait for the rest; show what there is; no more comes
 
 # the beginnings of a character that has more than one byte (Unicode, table 3-7)
@@ -1728,6 +1621,9 @@ class Journal:
 # is the JSON Schema of what it accepts. Launch turns a template into what is executed, each time
 # anew, as the environment may have changed. Any thread may call all of this.
 # --------------------------------------------------------------------------------------------------
+NUMPROCESSES_MAX = 1000                         # of a template
+CUSTOM_STREAMS_MAX = 16                         # of a process
+SECONDS_MAX = 10.0 ** 7                         # any time in a request: select() can still count it
 NAME = re.compile(r"(?!-|:|[0-9]+$|\.{1,2}$|all$)[A-Za-z0-9_.:@-]{1,128}")
 LABEL = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_.-]{1,64}")
 RESERVED_LABELS = ("stdin", "ttin", "exit", "dropped")
@@ -2318,6 +2214,13 @@ def stop_steps(info):
 # or soon after the group is empty if somebody outside of it holds the pipe. All of this runs under
 # the loop's lock.
 # --------------------------------------------------------------------------------------------------
+READ_SIZE_WIDE = 128 * KIB                      # of a pipe that was full, and is widened
+MERGED_LINE_DELAY = 1.0                         # before an unfinished line is cut by the others
+DRAIN_TIME = 2.0                                # of output after the end of a process group
+GROUP_POLL = 0.02                               # first pause between checks whether a group is gone
+GROUP_POLL_MAX = 1.0                            # and the longest
+
+
 class Merged:
     """A template's stream of one label: all its processes' output, never mixed within a line."""
 
@@ -2989,6 +2892,16 @@ class Process:
 # takes the loop's lock, so that any thread may call it. Methods with an underscore, those that a
 # process calls and Template's need the lock. Observers run by loop.call_unlocked() alone.
 # --------------------------------------------------------------------------------------------------
+JOURNAL_WINDOWS = 4                             # windows that a long poll of the journal may fill
+STDIN_SIZE = MIB                                # waits for a process to read it
+AFTERLIFE = 60.0                                # the output of an exited process stays readable
+AFTERLIFE_COUNT = 16                            # and of how many exits at most
+TEMPLATES_MAX = 10000
+STOP_STAGGER = 0.1                              # at the stop, between two processes
+STOP_STAGGER_TOTAL = 1.0                        # and for all of them
+STOP_KILL = 10.0                                # after a second signal, gaffer ends whatever runs
+STOP_SEND = 2.0                                 # for a client to take some of what is left
+STOP_SEND_TOTAL = 20.0                          # for all of them
 TEMPLATE_EVENTS = ("create", "start", "stop", "restart", "update", "delete", "flap", "done", "fail")
 PROCESS_EVENTS = ("spawn", "reap", "exit", "stop_pid")
 EVENT_TYPES = TEMPLATE_EVENTS + PROCESS_EVENTS
@@ -3001,13 +2914,16 @@ def parse_pattern(parts):
     parts = [part for part in parts if part not in ("", ".")]
     kind = name = None
     if parts[:1] == ["proc"]:
-        need(len(parts) > 1, BadEventType, "name a template: proc/<name> or proc/<name>/<type>")
+        if len(parts) == 1:
+            raise BadEventType("name a template: proc/<name> or proc/<name>/<type>")
         name, parts = parts[1], parts[2:]
-    need(len(parts) <= 1, BadEventType, "a pattern is empty, <type> or proc/<name>[/<type>]")
+    if len(parts) > 1:
+        raise BadEventType("a pattern is empty, <type> or proc/<name>[/<type>]")
     if parts:
         kind = parts[0]
-        need(kind in EVENT_TYPES, BadEventType, "there is no event type %r%s; types are %s" % (
-            kind, near(kind, EVENT_TYPES), " ".join(EVENT_TYPES)))
+        if kind not in EVENT_TYPES:
+            raise BadEventType("there is no event type %r%s; types are %s" % (
+                kind, near(kind, EVENT_TYPES), " ".join(EVENT_TYPES)))
     return kind, name
 
 
@@ -3990,12 +3906,20 @@ class Manager:
                 reap(os_pid)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # http codec
 #
 # HTTP/1.1 as RFC 9110 and 9112 define it, strictly: a request has one meaning or is refused.
 # Reading is a function of a buffered binary file, everything else of values.
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+HEAD_SIZE = 64 * KIB                            # with the empty line at its end
+TARGET_SIZE = 8 * KIB                           # what browsers send at most
+REQUEST_LINE_SIZE = TARGET_SIZE + 64            # with a method and a version
+HEADERS_MAX = 100
+EMPTY_LINES_MAX = 8                             # before a request: old clients send one
+CHUNK_LINE_SIZE = 256                           # a chunk's size and its extensions
+CHUNK_EXTENSIONS_SIZE = 16 * KIB                # of a body; they are ignored
+TRAILERS_SIZE = 8 * KIB                         # of a chunked body; they are ignored, too
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 OTHER_METHODS = ("PATCH", "TRACE", "CONNECT")   # known, but no resource has them
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -4350,7 +4274,7 @@ def error_response(error):
     """A Response of a GafferError; any other exception is an internal error, of which the client learns nothing."""
     if not isinstance(error, GafferError):
         error = GafferError("gaffer has made a mistake; its log says which")
-    return json_response({"error": error.code, "reason": str(error)}, error.status, error.headers())
+    return json_response({"error": error.code, "reason": str(error)}, error.status, error.headers)
 
 
 def attempt(function, *args):
@@ -4687,11 +4611,12 @@ class RecordEncoder(Encoder):
         return self._framed(self._block(offset, "dropped", record))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # websocket codec
 #
 # RFC 6455, the server's side, without extensions. Pure. Section numbers below are those of the RFC.
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+FRAMES_PER_TURN = 256                           # 0.5 ms, so that other connections get their turn
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014))
@@ -4912,6 +4837,20 @@ class FrameEncoder(Encoder):
 # Connections that last or wait live on the loop: feeds, websockets, long polls and idle ones. A thousand of them are a
 # thousand entries in one selector, and no thread. A route handler returns a channel, and the server starts it.
 # --------------------------------------------------------------------------------------------------------------------
+PARTS_MAX = 64                                  # of one sendmsg()
+BLOCK_STALL = 30.0                              # without progress: loss=block holds a child
+STALL = 300.0                                   # and any other feed holds a socket
+SEND_TIME = 30.0                                # for a client to take a part of its answer
+LINGER_TIME = 2.0                               # a refused body is read, or its client sees a reset
+LINGER_SIZE = 8 * MIB                           # and not more of it
+END_POLL = 1.0                                  # between checks whether an unread client left
+MESSAGE_SIZE = MIB                              # of a message for a process: it fits into stdin
+HANDLER_MESSAGE_SIZE = 16 * MIB                 # of a message for a WebSocketHandler
+SEND_QUEUE_SIZE = 32 * MIB                      # what a WebSocketHandler has sent, and nobody taken
+SEND_QUEUE_LOW = 256 * KIB                      # above this, its client is not read
+CONTROL_SIZE = 4 * KIB                          # of waiting pongs; the oldest goes (RFC 6455 5.5.3)
+MESSAGES_PER_TURN = MIB                         # of one websocket, so that the others get theirs
+CLOSE_TIME = 5.0                                # for the peer's close frame, and for the last bytes
 CLIENT_LEFT = 499                               # in the access log, as nginx has it: the client did not wait
 
 
@@ -7104,7 +7043,7 @@ def page_response(snapshot):
 def entry_refusal(request, error):
     """The Response to what was not let in: to a browser without the token, a page that says what to do."""
     if isinstance(error, Unauthorized) and request.path == "/" and prefers_html(request.headers.get("accept", "")):
-        return Response(LOGIN.encode("utf-8"), error.status, [*error.headers(), ("Vary", "Accept")], "text/html; charset=utf-8")
+        return Response(LOGIN.encode("utf-8"), error.status, [*error.headers, ("Vary", "Accept")], "text/html; charset=utf-8")
     return error_response(error)
 
 
@@ -7115,6 +7054,9 @@ def entry_refusal(request, error):
 # runs on the request's thread, under the loop's lock unless it takes time (`unlocked`). It returns
 # a value to send as JSON, a Response, or a channel that the loop starts.
 # --------------------------------------------------------------------------------------------------
+PAGE_EVENTS = 200                               # that the page begins with
+STATS_KEPT = 16                                 # samples that a slow reader may be behind
+WAIT_EXTRA = 5.0                                # ?wait=true: graceful_timeout and this
 OK = {"ok": True}
 GZIP = re.compile(r"(?:^|,)\s*gzip\s*(?:$|,|;\s*q=(?!0(?:\.0*)?\s*(?:$|,)))", re.I)
 
@@ -7833,6 +7775,26 @@ ROUTES = (
 # The loop accepts connections. Once one has sent something a thread takes it: a handler reads requests and answers them,
 # blocking, in straight lines. It hands over to the loop what lasts or waits, and what is idle; see channels.
 # --------------------------------------------------------------------------------------------------------------------
+BODY_SIZE = MIB                                 # for WSGI applications see HttpHandler(max_body=)
+HEAD_TIME = 10.0                                # from the first byte of a head to its last
+BODY_TIME = 60.0
+IDLE_TIME = 60.0                                # of a connection without a request
+KEEP_TIME = 0.5                                 # of this a thread waits, then the loop does
+SEND_SIZE = 256 * KIB                           # to be taken within SEND_TIME
+HANDSHAKE_TIME = 10.0                           # of TLS
+HANDSHAKES_MAX = 200                            # one more ends the oldest
+CONNECTIONS_MAX = 15000                         # requests and streams
+FILES_FOR_CONNECTIONS = 0.875                   # of the system's limit: processes need the rest
+ADDRESS_CONNECTIONS_MAX = 1000                  # of one address, or a /64 of IPv6
+THREADS_MAX = 1000                              # one more request is answered with 503
+BACKLOG = 1024                                  # connections that wait to be accepted
+ACCEPTS_PER_TURN = 16                           # so that connections get their turn
+ACCEPT_PAUSE = 1.0                              # after EMFILE, or the listener would wake the loop
+ACCESS_FIELD_SIZE = KIB                         # of a client's header in the access log
+ACCESS_LOG_LINES = 2000                         # that wait to be written
+LOG_END = 1.0                                   # to write them, at the stop
+
+
 class HttpEndpoint:
     """Where to listen: "host:port" (port 0: any free one), "[v6]:port" or "unix:/path"; with `certfile` and `keyfile` (PEM)
     as TLS. `backlog`: connections that may wait to be accepted. StartError: it is none of these."""
@@ -8732,6 +8694,9 @@ class HttpHandler:
 # streams. One connection per request. A failure is a ClientError: one sentence that says what to do,
 # and the exit status of the command. Runs on the caller's thread.
 # --------------------------------------------------------------------------------------------------------------------
+CLIENT_TIME = 30.0                              # for an answer
+HEARTBEAT = 10                                  # seconds between signs of life of a stream
+STREAM_TIME = 3.0 * HEARTBEAT                   # without one it is lost
 DEFAULT_ENDPOINT = "http://127.0.0.1:5000"
 REFUSAL_STATUSES = {401: 6, 403: 6, 408: 124, 504: 124}     # HTTP status -> exit status, else 1
 FEED = "feed=eventsource&heartbeat=%d" % HEARTBEAT
@@ -8915,6 +8880,15 @@ def reference(name):
 # What plugs into a Manager: any object with start(loop, manager), and maybe stop(), restart(), and join(), which is called
 # last, when the loop is closed.
 # --------------------------------------------------------------------------------------------------------------------
+WEBHOOK_QUEUE = 1000                            # events; one more is dropped
+WEBHOOK_TIME = 5.0                              # for a receiver to answer
+WEBHOOK_PAUSES = (0.5, 2.0)                     # before each further try
+WEBHOOK_REST = 30.0                             # without tries after a failure: the others wait
+WEBHOOK_END = 2.0                               # to send what waits, at the stop
+SCREEN_SIZE = MIB                               # of lines that wait for a slow terminal
+SCREEN_END = 5.0                                # to write it, at the end
+
+
 def ending_signals():
     """Return the signals that end a process by default, but for the faults of a program: their
     handler would return to the same instruction for ever."""
@@ -9373,6 +9347,9 @@ class Screen:
 # all fields, and read_settings() returns Settings, or raises one ConfigError with every fault.
 # Configuration applies what has changed.
 # --------------------------------------------------------------------------------------------------
+CONFIG_SIZE = MIB                               # of a file
+INCLUDES_MAX = 1000                             # files that others include
+FAULTS_MAX = 100                                # that are reported at once
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
             "false": False, "no": False, "off": False, "0": False}
 PROCFILE_NAME = "Procfile"
@@ -9932,6 +9909,12 @@ class Configuration:
 # command is a function of its arguments that returns the exit status. What it cannot do it raises,
 # and main() prints that as one sentence on stderr.
 # --------------------------------------------------------------------------------------------------------------------
+WINDOW_SIZE_MIN = 256                           # a line or two
+WINDOW_SIZE_MAX = STDIN_SIZE_MAX = 1024 * MIB
+LOG_SIZE = 256 * KIB                            # that waits to be written to --log-file
+STATUS_INTERVAL = 1.0                           # of status -w
+RETRY_FIRST = 0.1                               # before a server is asked again; then twice as long
+RETRY_MAX = 2.0
 FOLDER_SOCKET = ".gaffer.sock"                  # where `up` serves its API, in its folder
 
 

@@ -680,12 +680,6 @@ class PureErrors(Case):
         self.assertEqual(json.loads(answer.body)["error"], "internal_error")
         self.assertNotIn(b"secret", answer.body)
 
-    def test_need(self):
-        gaffer.need(1, gaffer.BadValue, "never said")
-        for nothing in (False, None, 0, "", []):
-            with self.assertRaisesRegex(gaffer.BadValue, "^a reason$"):
-                gaffer.need(nothing, gaffer.BadValue, "a reason")
-
     def test_near(self):
         self.assertEqual(gaffer.near("comand", ["name", "cmd", "env"]), ", did you mean 'cmd'?")
         self.assertEqual(gaffer.near("zzzzzz", ["name", "cmd", "env"]), "")
