@@ -321,32 +321,19 @@ EXIT_POLL = 0.05                                # between checks of children tha
 PIPE_SIZE = 256 * KIB                           # fewer turns, fewer sleeps of the writer
 
 
-class PidfdWatcher:
-    """Calls `callback()` when child `os_pid` has exited, which is not reaped. OSError."""
-
-    def __init__(self, loop, os_pid, callback):
-        self._loop = loop
-        self._fd = os.pidfd_open(os_pid)
-        try:
-            loop.register(self._fd, selectors.EVENT_READ, lambda mask: callback())
-        except OSError:
-            os.close(self._fd)
-            raise
-
-    def close(self):
-        """Stop watching."""
-        if self._fd is not None:
-            self._loop.unregister(self._fd)
-            os.close(self._fd)
-            self._fd = None
-
-
-class PollWatcher:
-    """Calls `callback()` every EXIT_POLL seconds; peek_exit() tells whether there is something."""
+class ExitWatcher:
+    """Calls `callback()` under the loop's lock when child `os_pid` has exited, or may have."""
 
     def __init__(self, loop, os_pid, callback):
         self._loop, self._callback = loop, callback
-        self._schedule()
+        self._fd = self._timer = None
+        try:
+            self._fd = os.pidfd_open(os_pid)    # Linux, Python 3.9
+            loop.register(self._fd, selectors.EVENT_READ, lambda mask: callback())
+        except (AttributeError, OSError):       # an old kernel, a sandbox, no descriptor left
+            if self._fd is not None:
+                os.close(self._fd)
+            self._schedule()
 
     def _schedule(self):
         # at the same times for all children: they share one turn of the loop
@@ -358,36 +345,23 @@ class PollWatcher:
 
     def close(self):
         """Stop watching."""
-        self._timer.cancel()
-
-
-def watch_exit(loop, os_pid, callback):
-    """Call `callback()` under the loop's lock when child `os_pid` has exited, or may have.
-
-    Returns an object whose close() ends that.
-    """
-    if hasattr(os, "pidfd_open"):               # Linux, Python 3.9
-        try:
-            return PidfdWatcher(loop, os_pid, callback)
-        except OSError:
-            pass                                # an old kernel, a sandbox, no descriptor left
-    return PollWatcher(loop, os_pid, callback)
+        if self._timer is not None:
+            self._timer.cancel()
+        else:
+            self._loop.unregister(self._fd)
+            os.close(self._fd)
 
 
 def peek_exit(os_pid):
     """Return (exit_status, term_signal) of a child that has exited, None while it runs.
 
-    It stays a zombie, so that its process group's number cannot be given to a stranger before the
-    group has been signalled for the last time.
+    It stays a zombie, so that the number of its process group is not reused before the group has
+    been signalled for the last time.
     """
     try:
         if not hasattr(os, "waitid"):           # macOS before Python 3.13: this reaps it
             pid, status = os.waitpid(os_pid, os.WNOHANG)
-            if pid == 0:
-                return None
-            if os.WIFSIGNALED(status):
-                return 0, os.WTERMSIG(status)
-            return os.WEXITSTATUS(status), 0
+            return (os.WEXITSTATUS(status), os.WTERMSIG(status)) if pid else None
         info = os.waitid(os.P_PID, os_pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
     except ChildProcessError:
         log.warning("another part of this program took the exit status of os pid %d", os_pid)
@@ -406,7 +380,7 @@ def reap(os_pid):
 
 
 class ProcfsTable:
-    """Processes as Linux shows them in /proc; on other systems there are none to be seen."""
+    """Processes as Linux shows them in /proc. Other systems show none."""
 
     EXISTS = os.path.exists("/proc/self/stat")
     TICKS = os.sysconf("SC_CLK_TCK")
@@ -425,7 +399,7 @@ class ProcfsTable:
         return self._read(os_pid, "stat").rpartition(b")")[2].split()
 
     def groups(self, wanted):
-        """Return those of the process groups that have a living member (a zombie is none)."""
+        """Return those of the process groups that have a living member; a zombie does not live."""
         if not self.EXISTS:
             return wanted
         found = set()
@@ -440,8 +414,10 @@ class ProcfsTable:
         return found
 
     def orphans(self, since, ours):
-        """Return the OS pids of daemons, without a parent and in a session of their own, that began
-        after `since` (as time.monotonic()). `ours`: OS pids that are known."""
+        """Return the OS pids of daemons: without a parent, in a session of their own.
+
+        They began after `since` (as time.monotonic()) and are not in `ours`.
+        """
         if not self.EXISTS:
             return []
         boot_time = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
@@ -460,14 +436,12 @@ class ProcfsTable:
 
     def children(self, os_pid):
         """Return the OS pids of a process's children; [] if it is gone."""
-        found = []
         try:
             threads = os.listdir("/proc/%d/task" % os_pid)
         except OSError:
             return []
-        for thread in threads:
-            found += map(int, self._read(os_pid, "task/%s/children" % thread).split())
-        return found
+        return [int(child) for thread in threads
+                for child in self._read(os_pid, "task/%s/children" % thread).split()]
 
     def escaped(self, os_pid, group):
         """Return [(os_pid, start_time)] of descendants that have left the group."""
@@ -486,16 +460,15 @@ class ProcfsTable:
         return bool(fields) and int(fields[19]) == start_time and fields[0] not in (b"Z", b"X")
 
     def usage(self, os_pid):
-        """Return {cpu_time, rss} of look(), at a third of its cost; None if there is no process."""
+        """Return {cpu_time, rss} in seconds and bytes; None if there is no such process."""
         fields = self._stat(os_pid)
         return {"cpu_time": (int(fields[11]) + int(fields[12])) / self.TICKS,
                 "rss": int(fields[21]) * self.PAGE} if fields else None
 
     def look(self, os_pid):
-        """Return what is known of a process; None if there is no such process.
+        """Return what usage() returns and more, at three times the cost.
 
-        {ppid, cpu_time, start_time, rss, vms, nice, uid, cmdline, children}: sizes in bytes, times
-        in seconds (start_time since boot).
+        {ppid, start_time, vms, nice, uid, cmdline, children}: start_time is in seconds since boot.
         """
         fields = self._stat(os_pid)
         try:
@@ -517,18 +490,18 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 def widen_pipe(fd):
-    """Let a pipe hold PIPE_SIZE bytes, if the system can: Linux, with a quota for each user."""
+    """Let a pipe hold PIPE_SIZE bytes if the system can: Linux, with a quota for each user."""
     if sys.platform == "linux":
         try:
             fcntl.fcntl(fd, 1031, PIPE_SIZE)    # F_SETPIPE_SZ has its name from Python 3.10 on
         except OSError:
-            pass                                # over the quota, or no pipe: it works as it is
+            pass                                # over the quota, or not a pipe: it works as it is
 
 
 def keep_buffers():
     """Let glibc keep larger buffers: that saves a fast event stream 20 % of its CPU time.
 
-    It returns each to the system at once, but learns from the first one freed to keep up to twice
+    It returns each to the system at once, but the first one freed teaches it to keep up to twice
     as much.
     """
     bytes(MIB)
@@ -552,22 +525,10 @@ def network(address):
     return None if address.startswith("127.") or not address else address
 
 
-def end_a_thread():
-    """Start a thread and let it end, on Python 3.8.
-
-    There glibc loads a library for the first end of a thread, and aborts the program if no
-    descriptor is left for that.
-    """
-    if sys.version_info < (3, 9):
-        thread = threading.Thread(target=int)
-        thread.start()
-        thread.join()
-
-
 def find_user(user):
-    """Return (uid, gid, name) of a user by name or number; no gid and name without an entry.
+    """Return (uid, gid, name) of a user by name or number; gid and name are None without an entry.
 
-    ValueError: there is none. To the kernel, 2**32 - 1 is no user, but "leave it as it is".
+    Raises ValueError if there is no such user; to the kernel, 2**32 - 1 means "as it is".
     """
     user = int(user) if isinstance(user, str) and user.isascii() and user.isdigit() else user
     try:
@@ -580,25 +541,15 @@ def find_user(user):
 
 
 def find_group(group):
-    """Return the gid of a group by name or number. ValueError: there is none."""
+    """Return the gid of a group by name or number. Raises ValueError if there is no such group."""
     try:
-        if isinstance(group, int) or (group.isascii() and group.isdigit()):
-            if 0 <= int(group) < 2 ** 32 - 1:
-                return int(group)
-        else:
+        if not isinstance(group, int) and not (group.isascii() and group.isdigit()):
             return grp.getgrnam(group).gr_gid
+        if 0 <= int(group) < 2 ** 32 - 1:
+            return int(group)
     except KeyError:
         pass
     raise ValueError("there is no group %r here" % (group,))
-
-
-@functools.lru_cache(1024)
-def user_name(uid):
-    """Return a user's name, or the number as text."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2666,7 +2617,7 @@ class Process:
         for label, fd in inputs.items():
             self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else
                                        end_socket, self._manager.input_size)
-        self._watcher = self._manager.watch_exit(self._loop, self.os_pid, self._check_exit)
+        self._watcher = ExitWatcher(self._loop, self.os_pid, self._check_exit)
 
     @staticmethod
     def _execute(launch, stdio, extra, theirs):
@@ -3189,15 +3140,14 @@ class Manager:
     restart(). `window_size`: bytes kept of each stream; `input_size`: bytes that may wait for a
     process to read them. `exit_with`: the name of a template, there or yet to come: once a process
     of it has ended by itself, all others are stopped, run() returns, and `exit_code` is its status,
-    or 128 and the signal. `exit_watcher`: as watch_exit(); `process_table`: as ProcfsTable."""
+    or 128 and the signal. `process_table`: as ProcfsTable."""
 
-    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_watcher=None,
-                 process_table=None, exit_with=None, input_size=STDIN_SIZE):
+    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, process_table=None,
+                 exit_with=None, input_size=STDIN_SIZE):
         self.loop = loop or Loop()
         self.apps = list(apps)
         self.window_size, self.input_size = window_size, input_size
         self.exit_with, self.exit_code = exit_with, 0
-        self.watch_exit = exit_watcher or watch_exit
         self.table = process_table or ProcfsTable()
         self.groups = GroupWatcher(self.loop, self.table)
         self.epoch = os.urandom(4).hex()        # a word for this run, in every id
@@ -7087,7 +7037,7 @@ class Samples:
 
     def __init__(self, table, clock):
         self._table, self._clock = table, clock
-        self._user_name = functools.lru_cache(1000)(user_name)
+        self._user_name = functools.lru_cache(1000)(lambda uid: find_user(uid)[2] or str(uid))
 
     def of(self, name, processes, brief=False):
         """Return the entry of a template, from its running processes."""
@@ -8438,7 +8388,11 @@ class HttpHandler:
     def start(self, loop, manager):
         """Listen. Raises StartError: an endpoint cannot be used, or would be open to everybody."""
         self.loop, self._api, self.closed = loop, Api(manager, self), False
-        end_a_thread()
+        if sys.version_info < (3, 9):
+            # glibc loads a library when the first thread ends; without a descriptor it aborts
+            thread = threading.Thread(target=int)
+            thread.start()
+            thread.join()
         try:
             if self.access_log is not None:
                 self.access_log.start(self._token)
