@@ -8421,7 +8421,7 @@ class HttpLimits(HttpCase):
         """A number that is given holds for this machine too; whatever a connection has become, it counts until its end."""
         server = self.limited(max_connections_per_address=3, wsgi={"/wsgi": wsgiref.util.FileWrapper})
         server.add("web", "cat", redirect_input=True)
-        until(lambda: not server.http.channels, "the end of the first connection")
+        until(lambda: not server.http.connections, "the end of the first connection")
         held = self.held(server, 2)
         held[0].send(http_bytes("GET", "/streams/1/stdout?feed=continuous"))
         self.assertEqual(held[0].file.readline(), b"HTTP/1.1 200 OK\r\n")
