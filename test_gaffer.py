@@ -17928,7 +17928,7 @@ class Structure(Case):
 
     def readme_routes(self):
         """{(method, path)} of the README's table, where `/_stop` behind another path is short for a full one."""
-        found = set()
+        found, base = set(), ""
         for row in re.findall(r"^\| (`(?:GET|POST|PUT|DELETE)[^|]*)\|", self.readme, re.M):
             methods, path = [], None
             for word in re.sub(r"[`,]", " ", row).split():
