@@ -8641,13 +8641,13 @@ class HttpHandler:
         return text
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # client
 #
 # A thin wrapper of http.client for the command line: TCP, TLS and unix sockets, a token, event
 # streams. One connection per request. A failure is a ClientError: one sentence that says what to do,
 # and the exit status of the command. Runs on the caller's thread.
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 CLIENT_TIME = 30.0                              # for an answer
 HEARTBEAT = 10                                  # seconds between signs of life of a stream
 STREAM_TIME = 3.0 * HEARTBEAT                   # without one it is lost
@@ -8828,12 +8828,12 @@ def reference(name):
     return urllib.parse.quote(name, safe=":@")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # apps
 #
-# What plugs into a Manager: any object with start(loop, manager), and maybe stop(), restart(), and join(), which is called
-# last, when the loop is closed.
-# --------------------------------------------------------------------------------------------------------------------
+# What plugs into a Manager: any object with start(loop, manager), and maybe stop(), restart(), and
+# join(), which is called last, when the loop is closed.
+# --------------------------------------------------------------------------------------------------
 WEBHOOK_QUEUE = 1000                            # events; one more is dropped
 WEBHOOK_TIME = 5.0                              # for a receiver to answer
 WEBHOOK_PAUSES = (0.5, 2.0)                     # before each further try
@@ -8870,9 +8870,10 @@ class SigHandler:
         self._count = 0
 
     def start(self, loop, manager):
-        """See apps."""
+        """Install the handlers. StartError: this is not the main thread."""
         if threading.current_thread() is not threading.main_thread():
-            raise StartError("SigHandler needs the main thread: run() the manager there, or leave it out")
+            raise StartError("SigHandler needs the main thread: run() the manager there, or leave "
+                             "SigHandler out")
 
         def stop(signum, frame_):
             self._count += 1
@@ -8899,7 +8900,7 @@ class SigHandler:
         self._old_mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def stop(self):
-        """See apps."""
+        """Restore the handlers that were there before."""
         if self._old:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._old_mask)
             for signum, old in self._old.items():
@@ -9032,7 +9033,7 @@ class LineSink:
         """Never called: its readers skip or block."""
 
     def finished(self, reader):
-        """Called by the reader at the end of the log."""
+        """Close the reader and tell that the stream has ended."""
         reader.close()
         self._ended()
 
@@ -9856,13 +9857,13 @@ class Configuration:
             manager.start_template(name)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # command line
 #
 # COMMANDS is the one table: the parser, --help, the README and the completions come from it. A
 # command is a function of its arguments that returns the exit status. What it cannot do it raises,
 # and main() prints that as one sentence on stderr.
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 WINDOW_SIZE_MIN = 256                           # a line or two
 WINDOW_SIZE_MAX = STDIN_SIZE_MAX = 1024 * MIB
 LOG_SIZE = 256 * KIB                            # that waits to be written to --log-file
@@ -10116,15 +10117,14 @@ def processes_command(args):
 
 def outcome_lines(outcome, would=""):
     """Return what a reload did, a line each; `would`: "would be " for a dry run."""
-    failed = outcome["failed"]
-    lines = ["%s: %sadded" % (name, would) for name in outcome["added"] if name not in failed]
-    lines += ["%s: %schanged (%s)" % (name, would, ", ".join(fields))
-              for name, fields in outcome["changed"].items() if name not in failed]
-    lines += ["%s: %sremoved" % (name, would) for name in outcome["removed"]]
-    lines += ["%s: %skept" % (name, would) for name in outcome["kept"]]
+    failed, lines = outcome["failed"], []
+    for done in ("added", "changed", "removed", "kept"):
+        for name in outcome[done]:
+            fields = " (%s)" % ", ".join(outcome[done][name]) if done == "changed" else ""
+            if name not in failed:
+                lines.append("%s: %s%s%s" % (name, would, done, fields))
     lines += ["webhooks: %schanged" % would] if outcome["webhooks"] else []
-    lines += ["%s: changed, which only a restart of gaffer applies" % what
-              for what in outcome["needs_restart"]]
+    lines += ["%s: changed; restart gaffer to apply it" % what for what in outcome["needs_restart"]]
     return lines + ["%s: failed, %s" % failure for failure in failed.items()]
 
 
@@ -10267,6 +10267,9 @@ def status_table(statuses, width, coloured):
 
     `width`: of the terminal; None: nothing is cut.
     """
+    if not statuses:
+        return []
+
     def urgency(status):
         failing = status["gave_up"] or status["error"]
         order = {"backoff": 0, "flapping": 0, "failed": 0, "running": 2, "scheduled": 2,
@@ -10302,54 +10305,48 @@ def wants_colour(args):
                 or not sys.stdout.isatty())
 
 
-def show_status(args, client, choose):
-    """Print the table once. Return the exit status: 3 if less runs than is wanted, or nothing.
-
-    `choose(statuses)` returns ([status], exit status).
-    """
-    statuses, failed = choose(get_statuses(client))
-    size = os.get_terminal_size(sys.stdout.fileno()) if sys.stdout.isatty() else None
-    if args.json:
-        lines = list(map(encode_json, statuses))
-    else:
-        lines = []
-        if statuses:
-            lines = status_table(statuses, size and size.columns, wants_colour(args))
-        if args.watch and size:
-            hidden = len(lines) - size.lines + 2
-            if hidden > 1:
-                lines[-hidden - 1:-1] = ["… %d more lines do not fit: name what to show" % hidden]
-            lines = ["\x1b[H\x1b[K" + "\n\x1b[K".join(lines) + "\x1b[J"]
-    for line in lines:
-        print(line)
-    sys.stdout.flush()
-    if not (statuses or failed or args.watch):
-        tell("nothing is there yet: 'gaffer.py add_process' adds a template, 'load' a Procfile")
-    well = statuses and all(status["state"] in ("running", "scheduled", "done") and (
-        status["running"] >= status["numprocesses"] or status["state"] != "running")
-        for status in statuses)
-    return failed or (0 if well else 3)
-
-
 def is_away(error):
     """Return True for a ClientError that passes when the server is back."""
     return (isinstance(error, NoServer) or error.exit_status == 124
             or error.code in ("stopping", "busy"))
 
 
-def watch_status(args, client, choose):
-    """Print the table; with -w each second, also over restarts of the server."""
-    if args.watch and sys.stdout.isatty():
-        print("\x1b[2J", end="")
-    exit_status = show_status(args, client, choose)
-    while args.watch:
-        time.sleep(STATUS_INTERVAL)
+def show_status(args, choose):
+    """Print the table; with -w each second, also while the server restarts.
+
+    `choose(statuses)` returns ([status], exit status). Return the exit status: 3 if fewer
+    processes run than are wanted, or none is there.
+    """
+    client, tty, exit_status = connect(args), sys.stdout.isatty(), None
+    clear = "\x1b[2J"
+    while True:
         try:
-            exit_status = show_status(args, client, choose)
+            statuses, failed = choose(get_statuses(client))
         except ClientError as error:            # what was shown stays until the server is back
-            if not is_away(error):
+            if exit_status is None or not is_away(error):
                 raise
-    return exit_status
+        else:
+            size = os.get_terminal_size(sys.stdout.fileno()) if tty else None
+            if args.json:
+                lines = list(map(encode_json, statuses))
+            else:
+                lines = status_table(statuses, size and size.columns, wants_colour(args))
+            if args.watch and size:
+                hidden = len(lines) - size.lines + 2
+                if hidden > 1:
+                    lines[-hidden - 1:-1] = ["… %d more lines do not fit: name what to show" % hidden]
+                lines = [clear + "\x1b[H\x1b[K" + "\n\x1b[K".join(lines) + "\x1b[J"]
+                clear = ""
+            print("".join(line + "\n" for line in lines), end="", flush=True)
+            if not (statuses or failed or args.watch):
+                tell("there is nothing yet: 'gaffer.py add_process' adds a template, 'load' a Procfile")
+            well = statuses and all(status["state"] in ("running", "scheduled", "done") and (
+                status["running"] >= status["numprocesses"] or status["state"] != "running")
+                for status in statuses)
+            exit_status = failed or (0 if well else 3)
+        if not args.watch:
+            return exit_status
+        time.sleep(STATUS_INTERVAL)
 
 
 def status_command(args):
@@ -10357,7 +10354,7 @@ def status_command(args):
     def choose(statuses):
         targets, exit_status = find_targets(statuses, args.names or ["all"])
         return [target.status for target in targets], exit_status
-    return watch_status(args, connect(args), choose)
+    return show_status(args, choose)
 
 
 # watch, logs
@@ -10640,7 +10637,7 @@ class Attachment:
 
 
 def attach_command(args):
-    """See a process's output, and type into it."""
+    """Show a process's output and send it what is typed. Return its exit status, if it ends."""
     client, word = connect(args), args.names[0]
     targets, exit_status = find_targets(get_statuses(client), [word], True)
     if not targets:
@@ -10831,19 +10828,6 @@ def run_cached():
                               *sys.argv[1:]])
 
 
-def load_again(configuration, manager):
-    """Load the configuration again. The outcome goes to the log."""
-    try:
-        outcome = configuration.reload(manager)
-    except GafferError as error:
-        for line in str(error).splitlines():
-            log.error("%s", line)
-        log.error("the configuration was not loaded: nothing is changed")
-    else:
-        log.warning("the configuration was loaded again: %s", "; ".join(
-            outcome_lines(dict(outcome, kept=[]))) or "nothing has changed")
-
-
 def run_server(args, handler, background):
     """Run a manager with the HTTP API until INT or TERM. Return the exit status."""
     hooks, configuration, endpoints = WebHooks(), None, list(map(HttpEndpoint, args.bind))
@@ -10862,9 +10846,19 @@ def run_server(args, handler, background):
         allow_hosts=args.allow_host, access_log=access_log, max_connections=args.connections,
         max_connections_per_address=args.connections_per_address)
 
+    def load_again():
+        try:
+            outcome = configuration.reload(manager)
+        except GafferError as error:
+            for line in str(error).splitlines():
+                log.error("%s", line)
+            log.error("the configuration was not loaded: nothing has changed")
+        else:
+            log.warning("the configuration was loaded again: %s", "; ".join(
+                outcome_lines(dict(outcome, kept=[]))) or "nothing has changed")
+
     def reload():                               # on a thread: files may be slow
-        threading.Thread(target=load_again, name="gaffer-reload", daemon=True,
-                         args=(configuration, manager)).start()
+        threading.Thread(target=load_again, name="gaffer-reload", daemon=True).start()
 
     def reopen():
         threading.Thread(target=handler.reopen, name="gaffer-reopen", daemon=True).start()
@@ -10917,6 +10911,13 @@ def open_procfile(args, taken=()):
     return read_procfile(args.procfile, args.root, args.env_file, args.port, taken)
 
 
+def check_type(kind, types):
+    """Raise NotThere if `kind` is not one of the types of processes."""
+    if kind not in types:
+        raise NotThere("there is no '%s'%s" % (
+            kind, near(kind, types) or ": there are " + ", ".join(types)))
+
+
 def procfile_templates(args, taken=()):
     """Return {type: template} of a Procfile, and {type: number} of -c. ConfigError, ClientError."""
     templates, formation = read_settings(open_procfile(args, taken)).templates, {}
@@ -10924,8 +10925,8 @@ def procfile_templates(args, taken=()):
         kind, _, count = word.partition("=")
         if not (re.fullmatch("[0-9]{1,4}", count) and int(count) <= NUMPROCESSES_MAX):
             raise ClientError("'%s' is not TYPE=NUMBER, as in web=2" % word)
-        if kind not in templates and kind != "all":
-            raise NotThere("there is no '%s' in the Procfile%s" % (kind, near(kind, templates)))
+        if kind != "all":
+            check_type(kind, templates)
         formation.update(dict.fromkeys(templates if kind == "all" else [kind], int(count)))
     for kind, count in formation.items():
         templates[kind]["numprocesses"] = count
@@ -10950,9 +10951,7 @@ def up_templates(args, taken):
     """Return {type: template} of what `up` runs."""
     templates, _ = procfile_templates(args, taken)
     for name in args.names:
-        if name not in templates:
-            raise NotThere("there is no '%s' in the Procfile%s" % (
-                name, near(name, templates) or ": there are " + ", ".join(templates)))
+        check_type(name, templates)
     more = {"redirect_input": True}             # which does not end
     if not args.keep_going:
         more["restart"] = "never"
@@ -11067,7 +11066,7 @@ def unload_command(args):
 
 def ps_command(args):
     """Show the processes of a Procfile."""
-    return watch_status(args, connect(args), lambda statuses: (
+    return show_status(args, lambda statuses: (
         [target.status for target in find_app(args, statuses).values()], 0))
 
 
@@ -11078,19 +11077,14 @@ def scale_command(args):
     change = re.compile(r"(?:[^=+:]+:)?([^=+:]+?)([=+-])([0-9]{1,4})")
     is_group = any(name.startswith(words[0] + ":") for name in statuses)
     args.group = words[0] if is_group or not change.fullmatch(words[0]) else None
-    changes = []
-    for word in words[1:] if args.group else words:
-        match = change.fullmatch(word)
-        if match is None:
-            raise ClientError("'%s' is not a change: say web=3, web+1 or web-1" % word, 2)
-        changes.append(match.groups())
-    if not changes:
-        raise ClientError("'%s' is not a change: say web=3, web+1 or web-1" % words[0], 2)
-    found = find_app(args, statuses)
+    words = words[1:] if args.group else words
+    matches = list(map(change.fullmatch, words))
+    if not all(matches) or not words:
+        raise ClientError("'%s' is not a change: give web=3, web+1 or web-1" % (
+            words[matches.index(None)] if words else args.group), 2)
+    changes, found = [match.groups() for match in matches], find_app(args, statuses)
     for kind, _, _ in changes:
-        if kind not in found:
-            raise NotThere("there is no '%s'%s" % (
-                kind, near(kind, found) or ": there are " + ", ".join(found)))
+        check_type(kind, found)
     for kind, sign, count in changes:
         target = found[kind]
         now = target.status["numprocesses"]
@@ -11209,35 +11203,29 @@ def command_first(commands, argv):
     return None, argv
 
 
-def completions(commands, line):
-    """Return the words that may stand at the end of a command line."""
-    *words, current = re.split(r"[ \t]+", line)[1:] or [""]
-    name, rest = command_first(commands, words)
-    if name is None:
-        return [word for word in [*commands, "--help", "--version"] if word.startswith(current)]
-    found = ["--help"]
-    for names, how in commands[name].options:
+def completion_command(args):
+    """Print a shell's script or, given a line, the words that may stand at its end."""
+    if args.line is None:
+        print(COMPLETION[args.shell])
+        return 0
+    *words, current = re.split(r"[ \t]+", args.line)[1:] or [""]
+    name, rest = command_first(args.commands, words)
+    found = ["--help"] if name else [*args.commands, "--help", "--version"]
+    for names, how in args.commands[name].options if name else ():
         if names[0].startswith("-"):
             if rest and rest[-1] in names and "metavar" in how:
-                return []                       # its value: a file, most often
+                return 0                        # its value: a file, most often
             found += names
         elif "choices" in how:
             found += how["choices"]
         elif how["metavar"] == "NAME" and not current.startswith("-"):
             with contextlib.suppress(ClientError):
                 found += ["all", *Client(find_endpoint(), read_token(None)).get("/processes")]
-    return [word for word in found if word.startswith(current) and (current or word[0] != "-")]
-
-
-def completion_command(args):
-    """Print a shell's script, or the words that it asks for."""
-    if args.line is None:
-        print(COMPLETION[args.shell])
-        return 0
-    for word in completions(args.commands, args.line):
-        if args.shell == "bash":                # it completes only what stands behind a colon
-            word = word[args.line.rpartition(" ")[2].rfind(":") + 1:]
-        print(word)
+    # bash replaces only what follows a colon
+    known = current.rfind(":") + 1 if args.shell == "bash" else 0
+    for word in found:
+        if word.startswith(current) and (current or word[0] != "-"):
+            print(word[known:])
     return 0
 
 
@@ -11267,19 +11255,11 @@ def checked(pattern, convert, what, least=0, most=math.inf):
     """Return an argparse type: text that matches a pattern, with a value in bounds."""
     def check(text):
         import argparse
-        if not re.fullmatch(pattern, text) or not least <= convert(text) <= most:
+        value = convert(text) if re.fullmatch(pattern, text) else None
+        if value is None or not isinstance(value, str) and not least <= value <= most:
             raise argparse.ArgumentTypeError("'%s' is not %s" % (text, what))
-        return convert(text)
+        return value
     return check
-
-
-def template_name(text):
-    """Return --exit-with: a name that a template can have."""
-    import argparse
-    try:
-        return check_name(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError("a name %s" % error) from None
 
 
 def template_options():
@@ -11345,7 +11325,8 @@ SERVE = (
     option("--keyfile FILE", "and this key"),
     option("--access-log FILE", "a line for each request, in Apache's format ('-': stderr)"),
     option("--exit-with NAME", "stop when a process of this template ends by itself, and exit with "
-           "its status", type=template_name),
+           "its status",
+           type=checked(NAME.pattern, str, "the name of a template, which is not all digits")),
     option("--window BYTES", "how much is kept of each stream (default %d)" % WINDOW_SIZE,
            type=checked("[0-9]{1,12}", int, "%d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX),
                         WINDOW_SIZE_MIN, WINDOW_SIZE_MAX)),

@@ -14794,7 +14794,7 @@ class CliStatus(CliFollowCase):
             self.assertEqual(gaffer.span(seconds), words)
 
     def test_what_runs_and_what_does_not(self):
-        self.call("status", status=3, err="gaffer: nothing is there yet: 'gaffer.py add_process'.*\n")
+        self.call("status", status=3, err="gaffer: there is nothing yet: 'gaffer.py add_process'.*\n")
         self.call("status", "nosuch", status=4, err="gaffer: there is no process named 'nosuch'.*\n")
         self.sleepers("web", numprocesses=2)
         out = self.call("status", "web")
@@ -14825,11 +14825,13 @@ class CliStatus(CliFollowCase):
         self.assertEqual([process.stdout.readline()[:4] for _ in range(6)], [b"NAME", b"web.", b"1 te"] * 2)
         self.assertEqual(self.interrupted(process)[-1:], b"")
         away = gaffer.NoServer("http://x", "connection refused")
-        for shown, last in ((0, away, 3, KeyboardInterrupt()), KeyboardInterrupt), ((0, gaffer.NotThere("gone")), gaffer.NotThere), ((away,), gaffer.NoServer):
-            with unittest.mock.patch.object(gaffer, "show_status", side_effect=shown) as show, \
+        args = argparse.Namespace(watch=True, json=True, endpoint=None, token_file=None, cacert=None)
+        for answers, last in (({}, away, {}, KeyboardInterrupt()), KeyboardInterrupt), (
+                ({}, gaffer.NotThere("gone")), gaffer.NotThere), ((away,), gaffer.NoServer):
+            with unittest.mock.patch.object(gaffer, "get_statuses", side_effect=answers) as asked, \
                     unittest.mock.patch.object(gaffer, "STATUS_INTERVAL", 0), self.assertRaises(last):
-                gaffer.watch_status(argparse.Namespace(watch=True), None, None)
-            self.assertEqual(show.call_count, len(shown))
+                gaffer.show_status(args, lambda statuses: (statuses, 0))
+            self.assertEqual(asked.call_count, len(answers))
 
 
 class CliCommands(CliControlCase):
@@ -14966,7 +14968,7 @@ class CliEveryCommand(CliControlCase):
         "attach": ("@", "line\n", "nosuch", NAMED),
         "watch": ("proc/ticker", r"[0-9:]{8} ticker: .*\n", "spawm", (1, "there is no event type 'spawm', did you mean 'spawn'.*")),
         "reload": ("", "kept: kept\n", None, None),
-        "load": ("@-new", "@-new:web: loaded\n", "@-new -c wep=2", (4, "there is no 'wep' in the Procfile, did you mean 'web'\\?")),
+        "load": ("@-new", "@-new:web: loaded\n", "@-new -c wep=2", (4, "there is no 'wep', did you mean 'web'\\?")),
         "unload": ("@", "@:web: unloaded\n", "nosuch", GROUP),
         "scale": ("@ web=2", "@:web: 2 processes\n", "nosuch web=2", GROUP),
         "ps": ("@", r"NAME +STATE .*\n@:web\.1 +running +1/1 +\d+ .*\n1 template: 1 running\n", "nosuch", GROUP),
@@ -15680,7 +15682,7 @@ class ConfigReload(ConfigCase):
         self.write("gaffer.ini", self.ini("[endpoint:x]\nbind = 127.0.0.1:0\n[webhooks]\n"
                                           "flap=http://localhost:1", a=1001, c=1001))
         lines = ("c: {0}added\na: {0}changed (cmd)\nb: {0}removed\nwebhooks: {0}changed\n"
-                 "endpoints: changed, which only a restart of gaffer applies\n")
+                 "endpoints: changed; restart gaffer to apply it\n")
         self.assertEqual(self.call("reload", "--dry-run"), lines.format("would be "))
         self.assertEqual((self.server.ok("GET", "/processes"), self.pids("a"), self.hooks.hooks), (["a", "b"], [1], []))
         self.assertEqual(self.call("reload"), lines.format(""))
@@ -15777,11 +15779,11 @@ class ConfigServe(CliFollowCase):
         self.assertEqual(server.ok("GET", "/watch/proc/b/spawn?since=0")["name"], "b")
         self.file(folder, "x.ini", "junk")
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: server.said("nothing is changed"))
+        until(lambda: server.said("nothing has changed"))
         self.assertEqual(server.ok("GET", "/processes/1")["name"], "a")
         self.assertEqual(server.stop(), 0)
         server.expect_stderr("ERROR %s:1: 'junk' is neither" % re.escape(path))
-        server.expect_stderr("ERROR .*nothing is changed$")
+        server.expect_stderr("ERROR .*nothing has changed$")
         server.expect_stderr("WARNING the configuration was loaded again: b: added$")
 
     def test_hup_without_a_file_stops(self):
@@ -16125,7 +16127,7 @@ class ProcfileServer(ConfigCase):
         for arguments, status, words in (
                 (["load", "-f", self.home + "/no"], 1, "there is no '.*/no': name a Procfile with -f FILE.*"),
                 (["load", "a:b", *self.procfile], 1, "'a:b' is not a group's name.*"),
-                (["load", *self.procfile, "-c", "wep=1"], 4, "there is no 'wep' .*did you mean 'web'\\?"),
+                (["load", *self.procfile, "-c", "wep=1"], 4, "there is no 'wep', did you mean 'web'\\?"),
                 (["load", *self.procfile, "-c", "web"], 1, "'web' is not TYPE=NUMBER.*"),
                 (["load", *self.procfile, "-c", "all=x"], 1, "'all=x' is not TYPE=NUMBER.*"),
                 (["load", *self.procfile, "-c", "web=1001"], 1, "'web=1001' is not TYPE=NUMBER.*"),
