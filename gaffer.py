@@ -8104,8 +8104,10 @@ class Handler(socketserver.StreamRequestHandler):
                 except socket.timeout:
                     self.channel = Idle(IDLE_TIME)
                     return
-                keep = not self.gone and self.handle_request()
-                self.http.working.discard(self)
+                try:
+                    keep = not self.gone and self.handle_request()
+                finally:
+                    self.http.working.discard(self)
         except (OSError, EOFError) as error:
             log.debug("a client has left: %s", error)
             self.gone = True

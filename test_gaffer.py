@@ -8364,6 +8364,18 @@ class HttpThreads(HttpCase):
                 leave.set()
                 server.stop_all()
 
+    def test_clients_that_leave_within_a_request(self):
+        """Nothing of them is left, and the stop does not wait for them."""
+        server = self.serve(handlers=[("/echo", lambda request: request.body)])
+        for framing, part in (("Content-Length: 5", b"hel"), ("Content-Length: 5", b""), ("Transfer-Encoding: chunked", b"5\r\nhe")):
+            wire = self.wire(server)
+            wire.send(http_bytes("POST", "/echo", framing) + part)
+            until(lambda: server.http.working, "the request")
+            wire.close()
+            until(lambda: not server.http.connections, "the end of the connection")
+            with self.subTest(framing=framing, part=part):
+                self.assertEqual((server.http.working, server.http.sending), (set(), {}))
+
     def test_subprotocols(self):
         """A handler takes the client's first that it knows, a process the first; what is none of these is left out."""
         made = type("Chat", (gaffer.WebSocketHandler,), {"protocols": ("chat", "v2")})
