@@ -574,7 +574,7 @@ class Timer:
         self._loop, self.when, self.function, self.args = loop, when, function, args
 
     def cancel(self):
-        """Never run the call. Cancelling a timer that has run or was cancelled does nothing."""
+        """Do not run the call. Does nothing if it has run or was cancelled before."""
         if self.function is not None:
             self.function, self.args = None, ()
             self._loop.pending_timers -= 1
@@ -600,11 +600,10 @@ class Loop:
         self._woken = self._stopping = self._pausing = self._interrupted = False
         self._looks = 0
         self._reports = collections.defaultdict(Throttle)       # one for each type of exception
-        self._wake_read, self._wake_write = os.pipe()
+        self._wake_read, self.wake_fd = os.pipe()       # a byte wakes it, see set_wakeup_fd()
         os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
-        drain = self._callbacks[self._wake_read] = self._drain_wake
-        self._selector.register(self._wake_read, selectors.EVENT_READ, drain)
+        os.set_blocking(self.wake_fd, False)
+        self.call(self.register, self._wake_read, selectors.EVENT_READ, self._drain_wake)
 
     # for any thread
 
@@ -637,20 +636,14 @@ class Loop:
         return not self.closed
 
     def call_unlocked(self, function, *args):
-        """Run `function(*args)` on the loop's thread, at the end of its turn, without the lock.
+        """Do as call_soon() does, but without the lock, at the end of the turn.
 
-        All user code runs here. What it raises is logged. Returns at once, False if the loop is
-        closed.
+        All user code runs here. What it raises is logged.
         """
         self._unlocked.append((function, args))
         if self._sleeping:
             self._wake()
         return not self.closed
-
-    @property
-    def wake_fd(self):
-        """A descriptor; a byte written to it wakes the loop (see signal.set_wakeup_fd)."""
-        return self._wake_write
 
     def stop(self):
         """Let `run()` return after this turn."""
@@ -659,10 +652,10 @@ class Loop:
 
     @contextlib.contextmanager
     def interrupts(self):
-        """Let Ctrl-C raise KeyboardInterrupt from `run()` between two turns, not within a step.
+        """Let Ctrl-C raise KeyboardInterrupt from `run()` between two turns, not within one.
 
-        A second Ctrl-C before that raises at once. Does nothing off the main thread, and where
-        SIGINT has a handler of the program's own.
+        A second Ctrl-C before that raises at once. Does nothing off the main thread, or if the
+        program handles SIGINT itself.
         """
         if (self.closed or threading.current_thread() is not threading.main_thread()
                 or signal.getsignal(signal.SIGINT) is not signal.default_int_handler):
@@ -675,7 +668,7 @@ class Loop:
             self._interrupted = True
         signal.signal(signal.SIGINT, interrupt)
         # a signal that arrives just before the wait: the descriptor ends it
-        before = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        before = signal.set_wakeup_fd(self.wake_fd, warn_on_full_buffer=False)
         try:
             yield
         finally:
@@ -696,12 +689,12 @@ class Loop:
         return self._owner == threading.get_ident()
 
     def later(self, delay, function, *args):
-        """Run `function(*args)` in `delay` seconds, under the lock. Returns a Timer."""
+        """Run `function(*args)` in `delay` seconds, under the lock. Return its Timer."""
         assert self.owned()
         timer = Timer(self, self.clock() + delay, function, args)
         self.pending_timers += 1
         if len(self._timers) > 64 + 2 * self.pending_timers:    # cancelled ones may be due in days
-            self._timers = [entry for entry in self._timers if entry[2].function is not None]
+            self._timers[:] = [entry for entry in self._timers if entry[2].function is not None]
             heapq.heapify(self._timers)
         heapq.heappush(self._timers, (timer.when, next(self._sequence), timer))
         if self._sleeping and timer.when < self._deadline:
@@ -729,20 +722,63 @@ class Loop:
         self._selector.unregister(fd)
         del self._callbacks[fd]
 
+    def guard(self, function, *args):
+        """Return what `function(*args)` returns; if it raises, log that and return None.
+
+        KeyboardInterrupt and SystemExit pass on the main thread, to which signals belong.
+        """
+        try:
+            return function(*args)
+        except BaseException as error:
+            if (isinstance(error, (KeyboardInterrupt, SystemExit))
+                    and threading.current_thread() is threading.main_thread()):
+                raise
+            self._reports[type(error)].exception("a callback of the loop failed; the loop goes on")
+            self._pausing = self._pausing or isinstance(error, MemoryError)
+            return None
+
     # turns
 
     def run(self):
         """Take turns until `stop()`. Only KeyboardInterrupt and SystemExit end it earlier."""
         try:
             while not self._stopping:
-                self._turn(math.inf)
+                self.step(math.inf)
                 self._raise_interrupt()
         finally:
             self._stopping = False
 
     def step(self, timeout=0.0):
-        """Take one turn, which waits `timeout` seconds at most. For tests."""
-        self._turn(timeout)
+        """Take one turn, which waits `timeout` seconds at most."""
+        events = self._select(timeout)
+        with self._gate:                        # a thread that waits for the lock goes first
+            pass
+        with self._lock:
+            self._owner, self._sleeping = threading.get_ident(), False
+            timers = self._timers
+            try:
+                self.now = self.clock()
+                for key, mask in events:
+                    # since the wait, fd may have been closed and given to something else
+                    if self._callbacks.get(key.fd) is key.data:
+                        self.guard(key.data, mask)
+                last = next(self._sequence)     # timers that are set from now on wait for the next
+                while timers and timers[0][0] <= self.now and timers[0][1] < last:
+                    timer = heapq.heappop(timers)[2]
+                    function, args = timer.function, timer.args
+                    if function is not None:
+                        timer.cancel()
+                        self.guard(function, *args)
+                self._run(self._inbox)
+                self.turns += 1
+                self.busy += self.clock() - self.now
+            finally:
+                self._sleeping = True           # before the inbox is checked: see call_soon()
+                while timers and timers[0][2].function is None:
+                    heapq.heappop(timers)
+                self._deadline = -math.inf if self._inbox else timers[0][0] if timers else math.inf
+                self._owner = None
+        self._run(self._unlocked)
 
     def close(self):
         """Run what was handed over before, then free the descriptors."""
@@ -751,53 +787,17 @@ class Loop:
                 return
             self._owner, self.closed = threading.get_ident(), True
             try:
-                for _ in range(len(self._inbox)):
-                    function, args = self._inbox.popleft()
-                    self.guard(function, *args)
+                self._run(self._inbox)
             finally:
                 self._selector.close()
                 os.close(self._wake_read)
-                write, self._wake_write = self._wake_write, None
+                write, self.wake_fd = self.wake_fd, None
                 os.close(write)
                 self._owner = None
-        self._run_unlocked()
-
-    def _turn(self, longest):
-        events = self._select(longest)
-        with self._gate:                        # a thread that waits for the lock goes first
-            pass
-        with self._lock:
-            self._owner, self._sleeping = threading.get_ident(), False
-            try:
-                self.now = self.clock()
-                for key, mask in events:
-                    # since the wait, fd may have been closed and given to something else
-                    if self._callbacks.get(key.fd) is key.data:
-                        self.guard(key.data, mask)
-                last, timers = next(self._sequence), self._timers
-                while timers and timers[0][0] <= self.now and timers[0][1] < last:
-                    timer = heapq.heappop(timers)[2]
-                    function, args = timer.function, timer.args
-                    if function is not None:
-                        timer.cancel()
-                        self.guard(function, *args)
-                    timers = self._timers
-                for _ in range(len(self._inbox)):       # what these add is for the next turn
-                    function, args = self._inbox.popleft()
-                    self.guard(function, *args)
-                self.turns += 1
-                self.busy += self.clock() - self.now
-            finally:
-                self._sleeping = True           # before the inbox is checked: see call_soon()
-                timers = self._timers
-                while timers and timers[0][2].function is None:
-                    heapq.heappop(timers)
-                self._deadline = -math.inf if self._inbox else timers[0][0] if timers else math.inf
-                self._owner = None
-        self._run_unlocked()
+        self._run(self._unlocked)
 
     def _select(self, longest):
-        """Wait until something is due, for `longest` seconds at most. Returns what is ready."""
+        """Wait until something is due, for `longest` seconds at most. Return what is ready."""
         if self._pausing:                       # or what has failed would fail again at once
             self._pausing = False
             time.sleep(ERROR_PAUSE)
@@ -814,32 +814,17 @@ class Loop:
             self._pausing = True
             return []
 
-    def _run_unlocked(self):
-        for _ in range(len(self._unlocked)):
-            function, args = self._unlocked.popleft()
+    def _run(self, calls):
+        for _ in range(len(calls)):             # what these add is for the next turn
+            function, args = calls.popleft()
             self.guard(function, *args)
-
-    def guard(self, function, *args):
-        """Return what `function(*args)` returns; if it raises, log that and return None.
-
-        KeyboardInterrupt and SystemExit pass on the main thread, to which signals belong.
-        """
-        try:
-            return function(*args)
-        except BaseException as error:
-            if (isinstance(error, (KeyboardInterrupt, SystemExit))
-                    and threading.current_thread() is threading.main_thread()):
-                raise
-            self._reports[type(error)].exception("a callback of the loop failed; the loop goes on")
-            self._pausing = self._pausing or isinstance(error, MemoryError)
-            return None
 
     def _wake(self):
         if not self._woken:
             self._woken = True
             try:
-                os.write(self._wake_write, b"\0")
-            except (BlockingIOError, TypeError, OSError):
+                os.write(self.wake_fd, b"\0")
+            except (TypeError, OSError):
                 pass                            # full: it wakes; closed: nothing is left to wake
 
     def _drain_wake(self, mask):
