@@ -60,6 +60,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import array
 import base64
 import bisect
+import codecs
 import collections
 import contextlib
 import copy
@@ -853,21 +854,13 @@ EVENTS_KEPT = 1024                              # how far back events can be res
 QUESTIONS_MAX = 64                              # POSTs to stdin that no long poll has followed yet
 JOURNAL_ENTRIES = 32768                         # 1.3 MiB: 30 seconds of 1,000 lines a second
 JOIN_TIME = 0.01                                # short reads within it are one entry of the journal
-NORMAL, FLUSH, FINAL = 0, 1, 2      # wait for the rest; show what there is; no more comes
-
-# the beginnings of a character that has more than one byte (Unicode, table 3-7)
-INCOMPLETE_UTF8 = re.compile(
-    rb"(?:[\xc2-\xdf]|\xe0[\xa0-\xbf]?|[\xe1-\xec\xee\xef][\x80-\xbf]?|\xed[\x80-\x9f]?"
-    rb"|\xf0(?:[\x90-\xbf][\x80-\xbf]?)?|[\xf1-\xf3][\x80-\xbf]{0,2}"
-    rb"|\xf4(?:[\x80-\x8f][\x80-\xbf]?)?)\Z")
+NORMAL, FLUSH, FINAL = 0, 1, 2                  # wait for more; show what there is; no more comes
 
 
 def incomplete_utf8(data):
     """Return how many bytes at the end of `data` begin a character that is not whole: 0 to 3."""
-    if data[-1:] < b"\x80":
-        return 0
-    match = INCOMPLETE_UTF8.search(data[-3:])
-    return len(match.group()) if match else 0
+    tail = data[-3:]
+    return len(tail) - codecs.utf_8_decode(tail, "ignore")[1]
 
 
 def valid_utf8(data):
@@ -883,19 +876,17 @@ def split_lines(data, before, mode, piece):
     """Return (skip, segments, lines): the lines of `data` with and without their ends.
 
     An unfinished line is only taken with mode FLUSH (up to a whole character) or FINAL, or if it
-    has at least `piece` bytes. `skip` is 1 if `data` begins with the newline of a line whose CR was
-    taken before: that is no line.
+    has at least `piece` bytes. `skip` is 1 if `data` begins with the newline of a line whose CR,
+    `before` it, was taken as its end: that is not a line.
     """
     skip = 1 if data[:1] == b"\n" and before == 13 else 0
-    if skip:
-        data = data[1:]
-    segments, lines = data.splitlines(True), data.splitlines()
+    segments, lines = data[skip:].splitlines(True), data[skip:].splitlines()
     if segments and segments[-1][-1] not in (10, 13):
         last = segments.pop()
         lines.pop()
         if mode == NORMAL and len(last) < piece:
-            return skip, segments, lines
-        if mode != FINAL:
+            last = b""
+        elif mode != FINAL:
             last = last[:len(last) - incomplete_utf8(last)]
         if last:
             segments.append(last)
@@ -914,7 +905,7 @@ class Encoder:
     key, by_line, partial = ("raw",), False, False
 
     def encode(self, data, offset, before, mode, piece):
-        """Encode `data`, which begins at `offset`. Returns (payload, how much was consumed).
+        """Encode `data`, which begins at `offset`. Return (payload, how much was consumed).
 
         What is not consumed (half a line, half a character) is offered again with more behind it.
         `before` is the byte in front of a leading newline, or None; `mode` is NORMAL, FLUSH or
@@ -951,13 +942,12 @@ class Log:
         self._memo = {}                         # (encoder key, offset, mode) -> (payload, consumed)
         self._appended_at, self._flush_timer = -math.inf, None
 
-    def read(self, offset, size):
-        """Return up to `size` of what stands at `offset`, which is not before `start`."""
-        raise NotImplementedError
+    def read(self, offset, size=None):
+        """Return up to `size` of what is at `offset`, which is not before `start`.
 
-    def piece(self, offset):
-        """Return what stands at `offset`, as much of it as needs no copy."""
-        return self.read(offset, self.limit)
+        None: as much as needs no copy, so that readers that lag hold no memory of their own.
+        """
+        raise NotImplementedError
 
     def before(self, offset):
         """Return the byte in front of `offset`, None if it is not known."""
@@ -968,9 +958,9 @@ class Log:
         return offset
 
     def encoded(self, encoder, offset, mode):
-        """Encode a share of what stands at `offset`. Returns (payload, consumed); see Encoder.
+        """Encode a share of what is at `offset`. Return (payload, consumed); see Encoder.
 
-        A payload that is a number: so many bytes in front of what is left are lost.
+        A payload that is a number: that many bytes in front of what remains are lost.
         """
         key = encoder.key, offset, mode
         found = self._memo.get(key)
@@ -982,7 +972,7 @@ class Log:
         return found
 
     def _encode(self, encoder, offset, mode):
-        data, left = self.piece(offset), self.end - offset
+        data, left = self.read(offset), self.end - offset
         if len(data) < min(JOIN_SIZE, left):    # a line that two reads have cut
             data = self.read(offset, SHARE_SIZE)
         before = self.before(offset) if encoder.by_line and data[:1] == b"\n" else None
@@ -998,11 +988,6 @@ class Log:
         """Count what a reader has lost."""
         (self._drop_counter or self).dropped += count
 
-    def next_question(self, offset):
-        """Return where a long poll begins: at the oldest question that has no answer yet, or at
-        `offset`. What was answered before is not sent again."""
-        return max(self.questions.popleft(), self.answered) if self.questions else offset
-
     def room(self):
         """Return how much can be appended before a reader with loss="block" would lose any."""
         slowest = min((reader.offset for reader in self.blockers), default=math.inf)
@@ -1011,7 +996,7 @@ class Log:
     def wait(self, satisfied):
         """Call `satisfied()` after each append, and at the end, until it returns True.
 
-        Returns a function that cancels this.
+        Return a function that cancels this.
         """
         self._waiters.append(satisfied)
         return lambda: satisfied in self._waiters and self._waiters.remove(satisfied)
@@ -1038,7 +1023,7 @@ class Log:
         self.advanced()
 
     def advanced(self):
-        """A reader with loss="block" has advanced or left: tell those who wait for room."""
+        """Resume those that wait for room: a reader with loss="block" has advanced, or left."""
         waiting, self.on_room = self.on_room, set()
         for resume in waiting:
             self.loop.call_soon(resume)
@@ -1082,7 +1067,6 @@ class Window(Log):
     def __init__(self, loop, limit=WINDOW_SIZE, drop_counter=None):
         super().__init__(loop, limit, drop_counter)
         self._chunks, self._offsets = [], []    # bytes, and the offset of each one's first byte
-        self._before = None                     # the byte in front of the first chunk
 
     def append(self, data):
         """Add bytes; the oldest fall out. Readers that do not lag have them when this returns."""
@@ -1095,43 +1079,32 @@ class Window(Log):
         self.end += len(data)
         if self.end - self.start > self.limit:
             self.start = self.end - self.limit
-            while offsets[0] + len(chunks[0]) <= self.start:
-                self._before = chunks[0][-1]
+            while offsets[0] + len(chunks[0]) < self.start:     # see before()
                 del chunks[0], offsets[0]
         self.feed(b"\n" in data or b"\r" in data)
 
-    def read(self, offset, size):
-        """Return up to `size` bytes from `offset` on, without a copy if they are one chunk."""
-        size = min(size, self.end - offset)
-        if size <= 0:
+    def read(self, offset, size=None):
+        if offset >= self.end:
             return b""
         index = bisect.bisect_right(self._offsets, offset) - 1
-        skip = offset - self._offsets[index]
-        chunk = self._chunks[index]
-        if len(chunk) - skip >= size:
-            return chunk if skip == 0 and len(chunk) == size else chunk[skip:skip + size]
+        skip, chunk = offset - self._offsets[index], self._chunks[index]
+        if size is None or size <= len(chunk) - skip:
+            return chunk[skip:] if size is None else chunk[skip:skip + size]
         parts = [chunk[skip:]]
-        left = size - len(parts[0])
+        left = min(size, self.end - offset) - len(parts[0])
         while left > 0:
             index += 1
             parts.append(self._chunks[index][:left])
             left -= len(parts[-1])
         return b"".join(parts)
 
-    def piece(self, offset):
-        if offset >= self.end:
-            return b""
-        index = bisect.bisect_right(self._offsets, offset) - 1
-        chunk, skip = self._chunks[index], offset - self._offsets[index]
-        return chunk[skip:] if skip else chunk
-
     def before(self, offset):
-        if offset == 0 or not self._offsets or offset < self._offsets[0]:
-            return None
-        return self._before if offset == self._offsets[0] else self.read(offset - 1, 1)[0]
+        # append() keeps the chunk that holds the byte in front of `start`
+        known = self._offsets and offset > self._offsets[0]
+        return self.read(offset - 1, 1)[0] if known else None
 
     def take(self, offset, encoder=None):
-        """Return (bytes, offset behind them, bytes lost) of what stands at `offset`."""
+        """Return (bytes, offset behind them, bytes lost) of what is at `offset`."""
         first = max(offset, self.start)
         data = self.read(first, self.limit)
         return data, first + len(data), first - offset
@@ -1175,10 +1148,9 @@ class EventLog(Log):
         self.start = self.end - len(self._events)
         self.feed(True)
 
-    def read(self, offset, size):
-        """Return a list of up to `size` events from `offset` on."""
+    def read(self, offset, size=None):
         first = offset - self.start
-        return list(itertools.islice(self._events, first, first + size))
+        return list(itertools.islice(self._events, first, first + (size or self.limit)))
 
 
 class Reader:
@@ -1214,7 +1186,7 @@ class Reader:
             self.log.remove(self)
 
     def pump(self, mode=NORMAL):
-        """Send what stands at the offset, share by share, until the sink is full or has it all.
+        """Send what is at the offset, share by share, until the sink is full or has it all.
 
         If the encoder or the sink raises, this reader is cut, and nobody else notices.
         """
@@ -1252,28 +1224,29 @@ class Reader:
             self.close()
 
     def _skip_lost(self):
-        """Go on from where the window begins. Returns False if nothing can be sent now."""
-        source, start = self.log, self.log.start
-        if self.loss != "skip" and self.encoder.dropped(0, start) is None:
-            return self._report(start - self.offset, start)
-        offset = source.resync(start + self._within_line)
-        if self._within_line:                   # the newline before closes the line cut short
-            offset = offset - 1 if source.before(offset) == 10 else start
+        """Go on from where the window begins. Return False if nothing can be sent now."""
+        source, offset = self.log, self.log.start
+        if self.loss == "skip" or self.encoder.dropped(0, offset) is not None:
+            line = source.resync(offset + self._within_line)
+            if not self._within_line:
+                offset = line
+            elif source.before(line) == 10:     # this newline closes the line that was cut
+                offset = line - 1
         return self._report(offset - self.offset, offset)
 
     def _report(self, count, offset):
         """Count and report `count` lost bytes before `offset`, and go on there."""
-        told = None
+        report = None
         if offset > self.told_until:
             self.log.count_dropped(count)
-            told = self.encoder.dropped(count, offset)
-            if told is None and self.loss != "skip":
+            report = self.encoder.dropped(count, offset)
+            if report is None and self.loss != "skip":
                 self.sink.lost(self, count)
                 return False
             self.dropped += count
         self.offset = offset
-        if told is not None:
-            self.full = not self.sink.send(told)
+        if report is not None:
+            self.full = not self.sink.send(report)
         return not self.full
 
 
@@ -1282,15 +1255,14 @@ class JournalSource:
 
     `window`: a weak reference to the template's window of that label. `text`: the line of an entry
     that is in no window. `shown`: the entry stands for the unfinished line in front of its place.
-    `track`: [where the last entry of the template that fell out of the index ends].
     """
 
-    __slots__ = ("name", "pid", "label", "window", "track", "text", "shown",
+    __slots__ = ("name", "pid", "label", "window", "text", "shown",
                  "line_start", "appended_at", "closed")
 
-    def __init__(self, name, pid, label, window, track, text=None, shown=False):
+    def __init__(self, name, pid, label, window=None, text=None, shown=False):
         self.name, self.pid, self.label = name, pid, label
-        self.window, self.track, self.text, self.shown = window, track, text, shown
+        self.window, self.text, self.shown = window, text, shown
         self.line_start = 0                     # where the line that is not finished yet began
         self.appended_at, self.closed = 0.0, False
 
@@ -1298,14 +1270,14 @@ class JournalSource:
 class JournalView(Log):
     """What a Journal holds of a template, of a process by pid, or of all, as a log of lines."""
 
-    def __init__(self, journal, name, pid, track):
+    def __init__(self, journal, name, pid):
         super().__init__(journal.loop, journal.limit, journal)
-        self.journal, self.name, self.pid, self._track = journal, name, pid, track
+        self.journal, self.name, self.pid = journal, name, pid
 
     @property
     def start(self):                            # type: ignore[override]
         """The first offset from which on nothing has gone out of the index."""
-        return self.journal.start if self.name is None else self._track[0]
+        return self.journal.starts.get(self.name, self.journal.start)
 
     @property
     def end(self):                              # type: ignore[override]
@@ -1317,7 +1289,7 @@ class JournalView(Log):
         return self.name in (None, source.name) and self.pid in (None, source.pid)
 
     def take(self, offset, encoder):
-        """Return (bytes, offset behind them, bytes lost) of what stands at `offset`."""
+        """Return (bytes, offset behind them, bytes lost) of what is at `offset`."""
         lost = max(0, self.start - offset)
         parts, size, offset = [], 0, offset + lost
         while size < self.limit:
@@ -1351,7 +1323,8 @@ class JournalView(Log):
 
     def _encode(self, encoder, offset, mode):
         journal, groups, size, lost = self.journal, [], 0, 0
-        index, place = journal.entry_at(offset), offset
+        index = max(0, bisect.bisect_right(journal.offsets, offset) - 1)
+        place = offset
         while place < journal.end and size < SHARE_SIZE:
             end = journal.entry_start(index + 1)
             if self.wants(journal.sources[index]):
@@ -1381,28 +1354,26 @@ class Journal:
     def __init__(self, loop, limit):
         self.loop, self.limit = loop, limit
         self.start = self.end = self.dropped = 0
-        self.sources = []                       # of each entry
-        self._offsets, self._times = array.array("q"), array.array("d")
-        self._places = array.array("q")         # where it begins in the window
-        self._heads = array.array("q")          # and where the line began that it goes on with
-        self._tracks = {}                       # name of a template -> see JournalSource
+        self.sources, self.offsets = [], array.array("q")       # of each entry, as what follows
+        self._times, self._places = array.array("d"), array.array("q")  # in time, in the window
+        self._heads = array.array("q")          # where the line began that it goes on with
+        self.starts = {}        # name of a template -> end of its last entry that fell out of these
         self._views = weakref.WeakValueDictionary()     # (name, pid) -> JournalView that is in use
         self._unfinished, self._timer = set(), None     # sources that are within a line
 
     def source(self, name, pid, label, window):
         """Return the JournalSource of a stream of a process."""
-        track = self._tracks.setdefault(name, [0])
-        return JournalSource(name, pid, label, weakref.ref(window), track)
+        self.starts.setdefault(name, 0)
+        return JournalSource(name, pid, label, weakref.ref(window))
 
     def append(self, source, data):
         """Add `data`, which was just appended to the window of `source`."""
         window, size, now = source.window(), len(data), time.time()
         place = window.end - size
-        length = self.end - self._offsets[-1] if self._offsets else 0
+        length = self.end - self.offsets[-1] if self.offsets else 0
         if not (length and self.sources[-1] is source and self._places[-1] + length == place
                 and length + size <= COALESCE_SIZE and 0 <= now - self._times[-1] < JOIN_TIME):
             self._add(source, now, place)
-        self.end += size
         newline = data.rfind(b"\n")
         if newline >= 0:
             source.line_start = place + newline + 1
@@ -1410,7 +1381,7 @@ class Journal:
             self._unfinished.discard(source)
         else:
             self._unfinished.add(source)
-        self._feed(source)
+        self._feed(source, size)
         source.appended_at = self.loop.clock()  # its writer was not silent meanwhile
         if window.end - source.line_start >= min(CARRY_SIZE, window.limit // 2):
             self._show(source, "+")
@@ -1419,11 +1390,10 @@ class Journal:
     def exit(self, name, pid, exit_status, term_signal):
         """Add the exit of a process of which all output was read; journals of it end."""
         text = json.dumps({"exit_status": exit_status, "term_signal": term_signal}).encode("ascii")
-        source = JournalSource(name, pid, "exit", None, self._tracks.get(name, [0]), text)
+        source = JournalSource(name, pid, "exit", text=text)
         self._add(source, time.time(), 0)
-        self.end += 1
-        self._feed(source)
-        self._finish(lambda view: view.pid == pid)
+        self._feed(source, 1)
+        self.finish(name, pid)
 
     def close(self, source):
         """End a stream: its last line is shown though it has no end."""
@@ -1431,37 +1401,37 @@ class Journal:
             self._show(source, "")
         source.closed = True
 
-    def finish(self, name=None):
-        """End the journals of a template that is deleted; None: all."""
-        self._tracks.pop(name, None)
-        self._finish(lambda view: name in (None, view.name))
+    def finish(self, name=None, pid=None):
+        """End the journals of a template that is deleted, or of one process; None: all."""
+        if pid is None:
+            self.starts.pop(name, None)
+        for key, view in list(self._views.items()):
+            if name in (None, view.name) and pid in (None, view.pid):
+                del self._views[key]
+                view.finish()
 
     def view(self, name=None, pid=None, ended=False):
         """Return the JournalView of all output, of a template's, or of one process's of it."""
-        view = None if ended else self._views.get((name, pid))
+        view = self._views.get((name, pid))
         if view is None:
-            view = JournalView(self, name, pid, self._tracks.get(name, [0]))
+            view = JournalView(self, name, pid)
             view.ended = ended
             if not ended:
                 self._views[name, pid] = view
                 self._flush_later()
         return view
 
-    def entry_at(self, offset):
-        """Return the index of the entry that holds `offset`."""
-        return max(0, bisect.bisect_right(self._offsets, offset) - 1)
-
     def entry_start(self, index):
         """Return the offset at which an entry begins; the end of the last one for the next."""
-        return self._offsets[index] if index < len(self._offsets) else self.end
+        return self.offsets[index] if index < len(self.offsets) else self.end
 
     def lines(self, index, offset):
         """Return (lost, prefix, ends, lines) of what ends in an entry behind `offset`.
 
         `ends` are the offsets behind the lines. A line that began in an earlier entry is whole.
-        `lost`: so many bytes at `offset` are gone, and the lists are empty.
+        `lost`: that many bytes at `offset` are gone, and the lists are empty.
         """
-        source, base, end = self.sources[index], self._offsets[index], self.entry_start(index + 1)
+        source, base, end = self.sources[index], self.offsets[index], self.entry_start(index + 1)
         prefix = ("%.3f %s %d %s " % (
             self._times[index], source.name, source.pid, source.label)).encode("ascii")
         if source.text is not None:
@@ -1495,27 +1465,22 @@ class Journal:
     def _add(self, source, now, place):
         if len(self.sources) >= JOURNAL_ENTRIES:
             for index in range(JOURNAL_ENTRIES // 4):
-                self.sources[index].track[0] = self._offsets[index + 1]
-            for column in (self.sources, self._offsets, self._times, self._places, self._heads):
+                if self.sources[index].name in self.starts:
+                    self.starts[self.sources[index].name] = self.offsets[index + 1]
+            for column in (self.sources, self.offsets, self._times, self._places, self._heads):
                 del column[:JOURNAL_ENTRIES // 4]
-            self.start = self._offsets[0]
+            self.start = self.offsets[0]
         self.sources.append(source)
-        self._offsets.append(self.end)
+        self.offsets.append(self.end)
         self._times.append(now)
         self._places.append(place)
         self._heads.append(source.line_start)
 
-    def _feed(self, source):
-        if self._views:
-            for view in list(self._views.values()):
-                if view.wants(source):
-                    view.feed(True)
-
-    def _finish(self, ends):
-        for key, view in list(self._views.items()):
-            if ends(view):
-                del self._views[key]
-                view.finish()
+    def _feed(self, source, size):
+        self.end += size
+        for view in list(self._views.values()):
+            if view.wants(source):
+                view.feed(True)
 
     def _show(self, source, mark):
         """Show the unfinished line of a stream, up to a whole character if it may go on."""
@@ -1528,11 +1493,10 @@ class Journal:
             place -= incomplete_utf8(window.read(max(window.start, place - 3), 3))
         if place > source.line_start and window.before(place) != 13:
             shown = JournalSource(source.name, source.pid, source.label + mark, source.window,
-                           source.track, shown=True)
+                                  shown=True)
             shown.line_start, source.line_start = source.line_start, place
             self._add(shown, time.time(), place)
-            self.end += 1
-            self._feed(shown)
+            self._feed(shown, 1)
 
     def _flush_later(self):
         if self._unfinished and self._views and self._timer is None:
@@ -7586,7 +7550,7 @@ class Api:
     def _next_bytes(self, request, query, source, offset, encoder=None):
         asked, question = self._asked(request, query), False
         if not asked and query.tail is None and request.method == "GET" and source.questions:
-            offset, question = source.next_question(offset), True
+            offset, question = max(source.questions.popleft(), source.answered), True
 
         def answer():
             data, end, lost = source.take(offset, encoder)

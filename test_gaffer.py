@@ -3145,8 +3145,8 @@ class PureUtf8(Case):
 
     def test_incomplete(self):
         """Against its definition, at every end of four bytes."""
-        points = (point for point in range(0x80, 0x110000, 64) if not 0xD800 <= point < 0xE000)
-        whole = [chr(point).encode() for point in points]               # the low six bits stand in the last byte alone
+        # the low six bits are in the last byte alone; that a surrogate is none shows there, too
+        whole = [chr(point).encode("utf-8", "surrogatepass") for point in range(0x80, 0x110000, 64)]
         begins = {data[:size] for data in whole for size in range(1, len(data))}
         self.assertEqual(gaffer.incomplete_utf8(b""), 0)
         for size in (1, 2, 3, 4):
@@ -3489,11 +3489,11 @@ class PureWebSocket(Case):
 
     @staticmethod
     def can_become_text(data):
-        """True where some bytes behind `data` make UTF-8 of it: tried out."""
+        """True where some bytes behind `data` make UTF-8 of it, or a surrogate, which fails at its third: tried out."""
         for size in range(4):
             for end in itertools.product(b"\x80\x90\xa0\xbf", repeat=size):
                 with contextlib.suppress(UnicodeDecodeError):
-                    (data + bytes(end)).decode("utf-8")
+                    (data + bytes(end)).decode("utf-8", "surrogatepass" if size else "strict")
                     return True
         return False
 
