@@ -2505,6 +2505,8 @@ class Process:
         self.retry_after = 0.0                  # seconds until the next start; None: there is none
         self.last_exit = None                   # as its template's
         self.cpu_sample = None                  # (time, cpu_time, percent) of the last sample
+        self.history = collections.deque(maxlen=60)     # [cpu, rss], see History
+        self.history_sample = None              # (time, cpu_time) of the last of them
         self.escaped = []                       # (os pid, start time) of what has left the group
         self.on_exit = set()                    # called once
         self._watcher = self._timer = None
@@ -5649,6 +5651,8 @@ PARAMETERS = {                                  # of the query: the one table th
     "running": Parameter(parse_flag, FLAG, "pids of running processes instead of names"),
     "brief": Parameter(parse_flag, FLAG, "only CPU and memory: a tenth of the work"),
     "usage": Parameter(parse_flag, FLAG, "with CPU and memory of each process"),
+    "history": Parameter(parse_flag, FLAG, "with usage: and of the last ten minutes, [[cpu, rss], "
+                         "...] each 10 s, the latest first; taken while usage is asked for"),
     "dry_run": Parameter(parse_flag, FLAG, "only check, and say what would be done"),
     "group": Parameter(parse_flag, FLAG, "to whole process groups"),
     "wait": Parameter(parse_seconds(0, True), FLAG_OR_NUMBER,
@@ -5777,592 +5781,730 @@ def openapi(routes, secured):
 # --------------------------------------------------------------------------------------------------------------------
 # page
 #
-# The web page, whole: no other request than to this server's own API, text only through textContent. __NONCE__ is
-# replaced at each request, as its Content-Security-Policy allows no other script or style, and __SNAPSHOT__ by what runs
-# now, so that the first paint has it. Its parts: helpers, what is known, asking, streams, then a class for each view.
-# --------------------------------------------------------------------------------------------------------------------
+# The web page, whole. All that it shows becomes text and properties, never HTML. It asks this server
+# alone, relative to where it was loaded, so that it works behind a proxy's prefix. At each request
+# __NONCE__ is replaced, as its Content-Security-Policy allows no other script or style, and
+# __SNAPSHOT__ by what runs now, so that the first paint shows it.
+#
+# A window has one event stream, and none while it is hidden, as a browser has six connections for
+# all windows of a server: of output where it is shown, else of events. What changes beside it is
+# polled, with CPU and memory. While a person types into the form, the server checks it as a whole
+# and does nothing; each fault stands beside its field.
+#
+# Colours of output: on no background of their own the first 16 are the theme's, and all others are
+# made dark or light enough to be read. On a background they are what the program asked for.
+# --------------------------------------------------------------------------------------------------
+PAGE_WORDS = {
+    "palette": [36, 33, 32, 35, 34],            # of names, as `up` has them
+    # in the order in which a state needs a person; the first five do: [sign, colour]
+    "states": {
+        "failed": ["\u2715", "bad"], "flapping": ["\u25b2", "bad"], "backoff": ["\u25b2", "bad"],
+        "restarting": ["\u25d4", "warn"], "waiting": ["\u25c7", "warn"],
+        "starting": ["\u25cc", "warn"], "stopping": ["\u25d0", "warn"],
+        "running": ["\u25cf", "good"], "scheduled": ["\u25f7", "dim"], "done": ["\u2713", "dim"],
+        "stopped": ["\u25cb", "dim"]},
+    "said": {                                   # of an event; a pid follows
+        "create": "added", "start": "started", "stop": "stopped", "restart": "restarted",
+        "update": "changed or scaled", "delete": "deleted", "spawn": "started process ",
+        "ready": "ready: process ", "exit": "process ", "stop_pid": "told to stop: process ",
+        "reap": "one too many, told to stop: process ", "flap": "rests: it exits too often",
+        "done": "done", "fail": "failed", "skip": "skipped: the run before goes on"},
+    "form": {
+        "sections": {
+            "": "name cmd cwd env numprocesses",
+            "When it runs": "start restart success restart_delay flapping schedule after priority",
+            "When it is ready": "ready",
+            "How it is started": "args shell os_env env_file before_start",
+            "How it stops": "stop_signal stop_group graceful_timeout after_stop detach",
+            "As whom": "uid gid umask nice limits",
+            "Streams": "redirect_output redirect_input custom_streams"},
+        "labels": {
+            "name": "Name", "cmd": "Command", "cwd": "Directory", "env": "Environment",
+            "numprocesses": "How many", "start": "Start when added",
+            "restart": "Restart after an exit", "success": "Exits that are a success",
+            "restart_delay": "Wait before a restart", "flapping": "When it exits too often",
+            "schedule": "Schedule", "after": "Start after", "priority": "Order",
+            "ready": "Ready when", "args": "Arguments", "shell": "By a shell",
+            "os_env": "With gaffer's environment", "env_file": "Files of variables",
+            "before_start": "Run before each start", "stop_signal": "Stop signal",
+            "stop_group": "Signal the whole group", "graceful_timeout": "Seconds until SIGKILL",
+            "after_stop": "Run after each exit", "detach": "Outlive gaffer", "uid": "User",
+            "gid": "Group", "umask": "File mode mask", "nice": "Niceness", "limits": "Limits",
+            "redirect_output": "Output", "redirect_input": "Input",
+            "custom_streams": "More streams"},
+        "examples": {
+            "cmd": "python3 -m http.server $PORT", "env": "NAME=value, a line each",
+            "ready": "http=http://127.0.0.1:8000/\nwithin=60", "flapping": "attempts=2\nwindow=1",
+            "schedule": "every 90s, or 0 3 * * *", "after": "db migrate", "limits": "nofile=4096",
+            "umask": "022"},
+        "areas": ["cmd", "args", "env", "before_start", "after_stop", "limits", "ready",
+                  "flapping"]},                 # fields of several lines
+}
+
 PAGE = r"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>gaffer</title>
 <link rel="icon" href="data:,">
 <style nonce="__NONCE__">
 :root {
 	color-scheme: light dark; --mono: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
-	--bg: #ffffff; --panel: #f4f6f8; --text: #1b1f24; --dim: #57606a; --line: #d5dbe1; --edge: #818b98; --accent: #0757b3;
-	--good: #1a7f37; --warn: #8a5a00; --bad: #b42318; --mark: #ffe58a; --marked: #1b1f24; --here: #ffb454;
-	--c0: #1b1f24; --c1: #b42318; --c2: #1a7f37; --c3: #8a5a00; --c4: #0757b3; --c5: #8250df; --c6: #0b6e7a; --c7: #57606a;
-	--c15: #1b1f24;
+	--low: 0; --high: .48; --bg: light-dark(#ffffff, #0f1317); --panel: light-dark(#f3f5f7, #1a1f26);
+	--text: light-dark(#1c2126, #e2e7ec); --dim: light-dark(#4f5963, #9aa4af);
+	--line: light-dark(#dfe3e8, #2a3139); --edge: light-dark(#818b98, #6b7683);
+	--accent: light-dark(#094f9e, #73b3ff); --good: light-dark(#14612f, #4fc271);
+	--warn: light-dark(#6f4a00, #e2a93d); --bad: light-dark(#a8221b, #ff857c);
+	--violet: light-dark(#6d33b0, #d0a0ff); --teal: light-dark(#08555f, #53c4d2);
+	--mark: light-dark(#ffe58a, #6b5a12); --here: light-dark(#fff3cf, #332c14);
 }
-@media (prefers-color-scheme: dark) { :root {
-	--bg: #0f1318; --panel: #171c23; --text: #e3e8ee; --dim: #9aa5b1; --line: #2b323b; --edge: #6b7683; --accent: #6cb0ff;
-	--good: #4cc06b; --warn: #e0a63a; --bad: #ff8078; --mark: #6b5a12; --marked: #ffffff; --here: #935000;
-	--c0: #9aa5b1; --c1: #ff8078; --c2: #4cc06b; --c3: #e0a63a; --c4: #6cb0ff; --c5: #cf9bff; --c6: #4fc3d0; --c7: #e3e8ee;
-	--c15: #ffffff;
-} }
+@media (prefers-color-scheme: dark) { :root { --low: .72; --high: 1 } }
 * { box-sizing: border-box; min-width: 0 }
 html, body { height: 100%; margin: 0 }
-body { display: flex; flex-direction: column; font: 14px/1.4 system-ui, sans-serif; background: var(--bg);
-	color: var(--text) }
+body { display: flex; flex-direction: column; font: 14px/1.4 system-ui, sans-serif;
+	background: var(--bg); color: var(--text) }
 a { color: var(--accent); text-decoration: none }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: -1px }
 [hidden] { display: none !important }
-.quiet { position: absolute; clip-path: inset(50%); white-space: nowrap }
-button, input, select, textarea { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--edge);
-	border-radius: 4px; padding: 2px 6px }
-button { padding: 1px 8px; cursor: pointer; background: var(--panel); white-space: nowrap; flex: none }
-button:hover { border-color: var(--accent) }
-button:disabled, input:disabled { cursor: default; color: var(--dim); border-color: var(--line) }
-button.main, [aria-pressed=true] { background: var(--accent); color: var(--bg); border-color: var(--accent) }
-button.bad, .bad { color: var(--bad) } .dim, small { color: var(--dim) } [aria-invalid=true] { border-color: var(--bad) }
-input[type=checkbox] { margin: 0; width: 15px; height: 15px; accent-color: var(--accent); vertical-align: middle }
-.mono, textarea { font: 12.5px/18px var(--mono) }
-header, .bar, .entry { display: flex; flex-wrap: wrap; align-items: center; gap: 6px }
-header { padding: 6px 14px; border-bottom: 1px solid var(--line); background: var(--panel) }
-nav { display: flex; flex: 1 } nav a { padding: 2px 8px; border-radius: 4px; color: var(--text) }
-nav a[aria-current] { background: var(--bg); box-shadow: inset 0 -2px var(--accent); color: var(--accent) }
+.quiet { position: absolute; clip-path: inset(50%) }
+button, input, select, textarea { font: inherit; color: inherit; background: var(--bg);
+	border: 1px solid var(--edge); border-radius: 5px; padding: 3px 8px }
+button, select { background: var(--panel); border-color: var(--line); flex: none }
+:disabled, ::placeholder { color: var(--dim); opacity: 1 }
+.main { background: var(--accent); color: var(--bg) }
+.plain { background: none; border-color: transparent; padding: 3px 6px }
+[aria-pressed=true] { color: var(--accent); border-color: var(--accent) }
+.bad { color: var(--bad) }
+.warn { color: var(--warn) }
+.good { color: var(--good) }
+.dim, small, dt, code, kbd, .k, .heads .plain { color: var(--dim) }
+[aria-invalid=true] { border-color: var(--bad) }
+[type=checkbox] { margin: 0; width: 15px; height: 15px; accent-color: var(--accent) }
+.mono, textarea, code, kbd { font: 12.5px/18px var(--mono) }
+.cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+header, .bar, .entry, .acts, .last, .part, .number:has(svg) { display: flex; gap: 6px;
+	align-items: center }
+.number:has(svg), .last { justify-content: flex-end }
+header { padding: 5px 14px; border-bottom: 1px solid var(--line) }
+#home { font-weight: 700; color: inherit; margin-right: 8px }
+nav { display: flex; flex: 1; gap: 2px }
+nav a { padding: 4px 8px; border-radius: 5px; color: var(--dim) }
+nav a[aria-current] { background: var(--panel); color: var(--text) }
 #link::before { content: "\25CF"; margin-right: 5px; color: var(--good) }
-#link.away, .away::before { color: var(--bad) !important }
-#message { margin: 0; padding: 6px 14px; color: var(--bad); border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
-#message:empty { display: none } #message button { float: right }
+.away #link::before { color: var(--bad) }
+#away, #message { margin: 0; padding: 7px 14px; background: var(--panel); color: var(--bad);
+	border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
+#message:empty { display: none }
+#message button, .push { float: right; margin-left: auto }
+.away main { filter: grayscale(1); opacity: .6 }
 main { flex: 1; min-height: 0; overflow: auto; padding: 10px 14px; outline: none }
 main.fill { display: flex; overflow: hidden }
-h1 { font-size: 17px; margin: 0 } dialog h2 { font-size: 16px; margin: 0 0 8px }
-.bar { margin-bottom: 8px } .grow { flex: 1 1 160px; max-width: 420px } .push { margin-left: auto }
-.row { display: grid; align-items: center; column-gap: 10px; padding: 0 6px; min-height: 31px;
-	border-bottom: 1px solid var(--line);
-	grid-template-columns: 18px 3fr 5fr 100px 62px 58px 98px 104px 186px }
-.item { content-visibility: auto; contain-intrinsic-size: auto 31px }
-.item:hover, .item:focus-within { background: var(--panel) }
-.item:focus-visible { outline-offset: -2px } .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
-.heads { color: var(--dim); position: sticky; top: -10px; background: var(--bg); z-index: 1 }
-.group { background: var(--panel); grid-template-columns: 18px 1fr auto; margin-top: 6px } .group .cut { font-weight: 600 }
-.number { text-align: right; font-variant-numeric: tabular-nums }
-.acts, .use { display: flex; gap: 4px; justify-content: flex-end; align-items: center }
-.bar .acts { flex-wrap: wrap } .live .start, .rest .stop { display: none }
-.dot { display: inline-block; width: 1.3em; color: var(--warn) } .running .dot { color: var(--good) }
-.stopped .dot { color: var(--dim) }
-.backoff > *, .flapping > *, .failed > * { color: var(--bad) } .state .dim { color: var(--dim) }
-.use span { min-width: 3.3em }
-svg { width: 42px; height: 17px; overflow: visible }
-path { fill: none; stroke: var(--accent); stroke-width: 1.3; vector-effect: non-scaling-stroke }
-.facts { display: grid; grid-template-columns: max-content 1fr; gap: 1px 12px; margin: 0 0 8px } dt { color: var(--dim) }
-dd { margin: 0; overflow-wrap: anywhere; max-height: 5em; overflow: auto }
-.parts { max-height: 30vh; overflow: auto; margin-bottom: 8px; flex: none }
-.part { grid-template-columns: 62px 82px 1fr 70px 98px 104px 156px }
-.log { flex: 1; min-height: 180px; display: flex; flex-direction: column; position: relative }
-.lines { flex: 1; overflow: auto; border: 1px solid var(--line); border-radius: 4px; position: relative; contain: strict;
-	overflow-anchor: none }
+h1, h2 { font-size: 18px; margin: 0 }
+section h2 { font-size: 14px }
+.bar { margin-bottom: 8px; flex-wrap: wrap }
+.grow { flex: 1 1 150px; max-width: 320px }
+.row { display: grid; align-items: center; column-gap: 12px; padding: 0 6px; min-height: 32px;
+	grid-template-columns: 18px minmax(110px, 2fr) minmax(150px, 4fr) 62px 58px 160px 58px 106px
+	112px 30px; border-bottom: 1px solid var(--line); position: relative }
+.item { content-visibility: auto; contain-intrinsic-size: auto 32px }
+.item:is(:hover, :focus-within) { background: var(--panel) }
+.heads { position: sticky; top: -10px; background: var(--bg); z-index: 2 }
+.heads .plain { padding: 0 }
+[aria-sort$=ing] .plain { font-weight: 600 }
+.row.group { grid-template-columns: 1fr auto; margin-top: 12px }
+.group .plain { font-weight: 600 }
+.row [type=checkbox] { opacity: 0 }
+.row:hover input, .row input:is(:checked, :focus-visible), .table:has(:checked) input {
+	opacity: 1 !important }
+.row .hand { position: absolute; right: 40px; background: var(--panel); padding-left: 8px }
+.row:not(:hover, :focus-within) .hand { display: none }
+.hand button { background: var(--bg); text-transform: capitalize }
+.dot { display: inline-block; width: 1.4em; text-align: center }
+svg { width: 48px; height: 18px }
+path { stroke: var(--accent); stroke-width: .8; opacity: .6 }
+#picked { position: sticky; bottom: 0; background: var(--panel); padding: 8px 14px; z-index: 3;
+	border: 1px solid var(--edge); border-radius: 6px }
+pre { background: var(--panel); padding: 10px; border-radius: 6px; white-space: pre-wrap }
+.two { flex: 1; display: grid; grid-template: auto minmax(0, 1fr) / minmax(0, 1fr) auto;
+	gap: 0 16px }
+.two > .bar { grid-column: 1 / 3 }
+.two details { overflow: auto }
+.two [open] { width: 340px }
+summary { cursor: pointer; font-weight: 600; padding: 4px 0 }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: 2px 12px; margin: 0 0 14px }
+dd { margin: 0; overflow: auto; max-height: 8em; white-space: pre-wrap }
+.part { padding: 4px 0; border-bottom: 1px solid var(--line) }
+.part :first-child { flex: 1 }
+ol { list-style: none; margin: 0; padding: 0 }
+li { display: flex; gap: 12px; padding: 3px 0 }
+.events a { width: 180px; flex: none }
+.log { flex: 1; min-height: 160px; display: flex; flex-direction: column; position: relative }
+.lines { flex: 1; overflow: auto; border: 1px solid var(--line); border-radius: 5px;
+	position: relative; contain: strict; overflow-anchor: none }
 .lines > div { position: absolute; top: 0; left: 0; min-width: 100% }
 .l { white-space: pre; padding: 0 8px; min-height: 18px; border-left: 3px solid transparent }
-.wrap > div { width: 100% } .wrap .l { white-space: pre-wrap; word-break: break-all }
-.stderr { border-left-color: var(--bad) } .stderr .k { color: var(--bad) } .note, .exit { color: var(--dim) }
-.note, .exit { background: var(--panel) } .stdin { color: var(--accent) }
-mark { background: var(--mark); color: var(--marked) } .here mark { background: var(--here) }
-.b { font-weight: 700 } .f { opacity: .75 } .i, .note, .exit { font-style: italic } .u { text-decoration: underline }
-.s { text-decoration: line-through }
-.more { position: absolute; bottom: 12px; right: 24px } .entry { margin-top: 8px } .entry input { flex: 1 1 160px }
-.fields { display: grid; grid-template-columns: max-content minmax(0, 34rem); gap: 6px 14px }
-.fields small, .fields .bad { display: block }
-.fields input:not([type=checkbox]), textarea { width: 100% }
-.events { list-style: none; margin: 0; padding: 0 } .events li { grid-template-columns: 92px 180px 1fr; min-height: 27px }
-dialog, #menu { color: inherit; background: var(--bg); border: 1px solid var(--edge); border-radius: 6px }
-dialog { max-width: min(620px, 94vw); padding: 16px 18px } dialog::backdrop { background: #0007 }
-dialog .bar { justify-content: flex-end; margin: 14px 0 0 }
-kbd { font: 12px var(--mono); border: 1px solid var(--edge); border-radius: 3px; padding: 0 5px }
-#menu { position: fixed; z-index: 9; min-width: 150px; padding: 4px; box-shadow: 0 3px 12px #0005 }
+.wrap > div { width: 100% }
+.wrap .l { white-space: pre-wrap; word-break: break-all }
+.k { cursor: pointer }
+.stderr { border-left-color: var(--bad) }
+.note, .exit { color: var(--dim); background: var(--panel); font-style: italic }
+.failed { color: var(--bad) }
+.stdin { color: var(--accent) }
+mark { background: var(--mark); color: var(--text) }
+.here { background: var(--here); border-left-color: var(--warn) }
+.b { font-weight: 700 }
+.f { opacity: .85 }
+.i { font-style: italic }
+.u { text-decoration: underline }
+.more { position: absolute; bottom: 12px; right: 24px }
+.entry { margin-top: 8px }
+.entry input { flex: 1 }
+.fields { display: grid; grid-template-columns: 250px minmax(0, 30rem); gap: 10px 18px;
+	padding: 8px 0 }
+:is(.fields, .part) :is(code, .bad, small) { display: block }
+.fields :is([type=text], textarea) { width: 100% }
+.plan { position: sticky; bottom: -10px; background: var(--bg); padding: 10px 0 }
+#menu { color: inherit; background: var(--bg); border: 1px solid var(--edge); inset: auto;
+	margin: 0; padding: 4px; border-radius: 6px }
+kbd { display: inline-block; width: 4em }
 #menu button { display: block; width: 100%; text-align: left; border: 0; background: none }
+#menu button::first-letter { text-transform: uppercase }
 #menu :focus { background: var(--panel) }
-@media (max-width: 900px) {
-	.heads, .wide { display: none } main { padding: 8px } .parts { max-height: 22vh } button { min-height: 27px }
-	.template { grid-template-columns: 18px 1fr 96px 90px; row-gap: 3px; padding: 5px 4px }
-	.template .state { grid-area: 2 / 2 / 3 / 5; white-space: normal }
-	.template .use { grid-area: 3 / 2; justify-content: flex-start } .template .acts { grid-area: 3 / 3 / 4 / 5 }
-.template .count { grid-area: 1 / 3 / 2 / 5 }
-	.part { grid-template-columns: 44px 1fr 60px 150px } .fields { grid-template-columns: 1fr; gap: 2px }
-.fields > div { margin-bottom: 8px }
-	.events li { grid-template-columns: 88px 1fr; padding: 4px } .events li > span { grid-column: 1 / 3 }
+@media (max-width: 1000px) {
+	.table .row:not(.group) { grid-template-columns: 18px minmax(100px, 2fr) minmax(120px, 3fr)
+		54px 54px 52px 52px 30px }
+	.exits, .again, svg { display: none }
+	.two { display: flex; flex-direction: column }
+	.two [open] { max-height: 45vh; width: auto }
+}
+@media (max-width: 600px) {
+	header, main { padding: 6px 10px }
+	nav a { padding: 6px 5px }
+	.table .row:not(.group) { grid-template: 24px auto / 18px 1fr auto auto 30px;
+		padding: 5px 2px; column-gap: 8px }
+	.item .mark, .template .last { grid-row: 1 / 3 }
+	.item .state { grid-area: 2 / 2; white-space: normal }
+	.item .cpu { grid-area: 1 / 3 }
+	.item .mem { grid-area: 1 / 4 }
+	.template .last { grid-column: 5 }
+	.table .heads, .row .hand { display: none }
+	.log > .bar { flex-wrap: nowrap; overflow-x: auto }
+	.log .grow { flex: 1 0 110px }
+	.fields { grid-template-columns: 1fr; gap: 2px }
+	.fields > div { margin-bottom: 10px }
+	.events li { flex-wrap: wrap; gap: 0 12px }
+}
+@media (hover: none) {
+	.row [type=checkbox] { opacity: 1 }
+	button { min-height: 34px }
 }
 </style></head>
 <body>
-<header><strong>gaffer</strong><nav aria-label="Views" id="nav"></nav><span id="link" role="status"></span>
-<button id="help" aria-label="Keys" title="keys (?)">?</button></header>
+<header><a id="home" href="#/">gaffer</a><nav aria-label="Views" id="nav"></nav>
+<span class="dim" id="link" role="status"></span>
+<button class="plain" id="help" aria-label="Keys" title="keys (?)">?</button></header>
+<p id="away" role="alert" hidden></p>
 <p id="message" role="alert"></p><p id="said" role="status" class="quiet"></p>
 <main id="main" tabindex="-1"></main>
-<div id="menu" role="menu" hidden></div>
-<dialog id="dialog" aria-labelledby="dialog-title"></dialog>
+<div id="menu" popover></div>
 <script type="application/json" id="snapshot">__SNAPSHOT__</script>
 <script nonce="__NONCE__">
 "use strict";
-// ---- helpers. What is shown becomes text and properties, never HTML. The origin is without a password, or fetch() refuses
-const $ = id => document.getElementById(id), {origin} = location, enc = encodeURIComponent, main = $("main");
-const snapshot = JSON.parse($("snapshot").textContent);
-const LINES_MAX = 100000, CHARS_MAX = 16e6, LINE = 18, SAMPLES = 60, EVENTS_MAX = 1024, FIRST_LINES = 2000;
+// ---- helpers
+const $ = id => document.getElementById(id), enc = encodeURIComponent, main = $("main");
+const base = location.origin + location.pathname.replace(/[^/]*$/, "");
+const snapshot = JSON.parse($("snapshot").textContent), {said} = snapshot;
+const LINES_MAX = 100000, CHARS_MAX = 16e6, FIRST_LINES = 2000, LINE = 18, EVENTS_MAX = 1024;
 
-function el(kind, props, ...children) {  // el("div.bar.push", {text, title, click: function ...}, children)
-	const [tag, ...classes] = kind.split("."), space = ["svg", "path"].includes(tag) ? "2000/svg" : "1999/xhtml";
-	const node = document.createElementNS("http://www.w3.org/" + space, tag);
+// el("div.bar.push", {title, click: f}, "text", child, [children]): what is false is left out
+function el(kind, ...parts) {
+	const [tag, ...classes] = kind.split(".");
+	const node = document.createElementNS("http://www.w3.org/" + (/svg|path/.test(tag) ? "2000/svg" :
+		"1999/xhtml"), tag);
 	if (classes.length) node.setAttribute("class", classes.join(" "));
-	for (const [key, value] of Object.entries(props || {})) {
-		if (typeof value === "function") node.addEventListener(key, value);
-		else if (key === "text") node.textContent = value;
-		else if (key === "value" || key === "checked") node[key] = value;
-		else if (value !== undefined && value !== false) node.setAttribute(key === "label" ? "aria-label" : key,
-			value === true ? "" : value);
+	for (const part of parts.flat().filter(part => part)) {
+		if (part instanceof Node || typeof part !== "object") node.append(part);
+		else for (const [key, value] of Object.entries(part)) {
+			if (typeof value === "function") node.addEventListener(key, value);
+			else if (["value", "open"].includes(key)) node[key] = value;
+			else if (value !== undefined && value !== false) {
+				node.setAttribute(key === "label" ? "aria-label" : key, value);
+			}
+		}
 	}
-	node.append(...children.flat().filter(child => child));
 	return node;
 }
 function put(node, text) { if (node.textContent !== text) node.textContent = text; }
-function attr(node, name, value) { if (node.getAttribute(name) !== value) node.setAttribute(name, value); }
+function attr(node, name, value) {
+	if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+}
+// a key of the keyboard, if there is one, does the same, and stands in the list of keys
+function button(kind, text, label, click, key) {
+	return el("button" + kind, {type: "button", title: label + (key ? ` (${key})` : ""), label, click,
+		"data-key": key}, text);
+}
+function box(param, label, changed, key, more) {  // a search field whose text is in the address
+	return el("input.grow", {type: "search", placeholder: label, label, title: label, "data-key": key,
+		value: params().get(param) || "", ...more, input: event => {
+			setParam(param, event.target.value); changed();
+		}});
+}
 function cell(kind, ...children) { return el("div" + kind, {role: "cell"}, ...children); }
-function button(kind, text, label, click, more) {
-	return el("button" + kind, {type: "button", text, title: label, label, click, ...more});
-}
-function toggle(node, on) { attr(node, "aria-pressed", String(Boolean(on))); }
-function checkbox(label, change) { return el("input", {type: "checkbox", label, change}); }
-function box(key, label, changed, more) {  // a search field whose text is in the address, too
-	const input = el("input.grow", {type: "search", placeholder: label, label, value: params().get(key) || "", ...more});
-	input.addEventListener("input", () => { changed(); setParam(key, input.value); });
-	return input;
-}
 function say(text) { $("said").textContent = text; }
 function complain(text) {
-	$("message").replaceChildren(...text ? [text, button("", "Dismiss", undefined, () => complain(""))] : []);
+	$("message").replaceChildren(...text ? [text, button("", "Dismiss", "dismiss", () =>
+		complain(""))] : []);
 }
-function plural(count, word, words = word + "s") { return count.toLocaleString("en") + " " + (count === 1 ? word : words); }
-function wordsOf(text) { return text.toLowerCase().split(/\s+/).filter(word => word); }
-function run(keys, name) { if (keys[name]) keys[name](); return Boolean(keys[name]); }
-function two(value) { return String(Math.floor(value)).padStart(2, "0"); }
+function plural(count, word, words = word + "s") {
+	return count.toLocaleString("en") + " " + (count === 1 ? word : words);
+}
+function processes(count) { return plural(count, "process", "processes"); }
+function fits(node, text) {  // each word of `text` is in what the node shows
+	const own = node.textContent.toLowerCase();
+	return text.toLowerCase().split(/\s+/).every(word => own.includes(word));
+}
 function span(left) {
-	if (left < 60) return left < 10 ? Math.max(0, left).toFixed(1) + "s" : Math.floor(left) + "s";
-	const [unit, big, small, rest] = [[60, "m", "s", 1], [3600, "h", "m", 60], [86400, "d", "h",
-		3600]].filter(each => left >= each[0]).pop();
-	return Math.floor(left / unit) + big + two(left % unit / rest) + small;
+	const [unit, sign] = [[86400, "d"], [3600, "h"], [60, "m"]].find(([unit]) => left >= unit) || [1,
+		"s"];
+	return (left / unit).toFixed(left < 10 * unit ? 1 : 0) + sign;
+}
+function now() { return Date.now() / 1000; }
+function ago(time) {
+	const left = now() - time;
+	return left < 0 ? "in " + span(-left) : span(left) + " ago";
 }
 function size(bytes) {
 	const power = Math.min(3, Math.floor(Math.log2(bytes + 1) / 10)), value = bytes / 1024 ** power;
 	return value.toFixed(power && value < 10 ? 1 : 0) + "BKMG"[power];
 }
 function clock(seconds) {
-	const date = new Date(seconds * 1000), parts = [date.getHours(), date.getMinutes(), date.getSeconds()];
-	return parts.map(two).join(":") + "." + String(date.getMilliseconds()).padStart(3, "0");
+	return new Date(seconds * 1000).toTimeString().slice(0, 8);
+}
+function dateText(seconds) { return new Date(seconds * 1000).toLocaleString(); }
+function failed({exit_status, term_signal}) {  // SIGTERM is how one is stopped
+	return Boolean(exit_status || term_signal && term_signal !== 15);
 }
 function exitText({exit_status, term_signal, times}) {
-	const code = term_signal ? 128 + term_signal + " SIG" + (snapshot.signals[term_signal] || term_signal) : exit_status;
-	return "exited " + code + (times > 1 ? ", " + times + " times" : "");
+	return (term_signal ? "killed by SIG" + (snapshot.signals[term_signal] || term_signal) :
+		"exited " + exit_status) + (times > 1 ? ", " + times + " times" : "");
 }
-function processes(count) { return plural(count, "process", "processes"); }
 
-// ---- what is known: statuses by name, usage by name and by pid, events. It begins with what the page was sent with
-const templates = new Map(), used = new Map(), events = snapshot.events;
+// ---- what is known: statuses by name, and events. It begins with what the page was sent with.
+// States are in the order in which they need a person; the first five do
+const templates = new Map(), events = snapshot.events;
+const RANKS = Object.keys(snapshot.states);
 function keep(status) { status.at = performance.now(); templates.set(status.name, status); }
 snapshot.templates.forEach(keep);
-function groupOf(name) { return name.includes(":") ? name.slice(0, name.indexOf(":")) : ""; }
+function groupOf(name) { return name.split(":").slice(0, -1)[0] || ""; }
 function since(status) { return (performance.now() - status.at) / 1000; }
-function reason(status) {
-	const last = status.last_exit ? exitText(status.last_exit) : "", {state} = status;
-	if (state === "stopping") return "waiting for " + processes(status.stopping) + " to end";
-	if (state === "stopped" && status.active) return "scaled to 0";
-	if (state === "running" && !status.error) {
-		return last && status.restarts && status.uptime + since(status) < 10 ? last + ", started again" : "";
-	}
-	const wait = status.next_try === null ? "" : "next try in " + Math.max(0,
-		Math.ceil(status.next_try - since(status))) + " s";
-	const often = (status.gave_up ? "gave up: " : "") + (status.gave_up || state === "flapping" ? "it exits too often" : "");
-	return [wait, status.error || last, often].filter(part => part).join(" · ");
+function stateOf(status) {
+	const {state, gave_up, last_exit: last, restarts, processes: all = [], uptime} = status;
+	if (state === "stopped" && gave_up) return "failed";
+	const ages = all.filter(each => each.state !== "stopping").map(each => each.uptime);
+	return state === "running" && restarts && last && failed(last) &&
+		Math.min(...ages.length ? ages : [uptime]) + since(status) < 10 ? "restarting" : state;
 }
-const DOTS = {running: "●", backoff: "▲", flapping: "▲", stopping: "◐", starting: "◌", stopped: "○",
-	done: "✓", failed: "▲"};
-function showState(node, status, more) {
-	const why = status.ended ? "" : reason(status);
-	if (node.className !== "state cut " + status.state) node.className = "state cut " + status.state;
-	if (!node.firstChild) node.append(el("span.dot", {"aria-hidden": "true"}), el("span"), el("span.dim"));
-	[DOTS[status.state], status.ended || status.state, (more || "") + (why && " " + why)].forEach((text,
-		at) => put(node.children[at], text));
-	attr(node, "title", node.textContent);
+function rankOf(status) { return RANKS.indexOf(stateOf(status)); }
+function reason(status) {  // why it is so, and what comes next
+	const {last_exit: last, next_try, next_runs = [], waiting_for = []} = status,
+		state = stateOf(status);
+	return [state === "stopping" && "waiting for " + processes(status.stopping) + " to end",
+		state === "stopped" && status.active && "scaled to 0",
+		state === "waiting" && "for " + waiting_for.join(", "),
+		state === "starting" && "not ready yet",
+		next_runs.length && "next run " + ago(next_runs[0]),
+		next_try !== null && rankOf(status) < 3 && "next try in " +
+			span(Math.ceil(next_try - since(status))),
+		status.gave_up && "it exits too often",
+		status.error || last && !["running", "stopping", "stopped"].includes(state) && exitText(last),
+		status.hint].filter(part => part).join(" · ");
+}
+function showState(node, status) {
+	const state = stateOf(status), [sign, kind] = snapshot.states[state] || ["?", "warn"];
+	if (!node.children.length) {
+		node.replaceChildren(el("span", {"aria-hidden": "true"}), el("span"), el("span.dim"));
+	}
+	const [dot, word, rest] = node.children;
+	put(dot, sign); put(word, state); put(rest, "  " + reason(status));
+	attr(dot, "class", "dot " + kind); attr(word, "class", kind === "good" ? "" : kind);
+	attr(node, "title", word.textContent + rest.textContent);
 }
 
 // ---- asking the server: a refusal is shown in its own words
-async function ask(method, path, body, quiet) {
-	if (method !== "GET") complain("");
-	const failed = reason => { if (!quiet) complain(reason); };
+let awaySince = 0;
+function reached(yes) {
+	if (yes === !awaySince) return;
+	awaySince = yes ? 0 : now();
+	document.body.classList.toggle("away", !yes); $("away").hidden = yes;
+	put($("away"), yes ? "" : "The server has not answered since " + clock(awaySince) +
+		". What is shown is from then.");
+	put($("link"), yes ? "live" : "away");
+}
+async function ask(method, path, body) {
+	let answer = {}, value = {reason: "the server does not answer"};
 	try {
-		const answer = await fetch(origin + path, {method, body: typeof body === "object" ? JSON.stringify(body) : body});
-		const text = await answer.text(), value = text ? JSON.parse(text) : {};
-		if (!answer.ok) failed(value.reason);
-		return {ok: answer.ok, status: answer.status, value};
-	} catch (error) {
-		const value = {reason: "the server does not answer"};
-		failed(value.reason);
-		return {value};
-	}
+		answer = await fetch(base + path, {method, body: typeof body === "object" ?
+			JSON.stringify(body) : body});
+		value = await (/json/.test(answer.headers.get("Content-Type")) ? answer.json() : answer.text());
+		reached(true);
+	} catch (error) { reached(false); }
+	return {ok: answer.ok, status: answer.status, value};
 }
-async function act(refs, action) {  // refs: names, or pids
-	const results = await Promise.all(refs.map(ref => ask("POST", "/processes/" + enc(ref) + "/" + action)));
-	const done = results.filter(result => result.ok).length;
-	if (done) say(action.split("?")[0].replace(/[_/]/g, " ") + ": done for " + (refs.length === 1 ? refs[0] : done + " of " +
-		refs.length));
-}
-async function refresh(names) {  // null: all
-	const answers = names ? await Promise.all(names.map(name => ask("GET", "/status/" + enc(name), undefined, true))) :
-		[await ask("GET", "/status", undefined, true)];
-	if (!names && answers[0].ok) { templates.clear(); answers[0].value.forEach(keep); }
-	else if (names) answers.forEach((answer, at) => {
-		if (answer.ok) keep(answer.value); else if (answer.status === 404) templates.delete(names[at]);
-	});
-	changed(names || [...templates.keys()]);
-}
-function changed(names) {
-	const bad = [...templates.values()].filter(status => status.gave_up || DOTS[status.state] === "▲").length;
-	document.title = [bad && bad + " failing", view.title, "gaffer"].filter(part => part).join(" – ");
-	if (view.update) view.update(names);
-}
-const dirty = new Set();
-let settling = false;
-async function settle(name) {  // after an event; what many events say is asked for once
-	dirty.add(name);
-	if (settling) return;
-	settling = true;
-	while (dirty.size) {
-		await new Promise(resolve => setTimeout(resolve, 50));
-		const names = [...dirty];
-		dirty.clear();
-		await refresh(names.includes(null) || names.length > 8 ? null : names);
-	}
-	settling = false;
+async function act(refs, action, method = "POST") {  // refs: names, or pids
+	const path = ref => "processes/" + enc(ref) + action;
+	const results = await Promise.all(refs.map(ref => ask(method, path(ref))));
+	const refused = results.find(result => !result.ok);
+	complain(refused ? refused.value.reason : "");
+	if (!refused) say("done");
+	await poll();
 }
 
-// ---- streams; none in a hidden tab, as a browser has six connections for all its tabs
-const feeds = new Set();
-function feed(path, types, take) {
-	let source = null, timer = null, last = null, delay = 250;
+// ---- one stream a window, and none in a hidden one
+let stream = null, lastEvent = snapshot.since;
+function follow(path, types, take) {
+	let source = null, timer = 0, last = null, delay = 250, on = true;
 	const shut = () => { clearTimeout(timer); if (source) source.close(); source = null; };
-	const open = () => {
-		source = new EventSource(origin + path(last));
+	const self = {open() {
+		shut();
+		if (!on || document.hidden) return;
+		source = new EventSource(base + path(last) + "&heartbeat=20");
 		for (const type of [...types, "dropped"]) source.addEventListener(type, event => {
 			last = event.lastEventId;
-			take(type, event.data, last);
+			take(type, type === "line" ? event.data : JSON.parse(event.data), last);
 		});
-		source.onopen = () => { delay = 250; self.away = false; linked(); };
+		source.onopen = () => { delay = 250; reached(true); };
 		source.onerror = () => {
-			shut(); self.away = true; linked();
-			timer = setTimeout(open, delay); delay = Math.min(5000, 2 * delay);
+			shut(); poll();
+			timer = setTimeout(self.open, delay); delay = Math.min(5000, 2 * delay);
 		};
-	};
-	const self = {open, shut, close() { shut(); feeds.delete(self); linked(); }, resume() {
-		if (!feeds.has(self) && !document.hidden) open();
-		feeds.add(self);
-	}};
-	self.resume();
+	}, shut, close() { on = false; shut(); }, resume() { if (!on) { on = true; self.open(); } }};
+	self.open();
 	return self;
 }
-function linked() {
-	const away = [...feeds].some(each => each.away);
-	put($("link"), away ? "reconnecting" : "live"); $("link").className = away ? "away" : "";
+function watch() {
+	return follow(() => "watch?feed=eventsource&since=" + enc(lastEvent), Object.keys(said), (type,
+		event, id) => {
+		lastEvent = id; soon();
+		if (type === "dropped") { if (event.restarted) events.length = 0; return; }
+		events.push(event);
+		if (events.length > EVENTS_MAX) events.shift();
+		if (view.event) view.event(event);
+	});
 }
 document.addEventListener("visibilitychange", () => {
-	for (const each of feeds) { each.shut(); if (!document.hidden) each.open(); }
+	if (document.hidden) return stream.shut();
+	stream.open(); poll();
 });
-function takeEvent(type, data) {
-	const event = JSON.parse(data);
-	if (type === "dropped") { if (event.restarted) { events.length = 0; used.clear(); } return settle(null); }
-	events.push(event);
-	if (events.length > EVENTS_MAX) events.shift();
-	if (type === "delete") { templates.delete(event.name); changed([event.name]); } else settle(event.name);
-	if (view.event) view.event(event);
-}
 
-// ---- CPU and memory, each two seconds
-let polling = false;
+// ---- what is polled: states with CPU and memory, whose history of ten minutes the server keeps
+let polling = null, sampled = 0, timer = 0, due = 0;
+const histories = new Map();  // of pids, the latest first
+function later(seconds) {
+	clearTimeout(timer); due = now() + seconds; timer = setTimeout(poll, seconds * 1000);
+}
+function soon() { if (due - now() > .3) later(.3); }  // what many events say is asked for once
 async function poll() {
-	if (polling || document.hidden || !view.usage) return;
-	polling = true;
-	await view.usage();
-	polling = false;
+	while (polling) await polling;
+	polling = document.hidden ? null : view.poll();
+	try { await polling; } finally { polling = null; later(templates.size > 50 ? 5 : 2); }
 }
-setInterval(poll, 2000);
-setInterval(() => { if (!document.hidden && view.tick) view.tick(); }, 1000);
-function note(key, cpu, rss) {
-	if (!used.has(key)) used.set(key, [[], []]);
-	used.get(key).forEach((list, at) => { list.push([cpu, rss][at]); if (list.length > SAMPLES) list.shift(); });
+setInterval(() => { if (!document.hidden && view.tick && !awaySince) view.tick(); }, 1000);
+async function look(name) {  // at one template, or at all
+	const whole = now() - sampled > 30;
+	const answer = await ask("GET", "status" + (name ? "/" + enc(name) : "") + "?usage=true" +
+		(whole ? "&history=true" : ""));
+	if (answer.status === 404) templates.delete(name);
+	else if (!answer.ok) return;
+	else {
+		if (whole) sampled = now();
+		if (!name) templates.clear();
+		if (whole && !name) histories.clear();
+		for (const status of [answer.value].flat()) {
+			keep(status);
+			for (const {pid, history} of status.processes) if (history) histories.set(pid, history);
+		}
+	}
+	const bad = [...templates.values()].filter(status => rankOf(status) < 3).length;
+	document.title = [bad && bad + " failing", view.title, "gaffer"].filter(part => part).join(" – ");
+	view.update();
 }
-function sparks() {  // CPU and memory, drawn as they were in the last two minutes
-	const all = ["CPU", "memory"].map(title => {
-		const path = el("path"), text = el("span", {title});
-		return {path, text, node: cell(".use.number", el("svg", {viewBox: "0 0 42 17", "aria-hidden": "true"}, path), text)};
-	});
-	const draw = (at, list) => {
-		const most = Math.max(5, ...list), step = 42 / (SAMPLES - 1), from = 42 - step * (list.length - 1),
-			last = list[list.length - 1];
-		const points = list.map((value, x) => (from + x * step).toFixed(1) + " " + (16 - 15 * value / most).toFixed(1));
-		attr(all[at].path, "d", points.length ? "M" + points.join("L") : "");
-		put(all[at].text, last === undefined ? "" : at ? size(last) : last.toFixed(1) + "%");
-	};
-	return {nodes: all.map(each => each.node), show: key => [0, 1].forEach(at => draw(at, (used.get(key) || [[], []])[at]))};
+function uses(all, at) {  // CPU (0) or memory (1) of processes
+	return (all || []).reduce((sum, {cpu, rss}) => sum + ([cpu, rss][at] || 0), 0);
+}
+function usage(at) {  // a cell: what processes use now, and, where it says something, used before
+	const path = el("path"), text = el("span"), node = cell([".cpu", ".mem"][at] + ".number", el("svg",
+		{viewBox: "0 0 60 18", preserveAspectRatio: "none", "aria-hidden": "true"}, path), text);
+	return {node, show(all = []) {
+		const lists = all.map(({pid}) => histories.get(pid) || []), value = uses(all, at);
+		const past = Array.from({length: Math.max(0, ...lists.map(list => list.length))}, (_, back) =>
+			lists.reduce((sum, list) => sum + (list[back] || [0, 0])[at], 0));
+		const most = Math.max(at ? 1 : 10, ...past);
+		const flat = past.length < 3 || (at ? Math.min(...past) > .9 * most : Math.max(...past) < 1);
+		attr(path, "d", flat ? "" : past.map((each, back) =>
+			`M${59.5 - back} 18V${(18 - 17 * each / most).toFixed(1)}`).join(""));
+		put(text, !value ? "" : at ? size(value) : value.toFixed(value < 9.95 ? 1 : 0) + "%");
+	}};
 }
 
-// ---- menus and dialogs
-let menuFrom = null;
-function closeMenu(back) {
-	if (!$("menu").hidden && back && menuFrom) menuFrom.focus();
-	$("menu").hidden = true;
-}
+// ---- menus, questions, actions
 function menu(from, items) {  // items: [text, what to do, class]
 	const node = $("menu"), place = from.getBoundingClientRect();
-	node.replaceChildren(...items.map(([text, click, kind]) =>
-		el("button" + (kind || ""), {type: "button", role: "menuitem", text, click: () => { closeMenu(true); click(); }})));
-	node.hidden = false; menuFrom = from;
-	node.style.left = Math.max(4, Math.min(place.left, innerWidth - node.offsetWidth - 4)) + "px";
-	node.style.top = Math.max(4, Math.min(place.bottom + 2, innerHeight - node.offsetHeight - 4)) + "px";
+	node.replaceChildren(...items.map(([text, click, kind = ""]) => el("button" + kind, {click: () => {
+		node.hidePopover(); from.focus(); click();
+	}}, text)));
+	node.showPopover();
+	node.style.left = Math.max(4, place.right - node.offsetWidth) + "px";
+	node.style.top = Math.max(4, Math.min(place.bottom, innerHeight - node.offsetHeight - 4)) + "px";
 	node.firstChild.focus();
 }
-$("menu").addEventListener("keydown", event => {
-	const all = [...$("menu").children], here = all.indexOf(document.activeElement);
-	const next = {ArrowDown: here + 1, ArrowUp: here - 1}[event.key];
-	if (next !== undefined) all[(next + all.length) % all.length].focus();
-	else if (["Escape", "Tab"].includes(event.key)) closeMenu(true);
-	else return event.stopPropagation();
-	event.preventDefault(); event.stopPropagation();
-});
-document.addEventListener("pointerdown", event => { if (!$("menu").contains(event.target)) closeMenu(); });
-function dialog(title, content, good, value, kind = ".main") {  // resolves with value(), or null; without: nothing to cancel
-	const node = $("dialog"), back = document.activeElement;
-	return new Promise(resolve => {
-		const done = result => { node.onclose = null; node.close(); if (back.isConnected) back.focus(); resolve(result); };
-		const yes = button(kind, good, undefined, () => done(value ? value() : null));
-		const no = value && button("", "Cancel", undefined, () => done(null));
-		node.replaceChildren(el("h2", {id: "dialog-title", text: title}), ...content, el("div.bar", {}, no, yes));
-		node.onclose = () => done(null);
-		node.onkeydown = event => {
-			if (event.key !== "Enter" || !event.target.matches("input")) return;
-			event.preventDefault(); yes.click();
-		};
-		node.showModal();
-		(node.querySelector("input") || no || yes).focus();
-	});
+function nameThem(names) { return names.length === 1 ? names[0] : plural(names.length,
+	"template"); }
+function askSignal(refs, whom) {
+	const [name, group] = (prompt(`Signal to ${whom} (or "HUP group", to its process group):`,
+		"HUP") || "").trim().split(/ +/);
+	if (name) act(refs, "/_signal/" + enc(name) + (group ? "?group=true" : ""));
 }
-function nameThem(names) { return names.length === 1 ? names[0] : plural(names.length, "template"); }
-async function askSignal(refs, title = nameThem(refs)) {
-	const list = el("datalist", {id: "signals"}, Object.values(snapshot.signals).map(value => el("option", {value})));
-	const field = el("input", {value: "HUP", list: "signals"}), whole = checkbox();
-	const name = await dialog("Signal " + title, [el("label", {}, "Signal: ", field, list), el("p", {}, el("label", {}, whole,
-		" to their whole process groups"))], "Send", () => field.value.trim());
-	if (name) act(refs, "_signal/" + enc(name) + (whole.checked ? "?group=true" : ""));
-}
-async function askScale(names) {
-	const field = el("input", {type: "number", min: 0, max: 1000, value: templates.get(names[0]).numprocesses});
-	const number = await dialog("Scale " + nameThem(names), [el("label", {}, "Processes of each: ", field)], "Scale",
-		() => field.value);
-	for (const name of number ? names : []) {
-		const change = Number(number) - templates.get(name).numprocesses;
-		if (change) act([name], change > 0 ? "_add/" + change : "_sub/" + -change);
+function askScale(names) {
+	const text = prompt(`Processes of ${nameThem(names)} (0 to 1000):`,
+		templates.get(names[0]).numprocesses);
+	for (const name of text ? names : []) {
+		const change = Number(text) - templates.get(name).numprocesses;
+		if (change) act([name], change > 0 ? "/_add/" + change : "/_sub/" + -change);
 	}
 }
 async function askDelete(names) {
-	const lines = names.map(name => {
-		const {running, stopping, os_pids} = templates.get(name), alive = running + stopping;
-		const which = running ? " (OS pid " + os_pids.slice(0, 9).join(", ") + ")" : "";
-		return el("li", {text: name + ": " + (alive ? "stops " + processes(alive) + which : "nothing of it runs")});
-	});
-	const text = "SIGTERM comes first, SIGKILL after the graceful timeout. Templates and output are forgotten.";
-	const list = el("ul", {}, lines.slice(0, 12), lines.length > 12 && el("li", {text: "…"}));
-	if (!await dialog("Delete " + nameThem(names) + "?", [list, el("p", {text})], "Delete", () => true, ".bad")) return;
-	const results = await Promise.all(names.map(name => ask("DELETE", "/processes/" + enc(name))));
-	say("deleted: " + results.filter(result => result.ok).length);
+	if (!confirm(`Delete ${names.join(", ")}? Its output is forgotten.`)) return;
+	await act(names, "", "DELETE");
 	if (names.includes(view.name)) go("/");
 }
-function actions(names, label) {  // buttons for what is called `label`; names(): which templates that is now
-	const make = (text, action) => button("." + action, text, action + " " + label, () => act(names(), "_" + action));
-	const more = button("", "⋯", "more for " + label, () => menu(more, moreItems(names())), {"aria-haspopup": "menu"});
-	return [make("Start", "start"), make("Stop", "stop"), make("Restart", "restart"), more];
+// buttons for what is called `label`; names(): which templates that is now
+function acts(names, label) {
+	const one = (word, key) => button("", word, word + " " + label, () => act(names(), "/_" + word),
+		key);
+	const more = button(".plain", "⋯", "more for " + label, () => menu(more, moreItems(names())), "m");
+	return [el("span.acts.hand", one("start", "s"), one("stop", "t"), one("restart", "r")), more];
 }
 function moreItems(names) {
-	const path = enc(names[0]);
-	return [...names.length === 1 ? [["Edit…", () => go("/edit/" + path)]] : [],
-		["Scale…", () => askScale(names)], ["Signal…", () => askSignal(names)], ["Delete…", () => askDelete(names), ".bad"]];
+	const pids = names.flatMap(name => templates.get(name).os_pids).slice(0, 12).join(" ");
+	return [...["start", "stop", "restart"].map(word => [word, () => act(names, "/_" + word)]),
+		["scale…", () => askScale(names)], ["signal…", () => askSignal(names, nameThem(names))],
+		["edit…", () => go("/edit/" + enc(names[0]))], ["delete…", () => askDelete(names), ".bad"],
+		["OS pid " + pids, () => copyText(pids)]];
 }
 
-// ---- the overview
-function makeRow(name, selected) {
-	const names = () => [name], one = (sign, action, text) => button("", sign, text + name, () => act([name], action));
-	const check = checkbox("select " + name, selected), state = cell(".state.cut");
-	const count = el("span"), uptime = cell(".number.wide"), restarts = cell(".number.wide"), use = sparks();
-	const node = el("div.row.item.template", {role: "row", tabindex: -1, "data-name": name}, cell("", check),
-		cell(".cut", el("a", {href: "#/p/" + enc(name), text: name, title: name})), state,
-		cell(".count.acts.number", one("−", "_sub", "one process less of "), count, one("+", "_add", "one process more of ")),
-		uptime, restarts, use.nodes, cell(".acts", actions(names, name)));
-	use.nodes[1].classList.add("wide");
-	for (const inner of node.querySelectorAll("a, button, input")) inner.tabIndex = -1;
-	function tick() {
-		const status = templates.get(name);
+// ---- the overview: what needs a person first, then group by group; or sorted by a column.
+// A column: title, class, what it is sorted by
+const COLUMNS = [["name", ".name", ({name}) => name], ["state", ".state", rankOf],
+	["processes", ".count.number", ({running}) => -running],
+	["uptime", ".up.number", status => -status.uptime - since(status)],
+	["last exit", ".exits", ({last_exit: last}) => last ? -last.time : 0],
+	["restarts", ".again.number", ({restarts}) => -restarts],
+	["CPU", ".cpu.number", ({processes: all}) => -uses(all, 0)],
+	["memory", ".mem.number", ({processes: all}) => -uses(all, 1)]];
+function makeRow(name, picked) {
+	const [link, state, count, up, exits, again] = COLUMNS.map(([, kind]) => cell(kind + ".cut"));
+	const check = el("input", {type: "checkbox", label: "select " + name, title: "select " + name,
+		change: picked, "data-key": "x"}), use = [usage(0), usage(1)], names = () => [name];
+	const group = groupOf(name), last = cell(".last", acts(names, name));
+	link.append(el("a", {href: "#/p/" + enc(name), title: name}, group && el("span.dim", group + ":"),
+		name.slice(group && group.length + 1)));
+	const node = el("div.row.item.template", {role: "row", "data-name": name},
+		cell(".mark", check), link, state, count, up, exits, again, use.map(each => each.node), last);
+	const self = {name, node, check, names, open: () => go("/p/" + enc(name)), tick() {
+		const status = templates.get(name), {last_exit: left} = status;
 		showState(state, status);
-		put(uptime, status.running ? span(status.uptime + since(status)) : "");
-	}
-	function update() {
+		put(up, status.running ? span(status.uptime + since(status)) : "");
+		put(exits, left ? exitText({...left, times: 1}) + " · " + ago(left.time) : "");
+	}, update() {
 		const status = templates.get(name);
-		put(count, status.running + " / " + status.numprocesses); put(restarts, String(status.restarts));
-		node.classList.toggle("live", status.active); node.classList.toggle("rest", !status.active);
-		tick();
-	}
-	update();
-	return {name, node, check, update, tick, use: () => use.show(name), fits: words => {
-		const text = (name + " " + state.textContent).toLowerCase();
-		return words.every(word => text.includes(word));
+		put(count, status.running + " / " + status.numprocesses);
+		put(again, String(status.restarts));
+		use.forEach(each => each.show(status.processes)); self.tick();
 	}};
+	return self;
 }
-function makeGroup(group, selected) {
-	const said = el("span"), self = {rows: []}, all = checkbox("select group " + group, () => {
-		for (const row of self.rows) row.check.checked = all.checked;
-		selected();
-	});
-	const acts = actions(() => self.rows.map(row => row.name), "group " + group);
-	self.node = el("div.row.group", {role: "row"}, cell("", all), cell(".cut", said), cell(".acts", acts));
-	self.update = () => {
-		const running = self.rows.filter(row => templates.get(row.name).running).length;
-		put(said, group + ": " + running + " of " + self.rows.length + " running");
-	};
+function countText(rows) {
+	const states = rows.map(row => stateOf(templates.get(row.name)));
+	return RANKS.map(state => [states.filter(each => each === state).length,
+		state]).filter(([count]) =>
+		count).map(pair => pair.join(" ")).join(" · ");
+}
+const URGENT = "Needs attention", LOOSE = "No group", folded = new Set();
+function makeHead(group, fold) {
+	const said = el("span.dim");
+	const folder = button(".plain", "", "fold " + group, () => fold(group));
+	const names = () => self.members.map(row => row.name);
+	const self = {members: [], names, open: () => folder.click(), update(shut) {
+		put(folder, (shut ? "▸ " : "▾ ") + group); attr(folder, "aria-expanded", String(!shut));
+		put(said, countText(self.members));
+	}};
+	self.node = el("div.row.item.group", {role: "row", "data-name": group + "\n"},
+		cell("", folder, said), cell(".last", acts(names, "group " + group)));
 	return self;
 }
 function overview() {
-	const rows = new Map(), groups = new Map(), body = el("div", {role: "rowgroup"}), empty = el("p.dim"), search = box("q",
-		"Filter by name, state, reason", filter), chips = ["", ...Object.keys(DOTS)].map(state =>
-		button("", "", undefined, () => { search.value = state; setParam("q", state); filter(); }, {"data-state": state}));
-	const say = el("span"), bulk = el("span.acts", {}, say, actions(chosen, "what is selected"));
-	const all = checkbox("select all shown", () => {
-		for (const row of rows.values()) row.check.checked = all.checked && !row.node.hidden;
-		selected();
-	});
-	const heads = ["name", "state", "processes", "uptime", "restarts", "CPU", "memory", "actions"].map((text, at) =>
-		el("div" + (at > 1 ? ".number" : ""), {role: "columnheader", text}));
-	const node = el("div", {}, el("h1.quiet", {text: "Processes"}), el("div.bar", {}, search, chips, bulk), el("div",
-		{role: "table",
-		label: "Templates"}, el("div.row.heads", {role: "row"}, el("div", {role: "columnheader"}, all), heads), body), empty);
+	const items = new Map(), body = el("div", {role: "rowgroup"}), said = el("span"),
+		sum = el("span.dim");
+	const nothing = firstSteps();
+	const search = box("q", "Filter by name, state, reason", filter, "/");
+	const heads = COLUMNS.map(([text, kind]) => el("div" + kind, {role: "columnheader"},
+		button(".plain", text, "sort by " + text, () => {
+			const sort = params().get("sort");
+			setParam("sort", sort === text ? "-" + text : sort === "-" + text ? "" : text); update();
+		})));
+	const table = el("div.table", {role: "table", label: "Templates"}, el("div.row.heads",
+		{role: "row"},
+		cell(""), heads), body);
+	const bar = el("div.bar", {id: "picked"}, said, acts(chosen, "what is selected"));
+	const shown = el("div", el("div.bar", search, sum), table, bar);
 	let current = null, order = "";
-	body.addEventListener("focusin", event => focused(event.target.closest(".item")));
+	body.addEventListener("focusin", event =>
+		focused(items.get(event.target.closest(".item").dataset.name)));
 
-	function update(names) {
-		for (const name of rows.keys()) if (!templates.has(name)) rows.delete(name);
-		for (const name of templates.keys()) if (!rows.has(name)) rows.set(name, makeRow(name, selected));
-		for (const name of names) if (rows.has(name)) rows.get(name).update();
-		arrange();
-		if (!current || !current.isConnected) focused(body.querySelector(".item"));
-		filter(); selected();
+	function rows() { return [...items.values()].filter(item => !item.members); }
+	function item(key, make, act) {
+		if (!items.has(key)) { items.set(key, make(key.trim(), act)); reach(items.get(key), -1); }
+		return items.get(key);
 	}
-	function arrange() {  // those without a group first, then group by group
-		const members = new Map([["", []]]), nodes = [], had = document.activeElement;
-		for (const row of rows.values()) {
-			const group = groupOf(row.name);
-			members.set(group, [...members.get(group) || [], row]);
+	function update() {
+		for (const row of rows()) if (!templates.has(row.name)) items.delete(row.name);
+		for (const name of templates.keys()) item(name, makeRow, picked).update();
+		shown.hidden = !templates.size; nothing.hidden = templates.size > 0;
+		arrange(); picked();
+	}
+	function fold(group) {
+		if (!folded.delete(group)) folded.add(group);
+		arrange();
+	}
+	function sorted(list, value, down) {
+		const keys = list.map(row => [value(templates.get(row.name)), row]);
+		return keys.sort(([a], [b]) => (a < b ? -1 : a > b) * (down ? -1 : 1)).map(pair => pair[1]);
+	}
+	function arrange() {
+		const had = document.activeElement, sort = params().get("sort") || "", down = sort[0] === "-";
+		const column = COLUMNS.findIndex(([text]) => text === sort.replace("-", ""));
+		heads.forEach((head, at) => attr(head, "aria-sort", at !== column ? "none" :
+			down ? "descending" : "ascending"));
+		const nodes = [], groups = new Map([[URGENT, []], [LOOSE, []]]);
+		const urgent = row => rankOf(templates.get(row.name)) < 5;
+		for (const row of rows()) {
+			const group = groupOf(row.name) || LOOSE;
+			row.folded = false;
+			groups.set(group, [...groups.get(group) || [], row]);
+			if (urgent(row)) groups.get(URGENT).push(row);
 		}
-		for (const [group, list] of members) {
-			const head = group && (groups.get(group) || makeGroup(group, selected));
-			if (head) { groups.set(group, head); head.rows = list; head.update(); nodes.push(head.node); }
-			nodes.push(...list.map(row => row.node));
+		if (column >= 0) nodes.push(...sorted(rows(), COLUMNS[column][2], down));
+		else for (const [group, members] of groups) {
+			const list = group === URGENT ? sorted(members, rankOf) : members.filter(row => !urgent(row));
+			if (!members.length || group === LOOSE && !list.length) continue;
+			const head = item(group + "\n", makeHead, fold);
+			head.members = members; head.update(folded.has(group));
+			nodes.push(...group !== LOOSE || nodes.length || groups.size > 2 ? [head] : [], ...list);
+			for (const row of list) row.folded = folded.has(group);
 		}
-		for (const group of groups.keys()) if (!members.has(group)) groups.delete(group);
-		const now = nodes.map(each => each.dataset.name).join("\n");
-		if (now === order) return;
-		order = now; body.replaceChildren(...nodes);
-		if (had.isConnected) had.focus();
+		const now = nodes.map(each => each.node.dataset.name).join();
+		if (now !== order) {
+			order = now; body.replaceChildren(...nodes.map(each => each.node));
+			if (had.isConnected) had.focus({preventScroll: true});
+		}
+		if (!current || !current.node.isConnected) focused(nodes[0]);
+		filter();
 	}
 	function filter() {
-		const words = wordsOf(search.value), counts = {};
-		let shown = 0;
-		for (const row of rows.values()) {
-			const {state} = templates.get(row.name);
-			counts[state] = (counts[state] || 0) + 1;
-			row.node.hidden = !row.fits(words); shown += !row.node.hidden;
+		const text = search.value;
+		for (const row of rows()) row.node.hidden = !fits(row.node, text) || row.folded && !text;
+		for (const {members, node} of items.values()) if (members) {
+			node.hidden = text && members.every(row => row.node.hidden);
 		}
-		for (const group of groups.values()) group.node.hidden = group.rows.every(row => row.node.hidden);
-		for (const chip of chips) showCount(chip, counts);
-		empty.hidden = shown > 0;
-		put(empty, rows.size ? "Nothing fits the filter." : "No template yet: add one.");
+		put(sum, countText(rows().filter(row => !row.node.hidden)) || "nothing fits");
 	}
-	function showCount(chip, counts) {
-		const {state} = chip.dataset, count = state ? counts[state] : rows.size;
-		chip.hidden = !count;
-		put(chip, (state || "all") + " " + count); toggle(chip, search.value === state);
+	function chosen() { return rows().filter(row => row.check.checked).map(row => row.name); }
+	function picked() {
+		put(said, chosen().length + " selected"); bar.hidden = !chosen().length;
 	}
-	function chosen() { return [...rows.values()].filter(row => row.check.checked).map(row => row.name); }
-	function selected() {
-		const count = chosen().length;
-		put(say, count + " selected");
-		bulk.hidden = !count;
+	function reach({node}, tab) {
+		for (const each of [node, ...node.querySelectorAll("a, button, input")]) each.tabIndex = tab;
 	}
-	function focused(row) {  // one row at a time is on the way of the Tab key
-		if (!row || row === current) return;
-		for (const [each, tab] of [[current, -1], [row, 0]]) {
-			for (const inner of each ? [each, ...each.querySelectorAll("a, button, input")] : []) inner.tabIndex = tab;
-		}
-		current = row;
-	}
-	function move(by) {
-		const nodes = [...body.querySelectorAll(".item")].filter(each => !each.hidden), here = nodes.indexOf(current);
-		const next = nodes[current.contains(document.activeElement) ? here + by : Math.max(0, here)];
-		if (next) { next.focus(); next.scrollIntoView({block: "nearest"}); }
-	}
-	async function usage() {
-		const answer = await ask("GET", "/stats?brief=true", undefined, true);
-		for (const entry of answer.ok ? answer.value : []) {
-			if (entry.stats.length) note(entry.name, entry.cpu, entry.stats.reduce((sum, each) => sum + each.rss, 0));
-			else used.delete(entry.name);
-			if (rows.has(entry.name)) rows.get(entry.name).use();
-		}
+	function focused(item) {  // one row at a time is on the way of the Tab key
+		if (!item || item === current) return;
+		if (current) reach(current, -1);
+		reach(current = item, 0);
 	}
 	function key(name) {
-		const row = current && rows.get(current.dataset.name), names = row && [row.name];
-		const simple = {s: "_start", t: "_stop", r: "_restart", "+": "_add", "-": "_sub"}[name];
-		if (name === "/") search.focus();
-		else if (!row) return false;
-		else if (["j", "ArrowDown", "k", "ArrowUp"].includes(name)) move(name === "j" || name === "ArrowDown" ? 1 : -1);
-		else if (name === "Enter" && document.activeElement === current) go("/p/" + enc(row.name));
-		else if (name === "x") { row.check.checked = !row.check.checked; selected(); }
-		else if (simple) act(names, simple);
-		else if (name === "m") menu(current.querySelector("[aria-haspopup]"), moreItems(names));
-		else if (name === "g") askSignal(names); else if (name === "Delete") askDelete(names); else return false;
+		const by = {j: 1, ArrowDown: 1, k: -1, ArrowUp: -1}[name], inside = current &&
+			current.node.contains(document.activeElement);
+		if (name === "Enter" && document.activeElement === current.node) current.open();
+		else if (!by) return false;
+		else {
+			const nodes = [...body.children].filter(each => !each.hidden),
+				here = nodes.indexOf(current.node);
+			const next = nodes[inside ? here + by : Math.max(0, here)];
+			if (next) { next.focus(); next.scrollIntoView({block: "nearest"}); }
+		}
 		return true;
 	}
-	update([]);
-	return {node, update, usage, key, tick: () => rows.forEach(row => row.node.hidden || row.tick()),
-		focus: () => current || search};
+	update();
+	return {node: el("div", el("h1.quiet", "Processes"), shown, nothing), update, key,
+		keys: [["j k", ["next, previous row"]], ["Enter", ["open the row"]]],
+		scope: () => current && current.node, focus: () => current ? current.node : search,
+		tick: () => rows().forEach(row => row.node.hidden || row.tick())};
+}
+function firstSteps() {
+	const command = "python3 gaffer.py add_process --start --endpoint " + location.host +
+		" clock -- sh -c 'while date; do sleep 1; done'";
+	return el("div", el("h2", "Nothing runs here yet"), el("p", button(".main",
+		"Add the first process", "add a template", () => go("/add")), " or in a terminal:"),
+	el("pre.mono", command), button("", "Copy", "copy the command", () => copyText(command)));
+}
+async function copyText(text) {
+	try { await navigator.clipboard.writeText(text); say("copied"); }
+	catch (error) { complain("Browsers copy only for https or localhost."); }
 }
 
-// ---- output. A line is kept as it came: "<time> <name> <pid> <label> <text>"; only what is in sight is in the document
+// ---- output. A line is kept as it came: "<time> <name> <pid> <label> <text>"; after the label a
+// "+": it goes on, a "<": what follows replaces it. Only what is in sight is in the document
 function parse(raw) {
-	const [, time, name, pid, label, open, text] = /^(\S+) (\S+) (\d+) ([^ +]+)(\+?) ([^]*)$/.exec(raw);
-	return {time: Number(time), name, pid, label, open, text};
+	const [, time, name, pid, label, sign, text] =
+		/^(\S+) (\S+) (\d+) ([^ +<]+)([+<]?) ([^]*)$/.exec(raw);
+	return {time: Number(time), name, pid, label, sign, text};
 }
 const ESCAPE = /\x1b(?:\[[0-?]*[ -\/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -\/]*[0-~])/g,
 	CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g;
 function plain(text) {  // without escape sequences; other control characters as their pictures
-	return text.replace(ESCAPE, "").replace(CONTROL, sign => String.fromCharCode(sign === "\x7f" ? 0x2421 : 0x2400 +
-		sign.charCodeAt(0)));
+	return text.replace(ESCAPE, "").replace(CONTROL, sign =>
+		String.fromCharCode(sign === "\x7f" ? 0x2421 : 0x2400 + sign.charCodeAt(0)));
 }
 function tell(line) {
 	if (line.label !== "exit") return plain(line.text);
 	return "process " + line.pid + " " + exitText(JSON.parse(line.text));
 }
+function fell(line) { return line.label === "exit" && failed(JSON.parse(line.text)); }
+
+const BASIC = ("#000 #c00 #0c0 #cc0 #00e #c0c #0cc #eee " +
+	"#888 #f00 #0f0 #ff0 #66f #f0f #0ff #fff").split(" ");
+const THEME = ["dim", "bad", "good", "warn", "accent", "violet", "teal", "text"];
 function colour256(number) {
-	const cube = [36, 6, 1].map(part => Math.floor((number - 16) / part) % 6).map(part => part && 55 + 40 * part);
-	return number < 16 ? "var(--c" + number % 8 + ")" :
-		"rgb(" + (number > 231 ? Array(3).fill(8 + 10 * (number - 232)) : cube) + ")";
+	return number < 16 ? String(number) :
+		`rgb(${number > 231 ? Array(3).fill(8 + 10 * (number - 232)) :
+		[36, 6, 1].map(part => Math.floor((number - 16) / part) % 6).map(part => part && 55 +
+			40 * part)})`;
 }
-const FLAGS = {1: "b", 2: "f", 3: "i", 4: "u", 9: "s"};
-const BASES = [[30, "fg"], [40, "bg"], [90, "fg"], [100, "bg"]];
+const FLAGS = {1: "b", 2: "f", 3: "i", 4: "u"};
+const BASES = [[30, "fg", 0], [40, "bg", 0], [90, "fg", 8], [100, "bg", 8]];
 function paint(style, codes) {  // SGR: ECMA-48 section 8.3.117
 	for (let at = 0; at < codes.length; at++) {
 		const code = codes[at], base = BASES.find(([first]) => code >= first && code < first + 8);
 		if (code === 0) Object.assign(style, {fg: "", bg: "", turned: false, flags: new Set()});
 		else if (FLAGS[code]) style.flags.add(FLAGS[code]);
-		else if (code === 22) "bf".split("").forEach(flag => style.flags.delete(flag));
+		else if (code === 22) ["b", "f"].forEach(flag => style.flags.delete(flag));
 		else if (FLAGS[code - 20]) style.flags.delete(FLAGS[code - 20]);
 		else if (code === 7 || code === 27) style.turned = code === 7;
 		else if (code === 38 || code === 48) {
 			const rgb = codes[at + 1] === 2, parts = codes.slice(at + 2, at + 5).map(part => part & 255);
-			style[code === 38 ? "fg" : "bg"] = rgb ? "rgb(" + parts + ")" : colour256(parts[0]);
+			style[code === 38 ? "fg" : "bg"] = rgb ? `rgb(${parts})` : colour256(parts[0]);
 			at += rgb ? 4 : 2;
 		} else if (code === 39 || code === 49) style[code === 39 ? "fg" : "bg"] = "";
-		else if (base) style[base[1]] = colour256(code - base[0]);
+		else if (base) style[base[1]] = String(base[2] + code - base[0]);
 	}
 }
 function segments(text) {  // [[text, style]]
@@ -6376,7 +6518,8 @@ function segments(text) {  // [[text, style]]
 	for (const match of text.matchAll(ESCAPE)) {
 		take(match.index);
 		from = match.index + match[0].length;
-		if (match[0].endsWith("m") && match[0][1] === "[") paint(style, match[0].slice(2, -1).split(/[;:]+/).map(Number));
+		if (!match[0].endsWith("m") || match[0][1] !== "[") continue;
+		paint(style, match[0].slice(2, -1).split(/[;:]+/).map(Number));
 	}
 	take(text.length);
 	return found;
@@ -6384,186 +6527,210 @@ function segments(text) {  // [[text, style]]
 function piece(text, {fg, bg, turned, flags}) {
 	if (turned) [fg, bg] = [bg || "var(--bg)", fg || "var(--text)"];
 	if (!fg && !bg && !flags) return document.createTextNode(text);
-	const node = el("span", {text, class: flags});
-	node.style.color = fg || bg && "var(--bg)"; node.style.background = bg;
+	const node = el("span", {class: flags}, text), own = colour => BASIC[colour] || colour;
+	node.style.background = own(bg);
+	node.style.color = !bg ? fg && (BASIC[fg] ? `var(--${THEME[fg % 8]})` :
+		`oklch(from ${fg} clamp(var(--low), l, var(--high)) c h)`) :
+		own(fg) || `color(from ${own(bg)} xyz ${"calc(999 * (.18 - y)) ".repeat(3)})`;
 	return node;
 }
 function paintLine(node, parts, find) {  // with what is searched for marked
-	const found = find ? [...parts.map(part => part[0]).join("").matchAll(find)] : [];
+	const text = parts.map(part => part[0]).join("");
+	const found = find ? [...text.matchAll(new RegExp(find, "g" + find.flags))] : [];
 	let at = 0;
 	for (const [text, style] of parts) {
 		let from = 0;
 		for (const match of found) {
-			const first = Math.max(match.index - at, from), end = Math.min(match.index + match[0].length - at, text.length);
+			const first = Math.max(match.index - at, from);
+			const end = Math.min(match.index + match[0].length - at, text.length);
 			if (first >= end) continue;
-			node.append(piece(text.slice(from, first), style), el("mark", {text: text.slice(first, end)}));
+			node.append(piece(text.slice(from, first), style), el("mark", text.slice(first, end)));
 			from = end;
 		}
 		node.append(piece(text.slice(from), style));
 		at += text.length;
 	}
 }
-function expression(text, flags) { return new RegExp(text, flags + (text === text.toLowerCase() ? "i" : "")); }
+const coloured = new Map();
+function nameColour(name) {  // as `up` colours names
+	const {palette} = snapshot;
+	if (!coloured.has(name)) coloured.set(name, palette[coloured.size % palette.length] % 10);
+	return `var(--${THEME[coloured.get(name)]})`;
+}
 
-function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the column that says whose a line is
-	let lines = [], first = 0, chars = 0;  // what is kept, and the number of the first
-	let shown = [], tops = [0];  // numbers of what fits the filter, and the row at which each begins
-	let queue = [], frame = 0, following = true, paused = false, came = 0, epoch = "";
-	let find = null, filter = null, matches = 0, here = -1, columns = 80, height = 0, sign = 0;
-	const open = new Map(), nodes = new Map(), flags = {};
-	const flag = (key, text, label) => {
-		flags[key] = params().has(key);
-		return button("", text, label, () => {
-			flags[key] = !flags[key]; setParam(key, flags[key] ? "1" : "");
-			show(); rebuild();
-		});
+function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column of whose a line is
+	let lines = [], ids = [], first = 0, chars = 0;  // what is kept, and the number of the first
+	let shown = [], tops = [0];  // numbers of what is shown, and the row at which each begins
+	let queue = [], frame = 0, following = true, came = 0, epoch = "", wanted = params().get("line");
+	let find = null, matches = 0, here = -1, columns = 80, height = 0, sign = 0;
+	const open = new Map(), nodes = new Map(), states = {}, path = "streams" + (ref && "/" + enc(ref));
+	const turn = (param, text, label, key, ...values) => {  // a button that goes through values
+		const node = button("", text, label, () => {
+			setParam(param, values[values.indexOf(states[param]) + 1]); read(); rebuild();
+		}, key);
+		const read = () => {
+			states[param] = params().get(param);
+			attr(node, "aria-pressed", String(states[param] !== null));
+		};
+		read();
+		return node;
 	};
-	const findBox = box("find", "Find", () => { search(); if (find) next(-1); },
-		{keydown: event => event.key === "Enter" && next(event.shiftKey ? -1 : 1)});
-	const filterBox = box("filter", "Filter by regular expression", () => { readFilter(); rebuild(); },
-		{"aria-describedby": "fault"});
-	const fault = el("span.bad", {id: "fault", role: "alert"}), hits = el("span.dim", {role: "status"});
-	const labels = el("select", {label: "stream", change: () => { setParam("label", labels.value); rebuild(); }},
-		["", "stdout", "stderr"].map(value => el("option", {value, text: value || "all streams"})));
-	labels.value = params().get("label") || "";
-	const pauser = button("", "Pause", "pause (space)", pause), timer = flag("time", "Time", "timestamps (t)"),
-		wrapper = flag("wrap", "Wrap", "wrap (w)");
-	const spacer = el("div"), block = el("div"), more = button(".more.main", "", undefined, follow);
-	const area = el("div.lines.mono", {tabindex: 0, role: "log", "aria-live": "off", label: "Output", scroll: scrolled}, spacer,
-		block);
-	const node = el("section.log", {label: "Output"}, el("div.bar", {}, findBox, button("", "↑", "previous match (N)",
-		() => next(-1)),
-		button("", "↓", "next match (n)", () => next(1)), hits, filterBox, fault, labels, pauser, timer, wrapper,
-		button("", "Copy", "copy", copy), button("", "Download", "download", download)), area, more);
+	const hits = el("span.dim", {role: "status"});
+	const search = box("find", "Find (regular expression)", () => { readFind(); next(-1); }, "f",
+		{keydown: event => event.key === "Enter" && next(event.shiftKey ? 1 : -1)});
+	const spacer = el("div"), block = el("div"), more = button(".more.main", "", "follow", () => {
+		following = true; draw(); area.focus();
+	}, "End");
+	const area = el("div.lines.mono", {tabindex: 0, role: "log", "aria-live": "off", label: "Output",
+		scroll: scrolled, click: clicked}, spacer, block);
+	const node = el("section.log", {label: "Output"}, el("div.bar", search,
+		button(".plain", "↑", "previous match", () => next(-1), "N"),
+		button(".plain", "↓", "next match", () => next(1), "n"),
+		turn("only", "Matches", "only what matches", "o", "1"), hits, el("span.push"),
+		turn("err", "stderr", "only stderr", "2", "1"),
+		turn("time", "Times", "times: absolute, relative, none", "T", "at", "ago"),
+		turn("wrap", "Wrap", "wrap", "w", "1"),
+		button("", "Failure", "to the failure before", failure, "z"),
+		el("a", {href: base + path + "?tail=all&timeout=0", download: (ref || "gaffer") + ".log"},
+			"Save")),
+	area, more);
 	const observer = new ResizeObserver(resized);
 
 	// what comes in
 	function take(type, data, id) {
-		const now = id.split("@")[1].slice(0, 8), {bytes, restarted} = type === "dropped" ? JSON.parse(data) : {};
-		if (restarted && now !== epoch) note("the server was started anew");
-		else if (restarted) {
-			first += lines.length; lines = []; queue = []; chars = 0; open.clear(); rebuild();
-			note("shown anew, after a long absence");
-		}
+		const [number, run] = id.split("@"), {bytes, restarted} = data;
+		if (restarted) note("the server was started anew");
 		if (bytes) note(plural(bytes, "byte") + " were lost here");
-		if (type === "line") push(data);
-		epoch = now;
+		epoch = run;
+		if (type === "line") push(data, parseInt(number, 10));
 	}
-	function note(text, label = "*note") { push(Date.now() / 1000 + " - 0 " + label + " " + text); }
-	function push(raw) {
-		queue.push(raw);
+	function note(text, label = "*note") { push(now() + " - 0 " + label + " " + text, 0); }
+	function push(raw, id) {
+		queue.push([raw, id]);
 		if (queue.length > 2 * LINES_MAX) queue.splice(0, LINES_MAX);
-		if (!frame) frame = requestAnimationFrame(() => { frame = 0; flush(); });
+		if (!frame) frame = requestAnimationFrame(flush);
 	}
 	function flush() {
 		const before = shown.length;
-		queue.forEach(keepLine);
-		queue = [];
+		frame = 0; queue.forEach(keepLine); queue = [];
 		if (!following) came += shown.length - before;
-		if (lines.length > LINES_MAX + 1000 || chars > CHARS_MAX) trim();
+		trim();
+		const [number, run] = wanted ? wanted.split("@") : [], at = ids.indexOf(Number(number));
+		if (number && (run !== epoch || ids[ids.length - 1] >= number)) {
+			wanted = null;
+			if (run !== epoch || at < 0) complain("That line is no longer kept.");
+			else jump(shown.indexOf(first + at));
+		}
 		draw();
 	}
-	function keepLine(raw) {
-		const line = parse(raw), key = line.pid + " " + line.label, at = open.has(key) ? open.get(key) - first : -1;
+	function keepLine([raw, id]) {
+		const line = parse(raw), key = line.pid + " " + line.label;
+		const was = open.get(key), at = was ? was.number - first : -1;
 		chars += raw.length;
-		if (at >= 0) {  // it goes on with a line that had no end yet
-			lines[at] += line.text; nodes.delete(at + first);
-			if (shown[shown.length - 1] === at + first) { shown.pop(); tops.pop(); add(at + first); }
-		} else { lines.push(raw); consider(first + lines.length - 1); }
-		if (!line.open) open.delete(key); else if (at < 0) open.set(key, first + lines.length - 1);
+		if (at >= 0) {  // it goes on with a line that had no end yet, or replaces it
+			lines[at] = was.sign === "<" ? raw : lines[at] + line.text;
+			ids[at] = id; nodes.delete(was.number);
+			if (shown[shown.length - 1] === was.number) { shown.pop(); tops.pop(); add(was.number); }
+		} else { lines.push(raw); ids.push(id); consider(first + lines.length - 1); }
+		const number = at < 0 ? first + lines.length - 1 : was.number;
+		if (line.sign) open.set(key, {number, sign: line.sign}); else open.delete(key);
 		if (line.label !== "exit") return;
 		for (const each of open.keys()) if (each.startsWith(line.pid + " ")) open.delete(each);
-		if (ref === line.pid) source.close();
+		soon();
 	}
 	function consider(number) {
-		if (!fits(number)) return;
-		add(number);
-		if (find && hit(number)) matches++;
+		const line = (find || states.err) && lineOf(number), hit = find && find.test(tell(line));
+		if (hit) matches++;
+		if ((hit || !find || !states.only) && (!states.err ||
+			/^(stderr|exit|\*.*)$/.test(line.label))) add(number);
 	}
 	function add(number) { shown.push(number); tops.push(tops[tops.length - 1] + rows(number)); }
 	function trim() {
-		let count = Math.max(0, lines.length - LINES_MAX), gone = 0;
-		for (let at = 0; at < count; at++) chars -= lines[at].length;
-		while (chars > CHARS_MAX * .95) chars -= lines[count++].length;
-		lines.splice(0, count); first += count;
-		while (gone < shown.length && shown[gone] < first) gone++;
-		const lost = yOf(gone);
-		shown.splice(0, gone); tops.splice(0, gone);
-		if (!following) { const top = area.scrollTop - lost; fit(); area.scrollTop = top; }
+		const before = total();
+		if (lines.length < LINES_MAX + 5000 && chars < CHARS_MAX) return;
+		while (lines.length > LINES_MAX || chars > CHARS_MAX) {
+			const old = lines.splice(0, 1000);
+			first += old.length; ids.splice(0, 1000);
+			for (const raw of old) chars -= raw.length;
+		}
+		shown = shown.filter(number => number >= first); tops = tops.slice(-shown.length - 1);
+		if (!following) { const top = area.scrollTop - before + total(); fit(); area.scrollTop = top; }
 	}
 	function lineOf(number) { return parse(lines[number - first]); }
 
 	// which lines are shown, and how high they are
-	function readFilter() {
-		fault.textContent = ""; filter = null;
-		try { if (filterBox.value) filter = expression(filterBox.value, ""); }
-		catch (error) { fault.textContent = error.message.replace("Invalid regular expression: ", ""); }
-		attr(filterBox, "aria-invalid", String(Boolean(fault.textContent)));
-	}
-	function fits(number) {
-		if (!filter && !labels.value) return true;
-		const line = lineOf(number), own = line.label[0] === "*" || line.label === "exit";
-		return (own || !labels.value || line.label === labels.value) && (own && !filter || !filter || filter.test(tell(line)));
+	function readFind() {
+		const text = search.value;
+		find = null; here = -1;
+		try { find = text ? new RegExp(text, /[A-Z]/.test(text) ? "" : "i") :
+			null; } catch (error) { say(error); }
+		attr(search, "aria-invalid", String(Boolean(text && !find)));
+		rebuild();
 	}
 	function rebuild() {
 		shown = []; tops = [0]; matches = 0; nodes.clear(); block.replaceChildren();
 		lines.forEach((_, at) => consider(first + at));
+		area.classList.toggle("wrap", Boolean(states.wrap));
+		if (total() <= height) following = true;
 		draw();
 	}
 	function rows(number) {
-		const line = flags.wrap && lineOf(number);
-		return line ? Math.max(1, Math.ceil((head(line).join("").length + tell(line).length) / columns)) : 1;
+		const line = states.wrap && lineOf(number);
+		return line ? Math.ceil((head(line).join("").length + tell(line).length) / columns) || 1 : 1;
 	}
 	function head(line) {  // [time, whose, label], each with its blank
-		const who = line.name === "-" ? "" : width === 6 ? line.pid : line.name + "." + line.pid;
-		const mark = {stdout: "", stderr: "err", exit: ""}[line.label];
-		return [flags.time ? clock(line.time) + " " : "", width ? who.padEnd(width) + " " : "",
-			(mark === undefined ? line.label.replace(/^\*.*/, "").slice(0, 3) : mark).padEnd(4)];
+		const who = line.name === "-" ? "" : ref ? line.pid : line.name + " " + line.pid;
+		const mark = /^(stdout|exit|\*.*)$/.test(line.label) ? "" : line.label.replace("std",
+			"").slice(0, 3);
+		const time = states.time === "ago" ? ago(line.time).padStart(9) : clock(line.time) +
+			(line.time % 1).toFixed(3).slice(1);
+		return [states.time ? time + " " : "", who.padEnd(width) + " ",
+			mark.padEnd(4)];
 	}
 	function resized() {
 		const before = columns;
 		if (!sign) {
-			const ruler = el("span", {text: "0".repeat(100)});
+			const ruler = el("span", "0".repeat(100));
 			area.append(ruler); sign = ruler.offsetWidth / 100 || 7.5; ruler.remove();
 		}
 		height = area.clientHeight; columns = Math.max(10, Math.floor((area.clientWidth - 19) / sign));
-		if (flags.wrap && before !== columns) rebuild(); else draw();
+		if (states.wrap && before !== columns) rebuild(); else draw();
 	}
 
 	// what is seen
-	function show() {
-		toggle(timer, flags.time); toggle(wrapper, flags.wrap); toggle(pauser, paused);
-		area.classList.toggle("wrap", flags.wrap);
-	}
 	function yOf(place) { return (tops[place] - tops[0]) * LINE; }
 	function total() { return yOf(shown.length); }
 	function fit() { spacer.style.height = total() + "px"; }
-	function placeAt(y) {
-		let low = 0, high = shown.length;
-		while (low < high) { const half = low + high >> 1; if (yOf(half + 1) > y) high = half; else low = half + 1; }
-		return low;
-	}
+	function placeAt(y) { return tops.findLastIndex(top => (top - tops[0]) * LINE <= y); }
 	function draw() {
 		fit();
-		if (following) area.scrollTop = 1e9;
-		const top = following ? Math.max(0, total() - height) : area.scrollTop, wanted = new Set();
-		const from = Math.max(0, placeAt(top) - 5), to = Math.min(shown.length, placeAt(top + height) + 6);
-		for (let place = from; place < to; place++) wanted.add(nodeOf(shown[place]));
-		for (const each of [...block.children]) if (!wanted.has(each)) { each.remove(); nodes.delete(each.number); }
+		if (following) { area.scrollTop = 1e9; came = 0; }
+		const top = following ? Math.max(0, total() - height) : area.scrollTop, wished = new Set();
+		const from = Math.max(0, placeAt(top) - 5), to = Math.min(shown.length, placeAt(top + height) +
+			6);
+		for (let place = from; place < to; place++) wished.add(nodeOf(shown[place]));
+		for (const each of [...block.children]) if (!wished.has(each)) {
+			each.remove(); nodes.delete(each.number);
+		}
 		let after = block.firstChild;  // what stays is not moved: a selection would be lost
-		for (const each of wanted) if (each === after) after = after.nextSibling; else block.insertBefore(each, after);
+		for (const each of wished) {
+			if (each === after) after = after.nextSibling; else block.insertBefore(each, after);
+		}
 		block.style.transform = `translateY(${yOf(from)}px)`;
 		more.hidden = following;
-		put(more, (paused ? "Paused: " : "") + (came ? plural(came, "new line") : "to the end") + " ↓");
-		put(hits, find ? plural(matches, "line") : "");
+		put(more, (came ? plural(came, "new line") : "to the end") + " ↓");
+		put(hits, find ? matches + " of " + plural(lines.length, "line") : "");
 	}
 	function nodeOf(number) {
 		if (nodes.has(number)) return nodes.get(number);
-		const line = lineOf(number), label = line.label.replace("*", ""), [time, who, mark] = head(line);
-		const made = el("div.l", {}, el("span.dim", {text: time + who}), el("span.k" + (label === "stderr" ? "" : ".dim"),
-			{text: mark, title: label}));
+		const line = lineOf(number), [time, who, mark] = head(line), label = line.label.replace("*", "");
+		const made = el("div.l", el("span.k", {title: ids[number - first] ? "link to this line" : ""},
+			time,
+			el("span", who), el("span.bad", {title: label}, mark)));
+		if (!ref) made.firstChild.children[0].style.color = nameColour(line.name);
 		made.number = number;
 		if (/^(stderr|exit|\*.*)$/.test(line.label)) made.classList.add(label);
+		made.classList.toggle("failed", fell(line));
 		made.classList.toggle("here", number === here);
 		paintLine(made, segments(label === "exit" ? tell(line) : line.text), find);
 		nodes.set(number, made);
@@ -6571,312 +6738,312 @@ function makeLog(ref, width) {  // ref: "" (all), a name or a pid; width: of the
 	}
 	function scrolled() {
 		const end = area.scrollTop + height >= total() - LINE / 2;
-		if (!paused && end !== following) { following = end; came = 0; }
+		if (end !== following && total() > height) { following = end; came = 0; }
 		draw();
 	}
-	function halt(still) { paused = still; following = !still; came = 0; show(); draw(); }
-	function follow() { halt(false); area.focus(); }
-	function pause() { halt(!paused); }
 
-	// find, copy, download
-	function hit(number) { return tell(lineOf(number)).search(find) >= 0; }
-	function search() {
-		const text = findBox.value.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
-		find = text ? expression(text, "g") : null; here = -1; rebuild();
-	}
-	function next(by) {
-		const all = shown.length, start = here >= first ? shown.indexOf(here) : by > 0 ? -1 : all;
-		for (let step = 1; find && step <= all; step++) {
-			const place = (start + by * step + 2 * all) % all, top = yOf(place);
-			if (!hit(shown[place])) continue;
-			nodes.delete(here); here = shown[place]; nodes.delete(here); following = false;
-			if (top < area.scrollTop || top + LINE > area.scrollTop + height) area.scrollTop = top - height / 2;
-			return draw();
+	// find, link
+	function jump(place) {
+		const top = yOf(place);
+		nodes.delete(here); here = shown[place]; nodes.delete(here); following = false;
+		if (top < area.scrollTop || top + LINE > area.scrollTop + height) {
+			fit(); area.scrollTop = top - height / 2;
 		}
+		draw();
 	}
-	function text() { return shown.map(lineOf).map(line => head(line).join("") + tell(line) + "\n").join(""); }
-	async function copy() {
-		try { await navigator.clipboard.writeText(text()); say(plural(shown.length, "line") + " copied"); }
-		catch (error) { complain("browsers copy only for https or localhost: download"); }
+	function seek(by, fits) {
+		const all = shown.length, start = here >= first ? shown.indexOf(here) : by > 0 ? -1 : all;
+		for (let step = 1; step <= all; step++) {
+			const place = (start + by * step + 2 * all) % all;
+			if (fits(lineOf(shown[place]))) { jump(place); return true; }
+		}
+		return false;
 	}
-	function download() {
-		const href = URL.createObjectURL(new Blob([text()], {type: "text/plain"}));
-		el("a", {href, download: (ref || "gaffer").replace(/[^\w.-]+/g, "_") + ".log"}).click();
-		setTimeout(() => URL.revokeObjectURL(href), 1000);
-		say(plural(shown.length, "line") + " saved");
+	function next(by) { if (find) seek(by, line => find.test(tell(line))); }
+	function failure() { if (!seek(-1, fell)) complain("No failure in the lines that are shown."); }
+	function clicked(event) {
+		const {number} = event.target.closest(".k") ? event.target.closest(".l") : {},
+			id = ids[number - first];
+		if (!id) return;
+		setParam("line", id + "@" + epoch); jump(shown.indexOf(number));
+		say("the address is a link to this line");
 	}
-	function key(name) {
-		return run({f: () => findBox.focus(), "/": () => filterBox.focus(), n: () => next(1), N: () => next(-1), " ": pause,
-			w: () => wrapper.click(), t: () => timer.click(), End: follow}, name);
-	}
-	readFilter(); search(); show(); observer.observe(area);
-	const path = ref === "" ? "" : "/" + enc(ref);
-	const source = feed(last => "/streams" + path + "?feed=eventsource&" + (last ? "since=" + enc(last) : "tail=" +
-		FIRST_LINES), ["line"], take);
-	return {node, area, key, note, source, close() {
+	readFind(); observer.observe(area);
+	const source = follow(last => path + "?feed=eventsource&" + (last ?
+		"since=" + enc(last) : "tail=" + (wanted ? "all" : FIRST_LINES)), ["line"], take);
+	return {node, area, note, source,
+		tick() { if (states.time === "ago") { nodes.clear(); draw(); } }, close() {
 		source.close(); observer.disconnect(); cancelAnimationFrame(frame);
 	}};
 }
 function allOutput() {
 	const log = makeLog("", 18);
-	return {node: el("div.log", {}, el("h1.quiet", {text: "Output"}), log.node), title: "output", fill: true,
-		focus: () => log.area, key: log.key, close: log.close};
+	return {...log, node: el("div.log", el("h1.quiet", "Output"), log.node), title: "output",
+		fill: true, focus: () => log.area};
 }
 
-// ---- a line to stdin
-const typed = new Map();
-function makeEntry(name, log) {
-	const past = typed.get(name) || [], why = el("span.dim"), who = el("select", {label: "to which process"});
-	let at = 0;
-	typed.set(name, past);
-	const line = el("input.mono", {label: "A line to stdin", placeholder: "A line to stdin", autocomplete: "off",
-		keydown: event => {
-		const by = {ArrowUp: 1, ArrowDown: -1}[event.key];
-		if (event.key === "Enter") send();
-		if (!by) return;
-		at = Math.max(0, Math.min(past.length, at + by)); line.value = at ? past[past.length - at] : "";
-		event.preventDefault();
-	}});
-	const all = [who, line, button("", "Send", undefined, send), button("", "End of file", "close its stdin", end)];
-	async function send() {
-		const text = line.value;
-		if (!(await ask("POST", "/streams/" + who.value + "/stdin", text + "\n")).ok) return;
-		if (text && past[past.length - 1] !== text) past.push(text);
-		if (past.length > 200) past.shift();
-		line.value = ""; at = 0; log.note("> " + text, "*stdin");
-	}
-	async function end() {
-		if ((await ask("DELETE", "/streams/" + who.value + "/stdin")).ok) log.note("end of file", "*stdin");
-	}
-	return {node: el("div.entry", {}, all, why), line, show(template, pids) {
-		const no = !template.redirect_input ? "stdin is not redirected: edit it, set redirect_input" :
-			pids.length ? "" : "nothing runs", had = who.value;
-		for (const each of all) each.disabled = Boolean(no);
-		put(why, no);
-		if (who.pids === pids.join()) return;
-		who.pids = pids.join(); who.hidden = pids.length < 2;
-		who.replaceChildren(...pids.map(value => el("option", {value, text: "process " + value})));
-		if (pids.includes(Number(had))) who.value = had;
-	}};
-}
 
-// ---- one template, or one process of it
-function detail(name, pid) {
-	const log = makeLog(pid || name, pid ? 0 : 6), entry = makeEntry(name, log), state = el("span", {role: "status"}),
-		facts = el("dl.facts");
-	const parts = new Map(), list = el("div.parts", {role: "table", label: "Processes"}), path = "/p/" + enc(name);
-	const onePid = id => [button("", "Stop", "stop process " + id + "; it is replaced", () => act([id], "_stop")),
-		button("", "Signal…", "signal process " + id, () => askSignal([id], "process " + id))];
-	const acts = el("span.acts.push", {}, pid ? onePid(pid) : actions(() => [name], name));
-	const title = el("h1", {}, pid ? el("a", {href: "#" + path, text: name}) : name, pid && " process " + pid);
-	const node = el("div.log", {}, el("div.bar", {}, title, state, acts), facts, list, log.node, entry.node);
-	let template = null, asking = false;
-	async function load() {
-		const answer = await ask("GET", "/processes/" + enc(name));
-		if (!answer.ok) return;
-		template = answer.value;
-		const {cmd, args} = template, words = Array.isArray(args) ? args.map(quote) : [args];
-		facts.replaceChildren(el("dt", {text: "command"}), el("dd.mono", {text: [cmd, ...words].join(" ")}));
-		update([name]);
-	}
-	function update(names) {
-		const status = templates.get(name);
-		if (!names.includes(name)) return;
-		if (!status) {
-			showState(state, {state: "stopped", ended: "there is no template of this name"});
-			return log.source.close();
-		}
-		if (!pid) log.source.resume();
-		acts.classList.toggle("live", status.active); acts.classList.toggle("rest", !status.active);
-		if (template) entry.show(template, pid ? status.pids.filter(each => String(each) === pid) : status.pids);
-		tick(); usage();
-	}
-	function tick() {
-		const status = templates.get(name);
-		if (!status) return;
-		if (pid && !status.pids.includes(Number(pid))) showState(state, {state: "stopped", ended: "this process has ended"});
-		else showState(state, status, pid ? "" : " " + status.running + " of " + status.numprocesses);
-	}
-	async function usage() {
-		if (asking) return;
-		asking = true;
-		const answer = await ask("GET", "/status/" + enc(name) + "?usage=true", undefined, true);
-		asking = false;
-		if (!answer.ok) return;
-		keep(answer.value);
-		const now = answer.value.processes.filter(each => !pid || String(each.pid) === pid);
-		for (const [id, part] of parts) if (!now.some(each => each.pid === id)) {
-			part.node.remove(); parts.delete(id); used.delete(id);
-		}
-		for (const each of now) showPart(each);
-	}
-	function showPart({pid: id, os_pid, state, uptime, cpu, rss, kill_in}) {
-		if (!parts.has(id)) {
-			const what = cell(".cut"), age = cell(".number"), use = sparks();
-			use.nodes.forEach(each => each.classList.add("wide"));
-			parts.set(id, {what, age, use, node: el("div.row.item.part", {role: "row"}, cell("", el("a",
-				{href: "#/i/" + enc(name) + "/" + id, text: id})), cell(".dim.wide", "OS " + os_pid), what, age, use.nodes,
-				cell(".acts", pid ? [] : onePid(id)))});
-			list.append(parts.get(id).node);
-		}
-		const part = parts.get(id);
-		put(part.what, state + (kill_in === undefined ? "" : ", SIGKILL in " + Math.ceil(kill_in) + " s"));
-		put(part.age, span(uptime));
-		if (rss !== undefined) note(id, cpu, rss);
-		part.use.show(id);
-	}
-	function key(letter) {
-		return run({i: () => entry.line.focus(), s: () => act([name], "_start"), x: () => act([name], "_stop"),
-			r: () => act([name], "_restart"), g: () => askSignal([name]), d: () => go("/edit/" + enc(name)),
-			Delete: () => askDelete([name])}, letter) || log.key(letter);
-	}
-	load(); update([name]);
-	if (pid) ask("GET", "/streams/" + pid + "?timeout=0").then(answer => answer.status === 404 && log.source.close());
-	return {node, name, title: pid ? name + " " + pid : name, fill: true, update, tick, usage, key, close: log.close,
-		focus: () => log.area};
-}
-
-// ---- events: what happened, and why
-const SAID = {create: "added", start: "started", stop: "stopped", restart: "restarted", update: "changed or scaled",
-	delete: "deleted", flap: "rests: it exits too often", done: "is done", fail: "has failed"};
-function eventList() {
-	const causes = new Map(), exits = new Map(), began = new Map(), told = new Map();  // the last of each
-	const list = el("ol.events", {label: "Events"});
-	const search = box("q", "Filter by name, event, reason", () => [...list.children].forEach(filter));
-	function why(event) {
-		const {event: kind, name, pid, time} = event, cause = causes.get(name), exit = exits.get(name);
-		const was = cause && time - cause.time < 1 && cause.event !== "start" ? ": the template was " + SAID[cause.event] : "";
-		const process = "process " + pid + " (OS pid " + event.os_pid + ") ";
-		if (kind === "spawn") {
+// ---- what happened, and why: a function that tells events in order
+function narrator() {
+	const exits = new Map(), began = new Map(), told = new Set();  // by name; by pid
+	return ({event, name, pid, time, ...more}) => {
+		const exit = exits.get(name), age = began.has(pid) ? " after " + span(time - began.get(pid)) : "";
+		if (event === "spawn") {
 			began.set(pid, time); exits.delete(name);
-			return process + "started" + (!exit ? was : exit.told ? " in place of process " + exit.pid :
-				", as process " + exit.pid + " had " + exitText(exit));
+			return said[event] + pid + (!exit ? "" : exit.told ? " in place of process " + exit.pid :
+				", as process " + exit.pid + " " + exitText(exit));
 		}
-		if (kind === "exit") {
-			const age = began.has(pid) ? " after " + span(time - began.get(pid)) : "", how = told.get(pid);
-			told.delete(pid); began.delete(pid);
-			if (how !== "reap") exits.set(name, {...event, told: how});
-			return process + exitText(event) + age + (how ? ", as it was told to" : ", by itself");
+		if (event === "exit") {
+			exits.set(name, {...more, pid, told: told.has(pid)});
+			return said[event] + pid + " " + exitText(more) + age + (told.has(pid) ? ", as it was told to" :
+				", by itself");
 		}
-		if (kind === "stop_pid" || kind === "reap") {
-			told.set(pid, kind);
-			return process + "is told to stop" + (kind === "reap" ? ": fewer are wanted" : was || " by its pid");
-		}
-		causes.set(name, event);
-		if (kind === "start" || kind === "stop") exits.delete(name);
-		return SAID[kind] + (kind === "stop" && exit && !exit.told && time - exit.time < .1 ? ": it exits too often" : "");
-	}
+		if (event === "stop_pid" || event === "reap") told.add(pid);
+		if (event === "start" || event === "stop") exits.delete(name);
+		return said[event] + (pid || "") + (event === "ready" ? age : "");
+	};
+}
+function happened(event, text, ...more) {
+	const bad = ["flap", "fail"].includes(event.event) || event.event === "exit" && failed(event);
+	return el("li", el("time.dim", {title: dateText(event.time)}, clock(event.time)), ...more,
+		el("span" + (bad ? ".bad" : ""), text));
+}
+function eventList() {
+	const list = el("ol.events", {label: "Events"}), why = narrator();
+	const search = box("q", "Filter by name, event, reason", () =>
+		[...list.children].forEach(filter), "/");
 	function add(event) {
-		const bad = ["flap", "fail"].includes(event.event) || !told.has(event.pid) && (event.exit_status || event.term_signal);
-		const item = el("li.row.item", {}, el("time.dim.mono", {text: clock(event.time)}),
-			el("a.cut", {href: "#/p/" + enc(event.name), text: event.name}),
-			el("span" + (bad ? ".bad" : ""), {text: why(event)}));
-		list.prepend(item); filter(item);
+		list.prepend(happened(event, why(event), el("a.cut", {href: "#/p/" + enc(event.name)},
+			event.name)));
+		filter(list.firstChild);
 		if (list.childElementCount > EVENTS_MAX) list.lastChild.remove();
 	}
-	function filter(item) {
-		const text = item.textContent.toLowerCase();
-		item.hidden = !wordsOf(search.value).every(word => text.includes(word));
-	}
+	function filter(item) { item.hidden = !fits(item, search.value); }
 	events.forEach(add);
-	return {node: el("div", {}, el("h1.quiet", {text: "Events"}), el("div.bar", {}, search), list), title: "events", event: add,
-		key: name => name === "/" && !search.focus(), focus: () => search};
+	return {node: el("div", el("h1.quiet", "Events"), el("div.bar", search), list),
+		title: "events", event: add, focus: () => search};
 }
 
-// ---- the form of a template. What is wrong with a field says the server, and it is shown beside it
-function quote(word) { return /^[\w@%+=:,.\/-]+$/.test(word) ? word : "'" + word.replace(/'/g, "'\\''") + "'"; }
-const AS_JSON = ["success", "restart_delay"];  // fields that are written as in JSON
-function form(name) {
-	const inputs = {}, faults = {}, fields = el("div.fields"), rest = el("p.bad", {role: "alert"}), warning = el("p.dim");
-	const title = name ? "Edit " + name : "Add a template", acts = [el("button.main", {text: name ? "Save" : "Add"}),
-		button("", "Cancel", undefined, () => history.back())];
-	const node = el("form", {submit: event => { event.preventDefault(); save(); }}, el("h1", {text: title}), warning, fields,
-		rest,
-		el("div.bar", {}, acts));
-	for (const [field, [value, help]] of Object.entries(snapshot.fields)) {
-		const id = "field-" + field, described = {id, "aria-describedby": id + "-help " + id + "-fault", autocomplete: "off",
-			spellcheck: "false"};
-		inputs[field] = ["cmd", "args", "env"].includes(field) ? el("textarea", {rows: 1, ...described}) :
-			el("input", {type: typeof value === "boolean" ? "checkbox" : "text", ...described});
-		faults[field] = el("span.bad", {id: id + "-fault", role: "alert"});
-		fields.append(el("label", {for: id, text: field}), el("div", {}, inputs[field], el("small", {id: id + "-help",
-			text: help}), faults[field]));
-		fill(field, value);
+// ---- one template: its output, a line to its stdin, what runs of it, and what happened
+const typed = el("datalist", {id: "typed"});  // lines that were sent
+function makeEntry(log) {
+	const who = el("select", {label: "to which process"});
+	const line = el("input.mono", {label: "A line to stdin", placeholder: "A line to stdin",
+		list: "typed",
+		"data-key": "i", keydown: event => event.key === "Enter" && send("POST")});
+	async function send(method) {  // it stands where it was sent; a refusal comes after it
+		const text = line.value, body = method === "POST" ? text + "\n" : undefined;
+		log.note(body ? "> " + text : "end of file", "*stdin");
+		const answer = await ask(method, `streams/${who.value}/stdin`, body);
+		if (!answer.ok) return log.note("not sent: " + answer.value.reason);
+		typed.prepend(el("option", {value: text})); line.value = "";
+		if (typed.childElementCount > 200) typed.lastChild.remove();
 	}
-	inputs.flapping.placeholder = "attempts=2 window=1 retry_in=7 max_retry=5";
-		inputs.env.placeholder = "NAME=value, a line each";
-	inputs.name.disabled = Boolean(name);
-	function fill(field, value) {
-		if (typeof value === "boolean") inputs[field].checked = value;
-		else if (AS_JSON.includes(field) && typeof value === "object") {
-			inputs[field].value = value === null ? "" : JSON.stringify(value);
+	const node = el("div.entry", who, line, typed, button("", "Send", "send", () => send("POST")),
+		button("", "End of file", "close its stdin", () => send("DELETE")));
+	return {node, show({redirect_input}, pids) {
+		node.hidden = !redirect_input;
+		for (const each of node.children) each.disabled = !pids.length;
+		if (who.pids !== pids.join()) {
+			who.replaceChildren(...pids.map(value => el("option", {value}, "process " + value)));
+			who.pids = pids.join(); who.hidden = pids.length < 2;
 		}
-		else if (Array.isArray(value)) inputs[field].value = value.map(word => quote(word)).join(" ");
-		else if (value && typeof value === "object") {
-			inputs[field].value = Object.entries(value).map(pair => pair.join("=")).join(field === "env" ? "\n" : " ");
-		} else inputs[field].value = value === null ? "" : value;
+	}};
+}
+function detail(name) {
+	const log = makeLog(name, 6), entry = makeEntry(log), names = () => [name],
+		parts = new Map();
+	const state = el("span.cut", {role: "status"}), facts = el("dl.facts"), story = el("ol.story");
+	const list = el("section", el("h2", "Processes"));
+	const tools = el("span.push.acts", acts(names, name));
+	const aside = el("details", {open: innerWidth > 1000}, el("summary", "Details"), facts, list,
+		el("section", el("h2", "What happened"), story));
+	const node = el("div.two", el("div.bar", el("h1", name), state, tools), el("div.log", log.node,
+		entry.node), aside);
+	const own = events.filter(event => event.name === name);
+	let last = lastEvent;
+	function tick() {
+		const status = templates.get(name);
+		log.tick();
+		if (status) showState(state, status);
 	}
+	function update() {
+		const status = templates.get(name), {processes: alive = []} = status || {};
+		tools.hidden = !status;
+		if (!status) {
+			put(state, "there is no template of this name");
+			return log.source.close();
+		}
+		log.source.resume();
+		for (const [id, part] of parts) if (!alive.some(each => each.pid === id)) {
+			part.node.remove(); parts.delete(id);
+		}
+		alive.forEach(showPart); tick();
+	}
+	async function poll() {
+		await look(name);
+		const answer = await ask("GET", "processes/" + enc(name));
+		if (!answer.ok) return;
+		showFacts(answer.value); entry.show(answer.value, templates.get(name).pids);
+		for (let count = 0; count < 200; count++) {  // a long poll answers one event
+			const {status, value} = await ask("GET",
+				`watch/proc/${enc(name)}?timeout=0&since=${enc(last)}`);
+			if (status !== 200) break;
+			last = value.id;
+			if (said[value.event]) own.push(value);
+		}
+		const why = narrator();
+		own.splice(0, own.length - EVENTS_MAX);
+		story.replaceChildren(...own.map(event => happened(event, why(event))).slice(-10).reverse());
+	}
+	function showFacts(template) {
+		const rows = Object.entries(template).filter(([field, value]) => field !== "name" &&
+			snapshot.fields[field] && textOf(value) !== textOf(snapshot.fields[field][0]));
+		const runs = (templates.get(name).next_runs || []).map(time => ["next run", dateText(time)]);
+		facts.replaceChildren(...[...rows, ...runs].flatMap(([key, value]) => [el("dt", key),
+			el("dd.mono", textOf(value))]));
+	}
+	function showPart(process) {
+		const {pid, os_pid, instance, state: word, uptime, kill_in, ready} = process;
+		if (!parts.has(pid)) {
+			const what = el("small"), use = [usage(0), usage(1)], more = button(".plain", "⋯",
+				"more for process " + pid, () => menu(more, [["stop (it is replaced)",
+					() => act([pid], "/_stop")], ["signal…", () => askSignal([pid], "process " + pid)]]));
+			parts.set(pid, {what, use, node: el("div.part", el("span", name.replace(/.*:/, "") + "." +
+				instance, what), use.map(each => each.node), more)});
+			list.append(parts.get(pid).node);
+		}
+		const part = parts.get(pid);
+		put(part.what, `${pid} · OS pid ${os_pid} · ${word} ${span(uptime)}` + (ready === false ?
+			", not ready" :
+			"") + (kill_in === undefined ? "" : ", SIGKILL in " + Math.ceil(kill_in) + " s"));
+		part.use.forEach(each => each.show([process]));
+	}
+	update();
+	return {...log, node, name, title: name, fill: true, update, tick, poll, focus: () => log.area};
+}
+
+// ---- the form of a template, made of the fields that the server has
+const {sections, labels, examples, areas} = snapshot.form;
+function quote(word) {
+	return /^[\w@%+=:,.\/-]+$/.test(word) ? word : "'" + String(word).replace(/'/g, "'\\''") + "'";
+}
+function textOf(value) {  // of a field, as it is typed
+	if (value === null || value === undefined) return "";
+	if (Array.isArray(value)) return value.some(Array.isArray) ? JSON.stringify(value) :
+		value.map(quote).join(" ");
+	return typeof value !== "object" ? String(value) : Object.entries(value).map(([key, each]) =>
+		key + "=" + (typeof each === "object" ? JSON.stringify(each) : each)).join("\n");
+}
+function guess(text) {  // a number, list or flag where it looks like one
+	try { return JSON.parse(text); } catch (error) { return text; }
+}
+function valueOf(field, text) {
+	const {type, items} = snapshot.fields[field][2], may = kind => [type].flat().includes(kind);
+	if (typeof text === "boolean") return text;
+	const words = text.split(/[\s,]+/).filter(word => word);
+	if (/^\s*[[{]/.test(text)) return guess(text);
+	if (may("object")) return Object.fromEntries(text.split("\n").filter(line =>
+		line.trim()).map(line => {
+		const [, key, value] = /^([^=]*)=?([^]*)$/.exec(line);
+		return [key.trim(), field === "env" ? value : guess(value)];
+	}));
+	if (may("string")) return text;
+	return may("array") && (words.length > 1 || !may("number")) ? items.type === "string" ? words :
+		words.map(guess) : guess(text);
+}
+function form(name) {
+	const inputs = {}, faults = {}, first = {}, asked = {}, given = {}, touched = new Set();
+	const title = name ? "Edit " + name : "Add a template";
+	const known = Object.values(sections).join(" ").split(" ");
+	const rest = el("span.bad", {role: "alert"}), plan = el("span", {role: "status"});
+	const node = el("form", {input: event => { touched.add(event.target.name); soon(); },
+		submit: event => { event.preventDefault(); save(); }}, el("h1", title));
+	let waiting = 0, count = 0;
+	for (const [section, text] of [...Object.entries(sections), ["Other"]]) {
+		const fields = el("div.fields"), own = text ? text.split(" ") :
+			Object.keys(snapshot.fields).filter(field => !known.includes(field));
+		for (const field of own) {
+			if (!snapshot.fields[field] || name && field === "start") continue;
+			const [normal, help, schema] = snapshot.fields[field], id = "field-" + field;
+			const kind = schema.enum ? "select" : areas.includes(field) ? "textarea" : "input";
+			inputs[field] = el(kind, {id, name: field, "aria-describedby": id + "-help " + id + "-fault",
+				type: typeof normal === "boolean" ? "checkbox" : "text", autocomplete: "off",
+					spellcheck: "false",
+				placeholder: examples[field]}, (schema.enum || []).map(each => el("option", each)));
+			faults[field] = el("span.bad", {id: id + "-fault", role: "alert"});
+			fields.append(el("label", {for: id}, labels[field] || field, el("code", field)), el("div",
+				inputs[field], el("small", {id: id + "-help"}, help), faults[field]));
+			write(field, normal); first[field] = read(field);
+		}
+		if (fields.firstChild) node.append(section ? el("details", el("summary", section), fields) :
+			fields);
+	}
+	inputs.name.disabled = Boolean(name);
+	node.append(el("div.bar.plan", el("button.main", name ? "Save" : "Add"), button("", "Cancel",
+		"cancel", () => history.back()), plan, rest));
+	function where(field) { return inputs[field].type === "checkbox" ? "checked" : "value"; }
+	function write(field, value) {
+		inputs[field][where(field)] = typeof value === "boolean" ? value : textOf(value);
+	}
+	function read(field) { return inputs[field][where(field)]; }
+	function changes(from) { return Object.keys(inputs).filter(field => read(field) !== from[field]); }
 	async function load() {
-		const answer = await ask("GET", "/processes/" + enc(name)), {active, running} = templates.get(name) || {};
-		for (const field of answer.ok ? Object.keys(inputs) : []) fill(field, answer.value[field]);
-		inputs.start.checked = active;
-		put(warning, running ? "Saving stops " + processes(running) + ", and starts them anew." : "");
+		const {ok, value} = await ask("GET", "processes/" + enc(name));
+		for (const field of ok ? Object.keys(inputs) : []) {
+			write(field, given[field] = value[field]); asked[field] = read(field);
+		}
+		for (const field of changes(first)) unfold(field);
 	}
-	function number(text) { return text === "" || isNaN(text) ? text : Number(text); }
-	function pairs(texts, convert) {  // what is no pair is sent too: the server says what is wrong with it
-		return Object.fromEntries(texts.map(text => text.includes("=") ? [text.slice(0, text.indexOf("=")).trim(),
-			convert(text.slice(text.indexOf("=") + 1))] : [text, null]));
+	function unfold(field) { (inputs[field].closest("details") || {}).open = true; }
+	function soon() { clearTimeout(waiting); waiting = setTimeout(() => send(true), 300); }
+	async function send(dry) {
+		const turn = ++count, body = Object.fromEntries(changes(first).map(field =>
+			[field, read(field) === asked[field] ? given[field] : valueOf(field, read(field))]));
+		clearTimeout(waiting);
+		const answer = await ask(name ? "PUT" : "POST", "processes" + (name ? "/" + enc(name) : "") +
+			(dry ? "?dry_run=true" : ""), body);
+		if (turn === count) { refuse(answer, dry); put(plan, answer.ok ? intent(body) : ""); }
+		return turn === count && answer.ok;
 	}
-	function valueOf(field) {
-		const {type, value, checked} = inputs[field], text = value.trim(), words = text.split(/[\s,]+/).filter(word => word);
-		if (type === "checkbox") return checked;
-		if (field === "redirect_output" || field === "custom_streams") return words;
-		if (!text) return undefined;
-		if (field === "env") return pairs(value.split("\n").filter(line => line.trim()), each => each);
-		if (field === "flapping") return pairs(words, number);
-		if (AS_JSON.includes(field)) try { return JSON.parse(text); } catch (error) { return text; }
-		return ["numprocesses", "graceful_timeout", "priority"].includes(field) ? number(text) : text;
+	function intent({start, schedule, numprocesses = 1}) {  // what saving will do
+		const fields = changes(asked), {running} = templates.get(name) || {};
+		if (!name) return start === false ? "Adds it." : schedule ? "Adds it, to run by its schedule." :
+			`Adds it, and starts ${processes(numprocesses)}.`;
+		if (!fields.length) return "Changes nothing.";
+		if (fields.join() === "numprocesses") return `Runs ${processes(numprocesses)}; restarts none.`;
+		return `Changes ${fields.join(", ")}; ` + (running ? `stops ${processes(running)}, and starts ` +
+			`${numprocesses} anew.` : "nothing of it runs.");
 	}
 	async function save() {
-		const info = Object.fromEntries(Object.keys(inputs).map(field => [field, valueOf(field)]));
-		if (info.detach && inputs.redirect_output.value === "stdout stderr") delete info.redirect_output;
-		const answer = await ask(name ? "PUT" : "POST", "/processes" + (name ? "/" + enc(name) : ""), info, true);
-		refuse(answer.ok ? "" : answer.value.reason);
-		if (!answer.ok) return;
-		await refresh([info.name]);
-		say(name ? "saved" : "added"); go("/p/" + enc(info.name));
+		if (await send(false)) { go("/p/" + enc(name || inputs.name.value)); }
 	}
-	function refuse(reason) {
-		const bad = [], left = [];
-		for (const field of Object.keys(inputs)) { put(faults[field], ""); inputs[field].removeAttribute("aria-invalid"); }
-		for (const sentence of reason ? reason.split(/; (?=field ')/) : []) {
-			const field = (/^field '(\w+)'/.exec(sentence) || [])[1] || (sentence.startsWith("the name '") ? "name" : "");
-			if (!faults[field]) { left.push(sentence); continue; }
-			put(faults[field], sentence.replace(/^field '\w+' /, "")); bad.push(field);
-			attr(inputs[field], "aria-invalid", "true");
+	function refuse(answer, dry) {
+		const left = [];
+		for (const field of Object.keys(inputs)) {
+			put(faults[field], ""); inputs[field].removeAttribute("aria-invalid");
 		}
-		put(rest, left.join("; "));
-		if (bad.length) inputs[bad[0]].focus();
+		for (const sentence of answer.ok ? [] : answer.value.reason.split(/; (?=field ')/)) {
+			const [, field, why] = /^field '(\w+)' (.*)/s.exec(sentence) || [0, answer.status === 409 &&
+				"name",
+				sentence];
+			if (!faults[field]) left.push(why);
+			else if (!dry || touched.has(field)) {
+				put(faults[field], why); attr(inputs[field], "aria-invalid", "true"); unfold(field);
+			}
+		}
+		if (!name && templates.has(inputs.name.value)) put(faults.name, "is taken");
+		put(rest, dry ? "" : left.join("; "));
+		if (!dry && !answer.ok) (node.querySelector("[aria-invalid=true]") || inputs.name).focus();
 	}
 	if (name) load();
 	return {node, title, focus: () => inputs[name ? "cmd" : "name"]};
 }
 
 // ---- keys, and the address: a view, and in "?" what is set in it
-const KEYS = [["?", "these keys"], ["p o e a", "processes, output, events, add"], ["Escape",
-	"leave a field; processes"],
-	["j k", "next, previous row (arrows too)"], ["Enter", "output of the row"], ["s t r",
-		"start, stop, restart; on a template's page s x r"],
-	["+ -", "one process more, less"], ["x", "select the row"], ["m g Delete", "menu, signal, delete"], ["d",
-		"edit the page's template"],
-	["f n N", "find, next, previous"], ["/", "filter"], ["Space", "pause"], ["w t", "wrap, timestamps"], ["End", "follow"],
-	["i", "type to stdin; ↑ ↓ history"]];
-function showKeys() {
-	dialog("Keys", [el("dl.facts", {}, KEYS.flatMap(([keys, text]) => [el("dt", {}, keys.split(" ").flatMap(key =>
-		[el("kbd", {text: key}), " "])), el("dd", {text})]))], "Close");
-}
-const VIEWS = {"": overview, logs: allOutput, events: eventList, add: form, edit: form, p: detail, i: detail};
-const NAV = [["/", "Processes", "p"], ["/logs", "Output", "o"], ["/events", "Events", "e"], ["/add", "Add", "a"]];
+const VIEWS = {"": overview, logs: allOutput, events: eventList, add: form, edit: form, p: detail};
+const NAV = [["/", "Processes", "p"], ["/logs", "Output", "o"], ["/events", "Events", "e"],
+	["/add", "Add", "a"]];
 function params() { return new URLSearchParams(location.hash.split("?")[1] || ""); }
 function setParam(key, value) {
 	const all = params();
@@ -6886,34 +7053,53 @@ function setParam(key, value) {
 function decode(part) { try { return decodeURIComponent(part); } catch (error) { return part; } }
 function go(path) { location.hash = "#" + path; }
 let view = {};
-function route(first) {
+function nowhere() { return {node: el("p", "There is no such page."), focus: () => main}; }
+function route(start) {
 	const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decode);
-	closeMenu(); complain("");
-	if (view.close) view.close();
-	view = (VIEWS[kind] || overview)(...parts);
+	$("menu").hidePopover(); complain(""); sampled = 0;
+	if (view.close) view.close(); else if (stream) stream.close();
+	view = {update() {}, poll: () => look(), ...(Object.hasOwn(VIEWS, kind) ? VIEWS[kind] :
+		nowhere)(...parts)};
+	stream = view.source || watch();
 	main.classList.toggle("fill", Boolean(view.fill)); main.replaceChildren(view.node);
-	$("nav").replaceChildren(...NAV.map(([path, text]) => el("a", {href: "#" + path, text,
-		"aria-current": path === "/" + kind && "page"})));
-	changed([]); poll();
-	if (first !== true) view.focus().focus({preventScroll: true});
+	$("nav").replaceChildren(...NAV.map(([path, text]) => el("a", {href: "#" + path,
+		"aria-current": path === "/" + kind && "page"}, text)));
+	poll();
+	if (start !== true) view.focus().focus({preventScroll: true});
+}
+function keyed() { return [...main.querySelectorAll("[data-key]")].filter(each =>
+	each.checkVisibility()); }
+function showKeys() {
+	const all = new Map([...NAV.map(([path, text, key]) => [key, [text, () => go(path)]]),
+		["Escape", ["leave a field; processes", () => go("/")]], ...view.keys || [],
+			...keyed().map(node =>
+			[node.dataset.key, [node.title.replace(/ \(.\)$/, ""), () => press(node)]])]);
+	menu($("help"), [...all].map(([key, [text, click]]) => [[el("kbd", key === " " ? "Space" : key),
+		text], click || (() => {})]));
+}
+function press(node) {
+	if (node.matches("input:not([type=checkbox])")) node.focus(); else node.click();
 }
 document.addEventListener("keydown", event => {
-	const {key, target} = event, typing = target.matches("input:not([type=checkbox]), textarea, select");
-	if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || $("dialog").open) return;
-	const nav = NAV.find(each => each[2] === key);
-	if (key === "Escape" && typing) main.focus(); else if (key === "Escape") go("/");
-	else if (typing || ([" ", "Enter"].includes(key) && target.matches("button, a, input"))) return;
+	const {key, target} = event,
+		typing = target.matches("input:not([type=checkbox]), textarea, select");
+	if (event.ctrlKey || event.metaKey || event.altKey || $("menu").matches(":popover-open")) return;
+	const nav = NAV.find(each => each[2] === key), scope = view.scope && view.scope();
+	const own = (scope && scope.querySelector(`[data-key="${CSS.escape(key)}"]`)) ||
+		keyed().find(each => each.dataset.key === key);
+	if (key === "Escape") { if (typing) main.focus(); else go("/"); }
+	else if (typing || [" ", "Enter"].includes(key) &&
+		target.matches("button, a, input, summary")) return;
 	else if (key === "?") showKeys();
 	else if (nav) go(nav[0]);
+	else if (own) press(own);
 	else if (!view.key || !view.key(key)) return;
 	event.preventDefault();
 });
 $("help").addEventListener("click", showKeys);
 addEventListener("hashchange", route);
+put($("link"), "live");
 route(true);
-feed(last => "/watch?feed=eventsource&since=" + enc(last || snapshot.since), ["create", "start", "stop", "restart", "update",
-	"delete", "spawn",
-	"reap", "exit", "stop_pid", "flap", "done", "fail"], takeEvent);
 </script>
 </body></html>
 """
@@ -6927,12 +7113,15 @@ GAFFER_TOKEN, that gaffer was started with.</p></html>
 
 
 def page_response(snapshot):
-    """The web page, which shows `snapshot` (JSON) before it asks for anything. No script and no style but its own can run in it,
-    and it can send nothing to another server."""
+    """Return the web page, which shows `snapshot` (JSON) before it asks for anything.
+
+    No script and no style but its own can run in it, and it can send nothing to another server.
+    """
     nonce = base64.b64encode(os.urandom(12)).decode("ascii")
     policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; img-src data:; "
               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
-    data = encode_json(snapshot).replace("<", "\\u003c")        # nothing in it ends the element
+    data = encode_json(dict(snapshot, **PAGE_WORDS))
+    data = data.replace("<", "\\u003c")         # nothing in it ends the element
     page = PAGE.replace("__NONCE__", nonce).replace("__SNAPSHOT__", data)
     return Response(page.encode("utf-8"), content_type="text/html; charset=utf-8", headers=[
         ("Content-Security-Policy", policy), ("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-store"),
@@ -7036,6 +7225,45 @@ class Samples:
             "children": [self._entry(child, look, 0.0, depth - 1) for child, look in children if look]}
 
 
+class History:
+    """CPU and memory of all processes over ten minutes.
+
+    A sample is taken every 10 s on a thread, until nobody has looked for a minute: 10 us of CPU
+    and at most 8 KiB of memory for a process.
+    """
+
+    INTERVAL, PATIENCE = 10.0, 60.0
+
+    def __init__(self, manager):
+        self._manager, self._timer, self._looked = manager, None, 0.0
+
+    def look(self):
+        """Keep sampling for another minute. For the owner of the lock."""
+        self._looked = self._manager.loop.clock()
+        if self._timer is None:
+            self._tick()
+
+    def _tick(self):
+        loop, self._timer = self._manager.loop, None
+        if loop.clock() - self._looked < self.PATIENCE:
+            self._timer = loop.later(self.INTERVAL, self._tick)
+            processes = [each for each in self._manager.processes.values() if not each.exited]
+            try:
+                threading.Thread(target=self._sample, args=(processes,), name="gaffer-history",
+                                 daemon=True).start()
+            except RuntimeError as error:       # the system has no thread left
+                log.warning("no sample of CPU and memory is taken: %s", error)
+
+    def _sample(self, processes):
+        for process in processes:
+            now, seen = self._manager.loop.clock(), self._manager.table.usage(process.os_pid)
+            if seen:                            # else it has just gone
+                began, used = process.history_sample or (process.started, 0.0)
+                cpu = 100 * max(0.0, seen["cpu_time"] - used) / max(0.01, now - began)
+                process.history_sample = now, seen["cpu_time"]
+                process.history.appendleft([round(cpu, 1), seen["rss"]])
+
+
 class StatsFeed:
     """Samples every `interval` seconds, for all clients that follow the same.
 
@@ -7096,6 +7324,7 @@ class Api:
     def __init__(self, manager, http):
         self.manager, self._http = manager, http
         self.samples = Samples(manager.table, manager.loop.clock)
+        self._history = History(manager)
         self._stats_feeds = {}                  # what is sampled -> StatsFeed
 
     # the server itself
@@ -7115,7 +7344,8 @@ class Api:
             "version": __version__, "since": "%d@%s" % (events.end, manager.epoch),
             "templates": [template.status() for template in manager.templates.values()],
             "events": events.read(max(events.start, events.end - PAGE_EVENTS), PAGE_EVENTS),
-            "fields": {name: [option.default, option.help] for name, option in OPTIONS.items()},
+            "fields": {name: [option.default, option.help, option.check.schema]
+                       for name, option in OPTIONS.items()},
             "signals": {number.value: number.name[3:] for number in signal.Signals},
         }
 
@@ -7290,12 +7520,12 @@ class Api:
         self.manager.signal(ref, parse_signal(signum), query.group)
         return OK
 
-    @operation("usage", unlocked=True)
+    @operation("usage history", unlocked=True)
     def status(self, request, query, name):
         """The state of a template, its restarts and last exit."""
         return self._statuses(query, [name])[0]
 
-    @operation("usage", unlocked=True)
+    @operation("usage history", unlocked=True)
     def statuses(self, request, query):
         """The states of all templates."""
         return compressed(request, json_response(self._statuses(query, None)))
@@ -7303,6 +7533,8 @@ class Api:
     def _statuses(self, query, names):
         """Return the statuses of templates; names None: of all. The sampling is done unlocked."""
         def collect():
+            if query.usage:
+                self._history.look()
             found = [self.manager.find_template(name)
                      for name in (self.manager.templates if names is None else names)]
             return [(template.status(), [(process, process.status()) for process in (
@@ -7314,6 +7546,8 @@ class Api:
                 for process, entry in processes:
                     if not process.exited:      # else the number may be another process's
                         entry.update(self.samples.brief(process))
+                    if query.history:
+                        entry["history"] = list(process.history)
                 status["processes"] = [entry for _, entry in processes]
         return statuses
 
@@ -7690,8 +7924,8 @@ BACKLOG = 1024                                  # connections that wait to be ac
 ACCEPTS_PER_TURN = 16                           # so that connections get their turn
 ACCEPT_PAUSE = 1.0                              # after EMFILE, or the listener would wake the loop
 ACCESS_FIELD_SIZE = KIB                         # of a client's header in the access log
-LOG_SIZE = 256 * KIB                            # of a log, that waits to be written
-LOG_END = 1.0                                   # to write it, at the stop
+ACCESS_LOG_LINES = 2000                         # that wait to be written
+LOG_END = 1.0                                   # to write them, at the stop
 
 
 class HttpEndpoint:
@@ -7778,167 +8012,99 @@ def access_line(client, when, request, status, size, secrets=()):
     return '%s - - [%s] "%s" %d %s "%s" "%s"' % (host, when, fields[0], status, size or "-", *fields[1:])
 
 
-def write_all(fd, data):
-    """Write all of it, past any buffer. Wait even if the descriptor is non-blocking."""
-    while data:
-        try:
-            data = data[os.write(fd, data):]
-        except BlockingIOError:
-            select.select([], [fd], [])
-
-
-class Writer:
-    """Writes to a descriptor on a thread, so that nobody waits for a slow terminal, pipe or disk.
-
-    Up to `limit` bytes may wait. `drained()` is called on that thread once half of them are written
-    after it was `full`, `failed(error)` when a write fails.
-    """
-
-    def __init__(self, fd, limit, drained=lambda: None, failed=lambda error: None):
-        self.fd, self.full = fd, False
-        self._limit, self._drained, self._failed = limit, drained, failed
-        self._lock, self._size = threading.Lock(), 0
-        self._queue = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="gaffer-writer", daemon=True)
-        self._thread.start()
-
-    def put(self, data):
-        """Take bytes. Return False when there is no room for more."""
-        with self._lock:
-            self._size += len(data)
-            self.full = self.full or self._size >= self._limit
-        self._queue.put(data)
-        return not self.full
-
-    def write(self, data):
-        """Write bytes, on the thread. Raise OSError."""
-        write_all(self.fd, data)
-
-    def _run(self):
-        for data in iter(self._queue.get, None):
-            try:
-                self.write(data)
-            except OSError as error:
-                self._failed(error)
-            with self._lock:
-                self._size -= len(data)
-                drained = self.full and self._size <= self._limit // 2
-                self.full = self.full and not drained
-            if drained:
-                self._drained()
-
-    def close(self, timeout):
-        """Write what waits. Return whether that was done within `timeout` seconds."""
-        self._queue.put(None)
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-
-def is_file_at(fd, path):
-    """Return whether a descriptor is of the file at a path. OSError."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-class LogWriter(Writer):
-    """Writes a log to the file at `path`, or to stderr if that is None.
-
-    A file that was moved away is made anew; if that fails, the log goes on in the old one. `name`: of
-    the log, in messages. StartError: the file cannot be written.
-    """
-
-    def __init__(self, path, name, failed):
-        self._path, self._name, self._reports = path and os.path.abspath(path), name, Throttle()
-        self._standard = False                  # whether stdout and stderr lead to the file, too
-        super().__init__(self._open() if path else 2, LOG_SIZE, failed=failed)
-
-    def _open(self):
-        try:                                    # a FIFO that nobody reads would block
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-            return os.open(self._path, flags, 0o640)
-        except OSError as error:
-            raise StartError("the %s '%s' cannot be written: %s" % (
-                self._name, self._path, error.strerror)) from None
-
-    def write(self, data):
-        try:
-            if self._path and not is_file_at(self.fd, self._path):
-                fd = self._open()
-                os.dup2(fd, self.fd, inheritable=False)
-                os.close(fd)
-                if self._standard:
-                    self.replace_standard_streams()
-        except (OSError, StartError) as error:
-            self._reports.warning("%s; the log goes on in the old file", error)
-        super().write(data)
-
-    def reopen(self):
-        """Make the file anew if it was moved away, although there is nothing to write."""
-        self.put(b"")
-
-    def replace_standard_streams(self):
-        """Let stdout and stderr lead to the file, too."""
-        self._standard = True
-        os.dup2(self.fd, 1)
-        os.dup2(self.fd, 2)
-
-    def _run(self):
-        super()._run()
-        if self._path:
-            os.close(self.fd)
-
-
 class AccessLog:
     """A line for each request, in Apache's combined format. `path`: a file, or "-" for stderr.
 
-    A thread writes the lines. What finds no room or cannot be written is dropped, and that is
-    reported once a minute. A file that was moved away is made anew.
+    A thread writes the lines. Up to ACCESS_LOG_LINES wait for it; more are dropped, and that is
+    reported once a minute, as is what cannot be written. A file that was moved away is made anew.
     """
 
     def __init__(self, path):
-        self._path, self._writer, self._secrets = path, None, ()
+        self._path = path
+        self._queue = self._handler = self._listener = None
         self._lost, self._reports = 0, Throttle()
+        self._secrets = ()
         self._time = (0, "")
 
     def start(self, token):
-        """Open the file. `token`: never to be written. StartError."""
+        """Open the file. `token`: never to be written. Raises StartError."""
+        from logging.handlers import QueueListener, WatchedFileHandler
+
+        class File(WatchedFileHandler):
+            """Unbuffered, so that a full disk leaves nothing behind."""
+
+            def _open(self):
+                file = io.FileIO(self.baseFilename, "a", opener=lambda path, flags: os.open(path, flags, 0o640))
+                return io.TextIOWrapper(file, encoding="ascii", write_through=True)
+
+            def emit(self, record):
+                try:
+                    super().emit(record)
+                except OSError:                 # it cannot be made anew
+                    self.handleError(record)
+
+        class Listener(QueueListener):
+            def enqueue_sentinel(self):
+                self.queue.put(None)            # type: ignore[attr-defined]  # waits where it is full
+
         if token is not None:
+            raw = token.encode("utf-8").decode("latin-1")
             self._secrets = sorted({
-                token.encode("utf-8").decode("latin-1"), urllib.parse.quote(token),
-                urllib.parse.quote(token, ""), urllib.parse.quote_plus(token),
-                base64.b64encode(b":" + token.encode("utf-8")).decode("ascii"),
-            }, key=len, reverse=True)
-        path = None if self._path == "-" else self._path
-        self._writer = LogWriter(path, "access log", self._drop)
+                raw, urllib.parse.quote(token), urllib.parse.quote(token, ""), urllib.parse.quote_plus(token),
+                base64.b64encode(b":" + token.encode("utf-8")).decode("ascii")}, key=len, reverse=True)
+        try:
+            if self._path != "-":               # non-blocking: a pipe may have no reader
+                os.close(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640))
+            self._handler = logging.StreamHandler() if self._path == "-" else File(self._path)
+        except OSError as error:
+            raise StartError("the access log '%s' cannot be written: %s" % (self._path, error.strerror)) from None
+        self._handler.handleError = self._report
+        self._queue = queue.Queue(ACCESS_LOG_LINES)
+        self._listener = Listener(self._queue, self._handler)
+        self._listener.start()
 
     def add(self, client, request, status, size):
         """Note a request that was answered with `size` bytes beside the head. Any thread."""
-        if self._writer.full:
-            return self._drop(None)
         now = int(time.time())
         made, when = self._time
         if made != now:
             when = log_time(now)
             self._time = now, when
         line = access_line(client, when, request, status, size, self._secrets)
-        self._writer.put(line.encode("ascii", "backslashreplace") + b"\n")
+        try:
+            self._queue.put_nowait(logging.makeLogRecord({"msg": line}))
+        except queue.Full:
+            self._report(None)
 
-    def _drop(self, error):
+    def _report(self, record):
         self._lost += 1
-        self._reports.warning("the access log '%s' cannot be written: %s; %d lines are lost so far",
-                              self._path, error.strerror.lower() if error else "nobody takes it",
-                              self._lost)
+        error = sys.exc_info()[1]
+        self._reports.warning(
+            "the access log '%s' cannot be written: %s; %d lines are lost so far", self._path,
+            (error.strerror or str(error)).lower() if isinstance(error, OSError) else "nobody takes it", self._lost)
 
     def reopen(self):
-        """Make a file that was moved away anew. Any thread."""
-        self._writer.reopen()
+        """Open the file anew if it has been moved away, on a thread as a disk may hang. Any thread."""
+        if self._path != "-":
+            threading.Thread(target=self._reopen, daemon=True).start()
+
+    def _reopen(self):
+        with self._handler.lock:
+            try:
+                self._handler.reopenIfNeeded()
+            except OSError as error:            # each line tries again
+                log.error("'%s' cannot be opened again: %s", self._path, error.strerror)
 
     def stop(self):
         """Write what waits, and close the file; a disk that hangs is not waited for."""
-        if self._writer is not None:
-            self._writer.close(LOG_END)
+        if self._listener is not None:
+            end = threading.Thread(target=self._stop, daemon=True)
+            end.start()
+            end.join(LOG_END)
+
+    def _stop(self):
+        self._listener.stop()
+        self._handler.close()
 
 
 class WsgiErrors:
@@ -9119,6 +9285,15 @@ def signal_name(number):
         return "SIG%d" % number
 
 
+def write_all(fd, data):
+    """Write all of it, past any buffer. Wait even if the descriptor is non-blocking."""
+    while data:
+        try:
+            data = data[os.write(fd, data):]
+        except BlockingIOError:
+            select.select([], [fd], [])
+
+
 def colour(text, code):
     """Return text in a colour of the terminal."""
     return "\x1b[%dm%s\x1b[0m" % (code, text)
@@ -9140,6 +9315,49 @@ class Prefixer:
             return text
         code = self.PALETTE[len(self._colours) % len(self.PALETTE)]
         return colour(text, self._colours.setdefault(name, code))
+
+
+class Writer:
+    """Writes to a descriptor on a thread, so that nobody waits for a slow terminal, pipe or disk.
+
+    Up to `limit` bytes may wait. `drained()` is called on that thread once half of them are written
+    after it was `full`, `failed()` when a write fails.
+    """
+
+    def __init__(self, fd, limit, drained=lambda: None, failed=lambda: None):
+        self.fd, self.full = fd, False
+        self._limit, self._drained, self._failed = limit, drained, failed
+        self._lock, self._size = threading.Lock(), 0
+        self._queue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="gaffer-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, data):
+        """Take bytes. Return False when there is no room for more."""
+        with self._lock:
+            self._size += len(data)
+            self.full = self.full or self._size >= self._limit
+        self._queue.put(data)
+        return not self.full
+
+    def _run(self):
+        for data in iter(self._queue.get, None):
+            try:
+                write_all(self.fd, data)
+            except OSError:
+                self._failed()
+            with self._lock:
+                self._size -= len(data)
+                drained = self.full and self._size <= self._limit // 2
+                self.full = self.full and not drained
+            if drained:
+                self._drained()
+
+    def close(self, timeout):
+        """Write what waits. Return whether that was done within `timeout` seconds."""
+        self._queue.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
 
 class Screen:
@@ -9245,8 +9463,8 @@ class Screen:
         for reader in lagging:
             reader.pump()
 
-    def _failed(self, error):
-        """Stop, as nobody looks any more."""
+    def _failed(self):
+        """Nobody looks any more: stop."""
         self.status = self.status or 128 + signal.SIGPIPE
         self._manager.stop()
 
@@ -9833,6 +10051,7 @@ class Configuration:
 # --------------------------------------------------------------------------------------------------
 WINDOW_SIZE_MIN = 256                           # a line or two
 WINDOW_SIZE_MAX = STDIN_SIZE_MAX = 1024 * MIB
+LOG_SIZE = 256 * KIB                            # that waits to be written to --log-file
 STATUS_INTERVAL = 1.0                           # of status -w
 RETRY_FIRST = 0.1                               # before a server is asked again; then twice as long
 RETRY_MAX = 2.0
@@ -10650,7 +10869,7 @@ class PidFile:
             while True:
                 self._file = open(self._path, "a+", encoding="ascii", errors="replace")
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if is_file_at(self._file.fileno(), self._path):
+                if self._is_there():
                     break
                 self._file.close()              # its last user has removed it meanwhile
         except BlockingIOError:
@@ -10665,38 +10884,71 @@ class PidFile:
         self._file.truncate(0)
         print(os.getpid(), file=self._file, flush=True)
 
+    def _is_there(self):
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
     def stop(self):
         with self._file:
-            if is_file_at(self._file.fileno(), self._path):
+            if self._is_there():
                 os.unlink(self._path)
 
 
 class LogHandler(logging.Handler):
-    """Logs to stderr, or to the file at `path`, and never waits for it. StartError.
+    """Logs to stderr, or to the file at `path`, and never waits for it.
 
-    Lines that find no room, or cannot be written, are counted, and the next one is told how many.
+    Lines that find no room are counted, and the count is logged once there is room. StartError.
     """
 
     def __init__(self, path=None):
         super().__init__()
-        self._dropped = 0
-        self.writer = LogWriter(path, "log file", lambda error: self._drop())
+        self._path = path and os.path.abspath(path)
+        self._dropped, self._standard = 0, False
+        self._writer = Writer(self._open() if path else 2, LOG_SIZE)
 
-    def _drop(self):
-        with self.lock:
-            self._dropped += 1
+    def _open(self):
+        try:                                    # a FIFO that nobody reads would block
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+            return os.open(self._path, flags, 0o640)
+        except OSError as error:
+            raise StartError("the log file '%s' cannot be written: %s" % (
+                self._path, error.strerror)) from None
 
     def emit(self, record):
-        if self.writer.full:
-            return self._drop()
+        if self._writer.full:
+            self._dropped += 1
+            return
         text = self.format(record) + "\n"
         if self._dropped:
             text = "gaffer: %d lines of this log were dropped here\n%s" % (self._dropped, text)
             self._dropped = 0
-        self.writer.put(text.encode("utf-8", "backslashreplace"))
+        self._writer.put(text.encode("utf-8", "backslashreplace"))
+
+    def replace_standard_streams(self):
+        """Let stdout and stderr lead to the file, too."""
+        self._standard = True
+        os.dup2(self._writer.fd, 1)
+        os.dup2(self._writer.fd, 2)
+
+    def reopen(self):
+        """Open the file again, as it may have been moved; if that fails, go on as before."""
+        if self._path is None:
+            return
+        try:
+            fd = self._open()
+        except StartError as error:
+            return log.error("%s", error)
+        os.dup2(fd, self._writer.fd, inheritable=False)
+        os.close(fd)
+        if self._standard:
+            self.replace_standard_streams()
 
     def close(self):
-        self.writer.close(LOG_END)
+        if self._writer.close(LOG_END) and self._path:
+            os.close(self._writer.fd)
+            self._path = None
         super().close()
 
 
@@ -10719,7 +10971,7 @@ class Background:
     def start(self, loop, manager):
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
-        self.handler.writer.replace_standard_streams()
+        self.handler.replace_standard_streams()
         os.write(self._pipe, b"ok")
         os.close(self._pipe)
 
@@ -10794,7 +11046,7 @@ def run_server(args, handler, background):
         threading.Thread(target=load_again, name="gaffer-reload", daemon=True).start()
 
     def reopen():
-        handler.writer.reopen()
+        threading.Thread(target=handler.reopen, name="gaffer-reopen", daemon=True).start()
         if access_log is not None:
             access_log.reopen()
 
