@@ -17728,6 +17728,7 @@ class Chaos(CliCase):
         import gaffer
 
         path = sys.argv.pop()
+        gaffer.JOURNAL_ENTRIES = 1024           # soon full, so that memory can be compared
 
         class Info(ctypes.Structure):           # mallinfo2(3), glibc 2.33
             _fields_ = [("field%%d" %% number, ctypes.c_size_t) for number in range(10)]
