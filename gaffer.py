@@ -8873,9 +8873,9 @@ def refusal(endpoint, status, body):
         error = json.loads(body)
         code, reason = error["error"], str(error["reason"])
     except (ValueError, TypeError, KeyError):
-        return NoServer(endpoint, "it answers %d, and not as gaffer does" % status)
+        return NoServer(endpoint, "it answers %d, but not as gaffer does" % status)
     if code == "unauthorized":
-        reason = "the server wants its token: give it with --token-file FILE or GAFFER_TOKEN"
+        reason = "the server requires its token: pass it with --token-file FILE or GAFFER_TOKEN"
     reason = re.sub(r"PUT /processes/\S+ replaces", "'gaffer.py update_process' changes", reason)
     if code == "not_found":
         return NotThere(reason)
@@ -8885,8 +8885,9 @@ def refusal(endpoint, status, body):
 class Client:
     """Sends requests to one server.
 
-    `endpoint`: http://host:port, https://host:port, host:port, port or unix:/path; `token`: a string
-    or None; `cacert`: a PEM file of certificates to trust. ClientError: the endpoint is malformed.
+    `endpoint`: http://host:port, https://host:port, host:port, port or unix:/path; `token`: a
+    string or None; `cacert`: a PEM file of certificates to trust. ClientError: the endpoint is
+    malformed.
     """
 
     def __init__(self, endpoint=DEFAULT_ENDPOINT, token=None, cacert=None):
@@ -8907,21 +8908,6 @@ class Client:
         self._tls = not self.path and url.scheme == "https"
         self._prefix = "" if self.path else url.path.rstrip("/")
 
-    def _connection(self, timeout):
-        """Return an http.client connection. ClientError: --cacert cannot be read."""
-        import http.client
-        if not self._tls:
-            return http.client.HTTPConnection(self.host or "localhost", self.port, timeout=timeout)
-        import ssl
-        context = ssl.create_default_context()
-        try:
-            if self._cacert:
-                context.load_verify_locations(self._cacert)
-        except OSError as error:
-            raise ClientError("the certificates of --cacert '%s' cannot be used: %s" % (
-                self._cacert, error), 2) from None
-        return http.client.HTTPSConnection(self.host, self.port, timeout=timeout, context=context)
-
     def _failure(self, error, timeout):
         """Return the ClientError for an exception of http.client or of the socket."""
         if isinstance(error, socket.timeout):
@@ -8930,7 +8916,7 @@ class Client:
             return ClientError("the certificate of %s cannot be trusted (%s): give its authority's "
                                "with --cacert" % (self.endpoint, error.verify_message), 6)
         if isinstance(error, PermissionError):
-            return ClientError("you may not use %s: be its owner, or root" % self.endpoint, 6)
+            return ClientError("only the owner of %s and root may use it" % self.endpoint, 6)
         why = str(getattr(error, "strerror", None) or error) or type(error).__name__
         why = ascii(why)[1:-1][:100].lower()
         if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
@@ -8946,9 +8932,19 @@ class Client:
         `value`: bytes, or what is sent as JSON. `timeout`: seconds without a byte. ClientError,
         NoServer: it is not a success.
         """
-        from http.client import HTTPException
+        from http.client import HTTPConnection, HTTPException, HTTPSConnection
         body = value if value is None or isinstance(value, bytes) else json_bytes(value)
-        connection = self._connection(timeout)
+        connection = HTTPConnection(self.host or "localhost", self.port, timeout=timeout)
+        if self._tls:
+            import ssl
+            context = ssl.create_default_context()
+            try:
+                if self._cacert:
+                    context.load_verify_locations(self._cacert)
+            except OSError as error:
+                raise ClientError("the certificates of --cacert '%s' cannot be used: %s" % (
+                    self._cacert, error), 2) from None
+            connection = HTTPSConnection(self.host, self.port, timeout=timeout, context=context)
         try:
             if self.path:
                 connection.sock = socket.socket(socket.AF_UNIX)
@@ -9029,8 +9025,8 @@ SCREEN_END = 5.0                                # to write it, at the end
 
 
 def ending_signals():
-    """Return the signals that end a process by default, but for the faults of a program: their
-    handler would return to the same instruction for ever."""
+    """Return the signals that end a process by default. Those of a program's faults are left out:
+    their handler would return to the same instruction forever."""
     import faulthandler
     harmless = {"KILL", "STOP", "TSTP", "TTIN", "TTOU", "CONT", "CHLD", "URG", "WINCH", "INFO",
                 "ILL", "BUS", "FPE", "SEGV", "EMT"}
@@ -9068,12 +9064,12 @@ class SigHandler:
         if self._reload is not None:
             handlers[signal.SIGHUP] = lambda signum, frame_: loop.call_soon(self._reload)
         elif signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            # nohup wants that gaffer goes on; children do not inherit a handler
+            # nohup keeps gaffer running; children do not inherit a handler
             handlers[signal.SIGHUP] = lambda signum, frame_: None
         if self._reopen is not None:
             for signum in (signal.SIGUSR1, signal.SIGUSR2):
                 handlers[signum] = lambda signum, frame_: loop.call_soon(self._reopen)
-        if os.getpid() == 1:                    # a container's first process inherits everybody's orphans
+        if os.getpid() == 1:                    # a container's first process adopts all orphans
             handlers[signal.SIGCHLD] = lambda signum, frame_: loop.call_soon(manager.reap_orphans)
         elif signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
             # else the system would throw exit statuses away
@@ -9098,9 +9094,9 @@ class SigHandler:
 class WebHooks:
     """Posts events as JSON. `hooks`: [(pattern, URL)], patterns as for Manager.subscribe().
 
-    One worker posts them in order, with a timeout and retries. An event that finds the queue full, or
-    that its receiver does not accept, is dropped and counted (`dropped`). A receiver that failed is
-    skipped for WEBHOOK_REST seconds, because the others wait behind it.
+    One worker posts them in order, with a timeout and retries. An event that finds the queue full,
+    or that its receiver does not accept, is dropped and counted (`dropped`). A receiver that failed
+    is skipped for WEBHOOK_REST seconds, because the others wait behind it.
     """
 
     def __init__(self, hooks=()):
@@ -9237,8 +9233,8 @@ def event_text(event):
 
 
 class ConsoleOutput:
-    """Logs events: failures as warnings, the others as information. With `output`, it logs each line
-    of the processes' output for debugging."""
+    """Logs events: failures as warnings, the others as information. With `output`, it logs each
+    line of the processes' output for debugging."""
 
     def __init__(self, output=False):
         self._output = output
@@ -9260,7 +9256,7 @@ class ConsoleOutput:
             self._stopped.discard(pid)
         elif kind == "stop" and template and template.gave_up and template.last_exit:
             end = template.last_exit["exit_status"], template.last_exit["term_signal"]
-            failed, note = not succeeded(info, end), ": it gave up; start it when it is mended"
+            failed, note = not succeeded(info, end), ": it gave up; start it when it is fixed"
         failed = failed or kind in ("flap", "fail")
         log.log(logging.WARNING if failed else logging.INFO, "%s%s", event_text(event), note)
         if kind == "spawn" and self._output:
@@ -9300,7 +9296,7 @@ def colour(text, code):
 
 
 class Prefixer:
-    """Makes what stands before a line of output: `name |` in a column, a colour for each name."""
+    """Makes the prefixes of lines of output: `name |` in a column, a colour for each name."""
 
     PALETTE = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
 
@@ -9372,8 +9368,7 @@ class Screen:
     def __init__(self, out, coloured=False, one_for_all=False):
         self.status = 0
         self._one_for_all = one_for_all
-        self._coloured, self._prefixer = coloured, Prefixer(coloured)
-        self._out = out
+        self._out, self._coloured = out, coloured
         self._shown = {}            # pid -> {"name", "open", "exit", "readers", "by_itself"}
         self._stopped = set()                   # pids that gaffer stopped
         self._lagging = set()                   # readers that wait for room
@@ -9384,7 +9379,8 @@ class Screen:
         names = ["%s.%d" % (name, template.info["numprocesses"])
                  for name, template in manager.templates.items()]
         self._prefixer = Prefixer(self._coloured, max(map(len, ["system", *names])))
-        self._writer = Writer(self._out, SCREEN_SIZE, self._drained, self._failed)
+        self._writer = Writer(self._out, SCREEN_SIZE,
+                              lambda: loop.call_soon(self._resume), self._failed)
         manager.subscribe("", lambda kind, event: loop.call(self._event, kind, event))
 
     def say(self, text):
@@ -9455,9 +9451,6 @@ class Screen:
                 ", ".join(name for name, _ in waiting),
                 ", SIGKILL in %d s" % math.ceil(max(kills)) if kills else ""))
 
-    def _drained(self):
-        self._loop.call_soon(self._resume)
-
     def _resume(self):
         lagging, self._lagging = self._lagging, set()
         for reader in lagging:
@@ -9503,12 +9496,12 @@ SHELL_WORDS = frozenset("""! . : [ [[ { } alias bg bind break builtin case cd co
 
 
 def split_list(text):
-    """Return the words of a text that commas and spaces divide."""
+    """Split a text at commas and white space."""
     return [word for word in re.split(r"[,\s]+", text) if word]
 
 
 def parse_number(text):
-    """Return the int or float that a text writes. Raise ValueError if it writes none."""
+    """Return a text as an int or a float. Raise ValueError."""
     try:
         return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else float(text.encode("ascii"))
     except ValueError:
@@ -9532,7 +9525,7 @@ def flapping_from_text(text):
 
 
 def number_or_text(text):
-    """Return the whole number that a text writes, or the text."""
+    """Return a text as an int if it is a whole number, else as it is."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else text
 
 
@@ -9572,7 +9565,7 @@ def event_pattern(text):
 
 
 def check_words(value):
-    """A list of strings, or one string that commas and spaces divide."""
+    """Check a list of strings, or one string that is split at commas and white space."""
     words = split_list(value) if isinstance(value, str) else value
     if not isinstance(words, list):
         raise ValueError("must be a list of strings, or a string")
@@ -9669,8 +9662,9 @@ def load_ini(file):
             twice = not isinstance(error, configparser.ParsingError)
             reason = "there twice" if twice else "neither [section] nor 'name = value' in a section"
             outside = isinstance(error, configparser.MissingSectionHeaderError)
-            lines_at = getattr(error, "errors", None) or [(error.lineno, "")]   # type: ignore[attr-defined]
-            for line, _ in lines_at:
+            errors = getattr(error, "errors", None) or [
+                (error.lineno, "")]             # type: ignore[attr-defined]
+            for line, _ in errors:
                 text = lines[line - 1].strip()
                 file.fault("'%s' is %s" % (text.partition("=")[0].rstrip(), reason),
                            getattr(error, "section", ""), line=line)
@@ -9724,7 +9718,7 @@ def load_objects(file):
     for item in data if isinstance(data, list) else [data]:
         name = item.get("name") if isinstance(item, dict) else None
         if not isinstance(name, str) or name in tree:
-            file.fault("must be sections, a template, or a list of templates of different names")
+            file.fault("must be sections, a template, or a list of templates with different names")
         else:
             tree[name] = item
     return {"process": tree}
@@ -9912,7 +9906,7 @@ def read_settings(source, taken=None):
             if kind not in FIELDS or bool(name) != (kind in NAMED_KINDS):
                 known = [kind if kind not in NAMED_KINDS else "%s:%s" % (kind, name or "NAME")
                          for kind in FIELDS]
-                file.fault("there is no section of this name%s" % (
+                file.fault("there is no section with this name%s" % (
                     near(section, known) or "; there are " + ", ".join(known)), section)
             elif name in found[kind]:
                 file.fault("this section is in %s too" % found[kind][name][0].path, section)
@@ -10169,19 +10163,21 @@ def find_targets(statuses, words, processes=False):
 
 # commands that are a verb and a path
 
-# verb: (path behind that of the process, path that is answered when it is done); "settled": that of
-# settled_path(), None: nothing to wait for
+# verb: (path behind that of the process, wait_for()'s path, or False: there is nothing to wait for)
 VERBS = {
     "start": ("/_start", "/_start"), "stop": ("/_stop", "/_stop"),
-    "restart": ("/_restart", "/_start"), "add": ("/_add/{n}", "settled"), "sub": ("/_sub/{n}", "settled"),
-    "kill": ("/_signal/{sig}?group={group}", None)}
+    "restart": ("/_restart", "/_start"),
+    "add": ("/_add/{n}", None), "sub": ("/_sub/{n}", None),
+    "kill": ("/_signal/{sig}?group={group}", False)}
 
 
 def wait_for(client, path, target, args):
     """Ask for "/_start" or "/_stop" and wait until it is done. Return the answer.
 
-    Raise ClientError with exit status 124 if it takes longer than it may.
+    None: that of the two which the template is in already. Raise ClientError with exit status 124
+    if it takes longer than it may.
     """
+    path = path or ("/_start" if target.status["active"] else "/_stop")
     query, longest = "true", target.status["graceful_timeout"] + WAIT_EXTRA
     if args.timeout is not None:
         query, longest = "%g" % args.timeout, args.timeout
@@ -10192,11 +10188,6 @@ def wait_for(client, path, target, args):
         if target.process is None:
             raise
         return b'{"ok": true}\n'                # it is stopping already
-
-
-def settled_path(target):
-    """Return the path that waits until a template has as many processes as it should."""
-    return "/_start" if target.status["active"] else "/_stop"
 
 
 def count_text(answer):
@@ -10228,7 +10219,7 @@ def act(args, verb):
     client, answers = connect(args), []
     targets, exit_status = find_targets(get_statuses(client), args.names, verb in ("stop", "kill"))
     path = path.format(**{name: reference(str(value)) for name, value in vars(args).items()})
-    waits = wait_path and not args.no_wait
+    waits = wait_path is not False and not args.no_wait
     for target in targets:
         try:                                    # a process that was told to stop hears no more
             answers.append((target, b"" if waits and target.process else
@@ -10238,8 +10229,7 @@ def act(args, verb):
     for target, answer in answers:
         try:
             if waits:
-                waited = wait_for(client, settled_path(target) if wait_path == "settled" else
-                                  wait_path, target, args)
+                waited = wait_for(client, wait_path, target, args)
                 answer = answer or waited
             show(args, answer, "%s: %s" % (target.word, act_text(verb, target, answer, args)))
         except ClientError as error:
@@ -10248,7 +10238,7 @@ def act(args, verb):
 
 
 def delete(client, targets, args, text):
-    """Stop templates, and forget each when its processes are gone. Return the exit status."""
+    """Stop templates, and remove each when its processes are gone. Return the exit status."""
     exit_status = 0
     for target in [] if args.no_wait else targets:
         client.request("POST", target.path + "/_stop")
@@ -10264,7 +10254,7 @@ def delete(client, targets, args, text):
 
 
 def del_process_command(args):
-    """Forget templates."""
+    """Stop templates and remove them."""
     client = connect(args)
     targets, exit_status = find_targets(get_statuses(client), args.names)
     return delete(client, targets, args, "deleted") or exit_status
@@ -10314,7 +10304,7 @@ def outcome_lines(outcome, would=""):
 
 
 def reload_command(args):
-    """Let the server load its configuration again."""
+    """Make the server load its configuration again."""
     answer = connect(args).request("POST", "/_reload" + ("?dry_run=true" if args.dry_run else ""))
     outcome = json.loads(answer)
     show(args, answer, "\n".join(outcome_lines(outcome, "would be " if args.dry_run else "")))
@@ -10372,7 +10362,7 @@ def load_process_command(args):
 
 
 def update_process_command(args):
-    """Change what is given of a template, and leave the rest."""
+    """Change the given fields of a template, and leave the rest."""
     client, path, given = connect(args), "/processes/" + reference(args.name), given_fields(args)
     if not given and not args.start:
         raise ClientError("say what to change: an option, or the command", 2)
@@ -10519,12 +10509,14 @@ def show_status(args, choose):
             if args.watch and size:
                 hidden = len(lines) - size.lines + 2
                 if hidden > 1:
-                    lines[-hidden - 1:-1] = ["… %d more lines do not fit: name what to show" % hidden]
+                    lines[-hidden - 1:-1] = [
+                        "… %d more lines do not fit: name what to show" % hidden]
                 lines = [clear + "\x1b[H\x1b[K" + "\n\x1b[K".join(lines) + "\x1b[J"]
                 clear = ""
             print("".join(line + "\n" for line in lines), end="", flush=True)
             if not (statuses or failed or args.watch):
-                tell("there is nothing yet: 'gaffer.py add_process' adds a template, 'load' a Procfile")
+                tell("there is nothing yet: 'gaffer.py add_process' adds a template, "
+                     "'gaffer.py load' a Procfile")
             well = statuses and all(status["state"] in ("running", "scheduled", "done") and (
                 status["running"] >= status["numprocesses"] or status["state"] != "running")
                 for status in statuses)
@@ -10535,7 +10527,7 @@ def show_status(args, choose):
 
 
 def status_command(args):
-    """Show what runs."""
+    """Show what is running."""
     def choose(statuses):
         targets, exit_status = find_targets(statuses, args.names or ["all"])
         return [target.status for target in targets], exit_status
@@ -10833,7 +10825,7 @@ def attach_command(args):
     if len(names) != 1:
         raise ClientError("%s runs %d processes: attach to one of %s" % (
             word, len(names), ", ".join(names)) if names else
-            "%s does not run: 'gaffer.py start %s' starts it" % (word, word))
+            "%s is not running: 'gaffer.py start %s' starts it" % (word, word))
     import termios
     attachment, before = Attachment(client, status, found[0]), None
     if os.isatty(0):                            # Ctrl-] sends QUIT
@@ -10842,7 +10834,7 @@ def attach_command(args):
         termios.tcsetattr(0, termios.TCSADRAIN, changed)
     tell("attached to %s, os pid %d: %s leaves it running, Ctrl-C goes to it%s" % (
         names[0], found[0]["os_pid"], "Ctrl-]" if before else "QUIT",
-        "" if attachment.info["redirect_input"] else "; its stdin is /dev/null: it reads nothing"))
+        "" if attachment.info["redirect_input"] else "; it reads nothing: its stdin is /dev/null"))
     try:
         exit_status = attachment.run(args.n)
     finally:
@@ -10852,7 +10844,8 @@ def attach_command(args):
     if exit_status != 128 + signal.SIGHUP:
         if attachment.line_is_open and sys.stderr.isatty():
             print(file=sys.stderr)
-        tell("detached, %s %s" % (names[0], "has ended" if attachment.ended else "runs on"))
+        tell("detached, %s %s" % (
+            names[0], "has ended" if attachment.ended else "is still running"))
     return exit_status
 
 
@@ -10875,8 +10868,8 @@ class PidFile:
         except BlockingIOError:
             with self._file:
                 self._file.seek(0)
-                raise StartError("the pid file '%s' is used by a gaffer that runs, pid %s: stop "
-                                 "it, or give another" % (
+                raise StartError("the pid file '%s' is in use by a running gaffer, pid %s: stop "
+                                 "it, or use another file" % (
                                      self._path, self._file.read(20).strip())) from None
         except OSError as error:
             raise StartError("the pid file '%s' cannot be written: %s" % (
@@ -11071,7 +11064,7 @@ def serve(args):
     """Run the server, in the background if that is asked for."""
     run_cached()
     if args.daemon and not args.log_file:
-        raise ClientError("--daemon needs --log-file FILE: nobody would see what it has to say", 2)
+        raise ClientError("--daemon needs --log-file FILE: nobody would see its messages", 2)
     keep_buffers()
     background = [Background()] if args.daemon else []
     handler = LogHandler(args.log_file)
@@ -11145,14 +11138,14 @@ def up_templates(args, taken):
 
 
 def up_command(args):
-    """Run a Procfile on this screen."""
+    """Run a Procfile in the foreground."""
     run_cached()
     keep_buffers()
     endpoints = list(map(HttpEndpoint, args.bind))
     taken = [endpoint.port for endpoint in endpoints if not endpoint.path]
     configuration = Configuration(lambda: Settings([], up_templates(args, taken), []))
     if not any(info["numprocesses"] for info in configuration.settings.templates.values()):
-        raise ClientError("there is nothing to run: all numbers are 0")
+        raise ClientError("there is nothing to run: all counts are 0")
     screen = Screen(1, wants_colour(args), not args.keep_going)
     token = read_token(args.token_file)
     folder = args.root or os.path.dirname(os.path.abspath(args.procfile))
@@ -11224,7 +11217,7 @@ def find_app(args, statuses):
 
 
 def load_command(args):
-    """Make the group in the server what the Procfile says."""
+    """Make a group in the server equal to the Procfile."""
     client, group = connect(args), group_of(args)
     statuses = get_statuses(client)
     templates, formation = procfile_templates(args, [client.port])
@@ -11244,7 +11237,7 @@ def load_command(args):
 
 
 def unload_command(args):
-    """Stop and forget a group."""
+    """Stop the templates of a group and remove them."""
     client, args.group = connect(args), group_of(args)
     return delete(client, find_app(args, get_statuses(client)).values(), args, "unloaded")
 
@@ -11279,7 +11272,7 @@ def scale_command(args):
             verb = "add" if by > 0 else "sub"
             answer = client.request("POST", "%s/_%s/%d" % (target.path, verb, abs(by)))
         if by and not args.no_wait:
-            wait_for(client, settled_path(target), target, args)
+            wait_for(client, None, target, args)
         show(args, answer, "%s: %s" % (target.word, count_text(answer)))
     return 0
 
@@ -11309,7 +11302,7 @@ def export_systemd(group, source, templates):
 
 
 def export_files(args):
-    """Return {file: text} of a Procfile in another form. ClientError: that form cannot hold it."""
+    """Convert a Procfile. Return {file: text}. ClientError: the format cannot express it."""
     group, source = group_of(args), open_procfile(args)
     templates, _ = procfile_templates(args)
     if args.format == "systemd":
@@ -11337,7 +11330,7 @@ def export_files(args):
 
 
 def export_command(args):
-    """Write a Procfile in another form."""
+    """Convert a Procfile to another format."""
     files = export_files(args)
     for name, text in files.items():
         path = os.path.join(args.output or "", name)
@@ -11485,18 +11478,18 @@ BY = option("n N?", "how many (default 1)", type=POSITIVE, default=1)
 WAIT = (option("--timeout SECONDS", "wait this long at most, then exit with 124", type=SECONDS),
         option("--no-wait", "do not wait until it is done"))
 COLOUR = option("--no-color", "no colours (NO_COLOR does the same)")
-WATCH = option("-w, --watch", "again each second, until Ctrl-C")
+WATCH = option("-w, --watch", "repeat every second until Ctrl-C")
 START = option("--start", "start it")
 TEMPLATE = (
     option("name NAME", "the template's name"),
-    option("cmd CMD...", "all that follows NAME: a command line as one word, or a program and its "
+    option("cmd CMD...", "everything after NAME: a command line as one word, or a program and its "
            "arguments"), START, *template_options(), *ASK)
 PLACE = (option("-f, --procfile FILE", "the Procfile (default ./Procfile)", default=PROCFILE_NAME),
          option("-d, --root DIR", "where its processes run (default: its folder)"))
 PROCFILE = (
-    *PLACE, several("-e, --env-file FILE", "variables, in place of those of .env in that folder"),
-    option("-p, --port PORT", "PORT of the first type, then a hundred for each (default: that of "
-           "the environment, or 5000)", type=WHOLE))
+    *PLACE, several("-e, --env-file FILE", "variables, read instead of .env in that folder"),
+    option("-p, --port PORT", "PORT of the first type; each further type gets 100 more (default: "
+           "PORT of .env or the environment, else 5000)", type=WHOLE))
 FORMATION = several("-c, --concurrency TYPE=N", "how many of each type, as in web=2,worker=3")
 GROUP = option("group GROUP?", "the name of the application (default: its folder's)")
 LISTEN = (
@@ -11505,44 +11498,45 @@ LISTEN = (
 SERVE = (
     option("config CONFIG?", "what to run: a file of INI, JSON or TOML, or a Procfile"), *LISTEN,
     several("--cors-origin ORIGIN", "let pages of this origin use the API ('*': all of them)"),
-    several("--allow-host HOST", "a further name of this server"),
+    several("--allow-host HOST", "another name of this server"),
     option("--certfile FILE", "serve TLS with this certificate (PEM)"),
-    option("--keyfile FILE", "and this key"),
-    option("--access-log FILE", "a line for each request, in Apache's format ('-': stderr)"),
+    option("--keyfile FILE", "the key of the certificate (PEM)"),
+    option("--access-log FILE", "log each request, in Apache's format ('-': to stderr)"),
     option("--exit-with NAME", "stop when a process of this template ends by itself, and exit with "
            "its status",
            type=checked(NAME.pattern, str, "the name of a template, which is not all digits")),
-    option("--window BYTES", "how much is kept of each stream (default %d)" % WINDOW_SIZE,
+    option("--window BYTES", "bytes kept of each stream (default %d)" % WINDOW_SIZE,
            type=checked("[0-9]{1,12}", int, "%d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX),
                         WINDOW_SIZE_MIN, WINDOW_SIZE_MAX)),
-    option("--input BYTES", "how much may wait for a process to read it (default %d)" % STDIN_SIZE,
+    option("--input BYTES", "bytes that may wait for a process to read (default %d)" % STDIN_SIZE,
            type=checked("[0-9]{1,12}", int, "1 to %d bytes" % STDIN_SIZE_MAX, 1, STDIN_SIZE_MAX)),
-    option("--connections N", "at once (default %d, or 7/8 of the limit of open files)" % (
-        CONNECTIONS_MAX), type=POSITIVE),
-    option("--connections-per-address N", "of one address, this machine's own too (default %d, and "
-           "those are not counted)" % ADDRESS_CONNECTIONS_MAX, type=POSITIVE),
+    option("--connections N", "connections at once (default %d, or 7/8 of the limit of open "
+           "files)" % CONNECTIONS_MAX, type=POSITIVE),
+    option("--connections-per-address N", "connections from one address, even this machine "
+           "(default %d from others)" % ADDRESS_CONNECTIONS_MAX, type=POSITIVE),
     option("--pidfile FILE", "keep the pid in this file"),
     option("--log-file FILE", "log into this file (default: to stderr)"),
-    option("--daemon", "go on in the background; needs --log-file"),
+    option("--daemon", "run in the background; needs --log-file"),
     option("-v, --verbose", "log events; -vv: the processes' output too", action="count",
            default=0))
 LOGS = (
     option("names NAME*", TARGETS + " (the default)"),
-    option("-f, --follow", "go on with what comes, until Ctrl-C"),
+    option("-f, --follow", "follow new output until Ctrl-C"),
     option("-n N", "begin with the last N lines of each stream, or all (default 10)", type=LINES),
-    option("--since TIME", "begin with what came in the last 90s, 10m, 2h or 1d", type=AGO),
+    option("--since TIME", "begin with the output of the last 90s, 10m, 2h or 1d", type=AGO),
     option("--stdout", "only stdout"), option("--stderr", "only stderr"),
-    option("--no-prefix", "without the names"), option("-t, --times", "with the time of each line"),
-    COLOUR, *CONNECTION, option("--json", "an object a line: time, name, pid, label, data"))
+    option("--no-prefix", "leave out the names"),
+    option("-t, --times", "print the time of each line"), COLOUR, *CONNECTION,
+    option("--json", "print an object per line: time, name, pid, label, data"))
 
-GROUPS = {"server": "the server", "control": "control", "look": "look", "template": "templates",
-          "procfile": "Procfiles", "other": "other"}
+GROUPS = {"server": "the server", "control": "control", "look": "inspection",
+          "template": "templates", "procfile": "Procfiles", "other": "other"}
 Command = collections.namedtuple("Command", "group run help options")
 
 
 def verb(name, text, *options):
     """Return the Command of one of VERBS."""
-    waits = WAIT if VERBS[name][1] else ()
+    waits = () if VERBS[name][1] is False else WAIT
     return Command("control", functools.partial(act, verb=name), text, (*options, *waits, *ASK))
 
 
@@ -11552,67 +11546,67 @@ def field(name, text):
 
 
 COMMANDS = {
-    "serve": Command("server", serve, "run the supervisor and its HTTP API", SERVE),
-    "reload": Command("server", reload_command, "let the server load its CONFIG again", (
-        option("--dry-run", "only say what would change"), *ASK)),
+    "serve": Command("server", serve, "run the supervisor with its HTTP API and web page", SERVE),
+    "reload": Command("server", reload_command, "make the server load its CONFIG again", (
+        option("--dry-run", "only show what would change"), *ASK)),
     "start": verb("start", "start processes (of a Procfile: up)", SOME_NAMES),
     "stop": verb("stop", "stop processes; they stay stopped", SOME_TARGETS),
-    "restart": verb("restart", "stop each process, and replace it", SOME_NAMES),
+    "restart": verb("restart", "stop and replace processes", SOME_NAMES),
     "add": verb("add", "run more processes of a template", ONE_NAME, BY),
-    "sub": verb("sub", "run fewer processes of a template; the oldest end", ONE_NAME, BY),
+    "sub": verb("sub", "run fewer processes of a template; the oldest stop", ONE_NAME, BY),
     "kill": verb("kill", "send a signal to processes", SOME_TARGETS,
                  option("sig SIGNAL", "15, TERM or SIGTERM; also as -9 in front of NAME"),
                  option("--group", "to their whole process groups", action="store_const",
                         const="true", default="false")),
     "processes": Command("look", processes_command, "list the names of all templates", (
-        option("--running", "the pids of all that runs instead"), *ASK)),
-    "status": Command("look", status_command, "show what runs, and what will happen next", (
+        option("--running", "print the pids of running processes instead"), *ASK)),
+    "status": Command("look", status_command, "show what is running and what happens next", (
         option("names NAME*", NAMES + " (the default)"), WATCH, COLOUR, *ASK)),
     "logs": Command("look", logs_command, "print the output of processes, in order", LOGS),
-    "attach": Command("look", attach_command, "see a process's output, and type into it", (
+    "attach": Command("look", attach_command, "see the output of a process and type into it", (
         option("names NAME", "a name, or one process: web.2, or its pid", nargs=1),
         option("-n N", "begin with its last N lines (default 10)", type=WHOLE, default=10),
         *CONNECTION)),
-    "watch": Command("look", watch_command, "print events as they happen, until Ctrl-C", (
+    "watch": Command("look", watch_command, "print events as they happen until Ctrl-C", (
         option("pattern PATTERN?", "a type such as exit, proc/NAME or proc/NAME/TYPE", default=""),
         COLOUR, *ASK)),
-    "running": field("running", "print how many processes of a template run"),
+    "running": field("running", "print how many processes of a template are running"),
     "numprocesses": field("numprocesses", "print how many processes are wanted"),
-    "pids": field("pids", "print gaffer's pids of what runs"),
+    "pids": field("pids", "print gaffer's pids of the running processes"),
     "get_process": Command("template", get_process_command, "print a template as JSON", (
         SOME_TARGETS, *ASK)),
     "add_process": Command("template", add_process_command, "add a template", TEMPLATE),
     "load_process": Command("template", load_process_command, "add a template from a JSON file", (
         option("file FILE", "as POST /processes takes it; - is stdin"), START, *ASK)),
     "update_process": Command("template", update_process_command,
-                              "change what is given of a template", TEMPLATE),
-    "del_process": Command("template", del_process_command, "stop a template, and forget it", (
+                              "change fields of a template", TEMPLATE),
+    "del_process": Command("template", del_process_command, "stop and remove a template", (
         SOME_NAMES, *WAIT, *ASK)),
     "up": Command("procfile", up_command, "run a Procfile here, all output on one screen", (
         option("names TYPE*", "only these types (default: all)"), *PROCFILE, FORMATION,
-        option("--keep-going", "start again what ends, in place of stopping all"),
+        option("--keep-going", "restart processes that end instead of stopping all"),
         *LISTEN, COLOUR)),
     "run": Command("procfile", run_command, "run a command in the environment of a Procfile", (
         option("cmd CMD...", "a type, a command line as one word, or a program and its arguments"),
         *PROCFILE)),
-    "load": Command("procfile", load_command, "let the server run a Procfile", (
+    "load": Command("procfile", load_command, "run a Procfile in the server", (
         GROUP, *PROCFILE, FORMATION, *WAIT, *ASK)),
-    "unload": Command("procfile", unload_command, "stop a loaded Procfile, and forget it", (
+    "unload": Command("procfile", unload_command, "stop and remove a loaded Procfile", (
         GROUP, *PLACE, *WAIT, *ASK)),
     "scale": Command("procfile", scale_command, "change how many of each type run", (
-        option("changes CHANGE+", "perhaps a GROUP, then web=3, web+1 or web-1"), *PLACE, *WAIT,
+        option("changes CHANGE+", "web=3, web+1 or web-1; a GROUP may come first"), *PLACE, *WAIT,
         *ASK)),
     "ps": Command("procfile", ps_command, "show the processes of a Procfile, as status does", (
         GROUP, *PLACE, WATCH, COLOUR, *ASK)),
-    "export": Command("procfile", export_command, "write a Procfile in another form", (
-        option("format FORMAT", "ini or json, for serve, or systemd",
+    "export": Command("procfile", export_command, "convert a Procfile to another format", (
+        option("format FORMAT", "ini or json (for serve), or systemd",
                choices=("ini", "json", "systemd")), GROUP,
-        option("-o, --output DIR", "write files into this folder (default: print them)"), *PROCFILE,
-        FORMATION)),
-    "completion": Command("other", completion_command, "print what lets a shell complete words", (
-        option("shell SHELL", "bash, zsh or fish: its script is to be sourced",
+        option("-o, --output DIR", "write the files into this folder (default: print them)"),
+        *PROCFILE, FORMATION)),
+    "completion": Command("other", completion_command, "print a completion script for a shell", (
+        option("shell SHELL", "bash, zsh or fish, which has to source it",
                choices=("bash", "zsh", "fish")),
-        option("line LINE?", "for the script: what was typed so far"))),
+        option("line LINE?", "print completions of this instead; the script calls it so"))),
 }
 
 QUICK_START = """\
@@ -11666,7 +11660,7 @@ def make_parser(name):
 
 
 def run_without_command(argv):
-    """Do --version, --help, nothing at all, or a mistake. Return the exit status."""
+    """Handle --version, --help and unknown commands. Return the exit status."""
     if argv == ["--version"]:
         print("gaffer %s" % __version__)
         return 0
@@ -11688,7 +11682,7 @@ def run_without_command(argv):
 
 
 def dispatch(argv):
-    """Do what a command line says. Return the exit status."""
+    """Run a command line. Return the exit status."""
     if len(argv) == 2 and argv[0] == "help":
         argv = [argv[1], "--help"]
     name, argv = command_first(COMMANDS, argv)

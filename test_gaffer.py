@@ -15175,7 +15175,7 @@ class CliEveryCommand(CliControlCase):
     UNREAD = ("processes", "status", "stop", "logs", "attach", "watch", "export")   # each writes in a way of its own
     SAID = {"attach": r"gaffer: attached to @\.1, os pid \d+: .*\n(gaffer: detached, @\.1 has ended\n)?"}
     NO_SERVER = r"gaffer: there is no gaffer at http://127\.0\.0\.1:1 \(.*\): start one with 'python3 gaffer\.py serve'.*\n"
-    REFUSED = r"gaffer: the server wants its token: give it with --token-file FILE or GAFFER_TOKEN\n"
+    REFUSED = r"gaffer: the server requires its token: pass it with --token-file FILE or GAFFER_TOKEN\n"
 
     def setUp(self):
         super().setUp()
@@ -15358,7 +15358,7 @@ class CliTerminal(CliFollowCase):
         os.write(main, b"typed\x1c\n")
         self.shows(main, r"typed\^\\\r\n(?s:.*)typed\x1c\r\n")
         os.write(main, b"\x1d")
-        self.shows(main, r"gaffer: detached, a\.1 runs on\r\n")
+        self.shows(main, r"gaffer: detached, a\.1 is still running\r\n")
         self.assertEqual(process.wait(TIMEOUT), 0)
         process, main = self.terminal("attach", "deaf")
         self.shows(main, "its stdin is /dev/null")
@@ -15540,7 +15540,7 @@ class CliAttach(CliFollowCase):
         self.sleepers("two", numprocesses=2)
         self.sleepers("off", start=False)
         self.call("attach", "two", status=1, err="gaffer: two runs 2 processes: attach to one of two\\.1, two\\.2\n")
-        self.call("attach", "off", status=1, err="gaffer: off does not run: 'gaffer.py start off' starts it\n")
+        self.call("attach", "off", status=1, err="gaffer: off is not running: 'gaffer.py start off' starts it\n")
         self.call("attach", "77", status=4, err="gaffer: there is no process named '77'.*\n")
 
 
@@ -15752,7 +15752,7 @@ class ConfigFiles(ConfigCase):
             "7: [endpoint:public] field 'backlog' must be a number, not 'x'",
             "8: [endpoint:public] 'bind' is there twice",
             "9: [endpoint:other] field 'bind' is required",
-            "10: [proces:dummy] there is no section of this name, did you mean 'process:dummy'?",
+            "10: [proces:dummy] there is no section with this name, did you mean 'process:dummy'?",
             "12: [process:dummy] field 'cmd' is required",
             "13: [process:dummy] unknown field 'comand', did you mean 'cmd'?",
             "14: [process:dummy] field 'numprocesses' must be a number, not 'two'",
@@ -15769,7 +15769,7 @@ class ConfigFiles(ConfigCase):
             "31: [env:x] there is no [process:x]",
             "34: [webhooks] 'creat': there is no event type 'creat', did you mean 'create'?*",
             "35: [webhooks] 'exit': 'nourl' is not a URL such as http://host:port/path",
-            "36: [process] there is no section of this name, did you mean 'process:NAME'?",
+            "36: [process] there is no section with this name, did you mean 'process:NAME'?",
             "38: [endpoint:last] '127.0.0.1' is no address: give host:port, [v6]:port or unix:/path"]),
         ("include.ini", "[gaffer]\ninclude = b.ini b.ini no.ini include.ini\ninclude_dir = nothing\n"
                         "[process:a]\ncmd = sleep 1\n", [
@@ -15788,7 +15788,7 @@ class ConfigFiles(ConfigCase):
             "4: [process:db] field 'cmd' is required",
             "5: [process:db] unknown field 'cmdd', did you mean 'cmd'?",
             "6: [process:e] field 'env' must be an object of strings and numbers",
-            "7: [processes] there is no section of this name, did you mean 'process:NAME'?",
+            "7: [processes] there is no section with this name, did you mean 'process:NAME'?",
             "8: [gaffer] field 'include' must not hold a NUL character",
             "9: [endpoint:x] field 'certfile' must be a string",
             "10: [endpoint:y] must be an object"]),
@@ -15796,10 +15796,10 @@ class ConfigFiles(ConfigCase):
             "1: [process:a] field 'name' is 'b': leave it out",
             "2: [env:a] must be an object of strings and numbers, but 'X' is neither"]),
         ("syntax.json", '{"a":\n1,}', ["2: cannot be parsed: *"]),
-        ("three.json", "3", ["1: must be sections, a template, or a list of templates of different names"]),
+        ("three.json", "3", ["1: must be sections, a template, or a list of templates with different names"]),
         ("list.json", '[{"name": "a", "cmd": "true"},\n{"cmd": "x", "name": "b", "env": 1},\n'
                       '{"name": "a", "cmd": "x"}]', [
-            "1: must be sections, a template, or a list of templates of different names",
+            "1: must be sections, a template, or a list of templates with different names",
             "2: [process:b] field 'env' must be an object of strings and numbers"]),
         ("twice.json", '{"process": {"a":\n {"cmd": "true", "cmd": "false"}}, "env": []}', [
             "1: 'cmd' is there twice in one object", "2: [env] must be an object"]),
@@ -16672,8 +16672,8 @@ class CliDaemon(CliFollowCase):
         self.file(os.path.dirname(path), "pid", "999999999999 stale\n")
         server = self.start("--pidfile", path)
         self.assertEqual(cli_read(path), "%d\n" % server.process.pid)
-        self.call("serve", "--bind", "127.0.0.1:0", "--pidfile", path, status=1, err="gaffer: the pid file '%s' is used by a gaffer "
-                  "that runs, pid %d: .*\n" % (path, server.process.pid))
+        self.call("serve", "--bind", "127.0.0.1:0", "--pidfile", path, status=1, err="gaffer: the pid file '%s' is in use by a running gaffer, "
+                  "pid %d: .*\n" % (path, server.process.pid))
         self.assertEqual((server.stop(), server.stderr), (0, ""))
         self.assertFalse(os.path.exists(path))
         self.call("serve", "--bind", "127.0.0.1:0", "--pidfile", path + "/x", status=1, err="gaffer: the pid file .* cannot be written: .*\n")
@@ -16693,7 +16693,7 @@ class CliDaemon(CliFollowCase):
         with unittest.mock.patch("fcntl.flock", slow):
             second.start(None, None)
         self.assertEqual(cli_read(path), "%d\n" % os.getpid())
-        with self.assertRaisesRegex(gaffer.StartError, "is used by a gaffer"):
+        with self.assertRaisesRegex(gaffer.StartError, "is in use by a running gaffer"):
             third.start(None, None)
         os.unlink(path)
         fourth.start(None, None)
