@@ -7924,8 +7924,8 @@ BACKLOG = 1024                                  # connections that wait to be ac
 ACCEPTS_PER_TURN = 16                           # so that connections get their turn
 ACCEPT_PAUSE = 1.0                              # after EMFILE, or the listener would wake the loop
 ACCESS_FIELD_SIZE = KIB                         # of a client's header in the access log
-ACCESS_LOG_LINES = 2000                         # that wait to be written
-LOG_END = 1.0                                   # to write them, at the stop
+LOG_SIZE = 256 * KIB                            # of a log, that waits to be written
+LOG_END = 1.0                                   # to write it, at the stop
 
 
 class HttpEndpoint:
@@ -8012,99 +8012,167 @@ def access_line(client, when, request, status, size, secrets=()):
     return '%s - - [%s] "%s" %d %s "%s" "%s"' % (host, when, fields[0], status, size or "-", *fields[1:])
 
 
+def write_all(fd, data):
+    """Write all of it, past any buffer. Wait even if the descriptor is non-blocking."""
+    while data:
+        try:
+            data = data[os.write(fd, data):]
+        except BlockingIOError:
+            select.select([], [fd], [])
+
+
+class Writer:
+    """Writes to a descriptor on a thread, so that nobody waits for a slow terminal, pipe or disk.
+
+    Up to `limit` bytes may wait. `drained()` is called on that thread once half of them are written
+    after it was `full`, `failed(error)` when a write fails.
+    """
+
+    def __init__(self, fd, limit, drained=lambda: None, failed=lambda error: None):
+        self.fd, self.full = fd, False
+        self._limit, self._drained, self._failed = limit, drained, failed
+        self._lock, self._size = threading.Lock(), 0
+        self._queue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="gaffer-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, data):
+        """Take bytes. Return False when there is no room for more."""
+        with self._lock:
+            self._size += len(data)
+            self.full = self.full or self._size >= self._limit
+        self._queue.put(data)
+        return not self.full
+
+    def write(self, data):
+        """Write bytes, on the thread. Raise OSError."""
+        write_all(self.fd, data)
+
+    def _run(self):
+        for data in iter(self._queue.get, None):
+            try:
+                self.write(data)
+            except OSError as error:
+                self._failed(error)
+            with self._lock:
+                self._size -= len(data)
+                drained = self.full and self._size <= self._limit // 2
+                self.full = self.full and not drained
+            if drained:
+                self._drained()
+
+    def close(self, timeout):
+        """Write what waits. Return whether that was done within `timeout` seconds."""
+        self._queue.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+
+def is_file_at(fd, path):
+    """Return whether a descriptor is of the file at a path. OSError."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+class LogWriter(Writer):
+    """Writes a log to the file at `path`, or to stderr if that is None.
+
+    A file that was moved away is made anew; if that fails, the log goes on in the old one. `name`: of
+    the log, in messages. StartError: the file cannot be written.
+    """
+
+    def __init__(self, path, name, failed):
+        self._path, self._name, self._reports = path and os.path.abspath(path), name, Throttle()
+        self._standard = False                  # whether stdout and stderr lead to the file, too
+        super().__init__(self._open() if path else 2, LOG_SIZE, failed=failed)
+
+    def _open(self):
+        try:                                    # a FIFO that nobody reads would block
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+            return os.open(self._path, flags, 0o640)
+        except OSError as error:
+            raise StartError("the %s '%s' cannot be written: %s" % (
+                self._name, self._path, error.strerror)) from None
+
+    def write(self, data):
+        try:
+            if self._path and not is_file_at(self.fd, self._path):
+                fd = self._open()
+                os.dup2(fd, self.fd, inheritable=False)
+                os.close(fd)
+                if self._standard:
+                    self.replace_standard_streams()
+        except (OSError, StartError) as error:
+            self._reports.warning("%s; the log goes on in the old file", error)
+        super().write(data)
+
+    def reopen(self):
+        """Make the file anew if it was moved away, although there is nothing to write."""
+        self.put(b"")
+
+    def replace_standard_streams(self):
+        """Let stdout and stderr lead to the file, too."""
+        self._standard = True
+        os.dup2(self.fd, 1)
+        os.dup2(self.fd, 2)
+
+    def _run(self):
+        super()._run()
+        if self._path:
+            os.close(self.fd)
+
+
 class AccessLog:
     """A line for each request, in Apache's combined format. `path`: a file, or "-" for stderr.
 
-    A thread writes the lines. Up to ACCESS_LOG_LINES wait for it; more are dropped, and that is
-    reported once a minute, as is what cannot be written. A file that was moved away is made anew.
+    A thread writes the lines. What finds no room or cannot be written is dropped, and that is
+    reported once a minute. A file that was moved away is made anew.
     """
 
     def __init__(self, path):
-        self._path = path
-        self._queue = self._handler = self._listener = None
+        self._path, self._writer, self._secrets = path, None, ()
         self._lost, self._reports = 0, Throttle()
-        self._secrets = ()
         self._time = (0, "")
 
     def start(self, token):
-        """Open the file. `token`: never to be written. Raises StartError."""
-        from logging.handlers import QueueListener, WatchedFileHandler
-
-        class File(WatchedFileHandler):
-            """Unbuffered, so that a full disk leaves nothing behind."""
-
-            def _open(self):
-                file = io.FileIO(self.baseFilename, "a", opener=lambda path, flags: os.open(path, flags, 0o640))
-                return io.TextIOWrapper(file, encoding="ascii", write_through=True)
-
-            def emit(self, record):
-                try:
-                    super().emit(record)
-                except OSError:                 # it cannot be made anew
-                    self.handleError(record)
-
-        class Listener(QueueListener):
-            def enqueue_sentinel(self):
-                self.queue.put(None)            # type: ignore[attr-defined]  # waits where it is full
-
+        """Open the file. `token`: never to be written. StartError."""
         if token is not None:
-            raw = token.encode("utf-8").decode("latin-1")
             self._secrets = sorted({
-                raw, urllib.parse.quote(token), urllib.parse.quote(token, ""), urllib.parse.quote_plus(token),
-                base64.b64encode(b":" + token.encode("utf-8")).decode("ascii")}, key=len, reverse=True)
-        try:
-            if self._path != "-":               # non-blocking: a pipe may have no reader
-                os.close(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640))
-            self._handler = logging.StreamHandler() if self._path == "-" else File(self._path)
-        except OSError as error:
-            raise StartError("the access log '%s' cannot be written: %s" % (self._path, error.strerror)) from None
-        self._handler.handleError = self._report
-        self._queue = queue.Queue(ACCESS_LOG_LINES)
-        self._listener = Listener(self._queue, self._handler)
-        self._listener.start()
+                token.encode("utf-8").decode("latin-1"), urllib.parse.quote(token),
+                urllib.parse.quote(token, ""), urllib.parse.quote_plus(token),
+                base64.b64encode(b":" + token.encode("utf-8")).decode("ascii"),
+            }, key=len, reverse=True)
+        path = None if self._path == "-" else self._path
+        self._writer = LogWriter(path, "access log", self._drop)
 
     def add(self, client, request, status, size):
         """Note a request that was answered with `size` bytes beside the head. Any thread."""
+        if self._writer.full:
+            return self._drop(None)
         now = int(time.time())
         made, when = self._time
         if made != now:
             when = log_time(now)
             self._time = now, when
         line = access_line(client, when, request, status, size, self._secrets)
-        try:
-            self._queue.put_nowait(logging.makeLogRecord({"msg": line}))
-        except queue.Full:
-            self._report(None)
+        self._writer.put(line.encode("ascii", "backslashreplace") + b"\n")
 
-    def _report(self, record):
+    def _drop(self, error):
         self._lost += 1
-        error = sys.exc_info()[1]
-        self._reports.warning(
-            "the access log '%s' cannot be written: %s; %d lines are lost so far", self._path,
-            (error.strerror or str(error)).lower() if isinstance(error, OSError) else "nobody takes it", self._lost)
+        self._reports.warning("the access log '%s' cannot be written: %s; %d lines are lost so far",
+                              self._path, error.strerror.lower() if error else "nobody takes it",
+                              self._lost)
 
     def reopen(self):
-        """Open the file anew if it has been moved away, on a thread as a disk may hang. Any thread."""
-        if self._path != "-":
-            threading.Thread(target=self._reopen, daemon=True).start()
-
-    def _reopen(self):
-        with self._handler.lock:
-            try:
-                self._handler.reopenIfNeeded()
-            except OSError as error:            # each line tries again
-                log.error("'%s' cannot be opened again: %s", self._path, error.strerror)
+        """Make a file that was moved away anew. Any thread."""
+        self._writer.reopen()
 
     def stop(self):
         """Write what waits, and close the file; a disk that hangs is not waited for."""
-        if self._listener is not None:
-            end = threading.Thread(target=self._stop, daemon=True)
-            end.start()
-            end.join(LOG_END)
-
-    def _stop(self):
-        self._listener.stop()
-        self._handler.close()
+        if self._writer is not None:
+            self._writer.close(LOG_END)
 
 
 class WsgiErrors:
@@ -9281,15 +9349,6 @@ def signal_name(number):
         return "SIG%d" % number
 
 
-def write_all(fd, data):
-    """Write all of it, past any buffer. Wait even if the descriptor is non-blocking."""
-    while data:
-        try:
-            data = data[os.write(fd, data):]
-        except BlockingIOError:
-            select.select([], [fd], [])
-
-
 def colour(text, code):
     """Return text in a colour of the terminal."""
     return "\x1b[%dm%s\x1b[0m" % (code, text)
@@ -9311,49 +9370,6 @@ class Prefixer:
             return text
         code = self.PALETTE[len(self._colours) % len(self.PALETTE)]
         return colour(text, self._colours.setdefault(name, code))
-
-
-class Writer:
-    """Writes to a descriptor on a thread, so that nobody waits for a slow terminal, pipe or disk.
-
-    Up to `limit` bytes may wait. `drained()` is called on that thread once half of them are written
-    after it was `full`, `failed()` when a write fails.
-    """
-
-    def __init__(self, fd, limit, drained=lambda: None, failed=lambda: None):
-        self.fd, self.full = fd, False
-        self._limit, self._drained, self._failed = limit, drained, failed
-        self._lock, self._size = threading.Lock(), 0
-        self._queue = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="gaffer-writer", daemon=True)
-        self._thread.start()
-
-    def put(self, data):
-        """Take bytes. Return False when there is no room for more."""
-        with self._lock:
-            self._size += len(data)
-            self.full = self.full or self._size >= self._limit
-        self._queue.put(data)
-        return not self.full
-
-    def _run(self):
-        for data in iter(self._queue.get, None):
-            try:
-                write_all(self.fd, data)
-            except OSError:
-                self._failed()
-            with self._lock:
-                self._size -= len(data)
-                drained = self.full and self._size <= self._limit // 2
-                self.full = self.full and not drained
-            if drained:
-                self._drained()
-
-    def close(self, timeout):
-        """Write what waits. Return whether that was done within `timeout` seconds."""
-        self._queue.put(None)
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
 
 
 class Screen:
@@ -9456,8 +9472,8 @@ class Screen:
         for reader in lagging:
             reader.pump()
 
-    def _failed(self):
-        """Nobody looks any more: stop."""
+    def _failed(self, error):
+        """Stop, as nobody looks any more."""
         self.status = self.status or 128 + signal.SIGPIPE
         self._manager.stop()
 
@@ -10045,7 +10061,6 @@ class Configuration:
 # --------------------------------------------------------------------------------------------------
 WINDOW_SIZE_MIN = 256                           # a line or two
 WINDOW_SIZE_MAX = STDIN_SIZE_MAX = 1024 * MIB
-LOG_SIZE = 256 * KIB                            # that waits to be written to --log-file
 STATUS_INTERVAL = 1.0                           # of status -w
 RETRY_FIRST = 0.1                               # before a server is asked again; then twice as long
 RETRY_MAX = 2.0
@@ -10862,7 +10877,7 @@ class PidFile:
             while True:
                 self._file = open(self._path, "a+", encoding="ascii", errors="replace")
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_there():
+                if is_file_at(self._file.fileno(), self._path):
                     break
                 self._file.close()              # its last user has removed it meanwhile
         except BlockingIOError:
@@ -10877,71 +10892,38 @@ class PidFile:
         self._file.truncate(0)
         print(os.getpid(), file=self._file, flush=True)
 
-    def _is_there(self):
-        try:
-            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
-        except FileNotFoundError:
-            return False
-
     def stop(self):
         with self._file:
-            if self._is_there():
+            if is_file_at(self._file.fileno(), self._path):
                 os.unlink(self._path)
 
 
 class LogHandler(logging.Handler):
-    """Logs to stderr, or to the file at `path`, and never waits for it.
+    """Logs to stderr, or to the file at `path`, and never waits for it. StartError.
 
-    Lines that find no room are counted, and the count is logged once there is room. StartError.
+    Lines that find no room, or cannot be written, are counted, and the next one is told how many.
     """
 
     def __init__(self, path=None):
         super().__init__()
-        self._path = path and os.path.abspath(path)
-        self._dropped, self._standard = 0, False
-        self._writer = Writer(self._open() if path else 2, LOG_SIZE)
+        self._dropped = 0
+        self.writer = LogWriter(path, "log file", lambda error: self._drop())
 
-    def _open(self):
-        try:                                    # a FIFO that nobody reads would block
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-            return os.open(self._path, flags, 0o640)
-        except OSError as error:
-            raise StartError("the log file '%s' cannot be written: %s" % (
-                self._path, error.strerror)) from None
+    def _drop(self):
+        with self.lock:
+            self._dropped += 1
 
     def emit(self, record):
-        if self._writer.full:
-            self._dropped += 1
-            return
+        if self.writer.full:
+            return self._drop()
         text = self.format(record) + "\n"
         if self._dropped:
             text = "gaffer: %d lines of this log were dropped here\n%s" % (self._dropped, text)
             self._dropped = 0
-        self._writer.put(text.encode("utf-8", "backslashreplace"))
-
-    def replace_standard_streams(self):
-        """Let stdout and stderr lead to the file, too."""
-        self._standard = True
-        os.dup2(self._writer.fd, 1)
-        os.dup2(self._writer.fd, 2)
-
-    def reopen(self):
-        """Open the file again, as it may have been moved; if that fails, go on as before."""
-        if self._path is None:
-            return
-        try:
-            fd = self._open()
-        except StartError as error:
-            return log.error("%s", error)
-        os.dup2(fd, self._writer.fd, inheritable=False)
-        os.close(fd)
-        if self._standard:
-            self.replace_standard_streams()
+        self.writer.put(text.encode("utf-8", "backslashreplace"))
 
     def close(self):
-        if self._writer.close(LOG_END) and self._path:
-            os.close(self._writer.fd)
-            self._path = None
+        self.writer.close(LOG_END)
         super().close()
 
 
@@ -10964,7 +10946,7 @@ class Background:
     def start(self, loop, manager):
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
-        self.handler.replace_standard_streams()
+        self.handler.writer.replace_standard_streams()
         os.write(self._pipe, b"ok")
         os.close(self._pipe)
 
@@ -11039,7 +11021,7 @@ def run_server(args, handler, background):
         threading.Thread(target=load_again, name="gaffer-reload", daemon=True).start()
 
     def reopen():
-        threading.Thread(target=handler.reopen, name="gaffer-reopen", daemon=True).start()
+        handler.writer.reopen()
         if access_log is not None:
             access_log.reopen()
 

@@ -7148,7 +7148,7 @@ class HttpAccessLog(HttpCase):
             self.serve()
         read = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
         self.addCleanup(lambda: read is None or os.close(read))
-        with unittest.mock.patch("gaffer.ACCESS_LOG_LINES", 10), unittest.mock.patch("gaffer.LOG_END", 0.05):
+        with unittest.mock.patch("gaffer.LOG_SIZE", 80000), unittest.mock.patch("gaffer.LOG_END", 0.05):
             self.serve()
             with self.assertLogs("gaffer", "WARNING") as logged:
                 while not logged.output:        # the pipe is full, and then the queue
@@ -7159,7 +7159,7 @@ class HttpAccessLog(HttpCase):
                     with contextlib.suppress(BlockingIOError):
                         data += os.read(read, 65536)
                 access_lines(data[:data.rfind(b"\n") + 1].decode())
-                while not self.server.http.access_log._queue.full():
+                while not self.server.http.access_log._writer.full:
                     self.server.request("GET", "/ping?" + "x" * 7000)
                 self.server.stop_all()
                 os.close(read)
@@ -7196,13 +7196,13 @@ class CliLogFile(Case):
             filler, count, data = 0, 0, b""
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    filler += os.write(handler._writer.fd, b"-")
-            while not handler._writer.full:
+                    filler += os.write(handler.writer.fd, b"-")
+            while not handler.writer.full:
                 handler.emit(logging.makeLogRecord({"msg": "line %d" % count}))
                 count += 1
             for _ in range(7):
                 handler.emit(logging.makeLogRecord({"msg": "lost"}))
-            while handler._writer.full:
+            while handler.writer.full:
                 with contextlib.suppress(BlockingIOError):
                     data += os.read(read, 65536)
             handler.emit(logging.makeLogRecord({"msg": "more"}))
@@ -7213,13 +7213,12 @@ class CliLogFile(Case):
                              b"gaffer: 7 lines of this log were dropped here\nmore\n")
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    os.write(handler._writer.fd, b"-")
+                    os.write(handler.writer.fd, b"-")
             handler.emit(logging.makeLogRecord({"msg": "the end"}))
             handler.close()                     # waits no longer than it may
-            while handler._writer._thread.is_alive():
+            while handler.writer._thread.is_alive():
                 with contextlib.suppress(BlockingIOError):
                     os.read(read, 65536)
-            os.close(handler._writer.fd)
 
     def test_reopened_by_several_at_once(self):
         """Each descriptor is closed once, by its owner: it may be a client's socket by then."""
@@ -7234,7 +7233,7 @@ class CliLogFile(Case):
         def reopen():
             for number in range(300):
                 handler.emit(logging.makeLogRecord({"msg": "line %d" % number}))
-                handler.reopen()
+                handler.writer.reopen()
 
         def borrow():               # its close() fails if gaffer has closed its descriptor
             while not end.is_set():
@@ -16766,7 +16765,7 @@ class CliDaemon(CliFollowCase):
         server = self.start("--log-file", path, "-v")
         os.rename(os.path.dirname(path), old)
         server.process.send_signal(signal.SIGUSR1)
-        words = "ERROR the log file '%s' cannot be written: No such file" % path
+        words = "WARNING the log file '%s' cannot be written: No such file" % path
         until(lambda: words in cli_read(old + "/log"), "the failure")
         server.add("a", {"cmd": "sleep 1000"})
         until(lambda: "INFO a: spawn" in cli_read(old + "/log"))
