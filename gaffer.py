@@ -92,7 +92,7 @@ import types
 import urllib.parse
 import weakref
 from http import HTTPStatus
-from wsgiref.handlers import SimpleHandler
+from wsgiref.handlers import SimpleHandler, format_date_time
 
 __version__ = "0.1.0"
 __all__ = [
@@ -3833,8 +3833,8 @@ SINGLE_HEADERS = frozenset((
     "content-encoding"))
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]{0,5}))?\Z")
 CHUNK_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
-DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#\s:@\[\]]+)(?::([0-9]{1,5}))?\Z")
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Request:
@@ -3864,11 +3864,11 @@ class Request:
             raise BadRequest("the query must be percent-encoded UTF-8") from None
         except ValueError:
             raise BadRequest("the query has more than 100 fields; send fewer") from None
-        query = dict(pairs)
-        if len(query) < len(pairs):
-            name = next(name for name, count in collections.Counter(
-                name for name, _ in pairs).items() if count > 1)
-            raise BadRequest("the query has %r twice; give it once" % name[:40])
+        query = {}
+        for name, value in pairs:
+            if name in query:
+                raise BadRequest("the query has %r twice; give it once" % name[:40])
+            query[name] = value
         return query
 
     def segments(self):
@@ -3879,8 +3879,6 @@ class Request:
         parts = self.path.split("/")[1:]
         if parts and parts[-1] == "":
             parts.pop()                         # a trailing / is the same resource
-        if "%" not in self.path:
-            return parts
         if BAD_PERCENT.search(self.path):
             raise BadRequest("a % in the path must be followed by two hexadecimal digits")
         try:
@@ -3898,25 +3896,14 @@ class Request:
             fault = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
             raise InvalidJson("the body is not JSON in UTF-8: %s" % fault) from None
 
+    def words(self, name):
+        """Return the words of a header that is a list, in lower case."""
+        return [word.strip() for word in self.headers.get(name, "").lower().split(",")]
+
     def wants_close(self):
         """Return whether the connection ends after the answer (RFC 9112 section 9.3)."""
-        words = [word.strip() for word in self.headers.get("connection", "").lower().split(",")]
+        words = self.words("connection")
         return "close" in words or self.version == (1, 0) and "keep-alive" not in words
-
-
-def absolute_target(target, headers):
-    """Return the path of an absolute-form target; its authority becomes the Host header.
-
-    Raises BadRequest. RFC 9112 section 3.2.2.
-    """
-    match = re.match(r"https?://([^/?#]*)(.*)\Z", target, re.I)
-    if match is None:
-        raise BadRequest("the request target must begin with /")
-    if not HOST.match(headers.get("host", match.group(1))):
-        raise BadRequest("the Host header must be host or host:port")
-    headers["host"] = match.group(1)
-    path = match.group(2)
-    return path if path.startswith("/") else "/" + path
 
 
 def parse_headers(text):
@@ -3964,7 +3951,12 @@ def parse_head(head):
     if "host" not in headers and version == (1, 1):
         raise BadRequest("the Host header is missing (RFC 9112 section 3.2)")
     if target[0] != "/" and (target != "*" or method != "OPTIONS"):
-        target = absolute_target(target, headers)
+        match = re.match(r"https?://([^/?#]*)(/?)(.*)\Z", target, re.I)     # section 3.2.2
+        if match is None:
+            raise BadRequest("the request target must begin with /")
+        if not HOST.match(headers.get("host", match.group(1))):
+            raise BadRequest("the Host header must be host or host:port")
+        headers["host"], target = match.group(1), "/" + match.group(3)
     if "#" in target:
         raise BadRequest("the request target has a fragment; remove the # and what follows")
     return Request(method, target, version, headers)
@@ -3995,18 +3987,17 @@ def read_request(file):
     """
     uri_too_long = UriTooLong("the request line is over %d bytes; shorten it" % REQUEST_LINE_SIZE)
     headers_too_large = HeadersTooLarge("the head is over %d bytes; send less" % HEAD_SIZE)
-    line = read_line(file, REQUEST_LINE_SIZE, uri_too_long)
-    for _ in range(EMPTY_LINES_MAX):            # old clients send one after a body
+    for _ in range(EMPTY_LINES_MAX + 1):        # old clients send one after a body
+        line = read_line(file, REQUEST_LINE_SIZE, uri_too_long)
         if line != b"":
             break
-        line = read_line(file, REQUEST_LINE_SIZE, uri_too_long)
-    if line == b"":
+    else:
         raise BadRequest("send a request, not empty lines")
-    lines, left = [], HEAD_SIZE
+    lines, left = [], HEAD_SIZE - 4             # without the empty line
     while line:
         lines.append(line)
         left -= len(line) + 2
-        line = read_line(file, max(0, left - 4), headers_too_large)     # the empty line has to fit
+        line = read_line(file, max(0, left), headers_too_large)
     if line is None:
         return None
     head = b"\r\n".join(lines)
@@ -4015,7 +4006,7 @@ def read_request(file):
 
 
 def has_body(request):
-    """Return whether the head announces a body, even an empty one. RFC 9112 section 6.3."""
+    """Return whether a head announces a body, even an empty one. RFC 9112 section 6.3."""
     return "content-length" in request.headers or "transfer-encoding" in request.headers
 
 
@@ -4102,17 +4093,14 @@ def check_query(request, names):
                     ", ".join(names) or "none")))
 
 
-def http_date(now):
-    """Unix time in the form of RFC 9110 section 5.6.7, whatever the locale."""
-    year, month, day, hour, minute, second, weekday = time.gmtime(now)[:7]
-    return "%s, %02d %s %d %02d:%02d:%02d GMT" % (DAYS[weekday], day, MONTHS[month - 1], year, hour, minute, second)
-
-
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
 def encode_head(status, headers):
-    """A response head. ValueError: a header holds CR, LF or NUL (response splitting), or is not latin-1."""
+    """Return a response head.
+
+    Raises ValueError if a header holds CR, LF or NUL (response splitting), or is not latin-1.
+    """
     lines = ["HTTP/1.1 %d %s" % (status, REASONS.get(status, "Unknown"))]
     for name, value in headers:
         lines.append("%s: %s" % (name, value))
@@ -4123,7 +4111,7 @@ def encode_head(status, headers):
 
 
 def merge_headers(headers, more):
-    """Return `headers` with `more`, of which only Vary is joined to one that is already there."""
+    """Return `headers` and those of `more` that are not there yet; Vary is joined."""
     merged = list(headers)
     names = {name.lower(): index for index, (name, _) in enumerate(merged)}
     for name, value in more:
@@ -4136,20 +4124,27 @@ def merge_headers(headers, more):
 
 
 class Response:
-    """An answer: status, headers [(name, value)] beside the framing ones, body (bytes; None: HEAD of what is not known)."""
+    """An answer: status, headers [(name, value)] but for those of its framing, body (bytes).
+
+    None as the body: that of HEAD, if its length is not known.
+    """
 
     __slots__ = ("status", "headers", "body")
 
     def __init__(self, body=b"", status=200, headers=(), content_type="application/json"):
-        self.status, self.body = status, body
-        # what a process prints must not run as a script because a page says so
-        self.headers = [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff"), *headers] if content_type else (
-            list(headers))
+        self.status, self.body, self.headers = status, body, list(headers)
+        if content_type:
+            # what a process prints must not run as a script because a page says so
+            self.headers[:0] = [
+                ("Content-Type", content_type), ("X-Content-Type-Options", "nosniff")]
 
     def encode(self, date, keep_alive, head_only=False, more=()):
-        """Head and body as bytes, for one send. `head_only`: what HEAD gets. `more`: further headers."""
+        """Return head and body as bytes, for one send; the head alone for HEAD (`head_only`).
+
+        `more`: further headers. RFC 9110 sections 15.3.5 and 15.4.5.
+        """
         headers = merge_headers([("Date", date), *self.headers], more)
-        without_body = self.status in (204, 304) or self.body is None       # RFC 9110 sections 15.3.5 and 15.4.5
+        without_body = self.status in (204, 304) or self.body is None
         if not without_body:
             headers.append(("Content-Length", len(self.body)))
         if not keep_alive:
@@ -4162,35 +4157,33 @@ encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
 def json_bytes(value):
-    """JSON, and one newline."""
+    """Return JSON and one newline."""
     return (encode_json(value) + "\n").encode("ascii")
 
 
 def json_response(value, status=200, headers=()):
-    """A Response of a JSON value."""
+    """Return a Response of a JSON value."""
     return Response(json_bytes(value), status, headers)
 
 
 def error_response(error):
-    """A Response of a GafferError; any other exception is an internal error, of which the client learns nothing."""
+    """Return the Response to a GafferError; of any other exception the client learns nothing."""
     if not isinstance(error, GafferError):
         error = GafferError("gaffer has made a mistake; its log says which")
     return json_response({"error": error.code, "reason": str(error)}, error.status, error.headers)
 
 
 def attempt(function, *args):
-    """What `function(*args)` returns, or the Response to what it raises: what is no GafferError goes to the log."""
+    """Return what `function(*args)` returns, or the Response to what it raises.
+
+    An exception that is not a GafferError is logged.
+    """
     try:
         return function(*args)
-    except GafferError as error:
-        return error_response(error)
     except Exception as error:
-        log.exception("a request failed")
+        if not isinstance(error, GafferError):
+            log.exception("a request failed")
         return error_response(error)
-
-
-ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#\s:@\[\]]+)(?::([0-9]{1,5}))?\Z")
-DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def parse_origin(text):
@@ -4205,8 +4198,8 @@ def parse_origin(text):
 class Access:
     """Who may do what, as pure checks of a request's head: Host, Origin, token.
 
-    `origins`: allowed ones beside the server's own and this machine's, or "*" for all. `hosts`:
-    names of this server beside its addresses. `token`: what every request must bring, or None.
+    `origins`: those allowed beside the server's own and this machine's, "*" for all. `hosts`: names
+    of this server beside its addresses. `token`: what every request must bring, or None.
     """
 
     def __init__(self, token=None, origins=(), hosts=()):
@@ -4256,18 +4249,18 @@ class Access:
     def allows_origin(self, request):
         """Return whether the request has no Origin, or one that may change something.
 
-        The own origin is http or https of the Host, or of a name in `hosts`, because TLS may end at
-        a proxy.
+        The server's own is http or https, as TLS may end at a proxy, with the Host or one of
+        `hosts`.
         """
         text = request.headers.get("origin")
         if text is None or self._any_origin:
             return True
         origin = parse_origin(text)
-        if origin is None or origin in self._origins:
-            return origin is not None
-        scheme, host, port = origin
-        if scheme not in DEFAULT_PORTS:
+        if origin in self._origins:
+            return True
+        if origin is None or origin[0] not in DEFAULT_PORTS:
             return False
+        scheme, host, port = origin
         own = parse_origin("%s://%s" % (scheme, request.headers.get("host", "")))
         return (origin == own or host in ("localhost", "127.0.0.1", "[::1]")
                 or host in self._hosts and port == DEFAULT_PORTS[scheme])
@@ -4322,35 +4315,35 @@ class Access:
         """Return what the answer to OPTIONS has on top of cors(): [(name, value)]."""
         if "origin" not in request.headers or not self.allows_origin(request):
             return []
-        allowed_headers = ("X-Requested-With, X-HTTP-Method-Override, Content-Type, Accept, "
-                           "Authorization, Last-Event-ID")
         return [("Access-Control-Allow-Methods", ", ".join(METHODS)),
-                ("Access-Control-Allow-Headers", allowed_headers),
+                ("Access-Control-Allow-Headers", "X-Requested-With, X-HTTP-Method-Override, "
+                 "Content-Type, Accept, Authorization, Last-Event-ID"),
                 ("Access-Control-Max-Age", "86400")]
 
 
 class Router:
-    """Finds a path's route. `routes`: (pattern, {method: handler}), patterns as in "/processes/<name>/_start": <pid> takes
-    digits, <name> anything else, other placeholders both; <rest...> at the end takes any number of parts."""
+    """Finds a path's route. `routes`: (pattern, {method: handler}).
+
+    In a pattern as "/processes/<name>/_stop", <pid> takes digits, <name> anything else, other
+    placeholders both; <rest...> at the end takes any number of parts.
+    """
 
     def __init__(self, routes):
         self._routes = {}                       # (first part, number of parts) -> [(parts, methods)]
-        self._open = []
+        self._open = []                         # those with <rest...>
         for pattern, methods in routes:
-            parts = pattern.split("/")[1:]
-            if parts[-1] == "":
-                parts.pop()
-            if "HEAD" not in methods and "GET" in methods:
-                methods = dict(methods, HEAD=methods["GET"])
+            parts = [part for part in pattern.split("/") if part]
+            if "GET" in methods:
+                methods = {"HEAD": methods["GET"], **methods}
             if parts and parts[-1].endswith("...>"):
                 self._open.append((parts[:-1], methods))
             else:
-                self._routes.setdefault((parts[0] if parts else "", len(parts)), []).append((parts, methods))
+                key = (parts[0] if parts else "", len(parts))
+                self._routes.setdefault(key, []).append((parts, methods))
 
     def find(self, segments):
         """Return (methods, args), or (None, ()) for no such resource. A literal part wins over <>."""
-        best = None
-        key = (segments[0] if segments else "", len(segments))
+        best, key = (None, ()), (segments[0] if segments else "", len(segments))
         for parts, methods in self._routes.get(key, ()):
             args = []
             for part, segment in zip(parts, segments):
@@ -4360,40 +4353,32 @@ class Router:
                 elif part != segment:
                     break
             else:
-                if best is None or len(args) < len(best[1]):
+                if best[0] is None or len(args) < len(best[1]):
                     best = methods, args
-        if best is not None:
-            return best
         for parts, methods in self._open:
-            if segments[:len(parts)] == parts:
-                return methods, [segments[len(parts):]]
-        return None, ()
+            if best[0] is None and segments[:len(parts)] == parts:
+                best = methods, [segments[len(parts):]]
+        return best
 
 
 def allowed(methods):
-    """The Allow header's list."""
+    """Return the methods for an Allow header, of those that a resource has."""
     return [method for method in METHODS if method in methods or method == "OPTIONS"]
 
 
 def prefers_html(accept):
-    """True where an Accept header ranks text/html above application/json. RFC 9110 section 12.5.1."""
+    """Return whether an Accept header ranks HTML above JSON. RFC 9110 section 12.5.1."""
     quality = {}
-    for item in accept.split(","):
-        kind, *parameters = [part.strip().lower() for part in item.split(";")]
-        rank = 1.0
-        for parameter in parameters:
-            if parameter.startswith("q="):
-                try:
-                    rank = float(parameter[2:])
-                except ValueError:
-                    rank = 0.0
-        quality[kind] = rank
+    for item in accept.lower().split(","):
+        kind, *parameters = [part.strip() for part in item.split(";")]
+        rank = next((each[2:] for each in parameters if each.startswith("q=")), "1")
+        quality[kind] = float(rank) if re.fullmatch(r"[01](\.[0-9]*)?", rank) else 0.0
     html = quality.get("text/html", quality.get("text/*", 0))
     return html > quality.get("application/json", quality.get("application/*", quality.get("*/*", 0)))
 
 
 def chunk(data):
-    """A chunk of a chunked body; the last one is b"0\\r\\n\\r\\n". RFC 9112 section 7.1."""
+    """Return a chunk of a chunked body. RFC 9112 section 7.1."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
@@ -4408,51 +4393,54 @@ class ChunkEncoder(Encoder):
         return (b"%x\r\n" % len(data), data, b"\r\n"), len(data)
 
 
+def sse_event(position, epoch, name, value):
+    """Return a server-sent event whose id is `position`@`epoch` and whose data is JSON."""
+    text = "id: %s@%s\nevent: %s\ndata: %s\n\n" % (position, epoch, name, json.dumps(value))
+    return text.encode("ascii")
+
+
 class SseEncoder(Encoder):
     """Server-Sent Events, one a line, each with the offset behind it as its id (HTML, section 9.2).
 
     `framed` makes a piece of the body out of bytes: chunk(), or bytes() for HTTP/1.0.
     """
+
     by_line = partial = True
 
     def __init__(self, label, epoch, framed=bytes):
         self.key = ("sse", label, framed)
         self._epoch, self._framed = epoch, framed
-        self._line_block = b"id: %%d@%b\nevent: %b\ndata: %%b\n" % (epoch.encode("ascii"), label.encode("ascii"))
-        self._block = self._line_block + b"\n"
+        self._block = ("id: %%d@%s\nevent: %s\ndata: %%b\n\n" % (epoch, label)).encode("ascii")
 
     def encode(self, data, offset, before, mode, piece):
         cut = data.rfind(b"\n") + 1
-        if cut and before is None and mode == NORMAL and len(data) - cut < piece and b"\r" not in data:
-            segments = data[:cut].splitlines(True)          # most: whole lines, whose ends can stay where they are
-            return self._blocks(data, self._line_block, offset, segments, segments), cut
-        skip, segments, lines = split_lines(data, before, mode, piece)
-        consumed = skip + sum(map(len, segments))
-        if not segments:
-            return b"", consumed
-        return self._blocks(data, self._block, offset + skip, segments, lines), consumed
-
-    def _blocks(self, data, block, offset, segments, lines):
-        """One formatting of all is twice as fast as one of each."""
+        if (cut and before is None and mode == NORMAL and len(data) - cut < piece
+                and b"\r" not in data):         # mostly: whole lines, whose ends can stay
+            consumed, block = cut, self._block[:-1]
+            segments = lines = data[:cut].splitlines(True)
+        else:
+            skip, segments, lines = split_lines(data, before, mode, piece)
+            offset, block = offset + skip, self._block
+            consumed = skip + sum(map(len, segments))
+            if not segments:
+                return b"", consumed
         try:
             data.decode("utf-8")
         except UnicodeDecodeError:
             lines = list(map(valid_utf8, lines))
-        ids = itertools.accumulate(map(len, segments), initial=offset)
-        next(ids)
-        values = [None] * (2 * len(lines))
-        values[0::2], values[1::2] = ids, lines
-        return self._framed(block * len(lines) % tuple(values))
+        ends = itertools.accumulate(map(len, segments[1:]), initial=offset + len(segments[0]))
+        values: list = [None] * (2 * len(lines))
+        values[0::2], values[1::2] = ends, lines
+        # one formatting of all is twice as fast as one of each
+        return self._framed(block * len(lines) % tuple(values)), consumed
 
     def dropped(self, count, offset, restarted=False):
         data = {"bytes": count, "restarted": True} if restarted else {"bytes": count}
-        return self._framed(b"id: %d@%b\nevent: dropped\ndata: %b\n\n" % (
-            offset, self._epoch.encode(), json.dumps(data).encode()))
+        return self._framed(sse_event(offset, self._epoch, "dropped", data))
 
     def exit(self, offset, data):
-        """The event at the end of a process; its id is never given to anything else."""
-        return self._framed(b"id: %dx@%b\nevent: exit\ndata: %b\n\n" % (
-            offset, self._epoch.encode(), json.dumps(data).encode()))
+        """Return the event at the end of a process; nothing else ever gets its id."""
+        return self._framed(sse_event("%dx" % offset, self._epoch, "exit", data))
 
 
 class JournalEncoder(SseEncoder):
@@ -4469,46 +4457,43 @@ class JournalEncoder(SseEncoder):
         parts = []
         for prefix, ends, lines in groups:
             if self._events:
-                block = self._line_block[:-3] + prefix + b"%b\n\n"
+                block = self._block[:-4] + prefix + b"%b\n\n"
                 values = tuple(itertools.chain.from_iterable(zip(ends, lines)))
             else:
                 block, values = prefix + b"%b\n", tuple(lines)
             parts.append(block * len(lines) % values)
-        text = b"".join(parts)
-        return self._framed(text) if text else text, 0
+        return self._framed(b"".join(parts)) if parts else b"", 0
 
     def dropped(self, count, offset, restarted=False):
         return super().dropped(count, offset, restarted) if self._events else None
 
 
 class RecordEncoder(Encoder):
-    """Records of an EventLog, by `form`: Server-Sent Events ("eventsource") or JSON lines ("continuous").
+    """Records of an EventLog: by `form` server-sent events ("eventsource") or lines of JSON.
 
-    `wanted(record)` tells which are sent, `name(record)` the type of a server-sent event; encoders of one `key` agree.
-    `framed`: as for SseEncoder.
+    `wanted(record)` tells which are sent, `name(record)` the type of a server-sent event; encoders
+    of one `key` agree. `framed`: as for SseEncoder.
     """
 
     def __init__(self, form, framed, epoch, key, wanted, name):
-        self._form, self._framed, self._epoch, self._wanted, self._name = form, framed, epoch, wanted, name
+        self._events, self._framed, self._epoch = form == "eventsource", framed, epoch
+        self._wanted, self._name = wanted, name
         self.key = (form, framed, key)
 
     def encode(self, records, offset, before, mode, piece):
-        blocks = [self._block(offset + number, self._name(record), record)
-                  for number, record in enumerate(records, 1) if self._wanted(record)]
-        if self._form == "eventsource":
-            blocks = [b"".join(blocks)]
-        return b"".join(map(self._framed, filter(None, blocks))), len(records)
+        blocks = [self._block(number, self._name(record), record)
+                  for number, record in enumerate(records, offset + 1) if self._wanted(record)]
+        return b"".join(map(self._framed, blocks)), len(records)
 
     def _block(self, number, name, record):
-        line = json.dumps(record).encode("ascii")
-        if self._form == "eventsource":
-            return b"id: %d@%b\nevent: %b\ndata: %b\n\n" % (number, self._epoch.encode(), name.encode(), line)
-        return line + b"\n"
+        if self._events:
+            return sse_event(number, self._epoch, name, record)
+        return json.dumps(record).encode("ascii") + b"\n"
 
     def dropped(self, count, offset, restarted=False):
         record = {"events": count, "restarted": True} if restarted else {"events": count}
-        if self._form != "eventsource":
-            record = dict({"event": "dropped", "id": "%d@%s" % (offset, self._epoch)}, **record)
+        if not self._events:
+            record = {"event": "dropped", "id": "%d@%s" % (offset, self._epoch), **record}
         return self._framed(self._block(offset, "dropped", record))
 
 
@@ -4529,16 +4514,13 @@ def websocket_accept(request):
     Raises UpgradeRequired, BadRequest.
     """
     import hashlib                              # brings in OpenSSL, 4 MiB, so only when needed
-    headers = request.headers
-    upgrade = [word.strip().lower() for word in headers.get("upgrade", "").split(",")]
-    connection = [word.strip().lower() for word in headers.get("connection", "").split(",")]
-    if "websocket" not in upgrade or "upgrade" not in connection:
+    if "websocket" not in request.words("upgrade") or "upgrade" not in request.words("connection"):
         raise UpgradeRequired("this resource is a websocket; open it as one")
     if request.method != "GET" or request.version != (1, 1):
         raise BadRequest("open a websocket with GET and HTTP/1.1")
-    if headers.get("sec-websocket-version") != "13":
+    if request.headers.get("sec-websocket-version") != "13":
         raise UpgradeRequired("use Sec-WebSocket-Version 13")
-    key = headers.get("sec-websocket-key", "")
+    key = request.headers.get("sec-websocket-key", "")
     try:
         valid = len(base64.b64decode(key, validate=True)) == 16
     except ValueError:
@@ -4550,17 +4532,16 @@ def websocket_accept(request):
             ("Sec-WebSocket-Accept", base64.b64encode(digest).decode("ascii"))]
 
 
-SUBPROTOCOL = re.compile(TOKEN)
-
-
 def subprotocol(request, known=None):
-    """Return the header that accepts a subprotocol, if one is offered: [(name, value)]. Section 4.2.2.
+    """Return the header that accepts a subprotocol, if one is offered: [(name, value)].
 
-    It is the client's first one that is in `known`, or of all if that is None.
+    It is the client's first one that is in `known`, or of all if that is None. Section 4.2.2.
     """
-    offered = [word.strip() for word in request.headers.get("sec-websocket-protocol", "").split(",")]
-    chosen = [word for word in offered if SUBPROTOCOL.fullmatch(word) and (known is None or word in known)]
-    return [("Sec-WebSocket-Protocol", chosen[0])] if chosen else []
+    for word in request.headers.get("sec-websocket-protocol", "").split(","):
+        word = word.strip()
+        if re.fullmatch(TOKEN, word) and (known is None or word in known):
+            return [("Sec-WebSocket-Protocol", word)]
+    return []
 
 
 def frame_head(opcode, size):
@@ -7908,6 +7889,7 @@ ROUTES = (
 # The loop accepts connections. Once one has sent something a thread takes it: a handler reads requests and answers them,
 # blocking, in straight lines. It hands over to the loop what lasts or waits, and what is idle; see channels.
 # --------------------------------------------------------------------------------------------------------------------
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 BODY_SIZE = MIB                                 # for WSGI applications see HttpHandler(max_body=)
 HEAD_TIME = 10.0                                # from the first byte of a head to its last
 BODY_TIME = 60.0
@@ -8889,7 +8871,7 @@ class HttpHandler:
         now = int(time.time())
         made, text = self._date
         if made != now:
-            text = http_date(now)
+            text = format_date_time(now)
             self._date = now, text
         return text
 

@@ -2688,13 +2688,6 @@ class PureResponse(Case):
         with self.assertRaises(ValueError):
             gaffer.json_bytes({"a": math.nan})
 
-    def test_http_date(self):
-        self.assertEqual(gaffer.http_date(784111777), "Sun, 06 Nov 1994 08:49:37 GMT")
-        rng = random.Random(7)
-        for _ in range(200):
-            now = rng.randrange(4 * 10 ** 9)
-            self.assertEqual(gaffer.http_date(now + 0.9), email.utils.formatdate(now, usegmt=True))
-
     def test_chunk(self):
         self.assertEqual(gaffer.chunk(b"x" * 26), b"1a\r\n" + b"x" * 26 + b"\r\n")
 
@@ -10740,7 +10733,10 @@ class StreamsTemplate(StreamsCase):
         pid, = self.server.ok("GET", "/processes/t/_pids")["pids"]
         self.send(pid, b"x")                    # it exits by itself, in the middle of a line, and is started again
         self.assertEqual(wire.exactly(10), b"bye\nhello\n")
-        self.assertEqual(events.event()[:2], ("stdout", "bye"))     # its end may come after 100 ms of silence
+        kind, text, place = events.event()
+        self.assertEqual((kind, text), ("stdout", "bye"))
+        if place.startswith("9@"):              # its end came after 100 ms of silence
+            self.assertEvents(events, [("", 10)])
         self.assertEvents(events, [("hello", 16)])
         self.server.ok("POST", "/processes/t/_restart?wait=true")
         self.assertEqual(wire.exactly(6), b"hello\n")
