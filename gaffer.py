@@ -1250,6 +1250,16 @@ class Reader:
         return not self.full
 
 
+def match_line(text, rest, data):
+    """Return (found, rest): whether a line with `text` ends in `data`, and what counts of it when
+    more comes. `rest`: that of the data before, b"" at first."""
+    data = rest + data
+    place = data.find(text)
+    if place < 0:
+        return False, data[max(0, len(data) - len(text) + 1):]
+    return re.compile(b"[\r\n]").search(data, place) is not None, text
+
+
 class JournalSource:
     """Whose bytes an entry of the journal holds: a stream, an unfinished line of one, or an exit.
 
@@ -1749,7 +1759,8 @@ def labels(most, unique=False):
 def record(fields):
     """A check for an object, or null, of `fields`: {name: (default, check)}."""
     @json_schema("object", additionalProperties=False, properties={
-        name: dict(check.schema, default=default) for name, (default, check) in fields.items()})
+        name: check.schema if default is None else dict(check.schema, default=default)
+        for name, (default, check) in fields.items()})
     def check(value):
         if not isinstance(value, dict):
             raise ValueError("must be an object with %s" % ", ".join(fields))
@@ -1763,6 +1774,67 @@ def record(fields):
                 raise ValueError("has a field '%s' that %s" % (name, error)) from None
         return full
     return check
+
+
+@json_schema("array", items={"type": "string", "pattern": "^%s$" % NAME.pattern})
+def check_names(value):
+    """Check a list of names of templates."""
+    if not isinstance(value, list):
+        raise ValueError("must be a list of names")
+    for name in value:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError("has %r, which is not the name of a template" % (name,))
+    return list(dict.fromkeys(value))
+
+
+def parse_target(kind, text):
+    """Return ([(host, port)], request): where a probe of a "tcp" address or an "http" URL connects
+    to, and what it sends. The default host is localhost, which has two addresses. ValueError."""
+    try:
+        known = urllib.parse.urlsplit(text if kind == "http" else
+                                      "tcp://" + (text if ":" in text else "localhost:" + text))
+        hosts = ["127.0.0.1", "::1"] if known.hostname == "localhost" else [known.hostname]
+        port = {"http": 80}[kind] if known.port is None else known.port
+        for host in hosts:
+            socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+        path = known._replace(scheme="", netloc="", fragment="").geturl()
+        if (not re.fullmatch("[!-~]+", text) or known.scheme != kind or "@" in known.netloc
+                or not port or path and kind == "tcp"):
+            raise ValueError
+    except (KeyError, OSError, TypeError, ValueError):
+        what = {"tcp": "port, or host:port", "http": "URL such as http://127.0.0.1:8000/path"}[kind]
+        raise ValueError("has a '%s' that is not a %s, with an address or localhost as its host"
+                         % (kind, what)) from None
+    request = "GET %s%s HTTP/1.1\r\nHost: %s\r\nUser-Agent: gaffer/%s\r\nConnection: close\r\n\r\n" % (
+        "" if path[:1] == "/" else "/", path, known.netloc, __version__)
+    return [(host, port) for host in hosts], request.encode() if kind == "http" else b""
+
+
+READY = ("log", "tcp", "http", "exec", "notify")
+READY_RECORD = record(dict({kind: (None, check_command) for kind in READY},
+                           notify=(None, check_flag), within=(60, seconds(0.001))))
+
+
+@json_schema(**READY_RECORD.schema)
+def check_ready(value):
+    """Check an object with one of READY, and `within`. Targets with a variable are not checked."""
+    full = {name: item for name, item in READY_RECORD(value).items() if item is not None}
+    kind, item = next(iter(full.items()))
+    if len(full) != 2:
+        raise ValueError("must have one of %s" % ", ".join(READY))
+    if kind == "log" and re.search("[\r\n]", item):
+        raise ValueError("has a 'log' that is not a part of one line")
+    if kind in ("tcp", "http") and "$" not in item:
+        parse_target(kind, item)
+    if kind == "notify" and not (item and hasattr(socket, "SO_PASSCRED")):
+        raise ValueError("has a 'notify' that is not true, which needs Linux")
+    return full
+
+
+def ready_text(template):
+    """Return what a template's 'ready' waits for, as INI writes it: "tcp:5432"."""
+    kind, value = next(iter(template["ready"].items()))
+    return {"notify": kind, "http": value}.get(kind, "%s:%s" % (kind, value))
 
 
 FLAPPING = {
@@ -1797,10 +1869,14 @@ OPTIONS = {
                             "seconds before it is started again: always these, or first, longest"),
     "flapping": Option(None, record(FLAPPING), "rest when it exits too often: %s"
                        % ", ".join(FLAPPING)),
+    "after": Option([], check_names, "templates: started once each is ready, or, if it ends by "
+                    "itself and has no 'ready', done"),
+    "ready": Option(None, check_ready, "when it is ready: one of %s; else it is stopped, as "
+                    "failed, after the seconds of 'within'" % ", ".join(READY)),
     "priority": Option(None, whole_number(-10 ** 6, 10 ** 6),
                        "start order within one load, 0 first"),
 }
-ADJUSTABLE = ("numprocesses", "priority", "flapping", "start")   # a running process is not affected
+ADJUSTABLE = ("numprocesses", "priority", "flapping", "start", "after")     # a running process is not affected
 
 
 def port_of(env, instance):
@@ -1842,6 +1918,9 @@ def check_together(template, info):
         if label in template["redirect_output"]:
             faults.append(("custom_streams", "field 'custom_streams' has the label '%s', which is "
                            "in 'redirect_output' too" % label))
+    if "log" in (template["ready"] or ()) and not template["redirect_output"]:
+        faults.append(("ready", "field 'ready' waits for a line of output, but 'redirect_output' "
+                       "is empty"))
     try:
         port_of(template["env"], template["numprocesses"])
     except ValueError as error:
@@ -1987,6 +2066,13 @@ class Launch:
             words = [substitute(word, self.env) for word in words]
         self.argv = [to_bytes(word) for word in words]
         self.program = self._find(self.argv[0])
+        self.ready, text = next(iter((template["ready"] or {None: None}).items()))
+        self.target = None                      # of a probe: see parse_target()
+        if self.ready in ("tcp", "http"):
+            try:
+                self.target = parse_target(self.ready, substitute(text, self.env))
+            except ValueError as error:
+                raise InvalidProcessInfo("field 'ready' %s" % error) from None
 
     def again(self, template, instance):
         """Return a Launch for another process that starts now: looked up anew only if it shows its
@@ -2007,6 +2093,8 @@ class Launch:
                 env.update({b"HOME": os.fsencode(entry.pw_dir), b"USER": os.fsencode(user),
                             b"LOGNAME": os.fsencode(user),
                             b"SHELL": os.fsencode(entry.pw_shell or "/bin/sh")})
+        for name in (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID"):
+            env.pop(name, None)                 # they are for gaffer's own process
         env.update((to_bytes(name), to_bytes(str(text))) for name, text in template["env"].items())
         env.pop(b"GAFFER_TOKEN", None)
         try:
@@ -2055,6 +2143,7 @@ class Launch:
 BACKOFF_RESET = 10.0                            # a process that lived this long was no failure
 KILL_AGAIN = 1.0                                # seconds: a group may fork while it dies
 CANNOT_START = 127, 0                           # exit of what could not be executed, as in a shell
+NOT_READY = -1, 0                               # of what was stopped for that: no success
 
 
 def succeeded(info, end):
@@ -2104,6 +2193,46 @@ def stop_steps(info):
     return (signal.SIGTERM, info["graceful_timeout"]), (signal.SIGKILL, KILL_AGAIN)
 
 
+def priority_of(info):
+    """Return a template's place in the order of starts; stops go the other way."""
+    return math.inf if info["priority"] is None else info["priority"]
+
+
+def find_circle(name, after):
+    """Return the names of a circle through `name`, which is at both ends; [] if there is none.
+    `after(name)`: the names that a name is after."""
+    links, seen = [(name, None)], set()         # (name, the link that led to it)
+    for link in links:
+        for other in after(link[0]):
+            if other == name:
+                circle = [name]
+                while link:
+                    circle.append(link[0])
+                    link = link[1]
+                return circle[::-1]
+            if other not in seen:
+                seen.add(other)
+                links.append((other, link))
+    return []
+
+
+def stop_stages(infos):
+    """Return {name: stage} of templates, {name: info}, without a circle: a lower stage is stopped
+    before a higher one. What is after another goes before it, else the higher priority."""
+    priorities = sorted(set(map(priority_of, infos.values())), reverse=True)
+    stages = {name: priorities.index(priority_of(info)) * len(infos)
+              for name, info in infos.items()}
+    for _ in infos:
+        before = dict(stages)
+        for name, info in reversed([*infos.items()]):
+            for other in info["after"]:
+                if other in infos:
+                    stages[other] = max(stages[other], stages[name] + 1)
+        if stages == before:
+            break
+    return stages
+
+
 # --------------------------------------------------------------------------------------------------
 # process
 #
@@ -2119,6 +2248,10 @@ MERGED_LINE_DELAY = 1.0                         # before an unfinished line is c
 DRAIN_TIME = 2.0                                # of output after the end of a process group
 GROUP_POLL = 0.02                               # first pause between checks whether a group is gone
 GROUP_POLL_MAX = 1.0                            # and the longest
+PROBE_FIRST = 0.1                               # between a spawn and the first probe
+PROBE_INTERVAL = 1.0                            # between a probe that failed and the next
+PROBE_TIME = 5.0                                # for one probe
+NOTIFY_SIZE = 4 * KIB                           # of a message of sd_notify(3)
 
 
 class Merged:
@@ -2454,6 +2587,155 @@ class GroupWatcher:
             self._schedule()
 
 
+class CommandRun:
+    """A command that runs beside a process, in a group of its own, as os pid `os_pid`. Calls
+    `done(error)` at its end: None, or what it did but exit with 0. close() kills it."""
+
+    def __init__(self, manager, os_pid, done):
+        self._manager, self._os_pid, self._done = manager, os_pid, done
+        self._watcher = ExitWatcher(manager.loop, os_pid, self._check)
+        manager.commands.add(self)
+
+    def _check(self):
+        end = peek_exit(self._os_pid)
+        if end is not None:
+            self._watcher.close()
+            self._kill()                        # what it left; the zombie pins the group's number
+            reap(self._os_pid)
+            self._manager.commands.remove(self)
+            self._done("is killed by signal %d" % end[1] if end[1] else
+                       "exits with %d" % end[0] if end[0] else None)
+            self._manager.maybe_stopped()
+
+    def _kill(self):
+        try:
+            os.killpg(self._os_pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass                                # only a zombie is left, or another user's process
+
+    def close(self):
+        """Kill it, and do not call `done`."""
+        self._done = lambda error: None
+        self._kill()
+
+
+class Probe:
+    """Asks whether a process is ready: after PROBE_FIRST, then PROBE_INTERVAL after each failure.
+    Calls `done()` when it is; `error` says why the last try failed.
+
+    Either it connects to a `target` (see parse_target()), one address after the other, until that
+    accepts, or answers the request with success; or it runs a command, until that exits with 0:
+    `run(done)` returns a CommandRun.
+    """
+
+    def __init__(self, loop, target, run, done):
+        self._loop, self._run, self._done = loop, run, done
+        self._addresses, self._request = target or ([None], b"")
+        self._left, self._answer, self.error = [], b"", None
+        self._socket = self._command = None
+        self._timer = loop.later(PROBE_FIRST, self._try)
+
+    def _try(self):
+        self._timer = self._loop.later(PROBE_TIME, self._end, "no answer in %g s" % PROBE_TIME)
+        self._left = self._left or list(self._addresses)
+        address = self._address = self._left.pop(0)
+        try:
+            if address is None:
+                self._command = self._run(self._end)
+                return
+            peer = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+            self._socket, self._answer = peer, b""
+            peer.setblocking(False)
+            self._loop.register(peer.fileno(), selectors.EVENT_WRITE, self._connected)
+            number = peer.connect_ex(address)
+            if number not in (0, errno.EINPROGRESS):
+                raise OSError(number, os.strerror(number))
+        except (OSError, subprocess.SubprocessError) as error:
+            self._end(getattr(error, "strerror", None) or str(error))
+
+    def _connected(self, mask):
+        peer = self._socket
+        try:
+            number = peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if number:
+                raise OSError(number, os.strerror(number))
+            if peer.getsockname() == peer.getpeername():    # a port of those that clients get
+                raise OSError(errno.ECONNREFUSED, "it connected to itself")
+            if not self._request:
+                return self._end(None)
+            peer.send(self._request)
+            self._loop.unregister(peer.fileno())
+            self._loop.register(peer.fileno(), selectors.EVENT_READ, self._readable)
+        except OSError as error:
+            self._end(error.strerror)
+        return None
+
+    def _readable(self, mask):
+        try:
+            data = self._socket.recv(READ_SIZE)
+        except OSError as error:
+            return self._end(error.strerror)
+        self._answer += data
+        line, newline, _ = self._answer.partition(b"\n")
+        if newline or not data or len(line) > READ_SIZE:
+            good = re.match(rb"HTTP/1\.[01] [23][0-9][0-9]\b", line)
+            self._end(None if good else "answers %r" % line[:80].decode("latin-1"))
+        return None
+
+    def _end(self, error):
+        self.close()
+        if error is None:
+            self._done()
+        else:
+            self.error = "%s:%d: %s" % (*self._address, error) if self._address else error
+            self._timer = self._loop.later(0 if self._left else PROBE_INTERVAL, self._try)
+
+    def close(self):
+        """Ask no longer."""
+        self._timer.cancel()
+        if self._socket is not None:
+            self._loop.unregister(self._socket.fileno())
+            self._socket.close()
+        if self._command is not None:
+            self._command.close()
+        self._socket = self._command = None
+
+
+class NotifySocket:
+    """A datagram socket for the messages of sd_notify(3). Calls `receive(fields)`, {name: value},
+    for each that comes from a process of the group `group`."""
+
+    def __init__(self, loop, receive):
+        self._loop, self._receive, self.group = loop, receive, None
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self.address = b"@gaffer-" + os.urandom(16).hex().encode()     # abstract: it has no file
+        self._socket.bind(b"\0" + self.address[1:])
+        loop.register(self._socket.fileno(), selectors.EVENT_READ, self._readable)
+
+    def _readable(self, mask):
+        room = socket.CMSG_SPACE(struct.calcsize("3i")) + socket.CMSG_SPACE(struct.calcsize("i"))
+        data, parts, flags, _ = self._socket.recvmsg(NOTIFY_SIZE, room)
+        sender = 0
+        for _, kind, content in parts:
+            if kind == socket.SCM_CREDENTIALS:
+                sender = struct.unpack("3i", content)[0]
+            elif kind == socket.SCM_RIGHTS:     # systemd-notify waits until these are closed
+                for fd, in struct.iter_unpack("i", content[:len(content) // 4 * 4]):
+                    os.close(fd)
+        try:
+            if sender and os.getpgid(sender) == self.group and not flags & socket.MSG_TRUNC:
+                lines = data.decode("utf-8", "replace").split("\n")
+                self._receive(dict(line.partition("=")[::2] for line in lines))
+        except ProcessLookupError:              # it has ended, and can't be told from a stranger
+            pass
+
+    def close(self):
+        """Take no more messages."""
+        self._loop.unregister(self._socket.fileno())
+        self._socket.close()
+
+
 # Executed in place of a program that asks for what Popen has no argument for: sets it, then becomes
 # the program. A shell cannot do it: its redirections take descriptors of one digit, and a signal
 # that was ignored when it began stays so.
@@ -2497,7 +2779,11 @@ class Process:
         self._manager, self._loop = manager, manager.loop
         self.outputs, self.inputs = {}, {}      # label -> Output, Input
         self.os_pid = self.started = self.exited_at = self.exit_status = self.term_signal = None
-        self.state = "running"                  # see LIFE
+        self.state = "starting" if self.template["ready"] else "running"    # see LIFE
+        self.ready_after = None                 # seconds from its spawn until it was ready
+        self.message = None                     # the last STATUS= that it sent
+        self.ending = False                     # it sent STOPPING=1
+        self.overdue = None                     # why it was stopped: it did not get ready
         self.by_itself = False                  # it exited without having been asked to
         self.ended = False                      # it has exited, and its output has been read
         self.abandoned = False                  # gaffer may not signal it, or it outlived SIGKILL
@@ -2509,7 +2795,7 @@ class Process:
         self.history_sample = None              # (time, cpu_time) of the last of them
         self.escaped = []                       # (os pid, start time) of what has left the group
         self.on_exit = set()                    # called once
-        self._watcher = self._timer = None
+        self._watcher = self._timer = self._probe = self._notify = None
         self._reaped = False
         self._stop_step = 0                     # which of stop_steps() is next
 
@@ -2555,8 +2841,13 @@ class Process:
             for fd in inputs.values():
                 os.set_blocking(fd, False)
             self.started, self.instance = self._loop.clock(), launch.instance
+            if launch.ready == "notify":
+                self._notify = NotifySocket(self._loop, self._notified)
+                launch = copy.copy(launch)
+                launch.env = {**launch.env, b"NOTIFY_SOCKET": self._notify.address}
             self.os_pid = self._execute(launch, stdio, extra, theirs)
         except (OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
+            self.close_readiness()
             for output in self.outputs.values():
                 output.close()
             for fd in ours:
@@ -2569,6 +2860,55 @@ class Process:
             self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else
                                        end_socket, self._manager.input_size)
         self._watcher = ExitWatcher(self._loop, self.os_pid, self._check_exit)
+        if launch.ready:
+            self._timer = self._loop.later(self.template["ready"]["within"], self.step, "overdue")
+        if launch.target or launch.ready == "exec":
+            self._probe = Probe(self._loop, launch.target, functools.partial(
+                self._run, launch, template["ready"].get("exec")), lambda: self.step("ready"))
+        elif launch.ready == "notify":
+            self._notify.group = self.os_pid
+        elif launch.ready == "log":
+            for label in set(template["redirect_output"]):
+                self._match(self.outputs[label].window, to_bytes(template["ready"]["log"]))
+
+    def _match(self, window, text):
+        """Take the step "ready" once a whole line of a window has `text`."""
+        rest, offset = b"", 0
+
+        def satisfied():
+            nonlocal rest, offset
+            data, offset = window.read(offset, window.end - offset), window.end
+            found, rest = match_line(text, rest, data)
+            if found:
+                self.step("ready")
+            return self.state != "starting" or window.ended
+        window.wait(satisfied)
+
+    def _run(self, launch, command, done):
+        """Run a command line as the process of `launch` was run. Returns a CommandRun. OSError."""
+        launch, errors = copy.copy(launch), []
+        launch.program, launch.argv = b"/bin/sh", [b"/bin/sh", b"-c", to_bytes(command)]
+        try:
+            os_pid = self._execute(launch, [subprocess.DEVNULL] * 3, [], errors)
+        finally:
+            for fd in errors:
+                os.close(fd)
+        return CommandRun(self._manager, os_pid, done)
+
+    def _notified(self, fields):
+        """Take a message of sd_notify(3)."""
+        self.message = fields.get("STATUS", self.message)
+        if fields.get("READY") == "1":
+            self.step("ready")
+        if fields.get("STOPPING") == "1":
+            self.ending = True
+
+    def close_readiness(self):
+        """Ask whether it is ready no longer."""
+        for part in (self._probe, self._notify):
+            if part is not None:
+                part.close()
+        self._probe = self._notify = None
 
     @staticmethod
     def _execute(launch, stdio, extra, theirs):
@@ -2631,6 +2971,23 @@ class Process:
         if (self.state, event) in self.LIFE:
             self.state, act = self.LIFE[self.state, event]
             act(self)
+            if self._probe is not None and self.state != "starting":
+                self._probe.close()
+                self._probe = None
+
+    def _become_ready(self):
+        self.ready_after = round(self.age(), 3)
+        self._timer.cancel()
+        self._timer = None
+        self._manager.process_ready(self)
+
+    def _stop_overdue(self):
+        error = self._probe and self._probe.error
+        self.by_itself, self.overdue = True, "not ready (%s) within %g seconds%s" % (
+            ready_text(self.template), self.template["ready"]["within"],
+            ": " + error if error else "")
+        self._stop()
+        self._manager.process_overdue(self)
 
     def _signal_stop(self):
         """Take the next of stop_steps()."""
@@ -2666,12 +3023,13 @@ class Process:
     def _exit(self):
         self.exited_at = self._loop.clock()
         self._watcher.close()
-        if self.by_itself:                      # the zombie still pins the group's number
+        if self._stop_step == 0:                # the zombie still pins the group's number
             self._signal_stop()
         reap(self.os_pid)
         self._reaped = True
         for stream in self.inputs.values():
             stream.close()
+        self.close_readiness()
         remains = self.signal_group(0)
         if remains:
             self._manager.groups.add(self)
@@ -2704,6 +3062,7 @@ class Process:
         """Close its streams and stop watching it, as gaffer ends. A detached process goes on."""
         for stream in [*self.inputs.values(), *self.outputs.values()]:
             stream.close()
+        self.close_readiness()
         if not self.exited:
             self._watcher.close()
 
@@ -2712,7 +3071,12 @@ class Process:
     @property
     def running(self):
         """True until it has exited or is being stopped."""
-        return self.state == "running"
+        return self.state in ("starting", "running")
+
+    @property
+    def ready(self):
+        """True while it runs, is ready, and has not sent STOPPING=1."""
+        return self.state == "running" and not self.ending
 
     @property
     def exited(self):
@@ -2724,6 +3088,11 @@ class Process:
         """True once nothing of its group is left."""
         return self.state == "gone"
 
+    @property
+    def end(self):
+        """(exit status, signal), as `restart` judges it."""
+        return NOT_READY if self.overdue else (self.exit_status, self.term_signal)
+
     def age(self):
         """Return the seconds since its start, or how long it lived."""
         return (self._loop.clock() if self.exited_at is None else self.exited_at) - self.started
@@ -2734,7 +3103,9 @@ class Process:
         if not self.running and self._timer is not None:
             more["kill_in"] = round(max(0.0, self._timer.when - self._loop.clock()), 3)
         return dict(more, pid=self.pid, os_pid=self.os_pid, instance=self.instance,
-                    uptime=round(self.age(), 3), state="running" if self.running else "stopping")
+                    uptime=round(self.age(), 3), ready=self.ready, message=self.message,
+                    not_ready=self._probe and self._probe.error,
+                    state=self.state if self.running else "stopping")
 
     def signal(self, signum, group=False):
         """Send a signal to the process, or to its whole group. Forbidden."""
@@ -2771,12 +3142,18 @@ class Process:
                         self.name, self.pid, self.os_pid, why)
             self._loop.call_soon(self._manager.maybe_stopped)
 
-    # (state, event): (next state, what is done). stop and kill come from the manager, late when a
-    # stop takes too long, exit when the leader has exited, empty when its group has no member left.
+    # (state, event): (next state, what is done). stop and kill come from the manager, ready and
+    # overdue from its readiness, late when a stop takes too long, exit when the leader has exited,
+    # empty when its group has no member left.
     LIFE = {
+        ("starting", "stop"): ("stopping", _stop),
+        ("starting", "kill"): ("stopping", _kill),
+        ("starting", "exit"): ("exited", _exit_by_itself),
         ("running", "stop"): ("stopping", _stop),
         ("running", "kill"): ("stopping", _kill),
         ("running", "exit"): ("exited", _exit_by_itself),
+        ("starting", "ready"): ("running", _become_ready),
+        ("starting", "overdue"): ("stopping", _stop_overdue),
         ("stopping", "late"): ("stopping", _signal_stop),
         ("stopping", "kill"): ("stopping", _kill),
         ("stopping", "exit"): ("exited", _exit),
@@ -2805,7 +3182,7 @@ STOP_KILL = 10.0                                # after a second signal, gaffer 
 STOP_SEND = 2.0                                 # for a client to take some of what is left
 STOP_SEND_TOTAL = 20.0                          # for all of them
 TEMPLATE_EVENTS = ("create", "start", "stop", "restart", "update", "delete", "flap", "done", "fail")
-PROCESS_EVENTS = ("spawn", "reap", "exit", "stop_pid")
+PROCESS_EVENTS = ("spawn", "ready", "reap", "exit", "stop_pid")
 EVENT_TYPES = TEMPLATE_EVENTS + PROCESS_EVENTS
 SPAWN_TIME = 0.002                              # seconds of spawning in one turn of the loop
 
@@ -2834,16 +3211,11 @@ def matches(pattern, event):
     return pattern[0] in (None, event["event"]) and pattern[1] in (None, event["name"])
 
 
-def priority_of(info):
-    """Return a template's place in the order of starts; stops go the other way."""
-    return math.inf if info["priority"] is None else info["priority"]
-
-
 class Template:
     """A process template at work: what is wanted (`info`, `active`) and what there is of it."""
 
-    def __init__(self, info, loop, journal):
-        self._loop, self._journal = loop, journal
+    def __init__(self, info, loop, journal, templates):
+        self._loop, self._journal, self._templates = loop, journal, templates
         self.name = info["name"]
         self.group = self.name.partition(":")[0] if ":" in self.name else None
         self.active = self.deleted = False
@@ -2910,41 +3282,99 @@ class Template:
         gone."""
         if not self.active or self.pause is not None:
             return 0
-        return self.info["numprocesses"] - len(self.processes) - len(self.pending) - len(
+        missing = self.info["numprocesses"] - len(self.processes) - len(self.pending) - len(
             self.finished)
+        return min(0, missing) if self.unmet() else missing
 
     def ended(self):
         """Return True if each of its processes has exited, and nothing follows."""
-        return bool(self.active and self.finished and self.pause is None
-                    and not self.processes and not self.pending and self.missing() <= 0)
+        return bool(self.active and self.finished and self.pause is None and not self.processes
+                    and not self.pending and not self.unmet() and self.missing() <= 0)
+
+    def ready(self):
+        """Return True if as many processes as are wanted are ready, or it is done."""
+        return self.outcome == "done" or self.active and self.info["numprocesses"] <= len(
+            self.finished) + sum(process.ready for process in self.processes.values())
+
+    def unmet(self):
+        """Return the names of templates it is `after` that it has to wait for."""
+        others = ((name, self._templates.get(name)) for name in self.info["after"])
+        return [name for name, other in others if other is None or not other.releases()]
+
+    def releases(self):
+        """Return True if what is `after` this may start."""
+        ends = self.info["restart"] != "always" and self.info["ready"] is None
+        return self.outcome == "done" if ends else self.ready()
+
+    def prospect(self, goal):
+        """Return (whether it is what `goal` says: "ready", "done" or "stopped"; why it never will
+        be, with its last lines of output, or None)."""
+        state = self.state()
+        if self.ready() if goal == "ready" else state == "done" if goal == "done" else (
+                state in ("stopped", "done", "failed")):
+            return True, None
+        if goal == "done" and self.active and self.info["restart"] == "always":
+            return False, "'%s' is started again whenever it ends: its 'restart' is 'always'" % (
+                self.name)
+        waiting, seen = [] if goal == "stopped" else [self], set()
+        while waiting:                          # is one of those that it waits for lost?
+            other = waiting.pop()
+            if other.deleted or not other.active and other.outcome != "done":
+                if any(merged.sources for merged in other.merged.values()):
+                    break                       # its last lines are still to be read
+                return False, "%s'%s' %s" % (
+                    "" if other is self else "'%s' waits for '%s', and " % (self.name, other.name),
+                    other.name, other.obituary())
+            found = [] if other.running() else set(other.unmet()).intersection(self._templates)
+            waiting += [self._templates[name] for name in found if name not in seen]
+            seen.update(found)
+        return False, None
+
+    def obituary(self):
+        """Return why it does not run, and its last lines, to go on with its name."""
+        end = self.last_exit
+        reason = ("has been deleted" if self.deleted else "is stopped; start it"
+                  if self.outcome is None and not self.gave_up else
+                  "has failed: %s" % (
+                      self.error or ("signal %d" % end["term_signal"] if end["term_signal"] else
+                                     "exit status %d" % end["exit_status"])))
+        windows = [merged.window for merged in self.merged.values()]
+        text = b"".join(window.read(max(window.tail(10), window.end - 4 * KIB), 4 * KIB)
+                        for window in windows).decode("utf-8", "replace").rstrip()
+        return reason + ("; its last lines:\n" + text if text else "")
 
     def state(self):
-        """Return one word: starting, running, backoff, flapping, stopping, stopped, done, failed.
-        """
+        """Return one word: waiting, starting, running, backoff, flapping, stopping, stopped, done,
+        failed."""
         if self.pause is not None:
             return "flapping"
         if self.pending:
             return "backoff"
-        if self.running():
-            return "running"
+        running = self.running()
+        if running:
+            return "running" if all(process.ready for process in running) else "starting"
         if self.processes:
             return "stopping"
         if not self.active:
             return self.outcome or "stopped"
-        return "starting" if self.info["numprocesses"] else "stopped"
+        if not self.info["numprocesses"]:
+            return "stopped"
+        return "waiting" if self.unmet() else "starting"
 
     def status(self):
         """Return the answer of GET /status/<name>."""
-        running = self.running()
+        running, state = self.running(), self.state()
         waits = sorted(round(max(0.0, timer.when - self._loop.clock()), 3)
                        for timer in [*self.pending, self.pause] if timer is not None)
         return {
             "name": self.name, "active": self.active, "running": len(running),
             "numprocesses": self.info["numprocesses"], "max_processes": self.info["numprocesses"],
-            "state": self.state(), "stopping": len(self.processes) - len(running),
+            "state": state, "stopping": len(self.processes) - len(running),
             "pids": [process.pid for process in running],
             "os_pids": [process.os_pid for process in running], "restarts": self.restarts,
-            "last_exit": self.last_exit, "next_try": waits[0] if waits else None, "waiting": waits,
+            "last_exit": self.last_exit, "next_try": waits[0] if waits else None, "next_tries": waits,
+            "ready": self.ready(), "waiting": self.unmet() if state == "waiting" else [],
+            "message": next((process.message for process in reversed(running)), None),
             "uptime": round(max([process.age() for process in running] or [0]), 3),
             "gave_up": self.gave_up, "outcome": self.outcome, "error": self.error,
             "hint": self.hint,
@@ -3114,9 +3544,12 @@ class Manager:
         self._started_apps = []
         self._next_pid = 1
         self._subscriptions = []                # (pattern, Subscription)
-        self._waiters = []                      # (done, callback)
+        self._waiters, self._asking = [], False     # (done, callback)
         self._to_spawn = {}                     # Template -> its last Launch, or None
+        self.commands = set()                   # CommandRuns that have not ended
+        self._held = {}                         # Template -> None: those that wait for another
         self._to_stop, self._wave = [], []      # see _stop_next(): Process, (Process, time)
+        self._stages = {}                       # see stop_stages()
         self._stop_timer, self._stop_stagger = None, 0.0
         self._report = Throttle()
 
@@ -3189,6 +3622,12 @@ class Manager:
         return stream
 
     @on_loop
+    def not_ready(self):
+        """Return the names of active templates that are not ready."""
+        return [name for name, template in self.templates.items()
+                if template.active and not template.ready()]
+
+    @on_loop
     def get_process(self, target):
         """Return a ProcessHandle for a template's name or a pid. NotFound."""
         if self.is_name(target):
@@ -3224,19 +3663,25 @@ class Manager:
             event.update(pid=process.pid, os_pid=process.os_pid)
         event.update(more)
         self.loop.guard(self.events.append, event)      # no observer has a part in any life
+        self._ask_waiters()
         for pattern, subscription in self._subscriptions:
             if matches(pattern, event):
                 subscription.deliver(kind, dict(event))
 
     def wait_until(self, done, callback):
-        """Call `callback()` on the loop once `done()` is true; it is asked after each end and spawn
-        of a process. Returns a function that ends it. For the owner of the lock."""
+        """Call `callback()` on the loop once `done()` is true; it is asked after each event and each
+        end of a process. Returns a function that ends it. For the owner of the lock."""
         entry = done, callback
         self._waiters.append(entry)
-        self.loop.call_soon(self._check_waiters)
+        self._ask_waiters()
         return lambda: entry in self._waiters and self._waiters.remove(entry)
 
+    def _ask_waiters(self):
+        if self._waiters and not self._asking:
+            self._asking = self.loop.call_soon(self._check_waiters)
+
     def _check_waiters(self):
+        self._asking = False
         for entry in tuple(self._waiters):
             if entry in self._waiters and entry[0]():
                 self._waiters.remove(entry)
@@ -3280,6 +3725,18 @@ class Manager:
             if not self._to_spawn:
                 self.loop.call_soon(self._spawn_some)
             self._to_spawn.setdefault(template)
+        if template.active and template.unmet():
+            self._held[template] = None
+        else:
+            self._held.pop(template, None)
+        self._release(template)
+
+    def _release(self, template):
+        """Start what has waited for `template`, if that is ready or done now."""
+        if self._held and template.releases():
+            for other in self._held:
+                if template.name in other.info["after"]:
+                    self.loop.call_soon(self._reconcile, other)
 
     def _spawn_some(self):
         """Spawn what is missing, for SPAWN_TIME; then again in the next turn, so that others have
@@ -3318,6 +3775,7 @@ class Manager:
             return None
         process.failures = failures
         self._publish("spawn", template.name, process)
+        self._release(template)
         return launch
 
     def _spawn(self, template, launch):
@@ -3391,6 +3849,17 @@ class Manager:
 
     # what a process tells
 
+    def process_ready(self, process):
+        """A process with a 'ready' has become ready."""
+        self._publish("ready", process.name, process, by=ready_text(process.template),
+                      seconds=process.ready_after)
+        self._release(process.home)
+
+    def process_overdue(self, process):
+        """A process was not ready in time, and is being stopped."""
+        process.home.error = process.overdue
+        self._publish("stop_pid", process.name, process, reason=process.overdue)
+
     def process_exited(self, process, remains):
         """A process has exited; `remains`: others of its group have not."""
         template, status, signum = process.home, process.exit_status, process.term_signal
@@ -3401,10 +3870,11 @@ class Manager:
         process.last_exit = template.last_exit = {
             "pid": process.pid, "exit_status": status, "term_signal": signum, "time": time.time(),
             "times": last["times"] + 1 if again else 1}
-        more = {}
+        more = {"reason": process.overdue} if process.overdue else {}
         if by_itself:
             template.hint = None
-            if (status, signum) == (0, 0) and process.age() < BACKOFF_RESET:
+            if ((status, signum) == (0, 0) and process.age() < BACKOFF_RESET
+                    and not process.overdue):
                 ours = {each.os_pid for each in self.processes.values() if not each.gone}
                 if remains or self.loop.guard(self.table.orphans, process.started, ours):
                     template.hint = more["hint"] = (
@@ -3414,11 +3884,12 @@ class Manager:
         if by_itself:
             process.failures = 1 if process.age() >= BACKOFF_RESET else process.failures + 1
             process.retry_after = self._judge(
-                template, (status, signum), process.age(), process.failures)
+                template, process.end, process.age(), process.failures)
 
     def process_ended(self, process):
         """A process has exited, and all its output has been read."""
         self.journal.exit(process.name, process.pid, process.exit_status, process.term_signal)
+        self._ask_waiters()
 
     def process_gone(self, process):
         """Nothing of a process's group is left: its slot is free."""
@@ -3432,7 +3903,7 @@ class Manager:
             self._stop(False)
         if template.active and not template.deleted and not self.stopping:
             if process.by_itself and process.retry_after is None:
-                template.finished.append((process.exit_status, process.term_signal))
+                template.finished.append(process.end)
             else:
                 template.restarts += process.by_itself
             if process.by_itself and template.missing() > 0:
@@ -3443,7 +3914,7 @@ class Manager:
             self._reconcile(template)
         if self.stopping:
             self._stop_next()
-        self.loop.call_soon(self._check_waiters)
+        self._ask_waiters()
         self.maybe_stopped()
 
     def _retain(self, template, process):
@@ -3465,6 +3936,12 @@ class Manager:
         info = dict(name) if isinstance(name, dict) else dict(options, name=name, cmd=cmd)
         return self._add(check_template(info), dry_run)
 
+    def _check_circle(self, info):
+        circle = find_circle(info["name"], lambda name: info["after"] if name == info["name"] else
+                             self.templates[name].info["after"] if name in self.templates else ())
+        if circle:
+            raise InvalidProcessInfo("field 'after' makes a circle: %s" % " after ".join(circle))
+
     @starting
     def _add(self, info, dry_run):
         name, handle = info["name"], ProcessHandle(self, info["name"], info["name"])
@@ -3472,7 +3949,8 @@ class Manager:
             raise Conflict("the name '%s' is taken; PUT /processes/%s replaces it" % (name, name))
         if len(self.templates) >= TEMPLATES_MAX:
             raise Busy("there are %d templates; delete one first" % TEMPLATES_MAX)
-        template = Template(info, self.loop, self.journal)
+        self._check_circle(info)
+        template = Template(info, self.loop, self.journal, self.templates)
         launch = Launch(info) if info["start"] else None
         if dry_run:
             return template, handle
@@ -3525,6 +4003,7 @@ class Manager:
         replaced = not fields <= set(ADJUSTABLE)
         if not fields and active == was:
             return template, "unchanged"
+        self._check_circle(info)
         if active and (replaced or not was):
             Launch(info)
         if dry_run:
@@ -3695,12 +4174,17 @@ class Manager:
     def _stop(self, kill):
         if not self.stopping:
             self.stopping = True
+            self._ask_waiters()
             for template in self.templates.values():
                 template.forget_waits()
                 if template.active:
                     template.active = False
                     self._publish("stop", template.name)
-            self._to_stop = sorted(self._alive(), key=lambda each: priority_of(each.template))
+            for process in list(self.processes.values()):
+                if process.template["detach"]:
+                    process.close_readiness()   # or its probes would go on
+            self._stages = stop_stages({each.name: each.template for each in self._alive()})
+            self._to_stop = sorted(self._alive(), key=lambda each: -self._stages[each.name])
             self._stop_stagger = min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(self._to_stop)))
             self._stop_next()
         if kill:
@@ -3720,13 +4204,13 @@ class Manager:
 
     def _stop_next(self):
         """Stop what is next in order: a process waits for the one after it for a moment, and for
-        all of a higher priority until they are gone or their graceful_timeout is over."""
+        all of an earlier stage until they are gone or their graceful_timeout is over."""
         now = self.loop.clock()
         if self._stop_timer is not None:
             self._stop_timer.cancel()
         while self._to_stop:
             process, wave = self._to_stop[-1], self._wave
-            same = wave and priority_of(wave[-1][0].template) == priority_of(process.template)
+            same = wave and self._stages[wave[-1][0].name] == self._stages[process.name]
             waits = [since + (self._stop_stagger if same else each.template["graceful_timeout"])
                      for each, since in (wave[-1:] if same else wave)
                      if not each.gone and not each.abandoned]
@@ -3746,7 +4230,7 @@ class Manager:
 
     def maybe_stopped(self):
         """End the loop if gaffer stops and nothing runs any more that it can end."""
-        if self.stopping and not self._alive():
+        if self.stopping and not self._alive() and not self.commands:
             self.loop.call_soon(self.loop.stop)
 
     def _finish(self):
@@ -5640,7 +6124,8 @@ PARAMETERS = {                                  # of the query: the one table th
                       "answer when it is done, or 504 after this many seconds"),
     "feed": Parameter(parse_choice(*FEEDS), {"enum": FEEDS}, "how output is sent"),
     "interval": Parameter(parse_seconds(0.1), NUMBER, "seconds between two samples of a feed"),
-    "timeout": Parameter(parse_seconds(0), NUMBER, "longpoll: 204 if nothing comes in this time"),
+    "timeout": Parameter(parse_seconds(0), NUMBER,
+                         "seconds: a longpoll answers 204, `until` 504 after them"),
     "heartbeat": Parameter(parse_seconds(0.1, 60.0), FLAG_OR_NUMBER,
                            "an empty line after this many seconds without output; true: 60"),
     "since": Parameter(parse_since, TEXT_TYPE, "begin at this offset, or after this id"),
@@ -5648,6 +6133,9 @@ PARAMETERS = {                                  # of the query: the one table th
     "tail": Parameter(parse_tail, {"type": ["integer", "string"]}, "begin with the last n lines"),
     "loss": Parameter(parse_choice("skip", "block"), {"enum": ["skip", "block"]},
                       "what happens to a reader that is too slow; without it, it is cut"),
+    "until": Parameter(parse_choice("ready", "done", "stopped"),
+                       {"enum": ["ready", "done", "stopped"]},
+                       "answer once it is so, or 409 when it never will be"),
     "label": Parameter(str, TEXT_TYPE, "which stream comes back"),
     "type": Parameter(parse_choice("text", "binary"), {"enum": ["text", "binary"]},
                       "type of the messages"),
@@ -7352,8 +7840,7 @@ class Api:
     @operation()
     def readyz(self, request, query):
         """Whether every active template is as it is wanted; else 503."""
-        waiting = [template.name for template in self.manager.templates.values()
-                   if len(template.running()) + len(template.finished) < template.wanted()]
+        waiting = self.manager.not_ready()
         ready = not waiting and not self.manager.stopping
         return json_response({"ready": ready, "waiting": waiting}, 200 if ready else 503)
 
@@ -7501,10 +7988,31 @@ class Api:
         self.manager.signal(ref, parse_signal(signum), query.group)
         return OK
 
-    @operation("usage history", unlocked=True)
+    @operation("usage history until timeout", unlocked=True)
     def status(self, request, query, name):
-        """The state of a template, its restarts and last exit."""
-        return self._statuses(query, [name])[0]
+        """The state of a template, its restarts and last exit; with `until`, once that holds."""
+        if query.until is None:
+            return self._statuses(query, [name])[0]
+        template = self.manager.loop.call(self.manager.find_template, name)
+
+        def answer():
+            holds, reason = template.prospect(query.until)
+            if reason:
+                raise Conflict(reason)
+            return json_response(template.status()) if holds else None
+        response = self.manager.loop.call(answer)
+        if response is not None:
+            return response
+
+        def begin(deliver):
+            found = [None]
+
+            def done():
+                found[0] = attempt(answer)
+                return found[0] is not None
+            return self.manager.wait_until(done, lambda: deliver(found[0]))
+        return LongPoll(begin, query.timeout, lambda: error_response(WaitTimeout(
+            "'%s' is not %s after %g seconds; it goes on" % (name, query.until, query.timeout))))
 
     @operation("usage history", unlocked=True)
     def statuses(self, request, query):
@@ -9298,12 +9806,14 @@ class ConsoleOutput:
     def _event(self, kind, event):
         pid, template = event.get("pid"), self._manager.templates.get(event["name"])
         info, failed, note = template.info if template else {"success": [0]}, False, ""
-        if kind in ("stop_pid", "reap"):
+        if kind in ("stop_pid", "reap") and "reason" not in event:
             self._stopped.add(pid)
         elif kind == "exit":
             end = event["exit_status"], event["term_signal"]
             failed = pid not in self._stopped and not succeeded(info, end)
             self._stopped.discard(pid)
+        elif "reason" in event:
+            failed, note = True, ": " + event["reason"]
         elif kind == "stop" and template and template.gave_up and template.last_exit:
             end = template.last_exit["exit_status"], template.last_exit["term_signal"]
             failed, note = not succeeded(info, end), ": it gave up; start it when it is fixed"
@@ -9393,6 +9903,12 @@ class Screen:
         pid = event.get("pid")
         if kind == "spawn":
             self._follow(pid, event)
+        elif kind == "ready":
+            self.say("%s is ready after %.1f s" % (self._shown[pid]["name"], event["seconds"]))
+        elif "reason" in event and kind == "stop_pid":
+            self.say("%s is stopped: %s" % (self._shown[pid]["name"], event["reason"]))
+        elif kind == "done":
+            self._maybe_done()
         elif kind in ("stop_pid", "reap"):
             self._stopped.add(pid)
             if self._manager.stopping and not self._told:
@@ -9407,7 +9923,8 @@ class Screen:
         process = self._manager.processes[pid]
         name = "%s.%d" % (event["name"], process.instance)
         windows = [output.window for output in process.outputs.values()]
-        shown = self._shown[pid] = {"name": name, "open": len(windows), "exit": None, "readers": []}
+        shown = self._shown[pid] = {"name": name, "open": len(windows), "exit": None, "readers": [],
+                                    "info": process.template}
         self.say("%s started, os pid %d" % (name, event["os_pid"]))
 
         def show(lines):
@@ -9435,8 +9952,17 @@ class Screen:
         status, signum = event["exit_status"], event["term_signal"]
         self.say("%s %s" % (shown["name"], "was ended by %s" % signal_name(signum) if signum else
                             "exited with status %d" % status))
-        if self._one_for_all and shown["by_itself"] and not self._manager.stopping:
-            self.status = 128 + signum if signum else status
+        info, failed = shown["info"], "reason" in event     # it did not get ready
+        done = not failed and info["restart"] != "always" and succeeded(info, (status, signum))
+        if self._one_for_all and shown["by_itself"] and not (done or self._manager.stopping):
+            self.status = 128 + signum if signum else status or int(failed)
+            self._manager.stop()
+        self._maybe_done()
+
+    def _maybe_done(self):
+        """Stop when all is done and shown."""
+        if not self._shown and all(
+                each.outcome == "done" for each in self._manager.templates.values()):
             self._manager.stop()
 
     def _say_what_it_waits_for(self):
@@ -9468,6 +9994,39 @@ class Screen:
     def join(self):
         """Write what waits, within SCREEN_END seconds."""
         self._writer.close(SCREEN_END)
+
+
+class SystemdNotifier:
+    """Tells systemd, at the socket in NOTIFY_SOCKET, when all templates are ready and when the manager
+    stops; and that the loop turns, twice in WATCHDOG_USEC. See sd_notify(3)."""
+
+    def __init__(self, environ):
+        path = environ["NOTIFY_SOCKET"]
+        self._address = "\0" + path[1:] if path[0] == "@" else path
+        self._interval = None                   # seconds
+        if environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+            self._interval = int(environ.get("WATCHDOG_USEC", 0)) / 2e6
+
+    def start(self, loop, manager):
+        self._loop, self._socket = loop, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        manager.wait_until(lambda: manager.stopping or not manager.not_ready(), lambda: (
+            manager.stopping or self._send(b"READY=1")))
+        manager.wait_until(lambda: manager.stopping, lambda: self._send(b"STOPPING=1"))
+        if self._interval:
+            self._watch()
+
+    def _watch(self):
+        self._send(b"WATCHDOG=1")
+        self._loop.later(self._interval, self._watch)
+
+    def _send(self, message):
+        try:
+            self._socket.sendto(message, socket.MSG_DONTWAIT, self._address)
+        except OSError as error:
+            log.warning("systemd cannot be told %s: %s", message.decode(), error.strerror)
+
+    def stop(self):
+        self._socket.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9533,10 +10092,20 @@ def delays_from_text(text):
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def ready_from_text(text):
+    """Return the object of "log:TEXT", "tcp:PORT", a URL, "exec:COMMAND" or "notify"; within=SECONDS
+    may follow."""
+    text, within = re.fullmatch(r"(.*?)(?:\s+within=(\S+))?", text, re.S).groups()
+    kind, _, value = text.partition(":")
+    found = {kind: {"notify": True, "http": text}.get(kind, value)}
+    return dict(found, within=parse_number(within)) if within else found
+
+
 CONVERTERS = {                                  # of text, for fields that are not text
     "success": lambda text: [number_or_text(word) for word in split_list(text)],
     "restart_delay": delays_from_text,
     "env": lambda text: env_from_words(split_words(text, ",")), "flapping": flapping_from_text,
+    "ready": ready_from_text, "after": split_list,
     **dict.fromkeys(("redirect_output", "custom_streams"), split_list),
     **dict.fromkeys(("numprocesses", "priority", "graceful_timeout", "backlog"), parse_number)}
 
@@ -9552,6 +10121,17 @@ def from_text(field, text):
             raise ValueError("must be true or false, not %r" % text)
         return BOOLEANS[text.lower()]
     return None if text == "" and field != "cmd" and convert is not split_list else convert(text)
+
+
+def to_text(field, value):
+    """Return a value as from_text() reads it."""
+    if field == "ready":
+        return "%s within=%g" % (ready_text({field: value}), value["within"])
+    if isinstance(value, dict):
+        return " ".join("%s=%s" % pair for pair in value.items())
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def event_pattern(text):
@@ -9758,7 +10338,8 @@ def free_port(port, taken, size=PORTS_PER_TYPE):
 class Procfile(ConfigFile):
     """A Procfile, lines of 'type: command', with the environment of its processes.
 
-    `types`: {type: command}. `root`: where they run (the file's folder). `env_files`: read in
+    `types`: {type: command}; `fields`: {type: {field: value}}, from the comments above a type that
+    begin with "gaffer:" and hold words such as after=db. `root`: where they run (the file's folder). `env_files`: read in
     place of .env in that folder. `port`: PORT of the first type (that of .env or of gaffer, else
     5000); each further type has a hundred more. `taken`: ports in use.
     """
@@ -9766,7 +10347,7 @@ class Procfile(ConfigFile):
     def __init__(self, path, root=None, env_files=(), port=None, taken=()):
         super().__init__(path)
         self.folder, self.env = os.path.abspath(root or self.folder), {}
-        self.types, self.taken = {}, list(taken)
+        self.types, self.fields, self.taken = {}, collections.defaultdict(dict), list(taken)
         default = os.path.join(self.folder, ".env")
         for env_file in env_files or [default] * os.path.isfile(default):
             values, faults = parse_env(read_text(env_file), dict(os.environ, **self.env))
@@ -9779,13 +10360,30 @@ class Procfile(ConfigFile):
             self.port = free_port(int(given), self.taken, 1)
         elif given:
             self.faults.append((0, "PORT is '%s': give a number from 1 to 65535" % given[:40]))
+        above = {}
         for line, text in enumerate(self.text.split("\n"), 1):
             match = re.match(r"([A-Za-z0-9_-]+)[ \t]*:[ \t]*(\S.*?)[ \t\r]*\Z", text)
+            comment = re.match(r"#[ \t]*gaffer:(.*)", text)
             if match and match.group(1) not in self.types:
                 self.types[match.group(1)] = match.group(2)
+                self.fields[match.group(1)], above = above, {}
+            elif comment:
+                self._read_comment(comment.group(1), above, line)
             elif text.strip() and text.lstrip()[0] != "#":
                 self.fault("'%s' is there twice" % match.group(1) if match else
                            "%r is not 'type: command'" % text.strip(), line=line)
+
+
+    def _read_comment(self, text, fields, line):
+        try:
+            for field, _, value in [word.partition("=") for word in split_words(text)]:
+                if field not in OPTIONS or field in ("name", "cmd", "args", "env"):
+                    self.fault("%r is not FIELD=VALUE, as in after=db%s" % (
+                        field, near(field, OPTIONS)), line=line)
+                else:
+                    fields[field] = from_text(field, value)
+        except ValueError as error:
+            self.fault("the comment %s" % error, line=line)
 
 
 def load_procfile(file):
@@ -9796,6 +10394,7 @@ def load_procfile(file):
         file.taken += [port, port + PORTS_PER_TYPE - 1]
         env = dict(file.env, PORT=str(port), GAFFER_PORT_STEP="1")
         tree[name] = dict(command_fields(command), cwd=file.folder, env=env)
+        tree[name].update(file.fields[name])
     if not tree and not file.faults:
         file.fault("there is no line 'type: command' in it")
     return {"process": tree}
@@ -9949,6 +10548,11 @@ def read_settings(source, taken=None):
                 name, near(name, found["process"])), "env:" + name)
     templates = {name: make_template(file, name, fields, *found["env"].get(name, (file, {})))
                  for name, (file, fields) in found["process"].items()}
+    for name, (file, _) in found["process"].items():
+        circle = find_circle(name, lambda each: templates.get(each, {"after": ()})["after"])
+        if circle:
+            file.fault("field 'after' makes a circle: %s" % " after ".join(circle),
+                       "process:" + name, "after")
     raise_faults(files)
     return Settings([endpoints[name] for name in chosen], templates, hooks)
 
@@ -10210,6 +10814,29 @@ def act_text(verb, target, answer, args):
     return "already running" if state == "running" else "already started, " + state
 
 
+def await_goal(client, names, goal, args):
+    """Wait until each of the templates is "ready", "done" or "stopped"; goal None: ready, or done
+    if it ends by itself and has no `ready`. Return the exit status."""
+    exit_status, began = 0, time.monotonic()
+    for name in names:
+        left = None
+        try:
+            info = client.get("/processes/" + reference(name))
+            wanted = goal or ("done" if info["restart"] != "always" and not info["ready"] else
+                              "ready")
+            path = "/status/%s?until=%s" % (reference(name), wanted)
+            if args.timeout is not None:
+                left = max(0.0, began + args.timeout - time.monotonic())
+                path += "&timeout=%.3f" % left
+            answer = client.request(
+                "GET", path, timeout=None if left is None else CLIENT_TIME + left)
+        except ClientError as error:
+            exit_status = report(error, exit_status)
+        else:
+            show(args, answer, "%s: %s" % (name, wanted))
+    return exit_status
+
+
 def act(args, verb):
     """Do one of VERBS: tell all names first, then wait for each."""
     path, wait_path = VERBS[verb]
@@ -10223,6 +10850,8 @@ def act(args, verb):
                             client.request("POST", target.path + path)))
         except ClientError as error:
             exit_status = report(error, exit_status)
+    if getattr(args, "ready", False):
+        return await_goal(client, [target.word for target, _ in answers], None, args) or exit_status
     for target, answer in answers:
         try:
             if waits:
@@ -10232,6 +10861,13 @@ def act(args, verb):
         except ClientError as error:
             exit_status = report(error, exit_status)
     return exit_status
+
+
+def wait_command(args):
+    """wait"""
+    client = connect(args)
+    targets, exit_status = find_targets(get_statuses(client), args.names)
+    return await_goal(client, [each.word for each in targets], args.goal, args) or exit_status
 
 
 def delete(client, targets, args, text):
@@ -10413,6 +11049,8 @@ def status_rows(status, with_ids):
         note = []
         if "kill_in" in process:
             note = ["SIGKILL in " + span(process["kill_in"])]
+        elif process["not_ready"]:
+            note = [process["not_ready"]]
         elif last and last["times"] > 1 and process["uptime"] < BACKOFF_RESET:
             note = why
         usage = ["-", "-"]
@@ -10421,7 +11059,9 @@ def status_rows(status, with_ids):
         ids = [str(process["os_pid"])] + ([str(process["pid"])] if with_ids else [])
         rows.append([process_name(name, process), process["state"], count, *ids,
                      span(process["uptime"]), restarts, code, *usage, "; ".join(note)])
-    notes = [["next try in " + span(math.ceil(wait)), *why] for wait in status["waiting"]]
+    notes = [["next try in " + span(math.ceil(wait)), *why] for wait in status["next_tries"]]
+    if status["waiting"]:
+        notes = [["waits for " + ", ".join(status["waiting"])]]
     if not rows and not notes:
         notes = [["gave up", *why] if status["gave_up"] else why if status["error"] else []]
     ids = ["-", "-"] if with_ids else ["-"]
@@ -11016,6 +11656,8 @@ def run_server(args, handler, background):
         apps.append(PidFile(args.pidfile))
     apps += [ConsoleOutput(args.verbose > 1), http, hooks, Announcement(announce, http),
              *background]
+    if os.environ.get("NOTIFY_SOCKET"):
+        apps.append(SystemdNotifier(os.environ))
     manager = Manager(apps, window_size=args.window or WINDOW_SIZE, exit_with=args.exit_with,
                       input_size=args.input or STDIN_SIZE)
     if configuration is not None:
@@ -11094,11 +11736,11 @@ def up_templates(args, taken):
     templates, _ = procfile_templates(args, taken)
     for name in args.names:
         check_type(name, templates)
-    more = {"redirect_input": True}             # which does not end
-    if not args.keep_going:
-        more["restart"] = "never"
-    return {name: dict(info, **more) for name, info in templates.items()
-            if name in (args.names or templates)}
+    for info in templates.values():
+        info["redirect_input"] = True           # which does not end
+        if info["restart"] == "always" and not args.keep_going:
+            info.update(restart="never", success=[])    # any end is the end of all
+    return {name: info for name, info in templates.items() if name in (args.names or templates)}
 
 
 def up_command(args):
@@ -11180,24 +11822,35 @@ def find_app(args, statuses):
     return found
 
 
+def in_group(group, templates):
+    """Return {group:type: template} of {type: template}, with their names in `after` changed, too."""
+    names = {kind: "%s:%s" % (group, kind) for kind in templates}
+    return {names[kind]: dict(info, name=names[kind],
+                              after=[names.get(name, name) for name in info["after"]])
+            for kind, info in templates.items()}
+
+
 def load_command(args):
     """Make a group in the server equal to the Procfile."""
     client, group = connect(args), group_of(args)
     statuses = get_statuses(client)
     templates, formation = procfile_templates(args, [client.port])
-    for kind, info in templates.items():
-        name = info["name"] = "%s:%s" % (group, kind)
+    templates = in_group(group, templates)
+    for name, info in templates.items():
         if name in statuses:
             del info["start"]                   # it runs, or not, as before
-            if kind not in formation:           # it may have been scaled
+            if name[len(group) + 1:] not in formation:      # it may have been scaled
                 info["numprocesses"] = statuses[name]["numprocesses"]
         answer = client.request("PUT", "/processes/" + reference(name), info)
         outcome = json.loads(answer)
         show(args, answer, "%s: %s" % (name, "loaded" if outcome.get("created") else
                                        "updated" if outcome["changed"] else "already loaded"))
-    gone = [name for name in statuses if name.startswith(group + ":")
-            and name[len(group) + 1:] not in templates]
-    return delete(client, find_targets(statuses, gone)[0], args, "removed")
+    gone = [name for name in statuses
+            if name.startswith(group + ":") and name not in templates]
+    exit_status = delete(client, find_targets(statuses, gone)[0], args, "removed")
+    if args.ready:
+        exit_status = await_goal(client, templates, None, args) or exit_status
+    return exit_status
 
 
 def unload_command(args):
@@ -11272,8 +11925,8 @@ def export_files(args):
     if args.format == "systemd":
         return export_systemd(group, source, templates)
     sections = {}
-    for index, (kind, info) in enumerate(templates.items()):
-        sections["%s:%s" % (group, kind)] = dict(
+    for index, (name, info) in enumerate(in_group(group, templates).items()):
+        sections[name] = dict(
             {field: value for field, value in info.items()
              if value != OPTIONS[field].default and field != "name"}, priority=index)
     if args.format == "json":
@@ -11282,7 +11935,7 @@ def export_files(args):
     for name, info in sections.items():
         env, lines = info.pop("env"), [*lines, "", "[process:%s]" % name]
         lines += ["%s = %s" % (field, shlex.join(value) if field == "args" else
-                               json.dumps(value) if isinstance(value, bool) else value)
+                               to_text(field, value))
                   for field, value in info.items() if value != []]
         lines += ["", "[env:%s]" % name]
         for variable, value in env.items():
@@ -11441,6 +12094,8 @@ ASK = (*CONNECTION, option("--json", "print what the server sent"))
 BY = option("n N?", "how many (default 1)", type=POSITIVE, default=1)
 WAIT = (option("--timeout SECONDS", "wait this long at most, then exit with 124", type=SECONDS),
         option("--no-wait", "do not wait until it is done"))
+READY_OPTION = option("--ready", "wait until all are ready, or done if they end by themselves and have no "
+                      "'ready'; exit with 1 if one fails")
 COLOUR = option("--no-color", "no colours (NO_COLOR does the same)")
 WATCH = option("-w, --watch", "repeat every second until Ctrl-C")
 START = option("--start", "start it")
@@ -11513,7 +12168,10 @@ COMMANDS = {
     "serve": Command("server", serve, "run the supervisor with its HTTP API and web page", SERVE),
     "reload": Command("server", reload_command, "make the server load its CONFIG again", (
         option("--dry-run", "only show what would change"), *ASK)),
-    "start": verb("start", "start processes (of a Procfile: up)", SOME_NAMES),
+    "start": verb("start", "start processes (of a Procfile: up)", SOME_NAMES, READY_OPTION),
+    "wait": Command("control", wait_command, "wait until processes are ready, done or stopped", (
+        SOME_NAMES, option("--for STATE", "ready (the default), done or stopped", dest="goal",
+                           choices=("ready", "done", "stopped"), default="ready"), WAIT[0], *ASK)),
     "stop": verb("stop", "stop processes; they stay stopped", SOME_TARGETS),
     "restart": verb("restart", "stop and replace processes", SOME_NAMES),
     "add": verb("add", "run more processes of a template", ONE_NAME, BY),
@@ -11554,7 +12212,7 @@ COMMANDS = {
         option("cmd CMD...", "a type, a command line as one word, or a program and its arguments"),
         *PROCFILE)),
     "load": Command("procfile", load_command, "run a Procfile in the server", (
-        GROUP, *PROCFILE, FORMATION, *WAIT, *ASK)),
+        GROUP, *PROCFILE, FORMATION, READY_OPTION, *WAIT, *ASK)),
     "unload": Command("procfile", unload_command, "stop and remove a loaded Procfile", (
         GROUP, *PLACE, *WAIT, *ASK)),
     "scale": Command("procfile", scale_command, "change how many of each type run", (

@@ -1861,7 +1861,7 @@ class PureTemplates(Case):
         "shell": False, "numprocesses": 1, "start": True, "detach": False,
         "redirect_output": ["stdout", "stderr"], "redirect_input": False, "custom_streams": [],
         "graceful_timeout": 10, "restart": "always", "success": [0], "restart_delay": [0.1, 10],
-        "flapping": None, "priority": None,
+        "after": [], "ready": None, "flapping": None, "priority": None,
     }
     FLAG = ([True, False], [1, 0, "true", "", None, []])
     NOT_LABELS = [["stdin"], ["ttin"], ["exit"], ["dropped"], [""], ["."], [".."], ["a/b"], ["a b"],
@@ -1904,6 +1904,22 @@ class PureTemplates(Case):
         "restart_delay": ([0, 5, 0.5, [0, 0], [1, 60.5]],
                           [-1, "5", True, [], [1], [2, 1], [1, 2, 3], [-1, 1], [1, None], 1e8,
                            [0, math.inf], None]),
+        "after": ([[], ["db"], ["app:db", "web"]], ["db", None, [""], ["12"], ["all"], [1], {}]),
+        "ready": ([None, {"log": "up"}, {"log": " a b "}, {"tcp": "5432"}, {"tcp": "127.0.0.1:1"},
+                   {"tcp": "[::1]:65535"}, {"tcp": "localhost:80"}, {"tcp": "$HOST:$PORT"},
+                   {"http": "http://localhost"}, {"http": "http://[::1]:80/a?b=c#d"},
+                   {"http": "http://127.0.0.1:$PORT/"}, {"exec": "test -e x"}, {"notify": True},
+                   {"tcp": "5432", "within": 0.5}],
+                  [[], "tcp:5432", True, {}, {"within": 5}, {"tcp": "1", "log": "x"}, {"log": ""},
+                   {"log": "a\nb"}, {"log": "a\r"}, {"log": None}, {"tcp": 5432}, {"tcp": "0"},
+                   {"tcp": "65536"}, {"tcp": "a.example:80"}, {"tcp": "127.0.0.1"},
+                   {"tcp": "1.2.3:80"}, {"tcp": "::1:80"}, {"tcp": "\u0665"}, {"tcp": "80/x"},
+                   {"tcp": " 80"}, {"http": "https://localhost/"}, {"http": "localhost/"},
+                   {"http": "http://"}, {"http": "http:///x"}, {"http": "http://a.example/"},
+                   {"http": "http://localhost:0/"}, {"http": "http://u@localhost/"},
+                   {"http": "http://localhost/a b"}, {"http": "http://localhost/\r\nA: b"},
+                   {"exec": ""}, {"exec": ["true"]}, {"notify": False}, {"notify": "true"},
+                   {"notify": True, "within": 0}, {"notify": True, "within": "60"}, {"udp": "1"}]),
         "priority": ([None, 0, -5, 100], [1.5, "1", True, []]),
     }
 
@@ -1928,6 +1944,8 @@ class PureTemplates(Case):
                     if field == "flapping" and value is not None:
                         wanted = dict(dict(attempts=2, window=1.0, retry_in=7.0, max_retry=5),
                                       **value)
+                    if field == "ready" and value is not None:
+                        wanted = dict(dict(within=60), **value)
                     self.assertEqual(self.check(**{field: value})[field], wanted)
             for value in bad:
                 with self.subTest(field=field, value=value):
@@ -2243,6 +2261,68 @@ class PureLaunch(Case):
 # --------------------------------------------------------------------------------------------------
 # policies
 # --------------------------------------------------------------------------------------------------
+class PureReady(Case):
+
+    def test_a_line_counts_once_it_has_ended(self):
+        """However the reads have cut it, and however much came before it."""
+        for text, pieces, found in (
+                ("ready", [b"ready\n"], 0), ("ready", [b"a\nnow ready!\nb"], 0),
+                ("ready", [b"ready"], None), ("ready", [b"re", b"ad", b"y", b"", b"!", b"\n"], 5),
+                ("ready", [b"ready\r"], 0), ("ready", [b"ready", b"\r\n"], 1),
+                ("ready", [b"50%\rready", b"100%\rx"], 1), ("ready", [b"rea\ndy\n", b"x"], None),
+                ("ready", [b"unread\nready", b"\nready\n"], 1), ("y", [b"a", b"b", b"y", b"\n"], 3),
+                ("aab", [b"aa", b"aab", b"\n"], 2), ("b\u00e9", [b"b\xc3", b"\xa9\n"], 1),
+                ("ready", [b"x" * 1000 + b"\n"] * 1000 + [b"rea", b"dy\n"], 1001)):
+            with self.subTest(text=text, pieces=pieces[-3:]):
+                rest, at = b"", None
+                for index, piece in enumerate(pieces):
+                    ended, rest = gaffer.match_line(text.encode(), rest, piece)
+                    self.assertLessEqual(len(rest), len(text.encode()))
+                    if ended and at is None:
+                        at = index
+                self.assertEqual(at, found)
+
+    def test_targets(self):
+        both = [("127.0.0.1", 80), ("::1", 80)]
+        for kind, text, addresses, line in (
+                ("tcp", "80", both, ""), ("tcp", "localhost:80", both, ""),
+                ("tcp", "[::1]:80", both[1:], ""), ("http", "http://localhost", both, "GET / "),
+                ("http", "http://127.0.0.1:80?a=/b", both[:1], "GET /?a=/b "),
+                ("http", "http://[::1]:80/x#y", both[1:], "GET /x ")):
+            with self.subTest(text):
+                found, request = gaffer.parse_target(kind, text)
+                self.assertEqual(found, addresses)
+                self.assertTrue(request.decode().startswith(line))
+                self.assertEqual(bool(request), kind == "http")
+
+    def test_circles(self):
+        for after, name, circle in (
+                ({}, "a", ""), ({"a": ["a"]}, "a", "aa"), ({"a": "b", "b": "a"}, "a", "aba"),
+                ({"a": "bc", "b": "d", "c": "d"}, "a", ""), ({"a": "b", "b": "c", "c": "b"}, "a", ""),
+                ({"a": "xb", "b": "xc", "c": "xa"}, "a", "abca")):
+            with self.subTest(after=after):
+                self.assertEqual("".join(gaffer.find_circle(name, lambda each, after=after:
+                                                            after.get(each, ""))), circle)
+        chain = {"n%d" % number: ["n%d" % (number + 1)] for number in range(9999)}
+        chain["n9999"] = ["n0"]
+        self.assertEqual(len(gaffer.find_circle("n0", lambda name: chain[name])), 10001)
+
+    def test_what_is_after_another_stops_before_it(self):
+        for templates, order in (                   # name: (after, priority)
+                ({"a": ("", None)}, "a"), ({"db": ("", None), "x": (["db"], None)}, "x db"),
+                ({"x": (["db"], None), "db": ("", None)}, "x db"),
+                ({"a": ("", 0), "b": ("", 1), "c": ("", None)}, "c b a"),
+                ({"a": ("", 9), "b": ("a", 0)}, "b a"), ({"a": ("z", 0), "b": ("a", 0)}, "b a"),
+                ({"d": ("", 0), "c": ("d", 0), "b": ("d", 1), "a": ("bc", 2)}, "a b c d")):
+            infos = {name: {"after": list(after), "priority": priority}
+                     for name, (after, priority) in templates.items()}
+            stages = gaffer.stop_stages(infos)
+            with self.subTest(templates=templates):
+                self.assertEqual(" ".join(sorted(stages, key=stages.get)), order)
+        circle = {name: {"after": [other], "priority": 0} for name, other in ("ab", "ba")}
+        self.assertEqual(set(gaffer.stop_stages(circle)), {"a", "b"}, "a deleted one may be left")
+
+
 class PurePolicies(Case):
 
     def decide(self, flapping, exits):
@@ -5911,6 +5991,234 @@ class ProcessLife(ProcessCase):
         os.waitpid(os_pid, 0)
 
 
+def free_port():
+    """A port of 127.0.0.1 on which nothing listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class ProcessReady(ProcessCase):
+    """ready, after, and what waits for them."""
+
+    def until(self, name, goal="ready", timeout=TIMEOUT):
+        """What ?until answers: (status, value)."""
+        return self.server.json("GET", "/status/%s?until=%s&timeout=%g" % (name, goal, timeout))
+
+    def readies(self, name):
+        """All ready events of a template up to now."""
+        return [kind for kind, _ in self.kinds(name)].count("ready")
+
+    def test_each_kind(self):
+        """What makes a process ready, and what the event tells of it."""
+        port = free_port()
+        server = python(
+            "import os, socket\n"
+            "s = socket.create_server(('127.0.0.1', int(os.environ['PORT'])))\n"
+            "while True:\n"
+            "    peer = s.accept()[0]\n"
+            "    peer.recv(1000) and peer.send(b'HTTP/1.0 204 \\r\\n')\n    peer.close()\n")
+        notify = python(
+            "import os, signal, socket\ns = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
+            "s.sendto(b'STATUS=fine\\nMAINPID=1\\nREADY=1', '\\0' + os.environ['NOTIFY_SOCKET'][1:])\n"
+            "signal.pause()")
+        for kind, value, command, by in (
+                ("log", "up", {"cmd": "echo is up; exec sleep 60", "shell": True}, "log:up"),
+                ("log", "up", {"cmd": "printf 'up\\r' >&2; exec sleep 60", "shell": True}, "log:up"),
+                ("tcp", "$PORT", server, "tcp:$PORT"),
+                ("http", "http://127.0.0.1:$PORT/x", server, "http://127.0.0.1:$PORT/x"),
+                ("exec", 'test "$PORT"', python("import signal; signal.pause()"), 'exec:test "$PORT"'),
+                ("notify", True, notify, "notify")):
+            with self.subTest(kind=kind, value=value):
+                self.server.add("x", command, ready={kind: value}, env={"PORT": port},
+                                restart="never")
+                status, value = self.until("x")
+                self.assertEqual((status, value.get("state"), value.get("ready")),
+                                 (200, "running", True), value)
+                event = self.server.wait_event("proc/x/ready", value["created"])
+                self.assertEqual((event["by"], event["pid"]), (by, value["pids"][0]))
+                self.assertTrue(0 <= event["seconds"] < TIMEOUT)
+                self.assertEqual(value["message"], "fine" if kind == "notify" else None)
+                self.server.ok("DELETE", "/processes/x?wait=true")
+
+    def test_a_line_of_an_earlier_process_does_not_count(self):
+        """Not from the template's log either; neither does one behind 100 MB count less."""
+        self.server.add("x", "echo up; exec sleep 60", shell=True, ready={"log": "up"})
+        self.assertEqual(self.until("x")[0], 200)
+        fields = {"cmd": "read line; head -c 100000000 /dev/zero; echo; echo $line; exec sleep 60",
+                  "shell": True, "ready": {"log": "up"}, "redirect_input": True}
+        self.server.ok("PUT", "/processes/x", fields)
+        self.spawned("x", 2)
+        self.assertEqual(self.server.ok("GET", "/status/x")["state"], "starting")
+        self.assertEqual(self.server.json("GET", "/readyz"),
+                         (503, {"ready": False, "waiting": ["x"]}))
+        self.assertEqual(self.until("x", timeout=0.01)[0], 504)
+        self.server.request("POST", "/streams/x/stdin", b"up\n")
+        self.assertEqual(self.until("x")[0], 200)
+        pid = self.pids("x")[0]
+        self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
+        self.exit_of(pid)
+        self.spawned("x", 3)
+        self.assertEqual(self.server.ok("GET", "/status/x")["state"], "starting")
+        self.assertEqual(self.readies("x"), 2)
+
+    def test_not_within(self):
+        """The process is stopped, and that is a failure even if it exits with 0 then."""
+        port = free_port()
+        dies = python(PROCESS_AWAITS_TERM + "print('why')\nsignal.sigwait([signal.SIGTERM])")
+        self.server.add("x", dies, ready={"tcp": str(port), "within": 0.2}, restart="on-failure")
+        second = self.spawned("x", 2)
+        self.assertEqual(self.exit_of(second["pid"] - 1)["exit_status"], 0)
+        self.assertIn("not ready (tcp:%d) within 0.2 seconds: ::1:%d: Connection refused"
+                      % (port, port), self.server.wait_event("proc/x/stop_pid")["reason"])
+        self.server.ok("PUT", "/processes/x", dict(dies, restart="never", ready={
+            "exec": "exit 3", "within": 0.2}))
+        answer = self.until("x")
+        self.assertError(answer, 409, "conflict", "'x' has failed: not ready (exec:exit 3) within ")
+        self.assertRegex(answer[1]["reason"],
+                         r" 0\.2 seconds: exits with 3; its last lines:(\nwhy)+\Z")
+        self.assertEqual(self.server.ok("GET", "/status/x")["state"], "failed")
+
+    def test_messages_of_strangers_do_not_count(self):
+        """Nor those of a process that ended; those of a child do. STOPPING=1 ends being ready."""
+        self.server.add("x", python(
+            "import os, signal, socket, sys\nprint(os.environ['NOTIFY_SOCKET'])\n"
+            "s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
+            "s.connect('\\0' + os.environ['NOTIFY_SOCKET'][1:])\n"
+            "for line in sys.stdin:\n"
+            "    child = os.fork()\n"
+            "    if child == 0:\n        s.send(line.encode())\n        signal.pause()\n"
+            "    print('sent')\n"), ready={"notify": True}, redirect_input=True)
+        address = self.poll("x", b"\n").decode().strip()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
+            read, write = os.pipe()
+            for ancillary in ([], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", write))]):
+                stranger.sendmsg([b"READY=1"], ancillary, 0, "\0" + address[1:])
+            os.close(write)
+            self.assertEqual(os.read(read, 1), b"", "what came with a message is closed")
+            os.close(read)
+        self.assertEqual(self.server.ok("GET", "/status/x")["state"], "starting")
+        self.server.request("POST", "/streams/x/stdin", b"READY=1\n")
+        self.assertEqual(self.until("x")[0], 200)
+        self.server.request("POST", "/streams/x/stdin", b"STOPPING=1\n")
+        until(lambda: not self.server.ok("GET", "/status/x")["ready"])
+        self.server.add("y", "echo $NOTIFY_SOCKET.", shell=True, restart="never")
+        self.assertEqual(self.poll(self.spawned("y", 1)["pid"]), b".\n")
+
+    def test_after(self):
+        """What it waits for, and that it does not wait again once it has started."""
+        waits = {"cmd": "read line; exit $line", "shell": True, "redirect_input": True}
+        self.server.add("web", "sleep 60", after=["migrate", "later"])
+        self.server.add("migrate", waits, after=["db"], restart="never")
+        self.server.add("db", "read line; echo up; cat", shell=True, redirect_input=True,
+                        ready={"log": "up"})
+
+        def states():
+            found = self.server.ok("GET", "/status")
+            return {each["name"]: (each["state"], *each["waiting"]) for each in found}
+        self.assertEqual(states(), {"web": ("waiting", "migrate", "later"), "db": ("starting",),
+                                    "migrate": ("waiting", "db")})
+        self.assertEqual(self.until("web", timeout=0.01)[0], 504)
+        self.server.request("POST", "/streams/db/stdin", b"\n")
+        self.spawned("migrate", 1)
+        self.assertEqual(states()["web"], ("waiting", "migrate", "later"))
+        self.assertEqual(self.until("migrate")[0], 200, "without 'ready' from its spawn on")
+        self.server.request("POST", "/streams/migrate/stdin", b"0\n")
+        self.assertEqual(self.until("migrate", "done")[0], 200)
+        self.assertEqual(states()["web"], ("waiting", "later"))
+        self.server.add("later", "sleep 60")
+        self.assertEqual(self.until("web")[0], 200)
+        for name in ("db", "later"):
+            self.server.ok("POST", "/processes/%s/_restart?wait=true" % name)
+        self.assertEqual(states(), {"web": ("running",), "db": ("starting",),
+                                    "migrate": ("done",), "later": ("running",)})
+        self.assertEqual([kind for kind, _ in self.kinds("web")], ["create", "start", "spawn"])
+
+    def test_circles_are_refused(self):
+        self.server.add("a", "sleep 60", after=["b"], start=False)
+        self.server.add("b", "sleep 60", after=["c"], start=False)
+        for method, path in (("POST", "/processes"), ("PUT", "/processes/c"),
+                             ("PUT", "/processes/c?dry_run=true")):
+            for after, circle in (["a", "c after a after b after c"], ["c", "c after c"]):
+                self.assertError(self.server.json(method, path, {
+                    "name": "c", "cmd": "sleep 60", "after": [after]}), 400,
+                    "invalid_process_info", "field 'after' makes a circle: " + circle)
+        self.server.add("c", "sleep 60", start=False)
+        self.assertError(self.server.json("PUT", "/processes/c", {
+            "cmd": "sleep 60", "after": ["a"]}), 400, "invalid_process_info", "circle")
+
+    def test_a_failure_is_told_to_who_waits(self):
+        """With the reason and the last lines of output, also by what is after it."""
+        fails = {"cmd": "echo 1; echo bad >&2; read line; exit 3", "shell": True,
+                 "redirect_input": True, "restart": "never"}
+        self.server.add("job", fails)
+        self.server.add("web", "sleep 60", after=["job"])
+        self.server.add("top", "sleep 60", after=["web"])
+        answers = queue.Queue()
+        threads = [threading.Thread(target=lambda args=args: answers.put((args, self.until(*args))))
+                   for args in (("job", "done"), ("web", "ready"), ("top", "ready"))]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(self.server.manager._waiters) == 3)
+        self.server.request("POST", "/streams/job/stdin", b"\n")
+        last = "has failed: exit status 3; its last lines:\n1\nbad"
+        found = dict(answers.get(timeout=TIMEOUT) for _ in threads)
+        for thread in threads:
+            thread.join()
+        self.assertError(found["job", "done"], 409, "conflict", "'job' " + last)
+        self.assertError(found["web", "ready"], 409, "conflict", "'web' waits for 'job', and 'job' " + last)
+        self.assertError(found["top", "ready"], 409, "conflict", "'top' waits for 'job', and 'job' " + last)
+        self.server.add("on", "sleep 60")
+        self.server.add("off", "sleep 60", start=False)
+        for name, goal, status, words in (
+                ("on", "ready", 200, ""), ("on", "done", 409, "its 'restart' is 'always'"),
+                ("on", "stopped", 504, "'on' is not stopped after 0.01 seconds; it goes on"),
+                ("off", "ready", 409, "'off' is stopped; start it"), ("off", "stopped", 200, ""),
+                ("job", "stopped", 200, ""), ("top", "stopped", 504, ""),
+                ("job", "ready", 409, "exit status 3"), ("no", "ready", 404, "no process named"),
+                ("on", "up", 400, "'until' must be ready or done or stopped")):
+            with self.subTest(name=name, goal=goal):
+                answer = self.until(name, goal, 0.01)
+                self.assertEqual(answer[0], status, answer)
+                self.assertIn(words, answer[1].get("reason", ""))
+        self.server.ok("POST", "/processes/web/_stop")
+        self.assertError(self.until("top"), 409, "conflict", "'top' waits for 'web', and 'web' is stopped; start it")
+        self.server.ok("DELETE", "/processes/web")
+        self.assertEqual(self.until("top", timeout=0.01)[0], 504, "it may be added again")
+
+    def test_stops_go_the_other_way(self):
+        """Each process is gone before what it is after is told to stop, whatever their priority."""
+        slow = python(PROCESS_AWAITS_TERM + "print('up')\nsignal.sigwait([signal.SIGTERM])")
+        for name, after, priority in (("web", ["app"], 0), ("app", ["db"], 1), ("db", [], 2)):
+            self.server.add(name, slow, after=after, priority=priority, ready={"log": "up"})
+        self.assertEqual(self.until("web")[0], 200)
+        seen = []
+        self.server.manager.subscribe("", lambda kind, event: seen.append((kind, event["name"])))
+        self.server.manager.stop()
+        self.server._thread.join(TIMEOUT)
+        self.assertEqual([each for each in seen if each[0] in ("stop_pid", "exit")], [
+            (kind, name) for name in ("web", "app", "db") for kind in ("stop_pid", "exit")])
+
+    def test_a_command_that_hangs_is_killed(self):
+        """With all that it started; also at the end of the process, and of gaffer."""
+        for end in ("expires", "process", "gaffer"):
+            with self.subTest(end=end), unittest.mock.patch.object(
+                    gaffer, "PROBE_TIME", 0.1 if end == "expires" else 60):
+                self.server.add(end, "sleep 60", ready={"exec": "echo $$; sleep 60 & wait"})
+                manager = self.server.manager
+                command = until(lambda: next(iter(manager.commands), None))
+                group = command._os_pid
+                self.assertTrue(end == "expires" or process_group(group))
+                if end == "gaffer":
+                    manager.stop()
+                    self.server._thread.join(TIMEOUT)
+                elif end == "process":
+                    self.server.ok("DELETE", "/processes/process?wait=true")
+                until(lambda: not process_group(group))
+                if end == "expires":
+                    self.server.ok("DELETE", "/processes/expires?wait=true")
+
+
 class ProcessShortage(ProcessCase):
     """What cannot be had for real here: the system call fails in a test's hands."""
 
@@ -6566,11 +6874,8 @@ class HttpEndpointTable(HttpCase):
     def test_template_with_defaults(self):
         """What was given, and the defaults of the rest."""
         self.server.ok("POST", "/processes", {"name": "web", "cmd": "sleep 60", "start": False, "env": {"A": 1}})
-        self.assertEqual(self.server.ok("GET", "/processes/web"), {
-            "name": "web", "cmd": "sleep 60", "args": [], "env": {"A": 1}, "os_env": True, "cwd": None, "uid": None,
-            "gid": None, "shell": False, "numprocesses": 1, "start": False, "detach": False,
-            "redirect_output": ["stdout", "stderr"], "redirect_input": False, "custom_streams": [],
-            "graceful_timeout": 10, "flapping": None, "priority": None})
+        self.assertEqual(self.server.ok("GET", "/processes/web"), dict(
+            PureTemplates.DEFAULTS, name="web", cmd="sleep 60", start=False, env={"A": 1}))
 
     def test_replace(self):
         """PUT makes it so, POST only what is there; the answer says what was to do."""
@@ -14947,8 +15252,9 @@ class CliStatus(CliFollowCase):
     """The table of `status`, and where it is shown."""
 
     STATUS = {"name": "web", "state": "running", "running": 1, "numprocesses": 1, "pids": [1], "os_pids": [4711],
-              "restarts": 0, "last_exit": None, "error": None, "gave_up": False, "waiting": [],
-              "processes": [{"pid": 1, "os_pid": 4711, "instance": 1, "state": "running", "uptime": 62}]}
+              "restarts": 0, "last_exit": None, "error": None, "gave_up": False, "waiting": [], "next_tries": [],
+              "processes": [{"pid": 1, "os_pid": 4711, "instance": 1, "state": "running", "uptime": 62,
+                             "not_ready": None}]}
     KILLED = {"exit_status": 0, "term_signal": 9, "times": 3}
 
     def rows(self, *statuses, width=None, coloured=False):
@@ -14958,7 +15264,7 @@ class CliStatus(CliFollowCase):
         return gaffer.status_table(made, width, coloured)[1:]
 
     def test_rows(self):
-        failing = {"name": "bad", "state": "backoff", "running": 0, "restarts": 3, "last_exit": self.KILLED, "waiting": [7.2]}
+        failing = {"name": "bad", "state": "backoff", "running": 0, "restarts": 3, "last_exit": self.KILLED, "next_tries": [7.2]}
         for statuses, lines in (
                 ([{}], ["web.1  running  1/1  4711   1m02s         0     -    -    -", "1 template: 1 running"]),
                 ([{}, failing], ["bad    backoff  0/1     -       -         3   137    -    -  next try in 8s; exit 137 (SIGKILL), 3 times",
@@ -14970,7 +15276,7 @@ class CliStatus(CliFollowCase):
             self.assertEqual(self.rows(*statuses), lines)
 
     def test_it_fits_the_terminal(self):
-        failing = {"name": "bad", "state": "backoff", "last_exit": self.KILLED, "waiting": [8]}
+        failing = {"name": "bad", "state": "backoff", "last_exit": self.KILLED, "next_tries": [8]}
         for width in (60, 80, 100):
             lines = self.rows(failing, {"name": "x" * 100}, width=width)
             self.assertTrue(all(len(line) <= width for line in lines), lines)
@@ -15142,6 +15448,7 @@ class CliEveryCommand(CliControlCase):
         "processes": ("", r"(.*\n)*@\n(.*\n)*", None, None),
         "status": ("@", r"NAME +STATE .*\n@\.1 +running +1/1 +\d+ .*\n1 template: 1 running\n", "nosuch", NAMED),
         "start": ("@", "@: already running\n", "nosuch", NAMED),
+        "wait": ("@", "@: ready\n", "nosuch", NAMED),
         "stop": ("@", "@: stopped\n", "nosuch", NAMED),
         "restart": ("@", "@: restarted\n", "nosuch", NAMED),
         "add": ("@", "@: 2 processes\n", "nosuch", NAMED),
@@ -15539,6 +15846,105 @@ class CliAttach(CliFollowCase):
         self.call("attach", "77", status=4, err="gaffer: there is no process named '77'.*\n")
 
 
+class CliReady(CliFollowCase):
+    """wait, --ready, and what is told to systemd."""
+
+    def test_wait(self):
+        """Until all is so: 0; until it never will be: 1, with the last lines; until it takes too long: 124."""
+        job = {"cmd": "read line; echo last words; exit $line", "shell": True, "redirect_input": True,
+               "restart": "never"}
+        self.server.add("good", job)
+        self.server.add("bad", job)
+        self.server.add("slow", "sleep 1000", ready={"exec": "false"})
+        self.server.add("web", "sleep 1000", after=["bad"])
+        waiting = self.follow("wait", "good", "bad", "--for", "done")
+        until(lambda: self.server.manager._waiters)
+        self.say("good", b"0\n")
+        self.assertEqual(waiting.stdout.readline(), b"good: done\n")
+        self.say("bad", b"3\n")
+        why = "'bad' has failed: exit status 3; its last lines:\nlast words\n"
+        self.assertEqual(waiting.communicate(timeout=TIMEOUT), (
+            b"", b"".join(b"gaffer: %s\n" % line.encode() for line in why.splitlines())))
+        self.assertEqual(waiting.returncode, 1)
+        for arguments, status, out, err in (
+                ("wait good --for stopped", 0, "good: stopped\n", ""),
+                ("wait g* bad --for stopped", 0, "good: stopped\nbad: stopped\n", ""),
+                ("wait slow --timeout 0.1", 124, "", r"gaffer: 'slow' is not ready after 0(\.\d+)? seconds; it goes on\n"),
+                ("wait slow good --timeout 0", 124, "good: ready\n", r"gaffer: 'slow' is not ready .*\n"),
+                ("wait web", 1, "", r"gaffer: 'web' waits for 'bad', and 'bad' has .* 3; its last lines:\ngaffer: last words\n"),
+                ("start bad --ready --timeout 0.1", 124, "", r"gaffer: 'bad' is not done after .*\n"),
+                ("start --ready web --timeout 0.1", 124, "", r"gaffer: 'web' is not ready after .*\n"),
+                ("wait web --for ever", 2, "", r"usage: [\s\S]*"), ("wait", 2, "", r"usage: [\s\S]*")):
+            with self.subTest(arguments):
+                self.assertEqual(self.call(*arguments.split(), status=status, err=err), out)
+        self.assertEqual(self.server.ok("GET", "/status/slow")["state"], "starting", "it goes on")
+
+    PROCFILE = """\
+        # gaffer: after=migrate ready="log:is up within=20"
+        web: echo web is up; exec sleep 1000
+        # a comment between, and nothing
+        # gaffer: restart=never
+        #gaffer: after=db
+
+        migrate: exit $STATUS
+        # gaffer: ready=exec:true
+        db: sleep 1000
+        """
+
+    def test_load(self):
+        folder = self.folder()
+        path = self.file(folder, "Procfile", textwrap.dedent(self.PROCFILE))
+        self.file(folder, ".env", "STATUS=0\n")
+        names = ("app:web", "app:migrate", "app:db")
+        out = "".join("%s: loaded\n" % name for name in names)
+        ready = "app:web: ready\napp:migrate: done\napp:db: ready\n"
+        self.assertEqual(self.call("load", "app", "-f", path, "--ready"), out + ready)
+        self.assertEqual(self.server.ok("GET", "/processes/app:web")["after"], ["app:migrate"])
+        kinds = []
+        for event in self.server.events(since=0):
+            if event["event"] in ("ready", "spawn", "done"):
+                kinds.append((event["event"], event["name"]))
+            if kinds[-1:] == [("ready", "app:web")]:
+                break
+        self.assertEqual(kinds, [
+            ("spawn", "app:db"), ("ready", "app:db"), ("spawn", "app:migrate"),
+            ("done", "app:migrate"), ("spawn", "app:web"), ("ready", "app:web")])
+        self.call("unload", "app", "-f", path)
+        self.file(folder, ".env", "STATUS=3\n")
+        why = r"gaffer: (.* and )?'app:migrate' has failed: exit status 3\n"
+        self.assertEqual(self.call("load", "app", "-f", path, "--ready", status=1, err=2 * why),
+                         out + "app:db: ready\n")
+
+    def test_systemd_is_told(self):
+        """READY=1 when all are ready, WATCHDOG=1 meanwhile and after it, STOPPING=1 in the end; nothing to children."""
+        folder = self.folder()
+        path = self.file(folder, "gaffer.ini", "[process:a]\ncmd = sh -c 'read line; echo up.$NOTIFY_SOCKET; exec sleep 1000'\n"
+                         "redirect_input = true\nready = log:up.\n")
+        for address in (os.path.join(folder, "notify"), "@gaffer-test-%d" % os.getpid()):
+            with self.subTest(address=address), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+                systemd.bind(address.replace("@", "\0"))
+                systemd.settimeout(TIMEOUT)
+                server = self.start("serve", path, "--bind", "127.0.0.1:0", env=dict(
+                    self.env, NOTIFY_SOCKET=address, WATCHDOG_USEC="100000"))
+                for _ in range(3):
+                    self.assertEqual(systemd.recv(100), b"WATCHDOG=1")
+                server.ok("DELETE", "/streams/a/stdin")
+                seen = [systemd.recv(100)]
+                while seen[-1] != b"READY=1":
+                    seen.append(systemd.recv(100))
+                self.assertEqual(set(seen[:-1]) | {b"WATCHDOG=1"}, {b"WATCHDOG=1"})
+                self.assertEqual(systemd.recv(100), b"WATCHDOG=1")
+                self.assertEqual(server.request("GET", "/streams/a/stdout?since=0")[2], b"up.\n")
+                server.process.send_signal(signal.SIGTERM)
+                while seen[-1] != b"STOPPING=1":
+                    seen.append(systemd.recv(100))
+                server.stop(None)
+        server = self.start("serve", path, "--bind", "127.0.0.1:0", env=dict(
+            self.env, NOTIFY_SOCKET=os.path.join(folder, "gone")))
+        server.expect_stderr("systemd cannot be told STOPPING=1: No such file or directory")
+        server.stop()
+
+
 class ConfigCase(CliControlCase):
     """Files in a folder of the test's own, which is also where relative paths lead."""
 
@@ -15603,6 +16009,8 @@ class ConfigFiles(ConfigCase):
         restart = on-failure
         success = 0, 3 TERM
         restart_delay = 1, 2.5
+        after = b, g:b
+        ready = log:it is up within=2.5
         flapping = 3, 1.5, 2, 4
         priority = 0
 
@@ -15625,7 +16033,8 @@ class ConfigFiles(ConfigCase):
             "start": False, "detach": False, "redirect_output": ["out", "err"],
             "redirect_input": True, "custom_streams": ["one", "two"], "graceful_timeout": 2.5,
             "priority": 0, "restart": "on-failure", "success": [0, 3, "TERM"],
-            "restart_delay": [1, 2.5],
+            "restart_delay": [1, 2.5], "after": ["b", "g:b"],
+            "ready": {"log": "it is up", "within": 2.5},
             "flapping": {"attempts": 3, "window": 1.5, "retry_in": 2, "max_retry": 4}})
         self.assertEqual((found.templates["g:b"]["cmd"], found.templates["g:b"]["cwd"]),
                          ("sleep\n1000", self.home))
@@ -16198,6 +16607,45 @@ class ProcfileTexts(ConfigCase):
         self.assertIn("x\\ny", self.call("export", "json", "-f", path))
         self.call("export", "yaml", "-f", path, status=2, err=r"usage: [\s\S]*")
 
+    def test_comments_that_are_read(self):
+        """Those that begin with "gaffer:", above a type; exports say them, too."""
+        text = """
+            web: sleep 1
+            # gaffer: after=db,web ready='log:is up within=5' restart=never success='0 TERM'
+            # anything
+
+            # gaffer: detach=no flapping=attempts=3 restart_delay='1 5' custom_streams=a,b
+            job: sleep 1
+            #gaffer: ready=tcp:$PORT
+            db: sleep 1
+            """
+        path = self.write("Procfile", text)
+        plain = gaffer.read_settings(gaffer.Procfile(path)).templates
+        job = plain["job"]
+        self.assertEqual([job[field] for field in (
+            "after", "ready", "restart", "success", "detach", "restart_delay", "custom_streams")], [
+                ["db", "web"], {"log": "is up", "within": 5}, "never", [0, "TERM"], False, [1, 5], ["a", "b"]])
+        self.assertEqual((plain["web"]["after"], plain["db"]["ready"]), ([], {"tcp": "$PORT", "within": 60}))
+        for kind in ("ini", "json"):
+            found = self.settings("x." + kind, self.call("export", kind, "my", "-f", path)).templates
+            for index, (name, info) in enumerate(plain.items()):
+                self.assertEqual(found["my:" + name], dict(
+                    info, name="my:" + name, priority=index, after=["my:" + each for each in info["after"]]))
+        for text, fault in (
+                ("# gaffer: afer=b", "1: 'afer' is not FIELD=VALUE, as in after=db, did you mean 'after'?"),
+                ("# gaffer: web", "1: 'web' is not FIELD=VALUE, as in after=db"),
+                ("# gaffer: cmd=x", "1: 'cmd' is not FIELD=VALUE, as in after=db, did you mean 'cmd'?"),
+                ("# gaffer: ready='x", "1: the comment cannot be split into words: no closing quotation"),
+                ("# gaffer: numprocesses=x", "1: the comment must be a number, not 'x'"),
+                ("# gaffer: ready=udp:1", "2: [process:a] field 'ready' has the unknown field 'udp'*"),
+                ("# gaffer: after=a", "2: [process:a] field 'after' makes a circle: a after a")):
+            with self.subTest(text):
+                found, = self.faults("Procfile", text + "\na: sleep 1")
+                self.assertEqual(found[:len("Procfile:" + fault.rstrip("*"))], "Procfile:" + fault.rstrip("*"))
+        self.assertEqual(self.faults("x.ini", "[process:a]\ncmd = true\nafter = b\n[process:b]\ncmd = true\nafter=a\n"), [
+            "x.ini:3: [process:a] field 'after' makes a circle: a after b after a",
+            "x.ini:6: [process:b] field 'after' makes a circle: b after a after b"])
+
     def test_export_systemd(self):
         self.write(".env", "A='100% \"q\" $x \\'\n")
         path = self.write("Procfile", "web: exec app --port $PORT 5%\nwork_er: sleep 1\n")
@@ -16373,6 +16821,24 @@ class ProcfileUp(CliFollowCase):
             if ready == set(names):
                 return found
         raise AssertionError("it has ended")
+
+    def test_what_is_ready_and_what_is_done(self):
+        """A line tells it; what is done ends nothing, what does not get ready does."""
+        process = self.up("""
+            # gaffer: restart=never
+            job: true
+            # gaffer: after=job ready=log:up
+            web: echo up; exec sleep 1000
+            # gaffer: after=web ready='exec:false within=0.2'
+            bad: trap 'exit 0' TERM; sleep 1000 & wait
+            """)
+        seen = self.ended(process, 1)
+        texts = [text for name, text in seen if name == "system"]
+        found = [next((index for index, text in enumerate(texts) if re.match(pattern, text)), None)
+                 for pattern in ("job.1 exited with status 0", "web.1 started", r"web.1 is ready after \d+\.\d s",
+                                 "bad.1 started", "bad.1 is stopped: not ready .exec:false. within 0.2 seconds: exits with 1")]
+        self.assertEqual(found, sorted(found, key=lambda each: -1 if each is None else each), texts)
+        self.assertNotIn(None, found, texts)
 
     def test_signals_stop_all(self):
         for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGALRM,
