@@ -1338,7 +1338,7 @@ class JournalView(Log):
         while place < journal.end and size < SHARE_SIZE:
             end = journal.entry_start(index + 1)
             if self.wants(journal.sources[index]):
-                count, prefix, ends, lines = journal.lines(index, place)
+                count, prefix, ends, lines = journal.lines(index, place, encoder.returns)
                 if count and groups:
                     break
                 lost += count
@@ -1435,11 +1435,12 @@ class Journal:
         """Return the offset at which an entry begins; the end of the last one for the next."""
         return self.offsets[index] if index < len(self.offsets) else self.end
 
-    def lines(self, index, offset):
+    def lines(self, index, offset, returns=False):
         """Return (lost, prefix, ends, lines) of what ends in an entry behind `offset`.
 
         `ends` are the offsets behind the lines. A line that began in an earlier entry is whole.
-        `lost`: that many bytes at `offset` are gone, and the lists are empty.
+        `lost`: that many bytes at `offset` are gone, and the lists are empty. `returns`: the label
+        of a line that came after a carriage return alone is followed by "<".
         """
         source, base, end = self.sources[index], self.offsets[index], self.entry_start(index + 1)
         prefix = ("%.3f %s %d %s " % (
@@ -1466,6 +1467,10 @@ class Journal:
             data.decode("utf-8")
         except UnicodeDecodeError:
             lines = list(map(valid_utf8, lines))
+        if returns:
+            after_return = [not skip and window.before(head) == 13, *[part[-1] == 13 for part in segments]]
+            lines = [b"< " + line if cr else b" " + line for cr, line in zip(after_return, lines)]
+            prefix = prefix[:-1]
         if source.shown:
             return 0, prefix, [end], lines[-1:]
         ends = list(itertools.accumulate(map(len, segments), initial=head + skip + base - place))
@@ -4932,9 +4937,9 @@ class JournalEncoder(SseEncoder):
 
     by_line = partial = False
 
-    def __init__(self, events, epoch, framed=bytes):
+    def __init__(self, events, epoch, framed=bytes, returns=False):
         super().__init__("line", epoch, framed)
-        self.key, self._events = ("journal", events, framed), events
+        self.key, self._events, self.returns = ("journal", events, framed, returns), events, returns
 
     def encode(self, groups, offset, before, mode, piece):
         """Encode [(prefix, ends, lines)]; see Journal.lines()."""
@@ -6118,6 +6123,8 @@ PARAMETERS = {                                  # of the query: the one table th
     "usage": Parameter(parse_flag, FLAG, "with CPU and memory of each process"),
     "history": Parameter(parse_flag, FLAG, "with usage: and of the last ten minutes, [[cpu, rss], "
                          "...] each 10 s, the latest first; taken while usage is asked for"),
+    "returns": Parameter(parse_flag, FLAG, "journal: of a line that came after a carriage return "
+                         "alone, and replaces the one before, the label ends with <"),
     "dry_run": Parameter(parse_flag, FLAG, "only check, and say what would be done"),
     "group": Parameter(parse_flag, FLAG, "to whole process groups"),
     "wait": Parameter(parse_seconds(0, True), FLAG_OR_NUMBER,
@@ -6373,7 +6380,7 @@ section h2 { font-size: 14px }
 .bar { margin-bottom: 8px; flex-wrap: wrap }
 .grow { flex: 1 1 150px; max-width: 320px }
 .row { display: grid; align-items: center; column-gap: 12px; padding: 0 6px; min-height: 32px;
-	grid-template-columns: 18px minmax(110px, 2fr) minmax(150px, 4fr) 62px 58px 160px 58px 106px
+	grid-template-columns: 18px minmax(110px, 2fr) minmax(150px, 4fr) 62px 58px 180px 58px 106px
 	112px 30px; border-bottom: 1px solid var(--line); position: relative }
 .item { content-visibility: auto; contain-intrinsic-size: auto 32px }
 .item:is(:hover, :focus-within) { background: var(--panel) }
@@ -6406,6 +6413,7 @@ dd { margin: 0; overflow: auto; max-height: 8em; white-space: pre-wrap }
 .part :first-child { flex: 1 }
 ol { list-style: none; margin: 0; padding: 0 }
 li { display: flex; gap: 12px; padding: 3px 0 }
+time { flex: none }
 .events a { width: 180px; flex: none }
 .log { flex: 1; min-height: 160px; display: flex; flex-direction: column; position: relative }
 .lines { flex: 1; overflow: auto; border: 1px solid var(--line); border-radius: 5px;
@@ -6441,7 +6449,7 @@ kbd { display: inline-block; width: 4em }
 #menu :focus { background: var(--panel) }
 @media (max-width: 1000px) {
 	.table .row:not(.group) { grid-template-columns: 18px minmax(100px, 2fr) minmax(120px, 3fr)
-		54px 54px 52px 52px 30px }
+		68px 54px 52px 58px 30px }
 	.exits, .again, svg { display: none }
 	.two { display: flex; flex-direction: column }
 	.two [open] { max-height: 45vh; width: auto }
@@ -6457,7 +6465,7 @@ kbd { display: inline-block; width: 4em }
 	.item .mem { grid-area: 1 / 4 }
 	.template .last { grid-column: 5 }
 	.table .heads, .row .hand { display: none }
-	.log > .bar { flex-wrap: nowrap; overflow-x: auto }
+	.log > .bar { flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none }
 	.log .grow { flex: 1 0 110px }
 	.fields { grid-template-columns: 1fr; gap: 2px }
 	.fields > div { margin-bottom: 10px }
@@ -6513,14 +6521,14 @@ function button(kind, text, label, click, key) {
 		"data-key": key}, text);
 }
 function box(param, label, changed, key, more) {  // a search field whose text is in the address
-	return el("input.grow", {type: "search", placeholder: label, label, title: label, "data-key": key,
+	return el("input.grow", {type: "search", placeholder: label, label, "data-key": key,
 		value: params().get(param) || "", ...more, input: event => {
 			setParam(param, event.target.value); changed();
 		}});
 }
 function cell(kind, ...children) { return el("div" + kind, {role: "cell"}, ...children); }
 function say(text) { $("said").textContent = text; }
-function complain(text) {
+function complain(text = "") {
 	$("message").replaceChildren(...text ? [text, button("", "Dismiss", "dismiss", () =>
 		complain(""))] : []);
 }
@@ -6783,7 +6791,8 @@ function makeRow(name, picked) {
 		const status = templates.get(name), {last_exit: left} = status;
 		showState(state, status);
 		put(up, status.running ? span(status.uptime + since(status)) : "");
-		put(exits, left ? exitText({...left, times: 1}) + " · " + ago(left.time) : "");
+		put(exits, left ? exitText({...left, times: 1}).replace("killed by ", "") + " · " +
+			ago(left.time) : "");
 	}, update() {
 		const status = templates.get(name);
 		put(count, status.running + " / " + status.numprocesses);
@@ -6927,15 +6936,15 @@ function firstSteps() {
 }
 async function copyText(text) {
 	try { await navigator.clipboard.writeText(text); say("copied"); }
-	catch (error) { complain("Browsers copy only for https or localhost."); }
+	catch (error) { complain("Copying needs https or localhost."); }
 }
 
 // ---- output. A line is kept as it came: "<time> <name> <pid> <label> <text>"; after the label a
-// "+": it goes on, a "<": what follows replaces it. Only what is in sight is in the document
+// "+": it goes on, a "<": it replaces the one before. Only what is in sight is in the document
 function parse(raw) {
-	const [, time, name, pid, label, sign, text] =
-		/^(\S+) (\S+) (\d+) ([^ +<]+)([+<]?) ([^]*)$/.exec(raw);
-	return {time: Number(time), name, pid, label, sign, text};
+	const [, time, name, pid, label, open, over, text] =
+		/^(\S+) (\S+) (\d+) ([^ +<]+)(\+?)(<?) ([^]*)$/.exec(raw);
+	return {time: Number(time), name, pid, label, open, over, text};
 }
 const ESCAPE = /\x1b(?:\[[0-?]*[ -\/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -\/]*[0-~])/g,
 	CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g;
@@ -7052,7 +7061,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	}, "End");
 	const area = el("div.lines.mono", {tabindex: 0, role: "log", "aria-live": "off", label: "Output",
 		scroll: scrolled, click: clicked}, spacer, block);
-	const node = el("section.log", {label: "Output"}, el("div.bar", search,
+	const node = el("section.log", el("div.bar", search,
 		button(".plain", "↑", "previous match", () => next(-1), "N"),
 		button(".plain", "↓", "next match", () => next(1), "n"),
 		turn("only", "Matches", "only what matches", "o", "1"), hits, el("span.push"),
@@ -7094,15 +7103,14 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	}
 	function keepLine([raw, id]) {
 		const line = parse(raw), key = line.pid + " " + line.label;
-		const was = open.get(key), at = was ? was.number - first : -1;
+		const [last, goes] = open.get(key) || [], at = goes || line.over ? last - first : -1;
 		chars += raw.length;
 		if (at >= 0) {  // it goes on with a line that had no end yet, or replaces it
-			lines[at] = was.sign === "<" ? raw : lines[at] + line.text;
-			ids[at] = id; nodes.delete(was.number);
-			if (shown[shown.length - 1] === was.number) { shown.pop(); tops.pop(); add(was.number); }
+			lines[at] = line.over ? raw : lines[at] + line.text;
+			ids[at] = id; nodes.delete(last);
+			if (shown[shown.length - 1] === last) { shown.pop(); tops.pop(); add(last); }
 		} else { lines.push(raw); ids.push(id); consider(first + lines.length - 1); }
-		const number = at < 0 ? first + lines.length - 1 : was.number;
-		if (line.sign) open.set(key, {number, sign: line.sign}); else open.delete(key);
+		open.set(key, [at >= 0 ? last : first + lines.length - 1, line.open]);
 		if (line.label !== "exit") return;
 		for (const each of open.keys()) if (each.startsWith(line.pid + " ")) open.delete(each);
 		soon();
@@ -7229,7 +7237,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		return false;
 	}
 	function next(by) { if (find) seek(by, line => find.test(tell(line))); }
-	function failure() { if (!seek(-1, fell)) complain("No failure in the lines that are shown."); }
+	function failure() { if (!seek(-1, fell)) complain("No failure is shown."); }
 	function clicked(event) {
 		const {number} = event.target.closest(".k") ? event.target.closest(".l") : {},
 			id = ids[number - first];
@@ -7238,7 +7246,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		say("the address is a link to this line");
 	}
 	readFind(); observer.observe(area);
-	const source = follow(last => path + "?feed=eventsource&" + (last ?
+	const source = follow(last => path + "?feed=eventsource&returns=true&" + (last ?
 		"since=" + enc(last) : "tail=" + (wanted ? "all" : FIRST_LINES)), ["line"], take);
 	return {node, area, note, source,
 		tick() { if (states.time === "ago") { nodes.clear(); draw(); } }, close() {
@@ -7492,16 +7500,15 @@ function form(name) {
 		for (const field of Object.keys(inputs)) {
 			put(faults[field], ""); inputs[field].removeAttribute("aria-invalid");
 		}
-		for (const sentence of answer.ok ? [] : answer.value.reason.split(/; (?=field ')/)) {
-			const [, field, why] = /^field '(\w+)' (.*)/s.exec(sentence) || [0, answer.status === 409 &&
-				"name",
-				sentence];
+		const taken = !name && templates.has(inputs.name.value) ? "; field 'name' is taken" : "";
+		const reasons = ((answer.value.reason || "") + taken).split(/; (?=field ')/);
+		for (const sentence of reasons.filter(text => text)) {
+			const [, field, why] = /^field '(\w+)' (.*)/s.exec(sentence) || [0, "", sentence];
 			if (!faults[field]) left.push(why);
 			else if (!dry || touched.has(field)) {
 				put(faults[field], why); attr(inputs[field], "aria-invalid", "true"); unfold(field);
 			}
 		}
-		if (!name && templates.has(inputs.name.value)) put(faults.name, "is taken");
 		put(rest, dry ? "" : left.join("; "));
 		if (!dry && !answer.ok) (node.querySelector("[aria-invalid=true]") || inputs.name).focus();
 	}
@@ -7542,7 +7549,7 @@ function showKeys() {
 	const all = new Map([...NAV.map(([path, text, key]) => [key, [text, () => go(path)]]),
 		["Escape", ["leave a field; processes", () => go("/")]], ...view.keys || [],
 			...keyed().map(node =>
-			[node.dataset.key, [node.title.replace(/ \(.\)$/, ""), () => press(node)]])]);
+			[node.dataset.key, [node.ariaLabel, () => press(node)]])]);
 	menu($("help"), [...all].map(([key, [text, click]]) => [[el("kbd", key === " " ? "Space" : key),
 		text], click || (() => {})]));
 }
@@ -8238,7 +8245,7 @@ class Api:
         first = encoder.dropped(0, offset, True) if restarted else b""
         return self._feed(request, query, window, encoder, offset, first, query.loss, process)
 
-    @operation("feed heartbeat since lastEventId tail timeout", answer="application/octet-stream")
+    @operation("feed heartbeat since lastEventId tail timeout returns", answer="application/octet-stream")
     def journal(self, request, query, ref=None):
         """All output in order, each line with its time, name, pid and label."""
         manager = self.manager
@@ -8250,11 +8257,11 @@ class Api:
             process = manager.find_process(ref, past=True)
             view = manager.journal.view(process.name, process.pid, process.ended)
         offset, restarted, _ = self._begin(request, query, view)
-        plain = JournalEncoder(False, manager.epoch)
+        plain = JournalEncoder(False, manager.epoch, returns=query.returns)
         if query.feed in (None, "longpoll"):
             return self._next_bytes(request, query, view, offset, plain)
         events, first = query.feed == "eventsource", b""
-        encoder = JournalEncoder(events, manager.epoch, self._framed(request))
+        encoder = JournalEncoder(events, manager.epoch, self._framed(request), query.returns)
         if events:
             if restarted:
                 first = encoder.dropped(0, offset, True)

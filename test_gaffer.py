@@ -11210,6 +11210,18 @@ class StreamsJournal(ServerCase):
         self.server.ok("POST", "/streams/%d/stdin" % pid, b"x\n")
         self.assertEqual([next(events)["data"].split(" ", 3)[3] for _ in range(3)], ["stdout x", "stdout b", "stdout c"])
 
+    def test_carriage_returns(self):
+        """With returns=true the label tells which line replaces the one before; an end of CR LF is none."""
+        self.server.add("bar", python("""
+            import sys
+            sys.stdout.buffer.write(b"begin\\n\\r1 %\\r2 %\\r\\nready\\r\\nend\\n")"""), restart="never")
+        self.server.wait_event("exit")
+        plain = [("stdout", text) for text in ("begin", "", "1 %", "2 %", "ready", "end")]
+        marked = [(label + "<" if text in ("1 %", "2 %") else label, text) for label, text in plain]
+        for path, expected in (("/streams/bar?tail=all", plain), ("/streams/bar?tail=all&returns=true", marked)):
+            self.assertEqual([line[2:] for line in self.read(path)[:6]], expected)
+            self.assertEqual([line[2:] for line in self.lines(path, 6)], expected)
+
     def test_resume(self):
         pid, = self.server.add("one", "cat", redirect_input=True)
         answer, events = self.server.sse("/streams/one?feed=eventsource&tail=all")
@@ -12766,7 +12778,7 @@ class BrowserPage(BrowserCase):
         self.row("off", "running")
         self.press("stop off")
         self.happened("exit", "off")
-        self.row("off", "killed by SIGTERM")
+        self.row("off", "SIGTERM")
         self.press("restart web")
         self.happened("restart", "web")
         self.press("more for web")
@@ -12776,7 +12788,7 @@ class BrowserPage(BrowserCase):
         self.press("more for web")
         self.choose("signal…")
         self.answer("KILL")
-        self.row("web", "killed by SIGKILL")
+        self.row("web", "SIGKILL")
         self.press("more for web")
         self.choose("signal…")
         self.answer("NONSENSE group")
@@ -12939,6 +12951,27 @@ class BrowserPage(BrowserCase):
         self.browser.wait(
             "return document.querySelectorAll('.l.exit').length === 1 && "
             "[...document.querySelectorAll('.l')].filter(node => node.textContent.includes('owned')).length === 2")
+
+    def test_a_progress_bar_is_one_line(self):
+        """Whether its program writes the carriage return first or last, and with other lines in between."""
+        self.server.add("bars", python("""
+            import sys
+            print("begin")
+            for part in range(101):
+                print("\\rleading %d%%" % part, end="", flush=True)
+            print()
+            for part in range(101):
+                print("trailing %d%%" % part, end="\\r", flush=True)
+                if part == 50:
+                    print("an error", file=sys.stderr, flush=True)
+            print("done    ", end="\\r\\n")
+            print("ready", end="\\r\\n", flush=True)
+            input()
+            """), redirect_input=True)
+        self.open("/p/bars")
+        self.shows("ready", ".lines")
+        self.assertEqual([line[11:].strip() for line in self.browser.script(self.LINES) if " err " not in line],
+                         ["begin", "leading 100%", "done", "ready"])
 
     def test_all_colours_can_be_read(self):
         """AA of WCAG 2.2 for the 256 colours, as the browser paints them, on no ground of their own and as one."""
@@ -13415,6 +13448,88 @@ class BrowserPage(BrowserCase):
                             "const made = document.createElement('script'); made.textContent = 'ran = 3'; document.body.append(made); node.querySelector('a').click()")
         self.assertEqual(self.browser.script("return fetch('http://localhost:1/').catch(error => ran)"), 0)
         self.assertGreater(len([line for line in self.browser.console() if "Content Security Policy" in line]), 2)
+
+
+@unittest.skipUnless("--pictures" in sys.argv, "only with --pictures")
+class BrowserPictures(BrowserPage):
+    """Pictures of the page, one a view, written to the directory of --pictures, to be looked at."""
+
+    directory, patience = None, 10 * TIMEOUT
+
+    def take(self, name, path=None, width=1280, height=720, scheme="light", server=None, until=None):
+        """Write a picture of a view, or of what is there, once `until` is true."""
+        self.browser.cdp("Emulation.setEmulatedMedia", features=[
+            {"name": "prefers-color-scheme", "value": scheme}])
+        self.browser.size(width, height, mobile=width < 500)
+        if path:
+            self.open(path, server)
+        if until:
+            self.browser.wait(until)
+        with open(os.path.join(self.directory, name + ".png"), "wb") as file:
+            file.write(self.browser.screenshot())
+
+    def test_pictures(self):
+        os.makedirs(self.directory, exist_ok=True)
+        self.addCleanup(self.browser.cdp, "Emulation.setEmulatedMedia", features=[])
+        self.take("empty", "/")
+        work = "import time\nwhile True:\n    end = time.time() + %g\n    while time.time() < end: pass\n    time.sleep(%g)"
+        flapping = {"attempts": 2, "window": 5, "retry_in": 60, "max_retry": 5}
+        with unittest.mock.patch.object(gaffer.History, "INTERVAL", 0.1):   # ten minutes would be long
+            self.server.add("web:front", python(work % (.002, .1)), numprocesses=4)
+            self.server.add("web:api", python("import random, time\nx = [0] * 4000000\nwhile True:\n"
+                                              "    end = time.time() + random.random() / 20\n"
+                                              "    while time.time() < end: pass\n    time.sleep(0.1)"), numprocesses=2)
+            self.server.add("web:worker", "sh -c 'echo cannot reach the database >&2; sleep 0.2; exit 3'")
+            self.server.add("jobs:mail", "cat", redirect_input=True)
+            self.server.add("jobs:nightly", "sleep 1000", start=False)
+            self.server.add("jobs:import", "sh -c 'kill -9 $$$$'", flapping=flapping)
+            self.open("/")
+            process = self.server.manager.find_process(1)
+            until(lambda: len(process.history) == 60, "a history")
+        drawn = "return document.querySelectorAll('path[d^=M]').length > 1"
+        for scheme in "light", "dark":
+            for width, height in (1280, 480), (768, 600), (390, 844):
+                self.take("overview-%s-%d" % (scheme, width), "/", width, height, scheme,
+                          until=drawn if width > 1000 else "return document.querySelector('.cpu').textContent")
+        self.browser.size(1280, 480)
+        self.browser.script("document.querySelector('[data-name=\"web:api\"]').focus()")
+        self.take("overview-row-in-hand", height=480)
+        self.server.add("build", python("""
+            import sys, time
+            print("\\x1b[1mCompiling\\x1b[0m 3 of 3 \\x1b[32mok\\x1b[0m \\x1b[33m1 warning\\x1b[0m \\x1b[31mno error\\x1b[0m")
+            print("\\x1b[30;43m warning \\x1b[0m unused \\x1b[4mname\\x1b[0m \\x1b[2min line 12\\x1b[0m \\x1b[97;44m note \\x1b[0m \\x1b[7mreverse\\x1b[0m")
+            for number in range(256):
+                print("\\x1b[38;5;%dm%03d\\x1b[0m" % (number, number), end="\\n" if number % 32 == 31 else " ")
+            for part in range(101):
+                print("\\rdownloading [%-50s] %3d%%" % ("=" * (part // 2), part), end="", flush=True)
+            print()
+            print("done", file=sys.stderr)
+            time.sleep(1000)
+            """))
+        for scheme, width in ("light", 1280), ("dark", 1280), ("light", 390):
+            self.take("output-%s-%d" % (scheme, width), "/p/build", width, 844 if width == 390 else 720, scheme,
+                      until="return [...document.querySelectorAll('.l')].some(node => /done/.test(node.textContent))"
+                            " && document.querySelector('.story li')")
+        for scheme in "light", "dark":
+            self.take("process-" + scheme, "/p/web%3Aworker", scheme=scheme,
+                      until="return document.querySelectorAll('.story li').length > 9 && document.querySelector('.l')")
+            self.take("all-output-" + scheme, "/logs", scheme=scheme, until="return document.querySelector('.l')")
+            self.open("/add")
+            for field, text in (("name", "web:front"), ("cmd", "no-such-program"), ("cwd", "/no/such"), ("uid", "nobodyx")):
+                self.enter("#field-" + field, text)
+            self.browser.wait("return document.querySelectorAll('[aria-invalid=true]').length > 2")
+            self.take("form-with-faults-" + scheme, scheme=scheme, height=900)
+        self.take("form-390", "/edit/web%3Afront", 390, 844)
+        self.take("events", "/events")
+        many = Running()
+        try:
+            for number in range(300):
+                many.manager.add_process("%s:worker-%d" % (("web", "mail", "jobs", "cache", "search")[number // 60], number),
+                                         "sleep 1000" if number % 97 else "sh -c 'exit 1'")
+            self.take("overview-300", "/", server=many, until="return document.querySelector('.cpu + .mem').textContent !== ''")
+        finally:
+            many.stop_all()
+        self.take("away", until="return !document.querySelector('#away').hidden")
 
 
 @unittest.skipUnless("--figures" in sys.argv, "only with --figures")
@@ -18889,6 +19004,7 @@ def main():
     parser.add_argument("-v", "--verbose", action="store_true", help="show how long each test took")
     parser.add_argument("--jobs", type=int, default=2 * gaffer.CORES, help="processes at a time")
     parser.add_argument("--figures", action="store_true", help="what the web page costs")
+    parser.add_argument("--pictures", metavar="DIR", help="write pictures of the web page")
     parser.add_argument("--fuzz", type=int, metavar="N", help="only PureFuzz, N cases of each kind")
     parser.add_argument("--hostile", type=int, metavar="N", help="only CliHostile, N cases of each kind")
     parser.add_argument("--chaos", type=float, metavar="SECONDS", help="only Chaos")
@@ -18904,6 +19020,9 @@ def main():
             names = names or [case.__name__]
     if given.figures:
         names = names or ["BrowserFigures"]
+    if given.pictures:
+        BrowserPictures.directory = os.path.abspath(given.pictures)
+        names = names or ["BrowserPictures.test_pictures"]
     if given.chaos is not None:
         CHAOS.update(seconds=given.chaos, seed=int(given.seed or CHAOS["seed"]))
         names = names or ["Chaos"]
