@@ -10747,13 +10747,13 @@ def find_targets(statuses, words, processes=False):
     import fnmatch
     running = [(name, status, process) for name, status in statuses.items()
                for process in status["processes"]]
-    known = [{str(entry[2]["os_pid"]): entry for entry in running},
-             {str(entry[2]["pid"]): entry for entry in running},
-             {process_name(entry[0], entry[2]): entry for entry in running}]
+    known = {str(entry[2]["os_pid"]): entry for entry in running}
+    known.update((str(entry[2]["pid"]), entry) for entry in running)
+    known.update((process_name(entry[0], entry[2]), entry) for entry in running)
     found, exit_status = {}, 0
     for word in words:
         names = list(statuses) if word == "all" else fnmatch.filter(statuses, word)
-        one = None if names else collections.ChainMap(*known[::-1]).get(word)
+        one = None if names else known.get(word)
         if one and processes:
             path = "/processes/%d" % one[2]["pid"]
             found.setdefault(path, Target(word, path, *one[1:]))
@@ -10925,8 +10925,9 @@ def processes_command(args):
     """Print names, or pids."""
     path = "/processes?running=true" if args.running else "/processes"
     answer = connect(args).request("GET", path)
-    for value in [None] if args.json else json.loads(answer):
-        show(args, answer, value)
+    values = json.loads(answer)
+    if values or args.json:
+        show(args, answer, "\n".join(map(str, values)))
     return 0
 
 
@@ -11060,9 +11061,8 @@ def status_rows(status, with_ids):
             note = [process["not_ready"]]
         elif last and last["times"] > 1 and process["uptime"] < BACKOFF_RESET:
             note = why
-        usage = ["-", "-"]
-        if "cpu" in process:
-            usage = ["%.1f%%" % process["cpu"], human(process["rss"])]
+        cpu, rss = process.get("cpu"), process.get("rss")
+        usage = ["-", "-"] if cpu is None else ["%.1f%%" % cpu, human(rss)]
         ids = [str(process["os_pid"])] + ([str(process["pid"])] if with_ids else [])
         rows.append([process_name(name, process), process["state"], count, *ids,
                      span(process["uptime"]), restarts, code, *usage, "; ".join(note)])
@@ -11680,16 +11680,13 @@ def serve(args):
         raise ClientError("--daemon needs --log-file FILE: nobody would see its messages", 2)
     keep_buffers()
     background = [Background()] if args.daemon else []
-    handler = LogHandler(args.log_file)
-    for app in background:
-        app.handler = handler
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", handlers=[handler],
-        level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)])
-    try:
+    with contextlib.closing(LogHandler(args.log_file)) as handler:
+        for app in background:
+            app.handler = handler
+        logging.basicConfig(
+            format="%(asctime)s %(levelname)s %(message)s", handlers=[handler],
+            level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)])
         return run_server(args, handler, background)
-    finally:
-        handler.close()
 
 
 # Procfiles
@@ -12241,9 +12238,9 @@ COMMANDS = {
 QUICK_START = """\
 A process supervisor in one file, driven over HTTP. To begin with:
 
-  gaffer.py serve                          run it: API and web page are at http://127.0.0.1:5000
+  gaffer.py serve                          run it; API and web page: http://127.0.0.1:5000
   gaffer.py add_process --start web python3 -m http.server 8000
-  gaffer.py status                         what runs?
+  gaffer.py status                         what is running?
   gaffer.py up                             run the Procfile of this folder
 """
 EXIT_STATUSES = """\
@@ -12331,8 +12328,8 @@ def dispatch(argv):
     except (LookupError, TypeError, ValueError) as error:
         if "endpoint" not in args:
             raise                               # a mistake of ours, not of a server
-        raise ClientError("what %s answered is not understood (%s: %s): is it a gaffer of "
-                          "another version?" % (
+        raise ClientError("the answer of %s is not understood (%s: %s): is it another version of "
+                          "gaffer?" % (
                               connect(args).endpoint, type(error).__name__, error)) from error
 
 

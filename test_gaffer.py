@@ -15533,7 +15533,7 @@ class CliCommands(CliControlCase):
                 thread.start()
                 endpoint = "http://127.0.0.1:%d" % listener.getsockname()[1]
                 self.call("pids" if expected == 1 else "get_process", "x" if expected == 1 else "x*", "--endpoint", endpoint, status=expected,
-                          err="gaffer: there is no gaffer at .*\n" if expected == 5 else "gaffer: what .* answered is not understood .*\n")
+                          err="gaffer: there is no gaffer at .*\n" if expected == 5 else "gaffer: the answer of .* is not understood .*\n")
                 thread.join()
 
     @unittest.skipUnless(shutil.which("openssl"), "needs openssl for a certificate")
