@@ -1581,8 +1581,8 @@ def check_text(value, what="a string"):
 def check_name(value):
     """Check the name of a template."""
     if not isinstance(value, str) or not NAME.fullmatch(value):
-        raise ValueError("must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not 'all', and"
-                         " not begin with - or :")
+        raise ValueError("must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not 'all', '.' or '..',"
+                         " and not begin with - or :")
     return value
 
 
@@ -4382,7 +4382,8 @@ class Request:
         try:
             return json.loads(self.body.decode("utf-8"), parse_constant=refuse)
         except (ValueError, RecursionError) as error:
-            fault = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+            fault = "nested too deeply" if isinstance(error, RecursionError) else (
+                str(error)[:200].partition(";")[0])     # behind it: how to let Python read longer numbers
             raise InvalidJson("the body is not JSON in UTF-8: %s" % fault) from None
 
     def words(self, name):
@@ -4766,9 +4767,11 @@ class Access:
         Browsers send no Origin then. The page could hold up a process, or learn from success and
         failure what exists. Fetch Metadata Request Headers, W3C.
         """
-        headers = request.headers
+        headers = request.headers               # Chromium 76 to 79 do not name the destination
+        dest = headers.get("sec-fetch-dest", "document" if (
+            headers.get("sec-fetch-mode") == "navigate") else None)
         if (headers.get("sec-fetch-site") != "cross-site" or "origin" in headers or self._any_origin
-                or request.method in ("GET", "HEAD") and headers.get("sec-fetch-dest") == "document"):
+                or request.method in ("GET", "HEAD") and dest == "document"):
             return
         raise ForbiddenOrigin("pages of another site may link to this but not embed it; use CORS")
 
@@ -6080,7 +6083,8 @@ def parse_seconds(least, true=None):
             return true if text == "true" else None
         if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", text) or not (
                 least <= float(text) <= SECONDS_MAX):
-            raise ValueError("must be a number of seconds from %g to %d" % (least, SECONDS_MAX))
+            raise ValueError("must be a number of seconds from %g to %d%s" % (
+                least, SECONDS_MAX, "" if true is None else ", true or false"))
         return float(text)
     return parse
 
@@ -8127,7 +8131,7 @@ class Api:
 
     # events and streams
 
-    @operation("feed heartbeat since lastEventId tail timeout")
+    @operation("feed heartbeat since lastEventId timeout")
     def watch(self, request, query, *parts):
         """Events, one or as a stream."""
         parts = parts[0] if parts else []
@@ -8184,7 +8188,7 @@ class Api:
     def _begin(self, request, query, source):
         """Return where a reader begins: (offset, whether its id is of another run, whether it is
         the id of an exit). Raises BadValue."""
-        epoch, tail = self.manager.epoch, query.tail
+        epoch, tail = self.manager.epoch, getattr(query, "tail", None)      # events have none
         last = request.headers.get("last-event-id") or query.lastEventId
         if query.since and tail is not None:
             raise BadValue("give 'since' or 'tail', not both")
@@ -8199,7 +8203,7 @@ class Api:
             if not last:
                 raise BadValue("'since' is beyond the end, which is at %d" % source.end)
             return source.start, True, False
-        if tail is None or isinstance(source, EventLog):
+        if tail is None:
             return source.end, False, False
         return source.tail(tail), False, False
 
@@ -9327,7 +9331,8 @@ class HttpHandler:
         for prefix, app in self._wsgi:
             if request.path == prefix or request.path.startswith(prefix + "/"):
                 return functools.partial(WsgiRun, self, app, prefix), self._max_body
-        raise ResourceNotFound("there is nothing at %s" % request.path[:200])
+        raise ResourceNotFound(
+            "there is nothing at %s; GET /openapi.json lists the routes" % request.path[:200])
 
     def _answer_options(self, request):
         return Response(status=204, headers=self.access.preflight(request), content_type=None)

@@ -2979,7 +2979,7 @@ class PureAccess(Case):
         embedded = ("GET", "cross-site", "no-cors", "image"), ("GET", "cross-site", "navigate", "iframe"), (
             "GET", "cross-site", "no-cors", "script"), ("GET", "cross-site", "no-cors", "empty"), (
             "HEAD", "cross-site", "no-cors", "empty"), ("POST", "cross-site", "navigate", "document")
-        linked = ("GET", "cross-site", "navigate", "document"), ("GET", "same-origin", "no-cors", "image"), (
+        linked = ("GET", "cross-site", "navigate", "document"), ("GET", "cross-site", "navigate"), ("GET", "same-origin", "no-cors", "image"), (
             "POST", "same-origin", "cors", "empty"), ("GET", "none", "navigate", "document"), ("GET", "same-site", "no-cors", "image")
         for given in embedded + linked:
             method, *rest = given
@@ -7671,7 +7671,8 @@ class HttpOpenapi(HttpCase):
         for method, target, words in (
                 ("GET", "/streams?tail=all&grep=hello", "unknown parameter 'grep'"),
                 ("GET", "/status?usag=true", "did you mean 'usage'?"), ("GET", "/ping?x=1", "takes none"),
-                ("GET", "/watch?feed=longpoll&heartbeat=soon", "'heartbeat' must be"),
+                ("GET", "/watch?tail=5", "unknown parameter 'tail'"),
+                ("GET", "/watch?feed=longpoll&heartbeat=soon", "0.1 to 10000000, true or false"),
                 ("GET", "/stats?interval=5x", "'interval' must be"), ("POST", "/processes?dry=1", "did you mean 'dry_run'?"),
                 ("HEAD", "/processes?zzz=1", None)):
             with self.subTest(target):
