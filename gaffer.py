@@ -1581,8 +1581,8 @@ def check_text(value, what="a string"):
 def check_name(value):
     """Check the name of a template."""
     if not isinstance(value, str) or not NAME.fullmatch(value):
-        raise ValueError("must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not 'all', '.' or '..',"
-                         " and not begin with - or :")
+        raise ValueError("must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not"
+                         " 'all', '.' or '..', and not begin with - or :")
     return value
 
 
@@ -4108,9 +4108,9 @@ class Manager:
     @changing
     def signal(self, target, signum, group=False):
         """Send a signal to one process by pid, or to each of a template's. NotFound, Forbidden."""
-        if self.is_name(target):
-            processes = self.find_template(target).running()
-        else:                                   # one that is being stopped may need a stronger one
+        if self.is_name(target):                # one that is being stopped may need a stronger one
+            processes = list(self.find_template(target).processes.values())
+        else:
             processes = [self.find_process(target, past=True)]
             if processes[0].exited:
                 raise NotFound("process %s has exited" % target)
@@ -8328,11 +8328,13 @@ class Api:
     def stream_methods(self, ref, label):
         """Return the methods of a stream, which depend on its label."""
         if self.manager.is_name(ref):
-            return ("GET", "HEAD")
-        process, methods = self.manager.find_process(ref, past=True), ()
-        if label in process.outputs:
-            methods += ("GET", "HEAD")
-        if label in process.inputs:
+            template = self.manager.find_template(ref)
+            readable, writable = template.merged, template.info["custom_streams"]
+        else:
+            process = self.manager.find_process(ref, past=True)
+            readable, writable = process.outputs, process.inputs
+        methods = ("GET", "HEAD") if label in readable else ()
+        if label in writable:
             methods += ("POST", "DELETE")
         return methods
 

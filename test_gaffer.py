@@ -2979,7 +2979,8 @@ class PureAccess(Case):
         embedded = ("GET", "cross-site", "no-cors", "image"), ("GET", "cross-site", "navigate", "iframe"), (
             "GET", "cross-site", "no-cors", "script"), ("GET", "cross-site", "no-cors", "empty"), (
             "HEAD", "cross-site", "no-cors", "empty"), ("POST", "cross-site", "navigate", "document")
-        linked = ("GET", "cross-site", "navigate", "document"), ("GET", "cross-site", "navigate"), ("GET", "same-origin", "no-cors", "image"), (
+        linked = ("GET", "cross-site", "navigate", "document"), ("GET", "cross-site", "navigate"), (
+            "GET", "same-origin", "no-cors", "image"), (
             "POST", "same-origin", "cors", "empty"), ("GET", "none", "navigate", "document"), ("GET", "same-site", "no-cors", "image")
         for given in embedded + linked:
             method, *rest = given
@@ -6984,6 +6985,18 @@ class HttpEndpointTable(HttpCase):
             self.assertError(self.server.json("POST", "/processes/%s/_signal" % ref), 400, "no_signal_number")
             self.assertError(self.server.json("POST", "/processes/%s/_signal/" % ref), 400, "no_signal_number")
 
+    def test_signal_to_what_is_being_stopped(self):
+        """By name as by pid: it may need a stronger one."""
+        for ref in ("%s", "%d"):
+            code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready'); signal.sigwait([])"
+            name = "deaf-" + ref[1:]
+            pid, = self.server.add(name, python(code), graceful_timeout=TIMEOUT)
+            self.assertEqual(next(self.output(pid)), "ready")
+            self.server.ok("POST", "/processes/%s/_stop" % name)
+            with self.subTest(ref=ref):
+                self.exact("POST", "/processes/%s/_signal/KILL" % (name if ref == "%s" else pid), HTTP_OK)
+                until(lambda: self.server.ok("GET", "/status/" + name)["state"] == "stopped", "the end", TIMEOUT / 2)
+
     def test_one_process(self):
         """By pid: the template and two more fields; DELETE and _stop stop it, and it is replaced."""
         self.cat("web")
@@ -7074,8 +7087,9 @@ class HttpEndpointTable(HttpCase):
         pid, = self.server.ok("GET", "/processes/custom/_pids")["pids"]
         chat = self.output(pid, "chat")
         self.exact("POST", "/streams/%d/chat" % pid, HTTP_OK, b"hello")
-        self.exact("DELETE", "/streams/%d/chat" % pid, HTTP_OK)
-        self.assertEqual(next(chat), "HELLO")
+        self.exact("POST", "/streams/custom/chat", HTTP_OK, b" world")
+        self.exact("DELETE", "/streams/custom/chat", HTTP_OK)
+        self.assertEqual(next(chat), "HELLO WORLD")
 
     def test_end_of_stdin(self):
         """After it a POST is forbidden_write."""
@@ -7094,10 +7108,13 @@ class HttpEndpointTable(HttpCase):
     def test_stream_not_for_writing(self):
         """stdout can be read only, a stream that is not there is not found."""
         self.server.add("web", "sleep 60")
-        self.assertError(self.server.json("POST", "/streams/1/stdout", b"x"), 405, "method_not_allowed")
-        self.assertError(self.server.json("DELETE", "/streams/1/stdout"), 405, "method_not_allowed")
-        self.assertError(self.server.json("POST", "/streams/1/nope", b"x"), 404, "io_not_found")
-        self.assertError(self.server.json("POST", "/streams/1/stdin", b"x"), 403, "forbidden_write", "redirect_input")
+        for ref in ("1", "web"):
+            path = "/streams/%s/" % ref
+            self.assertError(self.server.json("POST", path + "stdout", b"x"), 405, "method_not_allowed")
+            self.assertError(self.server.json("DELETE", path + "stdout"), 405, "method_not_allowed")
+            self.assertError(self.server.json("POST", path + "nope", b"x"), 404, "io_not_found")
+            self.assertError(self.server.json("POST", path + "stdin", b"x"), 403, "forbidden_write", "redirect_input")
+        self.assertError(self.server.json("POST", "/streams/nope/stdout", b"x"), 404, "not_found")
         self.assertError(self.server.json("POST", "/streams/99/stdin", b"x"), 404, "not_found")
 
     def test_names(self):
@@ -8339,7 +8356,8 @@ class HttpSyntax(HttpCase):
             with self.subTest(body=body[:50]):
                 self.assertCode(self.ask(http_bytes("POST", "/processes", body=body)), 400, "invalid_process_info")
         big = b'{"name": "x", "cmd": "cat", "numprocesses": ' + b"9" * 100000 + b"}"
-        self.assertEqual(self.ask(http_bytes("POST", "/processes", body=big))[0], 400)
+        status, _, answer = self.ask(http_bytes("POST", "/processes", body=big))
+        self.assertEqual((status, b"set_int_max_str_digits" in answer), (400, False))
         self.assertEqual(self.server.ok("GET", "/processes"), [])
         for number, kind in enumerate((None, "text/plain", "application/x-www-form-urlencoded",
                                        "application/json; charset=latin-1")):
@@ -16698,7 +16716,7 @@ class ProcfileTexts(ConfigCase):
             ".env:2: is not NAME=value, with a value in quotes or without any",
             "Procfile:2: 'junk' is not 'type: command'", "Procfile:3: 'web' is there twice",
             "Procfile:4: [process:7] field 'name' must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not 'all', "
-            "and not begin with - or :",
+            "'.' or '..', and not begin with - or :",
             "Procfile:5: [process:x] field 'cmd' names 'nosuchprogram', which is not found in PATH"])
         os.unlink(self.home + "/.env")
         self.assertEqual(self.faults("Procfile", "# nothing\n"), ["Procfile:1: there is no line 'type: command' in it"])
