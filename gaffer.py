@@ -9402,8 +9402,8 @@ class HttpHandler:
 # client
 #
 # A thin wrapper of http.client for the command line: TCP, TLS and unix sockets, a token, event
-# streams. One connection per request. A failure is a ClientError: one sentence that says what to do,
-# and the exit status of the command. Runs on the caller's thread.
+# streams. One connection per request. A failure is a ClientError: one sentence that says what to
+# do, and the exit status of the command. Runs on the caller's thread.
 # --------------------------------------------------------------------------------------------------
 CLIENT_TIME = 30.0                              # for an answer
 HEARTBEAT = 10                                  # seconds between signs of life of a stream
@@ -10011,8 +10011,8 @@ class Screen:
 
 
 class SystemdNotifier:
-    """Tells systemd, at the socket in NOTIFY_SOCKET, when all templates are ready and when the manager
-    stops; and that the loop turns, twice in WATCHDOG_USEC. See sd_notify(3)."""
+    """Tells systemd, at the socket in NOTIFY_SOCKET, when all templates are ready and when the
+    manager stops; and that the loop turns, twice in WATCHDOG_USEC. See sd_notify(3)."""
 
     def __init__(self, environ):
         path = environ["NOTIFY_SOCKET"]
@@ -10107,8 +10107,8 @@ def delays_from_text(text):
 
 
 def ready_from_text(text):
-    """Return the object of "log:TEXT", "tcp:PORT", a URL, "exec:COMMAND" or "notify"; within=SECONDS
-    may follow."""
+    """Return the object of "log:TEXT", "tcp:PORT", a URL, "exec:COMMAND" or "notify", which
+    within=SECONDS may follow."""
     text, within = re.fullmatch(r"(.*?)(?:\s+within=(\S+))?", text, re.S).groups()
     kind, _, value = text.partition(":")
     found = {kind: {"notify": True, "http": text}.get(kind, value)}
@@ -10353,9 +10353,9 @@ class Procfile(ConfigFile):
     """A Procfile, lines of 'type: command', with the environment of its processes.
 
     `types`: {type: command}; `fields`: {type: {field: value}}, from the comments above a type that
-    begin with "gaffer:" and hold words such as after=db. `root`: where they run (the file's folder). `env_files`: read in
-    place of .env in that folder. `port`: PORT of the first type (that of .env or of gaffer, else
-    5000); each further type has a hundred more. `taken`: ports in use.
+    begin with "gaffer:" and hold words such as after=db. `root`: where they run (the file's
+    folder). `env_files`: read instead of .env in that folder. `port`: PORT of the first type (that
+    of .env or of gaffer, else 5000); each further type has a hundred more. `taken`: ports in use.
     """
 
     def __init__(self, path, root=None, env_files=(), port=None, taken=()):
@@ -10386,7 +10386,6 @@ class Procfile(ConfigFile):
             elif text.strip() and text.lstrip()[0] != "#":
                 self.fault("'%s' is there twice" % match.group(1) if match else
                            "%r is not 'type: command'" % text.strip(), line=line)
-
 
     def _read_comment(self, text, fields, line):
         try:
@@ -10878,7 +10877,7 @@ def act(args, verb):
 
 
 def wait_command(args):
-    """wait"""
+    """Wait until templates are ready, done or stopped."""
     client = connect(args)
     targets, exit_status = find_targets(get_statuses(client), args.names)
     return await_goal(client, [each.word for each in targets], args.goal, args) or exit_status
@@ -11834,7 +11833,7 @@ def find_app(args, statuses):
 
 
 def in_group(group, templates):
-    """Return {group:type: template} of {type: template}, with their names in `after` changed, too."""
+    """Return {group:type: template} of {type: template}, with the names in `after` changed too."""
     names = {kind: "%s:%s" % (group, kind) for kind in templates}
     return {names[kind]: dict(info, name=names[kind],
                               after=[names.get(name, name) for name in info["after"]])
@@ -12105,8 +12104,8 @@ ASK = (*CONNECTION, option("--json", "print what the server sent"))
 BY = option("n N?", "how many (default 1)", type=POSITIVE, default=1)
 WAIT = (option("--timeout SECONDS", "wait this long at most, then exit with 124", type=SECONDS),
         option("--no-wait", "do not wait until it is done"))
-READY_OPTION = option("--ready", "wait until all are ready, or done if they end by themselves and have no "
-                      "'ready'; exit with 1 if one fails")
+READY_OPTION = option("--ready", "wait until all are ready, or done if they end by themselves and "
+                      "have no 'ready'; exit with 1 if one fails")
 COLOUR = option("--no-color", "no colours (NO_COLOR does the same)")
 WATCH = option("-w, --watch", "repeat every second until Ctrl-C")
 START = option("--start", "start it")
