@@ -1743,6 +1743,170 @@ def check_delay(value):
     return value
 
 
+@json_schema(["string", "integer", "array"], minItems=1, maxItems=10, items={"type": "array"})
+def check_stop_signal(value):
+    """Check a signal, or a list of [signal, seconds until the next]."""
+    if not isinstance(value, list):
+        return check_signal(value)
+    if not 1 <= len(value) <= 10 or not all(isinstance(each, list) and len(each) == 2
+                                            for each in value):
+        raise ValueError('must be a signal, or 1 to 10 of [signal, seconds]: [["INT", 5]]')
+    return [[check_signal(signum), seconds(0)(delay)] for signum, delay in value]
+
+
+@json_schema("string", pattern="^[0-7]{1,4}$")
+def check_umask(value):
+    """Check an octal number in a string."""
+    if not isinstance(value, str) or not re.fullmatch("0?[0-7]{1,3}", value):
+        raise ValueError("must be an octal number in a string, as in '022'")
+    return value
+
+
+@json_schema("array", items={"type": "string", "minLength": 1})
+def check_files(value):
+    """Check a list of paths."""
+    if not isinstance(value, list) or not all(check_text(each, "a list of paths")
+                                              for each in value):
+        raise ValueError("must be a list of paths")
+    return list(value)
+
+
+# name of a resource limit -> the options of the shell's ulimit for it, and its unit in bytes
+LIMITS = {"as": ("v", KIB), "core": ("c", 512), "cpu": ("t", 1), "data": ("d", KIB),
+          "fsize": ("f", 512), "memlock": ("l", KIB), "nofile": ("n", 1), "nproc": ("up", 1),
+          "rss": ("m", KIB), "stack": ("s", KIB)}
+LIMIT = {"type": ["integer", "string", "array"], "minimum": 0}
+
+
+def limit_pair(value):
+    """Return (soft, hard) of a resource limit; without any: math.inf."""
+    pair = value if isinstance(value, list) else [value, value]
+    soft, hard = [math.inf if each == "unlimited" else each for each in pair]
+    return soft, hard
+
+
+@json_schema("object", additionalProperties=False, properties=dict.fromkeys(LIMITS, LIMIT))
+def check_limits(value):
+    """Check {name of a resource limit: number, "unlimited" or [soft, hard]}."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object, as in {\"nofile\": 1024}")
+    for name, limit in value.items():
+        if name not in LIMITS:
+            raise ValueError("has the unknown limit %r%s; there are %s" % (
+                name, near(str(name), LIMITS), ", ".join(LIMITS)))
+        pair = limit if isinstance(limit, list) else [limit, limit]
+        if len(pair) != 2 or not all(each == "unlimited" or is_number(each, int)
+                                     and 0 <= each < 2 ** 62 for each in pair):
+            raise ValueError("has a limit %s that is not a whole number, 'unlimited' or "
+                             "[soft, hard]" % name)
+        if limit_pair(pair)[0] > limit_pair(pair)[1]:
+            raise ValueError("has a limit %s whose soft value is above the hard one" % name)
+    return dict(value)
+
+
+INTERVAL = re.compile(r"every ([0-9]{1,9}(?:\.[0-9]{1,3})?) ?([smhd])")
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+NICKNAMES = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@weekly": "0 0 * * 0",
+             "@monthly": "0 0 1 * *"}
+CRON_FIELDS = (                                 # what it is, least, most, names
+    ("minute", 0, 59, ()), ("hour", 0, 23, ()), ("day of the month", 1, 31, ()),
+    ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec".split()),
+    ("day of the week", 0, 7, "sun mon tue wed thu fri sat".split()))
+SEARCH_DAYS = 366 * 40                          # 29 February may have to be a given weekday
+
+
+def parse_cron_field(text, what, least, most, names):
+    """Return the set of numbers that a field of cron selects. Raise ValueError."""
+    def number(word):
+        if word in names:
+            return names.index(word) + least
+        if not re.fullmatch("[0-9]{1,4}", word) or not least <= int(word) <= most:
+            raise ValueError("has %r as %s, which is not from %d to %d" % (word, what, least, most))
+        return int(word)
+    found = set()
+    for item in text.lower().split(","):
+        span, slash, step = item.partition("/")
+        first, dash, last = span.partition("-")
+        if slash and (not re.fullmatch("[0-9]{1,4}", step) or not int(step)):
+            raise ValueError("has %r as %s, whose step is not a number from 1" % (item, what))
+        low, high = least, most
+        if span != "*":
+            low, high = number(first), number(last if dash else first)
+            if slash and not dash:
+                raise ValueError("has %r as %s: give the range to step through, as in %d-%d/%s" % (
+                    item, what, low, most, step))
+        if low > high:
+            raise ValueError("has %r as %s, which runs backwards" % (item, what))
+        found.update(range(low, high + 1, int(step or 1)))
+    return found
+
+
+class Schedule:
+    """When to start a template: "every 90s" (s, m, h, d), five fields of cron or a nickname, in
+    local time. Raises ValueError. Pure, but for the time zone."""
+
+    def __init__(self, text):
+        self._every = None                      # seconds, if it is an interval
+        match, text = INTERVAL.fullmatch(text.strip()), text.strip()
+        if match:
+            self._every = float(match.group(1)) * UNITS[match.group(2)]
+            if not 1 <= self._every <= SECONDS_MAX:
+                raise ValueError("must be every 1 second to every 115 days")
+            return
+        fields = NICKNAMES.get(text, text).split()
+        if len(fields) != 5 or fields[0] == "every":
+            raise ValueError("must be 'every 90s' (s, m, h or d), five fields of cron, or one of "
+                             + ", ".join(NICKNAMES))
+        self._minutes, self._hours, self._days, self._months, weekdays = [
+            parse_cron_field(field, *limits) for field, limits in zip(fields, CRON_FIELDS)]
+        self._weekdays = {day % 7 for day in weekdays}
+        # cron: if both kinds of day are restricted, one of them is enough
+        self._either = fields[2][0] != "*" and fields[4][0] != "*"
+        if self.next_time(0.0) is None:
+            raise ValueError("names a day that does not exist")
+
+    def next_time(self, now):
+        """Return the Unix time of the first start after `now`; None: there is none."""
+        if self._every is not None:
+            return now + self._every
+        year, month, day = time.localtime(now)[:3]
+        for ahead in range(SEARCH_DAYS):
+            noon = time.mktime((year, month, day + ahead, 12, 0, 0, 0, 0, -1))
+            date = time.localtime(noon)
+            days = date.tm_mday in self._days, (date.tm_wday + 1) % 7 in self._weekdays
+            if date.tm_mon in self._months and (any if self._either else all)(days):
+                for when in self._times_on(noon, date):
+                    if when > now:
+                        return when
+        return None
+
+    def _times_on(self, noon, date):
+        """Return the Unix times of the starts on a day, in order. A time that does not exist, as
+        clocks go forward, becomes the next that does; one that exists twice is taken once."""
+        wanted = [hour * 60 + minute for hour in sorted(self._hours)
+                  for minute in sorted(self._minutes)]
+        start = noon - 12 * 3600
+        if [time.localtime(when)[2:5] for when in (start, start + 86340)] == [
+                (date.tm_mday, 0, 0), (date.tm_mday, 23, 59)]:
+            return [start + minute * 60 for minute in wanted]
+        found, reached = [], -1                 # the clocks change on this day
+        for when in range(int(noon) - 14 * 3600, int(noon) + 14 * 3600, 60):
+            local = time.localtime(when)
+            minute = local.tm_hour * 60 + local.tm_min
+            if local.tm_mday == date.tm_mday and minute > reached:
+                if any(reached < each <= minute for each in wanted):
+                    found.append(float(when))
+                reached = minute
+        return found
+
+
+@json_schema("string")
+def check_schedule(value):
+    """Check a schedule."""
+    Schedule(check_text(value))
+    return value
+
+
 def labels(most, unique=False):
     """A check for a list of at most `most` labels of streams."""
     @json_schema("array", maxItems=most, uniqueItems=unique,
@@ -1853,6 +2017,7 @@ OPTIONS = {
     "cmd": Option(None, check_command, "the command line, or with args the program"),
     "args": Option([], check_args, "the program's arguments: a list, or a string to split"),
     "env": Option({}, check_env, "variables of its environment"),
+    "env_file": Option([], check_files, "files of NAME=value lines, read at each start; env wins"),
     "os_env": Option(True, check_flag, "add them to gaffer's own environment"),
     "cwd": Option(None, check_directory, "working directory"),
     "uid": Option(None, identity("user", lambda user: find_user(user)[0], os.geteuid),
@@ -1866,12 +2031,23 @@ OPTIONS = {
     "redirect_input": Option(False, check_flag, "a pipe to stdin"),
     "custom_streams": Option([], labels(CUSTOM_STREAMS_MAX, unique=True),
                              "labels of further two-way streams, from descriptor 3 on"),
+    "umask": Option(None, check_umask, "file mode creation mask, octal"),
+    "nice": Option(None, whole_number(-20, 19), "scheduling priority, -20 to 19"),
+    "limits": Option({}, check_limits,
+                     "resource limits, numbers or 'unlimited': %s" % ", ".join(LIMITS)),
+    "before_start": Option(None, check_command, "a shell command to run before each start"),
+    "after_stop": Option(None, check_command, "a shell command to run after each exit"),
     "graceful_timeout": Option(10, seconds(0), "seconds between the stop signal and SIGKILL"),
+    "stop_signal": Option("TERM", check_stop_signal,
+                          "signal that stops it, or a list of [signal, seconds] before SIGKILL"),
+    "stop_group": Option(True, check_flag, "send the stop signal to its whole group"),
     "restart": Option("always", check_restart,
                       "start it again when it exits: always, on-failure or never"),
     "success": Option([0], check_success, "exit statuses and signals that count as success"),
     "restart_delay": Option([0.1, 10], check_delay,
                             "seconds before it is started again: always these, or first, longest"),
+    "schedule": Option(None, check_schedule,
+                       "start it at times: 'every 90s', five fields of cron, @daily"),
     "flapping": Option(None, record(FLAPPING), "rest when it exits too often: %s"
                        % ", ".join(FLAPPING)),
     "after": Option([], check_names, "templates: started once each is ready, or, if it ends by "
@@ -1926,6 +2102,8 @@ def check_together(template, info):
     if "log" in (template["ready"] or ()) and not template["redirect_output"]:
         faults.append(("ready", "field 'ready' waits for a line of output, but 'redirect_output' "
                        "is empty"))
+    if template["schedule"] is not None and "restart" not in info:
+        template["restart"] = "never"
     try:
         port_of(template["env"], template["numprocesses"])
     except ValueError as error:
@@ -1993,6 +2171,7 @@ def substitute(word, env):
     return VARIABLE.sub(value, word)
 
 
+ENV_FILE_SIZE = MIB                             # a file of variables
 ENV_LINE = re.compile(r"""(?xs)
     (?:[ \t\r]*(?:\#[^\n]*)?                                           # nothing, or a comment
     |[ \t]*(?:export[ \t]+)?(?P<name>[A-Za-z_][A-Za-z0-9_.]*)[ \t]*=
@@ -2040,10 +2219,39 @@ def parse_env(text, environ):
     return values, faults
 
 
+def read_env_files(paths, environ):
+    """Return {name: value} of .env files, a later one wins. Raise ValueError."""
+    values = {}
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                text = file.read(ENV_FILE_SIZE + 1).decode("utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise ValueError("names %r, which cannot be read: %s" % (
+                path, getattr(error, "strerror", None) or error)) from None
+        if len(text) > ENV_FILE_SIZE:
+            raise ValueError("names %r, which is over %d bytes" % (path, ENV_FILE_SIZE))
+        found, faults = parse_env(text, {**environ, **values})
+        if faults:
+            raise ValueError("names %r, whose line %d %s" % (path, *faults[0]))
+        values.update(found)
+    return values
+
+
+# What a shell does in the process before it becomes the program. $1 is before_start; its failure is
+# an exit of the process.
+BEFORE_START = """/bin/sh -c "$1" </dev/null || {
+status=$?
+echo "before_start has failed with exit status $status" >&2
+exit $status
+}
+shift"""
+
+
 class Launch:
-    """What is executed: `program` (a path), `argv`, `env` and `cwd`, in bytes; `uid`, `gid` and
-    `groups`, None for gaffer's own. `instance`: the process's number within its template, from 1.
-    InvalidProcessInfo: it cannot be executed."""
+    """What is executed: `program` (a path), `argv`, `env` and `cwd`, in bytes; `uid`, `gid`,
+    `groups`, `umask` and `nice`, None for gaffer's own; `limits`: {name: (soft, hard)}. `instance`:
+    the process's number within its template, from 1. InvalidProcessInfo: it cannot be executed."""
 
     def __init__(self, template, instance=1):
         for field in ("cwd", "uid", "gid"):     # checked again: the system may have changed
@@ -2071,6 +2279,10 @@ class Launch:
             words = [substitute(word, self.env) for word in words]
         self.argv = [to_bytes(word) for word in words]
         self.program = self._find(self.argv[0])
+        self.umask = None if template["umask"] is None else int(template["umask"], 8)
+        self.nice = template["nice"]
+        self.limits = {name: limit_pair(limit) for name, limit in template["limits"].items()}
+        self._prepare(template["before_start"])
         self.ready, text = next(iter((template["ready"] or {None: None}).items()))
         self.target = None                      # of a probe: see parse_target()
         if self.ready in ("tcp", "http"):
@@ -2079,10 +2291,43 @@ class Launch:
             except ValueError as error:
                 raise InvalidProcessInfo("field 'ready' %s" % error) from None
 
+    def _prepare(self, before_start=None):
+        """Have /bin/sh set what Popen has no argument for, and what needs no privilege, and then
+        become the program."""
+        lines, ending = [], 'exec "$@"'
+        if self.umask is not None and sys.version_info < (3, 9):
+            lines.append("umask %o" % self.umask)
+        for name, pair in self.limits.items():
+            letters, unit = LIMITS[name]
+            for kind, limit in zip("SH", pair):
+                size = "unlimited" if limit == math.inf else "%d" % -(-limit // unit)
+                # shells differ in the letter for nproc
+                lines.append(" 2>/dev/null || ".join("ulimit -%s%s %s" % (kind, letter, size)
+                                                     for letter in letters))
+        if self.nice is not None and self.nice > os.getpriority(os.PRIO_PROCESS, 0):
+            ending = 'exec nice -n %d "$@"' % (self.nice - os.getpriority(os.PRIO_PROCESS, 0))
+        if before_start is not None:
+            lines.append(BEFORE_START)
+        if lines or ending != 'exec "$@"':
+            script = "\n".join(["set -e", *lines, ending])
+            hook = [] if before_start is None else [to_bytes(before_start)]
+            self.argv = [b"sh", b"-c", to_bytes(script), b"sh", *hook, self.program, *self.argv[1:]]
+            self.program = b"/bin/sh"
+
+    def hook(self, command, env):
+        """Return a Launch for a shell command in the same environment and `env` (of bytes)."""
+        launch = copy.copy(self)
+        launch.argv, launch.program = [b"sh", b"-c", to_bytes(command)], b"/bin/sh"
+        launch.env = dict(self.env)
+        launch.env.update(env)
+        launch._prepare()
+        return launch
+
     def again(self, template, instance):
         """Return a Launch for another process that starts now: looked up anew only if it shows its
-        instance number."""
-        if b"GAFFER_INSTANCE" in self.env or "GAFFER_PORT_STEP" in template["env"]:
+        instance number, or reads files."""
+        if (b"GAFFER_INSTANCE" in self.env or "GAFFER_PORT_STEP" in template["env"]
+                or template["env_file"]):
             return Launch(template, instance)
         launch = copy.copy(self)
         launch.instance = instance
@@ -2100,7 +2345,12 @@ class Launch:
                             b"SHELL": os.fsencode(entry.pw_shell or "/bin/sh")})
         for name in (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID"):
             env.pop(name, None)                 # they are for gaffer's own process
-        env.update((to_bytes(name), to_bytes(str(text))) for name, text in template["env"].items())
+        try:
+            known = {os.fsdecode(name): os.fsdecode(text) for name, text in env.items()}
+            given = {**read_env_files(template["env_file"], known), **template["env"]}
+        except ValueError as error:
+            raise InvalidProcessInfo("field 'env_file' %s" % error) from None
+        env.update((to_bytes(name), to_bytes(str(text))) for name, text in given.items())
         env.pop(b"GAFFER_TOKEN", None)
         try:
             if env.pop(b"GAFFER_PORT_STEP", None) is not None:
@@ -2147,6 +2397,7 @@ class Launch:
 # --------------------------------------------------------------------------------------------------
 BACKOFF_RESET = 10.0                            # a process that lived this long was no failure
 KILL_AGAIN = 1.0                                # seconds: a group may fork while it dies
+HOOK_TIME = 60.0                                # seconds that before_start and after_stop may take
 CANNOT_START = 127, 0                           # exit of what could not be executed, as in a shell
 NOT_READY = -1, 0                               # of what was stopped for that: no success
 
@@ -2157,6 +2408,11 @@ def succeeded(info, end):
     if signum:
         return signum in [parse_signal(each) for each in info["success"] if isinstance(each, str)]
     return status in info["success"]
+
+
+def shell_status(end):
+    """Return an exit as a shell counts it: its status, or 128 and the signal."""
+    return 128 + end[1] if end[1] else end[0]
 
 
 def restart_delay(info, failures):
@@ -2195,7 +2451,14 @@ def after_exit(info, end, now, lived, failures, history):
 
 def stop_steps(info):
     """Return the steps of a stop, (signal, seconds until the next) each; the last repeats."""
-    return (signal.SIGTERM, info["graceful_timeout"]), (signal.SIGKILL, KILL_AGAIN)
+    stop = info["stop_signal"]
+    steps = stop if isinstance(stop, list) else [(stop, info["graceful_timeout"])]
+    return (*((parse_signal(name), delay) for name, delay in steps), (signal.SIGKILL, KILL_AGAIN))
+
+
+def stop_time(info):
+    """Return the seconds between the begin of a stop and SIGKILL."""
+    return sum(delay for _, delay in stop_steps(info)[:-1])
 
 
 def priority_of(info):
@@ -2597,16 +2860,18 @@ class CommandRun:
     `done(error)` at its end: None, or what it did but exit with 0. close() kills it."""
 
     def __init__(self, manager, os_pid, done):
-        self._manager, self._os_pid, self._done = manager, os_pid, done
+        self._manager, self.os_pid, self._done = manager, os_pid, done
+        self.gone = False
         self._watcher = ExitWatcher(manager.loop, os_pid, self._check)
         manager.commands.add(self)
 
     def _check(self):
-        end = peek_exit(self._os_pid)
+        end = peek_exit(self.os_pid)
         if end is not None:
             self._watcher.close()
             self._kill()                        # what it left; the zombie pins the group's number
-            reap(self._os_pid)
+            reap(self.os_pid)
+            self.gone = True
             self._manager.commands.remove(self)
             self._done("is killed by signal %d" % end[1] if end[1] else
                        "exits with %d" % end[0] if end[0] else None)
@@ -2614,7 +2879,7 @@ class CommandRun:
 
     def _kill(self):
         try:
-            os.killpg(self._os_pid, signal.SIGKILL)
+            os.killpg(self.os_pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass                                # only a zombie is left, or another user's process
 
@@ -2772,6 +3037,9 @@ except OSError as error:
 """
 
 
+HOOK_WORDS = KIB                                # of the output of after_stop, if it fails
+
+
 class Process:
     """A process: from its spawn until nothing of its group is left, and then while its output can
     be read. `pid` is gaffer's number of it; `os_pid`, `exit_status` and `term_signal` are the
@@ -2801,6 +3069,7 @@ class Process:
         self.escaped = []                       # (os pid, start time) of what has left the group
         self.on_exit = set()                    # called once
         self._watcher = self._timer = self._probe = self._notify = None
+        self._hook = self._hook_timer = self._hook_output = self._launch = None     # see HOOK_TIME
         self._reaped = False
         self._stop_step = 0                     # which of stop_steps() is next
 
@@ -2851,7 +3120,7 @@ class Process:
                 launch = copy.copy(launch)
                 launch.env = {**launch.env, b"NOTIFY_SOCKET": self._notify.address}
             self.os_pid = self._execute(launch, stdio, extra, theirs)
-        except (OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
+        except (GafferError, OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
             self.close_readiness()
             for output in self.outputs.values():
                 output.close()
@@ -2865,6 +3134,10 @@ class Process:
             self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else
                                        end_socket, self._manager.input_size)
         self._watcher = ExitWatcher(self._loop, self.os_pid, self._check_exit)
+        if template["after_stop"] is not None:
+            self._launch = launch
+        if template["before_start"] is not None:
+            self._hook_timer = self._loop.later(HOOK_TIME, self._check_before_start, launch)
         if launch.ready:
             self._timer = self._loop.later(self.template["ready"]["within"], self.step, "overdue")
         if launch.target or launch.ready == "exec":
@@ -2889,12 +3162,13 @@ class Process:
             return self.state != "starting" or window.ended
         window.wait(satisfied)
 
-    def _run(self, launch, command, done):
-        """Run a command line as the process of `launch` was run. Returns a CommandRun. OSError."""
-        launch, errors = copy.copy(launch), []
-        launch.program, launch.argv = b"/bin/sh", [b"/bin/sh", b"-c", to_bytes(command)]
+    def _run(self, launch, command, done, output=subprocess.DEVNULL, env=()):
+        """Run a shell command as the process of `launch` was run, with `env` (of bytes) besides.
+        Returns a CommandRun. InvalidProcessInfo, OSError."""
+        errors = []
         try:
-            os_pid = self._execute(launch, [subprocess.DEVNULL] * 3, [], errors)
+            os_pid = self._execute(launch.hook(command, env),
+                                   [subprocess.DEVNULL, output, output], [], errors)
         finally:
             for fd in errors:
                 os.close(fd)
@@ -2914,6 +3188,36 @@ class Process:
             if part is not None:
                 part.close()
         self._probe = self._notify = None
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _privileges(launch):
+        """Have what only a privileged parent can pass on, while a process is forked: higher hard
+        limits, and a nice value below gaffer's own. InvalidProcessInfo: gaffer may not."""
+        own, nice = {}, os.getpriority(os.PRIO_PROCESS, 0)
+        lower = launch.nice is not None and launch.nice < nice
+        try:
+            for name, (_, hard) in launch.limits.items():
+                number = getattr(resource, "RLIMIT_" + name.upper())
+                own[number] = soft, most = resource.getrlimit(number)
+                field, what = "limits", "%s above gaffer's own limit of %d" % (name, most)
+                if resource.RLIM_INFINITY != most < hard:
+                    resource.setrlimit(number, (
+                        soft, resource.RLIM_INFINITY if hard == math.inf else hard))
+            field, what = "nice", "a value below gaffer's own of %d" % nice
+            if lower:
+                os.setpriority(os.PRIO_PROCESS, 0, launch.nice)
+        except (OSError, ValueError):
+            lower = False
+            raise InvalidProcessInfo("field '%s' asks for %s: run gaffer as root, with the "
+                                     "capability for that" % (field, what)) from None
+        else:
+            yield
+        finally:
+            for number, pair in own.items():
+                resource.setrlimit(number, pair)
+            if lower:
+                os.setpriority(os.PRIO_PROCESS, 0, nice)
 
     @staticmethod
     def _execute(launch, stdio, extra, theirs):
@@ -2938,9 +3242,13 @@ class Process:
                 program, arguments = sys.executable, {"pass_fds": moved[1:]}
             elif sys.version_info >= (3, 9):
                 arguments = dict(zip(("user", "group", "extra_groups"), identity))
-            popen = subprocess.Popen(
-                argv, executable=program, cwd=launch.cwd, env=launch.env, start_new_session=True,
-                stdin=stdio[0], stdout=stdio[1], stderr=stdio[2], **arguments)
+            if launch.umask is not None and sys.version_info >= (3, 9):
+                arguments["umask"] = launch.umask
+            with Process._privileges(launch):
+                popen = subprocess.Popen(
+                    argv, executable=program, cwd=launch.cwd, env=launch.env,
+                    start_new_session=True, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2],
+                    **arguments)
         finally:
             for fd in moved:
                 os.close(fd)
@@ -2953,6 +3261,8 @@ class Process:
 
     @staticmethod
     def _refusal(launch, error):
+        if isinstance(error, GafferError):
+            return error
         number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
         if number in SHORTAGES:
             return Busy("the system has no room for another process (%s); try again later"
@@ -2999,8 +3309,12 @@ class Process:
         steps = stop_steps(self.template)
         signum, delay = steps[min(self._stop_step, len(steps) - 1)]
         self._stop_step += 1
-        if self.signal_group(signum) and signum != signal.SIGKILL:
-            self.signal_group(signal.SIGCONT)   # what is stopped could not act on it
+        if signum == signal.SIGKILL or self.exited or self.template["stop_group"]:
+            send = self.signal_group
+        else:                                   # a master ends its workers itself
+            send = self._signal_leader
+        if send(signum) and signum != signal.SIGKILL:
+            send(signal.SIGCONT)                # what is stopped could not act on it
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if self.abandoned else self._loop.later(delay, self.step, "late")
@@ -3028,8 +3342,12 @@ class Process:
     def _exit(self):
         self.exited_at = self._loop.clock()
         self._watcher.close()
+        if self._hook_timer is not None:
+            self._hook_timer.cancel()
         if self._stop_step == 0:                # the zombie still pins the group's number
             self._signal_stop()
+        elif not self.template["stop_group"]:   # what it left has not been told yet
+            self.signal_group(stop_steps(self.template)[max(0, self._stop_step - 1)][0])
         reap(self.os_pid)
         self._reaped = True
         for stream in self.inputs.values():
@@ -3046,11 +3364,64 @@ class Process:
             self.step("empty")
         self._check_ended()
 
-    def _end(self):
+    def _check_before_start(self, launch):
+        """End it if before_start has not ended yet."""
+        seen, words = self._manager.table.look(self.os_pid), b" ".join(launch.argv)
+        if seen and seen["cmdline"] == words.decode("utf-8", "replace"):
+            log.warning("%s (pid %d): before_start has not ended in %d seconds and is killed",
+                        self.name, self.pid, HOOK_TIME)
+            self.signal_group(signal.SIGKILL)
+
+    def _after_stop(self):
+        """Run after_stop, if there is one: nothing is left of the group. Its output is the
+        template's."""
         if self._timer is not None:
             self._timer.cancel()
         for output in self.outputs.values():
             output.drain()
+        if self._launch is None:
+            return self.step("clean")
+        merged = next(reversed(list(self.home.merged.values())), None)
+        fds = []
+        try:
+            if merged is not None:
+                fds = list(os.pipe())
+                os.set_blocking(fds[0], False)
+                window = Window(self._loop, self._manager.window_size, merged.window)
+                self._hook_output = Output(self._loop, fds[0], window, merged, self.pid,
+                                           lambda: None)
+                del fds[0]
+                self._hook_output.start()
+            self._hook = self._run(
+                self._launch, self.template["after_stop"], self._hook_ended, *fds, env={
+                    b"GAFFER_EXIT_STATUS": b"%d" % self.exit_status,
+                    b"GAFFER_TERM_SIGNAL": b"%d" % self.term_signal})
+            self._timer = self._loop.later(HOOK_TIME, self.step, "late")
+        except (GafferError, OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
+            self._hook_ended("cannot be run: %s" % error)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return None
+
+    def _kill_hook(self):
+        self._hook.close()
+        self._hook_ended("is killed before its end")
+
+    def _hook_ended(self, failure):
+        """Have the process gone: its after_stop has ended; with a `failure`, or None."""
+        words = b""
+        if self._hook_output is not None:
+            self._hook_output.close()
+            window = self._hook_output.window
+            words = window.read(max(window.start, window.end - HOOK_WORDS))
+        if failure is not None:
+            words = words.decode("utf-8", "replace").strip()
+            self.home.hint = "after_stop %s: %s" % (failure, words)
+            log.warning("%s (pid %d): %s", self.name, self.pid, self.home.hint)
+        self.step("clean")
+
+    def _end(self):
         self._manager.process_gone(self)
         self.escaped = [os_pid for os_pid, start in self.escaped
                         if self._manager.table.still(os_pid, start)]
@@ -3070,6 +3441,8 @@ class Process:
         self.close_readiness()
         if not self.exited:
             self._watcher.close()
+        if self._hook_output is not None:
+            self._hook_output.close()
 
     # what others may ask and do at any time
 
@@ -3086,11 +3459,11 @@ class Process:
     @property
     def exited(self):
         """True once it has exited: its number may be somebody else's."""
-        return self.state in ("exited", "gone")
+        return self.state in ("exited", "cleaning", "gone")
 
     @property
     def gone(self):
-        """True once nothing of its group is left."""
+        """True once nothing of its group is left, and its after_stop has ended."""
         return self.state == "gone"
 
     @property
@@ -3123,6 +3496,15 @@ class Process:
                 raise Forbidden("process %d runs as a user that gaffer may not signal"
                                 % self.pid) from None
 
+    def _signal_leader(self, signum):
+        """Send a signal to it alone, as signal_group() does."""
+        try:
+            self.signal(signum)
+            return True
+        except Forbidden:
+            self.abandon("runs as another user and cannot be signalled")
+            return False
+
     def signal_group(self, signum):
         """Send a signal to its group (0: only check). Returns False if it has no member, or none
         that gaffer may signal."""
@@ -3149,7 +3531,7 @@ class Process:
 
     # (state, event): (next state, what is done). stop and kill come from the manager, ready and
     # overdue from its readiness, late when a stop takes too long, exit when the leader has exited,
-    # empty when its group has no member left.
+    # empty when its group has no member left, clean when after_stop has ended.
     LIFE = {
         ("starting", "stop"): ("stopping", _stop),
         ("starting", "kill"): ("stopping", _kill),
@@ -3164,7 +3546,10 @@ class Process:
         ("stopping", "exit"): ("exited", _exit),
         ("exited", "late"): ("exited", _signal_stop),
         ("exited", "kill"): ("exited", _kill),
-        ("exited", "empty"): ("gone", _end),
+        ("exited", "empty"): ("cleaning", _after_stop),
+        ("cleaning", "late"): ("cleaning", _kill_hook),
+        ("cleaning", "kill"): ("cleaning", _kill_hook),
+        ("cleaning", "clean"): ("gone", _end),
     }
 
 
@@ -3186,7 +3571,8 @@ STOP_STAGGER_TOTAL = 1.0                        # and for all of them
 STOP_KILL = 10.0                                # after a second signal, gaffer ends whatever runs
 STOP_SEND = 2.0                                 # for a client to take some of what is left
 STOP_SEND_TOTAL = 20.0                          # for all of them
-TEMPLATE_EVENTS = ("create", "start", "stop", "restart", "update", "delete", "flap", "done", "fail")
+TEMPLATE_EVENTS = ("create", "start", "stop", "restart", "update", "delete", "flap", "done", "fail",
+                   "skip")
 PROCESS_EVENTS = ("spawn", "ready", "reap", "exit", "stop_pid")
 EVENT_TYPES = TEMPLATE_EVENTS + PROCESS_EVENTS
 SPAWN_TIME = 0.002                              # seconds of spawning in one turn of the loop
@@ -3231,6 +3617,8 @@ class Template:
         self.processes = {}                     # pid -> Process: not gone, oldest first
         self.pending = []                       # Timers: slots that wait for the end of a backoff
         self.pause = None                       # Timer: it flaps, and nothing is spawned
+        self.alarm = None                       # Timer: until the next time of its schedule
+        self.next_run = None                    # that time, Unix
         self.failures = []                      # what the next spawns follow: exits in a row
         self.history = ()                       # see after_exit()
         self.merged = {}                        # label -> Merged
@@ -3246,7 +3634,14 @@ class Template:
 
     def replace(self, info):
         """Take new options, and forget what came of the old ones."""
-        self.info, self.history, self.hint, self.gave_up = info, (), None, False
+        self.info = info
+        self.schedule = None if info["schedule"] is None else Schedule(info["schedule"])
+        self.due = self.schedule is None        # False: it waits for a time of its schedule
+        self.begin()
+
+    def begin(self):
+        """Forget what came of earlier runs."""
+        self.history, self.hint, self.gave_up = (), None, False
         self.outcome, self.finished, self.tries = None, [], 0
 
     def labels(self):
@@ -3273,19 +3668,20 @@ class Template:
 
     def forget_waits(self):
         """Cancel all later starts."""
-        for timer in [*self.pending, self.pause]:
+        for timer in [*self.pending, self.pause, self.alarm]:
             if timer is not None:
                 timer.cancel()
         self.pending, self.pause, self.failures = [], None, []
+        self.alarm = self.next_run = None
 
     def wanted(self):
         """Return how many processes there are to be."""
-        return self.info["numprocesses"] if self.active else 0
+        return self.info["numprocesses"] if self.active and self.due else 0
 
     def missing(self):
         """Return how many processes have to be spawned now. A slot is kept until its process is
         gone."""
-        if not self.active or self.pause is not None:
+        if not self.active or not self.due or self.pause is not None:
             return 0
         missing = self.info["numprocesses"] - len(self.processes) - len(self.pending) - len(
             self.finished)
@@ -3293,12 +3689,13 @@ class Template:
 
     def ended(self):
         """Return True if each of its processes has exited, and nothing follows."""
-        return bool(self.active and self.finished and self.pause is None and not self.processes
-                    and not self.pending and not self.unmet() and self.missing() <= 0)
+        return bool(self.active and self.due and self.finished and self.pause is None
+                    and not self.processes and not self.pending and not self.unmet()
+                    and self.missing() <= 0)
 
     def ready(self):
         """Return True if as many processes as are wanted are ready, or it is done."""
-        return self.outcome == "done" or self.active and self.info["numprocesses"] <= len(
+        return self.outcome == "done" or self.active and self.wanted() <= len(
             self.finished) + sum(process.ready for process in self.processes.values())
 
     def unmet(self):
@@ -3315,25 +3712,32 @@ class Template:
         """Return (whether it is what `goal` says: "ready", "done" or "stopped"; why it never will
         be, with its last lines of output, or None)."""
         state = self.state()
-        if self.ready() if goal == "ready" else state == "done" if goal == "done" else (
+        if self.ready() if goal == "ready" else self.outcome == "done" if goal == "done" else (
                 state in ("stopped", "done", "failed")):
             return True, None
         if goal == "done" and self.active and self.info["restart"] == "always":
             return False, "'%s' is started again whenever it ends: its 'restart' is 'always'" % (
                 self.name)
-        waiting, seen = [] if goal == "stopped" else [self], set()
-        while waiting:                          # is one of those that it waits for lost?
+        other = None if goal == "stopped" else self.lost()
+        # its last lines may still have to be read
+        if other is not None and not any(merged.sources for merged in other.merged.values()):
+            return False, "%s'%s' %s" % (
+                "" if other is self else "'%s' waits for '%s', and " % (self.name, other.name),
+                other.name, other.obituary())
+        return False, None
+
+    def lost(self):
+        """Return the template without which this one can't run, itself or one that it waits for,
+        and which will not run unless it is started; or None."""
+        waiting, seen = [self], set()
+        while waiting:
             other = waiting.pop()
             if other.deleted or not other.active and other.outcome != "done":
-                if any(merged.sources for merged in other.merged.values()):
-                    break                       # its last lines are still to be read
-                return False, "%s'%s' %s" % (
-                    "" if other is self else "'%s' waits for '%s', and " % (self.name, other.name),
-                    other.name, other.obituary())
+                return other
             found = [] if other.running() else set(other.unmet()).intersection(self._templates)
             waiting += [self._templates[name] for name in found if name not in seen]
             seen.update(found)
-        return False, None
+        return None
 
     def obituary(self):
         """Return why it does not run, and its last lines, to go on with its name."""
@@ -3349,8 +3753,8 @@ class Template:
         return reason + ("; its last lines:\n" + text if text else "")
 
     def state(self):
-        """Return one word: waiting, starting, running, backoff, flapping, stopping, stopped, done,
-        failed."""
+        """Return one word: waiting, starting, running, backoff, flapping, stopping, stopped,
+        scheduled, done, failed."""
         if self.pause is not None:
             return "flapping"
         if self.pending:
@@ -3362,6 +3766,8 @@ class Template:
             return "stopping"
         if not self.active:
             return self.outcome or "stopped"
+        if not self.due:
+            return "scheduled"
         if not self.info["numprocesses"]:
             return "stopped"
         return "waiting" if self.unmet() else "starting"
@@ -3380,10 +3786,11 @@ class Template:
             "last_exit": self.last_exit, "next_try": waits[0] if waits else None, "next_tries": waits,
             "ready": self.ready(), "waiting": self.unmet() if state == "waiting" else [],
             "message": next((process.message for process in reversed(running)), None),
+            "next_runs": [] if self.next_run is None else [self.next_run],
             "uptime": round(max([process.age() for process in running] or [0]), 3),
             "gave_up": self.gave_up, "outcome": self.outcome, "error": self.error,
             "hint": self.hint,
-            "created": self.created, "graceful_timeout": self.info["graceful_timeout"],
+            "created": self.created, "graceful_timeout": stop_time(self.info),
         }
 
 
@@ -3529,11 +3936,11 @@ class Manager:
     or 128 and the signal. `process_table`: as ProcfsTable."""
 
     def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, process_table=None,
-                 exit_with=None, input_size=STDIN_SIZE):
+                 exit_with=None, exit_when_done=False, input_size=STDIN_SIZE):
         self.loop = loop or Loop()
         self.apps = list(apps)
         self.window_size, self.input_size = window_size, input_size
-        self.exit_with, self.exit_code = exit_with, 0
+        self.exit_with, self.exit_when_done, self.exit_code = exit_with, exit_when_done, 0
         self.table = process_table or ProcfsTable()
         self.groups = GroupWatcher(self.loop, self.table)
         self.epoch = os.urandom(4).hex()        # a word for this run, in every id
@@ -3721,6 +4128,13 @@ class Manager:
             return
         if template.ended():
             self._finish_run(template)
+        if template.active and template.schedule is not None and template.alarm is None:
+            now = time.time()
+            at = template.schedule.next_time(now)
+            if template.next_run is not None:   # the alarm was early
+                at = min(at, template.next_run)
+            template.next_run = at
+            template.alarm = self.loop.later(at - now, self._ring, template)
         surplus = len(template.running()) - template.wanted()
         for process in template.running()[:max(0, surplus)]:
             self._end_process(process, "reap")
@@ -3813,6 +4227,7 @@ class Manager:
         if template.active:
             template.active = False
             self._publish("stop", template.name)
+            self.loop.call_soon(self.maybe_stopped)
         for process in template.running():
             self._end_process(process, "stop_pid")
 
@@ -3825,7 +4240,7 @@ class Manager:
         oldest = max([lived, *(process.age() for process in template.running())])
         action, delay, history = after_exit(
             template.info, end, self.loop.clock(), oldest, failures, template.history)
-        if action in ("done", "failed"):
+        if action in ("done", "failed") or action == "stop" and template.schedule is not None:
             return None
         if template.pause is not None:          # what exits meanwhile does not count
             return 0.0
@@ -3836,21 +4251,50 @@ class Manager:
             self._publish("flap", template.name)
         elif action == "stop":
             template.gave_up = True
+            self._note_failure(end)
             self._stop_template(template)
         return delay
+
+    def _ring(self, template):
+        """Begin a run of a schedule. The timer knows nothing of the clock on the wall: that may
+        have been set back, or have passed several times at once."""
+        template.alarm = None
+        if time.time() >= template.next_run:
+            template.next_run = None
+            if template.due:
+                self._publish("skip", template.name)
+            else:
+                template.begin()
+                template.due = True
+                self._publish("start", template.name)
+        self._reconcile(template)
 
     def _finish_run(self, template):
         """A template has ended by itself: it is done, or has failed."""
         failures = [end for end in template.finished if not succeeded(template.info, end)]
         status, signum = (failures or template.finished)[0]
         template.outcome, template.finished = "failed" if failures else "done", []
-        template.active = False
+        if template.schedule is None:
+            template.active = False
+        else:
+            template.due = False
+        if failures:
+            self._note_failure(failures[0])
         self._publish("fail" if failures else "done", template.name, exit_status=status,
                       term_signal=signum, tries=template.tries)
+        self.loop.call_soon(self.maybe_stopped)
+
+    def _note_failure(self, end):
+        if self.exit_when_done and not self.exit_code:
+            self.exit_code = shell_status(end) or 1
 
     def _end_pause(self, template):
         template.pause = None
         self._reconcile(template)
+
+    def _own_pids(self):
+        """Return the system's pids of all that gaffer has started and waits for."""
+        return {each.os_pid for each in [*self.processes.values(), *self.commands] if not each.gone}
 
     # what a process tells
 
@@ -3880,7 +4324,7 @@ class Manager:
             template.hint = None
             if ((status, signum) == (0, 0) and process.age() < BACKOFF_RESET
                     and not process.overdue):
-                ours = {each.os_pid for each in self.processes.values() if not each.gone}
+                ours = self._own_pids()
                 if remains or self.loop.guard(self.table.orphans, process.started, ours):
                     template.hint = more["hint"] = (
                         "it exited with success and left a process behind: it seems to daemonize; "
@@ -3902,8 +4346,7 @@ class Manager:
         template.processes.pop(process.pid, None)
         self._retain(template, process)
         if process.name == self.exit_with and process.by_itself and not self.stopping:
-            self.exit_code = (128 + process.term_signal if process.term_signal
-                              else process.exit_status)
+            self.exit_code = shell_status((process.exit_status, process.term_signal))
             log.info("%s has ended, and so does gaffer, with %d", process.name, self.exit_code)
             self._stop(False)
         if template.active and not template.deleted and not self.stopping:
@@ -3966,18 +4409,18 @@ class Manager:
     def _activate(self, template, launch, created=None):
         """Start a template, if there is a `launch`, with its first process; if that cannot be
         spawned, nothing has happened. `created`: the event that tells of a new one."""
-        template.active, first = launch is not None, None
+        was, template.active, first = template.active, launch is not None, None
         if self._running and template.missing() > 0:
             try:
                 first = self._spawn(template, launch)
             except GafferError:
-                template.active = False
+                template.active = was
                 raise
         if created:
             self.templates[template.name] = template
             self._publish(created, template.name)
             template.created = "%d@%s" % (self.events.end, self.epoch)
-        if template.active and self._running:
+        if template.active and template.due and self._running:
             self._publish("start", template.name)
         if first is not None:
             self._publish("spawn", template.name, first)
@@ -4027,7 +4470,9 @@ class Manager:
             for process in template.running():
                 self._end_process(process, "stop_pid")
         elif active and not was:
-            self.start_template(name)
+            template.due = template.schedule is None
+            self._activate(template, Launch(info, template.free_instance()))
+            template.begin()
         elif not active:
             self._stop_template(template)
         self._reconcile(template)
@@ -4065,14 +4510,19 @@ class Manager:
 
     @starting
     def start_template(self, name):
-        """Let a template run. InvalidProcessInfo: it cannot be executed, and stays as it was.
-        NotFound."""
+        """Let a template run, now also if it has a schedule. InvalidProcessInfo: it cannot be
+        executed, and stays as it was. NotFound."""
         template = self.find_template(name)
-        if template.active:
+        if template.active and template.due:
             return template, None
-        launch = Launch(template.info, template.free_instance())
-        self._activate(template, launch)
-        template.replace(template.info)
+        launch, was_due = Launch(template.info, template.free_instance()), template.due
+        template.due = True
+        try:
+            self._activate(template, launch)
+        except GafferError:
+            template.due = was_due
+            raise
+        template.begin()
         return template, None
 
     @changing
@@ -4090,7 +4540,8 @@ class Manager:
             return template, None
         Launch(template.info)
         template.forget_waits()
-        template.replace(template.info)
+        template.begin()
+        template.due = True
         self._publish("restart", name)
         for process in template.running():
             self._end_process(process, "stop_pid")
@@ -4167,7 +4618,8 @@ class Manager:
             self._started_apps.append(app)
         for template in sorted(self.templates.values(), key=lambda each: priority_of(each.info)):
             if template.active:
-                self._publish("start", template.name)
+                if template.due:
+                    self._publish("start", template.name)
                 self._reconcile(template)
 
     def stop(self, kill=False):
@@ -4216,7 +4668,7 @@ class Manager:
         while self._to_stop:
             process, wave = self._to_stop[-1], self._wave
             same = wave and self._stages[wave[-1][0].name] == self._stages[process.name]
-            waits = [since + (self._stop_stagger if same else each.template["graceful_timeout"])
+            waits = [since + (self._stop_stagger if same else stop_time(each.template))
                      for each, since in (wave[-1:] if same else wave)
                      if not each.gone and not each.abandoned]
             if waits and max(waits) > now:
@@ -4234,7 +4686,13 @@ class Manager:
                 if not (process.gone or process.abandoned or process.template["detach"])]
 
     def maybe_stopped(self):
-        """End the loop if gaffer stops and nothing runs any more that it can end."""
+        """End the loop if gaffer stops and nothing runs any more that it can end; with
+        exit_when_done stop, once nothing can run any more."""
+        if (self.exit_when_done and self._running and not self.stopping and not self._alive()
+                and not any(template.active and template.lost() is None
+                            for template in self.templates.values())):
+            log.info("all is done, and so is gaffer, with %d", self.exit_code)
+            self._stop(False)
         if self.stopping and not self._alive() and not self.commands:
             self.loop.call_soon(self.loop.stop)
 
@@ -4290,7 +4748,7 @@ class Manager:
     @on_loop
     def reap_orphans(self):
         """As pid 1: reap what was no process of ours, but whose parents have ended before it."""
-        ours = {process.os_pid for process in self.processes.values() if not process.gone}
+        ours = self._own_pids()
         for os_pid in self.table.children(os.getpid()):
             if os_pid not in ours:
                 reap(os_pid)
@@ -7965,7 +8423,7 @@ class Api:
                             for template in templates))
         infos = [each.info for each in templates] + [each.template for each in before]
         if wait is True:
-            wait = max([info["graceful_timeout"] for info in infos] or [0]) + WAIT_EXTRA
+            wait = max([stop_time(info) for info in infos] or [0]) + WAIT_EXTRA
         return LongPoll(
             lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(answer))),
             wait, lambda: error_response(WaitTimeout(
@@ -10115,13 +10573,33 @@ def ready_from_text(text):
     return dict(found, within=parse_number(within)) if within else found
 
 
+def stop_signal_from_text(text):
+    """Return the signal of "INT", or the list of "INT=5, TERM=5"."""
+    pairs = [word.partition("=") for word in split_list(text)]
+    if not any(equals for _, equals, _ in pairs):
+        return number_or_text(text)
+    return [[number_or_text(name), parse_number(delay)] for name, _, delay in pairs]
+
+
+def limits_from_text(text):
+    """Return the object of "nofile=1024, core=0:unlimited"."""
+    limits = {}
+    for name, _, value in [word.partition("=") for word in split_list(text)]:
+        numbers = [number_or_text(each) for each in value.split(":")]
+        limits[name] = numbers if len(numbers) > 1 else numbers[0]
+    return limits
+
+
 CONVERTERS = {                                  # of text, for fields that are not text
+    "stop_signal": stop_signal_from_text, "limits": limits_from_text,
+    "env_file": lambda text: split_words(text, ","),
     "success": lambda text: [number_or_text(word) for word in split_list(text)],
     "restart_delay": delays_from_text,
     "env": lambda text: env_from_words(split_words(text, ",")), "flapping": flapping_from_text,
     "ready": ready_from_text, "after": split_list,
     **dict.fromkeys(("redirect_output", "custom_streams"), split_list),
-    **dict.fromkeys(("numprocesses", "priority", "graceful_timeout", "backlog"), parse_number)}
+    **dict.fromkeys(("numprocesses", "priority", "graceful_timeout", "nice", "backlog"),
+                    parse_number)}
 
 
 def from_text(field, text):
@@ -10274,6 +10752,94 @@ def load_ini(file):
         if section[0] != "\0":
             tree.setdefault(kind, {})[name] = {
                 field: value for field, value in fields.items() if value is not None}
+    return tree
+
+
+PROGRAM_FIELDS = {                              # of supervisord: the field it becomes
+    "command": "cmd", "directory": "cwd", "user": "uid", "autostart": "start", "umask": "umask",
+    "exitcodes": "success", "stopsignal": "stop_signal", "stopwaitsecs": "graceful_timeout",
+    "stopasgroup": "stop_group", "priority": "priority", "environment": "env"}
+OTHER_FIELDS = ("autorestart", "killasgroup", "numprocs", "numprocs_start", "process_name",
+                "redirect_stderr", "startretries", "startsecs")
+ADVICE = (                                      # what supervisord has, and what to do instead
+    (r".* (stdout|stderr)_.*", "output is kept in memory: 'gaffer.py logs' reads it; to have it in "
+     "a file, redirect it in the command"),
+    (r"(supervisord|supervisorctl|rpcinterface:.*|.*_http_server)( .*)?",
+     "these are options of 'serve': --bind, --token-file, --log-file, --pidfile, --daemon"),
+    (r"eventlistener:.*", "events are sent by [webhooks] of an INI file, or read by GET /watch"),
+    (r".*", "there is nothing like it: leave it out"))
+
+
+def program_templates(name, group, fields, names):
+    """Return {name: fields of a template} of supervisord's [program:name]. Raise ValueError.
+
+    `names`: what %(x)s stands for. Each of several processes is a template of its own, as
+    %(process_num)d may be anywhere in it.
+    """
+    templates, count = {}, int(fields.get("numprocs", "1"))
+    first = int(fields.get("numprocs_start", "0"))
+    for number in range(first, first + count):
+        names = dict(names, program_name=name, group_name=group or name, process_num=number,
+                     numprocs=count)
+        try:
+            texts = {field: text % names for field, text in fields.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError("has a %%(...)s that stands for nothing: %s" % error) from None
+        info = {PROGRAM_FIELDS[field]: from_text(PROGRAM_FIELDS[field], text)
+                for field, text in texts.items() if field in PROGRAM_FIELDS}
+        restart = texts.get("autorestart", "unexpected").lower()
+        info["restart"] = "on-failure" if restart == "unexpected" else (
+            "always" if from_text("start", restart) else "never")
+        if from_text("start", texts.get("redirect_stderr", "false")):
+            info["redirect_output"] = ["stdout", "stdout"]
+        retries, lived = int(texts.get("startretries", "3")), int(texts.get("startsecs", "1"))
+        if lived:
+            info["restart_delay"] = [1, max(1, retries)]
+            info["flapping"] = {"attempts": retries + 1, "max_retry": 0, "window": float(
+                (retries + 1) * lived + retries * (retries + 1) // 2)}
+        info.setdefault("cwd", os.getcwd())
+        info.setdefault("stop_group", False)
+        info["cmd"] = info.get("cmd", "").replace("$", "$$")
+        label = texts.get("process_name", name) if count > 1 else name
+        prefix = group or (name if count > 1 else None)
+        templates["%s:%s" % (prefix, label) if prefix else label] = info
+    return templates
+
+
+def load_supervisord(file):
+    """Load the programs of supervisord's file. What has no counterpart is logged once."""
+    import configparser
+    parser = configparser.RawConfigParser(strict=False, inline_comment_prefixes=(";", "#"))
+    try:
+        parser.read_string(file.text)
+    except configparser.Error as error:
+        file.fault("cannot be parsed: %s" % str(error).splitlines()[0],
+                   line=getattr(error, "lineno", 1))
+        return {}
+    groups, tree, others = {}, {"process": {}}, collections.defaultdict(list)
+    for section in parser.sections():
+        if section.startswith("group:"):
+            for name in split_list(parser[section].get("programs", "")):
+                groups[name] = section[6:]
+    names = {"ENV_" + name: value for name, value in os.environ.items()}
+    names.update(here=file.folder, host_node_name=socket.gethostname())
+    for section in parser.sections():
+        kind, _, name = section.partition(":")
+        fields, left = dict(parser[section]), [section]
+        if kind == "program":
+            left = ["%s %s" % (section, field) for field in fields
+                    if field not in PROGRAM_FIELDS and field not in OTHER_FIELDS]
+            try:
+                tree["process"].update(program_templates(name, groups.get(name), fields, names))
+            except ValueError as error:
+                file.fault(str(error), section)
+        elif kind == "include":
+            tree["gaffer"] = {"": {"include": (fields.get("files", "") % names).split()}}
+        for what in left if kind not in ("include", "group") else ():
+            others[next(advice for pattern, advice in ADVICE
+                        if re.fullmatch(pattern, what))].append(what)
+    for advice, found in others.items():
+        log.warning("%s: not taken: %s; %s", file.path, ", ".join(found), advice)
     return tree
 
 
@@ -10475,6 +11041,9 @@ def make_template(file, name, fields, env_file, env):
         info["cwd"] = file.folder
     elif isinstance(info["cwd"], str):
         info["cwd"] = file.join(info["cwd"])
+    if isinstance(info.get("env_file"), list):
+        info["env_file"] = [file.join(path) if isinstance(path, str) else path
+                            for path in info["env_file"]]
     template, faults = examine_template(info)
     try:
         if template["start"] and not faults:
@@ -10510,6 +11079,8 @@ def read_settings(source, taken=None):
     def take(file):
         files.append(file)
         load = load_objects if re.search(r"(?i)\.(json|toml)$", file.path) else load_ini
+        if re.search(r"(?m)^\[(supervisord\]|program:)", file.text):
+            load = load_supervisord
         tree = (load_procfile if isinstance(file, Procfile) else load)(file)
         for kind, name in [(kind, name) for kind, sections in tree.items() for name in sections]:
             section, fields = "%s:%s" % (kind, name) if name else kind, tree[kind][name]
@@ -10972,6 +11543,8 @@ def given_fields(args):
             info[field] = (env_from_words(value) if field == "env" else
                            os.path.abspath(value) if field == "cwd" else
                            value if isinstance(value, bool) else from_text(field, value))
+            if field == "env_file":
+                info[field] = list(map(os.path.abspath, info[field] or []))
         except ValueError as error:
             raise ClientError("--%s: field '%s' %s" % (
                 field.replace("_", "-"), field, error), 2) from None
@@ -10991,7 +11564,13 @@ def add_process_command(args):
     info = dict(given_fields(args), name=args.name)
     if "cmd" not in info:
         raise ClientError("say what to run: 'gaffer.py add_process NAME CMD ...'", 2)
-    return send_new(args, info)
+    client, path = connect(args), "/processes/" + reference(args.name)
+    if not args.replace or args.name not in client.get("/processes"):
+        return send_new(args, info)
+    answer = client.request("PUT", path, dict(info, **{"start": True} if args.start else {}))
+    done = "replaced" if json.loads(answer).get("changed", True) else "unchanged"
+    show(args, answer, "%s: %s" % (args.name, done))
+    return 0
 
 
 def load_process_command(args):
@@ -11017,6 +11596,8 @@ def update_process_command(args):
     if "env" in given:
         given["env"] = dict(info["env"], **given["env"])
     del info["start"]                           # it runs, or not, as before
+    if given.get("schedule"):
+        del info["restart"]                     # never, unless it is given
     info.update(given, **{"start": True} if args.start else {})
     show(args, client.request("POST", path, info), "%s: updated" % args.name)
     return 0
@@ -11075,6 +11656,9 @@ def status_rows(status, with_ids):
     notes = [["next try in " + span(math.ceil(wait)), *why] for wait in status["next_tries"]]
     if status["waiting"]:
         notes = [["waits for " + ", ".join(status["waiting"])]]
+    if status["state"] == "scheduled":
+        wait = math.ceil(max(0.0, status["next_runs"][0] - time.time()))
+        notes = [["next run in " + span(wait), *why]]
     if not rows and not notes:
         notes = [["gave up", *why] if status["gave_up"] else why if status["error"] else []]
     ids = ["-", "-"] if with_ids else ["-"]
@@ -11672,6 +12256,7 @@ def run_server(args, handler, background):
     if os.environ.get("NOTIFY_SOCKET"):
         apps.append(SystemdNotifier(os.environ))
     manager = Manager(apps, window_size=args.window or WINDOW_SIZE, exit_with=args.exit_with,
+                      exit_when_done=args.exit_when_done,
                       input_size=args.input or STDIN_SIZE)
     if configuration is not None:
         configuration.begin(manager)
@@ -11749,7 +12334,9 @@ def up_templates(args, taken):
     for info in templates.values():
         info["redirect_input"] = True           # which does not end
         if info["restart"] == "always" and not args.keep_going:
-            info.update(restart="never", success=[])    # any end is the end of all
+            info["restart"] = "never"
+            if not args.exit_when_done:
+                info["success"] = []            # any end is the end of all
     return {name: info for name, info in templates.items() if name in (args.names or templates)}
 
 
@@ -11762,21 +12349,21 @@ def up_command(args):
     configuration = Configuration(lambda: Settings([], up_templates(args, taken), []))
     if not any(info["numprocesses"] for info in configuration.settings.templates.values()):
         raise ClientError("there is nothing to run: all counts are 0")
-    screen = Screen(1, wants_colour(args), not args.keep_going)
+    screen = Screen(1, wants_colour(args), not (args.keep_going or args.exit_when_done))
     token = read_token(args.token_file)
     folder = args.root or os.path.dirname(os.path.abspath(args.procfile))
     https: list = [FolderApi(folder, screen.say, token)]
     if endpoints:
         https.append(HttpHandler(endpoints, token=token))
     manager = Manager([SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
-                       Announcement(screen.say, *https)])
+                       Announcement(screen.say, *https)], exit_when_done=args.exit_when_done)
     handler = LogHandler()
     logging.basicConfig(
         format="%(levelname)s %(message)s", handlers=[handler], level=logging.WARNING)
     try:
         configuration.begin(manager)
         manager.run()
-        return screen.status
+        return screen.status or manager.exit_code
     finally:
         handler.close()
 
@@ -11909,6 +12496,31 @@ def systemd_word(text):
     return '"%s"' % re.sub(r'[\\"]', r"\\\g<0>", text).replace("\n", "\\n").replace("%", "%%")
 
 
+def systemd_service(info):
+    """Return the lines of [Service] that say when and as what a template runs."""
+    delay, steps = info["restart_delay"], stop_steps(info)
+    lines = [("Restart", {"never": "no"}.get(info["restart"], info["restart"])),
+             ("RestartSec", "%g" % (delay[0] if isinstance(delay, list) else delay)),
+             ("KillSignal", signal_name(steps[0][0])),
+             ("KillMode", "control-group" if info["stop_group"] else "mixed"),
+             ("TimeoutStopSec", "%g" % stop_time(info))]
+    if info["success"] != [0]:
+        lines.append(("SuccessExitStatus", " ".join(
+            str(each) if is_number(each) else signal_name(parse_signal(each))
+            for each in info["success"])))
+    for field, name in (("uid", "User"), ("gid", "Group"), ("umask", "UMask"), ("nice", "Nice")):
+        if info[field] is not None:
+            lines.append((name, info[field]))
+    for name, limit in info["limits"].items():
+        lines.append(("Limit" + name.upper(), ":".join(
+            "infinity" if each == math.inf else str(each) for each in limit_pair(limit))))
+    lines += [("EnvironmentFile", path.replace("%", "%%")) for path in info["env_file"]]
+    for field, name in (("before_start", "ExecStartPre"), ("after_stop", "ExecStopPost")):
+        if info[field] is not None:
+            lines.append((name, "/bin/sh -c " + systemd_word(info[field]).replace("$", "$$")))
+    return ["%s=%s" % line for line in lines]
+
+
 def export_systemd(group, source, templates):
     """Return {file: text}: a unit of each process, and a target for all."""
     units = {}
@@ -11922,8 +12534,7 @@ def export_systemd(group, source, templates):
                 "WorkingDirectory=%s" % info["cwd"].replace("%", "%%"),
                 *("Environment=%s" % systemd_word("%s=%s" % pair) for pair in env.items()),
                 "ExecStart=/bin/sh -c %s" % systemd_word(source.types[kind]).replace("$", "$$"),
-                "Restart=always", "TimeoutStopSec=%g" % info["graceful_timeout"], "",
-                "[Install]", "WantedBy=%s.target" % group, ""])
+                *systemd_service(info), "", "[Install]", "WantedBy=%s.target" % group, ""])
     target = "[Unit]\nDescription=%s\nWants=%s\n\n[Install]\nWantedBy=multi-user.target\n"
     return dict({"%s.target" % group: target % (group, " ".join(units))}, **units)
 
@@ -12124,8 +12735,11 @@ GROUP = option("group GROUP?", "the name of the application (default: its folder
 LISTEN = (
     several("--bind ADDRESS", "host:port (0: any free one), port, [v6]:port or unix:/path"),
     option("--token-file FILE", "every request needs the token in this file (or in GAFFER_TOKEN)"))
+EXIT_WHEN_DONE = option("--exit-when-done", "stop once nothing can run any more, and exit with the "
+                        "status of the first failure")
 SERVE = (
-    option("config CONFIG?", "what to run: a file of INI, JSON or TOML, or a Procfile"), *LISTEN,
+    option("config CONFIG?", "what to run: a file of INI, JSON or TOML, a Procfile, or "
+           "supervisord's file"), *LISTEN,
     several("--cors-origin ORIGIN", "let pages of this origin use the API ('*': all of them)"),
     several("--allow-host HOST", "another name of this server"),
     option("--certfile FILE", "serve TLS with this certificate (PEM)"),
@@ -12134,6 +12748,7 @@ SERVE = (
     option("--exit-with NAME", "stop when a process of this template ends by itself, and exit with "
            "its status",
            type=checked(NAME.pattern, str, "the name of a template, which is not all digits")),
+    EXIT_WHEN_DONE,
     option("--window BYTES", "bytes kept of each stream (default %d)" % WINDOW_SIZE,
            type=checked("[0-9]{1,12}", int, "%d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX),
                         WINDOW_SIZE_MIN, WINDOW_SIZE_MAX)),
@@ -12207,7 +12822,9 @@ COMMANDS = {
     "pids": field("pids", "print gaffer's pids of the running processes"),
     "get_process": Command("template", get_process_command, "print a template as JSON", (
         SOME_TARGETS, *ASK)),
-    "add_process": Command("template", add_process_command, "add a template", TEMPLATE),
+    "add_process": Command("template", add_process_command, "add a template", (
+        option("--replace", "make a template of this name so; leave it alone if it is so already"),
+        *TEMPLATE)),
     "load_process": Command("template", load_process_command, "add a template from a JSON file", (
         option("file FILE", "as POST /processes takes it; - is stdin"), START, *ASK)),
     "update_process": Command("template", update_process_command,
@@ -12217,6 +12834,7 @@ COMMANDS = {
     "up": Command("procfile", up_command, "run a Procfile here, all output on one screen", (
         option("names TYPE*", "only these types (default: all)"), *PROCFILE, FORMATION,
         option("--keep-going", "restart processes that end instead of stopping all"),
+        EXIT_WHEN_DONE,
         *LISTEN, COLOUR)),
     "run": Command("procfile", run_command, "run a command in the environment of a Procfile", (
         option("cmd CMD...", "a type, a command line as one word, or a program and its arguments"),

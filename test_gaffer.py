@@ -1860,7 +1860,9 @@ class PureTemplates(Case):
         "args": [], "env": {}, "os_env": True, "cwd": None, "uid": None, "gid": None,
         "shell": False, "numprocesses": 1, "start": True, "detach": False,
         "redirect_output": ["stdout", "stderr"], "redirect_input": False, "custom_streams": [],
-        "graceful_timeout": 10, "restart": "always", "success": [0], "restart_delay": [0.1, 10],
+        "env_file": [], "umask": None, "nice": None, "limits": {}, "before_start": None,
+        "after_stop": None, "graceful_timeout": 10, "stop_signal": "TERM", "stop_group": True,
+        "schedule": None, "restart": "always", "success": [0], "restart_delay": [0.1, 10],
         "after": [], "ready": None, "flapping": None, "priority": None,
     }
     FLAG = ([True, False], [1, 0, "true", "", None, []])
@@ -1898,6 +1900,26 @@ class PureTemplates(Case):
                      [[], 5, True, "x", {"attempts": 0}, {"attempts": 1.5}, {"attempts": True},
                       {"window": 0}, {"window": "1"}, {"retry_in": -1}, {"max_retry": -1},
                       {"max_retry": None}, {"retries": 1}, {1: 1}]),
+        "env_file": ([[], ["/a", ".env"]], ["/a", [""], [1], ["\0"], None, {}]),
+        "umask": ([None, "0", "22", "022", "0077"], ["", "8", "0o22", "00022", 18, "-1", [], True]),
+        "nice": ([None, -20, 0, 19], [-21, 20, 1.5, "1", True]),
+        "limits": ([{}, {"nofile": 1024, "core": 0}, {"as": "unlimited", "nproc": [1, 2]},
+                    {"cpu": [5, "unlimited"]}],
+                   [[], 5, "x", None, {"nofiles": 1}, {"nofile": -1}, {"nofile": 1.5},
+                    {"nofile": "x"}, {"nofile": [1]}, {"nofile": [2, 1]}, {"nofile": True},
+                    {"nofile": ["unlimited", 1]}, {"nofile": None}, {1: 1}, {"nofile": 2 ** 62}]),
+        "before_start": ([None, "true", "a; b"], ["", " ", 5, ["a"], "\0"]),
+        "after_stop": ([None, "true"], ["", 5]),
+        "stop_signal": (["TERM", "SIGINT", 2, [["INT", 5]], [["INT", 5], [15, 0.5]]],
+                        ["NOPE", 0, 99, True, None, [], ["INT"], [["INT"]], [["INT", -1]],
+                         [["NOPE", 1]], [["INT", "1"]], [["INT", 1]] * 11, {}]),
+        "stop_group": FLAG,
+        "schedule": ([None, "every 90s", "every 1.5 h", "@daily", "5 4 * * sun",
+                      "0 0 1-7/2 jan,7 *"],
+                     ["", "every", "every 0s", "every 5", "every 116d", "hourly", "@yearly",
+                      "* * * *", "* * * * * *", "60 * * * *", "* 24 * * *", "* * 0 * *",
+                      "* * * 13 *", "* * * * 8", "5-1 * * * *", "*/0 * * * *", "5/2 * * * *",
+                      "a * * * *", "1- * * * *", ", * * * *", "0 0 31 2 *", 5, [], True]),
         "restart": (["always", "on-failure", "never"], ["no", "", True, None, ["always"]]),
         "success": ([[], [0, 3, 255], [0, "TERM", "sigint"]],
                     [0, "TERM", [256], [-1], [1.5], [True], ["15"], ["NOPE"], [None], None]),
@@ -2392,6 +2414,17 @@ class PurePolicies(Case):
                 info = {"restart_delay": delay, "flapping": flaps}
                 self.assertAlmostEqual(gaffer.restart_delay(info, failures), seconds)
 
+    def test_stop_steps(self):
+        kill = (signal.SIGKILL, gaffer.KILL_AGAIN)
+        for fields, steps, seconds in (
+                ({}, ((15, 10), kill), 10),
+                ({"stop_signal": "QUIT", "graceful_timeout": 3}, ((3, 3), kill), 3),
+                ({"stop_signal": [["INT", 5], ["TERM", 2.5]], "graceful_timeout": 60},
+                 ((2, 5), (15, 2.5), kill), 7.5)):
+            info = gaffer.check_template(dict(fields, name="x", cmd="x"))
+            self.assertEqual(gaffer.stop_steps(info), steps)
+            self.assertEqual(gaffer.stop_time(info), seconds)
+
     def test_signals(self):
         for value, number in (("15", 15), ("TERM", 15), ("SIGTERM", 15), ("term", 15), (15, 15),
                               (signal.SIGTERM, 15), ("Kill", 9), ("9", 9), ("1", 1), ("HUP", 1),
@@ -2405,6 +2438,278 @@ class PurePolicies(Case):
             with self.subTest(str(value)[:9]), self.assertRaises(gaffer.BadValue) as caught:
                 gaffer.parse_signal(value)
             self.assertLess(len(str(caught.exception)), 300)
+
+
+# expression | now, Unix time | minutes until the next five times, each from the one before; in UTC.
+# Each was confirmed by croniter and by cronsim.
+CRON_CASES = """\
+0 0 29 2 * | 1820706210 244816.5 2103840 2103840 2103840 2103840
+0 0 31 * * | 1820412420 75473 87840 44640 86400 87840
+30 4 1,15 * 5 | 1676975550 3957.5 7200 2880 10080 7200
+0 22 * * 1-5 | 1677787980 107 1440 4320 1440 1440
+5 4 * * sun | 1817599650 1637.5 10080 10080 10080 10080
+0 0 * * 7 | 1653962460 7079 10080 10080 10080 10080
+0 0 * * 0 | 1867045620 3853 10080 10080 10080 10080
+*/15 * * * * | 1790523570 5.5 15 15 15 15
+0 0 1 1 * | 1662390780 169007 525600 527040 525600 525600
+59 23 31 12 * | 1861509300 6844 525600 525600 525600 527040
+0 12 * * mon-fri | 1609808040 666 1440 1440 1440 4320
+0 0 13 * 5 | 1679954040 4446 10080 8640 1440 10080
+0 */6 * * * | 1593987270 105.5 360 360 360 360
+15 14 1 * * | 1753014210 17391.5 44640 43200 44640 43200
+23 0-20/2 * * * | 1682699160 117 120 240 120 120
+1-59/2 * * * * | 1580303040 1 2 2 2 2
+0 0 1-7 * 1 | 1823363910 7561.5 10080 10080 1440 1440
+* * * * * | 1796224440 1 1 1 1 1
+0 0 30 4,6,9,11 * | 1714199190 3933.5 87840 132480 87840 217440
+3 2,21-22 * * * | 1827449490 71.5 1140 60 240 1140
+0 16-22,13 * 5 * | 1754443410 386616.5 180 60 60 60
+14 * * 10 * | 1711785300 265939 60 60 60 60
+54 21 * * * | 1617640470 319.5 1440 1440 1440 1440
+* 2-17/1 * 2 * | 1595844420 271673 1 1 1 1
+0 * 29 6-10 * | 1616625180 138327 60 60 60 60
+* * */7 */15 * | 1638441450 42562.5 1 1 1 1
+8 21 * * * | 1844375490 1356.5 1440 1440 1440 1440
+45-50 * 27 12 * | 1600110690 148653.5 1 1 1 1
+41 * * * * | 1639740630 10.5 60 60 60 60
+48 2 * * 2-5 | 1663302570 5658.5 1440 1440 1440 5760
+5 4,6 * * * | 1744190310 1126.5 120 1320 120 1320
+54 16-20/4 * * 4 | 1653616290 9542.5 240 9840 240 9840
+26 0,1 * * * | 1709083830 1375.5 60 1380 60 1380
+47 16 1,14 * * | 1764450840 2613 18720 25920 18720 25920
+6 6 * * * | 1811266770 746.5 1440 1440 1440 1440
+11 3-15 * sep * | 1662677070 266.5 60 60 60 60
+37-59 12 * 7 sun | 1795006380 328304 1 1 1 1
+6 */2 * * * | 1583524710 7.5 120 120 120 120
+6 17-22 25 * mon | 1716648870 131.5 60 60 60 60
+*/5 16,3 * */3 * | 1803700470 47465.5 5 5 5 5
+23 17 1-9 * * | 1604765310 74.5 1440 1440 31680 1440
+8 23,7-11 * * * | 1801697610 454.5 60 60 60 60
+23,33 * * * 3 | 1599047400 33 10 50 10 50
+8 */2 * 9-11 * | 1617751320 211726 120 120 120 120
+36 */3 */15 * * | 1838142330 150.5 180 180 180 180
+*/2 * * 8 * | 1883463750 471817.5 2 2 2 2
+33-39 2,9 * */2 * | 1630154550 5150.5 1 1 1 1
+0 * * * 0 | 1780761360 484 60 60 60 60
+17 * * * * | 1609623330 41.5 60 60 60 60
+*/2 */3 * * * | 1831192860 19 2 2 2 2
+25-45 8,12 * 7-9 * | 1819438800 45 1 1 1 1
+56 * * * */10 | 1835589630 4015.5 60 60 60 60
+* 0 * * * | 1613828850 612.5 1 1 1 1
+21 * 24,27-31/4 * 2-6 | 1788397620 14 60 60 60 60
+*/3 */2 */5 * * | 1674404100 4785 3 3 3 3
+28 10 * * * | 1634894310 69.5 1440 1440 1440 1440
+36 */5 * * * | 1801978230 5.5 300 300 300 240
+*/5 */2 8 dec * | 1677466020 408793 5 5 5 5
+15 21 * * * | 1882797870 350.5 1440 1440 1440 1440
+26 12 12,20 8 1 | 1590835590 93699.5 10080 2880 7200 4320
+15 19-22,2-17/4 * * * | 1738504800 15 300 60 60 60
+*/2 16,11 * * * | 1831583820 823 2 2 2 2
+* 6-18 * * * | 1650249870 195.5 1 1 1 1
+42 * * * * | 1626146370 22.5 60 60 60 60
+58,33 * * * * | 1593313560 27 25 35 25 35
+16 15-17 * oct * | 1704505290 388174.5 60 60 1320 60
+54 6 * * 4 | 1719959130 1948.5 10080 10080 10080 10080
+2 12-15 * * * | 1579632780 1029 60 60 60 1260
+3 */7 22 * * | 1762091940 27964 420 420 420 41940
+59,24 * * * * | 1587804060 18 25 35 25 35
+13 4 * * * | 1745490870 1058.5 1440 1440 1440 1440
+33 */15 * * * | 1837049520 721 540 900 540 900
+24 17 * * * | 1754028990 667.5 1440 1440 1440 1440
+24 */15 * * * | 1843886670 519.5 540 900 540 900
+56-57/3 8 * 2 * | 1784517840 282572 1440 1440 1440 1440
+*/2 */15 * 3-11 * | 1864518330 41654.5 2 2 2 2
+43 * */3 2 * | 1835909820 478186 60 60 60 60
+* 1-14,22 * * * | 1645063680 1 1 1 1 1
+45 */15 * 5 * | 1641397200 166145 900 540 900 540
+46 */10 * * * | 1796980020 99 600 240 600 600
+5 15 * * * | 1836714600 515 1440 1440 1440 1440
+46 2-12 * 7 * | 1603064460 367385 60 60 60 60
+15 2 * * * | 1843584930 439.5 1440 1440 1440 1440
+*/10 15 * * * | 1849585710 551.5 10 10 10 10
+47 */5 * */2 * | 1648041390 150.5 300 240 300 300
+20 12 * * * | 1808749350 1317.5 1440 1440 1440 1440
+28 8-15 * * * | 1805466120 6 60 1020 60 60
+* 13,13 * 8-9,6-10/3 * | 1793710800 302400 1 1 1 1
+17 5 * * * | 1705897380 54 1440 1440 1440 1440
+* 7-23,17 * * * | 1616429520 1 1 1 1 1
+45 17 * * 0-1/3,5-6 | 1771284270 5420.5 1440 1440 7200 1440
+47 8,16-17/4 * * * | 1800121080 909 480 960 480 960
+42 */7 * may 1 | 1631217210 337248.5 420 420 420 8820
+14 */15 * 8-10 * | 1868477760 195998 900 540 900 540
+26 16 * mar,11 * | 1865537640 25652 1440 1440 1440 1440
+19 18-19 * * * | 1848291720 717 60 1380 60 1380
+* 13 * * 2-7/1,7 | 1602574050 332.5 1 1 1 1
+7 6,17 * 4 * | 1604448510 213478.5 660 780 660 780
+48 7,22 * 12,2-12/2 * | 1762883640 28194 900 540 900 540
+39 20,12-22 * 1-4 * | 1622823480 303621 60 60 60 60
+57 23 * * * | 1616197020 20 1440 1440 1440 1440
+2 12-23 4 * * | 1809733890 39610.5 60 60 60 60
+* 15,12 * * * | 1790621430 1029.5 1 1 1 1
+39 11 * 9-11 * | 1632760590 1142.5 1440 1440 1440 1440
+2 */3 * * * | 1762613160 16 180 180 180 180
+16 * * 2 1-2/3 | 1878910200 291406 60 60 60 60
+*/2 */5 28 nov * | 1869109440 356816 2 2 2 2
+55 18 31 * * | 1653452580 9512 87840 44640 87840 87840
+9 16,2 * * mon | 1868401200 2989 840 9240 840 9240
+38 5-22/1 * * * | 1693898430 17.5 60 60 60 60
+22-45/2,16-40 */15 * 3-7/4,apr * | 1687561260 10155 1 1 1 1
+5 6-11/3,2 * * * | 1654860420 878 240 180 1020 240
+* 10-13/3 * */2 * | 1764413940 121 1 1 1 1
+* */10 * * * | 1634119110 1.5 1 1 1 1
+52 * * * * | 1691435940 33 60 60 60 60
+* 19,14-20/3 9 */7 2 | 1808486970 146910.5 1 1 1 1
+*/7 * * 4 */2 | 1764187410 181676.5 7 7 7 7
+53 12-22,18 * * * | 1791833400 23 60 60 60 840
+15 11,2 11 * * | 1601562900 13660 540 44100 540 42660
+39 20,21-23 9-18 * * | 1641020880 12331 60 60 60 1260
+31 10-11 */10 * * | 1613199180 11738 60 11460 60 14340
+* 15 * * * | 1736539530 1134.5 1 1 1 1
+6 2-16,13 * * * | 1832769240 32 60 600 60 60
+35-44 13 * 1-11/1,feb * | 1747271700 740 1 1 1 1
+*/2 * 24,29-30 */3 * | 1625643750 24017.5 2 2 2 2
+42,57 21-22/5,19 * jul * | 1683404250 80604.5 15 105 15 1305
+1 20 * */15 2 | 1725176130 185065.5 10080 10080 10080 493920
+42 3 19-24/1,3-21 */3 5 | 1795049760 62086 2880 1440 1440 1440
+28 23 * * 5-6 | 1883836890 4766.5 1440 8640 1440 8640
+14 4 29,27-29 * * | 1611469260 4193 1440 1440 41760 1440
+23 * */7 * * | 1579709040 19 60 60 60 60
+16-40/5 * * * 5,3-6/1 | 1822770450 188.5 5 5 5 5
+55 22,14-23 3-21 * 0 | 1637230710 276.5 60 60 60 60
+45 5-7 21-24 5 sat | 1677301290 100843.5 60 60 9960 60
+15 */3 9-17/1 * * | 1777150770 18915.5 180 180 180 180
+*/10 6 * * * | 1665456930 184.5 10 10 10 10
+40 * * * * | 1858288800 20 60 60 60 60
+* 13-23,3 * * 4-6/1 | 1677536970 3150.5 1 1 1 1
+32 8-17 * * 0 | 1592350800 6292 60 60 60 60
+6 21,10 * nov,4-7 3 | 1597035840 124142 660 9420 660 9420
+4 */2 * * * | 1663874970 34.5 120 120 120 120
+34 3 29 aug 3-7,7 | 1648457970 183994.5 1440 1440 1440 1440
+43 * * * * | 1658723370 13.5 60 60 60 60
+56 4 * 12 * | 1612415880 431978 1440 1440 1440 1440
+* 9 * * * | 1617304530 824.5 1 1 1 1
+39-41,57 4 8-25/2 * * | 1838673750 1796.5 1 1 16 2862
+35 * * 2 * | 1721889360 274679 60 60 60 60
+30 9 21 * * | 1594043400 21340 44640 44640 43200 44640
+5 * 8 1 1-7/5 | 1673793750 562.5 60 60 60 60
+24 14 * * * | 1627814220 227 1440 1440 1440 1440
+36 */15 * */15 * | 1863937050 438.5 540 900 540 900
+24 20-23,5 * may,11 * | 1879879590 138757.5 900 60 60 60
+49 0-8/3 19 * * | 1701745800 20019 180 180 44280 180
+51 * * * * | 1697842080 3 60 60 60 60
+*/7 18 */5 * 1-5 | 1771257960 114 7 7 7 7
+48 3-12,22 15 * * | 1840412280 26050 60 60 60 60
+24 * * */15 * | 1826152380 69111 60 60 60 60
+17 10 5,31 12 4-5/2 | 1600248000 112377 2880 7200 10080 10080
+* * * 5,8-11 * | 1797957390 186203.5 1 1 1 1
+56 1 2,22 * wed | 1795342470 3821.5 10080 10080 10080 8640
+3 5-18 8 * 5-6/1 | 1828472910 474.5 60 60 60 60
+47 11-22 19-20,7 */2 * | 1789906980 24 60 60 60 60
+* 1-23/5 * 12,9 * | 1649424450 209492.5 1 1 1 1
+38 18-22 * * * | 1807306830 57.5 1200 60 60 60
+11 2 * * * | 1800364650 773.5 1440 1440 1440 1440
+26 22 * * * | 1839643020 1109 1440 1440 1440 1440
+39 8-12/1 * apr * | 1854158880 259471 60 60 60 60
+18 * * * * | 1600544220 41 60 60 60 60
+52 * * * * | 1644819060 41 60 60 60 60
+22 */3 * * * | 1801519920 130 180 180 180 180
+59 7-22,6 * * 2-3 | 1651491270 1164.5 60 60 60 60
+35 5,23 * * * | 1611973080 197 1080 360 1080 360
+52 * * 10 * | 1619279340 229503 60 60 60 60
+46 0-14/2 * * 5-6 | 1879381530 7100.5 120 120 120 120
+7 */15 * * * | 1599138300 122 540 900 540 900
+38 * * * * | 1883731950 45.5 60 60 60 60
+25 23 12-17 * * | 1856131950 25872.5 1440 1440 1440 1440
+48 * 17 * * | 1809979890 8916.5 60 60 60 60
+46 16,19-23/1 */15 * * | 1836072600 12756 180 60 60 60
+18 */3 * * * | 1625488890 156.5 180 180 180 180
+41 2,14 * oct */10 | 1705525290 377619.5 720 9360 720 9360
+43 * * * * | 1871186250 45.5 60 60 60 60
+*/7 15,8 28,13 * * | 1672331130 21094.5 7 7 7 7
+3 10-11/4 * 8 * | 1626988500 13728 1440 1440 1440 1440
+32 */7 1 */2 * | 1673198370 73872.5 420 420 420 86580
+23 1-3 * * * | 1810454370 1043.5 60 60 1320 60
+*/2 8-19,10 * 6-10/2 * | 1868467590 108793.5 2 2 2 2
+35 9 24 * * | 1602264090 21133.5 44640 43200 44640 44640
+* * 15 4-8/5 6,5 | 1861209840 148636 1 1 1 1
+42-47 7-8,10 * 8,5-12/2 * | 1867037460 87971 1 1 1 1
+* 21-22 * * * | 1653536670 1035.5 1 1 1 1
+22 15,23 17-26/3 8-10 * | 1873970430 128401.5 480 3840 480 3840
+* */2 */15 * * | 1673621580 3427 1 1 1 1
+19 */5 * * * | 1807581120 207 300 300 300 240
+15 19,15-22/1 * * * | 1610551920 43 60 60 60 60
+52,43 12-15 * 2,3-12 */2 | 1786943040 1899 9 51 9 51
+29 22-23 * 1-3 * | 1578848790 322.5 60 1380 60 1380
+43 * * 10 * | 1689529470 109858.5 60 60 60 60
+50 15 24 * * | 1845878400 36470 44640 44640 43200 44640
+41,30 * * 12 * | 1827928110 41.5 11 49 11 49
+"""
+
+
+class PureSchedules(Case):
+    """The next times of a schedule, in several zones."""
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(time.tzset)
+        pure_environ(self, TZ="UTC")
+        self.zone("UTC")
+
+    @staticmethod
+    def zone(name):
+        """Make a time zone the local one."""
+        os.environ["TZ"] = name
+        time.tzset()
+
+    def test_cron(self):
+        cases = CRON_CASES.splitlines()
+        self.assertEqual(len(cases), 200)
+        for case in cases:
+            text, now, minutes = re.fullmatch(r"(.*) \| ([0-9]+) (.*)", case).groups()
+            schedule, now = gaffer.Schedule(text), int(now)
+            for minute in map(float, minutes.split()):
+                with self.subTest(case, minute=minute):
+                    self.assertEqual(schedule.next_time(now), now + minute * 60)
+                now += minute * 60
+
+    def test_the_clocks_change(self):
+        """A time that does not exist runs at the next that does; one that exists twice, once."""
+        for zone, text, year, now, times in (
+                # forward: 2027-03-28 02:00 -> 03:00
+                ("Europe/Berlin", "30 2 * * *", "2027-03-", "27T12:00",
+                 ["28T03:00+02", "29T02:30+02"]),
+                ("Europe/Berlin", "0 2,3 * * *", "2027-03-", "28T00:00",
+                 ["28T03:00+02", "29T02:00+02"]),
+                ("Europe/Berlin", "*/20 * * * *", "2027-03-", "28T01:30",
+                 ["28T01:40+01", "28T03:00+02", "28T03:20+02"]),
+                ("Europe/Berlin", "@daily", "2027-03-", "27T12:00", ["28T00:00+01", "29T00:00+02"]),
+                # 2027-03-14 02:00 -> 03:00
+                ("America/New_York", "30 2 * * *", "2027-03-", "13T12:00",
+                 ["14T03:00-04", "15T02:30-04"]),
+                ("America/New_York", "@hourly", "2027-03-", "14T00:30",
+                 ["14T01:00-05", "14T03:00-04", "14T04:00-04"]),
+                # back: 2027-10-31 03:00 -> 02:00
+                ("Europe/Berlin", "30 2 * * *", "2027-", "10-30T12:00",
+                 ["10-31T02:30+02", "11-01T02:30+01"]),
+                ("Europe/Berlin", "0 * * * *", "2027-10-", "31T00:30",
+                 ["31T01:00+02", "31T02:00+02", "31T03:00+01", "31T04:00+01"]),
+                # 2027-11-07 02:00 -> 01:00
+                ("America/New_York", "30 1 * * *", "2027-11-", "06T12:00",
+                 ["07T01:30-04", "08T01:30-05"]),
+                ("America/New_York", "15,45 1 7 11 *", "202", "7-11-06T12:00",
+                 ["7-11-07T01:15-04", "7-11-07T01:45-04", "8-11-07T01:15-05"])):
+            with self.subTest(zone=zone, text=text, now=now):
+                self.zone(zone)
+                now, found = time.mktime(time.strptime(year + now, "%Y-%m-%dT%H:%M")), []
+                for _ in times:
+                    now = gaffer.Schedule(text).next_time(now)
+                    found.append(time.strftime("%Y-%m-%dT%H:%M%z", time.localtime(now))[:-2])
+                self.assertEqual(found, [year + when for when in times])
+
+    def test_interval(self):
+        for text, seconds in (("every 1s", 1), ("every 90s", 90), ("every 2.5 m", 150),
+                              ("every 1h", 3600), (" every 2d ", 172800)):
+            self.assertEqual(gaffer.Schedule(text).next_time(1000.5), 1000.5 + seconds)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -4637,6 +4942,25 @@ class ProcessTimes(Case):
             os.kill(escaped, signal.SIGKILL)
         until(lambda: not alive(escaped), "the end of what escaped")
 
+    def test_hooks_that_take_too_long(self):
+        """A minute each; before_start is an exit of the process, after_stop only told."""
+        self.manager.add_process("x", "sleep 1000", before_start="sleep 1000", restart="never")
+        self.manager.add_process("y", "sleep 1000", before_start="true")
+        self.manager.add_process("z", "true", after_stop="sleep 1000", restart="never")
+        self.clock.wait("exit", 1)
+        program = self.manager.find_process(2)
+        path = "/proc/%d/cmdline" % program.os_pid
+        until(lambda: cli_read(path).split("\0")[0].endswith("sleep"))
+        self.clock.advance(59.9, settle=False)
+        self.assertEqual((self.clock.count("fail"), self.clock.count("done")), (0, 0))
+        self.clock.advance(0.2, settle=False)
+        self.clock.wait("exit", 2)              # and then groups are polled, by the same clock
+        until(lambda: self.clock.advance(1, settle=False) or (
+            self.clock.count("fail"), self.clock.count("done")) == (1, 1), "the end of both")
+        self.assertEqual(self.clock.status("x")["last_exit"]["term_signal"], signal.SIGKILL)
+        self.assertIn("is killed before its end", self.clock.status("z")["hint"])
+        self.assertEqual(self.clock.status("y")["running"], 1)
+
     def test_graceful_timeout(self):
         """SIGKILL comes after exactly graceful_timeout seconds."""
         self.manager.add_process("x", graceful_timeout=3, **PROCESS_STUBBORN)
@@ -4806,6 +5130,356 @@ class ProcessPolicies(Case):
                 self.assertEqual(clock.times("spawn"), [0, 3, 6, 9])
             finally:
                 clock.close()
+
+
+class ProcessSchedules(Case):
+    """Schedules, on a clock and a wall clock that the tests move apart."""
+
+    START = 1800000000.0                        # 2027-01-15 08:00 UTC
+
+    def setUp(self):
+        super().setUp()
+        self.begin()
+        self.addCleanup(time.tzset)
+        pure_environ(self, TZ="UTC")
+        patch = unittest.mock.patch.object(gaffer.time, "time", lambda: self.clock.now + self.ahead)
+        patch.start()
+        self.addCleanup(patch.stop)
+        time.tzset()
+
+    def begin(self):
+        """Begin with a new Manager, at START."""
+        self.clock = ProcessClock()
+        self.addCleanup(self.clock.close)
+        self.manager, self.ahead = self.clock.manager, self.START - self.clock.now
+
+    def pass_time(self, seconds):
+        """Let time pass, and what is started end. Return how many runs were started."""
+        starts = self.clock.count("spawn")
+        self.clock.advance(seconds)
+        return self.clock.count("spawn") - starts
+
+    def test_interval(self):
+        self.manager.add_process("x", "true", schedule="every 90s")
+        self.clock.barrier()
+        self.assertEqual(self.clock.kinds(), ["create"])
+        status = self.clock.status("x")
+        self.assertEqual((status["state"], status["active"], status["next_runs"]),
+                         ("scheduled", True, [self.START + 90]))
+        self.assertEqual([self.pass_time(seconds) for seconds in (89, 1, 89, 1, 90)],
+                         [0, 1, 0, 1, 1])
+        self.assertEqual(self.clock.kinds()[1:5], ["start", "spawn", "exit", "done"])
+        status = self.clock.status("x")
+        self.assertEqual((status["state"], status["outcome"]), ("scheduled", "done"))
+
+    def test_cron(self):
+        self.manager.add_process("x", "false", schedule="10,30 * * * *")
+        self.clock.barrier()
+        self.assertEqual([self.pass_time(seconds) for seconds in (599, 1, 1199, 1)], [0, 1, 0, 1])
+        status = self.clock.status("x")
+        self.assertEqual((status["state"], status["outcome"], status["next_runs"]),
+                         ("scheduled", "failed", [self.START + 4200]))
+
+    def test_a_run_that_still_goes_on(self):
+        self.manager.add_process("x", "cat", redirect_input=True, schedule="every 60s")
+        self.clock.barrier()
+        for _ in range(3):
+            self.clock.advance(60, settle=False)
+        self.assertEqual(self.clock.kinds(), ["create", "start", "spawn", "skip", "skip"])
+        self.manager.end_input(1, "stdin")
+        self.clock.wait("done", 1)
+        self.clock.advance(60, settle=False)
+        self.assertEqual(self.clock.count("spawn"), 2)
+
+    def test_what_starts_and_stops_it(self):
+        """_start runs one now, a change none; what is stopped has no next time."""
+        info = {"name": "x", "cmd": "true", "schedule": "@hourly"}
+        self.manager.add_process(info)
+        for number, (act, runs, state) in enumerate((
+                (lambda: self.manager.start_template("x"), 1, "scheduled"),
+                (lambda: self.manager.restart_template("x"), 1, "scheduled"),
+                (lambda: self.manager.update_process("x", dict(info, cmd="true x")), 0,
+                 "scheduled"),
+                (lambda: self.manager.stop_template("x"), 0, "stopped"),
+                (lambda: self.manager.update_process("x", dict(info, start=True)), 0, "scheduled"),
+                (lambda: self.manager.update_process("x", dict(info, schedule=None)), 1, "backoff"),
+                (lambda: self.manager.update_process("x", info), 0, "scheduled"))):
+            with self.subTest(number):
+                starts = self.clock.count("spawn")
+                act()
+                self.clock.settle()
+                self.assertEqual(self.clock.count("spawn") - starts > 0, bool(runs))
+                self.assertEqual(self.clock.status("x")["state"], state)
+                self.assertEqual(bool(self.clock.status("x")["next_runs"]), state == "scheduled")
+        self.manager.delete_process("x")
+        self.assertEqual(self.pass_time(7200), 0)
+
+    def test_the_clock_jumps(self):
+        """A jump costs one run at most, a day forward and a day back."""
+        for jump in (86400, -86400):
+            for schedule, seconds in (("@hourly", 3600), ("every 1h", 3600), ("0 9 * * *", 86400)):
+                with self.subTest(jump=jump, schedule=schedule):
+                    self.begin()
+                    self.manager.add_process("x", "true", schedule=schedule)
+                    self.clock.barrier()
+                    self.assertEqual(self.pass_time(3600), 1)
+                    self.ahead += jump
+                    runs = [self.pass_time(seconds) for _ in range(5)]
+                    self.assertIn(sum(runs), (4, 5, 6))
+                    self.assertEqual(runs[2:], [1, 1, 1])
+
+    def test_the_machine_sleeps(self):
+        """Two times that have passed unseen are one run, and then it goes on as before."""
+        self.manager.add_process("x", "true", schedule="@hourly")
+        self.clock.barrier()
+        self.assertEqual(self.pass_time(1800), 0)
+        self.ahead += 7200                      # which a monotonic clock does not count
+        self.assertEqual([self.pass_time(seconds) for seconds in (1799, 1, 1800, 1800, 3600)],
+                         [0, 1, 0, 1, 1])
+
+    def test_a_clock_that_is_a_little_slow(self):
+        """The timer is early by the wall: it waits for the rest, and no run is lost or doubled."""
+        self.manager.add_process("x", "true", schedule="@hourly")
+        self.manager.add_process("y", "true", schedule="every 1h")
+        self.clock.barrier()
+        self.ahead -= 0.5
+        self.assertEqual([self.pass_time(seconds) for seconds in (3600, 0.5, 3599, 1)],
+                         [0, 2, 0, 2])
+
+    def test_nothing_wakes_before_it_is_due(self):
+        """One timer for each, which is set to the time."""
+        for number in range(50):
+            self.manager.add_process("x%d" % number, "true",
+                                     schedule="0 %d * * *" % (9 + number % 9))
+        self.clock.barrier()
+        with unittest.mock.patch.object(self.manager.loop, "_select") as select:
+            select.side_effect = type(self.manager.loop)._select.__get__(self.manager.loop)
+            self.clock.advance(3599, settle=False)
+            turns = select.call_count
+            self.assertLess(turns, 20)
+        self.assertEqual(self.clock.count("spawn"), 0)
+
+    def test_a_program_that_has_gone(self):
+        """What can't be started has failed, and is tried at the next time."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        program = os.path.join(folder, "x")
+        shutil.copy("/bin/true", program)
+        self.manager.add_process("x", program, schedule="every 60s")
+        self.clock.barrier()
+        os.unlink(program)
+        self.clock.advance(60)
+        self.assertEqual(self.clock.kinds()[-1], "fail")
+        self.assertEqual(self.clock.seen[-1][2]["exit_status"], 127)
+        shutil.copy("/bin/true", program)
+        self.assertEqual(self.pass_time(60), 1)
+        self.assertEqual(self.clock.kinds()[-1], "done")
+
+
+class ProcessAttributes(ProcessCase):
+    """As what a process is started: umask, nice, limits, files of variables, hooks, and how it is
+    stopped."""
+
+    SHOW = """
+        import os, resource, sys
+        umask = os.umask(0)
+        limit = resource.getrlimit(getattr(resource, "RLIMIT_" + sys.argv[1].upper()))
+        print(oct(umask), os.nice(0), *limit, os.getuid(), len(os.listdir("/proc/self/fd")))
+        """
+
+    def output(self, name, command, label="stdout", **options):
+        """Run a command once. Return what it writes."""
+        pid, = self.server.add(name, command, **dict({"restart": "never"}, **options)) or [None]
+        return self.poll(pid or self.spawned(name, 1)["pid"], label=label).decode()
+
+    def show(self, name, limit="nofile", **options):
+        """Return the words that SHOW prints."""
+        command = python(self.SHOW)
+        command["args"].append(limit)
+        return self.output(name, command, **options).split()
+
+    def test_attributes(self):
+        plain = self.show("plain")
+        own, soft = os.nice(0), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        for number, (fields, limit, at, wanted) in enumerate((
+                ({"umask": "077"}, "nofile", slice(0, 1), ["0o77"]),
+                ({"nice": own + 3}, "nofile", slice(1, 2), [str(own + 3)]),
+                ({"limits": {"nofile": 100}}, "nofile", slice(2, 4), ["100", "100"]),
+                ({"limits": {"nofile": [100, 200], "core": 0}}, "nofile", slice(2, 4),
+                 ["100", "200"]),
+                ({"limits": {"core": 0}}, "core", slice(2, 4), ["0", "0"]),
+                ({"limits": {"nproc": [500, 600]}}, "nproc", slice(2, 4), ["500", "600"]),
+                ({"limits": {"fsize": 1 << 20}}, "fsize", slice(2, 4), [str(1 << 20)] * 2),
+                ({"limits": {"as": [1 << 30, 1 << 31]}}, "as", slice(2, 4),
+                 [str(1 << 30), str(1 << 31)]),
+                ({"limits": {"cpu": [5, "unlimited"]}}, "cpu", slice(2, 4), ["5", "-1"]),
+                ({"umask": "027", "nice": own + 1, "limits": {"nofile": 99},
+                  "custom_streams": ["s"]}, "nofile", slice(0, 4),
+                 ["0o27", str(own + 1), "99", "99"]))):
+            with self.subTest(fields=fields):
+                shown = self.show("x%d" % number, limit, **fields)
+                self.assertEqual(shown[at], wanted)
+                if limit == "nofile" and "limits" not in fields:
+                    self.assertEqual(shown[2], str(soft))
+                if "custom_streams" not in fields:
+                    self.assertEqual(shown[5], plain[5], "a descriptor is left")
+
+    def test_what_needs_root(self):
+        """A nice value below gaffer's own and a hard limit above it, also for another user; where
+        gaffer may not, it is refused by name, and gaffer keeps its own."""
+        number, most = resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)
+        answer = self.server.json("POST", "/processes", {
+            "name": "x", "cmd": "true", "limits": {"nofile": 1 << 40}})
+        self.assertError(answer, 400, "invalid_process_info", "'limits' asks for nofile above")
+        self.assertEqual(self.server.json("GET", "/processes/x")[0], 404)
+        if os.geteuid() != 0:
+            self.skipTest("needs root")
+        own = os.nice(0)
+        fields = {"uid": "nobody", "shell": True, "restart": "never"}
+        shown = self.output("nice", "nice; id -un", nice=own - 5, **fields)
+        self.assertEqual(shown.split(), [str(own - 5), "nobody"])
+        try:
+            resource.setrlimit(number, (most[0], most[1] + 1))
+            resource.setrlimit(number, most)
+        except ValueError:
+            self.skipTest("this root may not raise limits")
+        shown = self.output("limits", "ulimit -Hn; id -un", limits={"nofile": [10, most[1] + 1]},
+                            **fields)
+        self.assertEqual(shown.split(), [str(most[1] + 1), "nobody"])
+        self.assertEqual(resource.getrlimit(number), most)
+
+    def test_env_file(self):
+        """Read at each spawn; a later file wins, env wins over all; HOME may come from it."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        paths = [os.path.join(folder, name) for name in "ab"]
+        for path, text in zip(paths, ("A=1\nB=1\nC=1\nHOME=/x\n",
+                                      "B=2\nC=\"$A$B\"\nHOME=$HOME/y\n")):
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        fields = {"shell": True, "env_file": paths, "env": {"B": "3"}}
+        if os.geteuid() == 0:
+            fields["uid"] = "nobody"
+        self.assertEqual(self.output("x", "echo $A $B $C $HOME", **fields), "1 3 12 /x/y\n")
+        done = self.server.events("proc/x/done", since=0)
+        next(done)
+        with open(paths[0], "w", encoding="utf-8") as file:
+            file.write("A=new")
+        self.server.ok("POST", "/processes/x/_start")
+        pid = self.spawned("x", 2)["pid"]
+        self.assertTrue(self.poll(pid).startswith(b"new 3"))
+        next(done)
+        for text, words in (("A=1\n?", "whose line 2 is not NAME=value"), (None, "cannot be read")):
+            with self.subTest(text):
+                os.unlink(paths[1])
+                if text is not None:
+                    with open(paths[1], "w", encoding="utf-8") as file:
+                        file.write(text)
+                answer = self.server.json("POST", "/processes/x/_start")
+                self.assertError(answer, 400, "invalid_process_info", words)
+                self.assertIn("field 'env_file' names '%s'" % paths[1], answer[1]["reason"])
+
+    def test_before_start(self):
+        """In the same environment, before each spawn; its failure is an exit of the process."""
+        fields = {"shell": True, "env": {"A": "1"}, "restart": "never", "cwd": "/"}
+        words = self.output("x", "echo $A; cat", before_start="echo $A $PWD; cat", **fields)
+        self.assertEqual(words, "1 /\n1\n")
+        pid, = self.server.add("in", "cat", before_start="cat", redirect_input=True)
+        self.server.ok("POST", "/streams/%d/stdin" % pid, "word\n")
+        self.assertEqual(self.poll(pid, b"\n"), b"word\n", "stdin is for the program alone")
+        words = self.output("bad", "echo never", "stderr",
+                            before_start="echo own words >&2; exit 3", **fields)
+        self.assertEqual(words, "own words\nbefore_start has failed with exit status 3\n")
+        event = self.server.wait_event("proc/bad/fail")
+        self.assertEqual((event["exit_status"], event["tries"]), (3, 1))
+
+    def test_stopped_in_before_start(self):
+        pid, = self.server.add("x", "true", before_start="echo hook; sleep 1000")
+        group = self.os_pid(pid)
+        self.poll(pid, b"hook\n")
+        self.stop("x", group)
+
+    def test_after_stop(self):
+        """After each exit, once nothing of the group is left, and before the next start."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        path = os.path.join(folder, "path")
+        hook = "echo $GAFFER_EXIT_STATUS $GAFFER_TERM_SIGNAL $A >> %s" % path
+        fields = {"after_stop": hook, "env": {"A": "a"}}
+        self.server.add("one", "sh -c 'exit 3'", restart="never", **fields)
+        self.server.wait_event("proc/one/fail")
+        pid, = self.server.add("two", "sleep 1000", **fields)
+        self.server.ok("POST", "/processes/two/_stop?wait=true")
+        self.assertEqual(cli_read(path), "3 0 a\n0 15 a\n")
+        self.server.add("three", "echo $(wc -l < %s); exec sleep 1000" % path, shell=True, **fields)
+        self.poll("three", b"2\n")
+        self.server.ok("POST", "/processes/three/_restart?wait=true")
+        self.assertEqual(self.poll("three", b"3\n"), b"2\n3\n")
+
+    def test_after_stop_that_fails(self):
+        """Its last words are in the log and in the status; nothing of it is left."""
+        for number, (hook, words) in enumerate((
+                ("echo own words; echo more >&2; exit 3", "exits with 3: own words\nmore"),
+                ("kill -9 $$", "is killed by signal 9"),
+                ("seq 100000; exit 1", "99999\n100000"),
+                ("sleep 1000 & echo $!; exit 1", "exits with 1: "))):
+            with self.subTest(hook):
+                name = "x%d" % number
+                self.server.add(name, "true", restart="never", after_stop=hook)
+                self.server.wait_event("proc/%s/done" % name)
+                hint = self.server.ok("GET", "/status/" + name)["hint"]
+                self.assertIn(words, hint)
+                self.assertLess(len(hint), 1100)
+        until(lambda: not alive(int(hint.split()[-1])), "the end of what it left")
+
+    def test_hooks_end_with_gaffer(self):
+        """What after_stop has to do is waited for at the stop; a kill ends it at once."""
+        self.server.add("x", "sleep 1000", after_stop="sleep 1000")
+        self.server.manager.stop()
+        until(lambda: self.server.manager.commands, "the hook")
+        hook, = (command.os_pid for command in self.server.manager.commands)
+        self.assertTrue(alive(hook))
+        self.server.stop_all()
+        until(lambda: not alive(hook), "the end of the hook")
+
+    STOPPED = """
+        import os, signal, sys
+        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        child = os.fork()
+        name = "worker" if child == 0 else "master"
+        os.write(1, name.encode() + b"\\n")       # whole lines: print() writes them in pieces
+        number = 0
+        while number != signal.SIGTERM:
+            number = signal.sigwait(signals)
+            os.write(1, b"%s %s\\n" % (name.encode(), signal.Signals(number).name.encode()))
+        """
+
+    def test_stop_signals(self):
+        """Each step in its turn, to the group or to the process alone; then SIGKILL to all."""
+        for number, (fields, words, end) in enumerate((
+                ({}, ["master SIGTERM", "worker SIGTERM"], (0, 0)),
+                ({"stop_signal": [["INT", 0.2], ["QUIT", 0.2], ["TERM", 9]]},
+                 [each + name for name in (" SIGINT", " SIGQUIT", " SIGTERM")
+                  for each in ("master", "worker")], (0, 0)),
+                ({"stop_signal": "USR1", "graceful_timeout": 0.2},
+                 ["master SIGUSR1", "worker SIGUSR1"], (0, 9)),
+                # the worker is left by the master, and told after that
+                ({"stop_group": False}, ["master SIGTERM", "worker SIGTERM"], (0, 0)),
+                ({"stop_group": False, "stop_signal": [["INT", 0.2]]}, ["master SIGINT"], (0, 9)))):
+            with self.subTest(fields=fields):
+                name = "x%d" % number
+                pid, = self.server.add(name, python(self.STOPPED), **fields)
+                group = self.os_pid(pid)
+                self.poll(pid, b"worker\n")
+                self.poll(pid, b"master\n")
+                self.stop(name, group)
+                lines = self.poll(pid).decode().splitlines()[2:]
+                if fields.get("stop_group", True):      # both at once
+                    lines = [line for pair in zip(lines[::2], lines[1::2]) for line in sorted(pair)]
+                self.assertEqual(lines, words)
+                exit = self.exit_of(pid)
+                self.assertEqual((exit["exit_status"], exit["term_signal"]), end)
 
 
 class ProcessEvents(ProcessCase):
@@ -6208,7 +6882,7 @@ class ProcessReady(ProcessCase):
                 self.server.add(end, "sleep 60", ready={"exec": "echo $$; sleep 60 & wait"})
                 manager = self.server.manager
                 command = until(lambda: next(iter(manager.commands), None))
-                group = command._os_pid
+                group = command.os_pid
                 self.assertTrue(end == "expires" or process_group(group))
                 if end == "gaffer":
                     manager.stop()
@@ -14776,6 +15450,52 @@ class CliExitWith(CliCase):
         self.assertEqual(cli_read(path).split(), ["third", "second", "first"])
 
 
+class CliExitWhenDone(CliCase):
+    """--exit-when-done: CI and containers run what ends by itself."""
+
+    def ends(self, status, **templates):
+        """Serve templates, which end; gaffer's exit status has to be `status`."""
+        path = self.file(self.folder(), "gaffer.json", json.dumps({"process": templates}))
+        server = self.start("--exit-when-done", path)
+        server.stop(None, status)
+        failed = [name for name, info in templates.items() if "fails" in name]
+        for name in failed:
+            server.expect_stderr("WARNING %s: (exit|fail|stop|flap)" % name)
+
+    def test_its_status_is_the_first_failures(self):
+        never, flapping = {"restart": "never"}, {"attempts": 2, "window": 100, "max_retry": 0}
+        for number, (status, templates) in enumerate((
+                (0, {"a": dict(never, cmd="true"),
+                     "b": dict(never, cmd="sh -c 'exit 3'", success=[3])}),
+                (143, {"a": dict(never, cmd="true"), "fails": dict(never, cmd="sh -c 'exit 143'")}),
+                (137, {"fails": {"cmd": "sh -c 'kill -KILL $$$$'", "restart": "never"}}),
+                (1, {"fails": {"cmd": "true", "restart": "never", "success": [1]}}),
+                (3, {"fails": {"cmd": "sh -c 'exit 3'", "restart": "on-failure",
+                               "flapping": flapping}, "b": dict(never, cmd="sleep 0.1")}),
+                # what waits for a failure waits for ever
+                (5, {"fails": dict(never, cmd="sh -c 'exit 5'"),
+                     "b": dict(never, cmd="true", after=["fails"])}))):
+            with self.subTest(number):
+                self.ends(status, **templates)
+
+    def test_what_it_waits_for(self):
+        """For all that may still run; it does not end before something has."""
+        server = self.start("--exit-when-done")
+        server.add("job", {"cmd": "true", "restart": "never"}, start=False)
+        server.add("web", {"cmd": "sleep 1000"})
+        server.ok("POST", "/processes/job/_start")
+        server.ok("GET", "/watch/proc/job/done?since=0")
+        self.assertEqual(server.ok("GET", "/status/web")["running"], 1)
+        server.ok("POST", "/processes/web/_stop")
+        server.stop(None, 0)
+
+    def test_up(self):
+        path = self.file(self.folder(), "Procfile", "a: sh -c 'exit 4'\nb: sleep 0.2; echo last\n")
+        status, out, _ = self.outcome("up", "--exit-when-done", "-f", path)
+        self.assertEqual(status, 4)
+        self.assertIn("| last", out)
+
+
 class CliFaults(CliCase):
     """The machine runs out of what a server needs, for real: limits of a running server are changed from outside. It lives,
     says so once, and goes on when there is room again."""
@@ -15387,6 +16107,7 @@ class CliStatus(CliFollowCase):
 
     STATUS = {"name": "web", "state": "running", "running": 1, "numprocesses": 1, "pids": [1], "os_pids": [4711],
               "restarts": 0, "last_exit": None, "error": None, "gave_up": False, "waiting": [], "next_tries": [],
+              "next_runs": [],
               "processes": [{"pid": 1, "os_pid": 4711, "instance": 1, "state": "running", "uptime": 62,
                              "not_ready": None}]}
     KILLED = {"exit_status": 0, "term_signal": 9, "times": 3}
@@ -16140,6 +16861,15 @@ class ConfigFiles(ConfigCase):
         redirect_input = yes
         custom_streams = one two
         graceful_timeout = 2.5
+        stop_signal = INT=5, TERM=2.5
+        stop_group = no
+        env_file = a.env "b c.env"
+        umask = 027
+        nice = 5
+        limits = nofile=100:unlimited core=0
+        before_start = mkdir -p x; true
+        after_stop = rm -f x
+        schedule = */5 2 * * mon-fri
         restart = on-failure
         success = 0, 3 TERM
         restart_delay = 1, 2.5
@@ -16167,8 +16897,13 @@ class ConfigFiles(ConfigCase):
             "start": False, "detach": False, "redirect_output": ["out", "err"],
             "redirect_input": True, "custom_streams": ["one", "two"], "graceful_timeout": 2.5,
             "priority": 0, "restart": "on-failure", "success": [0, 3, "TERM"],
-            "restart_delay": [1, 2.5], "after": ["b", "g:b"],
+            "after": ["b", "g:b"],
             "ready": {"log": "it is up", "within": 2.5},
+            "restart_delay": [1, 2.5], "stop_signal": [["INT", 5], ["TERM", 2.5]],
+            "stop_group": False, "umask": "027", "nice": 5,
+            "env_file": [self.home + "/a.env", self.home + "/b c.env"],
+            "limits": {"nofile": [100, "unlimited"], "core": 0}, "before_start": "mkdir -p x; true",
+            "after_stop": "rm -f x", "schedule": "*/5 2 * * mon-fri",
             "flapping": {"attempts": 3, "window": 1.5, "retry_in": 2, "max_retry": 4}})
         self.assertEqual((found.templates["g:b"]["cmd"], found.templates["g:b"]["cwd"]),
                          ("sleep\n1000", self.home))
@@ -16368,6 +17103,93 @@ class ConfigFiles(ConfigCase):
         self.call("serve", path, status=1, err="gaffer: .*latin: cannot be read: 'utf-8'.*\n")
         many = ["[process:a]\ncmd = true", *("x%d = 1" % i for i in range(10)), *("[x%d]" % i for i in range(190))]
         self.assertEqual(self.faults("many.ini", "\n".join(many))[100:], ["and 100 faults more"])
+
+
+class ConfigSupervisord(ConfigCase):
+    """supervisord.conf, as its users have it."""
+
+    TEXT = """
+        [unix_http_server]
+        file=/tmp/supervisor.sock   ; the path to the socket file
+        [supervisord]
+        logfile=/tmp/supervisord.log
+        nodaemon=false
+        [rpcinterface:supervisor]
+        supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
+        [supervisorctl]
+        serverurl=unix:///tmp/supervisor.sock
+
+        [program:web]
+        command=/bin/sleep %(process_num)d   ; each its own
+        process_name=%(program_name)s_%(process_num)02d
+        numprocs=2
+        numprocs_start=7
+        directory=%(here)s
+        umask=022
+        priority=5
+        autostart=true
+        autorestart=true
+        startsecs=2
+        startretries=1
+        stopsignal=QUIT
+        stopwaitsecs=7
+        stopasgroup=true
+        killasgroup=true
+        redirect_stderr=true
+        stdout_logfile=/tmp/web.log
+        stdout_logfile_maxbytes=1MB
+        environment=A="1,2",PORT="80%(process_num)02d",HOME="%(ENV_PURE_HOME)s"
+
+        [program:job]
+        command=sh -c 'echo $HOME 100%%'
+        exitcodes=0,2
+        startsecs=0
+        serverurl=AUTO
+
+        [eventlistener:mail]
+        command=mail
+        [group:shop]
+        programs=job
+        [include]
+        files = more/*.conf
+        """
+
+    def test_programs(self):
+        pure_environ(self, PURE_HOME="/h")
+        os.mkdir(os.path.join(self.home, "more"))
+        self.file(os.path.join(self.home, "more"), "a.conf", "[program:x]\ncommand=sleep 1\n")
+        with self.assertLogs("gaffer", "WARNING") as logged:
+            templates = self.settings("supervisord.conf", self.TEXT).templates
+        self.assertEqual(list(templates), ["web:web_07", "web:web_08", "shop:job", "x"])
+        known = {name: {field: value for field, value in info.items()
+                        if value != PureTemplates.DEFAULTS.get(field)}
+                 for name, info in templates.items()}
+        flapping = {"attempts": 2, "window": 5.0, "retry_in": 7.0, "max_retry": 0}
+        self.assertEqual(known["web:web_08"], {
+            "name": "web:web_08", "cmd": "/bin/sleep 8", "cwd": self.home, "umask": "022",
+            "priority": 5, "restart_delay": [1, 1], "flapping": flapping, "stop_signal": "QUIT",
+            "graceful_timeout": 7, "redirect_output": ["stdout", "stdout"],
+            "env": {"A": "1,2", "PORT": "8008", "HOME": "/h"}})
+        self.assertEqual(known["shop:job"], {
+            "name": "shop:job", "cmd": "sh -c 'echo $$HOME 100%'", "cwd": os.getcwd(),
+            "restart": "on-failure", "success": [0, 2], "stop_group": False})
+        self.assertEqual(known["x"]["flapping"]["attempts"], 4)
+        said = "\n".join(record.getMessage() for record in logged.records)
+        for what in ("program:web stdout_logfile, program:web stdout_logfile_maxbytes; output is",
+                     "unix_http_server, supervisord, rpcinterface:supervisor, supervisorctl; these",
+                     "eventlistener:mail; events", "program:job serverurl; there is nothing"):
+            self.assertEqual(said.count(what), 1, said)
+
+    def test_faults(self):
+        for text, words in (
+                ("command=sleep %(no)s", "stands for nothing"), ("command=sleep %d", "for nothing"),
+                ("numprocs=two\ncommand=x", "two"), ("directory=/", "field 'cmd'"),
+                ("autorestart=maybe\ncommand=x", "true or false"),
+                ("command=sleep 1\nuser=no-such-one", "no-such-one"),
+                ("stopsignal=NOPE\ncommand=sleep 1", "NOPE"), ("nonsense", "cannot be parsed")):
+            with self.subTest(text), self.assertRaises(gaffer.ConfigError) as caught:
+                self.settings("supervisord.conf", "[program:x]\n%s\n" % text)
+            self.assertIn(words, str(caught.exception))
 
 
 class ConfigReload(ConfigCase):
