@@ -1017,9 +1017,6 @@ class Log:
         """Forget a reader."""
         self.readers.pop(reader, None)
         self.blockers.discard(reader)
-        if not self.readers and self._flush_timer is not None:
-            self._flush_timer.cancel()
-            self._flush_timer = None
         self.advanced()
 
     def advanced(self):
@@ -1036,12 +1033,13 @@ class Log:
 
     def _flush(self):
         self._flush_timer = None
-        if self.loop.now < self._appended_at + PARTIAL_LINE_DELAY:
-            self.flush_later()
-        else:
-            for reader in tuple(self.readers):
-                if reader.encoder.partial and not reader.full:
+        silent = self.loop.now >= self._appended_at + PARTIAL_LINE_DELAY
+        for reader in tuple(self.readers):
+            if reader.encoder.partial and not reader.full:
+                if silent:
                     reader.pump(FLUSH)
+                else:
+                    self.flush_later()
 
     def feed(self, line_ended):
         """Send what is new to all readers. `line_ended`: it holds the end of a line."""
@@ -1463,9 +1461,7 @@ class Journal:
         data = window.read(head, stop - head)
         mode = FINAL if source.shown else NORMAL
         skip, segments, lines = split_lines(data, window.before(head), mode, math.inf)
-        try:
-            data.decode("utf-8")
-        except UnicodeDecodeError:
+        if valid_utf8(data) is not data:
             lines = list(map(valid_utf8, lines))
         if returns:
             after_return = [not skip and window.before(head) == 13, *[part[-1] == 13 for part in segments]]
@@ -5225,13 +5221,14 @@ class Access:
         Browsers send no Origin then. The page could hold up a process, or learn from success and
         failure what exists. Fetch Metadata Request Headers, W3C.
         """
-        headers = request.headers               # Chromium 76 to 79 do not name the destination
-        dest = headers.get("sec-fetch-dest", "document" if (
-            headers.get("sec-fetch-mode") == "navigate") else None)
-        if (headers.get("sec-fetch-site") != "cross-site" or "origin" in headers or self._any_origin
-                or request.method in ("GET", "HEAD") and dest == "document"):
-            return
-        raise ForbiddenOrigin("pages of another site may link to this but not embed it; use CORS")
+        headers = request.headers
+        link = request.method in ("GET", "HEAD") and (
+            headers.get("sec-fetch-dest") == "document" or "sec-fetch-dest" not in headers
+            and headers.get("sec-fetch-mode") == "navigate")    # Chromium 76 to 79
+        if not (link or headers.get("sec-fetch-site") != "cross-site" or "origin" in headers
+                or self._any_origin):
+            raise ForbiddenOrigin(
+                "pages of another site may link to this but not embed it; use CORS")
 
     def check_token(self, request):
         """Raise Unauthorized without the token. RFC 6750 section 2.1, RFC 7617."""
@@ -5279,7 +5276,7 @@ class Router:
     """
 
     def __init__(self, routes):
-        self._routes = {}                       # (first part, number of parts) -> [(parts, methods)]
+        self._routes = {}                       # (first part, their number) -> [(parts, methods)]
         self._open = []                         # those with <rest...>
         for pattern, methods in routes:
             parts = [part for part in pattern.split("/") if part]
@@ -5292,13 +5289,16 @@ class Router:
                 self._routes.setdefault(key, []).append((parts, methods))
 
     def find(self, segments):
-        """Return (methods, args), or (None, ()) for no such resource. A literal part wins over <>."""
+        """Return (methods, args); (None, ()) if there is no such resource.
+
+        A literal part wins over <>.
+        """
         best, key = (None, ()), (segments[0] if segments else "", len(segments))
         for parts, methods in self._routes.get(key, ()):
             args = []
             for part, segment in zip(parts, segments):
-                is_pid = segment.isascii() and segment.isdigit()
-                if part[0] == "<" and (part not in ("<pid>", "<name>") or (part == "<pid>") == is_pid):
+                kind = "<pid>" if segment.isascii() and segment.isdigit() else "<name>"
+                if part[0] == "<" and (part == kind or part not in ("<pid>", "<name>")):
                     args.append(segment)
                 elif part != segment:
                     break
@@ -5323,8 +5323,8 @@ def prefers_html(accept):
         kind, *parameters = [part.strip() for part in item.split(";")]
         rank = next((each[2:] for each in parameters if each.startswith("q=")), "1")
         quality[kind] = float(rank) if re.fullmatch(r"[01](\.[0-9]*)?", rank) else 0.0
-    html = quality.get("text/html", quality.get("text/*", 0))
-    return html > quality.get("application/json", quality.get("application/*", quality.get("*/*", 0)))
+    plain = quality.get("application/json", quality.get("application/*", quality.get("*/*", 0)))
+    return quality.get("text/html", quality.get("text/*", 0)) > plain
 
 
 def chunk(data):
@@ -5374,9 +5374,7 @@ class SseEncoder(Encoder):
             consumed = skip + sum(map(len, segments))
             if not segments:
                 return b"", consumed
-        try:
-            data.decode("utf-8")
-        except UnicodeDecodeError:
+        if valid_utf8(data) is not data:
             lines = list(map(valid_utf8, lines))
         ends = itertools.accumulate(map(len, segments[1:]), initial=offset + len(segments[0]))
         values: list = [None] * (2 * len(lines))
@@ -5454,7 +5452,6 @@ class RecordEncoder(Encoder):
 # --------------------------------------------------------------------------------------------------
 FRAMES_PER_TURN = 256                           # 0.5 ms, so that other connections get their turn
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
-WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014))
 
 
@@ -5477,7 +5474,7 @@ def websocket_accept(request):
         valid = False
     if not valid:
         raise BadRequest("Sec-WebSocket-Key must be 16 bytes in base64")
-    digest = hashlib.sha1(key.encode("ascii") + WEBSOCKET_GUID).digest()
+    digest = hashlib.sha1(key.encode("ascii") + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
     return [("Upgrade", "websocket"), ("Connection", "Upgrade"),
             ("Sec-WebSocket-Accept", base64.b64encode(digest).decode("ascii"))]
 
@@ -5588,7 +5585,7 @@ class WebSocketDecoder:
             if not second & 0x80:
                 raise WebSocketViolation(1002, "a client must mask its frames")
             if opcode >= CLOSE and (not final or size > 125):
-                raise WebSocketViolation(1002, "a control frame must be whole and at most 125 bytes")
+                raise WebSocketViolation(1002, "a control frame has to be whole, 125 bytes at most")
             if opcode < CLOSE and (opcode == CONTINUATION) != (message is not None):
                 raise WebSocketViolation(1002, "there is no message to continue" if message is None
                                          else "the previous message is not finished")
@@ -5621,7 +5618,11 @@ class WebSocketDecoder:
                 yield None
             self._frames -= 1
             if opcode == CLOSE:
-                yield self._close_event(bytes(target))
+                code = int.from_bytes(target[:2], "big") if target else 1005
+                if target and (len(target) == 1 or (
+                        code not in CLOSE_CODES and not 3000 <= code < 5000)):      # section 7.4
+                    raise WebSocketViolation(1002, "the close code is not valid")
+                yield "close", code, target[2:].decode("utf-8")
                 return
             if opcode in (PING, PONG):
                 yield "ping" if opcode == PING else "pong", bytes(target)
@@ -5629,23 +5630,12 @@ class WebSocketDecoder:
                 text, message = message == TEXT, None
                 yield ("text", content.decode("utf-8")) if text else ("binary", bytes(content))
 
-    @staticmethod
-    def _close_event(payload):
-        """Return ("close", code, reason). Section 7.4."""
-        if not payload:
-            return "close", 1005, ""
-        code = int.from_bytes(payload[:2], "big")
-        if len(payload) == 1 or (code not in CLOSE_CODES and not 3000 <= code < 5000):
-            raise WebSocketViolation(1002, "the close code is not valid")
-        return "close", code, payload[2:].decode("utf-8")
-
 
 class FrameEncoder(Encoder):
     """A stream as websocket messages: binary or text, as it comes or one per line."""
 
     def __init__(self, binary, by_line):
         self.key, self.by_line = ("frame", binary, by_line), by_line
-        self._binary = binary
         self._opcode, self._valid = (BINARY, bytes) if binary else (TEXT, valid_utf8)
 
     def encode(self, data, offset, before, mode, piece):
@@ -5653,7 +5643,7 @@ class FrameEncoder(Encoder):
             skip, segments, lines = split_lines(data, before, mode, piece)
             return (b"".join([frame(self._opcode, self._valid(line)) for line in lines]),
                     skip + sum(map(len, segments)))
-        if not self._binary and mode != FINAL:
+        if self._opcode == TEXT and mode != FINAL:
             data = data[:len(data) - incomplete_utf8(data)]
         if not data:
             return b"", 0
