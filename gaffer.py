@@ -1464,8 +1464,8 @@ class Journal:
         if valid_utf8(data) is not data:
             lines = list(map(valid_utf8, lines))
         if returns:
-            after_return = [not skip and window.before(head) == 13, *[part[-1] == 13 for part in segments]]
-            lines = [b"< " + line if cr else b" " + line for cr, line in zip(after_return, lines)]
+            before = [None if skip else window.before(head), *(part[-1] for part in segments)]
+            lines = [(b"< " if last == 13 else b" ") + line for last, line in zip(before, lines)]
             prefix = prefix[:-1]
         if source.shown:
             return 0, prefix, [end], lines[-1:]
@@ -4836,8 +4836,9 @@ class Request:
         try:
             return json.loads(self.body.decode("utf-8"), parse_constant=refuse)
         except (ValueError, RecursionError) as error:
+            # behind a semicolon it says how to let Python read longer numbers
             fault = "nested too deeply" if isinstance(error, RecursionError) else (
-                str(error)[:200].partition(";")[0])     # behind it: how to let Python read longer numbers
+                str(error)[:200].partition(";")[0])
             raise InvalidJson("the body is not JSON in UTF-8: %s" % fault) from None
 
     def words(self, name):
