@@ -16800,6 +16800,119 @@ class CliReady(CliFollowCase):
         server.stop()
 
 
+def postgres_folder():
+    """The folder of PostgreSQL's programs, None if it is not installed."""
+    return max(glob.glob("/usr/lib/postgresql/*/bin"), default=None)
+
+
+@unittest.skipUnless(postgres_folder(), "PostgreSQL is not installed")
+class CliDatabase(CliControlCase):
+    """A database, a migration, a web server and a worker, each after the one before it."""
+
+    quick = False
+    times = 2
+    FILE = """\
+        [process:worker]
+        cmd = %(worker)s
+        restart = %(restart)s
+        ready = log:is up within=%(within)s
+        after = web
+
+        [process:web]
+        cmd = %(web)s
+        restart = %(restart)s
+        ready = http://127.0.0.1:%(port)d/
+        after = migrate
+
+        [process:migrate]
+        cmd = %(programs)s/psql -h 127.0.0.1 -p %(db)d -U me -c "%(sql)s" postgres
+        restart = %(migrate)s
+        after = db
+
+        [process:db]
+        cmd = %(programs)s/postgres -D %(data)s -p %(db)d -h 127.0.0.1 -k '' -F
+        restart = %(restart)s
+        ready = tcp:%(db)d
+        %(user)s
+        """
+    NAMES = ("db", "migrate", "web", "worker")
+
+    def setUp(self):
+        super().setUp()
+        folder = tempfile.TemporaryDirectory(dir="/var/tmp")    # another user may enter it
+        self.addCleanup(folder.cleanup)
+        self.home, self.user = folder.name, ""
+        os.chmod(self.home, 0o711)
+        os.mkdir(self.home + "/data")
+        if os.geteuid() == 0:                   # as which PostgreSQL refuses to run
+            self.user = "uid = nobody"
+            os.chown(self.home + "/data", pwd.getpwnam("nobody").pw_uid, -1)
+        self.load("[process:init]\ncmd = %s/initdb -D %s/data -U me -A trust -N\nrestart = never\n%s\n" % (
+            postgres_folder(), self.home, self.user))
+        self.call("wait", "init", "--for", "done")
+
+    def load(self, text):
+        """Run what an INI file says, and nothing else."""
+        path = self.file(self.home, "gaffer.ini", text)
+        configuration = gaffer.Configuration(lambda: gaffer.read_settings(path))
+        for name in self.server.ok("GET", "/processes"):
+            self.server.ok("DELETE", "/processes/%s?wait=true" % name)
+        configuration.begin(self.server.manager)
+
+    def start(self, **options):
+        """Run all four; `options` go into FILE."""
+        port = free_port()
+        self.load(textwrap.dedent(self.FILE) % dict({
+            "programs": postgres_folder(), "data": self.home + "/data", "user": self.user,
+            "db": free_port(), "port": port, "within": 60, "restart": "always", "migrate": "on-failure",
+            "web": "%s -m http.server --bind 127.0.0.1 %d" % (PYTHON, port),
+            "worker": "sh -c 'echo worker is up; exec sleep 1000'",
+            "sql": "create table if not exists t (x int); insert into t values (1)"}, **options))
+
+    def states(self):
+        """{name: state}"""
+        return {name: self.server.ok("GET", "/status/" + name)["state"] for name in self.NAMES}
+
+    def test_all_come_up_in_order(self):
+        for _ in range(self.times):
+            self.start()
+            self.assertEqual(self.call("wait", *self.NAMES).splitlines(),
+                             [name + ": ready" for name in self.NAMES])
+            self.assertEqual(self.states(), {"db": "running", "migrate": "done", "web": "running",
+                                             "worker": "running"})
+            order = [event["event"] + " " + event["name"] for event in self.server.manager.loop.call(
+                lambda: self.server.manager.events.read(self.server.manager.events.start, 10 ** 6))
+                     if event["event"] in ("spawn", "ready", "done")]
+            first = [order.index(each, len(order) - 1 - order[::-1].index("spawn db")) for each in (
+                "spawn db", "ready db", "spawn migrate", "done migrate", "spawn web", "ready web",
+                "spawn worker", "ready worker")]
+            self.assertEqual(first, sorted(first), order)
+            self.server.ok("DELETE", "/processes/worker?wait=true")
+
+    def test_each_fails_in_turn(self):
+        """What is after it waits; `wait` says why, with the last lines; 124 where it may still come."""
+        for options, states, words in (
+                ({"data": self.home + "/no"}, "failed waiting waiting waiting",
+                 "'db' has failed: exit status 2; its last lines:(\n.*)*could not access"),
+                ({"sql": "select nonsense"}, "running failed waiting waiting",
+                 "'migrate' has failed: exit status 1; its last lines:(\n.*)*nonsense"),
+                ({"web": "sh -c 'echo no route; exit 4'"}, "running done failed waiting",
+                 "'web' has failed: exit status 4; its last lines:\ngaffer: no route\n"),
+                ({"worker": "sh -c 'echo almost; exec sleep 60'", "within": 0.1}, "running done running failed",
+                 r"'worker' has failed: not ready .log:is up. within 0\.1 seconds; its last lines:\ngaffer: almost\n"),
+                ({"sql": "select pg_sleep(60)"}, "running running waiting waiting", None)):
+            with self.subTest(states=states):
+                self.start(restart="never", migrate="never", **options)
+                wanted = dict(zip(self.NAMES, states.split()))
+                until(lambda wanted=wanted: self.states() == wanted, states)
+                for name, state in wanted.items():
+                    if state in ("waiting", "failed"):
+                        found, out, said = self.called("wait", name, "--timeout", "0.1")
+                        self.assertEqual((found, out), (124 if words is None else 1, ""), said)
+                        self.assertRegex(said, words or "is not ready after .* seconds; it goes on")
+                self.assertEqual(self.states(), wanted, "it goes on")
+
+
 class ConfigCase(CliControlCase):
     """Files in a folder of the test's own, which is also where relative paths lead."""
 
