@@ -6452,7 +6452,7 @@ def metric_lines(name, kind, help_, samples):
 
 def template_metrics(manager):
     """Return the metrics of templates and their streams, as text. Under the lock."""
-    processes, wanted, restarts, exits, written, dropped, waiting = ([] for _ in range(7))
+    processes, wanted, ready, restarts, exits, written, dropped, waiting = ([] for _ in range(8))
     for template in manager.templates.values():
         name = {"template": template.name}
         running = len(template.running())
@@ -6460,6 +6460,7 @@ def template_metrics(manager):
                              ("waiting", len(template.pending))):
             processes.append((dict(name, state=state), count))
         wanted.append((name, template.wanted()))
+        ready.append((name, sum(process.ready for process in template.processes.values())))
         restarts.append((name, template.restarts))
         for (status, signum), count in template.exits.items():
             exits.append((dict(name, exit_status=status, term_signal=signum), count))
@@ -6472,6 +6473,7 @@ def template_metrics(manager):
     return "".join(itertools.starmap(metric_lines, (
         ("gaffer_processes", "gauge", "Processes by state; waiting: for a restart.", processes),
         ("gaffer_processes_wanted", "gauge", "Processes that should run now.", wanted),
+        ("gaffer_processes_ready", "gauge", "Processes that are ready.", ready),
         ("gaffer_process_restarts_total", "counter", "Restarts after an exit.", restarts),
         ("gaffer_process_exits_total", "counter", "Exits, by status and signal.", exits),
         ("gaffer_stream_bytes_total", "counter", "Bytes of output.", written),

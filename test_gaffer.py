@@ -6703,7 +6703,9 @@ class ProcessReady(ProcessCase):
                 ("tcp", "$PORT", server, "tcp:$PORT"),
                 ("http", "http://127.0.0.1:$PORT/x", server, "http://127.0.0.1:$PORT/x"),
                 ("exec", 'test "$PORT"', python("import signal; signal.pause()"), 'exec:test "$PORT"'),
-                ("notify", True, notify, "notify")):
+                ("notify", True, notify, "notify"),
+                *[("notify", True, {"cmd": "systemd-notify --ready --status=fine; exec sleep 60", "shell": True}, "notify")
+                  for _ in range(shutil.which("systemd-notify") is not None)]):
             with self.subTest(kind=kind, value=value):
                 self.server.add("x", command, ready={kind: value}, env={"PORT": port},
                                 restart="never")
@@ -7949,6 +7951,10 @@ class HttpMetrics(HttpCase):
         self.assertEqual([found["gaffer_processes %s %s" % pair] for pair in itertools.product(
             ("web:a", "off"), ("running", "stopping", "waiting"))], [2, 0, 0, 0, 0, 0])
         self.assertEqual((found["gaffer_processes_wanted web:a"], found["gaffer_processes_wanted off"]), (2, 0))
+        self.server.add("later", "sleep 60", ready={"exec": "false"})
+        found = self.metrics()
+        self.assertEqual([found["gaffer_processes_" + each] for each in (
+            "ready web:a", "ready off", "ready later", "wanted later")], [2, 0, 0, 1])
         self.server.request("POST", "/streams/1/stdin", b"x")
         self.server.request("DELETE", "/streams/1/stdin")
         self.server.ok("POST", "/processes/2/_signal/KILL")
