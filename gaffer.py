@@ -6027,6 +6027,12 @@ class LongPoll(Channel):
         while self._ends:
             self._ends.pop()()
 
+    def close(self):
+        """Close now; at gaffer's stop, with an answer."""
+        if self.http.closed and not self.closed:
+            self._deliver(error_response(Stopping("gaffer is stopping; start it again")))
+        super().close()
+
 
 class Feed(Channel):
     """A stream without end: exact bytes, JSON lines, or Server-Sent Events.

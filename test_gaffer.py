@@ -9384,6 +9384,16 @@ class HttpThreads(HttpCase):
             with self.subTest(framing=framing, part=part):
                 self.assertEqual((server.http.working, server.http.sending), (set(), {}))
 
+    def test_what_waits_at_the_stop(self):
+        """It is answered, the more so as what it waits for cannot come any more."""
+        server = self.serve()
+        wire = self.wire(server)
+        wire.send(http_bytes("GET", "/stats?feed=longpoll&interval=1000"))
+        until(lambda: server.http.channels, "the wait")
+        server.manager.stop()
+        self.assertCode(wire.answer(), 503, "stopping")
+        self.assertEqual(wire.rest(), b"")
+
     def test_subprotocols(self):
         """A handler takes the client's first that it knows, a process the first; what is none of these is left out."""
         made = type("Chat", (gaffer.WebSocketHandler,), {"protocols": ("chat", "v2")})
