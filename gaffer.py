@@ -2465,7 +2465,8 @@ def priority_of(info):
 def find_circle(name, after):
     """Return the names of a circle through `name`, which is at both ends; [] if there is none.
     `after(name)`: the names that a name is after."""
-    links, seen = [(name, None)], set()         # (name, the link that led to it)
+    links: list = [(name, None)]                # (name, the link that led to it)
+    seen = set()
     for link in links:
         for other in after(link[0]):
             if other == name:
@@ -3389,7 +3390,8 @@ class Process:
                 del fds[0]
                 self._hook_output.start()
             self._hook = self._run(
-                self._launch, self.template["after_stop"], self._hook_ended, *fds, env={
+                self._launch, self.template["after_stop"], self._hook_ended,
+                fds[0] if fds else subprocess.DEVNULL, env={
                     b"GAFFER_EXIT_STATUS": b"%d" % self.exit_status,
                     b"GAFFER_TERM_SIGNAL": b"%d" % self.term_signal})
             self._timer = self._loop.later(HOOK_TIME, self.step, "late")
@@ -3412,8 +3414,8 @@ class Process:
             window = self._hook_output.window
             words = window.read(max(window.start, window.end - HOOK_WORDS))
         if failure is not None:
-            words = words.decode("utf-8", "replace").strip()
-            self.home.hint = "after_stop %s: %s" % (failure, words)
+            said = words.decode("utf-8", "replace").strip()
+            self.home.hint = "after_stop %s: %s" % (failure, said)
             log.warning("%s (pid %d): %s", self.name, self.pid, self.home.hint)
         self.step("clean")
 

@@ -13,7 +13,6 @@ import builtins
 import concurrent.futures
 import contextlib
 import dis
-import email.utils
 import errno
 import faulthandler
 import fcntl
