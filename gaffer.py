@@ -2876,7 +2876,8 @@ class CommandRun:
 
     def _kill(self):
         try:
-            os.killpg(self.os_pid, signal.SIGKILL)
+            if not self.gone:                   # else the number may be another group's
+                os.killpg(self.os_pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass                                # only a zombie is left, or another user's process
 
@@ -4221,6 +4222,7 @@ class Manager:
 
     def _stop_template(self, template):
         template.forget_waits()
+        self._held.pop(template, None)
         template.finished = []
         if template.active:
             template.active = False

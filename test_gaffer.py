@@ -6862,6 +6862,24 @@ class ProcessReady(ProcessCase):
         self.server.ok("DELETE", "/processes/web")
         self.assertEqual(self.until("top", timeout=0.01)[0], 504, "it may be added again")
 
+    def test_a_command_that_has_ended_is_not_signalled(self):
+        """Its number may be another group's by then."""
+        seen = []
+
+        def killpg(group, signum, killpg=os.killpg):
+            seen.append((group, signum))
+            killpg(group, signum)
+        with unittest.mock.patch.object(gaffer.os, "killpg", killpg):
+            self.server.add("x", "sleep 60", ready={"exec": "true"})
+            self.assertEqual(self.until("x")[0], 200)
+        self.assertEqual(len(seen), 1, seen)
+
+    def test_those_that_wait_are_forgotten(self):
+        self.server.add("x", "sleep 60", after=["no"])
+        self.assertEqual(len(self.server.manager._held), 1)
+        self.server.ok("DELETE", "/processes/x")
+        self.assertEqual(len(self.server.manager._held), 0)
+
     def test_stops_go_the_other_way(self):
         """Each process is gone before what it is after is told to stop, whatever their priority."""
         slow = python(PROCESS_AWAITS_TERM + "print('up')\nsignal.sigwait([signal.SIGTERM])")
