@@ -3486,7 +3486,9 @@ class Process:
 
     def signal(self, signum, group=False):
         """Send a signal to the process, or to its whole group. Forbidden."""
-        if not self.exited:
+        if group and self.exited and not self.gone:
+            self.signal_group(signum)           # what is left of it is being stopped
+        elif not self.exited:
             try:
                 (os.killpg if group else os.kill)(self.os_pid, signum)
             except ProcessLookupError:
@@ -4563,7 +4565,7 @@ class Manager:
             processes = list(self.find_template(target).processes.values())
         else:
             processes = [self.find_process(target, past=True)]
-            if processes[0].exited:
+            if processes[0].gone or processes[0].exited and not group:
                 raise NotFound("process %s has exited" % target)
         for process in processes:
             process.signal(signum, group)

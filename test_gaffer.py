@@ -7691,6 +7691,21 @@ class HttpEndpointTable(HttpCase):
                 self.exact("POST", "/processes/%s/_signal/KILL" % (name if ref == "%s" else pid), HTTP_OK)
                 until(lambda: self.server.ok("GET", "/status/" + name)["state"] == "stopped", "the end", TIMEOUT / 2)
 
+    def test_signal_to_what_a_process_left_behind(self):
+        """Its group has members after it has exited: they are being stopped, and may need a stronger signal."""
+        for ref in ("%s", "%d"):
+            name = "shell-" + ref[1:]
+            pid, = self.server.add(name, "(trap '' TERM; echo ready; sleep 60) & wait", shell=True,
+                                   graceful_timeout=TIMEOUT, flapping=PROCESS_ONCE)
+            self.assertEqual(next(self.output(pid)), "ready")
+            self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
+            until(lambda: self.server.manager.processes[pid].exited, "the end of the shell")
+            path = "/processes/%s/_signal/KILL?group=true" % (name if ref == "%s" else pid)
+            with self.subTest(ref=ref):
+                self.exact("POST", path, HTTP_OK)
+                until(lambda: self.server.manager.processes[pid].gone, "the end of its group", TIMEOUT / 2)
+                self.assertError(self.server.json("POST", "/processes/%d/_signal/KILL?group=true" % pid), 404, "not_found")
+
     def test_one_process(self):
         """By pid: the template and two more fields; DELETE and _stop stop it, and it is replaced."""
         self.cat("web")
