@@ -5663,9 +5663,10 @@ class FrameEncoder(Encoder):
 # --------------------------------------------------------------------------------------------------------------------
 # channels
 #
-# Connections that last or wait live on the loop: feeds, websockets, long polls and idle ones. A thousand of them are a
-# thousand entries in one selector, and no thread. A route handler returns a channel, and the server starts it.
-# --------------------------------------------------------------------------------------------------------------------
+# Connections that last or wait live on the loop: feeds, websockets, long polls and idle ones. A
+# thousand of them are a thousand entries in one selector, and no thread. A route handler returns a
+# channel, and the server starts it.
+# --------------------------------------------------------------------------------------------------
 PARTS_MAX = 64                                  # of one sendmsg()
 BLOCK_STALL = 30.0                              # without progress: loss=block holds a child
 STALL = 300.0                                   # and any other feed holds a socket
@@ -5680,14 +5681,14 @@ SEND_QUEUE_LOW = 256 * KIB                      # above this, its client is not 
 CONTROL_SIZE = 4 * KIB                          # of waiting pongs; the oldest goes (RFC 6455 5.5.3)
 MESSAGES_PER_TURN = MIB                         # of one websocket, so that the others get theirs
 CLOSE_TIME = 5.0                                # for the peer's close frame, and for the last bytes
-CLIENT_LEFT = 499                               # in the access log, as nginx has it: the client did not wait
+CLIENT_LEFT = 499                               # in the access log, as nginx has it
 
 
 class Connection:
     """A client's connection, whether a thread or a channel has it.
 
-    `listener`: the Listener that accepted it; `address`: of the client, as text; `peer`: see network();
-    `early`: bytes that were read and not used yet.
+    `listener`: the Listener that accepted it; `address`: of the client, as text; `peer`: see
+    network(); `early`: bytes that were read and not used yet.
     """
 
     __slots__ = ("listener", "sock", "address", "peer", "early")
@@ -5698,7 +5699,7 @@ class Connection:
 
 
 def peek(sock):
-    """Return a byte that can be read from a non-blocking socket; b"": its end; None: nothing yet."""
+    """Return a byte that a non-blocking socket has; b"": it is at its end; None: nothing yet."""
     try:
         return socket.socket.recv(sock, 1, socket.MSG_PEEK)     # with TLS: below it
     except BlockingIOError:
@@ -5741,7 +5742,7 @@ class Channel:
     """
 
     kind = "request"                            # as /metrics calls it
-    reader: "Reader" = None                     # what it sends, if that is a stream
+    reader: "Reader | None" = None              # what it sends, if that is a stream
     stall = STALL
     status = None                               # for the access log, if this is not yet answered
 
@@ -5768,7 +5769,7 @@ class Channel:
 
     @property
     def unsent(self):
-        """Bytes that the client has still to take: what is queued, and what is ahead of the reader."""
+        """Bytes that the client has still to take: those queued, and those ahead of the reader."""
         if self.reader is None or self._ending:
             return self.queued
         return self.queued + self.reader.log.end - self.reader.offset
@@ -5798,26 +5799,11 @@ class Channel:
         self.send(head + rest)
 
     def send(self, payload):
-        """Send bytes, or a tuple of them, and queue what is not taken. True: all is taken."""
-        if self.closed:
-            return False
-        parts, count = (payload,), 0
-        if payload.__class__ is tuple:
-            # TLS has no gathering write
-            parts, payload = (b"".join(payload),) if self.secure else payload, None
-        if not self._queue:
-            try:
-                count = self.sock.send(parts[0]) if len(parts) == 1 else self.sock.sendmsg(parts)
-            except self._would_block:
-                pass
-            except OSError:
-                self.close()
-                return False
-            self.sent += count
-            if count == len(parts[0]) and len(parts) == 1:
-                return True
+        """Send bytes, or a tuple of them; queue what is not taken. Return whether all is taken."""
+        parts = payload if payload.__class__ is tuple else (payload,)
+        count = 0 if self._queue or self.closed else self._transmit(parts)
         for part in parts:
-            if count < len(part):
+            if count < len(part) and not self.closed:
                 if not self._queue:
                     self._watch(self._mask | selectors.EVENT_WRITE)
                     self._progress = self.loop.now
@@ -5826,7 +5812,20 @@ class Channel:
                 self._queue.append(memoryview(part)[count:])
                 self.queued += len(part) - count
             count = max(0, count - len(part))
-        return not self._queue
+        return not self._queue and not self.closed
+
+    def _transmit(self, parts):
+        """Send some of a sequence of bytes. Return how many were taken."""
+        try:                                    # TLS has no gathering write
+            count = (self.sock.send(parts[0]) if self.secure or len(parts) == 1
+                     else self.sock.sendmsg(parts))
+        except self._would_block:
+            return 0
+        except OSError:
+            self.close()
+            return 0
+        self.sent += count
+        return count
 
     def _watch(self, mask):
         if mask != self._mask and not self.closed:
@@ -5889,22 +5888,15 @@ class Channel:
 
     def _flush(self):
         while self._queue:
-            try:
-                count = self.sock.send(self._queue[0]) if self.secure else (
-                    self.sock.sendmsg(list(itertools.islice(self._queue, PARTS_MAX))))
-            except self._would_block:
-                return
-            except OSError:
-                self.close()
+            count = self._transmit(list(itertools.islice(self._queue, PARTS_MAX)))
+            if not count:
                 return
             self._progress = self.loop.now
             self.queued -= count
-            self.sent += count
-            while self._queue and count >= len(self._queue[0]):
+            while count and count >= len(self._queue[0]):
                 count -= len(self._queue.popleft())
             if count:
                 self._queue[0] = self._queue[0][count:]
-                return
         self._watch(self._mask & ~selectors.EVENT_WRITE)
         if self._ending:
             self._shut_down()
@@ -5918,7 +5910,7 @@ class Channel:
             if wait > 0:
                 self._timer = self.loop.later(wait, self._check_stall)
             else:
-                log.info("a client took nothing for %g seconds; its connection is closed", self.stall)
+                log.info("a client took nothing for %g seconds; it is closed", self.stall)
                 self.close()
 
     def finish(self):
@@ -6040,30 +6032,80 @@ class LongPoll(Channel):
         super().close()
 
 
-class Feed(Channel):
+class Follower(Channel):
+    """What a feed and a websocket of a process have in common.
+
+    `reader`: a Reader without a sink; `asked`: the client has named its offset; `process`: whose
+    exit ends the stream, or None; `heartbeat`: seconds of silence before a sign of life, or None.
+    """
+
+    def __init__(self, reader, asked, process, heartbeat):
+        self.reader, self._asked, self._process, self._heartbeat = reader, asked, process, heartbeat
+        self._beat = None
+        self.stall = BLOCK_STALL if reader.loss == "block" else STALL
+
+    def follow(self):
+        """Begin, behind the head."""
+        self.reader.start()
+        if self._heartbeat is not None and not self.closed:
+            self._beat = self.loop.later(self._heartbeat, self._check_silence)
+
+    def _check_silence(self):
+        wait = self.reader.last_sent + self._heartbeat - self.loop.now
+        if wait <= 0:
+            wait = self._heartbeat
+            self.reader.last_sent = self.loop.now
+            if not self._queue:
+                self.send_sign()
+        if not self.closed:
+            self._beat = self.loop.later(wait, self._check_silence)
+
+    def send_sign(self):
+        """Send a sign of life."""
+
+    def end(self):
+        """End the stream: all output is sent, and the process has exited."""
+
+    def drained(self):
+        self.reader.pump()
+
+    def finished(self, reader):
+        """End now, or with the process."""
+        if self._process is not None and not self._process.exited:
+            self._process.on_exit.add(self.end)
+        else:
+            self.end()
+
+    def unfollow(self):
+        """Stop following."""
+        self.reader.close()
+        if self._beat is not None:
+            self._beat.cancel()
+        if self._process is not None:
+            self._process.on_exit.discard(self.end)
+
+
+class Feed(Follower):
     """A stream without end: exact bytes, JSON lines, or Server-Sent Events.
 
-    `form`: continuous or eventsource; `reader`: a Reader without a sink; `asked`: the client has
-    named its offset; `heartbeat`: seconds or None; `first`: sent before everything else;
-    `process`: whose exit ends an event stream; `begin()` starts what fills the log, and returns a
-    function that ends it.
+    `form`: continuous or eventsource; `first`: sent before everything else; `begin()` starts what
+    fills the log, and returns a function that ends it. For the rest see Follower.
     """
 
     def __init__(self, form, chunked, reader, asked, heartbeat=None, first=b"", process=None,
                  begin=None):
-        self.kind, self._chunked, self.reader, self._asked = form, chunked, reader, asked
-        self._heartbeat, self._first, self._process, self._begin = heartbeat, first, process, begin
-        self.stall = BLOCK_STALL if reader.loss == "block" else STALL
-        self._end_feed = self._beat = None
+        super().__init__(reader, asked, process, heartbeat)
+        self.kind, self._framed = form, chunk if chunked else bytes
+        self._first, self._begin, self._end_feed = first, begin, None
 
     def head(self):
         # the reader is to start in the same turn
-        has_records = isinstance(self.reader.log, EventLog)
+        has_records, is_chunked = isinstance(self.reader.log, EventLog), self._framed is chunk
         content_type = "text/event-stream" if self.kind == "eventsource" else (
             "application/json" if has_records else "application/octet-stream")
         headers = [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff"),
                    ("X-Accel-Buffering", "no")]
-        if self._chunked:
+        if is_chunked:
             headers.append(("Transfer-Encoding", "chunked"))
             if self.reader.loss == "skip" and self.kind == "continuous":
                 headers.append(("Trailer", "Gaffer-Dropped"))
@@ -6075,36 +6117,24 @@ class Feed(Channel):
 
     def opened(self):
         self.reader.sink = self
-        # a browser takes the stream for open when the first byte of its body is there
-        beat = self._beat_bytes() if self.kind == "eventsource" else b""
-        self.send_head(200, [*self.head().headers, ("Connection", "close")], beat + self._first)
-        self.reader.start()
+        # a browser takes a stream for open when the first byte of its body is there
+        first = self._framed(b"\n") + self._first if self.kind == "eventsource" else self._first
+        self.send_head(200, [*self.head().headers, ("Connection", "close")], first)
+        self.follow()
         if self._begin is not None and not self.closed:
             self._end_feed = self._begin()
             if self.closed:                     # by its first sample
                 self._end_feed()
-        if self._heartbeat is not None and not self.closed:
-            self._beat = self.loop.later(self._heartbeat, self._send_heartbeat)
 
-    def _beat_bytes(self):
-        return chunk(b"\n") if self._chunked else b"\n"
-
-    def drained(self):
-        self.reader.pump()
+    def send_sign(self):
+        self.send(self._framed(b"\n"))
 
     def lost(self, reader, count):
         """Cut the stream, without its last chunk."""
-        log.info("a reader of a continuous stream was too slow: %d bytes were dropped, it is cut", count)
+        log.info("a reader of a continuous stream was too slow and is cut, %d bytes behind", count)
         self.finish()
 
-    def finished(self, reader):
-        """End the stream, an event stream of a process with its exit."""
-        if self._process is not None and not self._process.exited:
-            self._process.on_exit.add(self._end)
-        else:
-            self._end()
-
-    def _end(self):
+    def end(self):
         if self.closed or self._ending:
             return
         process, reader = self._process, self.reader
@@ -6112,30 +6142,16 @@ class Feed(Channel):
             self.send(reader.encoder.exit(reader.log.end, {
                 "pid": process.pid, "exit_status": process.exit_status,
                 "term_signal": process.term_signal}))
-        if self._chunked:
+        if self._framed is chunk:
             told = reader.loss == "skip" and self.kind == "continuous"
             trailer = b"Gaffer-Dropped: %d\r\n" % reader.dropped if told else b""
             self.send(b"0\r\n" + trailer + b"\r\n")
         self.finish()
 
-    def _send_heartbeat(self):
-        wait = self.reader.last_sent + self._heartbeat - self.loop.now
-        if wait <= 0:
-            wait = self._heartbeat
-            self.reader.last_sent = self.loop.now
-            if not self._queue:
-                self.send(self._beat_bytes())
-        if not self.closed:
-            self._beat = self.loop.later(wait, self._send_heartbeat)
-
     def closing(self):
-        self.reader.close()
-        if self._beat is not None:
-            self._beat.cancel()
+        self.unfollow()
         if self._end_feed is not None:
             self._end_feed()
-        if self._process is not None:
-            self._process.on_exit.discard(self._end)
 
 
 class WebSocketChannel(Channel):
@@ -6206,7 +6222,7 @@ class WebSocketChannel(Channel):
             self.received(b"")
 
     def send_close(self, code, reason="", told=None):
-        """Send a close frame, once. The connection ends with the peer's answer, or after CLOSE_TIME.
+        """Send a close frame, once. The connection ends with the answer, or after CLOSE_TIME.
 
         `told`: the reason that ended() gets, if it is not `reason`. Code 1005: there was none
         (RFC 6455 section 7.4.1).
@@ -6227,18 +6243,17 @@ class WebSocketChannel(Channel):
             self.ended(1006, "")
 
 
-class ProcessSocket(WebSocketChannel):
+class ProcessSocket(Follower, WebSocketChannel):
     """A websocket to a process: what comes in goes to its stdin, its output comes back.
 
-    `reader`, `asked`, `heartbeat`: as for Feed; `stream`: an Input, None if the client only reads;
-    `by_line`: an end of line is added to each message.
+    `stream`: an Input, None if the client only reads; `by_line`: an end of line is added to each
+    message. For the rest see Follower.
     """
 
     def __init__(self, headers, reader, asked, stream, by_line, process, heartbeat):
-        super().__init__(headers, stream.limit if stream is not None else MESSAGE_SIZE)
-        self.reader, self._asked, self._stream, self._by_line = reader, asked, stream, by_line
-        self._process, self._heartbeat, self._beat = process, heartbeat, None
-        self.stall = BLOCK_STALL if reader.loss == "block" else STALL
+        Follower.__init__(self, reader, asked, process, heartbeat)
+        WebSocketChannel.__init__(self, headers, stream.limit if stream else MESSAGE_SIZE)
+        self._stream, self._by_line = stream, by_line
         self._messages, self._waiting = [], 0   # what is to be written, and its size
 
     def opened(self):
@@ -6247,17 +6262,11 @@ class ProcessSocket(WebSocketChannel):
         super().opened()
 
     def begin(self):
-        self.reader.start()
-        if self._heartbeat is not None and not self.closed:
-            self._beat = self.loop.later(self._heartbeat, self._ping)
+        self.follow()
 
-    def _ping(self):
-        if not self._queue and not self._close_sent:
+    def send_sign(self):
+        if not self._close_sent:
             self.send(frame(PING, b""))
-        self._beat = self.loop.later(self._heartbeat, self._ping)
-
-    def drained(self):
-        self.reader.pump()
 
     def take_messages(self):
         """Write what comes together together."""
@@ -6283,7 +6292,7 @@ class ProcessSocket(WebSocketChannel):
             try:
                 self._stream.write(messages[0])
                 del messages[0]
-            except ForbiddenWrite as error:     # its output goes on, and reports the exit at the end
+            except ForbiddenWrite as error:     # the output goes on, and reports the exit
                 log.info("websocket input of %s was dropped: %s", self._process.name, error)
                 return
             except StdinFull:
@@ -6308,22 +6317,12 @@ class ProcessSocket(WebSocketChannel):
         """Close the websocket: its messages would have a gap."""
         self.send_close(1013, "dropped %d" % count)
 
-    def finished(self, reader):
-        """Close the websocket with the exit of the process, now or when that comes."""
-        if self._process.exited:
-            self._process_exited()
-        else:
-            self._process.on_exit.add(self._process_exited)
-
-    def _process_exited(self):
+    def end(self):
         status, signum = self._process.exit_status, self._process.term_signal
         self.send_close(1000, "signal %d" % signum if signum else "exit %d" % status)
 
     def ended(self, code, reason):
-        self.reader.close()
-        if self._beat is not None:
-            self._beat.cancel()
-        self._process.on_exit.discard(self._process_exited)
+        self.unfollow()
         if self._stream is not None:
             self._stream.on_low.discard(self._stdin_low)
 
@@ -6336,7 +6335,7 @@ class WebSocketHandler:
     """
 
     max_message = HANDLER_MESSAGE_SIZE          # bytes
-    protocols: tuple = ()                       # subprotocols; the client's first that is here is used
+    protocols: tuple = ()                       # subprotocols; the client's first of these is used
 
     def __init__(self, request, args, channel):
         self.request, self.args, self._channel = request, args, channel
@@ -6358,8 +6357,10 @@ class WebSocketHandler:
 
         At SEND_QUEUE_SIZE bytes the client is taken for dead and its connection closed.
         """
-        opcode, payload = (TEXT, data.encode("utf-8")) if isinstance(data, str) else (BINARY, bytes(data))
-        self._channel.call(self._channel.send_message, opcode, payload)
+        opcode, payload = BINARY, data
+        if isinstance(data, str):
+            opcode, payload = TEXT, data.encode("utf-8")
+        self._channel.call(self._channel.send_message, opcode, bytes(payload))
 
     def end(self, code=1000, reason=""):
         """Close the connection."""
@@ -8867,12 +8868,13 @@ ROUTES = (
 )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # server
 #
-# The loop accepts connections. Once one has sent something a thread takes it: a handler reads requests and answers them,
-# blocking, in straight lines. It hands over to the loop what lasts or waits, and what is idle; see channels.
-# --------------------------------------------------------------------------------------------------------------------
+# The loop accepts connections. Once one has sent something, a thread takes it: a Handler reads
+# requests and answers them, blocking, in straight lines. It leaves to the loop what lasts, what
+# waits, and what is idle; see channels.
+# --------------------------------------------------------------------------------------------------
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 BODY_SIZE = MIB                                 # for WSGI applications see HttpHandler(max_body=)
 HEAD_TIME = 10.0                                # from the first byte of a head to its last
@@ -8886,17 +8888,20 @@ CONNECTIONS_MAX = 15000                         # requests and streams
 FILES_FOR_CONNECTIONS = 0.875                   # of the system's limit: processes need the rest
 ADDRESS_CONNECTIONS_MAX = 1000                  # of one address, or a /64 of IPv6
 THREADS_MAX = 1000                              # one more request is answered with 503
+BEGIN_TIME = 1.0                                # of a thread, unless the system has no memory
 BACKLOG = 1024                                  # connections that wait to be accepted
 ACCEPTS_PER_TURN = 16                           # so that connections get their turn
 ACCEPT_PAUSE = 1.0                              # after EMFILE, or the listener would wake the loop
-ACCESS_FIELD_SIZE = KIB                         # of a client's header in the access log
 LOG_SIZE = 256 * KIB                            # of a log, that waits to be written
 LOG_END = 1.0                                   # to write it, at the stop
 
 
 class HttpEndpoint:
-    """Where to listen: "host:port" (port 0: any free one), "[v6]:port" or "unix:/path"; with `certfile` and `keyfile` (PEM)
-    as TLS. `backlog`: connections that may wait to be accepted. StartError: it is none of these."""
+    """Where to listen: "host:port" (port 0: any free one), "[v6]:port", "port" or "unix:/path".
+
+    `certfile`, `keyfile` (PEM): for TLS. `backlog`: connections that may wait to be accepted.
+    Raises StartError.
+    """
 
     def __init__(self, bind="127.0.0.1:5000", certfile=None, keyfile=None, backlog=BACKLOG):
         self.bind, self.certfile, self.keyfile, self.backlog = bind, certfile, keyfile, backlog
@@ -8906,11 +8911,12 @@ class HttpEndpoint:
         if self.path is None and match and int(match.group(2)) < 65536:
             self.host, self.port = match.group(1).strip("[]"), int(match.group(2))
         elif not self.path:
-            raise StartError("'%s' is no address: give host:port, [v6]:port or unix:/path" % bind)
+            raise StartError(
+                "'%s' is not an address: give host:port, [v6]:port or unix:/path" % bind)
         if keyfile and not certfile:
             raise StartError("a keyfile needs its certfile: give --certfile too")
         if self.path and certfile:
-            raise StartError("'%s' is a unix socket, which has no TLS: leave out the certfile" % bind)
+            raise StartError("'%s' is a unix socket without TLS: leave out the certfile" % bind)
 
     @property
     def scheme(self):
@@ -8918,19 +8924,25 @@ class HttpEndpoint:
         return "https" if self.certfile else "http"
 
     def resolve(self):
-        """(address family, address, is it only reachable from this machine). StartError."""
+        """Return (address family, address, whether only this machine can reach it).
+
+        Raises StartError.
+        """
         if self.path is not None:
             return socket.AF_UNIX, self.path, True
         try:
-            found = socket.getaddrinfo(self.host.encode("utf-8"), self.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
+            found = socket.getaddrinfo(
+                self.host.encode("utf-8"), self.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
         except OSError as error:
-            raise StartError("the address '%s' cannot be found: %s" % (self.host, error.strerror or error)) from None
+            raise StartError("the address '%s' cannot be found: %s" % (
+                self.host, error.strerror or error)) from None
         found.sort(key=lambda entry: entry[0] != socket.AF_INET)
         family, _, _, _, address = found[0]
-        return family, address, str(address[0]).startswith("127.") or address[0] in ("::1", "::ffff:127.0.0.1")
+        host = str(address[0])
+        return family, address, host.startswith("127.") or host in ("::1", "::ffff:127.0.0.1")
 
     def tls_context(self):
-        """An ssl.SSLContext, or None. StartError: the files are no certificate and key."""
+        """Return an ssl.SSLContext, or None. Raises StartError: the files cannot be used."""
         if not self.certfile:
             return None
         import ssl
@@ -8939,43 +8951,36 @@ class HttpEndpoint:
         try:
             context.load_cert_chain(self.certfile, self.keyfile)
         except ssl.SSLError:
-            raise StartError("the certificate '%s' cannot be used: it must hold a certificate and its key "
-                             "in PEM, or the key be in a keyfile (--keyfile)" % self.certfile) from None
+            raise StartError("the certificate '%s' cannot be used: it must hold a certificate and its "
+                             "key in PEM, or the key be in a keyfile (--keyfile)" %
+                             self.certfile) from None
         except (OSError, ValueError) as error:
-            raise StartError("the certificate '%s' cannot be used: %s" % (self.certfile, error)) from None
+            raise StartError("the certificate '%s' cannot be used: %s" % (
+                self.certfile, error)) from None
         return context
 
 
 UNSAFE = re.compile(r"[^\x20\x21\x23-\x5b\x5d-\x7e]")
 
 
-def escape_field(text, most):
-    """What a client has sent, as it can stand between quotes in a line: printable ASCII, all else as \\xhh."""
-    return UNSAFE.sub(lambda match: "\\x%02x" % ord(match.group()), text[:most])
+def access_line(client, now, request, status, size, secrets=()):
+    """Return a line of the access log, in Apache's combined format.
 
-
-def log_time(now):
-    """Unix time as in Apache's logs, with the offset of the time zone, whatever the locale."""
-    local = time.localtime(now)
-    hours, minutes = divmod(abs(local.tm_gmtoff) // 60, 60)
-    return "%02d/%s/%d:%02d:%02d:%02d %s%02d%02d" % (
-        local.tm_mday, MONTHS[local.tm_mon - 1], *(local[0], *local[3:6]), "-" if local.tm_gmtoff < 0 else "+", hours, minutes)
-
-
-def access_line(client, when, request, status, size, secrets=()):
-    """A line of the access log in Apache's combined format. `request`: None where there was none that could be read; `secrets`
-    never stand in it. A `size` of 0 is -, as there."""
+    `now`: Unix time; `request`: None if it could not be read; `size`: bytes of the body. What the
+    client has sent becomes printable ASCII and \\xhh, and *** in place of one of `secrets`.
+    """
     line = referer = agent = "-"
     if request is not None:
         line = "%s %s HTTP/%d.%d" % (request.method, request.target, *request.version)
         referer, agent = [request.headers.get(name) or "-" for name in ("referer", "user-agent")]
-    fields = []
-    for text, most in ((line, 2 * TARGET_SIZE), (referer, ACCESS_FIELD_SIZE), (agent, ACCESS_FIELD_SIZE)):
+    fields, local = [], time.localtime(now)
+    for text, limit in (line, 2 * TARGET_SIZE), (referer, KIB), (agent, KIB):
         for secret in secrets:
             text = text.replace(secret, "***")
-        fields.append(escape_field(text, most))
-    host = client.rpartition(":")[0] or client
-    return '%s - - [%s] "%s" %d %s "%s" "%s"' % (host, when, fields[0], status, size or "-", *fields[1:])
+        fields.append(UNSAFE.sub(lambda match: "\\x%02x" % ord(match.group()), text[:limit]))
+    when = time.strftime("%d/{}/%Y:%H:%M:%S %z", local).format(MONTHS[local.tm_mon - 1])
+    return '%s - - [%s] "%s" %d %s "%s" "%s"' % (
+        client.rpartition(":")[0] or client, when, fields[0], status, size or "-", *fields[1:])
 
 
 def write_all(fd, data):
@@ -9100,7 +9105,6 @@ class AccessLog:
     def __init__(self, path):
         self._path, self._writer, self._secrets = path, None, ()
         self._lost, self._reports = 0, Throttle()
-        self._time = (0, "")
 
     def start(self, token):
         """Open the file. `token`: never to be written. StartError."""
@@ -9117,13 +9121,9 @@ class AccessLog:
         """Note a request that was answered with `size` bytes beside the head. Any thread."""
         if self._writer.full:
             return self._drop(None)
-        now = int(time.time())
-        made, when = self._time
-        if made != now:
-            when = log_time(now)
-            self._time = now, when
-        line = access_line(client, when, request, status, size, self._secrets)
+        line = access_line(client, time.time(), request, status, size, self._secrets)
         self._writer.put(line.encode("ascii", "backslashreplace") + b"\n")
+        return None
 
     def _drop(self, error):
         self._lost += 1
@@ -9141,21 +9141,13 @@ class AccessLog:
             self._writer.close(LOG_END)
 
 
-class WsgiErrors:
+class WsgiErrors(io.TextIOBase):
     """wsgi.errors: into gaffer's log."""
 
     def write(self, text):
-        """Log a line."""
         if text.strip():
             log.error("%s", text.rstrip())
-
-    def writelines(self, lines):
-        """Log lines."""
-        for line in lines:
-            self.write(line)
-
-    def flush(self):
-        """Do nothing: nothing waits."""
+        return len(text)
 
 
 class WsgiRun(SimpleHandler):
@@ -9168,35 +9160,34 @@ class WsgiRun(SimpleHandler):
     error_headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
 
     def __init__(self, http, app, prefix, request):
-        super().__init__(io.BytesIO(request.body), None, WsgiErrors(), self._environ(prefix, request))
-        self._http, self._app, self._prefix, self._request = http, app, prefix, request
-        self.error_body = error_response(GafferError(
-            "the application at %s has failed; gaffer's log says how" % (prefix or "/"))).body
+        match = HOST.match(request.headers.get("host", ""))     # a unix socket takes any
+        host, port = match.groups() if match else ("localhost", None)
+        environ = {
+            "REQUEST_METHOD": request.method, "QUERY_STRING": request.raw_query,
+            "SCRIPT_NAME": prefix,
+            "PATH_INFO": urllib.parse.unquote(request.path[len(prefix):], "latin-1"),
+            "SERVER_NAME": host, "SERVER_PORT": port or ("443" if request.secure else "80"),
+            "SERVER_PROTOCOL": "HTTP/%d.%d" % request.version,
+            "REMOTE_ADDR": request.client.rpartition(":")[0],
+            "CONTENT_TYPE": request.headers.get("content-type", ""),
+            "CONTENT_LENGTH": str(len(request.body)), "wsgi.input_terminated": True,
+        }
+        if request.secure:
+            environ["HTTPS"] = "on"
+        framing = "content-type", "content-length", "transfer-encoding"
+        for name, value in request.headers.items():
+            # "_" would let a client forge another header's name; Proxy would become HTTP_PROXY
+            if "_" not in name and name != "proxy" and name not in framing:
+                environ["HTTP_" + name.upper().replace("-", "_")] = value
+        super().__init__(io.BytesIO(request.body), None, WsgiErrors(), environ)
+        self._http, self._app, self._request = http, app, request
+        self._failure = "the application at %s has failed" % (prefix or "/")
+        failure = GafferError(self._failure + "; gaffer's log says how")
+        self.error_body = error_response(failure).body
         self._status = self._size = 0
         self._head, self._without_body, self._chunked, self._left = b"", False, False, None
         self.cut = False                        # the client did not get all of the answer,
         self.framed = True                      # and can see that from its length or chunks
-
-    @staticmethod
-    def _environ(prefix, request):
-        match = HOST.match(request.headers.get("host", ""))     # on a unix socket it may be anything
-        host, port = match.groups() if match else ("localhost", None)
-        environ = {
-            "REQUEST_METHOD": request.method, "SCRIPT_NAME": prefix, "QUERY_STRING": request.raw_query,
-            "PATH_INFO": urllib.parse.unquote(request.path[len(prefix):], "latin-1"),
-            "SERVER_PROTOCOL": "HTTP/%d.%d" % request.version,
-            "SERVER_NAME": host, "SERVER_PORT": port or ("443" if request.secure else "80"),
-            "REMOTE_ADDR": request.client.rpartition(":")[0], "CONTENT_LENGTH": str(len(request.body)),
-            "CONTENT_TYPE": request.headers.get("content-type", ""), "wsgi.input_terminated": True,
-        }
-        for name, value in request.headers.items():
-            # "_" would let a client forge another header's name; Proxy would become HTTP_PROXY
-            if "_" not in name and name not in (
-                    "proxy", "content-type", "content-length", "transfer-encoding"):
-                environ["HTTP_" + name.upper().replace("-", "_")] = value
-        if request.secure:
-            environ["HTTPS"] = "on"
-        return environ
 
     def respond(self, send, keep):
         """Run the application, and send what it answers. Return whether the connection goes on."""
@@ -9249,20 +9240,20 @@ class WsgiRun(SimpleHandler):
         if head or data:
             try:
                 self._send(head + (chunk(data) if self._chunked and data else data))
-            except OSError as error:
+            except OSError as error:            # the application is not to blame
                 self.cut = True
-                raise BrokenPipeError(str(error)) from None     # that the application is not to blame for
+                raise BrokenPipeError(str(error)) from None
 
     def _flush(self):
         """Do nothing: nothing waits."""
 
     def log_exception(self, exc_info):
-        log.error("the application at %s has failed", self._prefix or "/", exc_info=exc_info)
+        log.error("%s", self._failure, exc_info=exc_info)
         self.cut = self.headers_sent
 
 
 class SocketReader(io.RawIOBase):
-    """What comes on a socket until `deadline`, in time.monotonic(); then it raises socket.timeout.
+    """What comes on a socket until `deadline`, by time.monotonic(); then it raises socket.timeout.
 
     `early`: bytes that were read before. `go_ahead`: bytes that are sent before the next read.
     """
@@ -9293,18 +9284,16 @@ class SocketReader(io.RawIOBase):
 
 
 class Handler(socketserver.StreamRequestHandler):
-    """The requests of a connection, on a thread. What socketserver calls client_address is a Connection."""
+    """The requests of a connection, on a thread. Its client_address is a Connection."""
 
     server: "Listener"
     rfile: io.BufferedReader
 
     def setup(self):
         self.http, self.client = self.server.http, self.client_address
-        threading.current_thread().name = "gaffer-http"
-        self.http.threads[self.client] = threading.current_thread()
         self.reader = SocketReader(self.request, self.client.early)
         self.rfile = io.BufferedReader(self.reader, READ_SIZE)
-        self.channel = self.current = None      # what takes the connection over, and for which request
+        self.channel = self.current = None      # what takes the connection over, for which request
         self.gone, self.sent = False, 0         # the client has left; bytes that it took
 
     def handle(self):
@@ -9353,26 +9342,28 @@ class Handler(socketserver.StreamRequestHandler):
                 keep, began = not (request.wants_close() or http.closed), time.monotonic()
             answer = respond(request)
         except socket.timeout:
-            answer, began = error_response(RequestTimeout("the request did not arrive in time; send it faster")), None
+            answer, began = error_response(RequestTimeout(
+                "the request did not arrive in time; send it faster")), None
         except GafferError as error:
             answer = entry_refusal(request, error)
-        if isinstance(answer, Channel) and request.method != "HEAD":
-            self.channel, self.current = answer, request
-            return False
         if isinstance(answer, WsgiRun):
             keep = answer.respond(self.send, keep)
             self.gone = answer.cut
             if answer.cut and not answer.framed:    # then only a reset tells the client
-                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                linger = struct.pack("ii", 1, 0)
+                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             return keep
         if isinstance(answer, Channel):
+            if request.method != "HEAD":
+                self.channel, self.current = answer, request
+                return False
             keep, began = keep and not isinstance(answer, Feed), None
             answer = http.loop.call(answer.head)
         self.send(http.answer(self.client, request, answer, keep, began))
         return keep
 
     def send(self, data):
-        """Send all of it, as long as the client takes some. OSError: it has left."""
+        """Send all of it, as long as the client takes some. Raises OSError: it has left."""
         view = memoryview(data)
         self.request.settimeout(SEND_TIME)
         for start in range(0, len(data), SEND_SIZE):
@@ -9380,19 +9371,26 @@ class Handler(socketserver.StreamRequestHandler):
             self.sent += SEND_SIZE
 
     def finish(self):
-        """Leave the connection to the loop, which goes on with it or ends it."""
         self.reader.deadline = None
         self.client.early = self.rfile.peek() + self.reader.early
         try:
-            self.http.loop.call(self.http.hand_over, self)
+            self.http.loop.call(
+                self.http.hand_over, self.client, self.channel, self.current, self.gone)
         except Stopping:
             self.request.close()
+
+
+class Begun(threading.Event):
+    """What Thread.start() waits for: for ever, if the thread has no memory to begin with."""
+
+    def wait(self, timeout=BEGIN_TIME):
+        return super().wait(timeout)
 
 
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """One endpoint's listening socket; the loop tells it when to accept."""
 
-    allow_reuse_address = daemon_threads = True
+    allow_reuse_address = True
 
     def __init__(self, http, endpoint):
         self.http, self.endpoint, self.request_queue_size = http, endpoint, endpoint.backlog
@@ -9402,8 +9400,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if self.context is not None:
             import ssl
             self.would_block += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
-        self._accepts, self._inode = 0, None
-        self._reports = Throttle()
+        self._accepts, self._inode, self._reports = 0, None, Throttle()
         super().__init__(address, Handler, bind_and_activate=False)
 
     def open(self):
@@ -9414,7 +9411,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self.server_bind()
             else:
                 self._remove_stale(path)
-                mask = os.umask(0o177)          # the socket is never open to others, not for a moment
+                mask = os.umask(0o177)          # the socket is never open to others
                 try:
                     self.server_bind()
                 finally:
@@ -9423,10 +9420,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.server_activate()
         except OSError as error:
             self.socket.close()
-            hint = "another program listens there; give another --bind" if (
-                error.errno == errno.EADDRINUSE) else "give another --bind"
-            raise StartError("cannot listen on %s: %s: %s" % (
-                self.endpoint.bind, (error.strerror or str(error)).lower(), hint)) from None
+            taken = "another program listens there; " if error.errno == errno.EADDRINUSE else ""
+            raise StartError("cannot listen on %s: %s: %sgive another --bind" % (
+                self.endpoint.bind, (error.strerror or str(error)).lower(), taken)) from None
         self.socket.setblocking(False)
         self.http.loop.register(self.fileno(), selectors.EVENT_READ, self._accept)
 
@@ -9440,7 +9436,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             except ConnectionRefusedError:
                 os.unlink(path)
             except OSError:
-                pass                            # nothing there, or not for us: bind() says what is wrong
+                pass                            # bind() says what is wrong
 
     @property
     def url(self):
@@ -9461,9 +9457,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             sock, address = self.socket.accept()
         except OSError as error:
             self._accepts = 0
-            if not isinstance(error, BlockingIOError) and error.errno in SHORTAGES:
-                self._reports.warning("no connection can be accepted: %s; trying again every second",
-                                      error.strerror)
+            if error.errno in SHORTAGES and not isinstance(error, BlockingIOError):
+                self._reports.warning(
+                    "no connection can be accepted: %s; trying again every second", error.strerror)
                 self.http.loop.unregister(self.fileno())
                 self.http.loop.later(ACCEPT_PAUSE, self._accept_again)
             raise
@@ -9474,8 +9470,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if self.context is not None:
-                sock = self.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        except (OSError, ValueError) as error:  # it has left already
+                sock = self.context.wrap_socket(
+                    sock, server_side=True, do_handshake_on_connect=False)
+        except (OSError, ValueError) as error:  # the client has left already
             sock.close()
             raise OSError(errno.ECONNABORTED, str(error)) from None
         return sock, Connection(self, sock, client, peer)
@@ -9488,27 +9485,30 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self.http.loop.later(ACCEPT_PAUSE, self._accept_again)
 
     def verify_request(self, request, client_address):
-        """Return whether there is room for a connection; if not, it has been told so."""
         return self.http.admit(client_address)
 
     def process_request(self, request, client_address):
-        """Let a thread answer a connection that has sent something; others wait on the loop."""
+        """Let a thread take a connection that has sent something; others wait on the loop."""
         http, client = self.http, client_address
         request.setblocking(False)
         came = client.early or self.context is not None and request.pending() or peek(request)
-        before_handshake = self.context is not None and request.version() is None
+        is_new = self.context is not None and request.version() is None
         if came is None:
-            http.start_channel(Idle(HANDSHAKE_TIME if before_handshake else IDLE_TIME), client)
+            http.start_channel(Idle(HANDSHAKE_TIME if is_new else IDLE_TIME), client)
         elif came == b"":
             http.close_connection(client)
         elif len(http.threads) >= THREADS_MAX:
             http.refuse(client)
         else:
-            http.threads[client] = None
-            if before_handshake:
+            thread = http.threads[client] = threading.Thread(
+                target=self.process_request_thread, args=(request, client), daemon=True)
+            thread._started = begun = Begun()   # type: ignore[attr-defined]
+            if is_new:
                 http.begin_handshake(client)
             try:
-                super().process_request(request, client)
+                thread.start()
+                if not begun.is_set():
+                    raise MemoryError("it does not begin")
             except (RuntimeError, MemoryError) as error:    # the system has no thread left
                 self._reports.warning("a request has no thread: %s", error)
                 del http.threads[client]
@@ -9519,40 +9519,42 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def handle_error(self, request, client_address):
         log.exception("a request failed")
+        if client_address in self.http.threads:     # there was no memory for a Handler
+            self.http.loop.call(self.http.hand_over, client_address)
 
     def close(self):
         """Listen no longer."""
-        if self.fileno() < 0:
-            return
-        if self.http.loop.owned():
+        if self.fileno() >= 0 and self.http.loop.owned():
             try:
                 self.http.loop.unregister(self.fileno())
             except KeyError:
                 pass                            # it was waiting for descriptors
         self.server_close()
-        if self._inode is not None:
-            try:
-                if os.path.samestat(os.lstat(self.endpoint.path), self._inode):
-                    os.unlink(self.endpoint.path)
-            except OSError:
-                pass                            # somebody else has removed it
+        try:
+            if self._inode and os.path.samestat(os.lstat(self.endpoint.path), self._inode):
+                os.unlink(self.endpoint.path)
+        except OSError:
+            pass                                # somebody else has removed it
+        self._inode = None
 
 
-FRAMING_HEADERS = ("content-length", "transfer-encoding", "connection", "date")     # said by Response.encode()
+FRAMING_HEADERS = ("content-length", "transfer-encoding", "connection", "date")
 
 
 def made_response(result):
-    """Return a Response of what an added route returns: str, bytes, dict, list, Response or (status, headers, body).
+    """Return a Response of what an added route returns.
 
-    Raises ValueError, TypeError if it is none of these, or cannot be sent.
+    That is str, bytes, dict, list, Response or (status, headers, body). Raises ValueError,
+    TypeError if it is none of these, or cannot be sent.
     """
     if isinstance(result, tuple):
         status, headers, body = result
         if not (isinstance(status, int) and 200 <= status <= 599):
             raise ValueError("the status of a route's answer must be a number from 200 to 599")
         made = made_response(body)
-        given = [(str(name), str(value)) for name, value in (headers.items() if isinstance(headers, dict) else headers)]
-        given = [pair for pair in given if pair[0].lower() not in FRAMING_HEADERS]
+        pairs = headers.items() if isinstance(headers, dict) else headers
+        given = [(str(name), str(value)) for name, value in pairs
+                 if str(name).lower() not in FRAMING_HEADERS]
         if any(name.lower() == "content-type" for name, _ in given):
             made.headers = [pair for pair in made.headers if pair[0] != "Content-Type"]
         made.status, made.headers = status, made.headers + given
@@ -9574,14 +9576,15 @@ class HttpHandler:
     `endpoints`: HttpEndpoints (127.0.0.1:5000). `handlers`: [(regular expression, callable or
     WebSocketHandler class)]; callable(request, *groups) runs on the request's thread and returns
     str, bytes, dict, list, Response or (status, headers, body). `wsgi`: {"/prefix": application}.
-    `token`, `cors_origins`, `allow_hosts`: who may do what. `max_body`: bytes of a body for handlers
-    and WSGI. `access_log`: an AccessLog. `max_connections`: at once (15,000, or what the limit of
-    open files leaves). `max_connections_per_address`: of one IPv4 address, or /64 of IPv6 (1,000;
-    this machine's own are not counted, unless a number is given). One more is answered 503 `busy`.
+    `token`, `cors_origins`, `allow_hosts`: who may do what. `max_body`: bytes of a body for these.
+    `access_log`: an AccessLog. `max_connections`: at once (15,000, or what the limit of open files
+    leaves). `max_connections_per_address`: of one IPv4 address, or /64 of IPv6 (1,000; this
+    machine's own are not counted, unless a number is given). One more is answered 503 `busy`.
     """
 
-    def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(), allow_hosts=(),
-                 max_body=16 * MIB, access_log=None, max_connections=None, max_connections_per_address=None):
+    def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(),
+                 allow_hosts=(), max_body=16 * MIB, access_log=None, max_connections=None,
+                 max_connections_per_address=None):
         self.endpoints = list(endpoints) if endpoints is not None else [HttpEndpoint()]
         self.access = Access(token, cors_origins, allow_hosts)
         self.access_log, self._token, self.secured = access_log, token, token is not None
@@ -9595,10 +9598,9 @@ class HttpHandler:
         self.connections, self._of_address = set(), collections.Counter()
         self.channels = set()                   # those of the connections that the loop has,
         self.threads = {}                       # and the threads of the others, by Connection
-        self.handshakes = {}                    # Connections with a TLS handshake under way; the oldest first
+        self.handshakes = {}                    # Connections that begin TLS; the oldest first
         self.working = set()                    # Handlers with a request
-        self.requests = RequestCounts()
-        self.wrong_tokens = 0                   # that were sent
+        self.requests, self.wrong_tokens = RequestCounts(), 0
         self._reports, self._guesses = Throttle(), Throttle()
         self._date = (0, "")
 
@@ -9636,11 +9638,11 @@ class HttpHandler:
         self.listeners = []
         unsent = [channel.unsent for channel in self.channels if channel.unsent]
         if unsent:
-            log.warning("%d clients did not take what was left for them: at least %d bytes are lost",
-                        len(unsent), sum(unsent))
+            log.warning("%d clients did not take what was left for them: at least %d bytes are "
+                        "lost", len(unsent), sum(unsent))
         for channel in tuple(self.channels):
             channel.close()
-        for connection in tuple(self.connections):
+        for connection in self.connections:
             self._interrupt(connection)
 
     @staticmethod
@@ -9655,8 +9657,7 @@ class HttpHandler:
         """Wait for the threads, and for what they have given to the access log."""
         deadline = time.monotonic() + STOP_SEND
         for thread in tuple(self.threads.values()):
-            if thread is not None:
-                thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(max(0.0, deadline - time.monotonic()))
         if self.access_log is not None:
             self.access_log.stop()
 
@@ -9671,16 +9672,17 @@ class HttpHandler:
         """What the endpoints are called, with their real ports."""
         return [listener.url for listener in self.listeners]
 
-    # connections; all on the loop, or under its lock
+    # connections; under the loop's lock
 
     def admit(self, connection):
-        """Count a new connection; refuse it and return False if there are too many."""
+        """Count a new connection; if there are too many, refuse it and return False."""
         if connection.peer is None and self._max_of_address is not None:
             connection.peer = connection.address.rpartition(":")[0] or None
         peer = connection.peer
         most = self._max_connections or min(CONNECTIONS_MAX, files_max() * FILES_FOR_CONNECTIONS)
+        most_of_address = self._max_of_address or ADDRESS_CONNECTIONS_MAX
         full = len(self.connections) >= most or (
-            peer is not None and self._of_address[peer] >= (self._max_of_address or ADDRESS_CONNECTIONS_MAX))
+            peer is not None and self._of_address[peer] >= most_of_address)
         self.connections.add(connection)
         self._of_address[peer] += 1
         if full:
@@ -9688,19 +9690,18 @@ class HttpHandler:
         return not full
 
     def refuse(self, connection):
-        """Close a connection for which there is no room; say so, unless that needs a TLS handshake."""
-        self._reports.warning("too many connections: one was refused")  # in all, of its address, or threads
-        sock = connection.sock
-        sock.setblocking(False)
+        """Close a connection for which there is no room. Without TLS its client is told so."""
+        self._reports.warning("too many connections: one was refused")
+        data = self.answer(connection, None, error_response(
+            Busy("there are too many connections; try again later")), False)
+        connection.sock.setblocking(False)
         try:
-            data = self.answer(connection, None, error_response(
-                Busy("there are too many connections; try again later")), False)
-            if connection.listener.context is None:
-                sock.send(data)
-            sock.shutdown(socket.SHUT_WR)
-            sock.recv(READ_SIZE)                # unread bytes would make a reset of it, and lose the answer
+            if connection.listener.context is None:     # else that would need a handshake
+                connection.sock.send(data)
+            connection.sock.shutdown(socket.SHUT_WR)
+            connection.sock.recv(READ_SIZE)     # unread bytes would turn it into a reset
         except OSError:
-            pass                                # it does not wait for the answer
+            pass                                # the client does not wait for it
         self.close_connection(connection)
 
     def close_connection(self, connection):
@@ -9712,24 +9713,24 @@ class HttpHandler:
         connection.sock.close()
 
     def begin_handshake(self, connection):
-        """Note a TLS handshake. If there are too many, the oldest one ends: it has had its time."""
+        """Note a TLS handshake. If there are too many, the oldest one has had its time."""
         if len(self.handshakes) >= HANDSHAKES_MAX:
             oldest = next(iter(self.handshakes))
             self.handshakes.pop(oldest, None)
             self._interrupt(oldest)
         self.handshakes[connection] = None
 
-    def hand_over(self, handler):
-        """Take the connection of a thread that ends."""
-        connection = handler.client
+    def hand_over(self, connection, channel=None, request=None, gone=True):
+        """Take the connection of a thread that ends. `gone`: the client has left."""
         del self.threads[connection]
         self.handshakes.pop(connection, None)
-        if handler.gone or self.closed:
+        if gone or self.closed:
             self.close_connection(connection)
-            return
-        channel = handler.channel or Channel()
-        self.start_channel(channel, connection, handler.current)
-        if handler.channel is None:
+        elif channel is not None:
+            self.start_channel(channel, connection, request)
+        else:
+            channel = Channel()
+            self.start_channel(channel, connection)
             channel.finish()
 
     def start_channel(self, channel, connection, request=None):
@@ -9737,33 +9738,34 @@ class HttpHandler:
         try:
             channel.start(connection, request, self._more_headers(request))
         except OSError as error:                # the selector has no room
-            self._reports.warning("a connection cannot be watched and is closed: %s", error.strerror)
+            self._reports.warning("a connection cannot be watched, and is closed: %s",
+                                  error.strerror)
             channel.close()
 
     # requests
 
     def route(self, request):
-        """Check a head. Return (a function of the request that makes its answer, limit of the body).
+        """Check a head. Return (function of the request that makes its answer, limit of the body).
 
         The function raises nothing; the answer is a Response, a Channel or a WsgiRun. Raises
         GafferError.
         """
-        access = self.access
+        access, is_read = self.access, request.method in ("GET", "HEAD")
         try:
             access.check_host(request)
         except GafferError:
-            request.headers.pop("origin", None)     # whose own origin is none, so CORS has nothing to say
+            request.headers.pop("origin", None)     # without a Host it cannot be our own
             raise
         if request.method == "OPTIONS":
             return self._answer_options, BODY_SIZE
-        if request.method not in ("GET", "HEAD") or "upgrade" in request.headers:
+        if not is_read or "upgrade" in request.headers:
             access.check_origin(request)
         access.check_site(request)
-        if request.path.rstrip("/") not in OPEN_PATHS or request.method not in ("GET", "HEAD"):
+        if request.path.rstrip("/") not in OPEN_PATHS or not is_read:
             try:
                 access.check_token(request)
             except Unauthorized:
-                if "authorization" in request.headers:  # else it may be a browser, that does not know yet
+                if "authorization" in request.headers:      # else it may be a browser that asks
                     self.wrong_tokens += 1
                     self._guesses.warning("a wrong token came from %s; %d so far",
                                           request.client, self.wrong_tokens)
@@ -9773,26 +9775,27 @@ class HttpHandler:
         except GafferError as error:
             if not has_body(request) or "expect" in request.headers:
                 raise
-            answer = error_response(error)      # a client that has sent its body may go on behind it
+            answer = error_response(error)      # the client sends its body, and may go on behind it
             return (lambda request: answer), BODY_SIZE
 
     def _find(self, request):
         methods, args = self._router.find(request.segments())
         if methods is not None:
             handler = methods.get(request.method)
-            if handler is None:
-                if request.method not in METHODS + OTHER_METHODS:
-                    raise MethodUnknown("HTTP has no such method; they are in capitals")
-                if "*" in methods:              # what may be done with a stream depends on its label
-                    methods = self.loop.call(methods["*"], self._api, *args)
-                raise MethodNotAllowed("use one of the methods in the Allow header", allowed(methods))
-            return (functools.partial(attempt, self._call_api, handler, args),
-                    max(BODY_SIZE, self._api.manager.input_size))
+            if handler is not None:
+                limit = max(BODY_SIZE, self._api.manager.input_size)
+                return functools.partial(attempt, self._call_api, handler, args), limit
+            if request.method not in METHODS + OTHER_METHODS:
+                raise MethodUnknown("HTTP has no such method; they are in capitals")
+            if "*" in methods:                  # what a stream allows depends on its label
+                methods = self.loop.call(methods["*"], self._api, *args)
+            raise MethodNotAllowed("use one of the methods in the Allow header", allowed(methods))
         for pattern, handler in self._handlers:
             match = pattern.fullmatch(request.path)
             if match:
-                groups = [None if group is None else urllib.parse.unquote(group) for group in match.groups()]
-                return functools.partial(self._call_route, pattern.pattern, handler, groups), self._max_body
+                groups = [group and urllib.parse.unquote(group) for group in match.groups()]
+                return (functools.partial(self._call_route, pattern.pattern, handler, groups),
+                        self._max_body)
         for prefix, app in self._wsgi:
             if request.path == prefix or request.path.startswith(prefix + "/"):
                 return functools.partial(WsgiRun, self, app, prefix), self._max_body
@@ -9808,8 +9811,6 @@ class HttpHandler:
             result = handler(self._api, request, query, *args)
         else:
             result = self.loop.call(handler, self._api, request, query, *args)
-        if callable(result):
-            result = result()
         return result if isinstance(result, (Response, Channel)) else json_response(result)
 
     @staticmethod
@@ -9822,26 +9823,26 @@ class HttpHandler:
         except GafferError as error:
             return error_response(error)
         except Exception:
-            log.exception("the added route %s has failed", pattern)
-            return error_response(GafferError("the added route %s has failed; gaffer's log says how" % pattern))
+            failure = "the added route %s has failed" % pattern
+            log.exception("%s", failure)
+            return error_response(GafferError(failure + "; gaffer's log says how"))
 
     def _more_headers(self, request):
-        """Return the headers that answers have beside their own."""
         cors = self.access.cors(request) if request is not None else []
         return [("Cache-Control", "no-store"), *cors]
 
     def answer(self, connection, request, response, keep, began=None):
         """Return a Response as bytes, and count and log it. Any thread.
 
-        `keep`: the connection goes on; `began`: when its request was complete, by time.monotonic().
+        `keep`: the connection goes on; `began`: when its request was complete, or None.
         """
         head_only = request is not None and request.method == "HEAD"
         more = self._more_headers(request)
         if keep and request.version == (1, 0):
             more.append(("Connection", "keep-alive"))
         data = response.encode(self.date(), keep, head_only, more)
-        method = request.method if request is not None else ""
-        self.requests.add(method, response.status, None if began is None else time.monotonic() - began)
+        took = None if began is None else time.monotonic() - began
+        self.requests.add("" if request is None else request.method, response.status, took)
         self.log_request(connection.address, request, response.status,
                          0 if head_only else len(response.body or b""))
         return data
