@@ -4984,9 +4984,9 @@ def body_length(request, limit):
         return None
     if length is None:
         return 0
-    if not re.fullmatch("[0-9]+", length):
+    if not re.fullmatch(r"[0-9]{1,18}", length):
         raise BadRequest("Content-Length must be a decimal number")
-    if len(length) > 18 or int(length) > limit:     # more digits are no length of anything
+    if int(length) > limit:
         raise TooLarge("the body is over %d bytes; send less" % limit)
     return int(length)
 

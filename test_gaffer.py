@@ -2947,11 +2947,10 @@ class PureReading(Case):
                 (["Transfer-Encoding: CHUNKED"], None), (["Content-Length: 1", "Expect: 100-CONTINUE"], 1),
                 (["Content-Encoding: identity"], 0),
                 (["Content-Length: 1001"], gaffer.TooLarge), (["Content-Length: 999999999999999999"], gaffer.TooLarge),
-                (["Content-Length: " + "9" * 30], gaffer.TooLarge), (["Content-Length: " + "9" * 5000], gaffer.TooLarge),
                 (["Content-Encoding: gzip"], gaffer.UnsupportedMediaType), (["Expect: x"], gaffer.ExpectationFailed),
                 (["Content-Length: 5", chunked], bad), ([chunked, "Content-Length: 0"], bad), (["Content-Length: "], bad),
                 *((["Content-Length: " + text], bad) for text in (
-                    "-1", "+5", "5, 5", "5,6", "0x5", "5.0", "5 5", "1_0", "\xb2", "five")),
+                    "-1", "+5", "5, 5", "5,6", "0x5", "5.0", "5 5", "1_0", "\xb2", "five", "9" * 30, "9" * 5000)),
                 *((["Transfer-Encoding: " + text], bad) for text in (
                     "gzip, chunked", "chunked, chunked", "chunked, identity", "identity", "", "xchunked", "chunked;q=1",
                     "\x0bchunked", '"chunked"'))):
