@@ -7362,7 +7362,7 @@ function overview() {
 		for (const {members, node} of items.values()) if (members) {
 			node.hidden = text && members.every(row => row.node.hidden);
 		}
-		put(sum, countText(rows().filter(row => !row.node.hidden)) || "nothing fits");
+		put(sum, countText(rows().filter(row => !row.node.hidden)) || "none");
 	}
 	function chosen() { return rows().filter(row => row.check.checked).map(row => row.name); }
 	function picked() {
@@ -7508,7 +7508,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	let lines = [], ids = [], first = 0, chars = 0;  // what is kept, and the number of the first
 	let shown = [], tops = [0];  // numbers of what is shown, and the row at which each begins
 	let queue = [], frame = 0, following = true, came = 0, epoch = "", wanted = params().get("line");
-	let find = null, matches = 0, here = -1, columns = 80, height = 0, sign = 0;
+	let find = null, matches = 0, here = -1, held = -1, columns = 80, height = 0, sign = 0;
 	const open = new Map(), nodes = new Map(), states = {}, path = "streams" + (ref && "/" + enc(ref));
 	const turn = (param, text, label, key, ...values) => {  // a button that goes through values
 		const node = button("", text, label, () => {
@@ -7683,7 +7683,10 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	}
 	function scrolled() {
 		const end = area.scrollTop + height >= total() - LINE / 2;
-		if (end !== following && total() > height) { following = end; came = 0; }
+		if (area.scrollTop !== held) {  // no jump of ours
+			held = -1;
+			if (end !== following && total() > height) { following = end; came = 0; }
+		}
 		draw();
 	}
 
@@ -7691,9 +7694,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	function jump(place) {
 		const top = yOf(place);
 		nodes.delete(here); here = shown[place]; nodes.delete(here); following = false;
-		if (top < area.scrollTop || top + LINE > area.scrollTop + height) {
-			fit(); area.scrollTop = top - height / 2;
-		}
+		fit(); area.scrollTop = top - height / 2; held = area.scrollTop;
 		draw();
 	}
 	function seek(by, fits) {
@@ -7779,12 +7780,12 @@ function makeEntry(log) {
 	async function send(method) {  // it stands where it was sent; a refusal comes after it
 		const text = line.value, body = method === "POST" ? text + "\n" : undefined;
 		log.note(body ? "> " + text : "end of file", "*stdin");
-		const answer = await ask(method, `streams/${who.value}/stdin`, body);
-		if (!answer.ok) return log.note("not sent: " + answer.value.reason);
 		typed.prepend(el("option", {value: text})); line.value = "";
+		const answer = await ask(method, `streams/${who.value}/stdin`, body);
+		if (!answer.ok) log.note("not sent: " + answer.value.reason);
 		if (typed.childElementCount > 200) typed.lastChild.remove();
 	}
-	const node = el("div.entry", who, line, typed, button("", "Send", "send", () => send("POST")),
+	const node = el("div.entry", {hidden: true}, who, line, typed, button("", "Send", "send", () => send("POST")),
 		button("", "End of file", "close its stdin", () => send("DELETE")));
 	return {node, show({redirect_input}, pids) {
 		node.hidden = !redirect_input;
@@ -7802,7 +7803,7 @@ function detail(name) {
 	const list = el("section", el("h2", "Processes"));
 	const tools = el("span.push.acts", acts(names, name));
 	const aside = el("details", {open: innerWidth > 1000}, el("summary", "Details"), facts, list,
-		el("section", el("h2", "What happened"), story));
+		el("section", el("h2", "Story"), story));
 	const node = el("div.two", el("div.bar", el("h1", name), state, tools), el("div.log", log.node,
 		entry.node), aside);
 	const own = events.filter(event => event.name === name);
@@ -7816,7 +7817,7 @@ function detail(name) {
 		const status = templates.get(name), {processes: alive = []} = status || {};
 		tools.hidden = !status;
 		if (!status) {
-			put(state, "there is no template of this name");
+			put(state, "there is no such template");
 			return log.source.close();
 		}
 		log.source.resume();

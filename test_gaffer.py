@@ -532,6 +532,70 @@ class Browser:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
+class Firefox(Browser):
+    """A headless Firefox, driven through its own Marionette (as Debian has no geckodriver)."""
+
+    PROGRAMS = ("firefox-esr",)
+    PREFERENCES = {"marionette.port": 0, "datareporting.policy.dataSubmissionEnabled": False, "app.update.enabled": False,
+                   "browser.shell.checkDefaultBrowser": False, "network.captive-portal-service.enabled": False}
+    COMMANDS = {("POST", "url"): "Navigate", ("POST", "execute/sync"): "ExecuteScript",
+                ("POST", "execute/async"): "ExecuteAsyncScript", ("POST", "element"): "FindElement",
+                ("POST", "element/click"): "ElementClick", ("POST", "element/value"): "ElementSendKeys",
+                ("GET", "element/active"): "GetActiveElement", ("GET", "screenshot"): "TakeScreenshot",
+                ("POST", "actions"): "PerformActions", ("GET", "alert/text"): "GetAlertText",
+                ("POST", "alert/text"): "SendAlertText", ("POST", "alert/accept"): "AcceptAlert",
+                ("POST", "alert/dismiss"): "DismissAlert", ("POST", "rect"): "SetWindowRect"}
+
+    def __init__(self):
+        self.directory, self.session, self.count = tempfile.mkdtemp(prefix="gaffer-firefox-"), None, 0
+        with open(os.path.join(self.directory, "user.js"), "w") as file:
+            for name, value in self.PREFERENCES.items():
+                file.write("user_pref(%s, %s);\n" % (json.dumps(name), json.dumps(value)))
+        # ends with us, as Browser's driver does
+        self.driver = subprocess.Popen(["sh", "-c", '"$@" & read _; kill $!', "sh", "firefox-esr", "--headless", "--marionette", "--no-remote",
+                                        "--profile", self.directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            path = os.path.join(self.directory, "MarionetteActivePort")
+            until(lambda: os.path.exists(path) and os.path.getsize(path), "Marionette's port")
+            with open(path) as file:
+                self.socket = socket.create_connection(("127.0.0.1", int(file.read())), timeout=2 * TIMEOUT)
+            self.file = self.socket.makefile("rb")
+            self._read()
+            self._command("NewSession", {"pageLoadStrategy": "normal", "unhandledPromptBehavior": "dismiss"})
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self):
+        size = b"".join(iter(lambda: self.file.read(1), b":"))
+        return json.loads(self.file.read(int(size)).decode())
+
+    def _command(self, name, params):
+        self.count += 1
+        message = json.dumps([0, self.count, "WebDriver:" + name, params]).encode()
+        self.socket.sendall(b"%d:%b" % (len(message), message))
+        _, _, error, value = self._read()
+        if error:
+            raise BrowserError(error["error"], error["message"])
+        return value["value"] if isinstance(value, dict) and set(value) == {"value"} else value
+
+    def do(self, method, path, value=None):
+        """A command of WebDriver, by the name that Marionette has for it."""
+        parts, params = path.split("/"), dict(value or {})
+        if parts[0] == "element" and len(parts) == 3:
+            params["id"], path = parts[1], "element/" + parts[2]
+        return self._command(self.COMMANDS[method, path], params)
+
+    def size(self, width, height, mobile=False):
+        """The size of the window."""
+        self.do("POST", "rect", {"width": width, "height": height})
+
+    def console(self):
+        """Not told by Marionette."""
+        return []
+
+
 class BrowserCase(ServerCase):
     """Each test has a running server, and all tests have one browser."""
 
@@ -13365,8 +13429,8 @@ class BrowserDriver(BrowserCase):
         self.assertFalse(os.path.exists(other.directory))
 
 
-class BrowserPage(BrowserCase):
-    """The web page, as its users have it: every view, every button, by mouse and by keyboard."""
+class BrowserPageCase(BrowserCase):
+    """How a user goes about the web page."""
 
     LINES = "return [...document.querySelectorAll('.l')].map(node => node.textContent)"
     ROWS = ("return [...document.querySelectorAll('.item')].filter(node => !node.hidden)"
@@ -13437,6 +13501,14 @@ class BrowserPage(BrowserCase):
             "const node = document.querySelector(arguments[0]); node.value = arguments[1];"
             "node.dispatchEvent(new Event('input', {bubbles: true}))", selector, text)
 
+    def say(self, text):
+        """Type a line to stdin, once the page knows to which process."""
+        field = ".entry input"
+        self.browser.wait("const node = document.querySelector(arguments[0]);"
+                          "return node && node.checkVisibility() && !node.disabled", field)
+        self.enter(field, text)
+        self.browser.keys(self.browser.KEYS["Enter"], field)
+
     def keys(self, *names):
         """Press keys, one after the other, wherever the focus is."""
         for name in names:
@@ -13455,6 +13527,10 @@ class BrowserPage(BrowserCase):
         """How many event streams are open."""
         return self.server.manager.loop.call(lambda: sum(
             channel.kind == "eventsource" for channel in self.server.http.channels))
+
+
+class BrowserPage(BrowserPageCase):
+    """The web page, as its users have it: every view, every button, by mouse and by keyboard."""
 
     # the overview
 
@@ -13679,8 +13755,7 @@ class BrowserPage(BrowserCase):
         self.assertEqual(self.browser.script(
             "return [...document.querySelectorAll('.l.stderr')].map(node => node.textContent.slice(7))"),
             ["err to stderr"])
-        self.enter(".entry input", "go on")
-        self.browser.keys(self.browser.KEYS["Enter"], ".entry input")
+        self.say("go on")
         self.shows("half a line, and the rest")
         self.shows("process %d exited 3" % pid)
         self.browser.wait(
@@ -13744,7 +13819,7 @@ class BrowserPage(BrowserCase):
     def numbers(self, count, more="input()"):
         """A template that prints numbered lines, and then does what `more` says."""
         return self.server.add("count", python("for n in range(%d): print('line', n)\n%s" % (count, more)),
-                               redirect_input=True)
+                               redirect_input=True, restart="never")
 
     def test_find_and_the_other_tools(self):
         self.numbers(300, "import sys\nfor line in iter(input, 'end'): print(line)\nsys.exit(7)")
@@ -13775,8 +13850,7 @@ class BrowserPage(BrowserCase):
         self.press("only what matches")
         browser.script("document.querySelector('.lines').scrollTop = 0")
         browser.wait("return document.querySelector('.l').textContent.endsWith('line 0')")
-        self.enter(".entry input", "unseen")
-        browser.keys(browser.KEYS["Enter"], ".entry input")
+        self.say("unseen")
         self.shows("2 new lines", ".more")
         self.assertNotIn("unseen", browser.script(self.LINES)[-1])
         browser.click(".more")
@@ -13786,8 +13860,7 @@ class BrowserPage(BrowserCase):
         browser.wait("return /^\\d\\d:\\d\\d:\\d\\d\\.\\d{3} /.test(document.querySelector('.l').textContent)")
         self.press("times: absolute, relative, none")
         browser.wait("return /^ *[\\d.]+s ago /.test(document.querySelector('.l').textContent)")
-        self.enter(".entry input", "x" * 2000)
-        browser.keys(browser.KEYS["Enter"], ".entry input")
+        self.say("x" * 2000)
         self.press("wrap")
         browser.wait("const long = [...document.querySelectorAll('.l')].filter(node => node.textContent.length > 2000);"
                      "return long.length === 2 && long.every(node => node.clientHeight >= 10 * 18)")
@@ -13796,8 +13869,7 @@ class BrowserPage(BrowserCase):
         self.assertEqual(self.address(), "#/p/count?time=ago&wrap=1&err=1")
         self.open("/p/count")
         self.shows("line 299", ".lines")
-        self.enter(".entry input", "end")
-        browser.keys(browser.KEYS["Enter"], ".entry input")
+        self.say("end")
         self.shows("exited 7", ".lines")
         browser.script("document.querySelector('.lines').scrollTop = 0")
         self.press("to the failure before")
@@ -13809,8 +13881,8 @@ class BrowserPage(BrowserCase):
         self.numbers(5000)
         self.open("/p/count")
         self.shows("line 4999", ".lines")
-        self.browser.script("document.querySelector('.lines').scrollTop = 1000 * 18")
-        self.browser.wait("return [...document.querySelectorAll('.l')].some(node => / line 4\\d\\d\\d$/.test(node.textContent))")
+        self.browser.script("const area = document.querySelector('.lines'); area.scrollTop = area.scrollHeight - 500 * 18")
+        self.browser.wait("return [...document.querySelectorAll('.l')].some(node => / line 4[45]\\d\\d$/.test(node.textContent))")
         text = self.browser.script("const node = document.querySelectorAll('.l')[9]; node.querySelector('.k').click();"
                                    "return node.textContent")
         self.shows(text, ".here")
@@ -13826,11 +13898,9 @@ class BrowserPage(BrowserCase):
         pid, = self.server.add("echo", "cat", redirect_input=True)
         self.server.add("deaf", "sleep 1000")
         self.open("/p/echo")
-        browser, field = self.browser, ".entry input"
-        browser.wait("const node = document.querySelector(arguments[0]); return node && node.checkVisibility() && !node.disabled", field)
+        browser = self.browser
         for text in ("first", "second <b>"):
-            self.enter(field, text)
-            browser.keys(browser.KEYS["Enter"], field)
+            self.say(text)
             browser.wait("return [...document.querySelectorAll('.l')].filter(node => node.textContent.endsWith(arguments[0])).length === 2", text)
         self.assertEqual([line[11:] for line in browser.script(self.LINES)], ["> first", "first", "> second <b>", "second <b>"])
         self.assertEqual(browser.script("return [...document.querySelectorAll('datalist option')].map(node => node.value)"),
@@ -14081,7 +14151,7 @@ class BrowserPage(BrowserCase):
         self.browser.script("history.forward()")
         self.shows("web:a", "h1")
         self.browser.wait("return document.title === 'web:a – gaffer'")
-        for path, text in (("/p/nobody", "there is no template of this name"), ("/p/%", "there is no template of this name"),
+        for path, text in (("/p/nobody", "there is no such template"), ("/p/%", "there is no such template"),
                            ("/constructor", "There is no such page"), ("/toString/x", "There is no such page")):
             self.open(path)
             self.shows(text)
@@ -14119,7 +14189,7 @@ class BrowserPage(BrowserCase):
         self.open("/p/talk")
         self.shows("first", ".lines")
         self.server.ok("DELETE", "/processes/talk")
-        self.shows("there is no template of this name")
+        self.shows("there is no such template")
         until(lambda: self.streams() == 0, "its stream has ended")
         self.server.add("talk", "sh -c 'echo second; exec sleep 1000'")
         self.shows("second", ".lines")
@@ -14185,8 +14255,35 @@ class BrowserPage(BrowserCase):
         self.assertGreater(len([line for line in self.browser.console() if "Content Security Policy" in line]), 2)
 
 
+class BrowserFirefox(BrowserPageCase):
+    """The same in Firefox: what browsers do each in its own way."""
+
+    share, browser = "firefox", None
+    test_overview = BrowserPage.test_what_needs_a_person_stands_first_then_the_groups
+    test_actions = BrowserPage.test_actions_of_a_row
+    test_selected = BrowserPage.test_groups_and_what_is_selected
+    test_form = BrowserPage.test_a_template_is_added_refused_and_edited
+    test_output = BrowserPage.test_output_is_text_with_its_colours_and_the_next_process_follows
+    test_tools = BrowserPage.test_find_and_the_other_tools
+    test_progress = BrowserPage.test_a_progress_bar_is_one_line
+    test_input = BrowserPage.test_input_stands_where_it_was_sent
+    test_story = BrowserPage.test_a_template_with_its_processes_and_its_story
+    test_cut, cut = BrowserPage.test_after_a_cut_it_goes_on_without_gap_or_repeat, BrowserPage.cut
+    test_keyboard = BrowserPage.test_the_keyboard_alone
+    numbers = BrowserPage.numbers
+
+    @classmethod
+    def setUpClass(cls):
+        missing = Firefox.lacks()
+        if missing:
+            raise unittest.SkipTest(missing)
+        super(BrowserCase, cls).setUpClass()
+        cls.browser = Firefox()
+        cls.addClassCleanup(cls.browser.close)
+
+
 @unittest.skipUnless("--pictures" in sys.argv, "only with --pictures")
-class BrowserPictures(BrowserPage):
+class BrowserPictures(BrowserPageCase):
     """Pictures of the page, one a view, written to the directory of --pictures, to be looked at."""
 
     directory, patience = None, 10 * TIMEOUT
