@@ -5547,6 +5547,267 @@ class ProcessAttributes(ProcessCase):
                 self.assertEqual((exit["exit_status"], exit["term_signal"]), end)
 
 
+class ProcessPrograms(ProcessCase):
+    """Programs that many have: each starts, reloads by its signal, and stops gracefully by its own
+    signal and without a loss."""
+
+    def program(self, name, *elsewhere):
+        """Return the path of a program, or skip this test."""
+        path = shutil.which(name) or next(
+            (path for pattern in elsewhere for path in sorted(glob.glob(pattern))), None)
+        if path is None:
+            self.skipTest("needs " + name)
+        return path
+
+    def setUp(self):
+        super().setUp()
+        folder = tempfile.TemporaryDirectory(dir="/tmp")        # which other users may enter
+        self.addCleanup(folder.cleanup)
+        self.home = folder.name
+        os.chmod(self.home, 0o755)
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            self.port = sock.getsockname()[1]
+
+    def file(self, name, text):
+        """Write a file of the program's folder. Return its path."""
+        path = os.path.join(self.home, name)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(textwrap.dedent(text))
+        return path
+
+    def begin(self, cmd, ready, label="stderr", **fields):
+        """Start a program and wait for a line of it. Return its os pid."""
+        pid, = self.server.add("x", dict({"cmd": cmd, "cwd": self.home}, **fields))
+        self.pid, self.label = pid, label
+        self.read(ready)
+        return self.os_pid(pid)
+
+    def read(self, text):
+        """Wait for a line of output."""
+        self.poll(self.pid, text.encode(), self.label)
+
+    def reload(self, signum="HUP"):
+        self.server.ok("POST", "/processes/x/_signal/" + signum)
+
+    def end(self, os_pid, status=0):
+        """Stop it. Return all that it has written."""
+        self.stop("x", os_pid)
+        exit, output = self.exit_of(self.pid), self.poll(self.pid, label=self.label).decode()
+        self.assertIn((exit["exit_status"], exit["term_signal"]), ((status, 0), (0, 0)), output)
+        return output
+
+    def get(self, path="/"):
+        """Return (socket, what has come) of a request that is under way."""
+        sock = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
+        self.addCleanup(sock.close)
+        sock.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
+        return sock, sock.recv(1000)
+
+    def rest(self, sock):
+        """Return the size of all that still comes, until its end."""
+        size = 0
+        while True:
+            data = sock.recv(1 << 16)
+            if not data:
+                return size
+            size += len(data)
+
+    def web(self, text):
+        """Wait until the answer to a request has this text."""
+        def seen():
+            sock, data = self.get()
+            while sock.recv(1000):
+                pass
+            sock.close()
+            return text in data
+        until(seen)
+
+    def test_nginx(self):
+        """A download that is under way is finished."""
+        self.file("big", "x" * (1 << 20))
+        config = """
+            daemon off; pid nginx.pid; error_log stderr notice; worker_processes 2;
+            events {} http { access_log off; server { listen 127.0.0.1:%d; root .;
+            location /big { limit_rate 512k; } location = / { return 200 "%s"; } } }"""
+        path = self.file("nginx.conf", config % (self.port, "one"))
+        os_pid = self.begin("%s -p . -c %s" % (self.program("nginx", "/usr/sbin/nginx"), path),
+                            "start worker process ", stop_signal="QUIT", stop_group=False)
+        self.web(b"one")
+        self.file("nginx.conf", config % (self.port, "two"))
+        self.reload()
+        self.web(b"two")
+        sock, head = self.get("/big")
+        self.end(os_pid)
+        self.assertGreaterEqual(len(head) + self.rest(sock), 1 << 20)
+
+    def test_postgresql(self):
+        """INT ends its sessions and writes a checkpoint; what was committed is there again."""
+        server = self.program("postgres", "/usr/lib/postgresql/*/bin/postgres")
+        user, bin = {}, os.path.dirname(os.path.realpath(server))
+        if os.geteuid() == 0:
+            try:
+                user = {"uid": pwd.getpwnam("postgres").pw_name}
+            except KeyError:
+                self.skipTest("needs the user postgres")
+            os.chown(self.home, pwd.getpwnam("postgres").pw_uid, -1)
+        self.begin("%s/initdb -D data -A trust -U postgres --no-sync" % bin, "Success", "stdout",
+                   restart="never", **user)
+        self.server.wait_event("proc/x/done")
+        self.server.ok("DELETE", "/processes/x")
+        command = "%s -D data -p %d -k %s -c fsync=off -c work_mem=1MB" % (server, self.port, self.home)
+        psql = [os.path.join(bin, "psql"), "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres",
+                "-Atc"]
+
+        def ask(sql):
+            return subprocess.run([*psql, sql], check=True, stdout=subprocess.PIPE,
+                                  timeout=TIMEOUT).stdout.decode().strip()
+        options = dict(stop_signal="INT", stop_group=False, **user)
+        os_pid = self.begin(command, "ready to accept connections", **options)
+        ask("create table t as select generate_series(1, 1000)")
+        with open(os.path.join(self.home, "data", "postgresql.conf"), "a", encoding="utf-8") as file:
+            file.write("\nmaintenance_work_mem = 3MB\n")
+        self.reload()
+        self.read("received SIGHUP")
+        until(lambda: ask("show maintenance_work_mem") == "3MB")
+        idle = subprocess.Popen([*psql[:-1]], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL)
+        try:
+            output = self.end(os_pid)
+        finally:
+            idle.communicate(timeout=TIMEOUT)
+        self.assertIn("database system is shut down", output)
+        self.server.ok("DELETE", "/processes/x")
+        os_pid = self.begin(command, "ready to accept connections", **options)
+        self.assertEqual(ask("select count(*) from t"), "1000")
+        self.assertNotIn("recovery", self.end(os_pid))
+
+    def test_redis(self):
+        """TERM saves."""
+        command = "%s --port %d --save 3600 1" % (self.program("redis-server"), self.port)
+
+        def ask(words):
+            sock = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
+            with sock:
+                sock.sendall(words.encode() + b"\r\n")
+                return sock.recv(100).decode()
+        os_pid = self.begin(command, "Ready to accept connections", "stdout")
+        self.assertEqual(ask("SET key value"), "+OK\r\n")
+        self.assertIn("DB saved on disk", self.end(os_pid))
+        self.server.ok("POST", "/processes/x/_start")
+        self.pid = self.pids("x")[0]
+        self.read("Ready to accept connections")
+        self.assertEqual(ask("GET key"), "$5\r\nvalue\r\n")
+
+    def test_gunicorn(self):
+        """A request that is under way is answered; HUP loads the application again."""
+        program = """
+            import time
+            def app(environ, start):
+                start("200 OK", [("Content-Type", "text/plain")])
+                yield b"%s"
+                if environ["PATH_INFO"] == "/slow":
+                    time.sleep(0.5)
+                    yield b"x" * 1000
+            """
+        self.file("app.py", program % "one")
+        self.file("conf.py", """
+            bind, workers = "127.0.0.1:%d", 2
+            def post_worker_init(worker):       # before that, it would miss a signal
+                worker.log.info("worker %%d is up", worker.age)
+            """ % self.port)
+        os_pid = self.begin("%s -c conf.py app:app" % self.program("gunicorn"), "worker 1 is up",
+                            stop_group=False, env={"PYTHONDONTWRITEBYTECODE": "1"})
+        self.read("worker 2 is up")
+        self.web(b"one")
+        self.file("app.py", program % "two")
+        self.reload()
+        for text in ("worker 3 is up", "worker 4 is up", "Worker exiting"):
+            self.read(text)
+        self.web(b"two")
+        sock, head = self.get("/slow")
+        self.assertIn("Shutting down: Master", self.end(os_pid))
+        self.assertGreaterEqual(len(head) + self.rest(sock), 1000)
+
+    def test_a_master_that_ends_its_workers(self):
+        """As celery does: its workers finish what they have begun; TERM to them would end them."""
+        path = self.file("master.py", """
+            import os, signal, sys
+            signals = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+            def start():
+                read, write = os.pipe()
+                pid = os.fork()
+                if pid == 0:                    # by TERM it would end at once, and lose its task
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+                    os.write(1, b"ready\\n")
+                    signal.sigwait([signal.SIGUSR1])
+                    os.write(1, b"task done\\n")
+                    os._exit(0)
+                return pid
+            def finish(workers):
+                for pid in workers:
+                    os.kill(pid, signal.SIGUSR1)
+                return [os.waitpid(pid, 0)[1] for pid in workers]
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+            while True:
+                workers = [start(), start()]
+                number = signal.sigwait(signals)
+                if any(finish(workers)):
+                    sys.exit(1)
+                if number == signal.SIGTERM:
+                    break
+            """)
+        os_pid = self.begin("%s %s" % (PYTHON, path), "ready\nready\n", "stdout", stop_group=False)
+        self.reload()
+        self.read("task done\ntask done\nready\nready\n")
+        self.assertEqual(self.end(os_pid), "ready\nready\ntask done\ntask done\n" * 2)
+
+    def test_sshd(self):
+        """It executes itself anew by HUP, as the same process."""
+        sshd = self.program("sshd", "/usr/sbin/sshd")
+        if os.geteuid() != 0:
+            self.skipTest("needs root")
+        os.makedirs("/run/sshd", exist_ok=True)
+        key = os.path.join(self.home, "key")
+        subprocess.run([self.program("ssh-keygen"), "-qN", "", "-t", "ed25519", "-f", key], check=True,
+                       stdin=subprocess.DEVNULL, timeout=TIMEOUT)
+        os_pid = self.begin("%s -D -e -f /dev/null -p %d -h %s -o PidFile=none -o "
+                            "ListenAddress=127.0.0.1" % (sshd, self.port, key),
+                            "Server listening", success=[0, 255])
+        # it listens before it has a handler for HUP
+        until(lambda: int(re.search("SigCgt:\t(.*)", cli_read("/proc/%d/status" % os_pid)).group(1), 16)
+              >> (signal.SIGHUP - 1) & 1)
+        self.reload()
+        self.read("Received SIGHUP; restarting.\r\nServer listening")
+        with socket.create_connection(("127.0.0.1", self.port), TIMEOUT) as sock:
+            self.assertTrue(sock.recv(100).startswith(b"SSH-2.0"))
+        self.assertIn("Received signal 15; terminating", self.end(os_pid, 255))
+
+    def test_a_child_that_exits_143(self):
+        """As Java and Node do; whether that is a failure is the template's word."""
+        code = """
+            import os, signal, sys
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            os.write(1, b"ready\\n")
+            signal.sigwait([signal.SIGTERM])
+            sys.exit(143)
+            """
+        for success, state in (([0, 143], "done"), ([0], "failed")):
+            with self.subTest(success=success):
+                command = python(textwrap.dedent(code).replace("\\\\n", "\\n"))
+                os_pid = self.begin(command.pop("cmd"), "ready", "stdout", restart="never",
+                                    success=success, **command)
+                os.kill(os_pid, signal.SIGTERM)
+                kind = "done" if state == "done" else "fail"
+                event = self.server.wait_event("proc/x/" + kind)
+                self.assertEqual(event["exit_status"], 143)
+                self.assertEqual(self.server.ok("GET", "/status/x")["state"], state)
+                self.server.ok("POST", "/processes/x/_start")
+                self.pid = self.pids("x")[0]
+                self.read("ready")
+                self.end(self.os_pid(self.pid), 143)
+                self.server.ok("DELETE", "/processes/x")
+
+
 class ProcessEvents(ProcessCase):
     """Events: their order and their fields."""
 
