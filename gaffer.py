@@ -1750,7 +1750,7 @@ def check_stop_signal(value):
     return [[check_signal(signum), seconds(0)(delay)] for signum, delay in value]
 
 
-@json_schema("string", pattern="^[0-7]{1,4}$")
+@json_schema("string", pattern="^0?[0-7]{1,3}$")
 def check_umask(value):
     """Check an octal number in a string."""
     if not isinstance(value, str) or not re.fullmatch("0?[0-7]{1,3}", value):
@@ -1761,8 +1761,7 @@ def check_umask(value):
 @json_schema("array", items={"type": "string", "minLength": 1})
 def check_files(value):
     """Check a list of paths."""
-    if not isinstance(value, list) or not all(check_text(each, "a list of paths")
-                                              for each in value):
+    if not isinstance(value, list) or not all(map(check_text, value)):
         raise ValueError("must be a list of paths")
     return list(value)
 
@@ -1771,7 +1770,6 @@ def check_files(value):
 LIMITS = {"as": ("v", KIB), "core": ("c", 512), "cpu": ("t", 1), "data": ("d", KIB),
           "fsize": ("f", 512), "memlock": ("l", KIB), "nofile": ("n", 1), "nproc": ("up", 1),
           "rss": ("m", KIB), "stack": ("s", KIB)}
-LIMIT = {"type": ["integer", "string", "array"], "minimum": 0}
 
 
 def limit_pair(value):
@@ -1781,7 +1779,8 @@ def limit_pair(value):
     return soft, hard
 
 
-@json_schema("object", additionalProperties=False, properties=dict.fromkeys(LIMITS, LIMIT))
+@json_schema("object", additionalProperties=False, properties=dict.fromkeys(
+    LIMITS, {"type": ["integer", "string", "array"], "minimum": 0}))
 def check_limits(value):
     """Check {name of a resource limit: number, "unlimited" or [soft, hard]}."""
     if not isinstance(value, dict):
@@ -1791,49 +1790,36 @@ def check_limits(value):
             raise ValueError("has the unknown limit %r%s; there are %s" % (
                 name, near(str(name), LIMITS), ", ".join(LIMITS)))
         pair = limit if isinstance(limit, list) else [limit, limit]
-        if len(pair) != 2 or not all(each == "unlimited" or is_number(each, int)
-                                     and 0 <= each < 2 ** 62 for each in pair):
-            raise ValueError("has a limit %s that is not a whole number, 'unlimited' or "
-                             "[soft, hard]" % name)
-        if limit_pair(pair)[0] > limit_pair(pair)[1]:
-            raise ValueError("has a limit %s whose soft value is above the hard one" % name)
+        if len(pair) != 2 or not all(
+                each == "unlimited" or is_number(each, int) and 0 <= each < 2 ** 62
+                for each in pair) or limit_pair(pair)[0] > limit_pair(pair)[1]:
+            raise ValueError("has a limit %s that is not a whole number, 'unlimited' or [soft, "
+                             "hard], the soft one being the lower" % name)
     return dict(value)
 
 
-INTERVAL = re.compile(r"every ([0-9]{1,9}(?:\.[0-9]{1,3})?) ?([smhd])")
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 NICKNAMES = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@weekly": "0 0 * * 0",
              "@monthly": "0 0 1 * *"}
 CRON_FIELDS = (                                 # what it is, least, most, names
     ("minute", 0, 59, ()), ("hour", 0, 23, ()), ("day of the month", 1, 31, ()),
     ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec".split()),
     ("day of the week", 0, 7, "sun mon tue wed thu fri sat".split()))
-SEARCH_DAYS = 366 * 40                          # 29 February may have to be a given weekday
 
 
 def parse_cron_field(text, what, least, most, names):
     """Return the set of numbers that a field of cron selects. Raise ValueError."""
-    def number(word):
-        if word in names:
-            return names.index(word) + least
-        if not re.fullmatch("[0-9]{1,4}", word) or not least <= int(word) <= most:
-            raise ValueError("has %r as %s, which is not from %d to %d" % (word, what, least, most))
-        return int(word)
     found = set()
     for item in text.lower().split(","):
-        span, slash, step = item.partition("/")
-        first, dash, last = span.partition("-")
-        if slash and (not re.fullmatch("[0-9]{1,4}", step) or not int(step)):
-            raise ValueError("has %r as %s, whose step is not a number from 1" % (item, what))
-        low, high = least, most
-        if span != "*":
-            low, high = number(first), number(last if dash else first)
-            if slash and not dash:
-                raise ValueError("has %r as %s: give the range to step through, as in %d-%d/%s" % (
-                    item, what, low, most, step))
-        if low > high:
-            raise ValueError("has %r as %s, which runs backwards" % (item, what))
-        found.update(range(low, high + 1, int(step or 1)))
+        match = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/0*([1-9]\d{0,3}))?", item, re.A)
+        first, last, step = match.groups() if match else ("", "", "")
+        numbers = [names.index(word) + least if word in names else
+                   int(word) if re.fullmatch("[0-9]{1,4}", word) else -1
+                   for word in (first or str(least), last or first or str(most))]
+        if not match or not least <= numbers[0] <= numbers[1] <= most or (
+                first and step and not last):
+            raise ValueError("has %r as %s: give *, a number or a range from %d to %d, as in "
+                             "%d-%d/2" % (item[:40], what, least, most, least, most))
+        found.update(range(numbers[0], numbers[1] + 1, int(step or 1)))
     return found
 
 
@@ -1842,14 +1828,14 @@ class Schedule:
     local time. Raises ValueError. Pure, but for the time zone."""
 
     def __init__(self, text):
-        self._every = None                      # seconds, if it is an interval
-        match, text = INTERVAL.fullmatch(text.strip()), text.strip()
-        if match:
-            self._every = float(match.group(1)) * UNITS[match.group(2)]
+        match = re.fullmatch(r"every ([0-9]{1,9}(?:\.[0-9]{1,3})?) ?([smhd])", text.strip())
+        self._every = match and float(match.group(1)) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[
+            match.group(2)]
+        if self._every is not None:
             if not 1 <= self._every <= SECONDS_MAX:
                 raise ValueError("must be every 1 second to every 115 days")
             return
-        fields = NICKNAMES.get(text, text).split()
+        fields = NICKNAMES.get(text.strip(), text).split()
         if len(fields) != 5 or fields[0] == "every":
             raise ValueError("must be 'every 90s' (s, m, h or d), five fields of cron, or one of "
                              + ", ".join(NICKNAMES))
@@ -1857,7 +1843,7 @@ class Schedule:
             parse_cron_field(field, *limits) for field, limits in zip(fields, CRON_FIELDS)]
         self._weekdays = {day % 7 for day in weekdays}
         # cron: if both kinds of day are restricted, one of them is enough
-        self._either = fields[2][0] != "*" and fields[4][0] != "*"
+        self._enough = any if fields[2][0] != "*" and fields[4][0] != "*" else all
         if self.next_time(0.0) is None:
             raise ValueError("names a day that does not exist")
 
@@ -1866,30 +1852,30 @@ class Schedule:
         if self._every is not None:
             return now + self._every
         year, month, day = time.localtime(now)[:3]
-        for ahead in range(SEARCH_DAYS):
+        for ahead in range(366 * 40):           # 29 February may have to be a given weekday
             noon = time.mktime((year, month, day + ahead, 12, 0, 0, 0, 0, -1))
             date = time.localtime(noon)
             days = date.tm_mday in self._days, (date.tm_wday + 1) % 7 in self._weekdays
-            if date.tm_mon in self._months and (any if self._either else all)(days):
-                for when in self._times_on(noon, date):
+            if date.tm_mon in self._months and self._enough(days):
+                for when in self._times_on(noon, date.tm_mday):
                     if when > now:
                         return when
         return None
 
-    def _times_on(self, noon, date):
+    def _times_on(self, noon, day):
         """Return the Unix times of the starts on a day, in order. A time that does not exist, as
         clocks go forward, becomes the next that does; one that exists twice is taken once."""
         wanted = [hour * 60 + minute for hour in sorted(self._hours)
                   for minute in sorted(self._minutes)]
         start = noon - 12 * 3600
         if [time.localtime(when)[2:5] for when in (start, start + 86340)] == [
-                (date.tm_mday, 0, 0), (date.tm_mday, 23, 59)]:
+                (day, 0, 0), (day, 23, 59)]:
             return [start + minute * 60 for minute in wanted]
         found, reached = [], -1                 # the clocks change on this day
         for when in range(int(noon) - 14 * 3600, int(noon) + 14 * 3600, 60):
             local = time.localtime(when)
             minute = local.tm_hour * 60 + local.tm_min
-            if local.tm_mday == date.tm_mday and minute > reached:
+            if local.tm_mday == day and minute > reached:
                 if any(reached < each <= minute for each in wanted):
                     found.append(float(when))
                 reached = minute
@@ -2222,11 +2208,11 @@ def read_env_files(paths, environ):
         try:
             with open(path, "rb") as file:
                 text = file.read(ENV_FILE_SIZE + 1).decode("utf-8-sig")
+            if len(text) > ENV_FILE_SIZE:
+                raise ValueError("it is over %d bytes" % ENV_FILE_SIZE)
         except (OSError, ValueError) as error:
             raise ValueError("names %r, which cannot be read: %s" % (
                 path, getattr(error, "strerror", None) or error)) from None
-        if len(text) > ENV_FILE_SIZE:
-            raise ValueError("names %r, which is over %d bytes" % (path, ENV_FILE_SIZE))
         found, faults = parse_env(text, {**environ, **values})
         if faults:
             raise ValueError("names %r, whose line %d %s" % (path, *faults[0]))
@@ -3193,7 +3179,6 @@ class Process:
         """Have what only a privileged parent can pass on, while a process is forked: higher hard
         limits, and a nice value below gaffer's own. InvalidProcessInfo: gaffer may not."""
         own, nice = {}, os.getpriority(os.PRIO_PROCESS, 0)
-        lower = launch.nice is not None and launch.nice < nice
         try:
             for name, (_, hard) in launch.limits.items():
                 number = getattr(resource, "RLIMIT_" + name.upper())
@@ -3203,10 +3188,9 @@ class Process:
                     resource.setrlimit(number, (
                         soft, resource.RLIM_INFINITY if hard == math.inf else hard))
             field, what = "nice", "a value below gaffer's own of %d" % nice
-            if lower:
+            if launch.nice is not None and launch.nice < nice:
                 os.setpriority(os.PRIO_PROCESS, 0, launch.nice)
         except (OSError, ValueError):
-            lower = False
             raise InvalidProcessInfo("field '%s' asks for %s: run gaffer as root, with the "
                                      "capability for that" % (field, what)) from None
         else:
@@ -3214,8 +3198,7 @@ class Process:
         finally:
             for number, pair in own.items():
                 resource.setrlimit(number, pair)
-            if lower:
-                os.setpriority(os.PRIO_PROCESS, 0, nice)
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
 
     @staticmethod
     def _execute(launch, stdio, extra, theirs):
@@ -3242,7 +3225,8 @@ class Process:
                 arguments = dict(zip(("user", "group", "extra_groups"), identity))
             if launch.umask is not None and sys.version_info >= (3, 9):
                 arguments["umask"] = launch.umask
-            with Process._privileges(launch):
+            with Process._privileges(launch) if launch.limits or launch.nice is not None else (
+                    contextlib.ExitStack()):
                 popen = subprocess.Popen(
                     argv, executable=program, cwd=launch.cwd, env=launch.env,
                     start_new_session=True, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2],
@@ -10561,14 +10545,8 @@ def flapping_from_text(text):
 
 
 def number_or_text(text):
-    """Return a text as an int if it is a whole number, else as it is."""
-    return int(text) if re.fullmatch("[0-9]{1,18}", text) else text
-
-
-def delays_from_text(text):
-    """Return the number of "5", or the list of "0.1, 10"."""
-    numbers = [parse_number(word) for word in split_list(text)]
-    return numbers[0] if len(numbers) == 1 else numbers
+    """Return a text as a number if it is one, else as it is."""
+    return parse_number(text) if re.fullmatch(r"[0-9]{1,18}(\.[0-9]+)?", text) else text
 
 
 def ready_from_text(text):
@@ -10580,28 +10558,22 @@ def ready_from_text(text):
     return dict(found, within=parse_number(within)) if within else found
 
 
-def stop_signal_from_text(text):
-    """Return the signal of "INT", or the list of "INT=5, TERM=5"."""
-    pairs = [word.partition("=") for word in split_list(text)]
-    if not any(equals for _, equals, _ in pairs):
-        return number_or_text(text)
-    return [[number_or_text(name), parse_number(delay)] for name, _, delay in pairs]
-
-
-def limits_from_text(text):
-    """Return the object of "nofile=1024, core=0:unlimited"."""
-    limits = {}
+def pairs_from_text(text):
+    """Return [[name, value]] of "INT=5, TERM=5" or "nofile=1024, core=0:unlimited"."""
+    pairs = []
     for name, _, value in [word.partition("=") for word in split_list(text)]:
-        numbers = [number_or_text(each) for each in value.split(":")]
-        limits[name] = numbers if len(numbers) > 1 else numbers[0]
-    return limits
+        values = [number_or_text(each) for each in value.split(":")]
+        pairs.append([number_or_text(name), values if len(values) > 1 else values[0]])
+    return pairs
 
 
 CONVERTERS = {                                  # of text, for fields that are not text
-    "stop_signal": stop_signal_from_text, "limits": limits_from_text,
+    "stop_signal": lambda text: (pairs_from_text if "=" in text else number_or_text)(text),
+    "limits": lambda text: dict(pairs_from_text(text)),
     "env_file": lambda text: split_words(text, ","),
     "success": lambda text: [number_or_text(word) for word in split_list(text)],
-    "restart_delay": delays_from_text,
+    "restart_delay": lambda text: [parse_number(word) for word in split_list(text)] if (
+        len(split_list(text)) > 1) else parse_number(text),
     "env": lambda text: env_from_words(split_words(text, ",")), "flapping": flapping_from_text,
     "ready": ready_from_text, "after": split_list,
     **dict.fromkeys(("redirect_output", "custom_streams"), split_list),
@@ -10766,8 +10738,9 @@ PROGRAM_FIELDS = {                              # of supervisord: the field it b
     "command": "cmd", "directory": "cwd", "user": "uid", "autostart": "start", "umask": "umask",
     "exitcodes": "success", "stopsignal": "stop_signal", "stopwaitsecs": "graceful_timeout",
     "stopasgroup": "stop_group", "priority": "priority", "environment": "env"}
-OTHER_FIELDS = ("autorestart", "killasgroup", "numprocs", "numprocs_start", "process_name",
-                "redirect_stderr", "startretries", "startsecs")
+PROGRAM_DEFAULTS = {                            # where they are not those of a template
+    "autorestart": "unexpected", "killasgroup": "", "numprocs": "1", "numprocs_start": "0",
+    "redirect_stderr": "false", "startretries": "3", "startsecs": "1", "stopasgroup": "false"}
 ADVICE = (                                      # what supervisord has, and what to do instead
     (r".* (stdout|stderr)_.*", "output is kept in memory: 'gaffer.py logs' reads it; to have it in "
      "a file, redirect it in the command"),
@@ -10778,37 +10751,32 @@ ADVICE = (                                      # what supervisord has, and what
 
 
 def program_templates(name, group, fields, names):
-    """Return {name: fields of a template} of supervisord's [program:name]. Raise ValueError.
-
-    `names`: what %(x)s stands for. Each of several processes is a template of its own, as
-    %(process_num)d may be anywhere in it.
-    """
-    templates, count = {}, int(fields.get("numprocs", "1"))
-    first = int(fields.get("numprocs_start", "0"))
-    for number in range(first, first + count):
-        names = dict(names, program_name=name, group_name=group or name, process_num=number,
-                     numprocs=count)
+    """Return {name: fields of a template} of supervisord's [program:name], one for each of several
+    processes: %(process_num)d may be anywhere. `names`: what %(x)s stands for. Raise ValueError."""
+    fields = {**PROGRAM_DEFAULTS, "directory": os.getcwd(), "process_name": name, **fields}
+    templates, first = {}, int(fields["numprocs_start"])
+    several = fields["numprocs"] != "1"
+    for number in range(first, first + int(fields["numprocs"])):
+        names = dict(names, program_name=name, group_name=group or name, process_num=number)
         try:
             texts = {field: text % names for field, text in fields.items()}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError("has a %%(...)s that stands for nothing: %s" % error) from None
         info = {PROGRAM_FIELDS[field]: from_text(PROGRAM_FIELDS[field], text)
                 for field, text in texts.items() if field in PROGRAM_FIELDS}
-        restart = texts.get("autorestart", "unexpected").lower()
+        info["cmd"] = info.get("cmd", "").replace("$", "$$")
+        restart = texts["autorestart"].lower()
         info["restart"] = "on-failure" if restart == "unexpected" else (
             "always" if from_text("start", restart) else "never")
-        if from_text("start", texts.get("redirect_stderr", "false")):
+        if from_text("start", texts["redirect_stderr"]):
             info["redirect_output"] = ["stdout", "stdout"]
-        retries, lived = int(texts.get("startretries", "3")), int(texts.get("startsecs", "1"))
-        if lived:
+        retries, lived = int(texts["startretries"]), int(texts["startsecs"])
+        if lived:                               # retries come after 1, 2, 3 … seconds
             info["restart_delay"] = [1, max(1, retries)]
             info["flapping"] = {"attempts": retries + 1, "max_retry": 0, "window": float(
                 (retries + 1) * lived + retries * (retries + 1) // 2)}
-        info.setdefault("cwd", os.getcwd())
-        info.setdefault("stop_group", False)
-        info["cmd"] = info.get("cmd", "").replace("$", "$$")
-        label = texts.get("process_name", name) if count > 1 else name
-        prefix = group or (name if count > 1 else None)
+        prefix = group or (name if several else "")
+        label = texts["process_name"] if several else name
         templates["%s:%s" % (prefix, label) if prefix else label] = info
     return templates
 
@@ -10822,27 +10790,25 @@ def load_supervisord(file):
     except configparser.Error as error:
         file.fault("cannot be parsed: %s" % str(error).splitlines()[0],
                    line=getattr(error, "lineno", 1))
-        return {}
-    groups, tree, others = {}, {"process": {}}, collections.defaultdict(list)
-    for section in parser.sections():
-        if section.startswith("group:"):
-            for name in split_list(parser[section].get("programs", "")):
-                groups[name] = section[6:]
     names = {"ENV_" + name: value for name, value in os.environ.items()}
     names.update(here=file.folder, host_node_name=socket.gethostname())
-    for section in parser.sections():
-        kind, _, name = section.partition(":")
-        fields, left = dict(parser[section]), [section]
+    sections = [(section, *section.partition(":")[::2], dict(parser[section]))
+                for section in parser.sections()]
+    groups = {program: name for _, kind, name, fields in sections if kind == "group"
+              for program in split_list(fields.get("programs", ""))}
+    tree, others = {"process": {}}, collections.defaultdict(list)
+    for section, kind, name, fields in sections:
+        left = [section] if kind not in ("include", "group") else []
         if kind == "program":
-            left = ["%s %s" % (section, field) for field in fields
-                    if field not in PROGRAM_FIELDS and field not in OTHER_FIELDS]
+            left = ["%s %s" % (section, field) for field in fields if field != "process_name"
+                    and field not in PROGRAM_FIELDS and field not in PROGRAM_DEFAULTS]
             try:
                 tree["process"].update(program_templates(name, groups.get(name), fields, names))
             except ValueError as error:
                 file.fault(str(error), section)
         elif kind == "include":
             tree["gaffer"] = {"": {"include": (fields.get("files", "") % names).split()}}
-        for what in left if kind not in ("include", "group") else ():
+        for what in left:
             others[next(advice for pattern, advice in ADVICE
                         if re.fullmatch(pattern, what))].append(what)
     for advice, found in others.items():
@@ -12515,16 +12481,15 @@ def systemd_service(info):
         lines.append(("SuccessExitStatus", " ".join(
             str(each) if is_number(each) else signal_name(parse_signal(each))
             for each in info["success"])))
-    for field, name in (("uid", "User"), ("gid", "Group"), ("umask", "UMask"), ("nice", "Nice")):
-        if info[field] is not None:
-            lines.append((name, info[field]))
-    for name, limit in info["limits"].items():
-        lines.append(("Limit" + name.upper(), ":".join(
-            "infinity" if each == math.inf else str(each) for each in limit_pair(limit))))
+    lines += [(name, info[field]) for field, name in (
+        ("uid", "User"), ("gid", "Group"), ("umask", "UMask"), ("nice", "Nice"))
+        if info[field] is not None]
+    lines += [("Limit" + name.upper(), ":".join(map(str, limit_pair(limit))).replace(
+        "inf", "infinity")) for name, limit in info["limits"].items()]
     lines += [("EnvironmentFile", path.replace("%", "%%")) for path in info["env_file"]]
-    for field, name in (("before_start", "ExecStartPre"), ("after_stop", "ExecStopPost")):
-        if info[field] is not None:
-            lines.append((name, "/bin/sh -c " + systemd_word(info[field]).replace("$", "$$")))
+    lines += [(name, "/bin/sh -c " + systemd_word(info[field]).replace("$", "$$"))
+              for field, name in (("before_start", "ExecStartPre"), ("after_stop", "ExecStopPost"))
+              if info[field] is not None]
     return ["%s=%s" % line for line in lines]
 
 

@@ -5650,13 +5650,13 @@ class ProcessPrograms(ProcessCase):
             except KeyError:
                 self.skipTest("needs the user postgres")
             os.chown(self.home, pwd.getpwnam("postgres").pw_uid, -1)
-        self.begin("%s/initdb -D data -A trust -U postgres --no-sync" % bin, "Success", "stdout",
-                   restart="never", **user)
+        self.server.add("x", "%s/initdb -D data -A trust -U postgres --no-sync" % bin, cwd=self.home,
+                        restart="never", **user)
         self.server.wait_event("proc/x/done")
         self.server.ok("DELETE", "/processes/x")
-        command = "%s -D data -p %d -k %s -c fsync=off -c work_mem=1MB" % (server, self.port, self.home)
-        psql = [os.path.join(bin, "psql"), "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres",
-                "-Atc"]
+        command = "%s -D data -p %d -k %s -c fsync=off" % (server, self.port, self.home)
+        psql = [os.path.join(bin, "psql"), "-h", "127.0.0.1", "-p", str(self.port),
+                "-U", "postgres", "-Atc"]
 
         def ask(sql):
             return subprocess.run([*psql, sql], check=True, stdout=subprocess.PIPE,
@@ -5664,7 +5664,8 @@ class ProcessPrograms(ProcessCase):
         options = dict(stop_signal="INT", stop_group=False, **user)
         os_pid = self.begin(command, "ready to accept connections", **options)
         ask("create table t as select generate_series(1, 1000)")
-        with open(os.path.join(self.home, "data", "postgresql.conf"), "a", encoding="utf-8") as file:
+        path = os.path.join(self.home, "data", "postgresql.conf")
+        with open(path, "a", encoding="utf-8") as file:
             file.write("\nmaintenance_work_mem = 3MB\n")
         self.reload()
         self.read("received SIGHUP")
@@ -5768,14 +5769,14 @@ class ProcessPrograms(ProcessCase):
             self.skipTest("needs root")
         os.makedirs("/run/sshd", exist_ok=True)
         key = os.path.join(self.home, "key")
-        subprocess.run([self.program("ssh-keygen"), "-qN", "", "-t", "ed25519", "-f", key], check=True,
-                       stdin=subprocess.DEVNULL, timeout=TIMEOUT)
+        subprocess.run([self.program("ssh-keygen"), "-qN", "", "-t", "ed25519", "-f", key],
+                       check=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT)
         os_pid = self.begin("%s -D -e -f /dev/null -p %d -h %s -o PidFile=none -o "
                             "ListenAddress=127.0.0.1" % (sshd, self.port, key),
                             "Server listening", success=[0, 255])
         # it listens before it has a handler for HUP
-        until(lambda: int(re.search("SigCgt:\t(.*)", cli_read("/proc/%d/status" % os_pid)).group(1), 16)
-              >> (signal.SIGHUP - 1) & 1)
+        path = "/proc/%d/status" % os_pid
+        until(lambda: re.search(r"SigCgt:\t[0-9a-f]*[13579bdf]$", cli_read(path), re.M))
         self.reload()
         self.read("Received SIGHUP; restarting.\r\nServer listening")
         with socket.create_connection(("127.0.0.1", self.port), TIMEOUT) as sock:
@@ -16587,6 +16588,53 @@ class CliStatus(CliFollowCase):
                     unittest.mock.patch.object(gaffer, "STATUS_INTERVAL", 0), self.assertRaises(last):
                 gaffer.show_status(args, lambda statuses: (statuses, 0))
             self.assertEqual(asked.call_count, len(answers))
+
+
+class CliReplace(CliControlCase):
+    """add_process --replace: it is so afterwards, however often it is said."""
+
+    def test_replace(self):
+        for words, said, active in (
+                (["sleep", "1000"], "x: added\n", False),
+                (["sleep", "1000"], "x: unchanged\n", False),
+                (["sleep", "1001"], "x: replaced\n", False),
+                (["--start", "sleep", "1001"], "x: replaced\n", True),
+                (["sleep", "1001"], "x: unchanged\n", True)):
+            with self.subTest(words=words, said=said):
+                start = words[:1] if words[0] == "--start" else []
+                out = self.call("add_process", "--replace", *start, "x", *words[len(start):])
+                self.assertEqual(out, said)
+                self.assertEqual(self.server.ok("GET", "/status/x")["active"], active)
+        self.call("add_process", "x", "sleep", "1000", status=1, err=".*the name 'x' is taken.*\n")
+
+    def test_fields_as_words(self):
+        """Values that are no text are written as in INI."""
+        self.call("add_process", "--stop-signal", "INT=5,TERM=2.5", "--no-stop-group", "--limits",
+                  "nofile=100:200 core=unlimited", "--success", "0,3 TERM", "--restart-delay", "1,5",
+                  "--schedule", "5 4 * * *", "--umask", "022", "--nice", "5", "--env-file", "x.env",
+                  "--before-start", "true; true", "x", "true")
+        info = self.server.ok("GET", "/processes/x")
+        wanted = {"stop_signal": [["INT", 5], ["TERM", 2.5]], "stop_group": False, "umask": "022",
+                  "limits": {"nofile": [100, 200], "core": "unlimited"}, "success": [0, 3, "TERM"],
+                  "restart_delay": [1, 5], "schedule": "5 4 * * *", "nice": 5, "restart": "never",
+                  "env_file": [os.path.abspath("x.env")], "before_start": "true; true"}
+        self.assertEqual({field: info[field] for field in wanted}, wanted)
+        self.call("add_process", "web", "sleep", "1000")
+        self.call("update_process", "--schedule", "@daily", "web")
+        self.assertEqual(self.server.ok("GET", "/processes/web")["restart"], "never")
+
+    def test_systemd(self):
+        """What a template's fields are in a unit file."""
+        info = gaffer.check_template({
+            "name": "x", "cmd": "x", "restart": "on-failure", "success": [0, 3, "INT"], "nice": 5,
+            "stop_signal": [["INT", 5], ["TERM", 2.5]], "stop_group": False, "umask": "027",
+            "limits": {"nofile": [100, 200], "core": "unlimited"}, "restart_delay": 2,
+            "env_file": ["/a%b"], "before_start": "echo $A", "after_stop": 'echo "x"'})
+        self.assertEqual(gaffer.systemd_service(info), [
+            "Restart=on-failure", "RestartSec=2", "KillSignal=SIGINT", "KillMode=mixed",
+            "TimeoutStopSec=7.5", "SuccessExitStatus=0 3 SIGINT", "UMask=027", "Nice=5",
+            "LimitNOFILE=100:200", "LimitCORE=infinity:infinity", "EnvironmentFile=/a%%b",
+            'ExecStartPre=/bin/sh -c "echo $$A"', 'ExecStopPost=/bin/sh -c "echo \\"x\\""'])
 
 
 class CliCommands(CliControlCase):
