@@ -1829,9 +1829,10 @@ class Schedule:
 
     def __init__(self, text):
         match = re.fullmatch(r"every ([0-9]{1,9}(?:\.[0-9]{1,3})?) ?([smhd])", text.strip())
-        self._every = match and float(match.group(1)) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[
-            match.group(2)]
-        if self._every is not None:
+        self._every = None                      # seconds
+        if match:
+            unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
+            self._every = float(match.group(1)) * unit
             if not 1 <= self._every <= SECONDS_MAX:
                 raise ValueError("must be every 1 second to every 115 days")
             return
