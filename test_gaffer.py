@@ -13973,7 +13973,9 @@ class BrowserPage(BrowserPageCase):
             "numprocesses": 2, "restart": "on-failure", "success": [0, "TERM"], "restart_delay": [1, 5],
             "flapping": {"attempts": 3, "window": 1.5, "retry_in": 2, "max_retry": 0}, "priority": 3,
             "redirect_output": ["out"], "redirect_input": True, "custom_streams": ["a", "b"],
-            "graceful_timeout": 1.5}
+            "graceful_timeout": 1.5, "stop_signal": [["INT", 5], ["TERM", 5]], "stop_group": False, "umask": "022",
+            "nice": 5, "limits": {"core": 0, "nofile": [100, 200]}, "before_start": "true\nexit 0", "after": ["other"],
+            "ready": {"log": "a text", "within": 5}}
         fields = {field: value for field, value in values.items() if field in gaffer.OPTIONS}
         self.server.ok("POST", "/processes", dict(fields, name="whole", cmd="sh"))
         before = self.server.ok("GET", "/processes/whole")
