@@ -414,6 +414,18 @@ class ProcfsTable:
                     found.add(group)
         return found
 
+    def members(self, wanted):
+        """Return {group: [OS pids]} of those process groups, from one listing."""
+        found = {}
+        for entry in os.listdir("/proc") if self.EXISTS else ():
+            try:
+                group = os.getpgid(int(entry)) if entry.isdigit() else None
+            except OSError:
+                continue
+            if group in wanted:
+                found.setdefault(group, []).append(int(entry))
+        return found
+
     def orphans(self, since, ours):
         """Return the OS pids of daemons: without a parent, in a session of their own.
 
@@ -8120,11 +8132,13 @@ class Samples:
         result["stats"] = entries
         return result
 
-    def brief(self, process):
-        """Return {cpu, mem, rss} of a process, {} if it has just gone."""
-        seen = self._table.usage(process.os_pid)
+    def brief(self, process, members=()):
+        """Return {cpu, mem, rss} of a process and the `members` of its group, {} if it has gone."""
+        usages = [self._table.usage(os_pid) for os_pid in {process.os_pid, *members}]
+        seen = {field: sum(usage[field] for usage in usages if usage)
+                for field in ("cpu_time", "rss")}
         return {"cpu": self._percent(process, seen), "rss": seen["rss"],
-                "mem": round(100 * seen["rss"] / self.MEMORY, 2)} if seen else {}
+                "mem": round(100 * seen["rss"] / self.MEMORY, 2)} if any(usages) else {}
 
     def one(self, process):
         """Return the entry of a process, {} if it has just gone."""
@@ -8489,13 +8503,17 @@ class Api:
                      for name in (self.manager.templates if names is None else names)]
             return [(template.status(), [(process, process.status()) for process in (
                 template.processes.values() if query.usage else ())]) for template in found]
-        statuses = []
-        for status, processes in self.manager.loop.call(collect):
+        collected, statuses, members = self.manager.loop.call(collect), [], {}
+        if query.usage:                         # one listing serves all
+            members = self.manager.table.members({
+                process.os_pid for _, processes in collected for process, _ in processes})
+        for status, processes in collected:
             statuses.append(status)
             if query.usage:
                 for process, entry in processes:
                     if not process.exited:      # else the number may be another process's
-                        entry.update(self.samples.brief(process))
+                        entry.update(self.samples.brief(
+                            process, members.get(process.os_pid, ())))
                     if query.history:
                         entry["history"] = list(process.history)
                 status["processes"] = [entry for _, entry in processes]

@@ -12389,6 +12389,12 @@ class StreamsJournal(ServerCase):
         self.server.ok("DELETE", "/processes/one")
         self.assertEqual(answer.read(), b"")
 
+    def test_usage_is_of_the_whole_group(self):
+        """A shell in front is small, what it runs is not."""
+        code = "x = bytearray(40 << 20); input()"
+        self.server.add("web", {"cmd": "sh", "args": ["-c", "%s -I -S -c '%s'; true" % (PYTHON, code)]}, redirect_input=True)
+        until(lambda: self.server.ok("GET", "/status/web?usage=true")["processes"][0]["rss"] > 40 << 20, "the memory of the group")
+
     def test_status_of_all_and_brief_statistics(self):
         pid, = self.server.add("one", "sleep 1000")
         self.server.add("two", "sleep 1000", start=False)
