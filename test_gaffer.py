@@ -9743,7 +9743,7 @@ class HttpThreads(HttpCase):
         server = self.serve()
         wire = self.wire(server)
         wire.send(http_bytes("GET", "/stats?feed=longpoll&interval=1000"))
-        until(lambda: server.http.channels, "the wait")
+        until(lambda: any(channel.kind == "longpoll" for channel in tuple(server.http.channels)), "the wait")
         server.manager.stop()
         self.assertCode(wire.answer(), 503, "stopping")
         self.assertEqual(wire.rest(), b"")
@@ -14474,6 +14474,8 @@ class BrowserPage(BrowserPageCase):
 
         class Proxy(http.server.BaseHTTPRequestHandler):
             """Takes /gaffer off, and passes on what comes until one side ends."""
+
+            timeout = 3                         # a browser opens connections that it may never use
 
             def do_GET(self):
                 asked.append(self.path)
