@@ -18925,7 +18925,8 @@ class CliHostile(CliCase):
         if self.cases >= 1000:
             print("%s: %d cases, %d KiB more memory, %d descriptors before and after" % (
                 self._testMethodName, self.cases, growth // 1024, self.descriptors), flush=True)
-        self.assertLess(growth, 2 * gaffer.MIB)
+        # threads of requests get arenas of their own from malloc: chance decides how many
+        self.assertLess(growth, 6 * gaffer.MIB)
         self.assertEqual(self.server.ok("GET", "/processes/cat/_pids")["pids"], [1])
         self.assertEqual((self.server.stop(), self.server.stderr), (0, ""))
 
