@@ -430,8 +430,8 @@ class Browser:
         """What is missing here to run it, or None."""
         return next(("needs " + program for program in cls.PROGRAMS if not shutil.which(program)), None)
 
-    def _ask(self, method, path, value=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2 * TIMEOUT)
+    def _ask(self, method, path, value=None, timeout=2 * TIMEOUT):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             connection.request(method, path, None if value is None else json.dumps(value), {"Content-Type": "application/json"})
             answer = connection.getresponse()
