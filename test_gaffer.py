@@ -18367,7 +18367,7 @@ class ProcfileUp(CliFollowCase):
         texts = [text for name, text in seen if name == "system"]
         found = [next((index for index, text in enumerate(texts) if re.match(pattern, text)), None)
                  for pattern in ("job.1 exited with status 0", "web.1 started", r"web.1 is ready after \d+\.\d s",
-                                 "bad.1 started", "bad.1 is stopped: not ready .exec:false. within 0.2 seconds: exits with 1")]
+                                 "bad.1 started", "bad.1 is stopped: not ready .exec:false. within 0.2 seconds")]
         self.assertEqual(found, sorted(found, key=lambda each: -1 if each is None else each), texts)
         self.assertNotIn(None, found, texts)
 
