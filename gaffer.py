@@ -399,32 +399,24 @@ class ProcfsTable:
         """Return the fields of stat from the state on, number 3 in proc(5); [] without process."""
         return self._read(os_pid, "stat").rpartition(b")")[2].split()
 
-    def groups(self, wanted):
-        """Return those of the process groups that have a living member; a zombie does not live."""
-        if not self.EXISTS:
-            return wanted
-        found = set()
-        for entry in os.listdir("/proc"):
-            try:                                # a tenth of the cost of reading all their files
-                group = os.getpgid(int(entry)) if entry.isdigit() else None
-            except OSError:
-                continue
-            if group in wanted and group not in found:
-                if self._stat(int(entry))[:1] not in ([], [b"Z"], [b"X"]):
-                    found.add(group)
-        return found
-
     def members(self, wanted):
         """Return {group: [OS pids]} of those process groups, from one listing."""
         found = {}
         for entry in os.listdir("/proc") if self.EXISTS else ():
-            try:
+            try:                                # a tenth of the cost of reading all their files
                 group = os.getpgid(int(entry)) if entry.isdigit() else None
             except OSError:
                 continue
             if group in wanted:
                 found.setdefault(group, []).append(int(entry))
         return found
+
+    def groups(self, wanted):
+        """Return those of the process groups that have a living member; a zombie does not live."""
+        if not self.EXISTS:
+            return wanted
+        return {group for group, os_pids in self.members(wanted).items() if any(
+            self._stat(os_pid)[:1] not in ([], [b"Z"], [b"X"]) for os_pid in os_pids)}
 
     def orphans(self, since, ours):
         """Return the OS pids of daemons: without a parent, in a session of their own.
