@@ -310,29 +310,161 @@ def sse_events(lines):
         event[field] = event[field] + "\n" + value if field in event else value
 
 
-class WebSocket:
-    """A websocket client from the standard library alone: text(), binary(), frame(), read(), close()."""
+def http_bytes(method, target, *headers, body=b"", host="127.0.0.1", version="1.1"):
+    """A request as bytes; a body without a header that tells its length gets a Content-Length."""
+    lines = ["%s %s HTTP/%s" % (method, target, version)]
+    if host is not None:
+        lines.append("Host: " + host)
+    lines += headers
+    told = any(line.lower().startswith(("content-length", "transfer-encoding")) for line in headers)
+    if body and not told:
+        lines.append("Content-Length: %d" % len(body))
+    return "\r\n".join(lines + ["", ""]).encode("latin-1") + body
 
-    def __init__(self, port, path, headers="", early=b"", sock=None):
-        self.sock = sock or socket.create_connection(("127.0.0.1", port), TIMEOUT)
-        key = base64.b64encode(os.urandom(16)).decode()
-        self.sock.sendall(("GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                           "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %s\r\n%s\r\n" % (path, port, key, headers)).encode() + early)
+
+def http_chunks(*parts):
+    """A chunked body."""
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+def ws_frame(opcode, payload, final=True, mask=b"\x01\x02\x03\x04"):
+    """A masked frame of a websocket."""
+    size = len(payload)
+    head = bytes([0x80 * final | opcode, 0x80 | (size if size < 126 else 126 + (size > 65535))])
+    if size > 125:
+        head += struct.pack("!H" if size < 65536 else "!Q", size)
+    return head + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
+
+
+# other values of constants in gaffer.py, for the length of a `with`
+http_limits = functools.partial(unittest.mock.patch.dict, vars(gaffer))
+
+
+class Wire:
+    """One connection: sends bytes, reads answers, chunks, events and frames as they come."""
+
+    def __init__(self, address, context=None, receive_buffer=None):
+        """`address`: a port of 127.0.0.1, the path of a unix socket, or a connected socket."""
+        self.sock = address
+        if not isinstance(address, socket.socket):
+            port = isinstance(address, int)
+            self.sock = socket.socket(socket.AF_INET if port else socket.AF_UNIX)
+            self.sock.settimeout(TIMEOUT)
+            if receive_buffer:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            self.sock.connect(("127.0.0.1", address) if port else address)
+        if context:
+            self.sock = context.wrap_socket(self.sock, server_hostname="localhost")
         self.file = self.sock.makefile("rb")
-        self.status = int(self.file.readline().split()[1])
-        self.headers = http.client.parse_headers(self.file)
 
-    @staticmethod
-    def encode(opcode, payload, final=True, mask=b"\x01\x02\x03\x04"):
-        """A masked frame."""
-        size = len(payload)
-        head = bytes([0x80 * final | opcode])
-        head += bytes([0x80 | size]) if size < 126 else struct.pack("!BH", 0xFE, size) if size < 65536 else struct.pack("!BQ", 0xFF, size)
-        return head + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
+    def close(self):
+        """Drop the connection."""
+        self.file.close()
+        self.sock.close()
+
+    def send(self, data):
+        """Send bytes. Returns self."""
+        self.sock.sendall(data)
+        return self
+
+    def request(self, target, *headers, method="GET", **options):
+        """Send a request (see http_bytes). Returns self."""
+        return self.send(http_bytes(method, target, *headers, **options))
+
+    def head(self):
+        """Read the head of an answer into `status` and `headers`. Returns self."""
+        line = self.file.readline()
+        match = re.fullmatch(rb"HTTP/1\.1 ([0-9]{3}) [\x20-\x7e]+\r\n", line)
+        assert match, "no status line: %r" % line
+        lines = list(iter(self.file.readline, b"\r\n"))
+        assert all(re.fullmatch(rb"[!-9;-~]+: [^\r\n]*\r\n", line) for line in lines), lines
+        self.status = int(match.group(1))
+        self.headers = http.client.parse_headers(io.BytesIO(b"".join(lines)))
+        if self.headers["Content-Type"] == "text/event-stream":
+            chunked = self.headers["Transfer-Encoding"] == "chunked"
+            parts = iter(lambda: self.chunk() or b"", b"")
+            self.body = part_lines(parts) if chunked else self.file
+        return self
+
+    def answer(self, method="GET"):
+        """Read an answer: (status, headers, body)."""
+        lengths = self.head().headers.get_all("Content-Length", [])
+        if method == "HEAD" or self.status in (101, 204, 304):
+            body = b""
+        elif self.headers["Transfer-Encoding"] == "chunked":
+            body, whole = self.chunks()
+            assert whole and not lengths, (self.headers.items(), body[-100:])
+        elif lengths:
+            size, = lengths
+            body = self.file.read(int(size))
+        else:
+            body = self.file.read()
+        return self.status, self.headers, body
+
+    def chunk(self):
+        """The next chunk; b"" for the last, with its `trailers`; None if the connection ended."""
+        line = self.file.readline()
+        if not line:
+            return None
+        size = int(line, 16)
+        if not size:
+            self.trailers = http.client.parse_headers(self.file)
+            return b""
+        data = self.file.read(size + 2)
+        if len(data) < size + 2:
+            return None
+        assert data.endswith(b"\r\n"), data[-10:]
+        return data[:-2]
+
+    def chunks(self):
+        """(all bytes, True if the last chunk came)."""
+        parts = []
+        while True:
+            part = self.chunk()
+            if not part:
+                return b"".join(parts), part is not None
+            parts.append(part)
+
+    def exactly(self, size):
+        """The next `size` bytes or more of a chunked body."""
+        data = b""
+        while len(data) < size:
+            part = self.chunk()
+            assert part, "the body ended after %r" % data[-100:]
+            data += part
+        return data
+
+    def block(self):
+        """The lines of the next event, as bytes; b"" for an empty line; None at the end."""
+        lines = []
+        for line in self.body:
+            if line == b"\n":
+                return b"".join(lines)
+            lines.append(line)
+        assert not lines, "cut within an event: %r" % lines
+        return None
+
+    def event(self):
+        """The next event as (event, data, id); None at the end. Skips empty lines."""
+        block = self.block()
+        while block == b"":
+            block = self.block()
+        if block is None:
+            return None
+        fields = dict(line.split(b": ", 1) for line in block.splitlines())
+        assert set(fields) == {b"id", b"event", b"data"}, block
+        return fields[b"event"].decode(), fields[b"data"].decode(), fields[b"id"].decode()
+
+    def upgrade(self, target, *headers, early=b""):
+        """Ask for a websocket, send `early` with it, read the head of the answer. Returns self."""
+        key = base64.b64encode(os.urandom(16)).decode()
+        return self.send(http_bytes("GET", target, "Upgrade: websocket", "Connection: Upgrade",
+                                    "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: " + key,
+                                    *headers) + early).head()
 
     def frame(self, opcode, payload=b"", final=True):
         """Send a frame."""
-        self.sock.sendall(self.encode(opcode, payload, final))
+        self.send(ws_frame(opcode, payload, final))
 
     def text(self, text):
         """Send a text message."""
@@ -343,22 +475,25 @@ class WebSocket:
         self.frame(2, data)
 
     def read(self):
-        """(opcode, payload) of the next frame; (None, b"") at the end of the connection. A close frame is (8, payload)."""
+        """(opcode, payload) of the next frame; (None, b"") at the end of the connection."""
         head = self.file.read(2)
         if len(head) < 2:
             return None, b""
         self.compressed = bool(head[0] & 0x40)
         size = head[1] & 127
-        if size == 126:
-            size = struct.unpack("!H", self.file.read(2))[0]
-        elif size == 127:
-            size = struct.unpack("!Q", self.file.read(8))[0]
+        if size > 125:
+            size = int.from_bytes(self.file.read(2 if size == 126 else 8), "big")
         return head[0] & 15, self.file.read(size)
 
-    def close(self):
-        """Drop the connection."""
-        self.file.close()
-        self.sock.close()
+
+class WebSocket(Wire):
+    """A Wire after its upgrade. For callers that wait for their turn: Wire(port).upgrade(path)."""
+
+    encode = staticmethod(ws_frame)
+
+    def __init__(self, port, path, headers="", early=b"", sock=None):
+        super().__init__(sock or port)
+        self.upgrade(path, *headers.splitlines(), early=early)
 
 
 class ServerCase(Case):
@@ -371,11 +506,15 @@ class ServerCase(Case):
         self.server = Running(**self.options)
         self.addCleanup(self.server.stop_all)
 
-    def websocket(self, path, headers="", early=b""):
-        """A WebSocket that is closed after the test."""
-        made = WebSocket(self.server.port, path, headers, early)
+    def wire(self, target=None, *headers, server=None, receive_buffer=None, **options):
+        """A Wire, closed after the test; with a target: a GET of it was sent and its head read."""
+        made = Wire((server or self.server).port, receive_buffer=receive_buffer)
         self.addCleanup(made.close)
-        return made
+        return made.request(target, *headers, **options).head() if target else made
+
+    def websocket(self, path, headers="", early=b""):
+        """A Wire that is a websocket, closed after the test."""
+        return ServerCase.wire(self).upgrade(path, *headers.splitlines(), early=early)
 
     def assertError(self, answer, status, code, words=""):
         """`answer` is (status, value) of an error."""
@@ -7692,36 +7831,6 @@ HTTP_DEAF = """
     print("ready")
     sys.stdin.read()
 """                                     # ignores the stop signal; says when it does
-
-
-@contextlib.contextmanager
-def http_limits(**values):
-    """Other limits of gaffer's table at its top, for a while."""
-    old = {name: getattr(gaffer, name) for name in values}
-    for name, value in values.items():
-        setattr(gaffer, name, value)
-    try:
-        yield
-    finally:
-        for name, value in old.items():
-            setattr(gaffer, name, value)
-
-
-def http_bytes(method, target, *headers, body=b"", host="127.0.0.1", version="1.1"):
-    """A request as bytes; a Content-Length is added where there is a body and no word about it."""
-    lines = ["%s %s HTTP/%s" % (method, target, version)]
-    if host is not None:
-        lines.append("Host: " + host)
-    lines += headers
-    said = any(header.lower().startswith(("content-length", "transfer-encoding")) for header in headers)
-    if body and not said:
-        lines.append("Content-Length: %d" % len(body))
-    return "\r\n".join(lines + ["", ""]).encode("latin-1") + body
-
-
-def http_chunks(*parts):
-    """A chunked body."""
-    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 
 class HttpWire:
