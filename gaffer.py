@@ -2445,7 +2445,8 @@ def stop_steps(info):
 
 def stop_time(info):
     """Return the seconds between the begin of a stop and SIGKILL."""
-    return sum(delay for _, delay in stop_steps(info)[:-1])
+    stop = info["stop_signal"]
+    return sum(delay for _, delay in stop) if isinstance(stop, list) else info["graceful_timeout"]
 
 
 def priority_of(info):
@@ -4902,9 +4903,6 @@ def parse_head(head):
     return Request(method, target, version, headers)
 
 
-known_head = functools.lru_cache(256)(parse_head)   # a client that polls sends the same again
-
-
 def read_line(file, limit, error):
     """Return a line without its CR LF, or None at the end of the file.
 
@@ -4940,9 +4938,7 @@ def read_request(file):
         line = read_line(file, max(0, left), headers_too_large)
     if line is None:
         return None
-    head = b"\r\n".join(lines)
-    known = known_head(head) if len(head) <= KIB else parse_head(head)
-    return Request(known.method, known.target, known.version, dict(known.headers))
+    return parse_head(b"\r\n".join(lines))
 
 
 def has_body(request):
@@ -5732,7 +5728,7 @@ class Channel:
 
     kind = "request"                            # as /metrics calls it
     reader: "Reader | None" = None              # what it sends, if that is a stream
-    stall = STALL
+    stall, patience = STALL, None               # seconds of a client with, and without, unsent bytes
     status = None                               # for the access log, if this is not yet answered
 
     def start(self, connection, request=None, more=()):
@@ -5894,12 +5890,13 @@ class Channel:
 
     def _check_stall(self):
         self._timer = None
-        if self._queue:
-            wait = self._progress + self.stall - self.loop.now
+        limit = self.stall if self._queue else self.patience
+        if limit is not None:
+            wait = self._progress + limit - self.loop.now
             if wait > 0:
-                self._timer = self.loop.later(wait, self._check_stall)
+                self._timer = self.loop.later(min(wait, self.stall), self._check_stall)
             else:
-                log.info("a client took nothing for %g seconds; it is closed", self.stall)
+                log.info("a client took or sent nothing for %g seconds; it is closed", limit)
                 self.close()
 
     def finish(self):
@@ -5946,22 +5943,6 @@ class Channel:
             if self.status is not None:
                 self.http.log_request(self.connection.address, self.request, self.status,
                                       max(0, self.sent - self._head))
-
-
-class Idle(Channel):
-    """A connection that waits for its next request, `patience` seconds at most."""
-
-    kind = "idle"
-
-    def __init__(self, patience):
-        self._patience = patience
-
-    def opened(self):
-        self._timer = self.loop.later(self._patience, self.close)
-
-    def _ready(self, mask):
-        self.detach()
-        self.connection.listener.process_request(self.sock, self.connection)
 
 
 class LongPoll(Channel):
@@ -6141,6 +6122,68 @@ class Feed(Follower):
         self.unfollow()
         if self._end_feed is not None:
             self._end_feed()
+
+
+class Idle(Channel):
+    """A connection that waits for its next request, `patience` seconds at most.
+
+    A request that has come whole and takes no time is answered here: a thread would have to wait
+    for the loop's lock anyway, and for the interpreter's at each of its system calls. Any other
+    gets a thread.
+    """
+
+    kind = "idle"
+    stall = SEND_TIME
+
+    def __init__(self, patience):
+        self.patience, self._known = patience, None
+
+    def opened(self):
+        self._progress = self.loop.clock()
+        self._timer = self.loop.later(min(self.patience, self.stall), self._check_stall)
+        early, self.connection.early = self.connection.early, b""
+        if early:
+            self.received(early)
+
+    def _ready(self, mask):
+        if self.secure and self.sock.version() is None:
+            self._leave_to_thread()             # it makes the handshake
+        else:
+            super()._ready(mask)
+
+    def _leave_to_thread(self):
+        self.detach()
+        self.connection.listener.start_thread(self.connection)
+
+    def received(self, data):
+        http, connection = self.http, self.connection
+        known, self._known = self._known, None
+        if known is None or known[0] != data:
+            try:
+                known = (data, *http.read(io.BytesIO(data), connection))
+            except EOFError:
+                connection.early = data
+                self._leave_to_thread()
+                return
+        _, request, respond, keep, slow = known
+        if slow is False and len(data) <= KIB:  # a client that polls sends the same again
+            self._known = known
+        began, answer = time.monotonic(), respond(request)
+        if isinstance(answer, Channel):
+            if request.method != "HEAD":
+                self.detach()
+                http.start_channel(answer, connection, request)
+                return
+            keep, began, answer = keep and not isinstance(answer, Feed), None, answer.head()
+        self._progress = self.loop.now
+        taken = self.send(http.answer(connection, request, answer, keep, began))
+        if not keep:
+            self.finish()
+        elif not taken:
+            self.reading(False)
+
+    def drained(self):
+        self.reading(True)
 
 
 class WebSocketChannel(Channel):
@@ -6628,7 +6671,7 @@ def operation(query="", unlocked=False, body=None, answer="application/json"):
     """Mark a handler of the API.
 
     `query`: names of the PARAMETERS that it takes; `unlocked`: it runs without the loop's lock, as
-    it takes time; `body`: what it reads, "Template", "Fields" (one without a name) or "bytes";
+    it takes time, "query": if it has a query; `body`: what it reads, "Template", "Fields" (one without a name) or "bytes";
     `answer`: its content type, None for a websocket.
     """
     def mark(handler):
@@ -8285,7 +8328,7 @@ class Api:
             "signals": {number.value: number.name[3:] for number in signal.Signals},
         }
 
-    @operation(unlocked=True, answer="text/plain")
+    @operation(answer="text/plain")
     def ping(self, request, query):
         """OK while gaffer answers."""
         return Response(b"OK", content_type="text/plain")
@@ -8455,7 +8498,7 @@ class Api:
         self.manager.signal(ref, parse_signal(signum), query.group)
         return OK
 
-    @operation("usage history until timeout", unlocked=True)
+    @operation("usage history until timeout", unlocked="query")
     def status(self, request, query, name):
         """The state of a template, its restarts and last exit; with `until`, once that holds."""
         if query.until is None:
@@ -9298,16 +9341,18 @@ class Handler(socketserver.StreamRequestHandler):
                 self.request.settimeout(HANDSHAKE_TIME)
                 self.request.do_handshake()
                 self.http.handshakes.pop(self.client, None)
-            keep = True
+            keep, slow = True, True
             while keep:
-                self.reader.deadline = time.monotonic() + KEEP_TIME
+                # the loop answers faster what takes no time
+                self.reader.deadline = time.monotonic() + (KEEP_TIME if slow else 0)
                 try:
                     self.gone = not self.rfile.peek(1)
                 except socket.timeout:
                     self.channel = Idle(IDLE_TIME)
                     return
                 try:
-                    keep = not self.gone and self.handle_request()
+                    self.reader.deadline = time.monotonic() + HEAD_TIME
+                    keep, slow = self.handle_request()
                 finally:
                     self.http.working.discard(self)
         except (OSError, EOFError) as error:
@@ -9315,48 +9360,36 @@ class Handler(socketserver.StreamRequestHandler):
             self.gone = True
 
     def handle_request(self):
-        """Read a request and answer it. Return whether another may follow on this thread."""
-        http, request, keep, began = self.http, None, False, None
-        try:
-            self.reader.deadline = time.monotonic() + HEAD_TIME
-            request = read_request(self.rfile)
-            if request is None:
-                self.gone = True
-                return False
-            http.working.add(self)
-            began = time.monotonic()
-            request.client, request.secure = self.client.address, self.server.context is not None
-            keep = not (has_body(request) or request.wants_close() or http.closed)
-            respond, limit = http.route(request)
-            if has_body(request):
-                length = body_length(request, limit)
-                if "expect" in request.headers and request.version == (1, 1):
-                    self.reader.go_ahead = b"HTTP/1.1 100 Continue\r\n\r\n"
-                self.reader.deadline = time.monotonic() + BODY_TIME
-                request.body = read_body(self.rfile, length, limit)
-                self.reader.go_ahead = b""
-                keep, began = not (request.wants_close() or http.closed), time.monotonic()
-            answer = respond(request)
-        except socket.timeout:
-            answer, began = error_response(RequestTimeout(
-                "the request did not arrive in time; send it faster")), None
-        except GafferError as error:
-            answer = entry_refusal(request, error)
+        """Read a request and answer it.
+
+        Return whether another may follow on this connection, and whether this one took time.
+        Raises EOFError.
+        """
+        http = self.http
+        request, respond, keep, slow = http.read(self.rfile, self.client, self)
+        self.reader.go_ahead = b""              # the body came without it
+        began, answer = time.monotonic(), respond(request)
         if isinstance(answer, WsgiRun):
             keep = answer.respond(self.send, keep)
             self.gone = answer.cut
             if answer.cut and not answer.framed:    # then only a reset tells the client
                 linger = struct.pack("ii", 1, 0)
                 self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            return keep
+            return keep, slow
         if isinstance(answer, Channel):
             if request.method != "HEAD":
                 self.channel, self.current = answer, request
-                return False
+                return False, slow
             keep, began = keep and not isinstance(answer, Feed), None
             answer = http.loop.call(answer.head)
         self.send(http.answer(self.client, request, answer, keep, began))
-        return keep
+        return keep, slow
+
+    def expect_body(self, request):
+        """Let the client send the body of a request."""
+        self.reader.deadline = time.monotonic() + BODY_TIME
+        if "expect" in request.headers and request.version == (1, 1):
+            self.reader.go_ahead = b"HTTP/1.1 100 Continue\r\n\r\n"
 
     def send(self, data):
         """Send all of it, as long as the client takes some. Raises OSError: it has left."""
@@ -9484,31 +9517,29 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return self.http.admit(client_address)
 
     def process_request(self, request, client_address):
-        """Let a thread take a connection that has sent something; others wait on the loop."""
-        http, client = self.http, client_address
-        request.setblocking(False)
-        came = client.early or self.context is not None and request.pending() or peek(request)
+        """Let the loop have a connection until a request comes."""
         is_new = self.context is not None and request.version() is None
-        if came is None:
-            http.start_channel(Idle(HANDSHAKE_TIME if is_new else IDLE_TIME), client)
-        elif came == b"":
-            http.close_connection(client)
-        elif len(http.threads) >= THREADS_MAX:
+        self.http.start_channel(Idle(HANDSHAKE_TIME if is_new else IDLE_TIME), client_address)
+
+    def start_thread(self, client):
+        """Let a thread take a connection."""
+        http, sock = self.http, client.sock
+        if len(http.threads) >= THREADS_MAX:
             http.refuse(client)
-        else:
-            thread = http.threads[client] = threading.Thread(
-                target=self.process_request_thread, args=(request, client), daemon=True)
-            thread._started = begun = Begun()   # type: ignore[attr-defined]
-            if is_new:
-                http.begin_handshake(client)
-            try:
-                thread.start()
-                if not begun.is_set():
-                    raise MemoryError("it does not begin")
-            except (RuntimeError, MemoryError) as error:    # the system has no thread left
-                self._reports.warning("a request has no thread: %s", error)
-                del http.threads[client]
-                http.refuse(client)
+            return
+        thread = http.threads[client] = threading.Thread(
+            target=self.process_request_thread, args=(sock, client), daemon=True)
+        thread._started = begun = Begun()       # type: ignore[attr-defined]
+        if self.context is not None and sock.version() is None:
+            http.begin_handshake(client)
+        try:
+            thread.start()
+            if not begun.is_set():
+                raise MemoryError("it does not begin")
+        except (RuntimeError, MemoryError) as error:    # the system has no thread left
+            self._reports.warning("a request has no thread: %s", error)
+            del http.threads[client]
+            http.refuse(client)
 
     def shutdown_request(self, request):
         """Do nothing: the loop closes connections."""
@@ -9740,12 +9771,46 @@ class HttpHandler:
 
     # requests
 
-    def route(self, request):
-        """Check a head. Return (function of the request that makes its answer, limit of the body).
+    def read(self, file, connection, handler=None):
+        """Read a request from a buffered binary file and find its route.
 
-        The function raises nothing; the answer is a Response, a Channel or a WsgiRun. Raises
-        GafferError.
+        Return (request or None, function of it that makes its answer, whether the connection goes
+        on, whether the answer takes time; None if this was refused). The function raises nothing; the answer is a Response, a
+        Channel or a WsgiRun. `handler`: on whose thread this is; None: the loop's, where the file
+        has all that came. Raises EOFError if the file ends early, and on the loop's thread also if
+        the answer takes time, or another request has come.
         """
+        request, keep = None, False
+        try:
+            request = read_request(file)
+            if request is None:
+                raise EOFError
+            request.client, request.secure = connection.address, connection.listener.context is not None
+            if handler is not None:
+                self.working.add(handler)
+            keep = not (has_body(request) or request.wants_close() or self.closed)
+            respond, limit, slow = self.route(request)
+            if slow and handler is None:
+                raise EOFError
+            if has_body(request):
+                length = body_length(request, limit)
+                if handler is not None:
+                    handler.expect_body(request)
+                request.body = read_body(file, length, limit)
+                keep = not (request.wants_close() or self.closed)
+            if handler is None and file.read(1):
+                raise EOFError
+            return request, respond, keep, slow
+        except socket.timeout:
+            answer = error_response(RequestTimeout(
+                "the request did not arrive in time; send it faster"))
+        except GafferError as error:
+            answer = entry_refusal(request, error)
+        return request, lambda request: answer, keep, None
+
+    def route(self, request):
+        """Check a head. Return (function that makes its answer, limit of the body, whether the
+        answer takes time). Raises GafferError."""
         access, is_read = self.access, request.method in ("GET", "HEAD")
         try:
             access.check_host(request)
@@ -9753,7 +9818,7 @@ class HttpHandler:
             request.headers.pop("origin", None)     # without a Host it cannot be our own
             raise
         if request.method == "OPTIONS":
-            return self._answer_options, BODY_SIZE
+            return self._answer_options, BODY_SIZE, False
         if not is_read or "upgrade" in request.headers:
             access.check_origin(request)
         access.check_site(request)
@@ -9772,7 +9837,7 @@ class HttpHandler:
             if not has_body(request) or "expect" in request.headers:
                 raise
             answer = error_response(error)      # the client sends its body, and may go on behind it
-            return (lambda request: answer), BODY_SIZE
+            return (lambda request: answer), BODY_SIZE, None
 
     def _find(self, request):
         methods, args = self._router.find(request.segments())
@@ -9780,7 +9845,8 @@ class HttpHandler:
             handler = methods.get(request.method)
             if handler is not None:
                 limit = max(BODY_SIZE, self._api.manager.input_size)
-                return functools.partial(attempt, self._call_api, handler, args), limit
+                slow = handler.unlocked is True or bool(handler.unlocked and request.raw_query)
+                return functools.partial(attempt, self._call_api, handler, args), limit, slow
             if request.method not in METHODS + OTHER_METHODS:
                 raise MethodUnknown("HTTP has no such method; they are in capitals")
             if "*" in methods:                  # what a stream allows depends on its label
@@ -9791,10 +9857,10 @@ class HttpHandler:
             if match:
                 groups = [group and urllib.parse.unquote(group) for group in match.groups()]
                 return (functools.partial(self._call_route, pattern.pattern, handler, groups),
-                        self._max_body)
+                        self._max_body, True)
         for prefix, app in self._wsgi:
             if request.path == prefix or request.path.startswith(prefix + "/"):
-                return functools.partial(WsgiRun, self, app, prefix), self._max_body
+                return functools.partial(WsgiRun, self, app, prefix), self._max_body, True
         raise ResourceNotFound(
             "there is nothing at %s; GET /openapi.json lists the routes" % request.path[:200])
 
@@ -9837,7 +9903,7 @@ class HttpHandler:
         if keep and request.version == (1, 0):
             more.append(("Connection", "keep-alive"))
         data = response.encode(self.date(), keep, head_only, more)
-        took = None if began is None else time.monotonic() - began
+        took = None if None in (began, request) else time.monotonic() - began
         self.requests.add("" if request is None else request.method, response.status, took)
         self.log_request(connection.address, request, response.status,
                          0 if head_only else len(response.body or b""))

@@ -9711,7 +9711,7 @@ class HttpConnections(HttpCase):
         until(lambda: [each for each in tuple(self.server.http.channels) if each.kind == "continuous"], "the feed")
         with http_limits(THREADS_MAX=0), self.assertLogs("gaffer", "WARNING"):
             wire = self.wire()
-            wire.send(http_bytes("GET", "/ping"))
+            wire.send(http_bytes("GET", "/metrics"))
             self.assertCode(wire.answer(), 503, "busy")
             self.assertEqual(wire.rest(), b"")
         self.cat("web")
