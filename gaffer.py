@@ -8925,6 +8925,7 @@ HANDSHAKE_TIME = 10.0                           # of TLS
 HANDSHAKES_MAX = 200                            # one more ends the oldest
 CONNECTIONS_MAX = 15000                         # requests and streams
 FILES_FOR_CONNECTIONS = 0.875                   # of the system's limit: processes need the rest
+FILES_EXPECTED = 8192                           # descriptors: 64 KiB of the kernel's memory
 ADDRESS_CONNECTIONS_MAX = 1000                  # of one address, or a /64 of IPv6
 THREADS_MAX = 1000                              # one more request is answered with 503
 BEGIN_TIME = 1.0                                # of a thread, unless the system has no memory
@@ -9641,6 +9642,8 @@ class HttpHandler:
             thread = threading.Thread(target=int)
             thread.start()
             thread.join()
+        # later, Linux would stop the loop for 20 ms whenever its table of descriptors has to grow
+        os.close(fcntl.fcntl(loop.wake_fd, fcntl.F_DUPFD, min(files_max(), FILES_EXPECTED) - 1))
         try:
             if self.access_log is not None:
                 self.access_log.start(self._token)
@@ -9785,7 +9788,8 @@ class HttpHandler:
             request = read_request(file)
             if request is None:
                 raise EOFError
-            request.client, request.secure = connection.address, connection.listener.context is not None
+            request.client = connection.address
+            request.secure = connection.listener.context is not None
             if handler is not None:
                 self.working.add(handler)
             keep = not (has_body(request) or request.wants_close() or self.closed)
