@@ -9959,7 +9959,6 @@ class NoServer(ClientError):
         super().__init__(
             "there is no gaffer at %s (%s): start one with 'python3 gaffer.py serve', or say where "
             "it is with --endpoint or GAFFER_ENDPOINT" % (endpoint, why), 5)
-        self.why = why
 
 
 class NotThere(ClientError):
@@ -9978,9 +9977,9 @@ def refusal(endpoint, status, body):
         return NoServer(endpoint, "it answers %d, but not as gaffer does" % status)
     if code == "unauthorized":
         reason = "the server requires its token: pass it with --token-file FILE or GAFFER_TOKEN"
-    reason = re.sub(r"PUT /processes/\S+ replaces", "'gaffer.py update_process' changes", reason)
     if code == "not_found":
         return NotThere(reason)
+    reason = re.sub(r"PUT /processes/\S+ replaces", "'gaffer.py update_process' changes", reason)
     return ClientError(reason, REFUSAL_STATUSES.get(status, 1), code)
 
 
@@ -9993,22 +9992,23 @@ class Client:
     """
 
     def __init__(self, endpoint=DEFAULT_ENDPOINT, token=None, cacert=None):
-        self.endpoint, self._cacert = endpoint, cacert
+        self.endpoint, self._cacert, self._path = endpoint, cacert, None
         self._headers = {"Connection": "close"}
         if token is not None:                   # http.client writes latin-1, gaffer reads UTF-8
             self._headers["Authorization"] = "Bearer " + token.encode("utf-8").decode("latin-1")
-        self.path = endpoint[5:] if endpoint.startswith("unix:") else None
         text = re.sub(r"\A:?([0-9]+)\Z", r"127.0.0.1:\1", endpoint)
+        if endpoint.startswith("unix:"):
+            self._path = endpoint[5:]
+            text = self._path and "localhost"
         try:
             url = urllib.parse.urlsplit(text if "://" in text else "http://" + text)
-            self.host, self.port = (None, None) if self.path else (url.hostname, url.port)
+            self._host, self.port = url.hostname, url.port
         except ValueError:
-            self.host = None
-        if not (self.path or self.path is None and self.host and url.scheme in ("http", "https")):
+            self._host = None
+        if not self._host or url.scheme not in ("http", "https"):
             raise ClientError("'%s' is not an endpoint: give http://host:port, https://host:port "
                               "or unix:/path" % endpoint, 2)
-        self._tls = not self.path and url.scheme == "https"
-        self._prefix = "" if self.path else url.path.rstrip("/")
+        self._tls, self._prefix = url.scheme == "https", url.path.rstrip("/")
 
     def _failure(self, error, timeout):
         """Return the ClientError for an exception of http.client or of the socket."""
@@ -10019,13 +10019,12 @@ class Client:
                                "with --cacert" % (self.endpoint, error.verify_message), 6)
         if isinstance(error, PermissionError):
             return ClientError("only the owner of %s and root may use it" % self.endpoint, 6)
-        why = str(getattr(error, "strerror", None) or error) or type(error).__name__
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         why = ascii(why)[1:-1][:100].lower()
-        if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
-            why = "no TLS there; is it http://?"
-        elif not (self._tls or self.path or isinstance(error, OSError)
-                  and not isinstance(error, ConnectionResetError)):
+        if isinstance(error, ConnectionResetError) or not isinstance(error, OSError):
             why = "no answer in HTTP: %s; does it serve TLS, as https://?" % why
+        elif hasattr(error, "reason"):          # an ssl.SSLError
+            why = "no answer in TLS: %s; is it http://?" % why
         return NoServer(self.endpoint, why)
 
     def open(self, method, path, value=None, headers=None, timeout=CLIENT_TIME):
@@ -10036,22 +10035,20 @@ class Client:
         """
         from http.client import HTTPConnection, HTTPException, HTTPSConnection
         body = value if value is None or isinstance(value, bytes) else json_bytes(value)
-        connection = HTTPConnection(self.host or "localhost", self.port, timeout=timeout)
+        connection = HTTPConnection(self._host, self.port, timeout=timeout)
         if self._tls:
             import ssl
-            context = ssl.create_default_context()
             try:
-                if self._cacert:
-                    context.load_verify_locations(self._cacert)
+                context = ssl.create_default_context(cafile=self._cacert)
             except OSError as error:
                 raise ClientError("the certificates of --cacert '%s' cannot be used: %s" % (
                     self._cacert, error), 2) from None
-            connection = HTTPSConnection(self.host, self.port, timeout=timeout, context=context)
+            connection = HTTPSConnection(self._host, self.port, timeout=timeout, context=context)
         try:
-            if self.path:
+            if self._path:
                 connection.sock = socket.socket(socket.AF_UNIX)
                 connection.sock.settimeout(timeout)
-                connection.sock.connect(self.path)
+                connection.sock.connect(self._path)
             headers = dict(self._headers, **headers or {})
             connection.request(method, self._prefix + path, body, headers)
             response = connection.getresponse()
@@ -10094,7 +10091,8 @@ class Client:
         with self.open("GET", path, None, headers, STREAM_TIME) as response:
             yield "", None, response.headers.get("Gaffer-Offset", "")
             fields = {}
-            try:
+            # the caller sees the end, and asks again
+            with contextlib.suppress(OSError, HTTPException):
                 for line in response:
                     name, _, value = line.decode("utf-8", "replace").rstrip("\n").partition(": ")
                     if name:
@@ -10102,8 +10100,6 @@ class Client:
                     elif fields:
                         yield fields.get("id", ""), fields.get("event", ""), fields.get("data", "")
                         fields = {}
-            except (OSError, HTTPException):
-                pass                            # the caller sees the end, and asks again
 
 
 def reference(name):
@@ -11280,14 +11276,13 @@ class Configuration:
 # command line
 #
 # COMMANDS is the one table: the parser, --help, the README and the completions come from it. A
-# command is a function of its arguments that returns the exit status. What it cannot do it raises,
-# and main() prints that as one sentence on stderr.
+# command is a function of its arguments. What it cannot do it raises, and main() prints that as one
+# sentence on stderr. It returns the exit status; None: that of what it has reported, or 0.
 # --------------------------------------------------------------------------------------------------
 WINDOW_SIZE_MIN = 256                           # a line or two
-WINDOW_SIZE_MAX = STDIN_SIZE_MAX = 1024 * MIB
+WINDOW_SIZE_MAX = 1024 * MIB
 STATUS_INTERVAL = 1.0                           # of status -w
-RETRY_FIRST = 0.1                               # before a server is asked again; then twice as long
-RETRY_MAX = 2.0
+RETRY_PAUSE = 0.2                               # before a server, or a full pipe, is tried again
 FOLDER_SOCKET = ".gaffer.sock"                  # where `up` serves its API, in its folder
 
 
@@ -11334,20 +11329,20 @@ def tell(text):
         print("gaffer: %s" % line, file=sys.stderr, flush=True)
 
 
-def report(error, exit_status):
-    """Print why one of several names failed, and return the exit status so far.
-
-    Raise what would fail for all the others too.
-    """
+def report(args, error):
+    """Print why one of several names failed. The command goes on, and ends with the exit status of
+    the first such error. Raise what would fail for all the others too."""
     if isinstance(error, NoServer) or error.code == "unauthorized":
         raise error
     tell(str(error))
-    return exit_status or error.exit_status
+    args.exit_status = args.exit_status or error.exit_status
 
 
 def show(args, answer, text):
     """Print what the server answered (bytes) with --json, else `text`."""
-    print(answer.decode("utf-8").rstrip("\n") if args.json else text, flush=True)
+    text = answer.decode("utf-8").rstrip("\n") if args.json else text
+    if text:
+        print(text, flush=True)
 
 
 # names
@@ -11364,202 +11359,156 @@ def get_statuses(client):
     return {status["name"]: status for status in statuses}
 
 
-def process_name(name, process):
+def process_name(status, process):
     """Return what people call a process: web.2."""
-    return "%s.%d" % (name, process["instance"])
+    return "%s.%d" % (status["name"], process["instance"])
 
 
-def find_targets(statuses, words, processes=False):
-    """Return ([Target], exit status) for names, globs and `all`.
+def find_targets(args, statuses, words, processes=False):
+    """Return the Targets of names, globs and `all`.
 
-    With `processes`, also for single processes: web.2, gaffer's pid, or the system's; a name comes
-    first, then in this order. A word that stands for nothing is told.
+    With `processes`, also of single processes: web.2, gaffer's pid, or the system's; a name comes
+    first, then in this order. A word that stands for nothing is reported.
     """
     import fnmatch
-    running = [(name, status, process) for name, status in statuses.items()
-               for process in status["processes"]]
-    known = {str(entry[2]["os_pid"]): entry for entry in running}
-    known.update((str(entry[2]["pid"]), entry) for entry in running)
-    known.update((process_name(entry[0], entry[2]), entry) for entry in running)
-    found, exit_status = {}, 0
+    running = [(status, process) for status in statuses.values() for process in status["processes"]]
+    known, found = {}, {}
+    for called in (lambda status, process: process["os_pid"],
+                   lambda status, process: process["pid"], process_name):
+        known.update((str(called(*each)), each) for each in running)
     for word in words:
         names = list(statuses) if word == "all" else fnmatch.filter(statuses, word)
-        one = None if names else known.get(word)
-        if one and processes:
-            path = "/processes/%d" % one[2]["pid"]
-            found.setdefault(path, Target(word, path, *one[1:]))
-        elif one:
-            exit_status = report(ClientError("'%s' is a process: this command takes a name, %s" % (
-                word, one[0]), 2), exit_status)
-        elif not names and word != "all":
-            exit_status = report(NotThere("there is no process named '%s'%s" % (
-                word, near(word, statuses) or "; 'gaffer.py status' lists them")), exit_status)
         for name in names:
             path = "/processes/" + reference(name)
             found[path] = Target(name, path, statuses[name], None)
-    return list(found.values()), exit_status
+        if names or word == "all":
+            continue
+        status, process = known.get(word, (None, None))
+        if status is None:
+            report(args, NotThere("there is no process named '%s'%s" % (
+                word, near(word, statuses) or "; 'gaffer.py status' lists them")))
+        elif processes:
+            path = "/processes/%d" % process["pid"]
+            found.setdefault(path, Target(word, path, status, process))
+        else:
+            report(args, ClientError("'%s' is a process: this command takes a name, %s" % (
+                word, status["name"]), 2))
+    return list(found.values())
 
 
-# commands that are a verb and a path
-
-# verb: (path behind that of the process, wait_for()'s path, or False: there is nothing to wait for)
-VERBS = {
-    "start": ("/_start", "/_start"), "stop": ("/_stop", "/_stop"),
-    "restart": ("/_restart", "/_start"),
-    "add": ("/_add/{n}", None), "sub": ("/_sub/{n}", None),
-    "kill": ("/_signal/{sig}?group={group}", False)}
+def connect_to(args, words, processes=False):
+    """Return (Client, the Targets of names; see find_targets())."""
+    client = connect(args)
+    return client, find_targets(args, get_statuses(client), words, processes)
 
 
-def wait_for(client, path, target, args):
-    """Ask for "/_start" or "/_stop" and wait until it is done. Return the answer.
+# commands that change something
 
-    None: that of the two which the template is in already. Raise ClientError with exit status 124
-    if it takes longer than it may.
-    """
-    path = path or ("/_start" if target.status["active"] else "/_stop")
-    query, longest = "true", target.status["graceful_timeout"] + WAIT_EXTRA
-    if args.timeout is not None:
-        query, longest = "%g" % args.timeout, args.timeout
-    try:
-        return client.request("POST", "%s%s?wait=%s" % (target.path, path, query),
-                              timeout=CLIENT_TIME + longest)
-    except NotThere:
-        if target.process is None:
-            raise
-        return b'{"ok": true}\n'                # it is stopping already
-
-
-def count_text(answer):
-    """Return how many processes are wanted: "1 process", "2 processes"."""
-    number = json.loads(answer)["numprocesses"]
-    return "%d process%s" % (number, "" if number == 1 else "es")
-
-
-def act_text(verb, target, answer, args):
-    """Return what one of VERBS did."""
-    status = target.status
-    if verb in ("add", "sub"):
-        return count_text(answer)
-    if verb == "kill":
-        return "signalled " + args.sig
-    if verb == "stop" and target.process:
-        return "stopped, to be replaced" if status["active"] else "stopped"
-    if verb == "stop":
-        return "already stopped" if status["state"] == "stopped" else "stopped"
-    if not status["active"] or verb == "restart":
-        return "restarted" if status["active"] else "started"
-    state = status["state"]
-    return "already running" if state == "running" else "already started, " + state
-
-
-def await_goal(client, names, goal, args):
+def await_goal(args, client, names, goal=None):
     """Wait until each of the templates is "ready", "done" or "stopped"; goal None: ready, or done
-    if it ends by itself and has no `ready`. Return the exit status."""
-    exit_status, began = 0, time.monotonic()
+    if it ends by itself and has no `ready`."""
+    end, timeout = time.monotonic() + (args.timeout or 0), None
     for name in names:
-        left = None
         try:
             info = client.get("/processes/" + reference(name))
             wanted = goal or ("done" if info["restart"] != "always" and not info["ready"] else
                               "ready")
             path = "/status/%s?until=%s" % (reference(name), wanted)
             if args.timeout is not None:
-                left = max(0.0, began + args.timeout - time.monotonic())
-                path += "&timeout=%.3f" % left
-            answer = client.request(
-                "GET", path, timeout=None if left is None else CLIENT_TIME + left)
-        except ClientError as error:
-            exit_status = report(error, exit_status)
-        else:
+                left = max(0.0, end - time.monotonic())
+                path, timeout = "%s&timeout=%.3f" % (path, left), CLIENT_TIME + left
+            answer = client.request("GET", path, timeout=timeout)
             show(args, answer, "%s: %s" % (name, wanted))
-    return exit_status
+        except ClientError as error:
+            report(args, error)
 
 
-def act(args, verb):
-    """Do one of VERBS: tell all names first, then wait for each."""
-    path, wait_path = VERBS[verb]
-    client, answers = connect(args), []
-    targets, exit_status = find_targets(get_statuses(client), args.names, verb in ("stop", "kill"))
-    path = path.format(**{name: reference(str(value)) for name, value in vars(args).items()})
-    waits = wait_path is not False and not args.no_wait
-    for target in targets:
+def carry_out(args, client, steps):
+    """Send all first requests, then wait for each until it is done, and print that.
+
+    `steps`: [(Target, first request, the one that waits or None, what they do: a function of the
+    answer)]; a request is a method and what follows the Target's path.
+    """
+    def send(target, request, query="", timeout=CLIENT_TIME):
+        method, _, path = request.partition(" ")
+        return client.request(method, target.path + path + query, timeout=timeout)
+    told = []
+    for target, first, last, done in steps:
+        if last and args.no_wait:
+            last = None
         try:                                    # a process that was told to stop hears no more
-            answers.append((target, b"" if waits and target.process else
-                            client.request("POST", target.path + path)))
+            answer = None if last and target.process else send(target, first)
+            told.append((target, answer, last, done))
         except ClientError as error:
-            exit_status = report(error, exit_status)
-    if getattr(args, "ready", False):
-        return await_goal(client, [target.word for target, _ in answers], None, args) or exit_status
-    for target, answer in answers:
+            report(args, error)
+    if args.command == "start" and args.ready:
+        return await_goal(args, client, [target.word for target, *_ in told])
+    query, timeout = "?wait=true", None
+    if getattr(args, "timeout", None) is not None:      # kill has none
+        query, timeout = "?wait=%g" % args.timeout, CLIENT_TIME + args.timeout
+    for target, answer, last, done in told:
         try:
-            if waits:
-                waited = wait_for(client, wait_path, target, args)
-                answer = answer or waited
-            show(args, answer, "%s: %s" % (target.word, act_text(verb, target, answer, args)))
+            waited = send(target, last, query, timeout) if last else answer
+            show(args, answer or waited, "%s: %s" % (target.word, done(answer)))
         except ClientError as error:
-            exit_status = report(error, exit_status)
-    return exit_status
+            report(args, error)
 
 
-def wait_command(args):
-    """Wait until templates are ready, done or stopped."""
-    client = connect(args)
-    targets, exit_status = find_targets(get_statuses(client), args.names)
-    return await_goal(client, [each.word for each in targets], args.goal, args) or exit_status
+def scaling(target, verb, number):
+    """Return the step of carry_out() that adds or removes a number of processes, maybe none."""
+    def done(answer):
+        count = json.loads(answer)["numprocesses"]
+        return "%d process%s" % (count, "" if count == 1 else "es")
+    if not number:
+        return target, "GET ", None, done
+    last = "POST /_start" if target.status["active"] else None
+    return target, "POST /_%s/%d" % (verb, number), last, done
 
 
-def delete(client, targets, args, text):
-    """Stop templates, and remove each when its processes are gone. Return the exit status."""
-    exit_status = 0
-    for target in [] if args.no_wait else targets:
-        client.request("POST", target.path + "/_stop")
+def deletion(args, target, text):
+    """Return the step of carry_out() that stops a template and removes it."""
+    return target, "DELETE " if args.no_wait else "POST /_stop", "DELETE ", lambda answer: text
+
+
+def act(args):
+    """Start, stop or restart templates, or stop or signal processes, too."""
+    verb, steps = args.command, []
+    client, targets = connect_to(args, args.names, verb in ("stop", "kill"))
     for target in targets:
-        try:
-            if not args.no_wait:
-                wait_for(client, "/_stop", target, args)
-            show(args, client.request("DELETE", target.path), "%s: %s" % (target.word, text))
-        except ClientError as error:
-            exit_status = report(error, exit_status)
-            client.request("DELETE", target.path)
-    return exit_status
+        active, state = target.status["active"], target.status["state"]
+        first, last = "POST /_" + verb, "POST /_stop" if verb == "stop" else "POST /_start"
+        done = {"start": "started", "stop": "stopped", "restart": "restarted"}.get(verb)
+        if verb == "kill":
+            first, last = "POST /_signal/%s?group=%s" % (
+                reference(args.sig), str(args.group).lower()), None
+            done = "signalled " + args.sig
+        elif target.process:
+            done = "stopped, to be replaced" if active else done
+        elif verb == "restart":
+            done = done if active else "started"
+        elif active == (verb == "start"):
+            done = "already " + state
+        steps.append((target, first, last, lambda answer, done=done: done))
+    carry_out(args, client, steps)
+
+
+def scale_one(args):
+    """Run more or fewer processes of templates."""
+    client, targets = connect_to(args, [args.name])
+    carry_out(args, client, [
+        scaling(target, args.command, args.number or 1) for target in targets])
 
 
 def del_process_command(args):
     """Stop templates and remove them."""
-    client = connect(args)
-    targets, exit_status = find_targets(get_statuses(client), args.names)
-    return delete(client, targets, args, "deleted") or exit_status
+    client, targets = connect_to(args, args.names)
+    carry_out(args, client, [deletion(args, target, "deleted") for target in targets])
 
 
-def get_process_command(args):
-    """Print templates."""
-    client = connect(args)
-    targets, exit_status = find_targets(get_statuses(client), args.names, True)
-    for target in targets:
-        answer = client.request("GET", target.path)
-        show(args, answer, json.dumps(json.loads(answer), indent=4))
-    return exit_status
-
-
-def show_field(args, field):
-    """Print a field of each status."""
-    targets, exit_status = find_targets(get_statuses(connect(args)), args.names)
-    for target in targets:
-        value = target.status[field]
-        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        text = text if args.names == [target.word] else "%s: %s" % (target.word, text)
-        show(args, json_bytes(target.status), text)
-    return exit_status
-
-
-def processes_command(args):
-    """Print names, or pids."""
-    path = "/processes?running=true" if args.running else "/processes"
-    answer = connect(args).request("GET", path)
-    values = json.loads(answer)
-    if values or args.json:
-        show(args, answer, "\n".join(map(str, values)))
-    return 0
+def wait_command(args):
+    """Wait until templates are ready, done or stopped."""
+    client, targets = connect_to(args, args.names)
+    await_goal(args, client, [target.word for target in targets], vars(args)["for"] or "ready")
 
 
 def outcome_lines(outcome, would=""):
@@ -11585,13 +11534,44 @@ def reload_command(args):
 
 # templates
 
+def processes_command(args):
+    """Print names, or pids."""
+    path = "/processes?running=true" if args.running else "/processes"
+    answer = connect(args).request("GET", path)
+    show(args, answer, "\n".join(map(str, json.loads(answer))))
+
+
+def show_field(args):
+    """Print the field of each status that is called as the command is."""
+    for target in connect_to(args, args.names)[1]:
+        value = target.status[args.command]
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        text = text if args.names == [target.word] else "%s: %s" % (target.word, text)
+        show(args, json_bytes(target.status), text)
+
+
+def get_process_command(args):
+    """Print templates."""
+    client, targets = connect_to(args, args.names, True)
+    for target in targets:
+        answer = client.request("GET", target.path)
+        show(args, answer, json.dumps(json.loads(answer), indent=4))
+
+
+def given_words(args):
+    """Return the words of the command that the arguments end with."""
+    return args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
+
+
 def given_fields(args):
     """Return the fields of a template that the arguments name. ClientError."""
-    words = args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
+    words = given_words(args)
     info = {"cmd": words[0], "args": words[1:]} if words else {}
     for field in OPTIONS:
         value = getattr(args, field, None)
-        if field in ("name", "cmd", "args", "start") or value is None:
+        if isinstance(value, bool) and getattr(args, "no_" + field, False):
+            info[field] = False
+        if field in ("name", "cmd", "args", "start") or not (value or value == ""):
             continue
         try:
             info[field] = (env_from_words(value) if field == "env" else
@@ -11606,11 +11586,10 @@ def given_fields(args):
 
 
 def send_new(args, info):
-    """POST a new template. Return the exit status."""
+    """POST a new template."""
     info["start"] = args.start
     answer = connect(args).request("POST", "/processes", info)
     show(args, answer, "%s: added%s" % (info["name"], " and started" if args.start else ""))
-    return 0
 
 
 def add_process_command(args):
@@ -11618,27 +11597,27 @@ def add_process_command(args):
     info = dict(given_fields(args), name=args.name)
     if "cmd" not in info:
         raise ClientError("say what to run: 'gaffer.py add_process NAME CMD ...'", 2)
-    client, path = connect(args), "/processes/" + reference(args.name)
+    client = connect(args)
     if not args.replace or args.name not in client.get("/processes"):
         return send_new(args, info)
-    answer = client.request("PUT", path, dict(info, **{"start": True} if args.start else {}))
-    done = "replaced" if json.loads(answer).get("changed", True) else "unchanged"
-    show(args, answer, "%s: %s" % (args.name, done))
-    return 0
+    if args.start:
+        info["start"] = True
+    answer = client.request("PUT", "/processes/" + reference(args.name), info)
+    show(args, answer, "%s: %s" % (
+        args.name, "replaced" if json.loads(answer)["changed"] else "unchanged"))
 
 
 def load_process_command(args):
     """Add the template that a JSON file describes."""
-    where = "stdin" if args.file == "-" else args.file
     try:
         with open(0 if args.file == "-" else args.file, "rb", closefd=args.file != "-") as file:
             info = json.loads(file.read())
     except (OSError, ValueError, RecursionError) as error:
         raise ClientError("%s cannot be read as JSON: %s" % (
-            where, getattr(error, "strerror", None) or error)) from None
+            args.file, getattr(error, "strerror", None) or error)) from None
     if not isinstance(info, dict) or "name" not in info:
-        raise ClientError("%s must hold one JSON object, a template with name and cmd" % where)
-    return send_new(args, info)
+        raise ClientError("%s must hold one JSON object, a template with name and cmd" % args.file)
+    send_new(args, info)
 
 
 def update_process_command(args):
@@ -11652,20 +11631,21 @@ def update_process_command(args):
     del info["start"]                           # it runs, or not, as before
     if given.get("schedule"):
         del info["restart"]                     # never, unless it is given
-    info.update(given, **{"start": True} if args.start else {})
-    show(args, client.request("POST", path, info), "%s: updated" % args.name)
-    return 0
+    if args.start:
+        given["start"] = True
+    show(args, client.request("POST", path, dict(info, **given)), "%s: updated" % args.name)
 
 
 # status
 
-STATUS_COLOURS = {"running": 32, "backoff": 31, "flapping": 31, "failed": 31,
-                  "stopping": 33, "starting": 33, "waiting": 33}
+COLOURS = {word: code for code, words in (
+    (32, "running done spawn start ready"), (31, "backoff flapping failed exit flap fail"),
+    (33, "stopping starting waiting stop stop_pid reap")) for word in words.split()}
 
 
-def span(time_left):
+def span(seconds):
     """Return seconds as 8s, 1m02s, 3h12m or 2d04h."""
-    number = int(time_left)
+    number = int(seconds)
     if number < 60:
         return "%ds" % number
     if number < 3600:
@@ -11683,46 +11663,44 @@ def exit_code(last):
 def status_rows(status, with_ids):
     """Return the rows of one template, [cells ..., note]: one for each process, and for each slot
     that waits for one; at least one."""
-    last, name, restarts = status["last_exit"], status["name"], str(status["restarts"])
-    count = "%d/%d" % (status["running"], status["numprocesses"])
-    code, why = "-", [status["error"]] if status["error"] else []
+    rows, last, code, why = [], status["last_exit"], "-", []
     if last is not None:
         code = text = str(exit_code(last))
         if last["term_signal"]:
             text += " (%s)" % signal_name(last["term_signal"])
         if last["times"] > 1:
             text += ", %d times" % last["times"]
-        why = why or ["exit " + text]
-    rows = []
+        why = ["exit " + text]
+    if status["error"]:
+        why = [status["error"]]
+
+    def add(name, state, notes, ids=("-", "-"), uptime="-", usage=("-", "-")):
+        rows.append([name, state, "%d/%d" % (status["running"], status["numprocesses"]),
+                     *map(str, ids if with_ids else ids[:1]), uptime, str(status["restarts"]),
+                     code, *usage, "; ".join(notes)])
     for process in sorted(status["processes"], key=lambda process: process["instance"]):
-        note = []
+        notes, usage = [], ("-", "-")
         if "kill_in" in process:
-            note = ["SIGKILL in " + span(process["kill_in"])]
+            notes = ["SIGKILL in " + span(process["kill_in"])]
         elif process["not_ready"]:
-            note = [process["not_ready"]]
+            notes = [process["not_ready"]]
         elif last and last["times"] > 1 and process["uptime"] < BACKOFF_RESET:
-            note = why
-        cpu, rss = process.get("cpu"), process.get("rss")
-        usage = ["-", "-"] if cpu is None else ["%.1f%%" % cpu, human(rss)]
-        ids = [str(process["os_pid"])] + ([str(process["pid"])] if with_ids else [])
-        rows.append([process_name(name, process), process["state"], count, *ids,
-                     span(process["uptime"]), restarts, code, *usage, "; ".join(note)])
-    notes = [["next try in " + span(math.ceil(wait)), *why] for wait in status["next_tries"]]
+            notes = why
+        if process.get("cpu") is not None:
+            usage = "%.1f%%" % process["cpu"], human(process["rss"])
+        add(process_name(status, process), process["state"], notes,
+            (process["os_pid"], process["pid"]), span(process["uptime"]), usage)
+    waits = [["next try in " + span(math.ceil(wait)), *why] for wait in status["next_tries"]]
     if status["waiting"]:
-        notes = [["waits for " + ", ".join(status["waiting"])]]
-    if status["state"] == "scheduled":
-        wait = math.ceil(max(0.0, status["next_runs"][0] - time.time()))
-        notes = [["next run in " + span(wait), *why]]
-    if not rows and not notes:
-        notes = [["gave up", *why] if status["gave_up"] else why if status["error"] else []]
-    ids = ["-", "-"] if with_ids else ["-"]
-    return rows + [[name, status["state"], count, *ids, "-", restarts, code, "-", "-",
-                    "; ".join(note)] for note in notes]
-
-
-def cut(text, size):
-    """Return text in at most `size` columns (None: all of it), with an ellipsis if it was cut."""
-    return text if size is None or len(text) <= size else text[:size - 1] + "…"
+        waits = [["waits for " + ", ".join(status["waiting"])]]
+    elif status["state"] == "scheduled":
+        wait = max(0.0, status["next_runs"][0] - time.time())
+        waits = [["next run in " + span(math.ceil(wait)), *why]]
+    elif not rows and not waits:
+        waits = [["gave up", *why] if status["gave_up"] else why if status["error"] else []]
+    for notes in waits:
+        add(status["name"], status["state"], notes)
+    return rows
 
 
 def status_table(statuses, width, coloured):
@@ -11732,34 +11710,35 @@ def status_table(statuses, width, coloured):
     """
     if not statuses:
         return []
-
-    def urgency(status):
-        failing = status["gave_up"] or status["error"]
-        order = {"backoff": 0, "flapping": 0, "failed": 0, "running": 2, "scheduled": 2,
-                 "stopped": 3, "done": 3}
-        return 0 if failing else order.get(status["state"], 1)
+    order = {"backoff": 0, "flapping": 0, "failed": 0, "running": 2, "scheduled": 2, "stopped": 3,
+             "done": 3}
+    statuses = sorted(statuses, key=lambda status: 0 if status["gave_up"] or status["error"] else
+                      order.get(status["state"], 1))
     os_pids = {os_pid for status in statuses for os_pid in status["os_pids"]}
     with_ids = any(pid in os_pids for status in statuses for pid in status["pids"])
     rows = [["NAME", "STATE", "RUN", "PID", *(["ID"] if with_ids else []), "UPTIME", "RESTARTS",
              "EXIT", "CPU", "MEM", ""]]
-    for status in sorted(statuses, key=urgency):
+    for status in statuses:
         rows += status_rows(status, with_ids)
     widths = [max(map(len, column)) for column in zip(*rows)][:-1]
     if width is not None:
         others = sum(widths[1:]) + 2 * (len(widths) - 1)
         widths[0] = min(widths[0], max(8, width - others))
+
+    def cut(text, size):
+        return text if size is None or len(text) <= size else text[:size - 1] + "…"
     lines = []
     for name, state, *numbers, note in rows:
         cells = [cut(name, widths[0]).ljust(widths[0]), state.ljust(widths[1])]
         cells += [number.rjust(size) for number, size in zip(numbers, widths[2:])]
         line = cut("  ".join([*cells, note]).rstrip(), width)
-        if coloured and state in STATUS_COLOURS:
-            line = line.replace("  " + state, "  " + colour(state, STATUS_COLOURS[state]), 1)
+        if coloured and state in COLOURS:
+            line = line.replace("  " + state, "  " + colour(state, COLOURS[state]), 1)
         lines.append(line)
-    counts = collections.Counter(status["state"] for status in sorted(statuses, key=urgency))
-    states = ", ".join("%d %s" % (count, state) for state, count in counts.most_common())
+    counts = collections.Counter(status["state"] for status in statuses)
     return lines + ["%d template%s: %s" % (
-        len(statuses), "" if len(statuses) == 1 else "s", states)]
+        len(statuses), "" if len(statuses) == 1 else "s",
+        ", ".join("%d %s" % (count, state) for state, count in counts.most_common()))]
 
 
 def wants_colour(args):
@@ -11777,19 +11756,20 @@ def is_away(error):
 def show_status(args, choose):
     """Print the table; with -w each second, also while the server restarts.
 
-    `choose(statuses)` returns ([status], exit status). Return the exit status: 3 if fewer
-    processes run than are wanted, or none is there.
+    `choose(statuses)` returns [Target]. The exit status is 3 if fewer processes run than are
+    wanted, or none is there.
     """
-    client, tty, exit_status = connect(args), sys.stdout.isatty(), None
-    clear = "\x1b[2J"
+    client, size, clear, exit_status = connect(args), None, "\x1b[2J", None
     while True:
         try:
-            statuses, failed = choose(get_statuses(client))
+            args.exit_status = 0
+            statuses = [target.status for target in choose(get_statuses(client))]
         except ClientError as error:            # what was shown stays until the server is back
             if exit_status is None or not is_away(error):
                 raise
         else:
-            size = os.get_terminal_size(sys.stdout.fileno()) if tty else None
+            if sys.stdout.isatty():
+                size = os.get_terminal_size(sys.stdout.fileno())
             if args.json:
                 lines = list(map(encode_json, statuses))
             else:
@@ -11802,13 +11782,13 @@ def show_status(args, choose):
                 lines = [clear + "\x1b[H\x1b[K" + "\n\x1b[K".join(lines) + "\x1b[J"]
                 clear = ""
             print("".join(line + "\n" for line in lines), end="", flush=True)
-            if not (statuses or failed or args.watch):
+            if not (statuses or args.exit_status or args.watch):
                 tell("there is nothing yet: 'gaffer.py add_process' adds a template, "
                      "'gaffer.py load' a Procfile")
             well = statuses and all(status["state"] in ("running", "scheduled", "done") and (
                 status["running"] >= status["numprocesses"] or status["state"] != "running")
                 for status in statuses)
-            exit_status = failed or (0 if well else 3)
+            exit_status = args.exit_status or (0 if well else 3)
         if not args.watch:
             return exit_status
         time.sleep(STATUS_INTERVAL)
@@ -11816,25 +11796,10 @@ def show_status(args, choose):
 
 def status_command(args):
     """Show what is running."""
-    def choose(statuses):
-        targets, exit_status = find_targets(statuses, args.names or ["all"])
-        return [target.status for target in targets], exit_status
-    return show_status(args, choose)
+    return show_status(args, lambda statuses: find_targets(args, statuses, args.names or ["all"]))
 
 
 # watch, logs
-
-EVENT_COLOURS = {"spawn": 32, "start": 32, "ready": 32, "done": 32, "exit": 31, "flap": 31,
-                 "fail": 31, "stop": 33, "stop_pid": 33, "reap": 33}
-
-
-def pauses():
-    """Yield the seconds to wait before each try to reach a server that is away."""
-    pause = RETRY_FIRST
-    while True:
-        yield pause
-        pause = min(RETRY_MAX, 2 * pause)
-
 
 def follow_events(client, path):
     """Yield (type, data) of each event, also over restarts of the server.
@@ -11843,25 +11808,26 @@ def follow_events(client, path):
     """
     answer = client.request("GET", "/watch?since=0&timeout=0")      # an event tells which run it is
     epoch = json.loads(answer)["id"].partition("@")[2] if answer else None
-    last, connected, waits = "", False, pauses()
+    last, connected = "", False
     while True:
         try:
             for place, kind, data in client.events(path, last):
                 if kind is None and not last:   # lost before its first event, it goes on from here
                     place = "%s@%s" % (data or 0, epoch) if epoch else "0"
-                last, connected, waits = place or last, True, pauses()
+                last, connected = place or last, True
                 if kind is not None:
                     yield kind, data
         except ClientError as error:
             if not connected or not (is_away(error) or isinstance(error, NotThere)):
                 raise
-        time.sleep(next(waits))
+        time.sleep(RETRY_PAUSE)
 
 
 def watch_command(args):
     """Print events as they happen."""
-    pattern, coloured = event_pattern(args.pattern), wants_colour(args)
-    path = "".join("/" + reference(part) for part in pattern.split("/") if part)
+    coloured = wants_colour(args)
+    parts = event_pattern(args.pattern or "").split("/")
+    path = "".join("/" + reference(part) for part in parts if part)
     for kind, data in follow_events(connect(args), "/watch%s?%s" % (path, FEED)):
         event = json.loads(data)
         if args.json:
@@ -11871,19 +11837,40 @@ def watch_command(args):
                  "%d events were lost" % event["events"])
         else:
             text = event_text(event)
-            text = colour(text, EVENT_COLOURS.get(kind, 36)) if coloured else text
+            text = colour(text, COLOURS.get(kind, 36)) if coloured else text
             print(time.strftime("%H:%M:%S", time.localtime(event["time"])), text, flush=True)
-    return 0
 
 
-# a line of GET /streams; `open`: it has no end yet
-JournalLine = collections.namedtuple("JournalLine", "time name pid label open text")
+# a line of GET /streams; `open`: it has no end yet; `replaces`: the one before, as it came after \r
+JournalLine = collections.namedtuple("JournalLine", "time name pid label open replaces text")
 
 
 def journal_line(text):
-    """Parse a line of GET /streams."""
+    """Parse a line of GET /streams?returns=true."""
     when, name, pid, label, text = text.split(" ", 4)
-    return JournalLine(float(when), name, int(pid), label.rstrip("+"), label.endswith("+"), text)
+    return JournalLine(float(when), name, int(pid), label.rstrip("+<"), "+" in label,
+                       "<" in label, text)
+
+
+def merge_lines(lines, count):
+    """Return the last `count` lines of each stream, in order. Unfinished ones are joined; what a
+    terminal would overwrite is left out."""
+    found, last, counts, kept = [], {}, collections.Counter(), []
+    for line in lines:
+        stream = line[1:4]
+        before = found[last[stream]] if stream in last else None
+        if before is None or not (before.open or line.replaces):
+            last[stream] = len(found)
+            found.append(line)
+        elif line.replaces:
+            found[last[stream]] = line
+        else:
+            found[last[stream]] = line._replace(time=before.time, text=before.text + line.text)
+    for line in reversed(found):
+        counts[line[1:4]] += 1
+        if counts[line[1:4]] <= count:
+            kept.append(line)
+    return kept[::-1]
 
 
 class LogPrinter:
@@ -11892,70 +11879,50 @@ class LogPrinter:
     def __init__(self, args, client, statuses):
         self._args, self._client, self._names = args, client, {}    # {(name, pid): web.1}
         self._prefixer = Prefixer(wants_colour(args))
-        self._open = None                       # the stream whose unfinished line is the last one
+        self._last, self._open = None, False    # the stream of the last line, whether that is open
         self._learn(statuses)
 
     def _learn(self, statuses):
         for name, status in statuses.items():
             for process in status["processes"]:
-                self._names[name, process["pid"]] = process_name(name, process)
+                self._names[name, process["pid"]] = process_name(status, process)
             if status["numprocesses"] == 1:     # its earlier processes had the same name
                 self._names[name, None] = name + ".1"
 
-    def _name(self, line):
+    def _prefix(self, line):
+        if self._args.no_prefix:
+            return ""
         key = line.name, line.pid
         if key not in self._names:
             if self._args.follow:               # a new process
                 with contextlib.suppress(ClientError):
                     self._learn(get_statuses(self._client))
             self._names.setdefault(key, self._names.get((line.name, None), line.name))
-        return self._names[key]
+        return self._prefixer.prefix(self._names[key]) + " "
 
     def show(self, lines):
         """Print lines, their names in a column of one width."""
-        args = self._args
-        for line in [] if args.no_prefix else lines:
-            self._prefixer.prefix(self._name(line))
-        for line in lines:
-            stream, prefix = (line.pid, line.label), ""
-            if args.json:
+        args, tty = self._args, sys.stdout.isatty()
+        if args.json:
+            for line in lines:
                 print(encode_json({"time": line.time, "name": line.name, "pid": line.pid,
                                    "label": line.label, "data": line.text}))
-                continue
-            if self._open != stream:
-                prefix = "\n" if self._open else ""
-                if args.times:
-                    prefix += time.strftime("%Y-%m-%d %H:%M:%S ", time.localtime(line.time))
-                if not args.no_prefix:
-                    prefix += self._prefixer.prefix(self._name(line)) + " "
-            self._open = stream if line.open else None
-            print(prefix + line.text, end="" if line.open else "\n")
+            lines = []
+        for line in lines:
+            self._prefix(line)
+        for line in lines:
+            text, stream, prefix = line.text, line[1:4], self._prefix(line)
+            if args.times:
+                prefix = time.strftime("%Y-%m-%d %H:%M:%S ", time.localtime(line.time)) + prefix
+            if stream == self._last and line.replaces and tty:
+                text = ("\r" if self._open else "\x1b[A") + "\x1b[K" + prefix + text
+            elif stream != self._last or line.replaces or not self._open:
+                text = ("\n" if self._open else "") + prefix + text
+            self._last, self._open = stream, line.open
+            print(text, end="" if line.open else "\n")
         if self._open and not args.follow:
             print()
         sys.stdout.flush()
-
-
-def merge_lines(lines, count):
-    """Return the last `count` lines of each stream, in order.
-
-    Unfinished ones are joined; of what a terminal would overwrite after \\r the last is left.
-    """
-    found, unfinished, kept = [], {}, []        # {stream: index of its unfinished line}
-    for line in lines:
-        index = unfinished.pop(line[1:4], None)
-        if index is None:
-            index = len(found)
-            found.append(line)
-        else:
-            found[index] = line._replace(time=found[index].time, text=found[index].text + line.text)
-        if line.open:
-            unfinished[line[1:4]] = index
-    counts = collections.Counter()
-    for line in reversed(found):
-        counts[line[1:4]] += 1
-        if counts[line[1:4]] <= count:
-            kept.append(line._replace(text=line.text.rstrip("\r").rpartition("\r")[2]))
-    return kept[::-1]
 
 
 def logs_command(args):
@@ -11963,29 +11930,28 @@ def logs_command(args):
     import fnmatch
     client = connect(args)
     statuses = get_statuses(client)
-    targets, exit_status = find_targets(statuses, args.names, True)
+    targets = find_targets(args, statuses, args.names, True)
     if args.names and not targets:
-        return exit_status
+        return args.exit_status
     pids = {target.process["pid"] for target in targets if target.process}
     globs = ["*" if word == "all" else word for word in args.names]
-    labels = [label for label in ("stdout", "stderr") if getattr(args, label)]
 
     def wanted(line):
-        return line.label != "exit" and (not labels or line.label in labels) and (
+        return line.label != "exit" and (
             not args.names or line.pid in pids
             or any(fnmatch.fnmatchcase(line.name, glob) for glob in globs))
     printer, path = LogPrinter(args, client, statuses), "/streams"
     if len(targets) == len(args.names) == 1:
         path = targets[0].path.replace("/processes/", "/streams/")
-    headers, body = client.exchange("GET", path + "?tail=all&timeout=0")
+    headers, body = client.exchange("GET", path + "?returns=true&tail=all&timeout=0")
     since = time.time() - args.since if args.since else 0
     lines = map(journal_line, body.decode("utf-8", "replace").split("\n")[:-1])
     lines = [line for line in lines if wanted(line) and line.time >= since]
     printer.show(merge_lines(lines, args.n if args.n is not None else math.inf if since else 10))
     if not args.follow:
-        return exit_status
-    path += "?%s&since=%s" % (FEED, headers["Gaffer-Offset"])
-    for kind, data in follow_events(client, path):
+        return args.exit_status
+    for kind, data in follow_events(client, "%s?returns=true&%s&since=%s" % (
+            path, FEED, headers["Gaffer-Offset"])):
         if kind == "dropped":
             if not json.loads(data).get("restarted"):
                 tell("%d bytes were lost" % json.loads(data)["bytes"])
@@ -11993,9 +11959,8 @@ def logs_command(args):
         line = journal_line(data)
         if wanted(line):
             printer.show([line])
-        elif line.label == "exit" and path.startswith("/streams/%d?" % line.pid):
-            break
-    return exit_status
+        elif line.label == "exit" and path == "/streams/%d" % line.pid:
+            return args.exit_status
 
 
 # attach
@@ -12004,10 +11969,9 @@ class Attachment:
     """Copies a process's output to stdout and stderr, stdin to it, and passes signals on."""
 
     def __init__(self, client, status, process):
-        self._client, self._pid = client, process["pid"]
+        self._client, self._path = client, "/streams/%d/" % process["pid"]
+        self._name, self._pid = status["name"], process["pid"]
         self.info = client.get("/processes/%d" % self._pid)
-        self._exits = "/watch/proc/%s/exit?%s" % (reference(status["name"]), FEED)
-        self._last = "0@" + status["created"].partition("@")[2]
         self._inbox = queue.SimpleQueue()       # the exit event, an exception, a signal's number
         self.ended = self.line_is_open = False  # what was shown last ends within a line
 
@@ -12017,22 +11981,17 @@ class Attachment:
         signals = {signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP}
         signals -= {signum for signum in signals if signal.getsignal(signum) == signal.SIG_IGN}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        labels = list(dict.fromkeys(self.info["redirect_output"]))
+        labels = dict.fromkeys(self.info["redirect_output"])
         copies = [self._start(self._copy_output, *pair, tail) for pair in zip(labels, (1, 2))]
-        self._start(self._take_signals, signals)
-        self._start(self._watch_exit)
+        self._start(self._watch_exit, copies)
+        if signals:
+            self._start(self._take_signals, signals)
         if self.info["redirect_input"]:
             self._start(self._copy_input)
         for item in iter(self._inbox.get, signal.SIGQUIT):
             if isinstance(item, Exception):
                 raise item
-            if isinstance(item, dict):          # the rest of its group may write until it is killed
-                for thread in copies:
-                    thread.join(self.info["graceful_timeout"] + DRAIN_TIME + 1)
-                while not self._inbox.empty():  # its final output may have met a closed pipe
-                    late = self._inbox.get()
-                    if isinstance(late, OSError):
-                        raise late
+            if isinstance(item, dict):
                 self.ended = True
                 return exit_code(item)
             if item != signal.SIGINT:
@@ -12053,14 +12012,14 @@ class Attachment:
         return thread
 
     def _take_signals(self, signals):
-        while signals:
+        while True:
             self._inbox.put(signal.sigwait(signals))
 
     def _copy_output(self, label, fd, tail):
         from http.client import HTTPException
         begin = "tail=%d" % tail
         while True:
-            path = "/streams/%d/%s?feed=continuous&%s" % (self._pid, reference(label), begin)
+            path = self._path + reference(label) + "?feed=continuous&" + begin
             with self._client.open("GET", path, timeout=None) as response:
                 offset = int(response.headers["Gaffer-Offset"])
                 while True:
@@ -12079,42 +12038,43 @@ class Attachment:
         data = b"-"
         while data:
             data = os.read(0, READ_SIZE)        # nothing: end of file
-            for pause in pauses():              # as a full pipe would make us wait
+            while True:                         # as a full pipe would make us wait
                 try:
-                    self._client.request("POST" if data else "DELETE",
-                                         "/streams/%d/stdin" % self._pid, data or None)
+                    self._client.request("POST" if data else "DELETE", self._path + "stdin",
+                                         data or None)
                     break
                 except ClientError as error:
                     if error.code in ("forbidden_write", "not_found"):
                         return                  # it has closed its stdin, or exited
                     if error.code != "stdin_full":
                         raise
-                time.sleep(pause)
+                time.sleep(RETRY_PAUSE)
 
-    def _watch_exit(self):
-        while True:
-            for place, kind, data in self._client.events(self._exits, self._last):
-                event, self._last = json.loads(data) if kind else {}, place or self._last
-                if event.get("restarted"):
-                    raise ClientError("the server has restarted: attach again")
-                if kind == "exit" and event["pid"] == self._pid:
-                    return self._inbox.put(event)
+    def _watch_exit(self, copies):
+        path = "/watch/proc/%s/exit?since=0&%s" % (reference(self._name), FEED)
+        for kind, data in follow_events(self._client, path):
+            event = json.loads(data)
+            if event.get("restarted"):
+                raise ClientError("the server has restarted: attach again")
+            if kind == "exit" and event["pid"] == self._pid:
+                for thread in copies:           # the rest of its group may write until it is killed
+                    thread.join(self.info["graceful_timeout"] + DRAIN_TIME + 1)
+                return self._inbox.put(event)
 
 
 def attach_command(args):
     """Show a process's output and send it what is typed. Return its exit status, if it ends."""
-    client, word = connect(args), args.names[0]
-    targets, exit_status = find_targets(get_statuses(client), [word], True)
+    import termios
+    client, targets = connect_to(args, [args.name], True)
     if not targets:
-        return exit_status
-    status = targets[0].status
+        return args.exit_status
+    status, word = targets[0].status, args.name
     found = [targets[0].process] if targets[0].process else status["processes"]
-    names = [process_name(status["name"], process) for process in found]
+    names = [process_name(status, process) for process in found]
     if len(names) != 1:
         raise ClientError("%s runs %d processes: attach to one of %s" % (
             word, len(names), ", ".join(names)) if names else
             "%s is not running: 'gaffer.py start %s' starts it" % (word, word))
-    import termios
     attachment, before = Attachment(client, status, found[0]), None
     if os.isatty(0):                            # Ctrl-] sends QUIT
         before, changed = termios.tcgetattr(0), termios.tcgetattr(0)
@@ -12124,7 +12084,7 @@ def attach_command(args):
         names[0], found[0]["os_pid"], "Ctrl-]" if before else "QUIT",
         "" if attachment.info["redirect_input"] else "; it reads nothing: its stdin is /dev/null"))
     try:
-        exit_status = attachment.run(args.n)
+        exit_status = attachment.run(10 if args.n is None else args.n)
     finally:
         if before:
             with contextlib.suppress(termios.error):        # the terminal is gone
@@ -12143,7 +12103,7 @@ class PidFile:
     """Keeps gaffer's pid in a locked file, so that only one gaffer uses it."""
 
     def __init__(self, path):
-        self._path, self._file = path, None
+        self._path = path
 
     def start(self, loop, manager):
         try:
@@ -12200,40 +12160,31 @@ class LogHandler(logging.Handler):
         super().close()
 
 
-class Background:
-    """--daemon: goes on as a process of its own. The one that was started waits until the server
-    listens, so that it can print what is wrong. As the last of the apps, it leaves the terminal."""
-
-    def __init__(self):
-        self.handler = None                     # the LogHandler has a thread: not before the fork
-        read, self._pipe = os.pipe()
-        if os.fork():
-            os.close(self._pipe)
-            with os.fdopen(read, "rb") as file:
-                os._exit(0 if file.read() == b"ok" else 1)
-        os.close(read)
-        os.setsid()
-        if os.fork():                           # not a session's leader: it gets no terminal
-            os._exit(0)
-
-    def start(self, loop, manager):
-        with open(os.devnull, "rb") as nothing:
-            os.dup2(nothing.fileno(), 0)
-        self.handler.writer.replace_standard_streams()
-        os.write(self._pipe, b"ok")
-        os.close(self._pipe)
+def enter_background():
+    """Go on as a process of its own, without a terminal. Return a pipe: the process that was
+    started waits, so that it can print what is wrong, and ends well once that has "ok"."""
+    read, write = os.pipe()
+    if os.fork():
+        os.close(write)
+        with os.fdopen(read, "rb") as file:
+            os._exit(0 if file.read() == b"ok" else 1)
+    os.close(read)
+    os.setsid()
+    if os.fork():                               # not a session's leader: it gets no terminal
+        os._exit(0)
+    return write
 
 
-class Announcement:
-    """Says where HttpHandlers listen, once they do."""
+def on_start(function):
+    """Return an app that calls a function when it is started. Those before it have started."""
+    return types.SimpleNamespace(start=lambda loop, manager: function())
 
-    def __init__(self, say, *https):
-        self._say, self._https = say, https
 
-    def start(self, loop, manager):
-        urls = [url for http in self._https for url in http.urls]
-        if urls:
-            self._say("listening on " + ", ".join(urls))
+def announce(say, https):
+    """Say where HttpHandlers listen."""
+    urls = [url for http in https for url in http.urls]
+    if urls:
+        say("listening on " + ", ".join(urls))
 
 
 def run_cached():
@@ -12261,8 +12212,11 @@ def run_cached():
                               *sys.argv[1:]])
 
 
-def run_server(args, handler, background):
-    """Run a manager with the HTTP API until INT or TERM. Return the exit status."""
+def run_server(args, writer, pipe):
+    """Run a manager with the HTTP API until INT or TERM. Return the exit status.
+
+    `writer`: of the log; `pipe`: of enter_background(), or None.
+    """
     hooks, configuration, endpoints = WebHooks(), None, list(map(HttpEndpoint, args.bind))
     if args.config:
         taken = [endpoint.port for endpoint in endpoints if not endpoint.path]
@@ -12274,10 +12228,8 @@ def run_server(args, handler, background):
         endpoint.bind, endpoint.certfile or args.certfile, endpoint.keyfile or args.keyfile,
         endpoint.backlog) for endpoint in endpoints or [HttpEndpoint()]]
     access_log = AccessLog(args.access_log) if args.access_log else None
-    http = HttpHandler(
-        endpoints, token=read_token(args.token_file), cors_origins=args.cors_origin,
-        allow_hosts=args.allow_host, access_log=access_log, max_connections=args.connections,
-        max_connections_per_address=args.connections_per_address)
+    http = HttpHandler(endpoints, token=read_token(args.token_file), cors_origins=args.cors_origin,
+                       allow_hosts=args.allow_host, access_log=access_log)
 
     def load_again():
         try:
@@ -12294,24 +12246,32 @@ def run_server(args, handler, background):
         threading.Thread(target=load_again, name="gaffer-reload", daemon=True).start()
 
     def reopen():
-        handler.writer.reopen()
+        writer.reopen()
         if access_log is not None:
             access_log.reopen()
 
-    def announce(text):
+    def say(text):
         stdout = Writer(1, LOG_SIZE)            # which nobody may read
         stdout.put(("gaffer %s %s\n" % (__version__, text)).encode("utf-8"))
         stdout.close(LOG_END)
+
+    def leave_terminal():
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+        writer.replace_standard_streams()
+        os.write(pipe, b"ok")
+        os.close(pipe)
     apps: list = [SigHandler(ending_signals(), reload if configuration else None, reopen)]
     if args.pidfile:
         apps.append(PidFile(args.pidfile))
-    apps += [ConsoleOutput(args.verbose > 1), http, hooks, Announcement(announce, http),
-             *background]
+    apps += [ConsoleOutput(args.verbose > 1), http, hooks,
+             on_start(lambda: announce(say, [http]))]
+    if pipe is not None:
+        apps.append(on_start(leave_terminal))
     if os.environ.get("NOTIFY_SOCKET"):
         apps.append(SystemdNotifier(os.environ))
-    manager = Manager(apps, window_size=args.window or WINDOW_SIZE, exit_with=args.exit_with,
-                      exit_when_done=args.exit_when_done,
-                      input_size=args.input or STDIN_SIZE)
+    manager = Manager(apps, window_size=args.window, exit_with=args.exit_with,
+                      exit_when_done=args.exit_when_done)
     if configuration is not None:
         configuration.begin(manager)
     manager.run()
@@ -12323,15 +12283,16 @@ def serve(args):
     run_cached()
     if args.daemon and not args.log_file:
         raise ClientError("--daemon needs --log-file FILE: nobody would see its messages", 2)
+    if args.exit_with and not re.fullmatch(NAME, args.exit_with):
+        raise ClientError("'%s' is not a template's name, which is not all digits" % (
+            args.exit_with), 2)
     keep_buffers()
-    background = [Background()] if args.daemon else []
+    pipe = enter_background() if args.daemon else None      # before there is any thread
     with contextlib.closing(LogHandler(args.log_file)) as handler:
-        for app in background:
-            app.handler = handler
         logging.basicConfig(
             format="%(asctime)s %(levelname)s %(message)s", handlers=[handler],
             level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)])
-        return run_server(args, handler, background)
+        return run_server(args, handler.writer, pipe)
 
 
 # Procfiles
@@ -12341,7 +12302,7 @@ def open_procfile(args, taken=()):
     if not os.path.exists(args.procfile):
         raise ClientError("there is no '%s': name a Procfile with -f FILE, or write one, with a "
                           "line 'web: COMMAND'" % args.procfile)
-    return read_procfile(args.procfile, args.root, args.env_file, args.port, taken)
+    return read_procfile(args.procfile, None, args.env_file, args.port, taken)
 
 
 def check_type(kind, types):
@@ -12352,8 +12313,9 @@ def check_type(kind, types):
 
 
 def procfile_templates(args, taken=()):
-    """Return {type: template} of a Procfile, and {type: number} of -c. ConfigError, ClientError."""
-    templates, formation = read_settings(open_procfile(args, taken)).templates, {}
+    """Return (the Procfile, {type: template}, {type: number} of -c). ConfigError, ClientError."""
+    source, formation = open_procfile(args, taken), {}
+    templates = read_settings(source).templates
     for word in split_list(",".join(args.concurrency)):
         kind, _, count = word.partition("=")
         if not (re.fullmatch("[0-9]{1,4}", count) and int(count) <= NUMPROCESSES_MAX):
@@ -12363,14 +12325,14 @@ def procfile_templates(args, taken=()):
         formation.update(dict.fromkeys(templates if kind == "all" else [kind], int(count)))
     for kind, count in formation.items():
         templates[kind]["numprocesses"] = count
-    return templates, formation
+    return source, templates, formation
 
 
 class FolderApi(HttpHandler):
-    """The API on a unix socket of a folder. If there can be none, it says so with `say`."""
+    """The API on a unix socket. If there can be none, it says so with `say`."""
 
-    def __init__(self, folder, say, token):
-        super().__init__([HttpEndpoint("unix:" + os.path.join(folder, FOLDER_SOCKET))], token=token)
+    def __init__(self, say, *args, **options):
+        super().__init__(*args, **options)
         self._say = say
 
     def start(self, loop, manager):
@@ -12380,55 +12342,76 @@ class FolderApi(HttpHandler):
             self._say("there is no API in this folder: %s" % error)
 
 
-def up_templates(args, taken):
-    """Return {type: template} of what `up` runs."""
-    templates, _ = procfile_templates(args, taken)
-    for name in args.names:
-        check_type(name, templates)
-    for info in templates.values():
-        info["redirect_input"] = True           # which does not end
-        if info["restart"] == "always" and not args.keep_going:
-            info["restart"] = "never"
-            if not args.exit_when_done:
-                info["success"] = []            # any end is the end of all
-    return {name: info for name, info in templates.items() if name in (args.names or templates)}
-
-
 def up_command(args):
     """Run a Procfile in the foreground."""
     run_cached()
     keep_buffers()
     endpoints = list(map(HttpEndpoint, args.bind))
-    taken = [endpoint.port for endpoint in endpoints if not endpoint.path]
-    configuration = Configuration(lambda: Settings([], up_templates(args, taken), []))
+    ports = [endpoint.port for endpoint in endpoints if not endpoint.path]
+    jobs = set()                                # which are to be done, not ready
+
+    def read():
+        _, templates, _ = procfile_templates(args, ports)
+        for name in args.names:
+            check_type(name, templates)
+        templates = {name: templates[name] for name in args.names or templates}
+        for name, info in templates.items():
+            info["redirect_input"] = True       # which does not end
+            if info["restart"] != "always" and info["ready"] is None:
+                jobs.add(name)
+            elif info["restart"] == "always" and not args.keep_going:
+                info["restart"] = "never"
+                if not args.exit_when_done:
+                    info["success"] = []        # any end is the end of all
+        return Settings([], templates, [])
+    configuration = Configuration(read)
     if not any(info["numprocesses"] for info in configuration.settings.templates.values()):
         raise ClientError("there is nothing to run: all counts are 0")
     screen = Screen(1, wants_colour(args), not (args.keep_going or args.exit_when_done))
     token = read_token(args.token_file)
-    folder = args.root or os.path.dirname(os.path.abspath(args.procfile))
-    https: list = [FolderApi(folder, screen.say, token)]
+    folder = os.path.dirname(os.path.abspath(args.procfile))
+    path = os.path.join(folder, FOLDER_SOCKET)
+    https: list = [FolderApi(screen.say, [HttpEndpoint("unix:" + path)], token=token)]
     if endpoints:
         https.append(HttpHandler(endpoints, token=token))
-    manager = Manager([SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
-                       Announcement(screen.say, *https)], exit_when_done=args.exit_when_done)
-    handler = LogHandler()
-    logging.basicConfig(
-        format="%(levelname)s %(message)s", handlers=[handler], level=logging.WARNING)
-    try:
+    ready = []
+
+    def judge(manager):
+        """Return whether it is known if all get ready, and say so."""
+        left = [template for template in manager.templates.values() if template.info["start"] and (
+            template.outcome != "done" if template.name in jobs else not template.ready())]
+        reasons = list(filter(None, [template.prospect("ready")[1] for template in left]))
+        if reasons:
+            for line in reasons[0].split("\n"):
+                screen.say(line)
+            manager.stop()
+        elif not left:
+            screen.say("all are ready")
+            ready.append(True)
+        return reasons or ready
+    apps: list = [SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
+                  on_start(lambda: announce(screen.say, https))]
+    if args.ready:
+        apps.append(types.SimpleNamespace(start=lambda loop, manager: manager.wait_until(
+            lambda: manager.stopping or judge(manager), lambda: None)))
+    manager = Manager(apps, exit_when_done=args.exit_when_done)
+    with contextlib.closing(LogHandler()) as handler:
+        logging.basicConfig(
+            format="%(levelname)s %(message)s", handlers=[handler], level=logging.WARNING)
         configuration.begin(manager)
         manager.run()
-        return screen.status or manager.exit_code
-    finally:
-        handler.close()
+    if args.ready and not ready:
+        return 1
+    return screen.status or manager.exit_code
 
 
 def run_command(args):
     """Become the command."""
     if args.procfile == PROCFILE_NAME and not os.path.exists(PROCFILE_NAME):    # none is no fault
-        source = read_procfile(None, args.root, args.env_file, args.port)
+        source = read_procfile(None, None, args.env_file, args.port)
     else:
         source = open_procfile(args)
-    words = args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
+    words = given_words(args)
     if not words:
         raise ClientError("say what to run: 'gaffer.py run CMD'", 2)
     if len(words) == 1:
@@ -12447,9 +12430,8 @@ def run_command(args):
 
 def group_of(args):
     """Return the group of a Procfile's processes: as given, or the name of its folder."""
-    folder = os.path.abspath(args.root or os.path.dirname(os.path.abspath(args.procfile)))
-    name = re.sub(r"[^A-Za-z0-9_.@-]", "-", os.path.basename(folder)).lstrip("-")
-    name = args.group or name or "app"
+    folder = os.path.basename(os.path.dirname(os.path.abspath(args.procfile)))
+    name = args.group or re.sub(r"[^A-Za-z0-9_.@-]", "-", folder).lstrip("-") or "app"
     if not re.fullmatch(r"(?!-)[A-Za-z0-9_.@-]{1,64}", name):
         raise ClientError("'%s' is not a group's name: give 1 to 64 of A-Z a-z 0-9 _ . @ -" % name)
     return name
@@ -12460,16 +12442,17 @@ def find_app(args, statuses):
 
     They are those of its group, else those named as its types are, and without a Procfile all.
     """
-    targets, group = find_targets(statuses, ["all"])[0], group_of(args)
-    found = {target.word[len(group) + 1:]: target for target in targets
-             if target.word.startswith(group + ":")}
+    targets, prefix = find_targets(args, statuses, ["all"]), group_of(args) + ":"
+    found = {target.word[len(prefix):]: target for target in targets
+             if target.word.startswith(prefix)}
     if not found and not args.group:
         types = statuses
         if os.path.exists(args.procfile):
-            types = read_procfile(args.procfile, args.root).types
+            types = read_procfile(args.procfile).types
         found = {target.word: target for target in targets if target.word in types}
     if not found:
-        raise NotThere("there is no process of the group '%s': 'gaffer.py load' loads it" % group)
+        raise NotThere("there is no process of the group '%s': 'gaffer.py load' loads it" % (
+            prefix[:-1]))
     return found
 
 
@@ -12485,7 +12468,7 @@ def load_command(args):
     """Make a group in the server equal to the Procfile."""
     client, group = connect(args), group_of(args)
     statuses = get_statuses(client)
-    templates, formation = procfile_templates(args, [client.port])
+    _, templates, formation = procfile_templates(args, [client.port])
     templates = in_group(group, templates)
     for name, info in templates.items():
         if name in statuses:
@@ -12498,22 +12481,22 @@ def load_command(args):
                                        "updated" if outcome["changed"] else "already loaded"))
     gone = [name for name in statuses
             if name.startswith(group + ":") and name not in templates]
-    exit_status = delete(client, find_targets(statuses, gone)[0], args, "removed")
+    carry_out(args, client, [deletion(args, target, "removed")
+                             for target in find_targets(args, statuses, gone)])
     if args.ready:
-        exit_status = await_goal(client, templates, None, args) or exit_status
-    return exit_status
+        await_goal(args, client, templates)
 
 
 def unload_command(args):
     """Stop the templates of a group and remove them."""
     client, args.group = connect(args), group_of(args)
-    return delete(client, find_app(args, get_statuses(client)).values(), args, "unloaded")
+    carry_out(args, client, [deletion(args, target, "unloaded") for target in find_app(
+        args, get_statuses(client)).values()])
 
 
 def ps_command(args):
     """Show the processes of a Procfile."""
-    return show_status(args, lambda statuses: (
-        [target.status for target in find_app(args, statuses).values()], 0))
+    return show_status(args, lambda statuses: find_app(args, statuses).values())
 
 
 def scale_command(args):
@@ -12528,26 +12511,23 @@ def scale_command(args):
     if not all(matches) or not words:
         raise ClientError("'%s' is not a change: give web=3, web+1 or web-1" % (
             words[matches.index(None)] if words else args.group), 2)
-    changes, found = [match.groups() for match in matches], find_app(args, statuses)
-    for kind, _, _ in changes:
+    found, steps = find_app(args, statuses), []
+    for kind, sign, count in [match.groups() for match in matches]:
         check_type(kind, found)
-    for kind, sign, count in changes:
-        target = found[kind]
-        now = target.status["numprocesses"]
+        now = found[kind].status["numprocesses"]
         by = int(count) - now if sign == "=" else int(sign + count)
-        answer = json_bytes({"ok": True, "numprocesses": now})
-        if by:
-            verb = "add" if by > 0 else "sub"
-            answer = client.request("POST", "%s/_%s/%d" % (target.path, verb, abs(by)))
-        if by and not args.no_wait:
-            wait_for(client, None, target, args)
-        show(args, answer, "%s: %s" % (target.word, count_text(answer)))
-    return 0
+        steps.append(scaling(found[kind], "add" if by > 0 else "sub", abs(by)))
+    carry_out(args, client, steps)
 
 
 def systemd_word(text):
     """Return a word of a unit file, in quotes: systemd.syntax(7), systemd.service(5)."""
     return '"%s"' % re.sub(r'[\\"]', r"\\\g<0>", text).replace("\n", "\\n").replace("%", "%%")
+
+
+def systemd_shell(command):
+    """Return what gives a command to a shell, as ExecStart= and its like take it."""
+    return "/bin/sh -c " + systemd_word(command).replace("$", "$$")
 
 
 def systemd_service(info):
@@ -12557,20 +12537,17 @@ def systemd_service(info):
              ("RestartSec", "%g" % (delay[0] if isinstance(delay, list) else delay)),
              ("KillSignal", signal_name(steps[0][0])),
              ("KillMode", "control-group" if info["stop_group"] else "mixed"),
-             ("TimeoutStopSec", "%g" % stop_time(info))]
-    if info["success"] != [0]:
-        lines.append(("SuccessExitStatus", " ".join(
-            str(each) if is_number(each) else signal_name(parse_signal(each))
-            for each in info["success"])))
-    lines += [(name, info[field]) for field, name in (
-        ("uid", "User"), ("gid", "Group"), ("umask", "UMask"), ("nice", "Nice"))
-        if info[field] is not None]
+             ("TimeoutStopSec", "%g" % stop_time(info)),
+             ("SuccessExitStatus", " ".join(
+                 str(each) if is_number(each) else signal_name(parse_signal(each))
+                 for each in info["success"]))]
+    lines += [(name, convert(info[field])) for name, field, convert in (
+        ("User", "uid", str), ("Group", "gid", str), ("UMask", "umask", str), ("Nice", "nice", str),
+        ("ExecStartPre", "before_start", systemd_shell),
+        ("ExecStopPost", "after_stop", systemd_shell)) if info[field] is not None]
     lines += [("Limit" + name.upper(), ":".join(map(str, limit_pair(limit))).replace(
         "inf", "infinity")) for name, limit in info["limits"].items()]
     lines += [("EnvironmentFile", path.replace("%", "%%")) for path in info["env_file"]]
-    lines += [(name, "/bin/sh -c " + systemd_word(info[field]).replace("$", "$$"))
-              for field, name in (("before_start", "ExecStartPre"), ("after_stop", "ExecStopPost"))
-              if info[field] is not None]
     return ["%s=%s" % line for line in lines]
 
 
@@ -12586,28 +12563,34 @@ def export_systemd(group, source, templates):
                 "PartOf=%s.target" % group, "", "[Service]",
                 "WorkingDirectory=%s" % info["cwd"].replace("%", "%%"),
                 *("Environment=%s" % systemd_word("%s=%s" % pair) for pair in env.items()),
-                "ExecStart=/bin/sh -c %s" % systemd_word(source.types[kind]).replace("$", "$$"),
+                "ExecStart=" + systemd_shell(source.types[kind]),
                 *systemd_service(info), "", "[Install]", "WantedBy=%s.target" % group, ""])
     target = "[Unit]\nDescription=%s\nWants=%s\n\n[Install]\nWantedBy=multi-user.target\n"
     return dict({"%s.target" % group: target % (group, " ".join(units))}, **units)
 
 
-def export_files(args):
-    """Convert a Procfile. Return {file: text}. ClientError: the format cannot express it."""
-    group, source = group_of(args), open_procfile(args)
-    templates, _ = procfile_templates(args)
-    if args.format == "systemd":
-        return export_systemd(group, source, templates)
-    sections = {}
-    for index, (name, info) in enumerate(in_group(group, templates).items()):
-        sections[name] = dict(
-            {field: value for field, value in info.items()
-             if value != OPTIONS[field].default and field != "name"}, priority=index)
-    if args.format == "json":
-        return {"%s.json" % group: json.dumps({"process": sections}, indent=4) + "\n"}
+def export_command(args):
+    """Convert a Procfile to another format. ClientError: it cannot be expressed in that."""
+    group = group_of(args)
+    source, templates, _ = procfile_templates(args)
+    sections = {name: dict({field: value for field, value in info.items()
+                            if value != OPTIONS[field].default and field != "name"}, priority=index)
+                for index, (name, info) in enumerate(in_group(group, templates).items())}
     lines = ["; made from %s" % source.path]
+    if args.format == "systemd":
+        files = export_systemd(group, source, templates)
+        for name, text in files.items():
+            if args.output:
+                with open(os.path.join(args.output, name), "w", encoding="utf-8") as file:
+                    file.write(text)
+            print(file.name if args.output else "# %s\n%s" % (name, text))
+        return
+    if args.format == "json":
+        print(json.dumps({"process": sections}, indent=4))
+        return
     for name, info in sections.items():
-        env, lines = info.pop("env"), [*lines, "", "[process:%s]" % name]
+        env = info.pop("env")
+        lines += ["", "[process:%s]" % name]
         lines += ["%s = %s" % (field, shlex.join(value) if field == "args" else
                                to_text(field, value))
                   for field, value in info.items() if value != []]
@@ -12617,24 +12600,7 @@ def export_files(args):
                 raise ClientError(
                     "the variable %s has a value that INI cannot hold: export json" % variable)
             lines.append("%s = %s" % (variable, value))
-    return {"%s.ini" % group: "\n".join([*lines, ""])}
-
-
-def export_command(args):
-    """Convert a Procfile to another format."""
-    files = export_files(args)
-    for name, text in files.items():
-        path = os.path.join(args.output or "", name)
-        if not args.output:
-            print("# %s\n%s" % (name, text) if len(files) > 1 else text, end="")
-            continue
-        try:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise ClientError("'%s' cannot be written: %s" % (path, error.strerror)) from None
-        print(path)
-    return 0
+    print("\n".join(lines))
 
 
 # completion: the shells ask the program for words
@@ -12676,287 +12642,292 @@ def completion_command(args):
     """Print a shell's script or, given a line, the words that may stand at its end."""
     if args.line is None:
         print(COMPLETION[args.shell])
-        return 0
-    *words, current = re.split(r"[ \t]+", args.line)[1:] or [""]
-    name, rest = command_first(args.commands, words)
+        return
+    *words, current = args.line.split(" ")[1:] or [""]
+    name, _ = command_first(args.commands, words)
     found = ["--help"] if name else [*args.commands, "--help", "--version"]
     for names, how in args.commands[name].options if name else ():
         if names[0].startswith("-"):
-            if rest and rest[-1] in names and "metavar" in how:
-                return 0                        # its value: a file, most often
             found += names
-        elif "choices" in how:
-            found += how["choices"]
-        elif how["metavar"] == "NAME" and not current.startswith("-"):
+        elif how["metavar"] == "NAME":
             with contextlib.suppress(ClientError):
                 found += ["all", *Client(find_endpoint(), read_token(None)).get("/processes")]
+        else:
+            found += how["choices"] or ()
     # bash replaces only what follows a colon
     known = current.rfind(":") + 1 if args.shell == "bash" else 0
     for word in found:
         if word.startswith(current) and (current or word[0] != "-"):
             print(word[known:])
-    return 0
 
 
 # the table
 
-def option(words, text, **how):
-    """Return (names, keywords) of an argument, as argparse's add_argument() takes them.
-
-    `words`: "-f, --procfile FILE", "--json" (a flag) or, for a positional argument, "names NAME+"
-    with + ? * or ... for how many.
-    """
-    *names, last = words.replace(",", "").split()
-    if not words.startswith("-"):
-        metavar, nargs = re.fullmatch(r"([A-Z]+)(\W*)", last).groups()
-        return names, dict({"nargs": nargs or None}, metavar=metavar, help=text, **how)
-    if last.startswith("-"):
-        return [*names, last], dict({"action": "store_true"}, help=text, **how)
-    return names, dict(how, metavar=last, help=text)
-
-
-def several(words, text):
-    """Return an option() that may be repeated."""
-    return option(words, text + "; repeatable", action="append", default=[])
-
-
-def checked(pattern, convert, what, least=0, most=math.inf):
-    """Return an argparse type: text that matches a pattern, with a value in bounds."""
+def checked(convert, what, least=0, most=1e9):
+    """Return an argparse type: what `convert` returns, which has to be in bounds."""
     def check(text):
         import argparse
-        value = convert(text) if re.fullmatch(pattern, text) else None
-        if value is None or not isinstance(value, str) and not least <= value <= most:
-            raise argparse.ArgumentTypeError("'%s' is not %s" % (text, what))
-        return value
+        with contextlib.suppress(ValueError, LookupError):
+            value = convert(text)
+            if least <= value <= most:
+                return value
+        raise argparse.ArgumentTypeError("'%s' is not %s" % (text, what))
     return check
 
 
-def template_options():
-    """Yield options for the fields of a template."""
-    yield option("--env NAME[=VALUE]", "a variable of its environment, without a value that of "
-                 "yours; repeatable", action="append")
-    for field, (default, _, text) in OPTIONS.items():
-        name = field.replace("_", "-")
-        if field in ("name", "cmd", "args", "env", "start"):
-            continue
-        if isinstance(default, bool):
-            yield option("--" + name, text, dest=field, default=None)
-            yield option("--no-" + name, "do not " + text, dest=field, action="store_false",
-                         default=None)
-        else:
-            yield option("--%s VALUE" % name, text)
-
-
-WHOLE = checked("[0-9]{1,9}", int, "a whole number")
-POSITIVE = checked("[0-9]{1,9}", int, "a whole number of at least 1", 1)
-SECONDS = checked(r"[0-9]{1,7}(\.[0-9]+)?", float, "a number of seconds")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-AGO = checked("[0-9]{1,7}[smhd]", lambda text: int(text[:-1]) * UNITS[text[-1]],
-              "90s, 10m, 2h or 1d")
-LINES = checked("[0-9]{1,9}|all", lambda text: math.inf if text == "all" else int(text),
-                "a number of lines, or all")
-NAMES = "a name, a glob such as 'web*' or 'group:*', or all"
-TARGETS = NAMES + ", or one process: web.2, or its pid"
-SOME_NAMES, SOME_TARGETS = option("names NAME+", NAMES), option("names NAME+", TARGETS)
-ONE_NAME = option("names NAME", NAMES, nargs=1)
-CONNECTION = (
-    option("--endpoint URL", "http://host:port, https://host:port or unix:/path (default: "
-           "GAFFER_ENDPOINT, else the 'up' of this folder, else %s)" % DEFAULT_ENDPOINT),
-    option("--token-file FILE", "the token is in this file (or in GAFFER_TOKEN)"),
-    option("--cacert FILE", "trust the certificates in this file (PEM)"))
-ASK = (*CONNECTION, option("--json", "print what the server sent"))
-BY = option("n N?", "how many (default 1)", type=POSITIVE, default=1)
-WAIT = (option("--timeout SECONDS", "wait this long at most, then exit with 124", type=SECONDS),
-        option("--no-wait", "do not wait until it is done"))
-READY_OPTION = option("--ready", "wait until all are ready, or done if they end by themselves and "
-                      "have no 'ready'; exit with 1 if one fails")
-COLOUR = option("--no-color", "no colours (NO_COLOR does the same)")
-WATCH = option("-w, --watch", "repeat every second until Ctrl-C")
-START = option("--start", "start it")
-TEMPLATE = (
-    option("name NAME", "the template's name"),
-    option("cmd CMD...", "everything after NAME: a command line as one word, or a program and its "
-           "arguments"), START, *template_options(), *ASK)
-PLACE = (option("-f, --procfile FILE", "the Procfile (default ./Procfile)", default=PROCFILE_NAME),
-         option("-d, --root DIR", "where its processes run (default: its folder)"))
-PROCFILE = (
-    *PLACE, several("-e, --env-file FILE", "variables, read instead of .env in that folder"),
-    option("-p, --port PORT", "PORT of the first type; each further type gets 100 more (default: "
-           "PORT of .env or the environment, else 5000)", type=WHOLE))
-FORMATION = several("-c, --concurrency TYPE=N", "how many of each type, as in web=2,worker=3")
-GROUP = option("group GROUP?", "the name of the application (default: its folder's)")
-LISTEN = (
-    several("--bind ADDRESS", "host:port (0: any free one), port, [v6]:port or unix:/path"),
-    option("--token-file FILE", "every request needs the token in this file (or in GAFFER_TOKEN)"))
-EXIT_WHEN_DONE = option("--exit-when-done", "stop once nothing can run any more, and exit with the "
-                        "status of the first failure")
-SERVE = (
-    option("config CONFIG?", "what to run: a file of INI, JSON or TOML, a Procfile, or "
-           "supervisord's file"), *LISTEN,
-    several("--cors-origin ORIGIN", "let pages of this origin use the API ('*': all of them)"),
-    several("--allow-host HOST", "another name of this server"),
-    option("--certfile FILE", "serve TLS with this certificate (PEM)"),
-    option("--keyfile FILE", "the key of the certificate (PEM)"),
-    option("--access-log FILE", "log each request, in Apache's format ('-': to stderr)"),
-    option("--exit-with NAME", "stop when a process of this template ends by itself, and exit with "
-           "its status",
-           type=checked(NAME.pattern, str, "the name of a template, which is not all digits")),
-    EXIT_WHEN_DONE,
-    option("--window BYTES", "bytes kept of each stream (default %d)" % WINDOW_SIZE,
-           type=checked("[0-9]{1,12}", int, "%d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX),
-                        WINDOW_SIZE_MIN, WINDOW_SIZE_MAX)),
-    option("--input BYTES", "bytes that may wait for a process to read (default %d)" % STDIN_SIZE,
-           type=checked("[0-9]{1,12}", int, "1 to %d bytes" % STDIN_SIZE_MAX, 1, STDIN_SIZE_MAX)),
-    option("--connections N", "connections at once (default %d, or 7/8 of the limit of open "
-           "files)" % CONNECTIONS_MAX, type=POSITIVE),
-    option("--connections-per-address N", "connections from one address, even this machine "
-           "(default %d from others)" % ADDRESS_CONNECTIONS_MAX, type=POSITIVE),
-    option("--pidfile FILE", "keep the pid in this file"),
-    option("--log-file FILE", "log into this file (default: to stderr)"),
-    option("--daemon", "run in the background; needs --log-file"),
-    option("-v, --verbose", "log events; -vv: the processes' output too", action="count",
-           default=0))
-LOGS = (
-    option("names NAME*", TARGETS + " (the default)"),
-    option("-f, --follow", "follow new output until Ctrl-C"),
-    option("-n N", "begin with the last N lines of each stream, or all (default 10)", type=LINES),
-    option("--since TIME", "begin with the output of the last 90s, 10m, 2h or 1d", type=AGO),
-    option("--stdout", "only stdout"), option("--stderr", "only stderr"),
-    option("--no-prefix", "leave out the names"),
-    option("-t, --times", "print the time of each line"), COLOUR, *CONNECTION,
-    option("--json", "print an object per line: time, name, pid, label, data"))
-
-GROUPS = {"server": "the server", "control": "control", "look": "inspection",
-          "template": "templates", "procfile": "Procfiles", "other": "other"}
-Command = collections.namedtuple("Command", "group run help options")
+TYPES = {                                       # what an option calls its value -> argparse's type
+    "N": checked(int, "a whole number from 1", 1), "PORT": int, "COUNT": int,
+    "LINES": checked(lambda text: math.inf if text == "all" else int(text),
+                     "a number of lines, or all", most=math.inf),
+    "SECONDS": checked(float, "a number of seconds"),
+    "TIME": checked(lambda text: int(text[:-1]) * UNITS[text[-1]], "90s, 10m, 2h or 1d"),
+    "BYTES": checked(int, "%d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX),
+                     WINDOW_SIZE_MIN, WINDOW_SIZE_MAX)}
+CHOICES = {"STATE": ("ready", "done", "stopped"), "FORMAT": ("ini", "json", "systemd"),
+           "SHELL": ("bash", "zsh", "fish")}
+OPTION_GROUPS = {                               # see parse_options()
+    "NAMES": "names NAME+: a name, a glob such as 'web*' or 'group:*', or all",
+    "NAME": "name NAME: a name, a glob such as 'web*' or 'group:*', or all",
+    "TARGETS": """\
+names NAME+: a name, a glob such as 'web*' or 'group:*', all, or one process: web.2, or its pid""",
+    "CONNECTION": """\
+--endpoint URL: http://host:port, https://host:port or unix:/path (default: GAFFER_ENDPOINT, else
+    the 'up' of this folder, else http://127.0.0.1:5000)
+--token-file FILE: the token is in this file (or in GAFFER_TOKEN)
+--cacert FILE: trust the certificates in this file (PEM)""",
+    "ASK": "CONNECTION\n--json: print what the server sent",
+    "TIMEOUT": "--timeout SECONDS: wait this long at most, then exit with 124",
+    "WAIT": "TIMEOUT\n--no-wait: do not wait until it is done\nASK",
+    "READY": """\
+--ready: wait until all are ready, or done if they end by themselves and have no 'ready'; exit with
+    1 if one fails""",
+    "COLOUR": "--no-color: no colours (NO_COLOR does the same)",
+    "LOOK": "-w, --watch: repeat every second until Ctrl-C\nCOLOUR\nASK",
+    "START": "--start: start it",
+    "FIELDS": "\n".join(
+        "--{0}: {1}\n--no-{0}: do not {1}".format(name.replace("_", "-"), field.help)
+        if isinstance(field.default, bool) else
+        "--%s VALUE: %s" % (name.replace("_", "-"), field.help)
+        for name, field in OPTIONS.items() if name not in ("name", "cmd", "args", "env", "start")),
+    "TEMPLATE": """\
+name NAME: the template's name
+cmd CMD...: everything after NAME: a command line as one word, or a program and its arguments
+START
+--env NAME[=VALUE]*: a variable of its environment, without a value that of yours
+FIELDS
+ASK""",
+    "PLACE": "-f, --procfile FILE: the Procfile (default ./Procfile)",
+    "PROCFILE": """\
+PLACE
+-e, --env-file FILE*: variables, read instead of .env in that folder
+-p, --port PORT: PORT of the first type; each further type gets 100 more (default: PORT of .env or
+    the environment, else 5000)""",
+    "FORMATION": "-c, --concurrency TYPE=N*: how many of each type, as in web=2,worker=3",
+    "GROUP": "group GROUP?: the name of the application (default: its folder's)",
+    "LISTEN": """\
+--bind ADDRESS*: host:port (0: any free one), port, [v6]:port or unix:/path
+--token-file FILE: every request needs the token in this file (or in GAFFER_TOKEN)
+--exit-when-done: stop once nothing can run any more, and exit with the status of the first
+    failure"""}
 
 
-def verb(name, text, *options):
-    """Return the Command of one of VERBS."""
-    waits = () if VERBS[name][1] is False else WAIT
-    return Command("control", functools.partial(act, verb=name), text, (*options, *waits, *ASK))
+def parse_options(text):
+    """Yield (names, keywords) of each argument that a text describes, for add_argument().
+
+    Its lines are "--json: help" (a flag), "-f, --procfile FILE: help", with a * if it may be
+    repeated, "names NAME+: help" (a positional argument, with + ? * or ... for how many), or a name
+    of OPTION_GROUPS. A line that begins with a blank continues the one before.
+    """
+    for line in re.sub(r"\n +", " ", text).split("\n"):
+        words, _, text = line.partition(": ")
+        if not text:
+            yield from parse_options(OPTION_GROUPS[line])
+            continue
+        *names, last = words.replace(",", "").split()
+        how = {"help": text}
+        metavar, many = re.fullmatch(r"(.*?)([+?*]|\.\.\.)?", last).groups()
+        if last == "--verbose":
+            names, how = [*names, last], dict(how, action="count", default=0)
+        elif last.startswith("-"):
+            names, how = [*names, last], dict(how, action="store_true")
+        else:
+            how.update(metavar=metavar, type=TYPES.get(metavar), choices=CHOICES.get(metavar))
+            if not words.startswith("-"):
+                how["nargs"] = many
+            elif many:
+                how.update(action="append", default=[], help=text + "; repeatable")
+        yield names, how
 
 
-def field(name, text):
-    """Return the Command that prints a field of each status."""
-    return Command("look", functools.partial(show_field, field=name), text, (SOME_NAMES, *ASK))
+Command = collections.namedtuple("Command", "run help options")
 
 
-COMMANDS = {
-    "serve": Command("server", serve, "run the supervisor with its HTTP API and web page", SERVE),
-    "reload": Command("server", reload_command, "make the server load its CONFIG again", (
-        option("--dry-run", "only show what would change"), *ASK)),
-    "start": verb("start", "start processes (of a Procfile: up)", SOME_NAMES, READY_OPTION),
-    "wait": Command("control", wait_command, "wait until processes are ready, done or stopped", (
-        SOME_NAMES, option("--for STATE", "ready (the default), done or stopped", dest="goal",
-                           choices=("ready", "done", "stopped"), default="ready"), WAIT[0], *ASK)),
-    "stop": verb("stop", "stop processes; they stay stopped", SOME_TARGETS),
-    "restart": verb("restart", "stop and replace processes", SOME_NAMES),
-    "add": verb("add", "run more processes of a template", ONE_NAME, BY),
-    "sub": verb("sub", "run fewer processes of a template; the oldest stop", ONE_NAME, BY),
-    "kill": verb("kill", "send a signal to processes", SOME_TARGETS,
-                 option("sig SIGNAL", "15, TERM or SIGTERM; also as -9 in front of NAME"),
-                 option("--group", "to their whole process groups", action="store_const",
-                        const="true", default="false")),
-    "processes": Command("look", processes_command, "list the names of all templates", (
-        option("--running", "print the pids of running processes instead"), *ASK)),
-    "status": Command("look", status_command, "show what is running and what happens next", (
-        option("names NAME*", NAMES + " (the default)"), WATCH, COLOUR, *ASK)),
-    "logs": Command("look", logs_command, "print the output of processes, in order", LOGS),
-    "attach": Command("look", attach_command, "see the output of a process and type into it", (
-        option("names NAME", "a name, or one process: web.2, or its pid", nargs=1),
-        option("-n N", "begin with its last N lines (default 10)", type=WHOLE, default=10),
-        *CONNECTION)),
-    "watch": Command("look", watch_command, "print events as they happen until Ctrl-C", (
-        option("pattern PATTERN?", "a type such as exit, proc/NAME or proc/NAME/TYPE", default=""),
-        COLOUR, *ASK)),
-    "running": field("running", "print how many processes of a template are running"),
-    "numprocesses": field("numprocesses", "print how many processes are wanted"),
-    "pids": field("pids", "print gaffer's pids of the running processes"),
-    "get_process": Command("template", get_process_command, "print a template as JSON", (
-        SOME_TARGETS, *ASK)),
-    "add_process": Command("template", add_process_command, "add a template", (
-        option("--replace", "make a template of this name so; leave it alone if it is so already"),
-        *TEMPLATE)),
-    "load_process": Command("template", load_process_command, "add a template from a JSON file", (
-        option("file FILE", "as POST /processes takes it; - is stdin"), START, *ASK)),
-    "update_process": Command("template", update_process_command,
-                              "change fields of a template", TEMPLATE),
-    "del_process": Command("template", del_process_command, "stop and remove a template", (
-        SOME_NAMES, *WAIT, *ASK)),
-    "up": Command("procfile", up_command, "run a Procfile here, all output on one screen", (
-        option("names TYPE*", "only these types (default: all)"), *PROCFILE, FORMATION,
-        option("--keep-going", "restart processes that end instead of stopping all"),
-        EXIT_WHEN_DONE,
-        *LISTEN, COLOUR)),
-    "run": Command("procfile", run_command, "run a command in the environment of a Procfile", (
-        option("cmd CMD...", "a type, a command line as one word, or a program and its arguments"),
-        *PROCFILE)),
-    "load": Command("procfile", load_command, "run a Procfile in the server", (
-        GROUP, *PROCFILE, FORMATION, READY_OPTION, *WAIT, *ASK)),
-    "unload": Command("procfile", unload_command, "stop and remove a loaded Procfile", (
-        GROUP, *PLACE, *WAIT, *ASK)),
-    "scale": Command("procfile", scale_command, "change how many of each type run", (
-        option("changes CHANGE+", "web=3, web+1 or web-1; a GROUP may come first"), *PLACE, *WAIT,
-        *ASK)),
-    "ps": Command("procfile", ps_command, "show the processes of a Procfile, as status does", (
-        GROUP, *PLACE, WATCH, COLOUR, *ASK)),
-    "export": Command("procfile", export_command, "convert a Procfile to another format", (
-        option("format FORMAT", "ini or json (for serve), or systemd",
-               choices=("ini", "json", "systemd")), GROUP,
-        option("-o, --output DIR", "write the files into this folder (default: print them)"),
-        *PROCFILE, FORMATION)),
-    "completion": Command("other", completion_command, "print a completion script for a shell", (
-        option("shell SHELL", "bash, zsh or fish, which has to source it",
-               choices=("bash", "zsh", "fish")),
-        option("line LINE?", "print completions of this instead; the script calls it so"))),
-}
+def command(run, text):
+    """Return (name, Command) from a text: "name: help", then lines for parse_options()."""
+    first, options = text.split("\n", 1)
+    name, help_text = first.split(": ", 1)
+    return name, Command(run, help_text, list(parse_options(options)))
 
-QUICK_START = """\
+
+COMMANDS = dict((
+    command(serve, """\
+serve: run the supervisor with its HTTP API and web page
+config CONFIG?: what to run: a file of INI, JSON or TOML, a Procfile, or supervisord's file
+LISTEN
+--cors-origin ORIGIN*: let pages of this origin use the API ('*': all of them)
+--allow-host HOST*: another name of this server
+--certfile FILE: serve TLS with this certificate (PEM)
+--keyfile FILE: the key of the certificate (PEM)
+--access-log FILE: log each request, in Apache's format ('-': to stderr)
+--exit-with NAME: stop when a process of this template ends by itself, and exit with its status
+--window BYTES: bytes kept of each stream (default 1048576)
+--pidfile FILE: keep the pid in this file
+--log-file FILE: log into this file (default: to stderr)
+--daemon: run in the background; needs --log-file
+-v, --verbose: log events; -vv: the processes' output too"""),
+    command(reload_command, """\
+reload: make the server load its CONFIG again
+--dry-run: only show what would change
+ASK"""),
+    command(act, "start: start processes (of a Procfile: up)\nNAMES\nREADY\nWAIT"),
+    command(wait_command, """\
+wait: wait until processes are ready, done or stopped
+NAMES
+--for STATE: ready (the default), done or stopped
+TIMEOUT
+ASK"""),
+    command(act, "stop: stop processes; they stay stopped\nTARGETS\nWAIT"),
+    command(act, "restart: stop and replace processes\nNAMES\nWAIT"),
+    command(scale_one, """\
+add: run more processes of a template
+NAME
+number N?: how many (default 1)
+WAIT"""),
+    command(scale_one, """\
+sub: run fewer processes of a template; the oldest stop
+NAME
+number N?: how many (default 1)
+WAIT"""),
+    command(act, """\
+kill: send a signal to processes
+TARGETS
+sig SIGNAL: 15, TERM or SIGTERM; also as -9 in front of NAME
+--group: to their whole process groups
+ASK"""),
+    command(processes_command, """\
+processes: list the names of all templates
+--running: print the pids of running processes instead
+ASK"""),
+    command(status_command, """\
+status: show what is running and what happens next
+names NAME*: a name, a glob such as 'web*' or 'group:*', or all (the default)
+LOOK"""),
+    command(logs_command, """\
+logs: print the output of processes, in order
+names NAME*: a name, a glob, one process (web.2, or its pid), or all (the default)
+-f, --follow: follow new output until Ctrl-C
+-n LINES: begin with the last lines of each stream, or all (default 10)
+--since TIME: begin with the output of the last 90s, 10m, 2h or 1d
+--no-prefix: leave out the names
+-t, --times: print the time of each line
+COLOUR
+CONNECTION
+--json: print an object per line: time, name, pid, label, data"""),
+    command(attach_command, """\
+attach: see the output of a process and type into it
+name NAME: a name, or one process: web.2, or its pid
+-n COUNT: begin with its last lines (default 10)
+CONNECTION"""),
+    command(watch_command, """\
+watch: print events as they happen until Ctrl-C
+pattern PATTERN?: a type such as exit, proc/NAME or proc/NAME/TYPE
+COLOUR
+ASK"""),
+    command(show_field, "running: print how many processes of a template are running\nNAMES\nASK"),
+    command(show_field, "numprocesses: print how many processes are wanted\nNAMES\nASK"),
+    command(show_field, "pids: print gaffer's pids of the running processes\nNAMES\nASK"),
+    command(get_process_command, "get_process: print a template as JSON\nTARGETS\nASK"),
+    command(add_process_command, """\
+add_process: add a template
+--replace: make a template of this name so; leave it alone if it is so already
+TEMPLATE"""),
+    command(load_process_command, """\
+load_process: add a template from a JSON file
+file FILE: as POST /processes takes it; - is stdin
+START
+ASK"""),
+    command(update_process_command, "update_process: change fields of a template\nTEMPLATE"),
+    command(del_process_command, "del_process: stop and remove a template\nNAMES\nWAIT"),
+    command(up_command, """\
+up: run a Procfile here, all output on one screen
+names TYPE*: only these types (default: all)
+PROCFILE
+FORMATION
+READY
+--keep-going: restart processes that end instead of stopping all
+LISTEN
+COLOUR"""),
+    command(run_command, """\
+run: run a command in the environment of a Procfile
+cmd CMD...: a type, a command line as one word, or a program and its arguments
+PROCFILE"""),
+    command(load_command, """\
+load: run a Procfile in the server
+GROUP
+PROCFILE
+FORMATION
+READY
+WAIT"""),
+    command(unload_command, "unload: stop and remove a loaded Procfile\nGROUP\nPLACE\nWAIT"),
+    command(scale_command, """\
+scale: change how many of each type run
+changes CHANGE+: web=3, web+1 or web-1; a GROUP may come first
+PLACE
+WAIT"""),
+    command(ps_command, "ps: show the processes of a Procfile, as status does\nGROUP\nPLACE\nLOOK"),
+    command(export_command, """\
+export: convert a Procfile to another format
+format FORMAT: ini or json (for serve), or systemd
+GROUP
+-o, --output DIR: write systemd's units into this folder (default: print them)
+PROCFILE
+FORMATION"""),
+    command(completion_command, """\
+completion: print a completion script for a shell
+shell SHELL: bash, zsh or fish, which has to source it
+line LINE?: print completions of this instead; the script calls it so"""),
+))
+
+HELP = """\
+usage: gaffer.py COMMAND [options] ...
+
 A process supervisor in one file, driven over HTTP. To begin with:
 
   gaffer.py serve                          run it; API and web page: http://127.0.0.1:5000
   gaffer.py add_process --start web python3 -m http.server 8000
   gaffer.py status                         what is running?
   gaffer.py up                             run the Procfile of this folder
-"""
-EXIT_STATUSES = """\
+
+commands:
+%s
+
 'gaffer.py COMMAND --help' says more. Options may stand before or after the command.
 Exit status: 0 done, 1 the server said no, 2 wrong usage, 3 not running (status),
-4 no such name, 5 no server there, 6 refused, 124 timed out.
-"""
-# what supervisorctl, foreman, pm2 and systemctl call it -> our name
-ELSEWHERE = {
-    "list": "status", "ls": "status", "l": "status", "show": "get_process", "info": "get_process",
-    "describe": "get_process", "pid": "pids", "tail": "logs", "log": "logs", "fg": "attach",
-    "connect": "attach", "events": "watch", "monit": "status -w", "top": "status -w",
-    "signal": "kill", "delete": "del_process", "remove": "del_process", "rm": "del_process",
-    "reread": "reload --dry-run", "update": "reload", "check": "export json", "server": "serve",
-    "daemon": "serve --daemon", "version": "--version", "exec": "run",
-}
+4 no such name, 5 no server there, 6 refused, 124 timed out."""
 
 
 def make_parser(name):
-    """Return the argparse parser of a command; every version of Python prints the same help."""
+    """Return the argparse parser of a command."""
     import argparse
-
-    class Formatter(argparse.RawDescriptionHelpFormatter):
-        """Names an option's value once."""
-
-        def _format_action_invocation(self, action):
-            names = ", ".join(action.option_strings)
-            return "%s %s" % (names, action.metavar or "") if names else action.metavar
-    command = COMMANDS[name]
-    forms = {"+": "%s ...", "?": "[%s]", "*": "[%s ...]", "...": "%s ..."}
-    usage = ["gaffer.py", name, "[options]"]
-    usage += [forms.get(how["nargs"], "%s") % how["metavar"]
-              for _, how in command.options if "nargs" in how]
+    command, usage = COMMANDS[name], ["gaffer.py", name, "[options]"]
+    forms = {None: "%s", "+": "%s ...", "?": "[%s]", "*": "[%s ...]", "...": "%s ..."}
+    usage += [forms[how["nargs"]] % how["metavar"] for _, how in command.options if "nargs" in how]
     parser = argparse.ArgumentParser(
         prog="gaffer.py " + name, usage=" ".join(usage), allow_abbrev=False,
-        description="%s%s." % (command.help[0].upper(), command.help[1:]),
-        formatter_class=lambda prog: Formatter(prog, max_help_position=26))
-    parser._optionals.title = "options"         # Python 3.8 and 3.9 say "optional arguments"
-    parser.set_defaults(commands=COMMANDS)
+        description="%s%s." % (command.help[0].upper(), command.help[1:]))
+    parser.set_defaults(command=name, commands=COMMANDS, exit_status=0, procfile=PROCFILE_NAME,
+                        window=WINDOW_SIZE)
     for names, how in command.options:
         parser.add_argument(*names, **how)
     return parser
@@ -12969,25 +12940,15 @@ def run_without_command(argv):
         return 0
     words = [word for word in argv if not word.startswith("-")] or argv
     if words and words[0] not in ("-h", "--help", "help"):
-        here = ELSEWHERE.get(words[0])
         raise ClientError("there is no command '%s'%s" % (
-            words[0], ": it is 'gaffer.py %s'" % here if here else near(words[0], COMMANDS) or
-            "; 'gaffer.py --help' lists them"), 2)
-    print("usage: gaffer.py COMMAND [options] ...\n\n%s" % QUICK_START)
-    for group, title in GROUPS.items():
-        print("%s:" % title)
-        for name, command in COMMANDS.items():
-            if command.group == group:
-                print("  %-16s %s" % (name, command.help))
-        print()
-    print(EXIT_STATUSES, end="")
+            words[0], near(words[0], COMMANDS) or "; 'gaffer.py --help' lists them"), 2)
+    print(HELP % "\n".join(
+        "  %-16s %s" % (name, command.help) for name, command in COMMANDS.items()))
     return 0 if argv else 2
 
 
 def dispatch(argv):
     """Run a command line. Return the exit status."""
-    if len(argv) == 2 and argv[0] == "help":
-        argv = [argv[1], "--help"]
     name, argv = command_first(COMMANDS, argv)
     if name is None:
         return run_without_command(argv)
@@ -13001,13 +12962,14 @@ def dispatch(argv):
     except SystemExit as error:                 # argparse has said it, or printed the help
         return error.code
     try:
-        return COMMANDS[name].run(args)
+        exit_status = COMMANDS[name].run(args)
     except (LookupError, TypeError, ValueError) as error:
         if "endpoint" not in args:
             raise                               # a mistake of ours, not of a server
         raise ClientError("the answer of %s is not understood (%s: %s): is it another version of "
                           "gaffer?" % (
                               connect(args).endpoint, type(error).__name__, error)) from error
+    return args.exit_status if exit_status is None else exit_status
 
 
 def main(argv=None):

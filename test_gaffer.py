@@ -15100,19 +15100,6 @@ class CliServe(CliCase):
         self.assertNotIn("Access-Control-Allow-Credentials", headers)
         self.assertEqual(server.stop(), 0)
 
-    def test_input(self):
-        server = self.start("--input", "2000000")
-        server.add("a", python("import time\nwhile True: time.sleep(9)"), redirect_input=True)
-        size = 2 * 10 ** 6                      # as JSON, with its quotes
-        self.assertEqual(server.request("POST", "/streams/1/stdin", "x" * (size - 1))[0], 413)
-        self.assertEqual(server.request("POST", "/streams/1/stdin", "x" * (size - 2))[0], 200)
-        self.assertEqual(server.request("POST", "/streams/1/stdin", "x" * (size - 2))[0], 503)
-        made = WebSocket(server.port, "/wstreams/1")
-        self.addCleanup(made.close)
-        made.sock.sendall(struct.pack("!BBQ", 0x81, 0xFF, size + 1) + b"mask")
-        self.assertEqual(made.read()[1][:2], struct.pack("!H", 1009))
-        server.stop()
-
     def test_window(self):
         server = self.start("--window", "4096")
         server.add("a", python("print('x' * 19999); input()"), redirect_input=True)
@@ -15124,18 +15111,6 @@ class CliServe(CliCase):
         self.assertLessEqual(len(body), 4096)
         self.assertEqual(int(headers["Gaffer-Dropped"]) + len(body), 20000)
         self.assertEqual(server.stop(), 0)
-
-    def test_connections(self):
-        server = self.start("--connections", "5", "--connections-per-address", "2")
-        held = [socket.create_connection(("127.0.0.1", server.port), TIMEOUT) for _ in range(2)]
-        for sock in held:
-            self.addCleanup(sock.close)
-            sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            self.assertIn(b"200 OK", sock.recv(1000))
-        self.assertEqual(server.request("GET", "/ping")[0], 503)
-        server.expect_stderr("WARNING too many connections: one was refused$")
-        for value in ("0", "x", "-1", "1.5"):
-            self.assertEqual(self.called("serve", "--connections=" + value)[0], 2)
 
     @unittest.skipUnless(shutil.which("openssl"), "needs openssl for a certificate")
     def test_certfile_and_keyfile(self):
@@ -16264,7 +16239,7 @@ class CliStatus(CliFollowCase):
                 ({}, gaffer.NotThere("gone")), gaffer.NotThere), ((away,), gaffer.NoServer):
             with unittest.mock.patch.object(gaffer, "get_statuses", side_effect=answers) as asked, \
                     unittest.mock.patch.object(gaffer, "STATUS_INTERVAL", 0), self.assertRaises(last):
-                gaffer.show_status(args, lambda statuses: (statuses, 0))
+                gaffer.show_status(args, lambda statuses: statuses)
             self.assertEqual(asked.call_count, len(answers))
 
 
@@ -16311,8 +16286,8 @@ class CliReplace(CliControlCase):
         self.assertEqual(gaffer.systemd_service(info), [
             "Restart=on-failure", "RestartSec=2", "KillSignal=SIGINT", "KillMode=mixed",
             "TimeoutStopSec=7.5", "SuccessExitStatus=0 3 SIGINT", "UMask=027", "Nice=5",
-            "LimitNOFILE=100:200", "LimitCORE=infinity:infinity", "EnvironmentFile=/a%%b",
-            'ExecStartPre=/bin/sh -c "echo $$A"', 'ExecStopPost=/bin/sh -c "echo \\"x\\""'])
+            'ExecStartPre=/bin/sh -c "echo $$A"', 'ExecStopPost=/bin/sh -c "echo \\"x\\""',
+            "LimitNOFILE=100:200", "LimitCORE=infinity:infinity", "EnvironmentFile=/a%%b"])
 
 
 class CliCommands(CliControlCase):
@@ -16340,9 +16315,6 @@ class CliCommands(CliControlCase):
 
     def test_mistakes(self):
         self.call("statsu", status=2, err="gaffer: there is no command 'statsu', did you mean 'status'\\?\n")
-        self.call("tail", "-f", "web", status=2, err="gaffer: there is no command 'tail': it is 'gaffer.py logs'\n")
-        for here in gaffer.ELSEWHERE.values():
-            self.assertIn(here.split()[0], [*gaffer.COMMANDS, "--version"])
         self.call("--json", "--x", status=2, err="gaffer: there is no command '--json'.*\n")
         self.call("--json", "x", "stop", status=2, err="gaffer: there is no command 'x'.*\n")
         self.call("stop", status=2, err=r"usage: gaffer.py stop [\s\S]*NAME\n")
@@ -16604,6 +16576,20 @@ class CliTerminal(CliFollowCase):
                 os.write(main, b"\x03")
                 self.assertEqual(process.wait(TIMEOUT), -signal.SIGINT)
 
+    def test_a_progress_bar_is_one_line(self):
+        """logs -f shows a carriage return as a terminal does, also where it pauses within a step."""
+        self.server.add("a", "cat", redirect_input=True)
+        process, main = self.terminal("logs", "-f")
+        until(lambda: self.streams() == 1)
+        for text, shown in ((b"10%", r"a\.1 \|\x1b\[0m 10%"), (b"\r20%", r"K\S+a\.1 \|\x1b\[0m 20%"),
+                            (b"\r", ""), (b"30%\r40%\n", r"\x1b\[A\x1b\[K\S+a\.1 \|\x1b\[0m 40%\r\n"),
+                            (b"x\n", r"\A\S+a\.1 \|\x1b\[0m x\r\n")):
+            self.say("a", text)
+            self.shows(main, shown)
+        os.write(main, b"\x03")
+        self.assertIn(process.wait(TIMEOUT), (-signal.SIGINT, 130))
+        self.assertEqual(self.call("logs"), "a.1 | 40%\na.1 | x\n")
+
     def test_status_says_what_does_not_fit(self):
         for number in range(20):
             self.server.add("x%d" % number, "true", start=False)
@@ -16686,8 +16672,7 @@ class CliLogs(CliFollowCase):
         for arguments, lines in (
                 ("logs -n 2", ["a.1    | 2", "a.1    | 3", "long.1 | two", "long.1 | one", "long.1 | three"]),
                 ("logs -n all a", ["a.1 | 1", "a.1 | 2", "a.1 | 3"]), ("logs --since 1h -n1 a", ["a.1 | 3"]),
-                ("logs a long.1 -n1 --no-prefix", ["3", "one", "three"]), ("logs --stderr l*", ["long.1 | two", "long.1 | three"]),
-                ("logs --stdout 2", ["long.1 | one"]), ("logs --stdout --stderr -n1 long", ["long.1 | one", "long.1 | three"])):
+                ("logs a long.1 -n1 --no-prefix", ["3", "one", "three"]), ("logs 2", ["long.1 | two", "long.1 | one", "long.1 | three"])):
             with self.subTest(arguments):
                 self.assertEqual(self.call(*arguments.split()).splitlines(), lines)
         self.assertRegex(self.call("logs", "-t", "-n1", "a"), r"\A[0-9-]{10} [0-9:]{8} a\.1 \| 3\n\Z")
@@ -16703,7 +16688,8 @@ class CliLogs(CliFollowCase):
         for texts, count, shown in (
                 (["1.5 a 1 stdout+ 50%", "1.6 b 2 stdout x", "1.7 a 1 stdout  done"], math.inf, ["50% done", "x"]),
                 (["1 a 1 stdout x", "1 a 1 stderr y", "1 a 1 stdout z"], 1, ["y", "z"]),
-                (["1 a 1 stdout 10%\r20%\r"], math.inf, ["20%"]), (["1 a 1 stdout a\x0cb\u2028c d"], math.inf, ["a\x0cb\u2028c d"]),
+                (["1 a 1 stdout+ 10", "1 a 1 stdout %", "1 a 1 stdout+< 20", "1 a 1 stdout %",
+                  "1 a 1 stdout< 30%", "1 a 1 stdout x"], 2, ["30%", "x"]), (["1 a 1 stdout a\x0cb\u2028c d"], math.inf, ["a\x0cb\u2028c d"]),
                 (["1 a 1 stdout "], math.inf, [""])):
             self.assertEqual([each.text for each in gaffer.merge_lines(map(line, texts), count)], shown)
 
@@ -17858,7 +17844,7 @@ class ProcfileTexts(ConfigCase):
             self.assertIn("\n%s\n" % line, out)
         self.assertNotIn("STEP", out)
         folder = os.path.join(self.home, "units")
-        self.call("export", "systemd", "-f", path, "-o", folder, status=1, err="gaffer: .*cannot be written.*\n")
+        self.call("export", "systemd", "-f", path, "-o", folder, status=1, err="gaffer: .*No such file.*\n")
         os.mkdir(folder)
         self.assertEqual(len(self.call("export", "systemd", "-f", path, "-o", folder).splitlines()),
                          len(os.listdir(folder)))
@@ -18038,6 +18024,25 @@ class ProcfileUp(CliFollowCase):
                                  "bad.1 started", "bad.1 is stopped: not ready .exec:false. within 0.2 seconds")]
         self.assertEqual(found, sorted(found, key=lambda each: -1 if each is None else each), texts)
         self.assertNotIn(None, found, texts)
+
+    def test_ready(self):
+        """--ready: it says when all are ready; if one never will be, it stops with 1 and says why."""
+        good = "# gaffer: ready=log:up\nok: echo up; exec sleep 1000\n"
+        bad = good + "# gaffer: restart=never\nbad: echo why; exit 3\n"
+        for text, more in ((good, []), (bad, []), (bad, ["--keep-going"])):
+            with self.subTest(text=text, more=more):
+                process = self.up(text, "--ready", *more)
+                seen = []
+                for line in self.lines(process):
+                    seen.append(line)
+                    if line == ("system", "all are ready"):
+                        process.send_signal(signal.SIGINT)
+                self.assertEqual(process.wait(TIMEOUT), 0 if text == good else 1)
+                self.assertEqual(("system", "all are ready") in seen, text == good, seen)
+                if text != good:
+                    self.assertIn(("bad.1", "why"), seen)
+                if more:
+                    self.assertIn(("system", "'bad' has failed: exit status 3; its last lines:"), seen)
 
     def test_signals_stop_all(self):
         for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGALRM,
