@@ -5728,7 +5728,7 @@ class Channel:
 
     kind = "request"                            # as /metrics calls it
     reader: "Reader | None" = None              # what it sends, if that is a stream
-    stall, patience = STALL, None               # seconds of a client with, and without, unsent bytes
+    stall, patience = STALL, None               # seconds for a client with unsent bytes, and without
     status = None                               # for the access log, if this is not yet answered
 
     def start(self, connection, request=None, more=()):
@@ -6619,7 +6619,6 @@ FLAG_OR_NUMBER = {"type": ["boolean", "number"]}
 FEEDS = ("longpoll", "continuous", "eventsource")
 PARAMETERS = {                                  # of the query: the one table that checks them
     "running": Parameter(parse_flag, FLAG, "pids of running processes instead of names"),
-    "brief": Parameter(parse_flag, FLAG, "only CPU and memory: a tenth of the work"),
     "usage": Parameter(parse_flag, FLAG, "with CPU and memory of each process"),
     "history": Parameter(parse_flag, FLAG, "with usage: and of the last ten minutes, [[cpu, rss], "
                          "...] each 10 s, the latest first; taken while usage is asked for"),
@@ -8154,11 +8153,9 @@ class Samples:
         self._table, self._clock = table, clock
         self._user_name = functools.lru_cache(1000)(lambda uid: find_user(uid)[2] or str(uid))
 
-    def of(self, name, processes, brief=False):
+    def of(self, name, processes):
         """Return the entry of a template, from its running processes."""
-        look = self.brief if brief else self.one
-        entries = [dict({"id": process.pid}, **entry)
-                   for process, entry in zip(processes, map(look, processes)) if entry]
+        entries = [entry for entry in map(self.one, processes) if entry]
         result = {"name": name}
         for field in ("mem", "cpu"):
             values = [entry[field] for entry in entries] or [0]
@@ -8297,6 +8294,16 @@ class StatsFeed:
                 self.records.append(record)
 
 
+def action(summary, method, of_group=False):
+    """Return the handler that calls a method of Manager with a template, or all of a group."""
+    @operation("wait", unlocked=True)
+    def handler(api, request, query, name):
+        names = api.manager.loop.call(api.group, request, query, name) if of_group else [name]
+        return api.act(query, names, getattr(api.manager, method))
+    handler.__doc__ = summary
+    return handler
+
+
 class Api:
     """The handlers of the route table. `manager`: a Manager; `http`: the HttpHandler."""
 
@@ -8399,31 +8406,11 @@ class Api:
             return {"ok": True, "created": True}
         return {"ok": True, "changed": outcome == "changed"}
 
-    @operation("wait", unlocked=True)
-    def delete(self, request, query, name):
-        """Stop a template's processes and forget it."""
-        return self._act(query, [name], self.manager.delete_process)
-
     @operation()
     def pids(self, request, query, name):
         """Pids of a template's processes."""
         running = self.manager.find_template(name).running()
         return {"ok": True, "pids": [process.pid for process in running]}
-
-    @operation("wait", unlocked=True)
-    def start(self, request, query, name):
-        """Start a template."""
-        return self._act(query, [name], self.manager.start_template)
-
-    @operation("wait", unlocked=True)
-    def stop(self, request, query, name):
-        """Stop a template."""
-        return self._act(query, [name], self.manager.stop_template)
-
-    @operation("wait", unlocked=True)
-    def restart(self, request, query, name):
-        """Stop each process of a template and replace it."""
-        return self._act(query, [name], self.manager.restart_template)
 
     @operation("wait", unlocked=True)
     def stop_process(self, request, query, pid):
@@ -8432,7 +8419,7 @@ class Api:
         self.manager.stop_process(pid)
         return self._done([], [process], query.wait)
 
-    def _act(self, query, names, action):
+    def act(self, query, names, action):
         """Do something to each template, and answer; with `wait` when it is done. What one refuses
         is reported after the others had their turn."""
         find = self.manager.find_template
@@ -8481,7 +8468,7 @@ class Api:
         return self._scale(query, name, -self._count(number))
 
     def _scale(self, query, name, change):
-        return self._act(query, [name], lambda name: {
+        return self.act(query, [name], lambda name: {
             "ok": True, "numprocesses": self.manager.scale(name, change)})
 
     @staticmethod
@@ -8570,33 +8557,9 @@ class Api:
             raise NotFound("there is no group '%s'; GET /groups lists them" % group[:128])
         return names
 
-    @operation("wait", unlocked=True)
-    def group_start(self, request, query, group):
-        """Start all templates of a group."""
-        return self._act_on_group(request, query, group, self.manager.start_template)
-
-    @operation("wait", unlocked=True)
-    def group_stop(self, request, query, group):
-        """Stop all templates of a group."""
-        return self._act_on_group(request, query, group, self.manager.stop_template)
-
-    @operation("wait", unlocked=True)
-    def group_restart(self, request, query, group):
-        """Restart all templates of a group."""
-        return self._act_on_group(request, query, group, self.manager.restart_template)
-
-    @operation("wait", unlocked=True)
-    def group_delete(self, request, query, group):
-        """Stop and forget all templates of a group."""
-        return self._act_on_group(request, query, group, self.manager.delete_process)
-
-    def _act_on_group(self, request, query, group, action):
-        names = self.manager.loop.call(self.group, request, query, group)
-        return self._act(query, names, action)
-
     # statistics
 
-    @operation("feed interval heartbeat brief", unlocked=True)
+    @operation("feed interval heartbeat", unlocked=True)
     def stats(self, request, query, name=None, pid=None):
         """CPU and memory of processes, once or as a stream."""
         call, interval = self.manager.loop.call, query.interval or 1.0
@@ -8607,13 +8570,12 @@ class Api:
                 process = self.manager.find_process(pid)
                 if self.manager.is_name(pid) or process.name != name:
                     raise NotFound("process %s is not one of '%s'" % (pid[:20], name[:128]))
-                return functools.partial(
-                    self.samples.brief if query.brief else self.samples.one, process)
+                return functools.partial(self.samples.one, process)
             names = list(self.manager.templates) if name is None else [name]
             running = [(each, self.manager.find_template(each).running()) for each in names]
 
             def sample():
-                entries = [self.samples.of(*each, query.brief) for each in running]
+                entries = [self.samples.of(*each) for each in running]
                 return entries if name is None else entries[0]
             return sample
         sample = call(sampler)
@@ -8622,7 +8584,7 @@ class Api:
         if query.feed == "longpoll":
             return LongPoll(lambda deliver: lambda: None, interval,
                             lambda: json_response(sampler()()))
-        return call(self._follow_stats, request, query, (name, pid, query.brief, interval), sampler)
+        return call(self._follow_stats, request, query, (name, pid, interval), sampler)
 
     def _follow_stats(self, request, query, key, sampler):
         loop, feeds = self.manager.loop, self._stats_feeds
@@ -8752,7 +8714,8 @@ class Api:
         first = encoder.dropped(0, offset, True) if restarted else b""
         return self._feed(request, query, window, encoder, offset, first, query.loss, process)
 
-    @operation("feed heartbeat since lastEventId tail timeout returns", answer="application/octet-stream")
+    @operation("feed heartbeat since lastEventId tail timeout returns",
+               answer="application/octet-stream")
     def journal(self, request, query, ref=None):
         """All output in order, each line with its time, name, pid and label."""
         manager = self.manager
@@ -8873,11 +8836,13 @@ ROUTES = (
     ("/openapi.json", {"GET": Api.openapi}),
     ("/_reload", {"POST": Api.reload}),
     ("/processes", {"GET": Api.processes, "POST": Api.create}),
-    ("/processes/<name>", {"GET": Api.show, "PUT": Api.put, "POST": Api.update, "DELETE": Api.delete}),
+    ("/processes/<name>", {"GET": Api.show, "PUT": Api.put, "POST": Api.update, "DELETE": action(
+        "Stop a template's processes and forget it.", "delete_process")}),
     ("/processes/<name>/_pids", {"GET": Api.pids}),
-    ("/processes/<name>/_start", {"POST": Api.start}),
-    ("/processes/<name>/_stop", {"POST": Api.stop}),
-    ("/processes/<name>/_restart", {"POST": Api.restart}),
+    ("/processes/<name>/_start", {"POST": action("Start a template.", "start_template")}),
+    ("/processes/<name>/_stop", {"POST": action("Stop a template.", "stop_template")}),
+    ("/processes/<name>/_restart", {"POST": action(
+        "Stop each process of a template and replace it.", "restart_template")}),
     ("/processes/<name>/_add", {"POST": Api.add}),
     ("/processes/<name>/_add/<n>", {"POST": Api.add}),
     ("/processes/<name>/_sub", {"POST": Api.sub}),
@@ -8892,10 +8857,14 @@ ROUTES = (
     ("/stats/<ref>", {"GET": Api.stats}),
     ("/stats/<ref>/<id>", {"GET": Api.stats}),
     ("/groups", {"GET": Api.groups}),
-    ("/groups/<group>", {"GET": Api.group, "DELETE": Api.group_delete}),
-    ("/groups/<group>/_start", {"POST": Api.group_start}),
-    ("/groups/<group>/_stop", {"POST": Api.group_stop}),
-    ("/groups/<group>/_restart", {"POST": Api.group_restart}),
+    ("/groups/<group>", {"GET": Api.group, "DELETE": action(
+        "Stop and forget all templates of a group.", "delete_process", True)}),
+    ("/groups/<group>/_start", {"POST": action(
+        "Start all templates of a group.", "start_template", True)}),
+    ("/groups/<group>/_stop", {"POST": action(
+        "Stop all templates of a group.", "stop_template", True)}),
+    ("/groups/<group>/_restart", {"POST": action(
+        "Restart all templates of a group.", "restart_template", True)}),
     ("/watch", {"GET": Api.watch}),
     ("/watch/<pattern...>", {"GET": Api.watch}),
     ("/streams", {"GET": Api.journal}),
@@ -9386,12 +9355,6 @@ class Handler(socketserver.StreamRequestHandler):
         self.send(http.answer(self.client, request, answer, keep, began))
         return keep, slow
 
-    def expect_body(self, request):
-        """Let the client send the body of a request."""
-        self.reader.deadline = time.monotonic() + BODY_TIME
-        if "expect" in request.headers and request.version == (1, 1):
-            self.reader.go_ahead = b"HTTP/1.1 100 Continue\r\n\r\n"
-
     def send(self, data):
         """Send all of it, as long as the client takes some. Raises OSError: it has left."""
         view = memoryview(data)
@@ -9799,7 +9762,9 @@ class HttpHandler:
             if has_body(request):
                 length = body_length(request, limit)
                 if handler is not None:
-                    handler.expect_body(request)
+                    handler.reader.deadline = time.monotonic() + BODY_TIME
+                    if "expect" in request.headers and request.version == (1, 1):
+                        handler.reader.go_ahead = b"HTTP/1.1 100 Continue\r\n\r\n"
                 request.body = read_body(file, length, limit)
                 keep = not (request.wants_close() or self.closed)
             if handler is None and file.read(1):
