@@ -5683,16 +5683,6 @@ class Connection:
         self.early = b""
 
 
-def peek(sock):
-    """Return a byte that a non-blocking socket has; b"": it is at its end; None: nothing yet."""
-    try:
-        return socket.socket.recv(sock, 1, socket.MSG_PEEK)     # with TLS: below it
-    except BlockingIOError:
-        return None
-    except OSError:
-        return b""
-
-
 def offset_headers(reader, asked, clamp):
     """Return the headers that say where a reader begins, and what it has lost before that.
 
@@ -5968,13 +5958,10 @@ class LongPoll(Channel):
         if self._answered:                      # at once
             self._ends.pop()()
 
-    def _read(self):
-        """Leave the next request where it is."""
-        found = None if self._ending else peek(self.sock)
-        if self._ending or found == b"":
-            super()._read()
-        elif found:
-            self.reading(False)
+    def received(self, data):
+        """Keep the next request for later."""
+        self.connection.early += data
+        self.reading(False)
 
     def _deliver(self, response):
         if not self._answered and not self.closed:
@@ -8391,20 +8378,17 @@ class Api:
         return self.manager.info(ref)
 
     @operation("dry_run", unlocked=True, body="Fields")
-    def put(self, request, query, name):
+    def put(self, request, query, name, create=True):
         """Make a template as it is given: add it, change it, or leave it alone."""
-        return self._update(request, query, name, True)
-
-    @operation("dry_run", unlocked=True, body="Fields")
-    def update(self, request, query, name):
-        """Change a template as it is given."""
-        return self._update(request, query, name, False)
-
-    def _update(self, request, query, name, create):
         outcome = self.manager.update_process(name, request.json(), create, query.dry_run)
         if outcome == "created":
             return {"ok": True, "created": True}
         return {"ok": True, "changed": outcome == "changed"}
+
+    @operation("dry_run", unlocked=True, body="Fields")
+    def update(self, request, query, name):
+        """Change a template as it is given."""
+        return self.put(request, query, name, False)
 
     @operation()
     def pids(self, request, query, name):
@@ -8458,24 +8442,18 @@ class Api:
                 "this was not done in %g seconds; it goes on" % wait)))
 
     @operation("wait", unlocked=True)
-    def add(self, request, query, name, number="1"):
+    def add(self, request, query, name, number="1", sign=1):
         """Run more processes of a template."""
-        return self._scale(query, name, self._count(number))
+        if not re.fullmatch("[0-9]{1,1000}", number) or not int(number):
+            raise BadValue("give a whole number from 1, not %r" % number[:20])
+        change = sign * min(int(number), NUMPROCESSES_MAX)
+        return self.act(query, [name], lambda name: {
+            "ok": True, "numprocesses": self.manager.scale(name, change)})
 
     @operation("wait", unlocked=True)
     def sub(self, request, query, name, number="1"):
         """Run fewer processes of a template."""
-        return self._scale(query, name, -self._count(number))
-
-    def _scale(self, query, name, change):
-        return self.act(query, [name], lambda name: {
-            "ok": True, "numprocesses": self.manager.scale(name, change)})
-
-    @staticmethod
-    def _count(text):
-        if not re.fullmatch("[0-9]{1,1000}", text) or not int(text):
-            raise BadValue("give a whole number from 1, not %r" % text[:20])
-        return min(int(text), NUMPROCESSES_MAX)
+        return self.add(request, query, name, number, -1)
 
     @operation("group")
     def signal(self, request, query, ref, signum=None):
@@ -9495,7 +9473,11 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             target=self.process_request_thread, args=(sock, client), daemon=True)
         thread._started = begun = Begun()       # type: ignore[attr-defined]
         if self.context is not None and sock.version() is None:
-            http.begin_handshake(client)
+            if len(http.handshakes) >= HANDSHAKES_MAX:  # the oldest one has had its time
+                oldest = next(iter(http.handshakes))
+                http.handshakes.pop(oldest, None)
+                http.interrupt(oldest)
+            http.handshakes[client] = None
         try:
             thread.start()
             if not begun.is_set():
@@ -9636,10 +9618,10 @@ class HttpHandler:
         for channel in tuple(self.channels):
             channel.close()
         for connection in self.connections:
-            self._interrupt(connection)
+            self.interrupt(connection)
 
     @staticmethod
-    def _interrupt(connection):
+    def interrupt(connection):
         """Let the thread of a connection see its end."""
         try:
             socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
@@ -9704,14 +9686,6 @@ class HttpHandler:
         if not self._of_address[connection.peer]:
             del self._of_address[connection.peer]
         connection.sock.close()
-
-    def begin_handshake(self, connection):
-        """Note a TLS handshake. If there are too many, the oldest one has had its time."""
-        if len(self.handshakes) >= HANDSHAKES_MAX:
-            oldest = next(iter(self.handshakes))
-            self.handshakes.pop(oldest, None)
-            self._interrupt(oldest)
-        self.handshakes[connection] = None
 
     def hand_over(self, connection, channel=None, request=None, gone=True):
         """Take the connection of a thread that ends. `gone`: the client has left."""
