@@ -9709,12 +9709,23 @@ class HttpConnections(HttpCase):
         feed = self.wire()
         feed.send(http_bytes("GET", "/watch?feed=continuous"))
         until(lambda: [each for each in tuple(self.server.http.channels) if each.kind == "continuous"], "the feed")
-        with http_limits(THREADS_MAX=0), self.assertLogs("gaffer", "WARNING"):
-            wire = self.wire()
-            wire.send(http_bytes("GET", "/metrics"))
-            self.assertCode(wire.answer(), 503, "busy")
-            self.assertEqual(wire.rest(), b"")
         self.cat("web")
+        ping = http_bytes("GET", "/ping")
+        with http_limits(THREADS_MAX=0), self.assertLogs("gaffer", "WARNING"):
+            for sent, status in (
+                    (ping, 200), (http_bytes("GET", "/nothing"), 404), (http_bytes("GET", "/status/web"), 200),
+                    (http_bytes("POST", "/streams/1/stdin", body=b"x\n"), 200), (http_bytes("OPTIONS", "/"), 204),
+                    (http_bytes("GET", "/watch?timeout=0"), 204), (http_bytes("GET", "/metrics"), 503),
+                    (http_bytes("GET", "/status/web?usage=true"), 503),
+                    (ping + ping, 503), (ping[:-2], 503)):
+                wire = self.wire()
+                wire.send(sent)
+                self.assertEqual(wire.answer()[0], status, sent)
+                if status == 503:
+                    self.assertEqual(wire.rest(), b"", sent)
+                else:                           # the connection goes on
+                    wire.send(ping)
+                    self.assertEqual(wire.answer()[2], b"OK", sent)
         self.assertEqual(json.loads(feed.answer_chunk())["event"], "create")
 
 
