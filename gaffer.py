@@ -5886,7 +5886,8 @@ class Channel:
             if wait > 0:
                 self._timer = self.loop.later(min(wait, self.stall), self._check_stall)
             else:
-                log.info("a client took or sent nothing for %g seconds; it is closed", limit)
+                log.info("a client took nothing for %g seconds; it is closed" if self._queue else
+                         "a client sent no request for %g seconds; it is closed", limit)
                 self.close()
 
     def finish(self):
@@ -9715,10 +9716,10 @@ class HttpHandler:
         """Read a request from a buffered binary file and find its route.
 
         Return (request or None, function of it that makes its answer, whether the connection goes
-        on, whether the answer takes time; None if this was refused). The function raises nothing; the answer is a Response, a
-        Channel or a WsgiRun. `handler`: on whose thread this is; None: the loop's, where the file
-        has all that came. Raises EOFError if the file ends early, and on the loop's thread also if
-        the answer takes time, or another request has come.
+        on, whether the answer takes time; None if it was refused). The function raises nothing; the
+        answer is a Response, a Channel or a WsgiRun. `handler`: on whose thread this is; None: the
+        loop's, where the file has all that came. Raises EOFError if the file ends early, and on the
+        loop's thread also if the answer takes time or another request has come.
         """
         request, keep = None, False
         try:
@@ -9741,15 +9742,14 @@ class HttpHandler:
                         handler.reader.go_ahead = b"HTTP/1.1 100 Continue\r\n\r\n"
                 request.body = read_body(file, length, limit)
                 keep = not (request.wants_close() or self.closed)
-            if handler is None and file.read(1):
-                raise EOFError
-            return request, respond, keep, slow
-        except socket.timeout:
-            answer = error_response(RequestTimeout(
-                "the request did not arrive in time; send it faster"))
-        except GafferError as error:
-            answer = entry_refusal(request, error)
-        return request, lambda request: answer, keep, None
+        except (socket.timeout, GafferError) as error:
+            if not isinstance(error, GafferError):
+                error = RequestTimeout("the request did not arrive in time; send it faster")
+            answer, slow = entry_refusal(request, error), None
+            respond = lambda request: answer
+        if handler is None and keep and file.read(1):
+            raise EOFError
+        return request, respond, keep, slow
 
     def route(self, request):
         """Check a head. Return (function that makes its answer, limit of the body, whether the

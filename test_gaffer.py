@@ -9717,7 +9717,7 @@ class HttpConnections(HttpCase):
                     (http_bytes("POST", "/streams/1/stdin", body=b"x\n"), 200), (http_bytes("OPTIONS", "/"), 204),
                     (http_bytes("GET", "/watch?timeout=0"), 204), (http_bytes("GET", "/metrics"), 503),
                     (http_bytes("GET", "/status/web?usage=true"), 503),
-                    (ping + ping, 503), (ping[:-2], 503)):
+                    (ping + ping, 503), (http_bytes("GET", "/nothing") + ping, 503), (ping[:-2], 503)):
                 wire = self.wire()
                 wire.send(sent)
                 self.assertEqual(wire.answer()[0], status, sent)
