@@ -11904,62 +11904,43 @@ def logs_command(args):
 
 # attach
 
-class Attachment:
-    """Copies a process's output to stdout and stderr, stdin to it, and passes signals on."""
+def attach_command(args):
+    """Show a process's output, send it what is typed, and pass signals on. Return its exit status,
+    if it ends."""
+    import termios
+    from http.client import HTTPException
+    client, targets = connect_to(args, [args.name], True)
+    if not targets:
+        return args.exit_status
+    status = targets[0].status
+    found = [targets[0].process] if targets[0].process else status["processes"]
+    names = [process_name(status, process) for process in found]
+    if len(names) != 1:
+        raise ClientError("%s runs %d processes: attach to one of %s" % (
+            args.name, len(names), ", ".join(names)) if names else
+            "%s is not running: 'gaffer.py start %s' starts it" % (args.name, args.name))
+    pid, os_pid, streams = found[0]["pid"], found[0]["os_pid"], "/streams/%d/" % found[0]["pid"]
+    info = client.get("/processes/%d" % pid)
+    inbox: queue.SimpleQueue = queue.SimpleQueue()      # exceptions, signals, the exit event
+    last = b"\n"                                # of the output
 
-    def __init__(self, client, status, process):
-        self._client, self._path = client, "/streams/%d/" % process["pid"]
-        self._name, self._pid = status["name"], process["pid"]
-        self.info = client.get("/processes/%d" % self._pid)
-        self._inbox = queue.SimpleQueue()       # the exit event, an exception, a signal's number
-        self.ended = self.line_is_open = False  # what was shown last ends within a line
-
-    def run(self, tail):
-        """Copy until the process has exited or the user leaves. Return the exit status."""
-        # a handler would run in the main thread alone, and only once something else had woken that
-        signals = {signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP}
-        signals -= {signum for signum in signals if signal.getsignal(signum) == signal.SIG_IGN}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        labels = dict.fromkeys(self.info["redirect_output"])
-        copies = [self._start(self._copy_output, *pair, tail) for pair in zip(labels, (1, 2))]
-        self._start(self._watch_exit, copies)
-        if signals:
-            self._start(self._take_signals, signals)
-        if self.info["redirect_input"]:
-            self._start(self._copy_input)
-        for item in iter(self._inbox.get, signal.SIGQUIT):
-            if isinstance(item, Exception):
-                raise item
-            if isinstance(item, dict):
-                self.ended = True
-                return exit_code(item)
-            if item != signal.SIGINT:
-                return 128 + item
-            with contextlib.suppress(NotThere):     # to the whole group, as a terminal does
-                self._client.request("POST", "/processes/%d/_signal/INT?group=true" % self._pid)
-        return 0
-
-    def _start(self, function, *args):
-        """Run a function on a thread. What it raises is for run()."""
+    def start(function, *args):
+        """Run a function on a thread. What it raises goes into the inbox."""
         def work():
             try:
                 function(*args)
             except Exception as error:
-                self._inbox.put(error)
+                inbox.put(error)
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         return thread
 
-    def _take_signals(self, signals):
+    def copy_output(label, fd):
+        nonlocal last
+        begin = "tail=%d" % (10 if args.n is None else args.n)
         while True:
-            self._inbox.put(signal.sigwait(signals))
-
-    def _copy_output(self, label, fd, tail):
-        from http.client import HTTPException
-        begin = "tail=%d" % tail
-        while True:
-            path = self._path + reference(label) + "?feed=continuous&" + begin
-            with self._client.open("GET", path, timeout=None) as response:
+            path = streams + reference(label) + "?feed=continuous&" + begin
+            with client.open("GET", path, timeout=None) as response:
                 offset = int(response.headers["Gaffer-Offset"])
                 while True:
                     try:
@@ -11968,71 +11949,79 @@ class Attachment:
                         break
                     if not data:
                         return
-                    offset += len(data)
-                    self.line_is_open = not data.endswith(b"\n")
+                    offset, last = offset + len(data), data[-1:]
                     write_all(fd, data)
             begin = "since=%d" % offset
 
-    def _copy_input(self):
+    def copy_input():
         data = b"-"
         while data:
             data = os.read(0, READ_SIZE)        # nothing: end of file
-            while True:                         # as a full pipe would make us wait
+            sent = False
+            while not sent:                     # as a full pipe would make us wait
                 try:
-                    self._client.request("POST" if data else "DELETE", self._path + "stdin",
-                                         data or None)
-                    break
+                    client.request("POST" if data else "DELETE", streams + "stdin", data or None)
+                    sent = True
                 except ClientError as error:
                     if error.code in ("forbidden_write", "not_found"):
                         return                  # it has closed its stdin, or exited
                     if error.code != "stdin_full":
                         raise
-                time.sleep(RETRY_PAUSE)
+                    time.sleep(RETRY_PAUSE)
 
-    def _watch_exit(self, copies):
-        path = "/watch/proc/%s/exit?since=0&%s" % (reference(self._name), FEED)
-        for kind, data in follow_events(self._client, path):
+    def watch_exit(copies):
+        path = "/watch/proc/%s/exit?since=0&%s" % (reference(status["name"]), FEED)
+        for kind, data in follow_events(client, path):
             event = json.loads(data)
             if event.get("restarted"):
                 raise ClientError("the server has restarted: attach again")
-            if kind == "exit" and event["pid"] == self._pid:
+            if kind == "exit" and event["pid"] == pid:
                 for thread in copies:           # the rest of its group may write until it is killed
-                    thread.join(self.info["graceful_timeout"] + DRAIN_TIME + 1)
-                return self._inbox.put(event)
+                    thread.join(info["graceful_timeout"] + DRAIN_TIME + 1)
+                return inbox.put(event)
 
-
-def attach_command(args):
-    """Show a process's output and send it what is typed. Return its exit status, if it ends."""
-    import termios
-    client, targets = connect_to(args, [args.name], True)
-    if not targets:
-        return args.exit_status
-    status, word = targets[0].status, args.name
-    found = [targets[0].process] if targets[0].process else status["processes"]
-    names = [process_name(status, process) for process in found]
-    if len(names) != 1:
-        raise ClientError("%s runs %d processes: attach to one of %s" % (
-            word, len(names), ", ".join(names)) if names else
-            "%s is not running: 'gaffer.py start %s' starts it" % (word, word))
-    attachment, before = Attachment(client, status, found[0]), None
+    def take_signals():
+        while True:
+            inbox.put(signal.sigwait(signals))
+    before = None
     if os.isatty(0):                            # Ctrl-] sends QUIT
         before, changed = termios.tcgetattr(0), termios.tcgetattr(0)
         changed[6][termios.VQUIT] = b"\x1d"
         termios.tcsetattr(0, termios.TCSADRAIN, changed)
     tell("attached to %s, os pid %d: %s leaves it running, Ctrl-C goes to it%s" % (
-        names[0], found[0]["os_pid"], "Ctrl-]" if before else "QUIT",
-        "" if attachment.info["redirect_input"] else "; it reads nothing: its stdin is /dev/null"))
+        names[0], os_pid, "Ctrl-]" if before else "QUIT",
+        "" if info["redirect_input"] else "; it reads nothing: its stdin is /dev/null"))
+    # a handler would run in the main thread alone, and only once something else had woken that
+    signals = {signum for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+               if signal.getsignal(signum) != signal.SIG_IGN}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-        exit_status = attachment.run(10 if args.n is None else args.n)
+        start(watch_exit, [start(copy_output, *pair) for pair in zip(
+            dict.fromkeys(info["redirect_output"]), (1, 2))])
+        if signals:
+            start(take_signals)
+        if info["redirect_input"]:
+            start(copy_input)
+        exit_status, end = None, "is still running"
+        while exit_status is None:
+            item = inbox.get()
+            if isinstance(item, Exception):
+                raise item
+            if isinstance(item, dict):
+                exit_status, end = exit_code(item), "has ended"
+            elif item == signal.SIGINT:         # to the whole group, as a terminal does
+                with contextlib.suppress(NotThere):
+                    client.request("POST", "/processes/%d/_signal/INT?group=true" % pid)
+            else:
+                exit_status = 0 if item == signal.SIGQUIT else 128 + item
     finally:
         if before:
             with contextlib.suppress(termios.error):        # the terminal is gone
                 termios.tcsetattr(0, termios.TCSADRAIN, before)
     if exit_status != 128 + signal.SIGHUP:
-        if attachment.line_is_open and sys.stderr.isatty():
+        if last != b"\n" and sys.stderr.isatty():
             print(file=sys.stderr)
-        tell("detached, %s %s" % (
-            names[0], "has ended" if attachment.ended else "is still running"))
+        tell("detached, %s %s" % (names[0], end))
     return exit_status
 
 
@@ -12642,7 +12631,7 @@ names NAME+: a name, a glob such as 'web*' or 'group:*', all, or one process: we
 --ready: wait until all are ready, or done if they end by themselves and have no 'ready'; exit with
     1 if one fails""",
     "COLOUR": "--no-color: no colours (NO_COLOR does the same)",
-    "LOOK": "-w, --watch: repeat every second until Ctrl-C\nCOLOUR\nASK",
+    "LOOK": "-w, --watch: repeat every second until Ctrl-C\nCOLOUR ASK",
     "START": "--start: start it",
     "FIELDS": "\n".join(
         "--{0}: {1}\n--no-{0}: do not {1}".format(name.replace("_", "-"), field.help)
@@ -12654,8 +12643,7 @@ name NAME: the template's name
 cmd CMD...: everything after NAME: a command line as one word, or a program and its arguments
 START
 --env NAME[=VALUE]*: a variable of its environment, without a value that of yours
-FIELDS
-ASK""",
+FIELDS ASK""",
     "PLACE": "-f, --procfile FILE: the Procfile (default ./Procfile)",
     "PROCFILE": """\
 PLACE
@@ -12675,13 +12663,14 @@ def parse_options(text):
     """Yield (names, keywords) of each argument that a text describes, for add_argument().
 
     Its lines are "--json: help" (a flag), "-f, --procfile FILE: help", with a * if it may be
-    repeated, "names NAME+: help" (a positional argument, with + ? * or ... for how many), or a name
+    repeated, "names NAME+: help" (a positional argument, with + ? * or ... for how many), or names
     of OPTION_GROUPS. A line that begins with a blank continues the one before.
     """
     for line in re.sub(r"\n +", " ", text).split("\n"):
         words, _, text = line.partition(": ")
         if not text:
-            yield from parse_options(OPTION_GROUPS[line])
+            for name in words.split():
+                yield from parse_options(OPTION_GROUPS[name])
             continue
         *names, last = words.replace(",", "").split()
         how = {"help": text}
@@ -12729,15 +12718,14 @@ LISTEN
 reload: make the server load its CONFIG again
 --dry-run: only show what would change
 ASK"""),
-    command(act, "start: start processes (of a Procfile: up)\nNAMES\nREADY\nWAIT"),
+    command(act, "start: start processes (of a Procfile: up)\nNAMES READY WAIT"),
     command(wait_command, """\
 wait: wait until processes are ready, done or stopped
 NAMES
 --for STATE: ready (the default), done or stopped
-TIMEOUT
-ASK"""),
-    command(act, "stop: stop processes; they stay stopped\nTARGETS\nWAIT"),
-    command(act, "restart: stop and replace processes\nNAMES\nWAIT"),
+TIMEOUT ASK"""),
+    command(act, "stop: stop processes; they stay stopped\nTARGETS WAIT"),
+    command(act, "restart: stop and replace processes\nNAMES WAIT"),
     command(scale_one, """\
 add: run more processes of a template
 NAME
@@ -12770,8 +12758,7 @@ names NAME*: a name, a glob, one process (web.2, or its pid), or all (the defaul
 --since TIME: begin with the output of the last 90s, 10m, 2h or 1d
 --no-prefix: leave out the names
 -t, --times: print the time of each line
-COLOUR
-CONNECTION
+COLOUR CONNECTION
 --json: print an object per line: time, name, pid, label, data"""),
     command(attach_command, """\
 attach: see the output of a process and type into it
@@ -12781,12 +12768,11 @@ CONNECTION"""),
     command(watch_command, """\
 watch: print events as they happen until Ctrl-C
 pattern PATTERN?: a type such as exit, proc/NAME or proc/NAME/TYPE
-COLOUR
-ASK"""),
-    command(show_field, "running: print how many processes of a template are running\nNAMES\nASK"),
-    command(show_field, "numprocesses: print how many processes are wanted\nNAMES\nASK"),
-    command(show_field, "pids: print gaffer's pids of the running processes\nNAMES\nASK"),
-    command(get_process_command, "get_process: print a template as JSON\nTARGETS\nASK"),
+COLOUR ASK"""),
+    command(show_field, "running: print how many processes of a template are running\nNAMES ASK"),
+    command(show_field, "numprocesses: print how many processes are wanted\nNAMES ASK"),
+    command(show_field, "pids: print gaffer's pids of the running processes\nNAMES ASK"),
+    command(get_process_command, "get_process: print a template as JSON\nTARGETS ASK"),
     command(add_process_command, """\
 add_process: add a template
 --replace: make a template of this name so; leave it alone if it is so already
@@ -12794,44 +12780,34 @@ TEMPLATE"""),
     command(load_process_command, """\
 load_process: add a template from a JSON file
 file FILE: as POST /processes takes it; - is stdin
-START
-ASK"""),
+START ASK"""),
     command(update_process_command, "update_process: change fields of a template\nTEMPLATE"),
-    command(del_process_command, "del_process: stop and remove a template\nNAMES\nWAIT"),
+    command(del_process_command, "del_process: stop and remove a template\nNAMES WAIT"),
     command(up_command, """\
 up: run a Procfile here, all output on one screen
 names TYPE*: only these types (default: all)
-PROCFILE
-FORMATION
-READY
+PROCFILE FORMATION READY
 --keep-going: restart processes that end instead of stopping all
-LISTEN
-COLOUR"""),
+LISTEN COLOUR"""),
     command(run_command, """\
 run: run a command in the environment of a Procfile
 cmd CMD...: a type, a command line as one word, or a program and its arguments
 PROCFILE"""),
     command(load_command, """\
 load: run a Procfile in the server
-GROUP
-PROCFILE
-FORMATION
-READY
-WAIT"""),
-    command(unload_command, "unload: stop and remove a loaded Procfile\nGROUP\nPLACE\nWAIT"),
+GROUP PROCFILE FORMATION READY WAIT"""),
+    command(unload_command, "unload: stop and remove a loaded Procfile\nGROUP PLACE WAIT"),
     command(scale_command, """\
 scale: change how many of each type run
 changes CHANGE+: web=3, web+1 or web-1; a GROUP may come first
-PLACE
-WAIT"""),
-    command(ps_command, "ps: show the processes of a Procfile, as status does\nGROUP\nPLACE\nLOOK"),
+PLACE WAIT"""),
+    command(ps_command, "ps: show the processes of a Procfile, as status does\nGROUP PLACE LOOK"),
     command(export_command, """\
 export: convert a Procfile to another format
 format FORMAT: ini or json (for serve), or systemd
 GROUP
 -o, --output DIR: write systemd's units into this folder (default: print them)
-PROCFILE
-FORMATION"""),
+PROCFILE FORMATION"""),
     command(completion_command, """\
 completion: print a completion script for a shell
 shell SHELL: bash, zsh or fish, which has to source it
