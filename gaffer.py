@@ -11599,7 +11599,7 @@ def exit_code(last):
     return 128 + last["term_signal"] if last["term_signal"] else last["exit_status"]
 
 
-def status_rows(status, with_ids):
+def status_rows(status):
     """Return the rows of one template, [cells ..., note]: one for each process, and for each slot
     that waits for one; at least one."""
     rows, last, code, why = [], status["last_exit"], "-", []
@@ -11613,12 +11613,12 @@ def status_rows(status, with_ids):
     if status["error"]:
         why = [status["error"]]
 
-    def add(name, state, notes, ids=("-", "-"), uptime="-", usage=("-", "-")):
+    def add(name, state, notes, os_pid="-", pid="-", uptime="-", cpu="-", rss="-"):
         rows.append([name, state, "%d/%d" % (status["running"], status["numprocesses"]),
-                     *map(str, ids if with_ids else ids[:1]), uptime, str(status["restarts"]),
-                     code, *usage, "; ".join(notes)])
+                     str(os_pid), str(pid), uptime, str(status["restarts"]), code, cpu, rss,
+                     "; ".join(notes)])
     for process in sorted(status["processes"], key=lambda process: process["instance"]):
-        notes, usage = [], ("-", "-")
+        notes, usage = [], ()
         if "kill_in" in process:
             notes = ["SIGKILL in " + span(process["kill_in"])]
         elif process["not_ready"]:
@@ -11627,8 +11627,8 @@ def status_rows(status, with_ids):
             notes = why
         if process.get("cpu") is not None:
             usage = "%.1f%%" % process["cpu"], human(process["rss"])
-        add(process_name(status, process), process["state"], notes,
-            (process["os_pid"], process["pid"]), span(process["uptime"]), usage)
+        add(process_name(status, process), process["state"], notes, process["os_pid"],
+            process["pid"], span(process["uptime"]), *usage)
     waits = [["next try in " + span(math.ceil(wait)), *why] for wait in status["next_tries"]]
     if status["waiting"]:
         waits = [["waits for " + ", ".join(status["waiting"])]]
@@ -11653,12 +11653,14 @@ def status_table(statuses, width, coloured):
              "done": 3}
     statuses = sorted(statuses, key=lambda status: 0 if status["gave_up"] or status["error"] else
                       order.get(status["state"], 1))
-    os_pids = {os_pid for status in statuses for os_pid in status["os_pids"]}
-    with_ids = any(pid in os_pids for status in statuses for pid in status["pids"])
-    rows = [["NAME", "STATE", "RUN", "PID", *(["ID"] if with_ids else []), "UPTIME", "RESTARTS",
-             "EXIT", "CPU", "MEM", ""]]
+    rows = ["NAME STATE RUN PID ID UPTIME RESTARTS EXIT CPU MEM ".split(" ")]
     for status in statuses:
-        rows += status_rows(status, with_ids)
+        rows += status_rows(status)
+    os_pids, pids = [{pid for status in statuses for pid in status[kind]}
+                     for kind in ("os_pids", "pids")]
+    if os_pids.isdisjoint(pids):                # else they could be mixed up
+        for row in rows:
+            del row[4]
     widths = [max(map(len, column)) for column in zip(*rows)][:-1]
     if width is not None:
         others = sum(widths[1:]) + 2 * (len(widths) - 1)
@@ -12688,18 +12690,22 @@ def parse_options(text):
         yield names, how
 
 
-Command = collections.namedtuple("Command", "run help options")
+class Command:
+    """A function of parsed arguments, and a text: "name: help", then lines for parse_options()."""
+
+    def __init__(self, run, text):
+        first, self._text = text.split("\n", 1)
+        self.name, self.help = first.split(": ", 1)
+        self.run = run
+
+    @property
+    def options(self):
+        """[(names, keywords)] of its arguments, for add_argument()."""
+        return list(parse_options(self._text))
 
 
-def command(run, text):
-    """Return (name, Command) from a text: "name: help", then lines for parse_options()."""
-    first, options = text.split("\n", 1)
-    name, help_text = first.split(": ", 1)
-    return name, Command(run, help_text, list(parse_options(options)))
-
-
-COMMANDS = dict((
-    command(serve, """\
+COMMANDS = {command.name: command for command in (
+    Command(serve, """\
 serve: run the supervisor with its HTTP API and web page
 config CONFIG?: what to run: a file of INI, JSON or TOML, a Procfile, or supervisord's file
 LISTEN
@@ -12714,43 +12720,43 @@ LISTEN
 --log-file FILE: log into this file (default: to stderr)
 --daemon: run in the background; needs --log-file
 -v, --verbose: log events; -vv: the processes' output too"""),
-    command(reload_command, """\
+    Command(reload_command, """\
 reload: make the server load its CONFIG again
 --dry-run: only show what would change
 ASK"""),
-    command(act, "start: start processes (of a Procfile: up)\nNAMES READY WAIT"),
-    command(wait_command, """\
+    Command(act, "start: start processes (of a Procfile: up)\nNAMES READY WAIT"),
+    Command(wait_command, """\
 wait: wait until processes are ready, done or stopped
 NAMES
 --for STATE: ready (the default), done or stopped
 TIMEOUT ASK"""),
-    command(act, "stop: stop processes; they stay stopped\nTARGETS WAIT"),
-    command(act, "restart: stop and replace processes\nNAMES WAIT"),
-    command(scale_one, """\
+    Command(act, "stop: stop processes; they stay stopped\nTARGETS WAIT"),
+    Command(act, "restart: stop and replace processes\nNAMES WAIT"),
+    Command(scale_one, """\
 add: run more processes of a template
 NAME
 number N?: how many (default 1)
 WAIT"""),
-    command(scale_one, """\
+    Command(scale_one, """\
 sub: run fewer processes of a template; the oldest stop
 NAME
 number N?: how many (default 1)
 WAIT"""),
-    command(act, """\
+    Command(act, """\
 kill: send a signal to processes
 TARGETS
 sig SIGNAL: 15, TERM or SIGTERM; also as -9 in front of NAME
 --group: to their whole process groups
 ASK"""),
-    command(processes_command, """\
+    Command(processes_command, """\
 processes: list the names of all templates
 --running: print the pids of running processes instead
 ASK"""),
-    command(status_command, """\
+    Command(status_command, """\
 status: show what is running and what happens next
 names NAME*: a name, a glob such as 'web*' or 'group:*', or all (the default)
 LOOK"""),
-    command(logs_command, """\
+    Command(logs_command, """\
 logs: print the output of processes, in order
 names NAME*: a name, a glob, one process (web.2, or its pid), or all (the default)
 -f, --follow: follow new output until Ctrl-C
@@ -12760,59 +12766,59 @@ names NAME*: a name, a glob, one process (web.2, or its pid), or all (the defaul
 -t, --times: print the time of each line
 COLOUR CONNECTION
 --json: print an object per line: time, name, pid, label, data"""),
-    command(attach_command, """\
+    Command(attach_command, """\
 attach: see the output of a process and type into it
 name NAME: a name, or one process: web.2, or its pid
 -n COUNT: begin with its last lines (default 10)
 CONNECTION"""),
-    command(watch_command, """\
+    Command(watch_command, """\
 watch: print events as they happen until Ctrl-C
 pattern PATTERN?: a type such as exit, proc/NAME or proc/NAME/TYPE
 COLOUR ASK"""),
-    command(show_field, "running: print how many processes of a template are running\nNAMES ASK"),
-    command(show_field, "numprocesses: print how many processes are wanted\nNAMES ASK"),
-    command(show_field, "pids: print gaffer's pids of the running processes\nNAMES ASK"),
-    command(get_process_command, "get_process: print a template as JSON\nTARGETS ASK"),
-    command(add_process_command, """\
+    Command(show_field, "running: print how many processes of a template are running\nNAMES ASK"),
+    Command(show_field, "numprocesses: print how many processes are wanted\nNAMES ASK"),
+    Command(show_field, "pids: print gaffer's pids of the running processes\nNAMES ASK"),
+    Command(get_process_command, "get_process: print a template as JSON\nTARGETS ASK"),
+    Command(add_process_command, """\
 add_process: add a template
 --replace: make a template of this name so; leave it alone if it is so already
 TEMPLATE"""),
-    command(load_process_command, """\
+    Command(load_process_command, """\
 load_process: add a template from a JSON file
 file FILE: as POST /processes takes it; - is stdin
 START ASK"""),
-    command(update_process_command, "update_process: change fields of a template\nTEMPLATE"),
-    command(del_process_command, "del_process: stop and remove a template\nNAMES WAIT"),
-    command(up_command, """\
+    Command(update_process_command, "update_process: change fields of a template\nTEMPLATE"),
+    Command(del_process_command, "del_process: stop and remove a template\nNAMES WAIT"),
+    Command(up_command, """\
 up: run a Procfile here, all output on one screen
 names TYPE*: only these types (default: all)
 PROCFILE FORMATION READY
 --keep-going: restart processes that end instead of stopping all
 LISTEN COLOUR"""),
-    command(run_command, """\
+    Command(run_command, """\
 run: run a command in the environment of a Procfile
 cmd CMD...: a type, a command line as one word, or a program and its arguments
 PROCFILE"""),
-    command(load_command, """\
+    Command(load_command, """\
 load: run a Procfile in the server
 GROUP PROCFILE FORMATION READY WAIT"""),
-    command(unload_command, "unload: stop and remove a loaded Procfile\nGROUP PLACE WAIT"),
-    command(scale_command, """\
+    Command(unload_command, "unload: stop and remove a loaded Procfile\nGROUP PLACE WAIT"),
+    Command(scale_command, """\
 scale: change how many of each type run
 changes CHANGE+: web=3, web+1 or web-1; a GROUP may come first
 PLACE WAIT"""),
-    command(ps_command, "ps: show the processes of a Procfile, as status does\nGROUP PLACE LOOK"),
-    command(export_command, """\
+    Command(ps_command, "ps: show the processes of a Procfile, as status does\nGROUP PLACE LOOK"),
+    Command(export_command, """\
 export: convert a Procfile to another format
 format FORMAT: ini or json (for serve), or systemd
 GROUP
 -o, --output DIR: write systemd's units into this folder (default: print them)
 PROCFILE FORMATION"""),
-    command(completion_command, """\
+    Command(completion_command, """\
 completion: print a completion script for a shell
 shell SHELL: bash, zsh or fish, which has to source it
 line LINE?: print completions of this instead; the script calls it so"""),
-))
+)}
 
 HELP = """\
 usage: gaffer.py COMMAND [options] ...
