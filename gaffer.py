@@ -44,7 +44,7 @@ Four rules hold everywhere:
 3. Protocol code is pure: bytes or values in, bytes or values out; no socket, no thread, no clock.
 4. Every buffer has a limit, with a name and a reason, at the top of its section.
 
-    a thread for each request     the loop's thread                           children
+    threads of requests           the loop's thread                           children
     head, body -> route, answer   manager, reconcile ------- spawn ---------> process group
     what lasts or waits --------> channel <- Reader <- Window <--- Output <-- stdout, stderr
                                   a websocket -------------------> Input ---> stdin
@@ -6046,14 +6046,15 @@ class Follower(Channel):
 class Feed(Follower):
     """A stream without end: exact bytes, JSON lines, or Server-Sent Events.
 
-    `form`: continuous or eventsource; `first`: sent before everything else; `begin()` starts what
-    fills the log, and returns a function that ends it. For the rest see Follower.
+    `form`: continuous or eventsource; `framed`: as for SseEncoder; `first`: sent before everything
+    else; `begin()` starts what fills the log, and returns a function that ends it. For the rest see
+    Follower.
     """
 
-    def __init__(self, form, chunked, reader, asked, heartbeat=None, first=b"", process=None,
+    def __init__(self, form, framed, reader, asked, heartbeat=None, first=b"", process=None,
                  begin=None):
         super().__init__(reader, asked, process, heartbeat)
-        self.kind, self._framed = form, chunk if chunked else bytes
+        self.kind, self._framed = form, framed
         self._first, self._begin, self._end_feed = first, begin, None
 
     def head(self):
@@ -8103,7 +8104,7 @@ def entry_refusal(request, error):
 # api
 #
 # The route table and its handlers: the only section that knows both manager and request. A handler
-# runs on the request's thread, under the loop's lock unless it takes time (`unlocked`). It returns
+# runs under the loop's lock, unless it takes time (`unlocked`): then on a thread. It returns
 # a value to send as JSON, a Response, or a channel that the loop starts.
 # --------------------------------------------------------------------------------------------------
 PAGE_EVENTS = 200                               # that the page begins with
@@ -8665,7 +8666,7 @@ class Api:
         """Return a Feed of a log."""
         reader = self._reader(request, source, encoder, offset, loss)
         asked = hasattr(query, "since") and self._asked(request, query)
-        return Feed(query.feed, request.version == (1, 1), reader, asked, query.heartbeat, first,
+        return Feed(query.feed, self._framed(request), reader, asked, query.heartbeat, first,
                     process, begin)
 
     @staticmethod
@@ -8858,16 +8859,17 @@ ROUTES = (
 # --------------------------------------------------------------------------------------------------
 # server
 #
-# The loop accepts connections. Once one has sent something, a thread takes it: a Handler reads
-# requests and answers them, blocking, in straight lines. It leaves to the loop what lasts, what
-# waits, and what is idle; see channels.
+# The loop accepts connections, and has them while they are idle. What they send then is answered at
+# once if it is a whole request that takes no time. Otherwise a thread takes the connection: a
+# Handler reads requests and answers them, blocking, in straight lines. It leaves to the loop what
+# lasts, what waits, and what is idle; see channels.
 # --------------------------------------------------------------------------------------------------
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 BODY_SIZE = MIB                                 # for WSGI applications see HttpHandler(max_body=)
 HEAD_TIME = 10.0                                # from the first byte of a head to its last
 BODY_TIME = 60.0
 IDLE_TIME = 60.0                                # of a connection without a request
-KEEP_TIME = 0.5                                 # of this a thread waits, then the loop does
+KEEP_TIME = 0.5                                 # for which a thread waits for the next request
 SEND_SIZE = 256 * KIB                           # to be taken within SEND_TIME
 HANDSHAKE_TIME = 10.0                           # of TLS
 HANDSHAKES_MAX = 200                            # one more ends the oldest
@@ -9761,7 +9763,8 @@ class HttpHandler:
             request.headers.pop("origin", None)     # without a Host it cannot be our own
             raise
         if request.method == "OPTIONS":
-            return self._answer_options, BODY_SIZE, False
+            return (lambda request: Response(
+                status=204, headers=access.preflight(request), content_type=None)), BODY_SIZE, False
         if not is_read or "upgrade" in request.headers:
             access.check_origin(request)
         access.check_site(request)
@@ -9806,9 +9809,6 @@ class HttpHandler:
                 return functools.partial(WsgiRun, self, app, prefix), self._max_body, True
         raise ResourceNotFound(
             "there is nothing at %s; GET /openapi.json lists the routes" % request.path[:200])
-
-    def _answer_options(self, request):
-        return Response(status=204, headers=self.access.preflight(request), content_type=None)
 
     def _call_api(self, handler, args, request):
         query = parse_query(request, handler.query)
