@@ -6157,13 +6157,11 @@ class Idle(Channel):
         _, request, respond, keep, slow = known
         if slow is False and len(data) <= KIB:  # a client that polls sends the same again
             self._known = known
-        began, answer = time.monotonic(), respond(request)
+        answer, keep, began = http.respond(request, respond, keep)
         if isinstance(answer, Channel):
-            if request.method != "HEAD":
-                self.detach()
-                http.start_channel(answer, connection, request)
-                return
-            keep, began, answer = keep and not isinstance(answer, Feed), None, answer.head()
+            self.detach()
+            http.start_channel(answer, connection, request)
+            return
         self._progress = self.loop.now
         taken = self.send(http.answer(connection, request, answer, keep, began))
         if not keep:
@@ -8133,6 +8131,12 @@ def compressed(request, response):
     return response
 
 
+def cpu_percent(process, last, now, cpu_time):
+    """Return percent of one core since the `last` sample (time, CPU time); None: in all."""
+    began, used = last[:2] if last is not None else (process.started, 0.0)
+    return round(100 * max(0.0, cpu_time - used) / max(0.01, now - began), 1)
+
+
 class Samples:
     """Statistics of processes; any thread. Their shapes are those of /stats."""
 
@@ -8174,8 +8178,7 @@ class Samples:
         now, last = self._clock(), process.cpu_sample
         if last is not None and now - last[0] < 0.1:
             return last[2]
-        began, used = (last[0], last[1]) if last is not None else (process.started, 0.0)
-        percent = round(100 * max(0.0, seen["cpu_time"] - used) / max(0.01, now - began), 1)
+        percent = cpu_percent(process, last, now, seen["cpu_time"])
         process.cpu_sample = now, seen["cpu_time"], percent
         return percent
 
@@ -8223,10 +8226,9 @@ class History:
         for process in processes:
             now, seen = self._manager.loop.clock(), self._manager.table.usage(process.os_pid)
             if seen:                            # else it has just gone
-                began, used = process.history_sample or (process.started, 0.0)
-                cpu = 100 * max(0.0, seen["cpu_time"] - used) / max(0.01, now - began)
+                cpu = cpu_percent(process, process.history_sample, now, seen["cpu_time"])
                 process.history_sample = now, seen["cpu_time"]
-                process.history.appendleft([round(cpu, 1), seen["rss"]])
+                process.history.appendleft([cpu, seen["rss"]])
 
 
 class StatsFeed:
@@ -9319,7 +9321,7 @@ class Handler(socketserver.StreamRequestHandler):
         http = self.http
         request, respond, keep, slow = http.read(self.rfile, self.client, self)
         self.reader.go_ahead = b""              # the body came without it
-        began, answer = time.monotonic(), respond(request)
+        answer, keep, began = http.respond(request, respond, keep)
         if isinstance(answer, WsgiRun):
             keep = answer.respond(self.send, keep)
             self.gone = answer.cut
@@ -9328,11 +9330,8 @@ class Handler(socketserver.StreamRequestHandler):
                 self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             return keep, slow
         if isinstance(answer, Channel):
-            if request.method != "HEAD":
-                self.channel, self.current = answer, request
-                return False, slow
-            keep, began = keep and not isinstance(answer, Feed), None
-            answer = http.loop.call(answer.head)
+            self.channel, self.current = answer, request
+            return False, slow
         self.send(http.answer(self.client, request, answer, keep, began))
         return keep, slow
 
@@ -9752,6 +9751,15 @@ class HttpHandler:
         if handler is None and keep and file.read(1):
             raise EOFError
         return request, respond, keep, slow
+
+    def respond(self, request, respond, keep):
+        """Return (the answer of what read() returned, whether the connection goes on, when the
+        answer was begun; None if it is one that lasts)."""
+        began, answer = time.monotonic(), respond(request)
+        if isinstance(answer, Channel) and request.method == "HEAD":
+            keep, began = keep and not isinstance(answer, Feed), None
+            answer = self.loop.call(answer.head)
+        return answer, keep, began
 
     def route(self, request):
         """Check a head. Return (function that makes its answer, limit of the body, whether the
