@@ -919,6 +919,9 @@ class PureErrors(Case):
     def test_near(self):
         self.assertTable(lambda word: gaffer.near(word, ["name", "cmd", "env"]), (
             ("comand", ", did you mean 'cmd'?"), ("zzzzzz", "")))
+        # more takes more time than a mistake is worth
+        self.assertTable(lambda case: bool(gaffer.near("x" * case[0], ["x" * case[0]] * case[1])), (
+            ((128, 500), True), ((129, 500), False), ((128, 501), False)))
 
     def test_throttle(self):
         clock = PureClock()
@@ -1373,6 +1376,11 @@ class PureWindow(PureLogCase):
                 everything += make(most)
                 self.do(window.append, everything[window.end:])
 
+    def test_byte_before(self):
+        """A newline at the window's start may be half of CR LF."""
+        window = self.window(131072, b"a" * 65535 + b"\r", b"\n" + b"b" * 65535, b"c" * 65536)
+        self.assertEqual((window.start, window.before(65536)), (65536, 13))
+
     def test_memory(self):
         """Of a window of short lines, and of what readers at many places get."""
         window, readers = self.window(100000), []
@@ -1623,7 +1631,7 @@ class PureLoss(PureLogCase):
                 self.do(window.append, data[window.end:window.end + size])
             for reader in readers:
                 reader.sink.open = rng.random() < 0.5
-                if reader.sink.full:
+                if reader.sink.full and rng.random() < 0.3:
                     self.do(reader.pump)
             self.advance(0.01)
         self.do(window.finish)
@@ -2102,6 +2110,13 @@ class PureTemplates(Case):
         for field in ("env", "args", "redirect_output", "custom_streams"):
             self.assertIsNot(one[field], other[field], field)
 
+    def test_most_templates(self):
+        manager = gaffer.Manager([])
+        self.addCleanup(manager.loop.close)
+        with http_limits(TEMPLATES_MAX=2):
+            self.assertTable(lambda name: manager.add_process(name, "true", start=False).name, (
+                ("a", "a"), ("b", "b"), ("c", gaffer.Busy)))
+
     def test_together(self):
         """Fields that are right by themselves, and wrong together."""
         root = os.geteuid() == 0
@@ -2283,6 +2298,14 @@ class PureLaunch(Case):
                  names + "'zero/tool', but %s " % plain + chmod)):
             with self.subTest(cmd=cmd, fields=fields):
                 self.assertEqual(self.program(cmd, **fields), wanted)
+
+    def test_env_file_size(self):
+        path = os.path.join(self.folder, ".env")
+        for size, error in ((gaffer.ENV_FILE_SIZE, None), (gaffer.ENV_FILE_SIZE + 1, ValueError)):
+            with open(path, "w") as file:
+                file.write("A=".ljust(size, "x"))
+            self.assertTable(lambda path: gaffer.read_env_files([path], {}).clear(),
+                             [(path, error)])
 
     def test_cwd_is_looked_at_anew(self):
         gone = os.path.join(self.folder, "gone")
