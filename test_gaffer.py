@@ -1350,7 +1350,6 @@ class PureWindow(PureLogCase):
             self.assertEqual(window.resync(offset),
                              offset if fresh or newline < 0 else newline + 1)
         first = window.resync(start)
-        lines = everything[first:].splitlines(True) if first < end else []
         lines = re.findall(rb"[^\n]*\n|[^\n]+", everything[first:])
         for count in (0, 1, 2, 5, 1000):
             size = sum(map(len, lines[max(0, len(lines) - count):]))
@@ -3175,27 +3174,6 @@ class PureUtf8(Case):
             self.assertEqual(gaffer.valid_utf8(data), valid(data))
         text = b"plain"
         self.assertIs(gaffer.valid_utf8(text), text)
-
-    def test_split_lines(self):
-        normal, flush, final = gaffer.NORMAL, gaffer.FLUSH, gaffer.FINAL
-        self.assertTable(lambda case: gaffer.split_lines(*case, 8), (
-            ((b"", None, normal), (0, [], [])), ((b"a", None, normal), (0, [], [])),
-            ((b"a", None, flush), (0, [b"a"], [b"a"])),
-            ((b"a\nb", None, normal), (0, [b"a\n"], [b"a"])),
-            ((b"a\nb", None, final), (0, [b"a\n", b"b"], [b"a", b"b"])),
-            ((b"\n", None, normal), (0, [b"\n"], [b""])),
-            ((b"\n", 10, normal), (0, [b"\n"], [b""])),
-            ((b"\n", 13, normal), (1, [], [])), ((b"\n\n", 13, normal), (1, [b"\n"], [b""])),
-            ((b"\r\n", 13, normal), (0, [b"\r\n"], [b""])),
-            ((b"a\r", None, normal), (0, [b"a\r"], [b"a"])),
-            ((b"\na", 13, final), (1, [b"a"], [b"a"])), ((b"\n\xc3", 13, flush), (1, [], [])),
-            ((b"a\xe2\x82", None, flush), (0, [b"a"], [b"a"])),
-            ((b"a\xe2\x82", None, final), (0, [b"a\xe2\x82"], [b"a\xe2\x82"])),
-            ((b"12345678", None, normal), (0, [b"12345678"], [b"12345678"])),
-            ((b"1234567", None, normal), (0, [], [])),
-            ((b"1234567\xc3", None, normal), (0, [b"1234567"], [b"1234567"])),
-            ((b"a\x0b\x0c\x1c\x85\n", None, normal),
-             (0, [b"a\x0b\x0c\x1c\x85\n"], [b"a\x0b\x0c\x1c\x85"]))))
 
 
 class PureSse(Case):
