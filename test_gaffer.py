@@ -3859,10 +3859,17 @@ class PureFuzz(Case):
 # --------------------------------------------------------------------------------------------------------------------
 # as `flapping`: it runs once, and its exit stops the template
 PROCESS_ONCE = {"attempts": 1, "window": 1000, "max_retry": 0}
+PROCESS_IGNORES_TERM = "import signal, os, sys\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+# what is waited for cannot come between a look for handlers and the sleep
+PROCESS_AWAITS_TERM = ("import signal, os, sys\n"
+                       "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n")
+PROCESS_STUBBORN = python(PROCESS_IGNORES_TERM + "os.write(1, b'ready\\n')\nsignal.sigwait([])")
+# its leader ends by SIGTERM, and the other of its group does not
+PROCESS_LEAVES = {"cmd": '(trap "" TERM; echo ready; exec sleep 60) & wait', "shell": True}
 
 
 def process_state(os_pid):
-    """The state letter of an OS process, None if there is none."""
+    """Return the state letter of an OS process, None if there is none."""
     try:
         with open("/proc/%d/stat" % os_pid) as file:
             return file.read().rpartition(")")[2].split()[0]
@@ -3871,211 +3878,249 @@ def process_state(os_pid):
 
 
 def process_group(group):
-    """OS pids of the living members of a process group, as /proc shows them."""
+    """Return the OS pids of the living members of a process group, as /proc shows them."""
     members = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                with open("/proc/%s/stat" % entry) as file:
-                    fields = file.read().rpartition(")")[2].split()
-                if int(fields[2]) == group and fields[0] not in "ZX":
-                    members.append(int(entry))
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open("/proc/%s/stat" % entry) as file:
+            fields = file.read().rpartition(")")[2].split()
+            if int(fields[2]) == group and fields[0] not in "ZX":
+                members.append(int(entry))
     return members
 
 
-def process_script(case, text, mode=0o755):
-    """An executable file with this text, in a directory of its own."""
-    folder = tempfile.mkdtemp()
-    path = os.path.join(folder, "script")
-    with open(path, "w") as file:
-        file.write(text)
-    os.chmod(path, mode)
-    case.addCleanup(os.rmdir, folder)
-    case.addCleanup(os.unlink, path)
-    return path
+def free_port():
+    """Return a port of 127.0.0.1 on which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
 
 
 class ProcessCase(ServerCase):
-    """What the tests of this section share."""
+    """A running server, with short words for what is asked of it."""
+
+    def setUp(self):
+        super().setUp()
+        self.manager, self.add, self.ok = self.server.manager, self.server.add, self.server.ok
+
+    @functools.cached_property
+    def folder(self):
+        """A directory of this test, which other users may enter."""
+        made = tempfile.TemporaryDirectory(dir="/tmp")
+        self.addCleanup(made.cleanup)
+        os.chmod(made.name, 0o755)
+        return os.path.realpath(made.name)
+
+    def file(self, name, text, mode=0o644):
+        """Write a file of the folder. Return its path."""
+        path = os.path.join(self.folder, name)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(textwrap.dedent(text))
+        os.chmod(path, mode)
+        return path
+
+    def post(self, path):
+        """POST to /processes/<path>. Return the answer, which has to be 200."""
+        return self.ok("POST", "/processes/" + path)
+
+    def status(self, name):
+        return self.ok("GET", "/status/" + name)
+
+    def os_pids(self, name):
+        return self.status(name)["os_pids"]
+
+    def pids(self, name):
+        return self.status(name)["pids"]
+
+    def kill(self, pid):
+        """Kill a process's leader, and return its exit event."""
+        self.post("%d/_signal/KILL" % pid)
+        return self.exit_of(pid)
+
+    def delete(self, name):
+        self.ok("DELETE", "/processes/%s?wait=true" % name)
+
+    def send(self, pid, data, label="stdin"):
+        """Write to a stream; None: end it."""
+        self.ok("DELETE" if data is None else "POST", "/streams/%s/%s" % (pid, label), data)
+
+    def refused(self, info, words, code="invalid_process_info", path="", method="POST", status=400):
+        """A request about processes is refused with an error."""
+        answer = self.server.json(method, "/processes" + path, info)
+        self.assertError(answer, status, code, words)
+        return answer[1]["reason"]
 
     def poll(self, ref, what=None, label="stdout", since=0):
-        """Long polls from `since` on until `what` has come, or (None) until the stream ends. Returns all bytes."""
+        """Long polls until `what` has come, or (None) until the stream ends. Return all bytes."""
         data = b""
         while what is None or what not in data:
-            path = "/streams/%s/%s?feed=longpoll&since=%d&timeout=%d" % (ref, label, since, TIMEOUT)
-            status, headers, body = self.server.request("GET", path)
+            status, headers, body = self.server.request(
+                "GET", "/streams/%s/%s?feed=longpoll&since=%d&timeout=%d" % (
+                    ref, label, since, TIMEOUT))
             self.assertIn(status, (200, 204), body)
             if status == 204:
-                self.assertIsNone(what, "the stream ended, or was silent, before %r came: %r" % (what, data[-200:]))
+                self.assertIsNone(what, "before %r the stream ended: %r" % (what, data[-200:]))
                 return data
             since = int(headers["Gaffer-Offset"])
             data += body
         return data
 
-    def os_pid(self, pid):
-        """The operating system's number of a process."""
-        return self.server.ok("GET", "/processes/%d" % pid)["os_pid"]
-
-    def pids(self, name):
-        """The running pids of a template."""
-        return self.server.ok("GET", "/processes/%s/_pids" % name)["pids"]
-
-    def spawned(self, name, number):
-        """The `number`th spawn event (from 1) of a template."""
-        for event in self.server.events("proc/%s/spawn" % name, since=0):
-            number -= 1
-            if number == 0:
-                return event
-
-    def kinds(self, name):
-        """All events of a template up to now, as (type, pid): behind them stands a barrier, the event of another one."""
-        barrier = "barrier-%d" % next(self._barriers)
-        self.server.ok("POST", "/processes", {"name": barrier, "cmd": "true", "start": False})
-        self.server.ok("DELETE", "/processes/" + barrier)
-        found = []
-        for event in self.server.events(since=0):
-            if event["name"] == barrier:
-                return found
-            if event["name"] == name:
-                found.append((event["event"], event.get("pid")))
-
-    _barriers = itertools.count(1)
+    def spawned(self, name, number=1):
+        """Wait for the `number`th spawn event of a template."""
+        events = self.server.events("proc/%s/spawn" % name, since=0)
+        return next(itertools.islice(events, number - 1, None))
 
     def exit_of(self, pid):
-        """The exit event of a process."""
-        for event in self.server.events("exit", since=0):
-            if event["pid"] == pid:
-                return event
+        """Wait for the exit event of a process."""
+        return next(event for event in self.server.events("exit", since=0) if event["pid"] == pid)
+
+    def kinds(self, name):
+        """Return [(type, pid)] of all events of a template up to now."""
+        log = self.manager.events
+        return [(event["event"], event.get("pid")) for event in self.manager.loop.call(log.read, 0)
+                if event["name"] == name]
+
+    def words(self, name):
+        """Return the types of these events, as one text."""
+        return " ".join(kind for kind, _ in self.kinds(name))
 
     def stop(self, name, group):
         """Stop with ?wait: it returns, and nothing of the process group is left."""
-        self.server.ok("POST", "/processes/%s/_stop?wait=true" % name)
+        self.post(name + "/_stop?wait=true")
         self.assertEqual(process_group(group), [], "of the group something is left")
-        self.assertEqual(self.server.ok("GET", "/status/" + name)["stopping"], 0)
+        self.assertEqual(self.status(name)["stopping"], 0)
+
+    def output(self, name, command, label="stdout", **options):
+        """Run a command once. Return what it writes."""
+        self.add(name, command, **dict({"restart": "never"}, **options))
+        return self.poll(self.spawned(name)["pid"], label=label).decode()
+
+    def ended(self):
+        """run() has returned."""
+        self.server._thread.join(TIMEOUT)
+        self.assertFalse(self.server._thread.is_alive())
 
 
-# name: (Python code or sh script of the child, template fields, bytes that say it is ready, exit (status, signal) after
-# the stop or None where it exits by itself, all bytes that are to be read in the end)
-PROCESS_IGNORES_TERM = "import signal, os, sys\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-# what is waited for cannot come between a look for handlers and the sleep
-PROCESS_AWAITS_TERM = ("import signal, os, sys\n"
-                       "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n")
-PROCESS_STUBBORN = python(PROCESS_IGNORES_TERM + "os.write(1, b'ready\\n')\nsignal.sigwait([])")
+PROCESS_LATE = {"graceful_timeout": 0.1}
+PROCESS_FLAPS = {"flapping": PROCESS_ONCE}
+PROCESS_SIGWAIT = "\nsignal.sigwait([])"
+# name: (Python code, or a script of the shell, fields, what it says first, (exit status, signal)
+# after the stop or None where it exits by itself, what else it says, None if that is not compared)
 PROCESS_HOSTILE = {
     "ignores TERM": (
-        PROCESS_IGNORES_TERM + "print('ready')\nsignal.sigwait([])",
-        {"graceful_timeout": 0.1}, b"ready\n", (0, 9), b"ready\n"),
+        PROCESS_IGNORES_TERM + "print('ready')" + PROCESS_SIGWAIT,
+        PROCESS_LATE, b"ready\n", (0, 9), b""),
     "says goodbye": (
-        PROCESS_AWAITS_TERM + "print('ready')\nsignal.sigwait([signal.SIGTERM])\nprint('bye')\nsys.exit(3)",
-        {}, b"ready\n", (3, 0), b"ready\nbye\n"),
+        PROCESS_AWAITS_TERM + "print('ready')\nsignal.sigwait([15])\nprint('bye')\nsys.exit(3)",
+        {}, b"ready\n", (3, 0), b"bye\n"),
     "grandchild ignores TERM": (
-        "sh", '(trap "" TERM; echo ready; exec sleep 60) & wait', {"graceful_timeout": 0.1}, b"ready\n", (0, 15), b"ready\n"),
-    "double fork in the same group": (
-        "import os, signal\n"
-        "if os.fork() == 0:\n"
-        "    if os.fork() == 0:\n"
-        "        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "        print('ready')\n"
-        "        signal.sigwait([])\n"
-        "    os._exit(0)\n"
-        "os.wait()\nsignal.sigwait([])", {"graceful_timeout": 0.1}, b"ready\n", (0, 15), b"ready\n"),
+        PROCESS_LEAVES, PROCESS_LATE, b"ready\n", (0, 15), b""),
+    "double fork in the same group": ("""
+        import os, signal
+        if os.fork() == 0:
+            if os.fork() == 0:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                print('ready')
+                signal.sigwait([])
+            os._exit(0)
+        os.wait()
+        signal.sigwait([])
+        """, PROCESS_LATE, b"ready\n", (0, 15), b""),
     "grandchild holds the pipe for a minute": (
-        "sh", "sleep 60 & echo last", {"flapping": PROCESS_ONCE}, b"last", None, b"last\n"),
+        {"cmd": "sleep 60 & echo last", "shell": True}, PROCESS_FLAPS, b"last\n", None, b""),
     "grandchild that ignores TERM holds the pipe": (
-        "sh", '(trap "" TERM; exec sleep 60) & echo last',
-        {"flapping": PROCESS_ONCE, "graceful_timeout": 0.1}, b"last", None, b"last\n"),
-    "exits in a millisecond": ("sh", "echo last; exit 7", {"flapping": PROCESS_ONCE}, b"last", None, b"last\n"),
-    "exits without a word": ("sh", "exit 7", {"flapping": PROCESS_ONCE}, None, None, b""),
+        {"cmd": '(trap "" TERM; exec sleep 60) & echo last', "shell": True},
+        {**PROCESS_LATE, **PROCESS_FLAPS}, b"last\n", None, b""),
+    "exits in a millisecond": (
+        {"cmd": "echo last; exit 7", "shell": True}, PROCESS_FLAPS, b"last\n", None, b""),
+    "exits without a word": ({"cmd": "exit 7", "shell": True}, PROCESS_FLAPS, b"", None, b""),
     "crashes with a full pipe": (
-        "import os, signal\nos.write(1, b'x' * 60000 + b'last words')\nos.kill(os.getpid(), signal.SIGKILL)",
-        {"flapping": PROCESS_ONCE}, b"last words", None, b"x" * 60000 + b"last words"),
+        "import os\nos.write(1, b'x' * 60000 + b'last words')\nos.kill(os.getpid(), 9)",
+        PROCESS_FLAPS, b"x" * 60000, None, b"last words"),
     "closes stdout early": (
-        "import os, signal\nos.write(1, b'last')\nos.close(1)\nos.write(2, b'ready')\nsignal.sigwait([])",
-        {}, b"last", (0, 15), b"last"),
+        "import os, signal\nos.write(1, b'last')\nos.close(1)" + PROCESS_SIGWAIT,
+        {}, b"last", (0, 15), b""),
     "closes everything": (
-        "import os, signal\nos.write(1, b'last')\nos.closerange(0, 100)\nsignal.sigwait([])", {}, b"last", (0, 15), b"last"),
-    "invalid UTF-8": (
-        "import os, signal\nos.write(1, b'\\xff\\xfe\\xc3(\\x00\\x80 ready')\nsignal.sigwait([])",
-        {}, b"ready", (0, 15), b"\xff\xfe\xc3(\x00\x80 ready"),
-    "forks 50 and exits": (
-        "import os, signal\nfor i in range(50):\n    if os.fork() == 0:\n        signal.sigwait([])\n        os._exit(0)\n"
-        "os.write(1, b'last')", {"flapping": PROCESS_ONCE}, b"last", None, b"last"),
-    "leaves 50 zombies": (
-        "import os, signal\nfor i in range(50):\n    if os.fork() == 0:\n        os._exit(0)\n"
-        "os.write(1, b'ready')\nsignal.sigwait([])", {}, b"ready", (0, 15), b"ready"),
-    "forks when told to end": (
-        PROCESS_AWAITS_TERM + "os.write(1, b'ready')\nwhile True:\n    signal.sigwait([signal.SIGTERM])\n"
-        "    if os.fork() == 0:\n        os.write(1, b'!')\n        signal.sigwait([])",
-        {"graceful_timeout": 0.2}, b"ready", (0, 9), b"ready!"),
+        "import os, signal\nos.write(1, b'last')\nos.closerange(0, 100)" + PROCESS_SIGWAIT,
+        {}, b"last", (0, 15), b""),
+    "forks 50 and exits": ("""
+        import os, signal
+        for i in range(50):
+            if os.fork() == 0:
+                signal.sigwait([])
+        os.write(1, b'last')
+        """, PROCESS_FLAPS, b"last", None, b""),
+    "leaves 50 zombies": ("""
+        import os, signal
+        for i in range(50):
+            if os.fork() == 0:
+                os._exit(0)
+        os.write(1, b'ready')
+        signal.sigwait([])
+        """, {}, b"ready", (0, 15), b""),
+    "forks when told to end": (PROCESS_AWAITS_TERM + textwrap.dedent("""
+        os.write(1, b'ready')
+        while True:
+            signal.sigwait([signal.SIGTERM])
+            if os.fork() == 0:
+                os.write(1, b'!')
+                signal.sigwait([])
+        """), {"graceful_timeout": 0.2}, b"ready", (0, 9), b"!"),
+    "is stopped": (
+        "import os\nprint('ready')\nos.kill(os.getpid(), 19)", {}, b"ready\n", (0, 15), b""),
     "is stopped and ignores TERM": (
-        PROCESS_IGNORES_TERM + "os.write(1, b'ready')\nos.kill(os.getpid(), signal.SIGSTOP)\nsignal.sigwait([])",
-        {"graceful_timeout": 0.1}, b"ready", (0, 9), b"ready"),
+        PROCESS_IGNORES_TERM + "print('ready')\nos.kill(os.getpid(), 19)" + PROCESS_SIGWAIT,
+        PROCESS_LATE, b"ready\n", (0, 9), b""),
+    "writes without end": (
+        "import os\nwhile True: os.write(1, b'x' * 65536)", {}, b"x", (0, 15), None),
 }
 
 
-class ProcessHostileTable:
-    """Each of these children: stop with ?wait returns, of its group nothing is left, and its last bytes can be read."""
+class ProcessHostile(ProcessCase):
+    """Of each of these children nothing is left when its stop returns, and its last bytes can be
+    read."""
 
-    rows = tuple(PROCESS_HOSTILE)
+    def endure(self, names):
+        for number, row in enumerate(names):
+            with self.subTest(row):
+                command, options, ready, end, rest = PROCESS_HOSTILE[row]
+                name = "x%d" % number
+                self.add(name, command if isinstance(command, dict) else python(command), **options)
+                event = self.spawned(name)
+                pid, group = event["pid"], event["os_pid"]
+                self.poll(pid, ready)
+                if "stopped" in row:
+                    until(lambda group=group: process_state(group) == "T", "its stop")
+                exited = self.exit_of(pid) if end is None else None
+                self.stop(name, group)
+                if end is not None:
+                    exited = self.exit_of(pid)
+                    self.assertEqual((exited["exit_status"], exited["term_signal"]), end)
+                if rest is not None:
+                    self.assertEqual(self.poll(pid), ready + rest)
+                self.assertEqual(exited["os_pid"], group)
+                self.assertIsNone(process_state(group), "the process is reaped")
+                self.delete(name)
 
     def test_table(self):
-        for number, name in enumerate(self.rows):
-            row = PROCESS_HOSTILE[name]
-            with self.subTest(name):
-                self.endure("child-%d" % number, *row)
+        self.endure(PROCESS_HOSTILE)
 
-    def endure(self, name, *row):
-        command = {"cmd": row[1], "shell": True} if row[0] == "sh" else python(row[0])
-        options, ready, exit_, output = row[-4:]
-        self.server.add(name, command, **options)
-        event = self.spawned(name, 1)
-        pid, group = event["pid"], event["os_pid"]
-        if ready is not None:
-            self.poll(pid, ready)
-        if exit_ is None:
-            exited = self.exit_of(pid)
-        self.stop(name, group)
-        if exit_ is not None:
-            exited = self.exit_of(pid)
-            self.assertEqual((exited["exit_status"], exited["term_signal"]), exit_)
-        self.assertEqual(self.poll(pid), output)
-        self.assertEqual(exited["os_pid"], group)
-        self.assertIsNone(process_state(group), "the process is reaped")
-        self.server.ok("DELETE", "/processes/" + name)
-
-    def test_stops_itself(self):
-        """A process that is stopped (SIGSTOP) gets SIGCONT with its SIGTERM."""
-        pid, = self.server.add("x", python("import os, signal\nprint('ready')\nos.kill(os.getpid(), signal.SIGSTOP)"))
-        group = self.os_pid(pid)
-        self.poll(pid, b"ready\n")
-        until(lambda: process_state(group) == "T", "the process's stop")
-        self.stop("x", group)
-        self.assertEqual(self.exit_of(pid)["term_signal"], signal.SIGTERM)
-
-
-class ProcessHostile(ProcessHostileTable, ProcessCase):
-    """The table, and children that take more to tell, under the exit watcher that works best here."""
+    @unittest.skipUnless(hasattr(os, "pidfd_open"), "has run so already: here children are polled")
+    def test_polled(self):
+        with unittest.mock.patch("os.pidfd_open", side_effect=OSError(errno.ENOSYS, "no")):
+            self.endure(name for name in PROCESS_HOSTILE
+                        if re.search("TERM|milli|full|closes every|exits$", name))
 
     def test_dies_by_each_signal(self):
-        """exit tells by which signal, with exit status 0; the words before it are readable."""
-        names = "HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM XCPU XFSZ VTALRM PROF SYS".split()
+        names = ("HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM XCPU XFSZ "
+                 "VTALRM PROF SYS").split()
         for name in names:
-            command = {"cmd": "ulimit -c 0; echo $1; kill -$1 $$", "args": [name], "shell": True}
-            self.server.add(name, command, flapping=PROCESS_ONCE)
-        exits = {}
-        for event in self.server.events("exit", since=0):
-            if event["name"] in names:
-                exits[event["name"]] = event
-            if len(exits) == len(names):
-                break
-        for name in names:
-            with self.subTest(name):
-                event = exits[name]
-                self.assertEqual((event["exit_status"], event["term_signal"]), (0, int(getattr(signal, "SIG" + name))))
-                self.assertEqual(self.poll(event["pid"]), name.encode() + b"\n")
-                last = self.server.ok("GET", "/status/" + name)["last_exit"]
-                self.assertEqual(last["term_signal"], event["term_signal"])
-                self.assertEqual(process_group(event["os_pid"]), [])
+            self.add(name, "ulimit -c 0; echo $1; kill -$1 $$", args=[name], shell=True,
+                     flapping=PROCESS_ONCE)
+        for event in itertools.islice(self.server.events("exit", since=0), len(names)):
+            end = {"exit_status": 0, "term_signal": int(getattr(signal, "SIG" + event["name"]))}
+            with self.subTest(event["name"]):
+                for shown in event, self.status(event["name"])["last_exit"]:
+                    self.assertEqual({key: shown[key] for key in end}, end)
+                self.assertEqual(self.poll(event["pid"]).decode(), event["name"] + "\n")
 
     def test_works_on_behind_its_shell(self):
         """Output is read as long as something of the process's group is left."""
@@ -4088,17 +4133,17 @@ class ProcessHostile(ProcessHostileTable, ProcessCase):
         command = "%s -I -S -c %s; true" % (PYTHON, shlex.quote(code))
         for way in "stop", "exit":
             with self.subTest(way), unittest.mock.patch("gaffer.DRAIN_TIME", 0.2):
-                pid, = self.server.add("x", command, shell=True)
-                group = self.os_pid(pid)
+                pid, = self.add("x", command, shell=True)
+                group, = self.os_pids("x")
                 self.poll(pid, b"ready\n")
                 if way == "exit":
                     os.kill(group, signal.SIGKILL)
                 self.stop("x", group)
                 self.assertEqual(self.poll(pid), b"ready\nsaved\n")
-                self.server.ok("DELETE", "/processes/x")
+                self.delete("x")
 
-    def test_leaves_the_session(self):
-        """What left the process group cannot be stopped; it is reported by its number."""
+    def test_leaves_the_group(self):
+        """It cannot be stopped, and is reported by its number."""
         code = """
             import os, signal
             if os.fork() == 0:
@@ -4106,687 +4151,602 @@ class ProcessHostile(ProcessHostileTable, ProcessCase):
                 print(os.getpid())
             signal.sigwait([])
             """
-        for way in ("setsid()", "setpgid(0, 0)"):
+        for way in "setsid()", "setpgid(0, 0)":
             with self.subTest(way):
-                pid, = self.server.add("x", python(code % way))
-                group = self.os_pid(pid)
+                pid, = self.add("x", python(code % way))
                 escaped = int(self.poll(pid, b"\n"))
-                try:
-                    with self.assertLogs("gaffer", logging.WARNING) as logs:
-                        self.stop("x", group)
-                    self.assertTrue(alive(escaped))
-                    self.assertTrue(any(re.search(r"\b%d\b" % escaped, line) for line in logs.output), logs.output)
-                finally:
-                    os.kill(escaped, signal.SIGKILL)
-                until(lambda: not alive(escaped), "the end of what escaped")
-                self.server.ok("DELETE", "/processes/x")
+                with self.assertLogs("gaffer", logging.WARNING) as logs:
+                    self.stop("x", self.os_pids("x")[0])
+                self.assertTrue(alive(escaped))
+                self.assertIn("os pid %d left its process group" % escaped, logs.output[0])
+                os.kill(escaped, signal.SIGKILL)
+                until(lambda escaped=escaped: not alive(escaped), "the end of what escaped")
+                self.delete("x")
 
-    def test_output_without_a_newline(self):
-        """64 MiB in one line: a reader with loss=block has every byte; the child was made to wait, nobody else was."""
-        size = 64 * 1024 * 1024
-        pid, = self.server.add("x", python("""
-            import os
-            os.read(0, 1)
-            data = b'x' * 65536
-            for i in range(%d // 65536):
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(1, view):]
-            os.write(1, b'END')
-            """ % size), redirect_input=True, flapping=PROCESS_ONCE)
-        group = self.os_pid(pid)
-        answer = self.server.stream("/streams/%d/stdout?feed=continuous&since=0&loss=block" % pid)
-        self.server.ok("POST", "/streams/%d/stdin" % pid, b"!")
-        total, last = 0, b""
-        while True:
-            data = answer.read(1024 * 1024)
-            if not data:
-                break
-            total, last = total + len(data), (last + data)[-3:]
-        answer.connection.close()
-        self.assertEqual((total, last), (size + 3, b"END"))
-        self.stop("x", group)
-        status, headers, body = self.server.request("GET", "/streams/%d/stdout?feed=longpoll&since=0" % pid)
-        self.assertEqual((status, len(body), body[-4:]), (200, gaffer.WINDOW_SIZE, b"xEND"))
-        self.assertEqual(int(headers["Gaffer-Dropped"]), size + 3 - gaffer.WINDOW_SIZE)
-
-    def test_output_that_nobody_reads(self):
-        """A child that writes without end is never blocked, and is stopped like any other."""
-        pid, = self.server.add("x", python("import os\nwhile True: os.write(1, b'x' * 65536)"))
-        group = self.os_pid(pid)
-        until(lambda: self.server.request("HEAD", "/streams/%d/stdout?since=0" % pid)[1]["Gaffer-Offset"] and
-              int(self.server.request("HEAD", "/streams/%d/stdout" % pid)[1]["Gaffer-Offset"]) > 8 * gaffer.WINDOW_SIZE,
-              "more output than fits into the window")
-        self.stop("x", group)
-        self.assertEqual(self.exit_of(pid)["term_signal"], signal.SIGTERM)
-        end = int(self.server.request("HEAD", "/streams/%d/stdout" % pid)[1]["Gaffer-Offset"])
-        self.assertEqual(set(self.poll(pid, since=end - 1000)), {ord("x")})
-
-    def test_split_utf8(self):
-        """A character that comes in two writes, a silence between them, is one character to a reader of lines."""
-        pid, = self.server.add("x", python("""
-            import os
-            os.write(1, b'a\\xe2\\x82')
-            os.read(0, 1)
-            os.write(1, b'\\xac\\nend\\n')
+    def test_stdin(self):
+        """What waits arrives whole, with its end behind; what does not fit is refused whole."""
+        pid, = self.add("x", python("""
+            import hashlib, os, signal, sys
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+            print('ready')
+            signal.sigwait([signal.SIGUSR1])
+            data = b''.join(iter(lambda: os.read(0, 700), b''))
+            print(len(data), hashlib.sha1(data).hexdigest())
             """), redirect_input=True, flapping=PROCESS_ONCE)
-        group = self.os_pid(pid)
-        answer, events = self.server.sse("/streams/%d/stdout?feed=eventsource&since=0" % pid)
-        text = next(events)["data"]                 # what was silent for a while, but no half character
-        self.assertEqual(text, "a")
-        self.server.ok("POST", "/streams/%d/stdin" % pid, b"!")
-        for event in events:
-            if event["data"] == "end":
-                break
-            text += event["data"]
-        answer.connection.close()
-        self.assertEqual(text, "a\u20ac")
-        self.stop("x", group)
-        self.assertEqual(self.poll(pid), b"a\xe2\x82\xac\nend\n")
-
-    def test_invalid_utf8_as_lines(self):
-        """U+FFFD for what is no UTF-8, exact bytes for who wants bytes."""
-        self.server.add("x", python("import os\nos.write(1, b'a\\xff\\xfeb\\nend\\n')"), flapping=PROCESS_ONCE)
-        pid = 1                                     # it may have exited before it could be asked for
-        answer, events = self.server.sse("/streams/%d/stdout?feed=eventsource&since=0" % pid)
-        self.assertEqual([event["data"] for event in events][:2], ["a\ufffd\ufffdb", "end"])
-        answer.connection.close()
-        self.assertEqual(self.poll(pid), b"a\xff\xfeb\nend\n")
-
-    STDIN_READER = """
-        import hashlib, os, signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-        print('ready')
-        signal.sigwait([signal.SIGUSR1])
-        total, digest = 0, hashlib.sha1()
-        while True:
-            data = os.read(0, 700)
-            if not data:
-                break
-            total += len(data)
-            digest.update(data)
-        print(total, digest.hexdigest())
-        """
-
-    def test_reads_stdin_slowly(self):
-        """What waits for a process reaches it in order and whole, with the end of file behind it."""
-        pid, = self.server.add("x", python(self.STDIN_READER), redirect_input=True, flapping=PROCESS_ONCE)
-        group = self.os_pid(pid)
         self.poll(pid, b"ready\n")
-        parts = [os.urandom(1000) * 100 for _ in range(10)]
+
+        def refused(status, code, data=b"!"):
+            answer = self.server.json("POST", "/streams/%d/stdin" % pid, data)
+            self.assertError(answer, status, code)
+        parts = [os.urandom(1 << 10) * (1 << 8) for _ in range(4)]
         for part in parts:
-            self.server.ok("POST", "/streams/%d/stdin" % pid, part)
-        self.server.ok("DELETE", "/streams/%d/stdin" % pid)
-        self.assertEqual(self.server.json("POST", "/streams/%d/stdin" % pid, b"late")[1]["error"], "forbidden_write")
-        self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
-        expected = "ready\n1000000 %s\n" % hashlib.sha1(b"".join(parts)).hexdigest()
-        self.assertEqual(self.poll(pid), expected.encode())
-        self.stop("x", group)
-
-    def test_never_reads_stdin(self):
-        """1 MiB waits; what does not fit is refused whole, nothing of it is written."""
-        pid, = self.server.add("x", python(self.STDIN_READER), redirect_input=True, flapping=PROCESS_ONCE)
-        group = self.os_pid(pid)
+            self.send(pid, part)
+        refused(503, "stdin_full", b"2" * (1 << 20))
+        refused(413, "too_large", b"3" * (1 << 20) + b"3")
+        self.send(pid, None)
+        refused(403, "forbidden_write")
+        self.post("%d/_signal/USR1" % pid)
+        digest = hashlib.sha1(b"".join(parts)).hexdigest()
+        self.assertEqual(self.poll(pid).decode(), "ready\n1048576 %s\n" % digest)
+        pid, = self.add("y", "sleep 60", redirect_input=True)
+        self.send(pid, b"1" * (1 << 20))
+        self.stop("y", self.os_pids("y")[0])
+        refused(403, "forbidden_write")
+        pid, = self.add("z", python("import os, signal\nos.close(0)\nprint('ready')"
+                                    + PROCESS_SIGWAIT), redirect_input=True)
         self.poll(pid, b"ready\n")
-        first, second = b"1" * 1024 * 1024, b"2" * 1024 * 1024
-        self.server.ok("POST", "/streams/%d/stdin" % pid, first)
-        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, second), 503, "stdin_full")
-        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, first + b"3"), 413, "too_large")
-        self.server.ok("DELETE", "/streams/%d/stdin" % pid)
-        self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
-        self.assertEqual(self.poll(pid).split()[1:], [b"1048576", hashlib.sha1(first).hexdigest().encode()])
-        self.stop("x", group)
-
-    def test_never_reads_stdin_and_is_stopped(self):
-        """What still waits is dropped with the process."""
-        pid, = self.server.add("x", "sleep 60", redirect_input=True)
-        group = self.os_pid(pid)
-        self.server.ok("POST", "/streams/%d/stdin" % pid, b"1" * 1024 * 1024)
-        self.stop("x", group)
-        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"late"), 403, "forbidden_write")
-
-    def test_closes_stdin(self):
-        """Writing to who has closed its stdin is an error for the writer, not for gaffer."""
-        pid, = self.server.add("x", python("import os, signal\nos.close(0)\nprint('ready')\nsignal.sigwait([])"), redirect_input=True)
-        self.poll(pid, b"ready\n")
-        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"!"), 403, "forbidden_write")
-        self.stop("x", self.os_pid(pid))
+        refused(403, "forbidden_write")
 
     def test_cannot_be_executed(self):
         """Refused when it is to start, with a reason; nothing is added, nothing starts."""
-        folder = tempfile.mkdtemp()
-        self.addCleanup(os.rmdir, folder)
-        table = (
-            ("missing", "/nowhere/program", "not there"),
-            ("not in PATH", "no-such-program-anywhere", "not found in PATH"),
-            ("not executable", process_script(self, "#!/bin/sh\n", 0o644), "not executable"),
-            ("no interpreter", process_script(self, "#!/nowhere/interpreter\n"), "interpreter"),
-            ("no program", process_script(self, "echo\n"), "no program"),
-            ("a directory", folder, "directory"),
-        )
-        for what, command, words in table:
-            with self.subTest(what):
-                info = {"name": "x", "cmd": command}
-                answer = self.server.json("POST", "/processes", info)
-                self.assertError(answer, 400, "invalid_process_info", words)
-                self.assertIn(command, answer[1]["reason"])
-                self.assertEqual(self.server.ok("GET", "/processes"), [])
-                self.server.ok("POST", "/processes", dict(info, start=False))
-                self.assertError(self.server.json("POST", "/processes/x/_start"), 400, "invalid_process_info", words)
-                self.assertFalse(self.server.ok("GET", "/status/x")["active"])
-                self.assertEqual(self.kinds("x")[-1], ("create", None))
-                self.server.ok("DELETE", "/processes/x")
+        for command, words in (
+                ("/nowhere/program", "not there"),
+                (self.file("a", "#!/nowhere/interpreter\n", 0o755), "interpreter"),
+                (self.file("b", "echo\n", 0o755), "no program")):
+            for streams in [], ["a"]:           # these take another way to the same end
+                with self.subTest(words, streams=streams):
+                    info = {"name": "x", "cmd": command, "custom_streams": streams}
+                    self.assertIn(command, self.refused(info, words))
+                    self.assertEqual(self.ok("GET", "/processes"), [])
+                    self.ok("POST", "/processes", dict(info, start=False))
+                    self.refused(None, words, path="/x/_start")
+                    self.assertFalse(self.status("x")["active"])
+                    self.assertEqual(self.kinds("x")[-1], ("create", None))
+                    self.delete("x")
 
     def test_working_directory_removed(self):
-        """A directory that goes while the process runs: it is started again once the directory is back."""
-        folder = tempfile.mkdtemp()
-        pid, = self.server.add("x", "cat", cwd=folder, redirect_input=True)
-        group = self.os_pid(pid)
-        os.rmdir(folder)
+        """It is started again once the directory is back."""
+        cwd = os.path.join(self.folder, "cwd")
+        os.mkdir(cwd)
+        pid, = self.add("x", "cat", cwd=cwd, redirect_input=True)
+        os.rmdir(cwd)
         with self.assertLogs("gaffer", logging.WARNING) as logs:
-            self.server.ok("DELETE", "/streams/%d/stdin" % pid)
-            self.exit_of(pid)
-            status = until(lambda: [s for s in [self.server.ok("GET", "/status/x")] if s["error"]])[0]
-        self.assertIn(folder, status["error"])
-        self.assertIn(folder, logs.output[0])
-        self.assertEqual((status["active"], status["running"]), (True, 0))
-        self.assertEqual(process_group(group), [])
-        with self.assertLogs("gaffer", logging.WARNING):
-            logging.getLogger("gaffer").warning("it may be tried once more before the directory is back")
-            os.mkdir(folder)
-            self.addCleanup(os.rmdir, folder)
+            self.send(pid, None)
+            until(lambda: self.status("x")["error"], "its failure")
+            status = self.status("x")
+            os.mkdir(cwd)
             event = self.spawned("x", 2)
-        self.assertEqual(os.readlink("/proc/%d/cwd" % event["os_pid"]), folder)
-        self.assertIsNone(self.server.ok("GET", "/status/x")["error"])
+        for text in status["error"], logs.output[0]:
+            self.assertIn(cwd, text)
+        self.assertEqual((status["active"], status["running"]), (True, 0))
+        self.assertEqual(os.readlink("/proc/%d/cwd" % event["os_pid"]), cwd)
+        self.assertIsNone(self.status("x")["error"])
         self.stop("x", event["os_pid"])
-        os.rmdir(folder)
-        self.assertError(self.server.json("POST", "/processes/x/_start"), 400, "invalid_process_info", "cwd")
-        os.mkdir(folder)
+        os.rmdir(cwd)
+        self.refused(None, "cwd", path="/x/_start")
 
     def test_a_chain_of_forks(self):
-        """A group without a leader that forks faster than anybody can look at it: a FIFO that all its members hold has
-        its end of file when stop has returned."""
-        folder = tempfile.mkdtemp()
-        path = os.path.join(folder, "fifo")
+        """A group without a leader that forks faster than anybody can list it: a FIFO that all its
+        members hold has its end of file when stop has returned."""
+        path = os.path.join(self.folder, "fifo")
         os.mkfifo(path)
-        self.addCleanup(os.rmdir, folder)
-        self.addCleanup(os.unlink, path)
         fifo = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         self.addCleanup(os.close, fifo)
-        self.server.add("x", python("""
-            import os, signal
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.add("x", python(PROCESS_IGNORES_TERM + textwrap.dedent("""
             fifo = os.open(%r, os.O_WRONLY)
             if os.fork() == 0:
                 os.write(fifo, b'begun')
                 for i in range(1000):
                     if os.fork():
                         os._exit(0)
-                os._exit(0)
-            os.write(1, b'last')
-            """ % path), graceful_timeout=0.05, flapping=PROCESS_ONCE)
-        event = self.spawned("x", 1)
-        self.exit_of(event["pid"])
-        self.server.ok("POST", "/processes/x/_stop?wait=true")
+            """) % path), graceful_timeout=0.05, flapping=PROCESS_ONCE)
+        self.exit_of(self.spawned("x")["pid"])
+        self.post("x/_stop?wait=true")
         self.assertEqual(os.read(fifo, 5), b"begun")
         try:
             self.assertEqual(os.read(fifo, 1), b"")
         except BlockingIOError:
             os.set_blocking(fifo, True)
-            os.read(fifo, 1)                        # it ends some day by itself
+            os.read(fifo, 1)                    # it ends some day by itself
             self.fail("the chain outlived the stop")
-        self.stop("x", event["os_pid"])
-        self.assertEqual(self.poll(event["pid"]), b"last")
+
+    def test_a_number_that_is_another_s_by_now(self):
+        """Once the leader is reaped, nothing goes to its number, nor to its group's if that number
+        is a process's."""
+        sent = []
+
+        def record(call):
+            real = getattr(os, call)
+
+            def send(os_pid, signum):
+                if os_pid in groups:
+                    sent.append((call, signum))
+                real(os_pid, signum)
+            return unittest.mock.patch.object(gaffer.os, call, send)
+        for name, taken in ("x", False), ("y", True):
+            self.add(name, PROCESS_LEAVES, graceful_timeout=60)
+            groups = self.os_pids(name)
+            pid = self.pids(name)[0]
+            self.poll(pid, b"ready")
+            with record("kill"), record("killpg"), unittest.mock.patch.object(
+                    gaffer, "pid_exists", lambda os_pid, taken=taken: taken):
+                os.kill(groups[0], signal.SIGKILL)
+                self.exit_of(pid)
+                if taken:
+                    self.spawned(name, 2)
+                    self.assertEqual(sent, [("kill", 9), ("killpg", 15), ("killpg", 18)])
+                    continue
+                self.assertEqual(self.status(name)["stopping"], 1)
+                self.post("x/_signal/USR1")
+                self.assertNotIn(("kill", signal.SIGUSR1), sent)
+                self.post("x/_signal/USR1?group=true")
+                self.delete(name)
+                self.assertIn(("killpg", signal.SIGUSR1), sent)
+                sent.clear()
+        os.killpg(groups[0], signal.SIGKILL)
 
 
-@unittest.skipUnless(hasattr(os, "pidfd_open"), "has run so already: here children are polled")
-class ProcessHostilePolled(ProcessHostileTable, ProcessCase):
-    """The table, where children are polled."""
-
-    rows = ("ignores TERM", "grandchild ignores TERM", "grandchild that ignores TERM holds the pipe", "exits in a millisecond",
-            "crashes with a full pipe", "closes everything", "forks 50 and exits")
+class ProcessClock(Case):
+    """Each test has a Manager whose loop has a clock that stands until advance(); the processes are
+    real."""
 
     def setUp(self):
         super().setUp()
-        patch = unittest.mock.patch("os.pidfd_open", side_effect=OSError(errno.ENOSYS, "no"))
-        patch.start()
-        self.addCleanup(patch.stop)
-
-
-class ProcessClock:
-    """A Manager, on a thread of its own, whose loop has a clock that stands still until advance()."""
-
-    def __init__(self):
         if not hasattr(os, "pidfd_open"):
-            raise unittest.SkipTest("children are polled here, by the clock that stands still")
-        self.now = 1000.0
-        self.seen = []                          # (time, type, event) of all events
-        self._queue = queue.Queue()
-        self.manager = gaffer.Manager([], loop=gaffer.Loop(clock=lambda: self.now))
-        self.manager.subscribe("", lambda kind, event: self._queue.put((self.now, kind, event)))
-        self._thread = threading.Thread(target=self.manager.run)
-        self._thread.start()
+            self.skipTest("children are polled here, by the clock that stands still")
+        self.begin()
 
-    def close(self):
-        """Kill all; the clock does not matter for that."""
-        self.manager.stop(kill=True)
-        self.join()
+    def begin(self, **options):
+        """Begin with a new Manager, which runs on a thread of its own."""
+        self.now, self.seen = 1000.0, []        # seen: (time, type, event) of all events
+        arrived = self._arrived = queue.Queue()
+        manager = self.manager = gaffer.Manager(
+            loop=gaffer.Loop(clock=lambda: self.now), **options)
+        manager.subscribe("", lambda kind, event: arrived.put((self.now, kind, event)))
+        thread = self._thread = threading.Thread(target=manager.run)
+        thread.start()
 
-    def join(self):
-        """Wait for the end of run()."""
+        def close():
+            while thread.is_alive():            # groups are polled, by this clock
+                self.now += 0.1
+                manager.stop(kill=True)
+                thread.join(0.01)
+        self.addCleanup(close)
+
+    def ended(self):
+        """run() has returned."""
         self._thread.join(TIMEOUT)
-        assert not self._thread.is_alive()
+        self.assertFalse(self._thread.is_alive())
 
     def barrier(self):
-        """Wait for turns of the loop: one that may have begun before the clock moved, one for the timers that are due, one
-        for the events that they made."""
+        """Wait for turns of the loop: one that may have begun before the clock moved, one for the
+        timers that are due, one for the events that they made."""
         for _ in range(3):
             turn = threading.Event()
             self.manager.loop.call_soon(turn.set)
-            assert turn.wait(TIMEOUT)
-        while not self._queue.empty():
-            self.seen.append(self._queue.get())
+            self.assertTrue(turn.wait(TIMEOUT))
+        while not self._arrived.empty():
+            self.seen.append(self._arrived.get())
 
-    def wait(self, kind, number):
-        """Wait until `number` events of a type have come."""
-        while sum(entry[1] == kind for entry in self.seen) < number:
-            self.seen.append(self._queue.get(timeout=TIMEOUT))
+    def wait(self, kind, number=1):
+        """Wait until `number` events of a type have come. Return the last."""
+        while self.count(kind) < number:
+            self.seen.append(self._arrived.get(timeout=TIMEOUT))
+        return [event for _, each, event in self.seen if each == kind][-1]
 
     def settle(self):
         """Wait until everything that was spawned has exited, and nothing follows from it."""
         known = None
         while known != len(self.seen):
-            self.wait("exit", self.count("spawn"))
+            if self.count("spawn"):
+                self.wait("exit", self.count("spawn"))
             known = len(self.seen)
             self.barrier()
 
-    def advance(self, seconds, settle=True):
+    def advance(self, seconds, settle=False):
         """Let time pass."""
-        self.now += seconds
-        self.settle() if settle else self.barrier()
+        self.now += seconds + 1e-9              # sums of floats are not exact
+        if settle:
+            self.settle()
+        else:
+            self.barrier()
 
     def count(self, kind):
-        """How many events of a type have come."""
-        return sum(entry[1] == kind for entry in self.seen)
+        """Return how many events of a type have come."""
+        return self.kinds().count(kind)
 
     def kinds(self):
-        """The types of all events."""
         return [kind for _, kind, _ in self.seen]
 
-    def times(self, kind):
-        """When events of a type came, from the first on."""
-        times = [when for when, each, _ in self.seen if each == kind]
-        return [round(when - times[0], 3) for when in times]
-
-    def os_pid(self, name):
-        """The system's pid of the last process of a template."""
-        return [event["os_pid"] for _, kind, event in self.seen
-                if kind == "spawn" and event["name"] == name][-1]
-
-    def status(self, name):
-        """What GET /status/<name> answers."""
+    def status(self, name="x"):
         return self.manager.loop.call(lambda: self.manager.find_template(name).status())
 
+    def window(self, pid, label="stdout"):
+        return self.manager.loop.call(self.manager.find_window, pid, label)
 
-class ProcessTimes(Case):
-    """Backoff and flapping, on a clock that the tests move; the processes are real."""
+    def read(self, target, text, label="stdout"):
+        """Wait until an output has a text."""
+        window = self.window(target, label)
+        until(lambda: text in self.manager.loop.call(window.read, window.start), "its output")
 
-    def setUp(self):
-        super().setUp()
-        self.clock = ProcessClock()
-        self.addCleanup(self.clock.close)
-        self.manager = self.clock.manager
 
-    def test_fails_at_once(self):
-        """At most 8 spawns in the first 3 seconds of a command that fails at once."""
-        self.manager.add_process("x", "false")
-        self.clock.settle()
-        for _ in range(30):
-            self.clock.advance(0.1)
-        self.assertGreaterEqual(self.clock.count("spawn"), 5)
-        self.assertLessEqual(self.clock.count("spawn"), 8)
+class ProcessTimes(ProcessClock):
+    """What is a matter of seconds."""
 
     def test_growing_delay(self):
         """None the first time, then 100 ms doubling to 10 s."""
         self.manager.add_process("x", "false")
-        self.clock.settle()
-        for _ in range(9):
-            status = self.clock.status("x")
+        self.settle()
+        delays = []
+        for spawns in range(2, 11):
+            status = self.status()
             self.assertEqual((status["state"], status["running"]), ("backoff", 0))
-            self.clock.advance(status["next_try"] - 0.01)
-            before = self.clock.count("spawn")
-            self.clock.advance(0.011)
-            self.assertEqual(self.clock.count("spawn"), before + 1)
-        times = self.clock.times("spawn")
-        delays = [round(after - before, 1) for before, after in zip(times, times[1:])]
-        self.assertEqual(delays, [0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10])
-
-    def live(self, seconds):
-        """Let the running `cat` live so long, then end. Returns how long after its exit the next one was spawned."""
-        self.clock.barrier()
-        spawns = self.clock.count("spawn")
-        self.clock.advance(seconds, settle=False)
-        self.manager.end_input(self.last_pid(), "stdin")
-        self.clock.wait("exit", spawns)
-        self.clock.barrier()
-        waited = self.clock.status("x")["next_try"] or 0
-        if waited:
-            self.clock.advance(waited + 0.001, settle=False)
-        self.clock.wait("spawn", spawns + 1)
-        return waited
-
-    def last_pid(self):
-        """The pid of the last spawn."""
-        return [event["pid"] for _, kind, event in self.clock.seen if kind == "spawn"][-1]
+            delays.append(status["next_try"])
+            self.advance(delays[-1] - 0.001, settle=True)
+            self.assertEqual(self.count("spawn"), spawns)
+            self.advance(0.001, settle=True)
+            self.assertEqual(self.count("spawn"), spawns + 1)
+        self.assertEqual(delays, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10])
 
     def test_delay_is_forgotten(self):
         """Back to no delay once a process has lived 10 s; 9 s are not enough."""
         self.manager.add_process("x", "cat", redirect_input=True)
-        self.assertEqual([self.live(seconds) for seconds in (0, 1, 9, 10, 1, 11, 20, 0)], [0, 0.1, 0.2, 0, 0.1, 0, 0, 0.1])
+        delays = []
+        for spawns, lived in enumerate((0, 1, 9, 10, 1, 11, 20, 0), 1):
+            pid = self.wait("spawn", spawns)["pid"]
+            self.advance(lived)
+            self.manager.end_input(pid, "stdin")
+            self.wait("exit", spawns)
+            self.barrier()
+            delays.append(self.status()["next_try"] or 0)
+            self.advance(delays[-1])
+        self.assertEqual(delays, [0, 0.1, 0.2, 0, 0.1, 0, 0, 0.1])
 
-    def nothing_starts(self):
-        """Much time passes, and nothing is spawned."""
-        before = self.clock.count("spawn")
-        for _ in range(5):
-            self.clock.advance(100)
-        self.assertEqual(self.clock.count("spawn"), before)
-
-    def test_stop_during_backoff(self):
-        """Nothing starts later; a start does so at once."""
-        self.manager.add_process("x", "false")
-        self.clock.settle()
-        self.assertEqual(self.clock.status("x")["state"], "backoff")
-        self.manager.stop_template("x")
-        self.assertEqual(self.clock.status("x")["state"], "stopped")
-        self.nothing_starts()
-        self.manager.start_template("x")
-        self.clock.settle()
-        self.assertGreater(self.clock.count("spawn"), 2)
-
-    def test_delete_during_backoff(self):
-        """Nothing starts later."""
-        self.manager.add_process("x", "false")
-        self.clock.settle()
-        self.manager.delete_process("x")
-        self.nothing_starts()
-        self.assertEqual(self.clock.kinds()[-2:], ["stop", "delete"])
-
-    def test_scale_to_zero_during_backoff(self):
-        """Nothing starts later."""
-        self.manager.add_process("x", "false")
-        self.clock.settle()
-        self.assertEqual(self.manager.scale("x", -1), 0)
-        self.nothing_starts()
-
-    def test_update_during_backoff(self):
-        """The new command is started at once, and only once."""
-        self.manager.add_process("x", "false")
-        self.clock.settle()
-        self.manager.update_process("x", {"cmd": "cat", "redirect_input": True})
-        self.clock.barrier()
-        self.assertEqual(self.clock.status("x")["running"], 1)
-        for _ in range(5):
-            self.clock.advance(100, settle=False)
-        self.assertEqual(self.clock.kinds()[-2:], ["update", "spawn"])
-
-    def test_manager_stop_during_backoff(self):
-        """run() returns."""
-        self.manager.add_process("x", "false")
-        self.clock.settle()
-        self.manager.stop()
-        self.clock.join()
-
-    def test_windows_stay_for_a_minute(self):
-        """60 s after its exit a process is forgotten."""
-        self.manager.add_process("x", "false", flapping=PROCESS_ONCE)
-        self.clock.settle()
-        find = functools.partial(self.manager.find_window, 1, "stdout")
-        self.clock.advance(59.9)
-        self.assertTrue(self.manager.loop.call(find).ended)
-        self.clock.advance(0.2)
-        with self.assertRaises(gaffer.NotFound):
-            self.manager.loop.call(find)
+    def test_ends_of_a_wait(self):
+        """During a backoff, or while it flaps: nothing starts later, but at once."""
+        manager = self.manager
+        for flapping, state in (None, "backoff"), ({}, "flapping"):
+            for end, starts in (
+                    (lambda: manager.stop_template("x"), 0),
+                    (lambda: manager.scale("x", -1), 0),
+                    (lambda: manager.delete_process("x"), 0),
+                    (lambda: manager.update_process("x", {"cmd": "true x", "restart": "never"}), 1),
+                    (lambda: manager.update_process("x", {"cmd": "false", "start": False}), 0)):
+                manager.add_process("x", "false", flapping=flapping)
+                self.settle()
+                self.assertEqual(self.status()["state"], state)
+                before = self.count("spawn")
+                end()
+                for _ in range(3):
+                    self.settle()
+                    self.assertEqual(self.count("spawn") - before, starts)
+                    self.advance(100, settle=True)
+                if "x" in manager.templates:
+                    manager.delete_process("x")
+        manager.add_process("x", "false")
+        self.settle()
+        manager.stop()
+        self.ended()
 
     def test_flapping(self):
-        """The contract's numbers: 2 exits within 1 s, rest 7 s, 5 times, then stop for good."""
+        """The defaults: 2 exits within 1 s, a pause of 7 s, 5 times; then it is stopped for good,
+        until it is started, restarted or changed."""
         self.manager.add_process("x", "false", flapping={})
-        self.clock.settle()
-        wave = ["spawn", "exit", "spawn", "exit", "flap"]
-        for rests in range(5):
-            self.assertEqual(self.clock.kinds(), ["create", "start"] + wave * (rests + 1))
-            self.assertEqual(self.clock.status("x")["state"], "flapping")
-            self.clock.advance(6.9)
-            self.assertEqual(len(self.clock.seen), 2 + 5 * (rests + 1), "it rests for 7 seconds")
-            self.clock.advance(0.11)
-        self.assertEqual(self.clock.kinds(), ["create", "start"] + wave * 5 + ["spawn", "exit", "spawn", "exit", "stop"])
-        self.assertFalse(self.clock.status("x")["active"])
-        self.nothing_starts()
-
-    def test_flapping_begins_anew(self):
-        """_start after the stop for good: all rests are there again."""
-        self.manager.add_process("x", "false", flapping={"max_retry": 1, "retry_in": 1})
-        for _ in range(2):
-            self.clock.settle()
-            self.clock.advance(1.1)
-            twice = ["spawn", "exit", "spawn", "exit"]
-            self.assertEqual(self.clock.kinds()[-10:], twice + ["flap"] + twice + ["stop"])
-            self.manager.start_template("x")
-
-    def test_no_flapping(self):
-        """Exits further apart than the window never flap; each is replaced at once."""
-        self.manager.add_process("x", "cat", redirect_input=True, flapping={})
-        self.assertEqual([self.live(1.1) for _ in range(10)], [0] * 10)
-        self.assertEqual(self.clock.count("flap"), 0)
-
-    def test_a_long_life_forgives(self):
-        """A process that outlived the window takes away the rests before it."""
-        self.manager.add_process("x", "cat", redirect_input=True, flapping={"max_retry": 1, "window": 1, "retry_in": 3})
-        rests = [[self.live(0.1), self.live(5)] for _ in range(4)]
-        self.assertEqual(rests, [[0, 0], [3, 0], [3, 0], [3, 0]])
-        self.assertEqual((self.clock.count("flap"), self.clock.count("stop")), (3, 0))
+        twice = ["spawn", "exit"] * 2
+        for act, first in ((None, ["create", "start"]),
+                           (lambda: self.manager.start_template("x"), ["start"]),
+                           (lambda: self.manager.update_process("x", {
+                               "cmd": "false x", "flapping": {}, "start": True}), ["update"])):
+            if act is not None:
+                self.seen.clear()
+                act()
+                self.assertFalse(self.status()["gave_up"])
+            self.settle()
+            for pauses in range(5):
+                self.assertEqual(self.kinds(), first + (twice + ["flap"]) * (pauses + 1))
+                self.assertEqual(self.status()["state"], "flapping")
+                self.advance(6.999, settle=True)
+                self.assertEqual(self.count("spawn"), 2 * pauses + 2)
+                self.advance(0.001, settle=True)
+            self.assertEqual(self.kinds(), first + (twice + ["flap"]) * 5 + twice + ["stop"])
+            status = self.status()
+            self.assertEqual([status[key] for key in ("active", "gave_up", "state")],
+                             [False, True, "stopped"])
+        self.manager.update_process("x", {"cmd": "true", "flapping": {}})
+        self.assertFalse(self.status()["gave_up"])
 
     def test_flapping_of_many(self):
-        """Exits of further processes during a rest are no rests of their own."""
+        """Exits of other processes during a pause are no further ones."""
         flapping = {"attempts": 2, "window": 1, "retry_in": 7, "max_retry": 2}
         self.manager.add_process("x", "false", numprocesses=4, flapping=flapping)
+        self.settle()
         for _ in range(4):
-            self.clock.settle()
-            self.clock.advance(7.01)
-        self.assertEqual((self.clock.count("flap"), self.clock.count("stop")), (2, 1))
+            self.advance(7, settle=True)
+        self.assertEqual((self.count("flap"), self.count("stop")), (2, 1))
 
-    def test_stop_during_rest(self):
-        """Nothing starts later, by stop, delete, or scaled to zero."""
-        for number, end in enumerate((self.manager.stop_template, self.manager.delete_process,
-                                      lambda name: self.manager.scale(name, -1))):
-            name = "x%d" % number
-            self.manager.add_process(name, "false", flapping={})
-            self.clock.settle()
-            self.assertEqual(self.clock.status(name)["state"], "flapping")
-            end(name)
-            self.nothing_starts()
+    def test_output_is_kept_for_a_minute(self):
+        self.manager.add_process("x", "false", flapping=PROCESS_ONCE)
+        self.settle()
+        self.advance(59.9)
+        self.assertTrue(self.window(1).ended)
+        self.advance(0.1)
+        with self.assertRaises(gaffer.NotFound):
+            self.window(1)
 
     def test_a_pipe_that_outlives_the_process(self):
-        """A stream ends 2 s after the exit where something outside the group holds its pipe."""
-        said = queue.Queue()
-        self.manager.add_process("x", redirect_input=True, flapping=PROCESS_ONCE, **python("""
+        """A stream ends 2 s after the exit if something outside of the group holds its pipe."""
+        self.manager.add_process("x", flapping=PROCESS_ONCE, **python("""
             import os, signal
             read, write = os.pipe()
             if os.fork() == 0:
                 os.setsid()
+                os.write(1, b'%d\\n' % os.getpid())
                 os.write(write, b"x")
-                os.read(0, 1)
-                os.write(1, b'%d' % os.getpid())
                 signal.sigwait([])
             os.read(read, 1)                    # it has left the group
-            os.read(0, 1)
             """))
-        process = self.manager.get_process(1)
-        process.monitor_io("stdout", lambda label, event: said.put(event["data"]))
-        process.write(b"!!")                        # one for each of the two
-        escaped = int(said.get(timeout=TIMEOUT))
-        try:
-            self.clock.wait("exit", 1)
-            window = self.manager.loop.call(self.manager.find_window, 1, "stdout")
-            self.clock.advance(1.9)
-            self.assertFalse(window.ended)
-            self.clock.advance(0.2)
-            self.assertTrue(window.ended)
-            self.assertEqual(self.clock.count("exit"), 1)
-            self.assertTrue(alive(escaped))
-        finally:
-            os.kill(escaped, signal.SIGKILL)
+        self.wait("exit")
+        window = self.window(1)
+        self.advance(1.9)
+        self.assertFalse(window.ended)
+        escaped = int(window.read(0))
+        self.assertTrue(alive(escaped))
+        self.advance(0.1)
+        self.assertTrue(window.ended)
+        os.kill(escaped, signal.SIGKILL)
         until(lambda: not alive(escaped), "the end of what escaped")
+
+    def test_unfinished_line_of_one_of_two(self):
+        self.manager.add_process("x", "cat", numprocesses=2, redirect_input=True)
+        for pid in 1, 2:
+            self.manager.write(pid, "stdin", b"a%d" % pid)
+            self.read(pid, b"a%d" % pid)
+        self.advance(0.999)
+        merged = self.window("x")
+        self.assertEqual(merged.end, 0)
+        self.advance(0.001)
+        self.assertEqual(bytes(merged.read(0)), b"a1\na2")
 
     def test_hooks_that_take_too_long(self):
         """A minute each; before_start is an exit of the process, after_stop only told."""
-        self.manager.add_process("x", "sleep 1000", before_start="sleep 1000", restart="never")
-        self.manager.add_process("y", "sleep 1000", before_start="true")
+        self.manager.add_process("x", "sleep 99", before_start="sleep 1000", restart="never")
+        self.manager.add_process("y", "sleep 99", before_start="true")
         self.manager.add_process("z", "true", after_stop="sleep 1000", restart="never")
-        self.clock.wait("exit", 1)
-        program = self.manager.find_process(2)
-        path = "/proc/%d/cmdline" % program.os_pid
+        self.wait("exit")
+        path = "/proc/%d/cmdline" % self.manager.find_process(2).os_pid
         until(lambda: cli_read(path).split("\0")[0].endswith("sleep"))
-        self.clock.advance(59.9, settle=False)
-        self.assertEqual((self.clock.count("fail"), self.clock.count("done")), (0, 0))
-        self.clock.advance(0.2, settle=False)
-        self.clock.wait("exit", 2)              # and then groups are polled, by the same clock
-        until(lambda: self.clock.advance(1, settle=False) or (
-            self.clock.count("fail"), self.clock.count("done")) == (1, 1), "the end of both")
-        self.assertEqual(self.clock.status("x")["last_exit"]["term_signal"], signal.SIGKILL)
-        self.assertIn("is killed before its end", self.clock.status("z")["hint"])
-        self.assertEqual(self.clock.status("y")["running"], 1)
+        self.advance(59.9)
+        self.assertEqual((self.count("fail"), self.count("done")), (0, 0))
+        self.advance(0.1)
+        self.wait("exit", 2)
+        until(lambda: self.advance(1) or self.count("fail"), "an empty group, by the same clock")
+        self.wait("done")
+        self.assertEqual(self.status()["last_exit"]["term_signal"], signal.SIGKILL)
+        self.assertIn("is killed before its end", self.status("z")["hint"])
+        self.assertEqual(self.status("y")["running"], 1)
 
-    def test_graceful_timeout(self):
-        """SIGKILL comes after exactly graceful_timeout seconds."""
-        self.manager.add_process("x", graceful_timeout=3, **PROCESS_STUBBORN)
-        self.clock.barrier()
-        ready = threading.Event()
-        with contextlib.closing(self.manager.get_process(1).monitor_io("stdout", lambda label, event: ready.set())):
-            window = self.manager.loop.call(lambda: self.manager.find_window(1, "stdout"))
-            self.assertTrue(window.end or ready.wait(TIMEOUT))
+    def test_steps_of_a_stop(self):
+        """Each signal after its seconds, then SIGKILL each second; a kill skips what is left."""
+        for fields, kill, wanted in (
+                ({}, None, [(0, 15), (0, 18), (10, 9), (11, 9)]),
+                ({"graceful_timeout": 0}, None, [(0, 15), (0, 18), (0, 9), (1, 9)]),
+                ({"stop_signal": [["INT", 5], ["QUIT", 2.5]]}, None,
+                 [(0, 2), (0, 18), (5, 3), (5, 18), (7.5, 9), (8.5, 9)]),
+                ({"graceful_timeout": 3}, 1, [(0, 15), (0, 18), (1, 9), (2, 9)])):
+            with self.subTest(fields=fields, kill=kill):
+                self.begin()
+                self.manager.add_process("x", "sleep 60", **fields)
+                os_pid, = self.status()["os_pids"]
+                sent = []
+                with unittest.mock.patch.object(gaffer.os, "killpg", lambda group, signum: (
+                        sent.append((round(self.now - 1000, 3), int(signum))))):
+                    self.manager.stop_template("x")
+                    self.barrier()
+                    while len(sent) < len(wanted) and self.now < 1020:
+                        self.advance(0.5)
+                        if round(self.now - 1000, 3) == kill:
+                            self.manager.stop(kill=True)
+                            self.barrier()
+                self.assertEqual(sent, wanted)
+                os.kill(os_pid, signal.SIGKILL)
+                self.wait("exit")
+
+    def test_an_old_timer_of_a_stop(self):
+        """It does not end what comes after the exit."""
+        self.manager.add_process("x", after_stop="echo hook; sleep 1000", graceful_timeout=3,
+                                 **PROCESS_STUBBORN)
+        self.read(1, b"ready")
         self.manager.stop_template("x")
-        self.clock.advance(2.99, settle=False)
-        spawned = next(event for _, kind, event in self.clock.seen if kind == "spawn")
-        self.assertTrue(alive(spawned["os_pid"]))
-        self.clock.advance(0.02, settle=False)
-        self.clock.wait("exit", 1)
-        self.assertEqual(self.clock.seen[-1][2]["term_signal"], signal.SIGKILL)
+        self.advance(1)
+        self.manager.stop(kill=True)
+        self.wait("exit")
+        self.read("x", b"hook", "stderr")
+        self.advance(5)
+        self.assertEqual(self.manager.find_process(1, past=True).state, "cleaning")
 
     def test_stop_by_priority(self):
         """The highest first, the newest within one; the next when those are gone or late."""
-        def ready(pid):
-            window = self.manager.loop.call(self.manager.find_window, pid, "stdout")
-            until(lambda: window.end, "the process's word")
         for pid, (name, priority, command) in enumerate((
-                ("db", 0, {"cmd": "sleep 60"}), ("app", 1, PROCESS_STUBBORN), ("late", 5, PROCESS_STUBBORN),
-                ("late2", 5, {"cmd": "sleep 60"}), ("none", None, {"cmd": "sleep 60"})), 1):
+                ("db", 0, {"cmd": "sleep 60"}), ("app", 1, PROCESS_STUBBORN),
+                ("late", 5, PROCESS_STUBBORN), ("late2", 5, {"cmd": "sleep 60"}),
+                ("none", None, {"cmd": "sleep 60"})), 1):
             self.manager.add_process(name, priority=priority, graceful_timeout=3, **command)
             if command is PROCESS_STUBBORN:
-                ready(pid)
-        self.clock.barrier()
+                self.read(pid, b"ready")
         self.manager.stop()
 
         def stopped(number):
-            self.clock.wait("stop_pid", number)
-            self.clock.barrier()
-            return [event["name"] for _, kind, event in self.clock.seen if kind == "stop_pid"]
+            self.wait("stop_pid", number)
+            self.barrier()
+            return [event["name"] for _, kind, event in self.seen if kind == "stop_pid"]
         self.assertEqual(stopped(3), ["none", "late2", "late"])
-        self.clock.advance(2.99, settle=False)
-        self.assertEqual(stopped(3), ["none", "late2", "late"])
-        self.clock.advance(0.02, settle=False)
+        self.advance(2.999)
+        self.assertEqual(len(stopped(3)), 3)
+        self.advance(0.001)
         self.assertEqual(stopped(4)[3:], ["app"])
-        os.kill(self.clock.os_pid("app"), signal.SIGKILL)
-        self.clock.wait("stop_pid", 5)
-        self.clock.join()
+        os.kill(self.manager.find_process(2, past=True).os_pid, signal.SIGKILL)
+        self.wait("stop_pid", 5)
+        self.ended()
+
+    def test_one_that_does_not_die(self):
+        """As if it waited for a device. Within one priority each is told 0.1 s after the one
+        before, all within a second; a second stop ends gaffer after 10 s, and tells what is
+        left."""
+        for count, pause in (3, 0.1), (20, 0.05):
+            self.begin()
+            self.manager.add_process("x", "sleep 60", numprocesses=count)
+            os_pids = self.status()["os_pids"]
+            with unittest.mock.patch.object(gaffer.os, "killpg"):
+                self.manager.stop()
+                for number in range(1, count):
+                    self.barrier()
+                    self.assertEqual(self.count("stop_pid"), number)
+                    self.advance(pause - 0.001)
+                    self.assertEqual(self.count("stop_pid"), number)
+                    self.advance(0.001)
+                self.assertEqual([event["pid"] for _, kind, event in self.seen
+                                  if kind == "stop_pid"], list(range(count, 0, -1)))
+                self.manager.stop(kill=True)
+                self.barrier()
+                self.advance(9.999)
+                self.assertTrue(self._thread.is_alive())
+                with self.assertLogs("gaffer", "WARNING") as logged:
+                    self.now += 0.001 + 1e-9
+                    self.manager.stop()
+                    self.ended()
+            self.assertEqual([record.getMessage() for record in logged.records], [
+                "x (pid %d): os pid %d was killed and does not end: it is left to itself" % each
+                for each in enumerate(os_pids, 1)])
+            for os_pid in os_pids:
+                os.kill(os_pid, signal.SIGKILL)
+                os.waitpid(os_pid, 0)
+
+    def test_polls_of_a_group(self):
+        """Less and less often, up to one a second."""
+        class Table(gaffer.ProcfsTable):
+            times = []
+
+            def groups(table, wanted):
+                table.times.append(round(self.now - 1000, 3))
+                return super().groups(wanted)
+        self.begin(process_table=Table())
+        self.manager.add_process("x", graceful_timeout=60, **PROCESS_LEAVES)
+        self.read(1, b"ready")
+        process = self.manager.find_process(1)
+        self.manager.stop_template("x")
+        self.wait("exit")
+        for _ in range(1000):
+            self.advance(0.01)
+        times = list(Table.times)
+        os.killpg(process.os_pid, signal.SIGKILL)
+        until(lambda: self.advance(1) or not self.status()["stopping"], "its end")
+        pauses = [round(after - before, 2) for before, after in zip(times, times[1:])]
+        self.assertEqual((times[0], pauses[:2], set(pauses[-5:])), (0.02, [0.03, 0.05], {1}))
+
+    def test_probes(self):
+        """The first 0.1 s after the spawn, the next 1 s after a failure; each may take 5 s."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.settimeout(TIMEOUT)
+            url = "http://127.0.0.1:%d" % server.getsockname()[1]
+            self.manager.add_process("x", "sleep 60", ready={"http": url})
+            process = self.manager.find_process(1)
+            for wait, answer, error in ((0.1, b"HTTP/1.0 500 no\r\n", "answers 'HTTP/1.0 500"),
+                                        (1, b"", "no answer in 5 s"), (1, b"HTTP/1.1 204\n", None)):
+                self.advance(wait - 0.001)
+                self.assertEqual(select.select([server], [], [], 0)[0], [])
+                self.advance(0.001)
+                with server.accept()[0] as peer:
+                    if answer:
+                        peer.sendall(answer)
+                    else:
+                        self.advance(4.999)
+                        self.assertIn("500", process.status()["not_ready"])
+                        self.advance(0.001)
+                    if error is None:
+                        self.wait("ready")
+                    else:
+                        until(lambda error=error: error in (process.status()["not_ready"] or ""))
+        self.assertTrue(self.status()["ready"])
 
 
-# how a process ends: (command, (exit status, signal))
-POLICY_ENDS = {
-    "0": ("true", (0, 0)), "1": ("sh -c 'exit 1'", (1, 0)), "143": ("sh -c 'exit 143'", (143, 0)),
-    "KILL": ("sh -c 'kill -KILL $$$$'", (0, 9)), "cannot start": ("{folder}/x", (127, 0))}
+class ProcessPolicies(ProcessClock):
+    """restart and success."""
 
+    ENDS = {                                    # command, (exit status, signal)
+        "true": (0, 0), "sh -c 'exit 1'": (1, 0), "sh -c 'exit 143'": (143, 0),
+        "sh -c 'kill -KILL $$$$'": (0, 9), "{folder}/x": (127, 0)}
 
-class ProcessPolicies(Case):
-    """restart and success, on a clock that the tests move: number of starts, state, last event."""
-
-    def run_policy(self, restart, command, **options):
-        """Run a template with a policy for 100 seconds. Return (starts, status, events)."""
-        clock = ProcessClock()
-        try:
-            clock.manager.add_process("x", command, restart=restart, **options)
-            clock.settle()
-            for _ in range(20):
-                clock.advance(5)
-            return clock.count("spawn"), clock.status("x"), clock.seen
-        finally:
-            clock.close()
+    def try_policy(self, restart, command, **options):
+        """Run a template with a policy for 100 seconds. Return (starts, status, last event)."""
+        self.begin()
+        self.manager.add_process("x", command, restart=restart, **options)
+        self.settle()
+        for _ in range(20):
+            self.advance(5, settle=True)
+        return self.count("spawn"), self.status(), self.seen[-1][1:]
 
     def test_table(self):
         """3 policies, 5 ends, with and without flapping."""
         flapping = {"attempts": 2, "window": 50, "retry_in": 1, "max_retry": 1}
-        for restart in ("always", "on-failure", "never"):
-            for word, (command, end) in POLICY_ENDS.items():
-                for flaps in (None, flapping):
-                    with self.subTest(restart=restart, end=word, flaps=bool(flaps)):
-                        self.check(restart, command, end, flaps)
-
-    def check(self, restart, command, end, flaps):
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
-        program, cannot = os.path.join(folder, "x"), end == (127, 0)
-        if cannot:                              # it is there for the check, and goes then
-            with open(program, "w", encoding="ascii") as file:
-                file.write("#!/bin/sh\nrm \"$0\"; exit 1\n")
-            os.chmod(program, 0o755)
-        starts, status, seen = self.run_policy(restart, command.format(folder=folder),
-                                               flapping=flaps)
-        last = [(kind, event) for _, kind, event in seen if kind in ("done", "fail", "stop")]
-        if restart == "always" or restart == "on-failure" and end != (0, 0):
-            if flaps:
-                self.assertEqual((status["state"], status["gave_up"]), ("stopped", True))
-                self.assertEqual([kind for kind, _ in last], ["stop"])
-            else:
-                self.assertEqual((status["state"], last), ("backoff", []))
-            self.assertEqual(starts, 1 if cannot else 4 if flaps else 15)
-            return
-        kind, event = last[-1]
-        first = (1, 0) if cannot else end       # it is not started a second time
-        self.assertEqual((starts, len(last), kind), (1, 1, "fail" if any(first) else "done"))
-        self.assertEqual(status["state"], "failed" if any(first) else "done")
-        self.assertEqual((event["exit_status"], event["term_signal"], event["tries"]), (*first, 1))
-        self.assertFalse(status["active"])
+        for restart, (command, end), flaps in itertools.product(
+                ("always", "on-failure", "never"), self.ENDS.items(), (None, flapping)):
+            with self.subTest(restart=restart, end=end, flaps=bool(flaps)), \
+                    tempfile.TemporaryDirectory() as folder:
+                if end == (127, 0):             # it is there for the check, and goes then
+                    path, end = os.path.join(folder, "x"), (1, 0)
+                    with open(path, "w", encoding="ascii") as file:
+                        file.write("#!/bin/sh\nrm \"$0\"; exit 1\n")
+                    os.chmod(path, 0o755)
+                starts, status, (kind, event) = self.try_policy(
+                    restart, command.format(folder=folder), flapping=flaps)
+                again = restart == "always" or restart == "on-failure" and end != (0, 0)
+                if again:
+                    self.assertEqual(starts, 1 if "folder" in command else 4 if flaps else 15)
+                    self.assertEqual((status["state"], status["gave_up"]), (
+                        "stopped" if flaps else "backoff", bool(flaps)))
+                    self.assertEqual(kind, "stop" if flaps else "exit")
+                else:
+                    self.assertEqual((starts, kind), (1, "fail" if any(end) else "done"))
+                    self.assertEqual(status["state"], "failed" if any(end) else "done")
+                    self.assertEqual((event["exit_status"], event["term_signal"], event["tries"]),
+                                     (*end, 1))
+                    self.assertFalse(status["active"])
 
     def test_tries_and_success(self):
         """On-failure until it succeeds; what counts as success is the template's word."""
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
         script = "echo >> n; exit $((3 - $(wc -l < n)))"
-        starts, status, seen = self.run_policy("on-failure", script, shell=True, cwd=folder)
+        with tempfile.TemporaryDirectory() as folder:
+            starts, status, (kind, event) = self.try_policy(
+                "on-failure", script, shell=True, cwd=folder)
         self.assertEqual((starts, status["state"], status["restarts"]), (3, "done", 2))
-        self.assertEqual((seen[-1][1], seen[-1][2]["tries"]), ("done", 3))
-        for success, state in (([0, 3], "done"), ([3], "done"), (["TERM", 0], "failed")):
-            _, status, _ = self.run_policy("never", "exit 3", shell=True, success=success)
-            self.assertEqual(status["state"], state)
-        _, status, _ = self.run_policy("never", "kill $$", shell=True, success=["TERM"])
-        self.assertEqual(status["state"], "done")
+        self.assertEqual((kind, event["tries"]), ("done", 3))
+        for success, end, state in (([3], "exit 3", "done"), (["TERM", 0], "exit 3", "failed"),
+                                    (["TERM"], "kill $$", "done")):
+            with self.subTest(success=success, end=end):
+                _, status, _ = self.try_policy("never", end, shell=True, success=success)
+                self.assertEqual(status["state"], state)
 
     def test_many(self):
-        """Several of one template: it has failed if one has, once all have ended."""
-        clock = ProcessClock()
-        self.addCleanup(clock.close)
-        clock.manager.add_process("x", "exit $((GAFFER_INSTANCE - 1))", shell=True, numprocesses=3,
-                                  restart="never")
-        clock.settle()
-        self.assertEqual(clock.status("x")["state"], "failed")
-        self.assertEqual((clock.count("spawn"), clock.seen[-1][1]), (3, "fail"))
-        self.assertEqual((clock.seen[-1][2]["exit_status"], clock.seen[-1][2]["tries"]), (1, 3))
+        """It has failed if one of them has, once all have ended."""
+        starts, status, (kind, event) = self.try_policy(
+            "never", "exit $((GAFFER_INSTANCE == 2))", shell=True, numprocesses=3)
+        self.assertEqual((starts, status["state"], kind), (3, "failed", "fail"))
+        self.assertEqual((event["exit_status"], event["tries"]), (1, 3))
 
     def test_what_starts_it_again(self):
-        """_start, _restart and a change run what is done again; the same template does not."""
-        clock = ProcessClock()
-        self.addCleanup(clock.close)
-        manager, info = clock.manager, {"name": "x", "cmd": "true", "restart": "never"}
-        manager.add_process(info)
+        """_start, _restart and a change do; the same template does not."""
+        manager, info = self.manager, {"name": "x", "cmd": "true", "restart": "never"}
+        handle = manager.add_process(info)
         for number, (act, runs) in enumerate((
                 (lambda: manager.start_template("x"), True),
                 (lambda: manager.restart_template("x"), True),
@@ -4797,318 +4757,269 @@ class ProcessPolicies(Case):
                 (lambda: manager.update_process("x", dict(info, cmd="true x")), True),
                 (manager.restart, False), (lambda: manager.start_template("x"), True))):
             with self.subTest(number):
-                clock.settle()
-                starts = clock.count("spawn")
-                self.assertEqual(clock.status("x")["state"], "done")
-                self.assertEqual(clock.count("done"), starts)
+                self.settle()
+                starts = self.count("spawn")
+                self.assertEqual(self.status()["state"], "done")
+                self.assertEqual(self.count("done"), starts)
                 act()
-                clock.barrier()
-                self.assertEqual(clock.count("spawn") - starts, runs)
+                self.barrier()
+                self.assertEqual(self.count("spawn") - starts, runs)
+        self.assertEqual(handle.wait(TIMEOUT)["exit_status"], 0)
 
-    def test_wait(self):
-        """A handle waits for the end of what ends by itself, and returns the last exit."""
-        clock = ProcessClock()
-        self.addCleanup(clock.close)
-        handle = clock.manager.add_process("x", "sh -c 'exit 3'", restart="never")
-        self.assertEqual(handle.wait(TIMEOUT)["exit_status"], 3)
-        self.assertEqual(clock.status("x")["outcome"], "failed")
-
-    def test_restart_delay_is_kept(self):
+    def test_restart_delay(self):
         """A number of seconds is always that, also the first time and with flapping."""
-        for flapping in (None, {"attempts": 5}):
-            clock = ProcessClock()
-            try:
-                clock.manager.add_process("x", "true", restart_delay=3, flapping=flapping)
-                clock.settle()
-                for _ in range(9):
-                    clock.advance(1)
-                self.assertEqual(clock.times("spawn"), [0, 3, 6, 9])
-            finally:
-                clock.close()
+        for flapping in None, {"attempts": 5}:
+            self.begin()
+            self.manager.add_process("x", "true", restart_delay=3, flapping=flapping)
+            self.settle()
+            for _ in range(9):
+                self.advance(1, settle=True)
+            times = [round(when - 1000, 3) for when, kind, _ in self.seen if kind == "spawn"]
+            self.assertEqual(times, [0, 3, 6, 9])
 
 
-class ProcessSchedules(Case):
+class ProcessSchedules(ProcessClock):
     """Schedules, on a clock and a wall clock that the tests move apart."""
 
     START = 1800000000.0                        # 2027-01-15 08:00 UTC
 
     def setUp(self):
         super().setUp()
-        self.begin()
         self.addCleanup(time.tzset)
         pure_environ(self, TZ="UTC")
-        patch = unittest.mock.patch.object(gaffer.time, "time", lambda: self.clock.now + self.ahead)
+        patch = unittest.mock.patch.object(gaffer.time, "time", lambda: self.now + self.ahead)
         patch.start()
         self.addCleanup(patch.stop)
         time.tzset()
 
     def begin(self):
-        """Begin with a new Manager, at START."""
-        self.clock = ProcessClock()
-        self.addCleanup(self.clock.close)
-        self.manager, self.ahead = self.clock.manager, self.START - self.clock.now
+        super().begin()
+        self.ahead = self.START - self.now
 
-    def pass_time(self, seconds):
-        """Let time pass, and what is started end. Return how many runs were started."""
-        starts = self.clock.count("spawn")
-        self.clock.advance(seconds)
-        return self.clock.count("spawn") - starts
+    def pass_time(self, *steps):
+        """Let time pass, and what is started end. Return how many runs each step has started."""
+        counts = [self.count("spawn")]
+        for seconds in steps:
+            self.advance(seconds, settle=True)
+            counts.append(self.count("spawn"))
+        return [after - before for before, after in zip(counts, counts[1:])]
 
-    def test_interval(self):
-        self.manager.add_process("x", "true", schedule="every 90s")
-        self.clock.barrier()
-        self.assertEqual(self.clock.kinds(), ["create"])
-        status = self.clock.status("x")
-        self.assertEqual((status["state"], status["active"], status["next_runs"]),
-                         ("scheduled", True, [self.START + 90]))
-        self.assertEqual([self.pass_time(seconds) for seconds in (89, 1, 89, 1, 90)],
-                         [0, 1, 0, 1, 1])
-        self.assertEqual(self.clock.kinds()[1:5], ["start", "spawn", "exit", "done"])
-        status = self.clock.status("x")
-        self.assertEqual((status["state"], status["outcome"]), ("scheduled", "done"))
-
-    def test_cron(self):
-        self.manager.add_process("x", "false", schedule="10,30 * * * *")
-        self.clock.barrier()
-        self.assertEqual([self.pass_time(seconds) for seconds in (599, 1, 1199, 1)], [0, 1, 0, 1])
-        status = self.clock.status("x")
-        self.assertEqual((status["state"], status["outcome"], status["next_runs"]),
-                         ("scheduled", "failed", [self.START + 4200]))
+    def test_interval_and_cron(self):
+        for schedule, command, first, last, steps, runs in (
+                ("every 90s", "true", 90, 450, (89, 1, 89, 1, 90), [0, 1, 0, 1, 1]),
+                ("10,30 * * * *", "false", 600, 4200, (599, 1, 1199, 1), [0, 1, 0, 1])):
+            with self.subTest(schedule):
+                self.begin()
+                self.manager.add_process("x", command, schedule=schedule)
+                self.barrier()
+                self.assertEqual(self.kinds(), ["create"])
+                status = self.status()
+                self.assertEqual((status["state"], status["active"]), ("scheduled", True))
+                self.assertAlmostEqual(status["next_runs"][0], self.START + first, 3)
+                self.assertEqual(self.pass_time(*steps), runs)
+                end, outcome = {"true": ("done",) * 2, "false": ("fail", "failed")}[command]
+                self.assertEqual(self.kinds()[1:5], ["start", "spawn", "exit", end])
+                status = self.status()
+                self.assertEqual((status["state"], status["outcome"]), ("scheduled", outcome))
+                if last != 450:
+                    self.assertEqual(status["next_runs"], [self.START + last])
 
     def test_a_run_that_still_goes_on(self):
         self.manager.add_process("x", "cat", redirect_input=True, schedule="every 60s")
-        self.clock.barrier()
+        self.barrier()
         for _ in range(3):
-            self.clock.advance(60, settle=False)
-        self.assertEqual(self.clock.kinds(), ["create", "start", "spawn", "skip", "skip"])
+            self.advance(60)
+        self.assertEqual(self.kinds(), ["create", "start", "spawn", "skip", "skip"])
         self.manager.end_input(1, "stdin")
-        self.clock.wait("done", 1)
-        self.clock.advance(60, settle=False)
-        self.assertEqual(self.clock.count("spawn"), 2)
+        self.wait("done")
+        self.advance(60)
+        self.assertEqual(self.count("spawn"), 2)
 
     def test_what_starts_and_stops_it(self):
         """_start runs one now, a change none; what is stopped has no next time."""
-        info = {"name": "x", "cmd": "true", "schedule": "@hourly"}
-        self.manager.add_process(info)
+        manager, info = self.manager, {"name": "x", "cmd": "true", "schedule": "@hourly"}
+        manager.add_process(info)
         for number, (act, runs, state) in enumerate((
-                (lambda: self.manager.start_template("x"), 1, "scheduled"),
-                (lambda: self.manager.restart_template("x"), 1, "scheduled"),
-                (lambda: self.manager.update_process("x", dict(info, cmd="true x")), 0,
-                 "scheduled"),
-                (lambda: self.manager.stop_template("x"), 0, "stopped"),
-                (lambda: self.manager.update_process("x", dict(info, start=True)), 0, "scheduled"),
-                (lambda: self.manager.update_process("x", dict(info, schedule=None)), 1, "backoff"),
-                (lambda: self.manager.update_process("x", info), 0, "scheduled"))):
+                (lambda: manager.start_template("x"), True, "scheduled"),
+                (lambda: manager.restart_template("x"), True, "scheduled"),
+                (lambda: manager.update_process("x", dict(info, cmd="true x")), False, "scheduled"),
+                (lambda: manager.stop_template("x"), False, "stopped"),
+                (lambda: manager.update_process("x", dict(info, start=True)), False, "scheduled"),
+                (lambda: manager.update_process("x", dict(info, schedule=None)), True, "backoff"),
+                (lambda: manager.update_process("x", info), False, "scheduled"))):
             with self.subTest(number):
-                starts = self.clock.count("spawn")
+                starts = self.count("spawn")
                 act()
-                self.clock.settle()
-                self.assertEqual(self.clock.count("spawn") - starts > 0, bool(runs))
-                self.assertEqual(self.clock.status("x")["state"], state)
-                self.assertEqual(bool(self.clock.status("x")["next_runs"]), state == "scheduled")
-        self.manager.delete_process("x")
-        self.assertEqual(self.pass_time(7200), 0)
+                self.settle()
+                self.assertEqual(self.count("spawn") > starts, runs)
+                status = self.status()
+                self.assertEqual((status["state"], bool(status["next_runs"])),
+                                 (state, state == "scheduled"))
+        manager.delete_process("x")
+        self.assertEqual(self.pass_time(7200), [0])
 
     def test_the_clock_jumps(self):
         """A jump costs one run at most, a day forward and a day back."""
-        for jump in (86400, -86400):
-            for schedule, seconds in (("@hourly", 3600), ("every 1h", 3600), ("0 9 * * *", 86400)):
-                with self.subTest(jump=jump, schedule=schedule):
-                    self.begin()
-                    self.manager.add_process("x", "true", schedule=schedule)
-                    self.clock.barrier()
-                    self.assertEqual(self.pass_time(3600), 1)
-                    self.ahead += jump
-                    runs = [self.pass_time(seconds) for _ in range(5)]
-                    self.assertIn(sum(runs), (4, 5, 6))
-                    self.assertEqual(runs[2:], [1, 1, 1])
+        for jump, (schedule, seconds) in itertools.product((86400, -86400), (
+                ("@hourly", 3600), ("every 1h", 3600), ("0 9 * * *", 86400))):
+            with self.subTest(jump=jump, schedule=schedule):
+                self.begin()
+                self.manager.add_process("x", "true", schedule=schedule)
+                self.barrier()
+                self.assertEqual(self.pass_time(3600), [1])
+                self.ahead += jump
+                runs = self.pass_time(*[seconds] * 5)
+                self.assertIn(sum(runs), (4, 5, 6))
+                self.assertEqual(runs[2:], [1, 1, 1])
 
     def test_the_machine_sleeps(self):
         """Two times that have passed unseen are one run, and then it goes on as before."""
         self.manager.add_process("x", "true", schedule="@hourly")
-        self.clock.barrier()
-        self.assertEqual(self.pass_time(1800), 0)
+        self.barrier()
+        self.assertEqual(self.pass_time(1800), [0])
         self.ahead += 7200                      # which a monotonic clock does not count
-        self.assertEqual([self.pass_time(seconds) for seconds in (1799, 1, 1800, 1800, 3600)],
-                         [0, 1, 0, 1, 1])
+        self.assertEqual(self.pass_time(1799, 1, 1800, 1800, 3600), [0, 1, 0, 1, 1])
 
-    def test_a_clock_that_is_a_little_slow(self):
+    def test_a_slow_clock(self):
         """The timer is early by the wall: it waits for the rest, and no run is lost or doubled."""
-        self.manager.add_process("x", "true", schedule="@hourly")
-        self.manager.add_process("y", "true", schedule="every 1h")
-        self.clock.barrier()
+        for name, schedule in ("x", "@hourly"), ("y", "every 1h"):
+            self.manager.add_process(name, "true", schedule=schedule)
+        self.barrier()
         self.ahead -= 0.5
-        self.assertEqual([self.pass_time(seconds) for seconds in (3600, 0.5, 3599, 1)],
-                         [0, 2, 0, 2])
+        self.assertEqual(self.pass_time(3600, 0.5, 3599, 1), [0, 2, 0, 2])
 
     def test_nothing_wakes_before_it_is_due(self):
-        """One timer for each, which is set to the time."""
         for number in range(50):
-            self.manager.add_process("x%d" % number, "true",
-                                     schedule="0 %d * * *" % (9 + number % 9))
-        self.clock.barrier()
-        with unittest.mock.patch.object(self.manager.loop, "_select") as select:
-            select.side_effect = type(self.manager.loop)._select.__get__(self.manager.loop)
-            self.clock.advance(3599, settle=False)
-            turns = select.call_count
-            self.assertLess(turns, 20)
-        self.assertEqual(self.clock.count("spawn"), 0)
+            self.manager.add_process("x%d" % number, "true", schedule="0 %d * * *" % (
+                9 + number % 9))
+        self.barrier()
+        loop = self.manager.loop
+        with unittest.mock.patch.object(loop, "_select", wraps=loop._select) as select:
+            self.advance(3599)
+            self.assertLess(select.call_count, 20)
+        self.assertEqual(self.count("spawn"), 0)
 
     def test_a_program_that_has_gone(self):
         """What can't be started has failed, and is tried at the next time."""
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
-        program = os.path.join(folder, "x")
-        shutil.copy("/bin/true", program)
-        self.manager.add_process("x", program, schedule="every 60s")
-        self.clock.barrier()
-        os.unlink(program)
-        self.clock.advance(60)
-        self.assertEqual(self.clock.kinds()[-1], "fail")
-        self.assertEqual(self.clock.seen[-1][2]["exit_status"], 127)
-        shutil.copy("/bin/true", program)
-        self.assertEqual(self.pass_time(60), 1)
-        self.assertEqual(self.clock.kinds()[-1], "done")
+        with tempfile.TemporaryDirectory() as folder:
+            program = shutil.copy("/bin/true", folder)
+            self.manager.add_process("x", program, schedule="every 60s")
+            self.barrier()
+            os.unlink(program)
+            self.advance(60, settle=True)
+            self.assertEqual(self.kinds()[-1], "fail")
+            self.assertEqual(self.seen[-1][2]["exit_status"], 127)
+            shutil.copy("/bin/true", folder)
+            self.assertEqual(self.pass_time(60), [1])
+            self.assertEqual(self.kinds()[-1], "done")
 
 
 class ProcessAttributes(ProcessCase):
-    """As what a process is started: umask, nice, limits, files of variables, hooks, and how it is
-    stopped."""
+    """As what a process is started, and what is run beside it."""
 
     SHOW = """
         import os, resource, sys
         umask = os.umask(0)
         limit = resource.getrlimit(getattr(resource, "RLIMIT_" + sys.argv[1].upper()))
-        print(oct(umask), os.nice(0), *limit, os.getuid(), len(os.listdir("/proc/self/fd")))
+        print(oct(umask), os.nice(0), *limit, len(os.listdir("/proc/self/fd")))
         """
 
-    def output(self, name, command, label="stdout", **options):
-        """Run a command once. Return what it writes."""
-        pid, = self.server.add(name, command, **dict({"restart": "never"}, **options)) or [None]
-        return self.poll(pid or self.spawned(name, 1)["pid"], label=label).decode()
-
-    def show(self, name, limit="nofile", **options):
-        """Return the words that SHOW prints."""
-        command = python(self.SHOW)
-        command["args"].append(limit)
-        return self.output(name, command, **options).split()
-
     def test_attributes(self):
-        plain = self.show("plain")
-        own, soft = os.nice(0), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        for number, (fields, limit, at, wanted) in enumerate((
-                ({"umask": "077"}, "nofile", slice(0, 1), ["0o77"]),
-                ({"nice": own + 3}, "nofile", slice(1, 2), [str(own + 3)]),
-                ({"limits": {"nofile": 100}}, "nofile", slice(2, 4), ["100", "100"]),
-                ({"limits": {"nofile": [100, 200], "core": 0}}, "nofile", slice(2, 4),
-                 ["100", "200"]),
-                ({"limits": {"core": 0}}, "core", slice(2, 4), ["0", "0"]),
-                ({"limits": {"nproc": [500, 600]}}, "nproc", slice(2, 4), ["500", "600"]),
-                ({"limits": {"fsize": 1 << 20}}, "fsize", slice(2, 4), [str(1 << 20)] * 2),
-                ({"limits": {"as": [1 << 30, 1 << 31]}}, "as", slice(2, 4),
-                 [str(1 << 30), str(1 << 31)]),
-                ({"limits": {"cpu": [5, "unlimited"]}}, "cpu", slice(2, 4), ["5", "-1"]),
+        own, gib = os.nice(0), 1 << 30
+        soft, hard = (str(each) for each in resource.getrlimit(resource.RLIMIT_NOFILE))
+        for number, (fields, limit, wanted) in enumerate((
+                ({}, "nofile", {2: soft, 3: hard, 4: "4"}),
+                ({"umask": "077"}, "nofile", {0: "0o77", 2: soft, 4: "4"}),
+                ({"nice": own + 3}, "nofile", {1: str(own + 3), 4: "4"}),
+                ({"limits": {"nofile": 100}}, "nofile", {2: "100", 3: "100", 4: "4"}),
+                ({"limits": {"nofile": [100, 200], "core": 0}}, "nofile", {2: "100", 3: "200"}),
+                ({"limits": {"core": 0}}, "core", {2: "0", 3: "0"}),
+                ({"limits": {"nproc": [500, 600]}}, "nproc", {2: "500", 3: "600"}),
+                ({"limits": {"fsize": 1 << 20}}, "fsize", {2: "1048576", 3: "1048576"}),
+                ({"limits": {"as": [gib, 2 * gib]}}, "as", {2: str(gib), 3: str(2 * gib)}),
+                ({"limits": {"cpu": [5, "unlimited"]}}, "cpu", {2: "5", 3: "-1"}),
                 ({"umask": "027", "nice": own + 1, "limits": {"nofile": 99},
-                  "custom_streams": ["s"]}, "nofile", slice(0, 4),
-                 ["0o27", str(own + 1), "99", "99"]))):
+                  "custom_streams": ["s"], "redirect_input": True}, "nofile",
+                 {0: "0o27", 1: str(own + 1), 2: "99", 3: "99", 4: "5"}))):
             with self.subTest(fields=fields):
-                shown = self.show("x%d" % number, limit, **fields)
-                self.assertEqual(shown[at], wanted)
-                if limit == "nofile" and "limits" not in fields:
-                    self.assertEqual(shown[2], str(soft))
-                if "custom_streams" not in fields:
-                    self.assertEqual(shown[5], plain[5], "a descriptor is left")
+                command = python(self.SHOW)
+                command["args"].append(limit)
+                shown = self.output("x%d" % number, command, **fields).split()
+                self.assertEqual({place: shown[place] for place in wanted}, wanted)
 
     def test_what_needs_root(self):
-        """A nice value below gaffer's own and a hard limit above it, also for another user; where
-        gaffer may not, it is refused by name, and gaffer keeps its own."""
-        number, most = resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)
-        answer = self.server.json("POST", "/processes", {
-            "name": "x", "cmd": "true", "limits": {"nofile": 1 << 40}})
-        self.assertError(answer, 400, "invalid_process_info", "'limits' asks for nofile above")
-        self.assertEqual(self.server.json("GET", "/processes/x")[0], 404)
+        """A nice value below gaffer's own and a hard limit above it, also for another user; else it
+        is refused by name, and gaffer keeps its own."""
+        self.refused({"name": "x", "cmd": "true", "limits": {"nofile": 1 << 40}},
+                     "'limits' asks for nofile above")
+        self.assertEqual(self.ok("GET", "/processes"), [])
         if os.geteuid() != 0:
             self.skipTest("needs root")
-        own = os.nice(0)
-        fields = {"uid": "nobody", "shell": True, "restart": "never"}
-        shown = self.output("nice", "nice; id -un", nice=own - 5, **fields)
-        self.assertEqual(shown.split(), [str(own - 5), "nobody"])
+        own, number = os.nice(0), resource.RLIMIT_NOFILE
+        soft, hard = resource.getrlimit(number)
+        fields = {"uid": "nobody", "shell": True}
+        self.assertEqual(self.output("nice", "nice; id -un", nice=own - 5, **fields).split(),
+                         [str(own - 5), "nobody"])
         try:
-            resource.setrlimit(number, (most[0], most[1] + 1))
-            resource.setrlimit(number, most)
+            resource.setrlimit(number, (soft, hard + 1))
+            resource.setrlimit(number, (soft, hard))
         except ValueError:
             self.skipTest("this root may not raise limits")
-        shown = self.output("limits", "ulimit -Hn; id -un", limits={"nofile": [10, most[1] + 1]},
-                            **fields)
-        self.assertEqual(shown.split(), [str(most[1] + 1), "nobody"])
-        self.assertEqual(resource.getrlimit(number), most)
+        self.assertEqual(self.output("limits", "ulimit -Hn; id -un", limits={
+            "nofile": [10, hard + 1]}, **fields).split(), [str(hard + 1), "nobody"])
+        self.assertEqual(resource.getrlimit(number), (soft, hard))
 
     def test_env_file(self):
         """Read at each spawn; a later file wins, env wins over all; HOME may come from it."""
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
-        paths = [os.path.join(folder, name) for name in "ab"]
-        for path, text in zip(paths, ("A=1\nB=1\nC=1\nHOME=/x\n",
-                                      "B=2\nC=\"$A$B\"\nHOME=$HOME/y\n")):
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
+        paths = [self.file("a", "A=1\nB=1\nC=1\nHOME=/x\n"),
+                 self.file("b", "B=2\nC=\"$A$B\"\nHOME=$HOME/y\n")]
         fields = {"shell": True, "env_file": paths, "env": {"B": "3"}}
         if os.geteuid() == 0:
             fields["uid"] = "nobody"
         self.assertEqual(self.output("x", "echo $A $B $C $HOME", **fields), "1 3 12 /x/y\n")
+        self.server.wait_event("proc/x/done")
+        self.file("a", "A=new")
+        self.post("x/_start")
+        self.assertTrue(self.poll(self.spawned("x", 2)["pid"]).startswith(b"new 3"))
         done = self.server.events("proc/x/done", since=0)
-        next(done)
-        with open(paths[0], "w", encoding="utf-8") as file:
-            file.write("A=new")
-        self.server.ok("POST", "/processes/x/_start")
-        pid = self.spawned("x", 2)["pid"]
-        self.assertTrue(self.poll(pid).startswith(b"new 3"))
-        next(done)
-        for text, words in (("A=1\n?", "whose line 2 is not NAME=value"), (None, "cannot be read")):
-            with self.subTest(text):
-                os.unlink(paths[1])
-                if text is not None:
-                    with open(paths[1], "w", encoding="utf-8") as file:
-                        file.write(text)
-                answer = self.server.json("POST", "/processes/x/_start")
-                self.assertError(answer, 400, "invalid_process_info", words)
-                self.assertIn("field 'env_file' names '%s'" % paths[1], answer[1]["reason"])
+        next(done), next(done)
+        for text, words in ("A=1\n?", "whose line 2 is not NAME=value"), (None, "cannot be read"):
+            os.unlink(paths[1])
+            if text is not None:
+                self.file("b", text)
+            self.assertIn("field 'env_file' names '%s'" % paths[1],
+                          self.refused(None, words, path="/x/_start"))
 
     def test_before_start(self):
         """In the same environment, before each spawn; its failure is an exit of the process."""
-        fields = {"shell": True, "env": {"A": "1"}, "restart": "never", "cwd": "/"}
-        words = self.output("x", "echo $A; cat", before_start="echo $A $PWD; cat", **fields)
-        self.assertEqual(words, "1 /\n1\n")
-        pid, = self.server.add("in", "cat", before_start="cat", redirect_input=True)
-        self.server.ok("POST", "/streams/%d/stdin" % pid, "word\n")
+        fields = {"shell": True, "env": {"A": "1"}, "cwd": "/"}
+        self.assertEqual(self.output("x", "echo $A; cat", before_start="echo $A $PWD; cat",
+                                     **fields), "1 /\n1\n")
+        pid, = self.add("in", "cat", before_start="cat", redirect_input=True)
+        self.send(pid, b"word\n")
         self.assertEqual(self.poll(pid, b"\n"), b"word\n", "stdin is for the program alone")
-        words = self.output("bad", "echo never", "stderr",
-                            before_start="echo own words >&2; exit 3", **fields)
-        self.assertEqual(words, "own words\nbefore_start has failed with exit status 3\n")
+        self.assertEqual(self.output("bad", "echo never", "stderr", before_start=(
+            "echo own words >&2; exit 3"), **fields),
+            "own words\nbefore_start has failed with exit status 3\n")
         event = self.server.wait_event("proc/bad/fail")
         self.assertEqual((event["exit_status"], event["tries"]), (3, 1))
-
-    def test_stopped_in_before_start(self):
-        pid, = self.server.add("x", "true", before_start="echo hook; sleep 1000")
-        group = self.os_pid(pid)
+        pid, = self.add("stopped", "true", before_start="echo hook; sleep 1000")
         self.poll(pid, b"hook\n")
-        self.stop("x", group)
+        self.stop("stopped", self.os_pids("stopped")[0])
 
     def test_after_stop(self):
         """After each exit, once nothing of the group is left, and before the next start."""
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
-        path = os.path.join(folder, "path")
+        path = os.path.join(self.folder, "path")
         hook = "echo $GAFFER_EXIT_STATUS $GAFFER_TERM_SIGNAL $A >> %s" % path
         fields = {"after_stop": hook, "env": {"A": "a"}}
-        self.server.add("one", "sh -c 'exit 3'", restart="never", **fields)
+        self.add("one", "sh -c 'exit 3'", restart="never", **fields)
         self.server.wait_event("proc/one/fail")
-        pid, = self.server.add("two", "sleep 1000", **fields)
-        self.server.ok("POST", "/processes/two/_stop?wait=true")
+        self.add("two", "sleep 1000", **fields)
+        self.post("two/_stop?wait=true")
         self.assertEqual(cli_read(path), "3 0 a\n0 15 a\n")
-        self.server.add("three", "echo $(wc -l < %s); exec sleep 1000" % path, shell=True, **fields)
+        self.add("three", "echo $(wc -l < %s); exec sleep 1000" % path, shell=True, **fields)
         self.poll("three", b"2\n")
-        self.server.ok("POST", "/processes/three/_restart?wait=true")
+        self.post("three/_restart?wait=true")
         self.assertEqual(self.poll("three", b"3\n"), b"2\n3\n")
 
     def test_after_stop_that_fails(self):
@@ -5120,61 +5031,54 @@ class ProcessAttributes(ProcessCase):
                 ("sleep 1000 & echo $!; exit 1", "exits with 1: "))):
             with self.subTest(hook):
                 name = "x%d" % number
-                self.server.add(name, "true", restart="never", after_stop=hook)
+                self.add(name, "true", restart="never", after_stop=hook)
                 self.server.wait_event("proc/%s/done" % name)
-                hint = self.server.ok("GET", "/status/" + name)["hint"]
+                hint = self.status(name)["hint"]
                 self.assertIn(words, hint)
                 self.assertLess(len(hint), 1100)
         until(lambda: not alive(int(hint.split()[-1])), "the end of what it left")
 
     def test_hooks_end_with_gaffer(self):
-        """What after_stop has to do is waited for at the stop; a kill ends it at once."""
-        self.server.add("x", "sleep 1000", after_stop="sleep 1000")
-        self.server.manager.stop()
-        until(lambda: self.server.manager.commands, "the hook")
-        hook, = (command.os_pid for command in self.server.manager.commands)
+        """after_stop is waited for at the stop; a kill ends it at once."""
+        self.add("x", "sleep 1000", after_stop="sleep 1000")
+        self.manager.stop()
+        hook = until(lambda: next(iter(self.manager.commands), None), "the hook").os_pid
         self.assertTrue(alive(hook))
         self.server.stop_all()
         until(lambda: not alive(hook), "the end of the hook")
 
-    STOPPED = """
-        import os, signal, sys
-        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        child = os.fork()
-        name = "worker" if child == 0 else "master"
-        os.write(1, name.encode() + b"\\n")       # whole lines: print() writes them in pieces
-        number = 0
-        while number != signal.SIGTERM:
-            number = signal.sigwait(signals)
-            os.write(1, b"%s %s\\n" % (name.encode(), signal.Signals(number).name.encode()))
-        """
-
-    def test_stop_signals(self):
-        """Each step in its turn, to the group or to the process alone; then SIGKILL to all."""
+    def test_whom_a_stop_reaches(self):
+        """The group, or the leader alone; then what it leaves; SIGKILL all."""
+        code = """
+            import os, signal, sys
+            signals = {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT}
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+            name = "master" if os.fork() else "worker"
+            os.write(1, name.encode() + b"\\n")       # whole lines: print() writes pieces
+            number = 0
+            while number != signal.SIGTERM:
+                number = signal.sigwait(signals)
+                os.write(1, b"%s %s\\n" % (name.encode(), signal.Signals(number).name.encode()))
+            """
+        both, pair = ("master ", "worker "), ["master SIGTERM", "worker SIGTERM"]
         for number, (fields, words, end) in enumerate((
-                ({}, ["master SIGTERM", "worker SIGTERM"], (0, 0)),
                 ({"stop_signal": [["INT", 0.2], ["QUIT", 0.2], ["TERM", 9]]},
-                 [each + name for name in (" SIGINT", " SIGQUIT", " SIGTERM")
-                  for each in ("master", "worker")], (0, 0)),
-                ({"stop_signal": "USR1", "graceful_timeout": 0.2},
-                 ["master SIGUSR1", "worker SIGUSR1"], (0, 9)),
-                # the worker is left by the master, and told after that
-                ({"stop_group": False}, ["master SIGTERM", "worker SIGTERM"], (0, 0)),
+                 [each + name for name in ("SIGINT", "SIGQUIT", "SIGTERM") for each in both],
+                 (0, 0)),
+                ({"stop_group": False}, pair, (0, 0)),
                 ({"stop_group": False, "stop_signal": [["INT", 0.2]]}, ["master SIGINT"], (0, 9)))):
             with self.subTest(fields=fields):
                 name = "x%d" % number
-                pid, = self.server.add(name, python(self.STOPPED), **fields)
-                group = self.os_pid(pid)
-                self.poll(pid, b"worker\n")
-                self.poll(pid, b"master\n")
-                self.stop(name, group)
+                pid, = self.add(name, python(code), **fields)
+                for word in b"worker\n", b"master\n":
+                    self.poll(pid, word)
+                self.stop(name, self.os_pids(name)[0])
                 lines = self.poll(pid).decode().splitlines()[2:]
                 if fields.get("stop_group", True):      # both at once
                     lines = [line for pair in zip(lines[::2], lines[1::2]) for line in sorted(pair)]
                 self.assertEqual(lines, words)
-                exit = self.exit_of(pid)
-                self.assertEqual((exit["exit_status"], exit["term_signal"]), end)
+                exited = self.exit_of(pid)
+                self.assertEqual((exited["exit_status"], exited["term_signal"]), end)
 
 
 class ProcessPrograms(ProcessCase):
@@ -5191,66 +5095,48 @@ class ProcessPrograms(ProcessCase):
 
     def setUp(self):
         super().setUp()
-        folder = tempfile.TemporaryDirectory(dir="/tmp")        # which other users may enter
-        self.addCleanup(folder.cleanup)
-        self.home = folder.name
-        os.chmod(self.home, 0o755)
-        with socket.create_server(("127.0.0.1", 0)) as sock:
-            self.port = sock.getsockname()[1]
-
-    def file(self, name, text):
-        """Write a file of the program's folder. Return its path."""
-        path = os.path.join(self.home, name)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(textwrap.dedent(text))
-        return path
+        self.port = free_port()
 
     def begin(self, cmd, ready, label="stderr", **fields):
-        """Start a program and wait for a line of it. Return its os pid."""
-        pid, = self.server.add("x", dict({"cmd": cmd, "cwd": self.home}, **fields))
-        self.pid, self.label = pid, label
-        self.read(ready)
-        return self.os_pid(pid)
+        """Start a program, and wait for its words."""
+        self.pid, = self.add("x", dict({"cmd": cmd, "cwd": self.folder}, **fields))
+        self.label = label
+        self.words(ready)
 
-    def read(self, text):
-        """Wait for a line of output."""
+    def words(self, text):
+        """Wait for words of its output."""
         self.poll(self.pid, text.encode(), self.label)
 
-    def reload(self, signum="HUP"):
-        self.server.ok("POST", "/processes/x/_signal/" + signum)
-
-    def end(self, os_pid, status=0):
+    def end(self, status=0):
         """Stop it. Return all that it has written."""
-        self.stop("x", os_pid)
-        exit, output = self.exit_of(self.pid), self.poll(self.pid, label=self.label).decode()
-        self.assertIn((exit["exit_status"], exit["term_signal"]), ((status, 0), (0, 0)), output)
+        self.stop("x", self.os_pids("x")[0])
+        event, output = self.exit_of(self.pid), self.poll(self.pid, label=self.label).decode()
+        self.assertIn((event["exit_status"], event["term_signal"]), ((status, 0), (0, 0)), output)
         return output
 
-    def get(self, path="/"):
-        """Return (socket, what has come) of a request that is under way."""
+    def ask(self, request, size=1 << 16):
+        """Return (socket, the first part of the answer)."""
         sock = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
         self.addCleanup(sock.close)
-        sock.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
-        return sock, sock.recv(1000)
+        sock.sendall(request)
+        return sock, sock.recv(size)
 
-    def rest(self, sock):
-        """Return the size of all that still comes, until its end."""
-        size = 0
-        while True:
-            data = sock.recv(1 << 16)
-            if not data:
-                return size
-            size += len(data)
+    def get(self, path="/"):
+        return self.ask(b"GET %s HTTP/1.0\r\n\r\n" % path.encode(), 1000)
+
+    @staticmethod
+    def rest(sock):
+        """Return all that still comes, until its end."""
+        with sock.makefile("rb") as file:
+            return file.read()
 
     def web(self, text):
         """Wait until the answer to a request has this text."""
-        def seen():
+        def answer():
             sock, data = self.get()
-            while sock.recv(1000):
-                pass
-            sock.close()
-            return text in data
-        until(seen)
+            with sock:
+                return text in data + self.rest(sock)
+        until(answer)
 
     def test_nginx(self):
         """A download that is under way is finished."""
@@ -5260,137 +5146,65 @@ class ProcessPrograms(ProcessCase):
             events {} http { access_log off; server { listen 127.0.0.1:%d; root .;
             location /big { limit_rate 512k; } location = / { return 200 "%s"; } } }"""
         path = self.file("nginx.conf", config % (self.port, "one"))
-        os_pid = self.begin("%s -p . -c %s" % (self.program("nginx", "/usr/sbin/nginx"), path),
-                            "start worker process ", stop_signal="QUIT", stop_group=False)
+        self.begin("%s -p . -c %s" % (self.program("nginx", "/usr/sbin/nginx"), path),
+                   "start worker process ", stop_signal="QUIT", stop_group=False)
         self.web(b"one")
         self.file("nginx.conf", config % (self.port, "two"))
-        self.reload()
+        self.post("x/_signal/HUP")
         self.web(b"two")
         sock, head = self.get("/big")
-        self.end(os_pid)
-        self.assertGreaterEqual(len(head) + self.rest(sock), 1 << 20)
+        self.end()
+        self.assertGreaterEqual(len(head + self.rest(sock)), 1 << 20)
 
     def test_postgresql(self):
         """INT ends its sessions and writes a checkpoint; what was committed is there again."""
         server = self.program("postgres", "/usr/lib/postgresql/*/bin/postgres")
-        user, bin = {}, os.path.dirname(os.path.realpath(server))
+        user, tools = {}, os.path.dirname(os.path.realpath(server))
         if os.geteuid() == 0:
             try:
                 user = {"uid": pwd.getpwnam("postgres").pw_name}
             except KeyError:
                 self.skipTest("needs the user postgres")
-            os.chown(self.home, pwd.getpwnam("postgres").pw_uid, -1)
-        self.server.add("x", "%s/initdb -D data -A trust -U postgres --no-sync" % bin, cwd=self.home,
-                        restart="never", **user)
-        self.server.wait_event("proc/x/done")
-        self.server.ok("DELETE", "/processes/x")
-        command = "%s -D data -p %d -k %s -c fsync=off" % (server, self.port, self.home)
-        psql = [os.path.join(bin, "psql"), "-h", "127.0.0.1", "-p", str(self.port),
-                "-U", "postgres", "-Atc"]
+            os.chown(self.folder, pwd.getpwnam("postgres").pw_uid, -1)
+        self.output("init", "%s/initdb -D data -A trust -U postgres --no-sync" % tools,
+                    cwd=self.folder, **user)
+        self.server.wait_event("proc/init/done")
+        command = "%s -D data -p %d -k %s -c fsync=off" % (server, self.port, self.folder)
+        psql = [os.path.join(tools, "psql"), "-h", "127.0.0.1", "-p", str(self.port),
+                "-U", "postgres", "-At"]
 
         def ask(sql):
-            return subprocess.run([*psql, sql], check=True, stdout=subprocess.PIPE,
+            return subprocess.run([*psql, "-c", sql], check=True, stdout=subprocess.PIPE,
                                   timeout=TIMEOUT).stdout.decode().strip()
         options = dict(stop_signal="INT", stop_group=False, **user)
-        os_pid = self.begin(command, "ready to accept connections", **options)
+        self.begin(command, "ready to accept connections", **options)
         ask("create table t as select generate_series(1, 1000)")
-        path = os.path.join(self.home, "data", "postgresql.conf")
-        with open(path, "a", encoding="utf-8") as file:
+        with open(os.path.join(self.folder, "data", "postgresql.conf"), "a") as file:
             file.write("\nmaintenance_work_mem = 3MB\n")
-        self.reload()
-        self.read("received SIGHUP")
+        self.post("x/_signal/HUP")
+        self.words("received SIGHUP")
         until(lambda: ask("show maintenance_work_mem") == "3MB")
-        idle = subprocess.Popen([*psql[:-1]], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        idle = subprocess.Popen(psql, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                 stderr=subprocess.DEVNULL)
         try:
-            output = self.end(os_pid)
+            self.assertIn("database system is shut down", self.end())
         finally:
             idle.communicate(timeout=TIMEOUT)
-        self.assertIn("database system is shut down", output)
-        self.server.ok("DELETE", "/processes/x")
-        os_pid = self.begin(command, "ready to accept connections", **options)
+        self.delete("x")
+        self.begin(command, "ready to accept connections", **options)
         self.assertEqual(ask("select count(*) from t"), "1000")
-        self.assertNotIn("recovery", self.end(os_pid))
+        self.assertNotIn("recovery", self.end())
 
     def test_redis(self):
         """TERM saves."""
         command = "%s --port %d --save 3600 1" % (self.program("redis-server"), self.port)
-
-        def ask(words):
-            sock = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
-            with sock:
-                sock.sendall(words.encode() + b"\r\n")
-                return sock.recv(100).decode()
-        os_pid = self.begin(command, "Ready to accept connections", "stdout")
-        self.assertEqual(ask("SET key value"), "+OK\r\n")
-        self.assertIn("DB saved on disk", self.end(os_pid))
-        self.server.ok("POST", "/processes/x/_start")
-        self.pid = self.pids("x")[0]
-        self.read("Ready to accept connections")
-        self.assertEqual(ask("GET key"), "$5\r\nvalue\r\n")
-
-    def test_gunicorn(self):
-        """A request that is under way is answered; HUP loads the application again."""
-        program = """
-            import time
-            def app(environ, start):
-                start("200 OK", [("Content-Type", "text/plain")])
-                yield b"%s"
-                if environ["PATH_INFO"] == "/slow":
-                    time.sleep(0.5)
-                    yield b"x" * 1000
-            """
-        self.file("app.py", program % "one")
-        self.file("conf.py", """
-            bind, workers = "127.0.0.1:%d", 2
-            def post_worker_init(worker):       # before that, it would miss a signal
-                worker.log.info("worker %%d is up", worker.age)
-            """ % self.port)
-        os_pid = self.begin("%s -c conf.py app:app" % self.program("gunicorn"), "worker 1 is up",
-                            stop_group=False, env={"PYTHONDONTWRITEBYTECODE": "1"})
-        self.read("worker 2 is up")
-        self.web(b"one")
-        self.file("app.py", program % "two")
-        self.reload()
-        for text in ("worker 3 is up", "worker 4 is up", "Worker exiting"):
-            self.read(text)
-        self.web(b"two")
-        sock, head = self.get("/slow")
-        self.assertIn("Shutting down: Master", self.end(os_pid))
-        self.assertGreaterEqual(len(head) + self.rest(sock), 1000)
-
-    def test_a_master_that_ends_its_workers(self):
-        """As celery does: its workers finish what they have begun; TERM to them would end them."""
-        path = self.file("master.py", """
-            import os, signal, sys
-            signals = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
-            def start():
-                read, write = os.pipe()
-                pid = os.fork()
-                if pid == 0:                    # by TERM it would end at once, and lose its task
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-                    os.write(1, b"ready\\n")
-                    signal.sigwait([signal.SIGUSR1])
-                    os.write(1, b"task done\\n")
-                    os._exit(0)
-                return pid
-            def finish(workers):
-                for pid in workers:
-                    os.kill(pid, signal.SIGUSR1)
-                return [os.waitpid(pid, 0)[1] for pid in workers]
-            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-            while True:
-                workers = [start(), start()]
-                number = signal.sigwait(signals)
-                if any(finish(workers)):
-                    sys.exit(1)
-                if number == signal.SIGTERM:
-                    break
-            """)
-        os_pid = self.begin("%s %s" % (PYTHON, path), "ready\nready\n", "stdout", stop_group=False)
-        self.reload()
-        self.read("task done\ntask done\nready\nready\n")
-        self.assertEqual(self.end(os_pid), "ready\nready\ntask done\ntask done\n" * 2)
+        self.begin(command, "Ready to accept connections", "stdout")
+        self.assertEqual(self.ask(b"SET key value\r\n")[1], b"+OK\r\n")
+        self.assertIn("DB saved on disk", self.end())
+        self.post("x/_start")
+        self.pid, = self.pids("x")
+        self.words("Ready to accept connections")
+        self.assertEqual(self.ask(b"GET key\r\n")[1], b"$5\r\nvalue\r\n")
 
     def test_sshd(self):
         """It executes itself anew by HUP, as the same process."""
@@ -5398,329 +5212,117 @@ class ProcessPrograms(ProcessCase):
         if os.geteuid() != 0:
             self.skipTest("needs root")
         os.makedirs("/run/sshd", exist_ok=True)
-        key = os.path.join(self.home, "key")
+        key = os.path.join(self.folder, "key")
         subprocess.run([self.program("ssh-keygen"), "-qN", "", "-t", "ed25519", "-f", key],
                        check=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT)
-        os_pid = self.begin("%s -D -e -f /dev/null -p %d -h %s -o PidFile=none -o "
-                            "ListenAddress=127.0.0.1" % (sshd, self.port, key),
-                            "Server listening", success=[0, 255])
+        self.begin("%s -D -e -f /dev/null -p %d -h %s -o PidFile=none -o ListenAddress=127.0.0.1"
+                   % (sshd, self.port, key), "Server listening", success=[0, 255])
         # it listens before it has a handler for HUP
-        path = "/proc/%d/status" % os_pid
+        path = "/proc/%d/status" % self.os_pids("x")[0]
         until(lambda: re.search(r"SigCgt:\t[0-9a-f]*[13579bdf]$", cli_read(path), re.M))
-        self.reload()
-        self.read("Received SIGHUP; restarting.\r\nServer listening")
-        with socket.create_connection(("127.0.0.1", self.port), TIMEOUT) as sock:
-            self.assertTrue(sock.recv(100).startswith(b"SSH-2.0"))
-        self.assertIn("Received signal 15; terminating", self.end(os_pid, 255))
-
-    def test_a_child_that_exits_143(self):
-        """As Java and Node do; whether that is a failure is the template's word."""
-        code = """
-            import os, signal, sys
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-            os.write(1, b"ready\\n")
-            signal.sigwait([signal.SIGTERM])
-            sys.exit(143)
-            """
-        for success, state in (([0, 143], "done"), ([0], "failed")):
-            with self.subTest(success=success):
-                command = python(textwrap.dedent(code).replace("\\\\n", "\\n"))
-                os_pid = self.begin(command.pop("cmd"), "ready", "stdout", restart="never",
-                                    success=success, **command)
-                os.kill(os_pid, signal.SIGTERM)
-                kind = "done" if state == "done" else "fail"
-                event = self.server.wait_event("proc/x/" + kind)
-                self.assertEqual(event["exit_status"], 143)
-                self.assertEqual(self.server.ok("GET", "/status/x")["state"], state)
-                self.server.ok("POST", "/processes/x/_start")
-                self.pid = self.pids("x")[0]
-                self.read("ready")
-                self.end(self.os_pid(self.pid), 143)
-                self.server.ok("DELETE", "/processes/x")
-
-
-class ProcessEvents(ProcessCase):
-    """Events: their order and their fields."""
-
-    # (template fields, requests, events in this order, without pids)
-    ORDERS = {
-        "added": ({}, [], "create start spawn spawn"),
-        "added without a start": (
-            {"start": False}, ["POST /_start", "POST /_start"], "create start spawn spawn"),
-        "stopped, and once more": (
-            {}, ["POST /_stop?wait=true", "POST /_stop?wait=true"],
-            "create start spawn spawn stop stop_pid stop_pid exit exit"),
-        "stopped before it was started": ({"start": False}, ["POST /_stop"], "create"),
-        "scaled": (
-            {}, ["POST /_add/2", "POST /_sub?wait=true"],
-            "create start spawn spawn update spawn spawn update reap exit"),
-        "deleted": (
-            {}, ["DELETE ?wait=true"],
-            "create start spawn spawn stop stop_pid stop_pid delete exit exit"),
-        "deleted before it was started": ({"start": False}, ["DELETE "], "create delete"),
-        "replaced": (
-            {"numprocesses": 1}, ["PUT ", "POST /_start?wait=true"],
-            "create start spawn update stop_pid exit spawn"),
-        "restarted": (
-            {"numprocesses": 1}, ["POST /_restart?wait=true"],
-            "create start spawn restart stop_pid exit spawn"),
-        "restarted before it was started": (
-            {"start": False, "numprocesses": 1}, ["POST /_restart"], "create start spawn"),
-        "one process stopped": (
-            {"numprocesses": 1}, ["POST /_restart?wait=true"],
-            "create start spawn restart stop_pid exit spawn"),
-    }
-
-    def test_order(self):
-        for number, (what, (fields, requests, events)) in enumerate(self.ORDERS.items()):
-            with self.subTest(what):
-                name = "x%d" % number
-                self.server.add(name, "sleep 60", **dict({"numprocesses": 2}, **fields))
-                for request in requests:
-                    method, path = request.split(" ")
-                    body = {"cmd": "sleep 61"} if method == "PUT" else None
-                    self.server.ok(method, "/processes/" + name + path, body)
-                until(lambda name=name, events=events: len(self.kinds(name)) >= len(events.split()))
-                self.assertEqual(" ".join(kind for kind, _ in self.kinds(name)), events)
-
-    def test_stop_of_one_pid(self):
-        pid, = self.server.add("x", "sleep 60")
-        self.server.ok("POST", "/processes/%d/_stop" % pid)
-        self.spawned("x", 2)
-        self.assertEqual(self.kinds("x")[-3:],
-                         [("stop_pid", pid), ("exit", pid), ("spawn", pid + 1)])
-
-    def test_exit_by_itself(self):
-        self.server.add("x", "exit 3", shell=True,
-                        flapping=dict(PROCESS_ONCE, max_retry=1, retry_in=1000))
-        self.server.wait_event("proc/x/flap")
-        self.assertEqual([kind for kind, _ in self.kinds("x")],
-                         ["create", "start", "spawn", "exit", "flap"])
-
-    def test_fields(self):
-        """What an event has."""
-        self.server.add("x", "exit 3", shell=True, flapping=PROCESS_ONCE)
-        events = []
-        for event in self.server.events("proc/x", since=0):
-            events.append(event)
-            if event["event"] == "stop":
-                break
-        self.assertEqual([event["event"] for event in events],
-                         ["create", "start", "spawn", "exit", "stop"])
-        more = {"spawn": {"pid", "os_pid"}, "exit": {"pid", "os_pid", "exit_status", "term_signal"}}
-        for number, event in enumerate(events, 1):
-            self.assertEqual(set(event),
-                             {"event", "name", "id", "time"} | more.get(event["event"], set()))
-            self.assertLess(abs(event["time"] - time.time()), TIMEOUT)
-            self.assertRegex(event["id"], r"\A%d@[A-Za-z0-9]+\Z" % number)
-        self.assertEqual((events[3]["exit_status"], events[3]["term_signal"]), (3, 0))
+        self.post("x/_signal/HUP")
+        self.words("Received SIGHUP; restarting.\r\nServer listening")
+        self.assertTrue(self.ask(b"")[1].startswith(b"SSH-2.0"))
+        self.assertIn("Received signal 15; terminating", self.end(255))
 
 
 class ProcessTemplate(ProcessCase):
-    """Every field of a template at work, in a real process."""
+    """Fields of a template at work, in a real process."""
 
-    def output(self, command, label="stdout", **options):
-        """What a command wrote that runs once."""
-        name = "once-%d" % next(self._barriers)
-        self.server.ok("POST", "/processes", dict(command if isinstance(command, dict) else {"cmd": command}, name=name,
-                                                  flapping=PROCESS_ONCE, **options))
-        pid = self.spawned(name, 1)["pid"]
-        data = self.poll(pid, label=label)
-        self.exit_of(pid)
-        self.server.ok("DELETE", "/processes/" + name)
-        return data
-
-    def environment(self, **options):
-        """The environment of a process, as a dict."""
-        data = self.output("env -0", **options)
-        return dict(entry.split("=", 1) for entry in data.decode().split("\0") if entry)
-
-    def setenv(self, name, value):
-        """A variable of our own environment (None: none), for this test."""
-        old = os.environ.get(name)
-
-        def put(text):
-            os.environ.pop(name, None)
-            if text is not None:
-                os.environ[name] = text
-        self.addCleanup(put, old)
-        put(value)
-
-    def test_words(self):
-        """What a command becomes: its words, variables, arguments, directory and program."""
-        script = process_script(self, "#!/bin/sh\necho found in $PWD\n")
-        folder = os.path.realpath(os.path.dirname(script))
-        self.setenv("GAFFER_TEST_OWN", "ours")
-        env = {"PORT": 80, "NESTED": "$PORT", "EMPTY": "", "SPACE": "a b", "PROGRAM": "printf"}
-        found = "found in %s\n" % folder
-        for cmd, options, output in (
-                ("printf '%s|' a 'b c' \"d 'e'\" f\\ g '*' ';' '>' '|'", {},
-                 "a|b c|d 'e'|f g|*|;|>|||"),
-                ("printf '%s|' one \\\n two", {}, "one|two|"),
-                ("printf", {"args": ["%s|", "a b", "$PORT"], "env": env}, "a b|80|"),
-                ("printf", {"args": "%s| 'a b' c"}, "a b|c|"),
-                ("printf '%s|' a b", {"args": []}, "a|b|"),
-                ("$PROGRAM '%s|' $PORT ${PORT}1 $NESTED $UNSET_ ${UNSET_} $$PORT $$ $ '' $EMPTY "
-                 "$SPACE x$PORT-", {"env": env}, "80|801|$PORT|$UNSET_|${UNSET_}|$PORT|$|$|||a b|x80-|"),
-                ("printf %s $GAFFER_TEST_OWN", {}, "ours"),
-                ("printf %s $GAFFER_TEST_OWN", {"os_env": False}, "$GAFFER_TEST_OWN"),
-                ("echo $0 $# \"$1\" \"$2\" $((1+1)) $X | cat",
-                 {"shell": True, "args": ["a b", "$X"], "env": {"X": "y"}}, "sh 2 a b $X 2 y\n"),
-                ("echo \"$1\"", {"shell": True, "args": "'a b' c"}, "a b\n"),
-                ("script", {"env": {"PATH": folder + ":/bin"}, "cwd": folder}, found),
-                ("sh -c 'echo ours'", {"os_env": False}, "ours\n"),
-                ("./script", {"cwd": folder}, found), ("pwd", {}, os.getcwd() + "\n")):
+    def test_command_and_environment(self):
+        pure_environ(self, OWN="ours", GAFFER_TOKEN="secret", PYTHONUNBUFFERED=None)
+        only = {"os_env": False, "env": {"A": "\u00e4\U0001f600", "N": 5}}
+        for number, (cmd, fields, output) in enumerate((
+                ("printf '%s|' 'b c' $OWN $N*", {"env": {"N": 0.5}}, "b c|ours|0.5*|"),
+                ("echo $# \"$1\" $((1+1)) $0", {"shell": True, "args": ["$X"]}, "1 $X 2 sh\n"),
+                ("env", only, "A=\u00e4\U0001f600\nN=5\nPYTHONUNBUFFERED=1\n"),
+                ("sh -c 'pwd; echo $$GAFFER_TOKEN'", {"cwd": self.folder}, self.folder + "\n\n"))):
             with self.subTest(cmd):
-                self.assertEqual(self.output(cmd, **options).decode(), output)
-
-    def test_env(self):
-        """Variables, strings or numbers, win over gaffer's own environment, or stand alone."""
-        self.setenv("GAFFER_TEST_OWN", "ours")
-        self.setenv("GAFFER_TOKEN", "secret")
-        env = self.environment(env={"GAFFER_TEST_OWN": "theirs", "NUMBER": 5, "HALF": 0.5,
-                                    "UMLAUT": "\u00e4\U0001f600", "EMPTY": ""})
-        self.assertEqual([env.get(name) for name in ("GAFFER_TEST_OWN", "NUMBER", "HALF", "UMLAUT",
-                                                     "EMPTY", "PATH", "GAFFER_TOKEN")],
-                         ["theirs", "5", "0.5", "\u00e4\U0001f600", "", os.environ["PATH"], None])
-        self.assertEqual(self.environment(env={"A": "b"}, os_env=False),
-                         {"A": "b", "PYTHONUNBUFFERED": "1"})
+                said = self.output("x%d" % number, cmd, **fields)
+                if cmd == "env":
+                    said = "".join(sorted(said.splitlines(True)))
+                self.assertEqual(said, output)
 
     @unittest.skipUnless(os.geteuid() == 0, "only root may run something as another user")
     def test_identity(self):
         """uid, gid and the supplementary groups; nothing of gaffer's own is left."""
-        nobody = pwd.getpwnam("nobody")
-        group = next(entry for entry in grp.getgrall() if entry.gr_gid not in (0, nobody.pw_gid))
-        command = "echo $(id -ru) $(id -u) $(id -rg) $(id -g) $(id -G)"
-        groups = os.getgrouplist("nobody", nobody.pw_gid)
-        table = (
-            ({"uid": "nobody"}, nobody.pw_uid, nobody.pw_gid, groups),
-            ({"uid": nobody.pw_uid}, nobody.pw_uid, nobody.pw_gid, groups),
-            ({"uid": str(nobody.pw_uid), "gid": group.gr_name}, nobody.pw_uid, group.gr_gid,
-             os.getgrouplist("nobody", group.gr_gid)),
-            ({"gid": group.gr_gid}, 0, group.gr_gid, [group.gr_gid]),
-            ({"uid": 54321, "gid": 54322}, 54321, 54322, [54322]),
-        )
-        for options, uid, gid, groups in table:
-            for streams in ([], ["three"]):             # these take another way to the same end
-                with self.subTest(options=options, streams=streams):
-                    words = list(map(int, self.output(command, shell=True, cwd="/", custom_streams=streams, **options).split()))
-                    self.assertEqual(words[:4], [uid, uid, gid, gid])
-                    self.assertEqual(set(words[4:]), set(groups))
-
-    @unittest.skipUnless(os.geteuid() == 0, "only root may run something as another user")
-    def test_a_user_with_groups(self):
-        """All groups that the user database gives a user."""
-        found = [(member, entry.gr_gid) for entry in grp.getgrall() for member in entry.gr_mem]
-        if not found:
-            self.skipTest("no user here has a supplementary group")
-        name, gid = found[0]
-        words = self.output("id -G", uid=name, cwd="/").split()
-        self.assertIn(gid, list(map(int, words)))
-
-    @unittest.skipUnless(os.geteuid() == 0, "only root may run something as another user")
-    def test_a_file_that_the_user_may_not_execute(self):
-        """What gaffer may execute, but the user of the template not, is refused; it never runs as gaffer's user."""
-        script = process_script(self, "#!/bin/sh\nid -u\n", 0o700)
-        answer = self.server.json("POST", "/processes", {"name": "x", "cmd": script, "uid": "nobody", "cwd": "/"})
-        self.assertError(answer, 400, "invalid_process_info", script)
-        self.assertEqual(self.server.ok("GET", "/processes"), [])
-
-    def test_an_unknown_identity(self):
-        """Refused, nothing is added."""
-        for options in ({"uid": "no-such-user"}, {"gid": "no-such-group"}, {"uid": 2 ** 32 - 1}, {"gid": 2 ** 32 - 1},
-                        {"uid": -1}):
-            with self.subTest(options):
-                answer = self.server.json("POST", "/processes", dict(options, name="x", cmd="true"))
-                self.assertError(answer, 400, "invalid_process_info", list(options)[0])
-        self.assertEqual(self.server.ok("GET", "/processes"), [])
+        uid, gid = pwd.getpwnam("nobody")[2:4]
+        group = next(entry for entry in grp.getgrall() if entry.gr_gid not in (0, gid))
+        for number, ((fields, *ids, groups), streams) in enumerate(itertools.product((
+                ({"uid": "nobody"}, uid, gid, os.getgrouplist("nobody", gid)),
+                ({"uid": str(uid), "gid": group.gr_name}, uid, group.gr_gid,
+                 os.getgrouplist("nobody", group.gr_gid)),
+                ({"gid": group.gr_gid}, 0, group.gr_gid, [group.gr_gid]),
+                ({"uid": 54321, "gid": 54322}, 54321, 54322, [54322])), ([], ["three"]))):
+            with self.subTest(fields=fields, streams=streams):
+                words = self.output("x%d" % number, "echo $(id -ru; id -rg; id -u; id -g; id -G)",
+                                    shell=True, cwd="/", custom_streams=streams, **fields).split()
+                self.assertEqual(list(map(int, words[:4])), ids * 2)
+                self.assertEqual(set(map(int, words[4:])), set(groups))
+        # what gaffer may execute and the user may not never runs as gaffer's user
+        script = self.file("script", "#!/bin/sh\nid -u\n", 0o700)
+        self.refused({"name": "x", "cmd": script, "uid": "nobody", "cwd": "/"}, script)
 
     def test_numprocesses(self):
-        """So many run, each a leader of a group and a session of its own."""
-        pids = self.server.add("x", "sleep 60", numprocesses=3)
-        self.assertEqual(len(pids), 3)
-        status = self.server.ok("GET", "/status/x")
-        self.assertEqual((status["running"], status["numprocesses"], status["max_processes"]), (3, 3, 3))
-        for os_pid in status["os_pids"]:
+        """So many run, each a leader of a group and a session; one that is killed is replaced."""
+        self.assertEqual(self.add("x", "sleep 60", numprocesses=3), [1, 2, 3])
+        for os_pid in self.os_pids("x"):
             self.assertEqual((os.getpgid(os_pid), os.getsid(os_pid)), (os_pid, os_pid))
-        self.assertEqual(self.server.add("none", "sleep 60", numprocesses=0), [])
-        self.assertTrue(self.server.ok("GET", "/status/none")["active"])
-
-    def test_numprocesses_are_kept(self):
-        """One that is killed is replaced; the others go on."""
-        pids = self.server.add("x", "sleep 60", numprocesses=3)
-        self.server.ok("POST", "/processes/%d/_signal/KILL" % pids[1])
+        self.kill(2)
         self.assertEqual(self.spawned("x", 4)["pid"], 4)
-        self.assertEqual(self.pids("x"), [pids[0], pids[2], 4])
+        self.assertEqual(self.pids("x"), [1, 3, 4])
+        self.assertEqual(self.add("none", "sleep 60", numprocesses=0), [])
+        self.assertTrue(self.status("none")["active"])
 
     def test_redirect_output(self):
-        """The first label is stdout's, the second stderr's; what has no label goes to /dev/null."""
-        both = "echo out; echo err >&2"
-        table = (
-            ({}, {"stdout": b"out\n", "stderr": b"err\n"}),
-            ({"redirect_output": ["o", "e"]}, {"o": b"out\n", "e": b"err\n"}),
-            ({"redirect_output": ["o"]}, {"o": b"out\n"}),
-            ({"redirect_output": ["stderr"]}, {"stderr": b"out\n"}),
-            ({"redirect_output": ["all", "all"]}, {"all": b"out\nerr\n"}),
-        )
-        for number, (options, expected) in enumerate(table):
-            with self.subTest(options):
+        """The first label is stdout's, the second stderr's; what has none goes to /dev/null."""
+        for number, (labels, expected) in enumerate((
+                (["stdout", "stderr"], {"stdout": b"out\n", "stderr": b"err\n"}),
+                (["o"], {"o": b"out\n"}), (["stderr"], {"stderr": b"out\n"}),
+                (["all", "all"], {"all": b"out\nerr\n"}))):
+            with self.subTest(labels):
                 name = "x%d" % number
-                self.server.add(name, both, shell=True, flapping=PROCESS_ONCE, **options)
-                pid = self.spawned(name, 1)["pid"]
-                self.assertEqual({label: self.poll(pid, label=label) for label in expected}, expected)
-                self.assertEqual(self.server.json("GET", "/streams/%d/nothing" % pid)[1]["error"], "io_not_found")
+                self.add(name, "echo out; echo err >&2", shell=True, restart="never",
+                         redirect_output=labels)
+                pid = self.spawned(name)["pid"]
+                self.assertEqual({each: self.poll(pid, label=each) for each in expected}, expected)
+                self.assertError(self.server.json("GET", "/streams/%d/no" % pid), 404,
+                                 "io_not_found")
+        pid, = self.add("none", "sleep 60", redirect_output=[])
+        self.check_null(self.os_pids("none")[0])
+        self.assertError(self.server.json("GET", "/streams/%d/stdout" % pid), 400,
+                         "io_not_redirected")
 
-    def test_no_output(self):
-        """No labels: /dev/null, and nothing to read."""
-        pid, = self.server.add("x", "sleep 60", redirect_output=[])
-        os_pid = self.os_pid(pid)
-        self.assertEqual([os.readlink("/proc/%d/fd/%d" % (os_pid, fd)) for fd in (0, 1, 2)], ["/dev/null"] * 3)
-        self.assertError(self.server.json("GET", "/streams/%d/stdout" % pid), 400, "io_not_redirected")
+    def check_null(self, os_pid):
+        """A process has /dev/null for its three standard descriptors."""
+        self.assertEqual([os.readlink("/proc/%d/fd/%d" % (os_pid, fd)) for fd in (0, 1, 2)],
+                         ["/dev/null"] * 3)
 
     def test_merged_in_order(self):
-        """The same label twice: one stream, in the order of the writes."""
-        data = self.output(python("import os\nfor i in range(1000):\n    os.write(1 + i % 2, b'%d\\n' % i)"),
-                           label="all", redirect_output=["all", "all"])
-        self.assertEqual(data, b"".join(b"%d\n" % i for i in range(1000)))
+        code = "import os\nfor i in range(1000):\n    os.write(1 + i % 2, b'%d\\n' % i)"
+        self.assertEqual(self.output("x", python(code), "all", redirect_output=["all", "all"]),
+                         "".join("%d\n" % number for number in range(1000)))
 
-    def test_lines_of_two_processes(self):
-        """A template's stream: lines of two processes are never mixed within a line."""
-        code = """
-            import os
-            me = os.read(0, 1)
-            for i in range(2000):
-                os.write(1, me * 10)
-                os.write(1, me * 10 + b'\\n')
-            """
-        pids = self.server.add("x", python(code), numprocesses=2, redirect_input=True, flapping=dict(PROCESS_ONCE, attempts=2))
-        for pid, me in zip(pids, b"ab"):
-            self.server.ok("POST", "/streams/%d/stdin" % pid, bytes([me]))
-        for _, event in zip(pids, self.server.events("exit", since=0)):
-            self.assertEqual(event["exit_status"], 0)
-        for pid in pids:
-            self.poll(pid)
-        self.server.ok("POST", "/processes/x/_stop?wait=true")
-        lines = self.server.request("GET", "/streams/x/stdout?feed=longpoll&since=0")[2].split(b"\n")
-        self.assertEqual(sorted(lines), [b""] + [b"a" * 20] * 2000 + [b"b" * 20] * 2000)
-
-    def test_redirect_input(self):
-        """A pipe to stdin and its end; without it /dev/null, and a write is refused."""
-        pid, = self.server.add("x", "cat", redirect_input=True, flapping=PROCESS_ONCE)
-        self.server.ok("POST", "/streams/%d/stdin" % pid, b"hello ")
-        self.poll(pid, b"hello ")
-        self.server.ok("POST", "/streams/%d/ttin" % pid, b"world\x00\xff")
-        self.server.ok("DELETE", "/streams/%d/stdin" % pid)
-        self.assertEqual(self.poll(pid), b"hello world\x00\xff")
-        self.assertEqual(self.exit_of(pid)["exit_status"], 0)
-        pid, = self.server.add("y", "sh -c 'cat; echo end; sleep 60'")
-        self.assertEqual(self.poll(pid, b"end\n"), b"end\n")
-        self.assertError(self.server.json("POST", "/streams/%d/stdin" % pid, b"!"), 403, "forbidden_write")
+    def test_wide_pipe(self):
+        """A pipe that was full is widened."""
+        pid, = self.add("x", python("""
+            import fcntl, os
+            os.write(1, b"x" * 65536)
+            os.read(0, 1)
+            os.write(1, b"%d\\n" % fcntl.fcntl(1, 1032))
+            """), redirect_input=True, restart="never")
+        self.poll(pid, b"x" * 65536)
+        self.send(pid, b"!")
+        self.assertEqual(int(self.poll(pid, b"\n", since=65536)), 262144)
 
     def test_custom_streams(self):
-        """Descriptors 3 and 4, both ways, with an end of file each way of its own."""
-        pid, = self.server.add("x", python("""
-            import os, socket
+        """Descriptors from 3 on, both ways, with an end of file each way of its own."""
+        labels = ["control", "data.1"] + ["s%d" % number for number in range(14)]
+        pid, = self.add("x", python("""
+            import os
             print(os.environ['GAFFER_STREAMS'])
+            for fd in range(5, 19):
+                os.write(fd, b'%d' % fd)
             for fd, word in ((3, b'three:'), (4, b'four:')):
                 while True:
                     data = os.read(fd, 100)
@@ -5729,618 +5331,518 @@ class ProcessTemplate(ProcessCase):
                         break
                 os.close(fd)
             os.read(0, 1)
-            """), custom_streams=["control", "data.1"], redirect_input=True, flapping=PROCESS_ONCE)
-        self.poll(pid, b"control,data.1\n")
-        for label, word in (("control", b"three:"), ("data.1", b"four:")):
-            for text in (b"one", b"two"):
-                self.server.ok("POST", "/streams/%d/%s" % (pid, label), text)
-                self.poll(pid, word + text, label=label)
-            self.server.ok("DELETE", "/streams/%d/%s" % (pid, label))
-            self.assertEqual(self.poll(pid, label=label), word + b"one" + word + b"two" + word)
-            self.assertError(self.server.json("POST", "/streams/%d/%s" % (pid, label), b"late"), 403, "forbidden_write")
-        self.server.ok("DELETE", "/streams/%d/stdin" % pid)
+            """), custom_streams=labels, redirect_input=True, restart="never")
+        self.poll(pid, ",".join(labels).encode() + b"\n")
+        for fd, label in enumerate(labels[2:], 5):
+            self.assertEqual(self.poll(pid, b"%d" % fd, label), b"%d" % fd)
+        for label, word in ("control", b"three:"), ("data.1", b"four:"):
+            for text in b"one", b"two":
+                self.send(pid, text, label)
+                self.poll(pid, word + text, label)
+            self.send(pid, None, label)
+            said = word + b"one" + word + b"two" + word
+            self.assertEqual(self.poll(pid, label=label), said)
+            self.assertError(self.server.json("POST", "/streams/%d/%s" % (pid, label), b"late"),
+                             403, "forbidden_write")
+        self.assertEqual(self.poll("x", said, label), said)
+        self.send(pid, None)
         self.assertEqual(self.exit_of(pid)["exit_status"], 0)
-        self.assertEqual(self.poll("x", b"four:two", label="data.1"), b"four:onefour:twofour:")
-
-    def test_many_custom_streams(self):
-        """All sixteen stand where they should, whatever numbers gaffer's own ends had."""
-        labels = ["s%d" % number for number in range(16)]
-        code = "import os, signal\nfor i in range(16):\n    os.write(3 + i, b'%d' % i)\nsignal.sigwait([])"
-        pid, = self.server.add("x", python(code), custom_streams=labels)
-        for number, label in enumerate(labels):
-            self.poll(pid, b"%d" % number, label=label)
-        self.stop("x", self.spawned("x", 1)["os_pid"])
-        for number, label in enumerate(labels):
-            self.assertEqual(self.poll(pid, label=label), b"%d" % number)
-
-    def test_descriptors_of_the_child(self):
-        """Nothing of gaffer's leaks into it."""
-        code = "import os\nfound = os.listdir('/proc/self/fd')\nos.write(1, ' '.join(sorted(found, key=int)).encode())"
-        self.assertEqual(self.output(python(code)), b"0 1 2 3")              # 3 is the directory itself
-        self.assertEqual(self.output(python(code), custom_streams=["a", "b"], redirect_input=True), b"0 1 2 3 4 5")
 
     def test_signals_of_the_child(self):
-        """It begins with the default handlers and no signal blocked."""
-        data = self.output("grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status")
-        self.assertEqual(re.findall(rb"Sig(Blk|Ign):\s*0*([0-9a-f]+)\n", data), [(b"Blk", b"0"), (b"Ign", b"0")])
-
-    def test_graceful_timeout(self):
-        """SIGKILL after so many seconds, not before."""
-        pid, = self.server.add("x", PROCESS_STUBBORN, graceful_timeout=0.3)
-        self.poll(pid, b"ready\n")
-        self.stop("x", self.os_pid(pid))
-        exited, stopped = self.exit_of(pid), self.server.wait_event("stop_pid")
-        self.assertEqual(exited["term_signal"], signal.SIGKILL)
-        self.assertGreater(exited["time"] - stopped["time"], 0.29)
-
-    def test_no_graceful_timeout(self):
-        """0: SIGTERM and SIGKILL at once."""
-        pid, = self.server.add("x", PROCESS_STUBBORN, graceful_timeout=0)
-        self.poll(pid, b"ready\n")
-        self.stop("x", self.os_pid(pid))
-        self.assertEqual(self.exit_of(pid)["term_signal"], signal.SIGKILL)
-
-    def test_unbuffered(self):
-        """PYTHONUNBUFFERED=1 where output is redirected and the variable is not set."""
-        self.setenv("PYTHONUNBUFFERED", None)
-        self.assertEqual(self.environment()["PYTHONUNBUFFERED"], "1")
-        self.assertEqual(self.environment(env={"PYTHONUNBUFFERED": ""})["PYTHONUNBUFFERED"], "")
-        path = os.path.join(tempfile.mkdtemp(), "env")
-        self.addCleanup(os.rmdir, os.path.dirname(path))
-        self.addCleanup(os.unlink, path)
-        self.server.add("x", "env > $FILE", shell=True, env={"FILE": path}, redirect_output=[], flapping=PROCESS_ONCE)
-        self.exit_of(self.spawned("x", 1)["pid"])
-        with open(path) as file:
-            self.assertNotIn("PYTHONUNBUFFERED", file.read())
-
-    def test_a_python_program_is_not_silent(self):
-        """What it prints can be read while it runs."""
-        pid, = self.server.add("x", PYTHON, args=["-c", "print('now'); import signal; signal.sigwait([])"])
-        self.poll(pid, b"now\n")
-
-    def test_detach(self):
-        """Survives gaffer's stop, with its output on /dev/null; labels or stdin with it are refused."""
-        for options in ({"redirect_output": ["stdout"]}, {"redirect_input": True}, {"custom_streams": ["a"]}):
-            answer = self.server.json("POST", "/processes", dict(options, name="x", cmd="sleep 60", detach=True))
-            self.assertError(answer, 400, "invalid_process_info", list(options)[0])
-        pid, = self.server.add("x", "sleep 60", detach=True)
-        other, = self.server.add("y", "sleep 60")
-        os_pid, other = self.os_pid(pid), self.os_pid(other)
-        try:
-            self.server.stop_all()
-            self.assertTrue(alive(os_pid))
-            self.assertFalse(alive(other))
-            self.assertEqual([os.readlink("/proc/%d/fd/%d" % (os_pid, fd)) for fd in (0, 1, 2)], ["/dev/null"] * 3)
-        finally:
-            os.kill(os_pid, signal.SIGKILL)
-            os.waitpid(os_pid, 0)
-
-    def test_detached_ones_are_stopped_by_name(self):
-        """Only gaffer's own end spares them."""
-        pid, = self.server.add("x", "sleep 60", detach=True)
-        self.stop("x", self.os_pid(pid))
-        self.assertEqual(self.exit_of(pid)["term_signal"], signal.SIGTERM)
-
-    def test_shown(self):
-        """The template as it was given, defaults filled in; by pid with pid and os_pid."""
-        self.server.add("x", "sleep 60", env={"A": 1}, priority=3)
-        template = self.server.ok("GET", "/processes/x")
-        self.assertEqual(template, dict(PureTemplates.DEFAULTS, name="x", cmd="sleep 60", env={"A": 1},
-                                        priority=3))
-        process = self.server.ok("GET", "/processes/1")
-        os_pid = process.pop("os_pid")
-        self.assertEqual(process, dict(template, pid=1))
-        self.assertTrue(alive(os_pid))
-
-
-class ProcessActions(ProcessCase):
-    """What start, stop, restart, scale, update and delete mean."""
-
-    def add_slow(self, name="x", **options):
-        """A process that ignores SIGTERM, ready. Returns (pid, os_pid)."""
-        pid, = self.server.add(name, PROCESS_STUBBORN, **dict({"graceful_timeout": 60}, **options))
-        self.poll(pid, b"ready\n")
-        return pid, self.os_pid(pid)
-
-    def test_the_slot_is_kept(self):
-        """start after stop, restart and update answer at once; the new process follows when the old one is gone."""
-        table = (("a", "POST", "/_start", None), ("b", "POST", "/_restart", None),
-                 ("c", "PUT", "", {"cmd": "sleep 61", "start": True}))
-        for name, method, path, body in table:
-            with self.subTest(method + path):
-                pid, os_pid = self.add_slow(name)
-                self.server.ok("POST", "/processes/%s/_stop" % name)
-                self.assertEqual(self.pids(name), [])
-                self.server.ok(method, "/processes/" + name + path, body)
-                status = self.server.ok("GET", "/status/" + name)
-                self.assertEqual((status["active"], status["running"], status["stopping"]), (True, 0, 1))
-                self.assertIn(self.kinds(name)[-1][0], ("start", "update"))
-                self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
-                self.assertEqual(self.spawned(name, 2)["pid"], pid + 1)
-                self.assertEqual(self.kinds(name)[-2:], [("exit", pid), ("spawn", pid + 1)])
-                self.assertIsNone(process_state(os_pid))
-
-    def test_stop_start_stop(self):
-        """The last wish counts."""
-        pid, os_pid = self.add_slow()
-        for action in ("stop", "start", "stop", "start", "stop"):
-            self.server.ok("POST", "/processes/x/_" + action)
-        self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
-        self.exit_of(pid)
-        self.stop("x", os_pid)
-        self.assertEqual([kind for kind, _ in self.kinds("x")].count("spawn"), 1)
-
-    def test_replaced_one_by_one(self):
-        """No more than numprocesses at any time, those that are stopping included."""
-        self.server.add("x", "sleep 60", numprocesses=3)
-        self.server.ok("POST", "/processes/x/_restart?wait=true")
-        self.server.ok("PUT", "/processes/x", {"cmd": "sleep 61", "numprocesses": 3})
-        self.server.ok("POST", "/processes/x/_restart?wait=true")
-        living, most = 0, 0
-        for kind, _ in self.kinds("x"):
-            living += {"spawn": 1, "exit": -1}.get(kind, 0)
-            most = max(most, living)
-        self.assertEqual((living, most), (3, 3))
-
-    def test_oldest_ends(self):
-        """Scaling down ends the oldest."""
-        pids = self.server.add("x", "sleep 60", numprocesses=4)
-        self.assertEqual(self.server.ok("POST", "/processes/x/_sub/3")["numprocesses"], 1)
-        self.assertEqual(self.pids("x"), pids[3:])
-        self.assertEqual(self.server.ok("POST", "/processes/x/_sub/9")["numprocesses"], 0)
-        self.assertEqual(self.pids("x"), [])
-        self.assertEqual(self.server.ok("GET", "/processes/x")["numprocesses"], 0)
-        self.assertEqual([pid for kind, pid in self.kinds("x") if kind == "reap"], pids)
-        self.assertEqual(self.server.ok("POST", "/processes/x/_add/2")["numprocesses"], 2)
-        until(lambda: self.pids("x") == [5, 6], "two new processes")
-
-    def test_scale_a_stopped_one(self):
-        """Only the number changes."""
-        self.server.add("x", "sleep 60", start=False)
-        self.assertEqual(self.server.ok("POST", "/processes/x/_add/2")["numprocesses"], 3)
-        self.assertEqual(self.kinds("x"), [("create", None), ("update", None)])
-        self.server.ok("POST", "/processes/x/_start")
-        self.assertEqual(self.pids("x"), [1, 2, 3])
-
-    def test_scale_limits(self):
-        """Never above 1,000; n is at least 1."""
-        self.server.add("x", "sleep 60", start=False)
-        self.assertEqual(self.server.ok("POST", "/processes/x/_add/5000")["numprocesses"], 1000)
-        for number in ("0", "-1", "x", "1.5"):
-            self.assertError(self.server.json("POST", "/processes/x/_add/" + number), 400, "bad_value")
-
-    def test_put(self):
-        """start left out: as it was. Another name: 400. numprocesses left out: its default."""
-        self.server.add("x", "sleep 60", numprocesses=2)
-        self.server.ok("PUT", "/processes/x", {"cmd": "sleep 61"})
-        until(lambda: self.pids("x") == [3], "the new process")
-        self.assertEqual(self.server.ok("GET", "/processes/3")["cmd"], "sleep 61")
-        self.server.ok("POST", "/processes/x/_stop?wait=true")
-        self.server.ok("PUT", "/processes/x", {"cmd": "sleep 62"})
-        self.assertFalse(self.server.ok("GET", "/status/x")["active"])
-        self.assertTrue(self.server.ok("GET", "/processes/x")["start"], "as it was given")
-        self.assertEqual(self.pids("x"), [])
-        self.server.ok("POST", "/processes", {"name": "y", "cmd": "sleep 60", "start": False})
-        self.server.ok("POST", "/processes/y/_start")
-        self.server.ok("PUT", "/processes/y", {"cmd": "sleep 61"})
-        self.assertTrue(self.server.ok("GET", "/status/y")["active"])
-        self.assertFalse(self.server.ok("GET", "/processes/y")["start"], "as it was given")
-        self.server.ok("DELETE", "/processes/y")
-        answer = self.server.json("PUT", "/processes/x", {"name": "y", "cmd": "true"})
-        self.assertError(answer, 400, "invalid_process_info", "name")
-        self.server.ok("POST", "/processes/x", {"name": "x", "cmd": "sleep 63", "start": True})
-        self.assertEqual(len(self.pids("x")), 1)
-        self.server.ok("PUT", "/processes/x", {"cmd": "sleep 64", "start": False})
-        self.assertFalse(self.server.ok("GET", "/status/x")["active"])
-
-    def test_put_of_what_cannot_run(self):
-        """Refused while it is active, and nothing has changed."""
-        pids = self.server.add("x", "sleep 60")
-        self.assertError(self.server.json("PUT", "/processes/x", {"cmd": "/nowhere"}), 400, "invalid_process_info")
-        self.assertEqual((self.pids("x"), self.server.ok("GET", "/processes/x")["cmd"]), (pids, "sleep 60"))
-        self.assertEqual(self.kinds("x")[-1], ("spawn", 1))
-
-    def test_stop_of_a_pid(self):
-        """It is replaced as soon as it is gone, without a delay, also many times; DELETE is the same."""
-        pid, = self.server.add("x", "sleep 60")
-        for number in range(4):
-            method, path = (("POST", "/processes/%d/_stop?wait=true"), ("DELETE", "/processes/%d"))[number % 2]
-            self.server.ok(method, path % pid)
-            self.assertEqual(self.spawned("x", number + 2)["pid"], pid + 1)
-            self.assertError(self.server.json("POST", "/processes/%d/_stop" % pid), 404, "not_found")
-            pid += 1
-        status = self.server.ok("GET", "/status/x")
-        self.assertEqual((status["state"], status["pids"]), ("running", [pid]))
-
-    def test_wait(self):
-        """?wait answers when it is done, else 504; it goes on."""
-        pid, os_pid = self.add_slow()
-        begin = time.monotonic()
-        self.assertError(self.server.json("POST", "/processes/x/_stop?wait=0.1"), 504, "wait_timeout")
-        self.assertGreaterEqual(time.monotonic() - begin, 0.1)
-        self.assertTrue(alive(os_pid))
-        self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
-        self.server.ok("POST", "/processes/x/_stop?wait=%d" % TIMEOUT)
-        self.assertIsNone(process_state(os_pid))
-        self.server.ok("POST", "/processes/x/_start?wait=true")
-        self.assertEqual(self.pids("x"), [pid + 1])
-        self.poll(pid + 1, b"ready\n")
-        self.assertError(self.server.json("POST", "/processes/x/_restart?wait=0.05"), 504, "wait_timeout")
-        self.server.ok("POST", "/processes/%d/_signal/KILL" % (pid + 1))
-        self.server.ok("POST", "/processes/x/_start?wait=true")
-        self.assertEqual(self.pids("x"), [pid + 2])
-
-    def test_wait_for_the_group(self):
-        """?wait of a pid waits for the last process of its group too."""
-        pid, = self.server.add("x", '(trap "" TERM; echo ready; exec sleep 60) & wait', shell=True, graceful_timeout=0.1)
-        os_pid = self.os_pid(pid)
-        self.poll(pid, b"ready\n")
-        self.server.ok("POST", "/processes/%d/_stop?wait=true" % pid)
-        self.assertEqual(process_group(os_pid), [])
-
-    def test_the_group_ends_before_the_next(self):
-        """A leader that exits by itself is replaced when nothing of its group is left."""
-        self.server.add("x", python("""
-            import os, signal
-            if os.fork() == 0:
-                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-                os.write(1, b'ready\\n')
-                signal.sigwait([signal.SIGTERM])
-                os.write(1, b'old ends\\n')
-                os._exit(0)
-            os.write(1, b'leader\\n')
-            os.read(0, 1)
-            """), redirect_input=True)
-        first = self.spawned("x", 1)
-        self.poll(1, b"ready\n")
-        self.server.ok("DELETE", "/streams/1/stdin")
-        self.spawned("x", 2)
-        self.assertEqual(process_group(first["os_pid"]), [])
-        self.assertTrue(self.poll(1).endswith(b"old ends\n"))
-
-    def test_delete(self):
-        """Stopped and forgotten: the name is free at once, its windows are gone, the old processes end."""
-        pid, os_pid = self.add_slow(graceful_timeout=0.2)
-        self.server.ok("DELETE", "/processes/x")
-        self.assertEqual(self.server.ok("GET", "/processes"), [])
-        self.assertError(self.server.json("GET", "/status/x"), 404, "not_found")
-        self.assertEqual(self.server.add("x", "sleep 60"), [pid + 1])
-        self.exit_of(pid)
-        self.assertError(self.server.json("GET", "/streams/%d/stdout?since=0" % pid), 404, "not_found")
-        self.assertEqual(self.pids("x"), [pid + 1])
-        self.assertIsNone(process_state(os_pid))
-
-    def test_pids_are_never_reused(self):
-        """Also over delete, stop, and what could not be started."""
-        seen = []
-        for number in range(5):
-            seen += self.server.add("x", "sleep 60", numprocesses=2)
-            self.server.json("POST", "/processes", {"name": "y", "cmd": "/nowhere"})
-            if number % 2:
-                self.server.ok("POST", "/processes/x/_stop?wait=true")
-            self.server.ok("DELETE", "/processes/x")
-        self.assertEqual(seen, list(range(1, 11)))
-
-    def test_last_words(self):
-        """The windows of the last 16 exits are readable, until the template is deleted."""
-        self.server.add("x", "cat", redirect_input=True)
-        for pid in range(1, 18):
-            self.spawned("x", pid)
-            self.server.ok("POST", "/streams/%d/stdin" % pid, b"I am %d\n" % pid)
-            self.poll(pid, b"\n")
-            self.server.ok("POST", "/processes/%d/_stop" % pid)
-            self.exit_of(pid)
-        self.spawned("x", 18)
-        for pid in range(2, 18):
-            self.assertEqual(self.poll(pid), b"I am %d\n" % pid)
-        self.server.ok("POST", "/processes/x/_stop?wait=true")
-        self.assertEqual(self.poll(17), b"I am 17\n")
-        self.server.ok("DELETE", "/processes/x")
-        for pid in range(1, 19):
-            self.assertError(self.server.json("GET", "/streams/%d/stdout?since=0" % pid), 404, "not_found")
-
-    def test_last_words_of_an_update(self):
-        """They stay over a PUT."""
-        pid, = self.server.add("x", "cat", redirect_input=True)
-        self.server.ok("POST", "/streams/%d/stdin" % pid, b"old")
-        self.poll(pid, b"old")
-        self.server.ok("PUT", "/processes/x", {"cmd": "sleep 60"})
-        self.spawned("x", 2)
-        self.assertEqual(self.poll(pid), b"old")
-
-    def test_signals(self):
-        """To each process; with ?group=true to the groups."""
-        pids = self.server.add("x", python("""
-            import os, signal
-            signals = [signal.SIGUSR1, signal.SIGUSR2]
-            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-            leader = os.fork()
-            os.write(1, b'leader\\n' if leader else b'child\\n')
-            while True:
-                ending = signal.sigwait(signals) == signal.SIGUSR2
-                os.write(1, b'end\\n' if ending else b'%d\\n' % bool(leader))
-            """), numprocesses=2)
-        for pid in pids:
-            self.poll(pid, b"child\n")
-            self.poll(pid, b"leader\n")
-        for name in ("USR1", "SIGUSR1", str(int(signal.SIGUSR1)), "usr1"):
-            self.server.ok("POST", "/processes/x/_signal/" + name)
-            for pid in pids:
-                self.server.ok("GET", "/processes/%d" % pid)
-        self.server.ok("POST", "/processes/%d/_signal/USR1?group=true" % pids[0])
-        self.poll(pids[0], b"0\n")                                  # only the group's signal reaches the child
-        self.server.ok("POST", "/processes/x/_signal/USR2?group=true")
-        seen = [b""]
-
-        def both_have_ended():
-            seen.append(self.poll(pids[1], b"end\n"))
-            return seen[-1].count(b"end\n") == 2
-        until(both_have_ended)
-        self.assertNotIn(b"0\n", seen[-1])
-        self.assertIn(b"1\n", self.poll(pids[1], b"end\n"))
-        for name, code in (("NOPE", "bad_value"), ("0", "bad_value"), ("", "no_signal_number")):
-            path = "/processes/x/_signal" + ("/" + name if name else "")
-            self.assertError(self.server.json("POST", path), 400, code)
-
-
-class ProcessEmbedded(ProcessCase):
-    """The Manager as a library: its methods, apps and end."""
-
-    def collect(self, pattern=""):
-        """A queue of the events to come."""
-        events = queue.Queue()
-        subscription = self.server.manager.subscribe(pattern, lambda kind, event: events.put((kind, event)))
-        self.addCleanup(subscription.close)
-        return events
-
-    def ended(self):
-        """run() has returned."""
-        self.server._thread.join(TIMEOUT)
-        self.assertFalse(self.server._thread.is_alive())
-
-    def test_signals_that_the_calling_thread_blocks(self):
-        """It may have reasons. Its processes have none."""
+        """It begins with the default handlers and no signal blocked, whatever the caller blocks."""
         old = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTERM])
         try:
             server = Running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
         self.addCleanup(server.stop_all)
-        server.add("x", "grep SigBlk /proc/self/status; sleep 1000", shell=True)
-        _, _, data = server.request("GET", "/streams/1/stdout?since=0")
-        self.assertEqual(data, b"SigBlk:\t" + b"0" * 16 + b"\n")
+        for each in self.server, server:
+            each.add("x", "grep -E '^Sig(Blk|Ign):' /proc/self/status", restart="never")
+            each.wait_event("done")
+            data = each.request("GET", "/streams/x/stdout?since=0")[2]
+            self.assertEqual(re.findall(rb"Sig(...):\s*0{15}([0-9a-f]+)\n", data),
+                             [(b"Blk", b"0"), (b"Ign", b"0")])
 
-    def test_one_that_does_not_die(self):
-        """As if it waited for a device: a second stop ends gaffer, and tells what is left."""
-        pid, = self.server.add("x", "sleep 1000")
-        os_pid = self.os_pid(pid)
-        with unittest.mock.patch("gaffer.os.killpg"), unittest.mock.patch("gaffer.STOP_KILL", 0.1):
-            self.server.manager.stop()
-            with self.assertLogs("gaffer", "WARNING") as logged:
-                self.server.manager.stop(kill=True)
-                self.ended()
-        self.assertTrue(alive(os_pid))
-        self.assertEqual([record.getMessage() for record in logged.records], [
-            "x (pid 1): os pid %d was killed and does not end: it is left to itself" % os_pid])
+    def test_detach(self):
+        """It survives gaffer's end alone, with its output on /dev/null; nobody waits for it."""
+        for fields in {"redirect_output": ["stdout"]}, {"redirect_input": True}:
+            self.refused(dict(fields, name="x", cmd="sleep 60", detach=True), next(iter(fields)))
+        self.add("x", "sleep 60", detach=True)
+        self.stop("x", self.os_pids("x")[0])
+        self.assertEqual(self.exit_of(1)["term_signal"], signal.SIGTERM)
+        handle = self.manager.add_process("y", "sleep 60", detach=True)
+        self.add("z", "sleep 60")
+        (os_pid,), (other,) = self.os_pids("y"), self.os_pids("z")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            wait = pool.submit(handle.wait)
+            self.server.stop_all()
+            wait.result(TIMEOUT)
+        self.assertEqual((alive(os_pid), alive(other)), (True, False))
+        self.check_null(os_pid)
         os.kill(os_pid, signal.SIGKILL)
         os.waitpid(os_pid, 0)
 
-    def test_stop_in_reverse_order(self):
-        """The newest first, each when the one after it is gone; then run() returns and nothing is left."""
-        self.server.add("a", "sleep 60", numprocesses=2)
-        self.server.add("b", "sleep 60")
-        os_pids = [self.os_pid(pid) for pid in (1, 2, 3)]
-        events = self.collect()
-        self.server.manager.stop()
-        self.ended()
-        found = [(kind, event.get("pid")) for kind, event in events.queue]
-        self.assertEqual(found, [("stop", None)] * 2 + [(kind, pid) for pid in (3, 2, 1) for kind in ("stop_pid", "exit")])
-        self.assertEqual([process_state(os_pid) for os_pid in os_pids], [None] * 3)
+    def test_shown(self):
+        """As it was given, defaults filled in; by pid with pid and os_pid."""
+        self.add("x", "sleep 60", env={"A": 1}, priority=3)
+        template = dict(PureTemplates.DEFAULTS, name="x", cmd="sleep 60", env={"A": 1}, priority=3)
+        self.assertEqual(self.ok("GET", "/processes/x"), template)
+        self.assertEqual(self.ok("GET", "/processes/1"),
+                         dict(template, pid=1, os_pid=self.os_pids("x")[0]))
 
-    def test_one_that_is_slow_to_stop(self):
-        """It does not hold the others; meanwhile nothing can be changed; a second stop kills."""
-        self.server.add("a", "sleep 60")
-        slow, = self.server.add("b", PROCESS_STUBBORN, graceful_timeout=60)
-        os_pid = self.os_pid(slow)
-        self.poll(slow, b"ready\n")
-        events = self.collect("exit")
-        self.server.manager.stop()
-        self.assertEqual(events.get(timeout=TIMEOUT)[1]["name"], "a")
+
+class ProcessActions(ProcessCase):
+    """What start, stop, restart, scale, update and delete mean."""
+
+    def add_slow(self, name="x", **options):
+        """Add a process that ignores SIGTERM. Return its pid and os pid, once it does."""
+        pid, = self.add(name, PROCESS_STUBBORN, **dict({"graceful_timeout": 60}, **options))
+        self.poll(pid, b"ready\n")
+        return pid, self.os_pids(name)[0]
+
+    # (template fields, requests, events in this order)
+    ORDERS = (
+        ({}, [], "create start spawn spawn"),
+        ({"start": False}, ["POST /_start", "POST /_start"], "create start spawn spawn"),
+        ({}, ["POST /_stop?wait=true"] * 2,
+         "create start spawn spawn stop stop_pid stop_pid exit exit"),
+        ({"start": False}, ["POST /_stop"], "create"),
+        ({}, ["POST /_add/2", "POST /_sub?wait=true"],
+         "create start spawn spawn update spawn spawn update reap exit"),
+        ({"start": False}, ["POST /_add/2"], "create update"),
+        ({}, ["DELETE ?wait=true"],
+         "create start spawn spawn stop stop_pid stop_pid delete exit exit"),
+        ({"start": False}, ["DELETE "], "create delete"),
+        ({"numprocesses": 1}, ["PUT ", "POST /_start?wait=true"],
+         "create start spawn update stop_pid exit spawn"),
+        ({"numprocesses": 1}, ["POST /_restart?wait=true"],
+         "create start spawn restart stop_pid exit spawn"),
+        ({"start": False}, ["POST /_restart?wait=true"], "create start spawn spawn"))
+
+    def test_order_of_events(self):
+        for number, (fields, requests, events) in enumerate(self.ORDERS):
+            with self.subTest(fields=fields, requests=requests):
+                name = "x%d" % number
+                self.add(name, "sleep 60", **dict({"numprocesses": 2}, **fields))
+                for request in requests:
+                    method, path = request.split(" ")
+                    body = {"cmd": "sleep 61"} if method == "PUT" else None
+                    self.ok(method, "/processes/" + name + path, body)
+                until(lambda name=name, events=events: len(self.words(name)) >= len(events))
+                self.assertEqual(self.words(name), events)
+
+    def test_fields_of_events(self):
+        self.add("x", "exit 3", shell=True, flapping=PROCESS_ONCE)
+        events = list(itertools.islice(self.server.events("proc/x", since=0), 5))
+        self.assertEqual(self.words("x"), "create start spawn exit stop")
+        more = {"spawn": {"pid", "os_pid"}, "exit": {"pid", "os_pid", "exit_status", "term_signal"}}
+        for number, event in enumerate(events, 1):
+            self.assertEqual(set(event), {"event", "name", "id", "time"}
+                             | more.get(event["event"], set()))
+            self.assertLess(abs(event["time"] - time.time()), TIMEOUT)
+            self.assertRegex(event["id"], r"\A%d@[A-Za-z0-9]+\Z" % number)
+
+    def test_slot_is_kept(self):
+        """_start after a stop, _restart and PUT answer at once; the new process follows when the
+        old one is gone. The last wish counts."""
+        for name, method, path, body in (
+                ("a", "POST", "/_start", None), ("b", "POST", "/_restart", None),
+                ("c", "PUT", "", {"cmd": "sleep 61", "start": True})):
+            with self.subTest(method + path):
+                pid, os_pid = self.add_slow(name)
+                self.post(name + "/_stop")
+                self.assertEqual(self.pids(name), [])
+                self.ok(method, "/processes/" + name + path, body)
+                status = self.status(name)
+                self.assertEqual([status[key] for key in ("active", "running", "stopping")],
+                                 [True, 0, 1])
+                self.assertIn(self.kinds(name)[-1][0], ("start", "update"))
+                self.kill(pid)
+                self.spawned(name, 2)
+                self.assertEqual(self.kinds(name)[-2:], [("exit", pid), ("spawn", pid + 1)])
+                self.assertIsNone(process_state(os_pid))
+        pid, _ = self.add_slow("d")
+        for action in "stop", "start", "stop", "start", "stop":
+            self.post("d/_" + action)
+        self.kill(pid)
+        self.post("d/_stop?wait=true")
+        self.assertEqual(self.words("d").split().count("spawn"), 1)
+
+    def test_replaced_one_by_one(self):
+        """No more than numprocesses at any time, those that are stopping included."""
+        self.add("x", "sleep 60", numprocesses=3)
+        self.post("x/_restart?wait=true")
+        self.ok("PUT", "/processes/x", {"cmd": "sleep 61", "numprocesses": 3})
+        self.post("x/_restart?wait=true")
+        living = list(itertools.accumulate(
+            {"spawn": 1, "exit": -1}.get(kind, 0) for kind, _ in self.kinds("x")))
+        self.assertEqual((living[-1], max(living)), (3, 3))
+
+    def test_scale(self):
+        """Down ends the oldest; never below 0 or above 1,000; n is at least 1."""
+        pids = self.add("x", "sleep 60", numprocesses=4)
+        for path, number, left in ("_sub/3", 1, [4]), ("_sub/9", 0, []), ("_add/2", 2, [5, 6]):
+            self.assertEqual(self.post("x/" + path)["numprocesses"], number)
+            until(lambda left=left: self.pids("x") == left, "its processes")
+            self.assertEqual(self.ok("GET", "/processes/x")["numprocesses"], number)
+        self.assertEqual([pid for kind, pid in self.kinds("x") if kind == "reap"], pids)
+        self.add("y", "sleep 60", start=False)
+        self.assertEqual(self.post("y/_add/5000")["numprocesses"], 1000)
+        for number in "0", "-1", "x", "1.5":
+            self.refused(None, "", "bad_value", "/y/_add/" + number)
+
+    def test_put(self):
+        """start left out: as it was. Another name: 400. numprocesses left out: its default."""
+        self.add("x", "sleep 60", numprocesses=2)
+        self.add("y", "sleep 60", start=False)
+
+        def put(info, active, start, name="x"):
+            self.ok("PUT", "/processes/" + name, info)
+            self.assertEqual((self.status(name)["active"],
+                              self.ok("GET", "/processes/" + name)["start"]), (active, start))
+        put({"cmd": "sleep 61"}, True, True)
+        self.assertEqual(self.spawned("x", 3)["pid"], 3)
+        self.assertEqual((self.pids("x"), self.ok("GET", "/processes/3")["cmd"]), ([3], "sleep 61"))
+        self.post("x/_stop?wait=true")
+        put({"cmd": "sleep 62"}, False, True)
+        put({"cmd": "sleep 63", "start": True}, True, True)
+        self.post("y/_start")
+        put({"cmd": "sleep 61"}, True, False, "y")
+        put({"cmd": "sleep 64", "start": False}, False, False)
+        self.refused({"name": "z", "cmd": "true"}, "name", path="/x", method="PUT")
+        before = self.words("y"), self.pids("y")
+        self.refused({"cmd": "/nowhere"}, "not there", path="/y", method="PUT")
+        self.assertEqual((self.words("y"), self.pids("y")), before)
+        self.assertEqual(self.ok("GET", "/processes/y")["cmd"], "sleep 61")
+
+    def test_stop_of_a_pid(self):
+        """It is replaced as soon as it is gone, without a delay, also many times."""
+        pid, = self.add("x", "sleep 60")
+        for method, path in [("POST", "/_stop?wait=true"), ("DELETE", "")] * 2:
+            self.ok(method, "/processes/%d%s" % (pid, path))
+            self.assertEqual(self.spawned("x", pid + 1)["pid"], pid + 1)
+            self.refused(None, "", "not_found", "/%d/_stop" % pid, status=404)
+            pid += 1
+        self.assertEqual(self.kinds("x")[-3:], [("stop_pid", 4), ("exit", 4), ("spawn", 5)])
+
+    def test_wait(self):
+        """?wait answers when it is done, else 504; it goes on."""
+        pid, os_pid = self.add_slow()
+
+        def late(path, method="POST"):
+            self.refused(None, "", "wait_timeout", path, method, 504)
+        late("/x/_stop?wait=0.1")
         self.assertTrue(alive(os_pid))
-        self.assertError(self.server.json("POST", "/processes", {"name": "c", "cmd": "true"}), 503, "stopping")
-        self.assertError(self.server.json("POST", "/processes/a/_start"), 503, "stopping")
-        self.server.manager.stop(kill=True)
-        self.assertEqual(events.get(timeout=TIMEOUT)[1]["term_signal"], signal.SIGKILL)
-        self.server.stop_all()
+        self.kill(pid)
+        self.post("x/_stop?wait=true")
+        self.assertIsNone(process_state(os_pid))
+        self.post("x/_start?wait=true")
+        self.assertEqual(self.pids("x"), [2])
+        self.poll(2, b"ready\n")
+        late("/x/_restart?wait=0.05")
+        self.kill(2)
+        self.post("x/_start?wait=true")
+        self.assertEqual(self.pids("x"), [3])
+        self.add("late", "false", restart_delay=1000)
+        until(lambda: self.status("late")["state"] == "backoff")
+        late("/late/_start?wait=0.05")
+        self.add("group", PROCESS_LEAVES, graceful_timeout=0.1)
+        os_pid, = self.os_pids("group")
+        self.poll("group", b"ready\n")
+        self.post("%d/_stop?wait=true" % self.pids("group")[0])
+        self.assertEqual(process_group(os_pid), [])
+        for method, path, name in (("POST", "/processes/a/_sub/2", "a"),
+                                   ("DELETE", "/processes/a", "a"), ("DELETE", "/groups/g", "g:a")):
+            with self.subTest(path):
+                pids = self.add(name, PROCESS_STUBBORN, numprocesses=2, graceful_timeout=0.2)
+                groups = self.os_pids(name)
+                for pid in pids:
+                    self.poll(pid, b"ready\n")
+                answer = self.server.json(method, path + "?wait=0.01")
+                self.assertError(answer, 504, "wait_timeout")
+                if method == "DELETE":
+                    self.assertNotIn(name, self.ok("GET", "/processes"))
+                    until(lambda groups=groups: not any(map(process_group, groups)))
+                    continue
+                self.ok(method, path + "?wait=true")
+                self.assertEqual([process_group(group) for group in groups], [[], []])
+                self.delete(name)
+
+    def test_group_ends_before_the_next(self):
+        """A leader that exits by itself is replaced when nothing of its group is left."""
+        self.add("x", python(PROCESS_AWAITS_TERM + textwrap.dedent("""
+            if os.fork() == 0:
+                os.write(1, b'ready\\n')
+                signal.sigwait([signal.SIGTERM])
+                os.write(1, b'old ends\\n')
+                os._exit(0)
+            os.read(0, 1)
+            """)), redirect_input=True)
+        group, = self.os_pids("x")
+        self.poll(1, b"ready\n")
+        self.send(1, None)
+        self.spawned("x", 2)
+        self.assertEqual(process_group(group), [])
+        self.assertEqual(self.poll(1), b"ready\nold ends\n")
+
+    def test_delete(self):
+        """The name is free at once, its windows are gone, the old processes end; a pid is never
+        used again."""
+        pid, os_pid = self.add_slow(graceful_timeout=0.2)
+        self.ok("DELETE", "/processes/x")
+        self.refused(None, "", "not_found", "/x", "GET", 404)
+        self.server.json("POST", "/processes", {"name": "y", "cmd": "/nowhere"})
+        self.assertEqual(self.add("x", "sleep 60"), [pid + 1])
+        self.exit_of(pid)
+        self.assertEqual(self.server.json("GET", "/streams/%d/stdout?since=0" % pid)[0], 404)
+        self.assertEqual(self.pids("x"), [pid + 1])
         self.assertIsNone(process_state(os_pid))
 
-    def test_stop_while_one_is_stopping(self):
-        """A template that was stopped just before is waited for too."""
-        pid, = self.server.add("x", PROCESS_STUBBORN, graceful_timeout=0.3)
-        self.poll(pid, b"ready\n")
-        os_pid = self.os_pid(pid)
-        self.server.ok("POST", "/processes/x/_stop")
-        self.server.manager.stop()
+    def test_final_output(self):
+        """The windows of the last 16 exits can be read, or of twice as many as there are processes,
+        also after a PUT, until the template is deleted."""
+        for name, count, rounds, kept in ("x", 1, 17, 16), ("y", 9, 2, 18):
+            self.add(name, "echo $$; exec sleep 60", shell=True, numprocesses=count)
+            for _ in range(rounds):
+                for pid in self.pids(name):
+                    self.poll(pid, b"\n")
+                self.post(name + "/_restart?wait=true")
+            self.ok("PUT", "/processes/" + name, {"cmd": "sleep 61", "numprocesses": count})
+            self.post(name + "/_stop?wait=true")
+            spawned = [pid for kind, pid in self.kinds(name) if kind == "spawn"]
+
+            def readable(pids=spawned):
+                return [pid for pid in pids if self.server.request(
+                    "HEAD", "/streams/%d/stdout?since=0" % pid)[0] != 404]
+            found = readable()
+            self.assertEqual((len(found), found[-count:]), (kept, spawned[-count:]))
+            self.assertRegex(self.poll(found[0]), rb"\A[0-9]+\n\Z")
+            self.delete(name)
+            self.assertEqual(readable(), [])
+
+    def test_signals(self):
+        """To each process; with ?group=true to the groups."""
+        pids = self.add("x", python("""
+            import os, signal
+            signals = [signal.SIGUSR1, signal.SIGUSR2]
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+            name = b"leader" if os.fork() else b"child"
+            while True:
+                os.write(1, name + b"\\n")
+                ending = signal.sigwait(signals) == signal.SIGUSR2
+                name = name.upper() + b" ends" * ending
+            """), numprocesses=2)
+        for pid in pids:
+            self.poll(pid, b"child\n")
+            self.poll(pid, b"leader\n")
+        for name in "USR1", "SIGUSR1", str(int(signal.SIGUSR1)), "usr1":
+            self.post("x/_signal/" + name)
+        self.post("1/_signal/USR1?group=true")
+        self.poll(1, b"CHILD\n")                # only the group's signal reaches the child
+        self.post("x/_signal/USR2?group=true")
+        said = self.poll(2, b"CHILD ends\n")
+        self.assertNotIn(b"CHILD\n", said)
+        self.assertIn(b"LEADER\n", self.poll(2, b"LEADER ends\n"))
+        for name, code in ("/NOPE", "bad_value"), ("/0", "bad_value"), ("", "no_signal_number"):
+            self.refused(None, "", code, "/x/_signal" + name)
+
+
+class ProcessEmbedded(ProcessCase):
+    """The Manager as a library: its methods, apps and end."""
+
+    def collect(self, pattern=""):
+        """Return a queue of (type, event), of those to come."""
+        events = queue.Queue()
+        subscription = self.manager.subscribe(pattern, lambda *event: events.put(event))
+        self.addCleanup(subscription.close)
+        return events
+
+    def test_slow_to_stop(self):
+        """It does not hold the others; nothing can be changed meanwhile; a second stop kills. One
+        that was stopped just before is waited for too."""
+        for name, fields in ("a", {"cmd": "sleep 60"}), ("b", PROCESS_STUBBORN), (
+                "c", PROCESS_STUBBORN):
+            pid, = self.add(name, fields, graceful_timeout=60)
+            if fields is PROCESS_STUBBORN:
+                self.poll(pid, b"ready\n")
+        groups = [self.os_pids(name)[0] for name in "abc"]
+        self.post("c/_stop")
+        events = self.collect("exit")
+        self.manager.stop()
+        self.assertEqual(events.get(timeout=TIMEOUT)[1]["name"], "a")
+        self.assertEqual(list(map(alive, groups)), [False, True, True])
+        self.refused({"name": "d", "cmd": "true"}, "", "stopping", status=503)
+        self.refused(None, "", "stopping", "/a/_start", status=503)
+        self.manager.stop(kill=True)
+        self.assertEqual(events.get(timeout=TIMEOUT)[1]["term_signal"], signal.SIGKILL)
         self.ended()
-        self.assertEqual(process_group(os_pid), [])
+        self.assertEqual(list(map(process_state, groups)), [None] * 3)
 
     def test_after_the_end(self):
-        """Every method says that gaffer has stopped; none hangs."""
-        manager = self.server.manager
-        self.server.stop_all()
-        for function in (lambda: manager.add_process("x", "true"), lambda: manager.stop_template("x"),
-                         lambda: manager.get_process("x"), lambda: manager.subscribe("", print)):
+        """Every method says that gaffer has stopped; none hangs. A callback may stop it."""
+        self.add("x", "sleep 60")
+        self.manager.subscribe("create", lambda kind, event: self.manager.stop())
+        self.manager.add_process("y", "sleep 60")
+        self.ended()
+        for function in (lambda: self.manager.add_process("x", "true"),
+                         lambda: self.manager.stop_template("x"),
+                         lambda: self.manager.get_process("x"),
+                         lambda: self.manager.subscribe("", print)):
             with self.assertRaises(gaffer.Stopping):
                 function()
-        manager.stop()
-
-    def test_a_wait_that_begins_after_the_end(self):
-        """The change that it follows was made."""
-        self.server.stop_all()
-        self.assertTrue(self.server.manager.block_until(lambda: False, TIMEOUT))
-
-    def test_a_stop_from_a_callback(self):
-        """stop() may be called on the loop's own thread."""
-        self.server.add("x", "sleep 60")
-        self.server.manager.subscribe("create", lambda kind, event: self.server.manager.stop())
-        self.server.manager.add_process("y", "sleep 60")
-        self.ended()
+        self.manager.stop()
+        self.assertTrue(self.manager.block_until(lambda: False, TIMEOUT))
 
     def test_subscribe(self):
-        """callback(type, event), for what the pattern matches, until close()."""
-        patterns = ("", ".", "spawn", "proc/x", "proc/x/exit", "proc/nothing", "create")
-        queues = {pattern: self.collect(pattern) for pattern in patterns}
-        self.server.manager.add_process("x", "true", flapping=PROCESS_ONCE)
-        self.server.wait_event("stop")
-        self.server.manager.add_process("y", "sleep 60")
-        self.server.manager.add_process("barrier", "true", start=False)
-        while queues["create"].get(timeout=TIMEOUT)[1]["name"] != "barrier":
-            pass                                    # it was told last, of the last event
-        found = {}
-        for pattern in patterns:
-            self.assertTrue(all(kind == event["event"] for kind, event in queues[pattern].queue))
-            found[pattern] = [(event["name"], kind) for kind, event in queues[pattern].queue]
-        of_x = [("x", kind) for kind in ("create", "start", "spawn", "exit", "stop")]
-        self.assertEqual(found[""], of_x + [("y", "create"), ("y", "start"), ("y", "spawn"), ("barrier", "create")])
-        self.assertEqual(found["."], found[""])
-        self.assertEqual(found["spawn"], [("x", "spawn"), ("y", "spawn")])
-        self.assertEqual(found["proc/x"], of_x)
-        self.assertEqual(found["proc/x/exit"], [("x", "exit")])
-        self.assertEqual(found["proc/nothing"], [])
-        for pattern in ("exits", "proc", "proc/x/exits", "a/b/c/d"):
-            with self.assertRaises(gaffer.BadEventType):
-                self.server.manager.subscribe(pattern, print)
-
-    def test_a_subscription_that_is_closed(self):
-        """No further call."""
-        first, second = [], self.collect()
-        subscription = self.server.manager.subscribe("", lambda kind, event: first.append(kind))
-        self.server.manager.add_process("x", "true", start=False)
-        second.get(timeout=TIMEOUT)
-        until(lambda: first, "the first call")
-        subscription.close()
-        subscription.close()
-        self.server.manager.delete_process("x")
-        self.assertEqual(second.get(timeout=TIMEOUT)[0], "delete")
-        self.assertEqual(first, ["create"])
-
-    def test_a_callback_that_fails(self):
-        """It is logged; gaffer and the other callbacks go on."""
-        def fail(*args):
+        """callback(type, event), for what the pattern matches, until close(); one that fails is
+        logged, and all else goes on."""
+        def fail(*_):
             raise RuntimeError("a fault of the user's")
-        subscription = self.server.manager.subscribe("", fail)
-        self.addCleanup(subscription.close)
-        events = self.collect()
+        patterns = "", ".", "spawn", "proc/x", "proc/x/exit", "proc/nothing"
+        queues = [self.collect(pattern) for pattern in patterns]
+        closed = []
+        self.addCleanup(self.manager.subscribe("proc/y", fail).close)
+        subscription = self.manager.subscribe("", lambda kind, event: closed.append(kind))
+        last = self.collect("delete")
         with self.assertLogs("gaffer", logging.ERROR) as logs:
-            self.server.manager.add_process("x", "cat", redirect_input=True)
-            for kind in ("create", "start", "spawn"):
-                self.assertEqual(events.get(timeout=TIMEOUT)[0], kind)
-            output = queue.Queue()
-            self.server.manager.get_process(1).monitor_io("stdout", fail)
-            self.server.manager.get_process(1).monitor_io("stdout", lambda label, event: output.put(event["data"]))
-            self.server.manager.write(1, "stdin", b"hello")
-            self.assertEqual(output.get(timeout=TIMEOUT), b"hello")
+            self.manager.add_process("x", "true", flapping=PROCESS_ONCE)
+            self.server.wait_event("stop")
+            self.manager.add_process("y", "sleep 60")
+            self.manager.delete_process("x")
+            last.get(timeout=TIMEOUT)
+            subscription.close()
+            subscription.close()
+            self.manager.delete_process("y")
+            last.get(timeout=TIMEOUT)
         self.assertIn("a fault of the user's", logs.output[0])
+        of_x = [("x", kind) for kind in "create start spawn exit stop delete".split()]
+        of_y = [("y", kind) for kind in "create start spawn stop stop_pid delete".split()]
+        found = [[(event["name"], kind) for kind, event in each.queue] for each in queues]
+        everything = [event for event in found[0] if event != ("y", "exit")]
+        self.assertEqual(everything, of_x[:5] + of_y[:3] + of_x[5:] + of_y[3:])
+        self.assertEqual(found[1], found[0])
+        self.assertEqual(found[2:], [[("x", "spawn"), ("y", "spawn")], of_x, [("x", "exit")], []])
+        self.assertEqual(closed, [kind for _, kind in of_x[:5] + of_y[:3] + of_x[5:]])
+        for pattern in "exits", "proc", "proc/x/exits", "a/b/c/d":
+            with self.assertRaises(gaffer.BadEventType):
+                self.manager.subscribe(pattern, print)
 
-    def test_get_process(self):
-        """By pid one process, by name whatever runs; monitor_io, write, signal, stop, info."""
-        manager = self.server.manager
-        manager.add_process("x", "cat", redirect_input=True)
-        by_pid, by_text, by_name = manager.get_process(1), manager.get_process("1"), manager.get_process("x")
-        self.assertEqual((by_pid.name, by_pid.pid, by_name.name, by_name.pid), ("x", 1, "x", None))
-        self.assertEqual((by_pid.os_pid, by_text.os_pid), (self.os_pid(1),) * 2)
-        self.assertEqual(by_pid.info(), dict(by_name.info(), pid=1, os_pid=by_pid.os_pid))
-        one, all_ = queue.Queue(), queue.Queue()
-        monitor = by_pid.monitor_io("stdout", lambda label, event: one.put((label, event)))
-        by_name.monitor_io("stdout", lambda label, event: all_.put((label, event)))
-        by_pid.write(b"hello\xff\n")
-        label, event = one.get(timeout=TIMEOUT)
-        self.assertEqual((label, event["event"], event["data"], event["name"], event["pid"], event["os_pid"]),
-                         ("stdout", "stdout", b"hello\xff\n", "x", 1, by_pid.os_pid))
-        label, event = all_.get(timeout=TIMEOUT)
-        self.assertEqual((label, event["data"], event["name"]), ("stdout", b"hello\xff\n", "x"))
+    def test_handles(self):
+        """By pid one process, by name whatever runs: monitor_io, write, signal, stop, info, wait;
+        signals are numbers, names or signal.Signals."""
+        by_name = self.manager.add_process("x", "cat", redirect_input=True)
+        one, other = self.manager.get_process(1), self.manager.get_process("1")
+        os_pid, = self.os_pids("x")
+        self.assertEqual((by_name.name, by_name.pid), ("x", None))
+        self.assertEqual([(each.name, each.pid, each.os_pid) for each in (one, other)],
+                         [("x", 1, os_pid)] * 2)
+        self.assertEqual(one.info(), dict(by_name.info(), pid=1, os_pid=os_pid))
+        mine, all_ = queue.Queue(), queue.Queue()
+        monitor = one.monitor_io("stdout", lambda *event: mine.put(event))
+        by_name.monitor_io("stdout", lambda *event: all_.put(event))
+        one.write(b"hello\xff\n")
+        event = {"event": "stdout", "name": "x", "data": b"hello\xff\n"}
+        self.assertEqual(all_.get(timeout=TIMEOUT), ("stdout", event))
+        self.assertEqual(mine.get(timeout=TIMEOUT), ("stdout", dict(event, pid=1, os_pid=os_pid)))
         monitor.close()
-        by_pid.write(b"more\n")
+        by_name.write(b"more\n")
         self.assertEqual(all_.get(timeout=TIMEOUT)[1]["data"], b"more\n")
-        self.assertTrue(one.empty())
-        by_pid.signal("KILL")
-        self.assertEqual(self.exit_of(1)["term_signal"], signal.SIGKILL)
-        second = manager.get_process(self.spawned("x", 2)["pid"])
+        self.assertTrue(mine.empty())
+        with self.assertRaises(gaffer.WaitTimeout):
+            by_name.wait(0.01)
+        for signum in "WINCH", "SIGWINCH", "28", 28, signal.SIGWINCH:
+            by_name.signal(signum)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            wait = pool.submit(one.wait, TIMEOUT)
+            one.signal("KILL")
+            self.assertEqual(wait.result(TIMEOUT)["term_signal"], signal.SIGKILL)
+        second = self.manager.get_process(self.spawned("x", 2)["pid"])
         second.write(b"second")
         self.assertEqual(all_.get(timeout=TIMEOUT)[1]["data"], b"second")
         second.stop()
         self.spawned("x", 3)
         by_name.stop()
-        self.assertFalse(self.server.ok("GET", "/status/x")["active"])
-        for target in (1, "1", 99, "nothing", "9" * 100):
+        self.assertEqual(by_name.wait(TIMEOUT)["pid"], 3)
+        self.assertFalse(self.status("x")["active"])
+        for target in 1, "1", 99, "nothing", "9" * 100:
             with self.assertRaises(gaffer.NotFound):
-                manager.get_process(target)
-        with self.assertRaises(gaffer.IoNotFound):
-            by_name.monitor_io("nothing", print)
+                self.manager.get_process(target)
+        refused = queue.Queue()
 
-    def test_write(self):
-        """All or nothing; what cannot be written says why."""
-        manager = self.server.manager
-        manager.add_process("x", "sleep 60", redirect_input=True)
-        manager.add_process("y", "sleep 60")
-        manager.write(1, "stdin", b"1" * 1024 * 1024)
-        with self.assertRaises(gaffer.StdinFull):
-            manager.write(1, "stdin", b"2" * 1024 * 1024)
-        for target, label, error in ((2, "stdin", gaffer.ForbiddenWrite), (1, "nothing", gaffer.IoNotFound),
-                                     (3, "stdin", gaffer.NotFound),
-                                     ("y", "stdin", gaffer.ForbiddenWrite), ("z", "stdin", gaffer.NotFound)):
-            with self.subTest(target=target, label=label), self.assertRaises(error):
-                manager.write(target, label, b"!")
-        manager.get_process("x").write(b"!")
+        def wait_on_the_loop(kind, event):
+            with self.assertRaisesRegex(RuntimeError, "its own thread") as caught:
+                by_name.wait()
+            refused.put(caught.exception)
+        self.manager.subscribe("create", wait_on_the_loop)
+        self.assertIsNone(self.manager.add_process("y", "true", start=False).wait(TIMEOUT))
+        refused.get(timeout=TIMEOUT)
 
-    def test_add_process(self):
-        """A template as a dict too; faults raise, nothing is added."""
-        manager = self.server.manager
-        manager.add_process({"name": "x", "cmd": "sleep 60", "numprocesses": 2})
-        self.assertEqual(self.pids("x"), [1, 2])
-        invalid = gaffer.InvalidProcessInfo
-        for name, cmd, options, error in (("x", "true", {}, gaffer.Conflict), ("y", "/nowhere", {}, invalid),
-                                          ("y", None, {}, invalid), ("y", "true", {"comand": 1}, invalid)):
-            with self.assertRaises(error):
-                manager.add_process(name, cmd, **options)
-        self.assertEqual(self.server.ok("GET", "/processes"), ["x"])
+    def test_faults(self):
+        """What cannot be added or written says why; nothing has happened."""
+        manager, invalid = self.manager, gaffer.InvalidProcessInfo
+        manager.add_process({"name": "x", "cmd": "sleep 60", "redirect_input": True})
+        manager.add_process("y", "sleep 60", numprocesses=2)
+        big = b"1" * gaffer.STDIN_SIZE
+        manager.write(1, "stdin", big)
+        with unittest.mock.patch.object(gaffer, "TEMPLATES_MAX", 2):
+            for call, args, error, words in (
+                    (manager.add_process, ("x", "true"), gaffer.Conflict, "is taken"),
+                    (manager.add_process, ("z", "true"), gaffer.Busy, "there are 2 templates"),
+                    (manager.add_process, ("z", None), invalid, "'cmd'"),
+                    (manager.add_process, ({"name": "z", "comand": 1},), invalid, "'comand'"),
+                    (manager.write, (1, "stdin", big), gaffer.StdinFull, "bytes wait for"),
+                    (manager.write, ("x", "stdin", big), gaffer.StdinFull, "bytes wait for"),
+                    (manager.write, (2, "stdin", b"2"), gaffer.ForbiddenWrite, "not redirected"),
+                    (manager.write, (1, "no", b"2"), gaffer.IoNotFound, "no stream 'no'"),
+                    (manager.write, ("y", "stdin", b"2"), gaffer.NotFound, "has 2 processes"),
+                    (manager.write, ("z", "stdin", b"2"), gaffer.NotFound, "no process named"),
+                    (manager.write, (4, "stdin", b"2"), gaffer.NotFound, "no process 4"),
+                    (manager.get_process("x").monitor_io, ("no", print), gaffer.IoNotFound, "no")):
+                with self.subTest(args=args[:2]), self.assertRaisesRegex(error, words):
+                    call(*args)
+        self.assertEqual(self.ok("GET", "/processes"), ["x", "y"])
 
     def test_reaped_by_somebody_else(self):
         """Another part of the program has taken the exit status: an exit all the same."""
         def steal():
             os.kill(os_pid, signal.SIGKILL)
             os.waitpid(os_pid, 0)
-        pid, = self.server.add("x", "sleep 60")
-        os_pid = self.os_pid(pid)
+        self.add("x", "sleep 60")
+        os_pid, = self.os_pids("x")
         with self.assertLogs("gaffer", logging.WARNING) as logs:
-            self.server.manager.loop.call(steal)
-            self.exit_of(pid)
+            self.manager.loop.call(steal)
+            self.exit_of(1)
         self.assertIn(str(os_pid), logs.output[0])
         self.assertEqual(self.spawned("x", 2)["pid"], 2)
 
-    def test_priority(self):
-        """The order of the starts at run(): 0 first, those without one last, else as they were added."""
-        started = []
-        manager = gaffer.Manager()
+    def test_order_of_starts(self):
+        """By priority, else as they were added. What cannot start keeps no other from running."""
+        started, manager = [], gaffer.Manager()
 
         def spawned(kind, event):
             started.append(event["name"])
             if len(started) == 5:
                 manager.stop(kill=True)
         manager.subscribe("spawn", spawned)
-        for name, priority in (("none", None), ("two", 2), ("zero", 0), ("minus", -1), ("two-b", 2)):
+        script = self.file("script", "#!/bin/sh\n", 0o755)
+        for name, priority in (("none", None), ("two", 2), ("zero", 0), ("minus", -1), ("2b", 2)):
             manager.add_process(name, "sleep 60", priority=priority)
+        manager.add_process("gone", script, priority=0)
         manager.add_process("not-started", "sleep 60", priority=0, start=False)
-        manager.run()
-        self.assertEqual(started, ["minus", "zero", "two", "two-b", "none"])
+        os.unlink(script)
+        with self.assertLogs("gaffer", logging.WARNING) as logs:
+            manager.run()
+        self.assertIn("gone cannot be started", logs.output[0])
+        self.assertEqual(started, ["minus", "zero", "two", "2b", "none"])
 
     def test_apps(self):
-        """start(loop, manager) in order, stop() in reverse order; stop and restart may be missing."""
+        """start(loop, manager) in order, stop() in reverse order; stop and restart may be missing.
+        What a start() raises leaves run(), with all stopped that was started before."""
         calls = []
 
         class Small:
             def start(self, loop, manager):
-                calls.append(("start", loop is manager.loop))
+                calls.append(loop is manager.loop)
 
         class Whole(Small):
             def stop(self):
@@ -6349,134 +5851,109 @@ class ProcessEmbedded(ProcessCase):
             def restart(self):
                 calls.append("restart")
 
-        def spawned(kind, event):
-            if event["pid"] == 1:
-                manager.restart()
-            else:
-                manager.stop()
-        manager = gaffer.Manager(apps=[Small(), Whole()])
-        manager.subscribe("spawn", spawned)
-        manager.add_process("x", "sleep 60")
-        manager.run()
-        self.assertEqual(calls, [("start", True), ("start", True), "restart", "stop"])
-
-    def test_an_app_that_fails(self):
-        """run() raises what its start() raised; what was started before has stopped."""
-        seen = []
-
-        class Good:
-            def start(self, loop, manager):
-                manager.add_process("x", "sleep 60")
-                seen.append(manager.get_process(1).os_pid)
-
-            def stop(self):
-                seen.append("stopped")
-
         class Bad:
             def start(self, loop, manager):
+                manager.add_process("x", "sleep 60")
+                calls.append(manager.get_process(1).os_pid)
                 raise OSError("no such luck")
+        manager = gaffer.Manager(apps=[Small(), Whole()])
+        manager.subscribe("spawn", lambda kind, event: (
+            manager.restart() if event["pid"] == 1 else manager.stop()))
+        manager.add_process("x", "sleep 60")
+        manager.run()
         with self.assertRaisesRegex(OSError, "no such luck"):
-            gaffer.Manager([Good(), Bad()]).run()
-        self.assertEqual(seen[1:], ["stopped"])
-        self.assertIsNone(process_state(seen[0]))
-
-    def test_what_cannot_start_at_run(self):
-        """A template whose program has gone between add and run does not keep the others from running."""
-        script = process_script(self, "#!/bin/sh\nexec sleep 60\n")
-        manager = gaffer.Manager()
-        manager.add_process("x", script)
-        manager.add_process("y", "sleep 60")
-        os.chmod(script, 0o644)
-        manager.subscribe("spawn", lambda kind, event: manager.stop())
-        with self.assertLogs("gaffer", logging.WARNING) as logs:
-            manager.run()
-        self.assertIn("x cannot be started", logs.output[0])
+            gaffer.Manager([Whole(), Bad()]).run()
+        os_pid = calls.pop(-2)
+        self.assertIsNone(process_state(os_pid))
+        self.assertEqual(calls, [True, True, "restart", "stop", True, "stop"])
 
 
 class ProcessLife(ProcessCase):
-    """The steps of a process's life: what acts comes before what informs, and none takes long."""
+    """What acts comes before what informs, and nothing takes long."""
 
-    def test_many_starts_leave_room_for_others(self):
-        """The answer comes when all have been spawned; others are answered in between."""
-        manager, seen = self.server.manager, set()
+    def with_table(self, **methods):
+        """Have a server whose table of processes has other methods."""
+        table = type("Table", (gaffer.ProcfsTable,), methods)()
+        self.server = Running(process_table=table)
+        self.addCleanup(self.server.stop_all)
+        self.manager, self.add, self.ok = self.server.manager, self.server.add, self.server.ok
+
+    def test_many_starts(self):
+        """The answer comes when all have been spawned; others are answered in between. A stop ends
+        that, and whoever waits is answered."""
+        manager, seen = self.manager, set()
 
         def count():
             return len(manager.templates["x"].processes) if "x" in manager.templates else 0
         with unittest.mock.patch.object(gaffer, "SPAWN_TIME", 0), \
-                concurrent.futures.ThreadPoolExecutor(1) as pool:
-            added = pool.submit(self.server.add, "x", "sleep 60", numprocesses=40)
+                concurrent.futures.ThreadPoolExecutor(2) as pool:
+            added = pool.submit(self.add, "x", "sleep 60", numprocesses=40)
             while not added.done():
                 seen.add(manager.loop.call(count))
-        self.assertEqual(len(added.result()), 40)
-        self.assertGreater(len(seen - {0, 1, 40}), 5)
-        self.assertEqual(self.server.ok("POST", "/processes/x/_add/9"), {"ok": True, "numprocesses": 49})
-        self.assertEqual(len(self.pids("x")), 49)
-        self.assertEqual([pid for kind, pid in self.kinds("x") if kind == "spawn"], list(range(1, 50)))
-
-    def test_a_stop_amid_many_starts(self):
-        """Nothing is spawned any more, and whoever waits is answered."""
-        manager = self.server.manager
-        with unittest.mock.patch.object(gaffer, "SPAWN_TIME", 0), \
-                concurrent.futures.ThreadPoolExecutor(2) as pool:
-            for name, end in (("x", lambda: manager.stop_template("x")),
-                              ("y", lambda: manager.delete_process("y")), ("z", manager.stop)):
+            self.assertEqual(len(added.result()), 40)
+            self.assertGreater(len(seen - {0, 1, 40}), 5)
+            self.assertEqual(self.post("x/_add/9")["numprocesses"], 49)
+            self.assertEqual(self.pids("x"), list(range(1, 50)))
+            for name, end in (("y", lambda: manager.stop_template("y")),
+                              ("z", lambda: manager.delete_process("z")), ("last", manager.stop)):
                 added = pool.submit(manager.add_process, name, "sleep 60", numprocesses=1000)
-                self.server.wait_event("proc/%s/spawn" % name)
+                self.spawned(name)
                 end()
                 self.assertEqual(added.result(TIMEOUT).name, name)
-        self.server._thread.join(TIMEOUT)
-        self.assertLess(manager._next_pid, 2000)
+        self.ended()
+        self.assertLess(sum(event["event"] == "spawn" for event in manager.events.read(
+            manager.events.start)), 1000)
 
     def test_one_listing_serves_all_groups(self):
-        """Groups that outlive their leaders are listed together."""
-        class Table(gaffer.ProcfsTable):
-            wanted = []
+        wanted = []
 
-            def groups(self, wanted):
-                self.wanted.append(len(wanted))
-                return super().groups(wanted)
-        server = Running(process_table=Table())
-        self.addCleanup(server.stop_all)
-        server.add("x", '(trap "" TERM; echo ready; exec sleep 60) & wait', shell=True,
-                   graceful_timeout=0.3, numprocesses=30)
-        answer, events = server.sse("/streams/x/stdout?feed=eventsource&since=0")
-        self.assertEqual([next(events)["data"] for _ in range(30)], ["ready"] * 30)
-        answer.connection.close()
-        groups = server.ok("GET", "/status/x")["os_pids"]
-        server.ok("POST", "/processes/x/_stop?wait=true")
+        def groups(table, groups):
+            wanted.append(len(groups))
+            return gaffer.ProcfsTable.groups(table, groups)
+        self.with_table(groups=groups)
+        pids = self.add("x", PROCESS_LEAVES, graceful_timeout=0.3, numprocesses=30)
+        for pid in pids:
+            self.poll(pid, b"ready\n")
+        groups = self.os_pids("x")
+        self.post("x/_stop?wait=true")
         self.assertEqual([process_group(group) for group in groups], [[]] * 30)
-        self.assertEqual(max(Table.wanted), 30)
-        self.assertLess(len(Table.wanted), 60)
+        self.assertEqual((max(wanted), len(wanted) < 60), (30, True))
 
     def test_what_only_informs_stops_nothing(self):
         """Neither a look at descendants that fails nor an observer of events that does."""
-        class Table(gaffer.ProcfsTable):
-            def escaped(self, os_pid, group):
-                raise FileNotFoundError("ps")
+        def escaped(table, os_pid, group):
+            raise FileNotFoundError("ps")
 
-            def orphans(self, since, ours):
-                raise OSError("EMFILE")
-        server = Running(process_table=Table())
-        self.addCleanup(server.stop_all)
-        server.add("x", "sleep 60", numprocesses=2)
-        server.add("y", "cat", redirect_input=True)
-        groups = server.ok("GET", "/status/x")["os_pids"]
-        append = server.manager.events.append
+        def orphans(table, since, ours):
+            raise OSError("EMFILE")
 
         def fail(event):
             append(event)
             raise RuntimeError("an observer")
+        self.with_table(escaped=escaped, orphans=orphans)
+        append = self.manager.events.append
+        self.add("x", "sleep 60", numprocesses=2)
+        self.add("y", "cat", redirect_input=True)
+        groups = self.os_pids("x")
         with self.assertLogs("gaffer", logging.ERROR) as logs, \
-                unittest.mock.patch.object(server.manager.events, "append", fail):
-            server.ok("POST", "/processes/x/_stop?wait=true")
-            server.ok("DELETE", "/streams/y/stdin")
-            until(lambda: server.ok("GET", "/status/y")["pids"] == [4], "its second start")
+                unittest.mock.patch.object(self.manager.events, "append", fail):
+            self.post("x/_stop?wait=true")
+            self.send("y", None)
+            until(lambda: self.pids("y") == [4], "its second start")
         self.assertEqual([process_state(group) for group in groups], [None] * 2)
-        for words in ("FileNotFoundError: ps", "OSError: EMFILE", "RuntimeError: an observer"):
-            self.assertTrue(any(words in line for line in logs.output), words)
+        for words in "FileNotFoundError: ps", "OSError: EMFILE", "RuntimeError: an observer":
+            self.assertIn(words, "\n".join(logs.output))
 
-    def test_a_process_that_daemonizes(self):
-        """Its exit event and its status say so, whether it has left its group by then or not."""
+    def test_without_proc(self):
+        """A group is gone when it cannot be signalled; there are no statistics."""
+        self.with_table(EXISTS=False, _read=staticmethod(lambda os_pid, name: b""))
+        pid, = self.add("x", PROCESS_LEAVES, graceful_timeout=0.1)
+        self.poll(pid, b"ready\n")
+        self.assertEqual(self.ok("GET", "/stats/x")["stats"], [])
+        self.stop("x", self.os_pids("x")[0])
+
+    def test_daemon(self):
+        """The exit event and the status say so, whether it has left its group or not."""
         code = """
             import os, signal
             read, write = os.pipe()
@@ -6485,325 +5962,231 @@ class ProcessLife(ProcessCase):
                 os._exit(0)
             %s
             os.write(write, b"x")
-            signal.pause()                      # of test %d
+            print(os.getpid())
+            signal.pause()
             """
         for name, leave in (("a", ""), ("b", "os.setsid()"),
                             ("c", "os.setsid(); os.fork() and os._exit(0)")):
             with self.subTest(leave):
-                self.server.add(name, python(code % (leave, os.getpid())),
-                                flapping=PROCESS_ONCE)
+                self.add(name, python(code % leave), flapping=PROCESS_ONCE)
                 event = self.server.wait_event("proc/%s/exit" % name)
-                self.addCleanup(self.end_daemons)
+                if leave:
+                    os.kill(int(self.poll(event["pid"], b"\n")), signal.SIGKILL)
                 self.assertIn("foreground", event["hint"])
-                self.assertEqual(self.server.ok("GET", "/status/" + name)["hint"], event["hint"])
-        with unittest.mock.patch.object(self.server.manager.table, "orphans", lambda since, ours: []):
+                self.assertEqual(self.status(name)["hint"], event["hint"])
+        with unittest.mock.patch.object(self.manager.table, "orphans", lambda since, ours: []):
             for name, command in (("d", "true"), ("e", "sleep 60 & exit 1"), ("f", "kill $$")):
-                self.server.add(name, command, shell=True, flapping=PROCESS_ONCE)
+                self.add(name, command, shell=True, flapping=PROCESS_ONCE)
                 self.assertNotIn("hint", self.server.wait_event("proc/%s/exit" % name))
-                self.assertIsNone(self.server.ok("GET", "/status/" + name)["hint"])
+                self.assertIsNone(self.status(name)["hint"])
 
-    @staticmethod
-    def end_daemons():
-        """Kill what the test above has left behind."""
-        for daemon in gaffer.ProcfsTable().orphans(0, ()):
-            with contextlib.suppress(OSError), open("/proc/%d/cmdline" % daemon) as file:
-                if "# of test %d" % os.getpid() in file.read():
-                    os.kill(daemon, signal.SIGKILL)
-
-    def test_the_way_to_what_popen_cannot_set(self):
-        """A program that asks for descriptors from 3 on starts like any other."""
+    def test_prelude(self):
+        """What asks for more than Popen can set starts like anything else."""
         code = """
             import os, signal
-            print(sorted(os.environ), os.environ.get("LC_CTYPE"), signal.getsignal(signal.SIGPIPE))
-            print(sorted(os.listdir("/proc/self/fd"), key=int), os.getcwd(), os.getsid(0) == os.getpid())
+            print(sorted(os.environ), os.environ.get("LC_CTYPE"), signal.getsignal(signal.SIGPIPE),
+                  os.getcwd(), os.getsid(0) == os.getpid())
             """
         for number, env in enumerate(({}, {"LC_CTYPE": "C"}, {"LC_CTYPE": "xx_YY"})):
-            seen = []
             env = dict(env, PATH=os.environ["PATH"], GAFFER_STREAMS="a")
             words = ["-i", *("%s=%s" % item for item in env.items()), PYTHON, "-I", "-S", "-c",
                      textwrap.dedent(code)]
-            for labels in ([], ["a"]):
-                name = "x%d%d" % (number, len(labels))
-                self.server.add(name, "env", args=words, custom_streams=labels, cwd="/",
-                                os_env=False, env=env, flapping=PROCESS_ONCE)
-                said = self.poll(self.spawned(name, 1)["pid"]).decode()
-                seen.append(said.replace("'3', '4'", "'3'"))
-            self.assertEqual(seen[0], seen[1])
+            self.assertEqual(*[
+                self.output("x%d%d" % (number, len(labels)), "env", args=words, env=env, cwd="/",
+                            os_env=False, custom_streams=labels) for labels in ([], ["a"])])
 
-    def test_faults_behind_the_prelude(self):
-        """What cannot be executed is refused there as well."""
-        script = process_script(self, "#!/nowhere/interpreter\n")
-        for cmd, words in ((script, "interpreter"), (process_script(self, "echo\n"), "no program")):
-            answer = self.server.json("POST", "/processes", {"name": "x", "cmd": cmd, "custom_streams": ["a"]})
-            self.assertError(answer, 400, "invalid_process_info", words)
-        self.assertEqual(self.server.ok("GET", "/processes"), [])
-
-    def test_waits_of_changes(self):
-        """?wait with DELETE and _sub: of the groups nothing is left when it answers."""
-        for method, path in (("POST", "/processes/x/_sub/2?wait=true"), ("DELETE", "/processes/x?wait=true"),
-                             ("DELETE", "/groups/g?wait=true")):
-            with self.subTest(path):
-                name = "g:x" if "groups" in path else "x"
-                self.server.add(name, PROCESS_STUBBORN, numprocesses=2, graceful_timeout=0.2)
-                groups = self.server.ok("GET", "/status/" + name)["os_pids"]
-                for pid in self.pids(name):
-                    self.poll(pid, b"ready\n")
-                self.assertError(self.server.json(method, path.replace("true", "0.01")), 504, "wait_timeout")
-                if method == "DELETE":
-                    self.assertEqual(self.server.ok("GET", "/processes"), [])
-                    until(lambda: not any(map(process_group, groups)))
-                    continue
-                self.server.ok(method, path)
-                self.assertEqual([process_group(group) for group in groups], [[]] * 2)
-                self.server.ok("DELETE", "/processes/x?wait=true")
-
-    def test_restart_of_many_goes_on_after_one_that_cannot(self):
-        """Each on its own; the faults are told together."""
+    def test_restart_of_many(self):
+        """It goes on after one that cannot; the faults are told together."""
         folders = [tempfile.mkdtemp(), tempfile.mkdtemp()]
         for name, cwd in (("g:a", folders[0]), ("g:b", None), ("g:c", folders[1]), ("g:d", None)):
-            self.server.add(name, "sleep 60", cwd=cwd)
+            self.add(name, "sleep 60", cwd=cwd)
         for folder in folders:
             os.rmdir(folder)
-        for number, restart in enumerate((self.server.manager.restart, lambda: self.server.json(
-                "POST", "/groups/g/_restart?wait=true"), lambda: self.server.json("POST", "/groups/g/_start"))):
-            try:
-                reason = restart()
-                reason = reason[1].get("reason", "")
-            except gaffer.InvalidProcessInfo as error:
-                reason = str(error)
-            if number < 2:
-                for words in ("'g:a': field 'cwd'", "'g:c': field 'cwd'"):
-                    self.assertIn(words, reason)
-                for name in ("g:b", "g:d"):
-                    self.assertEqual(self.spawned(name, number + 2)["name"], name)
-        self.assertEqual([self.server.ok("GET", "/status/g:" + each)["pids"] for each in "ac"], [[1], [3]])
-
-    def test_handle(self):
-        """add_process() returns the name's handle; signals are numbers, names or signal.Signals."""
-        handle = self.server.manager.add_process("x", "cat", redirect_input=True, flapping=PROCESS_ONCE)
-        self.assertEqual((handle.name, handle.pid, handle.info()["cmd"]), ("x", None, "cat"))
-        said = queue.Queue()
-        handle.monitor_io("stdout", lambda label, event: said.put(event["data"]))
-        handle.write(b"hello\n")
-        self.assertEqual(said.get(timeout=TIMEOUT), b"hello\n")
-        with self.assertRaises(gaffer.WaitTimeout):
-            handle.wait(0.01)
-        for signum in ("WINCH", "SIGWINCH", str(int(signal.SIGWINCH)), int(signal.SIGWINCH), signal.SIGWINCH):
-            handle.signal(signum)
-        one = self.server.manager.get_process(1)
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            waits = [pool.submit(each.wait, TIMEOUT) for each in (one, handle)]
-            handle.signal(signal.SIGKILL)
-            self.assertEqual([wait.result(TIMEOUT)["term_signal"] for wait in waits], [9, 9])
-        self.assertEqual(handle.wait()["term_signal"], 9)
-        self.server.manager.add_process("y", "sleep 60").stop()
-        refused = queue.Queue()
-        self.server.manager.subscribe("create", lambda kind, event: refused.put(self.refusal(handle.wait)))
-        self.assertIsNone(self.server.manager.add_process("z", "true", start=False).wait(TIMEOUT))
-        self.assertIn("its own thread", refused.get(timeout=TIMEOUT))
-
-    @staticmethod
-    def refusal(function):
-        """The words of the RuntimeError that a call raises."""
-        try:
-            function()
-        except RuntimeError as error:
-            return str(error)
-        return ""
-
-    def test_wait_at_the_end(self):
-        """Whoever waits when gaffer ends goes on."""
-        handle = self.server.manager.add_process("x", "sleep 60", detach=True)
-        os_pid = self.os_pid(1)
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            wait = pool.submit(handle.wait)
-            self.server.manager.stop()
-            wait.result(TIMEOUT)
-        os.kill(os_pid, signal.SIGKILL)
-        os.waitpid(os_pid, 0)
-
-
-def free_port():
-    """A port of 127.0.0.1 on which nothing listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+        with self.assertRaisesRegex(gaffer.InvalidProcessInfo, "'g:a': .*'cwd'.*'g:c': .*'cwd'"):
+            self.manager.restart()
+        for name in "g:b", "g:d":
+            self.spawned(name, 2)
+        answer = self.server.json("POST", "/groups/g/_restart?wait=true")
+        self.assertError(answer, 400, "invalid_process_info", "'g:c': field 'cwd'")
+        for name in "g:b", "g:d":
+            self.spawned(name, 3)
+        self.ok("POST", "/groups/g/_start")
+        self.assertEqual([self.pids("g:" + each) for each in "ac"], [[1], [3]])
 
 
 class ProcessReady(ProcessCase):
     """ready, after, and what waits for them."""
 
     def until(self, name, goal="ready", timeout=TIMEOUT):
-        """What ?until answers: (status, value)."""
+        """Return (status, value) of ?until."""
         return self.server.json("GET", "/status/%s?until=%s&timeout=%g" % (name, goal, timeout))
 
-    def readies(self, name):
-        """All ready events of a template up to now."""
-        return [kind for kind, _ in self.kinds(name)].count("ready")
+    # sends each line of its stdin to its socket, from a child that goes on
+    NOTIFIES = """
+        import os, signal, socket, sys
+        s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        s.connect('\\0' + os.environ['NOTIFY_SOCKET'][1:])
+        print(os.environ['NOTIFY_SOCKET'])
+        for line in sys.stdin:
+            if os.fork() == 0:
+                s.send(line.replace(';', '\\n').encode())
+                signal.pause()
+        """
 
     def test_each_kind(self):
         """What makes a process ready, and what the event tells of it."""
-        port = free_port()
-        server = python(
-            "import os, socket\n"
-            "s = socket.create_server(('127.0.0.1', int(os.environ['PORT'])))\n"
-            "while True:\n"
-            "    peer = s.accept()[0]\n"
-            "    peer.recv(1000) and peer.send(b'HTTP/1.0 204 \\r\\n')\n    peer.close()\n")
-        notify = python(
-            "import os, signal, socket\ns = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
-            "s.sendto(b'STATUS=fine\\nMAINPID=1\\nREADY=1', '\\0' + os.environ['NOTIFY_SOCKET'][1:])\n"
-            "signal.pause()")
+        port, url = free_port(), "http://127.0.0.1:$PORT/x"
+        server = python("""
+            import os, socket
+            s = socket.create_server(('127.0.0.1', int(os.environ['PORT'])))
+            while True:
+                with s.accept()[0] as peer:
+                    peer.recv(1000) and peer.send(b'HTTP/1.0 204 \\r\\n')
+            """)
         for kind, value, command, by in (
-                ("log", "up", {"cmd": "echo is up; exec sleep 60", "shell": True}, "log:up"),
-                ("log", "up", {"cmd": "printf 'up\\r' >&2; exec sleep 60", "shell": True}, "log:up"),
-                ("tcp", "$PORT", server, "tcp:$PORT"),
-                ("http", "http://127.0.0.1:$PORT/x", server, "http://127.0.0.1:$PORT/x"),
-                ("exec", 'test "$PORT"', python("import signal; signal.pause()"), 'exec:test "$PORT"'),
-                ("notify", True, notify, "notify"),
-                *[("notify", True, {"cmd": "systemd-notify --ready --status=fine; exec sleep 60", "shell": True}, "notify")
-                  for _ in range(shutil.which("systemd-notify") is not None)]):
+                ("log", "up", "echo is up; exec sleep 60", "log:up"),
+                ("log", "up", "printf 'up\\r' >&2; exec sleep 60", "log:up"),
+                ("tcp", "$PORT", server, "tcp:$PORT"), ("http", url, server, url),
+                ("exec", 'test "$PORT"', "exec sleep 60", 'exec:test "$PORT"')):
             with self.subTest(kind=kind, value=value):
-                self.server.add("x", command, ready={kind: value}, env={"PORT": port},
-                                restart="never")
-                status, value = self.until("x")
-                self.assertEqual((status, value.get("state"), value.get("ready")),
-                                 (200, "running", True), value)
+                if isinstance(command, str):
+                    command = {"cmd": command, "shell": True}
+                self.add("x", command, ready={kind: value}, env={"PORT": port})
+                status, value = self.until("x")[0], self.status("x")
+                self.assertEqual((status, value["state"], value["ready"]), (200, "running", True))
                 event = self.server.wait_event("proc/x/ready", value["created"])
                 self.assertEqual((event["by"], event["pid"]), (by, value["pids"][0]))
                 self.assertTrue(0 <= event["seconds"] < TIMEOUT)
-                self.assertEqual(value["message"], "fine" if kind == "notify" else None)
-                self.server.ok("DELETE", "/processes/x?wait=true")
+                self.delete("x")
 
-    def test_a_line_of_an_earlier_process_does_not_count(self):
-        """Not from the template's log either; neither does one behind 100 MB count less."""
-        self.server.add("x", "echo up; exec sleep 60", shell=True, ready={"log": "up"})
+    def test_notify(self):
+        """A message of a stranger does not count, nor one that is too long; one of a child does.
+        STOPPING=1 ends being ready. No other has the variable."""
+        self.add("x", python(self.NOTIFIES), ready={"notify": True}, redirect_input=True)
+        address = self.poll("x", b"\n").decode().strip()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
+            read, write = os.pipe()
+            rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", write)
+            for ancillary in [], [rights]:
+                stranger.sendmsg([b"READY=1"], ancillary, 0, "\0" + address[1:])
+            os.close(write)
+            self.assertEqual(os.read(read, 1), b"", "what came with a message is closed")
+            os.close(read)
+        self.send("x", b"STATUS=long;READY=1;" + b"x" * gaffer.NOTIFY_SIZE + b"\n")
+        self.send("x", b"STATUS=short;\n")
+        until(lambda: self.status("x")["message"] == "short")
+        self.assertEqual(self.status("x")["state"], "starting")
+        self.send("x", b"STATUS=fine;MAINPID=1;READY=1\n")
+        value = self.until("x")[1]
+        self.assertEqual((value["state"], value["message"]), ("running", "fine"))
+        self.assertEqual(self.server.wait_event("ready")["by"], "notify")
+        self.send("x", b"STOPPING=1\n")
+        until(lambda: not self.status("x")["ready"])
+        self.assertEqual(self.output("y", "echo $NOTIFY_SOCKET.", shell=True), ".\n")
+
+    @unittest.skipUnless(shutil.which("systemd-notify"), "needs systemd-notify")
+    def test_systemd_notify(self):
+        self.add("x", "systemd-notify --ready --status=fine; exec sleep 60", shell=True,
+                 ready={"notify": True})
+        self.assertEqual(self.until("x")[1]["message"], "fine")
+
+    def test_lines(self):
+        """One of an earlier process does not count; one behind 100 MB does."""
+        self.add("x", "echo up; exec sleep 60", shell=True, ready={"log": "up"})
         self.assertEqual(self.until("x")[0], 200)
-        fields = {"cmd": "read line; head -c 100000000 /dev/zero; echo; echo $line; exec sleep 60",
-                  "shell": True, "ready": {"log": "up"}, "redirect_input": True}
-        self.server.ok("PUT", "/processes/x", fields)
+        self.ok("PUT", "/processes/x", {
+            "cmd": "read line; head -c 100000000 /dev/zero; echo; echo $line; exec sleep 60",
+            "shell": True, "ready": {"log": "up"}, "redirect_input": True})
         self.spawned("x", 2)
-        self.assertEqual(self.server.ok("GET", "/status/x")["state"], "starting")
-        self.assertEqual(self.server.json("GET", "/readyz"),
-                         (503, {"ready": False, "waiting": ["x"]}))
+        self.assertEqual(self.status("x")["state"], "starting")
+        self.assertEqual(self.server.json("GET", "/readyz"), (503, {
+            "ready": False, "waiting": ["x"]}))
         self.assertEqual(self.until("x", timeout=0.01)[0], 504)
-        self.server.request("POST", "/streams/x/stdin", b"up\n")
+        self.send("x", b"up\n")
         self.assertEqual(self.until("x")[0], 200)
-        pid = self.pids("x")[0]
-        self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
-        self.exit_of(pid)
+        self.kill(2)
         self.spawned("x", 3)
-        self.assertEqual(self.server.ok("GET", "/status/x")["state"], "starting")
-        self.assertEqual(self.readies("x"), 2)
+        self.assertEqual(self.status("x")["state"], "starting")
+        self.assertEqual(self.words("x").split().count("ready"), 2)
 
     def test_not_within(self):
         """The process is stopped, and that is a failure even if it exits with 0 then."""
         port = free_port()
         dies = python(PROCESS_AWAITS_TERM + "print('why')\nsignal.sigwait([signal.SIGTERM])")
-        self.server.add("x", dies, ready={"tcp": str(port), "within": 0.2}, restart="on-failure")
-        second = self.spawned("x", 2)
-        self.assertEqual(self.exit_of(second["pid"] - 1)["exit_status"], 0)
+        self.add("x", dies, ready={"tcp": str(port), "within": 0.2}, restart="on-failure")
+        self.assertEqual(self.exit_of(self.spawned("x", 2)["pid"] - 1)["exit_status"], 0)
         self.assertIn("not ready (tcp:%d) within 0.2 seconds: ::1:%d: Connection refused"
                       % (port, port), self.server.wait_event("proc/x/stop_pid")["reason"])
-        self.server.ok("PUT", "/processes/x", dict(dies, restart="never", ready={
+        self.ok("PUT", "/processes/x", dict(dies, restart="never", ready={
             "exec": "exit 3", "within": 0.2}))
         answer = self.until("x")
         self.assertError(answer, 409, "conflict", "'x' has failed: not ready (exec:exit 3) within ")
         self.assertRegex(answer[1]["reason"],
                          r" 0\.2 seconds(: exits with 3)?; its last lines:(\nwhy)+\Z")
-        self.assertEqual(self.server.ok("GET", "/status/x")["state"], "failed")
-
-    def test_messages_of_strangers_do_not_count(self):
-        """Nor those of a process that ended; those of a child do. STOPPING=1 ends being ready."""
-        self.server.add("x", python(
-            "import os, signal, socket, sys\nprint(os.environ['NOTIFY_SOCKET'])\n"
-            "s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
-            "s.connect('\\0' + os.environ['NOTIFY_SOCKET'][1:])\n"
-            "for line in sys.stdin:\n"
-            "    child = os.fork()\n"
-            "    if child == 0:\n        s.send(line.encode())\n        signal.pause()\n"
-            "    print('sent')\n"), ready={"notify": True}, redirect_input=True)
-        address = self.poll("x", b"\n").decode().strip()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
-            read, write = os.pipe()
-            for ancillary in ([], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", write))]):
-                stranger.sendmsg([b"READY=1"], ancillary, 0, "\0" + address[1:])
-            os.close(write)
-            self.assertEqual(os.read(read, 1), b"", "what came with a message is closed")
-            os.close(read)
-        self.assertEqual(self.server.ok("GET", "/status/x")["state"], "starting")
-        self.server.request("POST", "/streams/x/stdin", b"READY=1\n")
-        self.assertEqual(self.until("x")[0], 200)
-        self.server.request("POST", "/streams/x/stdin", b"STOPPING=1\n")
-        until(lambda: not self.server.ok("GET", "/status/x")["ready"])
-        self.server.add("y", "echo $NOTIFY_SOCKET.", shell=True, restart="never")
-        self.assertEqual(self.poll(self.spawned("y", 1)["pid"]), b".\n")
+        self.assertEqual(self.status("x")["state"], "failed")
 
     def test_after(self):
-        """What it waits for, and that it does not wait again once it has started."""
+        """What it waits for; that it does not wait again once it has started; that it is gone
+        before what it is after is told to stop."""
         waits = {"cmd": "read line; exit $line", "shell": True, "redirect_input": True}
-        self.server.add("web", "sleep 60", after=["migrate", "later"])
-        self.server.add("migrate", waits, after=["db"], restart="never")
-        self.server.add("db", "read line; echo up; cat", shell=True, redirect_input=True,
-                        ready={"log": "up"})
+        self.add("web", "sleep 60", after=["migrate", "later"])
+        self.add("migrate", waits, after=["db"], restart="never")
+        self.add("db", "read line; echo up; cat", shell=True, redirect_input=True,
+                 ready={"log": "up"})
 
         def states():
-            found = self.server.ok("GET", "/status")
-            return {each["name"]: (each["state"], *each["waiting"]) for each in found}
-        self.assertEqual(states(), {"web": ("waiting", "migrate", "later"), "db": ("starting",),
-                                    "migrate": ("waiting", "db")})
+            return {each["name"]: " ".join([each["state"], *each["waiting"]])
+                    for each in self.ok("GET", "/status")}
+        self.assertEqual(states(), {"web": "waiting migrate later", "migrate": "waiting db",
+                                    "db": "starting"})
         self.assertEqual(self.until("web", timeout=0.01)[0], 504)
-        self.server.request("POST", "/streams/db/stdin", b"\n")
-        self.spawned("migrate", 1)
-        self.assertEqual(states()["web"], ("waiting", "migrate", "later"))
+        self.send("db", b"\n")
+        self.spawned("migrate")
+        self.assertEqual(states()["web"], "waiting migrate later")
         self.assertEqual(self.until("migrate")[0], 200, "without 'ready' from its spawn on")
-        self.server.request("POST", "/streams/migrate/stdin", b"0\n")
+        self.send("migrate", b"0\n")
         self.assertEqual(self.until("migrate", "done")[0], 200)
-        self.assertEqual(states()["web"], ("waiting", "later"))
-        self.server.add("later", "sleep 60")
+        self.assertEqual(states()["web"], "waiting later")
+        self.add("later", "sleep 60")
         self.assertEqual(self.until("web")[0], 200)
-        for name in ("db", "later"):
-            self.server.ok("POST", "/processes/%s/_restart?wait=true" % name)
-        self.assertEqual(states(), {"web": ("running",), "db": ("starting",),
-                                    "migrate": ("done",), "later": ("running",)})
-        self.assertEqual([kind for kind, _ in self.kinds("web")], ["create", "start", "spawn"])
+        for name in "db", "later":
+            self.post("%s/_restart?wait=true" % name)
+        self.assertEqual(states(), {"web": "running", "db": "starting", "migrate": "done",
+                                    "later": "running"})
+        self.assertEqual(self.words("web"), "create start spawn")
+        seen = []
+        self.manager.subscribe("", lambda kind, event: seen.append((kind, event["name"])))
+        self.manager.stop()
+        self.ended()
+        self.assertLess(seen.index(("exit", "web")), seen.index(("stop_pid", "later")))
 
-    def test_circles_are_refused(self):
-        self.server.add("a", "sleep 60", after=["b"], start=False)
-        self.server.add("b", "sleep 60", after=["c"], start=False)
-        for method, path in (("POST", "/processes"), ("PUT", "/processes/c"),
-                             ("PUT", "/processes/c?dry_run=true")):
-            for after, circle in (["a", "c after a after b after c"], ["c", "c after c"]):
-                self.assertError(self.server.json(method, path, {
-                    "name": "c", "cmd": "sleep 60", "after": [after]}), 400,
-                    "invalid_process_info", "field 'after' makes a circle: " + circle)
-        self.server.add("c", "sleep 60", start=False)
-        self.assertError(self.server.json("PUT", "/processes/c", {
-            "cmd": "sleep 60", "after": ["a"]}), 400, "invalid_process_info", "circle")
+    def test_circles(self):
+        for name, after in ("a", "b"), ("b", "c"):
+            self.add(name, "sleep 60", after=[after], start=False)
+        info = {"name": "c", "cmd": "sleep 60", "after": ["a"]}
+        for method, path in ("POST", ""), ("PUT", "/c"), ("PUT", "/c?dry_run=true"):
+            self.refused(info, "'after' makes a circle: c after a after b after c", path=path,
+                         method=method)
+        self.add("c", "sleep 60", start=False)
+        self.refused(info, "circle", path="/c", method="PUT")
 
-    def test_a_failure_is_told_to_who_waits(self):
-        """With the reason and the last lines of output, also by what is after it."""
-        fails = {"cmd": "echo 1; echo bad >&2; read line; exit 3", "shell": True,
-                 "redirect_input": True, "restart": "never"}
-        self.server.add("job", fails)
-        self.server.add("web", "sleep 60", after=["job"])
-        self.server.add("top", "sleep 60", after=["web"])
-        answers = queue.Queue()
-        threads = [threading.Thread(target=lambda args=args: answers.put((args, self.until(*args))))
-                   for args in (("job", "done"), ("web", "ready"), ("top", "ready"))]
-        for thread in threads:
-            thread.start()
-        until(lambda: len(self.server.manager._waiters) == 3)
-        self.server.request("POST", "/streams/job/stdin", b"\n")
-        last = "has failed: exit status 3; its last lines:\n1\nbad"
-        found = dict(answers.get(timeout=TIMEOUT) for _ in threads)
-        for thread in threads:
-            thread.join()
-        self.assertError(found["job", "done"], 409, "conflict", "'job' " + last)
-        self.assertError(found["web", "ready"], 409, "conflict", "'web' waits for 'job', and 'job' " + last)
-        self.assertError(found["top", "ready"], 409, "conflict", "'top' waits for 'job', and 'job' " + last)
-        self.server.add("on", "sleep 60")
-        self.server.add("off", "sleep 60", start=False)
+    def test_until(self):
+        """A failure is told with the reason and the last lines, also by what is after it."""
+        self.add("job", "echo 1; echo bad >&2; read line; exit 3", shell=True, restart="never",
+                 redirect_input=True)
+        for name, after in ("web", "job"), ("top", "web"):
+            self.add(name, "sleep 60", after=[after])
+        goals = ("job", "done"), ("web", "ready"), ("top", "ready")
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            answers = [pool.submit(self.until, *each) for each in goals]
+            until(lambda: len(self.manager._waiters) == 3)
+            self.send("job", b"\n")
+            for answer, words in zip(answers, ("", "'web' waits for 'job', and ",
+                                               "'top' waits for 'job', and ")):
+                self.assertError(answer.result(TIMEOUT), 409, "conflict", words + (
+                    "'job' has failed: exit status 3; its last lines:\n1\nbad"))
+        self.add("on", "sleep 60")
+        self.add("off", "sleep 60", start=False)
         for name, goal, status, words in (
                 ("on", "ready", 200, ""), ("on", "done", 409, "its 'restart' is 'always'"),
                 ("on", "stopped", 504, "'on' is not stopped after 0.01 seconds; it goes on"),
@@ -6815,489 +6198,333 @@ class ProcessReady(ProcessCase):
                 answer = self.until(name, goal, 0.01)
                 self.assertEqual(answer[0], status, answer)
                 self.assertIn(words, answer[1].get("reason", ""))
-        self.server.ok("POST", "/processes/web/_stop")
-        self.assertError(self.until("top"), 409, "conflict", "'top' waits for 'web', and 'web' is stopped; start it")
-        self.server.ok("DELETE", "/processes/web")
+        self.post("web/_stop")
+        self.assertError(self.until("top"), 409, "conflict",
+                         "'top' waits for 'web', and 'web' is stopped; start it")
+        self.ok("DELETE", "/processes/web")
         self.assertEqual(self.until("top", timeout=0.01)[0], 504, "it may be added again")
 
-    def test_a_command_that_has_ended_is_not_signalled(self):
-        """Its number may be another group's by then."""
-        seen = []
-
-        def killpg(group, signum, killpg=os.killpg):
-            seen.append((group, signum))
-            killpg(group, signum)
-        with unittest.mock.patch.object(gaffer.os, "killpg", killpg):
-            self.server.add("x", "sleep 60", ready={"exec": "true"})
+    def test_commands(self):
+        """One that hangs is killed with all that it started, also at the end of the process, and of
+        gaffer; one that has ended gets no signal, as its number may be another group's by then."""
+        sent, killpg = [], os.killpg
+        with unittest.mock.patch.object(gaffer.os, "killpg", lambda *args: (
+                sent.append(args), killpg(*args))):
+            self.add("x", "sleep 60", ready={"exec": "true"})
             self.assertEqual(self.until("x")[0], 200)
-        self.assertEqual(len(seen), 1, seen)
-
-    def test_those_that_wait_are_forgotten(self):
-        self.server.add("x", "sleep 60", after=["no"])
-        self.assertEqual(len(self.server.manager._held), 1)
-        self.server.ok("DELETE", "/processes/x")
-        self.assertEqual(len(self.server.manager._held), 0)
-
-    def test_stops_go_the_other_way(self):
-        """Each process is gone before what it is after is told to stop, whatever their priority."""
-        slow = python(PROCESS_AWAITS_TERM + "print('up')\nsignal.sigwait([signal.SIGTERM])")
-        for name, after, priority in (("web", ["app"], 0), ("app", ["db"], 1), ("db", [], 2)):
-            self.server.add(name, slow, after=after, priority=priority, ready={"log": "up"})
-        self.assertEqual(self.until("web")[0], 200)
-        seen = []
-        self.server.manager.subscribe("", lambda kind, event: seen.append((kind, event["name"])))
-        self.server.manager.stop()
-        self.server._thread.join(TIMEOUT)
-        self.assertEqual([each for each in seen if each[0] in ("stop_pid", "exit")], [
-            (kind, name) for name in ("web", "app", "db") for kind in ("stop_pid", "exit")])
-
-    def test_a_command_that_hangs_is_killed(self):
-        """With all that it started; also at the end of the process, and of gaffer."""
-        for end in ("expires", "process", "gaffer"):
+        self.assertEqual(len(sent), 1, sent)
+        for end in "expires", "process", "gaffer":
             with self.subTest(end=end), unittest.mock.patch.object(
                     gaffer, "PROBE_TIME", 0.1 if end == "expires" else 60):
-                self.server.add(end, "sleep 60", ready={"exec": "echo $$; sleep 60 & wait"})
-                manager = self.server.manager
-                command = until(lambda: next(iter(manager.commands), None))
-                group = command.os_pid
+                self.add(end, "sleep 60", ready={"exec": "echo $$; sleep 60 & wait"})
+                group = until(lambda: next(iter(self.manager.commands), None)).os_pid
                 self.assertTrue(end == "expires" or process_group(group))
                 if end == "gaffer":
-                    manager.stop()
-                    self.server._thread.join(TIMEOUT)
+                    self.manager.stop()
+                    self.ended()
                 elif end == "process":
-                    self.server.ok("DELETE", "/processes/process?wait=true")
-                until(lambda: not process_group(group))
+                    self.delete(end)
+                until(lambda group=group: not process_group(group))
                 if end == "expires":
-                    self.server.ok("DELETE", "/processes/expires?wait=true")
+                    self.delete(end)
 
 
 class ProcessShortage(ProcessCase):
     """What cannot be had for real here: the system call fails in a test's hands."""
 
-    def test_a_process_without_a_pidfd_is_polled(self):
-        """No descriptor is left, or the kernel or a sandbox refuses one."""
-        for number in (errno.EMFILE, errno.ENOSYS, errno.EPERM):
-            with unittest.mock.patch("os.pidfd_open", create=True, side_effect=OSError(number, "no")):
-                self.server.add("x%d" % number, "cat", redirect_input=True)
-                first = self.server.wait_event("proc/x%d/spawn" % number)
-                os.kill(first["os_pid"], signal.SIGKILL)
-                self.assertEqual(self.server.wait_event("proc/x%d/exit" % number)["term_signal"], signal.SIGKILL)
-                self.server.wait_event("proc/x%d/spawn" % number, since=first["id"])
-
-    def test_a_selector_without_room(self):
-        """ENOSPC of epoll: no process is left that nobody reads, and a connection is closed; both count no longer."""
-        loop = self.server.manager.loop
-        register = loop.register
+    def test_without_a_pidfd(self):
+        """No descriptor is left, the kernel refuses one, the selector has no room: the process is
+        polled, and no descriptor is lost."""
+        register = self.manager.loop.register
 
         def full(fd, events, callback):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.assertEqual(self.server.json("GET", "/processes"), (200, []))
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=TIMEOUT)
-        self.addCleanup(connection.close)
-        connection.connect()
-        connection.request("GET", "/processes")
-        connection.getresponse().read()
-        loop.call(setattr, loop, "register", full)
-        with self.assertLogs("gaffer", logging.WARNING) as logs:
-            connection.request("POST", "/processes", json.dumps({"name": "x", "cmd": "cat", "redirect_input": True}))
-            answer = connection.getresponse()
-            self.assertEqual((answer.status, json.loads(answer.read())["error"]), (503, "busy"))
-            for _ in range(3):
-                with self.server.connect() as sock:
-                    self.assertEqual(sock.recv(1), b"")
-        loop.call(setattr, loop, "register", register)
-        self.assertEqual(len(logs.output), 1, logs.output)
-        self.assertEqual(loop.call(lambda: len(self.server.http.connections)), 1)
-        self.assertEqual(self.server.add("x", "cat", redirect_input=True), [1])
+            if "pidfd" in os.readlink("/proc/self/fd/%d" % fd):
+                raise OSError(errno.ENOSPC, "no")
+            register(fd, events, callback)
+        for number, patch in enumerate((
+                *(unittest.mock.patch("os.pidfd_open", create=True, side_effect=OSError(each, "no"))
+                  for each in (errno.EMFILE, errno.EPERM)),
+                unittest.mock.patch.object(self.manager.loop, "register", full))):
+            with patch:
+                name = "x%d" % number
+                self.add(name, "cat", redirect_input=True)
+                self.kill(self.pids(name)[0])
+                self.spawned(name, 2)
+
+    def test_a_selector_without_room(self):
+        """No process is left that nobody reads, and a connection is closed."""
+        loop = self.manager.loop
+        with contextlib.closing(http.client.HTTPConnection(
+                "127.0.0.1", self.server.port, timeout=TIMEOUT)) as connection:
+            connection.request("GET", "/processes")
+            connection.getresponse().read()
+            with unittest.mock.patch.object(loop, "register", side_effect=OSError(
+                    errno.ENOSPC, "no room")), self.assertLogs("gaffer", logging.WARNING) as logs:
+                connection.request("POST", "/processes", json.dumps({"name": "x", "cmd": "cat"}))
+                answer = connection.getresponse()
+                self.assertEqual((answer.status, json.loads(answer.read())["error"]), (503, "busy"))
+                for _ in range(3):
+                    with self.server.connect() as sock:
+                        self.assertEqual(sock.recv(1), b"")
+            self.assertEqual(len(logs.output), 1, logs.output)
+            self.assertEqual(loop.call(lambda: len(self.server.http.connections)), 1)
+        self.assertEqual(self.add("x", "cat", redirect_input=True), [1])
 
     def test_no_memory_for_a_process(self):
         """It is 503, and a template that has one comes back."""
-        self.server.add("x", "cat", redirect_input=True)
-        first = self.server.wait_event("proc/x/spawn")
-        popen, failures = subprocess.Popen, []
-
-        def fails(*args, **options):
-            failures.append(1)
-            raise MemoryError
+        pid, = self.add("x", "cat", redirect_input=True)
         with self.assertLogs("gaffer", logging.WARNING) as logs:
-            subprocess.Popen = fails
-            try:
-                self.assertError(self.server.json("POST", "/processes", {"name": "y", "cmd": "cat"}), 503, "busy", "memory")
-                os.kill(first["os_pid"], signal.SIGKILL)
-                until(lambda: len(failures) > 2, "two failures")
-            finally:
-                subprocess.Popen = popen
-            self.server.wait_event("proc/x/spawn", since=first["id"])
+            with unittest.mock.patch("subprocess.Popen", side_effect=MemoryError) as popen:
+                self.refused({"name": "y", "cmd": "cat"}, "memory", "busy", status=503)
+                self.kill(pid)
+                until(lambda: popen.call_count > 2, "two failures")
+            self.spawned("x", 2)
         self.assertEqual(len(logs.output), 1, logs.output)
 
 
-class ProcessFirst(Case):
-    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare"), "needs root and unshare")
-    def test_as_pid_1_strangers_are_reaped(self):
-        """In a pid namespace of its own, orphans of a process become gaffer's, and are no zombies for long."""
-        command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", PYTHON, os.path.abspath(gaffer.__file__),
-                   "serve", "--bind", "127.0.0.1:0"]
-        outer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.addCleanup(outer.stderr.close)
-        self.addCleanup(outer.stdout.close)
-        try:
-            line = outer.stdout.readline().decode()
-            if not line:
-                self.skipTest("no pid namespace can be made here: %s" % outer.stderr.read().decode())
-            code = """
-                import os, sys
-                for _ in range(5):
-                    if os.fork() == 0:
-                        if os.fork() == 0:
-                            os.read(0, 1)       # until the end of file, when its parent has ended
-                        os._exit(0)
-                    os.wait()
-                os.write(1, b"ready")
-                sys.stdin.read()
-                os._exit(0)
-                """
-            connection = http.client.HTTPConnection("127.0.0.1", int(line.rpartition(":")[2]), timeout=TIMEOUT)
+class ProcessProgram(Case):
+    """A Manager, or the command, as a program of its own."""
+
+    def serve(self, *before, **options):
+        """Start the command behind others. Return (process, a function that asks it)."""
+        child = subprocess.Popen(
+            [*before, PYTHON, os.path.abspath(gaffer.__file__), "serve", "--bind", "127.0.0.1:0"],
+            stdout=subprocess.PIPE, **options)
+        self.addCleanup(child.stdout.close)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        line = child.stdout.readline().decode()
+        if not line:
+            self.skipTest("%s cannot be run here" % " ".join(before))
+
+        def ask(method, path, body=None):
+            connection = http.client.HTTPConnection("127.0.0.1", int(line.rpartition(":")[2]),
+                                                    timeout=TIMEOUT)
             with contextlib.closing(connection):
-                def ask(method, path, body=None):
-                    connection.request(method, path, body)
-                    return connection.getresponse().read()
-                ask("POST", "/processes", json.dumps(dict(python(code), name="x", redirect_input=True, flapping={"attempts": 1})))
-                self.assertEqual(ask("GET", "/streams/1/stdout?since=0"), b"ready")
-                server, = gaffer.ProcfsTable().children(outer.pid)
-                self.assertEqual(len(gaffer.ProcfsTable().children(server)), 6)
-                ask("DELETE", "/streams/1/stdin")
-                until(lambda: not gaffer.ProcfsTable().children(server), "the end of all orphans")
-                os.kill(server, signal.SIGTERM)
-            self.assertEqual(outer.wait(TIMEOUT), 0)
-        finally:
-            outer.kill()
-            outer.wait()
+                connection.request(method, path, body and json.dumps(body))
+                return connection.getresponse().read()
+        return child, ask
 
+    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare"), "needs root and unshare")
+    def test_as_pid_1(self):
+        """Orphans of a process become gaffer's, and are no zombies for long."""
+        outer, ask = self.serve("unshare", "--pid", "--fork", "--mount-proc", "--kill-child",
+                                stderr=subprocess.DEVNULL)
+        ask("POST", "/processes", dict(python("""
+            import os, sys
+            for _ in range(5):
+                if os.fork() == 0:
+                    if os.fork() == 0:
+                        os.read(0, 1)           # until the end of file, when its parent has ended
+                    os._exit(0)
+                os.wait()
+            os.write(1, b"ready")
+            sys.stdin.read()
+            """), name="x", redirect_input=True, flapping={"attempts": 1}))
+        self.assertEqual(ask("GET", "/streams/1/stdout?since=0"), b"ready")
+        table = gaffer.ProcfsTable()
+        server, = table.children(outer.pid)
+        self.assertEqual(len(table.children(server)), 6)
+        ask("DELETE", "/streams/1/stdin")
+        until(lambda: not table.children(server), "the end of all orphans")
+        os.kill(server, signal.SIGTERM)
+        self.assertEqual(outer.wait(TIMEOUT), 0)
 
-class ProcessLostDirectory(Case):
-    def test_gaffers_own_directory_is_removed(self):
+    def test_own_directory_is_removed(self):
         """What is told absolutely is started and restarted all the same."""
         self.expect_log("WARNING x: exit .*signal 9")
         folder = tempfile.mkdtemp()
-        program = os.path.abspath(gaffer.__file__)
-        child = subprocess.Popen([PYTHON, program, "serve", "--bind", "127.0.0.1:0"], cwd=folder, stdout=subprocess.PIPE)
-        self.addCleanup(child.stdout.close)
-        try:
-            port = int(child.stdout.readline().decode().rpartition(":")[2])
-
-            def ask(method, path, body=None):
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
-                with contextlib.closing(connection):
-                    connection.request(method, path, body)
-                    return json.loads(connection.getresponse().read().decode())
-            self.assertEqual(ask("POST", "/processes", json.dumps({"name": "x", "cmd": "sleep 1000"})), {"ok": True})
-            first = ask("GET", "/watch/proc/x/spawn?since=0")
-            os.rmdir(folder)
-            os.kill(first["os_pid"], signal.SIGKILL)
-            second = ask("GET", "/watch/proc/x/spawn?since=%s&timeout=%d" % (first["id"], TIMEOUT))
-            self.assertTrue(alive(second["os_pid"]))
-            self.assertEqual(ask("POST", "/processes", json.dumps({"name": "y", "cmd": "true"})), {"ok": True})
-            self.assertEqual(ask("POST", "/processes", json.dumps({"name": "z", "cmd": "./true"}))["error"], "invalid_process_info")
-        finally:
-            child.terminate()
-            self.assertEqual(child.wait(TIMEOUT), 0)
-
-
-class ProcessProgram(Case):
-    """A Manager on the main thread of a program of its own: how signals and exceptions end it."""
+        child, ask = self.serve(cwd=folder)
+        ask("POST", "/processes", {"name": "x", "cmd": "sleep 1000"})
+        first = json.loads(ask("GET", "/watch/proc/x/spawn?since=0"))
+        os.rmdir(folder)
+        os.kill(first["os_pid"], signal.SIGKILL)
+        second = json.loads(ask("GET", "/watch/proc/x/spawn?since=%s&timeout=%d" % (
+            first["id"], TIMEOUT)))
+        self.assertTrue(alive(second["os_pid"]))
+        self.assertIn(b"ok", ask("POST", "/processes", {"name": "y", "cmd": "true"}))
+        self.assertIn(b"invalid", ask("POST", "/processes", {"name": "z", "cmd": "./true"}))
+        child.terminate()
+        self.assertEqual(child.wait(TIMEOUT), 0)
 
     PROGRAM = """
-        import signal, sys
+        import os, signal, sys
         sys.path.insert(0, %r)
         import gaffer
-        class Leave(BaseException):
-            pass
-        def leave(*args):
-            raise Leave()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGUSR1, leave)
-        class Show:
-            def start(self, loop, manager):
-                manager.subscribe("", lambda kind, event: print(kind, event.get("os_pid", 0), flush=True))
-        apps = [Show()] + ([gaffer.SigHandler()] if %r else [])
-        manager = gaffer.Manager(apps)
-        manager.add_process(%r)
-        manager.run()
-        print("returned", 0, flush=True)
+        manager, seen = gaffer.Manager(), []
+        def show(kind, event):
+            print(kind, event.get("os_pid", 0), flush=True)
+        manager.subscribe("", show)
+        %s
+        try:
+            manager.run()
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        try:
+            os.wait()
+        except ChildProcessError:
+            print("nothing is left", flush=True)
         """
 
-    def begin(self, handler, **options):
-        """Run the program. Returns it and the os pid of its process, which is ready."""
-        folder = tempfile.mkdtemp()
-        self.addCleanup(os.rmdir, folder)
-        fifo = os.path.join(folder, "ready")
-        os.mkfifo(fifo)
-        self.addCleanup(os.unlink, fifo)
-        code = PROCESS_IGNORES_TERM + "os.close(os.open(%r, os.O_WRONLY))\nsignal.sigwait([])" % fifo
-        info = dict(python(code), name="x", **options)
-        folder = os.path.dirname(os.path.abspath(gaffer.__file__))
-        program = textwrap.dedent(self.PROGRAM) % (folder, handler, info)
-        child = subprocess.Popen([PYTHON, "-W", "error", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                 universal_newlines=True)
+    def begin(self, code):
+        """Run a program, with `code` before run(). Return it."""
+        child = subprocess.Popen(
+            [PYTHON, "-W", "error", "-c", textwrap.dedent(self.PROGRAM) % (
+                HERE, textwrap.dedent(code))], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            universal_newlines=True)
         self.addCleanup(child.stdout.close)
         self.addCleanup(child.stderr.close)
-        with open(fifo):                            # both have opened it: the child ignores SIGTERM by now
-            pass
-        return child, self.wait_for(child, "spawn")
+        return child
 
-    def wait_for(self, child, word):
-        """Read the program's lines up to an event. Returns its os pid."""
-        for line in child.stdout:
-            kind, os_pid = line.split()
-            if kind == word:
-                return int(os_pid)
-        self.fail("the program ended before %r: %s" % (word, child.stderr.read()))
+    def end(self, child):
+        """Return the first words of all that it still says."""
+        said = child.stdout.read()
+        self.assertEqual((child.stderr.read(), child.wait(TIMEOUT)), ("", 0))
+        return [line.split(" ")[0] for line in said.splitlines()]
 
-    def end(self, child, os_pid):
-        """Wait for the program's end; nothing of its process is left. Returns (exit status, rest of stdout, stderr)."""
-        out, err = child.stdout.read(), child.stderr.read()
-        status = child.wait(TIMEOUT)
-        until(lambda: not process_group(os_pid), "the end of what has been killed")
-        return status, out, err
-
-    def test_exceptions(self):
-        """A KeyboardInterrupt, or another exception of a signal handler, leaves run(), and leaves nothing behind."""
-        for signum, name in ((signal.SIGINT, "KeyboardInterrupt"), (signal.SIGUSR1, "Leave")):
-            with self.subTest(name):
-                child, os_pid = self.begin(False, graceful_timeout=0.2)
-                child.send_signal(signum)
-                status, out, err = self.end(child, os_pid)
-                self.assertNotEqual(status, 0)
-                self.assertNotIn("returned", out)
-                self.assertIn(name, err.splitlines()[-1])
-                self.assertEqual([line.split()[0] for line in out.splitlines()], ["stop", "stop_pid", "exit"])
-
-    def test_a_second_exception(self):
-        """It does not wait any longer, and still leaves nothing behind."""
-        child, os_pid = self.begin(False, graceful_timeout=600)
-        child.send_signal(signal.SIGINT)
-        self.wait_for(child, "stop_pid")
-        child.send_signal(signal.SIGINT)
-        status, _, err = self.end(child, os_pid)
-        self.assertNotEqual(status, 0)
-        self.assertIn("KeyboardInterrupt", err)
+    def test_interrupts(self):
+        """A KeyboardInterrupt leaves run(), with all stopped; a second one does not wait."""
+        with tempfile.TemporaryDirectory() as folder:
+            fifo = os.path.join(folder, "ready")
+            os.mkfifo(fifo)
+            stubborn = python(PROCESS_IGNORES_TERM + "os.close(os.open(%r, os.O_WRONLY))" % fifo
+                              + PROCESS_SIGWAIT)
+            for count, seconds in (1, 0.2), (2, 600):
+                with self.subTest(count):
+                    child = self.begin("manager.add_process(%r)" % dict(
+                        stubborn, name="x", graceful_timeout=seconds))
+                    with open(fifo):            # both have opened it: SIGTERM is ignored by now
+                        pass
+                    child.send_signal(signal.SIGINT)
+                    if count == 2:
+                        while not child.stdout.readline().startswith("stop_pid"):
+                            pass
+                        child.send_signal(signal.SIGINT)
+                    said = self.end(child)
+                    self.assertIn("interrupted", said)
+                    if count == 1:              # else a zombie may be
+                        self.assertEqual(said[-1], "nothing")
 
     def test_an_interrupt_within_a_step(self):
         """It leaves run() when the step is complete: no process is left half reaped."""
-        folder = os.path.dirname(os.path.abspath(gaffer.__file__))
-        for call in ("waitid", "waitpid", "killpg", "close"):
+        for call in "waitid", "waitpid", "killpg", "close":
             with self.subTest(call):
-                program = textwrap.dedent("""
-                    import os, signal, sys
-                    sys.path.insert(0, %r)
-                    import gaffer
-                    signal.signal(signal.SIGINT, signal.default_int_handler)
-                    call, armed = os.%s, []
-                    def interrupted(*args):
-                        if armed and armed.pop():
-                            signal.raise_signal(signal.SIGINT)
-                        return call(*args)
-                    os.%s = interrupted
-                    manager = gaffer.Manager()
-                    manager.add_process("x", "cat", redirect_input=True)
-                    def spawned(kind, event):
-                        if not seen:
-                            seen.append(event["os_pid"])
-                            armed.append(True)
-                            os.kill(event["os_pid"], signal.SIGKILL)
-                    seen = []
-                    manager.subscribe("spawn", spawned)
-                    manager.subscribe("exit", lambda kind, event: print(kind, event["os_pid"]))
-                    try:
-                        manager.run()
-                    except KeyboardInterrupt:
-                        print("interrupted")
-                    try:
-                        os.wait()
-                    except ChildProcessError:
-                        print("nothing is left")
-                    """) % (folder, call, call)
-                done = subprocess.run(
-                    [PYTHON, "-W", "error", "-c", program], stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE, timeout=TIMEOUT, check=False)
-                said = done.stdout.decode().splitlines()
-                self.assertEqual((said[0].split()[0], said[-2:], done.stderr.decode()),
-                                 ("exit", ["interrupted", "nothing is left"], ""))
-
-    def test_an_interrupt_while_another_thread_calls(self):
-        """It is the main thread's, which runs the loop; the caller gets its result."""
-        folder = os.path.dirname(os.path.abspath(gaffer.__file__))
-        program = textwrap.dedent("""
-            import signal, sys, threading
-            sys.path.insert(0, %r)
-            import gaffer
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            manager, got = gaffer.Manager(), []
-            def interrupt():
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-                return "result"
-            def work():
-                for _ in range(100):
-                    manager.loop.call(len, "abc")
-                got.append(manager.loop.call(interrupt))
-            thread = threading.Thread(target=work)
-            manager.loop.call_soon(thread.start)
-            try:
-                manager.run()
-            except KeyboardInterrupt:
-                thread.join()
-                print("interrupted", got)
-            """) % folder
-        done = subprocess.run([PYTHON, "-W", "error", "-c", program], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=TIMEOUT, check=False)
-        self.assertEqual((done.stdout, done.stderr), (b"interrupted ['result']\n", b""))
-
-    def test_signals(self):
-        """With SigHandler TERM and INT stop, so that run() returns; a second one kills."""
-        child, os_pid = self.begin(True, graceful_timeout=600)
-        child.send_signal(signal.SIGTERM)
-        self.wait_for(child, "stop_pid")
-        child.send_signal(signal.SIGINT)
-        status, out, err = self.end(child, os_pid)
-        self.assertEqual((status, err), (0, ""))
-        self.assertEqual([line.split()[0] for line in out.splitlines()], ["exit", "returned"])
+                child = self.begin("""
+call, armed = os.%s, []
+def interrupted(*args):
+    if armed and armed.pop():
+        signal.raise_signal(signal.SIGINT)
+    return call(*args)
+os.%s = interrupted
+def spawned(kind, event):
+    if not seen:
+        seen.append(event)
+        armed.append(True)
+        os.kill(event["os_pid"], signal.SIGKILL)
+manager.subscribe("spawn", spawned)
+manager.add_process("x", "cat", redirect_input=True)
+""" % (call, call))
+                said = self.end(child)
+                self.assertIn("exit", said)
+                self.assertEqual(said[-2:], ["interrupted", "nothing"])
 
     def test_not_on_the_main_thread(self):
-        """SigHandler says so; run() itself does not mind."""
-        errors = []
-
-        def run():
-            try:
-                gaffer.Manager([gaffer.SigHandler()]).run()
-            except gaffer.StartError as error:
-                errors.append(str(error))
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join(TIMEOUT)
-        self.assertIn("main thread", errors[0])
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            run = pool.submit(gaffer.Manager([gaffer.SigHandler()]).run)
+            with self.assertRaisesRegex(gaffer.StartError, "main thread"):
+                run.result(TIMEOUT)
 
 
 class ProcessTables(Case):
-    """What /proc says of processes."""
-
-    CODE = """
-        import os, signal, sys
-        for leave in (False, False, True):
-            if os.fork() == 0:
-                if leave:
-                    os.setsid()
-                os.write(1, b'!')
-                signal.sigwait([])
-        while True:
-            os.read(0, 1) or os._exit(0)
-        """
+    """What the system says of processes."""
 
     def setUp(self):
-        """A process group of three, and one that has left it."""
+        """Have a process group of three, and one that has left it."""
         super().setUp()
         self.table = gaffer.ProcfsTable()
         if not self.table.EXISTS:
             self.skipTest("no /proc here")
-        command = python(self.CODE)
-        self.child = subprocess.Popen([command["cmd"], *command["args"]], stdin=subprocess.PIPE,
-                                      stdout=subprocess.PIPE, start_new_session=True)
-        self.assertEqual(b"".join(self.child.stdout.read(1) for _ in range(3)), b"!!!")
-        everybody = self.table.children(self.child.pid)
+        command = python("""
+            import os, signal
+            for leave in (False, False, True):
+                if os.fork() == 0:
+                    if leave:
+                        os.setsid()
+                    os.write(1, b'!')
+                    signal.sigwait([])
+            os.read(0, 1)
+            """)
+        child = self.child = subprocess.Popen(
+            [command["cmd"], *command["args"]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            start_new_session=True)
+        self.assertEqual(child.stdout.read(3), b"!!!")
+        self.all = sorted(self.table.children(child.pid))
+        self.left, = (each for each in self.all if os.getpgid(each) != child.pid)
+        self.stayed = next(each for each in self.all if each != self.left)
 
         def end():
-            for os_pid in everybody:
+            for os_pid in self.all:
                 os.kill(os_pid, signal.SIGKILL)
-            self.child.stdin.close()
-            self.child.wait(TIMEOUT)
-            self.child.stdout.close()
+            child.communicate(timeout=TIMEOUT)
         self.addCleanup(end)
-        self.assertEqual(len(everybody), 3)
-        self.left, = [os_pid for os_pid in everybody if os.getpgid(os_pid) != self.child.pid]
-        self.stayed = [os_pid for os_pid in everybody if os_pid != self.left]
 
     def test_groups(self):
-        """Those with a living member, children, and who has left."""
-        wanted = {self.child.pid, self.left, self.stayed[0]}
-        self.assertEqual(self.table.groups(wanted), {self.child.pid, self.left})
-        self.assertEqual(sorted(self.table.children(self.child.pid)), sorted([*self.stayed, self.left]))
-        escaped = self.table.escaped(self.child.pid, self.child.pid)
-        self.assertEqual([os_pid for os_pid, _ in escaped], [self.left])
-        self.assertTrue(self.table.still(*escaped[0]))
-        self.assertFalse(self.table.still(self.left, escaped[0][1] + 1), "its number was given away")
-
-    def test_gone(self):
-        """A process that is not there is no fault; a zombie is no member."""
-        os.kill(self.stayed[0], signal.SIGKILL)
-        until(lambda: process_state(self.stayed[0]) == "Z", "the zombie")
-        zombie = subprocess.Popen(["true"], start_new_session=True)
-        until(lambda: process_state(zombie.pid) == "Z", "another")
-        self.assertEqual(self.table.groups({zombie.pid}), set())
-        zombie.wait(TIMEOUT)
-        gone = zombie.pid
-        self.assertEqual((self.table.look(gone), self.table.usage(gone), self.table.children(gone)), (None, None, []))
-        self.assertEqual((self.table.escaped(gone, gone), self.table.still(gone, 0)), ([], False))
+        """Those with a living member, children, and what has left. A process that is not there is
+        no fault; a zombie is no member."""
+        table, child = self.table, self.child.pid
+        self.assertEqual(table.groups({child, self.left, self.stayed}), {child, self.left})
+        self.assertEqual(len(self.all), 3)
+        (left, start), = table.escaped(child, child)
+        self.assertEqual(left, self.left)
+        self.assertTrue(table.still(left, start))
+        self.assertFalse(table.still(left, start + 1), "its number was given away")
+        gone = subprocess.Popen(["true"], start_new_session=True)
+        until(lambda: process_state(gone.pid) == "Z", "a zombie")
+        self.assertEqual(table.groups({gone.pid}), set())
+        gone.wait(TIMEOUT)
+        self.assertEqual((table.look(gone.pid), table.usage(gone.pid), table.children(gone.pid),
+                          table.escaped(gone.pid, gone.pid), table.still(gone.pid, 0)),
+                         (None, None, [], [], False))
 
     def test_look(self):
         """As the system's calls say."""
         seen, usage = self.table.look(self.child.pid), self.table.usage(self.child.pid)
         with open("/proc/%d/status" % self.child.pid) as file:
             status = dict(line.split(":", 1) for line in file)
-        self.assertEqual((seen["ppid"], seen["uid"]), (os.getpid(), os.geteuid()))
-        self.assertEqual((seen["nice"], sorted(seen["children"])), (os.nice(0), sorted([*self.stayed, self.left])))
-        self.assertEqual(seen["vms"], int(status["VmSize"].split()[0]) * 1024)
-        self.assertLess(abs(seen["rss"] - int(status["VmRSS"].split()[0]) * 1024), seen["rss"] / 4, "the kernel counts in steps")
-        self.assertEqual(seen["cmdline"].split(), " ".join(self.child.args).split())
+        self.assertEqual([seen[key] for key in ("ppid", "uid", "nice", "vms", "cmdline")], [
+            os.getpid(), os.geteuid(), os.nice(0), int(status["VmSize"].split()[0]) * 1024,
+            " ".join(self.child.args)])
+        self.assertEqual(sorted(seen["children"]), self.all)
+        rss = int(status["VmRSS"].split()[0]) * 1024
+        self.assertLess(abs(seen["rss"] - rss), rss / 4, "the kernel counts in steps")
         self.assertEqual(set(usage), {"cpu_time", "rss"})
         self.assertLess(usage["cpu_time"], 10)
         boot = time.clock_gettime(time.CLOCK_BOOTTIME)
         self.assertTrue(boot - 60 < seen["start_time"] <= boot, (boot, seen["start_time"]))
 
-    def test_a_system_without_proc(self):
-        """A group is gone when it cannot be signalled; there are no statistics."""
-        class NoTable(gaffer.ProcfsTable):
-            EXISTS = False
-
-            @staticmethod
-            def _read(os_pid, name):
-                return b""
-        server = Running(process_table=NoTable())
-        self.addCleanup(server.stop_all)
-        pid, = server.add("x", '(trap "" TERM; echo ready; exec sleep 60) & wait', shell=True, graceful_timeout=0.1)
-        os_pid = server.ok("GET", "/processes/%d" % pid)["os_pid"]
-        server.request("GET", "/streams/%d/stdout?since=0" % pid)
-        self.assertEqual(server.ok("GET", "/stats/x")["stats"], [])
-        server.ok("POST", "/processes/x/_stop?wait=true")
-        self.assertEqual(process_group(os_pid), [])
-        self.assertEqual(server.ok("GET", "/status/x")["running"], 0)
-
-
-class ProcessPlatform(Case):
-    """Small things of the platform section."""
-
     def test_peek_and_reap(self):
         """Looking does not reap; reaping twice is no error."""
-        for command, expected in ((["true"], (0, 0)), (["sh", "-c", "exit 7"], (7, 0)), (["sh", "-c", "kill -9 $$"], (0, 9))):
-            child = subprocess.Popen(command)
+        for command, expected in ("exit 7", (7, 0)), ("kill -9 $$", (0, 9)):
+            child = subprocess.Popen(["sh", "-c", command])
             for _ in range(2):
-                self.assertEqual(until(lambda: gaffer.peek_exit(child.pid)), expected)
-            self.assertEqual(process_state(child.pid), "Z")
-            gaffer.reap(child.pid)
-            gaffer.reap(child.pid)
-            self.assertIsNone(process_state(child.pid))
-            child.returncode = 0                    # Popen need not wait for it
+                self.assertEqual(until(lambda child=child: gaffer.peek_exit(child.pid)), expected)
+            for state in "Z", None:
+                self.assertEqual(process_state(child.pid), state)
+                gaffer.reap(child.pid)
+            child.returncode = 0                # Popen need not wait for it
 
     def test_users_and_groups(self):
         """By name, by number, by a number as text; None where a number has no entry."""
-        self.assertEqual(gaffer.find_user("root"), (0, 0, "root"))
-        self.assertEqual(gaffer.find_user(0), gaffer.find_user("0"))
+        for user in "root", 0, "0":
+            self.assertEqual(gaffer.find_user(user), (0, 0, "root"))
         self.assertEqual(gaffer.find_user(54321), (54321, None, None))
-        self.assertEqual((gaffer.find_group(0), gaffer.find_group("0"), gaffer.find_group(grp.getgrgid(0).gr_name)), (0, 0, 0))
-        for user in ("no-such-user", -1, 2 ** 32 - 1, 2 ** 64, ""):
-            with self.assertRaises(ValueError):
-                gaffer.find_user(user)
-        for group in ("no-such-group", -1, 2 ** 32 - 1, 2 ** 64, ""):
-            with self.assertRaises(ValueError):
-                gaffer.find_group(group)
+        for group in grp.getgrgid(0).gr_name, 0, "0":
+            self.assertEqual(gaffer.find_group(group), 0)
+        for find in gaffer.find_user, gaffer.find_group:
+            for name in "no-such-name", -1, 2 ** 32 - 1, 2 ** 64, "":
+                with self.assertRaises(ValueError):
+                    find(name)
 
 
 # --------------------------------------------------------------------------------------------------------------------
