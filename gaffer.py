@@ -9308,7 +9308,9 @@ class Handler(socketserver.StreamRequestHandler):
                     keep, slow = self.handle_request()
                 finally:
                     self.http.working.discard(self)
-        except (OSError, EOFError) as error:
+        except EOFError:
+            self.gone = True
+        except OSError as error:
             log.debug("a client has left: %s", error)
             self.gone = True
 
