@@ -9227,7 +9227,8 @@ class StreamsPosition(StreamsCase):
 
     def test_the_default_window(self):
         """It is 1 MiB."""
-        pid = self.cat("big", "head -c 1200000 /dev/zero")
+        pid = self.cat("big", "read x; head -c 1200000 /dev/zero", shell=True)
+        self.send(pid, b"\n")
         self.server.wait_event("exit")
         status, headers, body = self.server.request("GET", "/streams/%d/stdout?since=0" % pid)
         self.assertEqual((status, len(body), headers["Gaffer-Dropped"]),
