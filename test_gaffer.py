@@ -10573,7 +10573,7 @@ class StreamsGone(StreamsCase):
         rows = [("/wstreams/%d%s" % (deaf, query), ws_frame(2, bytes(65536)) * 40)
                 for query in ("", "?frame=line")]
         rows += [(path, behind) for behind in (b"", http_bytes("GET", "/ping") * 3000)
-                 for path in ("/watch", "/streams/%d/stdout" % deaf, "/streams",
+                 for path in ("/watch", "/streams/%d/stdout" % deaf, "/streams/deaf",
                               "/stats?feed=longpoll&interval=1000")]
         rows += [("/streams/%d/stdout?feed=%s%s" % (loud, feed, loss), bytes(size))
                  for feed, size in (("continuous", 0), ("eventsource", 200000))
