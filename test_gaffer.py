@@ -6043,9 +6043,9 @@ class ProcessReady(ProcessCase):
         """The process is stopped, and that is a failure even if it exits with 0 then."""
         port = free_port()
         dies = python(PROCESS_AWAITS_TERM + "print('why')\nsignal.sigwait([signal.SIGTERM])")
-        self.add("x", dies, ready={"tcp": str(port), "within": 0.2}, restart="on-failure")
+        self.add("x", dies, ready={"tcp": str(port), "within": 1}, restart="on-failure")
         self.assertEqual(self.exit_of(self.spawned("x", 2)["pid"] - 1)["exit_status"], 0)
-        self.assertIn("not ready (tcp:%d) within 0.2 seconds: ::1:%d: Connection refused"
+        self.assertIn("not ready (tcp:%d) within 1 seconds: ::1:%d: Connection refused"
                       % (port, port), self.server.wait_event("proc/x/stop_pid")["reason"])
         self.ok("PUT", "/processes/x", dict(dies, restart="never", ready={
             "exec": "exit 3", "within": 0.2}))
