@@ -16558,6 +16558,59 @@ class Structure(Case):
         for option in options - {"-h", "--help"}:
             self.assertRegex(self.tests, '[" ]%s[" =]' % option)
 
+    def test_mutants(self):
+        """The text of each is there, once, and its tests are."""
+        for text, replacement, names in MUTANTS:
+            with self.subTest(text):
+                self.assertEqual((self.source.count(text), replacement == text), (1, False))
+                find_tests(names.split())
+
+
+# --------------------------------------------------------------------------------------------------
+# mutants: small faults of gaffer.py, each of which a test has to see
+# --------------------------------------------------------------------------------------------------
+MUTANTS = [                             # text of gaffer.py, what takes its place, tests that fail
+]
+
+
+def try_mutant(row, seconds=90):
+    """What the tests of a row say to gaffer.py with its fault: "killed", "hangs" or "survived"."""
+    text, replacement, names = row
+    with tempfile.TemporaryDirectory(prefix="gaffer-mutant-") as folder:
+        tree = os.path.join(folder, "tree")
+        shutil.copytree(HERE, tree, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        with open(os.path.join(tree, "gaffer.py"), "w", encoding="utf-8") as file:
+            file.write(cli_read(CLI_FILE).replace(text, replacement))
+        run = subprocess.Popen(
+            [PYTHON, "test_gaffer.py", *names.split()], cwd=tree, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, env=dict(os.environ, XDG_CACHE_HOME=folder))
+        try:
+            return "killed" if run.wait(seconds) else "survived"
+        except subprocess.TimeoutExpired:
+            return "hangs"
+        finally:
+            run.terminate()
+            run.wait()
+
+
+def run_mutants():
+    """Try all mutants, two at a time. Returns the exit status."""
+    source, killed = cli_read(CLI_FILE), 0
+    wrong = [text for text, _, _ in MUTANTS if source.count(text) != 1]
+    if wrong:
+        print("not in gaffer.py exactly once:", *wrong, sep="\n  ")
+        return 1
+    names = " ".join(dict.fromkeys(name for _, _, names in MUTANTS for name in names.split()))
+    if try_mutant(("", "", names), 600) != "survived":
+        print("these tests fail without a mutant: " + names)
+        return 1
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for row, end in zip(MUTANTS, pool.map(try_mutant, MUTANTS)):
+            print("%-8s %s: %r, %r" % (end, row[2], row[0], row[1]), flush=True)
+            killed += end != "survived"
+    print("mutants: %d of %d killed" % (killed, len(MUTANTS)))
+    return int(killed < len(MUTANTS))
+
 
 # --------------------------------------------------------------------------------------------------
 # the runner: shares of the tests, each in a process of its own
@@ -16813,6 +16866,7 @@ def main():
             ("--quick", None, False, "without browsers, load test and other long ones"),
             ("--slowest", int, 10, "show the N slowest tests (10)"),
             ("--jobs", int, 2 * gaffer.CORES, "processes at a time"),
+            ("--mutants", None, False, "try whether the tests see small faults of gaffer.py"),
             ("--figures", None, False, "what the web page costs"),
             ("--pictures", str, None, "write pictures of the web page into this folder"),
             ("--fuzz", int, None, "only PureFuzz, N cases of each kind"),
@@ -16838,6 +16892,8 @@ def main():
     if given.chaos is not None:
         CHAOS.update(seconds=given.chaos, seed=int(given.seed or CHAOS["seed"]))
         names = names or ["Chaos"]
+    if given.mutants:
+        sys.exit(run_mutants())
     tests = find_tests(names)
     if given.quick:
         tests = [test for test in tests if globals()[test.partition(".")[0]].quick]
