@@ -6534,9 +6534,9 @@ class HttpCase(ServerCase):
         """The pids of a template."""
         return self.server.ok("GET", "/processes/%s/_pids" % name)["pids"]
 
-    def output(self, pid, label="stdout"):
-        """An iterator of the lines of a stream, from its beginning."""
-        wire = self.wire("/streams/%s/%s?feed=eventsource&since=0" % (pid, label))
+    def output(self, pid):
+        """An iterator of the lines of a process, from their beginning."""
+        wire = self.wire("/streams/%d/stdout?feed=eventsource&since=0" % pid)
         return iter(lambda: wire.event()[1], None)
 
     def parked(self, kind="longpoll", count=1, server=None):
@@ -6577,8 +6577,6 @@ class HttpEndpointTable(HttpCase):
             ("GET", "/processes/b", (404, "not_found")),
             ("GET", "/processes", ["a"]),
             ("GET", "/processes?running=true", []))
-        self.assertEqual(self.server.ok("GET", "/processes/a"), dict(
-            PureTemplates.DEFAULTS, name="a", cmd="sleep 60", start=False))
         self.assertEqual(self.cat("b", numprocesses=2), [2, 3], "a pid comes twice")
         self.rows(*(("GET", "/processes/" + pid, (404, "not_found"))
                     for pid in ("0", "1", "4", "9" * 40)))
@@ -6596,97 +6594,56 @@ class HttpEndpointTable(HttpCase):
             ("GET", "/processes", []))
 
     def test_replace(self):
-        changed, unchanged = {"ok": True, "changed": True}, {"ok": True, "changed": False}
         self.cat("web")
-        pid = 1
-        for method in "PUT", "POST":
-            info = {"cmd": "sleep 60", "env": {"METHOD": method}}
-            more = dict(info, numprocesses=2, priority=1, flapping={})
-            self.rows((method, "/processes/web?dry_run=true", changed, info))
-            self.assertEqual(self.pids(), [pid])
-            self.rows((method, "/processes/web", changed, info))
-            until(lambda: self.pids() == [pid + 1], "the new process")
-            self.rows((method, "/processes/web", unchanged, dict(info, name="web", start=True)),
-                      (method, "/processes/web", changed, more))
-            self.assertEqual(self.pids(), [pid + 1, pid + 2], "the first was restarted")
-            self.rows((method, "/processes/web", changed, info))
-            pid += 2
-            self.assertEqual(self.pids(), [pid])
+        changed, unchanged = {"ok": True, "changed": True}, {"ok": True, "changed": False}
         bad, cat = (400, "invalid_process_info"), {"cmd": "cat", "redirect_input": True}
+        for method, info in ("PUT", {"cmd": "sleep 60"}), ("POST", {"cmd": "sleep 61"}):
+            pid, path = self.pids()[-1], "/processes/web"
+            self.rows((method, path + "?dry_run=true", changed, info))
+            self.assertEqual(self.pids(), [pid])
+            self.rows((method, path, changed, info))
+            until(lambda: self.pids() == [pid + 1], "the new process")
+            self.rows((method, path, unchanged, dict(info, name="web", start=True)),
+                      (method, path, changed, dict(info, numprocesses=2, flapping={})))
+            self.assertEqual(self.pids(), [pid + 1, pid + 2], "the first was restarted")
+            self.rows((method, path, changed, info))
+            self.assertEqual(self.pids(), [pid + 2])
         self.rows(
-            ("PUT", "/processes/web", bad + ("'x'",), {"name": "x", "cmd": "cat"}),
-            ("PUT", "/processes/web", bad + ("/nowhere",), {"cmd": "/nowhere"}),
             ("PUT", "/processes/new", bad + ("'cmd'",), {}),
-            ("POST", "/processes/new", (404, "not_found"), {"cmd": "cat"}),
+            ("POST", "/processes/new", (404, "not_found"), cat),
             ("PUT", "/processes/new?dry_run=true", {"ok": True, "created": True}, cat),
             ("POST", "/processes?dry_run=true", HTTP_OK, dict(cat, name="other")),
             ("GET", "/processes", ["web"]),
             ("PUT", "/processes/new", {"ok": True, "created": True}, cat),
-            ("GET", "/processes", ["web", "new"]),
-            ("POST", "/processes/web/_stop", HTTP_OK),
-            ("PUT", "/processes/web", changed, {"cmd": "sleep 62"}),
-            ("PUT", "/processes/web", unchanged, {"cmd": "sleep 62"}),
-            ("GET", "/processes/web/_pids", {"ok": True, "pids": []}),
-            ("PUT", "/processes/web", changed, {"cmd": "sleep 62", "start": True}))
-        until(self.pids, "the new process")
+            ("GET", "/processes", ["web", "new"]))
 
-    def test_actions_repeated(self):
+    def test_actions(self):
+        """They may be repeated; numbers and signals are checked, and what a pid has not is 404."""
         self.cat("web")
+        path = "/processes/web/"
         for action, active in (("_stop", False), ("_start", True), ("_restart", True),
                                ("_stop", False), ("_restart", True)):
             for _ in range(2):
-                self.rows(("POST", "/processes/web/" + action, HTTP_OK))
+                self.rows(("POST", path + action, HTTP_OK))
                 self.assertEqual(self.server.ok("GET", "/status/web")["active"], active, action)
-
-    def test_wait(self):
-        self.cat("web")
-        for path in "/processes/web/_restart?wait=true", "/processes/2/_stop?wait=10":
-            os_pid = self.server.ok("GET", "/processes/%d" % self.pids()[0])["os_pid"]
-            self.rows(("POST", path, HTTP_OK))
-            self.assertFalse(alive(os_pid))
-        self.rows(("POST", "/processes/web/_stop?wait=true", HTTP_OK),
-                  ("POST", "/processes/web/_start?wait=true", HTTP_OK),
-                  ("POST", "/processes/web/_stop?wait=soon", (400, "bad_value", "wait")))
-        self.assertEqual(self.server.ok("GET", "/status/web")["running"], 1)
-
-    def test_scale(self):
-        def scaled(number):
-            return {"ok": True, "numprocesses": number}
-        path = "/processes/web/"
-        self.cat("web")
+        pid, = self.server.add("deaf", python(HTTP_DEAF), redirect_input=True)
+        self.assertEqual(next(self.output(pid)), "ready")
+        with http_limits(WAIT_EXTRA=-9.9):      # beside graceful_timeout
+            self.rows(("POST", "/processes/deaf/_stop?wait=true",
+                       (504, "wait_timeout", "in 0.1 seconds")))
         self.rows(
-            ("POST", path + "_add", scaled(2)), ("POST", path + "_add/2", scaled(4)),
-            ("GET", path + "_pids", {"ok": True, "pids": [1, 2, 3, 4]}),
-            ("POST", path + "_sub", scaled(3)),
-            ("GET", path + "_pids", {"ok": True, "pids": [2, 3, 4]}),
-            ("POST", path + "_sub/5", scaled(0)),
-            ("GET", path + "_pids", {"ok": True, "pids": []}),
+            ("POST", path + "_stop?wait=soon", (400, "bad_value", "wait")),
             *(("POST", path + action + number, (400, "bad_value")) for action in ("_add/", "_sub/")
-              for number in ("0", "-1", "x", "1.5", "1e3", "+1", "%20", "00")),
+              for number in ("0", "x", "1e3", "+1", "%20", "00")),
+            *(("POST", path + "_signal/" + name, (400, "bad_value"))
+              for name in ("999", "-9", "%20", "SIG")),
+            ("POST", path + "_signal/", (400, "no_signal_number")),
+            ("POST", path + "_add", {"ok": True, "numprocesses": 2}),
+            ("POST", path + "_sub/5", {"ok": True, "numprocesses": 0}),
             ("POST", path + "_stop", HTTP_OK),
-            ("POST", path + "_add/999999", scaled(1000)),
-            ("POST", path + "_add/" + "9" * 30, scaled(1000)))
-
-    def test_signal(self):
-        pid, = self.server.add("web", python("""
-            import signal, sys
-            for number in (signal.SIGUSR1, signal.SIGUSR2):
-                signal.signal(number, lambda number, frame: print(signal.Signals(number).name))
-            print("ready")
-            sys.stdin.read()
-        """), redirect_input=True)
-        lines = self.output(pid)
-        self.assertEqual(next(lines), "ready")
-        for ref in "web", "1":
-            path = "/processes/%s/_signal" % ref
-            for name, heard in (("%d" % signal.SIGUSR1, "SIGUSR1"), ("USR1", "SIGUSR1"),
-                                ("usr2", "SIGUSR2"), ("SIGUSR1?group=true", "SIGUSR1")):
-                self.rows(("POST", "%s/%s" % (path, name), HTTP_OK))
-                self.assertEqual(next(lines), heard)
-            self.rows(*(("POST", path + "/" + name, (400, "bad_value"))
-                        for name in ("0", "999", "NOPE", "-9", "%20", "SIG")),
-                      ("POST", path, (400, "no_signal_number")),
-                      ("POST", path + "/", (400, "no_signal_number")))
+            ("POST", path + "_add/" + "9" * 30, {"ok": True, "numprocesses": 1000}),
+            *(("POST", "/processes/%d/%s" % (pid, action), (404, "resource_not_found"))
+              for action in ("_start", "_restart", "_add", "_sub/1")))
 
     def test_signal_while_stopping(self):
         """What is being stopped may need a stronger signal, as may the rest of its group."""
@@ -6709,18 +6666,6 @@ class HttpEndpointTable(HttpCase):
             self.rows(("POST", "/processes/%s/_signal/KILL%s" % (ref, query), HTTP_OK))
             until(lambda: process.gone, "the end of the group", TIMEOUT / 2)
             self.rows(("POST", "/processes/%d/_signal/KILL" % pid, (404, "not_found")))
-
-    def test_one_process(self):
-        self.cat("web")
-        process = self.server.ok("GET", "/processes/1")
-        self.assertEqual(process, dict(self.server.ok("GET", "/processes/web"), pid=1,
-                                       os_pid=process["os_pid"]))
-        self.assertTrue(alive(process["os_pid"]))
-        for pid, method, path in (1, "DELETE", "/processes/1"), (2, "POST", "/processes/2/_stop"):
-            self.rows((method, path, HTTP_OK), ("GET", "/processes/%d" % pid, (404, "not_found")))
-            until(lambda: self.pids() == [pid + 1], "the next process")
-        self.rows(*(("POST", "/processes/3/" + action, (404, "resource_not_found"))
-                    for action in ("_start", "_restart", "_add", "_sub/1")))
 
     def test_status(self):
         for path, expected in (("_start", (True, 2, 2, 2)), ("_stop", (False, 0, 2, 2))):
@@ -6764,11 +6709,6 @@ class HttpEndpointTable(HttpCase):
 
     def test_stdin(self):
         cat, = self.cat()
-        chat, = self.server.add("custom", python("""
-            import socket
-            peer = socket.socket(fileno=3)
-            peer.sendall(b"".join(iter(lambda: peer.recv(100), b"")).upper() + b"\\n")
-        """), custom_streams=["chat"])
         quiet, = self.server.add("quiet", "sleep 60")
         ended, = self.server.add("ended", python("""
             import signal, sys
@@ -6781,9 +6721,6 @@ class HttpEndpointTable(HttpCase):
             ("POST", "/streams/1/ttin", HTTP_OK, b"two\n"),
             ("POST", "/streams/1/stdin/", HTTP_OK, b""),
             ("POST", "/streams/cat/stdin", HTTP_OK, b"three\n"),
-            ("POST", "/streams/%d/chat" % chat, HTTP_OK, b"hello"),
-            ("POST", "/streams/custom/chat", HTTP_OK, b" world"),
-            ("DELETE", "/streams/custom/chat", HTTP_OK),
             ("DELETE", ends, HTTP_OK), ("POST", ends, (403, "forbidden_write"), b"x"),
             ("GET", ends, (405, "method_not_allowed")),
             *((method, "/streams/%s/%s" % (ref, label), expected, b"x") for ref in (quiet, "quiet")
@@ -6795,7 +6732,6 @@ class HttpEndpointTable(HttpCase):
             ("POST", "/streams/nope/stdout", (404, "not_found"), b"x"),
             ("POST", "/streams/99/stdin", (404, "not_found"), b"x"))
         self.assertEqual(list(itertools.islice(self.output(cat), 3)), ["one", "two", "three"])
-        self.assertEqual(next(self.output(chat, "chat")), "HELLO WORLD")
 
     def test_trailing_slash(self):
         self.cat("g:web")
@@ -6968,7 +6904,7 @@ class HttpMetrics(HttpCase):
         self.assertGreater(found["process_resident_memory_bytes"], 2 ** 20)
         self.assertGreater(found["process_virtual_memory_bytes"],
                            found["process_resident_memory_bytes"])
-        self.assertGreater(found["process_cpu_seconds_total"], 0)
+        until(lambda: self.metrics()["process_cpu_seconds_total"] > 0, "a clock's tick")
         self.assertLessEqual(abs(found["process_open_fds"] - len(open_descriptors())), 4)
         self.assertGreater(found["process_max_fds"], found["process_open_fds"])
         self.assertGreater(found["gaffer_loop_turns_total"], 0)
@@ -7253,24 +7189,14 @@ class HttpOpenapi(HttpCase):
                                   for method in methods})
 
     def test_form(self):
-        """What the specification asks for, as far as it can be told without a validator."""
+        """What a validator does not ask for."""
         described = gaffer.openapi(gaffer.ROUTES, True)
-        ids = []
         for path, methods in described["paths"].items():
             for method, operation in methods.items():
                 with self.subTest(path=path, method=method):
-                    ids.append(operation["operationId"])
                     self.assertRegex(operation["summary"], "^[A-Z].{8,}")
-                    places = [(one["name"], one["in"]) for one in operation["parameters"]]
-                    self.assertEqual([name for name, where in places if where == "path"],
-                                     re.findall(r"{(\w+)}", path))
-                    self.assertEqual(len(set(places)), len(places))
-                    self.assertTrue(all("schema" in one for one in operation["parameters"]))
                     self.assertIn("default", operation["responses"])
                     self.assertEqual("security" in operation, path in gaffer.OPEN_PATHS)
-        self.assertEqual(len(set(ids)), len(ids))
-        for ref in set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(described))):
-            functools.reduce(lambda value, key: value[key], ref.split("/"), described)
         for security in described["security"]:
             self.assertLessEqual(set(security), set(described["components"]["securitySchemes"]))
         with self.assertRaises(AttributeError, msg="a route without a description"):
@@ -7380,6 +7306,7 @@ class HttpMethods(HttpCase):
         "GET, HEAD, POST, PUT, DELETE, OPTIONS": "/processes/web",
         "GET, HEAD, DELETE, OPTIONS": "/processes/1 /groups/g",
         "POST, DELETE, OPTIONS": "/streams/1/stdin",
+        "GET, HEAD, POST, DELETE, OPTIONS": "/streams/1/chat",
         "POST, OPTIONS": "/processes/web/_start /processes/web/_stop /processes/1/_stop "
                          "/processes/web/_restart /processes/web/_add /processes/web/_add/2 "
                          "/processes/web/_sub /processes/web/_sub/2 /processes/web/_signal "
@@ -7389,7 +7316,7 @@ class HttpMethods(HttpCase):
 
     def test_wrong_methods(self):
         """No action can be had by a link or an image, whatever that claims to override."""
-        self.cat("web")
+        self.cat("web", custom_streams=["chat"])
         for allow, paths in self.ALLOWED.items():
             for path in paths.split():
                 answer = self.ask("get" if "GET" in allow else "FOO", path)
@@ -7432,77 +7359,72 @@ class HttpErrorTable(HttpCase):
 
     def test_every_code(self):
         self.cat("web")
-        quiet, = self.server.add("quiet", "sleep 60", redirect_output=[])
-        full, = self.server.add("full", "sleep 60", redirect_input=True)
+        self.server.add("quiet", "sleep 60", redirect_output=[])
+        self.server.add("full", "sleep 60", redirect_input=True)
         half = bytes(gaffer.STDIN_SIZE * 3 // 4)
         self.server.ok("POST", "/streams/full/stdin", half)
-        deaf, = self.server.add("deaf", python(HTTP_DEAF), redirect_input=True)
+        deaf, = self.server.add("deaf", python(HTTP_DEAF), redirect_input=True,
+                                graceful_timeout=TIMEOUT)
         self.assertEqual(next(self.output(deaf)), "ready")
         many = ["X-%d: x" % number for number in range(gaffer.HEADERS_MAX)]
-        gzip = "Content-Encoding: gzip"
-        table = {
-            (400, "invalid_json"): http_bytes("POST", "/processes", body=b"{"),
-            (400, "invalid_process_info"): http_bytes("POST", "/processes", body=b"{}"),
-            (400, "bad_value"): http_bytes("POST", "/processes/web/_add/0"),
-            (400, "no_signal_number"): http_bytes("POST", "/processes/web/_signal"),
-            (400, "io_not_redirected"): http_bytes("GET", "/streams/%d/stdout" % quiet),
-            (400, "bad_request"): http_bytes("GET", "/%zz"),
-            (401, "unauthorized"): http_bytes("GET", "/processes"),
-            (403, "forbidden_write"): http_bytes("POST", "/streams/quiet/stdin", body=b"x"),
-            (403, "forbidden_origin"): http_bytes("DELETE", "/processes/web", "Origin: http://a.x"),
-            (403, "forbidden_host"): http_bytes("GET", "/ping", host="evil.example"),
-            (403, "forbidden"): http_bytes("POST", "/processes/quiet/_signal/USR1"),
-            (404, "not_found"): http_bytes("GET", "/processes/nobody"),
-            (404, "resource_not_found"): http_bytes("POST", "/processes/web/_jump"),
-            (404, "io_not_found"): http_bytes("GET", "/streams/web/sound"),
-            (404, "bad_event_type"): http_bytes("GET", "/watch/party"),
-            (405, "method_not_allowed"): http_bytes("PUT", "/processes", body=b"{}"),
-            (408, "timeout"): b"GET / HTTP/1.1\r\nHost:",
-            (409, "conflict"): http_bytes("POST", "/processes", body=b'{"name":"web","cmd":"cat"}'),
-            (413, "too_large"): http_bytes("POST", "/streams/1/stdin",
-                                           body=bytes(gaffer.BODY_SIZE + 1)),
-            (414, "uri_too_long"): http_bytes("GET", "/" + "x" * gaffer.TARGET_SIZE),
-            (415, "unsupported_media_type"): http_bytes("POST", "/processes", gzip, body=b"x"),
-            (417, "bad_request"): http_bytes("POST", "/processes", "Expect: miracles", body=b"x"),
-            (426, "upgrade_required"): http_bytes("GET", "/wstreams/1"),
-            (431, "headers_too_large"): http_bytes("GET", "/", *many),
-            (500, "internal_error"): http_bytes("GET", "/boom"),
-            (501, "method_not_allowed"): http_bytes("FOO", "/"),
-            (503, "stdin_full"): http_bytes("POST", "/streams/full/stdin", body=half),
-            (503, "busy"): b"",
-            (503, "stopping"): http_bytes("POST", "/processes/deaf/_start"),
-            (504, "wait_timeout"): http_bytes("POST", "/processes/deaf/_stop?wait=0.05"),
-            (505, "bad_request"): http_bytes("GET", "/", version="3.0"),
-        }
-        self.assertEqual(set(table), {
-            (status, code) for status, codes in PureErrors.CONTRACT.items()
-            for code in codes.split()})
-        special = {"timeout": {"HEAD_TIME": 0.05}, "busy": {"CONNECTIONS_MAX": 0}}
-        secret = self.serve("127.0.0.1:0", token="secret")
-        for (status, code), data in table.items():
-            logged = code in ("busy", "internal_error")
-            with self.subTest(code), http_limits(**special.get(code, {})), (
-                    self.assertLogs("gaffer") if logged else contextlib.nullcontext()):
-                if code == "forbidden" and os.getuid() != 0:
-                    self.skipTest("only root can have a process that gaffer may not signal")
-                if code == "stopping":
-                    continue                    # the last
+        seen = set()
+        for status, code, method, target, *rest in (
+                (400, "invalid_json", "POST", "/processes", b"{"),
+                (400, "invalid_process_info", "POST", "/processes", b"{}"),
+                (400, "bad_value", "POST", "/processes/web/_add/0"),
+                (400, "no_signal_number", "POST", "/processes/web/_signal"),
+                (400, "io_not_redirected", "GET", "/streams/2/stdout"),
+                (400, "bad_request", "GET", "/%zz"),
+                (401, "unauthorized", "GET", "/processes"),
+                (403, "forbidden_write", "POST", "/streams/quiet/stdin", b"x"),
+                (403, "forbidden_origin", "DELETE", "/processes/web", "Origin: http://a.x"),
+                (403, "forbidden_host", "GET", "http://evil.example/ping"),
+                (403, "forbidden", "POST", "/processes/quiet/_signal/USR1"),
+                (404, "not_found", "GET", "/processes/nobody"),
+                (404, "resource_not_found", "POST", "/processes/web/_jump"),
+                (404, "io_not_found", "GET", "/streams/web/sound"),
+                (404, "bad_event_type", "GET", "/watch/party"),
+                (405, "method_not_allowed", "PUT", "/processes", b"{}"),
+                (408, "timeout", "POST", "/processes", "Content-Length: 5"),
+                (409, "conflict", "POST", "/processes", b'{"name": "web", "cmd": "cat"}'),
+                (413, "too_large", "POST", "/streams/1/stdin", bytes(gaffer.BODY_SIZE + 1)),
+                (414, "uri_too_long", "GET", "/" + "x" * gaffer.TARGET_SIZE),
+                (415, "unsupported_media_type", "POST", "/", "Content-Encoding: gzip", b"x"),
+                (417, "bad_request", "POST", "/processes", "Expect: miracles", b"x"),
+                (426, "upgrade_required", "GET", "/wstreams/1"),
+                (431, "headers_too_large", "GET", "/", *many),
+                (500, "internal_error", "GET", "/boom"), (501, "method_not_allowed", "FOO", "/"),
+                (503, "stdin_full", "POST", "/streams/full/stdin", half),
+                (503, "busy", "GET", "/"), (505, "bad_request", "GET", "/ HTTP/3.0\r\nX:"),
+                (504, "wait_timeout", "POST", "/processes/deaf/_stop?wait=0.05"),
+                (503, "stopping", "GET", "/stats?feed=longpoll&interval=1000")):
+            if code == "forbidden" and os.getuid() != 0:    # root cannot be refused by the system
+                seen.add((status, code))
+                continue
+            limits = {"timeout": {"BODY_TIME": 0.05}, "busy": {"CONNECTIONS_MAX": 0}}.get(code, {})
+            server = self.serve("127.0.0.1:0", token="secret") if status == 401 else self.server
+            body = rest.pop() if rest and isinstance(rest[-1], bytes) else b""
+            with self.subTest(code), http_limits(**limits), (
+                    self.assertLogs("gaffer") if code in ("busy", "internal_error")
+                    else contextlib.nullcontext()):
+                wire = self.wire(server=server)
                 if code == "forbidden":
                     os.setresuid(65534, 65534, 0)
                 try:
-                    server = secret if code == "unauthorized" else self.server
-                    answer = self.wire(server=server).send(data).answer()
+                    wire.send(http_bytes(method, target, *rest, body=body))
+                    if code == "stopping":
+                        self.parked()
+                        self.server.ok("POST", "/processes/deaf/_signal/KILL")
+                        server.manager.stop()
+                    answer = wire.answer()
                 finally:
                     if code == "forbidden":
                         os.setresuid(0, 0, 0)
                 self.assertCode(answer, status, code)
                 self.assertNotIn(b"ZeroDivision", answer[2])
-        wire = self.wire()
-        self.assertOpen(wire)
-        self.server.ok("PUT", "/processes/deaf", dict(
-            python(HTTP_DEAF), redirect_input=True, graceful_timeout=TIMEOUT))
-        self.server.manager.stop()
-        self.assertCode(wire.send(table[503, "stopping"]).answer(), 503, "stopping")
+                seen.add((status, code))
+        self.assertEqual(seen, {(status, code) for status, codes in PureErrors.CONTRACT.items()
+                                for code in codes.split()})
 
 
 class HttpDigits(HttpCase):
@@ -7510,24 +7432,18 @@ class HttpDigits(HttpCase):
 
     def test_digits(self):
         self.cat("web")
-        for digits in "\u00b2", "\u0663", "1\u00b2", "\U0001d7d9":
-            quoted = urllib.parse.quote(digits)
+        for digits in "\u00b2", "\u0663", "1\u00b2":
             for method, path in (
-                    ("GET", "/processes/%s"), ("PUT", "/processes/%s"), ("DELETE", "/processes/%s"),
-                    ("POST", "/processes/%s/_stop"), ("POST", "/processes/web/_signal/%s"),
-                    ("POST", "/processes/1/_signal/%s"), ("POST", "/processes/web/_add/%s"),
-                    ("POST", "/processes/web/_sub/%s"), ("GET", "/status/%s"),
-                    ("GET", "/stats/web/%s"), ("GET", "/groups/%s"), ("GET", "/streams/%s/stdout"),
-                    ("GET", "/streams/1/%s"), ("POST", "/streams/%s/stdin"),
-                    ("GET", "/wstreams/%s"), ("GET", "/watch/%s")):
+                    ("GET", "/processes/%s"), ("DELETE", "/processes/%s"), ("GET", "/status/%s"),
+                    ("POST", "/processes/web/_signal/%s"), ("POST", "/processes/1/_add/%s"),
+                    ("GET", "/stats/web/%s"), ("GET", "/streams/%s/stdout"),
+                    ("GET", "/wstreams/%s")):
                 with self.subTest(method + " " + path % digits):
-                    body = {"cmd": "cat"} if method in ("PUT", "POST") else None
-                    self.assertIn(self.server.request(method, path % quoted, body)[0], (400, 404))
+                    status = self.ask(method, path % urllib.parse.quote(digits))[0]
+                    self.assertIn(status, (400, 404))
             for header in "Content-Length: ", "Transfer-Encoding: chunked\r\n\r\n":
-                with self.subTest(header, digits=digits):
-                    self.assertRefused(b"POST /streams/1/stdin HTTP/1.1\r\nHost: localhost\r\n"
-                                       b"%b%b\r\n\r\n" % (header.encode(), digits.encode()))
-        self.assertEqual(self.server.ok("GET", "/processes"), ["web"])
+                self.assertRefused(b"POST /streams/1/stdin HTTP/1.1\r\nHost: localhost\r\n"
+                                   b"%b%b\r\n\r\n" % (header.encode(), digits.encode()))
         self.assertEqual(self.pids(), [1])
 
 
@@ -7567,17 +7483,13 @@ class HttpSyntax(HttpCase):
                 (414, long_line, b"x" * 100000),
                 (400, *(http_bytes("POST", "/hit", *headers, body=b"0\r\n\r\n") for headers in (
                     ("Content-Length: 5", chunked), (chunked, "Content-Length: 5"),
-                    ("Content-Length: 5", "Content-Length: 5"), ("Content-Length: 5, 6",),
-                    ("Content-Length: +5",), ("Content-Length: ",), ("Content-Length: 0x5",),
-                    ("Content-Length: \xb2",), ("Content-Length : 5",), (chunked, chunked),
-                    ("Transfer-Encoding: chunked, chunked",), ("Transfer-Encoding: identity",),
-                    ("Transfer-Encoding: gzip, chunked",), ("Transfer-Encoding: \x0bchunked",),
-                    ("Transfer-Encoding : chunked",), ("Transfer-Encoding: \r\n chunked",),
-                    ("X: y\rTransfer-Encoding: chunked",)))),
-                (400, http_bytes("POST", "/hit", chunked, version="1.0", body=http_chunks(b"x")),
+                    ("Content-Length: 5", "Content-Length: 5"), ("Content-Length: +5",),
+                    ("Content-Length : 5",), (chunked, chunked), ("Transfer-Encoding: identity",),
+                    ("Transfer-Encoding: gzip, chunked",), ("X: y\rTransfer-Encoding: chunked",))),
+                 http_bytes("POST", "/hit", chunked, version="1.0", body=http_chunks(b"x")),
                  *(http_bytes("POST", "/hit", chunked, body=body) for body in (
-                     b"x\r\n", b"+1\r\na\r\n0\r\n\r\n", b"1\na\n0\n\n", b"1\r\nab\r\n0\r\n\r\n",
-                     b"2\r\na\r\n0\r\n\r\n", b"1;\x00\r\na\r\n", b"0\r\nbad trailer\r\n\r\n"))),
+                     b"+1\r\na\r\n0\r\n\r\n", b"1\na\n0\n\n", b"2\r\na\r\n0\r\n\r\n",
+                     b"0\r\nbad trailer\r\n\r\n"))),
                 (413, http_bytes("POST", "/hit", chunked, body=b"F" * 8 + b"\r\n"))):
             for wire in wires:
                 code = {413: "too_large", 414: "uri_too_long"}.get(status, "bad_request")
@@ -7662,10 +7574,9 @@ class HttpSyntax(HttpCase):
         self.server.ok("POST", "/processes", {"name": "a:b@c", "cmd": "cat", "start": False})
         for path in "/processes/a%3ab%40c", "/%70rocesses/%61:b@c", "/status/a%3Ab@c/":
             self.assertEqual(self.server.ok("GET", path)["name"], "a:b@c", path)
-        for path in ("/processes/a%2Fb", "/processes%2Fa:b@c", "/processes/a:b@c%2F_pids",
-                     "/processes/%00", "/processes/a%253ab%2540c", "/processes/../processes",
-                     "/processes/%2e%2e", "/processes/a:b@c%20", "/processes/%0d%0aX:y",
-                     "/hi%0d%0aX:%20y"):
+        for path in ("/processes%2Fa:b@c", "/processes/a:b@c%2F_pids", "/processes/%00",
+                     "/processes/a%253ab%2540c", "/processes/../processes",
+                     "/processes/%0d%0aX:y"):
             answer = self.ask("GET", path, "Origin: http://localhost%0d%0aX: y")
             self.assertEqual((answer[0], answer[1]["X"]), (404, None), path)
 
@@ -7740,10 +7651,9 @@ class HttpSyntax(HttpCase):
             *(("POST", "/processes", (400, "invalid_json"), body) for body in (
                 b"", b"{}{}", b'{"name": "x", "cmd": "\xff"}', b'{"a": NaN}', b"[" * 100000)),
             *(("POST", "/processes", (400, "invalid_process_info"), body) for body in (
-                b"[]", b'"x"', b"1e999", b"null", b'{"name": "x", "cmd": "\\ud800"}',
+                b"[]", b"1e999", b'{"name": "x", "cmd": "\\ud800"}',
                 b'{"name": "x", "cmd": "cat", "numprocesses": 1%b}' % (b"0" * 400),
-                b'{"name": "x", "cmd": "cat", "graceful_timeout": 1e999}',
-                b'{"name": "x", "cmd": "cat", "\\ud800": 1}')),
+                b'{"name": "x", "cmd": "cat", "graceful_timeout": 1e999}')),
             ("GET", "/processes", []))
         number = b'{"name": "x", "cmd": "cat", "numprocesses": 9%b}' % (b"9" * 100000)
         answer = self.ask("POST", "/processes", body=number)
@@ -7795,11 +7705,6 @@ class HttpConnections(HttpCase):
         self.server.ok("DELETE", "/processes/web")
         self.assertEqual(self.value(wire.answer())["name"], "web")
         self.assertEqual({wire.answer()[2] for _ in range(count + 1)}, {b"OK"})
-
-    def test_many_requests(self):
-        wire = self.wire()
-        for _ in range(1000):
-            self.assertOpen(wire)
 
     def test_dropped_connections(self):
         """300 connections that end anywhere: threads and descriptors are as before."""
@@ -8124,6 +8029,10 @@ class HttpAccess(HttpCase):
         for origin in ("http://localhost", "https://127.0.0.1:8443", "http://[::1]",
                        "http://127.0.0.1:%d" % self.server.port):
             self.assertAllowed(origin)
+        for host, origin, allowed in (
+                ("192.0.2.7:80", "http://192.0.2.7:80", True), ("192.0.2.7", "http://a.x", False),
+                ("gaffer.example", "http://other.example", True)):
+            self.assertAllowed(origin, allowed, host=host)
         self.changes = 0
         for origin in self.FOREIGN:
             self.assertAllowed(origin, False)
@@ -8136,15 +8045,6 @@ class HttpAccess(HttpCase):
         answer = self.ask("POST", "/change")    # no browser: everything goes
         self.assertEqual((answer[0], self.cors(answer)), (200, {}))
         self.assertEqual(self.server.ok("GET", "/processes?running=1"), [1])
-
-    def test_own_origin(self):
-        for host, origin, allowed in (
-                ("gaffer.example:1", "http://gaffer.example:1", True),
-                ("192.0.2.7:80", "http://192.0.2.7:80", True),
-                ("gaffer.example", "http://other.example", True),
-                ("gaffer.example:1", "http://gaffer.example:2", False),
-                ("192.0.2.7", "http://192.0.2.8", False)):
-            self.assertAllowed(origin, allowed, host=host)
 
     def test_cors_origins(self):
         """Further origins that were given at start, and those only; or all, by '*'."""
@@ -8229,35 +8129,6 @@ class HttpAccess(HttpCase):
                     answer = self.ask(method, target, *headers, server=server, host="a b")
                     self.assertCode(answer, 400, "bad_request")
 
-    def test_forms(self):
-        """Every type that a page sends without a preflight (Fetch standard, "CORS-safelisted")."""
-        self.cat("web")
-        for kind, origin, path in itertools.product(
-                ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"),
-                ("http://evil.example", "null"),
-                ("/processes", "/processes/web/_stop", "/streams/1/stdin", "/groups/x/_stop")):
-            with self.subTest(kind=kind, origin=origin, path=path):
-                answer = self.ask("POST", path, "Origin: " + origin, "Content-Type: " + kind,
-                                  "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors",
-                                  body=b'{"name": "evil", "cmd": "cat", "args": ["="]}')
-                self.assertCode(answer, 403, "forbidden_origin")
-        self.rows(("GET", "/processes", ["web"]), ("GET", "/processes?running=1", [1]))
-
-    def test_get_changes_nothing(self):
-        """Images, links and frames send it without an Origin."""
-        self.cat("web")
-        before = self.server.ok("GET", "/watch?since=0&timeout=0")
-        places = {"pid": "1", "label": "stdin", "sig": "9", "n": "1"}
-        for path, _ in gaffer.ROUTES:
-            target = re.sub("<([^>]*)>", lambda match: places.get(match.group(1), "web"), path)
-            for method in "GET", "HEAD":
-                wire = self.wire().request(
-                    target + "?feed=longpoll&timeout=0", "X-HTTP-Method-Override: DELETE",
-                    "X-HTTP-Method: POST", "Referer: http://evil.example/", method=method)
-                self.assertIn(wire.head().status, (200, 204, 400, 404, 405, 426), target)
-        self.assertEqual(self.server.ok("GET", "/watch?since=0&timeout=0"), before)
-        self.rows(("GET", "/processes?running=1", [1]))
-
 
 class HttpToken(HttpCase):
     """With a token every request needs it, but OPTIONS and GET or HEAD of /ping and /healthz."""
@@ -8306,11 +8177,9 @@ class HttpToken(HttpCase):
 
     def test_right_and_wrong(self):
         token = self.TOKEN.encode().decode("latin-1")
-        good = ("Authorization: Bearer " + token, "authorization: BEARER  " + token,
-                self.basic("gaffer:" + self.TOKEN), self.basic(":" + self.TOKEN))
-        bad = ("Authorization: ", "Authorization: Bearer " + token[:-1], self.basic(self.TOKEN),
-               "Authorization: " + token, self.basic("x:"), "Authorization: Basic !!!",
-               "X-Authorization: Bearer " + token, "Cookie: token=" + token)
+        good = "Authorization: Bearer " + token, self.basic("gaffer:" + self.TOKEN)
+        bad = ("Authorization: Bearer " + token[:-1], self.basic(self.TOKEN),
+               "Authorization: Basic !!!", "Cookie: token=" + token)
         for header in good + bad:
             status = 200 if header in good else 401
             with self.subTest(header):
@@ -8721,7 +8590,12 @@ class HttpLibrary(HttpCase):
                 self.assertEqual(seen.get(timeout=TIMEOUT)[0], code)
                 handler.send("to nobody")
                 handler.end()
-        made = self.open_socket(server)
+        with http_limits(CLOSE_TIME=0.05):      # the client does not answer the close frame
+            made = self.open_socket(server)
+            seen.get(timeout=TIMEOUT).end()
+            self.assertEqual([made.read()[0], made.read()[0]], [8, None])
+            self.assertEqual(seen.get(timeout=TIMEOUT)[0], 1000)
+        self.open_socket(server)
         seen.get(timeout=TIMEOUT)
         server.stop_all()
         self.assertIsInstance(seen.get(timeout=TIMEOUT), tuple)
@@ -8732,12 +8606,26 @@ class HttpLibrary(HttpCase):
         answer = bytes(gaffer.MIB)
         server, seen = self.socket_server({
             "message": lambda handler, data: handler.send(answer[:-1] + data)})
-        made = self.open_socket(server, early=b"".join(ws_frame(2, b"%c" % n) for n in range(64)))
-        seen.get(timeout=TIMEOUT)
-        channel, = server.http.channels
-        until(lambda: channel.paused, "a queue that is full")
-        self.assertLess(channel.queued, 8 * gaffer.MIB)
-        self.assertEqual([made.read()[1][-1] for _ in range(64)], list(range(64)))
+        messages = b"".join(ws_frame(2, b"%c" % number) for number in range(64))
+        for act in "read", "leave":
+            with http_limits(MESSAGES_PER_TURN=10, END_POLL=0.05):
+                made = self.open_socket(server, early=messages)
+                handler = seen.get(timeout=TIMEOUT)
+                channel, = server.http.channels
+                until(lambda: channel.paused and channel.queued, "a queue that is full")
+                self.assertLess(channel.queued, gaffer.SEND_QUEUE_LOW + 2 * gaffer.MIB)
+                if act == "read":
+                    for number in range(2000):  # more than one sendmsg() takes
+                        handler.send("%d" % number)
+                    found = [made.read()[1] for _ in range(2064)]
+                    self.assertEqual([data for data in found if len(data) < 5],
+                                     [b"%d" % number for number in range(2000)])
+                    self.assertEqual([data[-1] for data in found if len(data) > 5],
+                                     list(range(64)))
+                    made.close()
+                else:
+                    made.sock.shutdown(socket.SHUT_WR)
+                self.assertEqual(seen.get(timeout=TIMEOUT)[0], 1006)
         with http_limits(SEND_QUEUE_SIZE=8 * gaffer.MIB):
             self.open_socket(server)
             handler = seen.get(timeout=TIMEOUT)
