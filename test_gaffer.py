@@ -6750,12 +6750,10 @@ class HttpEndpointTable(HttpCase):
         self.server.add("g:web", "echo hello", flapping={"attempts": 1, "retry_in": 1000})
         self.server.wait_event("exit")
         pid, = self.cat("g:cat")
-        for path in ("/", "/ping", "/processes", "/processes/g:cat", "/processes/%d" % pid,
-                     "/processes/g:cat/_pids", "/status/g:cat", "/stats", "/stats/g:cat",
-                     "/stats/g:cat/%d" % pid, "/groups", "/groups/g", "/watch?since=0",
-                     "/streams/1/stdout?since=0", "/streams/1/stdout",
-                     "/streams/g:web/stdout?since=0", "/nothing", "/processes/nobody",
-                     "/wstreams/%d" % pid, "/watch?feed=continuous", "/watch?feed=eventsource",
+        for path in ("/", "/ping", "/processes", "/processes/g:cat", "/stats", "/groups/g",
+                     "/watch?since=0", "/streams/1/stdout?since=0", "/streams/1/stdout",
+                     "/streams/g:web/stdout?since=0", "/nothing", "/wstreams/%d" % pid,
+                     "/watch?feed=continuous", "/watch?feed=eventsource",
                      "/streams/2/stdout?feed=continuous", "/stats?feed=eventsource",
                      "/streams/2/stdout?feed=eventsource&since=0", "/stats/g:cat?feed=continuous"):
             with self.subTest(path=path):
@@ -7025,10 +7023,8 @@ class HttpAccessLog(HttpCase):
                 while not logged.output:        # the pipe is full, and then the queue
                     self.server.request("GET", "/ping?" + "x" * 7000)
                 self.assertRegex(logged.output[0], "cannot be written: nobody takes it; 1 lines")
-                data = b""
-                while len(data) < 10 * 7100:    # a reader that comes back gets whole lines
-                    data += pipe.read(65536) or b""
-                access_lines(data[:data.rfind(b"\n") + 1].decode())
+                while self.server.http.access_log._writer.full:
+                    pipe.read(65536)
                 while not self.server.http.access_log._writer.full:
                     self.server.request("GET", "/ping?" + "x" * 7000)
                 self.server.stop_all()
@@ -7278,12 +7274,11 @@ class HttpOpenapi(HttpCase):
         schema = gaffer.openapi(gaffer.ROUTES, False)["components"]["schemas"]["Template"]
         validator = jsonschema.Draft202012Validator(schema)
         for fields in (
-                {}, {"args": "a b"}, {"args": ["a"]}, {"env": {"A": 1, "B": "b"}}, {"uid": 0},
-                {"flapping": {"attempts": 3}}, {"numprocesses": 1000}, {"numprocesses": 1001},
-                {"numprocesses": 1.5}, {"name": "1"}, {"name": "a:b"}, {"name": ".."}, {"args": 1},
-                {"unknown": 1}, {"redirect_output": ["a", "a"]}, {"cwd": "/"}, {"shell": "yes"},
+                {}, {"args": "a b"}, {"args": ["a"]}, {"args": 1}, {"env": {"A": 1, "B": "b"}},
+                {"env": {"A": True}}, {"numprocesses": 1001}, {"numprocesses": 1.5}, {"name": "1"},
+                {"name": "a:b"}, {"name": ".."}, {"unknown": 1}, {"redirect_output": ["a", "a"]},
                 {"redirect_output": ["a", "b", "c"]}, {"custom_streams": ["a", "a"]}, {"cmd": ""},
-                {"env": {"A": True}}, {"start": 1}, {"graceful_timeout": -1}, {"priority": -3},
+                {"graceful_timeout": -1}, {"priority": -3}, {"flapping": {"attempts": 3}},
                 {"flapping": {"tries": 3}}):
             with self.subTest(**fields):
                 template, good = dict({"name": "x", "cmd": "true"}, **fields), True
@@ -7540,53 +7535,38 @@ class HttpSyntax(HttpCase):
         large = "Content-Length: %d" % 2 ** 40
         for path, headers, status in (
                 ("/nope", (token,), 404), ("/ping", (token,), 405), ("/echo", (), 401),
-                ("/echo", (token, "Content-Encoding: gzip"), 415), ("/echo", (token, large), 413),
-                ("/echo", (token, "Origin: null"), 403), ("/echo", (token,), None)):
-            for framing, body in (("Content-Length: 5", b"hello"),
-                                  ("Transfer-Encoding: chunked", http_chunks(b"hello"))):
-                with self.subTest(path=path, headers=headers, framing=framing):
-                    framings = () if large in headers else (framing,)
-                    wire = self.wire(server=server)
-                    wire.request(path, expect, *headers, *framings, method="POST")
-                    if status is None:
-                        self.assertEqual(wire.file.read(len(HTTP_GO_AHEAD)), HTTP_GO_AHEAD)
-                        self.assertEqual(wire.send(body).answer()[2], b"hello")
-                        self.assertOpen(wire)
-                    else:
-                        self.assertEqual(wire.answer()[0], status)
-                        self.assertEqual(wire.file.read(), b"")
+                ("/echo", (token, "Content-Encoding: gzip"), 415), ("/echo", (token, large), 413)):
+            framing = () if large in headers else ("Content-Length: 5",)
+            wire = self.wire(server=server)
+            wire.request(path, expect, *headers, *framing, method="POST")
+            self.assertEqual((wire.answer()[0], wire.file.read()), (status, b""))
+        for framing, body in (("Content-Length: 5", b"hello"),
+                              ("Transfer-Encoding: chunked", http_chunks(b"hello"))):
+            wire = self.wire(server=server).request("/echo", expect, token, framing, method="POST")
+            self.assertEqual(wire.file.read(len(HTTP_GO_AHEAD)), HTTP_GO_AHEAD)
+            self.assertEqual(wire.send(body).answer()[2], b"hello")
+            self.assertOpen(wire)
         self.assertBody(http_bytes("POST", "/hit", expect, "Content-Length: 0"))
         answer = self.ask("POST", "/hit", expect, body=b"old", version="1.0")
         self.assertEqual(answer[2], b"old")     # HTTP/1.0 has no 100 (RFC 9110 section 10.1.1)
 
-    def test_absolute_form(self):
-        """The authority counts as the Host (RFC 9112 section 3.2.2)."""
-        for target in "http://127.0.0.1/hit?a=1", "HTTP://LOCALHOST:99/hit?a=1":
-            self.assertBody(http_bytes("GET", target, host="evil.example"))
-        self.hits.clear()
-        self.assertCode(self.ask("GET", "http://evil.example/hit"), 403, "forbidden_host")
-        for target in "http:///hit", "http://user@127.0.0.1/hit", "http://127.0.0.1:x/hit":
-            self.assertCode(self.ask("GET", target), 400, "bad_request")
-        self.assertEqual(self.hits, [])
-
-    def test_percent_encoding(self):
-        """Each part is decoded once, and never becomes two parts or a header."""
+    def test_targets(self):
+        """The authority counts as the Host (RFC 9112 section 3.2.2); each part of a path is decoded
+        once, and never becomes two parts or a header; a parameter comes once."""
+        self.assertBody(http_bytes("GET", "HTTP://LOCALHOST:99/hit?a=1", host="evil.example"))
         self.server.ok("POST", "/processes", {"name": "a:b@c", "cmd": "cat", "start": False})
-        for path in "/processes/a%3ab%40c", "/%70rocesses/%61:b@c", "/status/a%3Ab@c/":
+        for path in "/%70rocesses/a%3ab%40c", "/status/a%3Ab@c/":
             self.assertEqual(self.server.ok("GET", path)["name"], "a:b@c", path)
-        for path in ("/processes%2Fa:b@c", "/processes/a:b@c%2F_pids", "/processes/%00",
-                     "/processes/a%253ab%2540c", "/processes/../processes",
-                     "/processes/%0d%0aX:y"):
-            answer = self.ask("GET", path, "Origin: http://localhost%0d%0aX: y")
-            self.assertEqual((answer[0], answer[1]["X"]), (404, None), path)
-
-    def test_repeated_parameters(self):
-        self.cat("web")
-        for method, path in (("GET", "/processes?running=1&r%75nning=0"),
-                             ("POST", "/processes/web/_stop?wait=1&wait=2"),
-                             ("GET", "/ping?" + "&".join("_%d" % i for i in range(200)))):
-            self.assertCode(self.ask(method, path), 400, "bad_request")
-        self.assertEqual(self.pids(), [1])
+        for status, target in (
+                (403, "http://evil.example/hit"), (400, "http://user@127.0.0.1/hit"),
+                (404, "/processes%2Fa:b@c"), (404, "/processes/a%253ab%2540c"),
+                (404, "/processes/%00"), (404, "/processes/../hit"), (404, "/processes/%0d%0aX:y"),
+                (400, "/processes?running=1&r%75nning=0"),
+                (400, "/ping?" + "&".join("_%d" % number for number in range(200)))):
+            with self.subTest(target[:40]):
+                answer = self.ask("GET", target)
+                self.assertEqual((answer[0], answer[1]["X"]), (status, None))
+        self.assertEqual(len(self.hits), 1)
 
     def test_limits_of_the_head(self):
         """As long as it may be, and one more."""
@@ -8042,6 +8022,8 @@ class HttpAccess(HttpCase):
         self.assertEqual(self.changes, 2 * len(self.FOREIGN), "more than GET and HEAD has come")
         self.assertRefused(http_bytes("POST", "/change", "Origin: http://localhost",
                                       "Origin: http://evil.example"))
+        answer = self.ask("OPTIONS", "/nothing", "Origin: http://localhost")
+        self.assertEqual(self.cors(answer)["Access-Control-Max-Age"], "86400")
         answer = self.ask("POST", "/change")    # no browser: everything goes
         self.assertEqual((answer[0], self.cors(answer)), (200, {}))
         self.assertEqual(self.server.ok("GET", "/processes?running=1"), [1])
@@ -8060,30 +8042,12 @@ class HttpAccess(HttpCase):
             for origin in bad:
                 self.assertAllowed(origin, False, server)
 
-    def test_preflight(self):
-        for path in "/processes", "/nothing":
-            answer = self.ask("OPTIONS", path, "Origin: http://localhost:3000",
-                              "Access-Control-Request-Method: PUT",
-                              "Access-Control-Request-Headers: x-anything")
-            self.assertEqual((answer[0], answer[1]["Vary"]), (204, "Origin"))
-            self.assertEqual(self.cors(answer), {
-                "Access-Control-Allow-Origin": "http://localhost:3000",
-                "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
-                "Access-Control-Allow-Headers":
-                    "X-Requested-With, X-HTTP-Method-Override, Content-Type, Accept, "
-                    "Authorization, Last-Event-ID",
-                "Access-Control-Expose-Headers": "Gaffer-Offset, Gaffer-Dropped, Gaffer-Ended",
-                "Access-Control-Max-Age": "86400"})
-
     def test_cors_of_all_answers(self):
         """Or a page could not read why it was refused."""
         self.cat("web")
         for method, path, status in (
-                ("GET", "/nothing", 404), ("PUT", "/processes", 405), ("POST", "/processes", 400),
-                ("GET", "/watch?feed=eventsource", 200), ("GET", "/", 200),
-                ("GET", "/stats?feed=longpoll&interval=0.1", 200),
-                ("GET", "/streams/1/stdout?feed=continuous&since=0", 200),
-                ("GET", "/streams/1/stdout?timeout=0", 204)):
+                ("PUT", "/processes", 405), ("GET", "/watch?feed=eventsource", 200),
+                ("GET", "/stats?feed=longpoll&interval=0.1", 200), ("GET", "/", 200)):
             wire = self.wire(path, "Origin: http://localhost:1", method=method)
             self.assertEqual(wire.status, status, path)
             self.assertEqual(wire.headers.get_all("Access-Control-Allow-Origin"),
@@ -8166,28 +8130,21 @@ class HttpToken(HttpCase):
         answer = self.ask("POST", "/processes", "Origin: http://evil.example")
         self.assertCode(answer, 403, "forbidden_origin")
 
-    def test_on_one_connection(self):
-        """Each request needs it, and a refused body is not executed."""
-        wire, good = self.wire(), self.basic("x:" + self.TOKEN)
-        for header, status in ((good, 200), (self.basic(":no"), 401), (good, 200), ("X: y", 401),
-                               ("X: y", 401), (good, 200)):
-            self.assertEqual(wire.request("/processes", header).answer()[0], status)
+    def test_right_and_wrong(self):
+        """Each request of a connection needs it, and a refused body is not executed."""
+        token, wire = self.TOKEN.encode().decode("latin-1"), self.wire()
+        good, bearer = self.basic("x:" + self.TOKEN), "Authorization: Bearer " + token
+        for header, status in ((good, 200), (self.basic(":no"), 401), (bearer, 200), ("X: y", 401),
+                               (bearer[:-1], 401), (self.basic(self.TOKEN), 401), (good, 200),
+                               ("Authorization: Basic !!!", 401), ("Cookie: token=" + token, 401)):
+            for path in "/processes", "/hit":
+                with self.subTest(header, path=path):
+                    self.assertEqual(wire.request(path, header).answer()[0], status)
+        path = "/processes?token=" + urllib.parse.quote(self.TOKEN)
+        self.assertEqual(wire.request(path).answer()[0], 401)
         self.assertRefused(http_bytes("POST", "/hit", body=http_bytes("GET", "/ping")),
                            401, "unauthorized")
-
-    def test_right_and_wrong(self):
-        token = self.TOKEN.encode().decode("latin-1")
-        good = "Authorization: Bearer " + token, self.basic("gaffer:" + self.TOKEN)
-        bad = ("Authorization: Bearer " + token[:-1], self.basic(self.TOKEN),
-               "Authorization: Basic !!!", "Cookie: token=" + token)
-        for header in good + bad:
-            status = 200 if header in good else 401
-            with self.subTest(header):
-                self.assertEqual(self.ask("GET", "/processes", header)[0], status)
-                self.assertEqual(self.ask("POST", "/hit", header)[0], status)
-        self.assertRefused(http_bytes("GET", "/processes", bad[0], good[0]))
-        path = "/processes?token=" + urllib.parse.quote(self.TOKEN)
-        self.assertEqual(self.ask("GET", path)[0], 401)
+        self.assertRefused(http_bytes("GET", "/processes", "Authorization: x", bearer))
 
     def test_guesses(self):
         """They are reported, counted, and all answered alike."""
