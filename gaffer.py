@@ -608,7 +608,8 @@ class Loop:
         self._wake_read, self.wake_fd = os.pipe()       # a byte wakes it, see set_wakeup_fd()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self.wake_fd, False)
-        self.call(self.register, self._wake_read, selectors.EVENT_READ, self._drain_wake)
+        self.call(self.register, self._wake_read, selectors.EVENT_READ,
+                  lambda mask: os.read(self._wake_read, 4096))
 
     # for any thread
 
@@ -759,7 +760,7 @@ class Loop:
         with self._gate:                        # a thread that waits for the lock goes first
             pass
         with self._lock:
-            self._owner, self._sleeping = threading.get_ident(), False
+            self._owner, self._sleeping, self._woken = threading.get_ident(), False, False
             timers = self._timers
             try:
                 self.now = self.clock()
@@ -831,10 +832,6 @@ class Loop:
                 os.write(self.wake_fd, b"\0")
             except (TypeError, OSError):
                 pass                            # full: it wakes; closed: nothing is left to wake
-
-    def _drain_wake(self, mask):
-        os.read(self._wake_read, 4096)
-        self._woken = False
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2332,11 +2329,13 @@ class Launch:
                             b"SHELL": os.fsencode(entry.pw_shell or "/bin/sh")})
         for name in (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID"):
             env.pop(name, None)                 # they are for gaffer's own process
-        try:
+        given = template["env"]
+        if template["env_file"]:
             known = {os.fsdecode(name): os.fsdecode(text) for name, text in env.items()}
-            given = {**read_env_files(template["env_file"], known), **template["env"]}
-        except ValueError as error:
-            raise InvalidProcessInfo("field 'env_file' %s" % error) from None
+            try:
+                given = {**read_env_files(template["env_file"], known), **given}
+            except ValueError as error:
+                raise InvalidProcessInfo("field 'env_file' %s" % error) from None
         env.update((to_bytes(name), to_bytes(str(text))) for name, text in given.items())
         env.pop(b"GAFFER_TOKEN", None)
         try:
@@ -2607,11 +2606,8 @@ class Output:
         return None
 
     def _take(self, data):
-        self.window.append(data)
-        self._merge(data)
-
-    def _merge(self, data):
         merged = self._merged
+        self.window.append(data)
         if len(merged.sources) == 1:            # nobody to mix with
             data, self._carry = self._carry + data, b""
         else:
@@ -3796,11 +3792,7 @@ class Subscription:
 
     def deliver(self, kind, event):
         """Have the callback called at the end of this turn."""
-        self._loop.call_unlocked(self._call, kind, event)
-
-    def _call(self, kind, event):
-        if self._callback is not None:
-            self._callback(kind, event)
+        self._loop.call_unlocked(lambda: self._callback and self._callback(kind, event))
 
     def close(self):
         """Have no further call begin, from any thread."""
@@ -4236,10 +4228,14 @@ class Manager:
             return None
         if template.pause is not None:          # what exits meanwhile does not count
             return 0.0
+
+        def end_pause():
+            template.pause = None
+            self._reconcile(template)
         template.history = history
         if action == "pause":
             template.forget_waits()
-            template.pause = self.loop.later(delay, self._end_pause, template)
+            template.pause = self.loop.later(delay, end_pause)
             self._publish("flap", template.name)
         elif action == "stop":
             template.gave_up = True
@@ -4279,10 +4275,6 @@ class Manager:
     def _note_failure(self, end):
         if self.exit_when_done and not self.exit_code:
             self.exit_code = shell_status(end) or 1
-
-    def _end_pause(self, template):
-        template.pause = None
-        self._reconcile(template)
 
     def _own_pids(self):
         """Return the system's pids of all that gaffer has started and waits for."""
@@ -4336,7 +4328,13 @@ class Manager:
         """Nothing of a process's group is left: its slot is free."""
         template = process.home
         template.processes.pop(process.pid, None)
-        self._retain(template, process)
+        if template.deleted or not process.outputs:
+            del self.processes[process.pid]
+        else:                                   # its output can be read for a while
+            template.past.append(process.pid)
+            if len(template.past) > max(AFTERLIFE_COUNT, 2 * template.info["numprocesses"]):
+                self.processes.pop(template.past.popleft(), None)
+            self.loop.later(AFTERLIFE, self.processes.pop, process.pid, None)
         if process.name == self.exit_with and process.by_itself and not self.stopping:
             self.exit_code = shell_status((process.exit_status, process.term_signal))
             log.info("%s has ended, and so does gaffer, with %d", process.name, self.exit_code)
@@ -4356,16 +4354,6 @@ class Manager:
             self._stop_next()
         self._ask_waiters()
         self.maybe_stopped()
-
-    def _retain(self, template, process):
-        """Let the output of a process that is gone be read for a while."""
-        if template.deleted or not process.outputs:
-            del self.processes[process.pid]
-            return
-        template.past.append(process.pid)
-        if len(template.past) > max(AFTERLIFE_COUNT, 2 * template.info["numprocesses"]):
-            self.processes.pop(template.past.popleft(), None)
-        self.loop.later(AFTERLIFE, self.processes.pop, process.pid, None)
 
     # changes
 
