@@ -44,7 +44,7 @@ Four rules hold everywhere:
 3. Protocol code is pure: bytes or values in, bytes or values out; no socket, no thread, no clock.
 4. Every buffer has a limit, with a name and a reason, at the top of its section.
 
-    threads of requests           the loop's thread                           children
+    a thread for each request     the loop's thread                           children
     head, body -> route, answer   manager, reconcile ------- spawn ---------> process group
     what lasts or waits --------> channel <- Reader <- Window <--- Output <-- stdout, stderr
                                   a websocket -------------------> Input ---> stdin
@@ -3761,9 +3761,10 @@ class Template:
 
     def status(self):
         """Return the answer of GET /status/<name>."""
-        running, state = self.running(), self.state()
-        waits = sorted(round(max(0.0, timer.when - self._loop.clock()), 3)
-                       for timer in [*self.pending, self.pause] if timer is not None)
+        running, state, waits = self.running(), self.state(), []
+        if self.pending or self.pause:
+            waits = sorted(round(max(0.0, timer.when - self._loop.clock()), 3)
+                           for timer in [*self.pending, self.pause] if timer is not None)
         return {
             "name": self.name, "active": self.active, "running": len(running),
             "numprocesses": self.info["numprocesses"], "max_processes": self.info["numprocesses"],
@@ -3774,9 +3775,8 @@ class Template:
             "ready": self.ready(), "waiting": self.unmet() if state == "waiting" else [],
             "message": next((process.message for process in reversed(running)), None),
             "next_runs": [] if self.next_run is None else [self.next_run],
-            "uptime": round(max([process.age() for process in running] or [0]), 3),
-            "gave_up": self.gave_up, "outcome": self.outcome, "error": self.error,
-            "hint": self.hint,
+            "uptime": round(running[0].age() if running else 0, 3), "gave_up": self.gave_up,
+            "outcome": self.outcome, "error": self.error, "hint": self.hint,
             "created": self.created, "graceful_timeout": stop_time(self.info),
         }
 
@@ -4891,10 +4891,13 @@ def parse_head(head):
     return Request(method, target, version, headers)
 
 
-def read_line(file, limit, error):
+known_head = functools.lru_cache(256)(parse_head)   # a client that polls sends the same again
+
+
+def read_line(file, limit, error, reason):
     """Return a line without its CR LF, or None at the end of the file.
 
-    Raises `error` if it is over `limit` bytes, BadRequest if it ends otherwise.
+    Raises `error(reason)` if it is over `limit` bytes, BadRequest if it ends otherwise.
     """
     line = file.readline(limit + 2)
     if line.endswith(b"\r\n"):
@@ -4903,7 +4906,7 @@ def read_line(file, limit, error):
         raise BadRequest("every line must end with CR LF")
     if len(line) < limit + 2:
         return None
-    raise error
+    raise error(reason)
 
 
 def read_request(file):
@@ -4911,10 +4914,9 @@ def read_request(file):
 
     Raises BadRequest, VersionNotSupported, UriTooLong, HeadersTooLarge. RFC 9112 section 2.2.
     """
-    uri_too_long = UriTooLong("the request line is over %d bytes; shorten it" % REQUEST_LINE_SIZE)
-    headers_too_large = HeadersTooLarge("the head is over %d bytes; send less" % HEAD_SIZE)
     for _ in range(EMPTY_LINES_MAX + 1):        # old clients send one after a body
-        line = read_line(file, REQUEST_LINE_SIZE, uri_too_long)
+        line = read_line(file, REQUEST_LINE_SIZE, UriTooLong,
+                         "the request line is over %d bytes; shorten it" % REQUEST_LINE_SIZE)
         if line != b"":
             break
     else:
@@ -4923,10 +4925,13 @@ def read_request(file):
     while line:
         lines.append(line)
         left -= len(line) + 2
-        line = read_line(file, max(0, left), headers_too_large)
+        line = read_line(file, max(0, left), HeadersTooLarge,
+                         "the head is over %d bytes; send less" % HEAD_SIZE)
     if line is None:
         return None
-    return parse_head(b"\r\n".join(lines))
+    head = b"\r\n".join(lines)
+    known = known_head(head) if len(head) <= KIB else parse_head(head)
+    return Request(known.method, known.target, known.version, dict(known.headers))
 
 
 def has_body(request):
@@ -4975,9 +4980,9 @@ def read_body(file, length, limit):
             raise EOFError
         return body
     body, extensions = bytearray(), 0
-    too_long = BadRequest("a line of the chunked body is too long")
+    too_long = BadRequest, "a line of the chunked body is too long"
     while True:
-        line = read_line(file, CHUNK_LINE_SIZE, too_long)
+        line = read_line(file, CHUNK_LINE_SIZE, *too_long)
         if line is None:
             raise EOFError
         match = CHUNK_SIZE_LINE.match(line)
@@ -4999,7 +5004,7 @@ def read_body(file, length, limit):
         body += data[:-2]
     left = TRAILERS_SIZE
     while line:                                 # trailers are checked and ignored
-        line = read_line(file, left, too_long)
+        line = read_line(file, left, *too_long)
         if line is None:
             raise EOFError
         if line:
@@ -5671,6 +5676,16 @@ class Connection:
         self.early = b""
 
 
+def peek(sock):
+    """Return a byte that a non-blocking socket has; b"": it is at its end; None: nothing yet."""
+    try:
+        return socket.socket.recv(sock, 1, socket.MSG_PEEK)     # with TLS: below it
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
 def offset_headers(reader, asked, clamp):
     """Return the headers that say where a reader begins, and what it has lost before that.
 
@@ -5706,7 +5721,7 @@ class Channel:
 
     kind = "request"                            # as /metrics calls it
     reader: "Reader | None" = None              # what it sends, if that is a stream
-    stall, patience = STALL, None               # seconds for a client with unsent bytes, and without
+    stall = STALL
     status = None                               # for the access log, if this is not yet answered
 
     def start(self, connection, request=None, more=()):
@@ -5868,14 +5883,12 @@ class Channel:
 
     def _check_stall(self):
         self._timer = None
-        limit = self.stall if self._queue else self.patience
-        if limit is not None:
-            wait = self._progress + limit - self.loop.now
+        if self._queue:
+            wait = self._progress + self.stall - self.loop.now
             if wait > 0:
-                self._timer = self.loop.later(min(wait, self.stall), self._check_stall)
+                self._timer = self.loop.later(wait, self._check_stall)
             else:
-                log.info("a client took nothing for %g seconds; it is closed" if self._queue else
-                         "a client sent no request for %g seconds; it is closed", limit)
+                log.info("a client took nothing for %g seconds; it is closed", self.stall)
                 self.close()
 
     def finish(self):
@@ -5922,6 +5935,22 @@ class Channel:
             if self.status is not None:
                 self.http.log_request(self.connection.address, self.request, self.status,
                                       max(0, self.sent - self._head))
+
+
+class Idle(Channel):
+    """A connection that waits for its next request, `patience` seconds at most."""
+
+    kind = "idle"
+
+    def __init__(self, patience):
+        self._patience = patience
+
+    def opened(self):
+        self._timer = self.loop.later(self._patience, self.close)
+
+    def _ready(self, mask):
+        self.detach()
+        self.connection.listener.process_request(self.sock, self.connection)
 
 
 class LongPoll(Channel):
@@ -6034,15 +6063,14 @@ class Follower(Channel):
 class Feed(Follower):
     """A stream without end: exact bytes, JSON lines, or Server-Sent Events.
 
-    `form`: continuous or eventsource; `framed`: as for SseEncoder; `first`: sent before everything
-    else; `begin()` starts what fills the log, and returns a function that ends it. For the rest see
-    Follower.
+    `form`: continuous or eventsource; `first`: sent before everything else; `begin()` starts what
+    fills the log, and returns a function that ends it. For the rest see Follower.
     """
 
-    def __init__(self, form, framed, reader, asked, heartbeat=None, first=b"", process=None,
+    def __init__(self, form, chunked, reader, asked, heartbeat=None, first=b"", process=None,
                  begin=None):
         super().__init__(reader, asked, process, heartbeat)
-        self.kind, self._framed = form, framed
+        self.kind, self._framed = form, chunk if chunked else bytes
         self._first, self._begin, self._end_feed = first, begin, None
 
     def head(self):
@@ -6099,66 +6127,6 @@ class Feed(Follower):
         self.unfollow()
         if self._end_feed is not None:
             self._end_feed()
-
-
-class Idle(Channel):
-    """A connection that waits for its next request, `patience` seconds at most.
-
-    A request that has come whole and takes no time is answered here: a thread would have to wait
-    for the loop's lock anyway, and for the interpreter's at each of its system calls. Any other
-    gets a thread.
-    """
-
-    kind = "idle"
-    stall = SEND_TIME
-
-    def __init__(self, patience):
-        self.patience, self._known = patience, None
-
-    def opened(self):
-        self._progress = self.loop.clock()
-        self._timer = self.loop.later(min(self.patience, self.stall), self._check_stall)
-        early, self.connection.early = self.connection.early, b""
-        if early:
-            self.received(early)
-
-    def _ready(self, mask):
-        if self.secure and self.sock.version() is None:
-            self._leave_to_thread()             # it makes the handshake
-        else:
-            super()._ready(mask)
-
-    def _leave_to_thread(self):
-        self.detach()
-        self.connection.listener.start_thread(self.connection)
-
-    def received(self, data):
-        http, connection = self.http, self.connection
-        known, self._known = self._known, None
-        if known is None or known[0] != data:
-            try:
-                known = (data, *http.read(io.BytesIO(data), connection))
-            except EOFError:
-                connection.early = data
-                self._leave_to_thread()
-                return
-        _, request, respond, keep, slow = known
-        if slow is False and len(data) <= KIB:  # a client that polls sends the same again
-            self._known = known
-        answer, keep, began = http.respond(request, respond, keep)
-        if isinstance(answer, Channel):
-            self.detach()
-            http.start_channel(answer, connection, request)
-            return
-        self._progress = self.loop.now
-        taken = self.send(http.answer(connection, request, answer, keep, began))
-        if not keep:
-            self.finish()
-        elif not taken:
-            self.reading(False)
-
-    def drained(self):
-        self.reading(True)
 
 
 class WebSocketChannel(Channel):
@@ -6645,7 +6613,7 @@ def operation(query="", unlocked=False, body=None, answer="application/json"):
     """Mark a handler of the API.
 
     `query`: names of the PARAMETERS that it takes; `unlocked`: it runs without the loop's lock, as
-    it takes time, "query": if it has a query; `body`: what it reads, "Template", "Fields" (one without a name) or "bytes";
+    it takes time; `body`: what it reads, "Template", "Fields" (one without a name) or "bytes";
     `answer`: its content type, None for a websocket.
     """
     def mark(handler):
@@ -8090,7 +8058,7 @@ def entry_refusal(request, error):
 # api
 #
 # The route table and its handlers: the only section that knows both manager and request. A handler
-# runs under the loop's lock, unless it takes time (`unlocked`): then on a thread. It returns
+# runs on the request's thread, under the loop's lock unless it takes time (`unlocked`). It returns
 # a value to send as JSON, a Response, or a channel that the loop starts.
 # --------------------------------------------------------------------------------------------------
 PAGE_EVENTS = 200                               # that the page begins with
@@ -8314,7 +8282,7 @@ class Api:
             "signals": {number.value: number.name[3:] for number in signal.Signals},
         }
 
-    @operation(answer="text/plain")
+    @operation(unlocked=True, answer="text/plain")
     def ping(self, request, query):
         """OK while gaffer answers."""
         return Response(b"OK", content_type="text/plain")
@@ -8455,7 +8423,7 @@ class Api:
         self.manager.signal(ref, parse_signal(signum), query.group)
         return OK
 
-    @operation("usage history until timeout", unlocked="query")
+    @operation("usage history until timeout", unlocked=True)
     def status(self, request, query, name):
         """The state of a template, its restarts and last exit; with `until`, once that holds."""
         if query.until is None:
@@ -8656,7 +8624,7 @@ class Api:
         """Return a Feed of a log."""
         reader = self._reader(request, source, encoder, offset, loss)
         asked = hasattr(query, "since") and self._asked(request, query)
-        return Feed(query.feed, self._framed(request), reader, asked, query.heartbeat, first,
+        return Feed(query.feed, request.version == (1, 1), reader, asked, query.heartbeat, first,
                     process, begin)
 
     @staticmethod
@@ -8849,17 +8817,16 @@ ROUTES = (
 # --------------------------------------------------------------------------------------------------
 # server
 #
-# The loop accepts connections, and has them while they are idle. What they send then is answered at
-# once if it is a whole request that takes no time. Otherwise a thread takes the connection: a
-# Handler reads requests and answers them, blocking, in straight lines. It leaves to the loop what
-# lasts, what waits, and what is idle; see channels.
+# The loop accepts connections. Once one has sent something, a thread takes it: a Handler reads
+# requests and answers them, blocking, in straight lines. It leaves to the loop what lasts, what
+# waits, and what is idle; see channels.
 # --------------------------------------------------------------------------------------------------
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 BODY_SIZE = MIB                                 # for WSGI applications see HttpHandler(max_body=)
 HEAD_TIME = 10.0                                # from the first byte of a head to its last
 BODY_TIME = 60.0
 IDLE_TIME = 60.0                                # of a connection without a request
-KEEP_TIME = 0.5                                 # for which a thread waits for the next request
+KEEP_TIME = 0.5                                 # of this a thread waits, then the loop does
 SEND_SIZE = 256 * KIB                           # to be taken within SEND_TIME
 HANDSHAKE_TIME = 10.0                           # of TLS
 HANDSHAKES_MAX = 200                            # one more ends the oldest
@@ -9253,14 +9220,15 @@ class SocketReader(io.RawIOBase):
             return size
         if self.deadline is None:
             return None
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        self._sock.settimeout(left)
         if self.go_ahead:
             self._sock.sendall(self.go_ahead)
             self.go_ahead = b""
-        return self._sock.recv_into(buffer)
+        while time.monotonic() < self.deadline:
+            try:
+                return self._sock.recv_into(buffer)
+            except socket.timeout:              # KEEP_TIME; another would cost a system call
+                pass
+        raise socket.timeout("timed out")
 
 
 class Handler(socketserver.StreamRequestHandler):
@@ -9282,55 +9250,78 @@ class Handler(socketserver.StreamRequestHandler):
                 self.request.settimeout(HANDSHAKE_TIME)
                 self.request.do_handshake()
                 self.http.handshakes.pop(self.client, None)
-            keep, slow = True, True
+            self.request.settimeout(KEEP_TIME)
+            keep = True
             while keep:
-                # the loop answers faster what takes no time
-                self.reader.deadline = time.monotonic() + (KEEP_TIME if slow else 0)
+                self.reader.deadline = time.monotonic() + KEEP_TIME
                 try:
                     self.gone = not self.rfile.peek(1)
                 except socket.timeout:
                     self.channel = Idle(IDLE_TIME)
                     return
                 try:
-                    self.reader.deadline = time.monotonic() + HEAD_TIME
-                    keep, slow = self.handle_request()
+                    keep = not self.gone and self.handle_request()
                 finally:
                     self.http.working.discard(self)
-        except EOFError:
-            self.gone = True
-        except OSError as error:
+        except (OSError, EOFError) as error:
             log.debug("a client has left: %s", error)
             self.gone = True
 
     def handle_request(self):
-        """Read a request and answer it.
-
-        Return whether another may follow on this connection, and whether this one took time.
-        Raises EOFError.
-        """
-        http = self.http
-        request, respond, keep, slow = http.read(self.rfile, self.client, self)
-        self.reader.go_ahead = b""              # the body came without it
-        answer, keep, began = http.respond(request, respond, keep)
+        """Read a request and answer it. Return whether another may follow on this thread."""
+        http, request, keep, began = self.http, None, False, None
+        try:
+            self.reader.deadline = time.monotonic() + HEAD_TIME
+            request = read_request(self.rfile)
+            if request is None:
+                self.gone = True
+                return False
+            http.working.add(self)
+            began = time.monotonic()
+            request.client, request.secure = self.client.address, self.server.context is not None
+            keep = not (has_body(request) or request.wants_close() or http.closed)
+            respond, limit = http.route(request)
+            if has_body(request):
+                length = body_length(request, limit)
+                if "expect" in request.headers and request.version == (1, 1):
+                    self.reader.go_ahead = b"HTTP/1.1 100 Continue\r\n\r\n"
+                self.reader.deadline = time.monotonic() + BODY_TIME
+                request.body = read_body(self.rfile, length, limit)
+                self.reader.go_ahead = b""
+                keep, began = not (request.wants_close() or http.closed), time.monotonic()
+            answer = respond(request)
+        except socket.timeout:
+            answer, began = error_response(RequestTimeout(
+                "the request did not arrive in time; send it faster")), None
+        except GafferError as error:
+            answer = entry_refusal(request, error)
         if isinstance(answer, WsgiRun):
             keep = answer.respond(self.send, keep)
             self.gone = answer.cut
             if answer.cut and not answer.framed:    # then only a reset tells the client
                 linger = struct.pack("ii", 1, 0)
                 self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            return keep, slow
+            return keep
         if isinstance(answer, Channel):
-            self.channel, self.current = answer, request
-            return False, slow
+            if request.method != "HEAD":
+                self.channel, self.current = answer, request
+                return False
+            keep, began = keep and not isinstance(answer, Feed), None
+            answer = http.loop.call(answer.head)
         self.send(http.answer(self.client, request, answer, keep, began))
-        return keep, slow
+        return keep
 
     def send(self, data):
         """Send all of it, as long as the client takes some. Raises OSError: it has left."""
         view = memoryview(data)
-        self.request.settimeout(SEND_TIME)
         for start in range(0, len(data), SEND_SIZE):
-            self.request.sendall(view[start:start + SEND_SIZE])
+            part, deadline = view[start:start + SEND_SIZE], time.monotonic() + SEND_TIME
+            while part:
+                try:
+                    part = part[self.request.send(part):]
+                except socket.timeout:
+                    if time.monotonic() >= deadline:
+                        raise
             self.sent += SEND_SIZE
 
     def finish(self):
@@ -9451,33 +9442,35 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return self.http.admit(client_address)
 
     def process_request(self, request, client_address):
-        """Let the loop have a connection until a request comes."""
+        """Let a thread take a connection that has sent something; others wait on the loop."""
+        http, client = self.http, client_address
+        request.setblocking(False)
+        came = client.early or self.context is not None and request.pending() or peek(request)
         is_new = self.context is not None and request.version() is None
-        self.http.start_channel(Idle(HANDSHAKE_TIME if is_new else IDLE_TIME), client_address)
-
-    def start_thread(self, client):
-        """Let a thread take a connection."""
-        http, sock = self.http, client.sock
-        if len(http.threads) >= THREADS_MAX:
+        if came is None:
+            http.start_channel(Idle(HANDSHAKE_TIME if is_new else IDLE_TIME), client)
+        elif came == b"":
+            http.close_connection(client)
+        elif len(http.threads) >= THREADS_MAX:
             http.refuse(client)
-            return
-        thread = http.threads[client] = threading.Thread(
-            target=self.process_request_thread, args=(sock, client), daemon=True)
-        thread._started = begun = Begun()       # type: ignore[attr-defined]
-        if self.context is not None and sock.version() is None:
-            if len(http.handshakes) >= HANDSHAKES_MAX:  # the oldest one has had its time
-                oldest = next(iter(http.handshakes))
-                http.handshakes.pop(oldest, None)
-                http.interrupt(oldest)
-            http.handshakes[client] = None
-        try:
-            thread.start()
-            if not begun.is_set():
-                raise MemoryError("it does not begin")
-        except (RuntimeError, MemoryError) as error:    # the system has no thread left
-            self._reports.warning("a request has no thread: %s", error)
-            del http.threads[client]
-            http.refuse(client)
+        else:
+            thread = http.threads[client] = threading.Thread(
+                target=self.process_request_thread, args=(request, client), daemon=True)
+            thread._started = begun = Begun()   # type: ignore[attr-defined]
+            if is_new:
+                if len(http.handshakes) >= HANDSHAKES_MAX:  # the oldest one has had its time
+                    oldest = next(iter(http.handshakes))
+                    http.handshakes.pop(oldest, None)
+                    http.interrupt(oldest)
+                http.handshakes[client] = None
+            try:
+                thread.start()
+                if not begun.is_set():
+                    raise MemoryError("it does not begin")
+            except (RuntimeError, MemoryError) as error:    # the system has no thread left
+                self._reports.warning("a request has no thread: %s", error)
+                del http.threads[client]
+                http.refuse(client)
 
     def shutdown_request(self, request):
         """Do nothing: the loop closes connections."""
@@ -9703,57 +9696,12 @@ class HttpHandler:
 
     # requests
 
-    def read(self, file, connection, handler=None):
-        """Read a request from a buffered binary file and find its route.
-
-        Return (request or None, function of it that makes its answer, whether the connection goes
-        on, whether the answer takes time; None if it was refused). The function raises nothing; the
-        answer is a Response, a Channel or a WsgiRun. `handler`: on whose thread this is; None: the
-        loop's, where the file has all that came. Raises EOFError if the file ends early, and on the
-        loop's thread also if the answer takes time or another request has come.
-        """
-        request, keep = None, False
-        try:
-            request = read_request(file)
-            if request is None:
-                raise EOFError
-            request.client = connection.address
-            request.secure = connection.listener.context is not None
-            if handler is not None:
-                self.working.add(handler)
-            keep = not (has_body(request) or request.wants_close() or self.closed)
-            respond, limit, slow = self.route(request)
-            if slow and handler is None:
-                raise EOFError
-            if has_body(request):
-                length = body_length(request, limit)
-                if handler is not None:
-                    handler.reader.deadline = time.monotonic() + BODY_TIME
-                    if "expect" in request.headers and request.version == (1, 1):
-                        handler.reader.go_ahead = b"HTTP/1.1 100 Continue\r\n\r\n"
-                request.body = read_body(file, length, limit)
-                keep = not (request.wants_close() or self.closed)
-        except (socket.timeout, GafferError) as error:
-            if not isinstance(error, GafferError):
-                error = RequestTimeout("the request did not arrive in time; send it faster")
-            answer, slow = entry_refusal(request, error), None
-            respond = lambda request: answer
-        if handler is None and keep and file.read(1):
-            raise EOFError
-        return request, respond, keep, slow
-
-    def respond(self, request, respond, keep):
-        """Return (the answer of what read() returned, whether the connection goes on, when the
-        answer was begun; None if it is one that lasts)."""
-        began, answer = time.monotonic(), respond(request)
-        if isinstance(answer, Channel) and request.method == "HEAD":
-            keep, began = keep and not isinstance(answer, Feed), None
-            answer = self.loop.call(answer.head)
-        return answer, keep, began
-
     def route(self, request):
-        """Check a head. Return (function that makes its answer, limit of the body, whether the
-        answer takes time). Raises GafferError."""
+        """Check a head. Return (function of the request that makes its answer, limit of the body).
+
+        The function raises nothing; the answer is a Response, a Channel or a WsgiRun. Raises
+        GafferError.
+        """
         access, is_read = self.access, request.method in ("GET", "HEAD")
         try:
             access.check_host(request)
@@ -9761,8 +9709,7 @@ class HttpHandler:
             request.headers.pop("origin", None)     # without a Host it cannot be our own
             raise
         if request.method == "OPTIONS":
-            return (lambda request: Response(
-                status=204, headers=access.preflight(request), content_type=None)), BODY_SIZE, False
+            return self._answer_options, BODY_SIZE
         if not is_read or "upgrade" in request.headers:
             access.check_origin(request)
         access.check_site(request)
@@ -9781,7 +9728,7 @@ class HttpHandler:
             if not has_body(request) or "expect" in request.headers:
                 raise
             answer = error_response(error)      # the client sends its body, and may go on behind it
-            return (lambda request: answer), BODY_SIZE, None
+            return (lambda request: answer), BODY_SIZE
 
     def _find(self, request):
         methods, args = self._router.find(request.segments())
@@ -9789,8 +9736,7 @@ class HttpHandler:
             handler = methods.get(request.method)
             if handler is not None:
                 limit = max(BODY_SIZE, self._api.manager.input_size)
-                slow = handler.unlocked is True or bool(handler.unlocked and request.raw_query)
-                return functools.partial(attempt, self._call_api, handler, args), limit, slow
+                return functools.partial(attempt, self._call_api, handler, args), limit
             if request.method not in METHODS + OTHER_METHODS:
                 raise MethodUnknown("HTTP has no such method; they are in capitals")
             if "*" in methods:                  # what a stream allows depends on its label
@@ -9801,12 +9747,15 @@ class HttpHandler:
             if match:
                 groups = [group and urllib.parse.unquote(group) for group in match.groups()]
                 return (functools.partial(self._call_route, pattern.pattern, handler, groups),
-                        self._max_body, True)
+                        self._max_body)
         for prefix, app in self._wsgi:
             if request.path == prefix or request.path.startswith(prefix + "/"):
-                return functools.partial(WsgiRun, self, app, prefix), self._max_body, True
+                return functools.partial(WsgiRun, self, app, prefix), self._max_body
         raise ResourceNotFound(
             "there is nothing at %s; GET /openapi.json lists the routes" % request.path[:200])
+
+    def _answer_options(self, request):
+        return Response(status=204, headers=self.access.preflight(request), content_type=None)
 
     def _call_api(self, handler, args, request):
         query = parse_query(request, handler.query)
@@ -9844,7 +9793,7 @@ class HttpHandler:
         if keep and request.version == (1, 0):
             more.append(("Connection", "keep-alive"))
         data = response.encode(self.date(), keep, head_only, more)
-        took = None if None in (began, request) else time.monotonic() - began
+        took = None if began is None else time.monotonic() - began
         self.requests.add("" if request is None else request.method, response.status, took)
         self.log_request(connection.address, request, response.status,
                          0 if head_only else len(response.body or b""))
