@@ -3212,7 +3212,8 @@ class Process:
                       if number not in (signal.SIGPIPE, signal.SIGXFSZ))    # Popen resets these
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
-            if extra or ignored or blocked or (sys.version_info < (3, 9) and identity != (None, None, None)):
+            if extra or ignored or blocked or (
+                    sys.version_info < (3, 9) and identity != (None, None, None)):
                 errors, write = os.pipe()
                 theirs.append(errors)
                 moved.append(write)
@@ -3771,7 +3772,8 @@ class Template:
             "state": state, "stopping": len(self.processes) - len(running),
             "pids": [process.pid for process in running],
             "os_pids": [process.os_pid for process in running], "restarts": self.restarts,
-            "last_exit": self.last_exit, "next_try": waits[0] if waits else None, "next_tries": waits,
+            "last_exit": self.last_exit, "next_try": waits[0] if waits else None,
+            "next_tries": waits,
             "ready": self.ready(), "waiting": self.unmet() if state == "waiting" else [],
             "message": next((process.message for process in reversed(running)), None),
             "next_runs": [] if self.next_run is None else [self.next_run],
@@ -4064,8 +4066,8 @@ class Manager:
                 subscription.deliver(kind, dict(event))
 
     def wait_until(self, done, callback):
-        """Call `callback()` on the loop once `done()` is true; it is asked after each event and each
-        end of a process. Returns a function that ends it. For the owner of the lock."""
+        """Call `callback()` on the loop once `done()` is true; it is asked after each event and
+        each end of a process. Returns a function that ends it. For the owner of the lock."""
         entry = done, callback
         self._waiters.append(entry)
         self._ask_waiters()
@@ -5638,7 +5640,7 @@ class FrameEncoder(Encoder):
         return (frame_head(self._opcode, len(content)), content), len(data)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # channels
 #
 # Connections that last or wait live on the loop: feeds, websockets, long polls and idle ones. A
@@ -6696,7 +6698,7 @@ def openapi(routes, secured):
     return described
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # page
 #
 # The web page, whole. All that it shows becomes text and properties, never HTML. It asks this server
@@ -8026,8 +8028,8 @@ route(true);
 LOGIN = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>gaffer</title>
 <h1>This gaffer has a token</h1>
-<p>Load this page again, and give the token as the password; any user name will do. It is in the file, or the variable
-GAFFER_TOKEN, that gaffer was started with.</p></html>
+<p>Load this page again, and give the token as the password; any user name will do. It is in the
+file, or the variable GAFFER_TOKEN, that gaffer was started with.</p></html>
 """
 
 
@@ -8037,20 +8039,24 @@ def page_response(snapshot):
     No script and no style but its own can run in it, and it can send nothing to another server.
     """
     nonce = base64.b64encode(os.urandom(12)).decode("ascii")
-    policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; img-src data:; "
-              "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
+    policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; "
+              "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+              "frame-ancestors 'none'" % (nonce, nonce))
     data = encode_json(dict(snapshot, **PAGE_WORDS))
     data = data.replace("<", "\\u003c")         # nothing in it ends the element
     page = PAGE.replace("__NONCE__", nonce).replace("__SNAPSHOT__", data)
     return Response(page.encode("utf-8"), content_type="text/html; charset=utf-8", headers=[
-        ("Content-Security-Policy", policy), ("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-store"),
-        ("Referrer-Policy", "no-referrer"), ("Vary", "Accept")])
+        ("Content-Security-Policy", policy), ("Cross-Origin-Opener-Policy", "same-origin"),
+        ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"), ("Vary", "Accept")])
 
 
 def entry_refusal(request, error):
-    """The Response to what was not let in: to a browser without the token, a page that says what to do."""
-    if isinstance(error, Unauthorized) and request.path == "/" and prefers_html(request.headers.get("accept", "")):
-        return Response(LOGIN.encode("utf-8"), error.status, [*error.headers, ("Vary", "Accept")], "text/html; charset=utf-8")
+    """Return the Response to what was not let in: to a browser without the token, a page that says
+    what to do."""
+    if (isinstance(error, Unauthorized) and request.path == "/"
+            and prefers_html(request.headers.get("accept", ""))):
+        return Response(LOGIN.encode("utf-8"), error.status, [*error.headers, ("Vary", "Accept")],
+                        "text/html; charset=utf-8")
     return error_response(error)
 
 
@@ -8807,7 +8813,8 @@ ROUTES = (
     ("/watch/<pattern...>", {"GET": Api.watch}),
     ("/streams", {"GET": Api.journal}),
     ("/streams/<ref>", {"GET": Api.journal}),
-    ("/streams/<ref>/<label>", {"GET": Api.stream, "POST": Api.write, "DELETE": Api.end_input, "*": Api.stream_methods}),
+    ("/streams/<ref>/<label>", {"GET": Api.stream, "POST": Api.write, "DELETE": Api.end_input,
+                                "*": Api.stream_methods}),
     ("/streams/<ref>/stdin", {"POST": Api.write, "DELETE": Api.end_input}),
     ("/streams/<ref>/ttin", {"POST": Api.write, "DELETE": Api.end_input}),
     ("/wstreams/<ref>", {"GET": Api.websocket}),
@@ -8898,8 +8905,8 @@ class HttpEndpoint:
         try:
             context.load_cert_chain(self.certfile, self.keyfile)
         except ssl.SSLError:
-            raise StartError("the certificate '%s' cannot be used: it must hold a certificate and its "
-                             "key in PEM, or the key be in a keyfile (--keyfile)" %
+            raise StartError("the certificate '%s' cannot be used: it must hold a certificate and "
+                             "its key in PEM, or the key be in a keyfile (--keyfile)" %
                              self.certfile) from None
         except (OSError, ValueError) as error:
             raise StartError("the certificate '%s' cannot be used: %s" % (
