@@ -1537,8 +1537,7 @@ NUMPROCESSES_MAX = 1000                         # of a template
 CUSTOM_STREAMS_MAX = 16                         # of a process
 SECONDS_MAX = 10.0 ** 7                         # any time in a request: select() can still count it
 NAME = re.compile(r"(?!-|:|[0-9]+$|\.{1,2}$|all$)[A-Za-z0-9_.:@-]{1,128}")
-LABEL = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_.-]{1,64}")
-RESERVED_LABELS = ("stdin", "ttin", "exit", "dropped")
+LABEL = re.compile(r"(?!(?:\.{1,2}|stdin|ttin|exit|dropped)$)[A-Za-z0-9_.-]{1,64}")
 VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 QUOTED = re.compile(r"""'[^']*'|"(?:[^"\\]|\\.)*"|\\.""", re.DOTALL)
 
@@ -1574,18 +1573,52 @@ def check_text(value, what="a string"):
     return value
 
 
-@json_schema("string", pattern="^%s$" % NAME.pattern)
-def check_name(value):
-    """Check the name of a template."""
-    if not isinstance(value, str) or not NAME.fullmatch(value):
-        raise ValueError("must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not"
-                         " 'all', '.' or '..', and not begin with - or :")
-    return value
+def matching(pattern, what):
+    """A check for a string that a compiled pattern matches as a whole."""
+    @json_schema("string", pattern="^(?:%s)$" % pattern.pattern)
+    def check(value):
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise ValueError("must be " + what)
+        return value
+    return check
+
+
+def choice(*words):
+    """A check for one of `words`."""
+    @json_schema("string", enum=words)
+    def check(value):
+        if value not in words:
+            raise ValueError("must be %s%s" % (" or ".join(words), near(str(value), words)))
+        return value
+    return check
+
+
+def list_of(check, most=1000, unique=False):
+    """A check for a list of at most `most` values that pass another check."""
+    @json_schema("array", maxItems=most, uniqueItems=unique, items=check.schema)
+    def check_list(value):
+        if not isinstance(value, list) or len(value) > most:
+            raise ValueError("must be a list of at most %d" % most)
+        for item in value:
+            try:
+                check(item)
+            except ValueError as error:
+                raise ValueError("has %r, which %s" % (item, error)) from None
+        if unique and len(set(value)) < len(value):
+            raise ValueError("has a label twice")
+        return list(value)
+    return check_list
+
+
+check_name = matching(NAME, "1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not 'all', '.' or "
+                      "'..', and not begin with - or :")
+check_label = matching(LABEL, "1 to 64 of A-Z a-z 0-9 _ . -, and none of stdin, ttin, exit, "
+                       "dropped, . and ..")
 
 
 @json_schema("string", minLength=1)
-def check_command(value):
-    """Check a program, or a command line."""
+def check_filled(value):
+    """Check a command or a path."""
     if not check_text(value).strip():
         raise ValueError("must not be empty")
     return value
@@ -1707,36 +1740,21 @@ def check_signal(value):
     return value
 
 
-@json_schema("string", enum=["always", "on-failure", "never"])
-def check_restart(value):
-    """Check a restart policy."""
-    if value not in check_restart.schema["enum"]:
-        raise ValueError("must be 'always', 'on-failure' or 'never'")
-    return value
-
-
-@json_schema("array", items={"type": ["integer", "string"]})
-def check_success(value):
-    """Check a list of exit statuses and names of signals."""
-    if not isinstance(value, list):
-        raise ValueError("must be a list of exit statuses and names of signals: [0, \"TERM\"]")
-    for item in value:
-        if isinstance(item, str) and not item.isdigit():
-            check_signal(item)
-        elif not is_number(item, int) or not 0 <= item <= 255:
-            raise ValueError("has %r, which is neither an exit status from 0 to 255 nor the name of"
-                             " a signal" % (item,))
-    return list(value)
+@json_schema(["integer", "string"])
+def check_ending(value):
+    """Check an exit status, or a name of a signal."""
+    if isinstance(value, str) and not value.isdigit():
+        return check_signal(value)
+    return whole_number(0, 255)(value)
 
 
 @json_schema(["array", "number"], items={"type": "number", "minimum": 0}, minItems=2, maxItems=2)
 def check_delay(value):
     """Check a number of seconds, or the first and the longest of growing ones."""
-    pair = value if isinstance(value, list) else [value, value]
-    if len(pair) != 2 or not all(is_number(each) and 0 <= each <= SECONDS_MAX for each in pair):
+    if not isinstance(value, list):
+        return seconds(0)(value)
+    if len(value) != 2 or seconds(0)(value[0]) > seconds(0)(value[1]):
         raise ValueError("must be a number of seconds, or the first and the longest: [0.1, 10]")
-    if pair[0] > pair[1]:
-        raise ValueError("has a first number of seconds that is longer than the longest")
     return value
 
 
@@ -1751,22 +1769,6 @@ def check_stop_signal(value):
     return [[check_signal(signum), seconds(0)(delay)] for signum, delay in value]
 
 
-@json_schema("string", pattern="^0?[0-7]{1,3}$")
-def check_umask(value):
-    """Check an octal number in a string."""
-    if not isinstance(value, str) or not re.fullmatch("0?[0-7]{1,3}", value):
-        raise ValueError("must be an octal number in a string, as in '022'")
-    return value
-
-
-@json_schema("array", items={"type": "string", "minLength": 1})
-def check_files(value):
-    """Check a list of paths."""
-    if not isinstance(value, list) or not all(map(check_text, value)):
-        raise ValueError("must be a list of paths")
-    return list(value)
-
-
 # name of a resource limit -> the options of the shell's ulimit for it, and its unit in bytes
 LIMITS = {"as": ("v", KIB), "core": ("c", 512), "cpu": ("t", 1), "data": ("d", KIB),
           "fsize": ("f", 512), "memlock": ("l", KIB), "nofile": ("n", 1), "nproc": ("up", 1),
@@ -1774,10 +1776,14 @@ LIMITS = {"as": ("v", KIB), "core": ("c", 512), "cpu": ("t", 1), "data": ("d", K
 
 
 def limit_pair(value):
-    """Return (soft, hard) of a resource limit; without any: math.inf."""
-    pair = value if isinstance(value, list) else [value, value]
-    soft, hard = [math.inf if each == "unlimited" else each for each in pair]
-    return soft, hard
+    """Return (soft, hard) of a resource limit; without any: math.inf. ValueError: it is none."""
+    pair = [math.inf if each == "unlimited" else each
+            for each in (value if isinstance(value, list) else [value, value])]
+    if len(pair) != 2 or not all(each == math.inf or is_number(each, int) and 0 <= each < 2 ** 62
+                                 for each in pair) or pair[0] > pair[1]:
+        raise ValueError("is not a whole number, 'unlimited' or [soft, hard], the soft one being "
+                         "the lower")
+    return tuple(pair)
 
 
 @json_schema("object", additionalProperties=False, properties=dict.fromkeys(
@@ -1790,12 +1796,10 @@ def check_limits(value):
         if name not in LIMITS:
             raise ValueError("has the unknown limit %r%s; there are %s" % (
                 name, near(str(name), LIMITS), ", ".join(LIMITS)))
-        pair = limit if isinstance(limit, list) else [limit, limit]
-        if len(pair) != 2 or not all(
-                each == "unlimited" or is_number(each, int) and 0 <= each < 2 ** 62
-                for each in pair) or limit_pair(pair)[0] > limit_pair(pair)[1]:
-            raise ValueError("has a limit %s that is not a whole number, 'unlimited' or [soft, "
-                             "hard], the soft one being the lower" % name)
+        try:
+            limit_pair(limit)
+        except ValueError as error:
+            raise ValueError("has a limit %s that %s" % (name, error)) from None
     return dict(value)
 
 
@@ -1891,53 +1895,51 @@ def check_schedule(value):
     return value
 
 
-def labels(most, unique=False):
-    """A check for a list of at most `most` labels of streams."""
-    @json_schema("array", maxItems=most, uniqueItems=unique,
-                 items={"type": "string", "pattern": "^%s$" % LABEL.pattern})
-    def check(value):
-        if not isinstance(value, list) or len(value) > most:
-            raise ValueError("must be a list of at most %d labels" % most)
-        for label in value:
-            if not isinstance(label, str) or not LABEL.fullmatch(label):
-                raise ValueError("has a label that is not 1 to 64 of A-Z a-z 0-9 _ . -")
-            if label in RESERVED_LABELS:
-                raise ValueError("has the label %r, which is reserved" % label)
-        if unique and len(set(value)) < len(value):
-            raise ValueError("has a label twice")
-        return list(value)
-    return check
+Option = collections.namedtuple("Option", "default check help", defaults=[""])
+
+
+def examine_fields(info, options, required=(), known=None):
+    """Return (values, faults) of `info` by a table of options: values with their defaults filled
+    in, and all faults as (field, sentence). `known`: {field: value} for fields that are left out.
+    """
+    values, faults = {}, []
+    unknown = [field for field in info if field not in options]
+    for field in unknown[:10]:
+        field = str(field)[:128]
+        faults.append((field, "unknown field '%s'%s" % (
+            field, near(field, options) or "; remove it")))
+    if len(unknown) > 10:
+        faults.append((unknown[10], "%d more unknown fields" % (len(unknown) - 10)))
+    for field, option in options.items():
+        value = info.get(field, (known or {}).get(field))
+        values[field] = copy.copy(option.default)
+        if value is None:
+            if field in info and option.default is not None:
+                faults.append((field, "field '%s' must not be null; leave it out for its default"
+                               % field))
+            if field in required:
+                faults.append((field, "field '%s' is required" % field))
+            continue
+        try:
+            values[field] = option.check(value)
+        except ValueError as error:
+            faults.append((field, "field '%s' %s" % (field, error)))
+    return values, faults
 
 
 def record(fields):
-    """A check for an object, or null, of `fields`: {name: (default, check)}."""
+    """A check for an object of `fields`, a table as OPTIONS."""
     @json_schema("object", additionalProperties=False, properties={
-        name: check.schema if default is None else dict(check.schema, default=default)
-        for name, (default, check) in fields.items()})
+        name: field.check.schema if field.default is None else dict(
+            field.check.schema, default=field.default) for name, field in fields.items()})
     def check(value):
         if not isinstance(value, dict):
             raise ValueError("must be an object with %s" % ", ".join(fields))
-        full = {name: default for name, (default, _) in fields.items()}
-        for name, item in value.items():
-            if name not in fields:
-                raise ValueError("has the unknown field %r%s" % (name, near(str(name), fields)))
-            try:
-                full[name] = fields[name][1](item)
-            except ValueError as error:
-                raise ValueError("has a field '%s' that %s" % (name, error)) from None
-        return full
+        values, faults = examine_fields(value, fields)
+        if faults:
+            raise ValueError("is wrong: %s" % faults[0][1])
+        return values
     return check
-
-
-@json_schema("array", items={"type": "string", "pattern": "^%s$" % NAME.pattern})
-def check_names(value):
-    """Check a list of names of templates."""
-    if not isinstance(value, list):
-        raise ValueError("must be a list of names")
-    for name in value:
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ValueError("has %r, which is not the name of a template" % (name,))
-    return list(dict.fromkeys(value))
 
 
 def parse_target(kind, text):
@@ -1964,8 +1966,8 @@ def parse_target(kind, text):
 
 
 READY = ("log", "tcp", "http", "exec", "notify")
-READY_RECORD = record(dict({kind: (None, check_command) for kind in READY},
-                           notify=(None, check_flag), within=(60, seconds(0.001))))
+READY_RECORD = record(dict(dict.fromkeys(READY, Option(None, check_filled)),
+                           notify=Option(None, check_flag), within=Option(60, seconds(0.001))))
 
 
 @json_schema(**READY_RECORD.schema)
@@ -1991,17 +1993,17 @@ def ready_text(template):
 
 
 FLAPPING = {
-    "attempts": (2, whole_number(1, 1000)), "window": (1.0, seconds(0.001)),
-    "retry_in": (7.0, seconds(0)), "max_retry": (5, whole_number(0, 10 ** 6)),
+    "attempts": Option(2, whole_number(1, 1000)), "window": Option(1.0, seconds(0.001)),
+    "retry_in": Option(7.0, seconds(0)), "max_retry": Option(5, whole_number(0, 10 ** 6)),
 }
-Option = collections.namedtuple("Option", "default check help")
 OPTIONS = {
     "name": Option(None, check_name,
                    "the template's name; a part before the first ':' is its group"),
-    "cmd": Option(None, check_command, "the command line, or with args the program"),
+    "cmd": Option(None, check_filled, "the command line, or with args the program"),
     "args": Option([], check_args, "the program's arguments: a list, or a string to split"),
     "env": Option({}, check_env, "variables of its environment"),
-    "env_file": Option([], check_files, "files of NAME=value lines, read at each start; env wins"),
+    "env_file": Option([], list_of(check_filled),
+                       "files of NAME=value lines, read at each start; env wins"),
     "os_env": Option(True, check_flag, "add them to gaffer's own environment"),
     "cwd": Option(None, check_directory, "working directory"),
     "uid": Option(None, identity("user", lambda user: find_user(user)[0], os.geteuid),
@@ -2011,30 +2013,32 @@ OPTIONS = {
     "numprocesses": Option(1, whole_number(0, NUMPROCESSES_MAX), "how many to keep running"),
     "start": Option(True, check_flag, "start when added"),
     "detach": Option(False, check_flag, "survive gaffer's stop"),
-    "redirect_output": Option(["stdout", "stderr"], labels(2), "labels for stdout and stderr"),
+    "redirect_output": Option(["stdout", "stderr"], list_of(check_label, 2),
+                              "labels for stdout and stderr"),
     "redirect_input": Option(False, check_flag, "a pipe to stdin"),
-    "custom_streams": Option([], labels(CUSTOM_STREAMS_MAX, unique=True),
+    "custom_streams": Option([], list_of(check_label, CUSTOM_STREAMS_MAX, True),
                              "labels of further two-way streams, from descriptor 3 on"),
-    "umask": Option(None, check_umask, "file mode creation mask, octal"),
+    "umask": Option(None, matching(re.compile("0?[0-7]{1,3}"), "octal digits in a string: '022'"),
+                    "file mode creation mask, octal"),
     "nice": Option(None, whole_number(-20, 19), "scheduling priority, -20 to 19"),
     "limits": Option({}, check_limits,
                      "resource limits, numbers or 'unlimited': %s" % ", ".join(LIMITS)),
-    "before_start": Option(None, check_command, "a shell command to run before each start"),
-    "after_stop": Option(None, check_command, "a shell command to run after each exit"),
+    "before_start": Option(None, check_filled, "a shell command to run before each start"),
+    "after_stop": Option(None, check_filled, "a shell command to run after each exit"),
     "graceful_timeout": Option(10, seconds(0), "seconds between the stop signal and SIGKILL"),
     "stop_signal": Option("TERM", check_stop_signal,
                           "signal that stops it, or a list of [signal, seconds] before SIGKILL"),
     "stop_group": Option(True, check_flag, "send the stop signal to its whole group"),
-    "restart": Option("always", check_restart,
+    "restart": Option("always", choice("always", "on-failure", "never"),
                       "start it again when it exits: always, on-failure or never"),
-    "success": Option([0], check_success, "exit statuses and signals that count as success"),
+    "success": Option([0], list_of(check_ending), "exit statuses and signals that count as success"),
     "restart_delay": Option([0.1, 10], check_delay,
                             "seconds before it is started again: always these, or first, longest"),
     "schedule": Option(None, check_schedule,
                        "start it at times: 'every 90s', five fields of cron, @daily"),
     "flapping": Option(None, record(FLAPPING), "rest when it exits too often: %s"
                        % ", ".join(FLAPPING)),
-    "after": Option([], check_names, "templates: started once each is ready, or, if it ends by "
+    "after": Option([], list_of(check_name), "templates: started once each is ready, or, if it ends by "
                     "itself and has no 'ready', done"),
     "ready": Option(None, check_ready, "when it is ready: one of %s; else it is stopped, as "
                     "failed, after the seconds of 'within'" % ", ".join(READY)),
@@ -2067,64 +2071,32 @@ def check_together(template, info):
     field says of another. `info`: the fields as they were given."""
     faults = []
     args = template["args"]
-    if not (args.strip() if isinstance(args, str) else args) and not template["shell"]:
-        try:
-            if not split_words(template["cmd"]):
-                raise ValueError("must not be empty")
-        except ValueError as error:
-            faults.append(("cmd", "field 'cmd' %s" % error))
+    try:
+        if not (template["shell"] or (args.strip() if isinstance(args, str) else args)
+                or split_words(template["cmd"])):
+            raise ValueError("must not be empty")
+    except ValueError as error:
+        faults.append(("cmd", str(error)))
     if template["detach"]:
         if "redirect_output" not in info:
             template["redirect_output"] = []
-        faults += [(field, "field '%s' cannot go with 'detach': nobody would be there for its pipes"
-                    % field) for field in ("redirect_output", "redirect_input", "custom_streams")
+        faults += [(field, "cannot go with 'detach': nobody would be there for its pipes")
+                   for field in ("redirect_output", "redirect_input", "custom_streams")
                    if template[field]]
-    for label in template["custom_streams"]:
-        if label in template["redirect_output"]:
-            faults.append(("custom_streams", "field 'custom_streams' has the label '%s', which is "
-                           "in 'redirect_output' too" % label))
+    faults += [("custom_streams", "has the label '%s', which is in 'redirect_output' too" % label)
+               for label in template["custom_streams"] if label in template["redirect_output"]]
     if "log" in (template["ready"] or ()) and not template["redirect_output"]:
-        faults.append(("ready", "field 'ready' waits for a line of output, but 'redirect_output' "
-                       "is empty"))
+        faults.append(("ready", "waits for a line of output, but 'redirect_output' is empty"))
     if template["schedule"] is not None and "restart" not in info:
         template["restart"] = "never"
     try:
         port_of(template["env"], template["numprocesses"])
     except ValueError as error:
-        faults.append(("env", "field 'env' %s" % error))
+        faults.append(("env", str(error)))
     if template["uid"] is not None and template["gid"] is None:
         if find_user(template["uid"])[1] is None:
-            faults.append(("uid", "field 'uid' is a user without an entry here; give 'gid' too"))
-    return faults
-
-
-def examine_fields(info, options, required=(), known=None):
-    """Return (values, faults) of `info` by a table of options: values with their defaults filled
-    in, and all faults as (field, sentence). `known`: {field: value} for fields that are left out.
-    """
-    values, faults = {}, []
-    unknown = [field for field in info if field not in options]
-    for field in unknown[:10]:
-        field = str(field)[:128]
-        faults.append((field, "unknown field '%s'%s" % (
-            field, near(field, options) or "; remove it")))
-    if len(unknown) > 10:
-        faults.append((unknown[10], "%d more unknown fields" % (len(unknown) - 10)))
-    for field, option in options.items():
-        value = info.get(field, (known or {}).get(field))
-        values[field] = copy.copy(option.default)
-        if value is None:
-            if field in info and option.default is not None:
-                faults.append((field, "field '%s' must not be null; leave it out for its default"
-                               % field))
-            if field in required:
-                faults.append((field, "field '%s' is required" % field))
-            continue
-        try:
-            values[field] = option.check(value)
-        except ValueError as error:
-            faults.append((field, "field '%s' %s" % (field, error)))
-    return values, faults
+            faults.append(("uid", "is a user without an entry here; give 'gid' too"))
+    return [(field, "field '%s' %s" % (field, fault)) for field, fault in faults]
 
 
 def examine_template(info, known=None):
@@ -2155,7 +2127,7 @@ def substitute(word, env):
     return VARIABLE.sub(value, word)
 
 
-ENV_FILE_SIZE = MIB                             # a file of variables
+FILE_SIZE = MIB                                 # of configuration and of variables
 ENV_LINE = re.compile(r"""(?xs)
     (?:[ \t\r]*(?:\#[^\n]*)?                                           # nothing, or a comment
     |[ \t]*(?:export[ \t]+)?(?P<name>[A-Za-z_][A-Za-z0-9_.]*)[ \t]*=
@@ -2203,19 +2175,27 @@ def parse_env(text, environ):
     return values, faults
 
 
+def read_text(path):
+    """Return the text of a file. ValueError: it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(FILE_SIZE + 1)
+        if len(data) > FILE_SIZE:
+            raise ValueError("it is over %d bytes" % FILE_SIZE)
+        return check_text(data.decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError("cannot be read: %s" % reason) from None
+
+
 def read_env_files(paths, environ):
     """Return {name: value} of .env files, a later one wins. Raise ValueError."""
     values = {}
     for path in paths:
         try:
-            with open(path, "rb") as file:
-                text = file.read(ENV_FILE_SIZE + 1).decode("utf-8-sig")
-            if len(text) > ENV_FILE_SIZE:
-                raise ValueError("it is over %d bytes" % ENV_FILE_SIZE)
-        except (OSError, ValueError) as error:
-            raise ValueError("names %r, which cannot be read: %s" % (
-                path, getattr(error, "strerror", None) or error)) from None
-        found, faults = parse_env(text, {**environ, **values})
+            found, faults = parse_env(read_text(path), {**environ, **values})
+        except ValueError as error:
+            raise ValueError("names %r, which %s" % (path, error)) from None
         if faults:
             raise ValueError("names %r, whose line %d %s" % (path, *faults[0]))
         values.update(found)
@@ -2263,8 +2243,7 @@ class Launch:
             words = [substitute(word, self.env) for word in words]
         self.argv = [to_bytes(word) for word in words]
         self.program = self._find(self.argv[0])
-        self.umask = None if template["umask"] is None else int(template["umask"], 8)
-        self.nice = template["nice"]
+        self.umask, self.nice = template["umask"], template["nice"]
         self.limits = {name: limit_pair(limit) for name, limit in template["limits"].items()}
         self._prepare(template["before_start"])
         self.ready, text = next(iter((template["ready"] or {None: None}).items()))
@@ -2278,9 +2257,9 @@ class Launch:
     def _prepare(self, before_start=None):
         """Have /bin/sh set what Popen has no argument for, and what needs no privilege, and then
         become the program."""
-        lines, ending = [], 'exec "$@"'
-        if self.umask is not None and sys.version_info < (3, 9):
-            lines.append("umask %o" % self.umask)
+        lines, hook = [], []
+        if self.umask is not None:
+            lines.append("umask " + self.umask)
         for name, pair in self.limits.items():
             letters, unit = LIMITS[name]
             for kind, limit in zip("SH", pair):
@@ -2288,13 +2267,14 @@ class Launch:
                 # shells differ in the letter for nproc
                 lines.append(" 2>/dev/null || ".join("ulimit -%s%s %s" % (kind, letter, size)
                                                      for letter in letters))
-        if self.nice is not None and self.nice > os.getpriority(os.PRIO_PROCESS, 0):
-            ending = 'exec nice -n %d "$@"' % (self.nice - os.getpriority(os.PRIO_PROCESS, 0))
         if before_start is not None:
             lines.append(BEFORE_START)
-        if lines or ending != 'exec "$@"':
-            script = "\n".join(["set -e", *lines, ending])
-            hook = [] if before_start is None else [to_bytes(before_start)]
+            hook = [to_bytes(before_start)]
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        if self.nice is not None and self.nice > own:
+            lines.append('set -- nice -n %d "$@"' % (self.nice - own))
+        if lines:
+            script = "\n".join(["set -e", *lines, 'exec "$@"'])
             self.argv = [b"sh", b"-c", to_bytes(script), b"sh", *hook, self.program, *self.argv[1:]]
             self.program = b"/bin/sh"
 
@@ -2363,16 +2343,16 @@ class Launch:
         for path in paths:
             if os.path.isfile(path) and os.access(path, os.X_OK):
                 return path
-        path = next(filter(os.path.exists, paths), paths[0])
-        shown, tried = (part.decode("utf-8", "replace") for part in (program, path))
-        if os.path.exists(path):
-            fault = "is a directory" if os.path.isdir(path) else "is not executable: chmod +x it"
-        else:
-            fault = "is not there"
-        if fault == "is not there" and b"/" not in program:
-            tried, fault = shown, "is not found in PATH"
+        tried, fault = next(filter(os.path.exists, paths), paths[0]), "is not there"
+        if os.path.isdir(tried):
+            fault = "is a directory"
+        elif os.path.exists(tried):
+            fault = "is not executable: chmod +x it"
+        elif b"/" not in program:
+            tried, fault = program, "is not found in PATH"
+        which = "which" if tried == program else "but " + tried.decode("utf-8", "replace")
         raise InvalidProcessInfo("field 'cmd' names %r, %s %s" % (
-            shown, "which" if tried == shown else "but %s" % tried, fault))
+            program.decode("utf-8", "replace"), which, fault))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3226,8 +3206,6 @@ class Process:
                 program, arguments = sys.executable, {"pass_fds": moved[1:]}
             elif sys.version_info >= (3, 9):
                 arguments = dict(zip(("user", "group", "extra_groups"), identity))
-            if launch.umask is not None and sys.version_info >= (3, 9):
-                arguments["umask"] = launch.umask
             with Process._privileges(launch) if launch.limits or launch.nice is not None else (
                     contextlib.ExitStack()):
                 popen = subprocess.Popen(
@@ -10470,7 +10448,6 @@ class SystemdNotifier:
 # all fields, and read_settings() returns Settings, or raises one ConfigError with every fault.
 # Configuration applies what has changed.
 # --------------------------------------------------------------------------------------------------
-CONFIG_SIZE = MIB                               # of a file
 INCLUDES_MAX = 1000                             # files that others include
 FAULTS_MAX = 100                                # that are reported at once
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
@@ -10608,21 +10585,13 @@ NAMED_KINDS = ("endpoint", "process", "env")
 class ConfigError(InvalidProcessInfo):
     """Configuration files have faults: a line each, with file, line and section."""
 
-    def __init__(self, faults):
-        super().__init__("\n".join(faults))
 
-
-def read_text(path):
-    """Return the text of a file. Raise ConfigError."""
+def read_config(path):
+    """Return the text of a file. ConfigError: it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(CONFIG_SIZE + 1)
-        if len(data) > CONFIG_SIZE:
-            raise ValueError("it is over %d bytes" % CONFIG_SIZE)
-        return check_text(data.decode("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(["%s: cannot be read: %s" % (path, reason)]) from None
+        return read_text(path)
+    except ValueError as error:
+        raise ConfigError("%s: %s" % (path, error)) from None
 
 
 class ConfigFile:
@@ -10630,7 +10599,7 @@ class ConfigFile:
 
     def __init__(self, path):
         self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
-        self.text, self.faults = read_text(path), []
+        self.text, self.faults = read_config(path), []
 
     def fault(self, reason, section="", field=None, line=None):
         """Note what is wrong, with its line."""
@@ -10873,7 +10842,7 @@ class Procfile(ConfigFile):
         self.types, self.fields, self.taken = {}, collections.defaultdict(dict), list(taken)
         default = os.path.join(self.folder, ".env")
         for env_file in env_files or [default] * os.path.isfile(default):
-            values, faults = parse_env(read_text(env_file), dict(os.environ, **self.env))
+            values, faults = parse_env(read_config(env_file), dict(os.environ, **self.env))
             self.env.update(values)
             for line, reason in faults:
                 self.faults.append((line, "%s:%d: %s" % (env_file, line, reason)))
@@ -10928,7 +10897,7 @@ def raise_faults(files):
     if len(faults) > FAULTS_MAX:
         faults[FAULTS_MAX:] = ["and %d faults more" % (len(faults) - FAULTS_MAX)]
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError("\n".join(faults))
 
 
 def read_procfile(path, root=None, env_files=(), port=None, taken=()):
@@ -11057,9 +11026,9 @@ def read_settings(source, taken=None):
     for field, path in sorted(paths, key=lambda pair: bool(PROCFILE_PATH.fullmatch(pair[1]))):
         try:
             if os.path.realpath(path) in [os.path.realpath(file.path) for file in files]:
-                raise ConfigError(["%s is included already" % path])
+                raise ConfigError("%s is included already" % path)
             if len(files) >= INCLUDES_MAX:
-                raise ConfigError(["%s is one of more than %d files" % (path, INCLUDES_MAX)])
+                raise ConfigError("%s is one of more than %d files" % (path, INCLUDES_MAX))
             take(read(path))
         except ConfigError as error:
             main.fault("'%s': %s" % (field, error), "gaffer", field)

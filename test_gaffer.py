@@ -2299,7 +2299,7 @@ class PureLaunch(Case):
 
     def test_env_file_size(self):
         path = os.path.join(self.folder, ".env")
-        for size, error in ((gaffer.ENV_FILE_SIZE, None), (gaffer.ENV_FILE_SIZE + 1, ValueError)):
+        for size, error in ((gaffer.FILE_SIZE, None), (gaffer.FILE_SIZE + 1, ValueError)):
             with open(path, "w") as file:
                 file.write("A=".ljust(size, "x"))
             self.assertTable(lambda path: gaffer.read_env_files([path], {}).clear(),
