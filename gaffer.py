@@ -1937,7 +1937,7 @@ def record(fields):
             raise ValueError("must be an object with %s" % ", ".join(fields))
         values, faults = examine_fields(value, fields)
         if faults:
-            raise ValueError("is wrong: %s" % faults[0][1])
+            raise ValueError("has the " + re.sub("^(field '[^']*')", r"\1 that", faults[0][1]))
         return values
     return check
 
@@ -2031,21 +2031,23 @@ OPTIONS = {
     "stop_group": Option(True, check_flag, "send the stop signal to its whole group"),
     "restart": Option("always", choice("always", "on-failure", "never"),
                       "start it again when it exits: always, on-failure or never"),
-    "success": Option([0], list_of(check_ending), "exit statuses and signals that count as success"),
+    "success": Option([0], list_of(check_ending),
+                      "exit statuses and signals that count as success"),
     "restart_delay": Option([0.1, 10], check_delay,
                             "seconds before it is started again: always these, or first, longest"),
     "schedule": Option(None, check_schedule,
                        "start it at times: 'every 90s', five fields of cron, @daily"),
     "flapping": Option(None, record(FLAPPING), "rest when it exits too often: %s"
                        % ", ".join(FLAPPING)),
-    "after": Option([], list_of(check_name), "templates: started once each is ready, or, if it ends by "
-                    "itself and has no 'ready', done"),
+    "after": Option([], list_of(check_name), "templates: started once each is ready, or, if it "
+                    "ends by itself and has no 'ready', done"),
     "ready": Option(None, check_ready, "when it is ready: one of %s; else it is stopped, as "
                     "failed, after the seconds of 'within'" % ", ".join(READY)),
     "priority": Option(None, whole_number(-10 ** 6, 10 ** 6),
                        "start order within one load, 0 first"),
 }
-ADJUSTABLE = ("numprocesses", "priority", "flapping", "start", "after")     # a running process is not affected
+# a running process is not affected by them
+ADJUSTABLE = ("numprocesses", "priority", "flapping", "start", "after")
 
 
 def port_of(env, instance):
@@ -6420,34 +6422,37 @@ def metric_lines(name, kind, help_, samples):
 
 def template_metrics(manager):
     """Return the metrics of templates and their streams, as text. Under the lock."""
-    processes, wanted, ready, restarts, exits, written, dropped, waiting = ([] for _ in range(8))
+    found = collections.defaultdict(list)
+
+    def add(metric, template, number, **labels):
+        found[metric].append(({"template": template.name, **labels}, number))
+
     for template in manager.templates.values():
-        name = {"template": template.name}
-        running = len(template.running())
-        for state, count in (("running", running), ("stopping", len(template.processes) - running),
-                             ("waiting", len(template.pending))):
-            processes.append((dict(name, state=state), count))
-        wanted.append((name, template.wanted()))
-        ready.append((name, sum(process.ready for process in template.processes.values())))
-        restarts.append((name, template.restarts))
+        processes, running = template.processes.values(), len(template.running())
+        add("processes", template, running, state="running")
+        add("processes", template, len(processes) - running, state="stopping")
+        add("processes", template, len(template.pending), state="waiting")
+        add("processes_wanted", template, template.wanted())
+        add("processes_ready", template, sum(process.ready for process in processes))
+        add("process_restarts_total", template, template.restarts)
         for (status, signum), count in template.exits.items():
-            exits.append((dict(name, exit_status=status, term_signal=signum), count))
+            add("process_exits_total", template, count, exit_status=status, term_signal=signum)
         for label, merged in template.merged.items():
-            written.append((dict(name, label=label), merged.window.end))
-            dropped.append((dict(name, label=label), merged.window.dropped))
-        for process in template.processes.values():
+            add("stream_bytes_total", template, merged.window.end, label=label)
+            add("stream_dropped_bytes_total", template, merged.window.dropped, label=label)
+        for process in processes:
             for label, stream in process.inputs.items():
-                waiting.append((dict(name, label=label, pid=process.pid), stream.size))
-    return "".join(itertools.starmap(metric_lines, (
-        ("gaffer_processes", "gauge", "Processes by state; waiting: for a restart.", processes),
-        ("gaffer_processes_wanted", "gauge", "Processes that should run now.", wanted),
-        ("gaffer_processes_ready", "gauge", "Processes that are ready.", ready),
-        ("gaffer_process_restarts_total", "counter", "Restarts after an exit.", restarts),
-        ("gaffer_process_exits_total", "counter", "Exits, by status and signal.", exits),
-        ("gaffer_stream_bytes_total", "counter", "Bytes of output.", written),
-        ("gaffer_stream_dropped_bytes_total", "counter",
-         "Bytes that readers missed, added up over all readers.", dropped),
-        ("gaffer_input_waiting_bytes", "gauge", "Bytes that a process has not read yet.", waiting))))
+                add("input_waiting_bytes", template, stream.size, label=label, pid=process.pid)
+    return "".join(metric_lines("gaffer_" + name, kind, text, found[name]) for name, kind, text in (
+        ("processes", "gauge", "Processes by state; waiting: for a restart."),
+        ("processes_wanted", "gauge", "Processes that should run now."),
+        ("processes_ready", "gauge", "Processes that are ready."),
+        ("process_restarts_total", "counter", "Restarts after an exit."),
+        ("process_exits_total", "counter", "Exits, by status and signal."),
+        ("stream_bytes_total", "counter", "Bytes of output."),
+        ("stream_dropped_bytes_total", "counter",
+         "Bytes that readers missed, added up over all readers."),
+        ("input_waiting_bytes", "gauge", "Bytes that a process has not read yet.")))
 
 
 def server_metrics(manager, http):
@@ -6488,6 +6493,7 @@ def process_metrics(table):
          "+Inf" if files_max() == math.inf else files_max()))))
 
 
+@json_schema("boolean")
 def parse_flag(text):
     """Return the boolean of a query parameter."""
     if text not in ("true", "1", "false", "0"):
@@ -6497,6 +6503,7 @@ def parse_flag(text):
 
 def parse_seconds(least, true=None):
     """Return a parser of a number of seconds; `true` is what "true" stands for, if anything."""
+    @json_schema("number" if true is None else ["boolean", "number"], minimum=least)
     def parse(text):
         if true is not None and text in ("true", "false"):
             return true if text == "true" else None
@@ -6508,15 +6515,7 @@ def parse_seconds(least, true=None):
     return parse
 
 
-def parse_choice(*words):
-    """Return a parser of one of `words`."""
-    def parse(text):
-        if text not in words:
-            raise ValueError("must be %s%s" % (" or ".join(words), near(text, words)))
-        return text
-    return parse
-
-
+@json_schema(["integer", "string"])
 def parse_tail(text):
     """Return a number of lines; math.inf for "all"."""
     if text != "all" and not re.fullmatch("[0-9]{1,9}", text):
@@ -6525,6 +6524,7 @@ def parse_tail(text):
 
 
 POSITION = re.compile(r"([0-9]{1,18})(x?)(?:@([A-Za-z0-9]{1,32}))?\Z")
+TEXT_TYPE = {"type": "string"}
 
 
 def parse_since(text):
@@ -6535,41 +6535,36 @@ def parse_since(text):
     return match
 
 
-Parameter = collections.namedtuple("Parameter", "parse schema help")
+Parameter = collections.namedtuple("Parameter", "parse help")
 OPEN_PATHS = ("/ping", "/healthz")              # they need no token
-FLAG, TEXT_TYPE, NUMBER = {"type": "boolean"}, {"type": "string"}, {"type": "number", "minimum": 0}
-FLAG_OR_NUMBER = {"type": ["boolean", "number"]}
-FEEDS = ("longpoll", "continuous", "eventsource")
 PARAMETERS = {                                  # of the query: the one table that checks them
-    "running": Parameter(parse_flag, FLAG, "pids of running processes instead of names"),
-    "usage": Parameter(parse_flag, FLAG, "with CPU and memory of each process"),
-    "history": Parameter(parse_flag, FLAG, "with usage: and of the last ten minutes, [[cpu, rss], "
+    "running": Parameter(parse_flag, "pids of running processes instead of names"),
+    "usage": Parameter(parse_flag, "with CPU and memory of each process"),
+    "history": Parameter(parse_flag, "with usage: and of the last ten minutes, [[cpu, rss], "
                          "...] each 10 s, the latest first; taken while usage is asked for"),
-    "returns": Parameter(parse_flag, FLAG, "journal: of a line that came after a carriage return "
+    "returns": Parameter(parse_flag, "journal: of a line that came after a carriage return "
                          "alone, and replaces the one before, the label ends with <"),
-    "dry_run": Parameter(parse_flag, FLAG, "only check, and say what would be done"),
-    "group": Parameter(parse_flag, FLAG, "to whole process groups"),
-    "wait": Parameter(parse_seconds(0, True), FLAG_OR_NUMBER,
+    "dry_run": Parameter(parse_flag, "only check, and say what would be done"),
+    "group": Parameter(parse_flag, "to whole process groups"),
+    "wait": Parameter(parse_seconds(0, True),
                       "answer when it is done, or 504 after this many seconds"),
-    "feed": Parameter(parse_choice(*FEEDS), {"enum": FEEDS}, "how output is sent"),
-    "interval": Parameter(parse_seconds(0.1), NUMBER, "seconds between two samples of a feed"),
-    "timeout": Parameter(parse_seconds(0), NUMBER,
+    "feed": Parameter(choice("longpoll", "continuous", "eventsource"), "how output is sent"),
+    "interval": Parameter(parse_seconds(0.1), "seconds between two samples of a feed"),
+    "timeout": Parameter(parse_seconds(0),
                          "seconds: a longpoll answers 204, `until` 504 after them"),
-    "heartbeat": Parameter(parse_seconds(0.1, 60.0), FLAG_OR_NUMBER,
+    "heartbeat": Parameter(parse_seconds(0.1, 60.0),
                            "an empty line after this many seconds without output; true: 60"),
-    "since": Parameter(parse_since, TEXT_TYPE, "begin at this offset, or after this id"),
-    "lastEventId": Parameter(str, TEXT_TYPE, "the same as the header Last-Event-ID"),
-    "tail": Parameter(parse_tail, {"type": ["integer", "string"]}, "begin with the last n lines"),
-    "loss": Parameter(parse_choice("skip", "block"), {"enum": ["skip", "block"]},
+    "since": Parameter(parse_since, "begin at this offset, or after this id"),
+    "lastEventId": Parameter(str, "the same as the header Last-Event-ID"),
+    "tail": Parameter(parse_tail, "begin with the last n lines"),
+    "loss": Parameter(choice("skip", "block"),
                       "what happens to a reader that is too slow; without it, it is cut"),
-    "until": Parameter(parse_choice("ready", "done", "stopped"),
-                       {"enum": ["ready", "done", "stopped"]},
+    "until": Parameter(choice("ready", "done", "stopped"),
                        "answer once it is so, or 409 when it never will be"),
-    "label": Parameter(str, TEXT_TYPE, "which stream comes back"),
-    "type": Parameter(parse_choice("text", "binary"), {"enum": ["text", "binary"]},
-                      "type of the messages"),
-    "frame": Parameter(parse_choice("line"), {"enum": ["line"]}, "one message per line"),
-    "readonly": Parameter(parse_flag, FLAG, "nothing is written to the process"),
+    "label": Parameter(str, "which stream comes back"),
+    "type": Parameter(choice("text", "binary"), "type of the messages"),
+    "frame": Parameter(choice("line"), "one message per line"),
+    "readonly": Parameter(parse_flag, "nothing is written to the process"),
 }
 
 
@@ -6621,7 +6616,8 @@ def describe(handler, method, path):
     """Return the operation object of a handler."""
     parameters = [{"name": name, "in": "path", "required": True, "schema": TEXT_TYPE}
                   for name in re.findall("{(.*?)}", path)]
-    parameters += [{"name": name, "in": "query", "schema": PARAMETERS[name].schema,
+    parameters += [{"name": name, "in": "query",
+                    "schema": getattr(PARAMETERS[name].parse, "schema", TEXT_TYPE),
                     "description": PARAMETERS[name].help} for name in handler.query]
     success = {"2XX": {"description": "done", "content": {handler.answer: {}}}}
     if handler.answer is None:
