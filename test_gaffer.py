@@ -5068,25 +5068,25 @@ class ProcessPrograms(ProcessCase):
 
     def begin(self, cmd, ready, **fields):
         """Start a program, and wait for its words."""
-        self.pid, = self.add("x", dict({"cmd": cmd, "cwd": self.folder}, **fields))
+        self.pid, = self.add("x", cmd, cwd=self.folder, redirect_output=["all", "all"], **fields)
         self.words(ready)
 
     def words(self, text):
         """Wait for words of its output."""
-        self.poll(self.pid, text.encode(), "stderr")
+        self.poll(self.pid, text.encode(), "all")
 
-    def end(self):
+    def end(self, status=0):
         """Stop it. Return all that it has written."""
         self.stop("x", self.os_pids("x")[0])
-        event, output = self.exit_of(self.pid), self.poll(self.pid, label="stderr").decode()
-        self.assertEqual((event["exit_status"], event["term_signal"]), (0, 0), output)
+        event, output = self.exit_of(self.pid), self.poll(self.pid, label="all").decode()
+        self.assertEqual((event["exit_status"], event["term_signal"]), (status, 0), output)
         return output
 
-    def get(self, path="/"):
+    def get(self, request=b"GET / HTTP/1.0\r\n\r\n"):
         """Return (socket, the first part of the answer)."""
         sock = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
         self.addCleanup(sock.close)
-        sock.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
+        sock.sendall(request)
         return sock, sock.recv(1000)
 
     @staticmethod
@@ -5117,7 +5117,7 @@ class ProcessPrograms(ProcessCase):
         self.file("nginx.conf", config % (self.port, "two"))
         self.post("x/_signal/HUP")
         self.web(b"two")
-        sock, head = self.get("/big")
+        sock, head = self.get(b"GET /big HTTP/1.0\r\n\r\n")
         self.end()
         self.assertGreaterEqual(len(head + self.rest(sock)), 1 << 20)
 
@@ -5159,6 +5159,103 @@ class ProcessPrograms(ProcessCase):
         self.begin(command, "ready to accept connections", **options)
         self.assertEqual(ask("select count(*) from t"), "1000")
         self.assertNotIn("recovery", self.end())
+
+    def test_redis(self):
+        """TERM saves."""
+        command = "%s --port %d --save 3600 1" % (self.program("redis-server"), self.port)
+        for request, answer in (b"SET k value\r\n", b"+OK\r\n"), (b"GET k\r\n", b"$5\r\nvalue\r\n"):
+            self.begin(command, "Ready to accept connections")
+            self.assertEqual(self.get(request)[1], answer)
+            self.assertIn("DB saved on disk", self.end())
+            self.delete("x")
+
+    def test_gunicorn(self):
+        """A request that is under way is answered; HUP loads the application again."""
+        app = """
+            import time
+            def app(environ, start):
+                start("200 OK", [])
+                yield b"%s"
+                time.sleep(0.3)
+                yield b"x" * 1000
+            """
+        self.file("app.py", app % "one")
+        # before that, a worker would miss a signal
+        self.file("conf.py", """
+            bind, workers = "127.0.0.1:%d", 2
+            def post_worker_init(worker):
+                worker.log.info("worker %%d is up", worker.age)
+            """ % self.port)
+        self.begin("%s -c conf.py app:app" % self.program("gunicorn"), "worker 1 is up",
+                   stop_group=False, env={"PYTHONDONTWRITEBYTECODE": "1"})
+        self.words("worker 2 is up")
+        self.web(b"one")
+        self.file("app.py", app % "two")
+        self.post("x/_signal/HUP")
+        for text in "worker 3 is up", "worker 4 is up", "Worker exiting":
+            self.words(text)
+        self.web(b"two")
+        sock, head = self.get()
+        self.assertIn("Shutting down: Master", self.end())
+        self.assertEqual((head + self.rest(sock))[-1000:], b"x" * 1000)
+
+    def test_master_that_ends_its_workers(self):
+        """As celery's: they finish their tasks when it tells them to; TERM would end them."""
+        self.begin(python("""
+            import os, signal
+            numbers = {signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1}
+            def worker():
+                pid = os.fork()
+                if pid == 0:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+                    os.write(1, b"ready\\n")
+                    signal.sigwait([signal.SIGUSR1])
+                    os.write(1, b"task done\\n")
+                    os._exit(0)
+                return pid
+            signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+            number = signal.SIGHUP
+            while number == signal.SIGHUP:
+                workers = worker(), worker()
+                number = signal.sigwait(numbers)
+                for pid in workers:
+                    os.kill(pid, signal.SIGUSR1)
+                    os.waitpid(pid, 0)
+            """), "ready\nready\n", stop_group=False)
+        self.post("x/_signal/HUP")
+        self.words("task done\ntask done\nready\nready\n")
+        self.assertEqual(self.end(), "ready\nready\ntask done\ntask done\n" * 2)
+
+    def test_sshd(self):
+        """It executes itself anew by HUP, as the same process; a connection outlives it."""
+        command = "%s -D -e -f /dev/null -p %d -h %s/key -o ListenAddress=127.0.0.1" % (
+            self.program("sshd", "/usr/sbin/sshd"), self.port, self.folder)
+        if os.geteuid() == 0:
+            os.makedirs("/run/sshd", exist_ok=True)
+        self.begin(command + " -o PidFile=none", "Server listening",
+                   before_start="ssh-keygen -qN '' -t ed25519 -f key")
+        self.get(b"")                           # it listens before it has a handler for HUP
+        self.post("x/_signal/HUP")
+        self.words("Received SIGHUP; restarting.\r\nServer listening")
+        sock, banner = self.get(b"")
+        self.assertIn("Received signal 15; terminating", self.end())
+        sock.sendall(banner)
+        self.assertTrue(sock.recv(1000))
+
+    def test_exits_143(self):
+        """As Java and Node do; whether that is a failure is the template's word."""
+        code = PROCESS_AWAITS_TERM + "print('ready')\nsignal.sigwait([15])\nsys.exit(143)"
+        for success, kind, state in ([0, 143], "done", "done"), ([0], "fail", "failed"):
+            with self.subTest(success=success):
+                self.begin(python(code), "ready", restart="never", success=success)
+                os.kill(self.os_pids("x")[0], signal.SIGTERM)
+                self.assertEqual(self.server.wait_event("proc/x/" + kind)["exit_status"], 143)
+                self.assertEqual(self.status("x")["state"], state)
+                self.post("x/_start")
+                self.pid, = self.pids("x")
+                self.words("ready")
+                self.end(143)
+                self.delete("x")
 
 
 class ProcessTemplate(ProcessCase):
