@@ -14115,22 +14115,25 @@ class CliDatabase(CliControlCase):
     quick = False
     FILE = """\
         [process:worker]
-        cmd = sh -c 'echo worker is up; exec sleep 1000'
-        ready = log:is up
+        cmd = sh -c 'echo worker is %(worker)s; exec sleep 1000'
+        ready = log:is up within=%(within)s
+        restart = never
         after = web
 
         [process:web]
-        cmd = %(python)s -m http.server --bind 127.0.0.1 %(port)d
+        cmd = %(web)s
+        restart = never
         ready = http://127.0.0.1:%(port)d/
         after = migrate
 
         [process:migrate]
         cmd = %(programs)s/psql -h 127.0.0.1 -p %(db)d -U me -c "%(sql)s" postgres
-        restart = never
+        restart = %(again)s
         after = db
 
         [process:db]
-        cmd = %(programs)s/postgres -D %(home)s/data -p %(db)d -h 127.0.0.1 -k '' -F
+        cmd = %(programs)s/postgres -D %(home)s/%(data)s -p %(db)d -h 127.0.0.1 -k '' -F
+        restart = never
         ready = tcp:%(db)d within=60
         after = init
         %(user)s
@@ -14142,47 +14145,80 @@ class CliDatabase(CliControlCase):
         """
     NAMES = ("db", "migrate", "web", "worker")
 
-    def run_all(self, sql):
-        """Run what FILE says, in a folder of its own."""
+    def setUp(self):
+        super().setUp()
         folder = tempfile.TemporaryDirectory(dir="/var/tmp")    # another user may enter it
         self.addCleanup(folder.cleanup)
-        os.chmod(folder.name, 0o711)
-        os.mkdir(folder.name + "/data")
-        user = ""
+        self.home, port, user = folder.name, free_port(), ""
+        os.chmod(self.home, 0o711)
+        os.mkdir(self.home + "/data")
         if os.geteuid() == 0:                   # as which PostgreSQL refuses to run
             user = "uid = nobody"
-            os.chown(folder.name + "/data", pwd.getpwnam("nobody").pw_uid, -1)
-        text = textwrap.dedent(self.FILE) % {
-            "programs": postgres_folder(), "home": folder.name, "user": user, "python": PYTHON,
-            "db": free_port(), "port": free_port(), "sql": sql}
-        path = self.file(folder.name, "gaffer.ini", text)
-        self.server = Running()
-        self.addCleanup(self.server.stop_all)
-        os.environ["GAFFER_ENDPOINT"] = self.server.url
+            os.chown(self.home + "/data", pwd.getpwnam("nobody").pw_uid, -1)
+        self.good = {
+            "programs": postgres_folder(), "home": self.home, "user": user, "data": "data",
+            "db": free_port(), "sql": "create table if not exists t (x int)", "port": port,
+            "web": "%s -m http.server --bind 127.0.0.1 %d" % (PYTHON, port), "worker": "up",
+            "within": 60, "again": "on-failure"}
+        path = self.file(self.home, "gaffer.ini", "")
         gaffer.Configuration(lambda: gaffer.read_settings(path)).begin(self.server.manager)
 
+    def load(self, **changes):
+        """Make it run what FILE says, with what is good but for `changes`."""
+        text = textwrap.dedent(self.FILE) % dict(self.good, **changes)
+        self.file(self.home, "gaffer.ini", text)
+        self.call("reload")
+
     def test_all_come_up_in_order(self):
-        self.run_all("create table t (x int)")
+        self.load()
         self.assertEqual(self.call("wait", *self.NAMES),
                          "db: ready\nmigrate: ready\nweb: ready\nworker: ready\n")
         since, found = 0, []
         while found[-1:] != ["ready worker"]:
             event = self.server.wait_event("", since)
             since = event["id"]
-            if event["event"] in ("spawn", "ready", "done") and event["name"] != "init":
-                found.append("%(event)s %(name)s" % event)
+            words = "%(event)s %(name)s" % event
+            if event["event"] in ("spawn", "ready", "done") and words not in found:
+                found.append(words)
         self.assertEqual(found, [
-            "spawn db", "ready db", "spawn migrate", "done migrate", "spawn web", "ready web",
-            "spawn worker", "ready worker"])
+            "spawn init", "done init", "spawn db", "ready db", "spawn migrate", "done migrate",
+            "spawn web", "ready web", "spawn worker", "ready worker"])
 
-    def test_migration_fails(self):
-        """What is after it waits, and `wait` says why, with the last lines."""
-        self.run_all("select nonsense")
-        why = r"'migrate' has failed: exit status 1; its last lines:(\n.*)*nonsense(.*\n)*"
-        self.call("wait", "migrate", "--for", "done", status=1, err="gaffer: " + why)
-        self.call("wait", "worker", status=1, err="gaffer: 'worker' waits for 'migrate', .*" + why)
-        self.assertEqual([self.server.ok("GET", "/status/" + name)["state"] for name in self.NAMES],
-                         ["running", "failed", "waiting", "waiting"])
+    def test_each_fails_in_turn(self):
+        """What is after it waits, `status` and `wait` say why; 124 if it may still come. Once it
+        is mended, the others go on."""
+        def states():
+            return [self.server.ok("GET", "/status/" + name)["state"] for name in self.NAMES]
+
+        for changes, wanted, shown, why in (
+                ({"data": "no"}, "failed waiting waiting waiting", " 2 ",
+                 "'db' has failed: exit status 2; its last lines:\n.*could not access"),
+                ({"sql": "select pg_sleep(60)"}, "running running waiting waiting", None,
+                 r"' is not ready after 0[.\d]* seconds; it goes on"),
+                ({"sql": "nonsense", "again": "never"}, "running failed waiting waiting", " 1 ",
+                 "'migrate' has failed: exit status 1; its last lines:\n[\\s\\S]*nonsense"),
+                ({"web": "sh -c 'echo no route; exit 4'"}, "running done failed waiting", " 4 ",
+                 "'web' has failed: exit status 4; its last lines:\ngaffer: no route"),
+                ({"worker": "slow", "within": 0.1}, "running done running failed",
+                 "not ready .log:is up. within 0.1 seconds",
+                 "'worker' has failed: not ready .*; its last lines:\ngaffer: worker is slow")):
+            with self.subTest(wanted):
+                self.load(**changes)
+                until(lambda wanted=wanted.split(): states() == wanted, wanted)
+                if "running" in wanted:         # PostgreSQL listens before it lets anybody in
+                    until(lambda: b"ready to accept" in self.server.request(
+                        "GET", "/streams/db/stderr?since=0")[2])
+                table = self.call("status", status=3)
+                for before, name, state in zip(("init", *self.NAMES), self.NAMES, wanted.split()):
+                    if state in ("failed", "waiting"):
+                        words = shown if state == "failed" else "waits for %s$" % before
+                        self.assertRegex(table, "(?m)^%s +%s .*%s" % (name, state, words))
+                        status, seconds = (1, TIMEOUT) if shown else (124, 0.1)
+                        self.call("wait", name, "--timeout", str(seconds), status=status,
+                                  err=r"gaffer: .*%s[\s\S]*" % why)
+                until(lambda wanted=wanted.split(): states() == wanted, wanted + ", still")
+        self.load()
+        self.call("wait", *self.NAMES)
 
 
 class ConfigCase(CliControlCase):
