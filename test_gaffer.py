@@ -497,16 +497,6 @@ class Wire:
         return head[0] & 15, self.file.read(size)
 
 
-class WebSocket(Wire):
-    """A Wire after its upgrade. For callers that wait for their turn: Wire(port).upgrade(path)."""
-
-    encode = staticmethod(ws_frame)
-
-    def __init__(self, port, path, headers="", early=b"", sock=None):
-        super().__init__(sock or port)
-        self.upgrade(path, *headers.splitlines(), early=early)
-
-
 class ServerCase(Case):
     """Each test has a running server, with the options of the class."""
 
@@ -13042,7 +13032,7 @@ class StreamsFrozen(StreamsCase):
         poll.sendall(http_bytes("GET", "/streams/%d/stdout?since=0" % pid))
         block = server.stream("/streams/%d/stdout?feed=continuous&loss=block" % pid)
         beats = server.stream("/streams/y/stdout?feed=continuous&heartbeat=300")
-        made = WebSocket(server.port, "/wstreams/%d" % pid)
+        made = Wire(server.port).upgrade("/wstreams/%d" % pid)
         for opened in (idle, half, poll, block.connection, block, beats.connection, beats, made):
             self.addCleanup(opened.close)
         until(lambda: loop.call(lambda: any(
