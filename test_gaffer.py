@@ -14178,7 +14178,8 @@ class CliDatabase(CliControlCase):
         """What is after it waits, `status` and `wait` say why; 124 if it may still come. Once it
         is mended, the others go on."""
         def states():
-            return [self.server.ok("GET", "/status/" + name)["state"] for name in self.NAMES]
+            return " ".join(self.server.ok("GET", "/status/" + name)["state"]
+                            for name in self.NAMES)
 
         for changes, wanted, shown, why in (
                 ({"data": "no"}, "failed waiting waiting waiting", " 2 ",
@@ -14194,7 +14195,7 @@ class CliDatabase(CliControlCase):
                  "'worker' has failed: not ready .*; its last lines:\ngaffer: worker is slow")):
             with self.subTest(wanted):
                 self.load(**changes)
-                until(lambda wanted=wanted.split(): states() == wanted, wanted)
+                until(lambda wanted=wanted: states() == wanted, wanted)
                 if "running" in wanted:         # PostgreSQL listens before it lets anybody in
                     until(lambda: b"ready to accept" in self.server.request(
                         "GET", "/streams/db/stderr?since=0")[2])
@@ -14206,7 +14207,7 @@ class CliDatabase(CliControlCase):
                         status, seconds = (1, TIMEOUT) if shown else (124, 0.1)
                         self.call("wait", name, "--timeout", str(seconds), status=status,
                                   err=r"gaffer: .*%s[\s\S]*" % why)
-                until(lambda wanted=wanted.split(): states() == wanted, wanted + ", still")
+                until(lambda wanted=wanted: states() == wanted, wanted + ", still")
         self.load()
         self.call("wait", *self.NAMES)
 
