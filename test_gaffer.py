@@ -15287,6 +15287,8 @@ class ProcfileUp(CliFollowCase):
 class ProcfileExample(CliFollowCase):
     """The application in examples comes up, scales, reloads and goes down, in a terminal."""
 
+    quick = False
+
     def setUp(self):
         super().setUp()
         home = self.folder()
@@ -15553,6 +15555,26 @@ class CliDaemon(CliFollowCase):
         self.assertEqual((cli_read(log), os.listdir(folder)), ("", ["log"]))
         self.call("serve", "--daemon", status=2, err="gaffer: --daemon needs --log-file.*\n")
 
+    def test_completion_words(self):
+        self.sleepers("web", "w:eb")
+        flags = [name for names, _ in gaffer.COMMANDS["pids"].options for name in names]
+        options = [name for name in flags if name.startswith("-")]
+        for line, words in (
+                ("gaffer.py sta", ["start", "status"]), ("gaffer.py pids -", ["--help", *options]),
+                ("gaffer.py pids web w", ["w:eb", "web"]), ("gaffer.py serve --pidfile ", []),
+                ("gaffer.py --endpoint x pids ", ["all", "w:eb", "web"]),
+                ("gaffer.py completion ", ["bash", "fish", "zsh"])):
+            found = self.call("completion", "zsh", line).split()
+            self.assertEqual(sorted(found), sorted(words), line)
+        self.assertEqual(self.call("completion", "bash", "gaffer.py stop w:"), "eb\n")
+        os.environ["GAFFER_ENDPOINT"] = "http://127.0.0.1:1"
+        self.assertEqual(self.call("completion", "bash", "gaffer.py stop "), "")
+
+
+class CliCompletion(CliFollowCase):
+    """Completion in the shells themselves."""
+
+    quick = False
     TYPED = (("re", r"reload\b[^$]*restart\b"), ("stop we", "web"), ("stop --no", "--no-wait"),
              ("export sy", "systemd"), ("--json stop group:", "group:one"), ("logs -f d", "db"))
 
@@ -15565,7 +15587,7 @@ class CliDaemon(CliFollowCase):
         self.env = dict(self.env, HOME=home, XDG_CONFIG_HOME=home, PATH=path)
         return self.file(home, "script", self.call("completion", shell))
 
-    def test_completion_typed(self):
+    def test_bash_and_zsh(self):
         self.sleepers("web", "db", "group:one")
         for shell, setup in (("bash --norc --noprofile -i", "PS1='$ '"),
                              ("zsh -f -i", "autoload -Uz compinit; compinit -u -D")):
@@ -15583,28 +15605,13 @@ class CliDaemon(CliFollowCase):
                     os.write(main, b"\x15")
 
     @unittest.skipUnless(shutil.which("fish"), "needs fish")
-    def test_completion_fish(self):
+    def test_fish(self):
         self.sleepers("web", "db", "group:one")
         code = "".join("complete -C 'gaffer.py %s'; echo;" % line for line, _ in self.TYPED)
         out = subprocess.check_output(["fish", "-c", "source %s;%s" % (self.script("fish"), code)],
                                       env=self.env, timeout=TIMEOUT, universal_newlines=True)
         for found, (line, wanted) in zip(out.split("\n\n"), self.TYPED):
             self.assertRegex(found.replace("\n", " "), r"\A%s\Z" % wanted, line)
-
-    def test_completion_words(self):
-        self.sleepers("web", "w:eb")
-        flags = [name for names, _ in gaffer.COMMANDS["pids"].options for name in names]
-        options = [name for name in flags if name.startswith("-")]
-        for line, words in (
-                ("gaffer.py sta", ["start", "status"]), ("gaffer.py pids -", ["--help", *options]),
-                ("gaffer.py pids web w", ["w:eb", "web"]), ("gaffer.py serve --pidfile ", []),
-                ("gaffer.py --endpoint x pids ", ["all", "w:eb", "web"]),
-                ("gaffer.py completion ", ["bash", "fish", "zsh"])):
-            found = self.call("completion", "zsh", line).split()
-            self.assertEqual(sorted(found), sorted(words), line)
-        self.assertEqual(self.call("completion", "bash", "gaffer.py stop w:"), "eb\n")
-        os.environ["GAFFER_ENDPOINT"] = "http://127.0.0.1:1"
-        self.assertEqual(self.call("completion", "bash", "gaffer.py stop "), "")
 
 
 class CliHostile(CliCase):
