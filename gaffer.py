@@ -10632,40 +10632,43 @@ class ConfigFile:
         return self.text.count("\n", 0, place) + 1
 
 
+INI_LINE = re.compile(r"\[(?P<section>.+)\]|(?P<field>[^=]*[^=\s])\s*=\s*(?P<value>.*)")
+
+
 def load_ini(file):
-    """Load an INI file with configparser; each line that it refuses is a fault."""
-    import configparser
-    lines, tree = file.text.split("\n"), {}
-    while len(file.faults) <= FAULTS_MAX:
-        parser = configparser.RawConfigParser(delimiters=("=",), default_section="\0")
-        parser.optionxform = str                # type: ignore[assignment,method-assign]
-        try:
-            parser.read_string("\n".join(lines))
-            break
-        except configparser.Error as error:
-            twice = not isinstance(error, configparser.ParsingError)
-            reason = "there twice" if twice else "neither [section] nor 'name = value' in a section"
-            outside = isinstance(error, configparser.MissingSectionHeaderError)
-            errors = getattr(error, "errors", None) or [
-                (error.lineno, "")]             # type: ignore[attr-defined]
-            for line, _ in errors:
-                text = lines[line - 1].strip()
-                file.fault("'%s' is %s" % (text.partition("=")[0].rstrip(), reason),
-                           getattr(error, "section", ""), line=line)
-                # what follows belongs to it, and is left out with it
-                dummy = "[\0%d]" if text[:1] == "[" else "\0%d="
-                lines[line - 1] = "" if outside else dummy % line
-    for section in parser.sections():
+    """Load an INI file; an indented line continues the value above it."""
+    sections, fields, value, depth, tree = {}, {}, None, 0, {}
+    for number, line in enumerate(file.text.split("\n"), 1):
+        text, indent = line.strip(), len(line) - len(line.lstrip())
+        if text[:1] in ("#", ";") or not text and value is None:
+            continue
+        if value is not None and (indent > depth or not text):
+            value.append(text)
+            continue
+        match, depth, twice = INI_LINE.match(text), indent, False
+        shown, value = text.partition("=")[0].rstrip(), []
+        if match and match["section"]:
+            section, fields, value = match["section"], {}, None
+            twice = sections.setdefault(section, fields) is not fields
+        elif match and sections:
+            value.append(match["value"])
+            twice = fields.setdefault(match["field"], value) is not value
+        else:
+            file.fault("'%s' is neither [section] nor 'name = value' in a section" % shown,
+                       line=number)
+        if twice:
+            file.fault("'%s' is there twice" % shown, section, line=number)
+    for section, fields in sections.items():
         kind, _, name = section.partition(":")
-        fields = {field: text for field, text in parser[section].items() if field[0] != "\0"}
-        for field, text in fields.items() if FIELDS.get(kind) else ():
+        made = tree.setdefault(kind, {})[name] = {}
+        for field, lines in fields.items():
+            value = "\n".join(lines).rstrip()
             try:
-                fields[field] = from_text(field, text)
+                value = from_text(field, value) if FIELDS.get(kind) else value
             except ValueError as error:         # the text stays, and no check accepts it
                 file.fault("field '%s' %s" % (field, error), section, field)
-        if section[0] != "\0":
-            tree.setdefault(kind, {})[name] = {
-                field: value for field, value in fields.items() if value is not None}
+            if value is not None:
+                made[field] = value
     return tree
 
 
@@ -11114,19 +11117,13 @@ class Configuration:
     @staticmethod
     def _change(manager, name, info, fields):
         template = manager.templates[name]
-        if set(fields) <= set(ADJUSTABLE):
-            manager.adjust_process(name, {field: info[field] for field in fields})
-            if "start" in fields:
-                (manager.start_template if info["start"] else manager.stop_template)(name)
-            return
+        again = template.gave_up and not set(fields) <= set(ADJUSTABLE)
         # what was stopped or scaled by hand stays so; what gave up gets another chance
-        again, info = template.gave_up and "start" not in fields, dict(info)
+        known = dict(template.info, **{field: info[field] for field in fields})
         if "start" not in fields:
-            del info["start"]
-        if "numprocesses" not in fields:
-            info["numprocesses"] = template.info["numprocesses"]
-        manager.update_process(name, info)
-        if again:
+            del known["start"]
+        manager.update_process(name, known)
+        if again and "start" not in fields:
             manager.start_template(name)
 
 
