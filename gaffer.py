@@ -1022,9 +1022,8 @@ class Log:
 
     def advanced(self):
         """Resume those that wait for room: a reader with loss="block" has advanced, or left."""
-        waiting, self.on_room = self.on_room, set()
-        for resume in waiting:
-            self.loop.call_soon(resume)
+        while self.on_room:
+            self.loop.call_soon(self.on_room.pop())
 
     def flush_later(self):
         """Show unfinished lines once nothing has come for PARTIAL_LINE_DELAY."""
@@ -1192,8 +1191,18 @@ class Reader:
         source, self.full = self.log, False
         try:
             for _ in range(SHARES_PER_TURN):
-                if self._closed or (self.offset < source.start and not self._skip_lost()):
+                if self._closed:
                     return
+                if self.offset < source.start:  # go on from where the window begins
+                    offset = source.start
+                    if self.loss == "skip" or self.encoder.dropped(0, offset) is not None:
+                        line = source.resync(offset + self._within_line)
+                        if not self._within_line:
+                            offset = line
+                        elif source.before(line) == 10:     # it closes the line that was cut
+                            offset = line - 1
+                    if not self._report(offset - self.offset, offset):
+                        return
                 payload, consumed = source.encoded(self.encoder, self.offset, mode)
                 if payload.__class__ is int:
                     if not self._report(payload, self.offset + consumed):
@@ -1222,19 +1231,9 @@ class Reader:
             source.loop.guard(self.sink.lost, self, source.end - self.offset)
             self.close()
 
-    def _skip_lost(self):
-        """Go on from where the window begins. Return False if nothing can be sent now."""
-        source, offset = self.log, self.log.start
-        if self.loss == "skip" or self.encoder.dropped(0, offset) is not None:
-            line = source.resync(offset + self._within_line)
-            if not self._within_line:
-                offset = line
-            elif source.before(line) == 10:     # this newline closes the line that was cut
-                offset = line - 1
-        return self._report(offset - self.offset, offset)
-
     def _report(self, count, offset):
-        """Count and report `count` lost bytes before `offset`, and go on there."""
+        """Count and report `count` lost bytes before `offset`, and go on there. Return False if
+        nothing can be sent now."""
         report = None
         if offset > self.told_until:
             self.log.count_dropped(count)
@@ -2720,7 +2719,7 @@ class Input:
         if self._ending and not self._buffer:
             return self.close()
         self._watch(bool(self._buffer))
-        if self.on_low and self.size <= self.limit // 2:
+        if self.size <= self.limit // 2:
             self._resume_writers()
         return None
 
@@ -2733,9 +2732,8 @@ class Input:
                 self._loop.unregister(self._fd)
 
     def _resume_writers(self):
-        waiting, self.on_low = self.on_low, set()
-        for resume in waiting:
-            self._loop.call_soon(resume)
+        while self.on_low:
+            self._loop.call_soon(self.on_low.pop())
 
     def close(self):
         """Drop what waits, and close."""
@@ -3274,12 +3272,10 @@ class Process:
         steps = stop_steps(self.template)
         signum, delay = steps[min(self._stop_step, len(steps) - 1)]
         self._stop_step += 1
-        if signum == signal.SIGKILL or self.exited or self.template["stop_group"]:
-            send = self.signal_group
-        else:                                   # a master ends its workers itself
-            send = self._signal_leader
-        if send(signum) and signum != signal.SIGKILL:
-            send(signal.SIGCONT)                # what is stopped could not act on it
+        # without stop_group, a master ends its workers itself
+        alone = not (signum == signal.SIGKILL or self.exited or self.template["stop_group"])
+        if self.signal_group(signum, alone) and signum != signal.SIGKILL:
+            self.signal_group(signal.SIGCONT, alone)    # what is stopped could not act on it
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if self.abandoned else self._loop.later(delay, self.step, "late")
@@ -3321,9 +3317,8 @@ class Process:
         remains = self.signal_group(0)
         if remains:
             self._manager.groups.add(self)
-        for call in self.on_exit:
-            self._loop.call_soon(call)
-        self.on_exit.clear()
+        while self.on_exit:
+            self._loop.call_soon(self.on_exit.pop())
         self._manager.process_exited(self, remains)
         if not remains:
             self.step("empty")
@@ -3464,24 +3459,15 @@ class Process:
                 raise Forbidden("process %d runs as a user that gaffer may not signal"
                                 % self.pid) from None
 
-    def _signal_leader(self, signum):
-        """Send a signal to it alone, as signal_group() does."""
-        try:
-            self.signal(signum)
-            return True
-        except Forbidden:
-            self.abandon("runs as another user and cannot be signalled")
-            return False
-
-    def signal_group(self, signum):
-        """Send a signal to its group (0: only check). Returns False if it has no member, or none
-        that gaffer may signal."""
+    def signal_group(self, signum, alone=False):
+        """Send a signal to its group (0: only check), or to it `alone`. Returns False if there is
+        none, or gaffer may not signal it."""
         # The group's number is pinned by its members alone once the leader is reaped. If a process
         # has that number, the group was empty and the number has been given away.
         if self._reaped and pid_exists(self.os_pid):
             return False
         try:
-            os.killpg(self.os_pid, signum)
+            (os.kill if alone else os.killpg)(self.os_pid, signum)
             return True
         except ProcessLookupError:
             return False
@@ -3491,7 +3477,7 @@ class Process:
 
     def abandon(self, why):
         """Wait for it no longer when gaffer stops."""
-        if not self.abandoned:
+        if not self.abandoned and not self.gone:
             self.abandoned = True
             log.warning("%s (pid %d): os pid %d %s: it is left to itself",
                         self.name, self.pid, self.os_pid, why)
@@ -4557,9 +4543,7 @@ class Manager:
                     self._wind_up()
         finally:
             self.loop.close()
-            for app in reversed(self._started_apps):
-                if hasattr(app, "join"):
-                    app.join()
+            self._call_apps("join")
 
     def _wind_up(self):
         try:
@@ -4571,7 +4555,12 @@ class Manager:
                 self.loop.call(self._finish)
                 self.loop.run()                 # until all is sent
             finally:
-                self.loop.call(self._end)
+                self.loop.call(self._call_apps, "stop")
+
+    def _call_apps(self, method):
+        """Call a method of all apps that have it, the last one first."""
+        for app in reversed(self._started_apps):
+            getattr(app, method, lambda: None)()
 
     def _start(self):
         self._running = True
@@ -4607,19 +4596,13 @@ class Manager:
             self._stop_stagger = min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(self._to_stop)))
             self._stop_next()
         if kill:
-            if not self._killing:
-                self.loop.later(STOP_KILL, self._give_up)
             self._killing = True
             while self._to_stop:
                 self._end_process(self._to_stop.pop(), "stop_pid")
-            for process in self._alive():
+            for process in self._alive():       # one that waits for a device cannot be killed
                 process.step("kill")
+                self.loop.later(STOP_KILL, process.abandon, "was killed and does not end")
         self.maybe_stopped()
-
-    def _give_up(self):
-        """Stop although processes are left: one that waits for a device cannot be killed."""
-        for process in self._alive():
-            process.abandon("was killed and does not end")
 
     def _stop_next(self):
         """Stop what is next in order: a process waits for the one after it for a moment, and for
@@ -4685,18 +4668,11 @@ class Manager:
         else:
             self.loop.stop()
 
-    def _end(self):
-        for app in reversed(self._started_apps):
-            if hasattr(app, "stop"):
-                app.stop()
-
     @changing
     def restart(self):
         """Restart all active templates, and the apps that can be. InvalidProcessInfo tells which
         could not be, after all others have been."""
-        for app in self._started_apps:
-            if hasattr(app, "restart"):
-                app.restart()
+        self._call_apps("restart")
         faults = []
         for template in list(self.templates.values()):
             if template.active:
@@ -4848,13 +4824,11 @@ def parse_head(head):
     line, _, rest = head.decode("latin-1").partition("\r\n")
     if len(line) >= REQUEST_LINE_SIZE:
         raise UriTooLong("the request line is over %d bytes; shorten it" % REQUEST_LINE_SIZE)
+    if re.fullmatch(r".* HTTP/\d+(\.\d+)?", line) and " HTTP/1." not in line:
+        raise VersionNotSupported("use HTTP/1.1")
     if not REQUEST_LINE.fullmatch(line):
-        if re.fullmatch(r".* HTTP/\d+(\.\d+)?", line) and " HTTP/1." not in line:
-            raise VersionNotSupported("use HTTP/1.1")
         raise BadRequest("the first line must be 'METHOD /path HTTP/1.1'")
     method, target, protocol = line.split(" ")
-    if protocol[5] != "1":
-        raise VersionNotSupported("use HTTP/1.1")
     if len(target) > TARGET_SIZE:
         raise UriTooLong("the request target is over %d bytes; shorten it" % TARGET_SIZE)
     version = (1, min(int(protocol[7]), 1))
@@ -5722,6 +5696,10 @@ class Channel:
         self.http.channels.add(self)
         self._watch(selectors.EVENT_READ)
         self.opened()
+        early = connection.early
+        if early and not self.closed and not self._ending:  # it came with the request
+            connection.early = b""
+            self.received(early)
         self._read_pending()
 
     def opened(self):
@@ -5808,7 +5786,7 @@ class Channel:
                 self._end_timer = self.loop.later(END_POLL, self._check_end)
 
     def _check_end(self):
-        """See whether a client that is not read has left, which the selector does not tell."""
+        """Close if the client has left: the selector does not tell that of one that is not read."""
         self._end_timer = None
         if not self._mask & selectors.EVENT_READ:
             poll = select.poll()
@@ -6049,10 +6027,10 @@ class Feed(Follower):
     fills the log, and returns a function that ends it. For the rest see Follower.
     """
 
-    def __init__(self, form, chunked, reader, asked, heartbeat=None, first=b"", process=None,
+    def __init__(self, form, framed, reader, asked, heartbeat=None, first=b"", process=None,
                  begin=None):
         super().__init__(reader, asked, process, heartbeat)
-        self.kind, self._framed = form, chunk if chunked else bytes
+        self.kind, self._framed = form, framed
         self._first, self._begin, self._end_feed = first, begin, None
 
     def head(self):
@@ -6126,13 +6104,6 @@ class WebSocketChannel(Channel):
 
     def opened(self):
         self.send_head(101, self._headers)
-        self.begin()
-        early, self.connection.early = self.connection.early, b""
-        if early and not self.closed:           # frames that came with the request
-            self.received(early)
-
-    def begin(self):
-        """The handshake is done."""
 
     def take_messages(self):
         """Take what next_message() returns, until that is None."""
@@ -6217,8 +6188,6 @@ class ProcessSocket(Follower, WebSocketChannel):
         self.reader.sink = self
         self._headers = self._headers + offset_headers(self.reader, self._asked, False)
         super().opened()
-
-    def begin(self):
         self.follow()
 
     def send_sign(self):
@@ -6338,7 +6307,8 @@ class HandlerSocket(WebSocketChannel):
         except Stopping:
             return None
 
-    def begin(self):
+    def opened(self):
+        super().opened()
         self.loop.call_unlocked(self._run, self._handler.open)
 
     def _run(self, method, *args):
@@ -6349,12 +6319,11 @@ class HandlerSocket(WebSocketChannel):
             self.call(self.send_close, 1011, "the handler failed")
 
     def take_messages(self):
-        self.loop.call_unlocked(self._dispatch)
-
-    def _dispatch(self):
-        # one by one: what the handler sends may fill the queue, and then the next has to wait
-        for data in iter(functools.partial(self.call, self.next_message), None):
-            self._run(self._handler.message, data)
+        def dispatch():
+            # one by one: what the handler sends may fill the queue, and then the next has to wait
+            for data in iter(functools.partial(self.call, self.next_message), None):
+                self._run(self._handler.message, data)
+        self.loop.call_unlocked(dispatch)
 
     def send_message(self, opcode, payload):
         """Queue a message."""
@@ -8126,7 +8095,8 @@ class Samples:
             "mem_info1": human(seen["rss"]), "mem_info2": human(seen["vms"]), "rss": seen["rss"],
             "vms": seen["vms"], "ctime": "%d:%05.2f" % (minutes, rest), "nice": seen["nice"],
             "username": self._user_name(seen["uid"]), "cmdline": seen["cmdline"],
-            "children": [self._entry(child, look, 0.0, depth - 1) for child, look in children if look]}
+            "children": [self._entry(child, look, 0.0, depth - 1)
+                         for child, look in children if look]}
 
 
 class History:
@@ -8185,15 +8155,15 @@ class StatsFeed:
         if self._followers == 1:
             self._feeds.setdefault(self._key, self)
             self._tick()
-        return self._leave
 
-    def _leave(self):
-        self._followers -= 1
-        if self._followers == 0:
-            if self._timer is not None:
-                self._timer.cancel()
-            if self._feeds.get(self._key) is self:
-                del self._feeds[self._key]
+        def leave():
+            self._followers -= 1
+            if self._followers == 0:
+                if self._timer is not None:
+                    self._timer.cancel()
+                if self._feeds.get(self._key) is self:
+                    del self._feeds[self._key]
+        return leave
 
     def _tick(self):
         self._timer = None
@@ -8248,19 +8218,19 @@ class Api:
         if not prefers_html(request.headers.get("accept", "")):
             return json_response({"welcome": "gaffer", "version": __version__},
                                  headers=[("Vary", "Accept")])
-        return compressed(request, page_response(self.manager.loop.call(self._snapshot)))
-
-    def _snapshot(self):
-        """Return what the page shows at first."""
         manager, events = self.manager, self.manager.events
-        return {
-            "version": __version__, "since": "%d@%s" % (events.end, manager.epoch),
-            "templates": [template.status() for template in manager.templates.values()],
-            "events": events.read(max(events.start, events.end - PAGE_EVENTS), PAGE_EVENTS),
-            "fields": {name: [option.default, option.help, option.check.schema]
-                       for name, option in OPTIONS.items()},
-            "signals": {number.value: number.name[3:] for number in signal.Signals},
-        }
+
+        def snapshot():
+            """Return what the page shows at first."""
+            return {
+                "version": __version__, "since": "%d@%s" % (events.end, manager.epoch),
+                "templates": [template.status() for template in manager.templates.values()],
+                "events": events.read(max(events.start, events.end - PAGE_EVENTS), PAGE_EVENTS),
+                "fields": {name: [option.default, option.help, option.check.schema]
+                           for name, option in OPTIONS.items()},
+                "signals": {number.value: number.name[3:] for number in signal.Signals},
+            }
+        return compressed(request, page_response(manager.loop.call(snapshot)))
 
     @operation(unlocked=True, answer="text/plain")
     def ping(self, request, query):
@@ -8271,7 +8241,8 @@ class Api:
     def metrics(self, request, query):
         """Metrics for Prometheus."""
         call = self.manager.loop.call
-        text = (call(template_metrics, self.manager) + call(server_metrics, self.manager, self._http)
+        text = (call(template_metrics, self.manager)
+                + call(server_metrics, self.manager, self._http)
                 + process_metrics(self.manager.table))
         return Response(text.encode("utf-8"),
                         content_type="text/plain; version=0.0.4; charset=utf-8")
@@ -8502,35 +8473,29 @@ class Api:
         if query.feed == "longpoll":
             return LongPoll(lambda deliver: lambda: None, interval,
                             lambda: json_response(sampler()()))
-        return call(self._follow_stats, request, query, (name, pid, interval), sampler)
-
-    def _follow_stats(self, request, query, key, sampler):
-        loop, feeds = self.manager.loop, self._stats_feeds
-        feed = feeds.get(key) or StatsFeed(loop, key[-1], sampler, feeds, key)
-        records = feed.records
         encoder = RecordEncoder(query.feed, self._framed(request), self.manager.epoch, "stat",
                                 lambda record: True, lambda record: "stat")
-        return self._feed(request, query, records, encoder, records.end, begin=feed.follow)
+
+        def follow():
+            key, feeds = (name, pid, interval), self._stats_feeds
+            feed = feeds.get(key) or StatsFeed(self.manager.loop, interval, sampler, feeds, key)
+            return self._feed(request, query, feed.records, encoder, feed.records.end,
+                              begin=feed.follow)
+        return call(follow)
 
     # events and streams
 
     @operation("feed heartbeat since lastEventId timeout")
-    def watch(self, request, query, *parts):
+    def watch(self, request, query, parts=()):
         """Events, one or as a stream."""
-        parts = parts[0] if parts else []
-        if len(parts) > 3:
-            raise BadEventType("a pattern is <type>, proc/<name> or proc/<name>/<type>")
         pattern, events = parse_pattern(parts), self.manager.events
         offset, restarted, _ = self._begin(request, query, events)
-        if query.feed in (None, "longpoll"):
-            return self._next_event(query, pattern, offset, restarted)
-        encoder = RecordEncoder(query.feed, self._framed(request), self.manager.epoch, pattern,
-                                lambda event: matches(pattern, event), lambda event: event["event"])
-        first = encoder.dropped(0, offset, True) if restarted else b""
-        return self._feed(request, query, events, encoder, offset, first)
-
-    def _next_event(self, query, pattern, offset, restarted):
-        events = self.manager.events
+        if query.feed not in (None, "longpoll"):
+            encoder = RecordEncoder(
+                query.feed, self._framed(request), self.manager.epoch, pattern,
+                lambda event: matches(pattern, event), lambda event: event["event"])
+            first = encoder.dropped(0, offset, True) if restarted else b""
+            return self._feed(request, query, events, encoder, offset, first)
 
         def answer():
             nonlocal offset
@@ -8604,7 +8569,7 @@ class Api:
         """Return a Feed of a log."""
         reader = self._reader(request, source, encoder, offset, loss)
         asked = hasattr(query, "since") and self._asked(request, query)
-        return Feed(query.feed, request.version == (1, 1), reader, asked, query.heartbeat, first,
+        return Feed(query.feed, self._framed(request), reader, asked, query.heartbeat, first,
                     process, begin)
 
     @staticmethod
@@ -8978,8 +8943,8 @@ def is_file_at(fd, path):
 class LogWriter(Writer):
     """Writes a log to the file at `path`, or to stderr if that is None.
 
-    A file that was moved away is made anew; if that fails, the log goes on in the old one. `name`: of
-    the log, in messages. StartError: the file cannot be written.
+    A file that was moved away is made anew; if that fails, the log goes on in the old one.
+    `name`: of the log, in messages. StartError: the file cannot be written.
     """
 
     def __init__(self, path, name, failed):
@@ -9345,7 +9310,14 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             if path is None:
                 self.server_bind()
             else:
-                self._remove_stale(path)
+                with socket.socket(socket.AF_UNIX) as probe:
+                    try:                        # remove the socket of a server that has died
+                        if stat.S_ISSOCK(os.lstat(path).st_mode):
+                            probe.connect(path)
+                    except ConnectionRefusedError:
+                        os.unlink(path)
+                    except OSError:
+                        pass                    # bind() says what is wrong
                 mask = os.umask(0o177)          # the socket is never open to others
                 try:
                     self.server_bind()
@@ -9360,18 +9332,6 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self.endpoint.bind, (error.strerror or str(error)).lower(), taken)) from None
         self.socket.setblocking(False)
         self.http.loop.register(self.fileno(), selectors.EVENT_READ, self._accept)
-
-    @staticmethod
-    def _remove_stale(path):
-        """Remove the socket of a server that has died."""
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                if stat.S_ISSOCK(os.lstat(path).st_mode):
-                    probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-            except OSError:
-                pass                            # bind() says what is wrong
 
     @property
     def url(self):
@@ -9690,7 +9650,8 @@ class HttpHandler:
             request.headers.pop("origin", None)     # without a Host it cannot be our own
             raise
         if request.method == "OPTIONS":
-            return self._answer_options, BODY_SIZE
+            return (lambda request: Response(status=204, headers=access.preflight(request),
+                                             content_type=None)), BODY_SIZE
         if not is_read or "upgrade" in request.headers:
             access.check_origin(request)
         access.check_site(request)
@@ -9734,9 +9695,6 @@ class HttpHandler:
                 return functools.partial(WsgiRun, self, app, prefix), self._max_body
         raise ResourceNotFound(
             "there is nothing at %s; GET /openapi.json lists the routes" % request.path[:200])
-
-    def _answer_options(self, request):
-        return Response(status=204, headers=self.access.preflight(request), content_type=None)
 
     def _call_api(self, handler, args, request):
         query = parse_query(request, handler.query)
