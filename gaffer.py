@@ -3576,6 +3576,7 @@ class Template:
         self.failures = []                      # what the next spawns follow: exits in a row
         self.history = ()                       # see after_exit()
         self.merged = {}                        # label -> Merged
+        self.begins = {}                        # Window -> where the last process begins
         self.past = collections.deque()         # pids of the last processes that are gone
         self.restarts = 0
         self.exits = collections.Counter()      # (exit_status, term_signal) -> how many
@@ -3701,9 +3702,9 @@ class Template:
                   "has failed: %s" % (
                       self.error or ("signal %d" % end["term_signal"] if end["term_signal"] else
                                      "exit status %d" % end["exit_status"])))
-        windows = [merged.window for merged in self.merged.values()]
-        text = b"".join(window.read(max(window.tail(10), window.end - 4 * KIB), 4 * KIB)
-                        for window in windows).decode("utf-8", "replace").rstrip()
+        text = b"".join(
+            window.read(max(window.tail(10), window.end - 4 * KIB, begin), 4 * KIB)
+            for window, begin in self.begins.items()).decode("utf-8", "replace").rstrip()
         return reason + ("; its last lines:\n" + text if text else "")
 
     def state(self):
@@ -4151,6 +4152,8 @@ class Manager:
     def _spawn(self, template, launch):
         """Return a new process of `template`, running. The caller publishes it."""
         process = Process(self._next_pid, template, self)
+        template.begins = {
+            merged.window: merged.window.end for merged in template.merged.values()}
         process.spawn(launch)
         self._next_pid += 1
         self.processes[process.pid] = template.processes[process.pid] = process
@@ -8398,7 +8401,7 @@ class Api:
                 return found[0] is not None
             return self.manager.wait_until(done, lambda: deliver(found[0]))
         return LongPoll(begin, query.timeout, lambda: error_response(WaitTimeout(
-            "'%s' is not %s after %g seconds; it goes on" % (name, query.until, query.timeout))))
+            "'%s' is not %s in the time given; it goes on" % (name, query.until))))
 
     @operation("usage history", unlocked=True)
     def statuses(self, request, query):

@@ -6205,7 +6205,7 @@ class ProcessReady(ProcessCase):
         self.add("off", "sleep 60", start=False)
         for name, goal, status, words in (
                 ("on", "ready", 200, ""), ("on", "done", 409, "its 'restart' is 'always'"),
-                ("on", "stopped", 504, "'on' is not stopped after 0.01 seconds; it goes on"),
+                ("on", "stopped", 504, "'on' is not stopped in the time given; it goes on"),
                 ("off", "ready", 409, "'off' is stopped; start it"), ("off", "stopped", 200, ""),
                 ("job", "stopped", 200, ""), ("top", "stopped", 504, ""),
                 ("job", "ready", 409, "exit status 3"), ("no", "ready", 404, "no process named"),
@@ -6214,6 +6214,9 @@ class ProcessReady(ProcessCase):
                 answer = self.until(name, goal, 0.01)
                 self.assertEqual(answer[0], status, answer)
                 self.assertIn(words, answer[1].get("reason", ""))
+        self.post("job/_start")
+        self.send("job", b"\n")
+        self.assertEqual(self.until("job", "done")[1]["reason"].count("bad"), 1, "of this run alone")
         self.post("web/_stop")
         self.assertError(self.until("top"), 409, "conflict",
                          "'top' waits for 'web', and 'web' is stopped; start it")
@@ -14002,7 +14005,7 @@ class CliReady(CliFollowCase):
         self.assertEqual((waiting.returncode, out, err), (
             1, b"", b"gaffer: 'bad' has failed: exit status 3; its last lines:\n"
                     b"gaffer: last words\n"))
-        words = r"gaffer: '%s' is not %s after 0(\.\d+)? seconds; it goes on\n"
+        words = r"gaffer: '%s' is not %s in the time given; it goes on\n"
         self.calls(
             ("wait good --for stopped", "good: stopped\n"),
             ("wait g* bad --for stopped", "good: stopped\nbad: stopped\n"),
@@ -14185,7 +14188,7 @@ class CliDatabase(CliControlCase):
                 ({"data": "no"}, "failed waiting waiting waiting", " 2 ",
                  "'db' has failed: exit status 2; its last lines:\n.*could not access"),
                 ({"sql": "select pg_sleep(60)"}, "running running waiting waiting", None,
-                 r"' is not ready after 0[.\d]* seconds; it goes on"),
+                 r"' is not ready in the time given; it goes on"),
                 ({"sql": "nonsense", "again": "never"}, "running failed waiting waiting", " 1 ",
                  "'migrate' has failed: exit status 1; its last lines:\n[\\s\\S]*nonsense"),
                 ({"web": "sh -c 'echo no route; exit 4'"}, "running done failed waiting", " 4 ",
