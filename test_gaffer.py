@@ -15810,7 +15810,7 @@ manager.add_process""", 1)
             default = "none" if option.default is None else "`%s`" % json.dumps(option.default)
             default = "required" if name in ("name", "cmd") else default
             self.assertEqual(rows.get(name), default, name)
-        flapping = {name: default for name, (default, _) in gaffer.FLAPPING.items()}
+        flapping = {name: default for name, (default, *_) in gaffer.FLAPPING.items()}
         self.assertIn("`%s`" % json.dumps(flapping), self.text)
         listed = re.search(r"^Types of events: (.*)\.$", self.text, re.M).group(1).split()
         self.assertLessEqual(set(gaffer.EVENT_TYPES), set(listed))
