@@ -1689,10 +1689,9 @@ def identity(what, find, own):
     def check(value):
         if not isinstance(value, str) and not is_number(value, int):
             raise ValueError("must be a %s's name or number" % what)
-        if os.geteuid() != 0 and find(value) != own():
+        if find(value) != own() and os.geteuid() != 0:
             raise ValueError("asks for %s %r, which only root may do: run gaffer as root"
                              % (what, value))
-        find(value)
         return value
     return check
 
@@ -1700,13 +1699,12 @@ def identity(what, find, own):
 def parse_signal(value):
     """Return the number of a signal: 15, "15", "TERM", "SIGTERM", signal.SIGTERM. BadValue."""
     text = str(int(value)) if is_number(value, int) else str(value)
-    if text.isascii() and text.isdigit() and len(text) < 4:
-        if int(text) in set(map(int, signal.valid_signals())):
-            return int(text)
+    if re.fullmatch("[0-9]{1,3}", text):
+        number = int(text)
     else:
-        name = text.upper() if text.upper().startswith("SIG") else "SIG" + text.upper()
-        if name in signal.Signals.__members__:
-            return int(signal.Signals[name])
+        number = signal.Signals.__members__.get("SIG" + re.sub("^SIG", "", text.upper()), 0)
+    if number in signal.valid_signals():
+        return int(number)
     raise BadValue("%r is no signal: give a number or a name such as TERM" % text[:40])
 
 
@@ -2057,10 +2055,11 @@ def port_of(env, instance):
     """
     if "GAFFER_PORT_STEP" not in env:
         return None
-    first, step = str(env.get("PORT", "")), str(env["GAFFER_PORT_STEP"])
-    if not re.fullmatch("[0-9]{1,5}", first) or not re.fullmatch("[0-9]{1,5}", step):
+    words = "%s %s" % (env.get("PORT", ""), env["GAFFER_PORT_STEP"])
+    if not re.fullmatch("[0-9]{1,5} [0-9]{1,5}", words):
         raise ValueError("has GAFFER_PORT_STEP: give it and PORT whole numbers")
-    port = int(first) + int(step) * max(0, instance - 1)
+    first, step = map(int, words.split())
+    port = first + step * max(0, instance - 1)
     if not 0 < port < 65536:
         raise ValueError("makes %d the PORT of process %d: it must be 1 to 65535" % (
             port, instance))
@@ -10943,9 +10942,8 @@ def read_settings(source, taken=None):
         if not PROCFILE_PATH.fullmatch(path):
             return ConfigFile(path)
         if taken is None and not ports:         # all endpoints are known: Procfiles are read last
-            endpoints = [found["endpoint"][name][1] for name in found["endpoint"]]
-            ports.extend(endpoint.port for endpoint in endpoints or [HttpEndpoint()]
-                         if endpoint and not endpoint.path)
+            known = [endpoint for _, endpoint in found["endpoint"].values()] or [HttpEndpoint()]
+            ports.extend(endpoint.port for endpoint in known if endpoint and not endpoint.path)
         return Procfile(path, taken=ports)
 
     def take(file):
