@@ -10163,7 +10163,6 @@ class ConsoleOutput:
 
     def __init__(self, output=False):
         self._output = output
-        self._stopped = set()                   # pids that gaffer stopped: their exit is no failure
 
     def start(self, loop, manager):
         """Subscribe to all events."""
@@ -10173,12 +10172,10 @@ class ConsoleOutput:
     def _event(self, kind, event):
         pid, template = event.get("pid"), self._manager.templates.get(event["name"])
         info, failed, note = template.info if template else {"success": [0]}, False, ""
-        if kind in ("stop_pid", "reap") and "reason" not in event:
-            self._stopped.add(pid)
-        elif kind == "exit":
+        if kind == "exit":
             end = event["exit_status"], event["term_signal"]
-            failed = pid not in self._stopped and not succeeded(info, end)
-            self._stopped.discard(pid)
+            process = self._manager.processes.get(pid)
+            failed = process is not None and process.by_itself and not succeeded(info, end)
         elif "reason" in event:
             failed, note = True, ": " + event["reason"]
         elif kind == "stop" and template and template.gave_up and template.last_exit:
@@ -10244,8 +10241,7 @@ class Screen:
         self.status = 0
         self._one_for_all = one_for_all
         self._out, self._coloured = out, coloured
-        self._shown = {}            # pid -> {"name", "open", "exit", "readers", "by_itself"}
-        self._stopped = set()                   # pids that gaffer stopped
+        self._shown = {}            # pid -> {"name", "open", "exit", "readers", "process"}
         self._lagging = set()                   # readers that wait for room
         self._told = False
 
@@ -10276,14 +10272,11 @@ class Screen:
             self.say("%s is stopped: %s" % (self._shown[pid]["name"], event["reason"]))
         elif kind == "done":
             self._maybe_done()
-        elif kind in ("stop_pid", "reap"):
-            self._stopped.add(pid)
-            if self._manager.stopping and not self._told:
-                self._told = True
-                self._loop.later(self.WAITING_DELAY, self._say_what_it_waits_for)
+        elif kind == "stop_pid" and self._manager.stopping and not self._told:
+            self._told = True
+            self._loop.later(self.WAITING_DELAY, self._say_what_it_waits_for)
         elif kind == "exit" and pid in self._shown:
-            self._shown[pid].update(exit=event, by_itself=pid not in self._stopped)
-            self._stopped.discard(pid)
+            self._shown[pid]["exit"] = event
             self._maybe_ended(pid)
 
     def _follow(self, pid, event):
@@ -10291,7 +10284,7 @@ class Screen:
         name = "%s.%d" % (event["name"], process.instance)
         windows = [output.window for output in process.outputs.values()]
         shown = self._shown[pid] = {"name": name, "open": len(windows), "exit": None, "readers": [],
-                                    "info": process.template}
+                                    "process": process}
         self.say("%s started, os pid %d" % (name, event["os_pid"]))
 
         def show(lines):
@@ -10319,9 +10312,10 @@ class Screen:
         status, signum = event["exit_status"], event["term_signal"]
         self.say("%s %s" % (shown["name"], "was ended by %s" % signal_name(signum) if signum else
                             "exited with status %d" % status))
-        info, failed = shown["info"], "reason" in event     # it did not get ready
+        process, failed = shown["process"], "reason" in event   # it did not get ready
+        info = process.template
         done = not failed and info["restart"] != "always" and succeeded(info, (status, signum))
-        if self._one_for_all and shown["by_itself"] and not (done or self._manager.stopping):
+        if self._one_for_all and process.by_itself and not (done or self._manager.stopping):
             self.status = 128 + signum if signum else status or int(failed)
             self._manager.stop()
         self._maybe_done()
@@ -10334,8 +10328,8 @@ class Screen:
 
     def _say_what_it_waits_for(self):
         """Name the processes that have not ended yet, and say when they are killed."""
-        waiting = [(shown["name"], self._manager.processes[pid].status().get("kill_in"))
-                   for pid, shown in self._shown.items() if shown["exit"] is None]
+        waiting = [(shown["name"], shown["process"].status().get("kill_in"))
+                   for shown in self._shown.values() if shown["exit"] is None]
         kills = [kill_in for _, kill_in in waiting if kill_in is not None]
         if waiting:
             self.say("waiting for %s%s; Ctrl-C again kills now" % (
