@@ -1584,7 +1584,7 @@ def matching(pattern, what):
 
 def choice(*words):
     """A check for one of `words`."""
-    @json_schema("string", enum=words)
+    @json_schema("string", enum=list(words))
     def check(value):
         if value not in words:
             raise ValueError("must be %s%s" % (" or ".join(words), near(str(value), words)))
