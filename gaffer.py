@@ -322,37 +322,6 @@ EXIT_POLL = 0.05                                # between checks of children tha
 PIPE_SIZE = 256 * KIB                           # fewer turns, fewer sleeps of the writer
 
 
-class ExitWatcher:
-    """Calls `callback()` under the loop's lock when child `os_pid` has exited, or may have."""
-
-    def __init__(self, loop, os_pid, callback):
-        self._loop, self._callback = loop, callback
-        self._fd = self._timer = None
-        try:
-            self._fd = os.pidfd_open(os_pid)    # Linux, Python 3.9
-            loop.register(self._fd, selectors.EVENT_READ, lambda mask: callback())
-        except (AttributeError, OSError):       # an old kernel, a sandbox, no descriptor left
-            if self._fd is not None:
-                os.close(self._fd)
-            self._schedule()
-
-    def _schedule(self):
-        # at the same times for all children: they share one turn of the loop
-        self._timer = self._loop.later(EXIT_POLL - self._loop.clock() % EXIT_POLL, self._poll)
-
-    def _poll(self):
-        self._schedule()
-        self._callback()
-
-    def close(self):
-        """Stop watching."""
-        if self._timer is not None:
-            self._timer.cancel()
-        else:
-            self._loop.unregister(self._fd)
-            os.close(self._fd)
-
-
 def peek_exit(os_pid):
     """Return (exit_status, term_signal) of a child that has exited, None while it runs.
 
@@ -370,6 +339,42 @@ def peek_exit(os_pid):
     if info is None:
         return None
     return (info.si_status, 0) if info.si_code == os.CLD_EXITED else (0, info.si_status)
+
+
+class ExitWatcher:
+    """Calls `callback((exit_status, term_signal))` under the loop's lock once child `os_pid` has
+    exited."""
+
+    def __init__(self, loop, os_pid, callback):
+        self._loop, self._os_pid, self._callback = loop, os_pid, callback
+        self._fd = self._timer = None
+        try:
+            self._fd = os.pidfd_open(os_pid)    # Linux, Python 3.9
+            loop.register(self._fd, selectors.EVENT_READ, self._check)
+        except (AttributeError, OSError):       # an old kernel, a sandbox, no descriptor left
+            if self._fd is not None:
+                os.close(self._fd)
+            self._schedule()
+
+    def _schedule(self):
+        # at the same times for all children: they share one turn of the loop
+        self._timer = self._loop.later(EXIT_POLL - self._loop.clock() % EXIT_POLL, self._check)
+
+    def _check(self, mask=None):
+        if self._timer is not None:
+            self._schedule()
+        end = peek_exit(self._os_pid)
+        if end is not None:
+            self.close()
+            self._callback(end)
+
+    def close(self):
+        """Stop watching."""
+        if self._timer is not None:
+            self._timer.cancel()
+        else:
+            self._loop.unregister(self._fd)
+            os.close(self._fd)
 
 
 def reap(os_pid):
@@ -2641,7 +2646,17 @@ class Output:
         for timer in (self._timer, self._pace, self._silence):
             if timer is not None:
                 timer.cancel()
-        self._loop.guard(self._take_rest, fd)
+
+        def take_rest():
+            for _ in range(16):                 # a full pipe; somebody may still write into it
+                try:
+                    data = os.read(fd, min(self._size, max(0, self._room())))
+                except OSError:
+                    return
+                if not data:
+                    return
+                self._take(data)
+        self._loop.guard(take_rest)
         os.close(fd)
         if self._carry:
             self._loop.guard(self._merged.write, self, self._carry)
@@ -2649,16 +2664,6 @@ class Output:
         self._merged.close(self)
         self.window.finish()
         self._ended()
-
-    def _take_rest(self, fd):
-        for _ in range(16):                     # a full pipe; somebody may still write into it
-            try:
-                data = os.read(fd, min(self._size, max(0, self._room())))
-            except OSError:
-                return
-            if not data:
-                return
-            self._take(data)
 
 
 class Input:
@@ -2826,20 +2831,17 @@ class CommandRun:
     def __init__(self, manager, os_pid, done):
         self._manager, self.os_pid, self._done = manager, os_pid, done
         self.gone = False
-        self._watcher = ExitWatcher(manager.loop, os_pid, self._check)
+        ExitWatcher(manager.loop, os_pid, self._exited)
         manager.commands.add(self)
 
-    def _check(self):
-        end = peek_exit(self.os_pid)
-        if end is not None:
-            self._watcher.close()
-            self._kill()                        # what it left; the zombie pins the group's number
-            reap(self.os_pid)
-            self.gone = True
-            self._manager.commands.remove(self)
-            self._done("is killed by signal %d" % end[1] if end[1] else
-                       "exits with %d" % end[0] if end[0] else None)
-            self._manager.maybe_stopped()
+    def _exited(self, end):
+        self._kill()                            # what it left; the zombie pins the group's number
+        reap(self.os_pid)
+        self.gone = True
+        self._manager.commands.remove(self)
+        self._done("is killed by signal %d" % end[1] if end[1] else
+                   "exits with %d" % end[0] if end[0] else None)
+        self._manager.maybe_stopped()
 
     def _kill(self):
         try:
@@ -3098,7 +3100,7 @@ class Process:
         for label, fd in inputs.items():
             self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else
                                        end_socket, self._manager.input_size)
-        self._watcher = ExitWatcher(self._loop, self.os_pid, self._check_exit)
+        self._watcher = ExitWatcher(self._loop, self.os_pid, self._exited)
         if template["after_stop"] is not None:
             self._launch = launch
         if template["before_start"] is not None:
@@ -3289,11 +3291,9 @@ class Process:
         self._stop_step = len(stop_steps(self.template)) - 1
         self._signal_stop()
 
-    def _check_exit(self):
-        result = peek_exit(self.os_pid)
-        if result is not None:
-            self.exit_status, self.term_signal = result
-            self.step("exit")
+    def _exited(self, end):
+        self.exit_status, self.term_signal = end
+        self.step("exit")
 
     def _exit_by_itself(self):
         self.by_itself = True
@@ -3301,7 +3301,6 @@ class Process:
 
     def _exit(self):
         self.exited_at = self._loop.clock()
-        self._watcher.close()
         if self._hook_timer is not None:
             self._hook_timer.cancel()
         if self._stop_step == 0:                # the zombie still pins the group's number
@@ -4077,8 +4076,19 @@ class Manager:
     def _reconcile(self, template):
         if not self._running or self.stopping:
             return
-        if template.ended():
-            self._finish_run(template)
+        if template.ended():                    # it is done, or has failed
+            failures = [end for end in template.finished if not succeeded(template.info, end)]
+            status, signum = (failures or template.finished)[0]
+            template.outcome, template.finished = "failed" if failures else "done", []
+            if template.schedule is None:
+                template.active = False
+            else:
+                template.due = False
+            if failures:
+                self._note_failure(failures[0])
+            self._publish("fail" if failures else "done", template.name, exit_status=status,
+                          term_signal=signum, tries=template.tries)
+            self.loop.call_soon(self.maybe_stopped)
         if template.active and template.schedule is not None and template.alarm is None:
             now = time.time()
             at = template.schedule.next_time(now)
@@ -4226,21 +4236,6 @@ class Manager:
                 template.due = True
                 self._publish("start", template.name)
         self._reconcile(template)
-
-    def _finish_run(self, template):
-        """A template has ended by itself: it is done, or has failed."""
-        failures = [end for end in template.finished if not succeeded(template.info, end)]
-        status, signum = (failures or template.finished)[0]
-        template.outcome, template.finished = "failed" if failures else "done", []
-        if template.schedule is None:
-            template.active = False
-        else:
-            template.due = False
-        if failures:
-            self._note_failure(failures[0])
-        self._publish("fail" if failures else "done", template.name, exit_status=status,
-                      term_signal=signum, tries=template.tries)
-        self.loop.call_soon(self.maybe_stopped)
 
     def _note_failure(self, end):
         if self.exit_when_done and not self.exit_code:
@@ -9680,7 +9675,15 @@ class HttpHandler:
             handler = methods.get(request.method)
             if handler is not None:
                 limit = max(BODY_SIZE, self._api.manager.input_size)
-                return functools.partial(attempt, self._call_api, handler, args), limit
+
+                def call(request):
+                    query = parse_query(request, handler.query)
+                    arguments = self._api, request, query, *args
+                    result = (handler(*arguments) if handler.unlocked
+                              else self.loop.call(handler, *arguments))
+                    return (result if isinstance(result, (Response, Channel))
+                            else json_response(result))
+                return functools.partial(attempt, call), limit
             if request.method not in METHODS + OTHER_METHODS:
                 raise MethodUnknown("HTTP has no such method; they are in capitals")
             if "*" in methods:                  # what a stream allows depends on its label
@@ -9697,14 +9700,6 @@ class HttpHandler:
                 return functools.partial(WsgiRun, self, app, prefix), self._max_body
         raise ResourceNotFound(
             "there is nothing at %s; GET /openapi.json lists the routes" % request.path[:200])
-
-    def _call_api(self, handler, args, request):
-        query = parse_query(request, handler.query)
-        if handler.unlocked:
-            result = handler(self._api, request, query, *args)
-        else:
-            result = self.loop.call(handler, self._api, request, query, *args)
-        return result if isinstance(result, (Response, Channel)) else json_response(result)
 
     @staticmethod
     def _call_route(pattern, handler, groups, request):
