@@ -9075,9 +9075,8 @@ class WsgiRun(SimpleHandler):
         failure = GafferError(self._failure + "; gaffer's log says how")
         self.error_body = error_response(failure).body
         self._status = self._size = 0
-        self._head, self._without_body, self._chunked, self._left = b"", False, False, None
-        self.cut = False                        # the client did not get all of the answer,
-        self.framed = True                      # and can see that from its length or chunks
+        self._head, self._chunked, self._left = b"", False, None
+        self.cut = False                        # the client did not get all of the answer
 
     def respond(self, send, keep):
         """Run the application, and send what it answers. Return whether the connection goes on."""
@@ -9085,24 +9084,24 @@ class WsgiRun(SimpleHandler):
         self.run(self._app)
         http, request = self._http, self._request
         self.cut = self.cut or bool(self._left)
+        self.framed = self._chunked or self._left is not None   # the client can see a cut
         http.requests.add(request.method, self._status)
         http.log_request(request.client, request, self._status, self._size)
         return self._keep and not self.cut
 
     def send_headers(self):
         request, self._status = self._request, int(self.status[:3])
-        self._without_body = request.method == "HEAD" or self._status in (204, 304)
+        self._left = 0
         if self._status == 204:
             del self.headers["Content-Length"]
-        if not self._without_body:
+        if request.method != "HEAD" and self._status not in (204, 304):
             self.cleanup_headers()              # adds a Content-Length if the body is one block
             length = self.headers["Content-Length"]
             self._left = None if length is None else int(length)
             self._chunked = length is None and request.version == (1, 1)
             if self._chunked:
                 self.headers["Transfer-Encoding"] = "chunked"
-            self.framed = self._chunked or length is not None
-            self._keep = self._keep and self.framed
+            self._keep = self._keep and (self._chunked or length is not None)
         if not self._keep:
             self.headers["Connection"] = "close"
         elif request.version == (1, 0):
@@ -9120,8 +9119,6 @@ class WsgiRun(SimpleHandler):
 
     def _write(self, data):
         """Send a piece of the body, the first one together with the head."""
-        if self._without_body:
-            data = b""
         if self._left is not None:
             data = data[:self._left]            # more would be read as the next answer
             self._left -= len(data)
