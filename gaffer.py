@@ -5393,9 +5393,10 @@ CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014))
 
 
-def websocket_accept(request):
+def websocket_accept(request, protocols=None):
     """Return the headers that accept an opening handshake: [(name, value)]. Sections 4.1, 4.2.
 
+    The subprotocol is the client's first one that is in `protocols`, or of all if that is None.
     Raises UpgradeRequired, BadRequest.
     """
     import hashlib                              # brings in OpenSSL, 4 MiB, so only when needed
@@ -5413,20 +5414,13 @@ def websocket_accept(request):
     if not valid:
         raise BadRequest("Sec-WebSocket-Key must be 16 bytes in base64")
     digest = hashlib.sha1(key.encode("ascii") + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
-    return [("Upgrade", "websocket"), ("Connection", "Upgrade"),
-            ("Sec-WebSocket-Accept", base64.b64encode(digest).decode("ascii"))]
-
-
-def subprotocol(request, known=None):
-    """Return the header that accepts a subprotocol, if one is offered: [(name, value)].
-
-    It is the client's first one that is in `known`, or of all if that is None. Section 4.2.2.
-    """
+    headers = [("Upgrade", "websocket"), ("Connection", "Upgrade"),
+               ("Sec-WebSocket-Accept", base64.b64encode(digest).decode("ascii"))]
     for word in request.headers.get("sec-websocket-protocol", "").split(","):
         word = word.strip()
-        if re.fullmatch(TOKEN, word) and (known is None or word in known):
-            return [("Sec-WebSocket-Protocol", word)]
-    return []
+        if re.fullmatch(TOKEN, word) and (protocols is None or word in protocols):
+            return [*headers, ("Sec-WebSocket-Protocol", word)]
+    return headers
 
 
 def frame_head(opcode, size):
@@ -8699,7 +8693,7 @@ class Api:
         if not query.readonly:
             target = label if label in process.inputs else "stdin"
             stream = self.manager.find_input(process.pid, target, past=True)
-        headers = websocket_accept(request) + subprotocol(request)
+        headers = websocket_accept(request)
         by_line = query.frame == "line"
         encoder = FrameEncoder(query.type == "binary", by_line)
         reader = self._reader(request, window, encoder, offset, query.loss)
@@ -9702,7 +9696,7 @@ class HttpHandler:
     def _call_route(pattern, handler, groups, request):
         try:
             if isinstance(handler, type) and issubclass(handler, WebSocketHandler):
-                headers = websocket_accept(request) + subprotocol(request, handler.protocols)
+                headers = websocket_accept(request, handler.protocols)
                 return HandlerSocket(handler, request, groups, headers)
             return made_response(handler(request, *groups))
         except GafferError as error:
