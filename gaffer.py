@@ -10481,10 +10481,14 @@ def to_text(field, value):
     """Return a value as from_text() reads it."""
     if field == "ready":
         return "%s within=%g" % (ready_text({field: value}), value["within"])
+    if field in ("args", "env_file"):
+        return shlex.join(value)
     if isinstance(value, dict):
-        return " ".join("%s=%s" % pair for pair in value.items())
+        value = [[name, ":".join(map(str, each)) if isinstance(each, list) else each]
+                 for name, each in value.items()]
     if isinstance(value, list):
-        return " ".join(map(str, value))
+        return " ".join("%s=%s" % tuple(each) if isinstance(each, list) else str(each)
+                        for each in value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -10810,7 +10814,7 @@ class Procfile(ConfigFile):
                 if field not in OPTIONS or field in ("name", "cmd", "args", "env"):
                     self.fault("%r is not FIELD=VALUE, as in after=db%s" % (
                         field, near(field, OPTIONS)), line=line)
-                else:
+                elif from_text(field, value) is not None:
                     fields[field] = from_text(field, value)
         except ValueError as error:
             self.fault("the comment %s" % error, line=line)
@@ -12253,7 +12257,7 @@ def load_command(args):
     """Make a group in the server equal to the Procfile."""
     client, group = connect(args), group_of(args)
     statuses = get_statuses(client)
-    _, templates, formation = procfile_templates(args, [client.port])
+    _, templates, formation = procfile_templates(args, [client.port] if client.port else ())
     templates = in_group(group, templates)
     for name, info in templates.items():
         if name in statuses:
@@ -12376,9 +12380,7 @@ def export_command(args):
     for name, info in sections.items():
         env = info.pop("env")
         lines += ["", "[process:%s]" % name]
-        lines += ["%s = %s" % (field, shlex.join(value) if field == "args" else
-                               to_text(field, value))
-                  for field, value in info.items() if value != []]
+        lines += ["%s = %s" % (field, to_text(field, value)) for field, value in info.items()]
         lines += ["", "[env:%s]" % name]
         for variable, value in env.items():
             if value != value.strip() or "\n" in value:

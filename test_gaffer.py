@@ -13545,6 +13545,8 @@ class CliCommands(CliControlCase):
         self.assertEqual(self.call("processes"), "")
         os.environ["GAFFER_ENDPOINT"] = ""
         self.assertEqual(self.call("processes"), "here\n")
+        self.file(folder, "Procfile", "web: sleep 1000\n")
+        self.assertEqual(self.call("load", "app"), "app:web: loaded\n")
         with unittest.mock.patch("os.geteuid", return_value=os.geteuid() + 1):
             self.assertEqual(gaffer.find_endpoint(), gaffer.DEFAULT_ENDPOINT)
         server.manager.stop(kill=True)
@@ -14955,22 +14957,27 @@ class ProcfileTexts(ConfigCase):
         # anything
 
         # gaffer: detach=no flapping=attempts=3 restart_delay='1 5' custom_streams=a,b
+        # gaffer: limits='nofile=64:unlimited core=0' stop_signal='INT=5 TERM=2.5' umask=022
         job: sleep 1
-        #gaffer: ready=tcp:$PORT
+        #gaffer: ready=tcp:$PORT redirect_output= env_file="'a b'" success=
         db: sleep 1
         """
 
     def test_comments_and_exports(self):
         """Comments that begin with "gaffer:" are about the type below; exports say the same."""
         self.write(".env", "A='x  y'\nB=%d \\\n")
+        self.write("a b", "C=1\n")
         path = self.write("Procfile", self.COMMENTS)
         plain = gaffer.read_settings(gaffer.Procfile(path)).templates
         job = {"after": ["db", "web"], "ready": {"log": "is up", "within": 5}, "restart": "never",
                "success": [0, "TERM"], "detach": False, "restart_delay": [1, 5],
-               "custom_streams": ["a", "b"]}
+               "custom_streams": ["a", "b"], "stop_signal": [["INT", 5], ["TERM", 2.5]],
+               "limits": {"nofile": [64, "unlimited"], "core": 0}, "umask": "022"}
         self.assertEqual({field: plain["job"][field] for field in job}, job)
-        self.assertEqual((plain["web"]["after"], plain["db"]["ready"]),
-                         ([], {"tcp": "$PORT", "within": 60}))
+        db = {"ready": {"tcp": "$PORT", "within": 60}, "redirect_output": [], "success": [0],
+              "env_file": [self.home + "/a b"]}
+        self.assertEqual({field: plain["db"][field] for field in db}, db)
+        self.assertEqual(plain["web"]["after"], [])
         plain["job"]["numprocesses"] = 2
         for kind in ("ini", "json"):
             out = self.call("export", kind, "my", "-f", path, "-c", "job=2")
