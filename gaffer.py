@@ -9101,7 +9101,7 @@ class WsgiRun(SimpleHandler):
         elif request.version == (1, 0):
             self.headers["Connection"] = "keep-alive"
         self._head = encode_head(self._status, merge_headers(
-            [("Date", self._http.date()), *self.headers.items()], self._http.access.cors(request)))
+            [("Date", self._http.date()), *self.headers.items()], self._http.more_headers(request)))
         self.headers_sent = True
 
     def finish_content(self):
@@ -9617,7 +9617,7 @@ class HttpHandler:
     def start_channel(self, channel, connection, request=None):
         """Let a channel have a connection."""
         try:
-            channel.start(connection, request, self._more_headers(request))
+            channel.start(connection, request, self.more_headers(request))
         except OSError as error:                # the selector has no room
             self._reports.warning("a connection cannot be watched, and is closed: %s",
                                   error.strerror)
@@ -9706,7 +9706,8 @@ class HttpHandler:
             log.exception("%s", failure)
             return error_response(GafferError(failure + "; gaffer's log says how"))
 
-    def _more_headers(self, request):
+    def more_headers(self, request):
+        """Return what every answer has besides: [(name, value)]."""
         cors = self.access.cors(request) if request is not None else []
         return [("Cache-Control", "no-store"), *cors]
 
@@ -9716,7 +9717,7 @@ class HttpHandler:
         `keep`: the connection goes on; `began`: when its request was complete, or None.
         """
         head_only = request is not None and request.method == "HEAD"
-        more = self._more_headers(request)
+        more = self.more_headers(request)
         if keep and request.version == (1, 0):
             more.append(("Connection", "keep-alive"))
         data = response.encode(self.date(), keep, head_only, more)

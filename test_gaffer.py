@@ -8750,7 +8750,7 @@ class HttpLibrary(HttpCase):
                 status, headers, data = wire.answer(method)
                 self.assertOpen(wire)
                 self.assertEqual([status, headers["Vary"], headers["Cache-Control"]],
-                                 [201, "Cookie, Origin", None])
+                                 [201, "Cookie, Origin", "no-store"])
                 self.assertEqual(data, b"" if method == "HEAD" else b"got " + body)
                 environ, got, uri = seen.pop()
                 self.assertEqual((got, uri), (body, "http://%s/admin" % host))
