@@ -547,7 +547,7 @@ def find_user(user):
     except (KeyError, OverflowError):
         if isinstance(user, int) and 0 <= user < 2 ** 32 - 1:
             return user, None, None
-        raise ValueError("there is no user %r here" % (user,)) from None
+        raise ValueError("names the user %r, who is not here" % (user,)) from None
 
 
 def find_group(group):
@@ -559,7 +559,7 @@ def find_group(group):
             return int(group)
     except KeyError:
         pass
-    raise ValueError("there is no group %r here" % (group,))
+    raise ValueError("names the group %r, which is not here" % (group,))
 
 
 # --------------------------------------------------------------------------------------------------

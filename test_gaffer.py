@@ -6540,10 +6540,12 @@ class ProcessTables(Case):
         self.assertEqual(gaffer.find_user(54321), (54321, None, None))
         for group in grp.getgrgid(0).gr_name, 0, "0":
             self.assertEqual(gaffer.find_group(group), 0)
-        for find in gaffer.find_user, gaffer.find_group:
+        for find, words in ((gaffer.find_user, "names the user %r, who is not here"),
+                            (gaffer.find_group, "names the group %r, which is not here")):
             for name in "no-such-name", -1, 2 ** 32 - 1, 2 ** 64, "":
-                with self.assertRaises(ValueError):
+                with self.assertRaises(ValueError) as caught:
                     find(name)
+                self.assertEqual(str(caught.exception), words % (name,))
 
 
 # --------------------------------------------------------------------------------------------------
