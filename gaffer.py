@@ -1431,7 +1431,8 @@ class Journal:
             view.ended = ended
             if not ended:
                 self._views[name, pid] = view
-                self._flush_later()
+                if self._timer is None:         # a line that waits for its end was read by nobody
+                    self._flush()
         return view
 
     def entry_start(self, index):

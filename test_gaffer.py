@@ -1798,6 +1798,12 @@ class PureJournal(PureLogCase):
         self.assertEqual([line for _, line in self.events(reader)], lines)
         self.assertEqual(self.lines("a")[0], lines)
 
+    def test_unfinished_line_that_nobody_read(self):
+        """Whoever comes first gets it at once, as `logs` does not wait."""
+        self.stream("a", 1)(b"x\nname? ")
+        self.advance(0.2)
+        self.assertEqual(self.lines("a")[0], ["a 1 out x", "a 1 out+ name? "])
+
     def test_returns(self):
         """What replaces the line before it is told apart where that is asked for."""
         write = self.stream("a", 1)
