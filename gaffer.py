@@ -1963,8 +1963,9 @@ def parse_target(kind, text):
         what = {"tcp": "port, or host:port", "http": "URL such as http://127.0.0.1:8000/path"}[kind]
         raise ValueError("has a '%s' that is not a %s, with an address or localhost as its host"
                          % (kind, what)) from None
-    request = "GET %s%s HTTP/1.1\r\nHost: %s\r\nUser-Agent: gaffer/%s\r\nConnection: close\r\n\r\n" % (
-        "" if path[:1] == "/" else "/", path, known.netloc, __version__)
+    request = ("GET %s%s HTTP/1.1\r\nHost: %s\r\nUser-Agent: gaffer/%s\r\n"
+               "Connection: close\r\n\r\n" % (
+                   "" if path[:1] == "/" else "/", path, known.netloc, __version__))
     return [(host, port) for host in hosts], request.encode() if kind == "http" else b""
 
 
@@ -2156,7 +2157,8 @@ def parse_env(text, environ):
         escape, name = match.groupdict().get("escape"), match.group(match.lastindex or 0)
         if escape is not None:
             if escape not in ENV_ESCAPES:
-                raise ValueError(r'has \%s in double quotes, which may have \n \t \" \\ \$' % escape)
+                raise ValueError(
+                    r'has \%s in double quotes, which may have \n \t \" \\ \$' % escape)
             return ENV_ESCAPES[escape]
         if name == "$":
             raise ValueError(r"has a '$' without a name: use single quotes, or \$ in double quotes")
@@ -6636,8 +6638,8 @@ def openapi(routes, secured):
 # --------------------------------------------------------------------------------------------------
 # page
 #
-# The web page, whole. All that it shows becomes text and properties, never HTML. It asks this server
-# alone, relative to where it was loaded, so that it works behind a proxy's prefix. At each request
+# The web page, whole. All that it shows becomes text and properties, never HTML. It asks this
+# server alone, relative to where it was loaded, so that it works behind a proxy's prefix. At each request
 # __NONCE__ is replaced, as its Content-Security-Policy allows no other script or style, and
 # __SNAPSHOT__ by what runs now, so that the first paint shows it.
 #
@@ -10032,18 +10034,18 @@ class WebHooks:
         for subscription in self._subscriptions:
             subscription.close()
         self.hooks = list(hooks)
+
+        def put(url, kind, event):
+            try:
+                self._queue.put_nowait((url, event))
+            except queue.Full:
+                self._drop(url, "the queue is full")
         self._subscriptions = [
-            self._manager.subscribe(pattern, lambda kind, event, url=url: self._put(url, event))
+            self._manager.subscribe(pattern, functools.partial(put, url))
             for pattern, url in self.hooks]
         if self.hooks and self._thread is None:
             self._thread = threading.Thread(target=self._work, name="gaffer-webhooks", daemon=True)
             self._thread.start()
-
-    def _put(self, url, event):
-        try:
-            self._queue.put_nowait((url, event))
-        except queue.Full:
-            self._drop(url, "the queue is full")
 
     def _drop(self, url, why):
         with self._lock:
@@ -10252,6 +10254,16 @@ class Screen:
 
     def _event(self, kind, event):
         pid = event.get("pid")
+        def say_what_it_waits_for():
+            """Name the processes that have not ended yet, and say when they are killed."""
+            waiting = [(shown["name"], shown["process"].status().get("kill_in"))
+                       for shown in self._shown.values() if shown["exit"] is None]
+            kills = [kill_in for _, kill_in in waiting if kill_in is not None]
+            if waiting:
+                self.say("waiting for %s%s; Ctrl-C again kills now" % (
+                    ", ".join(name for name, _ in waiting),
+                    ", SIGKILL in %d s" % math.ceil(max(kills)) if kills else ""))
+
         if kind == "spawn":
             self._follow(pid, event)
         elif kind == "ready":
@@ -10262,7 +10274,7 @@ class Screen:
             self._maybe_done()
         elif kind == "stop_pid" and self._manager.stopping and not self._told:
             self._told = True
-            self._loop.later(self.WAITING_DELAY, self._say_what_it_waits_for)
+            self._loop.later(self.WAITING_DELAY, say_what_it_waits_for)
         elif kind == "exit" and pid in self._shown:
             self._shown[pid]["exit"] = event
             self._maybe_ended(pid)
@@ -10313,16 +10325,6 @@ class Screen:
         if not self._shown and all(
                 each.outcome == "done" for each in self._manager.templates.values()):
             self._manager.stop()
-
-    def _say_what_it_waits_for(self):
-        """Name the processes that have not ended yet, and say when they are killed."""
-        waiting = [(shown["name"], shown["process"].status().get("kill_in"))
-                   for shown in self._shown.values() if shown["exit"] is None]
-        kills = [kill_in for _, kill_in in waiting if kill_in is not None]
-        if waiting:
-            self.say("waiting for %s%s; Ctrl-C again kills now" % (
-                ", ".join(name for name, _ in waiting),
-                ", SIGKILL in %d s" % math.ceil(max(kills)) if kills else ""))
 
     def _resume(self):
         lagging, self._lagging = self._lagging, set()
@@ -10805,21 +10807,19 @@ class Procfile(ConfigFile):
                 self.types[match.group(1)] = match.group(2)
                 self.fields[match.group(1)], above = above, {}
             elif comment:
-                self._read_comment(comment.group(1), above, line)
+                try:
+                    words = split_words(comment.group(1))
+                    for field, _, value in [word.partition("=") for word in words]:
+                        if field not in OPTIONS or field in ("name", "cmd", "args", "env"):
+                            self.fault("%r is not FIELD=VALUE, as in after=db%s" % (
+                                field, near(field, OPTIONS)), line=line)
+                        elif from_text(field, value) is not None:
+                            above[field] = from_text(field, value)
+                except ValueError as error:
+                    self.fault("the comment %s" % error, line=line)
             elif text.strip() and text.lstrip()[0] != "#":
                 self.fault("'%s' is there twice" % match.group(1) if match else
                            "%r is not 'type: command'" % text.strip(), line=line)
-
-    def _read_comment(self, text, fields, line):
-        try:
-            for field, _, value in [word.partition("=") for word in split_words(text)]:
-                if field not in OPTIONS or field in ("name", "cmd", "args", "env"):
-                    self.fault("%r is not FIELD=VALUE, as in after=db%s" % (
-                        field, near(field, OPTIONS)), line=line)
-                elif from_text(field, value) is not None:
-                    fields[field] = from_text(field, value)
-        except ValueError as error:
-            self.fault("the comment %s" % error, line=line)
 
 
 def load_procfile(file):
