@@ -6639,8 +6639,8 @@ def openapi(routes, secured):
 # page
 #
 # The web page, whole. All that it shows becomes text and properties, never HTML. It asks this
-# server alone, relative to where it was loaded, so that it works behind a proxy's prefix. At each request
-# __NONCE__ is replaced, as its Content-Security-Policy allows no other script or style, and
+# server alone, relative to where it was loaded, so that it works behind a proxy's prefix. At each
+# request __NONCE__ is replaced, as its Content-Security-Policy allows no other script or style, and
 # __SNAPSHOT__ by what runs now, so that the first paint shows it.
 #
 # A window has one event stream, and none while it is hidden, as a browser has six connections for
