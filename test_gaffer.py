@@ -5538,6 +5538,7 @@ class ProcessActions(ProcessCase):
         put({"cmd": "sleep 61"}, True, False, "y")
         put({"cmd": "sleep 64", "start": False}, False, False)
         self.refused({"name": "z", "cmd": "true"}, "name", path="/x", method="PUT")
+        until(lambda: self.pids("y"), "the new process")
         before = self.words("y"), self.pids("y")
         self.refused({"cmd": "/nowhere"}, "not there", path="/y", method="PUT")
         self.assertEqual((self.words("y"), self.pids("y")), before)
@@ -7126,6 +7127,8 @@ class HttpAccessLog(HttpCase):
                 while not self.server.http.access_log._writer.full:
                     self.server.request("GET", "/ping?" + "x" * 7000)
                 self.server.stop_all()
+                while self.server.http.access_log._writer._thread.is_alive():
+                    pipe.read(65536)
             self.assertEqual(len(logged.output), 1, "it is said more than once a minute")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
@@ -9338,7 +9341,9 @@ class StreamsClock(StreamsCase):
         self.addCleanup(self.server.stop_all)
 
     def advance(self, seconds):
-        self.ahead += seconds
+        def forward():                          # not within a turn of the loop
+            self.ahead += seconds
+        self.server.manager.loop.call(forward)
         self.assertEqual(self.server.request("GET", "/ping")[2], b"OK")
 
     def test_heartbeats(self):
