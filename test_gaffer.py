@@ -4493,8 +4493,9 @@ class ProcessTimes(ProcessClock):
         self.manager.add_process("y", "sleep 99", before_start="true")
         self.manager.add_process("z", "true", after_stop="sleep 1000", restart="never")
         self.wait("exit")
-        path = "/proc/%d/cmdline" % self.manager.find_process(2).os_pid
-        until(lambda: cli_read(path).split("\0")[0].endswith("sleep"))
+        paths = ["/proc/%d/cmdline" % self.manager.find_process(pid).os_pid for pid in (1, 2)]
+        until(lambda: cli_read(paths[0]))       # the kernel shows it a moment after the exec
+        until(lambda: cli_read(paths[1]).split("\0")[0].endswith("sleep"))
         self.advance(59.9)
         self.assertEqual((self.count("fail"), self.count("done")), (0, 0))
         self.advance(0.1)
@@ -12046,10 +12047,11 @@ class BrowserMisuse(BrowserCase):
             url = "ws://%s:%d/wstreams/1" % (host, self.server.port)
             self.assertEqual(self.browser.script(self.SOCKET, url), 1006)
         self.assertUntouched()
-        for pid, host in enumerate(("127.0.0.1", "localhost", "web.localhost"), 3):
+        for host in "127.0.0.1", "localhost", "web.localhost":
             self.browser.get("http://%s:%d/" % (host, self.server.port))
             answer = self.ask("/processes/talks/_restart?wait=true", {"method": "POST"})
             self.assertEqual(answer[1], 200)
+            pid, = json.loads(self.server.request("GET", "/processes/talks/_pids")[2])["pids"]
             self.said(pid)
             url = "ws://%s:%d/wstreams/%d" % (host, self.server.port, pid)
             self.assertEqual(self.browser.script(self.SOCKET, url), 1000)
