@@ -16296,10 +16296,10 @@ class Chaos(CliCase):
             until(lambda: self.state()[:2] == first[:2], "the end of all connections")
             before, ids = self.state(), len(self.events)
             self.round(seconds, self.events[-1]["id"])
-            until(lambda: self.state()[:3] == before[:3], "the state of before")
             # the log of events may fill, and what has ended is remembered for a minute
-            after = until(lambda: [each for each in [self.state()] if each[3] < before[3] + 3072],
-                          "the memory of before, %d KiB" % before[3])[0]
+            limits = before[0], before[1], [], before[3] + 3072
+            after = until(lambda: [each for each in [self.state()] if all(
+                now <= limit for now, limit in zip(each, limits))], "not over %r" % (limits,))[0]
         except BaseException:
             print("\nchaos: seed %d; the last actions:" % seed, *self.journal[-30:], sep="\n  ")
             raise
