@@ -11900,8 +11900,8 @@ class BrowserMisuse(BrowserCase):
             "http://%s:%d/page" % (host, self.site.port)
             for host in ("evil.example", "localhost", "127.0.0.1"))
         self.server.add("typed", "cat", redirect_input=True)
-        self.server.add("talks", python("print(%r, flush=True); input()" % self.SECRET),
-                        redirect_input=True)
+        talk = "print(%r, end='', flush=True); input()" % (self.SECRET + "\n")     # one write
+        self.server.add("talks", python(talk), redirect_input=True)
         self.said(2)
 
     def said(self, pid):
