@@ -2423,17 +2423,21 @@ def after_exit(info, end, now, lived, failures, history):
     return "pause", flapping["retry_in"], ((), pauses + 1)
 
 
+def stop_plan(info):
+    """Return the steps of a stop before SIGKILL: [(name of the signal, seconds until the next)]."""
+    stop = info["stop_signal"]
+    return stop if isinstance(stop, list) else [(stop, info["graceful_timeout"])]
+
+
 def stop_steps(info):
     """Return the steps of a stop, (signal, seconds until the next) each; the last repeats."""
-    stop = info["stop_signal"]
-    steps = stop if isinstance(stop, list) else [(stop, info["graceful_timeout"])]
-    return (*((parse_signal(name), delay) for name, delay in steps), (signal.SIGKILL, KILL_AGAIN))
+    steps = ((parse_signal(name), delay) for name, delay in stop_plan(info))
+    return (*steps, (signal.SIGKILL, KILL_AGAIN))
 
 
 def stop_time(info):
     """Return the seconds between the begin of a stop and SIGKILL."""
-    stop = info["stop_signal"]
-    return sum(delay for _, delay in stop) if isinstance(stop, list) else info["graceful_timeout"]
+    return sum(delay for _, delay in stop_plan(info))
 
 
 def priority_of(info):
@@ -4099,8 +4103,8 @@ class Manager:
                 at = min(at, template.next_run)
             template.next_run = at
             template.alarm = self.loop.later(at - now, self._ring, template)
-        surplus = len(template.running()) - template.wanted()
-        for process in template.running()[:max(0, surplus)]:
+        running = template.running()
+        for process in running[:max(0, len(running) - template.wanted())]:
             self._end_process(process, "reap")
         while template.pending and template.missing() < 0:
             template.pending.pop().cancel()
