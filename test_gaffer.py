@@ -13980,10 +13980,10 @@ class CliAttach(CliFollowCase):
             "while True: signal.sigwait([2]), os.write(1, b'interrupted\\n')"
         self.server.add("a", python(code), redirect_input=True)
         shown = b"a\nb\n> "
-        for words, signum, status in (("1 -n 1", signal.SIGTERM, 143), ("a", signal.SIGQUIT, 0),
+        for words, signum, status in (("a", signal.SIGQUIT, 0), ("1 -n 1", signal.SIGTERM, 143),
                                       ("a.1", signal.SIGHUP, 129)):
             process = self.follow("attach", *words.split())
-            lines = b"> " if "-n" in words else shown
+            lines = b"> interrupted\n" if "-n" in words else shown
             self.assertEqual(process.stdout.read(len(lines)), lines)
             process.send_signal(signal.SIGINT)
             self.assertEqual(process.stdout.readline(), b"interrupted\n")
