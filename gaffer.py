@@ -2699,6 +2699,7 @@ class Input:
             raise StdinFull("%d bytes wait for the process to read them; send this again later"
                             % self.size)
         if data:
+            data = bytes(memoryview(data))      # the caller may change a bytearray
             self.size += len(data)
             if self._buffer and len(self._buffer[-1]) + len(data) <= COALESCE_SIZE:
                 data = b"".join((self._buffer.pop(), data))     # each piece costs 200 bytes more
@@ -4721,7 +4722,7 @@ SINGLE_HEADERS = frozenset((
     "last-event-id", "expect", "upgrade", "sec-websocket-key", "sec-websocket-version",
     "content-encoding"))
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]{0,5}))?\Z")
-CHUNK_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
+CHUNK_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
 ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#\s:@\[\]]+)(?::([0-9]{1,5}))?\Z")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -4741,7 +4742,10 @@ class Request:
 
     @functools.cached_property
     def query(self):
-        """The query as {name: value}. Raises BadRequest: a name is repeated, or badly encoded."""
+        """The query as {name: value}. Raises BadRequest: a name is repeated, or badly encoded.
+
+        Names that begin with _ may be repeated: they only get around caches.
+        """
         if not self.raw_query:
             return {}
         if BAD_PERCENT.search(self.raw_query):
@@ -4755,7 +4759,7 @@ class Request:
             raise BadRequest("the query has more than 100 fields; send fewer") from None
         query = {}
         for name, value in pairs:
-            if name in query:
+            if name in query and not name.startswith("_"):
                 raise BadRequest("the query has %r twice; give it once" % name[:40])
             query[name] = value
         return query
@@ -4922,11 +4926,12 @@ def body_length(request, limit):
         return None
     if length is None:
         return 0
-    if not re.fullmatch(r"[0-9]{1,18}", length):
+    if not re.fullmatch("[0-9]+", length):
         raise BadRequest("Content-Length must be a decimal number")
-    if int(length) > limit:
+    size = int(length.lstrip("0")[:19] or 0)    # longer ones are too large, too
+    if size > limit:
         raise TooLarge("the body is over %d bytes; send less" % limit)
-    return int(length)
+    return size
 
 
 def read_body(file, length, limit):
@@ -5444,8 +5449,15 @@ def frame(opcode, payload):
     return frame_head(opcode, len(payload)) + payload
 
 
+def is_close_code(code):
+    """Return whether a close frame may carry `code`. Section 7.4."""
+    return code in CLOSE_CODES or 3000 <= code < 5000
+
+
 def close_frame(code, reason=""):
-    """Return a close frame, the reason cut to what fits. Section 5.5.1."""
+    """Return a close frame, the reason cut to what fits. Section 5.5.1. ValueError."""
+    if not is_close_code(code):
+        raise ValueError("%r is not a close code: give 1000, or one from 3000 to 4999" % code)
     text = reason.encode("utf-8")[:123]
     return frame(CLOSE, struct.pack("!H", code) + text[:len(text) - incomplete_utf8(text)])
 
@@ -5558,8 +5570,7 @@ class WebSocketDecoder:
             self._frames -= 1
             if opcode == CLOSE:
                 code = int.from_bytes(target[:2], "big") if target else 1005
-                if target and (len(target) == 1 or (
-                        code not in CLOSE_CODES and not 3000 <= code < 5000)):      # section 7.4
+                if target and (len(target) == 1 or not is_close_code(code)):
                     raise WebSocketViolation(1002, "the close code is not valid")
                 yield "close", code, target[2:].decode("utf-8")
                 return
@@ -6154,8 +6165,9 @@ class WebSocketChannel(Channel):
         (RFC 6455 section 7.4.1).
         """
         if not self._close_sent and not self.closed:
+            data = frame(CLOSE, b"") if code == 1005 else close_frame(code, reason)
             self._close_sent = True
-            self.send(frame(CLOSE, b"") if code == 1005 else close_frame(code, reason))
+            self.send(data)
             self._close_timer = self.loop.later(CLOSE_TIME, self.finish)
             if self.paused:                     # the peer's close frame may be behind what waits
                 self.loop.call_soon(self.resume)
@@ -6284,10 +6296,10 @@ class WebSocketHandler:
         opcode, payload = BINARY, data
         if isinstance(data, str):
             opcode, payload = TEXT, data.encode("utf-8")
-        self._channel.call(self._channel.send_message, opcode, bytes(payload))
+        self._channel.call(self._channel.send_message, opcode, bytes(memoryview(payload)))
 
     def end(self, code=1000, reason=""):
-        """Close the connection."""
+        """Close the connection. ValueError: `code` is not one that may be sent."""
         self._channel.call(self._channel.send_close, code, reason)
 
 
@@ -9708,7 +9720,7 @@ class HttpHandler:
             return made_response(handler(request, *groups))
         except GafferError as error:
             return error_response(error)
-        except Exception:
+        except BaseException:                   # sys.exit() too: the client waits for an answer
             failure = "the added route %s has failed" % pattern
             log.exception("%s", failure)
             return error_response(GafferError(failure + "; gaffer's log says how"))

@@ -2747,6 +2747,7 @@ class PureHead(Case):
             ("a=b&c=d", {"a": "b", "c": "d"}), ("a=%26%3d+x", {"a": "&= x"}),
             ("a=b;c=d", {"a": "b;c=d"}), ("&&a=1&", {"a": "1"}), ("a=%C3%A4", {"a": "\xe4"}),
             ("a?b=c?", {"a?b": "c?"}), ("a=%2526", {"a": "%26"}), ("a=%00", {"a": "\0"}),
+            ("_=1&_=2", {"_": "2"}),
             *((query, gaffer.BadRequest) for query in (
                 "a=1&a=1", "a&b&a", "&".join("x%d=1" % number for number in range(101)), "a=%",
                 "a=%4", "%zz", "a=%ff", "a=%C3", "%E4=1", "a=%ED%A0%80", "a=1&a%3d=%+1"))))
@@ -2848,13 +2849,13 @@ class PureReading(Case):
             (size + " 12\t", 12),
             (size + "1000", 1000), (coding + "chunked", None), (coding + "CHUNKED", None),
             (size + "1\nExpect: 100-CONTINUE", 1), ("Content-Encoding: identity", 0),
-            (size + "1001", large), (size + "9" * 18, large),
+            (size + "1001", large), *((size + "9" * digits, large) for digits in (18, 30, 5000)),
+            (size + "0" * 5000 + "12", 12),
             ("Content-Encoding: gzip", gaffer.UnsupportedMediaType),
             ("Expect: x", gaffer.ExpectationFailed), (size + "5\n" + coding + "chunked", bad),
             (coding + "chunked\n" + size + "0", bad),
             *((size + text, bad) for text in (
-                "", "-1", "+5", "5, 5", "5,6", "0x5", "5.0", "5 5", "1_0", "\xb2", "five",
-                "9" * 30)),
+                "", "-1", "+5", "5, 5", "5,6", "0x5", "5.0", "5 5", "1_0", "\xb2", "five")),
             *((coding + text, bad) for text in (
                 "gzip, chunked", "chunked, chunked", "chunked, identity", "identity", "",
                 "xchunked",
@@ -2889,7 +2890,7 @@ class PureReading(Case):
                (body, b"rest")) for body in random_bodies),
             *((wire, gaffer.BadRequest) for wire in (
                 b"\r\n", b"g\r\n", b"-1\r\n", b"+1\r\n", b"0x1\r\n", b" 1\r\n", b"1_0\r\n",
-                b"1 1\r\n", b"1,1\r\n", b"1.0\r\n", b";\r\n", b"\xb2\r\n", b"123456789\r\n",
+                b"1 1\r\n", b"1,1\r\n", b"1.0\r\n", b";\r\n", b"\xb2\r\n",
                 b"1\na\r\n0\r\n\r\n", b"0\n\r\n", b"0\r\n\n", b"1\r\na\n0\r\n\r\n",
                 b"1\r\na\r0\r\n\r\n", b"1\r\nab\r\n0\r\n\r\n", b"1\r\naX", b"1\r\na\rX",
                 b"1;a\0b\r\n", b"1;a\rb\r\n", b"1\r\r\n", b"1;" + b"x" * (most - 1) + b"\r\n",
@@ -2898,7 +2899,8 @@ class PureReading(Case):
                 b"0\r\n" + line * (fits + 1) + b"\r\n", b"0\r\nX: " + b"y" * 10000,
                 b"1;" + b"x" * 98 + b"\r\na\r\n" + (b"1;" + b"x" * 99 + b"\r\na\r\n") * 164)),
             *((wire, gaffer.TooLarge) for wire in (
-                b"3e9\r\n", b"3e8\r\n" + b"a" * 1000 + b"\r\n1\r\n", b"ffffffff\r\n")),
+                b"3e9\r\n", b"3e8\r\n" + b"a" * 1000 + b"\r\n1\r\n", b"f" * 8 + b"\r\n",
+                b"1" * 200 + b"\r\n")),
             *((wire, EOFError) for wire in (
                 b"", b"1", b"1\r\n", b"1\r\na", b"1\r\na\r", b"1\r\na\r\n", b"0\r\n",
                 b"0\r\nA: b\r\n"))))
@@ -8505,10 +8507,11 @@ class HttpLibrary(HttpCase):
             (gaffer.Response(b"x", 203, [("A", "b")], "image/png"), 203, "image/png", b"x"))
         bad = (object(), {"secret"}, (1, 2), (200, {"X": "secret\r\nA: b"}, ""), "secret \ud800",
                (200, {"X\r\nY": "secret"}, ""), (200, {"X": "a\0"}, ""), ("200 secret", [], ""),
-               (200, None, "secret"), (200, {"X": "secret \u20ac"}, ""), OSError("secret"))
+               (200, None, "secret"), (200, {"X": "secret \u20ac"}, ""), OSError("secret"),
+               SystemExit("secret"))
 
         def bad_route(request, number):
-            if isinstance(bad[int(number)], Exception):
+            if isinstance(bad[int(number)], BaseException):
                 raise bad[int(number)]
             return bad[int(number)]
         server = self.serve("127.0.0.1:0", handlers=[
@@ -8719,9 +8722,14 @@ class HttpLibrary(HttpCase):
         """1011, the traceback in the log; close() is called; 500 if nothing was upgraded."""
         def fail(*arguments):
             raise RuntimeError("secret")
-        for where in "open", "message", "close", "__init__":
+        for where, act in (*((each, fail) for each in ("open", "message", "close", "__init__")),
+                           *(("message", act) for act in (
+                               lambda handler, data: handler.end(999),
+                               lambda handler, data: handler.end(70000),
+                               lambda handler, data: handler.end(1000, None),
+                               lambda handler, data: handler.send(5)))):
             with self.subTest(where), self.assertLogs("gaffer", "ERROR") as logged:
-                server, seen = self.socket_server({where: fail})
+                server, seen = self.socket_server({where: act})
                 made = self.open_socket(server)
                 self.assertEqual(made.status, 500 if where == "__init__" else 101)
                 if where == "__init__":
@@ -8737,7 +8745,7 @@ class HttpLibrary(HttpCase):
                 if where != "close":
                     ends = (end for end in iter(seen.get, None) if isinstance(end, tuple))
                     self.assertEqual(next(ends)[0], 1011)
-                until(lambda: "RuntimeError" in "".join(logged.output), "the log")
+                until(lambda: "Traceback" in "".join(logged.output), "the log")
                 self.assertOpen(self.wire(server=server))
 
     def test_wsgi(self):
@@ -9836,6 +9844,23 @@ class StreamsStatus(StreamsCase):
 
 
 class PureInput(PureLoopCase):
+
+    def test_what_is_not_bytes(self):
+        """What is refused leaves no trace; what a caller changes later was written before."""
+        read, write = os.pipe()
+        self.addCleanup(os.close, read)
+        os.set_blocking(write, False)
+        stream, data = gaffer.Input(self.loop, write, "stdin", os.close, gaffer.MIB), bytearray(9)
+        self.addCleanup(self.do, stream.close)
+        self.do(stream.write, bytes(gaffer.READ_SIZE))
+        for refused in "text", 5, [1], None:
+            self.assertRaises(TypeError, self.do, stream.write, refused)
+        self.assertEqual(stream.size, 0)
+        self.do(stream.write, data)
+        data[:] = b"changed"
+        os.read(read, gaffer.READ_SIZE)
+        self.advance()
+        self.assertEqual(os.read(read, 99), bytes(9))
 
     def test_small_pieces(self):
         """Many of them cost little more than their bytes."""
