@@ -892,18 +892,16 @@ class PureErrors(Case):
             self.assertEqual((answer.status, json.loads(answer.body), answer.body[-2:]),
                              (error.status, {"error": error.code, "reason": "say so"}, b"}\n"))
             self.assertIn(("Content-Type", "application/json"), answer.headers)
-        for error, more in (
+        for error, *headers in (
                 (gaffer.Unauthorized("x"),
-                 {"WWW-Authenticate": 'Basic realm="gaffer", charset="UTF-8"'}),
-                (gaffer.MethodNotAllowed("x", ["GET", "HEAD"]), {"Allow": "GET, HEAD"}),
-                (gaffer.UpgradeRequired("x"), {"Upgrade": "websocket",
-                                               "Sec-WebSocket-Version": "13"})):
-            headers = dict(gaffer.error_response(error).headers)
-            self.assertEqual(dict(headers, **more), headers)
+                 ("WWW-Authenticate", 'Basic realm="gaffer", charset="UTF-8"')),
+                (gaffer.MethodNotAllowed("x", ["GET", "HEAD"]), ("Allow", "GET, HEAD")),
+                (gaffer.UpgradeRequired("x"), ("Upgrade", "websocket"),
+                 ("Sec-WebSocket-Version", "13"))):
+            self.assertLessEqual(set(headers), set(gaffer.error_response(error).headers))
         answer = gaffer.error_response(ZeroDivisionError("the secret"))
-        self.assertEqual((answer.status, json.loads(answer.body)["error"],
-                          b"secret" in answer.body),
-                         (500, "internal_error", False))
+        self.assertEqual((answer.status, json.loads(answer.body)["error"]), (500, "internal_error"))
+        self.assertNotIn(b"secret", answer.body)
 
     def test_near(self):
         self.assertTable(lambda word: gaffer.near(word, ["name", "cmd", "env"]), (
@@ -942,42 +940,28 @@ class PureTimers(PureLoopCase):
     def test_cancel(self):
         """Before it is due, in the turn in which it is, by itself, twice."""
         early = self.later(1, self.ran.append, "never")
+        last = self.later(3, self.ran.append, "last")
         own = self.later(2, lambda: (self.ran.append("own"), own.cancel(), late.cancel()))
         late = self.later(2, self.ran.append, "never")
         self.later(2, self.ran.append, "yes")
         self.do(early.cancel)
         self.do(early.cancel)
-        self.advance(2)
+        self.advance(3)
         self.do(own.cancel)
-        self.assertEqual((self.ran, self.loop.pending_timers), (["own", "yes"], 0))
+        self.do(last.cancel)
+        self.assertEqual((self.ran, self.loop.pending_timers), (["own", "yes", "last"], 0))
 
     def test_cancelled_are_forgotten(self):
-        timers = [self.later(300, self.ran.append, 1) for _ in range(500)]
+        timers = [self.later(300, self.ran.append, 1) for _ in range(100)]
         with traced() as memory:
-            for _ in range(20000):
+            for _ in range(3000):
                 self.do(self.later(300, self.ran.append, 1).cancel)
-            self.assertLess(memory()[0], 500000)
-        self.assertEqual(self.loop.pending_timers, 500)
+            self.assertLess(memory()[0], 100000)
+        self.assertEqual(self.loop.pending_timers, 100)
         for timer in timers[1:]:
             self.do(timer.cancel)
         self.advance(300)
         self.assertEqual(self.ran, [1])
-
-    def test_random(self):
-        rng, model = random.Random(1), {}
-        for number in range(2000):
-            delay = rng.randrange(50)
-            timer = self.later(delay, self.ran.append, number)
-            model[number] = (self.clock.now + delay, timer)
-            if rng.random() < 0.6:
-                self.do(model.pop(rng.choice(sorted(model)))[1].cancel)
-            if rng.random() < 0.1:
-                self.ran.clear()
-                self.advance(rng.randrange(8))
-                due = sorted((when, n) for n, (when, _) in model.items() if when <= self.clock.now)
-                self.assertEqual(self.ran, [n for _, n in due])
-                for _, n in due:
-                    del model[n]
 
     def test_now(self):
         """The time of the turn, or of the call."""
@@ -1001,13 +985,6 @@ class PureCalls(PureLoopCase):
         for error in (ZeroDivisionError, KeyboardInterrupt, SystemExit):
             self.assertRaises(error, loop.call, unittest.mock.Mock(side_effect=error))
             self.assertFalse(loop.owned(), "the lock is released")
-
-    @unittest.skipUnless(__debug__, "assertions are off")
-    def test_only_the_owner(self):
-        loop = self.loop
-        for method, args in ((loop.later, (0, print)), (loop.register, (0, 1, print)),
-                             (loop.modify, (0, 1)), (loop.unregister, (0,))):
-            self.assertRaises(AssertionError, method, *args)
 
     def test_order(self):
         """The work of a turn under the lock, then user code without it."""
@@ -1187,12 +1164,10 @@ class PureRunning(Case):
             self.happened.set()
         loop, act = self.loop, self.happened.set
         for add in (
-                lambda: loop.call(loop.later, 0.001, act), lambda: loop.call(loop.later, 0.001,
-                                                                             act),
+                *[lambda: loop.call(loop.later, 0.001, act)] * 2,
                 lambda: loop.call(loop.register, read, 1, ready), lambda: loop.call_soon(act),
-                lambda: loop.call(loop.call_soon, act), lambda: loop.call_soon(loop.call_soon, act),
-                lambda: loop.call_unlocked(act), lambda: loop.call_unlocked(loop.call_unlocked,
-                                                                            act),
+                lambda: loop.call_soon(loop.call_soon, act), lambda: loop.call_unlocked(act),
+                lambda: loop.call_unlocked(loop.call_unlocked, act),
                 lambda: loop.call_unlocked(loop.call, loop.later, 0.001, act)):
             self.happened.clear()
             asleep = loop.call(lambda: loop.turns)
@@ -1207,9 +1182,6 @@ class PureRunning(Case):
             self.loop.call_soon(self.happened.set)
             self.assertTrue(self.happened.wait(TIMEOUT))
             self.happened.clear()
-        turns = self.loop.turns
-        time.sleep(0.1)
-        self.assertLess(self.loop.turns, turns + 3, "it waits")
 
     def test_calls_while_closing(self):
         """All get Stopping, and none waits for ever."""
@@ -1372,11 +1344,11 @@ class PureWindow(PureLogCase):
 
     def test_memory(self):
         """Of a window of short lines, and of what readers at many places get."""
-        window, readers = self.window(100000), []
+        window, readers = self.window(20000), []
         with traced() as memory:
-            for number in range(30000):
+            for number in range(4000):
                 self.do(window.append, b"short line\n")
-                if number % 300 == 0:
+                if number % 40 == 0:
                     readers.append(self.sse(window, offset=window.start, open=False))
                     readers[-1].sink.got.clear()
             for reader in readers:
@@ -1429,18 +1401,6 @@ class PureReader(PureLogCase):
         self.feed(window, *[b"."] * 3000, b"\n")
         self.assertLess(sum(sizes), 10100)
         self.assertEqual(pure_sse(readers[0].sink.data)[-1], (3013, "out", b"." * 3000))
-
-    def test_no_copy(self):
-        """Data that goes out beside its head is what was read."""
-        encoders = [gaffer.ChunkEncoder(), gaffer.FrameEncoder(True, False),
-                    gaffer.FrameEncoder(False, False)]
-        pieces = [b"x" * gaffer.READ_SIZE, b"y" * gaffer.READ_SIZE_WIDE]
-        window = self.window(gaffer.MIB)
-        readers = [self.reader(window, encoder) for encoder in encoders]
-        self.feed(window, *pieces)
-        readers += [self.reader(window, encoder, 0) for encoder in encoders]
-        for reader in readers:
-            self.assertEqual([id(payload[1]) for payload in reader.sink.got], list(map(id, pieces)))
 
     def test_places(self):
         """Each begins where it asks; one that lags holds nobody, and comes back."""
@@ -1501,15 +1461,10 @@ class PureReader(PureLogCase):
         euro = "\u20ac".encode()
         for steps, wanted in (
                 ((b"login: ", 0.099), []), ((b"login: ", 0.101, 5), [(7, b"login: ")]),
-                ((b"login: ", 0.101, b"joe\n"), [(7, b"login: "), (11, b"joe")]),
                 ((b"abc", 0.11, b"\n", b"next\n"), [(3, b"abc"), (4, b""), (9, b"next")]),
-                ((b"0", 0.09, b"1", 0.09, b"2", 0.09), []),
                 ((b"0", 0.09, b"1", 0.09, b"2", 0.11), [(3, b"012")]),
-                ((b"ab", 0.05, b"c\n", 1), [(4, b"abc")]),
                 ((b"one\ntwo\npro", 0.11), [(4, b"one"), (8, b"two"), (11, b"pro")]),
-                ((b"5 " + euro[:2], 0.11, 0.11), [(2, b"5 ")]),
                 ((b"5 " + euro[:2], 0.11, euro[2:] + b"!\n"), [(2, b"5 "), (7, euro + b"!")]),
-                ((b"5 " + euro[:1], 0.11, euro[1:2], euro[2:], 0.11), [(2, b"5 "), (5, euro)]),
                 ((b"a\n" + euro[:1], 9), [(2, b"a")]),
                 ((b"a\r", b"\n", b"\nb\n"), [(2, b"a"), (4, b""), (6, b"b")])):
             with self.subTest(steps=steps):
@@ -1586,26 +1541,6 @@ class PureLoss(PureLogCase):
         self.feed(window, b"x" * 100, b"y" * 240 + b"\nnext\n")
         self.assertEqual(pure_sse(reader.sink.data), [
             (341, "dropped", b'{"bytes": 341}'), (346, "out", b"next")])
-
-    def test_room(self):
-        """What readers with loss=block leave; called when one of them advances or leaves."""
-        window, called = self.window(100), []
-        self.reader(window, open=False)
-        first, second = [self.reader(window, loss="block", open=False) for _ in range(2)]
-        self.feed(window, b"x" * 30)
-        self.assertEqual(window.room(), 100)
-        self.feed(window, b"y" * 60)
-        for act, room, count in ((self.loop.step, 40, 0), (first.pump, 40, 1),
-                                 (second.close, 100, 1), (first.close, math.inf, 1)):
-            called.clear()
-            self.do(window.on_room.add, functools.partial(called.append, 1))
-            if act == self.loop.step:
-                act()
-            else:
-                self.do(act)
-            self.advance()
-            self.assertEqual((window.room(), len(called)), (room, count))
-            window.on_room.clear()
 
     def test_block(self):
         """A writer that waits for room: each of its readers gets every byte."""
@@ -1838,15 +1773,15 @@ class PureJournal(PureLogCase):
         """It costs an index of bounded size, no line is looked at."""
         write = self.stream("a", 1)
         self.assertEqual(self.lines()[0], [])
-        with unittest.mock.patch.multiple("gaffer", JOURNAL_ENTRIES=1000, split_lines=None), \
+        with unittest.mock.patch.multiple("gaffer", JOURNAL_ENTRIES=300, split_lines=None), \
                 traced() as memory:
-            for number in range(10000):
+            for number in range(3000):
                 write(b"%d\n" % number)
                 if number % 2:
                     self.do(self.journal.exit, "a", 1, 0, 0)
-            self.assertLess(memory()[0], 0.4 * gaffer.MIB)
+            self.assertLess(memory()[0], 120000)
         self.assertEqual(self.lines(offset=self.do(lambda: self.journal.view().tail(2)))[0], [
-            "a 1 out 9999", 'a 1 exit {"exit_status": 0, "term_signal": 0}'])
+            "a 1 out 2999", 'a 1 exit {"exit_status": 0, "term_signal": 0}'])
 
     def test_quiet_beside_busy(self):
         """Where a reader stands is good, however much of the index has gone since."""
@@ -1905,19 +1840,17 @@ class PureJournal(PureLogCase):
     def test_resume(self):
         """A reader that is cut now and then, and a poll, get what one gets that is not."""
         rng = random.Random(8)
-        for number in range(12):
+        for number in range(6):
             size = rng.choice((20, 16384))
             with self.subTest(number), unittest.mock.patch("gaffer.COALESCE_SIZE", size):
                 self.setUp()
                 writes = [self.stream(*which) for which in (
                     ("a", 1), ("a", 2), ("b", 3), ("b", 3, "err"))]
-                said, events, polled, place = [b""] * 4, [], [], 0
+                events, polled, place = [], [], 0
                 whole, cut = self.sse(offset=0), self.sse(offset=0)
                 for _ in range(300):
                     which = rng.randrange(4)
-                    data = bytes(rng.choices(b"ab \r\n\n", k=rng.randrange(1, 30)))
-                    said[which] += data
-                    writes[which](data)
+                    writes[which](bytes(rng.choices(b"ab \r\n\n", k=rng.randrange(1, 30))))
                     if rng.random() < 0.3:
                         self.advance(0.2 * rng.random())
                     if rng.random() < 0.2:
@@ -1933,13 +1866,6 @@ class PureJournal(PureLogCase):
                 wanted = [line for _, line in self.events(whole)]
                 self.assertEqual([line for _, line in events + self.events(cut)], wanted)
                 self.assertEqual(polled + self.lines(offset=place)[0], wanted)
-                for which, source in ((2, "b 3 out"), (3, "b 3 err")):      # nobody interrupts them
-                    text = "".join(
-                        line[len(source) + 2:] if line[len(source)] == "+"
-                        else line[len(source) + 1:] + "\n"
-                        for line in wanted if line.startswith(source))
-                    lines = said[which].decode().replace("\r\n", "\n").replace("\r", "\n")
-                    self.assertEqual(text.rstrip("\n"), lines.rstrip("\n"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1956,84 +1882,71 @@ class PureTemplates(Case):
         "schedule": None, "restart": "always", "success": [0], "restart_delay": [0.1, 10],
         "after": [], "ready": None, "flapping": None, "priority": None,
     }
-    FLAG = ([True, False], [1, 0, "true", "", None, []])
-    NOT_LABELS = [["stdin"], ["ttin"], ["exit"], ["dropped"], [""], ["."], [".."], ["a/b"], ["a b"],
-                  ["x" * 65], ["\u00e9"], ["a\n"], [1], [None], [["a"]]]
-    NOT_IDENTITIES = ["no-such-one", "", -1, 2 ** 32 - 1, 2 ** 70, True, 1.5, []]
+    FLAG = ([True, False], [1, "true", None])
+    NOT_LABELS = [["stdin"], ["ttin"], ["exit"], ["dropped"], [""], [".."], ["a/b"], ["x" * 65],
+                  ["\u00e9"], ["a\n"], [1]]
+    NOT_IDENTITIES = ["no-such-one", "", -1, 2 ** 32 - 1, True, 1.5]
     # field: (good values, bad values)
     VALUES = {
-        "name": (["a", "web:1", "a@b.c-d_E", "x" * 128, "1a", "a:", "...", "_", ".a", "0x10", "@",
-                  "all:a", "alls", "ALL"],
-                 ["", "x" * 129, "12", ".", "..", "-a", ":a", "a b", "a/b", "\u00e4", "a\n", "12\n",
-                  "a\0", "\u0661", "all", "all\n", 5, None, [], True]),
-        "cmd": (["true", "a 'b c' $D", "/bin/ls", "\u00e4"],
-                ["", "  ", "\t\n", "'", "a \"b", "a\0b", "\ud800", 5, None, ["a"], True]),
-        "args": ([[], ["a", "", " "], "", "a 'b c'"],
-                 [5, {}, [1], ["a", None], "'", ["\0"], ["\ud800"], None, True, [["a"]]]),
+        "name": (["web:1", "a@b.c-d_E", "x" * 128, "1a", "a:", "...", "all:a", "ALL"],
+                 ["", "x" * 129, "12", ".", "..", "-a", ":a", "a b", "a/b", "\u00e4", "a\n",
+                  "\u0661", "all", 5, None]),
+        "cmd": (["true", "a 'b c' $D", "\u00e4"], ["", " \t\n", "'", "a\0b", "\ud800", 5, ["a"]]),
+        "args": ([[], ["a", "", " "], "", "a 'b c'"], [5, ["a", None], "'", ["\0"], None]),
         "env": ([{}, {"A": "b", "N": 1, "F": 1.5, "E": ""}, {"a b": "c"}],
-                [[], "x", {"A": None}, {"A": True}, {"A": []}, {"": "x"}, {"A=B": "x"},
-                 {"A": "\0"}, {"A\0": "x"}, {"A": "\ud800"}, {"A": math.inf}, {"A": math.nan},
-                 {1: "x"}, {None: "x"}, {b"A": "x"}, {("A",): "x"}, None, [["A", "b"]]]),
+                [[], None, {"A": None}, {"A": True}, {"A": []}, {"": "x"}, {"A=B": "x"},
+                 {"A": "\0"}, {"A\0": "x"}, {"A": "\ud800"}, {"A": math.inf}, {1: "x"}]),
         "os_env": FLAG, "shell": FLAG, "start": FLAG, "redirect_input": FLAG, "detach": FLAG,
-        "cwd": (["/", ".", None], ["/no/such/directory", PYTHON, "", 5, "/\0", ["/"]]),
+        "cwd": (["/", ".", None], ["/no/such/directory", PYTHON, "", 5, "/\0"]),
         "uid": ([None, os.geteuid(), str(os.geteuid())], NOT_IDENTITIES),
         "gid": ([None, os.getegid(), str(os.getegid())], NOT_IDENTITIES),
-        "numprocesses": ([0, 1, 1000], [-1, 1001, 1.0, "1", True, None, []]),
-        "redirect_output": ([[], ["a"], ["a", "b"], ["a", "a"], ["x" * 64], ["A.b_c-1"], ["1"]],
-                            ["stdout", ["a", "b", "c"], {}, None, 1, *NOT_LABELS]),
-        "custom_streams": ([[], ["a"], ["a", "b"], ["s%d" % number for number in range(16)]],
-                           ["a", ["s%d" % number for number in range(17)], ["a", "a"], None, {},
-                            *NOT_LABELS]),
-        "graceful_timeout": ([0, 0.5, 10, 10 ** 7],
-                             [-1, -0.1, 10 ** 8, math.inf, math.nan, "1", True, None, []]),
-        "flapping": ([None, {}, {"attempts": 1},
-                      {"attempts": 3, "window": 0.5, "retry_in": 0, "max_retry": 0}],
-                     [[], 5, True, "x", {"attempts": 0}, {"attempts": 1.5}, {"attempts": True},
-                      {"window": 0}, {"window": "1"}, {"retry_in": -1}, {"max_retry": -1},
-                      {"max_retry": None}, {"retries": 1}, {1: 1}]),
-        "env_file": ([[], ["/a", ".env"]], ["/a", [""], [1], ["\0"], None, {}]),
-        "umask": ([None, "0", "22", "022", "0077"], ["", "8", "0o22", "00022", 18, "-1", [], True]),
-        "nice": ([None, -20, 0, 19], [-21, 20, 1.5, "1", True]),
+        "numprocesses": ([0, 1000], [-1, 1001, 1.0, "1", True, None]),
+        "redirect_output": ([[], ["a"], ["a", "a"], ["x" * 64], ["A.b_c-1"]],
+                            ["stdout", ["a", "b", "c"], None, *NOT_LABELS]),
+        "custom_streams": ([[], ["a", "b"], ["s%d" % number for number in range(16)]],
+                           ["a", ["s%d" % number for number in range(17)], ["a", "a"], ["stdin"]]),
+        "graceful_timeout": ([0, 0.5, 10 ** 7], [-0.1, 10 ** 8, math.inf, math.nan, "1", True]),
+        "flapping": ([None, {}, {"attempts": 3, "window": 0.5, "retry_in": 0, "max_retry": 0}],
+                     [[], True, {"attempts": 0}, {"attempts": 1.5}, {"window": 0}, {"window": "1"},
+                      {"retry_in": -1}, {"max_retry": None}, {"retries": 1}, {1: 1}]),
+        "env_file": ([[], ["/a", ".env"]], ["/a", [""], [1], ["\0"], None]),
+        "umask": ([None, "0", "022", "0077"], ["", "8", "0o22", "00022", 18, "-1"]),
+        "nice": ([None, -20, 19], [-21, 20, 1.5, "1", True]),
         "limits": ([{}, {"nofile": 1024, "core": 0}, {"as": "unlimited", "nproc": [1, 2]},
                     {"cpu": [5, "unlimited"]}],
-                   [[], 5, "x", None, {"nofiles": 1}, {"nofile": -1}, {"nofile": 1.5},
-                    {"nofile": "x"}, {"nofile": [1]}, {"nofile": [2, 1]}, {"nofile": True},
-                    {"nofile": ["unlimited", 1]}, {"nofile": None}, {1: 1}, {"nofile": 2 ** 62}]),
-        "before_start": ([None, "true", "a; b"], ["", " ", 5, ["a"], "\0"]),
-        "after_stop": ([None, "true"], ["", 5]),
-        "stop_signal": (["TERM", "SIGINT", 2, [["INT", 5]], [["INT", 5], [15, 0.5]]],
+                   [[], None, {"nofiles": 1}, {"nofile": -1}, {"nofile": "x"}, {"nofile": [1]},
+                    {"nofile": [2, 1]}, {"nofile": True}, {"nofile": ["unlimited", 1]}, {1: 1},
+                    {"nofile": 2 ** 62}]),
+        "before_start": ([None, "a; b"], ["", " ", 5, "\0"]),
+        "after_stop": ([None, "true"], [""]),
+        "stop_signal": (["TERM", "SIGINT", 2, [["INT", 5], [15, 0.5]]],
                         ["NOPE", 0, 99, True, None, [], ["INT"], [["INT"]], [["INT", -1]],
-                         [["NOPE", 1]], [["INT", "1"]], [["INT", 1]] * 11, {}]),
+                         [["NOPE", 1]], [["INT", 1]] * 11]),
         "stop_group": FLAG,
         "schedule": ([None, "every 90s", "every 1.5 h", "@daily", "5 4 * * sun",
                       "0 0 1-7/2 jan,7 *"],
                      ["", "every", "every 0s", "every 5", "every 116d", "hourly", "@yearly",
-                      "* * * *", "* * * * * *", "60 * * * *", "* 24 * * *", "* * 0 * *",
-                      "* * * 13 *", "* * * * 8", "5-1 * * * *", "*/0 * * * *", "5/2 * * * *",
-                      "a * * * *", "1- * * * *", ", * * * *", "0 0 31 2 *", 5, [], True]),
-        "restart": (["always", "on-failure", "never"], ["no", "", True, None, ["always"]]),
+                      "* * * *", "60 * * * *", "* * 0 * *", "* * * * 8", "5-1 * * * *",
+                      "*/0 * * * *", "5/2 * * * *", "a * * * *", "1- * * * *", ", * * * *",
+                      "0 0 31 2 *", 5]),
+        "restart": (["always", "on-failure", "never"], ["no", True, None]),
         "success": ([[], [0, 3, 255], [0, "TERM", "sigint"]],
-                    [0, "TERM", [256], [-1], [1.5], [True], ["15"], ["NOPE"], [None], None]),
-        "restart_delay": ([0, 5, 0.5, [0, 0], [1, 60.5]],
-                          [-1, "5", True, [], [1], [2, 1], [1, 2, 3], [-1, 1], [1, None], 1e8,
-                           [0, math.inf], None]),
-        "after": ([[], ["db"], ["app:db", "web"]], ["db", None, [""], ["12"], ["all"], [1], {}]),
-        "ready": ([None, {"log": "up"}, {"log": " a b "}, {"tcp": "5432"}, {"tcp": "127.0.0.1:1"},
-                   {"tcp": "[::1]:65535"}, {"tcp": "localhost:80"}, {"tcp": "$HOST:$PORT"},
-                   {"http": "http://localhost"}, {"http": "http://[::1]:80/a?b=c#d"},
-                   {"http": "http://127.0.0.1:$PORT/"}, {"exec": "test -e x"}, {"notify": True},
-                   {"tcp": "5432", "within": 0.5}],
-                  [[], "tcp:5432", True, {}, {"within": 5}, {"tcp": "1", "log": "x"}, {"log": ""},
-                   {"log": "a\nb"}, {"log": "a\r"}, {"log": None}, {"tcp": 5432}, {"tcp": "0"},
-                   {"tcp": "65536"}, {"tcp": "a.example:80"}, {"tcp": "127.0.0.1"},
-                   {"tcp": "1.2.3:80"}, {"tcp": "::1:80"}, {"tcp": "\u0665"}, {"tcp": "80/x"},
-                   {"tcp": " 80"}, {"http": "https://localhost/"}, {"http": "localhost/"},
-                   {"http": "http://"}, {"http": "http:///x"}, {"http": "http://a.example/"},
-                   {"http": "http://localhost:0/"}, {"http": "http://u@localhost/"},
-                   {"http": "http://localhost/a b"}, {"http": "http://localhost/\r\nA: b"},
-                   {"exec": ""}, {"exec": ["true"]}, {"notify": False}, {"notify": "true"},
-                   {"notify": True, "within": 0}, {"notify": True, "within": "60"}, {"udp": "1"}]),
-        "priority": ([None, 0, -5, 100], [1.5, "1", True, []]),
+                    [0, "TERM", [256], [-1], [1.5], [True], ["15"], ["NOPE"]]),
+        "restart_delay": ([0, 0.5, [0, 0], [1, 60.5]],
+                          [-1, "5", True, [], [1], [2, 1], [-1, 1], 1e8, [0, math.inf]]),
+        "after": ([[], ["app:db", "web"]], ["db", None, [""], ["12"], ["all"], [1]]),
+        "ready": ([None, {"log": " a b "}, {"tcp": "5432"}, {"tcp": "[::1]:65535"},
+                   {"tcp": "$HOST:$PORT"}, {"http": "http://localhost"},
+                   {"http": "http://[::1]:80/a?b=c#d"}, {"http": "http://127.0.0.1:$PORT/"},
+                   {"exec": "test -e x"}, {"notify": True}, {"tcp": "5432", "within": 0.5}],
+                  [[], True, {}, {"within": 5}, {"tcp": "1", "log": "x"}, {"log": ""},
+                   {"log": "a\nb"}, {"tcp": 5432}, {"tcp": "0"}, {"tcp": "65536"},
+                   {"tcp": "a.example:80"}, {"tcp": "127.0.0.1"}, {"tcp": "::1:80"},
+                   {"tcp": "\u0665"}, {"tcp": " 80"}, {"http": "https://localhost/"},
+                   {"http": "localhost/"}, {"http": "http:///x"}, {"http": "http://a.example/"},
+                   {"http": "http://u@localhost/"}, {"http": "http://localhost/\r\nA: b"},
+                   {"exec": ""}, {"notify": False}, {"notify": True, "within": 0}, {"udp": "1"}]),
+        "priority": ([None, -5], [1.5, "1", True]),
     }
 
     def check(self, **fields):
@@ -2070,16 +1983,13 @@ class PureTemplates(Case):
         flood = {"field%d" % number: 1 for number in range(20000)}
         for info, words in (
                 ({}, "field 'name' is required; field 'cmd' is required"),
-                ({"name": "a"}, "field 'cmd' is required"),
                 ({"name": "a", "cmd": "b", "comand": 1},
                  "unknown field 'comand', did you mean 'cmd'?"),
                 ({"name": "a", "cmd": "b", "zzzz": 1}, "unknown field 'zzzz'; remove it"),
                 ({"name": "a", "cmd": "b", "flapping": {"atempts": 2}}, "did you mean 'attempts'?"),
                 (dict(flood, name="a", cmd="b"), "19990 more unknown fields"),
                 ({"name": "a", "cmd": "b", "x" * 100000: 1}, "unknown field 'xxx"),
-                *(({"name": "-", "cmd": 5, "numprocesses": -1, "shel": True}, field)
-                  for field in ("'name'", "'cmd'", "'numprocesses'", "'shel'")),
-                *((value, "one JSON object") for value in (None, [], "a", 5, [["name", "a"]]))):
+                (None, "one JSON object"), ([["name", "a"]], "one JSON object")):
             with self.subTest(words):
                 reason = self.refusal(info)
                 self.assertIn(words, reason)
@@ -2118,13 +2028,11 @@ class PureTemplates(Case):
         for fields, words in (
                 ({"detach": True, "redirect_output": ["a"]}, "'redirect_output' cannot go with"),
                 ({"detach": True, "redirect_input": True}, "'redirect_input' cannot go with"),
-                ({"detach": True, "custom_streams": ["a"]}, "'custom_streams' cannot go with"),
                 ({"redirect_output": ["a"], "custom_streams": ["a"]}, "label 'a'"),
                 ({"custom_streams": ["stdout"]}, "label 'stdout'"),
                 ({"cmd": "a 'b", "args": []}, "field 'cmd' cannot be split into words"),
-                ({"cmd": "''", "args": " "}, None), ({"cmd": "it's", "args": ["x"]}, None),
+                ({"cmd": "it's", "args": ["x"]}, None),
                 ({"cmd": "echo 'a", "shell": True}, None),
-                ({"redirect_output": [], "custom_streams": ["stdout"]}, None),
                 ({"env": {"GAFFER_PORT_STEP": "1"}}, "has GAFFER_PORT_STEP: give it and PORT"),
                 ({"env": {"GAFFER_PORT_STEP": 1, "PORT": 65500}, "numprocesses": 37},
                  "field 'env' makes 65536 the PORT of process 37"),
@@ -2139,10 +2047,8 @@ class PureTemplates(Case):
 
     def test_words(self):
         """As a shell splits them: sh itself is asked. But a comment is none here."""
-        texts = ("a  b\tc", "a 'b  c' \"d e\"", "''", "a\\ b \\'", "'a'\"b\"c", "a\\\nb c",
-                 "a \\\n b", "\"a\\\nb\"", "'a\\\nb'", "\"\\$X \\` \\\" \\\\ \\x\"",
-                 "\"it's\" \\\n 'a\"b'", "\\\\\\\n b", "\"\\\\\\\nb\"", "a\\\n\\\nb", "'\\'\\\n",
-                 "a#b")
+        texts = ("a  b\tc", "a 'b  c' \"d e\"", "''", "a\\ b \\'", "a\\\nb c", "a \\\n b",
+                 "\"a\\\nb\"", "'a\\\nb'", "\"\\$X \\` \\\" \\\\ \\x\"", "\\\\\\\n b", "a#b")
         script = "".join("printf '%%s\\0' %s; printf '\\1'\n" % text for text in texts)
         shown = subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, check=True).stdout
         self.assertTable(gaffer.split_words, ((text, words.split("\0")[:-1]) for text, words in zip(
@@ -2150,37 +2056,31 @@ class PureTemplates(Case):
         self.assertEqual(gaffer.split_words("# a"), ["#", "a"])
 
     def test_substitution(self):
-        env = {b"A": b"1", b"B_2": b"two", b"D": b"$A", b"E": b"", b"PORT": b"80",
-               b"U": "\u00e4".encode(), b"X": b"\xff"}
-        same = "  x $AB ${AB} $ a$ $1 $- ${ ${A ${} ${A-b} ${1} $\u00c4 %A% {A} `A`".split(" ")
+        env = {b"A": b"1", b"B_2": b"two", b"D": b"$A", b"E": b"", b"X": b"\xff"}
+        same = "x $AB ${AB} $ a$ $1 $- ${ ${A ${} ${A-b} $\u00c4 `A`".split(" ")
         self.assertTable(lambda word: gaffer.substitute(word, env), (
-            *((word, word) for word in same), ("$ A", "$ A"),
-            ("$A", "1"), ("${A}B", "1B"), ("$A$A", "11"), ("a$A.b", "a1.b"), ("$B_2", "two"),
-            ("$$", "$"), ("$$A", "$A"), ("$$$A", "$1"), ("$$$$", "$$"), ("$${A}", "${A}"),
-            ("$D", "$A"), ("$E", ""), ("x${E}y", "xy"), (":$PORT/", ":80/"),
-            ("$A\u00e4", "1\u00e4"), ("$U", "\u00e4"), ("$X", "\udcff")))
+            *((word, word) for word in same), ("${A}B", "1B"), ("$A$A", "11"), ("$B_2.b", "two.b"),
+            ("$$A", "$A"), ("$$$A", "$1"), ("$${A}", "${A}"), ("$D", "$A"), ("x${E}y", "xy"),
+            ("$A\u00e4", "1\u00e4"), ("$X", "\udcff")))
 
     def test_env_files(self):
         for text, values in (
-                ("A=1", {"A": "1"}), ("export A = b c  ", {"A": "b c"}), ("A=", {"A": ""}),
-                ("", {}),
-                ("\n# x\n\n  A=1 # x\n", {"A": "1"}), ("A=b#c #d", {"A": "b#c"}),
-                ("A= # x", {"A": ""}), ("A='x'#c", {"A": "x"}),
+                ("export A = b c  ", {"A": "b c"}), ("", {}), ("\n# x\n\n  A=1 # x\n", {"A": "1"}),
+                ("A=b#c #d", {"A": "b#c"}), ("A= # x", {"A": ""}), ("A='x'#c", {"A": "x"}),
                 ("A=it's \"b\"", {"A": "it's \"b\""}),
                 ("A='b \\n \"c\" # $D' # e", {"A": "b \\n \"c\" # $D"}),
                 ('A="b\\nc\\t\\"d\\" \\\\ \\$e # f"', {"A": 'b\nc\t"d" \\ $e # f'}),
                 ('A="b\nc"\nB=2', {"A": "b\nc", "B": "2"}), ("A=x=y\nA=2", {"A": "2"}),
-                ("A=1\r\nB='2'\r\n", {"A": "1", "B": "2"}), ("A=\\n", {"A": "\\n"}),
+                ("A=1\r\nB='2'\r\n", {"A": "1", "B": "2"}),
                 ("A=1\nB=${A}$A-$H/${N}.\nH=x", {"A": "1", "B": "11-home/.", "H": "x"}),
                 ("A=x\nB=\"${A}$H\"\nC='$A'", {"A": "x", "B": "xhome", "C": "$A"})):
             self.assertEqual(gaffer.parse_env(text, {"H": "home"}), (values, []), text)
         for text, lines, word in (
-                ("A\n", [1], "NAME=value"), ("A=1\n1A=2\nB=3", [2], "NAME=value"),
+                ("A=1\n1A=2\nB=3", [2], "NAME=value"), ("=1\n\n-", [1, 3], "NAME"),
                 ('A="b\nB=1', [1], "quotes"), ("A='b'c", [1], "quotes"),
-                ("=1\n\n-", [1, 3], "NAME"),
                 ("export A", [1], "NAME=value"), ('\nA="\\q"', [2], "\\q"),
-                ("A=${B:-c}", [1], "'$'"),
-                ("A='x\ny'\nB=$(date)", [3], "'$'"), ("A=$$", [1], "'$'"), ('A="5$"', [1], "'$'")):
+                ("A=${B:-c}", [1], "'$'"), ("A='x\ny'\nB=$(date)", [3], "'$'"),
+                ('A="5$"', [1], "'$'")):
             faults = gaffer.parse_env(text, {})[1]
             self.assertEqual([line for line, _ in faults], lines)
             self.assertIn(word, faults[0][1])
@@ -2221,14 +2121,11 @@ class PureLaunch(Case):
                 ({"cmd": "sh -c 'a  b' \"\" c\\ d"}, ["sh", "-c", "a  b", "", "c d"]),
                 ({"cmd": "sh $PORT ${PORT}x '$PORT' $$PORT $NO_SUCH_VARIABLE $HOME"},
                  ["sh", "8000", "8000x", "8000", "$PORT", "$NO_SUCH_VARIABLE", "/home/x y"]),
-                ({"cmd": "sh one \\\n two"}, ["sh", "one", "two"]),
-                *(({"cmd": "sh -c x", "args": args}, ["sh", "-c", "x"]) for args in ([], "", "  ")),
+                ({"cmd": "sh one \\\n two", "args": "  "}, ["sh", "one", "two"]),
                 ({"cmd": "sh", "args": "-c 'a b'"}, ["sh", "-c", "a b"]),
                 ({"cmd": "sh", "args": ["-c", "a  'b", "$PORT"]}, ["sh", "-c", "a  'b", "8000"]),
                 ({"cmd": "sh", "args": ["$P"], "env": {"P": 5}}, ["sh", "5"]),
                 ({"cmd": "a 'b $PORT", "shell": True}, [*shell, "a 'b $PORT", "sh"]),
-                ({"cmd": "echo $1", "shell": True, "args": ["$PORT", "x y"]},
-                 [*shell, "echo $1", "sh", "$PORT", "x y"]),
                 ({"cmd": "echo $1", "shell": True, "args": "a 'b c'"},
                  [*shell, "echo $1", "sh", "a", "b c"])):
             with self.subTest(fields=fields):
@@ -2285,14 +2182,14 @@ class PureLaunch(Case):
                 ("tool", {"env": {"PATH": "/nowhere"}}, names + "'tool', " + no + "found in PATH"),
                 (plain, {}, names + "%r, which " % plain + chmod),
                 (sub, {}, names + "%r, which is a directory" % sub),
-                ("/no/tool", {}, names + "'/no/tool', " + no + "there"),
                 ("$TOOL", {"env": {"TOOL": "/no/tool"}}, names + "'/no/tool', " + no + "there"),
-                ("./no.sh", {}, names + "'./no.sh', but %s/no.sh is not there" % self.folder),
-                ("./no.sh", {"cwd": sub}, names + "'./no.sh', but %s/no.sh is not there" % sub),
-                ("zero/tool", {"cwd": self.folder},
-                 names + "'zero/tool', but %s " % plain + chmod)):
+                ("./no.sh", {"cwd": sub}, names + "'./no.sh', but %s/no.sh is not there" % sub)):
             with self.subTest(cmd=cmd, fields=fields):
                 self.assertEqual(self.program(cmd, **fields), wanted)
+        gone = tempfile.mkdtemp()
+        os.chdir(gone)
+        os.rmdir(gone)
+        self.assertEqual(self.program(first), first, "gaffer's own directory is gone")
 
     def test_env_file_size(self):
         path = os.path.join(self.folder, ".env")
@@ -2301,14 +2198,6 @@ class PureLaunch(Case):
                 file.write("A=".ljust(size, "x"))
             self.assertTable(lambda path: gaffer.read_env_files([path], {}).clear(),
                              [(path, error)])
-
-    def test_cwd_is_looked_at_anew(self):
-        gone = os.path.join(self.folder, "gone")
-        os.mkdir(gone)
-        template = gaffer.check_template({"name": "a", "cmd": "sh", "cwd": gone})
-        os.rmdir(gone)
-        self.assertRaisesRegex(gaffer.InvalidProcessInfo, "field 'cwd'.*gone", gaffer.Launch,
-                               template)
 
     def test_identity(self):
         """With a user come his groups, and HOME, USER, LOGNAME and SHELL unless env names them."""
@@ -2365,13 +2254,11 @@ class PurePolicies(Case):
                     return index
             return None
         self.assertTable(first, (
-            (("ready", [b"ready\n"]), 0), (("ready", [b"a\nnow ready!\nb"]), 0),
-            (("ready", [b"ready"]), None), (("ready", [b"re", b"ad", b"y", b"", b"!", b"\n"]), 5),
-            (("ready", [b"ready\r"]), 0), (("ready", [b"ready", b"\r\n"]), 1),
-            (("ready", [b"50%\rready", b"100%\rx"]), 1), (("ready", [b"rea\ndy\n", b"x"]), None),
-            (("ready", [b"unread\nready", b"\nready\n"]), 1), (("y", [b"a", b"b", b"y", b"\n"]), 3),
-            (("aab", [b"aa", b"aab", b"\n"]), 2), (("b\u00e9", [b"b\xc3", b"\xa9\n"]), 1),
-            (("ready", [b"x" * 1000 + b"\n"] * 1000 + [b"rea", b"dy\n"]), 1001)))
+            (("ready", [b"a\nnow ready!\nb"]), 0), (("ready", [b"ready"]), None),
+            (("ready", [b"re", b"ad", b"y", b"", b"!", b"\n"]), 5),
+            (("ready", [b"ready", b"\r\n"]), 1), (("ready", [b"50%\rready", b"100%\rx"]), 1),
+            (("ready", [b"rea\ndy\n", b"x"]), None), (("aab", [b"aa", b"aab", b"\n"]), 2),
+            (("b\u00e9", [b"b\xc3", b"\xa9\n"]), 1)))
 
     def test_targets(self):
         both = [("127.0.0.1", 80), ("::1", 80)]
@@ -2387,7 +2274,7 @@ class PurePolicies(Case):
     def test_circles(self):
         self.assertTable(lambda after: "".join(gaffer.find_circle(
             "a", lambda name: after.get(name, ""))), (
-                ({}, ""), ({"a": "a"}, "aa"), ({"a": "b", "b": "a"}, "aba"),
+                ({}, ""), ({"a": "a"}, "aa"),
                 ({"a": "bc", "b": "d", "c": "d"}, ""), ({"a": "b", "b": "c", "c": "b"}, ""),
                 ({"a": "xb", "b": "xc", "c": "xa"}, "abca")))
         chain = {number: [(number + 1) % 10000] for number in range(10000)}
@@ -2400,7 +2287,6 @@ class PurePolicies(Case):
                                          for name, (after, priority) in templates.items()})
             return " ".join(sorted(stages, key=stages.get))
         self.assertTable(order, (
-            ({"a": ("", None)}, "a"), ({"d": ("", None), "x": ("d", None)}, "x d"),
             ({"x": ("d", None), "d": ("", None)}, "x d"),
             ({"a": ("", 0), "b": ("", 1), "c": ("", None)}, "c b a"),
             ({"a": ("", 9), "b": ("a", 0)}, "b a"), ({"a": ("z", 0), "b": ("a", 0)}, "b a"),
@@ -2410,17 +2296,16 @@ class PurePolicies(Case):
 
     def test_backoff(self):
         """Without flapping: none the first time, then 0.1 s doubling to 10."""
-        info = gaffer.check_template({"name": "x", "cmd": "x"})
-        for failures, delay in ((0, 0), (1, 0), (2, 0.1), (3, 0.2), (5, 0.8), (8, 6.4), (9, 10),
-                                (100, 10), (10 ** 9, 10)):
+        info = self.info()
+        for failures, delay in (0, 0), (1, 0), (2, 0.1), (3, 0.2), (8, 6.4), (9, 10), (10 ** 9, 10):
             action, seconds, history = gaffer.after_exit(info, (1, 0), 5.0, 1.0, failures, ())
             self.assertEqual((action, history), ("start", ()))
             self.assertAlmostEqual(seconds, delay)
-        default, flapping = [0.1, 10], {"attempts": 9}
+        flapping = {"attempts": 9}
         for delay, flaps, failures, seconds in (
-                (0, None, 1, 0), (5, None, 1, 5), (5, None, 9, 5), (5, flapping, 1, 5),
-                ([1, 60], None, 1, 0), ([1, 60], None, 2, 1), ([1, 60], None, 8, 60),
-                ([1, 60], flapping, 3, 2), (default, flapping, 9, 0), (default, None, 4, 0.4)):
+                (5, None, 1, 5), (5, None, 9, 5), (5, flapping, 1, 5), ([1, 60], None, 1, 0),
+                ([1, 60], None, 2, 1), ([1, 60], None, 8, 60), ([1, 60], flapping, 3, 2),
+                ([0.1, 10], flapping, 9, 0)):
             info = {"restart_delay": delay, "flapping": flaps}
             self.assertAlmostEqual(gaffer.restart_delay(info, failures), seconds)
 
@@ -2442,7 +2327,6 @@ class PurePolicies(Case):
                 ({"attempts": 1, "max_retry": 2},
                  [(1, 0), (10, 0), (20, 1.001), (30, 0), (40, 0)], "pause pause pause pause stop"),
                 ({"attempts": 1, "max_retry": 1}, [(1, 0), (9, 1.0)], "pause stop"),
-                ({"attempts": 1, "max_retry": 0}, [(1, 0)], "stop"),
                 # the defaults: 2 exits within 1 s, 5 pauses
                 ({}, [(now, 0.1) for even in range(0, 12, 2) for now in (even, even + 0.5)],
                  "start pause " * 5 + "start stop"),
@@ -2464,8 +2348,8 @@ class PurePolicies(Case):
         self.assertTable(lambda case: gaffer.succeeded({"success": case[0]}, case[1]), (
             (([0], (0, 0)), True), (([0], (1, 0)), False), (([0], (0, 15)), False),
             (([3], (0, 0)), False), (([0, 143], (143, 0)), True), (([0, 143], (0, 15)), False),
-            (([0, "TERM"], (0, 15)), True), ((["SIGTERM"], (0, 15)), True), (([], (0, 0)), False),
-            (([15], (0, 15)), False), ((["TERM"], (143, 0)), False), ((["int"], (0, 2)), True)))
+            (([0, "TERM"], (0, 15)), True), (([], (0, 0)), False), (([15], (0, 15)), False),
+            ((["TERM"], (143, 0)), False), ((["int"], (0, 2)), True)))
 
     def test_stop_steps(self):
         kill = (signal.SIGKILL, gaffer.KILL_AGAIN)
@@ -2480,12 +2364,10 @@ class PurePolicies(Case):
     def test_signals(self):
         self.assertTable(gaffer.parse_signal, (
             *((value, 15) for value in ("15", "TERM", "SIGTERM", "term", 15, signal.SIGTERM)),
-            ("Kill", 9), ("9", 9), ("1", 1), ("HUP", 1), (signal.SIGUSR1, int(signal.SIGUSR1)),
-            ("64", 64), ("CHLD", int(signal.SIGCHLD)),
+            ("1", 1), ("64", 64), ("CHLD", int(signal.SIGCHLD)),
             *((value, gaffer.BadValue) for value in (
-                "", "0", "00", "-1", "+15", "65", "999", "1000", "9" * 5000, "15 ", " 15", "1.0",
-                "0x9", "\u0661\u0665", "\u00b9", "SIG", "SIGSIGTERM", "NOPE", "SIG_DFL", "SIG15",
-                "TERM\n", "TERM\0", "15;9", 0, -1, 1000, True, None, 15.0, b"TERM"))))
+                "", "0", "-1", "+15", "65", "9" * 5000, " 15", "1.0", "\u0661\u0665", "SIG",
+                "SIGSIGTERM", "NOPE", "SIG_DFL", "TERM\n", 0, 1000, True, None, 15.0, b"TERM"))))
 
 
 # 200 times: expression, now in Unix time, minutes until each of the next five times; in UTC.
@@ -2621,7 +2503,6 @@ class PureSchedules(Case):
                 (berlin, "0 2,3 * * *", "2027-03-", "28T00:00", "28T03:00+02 29T02:00+02"),
                 (berlin, "*/20 * * * *", "2027-03-", "28T01:30",
                  "28T01:40+01 28T03:00+02 28T03:20+02"),
-                (berlin, "@daily", "2027-03-", "27T12:00", "28T00:00+01 29T00:00+02"),
                 # 2027-03-14 02:00 -> 03:00
                 (york, "30 2 * * *", "2027-03-", "13T12:00", "14T03:00-04 15T02:30-04"),
                 (york, "@hourly", "2027-03-", "14T00:30", "14T01:00-05 14T03:00-04 14T04:00-04"),
@@ -2681,24 +2562,19 @@ class PureHead(Case):
         self.assertTrue(gaffer.parse_head(longest + b" HTTP/1.1\r\nHost: a"))
         self.assertTable(lambda line: gaffer.parse_head(line + b"\r\nHost: localhost"), (
             *((line, bad) for line in (
-                b"", b"GET", b"GET /", b"GET / ", b"GET  / HTTP/1.1", b"GET /  HTTP/1.1",
-                b" GET / HTTP/1.1", b"GET / HTTP/1.1 ", b"GET\t/ HTTP/1.1", b"GET / x HTTP/1.1",
-                b"G(T / HTTP/1.1", b"G\xc9T / HTTP/1.1", b"GET /\xe9 HTTP/1.1", b"GET /\0 HTTP/1.1",
-                b"GET /\x7f HTTP/1.1", b"GET / http/1.1", b"GET / HTTP/1", b"GET / HTTP/1.10",
-                b"GET / HTTP/ 1.1", b"GET / HTTP/1.1\r", b"GET / HTTP/1.1\nX: y",
-                b"GET /#a HTTP/1.1", b"GET /a#b?c HTTP/1.1", b"GET a HTTP/1.1", b"GET ?a HTTP/1.1",
-                b"GET * HTTP/1.1", b"GET ftp://localhost/ HTTP/1.1", b"GET http:/x HTTP/1.1",
-                b"CONNECT localhost:80 HTTP/1.1", b"GET http://localhost/#a HTTP/1.1",
-                b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")),
-            *((b"GET / HTTP/" + text, version) for text in (b"2.0", b"0.9", b"2", b"11.1")),
-            (b"PRI * HTTP/2.0", version), (longest + b"a HTTP/1.1", gaffer.UriTooLong)))
+                b"", b"GET /", b"GET / ", b"GET  / HTTP/1.1", b" GET / HTTP/1.1",
+                b"GET / HTTP/1.1 ", b"GET\t/ HTTP/1.1", b"GET / x HTTP/1.1", b"G(T / HTTP/1.1",
+                b"GET /\xe9 HTTP/1.1", b"GET /\0 HTTP/1.1", b"GET / http/1.1", b"GET / HTTP/1.10",
+                b"GET / HTTP/1.1\r", b"GET / HTTP/1.1\nX: y", b"GET /a#b?c HTTP/1.1",
+                b"GET a HTTP/1.1", b"GET * HTTP/1.1", b"GET ftp://localhost/ HTTP/1.1",
+                b"CONNECT localhost:80 HTTP/1.1", b"\x16\x03\x01\x02\x00\x01\x00\x01")),
+            *((b"GET / HTTP/" + text, version) for text in (b"2.0", b"0.9", b"11.1")),
+            (longest + b"a HTTP/1.1", gaffer.UriTooLong)))
 
     def test_bad_header_lines(self):
         for lines in (
-                b"X", b"X y", b": y", b"X : y", b"X\t: y", b" X: y", b"\tX: y", b"X: y\r\n z",
-                b"X: y\r\n\tz", b"X: y\r\n ", b"X: a\rb", b"X: a\nb", b"X: a\r", b"X: a\n",
-                b"X: a\0b", b"X\0: a", b"X: \x7f", b"X: \x1b[0m", b"X(: y", b"X@Y: z", b"X\xe9: y",
-                b"X/Y: z", b'"X": y', b"X: y\r\n\r\nZ: z", b"{}: y"):
+                b"X", b": y", b"X : y", b" X: y", b"X: y\r\n z", b"X: y\r\n\tz", b"X: a\rb",
+                b"X: a\nb", b"X: a\r", b"X: a\0b", b"X\0: a", b"X: \x7f", b"X(: y", b"X\xe9: y"):
             for head in b"Host: localhost\r\n" + lines, lines + b"\r\nHost: localhost":
                 with self.subTest(head), self.assertRaises(gaffer.BadRequest):
                     gaffer.parse_head(b"GET / HTTP/1.1\r\n" + head)
@@ -2726,31 +2602,25 @@ class PureHead(Case):
             ({"target": "*", "method": "OPTIONS"}, ("localhost", "*")),
             *(({"target": target}, answer) for target, answer in (
                 ("http://evil.example/x?y", ("evil.example", "/x?y")), ("HTTP://A:1", ("A:1", "/")),
-                ("https://a?b", ("a", "/?b")), ("http:///x", ("", "/x")),
-                ("http://u@a/", ("u@a", "/")),
-                ("http://[::1]:80//x", ("[::1]:80", "//x")))),
+                ("https://a?b", ("a", "/?b")), ("http:///x", ("", "/x")))),
             *(({"target": url, "host": host}, bad)
-              for host in ("", "a b", "a/b", "[::1", "user@a", "a:b", "\xe9"))))
+              for host in ("", "a/b", "user@a", "a:b"))))
 
     def test_segments(self):
         self.assertTable(lambda path: pure_request(target=path).segments(), (
-            ("/", []), ("/a", ["a"]), ("/a/", ["a"]), ("/a/b", ["a", "b"]), ("//", [""]),
-            ("/a//b", ["a", "", "b"]), ("/a%2Fb", ["a/b"]), ("/%C3%A4", ["\xe4"]),
-            ("/%252F", ["%2F"]), ("/a+b", ["a+b"]), ("/..%2f", ["../"]), ("/a/..", ["a", ".."]),
-            ("/a;b=c", ["a;b=c"]), ("/%00", ["\0"]), ("/?a/b", []),
-            *((path, gaffer.BadRequest) for path in (
-                "/%", "/%4", "/%zz", "/a%", "/%ff", "/%C3", "/%ED%A0%80", "/%+1", "/%%34"))))
+            ("/", []), ("/a", ["a"]), ("/a/", ["a"]), ("//", [""]), ("/a//b", ["a", "", "b"]),
+            ("/a%2Fb", ["a/b"]), ("/%C3%A4", ["\xe4"]), ("/%252F", ["%2F"]), ("/a+b", ["a+b"]),
+            ("/a/..%2f", ["a", "../"]), ("/a;b=c", ["a;b=c"]), ("/%00", ["\0"]), ("/?a/b", []),
+            *((path, gaffer.BadRequest) for path in ("/%4", "/%zz", "/%ff", "/%ED%A0%80", "/%+1"))))
 
     def test_query(self):
         self.assertTable(lambda query: pure_request(target="/?" + query).query, (
-            ("", {}), ("a", {"a": ""}), ("a=", {"a": ""}), ("a=b=c", {"a": "b=c"}),
-            ("a=b&c=d", {"a": "b", "c": "d"}), ("a=%26%3d+x", {"a": "&= x"}),
-            ("a=b;c=d", {"a": "b;c=d"}), ("&&a=1&", {"a": "1"}), ("a=%C3%A4", {"a": "\xe4"}),
-            ("a?b=c?", {"a?b": "c?"}), ("a=%2526", {"a": "%26"}), ("a=%00", {"a": "\0"}),
-            ("_=1&_=2", {"_": "2"}),
+            ("", {}), ("a", {"a": ""}), ("a=b=c", {"a": "b=c"}), ("a=b&c=d", {"a": "b", "c": "d"}),
+            ("a=%26%3d+x", {"a": "&= x"}), ("a=b;c=d", {"a": "b;c=d"}), ("&&a=1&", {"a": "1"}),
+            ("a=%C3%A4", {"a": "\xe4"}), ("a?b=c?", {"a?b": "c?"}), ("_=1&_=2", {"_": "2"}),
             *((query, gaffer.BadRequest) for query in (
-                "a=1&a=1", "a&b&a", "&".join("x%d=1" % number for number in range(101)), "a=%",
-                "a=%4", "%zz", "a=%ff", "a=%C3", "%E4=1", "a=%ED%A0%80", "a=1&a%3d=%+1"))))
+                "a=1&a=1", "&".join("x%d=1" % number for number in range(101)), "a=%4", "%zz",
+                "a=%ff", "%E4=1"))))
 
         def check(query):
             return gaffer.check_query(pure_request(target="/?" + query), ("feed", "tail"))
@@ -2768,13 +2638,11 @@ class PureHead(Case):
                 raise
         request = pure_request(method="POST")
         self.assertTable(parse, (
-            (b"{}", {}), (b' {"a": [1, 2.5, null]}\n', {"a": [1, 2.5, None]}),
-            (b'"\xc3\xa4"', "\xe4"),
+            (b' {"a": [1, 2.5, null]}\n', {"a": [1, 2.5, None]}), (b'"\xc3\xa4"', "\xe4"),
             *((body, gaffer.InvalidJson) for body in (
-                b"", b"{", b"{} {}", b"{'a': 1}", b'{"a": NaN}', b"Infinity", b"-Infinity",
-                b'"\xe4"',
-                b"\xff", b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), b"[" * 200000,
-                b'{"a":' * 200000, b"[1,]", b"\0", b"9" * 10000 + b"x", b'"a\nb"'))))
+                b"", b"{} {}", b"{'a': 1}", b'{"a": NaN}', b"-Infinity", b'"\xe4"',
+                b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), b"[" * 200000, b"\0",
+                b"9" * 10000 + b"x"))))
 
     def test_wants_close(self):
         self.assertTable(lambda case: pure_request(case[1], version=case[0]).wants_close(), (
@@ -2803,9 +2671,8 @@ class PureReading(Case):
             return len(found)
         head, most = self.HEAD, b"\r\n" * gaffer.EMPTY_LINES_MAX
         self.assertRead(read, (
-            (b"", 0), (head, 1), (head * 3, 3), (head + b"G", 1), (head[:-1], 0), (b"\r", 0),
-            (b"\r\n", 0), (b"\r\n" + head + b"\r\n\r\n" + head + b"\r\n", 2),
-            ((most + head) * 2, 2)))
+            (b"", 0), (head * 3 + b"G", 3), (head[:-1], 0), (b"\r", 0), (b"\r\n", 0),
+            (b"\r\n" + head + b"\r\n\r\n" + head + b"\r\n", 2), ((most + head) * 2, 2)))
 
     def test_bad_heads(self):
         def read(file):
@@ -2845,21 +2712,18 @@ class PureReading(Case):
         size, coding = "Content-Length: ", "Transfer-Encoding: "
         bad, large = gaffer.BadRequest, gaffer.TooLarge
         self.assertTable(length, (
-            ("X: y", 0), (size + "0", 0), (size + "12", 12), (size + "0012", 12),
-            (size + " 12\t", 12),
-            (size + "1000", 1000), (coding + "chunked", None), (coding + "CHUNKED", None),
-            (size + "1\nExpect: 100-CONTINUE", 1), ("Content-Encoding: identity", 0),
-            (size + "1001", large), *((size + "9" * digits, large) for digits in (18, 30, 5000)),
-            (size + "0" * 5000 + "12", 12),
+            ("X: y", 0), (size + "0012", 12), (size + " 12\t", 12), (size + "1000", 1000),
+            (coding + "CHUNKED", None), (size + "1\nExpect: 100-CONTINUE", 1),
+            ("Content-Encoding: identity", 0), (size + "1001", large),
+            (size + "9" * 5000, large), (size + "0" * 5000 + "12", 12),
             ("Content-Encoding: gzip", gaffer.UnsupportedMediaType),
             ("Expect: x", gaffer.ExpectationFailed), (size + "5\n" + coding + "chunked", bad),
             (coding + "chunked\n" + size + "0", bad),
             *((size + text, bad) for text in (
-                "", "-1", "+5", "5, 5", "5,6", "0x5", "5.0", "5 5", "1_0", "\xb2", "five")),
+                "", "-1", "+5", "5, 5", "0x5", "5.0", "5 5", "1_0", "\xb2")),
             *((coding + text, bad) for text in (
-                "gzip, chunked", "chunked, chunked", "chunked, identity", "identity", "",
-                "xchunked",
-                "chunked;q=1", "\x0bchunked", '"chunked"'))))
+                "gzip, chunked", "chunked, chunked", "identity", "", "xchunked", "chunked;q=1",
+                "\x0bchunked"))))
         self.assertRaises(bad, gaffer.body_length, pure_request(
             coding + "chunked", method="POST", version="1.0"), 1000)
 
@@ -2872,38 +2736,31 @@ class PureReading(Case):
 
     def test_chunked_bodies(self):
         line, most = b"X: " + b"y" * 93 + b"\r\n", gaffer.CHUNK_LINE_SIZE
-        fits, rng = gaffer.TRAILERS_SIZE // len(line), random.Random(6)
-        random_bodies = [os.urandom(rng.randrange(200)) for _ in range(100)]
+        fits = gaffer.TRAILERS_SIZE // len(line)
         self.assertRead(lambda file: (gaffer.read_body(file, None, 1000), file.read()), (
-            (b"0\r\n\r\n", (b"", b"")), (b"3\r\nabc\r\n0\r\n\r\n", (b"abc", b"")),
+            (b"0\r\n\r\n", (b"", b"")),
             (b"3\r\nabc\r\n2\r\n\r\n\r\n0\r\n\r\nGET /", (b"abc\r\n", b"GET /")),
             (b"00003\r\nabc\r\n000\r\n\r\n", (b"abc", b"")),
             (b"A\r\n0123456789\r\na\r\n0123456789\r\n0\r\n\r\n", (b"0123456789" * 2, b"")),
             (b"1;name=value;q=\"a b\"\r\nx\r\n0;last\r\n\r\n", (b"x", b"")),
             (b"1 \t;x\r\ny\r\n0\r\n\r\n", (b"y", b"")), (b"1 \r\ny\r\n0\r\n\r\n", (b"y", b"")),
             (b"0\r\nA: b\r\nC: d\r\n\r\nmore\r\n", (b"", b"more\r\n")),
-            (b"3\r\n0\r\n\r\n0\r\n\r\n0\r\n\r\n", (b"0\r\n", b"0\r\n\r\n")),
             (b"1\r\na\r\n" * 1000 + b"0\r\n\r\n", (b"a" * 1000, b"")),
             (b"0\r\n" + line * fits + b"\r\n", (b"", b"")),
             (b"1;" + b"x" * (most - 2) + b"\r\na\r\n0\r\n\r\n", (b"a", b"")),
-            *((b"".join(map(gaffer.chunk, pure_pieces(rng, body, 30))) + b"0\r\n\r\nrest",
-               (body, b"rest")) for body in random_bodies),
             *((wire, gaffer.BadRequest) for wire in (
-                b"\r\n", b"g\r\n", b"-1\r\n", b"+1\r\n", b"0x1\r\n", b" 1\r\n", b"1_0\r\n",
-                b"1 1\r\n", b"1,1\r\n", b"1.0\r\n", b";\r\n", b"\xb2\r\n",
-                b"1\na\r\n0\r\n\r\n", b"0\n\r\n", b"0\r\n\n", b"1\r\na\n0\r\n\r\n",
-                b"1\r\na\r0\r\n\r\n", b"1\r\nab\r\n0\r\n\r\n", b"1\r\naX", b"1\r\na\rX",
-                b"1;a\0b\r\n", b"1;a\rb\r\n", b"1\r\r\n", b"1;" + b"x" * (most - 1) + b"\r\n",
-                b"1" + b" " * 300, b"0\r\nbad\r\n\r\n", b"0\r\nA : b\r\n\r\n",
-                b"0\r\n A: b\r\n\r\n", b"0\r\nA: \0\r\n\r\n", b"0\r\nA: b\nC: d\r\n\r\n",
+                b"\r\n", b"g\r\n", b"-1\r\n", b"0x1\r\n", b" 1\r\n", b"1 1\r\n", b";\r\n",
+                b"\xb2\r\n", b"1\na\r\n0\r\n\r\n", b"0\r\n\n", b"1\r\na\n0\r\n\r\n",
+                b"1\r\na\r0\r\n\r\n", b"1\r\nab\r\n0\r\n\r\n", b"1;a\0b\r\n", b"1;a\rb\r\n",
+                b"1;" + b"x" * (most - 1) + b"\r\n", b"0\r\nbad\r\n\r\n", b"0\r\nA : b\r\n\r\n",
+                b"0\r\n A: b\r\n\r\n", b"0\r\nA: b\nC: d\r\n\r\n",
                 b"0\r\n" + line * (fits + 1) + b"\r\n", b"0\r\nX: " + b"y" * 10000,
                 b"1;" + b"x" * 98 + b"\r\na\r\n" + (b"1;" + b"x" * 99 + b"\r\na\r\n") * 164)),
             *((wire, gaffer.TooLarge) for wire in (
-                b"3e9\r\n", b"3e8\r\n" + b"a" * 1000 + b"\r\n1\r\n", b"f" * 8 + b"\r\n",
+                b"3e9\r\n", b"3e8\r\n" + b"a" * 1000 + b"\r\n1\r\n",
                 b"1" * 200 + b"\r\n")),
             *((wire, EOFError) for wire in (
-                b"", b"1", b"1\r\n", b"1\r\na", b"1\r\na\r", b"1\r\na\r\n", b"0\r\n",
-                b"0\r\nA: b\r\n"))))
+                b"", b"1", b"1\r\na", b"1\r\na\r\n", b"0\r\n", b"0\r\nA: b\r\n"))))
 
     def test_memory_of_chunks(self):
         file = io.BytesIO(b"2\r\nab\r\n" * 15000 + b"0\r\n\r\n")
@@ -2920,8 +2777,8 @@ class PureResponse(Case):
             ((426, [("X", "\xe9")]), b"HTTP/1.1 426 Upgrade Required\r\nX: \xe9\r\n\r\n"),
             ((299, []), b"HTTP/1.1 299 Unknown\r\n\r\n"),
             *(((200, [("A", "b"), header]), ValueError) for text in (
-                "a\r\nSet-Cookie: x", "a\nb", "a\rb", "\r", "\n", "a\r\n b", "a\0", "\u20ac",
-                "\u560d\u560a") for header in ((text, "x"), ("x", text)))))
+                "a\r\nSet-Cookie: x", "a\nb", "\r", "a\0", "\u560d\u560a")
+              for header in ((text, "x"), ("x", text)))))
 
     def test_encode(self):
         response = gaffer.json_response({"a": "\xe9"}, 404, [("X", "y")])
@@ -2939,32 +2796,28 @@ class PureResponse(Case):
     def test_prefers_html(self):
         browser = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
         for wanted, accepts in (
-                (True, ("text/html", "TEXT/HTML", "text/*", browser, "text/html;level=1",
-                        "text/html, application/json;q=0.9",
+                (True, ("TEXT/HTML", "text/*", browser, "text/html, application/json;q=0.9",
                         "text/html ; q=0.9 , application/* ; q=0.2")),
-                (False, ("", "*/*", "application/json", "text/plain", ",", ";", "text/html;q=0",
-                         "text/html;q=0.5, application/json", "text/html, application/json",
-                         "text/html;q=x", "text/html;q=0.5, */*;q=0.8",
-                         "application/*;q=0.3, text/html;q=0.2"))):
+                (False, ("", "*/*", "application/json", ",", "text/html;q=0", "text/html;q=x",
+                         "text/html, application/json", "text/html;q=0.5, */*;q=0.8"))):
             self.assertTable(lambda accept: bool(gaffer.prefers_html(accept)),
                              ((accept, wanted) for accept in accepts))
 
     def test_router(self):
         router = gaffer.Router((
             ("/", {"GET": "root"}), ("/a", {"GET": "a", "POST": "a+"}),
-            ("/a/<ref>", {"GET": "ref"}),
-            ("/a/special", {"DELETE": "special"}), ("/a/<ref>/_do/<n>", {"POST": "do"}),
+            ("/a/<ref>", {"GET": "ref"}), ("/a/special", {"DELETE": "special"}),
+            ("/a/<ref>/_do/<n>", {"POST": "do"}),
             ("/b/<pid>", {"GET": "pid"}), ("/b/<name>", {"PUT": "name"}),
-            ("/open", {"GET": "open"}),
             ("/open/<rest...>", {"GET": "rest"})))
         for path, methods, args in (
-                ("", {"GET": "root", "HEAD": "root"}, []), ("x", None, []), ("A", None, []),
-                ("a", {"GET": "a", "HEAD": "a", "POST": "a+"}, []), ("/", None, []),
-                ("a/x", {"GET": "ref", "HEAD": "ref"}, ["x"]), ("a/special", {"DELETE": "special"},
-                                                                []),
-                ("a/x/_do/5", {"POST": "do"}, ["x", "5"]), ("a/x/_no/5", None, []),
-                ("a/x/_do", None, []), ("b/12", {"GET": "pid", "HEAD": "pid"}, ["12"]),
-                ("b/x12", {"PUT": "name"}, ["x12"]), ("open", {"GET": "open", "HEAD": "open"}, []),
+                ("", {"GET": "root", "HEAD": "root"}, []), ("A", None, []), ("/", None, []),
+                ("a", {"GET": "a", "HEAD": "a", "POST": "a+"}, []),
+                ("a/x", {"GET": "ref", "HEAD": "ref"}, ["x"]),
+                ("a/special", {"DELETE": "special"}, []), ("a/x/_do/5", {"POST": "do"}, ["x", "5"]),
+                ("a/x/_no/5", None, []), ("a/x/_do", None, []),
+                ("b/12", {"GET": "pid", "HEAD": "pid"}, ["12"]),
+                ("b/x12", {"PUT": "name"}, ["x12"]),
                 ("open/1/2", {"GET": "rest", "HEAD": "rest"}, [["1", "2"]])):
             found = router.find(path.split("/") if path else [])
             self.assertEqual((found[0], list(found[1])), (methods, args), path)
@@ -2979,22 +2832,16 @@ class PureAccess(Case):
         access = gaffer.Access(hosts=["Box.example.org.", "b"])
         forbidden, bad = gaffer.ForbiddenHost, gaffer.BadRequest
         for answer, hosts in {
-            None: "localhost localhost:5000 localhost: LOCALHOST LocalHost:1 localhost. "
-                  "foo.localhost a.b.localhost:80 127.0.0.1 127.0.0.1:80 10.1.2.3 255.255.255.255 "
-                  "[::1] [::1]:5000 [fe80::1] [::ffff:1.2.3.4] box.example.org "
-                  "BOX.example.org.:80 b b:65535",
-            forbidden: "example.com example.com:5000 0.0.0.0 0.0.0.0:5000 [::] [::]:80 "
-                       "[0:0:0:0:0:0:0:0] [::ffff:0.0.0.0] localhost.example.com xlocalhost "
-                       "2130706433 127.1 0x7f.0.0.1 0177.0.0.1 127.0.0.1.example.com "
-                       "x.box.example.org example.org 127.0.0.1.. 127.0.0.01 1.2.3 localhost.. "
-                       "%6cocalhost",
-            bad: ":5000 a@b localhost:x localhost:99999 localhost:65536 localhost:-1 localhost:+1 "
-                 "[::1 ::1 [] [1.2.3.4] [:::] [::1]x [::1]:x localhost:80:80 [fe80::1%25eth0] "
-                 "localhost/ http://localhost localhost?x localhost#x \\ \"localhost\" "
-                 "<localhost> l\xf6calhost",
+            None: "localhost LocalHost:1 localhost. a.b.localhost:80 127.0.0.1:80 10.1.2.3 [::1] "
+                  "[fe80::1]:5000 [::ffff:1.2.3.4] box.example.org BOX.example.org.:80 b:65535",
+            forbidden: "example.com:5000 0.0.0.0 [::]:80 [0:0:0:0:0:0:0:0] [::ffff:0.0.0.0] "
+                       "localhost.example.com xlocalhost 2130706433 127.1 0x7f.0.0.1 0177.0.0.1 "
+                       "x.box.example.org example.org 127.0.0.1.. %6cocalhost",
+            bad: ":5000 a@b localhost:x localhost:65536 localhost:-1 localhost:+1 [::1 ::1 [] "
+                 "[1.2.3.4] [::1]x localhost:80:80 [fe80::1%25eth0] localhost/ localhost?x "
+                 "localhost#x \"localhost\" l\xf6calhost",
         }.items():
-            more = ["", "local host", "localhost, a.example",
-                    "b:" + "9" * 5000] if answer is bad else []
+            more = ["", "localhost, a.example", "b:" + "9" * 5000] if answer is bad else []
             self.assertTable(lambda host: access.check_host(pure_request(host=host)),
                              ((host, answer) for host in hosts.split() + more))
         access.check_host(pure_request(host=None, version="1.0"))
@@ -3026,24 +2873,19 @@ class PureAccess(Case):
         more = gaffer.Access(origins=["https://App.example/", "http://two.example:8080"])
         for access, allowed, origins in (
                 (plain, True, (
-                    None, "http://localhost", "https://localhost", "http://localhost:3000",
-                    "http://127.0.0.1:1", "http://[::1]:8080", "https://[::1]",
+                    None, "https://localhost", "http://127.0.0.1:1", "https://[::1]",
                     "HTTP://LocalHost:3000", "http://box:5000")),
                 (plain, False, (
                     "null", "", "http://example.com", "http://box", "http://box:5001",
-                    "https://box",
                     "ws://box:5000", "http://localhost.example.com", "http://localhost/",
-                    "http://localhost:3000/x", "http://xlocalhost", "http://127.0.0.1.example.com",
-                    "http://127.0.0.2", "file://", "ftp://localhost", "localhost",
+                    "http://xlocalhost", "http://127.0.0.2", "file://", "localhost",
                     "http://localhost:80@evil.example", "http://localhost:3000 http://evil.example",
-                    "http://localhost.", "http://foo.localhost", "http://::1",
-                    "chrome-extension://abc", "https://app.example")),
-                (more, True, ("https://app.example", "https://APP.example",
-                              "http://two.example:8080", "http://localhost:1")),
+                    "http://foo.localhost", "http://::1", "chrome-extension://abc")),
+                (more, True, ("https://APP.example", "http://two.example:8080",
+                              "http://localhost:1")),
                 (more, False, ("http://app.example", "https://app.example:444",
-                               "http://two.example",
-                               "https://app.example.evil")),
-                (every, True, ("http://example.com", "null", "https://x:1"))):
+                               "http://two.example")),
+                (every, True, ("null", "https://x:1"))):
             self.assertTable(lambda origin, access=access: self.origin(origin, access),
                              ((origin, allowed) for origin in origins))
         self.assertRaises(gaffer.StartError, gaffer.Access, origins=["x"])
@@ -3057,8 +2899,7 @@ class PureAccess(Case):
                  "http://box:443 http://x:443"), ("box:443", "https://box", ""),
                 ("gaffer.test:80", "http://gaffer.test", ""),
                 ("127.0.0.1:5000", "https://gaffer.test http://gaffer.test:80",
-                 "https://gaffer.test:8443 http://10.0.0.9"), ("[::1]:5000", "https://[::1]:5000",
-                                                               "")):
+                 "https://gaffer.test:8443 http://10.0.0.9")):
             for secure, allowed in itertools.product((False, True), repeat=2):
                 for origin in (yes if allowed else no).split():
                     self.assertEqual(self.origin(origin, proxied, host, secure), allowed, origin)
@@ -3083,14 +2924,12 @@ class PureAccess(Case):
             return "Basic " + base64.b64encode(data).decode()
         self.assertTable(lambda text: access.check_token(pure_request("Authorization: " + text)), (
             *((text, None) for text in (
-                "Bearer " + wire, "bearer " + wire, "BEARER   " + wire, basic(b"user:" + secret),
+                "Bearer " + wire, "BEARER   " + wire, basic(b"user:" + secret),
                 basic(b":" + secret), "basic" + basic(b"x:" + secret)[5:])),
             *((text, gaffer.Unauthorized) for text in (
-                "", "Bearer", "Bearer ", "Bearer x", "Bearer s\xe9cret:1", wire, "Token " + wire,
-                "Bearer " + wire[:-1], "Bearer " + wire + "1", basic(secret), basic(b"x"),
-                basic(b""),
-                basic(b"user:"), basic(secret + b":"), "Basic !", "Basic \xe9", "Basic a",
-                basic(b"x:" + secret) + "!", "Basic x:" + wire, "Bearer" + wire))))
+                "", "Bearer ", "Bearer x", wire, "Token " + wire, "Bearer " + wire[:-1],
+                "Bearer " + wire + "1", "Bearer" + wire, basic(secret), basic(b"user:"), "Basic !",
+                "Basic \xe9", basic(b"x:" + secret) + "!", "Basic x:" + wire))))
         self.assertRaises(gaffer.Unauthorized, access.check_token, pure_request())
         gaffer.Access().check_token(pure_request())
         with self.assertRaises((gaffer.Unauthorized, ValueError, gaffer.StartError)):
@@ -3112,11 +2951,10 @@ class PureAccess(Case):
         for answer, table in (
                 (gaffer.ForbiddenOrigin, (
                     "GET cross-site no-cors image", "GET cross-site navigate iframe",
-                    "GET cross-site no-cors script", "GET cross-site no-cors empty",
                     "HEAD cross-site no-cors empty", "POST cross-site navigate document")),
                 (None, ("GET cross-site navigate document", "GET cross-site navigate",
-                        "GET same-origin no-cors image", "POST same-origin cors empty",
-                        "GET none navigate document", "GET same-site no-cors image", "GET"))):
+                        "POST same-origin cors empty", "GET none navigate document",
+                        "GET same-site no-cors image", "GET"))):
             for method, *rest in map(str.split, table):
                 lines = ["Sec-Fetch-%s: %s" % pair for pair in zip(("Site", "Mode", "Dest"), rest)]
                 request = pure_request(*lines, method=method)
@@ -3217,7 +3055,7 @@ class PureSse(Case):
         rng = random.Random(10)
         fixed = "a\r\n\r\r\n\n\xe9\u20ac\r\n\rend".encode()
         cases = [(fixed, itertools.accumulate(map(len, pieces))) for pieces in pure_drip(fixed)]
-        for _ in range(600):
+        for _ in range(300):
             data = pure_bytes(rng, rng.randrange(40))
             cases.append((data, sorted(rng.choices(range(len(data) + 1), k=rng.randrange(12)))))
         for data, ends in cases:
@@ -3293,8 +3131,8 @@ class PureWebSocket(Case):
                 (2, upgrade, ["Sec-WebSocket-Version: " + text for text in ("8", "13, 8")]),
                 (2, upgrade, ["X: y"]), (3, bad, ["X: y"]),
                 (3, bad, ["Sec-WebSocket-Key: " + text for text in (
-                    "", "x", "dGhl", "dGhlIHNhbXBsZSBub25jZQ", "dGhlIHNhbXBsZSBub25jZQ==!",
-                    "dGhlIHNhbXBsZSBub25jZTEyMw==", "\xe9")])):
+                    "", "dGhl", "dGhlIHNhbXBsZSBub25jZQ==!", "dGhlIHNhbXBsZSBub25jZTEyMw==",
+                    "\xe9")])):
             self.assertTable(lambda line, at=number: dict(gaffer.websocket_accept(
                 pure_request(*lines[:at], line, *lines[at + 1:]))),
                 ((line, error or accepted) for line in values))
@@ -3302,12 +3140,12 @@ class PureWebSocket(Case):
                          (({"method": "POST"}, bad), ({"version": "1.0"}, bad)))
 
     def test_frames(self):
-        for size, head in ((0, b"\x82\x00"), (125, b"\x82\x7d"), (126, b"\x82\x7e\x00\x7e"),
+        for size, head in ((125, b"\x82\x7d"), (126, b"\x82\x7e\x00\x7e"),
                            (65535, b"\x82\x7e\xff\xff"), (65536, b"\x82\x7f\0\0\0\0\0\x01\0\0")):
             self.assertEqual(gaffer.frame(2, b"x" * size), head + b"x" * size)
         self.assertEqual(gaffer.close_frame(1000), b"\x88\x02\x03\xe8")
         self.assertEqual(gaffer.close_frame(1013, "dropped 5"), b"\x88\x0b\x03\xf5dropped 5")
-        for text in ("x" * 200, "\xe9" * 200, "x" + "\u20ac" * 200, "xy" + "\U0001f600" * 200):
+        for text in "x" * 200, "x" + "\u20ac" * 200, "xy" + "\U0001f600" * 200:
             made = gaffer.close_frame(1000, text)
             self.assertEqual(made[1], len(made) - 2)
             self.assertIn(made[1], range(122, 126))
@@ -3333,7 +3171,7 @@ class PureWebSocket(Case):
     def test_random(self):
         """Of every size, however they come."""
         rng = random.Random(15)
-        for number in range(100):
+        for number in range(50):
             wire, wanted, most = b"", [], 40000 if number < 3 else 20
             for _ in range(rng.randrange(1, 6)):
                 text, opcode = pure_bytes(rng, rng.randrange(30), False), rng.choice((1, 2))
@@ -3356,20 +3194,18 @@ class PureWebSocket(Case):
         for code, wires in (
                 (1002, (
                     b"\xc1\x80" + mask, b"\xa1\x80" + mask, b"\x91\x80" + mask,     # reserved bits
-                    *(frame(opcode, b"") for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)),
-                    b"\x81\x01x", b"\x88\x00", b"\x81\x00",                         # no mask
+                    *(frame(opcode, b"") for opcode in (3, 7, 11, 15)),
+                    b"\x81\x01x", b"\x88\x00",                                     # no mask
                     frame(9, b"x" * 126), frame(9, b"x", False), frame(8, b"", False),
-                    frame(8, b"\x03\xe8" + b"x" * 124), frame(8, b"\x03"),
-                    frame(0, b"x"), frame(0, b"x", False),                  # what does it continue?
+                    frame(8, b"\x03"), frame(0, b"x"), frame(0, b"x", False),
                     frame(1, b"a", False) + frame(1, b"b"), frame(1, b"a", False) + frame(2, b"b"),
                     b"\x82\xfe\x00\x7d" + mask,                # a size in too many bytes
-                    *(b"\x82\xff" + struct.pack("!Q", size) + mask for size in (5, 65535, 1 << 63)),
+                    *(b"\x82\xff" + struct.pack("!Q", size) + mask for size in (65535, 1 << 63)),
                     *(frame(8, struct.pack("!H", number)) for number in (
-                        0, 1, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)))),
+                        0, 999, 1004, 1005, 1006, 1015, 2999, 5000)))),
                 (1007, (
                     *(frame(1, data) for data in (
-                        b"a\xffb", b"a\xe2\x82", b"\xc0\xaf", b"\xe0\x80\xaf", b"\xed\xa0\x80",
-                        b"\xf4\x90\x80\x80")),
+                        b"a\xffb", b"a\xe2\x82", b"\xc0\xaf", b"\xed\xa0\x80")),
                     frame(1, b"\xe2", False) + frame(0, b"\x82"), frame(8, b"\x03\xe8\xff"))),
                 (1009, (frame(2, b"x" * 1001), frame(2, b"x" * 1001)[:8], huge,
                         frame(2, b"x" * 600, False) + frame(0, b"x" * 401)))):
@@ -3384,7 +3220,7 @@ class PureWebSocket(Case):
             ("text", ""), ("fail", 1002)])
 
     def test_close(self):
-        for code in (*range(1000, 1004), *range(1007, 1015), 3000, 3999, 4000, 4999):
+        for code in (1000, 1003, 1007, 1014, 3000, 4999):
             wire = self.frame(8, struct.pack("!H", code)) + self.frame(9, b"")
             self.assertEqual(pure_decode([wire]), [("close", code, "")])
         self.assertTable(lambda data: pure_decode([self.frame(8, data) + self.frame(1, b"x")]), (
@@ -3400,11 +3236,9 @@ class PureWebSocket(Case):
 
     def test_utf8_fails_fast(self):
         """At the first byte after which no text can be valid, though the frame is not whole."""
-        for tail, bad in ((b"\xe2\xc0", 1), (b"\xf0\xc1", 1), (b"\xe2\x82\xc0", 2),
-                          (b"\xe0\x9f", 1),
+        for tail, bad in ((b"\xe2\xc0", 1), (b"\xe2\x82\xc0", 2), (b"\xe0\x9f", 1),
                           (b"\xed\xa0\x80", 2), (b"\xf0\x8f", 1), (b"\xf4\x90", 1), (b"\xf5", 0),
-                          (b"\xc0", 0), (b"\x80", 0), (b"\xc3\x28", 1), (b"\xf1\x80\x80\xc0", 3),
-                          (b"\xe1\x80\xe1", 2), (b"\xf1\x80\x80\x80\xff", 4)):
+                          (b"\xc0", 0), (b"\x80", 0), (b"\xf1\x80\x80\x80\xff", 4)):
             wire = self.frame(1, b"ok \xe2\x82\xac" + tail + b"x" * 10)
             decoder = gaffer.WebSocketDecoder(1000)
             failed = [place for place, byte in enumerate(wire) if list(decoder.feed(bytes([byte])))]
@@ -3415,19 +3249,18 @@ class PureWebSocket(Case):
         for opcode, piece in itertools.product((1, 2), (b"", b"ab")):
             decoder, wire = gaffer.WebSocketDecoder(100000), self.frame(0, piece, False) * 100
             with traced() as memory:
-                for part in [self.frame(opcode, b"", False)] + [wire] * 40:
+                for part in [self.frame(opcode, b"", False)] + [wire] * 10:
                     self.assertEqual(list(decoder.feed(part)), [])
-                self.assertLess(memory()[0], 8000 * len(piece) + 10000)
+                self.assertLess(memory()[0], 2000 * len(piece) + 10000)
             self.assertEqual(bytes(next(decoder.feed(self.frame(0, b"cd")))[1],
                                    *["utf-8"][opcode - 1:]),
-                             piece * 4000 + b"cd")
+                             piece * 1000 + b"cd")
 
     def test_portions(self):
         """Many small frames must not keep other connections waiting."""
         most, begin = gaffer.FRAMES_PER_TURN, self.frame(1, b"", False)
         for first, wire, counts in (
-                (b"", self.frame(9, b""), [most, most, 3]), (b"", self.frame(1, b""),
-                                                             [most, most, 3]),
+                (b"", self.frame(9, b""), [most, most, 3]),
                 (begin, self.frame(0, b"", False), [0, 0, 0])):
             decoder, found = gaffer.WebSocketDecoder(100), []
             data = first + wire * (2 * most + 3)
@@ -3998,7 +3831,6 @@ class ProcessCase(ServerCase):
 
 
 PROCESS_LATE = {"graceful_timeout": 0.1}
-PROCESS_FLAPS = {"flapping": PROCESS_ONCE}
 PROCESS_SIGWAIT = "\nsignal.sigwait([])"
 # name: (Python code, or a script of the shell, fields, what it says first, (exit status, signal)
 # after the stop or None where it exits by itself, what else it says, None if that is not compared)
@@ -4011,50 +3843,17 @@ PROCESS_HOSTILE = {
         {}, b"ready\n", (3, 0), b"bye\n"),
     "grandchild ignores TERM": (
         PROCESS_LEAVES, PROCESS_LATE, b"ready\n", (0, 15), b""),
-    "double fork in the same group": ("""
-        import os, signal
-        if os.fork() == 0:
-            if os.fork() == 0:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                print('ready')
-                signal.sigwait([])
-            os._exit(0)
-        os.wait()
-        signal.sigwait([])
-        """, PROCESS_LATE, b"ready\n", (0, 15), b""),
     "grandchild that ignores TERM holds the pipe": (
         {"cmd": '(trap "" TERM; exec sleep 60) & echo last', "shell": True},
-        {**PROCESS_LATE, **PROCESS_FLAPS}, b"last\n", None, b""),
-    "exits in a millisecond": (
-        {"cmd": "echo last; exit 7", "shell": True}, PROCESS_FLAPS, b"last\n", None, b""),
-    "exits without a word": ({"cmd": "exit 7", "shell": True}, PROCESS_FLAPS, b"", None, b""),
+        dict(PROCESS_LATE, flapping=PROCESS_ONCE), b"last\n", None, b""),
     "crashes with a full pipe": (
         "import os\nos.write(1, b'x' * 60000 + b'last words')\nos.kill(os.getpid(), 9)",
-        PROCESS_FLAPS, b"x" * 60000, None, b"last words"),
+        {"flapping": PROCESS_ONCE}, b"x" * 60000, None, b"last words"),
     "closes everything": (
         "import os, signal\nos.write(1, b'last')\nos.closerange(0, 100)" + PROCESS_SIGWAIT,
         {}, b"last", (0, 15), b""),
-    "leaves 50 zombies": ("""
-        import os, signal
-        for i in range(50):
-            if os.fork() == 0:
-                os._exit(0)
-        os.write(1, b'ready')
-        signal.sigwait([])
-        """, {}, b"ready", (0, 15), b""),
-    "forks when told to end": (PROCESS_AWAITS_TERM + textwrap.dedent("""
-        os.write(1, b'ready')
-        while True:
-            signal.sigwait([signal.SIGTERM])
-            if os.fork() == 0:
-                os.write(1, b'!')
-                signal.sigwait([])
-        """), {"graceful_timeout": 0.2}, b"ready", (0, 9), b"!"),
     "is stopped": (
         "import os\nprint('ready')\nos.kill(os.getpid(), 19)", {}, b"ready\n", (0, 15), b""),
-    "is stopped and ignores TERM": (
-        PROCESS_IGNORES_TERM + "print('ready')\nos.kill(os.getpid(), 19)" + PROCESS_SIGWAIT,
-        PROCESS_LATE, b"ready\n", (0, 9), b""),
     "writes without end": (
         "import os\nwhile True: os.write(1, b'x' * 65536)", {}, b"x", (0, 15), None),
 }
@@ -4064,10 +3863,10 @@ class ProcessHostile(ProcessCase):
     """Of each of these children nothing is left when its stop returns, and its last bytes can be
     read."""
 
-    def endure(self, names):
-        for number, row in enumerate(names):
+    def test_table(self):
+        for number, (row, (command, options, ready, end, rest)) in enumerate(
+                PROCESS_HOSTILE.items()):
             with self.subTest(row):
-                command, options, ready, end, rest = PROCESS_HOSTILE[row]
                 name = "x%d" % number
                 self.add(name, command if isinstance(command, dict) else python(command), **options)
                 event = self.spawned(name)
@@ -4084,28 +3883,18 @@ class ProcessHostile(ProcessCase):
                     self.assertEqual(self.poll(pid), ready + rest)
                 self.assertEqual(exited["os_pid"], group)
                 self.assertIsNone(process_state(group), "the process is reaped")
-                self.delete(name)
-
-    def test_table(self):
-        self.endure(PROCESS_HOSTILE)
-
-    @unittest.skipUnless(hasattr(os, "pidfd_open"), "has run so already: here children are polled")
-    def test_polled(self):
-        with unittest.mock.patch("os.pidfd_open", side_effect=OSError(errno.ENOSYS, "no")):
-            self.endure(name for name in PROCESS_HOSTILE
-                        if re.search("TERM|milli|full|closes every|exits$", name))
 
     def test_works_on_behind_its_shell(self):
         """Output is read as long as something of the process's group is left."""
         code = PROCESS_AWAITS_TERM + textwrap.dedent("""
             print('ready', flush=True)
             signal.sigwait([signal.SIGTERM])
-            signal.sigtimedwait([], 0.5)
+            signal.sigtimedwait([], 0.3)
             print('saved', flush=True)
             """)
         command = "%s -I -S -c %s; true" % (PYTHON, shlex.quote(code))
         for way in "stop", "exit":
-            with self.subTest(way), unittest.mock.patch("gaffer.DRAIN_TIME", 0.2):
+            with self.subTest(way), unittest.mock.patch("gaffer.DRAIN_TIME", 0.1):
                 pid, = self.add("x", command, shell=True)
                 group, = self.os_pids("x")
                 self.poll(pid, b"ready\n")
@@ -4117,22 +3906,20 @@ class ProcessHostile(ProcessCase):
 
     def test_leaves_the_group(self):
         """It cannot be stopped, and is reported by its number."""
-        code = """
-            import os, signal
-            if os.fork() == 0:
-                os.%s
-                print(os.getpid())
-            signal.sigwait([])
-            """
         for way in "setsid()", "setpgid(0, 0)":
             with self.subTest(way):
-                pid, = self.add("x", python(code % way))
+                pid, = self.add("x", python("""
+                    import os, signal
+                    if os.fork() == 0:
+                        os.%s
+                        print(os.getpid())
+                    signal.sigwait([])
+                    """ % way))
                 escaped = int(self.poll(pid, b"\n"))
                 with self.assertLogs("gaffer", logging.WARNING) as logs:
                     self.stop("x", self.os_pids("x")[0])
-                self.assertTrue(alive(escaped))
                 self.assertIn("os pid %d left its process group" % escaped, logs.output[0])
-                os.kill(escaped, signal.SIGKILL)
+                os.kill(escaped, signal.SIGKILL)        # it lives
                 until(lambda escaped=escaped: not alive(escaped), "the end of what escaped")
                 self.delete("x")
 
@@ -4161,10 +3948,6 @@ class ProcessHostile(ProcessCase):
         self.post("%d/_signal/USR1" % pid)
         digest = hashlib.sha1(b"".join(parts)).hexdigest()
         self.assertEqual(self.poll(pid).decode(), "ready\n1048576 %s\n" % digest)
-        pid, = self.add("y", "sleep 60", redirect_input=True)
-        self.send(pid, b"1" * (1 << 20))
-        self.stop("y", self.os_pids("y")[0])
-        refused(403, "forbidden_write")
         pid, = self.add("z", python("import os, signal\nos.close(0)\nprint('ready')"
                                     + PROCESS_SIGWAIT), redirect_input=True)
         self.poll(pid, b"ready\n")
@@ -4356,21 +4139,6 @@ class ProcessClock(Case):
 class ProcessTimes(ProcessClock):
     """What is a matter of seconds."""
 
-    def test_growing_delay(self):
-        """None the first time, then 100 ms doubling to 10 s."""
-        self.manager.add_process("x", "false")
-        self.settle()
-        delays = []
-        for spawns in range(2, 11):
-            status = self.status()
-            self.assertEqual((status["state"], status["running"]), ("backoff", 0))
-            delays.append(status["next_try"])
-            self.advance(delays[-1] - 0.001, settle=True)
-            self.assertEqual(self.count("spawn"), spawns)
-            self.advance(0.001, settle=True)
-            self.assertEqual(self.count("spawn"), spawns + 1)
-        self.assertEqual(delays, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10])
-
     def test_delay_is_forgotten(self):
         """Back to no delay once a process has lived 10 s; 9 s are not enough."""
         self.manager.add_process("x", "cat", redirect_input=True)
@@ -4393,23 +4161,18 @@ class ProcessTimes(ProcessClock):
                     (lambda: manager.stop_template("x"), 0),
                     (lambda: manager.scale("x", -1), 0),
                     (lambda: manager.delete_process("x"), 0),
-                    (lambda: manager.update_process("x", {"cmd": "true x", "restart": "never"}), 1),
-                    (lambda: manager.update_process("x", {"cmd": "false", "start": False}), 0)):
+                    (lambda: manager.update_process("x", {"cmd": "true x", "restart": "never"}),
+                     1)):
                 manager.add_process("x", "false", flapping=flapping)
                 self.settle()
                 self.assertEqual(self.status()["state"], state)
                 before = self.count("spawn")
                 end()
-                for _ in range(3):
-                    self.settle()
-                    self.assertEqual(self.count("spawn") - before, starts)
-                    self.advance(100, settle=True)
+                self.settle()
+                self.advance(100, settle=True)
+                self.assertEqual(self.count("spawn") - before, starts)
                 if "x" in manager.templates:
                     manager.delete_process("x")
-        manager.add_process("x", "false")
-        self.settle()
-        manager.stop()
-        self.ended()
 
     def test_flapping(self):
         """The defaults: 2 exits within 1 s, a pause of 7 s, 5 times; then it is stopped for good,
@@ -4417,9 +4180,7 @@ class ProcessTimes(ProcessClock):
         self.manager.add_process("x", "false", flapping={})
         twice = ["spawn", "exit"] * 2
         for act, first in ((None, ["create", "start"]),
-                           (lambda: self.manager.start_template("x"), ["start"]),
-                           (lambda: self.manager.update_process("x", {
-                               "cmd": "false x", "flapping": {}, "start": True}), ["update"])):
+                           (lambda: self.manager.start_template("x"), ["start"])):
             if act is not None:
                 self.seen.clear()
                 act()
@@ -4513,7 +4274,6 @@ class ProcessTimes(ProcessClock):
         """Each signal after its seconds, then SIGKILL each second; a kill skips what is left."""
         for fields, kill, wanted in (
                 ({}, None, [(0, 15), (0, 18), (10, 9), (11, 9)]),
-                ({"graceful_timeout": 0}, None, [(0, 15), (0, 18), (0, 9), (1, 9)]),
                 ({"stop_signal": [["INT", 5], ["QUIT", 2.5]]}, None,
                  [(0, 2), (0, 18), (5, 3), (5, 18), (7.5, 9), (8.5, 9)]),
                 ({"graceful_timeout": 3}, 1, [(0, 15), (0, 18), (1, 9), (2, 9)])):
@@ -4604,28 +4364,6 @@ class ProcessTimes(ProcessClock):
             for os_pid in os_pids:
                 os.kill(os_pid, signal.SIGKILL)
                 os.waitpid(os_pid, 0)
-
-    def test_polls_of_a_group(self):
-        """Less and less often, up to one a second."""
-        class Table(gaffer.ProcfsTable):
-            times = []
-
-            def groups(table, wanted):
-                table.times.append(round(self.now - 1000, 3))
-                return super().groups(wanted)
-        self.begin(process_table=Table())
-        self.manager.add_process("x", graceful_timeout=60, **PROCESS_LEAVES)
-        self.read(1, b"ready")
-        process = self.manager.find_process(1)
-        self.manager.stop_template("x")
-        self.wait("exit")
-        for _ in range(1000):
-            self.advance(0.01)
-        times = list(Table.times)
-        os.killpg(process.os_pid, signal.SIGKILL)
-        until(lambda: self.advance(1) or not self.status()["stopping"], "its end")
-        pauses = [round(after - before, 2) for before, after in zip(times, times[1:])]
-        self.assertEqual((times[0], pauses[:2], set(pauses[-5:])), (0.02, [0.03, 0.05], {1}))
 
     def test_probes(self):
         """The first 0.1 s after the spawn, the next 1 s after a failure; each may take 5 s."""
@@ -4735,17 +4473,6 @@ class ProcessPolicies(ProcessClock):
                 self.assertEqual(self.count("spawn") - starts, runs)
         self.assertEqual(handle.wait(TIMEOUT)["exit_status"], 0)
 
-    def test_restart_delay(self):
-        """A number of seconds is always that, also the first time and with flapping."""
-        for flapping in None, {"attempts": 5}:
-            self.begin()
-            self.manager.add_process("x", "true", restart_delay=3, flapping=flapping)
-            self.settle()
-            for _ in range(9):
-                self.advance(1, settle=True)
-            times = [round(when - 1000, 3) for when, kind, _ in self.seen if kind == "spawn"]
-            self.assertEqual(times, [0, 3, 6, 9])
-
 
 class ProcessSchedules(ProcessClock):
     """Schedules, on a clock and a wall clock that the tests move apart."""
@@ -4774,9 +4501,9 @@ class ProcessSchedules(ProcessClock):
         return [after - before for before, after in zip(counts, counts[1:])]
 
     def test_interval_and_cron(self):
-        for schedule, command, first, last, steps, runs in (
-                ("every 90s", "true", 90, 450, (89, 1, 89, 1, 90), [0, 1, 0, 1, 1]),
-                ("10,30 * * * *", "false", 600, 4200, (599, 1, 1199, 1), [0, 1, 0, 1])):
+        for schedule, command, first, steps, runs in (
+                ("every 90s", "true", 90, (89, 1, 89, 1, 90), [0, 1, 0, 1, 1]),
+                ("10,30 * * * *", "false", 600, (599, 1, 1199, 1), [0, 1, 0, 1])):
             with self.subTest(schedule):
                 self.begin()
                 self.manager.add_process("x", command, schedule=schedule)
@@ -4790,8 +4517,6 @@ class ProcessSchedules(ProcessClock):
                 self.assertEqual(self.kinds()[1:5], ["start", "spawn", "exit", end])
                 status = self.status()
                 self.assertEqual((status["state"], status["outcome"]), ("scheduled", outcome))
-                if last != 450:
-                    self.assertEqual(status["next_runs"], [self.START + last])
 
     def test_a_run_that_still_goes_on(self):
         self.manager.add_process("x", "cat", redirect_input=True, schedule="every 60s")
@@ -4830,7 +4555,7 @@ class ProcessSchedules(ProcessClock):
     def test_the_clock_jumps(self):
         """A jump costs one run at most, a day forward and a day back."""
         for jump, (schedule, seconds) in itertools.product((86400, -86400), (
-                ("@hourly", 3600), ("every 1h", 3600), ("0 9 * * *", 86400))):
+                ("@hourly", 3600), ("every 1h", 3600))):
             with self.subTest(jump=jump, schedule=schedule):
                 self.begin()
                 self.manager.add_process("x", "true", schedule=schedule)
@@ -4898,13 +4623,8 @@ class ProcessAttributes(ProcessCase):
         soft, hard = (str(each) for each in resource.getrlimit(resource.RLIMIT_NOFILE))
         for number, (fields, limit, wanted) in enumerate((
                 ({}, "nofile", {2: soft, 3: hard, 4: "4"}),
-                ({"umask": "077"}, "nofile", {0: "0o77", 2: soft, 4: "4"}),
                 ({"nice": own + 3}, "nofile", {1: str(own + 3), 4: "4"}),
-                ({"limits": {"nofile": 100}}, "nofile", {2: "100", 3: "100", 4: "4"}),
                 ({"limits": {"nofile": [100, 200], "core": 0}}, "nofile", {2: "100", 3: "200"}),
-                ({"limits": {"core": 0}}, "core", {2: "0", 3: "0"}),
-                ({"limits": {"nproc": [500, 600]}}, "nproc", {2: "500", 3: "600"}),
-                ({"limits": {"fsize": 1 << 20}}, "fsize", {2: "1048576", 3: "1048576"}),
                 ({"limits": {"as": [gib, 2 * gib]}}, "as", {2: str(gib), 3: str(2 * gib)}),
                 ({"limits": {"cpu": [5, "unlimited"]}}, "cpu", {2: "5", 3: "-1"}),
                 ({"umask": "027", "nice": own + 1, "limits": {"nofile": 99},
@@ -5031,11 +4751,11 @@ class ProcessAttributes(ProcessCase):
             """
         both, pair = ("master ", "worker "), ["master SIGTERM", "worker SIGTERM"]
         for number, (fields, words, end) in enumerate((
-                ({"stop_signal": [["INT", 0.2], ["QUIT", 0.2], ["TERM", 9]]},
+                ({"stop_signal": [["INT", 0.1], ["QUIT", 0.1], ["TERM", 9]]},
                  [each + name for name in ("SIGINT", "SIGQUIT", "SIGTERM") for each in both],
                  (0, 0)),
                 ({"stop_group": False}, pair, (0, 0)),
-                ({"stop_group": False, "stop_signal": [["INT", 0.2]]}, ["master SIGINT"], (0, 9)))):
+                ({"stop_group": False, "stop_signal": [["INT", 0.1]]}, ["master SIGINT"], (0, 9)))):
             with self.subTest(fields=fields):
                 name = "x%d" % number
                 pid, = self.add(name, python(code), **fields)
@@ -5109,7 +4829,7 @@ class ProcessPrograms(ProcessCase):
         config = """
             daemon off; pid nginx.pid; error_log stderr notice; worker_processes 2;
             events {} http { access_log off; server { listen 127.0.0.1:%d; root .;
-            location /big { limit_rate 512k; } location = / { return 200 "%s"; } } }"""
+            location /big { limit_rate 1m; } location = / { return 200 "%s"; } } }"""
         path = self.file("nginx.conf", config % (self.port, "one"))
         self.begin("%s -p . -c %s" % (self.program("nginx", "/usr/sbin/nginx"), path),
                    "start worker process ", stop_signal="QUIT", stop_group=False)
@@ -5238,7 +4958,8 @@ class ProcessPrograms(ProcessCase):
         self.post("x/_signal/HUP")
         self.words("Received SIGHUP; restarting.\r\nServer listening")
         sock, banner = self.get(b"")
-        self.assertIn("Received signal 15; terminating", self.end())
+        with unittest.mock.patch("gaffer.DRAIN_TIME", 0.1):     # the connection holds a pipe
+            self.assertIn("Received signal 15; terminating", self.end())
         sock.sendall(banner)
         self.assertTrue(sock.recv(1000))
 
@@ -5268,6 +4989,10 @@ class ProcessTemplate(ProcessCase):
                 ("printf '%s|' 'b c' $OWN $N*", {"env": {"N": 0.5}}, "b c|ours|0.5*|"),
                 ("echo $# \"$1\" $((1+1)) $0", {"shell": True, "args": ["$X"]}, "1 $X 2 sh\n"),
                 ("env", only, "A=\u00e4\U0001f600\nN=5\nPYTHONUNBUFFERED=1\n"),
+                ("env", {"os_env": False, "custom_streams": ["a"]},     # takes another way
+                 "GAFFER_STREAMS=a\nPYTHONUNBUFFERED=1\n"),
+                ("env", {"os_env": False, "custom_streams": ["a"], "env": {"LC_CTYPE": "xx_YY"}},
+                 "GAFFER_STREAMS=a\nLC_CTYPE=xx_YY\nPYTHONUNBUFFERED=1\n"),
                 ("sh -c 'pwd; echo $$GAFFER_TOKEN'", {"cwd": self.folder}, self.folder + "\n\n"))):
             with self.subTest(cmd):
                 said = self.output("x%d" % number, cmd, **fields)
@@ -5335,26 +5060,13 @@ class ProcessTemplate(ProcessCase):
         self.assertEqual(self.output("x", python(code), "all", redirect_output=["all", "all"]),
                          "".join("%d\n" % number for number in range(1000)))
 
-    def test_wide_pipe(self):
-        """A pipe that was full is widened."""
-        pid, = self.add("x", python("""
-            import fcntl, os
-            os.write(1, b"x" * 65536)
-            os.read(0, 1)
-            os.write(1, b"%d\\n" % fcntl.fcntl(1, 1032))
-            """), redirect_input=True, restart="never")
-        self.poll(pid, b"x" * 65536)
-        self.send(pid, b"!")
-        self.assertEqual(int(self.poll(pid, b"\n", since=65536)), 262144)
-
     def test_custom_streams(self):
         """Descriptors from 3 on, both ways, with an end of file each way of its own."""
-        labels = ["control", "data.1"] + ["s%d" % number for number in range(14)]
+        labels = ["control", "data.1", "third"]
         pid, = self.add("x", python("""
             import os
             print(os.environ['GAFFER_STREAMS'])
-            for fd in range(5, 19):
-                os.write(fd, b'%d' % fd)
+            os.write(5, b'five')
             for fd, word in ((3, b'three:'), (4, b'four:')):
                 while True:
                     data = os.read(fd, 100)
@@ -5364,9 +5076,8 @@ class ProcessTemplate(ProcessCase):
                 os.close(fd)
             os.read(0, 1)
             """), custom_streams=labels, redirect_input=True, restart="never")
-        self.poll(pid, ",".join(labels).encode() + b"\n")
-        for fd, label in enumerate(labels[2:], 5):
-            self.assertEqual(self.poll(pid, b"%d" % fd, label), b"%d" % fd)
+        self.poll(pid, b"control,data.1,third\n")
+        self.poll(pid, b"five", "third")
         for label, word in ("control", b"three:"), ("data.1", b"four:"):
             for text in b"one", b"two":
                 self.send(pid, text, label)
@@ -5397,11 +5108,8 @@ class ProcessTemplate(ProcessCase):
 
     def test_detach(self):
         """It survives gaffer's end alone, with its output on /dev/null; nobody waits for it."""
-        for fields in {"redirect_output": ["stdout"]}, {"redirect_input": True}:
-            self.refused(dict(fields, name="x", cmd="sleep 60", detach=True), next(iter(fields)))
         self.add("x", "sleep 60", detach=True)
         self.stop("x", self.os_pids("x")[0])
-        self.assertEqual(self.exit_of(1)["term_signal"], signal.SIGTERM)
         handle = self.manager.add_process("y", "sleep 60", detach=True)
         self.add("z", "sleep 60")
         (os_pid,), (other,) = self.os_pids("y"), self.os_pids("z")
@@ -5434,14 +5142,12 @@ class ProcessActions(ProcessCase):
 
     # (template fields, requests, events in this order)
     ORDERS = (
-        ({}, [], "create start spawn spawn"),
         ({"start": False}, ["POST /_start", "POST /_start"], "create start spawn spawn"),
         ({}, ["POST /_stop?wait=true"] * 2,
          "create start spawn spawn stop stop_pid stop_pid exit exit"),
-        ({"start": False}, ["POST /_stop"], "create"),
+        ({"start": False}, ["POST /_stop", "POST /_add/2"], "create update"),
         ({}, ["POST /_add/2", "POST /_sub?wait=true"],
          "create start spawn spawn update spawn spawn update reap exit"),
-        ({"start": False}, ["POST /_add/2"], "create update"),
         ({}, ["DELETE ?wait=true"],
          "create start spawn spawn stop stop_pid stop_pid delete exit exit"),
         ({"start": False}, ["DELETE "], "create delete"),
@@ -5465,8 +5171,7 @@ class ProcessActions(ProcessCase):
 
     def test_fields_of_events(self):
         self.add("x", "exit 3", shell=True, flapping=PROCESS_ONCE)
-        events = list(itertools.islice(self.server.events("proc/x", since=0), 5))
-        self.assertEqual(self.words("x"), "create start spawn exit stop")
+        events = itertools.islice(self.server.events("proc/x", since=0), 5)
         more = {"spawn": {"pid", "os_pid"}, "exit": {"pid", "os_pid", "exit_status", "term_signal"}}
         for number, event in enumerate(events, 1):
             self.assertEqual(set(event), {"event", "name", "id", "time"}
@@ -5500,27 +5205,17 @@ class ProcessActions(ProcessCase):
         self.post("d/_stop?wait=true")
         self.assertEqual(self.words("d").split().count("spawn"), 1)
 
-    def test_replaced_one_by_one(self):
-        """No more than numprocesses at any time, those that are stopping included."""
-        self.add("x", "sleep 60", numprocesses=3)
-        self.post("x/_restart?wait=true")
-        self.ok("PUT", "/processes/x", {"cmd": "sleep 61", "numprocesses": 3})
-        self.post("x/_restart?wait=true")
-        living = list(itertools.accumulate(
-            {"spawn": 1, "exit": -1}.get(kind, 0) for kind, _ in self.kinds("x")))
-        self.assertEqual((living[-1], max(living)), (3, 3))
-
     def test_scale(self):
         """Down ends the oldest; never below 0 or above 1,000; n is at least 1."""
         pids = self.add("x", "sleep 60", numprocesses=4)
         for path, number, left in ("_sub/3", 1, [4]), ("_sub/9", 0, []), ("_add/2", 2, [5, 6]):
             self.assertEqual(self.post("x/" + path)["numprocesses"], number)
             until(lambda left=left: self.pids("x") == left, "its processes")
-            self.assertEqual(self.ok("GET", "/processes/x")["numprocesses"], number)
+        self.assertEqual(self.ok("GET", "/processes/x")["numprocesses"], 2)
         self.assertEqual([pid for kind, pid in self.kinds("x") if kind == "reap"], pids)
         self.add("y", "sleep 60", start=False)
         self.assertEqual(self.post("y/_add/5000")["numprocesses"], 1000)
-        for number in "0", "-1", "x", "1.5":
+        for number in "0", "-1", "1.5":
             self.refused(None, "", "bad_value", "/y/_add/" + number)
 
     def test_put(self):
@@ -5538,14 +5233,14 @@ class ProcessActions(ProcessCase):
         self.post("x/_stop?wait=true")
         put({"cmd": "sleep 62"}, False, True)
         put({"cmd": "sleep 63", "start": True}, True, True)
+        put({"cmd": "sleep 64", "start": False}, False, False)
         self.post("y/_start")
         put({"cmd": "sleep 61"}, True, False, "y")
-        put({"cmd": "sleep 64", "start": False}, False, False)
         self.refused({"name": "z", "cmd": "true"}, "name", path="/x", method="PUT")
-        until(lambda: self.pids("y"), "the new process")
-        before = self.words("y"), self.pids("y")
+        self.spawned("y", 2)
+        before = self.kinds("y")
         self.refused({"cmd": "/nowhere"}, "not there", path="/y", method="PUT")
-        self.assertEqual((self.words("y"), self.pids("y")), before)
+        self.assertEqual(self.kinds("y"), before)
         self.assertEqual(self.ok("GET", "/processes/y")["cmd"], "sleep 61")
 
     def test_stop_of_a_pid(self):
@@ -5579,15 +5274,10 @@ class ProcessActions(ProcessCase):
         self.add("late", "false", restart_delay=1000)
         until(lambda: self.status("late")["state"] == "backoff")
         late("/late/_start?wait=0.05")
-        self.add("group", PROCESS_LEAVES, graceful_timeout=0.1)
-        os_pid, = self.os_pids("group")
-        self.poll("group", b"ready\n")
-        self.post("%d/_stop?wait=true" % self.pids("group")[0])
-        self.assertEqual(process_group(os_pid), [])
         for method, path, name in (("POST", "/processes/a/_sub/2", "a"),
                                    ("DELETE", "/processes/a", "a"), ("DELETE", "/groups/g", "g:a")):
             with self.subTest(path):
-                pids = self.add(name, PROCESS_STUBBORN, numprocesses=2, graceful_timeout=0.2)
+                pids = self.add(name, PROCESS_LEAVES, numprocesses=2, graceful_timeout=0.1)
                 groups = self.os_pids(name)
                 for pid in pids:
                     self.poll(pid, b"ready\n")
@@ -5633,23 +5323,18 @@ class ProcessActions(ProcessCase):
 
     def test_final_output(self):
         """The windows of the last 16 exits can be read, or of twice as many as there are processes,
-        also after a PUT, until the template is deleted."""
+        until the template is deleted."""
         for name, count, rounds, kept in ("x", 1, 17, 16), ("y", 9, 2, 18):
-            self.add(name, "echo $$; exec sleep 60", shell=True, numprocesses=count)
+            self.add(name, "sleep 60", numprocesses=count)
             for _ in range(rounds):
-                for pid in self.pids(name):
-                    self.poll(pid, b"\n")
                 self.post(name + "/_restart?wait=true")
-            self.ok("PUT", "/processes/" + name, {"cmd": "sleep 61", "numprocesses": count})
             self.post(name + "/_stop?wait=true")
             spawned = [pid for kind, pid in self.kinds(name) if kind == "spawn"]
 
             def readable(pids=spawned):
                 return [pid for pid in pids if self.server.request(
                     "HEAD", "/streams/%d/stdout?since=0" % pid)[0] != 404]
-            found = readable()
-            self.assertEqual((len(found), found[-count:]), (kept, spawned[-count:]))
-            self.assertRegex(self.poll(found[0]), rb"\A[0-9]+\n\Z")
+            self.assertEqual(readable(), spawned[-kept:])
             self.delete(name)
             self.assertEqual(readable(), [])
 
@@ -5668,8 +5353,7 @@ class ProcessActions(ProcessCase):
         for pid in pids:
             self.poll(pid, b"child\n")
             self.poll(pid, b"leader\n")
-        for name in "USR1", "SIGUSR1", str(int(signal.SIGUSR1)), "usr1":
-            self.post("x/_signal/" + name)
+        self.post("x/_signal/USR1")
         self.post("1/_signal/USR1?group=true")
         self.poll(1, b"CHILD\n")                # only the group's signal reaches the child
         self.post("x/_signal/USR2?group=true")
@@ -5713,16 +5397,13 @@ class ProcessEmbedded(ProcessCase):
 
     def test_after_the_end(self):
         """Every method says that gaffer has stopped; none hangs. A callback may stop it."""
-        self.add("x", "sleep 60")
         self.manager.subscribe("create", lambda kind, event: self.manager.stop())
         self.manager.add_process("y", "sleep 60")
         self.ended()
         for function in (lambda: self.manager.add_process("x", "true"),
-                         lambda: self.manager.stop_template("x"),
-                         lambda: self.manager.get_process("x"),
+                         lambda: self.manager.get_process("y"),
                          lambda: self.manager.subscribe("", print)):
-            with self.assertRaises(gaffer.Stopping):
-                function()
+            self.assertRaises(gaffer.Stopping, function)
         self.manager.stop()
         self.assertTrue(self.manager.block_until(lambda: False, TIMEOUT))
 
@@ -5735,24 +5416,23 @@ class ProcessEmbedded(ProcessCase):
         self.addCleanup(self.manager.subscribe("proc/y", fail).close)
         closed = queue.Queue()
         subscription = self.manager.subscribe("", lambda kind, event: closed.put(kind))
+        self.manager.add_process("x", "true", flapping=PROCESS_ONCE)
+        kinds = [closed.get(timeout=TIMEOUT) for _ in range(5)]
+        subscription.close()
+        subscription.close()
         with self.assertLogs("gaffer", logging.ERROR) as logs:
-            self.manager.add_process("x", "true", flapping=PROCESS_ONCE)
-            self.server.wait_event("stop")
             self.manager.add_process("y", "true", start=False)
-            self.assertEqual([closed.get(timeout=TIMEOUT) for _ in range(6)],
-                             "create start spawn exit stop create".split())
-            subscription.close()
-            subscription.close()
-            self.manager.delete_process("y")
-            found = [queues[0].get(timeout=TIMEOUT)[1]["event"] for _ in range(7)]
+            found = [queues[0].get(timeout=TIMEOUT)[1]["event"] for _ in range(6)]
+            self.manager.loop.call(int)
+            self.ok("GET", "/processes")
         self.assertIn("a fault of the user's", logs.output[0])
-        self.assertEqual(found, "create start spawn exit stop create delete".split())
+        self.assertEqual(found, "create start spawn exit stop create".split())
+        self.assertEqual(kinds, found[:5])
         self.assertEqual([[kind for kind, _ in each.queue] for each in queues[1:]],
                          [["spawn"], found[:5], ["exit"]])
         self.assertTrue(closed.empty())
         for pattern in "exits", "proc", "proc/x/exits", "a/b/c/d":
-            with self.assertRaises(gaffer.BadEventType):
-                self.manager.subscribe(pattern, print)
+            self.assertRaises(gaffer.BadEventType, self.manager.subscribe, pattern, print)
 
     def test_handles(self):
         """By pid one process, by name whatever runs: monitor_io, write, signal, stop, info, wait;
@@ -5775,9 +5455,8 @@ class ProcessEmbedded(ProcessCase):
         by_name.write(b"more\n")
         self.assertEqual(all_.get(timeout=TIMEOUT)[1]["data"], b"more\n")
         self.assertTrue(mine.empty())
-        with self.assertRaises(gaffer.WaitTimeout):
-            by_name.wait(0.01)
-        for signum in "WINCH", "SIGWINCH", "28", 28, signal.SIGWINCH:
+        self.assertRaises(gaffer.WaitTimeout, by_name.wait, 0.01)
+        for signum in "WINCH", signal.SIGWINCH:
             by_name.signal(signum)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             wait = pool.submit(one.wait, TIMEOUT)
@@ -5791,9 +5470,8 @@ class ProcessEmbedded(ProcessCase):
         by_name.stop()
         self.assertEqual(by_name.wait(TIMEOUT)["pid"], 3)
         self.assertFalse(self.status("x")["active"])
-        for target in 1, "1", 99, "nothing", "9" * 100:
-            with self.assertRaises(gaffer.NotFound):
-                self.manager.get_process(target)
+        for target in 1, "1", "nothing", "9" * 100:
+            self.assertRaises(gaffer.NotFound, self.manager.get_process, target)
         refused = queue.Queue()
 
         def wait_on_the_loop(kind, event):
@@ -5815,10 +5493,8 @@ class ProcessEmbedded(ProcessCase):
             for call, args, error, words in (
                     (manager.add_process, ("x", "true"), gaffer.Conflict, "is taken"),
                     (manager.add_process, ("z", "true"), gaffer.Busy, "there are 2 templates"),
-                    (manager.add_process, ("z", None), invalid, "'cmd'"),
                     (manager.add_process, ({"name": "z", "comand": 1},), invalid, "'comand'"),
                     (manager.write, (1, "stdin", big), gaffer.StdinFull, "bytes wait for"),
-                    (manager.write, ("x", "stdin", big), gaffer.StdinFull, "bytes wait for"),
                     (manager.write, (2, "stdin", b"2"), gaffer.ForbiddenWrite, "not redirected"),
                     (manager.write, (1, "no", b"2"), gaffer.IoNotFound, "no stream 'no'"),
                     (manager.write, ("y", "stdin", b"2"), gaffer.NotFound, "has 2 processes"),
@@ -5938,13 +5614,13 @@ class ProcessLife(ProcessCase):
             wanted.append(len(groups))
             return gaffer.ProcfsTable.groups(table, groups)
         self.with_table(groups=groups)
-        pids = self.add("x", PROCESS_LEAVES, graceful_timeout=0.3, numprocesses=30)
+        pids = self.add("x", PROCESS_LEAVES, graceful_timeout=0.3, numprocesses=15)
         for pid in pids:
             self.poll(pid, b"ready\n")
         groups = self.os_pids("x")
         self.post("x/_stop?wait=true")
-        self.assertEqual([process_group(group) for group in groups], [[]] * 30)
-        self.assertEqual((max(wanted), len(wanted) < 60), (30, True))
+        self.assertEqual([process_group(group) for group in groups], [[]] * 15)
+        self.assertEqual((max(wanted), len(wanted) < 60), (15, True))
 
     def test_what_only_informs_stops_nothing(self):
         """Neither a look at descendants that fails nor an observer of events that does."""
@@ -5992,8 +5668,7 @@ class ProcessLife(ProcessCase):
             print(os.getpid())
             signal.pause()
             """
-        for name, leave in (("a", ""), ("b", "os.setsid()"),
-                            ("c", "os.setsid(); os.fork() and os._exit(0)")):
+        for name, leave in ("a", ""), ("b", "os.setsid(); os.fork() and os._exit(0)"):
             with self.subTest(leave):
                 self.add(name, python(code % leave), flapping=PROCESS_ONCE)
                 event = self.server.wait_event("proc/%s/exit" % name)
@@ -6002,43 +5677,26 @@ class ProcessLife(ProcessCase):
                 self.assertIn("foreground", event["hint"])
                 self.assertEqual(self.status(name)["hint"], event["hint"])
         with unittest.mock.patch.object(self.manager.table, "orphans", lambda since, ours: []):
-            for name, command in (("d", "true"), ("e", "sleep 60 & exit 1"), ("f", "kill $$")):
+            for name, command in ("d", "true"), ("e", "sleep 60 & exit 1"):
                 self.add(name, command, shell=True, flapping=PROCESS_ONCE)
                 self.assertNotIn("hint", self.server.wait_event("proc/%s/exit" % name))
                 self.assertIsNone(self.status(name)["hint"])
 
-    def test_prelude(self):
-        """What asks for more than Popen can set starts like anything else."""
-        code = """
-            import os, signal
-            print(sorted(os.environ), os.environ.get("LC_CTYPE"), signal.getsignal(signal.SIGPIPE),
-                  os.getcwd(), os.getsid(0) == os.getpid())
-            """
-        for number, env in enumerate(({}, {"LC_CTYPE": "C"}, {"LC_CTYPE": "xx_YY"})):
-            env = dict(env, PATH=os.environ["PATH"], GAFFER_STREAMS="a")
-            words = ["-i", *("%s=%s" % item for item in env.items()), PYTHON, "-I", "-S", "-c",
-                     textwrap.dedent(code)]
-            self.assertEqual(*[
-                self.output("x%d%d" % (number, len(labels)), "env", args=words, env=env, cwd="/",
-                            os_env=False, custom_streams=labels) for labels in ([], ["a"])])
-
     def test_restart_of_many(self):
         """It goes on after one that cannot; the faults are told together."""
         folders = [tempfile.mkdtemp(), tempfile.mkdtemp()]
-        for name, cwd in (("g:a", folders[0]), ("g:b", None), ("g:c", folders[1]), ("g:d", None)):
+        for name, cwd in ("g:a", folders[0]), ("g:b", folders[1]), ("g:c", None):
             self.add(name, "sleep 60", cwd=cwd)
         for folder in folders:
             os.rmdir(folder)
-        with self.assertRaisesRegex(gaffer.InvalidProcessInfo, "'g:a': .*'cwd'.*'g:c': .*'cwd'"):
+        with self.assertRaisesRegex(gaffer.InvalidProcessInfo, "'g:a': .*'cwd'.*'g:b': .*'cwd'"):
             self.manager.restart()
-        for name in "g:b", "g:d":
-            self.spawned(name, 2)
+        self.spawned("g:c", 2)
         answer = self.server.json("POST", "/groups/g/_restart?wait=true")
-        self.assertError(answer, 400, "invalid_process_info", "'g:c': field 'cwd'")
-        for name in "g:b", "g:d":
-            self.spawned(name, 3)
+        self.assertError(answer, 400, "invalid_process_info", "'g:b': field 'cwd'")
+        self.spawned("g:c", 3)
         self.ok("POST", "/groups/g/_start")
-        self.assertEqual([self.pids("g:" + each) for each in "ac"], [[1], [3]])
+        self.assertEqual([self.pids("g:" + each) for each in "ab"], [[1], [2]])
 
 
 class ProcessReady(ProcessCase):
@@ -6071,7 +5729,6 @@ class ProcessReady(ProcessCase):
                     peer.recv(1000) and peer.send(b'HTTP/1.0 204 \\r\\n')
             """)
         for kind, value, command, by in (
-                ("log", "up", "echo is up; exec sleep 60", "log:up"),
                 ("log", "up", "printf 'up\\r' >&2; exec sleep 60", "log:up"),
                 ("tcp", "$PORT", server, "tcp:$PORT"), ("http", url, server, url),
                 ("exec", 'test "$PORT"', "exec sleep 60", 'exec:test "$PORT"')):
@@ -6140,9 +5797,9 @@ class ProcessReady(ProcessCase):
         """The process is stopped, and that is a failure even if it exits with 0 then."""
         port = free_port()
         dies = python(PROCESS_AWAITS_TERM + "print('why')\nsignal.sigwait([signal.SIGTERM])")
-        self.add("x", dies, ready={"tcp": str(port), "within": 1}, restart="on-failure")
+        self.add("x", dies, ready={"tcp": str(port), "within": 0.3}, restart="on-failure")
         self.assertEqual(self.exit_of(self.spawned("x", 2)["pid"] - 1)["exit_status"], 0)
-        self.assertIn("not ready (tcp:%d) within 1 seconds: ::1:%d: Connection refused"
+        self.assertIn("not ready (tcp:%d) within 0.3 seconds: ::1:%d: Connection refused"
                       % (port, port), self.server.wait_event("proc/x/stop_pid")["reason"])
         self.ok("PUT", "/processes/x", dict(dies, restart="never", ready={
             "exec": "exit 3", "within": 0.2}))
@@ -6227,7 +5884,8 @@ class ProcessReady(ProcessCase):
                 self.assertIn(words, answer[1].get("reason", ""))
         self.post("job/_start")
         self.send("job", b"\n")
-        self.assertEqual(self.until("job", "done")[1]["reason"].count("bad"), 1, "of this run alone")
+        reason = self.until("job", "done")[1]["reason"]
+        self.assertEqual(reason.count("bad"), 1, "of this run alone")
         self.post("web/_stop")
         self.assertError(self.until("top"), 409, "conflict",
                          "'top' waits for 'web', and 'web' is stopped; start it")
@@ -6315,32 +5973,25 @@ class ProcessShortage(ProcessCase):
 class ProcessProgram(Case):
     """A Manager, or the command, as a program of its own."""
 
-    def serve(self, *before, **options):
-        """Start the command behind others. Return (process, a function that asks it)."""
-        child = subprocess.Popen(
-            [*before, PYTHON, os.path.abspath(gaffer.__file__), "serve", "--bind", "127.0.0.1:0"],
-            stdout=subprocess.PIPE, **options)
-        self.addCleanup(child.stdout.close)
-        self.addCleanup(child.wait)
-        self.addCleanup(child.kill)
-        line = child.stdout.readline().decode()
-        if not line:
-            self.skipTest("%s cannot be run here" % " ".join(before))
-
-        def ask(method, path, body=None):
-            connection = http.client.HTTPConnection("127.0.0.1", int(line.rpartition(":")[2]),
-                                                    timeout=TIMEOUT)
-            with contextlib.closing(connection):
-                connection.request(method, path, body and json.dumps(body))
-                return connection.getresponse().read()
-        return child, ask
-
     @unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare"), "needs root and unshare")
     def test_as_pid_1(self):
         """Orphans of a process become gaffer's, and are no zombies for long."""
-        outer, ask = self.serve("unshare", "--pid", "--fork", "--mount-proc", "--kill-child",
-                                stderr=subprocess.DEVNULL)
-        ask("POST", "/processes", dict(python("""
+        outer = subprocess.Popen(
+            ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", PYTHON,
+             os.path.abspath(gaffer.__file__), "serve", "--bind", "127.0.0.1:0"],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.addCleanup(outer.stdout.close)
+        self.addCleanup(outer.wait)
+        self.addCleanup(outer.kill)
+        line = outer.stdout.readline().decode()
+        if not line:
+            self.skipTest("unshare cannot be run here")
+
+        def ask(method, path, body=b""):
+            wire = Wire(int(line.rpartition(":")[2]))
+            with contextlib.closing(wire):
+                return wire.request(path, method=method, body=body).answer()[2]
+        ask("POST", "/processes", json.dumps(dict(python("""
             import os, sys
             for _ in range(5):
                 if os.fork() == 0:
@@ -6350,7 +6001,7 @@ class ProcessProgram(Case):
                 os.wait()
             os.write(1, b"ready")
             sys.stdin.read()
-            """), name="x", redirect_input=True, flapping={"attempts": 1}))
+            """), name="x", redirect_input=True, flapping={"attempts": 1})).encode())
         self.assertEqual(ask("GET", "/streams/1/stdout?since=0"), b"ready")
         table = gaffer.ProcfsTable()
         server, = table.children(outer.pid)
@@ -6359,23 +6010,6 @@ class ProcessProgram(Case):
         until(lambda: not table.children(server), "the end of all orphans")
         os.kill(server, signal.SIGTERM)
         self.assertEqual(outer.wait(TIMEOUT), 0)
-
-    def test_own_directory_is_removed(self):
-        """What is told absolutely is started and restarted all the same."""
-        self.expect_log("WARNING x: exit .*signal 9")
-        folder = tempfile.mkdtemp()
-        child, ask = self.serve(cwd=folder)
-        ask("POST", "/processes", {"name": "x", "cmd": "sleep 1000"})
-        first = json.loads(ask("GET", "/watch/proc/x/spawn?since=0"))
-        os.rmdir(folder)
-        os.kill(first["os_pid"], signal.SIGKILL)
-        second = json.loads(ask("GET", "/watch/proc/x/spawn?since=%s&timeout=%d" % (
-            first["id"], TIMEOUT)))
-        self.assertTrue(alive(second["os_pid"]))
-        self.assertIn(b"ok", ask("POST", "/processes", {"name": "y", "cmd": "true"}))
-        self.assertIn(b"invalid", ask("POST", "/processes", {"name": "z", "cmd": "./true"}))
-        child.terminate()
-        self.assertEqual(child.wait(TIMEOUT), 0)
 
     PROGRAM = """
         import os, signal, sys
@@ -6420,25 +6054,19 @@ class ProcessProgram(Case):
             os.mkfifo(fifo)
             stubborn = python(PROCESS_IGNORES_TERM + "os.close(os.open(%r, os.O_WRONLY))" % fifo
                               + PROCESS_SIGWAIT)
-            for count, seconds in (1, 0.2), (2, 600):
-                with self.subTest(count):
-                    child = self.begin("manager.add_process(%r)" % dict(
-                        stubborn, name="x", graceful_timeout=seconds))
-                    with open(fifo):            # both have opened it: SIGTERM is ignored by now
-                        pass
-                    child.send_signal(signal.SIGINT)
-                    if count == 2:
-                        while not child.stdout.readline().startswith("stop_pid"):
-                            pass
-                        child.send_signal(signal.SIGINT)
-                    said = self.end(child)
-                    self.assertIn("interrupted", said)
-                    if count == 1:              # else a zombie may be
-                        self.assertEqual(said[-1], "nothing")
+            child = self.begin("manager.add_process(%r)" % dict(
+                stubborn, name="x", graceful_timeout=600))
+            with open(fifo):                    # both have opened it: SIGTERM is ignored by now
+                pass
+            child.send_signal(signal.SIGINT)
+            while not child.stdout.readline().startswith("stop_pid"):
+                pass
+            child.send_signal(signal.SIGINT)
+            self.assertIn("interrupted", self.end(child))
 
     def test_an_interrupt_within_a_step(self):
         """It leaves run() when the step is complete: no process is left half reaped."""
-        for call in "waitid", "waitpid", "killpg", "close":
+        for call in "waitid", "waitpid", "killpg":
             with self.subTest(call):
                 child = self.begin("""
 call, armed = os.%s, []
@@ -6543,20 +6171,6 @@ class ProcessTables(Case):
                 self.assertEqual(process_state(child.pid), state)
                 gaffer.reap(child.pid)
             child.returncode = 0                # Popen need not wait for it
-
-    def test_users_and_groups(self):
-        """By name, by number, by a number as text; None where a number has no entry."""
-        for user in "root", 0, "0":
-            self.assertEqual(gaffer.find_user(user), (0, 0, "root"))
-        self.assertEqual(gaffer.find_user(54321), (54321, None, None))
-        for group in grp.getgrgid(0).gr_name, 0, "0":
-            self.assertEqual(gaffer.find_group(group), 0)
-        for find, words in ((gaffer.find_user, "names the user %r, who is not here"),
-                            (gaffer.find_group, "names the group %r, which is not here")):
-            for name in "no-such-name", -1, 2 ** 32 - 1, 2 ** 64, "":
-                with self.assertRaises(ValueError) as caught:
-                    find(name)
-                self.assertEqual(str(caught.exception), words % (name,))
 
 
 # --------------------------------------------------------------------------------------------------
