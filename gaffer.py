@@ -1871,6 +1871,20 @@ class Schedule:
                         return when
         return None
 
+    def timer(self):
+        """Return what systemd.timer(5) calls it: [(setting, value)]."""
+        if self._every is not None:
+            return [(name, "%.10g" % self._every) for name in ("OnActiveSec", "OnUnitActiveSec")]
+        minutes, hours, days, months = [
+            "*" if len(chosen) == most - least + 1 else ",".join(map(str, sorted(chosen)))
+            for chosen, (_, least, most, _) in zip(
+                (self._minutes, self._hours, self._days, self._months), CRON_FIELDS)]
+        names = ",".join(CRON_FIELDS[4][3][day] for day in sorted(self._weekdays)) + " "
+        weekdays = "" if len(self._weekdays) == 7 else names
+        dates = [(weekdays, days)] if self._enough is all else [(weekdays, "*"), ("", days)]
+        return [("OnCalendar", "%s*-%s-%s %s:%s:00" % (weekday, months, day, hours, minutes))
+                for weekday, day in dates]
+
     def _times_on(self, noon, day):
         """Return the Unix times of the starts on a day, in order. A time that does not exist, as
         clocks go forward, becomes the next that does; one that exists twice is taken once."""
@@ -3702,16 +3716,35 @@ class Template:
 
     def obituary(self):
         """Return why it does not run, and its last lines, to go on with its name."""
-        end = self.last_exit
         reason = ("has been deleted" if self.deleted else "is stopped; start it"
                   if self.outcome is None and not self.gave_up else
-                  "has failed: %s" % (
-                      self.error or ("signal %d" % end["term_signal"] if end["term_signal"] else
-                                     "exit status %d" % end["exit_status"])))
+                  "has failed: " + self.last_failure())
+        return reason + self.last_lines(self.begins)
+
+    def hindrance(self):
+        """Return why it is not ready yet, and its last lines, to go on with a sentence."""
+        if self.ready():
+            return ""
+        errors = [process.status()["not_ready"] for process in self.running()]
+        found = ["; its last check: " + error for error in errors if error][:1]
+        if not errors and self.unmet():
+            found = ["; it waits for " + ", ".join(self.unmet())]
+        if self.error or self.last_exit:
+            found.append("; it last ended with: " + self.last_failure())
+        return "".join(found) + self.last_lines(dict.fromkeys(self.begins, 0))
+
+    def last_failure(self):
+        """Return how the last process ended, or why it could not be spawned."""
+        end = self.last_exit
+        return self.error or ("signal %d" % end["term_signal"] if end["term_signal"] else
+                              "exit status %d" % end["exit_status"])
+
+    def last_lines(self, begins):
+        """Return the last lines of streams, {window: where the first of them may begin}."""
         text = b"".join(
             window.read(max(window.tail(10), window.end - 4 * KIB, begin), 4 * KIB)
-            for window, begin in self.begins.items()).decode("utf-8", "replace").rstrip()
-        return reason + ("; its last lines:\n" + text if text else "")
+            for window, begin in begins.items()).decode("utf-8", "replace").rstrip()
+        return "; its last lines:\n" + text if text else ""
 
     def state(self):
         """Return one word: waiting, starting, running, backoff, flapping, stopping, stopped,
@@ -8408,7 +8441,8 @@ class Api:
                 return found[0] is not None
             return self.manager.wait_until(done, lambda: deliver(found[0]))
         return LongPoll(begin, query.timeout, lambda: error_response(WaitTimeout(
-            "'%s' is not %s in the time given; it goes on" % (name, query.until))))
+            "'%s' is not %s in the time given; it goes on%s" % (
+                name, query.until, template.hindrance()))))
 
     @operation("usage history", unlocked=True)
     def statuses(self, request, query):
@@ -10409,6 +10443,7 @@ FAULTS_MAX = 100                                # that are reported at once
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
             "false": False, "no": False, "off": False, "0": False}
 PROCFILE_NAME = "Procfile"
+CONFIG_PATH = re.compile(r"(?is).*\.(ini|json|toml|conf)")
 PROCFILE_PATH = re.compile(r"(?is)(?:.*/)?(?:procfile[^/]*|[^/]*\.procfile)")
 FIRST_PORT, PORTS_PER_TYPE = 5000, 100          # as in foreman
 SHELL_WORDS = frozenset("""! . : [ [[ { } alias bg bind break builtin case cd command continue
@@ -12120,8 +12155,11 @@ def check_type(kind, types):
 
 
 def procfile_templates(args, taken=()):
-    """Return (the Procfile, {type: template}, {type: number} of -c). ConfigError, ClientError."""
-    source, formation = open_procfile(args, taken), {}
+    """Return ({type: template}, {type: number} of -c). ConfigError, ClientError."""
+    source, formation = args.procfile, {}
+    # units for systemd can be made from any configuration
+    if vars(args).get("format") != "systemd" or not CONFIG_PATH.fullmatch(source):
+        source = open_procfile(args, taken)
     templates = read_settings(source).templates
     for word in split_list(",".join(args.concurrency)):
         kind, _, count = word.partition("=")
@@ -12132,7 +12170,7 @@ def procfile_templates(args, taken=()):
         formation.update(dict.fromkeys(templates if kind == "all" else [kind], int(count)))
     for kind, count in formation.items():
         templates[kind]["numprocesses"] = count
-    return source, templates, formation
+    return templates, formation
 
 
 class FolderApi(HttpHandler):
@@ -12158,7 +12196,7 @@ def up_command(args):
     jobs = set()                                # which are to be done, not ready
 
     def read():
-        _, templates, _ = procfile_templates(args, ports)
+        templates, _ = procfile_templates(args, ports)
         for name in args.names:
             check_type(name, templates)
         templates = {name: templates[name] for name in args.names or templates}
@@ -12275,7 +12313,7 @@ def load_command(args):
     """Make a group in the server equal to the Procfile."""
     client, group = connect(args), group_of(args)
     statuses = get_statuses(client)
-    _, templates, formation = procfile_templates(args, [client.port] if client.port else ())
+    templates, formation = procfile_templates(args, [client.port] if client.port else ())
     templates = in_group(group, templates)
     for name, info in templates.items():
         if name in statuses:
@@ -12337,17 +12375,42 @@ def systemd_shell(command):
     return "/bin/sh -c " + systemd_word(command).replace("$", "$$")
 
 
-def systemd_service(info):
-    """Return the lines of [Service] that say when and as what a template runs."""
-    delay, steps = info["restart_delay"], stop_steps(info)
-    lines = [("Restart", {"never": "no"}.get(info["restart"], info["restart"])),
-             ("RestartSec", "%g" % (delay[0] if isinstance(delay, list) else delay)),
-             ("KillSignal", signal_name(steps[0][0])),
-             ("KillMode", "control-group" if info["stop_group"] else "mixed"),
-             ("TimeoutStopSec", "%g" % stop_time(info)),
-             ("SuccessExitStatus", " ".join(
-                 str(each) if is_number(each) else signal_name(parse_signal(each))
-                 for each in info["success"]))]
+def systemd_command(info):
+    """Return a template's command for a shell, which fills in its variables."""
+    words = split_words(info["args"]) if isinstance(info["args"], str) else info["args"]
+    if info["shell"]:
+        return "set -- %s\n%s" % (shlex.join(words), info["cmd"]) if words else info["cmd"]
+    special = re.compile(VARIABLE.pattern + r'|[$"\\`]')
+    return "exec " + " ".join(shlex.quote(word) if "$" not in word else '"%s"' % special.sub(
+        lambda match: match.group() if match.lastindex else "\\" + match.group()[-1], word)
+        for word in ([info["cmd"], *words] if words else split_words(info["cmd"])))
+
+
+def systemd_service(info, needed=False):
+    """Return the lines of [Service] that say when and as what a template runs, and what of it
+    systemd cannot do. `needed`: another template waits for its end."""
+    delay, steps, ready = info["restart_delay"], stop_steps(info), info["ready"] or {}
+    left = {field: info[field] for field in ("custom_streams", "detach", "flapping", "priority",
+                                             "redirect_input", "ready", "stop_signal")}
+    if "notify" in ready:
+        del left["ready"]
+    if len(steps) == 2:
+        del left["stop_signal"]
+    notes = ["# left out: %s = %s" % (field, " ".join(to_text(field, value).split()))
+             for field, value in left.items() if value != OPTIONS[field].default]
+    lines = []
+    if "notify" in ready:
+        lines += [("Type", "notify"), ("NotifyAccess", "all"), ("TimeoutStartSec", ready["within"])]
+    elif needed and info["restart"] != "always" and not ready:
+        lines += [("Type", "oneshot"), ("RemainAfterExit", "yes")]
+    lines += [("Restart", {"never": "no"}.get(info["restart"], info["restart"])),
+              ("RestartSec", "%g" % (delay[0] if isinstance(delay, list) else delay)),
+              ("KillSignal", signal_name(steps[0][0])),
+              ("KillMode", "control-group" if info["stop_group"] else "mixed"),
+              ("TimeoutStopSec", "%g" % stop_time(info)),
+              ("SuccessExitStatus", " ".join(
+                  str(each) if is_number(each) else signal_name(parse_signal(each))
+                  for each in info["success"]))]
     lines += [(name, convert(info[field])) for name, field, convert in (
         ("User", "uid", str), ("Group", "gid", str), ("UMask", "umask", str), ("Nice", "nice", str),
         ("ExecStartPre", "before_start", systemd_shell),
@@ -12355,38 +12418,57 @@ def systemd_service(info):
     lines += [("Limit" + name.upper(), ":".join(map(str, limit_pair(limit))).replace(
         "inf", "infinity")) for name, limit in info["limits"].items()]
     lines += [("EnvironmentFile", path.replace("%", "%%")) for path in info["env_file"]]
-    return ["%s=%s" % line for line in lines]
+    return notes + ["%s=%s" % line for line in lines]
 
 
-def export_systemd(group, source, templates):
-    """Return {file: text}: a unit of each process, and a target for all."""
-    units = {}
+def export_systemd(group, templates):
+    """Return {file: text}: a service for each process, with a timer if it has a schedule, and a
+    target for all."""
+    files, wants = {}, []
+    units = {kind: ["%s-%s-%d" % (group, kind, number + 1) for number in range(
+        info["numprocesses"])] for kind, info in templates.items()}
     for kind, info in templates.items():
-        for instance in range(1, info["numprocesses"] + 1):
-            env = dict(info["env"], PORT=str(port_of(info["env"], instance)))
-            del env["GAFFER_PORT_STEP"]
-            units["%s-%s-%d.service" % (group, kind, instance)] = "\n".join([
-                "[Unit]", "Description=%s %s.%d" % (group, kind, instance),
-                "PartOf=%s.target" % group, "", "[Service]",
+        after = ["%s.service" % unit for other in info["after"] for unit in units.get(other, [])]
+        order = ["After=" + " ".join(after), "Requires=" + " ".join(after)] if after else []
+        order += ["# left out: after = " + other for other in info["after"] if other not in units]
+        needed = any(kind in other["after"] for other in templates.values())
+        for instance, unit in enumerate(units[kind], 1):
+            head = ["[Unit]", "Description=%s %s.%d" % (group, kind, instance),
+                    "PartOf=%s.target" % group]
+            env, port = dict(info["env"]), port_of(info["env"], instance)
+            if port is not None:
+                env["PORT"] = port
+                del env["GAFFER_PORT_STEP"]
+            starter = files[unit + ".service"] = [
+                *head, "StartLimitIntervalSec=0", *order, "", "[Service]",
                 "WorkingDirectory=%s" % info["cwd"].replace("%", "%%"),
                 *("Environment=%s" % systemd_word("%s=%s" % pair) for pair in env.items()),
-                "ExecStart=" + systemd_shell(source.types[kind]),
-                *systemd_service(info), "", "[Install]", "WantedBy=%s.target" % group, ""])
-    target = "[Unit]\nDescription=%s\nWants=%s\n\n[Install]\nWantedBy=multi-user.target\n"
-    return dict({"%s.target" % group: target % (group, " ".join(units))}, **units)
+                "ExecStart=" + systemd_shell(systemd_command(info)),
+                *systemd_service(info, needed)]
+            if info["schedule"]:
+                starter = files[unit + ".timer"] = [
+                    *head, "", "[Timer]", "# %s" % info["schedule"],
+                    *("%s=%s" % line for line in Schedule(info["schedule"]).timer())]
+            if info["start"]:
+                wants.append(unit + (".timer" if info["schedule"] else ".service"))
+                starter += ["", "[Install]", "WantedBy=%s.target" % group]
+    files["%s.target" % group] = ["[Unit]", "Description=" + group, "Wants=" + " ".join(wants), "",
+                                  "[Install]", "WantedBy=multi-user.target"]
+    return {name: "\n".join([*lines, ""]) for name, lines in sorted(files.items())}
 
 
 def export_command(args):
     """Convert a Procfile to another format. ClientError: it cannot be expressed in that."""
     group = group_of(args)
-    source, templates, _ = procfile_templates(args)
+    templates, _ = procfile_templates(args)
     sections = {name: dict({field: value for field, value in info.items()
                             if value != OPTIONS[field].default and field != "name"}, priority=index)
                 for index, (name, info) in enumerate(in_group(group, templates).items())}
-    lines = ["; made from %s" % source.path]
+    lines = ["; made from %s" % args.procfile]
     if args.format == "systemd":
-        files = export_systemd(group, source, templates)
-        for name, text in files.items():
+        if args.output:
+            os.makedirs(args.output, exist_ok=True)
+        for name, text in export_systemd(group, templates).items():
             if args.output:
                 with open(os.path.join(args.output, name), "w", encoding="utf-8") as file:
                     file.write(text)
@@ -12685,7 +12767,7 @@ PLACE WAIT"""),
     Command(ps_command, "ps: show the processes of a Procfile, as status does\nGROUP PLACE LOOK"),
     Command(export_command, """\
 export: convert a Procfile to another format
-format FORMAT: ini or json (for serve), or systemd
+format FORMAT: ini or json (for serve), or systemd; that also of an INI, TOML or JSON file
 GROUP
 -o, --output DIR: write systemd's units into this folder (default: print them)
 PROCFILE FORMATION"""),

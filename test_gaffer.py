@@ -5871,7 +5871,13 @@ class ProcessReady(ProcessCase):
                     "'job' has failed: exit status 3; its last lines:\n1\nbad"))
         self.add("on", "sleep 60")
         self.add("off", "sleep 60", start=False)
+        self.add("loop", "echo oh; exit 3", shell=True, restart_delay=60, ready={"notify": True})
+        self.add("slow", "echo no; sleep 60", shell=True, ready={"exec": "exit 4"})
+        until(lambda: self.status("loop")["state"] == "backoff")
+        until(lambda: self.ok("GET", "/status/slow?usage=1")["processes"][0]["not_ready"])
         for name, goal, status, words in (
+                ("loop", "ready", 504, "; it last ended with: exit status 3; its last lines:\noh"),
+                ("slow", "ready", 504, "; its last check: exits with 4; its last lines:\nno"),
                 ("on", "ready", 200, ""), ("on", "done", 409, "its 'restart' is 'always'"),
                 ("on", "stopped", 504, "'on' is not stopped in the time given; it goes on"),
                 ("off", "ready", 409, "'off' is stopped; start it"), ("off", "stopped", 200, ""),
@@ -13663,7 +13669,8 @@ class CliReady(CliFollowCase):
         self.assertEqual((waiting.returncode, out, err), (
             1, b"", b"gaffer: 'bad' has failed: exit status 3; its last lines:\n"
                     b"gaffer: last words\n"))
-        words = r"gaffer: '%s' is not %s in the time given; it goes on\n"
+        words = r"gaffer: '%s' is not %s in the time given; it goes on(; it waits for bad|; its " \
+                r"last check: exits with 1)?\n"
         self.calls(
             ("wait good --for stopped", "good: stopped\n"),
             ("wait g* bad --for stopped", "good: stopped\nbad: stopped\n"),
@@ -13748,7 +13755,7 @@ class CliReady(CliFollowCase):
             "limits": {"nofile": [100, 200], "core": "unlimited"}, "restart_delay": 2,
             "env_file": ["/a%b"], "before_start": "echo $A", "after_stop": 'echo "x"'})
         self.assertEqual(gaffer.systemd_service(info), [
-            "Restart=on-failure", "RestartSec=2", "KillSignal=SIGINT", "KillMode=mixed",
+            "# left out: stop_signal = INT=5 TERM=2.5", "Restart=on-failure", "RestartSec=2", "KillSignal=SIGINT", "KillMode=mixed",
             "TimeoutStopSec=7.5", "SuccessExitStatus=0 3 SIGINT", "UMask=027", "Nice=5",
             'ExecStartPre=/bin/sh -c "echo $$A"', 'ExecStopPost=/bin/sh -c "echo \\"x\\""',
             "LimitNOFILE=100:200", "LimitCORE=infinity:infinity", "EnvironmentFile=/a%%b"])
@@ -14665,7 +14672,7 @@ class ProcfileTexts(ConfigCase):
         path = self.write("Procfile", "web: exec app --port $PORT 5%\nwork_er: sleep 1\n")
         out = self.call("export", "systemd", "my", "-f", path, "-c", "web=2", "-p", "7000")
         self.assertEqual(re.findall("^# (.*)$", out, re.M), [
-            "my.target", "my-web-1.service", "my-web-2.service", "my-work_er-1.service"])
+            "my-web-1.service", "my-web-2.service", "my-work_er-1.service", "my.target"])
         for line in ('Environment="A=100%% \\"q\\" $x \\\\"', 'Environment="PORT=7001"',
                      'Environment="PORT=7100"', "WorkingDirectory=" + self.home,
                      'ExecStart=/bin/sh -c "exec app --port $$PORT 5%%"', "Restart=always",
@@ -14674,10 +14681,56 @@ class ProcfileTexts(ConfigCase):
             self.assertIn("\n%s\n" % line, out)
         self.assertNotIn("STEP", out)
         folder = os.path.join(self.home, "units")
-        export = ("export", "systemd", "-f", path, "-o", folder)
-        self.call(*export, status=1, err="gaffer: .* No such file.*\n")
-        os.mkdir(folder)
-        self.assertEqual(len(self.call(*export).splitlines()), len(os.listdir(folder)))
+        out = self.call("export", "systemd", "-f", path, "-o", folder)
+        self.assertEqual(len(out.splitlines()), len(os.listdir(folder)))
+
+    def test_systemd_of_a_configuration(self):
+        """What systemd can do, in its words; the rest as comments."""
+        path = self.write("x.ini", """\
+            [process:db]
+            cmd = sh -c 'sleep $$1'
+            ready = notify within=20
+            [process:migrate]
+            cmd = true
+            restart = on-failure
+            after = db
+            [process:web]
+            cmd = sh -c "a b" --port=$A $$5 50%
+            after = migrate nosuch
+            ready = tcp:80
+            start = false
+            custom_streams = a b
+            [process:back]
+            cmd = echo $A
+            args = 'a b' -c
+            shell = true
+            schedule = */15 2 1,15 * mon-fri
+            """.replace("  ", ""))
+        out = self.call("export", "systemd", "my", "-f", path)
+        files = dict(re.findall(r"^# (my\S+)\n(.*?)\n(?=\n# my|\Z)", out, re.M | re.S))
+        for name, lines in (
+                ("my.target", ["Wants=my-db-1.service my-migrate-1.service my-back-1.timer"]),
+                ("my-db-1.service", ["Type=notify", "NotifyAccess=all", "TimeoutStartSec=20",
+                                     "WorkingDirectory=" + self.home, "StartLimitIntervalSec=0",
+                                     'ExecStart=/bin/sh -c "exec sh -c \\"sleep \\\\$$1\\""']),
+                ("my-migrate-1.service", ["After=my-db-1.service", "Requires=my-db-1.service",
+                                          "Type=oneshot", "RemainAfterExit=yes",
+                                          'ExecStart=/bin/sh -c "exec true"']),
+                ("my-web-1.service", [
+                    "After=my-migrate-1.service", "# left out: after = nosuch",
+                    "# left out: ready = tcp:80 within=60", "# left out: custom_streams = a b",
+                    '''ExecStart=/bin/sh -c "exec sh -c 'a b' '''
+                    r'''\"--port=$$A\" \"\\$$5\" 50%%"''']),
+                ("my-back-1.service", ["Restart=no",
+                                       "ExecStart=/bin/sh -c \"set -- 'a b' -c\\necho $$A\""]),
+                ("my-back-1.timer", ["OnCalendar=mon,tue,wed,thu,fri *-*-* 2:0,15,30,45:00",
+                                     "OnCalendar=*-*-1,15 2:0,15,30,45:00"])):
+            for line in lines:
+                self.assertIn(line, files[name].splitlines(), name)
+        for schedule, lines in (("every 1.5m", ["OnActiveSec=90", "OnUnitActiveSec=90"]),
+                                ("@monthly", ["OnCalendar=*-*-1 0:0:00"]),
+                                ("5 * * 2 7", ["OnCalendar=sun *-2-* *:5:00"])):
+            self.assertEqual(["%s=%s" % each for each in gaffer.Schedule(schedule).timer()], lines)
 
 
 class ProcfileRun(ConfigCase):
