@@ -12903,6 +12903,28 @@ class CliControl(CliFollowCase):
                    ("running all", "web: 1\ng:a: 1\ng:b: 1\n"),
                    ("--json add web", '{"ok": true, "numprocesses": 2}\n'))
 
+    def test_order_of_stops(self):
+        """What is after another is gone before that is told to stop."""
+        seen = []
+        self.server.manager.subscribe("", lambda kind, event: seen.append((kind, event["name"])))
+        for words in ("stop g:*", "stop g:db g:top g:web", "del_process all", "unload g -f /",
+                      "POST /groups/g/_stop?wait=true", "DELETE /groups/g?wait=60"):
+            with self.subTest(words):
+                for name, after in ("db", []), ("top", ["g:web"]), ("web", ["g:db"]):
+                    self.server.request("DELETE", "/processes/g:" + name)
+                    self.server.add("g:" + name, "sleep 1000", after=after, stop_signal="CONT",
+                                    graceful_timeout=0.01)
+                self.call("wait", "all")
+                seen.clear()
+                if words[:2] == words[:2].upper():
+                    self.server.ok(*words.split())
+                else:
+                    self.call(*words.split())
+                until(lambda: ("exit", "g:db") in seen)
+                self.assertEqual([each for each in seen if each[0] in ("stop_pid", "exit")], [
+                    (kind, "g:" + name) for name in ("top", "web", "db")
+                    for kind in ("stop_pid", "exit")])
+
     def test_commands_wait(self):
         """Unless they are told not to, and for as long as they may."""
         ready = python("import os, signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [15])\n"
@@ -13492,13 +13514,16 @@ class CliLogs(CliFollowCase):
         for line in "two", "one", "three":
             until(lambda line=line: self.call("logs", "long").endswith(line + "\n"))
             self.say("long", b"\n" if line != "three" else b"")
+        self.server.add("two", "echo $GAFFER_INSTANCE", shell=True, numprocesses=2, restart="never")
+        until(lambda: self.server.ok("GET", "/status/two")["state"] == "done")
         self.calls(*[("logs " + words, "".join(line + "\n" for line in lines)) for words, lines in (
-            ("-n 1", ["a.1    | 3", "long.1 | one", "long.1 | three"]),
+            ("-n 1 a long", ["a.1    | 3", "long.1 | one", "long.1 | three"]),
             ("-n all a", ["a.1 | 1", "a.1 | 2", "a.1 | 3"]), ("--since 1h -n1 a", ["a.1 | 3"]),
             ("a long.1 -n1 --no-prefix", ["3", "one", "three"]),
             ("2", ["long.1 | two", "long.1 | one", "long.1 | three"]))],
             ("logs nosuch a -n 1", "a.1 | 3\n", 4, "gaffer: .*nosuch.*\n"),
             ("logs -f nosuch", "", 4, "gaffer: .*nosuch.*\n"))
+        self.assertEqual(sorted(self.call("logs", "two").splitlines()), ["two.1 | 1", "two.2 | 2"])
         out = self.call("logs", "-t", "-n1", "a")
         self.assertRegex(out, r"\A[0-9-]{10} [0-9:]{8} a\.1 \| 3\n\Z")
         line = json.loads(self.call("logs", "--json", "-n1", "a"))
