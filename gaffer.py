@@ -11444,8 +11444,14 @@ def get_process_command(args):
 
 
 def given_words(args):
-    """Return the words of the command that the arguments end with."""
-    return args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
+    """Return the words of the command that the arguments end with. ClientError: an option is where
+    it would be part of the command."""
+    if args.cmd[:1] == ["--"]:
+        return args.cmd[1:]
+    if args.cmd and args.cmd[0].startswith("-"):
+        raise ClientError("the command begins with '%s': options stand before NAME, and '--' "
+                          "before such a command" % args.cmd[0], 2)
+    return args.cmd
 
 
 def given_fields(args):

@@ -13066,6 +13066,8 @@ class CliControl(CliFollowCase):
         bad, other = self.file(folder, "x", "{"), self.file(folder, "y", "[]")
         self.calls(*[(words, "", status, "gaffer: %s\n" % said) for words, status, said in (
             ("add_process a", 2, "say what to run: .*"),
+            ("add_process a --numprocesses 2 true", 2, "the command begins with '--num.*"),
+            ("update_process w --umask 022", 2, "the command begins with '--umask': options .*"),
             ("add_process --start b nosuchprogram", 1, ".*nosuchprogram.*"),
             ("add_process --uid nosuchuser b x", 1, ".*nosuchuser.*"),
             ("add_process --numprocesses two b x", 2, "--numprocesses: .*not 'two'"),
