@@ -560,13 +560,13 @@ class Browser:
         })();"""
 
     def __init__(self):
-        self.session = None
+        self.session, self.port = None, self.free_port()
         self.launch("gaffer-browser-", [
-            "chromedriver", "--port=0", "--log-path=%s/log"])
+            "chromedriver", "--port=%d" % self.port, "--log-path=%s/log"])
         try:
-            said = iter(self.driver.stdout.readline, b"")
-            line = next(line for line in said if b"started successfully" in line)
-            self.port = int(line.rstrip().rstrip(b".").split()[-1])
+            said = self.driver.stdout.readline
+            if not any(b"started successfully" in line for line in iter(said, b"")):
+                raise AssertionError("chromedriver does not start on port %d" % self.port)
             profile = "--user-data-dir=%s/profile" % self.directory
             self.session = self._ask("POST", "/session", {"capabilities": {"alwaysMatch": {
                 "unhandledPromptBehavior": "dismiss", "acceptInsecureCerts": True,
@@ -578,13 +578,23 @@ class Browser:
             self.close()
             raise
 
+    @staticmethod
+    def free_port():
+        """A free port that no client gets meanwhile: with port 0, chromedriver ends if what it got
+        for IPv6 is in use for IPv4."""
+        for port in random.sample(range(20000, 30000), 100):
+            with contextlib.suppress(OSError), socket.socket() as free:
+                free.bind(("127.0.0.1", port))
+                return port
+        raise AssertionError("no port is free for chromedriver")
+
     def launch(self, prefix, command):
         """Start it, in a session of its own, by which close() finds all of it. It ends with us.
         A %s in the command is its new directory."""
         self.directory = tempfile.mkdtemp(prefix=prefix)
         command = [word.replace("%s", self.directory) for word in command]
         self.driver = subprocess.Popen(
-            ["sh", "-c", '"$@" & read _; kill $!', "sh", *command], stdin=subprocess.PIPE,
+            ["sh", "-c", '"$@" & exec >&-; read _; kill $!', "sh", *command], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
 
     @classmethod
