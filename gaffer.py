@@ -2495,15 +2495,6 @@ def stop_stages(infos):
     return stages
 
 
-def stop_order(after):
-    """Return lists of names, from {name: names that it is after}, to be stopped one after another:
-    what is after another comes before it."""
-    stages = stop_stages({name: {"after": others, "priority": None}
-                          for name, others in after.items()})
-    return [[name for name in after if stages[name] == stage]
-            for stage in sorted(set(stages.values()))]
-
-
 # --------------------------------------------------------------------------------------------------
 # process
 #
@@ -3784,7 +3775,7 @@ class Template:
         return {
             "name": self.name, "active": self.active, "running": len(running),
             "numprocesses": self.info["numprocesses"], "max_processes": self.info["numprocesses"],
-            "state": state, "after": self.info["after"], "past": self.past, "stopping": len(self.processes) - len(running),
+            "state": state, "stopping": len(self.processes) - len(running), "past": self.past,
             "pids": [process.pid for process in running],
             "os_pids": [process.os_pid for process in running], "restarts": self.restarts,
             "last_exit": self.last_exit, "next_try": waits[0] if waits else None,
@@ -8249,12 +8240,8 @@ def action(summary, method, of_group=False):
     """Return the handler that calls a method of Manager with a template, or all of a group."""
     @operation("wait", unlocked=True)
     def handler(api, request, query, name):
-        names, wait = [name], query.wait
-        if of_group:
-            names = api.manager.loop.call(api.group, request, query, name)
-            if wait is not None and method in ("stop_template", "delete_process"):
-                wait = api.stop_in_order(names, wait)
-        return api.act(wait, names, getattr(api.manager, method))
+        names = api.manager.loop.call(api.group, request, query, name) if of_group else [name]
+        return api.act(query, names, getattr(api.manager, method))
     handler.__doc__ = summary
     return handler
 
@@ -8372,22 +8359,7 @@ class Api:
         self.manager.stop_process(pid)
         return self._done([], [process], query.wait)
 
-    def stop_in_order(self, names, wait):
-        """Stop those of the templates that are after others of them, and wait until they are gone.
-        Returns what is left of `wait`: seconds, or True."""
-        find, end = self.manager.find_template, time.monotonic() + wait
-        after = self.manager.loop.call(lambda: {name: find(name).info["after"] for name in names})
-        for stage in stop_order(after)[:-1]:
-            templates = [self.manager.loop.call(find, name) for name in stage]
-            for name in stage:
-                self.manager.stop_template(name)
-            self.manager.block_until(
-                lambda templates=templates: not any(each.processes for each in templates),
-                max(stop_time(each.info) for each in templates) + WAIT_EXTRA if wait is True else
-                max(0.0, end - time.monotonic()))
-        return True if wait is True else max(0.0, end - time.monotonic())
-
-    def act(self, wait, names, action):
+    def act(self, query, names, action):
         """Do something to each template, and answer; with `wait` when it is done. What one refuses
         is reported after the others had their turn."""
         find = self.manager.find_template
@@ -8406,7 +8378,7 @@ class Api:
                 faults.append("'%s': %s" % (name, error))
         if faults:
             raise InvalidProcessInfo("; ".join(faults))
-        return self._done(templates, before, wait, answer)
+        return self._done(templates, before, query.wait, answer)
 
     def _done(self, templates, before, wait, answer=OK):
         """Answer at once, or when those processes are gone and no template lacks any."""
@@ -8431,7 +8403,7 @@ class Api:
         if not re.fullmatch("[0-9]{1,1000}", number) or not int(number):
             raise BadValue("give a whole number from 1, not %r" % number[:20])
         change = sign * min(int(number), NUMPROCESSES_MAX)
-        return self.act(query.wait, [name], lambda name: {
+        return self.act(query, [name], lambda name: {
             "ok": True, "numprocesses": self.manager.scale(name, change)})
 
     @operation("wait", unlocked=True)
@@ -11308,35 +11280,31 @@ def carry_out(args, client, steps):
     """Send all first requests, then wait for each until it is done, and print that.
 
     `steps`: [(Target, first request, the one that waits or None, what they do: a function of the
-    answer)]; a request is a method and what follows the Target's path. What stops is gone before
-    what it is after is stopped.
+    answer)]; a request is a method and what follows the Target's path.
     """
     def send(target, request, query="", timeout=CLIENT_TIME):
         method, _, path = request.partition(" ")
         return client.request(method, target.path + path + query, timeout=timeout)
-    query, wait_time = "?wait=true", None
+    told = []
+    for target, first, last, done in steps:
+        if last and args.no_wait:
+            last = None
+        try:                                    # a process that was told to stop hears no more
+            answer = None if last and target.process else send(target, first)
+            told.append((target, answer, last, done))
+        except ClientError as error:
+            report(args, error)
+    if args.command == "start" and args.ready:
+        return await_goal(args, client, [target.word for target, *_ in told])
+    query, timeout = "?wait=true", None
     if getattr(args, "timeout", None) is not None:      # kill has none
-        query, wait_time = "?wait=%g" % args.timeout, CLIENT_TIME + args.timeout
-    after = {target.status["name"]: target.status["after"] for target, *_ in steps}
-    stops = args.command in ("stop", "del_process", "unload", "load")
-    for names in stop_order(after) if stops else [after]:
-        told = []
-        for target, first, last, done in steps:
-            if target.status["name"] in names:
-                last = None if last is None or args.no_wait else last
-                try:                            # a process that was told to stop hears no more
-                    answer = None if last and target.process else send(target, first)
-                    told.append((target, answer, last, done))
-                except ClientError as error:
-                    report(args, error)
-        if args.command == "start" and args.ready:
-            return await_goal(args, client, [target.word for target, *_ in told])
-        for target, answer, last, done in told:
-            try:
-                waited = send(target, last, query, wait_time) if last else answer
-                show(args, answer or waited, "%s: %s" % (target.word, done(answer)))
-            except ClientError as error:
-                report(args, error)
+        query, timeout = "?wait=%g" % args.timeout, CLIENT_TIME + args.timeout
+    for target, answer, last, done in told:
+        try:
+            waited = send(target, last, query, timeout) if last else answer
+            show(args, answer or waited, "%s: %s" % (target.word, done(answer)))
+        except ClientError as error:
+            report(args, error)
 
 
 def scaling(target, verb, number):
