@@ -2880,7 +2880,7 @@ class CommandRun:
 
 class Probe:
     """Asks whether a process is ready: after PROBE_FIRST, then PROBE_INTERVAL after each failure.
-    Calls `done()` when it is; `error` says why the last try failed.
+    Calls `done()` when it is; `error` says why the last try failed, at each address.
 
     Either it connects to a `target` (see parse_target()), one address after the other, until that
     accepts, or answers the request with success; or it runs a command, until that exits with 0:
@@ -2890,13 +2890,14 @@ class Probe:
     def __init__(self, loop, target, run, done):
         self._loop, self._run, self._done = loop, run, done
         self._addresses, self._request = target or ([None], b"")
-        self._left, self._answer, self.error = [], b"", None
+        self._left, self._answer, self._errors, self.error = [], b"", [], None
         self._socket = self._command = None
         self._timer = loop.later(PROBE_FIRST, self._try)
 
     def _try(self):
         self._timer = self._loop.later(PROBE_TIME, self._end, "no answer in %g s" % PROBE_TIME)
-        self._left = self._left or list(self._addresses)
+        if not self._left:
+            self._left, self._errors = list(self._addresses), []
         address = self._address = self._left.pop(0)
         try:
             if address is None:
@@ -2946,7 +2947,8 @@ class Probe:
         if error is None:
             self._done()
         else:
-            self.error = "%s:%d: %s" % (*self._address, error) if self._address else error
+            self._errors.append("%s:%d: %s" % (*self._address, error) if self._address else error)
+            self.error = "; ".join(self._errors)
             self._timer = self._loop.later(0 if self._left else PROBE_INTERVAL, self._try)
 
     def close(self):
@@ -4572,7 +4574,9 @@ class Manager:
     def run(self):
         """Start the apps and all active templates, in the order of their priority, and serve until
         stop(). The calling thread becomes the loop's. Raises what an app's start() raises, with
-        nothing left running."""
+        nothing left running; RuntimeError: it runs already."""
+        if self._running:
+            raise RuntimeError("this manager runs already; make another one")
         self._thread = threading.get_ident()
         try:
             with self.loop.interrupts():
@@ -4598,9 +4602,10 @@ class Manager:
                 self.loop.call(self._call_apps, "stop")
 
     def _call_apps(self, method):
-        """Call a method of all apps that have it, the last one first."""
-        for app in reversed(self._started_apps):
-            getattr(app, method, lambda: None)()
+        """Call a method of all apps that have it, the last one first; then raise what one did."""
+        with contextlib.ExitStack() as calls:
+            for app in self._started_apps:
+                calls.callback(getattr(app, method, lambda: None))
 
     def _start(self):
         self._running = True

@@ -5550,7 +5550,7 @@ class ProcessEmbedded(ProcessCase):
 
     def test_apps(self):
         """start(loop, manager) in order, stop() in reverse order; stop and restart may be missing.
-        What a start() raises leaves run(), with all stopped that was started before."""
+        What a start() or stop() raises leaves run(), with all stopped that was started before."""
         calls = []
 
         class Small:
@@ -5563,6 +5563,10 @@ class ProcessEmbedded(ProcessCase):
 
             def restart(self):
                 calls.append("restart")
+
+        class BadStop(Whole):
+            def stop(self):
+                raise OSError("cannot stop")
 
         class Bad:
             def start(self, loop, manager):
@@ -5578,7 +5582,16 @@ class ProcessEmbedded(ProcessCase):
             gaffer.Manager([Whole(), Bad()]).run()
         os_pid = calls.pop(-2)
         self.assertIsNone(process_state(os_pid))
-        self.assertEqual(calls, [True, True, "restart", "stop", True, "stop"])
+        manager = gaffer.Manager([Whole(), BadStop()])
+
+        def run_again():
+            with self.assertRaisesRegex(RuntimeError, "runs already"):
+                manager.run()
+            manager.stop()
+        manager.loop.call_soon(run_again)
+        with self.assertRaisesRegex(OSError, "cannot stop"):
+            manager.run()
+        self.assertEqual(calls, [True, True, "restart", "stop", True, "stop", True, True, "stop"])
 
 
 class ProcessLife(ProcessCase):
@@ -5809,8 +5822,8 @@ class ProcessReady(ProcessCase):
         dies = python(PROCESS_AWAITS_TERM + "print('why')\nsignal.sigwait([signal.SIGTERM])")
         self.add("x", dies, ready={"tcp": str(port), "within": 0.3}, restart="on-failure")
         self.assertEqual(self.exit_of(self.spawned("x", 2)["pid"] - 1)["exit_status"], 0)
-        self.assertIn("not ready (tcp:%d) within 0.3 seconds: ::1:%d: Connection refused"
-                      % (port, port), self.server.wait_event("proc/x/stop_pid")["reason"])
+        self.assertIn("not ready (tcp:{0}) within 0.3 seconds: 127.0.0.1:{0}: Connection refused; "
+                      "::1:{0}: Connection refused".format(port), self.server.wait_event("proc/x/stop_pid")["reason"])
         self.ok("PUT", "/processes/x", dict(dies, restart="never", ready={
             "exec": "exit 3", "within": 0.2}))
         answer = self.until("x")
