@@ -1750,6 +1750,17 @@ class PureJournal(PureLogCase):
         self.advance(0.2)
         self.assertEqual(self.lines("a")[0], ["a 1 out x", "a 1 out+ name? "])
 
+    def test_times(self):
+        """Short reads within JOIN_TIME have one time."""
+        write, now = self.stream("a", 1), 1000.0
+        for wait in 0, 0.8, 0.8, 0.8:
+            now += wait * gaffer.JOIN_TIME
+            with unittest.mock.patch("time.time", return_value=now):
+                write(b"x\n")
+        data = self.do(lambda: self.journal.view().take(0, gaffer.JournalEncoder(False, "e")))[0]
+        self.assertEqual([line.split()[0] for line in data.splitlines()],
+                         [b"1000.000"] * 2 + [b"1000.016"] * 2)
+
     def test_returns(self):
         """What replaces the line before it is told apart where that is asked for."""
         write = self.stream("a", 1)
@@ -2041,6 +2052,8 @@ class PureTemplates(Case):
                 ({"redirect_output": ["a"], "custom_streams": ["a"]}, "label 'a'"),
                 ({"custom_streams": ["stdout"]}, "label 'stdout'"),
                 ({"cmd": "a 'b", "args": []}, "field 'cmd' cannot be split into words"),
+                ({"cmd": "\\\n"}, "field 'cmd' must not be empty"),
+                ({"ready": {"log": "x"}, "redirect_output": []}, "'redirect_output' is empty"),
                 ({"cmd": "it's", "args": ["x"]}, None),
                 ({"cmd": "echo 'a", "shell": True}, None),
                 ({"env": {"GAFFER_PORT_STEP": "1"}}, "has GAFFER_PORT_STEP: give it and PORT"),
@@ -2054,6 +2067,9 @@ class PureTemplates(Case):
                 else:
                     self.assertIn(words, self.refusal(dict({"name": "a", "cmd": "b"}, **fields)))
         self.assertEqual(self.check(detach=True)["redirect_output"], [])
+        with unittest.mock.patch("os.geteuid", return_value=12345):
+            self.assertIn("which only root may do", self.refusal(
+                {"name": "a", "cmd": "b", "gid": os.getegid() + 1}))
 
     def test_words(self):
         """As a shell splits them: sh itself is asked. But a comment is none here."""
@@ -2169,6 +2185,9 @@ class PureLaunch(Case):
             third = first.again(gaffer.check_template(fields), 3)
             self.assertEqual([launch.env[b"PORT"] for launch in (first, third)], wanted)
             self.assertNotIn(b"GAFFER_PORT_STEP", third.env)
+        fields["env"]["PORT"] = 65500
+        self.assertRaisesRegex(gaffer.InvalidProcessInfo, "field 'env' makes 65536 the PORT",
+                               first.again, gaffer.check_template(fields), 37)
 
     def test_program(self):
         """The first in the PATH of the process, or gaffer's, seen from cwd."""
@@ -2191,6 +2210,8 @@ class PureLaunch(Case):
                  names + "'tool', but %s " % plain + chmod),
                 ("tool", {"env": {"PATH": "/nowhere"}}, names + "'tool', " + no + "found in PATH"),
                 (plain, {}, names + "%r, which " % plain + chmod),
+                (first, {"ready": {"tcp": "$NO_PORT"}}, "field 'ready' has a 'tcp' that is not a "
+                 "port, or host:port, with an address or localhost as its host"),
                 (sub, {}, names + "%r, which is a directory" % sub),
                 ("$TOOL", {"env": {"TOOL": "/no/tool"}}, names + "'/no/tool', " + no + "there"),
                 ("./no.sh", {"cwd": sub}, names + "'./no.sh', but %s/no.sh is not there" % sub)):
@@ -7994,7 +8015,7 @@ class HttpEndpoints(HttpCase):
             "/processes", method="POST", body=b'{"name": "cat", "cmd": "cat", '
             b'"redirect_input": true}').answer()), HTTP_OK)
         events = self.secure(server).request("/streams/1/stdout?feed=eventsource&since=0").head()
-        big = b"".join(b"%05d %b\n" % (number, b"x" * 94) for number in range(2000))
+        big = b"".join(b"%05d %b\n" % (number, b"x" * 94) for number in range(10000))
         with http_limits(READ_SIZE=1000):       # less than a record
             made = self.secure(server).upgrade("/wstreams/1?type=binary", early=ws_frame(2, b"a\n"))
             self.assertEqual((made.status, made.read()), (101, (2, b"a\n")))
@@ -8009,6 +8030,11 @@ class HttpEndpoints(HttpCase):
         self.assertEqual(text, expected)
         made.frame(8, b"\x03\xe8")
         self.assertEqual([made.read(), made.read()], [(8, b"\x03\xe8"), (None, b"")])
+        late = self.secure(server).request("/streams/1/stdout?feed=continuous&since=0")
+        self.parked("continuous", server=server)
+        self.secure(server).request("/streams/1/stdin", method="DELETE").answer()
+        self.secure(server).request("/watch/exit?since=0").answer()
+        self.assertEqual(late.head().chunks(), (b"a\n" + big, True))
 
     def test_tls_long_poll(self):
         """The connection goes on, with what was sent meanwhile."""
@@ -8296,6 +8322,7 @@ class HttpLibrary(HttpCase):
         seen.get(timeout=TIMEOUT)
         server.stop_all()
         self.assertIsInstance(seen.get(timeout=TIMEOUT), tuple)
+        handler.send("to nobody")
         self.assertTrue(seen.empty())
 
     def test_websocket_queue(self):
@@ -9036,18 +9063,23 @@ class StreamsClock(StreamsCase):
             self.assertNotEqual(chunk, b"\n")
             left -= len(chunk)
         self.assertEqual(self.server.manager.loop.call(lambda: self.server.http.sending), {})
-        self.advance(60)
+        self.advance(400)
         self.assertEqual(wire.chunk(), b"\n")
 
     def test_who_takes_nothing_is_closed(self):
         """After 30 s where it holds a process, after 300 s elsewhere."""
-        pid, _ = self.full("loss=block", "loss=skip", lines=10 ** 9)
+        pid, (_, slow) = self.full("loss=block", "loss=skip", lines=10 ** 9)
         for seconds, left in ((35, 1), (300, 0)):
             with self.assertLogs("gaffer", "INFO") as logs:
                 self.advance(seconds)
                 until(lambda left=left: streams_open(self.server, "continuous") == left)
             self.assertIn("took nothing for %d seconds" % (300 if left == 0 else 30),
                           "".join(logs.output))
+            if left:                            # what it takes now counts
+                self.advance(200)
+                slow.exactly(16 * gaffer.MIB)
+                self.advance(150)
+                self.assertEqual(streams_open(self.server, "continuous"), 1)
             place = self.place(pid)
             until(lambda place=place: self.place(pid) > place + 10 ** 7, "the child goes on")
 
@@ -9547,14 +9579,15 @@ class PureOutput(PureLoopCase):
         def finished(self, reader):
             reader.close()
 
-    def output(self, limit=gaffer.MIB):
-        """(Output of a pipe, its other end)."""
+    def output(self, limit=gaffer.MIB, merged=None):
+        """(Output of a pipe, its other end); self.merged has it too."""
         read, write = os.pipe()
         self.addCleanup(os.close, write)
         os.set_blocking(read, False)
         self.ends, window = [], gaffer.Window(self.loop, limit)
-        merged = gaffer.Merged(self.loop, limit, "t", "out", gaffer.Journal(self.loop, 1024))
-        output = gaffer.Output(self.loop, read, window, merged, 1, lambda: self.ends.append(1))
+        self.merged = merged or gaffer.Merged(
+            self.loop, limit, "t", "out", gaffer.Journal(self.loop, 1024))
+        output = gaffer.Output(self.loop, read, window, self.merged, 1, lambda: self.ends.append(1))
         self.do(output.start)
         self.addCleanup(self.do, output.close)
         return output, write
@@ -9603,6 +9636,32 @@ class PureOutput(PureLoopCase):
                 self.do(reader.pump)
                 self.assertEqual(sink.data, data[:end])
             self.assertEqual((end < 400, self.ends), (blocks, [1]))
+
+    def test_block_of_two(self):
+        """The unfinished line of one waits for room, too."""
+        write, also = self.output(256)[1], self.output(256, self.merged)[1]
+        sinks = [self.Sink(self, opened=False) for _ in range(2)]
+        readers = [gaffer.Reader(self.merged.window, gaffer.Encoder(), sink, 0, "block")
+                   for sink in sinks]
+        for reader in readers:
+            self.do(reader.start)
+        for fd, data in (also, b"\n"), (also, b"x" * 200 + b"\n"), (write, b"who? " * 8), (
+                also, b"y" * 30 + b"\n"):
+            os.write(fd, data)
+            self.advance()
+        os.write(write, b"and?")
+        for _ in range(2):
+            self.advance(gaffer.MERGED_LINE_DELAY + 0.1)
+        self.assertEqual(self.merged.window.end, 233)
+        for reader, sink in zip(readers, sinks):
+            sink.open = True
+            self.do(reader.pump)
+            self.advance()
+        os.write(also, b"z\n")
+        self.advance(gaffer.MERGED_LINE_DELAY + 0.1)
+        self.advance(gaffer.MERGED_LINE_DELAY + 0.1)
+        wanted = b"\n" + b"x" * 200 + b"\n" + b"y" * 30 + b"\nz\n" + b"who? " * 8 + b"and?"
+        self.assertEqual([sink.data for sink in sinks], [wanted] * 2)
 
     def test_its_own_pause_is_no_silence(self):
         """Sending takes long, and gaffer waits as long before it reads on: no line is cut by it."""
@@ -9839,12 +9898,12 @@ class StreamsWebsocket(StreamsCase):
 
     def test_a_process_that_does_not_read(self):
         """Its buffer fills, then the connection; when it reads, all arrives in order."""
-        data = b"".join(bytes([number]) * 300000 for number in range(40))
+        data = b"".join(bytes([number]) * 600000 for number in range(20))
         pid = self.cat("t", python(STREAMS_SLEEPER.format(size=len(data))))
         self.upto(pid, 6)
         websocket = self.open(pid, "type=binary")
-        head = b"\x82\xff" + struct.pack("!Q", 300000) + bytes(4)       # a mask of zeros
-        frames = memoryview(b"".join(head + bytes([number]) * 300000 for number in range(40)))
+        head = b"\x82\xff" + struct.pack("!Q", 600000) + bytes(4)       # a mask of zeros
+        frames = memoryview(b"".join(head + bytes([number]) * 600000 for number in range(20)))
         websocket.sock.setblocking(False)
         with selectors.DefaultSelector() as selector:
             selector.register(websocket.sock, selectors.EVENT_WRITE)
@@ -9859,6 +9918,31 @@ class StreamsWebsocket(StreamsCase):
         websocket.sock.settimeout(TIMEOUT)
         self.assertEqual([websocket.read(), websocket.read()],
                          [(2, streams_digest(data)), (8, b"\x03\xe8exit 0")])
+
+    def test_input_without_room(self):
+        """A message with its end of line; in front of a close frame; of a process that ends."""
+        pid = self.cat("t", "sleep 1000")
+        websocket = self.open(pid, "frame=line")
+        websocket.text("x" * gaffer.MIB)
+        self.assertEqual(websocket.read()[1][:2], b"\x03\xf1")
+        for size in 1 << 19, 1 << 14, 1 << 9:
+            while self.server.request("POST", "/streams/t/stdin", bytes(size))[0] == 200:
+                pass
+        with self.assertLogs("gaffer", "INFO") as logs:
+            websocket = self.open(pid)
+            websocket.send(ws_frame(1, b"x" * 1000) + ws_frame(8, b"\x03\xe8"))
+            self.assertEqual(websocket.read(), (8, b"\x03\xe8"))
+            self.server.manager.loop.call(int)  # after that turn
+        self.assertIn("1 websocket messages for t were dropped: it does not", "".join(logs.output))
+        with http_limits(CLOSE_TIME=2 * TIMEOUT):
+            websocket = self.open(pid)
+            websocket.send(ws_frame(1, b"x" * 1000) + ws_frame(1, b"more"))
+            until(lambda: self.server.manager.loop.call(lambda: any(
+                each.paused for each in self.server.http.channels)), "the wait for room")
+            self.server.ok("POST", "/processes/t/_signal/KILL")
+            self.assertEqual(websocket.read(), (8, b"\x03\xe8signal 9"))
+            websocket.frame(8, b"\x03\xe8")
+            self.assertEqual(websocket.read(), (None, b""))
 
 
 class StreamsWatch(StreamsCase):
@@ -14932,6 +15016,21 @@ class ProcfileUp(CliFollowCase):
             r"^job.1 exited with status 0.*^web.1 started.*^web.1 is ready after \d+\.\d s.*"
             r"^bad.1 started.*^bad.1 is stopped: not ready .exec:false. within 0.2 seconds",
             re.S | re.M))
+
+    def test_ready(self):
+        """It says when all are ready; the first that will not be ends it."""
+        process = self.up("""
+            # gaffer: restart=never
+            job: true
+            # gaffer: after=job ready=log:up
+            web: echo up; exec sleep 1000
+            """, "--ready")
+        self.assertIn(("system", "all are ready"), self.lines(process))
+        process.send_signal(signal.SIGTERM)
+        self.ended(process, 0)
+        process = self.up("# gaffer: start=false\ndb: cat\n# gaffer: after=db\nweb: cat", "--ready")
+        self.assertIn(("system", "'web' waits for 'db', and 'db' is stopped; start it"),
+                      self.ended(process, 1))
 
     def test_signals_stop_all(self):
         for signum in signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU:
