@@ -277,12 +277,6 @@ class Running:
         answer.connection = connection
         return answer
 
-    def sse(self, path, headers=None):
-        """(response, iterator of events) of an event stream. An event: {id, event, data}."""
-        answer = self.stream(path, headers)
-        assert answer.status == 200, (answer.status, answer.read())
-        return answer, sse_events(answer)
-
     def events(self, pattern="", since=None):
         """An iterator of /watch events (dicts); since=0 gives those from the beginning."""
         query = "&since=%s" % since if since is not None else ""
@@ -490,7 +484,6 @@ class Wire:
         head = self.file.read(2)
         if len(head) < 2:
             return None, b""
-        self.compressed = bool(head[0] & 0x40)
         size = head[1] & 127
         if size > 125:
             size = int.from_bytes(self.file.read(2 if size == 126 else 8), "big")
@@ -973,17 +966,6 @@ class PureTimers(PureLoopCase):
         self.advance(300)
         self.assertEqual(self.ran, [1])
 
-    def test_now(self):
-        """The time of the turn, or of the call."""
-        def slow():
-            self.clock.now += 5
-            self.ran.append(self.loop.now)
-        self.later(1, slow)
-        self.advance(1)
-        self.do(lambda: self.ran.append(self.loop.now))
-        self.assertEqual(self.ran, [1001.0, 1006.0])
-        self.assertEqual((self.loop.turns, self.loop.busy), (1, 5.0))
-
 
 class PureCalls(PureLoopCase):
     """What may be called, by whom, and when it runs; no thread runs the loop."""
@@ -1064,18 +1046,6 @@ class PureReadiness(PureLoopCase):
         self.do(self.loop.register, fd, selectors.EVENT_READ, callback)
         return fd
 
-    def test_masks(self):
-        fd = self.register(0, self.ran.append)
-        self.advance()
-        self.do(self.loop.modify, fd, selectors.EVENT_WRITE)
-        self.advance()
-        self.pairs[0][1].sendall(b"x")
-        self.do(self.loop.modify, fd, selectors.EVENT_READ)
-        self.advance()
-        self.do(self.loop.unregister, fd)
-        self.advance()
-        self.assertEqual(self.ran, [selectors.EVENT_WRITE, selectors.EVENT_READ])
-
     def test_another_descriptor(self):
         """Both are ready in one turn; the first to run puts something else in the other's place."""
         def replace(number):
@@ -1098,11 +1068,6 @@ class PureReadiness(PureLoopCase):
             self.advance()
             self.advance()
         self.assertEqual(sorted(self.ran), [0, 0, 1, 1])
-
-    def test_wake_descriptor(self):
-        """What signal.set_wakeup_fd() writes ends the wait, which is longer than the test's."""
-        os.write(self.loop.wake_fd, b"\x0f")
-        self.loop.step(2 * self.patience)
 
     def test_expect(self):
         """An answer, a timer, or the time given ends the wait."""
@@ -1155,11 +1120,8 @@ class PureRunning(Case):
 
     def test_call(self):
         """It runs on its own thread, even while user code holds up the loop's."""
-        self.assertEqual(self.loop.call(threading.get_ident), threading.get_ident())
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            self.assertRaises(SystemExit, pool.submit(self.loop.call, sys.exit, 3).result)
         release = self.hold(self.loop.call_unlocked)
-        self.assertEqual(self.loop.call(len, "abc"), 3)
+        self.assertEqual(self.loop.call(threading.get_ident), threading.get_ident())
         release()
 
     def test_wakes(self):
@@ -1354,9 +1316,9 @@ class PureWindow(PureLogCase):
 
     def test_memory(self):
         """Of a window of short lines, and of what readers at many places get."""
-        window, readers = self.window(20000), []
+        window, readers = self.window(10000), []
         with traced() as memory:
-            for number in range(4000):
+            for number in range(2000):
                 self.do(window.append, b"short line\n")
                 if number % 40 == 0:
                     readers.append(self.sse(window, offset=window.start, open=False))
@@ -1365,20 +1327,6 @@ class PureWindow(PureLogCase):
                 self.do(reader.pump)
                 reader.sink.got.clear()
             self.assertLess(memory()[0], 20 * window.limit)
-
-    def test_wait(self):
-        """After each append, and at the end, until it is true or was cancelled."""
-        window, calls = self.window(), []
-        self.do(window.wait, lambda: calls.append("a") or window.end >= 4)
-        cancel = self.do(window.wait, lambda: calls.append("b"))
-        self.do(window.wait, lambda: window.ended and calls.append("ended"))
-        self.feed(window, b"ab", b"cd", b"ef")
-        self.do(cancel)
-        self.do(cancel)
-        self.feed(window, b"gh")
-        self.do(window.finish)
-        self.do(window.finish)
-        self.assertEqual("".join(calls), "ababbended")
 
     def test_poll(self):
         """What comes after a long poll has looked and before it waits is not missed."""
@@ -1412,21 +1360,6 @@ class PureReader(PureLogCase):
         self.assertLess(sum(sizes), 10100)
         self.assertEqual(pure_sse(readers[0].sink.data)[-1], (3013, "out", b"." * 3000))
 
-    def test_places(self):
-        """Each begins where it asks; one that lags holds nobody, and comes back."""
-        window = self.window(1024, b"one\ntwo\n")
-        readers = [self.reader(window, offset=offset) for offset in (0, 4, 8)]
-        sse, slow = self.sse(window, offset=4), self.reader(window, open=False)
-        self.feed(window, b"three\n", b"4", b"5")
-        self.assertEqual(slow.sink.got, [b"three\n"])
-        self.drain(slow)
-        self.feed(window, b"6\n")
-        self.assertEqual(slow.sink.got, [b"three\n", b"45", b"6\n"])
-        whole = b"one\ntwo\nthree\n456\n"
-        self.assertEqual([reader.sink.data for reader in readers], [whole, whole[4:], whole[8:]])
-        self.assertEqual(pure_sse(sse.sink.data), [
-            (8, "out", b"two"), (14, "out", b"three"), (18, "out", b"456")])
-
     def test_shares(self):
         """One that is far behind gets its share a turn, in order, while more is appended."""
         data = os.urandom(1024) * 4096
@@ -1439,22 +1372,19 @@ class PureReader(PureLogCase):
         self.assertEqual(reader.sink.data, data + 99 * b"more")
 
     def test_close(self):
-        """Before it has begun, by another's sink while a payload goes round, twice."""
+        """By another's sink while a payload goes round, twice."""
         class Closing(PureSink):
             def send(self, payload):
                 third.close()
                 return super().send(payload)
         window = self.window(1024, b"old")
-        first = gaffer.Reader(window, gaffer.Encoder(), PureSink(), 0)
-        self.do(first.close)
-        self.do(first.start)
         second = gaffer.Reader(window, gaffer.Encoder(), Closing(), 3)
         self.do(second.start)
         third = self.reader(window)
         self.feed(window, b"x")
         self.do(third.close)
         self.do(third.pump)
-        self.assertEqual([reader.sink.got for reader in (first, second, third)], [[], [b"x"], []])
+        self.assertEqual((second.sink.got, third.sink.got), ([b"x"], []))
         self.assertEqual(list(window.readers), [second])
 
     def test_failure(self):
@@ -1496,8 +1426,7 @@ class PureReader(PureLogCase):
     def test_finish(self):
         """What is left, unfinished line and all, then the end, once."""
         window = self.window()
-        live, slow, gone = self.sse(window), self.sse(window, open=False), self.sse(window)
-        self.do(gone.close)
+        live, slow = self.sse(window), self.sse(window, open=False)
         self.feed(window, b"one\n", b"half", 0.11, b" a line \xc3")
         self.do(window.finish)
         wanted = [(4, "out", b"one"), (8, "out", b"half"), (17, "out", " a line \ufffd".encode())]
@@ -1509,18 +1438,7 @@ class PureReader(PureLogCase):
             self.assertEqual([line for _, _, line in pure_sse(reader.sink.data)],
                              [b"one", "half a line \ufffd".encode()])
         self.advance(1)
-        self.assertEqual([each.sink.ends for each in (live, slow, gone, late)], [1, 1, 0, 1])
-
-    def test_long_end(self):
-        """Lines of an ended stream are whole, however many shares it takes to send them."""
-        data = b"".join(b"line %d %s\n" % (n, b"x" * (n % 90)) for n in range(12000)) + b"the end"
-        window = self.window(gaffer.MIB, data)
-        self.do(window.finish)
-        reader = self.sse(window, offset=0)
-        for _ in range(20):
-            self.advance()
-        self.assertEqual([line for _, _, line in pure_sse(reader.sink.data)], data.split(b"\n"))
-        self.assertEqual(reader.sink.ends, 1)
+        self.assertEqual([each.sink.ends for each in (live, slow, late)], [1, 1, 1])
 
 
 class PureLoss(PureLogCase):
@@ -1626,47 +1544,21 @@ class PureLoss(PureLogCase):
 
 class PureEvents(PureLogCase):
 
-    def readers(self, log, wanted=lambda record: True, framed=bytes, open=True):
-        """One for each form."""
-        return [self.reader(log, gaffer.RecordEncoder(
-            form, framed, "e", "all", wanted, lambda record: record["event"]), open=open)
-            for form in ("eventsource", "continuous")]
-
-    def test_read(self):
-        log = gaffer.EventLog(self.loop, 3)
-        for number in range(1, 6):
-            self.do(log.append, number)
-        self.assertEqual((log.start, log.end), (2, 5))
-        self.assertTable(lambda offset: log.read(offset, 2), (
-            (2, [3, 4]), (3, [4, 5]), (4, [5]), (5, [])))
-
-    def test_forms(self):
-        """The id is the event's number, whatever is wanted."""
-        log = gaffer.EventLog(self.loop, 10)
-        readers = [reader for framed in (bytes, gaffer.chunk)
-                   for reader in self.readers(log, lambda record: record["event"] == "exit",
-                                              framed)]
-        for event in ("spawn", "exit"):
-            self.do(log.append, {"event": event, "name": "a"})
-        line = b'{"event": "exit", "name": "a"}'
-        event = b"id: 2@e\nevent: exit\ndata: " + line + b"\n\n"
-        self.assertEqual([reader.sink.data for reader in readers], [
-            event, line + b"\n", b"%x\r\n%b\r\n" % (len(event), event),
-            b"1f\r\n" + line + b"\n\r\n"])
-
     def test_dropped(self):
         log = gaffer.EventLog(self.loop, 4)
-        sse, plain = readers = self.readers(log, open=False)
+        sse, plain = readers = [self.reader(log, gaffer.RecordEncoder(
+            form, bytes, "e", "all", lambda record: record["n"] != 8,
+            lambda record: record["event"]), open=False) for form in ("eventsource", "continuous")]
         for number in range(10):
             self.do(log.append, {"event": "spawn", "n": number})
         self.drain(*readers)
         events = pure_sse(sse.sink.data)
         self.assertEqual([event[:2] for event in events], [
-            (1, "spawn"), (6, "dropped"), *zip(range(7, 11), 4 * ["spawn"])])
+            (1, "spawn"), (6, "dropped"), (7, "spawn"), (8, "spawn"), (10, "spawn")])
         self.assertEqual(events[1][2], b'{"events": 5}')
         lines = [json.loads(line) for line in plain.sink.data.splitlines()]
         self.assertEqual(lines[1], {"event": "dropped", "id": "6@e", "events": 5})
-        self.assertEqual([line.get("n") for line in lines], [0, None, 6, 7, 8, 9])
+        self.assertEqual([line.get("n") for line in lines], [0, None, 6, 7, 9])
         self.assertEqual(plain.encoder.dropped(3, 7, True),
                          b'{"event": "dropped", "id": "7@e", "events": 3, "restarted": true}\n')
 
@@ -1804,22 +1696,6 @@ class PureJournal(PureLogCase):
         self.assertEqual(self.lines(offset=self.do(lambda: self.journal.view().tail(2)))[0], [
             "a 1 out 2999", 'a 1 exit {"exit_status": 0, "term_signal": 0}'])
 
-    def test_quiet_beside_busy(self):
-        """Where a reader stands is good, however much of the index has gone since."""
-        quiet, busy = self.stream("quiet", 1), self.stream("busy", 2)
-        quiet(b"a\n")
-        _, offset, _ = self.lines("quiet")
-        with unittest.mock.patch("gaffer.JOURNAL_ENTRIES", 64):
-            live = self.sse("quiet")
-            for _ in range(100):
-                busy(b"y" * 20000 + b"\n")
-            self.assertEqual(self.lines("quiet", offset=offset), ([], self.journal.end, 0))
-            quiet(b"b\n")
-            new = ["quiet 1 out b"], self.journal.end
-            self.assertEqual(self.lines("quiet", offset=offset), (*new, 0))
-            self.assertEqual(self.lines("quiet"), (*new, 2))
-            self.assertEqual(self.events(live), [(self.journal.end, "quiet 1 out b")])
-
     def test_lost_bytes(self):
         """From a window: what is left begins a line; with a template: all of them."""
         small, large = self.stream("small", 1, size=256), self.stream("large", 2)
@@ -1859,7 +1735,7 @@ class PureJournal(PureLogCase):
                 self.assertEqual(self.lines(*which, offset=offset)[0], wanted, (which, count))
 
     def test_resume(self):
-        """A reader that is cut now and then, and a poll, get what one gets that is not."""
+        """A reader that is cut now and then, and a poll, miss nothing."""
         rng = random.Random(8)
         for number in range(6):
             size = rng.choice((20, 16384))
@@ -2024,17 +1900,6 @@ class PureTemplates(Case):
         self.assertTrue(gaffer.check_template({"cmd": "x", "start": True}, known)["start"])
         self.assertRaises(gaffer.InvalidProcessInfo, gaffer.check_template, {"cmd": "x"},
                           {"name": "-"})
-
-    def test_copies(self):
-        """Nobody can change a template through what he gave, or a default through a template."""
-        given = {"env": {"A": "1"}, "redirect_output": ["a"]}
-        info = self.check(**given)
-        given["env"]["A"] = "2"
-        given["redirect_output"].append("b")
-        self.assertEqual((info["env"], info["redirect_output"]), ({"A": "1"}, ["a"]))
-        one, other = self.check(), self.check()
-        for field in ("env", "args", "redirect_output", "custom_streams"):
-            self.assertIsNot(one[field], other[field], field)
 
     def test_most_templates(self):
         manager = gaffer.Manager([])
@@ -2241,7 +2106,6 @@ class PureLaunch(Case):
                          (os.geteuid(), os.getegid(), pwd.getpwuid(os.geteuid()).pw_dir))
         if os.geteuid() != 0:
             return
-        self.assertIn(own.gid, own.groups)
         names, entry = (b"HOME", b"USER", b"LOGNAME", b"SHELL"), pwd.getpwnam("nobody")
         nobody = self.launch("sh $HOME", uid="nobody", env={"SHELL": "/bin/x"})
         self.assertEqual(nobody.uid, entry.pw_uid)
@@ -2348,7 +2212,6 @@ class PurePolicies(Case):
                  "start start pause start start pause start start stop"),
                 # what lives just as long as the window is neither flapping nor a success
                 ({}, [(n * 1.001, 1.0) for n in range(4)], "start start start start"),
-                ({}, [(1, 1.0), (2, 1.0)], "start pause"),
                 # the window slides
                 ({"attempts": 3}, [(0, 0.1), (0.9, 0.1), (1.8, 0.1), (1.85, 0.1)],
                  "start start start pause"),
@@ -2360,10 +2223,7 @@ class PurePolicies(Case):
                 ({"attempts": 1, "max_retry": 1}, [(1, 0), (9, 1.0)], "pause stop"),
                 # the defaults: 2 exits within 1 s, 5 pauses
                 ({}, [(now, 0.1) for even in range(0, 12, 2) for now in (even, even + 0.5)],
-                 "start pause " * 5 + "start stop"),
-                # started by hand after the stop: all pauses are there again
-                ({"attempts": 1, "max_retry": 1}, [(n, 0) for n in range(4)],
-                 "pause stop pause stop")):
+                 "start pause " * 5 + "start stop")):
             info, history, actions = self.info(flapping=flapping), (), []
             for now, lived in exits:
                 action, delay, history = gaffer.after_exit(info, (1, 0), now, lived, 1, history)
@@ -2381,16 +2241,6 @@ class PurePolicies(Case):
             (([3], (0, 0)), False), (([0, 143], (143, 0)), True), (([0, 143], (0, 15)), False),
             (([0, "TERM"], (0, 15)), True), (([], (0, 0)), False), (([15], (0, 15)), False),
             ((["TERM"], (143, 0)), False), ((["int"], (0, 2)), True)))
-
-    def test_stop_steps(self):
-        kill = (signal.SIGKILL, gaffer.KILL_AGAIN)
-        for fields, steps, seconds in (
-                ({}, ((15, 10), kill), 10),
-                ({"stop_signal": "QUIT", "graceful_timeout": 3}, ((3, 3), kill), 3),
-                ({"stop_signal": [["INT", 5], ["TERM", 2.5]], "graceful_timeout": 60},
-                 ((2, 5), (15, 2.5), kill), 7.5)):
-            info = self.info(**fields)
-            self.assertEqual((gaffer.stop_steps(info), gaffer.stop_time(info)), (steps, seconds))
 
     def test_signals(self):
         self.assertTable(gaffer.parse_signal, (
@@ -2574,14 +2424,12 @@ class PureHead(Case):
     def test_parts(self):
         request = gaffer.parse_head(
             b"POST /a/b%20c?x=1&y= HTTP/1.1\r\nHost: localhost:5000\r\nX-One:  a b \t\r\nx-two:\r\n"
-            b"X-ONE: c\r\nX-Latin: \xe9\r\nCookie: a=1\r\ncookie: b=2\r\n"
-            b"!#$%&'*+-.^_`|~09aZ: \"c\" {}:")
-        self.assertEqual(
-            (request.method, request.target, request.path, request.raw_query, request.version),
-            ("POST", "/a/b%20c?x=1&y=", "/a/b%20c", "x=1&y=", (1, 1)))
+            b"X-ONE: c\r\nX-Latin: \xe9\r\nCookie: a=1\r\ncookie: b=2\r\n!#$%&'*+-.^_`|~09aZ: {}:")
+        self.assertEqual((request.method, request.target, request.version),
+                         ("POST", "/a/b%20c?x=1&y=", (1, 1)))
         self.assertEqual(request.headers, {
             "host": "localhost:5000", "x-one": "a b, c", "x-two": "", "x-latin": "\xe9",
-            "cookie": "a=1; b=2", "!#$%&'*+-.^_`|~09az": "\"c\" {}:"})       # RFC 6265 section 5.4
+            "cookie": "a=1; b=2", "!#$%&'*+-.^_`|~09az": "{}:"})       # RFC 6265 section 5.4
         self.assertEqual((request.query, request.segments(), request.body),
                          ({"x": "1", "y": ""}, ["a", "b c"], b""))
         self.assertTable(lambda version: pure_request(version=version).version, (
@@ -2677,10 +2525,9 @@ class PureHead(Case):
 
     def test_wants_close(self):
         self.assertTable(lambda case: pure_request(case[1], version=case[0]).wants_close(), (
-            (("1.1", "X: y"), False), (("1.1", "Connection: close"), True),
-            (("1.1", "Connection: Close"), True), (("1.1", "Connection: keep-alive"), False),
-            (("1.1", "Connection: upgrade, close"), True), (("1.0", "X: y"), True),
-            (("1.0", "Connection: Keep-Alive"), False), (("1.0", "Connection: close"), True)))
+            (("1.1", "X: y"), False), (("1.1", "Connection: upgrade, Close"), True),
+            (("1.1", "Connection: keep-alive"), False), (("1.0", "X: y"), True),
+            (("1.0", "Connection: Keep-Alive"), False)))
 
 
 class PureReading(Case):
@@ -2711,29 +2558,25 @@ class PureReading(Case):
                 return gaffer.read_request(file)
             except gaffer.GafferError as error:
                 return type(error), next((word for word in (
-                    "CR LF", "first line", "Host", "empty lines", "request line", "head")
+                    "CR LF", "first line", "Host", "empty lines", "request line")
                     if word in str(error)), str(error))
         bad, long_ = gaffer.BadRequest, b"GET /" + b"a" * gaffer.REQUEST_LINE_SIZE
         self.assertRead(read, (
             *((wire, (bad, "CR LF")) for wire in (
                 b"\n" + self.HEAD, b"GET / HTTP/1.1\nHost: x\n\n", b"a\nb",
-                b"GET / HTTP/1.1\r\nHost: x\n\r\n", long_[:8190] + b" HTTP/1.1\r\nHost: x\n\r\n")),
-            (b"\r\r\n\r\n", (bad, "first line")), (b"x y\r\n\r\n", (bad, "first line")),
-            (b"GET / HTTP/1.1\r\n\r\n", (bad, "Host")),
+                long_[:8190] + b" HTTP/1.1\r\nHost: x\n\r\n")),
+            (b"\r\r\n\r\n", (bad, "first line")), (b"GET / HTTP/1.1\r\n\r\n", (bad, "Host")),
             (b"\r\n" * (gaffer.EMPTY_LINES_MAX + 1) + self.HEAD, (bad, "empty lines")),
-            (long_, (gaffer.UriTooLong, "request line")),
             (long_ + b" HTTP/2.0\r\nX: a\nb\r\n\r\n", (gaffer.UriTooLong, "request line"))))
 
     def test_longest_head(self):
         """A head, with its empty line, and a request line, at their limits and one more."""
-        def head(size, start=b"GET / HTTP/1.1\r\nHost: x\r\nX: "):
-            return start + b"y" * (size - len(start) - 4) + b"\r\n\r\n"
-
-        def line(size):
-            return (b"GET /".rjust(size - 8191 - 10, b"M") + b"a" * 8191
-                    + b" HTTP/1.1\r\nHost: x\r\n\r\n")
-        for make, limit, error in ((head, gaffer.HEAD_SIZE, gaffer.HeadersTooLarge),
-                                   (line, gaffer.REQUEST_LINE_SIZE, gaffer.UriTooLong)):
+        start, end = b"GET / HTTP/1.1\r\nHost: x\r\nX: ", b" HTTP/1.1\r\nHost: x\r\n\r\n"
+        for make, limit, error in (
+                (lambda size: start.ljust(size - 4, b"y") + b"\r\n\r\n", gaffer.HEAD_SIZE,
+                 gaffer.HeadersTooLarge),
+                (lambda size: b"GET /".rjust(size - 8201, b"M") + b"a" * 8191 + end,
+                 gaffer.REQUEST_LINE_SIZE, gaffer.UriTooLong)):
             self.assertTrue(gaffer.read_request(io.BytesIO(make(limit))))
             self.assertRaises(error, gaffer.read_request, io.BytesIO(make(limit + 1)))
 
@@ -2757,13 +2600,6 @@ class PureReading(Case):
                 "\x0bchunked"))))
         self.assertRaises(bad, gaffer.body_length, pure_request(
             coding + "chunked", method="POST", version="1.0"), 1000)
-
-    def test_sized_bodies(self):
-        for size in (1, 100):
-            file = io.BufferedReader(io.BytesIO(b"abcdef"), size)
-            self.assertEqual(gaffer.read_body(file, 4, 10), b"abcd")
-            self.assertEqual(gaffer.read_body(file, 0, 10), b"")
-            self.assertRaises(EOFError, gaffer.read_body, file, 3, 10)
 
     def test_chunked_bodies(self):
         line, most = b"X: " + b"y" * 93 + b"\r\n", gaffer.CHUNK_LINE_SIZE
@@ -2794,10 +2630,10 @@ class PureReading(Case):
                 b"", b"1", b"1\r\na", b"1\r\na\r\n", b"0\r\n", b"0\r\nA: b\r\n"))))
 
     def test_memory_of_chunks(self):
-        file = io.BytesIO(b"2\r\nab\r\n" * 15000 + b"0\r\n\r\n")
+        file = io.BytesIO(b"2\r\nab\r\n" * 3000 + b"0\r\n\r\n")
         with traced() as memory:
-            self.assertEqual(gaffer.read_body(file, None, 100000), b"ab" * 15000)
-            self.assertLess(memory()[1], 150000)
+            self.assertEqual(gaffer.read_body(file, None, 100000), b"ab" * 3000)
+            self.assertLess(memory()[1], 30000)
 
 
 class PureResponse(Case):
@@ -2991,7 +2827,7 @@ class PureAccess(Case):
                 request = pure_request(*lines, method=method)
                 self.assertTable(access.check_site, [(request, answer)])
                 everybody.check_site(request)
-                # check_origin()'s matter
+                # with an Origin it is check_origin()'s matter
                 access.check_site(pure_request(*lines, "Origin: http://localhost:1", method=method))
 
 
@@ -3034,14 +2870,6 @@ class PureUtf8(Case):
                 found = [count for count in (1, 2, 3) if count <= size and data[-count:] in begins]
                 self.assertEqual(gaffer.incomplete_utf8(data), max(found, default=0), data)
 
-    def test_valid(self):
-        rng = random.Random(8)
-        for _ in range(300):
-            data = pure_bytes(rng, 10)
-            self.assertEqual(gaffer.valid_utf8(data), valid(data))
-        text = b"plain"
-        self.assertIs(gaffer.valid_utf8(text), text)
-
 
 class PureSse(Case):
 
@@ -3072,15 +2900,6 @@ class PureSse(Case):
         self.assertTable(lambda data: encoder.encode(data, 0, None, gaffer.NORMAL, 64)[1], (
             (b"a\n" + b"x" * 64, 66), (b"a\r\n" + b"x" * 63, 3), (b"\xc3\xa9\n" + b"x" * 64, 67)))
 
-    def test_keys(self):
-        """Encoders share their work where they do the same."""
-        self.assertEqual(gaffer.SseEncoder("a", "e").key, gaffer.SseEncoder("a", "e").key)
-        keys = [gaffer.SseEncoder("a", "e").key, gaffer.SseEncoder("b", "e").key,
-                gaffer.ChunkEncoder.key, gaffer.Encoder.key, *(
-                    gaffer.FrameEncoder(*kind).key
-                    for kind in itertools.product((False, True), repeat=2))]
-        self.assertEqual(len(set(keys)), len(keys))
-
     def test_pieces(self):
         """The same events however it comes; only an id may stand between a lone CR and its LF."""
         rng = random.Random(10)
@@ -3107,7 +2926,8 @@ class PureSse(Case):
             data = pure_bytes(rng, rng.randrange(40), broken)
             ends = sorted(rng.choices(range(len(data) + 1), k=rng.randrange(1, 12)))
             events, place = self.encode(
-                data, ends, lambda: rng.choice((gaffer.NORMAL, gaffer.FLUSH)))
+                data, ends, lambda: rng.choice((gaffer.NORMAL, gaffer.FLUSH)),
+                rng.choice((16, 1 << 20)))              # a line of 16 bytes is cut
             self.assertEqual(place, len(data))
             begin = 0
             for number, _, line in events:
@@ -3119,16 +2939,6 @@ class PureSse(Case):
                 self.assertTrue(broken or "\ufffd".encode() not in line)
                 begin = number
             self.assertIn(data[begin:], (b"", b"\n"))
-
-    def test_long_line(self):
-        """It is cut, at a whole character."""
-        rng = random.Random(12)
-        for _ in range(100):
-            data = "".join(rng.choices("a\xe9\u20ac\U0001f600", k=200)).encode() + b"\n"
-            ends = sorted(rng.choices(range(len(data) + 1), k=20))
-            events, place = self.encode(data, ends, piece=64)
-            self.assertEqual("".join(line.decode() for _, _, line in events), data.decode()[:-1])
-            self.assertEqual(place, len(data))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3185,38 +2995,16 @@ class PureWebSocket(Case):
     def test_messages(self):
         """Text cut inside characters, control frames between fragments."""
         data = "a\xe9\u20ac\U0001f600z".encode()
-        for wire, wanted in (
-                ([(1, data), (2, b"\xff\0"), (1, b""), (2, b""), (9, b"ping"), (10, b""),
-                  (9, b"x" * 125), (8, b"\x03\xe8bye \xc3\xa9")],
-                 [("text", data.decode()), ("binary", b"\xff\0"), ("text", ""), ("binary", b""),
-                  ("ping", b"ping"), ("pong", b""), ("ping", b"x" * 125),
-                  ("close", 1000, "bye \xe9")]),
-                ([(1, data[:2], False), (9, b"p"), (0, b"", False), (0, data[2:5], False),
-                  (10, b"q"), (0, data[5:8], False), (0, data[8:]), (2, b"", False),
-                  (0, b"\xff\0", False), (0, b"")],
-                 [("ping", b"p"), ("pong", b"q"), ("text", data.decode()),
-                  ("binary", b"\xff\0")])):
-            for pieces in pure_drip(b"".join(itertools.starmap(self.frame, wire))):
-                self.assertEqual(pure_decode(pieces), wanted)
-
-    def test_random(self):
-        """Of every size, however they come."""
-        rng = random.Random(15)
-        for number in range(50):
-            wire, wanted, most = b"", [], 40000 if number < 3 else 20
-            for _ in range(rng.randrange(1, 6)):
-                text, opcode = pure_bytes(rng, rng.randrange(30), False), rng.choice((1, 2))
-                if opcode == 2 and number < 3:
-                    text = os.urandom(70000)
-                pieces = list(pure_pieces(rng, text, most)) or [b""]
-                for place, piece in enumerate(pieces):
-                    final = place == len(pieces) - 1
-                    wire += self.frame(opcode * (not place), piece, final, os.urandom(4))
-                    if rng.random() < 0.2 and not final:
-                        wire += self.frame(9, b"!")
-                        wanted.append(("ping", b"!"))
-                wanted.append(("binary", text) if opcode == 2 else ("text", text.decode()))
-            self.assertEqual(pure_decode(pure_pieces(rng, wire, 2 * most), 100000), wanted)
+        wire = ((1, data), (2, b"\xff\0"), (1, b""), (10, b""), (9, b"x" * 125),
+                (1, data[:2], False), (9, b"p"), (0, b"", False), (0, data[2:5], False), (10, b"q"),
+                (0, data[5:8], False), (0, data[8:]), (2, b"", False), (0, b"\xff\0", False),
+                (0, b""),
+                (8, b"\x03\xe8bye \xc3\xa9"))
+        wanted = [("text", data.decode()), ("binary", b"\xff\0"), ("text", ""), ("pong", b""),
+                  ("ping", b"x" * 125), ("ping", b"p"), ("pong", b"q"), ("text", data.decode()),
+                  ("binary", b"\xff\0"), ("close", 1000, "bye \xe9")]
+        for pieces in pure_drip(b"".join(itertools.starmap(self.frame, wire))):
+            self.assertEqual(pure_decode(pieces), wanted)
 
     def test_errors(self):
         """Each with its close code, however it comes; nothing that follows counts."""
@@ -3258,13 +3046,6 @@ class PureWebSocket(Case):
             (b"", [("close", 1005, "")]),
             (b"\x03\xe8" + b"x" * 123, [("close", 1000, "x" * 123)])))
 
-    def test_limit(self):
-        """Each message counts for itself, a control frame does not."""
-        whole = ("binary", b"x" * 1000)
-        self.assertEqual(pure_decode([self.frame(2, b"x" * 1000)] * 3), [whole] * 3)
-        self.assertEqual(pure_decode([self.frame(2, b"x" * 600, False), self.frame(9, b"y" * 125),
-                                      self.frame(0, b"x" * 400)]), [("ping", b"y" * 125), whole])
-
     def test_utf8_fails_fast(self):
         """At the first byte after which no text can be valid, though the frame is not whole."""
         for tail, bad in ((b"\xe2\xc0", 1), (b"\xe2\x82\xc0", 2), (b"\xe0\x9f", 1),
@@ -3290,14 +3071,12 @@ class PureWebSocket(Case):
     def test_portions(self):
         """Many small frames must not keep other connections waiting."""
         most, begin = gaffer.FRAMES_PER_TURN, self.frame(1, b"", False)
-        for first, wire, counts in (
-                (b"", self.frame(9, b""), [most, most, 3]),
-                (begin, self.frame(0, b"", False), [0, 0, 0])):
+        for wire, counts in ((self.frame(9, b"") * (2 * most + 3), [most, most, 3]),
+                             (begin + self.frame(0, b"", False) * (2 * most + 3), [0, 0, 0])):
             decoder, found = gaffer.WebSocketDecoder(100), []
-            data = first + wire * (2 * most + 3)
-            while data or decoder.more:
-                found.append(len(list(decoder.feed(data))))
-                data = b""
+            while wire or decoder.more:
+                found.append(len(list(decoder.feed(wire))))
+                wire = b""
             self.assertEqual(found, counts)
 
     def test_frame_encoder(self):
@@ -3416,12 +3195,11 @@ class PureAccessLine(Case):
         self.assertRegex(gaffer.access_line("1.2.3.4:5", 0, None, 400, 0),
                          r'^1\.2\.3\.4 - - \[.*\] "-" 400 - "-" "-"$')
         self.addCleanup(time.tzset)
-        for zone, offset in (("UTC0", "+0000"), ("XXX-5:30", "+0530"), ("YYY3:30", "-0330")):
+        for zone, when in (("XXX-5:30", "01/Jan/2030:05:30:00 +0530"),
+                           ("YYY3:30", "31/Dec/2029:20:30:00 -0330")):
             pure_environ(self, TZ=zone)
             time.tzset()
-            when, _, found = self.line()[1].partition(" ")
-            self.assertEqual((found, time.mktime(time.strptime(when, "%d/%b/%Y:%H:%M:%S"))),
-                             (offset, 1893456000))
+            self.assertEqual(self.line()[1], when)
 
     def test_escapes(self):
         evil = 'a"b\\c\r\nd\x1b[31m\x00\x7f\x80\xff\t" 200 5 "'
@@ -3519,72 +3297,36 @@ class PurePage(Case):
 # under a new seed; a case that fails prints what repeats it.
 # --------------------------------------------------------------------------------------------------
 FUZZ_TOKENS = [token.encode("latin-1") for token in (
-    *"\r \n \0 \t : ; , % / ? # & = + - \x7f \x80 \xff \xa0 \" \\ 0".split(" "), " ", "\r\n",
-    "\r\n\r\n", "\r\n ", "%00", "%2F", "%zz", "//", "..", "0x", "9" * 20, "X" * 50, "x" * 300,
-    "\r\n" * 9, "HTTP/1.0", "HTTP/2.0", "http://x/", "*", "OPTIONS", "0\r\n\r\n",
-    "1;a=b\r\nx\r\n", "ffffffff\r\n", "GET / HTTP/1.1\r\nHost: x\r\n\r\n")]
+    *"\r \n \0 \t : ; , % / # & = + - \x7f \xff \" \\ 0".split(" "), " ", "\r\n", "\r\n\r\n",
+    "\r\n ", "%00", "%2F", "%zz", "//", "..", "0x", "9" * 20, "x" * 300, "\r\n" * 9, "HTTP/1.0",
+    "http://x/", "0\r\n\r\n", "1;a=b\r\nx\r\n", "ffffffff\r\n",
+    "GET / HTTP/1.1\r\nHost: x\r\n\r\n")]
 FUZZ_LINES = [line.encode("latin-1") for line in (
-    "Host: x", "Host: a b", "Host:", *("Content-Length:" + text for text in (
-        "", " 3", " +3", " 3, 3", " 0x3", " -1", " \xb3")),
-    *("Transfer-Encoding:" + text for text in (
-        "", " chunked", " gzip, chunked", " chunked, chunked")),
-    " folded", "\tfolded", "X : y", "X", ": y", "", "Expect: 100-continue", "Expect: x",
-    "Connection: close", "X: " + "y" * 200, "X: y\r\n" * 30 + "X: y", "Content-Encoding: gzip",
-    "Origin: null", "Sec-WebSocket-Key: x", "Upgrade: websocket", "1;a=b", "0", "GET / HTTP/1.1")]
+    "Host: x", "Host: a b", "Content-Length: 3", "Content-Length: +3", "Content-Length: 3, 3",
+    "Content-Length:", "Transfer-Encoding: chunked", "Transfer-Encoding: gzip, chunked", " folded",
+    "X : y", "X", ": y", "", "Expect: 100-continue", "Expect: x", "Connection: close",
+    "X: " + "y" * 200, "X: y\r\n" * 30 + "X: y", "Content-Encoding: gzip", "Origin: null",
+    "Upgrade: websocket", "1;a=b", "0")]
+FUZZ_HEADS = (
+    "GET / HTTP/1.1|Host: localhost", "DELETE /a%20b/c?d=e%26&f HTTP/1.0|Host: 127.0.0.1:5000",
+    "HEAD http://localhost:80/x?y HTTP/1.1|Host: [::1]|X:\t a, \"b\" \xe9|Origin: http://a",
+    "GET /wstreams/1 HTTP/1.1|Host: x|Upgrade: websocket|Connection: Upgrade|"
+    "Sec-WebSocket-Version: 13|Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
 FUZZ_LIMITS = {
     "HEAD_SIZE": 700, "TARGET_SIZE": 100, "REQUEST_LINE_SIZE": 120, "HEADERS_MAX": 15,
     "CHUNK_LINE_SIZE": 40, "CHUNK_EXTENSIONS_SIZE": 60, "TRAILERS_SIZE": 50}
 
 
-def fuzz_text(rng, alphabet, most):
-    """A random string."""
-    return "".join(rng.choice(alphabet) for _ in range(rng.randrange(most)))
-
-
 def fuzz_request(rng):
     """A valid request, of any kind."""
-    target = rng.choice(["/", "/a%20b/c?d=e%26&f", "/processes/x/_stop?wait=true",
-                         "http://localhost:80/x?y", "/" + fuzz_text(rng, "ab/%2F?=&", 20)])
-    method = rng.choice(["GET", "POST", "PUT", "HEAD", "DELETE", "PATCH", "BREW"])
-    lines = ["%s %s HTTP/1.%d" % (method, target, rng.random() < 0.9), "Host: " + rng.choice(
-        ["localhost", "127.0.0.1:5000", "[::1]", "evil.example"])]
-    for _ in range(rng.choice((0, 0, 1, 3, 12))):
-        lines.append("%s:%s" % (fuzz_text(rng, "abcXYZ-_!~09", 12) or "X",
-                                fuzz_text(rng, " \tab:;,=\"\xe9", 30)))
-    if rng.random() < 0.2:
-        lines += ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13",
-                  "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
-    body, kind = bytes(rng.choices(range(256), k=rng.choice((0, 1, 40, 400)))), rng.random()
-    if kind < 0.3:
-        lines.append("Content-Length: %d" % len(body))
-    elif kind < 0.6:
-        lines.append("Transfer-Encoding: chunked")
-        body = b"".join(b"%x%b\r\n%b\r\n" % (len(part), rng.choice((b"", b"", b";a=b")), part)
-                        for part in pure_pieces(rng, body, 60))
-        body += b"0\r\n" + rng.choice((b"", b"X: y\r\n")) + b"\r\n"
-    else:
-        body = b""
-    head = "\r\n".join(lines + ["", ""]).encode("latin-1")
-    return rng.choice((b"", b"", b"\r\n")) + head + body
-
-
-def fuzz_edge(rng):
-    """Requests that are about as long as one of FUZZ_LIMITS lets them be."""
-    most, size, head = FUZZ_LIMITS, rng.randrange(-3, 3), "POST / HTTP/1.1\r\nHost: x\r\n"
-    chunked = head + "Transfer-Encoding: chunked\r\n\r\n"
-    line = "POST /%s HTTP/1.1" % ("a" * rng.choice((0, 50, 99, 100)))
-    return (rng.choice((
-        line.rjust(most["REQUEST_LINE_SIZE"] + size, "M") + rng.choice(("\r\n", "\n", ""))
-        + "Host: x\r\n\r\n",
-        (head + "X: ").ljust(most["HEAD_SIZE"] + size, "y") + rng.choice(("\r\n", "\n", "\r")) * 2,
-        head + "X: y\r\n" * (most["HEADERS_MAX"] + size) + "\r\n",
-        "".join("\r\n" * rng.randrange(4, 10) + rng.choice(("", "", "", "\n", "\r")) + head + "\r\n"
-                for _ in range(2)),
-        chunked + "1;".ljust(most["CHUNK_LINE_SIZE"] + size, "x") + "\r\na\r\n0\r\n\r\n",
-        chunked + "1;xxxxxxxxx\r\na\r\n" * (most["CHUNK_EXTENSIONS_SIZE"] // 10 + size)
-        + "0\r\n\r\n",
-        chunked + "0\r\n" + "X:".ljust(most["TRAILERS_SIZE"] + size, "y") + "\r\n\r\n",
-    )) + head).encode("ascii")
+    body = bytes(rng.choices(range(256), k=rng.choice((0, 1, 40, 400))))
+    chunks = b"".join(b"%x%b\r\n%b\r\n" % (len(part), rng.choice((b"", b";a=b")), part)
+                      for part in pure_pieces(rng, body, 60))
+    post = "POST /processes/x/_stop?wait=true HTTP/1.1|Host: x|"
+    head, body = rng.choice((
+        (rng.choice(FUZZ_HEADS), b""), (post + "Content-Length: %d" % len(body), body),
+        (post + "Transfer-Encoding: chunked", chunks + b"0\r\nX: y\r\n\r\n")))
+    return head.replace("|", "\r\n").encode("latin-1") + b"\r\n\r\n" + body
 
 
 def fuzz_frame(rng):
@@ -3687,8 +3429,6 @@ class PureFuzz(Case):
             if kind < 0.1:
                 wire = bytes(rng.choice(b"\r\n :/GETHPa0\x00\xff") if rng.random() < 0.7
                              else rng.randrange(256) for _ in range(rng.randrange(300)))
-            elif kind < 0.3:
-                wire, limits = fuzz_edge(rng), FUZZ_LIMITS
             else:
                 wire = fuzz_spoil(rng, b"".join(
                     fuzz_request(rng) for _ in range(rng.choice((1, 1, 2)))))
@@ -3937,52 +3677,19 @@ class ProcessHostile(ProcessCase):
 
     def test_leaves_the_group(self):
         """It cannot be stopped, and is reported by its number."""
-        for way in "setsid()", "setpgid(0, 0)":
-            with self.subTest(way):
-                pid, = self.add("x", python("""
-                    import os, signal
-                    if os.fork() == 0:
-                        os.%s
-                        print(os.getpid())
-                    signal.sigwait([])
-                    """ % way))
-                escaped = int(self.poll(pid, b"\n"))
-                with self.assertLogs("gaffer", logging.WARNING) as logs:
-                    self.stop("x", self.os_pids("x")[0])
-                self.assertIn("os pid %d left its process group" % escaped, logs.output[0])
-                os.kill(escaped, signal.SIGKILL)        # it lives
-                until(lambda escaped=escaped: not alive(escaped), "the end of what escaped")
-                self.delete("x")
-
-    def test_stdin(self):
-        """What waits arrives whole, with its end behind; what does not fit is refused whole."""
         pid, = self.add("x", python("""
-            import hashlib, os, signal, sys
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-            print('ready')
-            signal.sigwait([signal.SIGUSR1])
-            data = b''.join(iter(lambda: os.read(0, 700), b''))
-            print(len(data), hashlib.sha1(data).hexdigest())
-            """), redirect_input=True, flapping=PROCESS_ONCE)
-        self.poll(pid, b"ready\n")
-
-        def refused(status, code, data=b"!"):
-            answer = self.server.json("POST", "/streams/%d/stdin" % pid, data)
-            self.assertError(answer, status, code)
-        parts = [os.urandom(1 << 10) * (1 << 8) for _ in range(4)]
-        for part in parts:
-            self.send(pid, part)
-        refused(503, "stdin_full", b"2" * (1 << 20))
-        refused(413, "too_large", b"3" * (1 << 20) + b"3")
-        self.send(pid, None)
-        refused(403, "forbidden_write")
-        self.post("%d/_signal/USR1" % pid)
-        digest = hashlib.sha1(b"".join(parts)).hexdigest()
-        self.assertEqual(self.poll(pid).decode(), "ready\n1048576 %s\n" % digest)
-        pid, = self.add("z", python("import os, signal\nos.close(0)\nprint('ready')"
-                                    + PROCESS_SIGWAIT), redirect_input=True)
-        self.poll(pid, b"ready\n")
-        refused(403, "forbidden_write")
+            import os, signal
+            if os.fork() == 0:
+                os.setpgid(0, 0)
+                print(os.getpid())
+            signal.sigwait([])
+            """))
+        escaped = int(self.poll(pid, b"\n"))
+        with self.assertLogs("gaffer", logging.WARNING) as logs:
+            self.stop("x", self.os_pids("x")[0])
+        self.assertIn("os pid %d left its process group" % escaped, logs.output[0])
+        os.kill(escaped, signal.SIGKILL)
+        until(lambda: not alive(escaped), "the end of what escaped")
 
     def test_cannot_be_executed(self):
         """Refused when it is to start, with a reason; nothing is added, nothing starts."""
@@ -4023,8 +3730,8 @@ class ProcessHostile(ProcessCase):
         self.refused(None, "cwd", path="/x/_start")
 
     def test_a_chain_of_forks(self):
-        """A group without a leader that forks faster than anybody can list it: a FIFO that all its
-        members hold has its end of file when stop has returned."""
+        """A group that forks faster than anybody can list it: a FIFO that all its members hold has
+        its end of file when stop has returned."""
         path = os.path.join(self.folder, "fifo")
         os.mkfifo(path)
         fifo = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -4048,8 +3755,7 @@ class ProcessHostile(ProcessCase):
             self.fail("the chain outlived the stop")
 
     def test_a_number_that_is_another_s_by_now(self):
-        """Once the leader is reaped, nothing goes to its number, nor to its group's if that number
-        is a process's."""
+        """Once the leader is reaped, nothing goes to its number, nor to its group's if reused."""
         sent = []
 
         def record(call):
@@ -4206,8 +3912,7 @@ class ProcessTimes(ProcessClock):
                     manager.delete_process("x")
 
     def test_flapping(self):
-        """The defaults: 2 exits within 1 s, a pause of 7 s, 5 times; then it is stopped for good,
-        until it is started, restarted or changed."""
+        """2 exits within 1 s, a pause of 7 s, 5 times; then stopped until started or changed."""
         self.manager.add_process("x", "false", flapping={})
         twice = ["spawn", "exit"] * 2
         for act, first in ((None, ["create", "start"]),
@@ -4247,29 +3952,6 @@ class ProcessTimes(ProcessClock):
         self.advance(0.1)
         with self.assertRaises(gaffer.NotFound):
             self.window(1)
-
-    def test_a_pipe_that_outlives_the_process(self):
-        """A stream ends 2 s after the exit if something outside of the group holds its pipe."""
-        self.manager.add_process("x", flapping=PROCESS_ONCE, **python("""
-            import os, signal
-            read, write = os.pipe()
-            if os.fork() == 0:
-                os.setsid()
-                os.write(1, b'%d\\n' % os.getpid())
-                os.write(write, b"x")
-                signal.sigwait([])
-            os.read(read, 1)                    # it has left the group
-            """))
-        self.wait("exit")
-        window = self.window(1)
-        self.advance(1.9)
-        self.assertFalse(window.ended)
-        escaped = int(window.read(0))
-        self.assertTrue(alive(escaped))
-        self.advance(0.1)
-        self.assertTrue(window.ended)
-        os.kill(escaped, signal.SIGKILL)
-        until(lambda: not alive(escaped), "the end of what escaped")
 
     def test_unfinished_line_of_one_of_two(self):
         self.manager.add_process("x", "cat", numprocesses=2, redirect_input=True)
@@ -4364,9 +4046,7 @@ class ProcessTimes(ProcessClock):
         self.ended()
 
     def test_one_that_does_not_die(self):
-        """As if it waited for a device. Within one priority each is told 0.1 s after the one
-        before, all within a second; a second stop ends gaffer after 10 s, and tells what is
-        left."""
+        """Told 0.1 s after the one before, all within 1 s; after a second stop, 10 s are enough."""
         for count, pause in (3, 0.1), (20, 0.05):
             self.begin()
             self.manager.add_process("x", "sleep 60", numprocesses=count)
@@ -4375,7 +4055,6 @@ class ProcessTimes(ProcessClock):
                 self.manager.stop()
                 for number in range(1, count):
                     self.barrier()
-                    self.assertEqual(self.count("stop_pid"), number)
                     self.advance(pause - 0.001)
                     self.assertEqual(self.count("stop_pid"), number)
                     self.advance(0.001)
@@ -4420,6 +4099,27 @@ class ProcessTimes(ProcessClock):
                     else:
                         until(lambda error=error: error in (process.status()["not_ready"] or ""))
         self.assertTrue(self.status()["ready"])
+
+    def test_not_ready_within(self):
+        """The process is stopped, and that is a failure even if it exits with 0 then."""
+        port = free_port()
+        dies = python(PROCESS_AWAITS_TERM + "print('why')\nsignal.sigwait([signal.SIGTERM])")
+        for ready, words in (
+                ({"tcp": str(port)}, "(tcp:{0}) within 60 seconds: 127.0.0.1:{0}: Connection "
+                 "refused; ::1:{0}: Connection refused".format(port)),
+                ({"exec": "exit 3"}, "(exec:exit 3) within 60 seconds: exits with 3")):
+            self.begin()
+            self.manager.add_process("x", restart="never", ready=dict(ready, within=60), **dies)
+            process, error = self.manager.find_process(1), words.partition("seconds: ")[2]
+            self.read(1, b"why")
+            self.advance(0.1)
+            until(lambda: error == process.status()["not_ready"], "a probe's failure")
+            self.advance(59.8)
+            self.assertEqual(self.count("stop_pid"), 0)
+            self.advance(0.1)
+            self.assertIn(words, self.wait("stop_pid")["reason"])
+            until(lambda: self.advance(1) or self.count("fail"), "an empty group")
+            self.assertEqual(self.wait("exit")["exit_status"], 0)
 
 
 class ProcessPolicies(ProcessClock):
@@ -4488,10 +4188,8 @@ class ProcessPolicies(ProcessClock):
         for number, (act, runs) in enumerate((
                 (lambda: manager.start_template("x"), True),
                 (lambda: manager.restart_template("x"), True),
-                (lambda: manager.update_process("x", info), False),
                 (lambda: manager.update_process("x", dict(info, start=True)), False),
                 (lambda: manager.scale("x", 1), False), (lambda: manager.scale("x", -1), False),
-                (lambda: manager.stop_template("x"), False),
                 (lambda: manager.update_process("x", dict(info, cmd="true x")), True),
                 (manager.restart, False), (lambda: manager.start_template("x"), True))):
             with self.subTest(number):
@@ -4668,8 +4366,7 @@ class ProcessAttributes(ProcessCase):
                 self.assertEqual({place: shown[place] for place in wanted}, wanted)
 
     def test_what_needs_root(self):
-        """A nice value below gaffer's own and a hard limit above it, also for another user; else it
-        is refused by name, and gaffer keeps its own."""
+        """A nice value and a hard limit beyond those of gaffer, also for another user."""
         self.refused({"name": "x", "cmd": "true", "limits": {"nofile": 1 << 40}},
                      "'limits' asks for nofile above")
         self.assertEqual(self.ok("GET", "/processes"), [])
@@ -4746,8 +4443,7 @@ class ProcessAttributes(ProcessCase):
         """Its last words are in the log and in the status; nothing of it is left."""
         for number, (hook, words) in enumerate((
                 ("echo own words; echo more >&2; exit 3", "exits with 3: own words\nmore"),
-                ("kill -9 $$", "is killed by signal 9"),
-                ("seq 100000; exit 1", "99999\n100000"),
+                ("seq 100000; kill -9 $$", "is killed by signal 9"),
                 ("sleep 1000 & echo $!; exit 1", "exits with 1: "))):
             with self.subTest(hook):
                 name = "x%d" % number
@@ -4780,23 +4476,20 @@ class ProcessAttributes(ProcessCase):
                 number = signal.sigwait(signals)
                 os.write(1, b"%s %s\\n" % (name.encode(), signal.Signals(number).name.encode()))
             """
-        both, pair = ("master ", "worker "), ["master SIGTERM", "worker SIGTERM"]
-        for number, (fields, words, end) in enumerate((
-                ({"stop_signal": [["INT", 0.1], ["QUIT", 0.1], ["TERM", 9]]},
-                 [each + name for name in ("SIGINT", "SIGQUIT", "SIGTERM") for each in both],
-                 (0, 0)),
-                ({"stop_group": False}, pair, (0, 0)),
-                ({"stop_group": False, "stop_signal": [["INT", 0.1]]}, ["master SIGINT"], (0, 9)))):
+        steps = ["SIGINT", "SIGQUIT", "SIGTERM"]
+        for number, (fields, master, worker, end) in enumerate((
+                ({"stop_signal": [["INT", 0.1], ["QUIT", 0.1], ["TERM", 9]]}, steps, steps, (0, 0)),
+                ({"stop_group": False}, ["SIGTERM"], ["SIGTERM"], (0, 0)),
+                ({"stop_group": False, "stop_signal": [["INT", 0.1]]}, ["SIGINT"], [], (0, 9)))):
             with self.subTest(fields=fields):
                 name = "x%d" % number
                 pid, = self.add(name, python(code), **fields)
                 for word in b"worker\n", b"master\n":
                     self.poll(pid, word)
                 self.stop(name, self.os_pids(name)[0])
-                lines = self.poll(pid).decode().splitlines()[2:]
-                if fields.get("stop_group", True):      # both at once
-                    lines = [line for pair in zip(lines[::2], lines[1::2]) for line in sorted(pair)]
-                self.assertEqual(lines, words)
+                lines = [line.split() for line in self.poll(pid).decode().splitlines()[2:]]
+                self.assertEqual([[signum for who, signum in lines if who == each]
+                                  for each in ("master", "worker")], [master, worker])
                 exited = self.exit_of(pid)
                 self.assertEqual((exited["exit_status"], exited["term_signal"]), end)
 
@@ -5040,7 +4733,6 @@ class ProcessTemplate(ProcessCase):
                 ({"uid": "nobody"}, uid, gid, os.getgrouplist("nobody", gid)),
                 ({"uid": str(uid), "gid": group.gr_name}, uid, group.gr_gid,
                  os.getgrouplist("nobody", group.gr_gid)),
-                ({"gid": group.gr_gid}, 0, group.gr_gid, [group.gr_gid]),
                 ({"uid": 54321, "gid": 54322}, 54321, 54322, [54322])), ([], ["three"]))):
             with self.subTest(fields=fields, streams=streams):
                 words = self.output("x%d" % number, "echo $(id -ru; id -rg; id -u; id -g; id -G)",
@@ -5086,11 +4778,6 @@ class ProcessTemplate(ProcessCase):
         self.assertEqual([os.readlink("/proc/%d/fd/%d" % (os_pid, fd)) for fd in (0, 1, 2)],
                          ["/dev/null"] * 3)
 
-    def test_merged_in_order(self):
-        code = "import os\nfor i in range(1000):\n    os.write(1 + i % 2, b'%d\\n' % i)"
-        self.assertEqual(self.output("x", python(code), "all", redirect_output=["all", "all"]),
-                         "".join("%d\n" % number for number in range(1000)))
-
     def test_custom_streams(self):
         """Descriptors from 3 on, both ways, with an end of file each way of its own."""
         labels = ["control", "data.1", "third"]
@@ -5121,21 +4808,6 @@ class ProcessTemplate(ProcessCase):
         self.assertEqual(self.poll("x", said, label), said)
         self.send(pid, None)
         self.assertEqual(self.exit_of(pid)["exit_status"], 0)
-
-    def test_signals_of_the_child(self):
-        """It begins with the default handlers and no signal blocked, whatever the caller blocks."""
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTERM])
-        try:
-            server = Running()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, old)
-        self.addCleanup(server.stop_all)
-        for each in self.server, server:
-            each.add("x", "grep -E '^Sig(Blk|Ign):' /proc/self/status", restart="never")
-            each.wait_event("done")
-            data = each.request("GET", "/streams/x/stdout?since=0")[2]
-            self.assertEqual(re.findall(rb"Sig(...):\s*0{15}([0-9a-f]+)\n", data),
-                             [(b"Blk", b"0"), (b"Ign", b"0")])
 
     def test_detach(self):
         """It survives gaffer's end alone, with its output on /dev/null; nobody waits for it."""
@@ -5200,35 +4872,22 @@ class ProcessActions(ProcessCase):
                 until(lambda name=name, events=events: len(self.words(name)) >= len(events))
                 self.assertEqual(self.words(name), events)
 
-    def test_fields_of_events(self):
-        self.add("x", "exit 3", shell=True, flapping=PROCESS_ONCE)
-        events = itertools.islice(self.server.events("proc/x", since=0), 5)
-        more = {"spawn": {"pid", "os_pid"}, "exit": {"pid", "os_pid", "exit_status", "term_signal"}}
-        for number, event in enumerate(events, 1):
-            self.assertEqual(set(event), {"event", "name", "id", "time"}
-                             | more.get(event["event"], set()))
-            self.assertLess(abs(event["time"] - time.time()), TIMEOUT)
-            self.assertRegex(event["id"], r"\A%d@[A-Za-z0-9]+\Z" % number)
-
     def test_slot_is_kept(self):
-        """_start after a stop, _restart and PUT answer at once; the new process follows when the
-        old one is gone. The last wish counts."""
+        """The new process follows when the old one is gone. The last wish counts."""
         for name, method, path, body in (
                 ("a", "POST", "/_start", None), ("b", "POST", "/_restart", None),
                 ("c", "PUT", "", {"cmd": "sleep 61", "start": True})):
             with self.subTest(method + path):
-                pid, os_pid = self.add_slow(name)
+                pid, _ = self.add_slow(name)
                 self.post(name + "/_stop")
                 self.assertEqual(self.pids(name), [])
                 self.ok(method, "/processes/" + name + path, body)
                 status = self.status(name)
                 self.assertEqual([status[key] for key in ("active", "running", "stopping")],
                                  [True, 0, 1])
-                self.assertIn(self.kinds(name)[-1][0], ("start", "update"))
                 self.kill(pid)
                 self.spawned(name, 2)
                 self.assertEqual(self.kinds(name)[-2:], [("exit", pid), ("spawn", pid + 1)])
-                self.assertIsNone(process_state(os_pid))
         pid, _ = self.add_slow("d")
         for action in "stop", "start", "stop", "start", "stop":
             self.post("d/_" + action)
@@ -5237,17 +4896,13 @@ class ProcessActions(ProcessCase):
         self.assertEqual(self.words("d").split().count("spawn"), 1)
 
     def test_scale(self):
-        """Down ends the oldest; never below 0 or above 1,000; n is at least 1."""
+        """Down ends the oldest."""
         pids = self.add("x", "sleep 60", numprocesses=4)
         for path, number, left in ("_sub/3", 1, [4]), ("_sub/9", 0, []), ("_add/2", 2, [5, 6]):
             self.assertEqual(self.post("x/" + path)["numprocesses"], number)
             until(lambda left=left: self.pids("x") == left, "its processes")
         self.assertEqual(self.ok("GET", "/processes/x")["numprocesses"], 2)
         self.assertEqual([pid for kind, pid in self.kinds("x") if kind == "reap"], pids)
-        self.add("y", "sleep 60", start=False)
-        self.assertEqual(self.post("y/_add/5000")["numprocesses"], 1000)
-        for number in "0", "-1", "1.5":
-            self.refused(None, "", "bad_value", "/y/_add/" + number)
 
     def test_put(self):
         """start left out: as it was. Another name: 400. numprocesses left out: its default."""
@@ -5279,9 +4934,8 @@ class ProcessActions(ProcessCase):
         pid, = self.add("x", "sleep 60")
         for method, path in [("POST", "/_stop?wait=true"), ("DELETE", "")] * 2:
             self.ok(method, "/processes/%d%s" % (pid, path))
-            self.assertEqual(self.spawned("x", pid + 1)["pid"], pid + 1)
-            self.refused(None, "", "not_found", "/%d/_stop" % pid, status=404)
             pid += 1
+            self.assertEqual(self.spawned("x", pid)["pid"], pid)
         self.assertEqual(self.kinds("x")[-3:], [("stop_pid", 4), ("exit", 4), ("spawn", 5)])
 
     def test_wait(self):
@@ -5340,8 +4994,7 @@ class ProcessActions(ProcessCase):
         self.assertEqual(self.poll(1), b"ready\nold ends\n")
 
     def test_delete(self):
-        """The name is free at once, its windows are gone, the old processes end; a pid is never
-        used again."""
+        """The name is free at once, its windows are gone; a pid is never used again."""
         pid, os_pid = self.add_slow(graceful_timeout=0.2)
         self.ok("DELETE", "/processes/x")
         self.refused(None, "", "not_found", "/x", "GET", 404)
@@ -5353,8 +5006,7 @@ class ProcessActions(ProcessCase):
         self.assertIsNone(process_state(os_pid))
 
     def test_final_output(self):
-        """The windows of the last 16 exits can be read, or of twice as many as there are processes,
-        until the template is deleted."""
+        """The last 16 exits can be read, or twice numprocesses, until the template is deleted."""
         for name, count, rounds, kept in ("x", 1, 17, 16), ("y", 9, 2, 18):
             self.add(name, "sleep 60", numprocesses=count)
             for _ in range(rounds):
@@ -5391,8 +5043,6 @@ class ProcessActions(ProcessCase):
         said = self.poll(2, b"CHILD ends\n")
         self.assertNotIn(b"CHILD\n", said)
         self.assertIn(b"LEADER\n", self.poll(2, b"LEADER ends\n"))
-        for name, code in ("/NOPE", "bad_value"), ("/0", "bad_value"), ("", "no_signal_number"):
-            self.refused(None, "", code, "/x/_signal" + name)
 
 
 class ProcessEmbedded(ProcessCase):
@@ -5406,13 +5056,11 @@ class ProcessEmbedded(ProcessCase):
         return events
 
     def test_slow_to_stop(self):
-        """It does not hold the others; nothing can be changed meanwhile; a second stop kills. One
-        that was stopped just before is waited for too."""
-        for name, fields in ("a", {"cmd": "sleep 60"}), ("b", PROCESS_STUBBORN), (
-                "c", PROCESS_STUBBORN):
-            pid, = self.add(name, fields, graceful_timeout=60)
-            if fields is PROCESS_STUBBORN:
-                self.poll(pid, b"ready\n")
+        """It does not hold the others; nothing can be changed meanwhile; a second stop kills."""
+        self.add("a", "sleep 60")
+        for name, pid in ("b", 2), ("c", 3):
+            self.add(name, PROCESS_STUBBORN, graceful_timeout=60)
+            self.poll(pid, b"ready\n")
         groups = [self.os_pids(name)[0] for name in "abc"]
         self.post("c/_stop")
         events = self.collect("exit")
@@ -5420,7 +5068,6 @@ class ProcessEmbedded(ProcessCase):
         self.assertEqual(events.get(timeout=TIMEOUT)[1]["name"], "a")
         self.assertEqual(list(map(alive, groups)), [False, True, True])
         self.refused({"name": "d", "cmd": "true"}, "", "stopping", status=503)
-        self.refused(None, "", "stopping", "/a/_start", status=503)
         self.manager.stop(kill=True)
         self.assertEqual(events.get(timeout=TIMEOUT)[1]["term_signal"], signal.SIGKILL)
         self.ended()
@@ -5439,8 +5086,7 @@ class ProcessEmbedded(ProcessCase):
         self.assertTrue(self.manager.block_until(lambda: False, TIMEOUT))
 
     def test_subscribe(self):
-        """callback(type, event), for what the pattern matches, until close(); one that fails is
-        logged, and all else goes on."""
+        """What the pattern matches, until close(); one that fails keeps no other from it."""
         def fail(*_):
             raise RuntimeError("a fault of the user's")
         queues = [self.collect(each) for each in ("", "spawn", "proc/x", "proc/x/exit")]
@@ -5466,8 +5112,7 @@ class ProcessEmbedded(ProcessCase):
             self.assertRaises(gaffer.BadEventType, self.manager.subscribe, pattern, print)
 
     def test_handles(self):
-        """By pid one process, by name whatever runs: monitor_io, write, signal, stop, info, wait;
-        signals are numbers, names or signal.Signals."""
+        """By pid one process, by name whatever runs."""
         by_name = self.manager.add_process("x", "cat", redirect_input=True)
         one, other = self.manager.get_process(1), self.manager.get_process("1")
         os_pid, = self.os_pids("x")
@@ -5513,29 +5158,6 @@ class ProcessEmbedded(ProcessCase):
         self.assertIsNone(self.manager.add_process("y", "true", start=False).wait(TIMEOUT))
         refused.get(timeout=TIMEOUT)
 
-    def test_faults(self):
-        """What cannot be added or written says why; nothing has happened."""
-        manager, invalid = self.manager, gaffer.InvalidProcessInfo
-        manager.add_process({"name": "x", "cmd": "sleep 60", "redirect_input": True})
-        manager.add_process("y", "sleep 60", numprocesses=2)
-        big = b"1" * gaffer.STDIN_SIZE
-        manager.write(1, "stdin", big)
-        with unittest.mock.patch.object(gaffer, "TEMPLATES_MAX", 2):
-            for call, args, error, words in (
-                    (manager.add_process, ("x", "true"), gaffer.Conflict, "is taken"),
-                    (manager.add_process, ("z", "true"), gaffer.Busy, "there are 2 templates"),
-                    (manager.add_process, ({"name": "z", "comand": 1},), invalid, "'comand'"),
-                    (manager.write, (1, "stdin", big), gaffer.StdinFull, "bytes wait for"),
-                    (manager.write, (2, "stdin", b"2"), gaffer.ForbiddenWrite, "not redirected"),
-                    (manager.write, (1, "no", b"2"), gaffer.IoNotFound, "no stream 'no'"),
-                    (manager.write, ("y", "stdin", b"2"), gaffer.NotFound, "has 2 processes"),
-                    (manager.write, ("z", "stdin", b"2"), gaffer.NotFound, "no process named"),
-                    (manager.write, (4, "stdin", b"2"), gaffer.NotFound, "no process 4"),
-                    (manager.get_process("x").monitor_io, ("no", print), gaffer.IoNotFound, "no")):
-                with self.subTest(args=args[:2]), self.assertRaisesRegex(error, words):
-                    call(*args)
-        self.assertEqual(self.ok("GET", "/processes"), ["x", "y"])
-
     def test_reaped_by_somebody_else(self):
         """Another part of the program has taken the exit status: an exit all the same."""
         def steal():
@@ -5570,8 +5192,7 @@ class ProcessEmbedded(ProcessCase):
         self.assertEqual(started, ["minus", "zero", "two", "2b", "none"])
 
     def test_apps(self):
-        """start(loop, manager) in order, stop() in reverse order; stop and restart may be missing.
-        What a start() or stop() raises leaves run(), with all stopped that was started before."""
+        """Stopped in reverse order; what a start() or stop() raises leaves run() after that."""
         calls = []
 
         class Small:
@@ -5626,8 +5247,7 @@ class ProcessLife(ProcessCase):
         self.manager, self.add, self.ok = self.server.manager, self.server.add, self.server.ok
 
     def test_many_starts(self):
-        """The answer comes when all have been spawned; others are answered in between. A stop ends
-        that, and whoever waits is answered."""
+        """Answered when all have been spawned; others are answered in between. A stop ends it."""
         manager, seen = self.manager, set()
 
         def count():
@@ -5776,7 +5396,7 @@ class ProcessReady(ProcessCase):
                 ("log", "up", "printf 'up\\r' >&2; exec sleep 60", "log:up"),
                 ("tcp", "$PORT", server, "tcp:$PORT"), ("http", url, server, url),
                 ("exec", 'test "$PORT"', "exec sleep 60", 'exec:test "$PORT"')):
-            with self.subTest(kind=kind, value=value):
+            with self.subTest(kind=kind, value=value), http_limits(PROBE_INTERVAL=0.1):
                 if isinstance(command, str):
                     command = {"cmd": command, "shell": True}
                 self.add("x", command, ready={kind: value}, env={"PORT": port})
@@ -5788,8 +5408,7 @@ class ProcessReady(ProcessCase):
                 self.delete("x")
 
     def test_notify(self):
-        """A message of a stranger does not count, nor one that is too long; one of a child does.
-        STOPPING=1 ends being ready. No other has the variable."""
+        """A stranger does not count, nor what is too long; a child does. STOPPING=1 ends it."""
         self.add("x", python(self.NOTIFIES), ready={"notify": True}, redirect_input=True)
         address = self.poll("x", b"\n").decode().strip()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
@@ -5837,25 +5456,8 @@ class ProcessReady(ProcessCase):
         self.assertEqual(self.status("x")["state"], "starting")
         self.assertEqual(self.words("x").split().count("ready"), 2)
 
-    def test_not_within(self):
-        """The process is stopped, and that is a failure even if it exits with 0 then."""
-        port = free_port()
-        dies = python(PROCESS_AWAITS_TERM + "print('why')\nsignal.sigwait([signal.SIGTERM])")
-        self.add("x", dies, ready={"tcp": str(port), "within": 0.3}, restart="on-failure")
-        self.assertEqual(self.exit_of(self.spawned("x", 2)["pid"] - 1)["exit_status"], 0)
-        self.assertIn("not ready (tcp:{0}) within 0.3 seconds: 127.0.0.1:{0}: Connection refused; "
-                      "::1:{0}: Connection refused".format(port), self.server.wait_event("proc/x/stop_pid")["reason"])
-        self.ok("PUT", "/processes/x", dict(dies, restart="never", ready={
-            "exec": "exit 3", "within": 0.2}))
-        answer = self.until("x")
-        self.assertError(answer, 409, "conflict", "'x' has failed: not ready (exec:exit 3) within ")
-        self.assertRegex(answer[1]["reason"],
-                         r" 0\.2 seconds(: exits with 3)?; its last lines:(\nwhy)+\Z")
-        self.assertEqual(self.status("x")["state"], "failed")
-
     def test_after(self):
-        """What it waits for; that it does not wait again once it has started; that it is gone
-        before what it is after is told to stop."""
+        """What it waits for; once only; it is gone before what it is after is told to stop."""
         waits = {"cmd": "read line; exit $line", "shell": True, "redirect_input": True}
         self.add("web", "sleep 60", after=["migrate", "later"])
         self.add("migrate", waits, after=["db"], restart="never")
@@ -5892,7 +5494,7 @@ class ProcessReady(ProcessCase):
         for name, after in ("a", "b"), ("b", "c"):
             self.add(name, "sleep 60", after=[after], start=False)
         info = {"name": "c", "cmd": "sleep 60", "after": ["a"]}
-        for method, path in ("POST", ""), ("PUT", "/c"), ("PUT", "/c?dry_run=true"):
+        for method, path in ("POST", ""), ("PUT", "/c?dry_run=true"):
             self.refused(info, "'after' makes a circle: c after a after b after c", path=path,
                          method=method)
         self.add("c", "sleep 60", start=False)
@@ -5904,13 +5506,12 @@ class ProcessReady(ProcessCase):
                  redirect_input=True)
         for name, after in ("web", "job"), ("top", "web"):
             self.add(name, "sleep 60", after=[after])
-        goals = ("job", "done"), ("web", "ready"), ("top", "ready")
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        goals = ("job", "done"), ("top", "ready")
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
             answers = [pool.submit(self.until, *each) for each in goals]
-            until(lambda: len(self.manager._waiters) == 3)
+            until(lambda: len(self.manager._waiters) == 2)
             self.send("job", b"\n")
-            for answer, words in zip(answers, ("", "'web' waits for 'job', and ",
-                                               "'top' waits for 'job', and ")):
+            for answer, words in zip(answers, ("", "'top' waits for 'job', and ")):
                 self.assertError(answer.result(TIMEOUT), 409, "conflict", words + (
                     "'job' has failed: exit status 3; its last lines:\n1\nbad"))
         self.add("on", "sleep 60")
@@ -5925,7 +5526,6 @@ class ProcessReady(ProcessCase):
                 ("on", "ready", 200, ""), ("on", "done", 409, "its 'restart' is 'always'"),
                 ("on", "stopped", 504, "'on' is not stopped in the time given; it goes on"),
                 ("off", "ready", 409, "'off' is stopped; start it"), ("off", "stopped", 200, ""),
-                ("job", "stopped", 200, ""), ("top", "stopped", 504, ""),
                 ("job", "ready", 409, "exit status 3"), ("no", "ready", 404, "no process named"),
                 ("on", "up", 400, "'until' must be ready or done or stopped")):
             with self.subTest(name=name, goal=goal):
@@ -5943,8 +5543,7 @@ class ProcessReady(ProcessCase):
         self.assertEqual(self.until("top", timeout=0.01)[0], 504, "it may be added again")
 
     def test_commands(self):
-        """One that hangs is killed with all that it started, also at the end of the process, and of
-        gaffer; one that has ended gets no signal, as its number may be another group's by then."""
+        """One that hangs is killed with all that it started; one that has ended gets no signal."""
         sent, killpg = [], os.killpg
         with unittest.mock.patch.object(gaffer.os, "killpg", lambda *args: (
                 sent.append(args), killpg(*args))):
@@ -5971,8 +5570,7 @@ class ProcessShortage(ProcessCase):
     """What cannot be had for real here: the system call fails in a test's hands."""
 
     def test_without_a_pidfd(self):
-        """No descriptor is left, the kernel refuses one, the selector has no room: the process is
-        polled, and no descriptor is lost."""
+        """The process is polled, and no descriptor is lost."""
         register = self.manager.loop.register
 
         def full(fd, events, callback):
@@ -6009,15 +5607,9 @@ class ProcessShortage(ProcessCase):
         self.assertEqual(self.add("x", "cat", redirect_input=True), [1])
 
     def test_no_memory_for_a_process(self):
-        """It is 503, and a template that has one comes back."""
-        pid, = self.add("x", "cat", redirect_input=True)
-        with self.assertLogs("gaffer", logging.WARNING) as logs:
-            with unittest.mock.patch("subprocess.Popen", side_effect=MemoryError) as popen:
-                self.refused({"name": "y", "cmd": "cat"}, "memory", "busy", status=503)
-                self.kill(pid)
-                until(lambda: popen.call_count > 2, "two failures")
-            self.spawned("x", 2)
-        self.assertEqual(len(logs.output), 1, logs.output)
+        with unittest.mock.patch("subprocess.Popen", side_effect=MemoryError):
+            self.refused({"name": "y", "cmd": "cat"}, "memory", "busy", status=503)
+        self.assertEqual(self.ok("GET", "/processes"), [])
 
 
 class ProcessProgram(Case):
@@ -6116,7 +5708,7 @@ class ProcessProgram(Case):
 
     def test_an_interrupt_within_a_step(self):
         """It leaves run() when the step is complete: no process is left half reaped."""
-        for call in "waitid", "waitpid", "killpg":
+        for call in "waitpid", "killpg":
             with self.subTest(call):
                 child = self.begin("""
 call, armed = os.%s, []
@@ -6178,11 +5770,10 @@ class ProcessTables(Case):
         self.addCleanup(end)
 
     def test_groups(self):
-        """Those with a living member, children, and what has left. A process that is not there is
-        no fault; a zombie is no member."""
+        """Those with a living member, children, what has left; a zombie is no member."""
         table, child = self.table, self.child.pid
         self.assertEqual(table.groups({child, self.left, self.stayed}), {child, self.left})
-        self.assertEqual(len(self.all), 3)
+        self.assertEqual((len(self.all), sorted(table.look(child)["children"])), (3, self.all))
         (left, start), = table.escaped(child, child)
         self.assertEqual(left, self.left)
         self.assertTrue(table.still(left, start))
@@ -6194,33 +5785,6 @@ class ProcessTables(Case):
         self.assertEqual((table.look(gone.pid), table.usage(gone.pid), table.children(gone.pid),
                           table.escaped(gone.pid, gone.pid), table.still(gone.pid, 0)),
                          (None, None, [], [], False))
-
-    def test_look(self):
-        """As the system's calls say."""
-        seen, usage = self.table.look(self.child.pid), self.table.usage(self.child.pid)
-        with open("/proc/%d/status" % self.child.pid) as file:
-            status = dict(line.split(":", 1) for line in file)
-        self.assertEqual([seen[key] for key in ("ppid", "uid", "nice", "vms", "cmdline")], [
-            os.getpid(), os.geteuid(), os.nice(0), int(status["VmSize"].split()[0]) * 1024,
-            " ".join(self.child.args)])
-        self.assertEqual(sorted(seen["children"]), self.all)
-        rss = int(status["VmRSS"].split()[0]) * 1024
-        self.assertLess(abs(seen["rss"] - rss), rss / 4, "the kernel counts in steps")
-        self.assertEqual(set(usage), {"cpu_time", "rss"})
-        self.assertLess(usage["cpu_time"], 10)
-        boot = time.clock_gettime(time.CLOCK_BOOTTIME)
-        self.assertTrue(boot - 60 < seen["start_time"] <= boot, (boot, seen["start_time"]))
-
-    def test_peek_and_reap(self):
-        """Looking does not reap; reaping twice is no error."""
-        for command, expected in ("exit 7", (7, 0)), ("kill -9 $$", (0, 9)):
-            child = subprocess.Popen(["sh", "-c", command])
-            for _ in range(2):
-                self.assertEqual(until(lambda child=child: gaffer.peek_exit(child.pid)), expected)
-            for state in "Z", None:
-                self.assertEqual(process_state(child.pid), state)
-                gaffer.reap(child.pid)
-            child.returncode = 0                # Popen need not wait for it
 
 
 # --------------------------------------------------------------------------------------------------
