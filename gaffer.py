@@ -2022,7 +2022,7 @@ OPTIONS = {
     "env": Option({}, check_env, "variables of its environment"),
     "env_file": Option([], list_of(check_filled),
                        "files of NAME=value lines, read at each start; env wins"),
-    "os_env": Option(True, check_flag, "add them to gaffer's own environment"),
+    "os_env": Option(True, check_flag, "add env to gaffer's own environment"),
     "cwd": Option(None, check_directory, "working directory"),
     "uid": Option(None, identity("user", lambda user: find_user(user)[0], os.geteuid),
                   "user, by name or number"),
@@ -2055,7 +2055,7 @@ OPTIONS = {
                             "seconds before it is started again: always these, or first, longest"),
     "schedule": Option(None, check_schedule,
                        "start it at times: 'every 90s', five fields of cron, @daily"),
-    "flapping": Option(None, record(FLAPPING), "rest when it exits too often: %s"
+    "flapping": Option(None, record(FLAPPING), "pause when it exits too often: %s"
                        % ", ".join(FLAPPING)),
     "after": Option([], list_of(check_name), "templates: started once each is ready, or, if it "
                     "ends by itself and has no 'ready', done"),
@@ -12245,7 +12245,7 @@ def up_command(args):
                 screen.say(line)
             manager.stop()
         elif not left:
-            screen.say("all are ready")
+            manager.loop.call_soon(screen.say, "all are ready")     # after the last one's line
             ready.append(True)
         return reasons or ready
     apps: list = [SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
@@ -12587,6 +12587,11 @@ TYPES = {                                       # what an option calls its value
                      WINDOW_SIZE_MIN, WINDOW_SIZE_MAX)}
 CHOICES = {"STATE": ("ready", "done", "stopped"), "FORMAT": ("ini", "json", "systemd"),
            "SHELL": ("bash", "zsh", "fish")}
+EXAMPLES = {                                    # of fields that are not plain text
+    name: "; as in " + text for name, text in (
+        ("ready", "tcp:5432 or 'log:is up within=10'"), ("stop_signal", "INT=5,TERM=5"),
+        ("limits", "nofile=4096,core=unlimited"), ("flapping", "2,1.0,7.0,5"),
+        ("success", "0,143,TERM"), ("restart_delay", "0.5,30"), ("after", "db,cache"))}
 OPTION_GROUPS = {                               # see parse_options()
     "NAMES": "names NAME+: a name, a glob such as 'web*' or 'group:*', or all",
     "NAME": "name NAME: a name, a glob such as 'web*' or 'group:*', or all",
@@ -12607,9 +12612,9 @@ names NAME+: a name, a glob such as 'web*' or 'group:*', all, or one process: we
     "LOOK": "-w, --watch: repeat every second until Ctrl-C\nCOLOUR ASK",
     "START": "--start: start it",
     "FIELDS": "\n".join(
-        "--{0}: {1}\n--no-{0}: do not {1}".format(name.replace("_", "-"), field.help)
+        "--{0}: {1}\n--no-{0}: turn that off".format(name.replace("_", "-"), field.help)
         if isinstance(field.default, bool) else
-        "--%s VALUE: %s" % (name.replace("_", "-"), field.help)
+        "--%s VALUE: %s%s" % (name.replace("_", "-"), field.help, EXAMPLES.get(name, ""))
         for name, field in OPTIONS.items() if name not in ("name", "cmd", "args", "env", "start")),
     "TEMPLATE": """\
 name NAME: the template's name

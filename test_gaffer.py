@@ -13430,7 +13430,8 @@ class CliReady(CliFollowCase):
             "limits": {"nofile": [100, 200], "core": "unlimited"}, "restart_delay": 2,
             "env_file": ["/a%b"], "before_start": "echo $A", "after_stop": 'echo "x"'})
         self.assertEqual(gaffer.systemd_service(info), [
-            "# left out: stop_signal = INT=5 TERM=2.5", "Restart=on-failure", "RestartSec=2", "KillSignal=SIGINT", "KillMode=mixed",
+            "# left out: stop_signal = INT=5 TERM=2.5",
+            "Restart=on-failure", "RestartSec=2", "KillSignal=SIGINT", "KillMode=mixed",
             "TimeoutStopSec=7.5", "SuccessExitStatus=0 3 SIGINT", "UMask=027", "Nice=5",
             'ExecStartPre=/bin/sh -c "echo $$A"', 'ExecStopPost=/bin/sh -c "echo \\"x\\""',
             "LimitNOFILE=100:200", "LimitCORE=infinity:infinity", "EnvironmentFile=/a%%b"])
