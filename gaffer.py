@@ -1806,6 +1806,7 @@ def check_limits(value):
     return dict(value)
 
 
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 NICKNAMES = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@weekly": "0 0 * * 0",
              "@monthly": "0 0 1 * *"}
 CRON_FIELDS = (                                 # what it is, least, most, names
@@ -1839,8 +1840,7 @@ class Schedule:
         match = re.fullmatch(r"every ([0-9]{1,9}(?:\.[0-9]{1,3})?) ?([smhd])", text.strip())
         self._every = None                      # seconds
         if match:
-            unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
-            self._every = float(match.group(1)) * unit
+            self._every = float(match.group(1)) * UNITS[match.group(2)]
             if not 1 <= self._every <= SECONDS_MAX:
                 raise ValueError("must be every 1 second to every 115 days")
             return
@@ -10015,9 +10015,7 @@ class SigHandler:
     on SIGHUP, `reopen` on SIGUSR1 and SIGUSR2, both by the loop. SIGCHLD gets its default, and no
     signal stays blocked. Only for the main thread."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, signals=SIGNALS, reload=None, reopen=None):
+    def __init__(self, signals=(signal.SIGINT, signal.SIGTERM), reload=None, reopen=None):
         self._signals, self._reload, self._reopen = signals, reload, reopen
         self._old = {}
         self._count = 0
@@ -11211,10 +11209,7 @@ Target = collections.namedtuple("Target", "word path status process")
 
 def get_statuses(client):
     """Return {name: status} of all templates, with their processes, by one request."""
-    statuses = client.get("/status?usage=true")
-    if not isinstance(statuses, list):
-        raise TypeError("not a list of templates")
-    return {status["name"]: status for status in statuses}
+    return {status["name"]: status for status in client.get("/status?usage=true")}
 
 
 def process_name(status, process):
@@ -11519,17 +11514,12 @@ def span(seconds):
     return "%dd%02dh" % divmod(number // 3600, 24)
 
 
-def exit_code(last):
-    """Return an exit as a shell counts it: the status, or 128 and the signal's number."""
-    return 128 + last["term_signal"] if last["term_signal"] else last["exit_status"]
-
-
 def status_rows(status):
     """Return the rows of one template, [cells ..., note]: one for each process, and for each slot
     that waits for one; at least one."""
     rows, last, code, why = [], status["last_exit"], "-", []
     if last is not None:
-        code = text = str(exit_code(last))
+        code = text = str(shell_status((last["exit_status"], last["term_signal"])))
         if last["term_signal"]:
             text += " (%s)" % signal_name(last["term_signal"])
         if last["times"] > 1:
@@ -11936,7 +11926,8 @@ def attach_command(args):
             if isinstance(item, Exception):
                 raise item
             if isinstance(item, dict):
-                exit_status, end = exit_code(item), "has ended"
+                exit_status = shell_status((item["exit_status"], item["term_signal"]))
+                end = "has ended"
             elif item == signal.SIGINT:         # to the whole group, as a terminal does
                 with contextlib.suppress(NotThere):
                     client.request("POST", "/processes/%d/_signal/INT?group=true" % pid)
@@ -12576,7 +12567,6 @@ def checked(convert, what, least=0, most=1e9):
     return check
 
 
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 TYPES = {                                       # what an option calls its value -> argparse's type
     "N": checked(int, "a whole number from 1", 1), "PORT": int, "COUNT": int,
     "LINES": checked(lambda text: math.inf if text == "all" else int(text),
@@ -12830,25 +12820,20 @@ def make_parser(name):
     return parser
 
 
-def run_without_command(argv):
-    """Handle --version, --help and unknown commands. Return the exit status."""
+def dispatch(argv):
+    """Run a command line. Return the exit status."""
     if argv == ["--version"]:
         print("gaffer %s" % __version__)
         return 0
-    words = [word for word in argv if not word.startswith("-")] or argv
-    if words and words[0] not in ("-h", "--help", "help"):
-        raise ClientError("there is no command '%s'%s" % (
-            words[0], near(words[0], COMMANDS) or "; 'gaffer.py --help' lists them"), 2)
-    print(HELP % "\n".join(
-        "  %-16s %s" % (name, command.help) for name, command in COMMANDS.items()))
-    return 0 if argv else 2
-
-
-def dispatch(argv):
-    """Run a command line. Return the exit status."""
     name, argv = command_first(COMMANDS, argv)
     if name is None:
-        return run_without_command(argv)
+        words = [word for word in argv if not word.startswith("-")] or argv
+        if words and words[0] not in ("-h", "--help", "help"):
+            raise ClientError("there is no command '%s'%s" % (
+                words[0], near(words[0], COMMANDS) or "; 'gaffer.py --help' lists them"), 2)
+        print(HELP % "\n".join(
+            "  %-16s %s" % (name, command.help) for name, command in COMMANDS.items()))
+        return 0 if argv else 2
     if name == "kill":                          # kill -9 NAME
         dashed = [word for word in argv if re.fullmatch(r"-([0-9]+|(SIG)?[A-Z]{3}[A-Z0-9]*)", word)]
         argv = [word for word in argv if word not in dashed] + [word[1:] for word in dashed]
