@@ -12394,20 +12394,16 @@ def systemd_command(info):
 def systemd_service(info, needed=False):
     """Return the lines of [Service] that say when and as what a template runs, and what of it
     systemd cannot do. `needed`: another template waits for its end."""
-    delay, steps, ready = info["restart_delay"], stop_steps(info), info["ready"] or {}
-    left = {field: info[field] for field in ("custom_streams", "detach", "flapping", "priority",
-                                             "redirect_input", "ready", "stop_signal")}
+    delay, steps, ready, lines = info["restart_delay"], stop_steps(info), info["ready"] or {}, []
+    left = ["custom_streams", "detach", "flapping", "priority", "redirect_input"]
     if "notify" in ready:
-        del left["ready"]
-    if len(steps) == 2:
-        del left["stop_signal"]
-    notes = ["# left out: %s = %s" % (field, " ".join(to_text(field, value).split()))
-             for field, value in left.items() if value != OPTIONS[field].default]
-    lines = []
-    if "notify" in ready:
-        lines += [("Type", "notify"), ("NotifyAccess", "all"), ("TimeoutStartSec", ready["within"])]
-    elif needed and info["restart"] != "always" and not ready:
-        lines += [("Type", "oneshot"), ("RemainAfterExit", "yes")]
+        lines = [("Type", "notify"), ("NotifyAccess", "all"), ("TimeoutStartSec", ready["within"])]
+    elif ready:
+        left.append("ready")
+    elif needed and info["restart"] != "always":
+        lines = [("Type", "oneshot"), ("RemainAfterExit", "yes")]
+    if len(steps) > 2:
+        left.append("stop_signal")
     lines += [("Restart", {"never": "no"}.get(info["restart"], info["restart"])),
               ("RestartSec", "%g" % (delay[0] if isinstance(delay, list) else delay)),
               ("KillSignal", signal_name(steps[0][0])),
@@ -12423,7 +12419,9 @@ def systemd_service(info, needed=False):
     lines += [("Limit" + name.upper(), ":".join(map(str, limit_pair(limit))).replace(
         "inf", "infinity")) for name, limit in info["limits"].items()]
     lines += [("EnvironmentFile", path.replace("%", "%%")) for path in info["env_file"]]
-    return notes + ["%s=%s" % line for line in lines]
+    return ["# left out: %s = %s" % (field, " ".join(to_text(field, info[field]).split()))
+            for field in left if info[field] != OPTIONS[field].default] + [
+                "%s=%s" % line for line in lines]
 
 
 def export_systemd(group, templates):
