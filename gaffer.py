@@ -10695,31 +10695,40 @@ ADVICE = (                                      # what supervisord has, and what
 def program_templates(name, group, fields, names):
     """Return {name: fields of a template} of supervisord's [program:name], one for each of several
     processes: %(process_num)d may be anywhere. `names`: what %(x)s stands for. Raise ValueError."""
-    fields = {**PROGRAM_DEFAULTS, "directory": os.getcwd(), "process_name": name, **fields}
-    templates, first = {}, int(fields["numprocs_start"])
-    several = fields["numprocs"] != "1"
-    for number in range(first, first + int(fields["numprocs"])):
+    texts = {**PROGRAM_DEFAULTS, "directory": os.getcwd(), "process_name": name, **fields}
+
+    def read(field, kind=None):
+        """Return the value of a field: a number, or what a template's field `kind` may be."""
+        try:
+            return from_text(kind, texts[field]) if kind else int(parse_number(texts[field]))
+        except (ValueError, OverflowError) as error:
+            raise ValueError("field '%s' %s" % (field, error)) from None
+    fields, templates = texts, {}
+    first, count = read("numprocs_start"), read("numprocs")
+    for number in range(first, first + count):
         names = dict(names, program_name=name, group_name=group or name, process_num=number)
         try:
             texts = {field: text % names for field, text in fields.items()}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError("has a %%(...)s that stands for nothing: %s" % error) from None
-        info = {PROGRAM_FIELDS[field]: from_text(PROGRAM_FIELDS[field], text)
-                for field, text in texts.items() if field in PROGRAM_FIELDS}
+        info = {PROGRAM_FIELDS[field]: read(field, PROGRAM_FIELDS[field])
+                for field in texts if field in PROGRAM_FIELDS}
         info["cmd"] = info.get("cmd", "").replace("$", "$$")
-        restart = texts["autorestart"].lower()
-        info["restart"] = "on-failure" if restart == "unexpected" else (
-            "always" if from_text("start", restart) else "never")
-        if from_text("start", texts["redirect_stderr"]):
+        info["restart"] = "on-failure" if texts["autorestart"].lower() == "unexpected" else (
+            "always" if read("autorestart", "start") else "never")
+        if read("redirect_stderr", "start"):
             info["redirect_output"] = ["stdout", "stdout"]
-        retries, lived = int(texts["startretries"]), int(texts["startsecs"])
+        retries, lived = read("startretries"), read("startsecs")
         if lived:                               # retries come after 1, 2, 3 … seconds
             info["restart_delay"] = [1, max(1, retries)]
             info["flapping"] = {"attempts": retries + 1, "max_retry": 0, "window": float(
                 (retries + 1) * lived + retries * (retries + 1) // 2)}
-        prefix = group or (name if several else "")
-        label = texts["process_name"] if several else name
+        prefix = group or (name if count > 1 else "")
+        label = texts["process_name"] if count > 1 else name
         templates["%s:%s" % (prefix, label) if prefix else label] = info
+    if len(templates) < count:
+        raise ValueError("field 'process_name' must have %(process_num)d in it, as 'numprocs' is "
+                         "more than 1")
     return templates
 
 

@@ -13972,8 +13972,10 @@ class ConfigSupervisord(ConfigCase):
     def test_faults(self):
         for text, words in (
                 ("command=sleep %(no)s", "stands for nothing"), ("command=sleep %d", "for nothing"),
-                ("numprocs=two\ncommand=x", "two"), ("directory=/", "field 'cmd'"),
-                ("autorestart=maybe\ncommand=x", "true or false"),
+                ("numprocs=two\ncommand=x", "field 'numprocs' must be a number, not 'two'"),
+                ("numprocs=2\ncommand=x", "field 'process_name' must have %(process_num)d in it"),
+                ("directory=/", "field 'cmd'"), ("startsecs=1e999\ncommand=x", "'startsecs'"),
+                ("autorestart=maybe\ncommand=x", "'autorestart' must be true or false, not 'may"),
                 ("command=sleep 1\nuser=no-such-one", "no-such-one"),
                 ("stopsignal=NOPE\ncommand=sleep 1", "NOPE"), ("nonsense", "cannot be parsed")):
             with self.subTest(text):
