@@ -2182,7 +2182,7 @@ def parse_env(text, environ):
         match = ENV_LINE.match(text, start)
         try:
             if match is None:
-                raise ValueError("is not NAME=value, with a value in quotes or without any")
+                raise ValueError("is not NAME=value, with the value plain or in one pair of quotes")
             name, single, double, plain = match.group("name", "single", "double", "plain")
             if single is not None:
                 values[name] = single
@@ -12140,7 +12140,7 @@ def serve(args):
     if args.daemon and not args.log_file:
         raise ClientError("--daemon needs --log-file FILE: nobody would see its messages", 2)
     if args.exit_with and not re.fullmatch(NAME, args.exit_with):
-        raise ClientError("'%s' is not a template's name, which is not all digits" % (
+        raise ClientError("--exit-with takes a template's name, which '%s' cannot be" % (
             args.exit_with), 2)
     keep_buffers()
     pipe = enter_background() if args.daemon else None      # before there is any thread
@@ -12888,7 +12888,7 @@ def main(argv=None):
         return getattr(error, "exit_status", 1)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):     # such as a full disk behind stdout
-            tell("this failed: %s" % error)
+            tell("%s: %s" % (error.filename or "this failed", error.strerror or error))
             return 1
         nothing = os.open(os.devnull, os.O_WRONLY)          # the pipe or the terminal was closed:
         os.dup2(nothing, 1)                                 # what is left in a buffer must not fail

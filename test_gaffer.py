@@ -12441,7 +12441,7 @@ class CliErrors(CliCase):
         for words, said in (
                 ("--window 255", "256 to 1073741824"), ("--window 1073741825", "256 to"),
                 ("--window -1", "256"), ("--window 1M", "256"), ("--window ²", "256"),
-                ("--window", "expected one argument"), ("--exit-with 12", "not all digits"),
+                ("--window", "expected one argument"), ("--exit-with 12", "'12' cannot be"),
                 ("--no-such", "--no-such")):
             with self.subTest(words):
                 err = r"(usage|gaffer): [\s\S]*%s[\s\S]*" % said
@@ -14278,7 +14278,7 @@ class ProcfileTexts(ConfigCase):
         self.write(".env", "A=1\nB")
         text = "web: true\njunk\nweb: x\n7: true\nx: nosuchprogram\n"
         for fault, wanted in itertools.zip_longest(self.faults("Procfile", text), (
-                ".env:2: is not NAME=value, with a value in quotes or without any",
+                ".env:2: is not NAME=value, with the value plain or in one pair of quotes",
                 "Procfile:2: 'junk' is not 'type: command'", "Procfile:3: 'web' is there twice",
                 "Procfile:4: [process:7] field 'name' must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, ",
                 "Procfile:5: [process:x] field 'cmd' names 'nosuchprogram', which is not found")):
@@ -14359,6 +14359,8 @@ class ProcfileTexts(ConfigCase):
             self.assertIn("\n%s\n" % line, out)
         self.assertNotIn("STEP", out)
         folder = os.path.join(self.home, "units")
+        self.call("export", "systemd", "-f", path, "-o", path, status=1,
+                  err="gaffer: .*Procfile: File exists\n")
         out = self.call("export", "systemd", "-f", path, "-o", folder)
         self.assertEqual(len(out.splitlines()), len(os.listdir(folder)))
 
