@@ -3733,7 +3733,8 @@ class Template:
             found = ["; it waits for " + ", ".join(self.unmet())]
         if self.error or self.last_exit:
             found.append("; it last ended with: " + self.last_failure())
-        return "".join(found) + self.last_lines(dict.fromkeys(self.begins, 0))
+        earlier = dict.fromkeys(self.begins, 0)
+        return "".join(found) + (self.last_lines(self.begins) or self.last_lines(earlier))
 
     def last_failure(self):
         """Return how the last process ended, or why it could not be spawned."""
