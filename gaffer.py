@@ -854,6 +854,9 @@ CARRY_SIZE = 64 * KIB                           # of an unfinished line that wai
 SHARE_SIZE = 160 * KIB                          # encoded at once: a wide read and a cut line
 SHARES_PER_TURN = 4                             # of one reader, so that the others get theirs
 JOIN_SIZE = 8 * KIB                             # shorter data is copied behind its head
+BATCH_SIZE = 16                                 # readers that are fed together
+BATCH_TIME = 0.001                              # seconds of feeding before a pause, at least
+BATCH_PAUSE = 0.5                               # length of a pause, as a part of that time
 MEMO_MAX = 8                                    # payloads kept for other readers, until an append
 PARTIAL_LINE_DELAY = 0.1                        # of silence, before a prompt is shown
 EVENTS_KEPT = 1024                              # how far back events can be resumed
@@ -947,6 +950,10 @@ class Log:
         self._waiters = []
         self._memo = {}                         # (encoder key, offset, mode) -> (payload, consumed)
         self._appended_at, self._flush_timer = -math.inf, None
+        self._line_end = 0                      # the offset behind the last end of a line
+        self._round = iter(())                  # readers that this round has not come to yet
+        self._round_end = self._last_end = 0    # `end` when it and the one before it began
+        self._pause = None                      # the Timer that ends a pause
 
     def read(self, offset, size=None):
         """Return up to `size` of what is at `offset`, which is not before `start`.
@@ -1010,7 +1017,7 @@ class Log:
     def finish(self):
         """End the log: its readers get what is left, then the end."""
         if not self.ended:
-            self.ended = True
+            self.ended, self._round, self._round_end = True, iter(()), -1
             self.feed(True)
 
     def add(self, reader):
@@ -1050,18 +1057,49 @@ class Log:
         """Send what is new to all readers. `line_ended`: it holds the end of a line."""
         self._memo.clear()
         self._appended_at = self.loop.now
-        for reader in tuple(self.readers):
-            if reader.full:
-                continue
-            if line_ended or not reader.encoder.by_line or (
-                    self.end - reader.offset >= self.limit // 2):
-                reader.pump()
-            elif reader.encoder.partial:
-                self.flush_later()
+        if line_ended:
+            self._line_end = self.end
+        if self._pause is None or self._must_not_pause():
+            self._feed_batches()
         self._appended_at = self.loop.clock()   # its writer was not silent meanwhile
         if self._waiters:
             waiters, self._waiters = self._waiters, []
             self._waiters = [each for each in waiters if not self.loop.guard(each)] + self._waiters
+
+    def _must_not_pause(self):
+        """Return True at the end of the log, and before readers lag so far that they lose any."""
+        return self.ended or self.end - self._last_end >= self.limit // 16
+
+    def _feed_batches(self):
+        """Feed the readers in rounds, batch by batch, until all have all or a pause is due."""
+        # A reader gets what there is at its turn: 1,000 clients have 1,000 lines a second after
+        # 11.5 ms (median) for 0.52 of a core; rounds in one go, with a pause each, take 16 ms.
+        if self._pause is not None:
+            self._pause.cancel()
+        self._pause, began = None, self.loop.clock()
+        while True:
+            reader = None
+            for reader in itertools.islice(self._round, BATCH_SIZE):
+                if reader.full:
+                    continue
+                if (reader.offset < self._line_end or self.ended or not reader.encoder.by_line
+                        or self.end - reader.offset >= self.limit // 2):
+                    reader.pump()
+                elif reader.encoder.partial:
+                    self.flush_later()
+            if reader is not None:
+                took = self.loop.clock() - began
+                if took > BATCH_TIME and not self._must_not_pause():
+                    # if nothing new has come, only the loop's other work goes first
+                    self._pause = self.loop.later(
+                        BATCH_PAUSE * took if self.end > self._round_end else 0.0,
+                        self._feed_batches)
+                    return
+            elif self.end == self._round_end:
+                return
+            else:
+                self._last_end, self._round_end = self._round_end, self.end
+                self._round = iter(tuple(self.readers))
 
 
 class Window(Log):
@@ -1072,7 +1110,7 @@ class Window(Log):
         self._chunks, self._offsets = [], []    # bytes, and the offset of each one's first byte
 
     def append(self, data):
-        """Add bytes; the oldest fall out. Readers that do not lag have them when this returns."""
+        """Add bytes; the oldest fall out."""
         chunks, offsets = self._chunks, self._offsets
         if chunks and len(chunks[-1]) + len(data) <= COALESCE_SIZE:
             chunks[-1] += data
@@ -1193,14 +1231,15 @@ class Reader:
 
         If the encoder or the sink raises, this reader is cut, and nobody else notices.
         """
-        source, self.full = self.log, False
+        source, encoder, self.full = self.log, self.encoder, False
         try:
             for _ in range(SHARES_PER_TURN):
                 if self._closed:
                     return
-                if self.offset < source.start:  # go on from where the window begins
+                offset = self.offset
+                if offset < source.start:       # go on from where the window begins
                     offset = source.start
-                    if self.loss == "skip" or self.encoder.dropped(0, offset) is not None:
+                    if self.loss == "skip" or encoder.dropped(0, offset) is not None:
                         line = source.resync(offset + self._within_line)
                         if not self._within_line:
                             offset = line
@@ -1208,26 +1247,28 @@ class Reader:
                             offset = line - 1
                     if not self._report(offset - self.offset, offset):
                         return
-                payload, consumed = source.encoded(self.encoder, self.offset, mode)
-                if payload.__class__ is int:
-                    if not self._report(payload, self.offset + consumed):
-                        return
-                    continue
+                payload, consumed = source.encoded(encoder, offset, mode)
                 if not consumed:
                     if source.ended:
                         self.sink.finished(self)
-                    elif self.encoder.partial and mode == NORMAL and self.offset < source.end:
+                    elif encoder.partial and mode == NORMAL and offset < source.end:
                         source.flush_later()
                     return
-                self.offset += consumed
+                if payload.__class__ is int:
+                    if not self._report(payload, offset + consumed):
+                        return
+                    continue
+                self.offset = offset = offset + consumed
                 if self.loss == "block":
                     source.advanced()
-                elif self.loss == "skip" and not self.encoder.by_line:
-                    self._within_line = source.before(self.offset) not in (None, 10)
+                elif self.loss == "skip" and not encoder.by_line:
+                    self._within_line = source.before(offset) not in (None, 10)
                 if payload:
                     self.last_sent = source.loop.now
-                    self.full = not self.sink.send(payload)
-                if self.full or (self.offset == source.end and not source.ended):
+                    if not self.sink.send(payload):
+                        self.full = True
+                        return
+                if offset == source.end and not source.ended:
                     return
             self.full = True                    # the others' turn
             source.loop.call_soon(self.pump)
@@ -2554,8 +2595,8 @@ class Output:
         self._merged, self._ended = merged, ended
         self._carry = b""
         self._paused = False
-        self._timer = self._pace = self._silence = None
-        self._size_wide = min(READ_SIZE_WIDE, window.limit // 2)
+        self._timer = self._silence = None
+        self._size_wide = min(READ_SIZE_WIDE, window.limit // 4)
         self._size = min(READ_SIZE, self._size_wide)
 
     @property
@@ -2590,7 +2631,9 @@ class Output:
         if window.blockers or merged.blockers:
             size = min(size, self._room())
             if size <= 0:
-                return self._pause()
+                self._paused = True
+                self._loop.unregister(self._fd)
+                return self._await_room()
         try:
             data = os.read(self._fd, size)
         except BlockingIOError:
@@ -2602,13 +2645,7 @@ class Output:
         if len(data) == self._size < self._size_wide:
             self._size = self._size_wide
             widen_pipe(self._fd)
-        began = self._loop.clock()
         self._take(data)
-        took = self._loop.clock() - began
-        readers = len(window.readers) + len(merged.readers)
-        if took > 0.0005 and readers > 16 and self._fd is not None:
-            # what is written during a pause goes out in one: 1,000 readers cost half the CPU
-            self._pause(min(0.05, 0.8 * took))
         return None
 
     def _take(self, data):
@@ -2636,16 +2673,8 @@ class Output:
             data, self._carry = self._carry, b""
             self._merged.write(self, data)
 
-    def _pause(self, delay=None):
-        """Stop reading, for `delay` seconds, or until there is room for a reader that blocks."""
-        self._paused = True
-        self._loop.unregister(self._fd)
-        if delay is None:
-            self._await_room()
-        else:
-            self._pace = self._loop.later(delay, self._resume)
-
     def _await_room(self):
+        """Read on once there is room for a reader that blocks."""
         for window in (self.window, self._merged.window):
             window.on_room.add(self._resume)
 
@@ -2664,7 +2693,7 @@ class Output:
         if not self._paused:
             self._loop.unregister(self._fd)
         fd, self._fd = self._fd, None
-        for timer in (self._timer, self._pace, self._silence):
+        for timer in (self._timer, self._silence):
             if timer is not None:
                 timer.cancel()
 
@@ -5788,9 +5817,12 @@ class Channel:
 
     def send(self, payload):
         """Send bytes, or a tuple of them; queue what is not taken. Return whether all is taken."""
-        parts = payload if payload.__class__ is tuple else (payload,)
-        count = 0 if self._queue or self.closed else self._transmit(parts)
-        for part in parts:
+        count = 0 if self._queue or self.closed else self._transmit(payload)
+        if payload.__class__ is not tuple:
+            if count == len(payload):
+                return True
+            payload = payload,
+        for part in payload:
             if count < len(part) and not self.closed:
                 if not self._queue:
                     self._watch(self._mask | selectors.EVENT_WRITE)
@@ -5803,10 +5835,12 @@ class Channel:
         return not self._queue and not self.closed
 
     def _transmit(self, parts):
-        """Send some of a sequence of bytes. Return how many were taken."""
-        try:                                    # TLS has no gathering write
-            count = (self.sock.send(parts[0]) if self.secure or len(parts) == 1
-                     else self.sock.sendmsg(parts))
+        """Send some of bytes, or of a sequence of them. Return how many were taken."""
+        try:
+            if parts.__class__ is bytes:
+                count = self.sock.send(parts)
+            else:                               # TLS has no gathering write
+                count = self.sock.send(parts[0]) if self.secure else self.sock.sendmsg(parts)
         except self._would_block:
             return 0
         except OSError:

@@ -1371,6 +1371,37 @@ class PureReader(PureLogCase):
             self.feed(window, b"more", 0)
         self.assertEqual(reader.sink.data, data + 99 * b"more")
 
+    def test_batches(self):
+        """Many readers are fed in batches, with pauses if they lag; none lags far, none loses."""
+        case = self
+
+        class Slow(PureSink):
+            def send(self, payload):
+                case.clock.now += gaffer.BATCH_TIME / 10
+                return super().send(payload)
+        window = self.window(gaffer.MIB)
+        readers = [self.reader(window) for _ in range(100)]
+        for reader in readers:
+            reader.sink = Slow()
+
+        def served():
+            return sum(map(len, (reader.sink.got for reader in readers)))
+        self.feed(window, b"one\n")
+        self.assertEqual(served(), gaffer.BATCH_SIZE)
+        self.feed(window, 0)                    # nobody lags: only the others get a turn
+        self.assertEqual(served(), 2 * gaffer.BATCH_SIZE)
+        self.feed(window, b"two\n", 0, 0)
+        self.assertEqual(served(), 3 * gaffer.BATCH_SIZE)
+        self.feed(window, b"three\n", *[gaffer.BATCH_TIME] * 30)
+        self.assertEqual([reader.sink.got for reader in readers], [
+            [b"one\n", b"two\nthree\n"]] * 32 + [[b"one\ntwo\n", b"three\n"]] * 16 + [
+            [b"one\ntwo\nthree\n"]] * 52)
+        self.feed(window, *[b"x" * gaffer.READ_SIZE] * 9)
+        for reader in readers:
+            self.assertLess(window.end - reader.offset, window.limit // 8)
+        self.do(window.finish)
+        self.assertEqual({(reader.offset, reader.sink.ends) for reader in readers}, {(window.end, 1)})
+
     def test_close(self):
         """By another's sink while a payload goes round, twice."""
         class Closing(PureSink):
