@@ -1743,6 +1743,9 @@ def identity(what, find, own):
     return check
 
 
+VALID_SIGNALS = frozenset(map(int, signal.valid_signals()))     # it takes 0.1 ms, at each stop too
+
+
 def parse_signal(value):
     """Return the number of a signal: 15, "15", "TERM", "SIGTERM", signal.SIGTERM. BadValue."""
     text = str(int(value)) if is_number(value, int) else str(value)
@@ -1750,8 +1753,8 @@ def parse_signal(value):
         number = int(text)
     else:
         number = signal.Signals.__members__.get("SIG" + re.sub("^SIG", "", text.upper()), 0)
-    if number in signal.valid_signals():
-        return int(number)
+    if number in VALID_SIGNALS:
+        return number
     raise BadValue("%r is no signal: give a number or a name such as TERM" % text[:40])
 
 
