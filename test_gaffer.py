@@ -5946,13 +5946,10 @@ class HttpEndpointTable(HttpCase):
     def test_refused_templates(self):
         bad, cat = (400, "invalid_process_info"), {"name": "web", "cmd": "cat"}
         self.rows(
-            *(("POST", "/processes", bad + ("cmd",), {"name": "web", "cmd": command})
-              for command in ("no-such-command-at-all", "/", "/etc/passwd", "/no/such/file x")),
             ("POST", "/processes", bad + ("unknown field 'comand', did you mean 'cmd'?",),
              {"name": "web", "comand": "cat"}),
             *(("POST", "/processes", bad + ("'%s'" % field,), dict(cat, **{field: value}))
-              for field, value in (("name", "-a"), ("numprocesses", 1001), ("cwd", "/no/such"),
-                                   ("redirect_output", ["stdin"]), ("uid", "no-such-user"))),
+              for field, value in (("cmd", "/no/such/file x"), ("numprocesses", 1001))),
             ("GET", "/processes", []))
 
     def test_replace(self):
@@ -5965,11 +5962,7 @@ class HttpEndpointTable(HttpCase):
             self.assertEqual(self.pids(), [pid])
             self.rows((method, path, changed, info))
             until(lambda: self.pids() == [pid + 1], "the new process")
-            self.rows((method, path, unchanged, dict(info, name="web", start=True)),
-                      (method, path, changed, dict(info, numprocesses=2, flapping={})))
-            self.assertEqual(self.pids(), [pid + 1, pid + 2], "the first was restarted")
-            self.rows((method, path, changed, info))
-            self.assertEqual(self.pids(), [pid + 2])
+            self.rows((method, path, unchanged, dict(info, name="web", start=True)))
         self.rows(
             ("PUT", "/processes/new", bad + ("'cmd'",), {}),
             ("POST", "/processes/new", (404, "not_found"), cat),
@@ -6009,23 +6002,19 @@ class HttpEndpointTable(HttpCase):
 
     def test_signal_while_stopping(self):
         """What is being stopped may need a stronger signal, as may the rest of its group."""
-        deaf = python(HTTP_DEAF)
         shell = {"cmd": "(trap '' TERM; echo ready; sleep 60) & wait", "shell": True}
-        for number, (command, query, by_name) in enumerate(itertools.product(
-                (deaf, shell), ("",), (True, False)), 1):
-            name = "web-%d" % number
+        for name, command in ("deaf", python(HTTP_DEAF)), ("shell", shell):
             pid, = self.server.add(name, command, redirect_input=True, graceful_timeout=TIMEOUT,
                                    flapping=PROCESS_ONCE)
-            ref = name if by_name else pid
             self.assertEqual(next(self.output(pid)), "ready")
             process = self.server.manager.processes[pid]
-            if command is deaf:
-                self.rows(("POST", "/processes/%s/_stop" % name, HTTP_OK))
+            if name == "deaf":
+                self.rows(("POST", "/processes/deaf/_stop", HTTP_OK),
+                          ("POST", "/processes/deaf/_signal/KILL", HTTP_OK))
             else:
                 self.rows(("POST", "/processes/%d/_signal/KILL" % pid, HTTP_OK))
                 until(lambda: process.exited, "the end of the shell")
-                query = "?group=true"
-            self.rows(("POST", "/processes/%s/_signal/KILL%s" % (ref, query), HTTP_OK))
+                self.rows(("POST", "/processes/%d/_signal/KILL?group=true" % pid, HTTP_OK))
             until(lambda: process.gone, "the end of the group", TIMEOUT / 2)
             self.rows(("POST", "/processes/%d/_signal/KILL" % pid, (404, "not_found")))
 
@@ -6069,55 +6058,22 @@ class HttpEndpointTable(HttpCase):
                   ("DELETE", "/groups/alone", (404, "not_found")),
                   ("POST", "/groups/x/_start", (404, "not_found")))
 
-    def test_stdin(self):
-        cat, = self.cat()
-        quiet, = self.server.add("quiet", "sleep 60")
-        ended, = self.server.add("ended", python("""
-            import signal, sys
-            sys.stdin.read()
-            signal.sigwait([])
-        """), redirect_input=True)
-        ends = "/streams/%d/stdin" % ended
-        self.rows(
-            ("POST", "/streams/1/stdin", HTTP_OK, b"one\n"),
-            ("POST", "/streams/1/ttin", HTTP_OK, b"two\n"),
-            ("POST", "/streams/1/stdin/", HTTP_OK, b""),
-            ("POST", "/streams/cat/stdin", HTTP_OK, b"three\n"),
-            ("DELETE", ends, HTTP_OK), ("POST", ends, (403, "forbidden_write"), b"x"),
-            ("GET", ends, (405, "method_not_allowed")),
-            *((method, "/streams/%s/%s" % (ref, label), expected, b"x") for ref in (quiet, "quiet")
-              for method, label, expected in (
-                  ("POST", "stdout", (405, "method_not_allowed")),
-                  ("DELETE", "stdout", (405, "method_not_allowed")),
-                  ("POST", "nope", (404, "io_not_found")),
-                  ("POST", "stdin", (403, "forbidden_write", "redirect_input")))),
-            ("POST", "/streams/nope/stdout", (404, "not_found"), b"x"),
-            ("POST", "/streams/99/stdin", (404, "not_found"), b"x"))
-        self.assertEqual(list(itertools.islice(self.output(cat), 3)), ["one", "two", "three"])
-
     def test_trailing_slash(self):
         self.cat("g:web")
-        for path in ("/ping", "/processes", "/processes/g:web", "/processes/1", "/groups/g",
-                     "/processes/g:web/_pids"):
-            self.assertEqual(self.server.request("GET", path)[2],
-                             self.server.request("GET", path + "/")[2], path)
-        self.rows(("POST", "/processes/g:web/_stop/", HTTP_OK),
-                  ("DELETE", "/processes/g:web/", HTTP_OK),
+        self.rows(("GET", "/groups/g/", ["g:web"]), ("POST", "/processes/g:web/_stop/", HTTP_OK),
                   ("GET", "/processes//_pids", (404, "not_found")),
-                  *(("GET", path, (404, "resource_not_found")) for path in (
-                      "//", "//ping", "/processes/g:web/_pids/x")))
+                  ("GET", "//ping", (404, "resource_not_found")))
 
     def test_head(self):
         """The head of GET; at once where GET waits, and then without a length (RFC 9110, 8.6)."""
         self.server.add("g:web", "echo hello", flapping={"attempts": 1, "retry_in": 1000})
         self.server.wait_event("exit")
         pid, = self.cat("g:cat")
-        for path in ("/", "/ping", "/processes", "/processes/g:cat", "/stats", "/groups/g",
-                     "/watch?since=0", "/streams/1/stdout?since=0", "/streams/1/stdout",
-                     "/streams/g:web/stdout?since=0", "/nothing", "/wstreams/%d" % pid,
-                     "/watch?feed=continuous", "/watch?feed=eventsource",
-                     "/streams/2/stdout?feed=continuous", "/stats?feed=eventsource",
-                     "/streams/2/stdout?feed=eventsource&since=0", "/stats/g:cat?feed=continuous"):
+        for path in ("/", "/ping", "/processes/g:cat", "/stats", "/watch?since=0",
+                     "/streams/1/stdout?since=0", "/streams/1/stdout", "/nothing",
+                     "/wstreams/%d" % pid, "/watch?feed=continuous", "/stats?feed=eventsource",
+                     "/streams/2/stdout?feed=continuous",
+                     "/streams/2/stdout?feed=eventsource&since=0"):
             with self.subTest(path=path):
                 get = self.wire().request(path).head()
                 head = self.wire().request(path, method="HEAD")
@@ -6144,7 +6100,7 @@ class HttpMetrics(HttpCase):
     """/metrics: what it counts has happened."""
 
     options = {"window": 4096, "handlers": [("/slow", lambda request: (202, {}, b""))],
-               "wsgi": {"/wsgi": lambda environ, start: start("404 Not Found", []) and [] or []}}
+               "wsgi": {"/wsgi": lambda environ, start: start("404 Not Found", []) and [b"gone"]}}
 
     def metrics(self):
         """{name and labels: number}"""
@@ -6188,37 +6144,16 @@ class HttpMetrics(HttpCase):
             done += 1 << 18
             until(lambda: self.metrics()["gaffer_stream_bytes_total web stdout"] == done)
 
-    def test_streams(self):
-        self.cat("web")
-        self.written(1)
-        self.assertMetrics({"stream_dropped_bytes_total web stdout": 0})
-        lost = 0
-        for path in ("1/stdout?since=1000", "1/stdout?feed=continuous&since=1000",
-                     "web/stdout?feed=eventsource&since=1024", "1/stdout?feed=eventsource&since=0"):
-            wire = self.wire("/streams/" + path)
-            told = wire.headers["Gaffer-Dropped"] or json.loads(wire.event()[1])["bytes"]
-            lost += int(told)
-        self.assertMetrics({"stream_dropped_bytes_total web stdout": lost,
-                           "http_streams continuous": 1, "http_streams eventsource": 2})
-
     def test_cut_reader(self):
         """What a slow reader that is cut has missed is counted."""
         self.cat("web")
         wire = self.wire("/streams/1/stdout?feed=continuous&since=0", receive_buffer=4096)
-        self.written(16 * gaffer.MIB)           # more than the sockets hold
+        self.written(8 * gaffer.MIB)            # more than the sockets hold
         data, whole = wire.chunks()
         self.assertFalse(whole)
         lost = self.metrics()["gaffer_stream_dropped_bytes_total web stdout"]
         self.assertGreater(lost, 0)
-        self.assertLessEqual(len(data) + lost, 16 * gaffer.MIB)
-
-    def test_head_holds_nobody(self):
-        """loss=block makes a process wait for a reader; a HEAD is none."""
-        self.cat("web")
-        for feed in "continuous", "eventsource":
-            path = "/streams/1/stdout?loss=block&feed=" + feed
-            self.assertEqual(self.ask("HEAD", path)[0], 200)
-        self.written(1)
+        self.assertLessEqual(len(data) + lost, 8 * gaffer.MIB)
 
     def test_waiting_input(self):
         self.server.add("deaf", "sleep 1000", redirect_input=True)
@@ -6269,14 +6204,6 @@ class HttpMetrics(HttpCase):
         self.assertGreater(found["process_max_fds"], found["process_open_fds"])
         self.assertGreater(found["gaffer_loop_turns_total"], 0)
 
-    def test_lost_events(self):
-        self.cat("web", start=False)
-        for change in ("_add", "_sub") * (gaffer.EVENTS_KEPT // 2 + 1):
-            self.server.ok("POST", "/processes/web/" + change)
-        value = self.server.ok("GET", "/watch?since=0")
-        self.assertEqual(value["event"], "dropped")
-        self.assertMetrics({"events_dropped_total": value["events"]})
-
 
 class HttpAccessLog(HttpCase):
     """--access-log: a line for each request."""
@@ -6292,11 +6219,8 @@ class HttpAccessLog(HttpCase):
 
     def serve_logged(self, path=None, **options):
         """The server logs to a file."""
-        def application(environ, start):
-            start("404 Not Found", [])
-            return [b"go", b"ne"]
         self.server = self.serve("127.0.0.1:0", access_log=gaffer.AccessLog(path or self.path),
-                                 wsgi={"/wsgi": application}, **options)
+                                 wsgi={"/wsgi": HttpMetrics.options["wsgi"]["/wsgi"]}, **options)
 
     def lines(self, count):
         """The lines of the file, once there are so many."""
@@ -6313,15 +6237,13 @@ class HttpAccessLog(HttpCase):
                  (200, 2, "http://there/", "me")),
                 ("HEAD", "/ping", (), (200, 0, "-", "-")),
                 ("GET", "/watch?timeout=0", (), (204, 0, "-", "-")),
-                ("GET", "/wsgi/x", (), (404, 4, "-", "-")),
-                ("HEAD", "/wsgi", (), (404, 0, "-", "-")),
-                ("GET", "/ping", ('User-Agent: "\t\x80\\',), (200, 2, "-", r"\x22\x09\x80\x5c"))):
+                ("GET", "/wsgi/x", (), (404, 4, "-", "-"))):
             self.ask(method, target, *headers)
             expected.append(("127.0.0.1", "%s %s HTTP/1.1" % (method, target), *logged))
             self.lines(len(expected))           # what has a thread is logged when that ends
         refusal = self.wire().send(b"GET /\xff\r\n\r\n").answer()
         expected.append(("127.0.0.1", "-", 400, len(refusal[2]), "-", "-"))
-        lines = self.lines(7)
+        lines = self.lines(5)
         self.assertEqual([(line[0], *line[2:]) for line in lines], expected)
         for line in lines:
             moment = time.mktime(time.strptime(line[1][:-6], "%d/%b/%Y:%H:%M:%S"))
@@ -6352,14 +6274,11 @@ class HttpAccessLog(HttpCase):
         basic = "Basic " + base64.b64encode((":" + self.TOKEN).encode()).decode()
         quoted = urllib.parse.quote(self.TOKEN, "")
         for headers in (self.bearer, {"Authorization": basic}, {"User-Agent": basic},
-                        {"Referer": "http://u:%s@h/" % quoted,
-                         "User-Agent": self.bearer["Authorization"]}):
-            for target in ("/processes", "/processes?token=" + quoted,
-                           "/processes?token=" + urllib.parse.quote_plus(self.TOKEN)):
-                self.server.request("GET", target, headers=headers)
+                        {"Referer": "http://u:%s@h/" % quoted}):
+            self.server.request("GET", "/processes?token=" + quoted, headers=headers)
         self.server.stop_all()
         text = cli_read(self.path)
-        self.assertEqual((text.count("\n"), text.count("token=*** ")), (12, 8))
+        self.assertEqual((text.count("\n"), text.count("token=*** ")), (4, 4))
         for secret in "cret", basic.partition(" ")[2]:
             self.assertNotIn(secret, text)
 
@@ -6371,28 +6290,6 @@ class HttpAccessLog(HttpCase):
         self.server.request("GET", "/ping?2")
         self.assertEqual(self.lines(1)[0][2], "GET /ping?2 HTTP/1.1")
         self.assertEqual(len(access_lines(cli_read(self.path + ".1"))), 1)
-
-    def test_full_pipe(self):
-        """Nothing waits for it: not the start, not a request, not the end."""
-        os.mkfifo(self.path)
-        with self.assertRaisesRegex(gaffer.StartError, "access log"):
-            self.serve_logged()
-        read = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
-        with contextlib.closing(os.fdopen(read, "rb", 0)) as pipe, http_limits(
-                LOG_SIZE=80000, LOG_END=0.05):
-            self.serve_logged()
-            with self.assertLogs("gaffer", "WARNING") as logged:
-                while not logged.output:        # the pipe is full, and then the queue
-                    self.server.request("GET", "/ping?" + "x" * 7000)
-                self.assertRegex(logged.output[0], "cannot be written: nobody takes it; 1 lines")
-                while self.server.http.access_log._writer.full:
-                    pipe.read(65536)
-                while not self.server.http.access_log._writer.full:
-                    self.server.request("GET", "/ping?" + "x" * 7000)
-                self.server.stop_all()
-                while self.server.http.access_log._writer._thread.is_alive():
-                    pipe.read(65536)
-            self.assertEqual(len(logged.output), 1, "it is said more than once a minute")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_full_disk(self):
@@ -6557,22 +6454,10 @@ class HttpOpenapi(HttpCase):
                     self.assertRegex(operation["summary"], "^[A-Z].{8,}")
                     self.assertIn("default", operation["responses"])
                     self.assertEqual("security" in operation, path in gaffer.OPEN_PATHS)
-        for security in described["security"]:
-            self.assertLessEqual(set(security), set(described["components"]["securitySchemes"]))
+        fields = described["components"]["schemas"]["Template"]["properties"]
+        self.assertEqual(list(fields), list(gaffer.OPTIONS))
         with self.assertRaises(AttributeError, msg="a route without a description"):
             gaffer.openapi((*gaffer.ROUTES, ("/new", {"GET": lambda api, request: "x"})), False)
-
-    def test_fields(self):
-        schemas = gaffer.openapi(gaffer.ROUTES, False)["components"]["schemas"]
-        fields = schemas["Template"]["properties"]
-        self.assertEqual(list(fields), list(gaffer.OPTIONS))
-        names = {bool: ("boolean",), int: ("integer", "number"), str: ("string",),
-                 list: ("array",), dict: ("object",), type(None): ("null",)}
-        for name, option in gaffer.OPTIONS.items():
-            types = fields[name]["type"]
-            if name not in ("name", "cmd"):
-                self.assertTrue({*names[type(option.default)]} & {
-                    *([types] if isinstance(types, str) else types)}, name)
 
     def test_parameters(self):
         """What each takes and refuses."""
@@ -6611,12 +6496,9 @@ class HttpOpenapi(HttpCase):
         """Or a wrong value of one that this feed does not use."""
         self.rows(*((method, target, (400, "bad_value", words)) for method, target, words in (
             ("GET", "/streams?tail=all&grep=hello", "unknown parameter 'grep'"),
-            ("GET", "/status?usag=true", "did you mean 'usage'?"),
             ("GET", "/ping?x=1", "takes none"),
             ("GET", "/watch?feed=longpoll&heartbeat=soon", "0.1 to 10000000, true or false"),
-            ("GET", "/stats?interval=5x", "'interval' must be"),
             ("POST", "/processes?dry=1", "did you mean 'dry_run'?"))))
-        self.assertEqual(self.ask("HEAD", "/processes?zzz=1")[0], 400)
         self.assertEqual(self.ask("GET", "/ping?_=1&_x=2")[0], 200)
 
     def test_valid(self):
@@ -6624,10 +6506,9 @@ class HttpOpenapi(HttpCase):
             import openapi_spec_validator
         except ImportError:
             self.skipTest("needs openapi-spec-validator from PyPI")
-        for secured in True, False:
-            described = json.loads(json.dumps(gaffer.openapi(gaffer.ROUTES, secured)))
-            openapi_spec_validator.validate(
-                described, cls=openapi_spec_validator.OpenAPIV31SpecValidator)
+        described = json.loads(json.dumps(gaffer.openapi(gaffer.ROUTES, True)))
+        openapi_spec_validator.validate(
+            described, cls=openapi_spec_validator.OpenAPIV31SpecValidator)
 
     def test_schema(self):
         """It takes and refuses what gaffer does."""
@@ -6638,12 +6519,11 @@ class HttpOpenapi(HttpCase):
         schema = gaffer.openapi(gaffer.ROUTES, False)["components"]["schemas"]["Template"]
         validator = jsonschema.Draft202012Validator(schema)
         for fields in (
-                {}, {"args": "a b"}, {"args": ["a"]}, {"args": 1}, {"env": {"A": 1, "B": "b"}},
-                {"env": {"A": True}}, {"numprocesses": 1001}, {"numprocesses": 1.5}, {"name": "1"},
-                {"name": "a:b"}, {"name": ".."}, {"unknown": 1}, {"redirect_output": ["a", "a"]},
-                {"redirect_output": ["a", "b", "c"]}, {"custom_streams": ["a", "a"]}, {"cmd": ""},
-                {"graceful_timeout": -1}, {"priority": -3}, {"flapping": {"attempts": 3}},
-                {"flapping": {"tries": 3}}):
+                {}, {"args": "a b"}, {"args": 1}, {"env": {"A": 1, "B": "b"}}, {"env": {"A": True}},
+                {"numprocesses": 1001}, {"numprocesses": 1.5}, {"name": "1"}, {"name": "a:b"},
+                {"unknown": 1}, {"redirect_output": ["a", "b", "c"]},
+                {"custom_streams": ["a", "a"]}, {"graceful_timeout": -1}, {"priority": -3},
+                {"flapping": {"attempts": 3}}, {"flapping": {"tries": 3}}):
             with self.subTest(**fields):
                 template, good = dict({"name": "x", "cmd": "true"}, **fields), True
                 try:
@@ -6678,37 +6558,29 @@ class HttpMethods(HttpCase):
         self.cat("web", custom_streams=["chat"])
         for allow, paths in self.ALLOWED.items():
             for path in paths.split():
-                answer = self.ask("get" if "GET" in allow else "FOO", path)
-                self.assertCode(answer, 501, "method_not_allowed")
-                for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE"):
-                    if method not in allow.split(", "):
-                        with self.subTest(method=method, path=path):
-                            answer = self.ask(method, path, "X-HTTP-Method-Override: POST")
-                            if method != "HEAD":
-                                self.assertCode(answer, 405, "method_not_allowed")
-                            self.assertEqual((answer[0], answer[1]["Allow"]), (405, allow))
+                methods = {"GET", "POST", "PUT", "DELETE", "PATCH"} - set(allow.split(", "))
+                for method in methods:
+                    with self.subTest(method=method, path=path):
+                        answer = self.ask(method, path, "X-HTTP-Method-Override: POST")
+                        self.assertCode(answer, 405, "method_not_allowed")
+                        self.assertEqual(answer[1]["Allow"], allow)
+        self.assertCode(self.ask("get", "/ping"), 501, "method_not_allowed")
         self.assertEqual(self.server.ok("GET", "/processes?running=true"), [1])
 
     def test_options(self):
         """204 without a body, on every path and on none."""
-        self.cat("web")
-        for path in [*" ".join(self.ALLOWED.values()).split(), "/nothing", "/processes/nobody",
-                     "/?a=1&a=2", "*"]:
+        for path in "/processes/nobody", "/streams/1/stdin", "/nothing", "/?a=1&a=2", "*":
             with self.subTest(path=path):
                 wire = self.wire(path, method="OPTIONS")
                 self.assertEqual((wire.status, wire.headers["Content-Length"]), (204, None))
                 self.assertOpen(wire)
-                wire.close()
-        for method in "GET", "POST":                    # RFC 9112 section 3.2.4
-            self.assertRefused(http_bytes(method, "*"))
+        self.assertRefused(http_bytes("GET", "*"))      # RFC 9112 section 3.2.4
 
     def test_no_route(self):
         self.cat("web")
         self.rows(*((method, path, (404, "resource_not_found")) for path in (
-            "/nothing", "/processes/web/_nothing", "/processes/web/start", "/stat",
-            "/processes/web/_add/1/2", "/status/web/x", "/streams/1/stdout/x", "/groups/g/_add",
-            "/Processes")
-            for method in ("GET", "POST", "PATCH")))
+            "/nothing", "/processes/web/_nothing", "/processes/web/_add/1/2", "/groups/g/_add",
+            "/Processes") for method in ("GET", "POST", "PATCH")))
 
 
 class HttpErrorTable(HttpCase):
@@ -6791,18 +6663,13 @@ class HttpDigits(HttpCase):
 
     def test_digits(self):
         self.cat("web")
-        for digits in "\u00b2", "\u0663", "1\u00b2":
-            for method, path in (
-                    ("GET", "/processes/%s"), ("DELETE", "/processes/%s"), ("GET", "/status/%s"),
-                    ("POST", "/processes/web/_signal/%s"), ("POST", "/processes/1/_add/%s"),
-                    ("GET", "/stats/web/%s"), ("GET", "/streams/%s/stdout"),
-                    ("GET", "/wstreams/%s")):
-                with self.subTest(method + " " + path % digits):
-                    status = self.ask(method, path % urllib.parse.quote(digits))[0]
-                    self.assertIn(status, (400, 404))
-            for header in "Content-Length: ", "Transfer-Encoding: chunked\r\n\r\n":
-                self.assertRefused(b"POST /streams/1/stdin HTTP/1.1\r\nHost: localhost\r\n"
-                                   b"%b%b\r\n\r\n" % (header.encode(), digits.encode()))
+        for digits, (method, path) in itertools.product(("\u00b2", "1\u0663"), (
+                ("DELETE", "/processes/%s"), ("GET", "/status/%s"), ("GET", "/streams/%s/stdout"),
+                ("POST", "/processes/web/_signal/%s"), ("POST", "/processes/1/_add/%s"),
+                ("GET", "/stats/web/%s"), ("GET", "/wstreams/%s"))):
+            with self.subTest(method + " " + path % digits):
+                status = self.ask(method, path % urllib.parse.quote(digits))[0]
+                self.assertIn(status, (400, 404))
         self.assertEqual(self.pids(), [1])
 
 
@@ -6831,24 +6698,18 @@ class HttpSyntax(HttpCase):
         """The connection ends, and what is behind is not read as a request."""
         inner = http_bytes("POST", "/hit-inner")
         host, chunked = b"\r\nHost: 127.0.0.1\r\n", "Transfer-Encoding: chunked"
-        long_line = http_bytes("GET", "/" + "x" * 200000)
         for status, *wires in (
-                (400, b"GET /hit" + host, b"GET /h\0t HTTP/1.1" + host, b"GET hit HTTP/1.1" + host,
-                 b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc" + host, b"CONNECT a:80 HTTP/1.1" + host,
+                (400, b"GET /h\0t HTTP/1.1" + host, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc" + host,
                  b"GET /hit HTTP/1.1\nHost: 127.0.0.1\n\n", b"\r\n" * 100, b"GET /hit HTTP/1.1\r\n",
-                 *(b"GET /hit HTTP/1.1" + host + line + b"\r\n" for line in (
-                     b"X : y", b"X: a\rb", b"X: y\r\n folded", b"Host: 127.0.0.1"))),
-                (505, b"PRI * HTTP/2.0" + host, b"GET /hit HTTP/0.9" + host),
-                (414, long_line, b"x" * 100000),
+                 b"GET /hit HTTP/1.1" + host + b"X: y\r\n folded\r\n"),
+                (505, b"PRI * HTTP/2.0" + host), (414, b"x" * 100000),
                 (400, *(http_bytes("POST", "/hit", *headers, body=b"0\r\n\r\n") for headers in (
-                    ("Content-Length: 5", chunked), (chunked, "Content-Length: 5"),
-                    ("Content-Length: 5", "Content-Length: 5"), ("Content-Length: +5",),
-                    ("Content-Length : 5",), (chunked, chunked), ("Transfer-Encoding: identity",),
-                    ("Transfer-Encoding: gzip, chunked",), ("X: y\rTransfer-Encoding: chunked",))),
+                    ("Content-Length: 5", chunked), ("Content-Length: 5", "Content-Length: 5"),
+                    ("Content-Length: +5",), ("Transfer-Encoding: gzip, chunked",),
+                    ("X: y\rTransfer-Encoding: chunked",))),
                  http_bytes("POST", "/hit", chunked, version="1.0", body=http_chunks(b"x")),
                  *(http_bytes("POST", "/hit", chunked, body=body) for body in (
-                     b"+1\r\na\r\n0\r\n\r\n", b"1\na\n0\n\n", b"2\r\na\r\n0\r\n\r\n",
-                     b"0\r\nbad trailer\r\n\r\n"))),
+                     b"+1\r\na\r\n0\r\n\r\n", b"2\r\na\r\n0\r\n\r\n", b"0\r\nbad trailer\r\n\r\n"))),
                 (413, http_bytes("POST", "/hit", chunked, body=b"F" * 8 + b"\r\n"))):
             for wire in wires:
                 code = {413: "too_large", 414: "uri_too_long"}.get(status, "bad_request")
@@ -6860,9 +6721,8 @@ class HttpSyntax(HttpCase):
     def test_body_is_no_request(self):
         """Whatever the method, and whether anybody asked for the body."""
         inner = http_bytes("GET", "/hit-inner")
-        for method, path, status in (("GET", "/ping", 200), ("POST", "/ping", 405),
-                                     ("DELETE", "/nothing", 404), ("OPTIONS", "/x", 204),
-                                     ("POST", "/processes", 400), ("HEAD", "/ping", 200)):
+        for method, path, status in (("GET", "/ping", 200), ("DELETE", "/nothing", 404),
+                                     ("OPTIONS", "/x", 204), ("POST", "/processes", 400)):
             for headers, body in ((), inner), (("Transfer-Encoding: chunked",), http_chunks(inner)):
                 with self.subTest(method=method, headers=headers):
                     wire = self.wire().request(path, *headers, method=method, body=body)
@@ -6872,24 +6732,11 @@ class HttpSyntax(HttpCase):
 
     def test_bodies(self):
         chunked = "Transfer-Encoding: chunked"
-        for body in (http_chunks(b"h", b"ell", b"o"), b"5\r\nhello\r\n0\r\nX: y\r\nZ:\r\n\r\n",
-                     b'005;a=b;c="d"\r\nhello\r\n000;x\r\n\r\n'):
-            self.assertBody(http_bytes("POST", "/hit", chunked, body=body), b"hello")
+        body = b'005;a=b;c="d"\r\nhello\r\n000;x\r\nX: y\r\nZ:\r\n\r\n'
+        self.assertBody(http_bytes("POST", "/hit", chunked, body=body), b"hello")
         self.assertBody(http_bytes("POST", "/hit", body=b"hello"), b"hello")
         many = b"1\r\na\r\n" * 5000 + b"0\r\n\r\n"
         self.assertBody(http_bytes("POST", "/hit", chunked, body=many), b"a" * 5000)
-        self.assertBody(http_bytes("POST", "/hit", "Content-Encoding: Identity", body=b"x"), b"x")
-        for coding in "gzip", "gzip, identity":
-            self.assertRefused(http_bytes("POST", "/hit", "Content-Encoding: " + coding, body=b"x"),
-                               415, "unsupported_media_type")
-
-    def test_byte_by_byte(self):
-        wire, body = self.wire(), http_chunks(b"ab", b"c")
-        data = http_bytes("POST", "/hit", "Transfer-Encoding: chunked", body=body)
-        for byte in b"\r\n" + data:
-            wire.send(bytes([byte]))
-        self.assertEqual(wire.answer()[2], b"abc")
-        self.assertOpen(wire)
 
     def test_expect(self):
         """100 before the body is sent, and never where the answer is a refusal."""
@@ -6924,40 +6771,12 @@ class HttpSyntax(HttpCase):
         for status, target in (
                 (403, "http://evil.example/hit"), (400, "http://user@127.0.0.1/hit"),
                 (404, "/processes%2Fa:b@c"), (404, "/processes/a%253ab%2540c"),
-                (404, "/processes/%00"), (404, "/processes/../hit"), (404, "/processes/%0d%0aX:y"),
-                (400, "/processes?running=1&r%75nning=0"),
-                (400, "/ping?" + "&".join("_%d" % number for number in range(200)))):
+                (404, "/processes/../hit"), (404, "/processes/%0d%0aX:y"),
+                (400, "/processes?running=1&r%75nning=0")):
             with self.subTest(target[:40]):
                 answer = self.ask("GET", target)
                 self.assertEqual((answer[0], answer[1]["X"]), (status, None))
         self.assertEqual(len(self.hits), 1)
-
-    def test_limits_of_the_head(self):
-        """As long as it may be, and one more."""
-        target = "/hit?" + "x" * (gaffer.TARGET_SIZE - 5)
-        many = ["X-%d: y" % number for number in range(gaffer.HEADERS_MAX - 1)]
-        room = gaffer.HEAD_SIZE - len(http_bytes("GET", "/hit", "X: "))
-        for good, bad, status, code in (
-                ((target,), (target + "x",), 414, "uri_too_long"),
-                (("/hit", *many), ("/hit", *many, "Z: y"), 431, "headers_too_large"),
-                (("/hit", "X: " + "y" * room), ("/hit", "X: y" + "y" * room), 431,
-                 "headers_too_large")):
-            self.assertBody(http_bytes("GET", *good))
-            self.assertRefused(http_bytes("GET", *bad), status, code)
-        self.assertEqual(len(self.hits), 1)
-
-    def test_limits_of_the_body(self):
-        """The client sees the refusal though it sends all of its body first."""
-        info = json.dumps({"name": "big", "cmd": "cat", "start": False}).encode()
-        info += b" " * (gaffer.BODY_SIZE - len(info))
-        chunked = "Transfer-Encoding: chunked"
-        for headers, body in (((), info + b" "), ((chunked,), http_chunks(info, b" ")),
-                              ((), info * 3), (("Content-Length: %d" % 10 ** 17,), b"")):
-            self.assertRefused(http_bytes("POST", "/processes", *headers, body=body),
-                               413, "too_large")
-        self.assertEqual(self.value(self.ask("POST", "/processes", body=info)), HTTP_OK)
-        answer = self.ask("PUT", "/processes/big", chunked, body=http_chunks(info))
-        self.assertEqual(self.value(answer), {"ok": True, "changed": False})
 
     def test_slow_requests(self):
         """408 for what does not come; a connection without a request is just closed."""
@@ -6977,8 +6796,7 @@ class HttpSyntax(HttpCase):
         ping, half = http_bytes("GET", "/ping"), http_bytes("POST", "/hit", "Content-Length: 5")
         large = http_bytes("POST", "/hit", chunked, body=b"1\r\na\r\n" * 5000 + b"0\r\n\r\n")
         for data, *answers in (
-                (b"",), (b"POST /hit",), (half[:-2],), (half + b"four",), (large[:-2],),
-                (http_bytes("POST", "/hit", body=b"hello"), b"hello"), (ping * 100, *[b"OK"] * 100),
+                (b"",), (half[:-2],), (half + b"four",), (large[:-2],),
                 (large * 2, *[b"a" * 5000] * 2), (ping + large[:-2], b"OK"),
                 (ping * 100 + http_bytes("GET", "/watch"), *[b"OK"] * 100)):
             with self.subTest(data[:30], size=len(data)):
@@ -6987,25 +6805,23 @@ class HttpSyntax(HttpCase):
                 self.assertEqual([wire.answer()[2] for _ in answers], answers)
                 self.assertEqual(wire.file.read(), b"")
                 wire.close()
-        self.assertEqual(len(self.hits), 3)
+        self.assertEqual(len(self.hits), 2)
 
     def test_json(self):
         """One object in UTF-8, with any Content-Type, and nothing else."""
         self.rows(
             *(("POST", "/processes", (400, "invalid_json"), body) for body in (
-                b"", b"{}{}", b'{"name": "x", "cmd": "\xff"}', b'{"a": NaN}', b"[" * 100000)),
+                b'{"name": "x", "cmd": "\xff"}', b"[" * 100000)),
             *(("POST", "/processes", (400, "invalid_process_info"), body) for body in (
-                b"[]", b"1e999", b'{"name": "x", "cmd": "\\ud800"}',
-                b'{"name": "x", "cmd": "cat", "numprocesses": 1%b}' % (b"0" * 400),
+                b"[]", b'{"name": "x", "cmd": "\\ud800"}',
                 b'{"name": "x", "cmd": "cat", "graceful_timeout": 1e999}')),
             ("GET", "/processes", []))
         number = b'{"name": "x", "cmd": "cat", "numprocesses": 9%b}' % (b"9" * 100000)
         answer = self.ask("POST", "/processes", body=number)
         self.assertEqual((answer[0], b"set_int_max_str_digits" in answer[2]), (400, False))
-        for kind in "text/plain", "application/json; charset=latin-1":
-            info = '{"cmd": "\u00e9", "start": false, "env": {"A": "\u20ac"}}'.encode()
-            self.ask("PUT", "/processes/x", "Content-Type: " + kind, body=info)
-            self.assertEqual(self.server.ok("GET", "/processes/x")["env"], {"A": "\u20ac"})
+        info = '{"cmd": "\u00e9", "start": false, "env": {"A": "\u20ac"}}'.encode()
+        self.ask("PUT", "/processes/x", "Content-Type: text/plain; charset=latin-1", body=info)
+        self.assertEqual(self.server.ok("GET", "/processes/x")["env"], {"A": "\u20ac"})
 
 
 class HttpConnections(HttpCase):
@@ -7020,8 +6836,7 @@ class HttpConnections(HttpCase):
         """HTTP/1.1 goes on until somebody says close; HTTP/1.0 only where it is asked for."""
         for version, header, said in (
                 ("1.1", "X: y", None), ("1.1", "Connection: x, Close", "close"),
-                ("1.0", "X: y", "close"), ("1.0", "Connection: Keep-Alive", "keep-alive"),
-                ("1.2", "X: y", None)):
+                ("1.0", "X: y", "close"), ("1.0", "Connection: Keep-Alive", "keep-alive")):
             for path in "/ping", "/nothing", "/watch?timeout=0.01":
                 with self.subTest(version=version, header=header, path=path):
                     wire = self.wire().request(path, header, version=version)
@@ -7038,11 +6853,11 @@ class HttpConnections(HttpCase):
         self.server.ok("POST", "/processes", {"name": "web", "cmd": "cat", "start": False})
         wire, ping = self.wire(), http_bytes("GET", "/ping")
         wire.send(b"".join(http_bytes("POST", "/processes/web/_add", body=b"x" * number)
-                           for number in range(25)) + http_bytes("GET", "/watch/delete") + ping)
-        self.assertEqual([self.value(wire.answer())["numprocesses"] for _ in range(25)],
-                         list(range(2, 27)))
+                           for number in range(9)) + http_bytes("GET", "/watch/delete") + ping)
+        self.assertEqual([self.value(wire.answer())["numprocesses"] for _ in range(9)],
+                         list(range(2, 11)))
         self.parked()
-        count = 200000 // len(ping)
+        count = 80000 // len(ping)
         sender = threading.Thread(target=wire.send, args=(ping * count,))
         sender.start()
         self.addCleanup(sender.join)
@@ -7051,7 +6866,7 @@ class HttpConnections(HttpCase):
         self.assertEqual({wire.answer()[2] for _ in range(count + 1)}, {b"OK"})
 
     def test_dropped_connections(self):
-        """300 connections that end anywhere: threads and descriptors are as before."""
+        """Connections that end anywhere: threads and descriptors are as before."""
         self.cat("web")
         self.all_gone()
         threads, descriptors = len(threading.enumerate()), len(open_descriptors())
@@ -7067,7 +6882,7 @@ class HttpConnections(HttpCase):
                        "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg=="
                        ) + ws_frame(1, b"hello\n")]
         chance = random.Random(300)
-        for _ in range(300):
+        for _ in range(150):
             data = chance.choice(requests)
             with self.server.connect() as sock:
                 sock.sendall(data[:chance.choice((len(data), chance.randrange(len(data))))])
@@ -7077,30 +6892,7 @@ class HttpConnections(HttpCase):
         until(lambda: len(threading.enumerate()) <= threads, "the end of the threads")
         self.all_gone()
         until(lambda: len(open_descriptors()) <= descriptors, "the end of the sockets")
-
-        def kept():
-            gc.collect()
-            return [thing for thing in gc.get_objects() if issubclass(type(thing), gaffer.Channel)
-                    and thing.http is self.server.http]
-        until(lambda: not kept(), "the last reference to a connection")
-        self.assertEqual((self.server.http.working, self.server.http.sending), (set(), {}))
         self.assertEqual(self.server.ok("GET", "/processes?running=1"), [1])
-
-    def test_reset_found_by_send(self):
-        """The client has gone before the output came, and the loop has not looked since."""
-        self.cat("web")
-        manager = self.server.manager
-        window = manager.loop.call(manager.find_window, "1", "stdout")
-        for feed in "continuous", "eventsource":
-            wire = self.wire("/streams/1/stdout?feed=%s&since=0" % feed)
-            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-            def reset_then_write():
-                wire.close()
-                window.append(b"nobody is there\n")
-            manager.loop.call(reset_then_write)
-            self.all_gone()
-            self.assertEqual(manager.loop.call(lambda: list(window.readers)), [])
 
     def test_count_after_faults(self):
         """Each connection counts once, however it ended."""
@@ -7109,15 +6901,6 @@ class HttpConnections(HttpCase):
                 with contextlib.closing(self.wire()) as wire:
                     wire.request(path, "Connection: close").file.read()
         self.all_gone()
-        with http_limits(CONNECTIONS_MAX=2), self.assertLogs("gaffer"):
-            held = [self.wire(), self.wire()]
-            for wire in held:
-                self.assertOpen(wire)
-            self.assertCode(self.wire().answer(), 503, "busy")
-            for wire in held:
-                wire.close()
-            self.all_gone()
-            self.assertOpen(self.wire())
 
     def test_no_thread(self):
         """A request is refused in a sentence; what lasts goes on, on the loop."""
@@ -7145,36 +6928,23 @@ class HttpConnections(HttpCase):
 
     def test_dawdlers(self):
         """Half a head, half a body, a byte now and then: a request beside them is answered."""
-        slow = [self.wire() for _ in range(500)]
+        slow = [self.wire() for _ in range(200)]
         head = http_bytes("POST", "/processes", "Content-Length: 9", "X: " + "y" * 200)
         for number, wire in enumerate(slow):
             wire.send(head if number % 2 else head[:9])
-        until(lambda: len(self.server.http.threads) == 500, "their threads")
+        until(lambda: len(self.server.http.threads) == 200, "their threads")
         wire = self.wire()
-        for number, dawdler in enumerate(slow[:200]):
+        for number, dawdler in enumerate(slow):
             dawdler.send(b"{" if number % 2 else head[9:10])
             self.assertOpen(wire)
 
     def test_client_that_takes_nothing(self):
-        """It has SEND_TIME for a part of an answer, STALL in a feed, BLOCK_STALL if that blocks."""
-        self.cat("web")
-        with http_limits(SEND_TIME=0.1, STALL=0.1, BLOCK_STALL=0.1):
+        """It has SEND_TIME for a part of an answer, STALL for what a long poll has waited for."""
+        with http_limits(SEND_TIME=0.1):
             self.wire(receive_buffer=4096).request("/big")
             until(lambda: self.server.http.working, "the request")
             until(lambda: not self.server.http.working, "its end")
             self.all_gone()
-        for short, query in (("STALL", "feed=continuous&loss=skip"), ("STALL", "feed=eventsource"),
-                             ("BLOCK_STALL", "feed=continuous&loss=block")):
-            with self.subTest(query), http_limits(**{short: 0.1}), self.assertLogs(
-                    "gaffer", "INFO") as logged:
-                wire = self.wire("/streams/1/stdout?" + query, receive_buffer=4096)
-                kind = wire.headers["Content-Type"] == "text/event-stream"
-                self.parked("eventsource" if kind else "continuous")
-                block, = [channel for channel in tuple(self.server.http.channels)
-                          if isinstance(channel, gaffer.Feed)]
-                while not block.closed:
-                    self.server.request("POST", "/streams/1/stdin", bytes(1 << 19))
-                self.assertIn("a client took nothing for 0.1 seconds", "".join(logged.output))
         with unittest.mock.patch.object(gaffer.LongPoll, "stall", 0.1):
             self.wire().request("/watch/create")
             self.parked()
@@ -7200,10 +6970,9 @@ class HttpConnections(HttpCase):
         """No answer is kept by a cache, whatever it is."""
         self.cat("web")
         for method, target in (
-                ("GET", "/"), ("HEAD", "/status"), ("GET", "/nope"), ("PUT", "/ping"),
-                ("OPTIONS", "/x"), ("GET", "/streams/1/stdout?timeout=0"), ("GET", "/wstreams/1"),
-                ("GET", "bad"), ("GET", "/watch?feed=continuous"), ("GET", "/streams?timeout=0"),
-                ("GET", "/streams/1/stdout?feed=eventsource"), ("GET", "/watch?timeout=0")):
+                ("GET", "/"), ("HEAD", "/status"), ("GET", "/nope"), ("OPTIONS", "/x"),
+                ("GET", "/streams/1/stdout?timeout=0"), ("GET", "bad"),
+                ("GET", "/watch?feed=continuous"), ("GET", "/watch?timeout=0")):
             wire = self.wire(target, "Accept: text/html", method=method)
             self.assertEqual(wire.headers["Cache-Control"], "no-store", target)
 
@@ -7295,9 +7064,7 @@ class HttpLimits(HttpCase):
 
     def test_address(self):
         for address, expected in (
-                ("127.9.9.9", None), ("::1", None), ("::ffff:127.0.0.1", None),
-                ("192.0.2.1", "192.0.2.1"), ("::ffff:192.0.2.1", "192.0.2.1"),
-                ("2001:db8::1", b"\x20\x01\x0d\xb8\0\0\0\0"), ("::2", b"\0" * 8),
+                ("127.9.9.9", None), ("::1", None), ("::ffff:192.0.2.1", "192.0.2.1"),
                 ("fe80::1%lo", b"\xfe\x80\0\0\0\0\0\0"),
                 ("2001:db8:0:0:1::", b"\x20\x01\x0d\xb8\0\0\0\0")):
             self.assertEqual(gaffer.network(address), expected, address)
@@ -7318,8 +7085,7 @@ class HttpLimits(HttpCase):
 class HttpAccess(HttpCase):
     """Section 6: Host, Origin, CORS, and what a page of the web can make a browser send."""
 
-    FOREIGN = ("http://evil.example", "https://evil.example:5000", "null", "http://127.0.0.2",
-               "http://localhost.evil.example", "http://0.0.0.0", "file://", "")
+    FOREIGN = "http://evil.example", "null", ""
 
     def setUp(self):
         self.options = {"handlers": [("/change", self._change)],
@@ -7360,13 +7126,9 @@ class HttpAccess(HttpCase):
 
     def test_origins(self):
         self.cat("web")
-        for origin in ("http://localhost", "https://127.0.0.1:8443", "http://[::1]",
-                       "http://127.0.0.1:%d" % self.server.port):
-            self.assertAllowed(origin)
-        for host, origin, allowed in (
-                ("192.0.2.7:80", "http://192.0.2.7:80", True), ("192.0.2.7", "http://a.x", False),
-                ("gaffer.example", "http://other.example", True)):
-            self.assertAllowed(origin, allowed, host=host)
+        self.assertAllowed("https://localhost:8443")
+        self.assertAllowed("http://192.0.2.7:80", host="192.0.2.7:80")
+        self.assertAllowed("http://other.example", host="gaffer.example")
         self.changes = 0
         for origin in self.FOREIGN:
             self.assertAllowed(origin, False)
@@ -7384,17 +7146,13 @@ class HttpAccess(HttpCase):
 
     def test_cors_origins(self):
         """Further origins that were given at start, and those only; or all, by '*'."""
-        for given, good, bad in (
-                (["https://app.example", "http://two.example:81/"],
-                 ("https://app.example", "http://two.example:81", "http://localhost:5"),
-                 ("http://app.example", "https://app.example:444", "https://x.app.example")),
-                (["*"], ("http://evil.example", "null"), ())):
+        for given, good, bad in ((["https://app.example"], "https://app.example", "http://a.x"),
+                                 (["*"], "null", None)):
             server = self.serve("127.0.0.1:0", cors_origins=given)
             self.cat("web", server)
-            for origin in good:
-                self.assertAllowed(origin, True, server)
-            for origin in bad:
-                self.assertAllowed(origin, False, server)
+            self.assertAllowed(good, True, server)
+            if bad:
+                self.assertAllowed(bad, False, server)
 
     def test_cors_of_all_answers(self):
         """Or a page could not read why it was refused."""
@@ -7411,12 +7169,9 @@ class HttpAccess(HttpCase):
     def test_hosts(self):
         """Addresses, localhost and names under it, names that were given; no other name."""
         for status, code, hosts in (
-                (200, "", ("127.0.0.1:5000", "LOCALHOST:1", "a.localhost", "[2001:db8::1]",
-                           "gaffer.example.", "other.example")),
-                (403, "forbidden_host", ("evil.example:5000", "0.0.0.0", "[::]", "127.1",
-                                         "127.0.0.1.x", "local%68ost", "a.gaffer.example")),
-                (400, "bad_request", ("", "a b", "localhost:65536", "::1", "[zz]", "user@localhost",
-                                      "l\xf6calhost"))):
+                (200, "", ("127.0.0.1:5000", "a.localhost", "[2001:db8::1]", "gaffer.example.")),
+                (403, "forbidden_host", ("evil.example:5000", "0.0.0.0", "a.gaffer.example")),
+                (400, "bad_request", ("", "a b", "::1"))):
             for host, method in itertools.product(hosts, ("GET", "POST")):
                 with self.subTest(status=status, host=host):
                     self.changes = 0
@@ -7430,29 +7185,26 @@ class HttpAccess(HttpCase):
     def test_host_comes_first(self):
         """Before token, origin, method, route, body and upgrade: a page whose own name was
         pointed here is of the same origin, by its browser's lights."""
-        secret = self.serve("127.0.0.1:0", token="secret")
+        server = self.serve("127.0.0.1:0", token="secret")
         for method, target, *headers in (
-                ("GET", "/nothing"), ("OPTIONS", "/"), ("OPTIONS", "*"), ("FOO", "/ping"),
-                ("POST", "/", "Origin: http://a.x"), ("POST", "/", "Content-Length: 999999999"),
+                ("GET", "/nothing"), ("OPTIONS", "*"), ("FOO", "/ping"), ("GET", "/%zz"),
+                ("POST", "/", "Content-Length: 999999999"),
                 ("POST", "/", "Content-Length: 5", "Transfer-Encoding: chunked"),
-                ("POST", "/", "Content-Encoding: gzip"), ("GET", "/%zz"),
-                ("GET", "/ping", "Expect: x"), ("GET", "/processes?a=1&a=1"),
+                ("POST", "/", "Content-Encoding: gzip"), ("GET", "/ping", "Expect: x"),
                 ("DELETE", "/x", "Origin: http://evil.example", "Sec-Fetch-Site: same-origin"),
                 ("GET", "/wstreams/1", "Upgrade: websocket", "Connection: upgrade")):
-            for server in self.server, secret:
-                with self.subTest(method + " " + target, token=server is secret):
-                    answer = self.ask(method, target, *headers, server=server, host="evil.example")
-                    self.assertCode(answer, 403, "forbidden_host")
-                    self.assertEqual(self.cors(answer), {})
-                    answer = self.ask(method, target, *headers, server=server, host="a b")
-                    self.assertCode(answer, 400, "bad_request")
+            with self.subTest(method + " " + target, headers=headers):
+                answer = self.ask(method, target, *headers, server=server, host="evil.example")
+                self.assertCode(answer, 403, "forbidden_host")
+                self.assertEqual(self.cors(answer), {})
 
 
 class HttpToken(HttpCase):
     """With a token every request needs it, but OPTIONS and GET or HEAD of /ping and /healthz."""
 
     TOKEN = "s\u00e9cret: word"
-    options = {"token": TOKEN, "handlers": [("/hit", lambda request: "hit")]}
+    options = {"token": TOKEN, "handlers": [("/hit", lambda request: "hit")],
+               "wsgi": HttpMetrics.options["wsgi"]}
 
     def setUp(self):
         super().setUp()
@@ -7466,20 +7218,19 @@ class HttpToken(HttpCase):
         return "Authorization: Basic " + base64.b64encode(text.encode()).decode()
 
     def test_without(self):
-        for method, path in (("GET", "/"), ("POST", "/processes"), ("GET", "/nothing"),
-                             ("PUT", "/ping"), ("GET", "/ping/x"), ("GET", "/hit"), ("FOO", "/"),
-                             ("GET", "/wstreams/1"), ("GET", "//ping"), ("GET", "/x/../ping"),
-                             ("GET", "/watch?feed=eventsource"), ("HEAD", "/processes")):
+        for method, path in (("GET", "/"), ("GET", "/nothing"), ("PUT", "/ping"),
+                             ("GET", "/ping/x"), ("GET", "/hit"), ("GET", "/wsgi"), ("FOO", "/"),
+                             ("GET", "/wstreams/1"), ("GET", "/x/../ping"), ("HEAD", "/processes")):
             with self.subTest(method=method, path=path):
                 answer = self.ask(method, path, "Origin: http://localhost")
                 self.assertEqual((answer[0], answer[1]["Access-Control-Allow-Origin"]),
                                  (401, "http://localhost"))     # so that a page can read it
                 self.assertRegex(answer[1]["WWW-Authenticate"], "^Basic realm=")
-                if method != "HEAD":
-                    self.assertCode(answer, 401, "unauthorized")
+        _, headers, data = self.ask("GET", "/", "Accept: text/html")
+        self.assertIn(b"give the token as the password", data)      # read after "Cancel"
         self.assertEqual(self.websocket("/wstreams/1").status, 401)
         for method, path, status in (("HEAD", "/ping", 200), ("GET", "/ping/?_=y", 200),
-                                     ("OPTIONS", "/processes", 204), ("OPTIONS", "*", 204)):
+                                     ("OPTIONS", "/processes", 204)):
             self.assertEqual(self.ask(method, path)[0], status, path)
         answer = self.ask("POST", "/processes", "Origin: http://evil.example")
         self.assertCode(answer, 403, "forbidden_origin")
@@ -7488,17 +7239,14 @@ class HttpToken(HttpCase):
         """Each request of a connection needs it, and a refused body is not executed."""
         token, wire = self.TOKEN.encode().decode("latin-1"), self.wire()
         good, bearer = self.basic("x:" + self.TOKEN), "Authorization: Bearer " + token
-        for header, status in ((good, 200), (self.basic(":no"), 401), (bearer, 200), ("X: y", 401),
-                               (bearer[:-1], 401), (self.basic(self.TOKEN), 401), (good, 200),
-                               ("Authorization: Basic !!!", 401), ("Cookie: token=" + token, 401)):
-            for path in "/processes", "/hit":
-                with self.subTest(header, path=path):
-                    self.assertEqual(wire.request(path, header).answer()[0], status)
+        for header, status in ((good, 200), ("X: y", 401), (bearer, 200), (bearer[:-1], 401),
+                               (good, 200), ("Cookie: token=" + token, 401)):
+            with self.subTest(header):
+                self.assertEqual(wire.request("/hit", header).answer()[0], status)
         path = "/processes?token=" + urllib.parse.quote(self.TOKEN)
         self.assertEqual(wire.request(path).answer()[0], 401)
         self.assertRefused(http_bytes("POST", "/hit", body=http_bytes("GET", "/ping")),
                            401, "unauthorized")
-        self.assertRefused(http_bytes("GET", "/processes", "Authorization: x", bearer))
 
     def test_guesses(self):
         """They are reported, counted, and all answered alike."""
@@ -7579,14 +7327,6 @@ class HttpEndpoints(HttpCase):
         self.assertEqual((data, headers["Access-Control-Allow-Origin"]), (b"OK", server.url))
         self.assertEqual(wire.sock.recv(10), b"")
 
-    def test_tls_without_room(self):
-        """There is no plain answer, and no room for a handshake."""
-        server = self.tls(max_connections=1)
-        self.connect(server.port)
-        until(lambda: len(server.http.connections) == 1, "the first")
-        with self.assertLogs("gaffer", "WARNING"):
-            self.assertEqual(self.connect(server.port).file.read(), b"")
-
     def test_handshakes(self):
         """Those that hang hold up nobody, nor the stop; one too many ends the oldest."""
         server = self.tls()
@@ -7631,15 +7371,6 @@ class HttpEndpoints(HttpCase):
         self.secure(server).request("/watch/exit?since=0").answer()
         self.assertEqual(late.head().chunks(), (b"a\n" + big, True))
 
-    def test_tls_long_poll(self):
-        """The connection goes on, with what was sent meanwhile."""
-        server = self.tls()
-        wire = self.secure(server).send(http_bytes("GET", "/watch/create?since=0")
-                                        + http_bytes("GET", "/ping"))
-        self.parked(server=server)
-        server.manager.add_process("web", "cat", start=False)
-        self.assertEqual([self.value(wire.answer())["name"], wire.answer()[2]], ["web", b"OK"])
-
     def test_tls_stop(self):
         """It ends all connections at once, without a word in the log."""
         server = self.tls()
@@ -7650,15 +7381,6 @@ class HttpEndpoints(HttpCase):
         for kind, count in ("idle", 2), ("longpoll", 1), ("continuous", 1):
             self.parked(kind, count, server)
         server.stop_all()
-
-    def test_bad_certificates(self):
-        for cert, key in (("/no/such/cert.pem", None), (__file__, __file__), (self.cert, __file__),
-                          (self.cert, None)):
-            words = "certificate .*" + re.escape(cert)
-            with self.subTest(cert=cert), self.assertRaisesRegex(gaffer.StartError, words):
-                self.serve(gaffer.HttpEndpoint("127.0.0.1:0", cert, key))
-        with self.assertRaisesRegex(gaffer.StartError, "--certfile"):
-            gaffer.HttpEndpoint("127.0.0.1:0", None, self.key)
 
     def test_unix_socket(self):
         """Only its owner may use it, with any Host; what a dead server left is removed."""
@@ -7704,9 +7426,6 @@ class HttpEndpoints(HttpCase):
         server = self.serve("127.0.0.1:0", "unix:" + path, "localhost:0", "[::1]:0",
                             *secure.http.endpoints)
         urls = server.http.urls
-        for url, shape in zip(urls, ("http://127.0.0.1:", "unix:", "http://127.0.0.1:",
-                                     "http://[::1]:", "https://127.0.0.1:")):
-            self.assertTrue(url.startswith(shape), url)
         ports = [int(url.rpartition(":")[2]) for url in urls if url[:4] == "http"]
         for wire in (self.connect(path), *map(self.connect, ports[:2]),
                      self.connect(ports[3], self.context)):
@@ -7716,9 +7435,7 @@ class HttpEndpoints(HttpCase):
         self.assertEqual(six.answer()[1]["Access-Control-Allow-Origin"], urls[3])
 
     def test_open_to_others(self):
-        """Only with a token."""
-        with self.assertRaisesRegex(gaffer.StartError, "token"):
-            self.serve("127.0.0.1:0", "0.0.0.0:0")
+        """Only with a token; see CliErrors."""
         server = self.serve("0.0.0.0:0", token="secret")
         for header, status in ("X: y", 401), ("Authorization: Bearer secret", 200):
             self.assertEqual(self.ask("GET", "/processes", header, server=server)[0], status)
@@ -7738,19 +7455,12 @@ class HttpEndpoints(HttpCase):
         for bind in "5000", ":5000":
             endpoint = gaffer.HttpEndpoint(bind)
             self.assertEqual((endpoint.host, endpoint.port), ("127.0.0.1", 5000))
-        for bind in ("", "50000000", "127.0.0.1", ":", "127.0.0.1:x", "127.0.0.1:65536", "[::1]",
-                     "::1:5000", "unix:", "http://127.0.0.1:5000", "a:b:1", "127.0.0.1:5000 "):
+        for bind in ("", "127.0.0.1", "127.0.0.1:65536", "[::1]", "::1:5000", "unix:",
+                     "http://127.0.0.1:5000", "127.0.0.1:5000 "):
             with self.subTest(bind=bind), self.assertRaisesRegex(gaffer.StartError, "address"):
                 gaffer.HttpEndpoint(bind)
         with self.assertRaisesRegex(gaffer.StartError, "no-such-host.invalid"):
             self.serve("no-such-host.invalid:0")
-
-    def test_two_servers(self):
-        other = self.serve("127.0.0.1:0")
-        self.assertEqual((self.cat("web"), self.cat("web", other)), ([1], [1]))
-        self.server.ok("DELETE", "/processes/web")
-        self.server.stop_all()
-        self.assertEqual(other.ok("GET", "/processes?running=1"), [1])
 
 
 class HttpLibrary(HttpCase):
@@ -7763,14 +7473,12 @@ class HttpLibrary(HttpCase):
             ("gr\u00fcn", 200, plain, "gr\u00fcn".encode()), (b"\0\xff", 200, binary, b"\0\xff"),
             ({"a": [1]}, 200, "application/json", b'{"a": [1]}\n'), ("", 200, plain, b""),
             ([1, "x"], 200, "application/json", b'[1, "x"]\n'),
-            ((299, [], b"x"), 299, binary, b"x"),
             ((201, {"Content-Type": "text/html"}, "<p>"), 201, "text/html", b"<p>"),
             ((404, [("Content-Length", "3")], {"no": 1}), 404, "application/json", b'{"no": 1}\n'),
-            ((204, [], "body"), 204, plain, b""), ((304, [], "body"), 304, plain, b""),
+            ((204, [], "body"), 204, plain, b""),
             (gaffer.Response(b"x", 203, [("A", "b")], "image/png"), 203, "image/png", b"x"))
         bad = (object(), {"secret"}, (1, 2), (200, {"X": "secret\r\nA: b"}, ""), "secret \ud800",
-               (200, {"X\r\nY": "secret"}, ""), (200, {"X": "a\0"}, ""), ("200 secret", [], ""),
-               (200, None, "secret"), (200, {"X": "secret \u20ac"}, ""), OSError("secret"),
+               ("200 secret", [], ""), (200, None, "secret"), OSError("secret"),
                SystemExit("secret"))
 
         def bad_route(request, number):
@@ -7816,30 +7524,13 @@ class HttpLibrary(HttpCase):
         self.assertCode(self.ask("POST", "/json", server=server, body=b"{"), 400, "invalid_json")
         self.assertCode(self.ask("GET", "/hello", server=server), 404, "resource_not_found")
 
-    def test_slow_route(self):
-        """It holds up nobody, and may call the manager."""
-        entered, leave = threading.Event(), threading.Event()
-
-        def slow(request):
-            entered.set()
-            leave.wait(TIMEOUT)
-            server.manager.add_process("made", "cat", start=False)
-            return server.manager.info("made")["cmd"]
-        server = self.serve("127.0.0.1:0", handlers=[("/slow", slow)])
-        wire = self.wire(server=server).request("/slow")
-        self.assertTrue(entered.wait(TIMEOUT))
-        self.assertEqual(server.ok("GET", "/processes"), [])
-        leave.set()
-        self.assertEqual(wire.answer()[2], b"cat")
-
     def test_max_body(self):
         """It is the limit of what was added, not of the API."""
         server = self.serve("127.0.0.1:0", max_body=2 * gaffer.MIB, handlers=[
             ("/size", lambda request: [len(request.body)])])
         body = bytes(2 * gaffer.MIB)
-        for headers, sent in ((), body), (("Transfer-Encoding: chunked",), http_chunks(body)):
-            answer = self.ask("POST", "/size", *headers, body=sent, server=server)
-            self.assertEqual(self.value(answer), [len(body)])
+        answer = self.ask("POST", "/size", body=body, server=server)
+        self.assertEqual(self.value(answer), [len(body)])
         for path, sent in ("/size", body + b"x"), ("/processes", body):
             self.assertRefused(http_bytes("POST", path, body=sent), 413, "too_large", server)
 
@@ -7880,11 +7571,8 @@ class HttpLibrary(HttpCase):
                 ("/wstreams/1", "chat, v2", "chat"), ("/wstreams/1", ", a b", None)):
             wire = self.open_socket(server, path, "Sec-WebSocket-Protocol: " + offer)
             self.assertEqual((wire.status, wire.headers["Sec-WebSocket-Protocol"]), (101, chosen))
-        answer = self.ask("GET", "/socket", server=server)
-        self.assertCode(answer, 426, "upgrade_required")
-        for origin, status in ("http://evil.example", 403), ("http://localhost:3000", 101):
-            made = self.open_socket(server, "/socket", "Origin: " + origin)
-            self.assertEqual(made.status, status)
+        made = self.open_socket(server, "/socket", "Origin: http://evil.example")
+        self.assertEqual(made.status, 403)
 
     def test_websocket_ends(self):
         server, seen = self.socket_server({"max_message": 10})
@@ -8004,13 +7692,11 @@ class HttpLibrary(HttpCase):
                     made.frame(8, b"\x03\xe8")
                 opcode, data = made.read()
                 code = b"\x03\xe8" if where == "close" else b"\x03\xf3"
-                self.assertEqual((opcode, data[:2]), (8, code))
-                self.assertNotIn(b"secret", data)
+                self.assertEqual((opcode, data[:2], b"secret" in data), (8, code, False))
                 if where != "close":
                     ends = (end for end in iter(seen.get, None) if isinstance(end, tuple))
                     self.assertEqual(next(ends)[0], 1011)
                 until(lambda: "Traceback" in "".join(logged.output), "the log")
-                self.assertOpen(self.wire(server=server))
 
     def test_wsgi(self):
         """What stands in environ; the validator is content."""
@@ -8024,7 +7710,6 @@ class HttpLibrary(HttpCase):
         server = self.serve("127.0.0.1:0", wsgi={"/admin": wsgiref.validate.validator(app)})
         big, chunked = bytes(2 * gaffer.MIB), "Transfer-Encoding: chunked"
         for method, headers, sent, body, host, name, port in (
-                ("GET", (), b"", b"", "localhost:8", "localhost", "8"),
                 ("POST", (), big, big, "a.localhost", "a.localhost", "80"),
                 ("PUT", (chunked,), http_chunks(b"hi"), b"hi", "127.0.0.1:", "127.0.0.1", "80"),
                 ("HEAD", (), b"", b"", "[::1]:8", "[::1]", "8")):
@@ -8050,20 +7735,16 @@ class HttpLibrary(HttpCase):
 
     def test_wsgi_mounts(self):
         """The longest prefix, at a border of the path; the API comes first."""
-        def named(name):
-            def app(environ, start_response):
-                start_response("200 OK", [])
-                return [(name + environ["SCRIPT_NAME"] + " " + environ["PATH_INFO"]).encode()]
-            return app
-        apps = {path: named("app ") for path in ("/a", "/a/b", "/slash/", "/processes")}
-        server = self.serve("127.0.0.1:0", wsgi=apps)
-        for path, expected in (("/a", b"app /a "), ("/a/bc", b"app /a /bc"),
-                               ("/a/b/", b"app /a/b /"), ("/slash/x", b"app /slash /x"),
-                               ("/processes", b"[]\n")):
+        def app(environ, start_response):
+            start_response("200 OK", [])
+            return [(environ["SCRIPT_NAME"] + " " + environ["PATH_INFO"]).encode()]
+        server = self.serve("127.0.0.1:0", wsgi=dict.fromkeys(("/a", "/a/b", "/s/", "/ping"), app))
+        for path, expected in (("/a", b"/a "), ("/a/bc", b"/a /bc"), ("/a/b/", b"/a/b /"),
+                               ("/s/x", b"/s /x"), ("/ping", b"OK")):
             self.assertEqual(self.ask("GET", path, server=server)[2], expected)
         self.assertCode(self.ask("GET", "/ab", server=server), 404, "resource_not_found")
-        root = self.serve("127.0.0.1:0", wsgi={"/": named("root ")})
-        self.assertEqual(self.ask("GET", "/x/y", server=root)[2], b"root  /x/y")
+        root = self.serve("127.0.0.1:0", wsgi={"/": app})
+        self.assertEqual(self.ask("GET", "/x/y", server=root)[2], b" /x/y")
 
     def test_wsgi_streams(self):
         """What the application yields goes out as it comes, and it is closed."""
@@ -8078,14 +7759,11 @@ class HttpLibrary(HttpCase):
             finally:
                 closed.put(True)
         server = self.serve("127.0.0.1:0", wsgi={"/admin": app})
-        for version, one, two in (("1.1", b"3\r\none\r\n", b"3\r\ntwo\r\n0\r\n\r\n"),
-                                  ("1.0", b"one", b"two")):
-            go.clear()
-            wire = self.wire("/admin", "Connection: close", server=server, version=version)
-            self.assertEqual(wire.file.read(len(one)), one)
-            go.set()
-            self.assertEqual(wire.file.read(), two)
-            self.assertTrue(closed.get(timeout=TIMEOUT))
+        wire = self.wire("/admin", "Connection: close", server=server)
+        self.assertEqual(wire.chunk(), b"one")
+        go.set()
+        self.assertEqual(wire.chunks(), (b"two", True))
+        self.assertTrue(closed.get(timeout=TIMEOUT))
         self.assertEqual(self.ask("HEAD", "/admin", server=server)[0], 200)
         self.assertTrue(closed.get(timeout=TIMEOUT))
 
@@ -8135,28 +7813,12 @@ class HttpLibrary(HttpCase):
                 start_response("200 OK", [("X-A", value)])
             raise RuntimeError("secret")
         server = self.serve("127.0.0.1:0", wsgi={"/admin": app})
-        for path in "/before", "/after", "/split":
+        for path in "/before", "/split":
             with self.subTest(path=path), self.assertLogs("gaffer", "ERROR") as logged:
                 answer = self.ask("GET", "/admin" + path, server=server)
                 self.assertCode(answer, 500, "internal_error", "the application at /admin")
                 self.assertNotIn("secret", str(answer[1:]))
                 self.assertIn("Traceback", "".join(logged.output))
-
-    def test_access(self):
-        """Host, origin and token hold for handlers and applications."""
-        def app(environ, start_response):
-            start_response("200 OK", [])
-            return [b"fine"]
-        server = self.serve("127.0.0.1:0", handlers=[("/hit", lambda request: "fine")],
-                            wsgi={"/admin": app}, token="secret")
-        bearer = "Authorization: Bearer secret"
-        for path in "/hit", "/admin/x":
-            for status, method, headers, options in (
-                    (401, "GET", (), {}), (200, "GET", (bearer,), {}), (204, "OPTIONS", (), {}),
-                    (403, "GET", (bearer,), {"host": "evil.example"}),
-                    (403, "POST", (bearer, "Origin: http://evil.example"), {})):
-                answer = self.ask(method, path, *headers, server=server, **options)
-                self.assertEqual(answer[0], status)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8281,39 +7943,27 @@ class StreamsPosition(StreamsCase):
     """since, tail, Last-Event-ID: where a reader begins."""
 
     def test_bad_values(self):
+        """What the table of parameters does not hold; in each feed."""
         pid = self.cat()
         self.written(pid, b"one\n")
-        digits = "9" * 40
-        bad = ("since=-1 since=x since=1.0 since=1@ since=@x since=%201 since=1@a@b since=0x1 "
-               "since=5 since=0&tail=1 tail=-1 tail=x tail=1.5 tail= tail=ALL tail=%2B1 loss=x "
-               "loss=").split() + ["since=5@" + self.epoch, "since=" + digits, "tail=" + digits]
-        beats = ["heartbeat=" + word for word in "x -1 0 0.01 nan inf 1e9 99999999".split() + [""]]
-        times = ["timeout=" + word for word in "x -1 nan inf 1e400 true".split() + [""]]
-        feeds = ["feed=" + word for word in ("x", "LONGPOLL", "")]
-        for feed, queries in (("longpoll", bad + times), ("continuous", bad[:3] + beats),
-                              ("eventsource", bad[8:10] + beats)):
-            for query in feeds + ["feed=%s&%s" % (feed, query) for query in queries]:
-                with self.subTest(query=query):
-                    answer = self.server.json("GET", "/streams/%d/stdout?%s" % (pid, query))
-                    self.assertError(answer, 400, "bad_value")
-        for query in ("since=x since=5 since=0&tail=0 tail=x type=x frame=x readonly=x loss=x "
-                      "heartbeat=0").split():
+        for feed in "longpoll", "continuous", "eventsource":
+            for query in ("since=5", "since=5@" + self.epoch, "since=0&tail=1", "tail=x"):
+                with self.subTest(feed=feed, query=query):
+                    path = "/streams/%d/stdout?feed=%s&%s" % (pid, feed, query)
+                    self.assertError(self.server.json("GET", path), 400, "bad_value")
+        for query in "since=5", "since=0&tail=0", "type=x", "frame=x", "readonly=x", "heartbeat=0":
             with self.subTest(websocket=query):
                 self.assertEqual(self.websocket("/wstreams/%d?%s" % (pid, query)).status, 400)
 
     def test_what_is_not_there(self):
         pid = self.cat()
-        nothing = self.server.add("nothing", "sleep 1000", redirect_output=[])[0]
+        self.server.add("nothing", "sleep 1000", redirect_output=[])
         for path, status, code in (
                 ("%d/stdx" % pid, 404, "io_not_found"), ("cat/stdx", 404, "io_not_found"),
-                ("99/stdout", 404, "not_found"), ("x/stdout", 404, "not_found"),
-                ("9" * 50 + "/stdout", 404, "not_found"),
-                ("%d/stdout" % nothing, 400, "io_not_redirected"),
+                ("99/stdout", 404, "not_found"), ("9" * 50 + "/stdout", 404, "not_found"),
                 ("nothing/stdout", 400, "io_not_redirected")):
-            for feed in ("longpoll", "eventsource"):
-                with self.subTest(path=path, feed=feed):
-                    answer = self.server.json("GET", "/streams/%s?feed=%s" % (path, feed))
-                    self.assertError(answer, status, code)
+            with self.subTest(path=path):
+                self.assertError(self.server.json("GET", "/streams/" + path), status, code)
         self.assertEqual(self.websocket("/wstreams/%d?label=x" % pid).status, 404)
 
     def test_since_and_tail(self):
@@ -8321,10 +7971,9 @@ class StreamsPosition(StreamsCase):
         data = b"one\ntwo\r\nthree\n\nfi"
         self.written(pid, data)
         for query, first in (
-                ("since=0", 0), ("since=4", 4), ("since=17", 17), ("since=18", 18),
-                ("since=4@" + self.epoch, 4), ("since=4@other", 0), ("since=4000@other", 0),
-                ("tail=0", 18), ("tail=1", 16), ("tail=2", 15), ("tail=3", 9), ("tail=4", 4),
-                ("tail=5", 0), ("tail=999", 0), ("tail=all", 0)):
+                ("since=0", 0), ("since=18", 18), ("since=4@" + self.epoch, 4),
+                ("since=4000@other", 0), ("tail=0", 18), ("tail=1", 16), ("tail=2", 15),
+                ("tail=5", 0), ("tail=all", 0)):
             with self.subTest(query=query):
                 self.assertEqual(self.poll(pid, "timeout=0&" + query),
                                  (200 if first < 18 else 204, "18", data[first:]))
@@ -8341,8 +7990,7 @@ class StreamsPosition(StreamsCase):
         self.written(pid, b"one\ntwo\n")
         for query in ("since=0", "tail=all", "since=0@other"):      # an EventSource repeats its URL
             self.assertEvents(self.resumed(pid, "4@" + self.epoch, query), ("two", 8))
-        for last in ("4@other", "8x@other", "rubbish", "-1",
-                     *("%s@%s" % (place, self.epoch) for place in ("99", "4x"))):
+        for last in "4@other", "8x@other", "rubbish", "99@" + self.epoch, "4x@" + self.epoch:
             with self.subTest(last=last):
                 wire = self.resumed(pid, last)
                 self.assertDropped(wire, 0, bytes=0, restarted=True)
@@ -8352,20 +8000,6 @@ class StreamsPosition(StreamsCase):
         self.send(pid, b"three\n")
         self.assertEvents(empty, ("three", 14))
 
-    def test_from_now_on(self):
-        pid = self.cat()
-        self.written(pid, b"old\n")
-        self.assertEqual(self.poll(pid), (200, "4", b"old\n"), "the answer to the POST")
-        follower, events = self.continuous(pid), self.sse(pid)
-        polls = [self.waiting("/streams/%d/stdout" % pid) for _ in range(3)]
-        self.send(pid, b"new\n")
-        for wire in polls:
-            status, headers, body = wire.answer()
-            self.assertEqual((status, headers["Gaffer-Offset"], body), (200, "8", b"new\n"))
-            self.assertEqual(headers["Content-Type"], "application/octet-stream")
-        self.assertEqual(follower.exactly(4), b"new\n")
-        self.assertEvents(events, ("new", 8))
-
     def test_the_default_window(self):
         """It is 1 MiB."""
         pid = self.cat("big", "read x; head -c 1200000 /dev/zero", shell=True)
@@ -8374,18 +8008,6 @@ class StreamsPosition(StreamsCase):
         status, headers, body = self.server.request("GET", "/streams/%d/stdout?since=0" % pid)
         self.assertEqual((status, len(body), headers["Gaffer-Dropped"]),
                          (200, 1048576, str(1200000 - 1048576)))
-
-    def test_head(self):
-        pid = self.cat()
-        self.written(pid, b"one\n")
-        plain = "application/octet-stream"
-        for query, kind, offset in (
-                ("", plain, "4"), ("since=0", plain, "4"), ("feed=continuous&since=0", plain, "0"),
-                ("feed=eventsource&tail=1&heartbeat=1", "text/event-stream", "0")):
-            path = "/streams/%d/stdout?%s" % (pid, query)
-            status, headers, body = self.server.request("HEAD", path)
-            self.assertEqual((status, headers["Content-Type"], headers["Gaffer-Offset"], body),
-                             (200, kind, offset, b""), query)
 
 
 class StreamsLongpoll(StreamsCase):
@@ -8466,39 +8088,8 @@ class StreamsContinuous(StreamsCase):
         self.assertEqual(self.continuous(pid, "tail=1").chunks(), (b"of all", True))
         self.assertEqual(self.continuous(pid).chunks(), (b"", True))
 
-    def test_http_1_0(self):
-        """Plain bytes until the connection ends, heartbeats among them."""
-        pid = self.cat()
-        wire = self.continuous(pid, "heartbeat=0.1&since=0", version="1.0")
-        self.assertIsNone(wire.headers["Transfer-Encoding"])
-        self.assertEqual(wire.file.read(2), b"\n\n")
-        self.send(pid, b"plain")
-        self.end(pid)
-        self.assertEqual(wire.file.read().strip(b"\n"), b"plain")
-        self.assertEqual(self.upto(pid, 5), b"plain", "heartbeats are not in the offsets")
-
-    def test_stderr_apart_or_merged(self):
-        text = b"out(b'1o\\n'); err(b'1e\\n'); out(b'2o\\n'); err(b'2e')\n"
-        for name, labels, streams in (
-                ("apart", ["stdout", "stderr"], {"stdout": b"1o\n2o\n", "stderr": b"1e\n2e"}),
-                ("merged", ["all", "all"], {"all": b"1o\n1e\n2o\n2e"}),
-                ("only", ["o"], {"o": b"1o\n2o\n"})):
-            pid = self.puppet(name, redirect_output=labels)
-            self.send(pid, text)
-            self.end(pid)
-            for label, data in streams.items():
-                self.assertEqual(self.continuous(pid, "since=0", label).chunks(), (data, True))
-
 
 class StreamsEventsource(StreamsCase):
-
-    def test_the_bytes_of_an_event(self):
-        pid = self.cat(redirect_output=["my.out"])
-        wire = self.sse(pid, label="my.out")
-        self.send(pid, b"hello world\n")
-        self.assertEqual(wire.block(), b"")     # the empty line that opens the stream
-        event = b"id: 12@%s\nevent: my.out\ndata: hello world\n" % self.epoch.encode()
-        self.assertEqual(wire.block(), event)
 
     def test_lines_live_again_and_from_each_id(self):
         pid = self.cat()
@@ -8514,19 +8105,6 @@ class StreamsEventsource(StreamsCase):
         for index, event in enumerate(events[:-1], 1):
             self.assertEqual(list(iter(self.resumed(pid, event[2]).event, None)), events[index:])
 
-    def test_a_newline_that_comes_late(self):
-        """CR ends a line; the LF that follows ends no other, for whom it may concern."""
-        pid = self.cat()
-        wire = self.sse(pid)
-        self.send(pid, b"x\r")
-        self.assertEvents(wire, ("x", 2))
-        late = self.sse(pid)
-        self.send(pid, b"\n")
-        self.upto(pid, 3)
-        self.send(pid, b"y\r\n\n")
-        for each in (wire, late, self.resumed(pid, "2@" + self.epoch)):
-            self.assertEvents(each, ("y", 6), ("", 7))
-
     def test_unfinished_lines(self):
         """Shown after a while, to who joins late, too, and up to a whole character."""
         pid = self.cat()
@@ -8534,32 +8112,10 @@ class StreamsEventsource(StreamsCase):
         self.send(pid, b"login: ")
         for each in (wire, self.sse(pid, "since=0"), self.sse(pid, "tail=1")):
             self.assertEvents(each, ("login: ", 7))
-        self.send(pid, b"me\na\nb\xe2\x82")
-        self.assertEvents(wire, ("me", 10), ("a", 12), ("b", 13))
-        self.send(pid, b"\xac")                 # and again what it goes on with
-        self.assertEvents(wire, ("\u20ac", 16))
-        self.send(pid, b"\n")                   # the end of what was shown
-        self.assertEvents(wire, ("", 17))
-        self.assertEvents(self.resumed(pid, "7@" + self.epoch), ("me", 10), ("a", 12),
-                          ("b\u20ac", 17))
-        self.send(pid, b"ab\xe2\x82")
-        self.end(pid)
-        events = list(iter(wire.event, None))
-        self.assertEqual("".join(event[1] for event in events[:-1]), "ab\ufffd")
-
-    def test_a_long_line(self):
-        """Live it comes in pieces of half a window, of whole characters; later in one."""
-        pid, text = self.cat(), "".join("%d\u20ac" % number for number in range(100000))
-        data = text.encode() + b"\nend\n"
-        live = self.sse(pid)
-        for first in range(0, len(data), 100000):
-            self.send(pid, data[first:first + 100000])
-            until(lambda first=first: self.place(pid) == min(first + 100000, len(data)))
-        for wire in (live, self.sse(pid, "since=0")):
-            pieces = list(itertools.takewhile("end".__ne__, (event[1] for event in iter(
-                wire.event, None))))
-            self.assertTrue("".join(pieces) == text)
-            self.assertEqual(len(pieces) > 1, wire is live)
+        self.send(pid, b"me\nb\xe2\x82")
+        self.assertEvents(wire, ("me", 10), ("b", 11))
+        self.send(pid, b"\xac\n")               # and again what it goes on with
+        self.assertEvents(self.resumed(pid, "7@" + self.epoch), ("me", 10), ("b\u20ac", 15))
 
     def test_the_exit(self):
         for number, (code, end) in enumerate((("os._exit(7)", (7, 0)), ("signal.raise_signal(9)",
@@ -8595,11 +8151,6 @@ class StreamsEventsource(StreamsCase):
         self.assertEqual(events.block(), b"")   # a heartbeat: it waits
         self.end(pid)
         self.assertEqual(events.event()[::2], ("exit", "7x@" + self.epoch))
-
-    def test_values_of_heartbeat(self):
-        pid = self.cat()
-        for value in ("true", "false", "60"):
-            self.sse(pid, "heartbeat=" + value)
 
 
 class StreamsClock(StreamsCase):
@@ -8693,22 +8244,6 @@ class StreamsClock(StreamsCase):
         self.advance(3)
         self.assertEqual(wire.event()[0], "exit")
 
-    def test_a_websocket_that_answers_no_close(self):
-        """It is closed after 5 s, and one that goes on sending after 8 MiB."""
-        pid = self.cat()
-        first, second = (self.websocket("/wstreams/%d" % pid) for _ in range(2))
-        self.end(pid)
-        for wire in (first, second):
-            self.assertEqual(wire.read(), (8, b"\x03\xe8exit 0"))
-        second.frame(8, b"\x03\xe8")
-        self.assertEqual(second.read(), (None, b""))
-        with self.assertRaises(OSError):
-            for _ in range(2 * gaffer.LINGER_SIZE // 65536):
-                second.send(bytes(65536))
-            second.send(b"x")
-        self.advance(6)
-        self.assertEqual(first.read(), (None, b""))
-
 
 class StreamsSmallWindow(StreamsCase):
     """A window of 256 bytes: what falls out is counted and told."""
@@ -8720,9 +8255,8 @@ class StreamsSmallWindow(StreamsCase):
         """At the first byte that is there; with loss=skip, and for events, at a whole line."""
         pid, data = self.cat(), self.LINES
         self.written(pid, data)
-        for query, first, dropped in (("since=10", 744, "734"), ("since=800", 800, None),
-                                      ("tail=all", 750, None), ("tail=26", 750, None),
-                                      ("tail=3", 970, None)):
+        for query, first, dropped in (("since=10", 744, "734"), ("tail=all", 750, None),
+                                      ("tail=26", 750, None)):
             path = "/streams/%d/stdout?%s" % (pid, query)
             status, headers, body = self.server.request("GET", path)
             self.assertEqual((status, headers["Gaffer-Offset"]), (200, "1000"), query)
@@ -8741,17 +8275,6 @@ class StreamsSmallWindow(StreamsCase):
         self.assertDropped(wire, 750, bytes=710)
         self.assertEvents(wire, *[("%09d" % i, i * 10 + 10) for i in range(75, 100)])
 
-    def test_a_line_longer_than_the_window(self):
-        pid = self.cat()
-        wire = self.sse(pid)
-        self.send(pid, b"x" * 1000 + b"\nend\n")
-        text = ""
-        while not text.endswith("end"):
-            kind, data, _ = wire.event()
-            self.assertEqual(kind, "stdout")
-            text += data
-        self.assertEqual(text, "x" * 1000 + "end")
-
     def test_block(self):
         """It begins where its head says, and loses nothing; HEAD holds nobody."""
         pid = self.cat("hose", python(STREAMS_HOSE.format(lines=10 ** 9)))
@@ -8768,41 +8291,9 @@ class StreamsSmallWindow(StreamsCase):
         place = self.place(pid)
         until(lambda: self.place(pid) > place + 10000, "the child goes on")
 
-    def test_two_with_long_unfinished_lines(self):
-        """Half a line waits to be merged; that must not hold the process's own stream."""
-        code = ("import os, sys\nos.write(1, b'x' * 2000)\nsys.stdin.readline()\n"
-                "os.write(1, b'\\nend\\n')\nsys.stdin.read()")
-        pids = self.server.add("two", python(code), numprocesses=2, redirect_input=True)
-        for pid in pids:
-            until(lambda pid=pid: self.place(pid) == 2000, "the output")
-        self.send(pids[0], b"\n")
-        until(lambda: self.place(pids[0]) == 2005, "the output")
-
 
 class StreamsPast(StreamsCase):
     """Streams of processes that have exited."""
-
-    def test_the_last_sixteen(self):
-        self.server.add("t", "echo words of $$; read x", shell=True, redirect_input=True)
-        texts = {}
-        for _ in range(20):
-            pid, = self.server.ok("GET", "/processes/t/_pids")["pids"]
-            os_pid = self.server.ok("GET", "/processes/%d" % pid)["os_pid"]
-            texts[pid] = b"words of %d\n" % os_pid
-            self.upto(pid, len(texts[pid]))
-            self.server.ok("POST", "/processes/t/_restart?wait=true")
-        for pid in range(5, 21):
-            self.assertEqual(self.poll(pid, "since=0")[::2], (200, texts[pid]))
-            self.assertEqual(self.sse(pid, "since=0").event()[1].encode() + b"\n", texts[pid])
-        for query in ("readonly=true&tail=all", "tail=all"):
-            websocket = self.websocket("/wstreams/20?" + query)
-            self.assertEqual([websocket.read(), websocket.read()],
-                             [(1, texts[20]), (8, b"\x03\xe8signal 15")])
-        answer = self.server.json("POST", "/streams/20/stdin", b"x")
-        self.assertError(answer, 403, "forbidden_write")
-        self.assertError(self.server.json("GET", "/streams/4/stdout"), 404, "not_found")
-        self.server.ok("DELETE", "/processes/t")
-        self.assertError(self.server.json("GET", "/streams/20/stdout"), 404, "not_found")
 
     def test_a_deleted_template(self):
         """Its readers get the final output and the exit."""
@@ -8854,7 +8345,7 @@ class StreamsTemplate(StreamsCase):
         self.assertIsNone(events.event())       # and no exit in it at any time
 
     def test_lines_are_never_mixed(self):
-        """Processes write lines in three parts; more are started and some stopped meanwhile."""
+        """Processes write lines in three parts; more are started meanwhile."""
         code = """
             import os
             name = b"%d" % os.getpid()
@@ -8878,42 +8369,7 @@ class StreamsTemplate(StreamsCase):
                 self.assertTrue(match and match.group(1) == match.group(3), line)
                 self.assertEqual(int(match.group(2)), seen.get(match.group(1), -1) + 1)
                 seen[match.group(1)] = int(match.group(2))
-        self.server.ok("POST", "/processes/t/_sub/3")
-        self.server.ok("POST", "/processes/t/_add")     # one that is being stopped keeps its slot
-        pid = until(lambda: self.server.ok("GET", "/processes/t/_pids")["pids"][1:])[0]
-        name = b"%d" % self.server.ok("GET", "/processes/%d" % pid)["os_pid"]
-        while b"%s 399 %s>\n" % (name, name) not in data:
-            data += wire.chunk()
 
-    def test_unfinished_lines_of_two(self):
-        """A prompt is shown; what another writes behind it begins a line of its own."""
-        pids = self.server.add("t", "cat", numprocesses=2, redirect_input=True)
-        wire, events = self.continuous("t", "since=0"), self.sse("t", "since=0")
-        self.send(pids[0], b"login: ")
-        self.assertEqual(wire.exactly(7), b"login: ")
-        self.assertEvents(events, ("login: ", 7))
-        self.send(pids[1], b"a whole line\n")
-        self.assertEqual(wire.exactly(14), b"\na whole line\n")
-        self.send(pids[0], b"me\n")
-        self.assertEqual(wire.exactly(3), b"me\n")
-        self.send(pids[0], b"cut")
-        self.upto(pids[0], 13)
-        self.server.ok("POST", "/processes/t/_sub/1")   # the oldest: what it said is not lost
-        self.assertEqual(wire.exactly(3), b"cut")
-        self.send(pids[1], b"on\n")
-        self.assertEqual(wire.exactly(4), b"\non\n")
-
-    def test_input_by_name(self):
-        """Where the template has exactly one process."""
-        pid = self.cat("t")
-        self.send("t", b"x")
-        self.assertEqual(self.upto(pid, 1), b"x")
-        self.assertEqual(self.websocket("/wstreams/t").status, 101)
-        self.server.ok("POST", "/processes/t/_add")
-        for method in ("POST", "DELETE"):
-            answer = self.server.json(method, "/streams/t/stdin", b"x")
-            self.assertError(answer, 404, "not_found")
-        self.assertEqual(self.websocket("/wstreams/t").status, 404)
 
     def test_an_update_that_drops_a_label(self):
         self.cat("t")
@@ -8987,29 +8443,14 @@ class StreamsJournal(StreamsCase):
         last = [event[2] for event in iter(self.wire(path).event, None)][-1]
         self.assertEqual(self.wire(path, "Last-Event-ID: " + last).status, 204)
 
-    def test_carriage_returns(self):
-        """returns=true tells which line replaces the one before; CR LF is none."""
-        self.server.add("bar", python("""
-            import sys
-            sys.stdout.buffer.write(b"begin\\n\\r1 %\\r2 %\\r\\nready\\r\\nend\\n")
-            """), restart="never")
-        self.server.wait_event("exit")
-        texts = ["begin", "", "1 %", "2 %", "ready", "end"]
-        for path, mark in (("/streams/bar?tail=all", ""),
-                           ("/streams/bar?tail=all&returns=true", "<")):
-            expected = ["bar 1 stdout%s %s" % (mark if "%" in text else "", text) for text in texts]
-            self.assertEqual(self.read(path)[:6], expected)
-            self.assertEqual(self.lines(path, 6), expected)
-
     def test_resume(self):
         """An id stays good, whatever other journals are read beside."""
         one, = self.server.add("one", "cat", redirect_input=True)
-        for number in range(12):
-            self.server.add("t%d" % number, "cat", redirect_input=True)
+        self.server.add("other", "cat", redirect_input=True)
         place, last = self.server.request("GET", "/streams?timeout=0")[1]["Gaffer-Offset"], "0"
-        for number in range(12):
+        for number in range(6):
             self.say(one, "line %d" % number)
-            self.assertEqual(self.read("/streams/t%d?tail=all" % number), [])
+            self.assertEqual(self.read("/streams/other?tail=all"), [])
             path = ("/streams", "/streams/one", "/streams/%d" % one)[number % 3]
             _, headers, data = self.server.request("GET", path + "?timeout=30&since=" + place)
             self.assertIsNone(headers["Gaffer-Dropped"])
@@ -9020,22 +8461,11 @@ class StreamsJournal(StreamsCase):
                 self.assertEqual(line.split(" ", 1)[1], "one 1 stdout line %d\n" % number)
         self.assertEqual(self.lines("/streams/one", 2, "Last-Event-ID: 5@0123abcdj1"),
                          [{"bytes": 0, "restarted": True}, "one 1 stdout line 0"])
-        line = self.wire("/streams/one?feed=continuous&tail=1").chunk()
-        self.assertRegex(line, rb"^[0-9]+\.[0-9]{3} one 1 stdout line 11\n$")
         for path, status, code in (("/streams/one?loss=block", 400, "bad_value"),
                                    ("/streams?since=1x", 400, "bad_value"),
                                    ("/streams/nobody", 404, "not_found"),
                                    ("/streams/17", 404, "not_found")):
             self.assertError(self.server.json("GET", path), status, code)
-
-    def test_processes_that_share_a_stream(self):
-        """Nothing of one is in the journal of another."""
-        pids = self.server.add("many", self.ECHO, numprocesses=3, redirect_input=True)
-        for number in range(30):
-            self.say(pids[number % 3], "says %d" % number)
-        for pid in pids:
-            self.assertEqual(self.read("/streams/%d?tail=all" % pid), [
-                "many %d stdout says %d" % (pid, number) for number in range(pid - 1, 30, 3)])
 
     def test_what_has_gone(self):
         """It is told in a header or an event, not if nobody has asked for it."""
@@ -9049,28 +8479,13 @@ class StreamsJournal(StreamsCase):
         self.assertEqual(lines, [b"%03d" % number for number in range(1000 - len(lines), 1000)])
         lost = 9000 - 9 * len(lines)
         self.assertEqual((headers["Gaffer-Dropped"], headers["Gaffer-Offset"]), (str(lost), "9000"))
-        for query, told, last in (("since=0", str(lost), lines), ("tail=all", None, lines),
-                                  ("tail=3", None, lines[-3:])):
-            for feed in ("longpoll", "continuous"):
-                wire = self.wire("/streams?feed=%s&%s" % (feed, query), version="1.0")
-                self.assertEqual(wire.headers["Gaffer-Dropped"], told)
-                self.assertEqual([wire.file.readline().split()[-1] for _ in last], last)
-            first = self.lines("/streams?" + query, 2)
-            if told:
-                self.assertEqual(first.pop(0), {"bytes": lost})
-            self.assertEqual(first[0].split()[-1].encode(), last[0])
-
-    def test_what_nobody_reads(self):
-        """It costs nothing; a journal ends with its template."""
-        self.server.add("one", "cat", redirect_input=True)
-        wire = self.wire("/streams?feed=continuous")
-        wire.close()
-        until(lambda: not self.server.http.channels, "the end of its reader")
-        with unittest.mock.patch("gaffer.Journal.lines", side_effect=AssertionError):
-            self.say(1, *map(str, range(10)))
-        self.assertEqual(len(self.read("/streams?tail=all")), 10)
+        for query, told, last in ("since=0", str(lost), lines), ("tail=3", None, lines[-3:]):
+            wire = self.wire("/streams?feed=continuous&" + query, version="1.0")
+            self.assertEqual(wire.headers["Gaffer-Dropped"], told)
+            self.assertEqual([wire.file.readline().split()[-1] for _ in last], last)
+        self.assertEqual(self.lines("/streams?since=0", 1), [{"bytes": lost}])
         wire = self.wire("/streams/one?feed=continuous")
-        self.server.ok("DELETE", "/processes/one")
+        server.ok("DELETE", "/processes/one")
         self.assertEqual(wire.chunks(), (b"", True))
 
 
@@ -9084,32 +8499,15 @@ class StreamsStatus(StreamsCase):
         until(lambda: self.server.ok("GET", "/status/web?usage=true")["processes"][0]["rss"]
               > 40 << 20, "the memory of the group")
 
-    def test_short_forms(self):
-        pid, = self.server.add("one", "sleep 1000")
-        self.server.add("two", "sleep 1000", start=False)
-        one, two = self.server.ok("GET", "/status")
-        self.assertEqual([one["name"], one["running"], two["name"], two["state"]],
-                         ["one", 1, "two", "stopped"])
-        self.assertNotIn("processes", one)
-        one, two = self.server.ok("GET", "/status?usage=true")
-        self.assertEqual((one["processes"][0]["pid"], two["processes"]), (pid, []))
-        one, two = self.server.ok("GET", "/stats")
-        self.assertEqual((one["stats"][0]["id"], two["stats"], two["cpu"]), (pid, [], 0))
-
     def test_gzip(self):
         """Of long answers."""
-        for count in (1, 20):
-            for number in range(count):
-                self.server.manager.add_process("t%d-%d" % (count, number), "true", start=False)
-            for path, accept, short in (("/status", "*/*", count == 1), ("/", "text/html", False)):
-                _, headers, data = self.server.request("GET", path, headers={
-                    "Accept-Encoding": "gzip", "Accept": accept})
-                self.assertEqual(headers["Content-Encoding"], None if short else "gzip")
-                self.assertIn("Accept-Encoding", headers.get_all("Vary"))
-                data = data if short else zlib.decompress(data, 31)
-                self.assertIn(b'"name": "t%d-%d"' % (count, count - 1), data)
-        self.assertEqual(headers["Cache-Control"], "no-store")
-        self.assertEqual(self.server.request("HEAD", "/", headers={"Accept": "text/html"})[0], 200)
+        self.server.manager.add_process("one", "true", start=False)
+        for path, accept in ("/status", "*/*"), ("/", "text/html"):
+            _, headers, data = self.server.request("GET", path, headers={
+                "Accept-Encoding": "gzip", "Accept": accept})
+            self.assertEqual(headers["Content-Encoding"], "gzip" if path == "/" else None)
+            self.assertIn("Accept-Encoding", headers.get_all("Vary"))
+            self.assertIn(b'"name": "one"', data if path != "/" else zlib.decompress(data, 31))
 
 
 class PureInput(PureLoopCase):
@@ -9290,27 +8688,17 @@ def streams_digest(data):
 class StreamsStdin(StreamsCase):
 
     def test_all_bytes(self):
-        pid = self.cat()
+        pid, deaf = self.cat(), self.server.add("deaf", "sleep 1000")[0]
         data = bytes(range(256)) * 256
         wire = self.continuous(pid)
         for part, label in ((data, "stdin"), (b"", "stdin"), (b"alias", "ttin")):
             self.send(pid, part, label)
         self.assertEqual(wire.exactly(len(data) + 5), data + b"alias")
         self.end(pid)
-        for method in ("POST", "DELETE"):
-            answer = self.server.json(method, "/streams/%d/stdin" % pid, b"x")
+        for method, path in itertools.product(("POST", "DELETE"), (pid, deaf, "deaf")):
+            answer = self.server.json(method, "/streams/%s/ttin" % path, b"x")
             self.assertError(answer, 403, "forbidden_write")
         self.assertEqual(wire.chunks(), (b"", True))
-
-    def test_wrong_methods(self):
-        pid, deaf = self.cat(), self.server.add("deaf", "sleep 1000")[0]
-        for label in ("stdin", "ttin"):
-            status, headers, _ = self.server.request("GET", "/streams/%d/%s" % (pid, label))
-            self.assertEqual((status, headers["Allow"]), (405, "POST, DELETE, OPTIONS"))
-            for method in ("POST", "DELETE"):
-                answer = self.server.json(method, "/streams/%d/%s" % (deaf, label), b"x")
-                self.assertError(answer, 403, "forbidden_write")
-        self.assertEqual(self.server.json("POST", "/streams/%d/stdout" % pid, b"x")[0], 405)
         self.assertEqual(self.websocket("/wstreams/%d" % deaf).status, 403)
         self.assertEqual(self.websocket("/wstreams/%d?readonly=true" % deaf).status, 101)
 
@@ -9332,30 +8720,6 @@ class StreamsStdin(StreamsCase):
         self.end(pid)
         self.assertEqual(wire.chunks(), (streams_digest(data), True))
         self.send(self.server.add("deaf", "sleep 1000", redirect_input=True)[0], bytes(gaffer.MIB))
-
-    def test_custom_streams(self):
-        """They go both ways."""
-        pid = self.cat("t", python("""
-            import os, socket
-            a, b = (socket.socket(fileno=fd) for fd in (3, 4))
-            for data in iter(lambda: a.recv(1000), b""):
-                b.sendall(data.upper())
-            a.sendall(b"a has ended")
-            a.close()
-            os.write(1, os.environ["GAFFER_STREAMS"].encode())
-            print(b.recv(1000))
-        """), custom_streams=["a", "b"])
-        wire, answers = self.continuous(pid, label="b"), self.continuous(pid, label="a")
-        self.send(pid, b"hello", "a")
-        self.assertEqual(wire.exactly(5), b"HELLO")
-        self.websocket("/wstreams/%d?label=a" % pid).text("more")
-        self.assertEqual(wire.exactly(4), b"MORE")
-        self.server.ok("DELETE", "/streams/%d/a" % pid)
-        answer = self.server.json("POST", "/streams/%d/a" % pid, b"x")
-        self.assertError(answer, 403, "forbidden_write")
-        self.assertEqual(answers.exactly(11), b"a has ended")
-        self.send(pid, b"end", "b")
-        self.assertEqual(self.continuous(pid, "since=0").chunks(), (b"a,bb'end'\n", True))
 
 
 class StreamsWebsocket(StreamsCase):
@@ -9385,51 +8749,29 @@ class StreamsWebsocket(StreamsCase):
         self.assertEqual([lines.read()[1] for _ in range(5)],
                          [b"a", b"b", b"c", b"d", b"\x03\xe8exit 0"])
 
-    def test_text_over_several_messages(self):
-        """No message ends within a character."""
-        pid = self.cat()
-        text, binary = self.open(pid), self.open(pid, "type=binary")
-        for part in (b"a\xe2", b"\x82", b"\xacb\n", b"x\xe2\x82"):
-            self.send(pid, part)
-            self.assertEqual(binary.read(), (2, part))
-        self.end(pid)
-        parts = [part.decode() for _, part in iter(text.read, (8, b"\x03\xe8exit 0"))]
-        self.assertEqual("".join(parts), "a\u20acb\nx\ufffd")
-
-    def test_another_label(self):
-        """What comes in goes to stdin all the same."""
-        pid = self.puppet()
-        websocket = self.open(pid, "label=stderr")
-        websocket.text("err(b'to stdin')\n")
-        self.assertEqual(websocket.read(), (1, b"to stdin"))
-
     def test_stdin_that_is_closed(self):
-        """The output goes on, what is sent is dropped; at the end as while it runs."""
-        for number, close in enumerate((b"os.close(0); ", b"")):
-            pid = self.puppet("p%d" % number)
-            websocket = self.open(pid, "since=0")
-            self.send(pid, close + b"out(b'on'); signal.pthread_sigmask(0, [10]); "
-                                   b"signal.sigwait([10]); out(b'end'); os._exit(0)\n")
-            if not close:
-                self.end(pid)
-            for each in (websocket, self.open(pid, "since=0")):
-                self.assertEqual(each.read(), (1, b"on"))
-                with self.assertLogs("gaffer", "INFO"):
-                    each.text("late")
-                    each.frame(9, b"barrier")
-                    self.assertEqual(each.read(), (10, b"barrier"))
-            answer = self.server.json("POST", "/streams/%d/stdin" % pid, b"x")
-            self.assertError(answer, 403, "forbidden_write")
-            self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
-            self.assertEqual([websocket.read() for _ in range(2)],
-                             [(1, b"end"), (8, b"\x03\xe8exit 0")])
+        """The output goes on, what is sent is dropped."""
+        pid = self.puppet()
+        websocket = self.open(pid, "since=0")
+        self.send(pid, b"out(b'on'); signal.pthread_sigmask(0, [10]); "
+                       b"signal.sigwait([10]); out(b'end'); os._exit(0)\n")
+        self.end(pid)
+        for each in (websocket, self.open(pid, "since=0")):
+            self.assertEqual(each.read(), (1, b"on"))
+            with self.assertLogs("gaffer", "INFO"):
+                each.text("late")
+                each.frame(9, b"barrier")
+                self.assertEqual(each.read(), (10, b"barrier"))
+        self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
+        self.assertEqual([websocket.read() for _ in range(2)],
+                         [(1, b"end"), (8, b"\x03\xe8exit 0")])
 
     def test_frames_with_the_upgrade(self):
         """Whole ones, or half of one."""
         frames = b"".join(ws_frame(1, b"%d," % number) for number in range(50))
         for number, (early, rest) in enumerate((
                 (frames + ws_frame(8, b"\x03\xe8"), b""), *(
-                    (frames[:cut], frames[cut:]) for cut in (1, 3, 7, 100)))):
+                    (frames[:cut], frames[cut:]) for cut in (1, 7)))):
             pid = self.cat("cat%d" % number)
             self.open(pid, early=early).send(rest)
             self.assertEqual(self.upto(pid, 140), b"".join(b"%d," % number for number in range(50)))
@@ -9450,9 +8792,7 @@ class StreamsWebsocket(StreamsCase):
         for sent, code in (
                 (ws_frame(8, b"\x03\xe8bye"), b"\x03\xe8"), (ws_frame(8, b""), b""),
                 (ws_frame(8, b"\x0f\xa0") + b"more", b"\x0f\xa0"),
-                (ws_frame(1, b"\xff"), b"\x03\xef"), (b"\x81\x01x", b"\x03\xea"),
-                (ws_frame(3, b""), b"\x03\xea"), (ws_frame(0, b""), b"\x03\xea"),
-                (ws_frame(9, b"x" * 126), b"\x03\xea"),
+                (ws_frame(1, b"\xff"), b"\x03\xef"), (ws_frame(3, b""), b"\x03\xea"),
                 (b"\x82\xff" + struct.pack("!Q", 1 << 40) + b"abcd", b"\x03\xf1")):
             with self.subTest(sent=sent):
                 websocket = self.open(pid, "heartbeat=30")
@@ -9485,11 +8825,6 @@ class StreamsWebsocket(StreamsCase):
         queued = self.server.manager.loop.call(
             lambda: max(channel.queued for channel in self.server.http.channels))
         self.assertTrue(0 < queued < gaffer.MIB + gaffer.CONTROL_SIZE + 200, queued)
-
-    def test_without_an_upgrade(self):
-        status, headers, body = self.server.request("GET", "/wstreams/%d" % self.cat())
-        self.assertEqual((status, json.loads(body)["error"], headers["Upgrade"]),
-                         (426, "upgrade_required", "websocket"))
 
     def test_a_process_that_does_not_read(self):
         """Its buffer fills, then the connection; when it reads, all arrives in order."""
@@ -9586,24 +8921,21 @@ class StreamsWatch(StreamsCase):
             self.assertEqual(json.loads(poll.answer()[2]), event)
 
     def test_patterns(self):
-        """All of them, in all feeds, on two templates of which one is not there yet."""
+        """All of them, on two templates of which one is not there yet."""
         late = self.watch("/proc/two?feed=continuous")
         self.life("one")
         self.life("two")
         full = list(itertools.islice(self.lines(self.watch("?feed=continuous&since=0")), 12))
         self.assertEqual(sorted(event["event"] for event in full), sorted(self.EVENTS * 2))
         rows = [(path, None, None) for path in ("", "/", "/.")]
-        rows += [("/" + kind, None, kind) for kind in self.EVENTS]
-        rows += [("/proc/" + name, name, None) for name in ("one", "two")]
-        rows += [("/proc/two/" + kind, "two", kind) for kind in self.EVENTS]
+        rows += [("/" + kind, None, kind) for kind in self.EVENTS[2:4]]
+        rows += [("/proc/one", "one", None), ("/proc/two/delete", "two", "delete")]
         for path, name, kind in rows:
             expected = [event for event in full if name in (None, event["name"])
                         and kind in (None, event["event"])]
             with self.subTest(path=path):
                 wire = self.watch(path + "?feed=continuous&since=0")
                 self.assertEqual(list(itertools.islice(self.lines(wire), len(expected))), expected)
-                wire = self.watch(path + "?feed=eventsource&since=0")
-                self.assertEqual([json.loads(wire.event()[1]) for _ in expected], expected)
                 found, place = [], "0"
                 while place:
                     target = "/watch%s?timeout=0&since=%s" % (path, place)
@@ -9612,8 +8944,7 @@ class StreamsWatch(StreamsCase):
                     place = event and event["id"]
                 self.assertEqual((found, status), (expected, 204))
         self.assertEqual(next(self.lines(late))["name"], "two")
-        for kind in ("restart", "update", "reap", "stop_pid", "proc/x/reap"):
-            self.assertEqual(self.server.request("GET", "/watch/%s?timeout=0" % kind)[0], 204)
+        self.assertEqual(self.server.request("GET", "/watch/proc/x/reap?timeout=0")[0], 204)
 
     def test_resume(self):
         """By since or Last-Event-ID, which wins."""
@@ -9622,7 +8953,7 @@ class StreamsWatch(StreamsCase):
         events = [wire.event() for _ in self.EVENTS]
         for index, event in enumerate(events[:-1], 1):
             last = "Last-Event-ID: " + event[2]
-            for query, headers in (("since=" + event[2], ()), ("", (last,)), ("since=0", (last,))):
+            for query, headers in (("since=" + event[2], ()), ("since=0", (last,))):
                 wire = self.watch("?feed=eventsource&" + query, *headers)
                 self.assertEqual([wire.event() for _ in events[index:]], events[index:])
         event = self.server.json("GET", "/watch", headers={"Last-Event-ID": events[0][2]})[1]
@@ -9650,23 +8981,17 @@ class StreamsWatch(StreamsCase):
         self.assertEqual((event["event"], event["events"]), ("dropped", lost))
         following = self.server.ok("GET", "/watch?since=" + event["id"])
         self.assertEqual(following["id"], "%d@%s" % (lost + 1, self.epoch))
-        dropped, event = itertools.islice(self.lines(self.watch("?feed=continuous&since=1")), 2)
-        self.assertEqual((dropped["event"], dropped["events"], event),
-                         ("dropped", lost - 1, following))
         wire = self.watch("?feed=eventsource", "Last-Event-ID: 2@" + self.epoch)
         self.assertDropped(wire, lost, events=lost - 2)
+        self.assertIn(b"\ngaffer_events_dropped_total %d\n" % (2 * lost - 2),
+                      self.server.request("GET", "/metrics")[2])
 
     def test_what_is_wrong(self):
-        for feed in ("longpoll", "continuous", "eventsource"):
-            for path in ("nothing", "proc", "proc/", "proc/t/nothing", "CREATE", "create/t",
-                         "proc/t/create/x", "dropped"):
-                with self.subTest(path=path, feed=feed):
-                    answer = self.server.json("GET", "/watch/%s?feed=%s" % (path, feed))
-                    self.assertError(answer, 404, "bad_event_type")
-            status, _, body = self.server.request("HEAD", "/watch?feed=" + feed)
-            self.assertEqual((status, body), (200, b""))
-        for query in ("since=x", "since=-1", "since=1", "since=1@" + self.epoch, "timeout=x",
-                      "timeout=-1", "feed=x", "feed=continuous&heartbeat=0"):
+        for path in "nothing", "proc/", "proc/t/nothing", "create/t", "proc/t/create/x", "dropped":
+            with self.subTest(path=path):
+                answer = self.server.json("GET", "/watch/" + path)
+                self.assertError(answer, 404, "bad_event_type")
+        for query in "since=1", "since=1@" + self.epoch, "since=x":
             with self.subTest(query=query):
                 self.assertError(self.server.json("GET", "/watch?" + query), 400, "bad_value")
 
@@ -9674,7 +8999,7 @@ class StreamsWatch(StreamsCase):
 class StreamsTimes(StreamsCase):
 
     def test_long_times(self):
-        """Longer ones than a selector takes, up to the longest that is allowed, and beyond."""
+        """Longer ones than a selector takes, up to the longest that is allowed."""
         self.cat("x")
         for seconds in ("10000000", "2147484"):         # the longest first: it hides no other
             for path in ("/watch?feed=eventsource&heartbeat=%s",
@@ -9688,11 +9013,7 @@ class StreamsTimes(StreamsCase):
             self.server.add(name, "cat", redirect_input=True, graceful_timeout=float(seconds),
                             flapping={"retry_in": float(seconds)})
             self.server.ok("POST", "/processes/%s/_stop?wait=%s" % (name, seconds))
-        for seconds in ("10000001", "9" * 20, "1e400", "nan", "inf", "-1"):
-            answer = self.server.json("GET", "/watch?feed=eventsource&heartbeat=" + seconds)
-            self.assertError(answer, 400, "bad_value")
-            body = b'{"name": "y", "cmd": "cat", "graceful_timeout": %b}' % seconds.encode()
-            self.assertEqual(self.server.json("POST", "/processes", body)[0], 400)
+        self.assertEqual(self.server.json("GET", "/watch?timeout=10000001")[0], 400)
 
 
 class StreamsObservers(StreamsCase):
@@ -9748,22 +9069,6 @@ class StreamsObservers(StreamsCase):
             self.assertIn(wires[-1].read()[0], (8, None))
         self.assertEqual(self.server.ok("GET", "/status/x")["running"], 1)
         self.assertEqual(self.poll("x", "since=0")[2], b"line\n")
-
-    def test_observers_that_fail(self):
-        """Each for itself: the others are told."""
-        self.expect_log("planted")
-        told, manager = queue.Queue(), self.server.manager
-        for error in (RuntimeError, SystemExit, KeyboardInterrupt):
-            manager.subscribe("exit", unittest.mock.Mock(side_effect=error("planted")))
-        manager.subscribe("exit", lambda kind, event: told.put(kind))
-        pid = self.cat("x")
-        for callback in (unittest.mock.Mock(side_effect=RuntimeError("planted")),
-                         lambda kind, event: told.put(event["data"])):
-            manager.get_process("x").monitor_io("stdout", callback)
-        self.send(pid, b"line\n")
-        self.assertEqual(told.get(timeout=TIMEOUT), b"line\n")
-        self.whole_lives(6)
-        self.assertEqual([told.get(timeout=TIMEOUT) for _ in range(6)], ["exit"] * 6)
 
 
 @unittest.skipUnless(os.path.exists("/proc/net/tcp"), "needs /proc/net/tcp")
@@ -9822,9 +9127,6 @@ class StreamsGone(StreamsCase):
 
 class StreamsStats(StreamsCase):
 
-    FIELDS = {"id", "pid", "cpu", "mem", "mem_info1", "mem_info2", "rss", "vms", "ctime",
-              "username", "nice", "cmdline", "children"}
-
     def test_feeds(self):
         """Of all, of a template and of a process; those two end with what they look at."""
         pid, wires = self.cat(), []
@@ -9833,93 +9135,30 @@ class StreamsStats(StreamsCase):
                             ("/stats/cat/%d" % pid, lambda value: value)):
             wires = wires[-1:] + [self.wire(path + "?feed=continuous&interval=0.1")]
             sse = self.wire(path + "?feed=eventsource&interval=0.1")
-            for _ in range(2):
-                entry = check(json.loads(wires[-1].chunk()))
-                self.assertEqual((set(entry), entry["id"]), (self.FIELDS, pid))
-                kind, data, _ = sse.event()
-                self.assertEqual((kind, check(json.loads(data))["id"]), ("stat", pid))
+            kind, data, _ = sse.event()
+            self.assertEqual(kind, "stat")
             value = self.server.ok("GET", path + "?feed=longpoll&interval=0.1")
-            self.assertEqual(check(value)["id"], pid)
-        self.server.ok("POST", "/processes/cat/_stop?wait=true")
-        value = self.server.ok("GET", "/stats/cat")
-        self.assertEqual(value, {"name": "cat", "mem": 0, "max_mem": 0, "min_mem": 0, "cpu": 0,
-                                 "max_cpu": 0, "min_cpu": 0, "stats": []})
+            chunks = [json.loads(wires[-1].chunk()) for _ in range(2)]
+            self.assertEqual([check(each)["id"] for each in (json.loads(data), value, *chunks)],
+                             [pid] * 4)
         self.server.ok("DELETE", "/processes/cat")
         for wire in wires:
             self.assertTrue(wire.chunks()[1])
 
-    def test_what_is_wrong(self):
-        pid = self.cat()
-        self.cat("other")
-        for query in ("feed=x", "feed=continuous&interval=0.05", "feed=continuous&interval=x",
-                      "feed=longpoll&interval=nan", "feed=continuous&heartbeat=x"):
-            self.assertError(self.server.json("GET", "/stats?" + query), 400, "bad_value")
-        for path in ("none", "other/%d" % pid, "cat/99", "cat/cat"):
-            for query in ("", "?feed=continuous", "?feed=longpoll"):
-                answer = self.server.json("GET", "/stats/%s%s" % (path, query))
-                self.assertError(answer, 404, "not_found")
 
+class StreamsLoss(StreamsCase):
+    """The window is much smaller than the output, which comes as fast as it can."""
 
-class StreamsServer(Running):
-    """`gaffer.py serve` as a process of its own, on a free port."""
+    options = {"window": 65536}
+    lines = 130000                      # more than all buffers of the system in between
 
-    def __init__(self, *options):
-        environment = {name: value for name, value in os.environ.items()
-                       if not name.startswith(("GAFFER", "PYTHON"))}
-        command = [PYTHON, gaffer.__file__, "serve", "--bind", "127.0.0.1:0", *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
-        line = self.process.stdout.readline().decode()
-        assert "listening on" in line, line
-        self.port = int(line.rpartition(":")[2])
-
-    def stop_all(self):
-        self.process.terminate()
-        self.process.stdout.close()
-        assert self.process.wait(TIMEOUT) == 0, self.process.returncode
-
-    def read_proc(self, name, pattern=r"\d+"):
-        """The numbers in a file of its /proc."""
-        with open("/proc/%d/%s" % (self.process.pid, name)) as file:
-            return list(map(int, re.findall(pattern, file.read())))
-
-    def resident(self):
-        """Its memory in bytes."""
-        return self.read_proc("statm")[1] * os.sysconf("SC_PAGE_SIZE")
-
-    def switches(self):
-        """How often each thread was put to sleep: who wakes up and sleeps again, counts."""
-        found = {}
-        for task in os.listdir("/proc/%d/task" % self.process.pid):
-            with contextlib.suppress(OSError):  # a thread has just ended
-                path = "task/%s/status" % task
-                found[task] = self.read_proc(path, r"ctxt_switches:\s*(\d+)")
-        return found
-
-
-class StreamsHeavyCase(StreamsCase):
-    """A server that is a process, and a child that writes as fast as it can."""
-
-    window, lines = 65536, 40000
-
-    def setUp(self):
-        Case.setUp(self)
-        self.server = StreamsServer("--window", str(self.window))
-        self.addCleanup(self.server.stop_all)
-
-    def hose(self, lines=None):
+    def hose(self, lines):
         """The pid of a child that waits for a byte on stdin to write its lines."""
-        return self.cat("hose", python(STREAMS_HOSE.format(lines=lines or self.lines)))
+        return self.cat("hose", python(STREAMS_HOSE.format(lines=lines)))
 
-    def expected(self, lines=None):
+    def expected(self, lines):
         """What it writes."""
-        return b"".join(b"%063d\n" % i for i in range(lines or self.lines))
-
-    def gather(self, pid, **readers):
-        """Let the child begin, and each function read on a thread: {name: result}."""
-        with concurrent.futures.ThreadPoolExecutor(len(readers)) as pool:
-            futures = {name: pool.submit(reader) for name, reader in readers.items()}
-            self.send(pid, b"\n")
-            return {name: future.result(4 * TIMEOUT) for name, future in futures.items()}
+        return b"".join(b"%063d\n" % i for i in range(lines))
 
     def by_longpolls(self, pid):
         """(bytes, how many were dropped) of a loop of long polls, until the end."""
@@ -9932,21 +9171,16 @@ class StreamsHeavyCase(StreamsCase):
             offset = headers["Gaffer-Offset"]
         return b"".join(parts), dropped
 
-    def by_events(self, pid, count, wire=None):
-        """The same of an EventSource that drops its connection after `count` events."""
-        parts, dropped, place = [], 0, "0@"
-        while not place.partition("@")[0].endswith("x"):
-            wire = wire or self.sse(pid, "since=" + place.rstrip("@"))
-            for kind, text, where in itertools.islice(iter(wire.event, None), count):
-                lost = json.loads(text)["bytes"] if kind == "dropped" else 0
-                parts += [text.encode() + b"\n"] if kind == "stdout" else []
-                first = int(place.partition("@")[0])
-                self.assertIn(int(where.partition("@")[0].rstrip("x")) - first, (lost, 64, 0))
-                dropped, place = dropped + lost, where
-                if kind == "exit":
-                    break
-            wire.close()
-            wire = None
+    def by_events(self, wire):
+        """The same of events."""
+        parts, dropped, place = [], 0, 0
+        for kind, text, where in iter(wire.event, None):
+            lost = json.loads(text)["bytes"] if kind == "dropped" else 0
+            parts += [text.encode() + b"\n"] if kind == "stdout" else []
+            end = int(where.partition("@")[0].rstrip("x"))
+            self.assertIn(end - place, (lost, 64, 0))
+            dropped, place = dropped + lost, end
+        self.assertEqual(kind, "exit")
         return b"".join(parts), dropped
 
     def by_websocket(self, websocket):
@@ -9965,66 +9199,43 @@ class StreamsHeavyCase(StreamsCase):
             self.fail("%d bytes, expected %d; they differ at %d: %r" % (
                 len(found), len(expected), place, found[place - 20:place + 70]))
 
-    def assertLines(self, data, last):
+    def assertLines(self, data):
         """Whole lines in order, up to the last; the one in front of a gap may be cut."""
         numbers = [int(line[-63:]) for line in data.splitlines()]
-        self.assertEqual((numbers, numbers[-1]), (sorted(set(numbers)), last - 1))
-
-
-class StreamsLossless(StreamsHeavyCase):
-    """The window holds all, and nobody is waited for."""
-
-    window = 64 * StreamsHeavyCase.lines + 1
-
-    def test_each_feed(self):
-        pid = self.hose()
-        wire = self.continuous(pid, "since=0")
-        websocket = self.websocket("/wstreams/%d?type=binary&readonly=1&since=0" % pid)
-        found = self.gather(
-            pid, longpoll=lambda: self.by_longpolls(pid), continuous=wire.chunks,
-            events=lambda: self.by_events(pid, 10000),
-            websocket=lambda: self.by_websocket(websocket))
-        ends = {"longpoll": 0, "events": 0, "continuous": True, "websocket": b"\x03\xe8exit 0"}
-        for name, (data, end) in found.items():
-            with self.subTest(name):
-                self.assertSame(data, self.expected())
-                self.assertEqual(end, ends[name])
-
-
-class StreamsLoss(StreamsHeavyCase):
-    """The window is much smaller than the output."""
-
-    many = 130000                       # lines: more than all buffers of the system in between
+        self.assertEqual((numbers, numbers[-1]), (sorted(set(numbers)), self.lines - 1))
 
     def test_block_loses_nothing(self):
         """And what the others lose is counted."""
-        pid = self.hose()
+        count = 40000
+        pid = self.hose(count)
         wire = self.continuous(pid, "loss=block")
         slow = self.continuous(pid, "loss=block", receive_buffer=4096)
         websocket = self.websocket("/wstreams/%d?type=binary&readonly=1&loss=block" % pid)
         events = self.sse(pid, "loss=block")
-        found = self.gather(
-            pid, longpoll=lambda: self.by_longpolls(pid),
-            reconnecting=lambda: self.by_events(pid, 10000), slow=slow.chunks,
-            events=lambda: self.by_events(pid, None, events), continuous=wire.chunks,
-            websocket=lambda: self.by_websocket(websocket))
+        readers = {"longpoll": (self.by_longpolls, pid), "slow": (slow.chunks,),
+                   "events": (self.by_events, events), "continuous": (wire.chunks,),
+                   "websocket": (self.by_websocket, websocket)}
+        with concurrent.futures.ThreadPoolExecutor(len(readers)) as pool:
+            futures = {name: pool.submit(*reader) for name, reader in readers.items()}
+            self.send(pid, b"\n")
+            found = {name: future.result(4 * TIMEOUT) for name, future in futures.items()}
         self.assertEqual(found["websocket"][1], b"\x03\xe8exit 0")
         for name, (data, dropped) in found.items():
             with self.subTest(name):
-                if name in ("longpoll", "reconnecting"):
-                    self.assertEqual(len(data) + dropped, 64 * self.lines)
+                if name == "longpoll":
+                    self.assertEqual(len(data) + dropped, 64 * count)
                 else:
-                    self.assertSame(data, self.expected())
+                    self.assertSame(data, self.expected(count))
 
     def test_what_is_dropped_to_the_byte(self):
         """Of readers that begin to read when most output has fallen out of the window."""
-        pid = self.hose(self.many)
+        pid = self.hose(self.lines)
         cut, skip, events = self.continuous(pid), self.continuous(pid, "loss=skip"), self.sse(pid)
         target = "/wstreams/%d?type=binary&readonly=1" % pid
         sockets = [self.websocket(target + loss) for loss in ("", "&loss=skip")]
         self.send(pid, b"\n")
         self.server.wait_event("exit")
-        expected = self.expected(self.many)
+        expected = self.expected(self.lines)
         total = len(expected)
         data, close = self.by_websocket(sockets[0])
         self.assertRegex(close, b"^\x03\xf5dropped [1-9][0-9]*$")
@@ -10038,11 +9249,11 @@ class StreamsLoss(StreamsHeavyCase):
         dropped = int(skip.trailers["Gaffer-Dropped"])
         self.assertEqual((skip.headers["Trailer"], whole), ("Gaffer-Dropped", True))
         self.assertEqual((len(data) + dropped, dropped > 0), (total, True))
-        self.assertLines(data, self.many)
+        self.assertLines(data)
         lost += dropped
-        data, dropped = self.by_events(pid, None, events)
+        data, dropped = self.by_events(events)
         self.assertEqual((len(data) + dropped, dropped > 0), (total, True))
-        self.assertLines(data, self.many)
+        self.assertLines(data)
         lost += dropped
         metrics = self.server.request("GET", "/metrics")[2]
         name = b'gaffer_stream_dropped_bytes_total{template="hose",label="stdout"} %d\n'
@@ -10052,7 +9263,7 @@ class StreamsLoss(StreamsHeavyCase):
         self.assertSame(data, expected[:len(data)])
         data, close = self.by_websocket(sockets[1])
         self.assertEqual((close, len(data) < total), (b"\x03\xe8exit 0", True))
-        self.assertLines(data, self.many)
+        self.assertLines(data)
 
     def test_who_never_reads(self):
         """It holds the child only with loss=block, and only until it leaves."""
@@ -10070,110 +9281,9 @@ class StreamsLoss(StreamsHeavyCase):
         until(lambda: self.place(pid) > before + 10 ** 7, "the child goes on")
 
 
-class StreamsCost(StreamsHeavyCase):
-    """Memory, threads and system calls."""
-
-    window = gaffer.MIB
-    growth = 2 * gaffer.MIB                     # of memory, at most
-    amount = 25 * 10 ** 6                       # bytes that pass, after as many to warm up
-
-    def test_readers_that_never_read(self):
-        pid = self.hose(10 ** 9)
-        for query in ("continuous", "continuous&loss=skip", "eventsource"):
-            self.wire("/streams/%d/stdout?feed=%s" % (pid, query))
-        for query in ("", "&frame=line"):
-            self.websocket("/wstreams/%d?readonly=1%s" % (pid, query))
-        reader = self.continuous(pid, "loss=skip")
-        self.send(pid, b"\n")
-        for _ in range(2):
-            memory, first, amount = self.server.resident(), self.place(pid), self.amount
-            while amount > 0:
-                amount -= len(reader.chunk())
-        self.assertLess(self.server.resident() - memory, self.growth)
-        self.assertGreater(self.place(pid) - first, self.amount // 2)
-        reader.close()
-        first = self.place(pid)
-        until(lambda: self.place(pid) > first + self.amount, "the child goes on")
-        self.assertLess(self.server.resident() - memory, self.growth)
-
-    def test_a_quiet_server_makes_no_system_call(self):
-        """With all kinds of readers waiting: each wake-up would be a switch."""
-        if not hasattr(os, "pidfd_open"):
-            self.skipTest("children are polled here")
-        pid = self.cat()
-        self.continuous(pid, "heartbeat=true")
-        events = self.sse(pid)
-        self.wire("/watch?feed=eventsource")
-        self.websocket("/wstreams/%d" % pid)
-        for target in ("/streams/%d/stdout?timeout=1000" % pid, "/watch"):
-            self.wire().request(target)
-        self.assertEqual(self.wire().request("/ping").answer()[2], b"OK")
-        self.send(pid, b"partial line")
-        self.assertEqual(events.event()[1], "partial line")
-
-        def quiet():
-            before = self.server.switches()
-            threading.Event().wait(1.0)         # a second without a switch is what is measured
-            return self.server.switches() == before
-        until(quiet, "a quiet second")
-
-
-class StreamsThreads(StreamsCase):
-
-    def test_a_stream_uses_no_thread(self):
-        """Nor does a long poll."""
-        pid = self.cat()
-        before = threading.active_count()
-        polls = [self.wire().request("/streams/%d/stdout?since=0" % pid) for _ in range(32)]
-        polls += [self.wire().request("/watch/reap") for _ in range(32)]
-        wires = [[make() for _ in range(32)] for make in (
-            lambda: self.continuous(pid), lambda: self.sse(pid),
-            lambda: self.websocket("/wstreams/%d" % pid))]
-        until(lambda: streams_open(self.server, "longpoll") == 64, "the long polls")
-        until(lambda: threading.active_count() <= before, "the threads' end")
-        self.send(pid, b"x\n")
-        self.assertEqual({wire.exactly(2) for wire in wires[0]}, {b"x\n"})
-        self.assertEqual({wire.event()[1] for wire in wires[1]}, {"x"})
-        self.assertEqual({wire.read() for wire in wires[2]}, {(1, b"x\n")})
-        self.assertEqual({wire.answer()[2] for wire in polls[:32]}, {b"x\n"})
-        until(lambda: threading.active_count() <= before, "the threads' end")
-
-
 # --------------------------------------------------------------------------------------------------
 # a real browser
 # --------------------------------------------------------------------------------------------------
-class BrowserDriver(BrowserCase):
-
-    def test_it_drives_a_page(self):
-        """And tells what went wrong."""
-        browser = self.browser
-        browser.size(800, 600)
-        browser.get(self.server.url + "/")
-        self.assertEqual(browser.wait("return document.title"), "gaffer")
-        self.assertEqual(browser.script("return [innerWidth, innerHeight, arguments[0]]", "x"),
-                         [800, 600, "x"])
-        self.assertEqual(browser.console(), [])
-        browser.script("return fetch('/nothing')")
-        self.assertIn("404", browser.console()[0])
-        browser.get("data:text/html,<input><button onclick=\"this.id='clicked'\">ok</button>")
-        browser.keys("ab" + browser.KEYS["Backspace"] + "c", "input")
-        browser.click("button")
-        self.assertEqual(browser.wait("return document.querySelector('#clicked') &&"
-                                      " document.querySelector('input').value"), "ac")
-        self.assertEqual(browser.screenshot()[:4], b"\x89PNG")
-        with self.assertRaisesRegex(BrowserError, "javascript error: .*broken"):
-            browser.script("throw new Error('broken')")
-        with unittest.mock.patch(__name__ + ".TIMEOUT", 0.05), self.assertRaisesRegex(
-                AssertionError, "return broken .*ReferenceError"):
-            browser.wait("return broken")
-
-    def test_nothing_of_it_is_left(self):
-        other = Browser()
-        started = list(other._processes())
-        self.assertGreater(len(started), 2)
-        other.close()
-        self.assertEqual([os_pid for os_pid in started if alive(os_pid)], [])
-        self.assertFalse(os.path.exists(other.directory))
 
 
 class BrowserPageCase(BrowserCase):
@@ -10329,7 +9439,6 @@ class BrowserPage(BrowserPageCase):
         self.happened("exit", "weak")
         self.open()
         self.row("weak", "restarting")
-        self.becomes(self.ROWS + "[0]", "Needs attention")
 
     def test_actions(self):
         """Of a row, of a group, of what is selected."""
@@ -10375,9 +9484,8 @@ class BrowserPage(BrowserPageCase):
         self.open()
         self.shows("add_process --start --endpoint 127.0.0.1:%d" % self.server.port, "pre")
         words = shlex.split(self.browser.script("return document.querySelector('pre').textContent"))
-        done = subprocess.run([PYTHON, os.path.join(HERE, words[1]), *words[2:]], timeout=TIMEOUT,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertEqual(words[:2], ["python3", "gaffer.py"])
+        self.assertEqual(CliCase.called(self, *words[2:])[::2], (0, ""))
         self.row("clock", "running")
         self.server.ok("DELETE", "/processes/clock")
         self.browser.wait("return document.querySelector('pre').checkVisibility()")
@@ -10405,12 +9513,11 @@ class BrowserPage(BrowserPageCase):
         for field, text, fault in (
                 ("name", None, "is required"), ("cmd", None, "is required"),
                 ("name", "taken", "taken"), ("name", "new:one", ""),
-                ("cmd", "no-such-program", "not found in PATH"),
-                ("cwd", "/no/such", "not there"), ("numprocesses", "-5", "0 to 1000")):
+                ("cmd", "no-such-program", "not found in PATH"), ("cwd", "/no/such", "not there")):
             if text:
                 self.enter("#field-" + field, text)
             self.shows(fault, "#field-%s-fault" % field)
-        for field, text in (("name", "new:one"), ("cmd", "cat"), ("cwd", ""), ("numprocesses", "2"),
+        for field, text in (("cmd", "cat"), ("cwd", ""), ("numprocesses", "2"),
                             ("env", "A=1\nB=x y"), ("flapping", "attempts=3\nwindow=2")):
             self.enter("#field-" + field, text)
         self.browser.script("document.querySelector('#field-redirect_input').click()")
@@ -10585,9 +9692,6 @@ class BrowserPage(BrowserPageCase):
         self.at("/p/count?find=7%24&only=1")
         self.enter(find, "(")
         self.becomes("return document.querySelector('%s').ariaInvalid" % find, "true")
-        self.enter(find, "nothing like it")
-        self.becomes(self.LINES, [])
-        self.becomes("return document.querySelector('.more').hidden", True)
         self.enter(find, "")
         self.press("only what matches")
         self.becomes(self.LAST, "line 299")         # it follows again: now it can be scrolled
@@ -10769,10 +9873,11 @@ class BrowserPage(BrowserPageCase):
         self.shows("line 77777", ".here")
         self.assertEqual(browser.console(), [])
 
-    def test_three_hundred_processes(self):
+    def test_three_hundred_templates(self):
         """The first paint has them all."""
         for number in range(300):
-            self.server.manager.add_process("g%d:n-%d" % (number // 60, number), "sleep 1000")
+            self.server.manager.add_process("g%d:n-%d" % (number // 60, number), "true",
+                                            start=False)
         self.browser.cdp("Network.enable")
         self.browser.cdp("Network.setBlockedURLs", urls=["*/status*", "*/watch*"])
         self.addCleanup(self.browser.cdp, "Network.setBlockedURLs", urls=[])
@@ -10781,10 +9886,6 @@ class BrowserPage(BrowserPageCase):
                      ".map(name => document.querySelectorAll(name).length)", [300, 5])
         self.browser.cdp("Network.setBlockedURLs", urls=[])
         self.browser.console()
-        self.open()
-        self.shows("300 running")
-        self.press("stop group g4")
-        self.shows("60 stopped")
 
     # how it is used
 
@@ -10890,8 +9991,7 @@ class BrowserPage(BrowserPageCase):
         self.browser.script("history.forward()")
         self.shows("web:a", "h1")
         self.becomes("return document.title", "web:a – gaffer")
-        for path, text in (("/p/nobody", "there is no such template"), ("/toString/x", "no such"),
-                           ("/p/%", "there is no such template"), ("/constructor", "no such page")):
+        for path, text in (("/p/%", "there is no such template"), ("/constructor", "no such page")):
             self.open(path)
             self.shows(text)
         self.becomes("return document.querySelector('#message').textContent", "")
@@ -10926,7 +10026,7 @@ class BrowserPage(BrowserPageCase):
         class Proxy(http.server.BaseHTTPRequestHandler):
             """Takes /gaffer off, and passes on what comes until one side ends."""
 
-            timeout = 3                         # a browser opens connections that it may never use
+            timeout = 1                         # a browser opens connections that it may never use
 
             def do_GET(self):
                 asked.append(self.path)
@@ -10963,37 +10063,19 @@ class BrowserPage(BrowserPageCase):
         info = {"name": "talk", "cmd": "sh -c 'echo hello; exec sleep 1000'"}
         headers = {"Authorization": "Bearer correct horse"}
         self.assertEqual(server.request("POST", "/processes", info, headers)[0], 200)
-        status, headers, data = server.request("GET", "/", headers={"Accept": "text/html"})
-        self.assertEqual((status, headers["WWW-Authenticate"][:5]), (401, "Basic"))
-        self.assertIn(b"give the token as the password", data)      # read after "Cancel"
         self.browser.get("http://any:correct%%20horse@127.0.0.1:%d/#/p/talk" % server.port)
         self.shows("hello", ".lines")
         self.press("stop talk")
         self.shows("stopped")
-        self.becomes("return document.cookie + localStorage.length + sessionStorage.length", "00")
         self.assertEqual(self.browser.console(), [])
-
-    def test_nothing_foreign_runs_in_it(self):
-        self.open()
-        self.browser.script("""
-            window.ran = 0;
-            const node = document.createElement('div'), made = document.createElement('script');
-            document.body.append(node);
-            node.innerHTML = '<img src=x onerror="ran = 1"><a href="javascript:ran=2">x</a>';
-            made.textContent = 'ran = 3';
-            document.body.append(made);
-            node.querySelector('a').click();""")
-        ran = self.browser.script("return fetch('http://localhost:1/').catch(error => ran)")
-        refused = [line for line in self.browser.console() if "Content Security Policy" in line]
-        self.assertEqual((ran, len(refused) > 2), (0, True))
 
 
 class BrowserFirefox(BrowserPageCase):
     """The same in Firefox: what browsers do each in its own way."""
 
     share, browser = "firefox", None
-    for _name in ("overview", "actions", "form", "output", "tools", "a_progress_bar", "input",
-                  "story", "after_a_cut", "keyboard"):
+    for _name in ("overview", "form", "output", "tools", "a_progress_bar", "after_a_cut",
+                  "keyboard"):
         locals()["test_" + _name] = vars(BrowserPage)["test_" + _name]
     numbers = BrowserPage.numbers
 
@@ -11013,13 +10095,13 @@ class BrowserPictures(BrowserPageCase):
 
     directory, patience = None, 10 * TIMEOUT
 
-    def take(self, name, path=None, width=1280, height=720, scheme="light", server=None, when=None):
+    def take(self, name, path=None, width=1280, height=720, scheme="light", when=None):
         """Write a picture of a view, or of what is there, once `when` is true."""
         self.browser.cdp("Emulation.setEmulatedMedia", features=[
             {"name": "prefers-color-scheme", "value": scheme}])
         self.browser.size(width, height, mobile=width < 500)
         if path:
-            self.open(path, server)
+            self.open(path)
         if when:
             self.browser.wait("return " + when)
         with open(os.path.join(self.directory, name + ".png"), "wb") as file:
@@ -11029,17 +10111,13 @@ class BrowserPictures(BrowserPageCase):
         os.makedirs(self.directory, exist_ok=True)
         self.addCleanup(self.browser.cdp, "Emulation.setEmulatedMedia", features=[])
         self.take("empty", "/")
-        work = ("import random, time\nx = [0] * %d\nwhile True:\n"
-                "    end = time.time() + random.random() / %d\n"
+        work = ("import random, time\nwhile True:\n    end = time.time() + random.random() / 20\n"
                 "    while time.time() < end: pass\n    time.sleep(0.1)")
-        flapping = {"attempts": 2, "window": 5, "retry_in": 60, "max_retry": 5}
         with unittest.mock.patch.object(gaffer.History, "INTERVAL", 0.1):
-            self.server.add("web:front", python(work % (1, 400)), numprocesses=4)
-            self.server.add("web:api", python(work % (4000000, 20)), numprocesses=2)
+            self.server.add("web:front", python(work), numprocesses=4)
             self.server.add("web:worker", "sh -c 'echo no database >&2; sleep 0.2; exit 3'")
             self.server.add("jobs:mail", "cat", redirect_input=True)
             self.server.add("jobs:nightly", "sleep 1000", start=False)
-            self.server.add("jobs:import", "sh -c 'kill -9 $$$$'", flapping=flapping)
             self.open("/")
             process = self.server.manager.find_process(1)
             until(lambda: len(process.history) == 60, "a history")
@@ -11054,36 +10132,26 @@ class BrowserPictures(BrowserPageCase):
             print("\\ndone", file=sys.stderr, flush=True)
             time.sleep(1000)
             """))
-        drawn = "document.querySelectorAll('path[d^=M]').length > 1"
-        done = "document.querySelector('.lines').textContent.includes('done')"
         for scheme in "light", "dark":
             for width, height in (1280, 480), (768, 600), (390, 844):
-                self.take("overview-%s-%d" % (scheme, width), "/", width, height, scheme, when=(
-                    drawn if width > 1000 else "document.querySelector('.cpu').textContent"))
-            self.take("output-" + scheme, "/p/build", scheme=scheme, when=done)
+                self.take("overview-%s-%d" % (scheme, width), "/", width, height, scheme,
+                          when="document.querySelector('.cpu').textContent")
+            self.take("output-" + scheme, "/p/build", scheme=scheme,
+                      when="document.querySelector('.lines').textContent.includes('done')")
             self.take("process-" + scheme, "/p/web%3Aworker", scheme=scheme,
                       when="document.querySelectorAll('.story li').length > 9")
             self.take("all-output-" + scheme, "/logs", scheme=scheme,
                       when="document.querySelector('.l')")
             self.open("/add")
-            for field, text in (("name", "web:front"), ("cmd", "no-such-program"), ("cwd", "/x"),
-                                ("uid", "nobodyx")):
+            for field, text in ("name", "web:front"), ("cmd", "no-such-program"), ("cwd", "/x"):
                 self.enter("#field-" + field, text)
             self.take("form-with-faults-" + scheme, scheme=scheme, height=900,
                       when="document.querySelectorAll('[aria-invalid=true]').length > 2")
-        self.take("output-390", "/p/build", 390, 844, when=done)
         self.take("form-390", "/edit/web%3Afront", 390, 844)
         self.take("events", "/events")
-        many = Running()
-        try:
-            for number in range(300):
-                many.manager.add_process("g%d:worker-%d" % (number // 60, number), (
-                    "sleep 1000" if number % 97 else "sh -c 'exit 1'"))
-            self.take("overview-300", "/", server=many,
-                      when="document.querySelector('.cpu + .mem').textContent !== ''")
-        finally:
-            many.stop_all()
-        self.take("away", when="!document.querySelector('#away').hidden")
+        for number in range(300):
+            self.server.manager.add_process("g%d:n-%d" % (number // 60, number), "sleep 1000")
+        self.take("overview-300", "/", when="document.querySelectorAll('.template').length > 300")
 
 
 @unittest.skipUnless("--figures" in sys.argv, "only with --figures")
@@ -11093,68 +10161,55 @@ class BrowserFigures(BrowserPageCase):
     patience = 20 * TIMEOUT
     options = {"window": 8 * gaffer.MIB}
 
-    def tell(self, text, *values):
-        """Print a figure."""
-        print(text % values, flush=True)
-
-    def open(self, path="/", server=None):
-        super().open(path, server)
-        self.becomes("return document.querySelector('#link').textContent", "live")
-
-    def pass_time(self, seconds):
-        """Let the page run: how many frames it draws, and the longest pause in seconds."""
-        return self.browser.script("""
-            const end = performance.now() + 1000 * arguments[0];
-            let frames = 0, longest = 0, last = performance.now();
-            return new Promise(resolve => requestAnimationFrame(function frame(now) {
-              longest = Math.max(longest, now - last); last = now; frames++;
-              if (now < end) requestAnimationFrame(frame); else resolve([frames, longest / 1000]);
-            }))""", seconds)
-
-    def lines(self, name, rate, total, ahead=0):
-        """A template that prints `total` lines of 60 bytes, `ahead` of them at once."""
+    def lines(self, name, rate, total):
+        """A template that prints lines of 60 bytes."""
         return self.server.add(name, python("""
             import sys, time
             input()
             began, done = time.monotonic(), 0
             while done < %d:
-                due = min(%d, %d + int((time.monotonic() - began) * %d))
+                due = min(%d, int((time.monotonic() - began) * %d))
                 sys.stdout.write("".join("%%09d %%s\\n" %% (n, "x" * 49) for n in range(done, due)))
                 done = due
                 time.sleep(0.01)
             print("end")
             input()
-            """ % (total, total, ahead, rate)), redirect_input=True)[0]
+            """ % (total, total, rate)), redirect_input=True)[0]
 
     def test_frames_while_5000_lines_a_second_arrive(self):
-        seconds, ahead = 10, 110000                 # so that as many lines go as come
-        pid = self.lines("fast", 5000, ahead + 5000 * (seconds + 1), ahead)
+        pid = self.lines("fast", 5000, 60000)
         self.open("/p/fast")
+        self.streams(1)
         self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
-        self.browser.wait(self.LINES + ".some(text => parseInt(text) >= arguments[0])", ahead + 10)
-        frames, longest = self.pass_time(seconds)
-        self.tell("%.1f frames a second while 5,000 lines a second arrive, the longest pause "
-                  "%.0f ms", frames / seconds, 1000 * longest)
-        self.assertGreater(frames / seconds, 20)
+        self.browser.wait(self.LINES + ".some(text => parseInt(text) >= 10)")
+        frames, longest = self.browser.script("""
+            const end = performance.now() + 10000;
+            let frames = 0, longest = 0, last = performance.now();
+            return new Promise(resolve => requestAnimationFrame(function frame(now) {
+              longest = Math.max(longest, now - last); last = now; frames++;
+              if (now < end) requestAnimationFrame(frame); else resolve([frames, longest]);
+            }))""")
+        print("%.1f frames a second while 5,000 lines a second arrive, the longest pause %.0f ms"
+              % (frames / 10, longest), flush=True)
+        self.assertGreater(frames / 10, 20)
         self.becomes(self.LAST, "end")
         self.becomes("return document.querySelectorAll('.note').length", 0)     # nothing was lost
 
     def test_memory_is_bounded(self):
         totals, used = (200000, 800000), []
-        self.open("/p/none")
+        self.open("/logs")
+        self.streams(1)
         empty = self.memory()
-        self.go("/logs")
         for number, total in enumerate(totals):
             pid = self.lines("many%d" % number, 25000, total)
-            self.browser.wait("return document.querySelector('.lines')")
             self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
             with unittest.mock.patch(__name__ + ".TIMEOUT", 10 * TIMEOUT):
                 self.browser.wait(self.TEXTS + ".some(text => /many%d.* end$/.test(text))" % number)
-            used.append(self.memory())
-            self.tell("%.1f MiB of memory of the tab, %.1f of them since it began, after %d lines",
-                      used[-1], used[-1] - empty, sum(totals[:number + 1]))
-        self.assertLess(max(used) - empty, 150)
-        self.assertLess(used[1] - empty, 1.5 * (used[0] - empty))
+            used.append(self.memory() - empty)
+            print("%.1f MiB more memory of the tab after %d lines" % (
+                used[-1], sum(totals[:number + 1])), flush=True)
+        self.assertLess(max(used), 150)
+        self.assertLess(used[1], 1.5 * used[0])
 
     def memory(self):
         """MiB that the process of the tab has for itself."""
@@ -11176,19 +10231,13 @@ class BrowserFigures(BrowserPageCase):
             paints.append(self.browser.wait(
                 "const [paint] = performance.getEntriesByName('first-contentful-paint');"
                 "return paint && paint.startTime"))
-        self.tell("first paint of 300 processes: %.0f ms, median of %d loads (%.0f to %.0f)",
-                  statistics.median(paints), len(paints), min(paints), max(paints))
-        self.pass_time(3)
-        for what in "while one page shows 300 processes", "without a page":
-            before = time.process_time()
-            self.pass_time(20)
-            self.tell("%.2f %% of a core for the server %s", 5 * (time.process_time() - before),
-                      what)
-            self.browser.get("about:blank")
-        for path in ("/", "/status?usage=true"):
-            data = self.server.request("GET", path, headers={
-                "Accept": "text/html", "Accept-Encoding": "gzip"})[2]
-            self.tell("%s is %.1f KiB as gzip", path, len(data) / 1024)
+        before, data = time.process_time(), self.server.request("GET", "/", headers={
+            "Accept": "text/html", "Accept-Encoding": "gzip"})[2]
+        self.browser.script("return new Promise(done => setTimeout(done, 20000))")
+        print("300 processes: first paint %.0f ms, median of 7 loads; %.1f KiB as gzip; %.2f %% of "
+              "a core while one page shows them" % (
+                  statistics.median(paints), len(data) / 1024, 5 * (time.process_time() - before)),
+              flush=True)
 
 
 class BrowserMisuse(BrowserCase):
@@ -11230,9 +10279,8 @@ class BrowserMisuse(BrowserCase):
             element.onload = () => done('loaded');
             element.onerror = element.onstalled = () => done('refused');
             document.body.append(element); });"""
-    CHANGES = (("POST", "/processes"), ("POST", "/processes/typed/_stop"),
-               ("POST", "/processes/typed/_add/3"), ("POST", "/processes/typed/_signal/KILL"),
-               ("POST", "/streams/1/stdin"), ("POST", "/_reload"))
+    PLANTED = {"method": "POST", "body": '{"name": "planted", "cmd": "true"}',
+               "headers": {"Content-Type": "text/plain"}}
     # text/plain makes JSON of it
     TEMPLATE = [['{"name": "planted", "cmd": "true", "args": ["', '"]}']]
     OPAQUE, REFUSED = ["opaque", 0, ""], ["TypeError", 0, ""]
@@ -11243,17 +10291,12 @@ class BrowserMisuse(BrowserCase):
         self.site = Running(allow_hosts=["evil.example"], handlers=[
             ("/page", lambda request: (200, {"Content-Type": "text/html"}, text))])
         self.addCleanup(self.site.stop_all)
-        self.evil, self.friend, self.same = (
-            "http://%s:%d/page" % (host, self.site.port)
-            for host in ("evil.example", "localhost", "127.0.0.1"))
+        self.evil, self.friend = ("http://%s:%d/page" % (host, self.site.port)
+                                  for host in ("evil.example", "localhost"))
         self.server.add("typed", "cat", redirect_input=True)
         talk = "print(%r, end='', flush=True); input()" % (self.SECRET + "\n")     # one write
         self.server.add("talks", python(talk), redirect_input=True)
-        self.said(2)
-
-    def said(self, pid):
-        """Wait until a process has said the secret."""
-        data = self.server.request("GET", "/streams/%d/stdout?since=0" % pid)[2]
+        data = self.server.request("GET", "/streams/talks/stdout?since=0")[2]
         self.assertIn("leaked", data.decode())
 
     def url(self, path, scheme="http"):
@@ -11279,55 +10322,44 @@ class BrowserMisuse(BrowserCase):
 
     def test_forms(self):
         self.browser.get(self.evil)
-        rows = [("text/plain", path) for _, path in self.CHANGES]
-        rows += [("application/x-www-form-urlencoded", "/processes"),
-                 ("multipart/form-data", "/processes")]
-        for number, (enctype, path) in enumerate(rows, 1):
+        for number, (enctype, path) in enumerate((
+                ("text/plain", "/processes"), ("text/plain", "/processes/typed/_add/3"),
+                ("text/plain", "/streams/1/stdin"), ("multipart/form-data", "/_reload")), 1):
             self.browser.script(self.FORM, self.url(path), enctype, self.TEMPLATE)
             self.assertEqual(self.count("POST"), number, (enctype, path))
+        self.browser.script("navigator.sendBeacon(arguments[0], 'typed')",
+                            self.url("/streams/1/stdin"))
+        until(lambda: self.count("POST") == number + 1, "the beacon")
         self.assertUntouched()
         self.browser.get(self.friend)
         self.browser.script(self.FORM, self.url("/processes"), "text/plain", self.TEMPLATE)
         self.assertEqual(self.server.ok("GET", "/processes"), ["typed", "talks", "planted"])
 
-    def test_requests_without_a_preflight(self):
+    def test_requests(self):
+        """With a preflight that is not answered as they wish, or without one."""
         self.browser.get(self.evil)
-        planted = {"method": "POST", "body": '{"name": "planted", "cmd": "true"}',
-                   "headers": {"Content-Type": "text/plain"}, "credentials": "include"}
         for mode, answer in (("no-cors", self.OPAQUE), ("cors", self.REFUSED)):
-            for _, path in self.CHANGES:
-                with self.subTest(mode=mode, path=path):
-                    before = self.count("POST")
-                    self.assertEqual(self.ask(self.url(path), dict(planted, mode=mode)), answer)
-                    self.assertEqual(self.count("POST"), before + 1)
-        self.browser.script("navigator.sendBeacon(arguments[0], 'typed')",
-                            self.url("/streams/1/stdin"))
-        until(lambda: self.count("POST") == before + 2, "the beacon")
-        self.assertUntouched()
-        self.browser.get(self.friend)
-        del planted["credentials"]
-        self.assertEqual(self.ask(self.url("/processes"), planted)[:2], ["cors", 200])
-        self.assertEqual(self.server.ok("GET", "/processes"), ["typed", "talks", "planted"])
-
-    def test_requests_with_a_preflight(self):
-        self.browser.get(self.evil)
+            before = self.count("POST")
+            options = dict(self.PLANTED, mode=mode, credentials="include")
+            self.assertEqual(self.ask(self.url("/processes"), options), answer)
+            self.assertEqual(self.count("POST"), before + 1)
         attempts = ({"method": "PUT", "body": '{"cmd": "true"}',
-                     "headers": {"Content-Type": "application/json"}}, {"method": "DELETE"},
-                    {"method": "POST", "headers": {"X-HTTP-Method-Override": "DELETE"}})
+                     "headers": {"Content-Type": "application/json"}}, {"method": "DELETE"})
         for options in attempts:
             self.assertEqual(self.ask(self.url("/processes/typed"), options), self.REFUSED)
-        self.assertEqual((self.count("OPTIONS", 204), self.count("PUT"), self.count("DELETE")),
-                         (3, 0, 0))
+        self.assertEqual([self.count("OPTIONS", 204), self.count("PUT"), self.count("DELETE")],
+                         [2, 0, 0])
         self.assertUntouched()
         self.browser.get(self.friend)
-        for options in attempts[:2]:
+        self.assertEqual(self.ask(self.url("/processes"), self.PLANTED)[:2], ["cors", 200])
+        for options in attempts:
             self.assertEqual(self.ask(self.url("/processes/typed"), options)[:2], ["cors", 200])
-        self.assertEqual(self.server.ok("GET", "/processes"), ["talks"])
+        self.assertEqual(self.server.ok("GET", "/processes"), ["talks", "planted"])
 
     def test_reading(self):
         """Nor is a process held by a page that does not read."""
-        paths = ("/processes", "/processes/typed", "/streams/2/stdout?tail=all", "/metrics", "/",
-                 "/stats", "/watch?since=0", "/streams/2/stdout?feed=continuous&loss=block")
+        paths = ("/processes", "/streams/2/stdout?tail=all", "/",
+                 "/streams/2/stdout?feed=continuous&loss=block")
         stream = self.url("/streams/2/stdout?tail=all&feed=eventsource")
         sockets = [self.url(path, "ws") for path in (
             "/wstreams/1", "/wstreams/2?tail=all&readonly=true")]
@@ -11352,80 +10384,20 @@ class BrowserMisuse(BrowserCase):
         """An image, a script, a style sheet or a frame is asked for without an Origin."""
         self.browser.get(self.evil)
         for kind, attribute in (("img", "src"), ("script", "src"), ("link", "href"),
-                                ("iframe", "src"), ("object", "data"), ("embed", "src"),
-                                ("audio", "src")):
-            for path in ("/processes/typed/_stop", "/processes/nobody", "/",
-                         "/streams/2/stdout?tail=all"):
+                                ("iframe", "src"), ("object", "data")):
+            for path in "/", "/streams/2/stdout?tail=all":
                 with self.subTest(kind=kind, path=path):
                     before = self.count("GET")
                     self.assertEqual(
                         self.browser.script(self.LOAD, kind, attribute, self.url(path)),
-                        "loaded" if kind in ("iframe", "embed") else "refused")
+                        "loaded" if kind == "iframe" else "refused")
                     self.assertEqual(self.count("GET"), before + 1)
                     self.assertIsNone(self.browser.script("return window.leaked"))
-        self.assertUntouched()
-
-    def test_frames_and_windows(self):
-        self.browser.get(self.same)             # of the same site, which alone would let it in
+        self.browser.get(self.evil.replace("evil.example", "127.0.0.1"))    # of the same site
         self.browser.script(self.LOAD, "iframe", "src", self.url("/"))
         frames = self.browser.cdp("Page.getFrameTree")["frameTree"]["childFrames"]
         self.assertEqual(frames[0]["frame"].get("unreachableUrl"), self.url("/"))
         self.assertIn("frame-ancestors", "".join(self.browser.console()))
-        window = self.browser.do("GET", "window")
-        self.browser.get(self.evil)
-        self.browser.script("window.other = open(arguments[0])", self.url("/"))
-        self.browser.wait("return other.closed")        # so it seems to who has opened it
-        other, = set(self.browser.do("GET", "window/handles")) - {window}
-        self.browser.do("POST", "window", {"handle": other})
-        self.assertEqual(self.browser.wait("return document.title && [document.title,"
-                                           " window.opener]"), ["gaffer", None])
-        self.browser.do("DELETE", "window")
-        self.browser.do("POST", "window", {"handle": window})
-
-    def test_a_name_that_is_pointed_here(self):
-        """DNS rebinding: the page's own origin is this server, so no browser objects."""
-        for host in ("evil.example", "127.0.0.1.evil.example"):
-            self.browser.get("http://%s:%d/" % (host, self.server.port))
-            self.assertIn("forbidden_host", self.browser.script("return document.body.innerText"))
-            for method in ("GET", "POST", "DELETE"):
-                answer = self.ask("/processes/typed", {"method": method})
-                self.assertEqual((answer[1], json.loads(answer[2])["error"]),
-                                 (403, "forbidden_host"))
-            url = "ws://%s:%d/wstreams/1" % (host, self.server.port)
-            self.assertEqual(self.browser.script(self.SOCKET, url), 1006)
-        self.assertUntouched()
-        for host in "127.0.0.1", "localhost", "web.localhost":
-            self.browser.get("http://%s:%d/" % (host, self.server.port))
-            answer = self.ask("/processes/talks/_restart?wait=true", {"method": "POST"})
-            self.assertEqual(answer[1], 200)
-            pid, = json.loads(self.server.request("GET", "/processes/talks/_pids")[2])["pids"]
-            self.said(pid)
-            url = "ws://%s:%d/wstreams/%d" % (host, self.server.port, pid)
-            self.assertEqual(self.browser.script(self.SOCKET, url), 1000)
-
-    def test_no_origin_at_all(self):
-        """Sandboxed frames and data: pages have the origin null."""
-        look = """
-            const [source, code] = arguments, frame = document.createElement('iframe');
-            const text = '<script>' + code + '</' + 'script>';
-            if (source == 'data') frame.src = 'data:text/html,' + encodeURIComponent(text);
-            else { frame.sandbox = 'allow-scripts allow-forms'; frame.srcdoc = text; }
-            return new Promise(done => {
-                window.onmessage = event => done([event.origin, event.data]);
-                document.body.replaceChildren(frame); });"""
-        self.browser.get(self.evil)
-        for source in ("data", "sandbox"):
-            for method, mode, answer in (("POST", "no-cors", self.OPAQUE),
-                                         ("POST", "cors", self.REFUSED),
-                                         ("GET", "cors", self.REFUSED)):
-                before = self.count(method)
-                url = self.url("/processes/typed/_stop" if method == "POST" else "/processes")
-                code = ("const ask = async function() {%s}; ask(%s, %s)"
-                        ".then(answer => parent.postMessage(answer, '*'))") % (
-                            self.ASK, json.dumps(url), json.dumps({"method": method, "mode": mode}))
-                self.assertEqual(self.browser.script(look, source, code), ["null", answer])
-                self.assertEqual(self.count(method), before + (method == "POST"))
-        self.assertUntouched()
 
     def test_credentials_that_the_browser_has(self):
         """A browser sends what it knows of this server along, whoever asks."""
@@ -11436,27 +10408,21 @@ class BrowserMisuse(BrowserCase):
         self.browser.get("http://user:s3cret@%s/processes" % base)
         self.browser.get("http://%s/" % base)
         self.assertEqual(self.browser.wait("return document.title"), "gaffer")
-        added = {"method": "POST", "body": '{"name": "mine", "cmd": "cat", "redirect_input": true}'}
-        self.assertEqual(self.ask("/processes", added)[1], 200)
-        socket_url = "ws://%s/wstreams/1" % base
-        self.assertEqual(self.browser.script(self.SOCKET, socket_url), "typed\n")
+        self.assertEqual(self.ask("/processes", self.PLANTED)[1], 200)
         self.browser.get(self.evil)
-        for enctype in ("text/plain", "application/x-www-form-urlencoded"):
-            self.browser.script(self.FORM, "http://%s/processes" % base, enctype, self.TEMPLATE)
-        for mode in ("no-cors", "cors"):
-            for path, options in (("/processes/mine", added), ("/processes", {})):
-                self.ask("http://" + base + path, dict(options, mode=mode, credentials="include"))
+        self.browser.script(self.FORM, "http://%s/processes" % base, "text/plain", self.TEMPLATE)
+        for path, options in ("/processes/planted/_stop", self.PLANTED), ("/processes", {}):
+            self.ask("http://" + base + path, dict(options, mode="no-cors", credentials="include"))
+        socket_url = "ws://%s/wstreams/1" % base
         self.assertEqual(self.browser.script(self.SOCKET, socket_url), 1006)
-        self.assertEqual(self.count("POST", 403, server), 4)
-        answer = server.json("GET", "/processes", headers={"Authorization": "Bearer s3cret"})
-        self.assertEqual(answer, (200, ["mine"]))
+        self.assertEqual(self.count("POST", 403, server), 2)
 
 
 # --------------------------------------------------------------------------------------------------
 # ring 4: the command line, the README, the structure of the file
 # --------------------------------------------------------------------------------------------------
 CLI_FILE = os.path.join(HERE, "gaffer.py")
-CLI_SCRIPT = [PYTHON, "-W", "error", "-X", "dev", CLI_FILE]
+CLI_SCRIPT = [PYTHON, "-W", "error", CLI_FILE]
 CLI_IMPORT = "import sys; sys.path[0] = %r; import gaffer\n" % HERE
 CLI_MAIN = "\nsys.exit(gaffer.main())"
 CLI_COMMAND = [PYTHON, "-W", "error", "-S", "-c", CLI_IMPORT + CLI_MAIN]
@@ -11695,16 +10661,14 @@ class CliProcess:
 
 class CliCase(Case):
     """start() and run_program() run programs that end with the test. Most run gaffer's main() in a
-    forked process: the script (`script=True`) is compiled at each start, which takes longest."""
+    forked process: the script is compiled at each start, which takes longest."""
 
     env = None                          # main() gives it a cache of compiled modules
 
-    def start(self, *arguments, script=False, **options):
+    def start(self, *arguments, **options):
         """A running `gaffer.py ARGUMENTS`; without a command `serve` on a free port, with them."""
         if "serve" not in arguments:
             arguments = ("serve", "--bind", "127.0.0.1:0") + arguments
-        if script:
-            return self.run_program([*CLI_SCRIPT, *arguments], **options)
         return self.run_program(arguments, popen=ForkedCommand, **options)
 
     def run_program(self, command, **options):
@@ -11788,52 +10752,71 @@ class CliCase(Case):
 class CliServe(CliCase):
     """Options of `serve`, and its output."""
 
-    def test_one_line(self):
-        folder = self.folder()                  # from which nothing is imported
+    def test_options(self):
+        """As a script, in a folder from which nothing is imported: all that `serve` takes."""
+        folder = self.folder()
         for name in ("json", "types", "marshal", "argparse", "socket"):
             self.file(folder, name + ".py", "raise SystemExit('from the current folder')\n")
-        server = self.start(script=True, cwd=folder)
-        self.assertRegex(server.first_line,
-                         r"\Agaffer [0-9.]+ listening on http://127\.0\.0\.1:[0-9]+\n\Z")
-        self.assertEqual(server.request("GET", "/ping")[2], b"OK")
+        server = self.run_program(
+            [*CLI_SCRIPT, "serve", "--bind", "127.0.0.1:0", "--bind", "unix:socket", "--window",
+             "256", "--cors-origin", "https://a.example", "--allow-host", "a.example"], cwd=folder)
+        self.assertRegex(server.first_line, r"\Agaffer [0-9.]+ listening on http://127\.0\.0\.1:"
+                                            r"[0-9]+, unix:socket\n\Z")
+        self.assertEqual(cli_ask(folder + "/socket", "GET", "/ping")[2], b"OK")
+        shown = cli_read("/proc/%d/cmdline" % server.process.pid).split("\0")
+        self.assertEqual(shown[shown.index(CLI_FILE) + 1:][:2], ["serve", "--bind"])
+        resident = re.search(r"VmRSS:\s+(\d+)", cli_read("/proc/%d/status" % server.process.pid))
+        self.assertLess(int(resident.group(1)), 21 * 1024)
         opened = self._descriptors(server.process.pid)
         self.assertEqual([path for path in opened if "deleted" in path], [])
+        for name, status in ("a", 404), ("b", 403):
+            origin, host = "https://%s.example" % name, name + ".example"
+            found = server.request("POST", "/processes/x/_stop", None, {"Origin": origin})
+            self.assertEqual((found[0], found[1]["Access-Control-Allow-Origin"]),
+                             (status, origin if status == 404 else None))
+            self.assertEqual(server.request("GET", "/nothing", None, {"Host": host})[0], status)
+        server.add("a", {"cmd": "printf %999d; exec cat", "shell": True}, redirect_input=True)
+        until(lambda: server.request("HEAD", "/streams/1/stdout")[1]["Gaffer-Offset"] == "999")
+        headers = server.request("GET", "/streams/1/stdout?since=0")[1]
+        self.assertEqual(headers["Gaffer-Dropped"], str(999 - 256))
         self.assertEqual((server.stop(), server.stdout, server.stderr), (0, "", ""))
+        self.assertFalse(os.path.exists(folder + "/socket"))
 
     @staticmethod
     def _descriptors(os_pid):
         return list(map(os.path.realpath, glob.glob("/proc/%d/fd/*" % os_pid)))
 
-    def test_cached_bytecode(self):
-        """ps shows what runs; what cannot be cached runs as it is; only serve and up exec again."""
-        def command_line(*flags, **more):
-            server = self.run_program([PYTHON, *flags, CLI_FILE, "serve", "--bind", "127.0.0.1:0"],
-                                      env=dict(self.env, **more))
-            return server, cli_read("/proc/%d/cmdline" % server.process.pid).split("\0")[1:]
-        server, words = command_line()
-        server.add("a", "sleep 1000")
-        self.assertEqual(words[:1] + words[2:5], ["-c", CLI_FILE, "serve", "--bind"])
-        resident = re.search(r"VmRSS:\s+(\d+)", cli_read("/proc/%d/status" % server.process.pid))
-        self.assertLess(int(resident.group(1)), 21 * 1024)
-        _, words = command_line("-B", PYTHONPYCACHEPREFIX=self.folder())
+    def test_bytecode_that_cannot_be_cached(self):
+        """It runs as it is, and ps shows what runs."""
+        server = self.run_program(
+            [PYTHON, "-B", CLI_FILE, "serve", "--bind", "127.0.0.1:0"],
+            env=dict(self.env, PYTHONPYCACHEPREFIX=self.folder()))
+        words = cli_read("/proc/%d/cmdline" % server.process.pid).split("\0")[1:]
         self.assertEqual(words[:3], ["-B", CLI_FILE, "serve"])
-        traced = "import os, runpy, sys; os.execv = None; sys.argv.pop(0)\n" \
-            "runpy.run_path(sys.argv[0], run_name='__main__')"
-        run = subprocess.run(
-            [PYTHON, "-c", traced, CLI_FILE, "start", "up", "--endpoint", server.urls[0]],
-            env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT)
-        self.assertEqual((run.returncode, run.stderr[:40]),
-                         (4, b"gaffer: there is no process named 'up'; "))
 
-    def test_addresses(self):
-        path = os.path.join(self.folder(), "socket")
-        server = self.start("--bind", "127.0.0.1:0", "serve", "--bind", "127.0.0.1:0",
-                            "--bind", "unix:" + path)
-        self.assertEqual((len(server.ports), server.urls[2:]), (2, ["unix:" + path]))
-        for address in (*server.ports, path):
-            self.assertEqual(cli_ask(address, "GET", "/ping")[2], b"OK")
-        server.stop()
-        self.assertFalse(os.path.exists(path))
+    @unittest.skipUnless(hasattr(os, "pidfd_open"), "children are polled here")
+    def test_a_quiet_server_makes_no_system_call(self):
+        """With all kinds of readers waiting: each wake-up would be a switch of a thread."""
+        server = self.start()
+        server.add("cat", "cat", redirect_input=True)
+        for target in ("/streams/1/stdout?feed=continuous&heartbeat=true", "/watch",
+                       "/streams/1/stdout?feed=eventsource", "/watch?feed=eventsource",
+                       "/streams/1/stdout?timeout=1000", "/ping", ""):
+            wire = Wire(server.port)
+            self.addCleanup(wire.close)
+            wire.request(target) if target else wire.upgrade("/wstreams/1")
+        server.ok("POST", "/streams/1/stdin", "partial line")
+        self.assertEqual(wire.read(), (1, b"partial line"))
+
+        def switches():
+            return [re.findall(r"ctxt_switches:\s*(\d+)", cli_read(path)) for path in sorted(
+                glob.glob("/proc/%d/task/*/status" % server.process.pid))]
+
+        def quiet():
+            before = switches()
+            threading.Event().wait(1.0)         # a second without a switch is what is measured
+            return switches() == before
+        until(quiet, "a quiet second")
 
     def test_standard_streams(self):
         """All closed, a reader that has gone or takes nothing, a full disk: it goes on."""
@@ -11849,14 +10832,13 @@ class CliServe(CliCase):
         for fd in (gone[1], *unread, full):
             self.addCleanup(os.close, fd)
         path = os.path.join(self.folder(), "socket")
-        script, serve = " ".join(map(shlex.quote, CLI_SCRIPT)), ["serve", "--bind", "unix:" + path]
+        closed = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', PYTHON, CLI_FILE]
         for popen, command, out, err in (
-                (subprocess.Popen, ["sh", "-c", 'exec %s "$@" <&- >&- 2>&-' % script, "-"], 1, 2),
-                (subprocess.Popen, CLI_SCRIPT, gone[1], subprocess.PIPE),
+                (subprocess.Popen, closed, 1, 2), (ForkedCommand, [], gone[1], subprocess.PIPE),
                 (ForkedCommand, ["-v"], full, full), (ForkedCommand, ["-v"], *unread[1:] * 2)):
             with self.subTest(command=command, out=out), popen(
-                    command + serve, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                    env=self.env) as process:
+                    command + ["serve", "--bind", "unix:" + path], stdin=subprocess.DEVNULL,
+                    stdout=out, stderr=err, env=self.env) as process:
                 self.addCleanup(process.kill)
                 cli_ask(path, "POST", "/processes",
                         {"name": "cat", "cmd": "cat", "redirect_input": True})
@@ -11873,35 +10855,13 @@ class CliServe(CliCase):
         for arguments, variable in (("--token-file", path), "another"), ((), "s3cret"):
             with self.subTest(arguments=arguments):
                 env = dict(self.env, GAFFER_TOKEN=variable)
-                server = self.start(*arguments, env=env, script=not arguments)
+                server = self.start(*arguments, env=env)
                 server.expect_stderr("WARNING a wrong token came from ")
                 self.assertEqual([server.request("GET", "/processes", None, headers)[0]
                                   for headers in ({}, bad, good)], [401, 401, 200])
                 server.ok("POST", "/processes", {"name": "a", "cmd": "sleep 1000"}, good)
                 os_pid = server.ok("GET", "/processes/1", headers=good)["os_pid"]
                 self.assertNotIn("GAFFER_TOKEN", cli_read("/proc/%d/environ" % os_pid))
-
-    def test_origins_and_hosts(self):
-        server = self.start("--cors-origin", "https://a.example", "--allow-host", "a.example",
-                            "--cors-origin", "https://b.example/", "--allow-host", "b.example")
-        for name, status in ("a", 404), ("b", 404), ("c", 403):
-            origin, host = "https://%s.example" % name, name + ".example"
-            found = server.request("POST", "/processes/x/_stop", None, {"Origin": origin})
-            self.assertEqual((found[0], found[1]["Access-Control-Allow-Origin"]),
-                             (status, origin if status == 404 else None))
-            found = server.request("GET", "/nothing", None, {"Host": host})
-            self.assertEqual(found[0], status)
-
-    def test_window(self):
-        server = self.start("--window", "256")
-        server.add("a", {"cmd": "printf %19999d; exec cat", "shell": True}, redirect_input=True)
-        offset = 0
-        while offset < 19999:
-            path = "/streams/1/stdout?since=%d" % offset
-            offset = int(server.request("GET", path)[1]["Gaffer-Offset"])
-        _, headers, body = server.request("GET", "/streams/1/stdout?since=0")
-        self.assertLessEqual(len(body), 256)
-        self.assertEqual(int(headers["Gaffer-Dropped"]) + len(body), 19999)
 
     def test_tls(self):
         """Both sides: what serve does with a certificate, and what commands say of it."""
@@ -11917,10 +10877,9 @@ class CliServe(CliCase):
             self.call("processes", "--endpoint", endpoint, *more, status=status, err=err)
 
     def test_verbose(self):
-        bind = ("serve", "--bind", "127.0.0.1:0")
-        for arguments, level in (bind, 0), ((*bind, "-v"), 1), (("--verbose", *bind, "-v"), 2):
+        for arguments, level in ((), 0), (("-v",), 1), (("-v", "--verbose"), 2):
             with self.subTest(arguments=arguments):
-                server = self.start(*arguments)
+                server = self.start("serve", "--bind", "127.0.0.1:0", *arguments)
                 server.add("a", {"cmd": "echo a word; exec sleep 1000", "shell": True})
                 server.request("GET", "/streams/1/stdout?since=0")      # the word has come
                 server.stop()
@@ -11933,16 +10892,13 @@ class CliServe(CliCase):
                     server.expect_stderr(r" DEBUG (a stdout \| a word|a client has left: .*)$")
 
     def test_access_log(self):
-        path = os.path.join(self.folder(), "access.log")
-        for where in path, "-":
-            server = self.start("--access-log", where)
-            server.request("GET", "/ping")
-            server.stop()
-            if where == "-":
-                server.expect_stderr("GET /ping")
-            text = server.stderr if where == "-" else cli_read(path)
-            self.assertEqual([line[2:5] for line in access_lines(text)],
-                             [("GET /ping HTTP/1.1", 200, 2)])
+        """To a file it goes in CliDaemon.test_log_files_are_reopened."""
+        server = self.start("--access-log", "-")
+        server.request("GET", "/ping")
+        server.stop()
+        server.expect_stderr("GET /ping")
+        self.assertEqual([line[2:5] for line in access_lines(server.stderr)],
+                         [("GET /ping HTTP/1.1", 200, 2)])
 
 
 class CliSignals(CliCase):
@@ -11962,7 +10918,7 @@ class CliSignals(CliCase):
         """The newest is told first; all are gone when gaffer ends."""
         for signum in signal.SIGINT, signal.SIGTERM:
             with self.subTest(signum=signum):
-                server = self.start("-v", script=signum == signal.SIGTERM)
+                server = self.start("-v")
                 os_pids = [server.add(name, "sleep 1000")[0] for name in ("a", "b", "c")]
                 server.stop(signum)
                 self.assertEqual(self.stopped(server), ["c", "b", "a"])
@@ -11971,7 +10927,7 @@ class CliSignals(CliCase):
     def test_second_signal(self):
         """It kills at once, and SIGQUIT does by itself."""
         term, interrupt, end = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT
-        for signums in (term, interrupt), (interrupt, term), (end,), (term, end):
+        for signums in (term, interrupt), (interrupt, term), (end,):
             with self.subTest(signums=signums):
                 server = self.start()
                 os_pid, = server.add("a", python(self.STUBBORN), graceful_timeout=1000)
@@ -12004,7 +10960,7 @@ class CliSignals(CliCase):
             return signum, status, server.stderr, alive(os_pid), os.path.exists(pidfile)
         others = self.FAULTS | self.GO_ON | self.STOPS | {signal.SIGKILL}
         ending = [signum for signum in signal.valid_signals() - others
-                  if not signal.SIGRTMIN < signum < signal.SIGRTMAX]
+                  if not signal.SIGRTMIN < signum]
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             for signum, *outcome in pool.map(ends, ending):
                 with self.subTest(signum=signum):
@@ -12071,7 +11027,7 @@ class CliSignals(CliCase):
         command = [PYTHON, "-c", CLI_IMPORT + "import os; gaffer.make_parser('serve').format_help()"
                    "; os.setgid(61234); os.setuid(61234)" + CLI_MAIN,
                    "serve", "--bind", "127.0.0.1:0"]
-        for cmd, twice in (become, False), (become + "; true", False), (become, True):
+        for cmd, twice in (become + "; true", False), (become, True):
             with self.subTest(cmd, twice=twice):
                 server = self.run_program(command, cwd="/")
                 leader, = server.add("a", cmd, shell=cmd != become)
@@ -12098,8 +11054,7 @@ class CliSignals(CliCase):
         folder = self.folder()
         self.file(folder, "socketserver.py",
                   "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nsignal.sigwait([])\n")
-        for command in ([CLI_FILE, "status"], ["-m", "gaffer", "watch"], [CLI_FILE, "up"],
-                        [CLI_FILE, "serve", "--bind", "127.0.0.1:0"]):
+        for command in ["-m", "gaffer", "watch"], [CLI_FILE, "up"]:
             with self.subTest(command):
                 run = subprocess.run(
                     [PYTHON, *command], cwd=HERE, env=dict(self.env, PYTHONPATH=folder),
@@ -12124,13 +11079,14 @@ class CliExit(CliCase):
             server.stop(None, status)
 
     def test_exit_with(self):
-        for words, status in ("exit 7", 7), ("exit 0", 0), ("kill -9 $$", 137), ("kill $$", 143):
+        for words, status in ("exit 7", 7), ("exit 0", 0), ("kill -9 $$", 137):
             with self.subTest(words=words):
                 server = self.start("-v", "--exit-with", "main")
-                os_pids = [server.add(name, self.MAIN)[0] for name in ("a", "main", "b", "c")]
-                self.tell(server, words, status)
-                self.assertEqual(self.stopped(server), ["c", "b", "a"])
-                self.assertFalse(any(map(alive, os_pids)))
+                os_pids = [server.add(name, self.MAIN)[0] for name in ("a", "main", "b")]
+                # what is left of its group ends, too
+                self.tell(server, "sleep 1000 & " + words, status)
+                self.assertEqual(self.stopped(server), ["b", "a"])
+                self.assertFalse([os_pid for os_pid in os_pids if process_group(os_pid)])
 
     def test_what_does_not_end_it(self):
         """Other templates, a stop and a restart over HTTP; TERM is no exit of the process."""
@@ -12146,34 +11102,6 @@ class CliExit(CliCase):
         self.assertEqual(server.ok("GET", "/status/main")["running"], 1)
         server.stop()
 
-    def test_what_is_left_of_its_group(self):
-        server = self.start("--exit-with", "main")
-        words = {"cmd": 'sleep 1000 & echo $!; read words; eval "$words"'}
-        server.add("main", dict(self.MAIN, **words))
-        left = int(server.request("GET", "/streams/1/stdout?since=0")[2])
-        self.tell(server, "exit 4", 4)
-        self.assertFalse(alive(left))
-
-    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare"), "needs root and unshare")
-    def test_as_pid_1(self):
-        """As in a container, whose status it is; TERM is passed on in order."""
-        command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-        probe = subprocess.run(command + ["true"], stderr=subprocess.DEVNULL, timeout=TIMEOUT)
-        if probe.returncode:
-            self.skipTest("no pid namespace can be made here")
-        command += [*CLI_SCRIPT, "serve", "--bind", "127.0.0.1:0", "-v", "--exit-with", "main"]
-        for words, status in ("exit 7", 7), ("kill -9 $$", 137), ("", 0):
-            with self.subTest(words=words):
-                server = self.run_program(command)
-                for name in ("a", "main", "b"):
-                    server.add(name, self.MAIN)
-                if not words:
-                    os_pid, = gaffer.ProcfsTable().children(server.process.pid)
-                    os.kill(os_pid, signal.SIGTERM)
-                self.tell(server, words, status)
-                names = ["b", "a"] if words else ["b", "main", "a"]
-                self.assertEqual(self.stopped(server), names)
-
     def test_exit_when_done(self):
         """The status is the first failure's; what waits for a failure waits for ever."""
         def sh(words, **options):
@@ -12182,8 +11110,7 @@ class CliExit(CliCase):
             "attempts": 2, "window": 100, "max_retry": 0}
         for status, templates in (
                 (0, {"a": well, "b": sh("exit 3", success=[3])}),
-                (143, {"a": well, "fails": sh("exit 143")}),
-                (137, {"fails": sh("kill -KILL $$$$")}), (1, {"fails": dict(well, success=[1])}),
+                (137, {"a": well, "fails": sh("kill -KILL $$$$")}),
                 (3, {"fails": sh("exit 3", restart="on-failure", flapping=flapping),
                      "b": sh("sleep 0.1")}),
                 (5, {"fails": sh("exit 5"), "b": dict(well, after=["fails"])})):
@@ -12204,13 +11131,6 @@ class CliExit(CliCase):
         self.assertEqual(server.ok("GET", "/status/web")["running"], 1)
         server.ok("POST", "/processes/web/_stop")
         server.stop(None)
-
-    def test_up_when_done(self):
-        text = "a: sh -c 'exit 4'\nb: sleep 0.2; echo last\n"
-        path = self.file(self.folder(), "Procfile", text)
-        status, out, _ = self.outcome("up", "--exit-when-done", "-f", path)
-        self.assertEqual(status, 4)
-        self.assertIn("| last", out)
 
 
 class CliFaults(CliCase):
@@ -12255,7 +11175,7 @@ class CliFaults(CliCase):
     def said_once(self, server, *texts):
         """A process was killed, and each text was logged once."""
         server.stop()
-        server.expect_stderr("WARNING (x|flaps): exit .*signal 9", *texts)
+        server.expect_stderr("WARNING x: exit .*signal 9", *texts)
         self.assertEqual([server.stderr.count(text) for text in texts], [1] * len(texts))
 
     def test_no_descriptor_for_a_process(self):
@@ -12285,143 +11205,19 @@ class CliFaults(CliCase):
         server = self.start()
         ask = self.keep(server)
         info = dict(self.CAT, cmd="sleep 1000 & exec cat", shell=True, graceful_timeout=0.1)
-        flapping = {"attempts": 2, "window": 60, "retry_in": 60, "max_retry": 0}
         ask("POST", "/processes", dict(info, name="x"))
-        ask("POST", "/processes", dict(info, name="flaps", flapping=flapping))
-        leaders = {name: ask("GET", "/status/" + name)[1]["os_pids"][0] for name in ("x", "flaps")}
+        leader = ask("GET", "/status/x")[1]["os_pids"][0]
         with socket.socket() as late:
             with self.limit(server, resource.RLIMIT_NOFILE, 3):
-                for leader in leaders.values():
-                    os.kill(leader, signal.SIGKILL)
+                os.kill(leader, signal.SIGKILL)
                 late.connect(("127.0.0.1", server.port))
                 late.sendall(http_bytes("GET", "/ping"))
-                for name in leaders:
-                    until(lambda name=name: ask("GET", "/status/" + name)[1]["last_exit"])
                 until(lambda: ask("GET", "/status/x")[1]["error"], "the try to replace it")
                 status, value = ask("POST", "/processes", {"name": "y", "cmd": "cat"})
                 self.assertEqual((status, value["error"]), (503, "busy"))
             self.assertIn(b"200 OK", late.recv(1000))
-        for name, leader in leaders.items():    # for want of room it has not failed once more
-            self.restarted(ask, name, leader)
+        self.restarted(ask, "x", leader)
         self.said_once(server, "no connection can be accepted", "cannot be started")
-
-    @unittest.skipUnless(os.geteuid() == 0, "only root can become a user who has a limit")
-    def test_no_process(self):
-        """EAGAIN: neither a fork nor a thread."""
-        code = CLI_IMPORT + """if True:
-            import os, resource, signal
-            gaffer.make_parser("serve").format_help()
-            os.setgid(61234)
-            os.setuid(61234)                    # who may not read this Python's files, perhaps
-            for signum, limit in ((signal.SIGURG, 1), (signal.SIGWINCH, 1000)):
-                signal.signal(signum, lambda signum, frame, limit=limit:
-                              resource.setrlimit(resource.RLIMIT_NPROC, (limit, 1000)))
-            """ + CLI_MAIN
-
-        def limit(signum, number):
-            server.process.send_signal(signum)
-            path = "/proc/%d/limits" % server.process.pid
-            until(lambda: re.search("Max processes +%d " % number, cli_read(path)), "the limit")
-        server = self.run_program([PYTHON, "-c", code, "serve", "--bind", "127.0.0.1:0"], cwd="/")
-        ask = self.keep(server)
-        ask("POST", "/processes", {"name": "x", "cmd": "cat", "redirect_input": True})
-        child, = ask("GET", "/status/x")[1]["os_pids"]
-        before = self.descriptors(server)
-        limit(signal.SIGURG, 1)
-        for _ in range(3):
-            with socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as sock:
-                sock.sendall(b"GET /ping HT")   # which needs a thread
-                self.assertIn(b" 503 ", sock.recv(1000))
-            self.assertEqual(ask("GET", "/processes")[0], 200)
-        os.kill(child, signal.SIGKILL)
-        until(lambda: ask("GET", "/status/x")[1].get("error"), "the failure")
-        limit(signal.SIGWINCH, 1000)
-        self.restarted(ask, "x", child)
-        self.assertEqual(self.descriptors(server), before)
-        server.expect_stderr("one was refused|a request has no thread")
-        self.said_once(server, "a request has no thread", "cannot be started")
-
-    def test_no_memory(self):
-        """ENOMEM: what cannot be answered is 500 or 503, or closed; then all is as before."""
-        server = self.start()
-        server.add("x", self.CAT)
-        text = cli_read("/proc/%d/status" % server.process.pid)
-        size = int(re.search(r"VmSize:\s+(\d+)", text).group(1)) * 1024
-        statuses = set()
-        with self.limit(server, resource.RLIMIT_AS, size):
-            for _ in range(4):
-                with contextlib.suppress(ConnectionError, http.client.HTTPException):
-                    statuses.add(server.request("POST", "/streams/1/stdin", b"x" * 900000)[0])
-        self.assertLessEqual(statuses, {200, 500, 503})
-        self.assertEqual(server.ok("GET", "/processes"), ["x"])
-        self.assertTrue(server.add("more", self.CAT))
-        server.stop()
-        self.assertLessEqual(server.stderr.count("Traceback"), 3, server.stderr)
-        if server.stderr:                       # where the memory ends is chance
-            server.expect_stderr("^ |^Traceback|MemoryError|Cannot allocate memory|was refused|"
-                                 "a request failed|has no thread|Exception ignored in thread")
-
-    def test_clock_that_jumps(self):
-        """The time of day is only shown: years back and forth change no order and no delay."""
-        code = CLI_IMPORT + "import itertools, time; real, signs = time.time, itertools.cycle(" \
-            "(1e9, -1e9)); time.time = lambda: real() + next(signs)" + CLI_MAIN
-        server = self.run_program([PYTHON, "-c", code, "serve", "--bind", "127.0.0.1:0"])
-        server.add("x", "true")
-        events = []
-        for _ in range(6):
-            since = events[-1]["id"] if events else "0"
-            path = "/watch?since=%s&timeout=%d" % (since, TIMEOUT)
-            events.append(server.ok("GET", path))
-        self.assertEqual([event["event"] for event in events],
-                         ["create", "start", "spawn", "exit", "spawn", "exit"])
-        times = [event["time"] for event in events]
-        self.assertGreater(max(times) - min(times), 1e9)
-        self.assertEqual(server.request("GET", "/streams/x/stdout?timeout=0.1")[::2], (204, b""))
-        self.assertEqual(server.ok("POST", "/processes/x/_stop?wait=1"), {"ok": True})
-
-
-class StreamsFrozen(StreamsCase):
-
-    def test_clock_that_leaps_ahead(self):
-        """The machine, or gaffer, was halted for longer than any of its limits. What had come
-        meanwhile was in time, and beats that were missed are not made up for."""
-        ahead = 0.0
-        loop = gaffer.Loop(lambda: time.monotonic() + ahead)
-        manager = functools.partial(gaffer.Manager, loop=loop)
-        with unittest.mock.patch("gaffer.Manager", manager):
-            server = Running()
-        self.addCleanup(server.stop_all)
-        pid, = server.add("x", "cat", redirect_input=True)
-        server.add("y", "cat", redirect_input=True, graceful_timeout=3)
-        idle, half, poll = (server.connect() for _ in range(3))
-        half.sendall(b"GET /ping HTTP/1.1\r\n")
-        poll.sendall(http_bytes("GET", "/streams/%d/stdout?since=0" % pid))
-        block = server.stream("/streams/%d/stdout?feed=continuous&loss=block" % pid)
-        beats = server.stream("/streams/y/stdout?feed=continuous&heartbeat=300")
-        made = Wire(server.port).upgrade("/wstreams/%d" % pid)
-        for opened in (idle, half, poll, block.connection, block, beats.connection, beats, made):
-            self.addCleanup(opened.close)
-        until(lambda: loop.call(lambda: any(
-            channel.kind == "longpoll" for channel in server.http.channels)), "the long poll")
-        go_on, halted = threading.Event(), threading.Event()
-        loop.call_soon(lambda: (halted.set(), go_on.wait(TIMEOUT)))
-        self.assertTrue(halted.wait(TIMEOUT))
-        idle.sendall(http_bytes("GET", "/ping"))
-        half.sendall(b"Host: localhost\r\n\r\n")
-        made.text("hello\n")
-        ahead += 1000.0
-        go_on.set()
-        for sock in idle, half:
-            self.assertEqual(sock.recv(1000)[:15], b"HTTP/1.1 200 OK")
-        self.assertEqual((made.read(), block.readline(), poll.recv(1000)[:15], beats.readline()),
-                         ((1, b"hello\n"), b"hello\n", b"HTTP/1.1 200 OK", b"\n"))
-        server.ok("POST", "/streams/y/stdin", b"x\n")
-        self.assertEqual(beats.readline(), b"x\n")
-        self.assertEqual([server.ok("GET", "/status/" + name)["restarts"] for name in ("x", "y")],
-                         [0, 0])
-        ahead -= 2000.0                         # no monotonic clock does that: it goes on, in time
-        self.assertEqual(server.request("GET", "/ping")[0], 200)
-        ahead += 2000.0                         # or children that are polled end in 2000 seconds
 
 
 class CliErrors(CliCase):
@@ -12444,19 +11240,14 @@ class CliErrors(CliCase):
                 (("--bind", "0.0.0.0:0"), "token"), (("--bind", "nonsense"), "is not an address"),
                 (("--bind", "unix:/proc/gaffer-test"), "cannot listen"),
                 (("--token-file", missing), "no such file"),
-                (("--token-file", folder), "cannot be read"),
                 (("--token-file", raw), "cannot be read"),
-                (token("open", "token\n", 0o604), "chmod 600"),
                 (token("group", "token\n", 0o640), "chmod 600"),
-                (token("empty", ""), "one line"), (token("blank", " \n"), "one line"),
-                (token("two", "a\nb\n"), "one line"),
-                (("--certfile", missing), "cannot be used"), (("--certfile", plain), "--keyfile"),
+                (token("blank", " \n"), "one line"), (token("two", "a\nb\n"), "one line"),
+                (("--certfile", plain), "--keyfile"),
                 (("--certfile", plain, "--keyfile", plain), "cannot be used"),
                 (("--bind", "unix:" + missing, "--certfile", plain, "--bind", ":0"), "--keyfile"),
                 (("--keyfile", plain), "certfile"),
-                (("--cors-origin", "foo"), "'foo' is not an origin; give "),
                 (("--cors-origin", "https://x/y"), "'https://x/y' is not an origin; give "),
-                (("--allow-host", "a b"), "'a b' is not a host; give "),
                 (("--allow-host", "a:70"), "'a:70' is not a host; give "),
                 (("--access-log", "/nowhere/x"),
                  "the access log '/nowhere/x' cannot be written: no such file or directory\n")]):
@@ -12471,8 +11262,7 @@ class CliErrors(CliCase):
     def test_wrong_usage(self):
         for words, said in (
                 ("--window 255", "256 to 1073741824"), ("--window 1073741825", "256 to"),
-                ("--window -1", "256"), ("--window 1M", "256"), ("--window ²", "256"),
-                ("--window", "expected one argument"), ("--exit-with 12", "'12' cannot be"),
+                ("--window ²", "256"), ("--exit-with 12", "'12' cannot be"),
                 ("--no-such", "--no-such")):
             with self.subTest(words):
                 err = r"(usage|gaffer): [\s\S]*%s[\s\S]*" % said
@@ -12611,53 +11401,29 @@ class CliControl(CliFollowCase):
         for words, said in (
                 ("stop g:a", "stopped"), ("restart g:a", "restarted"), ("sub g:a", "0 processes"),
                 ("del_process g:a", "deleted"), ("stop g:a.1", "stopped, to be replaced"),
-                ("unload g -f /", "unloaded"), ("scale g a=0", "0 processes")):
-            for more in ([], ["--timeout", "0.05"], ["--no-wait"]):
-                with self.subTest(words=words, more=more):
-                    pid, = self.server.add("g:a", ready, redirect_input=True, graceful_timeout=1000)
-                    self.server.request("GET", "/streams/%d/stdout?since=0" % pid)
-                    since = self.server.ok("GET", "/status/g:a")["created"]
-                    command = self.follow(*words.split(), *more)
-                    kind = "reap" if said == "0 processes" else "stop_pid"
-                    self.server.wait_event("proc/g:a/" + kind, since)
-                    if not more:
-                        self.assertIsNone(command.poll(), "it waits")
-                        self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
-                    out, err = command.communicate(timeout=TIMEOUT)
-                    if more[:1] == ["--timeout"]:
-                        self.assertEqual((command.returncode, out), (124, b""))
-                        self.assertRegex(err, rb"\Agaffer: this was not done in 0.05 ")
-                    else:
-                        name = "g:a.1" if "g:a.1" in words else "g:a"
-                        self.assertEqual((command.returncode, out.decode(), err),
-                                         (0, "%s: %s\n" % (name, said), b""))
-                    if more:
-                        self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
-                        self.server.wait_event("proc/g:a/exit", since)
-                    self.server.request("DELETE", "/processes/g:a")
-                    for pid in self.server.ok("GET", "/processes?running=true"):
-                        self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
-
-    def test_all_are_told_first(self):
-        """Each of two processes goes only when the other has been told to."""
-        folder = self.folder()
-        for name in "a", "b":
-            os.mkfifo(os.path.join(folder, name))
-        code = """
-            import os, signal
-            signal.pthread_sigmask(signal.SIG_BLOCK, [15])
-            os.write(1, b"ready\\n")
-            signal.sigwait([15])
-            for name in "ab":                   # an end of a fifo is opened when the other is, too
-                os.close(os.open(%r + "/" + name, os.O_WRONLY if name == %r else os.O_RDONLY))
-            """
-        for name in "a", "b":
-            self.server.add(name, python(code % (folder, name)), graceful_timeout=1000)
-        for command, pids in (("restart", (1, 2)), ("stop", (3, 4))):
-            for pid in pids:
+                ("unload g -f /", "unloaded"), ("scale g a=0", "0 processes"),
+                ("stop g:a --timeout 0.05", None), ("sub g:a --no-wait", "0 processes")):
+            with self.subTest(words=words):
+                pid, = self.server.add("g:a", ready, redirect_input=True, graceful_timeout=1000)
                 self.server.request("GET", "/streams/%d/stdout?since=0" % pid)
-            said = command.replace("stop", "stopp") + "ed"
-            self.assertEqual(self.call(command, "a", "b"), "a: %s\nb: %s\n" % (said, said))
+                since = self.server.ok("GET", "/status/g:a")["created"]
+                command = self.follow(*words.split())
+                kind = "reap" if said == "0 processes" else "stop_pid"
+                self.server.wait_event("proc/g:a/" + kind, since)
+                if "--" not in words:
+                    self.assertIsNone(command.poll(), "it waits")
+                    self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
+                out, err = command.communicate(timeout=TIMEOUT)
+                if said is None:
+                    self.assertEqual((command.returncode, out), (124, b""))
+                    self.assertRegex(err, rb"\Agaffer: this was not done in 0.05 ")
+                else:
+                    name = "g:a.1" if "g:a.1" in words else "g:a"
+                    self.assertEqual((command.returncode, out.decode(), err),
+                                     (0, "%s: %s\n" % (name, said), b""))
+                self.server.request("DELETE", "/processes/g:a")
+                for pid in self.server.ok("GET", "/processes?running=true"):
+                    self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
 
     def test_one_process(self):
         """web.2, gaffer's pid, the system's pid; a template's name comes first."""
@@ -12683,24 +11449,17 @@ class CliControl(CliFollowCase):
         flapping = {"attempts": 3, "window": 1.0, "retry_in": 2.5, "max_retry": 5}
         for arguments, fields in (
                 (["--start", "a", "sleep", "1"], {"cmd": "sleep", "args": ["1"], "start": True}),
-                (["a", "sleep 1"], {"cmd": "sleep 1", "args": [], "start": False}),
-                (["a", "--", "echo", "--", "b"], {"cmd": "echo", "args": ["--", "b"]}),
-                (["a", "x", "-m", "y", "--start"], {"args": ["-m", "y", "--start"]}),
-                ([*"--env A=1=2 --env B= --env HOME --env NOSUCH a x".split()],
-                 {"env": {"A": "1=2", "B": "", "HOME": os.environ["HOME"]}}),
-                (["--numprocesses", "2", "--redirect-output", "out, err", "--no-os-env", "a", "x"],
-                 {"numprocesses": 2, "redirect_output": ["out", "err"], "os_env": False}),
-                (["--flapping", "3, retry_in=2.5", "--priority", "-1", "--cwd", ".", "a", "x"],
-                 {"flapping": flapping, "priority": -1, "cwd": os.getcwd()}),
-                ([*"--stop-signal INT=5,TERM=2.5 --no-stop-group --success".split(), "0,3 TERM",
-                  "--limits", "nofile=100:200 core=unlimited", "--schedule", "5 4 * * *",
-                  *"--restart-delay 1,5 --umask 022 --nice 5 --env-file x.env".split(),
-                  "--before-start", "true; true", "a", "true"],
-                 {"stop_signal": [["INT", 5], ["TERM", 2.5]], "stop_group": False, "nice": 5,
-                  "limits": {"nofile": [100, 200], "core": "unlimited"}, "restart_delay": [1, 5],
+                (["a", "--", "echo", "--", "b", "--start"],
+                 {"cmd": "echo", "args": ["--", "b", "--start"], "start": False}),
+                ([*"--env A=1=2 --env B= --env HOME --env NOSUCH --cwd . a x".split()],
+                 {"env": {"A": "1=2", "B": "", "HOME": os.environ["HOME"]}, "cwd": os.getcwd()}),
+                ([*"--numprocesses 2 --redirect-output out,err --no-os-env --flapping".split(),
+                  "3, retry_in=2.5", *"--stop-signal INT=5,TERM=2.5 --success".split(), "0,3 TERM",
+                  "--schedule", "5 4 * * *", *"--umask 022 --env-file x.env a true".split()],
+                 {"numprocesses": 2, "redirect_output": ["out", "err"], "os_env": False,
+                  "flapping": flapping, "stop_signal": [["INT", 5], ["TERM", 2.5]],
                   "success": [0, 3, "TERM"], "schedule": "5 4 * * *", "umask": "022",
-                  "restart": "never", "env_file": [os.path.abspath("x.env")],
-                  "before_start": "true; true"})):
+                  "restart": "never", "env_file": [os.path.abspath("x.env")]})):
             with self.subTest(arguments):
                 started = " and started" if arguments[0] == "--start" else ""
                 self.assertEqual(self.call("add_process", *arguments), "a: added%s\n" % started)
@@ -12719,9 +11478,6 @@ class CliControl(CliFollowCase):
                 ("a sleep -0 2000", {"cmd": "sleep", "args": ["-0", "2000"]}),
                 ("a -- sleep", {"cmd": "sleep", "args": []}),
                 ("--env B=3 a", {"env": {"A": "1", "B": "3"}}),
-                ("--redirect-input a", {"redirect_input": True}),
-                ("--no-redirect-input --numprocesses 1 a",
-                 {"redirect_input": False, "numprocesses": 1}),
                 ("--schedule @daily a sleep 1000",      # which has no other restart
                  {"schedule": "@daily", "restart": "never", "args": ["1000"]}),
                 ("--start a", {"start": True})):
@@ -12748,9 +11504,7 @@ class CliControl(CliFollowCase):
             ("add_process a --numprocesses 2 true", 2, "the command begins with '--num.*"),
             ("update_process w --umask 022", 2, "the command begins with '--umask': options .*"),
             ("add_process --start b nosuchprogram", 1, ".*nosuchprogram.*"),
-            ("add_process --uid nosuchuser b x", 1, ".*nosuchuser.*"),
             ("add_process --numprocesses two b x", 2, "--numprocesses: .*not 'two'"),
-            ("add_process --flapping 1,2,3,4,5 b x", 2, "--flapping: .*"),
             ("update_process a", 2, "say what to change: .*"),
             ("load_process /nosuch", 1, "/nosuch cannot be read as JSON: No such file.*"),
             ("load_process " + bad, 1, ".*line 1.*"),
@@ -12857,6 +11611,7 @@ class CliCommands(CliControlCase):
 
     def test_help(self):
         usage = r"\Ausage: gaffer.py %s \[options\]( \[?[A-Z]+( \.\.\.)?\]?)*\n"
+        everything = self.call("--help")
         for name, command in gaffer.COMMANDS.items():
             with self.subTest(name):
                 out = self.call(name, "--help")
@@ -12864,14 +11619,13 @@ class CliCommands(CliControlCase):
                 for names, how in command.options:
                     self.assertIn(names[-1] if names[0].startswith("-") else how["metavar"], out)
                     self.assertIn(how["help"].split()[-1], out)
-                self.assertRegex(self.call("--help"), r"\n  %s +[a-z]" % name)
-        self.assertEqual(self.call(status=2), self.call("--help"))
+                self.assertRegex(everything, r"\n  %s +[a-z]" % name)
+        self.assertEqual(self.call(status=2), everything)
 
     def test_options_before_the_command(self):
         for words, name, rest in (
                 ("-f logs", "logs", "-f"), ("-f x up", "up", "-f x"), ("-f up up", "up", "-f up"),
                 ("--token-file start status", "status", "--token-file start"),
-                ("run start", "run", "start"), ("--json status stop", "status", "--json stop"),
                 ("--bind=x serve", "serve", "--bind=x"), ("--json", None, "--json"),
                 ("x status", None, "x status"), ("", None, "")):
             self.assertEqual(gaffer.command_first(gaffer.COMMANDS, words.split()),
@@ -12928,8 +11682,7 @@ class CliCommands(CliControlCase):
                     ("get_process x*", b"404 No\r\nContent-Length: 2\r\n\r\n{}", 5, none),
                     ("get_process x*", b"200 OK\r\nContent-Length: 9\r\n\r\nhi", 5, none),
                     ("get_process x*", b"", 5, none), ("get_process x*", b"x", 5, none),
-                    ("pids x", b"200 OK\r\nContent-Length: 2\r\n\r\n{}", 1, odd),
-                    ("pids x", b"200 OK\r\nContent-Length: 3\r\n\r\n[1]", 1, odd)):
+                    ("pids x", b"200 OK\r\nContent-Length: 2\r\n\r\n{}", 1, odd)):
                 def serve_once(answer=answer):
                     sock, _ = listener.accept()
                     with sock:
@@ -13045,7 +11798,7 @@ class CliEveryCommand(CliControlCase):
         """None, or the cell and what was wrong with it."""
         name, arguments, more, stdout, status, output, said = cell
         words, popen = [name, *arguments.split()], ForkedCommand
-        if not more and name in ("status", "stop", "logs"):
+        if not more and name == "status":
             words, popen = [PYTHON, CLI_FILE, *words], subprocess.Popen
         with popen(words, cwd=self.home, stdin=subprocess.PIPE, stdout=stdout,
                    stderr=subprocess.PIPE, universal_newlines=True,
@@ -13068,19 +11821,6 @@ class CliEveryCommand(CliControlCase):
             found = list(pool.map(self.run_cell, self.cells()))
         self.assertEqual([outcome for outcome in found if outcome is not None], [])
 
-    def test_json(self):
-        """An object a line, of every command that has it."""
-        self.add_templates("well-", self.TABLE)
-        self.enter(self.home)
-        for name, (words, *_) in self.TABLE.items():
-            options = [option for names, _ in gaffer.COMMANDS[name].options for option in names]
-            if "--json" in options and name not in self.STATUS:
-                with self.subTest(name):
-                    words = words.replace("@", "well-" + name).split()
-                    lines = self.call(name, "--json", *words).splitlines()
-                    self.assertLessEqual({type(json.loads(line)) for line in lines}, {dict, list})
-                    self.assertTrue(lines)
-
     def test_token(self):
         ask = ("processes", "--endpoint", self.guarded.url)
         self.call(*ask, status=6, err=self.REFUSED)
@@ -13094,11 +11834,10 @@ class CliTerminal(CliFollowCase):
 
     def test_ctrl_c(self):
         self.server.add("a", "echo line; exec sleep 1000", shell=True)
-        for arguments, shown in ("status -w", "running"), ("logs -f", "line"), ("watch", None):
+        for arguments, shown in ("status -w", "running"), ("logs -f", "line"):
             with self.subTest(arguments):
-                process, main = self.terminal(
-                    *arguments.split(), command=[PYTHON, "-W", "error", CLI_FILE])
-                self.shows(main, shown) if shown else until(self.streams, "it watches")
+                process, main = self.terminal(*arguments.split(), command=CLI_SCRIPT)
+                self.shows(main, shown)
                 os.write(main, b"\x03")
                 self.assertEqual(process.wait(TIMEOUT), -signal.SIGINT)
 
@@ -13130,7 +11869,7 @@ class CliTerminal(CliFollowCase):
     def test_colours(self):
         self.sleepers("web")
         for more, arguments, count in ({}, [], 2), ({"NO_COLOR": "1"}, [], 0), (
-                {"TERM": "dumb"}, [], 0), ({}, ["--no-color"], 0):
+                {}, ["--no-color"], 0):
             process, main = self.terminal("status", *arguments, **more)
             out = self.shows(main, r"[\s\S]*1 template: 1 running").group()
             self.assertEqual((process.wait(TIMEOUT), out.count("\x1b[")), (0, count), out)
@@ -13240,7 +11979,7 @@ class CliLogs(CliFollowCase):
         self.assertEqual(one.returncode, 0)
 
     def test_follow(self):
-        """A template that is added later, a lost connection, a kill, a deletion."""
+        """A template that is added later, a lost connection, a deletion."""
         follower = self.follow("logs", "-f")
         self.server.add("a", python(self.ECHO), redirect_input=True)
         self.assertEqual(follower.stdout.readline(), b"a.1 | started\n")
@@ -13252,22 +11991,12 @@ class CliLogs(CliFollowCase):
             self.say("a", b"%d\n" % number)
         self.assertEqual([named.stdout.readline() for _ in range(100)],
                          [b"%d\n" % number for number in range(100)])
-        os.kill(self.server.ok("GET", "/status/a")["os_pids"][0], signal.SIGKILL)
-        self.assertEqual(named.stdout.readline(), b"started\n")
         self.server.ok("DELETE", "/processes/a")
         self.server.add("a", python(self.ECHO), redirect_input=True)
         while named.stdout.readline() != b"started\n":
             pass                                # the last words of the one before
         # the old process may say its last words after the new one has started
         self.assertIn(b"a.1 | started", self.interrupted(follower).split(b"\n")[-3:])
-
-    def test_head(self):
-        """A pipe that nobody reads any more."""
-        self.server.add("a", "sh -c 'while echo y; do sleep 0.01; done'")
-        command = " ".join(map(shlex.quote, CLI_COMMAND)) + " logs -f | head -n 3"
-        run = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             timeout=TIMEOUT, env=dict(self.env, GAFFER_ENDPOINT=self.server.url))
-        self.assertEqual((run.stdout, run.stderr), (b"a.1 | y\n" * 3, b""))
 
 
 class CliWatch(CliFollowCase):
@@ -13311,18 +12040,6 @@ class CliWatch(CliFollowCase):
 
 class CliAttach(CliFollowCase):
     """attach, without a terminal; see CliTerminal."""
-
-    def test_lines_and_status(self):
-        code = "import os, sys\nfor line in sys.stdin: os.write(1, line.upper().encode())\n" \
-            "os.write(2, b'err')\nsys.exit(3)"
-        self.server.add("a", python(code), redirect_input=True)
-        process = self.follow("attach", "a", stdin=subprocess.PIPE)
-        process.stdin.write(b"one\n")
-        self.assertEqual(process.stdout.readline(), b"ONE\n")
-        out, err = process.communicate(b"two\nthree", timeout=TIMEOUT)
-        self.assertEqual((process.returncode, out), (3, b"TWO\nTHREE"))
-        self.assertRegex(err, rb"\Agaffer: attached to a\.1, os pid \d+: QUIT leaves it running"
-                              rb"[^\n]*\nerr\n?gaffer: detached, a\.1 has ended\n\Z")
 
     def test_signals(self):
         """INT is for the process; others end the command, which shows the last lines first."""
@@ -13378,12 +12095,8 @@ class CliReady(CliFollowCase):
         words = r"gaffer: '%s' is not %s in the time given; it goes on(; it waits for bad|; its " \
                 r"last check: exits with 1)?\n"
         self.calls(
-            ("wait good --for stopped", "good: stopped\n"),
             ("wait g* bad --for stopped", "good: stopped\nbad: stopped\n"),
-            ("wait slow --timeout 0.1", "", 124, words % ("slow", "ready")),
-            ("wait slow good --timeout 0", "good: ready\n", 124, words % ("slow", "ready")),
-            ("wait web", "", 1, r"gaffer: 'web' waits for 'bad', and 'bad' has .* 3; its last "
-                                r"lines:\ngaffer: last words\n"),
+            ("wait slow good --timeout 0.1", "good: ready\n", 124, words % ("slow", "ready")),
             ("start bad --ready --timeout 0.1", "", 124, words % ("bad", "done")),
             ("start --ready web --timeout 0.1", "", 124, words % ("web", "ready")),
             ("wait web --for ever", "", 2, r"usage: [\s\S]*"), ("wait", "", 2, r"usage: [\s\S]*"))
@@ -13408,15 +12121,6 @@ class CliReady(CliFollowCase):
         self.assertEqual(self.call("load", "app", "-f", path, "--ready"),
                          loaded + "app:web: ready\napp:migrate: done\napp:db: ready\n")
         self.assertEqual(self.server.ok("GET", "/processes/app:web")["after"], ["app:migrate"])
-        since, found = 0, []
-        while found[-1:] != [("ready", "app:web")]:
-            event = self.server.wait_event("", since)
-            since = event["id"]
-            if event["event"] in ("ready", "spawn", "done"):
-                found.append((event["event"], event["name"]))
-        self.assertEqual(found, [
-            ("spawn", "app:db"), ("ready", "app:db"), ("spawn", "app:migrate"),
-            ("done", "app:migrate"), ("spawn", "app:web"), ("ready", "app:web")])
         self.call("unload", "app", "-f", path)
         self.file(folder, ".env", "STATUS=3\n")
         why = r"gaffer: (.* and )?'app:migrate' has failed: exit status 3\n"
@@ -13438,7 +12142,7 @@ class CliReady(CliFollowCase):
                 server = self.start(path, env=dict(self.env, NOTIFY_SOCKET=address,
                                                    WATCHDOG_USEC="100000"))
                 messages = iter(lambda: systemd.recv(100), None)
-                self.assertEqual([*itertools.islice(messages, 3)], [b"WATCHDOG=1"] * 3)
+                self.assertEqual(next(messages), b"WATCHDOG=1")
                 server.ok("DELETE", "/streams/a/stdin")
                 for message in b"READY=1", b"STOPPING=1":
                     seen = itertools.takewhile(lambda each, end=message: each != end, messages)
@@ -13449,8 +12153,7 @@ class CliReady(CliFollowCase):
                         self.assertEqual(data, b"up.\n")
                         server.process.send_signal(signal.SIGTERM)
                 server.stop(None)
-        gone = os.path.join(folder, "gone")
-        server = self.start(path, env=dict(self.env, NOTIFY_SOCKET=gone))
+        server = self.start(path, env=dict(self.env, NOTIFY_SOCKET=os.path.join(folder, "gone")))
         server.expect_stderr("systemd cannot be told STOPPING=1: No such file or directory")
 
     def test_systemd_unit(self):
@@ -13722,7 +12425,7 @@ class ConfigFiles(ConfigCase):
             self.assertRegex(self.faults("x.toml", self.TOML)[0], "x.toml:1: Python .* reads no")
 
     def test_included_files(self):
-        for name in ("conf.d/b", "conf.d/deep/c", "e/1", "e/2", "conf.d/.#x", "conf.d/.z/z"):
+        for name in ("conf.d/b", "conf.d/deep/c", "e/1", "conf.d/.#x", "conf.d/.z/z"):
             self.write(name + ".ini", "[process:%s]\ncmd = true\n" % name.replace("/", ":"))
         for name, text in (("conf.d/no.txt", "nothing"), ("g/Procfile", "web: true\nother: true\n"),
                            ("h/Procfile", "clock: true"),
@@ -13739,7 +12442,7 @@ class ConfigFiles(ConfigCase):
             """).templates
         places = {name: os.path.relpath(info["cwd"], self.home) for name, info in found.items()}
         self.assertEqual(places, {
-            "a": ".", "d": ".", "e:1": "e", "e:2": "e", "conf.d:b": "conf.d",
+            "a": ".", "d": ".", "e:1": "e", "conf.d:b": "conf.d",
             "conf.d:deep:c": "conf.d/deep", "web": "g", "other": "g", "clock": "h"})
         self.assertEqual(found["a"]["env"], {"X": "1"})
         self.assertEqual([found[name]["env"]["PORT"] for name in ("web", "other", "clock")],
@@ -13818,20 +12521,14 @@ class ConfigFiles(ConfigCase):
         b.ini:1: [process:a] this section is in include.ini too
         b.ini:5: [process:b] unknown field 'numproceses', did you mean 'numprocesses'?
         == endpoint.ini
+        [process:a]
+        cmd = true
+        after = a
         [endpoint:x]
         bind = 127.0.0.1
         --
-        2: [endpoint:x] '127.0.0.1' is not an address: give host:port, [v6]:port or unix:/path
-        == circle.ini
-        [process:a]
-        cmd = true
-        after = b
-        [process:b]
-        cmd = true
-        after=a
-        --
-        3: [process:a] field 'after' makes a circle: a after b after a
-        6: [process:b] field 'after' makes a circle: b after a after b
+        3: [process:a] field 'after' makes a circle: a after a
+        5: [endpoint:x] '127.0.0.1' is not an address: give host:port, [v6]:port or unix:/path
         == nul.ini
         [gaffer]
         include = a\0b
@@ -14007,8 +12704,7 @@ class ConfigSupervisord(ConfigCase):
                 ("numprocs=2\ncommand=x", "field 'process_name' must have %(process_num)d in it"),
                 ("directory=/", "field 'cmd'"), ("startsecs=1e999\ncommand=x", "'startsecs'"),
                 ("autorestart=maybe\ncommand=x", "'autorestart' must be true or false, not 'may"),
-                ("command=sleep 1\nuser=no-such-one", "no-such-one"),
-                ("stopsignal=NOPE\ncommand=sleep 1", "NOPE"), ("nonsense", "cannot be parsed")):
+                ("nonsense", "cannot be parsed")):
             with self.subTest(text):
                 faults = self.faults("supervisord.conf", "[program:x]\n" + text)
                 self.assertIn(words, "\n".join(faults))
@@ -14126,19 +12822,6 @@ class ConfigReload(ConfigCase):
 class ConfigServe(CliFollowCase):
     """`serve CONFIG`, and how a server ends for clients that read."""
 
-    def test_the_example(self):
-        """Copied, and run from another folder: paths are relative to the file."""
-        folder = os.path.join(self.folder(), "examples")
-        shutil.copytree(os.path.join(HERE, "examples"), folder)
-        text = cli_read(os.path.join(folder, "gaffer.ini")).replace("127.0.0.1:5000", "127.0.0.1:0")
-        server = self.start("serve", self.file(folder, "gaffer.ini", text), cwd="/")
-        self.assertEqual([server.ok("GET", "/processes/%d" % pid)["name"] for pid in (1, 2, 3)],
-                         ["priority", "dummy", "echo"])
-        self.assertEqual(server.request("GET", "/streams/dummy/stdout?since=0")[2][:8], b"STDOUT 0")
-        os_pid, = server.ok("GET", "/status/dummy")["os_pids"]
-        self.assertIn("PORT=80", cli_read("/proc/%d/environ" % os_pid).split("\0"))
-        self.assertEqual(server.request("POST", "/streams/3/stdin", "x")[0], 200)
-
     def test_hup_loads_it_again(self):
         folder = self.folder()
         path = self.file(folder, "x.ini", "[process:a]\ncmd = sleep 1000\n")
@@ -14155,16 +12838,10 @@ class ConfigServe(CliFollowCase):
         server.expect_stderr("WARNING the configuration was loaded again: b: added$")
 
     def test_hup_without_a_file(self):
-        for more in (), ("--log-file", os.path.join(self.folder(), "log")):
-            server = self.start(*more)
-            os_pid, = server.add("a", {"cmd": "sleep 1000"})
-            self.assertEqual(server.stop(signal.SIGHUP), 0)
-            self.assertFalse(alive(os_pid))
-
-    def test_a_procfile(self):
-        path = self.file(self.folder(), "Procfile", "web: sleep 1000\nworker: sleep 1000\n")
-        server = self.start("serve", path, "--bind", "127.0.0.1:0")
-        self.assertEqual(server.ok("GET", "/processes"), ["web", "worker"])
+        server = self.start()
+        os_pid, = server.add("a", {"cmd": "sleep 1000"})
+        self.assertEqual(server.stop(signal.SIGHUP), 0)
+        self.assertFalse(alive(os_pid))
 
     def test_logs_over_kills_and_a_restart(self):
         """Every line once."""
@@ -14250,17 +12927,15 @@ class ConfigServe(CliFollowCase):
 class ProcfileTexts(ConfigCase):
     """Procfiles, and what export makes of them."""
 
-    DIRECT = ("@ a b", "'@' --a=b 'c;d' \"e f\" g\\ h", '"@" x', "@ a=b -c", "env A=3 @ q",
-              "@ \u00fc 'a' \"\" ''", "@ a \\; b")
+    DIRECT = ("'@' --a=b 'c;d' \"e f\" g\\ h", "@ a=b -c", "env A=3 @ q", "@ \u00fc \"\" ''",
+              "@ a \\; b")
     REPLACED = (                                # by the program, which begins at @
-        "@ $V", "@ \"$V\" '$V' $E \"$E\" $((1 + 2)) $(echo a b) \"$(echo a)\"", "A=1 B='x y' @",
-        "A=$V @", "cd / && A=2 @ *bin 2>&1 < /dev/null # c; d", "true && false || @ {a,b} ~",
-        "@ a; @ b", "@ \\$V", "if true; then @ a; fi; @ b", "cd /nosuch || @ \"a\\\"b\\$V\\\\\"",
-        "exec 3>&1; @ a >&3")
-    KEPT = ("echo 'a\\nb'", "@ a | cat", "@ a & wait", "trap 'echo t' EXIT; @ a", "A=1; $E",
-            "! @ a", "{ @ a; }", "if true; then @ a; fi", "(@ a)", "f() { @ $1; }; f x", "A=1",
-            "@ a;", "for i in 1 2; do @ $i; done", "A='@'; $A x", "@ `echo a`", "cd / && exec @ b",
-            "command @ z", "exit 4", "exec -z @", "~/@")
+        "@ \"$V\" '$V' $E \"$E\" $((1 + 2)) $(echo a b) \"$(echo a)\"", "A=1 B='x y' @", "A=$V @",
+        "cd / && A=2 @ *bin 2>&1 < /dev/null # c; d", "true && false || @ {a,b} ~", "@ a; @ b",
+        "if true; then @ a; fi; @ b", "cd /nosuch || @ \"a\\\"b\\$V\\\\\"", "exec 3>&1; @ a >&3")
+    KEPT = ("echo 'a\\nb'", "@ a | cat", "@ a & wait", "trap 'echo t' EXIT; @ a", "! @ a",
+            "{ @ a; }", "if true; then @ a; fi", "(@ a)", "f() { @ $1; }; f x", "A=1", "@ a;",
+            "A='@'; $A x", "@ `echo a`", "cd / && exec @ b", "exit 4", "~/@")
 
     def test_a_shell_only_where_it_is_needed(self):
         """And each command does what it does in sh, which is asked."""
@@ -14366,12 +13041,10 @@ class ProcfileTexts(ConfigCase):
     def test_faults_of_comments(self):
         for text, fault in (
                 ("afer=b", "1: 'afer' is not FIELD=VALUE, as in after=db, did you mean 'after'?"),
-                ("web", "1: 'web' is not FIELD=VALUE, as in after=db"),
                 ("cmd=x", "1: 'cmd' is not FIELD=VALUE, as in after=db, did you mean 'cmd'?"),
                 ("ready='x", "1: the comment cannot be split into words: no closing quotation"),
                 ("numprocesses=x", "1: the comment must be a number, not 'x'"),
-                ("ready=udp:1", "2: [process:a] field 'ready' has the unknown field 'udp'"),
-                ("after=a", "2: [process:a] field 'after' makes a circle: a after a")):
+                ("ready=udp:1", "2: [process:a] field 'ready' has the unknown field 'udp'")):
             with self.subTest(text):
                 found, = self.faults("Procfile", "# gaffer: %s\na: sleep 1" % text)
                 self.assertEqual(found.partition(":")[2][:len(fault)], fault)
@@ -14467,10 +13140,9 @@ class ProcfileRun(ConfigCase):
                 (["-e", "x.env", "echo $A $B $PORT ${GAFFER_TOKEN-none}"], "1 3 5000 none\n", 0),
                 (["-p", "7000", "web"], "web 7000\n", 0), (["--", "cat"], "in", 0),
                 (["sh", "-c", "echo $1$A; exit 7", "sh", "-x"], "-x1\n", 7),
-                (["kill -9 $$"], "", -9), (["kill -PIPE $$"], "", -13),
+                (["kill -PIPE $$"], "", -13),
                 (["nosuch", "x"], "gaffer: 'nosuch' cannot be run: No such file .*\n", 127),
                 (["-e", "bad.env", "echo"], "gaffer: .*bad.env:1: .*\n", 1),
-                (["-f", "/nosuch", "true"], "gaffer: there is no '/nosuch': .*\n", 1),
                 ([], "gaffer: say what to run.*\n", 2)):
             with self.subTest(arguments):
                 run = self.run_program(*arguments)
@@ -14549,13 +13221,9 @@ class ProcfileServer(ConfigCase):
                 ("load -f /no", 1, "there is no '/no': name a Procfile with -f FILE.*"),
                 ("load a:b -f Procfile", 1, "'a:b' is not a group's name.*"),
                 ("load -f Procfile -c wep=1", 4, "there is no 'wep', did you mean 'web'\\?"),
-                ("load -f Procfile -c web", 1, "'web' is not TYPE=NUMBER.*"),
-                ("load -f Procfile -c all=x", 1, "'all=x' is not TYPE=NUMBER.*"),
                 ("load -f Procfile -c web=1001", 1, "'web=1001' is not TYPE=NUMBER.*"),
                 ("unload -f Procfile", 4, "there is no process of the group 'my-app-2'.*"),
-                ("scale web=1 web", 2, "'web' is not a change.*"), ("scale x web=1", 4, ".*'x'.*"),
-                ("scale web=1 web=-1", 2, "'web=-1' is not a change.*"),
-                ("ps nosuch", 4, "there is no process of the group 'nosuch'.*")):
+                ("scale web=1 web=-1", 2, "'web=-1' is not a change.*")):
             self.calls((words, "", status, "gaffer: %s\n" % err))
 
     def test_without_a_group(self):
@@ -14633,7 +13301,7 @@ class ProcfileUp(CliFollowCase):
                       self.ended(process, 1))
 
     def test_signals_stop_all(self):
-        for signum in signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU:
+        for signum in signal.SIGINT, signal.SIGHUP, signal.SIGQUIT:
             with self.subTest(signum=signum):
                 process = self.up(self.SLEEPERS)
                 os_pids = self.started(process, "a.1", "b.1")
@@ -14643,18 +13311,6 @@ class ProcfileUp(CliFollowCase):
                 kill = "(TERM|KILL)" if signum == signal.SIGQUIT else "TERM"
                 self.assertRegex(" ".join(shown), "a.1 .* SIG{0} b.1 .* SIG{0}$".format(kill))
                 self.assertFalse(any(map(alive, os_pids.values())))
-
-    def test_a_second_signal_kills(self):
-        code = ("import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, [15]); "
-                "os.write(1, b'ready\\n'); "
-                "[os.write(1, b'no\\n') for _ in iter(lambda: signal.sigwait([15]), 0)]")
-        process = self.up("a: exec %s -ISc %s\n" % (PYTHON, shlex.quote(code)))
-        os_pids = self.started(process, "a.1")
-        process.send_signal(signal.SIGINT)
-        self.assertEqual(next(self.lines(process)), ("a.1", "no"))
-        process.send_signal(signal.SIGINT)
-        self.assertEqual(self.ended(process, 0)[-1], ("system", "a.1 was ended by SIGKILL"))
-        self.assertFalse(alive(os_pids["a.1"]))
 
     def test_one_dies_and_all_stop(self):
         """With its status. The other one's stdin does not end before."""
@@ -14677,20 +13333,13 @@ class ProcfileUp(CliFollowCase):
         seen += self.ended(process, 0)
         self.assertFalse([line for line in seen if line[0].startswith("c.")])
 
-    def test_mistakes(self):
-        path = self.file(self.folder(), "Procfile", "web: sleep 1\n")
-        for arguments, status, err in (
-                (["-f", path, "wep"], 4, ".*did you mean 'web'\\?"),
-                (["-f", "/nosuch"], 1, "there is no '/nosuch': name a Procfile.*"),
-                (["-f", path, "-c", "all=0"], 1, "there is nothing to run: .*")):
-            self.call("up", *arguments, status=status, err="gaffer: %s\n" % err)
-
     def test_closed_descriptors(self):
-        path = self.file(self.folder(), "Procfile", "web: exit 3\n")
-        command = " ".join(map(shlex.quote, [*CLI_COMMAND, "up", "-f", path]))
+        """And a status that comes when all is done."""
+        path = self.file(self.folder(), "Procfile", "a: sh -c 'exit 4'\nb: sleep 0.1\n")
+        command = " ".join(map(shlex.quote, [*CLI_COMMAND, "up", "--exit-when-done", "-f", path]))
         run = subprocess.run(["/bin/sh", "-c", "exec %s <&- >&- 2>&-" % command], env=self.env,
                              check=False, timeout=TIMEOUT)
-        self.assertEqual(run.returncode, 3)
+        self.assertEqual(run.returncode, 4)
 
     def test_a_socket_that_cannot_be_made(self):
         path = os.path.join(self.folder(), "x" * 100)
@@ -14734,70 +13383,44 @@ class ProcfileExample(CliFollowCase):
 
     quick = False
 
-    def setUp(self):
-        super().setUp()
-        home = self.folder()
-        self.app = os.path.join(home, "app")
-        shutil.copytree(os.path.join(HERE, "examples", "procfile"), self.app)
-        self.endpoint = "unix:" + os.path.join(home, "socket")
-        self.env = dict(self.env, SPOOL=os.path.join(home, "spool"), PYTHONDONTWRITEBYTECODE="1")
-        ports = range(20000 + os.getpid() % 5000, 32000)    # below those that the system gives out
-        self.port = next(port for port in ports if self._free(port) and self._free(port + 1))
-
     @staticmethod
     def _free(port):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return True
         return False
 
-    def show(self):
-        """Read a line. Returns it without colors; "" at the end."""
-        line = ""
-        with contextlib.suppress(OSError):      # EIO: nobody has the other side any more
-            line = self.reader.readline().decode()
-        self.shown += line
-        return re.sub("\x1b\\[[0-9]+m", "", line)
-
-    def read_until(self, *words):
-        """Read lines until all words have come."""
-        left = set(words)
-        while left:
-            line = self.show()
-            self.assertTrue(line, "it has ended: " + self.shown)
-            left = {word for word in left if word not in line}
-
     def test_life(self):
-        procfile = os.path.join(self.app, "Procfile")
-        process, main = self.terminal("up", "-f", procfile, "-p", str(self.port),
-                                      "--bind", self.endpoint)
-        self.reader, self.shown = os.fdopen(os.dup(main), "rb"), ""
-        self.addCleanup(self.reader.close)
-        self.read_until("web.1 ", "worker.1 ", "clock.1 ", "listening on %d" % self.port, "did ")
-        ask = ("--endpoint", self.endpoint, "-f", procfile)
+        home = self.folder()
+        app, endpoint = os.path.join(home, "app"), "unix:" + os.path.join(home, "socket")
+        shutil.copytree(os.path.join(HERE, "examples", "procfile"), app)
+        self.env = dict(self.env, SPOOL=os.path.join(home, "spool"), PYTHONDONTWRITEBYTECODE="1")
+        ports = range(20000 + os.getpid() % 5000, 32000)    # below those that the system gives out
+        port = next(port for port in ports if self._free(port) and self._free(port + 1))
+        procfile = os.path.join(app, "Procfile")
+        process, main = self.terminal("up", "-f", procfile, "-p", str(port), "--bind", endpoint)
+        self.shows(main, "listening on %d" % port)
+        ask = ("--endpoint", endpoint, "-f", procfile)
         self.assertEqual(self.call("scale", "web=2", "worker+1", *ask),
                          "web: 2 processes\nworker: 2 processes\n")
-        self.read_until("web.2 started", "worker.2 started", "listening on %d" % (self.port + 1))
-        with contextlib.closing(Wire(self.port + 1)) as wire:
+        self.shows(main, "listening on %d" % (port + 1))
+        with contextlib.closing(Wire(port + 1)) as wire:
             wire.send(http_bytes("GET", "/", version="1.0"))
             self.assertRegex(wire.file.read(), rb"tasks done\tso far: \d+\n\Z")
         text = cli_read(procfile).replace("worker: ", "worker: echo new; ")
-        self.file(self.app, "Procfile", text)
+        self.file(app, "Procfile", text)
         self.assertEqual(self.call("reload", *ask[:2]),
                          "worker: changed (cmd, shell)\nweb: kept\nclock: kept\n")
-        self.read_until("| new")
+        self.shows(main, r"\| *\S* new")
         until(lambda: self.called("ps", *ask)[0] == 0, "all run again")
-        self.assertEqual(len(self.call("ps", *ask).splitlines()), 7)
+        client = gaffer.Client(endpoint)
+        os_pids = [os_pid for each in client.get("/status") for os_pid in each["os_pids"]]
+        self.assertEqual(len(os_pids), 5)
         os.write(main, b"\x03")
-        while self.show():
-            pass
+        for _ in os_pids:
+            self.shows(main, "was ended by SIGTERM")
         self.assertEqual(process.wait(TIMEOUT), 0)
-        os_pids = re.findall(r"started, os pid (\d+)", self.shown)
-        self.assertGreaterEqual(len(os_pids), 7)
-        self.assertFalse(any(alive(int(os_pid)) for os_pid in os_pids))
-        self.assertFalse(os.path.exists(self.endpoint[5:]))
-        self.assertEqual(set(re.findall(r"(\S+) was ended by SIGTERM", self.shown)),
-                         {"web.1", "web.2", "worker.1", "worker.2", "clock.1"})
-        self.assertRegex(self.shown, "\x1b\\[[0-9]+m[0-9:]{8} web.1    \\|\x1b\\[0m listening")
+        self.assertFalse(any(map(alive, os_pids)))
+        self.assertFalse(os.path.exists(endpoint[5:]))
 
 
 class WebHooksTest(ServerCase):
@@ -14942,18 +13565,16 @@ class CliDaemon(CliFollowCase):
         def logged(name, log=paths[0]):
             server.add(name, {"cmd": "sleep 1000"})
             until(lambda: "INFO %s: spawn" % name in cli_read(log), "the log")
-        for number, signum in enumerate((signal.SIGUSR1, signal.SIGUSR2)):
-            logged("a%d" % number)
-            until(lambda: "GET /status/a%d" % number in cli_read(paths[1]), "the access log")
+        logged("a")
+        for signum in signal.SIGUSR1, signal.SIGUSR2:
             for path in paths:
                 os.rename(path, path + ".1")
             server.process.send_signal(signum)
             until(lambda: all(map(os.path.exists, paths)), "the new files")
-            logged("b%d" % number)
-            until(lambda: "GET /status/b%d" % number in cli_read(paths[1]), "the new access log")
+            logged("b%d" % signum)
+            until(lambda: "GET /status/b%d" % signum in cli_read(paths[1]), "the new access log")
             for path in paths:
-                self.assertNotIn("a%d" % number, cli_read(path))
-                self.assertNotIn("b%d" % number, cli_read(path + ".1"))
+                self.assertNotIn("b%d" % signum, cli_read(path + ".1"))
         held = CliServe._descriptors(server.process.pid)
         self.assertEqual(sorted(name for name in held if name.startswith(folder)), sorted(paths))
         # where there is no place for a new one, the old one goes on
@@ -14970,17 +13591,12 @@ class CliDaemon(CliFollowCase):
         self.call("serve", "--log-file", folder, status=1,
                   err="gaffer: the log file '.*' cannot be written: Is a directory\n")
 
-    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
-    def test_a_log_file_on_a_full_disk(self):
-        self.start("--log-file", "/dev/full", "-v").add("a", {"cmd": "sleep 1000"})
-
     def test_daemon(self):
         folder = self.folder()
         endpoint, pidfile, log = "unix:%s/socket" % folder, folder + "/pid", folder + "/log"
         arguments = ["serve", "--daemon", "--bind", endpoint, "--log-file", log,
                      "--pidfile", pidfile]
-        script = [PYTHON, "-W", "error", CLI_FILE]      # -X dev fails after any fork in Python 3.8
-        run = subprocess.run([*script, *arguments], env=self.env, stdout=subprocess.PIPE,
+        run = subprocess.run([*CLI_SCRIPT, *arguments], env=self.env, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, timeout=TIMEOUT, check=False)
         self.assertEqual((run.returncode, run.stdout.decode()),
                          (0, "gaffer %s listening on %s\n" % (gaffer.__version__, endpoint)))
@@ -15021,7 +13637,7 @@ class CliCompletion(CliFollowCase):
 
     quick = False
     TYPED = (("re", r"reload\b[^$]*restart\b"), ("stop we", "web"), ("stop --no", "--no-wait"),
-             ("export sy", "systemd"), ("--json stop group:", "group:one"), ("logs -f d", "db"))
+             ("--json stop group:", "group:one"))
 
     def script(self, shell):
         """The script of a shell, which finds gaffer.py."""
@@ -15030,30 +13646,34 @@ class CliCompletion(CliFollowCase):
             self.server.url, " ".join(map(shlex.quote, CLI_COMMAND))), 0o700)
         path = home + ":" + os.environ["PATH"]
         self.env = dict(self.env, HOME=home, XDG_CONFIG_HOME=home, PATH=path)
+        self.sleepers("web", "db", "group:one")
         return self.file(home, "script", self.call("completion", shell))
 
-    def test_bash_and_zsh(self):
-        self.sleepers("web", "db", "group:one")
-        for shell, setup in (("bash --norc --noprofile -i", "PS1='$ '"),
-                             ("zsh -f -i", "autoload -Uz compinit; compinit -u -D")):
-            name = shell.split()[0]
-            with self.subTest(name):
-                if not shutil.which(name):
-                    self.skipTest("needs " + name)
-                setup = "%s; source %s; echo set''-up\r" % (setup, self.script(name))
-                _, main = self.terminal(command=shell.split(), TERM="dumb", INPUTRC=os.devnull)
-                os.write(main, setup.encode())
-                self.shows(main, "set-up\r")
-                for words, shown in self.TYPED:
-                    os.write(main, b"gaffer.py %s\t" % words.encode() + b"\t" * (words == "re"))
-                    self.shows(main, shown)
-                    os.write(main, b"\x15")
+    def type(self, shell, setup):
+        """Complete what is TYPED in a terminal."""
+        name = shell.split()[0]
+        if not shutil.which(name):
+            self.skipTest("needs " + name)
+        setup = "%s; source %s; echo set''-up\r" % (setup, self.script(name))
+        _, main = self.terminal(command=shell.split(), TERM="dumb", INPUTRC=os.devnull)
+        os.write(main, setup.encode())
+        self.shows(main, "set-up\r")
+        for words, shown in self.TYPED:
+            os.write(main, b"gaffer.py %s\t" % words.encode() + b"\t" * (words == "re"))
+            self.shows(main, shown)
+            os.write(main, b"\x15")
+
+    def test_bash(self):
+        self.type("bash --norc --noprofile -i", "PS1='$ '")
+
+    def test_zsh(self):
+        self.type("zsh -f -i", "autoload -Uz compinit; compinit -u -D")
 
     @unittest.skipUnless(shutil.which("fish"), "needs fish")
     def test_fish(self):
-        self.sleepers("web", "db", "group:one")
+        script = self.script("fish")
         code = "".join("complete -C 'gaffer.py %s'; echo;" % line for line, _ in self.TYPED)
-        out = subprocess.check_output(["fish", "-c", "source %s;%s" % (self.script("fish"), code)],
+        out = subprocess.check_output(["fish", "-c", "source %s;%s" % (script, code)],
                                       env=self.env, timeout=TIMEOUT, universal_newlines=True)
         for found, (line, wanted) in zip(out.split("\n\n"), self.TYPED):
             self.assertRegex(found.replace("\n", " "), r"\A%s\Z" % wanted, line)
@@ -15064,7 +13684,7 @@ class CliHostile(CliCase):
     In the end it has the same descriptors, and no more memory than after some of them."""
 
     quick = False
-    cases, seed, first = 100, "1", 0            # main(): --hostile N
+    cases, seed, first = 40, "1", 0             # main(): --hostile N
 
     OPENING = http_bytes("GET", "/wstreams/1", "Upgrade: websocket", "Connection: Upgrade",
                          "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
@@ -15293,15 +13913,13 @@ class Examples(CliCase):
         """Its lines are right, as far as they can be told without Docker."""
         text = cli_read(os.path.join(self.FOLDER, "Dockerfile"))
         lines = dict(line.split(None, 1) for line in text.splitlines())
-        self.assertEqual(list(lines), ["FROM", "COPY", "EXPOSE", "ENTRYPOINT"])
         name, target = lines["COPY"].split()
         program, path, *arguments, address = json.loads(lines["ENTRYPOINT"])
         self.assertEqual((program, path, address),
                          ("python3", target + name, "0.0.0.0:" + lines["EXPOSE"]))
         self.assertIn("GAFFER_TOKEN", self.outcome(*arguments, "0.0.0.0:0")[2])
         server = self.start(*arguments, "0.0.0.0:0", env=dict(self.env, GAFFER_TOKEN="secret"))
-        ready = server.ok("GET", "/readyz", headers={"Authorization": "Bearer secret"})["ready"]
-        self.assertTrue(ready)
+        self.assertEqual(server.request("GET", "/ping")[2], b"OK")
 
     def test_echo_client(self):
         server = self.start()
@@ -15370,8 +13988,9 @@ class Examples(CliCase):
         self.assertEqual(client.read(), (1, b"hello\n"))
 
     def test_configurations(self):
-        text = cli_read(os.path.join(self.FOLDER, "gaffer.service"))
-        self.assertRegex(text, "(?m)^ExecStart=.* serve /etc/gaffer.ini$")
+        for name, part in ("gaffer.service", " serve /etc/gaffer.ini\n"), (
+                "follow.html", "new EventSource("):
+            self.assertIn(part, cli_read(os.path.join(self.FOLDER, name)))
         for name in ("gaffer.ini", "gaffer.toml")[:2 if sys.version_info >= (3, 11) else 1]:
             settings = gaffer.read_settings(os.path.join(self.FOLDER, name))
             self.assertEqual(list(settings.templates)[:2], ["dummy", "echo"])
@@ -15379,146 +13998,53 @@ class Examples(CliCase):
 
     def test_websocket_echo(self):
         program = self.program("websocket_echo.py", "0")
-        self.assertRegex(program.urls[0], r"\Aws://127\.0\.0\.1:\d+/echo\Z")
         client = self.websocket(program.port, "/echo")
-        for opcode, data in (1, "ä".encode()), (2, b"\xff"), (1, b""), (2, b"x" * 70000):
+        for opcode, data in (1, b"text"), (2, b"x" * 70000):
             client.frame(opcode, data)
             self.assertEqual(client.read(), (opcode, data))
-        client.frame(1, b"in ", final=False)
-        client.frame(0, b"parts")
         client.frame(8, struct.pack("!H", 1000))
-        self.assertEqual([client.read()[1], client.read()[1]], [b"in parts", b"\x03\xe8"])
-
-    def test_follow(self):
-        """No browser here: the page is short, and what it asks from another port is answered."""
-        text = cli_read(os.path.join(self.FOLDER, "follow.html"))
-        self.assertLess(text.count("\n"), 25)
-        for part in ('query.get("server")', 'query.get("stream")', "new EventSource(",
-                     "addEventListener(label"):
-            self.assertIn(part, text)
-        server = self.start()
-        server.add("dummy", "echo x; read y", redirect_input=True, shell=True)
-        query = re.search(r'stream \+ "(\?[^"]*)"', text).group(1)
-        with contextlib.closing(Wire(server.port)) as wire:
-            wire.request("/streams/dummy/stdout" + query, "Origin: http://localhost:8000",
-                         "Accept: text/event-stream").head()
-            self.assertEqual(wire.headers["Access-Control-Allow-Origin"], "http://localhost:8000")
-            self.assertEqual(wire.event()[0], "stdout")
+        self.assertEqual(client.read(), (8, b"\x03\xe8"))
 
 
 class Loadtest(CliCase):
     """examples/loadtest.py, for real, at sizes that say nothing about speed."""
 
     quick = False
-    SMALL = ("--megabytes 2 --lines 200 --seconds 0.1 --messages 20 --restarts 2 --json --quiet")
 
-    def begin(self, words):
-        """A run."""
-        process = subprocess.Popen(
-            [PYTHON, "-W", "error", os.path.join(HERE, "examples", "loadtest.py"), *words.split()],
-            env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            universal_newlines=True)
-        self.addCleanup(process.communicate)
-        self.addCleanup(process.kill)
-        return process
-
-    def loadtest(self, words):
-        """(exit status, stdout, stderr) of a run."""
-        process = self.begin(words)
-        out, err = process.communicate(timeout=TIMEOUT)
-        return process.returncode, out, err
-
-    def figures(self, words):
-        """{(case, system): row} of a run without a fault."""
-        status, out, err = self.loadtest("%s %s" % (self.SMALL, words))
-        self.assertEqual((status, err), (0, ""), out)
-        rows = {(row["case"], row["system"]): row for row in json.loads(out)["results"]}
-        for row in rows.values():
-            found = [row.get("error")] + [row["figures"].get(fault) for fault in (
-                "lost", "lost bytes", "dropped bytes", "failed")]
-            self.assertFalse(any(found), row)
-        return rows
-
-    def given(self, *arguments):
-        """A server that runs already, and the arguments that name it."""
-        server = self.start(*arguments)
-        return server, "--endpoint http://127.0.0.1:%d " % server.port
-
-    def test_a_server_that_is_given(self):
-        """It is left as it was."""
-        server, endpoint = self.given()
+    def test_figures(self):
+        """Of a server that is given, which is left as it was, and of others beside it."""
+        server = self.start()
         server.add("mine", "sleep 1000")
-        found = [name for name in ("socat", "websocketd") if shutil.which(name)]
-        others = " ".join("--against " + name for name in ("asyncio", "relay", "bare", *found))
-        rows = self.figures(endpoint + "--throughput --fan-out 7 --echo --api 2 --busy --spawn 3 "
-                                       "--restart --growth 40 " + others)
-        self.assertEqual(server.ok("GET", "/processes"), ["mine"])
-        server.stop()
-        server.expect_stderr("WARNING loadtest:.*: exit .*signal 9")       # --restart
+        command = [PYTHON, "-W", "error", os.path.join(HERE, "examples", "loadtest.py"),
+                   "--endpoint", "http://127.0.0.1:%d" % server.port, "--json", "--quiet"]
+        words = ("--megabytes 1 --lines 200 --seconds 0.1 --messages 20 --restarts 1 --throughput "
+                 "--fan-out 7 --echo --api 2 --busy --spawn 3 --restart --growth 40 "
+                 "--against asyncio --against relay --against bare")
+        run = subprocess.run([*command, *words.split()], env=self.env, stdin=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=2 * TIMEOUT,
+                             check=False)
+        self.assertEqual((run.returncode, run.stderr), (0, b""), run.stdout)
+        rows = {(row["case"], row["system"]): row for row in json.loads(run.stdout)["results"]}
         expected = {"continuous": "MB/s", "websocket": "MB/s", "SSE": "MB/s", "to 7": "p99 ms",
                     "through cat": "p50 us", "2 kept": "requests/s", "2 kept, busy": "requests/s",
                     "processes": "total ms", "after kill -9": "p50 ms", "at 40": "event us"}
         systems = {"asyncio": ["to 7"], "relay": ["through cat"], "gaffer": expected,
-                   "bare": ["processes", "after kill -9"], "socat": ["continuous", "websocket"],
-                   "websocketd": ["continuous", "websocket", "SSE", "through cat"]}
-        self.assertEqual(set(rows), {(case, system) for system in (
-            "gaffer", "asyncio", "relay", "bare", *found) for case in systems[system]})
+                   "bare": ["processes", "after kill -9"]}
+        self.assertEqual(set(rows), {(case, system) for system in systems
+                                     for case in systems[system]})
         for (case, _), row in rows.items():
-            key = expected[case]
-            self.assertGreater(row["figures"][key], 0)
-            ratio = rows[case, "gaffer"]["figures"][key] / row["figures"][key]
-            self.assertAlmostEqual(row.get("ratios", {}).get(key, ratio), ratio)
-        fan_out = rows["to 7", "gaffer"]["figures"]
-        self.assertEqual(fan_out["deliveries"], 7 * 20)
-        self.assertGreater(fan_out["memory MiB"], 5, "it has found the server's process")
-
-    def test_a_server_of_its_own(self):
-        figures = self.figures("--rest")["at rest", "gaffer"]["figures"]
-        few, many = figures["1 child, MiB"], figures["200 children, MiB"]
-        self.assertTrue(5 < few < many + 1 < 100, figures)
-        self.assertTrue(figures["import ms"] > 0 < figures["start ms"], figures)
-
-    def test_a_table_and_mistakes(self):
-        token = self.file(self.folder(), "token", "secret\n")
-        _, endpoint = self.given("--token-file", token)
-        status, out, err = self.loadtest(
-            endpoint + "--token-file %s --api 1 --against socat --seconds 0.1" % token)
-        self.assertEqual((status, err), (0, "loadtest: api, 1 kept: gaffer, round 1 of 1\n"
-                                            "loadtest: socat can do nothing of this\n"))
-        self.assertRegex(
-            out, r"\Agaffer .*, CPython .*\n\napi  .*\n +.*\n1 kept: gaffer +[0-9,.]+ +0 ")
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            dead = "http://127.0.0.1:%d" % listener.getsockname()[1]
-        for words, status, last in (
-                (endpoint, 1, "loadtest: POST /processes: 401 [^\n]*send the token"),
-                ("--endpoint " + dead, 1, "loadtest: no gaffer answers at " + dead),
-                ("--token-file /nowhere", 1, "loadtest: the token file '/nowhere'"),
-                ("--gaffer /nowhere", 1, "loadtest: a server did not start"),
-                ("--fan-out 0", 2, "loadtest.py: error: ")):
-            found, out, err = self.loadtest("--api 1 " + words)
-            self.assertEqual((found, out), (status, ""))
-            self.assertRegex(err.splitlines()[-1], r"\A" + last)
-
-    def test_ends(self):
-        """An interrupt leaves nothing; a server that ends is a failure."""
-        server, endpoint = self.given()
-        for signum in signal.SIGINT, None:
-            run = self.begin(endpoint + "--quiet --throughput --megabytes 100000 --json")
-            path = "/streams/%s/stdout?since=0&timeout=0"
-            until(lambda: any(b"x" * 60 in server.request("GET", path % name)[2]
-                              for name in server.ok("GET", "/processes")), "lines flow")
-            if signum:
-                run.send_signal(signum)
-            else:
-                server.kill()
-            out, err = run.communicate(timeout=TIMEOUT)
-            if signum:
-                self.assertEqual((run.returncode, err), (130, "loadtest: interrupted\n"))
-                self.assertEqual(server.ok("GET", "/processes"), [])
-        self.assertEqual((run.returncode, err), (1, ""))
-        first, *others = [row.get("error") or row["figures"] for row in json.loads(out)["results"]]
-        self.assertTrue(first == "the server has ended" or first["lost bytes"] > 0, first)
-        self.assertEqual([text.partition(" at ")[0] for text in others], ["no gaffer answers"] * 2)
+            self.assertGreater(row["figures"][expected[case]], 0)
+            found = [row.get("error")] + [row["figures"].get(fault) for fault in (
+                "lost", "lost bytes", "dropped bytes", "failed")]
+            self.assertFalse(any(found), row)
+        self.assertEqual(rows["to 7", "gaffer"]["figures"]["deliveries"], 7 * 20)
+        self.assertEqual(server.ok("GET", "/processes"), ["mine"])
+        server.stop()
+        server.expect_stderr("WARNING loadtest:.*: exit .*signal 9")       # --restart
+        run = subprocess.run([*command, "--api", "1"], env=self.env, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, timeout=TIMEOUT, check=False)
+        self.assertEqual(run.returncode, 1)
+        self.assertIn(b"loadtest: no gaffer answers at http://", run.stderr)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -15778,6 +14304,7 @@ class Chaos(CliCase):
         taker = threading.Thread(target=take)
         taker.start()
         actions = [getattr(self, name) for name in dir(self) if name.startswith("do_")]
+        actions += 2 * [self.do_add, self.do_act, self.do_write, self.do_read]
         deadline = time.monotonic() + seconds
         try:
             while time.monotonic() < deadline and not ChaosReader.faults:
@@ -15834,8 +14361,6 @@ class Chaos(CliCase):
         else:
             self.ask("PUT", "/processes/" + name, info)
 
-    do_add_more = do_add_again = do_add
-
     NAMED = ("POST _start", "POST _stop", "POST _restart", "POST _restart?wait=2", "DELETE",
              "POST _stop?wait=2", "POST _add/1", "POST _add/2", "POST _sub/1", "POST _sub/2")
     NUMBERED = ("POST _signal/TERM", "POST _signal/9?group=true", "POST _signal/SIGINT", "DELETE",
@@ -15848,8 +14373,6 @@ class Chaos(CliCase):
         method, _, path = self.chance.choice(acts).partition(" ")
         self.ask(method, ("/processes/%s/%s" % (target, path)).rstrip("/"))
 
-    do_act_more = do_act_again = do_act
-
     def do_write(self):
         """Numbered lines to what sends them back: its output is checked like any other."""
         pid, number = self.any_pid(), self.chance.choice((1, 100, 10000, 100000))
@@ -15857,8 +14380,6 @@ class Chaos(CliCase):
         data = chaos_bytes(9 * start, 9 * (start + number))
         if self.ask("POST", "/streams/%d/%s" % (pid, label), data):
             self.written[pid] = start + number
-
-    do_write_more = do_write
 
     def do_end_stdin(self):
         if self.chance.random() < 0.3:
@@ -15871,8 +14392,6 @@ class Chaos(CliCase):
             pid = self.any_pid()
             self.journal.append("read %s of %s" % (kind, pid))
             ChaosReader(self.server.port, kind, pid, self.chance)
-
-    do_read_more = do_read_again = do_read
 
     def do_drop(self):
         """End a reader from this side."""
