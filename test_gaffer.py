@@ -11605,7 +11605,7 @@ class CliCommands(CliControlCase):
                     ("get_process x*", b"404 No\r\nContent-Length: 2\r\n\r\n{}", 5, none),
                     ("get_process x*", b"200 OK\r\nContent-Length: 9\r\n\r\nhi", 5, none),
                     ("get_process x*", b"x", 5, none),
-                    ("pids x", b"200 OK\r\nContent-Length: 2\r\n\r\n{}", 1, odd)):
+                    ("pids x", b"200 OK\r\nContent-Length: 3\r\n\r\n[1]", 1, odd)):
                 def serve_once(answer=answer):
                     sock, _ = listener.accept()
                     with sock:
