@@ -12236,7 +12236,8 @@ class FolderApi(HttpHandler):
         try:
             super().start(loop, manager)
         except StartError as error:
-            self._say("there is no API in this folder: %s" % error)
+            self._say("there is no API in this folder: %s" % str(error).replace(
+                "give another --bind", "'up' goes on without it"))
 
 
 def up_command(args):

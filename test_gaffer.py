@@ -13268,7 +13268,8 @@ class ProcfileUp(CliFollowCase):
         path = os.path.join(self.folder(), "x" * 100)
         os.mkdir(path)
         process = self.follow("up", "-f", self.file(path, "Procfile", "web: exit 3\n"))
-        self.assertRegex(self.ended(process, 3)[0][1], "there is no API in this folder: .*too long")
+        self.assertRegex(self.ended(process, 3)[0][1], "there is no API in this folder: .*too long"
+                                                       ": 'up' goes on without it")
 
     def test_slow_reader(self):
         """More than pipes, windows and the queue hold: the process waits, and nothing is lost."""
