@@ -11185,6 +11185,7 @@ class Configuration:
 WINDOW_SIZE_MIN = 256                           # a line or two
 WINDOW_SIZE_MAX = 1024 * MIB
 STATUS_INTERVAL = 1.0                           # of status -w
+REQUESTS_MAX = 100                              # of one command at a time
 RETRY_PAUSE = 0.2                               # before a server, or a full pipe, is tried again
 FOLDER_SOCKET = ".gaffer.sock"                  # where `up` serves its API, in its folder
 
@@ -11324,34 +11325,35 @@ def await_goal(args, client, names, goal=None):
 
 
 def carry_out(args, client, steps):
-    """Send all first requests, then wait for each until it is done, and print that.
+    """Send all requests at once; print what each has done when it is done.
 
-    `steps`: [(Target, first request, the one that waits or None, what they do: a function of the
-    answer)]; a request is a method and what follows the Target's path.
+    `steps`: [(Target, request, what it does: a function of the answer)]; a request is a method and
+    what follows the Target's path.
     """
-    def send(target, request, query="", timeout=CLIENT_TIME):
-        method, _, path = request.partition(" ")
-        return client.request(method, target.path + path + query, timeout=timeout)
-    told = []
-    for target, first, last, done in steps:
-        if last and args.no_wait:
-            last = None
-        try:                                    # a process that was told to stop hears no more
-            answer = None if last and target.process else send(target, first)
-            told.append((target, answer, last, done))
-        except ClientError as error:
-            report(args, error)
-    if args.command == "start" and args.ready:
-        return await_goal(args, client, [target.word for target, *_ in told])
-    query, timeout = "?wait=true", None
-    if getattr(args, "timeout", None) is not None:      # kill has none
+    from concurrent.futures import ThreadPoolExecutor
+    until_ready = args.command == "start" and args.ready
+    query, timeout, told = "?wait=true", None, []
+    if args.command == "kill" or args.no_wait or until_ready:
+        query, timeout = "", CLIENT_TIME
+    elif args.timeout is not None:
         query, timeout = "?wait=%g" % args.timeout, CLIENT_TIME + args.timeout
-    for target, answer, last, done in told:
-        try:
-            waited = send(target, last, query, timeout) if last else answer
-            show(args, answer or waited, "%s: %s" % (target.word, done(answer)))
-        except ClientError as error:
-            report(args, error)
+
+    def send(target, request):
+        method, _, path = request.partition(" ")
+        path += query if method != "GET" else ""
+        return client.request(method, target.path + path, timeout=timeout)
+    with ThreadPoolExecutor(REQUESTS_MAX) as pool:
+        answers = [pool.submit(send, target, request) for target, request, _ in steps]
+        for (target, _, done), answer in zip(steps, answers):
+            try:
+                text = "%s: %s" % (target.word, done(answer.result()))
+                told.append(target.word)
+                if not until_ready:
+                    show(args, answer.result(), text)
+            except ClientError as error:
+                report(args, error)
+    if until_ready:
+        await_goal(args, client, told)
 
 
 def scaling(target, verb, number):
@@ -11359,15 +11361,7 @@ def scaling(target, verb, number):
     def done(answer):
         count = json.loads(answer)["numprocesses"]
         return "%d process%s" % (count, "" if count == 1 else "es")
-    if not number:
-        return target, "GET ", None, done
-    last = "POST /_start" if target.status["active"] else None
-    return target, "POST /_%s/%d" % (verb, number), last, done
-
-
-def deletion(args, target, text):
-    """Return the step of carry_out() that stops a template and removes it."""
-    return target, "DELETE " if args.no_wait else "POST /_stop", "DELETE ", lambda answer: text
+    return target, "POST /_%s/%d" % (verb, number) if number else "GET ", done
 
 
 def act(args):
@@ -11375,20 +11369,18 @@ def act(args):
     verb, steps = args.command, []
     client, targets = connect_to(args, args.names, verb in ("stop", "kill"))
     for target in targets:
-        active, state = target.status["active"], target.status["state"]
-        first, last = "POST /_" + verb, "POST /_stop" if verb == "stop" else "POST /_start"
+        active, state, request = target.status["active"], target.status["state"], "POST /_" + verb
         done = {"start": "started", "stop": "stopped", "restart": "restarted"}.get(verb)
         if verb == "kill":
-            first, last = "POST /_signal/%s?group=%s" % (
-                reference(args.sig), str(args.group).lower()), None
+            request = "POST /_signal/%s?group=%s" % (reference(args.sig), str(args.group).lower())
             done = "signalled " + args.sig
         elif target.process:
             done = "stopped, to be replaced" if active else done
         elif verb == "restart":
             done = done if active else "started"
-        elif active == (verb == "start"):
+        elif active == (verb == "start") and state != "scheduled":
             done = "already " + state
-        steps.append((target, first, last, lambda answer, done=done: done))
+        steps.append((target, request, lambda answer, done=done: done))
     carry_out(args, client, steps)
 
 
@@ -11402,7 +11394,7 @@ def scale_one(args):
 def del_process_command(args):
     """Stop templates and remove them."""
     client, targets = connect_to(args, args.names)
-    carry_out(args, client, [deletion(args, target, "deleted") for target in targets])
+    carry_out(args, client, [(target, "DELETE ", lambda answer: "deleted") for target in targets])
 
 
 def wait_command(args):
@@ -12379,7 +12371,7 @@ def load_command(args):
                                        "updated" if outcome["changed"] else "already loaded"))
     gone = [name for name in statuses
             if name.startswith(group + ":") and name not in templates]
-    carry_out(args, client, [deletion(args, target, "removed")
+    carry_out(args, client, [(target, "DELETE ", lambda answer: "removed")
                              for target in find_targets(args, statuses, gone)])
     if args.ready:
         await_goal(args, client, templates)
@@ -12388,7 +12380,7 @@ def load_command(args):
 def unload_command(args):
     """Stop the templates of a group and remove them."""
     client, args.group = connect(args), group_of(args)
-    carry_out(args, client, [deletion(args, target, "unloaded") for target in find_app(
+    carry_out(args, client, [(target, "DELETE ", lambda answer: "unloaded") for target in find_app(
         args, get_statuses(client)).values()])
 
 

@@ -11349,6 +11349,23 @@ class CliControl(CliFollowCase):
                 for pid in self.server.ok("GET", "/processes?running=true"):
                     self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
 
+    def test_a_job_runs_once(self):
+        """A command that waits starts nothing again that has ended meanwhile."""
+        self.server.add("job", "echo run", shell=True, restart="never", start=False)
+        self.server.add("timer", "echo run", shell=True, schedule="every 1h")
+        runs = 0
+        for words in ("start job timer", "restart job timer", "start --ready job",
+                      "start job --no-wait", "start job --timeout 60"):
+            self.assertNotIn("already", self.call(*words.split()))
+            runs += 1
+            for name in ["job", "timer"] if "timer" in words else ["job"]:
+                until(lambda name=name: self.server.ok("GET", "/status/" + name)["state"] in (
+                    "done", "scheduled"))
+                lines = until(lambda name=name: self.call("logs", name).splitlines()[runs - 1:])
+                self.assertEqual(len(lines), 1, words)
+        self.call("add", "timer")
+        self.assertEqual(self.server.ok("GET", "/status/timer")["state"], "scheduled")
+
     def test_one_process(self):
         """web.2, gaffer's pid, the system's pid; a template's name comes first."""
         self.sleepers("web", numprocesses=2)
