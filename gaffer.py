@@ -9258,7 +9258,7 @@ class SocketReader(io.RawIOBase):
         while time.monotonic() < self.deadline:
             try:
                 return self._sock.recv_into(buffer)
-            except socket.timeout:              # KEEP_TIME; another would cost a system call
+            except (BlockingIOError, socket.timeout):   # after KEEP_TIME; see Handler.handle()
                 pass
         raise socket.timeout("timed out")
 
@@ -9282,7 +9282,13 @@ class Handler(socketserver.StreamRequestHandler):
                 self.request.settimeout(HANDSHAKE_TIME)
                 self.request.do_handshake()
                 self.http.handshakes.pop(self.client, None)
-            self.request.settimeout(KEEP_TIME)
+            if self.server.context is not None:
+                self.request.settimeout(KEEP_TIME)
+            else:                               # with settimeout() each call would be two, poll()
+                self.request.settimeout(None)   # first, and give threads twice the time to collide
+                wait = struct.pack("ll", 0, int(KEEP_TIME * 10 ** 6))
+                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
             keep = True
             while keep:
                 self.reader.deadline = time.monotonic() + KEEP_TIME
@@ -9351,7 +9357,7 @@ class Handler(socketserver.StreamRequestHandler):
             while part:
                 try:
                     part = part[self.request.send(part):]
-                except socket.timeout:
+                except (BlockingIOError, socket.timeout):
                     if time.monotonic() >= deadline:
                         raise
             self.sent += SEND_SIZE
