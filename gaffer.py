@@ -5068,9 +5068,8 @@ def encode_head(status, headers):
 
     Raises ValueError if a header holds CR, LF or NUL (response splitting), or is not latin-1.
     """
-    lines = ["HTTP/1.1 %d %s" % (status, REASONS.get(status, "Unknown"))]
-    for name, value in headers:
-        lines.append("%s: %s" % (name, value))
+    lines = ["HTTP/1.1 %d %s" % (status, REASONS.get(status, "Unknown")),
+             *["%s: %s" % (name, value) for name, value in headers]]
     text = "\r\n".join(lines)
     if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1 or "\0" in text:
         raise ValueError("a response header holds CR, LF or NUL")
@@ -9600,6 +9599,7 @@ class HttpHandler:
     def start(self, loop, manager):
         """Listen. Raises StartError: an endpoint cannot be used, or would be open to everybody."""
         self.loop, self._api, self.closed = loop, Api(manager, self), False
+        self._known_route = functools.lru_cache(256)(self._find)    # clients poll the same paths
         if sys.version_info < (3, 9):
             # glibc loads a library when the first thread ends; without a descriptor it aborts
             thread = threading.Thread(target=int)
@@ -9757,17 +9757,17 @@ class HttpHandler:
                                           request.client, self.wrong_tokens)
                 raise
         try:
-            return self._find(request)
+            return self._known_route(request.method, request.path)
         except GafferError as error:
             if not has_body(request) or "expect" in request.headers:
                 raise
             answer = error_response(error)      # the client sends its body, and may go on behind it
             return (lambda request: answer), BODY_SIZE
 
-    def _find(self, request):
-        methods, args = self._router.find(request.segments())
+    def _find(self, method, path):
+        methods, args = self._router.find(Request(method, path, (1, 1), {}).segments())
         if methods is not None:
-            handler = methods.get(request.method)
+            handler = methods.get(method)
             if handler is not None:
                 limit = max(BODY_SIZE, self._api.manager.input_size)
 
@@ -9779,22 +9779,22 @@ class HttpHandler:
                     return (result if isinstance(result, (Response, Channel))
                             else json_response(result))
                 return functools.partial(attempt, call), limit
-            if request.method not in METHODS + OTHER_METHODS:
+            if method not in METHODS + OTHER_METHODS:
                 raise MethodUnknown("HTTP has no such method; they are in capitals")
             if "*" in methods:                  # what a stream allows depends on its label
                 methods = self.loop.call(methods["*"], self._api, *args)
             raise MethodNotAllowed("use one of the methods in the Allow header", allowed(methods))
         for pattern, handler in self._handlers:
-            match = pattern.fullmatch(request.path)
+            match = pattern.fullmatch(path)
             if match:
                 groups = [group and urllib.parse.unquote(group) for group in match.groups()]
                 return (functools.partial(self._call_route, pattern.pattern, handler, groups),
                         self._max_body)
         for prefix, app in self._wsgi:
-            if request.path == prefix or request.path.startswith(prefix + "/"):
+            if path == prefix or path.startswith(prefix + "/"):
                 return functools.partial(WsgiRun, self, app, prefix), self._max_body
         raise ResourceNotFound(
-            "there is nothing at %s; GET /openapi.json lists the routes" % request.path[:200])
+            "there is nothing at %s; GET /openapi.json lists the routes" % path[:200])
 
     @staticmethod
     def _call_route(pattern, handler, groups, request):
