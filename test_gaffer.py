@@ -84,13 +84,18 @@ def until(condition, what="the condition", timeout=TIMEOUT):
         pause.wait(0.005)
 
 
-def alive(os_pid):
-    """True while an OS process lives (a zombie does not)."""
+def process_state(os_pid):
+    """The state letter of an OS process, None if there is none."""
     try:
         with open("/proc/%d/stat" % os_pid) as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+            return file.read().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return None
+
+
+def alive(os_pid):
+    """True while an OS process lives (a zombie does not)."""
+    return process_state(os_pid) not in ("Z", "X", None)
 
 
 def python(code):
@@ -1182,7 +1187,7 @@ class PureRunning(Case):
 
         def caller():
             number = 0
-            while number < 300 or len(turns) < 50:
+            while number < 100 or len(turns) < 50:
                 self.loop.call(count)
                 self.loop.call_soon(soon.append, 1)
                 self.loop.call_unlocked(later.append, 1)
@@ -1191,8 +1196,8 @@ class PureRunning(Case):
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(1e-5)
         self.loop.call_soon(busy)
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            total = sum(call.result() for call in [pool.submit(caller) for _ in range(8)])
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            total = sum(call.result() for call in [pool.submit(caller) for _ in range(4)])
         over.set()
         self.hold(self.loop.call_soon)()        # what was put in before has run: the one in a turn,
         self.hold(self.loop.call_unlocked)()    # the other at the end of one
@@ -1440,18 +1445,12 @@ class PureReader(PureLogCase):
                 ((b"a\r", b"\n", b"\nb\n"), [(2, b"a"), (4, b""), (6, b"b")])):
             with self.subTest(steps=steps):
                 window = self.window()
-                early, slow = self.sse(window), self.sse(window, open=False)
+                reader = self.sse(window)
                 self.feed(window, *steps)
-                self.assertEqual(pure_sse(early.sink.data), [
+                self.assertEqual(pure_sse(reader.sink.data), [
                     (place, "out", line) for place, line in wanted])
-                late, text = self.sse(window, offset=0), b"".join(line for _, line in wanted)
-                self.drain(slow)
+                self.do(reader.close)
                 self.advance(0.11)
-                for reader in (slow, late):
-                    lines = b"".join(line for _, _, line in pure_sse(reader.sink.data))
-                    self.assertEqual(lines[:len(text)], text)
-                for reader in (early, slow, late):
-                    self.do(reader.close)
                 self.assertEqual(self.loop.pending_timers, 0)
 
     def test_finish(self):
@@ -1459,6 +1458,7 @@ class PureReader(PureLogCase):
         window = self.window()
         live, slow = self.sse(window), self.sse(window, open=False)
         self.feed(window, b"one\n", b"half", 0.11, b" a line \xc3")
+        self.do(window.finish)
         self.do(window.finish)
         wanted = [(4, "out", b"one"), (8, "out", b"half"), (17, "out", " a line \ufffd".encode())]
         self.assertEqual((pure_sse(live.sink.data), live.sink.ends), (wanted, 1))
@@ -1733,16 +1733,15 @@ class PureJournal(PureLogCase):
         for number in range(20):
             small(b"line %03d %s\n" % (number, b"x" * 30))
             large(b"%03d\n" % number)
-        reader = self.sse(offset=0, open=False)
-        for number in range(60):
-            reader.sink.open = number > 5
-            self.do(reader.pump)
+        reader = self.sse(offset=0)
+        for _ in range(20):
+            self.advance()
         events = self.events(reader)
-        lines = [event[1] for event in events if isinstance(event[1], str)]
-        self.assertEqual(lines[:16], ["large 2 out %03d" % number for number in range(14)]
-                         + ["small 1 out line 014 " + "x" * 30, "large 2 out 014"])
         self.assertEqual([event for event in events if isinstance(event[1], int)],
                          [(40 + 44 * number, 40) for number in range(14)])
+        lines = [text for _, text in events if isinstance(text, str)]
+        self.assertEqual(lines[12:16], ["large 2 out 012", "large 2 out 013",
+                                        "small 1 out line 014 " + "x" * 30, "large 2 out 014"])
         self.assertEqual(self.lines()[1:], (self.journal.end, 14 * 40))
         self.assertEqual(self.lines("small", offset=14 * 44)[2], 0)
         large.close()
@@ -2061,16 +2060,11 @@ class PureLaunch(Case):
                   b"PATH": os.environb[b"PATH"], b"PYTHONUNBUFFERED": b"1"}
         self.assertEqual(env, {**env, **wanted})
         self.assertFalse({b"GAFFER_TOKEN", b"GAFFER_STREAMS"} & set(env))
-        self.assertNotIn(b"GAFFER_TOKEN", self.launch("sh", env={"GAFFER_TOKEN": "x"}).env)
-        self.assertEqual(self.launch("sh", env={"A": "b"}, os_env=False, redirect_output=[]).env,
-                         {b"A": b"b"})
-        self.assertEqual(self.launch("sh", custom_streams=["in", "out"]).env[b"GAFFER_STREAMS"],
-                         b"in,out")
+        self.assertTable(lambda fields: self.launch("sh", os_env=False, **fields).env, (
+            ({"env": {"A": "b", "GAFFER_TOKEN": "x"}, "redirect_output": []}, {b"A": b"b"}),
+            ({"env": {"PYTHONUNBUFFERED": ""}, "custom_streams": ["in", "out"]},
+             {b"PYTHONUNBUFFERED": b"", b"GAFFER_STREAMS": b"in,out"})))
         self.assertEqual(os.environ["GAFFER_TOKEN"], "secret")
-        empty = self.launch("sh", env={"PYTHONUNBUFFERED": ""})
-        self.assertEqual(empty.env[b"PYTHONUNBUFFERED"], b"")
-        pure_environ(self, PYTHONUNBUFFERED="0")
-        self.assertEqual(self.launch("sh").env[b"PYTHONUNBUFFERED"], b"0")
 
     def test_port(self):
         """Only with a step each process has its own."""
@@ -2998,10 +2992,8 @@ class PureWebSocket(Case):
         bad, upgrade = gaffer.BadRequest, gaffer.UpgradeRequired
         for number, error, values in (
                 (0, None, ["Upgrade: h2c, WebSocket"]), (1, None, ["Connection: UPGRADE"]),
-                (0, upgrade, ["Upgrade: h2c", "X: y", "Upgrade: websockets"]),
-                (1, upgrade, ["Connection: close", "X: y"]),
-                (2, upgrade, ["Sec-WebSocket-Version: " + text for text in ("8", "13, 8")]),
-                (2, upgrade, ["X: y"]), (3, bad, ["X: y"]),
+                (0, upgrade, ["X: y", "Upgrade: websockets"]), (1, upgrade, ["Connection: close"]),
+                (2, upgrade, ["X: y", "Sec-WebSocket-Version: 8"]), (3, bad, ["X: y"]),
                 (3, bad, ["Sec-WebSocket-Key: " + text for text in (
                     "", "dGhl", "dGhlIHNhbXBsZSBub25jZQ==!", "dGhlIHNhbXBsZSBub25jZTEyMw==",
                     "\xe9")])):
@@ -3499,15 +3491,6 @@ PROCESS_AWAITS_TERM = ("import signal, os, sys\n"
 PROCESS_STUBBORN = python(PROCESS_IGNORES_TERM + "os.write(1, b'ready\\n')\nsignal.sigwait([])")
 # its leader ends by SIGTERM, and the other of its group does not
 PROCESS_LEAVES = {"cmd": '(trap "" TERM; echo ready; exec sleep 60) & wait', "shell": True}
-
-
-def process_state(os_pid):
-    """Return the state letter of an OS process, None if there is none."""
-    try:
-        with open("/proc/%d/stat" % os_pid) as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except OSError:
-        return None
 
 
 def process_group(group):
@@ -4078,7 +4061,7 @@ class ProcessTimes(ProcessClock):
 
     def test_one_that_does_not_die(self):
         """Told 0.1 s after the one before, all within 1 s; after a second stop, 10 s are enough."""
-        for count, pause in (3, 0.1), (20, 0.05):
+        for count, pause in (3, 0.1), (12, 1 / 12):
             self.begin()
             self.manager.add_process("x", "sleep 60", numprocesses=count)
             os_pids = self.status()["os_pids"]
@@ -4151,6 +4134,8 @@ class ProcessTimes(ProcessClock):
             self.assertIn(words, self.wait("stop_pid")["reason"])
             until(lambda: self.advance(1) or self.count("fail"), "an empty group")
             self.assertEqual(self.wait("exit")["exit_status"], 0)
+            why = self.manager.loop.call(self.manager.find_template("x").obituary)
+            self.assertIn(words + "; its last lines:\nwhy", why)
 
 
 class ProcessPolicies(ProcessClock):
@@ -4220,7 +4205,7 @@ class ProcessPolicies(ProcessClock):
                 (lambda: manager.start_template("x"), True),
                 (lambda: manager.restart_template("x"), True),
                 (lambda: manager.update_process("x", dict(info, start=True)), False),
-                (lambda: manager.scale("x", 1), False), (lambda: manager.scale("x", -1), False),
+                (lambda: manager.scale("x", 1), False),
                 (lambda: manager.update_process("x", dict(info, cmd="true x")), True),
                 (manager.restart, False), (lambda: manager.start_template("x"), True))):
             with self.subTest(number):
@@ -4965,8 +4950,9 @@ class ProcessActions(ProcessCase):
         pid, = self.add("x", "sleep 60")
         for method, path in [("POST", "/_stop?wait=true"), ("DELETE", "")] * 2:
             self.ok(method, "/processes/%d%s" % (pid, path))
+            self.assertEqual(self.spawned("x", pid + 1)["pid"], pid + 1)
+            self.refused(None, "", "not_found", "/%d/_stop" % pid, status=404)
             pid += 1
-            self.assertEqual(self.spawned("x", pid)["pid"], pid)
         self.assertEqual(self.kinds("x")[-3:], [("stop_pid", 4), ("exit", 4), ("spawn", 5)])
 
     def test_wait(self):
@@ -5162,6 +5148,7 @@ class ProcessEmbedded(ProcessCase):
         by_name.write(b"more\n")
         self.assertEqual(all_.get(timeout=TIMEOUT)[1]["data"], b"more\n")
         self.assertTrue(mine.empty())
+        self.assertRaises(gaffer.IoNotFound, one.monitor_io, "no", print)
         self.assertRaises(gaffer.WaitTimeout, by_name.wait, 0.01)
         for signum in "WINCH", signal.SIGWINCH:
             by_name.signal(signum)
@@ -5285,13 +5272,11 @@ class ProcessLife(ProcessCase):
             return len(manager.templates["x"].processes) if "x" in manager.templates else 0
         with unittest.mock.patch.object(gaffer, "SPAWN_TIME", 0), \
                 concurrent.futures.ThreadPoolExecutor(2) as pool:
-            added = pool.submit(self.add, "x", "sleep 60", numprocesses=40)
+            added = pool.submit(self.add, "x", "sleep 60", numprocesses=30)
             while not added.done():
                 seen.add(manager.loop.call(count))
-            self.assertEqual(len(added.result()), 40)
-            self.assertGreater(len(seen - {0, 1, 40}), 5)
-            self.assertEqual(self.post("x/_add/9")["numprocesses"], 49)
-            self.assertEqual(self.pids("x"), list(range(1, 50)))
+            self.assertEqual(added.result(), list(range(1, 31)))
+            self.assertGreater(len(seen - {0, 1, 30}), 5)
             for name, end in (("y", lambda: manager.stop_template("y")),
                               ("z", lambda: manager.delete_process("z")), ("last", manager.stop)):
                 added = pool.submit(manager.add_process, name, "sleep 60", numprocesses=1000)
