@@ -1594,6 +1594,28 @@ class PureEvents(PureLogCase):
                          b'{"event": "dropped", "id": "7@e", "events": 3, "restarted": true}\n')
 
 
+    def test_statistics(self):
+        """A few samples are kept; one that cannot be had is left out."""
+        samples = iter([OSError("no"), *range(20)])
+        turns = iter([RuntimeError("no thread")])
+
+        def start(thread):
+            for error in turns:
+                raise error
+            thread.run()
+        feed = gaffer.StatsFeed(self.loop, 1, lambda: unittest.mock.Mock(side_effect=samples),
+                                {}, "key")
+        with unittest.mock.patch("threading.Thread.start", start), \
+                self.assertLogs("gaffer", "WARNING") as logs:
+            leave = self.do(feed.follow)
+            for _ in range(21):
+                self.advance(1)
+            self.do(leave)
+        self.assertIn("statistics cannot be read: no", logs.output[0])
+        self.assertEqual(feed.records.read(4, 99), list(range(4, 20)))
+        self.assertEqual(feed.records.start, 20 - gaffer.STATS_KEPT)
+
+
 class PureJournal(PureLogCase):
 
     def setUp(self):
@@ -4097,16 +4119,23 @@ class ProcessTimes(ProcessClock):
             self.manager.add_process("x", "sleep 60", ready={"http": url})
             process = self.manager.find_process(1)
             for wait, answer, error in ((0.1, b"HTTP/1.0 500 no\r\n", "answers 'HTTP/1.0 500"),
-                                        (1, b"", "no answer in 5 s"), (1, b"HTTP/1.1 204\n", None)):
+                                        (1, None, "reset by peer"), (1, b"", "no answer in 5 s"),
+                                        (1, b"HTTP/1.1 204\n", None)):
                 self.advance(wait - 0.001)
                 self.assertEqual(select.select([server], [], [], 0)[0], [])
                 self.advance(0.001)
                 with server.accept()[0] as peer:
                     if answer:
-                        peer.sendall(answer)
+                        peer.sendall(answer[:9])
+                        self.advance(0)
+                        peer.sendall(answer[9:])
+                    elif answer is None:
+                        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                        struct.pack("ii", 1, 0))
+                        peer.close()
                     else:
                         self.advance(4.999)
-                        self.assertIn("500", process.status()["not_ready"])
+                        self.assertIn("reset", process.status()["not_ready"])
                         self.advance(0.001)
                     if error is None:
                         self.wait("ready")
@@ -4136,6 +4165,23 @@ class ProcessTimes(ProcessClock):
             self.assertEqual(self.wait("exit")["exit_status"], 0)
             why = self.manager.loop.call(self.manager.find_template("x").obituary)
             self.assertIn(words + "; its last lines:\nwhy", why)
+
+    def test_probes_of_nobody(self):
+        """No way there; nobody but itself: the system gives clients the numbers of servers, too."""
+        class Own(socket.socket):
+            def connect_ex(self, address):
+                if address[0] == "127.0.0.1":
+                    self.bind(address)
+                return super().connect_ex(address)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = str(server.getsockname()[1])
+        with unittest.mock.patch("socket.socket", Own):
+            for pid, target, error in (1, "255.255.255.255:80", "unreachable|denied"), (
+                    2, port, "connected to itself"):
+                self.manager.add_process("x%d" % pid, "sleep 60", ready={"tcp": target})
+                process = self.manager.find_process(pid)
+                self.advance(0.1)
+                until(lambda: re.search(error, process.status()["not_ready"] or ""), error)
 
 
 class ProcessPolicies(ProcessClock):
@@ -4447,7 +4493,7 @@ class ProcessAttributes(ProcessCase):
         fields = {"after_stop": hook, "env": {"A": "a"}}
         self.add("one", "sh -c 'exit 3'", restart="never", **fields)
         self.server.wait_event("proc/one/fail")
-        self.add("two", "sleep 1000", **fields)
+        self.add("two", "sleep 1000", redirect_output=[], **fields)
         self.post("two/_stop?wait=true")
         self.assertEqual(cli_read(path), "3 0 a\n0 15 a\n")
         self.add("three", "echo $(wc -l < %s); exec sleep 1000" % path, shell=True, **fields)
@@ -4469,6 +4515,11 @@ class ProcessAttributes(ProcessCase):
                 self.assertIn(words, hint)
                 self.assertLess(len(hint), 1100)
         until(lambda: not alive(int(hint.split()[-1])), "the end of what it left")
+        gone = os.path.join(self.folder, "gone")
+        os.mkdir(gone)
+        self.add("gone", "rmdir " + gone, restart="never", cwd=gone, after_stop="true")
+        self.server.wait_event("proc/gone/done")
+        self.assertIn("after_stop cannot be run: ", self.status("gone")["hint"])
 
     def test_hooks_end_with_gaffer(self):
         """after_stop is waited for at the stop; a kill ends it at once."""
@@ -4824,6 +4875,10 @@ class ProcessTemplate(ProcessCase):
         self.assertEqual(self.poll("x", said, label), said)
         self.send(pid, None)
         self.assertEqual(self.exit_of(pid)["exit_status"], 0)
+        pid, = self.add("y", "sleep 1000", custom_streams=["a"])
+        self.send(pid, b"what it never reads resets the stream", "a")
+        self.kill(pid)
+        self.assertEqual(self.poll(pid, label="a"), b"")
 
     def test_detach(self):
         """It survives gaffer's end alone, with its output on /dev/null; nobody waits for it."""
@@ -5181,6 +5236,7 @@ class ProcessEmbedded(ProcessCase):
         def steal():
             os.kill(os_pid, signal.SIGKILL)
             os.waitpid(os_pid, 0)
+            self.manager.find_process(1).signal(signal.SIGTERM)
         self.add("x", "sleep 60")
         os_pid, = self.os_pids("x")
         with self.assertLogs("gaffer", logging.WARNING) as logs:
@@ -5435,6 +5491,9 @@ class ProcessReady(ProcessCase):
             os.close(write)
             self.assertEqual(os.read(read, 1), b"", "what came with a message is closed")
             os.close(read)
+        self.manager.loop.call(lambda: subprocess.run([     # it has ended when gaffer looks
+            PYTHON, "-c", "import socket, sys; socket.socket(1, 2).sendto(b'READY=1', "
+            "'\\0' + sys.argv[1])", address[1:]], check=True))
         self.send("x", b"STATUS=long;READY=1;" + b"x" * gaffer.NOTIFY_SIZE + b"\n")
         self.send("x", b"STATUS=short;\n")
         until(lambda: self.status("x")["message"] == "short")
@@ -5801,6 +5860,8 @@ class ProcessTables(Case):
         self.assertEqual((table.look(gone.pid), table.usage(gone.pid), table.children(gone.pid),
                           table.escaped(gone.pid, gone.pid), table.still(gone.pid, 0)),
                          (None, None, [], [], False))
+        with unittest.mock.patch("os.kill", side_effect=PermissionError):
+            self.assertTrue(gaffer.pid_exists(gone.pid), "another user's")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5905,6 +5966,12 @@ class HttpEndpointTable(HttpCase):
         _, headers, data = self.server.request("GET", "/", headers={"Accept": "text/html"})
         self.assertTrue(headers["Content-Type"].startswith("text/html"))
         self.assertIn(b"<html", data[:200].lower())
+        for name in "a", "b", "c":
+            self.server.manager.add_process(name, "cat", start=False)
+        with http_limits(PAGE_EVENTS=2):
+            page = self.server.request("GET", "/", headers={"Accept": "text/html"})[2].decode()
+        events = json.loads(re.search('id="snapshot">(.*?)</script>', page).group(1))["events"]
+        self.assertEqual([event["name"] for event in events], ["b", "c"])
 
     def test_processes(self):
         self.rows(
@@ -6881,6 +6948,53 @@ class HttpConnections(HttpCase):
         self.cat("web")
         self.assertEqual(json.loads(feed.chunk())["event"], "create")
 
+    def test_no_memory(self):
+        """For a thread to begin with, or for what it needs; the next request is answered."""
+        gate, begin = threading.Event(), threading.Thread._bootstrap
+
+        def late(thread):
+            gate.wait(TIMEOUT)
+            begin(thread)
+        with self.assertLogs("gaffer", "WARNING") as logs:
+            with unittest.mock.patch("threading.Thread._bootstrap", late), \
+                    unittest.mock.patch.object(gaffer.Begun.wait, "__defaults__", (0.05,)):
+                self.assertCode(self.wire().request("/processes").answer(), 503, "busy")
+            gate.set()
+            until(lambda: "a request failed" in logs.output[-1], "its beginning")
+        self.assertIn("a request has no thread: it does not begin", logs.output[0])
+        with unittest.mock.patch.object(gaffer.Handler, "setup", side_effect=MemoryError), \
+                self.assertLogs("gaffer", "ERROR"), self.assertRaises(ConnectionResetError):
+            self.wire().request("/processes").head()
+        self.assertOpen(self.wire())
+
+    def test_accepted(self):
+        """In turns; after a shortage, of the loop as well, a moment later."""
+        loop, counts, listener = self.server.manager.loop, [], self.server.http.listeners[0]
+
+        def look():
+            counts.append(len(self.server.http.connections))
+            if counts[-1] < counts[0] + 40:
+                loop.call_soon(look)
+
+        def connect():
+            look()
+            for _ in range(40):
+                self.wire()
+        loop.call(connect)
+        until(lambda: counts[-1] == counts[0] + 40, "all")
+        steps = [after - before for before, after in zip(counts, counts[1:])]
+        self.assertLessEqual(max(steps), gaffer.ACCEPTS_PER_TURN)
+        accept = unittest.mock.Mock(wraps=listener.socket)
+        accept.accept.side_effect = itertools.chain(
+            [OSError(errno.EMFILE, "no descriptor")], itertools.repeat(unittest.mock.DEFAULT))
+        register = unittest.mock.Mock(wraps=loop.register, side_effect=itertools.chain(
+            [OSError(errno.ENOSPC, "no room")], itertools.repeat(unittest.mock.DEFAULT)))
+        with unittest.mock.patch.object(listener, "socket", accept), \
+                unittest.mock.patch.object(loop, "register", register), \
+                http_limits(ACCEPT_PAUSE=0.05), self.assertLogs("gaffer", "WARNING") as logs:
+            self.assertOpen(self.wire())
+        self.assertIn("no connection can be accepted", logs.output[0])
+
     def test_idle_has_no_thread(self):
         """Neither before the first request nor, after a moment, behind it."""
         wires = [self.wire() for _ in range(30)]
@@ -7283,8 +7397,12 @@ class HttpEndpoints(HttpCase):
 
     def test_tls(self):
         """Requests, a body of a megabyte, keep-alive, and an end that is no cut (RFC 8446, 6.1)."""
-        server = self.tls(handlers=[("/echo", lambda request: request.body)])
+        def app(environ, start):
+            start("200 OK", [])
+            return [environ["HTTPS"].encode()]
+        server = self.tls(handlers=[("/echo", lambda request: request.body)], wsgi={"/app": app})
         wire = self.secure(server)
+        self.assertEqual(wire.request("/app").answer()[2], b"on")
         wire.sock.suppress_ragged_eofs = False
         for body in b"", os.urandom(gaffer.MIB), b"y":
             self.assertEqual(wire.request("/echo", method="POST", body=body).answer()[2], body)
@@ -7305,6 +7423,8 @@ class HttpEndpoints(HttpCase):
             self.assertLess(len(server.http.handshakes), 20)
         server.stop_all()
         server = self.tls()
+        with unittest.mock.patch("ssl.SSLContext.wrap_socket", side_effect=OSError):
+            self.assertEqual(self.connect(server.port).file.read(1), b"")
         with http_limits(HANDSHAKE_TIME=0.05):
             self.assertEqual(self.connect(server.port).file.read(1), b"")
             self.assertEqual(self.connect(server.port).send(b"\x16").file.read(1), b"")
@@ -7375,6 +7495,9 @@ class HttpEndpoints(HttpCase):
         self.assertOpen(self.connect(path))
         new.stop_all()
         self.assertFalse(os.path.lexists(path))
+        new = self.serve("unix:" + path)
+        os.unlink(path)
+        new.stop_all()
         with open(path, "w") as file:
             file.write("precious")
         for bad in path, "/no/such/x.sock", os.path.join(self.folder, "x" * 200), self.folder:
@@ -7421,6 +7544,7 @@ class HttpEndpoints(HttpCase):
         for bind in "5000", ":5000":
             endpoint = gaffer.HttpEndpoint(bind)
             self.assertEqual((endpoint.host, endpoint.port), ("127.0.0.1", 5000))
+        self.assertRaisesRegex(gaffer.StartError, "without TLS", gaffer.HttpEndpoint, "unix:a", "b")
         for bind in ("", "127.0.0.1", "127.0.0.1:65536", "[::1]", "::1:5000", "unix:",
                      "http://127.0.0.1:5000", "127.0.0.1:5000 "):
             with self.subTest(bind=bind), self.assertRaisesRegex(gaffer.StartError, "address"):
@@ -7759,6 +7883,10 @@ class HttpLibrary(HttpCase):
                                  (framing, body))
                 if version == "1.1":
                     self.assertOpen(wire)
+        path = "/admin?" + urllib.parse.quote('["200 OK", "3", ["abc"]]')
+        wire = self.wire(server=server).request(path, "Connection: keep-alive", version="1.0")
+        self.assertEqual(wire.answer()[1]["Connection"], "keep-alive")
+        self.assertOpen(wire)
         for row, version, error in (
                 (("200 OK", None, ["ab", None]), "1.1", None),
                 (("200 OK", "5", ["ab"]), "1.1", None),
@@ -7775,7 +7903,9 @@ class HttpLibrary(HttpCase):
         def app(environ, start_response):
             where = environ["PATH_INFO"]
             value = "a\r\nSet-Cookie: secret" if where == "/split" else "a"
-            if where != "/before":
+            if where == "/before":
+                print("its own words", file=environ["wsgi.errors"])
+            else:
                 start_response("200 OK", [("X-A", value)])
             raise RuntimeError("secret")
         server = self.serve("127.0.0.1:0", wsgi={"/admin": app})
@@ -7785,6 +7915,7 @@ class HttpLibrary(HttpCase):
                 self.assertCode(answer, 500, "internal_error", "the application at /admin")
                 self.assertNotIn("secret", str(answer[1:]))
                 self.assertIn("Traceback", "".join(logged.output))
+                self.assertEqual("its own words" in logged.output[0], path == "/before")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10701,6 +10832,8 @@ class CliServe(CliCase):
             [PYTHON, "-B", CLI_FILE, "serve", "--bind", "127.0.0.1:0"],
             env=dict(self.env, PYTHONPYCACHEPREFIX=self.folder()))
         words = cli_read("/proc/%d/cmdline" % server.process.pid).split("\0")[1:]
+        room = re.search(r"FDSize:\s+(\d+)", cli_read("/proc/%d/status" % server.process.pid))
+        self.assertGreaterEqual(int(room.group(1)), min(gaffer.files_max(), gaffer.FILES_EXPECTED))
         self.assertEqual(words[:3], ["-B", CLI_FILE, "serve"])
 
     @unittest.skipUnless(hasattr(os, "pidfd_open"), "children are polled here")
@@ -11474,6 +11607,15 @@ class CliStatus(CliFollowCase):
                 ([{"pids": [4711], "processes": [dict(self.WEB, pid=4711, kill_in=3)]}],
                  [web.replace("4711", "4711  4711") + "  SIGKILL in 3s", "1 template: 1 running"])):
             self.assertEqual(self.rows(*statuses), lines)
+        for change, note in (
+                ({"processes": [dict(self.WEB, not_ready="no answer")]}, "no answer"),
+                ({"processes": [dict(self.WEB, uptime=5)], "last_exit": last}, "exit 7, 2 times"),
+                ({"processes": [dict(self.WEB, cpu=1.0, rss=3 << 29)]}, "1.0%  1.5G"),
+                ({"state": "scheduled", "processes": [], "next_runs": [time.time() + 9.5]},
+                 "next run in 10s"),
+                (dict(self.BAD, last_exit={"exit_status": 0, "term_signal": 40, "times": 1}),
+                 "next try in 8s; exit 168 (SIG40)")):
+            self.assertEqual(self.rows(change)[0][-len(note):], note)
 
     def test_width_and_colours(self):
         for width in (60, 80, 100):
@@ -11868,6 +12010,11 @@ class CliLogs(CliFollowCase):
             ("2", ["long.1 | two", "long.1 | one", "long.1 | three"]))],
             ("logs nosuch a -n 1", "a.1 | 3\n", 4, "gaffer: .*nosuch.*\n"),
             ("logs -f nosuch", "", 4, "gaffer: .*nosuch.*\n"))
+        lines = [("dropped", '{"bytes": 7}'), ("dropped", '{"bytes": 0, "restarted": true}'),
+                 ("line", "1.5 a 1 stdout+ and on")]
+        with unittest.mock.patch("gaffer.follow_events", return_value=lines):
+            out = self.call("logs", "-f", "-n", "0", "a", err="gaffer: 7 bytes were lost\n")
+        self.assertEqual(out, "a.1 | and on")
         self.assertEqual(sorted(self.call("logs", "two").splitlines()), ["two.1 | 1", "two.2 | 2"])
         out = self.call("logs", "-t", "-n1", "a")
         self.assertRegex(out, r"\A[0-9-]{10} [0-9:]{8} a\.1 \| 3\n\Z")
@@ -11899,6 +12046,8 @@ class CliLogs(CliFollowCase):
             self.say(name, text)
             self.assertEqual(follower.stdout.read(len(shown)), shown)
         self.assertEqual(self.interrupted(follower), b"")
+        self.say("a", b"80%")
+        until(lambda: self.call("logs", "-n", "1", "a") == "a.1 | 80%\n")
         self.server.ok("POST", "/processes/b/_stop")
         self.assertEqual(one.communicate(timeout=TIMEOUT), (b"b.1 | x\n", b""))
         self.assertEqual(one.returncode, 0)
@@ -11962,6 +12111,14 @@ class CliWatch(CliFollowCase):
             self.assertEqual(gaffer.event_pattern(text), pattern)
         self.call("watch", "proc", status=1, err="gaffer: name a template.*\n")
 
+    def test_losses(self):
+        event = '{"event": "dropped", "id": "9@e", "events": 3%s}'
+        lines = event % "", event % ', "restarted": true'
+        with unittest.mock.patch("gaffer.follow_events", return_value=[
+                ("dropped", line) for line in lines]):
+            self.call("watch", err="gaffer: 3 events were lost\ngaffer: the server has restarted\n")
+            self.assertEqual(self.call("watch", "--json").splitlines(), list(lines))
+
 
 class CliAttach(CliFollowCase):
     """attach, without a terminal; see CliTerminal."""
@@ -11986,6 +12143,9 @@ class CliAttach(CliFollowCase):
             self.assertEqual((out, process.returncode), (b"", status))
         process = self.follow("attach", "1")
         self.assertEqual(process.stdout.read(len(shown)), shown)
+        self.cut()                              # it goes on where it was
+        self.server.ok("POST", "/processes/1/_signal/INT")
+        self.assertEqual(process.stdout.readline(), b"interrupted\n")
         self.server.ok("POST", "/processes/1/_signal/KILL")
         self.assertEqual(process.wait(TIMEOUT), 137)
 
@@ -13107,6 +13267,7 @@ class ProcfileServer(ConfigCase):
         self.calls(
             ("load -f Procfile -c worker=2", web % "loaded" + worker % "loaded"),
             ("load -f Procfile", web % "already loaded" + worker % "already loaded"),
+            ("load -f Procfile -c web=1", web % "already loaded" + worker % "already loaded"),
             ("scale -f Procfile web=3 worker-1", web % "3 processes" + worker % "1 process"),
             ("scale my-app-2 web=3 my-app-2:worker+1",
              web % "3 processes" + worker % "2 processes"),
