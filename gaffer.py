@@ -12238,9 +12238,11 @@ def up_command(args):
 
     def read():
         templates, _ = procfile_templates(args, ports)
-        for name in args.names:
+        chosen = list(args.names or templates)
+        for name in chosen:                     # and what they are after, which they would wait for
             check_type(name, templates)
-        templates = {name: templates[name] for name in args.names or templates}
+            chosen += set(templates[name]["after"]).intersection(templates).difference(chosen)
+        templates = {name: info for name, info in templates.items() if name in chosen}
         for name, info in templates.items():
             info["redirect_input"] = True       # which does not end
             if info["restart"] != "always" and info["ready"] is None:
@@ -12791,7 +12793,7 @@ START ASK"""),
     Command(del_process_command, "del_process: stop and remove a template\nNAMES WAIT"),
     Command(up_command, """\
 up: run a Procfile here, all output on one screen
-names TYPE*: only these types (default: all)
+names TYPE*: only these types, and what they are after (default: all)
 PROCFILE FORMATION READY
 --keep-going: restart processes that end instead of stopping all
 LISTEN COLOUR"""),

@@ -13356,20 +13356,23 @@ class ProcfileUp(CliFollowCase):
         raise AssertionError("it has ended")
 
     def test_what_is_ready_and_what_is_done(self):
-        """A line tells it; what is done ends nothing, what does not get ready does."""
+        """A line tells it; what is done ends nothing, what does not get ready does. What a chosen
+        type is after runs, too."""
         process = self.up("""
+            other: sleep 1000
             # gaffer: restart=never
             job: true
             # gaffer: after=job ready=log:up
             web: echo up; exec sleep 1000
             # gaffer: after=web ready='exec:false within=0.2'
             bad: trap 'exit 0' TERM; sleep 1000 & wait
-            """)
+            """, "bad")
         said = "\n".join(text for name, text in self.ended(process, 1) if name == "system")
         self.assertRegex(said, re.compile(
             r"^job.1 exited with status 0.*^web.1 started.*^web.1 is ready after \d+\.\d s.*"
             r"^bad.1 started.*^bad.1 is stopped: not ready .exec:false. within 0.2 seconds",
             re.S | re.M))
+        self.assertNotIn("other", said)
 
     def test_ready(self):
         """It says when all are ready; the first that will not be ends it."""
