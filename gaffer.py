@@ -12264,6 +12264,14 @@ def up_command(args):
         https.append(HttpHandler(endpoints, token=token))
     ready = []
 
+    def begin():
+        announce(screen.say, https)
+        templates = configuration.settings.templates
+        for name, info in templates.items():
+            for other in set(info["after"]).difference(templates):
+                screen.say("%s waits for %s, which is not in the Procfile%s" % (
+                    name, other, near(other, templates)))
+
     def judge(manager):
         """Return whether it is known if all get ready, and say so."""
         left = [template for template in manager.templates.values() if template.info["start"] and (
@@ -12278,7 +12286,7 @@ def up_command(args):
             ready.append(True)
         return reasons or ready
     apps: list = [SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
-                  on_start(lambda: announce(screen.say, https))]
+                  on_start(begin)]
     if args.ready:
         apps.append(types.SimpleNamespace(start=lambda loop, manager: manager.wait_until(
             lambda: manager.stopping or judge(manager), lambda: None)))

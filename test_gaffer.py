@@ -13360,15 +13360,18 @@ class ProcfileUp(CliFollowCase):
         type is after runs, too."""
         process = self.up("""
             other: sleep 1000
+            # gaffer: after=jobs
+            typo: true
             # gaffer: restart=never
             job: true
             # gaffer: after=job ready=log:up
             web: echo up; exec sleep 1000
             # gaffer: after=web ready='exec:false within=0.2'
             bad: trap 'exit 0' TERM; sleep 1000 & wait
-            """, "bad")
+            """, "bad", "typo")
         said = "\n".join(text for name, text in self.ended(process, 1) if name == "system")
         self.assertRegex(said, re.compile(
+            r"^typo waits for jobs, which is not in the Procfile, did you mean 'job'\?$.*"
             r"^job.1 exited with status 0.*^web.1 started.*^web.1 is ready after \d+\.\d s.*"
             r"^bad.1 started.*^bad.1 is stopped: not ready .exec:false. within 0.2 seconds",
             re.S | re.M))
