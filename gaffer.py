@@ -3718,6 +3718,8 @@ class Template:
             return False, "'%s' is started again whenever it ends: its 'restart' is 'always'" % (
                 self.name)
         other = None if goal == "stopped" else self.lost()
+        if goal == "done" and state == "scheduled" and self.outcome == "failed":
+            other = self                        # the next run may be far away
         # its last lines may still have to be read
         if other is not None and not any(merged.sources for merged in other.merged.values()):
             return False, "%s'%s' %s" % (

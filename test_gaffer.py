@@ -12169,6 +12169,7 @@ class CliReady(CliFollowCase):
                             redirect_input=True, restart="never")
         self.sleepers("slow", ready={"exec": "false"})
         self.sleepers("web", after=["bad"])
+        self.server.add("timer", "echo oh; exit 3", shell=True, schedule="every 1h")
         waiting = self.follow("wait", "good", "bad", "--for", "done")
         self.say("good", b"0\n")
         self.assertEqual(waiting.stdout.readline(), b"good: done\n")
@@ -12183,6 +12184,8 @@ class CliReady(CliFollowCase):
             ("wait g* bad --for stopped", "good: stopped\nbad: stopped\n"),
             ("wait slow good --timeout 0.1", "good: ready\n", 124, words % ("slow", "ready")),
             ("start bad --ready --timeout 0.1", "", 124, words % ("bad", "done")),
+            ("start timer --ready", "", 1, r"gaffer: 'timer' has failed: exit status 3; its last "
+                                           r"lines:\ngaffer: oh\n"),
             ("start --ready web --timeout 0.1", "", 124, words % ("web", "ready")),
             ("wait web --for ever", "", 2, r"usage: [\s\S]*"), ("wait", "", 2, r"usage: [\s\S]*"))
 
