@@ -10413,8 +10413,8 @@ class Screen:
 
     def _maybe_done(self):
         """Stop when all is done and shown."""
-        if not self._shown and all(
-                each.outcome == "done" for each in self._manager.templates.values()):
+        if not self._shown and all(each.outcome == "done" and not each.active
+                                   for each in self._manager.templates.values()):
             self._manager.stop()
 
     def _resume(self):
@@ -12246,7 +12246,7 @@ def up_command(args):
             chosen += set(templates[name]["after"]).intersection(templates).difference(chosen)
         templates = {name: info for name, info in templates.items() if name in chosen}
         for name, info in templates.items():
-            info["redirect_input"] = True       # which does not end
+            info["redirect_input"] = not info["detach"]     # which does not end
             if info["restart"] != "always" and info["ready"] is None:
                 jobs.add(name)
             elif info["restart"] == "always" and not args.keep_going:

@@ -13418,6 +13418,15 @@ class ProcfileUp(CliFollowCase):
                 self.assertEqual(lines, [("a.1", "last words"), ("system", "a.1 " + words),
                                          ("system", "b.1 was ended by SIGTERM")])
 
+    def test_schedule(self):
+        """That a run is done ends nothing, as there is another one."""
+        process = self.up("# gaffer: schedule='every 1s'\ntick: echo tick\n"
+                          "# gaffer: detach=yes redirect_output= restart=never\nleft: true\n")
+        ticks = (line for line in self.lines(process) if line == ("tick.1", "tick"))
+        self.assertEqual(len(list(itertools.islice(ticks, 2))), 2)
+        process.send_signal(signal.SIGINT)
+        self.ended(process, 0)
+
     def test_keep_going_and_some_types_only(self):
         process = self.up("a: echo again\nb: echo ready; exec sleep 1000\nc: exit 9\n",
                           "--keep-going", "a", "b", "-c", "b=2")
