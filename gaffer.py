@@ -12512,8 +12512,9 @@ def export_command(args):
     """Convert a Procfile to another format. ClientError: it cannot be expressed in that."""
     group = group_of(args)
     templates, _ = procfile_templates(args)
-    sections = {name: dict({field: value for field, value in info.items()
-                            if value != OPTIONS[field].default and field != "name"}, priority=index)
+    sections = {name: {"priority": index, **{
+        field: value for field, value in info.items()
+        if value != OPTIONS[field].default and field != "name"}}
                 for index, (name, info) in enumerate(in_group(group, templates).items())}
     lines = ["; made from %s" % args.procfile]
     if args.format == "systemd":

@@ -13092,7 +13092,8 @@ class ProcfileTexts(ConfigCase):
         # anything
 
         # gaffer: detach=no flapping=attempts=3 restart_delay='1 5' custom_streams=a,b
-        # gaffer: limits='nofile=64:unlimited core=0' stop_signal='INT=5 TERM=2.5' umask=022
+        # gaffer: limits='nofile=64:unlimited core=0' stop_signal='INT=5 TERM=2.5'
+        # gaffer: umask=022 priority=7
         job: sleep 1
         #gaffer: ready=tcp:$PORT redirect_output= env_file="'a b'" success=
         db: sleep 1
@@ -13119,7 +13120,7 @@ class ProcfileTexts(ConfigCase):
             found = self.settings("x." + kind, out).templates
             for index, (name, info) in enumerate(plain.items()):
                 self.assertEqual(found["my:" + name], dict(
-                    info, name="my:" + name, priority=index,
+                    info, name="my:" + name, priority=7 if name == "job" else index,
                     after=["my:" + each for each in info["after"]]), kind)
         self.write(".env", "A='x\ny'")
         self.call("export", "ini", "-f", path, status=1,
