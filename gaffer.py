@@ -2239,6 +2239,8 @@ def read_text(path):
         if len(data) > FILE_SIZE:
             raise ValueError("it is over %d bytes" % FILE_SIZE)
         return check_text(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError("cannot be read: byte %d is not UTF-8" % (error.start + 1)) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError("cannot be read: %s" % reason) from None
@@ -10920,7 +10922,7 @@ class Procfile(ConfigFile):
                     self.fault("the comment %s" % error, line=line)
             elif text.strip() and text.lstrip()[0] != "#":
                 self.fault("'%s' is there twice" % match.group(1) if match else
-                           "%r is not 'type: command'" % text.strip(), line=line)
+                           "%r is not 'type: command'" % text.rstrip(), line=line)
 
 
 def load_procfile(file):

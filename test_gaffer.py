@@ -12707,7 +12707,7 @@ class ConfigFiles(ConfigCase):
                 (self.home, ": cannot be read: Is a directory"),
                 ("/dev/zero", ": .*over 1048576.*"),
                 (self.home + "/no", ": cannot be read: No such file .*"),
-                (self.home + "/latin", ": cannot be read: 'utf-8'.*"),
+                (self.home + "/latin", ": cannot be read: byte \\d+ is not UTF-8"),
                 (self.home + "/x.ini", ":1: [^\n]*\ngaffer: .*x.ini:2: .*, did you mean 'cmd'.*")):
             self.call("serve", path, status=1, err="gaffer: %s%s\n" % (path, words))
 
