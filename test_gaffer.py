@@ -1307,7 +1307,7 @@ class PureWindow(PureLogCase):
         for limit, make, most in ((1, letters, 3), (7, letters, 12), (100, letters, 40),
                                   (256, letters, 700), (100000, lines, 20000)):
             window, everything = self.window(limit), b""
-            for _ in range(60):
+            for _ in range(40):
                 self.check(window, everything, rng, range(window.start, window.end) if most < 9999
                            else [window.start, *rng.choices(range(window.start, window.end + 1),
                                                             k=9)])
@@ -1321,11 +1321,11 @@ class PureWindow(PureLogCase):
 
     def test_memory(self):
         """Of a window of short lines, and of what readers at many places get."""
-        window, readers = self.window(10000), []
+        window, readers = self.window(5000), []
         with traced() as memory:
-            for number in range(2000):
+            for number in range(1000):
                 self.do(window.append, b"short line\n")
-                if number % 40 == 0:
+                if number % 20 == 0:
                     readers.append(self.sse(window, offset=window.start, open=False))
                     readers[-1].sink.got.clear()
             for reader in readers:
@@ -1405,7 +1405,8 @@ class PureReader(PureLogCase):
         for reader in readers:
             self.assertLess(window.end - reader.offset, window.limit // 8)
         self.do(window.finish)
-        self.assertEqual({(reader.offset, reader.sink.ends) for reader in readers}, {(window.end, 1)})
+        self.assertEqual({(reader.offset, reader.sink.ends) for reader in readers},
+                         {(window.end, 1)})
 
     def test_close(self):
         """By another's sink while a payload goes round, twice."""
@@ -3456,7 +3457,7 @@ class FuzzHttp:
 class PureFuzz(Case):
     """Each test has `cases` cases of its kind, made of `seed` and their number."""
 
-    cases, seed, first = 250, "1", 0
+    cases, seed, first = 150, "1", 0
 
     def fuzz(self, case):
         """Run case(rng) for each case; what fails says how to see it again."""
@@ -4833,12 +4834,8 @@ class ProcessTemplate(ProcessCase):
                          redirect_output=labels)
                 pid = self.spawned(name)["pid"]
                 self.assertEqual({each: self.poll(pid, label=each) for each in expected}, expected)
-                self.assertError(self.server.json("GET", "/streams/%d/no" % pid), 404,
-                                 "io_not_found")
-        pid, = self.add("none", "sleep 60", redirect_output=[])
+        self.add("none", "sleep 60", redirect_output=[])
         self.check_null(self.os_pids("none")[0])
-        self.assertError(self.server.json("GET", "/streams/%d/stdout" % pid), 400,
-                         "io_not_redirected")
 
     def check_null(self, os_pid):
         """A process has /dev/null for its three standard descriptors."""
@@ -5127,29 +5124,12 @@ class ProcessEmbedded(ProcessCase):
         self.addCleanup(subscription.close)
         return events
 
-    def test_slow_to_stop(self):
-        """It does not hold the others; nothing can be changed meanwhile; a second stop kills."""
-        self.add("a", "sleep 60")
-        for name, pid in ("b", 2), ("c", 3):
-            self.add(name, PROCESS_STUBBORN, graceful_timeout=60)
-            self.poll(pid, b"ready\n")
-        groups = [self.os_pids(name)[0] for name in "abc"]
-        self.post("c/_stop")
-        events = self.collect("exit")
-        self.manager.stop()
-        self.assertEqual(events.get(timeout=TIMEOUT)[1]["name"], "a")
-        self.assertEqual(list(map(alive, groups)), [False, True, True])
-        self.refused({"name": "d", "cmd": "true"}, "", "stopping", status=503)
-        self.manager.stop(kill=True)
-        self.assertEqual(events.get(timeout=TIMEOUT)[1]["term_signal"], signal.SIGKILL)
-        self.ended()
-        self.assertEqual(list(map(process_state, groups)), [None] * 3)
-
     def test_after_the_end(self):
         """Every method says that gaffer has stopped; none hangs. A callback may stop it."""
-        self.manager.subscribe("create", lambda kind, event: self.manager.stop())
+        subscription = self.manager.subscribe("create", lambda kind, event: self.manager.stop())
         self.manager.add_process("y", "sleep 60")
         self.ended()
+        subscription.close()
         for function in (lambda: self.manager.add_process("x", "true"),
                          lambda: self.manager.get_process("y"),
                          lambda: self.manager.subscribe("", print)):
@@ -5812,14 +5792,10 @@ manager.add_process("x", "cat", redirect_input=True)
 
 
 class ProcessTables(Case):
-    """What the system says of processes."""
 
-    def setUp(self):
-        """Have a process group of three, and one that has left it."""
-        super().setUp()
-        self.table = gaffer.ProcfsTable()
-        if not self.table.EXISTS:
-            self.skipTest("no /proc here")
+    @unittest.skipUnless(gaffer.ProcfsTable.EXISTS, "no /proc here")
+    def test_groups(self):
+        """Those with a living member, children, what has left; a zombie is no member."""
         command = python("""
             import os, signal
             for leave in (False, False, True):
@@ -5830,38 +5806,31 @@ class ProcessTables(Case):
                     signal.sigwait([])
             os.read(0, 1)
             """)
-        child = self.child = subprocess.Popen(
+        table, child = gaffer.ProcfsTable(), subprocess.Popen(
             [command["cmd"], *command["args"]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             start_new_session=True)
+        self.addCleanup(child.communicate, timeout=TIMEOUT)
         self.assertEqual(child.stdout.read(3), b"!!!")
-        self.all = sorted(self.table.children(child.pid))
-        self.left, = (each for each in self.all if os.getpgid(each) != child.pid)
-        self.stayed = next(each for each in self.all if each != self.left)
-
-        def end():
-            for os_pid in self.all:
-                os.kill(os_pid, signal.SIGKILL)
-            child.communicate(timeout=TIMEOUT)
-        self.addCleanup(end)
-
-    def test_groups(self):
-        """Those with a living member, children, what has left; a zombie is no member."""
-        table, child = self.table, self.child.pid
-        self.assertEqual(table.groups({child, self.left, self.stayed}), {child, self.left})
-        self.assertEqual((len(self.all), sorted(table.look(child)["children"])), (3, self.all))
-        (left, start), = table.escaped(child, child)
-        self.assertEqual(left, self.left)
+        everybody = table.children(child.pid)
+        for os_pid in everybody:
+            self.addCleanup(os.kill, os_pid, signal.SIGKILL)
+        gone, = (each for each in everybody if os.getpgid(each) != child.pid)
+        self.assertEqual((len(everybody), sorted(table.look(child.pid)["children"])),
+                         (3, sorted(everybody)))
+        self.assertEqual(table.groups({child.pid, *everybody}), {child.pid, gone})
+        (left, start), = table.escaped(child.pid, child.pid)
+        self.assertEqual(left, gone)
         self.assertTrue(table.still(left, start))
         self.assertFalse(table.still(left, start + 1), "its number was given away")
-        gone = subprocess.Popen(["true"], start_new_session=True)
-        until(lambda: process_state(gone.pid) == "Z", "a zombie")
-        self.assertEqual(table.groups({gone.pid}), set())
-        gone.wait(TIMEOUT)
-        self.assertEqual((table.look(gone.pid), table.usage(gone.pid), table.children(gone.pid),
-                          table.escaped(gone.pid, gone.pid), table.still(gone.pid, 0)),
+        dead = subprocess.Popen(["true"], start_new_session=True)
+        until(lambda: process_state(dead.pid) == "Z", "a zombie")
+        self.assertEqual(table.groups({dead.pid}), set())
+        dead.wait(TIMEOUT)
+        self.assertEqual((table.look(dead.pid), table.usage(dead.pid), table.children(dead.pid),
+                          table.escaped(dead.pid, dead.pid), table.still(dead.pid, 0)),
                          (None, None, [], [], False))
         with unittest.mock.patch("os.kill", side_effect=PermissionError):
-            self.assertTrue(gaffer.pid_exists(gone.pid), "another user's")
+            self.assertTrue(gaffer.pid_exists(gone), "another user's")
 
 
 # --------------------------------------------------------------------------------------------------
