@@ -6674,7 +6674,8 @@ def describe(handler, method, path):
         success = {"101": {"description": "a websocket"}}
     described = {
         "operationId": re.sub(r"\W+", "_", method.lower() + path).rstrip("_"),
-        "summary": handler.__doc__.partition("\n")[0].rstrip("."), "parameters": parameters,
+        "parameters": parameters,               # python -OO leaves no docstrings
+        "summary": (handler.__doc__ or "").partition("\n")[0].rstrip("."),
         "responses": dict(success, default={"$ref": "#/components/responses/Error"})}
     if handler.body is not None:
         kind, schema = "application/json", {"$ref": "#/components/schemas/%s" % handler.body}
