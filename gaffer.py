@@ -6740,7 +6740,13 @@ def openapi(routes, secured):
 # made dark or light enough to be read. On a background they are what the program asked for.
 # --------------------------------------------------------------------------------------------------
 PAGE_WORDS = {
+    "nav": [["/", "Processes", "p"], ["/logs", "Output", "o"], ["/events", "Events", "e"],
+            ["/add", "Add", "a"]],              # [address, text, key]
     "palette": [36, 33, 32, 35, 34],            # of names, as `up` has them
+    # the first 16 colours of a terminal: on a background, and as the theme has them
+    "basic": "#000 #c00 #0c0 #cc0 #00e #c0c #0cc #eee "
+             "#888 #f00 #0f0 #ff0 #66f #f0f #0ff #fff".split(),
+    "theme": "dim bad good warn accent violet teal text".split(),
     # in the order in which a state needs a person; the first five do: [sign, colour]
     "states": {
         "failed": ["\u2715", "bad"], "flapping": ["\u25b2", "bad"], "backoff": ["\u25b2", "bad"],
@@ -6755,6 +6761,7 @@ PAGE_WORDS = {
         "reap": "one too many, told to stop: process ", "flap": "rests: it exits too often",
         "done": "done", "fail": "failed", "skip": "skipped: the run before goes on"},
     "form": {
+        "adjustable": list(ADJUSTABLE),
         "sections": {
             "": "name cmd cwd env numprocesses",
             "When it runs": "start restart success restart_delay flapping schedule after priority",
@@ -6793,7 +6800,7 @@ PAGE = r"""<!DOCTYPE html>
 <link rel="icon" href="data:,">
 <style nonce="__NONCE__">
 :root {
-	color-scheme: light dark; --mono: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
+	color-scheme: light dark;
 	--low: 0; --high: .48; --bg: light-dark(#ffffff, #0f1317); --panel: light-dark(#f3f5f7, #1a1f26);
 	--text: light-dark(#1c2126, #e2e7ec); --dim: light-dark(#4f5963, #9aa4af);
 	--line: light-dark(#dfe3e8, #2a3139); --edge: light-dark(#818b98, #6b7683);
@@ -6824,7 +6831,8 @@ button, select { background: var(--panel); border-color: var(--line); flex: none
 .dim, small, dt, code, kbd, .k, .heads .plain { color: var(--dim) }
 [aria-invalid=true] { border-color: var(--bad) }
 [type=checkbox] { margin: 0; width: 15px; height: 15px; accent-color: var(--accent) }
-.mono, textarea, code, kbd { font: 12.5px/18px var(--mono) }
+.mono, textarea, code, kbd {
+	font: 12.5px/18px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace }
 .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 header, .bar, .entry, .acts, .last, .part, .number:has(svg) { display: flex; gap: 6px;
@@ -6845,17 +6853,19 @@ nav a[aria-current] { background: var(--panel); color: var(--text) }
 main { flex: 1; min-height: 0; overflow: auto; padding: 10px 14px; outline: none }
 main.fill { display: flex; overflow: hidden }
 h1, h2 { font-size: 18px; margin: 0 }
-section h2 { font-size: 14px }
+section h2 { font-size: 14px; margin-top: 14px }
+h2:only-child { display: none }
 .bar { margin-bottom: 8px; flex-wrap: wrap }
 .grow { flex: 1 1 150px; max-width: 320px }
 .row { display: grid; align-items: center; column-gap: 12px; padding: 0 6px; min-height: 32px;
-	grid-template-columns: 18px minmax(110px, 2fr) minmax(150px, 4fr) 62px 58px 180px 58px 106px
+	grid-template-columns: 18px minmax(110px, 2fr) minmax(150px, 5fr) 70px 58px 160px 58px 106px
 	112px 30px; border-bottom: 1px solid var(--line); position: relative }
 .item { content-visibility: auto; contain-intrinsic-size: auto 32px }
 .item:is(:hover, :focus-within) { background: var(--panel) }
 .heads { position: sticky; top: -10px; background: var(--bg); z-index: 2 }
 .heads .plain { padding: 0 }
-[aria-sort$=ing] .plain { font-weight: 600 }
+[aria-sort=ascending] .plain::after { content: " \2191" }
+[aria-sort=descending] .plain::after { content: " \2193" }
 .row.group { grid-template-columns: 1fr auto; margin-top: 12px }
 .group .plain { font-weight: 600 }
 .row [type=checkbox] { opacity: 0 }
@@ -6866,6 +6876,7 @@ section h2 { font-size: 14px }
 .hand button { background: var(--bg); text-transform: capitalize }
 .dot { display: inline-block; width: 1.4em; text-align: center }
 svg { width: 48px; height: 18px }
+.row svg + span { min-width: 44px }
 path { stroke: var(--accent); stroke-width: .8; opacity: .6 }
 #picked { position: sticky; bottom: 0; background: var(--panel); padding: 8px 14px; z-index: 3;
 	border: 1px solid var(--edge); border-radius: 6px }
@@ -6877,7 +6888,7 @@ pre { background: var(--panel); padding: 10px; border-radius: 6px; white-space: 
 .two [open] { width: 340px }
 summary { cursor: pointer; font-weight: 600; padding: 4px 0 }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: 2px 12px; margin: 0 0 14px }
-dd { margin: 0; overflow: auto; max-height: 8em; white-space: pre-wrap }
+dd { margin: 0; overflow: auto; max-height: 8em; white-space: pre-wrap; overflow-wrap: anywhere }
 .part { padding: 4px 0; border-bottom: 1px solid var(--line) }
 .part :first-child { flex: 1 }
 ol { list-style: none; margin: 0; padding: 0 }
@@ -6920,6 +6931,7 @@ kbd { display: inline-block; width: 4em }
 	.table .row:not(.group) { grid-template-columns: 18px minmax(100px, 2fr) minmax(120px, 3fr)
 		68px 54px 52px 58px 30px }
 	.exits, .again, svg { display: none }
+	.item .state { white-space: normal; padding: 4px 0 }
 	.two { display: flex; flex-direction: column }
 	.two [open] { max-height: 45vh; width: auto }
 }
@@ -6929,7 +6941,7 @@ kbd { display: inline-block; width: 4em }
 	.table .row:not(.group) { grid-template: 24px auto / 18px 1fr auto auto 30px;
 		padding: 5px 2px; column-gap: 8px }
 	.item .mark, .template .last { grid-row: 1 / 3 }
-	.item .state { grid-area: 2 / 2; white-space: normal }
+	.item .state { grid-area: 2 / 2 }
 	.item .cpu { grid-area: 1 / 3 }
 	.item .mem { grid-area: 1 / 4 }
 	.template .last { grid-column: 5 }
@@ -6959,8 +6971,8 @@ kbd { display: inline-block; width: 4em }
 // ---- helpers
 const $ = id => document.getElementById(id), enc = encodeURIComponent, main = $("main");
 const base = location.origin + location.pathname.replace(/[^/]*$/, "");
-const snapshot = JSON.parse($("snapshot").textContent), {said} = snapshot;
-const LINES_MAX = 100000, CHARS_MAX = 16e6, FIRST_LINES = 2000, LINE = 18, EVENTS_MAX = 1024;
+const snapshot = JSON.parse($("snapshot").textContent), {said, nav} = snapshot;
+const LINES_MAX = 1e5, CHARS_MAX = 12e6, LINE = 18, EVENTS_MAX = 1024;
 
 // el("div.bar.push", {title, click: f}, "text", child, [children]): what is false is left out
 function el(kind, ...parts) {
@@ -6968,7 +6980,7 @@ function el(kind, ...parts) {
 	const node = document.createElementNS("http://www.w3.org/" + (/svg|path/.test(tag) ? "2000/svg" :
 		"1999/xhtml"), tag);
 	if (classes.length) node.setAttribute("class", classes.join(" "));
-	for (const part of parts.flat().filter(part => part)) {
+	for (const part of parts.flat().filter(Boolean)) {
 		if (part instanceof Node || typeof part !== "object") node.append(part);
 		else for (const [key, value] of Object.entries(part)) {
 			if (typeof value === "function") node.addEventListener(key, value);
@@ -6984,27 +6996,25 @@ function put(node, text) { if (node.textContent !== text) node.textContent = tex
 function attr(node, name, value) {
 	if (node.getAttribute(name) !== value) node.setAttribute(name, value);
 }
-// a key of the keyboard, if there is one, does the same, and stands in the list of keys
-function button(kind, text, label, click, key) {
-	return el("button" + kind, {type: "button", title: label + (key ? ` (${key})` : ""), label, click,
-		"data-key": key}, text);
-}
+// its key does the same, and stands in the list of keys
+const button = (kind, text, label, click, key) => el("button" + kind, {type: "button",
+	title: label + (key ? ` (${key})` : ""), label, click, "data-key": key}, text);
 function box(param, label, changed, key, more) {  // a search field whose text is in the address
 	return el("input.grow", {type: "search", placeholder: label, label, "data-key": key,
 		value: params().get(param) || "", ...more, input: event => {
 			setParam(param, event.target.value); changed();
 		}});
 }
-function cell(kind, ...children) { return el("div" + kind, {role: "cell"}, ...children); }
+const cell = (kind, ...children) => el("div" + kind, {role: "cell"}, ...children);
 function say(text) { $("said").textContent = text; }
 function complain(text = "") {
 	$("message").replaceChildren(...text ? [text, button("", "Dismiss", "dismiss", () =>
 		complain(""))] : []);
 }
-function plural(count, word, words = word + "s") {
-	return count.toLocaleString("en") + " " + (count === 1 ? word : words);
-}
-function processes(count) { return plural(count, "process", "processes"); }
+const plural = (count, word, words = word + "s") =>
+	count.toLocaleString("en") + " " + (count === 1 ? word : words);
+const joined = (parts, by = " · ") => parts.filter(Boolean).join(by);
+const processes = count => plural(count, "process", "processes");
 function fits(node, text) {  // each word of `text` is in what the node shows
 	const own = node.textContent.toLowerCase();
 	return text.toLowerCase().split(/\s+/).every(word => own.includes(word));
@@ -7014,7 +7024,7 @@ function span(left) {
 		"s"];
 	return (left / unit).toFixed(left < 10 * unit ? 1 : 0) + sign;
 }
-function now() { return Date.now() / 1000; }
+const now = () => Date.now() / 1000;
 function ago(time) {
 	const left = now() - time;
 	return left < 0 ? "in " + span(-left) : span(left) + " ago";
@@ -7023,17 +7033,15 @@ function size(bytes) {
 	const power = Math.min(3, Math.floor(Math.log2(bytes + 1) / 10)), value = bytes / 1024 ** power;
 	return value.toFixed(power && value < 10 ? 1 : 0) + "BKMG"[power];
 }
-function clock(seconds) {
-	return new Date(seconds * 1000).toTimeString().slice(0, 8);
-}
-function dateText(seconds) { return new Date(seconds * 1000).toLocaleString(); }
+// 2026-12-31 23:59:59
+const dateText = seconds => new Date(seconds * 1000).toLocaleString("sv");
+const clock = seconds => dateText(seconds).slice(now() - seconds < 86400 ? 11 : 0);
 function failed({exit_status, term_signal}) {  // SIGTERM is how one is stopped
 	return Boolean(exit_status || term_signal && term_signal !== 15);
 }
-function exitText({exit_status, term_signal, times}) {
-	return (term_signal ? "killed by SIG" + (snapshot.signals[term_signal] || term_signal) :
-		"exited " + exit_status) + (times > 1 ? ", " + times + " times" : "");
-}
+const exitText = ({exit_status, term_signal, times}) => (term_signal ?
+	"killed by SIG" + (snapshot.signals[term_signal] || term_signal) :
+	"exited " + exit_status) + (times > 1 ? `, ${times} times` : "");
 
 // ---- what is known: statuses by name, and events. It begins with what the page was sent with.
 // States are in the order in which they need a person; the first five do
@@ -7041,8 +7049,8 @@ const templates = new Map(), events = snapshot.events;
 const RANKS = Object.keys(snapshot.states);
 function keep(status) { status.at = performance.now(); templates.set(status.name, status); }
 snapshot.templates.forEach(keep);
-function groupOf(name) { return name.split(":").slice(0, -1)[0] || ""; }
-function since(status) { return (performance.now() - status.at) / 1000; }
+const groupOf = name => name.split(":").slice(0, -1)[0] || "";
+const since = status => (performance.now() - status.at) / 1000;
 function stateOf(status) {
 	const {state, gave_up, last_exit: last, restarts, processes: all = [], uptime} = status;
 	if (state === "stopped" && gave_up) return "failed";
@@ -7050,11 +7058,11 @@ function stateOf(status) {
 	return state === "running" && restarts && last && failed(last) &&
 		Math.min(...ages.length ? ages : [uptime]) + since(status) < 10 ? "restarting" : state;
 }
-function rankOf(status) { return RANKS.indexOf(stateOf(status)); }
+const rankOf = status => RANKS.indexOf(stateOf(status));
 function reason(status) {  // why it is so, and what comes next
 	const {last_exit: last, next_try, next_runs = [], waiting_for = []} = status,
 		state = stateOf(status);
-	return [state === "stopping" && "waiting for " + processes(status.stopping) + " to end",
+	return joined([state === "stopping" && `waiting for ${processes(status.stopping)} to end`,
 		state === "stopped" && status.active && "scaled to 0",
 		state === "waiting" && "for " + waiting_for.join(", "),
 		state === "starting" && "not ready yet",
@@ -7063,10 +7071,10 @@ function reason(status) {  // why it is so, and what comes next
 			span(Math.ceil(next_try - since(status))),
 		status.gave_up && "it exits too often",
 		status.error || last && !["running", "stopping", "stopped"].includes(state) && exitText(last),
-		status.hint].filter(part => part).join(" · ");
+		status.hint]);
 }
 function showState(node, status) {
-	const state = stateOf(status), [sign, kind] = snapshot.states[state] || ["?", "warn"];
+	const state = stateOf(status), [sign, kind] = snapshot.states[state];
 	if (!node.children.length) {
 		node.replaceChildren(el("span", {"aria-hidden": "true"}), el("span"), el("span.dim"));
 	}
@@ -7127,16 +7135,14 @@ function follow(path, types, take) {
 	self.open();
 	return self;
 }
-function watch() {
-	return follow(() => "watch?feed=eventsource&since=" + enc(lastEvent), Object.keys(said), (type,
-		event, id) => {
+const watch = () => follow(() => "watch?feed=eventsource&since=" + enc(lastEvent),
+	Object.keys(said), (type, event, id) => {
 		lastEvent = id; soon();
 		if (type === "dropped") { if (event.restarted) events.length = 0; return; }
 		events.push(event);
 		if (events.length > EVENTS_MAX) events.shift();
 		if (view.event) view.event(event);
 	});
-}
 document.addEventListener("visibilitychange", () => {
 	if (document.hidden) return stream.shut();
 	stream.open(); poll();
@@ -7171,7 +7177,7 @@ async function look(name) {  // at one template, or at all
 		}
 	}
 	const bad = [...templates.values()].filter(status => rankOf(status) < 3).length;
-	document.title = [bad && bad + " failing", view.title, "gaffer"].filter(part => part).join(" – ");
+	document.title = joined([bad && bad + " failing", view.title, "gaffer"], " – ");
 	view.update();
 }
 function uses(all, at) {  // CPU (0) or memory (1) of processes
@@ -7203,8 +7209,7 @@ function menu(from, items) {  // items: [text, what to do, class]
 	node.style.top = Math.max(4, Math.min(place.bottom, innerHeight - node.offsetHeight - 4)) + "px";
 	node.firstChild.focus();
 }
-function nameThem(names) { return names.length === 1 ? names[0] : plural(names.length,
-	"template"); }
+const nameThem = names => names.length === 1 ? names[0] : plural(names.length, "template");
 function askSignal(refs, whom) {
 	const [name, group] = (prompt(`Signal to ${whom} (or "HUP group", to its process group):`,
 		"HUP") || "").trim().split(/ +/);
@@ -7227,7 +7232,8 @@ async function askDelete(names) {
 function acts(names, label) {
 	const one = (word, key) => button("", word, word + " " + label, () => act(names(), "/_" + word),
 		key);
-	const more = button(".plain", "⋯", "more for " + label, () => menu(more, moreItems(names())), "m");
+	const more = button(".plain", "⋯", "more for " + label,
+		() => menu(more, moreItems(names())), "m");
 	return [el("span.acts.hand", one("start", "s"), one("stop", "t"), one("restart", "r")), more];
 }
 function moreItems(names) {
@@ -7249,14 +7255,14 @@ const COLUMNS = [["name", ".name", ({name}) => name], ["state", ".state", rankOf
 	["memory", ".mem.number", ({processes: all}) => -uses(all, 1)]];
 function makeRow(name, picked) {
 	const [link, state, count, up, exits, again] = COLUMNS.map(([, kind]) => cell(kind + ".cut"));
-	const check = el("input", {type: "checkbox", label: "select " + name, title: "select " + name,
-		change: picked, "data-key": "x"}), use = [usage(0), usage(1)], names = () => [name];
-	const group = groupOf(name), last = cell(".last", acts(names, name));
+	const check = el("input", {type: "checkbox", label: "select " + name,
+		change: picked, "data-key": "x"}), use = [usage(0), usage(1)];
+	const group = groupOf(name), last = cell(".last", acts(() => [name], name));
 	link.append(el("a", {href: "#/p/" + enc(name), title: name}, group && el("span.dim", group + ":"),
 		name.slice(group && group.length + 1)));
 	const node = el("div.row.item.template", {role: "row", "data-name": name},
 		cell(".mark", check), link, state, count, up, exits, again, use.map(each => each.node), last);
-	const self = {name, node, check, names, open: () => go("/p/" + enc(name)), tick() {
+	return {name, node, check, open: () => go("/p/" + enc(name)), tick() {
 		const status = templates.get(name), {last_exit: left} = status;
 		showState(state, status);
 		put(up, status.running ? span(status.uptime + since(status)) : "");
@@ -7265,28 +7271,26 @@ function makeRow(name, picked) {
 	}, update() {
 		const status = templates.get(name);
 		put(count, status.running + " / " + status.numprocesses);
-		put(again, String(status.restarts));
-		use.forEach(each => each.show(status.processes)); self.tick();
+		put(again, String(status.restarts || ""));
+		use.forEach(each => each.show(status.processes)); this.tick();
 	}};
-	return self;
 }
 function countText(rows) {
 	const states = rows.map(row => stateOf(templates.get(row.name)));
-	return RANKS.map(state => [states.filter(each => each === state).length,
-		state]).filter(([count]) =>
-		count).map(pair => pair.join(" ")).join(" · ");
+	const count = state => states.filter(each => each === state).length;
+	return joined(RANKS.map(state => count(state) && count(state) + " " + state));
 }
 const URGENT = "Needs attention", LOOSE = "No group", folded = new Set();
 function makeHead(group, fold) {
 	const said = el("span.dim");
 	const folder = button(".plain", "", "fold " + group, () => fold(group));
-	const names = () => self.members.map(row => row.name);
-	const self = {members: [], names, open: () => folder.click(), update(shut) {
+	const self = {members: [], open: () => folder.click(), update(shut) {
 		put(folder, (shut ? "▸ " : "▾ ") + group); attr(folder, "aria-expanded", String(!shut));
 		put(said, countText(self.members));
 	}};
 	self.node = el("div.row.item.group", {role: "row", "data-name": group + "\n"},
-		cell("", folder, said), cell(".last", acts(names, "group " + group)));
+		cell("", folder, said), cell(".last", acts(() =>
+			self.members.map(row => row.name), "group " + group)));
 	return self;
 }
 function overview() {
@@ -7297,18 +7301,17 @@ function overview() {
 	const heads = COLUMNS.map(([text, kind]) => el("div" + kind, {role: "columnheader"},
 		button(".plain", text, "sort by " + text, () => {
 			const sort = params().get("sort");
-			setParam("sort", sort === text ? "-" + text : sort === "-" + text ? "" : text); update();
+			setParam("sort", {[text]: "-" + text, ["-" + text]: ""}[sort] ?? text); update();
 		})));
 	const table = el("div.table", {role: "table", label: "Templates"}, el("div.row.heads",
-		{role: "row"},
-		cell(""), heads), body);
+		{role: "row"}, cell(""), heads), body);
 	const bar = el("div.bar", {id: "picked"}, said, acts(chosen, "what is selected"));
 	const shown = el("div", el("div.bar", search, sum), table, bar);
 	let current = null, order = "";
 	body.addEventListener("focusin", event =>
 		focused(items.get(event.target.closest(".item").dataset.name)));
 
-	function rows() { return [...items.values()].filter(item => !item.members); }
+	const rows = () => [...items.values()].filter(item => !item.members);
 	function item(key, make, act) {
 		if (!items.has(key)) { items.set(key, make(key.trim(), act)); reach(items.get(key), -1); }
 		return items.get(key);
@@ -7408,15 +7411,16 @@ async function copyText(text) {
 	catch (error) { complain("Copying needs https or localhost."); }
 }
 
-// ---- output. A line is kept as it came: "<time> <name> <pid> <label> <text>"; after the label a
-// "+": it goes on, a "<": it replaces the one before. Only what is in sight is in the document
+// ---- output. A line is kept as it came, "<time> <name> <pid> <label> <text>", after its id; after
+// the label a "+": it goes on, a "<": it replaces the one before. Only what is in sight is in the
+// document
 function parse(raw) {
-	const [, time, name, pid, label, open, over, text] =
-		/^(\S+) (\S+) (\d+) ([^ +<]+)(\+?)(<?) ([^]*)$/.exec(raw);
-	return {time: Number(time), name, pid, label, open, over, text};
+	const [, id, time, name, pid, label, open, over, text] =
+		/^(\d+) (\S+) (\S+) (\d+) ([^ +<]+)(\+?)(<?) ([^]*)$/.exec(raw);
+	return {id: Number(id), time: Number(time), name, pid, label, open, over, text};
 }
 const ESCAPE = /\x1b(?:\[[0-?]*[ -\/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -\/]*[0-~])/g,
-	CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g;
+	CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g, WIDE = /[\u2e80-\ud7ff\uf900-\uffef]/g;
 function plain(text) {  // without escape sequences; other control characters as their pictures
 	return text.replace(ESCAPE, "").replace(CONTROL, sign =>
 		String.fromCharCode(sign === "\x7f" ? 0x2421 : 0x2400 + sign.charCodeAt(0)));
@@ -7425,17 +7429,12 @@ function tell(line) {
 	if (line.label !== "exit") return plain(line.text);
 	return "process " + line.pid + " " + exitText(JSON.parse(line.text));
 }
-function fell(line) { return line.label === "exit" && failed(JSON.parse(line.text)); }
+const fell = line => line.label === "exit" && failed(JSON.parse(line.text));
 
-const BASIC = ("#000 #c00 #0c0 #cc0 #00e #c0c #0cc #eee " +
-	"#888 #f00 #0f0 #ff0 #66f #f0f #0ff #fff").split(" ");
-const THEME = ["dim", "bad", "good", "warn", "accent", "violet", "teal", "text"];
-function colour256(number) {
-	return number < 16 ? String(number) :
-		`rgb(${number > 231 ? Array(3).fill(8 + 10 * (number - 232)) :
-		[36, 6, 1].map(part => Math.floor((number - 16) / part) % 6).map(part => part && 55 +
-			40 * part)})`;
-}
+const {basic, theme, palette} = snapshot;
+const colour256 = number => number < 16 ? String(number) :
+	`rgb(${number > 231 ? Array(3).fill(8 + 10 * (number - 232)) : [36, 6, 1].map(part =>
+		Math.floor((number - 16) / part) % 6).map(part => part && 55 + 40 * part)})`;
 const FLAGS = {1: "b", 2: "f", 3: "i", 4: "u"};
 const BASES = [[30, "fg", 0], [40, "bg", 0], [90, "fg", 8], [100, "bg", 8]];
 function paint(style, codes) {  // SGR: ECMA-48 section 8.3.117
@@ -7474,9 +7473,9 @@ function segments(text) {  // [[text, style]]
 function piece(text, {fg, bg, turned, flags}) {
 	if (turned) [fg, bg] = [bg || "var(--bg)", fg || "var(--text)"];
 	if (!fg && !bg && !flags) return document.createTextNode(text);
-	const node = el("span", {class: flags}, text), own = colour => BASIC[colour] || colour;
+	const node = el("span", {class: flags}, text), own = colour => basic[colour] || colour;
 	node.style.background = own(bg);
-	node.style.color = !bg ? fg && (BASIC[fg] ? `var(--${THEME[fg % 8]})` :
+	node.style.color = !bg ? fg && (basic[fg] ? `var(--${theme[fg % 8]})` :
 		`oklch(from ${fg} clamp(var(--low), l, var(--high)) c h)`) :
 		own(fg) || `color(from ${own(bg)} xyz ${"calc(999 * (.18 - y)) ".repeat(3)})`;
 	return node;
@@ -7500,13 +7499,12 @@ function paintLine(node, parts, find) {  // with what is searched for marked
 }
 const coloured = new Map();
 function nameColour(name) {  // as `up` colours names
-	const {palette} = snapshot;
 	if (!coloured.has(name)) coloured.set(name, palette[coloured.size % palette.length] % 10);
-	return `var(--${THEME[coloured.get(name)]})`;
+	return `var(--${theme[coloured.get(name)]})`;
 }
 
 function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column of whose a line is
-	let lines = [], ids = [], first = 0, chars = 0;  // what is kept, and the number of the first
+	let lines = [], first = 0, chars = 0;  // what is kept, each after its id; the number of the first
 	let shown = [], tops = [0];  // numbers of what is shown, and the row at which each begins
 	let queue = [], frame = 0, following = true, came = 0, epoch = "", wanted = params().get("line");
 	let find = null, matches = 0, here = -1, held = -1, columns = 80, height = 0, sign = 0;
@@ -7529,7 +7527,8 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		following = true; draw(); area.focus();
 	}, "End");
 	const area = el("div.lines.mono", {tabindex: 0, role: "log", "aria-live": "off", label: "Output",
-		scroll: scrolled, click: clicked}, spacer, block);
+		scroll: scrolled, click: ({target}) =>
+			target.closest(".k") && link(target.closest(".l").number)}, spacer, block);
 	const node = el("section.log", el("div.bar", search,
 		button(".plain", "↑", "previous match", () => next(-1), "N"),
 		button(".plain", "↓", "next match", () => next(1), "n"),
@@ -7538,6 +7537,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		turn("time", "Times", "times: absolute, relative, none", "T", "at", "ago"),
 		turn("wrap", "Wrap", "wrap", "w", "1"),
 		button("", "Failure", "to the failure before", failure, "z"),
+		button("", "Link", "link to the marked line", () => link(here), "l"),
 		el("a", {href: base + path + "?tail=all&timeout=0", download: (ref || "gaffer") + ".log"},
 			"Save")),
 	area, more);
@@ -7553,7 +7553,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	}
 	function note(text, label = "*note") { push(now() + " - 0 " + label + " " + text, 0); }
 	function push(raw, id) {
-		queue.push([raw, id]);
+		queue.push(id + " " + raw);
 		if (queue.length > 2 * LINES_MAX) queue.splice(0, LINES_MAX);
 		if (!frame) frame = requestAnimationFrame(flush);
 	}
@@ -7562,23 +7562,25 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		frame = 0; queue.forEach(keepLine); queue = [];
 		if (!following) came += shown.length - before;
 		trim();
-		const [number, run] = wanted ? wanted.split("@") : [], at = ids.indexOf(Number(number));
-		if (number && (run !== epoch || ids[ids.length - 1] >= number)) {
+		const [id, run] = wanted ? wanted.split("@") : [];
+		if (id && (run !== epoch || parseInt(lines.at(-1), 10) >= id)) {
+			const at = run === epoch ? lines.findIndex(raw => raw.startsWith(id + " ")) : -1;
 			wanted = null;
-			if (run !== epoch || at < 0) complain("That line is no longer kept.");
+			if (at < 0) complain("That line is no longer kept.");
 			else jump(shown.indexOf(first + at));
 		}
 		draw();
 	}
-	function keepLine([raw, id]) {
+	function keepLine(raw) {
 		const line = parse(raw), key = line.pid + " " + line.label;
 		const [last, goes] = open.get(key) || [], at = goes || line.over ? last - first : -1;
-		chars += raw.length;
 		if (at >= 0) {  // it goes on with a line that had no end yet, or replaces it
-			lines[at] = line.over ? raw : lines[at] + line.text;
-			ids[at] = id; nodes.delete(last);
-			if (shown[shown.length - 1] === last) { shown.pop(); tops.pop(); add(last); }
-		} else { lines.push(raw); ids.push(id); consider(first + lines.length - 1); }
+			chars -= lines[at].length;
+			if (!line.over) raw = lines[at].replace(/^\d+/, line.id) + line.text;
+			lines[at] = raw; nodes.delete(last);
+			if (shown.at(-1) === last) { shown.pop(); tops.pop(); add(last); }
+		} else { lines.push(raw); consider(first + lines.length - 1); }
+		chars += raw.length;
 		open.set(key, [at >= 0 ? last : first + lines.length - 1, line.open]);
 		if (line.label !== "exit") return;
 		for (const each of open.keys()) if (each.startsWith(line.pid + " ")) open.delete(each);
@@ -7590,26 +7592,26 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		if ((hit || !find || !states.only) && (!states.err ||
 			/^(stderr|exit|\*.*)$/.test(line.label))) add(number);
 	}
-	function add(number) { shown.push(number); tops.push(tops[tops.length - 1] + rows(number)); }
+	function add(number) { shown.push(number); tops.push(tops.at(-1) + rows(number)); }
 	function trim() {
 		const before = total();
 		if (lines.length < LINES_MAX + 5000 && chars < CHARS_MAX) return;
-		while (lines.length > LINES_MAX || chars > CHARS_MAX) {
+		while (lines.length > LINES_MAX || chars > .95 * CHARS_MAX) {
 			const old = lines.splice(0, 1000);
-			first += old.length; ids.splice(0, 1000);
+			first += old.length;
 			for (const raw of old) chars -= raw.length;
 		}
 		shown = shown.filter(number => number >= first); tops = tops.slice(-shown.length - 1);
 		if (!following) { const top = area.scrollTop - before + total(); fit(); area.scrollTop = top; }
 	}
-	function lineOf(number) { return parse(lines[number - first]); }
+	const lineOf = number => parse(lines[number - first]);
 
 	// which lines are shown, and how high they are
 	function readFind() {
 		const text = search.value;
 		find = null; here = -1;
-		try { find = text ? new RegExp(text, /[A-Z]/.test(text) ? "" : "i") :
-			null; } catch (error) { say(error); }
+		try { find = text ? new RegExp(text, /[A-Z]/.test(text) ? "" : "i") : null; }
+		catch (error) { say(error); }
 		attr(search, "aria-invalid", String(Boolean(text && !find)));
 		rebuild();
 	}
@@ -7621,17 +7623,17 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		draw();
 	}
 	function rows(number) {
-		const line = states.wrap && lineOf(number);
-		return line ? Math.ceil((head(line).join("").length + tell(line).length) / columns) || 1 : 1;
+		if (!states.wrap) return 1;
+		const line = lineOf(number), text = head(line).join("") + tell(line);
+		return Math.ceil(text.replace(/\t/g, "8".repeat(8)).replace(WIDE, "22").length / columns) || 1;
 	}
 	function head(line) {  // [time, whose, label], each with its blank
 		const who = line.name === "-" ? "" : ref ? line.pid : line.name + " " + line.pid;
-		const mark = /^(stdout|exit|\*.*)$/.test(line.label) ? "" : line.label.replace("std",
-			"").slice(0, 3);
-		const time = states.time === "ago" ? ago(line.time).padStart(9) : clock(line.time) +
-			(line.time % 1).toFixed(3).slice(1);
-		return [states.time ? time + " " : "", who.padEnd(width) + " ",
-			mark.padEnd(4)];
+		const mark = /^(stdout|exit|\*.*)$/.test(line.label) ? "" :
+			line.label.replace("std", "").slice(0, 3);
+		const time = !states.time ? "" : states.time === "ago" ? ago(line.time).padStart(9) + " " :
+			clock(line.time) + (line.time % 1).toFixed(3).slice(1) + " ";
+		return [time, who.padEnd(width) + " ", mark.padEnd(4)];
 	}
 	function resized() {
 		const before = columns;
@@ -7644,10 +7646,10 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	}
 
 	// what is seen
-	function yOf(place) { return (tops[place] - tops[0]) * LINE; }
-	function total() { return yOf(shown.length); }
+	const yOf = place => (tops[place] - tops[0]) * LINE;
+	const total = () => yOf(shown.length);
 	function fit() { spacer.style.height = total() + "px"; }
-	function placeAt(y) { return tops.findLastIndex(top => (top - tops[0]) * LINE <= y); }
+	const placeAt = y => tops.findLastIndex(top => (top - tops[0]) * LINE <= y);
 	function draw() {
 		fit();
 		if (following) { area.scrollTop = 1e9; came = 0; }
@@ -7670,9 +7672,9 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	function nodeOf(number) {
 		if (nodes.has(number)) return nodes.get(number);
 		const line = lineOf(number), [time, who, mark] = head(line), label = line.label.replace("*", "");
-		const made = el("div.l", el("span.k", {title: ids[number - first] ? "link to this line" : ""},
-			time,
-			el("span", who), el("span.bad", {title: label}, mark)));
+		const made = el("div.l", el("span.k", {title: dateText(line.time) +
+			(line.id ? ", link to this line" : "")}, time, el("span", who),
+			el("span.bad", {title: label}, mark)));
 		if (!ref) made.firstChild.children[0].style.color = nameColour(line.name);
 		made.number = number;
 		if (/^(stderr|exit|\*.*)$/.test(line.label)) made.classList.add(label);
@@ -7683,7 +7685,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		return made;
 	}
 	function scrolled() {
-		const end = area.scrollTop + height >= total() - LINE / 2;
+		const end = area.scrollTop + area.clientHeight >= total() - LINE / 2;
 		if (area.scrollTop !== held) {  // no jump of ours
 			held = -1;
 			if (end !== following && total() > height) { following = end; came = 0; }
@@ -7708,27 +7710,24 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	}
 	function next(by) { if (find) seek(by, line => find.test(tell(line))); }
 	function failure() { if (!seek(-1, fell)) complain("No failure is shown."); }
-	function clicked(event) {
-		const {number} = event.target.closest(".k") ? event.target.closest(".l") : {},
-			id = ids[number - first];
-		if (!id) return;
+	function link(number) {
+		const {id} = number >= first ? lineOf(number) : {};
+		if (!id) return complain("No line is marked.");
 		setParam("line", id + "@" + epoch); jump(shown.indexOf(number));
 		say("the address is a link to this line");
 	}
 	readFind(); observer.observe(area);
 	const source = follow(last => path + "?feed=eventsource&returns=true&" + (last ?
-		"since=" + enc(last) : "tail=" + (wanted ? "all" : FIRST_LINES)), ["line"], take);
-	return {node, area, note, source,
+		"since=" + enc(last) : "tail=" + (wanted ? "all" : 2000)), ["line"], take);
+	return {node, note, source, fill: true, focus: () => area,
 		tick() { if (states.time === "ago") { nodes.clear(); draw(); } }, close() {
 		source.close(); observer.disconnect(); cancelAnimationFrame(frame);
 	}};
 }
 function allOutput() {
 	const log = makeLog("", 18);
-	return {...log, node: el("div.log", el("h1.quiet", "Output"), log.node), title: "output",
-		fill: true, focus: () => log.area};
+	return {...log, node: el("div.log", el("h1.quiet", "Output"), log.node), title: "output"};
 }
-
 
 // ---- what happened, and why: a function that tells events in order
 function narrator() {
@@ -7776,8 +7775,8 @@ const typed = el("datalist", {id: "typed"});  // lines that were sent
 function makeEntry(log) {
 	const who = el("select", {label: "to which process"});
 	const line = el("input.mono", {label: "A line to stdin", placeholder: "A line to stdin",
-		list: "typed",
-		"data-key": "i", keydown: event => event.key === "Enter" && send("POST")});
+		list: "typed", "data-key": "i",
+		keydown: event => event.key === "Enter" && send("POST")});
 	async function send(method) {  // it stands where it was sent; a refusal comes after it
 		const text = line.value, body = method === "POST" ? text + "\n" : undefined;
 		log.note(body ? "> " + text : "end of file", "*stdin");
@@ -7786,7 +7785,8 @@ function makeEntry(log) {
 		if (!answer.ok) log.note("not sent: " + answer.value.reason);
 		if (typed.childElementCount > 200) typed.lastChild.remove();
 	}
-	const node = el("div.entry", {hidden: true}, who, line, typed, button("", "Send", "send", () => send("POST")),
+	const node = el("div.entry", {hidden: true}, who, line, typed,
+		button("", "Send", "send", () => send("POST")),
 		button("", "End of file", "close its stdin", () => send("DELETE")));
 	return {node, show({redirect_input}, pids) {
 		node.hidden = !redirect_input;
@@ -7798,11 +7798,10 @@ function makeEntry(log) {
 	}};
 }
 function detail(name) {
-	const log = makeLog(name, 6), entry = makeEntry(log), names = () => [name],
-		parts = new Map();
+	const log = makeLog(name, 6), entry = makeEntry(log), parts = new Map();
 	const state = el("span.cut", {role: "status"}), facts = el("dl.facts"), story = el("ol.story");
 	const list = el("section", el("h2", "Processes"));
-	const tools = el("span.push.acts", acts(names, name));
+	const tools = el("span.push.acts", acts(() => [name], name));
 	const aside = el("details", {open: innerWidth > 1000}, el("summary", "Details"), facts, list,
 		el("section", el("h2", "Story"), story));
 	const node = el("div.two", el("div.bar", el("h1", name), state, tools), el("div.log", log.node,
@@ -7861,20 +7860,18 @@ function detail(name) {
 			list.append(parts.get(pid).node);
 		}
 		const part = parts.get(pid);
-		put(part.what, `${pid} · OS pid ${os_pid} · ${word} ${span(uptime)}` + (ready === false ?
-			", not ready" :
-			"") + (kill_in === undefined ? "" : ", SIGKILL in " + Math.ceil(kill_in) + " s"));
+		put(part.what, joined([pid, "OS pid " + os_pid, `${word} ${span(uptime)}`,
+			ready === false && "not ready", kill_in !== undefined && `SIGKILL in ${Math.ceil(kill_in)} s`]));
 		part.use.forEach(each => each.show([process]));
 	}
 	update();
-	return {...log, node, name, title: name, fill: true, update, tick, poll, focus: () => log.area};
+	return {...log, node, name, title: name, update, tick, poll};
 }
 
 // ---- the form of a template, made of the fields that the server has
-const {sections, labels, examples, areas} = snapshot.form;
-function quote(word) {
-	return /^[\w@%+=:,.\/-]+$/.test(word) ? word : "'" + String(word).replace(/'/g, "'\\''") + "'";
-}
+const {adjustable, sections, labels, examples, areas} = snapshot.form;
+const quote = word => /^[\w@%+=:,.\/-]+$/.test(word) ? word :
+	`'${String(word).replace(/'/g, "'\\''")}'`;
 function textOf(value) {  // of a field, as it is typed
 	if (value === null || value === undefined) return "";
 	if (Array.isArray(value)) return value.some(Array.isArray) ? JSON.stringify(value) :
@@ -7888,7 +7885,7 @@ function guess(text) {  // a number, list or flag where it looks like one
 function valueOf(field, text) {
 	const {type, items} = snapshot.fields[field][2], may = kind => [type].flat().includes(kind);
 	if (typeof text === "boolean") return text;
-	const words = text.split(/[\s,]+/).filter(word => word);
+	const words = text.split(/[\s,]+/).filter(Boolean);
 	if (/^\s*[[{]/.test(text)) return guess(text);
 	if (may("object")) return Object.fromEntries(text.split("\n").filter(line =>
 		line.trim()).map(line => {
@@ -7906,6 +7903,7 @@ function form(name) {
 	const rest = el("span.bad", {role: "alert"}), plan = el("span", {role: "status"});
 	const node = el("form", {input: event => { touched.add(event.target.name); soon(); },
 		submit: event => { event.preventDefault(); save(); }}, el("h1", title));
+	const more = el("section", el("h2", "More"));
 	let waiting = 0, count = 0;
 	for (const [section, text] of [...Object.entries(sections), ["Other"]]) {
 		const fields = el("div.fields"), own = text ? text.split(" ") :
@@ -7914,20 +7912,20 @@ function form(name) {
 			if (!snapshot.fields[field] || name && field === "start") continue;
 			const [normal, help, schema] = snapshot.fields[field], id = "field-" + field;
 			const kind = schema.enum ? "select" : areas.includes(field) ? "textarea" : "input";
-			inputs[field] = el(kind, {id, name: field, "aria-describedby": id + "-help " + id + "-fault",
+			inputs[field] = el(kind, {id, name: field, "aria-describedby": `${id}-help ${id}-fault`,
 				type: typeof normal === "boolean" ? "checkbox" : "text", autocomplete: "off",
-					spellcheck: "false",
-				placeholder: examples[field]}, (schema.enum || []).map(each => el("option", each)));
+				spellcheck: "false", placeholder: examples[field]},
+			(schema.enum || []).map(each => el("option", each)));
 			faults[field] = el("span.bad", {id: id + "-fault", role: "alert"});
 			fields.append(el("label", {for: id}, labels[field] || field, el("code", field)), el("div",
 				inputs[field], el("small", {id: id + "-help"}, help), faults[field]));
 			write(field, normal); first[field] = read(field);
 		}
-		if (fields.firstChild) node.append(section ? el("details", el("summary", section), fields) :
-			fields);
+		if (!section) node.append(fields);
+		else if (fields.firstChild) more.append(el("details", el("summary", section), fields));
 	}
 	inputs.name.disabled = Boolean(name);
-	node.append(el("div.bar.plan", el("button.main", name ? "Save" : "Add"), button("", "Cancel",
+	node.append(more, el("div.bar.plan", el("button.main", name ? "Save" : "Add"), button("", "Cancel",
 		"cancel", () => history.back()), plan, rest));
 	function where(field) { return inputs[field].type === "checkbox" ? "checked" : "value"; }
 	function write(field, value) {
@@ -7954,16 +7952,18 @@ function form(name) {
 		return turn === count && answer.ok;
 	}
 	function intent({start, schedule, numprocesses = 1}) {  // what saving will do
-		const fields = changes(asked), {running} = templates.get(name) || {};
+		const fields = changes(asked), {active, running} = templates.get(name) || {};
+		const count = processes(numprocesses), calm = fields.every(each => adjustable.includes(each));
 		if (!name) return start === false ? "Adds it." : schedule ? "Adds it, to run by its schedule." :
-			`Adds it, and starts ${processes(numprocesses)}.`;
+			`Adds it, and starts ${count}.`;
 		if (!fields.length) return "Changes nothing.";
-		if (fields.join() === "numprocesses") return `Runs ${processes(numprocesses)}; restarts none.`;
-		return `Changes ${fields.join(", ")}; ` + (running ? `stops ${processes(running)}, and starts ` +
-			`${numprocesses} anew.` : "nothing of it runs.");
+		return joined(["Changes " + fields.join(", "), !calm && running && "stops " + processes(running),
+			!active ? "it stays stopped" : schedule ? "it runs by its schedule" :
+			calm ?
+			`runs ${count}, restarts none` : `starts ${count} anew`], "; ") + ".";
 	}
 	async function save() {
-		if (await send(false)) { go("/p/" + enc(name || inputs.name.value)); }
+		if (await send(false)) go("/p/" + enc(name || inputs.name.value));
 	}
 	function refuse(answer, dry) {
 		const left = [];
@@ -7972,7 +7972,7 @@ function form(name) {
 		}
 		const taken = !name && templates.has(inputs.name.value) ? "; field 'name' is taken" : "";
 		const reasons = ((answer.value.reason || "") + taken).split(/; (?=field ')/);
-		for (const sentence of reasons.filter(text => text)) {
+		for (const sentence of reasons.filter(Boolean)) {
 			const [, field, why] = /^field '(\w+)' (.*)/s.exec(sentence) || [0, "", sentence];
 			if (!faults[field]) left.push(why);
 			else if (!dry || touched.has(field)) {
@@ -7987,41 +7987,37 @@ function form(name) {
 }
 
 // ---- keys, and the address: a view, and in "?" what is set in it
-const VIEWS = {"": overview, logs: allOutput, events: eventList, add: form, edit: form, p: detail};
-const NAV = [["/", "Processes", "p"], ["/logs", "Output", "o"], ["/events", "Events", "e"],
-	["/add", "Add", "a"]];
-function params() { return new URLSearchParams(location.hash.split("?")[1] || ""); }
+const VIEWS = {__proto__: null, "": overview, logs: allOutput, events: eventList, add: form,
+	edit: form, p: detail};
+const params = () => new URLSearchParams(location.hash.split("?")[1]);
 function setParam(key, value) {
 	const all = params();
 	if (value) all.set(key, value); else all.delete(key);
 	history.replaceState(null, "", (location.hash.split("?")[0] || "#/") + (String(all) && "?" + all));
 }
 function decode(part) { try { return decodeURIComponent(part); } catch (error) { return part; } }
-function go(path) { location.hash = "#" + path; }
+function go(path) { location.hash = path; }
 let view = {};
 function nowhere() { return {node: el("p", "There is no such page."), focus: () => main}; }
 function route(start) {
 	const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decode);
 	$("menu").hidePopover(); complain(""); sampled = 0;
 	if (view.close) view.close(); else if (stream) stream.close();
-	view = {update() {}, poll: () => look(), ...(Object.hasOwn(VIEWS, kind) ? VIEWS[kind] :
-		nowhere)(...parts)};
+	view = {update() {}, poll: () => look(), ...(VIEWS[kind] || nowhere)(...parts)};
 	stream = view.source || watch();
 	main.classList.toggle("fill", Boolean(view.fill)); main.replaceChildren(view.node);
-	$("nav").replaceChildren(...NAV.map(([path, text]) => el("a", {href: "#" + path,
+	$("nav").replaceChildren(...nav.map(([path, text]) => el("a", {href: "#" + path,
 		"aria-current": path === "/" + kind && "page"}, text)));
 	poll();
 	if (start !== true) view.focus().focus({preventScroll: true});
 }
-function keyed() { return [...main.querySelectorAll("[data-key]")].filter(each =>
-	each.checkVisibility()); }
+const keyed = () => [...main.querySelectorAll("[data-key]")].filter(each => each.checkVisibility());
 function showKeys() {
-	const all = new Map([...NAV.map(([path, text, key]) => [key, [text, () => go(path)]]),
+	const all = new Map([...nav.map(([path, text, key]) => [key, [text, () => go(path)]]),
 		["Escape", ["leave a field; processes", () => go("/")]], ...view.keys || [],
-			...keyed().map(node =>
-			[node.dataset.key, [node.ariaLabel, () => press(node)]])]);
-	menu($("help"), [...all].map(([key, [text, click]]) => [[el("kbd", key === " " ? "Space" : key),
-		text], click || (() => {})]));
+		...keyed().map(node => [node.dataset.key, [node.ariaLabel, () => press(node)]])]);
+	menu($("help"), [...all].map(([key, [text, click]]) => [[el("kbd", key), text],
+		click || (() => {})]));
 }
 function press(node) {
 	if (node.matches("input:not([type=checkbox])")) node.focus(); else node.click();
@@ -8029,15 +8025,19 @@ function press(node) {
 document.addEventListener("keydown", event => {
 	const {key, target} = event,
 		typing = target.matches("input:not([type=checkbox]), textarea, select");
-	if (event.ctrlKey || event.metaKey || event.altKey || $("menu").matches(":popover-open")) return;
-	const nav = NAV.find(each => each[2] === key), scope = view.scope && view.scope();
+	if (event.ctrlKey || event.metaKey || event.altKey) return;
+	if ($("menu").matches(":popover-open")) {
+		const next = target[{ArrowDown: "nextSibling", ArrowUp: "previousSibling"}[key]];
+		return next && next.focus();
+	}
+	const place = nav.find(each => each[2] === key), scope = view.scope && view.scope();
 	const own = (scope && scope.querySelector(`[data-key="${CSS.escape(key)}"]`)) ||
 		keyed().find(each => each.dataset.key === key);
 	if (key === "Escape") { if (typing) main.focus(); else go("/"); }
 	else if (typing || [" ", "Enter"].includes(key) &&
 		target.matches("button, a, input, summary")) return;
 	else if (key === "?") showKeys();
-	else if (nav) go(nav[0]);
+	else if (place) go(place[0]);
 	else if (own) press(own);
 	else if (!view.key || !view.key(key)) return;
 	event.preventDefault();

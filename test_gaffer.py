@@ -9580,8 +9580,9 @@ class BrowserPage(BrowserPageCase):
         self.becomes("return [...document.querySelectorAll('details[open] summary')]"
                      ".map(node => node.textContent)", ["When it runs", "Streams"])
         for field, text, plan in (
-                ("numprocesses", "3", "Runs 3 processes; restarts none."),
-                ("cmd", "sh", "Changes cmd, numprocesses; stops 2 processes, and starts 3 anew."),
+                ("numprocesses", "3", "Changes numprocesses; runs 3 processes, restarts none."),
+                ("cmd", "sh", "Changes cmd, numprocesses; stops 2 processes; "
+                              "starts 3 processes anew."),
                 ("args", "-c 'echo a; exec cat'", "Changes cmd, numprocesses, args;")):
             self.enter("#field-" + field, text)
             self.shows(plan, ".plan")
@@ -9607,8 +9608,8 @@ class BrowserPage(BrowserPageCase):
         self.browser.wait("return document.querySelector('#field-cmd').value === 'sh'")
         names = "return [...document.querySelectorAll('form [name]')].map(node => node.name)"
         self.assertEqual(set(self.browser.script(names)), set(gaffer.OPTIONS) - {"start"})
-        self.enter("#field-priority", "4")
-        self.shows("Changes priority;", ".plan")
+        self.enter("#field-priority", "4")      # one that a running process does not notice
+        self.shows("Changes priority; runs 2 processes, restarts none.", ".plan")
         self.browser.click("form button.main")
         self.at("/p/whole")
         self.assertEqual(self.server.ok("GET", "/processes/whole"), dict(before, priority=4))
@@ -9748,7 +9749,12 @@ class BrowserPage(BrowserPageCase):
         for pattern in (r"^\d\d:\d\d:\d\d\.\d{3} ", r"^ *[\d.]+s ago "):
             self.press("times: absolute, relative, none")
             browser.wait(self.TEXTS + ".every(text => RegExp(arguments[0]).test(text))", pattern)
-        self.press("wrap", "only stderr")
+        self.say("\u6f22" * 1000)                   # two columns each
+        self.press("wrap")
+        browser.wait("const area = document.querySelector('.lines'), last = area.lastChild.lastChild;"
+                     "return last.textContent.length > 1000 && last.clientHeight > 100 &&"
+                     " last.getBoundingClientRect().bottom < area.getBoundingClientRect().bottom")
+        self.press("only stderr")
         browser.wait(self.TEXTS + ".every(text => !/ line/.test(text))")
         self.at("/p/count?time=ago&wrap=1&err=1")
         self.open("/p/count")
@@ -9942,7 +9948,9 @@ class BrowserPage(BrowserPageCase):
         self.happened("restart", "two")
         self.keys("x")
         self.shows("1 selected")
-        self.keys("m", "Tab", "Escape")
+        self.keys("m", "ArrowDown", "ArrowDown", "ArrowUp")
+        self.becomes("return document.activeElement.textContent", "stop")
+        self.keys("Escape")
         self.becomes(focus, "two")
         self.keys("k")
         self.becomes(focus, "one")
@@ -9954,6 +9962,8 @@ class BrowserPage(BrowserPageCase):
         self.shows("> h", ".lines")
         self.keys("Escape", "f", "h", "Escape", "w", "T", "n", "End", "z")
         self.at("/p/one?find=h&wrap=1&time=at")
+        self.keys("n", "l")
+        self.browser.wait("return /line=\\d+%40\\w+$/.test(location.hash)")
         self.keys("e")
         self.shows("added", ".events")
         self.keys("Escape", "o")
@@ -10128,7 +10138,8 @@ class BrowserPictures(BrowserPageCase):
                 print("\\x1b[38;5;%dm%03d\\x1b[0m" % (number, number), end=end)
             for part in range(101):
                 print("\\rdownloading [%-50s] %3d%%" % ("=" * (part // 2), part), end="")
-            print("\\ndone", file=sys.stderr, flush=True)
+            print()
+            print("done", file=sys.stderr, flush=True)
             time.sleep(1000)
             """))
         for scheme in "light", "dark":
