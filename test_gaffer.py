@@ -6283,6 +6283,22 @@ class HttpAccessLog(HttpCase):
         self.assertEqual(self.lines(1)[0][2], "GET /ping?2 HTTP/1.1")
         self.assertEqual(len(access_lines(cli_read(self.path + ".1"))), 1)
 
+    def test_full_pipe(self):
+        """Who reads the log too slowly loses lines, and holds up nobody."""
+        os.mkfifo(self.path)
+        pipe = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)
+        self.addCleanup(os.close, pipe)
+        with contextlib.suppress(BlockingIOError):
+            while os.write(pipe, b"x" * 4096):
+                pass
+        with http_limits(LOG_SIZE=1000, LOG_END=0.05), \
+                self.assertLogs("gaffer", "WARNING") as logged:
+            self.serve_logged()
+            while not logged.output:
+                self.assertEqual(self.server.request("GET", "/ping")[0], 200)
+            self.server.stop_all()
+        self.assertRegex(logged.output[0], "cannot be written: nobody takes it; 1 lines")
+
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_full_disk(self):
         self.serve_logged("/dev/full")
@@ -7391,6 +7407,7 @@ class HttpEndpoints(HttpCase):
         self.assertEqual(text, expected)
         made.frame(8, b"\x03\xe8")
         self.assertEqual([made.read(), made.read()], [(8, b"\x03\xe8"), (None, b"")])
+        server.http.listeners[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         late = self.secure(server).request("/streams/1/stdout?feed=continuous&since=0")
         self.parked("continuous", server=server)
         self.secure(server).request("/streams/1/stdin", method="DELETE").answer()
@@ -8653,7 +8670,7 @@ class PureOutput(PureLoopCase):
 
     def test_block_of_two(self):
         """The unfinished line of one waits for room, too."""
-        write, also = self.output(256)[1], self.output(256, self.merged)[1]
+        (output, write), (_, also) = self.output(256), self.output(256, self.merged)
         sinks = [self.Sink(self, opened=False) for _ in range(2)]
         readers = [gaffer.Reader(self.merged.window, gaffer.Encoder(), sink, 0, "block")
                    for sink in sinks]
@@ -8674,7 +8691,10 @@ class PureOutput(PureLoopCase):
         os.write(also, b"z\n")
         self.advance(gaffer.MERGED_LINE_DELAY + 0.1)
         self.advance(gaffer.MERGED_LINE_DELAY + 0.1)
-        wanted = b"\n" + b"x" * 200 + b"\n" + b"y" * 30 + b"\nz\n" + b"who? " * 8 + b"and?"
+        os.write(write, b"end")
+        self.advance()
+        self.do(output.close)
+        wanted = b"\n" + b"x" * 200 + b"\n" + b"y" * 30 + b"\nz\n" + b"who? " * 8 + b"and?end"
         self.assertEqual([sink.data for sink in sinks], [wanted] * 2)
 
     def test_its_own_pause_is_no_silence(self):
@@ -8741,6 +8761,11 @@ class StreamsStdin(StreamsCase):
         self.end(pid)
         self.assertEqual(wire.chunks(), (streams_digest(data), True))
         self.send(self.server.add("deaf", "sleep 1000", redirect_input=True)[0], bytes(gaffer.MIB))
+        with unittest.mock.patch.object(self.server.manager, "input_size", 9):
+            self.assertError(self.server.json("POST", "/streams/deaf/stdin", bytes(10)),
+                             413, "too_large")
+        self.server.add("two", "cat", redirect_input=True, numprocesses=2)
+        self.assertError(self.server.json("POST", "/streams/two/stdin", b"x"), 404, "not_found")
 
 
 class StreamsWebsocket(StreamsCase):
@@ -11700,6 +11725,7 @@ class CliCommands(CliControlCase):
                     ("get_process x*", b"404 No\r\nContent-Length: 2\r\n\r\n{}", 5, none),
                     ("get_process x*", b"200 OK\r\nContent-Length: 9\r\n\r\nhi", 5, none),
                     ("get_process x*", b"x", 5, none),
+                    ("status", b"200 OK\r\nContent-Length: 2\r\n\r\nhi", 5, none),
                     ("pids x", b"200 OK\r\nContent-Length: 3\r\n\r\n[1]", 1, odd)):
                 def serve_once(answer=answer):
                     sock, _ = listener.accept()
@@ -12094,11 +12120,26 @@ class CliAttach(CliFollowCase):
             self.assertEqual((out, process.returncode), (b"", status))
         process = self.follow("attach", "1")
         self.assertEqual(process.stdout.read(len(shown)), shown)
+        until(lambda: self.streams() == 3, "stdout, stderr, events")
         self.cut()                              # it goes on where it was
         self.server.ok("POST", "/processes/1/_signal/INT")
         self.assertEqual(process.stdout.readline(), b"interrupted\n")
         self.server.ok("POST", "/processes/1/_signal/KILL")
         self.assertEqual(process.wait(TIMEOUT), 137)
+
+    def test_input_that_waits(self):
+        text = bytes(3 * gaffer.MIB)
+        self.server.add("a", python(STREAMS_SLEEPER.format(size=len(text))), redirect_input=True)
+        process = self.follow("attach", "a", stdin=subprocess.PIPE)
+        self.assertEqual(process.stdout.readline(), b"ready\n")
+        writer = threading.Thread(target=process.stdin.write, args=(text,))
+        writer.start()
+        loop, manager = self.server.manager.loop, self.server.manager
+        until(lambda: loop.call(lambda: manager.processes[1].inputs["stdin"].size)
+              > gaffer.MIB - gaffer.READ_SIZE, "a full input")
+        self.server.ok("POST", "/processes/1/_signal/USR1")
+        self.assertEqual(process.stdout.readline(), streams_digest(text))
+        writer.join()
 
     def test_what_cannot_be_attached_to(self):
         self.sleepers("two", numprocesses=2)
@@ -12581,7 +12622,7 @@ class ConfigFiles(ConfigCase):
         {"cmdd": 1}, "e": {"cmd": "true",
         "env": [1]}}, "env": {"e": {"A": 1}},
         "processes": {}, "gaffer": {
-        "include": ["a\\u0000"]},
+        "include": ["a\\u0000"], "include_dir": 5},
         "endpoint": {"x": {"bind": "127.0.0.1:0", "certfile":
         5}, "y": 1}}
         --
@@ -12592,6 +12633,7 @@ class ConfigFiles(ConfigCase):
         6: [process:e] field 'env' must be an object of strings and numbers
         7: [processes] there is no section with this name, did you mean 'process:NAME'?
         8: [gaffer] field 'include' must not hold a NUL character
+        8: [gaffer] field 'include_dir' must be a list of strings, or a string
         9: [endpoint:x] field 'certfile' must be a string
         10: [endpoint:y] must be an object
         == env.json
@@ -12604,11 +12646,12 @@ class ConfigFiles(ConfigCase):
         --
         2: cannot be parsed: *
         == list.json
-        [{"name": "a", "cmd": "true"},
+        [{"name": "a", "cmd": "true", "cwd": 5},
         {"cmd": "x", "name": "b", "env": 1},
         {"name": "a", "cmd": "x"}]
         --
         1: must be sections, a template, or a list of templates with different names
+        1: [process:a] field 'cwd' *
         2: [process:b] field 'env' must be an object of strings and numbers
         == twice.json
         {"process": {"a":
@@ -13512,13 +13555,16 @@ class WebHooksTest(ServerCase):
             self.server.add(name, "sleep 1000", start=False)
 
     def test_each_event_is_posted(self):
-        self.hooks(("proc/a/create", "/hook/a?x=1"), ("delete", "/hook"))
+        made = self.hooks(("proc/a/create", "/hook/a?x=1"), ("delete", "/hook"))
         self.add("a", "b")
         self.server.ok("DELETE", "/processes/b")
         rest, query, event, _ = self.received.get(timeout=TIMEOUT)
         self.assertEqual((rest, query, event["event"], event["name"]), ("/a", "x=1", "create", "a"))
         self.assertEqual(self.received.get(timeout=TIMEOUT)[2], self.server.wait_event("delete"))
         self.assertTrue(self.received.empty())
+        self.server.manager.loop.call(made.replace, [("create", self.receiver.url + "/hook/new")])
+        self.add("c")
+        self.assertEqual(self.received.get(timeout=TIMEOUT)[0], "/new")
 
     def test_tried_again_unless_refused(self):
         with http_limits(WEBHOOK_PAUSES=(0.01, 0.01)), self.assertLogs("gaffer", "WARNING") as logs:
