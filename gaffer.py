@@ -12660,7 +12660,7 @@ names NAME+: a name, a glob such as 'web*' or 'group:*', all, or one process: we
 name NAME: the template's name
 cmd CMD...: everything after NAME: a command line as one word, or a program and its arguments
 START
---env NAME[=VALUE]*: a variable of its environment, without a value that of yours
+--env NAME[=VALUE]*: a variable of its environment; without =VALUE, yours is passed on
 FIELDS ASK""",
     "PLACE": "-f, --procfile FILE: the Procfile (default ./Procfile)",
     "PROCFILE": """\
@@ -12833,7 +12833,7 @@ PROCFILE FORMATION"""),
     Command(completion_command, """\
 completion: print a completion script for a shell
 shell SHELL: bash, zsh or fish, which has to source it
-line LINE?: print completions of this instead; the script calls it so"""),
+line LINE?: print the completions of this line instead, as the script has it done"""),
 )}
 
 HELP = """\
