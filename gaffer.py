@@ -12209,7 +12209,7 @@ def procfile_templates(args, taken=()):
     for word in split_list(",".join(args.concurrency)):
         kind, _, count = word.partition("=")
         if not (re.fullmatch("[0-9]{1,4}", count) and int(count) <= NUMPROCESSES_MAX):
-            raise ClientError("'%s' is not TYPE=NUMBER, as in web=2" % word)
+            raise ClientError("'%s' is not TYPE=NUMBER, as in web=2" % word, 2)
         if kind != "all":
             check_type(kind, templates)
         formation.update(dict.fromkeys(templates if kind == "all" else [kind], int(count)))
@@ -12334,7 +12334,8 @@ def group_of(args):
     folder = os.path.basename(os.path.dirname(os.path.abspath(args.procfile)))
     name = args.group or re.sub(r"[^A-Za-z0-9_.@-]", "-", folder).lstrip("-") or "app"
     if not re.fullmatch(r"(?!-)[A-Za-z0-9_.@-]{1,64}", name):
-        raise ClientError("'%s' is not a group's name: give 1 to 64 of A-Z a-z 0-9 _ . @ -" % name)
+        raise ClientError("'%s' is not a group's name: give 1 to 64 of A-Z a-z 0-9 _ . @ -" % name,
+                          2)
     return name
 
 

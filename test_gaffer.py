@@ -13303,9 +13303,9 @@ class ProcfileServer(ConfigCase):
     def test_mistakes(self):
         for words, status, err in (
                 ("load -f /no", 1, "there is no '/no': name a Procfile with -f FILE.*"),
-                ("load a:b -f Procfile", 1, "'a:b' is not a group's name.*"),
+                ("load a:b -f Procfile", 2, "'a:b' is not a group's name.*"),
                 ("load -f Procfile -c wep=1", 4, "there is no 'wep', did you mean 'web'\\?"),
-                ("load -f Procfile -c web=1001", 1, "'web=1001' is not TYPE=NUMBER.*"),
+                ("load -f Procfile -c web=1001", 2, "'web=1001' is not TYPE=NUMBER.*"),
                 ("unload -f Procfile", 4, "there is no process of the group 'my-app-2'.*"),
                 ("scale web=1 web=-1", 2, "'web=-1' is not a change.*")):
             self.calls((words, "", status, "gaffer: %s\n" % err))
