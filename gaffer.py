@@ -11352,6 +11352,8 @@ def carry_out(args, client, steps):
                 if not until_ready:
                     show(args, answer.result(), text)
             except ClientError as error:
+                if len(steps) > 1 and target.word not in str(error):
+                    error.args = ("%s: %s" % (target.word, error),)
                 report(args, error)
     if until_ready:
         await_goal(args, client, told)

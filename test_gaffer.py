@@ -11546,6 +11546,10 @@ class CliControl(CliFollowCase):
             ("load_process " + other, 1, ".*one JSON object.*"),
             ("kill a NOSUCH", 1, "'NOSUCH' .*signal.*"))])
         self.calls(*[("add a " + number, "", 2, r"usage: [\s\S]*") for number in ("0", "-1", "x")])
+        self.server.add("b", "nosuch", start=False)
+        self.calls(("start a b", "a: already running\n", 1, "gaffer: b: field 'cmd' names .*\n"),
+                   ("start b", "", 1, "gaffer: field 'cmd' names .*\n"),
+                   ("del_process b", "b: deleted\n"))
         out = self.call("stop", "x*", "a", status=4, err="gaffer: .* named 'x\\*'.*\n")
         self.assertEqual(out, "a: stopped\n", "the names that are none do not keep the others")
         self.calls(("processes", "a\n"))
