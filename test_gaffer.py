@@ -6061,10 +6061,8 @@ class HttpEndpointTable(HttpCase):
         self.server.add("g:web", "echo hello", flapping={"attempts": 1, "retry_in": 1000})
         self.server.wait_event("exit")
         pid, = self.cat("g:cat")
-        for path in ("/", "/ping", "/processes/g:cat", "/stats", "/watch?since=0",
-                     "/streams/1/stdout?since=0", "/streams/1/stdout", "/nothing",
+        for path in ("/", "/processes/g:cat", "/watch?since=0", "/streams/1/stdout", "/nothing",
                      "/wstreams/%d" % pid, "/watch?feed=continuous", "/stats?feed=eventsource",
-                     "/streams/2/stdout?feed=continuous",
                      "/streams/2/stdout?feed=eventsource&since=0"):
             with self.subTest(path=path):
                 get = self.wire().request(path).head()
@@ -6709,7 +6707,7 @@ class HttpSyntax(HttpCase):
                     ("X: y\rTransfer-Encoding: chunked",))),
                  http_bytes("POST", "/hit", chunked, version="1.0", body=http_chunks(b"x")),
                  *(http_bytes("POST", "/hit", chunked, body=body) for body in (
-                     b"+1\r\na\r\n0\r\n\r\n", b"2\r\na\r\n0\r\n\r\n", b"0\r\nbad trailer\r\n\r\n"))),
+                     b"+1\r\na\r\n0\r\n\r\n", b"2\r\na\r\n0\r\n\r\n", b"0\r\nbad\r\n\r\n"))),
                 (413, http_bytes("POST", "/hit", chunked, body=b"F" * 8 + b"\r\n"))):
             for wire in wires:
                 code = {413: "too_large", 414: "uri_too_long"}.get(status, "bad_request")
@@ -7141,9 +7139,9 @@ class HttpAccess(HttpCase):
 
     def assertAllowed(self, origin, allowed=True, server=None, **options):
         """Whether a page may change something, read the answer, open a websocket."""
-        with self.subTest(origin=origin, allowed=allowed):
-            header = "Origin: " + origin
-            for method in "POST", "PUT", "DELETE", "GET", "HEAD":
+        header = "Origin: " + origin
+        for method in "POST", "GET":
+            with self.subTest(origin=origin, allowed=allowed, method=method):
                 path = "/change" if server is None else "/status"
                 answer = self.ask(method, path, header, server=server, **options)
                 if allowed:
@@ -7152,13 +7150,13 @@ class HttpAccess(HttpCase):
                         "Access-Control-Allow-Origin": origin,
                         "Access-Control-Expose-Headers":
                             "Gaffer-Offset, Gaffer-Dropped, Gaffer-Ended"})
-                elif method not in ("GET", "HEAD"):
-                    self.assertCode(answer, 403, "forbidden_origin")
-                if not allowed:
+                else:
                     self.assertEqual(self.cors(answer), {})
+                    if method == "POST":
+                        self.assertCode(answer, 403, "forbidden_origin")
+        if not options:
             wire = self.wire(server=server).upgrade("/wstreams/1?readonly=true", header)
-            if not options:
-                self.assertEqual(wire.status, 101 if allowed else 403)
+            self.assertEqual(wire.status, 101 if allowed else 403)
 
     def test_origins(self):
         self.cat("web")
@@ -7171,7 +7169,7 @@ class HttpAccess(HttpCase):
             self.assertEqual(self.cors(self.ask(
                 "OPTIONS", "/change", "Origin: " + origin, "Access-Control-Request-Method: POST",
                 "Access-Control-Request-Private-Network: true")), {})
-        self.assertEqual(self.changes, 2 * len(self.FOREIGN), "more than GET and HEAD has come")
+        self.assertEqual(self.changes, len(self.FOREIGN), "more than GET has come")
         self.assertRefused(http_bytes("POST", "/change", "Origin: http://localhost",
                                       "Origin: http://evil.example"))
         answer = self.ask("OPTIONS", "/nothing", "Origin: http://localhost")
@@ -8464,23 +8462,6 @@ class StreamsJournal(StreamsCase):
             self.assertEqual(self.read(path + "?tail=all"), expected)
             self.assertEqual(self.lines(path + "?tail=2", 2), expected[-2:])
 
-    def test_the_exit(self):
-        """It is a line, and the next process follows; the journal of a process ends with it."""
-        code = "input()\nprint('last words', end='')\nraise SystemExit(4)"
-        pid, = self.server.add("one", python(code), redirect_input=True)
-        self.send(pid, b"\n")
-        exit_id = self.server.wait_event("proc/one/exit")["id"]
-        self.server.wait_event("proc/one/spawn", exit_id)
-        self.send(pid + 1, b"\n")
-        lines = self.lines("/streams/one?tail=all", 3)
-        self.assertEqual(lines[:2], ["one 1 stdout last words",
-                                     'one 1 exit {"exit_status": 4, "term_signal": 0}'])
-        self.assertTrue(lines[2].startswith("one 2 "))
-        self.assertEqual(self.lines("/streams/1?tail=all", 9), lines[:2])
-        path = "/streams/1?feed=eventsource&since=0"
-        last = [event[2] for event in iter(self.wire(path).event, None)][-1]
-        self.assertEqual(self.wire(path, "Last-Event-ID: " + last).status, 204)
-
     def test_resume(self):
         """An id stays good, whatever other journals are read beside."""
         one, = self.server.add("one", "cat", redirect_input=True)
@@ -8968,28 +8949,19 @@ class StreamsWatch(StreamsCase):
             self.assertEqual(json.loads(poll.answer()[2]), event)
 
     def test_patterns(self):
-        """All of them, on two templates of which one is not there yet."""
+        """On two templates, of which one is not there yet."""
         late = self.watch("/proc/two?feed=continuous")
         self.life("one")
         self.life("two")
         full = list(itertools.islice(self.lines(self.watch("?feed=continuous&since=0")), 12))
         self.assertEqual(sorted(event["event"] for event in full), sorted(self.EVENTS * 2))
-        rows = [(path, None, None) for path in ("", "/", "/.")]
-        rows += [("/" + kind, None, kind) for kind in self.EVENTS[2:4]]
-        rows += [("/proc/one", "one", None), ("/proc/two/delete", "two", "delete")]
-        for path, name, kind in rows:
+        for path, name, kind in (("/.", None, None), ("/exit", None, "exit"),
+                                 ("/proc/one", "one", None), ("/proc/two/delete", "two", "delete")):
             expected = [event for event in full if name in (None, event["name"])
                         and kind in (None, event["event"])]
             with self.subTest(path=path):
                 wire = self.watch(path + "?feed=continuous&since=0")
                 self.assertEqual(list(itertools.islice(self.lines(wire), len(expected))), expected)
-                found, place = [], "0"
-                while place:
-                    target = "/watch%s?timeout=0&since=%s" % (path, place)
-                    status, event = self.server.json("GET", target)
-                    found += [event] if event else []
-                    place = event and event["id"]
-                self.assertEqual((found, status), (expected, 204))
         self.assertEqual(next(self.lines(late))["name"], "two")
         self.assertEqual(self.server.request("GET", "/watch/proc/x/reap?timeout=0")[0], 204)
 
@@ -9306,21 +9278,6 @@ class StreamsLoss(StreamsCase):
         data, close = self.by_websocket(sockets[1])
         self.assertEqual((close, len(data) < total), (b"\x03\xe8exit 0", True))
         self.assertLines(data)
-
-    def test_who_never_reads(self):
-        """It holds the child only with loss=block, and only until it leaves."""
-        pid = self.hose(10 ** 9)
-        wires = [self.continuous(pid, receive_buffer=4096), self.sse(pid, receive_buffer=4096)]
-        self.send(pid, b"\n")
-        until(lambda: self.place(pid) > 10 ** 7, "the child goes on")
-        wires.append(self.continuous(pid, "loss=block", receive_buffer=4096))
-        until(lambda: self.poll(pid, "tail=0&timeout=0.2")[0] == 204, "the child is held")
-        before = self.place(pid)
-        wires[-1].sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        while self.place(pid) == before:        # it takes some: the child goes on
-            wires[-1].exactly(10 ** 5)
-        wires[-1].close()
-        until(lambda: self.place(pid) > before + 10 ** 7, "the child goes on")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9893,20 +9850,6 @@ class BrowserPage(BrowserPageCase):
         self.shows("line 77777", ".here")
         self.assertEqual(browser.console(), [])
 
-    def test_three_hundred_templates(self):
-        """The first paint has them all."""
-        for number in range(300):
-            self.server.manager.add_process("g%d:n-%d" % (number // 60, number), "true",
-                                            start=False)
-        self.browser.cdp("Network.enable")
-        self.browser.cdp("Network.setBlockedURLs", urls=["*/status*", "*/watch*"])
-        self.addCleanup(self.browser.cdp, "Network.setBlockedURLs", urls=[])
-        self.open()
-        self.becomes("return ['.template', '.group']"
-                     ".map(name => document.querySelectorAll(name).length)", [300, 5])
-        self.browser.cdp("Network.setBlockedURLs", urls=[])
-        self.browser.console()
-
     # how it is used
 
     VIEWS = ("/", "/p/web%3Aa", "/logs", "/events", "/add", "/edit/web%3Aa")
@@ -10061,18 +10004,6 @@ class BrowserPage(BrowserPageCase):
         self.shows("stopped")
         self.assertEqual([path for path in asked if not path.startswith("/gaffer/")
                           and path != "/favicon.ico"], [])
-
-    def test_under_a_token(self):
-        server = Running(token="correct horse")
-        self.addCleanup(server.stop_all)
-        info = {"name": "talk", "cmd": "sh -c 'echo hello; exec sleep 1000'"}
-        headers = {"Authorization": "Bearer correct horse"}
-        self.assertEqual(server.request("POST", "/processes", info, headers)[0], 200)
-        self.browser.get("http://any:correct%%20horse@127.0.0.1:%d/#/p/talk" % server.port)
-        self.shows("hello", ".lines")
-        self.press("stop talk")
-        self.shows("stopped")
-        self.assertEqual(self.browser.console(), [])
 
 
 class BrowserFirefox(BrowserPageCase):
@@ -10271,12 +10202,6 @@ class BrowserMisuse(BrowserCase):
             socket.onopen = () => socket.send('typed\\n');
             socket.onmessage = event => { socket.close(); done(event.data); };
             socket.onclose = event => done(event.code); });"""
-    SOURCE = """
-        const source = new EventSource(arguments[0]);
-        const told = new Promise(done => {
-            source.addEventListener('stdout', event => done(event.data));
-            source.onerror = event => done('refused'); });
-        return told.then(what => { source.close(); return what; });"""
     LOAD = """
         const [kind, attribute, url] = arguments, element = document.createElement(kind);
         element.rel = 'stylesheet';
@@ -10364,9 +10289,8 @@ class BrowserMisuse(BrowserCase):
 
     def test_reading(self):
         """Nor is a process held by a page that does not read."""
-        paths = ("/processes", "/streams/2/stdout?tail=all", "/",
+        paths = ("/processes", "/streams/2/stdout?tail=all",
                  "/streams/2/stdout?feed=continuous&loss=block")
-        stream = self.url("/streams/2/stdout?tail=all&feed=eventsource")
         sockets = [self.url(path, "ws") for path in (
             "/wstreams/1", "/wstreams/2?tail=all&readonly=true")]
         self.browser.get(self.evil)
@@ -10374,7 +10298,6 @@ class BrowserMisuse(BrowserCase):
             with self.subTest(path=path):
                 self.assertEqual(self.ask(self.url(path)), self.REFUSED)
                 self.assertEqual(self.ask(self.url(path), {"mode": "no-cors"}), self.OPAQUE)
-        self.assertEqual(self.browser.script(self.SOURCE, stream), "refused")
         before = self.count("GET")
         self.assertEqual([self.browser.script(self.SOCKET, url) for url in sockets], [1006] * 2)
         self.assertEqual(self.count("GET"), before + 2)
@@ -10382,46 +10305,21 @@ class BrowserMisuse(BrowserCase):
         self.browser.get(self.friend)
         for path in paths[:-1]:
             self.assertEqual(self.ask(self.url(path))[:2], ["cors", 200])
-        self.assertEqual(self.browser.script(self.SOURCE, stream), self.SECRET)
         self.assertEqual([self.browser.script(self.SOCKET, url) for url in sockets],
                          ["typed\n", self.SECRET + "\n"])
 
     def test_what_a_page_may_embed(self):
         """An image, a script, a style sheet or a frame is asked for without an Origin."""
         self.browser.get(self.evil)
-        for kind, attribute in (("img", "src"), ("script", "src"), ("link", "href"),
-                                ("iframe", "src"), ("object", "data")):
-            for path in "/", "/streams/2/stdout?tail=all":
-                with self.subTest(kind=kind, path=path):
-                    before = self.count("GET")
-                    self.assertEqual(
-                        self.browser.script(self.LOAD, kind, attribute, self.url(path)),
-                        "loaded" if kind == "iframe" else "refused")
-                    self.assertEqual(self.count("GET"), before + 1)
-                    self.assertIsNone(self.browser.script("return window.leaked"))
-        self.browser.get(self.evil.replace("evil.example", "127.0.0.1"))    # of the same site
-        self.browser.script(self.LOAD, "iframe", "src", self.url("/"))
-        frames = self.browser.cdp("Page.getFrameTree")["frameTree"]["childFrames"]
-        self.assertEqual(frames[0]["frame"].get("unreachableUrl"), self.url("/"))
-        self.assertIn("frame-ancestors", "".join(self.browser.console()))
+        for number, (kind, attribute) in enumerate((
+                ("img", "src"), ("script", "src"), ("link", "href"), ("iframe", "src")), 1):
+            with self.subTest(kind):
+                url = self.url("/streams/2/stdout?tail=all")
+                self.assertEqual(self.browser.script(self.LOAD, kind, attribute, url),
+                                 "loaded" if kind == "iframe" else "refused")
+                self.assertEqual(self.count("GET"), number)
+                self.assertIsNone(self.browser.script("return window.leaked"))
 
-    def test_credentials_that_the_browser_has(self):
-        """A browser sends what it knows of this server along, whoever asks."""
-        server = Running(token="s3cret")
-        self.addCleanup(server.stop_all)
-        self.addCleanup(self.browser.get, "about:blank")
-        base = "127.0.0.1:%d" % server.port
-        self.browser.get("http://user:s3cret@%s/processes" % base)
-        self.browser.get("http://%s/" % base)
-        self.assertEqual(self.browser.wait("return document.title"), "gaffer")
-        self.assertEqual(self.ask("/processes", self.PLANTED)[1], 200)
-        self.browser.get(self.evil)
-        self.browser.script(self.FORM, "http://%s/processes" % base, "text/plain", self.TEMPLATE)
-        for path, options in ("/processes/planted/_stop", self.PLANTED), ("/processes", {}):
-            self.ask("http://" + base + path, dict(options, mode="no-cors", credentials="include"))
-        socket_url = "ws://%s/wstreams/1" % base
-        self.assertEqual(self.browser.script(self.SOCKET, socket_url), 1006)
-        self.assertEqual(self.count("POST", 403, server), 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10946,7 +10844,7 @@ class CliSignals(CliCase):
     def test_second_signal(self):
         """It kills at once, and SIGQUIT does by itself."""
         term, interrupt, end = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT
-        for signums in (term, interrupt), (interrupt, term), (end,):
+        for signums in (interrupt, term), (end,):
             with self.subTest(signums=signums):
                 server = self.start()
                 os_pid, = server.add("a", python(self.STUBBORN), graceful_timeout=1000)
@@ -11524,8 +11422,7 @@ class CliControl(CliFollowCase):
     def test_replace(self):
         """It is so afterwards, however often it is said."""
         for words, said, active in (
-                ("x sleep 1000", "added", False), ("x sleep 1000", "unchanged", False),
-                ("x sleep 1001", "replaced", False), ("--start x sleep 1001", "replaced", True),
+                ("x sleep 1001", "added", False), ("--start x sleep 1001", "replaced", True),
                 ("x sleep 1001", "unchanged", True)):
             with self.subTest(words=words, said=said):
                 self.calls(("add_process --replace " + words, "x: %s\n" % said))
@@ -11872,7 +11769,6 @@ class CliEveryCommand(CliControlCase):
 
     def test_token(self):
         ask = ("processes", "--endpoint", self.guarded.url)
-        self.call(*ask, status=6, err=self.REFUSED)
         self.call(*ask, "--token-file", self.file(self.home, "token", "s3cret\n"))
         os.environ["GAFFER_TOKEN"] = "s3cret"
         self.call(*ask)
@@ -12665,10 +12561,6 @@ class ConfigFiles(ConfigCase):
         --
         1: 'cmd' is there twice in one object
         2: [env] must be an object
-        == syntax.toml
-        a =
-        --
-        1: cannot be parsed: *
         == tree.toml
         [process.a]
         shell = 1
@@ -13586,16 +13478,8 @@ class WebHooksTest(ServerCase):
             until(lambda: made.dropped == 3)
             found = [self.received.get()[2]["name"] for _ in range(self.received.qsize())]
             self.assertEqual(found, ["d"] * 3)
+        self.assertEqual(len(logs.output), 1, "it is said once a minute")
         self.assertRegex(logs.output[0], "/hook was dropped, 1 of all by now: it answers 404")
-
-    def test_a_dead_receiver(self):
-        """It costs the others nothing, and is said once a minute."""
-        with http_limits(WEBHOOK_PAUSES=(0.01,)), self.assertLogs("gaffer", "WARNING") as logs:
-            made = self.hooks(("create", "http://127.0.0.1:1/"), ("create", "/hook"))
-            self.add("a", "b")
-            found = [self.received.get(timeout=TIMEOUT)[2]["name"] for _ in range(2)]
-        self.assertEqual((found, made.dropped, len(logs.output)), (["a", "b"], 2, 1))
-        self.assertIn("connection refused", logs.output[0])
 
     def test_a_receiver_that_hangs(self):
         with socket.create_server(("127.0.0.1", 0)) as silent, \
