@@ -5954,7 +5954,8 @@ class HttpEndpointTable(HttpCase):
             self.assertEqual(self.pids(), [pid])
             self.rows((method, path, changed, info))
             until(lambda: self.pids() == [pid + 1], "the new process")
-            self.rows((method, path, unchanged, dict(info, name="web", start=True)))
+            self.rows((method, path, unchanged, dict(info, name="web", start=True)),
+                      (method, path, changed, dict(info, priority=pid)))
         self.rows(
             ("PUT", "/processes/new", bad + ("'cmd'",), {}),
             ("POST", "/processes/new", (404, "not_found"), cat),
@@ -6899,6 +6900,10 @@ class HttpConnections(HttpCase):
                     wire = self.wire().send(sent)
                     self.assertCode(wire.answer(), 503, "busy")
                     self.assertEqual(wire.file.read(), b"")
+        with self.assertLogs("gaffer", "WARNING") as logged, unittest.mock.patch(
+                "threading.Thread.start", side_effect=RuntimeError("no more")):
+            self.assertCode(self.wire().send(b"GET /pi").answer(), 503, "busy")
+        self.assertIn("a request has no thread: no more", logged.output[0])
         self.cat("web")
         self.assertEqual(json.loads(feed.chunk())["event"], "create")
 
@@ -7616,6 +7621,7 @@ class HttpLibrary(HttpCase):
                 ("/wstreams/1", "chat, v2", "chat"), ("/wstreams/1", ", a b", None)):
             wire = self.open_socket(server, path, "Sec-WebSocket-Protocol: " + offer)
             self.assertEqual((wire.status, wire.headers["Sec-WebSocket-Protocol"]), (101, chosen))
+        self.assertEqual(self.ask("GET", "/socket", server=server)[0], 426)
         made = self.open_socket(server, "/socket", "Origin: http://evil.example")
         self.assertEqual(made.status, 403)
 
@@ -8155,6 +8161,14 @@ class StreamsEventsource(StreamsCase):
         self.send(pid, b"\xac\n")               # and again what it goes on with
         self.assertEvents(self.resumed(pid, "7@" + self.epoch), ("me", 10), ("b\u20ac", 15))
 
+    def test_a_long_line(self):
+        pid = self.cat()
+        for _ in range(4):
+            self.send(pid, b"x" * 100000)
+        self.send(pid, b"\n")
+        until(lambda: self.place(pid) == 400001, "the line")
+        self.assertEqual(self.sse(pid, "since=0").event()[1], "x" * 400000)
+
     def test_the_exit(self):
         for number, (code, end) in enumerate((("os._exit(7)", (7, 0)), ("signal.raise_signal(9)",
                                                                        (0, 9)))):
@@ -8408,11 +8422,14 @@ class StreamsTemplate(StreamsCase):
 
 
     def test_an_update_that_drops_a_label(self):
-        self.cat("t")
+        """And an unfinished line that has waited for its end."""
+        pid = self.cat("t")
         gone, stays = self.continuous("t", label="stderr"), self.continuous("t")
+        self.send(pid, b"cut")
+        self.upto(pid, 3)
         self.server.ok("PUT", "/processes/t", {
             "cmd": "echo again", "redirect_input": True, "redirect_output": ["stdout"]})
-        self.assertEqual((gone.chunks(), stays.exactly(6)), ((b"", True), b"again\n"))
+        self.assertEqual((gone.chunks(), stays.exactly(10)), ((b"", True), b"cut\nagain\n"))
 
 
 class StreamsJournal(StreamsCase):
@@ -8720,6 +8737,8 @@ class StreamsStdin(StreamsCase):
         for method, path in itertools.product(("POST", "DELETE"), (pid, deaf, "deaf")):
             answer = self.server.json(method, "/streams/%s/ttin" % path, b"x")
             self.assertError(answer, 403, "forbidden_write")
+        answer = self.server.json("POST", "/streams/deaf/stdout", b"x")
+        self.assertError(answer, 405, "method_not_allowed")
         self.assertEqual(wire.chunks(), (b"", True))
         self.assertEqual(self.websocket("/wstreams/%d" % deaf).status, 403)
         self.assertEqual(self.websocket("/wstreams/%d?readonly=true" % deaf).status, 101)
@@ -11160,7 +11179,7 @@ class CliErrors(CliCase):
                 (("--token-file", raw), "cannot be read"),
                 (token("group", "token\n", 0o640), "chmod 600"),
                 (token("blank", " \n"), "one line"), (token("two", "a\nb\n"), "one line"),
-                (("--certfile", plain), "--keyfile"),
+                (("--certfile", missing), "cannot be used"), (("--certfile", plain), "--keyfile"),
                 (("--certfile", plain, "--keyfile", plain), "cannot be used"),
                 (("--bind", "unix:" + missing, "--certfile", plain, "--bind", ":0"), "--keyfile"),
                 (("--keyfile", plain), "certfile"),
@@ -11624,6 +11643,7 @@ class CliCommands(CliControlCase):
         with socket.create_server(("127.0.0.1", 0)) as listener, \
                 concurrent.futures.ThreadPoolExecutor(1) as pool:
             for command, answer, status, err in (
+                    ("get_process x*", b"200 OK\r\nContent-Length: 2\r\n\r\nhi", 5, none),
                     ("get_process x*", b"404 No\r\nContent-Length: 2\r\n\r\n{}", 5, none),
                     ("get_process x*", b"200 OK\r\nContent-Length: 9\r\n\r\nhi", 5, none),
                     ("get_process x*", b"x", 5, none),
@@ -11943,6 +11963,8 @@ class CliLogs(CliFollowCase):
             self.say("a", b"%d\n" % number)
         self.assertEqual([named.stdout.readline() for _ in range(100)],
                          [b"%d\n" % number for number in range(100)])
+        os.kill(self.server.ok("GET", "/status/a")["os_pids"][0], signal.SIGKILL)
+        self.assertEqual(named.stdout.readline(), b"started\n")
         self.server.ok("DELETE", "/processes/a")
         self.server.add("a", python(self.ECHO), redirect_input=True)
         while named.stdout.readline() != b"started\n":
@@ -13329,6 +13351,12 @@ class ProcfileUp(CliFollowCase):
         process.send_signal(signal.SIGTERM)
         seen += self.ended(process, 0)
         self.assertFalse([line for line in seen if line[0].startswith("c.")])
+
+    def test_mistakes(self):
+        path = self.file(self.folder(), "Procfile", "web: sleep 1\n")
+        for words, status, err in (("wep", 4, ".*did you mean 'web'\\?"),
+                                   ("-c all=0", 1, "there is nothing to run: .*")):
+            self.call("up", "-f", path, *words.split(), status=status, err="gaffer: %s\n" % err)
 
     def test_closed_descriptors(self):
         """And a status that comes when all is done."""
