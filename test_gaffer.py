@@ -8159,6 +8159,7 @@ class StreamsEventsource(StreamsCase):
         self.send(pid, b"me\nb\xe2\x82")
         self.assertEvents(wire, ("me", 10), ("b", 11))
         self.send(pid, b"\xac\n")               # and again what it goes on with
+        until(lambda: self.place(pid) == 15, "the line")
         self.assertEvents(self.resumed(pid, "7@" + self.epoch), ("me", 10), ("b\u20ac", 15))
 
     def test_a_long_line(self):
@@ -8429,7 +8430,8 @@ class StreamsTemplate(StreamsCase):
         self.upto(pid, 3)
         self.server.ok("PUT", "/processes/t", {
             "cmd": "echo again", "redirect_input": True, "redirect_output": ["stdout"]})
-        self.assertEqual((gone.chunks(), stays.exactly(10)), ((b"", True), b"cut\nagain\n"))
+        self.assertEqual(gone.chunks(), (b"", True))
+        self.assertEqual(stays.exactly(10)[:10], b"cut\nagain\n")
 
 
 class StreamsJournal(StreamsCase):
