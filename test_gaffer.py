@@ -8422,6 +8422,16 @@ class StreamsTemplate(StreamsCase):
                 seen[match.group(1)] = int(match.group(2))
 
 
+    def test_input_by_name(self):
+        """Where the template has exactly one process."""
+        pid = self.cat("t")
+        self.send("t", b"x")
+        self.assertEqual(self.upto(pid, 1), b"x")
+        self.server.ok("POST", "/processes/t/_add")
+        answer = self.server.json("POST", "/streams/t/stdin", b"x")
+        self.assertError(answer, 404, "not_found", "2 processes")
+        self.assertEqual(self.websocket("/wstreams/t").status, 404)
+
     def test_an_update_that_drops_a_label(self):
         """And an unfinished line that has waited for its end."""
         pid = self.cat("t")
@@ -8862,14 +8872,13 @@ class StreamsWebsocket(StreamsCase):
         websocket = self.open(pid, "type=binary&heartbeat=0.1")
         self.assertEqual([websocket.read(), websocket.read()], [(9, b""), (9, b"")])
         websocket = self.open(pid, "type=binary")
-        websocket.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         websocket.frame(1, b"frag", final=False)
         websocket.frame(9, b"are you there")
         self.assertEqual(websocket.read(), (10, b"are you there"))
         websocket.frame(0, b"mented")
         self.assertEqual(websocket.read(), (2, b"fragmented"))
         pings = ws_frame(9, b"x" * 125) * 8000
-        for _ in range(8):
+        for _ in range(16):
             websocket.send(pings)
         queued = self.server.manager.loop.call(
             lambda: max(channel.queued for channel in self.server.http.channels))
