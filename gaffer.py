@@ -4394,11 +4394,12 @@ class Manager:
 
     # changes
 
-    def add_process(self, name, cmd=None, dry_run=False, **options):
+    def add_process(self, name, cmd=None, *, dry_run=False, **options):
         """Add a template, and start it unless start=False; before run(), it starts there.
-        `options`: the fields of a template. `name` may be the whole template as a dict. `dry_run`:
-        only check. Returns its ProcessHandle. InvalidProcessInfo, Conflict, Busy."""
-        info = dict(name) if isinstance(name, dict) else dict(options, name=name, cmd=cmd)
+        `options`: the fields of a template. `name` may be a dict of fields, too. `dry_run`: only
+        check. Returns its ProcessHandle. InvalidProcessInfo, Conflict, Busy."""
+        info = dict(name, **options) if isinstance(name, dict) else dict(
+            options, name=name, cmd=cmd)
         return self._add(check_template(info), dry_run)
 
     def _check_circle(self, info):

@@ -5181,7 +5181,9 @@ class ProcessEmbedded(ProcessCase):
                 by_name.wait()
             refused.put(caught.exception)
         self.manager.subscribe("create", wait_on_the_loop)
-        self.assertIsNone(self.manager.add_process("y", "true", start=False).wait(TIMEOUT))
+        added = self.manager.add_process({"name": "y", "cmd": "true"}, start=False)
+        self.assertIsNone(added.wait(TIMEOUT))
+        self.assertRaises(TypeError, self.manager.add_process, "z", "sleep", ["60"])
         refused.get(timeout=TIMEOUT)
 
     def test_reaped_by_somebody_else(self):
