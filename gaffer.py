@@ -6838,7 +6838,7 @@ button, select { background: var(--panel); border-color: var(--line); flex: none
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 header, .bar, .entry, .acts, .last, .part, .number:has(svg) { display: flex; gap: 6px;
 	align-items: center }
-.number:has(svg), .last { justify-content: flex-end }
+.last { justify-content: flex-end }
 header { padding: 5px 14px; border-bottom: 1px solid var(--line) }
 #home { font-weight: 700; color: inherit; margin-right: 8px }
 nav { display: flex; flex: 1; gap: 2px }
@@ -6877,7 +6877,7 @@ h2:only-child { display: none }
 .hand button { background: var(--bg); text-transform: capitalize }
 .dot { display: inline-block; width: 1.4em; text-align: center }
 svg { width: 48px; height: 18px }
-.row svg + span { min-width: 44px }
+svg + span { margin-left: auto }
 path { stroke: var(--accent); stroke-width: .8; opacity: .6 }
 #picked { position: sticky; bottom: 0; background: var(--panel); padding: 8px 14px; z-index: 3;
 	border: 1px solid var(--edge); border-radius: 6px }

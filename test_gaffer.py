@@ -10086,6 +10086,8 @@ class BrowserPictures(BrowserPageCase):
             self.server.add("web:worker", "sh -c 'echo no database >&2; sleep 0.2; exit 3'")
             self.server.add("jobs:mail", "cat", redirect_input=True)
             self.server.add("jobs:nightly", "sleep 1000", start=False)
+            self.server.add("jobs:import", "sh -c 'kill -9 $$$$'", flapping={
+                "attempts": 2, "window": 5, "retry_in": 60, "max_retry": 5})
             self.open("/")
             process = self.server.manager.find_process(1)
             until(lambda: len(process.history) == 60, "a history")
@@ -10102,7 +10104,7 @@ class BrowserPictures(BrowserPageCase):
             time.sleep(1000)
             """))
         for scheme in "light", "dark":
-            for width, height in (1280, 480), (768, 600), (390, 844):
+            for width, height in (1280, 540), (768, 600), (390, 844):
                 self.take("overview-%s-%d" % (scheme, width), "/", width, height, scheme,
                           when="document.querySelector('.cpu').textContent")
             self.take("output-" + scheme, "/p/build", scheme=scheme,
@@ -10112,10 +10114,11 @@ class BrowserPictures(BrowserPageCase):
             self.take("all-output-" + scheme, "/logs", scheme=scheme,
                       when="document.querySelector('.l')")
             self.open("/add")
-            for field, text in ("name", "web:front"), ("cmd", "no-such-program"), ("cwd", "/x"):
+            for field, text in ("name", "web:front"), ("cwd", "/x"), ("uid", "nobodyx"):
                 self.enter("#field-" + field, text)
             self.take("form-with-faults-" + scheme, scheme=scheme, height=900,
                       when="document.querySelectorAll('[aria-invalid=true]').length > 2")
+        self.take("output-390", "/p/build", 390, 844)
         self.take("form-390", "/edit/web%3Afront", 390, 844)
         self.take("events", "/events")
         for number in range(300):
