@@ -1766,6 +1766,9 @@ class PureJournal(PureLogCase):
         self.assertEqual(lines[12:16], ["large 2 out 012", "large 2 out 013",
                                         "small 1 out line 014 " + "x" * 30, "large 2 out 014"])
         self.assertEqual(self.lines()[1:], (self.journal.end, 14 * 40))
+        view = self.do(self.journal.view)
+        cut = self.reader(view, gaffer.JournalEncoder(False, "e"), 0)
+        self.assertEqual((cut.sink.losses, cut.sink.got), ([40], []))
         self.assertEqual(self.lines("small", offset=14 * 44)[2], 0)
         large.close()
         del self.streams["large", "out"], large
@@ -4503,6 +4506,7 @@ class ProcessAttributes(ProcessCase):
         self.manager.stop()
         hook = until(lambda: next(iter(self.manager.commands), None), "the hook").os_pid
         self.assertTrue(alive(hook))
+        self.refused({"name": "y", "cmd": "true"}, "", "stopping", status=503)
         self.server.stop_all()
         until(lambda: not alive(hook), "the end of the hook")
 
@@ -4794,6 +4798,8 @@ class ProcessTemplate(ProcessCase):
         self.kill(2)
         self.assertEqual(self.spawned("x", 4)["pid"], 4)
         self.assertEqual(self.pids("x"), [1, 3, 4])
+        self.assertEqual(self.add("none", "sleep 60", numprocesses=0), [])
+        self.assertEqual(self.status("none")["state"], "stopped")
 
     def test_redirect_output(self):
         """The first label is stdout's, the second stderr's; what has none goes to /dev/null."""
@@ -5187,6 +5193,18 @@ class ProcessEmbedded(ProcessCase):
         self.assertIsNone(added.wait(TIMEOUT))
         self.assertRaises(TypeError, self.manager.add_process, "z", "sleep", ["60"])
         refused.get(timeout=TIMEOUT)
+
+    def test_what_cannot_be_written_to(self):
+        closes = "import os, signal\nos.close(0)\nprint('ready')" + PROCESS_SIGWAIT
+        self.add("x", python(closes), redirect_input=True)
+        self.add("y", "sleep 60", numprocesses=2)
+        self.poll(1, b"ready\n")
+        for target, label, error, words in (
+                (1, "stdin", gaffer.ForbiddenWrite, "has closed its stdin"),
+                ("y", "stdin", gaffer.NotFound, "has 2 processes"),
+                (2, "no", gaffer.IoNotFound, "no stream 'no'")):
+            with self.assertRaisesRegex(error, words):
+                self.manager.write(target, label, b"x")
 
     def test_reaped_by_somebody_else(self):
         """Another part of the program has taken the exit status: an exit all the same."""
