@@ -10735,7 +10735,8 @@ ADVICE = (                                      # what supervisord has, and what
 def program_templates(name, group, fields, names):
     """Return {name: fields of a template} of supervisord's [program:name], one for each of several
     processes: %(process_num)d may be anywhere. `names`: what %(x)s stands for. Raise ValueError."""
-    texts = {**PROGRAM_DEFAULTS, "directory": os.getcwd(), "process_name": name, **fields}
+    fields = {**PROGRAM_DEFAULTS, "directory": os.getcwd(), "process_name": name, **fields}
+    templates, texts = {}, fields
 
     def read(field, kind=None):
         """Return the value of a field: a number, or what a template's field `kind` may be."""
@@ -10743,8 +10744,9 @@ def program_templates(name, group, fields, names):
             return from_text(kind, texts[field]) if kind else int(parse_number(texts[field]))
         except (ValueError, OverflowError) as error:
             raise ValueError("field '%s' %s" % (field, error)) from None
-    fields, templates = texts, {}
     first, count = read("numprocs_start"), read("numprocs")
+    if not 0 <= count <= NUMPROCESSES_MAX:
+        raise ValueError("field 'numprocs' must be 0 to %d" % NUMPROCESSES_MAX)
     for number in range(first, first + count):
         names = dict(names, program_name=name, group_name=group or name, process_num=number)
         try:

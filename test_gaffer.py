@@ -12677,6 +12677,7 @@ class ConfigSupervisord(ConfigCase):
         for text, words in (
                 ("command=sleep %(no)s", "stands for nothing"), ("command=sleep %d", "for nothing"),
                 ("numprocs=two\ncommand=x", "field 'numprocs' must be a number, not 'two'"),
+                ("numprocs=1001\ncommand=x", "field 'numprocs' must be 0 to 1000"),
                 ("numprocs=2\ncommand=x", "field 'process_name' must have %(process_num)d in it"),
                 ("directory=/", "field 'cmd'"), ("startsecs=1e999\ncommand=x", "'startsecs'"),
                 ("autorestart=maybe\ncommand=x", "'autorestart' must be true or false, not 'may"),
