@@ -10018,7 +10018,7 @@ class Client:
 
 def reference(name):
     """Return a name or pid as a segment of a path."""
-    return urllib.parse.quote(name, safe=":@")
+    return urllib.parse.quote(name, safe=":@", errors="surrogateescape")
 
 
 # --------------------------------------------------------------------------------------------------

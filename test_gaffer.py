@@ -11432,6 +11432,7 @@ class CliControl(CliFollowCase):
             ("add_process --start b nosuchprogram", 1, ".*nosuchprogram.*"),
             ("add_process --numprocesses two b x", 2, "--numprocesses: .*not 'two'"),
             ("update_process a", 2, "say what to change: .*"),
+            ("update_process \udcff x", 1, "the path must be percent-encoded UTF-8"),
             ("load_process /nosuch", 1, "/nosuch cannot be read as JSON: No such file.*"),
             ("load_process " + bad, 1, ".*line 1.*"),
             ("load_process " + other, 1, ".*one JSON object.*"),
