@@ -10732,6 +10732,14 @@ ADVICE = (                                      # what supervisord has, and what
     (r".*", "there is nothing like it: leave it out"))
 
 
+def fill_in(text, names):
+    """Return a text of supervisord's file with its %(x)s filled in. Raise ValueError."""
+    try:
+        return text % names
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError("has a %%(...)s that stands for nothing: %s" % error) from None
+
+
 def program_templates(name, group, fields, names):
     """Return {name: fields of a template} of supervisord's [program:name], one for each of several
     processes: %(process_num)d may be anywhere. `names`: what %(x)s stands for. Raise ValueError."""
@@ -10749,10 +10757,7 @@ def program_templates(name, group, fields, names):
         raise ValueError("field 'numprocs' must be 0 to %d" % NUMPROCESSES_MAX)
     for number in range(first, first + count):
         names = dict(names, program_name=name, group_name=group or name, process_num=number)
-        try:
-            texts = {field: text % names for field, text in fields.items()}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError("has a %%(...)s that stands for nothing: %s" % error) from None
+        texts = {field: fill_in(text, names) for field, text in fields.items()}
         info = {PROGRAM_FIELDS[field]: read(field, PROGRAM_FIELDS[field])
                 for field in texts if field in PROGRAM_FIELDS}
         info["cmd"] = info.get("cmd", "").replace("$", "$$")
@@ -10781,8 +10786,8 @@ def load_supervisord(file):
     try:
         parser.read_string(file.text)
     except configparser.Error as error:
-        file.fault("cannot be parsed: %s" % str(error).splitlines()[0],
-                   line=getattr(error, "lineno", 1))
+        for line, _ in getattr(error, "errors", ()) or [(getattr(error, "lineno", 1), "")]:
+            file.fault("this is neither [section] nor 'name = value' in a section", line=line)
     names = {"ENV_" + name: value for name, value in os.environ.items()}
     names.update(here=file.folder, host_node_name=socket.gethostname())
     sections = [(section, *section.partition(":")[::2], dict(parser[section]))
@@ -10792,15 +10797,16 @@ def load_supervisord(file):
     tree, others = {"process": {}}, collections.defaultdict(list)
     for section, kind, name, fields in sections:
         left = [section] if kind not in ("include", "group") else []
-        if kind == "program":
-            left = ["%s %s" % (section, field) for field in fields if field != "process_name"
-                    and field not in PROGRAM_FIELDS and field not in PROGRAM_DEFAULTS]
-            try:
+        try:
+            if kind == "program":
+                left = ["%s %s" % (section, field) for field in fields if field != "process_name"
+                        and field not in PROGRAM_FIELDS and field not in PROGRAM_DEFAULTS]
                 tree["process"].update(program_templates(name, groups.get(name), fields, names))
-            except ValueError as error:
-                file.fault(str(error), section)
-        elif kind == "include":
-            tree["gaffer"] = {"": {"include": (fields.get("files", "") % names).split()}}
+            elif kind == "include":
+                files = fill_in(fields.get("files", ""), names)
+                tree["gaffer"] = {"": {"include": files.split()}}
+        except ValueError as error:
+            file.fault(str(error), section)
         for what in left:
             others[next(advice for pattern, advice in ADVICE
                         if re.fullmatch(pattern, what))].append(what)

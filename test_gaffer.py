@@ -12682,7 +12682,8 @@ class ConfigSupervisord(ConfigCase):
                 ("numprocs=2\ncommand=x", "field 'process_name' must have %(process_num)d in it"),
                 ("directory=/", "field 'cmd'"), ("startsecs=1e999\ncommand=x", "'startsecs'"),
                 ("autorestart=maybe\ncommand=x", "'autorestart' must be true or false, not 'may"),
-                ("nonsense", "cannot be parsed")):
+                ("nonsense\nx=1\nmore", "conf:4: this is neither [section] nor 'name = value'"),
+                ("command=true\n[include]\nfiles=%x", ":3: [include] has a %(...)s that")):
             with self.subTest(text):
                 faults = self.faults("supervisord.conf", "[program:x]\n" + text)
                 self.assertIn(words, "\n".join(faults))
