@@ -3280,9 +3280,6 @@ class Process:
             return Busy("the system has no room for another process (%s); try again later"
                         % os.strerror(number))
         reason = os.strerror(number) if number else str(error)
-        if number == errno.ENOENT and launch.cwd is not None and not os.path.isdir(launch.cwd):
-            return InvalidProcessInfo("field 'cwd' names the directory %r, which has just gone"
-                                      % launch.cwd.decode("utf-8", "replace"))
         if number == errno.ENOENT:
             reason = "the interpreter that its first line names is not there"
         elif number == errno.ENOEXEC:

@@ -1749,6 +1749,12 @@ class PureJournal(PureLogCase):
             self.assertLess(memory()[0], 120000)
         self.assertEqual(self.lines(offset=self.do(lambda: self.journal.view().tail(2)))[0], [
             "a 1 out 2999", 'a 1 exit {"exit_status": 0, "term_signal": 0}'])
+        self.do(self.journal.finish, "a")
+        writes = self.stream("b", 2), self.stream("c", 3)
+        with http_limits(JOURNAL_ENTRIES=300):
+            for number in range(300):
+                writes[number % 2](b"x\n")
+        self.assertEqual(set(self.journal.starts), {"b", "c"}, "nothing is kept of what is deleted")
 
     def test_lost_bytes(self):
         """From a window: what is left begins a line; with a template: all of them."""
@@ -4060,6 +4066,25 @@ class ProcessTimes(ProcessClock):
         self.wait("stop_pid", 5)
         self.ended()
 
+    def test_one_that_ends_before_it_is_stopped(self):
+        """It is not told, and its end is no failure any more."""
+        for name in "abc":
+            self.manager.add_process(name, "sleep 60", stop_signal="WINCH",
+                                     flapping={"attempts": 1, "max_retry": 0})
+        a, b, c = (self.status(name)["os_pids"][0] for name in "abc")
+        self.manager.stop()
+        self.wait("stop_pid")
+        os.kill(b, signal.SIGKILL)
+        self.wait("exit")
+        self.advance(0.2)
+        for os_pid in a, c:
+            os.kill(os_pid, signal.SIGKILL)
+        self.wait("exit", 3)
+        self.ended()
+        self.assertEqual([event["name"] for _, kind, event in self.seen if kind == "stop_pid"],
+                         ["c", "a"])
+        self.assertEqual((self.count("stop"), self.count("flap")), (3, 0))
+
     def test_one_that_does_not_die(self):
         """Told 0.1 s after the one before, all within 1 s; after a second stop, 10 s are enough."""
         for count, pause in (3, 0.1), (12, 1 / 12):
@@ -4138,8 +4163,11 @@ class ProcessTimes(ProcessClock):
             until(lambda: error == process.status()["not_ready"], "a probe's failure")
             self.advance(59.8)
             self.assertEqual(self.count("stop_pid"), 0)
-            self.advance(0.1)
+            self.manager.loop.call(gaffer.ConsoleOutput().start, self.manager.loop, self.manager)
+            with self.assertLogs("gaffer", logging.WARNING) as logs:
+                self.advance(0.1)
             self.assertIn(words, self.wait("stop_pid")["reason"])
+            self.assertIn(words, logs.output[0])
             until(lambda: self.advance(1) or self.count("fail"), "an empty group")
             self.assertEqual(self.wait("exit")["exit_status"], 0)
             why = self.manager.loop.call(self.manager.find_template("x").obituary)
@@ -6628,6 +6656,10 @@ class HttpErrorTable(HttpCase):
         with unittest.mock.patch.object(gaffer.os, "kill", side_effect=PermissionError(1, "no")):
             answer = self.ask("POST", "/processes/quiet/_signal/USR1")
         self.assertCode(answer, 403, "forbidden")
+        fault = unittest.mock.Mock(side_effect=KeyError)
+        with unittest.mock.patch.object(self.server.manager, "find_template", fault), \
+                self.assertLogs("gaffer", "ERROR"):
+            self.assertCode(self.ask("GET", "/status/web"), 500, "internal_error")
         many = ["X-%d: x" % number for number in range(gaffer.HEADERS_MAX)]
         seen = set()
         for status, code, method, target, *rest in (
@@ -7505,6 +7537,8 @@ class HttpEndpoints(HttpCase):
                      "http://127.0.0.1:5000", "127.0.0.1:5000 "):
             with self.subTest(bind=bind), self.assertRaisesRegex(gaffer.StartError, "address"):
                 gaffer.HttpEndpoint(bind)
+        with self.assertRaisesRegex(gaffer.StartError, "certificate '/no' cannot be used: "):
+            self.serve(gaffer.HttpEndpoint("127.0.0.1:0", "/no"))
         with self.assertRaisesRegex(gaffer.StartError, "no-such-host.invalid"):
             self.serve("no-such-host.invalid:0")
 
@@ -11593,6 +11627,9 @@ class CliCommands(CliControlCase):
                      for endpoint, words in (
                          (path, "connection refused"), (path + "x", "no such file"),
                          (self.server.url.replace("http", "https"), "is it http://\\?"))])
+        with unittest.mock.patch("socket.socket.connect", side_effect=PermissionError):
+            self.call("processes", "--endpoint", path, status=6,
+                      err="gaffer: only the owner of %s and root may use it\n" % path)
         os.unlink(socket_)
         server = Running(endpoints=[gaffer.HttpEndpoint("unix:" + socket_)])
         self.addCleanup(server.stop_all)
@@ -13200,6 +13237,7 @@ class ProcfileServer(ConfigCase):
     def test_mistakes(self):
         for words, status, err in (
                 ("load -f /no", 1, "there is no '/no': name a Procfile with -f FILE.*"),
+                ("up -f Procfile -c all=0", 1, "there is nothing to run: all counts are 0"),
                 ("load a:b -f Procfile", 2, "'a:b' is not a group's name.*"),
                 ("load -f Procfile -c wep=1", 4, "there is no 'wep', did you mean 'web'\\?"),
                 ("load -f Procfile -c web=1001", 2, "'web=1001' is not TYPE=NUMBER.*"),
