@@ -1905,6 +1905,13 @@ class Schedule:
                         return when
         return None
 
+    def next_times(self, now):
+        """Return the Unix times of the first starts after `now`: up to five, those of a year."""
+        times = [self.next_time(now)]
+        while len(times) < 5 and times[-1] and times[-1] - now < 366 * UNITS["d"]:
+            times.append(self.next_time(times[-1]))
+        return list(filter(None, times))
+
     def timer(self):
         """Return what systemd.timer(5) calls it: [(setting, value)]."""
         if self._every is not None:
@@ -3615,7 +3622,7 @@ class Template:
         self.pending = []                       # Timers: slots that wait for the end of a backoff
         self.pause = None                       # Timer: it flaps, and nothing is spawned
         self.alarm = None                       # Timer: until the next time of its schedule
-        self.next_run = None                    # that time, Unix
+        self.next_runs = []                     # that time, Unix, and up to four after it
         self.failures = []                      # what the next spawns follow: exits in a row
         self.history = ()                       # see after_exit()
         self.merged = {}                        # label -> Merged
@@ -3670,7 +3677,7 @@ class Template:
             if timer is not None:
                 timer.cancel()
         self.pending, self.pause, self.failures = [], None, []
-        self.alarm = self.next_run = None
+        self.alarm, self.next_runs = None, []
 
     def wanted(self):
         """Return how many processes there are to be."""
@@ -3808,7 +3815,7 @@ class Template:
             "next_tries": waits,
             "ready": self.ready(), "waiting": self.unmet() if state == "waiting" else [],
             "message": next((process.message for process in reversed(running)), None),
-            "next_runs": [] if self.next_run is None else [self.next_run],
+            "next_runs": self.next_runs,
             "uptime": round(running[0].age() if running else 0, 3), "gave_up": self.gave_up,
             "outcome": self.outcome, "error": self.error, "hint": self.hint,
             "created": self.created, "graceful_timeout": stop_time(self.info),
@@ -4158,11 +4165,10 @@ class Manager:
             self.loop.call_soon(self.maybe_stopped)
         if template.active and template.schedule is not None and template.alarm is None:
             now = time.time()
-            at = template.schedule.next_time(now)
-            if template.next_run is not None:   # the alarm was early
-                at = min(at, template.next_run)
-            template.next_run = at
-            template.alarm = self.loop.later(at - now, self._ring, template)
+            runs = template.schedule.next_times(now)
+            # what is still there: the alarm was early
+            template.next_runs = sorted({*template.next_runs, *runs})[:5]
+            template.alarm = self.loop.later(template.next_runs[0] - now, self._ring, template)
         running = template.running()
         for process in running[:max(0, len(running) - template.wanted())]:
             self._end_process(process, "reap")
@@ -4294,8 +4300,8 @@ class Manager:
         """Begin a run of a schedule. The timer knows nothing of the clock on the wall: that may
         have been set back, or have passed several times at once."""
         template.alarm = None
-        if time.time() >= template.next_run:
-            template.next_run = None
+        if time.time() >= template.next_runs[0]:
+            template.next_runs = []
             if template.due:
                 self._publish("skip", template.name)
             else:
@@ -6920,7 +6926,7 @@ mark { background: var(--mark); color: var(--text) }
 .fields :is([type=text], textarea) { width: 100% }
 .plan { position: sticky; bottom: -10px; background: var(--bg); padding: 10px 0 }
 #menu { color: inherit; background: var(--bg); border: 1px solid var(--edge); inset: auto;
-	margin: 0; padding: 4px; border-radius: 6px }
+	margin: 0; padding: 4px; border-radius: 6px; width: max-content }
 kbd { display: inline-block; width: 4em }
 #menu button { display: block; width: 100%; text-align: left; border: 0; background: none }
 #menu button::first-letter { text-transform: uppercase }
@@ -7058,11 +7064,11 @@ function stateOf(status) {
 }
 const rankOf = status => RANKS.indexOf(stateOf(status));
 function reason(status) {  // why it is so, and what comes next
-	const {last_exit: last, next_try, next_runs = [], waiting_for = []} = status,
+	const {last_exit: last, next_try, next_runs = [], waiting = []} = status,
 		state = stateOf(status);
 	return joined([state === "stopping" && `waiting for ${processes(status.stopping)} to end`,
 		state === "stopped" && status.active && "scaled to 0",
-		state === "waiting" && "for " + waiting_for.join(", "),
+		state === "waiting" && "for " + waiting.join(", "),
 		state === "starting" && "not ready yet",
 		next_runs.length && "next run " + ago(next_runs[0]),
 		next_try !== null && rankOf(status) < 3 && "next try in " +
@@ -7077,7 +7083,7 @@ function showState(node, status) {
 		node.replaceChildren(el("span", {"aria-hidden": "true"}), el("span"), el("span.dim"));
 	}
 	const [dot, word, rest] = node.children;
-	put(dot, sign); put(word, state); put(rest, "  " + reason(status));
+	put(dot, sign); put(word, state); put(rest, " " + reason(status));
 	attr(dot, "class", "dot " + kind); attr(word, "class", kind === "good" ? "" : kind);
 	attr(node, "title", word.textContent + rest.textContent);
 }
@@ -7200,7 +7206,7 @@ function usage(at) {  // a cell: what processes use now, and, where it says some
 function menu(from, items) {  // items: [text, what to do, class]
 	const node = $("menu"), place = from.getBoundingClientRect();
 	node.replaceChildren(...items.map(([text, click, kind = ""]) => el("button" + kind, {click: () => {
-		node.hidePopover(); from.focus(); click();
+		node.hidePopover(); from.focus(); if (click) click();
 	}}, text)));
 	node.showPopover();
 	node.style.left = Math.max(4, place.right - node.offsetWidth) + "px";
@@ -7332,7 +7338,7 @@ function overview() {
 		const had = document.activeElement, sort = params().get("sort") || "", down = sort[0] === "-";
 		const column = COLUMNS.findIndex(([text]) => text === sort.replace("-", ""));
 		heads.forEach((head, at) => attr(head, "aria-sort", at !== column ? "none" :
-			down ? "descending" : "ascending"));
+			down === at > 1 ? "ascending" : "descending"));  // numbers: largest first
 		const nodes = [], groups = new Map([[URGENT, []], [LOOSE, []]]);
 		const urgent = row => rankOf(templates.get(row.name)) < 5;
 		for (const row of rows()) {
@@ -7753,7 +7759,7 @@ function happened(event, text, ...more) {
 		el("span" + (bad ? ".bad" : ""), text));
 }
 function eventList() {
-	const list = el("ol.events", {label: "Events"}), why = narrator();
+	const list = el("ol.events"), why = narrator();
 	const search = box("q", "Filter by name, event, reason", () =>
 		[...list.children].forEach(filter), "/");
 	function add(event) {
@@ -8014,8 +8020,7 @@ function showKeys() {
 	const all = new Map([...nav.map(([path, text, key]) => [key, [text, () => go(path)]]),
 		["Escape", ["leave a field; processes", () => go("/")]], ...view.keys || [],
 		...keyed().map(node => [node.dataset.key, [node.ariaLabel, () => press(node)]])]);
-	menu($("help"), [...all].map(([key, [text, click]]) => [[el("kbd", key), text],
-		click || (() => {})]));
+	menu($("help"), [...all].map(([key, [text, click]]) => [[el("kbd", key), text], click]));
 }
 function press(node) {
 	if (node.matches("input:not([type=checkbox])")) node.focus(); else node.click();

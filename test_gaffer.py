@@ -2432,6 +2432,11 @@ class PureSchedules(Case):
                 self.assertEqual(schedule.next_time(now), now + minute * 60, case)
                 now += minute * 60
 
+    def test_next_times(self):
+        """Up to five, no further than a year ahead."""
+        for text, times in (("every 90s", [90, 180, 270, 360, 450]), ("0 0 29 2 *", [68169600])):
+            self.assertEqual(gaffer.Schedule(text).next_times(0), times)
+
     def test_summer_time(self):
         """A time that does not exist runs at the next that does; one that exists twice, once."""
         berlin, york = "Europe/Berlin", "America/New_York"
@@ -9466,17 +9471,25 @@ class BrowserPage(BrowserPageCase):
             self.at("/?sort=" + sort if sort else "/")
         self.open("/?sort=processes")
         self.becomes(self.ROWS + "[0]", "web:good")
-        self.becomes("return document.querySelector('.count').ariaSort", "ascending")
+        self.becomes("return document.querySelector('.count').ariaSort", "descending")
         self.enter("main input[type=search]", "sigkill")
         self.becomes(self.ROWS, ["job:worse"])
         self.at("/?sort=processes&q=sigkill")
 
-    def test_one_that_was_just_restarted(self):
-        """It is not called running."""
+    def test_what_is_not_running_yet(self):
+        """One that was just restarted, one that waits for another, one with a schedule."""
         self.server.add("weak", "sh -c 'sleep 0.1; exit 3'", restart_delay=0.01)
+        self.server.add("db", "sleep 1000", ready={"log": "never", "within": 1000})
+        self.server.add("app", "sleep 1000", after=["db"])
+        self.server.add("nightly", "true", schedule="0 3 * * *")
         self.happened("exit", "weak")
         self.open()
-        self.row("weak", "restarting")
+        for name, text in (("weak", "restarting"), ("db", "starting not ready yet"),
+                           ("app", "waiting for db"), ("nightly", "scheduled next run in ")):
+            self.row(name, text)
+        self.open("/p/nightly")
+        self.becomes("return [...document.querySelectorAll('dd')].slice(-5)"
+                     ".every(node => / 03:00:00$/.test(node.textContent))", True)
 
     def test_actions(self):
         """Of a row, of a group, of what is selected."""
