@@ -4578,6 +4578,8 @@ class ProcessPrograms(ProcessCase):
     """Programs that many have start, reload by their signal, and stop by their own signal without a
     loss."""
 
+    quick = False
+
     def program(self, name, *elsewhere):
         """Return the path of a program, or skip this test."""
         path = shutil.which(name) or next(
