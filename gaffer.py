@@ -11204,18 +11204,22 @@ FOLDER_SOCKET = ".gaffer.sock"                  # where `up` serves its API, in 
 
 def read_token(path):
     """Return the token of a private file, or of GAFFER_TOKEN, or None. StartError."""
-    if path is None:
-        return os.environ.get("GAFFER_TOKEN") or None
-    try:
-        with open(path, encoding="utf-8") as file:
-            if os.fstat(file.fileno()).st_mode & 0o044:
-                raise StartError("the token file '%s' can be read by others: chmod 600 it" % path)
-            token = file.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise StartError("the token file '%s' cannot be read: %s" % (path, why)) from None
+    token, place = os.environ.get("GAFFER_TOKEN"), "GAFFER_TOKEN"
+    if path is not None:
+        place = "the token file '%s'" % path
+        try:
+            with open(path, encoding="utf-8") as file:
+                if os.fstat(file.fileno()).st_mode & 0o044:
+                    raise StartError("%s can be read by others: chmod 600 it" % place)
+                token = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise StartError("%s cannot be read: %s" % (place, why)) from None
+    elif not token:
+        return None
+    token = token.strip()                       # a header would lose blanks at its ends
     if not token or "\n" in token:
-        raise StartError("the token file '%s' must hold one line, the token" % path)
+        raise StartError("%s must hold one line, the token" % place)
     return token
 
 

@@ -10811,7 +10811,11 @@ class CliServe(CliCase):
     def test_token(self):
         path = self.file(self.folder(), "token", "s3cret\n")
         good, bad = ({"Authorization": "Bearer " + word} for word in ("s3cret", "another"))
-        for arguments, variable in (("--token-file", path), "another"), ((), "s3cret"):
+        for variable in "a\nb", " \n":          # no client could send it
+            with unittest.mock.patch.dict(self.env, GAFFER_TOKEN=variable):
+                self.assertEqual(self.outcome("serve", "--bind", "127.0.0.1:0"), (
+                    1, "", "gaffer: GAFFER_TOKEN must hold one line, the token\n"))
+        for arguments, variable in (("--token-file", path), "another"), ((), " s3cret\n"):
             with self.subTest(arguments=arguments):
                 env = dict(self.env, GAFFER_TOKEN=variable)
                 server = self.start(*arguments, env=env)
