@@ -2467,8 +2467,7 @@ class PureSchedules(Case):
 
     def test_interval(self):
         self.assertTable(lambda text: gaffer.Schedule(text).next_time(1000.5) - 1000.5, (
-            ("every 1s", 1), ("every 90s", 90), ("every 2.5 m", 150), ("every 1h", 3600),
-            (" every 2d ", 172800)))
+            ("every 90s", 90), ("every 2.5 m", 150), ("every 1h", 3600), (" every 2d ", 172800)))
 
 
 # --------------------------------------------------------------------------------------------------
