@@ -7720,6 +7720,16 @@ class HttpLibrary(HttpCase):
                 else:
                     made.sock.shutdown(socket.SHUT_WR)
                 self.assertEqual(seen.get(timeout=TIMEOUT)[0], 1006)
+        with http_limits(CLOSE_TIME=0.05):      # it reads only after that
+            made = self.open_socket(server)
+            handler = seen.get(timeout=TIMEOUT)
+            for _ in range(8):
+                handler.send(answer)
+            handler.end()
+            until(lambda: handler._channel._ending, "no further wait for its close frame")
+            frames = list(iter(made.read, (None, b"")))
+            self.assertEqual((len(frames), frames[-1][0]), (9, 8))
+            self.assertEqual(seen.get(timeout=TIMEOUT)[0], 1000)
         with http_limits(SEND_QUEUE_SIZE=8 * gaffer.MIB):
             self.open_socket(server)
             handler = seen.get(timeout=TIMEOUT)
@@ -8279,6 +8289,7 @@ class StreamsClock(StreamsCase):
 
     def full(self, *queries, lines=60000):
         """(pid, Wires that read nothing): their connections are full."""
+        self.server.http.listeners[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
         pid = self.cat("hose", python(STREAMS_HOSE.format(lines=lines) + "    sys.stdin.read()"))
         wires = [self.continuous(pid, query, receive_buffer=4096) for query in queries]
         self.send(pid, b"\n")
@@ -8300,6 +8311,15 @@ class StreamsClock(StreamsCase):
         self.assertEqual(self.server.manager.loop.call(lambda: self.server.http.sending), {})
         self.advance(400)
         self.assertEqual(wire.chunk(), b"\n")
+
+    def test_who_is_cut_reads_on(self):
+        """All that was sent before the loss comes, and no last chunk."""
+        pid, (wire,) = self.full("", lines=200000)
+        until(lambda: self.place(pid) == 200000 * 64, "more than the window holds")
+        data, complete = wire.chunks()
+        self.assertTrue(data and not complete)
+        lines = b"".join(b"%063d\n" % number for number in range(len(data) // 64 + 1))
+        self.assertEqual(data, lines[:len(data)])
 
     def test_who_takes_nothing_is_closed(self):
         """After 30 s where it holds a process, after 300 s elsewhere."""
