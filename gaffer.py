@@ -5167,8 +5167,9 @@ class Access:
     """
 
     def __init__(self, token=None, origins=(), hosts=()):
-        if token == "":
-            raise ValueError("an empty token would let everybody in; give a longer one, or None")
+        if token is not None and (not token or token != token.strip()):
+            raise ValueError("a token is not empty, and has no blanks at its ends, which no header "
+                             "would keep; strip it, or give None")
         self._token = None if token is None else token.encode("utf-8")
         self._any_origin = "*" in origins
         self._origins = {parse_origin(text.rstrip("/")): text for text in origins if text != "*"}
