@@ -7418,6 +7418,8 @@ class HttpEndpoints(HttpCase):
         server = self.tls()
         with unittest.mock.patch("ssl.SSLContext.wrap_socket", side_effect=OSError):
             self.assertEqual(self.connect(server.port).file.read(1), b"")
+        with http_limits(files_max=lambda: 0), self.assertLogs("gaffer", "WARNING"):
+            self.assertEqual(self.connect(server.port).file.read(1), b"")   # no plain answer
         with http_limits(HANDSHAKE_TIME=0.05):
             self.assertEqual(self.connect(server.port).file.read(1), b"")
             self.assertEqual(self.connect(server.port).send(b"\x16").file.read(1), b"")
@@ -8565,6 +8567,11 @@ class StreamsJournal(StreamsCase):
                 self.assertEqual(line.split(" ", 1)[1], "one 1 stdout line %d\n" % number)
         self.assertEqual(self.lines("/streams/one", 2, "Last-Event-ID: 5@0123abcdj1"),
                          [{"bytes": 0, "restarted": True}, "one 1 stdout line 0"])
+        pid = self.cat("ended")
+        self.end(pid)
+        path = "/streams/%d?feed=eventsource" % pid
+        places = [place for _, _, place in iter(self.wire(path + "&since=0").event, None)]
+        self.assertEqual(self.wire(path, "Last-Event-ID: " + places[-1]).status, 204)
         for path, status, code in (("/streams/one?loss=block", 400, "bad_value"),
                                    ("/streams?since=1x", 400, "bad_value"),
                                    ("/streams/nobody", 404, "not_found"),
@@ -8879,6 +8886,11 @@ class StreamsWebsocket(StreamsCase):
         self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
         self.assertEqual([websocket.read() for _ in range(2)],
                          [(1, b"end"), (8, b"\x03\xe8exit 0")])
+        pid = self.puppet("other")
+        self.send(pid, b"os.close(0); out(b'on'); signal.pause()\n")
+        self.upto(pid, 2)
+        answer = self.server.json("POST", "/streams/%d/stdin" % pid, b"x")
+        self.assertError(answer, 403, "forbidden_write")
 
     def test_ends(self):
         """By the process, by the client, and by what is wrong; nothing is kept of it."""
