@@ -9983,7 +9983,7 @@ class BrowserPage(BrowserPageCase):
         self.browser.wait("const node = document.querySelector('.entry input');"
                           "return node && node.checkVisibility() && !node.disabled")
         self.keys("i", "h", "Enter")
-        self.shows("> h", ".lines")
+        self.becomes(self.LINES, ["> h", "h"])
         self.keys("Escape", "f", "h", "Escape", "w", "T", "n", "End", "z")
         self.at("/p/one?find=h&wrap=1&time=at")
         self.keys("n", "l")
