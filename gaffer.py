@@ -9578,8 +9578,9 @@ class HttpHandler:
         self.access = Access(token, cors_origins, allow_hosts)
         self.access_log, self._token, self.secured = access_log, token, token is not None
         self._handlers = [(re.compile(pattern), handler) for pattern, handler in handlers]
-        self._wsgi = sorted(((path.rstrip("/"), app) for path, app in (wsgi or {}).items()),
-                            key=lambda item: -len(item[0]))
+        self._wsgi = sorted(
+            ((("/" + path.strip("/")).rstrip("/"), app) for path, app in (wsgi or {}).items()),
+            key=lambda item: -len(item[0]))
         self._max_body = max_body
         self.routes, self._router, self._api = ROUTES, Router(ROUTES), None
         self._max_connections, self._max_of_address = max_connections, max_connections_per_address
