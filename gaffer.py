@@ -849,6 +849,7 @@ class Loop:
 # of this runs under the loop's lock.
 # --------------------------------------------------------------------------------------------------
 WINDOW_SIZE = MIB                               # some 10,000 lines of final output
+WINDOW_SIZE_MIN = 256                           # a line or two
 COALESCE_SIZE = 16 * KIB                        # short reads are joined: a chunk has an overhead
 CARRY_SIZE = 64 * KIB                           # of an unfinished line that waits to be merged
 SHARE_SIZE = 160 * KIB                          # encoded at once: a wide read and a cut line
@@ -3961,6 +3962,9 @@ class Manager:
 
     def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, process_table=None,
                  exit_with=None, exit_when_done=False, input_size=STDIN_SIZE):
+        if window_size < WINDOW_SIZE_MIN:       # nothing could be read from a pipe
+            raise ValueError("a window of %d bytes is too small; give %d or more" % (
+                window_size, WINDOW_SIZE_MIN))
         self.loop = loop or Loop()
         self.apps = list(apps)
         self.window_size, self.input_size = window_size, input_size
@@ -11196,7 +11200,6 @@ class Configuration:
 # command is a function of its arguments. What it cannot do it raises, and main() prints that as one
 # sentence on stderr. It returns the exit status; None: that of what it has reported, or 0.
 # --------------------------------------------------------------------------------------------------
-WINDOW_SIZE_MIN = 256                           # a line or two
 WINDOW_SIZE_MAX = 1024 * MIB
 STATUS_INTERVAL = 1.0                           # of status -w
 REQUESTS_MAX = 100                              # of one command at a time

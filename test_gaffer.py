@@ -5226,6 +5226,7 @@ class ProcessEmbedded(ProcessCase):
         added = self.manager.add_process({"name": "y", "cmd": "true"}, start=False)
         self.assertIsNone(added.wait(TIMEOUT))
         self.assertRaises(TypeError, self.manager.add_process, "z", "sleep", ["60"])
+        self.assertRaises(ValueError, gaffer.Manager, window_size=gaffer.WINDOW_SIZE_MIN - 1)
         refused.get(timeout=TIMEOUT)
 
     def test_what_cannot_be_written_to(self):
