@@ -9763,10 +9763,12 @@ class HttpHandler:
         try:
             return self._known_route(request.method, request.path)
         except GafferError as error:
-            if not has_body(request) or "expect" in request.headers:
-                raise
-            answer = error_response(error)      # the client sends its body, and may go on behind it
-            return (lambda request: answer), BODY_SIZE
+            answer = error_response(error)
+            if has_body(request) and "expect" not in request.headers:
+                with contextlib.suppress(TooLarge):     # else it is read; others may be behind it
+                    body_length(request, BODY_SIZE)
+                    return (lambda request: answer), BODY_SIZE
+            raise
 
     def _find(self, method, path):
         methods, args = self._router.find(Request(method, path, (1, 1), {}).segments())

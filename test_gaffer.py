@@ -7620,8 +7620,10 @@ class HttpLibrary(HttpCase):
         body = bytes(2 * gaffer.MIB)
         answer = self.ask("POST", "/size", body=body, server=server)
         self.assertEqual(self.value(answer), [len(body)])
-        for path, sent in ("/size", body + b"x"), ("/processes", body):
-            self.assertRefused(http_bytes("POST", path, body=sent), 413, "too_large", server)
+        for path, sent, *error in (
+                ("/size", body + b"x", 413, "too_large"), ("/processes", body, 413, "too_large"),
+                ("/no", body, 404, "resource_not_found"), ("/ping", body, 405, "method_not_allowed")):
+            self.assertRefused(http_bytes("POST", path, body=sent), *error, server)
 
     def socket_server(self, methods=(), **options):
         """(server, queue of what its WebSocketHandler sees)."""
