@@ -4858,8 +4858,15 @@ class Request:
         """Return the body as a JSON value. Raises InvalidJson."""
         def refuse(word):
             raise ValueError("%s is not a JSON value" % word)
+
+        def unique(pairs):
+            value = dict(pairs)
+            if len(value) < len(pairs):
+                raise ValueError("an object has a name twice")
+            return value
         try:
-            return json.loads(self.body.decode("utf-8"), parse_constant=refuse)
+            return json.loads(self.body.decode("utf-8"), parse_constant=refuse,
+                              object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
             # behind a semicolon it says how to let Python read longer numbers
             fault = "nested too deeply" if isinstance(error, RecursionError) else (

@@ -2582,7 +2582,7 @@ class PureHead(Case):
             *((body, gaffer.InvalidJson) for body in (
                 b"", b"{} {}", b"{'a': 1}", b'{"a": NaN}', b"-Infinity", b'"\xe4"',
                 b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), b"[" * 200000, b"\0",
-                b"9" * 10000 + b"x"))))
+                b"9" * 10000 + b"x", b'{"a": 1, "a": 1}', b'[{"b": {"a": 1, "c": 2, "a": 3}}]'))))
 
     def test_wants_close(self):
         self.assertTable(lambda case: pure_request(case[1], version=case[0]).wants_close(), (
