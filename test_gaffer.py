@@ -1475,6 +1475,15 @@ class PureReader(PureLogCase):
 
 class PureLoss(PureLogCase):
 
+    def test_no_copy(self):
+        """Data that goes out beside its head is what was read."""
+        pieces, window = [bytes(gaffer.READ_SIZE), bytes(gaffer.READ_SIZE)], self.window(gaffer.MIB)
+        encoders = gaffer.ChunkEncoder(), gaffer.FrameEncoder(True, False)
+        readers = [self.reader(window, encoder) for encoder in encoders]
+        self.feed(window, *pieces)
+        for reader in readers + [self.reader(window, encoder, 0) for encoder in encoders]:
+            self.assertEqual([id(payload[1]) for payload in reader.sink.got], list(map(id, pieces)))
+
     def test_raw(self):
         """A reader that lost something is told how much, or goes on, to the byte."""
         for loss, size, losses, dropped, got in (
@@ -4119,6 +4128,23 @@ class ProcessTimes(ProcessClock):
                 os.kill(os_pid, signal.SIGKILL)
                 os.waitpid(os_pid, 0)
 
+    def test_polls_of_a_group(self):
+        """Less and less often, up to one a second."""
+        class Table(gaffer.ProcfsTable):
+            def groups(table, wanted):
+                times.append(self.now)
+                return super().groups(wanted)
+        times = []
+        self.begin(process_table=Table())
+        self.manager.add_process("x", graceful_timeout=60, **PROCESS_LEAVES)
+        self.read(1, b"ready")
+        self.manager.stop_template("x")
+        self.wait("exit")
+        for _ in range(1000):
+            self.advance(0.01)
+        pauses = [round(after - before, 2) for before, after in zip([1000.0] + times, times)]
+        self.assertEqual((pauses[:3], set(pauses[-5:])), ([0.02, 0.03, 0.05], {1}))
+
     def test_probes(self):
         """The first 0.1 s after the spawn, the next 1 s after a failure; each may take 5 s."""
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -4786,6 +4812,18 @@ class ProcessPrograms(ProcessCase):
 
 class ProcessTemplate(ProcessCase):
     """Fields of a template at work, in a real process."""
+
+    def test_wide_pipe(self):
+        """A pipe that was full is widened."""
+        self.add("x", python("""
+            import fcntl, os
+            os.write(1, b"x" * 65536)
+            os.read(0, 1)
+            os.write(1, b"%d\\n" % fcntl.fcntl(1, 1032))
+            """), redirect_input=True, restart="never")
+        self.poll("x", b"x" * 65536)
+        self.send("x", b"!")
+        self.assertEqual(int(self.poll("x", b"\n", since=65536)), gaffer.PIPE_SIZE)
 
     def test_command_and_environment(self):
         pure_environ(self, OWN="ours", GAFFER_TOKEN="secret", PYTHONUNBUFFERED=None)
@@ -8601,6 +8639,11 @@ class StreamsJournal(StreamsCase):
         wire = self.wire("/streams/one?feed=continuous")
         server.ok("DELETE", "/processes/one")
         self.assertEqual(wire.chunks(), (b"", True))
+        for name in "abcdef":
+            pid = self.cat(name)
+            self.written(pid, b"a line  \n" * 100)
+        data = server.request("GET", "/streams?since=9000&timeout=0")[2]
+        self.assertTrue(4 * 1024 <= len(data) < 8 * 1024, "four windows and an entry")
 
 
 class StreamsStatus(StreamsCase):
