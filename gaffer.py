@@ -7590,7 +7590,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	function keepLine(raw) {
 		const line = parse(raw), key = line.pid + " " + line.label;
 		const [last, goes] = open.get(key) || [], at = goes || line.over ? last - first : -1;
-		if (at >= 0) {  // it goes on with a line that had no end yet, or replaces it
+		if (at >= 0) {  // it goes on with an unfinished line, or replaces it
 			chars -= lines[at].length;
 			if (!line.over) raw = lines[at].replace(/^\d+/, line.id) + line.text;
 			lines[at] = raw; nodes.delete(last);
@@ -7668,7 +7668,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	const placeAt = y => tops.findLastIndex(top => (top - tops[0]) * LINE <= y);
 	function draw() {
 		fit();
-		if (following) { area.scrollTop = 1e9; came = 0; }
+		if (following) { area.scrollTop = 1e9; held = area.scrollTop; came = 0; }
 		const top = following ? Math.max(0, total() - height) : area.scrollTop, wished = new Set();
 		const from = Math.max(0, placeAt(top) - 5), to = Math.min(shown.length, placeAt(top + height) +
 			6);
@@ -7676,7 +7676,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		for (const each of [...block.children]) if (!wished.has(each)) {
 			each.remove(); nodes.delete(each.number);
 		}
-		let after = block.firstChild;  // what stays is not moved: a selection would be lost
+		let after = block.firstChild;  // what stays is not moved: a selection is kept
 		for (const each of wished) {
 			if (each === after) after = after.nextSibling; else block.insertBefore(each, after);
 		}
@@ -7702,7 +7702,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	}
 	function scrolled() {
 		const end = area.scrollTop + area.clientHeight >= total() - LINE / 2;
-		if (area.scrollTop !== held) {  // no jump of ours
+		if (area.scrollTop !== held) {  // not ours
 			held = -1;
 			if (end !== following && total() > height) { following = end; came = 0; }
 		}
