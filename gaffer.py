@@ -4474,7 +4474,7 @@ class Manager:
         active = info["start"] if start_given else was
         fields = {field for field in OPTIONS if info[field] != old[field]}
         replaced = not fields <= set(ADJUSTABLE)
-        if not fields and active == was:
+        if not fields and was >= active:        # also one that was started though it need not be
             return template, "unchanged"
         self._check_circle(info)
         if active and (replaced or not was):

@@ -5040,6 +5040,7 @@ class ProcessActions(ProcessCase):
         put({"cmd": "sleep 63", "start": True}, True, True)
         put({"cmd": "sleep 64", "start": False}, False, False)
         self.post("y/_start")
+        put(self.ok("GET", "/processes/y"), True, False, "y")
         put({"cmd": "sleep 61"}, True, False, "y")
         self.refused({"name": "z", "cmd": "true"}, "name", path="/x", method="PUT")
         self.spawned("y", 2)
