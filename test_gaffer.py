@@ -1745,6 +1745,15 @@ class PureJournal(PureLogCase):
         labels, texts = zip(*(line.split(" ")[2:] for line in self.lines()[0]))
         self.assertEqual((labels, "".join(texts)), (("out+", "out+", "out"), "x" * 200000))
 
+    def test_long_answer(self):
+        """It ends once it is as long as the limit; the next one goes on there."""
+        self.journal.limit, write = 1000, self.stream("a", 1)
+        for _ in range(4):
+            write(b"line\n" * 20000)
+        lines, end, _ = self.lines()
+        rest, _, lost = self.lines(offset=end)
+        self.assertTrue(0 < len(lines) < 80000 > len(rest) > 0 == lost)
+
     def test_nobody_reads(self):
         """It costs an index of bounded size, no line is looked at."""
         write = self.stream("a", 1)
