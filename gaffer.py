@@ -5704,7 +5704,6 @@ HANDLER_MESSAGE_SIZE = 16 * MIB                 # of a message for a WebSocketHa
 SEND_QUEUE_SIZE = 32 * MIB                      # what a WebSocketHandler has sent, and nobody taken
 SEND_QUEUE_LOW = 256 * KIB                      # above this, its client is not read
 CONTROL_SIZE = 4 * KIB                          # of waiting pongs; the oldest goes (RFC 6455 5.5.3)
-MESSAGES_PER_TURN = MIB                         # of one websocket, so that the others get theirs
 CLOSE_TIME = 5.0                                # for the peer's close frame, and for the last bytes
 CLIENT_LEFT = 499                               # in the access log, as nginx has it
 
@@ -6195,7 +6194,7 @@ class WebSocketChannel(Channel):
 
     def __init__(self, headers, limit):
         self._headers, self.limit, self._decoder = headers, limit, WebSocketDecoder(limit)
-        self._events, self._size = iter(()), 0  # of this turn, and the bytes of its messages
+        self._events = iter(())                 # of this turn
         self._close_sent, self._close_timer, self.paused = False, None, False
 
     def opened(self):
@@ -6208,15 +6207,15 @@ class WebSocketChannel(Channel):
         """The connection is at its end: called once."""
 
     def received(self, data):
-        self._events, self._size = self._decoder.feed(data), 0
+        self._events = self._decoder.feed(data)
         self.take_messages()
 
     def next_message(self):
         """Return the next message (str or bytes), or None: no more for now."""
         while not (self.closed or self._ending or self.paused):
-            event = next(self._events, None) if self._size <= MESSAGES_PER_TURN else None
+            event = next(self._events, None)
             if event is None:
-                if self._size > MESSAGES_PER_TURN or self._decoder.more:    # the others' turn
+                if self._decoder.more:          # the others' turn
                     self.pause()
                     self.loop.call_soon(self.resume)
                 return None
@@ -6227,7 +6226,6 @@ class WebSocketChannel(Channel):
             elif self._close_sent:
                 continue
             elif kind in ("text", "binary"):
-                self._size += len(data)
                 return data
             elif kind == "ping" and self.queued < CONTROL_SIZE + self.limit:
                 self.send(frame(PONG, data))

@@ -7761,7 +7761,7 @@ class HttpLibrary(HttpCase):
             "message": lambda handler, data: handler.send(answer[:-1] + data)})
         messages = b"".join(ws_frame(2, b"%c" % number) for number in range(64))
         for act in "read", "leave":
-            with http_limits(MESSAGES_PER_TURN=10, END_POLL=0.05):
+            with http_limits(END_POLL=0.05):
                 made = self.open_socket(server, early=messages)
                 handler = seen.get(timeout=TIMEOUT)
                 channel, = server.http.channels
