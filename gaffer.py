@@ -3013,7 +3013,7 @@ class NotifySocket:
         for _, kind, content in parts:
             if kind == socket.SCM_CREDENTIALS:
                 sender = struct.unpack("3i", content)[0]
-            elif kind == socket.SCM_RIGHTS:     # systemd-notify waits until these are closed
+            else:                               # SCM_RIGHTS: systemd-notify waits for their end
                 for fd, in struct.iter_unpack("i", content[:len(content) // 4 * 4]):
                     os.close(fd)
         try:

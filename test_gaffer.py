@@ -5681,6 +5681,10 @@ class ProcessReady(ProcessCase):
             self.add("x", "sleep 60", ready={"exec": "true"})
             self.assertEqual(self.until("x")[0], 200)
         self.assertEqual(len(sent), 1, sent)
+        old = signal.signal(signal.SIGUSR2, signal.SIG_IGN)     # then a pipe tells what fails
+        self.addCleanup(signal.signal, signal.SIGUSR2, old)
+        self.add("y", "sleep 60", ready={"exec": "true"})
+        self.assertEqual(self.until("y")[0], 200)
         for end in "expires", "process", "gaffer":
             with self.subTest(end=end), unittest.mock.patch.object(
                     gaffer, "PROBE_TIME", 0.1 if end == "expires" else 60):
