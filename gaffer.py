@@ -3617,7 +3617,7 @@ class Template:
         self.active = self.deleted = False
         self.gave_up = False                    # it flapped, and was stopped for good
         self.outcome = None                     # of its last run: "done" or "failed"
-        self.finished = []                      # exits, (status, signal), that nothing follows
+        self.finished = {}                      # instance -> its exit, which nothing follows
         self.tries = 0                          # exits and failed spawns since its start
         self.processes = {}                     # pid -> Process: not gone, oldest first
         self.pending = []                       # Timers: slots that wait for the end of a backoff
@@ -3648,7 +3648,7 @@ class Template:
     def begin(self):
         """Forget what came of earlier runs."""
         self.history, self.hint, self.gave_up = (), None, False
-        self.outcome, self.finished, self.tries = None, [], 0
+        self.outcome, self.finished, self.tries = None, {}, 0
 
     def labels(self):
         """Return the labels of all streams that can be read, stdout's first."""
@@ -3659,8 +3659,8 @@ class Template:
         return [process for process in self.processes.values() if process.running]
 
     def free_instance(self):
-        """Return the lowest number, from 1, that none of its processes has."""
-        taken = {process.instance for process in self.processes.values()}
+        """Return the lowest number, from 1, that none of its processes has, or had in this run."""
+        taken = {process.instance for process in self.processes.values()}.union(self.finished)
         return next(each for each in range(1, len(taken) + 2) if each not in taken)
 
     def open_streams(self, size):
@@ -4155,9 +4155,10 @@ class Manager:
         if not self._running or self.stopping:
             return
         if template.ended():                    # it is done, or has failed
-            failures = [end for end in template.finished if not succeeded(template.info, end)]
-            status, signum = (failures or template.finished)[0]
-            template.outcome, template.finished = "failed" if failures else "done", []
+            ends = [*template.finished.values()]
+            failures = [end for end in ends if not succeeded(template.info, end)]
+            status, signum = (failures or ends)[0]
+            template.outcome, template.finished = "failed" if failures else "done", {}
             if template.schedule is None:
                 template.active = False
             else:
@@ -4224,7 +4225,7 @@ class Manager:
             (self._report if short else template.report).warning(
                 "%s cannot be started: %s", template.name, error)
             if not short and self._judge(template, CANNOT_START, 0.0, 1) is None:
-                template.finished.append(CANNOT_START)
+                template.finished[template.free_instance()] = CANNOT_START
                 self._reconcile(template)
             elif template.missing() > 0:        # with a delay also if it flaps: nothing took time
                 delay = restart_delay(dict(template.info, flapping=None), failures + 2)
@@ -4264,7 +4265,7 @@ class Manager:
     def _stop_template(self, template):
         template.forget_waits()
         self._held.pop(template, None)
-        template.finished = []
+        template.finished = {}
         if template.active:
             template.active = False
             self._publish("stop", template.name)
@@ -4385,7 +4386,7 @@ class Manager:
             self._stop(False)
         if template.active and not template.deleted and not self.stopping:
             if process.by_itself and process.retry_after is None:
-                template.finished.append(process.end)
+                template.finished[process.instance] = process.end
             else:
                 template.restarts += process.by_itself
             if process.by_itself and template.missing() > 0:

@@ -5032,6 +5032,15 @@ class ProcessActions(ProcessCase):
         self.assertEqual(self.ok("GET", "/processes/x")["numprocesses"], 2)
         self.assertEqual([pid for kind, pid in self.kinds("x") if kind == "reap"], pids)
 
+    def test_instances_of_one_run(self):
+        """Each has a number of its own, also if another has ended meanwhile."""
+        self.add("x", "test $GAFFER_INSTANCE = 1 || read line", shell=True, numprocesses=2,
+                 restart="never", redirect_input=True)
+        self.exit_of(1)
+        self.post("x/_add")
+        seen = self.ok("GET", "/status/x?usage=true")["processes"]
+        self.assertEqual([(each["pid"], each["instance"]) for each in seen], [(2, 2), (3, 3)])
+
     def test_put(self):
         """start left out: as it was. Another name: 400. numprocesses left out: its default."""
         self.add("x", "sleep 60", numprocesses=2)
@@ -8522,6 +8531,7 @@ class StreamsTemplate(StreamsCase):
         code = """
             import os
             name = b"%d" % os.getpid()
+            os.read(0, 1)
             for number in range(400):
                 for part in (b"<" + name + b" ", b"%d" % number, b" " + name + b">\\n"):
                     os.write(1, part)
@@ -8532,7 +8542,11 @@ class StreamsTemplate(StreamsCase):
         self.addCleanup(limits.__exit__, None, None, None)
         self.server.add("t", python(code), numprocesses=2, redirect_input=True)
         wire = self.continuous("t", "since=0")
+        for pid in (1, 2):                      # not before there are two, or a line may be cut
+            self.send(pid, b"\n")
         self.server.ok("POST", "/processes/t/_add/2")
+        for pid in (3, 4):
+            self.send(pid, b"\n")
         data, seen = b"", {}
         while list(seen.values()).count(399) < 4:
             data += wire.chunk()
