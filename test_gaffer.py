@@ -11275,6 +11275,50 @@ class CliFaults(CliCase):
         self.said_once(server, "no connection can be accepted", "cannot be started")
 
 
+class StreamsFrozen(StreamsCase):
+
+    def test_clock_that_leaps_ahead(self):
+        """The machine, or gaffer, was halted for longer than any of its limits. What had come
+        meanwhile was in time, and beats that were missed are not made up for."""
+        ahead = 0.0
+        loop = gaffer.Loop(lambda: time.monotonic() + ahead)
+        manager = functools.partial(gaffer.Manager, loop=loop)
+        with unittest.mock.patch("gaffer.Manager", manager):
+            server = Running()
+        self.addCleanup(server.stop_all)
+        pid, = server.add("x", "cat", redirect_input=True)
+        server.add("y", "cat", redirect_input=True, graceful_timeout=3)
+        idle, half, poll = (server.connect() for _ in range(3))
+        half.sendall(b"GET /ping HTTP/1.1\r\n")
+        poll.sendall(http_bytes("GET", "/streams/%d/stdout?since=0" % pid))
+        block = server.stream("/streams/%d/stdout?feed=continuous&loss=block" % pid)
+        beats = server.stream("/streams/y/stdout?feed=continuous&heartbeat=300")
+        made = Wire(server.port).upgrade("/wstreams/%d" % pid)
+        for opened in (idle, half, poll, block.connection, block, beats.connection, beats, made):
+            self.addCleanup(opened.close)
+        until(lambda: loop.call(lambda: any(
+            channel.kind == "longpoll" for channel in server.http.channels)), "the long poll")
+        go_on, halted = threading.Event(), threading.Event()
+        loop.call_soon(lambda: (halted.set(), go_on.wait(TIMEOUT)))
+        self.assertTrue(halted.wait(TIMEOUT))
+        idle.sendall(http_bytes("GET", "/ping"))
+        half.sendall(b"Host: localhost\r\n\r\n")
+        made.text("hello\n")
+        ahead += 1000.0
+        go_on.set()
+        for sock in idle, half:
+            self.assertEqual(sock.recv(1000)[:15], b"HTTP/1.1 200 OK")
+        self.assertEqual((made.read(), block.readline(), poll.recv(1000)[:15], beats.readline()),
+                         ((1, b"hello\n"), b"hello\n", b"HTTP/1.1 200 OK", b"\n"))
+        server.ok("POST", "/streams/y/stdin", b"x\n")
+        self.assertEqual(beats.readline(), b"x\n")
+        self.assertEqual([server.ok("GET", "/status/" + name)["restarts"] for name in ("x", "y")],
+                         [0, 0])
+        ahead -= 2000.0                         # no monotonic clock does that: it goes on, in time
+        self.assertEqual(server.request("GET", "/ping")[0], 200)
+        ahead += 2000.0                         # or children that are polled end in 2000 seconds
+
+
 class CliErrors(CliCase):
     """What is wrong with options is one sentence, or argparse's own."""
 
