@@ -8961,6 +8961,7 @@ class StreamsWebsocket(StreamsCase):
                 each.text("late")
                 each.frame(9, b"barrier")
                 self.assertEqual(each.read(), (10, b"barrier"))
+                self.server.http.loop.call(int)     # the pong may go out before the text is written
         self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
         self.assertEqual([websocket.read() for _ in range(2)],
                          [(1, b"end"), (8, b"\x03\xe8exit 0")])
@@ -9867,7 +9868,8 @@ class BrowserPage(BrowserPageCase):
             browser.wait(self.TEXTS + ".every(text => RegExp(arguments[0]).test(text))", pattern)
         self.say("\u6f22" * 1000)                   # two columns each
         self.press("wrap")
-        browser.wait("const area = document.querySelector('.lines'), last = area.lastChild.lastChild;"
+        browser.wait("const area = document.querySelector('.lines');"
+                     "const last = area.lastChild.lastChild;"
                      "return last.textContent.length > 1000 && last.clientHeight > 100 &&"
                      " last.getBoundingClientRect().bottom < area.getBoundingClientRect().bottom")
         self.press("only stderr")
