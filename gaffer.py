@@ -3314,10 +3314,9 @@ class Process:
         self._manager.process_ready(self)
 
     def _stop_overdue(self):
-        error = self._probe and self._probe.error
         self.by_itself, self.overdue = True, "not ready (%s) within %g seconds%s" % (
             ready_text(self.template), self.template["ready"]["within"],
-            ": " + error if error else "")
+            ": " + self.not_ready if self.not_ready else "")
         self._stop()
         self._manager.process_overdue(self)
 
@@ -3469,6 +3468,11 @@ class Process:
         return self.state == "running" and not self.ending
 
     @property
+    def not_ready(self):
+        """Why the last check of its readiness failed, or None."""
+        return self._probe and self._probe.error
+
+    @property
     def exited(self):
         """True once it has exited: its number may be somebody else's."""
         return self.state in ("exited", "cleaning", "gone")
@@ -3494,7 +3498,7 @@ class Process:
             more["kill_in"] = round(max(0.0, self._timer.when - self._loop.clock()), 3)
         return dict(more, pid=self.pid, os_pid=self.os_pid, instance=self.instance,
                     uptime=round(self.age(), 3), ready=self.ready, message=self.message,
-                    not_ready=self._probe and self._probe.error,
+                    not_ready=self.not_ready,
                     state=self.state if self.running else "stopping")
 
     def signal(self, signum, group=False):
@@ -3758,7 +3762,7 @@ class Template:
         """Return why it is not ready yet, and its last lines, to go on with a sentence."""
         if self.ready():
             return ""
-        errors = [process.status()["not_ready"] for process in self.running()]
+        errors = [process.not_ready for process in self.running()]
         found = ["; its last check: " + error for error in errors if error][:1]
         if not errors and self.unmet():
             found = ["; it waits for " + ", ".join(self.unmet())]
