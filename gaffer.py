@@ -9432,8 +9432,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except OSError as error:
             self.socket.close()
             taken = "another program listens there; " if error.errno == errno.EADDRINUSE else ""
-            raise StartError("cannot listen on %s: %s: %sgive another --bind" % (
-                self.endpoint.bind, (error.strerror or str(error)).lower(), taken)) from None
+            raise StartError("cannot listen on %s: %s: %s%s" % (
+                self.endpoint.bind, (error.strerror or str(error)).lower(), taken,
+                self.http.advice)) from None
         self.socket.setblocking(False)
         self.http.loop.register(self.fileno(), selectors.EVENT_READ, self._accept)
 
@@ -9584,6 +9585,8 @@ class HttpHandler:
     leaves). `max_connections_per_address`: of one IPv4 address, or /64 of IPv6 (1,000; this
     machine's own are not counted, unless a number is given). One more is answered 503 `busy`.
     """
+
+    advice = "give another --bind"              # where it cannot listen
 
     def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(),
                  allow_hosts=(), max_body=16 * MIB, access_log=None, max_connections=None,
@@ -12254,6 +12257,8 @@ def procfile_templates(args, taken=()):
 
 class FolderApi(HttpHandler):
     """The API on a unix socket. If there can be none, it says so with `say`."""
+
+    advice = "'up' goes on without it"
 
     def __init__(self, say, *args, **options):
         super().__init__(*args, **options)
