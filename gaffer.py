@@ -9290,11 +9290,11 @@ class Handler(socketserver.StreamRequestHandler):
 
     def handle(self):
         try:
-            if self.server.context is not None and self.request.version() is None:
-                self.request.settimeout(HANDSHAKE_TIME)
-                self.request.do_handshake()
-                self.http.handshakes.pop(self.client, None)
             if self.server.context is not None:
+                if self.request.version() is None:
+                    self.request.settimeout(HANDSHAKE_TIME)
+                    self.request.do_handshake()
+                    self.http.handshakes.pop(self.client, None)
                 self.request.settimeout(KEEP_TIME)
             else:                               # with settimeout() each call would be two, poll()
                 self.request.settimeout(None)   # first, and give threads twice the time to collide
@@ -10372,16 +10372,6 @@ class Screen:
 
     def _event(self, kind, event):
         pid = event.get("pid")
-        def say_what_it_waits_for():
-            """Name the processes that have not ended yet, and say when they are killed."""
-            waiting = [(shown["name"], shown["process"].status().get("kill_in"))
-                       for shown in self._shown.values() if shown["exit"] is None]
-            kills = [kill_in for _, kill_in in waiting if kill_in is not None]
-            if waiting:
-                self.say("waiting for %s%s; Ctrl-C again kills now" % (
-                    ", ".join(name for name, _ in waiting),
-                    ", SIGKILL in %d s" % math.ceil(max(kills)) if kills else ""))
-
         if kind == "spawn":
             self._follow(pid, event)
         elif kind == "ready":
@@ -10392,6 +10382,16 @@ class Screen:
             self._maybe_done()
         elif kind == "stop_pid" and self._manager.stopping and not self._told:
             self._told = True
+
+            def say_what_it_waits_for():
+                """Name the processes that have not ended yet, and say when they are killed."""
+                waiting = [(shown["name"], shown["process"].status().get("kill_in"))
+                           for shown in self._shown.values() if shown["exit"] is None]
+                kills = [kill_in for _, kill_in in waiting if kill_in is not None]
+                if waiting:
+                    self.say("waiting for %s%s; Ctrl-C again kills now" % (
+                        ", ".join(name for name, _ in waiting),
+                        ", SIGKILL in %d s" % math.ceil(max(kills)) if kills else ""))
             self._loop.later(self.WAITING_DELAY, say_what_it_waits_for)
         elif kind == "exit" and pid in self._shown:
             self._shown[pid]["exit"] = event
@@ -10434,7 +10434,7 @@ class Screen:
         info = process.template
         done = not failed and info["restart"] != "always" and succeeded(info, (status, signum))
         if self._one_for_all and process.by_itself and not (done or self._manager.stopping):
-            self.status = 128 + signum if signum else status or int(failed)
+            self.status = shell_status((status, signum)) or int(failed)
             self._manager.stop()
         self._maybe_done()
 
@@ -10949,8 +10949,10 @@ class Procfile(ConfigFile):
                         if field not in OPTIONS or field in ("name", "cmd", "args", "env"):
                             self.fault("%r is not FIELD=VALUE, as in after=db%s" % (
                                 field, near(field, OPTIONS)), line=line)
-                        elif from_text(field, value) is not None:
-                            above[field] = from_text(field, value)
+                            continue
+                        value = from_text(field, value)
+                        if value is not None:
+                            above[field] = value
                 except ValueError as error:
                     self.fault("the comment %s" % error, line=line)
             elif text.strip() and text.lstrip()[0] != "#":
@@ -12268,8 +12270,7 @@ class FolderApi(HttpHandler):
         try:
             super().start(loop, manager)
         except StartError as error:
-            self._say("there is no API in this folder: %s" % str(error).replace(
-                "give another --bind", "'up' goes on without it"))
+            self._say("there is no API in this folder: %s" % error)
 
 
 def up_command(args):

@@ -1603,7 +1603,6 @@ class PureEvents(PureLogCase):
         self.assertEqual(plain.encoder.dropped(3, 7, True),
                          b'{"event": "dropped", "id": "7@e", "events": 3, "restarted": true}\n')
 
-
     def test_statistics(self):
         """A few samples are kept; one that cannot be had is left out."""
         samples = iter([OSError("no"), *range(20)])
@@ -8538,8 +8537,8 @@ class StreamsTemplate(StreamsCase):
             while os.read(0, 100): pass
         """
         limits = http_limits(MERGED_LINE_DELAY=10 * TIMEOUT)        # a process may wait for a CPU
-        limits.__enter__()
-        self.addCleanup(limits.__exit__, None, None, None)
+        limits.start()
+        self.addCleanup(limits.stop)
         self.server.add("t", python(code), numprocesses=2, redirect_input=True)
         wire = self.continuous("t", "since=0")
         for pid in (1, 2):                      # not before there are two, or a line may be cut
@@ -8556,7 +8555,6 @@ class StreamsTemplate(StreamsCase):
                 self.assertTrue(match and match.group(1) == match.group(3), line)
                 self.assertEqual(int(match.group(2)), seen.get(match.group(1), -1) + 1)
                 seen[match.group(1)] = int(match.group(2))
-
 
     def test_input_by_name(self):
         """Where the template has exactly one process."""
