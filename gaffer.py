@@ -8443,14 +8443,19 @@ class Api:
         def done():
             return (all(process.gone or process.running for process in before)
                     and all(template.missing() <= 0 and not template.pending
-                            for template in templates))
+                            and template.state() != "waiting" for template in templates))
         infos = [each.info for each in templates] + [each.template for each in before]
         if wait is True:
             wait = max([stop_time(info) for info in infos] or [0]) + WAIT_EXTRA
+
+        def late():
+            waits = ["; '%s' waits for %s" % (template.name, ", ".join(template.unmet()))
+                     for template in templates if template.state() == "waiting"]
+            return error_response(WaitTimeout(
+                "this was not done in %g seconds; it goes on%s" % (wait, "".join(waits))))
         return LongPoll(
             lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(answer))),
-            wait, lambda: error_response(WaitTimeout(
-                "this was not done in %g seconds; it goes on" % wait)))
+            wait, late)
 
     @operation("wait", unlocked=True)
     def add(self, request, query, name, number="1", sign=1):
@@ -11418,7 +11423,7 @@ def act(args):
             done = "stopped, to be replaced" if active else done
         elif verb == "restart":
             done = done if active else "started"
-        elif active == (verb == "start") and state != "scheduled":
+        elif active == (verb == "start") and state not in ("scheduled", "waiting"):
             done = "already " + state
         steps.append((target, request, lambda answer, done=done: done))
     carry_out(args, client, steps)

@@ -5612,6 +5612,8 @@ class ProcessReady(ProcessCase):
         self.assertEqual(states(), {"web": "waiting migrate later", "migrate": "waiting db",
                                     "db": "starting"})
         self.assertEqual(self.until("web", timeout=0.01)[0], 504)
+        self.refused(None, "it goes on; 'web' waits for migrate, later", "wait_timeout",
+                     "/web/_start?wait=0.01", "POST", 504)
         self.send("db", b"\n")
         self.assertEqual(self.until("migrate")[0], 200, "without 'ready' from its spawn on")
         self.assertEqual(states()["web"], "waiting migrate later")
