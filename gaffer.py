@@ -6183,6 +6183,12 @@ class Feed(Follower):
             self.send(b"0\r\n" + trailer + b"\r\n")
         self.finish()
 
+    def close(self):
+        """Close now; at gaffer's stop, as an end if the client has all there is."""
+        if self.http.closed and not self.closed and not self.unsent:
+            self.end()
+        super().close()
+
     def closing(self):
         self.unfollow()
         if self._end_feed is not None:

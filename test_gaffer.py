@@ -9298,12 +9298,12 @@ class StreamsGone(StreamsCase):
 class StreamsStats(StreamsCase):
 
     def test_feeds(self):
-        """Of all, of a template and of a process; those two end with what they look at."""
+        """Of all, of a template and of a process; they end with what they look at."""
         pid, wires = self.cat(), []
         for path, check in (("/stats", lambda value: value[0]["stats"][0]),
                             ("/stats/cat", lambda value: value["stats"][0]),
                             ("/stats/cat/%d" % pid, lambda value: value)):
-            wires = wires[-1:] + [self.wire(path + "?feed=continuous&interval=0.1")]
+            wires.append(self.wire(path + "?feed=continuous&interval=0.1"))
             sse = self.wire(path + "?feed=eventsource&interval=0.1")
             kind, data, _ = sse.event()
             self.assertEqual(kind, "stat")
@@ -9312,8 +9312,10 @@ class StreamsStats(StreamsCase):
             self.assertEqual([check(each)["id"] for each in (json.loads(data), value, *chunks)],
                              [pid] * 4)
         self.server.ok("DELETE", "/processes/cat")
-        for wire in wires:
+        for wire in wires[1:]:
             self.assertTrue(wire.chunks()[1])
+        self.server.manager.stop()
+        self.assertTrue(wires[0].chunks()[1])
 
 
 class StreamsLoss(StreamsCase):
