@@ -5985,6 +5985,10 @@ class Channel:
                 timer.cancel()
         self.http.channels.discard(self)
 
+    def stop(self):
+        """Close at gaffer's stop, with a word to the client if there is one."""
+        self.close()
+
     def close(self):
         """Close now."""
         if not self.closed:
@@ -6060,11 +6064,9 @@ class LongPoll(Channel):
         while self._ends:
             self._ends.pop()()
 
-    def close(self):
-        """Close now; at gaffer's stop, with an answer."""
-        if self.http.closed and not self.closed:
-            self._deliver(error_response(Stopping("gaffer is stopping; start it again")))
-        super().close()
+    def stop(self):
+        self._deliver(error_response(Stopping("gaffer is stopping; start it again")))
+        self.close()
 
 
 class Follower(Channel):
@@ -6183,11 +6185,10 @@ class Feed(Follower):
             self.send(b"0\r\n" + trailer + b"\r\n")
         self.finish()
 
-    def close(self):
-        """Close now; at gaffer's stop, as an end if the client has all there is."""
-        if self.http.closed and not self.closed and not self.unsent:
+    def stop(self):
+        if not self.unsent:
             self.end()
-        super().close()
+        self.close()
 
     def closing(self):
         self.unfollow()
@@ -9662,7 +9663,7 @@ class HttpHandler:
             log.warning("%d clients did not take what was left for them: at least %d bytes are "
                         "lost", len(unsent), sum(unsent))
         for channel in tuple(self.channels):
-            channel.close()
+            channel.stop()
         for connection in self.connections:
             self.interrupt(connection)
 
