@@ -522,99 +522,71 @@ class ServerCase(Case):
 
 
 class BrowserError(AssertionError):
-    """The browser refused a command. `code`: WebDriver's, such as "javascript error"."""
-
-    def __init__(self, code, message):
-        super().__init__("%s: %s" % (code, message.partition("\n")[0]))
-        self.code = code
+    """The browser refused a command."""
 
 
 class Browser:
     """A headless Chromium with an empty profile, driven through chromedriver (W3C WebDriver)."""
 
-    PROGRAMS = ("chromium", "chromedriver")
+    PROGRAMS = "chromium", "chromedriver"
     FLAGS = (
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",
         "--disable-dev-shm-usage", "--disable-breakpad", "--remote-debugging-pipe",
-        "--font-render-hinting=none", "--js-flags=--expose-gc", "--enable-precise-memory-info",
+        "--font-render-hinting=none",
         "--host-resolver-rules=MAP *.example 127.0.0.1",    # names that their owner points here
         # no more processes than the tests need
         "--in-process-gpu", "--renderer-process-limit=1", "--disable-extensions", "--mute-audio",
         "--disable-features=SpareRendererForSitePerProcess,BackForwardCache,MediaRouter,Translate")
-    KEYS = {name: chr(code) for name, code in zip(
-        "Backspace Tab Enter Shift Control Alt Escape Space PageUp PageDown End Home ArrowLeft "
-        "ArrowUp ArrowRight ArrowDown Delete".split(),
-        (0xE003, 0xE004, *range(0xE007, 0xE00B), *range(0xE00C, 0xE016), 0xE017))}
     ELEMENT = "element-6066-11e4-a52e-4f735466cecf"     # what the standard calls an element's id
-    LOOK = """const args = arguments, end = args.length, until = Date.now() + args[end - 2];
-        const condition = async function() {%s
-        };
-        (async function look() {
-          let value, error;
-          try { value = await condition.apply(null, args); } catch (thrown) { error = `${thrown}`; }
-          if (value || Date.now() > until) args[end - 1]([value, error]);
-          else setTimeout(look, 10);
-        })();"""
 
     def __init__(self):
-        self.session, self.port = None, self.free_port()
-        self.launch("gaffer-browser-", [
-            "chromedriver", "--port=%d" % self.port, "--log-path=%s/log"])
-        try:
-            said = self.driver.stdout.readline
-            if not any(b"started successfully" in line for line in iter(said, b"")):
-                raise AssertionError("chromedriver does not start on port %d" % self.port)
-            profile = "--user-data-dir=%s/profile" % self.directory
-            self.session = self._ask("POST", "/session", {"capabilities": {"alwaysMatch": {
-                "unhandledPromptBehavior": "dismiss", "acceptInsecureCerts": True,
-                "timeouts": {"script": int(1500 * TIMEOUT), "pageLoad": int(1000 * TIMEOUT)},
-                "goog:loggingPrefs": {"browser": "ALL"}, "goog:chromeOptions": {
-                    "binary": shutil.which("chromium"), "args": [*self.FLAGS, profile]},
-            }}})["sessionId"]
-        except BaseException:
-            self.close()
-            raise
+        self.profile = tempfile.mkdtemp(prefix="gaffer-browser-")
+        atexit.register(self.close)
+        self.start()
 
-    @staticmethod
-    def free_port():
-        """A free port that no client gets meanwhile: with port 0, chromedriver ends if what it got
-        for IPv6 is in use for IPv4."""
-        for port in random.sample(range(20000, 30000), 100):
-            with contextlib.suppress(OSError), socket.socket() as free:
-                free.bind(("127.0.0.1", port))
-                return port
-        raise AssertionError("no port is free for chromedriver")
+    def start(self):
+        """Start it, and a session."""
+        # no client gets such a port meanwhile; with port 0, chromedriver ends if what it got for
+        # IPv6 is in use for IPv4
+        self.port, self.path = 20000 + os.getpid() % 10000, "/session"
+        self.launch("chromedriver", "--port=%d" % self.port)
+        if not any(b"started successfully" in line for line in self.driver.stdout):
+            raise AssertionError("chromedriver does not start on port %d" % self.port)
+        args = [*self.FLAGS, "--user-data-dir=" + self.profile]
+        self.path += "/%s/" % self.do("POST", "", {"capabilities": {"alwaysMatch": {
+            "goog:loggingPrefs": {"browser": "ALL"},
+            "goog:chromeOptions": {"binary": shutil.which("chromium"), "args": args}}}})["sessionId"]
 
-    def launch(self, prefix, command):
-        """Start it, in a session of its own, by which close() finds all of it. It ends with us.
-        A %s in the command is its new directory."""
-        self.directory = tempfile.mkdtemp(prefix=prefix)
-        command = [word.replace("%s", self.directory) for word in command]
+    def launch(self, *command):
+        """Start a process group that is killed by close(), or when this process ends."""
         self.driver = subprocess.Popen(
-            ["sh", "-c", '"$@" & exec >&-; read _; kill $!', "sh", *command], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+            ["sh", "-c", '"$@" & exec >&-; read _; kill -KILL 0', "sh", *command],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True)
 
-    @classmethod
-    def lacks(cls):
-        """What is missing here to run it, or None."""
-        return next(("needs " + each for each in cls.PROGRAMS if not shutil.which(each)), None)
+    def close(self):
+        """End the browser and all that it has started; forget the profile."""
+        self.driver.stdin.close()
+        self.driver.wait()
+        self.driver.stdout.close()
+        shutil.rmtree(self.profile, ignore_errors=True)
 
-    def _ask(self, method, path, value=None, timeout=2 * TIMEOUT):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+    def ask(self, method, path, value):
+        """(True if it is refused, value or error) of a command."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2 * TIMEOUT)
         with contextlib.closing(connection):
-            connection.request(method, path, None if value is None else json.dumps(value),
-                               {"Content-Type": "application/json"})
+            connection.request(method, self.path + path,
+                               json.dumps(value) if method == "POST" else None)
             answer = connection.getresponse()
-            value = json.loads(answer.read().decode())["value"]
-        if answer.status != 200:
-            raise BrowserError(value["error"], value["message"])
-        return value
+            return answer.status != 200, json.loads(answer.read().decode())["value"]
 
     def do(self, method, path, value=None):
         """A command of WebDriver in this session: its value. Raises BrowserError."""
-        value = {} if value is None and method == "POST" else value
-        return self._ask(method, "/session/%s/%s" % (self.session, path), value)
+        refused, value = self.ask(method, path, value or {})
+        if refused:
+            raise BrowserError("%s: %s" % (value["error"], value["message"].partition("\n")[0]))
+        return value
 
     def get(self, url):
         """Open a page, and wait until it has loaded."""
@@ -626,44 +598,30 @@ class Browser:
 
     def wait(self, js, *args):
         """As script(), until what it returns is true. After TIMEOUT, fails with what is shown."""
-        deadline, error = time.monotonic() + TIMEOUT, None
-        while time.monotonic() < deadline:
-            try:
-                left = 1000 * (deadline - time.monotonic())
-                value, error = self.do("POST", "execute/async", {
-                    "script": self.LOOK.replace("%s", js), "args": [*args, left]})
-                if value:
-                    return value
-            except BrowserError as gone:                # it went to another page meanwhile
-                error = str(gone)
-                if "unloaded" not in error and "context" not in error:
-                    raise
-        shown = self.script("return document.body ? document.body.innerText.slice(0, 1000) : ''")
-        raise AssertionError("%s did not come true in %g seconds (%s); the page shows %r, its "
-                             "console %s" % (js, TIMEOUT, error, shown, self.console()))
+        error = None
 
-    def find(self, selector):
-        """The id of the first element that a CSS selector matches."""
-        return self.do("POST", "element", {"using": "css selector",
-                                           "value": selector})[self.ELEMENT]
+        def look():
+            nonlocal error
+            try:
+                return self.script(js, *args)
+            except BrowserError as thrown:              # or it went to another page meanwhile
+                error = thrown
+        try:
+            return until(look)
+        except AssertionError:
+            shown = self.script("return document.body ? document.body.innerText.slice(0, 999) : ''")
+            raise AssertionError("%s did not come true (%s); the page shows %r, its console %s" % (
+                js, error, shown, self.console())) from None
 
     def click(self, selector):
         """Click into the middle of an element: it has to be in sight, and nothing over it."""
-        self.do("POST", "element/%s/click" % self.find(selector))
-
-    def keys(self, text, selector=None):
-        """Type into an element, or into what has the focus. A modifier of KEYS holds to the end."""
-        focus = None if selector else self.do("GET", "element/active")[self.ELEMENT]
-        self.do("POST", "element/%s/value" % (focus or self.find(selector)), {"text": text})
+        element = self.do("POST", "element", {"using": "css selector", "value": selector})
+        self.do("POST", "element/%s/click" % element[self.ELEMENT])
 
     def size(self, width, height, mobile=False):
         """The size of what a page sees, in CSS pixels."""
         self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height,
                  deviceScaleFactor=0, mobile=mobile)
-
-    def screenshot(self):
-        """What is in sight, as a PNG."""
-        return base64.b64decode(self.do("GET", "screenshot"))
 
     def cdp(self, command, **params):
         """A command of the Chrome DevTools Protocol: its result."""
@@ -674,88 +632,44 @@ class Browser:
         entries = self.do("POST", "se/log", {"type": "browser"})
         return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 
-    def _processes(self):
-        """All processes that it has started, and that have not ended."""
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError, IndexError), open("/proc/%s/stat" % name) as file:
-                state, _, _, session = file.read().rpartition(")")[2].split()[:4]
-                if int(session) == self.driver.pid and state not in "ZX":
-                    yield int(name)
-
-    def close(self):
-        """End the browser, its driver and all that they have started; forget the profile."""
-        if self.session is not None:
-            with contextlib.suppress(OSError, http.client.HTTPException, BrowserError):
-                self._ask("DELETE", "/session/" + self.session)
-        self.driver.stdin.close()
-        # the leader is reaped last, so that its number stays the session's
-        os.waitid(os.P_PID, self.driver.pid, os.WEXITED | os.WNOWAIT)
-        while list(self._processes()):
-            for os_pid in self._processes():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(os_pid, signal.SIGKILL)
-            threading.Event().wait(0.005)
-        self.driver.wait()
-        self.driver.stdout.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
 
 class Firefox(Browser):
     """A headless Firefox, driven through its own Marionette (as Debian has no geckodriver)."""
 
-    PROGRAMS = ("firefox-esr",)
-    PREFERENCES = {"marionette.port": 0, "datareporting.policy.dataSubmissionEnabled": False,
-                   "app.update.enabled": False, "browser.shell.checkDefaultBrowser": False,
-                   "network.captive-portal-service.enabled": False}
+    PROGRAMS = "firefox-esr",
     COMMANDS = {
-        "url": "Navigate", "execute/sync": "ExecuteScript", "execute/async": "ExecuteAsyncScript",
-        "element": "FindElement", "element/click": "ElementClick", "screenshot": "TakeScreenshot",
-        "element/value": "ElementSendKeys", "element/active": "GetActiveElement",
-        "actions": "PerformActions", "rect": "SetWindowRect", "alert/accept": "AcceptAlert",
-        "alert/dismiss": "DismissAlert", "alert/text": "SendAlertText"}
+        "": "NewSession", "url": "Navigate", "execute/sync": "ExecuteScript",
+        "element": "FindElement", "actions": "PerformActions", "rect": "SetWindowRect",
+        "alert/accept": "AcceptAlert", "alert/dismiss": "DismissAlert"}
 
-    def __init__(self):
-        self.session, self.count = None, 0
-        self.launch("gaffer-firefox-", [
-            "sh", "-c", 'echo "$1" >"$0/user.js"; shift; exec "$@"', "%s", "\n".join(
-                "user_pref(%s, %s);" % (json.dumps(name), json.dumps(value))
-                for name, value in self.PREFERENCES.items()),
-            "firefox-esr", "--headless", "--marionette", "--no-remote", "--profile", "%s"])
-        try:
-            path = os.path.join(self.directory, "MarionetteActivePort")
-            until(lambda: os.path.exists(path) and os.path.getsize(path), "Marionette's port")
-            with open(path) as file:
-                address = "127.0.0.1", int(file.read())
-            self.socket = socket.create_connection(address, timeout=2 * TIMEOUT)
-            self.file = self.socket.makefile("rb")
-            self._read()
-            self._command("NewSession", {
-                "pageLoadStrategy": "normal", "unhandledPromptBehavior": "dismiss"})
-        except BaseException:
-            self.close()
-            raise
+    def start(self):
+        with open(self.profile + "/user.js", "w") as file:
+            file.write('user_pref("marionette.port", 0);')
+        self.launch("firefox-esr", "--headless", "--marionette", "--no-remote", "--profile",
+                    self.profile)
+        path = self.profile + "/MarionetteActivePort"
+        until(lambda: os.path.exists(path) and os.path.getsize(path), "Marionette's port")
+        with open(path) as file:
+            self.wire = Wire(int(file.read()))
+        self.read()
+        self.do("POST", "")
 
-    def _read(self):
-        size = b"".join(iter(lambda: self.file.read(1), b":"))
-        return json.loads(self.file.read(int(size)).decode())
+    def read(self):
+        """A message: its length, a colon, JSON."""
+        size = b"".join(iter(lambda: self.wire.file.read(1), b":"))
+        return json.loads(self.wire.file.read(int(size)).decode())
 
-    def _command(self, name, params):
-        self.count += 1
-        message = json.dumps([0, self.count, "WebDriver:" + name, params]).encode()
-        self.socket.sendall(b"%d:%b" % (len(message), message))
-        _, _, error, value = self._read()
-        if error:
-            raise BrowserError(error["error"], error["message"])
-        return value["value"] if isinstance(value, dict) and set(value) == {"value"} else value
-
-    def do(self, method, path, value=None):
-        """A command of WebDriver, by the name that Marionette has for it."""
-        kind, _, last = path.rpartition("/")
-        params = dict(value or {})
-        if kind.startswith("element/"):
-            params["id"], path = kind[8:], "element/" + last
-        asked = (method, path) == ("GET", "alert/text")
-        return self._command("GetAlertText" if asked else self.COMMANDS[path], params)
+    def ask(self, method, path, value):
+        if path.endswith("/click"):
+            name, value = "ElementClick", {"id": path.split("/")[1]}
+        elif path == "alert/text":
+            name = "GetAlertText" if method == "GET" else "SendAlertText"
+        else:
+            name = self.COMMANDS[path]
+        message = json.dumps([0, 0, "WebDriver:" + name, value]).encode()
+        self.wire.send(b"%d:%b" % (len(message), message))
+        _, _, error, value = self.read()
+        return bool(error), error or value.get("value", value)
 
     def size(self, width, height, mobile=False):
         """The size of the window."""
@@ -769,17 +683,15 @@ class Firefox(Browser):
 class BrowserCase(ServerCase):
     """Each test has a running server, and all tests have one browser."""
 
-    share, quick, browser = "browser", False, None
+    share, quick, kind, browser = "browser", False, Browser, None
 
     @classmethod
     def setUpClass(cls):
-        missing = Browser.lacks()
+        missing = [program for program in cls.kind.PROGRAMS if not shutil.which(program)]
         if missing:
-            raise unittest.SkipTest(missing)
+            raise unittest.SkipTest("needs " + missing[0])
         super().setUpClass()
-        if BrowserCase.browser is None:
-            BrowserCase.browser = Browser()
-            atexit.register(BrowserCase.browser.close)
+        BrowserCase.browser = BrowserCase.browser or cls.kind()
 
     def setUp(self):
         super().setUp()
@@ -9451,6 +9363,8 @@ class BrowserPageCase(BrowserCase):
     LAST = LINES + ".slice(-1)[0]"
     ROWS = ("return [...document.querySelectorAll('.item')].filter(node => !node.hidden)"
             ".map(node => node.dataset.name.trim())")
+    KEYS = {"Enter": "\ue007", "Escape": "\ue00c", "End": "\ue010", "ArrowUp": "\ue013",
+            "ArrowDown": "\ue015"}
 
     def setUp(self):
         super().setUp()
@@ -9526,13 +9440,14 @@ class BrowserPageCase(BrowserCase):
         field = ".entry input"
         self.browser.wait("const node = document.querySelector(arguments[0]);"
                           "return node && node.checkVisibility() && !node.disabled", field)
+        self.browser.click(field)
         self.enter(field, text)
-        self.browser.keys(self.browser.KEYS["Enter"], field)
+        self.keys("Enter")
 
     def keys(self, *names):
         """Press keys, one after the other, wherever the focus is."""
         for name in names:
-            key = self.browser.KEYS.get(name, name)
+            key = self.KEYS.get(name, name)
             self.browser.do("POST", "actions", {"actions": [
                 {"type": "key", "id": "keyboard", "actions": [
                     {"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]}]})
@@ -10176,20 +10091,11 @@ class BrowserPage(BrowserPageCase):
 class BrowserFirefox(BrowserPageCase):
     """The same in Firefox: what browsers do each in its own way."""
 
-    share, browser = "firefox", None
+    share, kind = "firefox", Firefox
     for _name in ("overview", "form", "output", "tools", "a_progress_bar", "after_a_cut",
                   "keyboard"):
         locals()["test_" + _name] = vars(BrowserPage)["test_" + _name]
     numbers = BrowserPage.numbers
-
-    @classmethod
-    def setUpClass(cls):
-        missing = Firefox.lacks()
-        if missing:
-            raise unittest.SkipTest(missing)
-        super(BrowserCase, cls).setUpClass()
-        cls.browser = Firefox()
-        cls.addClassCleanup(cls.browser.close)
 
 
 @unittest.skipUnless("--pictures" in sys.argv, "only with --pictures")
@@ -10208,7 +10114,7 @@ class BrowserPictures(BrowserPageCase):
         if when:
             self.browser.wait("return " + when)
         with open(os.path.join(self.directory, name + ".png"), "wb") as file:
-            file.write(self.browser.screenshot())
+            file.write(base64.b64decode(self.browser.do("GET", "screenshot")))
 
     def test_pictures(self):
         os.makedirs(self.directory, exist_ok=True)
