@@ -5934,89 +5934,67 @@ class HttpEndpointTable(HttpCase):
 
     def test_welcome(self):
         self.rows(("GET", "/", {"welcome": "gaffer", "version": gaffer.__version__}))
-        _, headers, data = self.server.request("GET", "/", headers={"Accept": "text/html"})
-        self.assertTrue(headers["Content-Type"].startswith("text/html"))
-        self.assertIn(b"<html", data[:200].lower())
-        for name in "a", "b", "c":
+        for name in "abc":
             self.server.manager.add_process(name, "cat", start=False)
         with http_limits(PAGE_EVENTS=2):
-            page = self.server.request("GET", "/", headers={"Accept": "text/html"})[2].decode()
-        events = json.loads(re.search('id="snapshot">(.*?)</script>', page).group(1))["events"]
-        self.assertEqual([event["name"] for event in events], ["b", "c"])
+            _, headers, page = self.server.request("GET", "/", headers={"Accept": "text/html"})
+        self.assertTrue(headers["Content-Type"].startswith("text/html"))
+        snapshot = json.loads(re.search(b'id="snapshot">(.*?)</script>', page).group(1))
+        self.assertEqual([event["name"] for event in snapshot["events"]], ["b", "c"])
 
     def test_processes(self):
+        bad = 400, "invalid_process_info"
         self.rows(
             ("GET", "/processes", []),
             ("POST", "/processes", HTTP_OK, {"name": "b", "cmd": "cat", "redirect_input": True}),
             ("POST", "/processes", HTTP_OK, {"name": "a", "cmd": "sleep 60", "start": False}),
-            ("GET", "/processes", ["b", "a"]),
-            ("GET", "/processes?running=true", [1]),
-            ("GET", "/processes?running=1", [1]),
-            ("GET", "/processes?running=false", ["b", "a"]),
-            ("GET", "/processes?running=perhaps", (400, "bad_value", "running")),
+            ("POST", "/processes", (409, "conflict", "'b'"), {"name": "b", "cmd": "true"}),
+            ("POST", "/processes", (*bad, "unknown field 'comand', did you mean 'cmd'?"),
+             {"name": "c", "comand": "cat"}),
+            ("POST", "/processes", (*bad, "'cmd'"), {"name": "c", "cmd": "/no/such/file x"}),
+            ("GET", "/processes", ["b", "a"]), ("GET", "/processes?running=1", [1]),
             ("GET", "/processes/b/_pids", {"ok": True, "pids": [1]}),
             ("GET", "/processes/a/_pids", {"ok": True, "pids": []}),
-            ("POST", "/processes", (409, "conflict", "'b'"), {"name": "b", "cmd": "true"}),
-            ("DELETE", "/processes/b", HTTP_OK),
-            ("DELETE", "/processes/b", (404, "not_found")),
-            ("GET", "/processes/b", (404, "not_found")),
-            ("GET", "/processes", ["a"]),
-            ("GET", "/processes?running=true", []))
-        self.assertEqual(self.cat("b", numprocesses=2), [2, 3], "a pid comes twice")
-        self.rows(*(("GET", "/processes/" + pid, (404, "not_found"))
-                    for pid in ("0", "1", "4", "9" * 40)))
-
-    def test_refused_templates(self):
-        bad, cat = (400, "invalid_process_info"), {"name": "web", "cmd": "cat"}
-        self.rows(
-            ("POST", "/processes", bad + ("unknown field 'comand', did you mean 'cmd'?",),
-             {"name": "web", "comand": "cat"}),
-            *(("POST", "/processes", bad + ("'%s'" % field,), dict(cat, **{field: value}))
-              for field, value in (("cmd", "/no/such/file x"), ("numprocesses", 1001))),
-            ("GET", "/processes", []))
+            ("DELETE", "/processes/b", HTTP_OK), ("DELETE", "/processes/b", (404, "not_found")),
+            ("GET", "/processes", ["a"]), ("GET", "/processes?running=true", []))
 
     def test_replace(self):
         self.cat("web")
         changed, unchanged = {"ok": True, "changed": True}, {"ok": True, "changed": False}
-        bad, cat = (400, "invalid_process_info"), {"cmd": "cat", "redirect_input": True}
+        created, cat = {"ok": True, "created": True}, {"cmd": "cat", "redirect_input": True}
         for method, info in ("PUT", {"cmd": "sleep 60"}), ("POST", {"cmd": "sleep 61"}):
             pid, path = self.pids()[-1], "/processes/web"
             self.rows((method, path + "?dry_run=true", changed, info))
             self.assertEqual(self.pids(), [pid])
             self.rows((method, path, changed, info))
             until(lambda: self.pids() == [pid + 1], "the new process")
-            self.rows((method, path, unchanged, dict(info, name="web", start=True)),
-                      (method, path, changed, dict(info, priority=pid)))
+            self.rows((method, path, unchanged, dict(info, name="web", start=True)))
         self.rows(
-            ("PUT", "/processes/new", bad + ("'cmd'",), {}),
             ("POST", "/processes/new", (404, "not_found"), cat),
-            ("PUT", "/processes/new?dry_run=true", {"ok": True, "created": True}, cat),
+            ("PUT", "/processes/new?dry_run=true", created, cat),
             ("POST", "/processes?dry_run=true", HTTP_OK, dict(cat, name="other")),
-            ("GET", "/processes", ["web"]),
-            ("PUT", "/processes/new", {"ok": True, "created": True}, cat),
+            ("GET", "/processes", ["web"]), ("PUT", "/processes/new", created, cat),
             ("GET", "/processes", ["web", "new"]))
 
     def test_actions(self):
-        """They may be repeated; numbers and signals are checked, and what a pid has not is 404."""
+        """They may be repeated; numbers (in ASCII) and signals are checked; a pid has but two."""
         self.cat("web")
-        path = "/processes/web/"
-        for action, active in (("_stop", False), ("_start", True), ("_restart", True),
-                               ("_stop", False), ("_restart", True)):
+        path, missing = "/processes/web/", (404, "not_found")
+        for action in "_stop", "_start", "_restart", "_stop", "_restart":
             for _ in range(2):
                 self.rows(("POST", path + action, HTTP_OK))
-                self.assertEqual(self.server.ok("GET", "/status/web")["active"], active, action)
+                active = self.server.ok("GET", "/status/web")["active"]
+                self.assertEqual(active, action != "_stop", action)
         pid, = self.server.add("deaf", python(HTTP_DEAF), redirect_input=True)
         self.assertEqual(next(self.output(pid)), "ready")
         with http_limits(WAIT_EXTRA=-9.9):      # beside graceful_timeout
             self.rows(("POST", "/processes/deaf/_stop?wait=true",
                        (504, "wait_timeout", "in 0.1 seconds")))
         self.rows(
-            ("POST", path + "_stop?wait=soon", (400, "bad_value", "wait")),
-            *(("POST", path + action + number, (400, "bad_value")) for action in ("_add/", "_sub/")
-              for number in ("0", "x", "1e3", "+1", "%20", "00")),
-            *(("POST", path + "_signal/" + name, (400, "bad_value"))
-              for name in ("999", "-9", "%20", "SIG")),
-            ("POST", path + "_signal/", (400, "no_signal_number")),
+            *(("POST", path + action, (400, "bad_value")) for action in (
+                "_add/0", "_sub/1e3", "_add/%20", "_add/1%D9%A3", "_signal/999", "_signal/0",
+                "_signal/SIG", "_signal/%C2%B2")),
+            ("DELETE", "/processes/%C2%B2", missing), ("GET", "/stats/web/%C2%B2", missing),
             ("POST", path + "_add", {"ok": True, "numprocesses": 2}),
             ("POST", path + "_sub/5", {"ok": True, "numprocesses": 0}),
             ("POST", path + "_stop", HTTP_OK),
@@ -6024,31 +6002,13 @@ class HttpEndpointTable(HttpCase):
             *(("POST", "/processes/%d/%s" % (pid, action), (404, "resource_not_found"))
               for action in ("_start", "_restart", "_add", "_sub/1")))
 
-    def test_signal_while_stopping(self):
-        """What is being stopped may need a stronger signal, as may the rest of its group."""
-        shell = {"cmd": "(trap '' TERM; echo ready; sleep 60) & wait", "shell": True}
-        for name, command in ("deaf", python(HTTP_DEAF)), ("shell", shell):
-            pid, = self.server.add(name, command, redirect_input=True, graceful_timeout=TIMEOUT,
-                                   flapping=PROCESS_ONCE)
-            self.assertEqual(next(self.output(pid)), "ready")
-            process = self.server.manager.processes[pid]
-            if name == "deaf":
-                self.rows(("POST", "/processes/deaf/_stop", HTTP_OK),
-                          ("POST", "/processes/deaf/_signal/KILL", HTTP_OK))
-            else:
-                self.rows(("POST", "/processes/%d/_signal/KILL" % pid, HTTP_OK))
-                until(lambda: process.exited, "the end of the shell")
-                self.rows(("POST", "/processes/%d/_signal/KILL?group=true" % pid, HTTP_OK))
-            until(lambda: process.gone, "the end of the group", TIMEOUT / 2)
-            self.rows(("POST", "/processes/%d/_signal/KILL" % pid, (404, "not_found")))
-
     def test_status(self):
-        for path, expected in (("_start", (True, 2, 2, 2)), ("_stop", (False, 0, 2, 2))):
-            self.server.ok("PUT", "/processes/web", {"cmd": "sleep 60", "numprocesses": 2})
-            self.server.ok("POST", "/processes/web/" + path)
+        self.server.add("web", "sleep 60", numprocesses=2)
+        for action, *expected in ("_start", True, 2, 2, 2), ("_stop", False, 0, 2, 2):
+            self.server.ok("POST", "/processes/web/" + action)
             status = self.server.ok("GET", "/status/web")
-            self.assertEqual(tuple(map(status.get, (
-                "active", "running", "numprocesses", "max_processes"))), expected)
+            self.assertEqual([status[field] for field in (
+                "active", "running", "numprocesses", "max_processes")], expected)
         self.rows(("GET", "/status/wep", (404, "not_found", "did you mean 'web'")))
 
     def test_stats(self):
@@ -6064,7 +6024,7 @@ class HttpEndpointTable(HttpCase):
         self.assertEqual((entry["id"], entry["pid"]),
                          (1, self.server.ok("GET", "/processes/1")["os_pid"]))
         self.rows(*(("GET", path, (404, "not_found")) for path in (
-            "/stats/nobody", "/stats/off/1", "/stats/web/9", "/stats/web/web")))
+            "/stats/nobody", "/stats/off/1", "/stats/web/web")))
 
     def test_groups(self):
         names = "shop:web", "alone", "shop:worker", "blog:web"
@@ -6072,49 +6032,47 @@ class HttpEndpointTable(HttpCase):
         for name in names:
             self.cat(name)
         self.rows(("GET", "/groups", ["shop", "blog"]),
-                  ("GET", "/groups/shop", ["shop:web", "shop:worker"]))
+                  ("GET", "/groups/shop/", ["shop:web", "shop:worker"]))
         for action, active in (("_stop", False), ("_start", True), ("_restart?wait=true", True)):
             self.rows(("POST", "/groups/shop/" + action, HTTP_OK))
             self.assertEqual([self.server.ok("GET", "/status/" + name)["active"] for name in names],
                              [active, True, active, True])
         self.rows(("DELETE", "/groups/shop", HTTP_OK), ("GET", "/processes", ["alone", "blog:web"]),
                   ("GET", "/groups/shop", (404, "not_found")),
-                  ("DELETE", "/groups/alone", (404, "not_found")),
-                  ("POST", "/groups/x/_start", (404, "not_found")))
+                  ("DELETE", "/groups/alone", (404, "not_found")))
 
-    def test_trailing_slash(self):
-        self.cat("g:web")
-        self.rows(("GET", "/groups/g/", ["g:web"]), ("POST", "/processes/g:web/_stop/", HTTP_OK),
-                  ("GET", "/processes//_pids", (404, "not_found")),
-                  ("GET", "//ping", (404, "resource_not_found")))
+    def test_ready(self):
+        """What is active and is not as it is wanted is named; nothing is, while gaffer stops."""
+        good = 200, {"ready": True, "waiting": []}
+        bad = 503, {"ready": False, "waiting": ["ends"]}
+        self.cat("web", numprocesses=2)
+        self.cat("off", start=False)
+        self.assertEqual(self.server.json("GET", "/readyz"), good)
+        self.server.add("ends", "true", flapping={"attempts": 1, "retry_in": 1000})
+        until(lambda: self.server.json("GET", "/readyz") == bad, "the end of the process")
+        self.server.ok("POST", "/processes/ends/_stop")
+        self.assertEqual(self.server.json("GET", "/readyz"), good)
+        with unittest.mock.patch.object(self.server.manager, "stopping", True):
+            self.assertEqual(self.server.json("GET", "/readyz")[0], 503)
 
     def test_head(self):
         """The head of GET; at once where GET waits, and then without a length (RFC 9110, 8.6)."""
-        self.server.add("g:web", "echo hello", flapping={"attempts": 1, "retry_in": 1000})
-        self.server.wait_event("exit")
-        pid, = self.cat("g:cat")
-        for path in ("/", "/processes/g:cat", "/watch?since=0", "/streams/1/stdout", "/nothing",
-                     "/wstreams/%d" % pid, "/watch?feed=continuous", "/stats?feed=eventsource",
-                     "/streams/2/stdout?feed=eventsource&since=0"):
+        self.cat("web")
+        for path in ("/", "/nothing", "/watch?since=0", "/wstreams/1", "/watch?feed=eventsource",
+                     "/streams/1/stdout?feed=continuous"):
             with self.subTest(path=path):
-                get = self.wire().request(path).head()
-                head = self.wire().request(path, method="HEAD")
-                self.assertEqual(head.answer("HEAD")[0], get.status)
-                for headers in get.headers, head.headers:
-                    del headers["Date"]
-                    if path.startswith(("/stat", "/processes/g:cat")):
-                        del headers["Content-Length"], headers["Gaffer-Offset"]     # of usage
-                self.assertEqual(sorted(head.headers.items()), sorted(get.headers.items()))
+                wires = [self.wire(path, method=method) for method in ("GET", "HEAD")]
+                get, head = ([each for each in sorted(wire.headers.items()) if each[0] != "Date"]
+                             for wire in wires)
+                self.assertEqual((wires[1].status, head), (wires[0].status, get))
                 if "feed" in path:
-                    self.assertEqual(head.file.read(), b"")
+                    self.assertEqual(wires[1].file.read(), b"")
                 else:
-                    self.assertOpen(head)
-        for path in ("/watch", "/streams/2/stdout", "/streams/g:cat/stdout",
-                     "/stats?feed=longpoll&interval=1000"):
+                    self.assertOpen(wires[1])
+        for path in "/watch", "/streams/1/stdout", "/stats?feed=longpoll&interval=1000":
             with self.subTest(path=path):
-                head = self.wire().request(path, method="HEAD")
-                self.assertEqual(head.answer("HEAD")[0], 200)
-                self.assertNotEqual(head.headers["Content-Length"], "0")
+                head = self.wire(path, method="HEAD")
+                self.assertEqual((head.status, head.headers["Content-Length"]), (200, None))
                 self.assertOpen(head)
 
 
@@ -6125,67 +6083,58 @@ class HttpMetrics(HttpCase):
                "wsgi": {"/wsgi": lambda environ, start: start("404 Not Found", []) and [b"gone"]}}
 
     def metrics(self):
-        """{name and labels: number}"""
+        """{name without its prefix, and labels: number}"""
         status, headers, data = self.server.request("GET", "/metrics")
         self.assertEqual((status, headers["Content-Type"]),
                          (200, "text/plain; version=0.0.4; charset=utf-8"))
         found = prom_parse(data)
         self.assertTrue(all(name.startswith(("gaffer_", "process_")) for name in found), found)
-        return {sample + "".join(" " + value for _, value in labels): number
+        return {sample.replace("gaffer_", "") + "".join(" " + value for _, value in labels): number
                 for _, samples in found.values() for (sample, labels), number in samples.items()}
 
-    def assertMetrics(self, expected):
-        """Some of the values: {name without its prefix, and labels: number}."""
+    def assertMetrics(self, **expected):
+        """Some of the values."""
         found = self.metrics()
-        self.assertEqual({name: found["gaffer_" + name] for name in expected}, expected)
+        self.assertEqual({**found, **expected}, found)
 
     def test_processes(self):
         command = python("import sys; sys.exit(sys.stdin.read() and 7)")
         self.server.add("web", command, redirect_input=True, numprocesses=2,
                         flapping={"attempts": 9})
         self.cat("off", start=False, numprocesses=5)
-        self.server.add("later", "sleep 60", ready={"exec": "false"})
-        self.assertMetrics({
+        self.server.add("deaf", "sleep 60", redirect_input=True, ready={"exec": "false"})
+        self.server.request("POST", "/streams/3/stdin", bytes(1000000))
+        waits = self.metrics()["input_waiting_bytes deaf stdin 3"]
+        self.assertTrue(900000 <= waits < 1000000, waits)
+        self.assertMetrics(**{
             "processes web running": 2, "processes web stopping": 0, "processes off running": 0,
-            "processes web waiting": 0, "processes_wanted web": 2, "processes_wanted off": 0,
-            "processes_ready web": 2, "processes_ready off": 0, "processes_ready later": 0,
-            "processes_wanted later": 1})
+            "processes_wanted web": 2, "processes_wanted off": 0, "processes_wanted deaf": 1,
+            "processes_ready web": 2, "processes_ready deaf": 0})
         self.server.request("POST", "/streams/1/stdin", b"x")
         self.server.request("DELETE", "/streams/1/stdin")
         self.server.ok("POST", "/processes/2/_signal/KILL")
-        until(lambda: self.metrics()["gaffer_process_restarts_total web"] == 2)
-        self.assertMetrics({"process_exits_total web 7 0": 1, "process_exits_total web 0 9": 1})
+        until(lambda: self.metrics()["process_restarts_total web"] == 2)
+        self.assertMetrics(**{"process_exits_total web 7 0": 1, "process_exits_total web 0 9": 1})
         self.server.ok("DELETE", "/processes/web")
-        self.assertNotIn("gaffer_processes_wanted web", self.metrics())
-
-    def written(self, size):
-        """Write bytes through a cat, in lines, until all are in its window."""
-        done = self.metrics()["gaffer_stream_bytes_total web stdout"]
-        for _ in range(0, size, 1 << 18):
-            self.server.ok("POST", "/streams/web/stdin", (b"x" * 1023 + b"\n") * (1 << 8))
-            done += 1 << 18
-            until(lambda: self.metrics()["gaffer_stream_bytes_total web stdout"] == done)
+        self.assertNotIn("processes_wanted web", self.metrics())
 
     def test_cut_reader(self):
         """What a slow reader that is cut has missed is counted."""
         self.cat("web")
         wire = self.wire("/streams/1/stdout?feed=continuous&since=0", receive_buffer=4096)
-        self.written(8 * gaffer.MIB)            # more than the sockets hold
+        line, size = b"x" * 1023 + b"\n", 8 * gaffer.MIB        # more than the sockets hold
+        for done in range(1 << 18, size + 1, 1 << 18):
+            self.server.ok("POST", "/streams/web/stdin", line * (1 << 8))
+            until(lambda: self.metrics()["stream_bytes_total web stdout"] == done)
         data, whole = wire.chunks()
         self.assertFalse(whole)
-        lost = self.metrics()["gaffer_stream_dropped_bytes_total web stdout"]
+        lost = self.metrics()["stream_dropped_bytes_total web stdout"]
         self.assertGreater(lost, 0)
-        self.assertLessEqual(len(data) + lost, 8 * gaffer.MIB)
-
-    def test_waiting_input(self):
-        self.server.add("deaf", "sleep 1000", redirect_input=True)
-        self.server.request("POST", "/streams/1/stdin", b"x" * 1000000)
-        waits = self.metrics()["gaffer_input_waiting_bytes deaf stdin 1"]
-        self.assertTrue(900000 <= waits < 1000000, waits)
+        self.assertLessEqual(len(data) + lost, size)
 
     def test_requests(self):
         self.cat("web")
-        pings = self.metrics()["gaffer_http_requests_total GET 200"]
+        pings = self.metrics()["http_requests_total GET 200"]
         for method, path in [("GET", "/ping")] * 3 + [
                 ("POST", "/slow"), ("GET", "/nothing"), ("GET", "/wsgi"), ("FOO", "/"),
                 ("BAR", "/"), ("GET", "/watch?timeout=0"), ("HEAD", "/watch?feed=continuous")]:
@@ -6195,53 +6144,50 @@ class HttpMetrics(HttpCase):
         poll = self.wire().request("/streams/1/stdout")
         self.parked()
         found = self.metrics()
-        self.assertEqual([found["gaffer_http_streams " + kind] for kind in (
-            "longpoll", "websocket")], [1, 1])
-        answers = {labels[27:]: count for labels, count in found.items()
-                   if labels.startswith("gaffer_http_requests_total")}
+        self.assertEqual([found["http_streams longpoll"], found["http_streams websocket"]], [1, 1])
+        answers = {labels[20:]: count for labels, count in found.items()
+                   if labels.startswith("http_requests_total")}
         self.assertEqual(answers.pop("GET 200") - pings, 4)     # one is the first of /metrics
         self.assertEqual(answers, {
             "POST 202": 1, "GET 404": 2, "other 501": 2, "other 400": 1, "GET 204": 1,
             "HEAD 200": 1, "GET 101": 1, "POST 200": 1})
         # the rest has waited: a poll, a feed, a websocket, an application, a bad head
-        self.assertEqual(found["gaffer_http_request_seconds_count"],
+        self.assertEqual(found["http_request_seconds_count"],
                          sum(answers.values()) + pings + 4 - 5)
-        self.assertGreaterEqual(found["gaffer_http_connections"], 3)
+        self.assertGreaterEqual(found["http_connections"], 3)
         poll.close()
-        until(lambda: not self.metrics()["gaffer_http_streams longpoll"], "the end of the poll")
+        until(lambda: not self.metrics()["http_streams longpoll"], "the end of the poll")
 
     def test_itself(self):
         self.cat("web")
+        until(lambda: self.metrics()["process_cpu_seconds_total"], "a clock's tick")
         found = self.metrics()
-        python_version = ".".join(map(str, sys.version_info[:3]))
-        self.assertEqual(found["gaffer_info %s %s" % (gaffer.__version__, python_version)], 1)
-        self.assertEqual(found["gaffer_events_total"], 3)
+        python_version = "%d.%d.%d" % sys.version_info[:3]
+        self.assertEqual(found["info %s %s" % (gaffer.__version__, python_version)], 1)
+        self.assertEqual(found["events_total"], 3)
         self.assertLess(abs(found["process_start_time_seconds"] - time.time()), TIMEOUT)
-        self.assertGreater(found["process_resident_memory_bytes"], 2 ** 20)
-        self.assertGreater(found["process_virtual_memory_bytes"],
-                           found["process_resident_memory_bytes"])
-        until(lambda: self.metrics()["process_cpu_seconds_total"] > 0, "a clock's tick")
         self.assertLessEqual(abs(found["process_open_fds"] - len(open_descriptors())), 4)
-        self.assertGreater(found["process_max_fds"], found["process_open_fds"])
-        self.assertGreater(found["gaffer_loop_turns_total"], 0)
+        for less, more in (("open_fds", "max_fds"),
+                           ("resident_memory_bytes", "virtual_memory_bytes")):
+            self.assertTrue(0 < found["process_" + less] < found["process_" + more])
+        self.assertGreater(found["loop_turns_total"], 0)
 
 
-class HttpAccessLog(HttpCase):
-    """--access-log: a line for each request."""
+class HttpLogs(HttpCase):
+    """--access-log, a line for each request; and the server's own log, on stderr or in a file."""
 
     TOKEN = "s\u00e9cret/ +x"
-    bearer = {"Authorization": "Bearer " + TOKEN.encode().decode("latin-1")}
 
     def setUp(self):
         Case.setUp(self)
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
-        self.path = os.path.join(folder.name, "access.log")
+        self.path = os.path.join(folder.name, "log")
 
     def serve_logged(self, path=None, **options):
-        """The server logs to a file."""
+        """The server has an access log."""
         self.server = self.serve("127.0.0.1:0", access_log=gaffer.AccessLog(path or self.path),
-                                 wsgi={"/wsgi": HttpMetrics.options["wsgi"]["/wsgi"]}, **options)
+                                 wsgi=HttpMetrics.options["wsgi"], **options)
 
     def lines(self, count):
         """The lines of the file, once there are so many."""
@@ -6251,14 +6197,13 @@ class HttpAccessLog(HttpCase):
 
     def test_requests(self):
         self.serve_logged()
-        began = int(time.time())
-        expected = []
-        for method, target, headers, logged in (
+        began, expected = int(time.time()), []
+        for method, target, headers, *logged in (
                 ("GET", "/ping?_x=%22y", ("User-Agent: me", "Referer: http://there/"),
-                 (200, 2, "http://there/", "me")),
-                ("HEAD", "/ping", (), (200, 0, "-", "-")),
-                ("GET", "/watch?timeout=0", (), (204, 0, "-", "-")),
-                ("GET", "/wsgi/x", (), (404, 4, "-", "-"))):
+                 200, 2, "http://there/", "me"),
+                ("HEAD", "/ping", (), 200, 0, "-", "-"),
+                ("GET", "/watch?timeout=0", (), 204, 0, "-", "-"),
+                ("GET", "/wsgi/x", (), 404, 4, "-", "-")):
             self.ask(method, target, *headers)
             expected.append(("127.0.0.1", "%s %s HTTP/1.1" % (method, target), *logged))
             self.lines(len(expected))           # what has a thread is logged when that ends
@@ -6266,10 +6211,11 @@ class HttpAccessLog(HttpCase):
         expected.append(("127.0.0.1", "-", 400, len(refusal[2]), "-", "-"))
         lines = self.lines(5)
         self.assertEqual([(line[0], *line[2:]) for line in lines], expected)
-        for line in lines:
-            moment = time.mktime(time.strptime(line[1][:-6], "%d/%b/%Y:%H:%M:%S"))
-            self.assertTrue(began <= moment <= time.time(), line)
-            self.assertEqual(line[1][-5:], time.strftime("%z"))
+        moment = time.mktime(time.strptime(lines[0][1][:-6], "%d/%b/%Y:%H:%M:%S"))
+        self.assertTrue(began <= moment <= time.time(), lines)
+        os.rename(self.path, self.path + ".1")
+        self.server.request("GET", "/ping?2")
+        self.assertEqual(self.lines(1)[0][2], "GET /ping?2 HTTP/1.1")
 
     def test_streams(self):
         """They have their line at their end."""
@@ -6291,69 +6237,50 @@ class HttpAccessLog(HttpCase):
             ("GET /streams/1/stdout?since=6 HTTP/1.1", 499, 0)})
 
     def test_token(self):
+        """It is never written, however a client sends it."""
         self.serve_logged(token=self.TOKEN)
-        basic = "Basic " + base64.b64encode((":" + self.TOKEN).encode()).decode()
+        basic = base64.b64encode((":" + self.TOKEN).encode()).decode()
         quoted = urllib.parse.quote(self.TOKEN, "")
-        for headers in (self.bearer, {"Authorization": basic}, {"User-Agent": basic},
+        for headers in ({"Authorization": "Basic " + basic}, {"User-Agent": basic},
                         {"Referer": "http://u:%s@h/" % quoted}):
             self.server.request("GET", "/processes?token=" + quoted, headers=headers)
         self.server.stop_all()
         text = cli_read(self.path)
-        self.assertEqual((text.count("\n"), text.count("token=*** ")), (4, 4))
-        for secret in "cret", basic.partition(" ")[2]:
+        self.assertEqual((text.count("\n"), text.count("token=*** ")), (3, 3))
+        for secret in "cret", basic:
             self.assertNotIn(secret, text)
 
-    def test_moved_file(self):
-        self.serve_logged()
-        self.server.request("GET", "/ping?1")
-        self.lines(1)
-        os.rename(self.path, self.path + ".1")
-        self.server.request("GET", "/ping?2")
-        self.assertEqual(self.lines(1)[0][2], "GET /ping?2 HTTP/1.1")
-        self.assertEqual(len(access_lines(cli_read(self.path + ".1"))), 1)
-
-    def test_full_pipe(self):
-        """Who reads the log too slowly loses lines, and holds up nobody."""
+    def test_that_cannot_be_written(self):
+        """On a full disk, and where nobody reads it, lines are lost, and nobody is held up."""
         os.mkfifo(self.path)
         pipe = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)
         self.addCleanup(os.close, pipe)
-        with contextlib.suppress(BlockingIOError):
-            while os.write(pipe, b"x" * 4096):
-                pass
-        with http_limits(LOG_SIZE=1000, LOG_END=0.05), \
-                self.assertLogs("gaffer", "WARNING") as logged:
-            self.serve_logged()
-            while not logged.output:
-                self.assertEqual(self.server.request("GET", "/ping")[0], 200)
-            self.server.stop_all()
-        self.assertRegex(logged.output[0], "cannot be written: nobody takes it; 1 lines")
-
-    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
-    def test_full_disk(self):
-        self.serve_logged("/dev/full")
-        with self.assertLogs("gaffer", "WARNING") as logged:
-            for _ in range(3):
-                self.assertEqual(self.server.request("GET", "/ping")[0], 200)
-            until(lambda: logged.output)
-            self.server.stop_all()
-        self.assertEqual(len(logged.output), 1)
-        self.assertRegex(logged.output[0], "access log ./dev/full. cannot be written: "
-                         "no space left on device; [1-3] lines")
-
-
-class CliLogFile(Case):
-    """The server's log, on stderr or in a file."""
-
-    def setUp(self):
-        super().setUp()
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.path = os.path.join(folder.name, "log")
+        self.fill(pipe)
+        for path, reason in ((self.path, "nobody takes it"),
+                             ("/dev/full", "no space left on device")):
+            with self.subTest(path), http_limits(LOG_SIZE=1000, LOG_END=0.05), \
+                    self.assertLogs("gaffer", "WARNING") as logged:
+                self.serve_logged(path)
+                while not logged.output:
+                    self.assertEqual(self.server.request("GET", "/ping")[0], 200)
+                self.server.stop_all()
+            self.assertEqual(len(logged.output), 1)
+            self.assertIn("the access log '%s' cannot be written: %s; 1 lines" % (path, reason),
+                          logged.output[0])
 
     @staticmethod
     def emit(handler, text):
         """Log a line."""
         handler.emit(logging.makeLogRecord({"msg": text}))
+
+    @staticmethod
+    def fill(fd):
+        """Fill a pipe. Return by how many bytes."""
+        filled = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                filled += os.write(fd, b"-")
+        return filled
 
     def test_full_pipe(self):
         """Nothing waits for it: not the start, not a line, not the end."""
@@ -6364,7 +6291,7 @@ class CliLogFile(Case):
         with contextlib.closing(os.fdopen(read, "rb", 0)) as pipe, http_limits(
                 LOG_SIZE=8192, LOG_END=0.05):
             handler = gaffer.LogHandler(self.path)
-            filled, count, data = self.fill(handler), 0, b""
+            filled, count, data = self.fill(handler.writer.fd), 0, b""
             while not handler.writer.full:
                 self.emit(handler, "line %d" % count)
                 count += 1
@@ -6377,20 +6304,11 @@ class CliLogFile(Case):
                 data += pipe.read(65536) or b""
             self.assertEqual(data[filled:], b"".join(b"line %d\n" % n for n in range(count))
                              + b"gaffer: 7 lines of this log were dropped here\nmore\n")
-            self.fill(handler)
+            self.fill(handler.writer.fd)
             self.emit(handler, "the end")
             handler.close()                     # waits no longer than it may
             while handler.writer._thread.is_alive():
                 pipe.read(65536)
-
-    @staticmethod
-    def fill(handler):
-        """Fill the pipe behind a handler. Return by how many bytes."""
-        filled = 0
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                filled += os.write(handler.writer.fd, b"-")
-        return filled
 
     def test_reopened_at_once(self):
         """Each descriptor is closed once, by its owner: it may be a client's socket by then."""
@@ -6408,57 +6326,17 @@ class CliLogFile(Case):
             while not end.is_set():
                 with open(os.devnull, "rb"):
                     pass
-        threads = [threading.Thread(target=borrow),
-                   *(threading.Thread(target=reopen) for _ in range(3))]
-        for thread in threads:
-            thread.start()
-        for thread in threads[1:]:
-            thread.join(TIMEOUT)
-        end.set()
-        threads[0].join(TIMEOUT)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            borrowed, *reopened = [pool.submit(each) for each in (borrow, reopen, reopen, reopen)]
+            concurrent.futures.wait(reopened)
+            end.set()
+            for each in [borrowed, *reopened]:
+                each.result()
         self.emit(handler, "the end")
         until(lambda: "the end" in cli_read(self.path), "the last line")
         self.assertEqual([what for fd, what in open_descriptors().items() if fd not in before],
                          [self.path])
         handler.close()
-
-
-class HttpProbes(HttpCase):
-    """/ping, /healthz and /readyz."""
-
-    options = {"token": "secret"}
-
-    def ready(self):
-        """(whether it says so, what it waits for)."""
-        status, value = self.server.json("GET", "/readyz", None, {"Authorization": "Bearer secret"})
-        self.assertEqual(status, 200 if value["ready"] else 503)
-        return value["ready"], value["waiting"]
-
-    def test_health(self):
-        """It needs no token."""
-        for path, (method, body) in itertools.product(("/ping", "/healthz"), (
-                ("GET", b"OK"), ("HEAD", b""))):
-            status, headers, data = self.server.request(method, path)
-            self.assertEqual((status, headers["Content-Type"], data), (200, "text/plain", body))
-        self.rows(*((method, path, (401, "unauthorized")) for method, path in (
-            ("POST", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"),
-            ("GET", "/openapi.json"))))
-
-    def test_ready(self):
-        self.assertEqual(self.ready(), (True, []))
-        manager = self.server.manager
-        manager.add_process("web", "cat", redirect_input=True, numprocesses=2)
-        manager.add_process("off", "cat", start=False)
-        self.assertEqual(self.ready(), (True, []))
-        manager.add_process("ends", "true", flapping={"attempts": 1, "retry_in": 1000})
-        until(lambda: self.ready() == (False, ["ends"]), "the end of the process")
-        manager.stop_template("ends")
-        self.assertEqual(self.ready(), (True, []))
-
-    def test_stopping(self):
-        self.server.manager.loop.call(setattr, self.server.manager, "stopping", True)
-        self.assertEqual(self.ready(), (False, []))
-        self.server.manager.loop.call(setattr, self.server.manager, "stopping", False)
 
 
 class HttpOpenapi(HttpCase):
@@ -6486,11 +6364,10 @@ class HttpOpenapi(HttpCase):
         """What a validator does not ask for."""
         described = gaffer.openapi(gaffer.ROUTES, True)
         for path, methods in described["paths"].items():
-            for method, operation in methods.items():
-                with self.subTest(path=path, method=method):
-                    self.assertRegex(operation["summary"], "^[A-Z].{8,}")
-                    self.assertIn("default", operation["responses"])
-                    self.assertEqual("security" in operation, path in gaffer.OPEN_PATHS)
+            for operation in methods.values():
+                self.assertRegex(operation["summary"], "^[A-Z].{8,}", path)
+                self.assertIn("default", operation["responses"], path)
+                self.assertEqual("security" in operation, path in gaffer.OPEN_PATHS, path)
         fields = described["components"]["schemas"]["Template"]["properties"]
         self.assertEqual(list(fields), list(gaffer.OPTIONS))
         bare = gaffer.operation()(lambda api, request, query: "x")      # as all are with -OO
@@ -6501,60 +6378,41 @@ class HttpOpenapi(HttpCase):
         used = {name for _, methods in gaffer.ROUTES for method, handler in methods.items()
                 if method != "*" for name in handler.query}
         self.assertEqual(used, set(gaffer.PARAMETERS))
-        bad_digits = ("\u0663", "\xb2")
         for name, good, bad in (
                 ("feed", {"longpoll": "longpoll"}, ("", "x", "Longpoll")),
-                ("running", {"true": True, "1": True, "false": False, "0": False},
-                 ("", "yes", "True")),
-                ("timeout", {"0": 0.0, "1.5": 1.5, ".5": 0.5, "5.": 5.0, "0000000000012": 12.0,
+                ("running", {"true": True, "1": True, "false": False, "0": False}, ("", "yes")),
+                ("timeout", {"0": 0.0, ".5": 0.5, "5.": 5.0, "0000000000012": 12.0,
                              "9.999912345678": 9.999912345678},
-                 ("", "-1", "+1", "1e3", "nan", "inf", "1,5", "9" * 400, *bad_digits)),
-                ("heartbeat", {"true": 60.0, "false": None, "0.1": 0.1},
-                 ("0", "soon", "0.05", "", *bad_digits)),
-                ("wait", {"true": True, "2": 2.0}, ("x", *bad_digits)),
-                ("interval", {"0.1": 0.1}, ("0", *bad_digits)),
-                ("tail", {"all": math.inf, "0": 0, "12": 12},
-                 ("-1", "1.0", "", "9" * 10, *bad_digits)),
+                 ("", "-1", "+1", "1e3", "nan", "inf", "1,5", "9" * 400, "\u0663", "\xb2")),
+                ("heartbeat", {"true": 60.0, "false": None, "0.1": 0.1}, ("0", "soon", "0.05")),
+                ("wait", {"true": True, "2": 2.0}, ("x", "\xb2")),
+                ("interval", {"0.1": 0.1}, ("0",)),
+                ("tail", {"all": math.inf, "12": 12}, ("-1", "1.0", "", "9" * 10, "\xb2")),
                 ("loss", {"skip": "skip"}, ("cut", "")),
-                ("since", {"": None}, ("x", "-1", "1@", "1@x@", "1.0", *bad_digits))):
-            for text, wanted in good.items():
-                with self.subTest(name=name, text=text):
-                    request = pure_request(target="/?%s=%s" % (name, text))
-                    self.assertEqual(getattr(gaffer.parse_query(request, (name,)), name), wanted)
-            for text in bad:
+                ("since", {"": None}, ("x", "-1", "1@", "1@x@", "1.0", "\u0663"))):
+            def parse(text, name=name):
                 request = pure_request(target="/?%s=%s" % (name, urllib.parse.quote(text)))
-                with self.subTest(name=name, text=text[:20]), self.assertRaisesRegex(
-                        gaffer.BadValue, "^'%s' must be " % name):
-                    gaffer.parse_query(request, (name,))
+                return getattr(gaffer.parse_query(request, (name,)), name)
+            self.assertTable(parse, [*good.items(), *((text, gaffer.BadValue) for text in bad)])
         request = pure_request(target="/?_=7")
         self.assertEqual(vars(gaffer.parse_query(request, ("feed",))), {"feed": None})
-
-    def test_unknown_parameters(self):
-        """Or a wrong value of one that this feed does not use."""
         self.rows(*((method, target, (400, "bad_value", words)) for method, target, words in (
             ("GET", "/streams?tail=all&grep=hello", "unknown parameter 'grep'"),
-            ("GET", "/ping?x=1", "takes none"),
             ("GET", "/watch?feed=longpoll&heartbeat=soon", "0.1 to 10000000, true or false"),
             ("POST", "/processes?dry=1", "did you mean 'dry_run'?"))))
         self.assertEqual(self.ask("GET", "/ping?_=1&_x=2")[0], 200)
 
     def test_valid(self):
+        """So a validator says; and the schema of a template takes and refuses what gaffer does."""
         try:
+            import jsonschema
             import openapi_spec_validator
         except ImportError:
             self.skipTest("needs openapi-spec-validator from PyPI")
         described = json.loads(json.dumps(gaffer.openapi(gaffer.ROUTES, True)))
         openapi_spec_validator.validate(
             described, cls=openapi_spec_validator.OpenAPIV31SpecValidator)
-
-    def test_schema(self):
-        """It takes and refuses what gaffer does."""
-        try:
-            import jsonschema
-        except ImportError:
-            self.skipTest("needs jsonschema from PyPI")
-        schema = gaffer.openapi(gaffer.ROUTES, False)["components"]["schemas"]["Template"]
-        validator = jsonschema.Draft202012Validator(schema)
+        validator = jsonschema.Draft202012Validator(described["components"]["schemas"]["Template"])
         for fields in (
                 {}, {"args": "a b"}, {"args": 1}, {"env": {"A": 1, "B": "b"}}, {"env": {"A": True}},
                 {"numprocesses": 1001}, {"numprocesses": 1.5}, {"name": "1"}, {"name": "a:b"},
@@ -6574,56 +6432,44 @@ class HttpOpenapi(HttpCase):
 class HttpMethods(HttpCase):
     """405 with Allow, OPTIONS, and what is no route."""
 
-    ALLOWED = {
-        "GET, HEAD, OPTIONS": "/ /ping /processes/web/_pids /status/web /stats /stats/web "
-                              "/stats/web/1 /groups /watch /watch/exit /watch/proc/web "
-                              "/watch/proc/web/exit /streams/1/stdout /wstreams/1",
-        "GET, HEAD, POST, OPTIONS": "/processes",
-        "GET, HEAD, POST, PUT, DELETE, OPTIONS": "/processes/web",
-        "GET, HEAD, DELETE, OPTIONS": "/processes/1 /groups/g",
-        "POST, DELETE, OPTIONS": "/streams/1/stdin",
-        "GET, HEAD, POST, DELETE, OPTIONS": "/streams/1/chat",
-        "POST, OPTIONS": "/processes/web/_start /processes/web/_stop /processes/1/_stop "
-                         "/processes/web/_restart /processes/web/_add /processes/web/_add/2 "
-                         "/processes/web/_sub /processes/web/_sub/2 /processes/web/_signal "
-                         "/processes/web/_signal/TERM /groups/g/_start /groups/g/_stop "
-                         "/groups/g/_restart",
-    }
-
     def test_wrong_methods(self):
         """No action can be had by a link or an image, whatever that claims to override."""
         self.cat("web", custom_streams=["chat"])
-        for allow, paths in self.ALLOWED.items():
-            for path in paths.split():
-                methods = {"GET", "POST", "PUT", "DELETE", "PATCH"} - set(allow.split(", "))
-                for method in methods:
-                    with self.subTest(method=method, path=path):
-                        answer = self.ask(method, path, "X-HTTP-Method-Override: POST")
-                        self.assertCode(answer, 405, "method_not_allowed")
-                        self.assertEqual(answer[1]["Allow"], allow)
+        for allow, paths in {
+                "GET, HEAD, OPTIONS": "/ /processes/web/_pids /watch/proc/web /streams/1/stdout",
+                "GET, HEAD, POST, OPTIONS": "/processes",
+                "GET, HEAD, POST, PUT, DELETE, OPTIONS": "/processes/web",
+                "GET, HEAD, DELETE, OPTIONS": "/processes/1 /groups/g",
+                "POST, DELETE, OPTIONS": "/streams/1/stdin",
+                "GET, HEAD, POST, DELETE, OPTIONS": "/streams/1/chat",
+                "POST, OPTIONS": "/processes/web/_stop /processes/1/_stop /processes/web/_sub/2 "
+                                 "/processes/web/_signal/TERM /groups/g/_stop"}.items():
+            for path, method in itertools.product(paths.split(), (
+                    {"GET", "POST", "PUT", "DELETE", "PATCH"} - set(allow.split(", ")))):
+                with self.subTest(method=method, path=path):
+                    answer = self.ask(method, path, "X-HTTP-Method-Override: POST")
+                    self.assertCode(answer, 405, "method_not_allowed")
+                    self.assertEqual(answer[1]["Allow"], allow)
         self.assertCode(self.ask("get", "/ping"), 501, "method_not_allowed")
         self.assertEqual(self.server.ok("GET", "/processes?running=true"), [1])
 
     def test_options(self):
         """204 without a body, on every path and on none."""
-        for path in "/processes/nobody", "/streams/1/stdin", "/nothing", "/?a=1&a=2", "*":
-            with self.subTest(path=path):
-                wire = self.wire(path, method="OPTIONS")
-                self.assertEqual((wire.status, wire.headers["Content-Length"]), (204, None))
-                self.assertOpen(wire)
+        for path in "/streams/1/stdin", "/nothing", "/?a=1&a=2", "*":
+            wire = self.wire(path, method="OPTIONS")
+            self.assertEqual((wire.status, wire.headers["Content-Length"]), (204, None), path)
+            self.assertOpen(wire)
         self.assertRefused(http_bytes("GET", "*"))      # RFC 9112 section 3.2.4
 
     def test_no_route(self):
         self.cat("web")
         self.rows(*((method, path, (404, "resource_not_found")) for path in (
-            "/nothing", "/processes/web/_nothing", "/processes/web/_add/1/2", "/groups/g/_add",
-            "/Processes") for method in ("GET", "POST", "PATCH")))
+            "/processes/web/_nothing", "/processes/web/_add/1/2", "/groups/g/_add", "/Processes",
+            "//ping") for method in ("GET", "POST")))
 
 
 class HttpErrorTable(HttpCase):
     """Every code of the contract's table of errors, each by a real request."""
-
-    options = {"handlers": [("/boom", lambda request: 1 / 0)]}
 
     def test_every_code(self):
         self.cat("web")
@@ -6634,23 +6480,22 @@ class HttpErrorTable(HttpCase):
         deaf, = self.server.add("deaf", python(HTTP_DEAF), redirect_input=True,
                                 graceful_timeout=TIMEOUT)
         self.assertEqual(next(self.output(deaf)), "ready")
-        with unittest.mock.patch.object(gaffer.os, "kill", side_effect=PermissionError(1, "no")):
-            answer = self.ask("POST", "/processes/quiet/_signal/USR1")
-        self.assertCode(answer, 403, "forbidden")
-        fault = unittest.mock.Mock(side_effect=KeyError)
-        with unittest.mock.patch.object(self.server.manager, "find_template", fault), \
-                self.assertLogs("gaffer", "ERROR"):
-            self.assertCode(self.ask("GET", "/status/web"), 500, "internal_error")
+        secured, seen = self.serve("127.0.0.1:0", token="secret"), set()
         many = ["X-%d: x" % number for number in range(gaffer.HEADERS_MAX)]
-        seen = set()
+        patch = unittest.mock.patch.object
+        faults = {
+            "timeout": http_limits(BODY_TIME=0.05), "busy": http_limits(CONNECTIONS_MAX=0),
+            "forbidden": patch(gaffer.os, "kill", side_effect=PermissionError(1, "no")),
+            "internal_error": patch(self.server.manager, "find_template", side_effect=KeyError(7))}
         for status, code, method, target, *rest in (
                 (400, "invalid_json", "POST", "/processes", b"{"),
-                (400, "invalid_process_info", "POST", "/processes", b"{}"),
+                (400, "invalid_process_info", "POST", "/processes", b"[]"),
                 (400, "bad_value", "POST", "/processes/web/_add/0"),
                 (400, "no_signal_number", "POST", "/processes/web/_signal"),
                 (400, "io_not_redirected", "GET", "/streams/2/stdout"),
                 (400, "bad_request", "GET", "/%zz"),
                 (401, "unauthorized", "GET", "/processes"),
+                (403, "forbidden", "POST", "/processes/quiet/_signal/USR1"),
                 (403, "forbidden_write", "POST", "/streams/quiet/stdin", b"x"),
                 (403, "forbidden_origin", "DELETE", "/processes/web", "Origin: http://a.x"),
                 (403, "forbidden_host", "GET", "http://evil.example/ping"),
@@ -6667,17 +6512,17 @@ class HttpErrorTable(HttpCase):
                 (417, "bad_request", "POST", "/processes", "Expect: miracles", b"x"),
                 (426, "upgrade_required", "GET", "/wstreams/1"),
                 (431, "headers_too_large", "GET", "/", *many),
-                (500, "internal_error", "GET", "/boom"), (501, "method_not_allowed", "FOO", "/"),
+                (500, "internal_error", "GET", "/status/web"),
+                (501, "method_not_allowed", "FOO", "/"),
                 (503, "stdin_full", "POST", "/streams/full/stdin", half),
                 (503, "busy", "GET", "/"), (505, "bad_request", "GET", "/ HTTP/3.0\r\nX:"),
                 (504, "wait_timeout", "POST", "/processes/deaf/_stop?wait=0.05"),
                 (503, "stopping", "GET", "/stats?feed=longpoll&interval=1000")):
-            limits = {"timeout": {"BODY_TIME": 0.05}, "busy": {"CONNECTIONS_MAX": 0}}.get(code, {})
-            server = self.serve("127.0.0.1:0", token="secret") if status == 401 else self.server
+            server = secured if status == 401 else self.server
             body = rest.pop() if rest and isinstance(rest[-1], bytes) else b""
-            with self.subTest(code), http_limits(**limits), (
-                    self.assertLogs("gaffer") if code in ("busy", "internal_error")
-                    else contextlib.nullcontext()):
+            logged = code in ("busy", "internal_error")
+            with self.subTest(code), faults.get(code, contextlib.nullcontext()), (
+                    self.assertLogs("gaffer") if logged else contextlib.nullcontext()):
                 wire = self.wire(server=server).send(http_bytes(method, target, *rest, body=body))
                 if code == "stopping":
                     self.parked()
@@ -6685,25 +6530,10 @@ class HttpErrorTable(HttpCase):
                     server.manager.stop()
                 answer = wire.answer()
                 self.assertCode(answer, status, code)
-                self.assertNotIn(b"ZeroDivision", answer[2])
+                self.assertNotIn(b"KeyError", answer[2])
                 seen.add((status, code))
         self.assertEqual(seen, {(status, code) for status, codes in PureErrors.CONTRACT.items()
-                                for code in codes.split()} - {(403, "forbidden")})
-
-
-class HttpDigits(HttpCase):
-    """Numbers are ASCII digits: others are no name and no number."""
-
-    def test_digits(self):
-        self.cat("web")
-        for digits, (method, path) in itertools.product(("\u00b2", "1\u0663"), (
-                ("DELETE", "/processes/%s"), ("GET", "/status/%s"), ("GET", "/streams/%s/stdout"),
-                ("POST", "/processes/web/_signal/%s"), ("POST", "/processes/1/_add/%s"),
-                ("GET", "/stats/web/%s"), ("GET", "/wstreams/%s"))):
-            with self.subTest(method + " " + path % digits):
-                status = self.ask(method, path % urllib.parse.quote(digits))[0]
-                self.assertIn(status, (400, 404))
-        self.assertEqual(self.pids(), [1])
+                                for code in codes.split()})
 
 
 class HttpSyntax(HttpCase):
@@ -6725,27 +6555,21 @@ class HttpSyntax(HttpCase):
         self.assertEqual(wire.answer()[::2], (200, body))
         self.assertOpen(wire)
         self.assertEqual(len(self.hits), 1)
-        wire.close()
 
     def test_refused(self):
         """The connection ends, and what is behind is not read as a request."""
         inner = http_bytes("POST", "/hit-inner")
         host, chunked = b"\r\nHost: 127.0.0.1\r\n", "Transfer-Encoding: chunked"
-        for status, *wires in (
-                (400, b"GET /h\0t HTTP/1.1" + host, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc" + host,
-                 b"GET /hit HTTP/1.1\nHost: 127.0.0.1\n\n", b"\r\n" * 100, b"GET /hit HTTP/1.1\r\n",
-                 b"GET /hit HTTP/1.1" + host + b"X: y\r\n folded\r\n"),
-                (505, b"PRI * HTTP/2.0" + host), (414, b"x" * 100000),
-                (400, *(http_bytes("POST", "/hit", *headers, body=b"0\r\n\r\n") for headers in (
-                    ("Content-Length: 5", chunked), ("Content-Length: 5", "Content-Length: 5"),
-                    ("Content-Length: +5",), ("Transfer-Encoding: gzip, chunked",),
-                    ("X: y\rTransfer-Encoding: chunked",))),
-                 http_bytes("POST", "/hit", chunked, version="1.0", body=http_chunks(b"x")),
-                 *(http_bytes("POST", "/hit", chunked, body=body) for body in (
-                     b"+1\r\na\r\n0\r\n\r\n", b"2\r\na\r\n0\r\n\r\n", b"0\r\nbad\r\n\r\n"))),
-                (413, http_bytes("POST", "/hit", chunked, body=b"F" * 8 + b"\r\n"))):
+        for status, code, *wires in (
+                (400, "bad_request", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc" + host, b"\r\n" * 100,
+                 b"GET /hit HTTP/1.1\nHost: 127.0.0.1\n\n", b"GET /hit HTTP/1.1\r\n",
+                 *(http_bytes("POST", "/hit", header, body=b"0\r\n\r\n") for header in (
+                     "Content-Length: 5\r\n" + chunked, "Content-Length: +5", "X: y\r" + chunked)),
+                 http_bytes("POST", "/hit", chunked, body=b"2\r\na\r\n0\r\n\r\n")),
+                (413, "too_large", http_bytes("POST", "/hit", chunked, body=b"F" * 8 + b"\r\n")),
+                (414, "uri_too_long", b"x" * 100000),
+                (505, "bad_request", b"PRI * HTTP/2.0" + host)):
             for wire in wires:
-                code = {413: "too_large", 414: "uri_too_long"}.get(status, "bad_request")
                 with self.subTest(wire[:70]):
                     end = b"" if wire.endswith(b"\r\n\r\n") else b"\r\n"
                     self.assertRefused(wire + end + inner, status, code)
@@ -6772,20 +6596,18 @@ class HttpSyntax(HttpCase):
         server = self.serve("127.0.0.1:0", token="secret",
                             handlers=[("/echo", lambda request: request.body)])
         expect, token = "Expect: 100-Continue", "Authorization: Bearer secret"
-        large = "Content-Length: %d" % 2 ** 40
-        for path, headers, status in (("/nope", (token,), 404), ("/echo", (), 401),
-                                      ("/echo", (token, large), 413)):
-            framing = () if large in headers else ("Content-Length: 5",)
-            wire = self.wire(server=server)
-            wire.request(path, expect, *headers, *framing, method="POST")
+        size = "Content-Length: %d"
+        for status, path, *headers in ((404, "/nope", token, size % 5), (401, "/echo", size % 5),
+                                       (413, "/echo", token, size % 2 ** 40)):
+            wire = self.wire(server=server).request(path, expect, *headers, method="POST")
             self.assertEqual((wire.answer()[0], wire.file.read()), (status, b""))
-        for framing, body in (("Content-Length: 5", b"hello"),
+        for framing, body in ((size % 5, b"hello"),
                               ("Transfer-Encoding: chunked", http_chunks(b"hello"))):
             wire = self.wire(server=server).request("/echo", expect, token, framing, method="POST")
             self.assertEqual(wire.file.read(len(HTTP_GO_AHEAD)), HTTP_GO_AHEAD)
             self.assertEqual(wire.send(body).answer()[2], b"hello")
             self.assertOpen(wire)
-        self.assertBody(http_bytes("POST", "/hit", expect, "Content-Length: 0"))
+        self.assertBody(http_bytes("POST", "/hit", expect, size % 0))
         answer = self.ask("POST", "/hit", expect, body=b"old", version="1.0")
         self.assertEqual(answer[2], b"old")     # HTTP/1.0 has no 100 (RFC 9110 section 10.1.1)
 
@@ -6793,24 +6615,21 @@ class HttpSyntax(HttpCase):
         """The authority counts as the Host (RFC 9112 section 3.2.2); each part of a path is decoded
         once, and never becomes two parts or a header; a parameter comes once."""
         self.assertBody(http_bytes("GET", "HTTP://LOCALHOST:99/hit?a=1", host="evil.example"))
-        self.server.ok("POST", "/processes", {"name": "a:b@c", "cmd": "cat", "start": False})
-        for path in "/%70rocesses/a%3ab%40c", "/status/a%3Ab@c/":
-            self.assertEqual(self.server.ok("GET", path)["name"], "a:b@c", path)
+        self.cat("a:b@c")
+        self.assertEqual(self.server.ok("GET", "/%70rocesses/a%3ab%40c/")["name"], "a:b@c")
         for status, target in (
-                (403, "http://evil.example/hit"), (400, "http://user@127.0.0.1/hit"),
-                (404, "/processes%2Fa:b@c"), (404, "/processes/a%253ab%2540c"),
-                (404, "/processes/../hit"), (404, "/processes/%0d%0aX:y"),
+                (403, "http://evil.example/hit"), (404, "/processes%2Fa:b@c"),
+                (404, "/processes/a%253ab%2540c"), (404, "/processes/%0d%0aX:y"),
                 (400, "/processes?running=1&r%75nning=0")):
-            with self.subTest(target[:40]):
-                answer = self.ask("GET", target)
-                self.assertEqual((answer[0], answer[1]["X"]), (status, None))
-        self.assertEqual(len(self.hits), 1)
+            answer = self.ask("GET", target)
+            self.assertEqual((answer[0], answer[1]["X"]), (status, None), target)
 
     def test_slow_requests(self):
         """408 for what does not come; a connection without a request is just closed."""
         head = http_bytes("POST", "/hit", "Content-Length: 5")
-        with http_limits(HEAD_TIME=0.05, BODY_TIME=0.05, IDLE_TIME=0.05, LINGER_TIME=0.05):
-            for data in b"G", b"GET /hit HTTP/1.1\r\nHost: 127.0.0.1\r\n", head + b"four":
+        with http_limits(HEAD_TIME=0.05, BODY_TIME=0.05, KEEP_TIME=0.05, IDLE_TIME=0.05,
+                         LINGER_TIME=0.05):
+            for data in b"G", head[:-2], head + b"four":
                 self.assertRefused(data, 408, "timeout")
             self.assertEqual(self.wire().file.read(), b"")
             wire = self.wire()
@@ -6820,34 +6639,28 @@ class HttpSyntax(HttpCase):
 
     def test_half_closed(self):
         """A client that closes its side gets the answers to what was whole, and no others."""
-        chunked = "Transfer-Encoding: chunked"
         ping, half = http_bytes("GET", "/ping"), http_bytes("POST", "/hit", "Content-Length: 5")
-        large = http_bytes("POST", "/hit", chunked, body=b"1\r\na\r\n" * 5000 + b"0\r\n\r\n")
+        large = http_bytes("POST", "/hit", "Transfer-Encoding: chunked",
+                           body=b"1\r\na\r\n" * 5000 + b"0\r\n\r\n")
         for data, *answers in (
-                (b"",), (half[:-2],), (half + b"four",), (large[:-2],),
-                (large * 2, *[b"a" * 5000] * 2), (ping + large[:-2], b"OK"),
+                (b"",), (half[:-2],), (half + b"four",), (large * 2, *[b"a" * 5000] * 2),
+                (ping + large[:-2], b"OK"),
                 (ping * 100 + http_bytes("GET", "/watch"), *[b"OK"] * 100)):
             with self.subTest(data[:30], size=len(data)):
                 wire = self.wire().send(data)
                 wire.sock.shutdown(socket.SHUT_WR)
                 self.assertEqual([wire.answer()[2] for _ in answers], answers)
                 self.assertEqual(wire.file.read(), b"")
-                wire.close()
         self.assertEqual(len(self.hits), 2)
 
     def test_json(self):
-        """One object in UTF-8, with any Content-Type, and nothing else."""
-        self.rows(
-            ("POST", "/processes", (400, "invalid_json"), b'{"name": "x", "cmd": "\xff"}'),
-            *(("POST", "/processes", (400, "invalid_process_info"), body) for body in (
-                b"[]", b'{"name": "x", "cmd": "\\ud800"}')),
-            ("GET", "/processes", []))
+        """In UTF-8, with any Content-Type; a number of any length."""
         number = b'{"name": "x", "cmd": "cat", "numprocesses": 9%b}' % (b"9" * 100000)
         answer = self.ask("POST", "/processes", body=number)
         self.assertEqual((answer[0], b"set_int_max_str_digits" in answer[2]), (400, False))
-        info = '{"cmd": "\u00e9", "start": false, "env": {"A": "\u20ac"}}'.encode()
+        info = '{"cmd": "\u00e9", "start": false}'.encode()
         self.ask("PUT", "/processes/x", "Content-Type: text/plain; charset=latin-1", body=info)
-        self.assertEqual(self.server.ok("GET", "/processes/x")["env"], {"A": "\u20ac"})
+        self.assertEqual(self.server.ok("GET", "/processes/x")["cmd"], "\u00e9")
 
 
 class HttpConnections(HttpCase):
@@ -7031,16 +6844,6 @@ class HttpConnections(HttpCase):
             self.assertCode(wire.answer(), 413, "too_large")
             self.all_gone()
 
-    def test_no_store(self):
-        """No answer is kept by a cache, whatever it is."""
-        self.cat("web")
-        for method, target in (
-                ("GET", "/"), ("HEAD", "/status"), ("GET", "/nope"), ("OPTIONS", "/x"),
-                ("GET", "/streams/1/stdout?timeout=0"), ("GET", "bad"),
-                ("GET", "/watch?feed=continuous"), ("GET", "/watch?timeout=0")):
-            wire = self.wire(target, "Accept: text/html", method=method)
-            self.assertEqual(wire.headers["Cache-Control"], "no-store", target)
-
     def test_stop(self):
         """Requests have STOP_SEND seconds, then they are cut; what waits is answered."""
         entered, leave = queue.Queue(), threading.Event()
@@ -7150,8 +6953,6 @@ class HttpLimits(HttpCase):
 class HttpAccess(HttpCase):
     """Section 6: Host, Origin, CORS, and what a page of the web can make a browser send."""
 
-    FOREIGN = "http://evil.example", "null", ""
-
     def setUp(self):
         self.options = {"handlers": [("/change", self._change)],
                         "allow_hosts": ["gaffer.example", "Other.Example."]}
@@ -7171,20 +6972,16 @@ class HttpAccess(HttpCase):
     def assertAllowed(self, origin, allowed=True, server=None, **options):
         """Whether a page may change something, read the answer, open a websocket."""
         header = "Origin: " + origin
+        expected = {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers":
+                    "Gaffer-Offset, Gaffer-Dropped, Gaffer-Ended"} if allowed else {}
         for method in "POST", "GET":
             with self.subTest(origin=origin, allowed=allowed, method=method):
-                path = "/change" if server is None else "/status"
-                answer = self.ask(method, path, header, server=server, **options)
-                if allowed:
-                    self.assertIn(answer[0], (200, 405))
-                    self.assertEqual(self.cors(answer), {
-                        "Access-Control-Allow-Origin": origin,
-                        "Access-Control-Expose-Headers":
-                            "Gaffer-Offset, Gaffer-Dropped, Gaffer-Ended"})
+                answer = self.ask(method, "/change", header, server=server, **options)
+                self.assertEqual(self.cors(answer), expected)
+                if allowed or method == "GET":
+                    self.assertEqual(answer[0], 200)
                 else:
-                    self.assertEqual(self.cors(answer), {})
-                    if method == "POST":
-                        self.assertCode(answer, 403, "forbidden_origin")
+                    self.assertCode(answer, 403, "forbidden_origin")
         if not options:
             wire = self.wire(server=server).upgrade("/wstreams/1?readonly=true", header)
             self.assertEqual(wire.status, 101 if allowed else 403)
@@ -7195,56 +6992,49 @@ class HttpAccess(HttpCase):
         self.assertAllowed("http://192.0.2.7:80", host="192.0.2.7:80")
         self.assertAllowed("http://other.example", host="gaffer.example")
         self.changes = 0
-        for origin in self.FOREIGN:
+        for origin in "http://evil.example", "null", "":
             self.assertAllowed(origin, False)
             self.assertEqual(self.cors(self.ask(
                 "OPTIONS", "/change", "Origin: " + origin, "Access-Control-Request-Method: POST",
                 "Access-Control-Request-Private-Network: true")), {})
-        self.assertEqual(self.changes, len(self.FOREIGN), "more than GET has come")
+        self.assertEqual(self.changes, 3, "more than GET has come")
         self.assertRefused(http_bytes("POST", "/change", "Origin: http://localhost",
                                       "Origin: http://evil.example"))
         answer = self.ask("OPTIONS", "/nothing", "Origin: http://localhost")
         self.assertEqual(self.cors(answer)["Access-Control-Max-Age"], "86400")
         answer = self.ask("POST", "/change")    # no browser: everything goes
         self.assertEqual((answer[0], self.cors(answer)), (200, {}))
-        self.assertEqual(self.server.ok("GET", "/processes?running=1"), [1])
 
     def test_cors_origins(self):
         """Further origins that were given at start, and those only; or all, by '*'."""
-        for given, good, bad in ((["https://app.example"], "https://app.example", "http://a.x"),
-                                 (["*"], "null", None)):
-            server = self.serve("127.0.0.1:0", cors_origins=given)
+        for given, good in ("https://app.example", "https://app.example"), ("*", "null"):
+            server = self.serve("127.0.0.1:0", cors_origins=[given],
+                                handlers=self.options["handlers"])
             self.cat("web", server)
             self.assertAllowed(good, True, server)
-            if bad:
-                self.assertAllowed(bad, False, server)
+            if given != "*":
+                self.assertAllowed("http://a.x", False, server)
 
-    def test_cors_of_all_answers(self):
-        """Or a page could not read why it was refused."""
+    def test_headers_of_all_answers(self):
+        """CORS, or a page could not read why it was refused; and no cache may keep any."""
         self.cat("web")
-        for method, path, status in (
-                ("PUT", "/processes", 405), ("GET", "/watch?feed=eventsource", 200),
-                ("GET", "/stats?feed=longpoll&interval=0.1", 200), ("GET", "/", 200)):
+        for status, method, path in (
+                (405, "PUT", "/processes"), (200, "GET", "/watch?feed=eventsource"),
+                (200, "GET", "/stats?feed=longpoll&interval=0.1"), (200, "GET", "/"),
+                (200, "HEAD", "/status"), (204, "OPTIONS", "/x"), (204, "GET", "/watch?timeout=0")):
             wire = self.wire(path, "Origin: http://localhost:1", method=method)
-            self.assertEqual(wire.status, status, path)
+            self.assertEqual((wire.status, wire.headers["Cache-Control"]), (status, "no-store"))
             self.assertEqual(wire.headers.get_all("Access-Control-Allow-Origin"),
                              ["http://localhost:1"], path)
             self.assertIn("Origin", wire.headers["Vary"].split(", "))
 
     def test_hosts(self):
         """Addresses, localhost and names under it, names that were given; no other name."""
-        for status, code, hosts in ((200, "", ("127.0.0.1:5000", "a.localhost", "gaffer.example.")),
-                                    (403, "forbidden_host", ("evil.example:5000",)),
-                                    (400, "bad_request", ("a b",))):
-            for host in hosts:
-                with self.subTest(status=status, host=host):
-                    self.changes = 0
-                    answer = self.ask("POST", "/change", host=host)
-                    self.assertEqual((answer[0], self.changes), (status, int(status == 200)))
-                    if code:
-                        self.assertCode(answer, status, code)
-        answer = self.ask("GET", "/change", host="evil.example", version="1.0")
-        self.assertCode(answer, 403, "forbidden_host")
+        for status, host in ((200, "127.0.0.1:5000"), (200, "a.localhost"),
+                             (200, "gaffer.example."), (403, "evil.example:5000"), (400, "a b")):
+            self.changes = 0
+            answer = self.ask("POST", "/change", host=host)
+            self.assertEqual((answer[0], self.changes), (status, int(status == 200)), host)
 
     def test_host_comes_first(self):
         """Before token, origin, method, route, body and upgrade: a page whose own name was
@@ -7252,9 +7042,7 @@ class HttpAccess(HttpCase):
         server = self.serve("127.0.0.1:0", token="secret")
         for method, target, *headers in (
                 ("GET", "/nothing"), ("OPTIONS", "*"), ("FOO", "/ping"), ("GET", "/%zz"),
-                ("POST", "/", "Content-Length: 999999999"),
-                ("POST", "/", "Content-Length: 5", "Transfer-Encoding: chunked"),
-                ("POST", "/", "Content-Encoding: gzip"), ("GET", "/ping", "Expect: x"),
+                ("POST", "/", "Content-Length: 999999999"), ("POST", "/", "Content-Encoding: gzip"),
                 ("DELETE", "/x", "Origin: http://evil.example", "Sec-Fetch-Site: same-origin"),
                 ("GET", "/wstreams/1", "Upgrade: websocket", "Connection: upgrade")):
             with self.subTest(method + " " + target, headers=headers):
@@ -7264,11 +7052,12 @@ class HttpAccess(HttpCase):
 
 
 class HttpToken(HttpCase):
-    """With a token every request needs it, but OPTIONS and GET or HEAD of /ping and /healthz."""
+    """With a token every request needs it, but OPTIONS and GET or HEAD of /ping and /healthz.
+    With it gaffer may listen on what others can reach."""
 
     TOKEN = "s\u00e9cret: word"
-    options = {"token": TOKEN, "handlers": [("/hit", lambda request: "hit")],
-               "wsgi": HttpMetrics.options["wsgi"]}
+    options = {"token": TOKEN, "endpoints": [gaffer.HttpEndpoint("0.0.0.0:0")],
+               "handlers": [("/hit", lambda request: "hit")], "wsgi": HttpMetrics.options["wsgi"]}
 
     def setUp(self):
         super().setUp()
@@ -7282,20 +7071,21 @@ class HttpToken(HttpCase):
         return "Authorization: Basic " + base64.b64encode(text.encode()).decode()
 
     def test_without(self):
-        for method, path in (("GET", "/"), ("GET", "/nothing"), ("PUT", "/ping"),
+        for method, path in (("GET", "/"), ("GET", "/nothing"), ("POST", "/healthz"),
                              ("GET", "/ping/x"), ("GET", "/hit"), ("GET", "/wsgi"), ("FOO", "/"),
-                             ("GET", "/wstreams/1"), ("GET", "/x/../ping"), ("HEAD", "/processes")):
-            with self.subTest(method=method, path=path):
-                answer = self.ask(method, path, "Origin: http://localhost")
-                self.assertEqual((answer[0], answer[1]["Access-Control-Allow-Origin"]),
-                                 (401, "http://localhost"))     # so that a page can read it
-                self.assertRegex(answer[1]["WWW-Authenticate"], "^Basic realm=")
-        _, headers, data = self.ask("GET", "/", "Accept: text/html")
-        self.assertIn(b"give the token as the password", data)      # read after "Cancel"
+                             ("GET", "/wstreams/1"), ("GET", "/readyz"), ("HEAD", "/processes")):
+            answer = self.ask(method, path, "Origin: http://localhost")
+            self.assertEqual((answer[0], answer[1]["Access-Control-Allow-Origin"]),
+                             (401, "http://localhost"), path)   # so that a page can read it
+            self.assertRegex(answer[1]["WWW-Authenticate"], "^Basic realm=")
+        self.assertIn(b"give the token as the password",        # read after "Cancel"
+                      self.ask("GET", "/", "Accept: text/html")[2])
         self.assertEqual(self.websocket("/wstreams/1").status, 401)
-        for method, path, status in (("HEAD", "/ping", 200), ("GET", "/ping/?_=y", 200),
-                                     ("OPTIONS", "/processes", 204)):
-            self.assertEqual(self.ask(method, path)[0], status, path)
+        for path, (method, body) in itertools.product(
+                ("/ping", "/healthz", "/ping/?_=y"), (("GET", b"OK"), ("HEAD", b""))):
+            status, headers, data = self.ask(method, path)
+            self.assertEqual((status, headers["Content-Type"], data), (200, "text/plain", body))
+        self.assertEqual(self.ask("OPTIONS", "/processes")[0], 204)
         answer = self.ask("POST", "/processes", "Origin: http://evil.example")
         self.assertCode(answer, 403, "forbidden_origin")
 
@@ -7305,25 +7095,22 @@ class HttpToken(HttpCase):
         good, bearer = self.basic("x:" + self.TOKEN), "Authorization: Bearer " + token
         for header, status in ((good, 200), ("X: y", 401), (bearer, 200), (bearer[:-1], 401),
                                (good, 200), ("Cookie: token=" + token, 401)):
-            with self.subTest(header):
-                self.assertEqual(wire.request("/hit", header).answer()[0], status)
-        path = "/processes?token=" + urllib.parse.quote(self.TOKEN)
-        self.assertEqual(wire.request(path).answer()[0], 401)
-        self.assertRefused(http_bytes("POST", "/hit", body=http_bytes("GET", "/ping")),
-                           401, "unauthorized")
+            self.assertEqual(wire.request("/hit", header).answer()[0], status, header)
+        self.assertRefused(http_bytes("POST", "/hit?token=" + urllib.parse.quote(self.TOKEN),
+                                      body=http_bytes("GET", "/ping")), 401, "unauthorized")
 
     def test_guesses(self):
         """They are reported, counted, and all answered alike."""
-        good, answers = self.basic("x:" + self.TOKEN), set()
+        answers = set()
         with self.assertLogs("gaffer", "WARNING") as logged:
-            for guess in "", "s", self.TOKEN[:-1] + "e", "x" * 5000:
+            for guess in "", self.TOKEN[:-1] + "e", "x" * 5000:
                 answer = self.ask("GET", "/processes", self.basic("x:" + guess))
                 del answer[1]["Date"]
                 answers.add((answer[0], str(answer[1]), answer[2]))
             self.ask("GET", "/processes")       # this may be a browser that asks
-            metrics = self.ask("GET", "/metrics", good)[2]
+            metrics = self.ask("GET", "/metrics", self.basic("x:" + self.TOKEN))[2]
         self.assertEqual([status for status, _, _ in answers], [401])
-        self.assertIn(b"\ngaffer_http_wrong_tokens_total 4\n", metrics)
+        self.assertIn(b"\ngaffer_http_wrong_tokens_total 3\n", metrics)
         self.assertEqual(len(logged.output), 1)
         self.assertRegex(logged.output[0],
                          r"a wrong token came from 127\.0\.0\.1:\d+; 1 so far$")
@@ -7498,12 +7285,6 @@ class HttpEndpoints(HttpCase):
         six = self.connect(socket.create_connection(("::1", ports[2]), TIMEOUT))
         six.request("/ping", "Origin: " + urls[3], host="[::1]:%d" % ports[2])
         self.assertEqual(six.answer()[1]["Access-Control-Allow-Origin"], urls[3])
-
-    def test_open_to_others(self):
-        """Only with a token; see CliErrors."""
-        server = self.serve("0.0.0.0:0", token="secret")
-        for header, status in ("X: y", 401), ("Authorization: Bearer secret", 200):
-            self.assertEqual(self.ask("GET", "/processes", header, server=server)[0], status)
 
     def test_ports(self):
         """One in use is refused, and is free at once after a stop with connections open."""
@@ -10785,7 +10566,7 @@ class CliServe(CliCase):
         until(quiet, "a quiet second")
 
     def test_standard_streams(self):
-        """All closed, a reader that has gone, a full disk: it goes on. See CliLogFile."""
+        """All closed, a reader that has gone, a full disk: it goes on. See HttpLogs."""
         read, gone = os.pipe()
         os.close(read)
         full = os.open("/dev/full", os.O_WRONLY)
