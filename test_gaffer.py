@@ -7456,28 +7456,11 @@ class HttpLibrary(HttpCase):
 
 # --------------------------------------------------------------------------------------------------
 # ring 3: streams, websockets, events
-# --------------------------------------------------------------------------------------------------
-# --------------------------------------------------------------------------------------------------
-# streams, events
 #
 # From outside, by the contract's sections 4 and 5. Most children are `cat`: what is posted to
 # stdin is, byte for byte, what the stream has to show.
 # --------------------------------------------------------------------------------------------------
 STREAMS_ONCE = {"attempts": 1, "window": 1000, "max_retry": 0}      # what exits stays down
-STREAMS_PUPPET = """
-    import os, signal, sys
-    def out(data): os.write(1, data)
-    def err(data): os.write(2, data)
-    for line in sys.stdin: exec(line)
-"""                                     # does what each line of its stdin says, in Python
-STREAMS_HOSE = """
-    import os, sys
-    sys.stdin.readline()
-    for first in range(0, {lines}, 1000):
-        block = memoryview(b"".join(b"%063d\\n" % i for i in range(first, first + 1000)))
-        while block:
-            block = block[os.write(1, block):]
-"""                                     # waits for a line, then writes lines of 64 bytes
 
 
 def streams_open(server, kind):
@@ -7494,9 +7477,26 @@ class StreamsCase(ServerCase):
         options = dict({"redirect_input": True, "flapping": STREAMS_ONCE}, **options)
         return self.server.add(name, command, **options)[0]
 
-    def puppet(self, name="puppet", **options):
+    def puppet(self, name="puppet"):
         """The pid of a process that executes the lines of its stdin."""
-        return self.cat(name, python(STREAMS_PUPPET), **options)
+        return self.cat(name, python("""
+            import os, signal, sys
+            def out(data): os.write(1, data)
+            def err(data): os.write(2, data)
+            for line in sys.stdin: exec(line)
+            """))
+
+    def hose(self, lines=10 ** 9):
+        """The pid of a process that waits for a line, then writes lines of 64 bytes."""
+        return self.cat("hose", python("""
+            import os, sys
+            sys.stdin.readline()
+            for first in range(0, %d, 1000):
+                block = memoryview(b"".join(b"%%063d\\n" %% i for i in range(first, first + 1000)))
+                while block:
+                    block = block[os.write(1, block):]
+            sys.stdin.read()
+            """ % lines))
 
     def send(self, ref, data, label="stdin"):
         """Write to a process."""
@@ -7512,12 +7512,11 @@ class StreamsCase(ServerCase):
             "GET", "/streams/%s/%s?%s" % (ref, label, query))
         return status, headers["Gaffer-Offset"], body
 
-    def upto(self, ref, size, label="stdout"):
+    def upto(self, ref, size):
         """The first `size` bytes of a stream, by long polls."""
         data = b""
         while len(data) < size:
-            query = "since=%d&timeout=%d" % (len(data), TIMEOUT)
-            status, offset, body = self.poll(ref, query, label)
+            status, offset, body = self.poll(ref, "since=%d" % len(data))
             data += body
             self.assertEqual((status, offset), (200, str(len(data))))
         return data
@@ -7532,21 +7531,20 @@ class StreamsCase(ServerCase):
         headers = self.server.request("HEAD", "/streams/%s/%s" % (ref, label))[1]
         return int(headers["Gaffer-Offset"])
 
-    def waiting(self, target, kind="longpoll"):
-        """A Wire of a request that waits."""
-        count = streams_open(self.server, kind)
+    def waiting(self, target):
+        """A Wire of a long poll that waits."""
+        count = streams_open(self.server, "longpoll")
         wire = self.wire().request(target)
-        until(lambda: streams_open(self.server, kind) > count, "the wait")
+        until(lambda: streams_open(self.server, "longpoll") > count, "the wait")
         return wire
 
     @property
     def epoch(self):
         return self.server.manager.epoch
 
-    def sse(self, ref, query="", *headers, label="stdout", **options):
+    def sse(self, ref, query="", *headers, label="stdout"):
         """A Wire of an event stream."""
-        target = "/streams/%s/%s?feed=eventsource&%s" % (ref, label, query)
-        wire = self.wire(target, *headers, **options)
+        wire = self.wire("/streams/%s/%s?feed=eventsource&%s" % (ref, label, query), *headers)
         self.assertEqual((wire.status, wire.headers["Content-Type"]), (200, "text/event-stream"))
         return wire
 
@@ -7575,29 +7573,19 @@ class StreamsCase(ServerCase):
 class StreamsPosition(StreamsCase):
     """since, tail, Last-Event-ID: where a reader begins."""
 
-    def test_bad_values(self):
-        """What the table of parameters does not hold; in each feed."""
+    def test_what_is_refused(self):
         pid = self.cat()
         self.written(pid, b"one\n")
-        for feed in "longpoll", "continuous", "eventsource":
-            for query in ("since=5", "since=5@" + self.epoch, "since=0&tail=1", "tail=x"):
-                with self.subTest(feed=feed, query=query):
-                    path = "/streams/%d/stdout?feed=%s&%s" % (pid, feed, query)
-                    self.assertError(self.server.json("GET", path), 400, "bad_value")
-        for query in "since=5", "since=0&tail=0", "type=x", "frame=x", "readonly=x", "heartbeat=0":
-            with self.subTest(websocket=query):
-                self.assertEqual(self.websocket("/wstreams/%d?%s" % (pid, query)).status, 400)
-
-    def test_what_is_not_there(self):
-        pid = self.cat()
-        self.server.add("nothing", "sleep 1000", redirect_output=[])
         for path, status, code in (
-                ("%d/stdx" % pid, 404, "io_not_found"), ("cat/stdx", 404, "io_not_found"),
-                ("99/stdout", 404, "not_found"), ("9" * 50 + "/stdout", 404, "not_found"),
-                ("nothing/stdout", 400, "io_not_redirected")):
-            with self.subTest(path=path):
-                self.assertError(self.server.json("GET", "/streams/" + path), status, code)
-        self.assertEqual(self.websocket("/wstreams/%d?label=x" % pid).status, 404)
+                ("%d/stdout?since=5" % pid, 400, "bad_value"),
+                ("%d/stdout?feed=continuous&since=0&tail=1" % pid, 400, "bad_value"),
+                ("%d/stdout?feed=eventsource&since=5@%s" % (pid, self.epoch), 400, "bad_value"),
+                ("cat/stdx", 404, "io_not_found"), ("9" * 50 + "/stdout", 404, "not_found")):
+            self.assertError(self.server.json("GET", "/streams/" + path), status, code)
+        for query, status in (("since=5", 400), ("since=0&tail=0", 400), ("type=x", 400),
+                              ("label=x", 404)):
+            wire = self.websocket("/wstreams/%d?%s" % (pid, query))
+            self.assertEqual(wire.status, status, query)
 
     def test_since_and_tail(self):
         pid = self.cat()
@@ -7605,8 +7593,7 @@ class StreamsPosition(StreamsCase):
         self.written(pid, data)
         for query, first in (
                 ("since=0", 0), ("since=18", 18), ("since=4@" + self.epoch, 4),
-                ("since=4000@other", 0), ("tail=0", 18), ("tail=1", 16), ("tail=2", 15),
-                ("tail=5", 0), ("tail=all", 0)):
+                ("since=4000@other", 0), ("tail=0", 18), ("tail=2", 15), ("tail=all", 0)):
             with self.subTest(query=query):
                 self.assertEqual(self.poll(pid, "timeout=0&" + query),
                                  (200 if first < 18 else 204, "18", data[first:]))
@@ -7634,25 +7621,22 @@ class StreamsPosition(StreamsCase):
         self.assertEvents(empty, ("three", 14))
 
     def test_the_default_window(self):
-        """It is 1 MiB."""
-        pid = self.cat("big", "read x; head -c 1200000 /dev/zero", shell=True)
-        self.send(pid, b"\n")
+        """It is 1 MiB; a line may be half as long."""
+        pid = self.cat("big", python("for _ in range(3): print('x' * 400000)"))
         self.server.wait_event("exit")
         status, headers, body = self.server.request("GET", "/streams/%d/stdout?since=0" % pid)
         self.assertEqual((status, len(body), headers["Gaffer-Dropped"]),
-                         (200, 1048576, str(1200000 - 1048576)))
+                         (200, 1048576, str(1200003 - 1048576)))
+        self.assertEvents(self.sse(pid, "tail=1"), ("x" * 400000, 1200003))
 
 
 class StreamsLongpoll(StreamsCase):
 
-    def test_nothing_comes(self):
-        pid = self.cat()
-        for query in ("timeout=0", "timeout=0.05", "timeout=.05", "heartbeat=0.1&timeout=0.35"):
-            self.assertEqual(self.poll(pid, query), (204, "0", b""))
-
     def test_question_and_answer(self):
         """Without an offset it gets the answer to a POST, once each, and nothing twice."""
         self.cat("web")
+        for query in ("timeout=0", "timeout=.05", "heartbeat=0.1&timeout=0.25"):
+            self.assertEqual(self.poll(1, query), (204, "0", b""))
         self.send(1, b"one\n")
         self.assertEqual(self.poll(1), (200, "4", b"one\n"))
         self.assertEqual(self.poll(1, "timeout=0"), (204, "4", b""))
@@ -7667,9 +7651,9 @@ class StreamsLongpoll(StreamsCase):
         self.assertEqual(self.place(1), 19)     # HEAD takes no question away
         self.assertEqual(self.poll("web"), (200, "19", b"one\ntwo\nthree\nfour\n"))
         self.assertEqual(self.poll(1), (200, "19", b"four\n"))
-        for number in range(3 * gaffer.QUESTIONS_MAX):
+        for number in range(2 * gaffer.QUESTIONS_MAX):
             self.send(1, b"x\n")
-            self.assertEqual(self.poll(1, "since=%d" % (19 + 2 * number))[2], b"x\n")
+            self.poll(1, "since=%d" % (19 + 2 * number))
         self.assertEqual(self.poll(1)[2], b"x\n" * gaffer.QUESTIONS_MAX)
 
     def test_the_end(self):
@@ -7678,10 +7662,9 @@ class StreamsLongpoll(StreamsCase):
         self.send(pid, b"last words")
         self.end(pid)
         self.server.wait_event("exit")
-        self.assertEqual(self.poll(pid, "since=5"), (200, "10", b"words"))
-        self.assertEqual(self.poll(pid), (200, "10", b"last words"))    # the answer to the POST
-        self.assertEqual(self.poll(pid), (204, "10", b""))
-        self.assertEqual(self.poll(pid, "tail=1"), (200, "10", b"last words"))
+        for query, answer in (("since=5", (200, "10", b"words")), ("", (200, "10", b"last words")),
+                              ("", (204, "10", b"")), ("tail=1", (200, "10", b"last words"))):
+            self.assertEqual(self.poll(pid, query), answer)
         for which, ended in ((pid, "true"), (2, None)):     # or the end looked like a timeout
             headers = self.server.request("GET", "/streams/%d/stdout?timeout=0" % which)[1]
             self.assertEqual(headers["Gaffer-Ended"], ended)
@@ -7703,9 +7686,8 @@ class StreamsContinuous(StreamsCase):
         self.assertEqual(wire.chunks(), (b"\0end\nof all", True))
         self.assertEqual(wire.file.read(), b"")
         self.server.wait_event("exit")
-        self.assertEqual(self.continuous(pid, "since=0").chunks(), (data + b"\0end\nof all", True))
-        self.assertEqual(self.continuous(pid, "tail=1").chunks(), (b"of all", True))
-        self.assertEqual(self.continuous(pid).chunks(), (b"", True))
+        for query, rest in ("since=0", data + b"\0end\nof all"), ("tail=1", b"of all"), ("", b""):
+            self.assertEqual(self.continuous(pid, query).chunks(), (rest, True))
 
 
 class StreamsEventsource(StreamsCase):
@@ -7725,48 +7707,37 @@ class StreamsEventsource(StreamsCase):
             self.assertEqual(list(iter(self.resumed(pid, event[2]).event, None)), events[index:])
 
     def test_unfinished_lines(self):
-        """Shown after a while, to who joins late, too, and up to a whole character."""
+        """Shown after a while, to who joins late, too; then what they go on with."""
         pid = self.cat()
         wire = self.sse(pid)
         self.send(pid, b"login: ")
-        for each in (wire, self.sse(pid, "since=0"), self.sse(pid, "tail=1")):
+        for each in (wire, self.sse(pid, "tail=1")):
             self.assertEvents(each, ("login: ", 7))
-        self.send(pid, b"me\nb\xe2\x82")
-        self.assertEvents(wire, ("me", 10), ("b", 11))
-        self.send(pid, b"\xac\n")               # and again what it goes on with
-        until(lambda: self.place(pid) == 15, "the line")
-        self.assertEvents(self.resumed(pid, "7@" + self.epoch), ("me", 10), ("b\u20ac", 15))
-
-    def test_a_long_line(self):
-        pid = self.cat()
-        for _ in range(4):
-            self.send(pid, b"x" * 100000)
-        self.send(pid, b"\n")
-        until(lambda: self.place(pid) == 400001, "the line")
-        self.assertEqual(self.sse(pid, "since=0").event()[1], "x" * 400000)
+        self.send(pid, b"me\n")
+        for each in (wire, self.resumed(pid, "7@" + self.epoch)):
+            self.assertEvents(each, ("me", 10))
 
     def test_the_exit(self):
-        for number, (code, end) in enumerate((("os._exit(7)", (7, 0)), ("signal.raise_signal(9)",
-                                                                       (0, 9)))):
-            pid = self.puppet("p%d" % number)
+        """Its id, and no other, gets 204."""
+        for name, code, end in (("one", b"os._exit(7)", (7, 0)),
+                                ("two", b"signal.raise_signal(9)", (0, 9))):
+            pid = self.puppet(name)
             wire = self.sse(pid, label="stderr")
-            self.send(pid, b"err(b'bye\\n'); %s\n" % code.encode())
+            self.send(pid, b"err(b'bye\\n'); %s\n" % code)
             self.assertEqual(wire.event()[:2], ("stderr", "bye"))
-            last = wire.event()
-            self.assertEqual(last[::2], ("exit", "4x@" + self.epoch))
-            value = {"pid": pid, "exit_status": end[0], "term_signal": end[1]}
-            self.assertEqual(json.loads(last[1]), value)
+            kind, data, place = wire.event()
+            self.assertEqual((kind, place), ("exit", "4x@" + self.epoch))
+            self.assertEqual(json.loads(data), dict(zip(("pid", "exit_status", "term_signal"),
+                                                        (pid, *end))))
             self.assertIsNone(wire.event())
-            path = "/streams/%d/stderr?feed=eventsource" % pid
-            for place, status in (("4x@" + self.epoch, 204), ("4@" + self.epoch, 200), ("4", 200),
-                                  ("4x@other", 200), ("2x@" + self.epoch, 200)):
-                with self.subTest(place=place):
-                    wire = self.wire(path, "Last-Event-ID: " + place)
-                    self.assertEqual(wire.status, status)
-                    if status == 200:
-                        kinds = [event[0] for event in iter(wire.event, None)]
-                        self.assertEqual(kinds, ["exit"] if place[:2] != "4x" and place[0] == "4"
-                                         else ["dropped", "stderr", "exit"])
+        path = "/streams/%d/stderr?feed=eventsource" % pid
+        self.assertEqual(self.wire(path, "Last-Event-ID: " + place).status, 204)
+        for place, kinds in (
+                ("4@" + self.epoch, ["exit"]), ("4", ["exit"]),
+                ("4x@other", ["dropped", "stderr", "exit"]),
+                ("2x@" + self.epoch, ["dropped", "stderr", "exit"])):
+            wire = self.wire(path, "Last-Event-ID: " + place)
+            self.assertEqual([event[0] for event in iter(wire.event, None)], kinds, place)
 
     def test_a_pipe_that_ends_before_its_process(self):
         """The stream ends, the exit is told at the exit."""
@@ -7816,10 +7787,10 @@ class StreamsClock(StreamsCase):
             self.assertEqual((raw.chunk(), sse.block(), websocket.read()), (b"\n", b"", (9, b"")))
         self.assertEqual(self.poll(pid, "since=2"), (200, "4", b"y\n"))
 
-    def full(self, *queries, lines=60000):
+    def full(self, *queries, lines=10 ** 9):
         """(pid, Wires that read nothing): their connections are full."""
         self.server.http.listeners[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-        pid = self.cat("hose", python(STREAMS_HOSE.format(lines=lines) + "    sys.stdin.read()"))
+        pid = self.hose(lines)
         wires = [self.continuous(pid, query, receive_buffer=4096) for query in queries]
         self.send(pid, b"\n")
         until(lambda: len(self.server.manager.loop.call(lambda: [
@@ -7828,11 +7799,11 @@ class StreamsClock(StreamsCase):
 
     def test_a_heartbeat_is_not_queued(self):
         """Who has more to read needs no sign of life."""
-        pid, (wire,) = self.full("heartbeat=50")
-        until(lambda: self.place(pid) == 60000 * 64, "all lines")
+        left = 60000 * 64
+        pid, (wire,) = self.full("heartbeat=50", lines=60000)
+        until(lambda: self.place(pid) == left, "all lines")
         for _ in range(3):
             self.advance(60)
-        left = 60000 * 64
         while left:
             chunk = wire.chunk()
             self.assertNotEqual(chunk, b"\n")
@@ -7841,18 +7812,9 @@ class StreamsClock(StreamsCase):
         self.advance(400)
         self.assertEqual(wire.chunk(), b"\n")
 
-    def test_who_is_cut_reads_on(self):
-        """All that was sent before the loss comes, and no last chunk."""
-        pid, (wire,) = self.full("", lines=200000)
-        until(lambda: self.place(pid) == 200000 * 64, "more than the window holds")
-        data, complete = wire.chunks()
-        self.assertTrue(data and not complete)
-        lines = b"".join(b"%063d\n" % number for number in range(len(data) // 64 + 1))
-        self.assertEqual(data, lines[:len(data)])
-
     def test_who_takes_nothing_is_closed(self):
         """After 30 s where it holds a process, after 300 s elsewhere."""
-        pid, (_, slow) = self.full("loss=block", "loss=skip", lines=10 ** 9)
+        pid, (_, slow) = self.full("loss=block", "loss=skip")
         for seconds, left in ((35, 1), (300, 0)):
             with self.assertLogs("gaffer", "INFO") as logs:
                 self.advance(seconds)
@@ -7873,11 +7835,8 @@ class StreamsClock(StreamsCase):
         wire = self.sse(pid)
         self.send(pid, b"import subprocess; child = subprocess.Popen(['sleep', '1000'], "
                        b"stdin=-3, start_new_session=True); out(b'%d\\n' % child.pid)\n")
-        grandchild = int(wire.event()[1])
-        self.addCleanup(os.kill, grandchild, signal.SIGKILL)
-        with self.assertRaises(AssertionError):
-            self.end(pid)
-            until(lambda: streams_open(self.server, "eventsource") == 0, timeout=0.3)
+        self.addCleanup(os.kill, int(wire.event()[1]), signal.SIGKILL)
+        self.end(pid)
         self.server.wait_event("exit")
         self.advance(3)
         self.assertEqual(wire.event()[0], "exit")
@@ -7887,18 +7846,17 @@ class StreamsSmallWindow(StreamsCase):
     """A window of 256 bytes: what falls out is counted and told."""
 
     options = {"window": 256}
-    LINES = b"".join(b"%09d\n" % i for i in range(100))
 
     def test_where_a_reader_begins(self):
         """At the first byte that is there; with loss=skip, and for events, at a whole line."""
-        pid, data = self.cat(), self.LINES
+        pid, data = self.cat(), b"".join(b"%09d\n" % i for i in range(100))
         self.written(pid, data)
         for query, first, dropped in (("since=10", 744, "734"), ("tail=all", 750, None),
                                       ("tail=26", 750, None)):
-            path = "/streams/%d/stdout?%s" % (pid, query)
-            status, headers, body = self.server.request("GET", path)
-            self.assertEqual((status, headers["Gaffer-Offset"]), (200, "1000"), query)
-            self.assertEqual((body, headers["Gaffer-Dropped"]), (data[first:], dropped), query)
+            status, headers, body = self.server.request(
+                "GET", "/streams/%d/stdout?%s" % (pid, query))
+            self.assertEqual((status, headers["Gaffer-Offset"], headers["Gaffer-Dropped"], body),
+                             (200, "1000", dropped, data[first:]), query)
             wire = self.continuous(pid, query)
             self.assertEqual((wire.headers["Gaffer-Offset"], wire.headers["Gaffer-Dropped"]),
                              (str(first), dropped), query)
@@ -7913,7 +7871,7 @@ class StreamsSmallWindow(StreamsCase):
 
     def test_block(self):
         """It begins where its head says, and loses nothing; HEAD holds nobody."""
-        pid = self.cat("hose", python(STREAMS_HOSE.format(lines=10 ** 9)))
+        pid = self.hose()
         self.assertEqual(self.server.request(
             "HEAD", "/streams/%d/stdout?feed=continuous&loss=block" % pid)[0], 200)
         self.send(pid, b"\n")
@@ -7927,32 +7885,41 @@ class StreamsSmallWindow(StreamsCase):
         place = self.place(pid)
         until(lambda: self.place(pid) > place + 10000, "the child goes on")
 
+    def test_a_journal(self):
+        """What has gone is told in a header or an event, not if nobody has asked for it."""
+        self.cat("one", python("for number in range(1000): print('line %03d' % number)\ninput()"))
+        until(lambda: self.place(1) == 9000, "the last line")
+        headers, data = self.server.request("GET", "/streams?since=0&timeout=0")[1:]
+        lines = [line.split()[-1] for line in data.splitlines()]
+        self.assertEqual(lines, [b"%03d" % number for number in range(1000 - len(lines), 1000)])
+        lost = 9000 - 9 * len(lines)
+        self.assertEqual((headers["Gaffer-Dropped"], headers["Gaffer-Offset"]), (str(lost), "9000"))
+        for query, told, last in ("since=0", str(lost), lines), ("tail=3", None, lines[-3:]):
+            wire = self.wire("/streams?feed=continuous&" + query, version="1.0")
+            self.assertEqual(wire.headers["Gaffer-Dropped"], told)
+            self.assertEqual([wire.file.readline().split()[-1] for _ in last], last)
+        kind, text, _ = self.wire("/streams?feed=eventsource&since=0").event()
+        self.assertEqual((kind, json.loads(text)), ("dropped", {"bytes": lost}))
+        wire = self.wire("/streams/one?feed=continuous")
+        self.server.ok("DELETE", "/processes/one")
+        self.assertEqual(wire.chunks(), (b"", True))
 
-class StreamsPast(StreamsCase):
-    """Streams of processes that have exited."""
 
-    def test_a_deleted_template(self):
-        """Its readers get the final output and the exit."""
-        pid = self.cat("t", python("""
-            import os, signal
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-            os.write(1, b"ready\\n")
-            signal.sigwait([signal.SIGTERM])
-            os.write(1, b"last words")
-            os._exit(3)
-        """))
+class StreamsTemplate(StreamsCase):
+    """The stream of a template, by its name, and what is left of those of its processes."""
+
+    def test_deletion(self):
+        """Readers of a process get its last words and its exit."""
+        pid = self.puppet()
+        self.send(pid, b"signal.pthread_sigmask(0, [15]); out(b'ready\\n'); "
+                       b"signal.sigwait([15]); out(b'last words'); os._exit(3)\n")
         self.upto(pid, 6)
-        events, websocket = self.sse(pid), self.websocket("/wstreams/%d?readonly=1" % pid)
-        self.assertEqual(websocket.status, 101)
-        self.server.ok("DELETE", "/processes/t")
+        events, websocket = self.sse(pid), self.websocket("/wstreams/%d" % pid)
+        self.server.ok("DELETE", "/processes/puppet")
         self.assertEvents(events, ("last words", 16))
         self.assertEqual(json.loads(events.event()[1])["exit_status"], 3)
         self.assertEqual([websocket.read(), websocket.read()],
                          [(1, b"last words"), (8, b"\x03\xe8exit 3")])
-
-
-class StreamsTemplate(StreamsCase):
-    """The stream of a template, by its name."""
 
     def test_restarts_and_deletion(self):
         """It goes on over restarts, and ends with its template."""
@@ -7981,35 +7948,27 @@ class StreamsTemplate(StreamsCase):
         self.assertIsNone(events.event())       # and no exit in it at any time
 
     def test_lines_are_never_mixed(self):
-        """Processes write lines in three parts; more are started meanwhile."""
-        code = """
-            import os
-            name = b"%d" % os.getpid()
-            os.read(0, 1)
-            for number in range(400):
-                for part in (b"<" + name + b" ", b"%d" % number, b" " + name + b">\\n"):
-                    os.write(1, part)
-            while os.read(0, 100): pass
-        """
-        limits = http_limits(MERGED_LINE_DELAY=10 * TIMEOUT)        # a process may wait for a CPU
-        limits.start()
-        self.addCleanup(limits.stop)
-        self.server.add("t", python(code), numprocesses=2, redirect_input=True)
-        wire = self.continuous("t", "since=0")
-        for pid in (1, 2):                      # not before there are two, or a line may be cut
-            self.send(pid, b"\n")
-        self.server.ok("POST", "/processes/t/_add/2")
-        for pid in (3, 4):
-            self.send(pid, b"\n")
-        data, seen = b"", {}
-        while list(seen.values()).count(399) < 4:
-            data += wire.chunk()
-            whole, _, data = data.rpartition(b"\n")
-            for line in whole.splitlines():
-                match = re.fullmatch(rb"<(\d+) (\d+) (\d+)>", line)
-                self.assertTrue(match and match.group(1) == match.group(3), line)
-                self.assertEqual(int(match.group(2)), seen.get(match.group(1), -1) + 1)
-                seen[match.group(1)] = int(match.group(2))
+        """Processes write lines in three parts."""
+        with http_limits(MERGED_LINE_DELAY=10 * TIMEOUT):           # a process may wait for a CPU
+            self.server.add("t", python("""
+                import os
+                name = b"%d" % os.getpid()
+                os.read(0, 1)
+                for number in range(400):
+                    for part in (b"<" + name + b" ", b"%d" % number, b" " + name + b">\\n"):
+                        os.write(1, part)
+                os.read(0, 1)
+                """), numprocesses=4, redirect_input=True)
+            wire, data, seen = self.continuous("t", "since=0"), b"", {}
+            for pid in range(1, 5):
+                self.send(pid, b"\n")
+            while data.count(b"\n") < 1600:
+                data += wire.chunk()
+        for line in data.splitlines():
+            self.assertRegex(line, rb"^<(\d+) \d+ \1>$")
+            name, number = line[1:].split()[:2]
+            seen.setdefault(name, []).append(int(number))
+        self.assertEqual(list(seen.values()), [list(range(400))] * 4)
 
     def test_input_by_name(self):
         """Where the template has exactly one process."""
@@ -8036,43 +7995,30 @@ class StreamsTemplate(StreamsCase):
 class StreamsJournal(StreamsCase):
     """What several streams say, as one: GET /streams, /streams/<name>, /streams/<pid>."""
 
-    ECHO = python("""
-        import sys
-        for line in iter(sys.stdin.readline, ""):
-            print(line, end="", file=sys.stderr if line.startswith("e") else sys.stdout, flush=True)
-        """)
-
-    def read(self, path, **headers):
+    def read(self, path):
         """["name pid label text"] of what there is now, without times."""
-        query = ("&" if "?" in path else "?") + "timeout=0"
-        status, headers, data = self.server.request("GET", path + query)
+        status, _, data = self.server.request("GET", path + "&timeout=0")
         self.assertIn(status, (200, 204), data)
-        self.assertTrue(all(re.match(rb"[0-9]+\.[0-9]{3} ", line) for line in data.splitlines()))
-        return [line.split(" ", 1)[1] for line in data.decode().splitlines()]
+        return [re.fullmatch(r"[0-9]+\.[0-9]{3} (.*)", line).group(1)
+                for line in data.decode().splitlines()]
 
     def lines(self, path, count, *headers):
         """The first `count` of an event stream, as read() gives them."""
-        query = ("&" if "?" in path else "?") + "feed=eventsource"
-        wire = self.wire(path + query, *headers)
+        wire = self.wire(path + "&feed=eventsource", *headers)
         events = itertools.islice(iter(wire.event, None), count)
         return [text.split(" ", 1)[1] if kind != "dropped" else json.loads(text)
                 for kind, text, _ in events]
 
-    def say(self, pid, *lines):
-        """Let a process say lines, each of which is read before the next is given."""
-        for line in lines:
-            label = "stderr" if line[0] == "e" else "stdout"
-            since = self.place(pid, label)
-            self.send(pid, line.encode() + b"\n")
-            self.poll(pid, "since=%d" % since, label)
-
     def test_in_the_order_of_reading(self):
-        one, = self.server.add("one", self.ECHO, redirect_input=True)
-        two, = self.server.add("two", self.ECHO, redirect_input=True)
-        for pid, line in ((one, "a"), (two, "b"), (one, "e1"), (one, "c"), (two, "e2")):
-            self.say(pid, line)
-        said = ["one 1 stdout a", "two 2 stdout b", "one 1 stderr e1", "one 1 stdout c",
-                "two 2 stderr e2"]
+        for name in ("one", "two"):
+            self.puppet(name)
+        said = ["one 1 stdout a", "two 2 stdout b", "one 1 stderr c", "one 1 stdout d",
+                "two 2 stderr e"]
+        for line in said:
+            _, pid, label, text = line.split()
+            since = self.place(pid, label)      # each is read before the next is said
+            self.send(pid, b"%s(b'%s\\n')\n" % (label[3:].encode(), text.encode()))
+            self.poll(pid, "since=%d" % since, label)
         self.assertEqual(self.read("/streams?tail=all"), said)
         self.assertEqual(self.read("/streams?tail=3"), said[2:])
         for path, word in (("/streams/one", "one"), ("/streams/2", "two")):
@@ -8082,25 +8028,23 @@ class StreamsJournal(StreamsCase):
 
     def test_resume(self):
         """An id stays good, whatever other journals are read beside."""
-        one, = self.server.add("one", "cat", redirect_input=True)
-        self.server.add("other", "cat", redirect_input=True)
+        one = self.cat("one")
+        self.cat("other")
         place, last = self.server.request("GET", "/streams?timeout=0")[1]["Gaffer-Offset"], "0"
-        for number in range(6):
-            self.say(one, "line %d" % number)
+        for path in ("/streams", "/streams/one", "/streams/%d" % one) * 2:
+            self.send(one, b"line\n")
             self.assertEqual(self.read("/streams/other?tail=all"), [])
-            path = ("/streams", "/streams/one", "/streams/%d" % one)[number % 3]
             _, headers, data = self.server.request("GET", path + "?timeout=30&since=" + place)
             self.assertIsNone(headers["Gaffer-Dropped"])
             place = headers["Gaffer-Offset"]
             wire = self.wire(path + "?feed=eventsource", "Last-Event-ID: " + last)
             _, text, last = wire.event()
             for line in (data.decode(), text + "\n"):
-                self.assertEqual(line.split(" ", 1)[1], "one 1 stdout line %d\n" % number)
-        self.assertEqual(self.lines("/streams/one", 2, "Last-Event-ID: 5@0123abcdj1"),
-                         [{"bytes": 0, "restarted": True}, "one 1 stdout line 0"])
-        pid = self.cat("ended")
-        self.end(pid)
-        path = "/streams/%d?feed=eventsource" % pid
+                self.assertEqual(line.split(" ", 1)[1], "one 1 stdout line\n")
+        self.assertEqual(self.lines("/streams/one?since=", 2, "Last-Event-ID: 5@0123abcdj1"),
+                         [{"bytes": 0, "restarted": True}, "one 1 stdout line"])
+        self.end(one)
+        path = "/streams/%d?feed=eventsource" % one
         places = [place for _, _, place in iter(self.wire(path + "&since=0").event, None)]
         self.assertEqual(self.wire(path, "Last-Event-ID: " + places[-1]).status, 204)
         for path, status, code in (("/streams/one?loss=block", 400, "bad_value"),
@@ -8109,90 +8053,47 @@ class StreamsJournal(StreamsCase):
                                    ("/streams/17", 404, "not_found")):
             self.assertError(self.server.json("GET", path), status, code)
 
-    def test_what_has_gone(self):
-        """It is told in a header or an event, not if nobody has asked for it."""
-        server = self.server = Running(window=1024)
-        self.addCleanup(server.stop_all)
-        code = "for number in range(1000): print('line %03d' % number)\ninput()"
-        self.cat("one", python(code))
-        until(lambda: self.place(1) == 9000, "the last line")
-        headers, data = server.request("GET", "/streams?since=0&timeout=0")[1:]
-        lines = [line.split()[-1] for line in data.splitlines()]
-        self.assertEqual(lines, [b"%03d" % number for number in range(1000 - len(lines), 1000)])
-        lost = 9000 - 9 * len(lines)
-        self.assertEqual((headers["Gaffer-Dropped"], headers["Gaffer-Offset"]), (str(lost), "9000"))
-        for query, told, last in ("since=0", str(lost), lines), ("tail=3", None, lines[-3:]):
-            wire = self.wire("/streams?feed=continuous&" + query, version="1.0")
-            self.assertEqual(wire.headers["Gaffer-Dropped"], told)
-            self.assertEqual([wire.file.readline().split()[-1] for _ in last], last)
-        self.assertEqual(self.lines("/streams?since=0", 1), [{"bytes": lost}])
-        wire = self.wire("/streams/one?feed=continuous")
-        server.ok("DELETE", "/processes/one")
-        self.assertEqual(wire.chunks(), (b"", True))
-
-
 class StreamsStatus(StreamsCase):
     """What pages and programs look at again and again."""
 
     def test_usage_is_of_the_whole_group(self):
         """A shell in front is small, what it runs is not."""
         command = "%s -I -S -c 'x = bytearray(40 << 20); input()'; true" % PYTHON
-        self.server.add("web", {"cmd": "sh", "args": ["-c", command]}, redirect_input=True)
+        self.cat("web", {"cmd": "sh", "args": ["-c", command]})
         until(lambda: self.server.ok("GET", "/status/web?usage=true")["processes"][0]["rss"]
               > 40 << 20, "the memory of the group")
 
     def test_gzip(self):
-        """Of long answers."""
-        self.server.manager.add_process("one", "true", start=False)
-        for path, accept in ("/status", "*/*"), ("/", "text/html"):
-            _, headers, data = self.server.request("GET", path, headers={
-                "Accept-Encoding": "gzip", "Accept": accept})
-            self.assertEqual(headers["Content-Encoding"], "gzip" if path == "/" else None)
-            self.assertIn("Accept-Encoding", headers.get_all("Vary"))
-            self.assertIn(b'"name": "one"', data if path != "/" else zlib.decompress(data, 31))
+        _, headers, data = self.server.request("GET", "/", headers={
+            "Accept-Encoding": "gzip", "Accept": "text/html"})
+        self.assertEqual(headers["Content-Encoding"], "gzip")
+        self.assertIn("Accept-Encoding", headers.get_all("Vary"))
+        self.assertIn(b"<!DOCTYPE html>", zlib.decompress(data, 31))
 
 
 class PureInput(PureLoopCase):
 
-    def test_what_is_not_bytes(self):
-        """What is refused leaves no trace; what a caller changes later was written before."""
+    def test_small_pieces(self):
+        """Many cost little more than their bytes; what is refused leaves no trace."""
         read, write = os.pipe()
-        self.addCleanup(os.close, read)
         os.set_blocking(write, False)
-        stream, data = gaffer.Input(self.loop, write, "stdin", os.close, gaffer.MIB), bytearray(9)
-        self.addCleanup(self.do, stream.close)
-        self.do(stream.write, bytes(gaffer.READ_SIZE))
+        os.write(write, bytes(gaffer.READ_SIZE))        # what it holds
+        stream = gaffer.Input(self.loop, write, "stdin", os.close, 30000)
         for refused in "text", 5, [1], None:
             self.assertRaises(TypeError, self.do, stream.write, refused)
         self.assertEqual(stream.size, 0)
-        self.do(stream.write, data)
-        data[:] = b"changed"
-        os.read(read, gaffer.READ_SIZE)
-        self.advance()
-        self.assertEqual(os.read(read, 99), bytes(9))
-
-    def test_small_pieces(self):
-        """Many of them cost little more than their bytes."""
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        stream, sent = gaffer.Input(self.loop, write, "stdin", os.close, 30000), []
-        tracemalloc.start()
-        with contextlib.suppress(gaffer.StdinFull):
-            for number in itertools.count():
-                self.do(stream.write, b"%d\n" % number)
-                sent.append(number)
-        size = tracemalloc.get_traced_memory()[0] - sys.getsizeof(sent) - 32 * len(sent)
-        tracemalloc.stop()
-        self.assertGreater(stream.size, 30000 - 10)
-        self.assertLess(size, 2 * 30000)
+        with traced() as memory:
+            with contextlib.suppress(gaffer.StdinFull):
+                for number in itertools.count():
+                    piece = bytearray(b"%d\n" % number)
+                    self.do(stream.write, piece)
+                    piece[:] = b"changed"       # later than it was written
+            self.assertLess(memory()[0], 2 * 30000)
         self.do(stream.end)
         with os.fdopen(read, "rb") as file:
-            for number in sent:
-                if number % 1000 == 0:
-                    self.advance()
-                self.assertEqual(file.readline(), b"%d\n" % number)
+            file.read(gaffer.READ_SIZE)
             self.advance()
-            self.assertEqual(file.read(), b"")
+            self.assertEqual(file.read(), b"".join(b"%d\n" % each for each in range(number)))
 
 
 class PureOutput(PureLoopCase):
@@ -8200,7 +8101,7 @@ class PureOutput(PureLoopCase):
     class Sink:
         """Takes `speed` seconds for each payload; none while it is not `open`."""
 
-        def __init__(self, case, opened=True, speed=0.0):
+        def __init__(self, case, opened=False, speed=0.0):
             self.case, self.open, self.speed, self.data = case, opened, speed, b""
 
         def send(self, payload):
@@ -8214,7 +8115,7 @@ class PureOutput(PureLoopCase):
         def finished(self, reader):
             reader.close()
 
-    def output(self, limit=gaffer.MIB, merged=None):
+    def output(self, limit=256, merged=None):
         """(Output of a pipe, its other end); self.merged has it too."""
         read, write = os.pipe()
         self.addCleanup(os.close, write)
@@ -8227,22 +8128,24 @@ class PureOutput(PureLoopCase):
         self.addCleanup(self.do, output.close)
         return output, write
 
-    def reader(self, output, sink, loss="block", encoder=None):
-        reader = gaffer.Reader(output.window, encoder or gaffer.Encoder(), sink, 0, loss)
+    def reader(self, window, sink, loss="block", encoder=None):
+        reader = gaffer.Reader(window, encoder or gaffer.Encoder(), sink, 0, loss)
         self.do(reader.start)
         return reader
 
+    def turns(self, count, seconds=0.0):
+        for _ in range(count):
+            self.advance(seconds)
+
     def test_block_after_the_exit(self):
         """What is in the pipe waits for the reader, longer than others are waited for."""
-        output, write = self.output(256)
-        sink = self.Sink(self, opened=False)
-        reader, data = self.reader(output, sink), bytes(range(250)) * 4
+        output, write = self.output()
+        sink, data = self.Sink(self), bytes(range(250)) * 4
+        reader = self.reader(output.window, sink)
         os.write(write, data)
-        for _ in range(20):
-            self.advance()
+        self.turns(20)
         self.do(output.drain)
-        for _ in range(3):
-            self.advance(gaffer.DRAIN_TIME + 0.1)
+        self.turns(3, gaffer.DRAIN_TIME + 0.1)
         self.assertEqual((output.closed, sink.data == data), (False, False))
         sink.open = True
         for _ in range(40):
@@ -8255,12 +8158,11 @@ class PureOutput(PureLoopCase):
     def test_block_at_the_end(self):
         """No more is read than its reader can be given; without one all is."""
         for blocks, pauses in ((True, False), (True, True), (False, False)):
-            output, write = self.output(256)
-            sink, data = self.Sink(self, opened=False), bytes(range(250)) * 4
-            reader = self.reader(output, sink) if blocks else None
+            output, write = self.output()
+            sink, data = self.Sink(self), bytes(range(250)) * 4
+            reader = self.reader(output.window, sink) if blocks else None
             os.write(write, data)
-            for _ in range(20 * pauses):
-                self.advance()
+            self.turns(20 * pauses)
             self.do(output.drain)
             self.advance(gaffer.DRAIN_TIME - 0.1)
             self.assertFalse(output.closed)
@@ -8274,44 +8176,34 @@ class PureOutput(PureLoopCase):
 
     def test_block_of_two(self):
         """The unfinished line of one waits for room, too."""
-        (output, write), (_, also) = self.output(256), self.output(256, self.merged)
-        sinks = [self.Sink(self, opened=False) for _ in range(2)]
-        readers = [gaffer.Reader(self.merged.window, gaffer.Encoder(), sink, 0, "block")
-                   for sink in sinks]
-        for reader in readers:
-            self.do(reader.start)
-        for fd, data in (also, b"\n"), (also, b"x" * 200 + b"\n"), (write, b"who? " * 8), (
-                also, b"y" * 30 + b"\n"):
+        (output, write), (_, also) = self.output(), self.output(merged=self.merged)
+        sink = self.Sink(self)
+        reader = self.reader(self.merged.window, sink)
+        lines = [b"\n", b"x" * 200 + b"\n", b"y" * 30 + b"\n", b"z\n"]
+        for fd, data in (also, lines[0]), (also, lines[1]), (write, b"who? " * 8), (also, lines[2]):
             os.write(fd, data)
             self.advance()
-        os.write(write, b"and?")
-        for _ in range(2):
-            self.advance(gaffer.MERGED_LINE_DELAY + 0.1)
+        self.turns(2, gaffer.MERGED_LINE_DELAY + 0.1)
         self.assertEqual(self.merged.window.end, 233)
-        for reader, sink in zip(readers, sinks):
-            sink.open = True
-            self.do(reader.pump)
-            self.advance()
-        os.write(also, b"z\n")
-        self.advance(gaffer.MERGED_LINE_DELAY + 0.1)
-        self.advance(gaffer.MERGED_LINE_DELAY + 0.1)
+        sink.open = True
+        self.do(reader.pump)
+        os.write(also, lines[3])
+        self.turns(2, gaffer.MERGED_LINE_DELAY + 0.1)
         os.write(write, b"end")
         self.advance()
         self.do(output.close)
-        wanted = b"\n" + b"x" * 200 + b"\n" + b"y" * 30 + b"\nz\n" + b"who? " * 8 + b"and?end"
-        self.assertEqual([sink.data for sink in sinks], [wanted] * 2)
+        self.assertEqual(sink.data, b"".join(lines) + b"who? " * 8 + b"end")
 
     def test_its_own_pause_is_no_silence(self):
         """Sending takes long, and gaffer waits as long before it reads on: no line is cut by it."""
-        output, write = self.output()
-        sink = self.Sink(self, speed=0.06)
-        self.reader(output, sink, "cut", gaffer.SseEncoder("stdout", "epoch"))
+        output, write = self.output(gaffer.MIB)
+        sink = self.Sink(self, opened=True, speed=0.06)
+        self.reader(output.window, sink, "cut", gaffer.SseEncoder("stdout", "epoch"))
         text = b"".join(b"%d first half, second half\n" % number for number in range(40))
         for place in range(0, len(text), 36):   # a line and a half every 20 ms
             os.write(write, text[place:place + 36])
             self.advance(0.02)
-        for _ in range(40):
-            self.advance(0.02)
+        self.turns(40, 0.02)
         self.assertEqual(re.findall(b"data: (.*)", sink.data), text.splitlines())
 
 
@@ -8333,7 +8225,7 @@ def streams_digest(data):
 class StreamsStdin(StreamsCase):
 
     def test_all_bytes(self):
-        pid, deaf = self.cat(), self.server.add("deaf", "sleep 1000")[0]
+        pid, deaf = self.cat(), self.cat("deaf", "sleep 1000", redirect_input=False)
         data = bytes(range(256)) * 256
         wire = self.continuous(pid)
         for part, label in ((data, "stdin"), (b"", "stdin"), (b"alias", "ttin")):
@@ -8346,8 +8238,8 @@ class StreamsStdin(StreamsCase):
         answer = self.server.json("POST", "/streams/deaf/stdout", b"x")
         self.assertError(answer, 405, "method_not_allowed")
         self.assertEqual(wire.chunks(), (b"", True))
-        self.assertEqual(self.websocket("/wstreams/%d" % deaf).status, 403)
-        self.assertEqual(self.websocket("/wstreams/%d?readonly=true" % deaf).status, 101)
+        for query, status in ("", 403), ("?readonly=true", 101):
+            self.assertEqual(self.websocket("/wstreams/%d%s" % (deaf, query)).status, status)
 
     def test_full(self):
         """A body is taken whole or not at all; 1 MiB waits, and a body has no more."""
@@ -8361,24 +8253,20 @@ class StreamsStdin(StreamsCase):
             bodies.append(bytes([len(bodies)]) * 300000)
             answer = self.server.json("POST", path, bodies[-1])
         self.assertError(answer, 503, "stdin_full")
+        with unittest.mock.patch.object(self.server.manager, "input_size", 9):
+            self.assertError(self.server.json("POST", path, bytes(10)), 413, "too_large")
         data = b"".join(bodies[:-1])
         self.assertLess(abs(len(data) - gaffer.MIB), 300000)
         self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
         self.end(pid)
         self.assertEqual(wire.chunks(), (streams_digest(data), True))
-        self.send(self.server.add("deaf", "sleep 1000", redirect_input=True)[0], bytes(gaffer.MIB))
-        with unittest.mock.patch.object(self.server.manager, "input_size", 9):
-            self.assertError(self.server.json("POST", "/streams/deaf/stdin", bytes(10)),
-                             413, "too_large")
-        self.server.add("two", "cat", redirect_input=True, numprocesses=2)
-        self.assertError(self.server.json("POST", "/streams/two/stdin", b"x"), 404, "not_found")
 
 
 class StreamsWebsocket(StreamsCase):
 
-    def open(self, pid, query="", early=b""):
+    def open(self, pid, query="", **options):
         """A websocket to a process."""
-        wire = self.websocket("/wstreams/%d?%s" % (pid, query), early=early)
+        wire = self.wire(**options).upgrade("/wstreams/%d?%s" % (pid, query))
         self.assertEqual(wire.status, 101)
         return wire
 
@@ -8394,8 +8282,8 @@ class StreamsWebsocket(StreamsCase):
             self.assertEqual((text.read(), binary.read(), lines.read()),
                              ((1, fixed), (2, shown), (1, fixed[:-1])))
         both = self.open(pid, "frame=line&type=binary&since=0")
-        self.assertEqual([both.read() for _ in range(4)], [
-            (2, b"gr\xc3\xbc\xc3\x9fe"), (2, b"\xff\0"), (2, b"a line"), (2, b"")])
+        self.assertEqual([both.read() for _ in range(2)], [(2, b"gr\xc3\xbc\xc3\x9fe"),
+                                                           (2, b"\xff\0")])
         self.send(pid, b"a\nb\r\nc\rd")
         self.end(pid)
         self.assertEqual([lines.read()[1] for _ in range(5)],
@@ -8425,22 +8313,13 @@ class StreamsWebsocket(StreamsCase):
         self.assertError(answer, 403, "forbidden_write")
 
     def test_ends(self):
-        """By the process, by the client, and by what is wrong; nothing is kept of it."""
-        for number, (code, reason) in enumerate((
-                ("os._exit(3)", b"\x03\xe8exit 3"), ("os.kill(0, 9)", b"\x03\xe8signal 9"))):
-            pid = self.puppet("p%d" % number)
-            websocket = self.open(pid, "readonly=true")
-            self.send(pid, b"out(b'last'); %s\n" % code.encode())
-            self.assertEqual([websocket.read(), websocket.read()], [(1, b"last"), (8, reason)])
-            websocket.frame(8, b"\x03\xe8")
-            self.assertEqual(websocket.read(), (None, b""))
-            websocket.close()
+        """By the client, and by what is wrong; nothing is kept of it."""
         pid, loop = self.cat(), self.server.manager.loop
         timers = loop.call(lambda: loop.pending_timers)
         for sent, code in (
                 (ws_frame(8, b"\x03\xe8bye"), b"\x03\xe8"), (ws_frame(8, b""), b""),
                 (ws_frame(8, b"\x0f\xa0") + b"more", b"\x0f\xa0"),
-                (ws_frame(1, b"\xff"), b"\x03\xef"), (ws_frame(3, b""), b"\x03\xea"),
+                (ws_frame(1, b"\xff"), b"\x03\xef"),
                 (b"\x82\xff" + struct.pack("!Q", 1 << 40) + b"abcd", b"\x03\xf1")):
             with self.subTest(sent=sent):
                 websocket = self.open(pid, "heartbeat=30")
@@ -8448,7 +8327,6 @@ class StreamsWebsocket(StreamsCase):
                 opcode, payload = websocket.read()
                 self.assertEqual((opcode, payload[:2]), (8, code))
                 self.assertEqual(websocket.read(), (None, b""))
-                websocket.close()
         until(lambda: not self.server.http.channels, "the end of all connections")
         self.assertLessEqual(loop.call(lambda: loop.pending_timers), timers)
         websocket = self.open(pid, "readonly=true")
@@ -8461,25 +8339,26 @@ class StreamsWebsocket(StreamsCase):
         pid = self.cat()
         websocket = self.open(pid, "type=binary&heartbeat=0.1")
         self.assertEqual([websocket.read(), websocket.read()], [(9, b""), (9, b"")])
-        websocket = self.open(pid, "type=binary")
+        for buffer in socket.SO_SNDBUF, socket.SO_RCVBUF:
+            self.server.http.listeners[0].socket.setsockopt(socket.SOL_SOCKET, buffer, 65536)
+        websocket = self.open(pid, "type=binary", receive_buffer=65536)
         websocket.frame(1, b"frag", final=False)
         websocket.frame(9, b"are you there")
         self.assertEqual(websocket.read(), (10, b"are you there"))
         websocket.frame(0, b"mented")
         self.assertEqual(websocket.read(), (2, b"fragmented"))
-        pings = ws_frame(9, b"x" * 125) * 8000
-        for _ in range(16):
-            websocket.send(pings)
+        websocket.send(ws_frame(9, b"x" * 125) * 64000)
         queued = self.server.manager.loop.call(
             lambda: max(channel.queued for channel in self.server.http.channels))
         self.assertTrue(0 < queued < gaffer.MIB + gaffer.CONTROL_SIZE + 200, queued)
 
     def test_a_process_that_does_not_read(self):
-        """Its buffer fills, then the connection; when it reads, all arrives in order."""
+        """Its buffer fills, then the connection; when it reads, all arrives in order, even if the
+        client has left."""
         data = b"".join(bytes([number]) * 600000 for number in range(20))
         pid = self.cat("t", python(STREAMS_SLEEPER.format(size=len(data))))
         self.upto(pid, 6)
-        websocket = self.open(pid, "type=binary")
+        output, websocket = self.continuous(pid), self.open(pid, "type=binary")
         head = b"\x82\xff" + struct.pack("!Q", 600000) + bytes(4)       # a mask of zeros
         frames = memoryview(b"".join(head + bytes([number]) * 600000 for number in range(20)))
         websocket.sock.setblocking(False)
@@ -8493,9 +8372,8 @@ class StreamsWebsocket(StreamsCase):
             self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
             while frames and selector.select(TIMEOUT):
                 frames = frames[websocket.sock.send(frames):]
-        websocket.sock.settimeout(TIMEOUT)
-        self.assertEqual([websocket.read(), websocket.read()],
-                         [(2, streams_digest(data)), (8, b"\x03\xe8exit 0")])
+        websocket.sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(output.chunks(), (streams_digest(data), True))
 
     def test_input_without_room(self):
         """A message with its end of line; in front of a close frame; of a process that ends."""
@@ -8528,35 +8406,32 @@ class StreamsWatch(StreamsCase):
 
     EVENTS = ["create", "start", "spawn", "exit", "stop", "delete"]
 
-    def watch(self, target="", *headers, **options):
-        wire = self.wire("/watch" + target, *headers, **options)
-        self.assertEqual(wire.status, 200)
-        return wire
-
     def life(self, name="t"):
         """Let a template be added, exit, and be deleted."""
         self.end(self.cat(name))
         self.server.wait_event("proc/%s/stop" % name)
         self.server.ok("DELETE", "/processes/" + name)
 
-    def lines(self, wire):
-        """The events of a continuous feed."""
-        return (json.loads(line) for line in part_lines(iter(wire.chunk, None)))
+    def lines(self, wire, count):
+        """The next events of a continuous feed."""
+        lines = part_lines(iter(wire.chunk, None))
+        return list(map(json.loads, itertools.islice(lines, count)))
 
     def test_the_events_of_each_feed(self):
         """From now on, as they are encoded, with their ids."""
         self.life("before")
-        plain, sse = self.watch("?feed=continuous"), self.watch("?feed=eventsource&heartbeat=0.1")
-        old = self.watch("?feed=continuous", version="1.0")
+        plain, old = (self.wire("/watch?feed=continuous", version=version)
+                      for version in ("1.1", "1.0"))
+        sse = self.wire("/watch?feed=eventsource&heartbeat=0.1")
         self.assertEqual(plain.headers["Content-Type"], "application/json")
         self.assertEqual([sse.block(), sse.block()], [b"", b""])
         polls = [self.waiting("/watch/proc/later/spawn"), self.waiting("/watch?since=6")]
         before = time.time()
         pid = self.cat("later")
-        events = list(itertools.islice(self.lines(plain), 3))
-        self.assertEqual([event["event"] for event in events], self.EVENTS[:3])
-        self.assertEqual([event["id"] for event in events],
-                         ["%d@%s" % (number, self.epoch) for number in (7, 8, 9)])
+        events = self.lines(plain, 3)
+        self.assertEqual([(event["event"], event["id"]) for event in events], [
+            (kind, "%d@%s" % (number, self.epoch))
+            for number, kind in enumerate(self.EVENTS[:3], 7)])
         self.assertEqual(set(events[0]), {"event", "name", "id", "time"})
         self.assertEqual(set(events[2]), {"event", "name", "id", "time", "pid", "os_pid"})
         self.assertEqual((events[2]["name"], events[2]["pid"]), ("later", pid))
@@ -8570,32 +8445,36 @@ class StreamsWatch(StreamsCase):
 
     def test_patterns(self):
         """On two templates, of which one is not there yet."""
-        late = self.watch("/proc/two?feed=continuous")
+        late = self.wire("/watch/proc/two?feed=continuous")
         self.life("one")
         self.life("two")
-        full = list(itertools.islice(self.lines(self.watch("?feed=continuous&since=0")), 12))
+        full = self.lines(self.wire("/watch?feed=continuous&since=0"), 12)
         self.assertEqual(sorted(event["event"] for event in full), sorted(self.EVENTS * 2))
         for path, name, kind in (("/.", None, None), ("/exit", None, "exit"),
                                  ("/proc/one", "one", None), ("/proc/two/delete", "two", "delete")):
             expected = [event for event in full if name in (None, event["name"])
                         and kind in (None, event["event"])]
-            with self.subTest(path=path):
-                wire = self.watch(path + "?feed=continuous&since=0")
-                self.assertEqual(list(itertools.islice(self.lines(wire), len(expected))), expected)
-        self.assertEqual(next(self.lines(late))["name"], "two")
+            wire = self.wire("/watch%s?feed=continuous&since=0" % path)
+            self.assertEqual(self.lines(wire, len(expected)), expected, path)
+        self.assertEqual(self.lines(late, 1)[0]["name"], "two")
         self.assertEqual(self.server.request("GET", "/watch/proc/x/reap?timeout=0")[0], 204)
+        for path in "proc/", "proc/t/nothing", "create/t", "proc/t/create/x", "dropped":
+            answer = self.server.json("GET", "/watch/" + path)
+            self.assertError(answer, 404, "bad_event_type")
 
     def test_resume(self):
         """By since or Last-Event-ID, which wins."""
         self.life()
-        wire = self.watch("?feed=eventsource&since=0")
+        wire = self.wire("/watch?feed=eventsource&since=0")
         events = [wire.event() for _ in self.EVENTS]
         last = "Last-Event-ID: " + events[1][2]
         for query, headers in (("since=" + events[1][2], ()), ("since=0", (last,))):
-            wire = self.watch("?feed=eventsource&" + query, *headers)
+            wire = self.wire("/watch?feed=eventsource&" + query, *headers)
             self.assertEqual([wire.event() for _ in events[2:]], events[2:])
         event = self.server.json("GET", "/watch", headers={"Last-Event-ID": events[0][2]})[1]
         self.assertEqual(event["id"], events[1][2])
+        for query in "since=7", "since=7@" + self.epoch:
+            self.assertError(self.server.json("GET", "/watch?" + query), 400, "bad_value")
 
     def test_lost_events(self):
         """1024 are kept; those that are lost are counted."""
@@ -8608,19 +8487,10 @@ class StreamsWatch(StreamsCase):
         self.assertEqual((event["event"], event["events"]), ("dropped", lost))
         following = self.server.ok("GET", "/watch?since=" + event["id"])
         self.assertEqual(following["id"], "%d@%s" % (lost + 1, self.epoch))
-        wire = self.watch("?feed=eventsource", "Last-Event-ID: 2@" + self.epoch)
+        wire = self.wire("/watch?feed=eventsource", "Last-Event-ID: 2@" + self.epoch)
         self.assertDropped(wire, lost, events=lost - 2)
         self.assertIn(b"\ngaffer_events_dropped_total %d\n" % (2 * lost - 2),
                       self.server.request("GET", "/metrics")[2])
-
-    def test_what_is_wrong(self):
-        for path in "nothing", "proc/", "proc/t/nothing", "create/t", "proc/t/create/x", "dropped":
-            with self.subTest(path=path):
-                answer = self.server.json("GET", "/watch/" + path)
-                self.assertError(answer, 404, "bad_event_type")
-        for query in "since=1", "since=1@" + self.epoch, "since=x":
-            with self.subTest(query=query):
-                self.assertError(self.server.json("GET", "/watch?" + query), 400, "bad_value")
 
 
 class StreamsTimes(StreamsCase):
@@ -8634,18 +8504,23 @@ class StreamsTimes(StreamsCase):
                 self.assertEqual(self.wire(path % seconds).status, 200)
             self.waiting("/watch?timeout=" + seconds)
             name = "t" + seconds
-            self.server.add(name, "cat", redirect_input=True, graceful_timeout=float(seconds))
+            self.cat(name, graceful_timeout=float(seconds))
             self.server.ok("POST", "/processes/%s/_stop?wait=%s" % (name, seconds))
         self.assertEqual(self.server.json("GET", "/watch?timeout=10000001")[0], 400)
 
 
 class StreamsObservers(StreamsCase):
-    """Who is told of a step of a process's life can do no harm to it."""
 
-    def whole_lives(self, count):
-        """Processes that end in all the ways there are; nothing is left."""
+    def test_many_watchers(self):
+        """More than are sent to one by one, of every form, that read nothing. Processes end in all
+        the ways that there are, and nothing is left of them."""
+        for path in (*["/watch?feed=eventsource", "/watch?feed=continuous"] * 24,
+                     "/watch/proc/n1?feed=eventsource", "/watch/exit?feed=continuous",
+                     "/streams?feed=eventsource", "/streams?feed=continuous",
+                     "/stats?feed=eventsource&interval=0.1"):
+            self.assertEqual(self.wire(path).status, 200)
         groups = []
-        for number in range(count):
+        for number in range(30):
             pid = self.cat("n%d" % number)
             groups.append(self.server.ok("GET", "/processes/%d" % pid)["os_pid"])
             if number % 3 == 0:
@@ -8653,50 +8528,11 @@ class StreamsObservers(StreamsCase):
             elif number % 3 == 1:
                 self.server.ok("POST", "/processes/n%d/_stop?wait=true" % number)
             self.server.ok("DELETE", "/processes/n%d" % number)
-        for group in groups:
-            until(lambda group=group: not process_group(group), "the end of %d" % group)
-
-    def test_many_watchers(self):
-        """More than are sent to one by one, of every form, that read nothing."""
-        wires = [self.wire(path) for path in (
-            *["/watch?feed=eventsource", "/watch?feed=continuous"] * 24,
-            "/watch/proc/n1?feed=eventsource", "/watch/exit?feed=continuous",
-            "/streams?feed=eventsource", "/streams?feed=continuous",
-            "/stats?feed=eventsource&interval=0.1")]
-        self.whole_lives(30)
-        for wire in wires:
-            wire.close()
-
-    def test_encoders_that_fail(self):
-        """Their readers are cut, and see it; the processes live and end as ever."""
-        self.expect_log("planted")
-        classes, found = [gaffer.Encoder], []
-        while classes:
-            found.append(classes.pop())
-            classes += found[-1].__subclasses__()
-        pid = self.cat("x")
-        wires = [self.wire(path) for path in (
-            "/watch?feed=eventsource", "/watch?feed=continuous",
-            "/streams/x/stdout?feed=eventsource", "/streams/x/stdout?feed=continuous",
-            "/streams/%d/stdout?feed=eventsource&since=0" % pid)]
-        wires.append(self.websocket("/wstreams/%d" % pid))
-        with contextlib.ExitStack() as patches:
-            for each in found[1:]:
-                patches.enter_context(unittest.mock.patch.object(
-                    each, "encode", side_effect=RuntimeError("planted")))
-            self.send(pid, b"line\n")
-            self.whole_lives(12)
-            for wire in wires[:-1]:
-                wire.file.read()
-                wire.close()
-            self.assertIn(wires[-1].read()[0], (8, None))
-        self.assertEqual(self.server.ok("GET", "/status/x")["running"], 1)
-        self.assertEqual(self.poll("x", "since=0")[2], b"line\n")
+        until(lambda: not any(map(process_group, groups)), "their end")
 
 
 @unittest.skipUnless(os.path.exists("/proc/net/tcp"), "needs /proc/net/tcp")
 class StreamsGone(StreamsCase):
-    """A client that leaves is noticed, whatever keeps the server from reading what it sent."""
 
     def waits_for_close(self):
         """How many connections the clients have closed and the server has not."""
@@ -8705,16 +8541,9 @@ class StreamsGone(StreamsCase):
         return sum(row[3] == "08" and int(row[1].rpartition(":")[2], 16) == self.server.port
                    for row in rows)
 
-    def fill(self, wire, data):
-        """Send until the server takes no more, or all is sent."""
-        wire.sock.settimeout(0.2)
-        with contextlib.suppress(socket.timeout):
-            wire.send(data)
-        return wire
-
     def test_clients_that_leave(self):
-        deaf, = self.server.add("deaf", "sleep 1000", redirect_input=True)
-        loud, = self.server.add("loud", "yes")
+        """It is noticed, whatever keeps the server from reading what they sent."""
+        deaf, loud = self.cat("deaf", "sleep 1000"), self.cat("loud", "yes")
         rows = [("/wstreams/%d%s" % (deaf, query), ws_frame(2, bytes(65536)) * 40)
                 for query in ("", "?frame=line")]
         rows += [(path, behind) for behind in (b"", http_bytes("GET", "/ping") * 3000)
@@ -8723,29 +8552,19 @@ class StreamsGone(StreamsCase):
         rows += [("/streams/%d/stdout?feed=%s%s" % (loud, feed, loss), bytes(size))
                  for feed, size in (("continuous", 0), ("eventsource", 200000))
                  for loss in ("", "&loss=skip", "&loss=block")]
-        for path, behind in rows:
-            for close in (False, True):
-                if path.startswith("/ws"):
-                    wire = self.websocket(path)
-                else:
-                    wire = self.wire().request(path)
-                self.fill(wire, behind)
-                wire.sock.shutdown(socket.SHUT_WR)
-                if close:
-                    wire.close()
+        for (path, behind), close in itertools.product(rows, (False, True)):
+            if path.startswith("/ws"):
+                wire = self.websocket(path)
+            else:
+                wire = self.wire().request(path)
+            wire.sock.settimeout(0.2)
+            with contextlib.suppress(socket.timeout):   # until the server takes no more
+                wire.send(behind)
+            wire.sock.shutdown(socket.SHUT_WR)
+            if close:
+                wire.close()
         until(lambda: not self.waits_for_close(), "the end of all connections")
         self.assertEqual(self.server.request("GET", "/ping")[2], b"OK")
-
-    def test_what_was_sent_before(self):
-        """All of it is for the process that reads on, though its client has left meanwhile."""
-        pid = self.cat("x", python(STREAMS_SLEEPER.format(size=40 * 65536)))
-        output = self.continuous(pid, "since=0")
-        self.assertEqual(output.exactly(6), b"ready\n")
-        wire = self.websocket("/wstreams/%d" % pid)
-        self.fill(wire, ws_frame(2, bytes(65536)) * 40)
-        wire.sock.shutdown(socket.SHUT_WR)
-        self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
-        self.assertEqual(output.chunks(), (streams_digest(bytes(40 * 65536)), True))
 
 
 class StreamsStats(StreamsCase):
@@ -8757,8 +8576,7 @@ class StreamsStats(StreamsCase):
                             ("/stats/cat", lambda value: value["stats"][0]),
                             ("/stats/cat/%d" % pid, lambda value: value)):
             wires.append(self.wire(path + "?feed=continuous&interval=0.1"))
-            sse = self.wire(path + "?feed=eventsource&interval=0.1")
-            kind, data, _ = sse.event()
+            kind, data, _ = self.wire(path + "?feed=eventsource&interval=0.1").event()
             self.assertEqual(kind, "stat")
             value = self.server.ok("GET", path + "?feed=longpoll&interval=0.1")
             chunks = [json.loads(wires[-1].chunk()) for _ in range(2)]
@@ -8775,15 +8593,11 @@ class StreamsLoss(StreamsCase):
     """The window is much smaller than the output, which comes as fast as it can."""
 
     options = {"window": 65536}
-    lines = 130000                      # more than all buffers of the system in between
 
-    def hose(self, lines):
-        """The pid of a child that waits for a byte on stdin to write its lines."""
-        return self.cat("hose", python(STREAMS_HOSE.format(lines=lines)))
-
-    def expected(self, lines):
-        """What it writes."""
-        return b"".join(b"%063d\n" % i for i in range(lines))
+    def begin(self, pid):
+        """Let a hose write, and end when it is done."""
+        self.send(pid, b"\n")
+        self.end(pid)
 
     def by_longpolls(self, pid):
         """(bytes, how many were dropped) of a loop of long polls, until the end."""
@@ -8817,78 +8631,56 @@ class StreamsLoss(StreamsCase):
             parts.append(payload)
         self.fail("no close frame")
 
-    def assertSame(self, found, expected):
-        """Bytes are equal; without a diff of megabytes."""
-        if found != expected:
-            place = len(os.path.commonprefix((found, expected)))
-            self.fail("%d bytes, expected %d; they differ at %d: %r" % (
-                len(found), len(expected), place, found[place - 20:place + 70]))
-
-    def assertLines(self, data):
-        """Whole lines in order, up to the last; the one in front of a gap may be cut."""
-        numbers = [int(line[-63:]) for line in data.splitlines()]
-        self.assertEqual((numbers, numbers[-1]), (sorted(set(numbers)), self.lines - 1))
-
     def test_block_loses_nothing(self):
-        """And what the others lose is counted."""
         count = 40000
         pid = self.hose(count)
-        wire = self.continuous(pid, "loss=block")
         slow = self.continuous(pid, "loss=block", receive_buffer=4096)
         websocket = self.websocket("/wstreams/%d?type=binary&readonly=1&loss=block" % pid)
-        events = self.sse(pid, "loss=block")
-        readers = {"longpoll": (self.by_longpolls, pid), "slow": (slow.chunks,),
-                   "events": (self.by_events, events), "continuous": (wire.chunks,),
-                   "websocket": (self.by_websocket, websocket)}
+        readers = ((slow.chunks,), (self.by_events, self.sse(pid, "loss=block")),
+                   (self.by_websocket, websocket))
         with concurrent.futures.ThreadPoolExecutor(len(readers)) as pool:
-            futures = {name: pool.submit(*reader) for name, reader in readers.items()}
-            self.send(pid, b"\n")
-            found = {name: future.result(4 * TIMEOUT) for name, future in futures.items()}
-        self.assertEqual(found["websocket"][1], b"\x03\xe8exit 0")
-        for name, (data, dropped) in found.items():
-            with self.subTest(name):
-                if name == "longpoll":
-                    self.assertEqual(len(data) + dropped, 64 * count)
-                else:
-                    self.assertSame(data, self.expected(count))
+            futures = [pool.submit(*reader) for reader in readers]
+            self.begin(pid)
+            found = [future.result(4 * TIMEOUT) for future in futures]
+        self.assertEqual([end for _, end in found], [True, 0, b"\x03\xe8exit 0"])
+        expected = b"".join(b"%063d\n" % number for number in range(count))
+        self.assertEqual([data == expected for data, _ in found], [True] * 3)
 
     def test_what_is_dropped_to_the_byte(self):
         """Of readers that begin to read when most output has fallen out of the window."""
-        pid = self.hose(self.lines)
+        count = 130000                          # more than all buffers of the system in between
+        expected = b"".join(b"%063d\n" % number for number in range(count))
+        pid = self.hose(count)
         cut, skip, events = self.continuous(pid), self.continuous(pid, "loss=skip"), self.sse(pid)
         target = "/wstreams/%d?type=binary&readonly=1" % pid
         sockets = [self.websocket(target + loss) for loss in ("", "&loss=skip")]
-        self.send(pid, b"\n")
+        self.begin(pid)
         self.server.wait_event("exit")
-        expected = self.expected(self.lines)
-        total = len(expected)
         data, close = self.by_websocket(sockets[0])
         self.assertRegex(close, b"^\x03\xf5dropped [1-9][0-9]*$")
-        self.assertSame(data, expected[:len(data)])
+        self.assertTrue(expected.startswith(data))
         lost = int(close.split()[-1])
         data, dropped = self.by_longpolls(pid)
-        self.assertSame(data, expected[dropped:])
-        self.assertGreater(dropped, 0)
+        self.assertTrue(dropped and data == expected[dropped:])
         lost += dropped
         data, whole = skip.chunks()
         dropped = int(skip.trailers["Gaffer-Dropped"])
         self.assertEqual((skip.headers["Trailer"], whole), ("Gaffer-Dropped", True))
-        self.assertEqual((len(data) + dropped, dropped > 0), (total, True))
-        self.assertLines(data)
-        lost += dropped
-        data, dropped = self.by_events(events)
-        self.assertEqual((len(data) + dropped, dropped > 0), (total, True))
-        self.assertLines(data)
-        lost += dropped
+        found = [(data, dropped), self.by_events(events)]
         metrics = self.server.request("GET", "/metrics")[2]
         name = b'gaffer_stream_dropped_bytes_total{template="hose",label="stdout"} %d\n'
-        self.assertIn(name % lost, metrics)
+        self.assertIn(name % (lost + sum(dropped for _, dropped in found)), metrics)
         data, whole = cut.chunks()
         self.assertFalse(whole, "cut without its last chunk")
-        self.assertSame(data, expected[:len(data)])
+        self.assertTrue(expected.startswith(data))
         data, close = self.by_websocket(sockets[1])
-        self.assertEqual((close, len(data) < total), (b"\x03\xe8exit 0", True))
-        self.assertLines(data)
+        self.assertEqual(close, b"\x03\xe8exit 0")
+        found.append((data, len(expected) - len(data)))
+        for data, dropped in found:
+            self.assertEqual((len(data) + dropped, dropped > 0), (len(expected), True))
+            # whole lines in order, up to the last; the one in front of a gap may be cut
+            numbers = [int(line[-63:]) for line in data.splitlines()]
+            self.assertEqual((numbers, numbers[-1]), (sorted(set(numbers)), count - 1))
 
 
 # --------------------------------------------------------------------------------------------------
