@@ -305,21 +305,6 @@ def part_lines(parts):
         yield rest
 
 
-def sse_events(lines):
-    """Parse an event stream (an iterable of lines as bytes)."""
-    event = {}
-    for line in lines:
-        line = line.rstrip(b"\n").decode("utf-8")
-        if not line:
-            if event:
-                yield event
-            event = {}
-            continue
-        field, _, value = line.partition(":")
-        value = value[1:] if value.startswith(" ") else value
-        event[field] = event[field] + "\n" + value if field in event else value
-
-
 def http_bytes(method, target, *headers, body=b"", host="127.0.0.1", version="1.1"):
     """A request as bytes; a body without a header that tells its length gets a Content-Length."""
     lines = ["%s %s HTTP/%s" % (method, target, version)]
@@ -13361,23 +13346,26 @@ class Loadtest(CliCase):
 # --------------------------------------------------------------------------------------------------
 # chaos: everything at once, at random, and then the books
 # --------------------------------------------------------------------------------------------------
-CHAOS = {"seconds": 2.0, "seed": 20}            # --chaos SECONDS, --seed N
-CHAOS_WRITER = """
+CHAOS_WRITER = python("""
     import os, sys, time
-    n, speed = 0, int(sys.argv[1])
-    while n < int(sys.argv[2]):
+    n, (speed, end) = 0, map(int, sys.argv[1:])
+    while n < end:
         data = b"".join(b"%08d\\n" % number for number in range(n, n + speed))
         while data: data = data[os.write(1, data):]
         n += speed
         time.sleep(0.01)
-    """
-CHAOS_CHILDREN = {                              # all write numbered lines, or what they get
-    "cat": {"cmd": "cat", "redirect_input": True},
-    "stubborn": {"cmd": "trap '' TERM; echo 00000000; sleep 1000 & while :; do sleep 1000; done"},
-    "parent": {"cmd": "echo 00000000; sleep 1000 & sleep 0.2; exit 3"},
-    "extra": {"cmd": "cat <&3 >&3", "custom_streams": ["extra"]},
-    "dies": {"cmd": "false", "flapping": {"attempts": 2, "window": 1, "retry_in": 0.2}},
-}
+    """)
+CHAOS_CHILDREN = (                              # all write numbered lines, or what they get
+    {"cmd": "cat", "redirect_input": True}, {"cmd": "cat <&3 >&3", "custom_streams": ["extra"]},
+    {"cmd": "trap '' TERM; echo 00000000; sleep 1000 & while :; do sleep 1000; done"},
+    {"cmd": "echo 00000000; sleep 1000 & sleep 0.2; exit 3"},
+    {"cmd": "false", "flapping": {"attempts": 2, "window": 1, "retry_in": 0.2}})
+CHAOS_ACTS = [path.split() for path in (        # to a name or a pid, which may not have that
+    *("POST /processes/%s/" + act for act in (
+        "_start", "_stop", "_stop?wait=2", "_restart", "_restart?wait=2", "_add/1", "_add/2",
+        "_sub/1", "_sub/2", "_signal/TERM", "_signal/9?group=true", "_signal/INT", "_signal/9",
+        "_signal/STOP", "_signal/CONT?group=true")),
+    "DELETE /processes/%s", "DELETE /streams/%s/stdin")]
 
 
 def chaos_bytes(start, end):
@@ -13406,12 +13394,14 @@ class ChaosReader(threading.Thread):
     """Reads a stream. Every byte comes, or its loss is told, or the connection is cut."""
 
     open, faults = [], []
-    books = dict.fromkeys(("delivered", "dropped", "cut", "resumed"), 0)
+    books = {"delivered": 0, "dropped": 0, "resumed": 0}
     hurry = threading.Event()                   # from here on, nobody reads slowly
 
-    def __init__(self, port, kind, target, chance):
-        super().__init__(name="%s of %s" % (kind, target))
-        self.port, self.kind, self.target = port, kind, target
+    def __init__(self, port, kind, pid, chance):
+        super().__init__(name="%s of %s" % (kind, pid))
+        self.port, self.pid, self.parts = port, pid, getattr(self, kind)
+        self.path = "/streams/%s/%s?" % (pid, chance.choice(("stdout", "stdout", "extra")))
+        self.loss = "&since=0" + chance.choice(("", "&loss=block"))
         self.slow = chance.random() < 0.3 and kind != "longpoll"
         self.most = chance.randrange(1, 3000)   # events before it connects again
         self.connect()
@@ -13419,199 +13409,148 @@ class ChaosReader(threading.Thread):
         self.start()
 
     def connect(self):
-        """Open the connection."""
         self.wire = Wire(self.port, receive_buffer=65536 if self.slow else None)
         self.wire.file = ChaosFile(self.wire.file.detach(), 512 if self.slow else 8192)
 
     def run(self):
+        place = 0
         try:
-            getattr(self, self.kind)(self.wire)
+            for end, dropped, data in self.parts():
+                begin = end - len(data)
+                assert (place + dropped, data) == (begin, chaos_bytes(begin, end)), (
+                    "at %d, after %d dropped, came %r up to %d" % (place, dropped, data[:60], end))
+                place = end
+                self.books["delivered"] += len(data)
+                self.books["dropped"] += dropped
+                if self.slow:
+                    self.hurry.wait(len(data) / 250000)
         except (OSError, EOFError):
-            self.count(cut=1)                   # the test has dropped it, or the server has
+            pass                                # the test has dropped it, or the server has
         except Exception as error:
             self.faults.append("%s: %s" % (self.name, repr(error)[:500]))
         finally:
             self.wire.close()
             self.open.remove(self)
 
-    def count(self, **more):
-        """Enter into the books."""
-        for name, number in more.items():
-            self.books[name] += number
-
     def end(self, how=socket.SHUT_RDWR):
         """End it from this side."""
         with contextlib.suppress(OSError):
             self.wire.sock.shutdown(how)
 
-    def same(self, place, data):
-        """Check what came at an offset. Returns the offset behind it."""
-        assert data == chaos_bytes(place, place + len(data)), "at %d came %r" % (place, data[:60])
-        self.count(delivered=len(data))
-        if self.slow:
-            self.hurry.wait(len(data) / 250000)
-        return place + len(data)
+    # each: (offset behind it, bytes that were dropped before it, bytes)
 
-    def longpoll(self, wire):
-        place, status, path = 0, 200, "/streams/%s/stdout?timeout=0.3&since=" % self.target
-        while status in (200, 204) and place < 20000:
-            status, headers, data = wire.request(path + str(place)).answer()
+    def longpoll(self):
+        status, end = 200, 0
+        while status in (200, 204) and end < 20000:
+            self.wire.request("%stimeout=0.3&since=%d" % (self.path, end))
+            status, headers, data = self.wire.answer()
             if status != 404:
-                dropped = int(headers["Gaffer-Dropped"] or 0)
-                self.count(dropped=dropped)
-                place = self.same(place + dropped, data)
-                assert int(headers["Gaffer-Offset"]) == place, (place, headers.items())
+                end = int(headers["Gaffer-Offset"])
+                yield end, int(headers["Gaffer-Dropped"] or 0), data
 
-    def continuous(self, wire, label="stdout", query=""):
-        path = "/streams/%s/%s?feed=continuous&since=0" % (self.target, label)
-        wire.request(path + query).head()
+    def continuous(self):
+        wire = self.wire.request(self.path + "feed=continuous" + self.loss).head()
         if wire.status == 200:
-            place = int(wire.headers["Gaffer-Offset"])
+            end = int(wire.headers["Gaffer-Offset"])
+            yield end, end, b""
             for data in iter(wire.chunk, b""):
-                place = self.same(place, data)
+                end += len(data)
+                yield end, 0, data
 
-    def extra(self, wire):
-        self.continuous(wire, "extra")
-
-    def block(self, wire):
-        self.continuous(wire, query="&loss=block")
-
-    def sse(self, wire, place=0, *headers):
-        path = "/streams/%s/stdout?feed=eventsource&since=0" % self.target
-        wire.request(path, *headers).head()
-        for event in sse_events(wire.body if wire.status == 200 else ()):
-            if event["event"] == "dropped":
-                dropped = json.loads(event["data"])["bytes"]
-                self.count(dropped=dropped)
-                place += dropped
-                continue
-            end, data = int(event["id"].partition("@")[0].rstrip("x")), event["data"].encode()
-            if event["event"] == "exit":
-                assert end == place, (event, place)
-                continue
-            assert end - place in (len(data), len(data) + 1), (event, place)
-            place = self.same(place, data + b"\n" * (end - place - len(data)))
+    def sse(self, *headers):
+        wire = self.wire.request(self.path + "feed=eventsource" + self.loss, *headers).head()
+        for kind, data, number in iter(wire.event, None) if wire.status == 200 else ():
+            end = int(number.partition("@")[0].rstrip("x"))
+            if kind == "dropped":
+                yield end, json.loads(data)["bytes"], b""
+            else:                               # each ninth byte is the end of a line
+                data = b"" if kind == "exit" else data.encode() + b"\n" * (end % 9 == 0)
+                yield end, 0, data
             self.most -= 1
             if self.most == 0:                  # a reconnect: no gap, no repeat
-                self.count(resumed=1)
+                self.books["resumed"] += 1
                 wire.close()
                 self.connect()
-                return self.sse(self.wire, place, "Last-Event-ID: " + event["id"])
-        return None
+                yield from self.sse("Last-Event-ID: " + number)
+                break
 
-    def websocket(self, wire):
-        wire.upgrade("/wstreams/%s?type=binary&readonly=true&since=0" % self.target)
-        place, opcode = 0, 2 if wire.status == 101 else 8
+    def websocket(self):
+        wire = self.wire.upgrade("/wstreams/%s?type=binary&readonly=true&since=0" % self.pid)
+        end, (opcode, data) = 0, wire.read() if wire.status == 101 else (None, b"")
         while opcode == 2:
+            end += len(data)
+            yield end, 0, data
             opcode, data = wire.read()
-            if opcode == 2:
-                place = self.same(place, data)
-            else:
-                code = int.from_bytes(data[:2], "big")
-                assert opcode == 8 and code in (1000, 1001, 1013), (opcode, data)
+        assert opcode in (8, None) and data[:2] in (b"", b"\x03\xe8", b"\x03\xe9", b"\x03\xf5")
 
 
 class Chaos(CliCase):
     """All of it at random, under a seed. Then the books: events, bytes, threads, memory."""
 
     quick = False
-
-    PROGRAM = """if True:
-        import ctypes, gc, signal, sys
-        sys.path[0] = %r
-        import gaffer
-
-        path = sys.argv.pop()
-        gaffer.JOURNAL_ENTRIES = 1024           # soon full, so that memory can be compared
-
-        class Info(ctypes.Structure):           # mallinfo2(3), glibc 2.33
-            _fields_ = [("field%%d" %% number, ctypes.c_size_t) for number in range(10)]
-
-        def measure(signum, frame):
-            gc.collect()
-            library = ctypes.CDLL(None)
-            if hasattr(library, "mallinfo2"):
-                library.mallinfo2.restype = Info
-                info = library.mallinfo2()
-                with open(path, "w") as file:   # in the heap, and mapped
-                    file.write(str((info.field7 + info.field4) // 1024))
-        signal.signal(signal.SIGURG, measure)
-        sys.exit(gaffer.main())"""
-
-    @property
-    def patience(self):
-        """See Case."""
-        return 2 * CHAOS["seconds"] + Case.patience
+    seconds, seed = 2.0, 20                     # main(): --chaos SECONDS, --seed N
 
     def test_chaos(self):
-        seconds, seed = CHAOS["seconds"], CHAOS["seed"]
-        self.chance, self.journal = random.Random(seed), []
-        self.mark = "chaos-%d-%d" % (os.getpid(), seed)
-        self.memory = os.path.join(self.folder(), "memory")
-        self.server = self.run_program(
-            [PYTHON, "-c", self.PROGRAM % HERE, "serve", "--bind", "127.0.0.1:0", "--window",
-             "65536", self.memory], env=dict(self.env, PYTHONMALLOC="malloc"))
+        self.chance, self.journal = random.Random(self.seed), []
+        self.mark = "chaos-%d-%d" % (os.getpid(), self.seed)
+        self.events, states = [{"id": "0"}], []
+        self.server = self.run_program(         # one arena, so that memory can be compared
+            [*CLI_COMMAND, "serve", "--bind", "127.0.0.1:0", "--window", "65536"],
+            env=dict(self.env, MALLOC_ARENA_MAX="1"))
         self.connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=TIMEOUT)
-        first = self.state()
+        threads, descriptors, _ = self.state()
         try:
-            self.round(min(10.0, seconds / 3), "0")
-            until(lambda: self.state()[:2] == first[:2], "the end of all connections")
-            before, ids = self.state(), len(self.events)
-            self.round(seconds, self.events[-1]["id"])
-            # the log of events may fill, and what has ended is remembered for a minute
-            limits = before[0], before[1], [], before[3] + 3072
-            after = until(lambda: [each for each in [self.state()] if all(
-                now <= limit for now, limit in zip(each, limits))], "not over %r" % (limits,))[0]
+            for seconds in min(10.0, self.seconds / 3), self.seconds:
+                self.round(seconds)
+                until(lambda: self.state()[:2] == (threads, descriptors), "the ends of connections")
+                states.append(self.state())
         except BaseException:
-            print("\nchaos: seed %d; the last actions:" % seed, *self.journal[-30:], sep="\n  ")
+            print("chaos: seed %d; at last:" % self.seed, *self.journal[-30:], sep="\n  ")
             raise
-        finally:
-            self.connection.close()
         self.server.stop()
         if self.server.stderr:                  # chance decides whether one has failed
             self.server.expect_stderr(r"WARNING \S+: (exit \(.*\)|flap|stop: it gave up.*)$")
-        if seconds > 10:
-            print("chaos: seed %d, %g seconds: %d and %d events, %s; before and after: %s %s" % (
-                seed, seconds, ids, len(self.events), ChaosReader.books, before, after))
+        if self.seconds > 10:
+            print("chaos: seed %d, %g seconds: %d events, %s; before and after: %s" % (
+                self.seed, self.seconds, len(self.events), ChaosReader.books, states))
+        # the log of events may fill, and what has ended is remembered for a minute
+        self.assertLess(states[1][2], states[0][2] + 8192)
 
     def state(self):
-        """(threads, descriptors, children, KiB of memory in use) of the server."""
+        """(threads, descriptors, resident KiB) of the server."""
         pid = self.server.process.pid
-        self.server.process.send_signal(signal.SIGURG)
-        self.server.request("GET", "/ping")
+        self.server.request("GET", "/ping")     # the first one starts a thread
         status = dict(re.findall(r"(\w+):\s+(\d+)", cli_read("/proc/%d/status" % pid)))
-        memory = cli_read(self.memory) if os.path.exists(self.memory) else status["VmRSS"]
-        return (int(status["Threads"]), len(os.listdir("/proc/%d/fd" % pid)),
-                gaffer.ProcfsTable().children(pid), int(memory))
+        return int(status["Threads"]), len(os.listdir("/proc/%d/fd" % pid)), int(status["VmRSS"])
 
     def marked(self):
-        """OS pids of all descendants that were ever started and live, by their environment."""
-        found = []
+        """Whether a process that was ever started lives, by its environment."""
         for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError), open("/proc/%s/environ" % name, "rb") as file:
                 if self.mark.encode() in file.read() and alive(int(name)):
-                    found.append(int(name))
-        return found
+                    return True
+        return False
 
-    def ask(self, method, path, body=None, good=(200, 403, 404, 409, 503, 504)):
+    def ask(self, method, path, body=None):
         """The value of a request on a connection that is kept, None if it is not there."""
         self.journal.append("%s %s %s" % (method, path, str(body)[:100] if body else ""))
         self.connection.request(method, path, json.dumps(body) if isinstance(body, dict) else body)
         answer = self.connection.getresponse()
         data = answer.read()
-        self.assertIn(answer.status, good, (self.journal[-1], data))
+        self.assertIn(answer.status, (200, 403, 404, 409, 503, 504), (self.journal[-1], data))
         return json.loads(data) if data and answer.status == 200 else None
 
-    def round(self, seconds, since):
-        """Chaos for so long."""
-        self.written, self.events = {}, []      # {pid: lines that were sent to it}
+    def round(self, seconds):
+        """Chaos for so long, then the end of all."""
+        self.written = {}                       # {pid: lines that were sent to it}
+        since, self.events = self.events[-1]["id"], []
         feed = Wire(self.server.port)
         feed.request("/watch?feed=continuous&since=" + since).head()
 
         def take():
             for line in part_lines(iter(feed.chunk, b"")):
                 self.events.append(json.loads(line))
-                if self.events[-1]["name"] == "end" and self.events[-1]["event"] == "create":
+                if (self.events[-1]["name"], self.events[-1]["event"]) == ("end", "create"):
                     break
         taker = threading.Thread(target=take)
         taker.start()
@@ -13655,35 +13594,26 @@ class Chaos(CliCase):
 
     def any_pid(self):
         """A running pid, or 0."""
-        pids = self.ask("GET", "/processes?running=true")
-        return self.chance.choice(pids) if pids else 0
+        return self.chance.choice(self.ask("GET", "/processes?running=true") or [0])
 
     def do_add(self):
         chance, name = self.chance, "t%d" % self.chance.randrange(6)
         info = {"env": {"CHAOS": self.mark}, "numprocesses": chance.choice((1, 1, 2, 3)),
-                "shell": True, "graceful_timeout": 0.2, "start": chance.random() < 0.9}
+                "graceful_timeout": 0.2, "start": chance.random() < 0.9}
         if chance.random() < 0.5:
-            info.update(python(CHAOS_WRITER), shell=False)
-            speed, end = chance.choice((1, 10, 100, 3000)), chance.choice((10, 1000, 10 ** 7))
-            info["args"] += [str(speed), str(end)]
+            args = [chance.choice(("1", "10", "100", "3000")), chance.choice(("1000", "10000000"))]
+            info.update(CHAOS_WRITER, args=CHAOS_WRITER["args"] + args)
         else:
-            info.update(CHAOS_CHILDREN[chance.choice(sorted(CHAOS_CHILDREN))])
+            info.update(chance.choice(CHAOS_CHILDREN), shell=True)
         if chance.random() < 0.7:
             self.ask("POST", "/processes", dict(info, name=name))
         else:
             self.ask("PUT", "/processes/" + name, info)
 
-    NAMED = ("POST _start", "POST _stop", "POST _restart", "POST _restart?wait=2", "DELETE",
-             "POST _stop?wait=2", "POST _add/1", "POST _add/2", "POST _sub/1", "POST _sub/2")
-    NUMBERED = ("POST _signal/TERM", "POST _signal/9?group=true", "POST _signal/SIGINT", "DELETE",
-                "POST _signal/STOP", "POST _signal/CONT?group=true", "POST _signal/9")
-
     def do_act(self):
-        target, acts = "t%d" % self.chance.randrange(6), self.NAMED
-        if self.chance.random() < 0.5:
-            target, acts = self.any_pid(), self.NUMBERED
-        method, _, path = self.chance.choice(acts).partition(" ")
-        self.ask(method, ("/processes/%s/%s" % (target, path)).rstrip("/"))
+        method, path = self.chance.choice(CHAOS_ACTS)
+        name = "t%d" % self.chance.randrange(6)
+        self.ask(method, path % self.chance.choice((name, self.any_pid())))
 
     def do_write(self):
         """Numbered lines to what sends them back: its output is checked like any other."""
@@ -13693,20 +13623,16 @@ class Chaos(CliCase):
         if self.ask("POST", "/streams/%d/%s" % (pid, label), data):
             self.written[pid] = start + number
 
-    def do_end_stdin(self):
-        if self.chance.random() < 0.3:
-            self.ask("DELETE", "/streams/%d/stdin" % self.any_pid())
-
     def do_read(self):
         if len(ChaosReader.open) < 12:
-            kind = self.chance.choice(
-                ("longpoll", "continuous", "extra", "block", "sse", "websocket"))
+            kind = self.chance.choice(("longpoll", "continuous", "sse", "websocket"))
             pid = self.any_pid()
             self.journal.append("read %s of %s" % (kind, pid))
             ChaosReader(self.server.port, kind, pid, self.chance)
 
     def do_drop(self):
-        """End a reader from this side."""
+        """End a reader from this side, and the connection that is kept."""
+        self.connection.close()
         for reader in ChaosReader.open[:1]:
             reader.end(self.chance.choice((socket.SHUT_WR, socket.SHUT_RDWR)))
 
@@ -13717,9 +13643,6 @@ class Chaos(CliCase):
             data = http_bytes("GET", "/stats") * 30 + http_bytes("GET", feed + "feed=eventsource")
             sock.sendall(data[:self.chance.randrange(1, len(data) + 1)])
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-    def do_reconnect(self):
-        self.connection.close()
 
 
 class Structure(Case):
@@ -14283,7 +14206,8 @@ def main():
         BrowserPictures.directory = os.path.abspath(given.pictures)
         names = names or ["BrowserPictures.test_pictures"]
     if given.chaos is not None:
-        CHAOS.update(seconds=given.chaos, seed=int(given.seed or CHAOS["seed"]))
+        Chaos.seconds, Chaos.seed = given.chaos, int(given.seed or Chaos.seed)
+        Chaos.patience = Case.patience + 2 * given.chaos
         names = names or ["Chaos"]
     if given.mutants:
         sys.exit(run_mutants())
