@@ -13651,34 +13651,26 @@ class Structure(Case):
     @classmethod
     def setUpClass(cls):
         cls.source = cli_read(CLI_FILE)
-        cls.readme = cli_read(os.path.join(HERE, "README.md"))
-        cls.tests = cli_read(os.path.abspath(__file__))
-
-    @classmethod
-    def uses(cls, code, own=()):
-        """Names of the module that a statement looks up, now or later; `own`: those that the body
-        of a class has bound itself."""
-        steps = list(dis.get_instructions(code))
-        yield from (step.argval for step in steps if step.argval not in own and step.opname in (
-            "LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"))
-        for inner in code.co_consts:
-            if hasattr(inner, "co_code"):
-                yield from cls.uses(inner, cls.binds(inner))
-
-    @staticmethod
-    def binds(code):
-        """Names that a statement of a module or of a class binds."""
-        return {step.argval for step in dis.get_instructions(code)
-                if step.opname in ("STORE_NAME", "STORE_GLOBAL")}
 
     def down(self, source):
-        """["name at line"] of what is used above the statement that binds it."""
+        """["name at line"] of what is used, now or later, above the statement that binds it."""
+        def names(code, *opcodes):
+            return {step.argval for step in dis.get_instructions(code) if step.opname in opcodes}
+
+        def bound_by(code):
+            return names(code, "STORE_NAME", "STORE_GLOBAL")
+
+        def used_by(code):
+            yield from names(code, "LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+            for inner in code.co_consts:
+                if hasattr(inner, "co_code"):   # the body of a class sees what it has bound itself
+                    yield from set(used_by(inner)) - bound_by(inner)
         bound, found = {*dir(builtins), "__name__", "__file__", "__annotations__"}, []
         for statement in ast.parse(source).body:
             code = compile(ast.Module([statement], []), "gaffer.py", "exec")
-            bound |= self.binds(code)           # a function may call itself
+            bound |= bound_by(code)             # a function may call itself
             found += ["%s at line %d" % (name, statement.lineno)
-                      for name in sorted(set(self.uses(code)) - bound)]
+                      for name in sorted(set(used_by(code)) - bound)]
         return found
 
     def test_names_point_up_only(self):
@@ -13688,13 +13680,12 @@ class Structure(Case):
             "    def m(self): return D\nlater = 1\nclass D: pass\n"),
             ["later at line 1", "D at line 3"])
 
-    IMPORT = """
-        import importlib.util, os, signal, sys, threading, logging, socket
+    IMPORT = """if True:
+        import importlib.util, logging, os, signal, sys, threading
         def state():
             return (threading.active_count(), sorted(os.listdir("/proc/self/fd")), sys.path[:],
                     dict(os.environ), [signal.getsignal(number) for number in range(1, 32)],
-                    logging.root.handlers, logging.root.level, os.getcwd(), sys.excepthook,
-                    socket.getdefaulttimeout(), threading.stack_size())
+                    logging.root.handlers, logging.root.level, os.getcwd(), sys.excepthook)
         sys.path.insert(0, sys.argv[1])
         before = state()
         import gaffer
@@ -13704,15 +13695,16 @@ class Structure(Case):
 
     def test_import(self):
         """It has no side effect, and needs nothing but the standard library: -I -S."""
-        nodes = list(ast.walk(ast.parse(self.source)))
-        names = {alias.name for node in nodes if isinstance(node, ast.Import)
-                 for alias in node.names}
-        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-        run = subprocess.run(
-            [PYTHON, "-W", "error", "-X", "dev", "-I", "-S", "-c", textwrap.dedent(self.IMPORT),
-             HERE, *names], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT,
-            check=False)
-        self.assertEqual((run.returncode, run.stdout), (0, b""))
+        names = set()
+        for node in ast.walk(ast.parse(self.source)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module)
+        out = subprocess.check_output(
+            [PYTHON, "-W", "error", "-X", "dev", "-I", "-S", "-c", self.IMPORT, HERE, *names],
+            stderr=subprocess.STDOUT, timeout=TIMEOUT)
+        self.assertEqual(out, b"")
 
     def test_docstrings_and_sections(self):
         for name in gaffer.__all__:
@@ -13726,36 +13718,15 @@ class Structure(Case):
         self.assertGreater(len(banners), 10)
         self.assertEqual([name for name in listed if name in banners], banners)
 
-    def readme_routes(self):
-        """{(method, path)} of the README's table, where `/_stop` is the end of another path."""
-        found, path = set(), ""
-        for row in re.findall(r"^\| (`(?:GET|POST|PUT|DELETE)[^|]*)\|", self.readme, re.M):
-            methods, ended = [], False
-            for word in re.sub("[`,]", " ", re.sub("<.*?>", "<>", row)).split():
-                if not word.startswith("/"):
-                    methods = [word] if ended else methods + [word]
-                    ended = False
-                    continue
-                if word.startswith("/_") and word != "/_reload":
-                    word = path.partition("/_")[0] + word
-                path, ended = word, True
-                found |= {(method, path) for method in methods}
-        return found
-
-    def test_all_is_in_a_test_and_routes_in_the_readme(self):
-        shown = self.readme_routes()
+    def test_routes_are_in_the_readme(self):
+        readme = re.sub("<.*?>", "<>", cli_read(os.path.join(HERE, "README.md")))
+        rows = re.findall(r"^\| (`(?:GET|POST)[^|]*)\|", readme, re.M)
         for path, methods in gaffer.ROUTES:
-            for method in set(methods) - {"*"}:     # "*": decided later
-                self.assertIn((method, re.sub("<.*?>", "<>", path)), shown)
-            used = re.sub("<.*?>", "[^/\\\\s\"'?]+", path)
-            self.assertRegex(self.tests, r"[\"'/ ]" + used + r"[\"'?/\s]", "no test asks for it")
-        for name in gaffer.OPTIONS:
-            self.assertRegex(self.tests, r"\b%s\b" % name)
-        actions = gaffer.make_parser("serve")._actions
-        options = {option for action in actions for option in action.option_strings}
-        self.assertIn("--bind", options)
-        for option in options - {"-h", "--help"}:
-            self.assertRegex(self.tests, '[" ]%s[" =]' % option)
+            path = re.sub("<.*?>", "<>", path)
+            end = path[max(0, path.find("/_")):] + "`"      # `/_stop` belongs to the path before it
+            shown = " ".join(row for row in rows if end in row)
+            for method in set(methods) - {"*"}:             # "*": decided later
+                self.assertIn("`" + method, shown, path)
 
     def test_mutants(self):
         """The text of each is there, once, and its tests are."""
@@ -13769,39 +13740,26 @@ class Structure(Case):
 # mutants: small faults of gaffer.py, each of which a test has to see
 # --------------------------------------------------------------------------------------------------
 MUTANTS = [                             # text of gaffer.py, what takes its place, tests that fail
-    ("self._inbox.append((function, args))\n        if self._sleeping:\n"
-     "            self._wake()", "self._inbox.append((function, args))", "PureRunning.test_wakes"),
-    ("if self._callbacks.get(key.fd) is key.data:", "if key.fd in self._callbacks:",
+    ("_inbox.append((function, args))\n        if self._sleeping:\n            self._wake()",
+     "_inbox.append((function, args))", "PureRunning.test_wakes"),
+    ("self._callbacks.get(key.fd) is key.data", "key.fd in self._callbacks",
      "PureReadiness.test_another_descriptor"),
-    ("if len(self._timers) > 64 + 2 * self.pending_timers:", "if len(self._timers) > 10 ** 9:",
-     "PureTimers.test_cancelled_are_forgotten"),
-    ("self._deadline - self.clock(), SELECT_MAX)", "self._deadline - self.clock())",
-     "PureRunning.test_any_time"),
-    ('place = len(data) - (data[-1:] == b"\\n")', "place = data.rfind(b'\\n')",
-     "PureWindow.test_model"),
+    ("> 64 + 2 * self.pending_timers", "> 10 ** 9", "PureTimers.test_cancelled_are_forgotten"),
+    ("self.clock(), SELECT_MAX)", "self.clock())", "PureRunning.test_any_time"),
+    ('len(data) - (data[-1:] == b"\\n")', "data.rfind(b'\\n')", "PureWindow.test_model"),
     ("            if satisfied():                     # it came between the two\n"
      "                cancel()\n", "", "PureWindow.test_poll"),
-    ("for _ in range(SHARES_PER_TURN):", "for _ in range(SHARES_PER_TURN * 9):",
-     "PureReader.test_shares"),
-    ("slowest = min((reader.offset for reader in self.blockers), default=math.inf)",
-     "slowest = max((reader.offset for reader in self.blockers), default=math.inf)",
-     "PureLoss.test_block"),
-    ("if len(self.sources) >= JOURNAL_ENTRIES:", "if len(self.sources) >= 10 ** 9:",
-     "PureJournal.test_nobody_reads"),
-    ("if len(word) > 128 or len(words) > 500:", "if len(words) > 500:", "PureErrors.test_near"),
-    ("while offsets[0] + len(chunks[0]) < self.start:",
-     "while offsets[0] + len(chunks[0]) <= self.start:", "PureWindow.test_byte_before"),
-    ("if len(self.templates) >= TEMPLATES_MAX:", "if len(self.templates) > TEMPLATES_MAX:",
-     "PureTemplates.test_most_templates"),
-    ("if extensions > CHUNK_EXTENSIONS_SIZE:", "if extensions > 10 ** 9:",
-     "PureReading.test_chunked_bodies"),
+    ("range(SHARES_PER_TURN)", "range(SHARES_PER_TURN * 9)", "PureReader.test_shares"),
+    ("slowest = min(", "slowest = max(", "PureLoss.test_block"),
+    (">= JOURNAL_ENTRIES", ">= 10 ** 9", "PureJournal.test_nobody_reads"),
+    ("len(word) > 128 or ", "", "PureErrors.test_near"),
+    ("len(chunks[0]) < self.start", "len(chunks[0]) <= self.start", "PureWindow.test_byte_before"),
+    (">= TEMPLATES_MAX", "> TEMPLATES_MAX", "PureTemplates.test_most_templates"),
+    ("> CHUNK_EXTENSIONS_SIZE", "> 10 ** 9", "PureReading.test_chunked_bodies"),
     ("        if self._reaped and pid_exists(self.os_pid):\n            return False\n", "",
      "ProcessHostile.test_a_number_that_is_another_s_by_now"),
-    ("elif not self.exited:\n            try:\n                (os.killpg if group",
-     "else:\n            try:\n                (os.killpg if group",
-     "ProcessHostile.test_a_number_that_is_another_s_by_now"),
-    ("if not self.gone:                   # else the number may be another group's", "if True:",
-     "ProcessReady.test_commands"),
+    ("elif not self.exited:", "else:", "ProcessHostile.test_a_number_that_is_another_s_by_now"),
+    ("if not self.gone:     ", "if True:     ", "ProcessReady.test_commands"),
     ("if self._timer is not None:\n            self._timer.cancel()\n"
      "        self._timer = None if self.abandoned", "self._timer = None if self.abandoned",
      "ProcessTimes.test_an_old_timer_of_a_stop"),
@@ -13811,81 +13769,66 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "ProcessActions.test_final_output"),
     ("self.history, self.hint, self.gave_up = (), None, False",
      "self.history, self.hint = (), None", "ProcessTimes.test_flapping"),
-    ("and all(template.missing() <= 0 and not template.pending", "and all(template.missing() <= 0",
-     "ProcessActions.test_wait"),
-    ("STOP_STAGGER_TOTAL / max(1, len(self._to_stop))", "STOP_STAGGER_TOTAL",
-     "ProcessTimes.test_one_that_does_not_die"),
-    (" and not flags & socket.MSG_TRUNC:", ":", "ProcessReady.test_notify"),
+    (" and not template.pending", "", "ProcessActions.test_wait"),
+    (" / max(1, len(self._to_stop))", "", "ProcessTimes.test_one_that_does_not_die"),
+    (" and not flags & socket.MSG_TRUNC", "", "ProcessReady.test_notify"),
     ("            if self._lingered > LINGER_SIZE:\n                self.close()\n", "",
      "HttpConnections.test_linger"),
     ("if self.secure and self._mask & selectors.EVENT_READ and self.sock.pending():", "if False:",
      "HttpEndpoints.test_tls_streams"),
-    ("if offset > self.told_until:\n            self.log.count_dropped(count)",
-     "if offset > self.told_until:", "HttpMetrics.test_cut_reader"),
-    ("count = self._transmit(list(itertools.islice(self._queue, PARTS_MAX)))",
-     "count = self._transmit(list(self._queue))", "HttpLibrary.test_websocket_queue"),
-    ("wait = max([stop_time(info) for info in infos] or [0]) + WAIT_EXTRA",
-     "wait = max([stop_time(info) for info in infos] or [0])", "HttpEndpointTable.test_actions"),
-    ("if len(http.handshakes) >= HANDSHAKES_MAX:", "if False:", "HttpEndpoints.test_handshakes"),
+    ("self.told_until:\n            self.log.count_dropped(count)", "self.told_until:",
+     "HttpMetrics.test_cut_reader"),
+    ("itertools.islice(self._queue, PARTS_MAX)", "self._queue", "HttpLibrary.test_websocket_queue"),
+    (" + WAIT_EXTRA", "", "HttpEndpointTable.test_actions"),
+    ("len(http.handshakes) >= HANDSHAKES_MAX", "False", "HttpEndpoints.test_handshakes"),
     ("        self._of_address[connection.peer] -= 1\n", "", "HttpLimits.test_of_one_address"),
-    ("if self._inode and os.path.samestat(os.lstat(self.endpoint.path), self._inode):",
-     "if self._inode:", "HttpEndpoints.test_unix_socket"),
-    ("access.check_origin(request)\n        access.check_site(request)",
-     "pass\n        access.check_site(request)", "HttpAccess.test_origins"),
-    ('"a client took nothing for %g seconds; it is closed", self.stall)\n'
-     "                self.close()",
-     '"a client took nothing for %g seconds; it is closed", self.stall)',
+    (" and os.path.samestat(os.lstat(self.endpoint.path), self._inode)", "",
+     "HttpEndpoints.test_unix_socket"),
+    ("access.check_origin(request)", "pass", "HttpAccess.test_origins"),
+    ("it is closed\", self.stall)\n                self.close()", "it is closed\", self.stall)",
      "StreamsClock.test_who_takes_nothing_is_closed"),
-    ('self.stall = BLOCK_STALL if reader.loss == "block" else STALL', "self.stall = STALL",
+    ('BLOCK_STALL if reader.loss == "block" else STALL', "STALL",
      "StreamsClock.test_who_takes_nothing_is_closed"),
-    ("deadline = view[start:start + SEND_SIZE], time.monotonic() + SEND_TIME",
-     "deadline = view[start:start + SEND_SIZE], time.monotonic() + SEND_TIME + 60",
+    ("time.monotonic() + SEND_TIME", "time.monotonic() + SEND_TIME + 60",
      "HttpConnections.test_client_that_takes_nothing"),
     ("if self._paused:                        # it waits for a reader, not for a writer\n"
      "            self.drain()\n        else:\n            self.close()", "self.close()",
      "PureOutput.test_block_after_the_exit"),
-    ("data = os.read(fd, min(self._size, max(0, self._room())))", "data = os.read(fd, self._size)",
-     "PureOutput.test_block_at_the_end"),
+    ("min(self._size, max(0, self._room()))", "self._size", "PureOutput.test_block_at_the_end"),
     ("            self.queued -= count\n", "", "StreamsClock.test_a_heartbeat_is_not_queued"),
     ("if not self._queue:\n                self.send_sign()", "self.send_sign()",
      "StreamsClock.test_a_heartbeat_is_not_queued"),
-    ('if loss == "block" and request.method == "GET":', 'if loss == "block":',
+    ('loss == "block" and request.method == "GET":', 'loss == "block":',
      "StreamsSmallWindow.test_block"),
     ("self.queued < CONTROL_SIZE + self.limit:", "True:", "StreamsWebsocket.test_pings"),
     ("DRAIN_TIME = 2.0", "DRAIN_TIME = 200.0", "StreamsClock.test_a_grandchild_holds_the_pipe"),
     ("st_mode & 0o044:", "st_mode & 0o004:", "CliErrors.test_starts_that_fail"),
-    ("if os.stat(FOLDER_SOCKET).st_uid == os.geteuid():", "if True:", "CliCommands.test_endpoints"),
-    ("manager.stop(kill=self._count > 1)", "manager.stop(kill=self._count > 2)",
-     "CliSignals.test_second_signal"),
+    ("os.stat(FOLDER_SOCKET).st_uid == os.geteuid()", "True", "CliCommands.test_endpoints"),
+    ("kill=self._count > 1", "kill=self._count > 2", "CliSignals.test_second_signal"),
     ("handlers[signal.SIGCHLD] = signal.SIG_DFL", "pass", "CliSignals.test_careless_parent"),
-    ("sorted(self._alive(), key=lambda each: -self._stages[each.name])",
-     "sorted(self._alive(), key=lambda each: -self._stages[each.name])[::-1]",
-     "CliSignals.test_order"),
+    ("-self._stages[each.name])", "-self._stages[each.name])[::-1]", "CliSignals.test_order"),
     ("args.exit_status or (0 if well else 3)", "args.exit_status", "CliStatus.test_status"),
     ("if exit_status is None or not is_away(error):", "if True:", "CliStatus.test_watch"),
     ("template.active and template.lost() is None", "template.active",
      "CliExit.test_exit_when_done"),
-    ("if process.name == self.exit_with and process.by_itself and not self.stopping:",
-     "if process.name == self.exit_with and not self.stopping:",
+    ("process.by_itself and not self.stopping", "not self.stopping",
      "CliExit.test_what_does_not_end_it"),
     ("os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)", "pass",
      "CliServe.test_standard_streams"),
-    ("if len(files) >= INCLUDES_MAX:", "if len(files) > INCLUDES_MAX:",
-     "ConfigFiles.test_all_faults_at_once"),
-    ("again = template.gave_up and not set(fields) <= set(ADJUSTABLE)", "again = False",
+    (">= INCLUDES_MAX", "> INCLUDES_MAX", "ConfigFiles.test_all_faults_at_once"),
+    ("template.gave_up and not set(fields) <= set(ADJUSTABLE)", "False",
      "ConfigReload.test_one_that_gave_up"),
-    ("known = dict(template.info, **{field: info[field] for field in fields})",
-     "known = dict(info)", "ConfigReload.test_what_was_done_by_hand_stays"),
+    ("dict(template.info, **{field: info[field] for field in fields})", "dict(info)",
+     "ConfigReload.test_what_was_done_by_hand_stays"),
     ('report["failed"][name], report["ok"] = str(error), False',
      'report["failed"][name] = str(error)', "ConfigReload.test_what_the_system_refuses"),
-    ('if not before.group(2) and not re.search(r"[|&()`]|\\btrap\\b", others):',
-     "if not before.group(2):", "ProcfileTexts.test_a_shell_only_where_it_is_needed"),
-    ("until = min(now + STOP_SEND, end)", "until = min(until or now + STOP_SEND, end)",
+    (' and not re.search(r"[|&()`]|\\btrap\\b", others)', "",
+     "ProcfileTexts.test_a_shell_only_where_it_is_needed"),
+    ("min(now + STOP_SEND, end)", "min(until or now + STOP_SEND, end)",
      "ConfigServe.test_last_words_for_a_slow_client"),
-    ("if error.code < 500 and error.code not in (408, 429):", "if error.code < 400:",
+    ("error.code < 500 and error.code not in (408, 429)", "error.code < 400",
      "WebHooksTest.test_tried_again_unless_refused"),
-    ('if event is None or shown["open"]:', "if event is None:",
-     "ProcfileUp.test_one_dies_and_all_stop"),
+    (' or shown["open"]:', ":", "ProcfileUp.test_one_dies_and_all_stop"),
 ]
 
 
@@ -13898,34 +13841,27 @@ def try_mutant(row, seconds=90):
         with open(os.path.join(tree, "gaffer.py"), "w", encoding="utf-8") as file:
             file.write(cli_read(CLI_FILE).replace(text, replacement))
         shown = subprocess.DEVNULL if text else None
-        run = subprocess.Popen([PYTHON, "test_gaffer.py", *names.split()], cwd=tree, stdout=shown,
-                               stderr=shown, env=dict(os.environ, XDG_CACHE_HOME=folder))
-        try:
-            return "killed" if run.wait(seconds) else "survived"
-        except subprocess.TimeoutExpired:
-            return "hangs"
-        finally:
-            run.terminate()
-            run.wait()
+        with subprocess.Popen([PYTHON, "test_gaffer.py", *names.split()], cwd=tree, stdout=shown,
+                              stderr=shown, env=dict(os.environ, XDG_CACHE_HOME=folder)) as run:
+            try:
+                return "killed" if run.wait(seconds) else "survived"
+            except subprocess.TimeoutExpired:
+                run.terminate()
+                return "hangs"
 
 
 def run_mutants():
     """Try all mutants, two at a time. Returns the exit status."""
-    source, killed = cli_read(CLI_FILE), 0
-    wrong = [text for text, _, _ in MUTANTS if source.count(text) != 1]
-    if wrong:
-        print("not in gaffer.py exactly once:", *wrong, sep="\n  ")
-        return 1
-    names = " ".join(dict.fromkeys(name for _, _, names in MUTANTS for name in names.split()))
+    names, survived = " ".join(dict.fromkeys(names for _, _, names in MUTANTS)), 0
     if try_mutant(("", "", names), 600) != "survived":
         print("these tests fail without a mutant, too")
         return 1
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for row, end in zip(MUTANTS, pool.map(try_mutant, MUTANTS)):
-            print("%-8s %s: %r, %r" % (end, row[2], row[0], row[1]), flush=True)
-            killed += end != "survived"
-    print("mutants: %d of %d killed" % (killed, len(MUTANTS)))
-    return int(killed < len(MUTANTS))
+            print("%-8s %s: %r, %r" % (end, row[2], *row[:2]), flush=True)
+            survived += end == "survived"
+    print("mutants: %d of %d killed" % (len(MUTANTS) - survived, len(MUTANTS)))
+    return int(survived > 0)
 
 
 # --------------------------------------------------------------------------------------------------
