@@ -13869,7 +13869,6 @@ def run_mutants():
 # --------------------------------------------------------------------------------------------------
 SECONDS_FILE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
                             "gaffer-tests.json")        # {test: seconds it took}
-GUESS = {"Pure": 0.05, "Http": 0.1, "Streams": 0.15, "": 0.5}   # or, if it is not there
 SHARE_SECONDS = 3.0                     # a class that takes longer is divided
 
 
@@ -13879,38 +13878,35 @@ class Result(unittest.TestResult):
 
     def __init__(self, file):
         super().__init__()
-        self._file, self._faults = file, 0
-        self.between("the class", Case.patience)
+        self._file = file
+        self.begin("the class", Case.patience)
 
     def tell(self, **values):
         """Write a line."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
 
-    def between(self, what, patience):
+    def begin(self, what, patience):
         """Something begins that may take so many seconds."""
         faulthandler.dump_traceback_later(patience, exit=True)
         self.tell(began=what, patience=patience)
 
-    def ended(self, what, **values):
+    def end(self, what, **values):
         """Something has ended: tell its faults."""
-        faults = self.errors + self.failures
-        new, self._faults = faults[self._faults:], len(faults)
-        skipped, self.skipped = self.skipped, []
-        if new or skipped or values:
-            self.tell(ended=what, skipped=["%s: %s" % (test.id(), why) for test, why in skipped],
-                      fault="\n".join("%s\n%s" % (test, text) for test, text in new), **values)
+        self.tell(ended=what, skipped=["%s: %s" % (test.id(), why) for test, why in self.skipped],
+                  faults=["%s\n%s" % fault for fault in self.errors + self.failures], **values)
+        self.errors, self.failures, self.skipped = [], [], []
 
     def startTest(self, test):
         super().startTest(test)
-        self.ended("the class")         # its setUpClass, if that has failed
-        self.between(test.id().partition(".")[2], test.patience)
+        self.end("the class")           # its setUpClass, if that has failed
+        self.begin(test.id().partition(".")[2], test.patience)
         self._began = time.monotonic()
 
     def stopTest(self, test):
         super().stopTest(test)
-        self.ended(test.id().partition(".")[2], seconds=round(time.monotonic() - self._began, 3))
-        self.between("the class", Case.patience)
+        self.end(test.id().partition(".")[2], seconds=round(time.monotonic() - self._began, 3))
+        self.begin("the class", Case.patience)
 
 
 class Share:
@@ -13919,16 +13915,14 @@ class Share:
 
     def __init__(self, tests):
         self.tests = tests              # ["Class.test"]
-        self.names = list(dict.fromkeys(test.partition(".")[0] for test in tests))
+        self.name = " ".join(dict.fromkeys(test.partition(".")[0] for test in tests))
         self.doing = "its start"
-        self.ran = []                   # the lines of the tests that have ended
-        self.faults, self.failed = [], []       # texts; the tests or classes that they belong to
-        self.skipped = []               # texts
+        self.seconds = {}               # of the tests that have ended
+        self.faults, self.failed, self.skipped = [], [], []     # texts, tests or classes, texts
 
     def start(self):
         """Fork it."""
         self._folder = tempfile.mkdtemp(prefix="gaffer-test-")
-        self._stderr = open(os.path.join(self._folder, "stderr"), "w+b", buffering=0)
         self._pipe, write = os.pipe()
         os.set_blocking(self._pipe, False)
         self._text, self._signals = b"", [signal.SIGABRT]
@@ -13939,11 +13933,11 @@ class Share:
             status = 1
             try:
                 os.setpgid(0, 0)
-                os.dup2(self._stderr.fileno(), 2)
+                with open(os.path.join(self._folder, "stderr"), "w+b") as file:
+                    os.dup2(file.fileno(), 2)
+                os.close(self._pipe)
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-                os.close(self._pipe)
-                self._stderr.close()
                 self._run(os.fdopen(write, "w"))
                 status = 0
             except BaseException:
@@ -13966,11 +13960,9 @@ class Share:
         unittest.defaultTestLoader.loadTestsFromNames(names).run(result)
         atexit._run_exitfuncs()
         gc.collect()
-        faults = FAULTS.take()
-        if faults:
-            result.errors.append(("outside of the tests", "\n".join(faults)))
-        result.ended("the class")
-        result.tell(began="the end", patience=Case.patience)
+        result.errors += [("outside of the tests", fault) for fault in FAULTS.take()]
+        result.end("the class")
+        result.begin("the end", Case.patience)
 
     def read(self):
         """Take the lines that have come."""
@@ -13984,27 +13976,21 @@ class Share:
                 self._deadline = time.monotonic() + line["patience"] + 5
                 continue
             self.skipped += line["skipped"]
-            if line["fault"]:
-                self.fault(line["fault"], line["ended"])
+            for fault in line["faults"]:
+                self.fault(fault, line["ended"])
             if "seconds" in line:
-                self.ran.append(line)
+                self.seconds[line["ended"]] = line["seconds"]
 
     def fault(self, text, test=None):
         """Something is wrong in a test, or in the share."""
         self.faults.append(text)
-        self.failed += [test] if test in self.tests else self.names
+        self.failed.append(test if test in self.tests else self.name)
 
     def hurry(self):
         """End what does not end by itself: its group shows its stacks, then it is killed."""
         if time.monotonic() > self._deadline:
             os.killpg(self.pid, self._signals.pop() if self._signals else signal.SIGKILL)
             self._deadline = time.monotonic() + 5
-
-    def kill(self):
-        """End it and its group now."""
-        os.killpg(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        self._close()
 
     def over(self):
         """Whether its process has ended; then all is known of it."""
@@ -14013,49 +13999,45 @@ class Share:
         self.read()
         if self.doing != "the end":
             self.fault("%s: the process ended in %s; %d of %d tests have run" % (
-                " ".join(self.names), self.doing, len(self.ran), len(self.tests)), self.doing)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, 0)
-            left = process_group(self.pid)
-            if left:
-                self.fault("%s: processes are left: %s" % (" ".join(self.names), left))
-                os.killpg(self.pid, signal.SIGABRT)
-                until(lambda: not process_group(self.pid) or os.killpg(self.pid, signal.SIGKILL))
+                self.name, self.doing, len(self.seconds), len(self.tests)), self.doing)
+        left = process_group(self.pid)
+        if left:
+            self.fault("%s: processes are left: %s" % (self.name, left))
+            os.killpg(self.pid, signal.SIGABRT)
+            until(lambda: not process_group(self.pid) or os.killpg(self.pid, signal.SIGKILL))
         if self.faults:
             for path in glob.glob(os.path.join(self._folder, "**", "stderr*"), recursive=True):
                 text = cli_read(path).strip()
                 self.faults += ["%s:\n%s" % (os.path.basename(path), text)] if text else []
-        self._close()
+        self.close()
         return True
 
-    def _close(self):
+    def close(self):
+        """Release what belongs to it."""
         os.close(self._pipe)
-        self._stderr.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def make_shares(tests, seconds):
     """Divide tests ("Class.test") into shares, the longest first."""
-    def guess(test):
-        ring = next((ring for ring in GUESS if test.startswith(ring)), "")
-        return seconds.get(test, GUESS[ring])
+    def total(group):
+        return sum(seconds.get(test, 0.2) for test in group)
     groups, shares = {}, []
     for test in tests:
         name = test.partition(".")[0]
         groups.setdefault(globals()[name].share or name, []).append(test)
     for name, group in groups.items():
-        parts = int(sum(map(guess, group)) / SHARE_SECONDS) + 1 if name in globals() else 1
+        parts = int(total(group) / SHARE_SECONDS) + 1 if name in globals() else 1
         shares += [group[part::parts] for part in range(min(parts, len(group)))]
-    return [Share(share) for share in sorted(shares, key=lambda share: -sum(map(guess, share)))]
+    return [Share(share) for share in sorted(shares, key=total, reverse=True)]
 
 
 def run_tests(tests, jobs, slowest):
     """Run tests, `jobs` shares at a time. Returns the exit status."""
-    seconds = {}
+    known, seconds, skipped, failed = {}, {}, [], []
     with contextlib.suppress(FileNotFoundError), open(SECONDS_FILE) as file:
-        seconds = json.load(file)
-    waiting, running, done, failed = make_shares(tests, seconds), [], [], []
-    began = time.monotonic()
+        known = json.load(file)
+    waiting, running, began = make_shares(tests, known), [], time.monotonic()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     try:
@@ -14069,45 +14051,45 @@ def run_tests(tests, jobs, slowest):
                 share.hurry()
                 if share.over():
                     running.remove(share)
-                    done.append(share)
+                    seconds.update(share.seconds)
+                    skipped += share.skipped
                     failed += share.failed
                     print("".join(text.rstrip("\n") + "\n\n" for text in share.faults), end="",
                           file=sys.stderr, flush=True)
     finally:
         for share in running:           # Ctrl-C, or a fault of the runner
-            print("it was running %s: %s" % (" ".join(share.names), share.doing), file=sys.stderr)
-            share.kill()
+            print("it was running %s: %s" % (share.name, share.doing), file=sys.stderr)
+            os.killpg(share.pid, signal.SIGKILL)
+            os.waitpid(share.pid, 0)
+            share.close()
     if ForkServer.end():
         failed.append("ForkServer (a command was left)")
-    ran = sorted((line for share in done for line in share.ran), key=lambda line: -line["seconds"])
-    skipped = [line for share in done for line in share.skipped]
-    for line in skipped:
-        print("skipped: %s" % line)
-    for line in ran[:slowest]:
-        print("%7.3f s %s" % (line["seconds"], line["ended"]))
+    for text in skipped:
+        print("skipped: " + text)
+    for test in sorted(seconds, key=seconds.get, reverse=True)[:slowest]:
+        print("%7.3f s %s" % (seconds[test], test))
     print("Ran %d tests in %.3fs, %d skipped\n\n%s" % (
-        len(ran), time.monotonic() - began, len(skipped),
+        len(seconds), time.monotonic() - began, len(skipped),
         "FAILED: " + " ".join(dict.fromkeys(failed)) if failed else "OK"))
-    seconds.update((line["ended"], line["seconds"]) for line in ran)
     os.makedirs(os.path.dirname(SECONDS_FILE), exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(SECONDS_FILE), delete=False) as file:
-        json.dump(seconds, file)
+        json.dump(dict(known, **seconds), file)
     os.replace(file.name, SECONDS_FILE)
-    return 1 if failed or not ran else 0
+    return 1 if failed or not seconds else 0
 
 
 def find_tests(names):
     """["Class.test"] that `names` mean; all, if there are none. SystemExit: a wrong name."""
-    tests, load = [], unittest.defaultTestLoader.getTestCaseNames
-    for name in names or [name for name, thing in globals().items()
-                          if isinstance(thing, type) and issubclass(thing, unittest.TestCase)]:
-        name, _, test = name.partition(".")
-        case = globals().get(name)
-        known = load(case) if isinstance(case, type) and issubclass(case, unittest.TestCase) else []
-        if names and (test or not known) and test not in known:
-            sys.exit("there is no test %s%s" % (name, test and "." + test))
-        tests += [name + "." + test] if test else ["%s.%s" % (name, each) for each in known]
-    return tests
+    cases = {name: unittest.defaultTestLoader.getTestCaseNames(case)
+             for name, case in globals().items()
+             if isinstance(case, type) and issubclass(case, unittest.TestCase)}
+    found = []
+    for name in names or cases:
+        case, _, test = name.partition(".")
+        if case not in cases or test and test not in cases[case]:
+            sys.exit("there is no test " + name)
+        found += ["%s.%s" % (case, each) for each in ([test] if test else cases[case])]
+    return found
 
 
 def main():
@@ -14128,34 +14110,28 @@ def main():
         more = {"type": kind} if kind else {"action": "store_true"}
         parser.add_argument(name, default=default, help=text, **more)
     given = parser.parse_args()
-    names = given.names
+    if given.mutants:
+        sys.exit(run_mutants())
     for case, count in (PureFuzz, given.fuzz), (CliHostile, given.hostile):
-        if count is not None:
+        if count:
             seed, _, first = (given.seed or str(random.randrange(10 ** 6))).partition(":")
             case.cases, case.seed, case.first = count, seed, int(first or 0)
             case.patience = Case.patience + count / 50
             print("%s: %d cases of each kind, seed %s" % (case.__name__, count, seed), flush=True)
-            names = names or [case.__name__]
-    if given.figures:
-        names = names or ["BrowserFigures"]
-    if given.pictures:
-        BrowserPictures.directory = os.path.abspath(given.pictures)
-        names = names or ["BrowserPictures.test_pictures"]
-    if given.chaos is not None:
+    if given.chaos:
         Chaos.seconds, Chaos.seed = given.chaos, int(given.seed or Chaos.seed)
         Chaos.patience = Case.patience + 2 * given.chaos
-        names = names or ["Chaos"]
-    if given.mutants:
-        sys.exit(run_mutants())
-    tests = find_tests(names)
+    if given.pictures:
+        BrowserPictures.directory = os.path.abspath(given.pictures)
+    tests = find_tests(given.names or [case for case, only in (
+        ("PureFuzz", given.fuzz), ("CliHostile", given.hostile), ("Chaos", given.chaos),
+        ("BrowserFigures", given.figures), ("BrowserPictures", given.pictures)) if only])
     if given.quick:
         tests = [test for test in tests if globals()[test.partition(".")[0]].quick]
     # what nohup or a script's & ignores, commands would inherit; a handler they do not
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, lambda signum, frame: None)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    for signum in signal.SIGHUP, signal.SIGINT, signal.SIGQUIT:
+        if signal.getsignal(signum) == signal.SIG_IGN:
+            signal.signal(signum, lambda *_: None)
     ForkServer.start()
     with tempfile.TemporaryDirectory() as cache:
         CliCase.env = cli_environment(PYTHONPYCACHEPREFIX=cache)
