@@ -13654,23 +13654,24 @@ class Structure(Case):
 
     def down(self, source):
         """["name at line"] of what is used, now or later, above the statement that binds it."""
-        def names(code, *opcodes):
-            return {step.argval for step in dis.get_instructions(code) if step.opname in opcodes}
-
-        def bound_by(code):
-            return names(code, "STORE_NAME", "STORE_GLOBAL")
-
-        def used_by(code):
-            yield from names(code, "LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+        def look(code):
+            """(names that it binds, names that it looks up)."""
+            binds, uses = set(), set()
+            for step in dis.get_instructions(code):
+                if step.opname in ("STORE_NAME", "STORE_GLOBAL"):
+                    binds.add(step.argval)
+                elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
+                    uses.add(step.argval)
             for inner in code.co_consts:
-                if hasattr(inner, "co_code"):   # the body of a class sees what it has bound itself
-                    yield from set(used_by(inner)) - bound_by(inner)
+                if hasattr(inner, "co_code"):
+                    own, names = look(inner)
+                    uses |= names - own         # the body of a class sees what it has bound
+            return binds, uses
         bound, found = {*dir(builtins), "__name__", "__file__", "__annotations__"}, []
         for statement in ast.parse(source).body:
-            code = compile(ast.Module([statement], []), "gaffer.py", "exec")
-            bound |= bound_by(code)             # a function may call itself
-            found += ["%s at line %d" % (name, statement.lineno)
-                      for name in sorted(set(used_by(code)) - bound)]
+            binds, uses = look(compile(ast.Module([statement], []), "gaffer.py", "exec"))
+            bound |= binds                      # a function may call itself
+            found += ["%s at line %d" % (name, statement.lineno) for name in sorted(uses - bound)]
         return found
 
     def test_names_point_up_only(self):
