@@ -21,6 +21,7 @@ import gc
 import glob
 import grp
 import hashlib
+import hmac
 import http.client
 import http.server
 import io
@@ -2416,56 +2417,53 @@ class PureHead(Case):
         self.assertTrue(gaffer.parse_head(longest + b" HTTP/1.1\r\nHost: a"))
         self.assertTable(lambda line: gaffer.parse_head(line + b"\r\nHost: localhost"), (
             *((line, bad) for line in (
-                b"", b"GET /", b"GET / ", b"GET  / HTTP/1.1", b" GET / HTTP/1.1",
-                b"GET / HTTP/1.1 ", b"GET\t/ HTTP/1.1", b"GET / x HTTP/1.1", b"G(T / HTTP/1.1",
-                b"GET /\xe9 HTTP/1.1", b"GET /\0 HTTP/1.1", b"GET / http/1.1", b"GET / HTTP/1.10",
-                b"GET / HTTP/1.1\r", b"GET / HTTP/1.1\nX: y", b"GET /a#b?c HTTP/1.1",
-                b"GET a HTTP/1.1", b"GET * HTTP/1.1", b"GET ftp://localhost/ HTTP/1.1",
-                b"CONNECT localhost:80 HTTP/1.1", b"\x16\x03\x01\x02\x00\x01\x00\x01")),
+                b"", b"GET /", b"GET  / HTTP/1.1", b" GET / HTTP/1.1", b"GET / HTTP/1.1 ",
+                b"GET\t/ HTTP/1.1", b"GET / x HTTP/1.1", b"G(T / HTTP/1.1", b"GET /\xe9 HTTP/1.1",
+                b"GET /\0 HTTP/1.1", b"GET / http/1.1", b"GET / HTTP/1.10", b"GET / HTTP/1.1\r",
+                b"GET /a#b?c HTTP/1.1", b"GET a HTTP/1.1", b"GET * HTTP/1.1",
+                b"GET ftp://localhost/ HTTP/1.1", b"CONNECT localhost:80 HTTP/1.1")),
             *((b"GET / HTTP/" + text, version) for text in (b"2.0", b"0.9", b"11.1")),
             (longest + b"a HTTP/1.1", gaffer.UriTooLong)))
 
     def test_bad_header_lines(self):
-        for lines in (
-                b"X", b": y", b"X : y", b" X: y", b"X: y\r\n z", b"X: y\r\n\tz", b"X: a\rb",
-                b"X: a\nb", b"X: a\r", b"X: a\0b", b"X\0: a", b"X: \x7f", b"X(: y", b"X\xe9: y"):
-            for head in b"Host: localhost\r\n" + lines, lines + b"\r\nHost: localhost":
+        for line in (b"X", b": y", b"X : y", b" X: y", b"X: y\r\n z", b"X: a\rb", b"X: a\nb",
+                     b"X: a\r", b"X: a\0b", b"X\0: a", b"X: \x7f", b"X(: y", b"X\xe9: y"):
+            for head in b"Host: localhost\r\n" + line, line + b"\r\nHost: localhost":
                 with self.subTest(head), self.assertRaises(gaffer.BadRequest):
                     gaffer.parse_head(b"GET / HTTP/1.1\r\n" + head)
 
     def test_repeated(self):
         for name in ("Host", "Content-Length", "Transfer-Encoding", "Content-Type", "Authorization",
                      "Origin", "Last-Event-ID", "Expect"):
-            host = None if name == "Host" else "localhost"
             with self.subTest(name), self.assertRaisesRegex(gaffer.BadRequest, "twice"):
-                pure_request(name + ": 1", name.lower() + ": 1", host=host)
+                pure_request(name + ": 1", name.lower() + ": 1", host=None)
         lines = ["X-%d: y" % number for number in range(gaffer.HEADERS_MAX - 1)]
         self.assertEqual(len(pure_request(*lines).headers), gaffer.HEADERS_MAX)
         self.assertRaises(gaffer.HeadersTooLarge, pure_request, *lines, "Y: z")
 
     def test_host(self):
         """It is required; the authority of an absolute target counts (RFC 9112 section 3.2.2)."""
-        def found(options):
-            request = pure_request(**options)
+        def found(case):
+            target, host, version = case
+            request = pure_request(target=target, host=host, version=version,
+                                   method="OPTIONS" if target == "*" else "GET")
             return request.headers.get("host"), request.target
         bad, url = gaffer.BadRequest, "http://a/"
         self.assertTable(found, (
-            ({"host": None}, bad), ({"host": None, "target": url}, bad),
-            ({"host": None, "version": "1.0"}, (None, "/")),
-            ({"host": None, "version": "1.0", "target": url}, ("a", "/")),
-            ({"target": "*", "method": "OPTIONS"}, ("localhost", "*")),
-            *(({"target": target}, answer) for target, answer in (
-                ("http://evil.example/x?y", ("evil.example", "/x?y")), ("HTTP://A:1", ("A:1", "/")),
-                ("https://a?b", ("a", "/?b")), ("http:///x", ("", "/x")))),
-            *(({"target": url, "host": host}, bad)
-              for host in ("", "a/b", "user@a", "a:b"))))
+            (("/", None, "1.1"), bad), ((url, None, "1.1"), bad),
+            (("/", None, "1.0"), (None, "/")), ((url, None, "1.0"), ("a", "/")),
+            *(((target, "b", "1.1"), answer) for target, answer in (
+                ("*", ("b", "*")), ("http://x.example/y?z", ("x.example", "/y?z")),
+                ("HTTP://A:1", ("A:1", "/")), ("https://a?b", ("a", "/?b")),
+                ("http:///x", ("", "/x")))),
+            *(((url, host, "1.1"), bad) for host in ("", "a/b", "user@a", "a:b"))))
 
     def test_segments(self):
         self.assertTable(lambda path: pure_request(target=path).segments(), (
-            ("/", []), ("/a", ["a"]), ("/a/", ["a"]), ("//", [""]), ("/a//b", ["a", "", "b"]),
+            ("/", []), ("/a/", ["a"]), ("//", [""]), ("/a//b", ["a", "", "b"]),
             ("/a%2Fb", ["a/b"]), ("/%C3%A4", ["\xe4"]), ("/%252F", ["%2F"]), ("/a+b", ["a+b"]),
-            ("/a/..%2f", ["a", "../"]), ("/a;b=c", ["a;b=c"]), ("/%00", ["\0"]), ("/?a/b", []),
-            *((path, gaffer.BadRequest) for path in ("/%4", "/%zz", "/%ff", "/%ED%A0%80", "/%+1"))))
+            ("/a/..;b=c", ["a", "..;b=c"]), ("/%00", ["\0"]), ("/?a/b", []),
+            *((path, gaffer.BadRequest) for path in ("/%4", "/%zz", "/%ff", "/%ED%A0%80"))))
 
     def test_query(self):
         self.assertTable(lambda query: pure_request(target="/?" + query).query, (
@@ -2475,34 +2473,30 @@ class PureHead(Case):
             *((query, gaffer.BadRequest) for query in (
                 "a=1&a=1", "&".join("x%d=1" % number for number in range(101)), "a=%4", "%zz",
                 "a=%ff", "%E4=1"))))
-
-        def check(query):
-            return gaffer.check_query(pure_request(target="/?" + query), ("feed", "tail"))
-        check("feed=x&_=1")
-        self.assertRaisesRegex(gaffer.BadValue, "did you mean 'feed'", check, "fed=x")
-        self.assertRaisesRegex(gaffer.BadValue, "this resource takes feed, tail", check, "zzz=1")
+        for query, words in (("fed=x", "did you mean 'feed'"), ("zzz=1", "takes feed, tail")):
+            with self.assertRaisesRegex(gaffer.BadValue, words):
+                gaffer.check_query(pure_request(target="/?tail=x&_=1&" + query), ("feed", "tail"))
 
     def test_json(self):
         def parse(body):
+            request = pure_request(method="POST")
             request.body = body
             try:
                 return request.json()
             except gaffer.InvalidJson as error:
                 self.assertLess(len(str(error)), 400)
                 raise
-        request = pure_request(method="POST")
         self.assertTable(parse, (
             (b' {"a": [1, 2.5, null]}\n', {"a": [1, 2.5, None]}), (b'"\xc3\xa4"', "\xe4"),
             *((body, gaffer.InvalidJson) for body in (
-                b"", b"{} {}", b"{'a': 1}", b'{"a": NaN}', b"-Infinity", b'"\xe4"',
-                b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), b"[" * 200000, b"\0",
-                b"9" * 10000 + b"x", b'{"a": 1, "a": 1}', b'[{"b": {"a": 1, "c": 2, "a": 3}}]'))))
+                b"", b"{} {}", b'{"a": NaN}', b"-Infinity", b'"\xe4"', b"\xef\xbb\xbf{}",
+                '{"a": 1}'.encode("utf-16"), b"[" * 200000, b"9" * 10000 + b"x",
+                b'[{"b": {"a": 1, "c": 2, "a": 3}}]'))))
 
     def test_wants_close(self):
         self.assertTable(lambda case: pure_request(case[1], version=case[0]).wants_close(), (
             (("1.1", "X: y"), False), (("1.1", "Connection: upgrade, Close"), True),
-            (("1.1", "Connection: keep-alive"), False), (("1.0", "X: y"), True),
-            (("1.0", "Connection: Keep-Alive"), False)))
+            (("1.0", "X: y"), True), (("1.0", "Connection: Keep-Alive"), False)))
 
 
 class PureReading(Case):
@@ -2528,32 +2522,26 @@ class PureReading(Case):
             (b"\r\n" + head + b"\r\n\r\n" + head + b"\r\n", 2), ((most + head) * 2, 2)))
 
     def test_bad_heads(self):
-        def read(file):
-            try:
-                return gaffer.read_request(file)
-            except gaffer.GafferError as error:
-                return type(error), next((word for word in (
-                    "CR LF", "first line", "Host", "empty lines", "request line")
-                    if word in str(error)), str(error))
-        bad, long_ = gaffer.BadRequest, b"GET /" + b"a" * gaffer.REQUEST_LINE_SIZE
-        self.assertRead(read, (
-            *((wire, (bad, "CR LF")) for wire in (
-                b"\n" + self.HEAD, b"GET / HTTP/1.1\nHost: x\n\n", b"a\nb",
-                long_[:8190] + b" HTTP/1.1\r\nHost: x\n\r\n")),
-            (b"\r\r\n\r\n", (bad, "first line")), (b"GET / HTTP/1.1\r\n\r\n", (bad, "Host")),
-            (b"\r\n" * (gaffer.EMPTY_LINES_MAX + 1) + self.HEAD, (bad, "empty lines")),
-            (long_ + b" HTTP/2.0\r\nX: a\nb\r\n\r\n", (gaffer.UriTooLong, "request line"))))
+        bad, start = gaffer.BadRequest, b"GET / HTTP/1.1\r\nHost: x\r\nX: "
+        end = b" HTTP/1.1\r\nHost: x\r\n\r\n"
 
-    def test_longest_head(self):
-        """A head, with its empty line, and a request line, at their limits and one more."""
-        start, end = b"GET / HTTP/1.1\r\nHost: x\r\nX: ", b" HTTP/1.1\r\nHost: x\r\n\r\n"
-        for make, limit, error in (
-                (lambda size: start.ljust(size - 4, b"y") + b"\r\n\r\n", gaffer.HEAD_SIZE,
-                 gaffer.HeadersTooLarge),
-                (lambda size: b"GET /".rjust(size - 8201, b"M") + b"a" * 8191 + end,
-                 gaffer.REQUEST_LINE_SIZE, gaffer.UriTooLong)):
-            self.assertTrue(gaffer.read_request(io.BytesIO(make(limit))))
-            self.assertRaises(error, gaffer.read_request, io.BytesIO(make(limit + 1)))
+        def head(size):
+            return start.ljust(size - 4, b"y") + b"\r\n\r\n"
+
+        def line(size):
+            return b"GET /".rjust(size - 8201, b"M") + b"a" * 8191 + end
+        for wire, error, words in (
+                (b"\n" + self.HEAD, bad, "CR LF"), (b"a\nb", bad, "CR LF"),
+                (b"GET / HTTP/1.1\r\nHost: x\nX: y\r\n\r\n", bad, "CR LF"),
+                (b"\r\r\n\r\n", bad, "first line"), (b"GET / HTTP/1.1\r\n\r\n", bad, "Host"),
+                (b"\r\n" * (gaffer.EMPTY_LINES_MAX + 1) + self.HEAD, bad, "empty lines"),
+                (head(gaffer.HEAD_SIZE + 1), gaffer.HeadersTooLarge, "head"),
+                (line(gaffer.REQUEST_LINE_SIZE + 1), gaffer.UriTooLong, "request line")):
+            for size in 1, 99999:
+                with self.subTest(wire[:40]), self.assertRaisesRegex(error, words):
+                    gaffer.read_request(io.BufferedReader(io.BytesIO(wire), size))
+        for wire in head(gaffer.HEAD_SIZE), line(gaffer.REQUEST_LINE_SIZE):
+            self.assertTrue(gaffer.read_request(io.BytesIO(wire)))
 
     def test_body_length(self):
         def length(lines):
@@ -2561,46 +2549,41 @@ class PureReading(Case):
         size, coding = "Content-Length: ", "Transfer-Encoding: "
         bad, large = gaffer.BadRequest, gaffer.TooLarge
         self.assertTable(length, (
-            ("X: y", 0), (size + "0012", 12), (size + " 12\t", 12), (size + "1000", 1000),
-            (coding + "CHUNKED", None), (size + "1\nExpect: 100-CONTINUE", 1),
-            ("Content-Encoding: identity", 0), (size + "1001", large),
-            (size + "9" * 5000, large), (size + "0" * 5000 + "12", 12),
+            ("X: y", 0), (size + " 0012\t", 12), (size + "1000", 1000), (coding + "CHUNKED", None),
+            (size + "1\nExpect: 100-CONTINUE", 1), ("Content-Encoding: identity", 0),
+            (size + "1001", large), (size + "9" * 5000, large), (size + "0" * 5000 + "12", 12),
             ("Content-Encoding: gzip", gaffer.UnsupportedMediaType),
             ("Expect: x", gaffer.ExpectationFailed), (size + "5\n" + coding + "chunked", bad),
-            (coding + "chunked\n" + size + "0", bad),
-            *((size + text, bad) for text in (
-                "", "-1", "+5", "5, 5", "0x5", "5.0", "5 5", "1_0", "\xb2")),
+            *((size + text, bad) for text in ("", "-1", "+5", "5, 5", "0x5", "5.0", "1_0", "\xb2")),
             *((coding + text, bad) for text in (
-                "gzip, chunked", "chunked, chunked", "identity", "", "xchunked", "chunked;q=1",
-                "\x0bchunked"))))
+                "gzip, chunked", "chunked, chunked", "identity", "", "chunked;q=1", "\x0bchunked"))
+        ))
         self.assertRaises(bad, gaffer.body_length, pure_request(
             coding + "chunked", method="POST", version="1.0"), 1000)
 
     def test_chunked_bodies(self):
         line, most = b"X: " + b"y" * 93 + b"\r\n", gaffer.CHUNK_LINE_SIZE
-        fits = gaffer.TRAILERS_SIZE // len(line)
+        fits, end = gaffer.TRAILERS_SIZE // len(line), b"0\r\n\r\n"
         self.assertRead(lambda file: (gaffer.read_body(file, None, 1000), file.read()), (
-            (b"0\r\n\r\n", (b"", b"")),
-            (b"3\r\nabc\r\n2\r\n\r\n\r\n0\r\n\r\nGET /", (b"abc\r\n", b"GET /")),
+            (end, (b"", b"")),
+            (b"3\r\nabc\r\n2\r\n\r\n\r\n" + end + b"GET /", (b"abc\r\n", b"GET /")),
             (b"00003\r\nabc\r\n000\r\n\r\n", (b"abc", b"")),
-            (b"A\r\n0123456789\r\na\r\n0123456789\r\n0\r\n\r\n", (b"0123456789" * 2, b"")),
-            (b"1;name=value;q=\"a b\"\r\nx\r\n0;last\r\n\r\n", (b"x", b"")),
-            (b"1 \t;x\r\ny\r\n0\r\n\r\n", (b"y", b"")), (b"1 \r\ny\r\n0\r\n\r\n", (b"y", b"")),
+            (b"A\r\n0123456789\r\na\r\n0123456789\r\n" + end, (b"0123456789" * 2, b"")),
+            (b"1 \t;name=\"a b\"\r\nx\r\n0;last\r\n\r\n", (b"x", b"")),
+            (b"1 \r\ny\r\n" + end, (b"y", b"")),
             (b"0\r\nA: b\r\nC: d\r\n\r\nmore\r\n", (b"", b"more\r\n")),
-            (b"1\r\na\r\n" * 1000 + b"0\r\n\r\n", (b"a" * 1000, b"")),
+            (b"1\r\na\r\n" * 1000 + end, (b"a" * 1000, b"")),
             (b"0\r\n" + line * fits + b"\r\n", (b"", b"")),
-            (b"1;" + b"x" * (most - 2) + b"\r\na\r\n0\r\n\r\n", (b"a", b"")),
+            (b"1;" + b"x" * (most - 2) + b"\r\na\r\n" + end, (b"a", b"")),
             *((wire, gaffer.BadRequest) for wire in (
                 b"\r\n", b"g\r\n", b"-1\r\n", b"0x1\r\n", b" 1\r\n", b"1 1\r\n", b";\r\n",
-                b"\xb2\r\n", b"1\na\r\n0\r\n\r\n", b"0\r\n\n", b"1\r\na\n0\r\n\r\n",
-                b"1\r\na\r0\r\n\r\n", b"1\r\nab\r\n0\r\n\r\n", b"1;a\0b\r\n", b"1;a\rb\r\n",
-                b"1;" + b"x" * (most - 1) + b"\r\n", b"0\r\nbad\r\n\r\n", b"0\r\nA : b\r\n\r\n",
-                b"0\r\n A: b\r\n\r\n", b"0\r\nA: b\nC: d\r\n\r\n",
-                b"0\r\n" + line * (fits + 1) + b"\r\n", b"0\r\nX: " + b"y" * 10000,
+                b"\xb2\r\n", b"1\na\r\n" + end, b"0\r\n\n", b"1\r\na\n" + end, b"1\r\na\r" + end,
+                b"1\r\nab\r\n" + end, b"1;a\0b\r\n", b"1;a\rb\r\n",
+                b"1;" + b"x" * (most - 1) + b"\r\n", b"0\r\nA : b\r\n\r\n",
+                b"0\r\nA: b\nC: d\r\n\r\n", b"0\r\n" + line * (fits + 1) + b"\r\n",
                 b"1;" + b"x" * 98 + b"\r\na\r\n" + (b"1;" + b"x" * 99 + b"\r\na\r\n") * 164)),
             *((wire, gaffer.TooLarge) for wire in (
-                b"3e9\r\n", b"3e8\r\n" + b"a" * 1000 + b"\r\n1\r\n",
-                b"1" * 200 + b"\r\n")),
+                b"3e9\r\n", b"3e8\r\n" + b"a" * 1000 + b"\r\n1\r\n", b"1" * 200 + b"\r\n")),
             *((wire, EOFError) for wire in (
                 b"", b"1", b"1\r\na", b"1\r\na\r\n", b"0\r\n", b"0\r\nA: b\r\n"))))
 
@@ -2613,16 +2596,12 @@ class PureReading(Case):
 
 class PureResponse(Case):
 
-    def test_head(self):
+    def test_encode(self):
         self.assertTable(lambda case: gaffer.encode_head(*case), (
             ((200, [("A", "b"), ("N", 5)]), b"HTTP/1.1 200 OK\r\nA: b\r\nN: 5\r\n\r\n"),
-            ((426, [("X", "\xe9")]), b"HTTP/1.1 426 Upgrade Required\r\nX: \xe9\r\n\r\n"),
-            ((299, []), b"HTTP/1.1 299 Unknown\r\n\r\n"),
-            *(((200, [("A", "b"), header]), ValueError) for text in (
-                "a\r\nSet-Cookie: x", "a\nb", "\r", "a\0", "\u560d\u560a")
+            ((299, [("X", "\xe9")]), b"HTTP/1.1 299 Unknown\r\nX: \xe9\r\n\r\n"),
+            *(((200, [header]), ValueError) for text in ("a\r\nB: x", "a\nb", "\r", "\0", "\u560a")
               for header in ((text, "x"), ("x", text)))))
-
-    def test_encode(self):
         response = gaffer.json_response({"a": "\xe9"}, 404, [("X", "y")])
         self.assertEqual(response.encode("now", True).split(b"\r\n\r\n")[1], b'{"a": "\\u00e9"}\n')
         self.assertEqual(set(response.encode("now", True, head_only=True).split(b"\r\n")), {
@@ -2638,32 +2617,27 @@ class PureResponse(Case):
     def test_prefers_html(self):
         browser = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
         for wanted, accepts in (
-                (True, ("TEXT/HTML", "text/*", browser, "text/html, application/json;q=0.9",
-                        "text/html ; q=0.9 , application/* ; q=0.2")),
+                (True, ("TEXT/HTML", "text/*", browser, "text/html ; q=0.9 , */* ; q=0.2")),
                 (False, ("", "*/*", "application/json", ",", "text/html;q=0", "text/html;q=x",
                          "text/html, application/json", "text/html;q=0.5, */*;q=0.8"))):
             self.assertTable(lambda accept: bool(gaffer.prefers_html(accept)),
                              ((accept, wanted) for accept in accepts))
 
     def test_router(self):
-        router = gaffer.Router((
-            ("/", {"GET": "root"}), ("/a", {"GET": "a", "POST": "a+"}),
-            ("/a/<ref>", {"GET": "ref"}), ("/a/special", {"DELETE": "special"}),
-            ("/a/<ref>/_do/<n>", {"POST": "do"}),
-            ("/b/<pid>", {"GET": "pid"}), ("/b/<name>", {"PUT": "name"}),
-            ("/open/<rest...>", {"GET": "rest"})))
-        for path, methods, args in (
-                ("", {"GET": "root", "HEAD": "root"}, []), ("A", None, []), ("/", None, []),
-                ("a", {"GET": "a", "HEAD": "a", "POST": "a+"}, []),
-                ("a/x", {"GET": "ref", "HEAD": "ref"}, ["x"]),
-                ("a/special", {"DELETE": "special"}, []), ("a/x/_do/5", {"POST": "do"}, ["x", "5"]),
-                ("a/x/_no/5", None, []), ("a/x/_do", None, []),
-                ("b/12", {"GET": "pid", "HEAD": "pid"}, ["12"]),
-                ("b/x12", {"PUT": "name"}, ["x12"]),
-                ("open/1/2", {"GET": "rest", "HEAD": "rest"}, [["1", "2"]])):
-            found = router.find(path.split("/") if path else [])
-            self.assertEqual((found[0], list(found[1])), (methods, args), path)
-        self.assertEqual(router.find(["a", "x/y"])[1][0], "x/y")
+        router = gaffer.Router((pattern, {method: pattern}) for pattern, method in (
+            ("/", "GET"), ("/a", "POST"), ("/a/<ref>", "GET"), ("/a/special", "DELETE"),
+            ("/a/<ref>/_do/<n>", "POST"), ("/b/<pid>", "GET"), ("/b/<name>", "PUT"),
+            ("/open/<rest...>", "GET")))
+        for path, pattern, methods, args in (
+                ("", "/", "GET HEAD", []), ("a", "/a", "POST", []),
+                ("a/x", "/a/<ref>", "GET HEAD", ["x"]), ("a/special", "/a/special", "DELETE", []),
+                ("a/x/_do/5", "/a/<ref>/_do/<n>", "POST", ["x", "5"]),
+                ("b/12", "/b/<pid>", "GET HEAD", ["12"]), ("b/x12", "/b/<name>", "PUT", ["x12"]),
+                ("open/1/2", "/open/<rest...>", "GET HEAD", [["1", "2"]])):
+            self.assertEqual(router.find(path.split("/") if path else []),
+                             (dict.fromkeys(methods.split(), pattern), args), path)
+        for path in ["A"], ["", ""], ["a", "x", "_no", "5"], ["a", "x", "_do"]:
+            self.assertIsNone(router.find(path)[0], path)
         self.assertEqual(list(gaffer.allowed({"POST": 1, "GET": 1, "HEAD": 1})),
                          ["GET", "HEAD", "POST", "OPTIONS"])
 
@@ -2673,24 +2647,23 @@ class PureAccess(Case):
     def test_host(self):
         access = gaffer.Access(hosts=["Box.example.org.", "b"])
         forbidden, bad = gaffer.ForbiddenHost, gaffer.BadRequest
-        for answer, hosts in {
-            None: "localhost LocalHost:1 localhost. a.b.localhost:80 127.0.0.1:80 10.1.2.3 [::1] "
-                  "[fe80::1]:5000 [::ffff:1.2.3.4] box.example.org BOX.example.org.:80 b:65535",
-            forbidden: "example.com:5000 0.0.0.0 [::]:80 [0:0:0:0:0:0:0:0] [::ffff:0.0.0.0] "
-                       "localhost.example.com xlocalhost 2130706433 127.1 0x7f.0.0.1 0177.0.0.1 "
-                       "x.box.example.org example.org 127.0.0.1.. %6cocalhost",
-            bad: ":5000 a@b localhost:x localhost:65536 localhost:-1 localhost:+1 [::1 ::1 [] "
-                 "[1.2.3.4] [::1]x localhost:80:80 [fe80::1%25eth0] localhost/ localhost?x "
-                 "localhost#x \"localhost\" l\xf6calhost",
-        }.items():
-            more = ["", "localhost, a.example", "b:" + "9" * 5000] if answer is bad else []
+        for answer, hosts in (
+                (None, "LocalHost:1 localhost. a.b.localhost:80 127.0.0.1:80 10.1.2.3 [::1] "
+                       "[fe80::1]:5000 [::ffff:1.2.3.4] BOX.example.org.:80 b:65535"),
+                (forbidden, "example.com:5000 0.0.0.0 [::]:80 [0:0:0:0:0:0:0:0] [::ffff:0.0.0.0] "
+                            "localhost.example.com xlocalhost 2130706433 127.1 0x7f.0.0.1 "
+                            "0177.0.0.1 x.box.example.org 127.0.0.1.. %6cocalhost"),
+                (bad, ":5000 a@b localhost:x localhost:65536 localhost:-1 localhost:+1 [::1 ::1 [] "
+                      "[1.2.3.4] [::1]x localhost:80:80 [fe80::1%25eth0] localhost/ localhost?x "
+                      "\"localhost\" l\xf6calhost b:" + "9" * 5000)):
             self.assertTable(lambda host: access.check_host(pure_request(host=host)),
-                             ((host, answer) for host in hosts.split() + more))
+                             ((host, answer) for host in hosts.split()))
         access.check_host(pure_request(host=None, version="1.0"))
-        self.assertRaises(forbidden, access.check_host, pure_request(target="http://evil.example/"))
-        with self.assertRaises(forbidden) as caught:
+        self.assertTable(access.check_host, (
+            (pure_request(host=""), bad), (pure_request(host="localhost, a.example"), bad),
+            (pure_request(target="http://evil.example/"), forbidden)))
+        with self.assertRaisesRegex(forbidden, r"\A.{,300}\Z"):
             access.check_host(pure_request(host="e" * 60000))
-        self.assertLess(len(str(caught.exception)), 300)
         unix = pure_request(host="unix")        # no page can reach it, and clients send any name
         unix.client = "unix"
         access.check_host(unix)
@@ -2720,9 +2693,9 @@ class PureAccess(Case):
                 (plain, False, (
                     "null", "", "http://example.com", "http://box", "http://box:5001",
                     "ws://box:5000", "http://localhost.example.com", "http://localhost/",
-                    "http://xlocalhost", "http://127.0.0.2", "file://", "localhost",
-                    "http://localhost:80@evil.example", "http://localhost:3000 http://evil.example",
-                    "http://foo.localhost", "http://::1", "chrome-extension://abc")),
+                    "http://127.0.0.2", "file://", "localhost", "http://localhost:80@evil.example",
+                    "http://localhost:3000 http://evil.example", "http://foo.localhost",
+                    "http://::1", "chrome-extension://abc")),
                 (more, True, ("https://APP.example", "http://two.example:8080",
                               "http://localhost:1")),
                 (more, False, ("http://app.example", "https://app.example:444",
@@ -2742,9 +2715,9 @@ class PureAccess(Case):
                 ("gaffer.test:80", "http://gaffer.test", ""),
                 ("127.0.0.1:5000", "https://gaffer.test http://gaffer.test:80",
                  "https://gaffer.test:8443 http://10.0.0.9")):
-            for secure, allowed in itertools.product((False, True), repeat=2):
-                for origin in (yes if allowed else no).split():
-                    self.assertEqual(self.origin(origin, proxied, host, secure), allowed, origin)
+            for allowed, origins in (True, yes), (False, no):
+                self.assertTable(lambda origin, host=host: self.origin(origin, proxied, host),
+                                 ((origin, allowed) for origin in origins.split()))
 
     def test_preflight(self):
         access = gaffer.Access()
@@ -2759,33 +2732,30 @@ class PureAccess(Case):
         self.assertEqual(access.preflight(pure_request(method="OPTIONS")), [])
 
     def test_token(self):
+        """Bearer or Basic. The time of a refusal does not tell how much was right."""
         access, secret = gaffer.Access(token="s\xe9cret:1"), "s\xe9cret:1".encode()
-        wire = secret.decode("latin-1")
+        wire, wrong = secret.decode("latin-1"), gaffer.Unauthorized
 
         def basic(data):
             return "Basic " + base64.b64encode(data).decode()
-        self.assertTable(lambda text: access.check_token(pure_request("Authorization: " + text)), (
+
+        def check(text):
+            with unittest.mock.patch("hmac.compare_digest", wraps=hmac.compare_digest) as compare:
+                try:
+                    access.check_token(pure_request(*["Authorization: " + text] * (text != "none")))
+                finally:
+                    self.assertEqual(compare.call_args[0][1], secret)
+        self.assertTable(check, (
             *((text, None) for text in (
                 "Bearer " + wire, "BEARER   " + wire, basic(b"user:" + secret),
-                basic(b":" + secret), "basic" + basic(b"x:" + secret)[5:])),
-            *((text, gaffer.Unauthorized) for text in (
-                "", "Bearer ", "Bearer x", wire, "Token " + wire, "Bearer " + wire[:-1],
+                "basic" + basic(b":" + secret)[5:])),
+            *((text, wrong) for text in (
+                "none", "", "Bearer ", "Bearer x", wire, "Token " + wire, "Bearer " + wire[:-1],
                 "Bearer " + wire + "1", "Bearer" + wire, basic(secret), basic(b"user:"), "Basic !",
-                "Basic \xe9", basic(b"x:" + secret) + "!", "Basic x:" + wire))))
-        self.assertRaises(gaffer.Unauthorized, access.check_token, pure_request())
+                "Basic \xe9", basic(b"x:" + secret) + "!"))))
         gaffer.Access().check_token(pure_request())
         for token in "", " ", "secret\n":       # it must not stand open, nor be closed to all
             self.assertRaises(ValueError, gaffer.Access, token)
-
-    def test_token_timing(self):
-        """The time of a refusal does not tell how much of the token was right."""
-        access = gaffer.Access(token="secret")
-        for answer, wanted in ((True, None), (False, gaffer.Unauthorized)):
-            with unittest.mock.patch("hmac.compare_digest", return_value=answer) as compare:
-                for given in "secret", "secres", "xecret", "secre", "":
-                    request = pure_request("Authorization: Bearer " + given)
-                    self.assertTable(access.check_token, [(request, wanted)])
-                    compare.assert_called_with(given.encode(), b"secret")
 
     def test_site(self):
         """What browsers say of a request that has no Origin."""
@@ -2810,10 +2780,9 @@ class PureAccess(Case):
 # lines, characters, server-sent events
 # --------------------------------------------------------------------------------------------------
 def pure_bytes(rng, count, broken=True):
-    """Random text with line ends of all kinds, and where `broken` what is not UTF-8."""
+    """Random text with line ends of all kinds, and if `broken` what is not UTF-8."""
     pieces = [text.encode() for text in (
-        "abc", "\n", "\r", "\r\n", "\xe9", "\u20ac", "\U0001f600", " ", "\0", "\x0b", "\x0c",
-        "\x1c",
+        "abc", "\n", "\r", "\r\n", "\xe9", "\u20ac", "\U0001f600", " ", "\0", "\x0b", "\x1c",
         "\x85", "\u2028", "data: ", ":", "id: 5")]
     if broken:
         pieces += [b"\x80", b"\xff", b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98", b"\xc0\xaf",
@@ -2821,20 +2790,9 @@ def pure_bytes(rng, count, broken=True):
     return b"".join(rng.choices(pieces, k=count))
 
 
-def valid(data):
-    """`data` with U+FFFD for what is not UTF-8."""
-    return data.decode("utf-8", "replace").encode()
+class PureSse(Case):
 
-
-def pure_lines(data):
-    """[(offset behind it with its end, "out", the line)] of bytes."""
-    found = list(re.finditer(rb"([^\r\n]*)(\r\n|\r|\n|\Z)", data))
-    return [(match.end(), "out", valid(match.group(1))) for match in found if match.group()]
-
-
-class PureUtf8(Case):
-
-    def test_incomplete(self):
+    def test_incomplete_utf8(self):
         """Against its definition, at every end of four bytes."""
         some = bytes.fromhex("41 00 7f 80 8f 90 9f a0 bf c0 c1 c2 df e0 e2 ed ef f0 f1 f4 f5 ff")
         # the low six bits are in the last byte alone; that a surrogate is none shows there, too
@@ -2844,20 +2802,6 @@ class PureUtf8(Case):
             for data in map(bytes, itertools.product(some if size < 4 else some[::3], repeat=size)):
                 found = [count for count in (1, 2, 3) if count <= size and data[-count:] in begins]
                 self.assertEqual(gaffer.incomplete_utf8(data), max(found, default=0), data)
-
-
-class PureSse(Case):
-
-    def encode(self, data, ends, mode=None, piece=1 << 20):
-        """(events, bytes consumed) of bytes that come up to each of `ends` in turn, then all."""
-        encoder, place, out = gaffer.SseEncoder("out", "e"), 0, []
-        for end in [*ends, None]:
-            before = data[place - 1] if place else None
-            now = gaffer.FINAL if end is None else mode() if mode else gaffer.NORMAL
-            payload, consumed = encoder.encode(data[place:end], place, before, now, piece)
-            out.append(payload)
-            place += consumed
-        return pure_sse(b"".join(out)), place
 
     def test_format(self):
         encoder = gaffer.SseEncoder("stdout", "e1")
@@ -2876,44 +2820,40 @@ class PureSse(Case):
             (b"a\n" + b"x" * 64, 66), (b"a\r\n" + b"x" * 63, 3), (b"\xc3\xa9\n" + b"x" * 64, 67)))
 
     def test_pieces(self):
-        """The same events however it comes; only an id may stand between a lone CR and its LF."""
+        """However it comes: each byte in one event that its id tells, one a line unless it is
+        flushed, no character cut."""
         rng = random.Random(10)
         fixed = "a\r\n\r\r\n\n\xe9\u20ac\r\n\rend".encode()
-        cases = [(fixed, itertools.accumulate(map(len, pieces))) for pieces in pure_drip(fixed)]
-        for _ in range(300):
-            data = pure_bytes(rng, rng.randrange(40))
-            cases.append((data, sorted(rng.choices(range(len(data) + 1), k=rng.randrange(12)))))
-        for data, ends in cases:
-            ends = list(ends)
-            events, place = self.encode(data, ends)
-            model = pure_lines(data)
-            self.assertEqual([event[1:] for event in events], [event[1:] for event in model], data)
-            for (number, _, _), (wanted, _, _) in zip(events, model):
-                if number != wanted:
-                    self.assertTrue(ends)
-                    self.assertEqual((number, data[number - 1:wanted]), (wanted - 1, b"\r\n"))
+        cases = [(fixed, list(itertools.accumulate(map(len, pieces))), True, False)
+                 for pieces in pure_drip(fixed)]
+        for broken, flush in itertools.product((True, False), repeat=2):
+            for data in (pure_bytes(rng, rng.randrange(40), broken) for _ in range(200)):
+                ends = sorted(rng.choices(range(len(data) + 1), k=rng.randrange(12)))
+                cases.append((data, ends, broken, flush))
+        for data, ends, broken, flush in cases:
+            encoder, place, wire = gaffer.SseEncoder("out", "e"), 0, b""
+            piece = rng.choice((16, 1 << 20)) if flush else 1 << 20     # a line of 16 bytes is cut
+            for end in [*ends, None]:
+                mode = rng.choice((gaffer.NORMAL, gaffer.FLUSH)) if flush else gaffer.NORMAL
+                payload, consumed = encoder.encode(
+                    data[place:end], place, data[place - 1] if place else None,
+                    gaffer.FINAL if end is None else mode, piece)
+                wire += payload
+                place += consumed
             self.assertEqual(place, len(data))
-
-    def test_flush(self):
-        """It cuts no character and loses no byte: the ids tell the bytes, each in one event."""
-        rng = random.Random(11)
-        for broken in (False, True) * 200:
-            data = pure_bytes(rng, rng.randrange(40), broken)
-            ends = sorted(rng.choices(range(len(data) + 1), k=rng.randrange(1, 12)))
-            events, place = self.encode(
-                data, ends, lambda: rng.choice((gaffer.NORMAL, gaffer.FLUSH)),
-                rng.choice((16, 1 << 20)))              # a line of 16 bytes is cut
-            self.assertEqual(place, len(data))
-            begin = 0
-            for number, _, line in events:
+            begin, lines = 0, []
+            for number, _, line in pure_sse(wire):
                 segment = data[begin:number]
-                if data[max(0, begin - 1):begin] == b"\r" and segment[:1] == b"\n":
-                    segment = segment[1:]
-                self.assertEqual(valid(re.sub(rb"(\r\n|\r|\n)\Z", b"", segment)), line,
-                                 (data, ends))
+                if data[:begin][-1:] == b"\r" and segment[:1] == b"\n":
+                    segment = segment[1:]       # an id may stand between a CR and its LF
+                segment = re.sub(rb"(\r\n|\r|\n)\Z", b"", segment)
+                self.assertEqual(segment.decode("utf-8", "replace").encode(), line, (data, ends))
                 self.assertTrue(broken or "\ufffd".encode() not in line)
+                lines.append(segment)
                 begin = number
             self.assertIn(data[begin:], (b"", b"\n"))
+            if not flush:
+                self.assertEqual(lines, data.splitlines())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2939,17 +2879,16 @@ class PureWebSocket(Case):
                  "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
         accepted = {"Upgrade": "websocket", "Connection": "Upgrade",
                     "Sec-WebSocket-Accept": "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="}
-        bad, upgrade = gaffer.BadRequest, gaffer.UpgradeRequired
-        for number, error, values in (
-                (0, None, ["Upgrade: h2c, WebSocket"]), (1, None, ["Connection: UPGRADE"]),
+        bad, upgrade, key = gaffer.BadRequest, gaffer.UpgradeRequired, "Sec-WebSocket-Key: "
+        for number, answer, values in (
+                (0, accepted, ["Upgrade: h2c, WebSocket"]), (1, accepted, ["Connection: UPGRADE"]),
                 (0, upgrade, ["X: y", "Upgrade: websockets"]), (1, upgrade, ["Connection: close"]),
-                (2, upgrade, ["X: y", "Sec-WebSocket-Version: 8"]), (3, bad, ["X: y"]),
-                (3, bad, ["Sec-WebSocket-Key: " + text for text in (
-                    "", "dGhl", "dGhlIHNhbXBsZSBub25jZQ==!", "dGhlIHNhbXBsZSBub25jZTEyMw==",
-                    "\xe9")])):
+                (2, upgrade, ["X: y", "Sec-WebSocket-Version: 8"]),
+                (3, bad, ["X: y", key, key + "dGhl", key + "dGhlIHNhbXBsZSBub25jZQ==!",
+                          key + "dGhlIHNhbXBsZSBub25jZTEyMw==", key + "\xe9"])):
             self.assertTable(lambda line, at=number: dict(gaffer.websocket_accept(
                 pure_request(*lines[:at], line, *lines[at + 1:]))),
-                ((line, error or accepted) for line in values))
+                ((line, answer) for line in values))
         self.assertTable(lambda options: gaffer.websocket_accept(pure_request(*lines, **options)),
                          (({"method": "POST"}, bad), ({"version": "1.0"}, bad)))
 
@@ -2959,11 +2898,9 @@ class PureWebSocket(Case):
             self.assertEqual(gaffer.frame(2, b"x" * size), head + b"x" * size)
         self.assertEqual(gaffer.close_frame(1000), b"\x88\x02\x03\xe8")
         self.assertEqual(gaffer.close_frame(1013, "dropped 5"), b"\x88\x0b\x03\xf5dropped 5")
-        for text in "x" * 200, "x" + "\u20ac" * 200, "xy" + "\U0001f600" * 200:
-            made = gaffer.close_frame(1000, text)
-            self.assertEqual(made[1], len(made) - 2)
-            self.assertIn(made[1], range(122, 126))
-            self.assertTrue(text.startswith(made[4:].decode("utf-8")))
+        self.assertTable(lambda text: gaffer.close_frame(1000, text)[4:], (
+            ("x" * 200, b"x" * 123), ("x" + "\u20ac" * 200, b"x" + "\u20ac".encode() * 40),
+            ("\U0001f600" * 200, "\U0001f600".encode() * 30)))
 
     def test_messages(self):
         """Text cut inside characters, control frames between fragments."""
@@ -2971,26 +2908,29 @@ class PureWebSocket(Case):
         wire = ((1, data), (2, b"\xff\0"), (1, b""), (10, b""), (9, b"x" * 125),
                 (1, data[:2], False), (9, b"p"), (0, b"", False), (0, data[2:5], False), (10, b"q"),
                 (0, data[5:8], False), (0, data[8:]), (2, b"", False), (0, b"\xff\0", False),
-                (0, b""),
-                (8, b"\x03\xe8bye \xc3\xa9"))
+                (0, b""), (8, b"\x03\xe8bye \xc3\xa9"), (9, b"never"))
         wanted = [("text", data.decode()), ("binary", b"\xff\0"), ("text", ""), ("pong", b""),
                   ("ping", b"x" * 125), ("ping", b"p"), ("pong", b"q"), ("text", data.decode()),
                   ("binary", b"\xff\0"), ("close", 1000, "bye \xe9")]
         for pieces in pure_drip(b"".join(itertools.starmap(self.frame, wire))):
             self.assertEqual(pure_decode(pieces), wanted)
+        self.assertTable(lambda data: pure_decode([self.frame(8, data)]), (
+            (b"", [("close", 1005, "")]),
+            (b"\x03\xe8" + b"x" * 123, [("close", 1000, "x" * 123)]),
+            *((struct.pack("!H", code), [("close", code, "")])
+              for code in (1003, 1007, 1014, 3000, 4999))))
 
     def test_errors(self):
         """Each with its close code, however it comes; nothing that follows counts."""
         mask, frame = b"\0\0\0\0", self.frame
-        huge = b"\x82\xff" + struct.pack("!Q", 2 ** 63 - 1) + mask
         for code, wires in (
                 (1002, (
                     b"\xc1\x80" + mask, b"\xa1\x80" + mask, b"\x91\x80" + mask,     # reserved bits
                     *(frame(opcode, b"") for opcode in (3, 7, 11, 15)),
                     b"\x81\x01x", b"\x88\x00",                                     # no mask
-                    frame(9, b"x" * 126), frame(9, b"x", False), frame(8, b"", False),
-                    frame(8, b"\x03"), frame(0, b"x"), frame(0, b"x", False),
-                    frame(1, b"a", False) + frame(1, b"b"), frame(1, b"a", False) + frame(2, b"b"),
+                    frame(9, b"x" * 126), frame(9, b"x", False), frame(8, b"\x03"), frame(0, b"x"),
+                    frame(1, b"a", False) + frame(1, b"b"),
+                    frame(1, b"", False) + frame(8, b"", False),
                     b"\x82\xfe\x00\x7d" + mask,                # a size in too many bytes
                     *(b"\x82\xff" + struct.pack("!Q", size) + mask for size in (65535, 1 << 63)),
                     *(frame(8, struct.pack("!H", number)) for number in (
@@ -2999,7 +2939,8 @@ class PureWebSocket(Case):
                     *(frame(1, data) for data in (
                         b"a\xffb", b"a\xe2\x82", b"\xc0\xaf", b"\xed\xa0\x80")),
                     frame(1, b"\xe2", False) + frame(0, b"\x82"), frame(8, b"\x03\xe8\xff"))),
-                (1009, (frame(2, b"x" * 1001), frame(2, b"x" * 1001)[:8], huge,
+                (1009, (frame(2, b"x" * 1001), frame(2, b"x" * 1001)[:8],
+                        b"\x82\xff" + struct.pack("!Q", 2 ** 63 - 1) + mask,
                         frame(2, b"x" * 600, False) + frame(0, b"x" * 401)))):
             for wire in wires:
                 ways = pure_drip(wire + frame(1, b"never") * (len(wire) != 8))
@@ -3007,23 +2948,12 @@ class PureWebSocket(Case):
                     with self.subTest(wire[:20], pieces=len(pieces)):
                         (kind, found, text), = pure_decode(pieces)
                         self.assertEqual((kind, found, bool(text)), ("fail", code, True))
-        after = frame(1, b"", False) + frame(0, b"") + frame(0, b"")
-        self.assertEqual([event[:2] for event in pure_decode([after])], [
-            ("text", ""), ("fail", 1002)])
-
-    def test_close(self):
-        for code in (1000, 1003, 1007, 1014, 3000, 4999):
-            wire = self.frame(8, struct.pack("!H", code)) + self.frame(9, b"")
-            self.assertEqual(pure_decode([wire]), [("close", code, "")])
-        self.assertTable(lambda data: pure_decode([self.frame(8, data) + self.frame(1, b"x")]), (
-            (b"", [("close", 1005, "")]),
-            (b"\x03\xe8" + b"x" * 123, [("close", 1000, "x" * 123)])))
 
     def test_utf8_fails_fast(self):
         """At the first byte after which no text can be valid, though the frame is not whole."""
         for tail, bad in ((b"\xe2\xc0", 1), (b"\xe2\x82\xc0", 2), (b"\xe0\x9f", 1),
-                          (b"\xed\xa0\x80", 2), (b"\xf0\x8f", 1), (b"\xf4\x90", 1), (b"\xf5", 0),
-                          (b"\xc0", 0), (b"\x80", 0), (b"\xf1\x80\x80\x80\xff", 4)):
+                          (b"\xed\xa0\x80", 2), (b"\xf4\x90", 1), (b"\xf5", 0), (b"\x80", 0),
+                          (b"\xf1\x80\x80\x80\xff", 4)):
             wire = self.frame(1, b"ok \xe2\x82\xac" + tail + b"x" * 10)
             decoder = gaffer.WebSocketDecoder(1000)
             failed = [place for place, byte in enumerate(wire) if list(decoder.feed(bytes([byte])))]
@@ -3037,9 +2967,9 @@ class PureWebSocket(Case):
                 for part in [self.frame(opcode, b"", False)] + [wire] * 10:
                     self.assertEqual(list(decoder.feed(part)), [])
                 self.assertLess(memory()[0], 2000 * len(piece) + 10000)
-            self.assertEqual(bytes(next(decoder.feed(self.frame(0, b"cd")))[1],
-                                   *["utf-8"][opcode - 1:]),
-                             piece * 1000 + b"cd")
+            whole = piece * 1000 + b"cd"
+            self.assertEqual(list(decoder.feed(self.frame(0, b"cd"))), [
+                ("text", whole.decode()) if opcode == 1 else ("binary", whole)])
 
     def test_portions(self):
         """Many small frames must not keep other connections waiting."""
@@ -3054,61 +2984,51 @@ class PureWebSocket(Case):
 
     def test_frame_encoder(self):
         normal, final = gaffer.NORMAL, gaffer.FINAL
-        for kind, rows in (
-                ((True, False), ((b"a\xff\n", None, normal, b"\x82\x03a\xff\n", 3),
-                                 (b"", None, final, b"", 0))),
-                ((False, False), ((b"a\xff\n", None, normal, b"\x81\x05a\xef\xbf\xbd\n", 3),
-                                  (b"a\xe2\x82", None, normal, b"\x81\x01a", 1),
-                                  (b"\xe2\x82", None, normal, b"", 0), (b"", None, final, b"", 0),
-                                  (b"\xe2\x82", None, final, b"\x81\x03\xef\xbf\xbd", 2))),
-                ((False, True), ((b"a\nb\r\n\rc", None, normal, b"\x81\x01a\x81\x01b\x81\x00", 6),
-                                 (b"\na\xff\n", 13, normal, b"\x81\x04a\xef\xbf\xbd", 4))),
-                ((True, True), ((b"\xff\nc", None, final, b"\x82\x01\xff\x82\x01c", 3),
-                                (b"half", None, normal, b"", 0)))):
-            encoder = gaffer.FrameEncoder(*kind)
-            for data, before, mode, wire, consumed in rows:
-                with self.subTest(kind=kind, data=data):
-                    self.assertEqual(encoder.encode(data, 0, before, mode, 1000), (wire, consumed))
+        for binary, by_line, data, before, mode, wire, consumed in (
+                (True, False, b"a\xff\n", None, normal, b"\x82\x03a\xff\n", 3),
+                (False, False, b"a\xff\n", None, normal, b"\x81\x05a\xef\xbf\xbd\n", 3),
+                (False, False, b"a\xe2\x82", None, normal, b"\x81\x01a", 1),
+                (False, False, b"\xe2\x82", None, normal, b"", 0),
+                (False, False, b"\xe2\x82", None, final, b"\x81\x03\xef\xbf\xbd", 2),
+                (False, True, b"a\nb\r\n\rc", None, normal, b"\x81\x01a\x81\x01b\x81\x00", 6),
+                (False, True, b"\na\xff\n", 13, normal, b"\x81\x04a\xef\xbf\xbd", 4),
+                (True, True, b"\xff\nc", None, final, b"\x82\x01\xff\x82\x01c", 3),
+                (True, True, b"half", None, normal, b"", 0)):
+            with self.subTest(binary=binary, by_line=by_line, data=data):
+                encoder = gaffer.FrameEncoder(binary, by_line)
+                self.assertEqual(encoder.encode(data, 0, before, mode, 1000), (wire, consumed))
 
 
 # --------------------------------------------------------------------------------------------------
 # metrics, access log, page
 # --------------------------------------------------------------------------------------------------
 PROM_NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
-PROM_LABEL = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\\\|\\"|\\n)*)"'
+PROM_LABEL = r'([a-zA-Z_]\w*)="((?:[^"\\\n]|\\[\\"n])*)"'
 
 
 def prom_parse(data):
     """{metric: (kind, {(sample, ((label, value), ...)): number})} of Prometheus's text format.
-    An AssertionError or AttributeError where it is not exactly that, or breaks its conventions."""
-    text = data.decode("utf-8")
+    An AssertionError or AttributeError if it is not exactly that, or breaks its conventions."""
+    found, text = {}, data.decode("utf-8")
     assert text.endswith("\n") and "\r" not in text
-    found, name, help_ = {}, None, None
     for line in text[:-1].split("\n"):
         if line.startswith("# HELP "):
-            help_, words = re.fullmatch(r"# HELP (%s) ([^\\]+)" % PROM_NAME, line).groups()
-            assert help_ not in found and words.strip() == words, line
-        elif line.startswith("# TYPE "):
-            name, kind = re.fullmatch(
-                r"# TYPE (%s) (counter|gauge|summary)" % PROM_NAME, line).groups()
-            assert name == help_ and name not in found, line
-            assert name.endswith("_total") == (kind == "counter"), line
+            name, = re.fullmatch(r"# HELP (%s) \S[^\\]*\S" % PROM_NAME, line).groups()
             assert not re.search(r"_(ms|milliseconds|kb|kib|percent|count|sum|bucket)(_|$)", name)
+        elif line.startswith("# TYPE "):
+            typed, kind = re.fullmatch(r"# TYPE (.*) (counter|gauge|summary)", line).groups()
+            assert name == typed and name not in found, line
+            assert name.endswith("_total") == (kind == "counter"), line
             found[name] = (kind, {})
         else:
             sample, _, inside, number = re.fullmatch(
-                r"(%s)(\{(.*)\})? (\S+)" % PROM_NAME, line).groups()
+                r"(%s)(\{(.+)\})? (\+Inf|\d+(?:\.\d+)?(?:e[+-]\d+)?)" % PROM_NAME, line).groups()
             kind, samples = found[name]
-            assert sample in ([name + "_sum",
-                               name + "_count"] if kind == "summary" else [name]), line
+            assert sample in ([name + "_sum", name + "_count"] if kind == "summary" else [name])
             assert re.fullmatch("(%s(,(?!$)|$))*" % PROM_LABEL, inside or ""), line
-            labels = tuple((label, re.sub(r"\\(.)", lambda match: match.group(1).replace("n", "\n"),
-                                          value)) for label, value in re.findall(PROM_LABEL,
-                                                                                 inside or ""))
-            assert len(dict(labels)) == len(labels), line
-            assert not any(label.startswith("__") for label, _ in labels), line
-            assert re.fullmatch(r"\+Inf|[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?", number), line
-            assert (sample, labels) not in samples, line
+            labels = tuple((label, json.loads('"%s"' % value, strict=False))
+                           for label, value in re.findall(PROM_LABEL, inside or ""))
+            assert len(dict(labels)) == len(labels) and (sample, labels) not in samples, line
             samples[sample, labels] = float(number)
     return found
 
@@ -3136,9 +3056,9 @@ class PureMetrics(Case):
             ({"method": "other", "code": 501}, 1000), ({"method": "GET", "code": 200}, 1)])
 
 
-ACCESS_TEXT = r'"([^"\\]*(?:\\x[0-9a-f]{2}[^"\\]*)*)"'
-ACCESS = re.compile(r"(\S+) - - \[(\d\d/[A-Z][a-z][a-z]/\d{4}:\d\d:\d\d:\d\d [+-]\d{4})\] "
-                    r"%s (\d{3}) (\d+|-) %s %s\n" % (ACCESS_TEXT, ACCESS_TEXT, ACCESS_TEXT))
+ACCESS = re.compile(r'(\S+) - - \[(\d\d/[A-Z][a-z][a-z]/\d{4}:\d\d:\d\d:\d\d [+-]\d{4})\] '
+                    r'TEXT (\d{3}) (\d+|-) TEXT TEXT\n'.replace(
+                        "TEXT", r'"([^"\\]*(?:\\x[0-9a-f]{2}[^"\\]*)*)"'))
 
 
 def access_lines(text):
@@ -3162,7 +3082,6 @@ class PureAccessLine(Case):
         fields = self.line(referer="http://r/", user_agent="curl/8")
         self.assertEqual((fields[0], *fields[2:]), (
             "127.0.0.1", "GET /x HTTP/1.1", 200, 12, "http://r/", "curl/8"))
-        self.assertEqual(self.line()[5:], ("-", "-"))
         self.assertTable(lambda client: self.line(client=client)[0],
                          (("::1:5", "::1"), ("unix", "unix")))
         self.assertRegex(gaffer.access_line("1.2.3.4:5", 0, None, 400, 0),
@@ -3174,15 +3093,13 @@ class PureAccessLine(Case):
             time.tzset()
             self.assertEqual(self.line()[1], when)
 
-    def test_escapes(self):
+    def test_escapes_and_secrets(self):
         evil = 'a"b\\c\r\nd\x1b[31m\x00\x7f\x80\xff\t" 200 5 "'
         fields = self.line('/"' + evil, referer=evil, user_agent=evil)
         for field in (fields[2], *fields[5:]):
             text = re.sub(r"\\x(..)", lambda match: chr(int(match.group(1), 16)), field)
             self.assertEqual(text.count(evil), 1)
         self.assertEqual(len(self.line(user_agent="x" * 60000)[6]), gaffer.KIB)
-
-    def test_secrets(self):
         line = self.line("/?token=s3cret&x=s%20t", referer="http://u:s3cret@h/",
                          user_agent="s3crets3cret", secrets=("s3cret", "s%20t"))
         self.assertEqual((line[2], *line[5:]), (
@@ -3195,12 +3112,10 @@ class PurePage(Case):
         """It is small, makes no HTML of text, and asks nobody else."""
         page = gaffer.PAGE
         self.assertLess(len(page.encode("utf-8")), 60 * 1024)
-        for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(",
-                     "cookie",
-                     "new Function", "localStorage", "sessionStorage", ' style="', "importScripts",
-                     "XMLHttpRequest"):
-            self.assertNotIn(word, page)
-        self.assertIsNone(re.search(r"<[^>]*\son\w+\s*=", page), "an inline handler")
+        self.assertEqual(re.findall(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|cookie|new Function|"
+            r"localStorage|sessionStorage| style=\"|importScripts|XMLHttpRequest|<[^>]*\son\w+\s*=",
+            page), [])
         self.assertEqual(set(re.findall(r"https?://[^\"]*", page)), {"http://www.w3.org/"})
         self.assertEqual(re.findall(r'(?:src|href)="([^"]*)"', page.partition("<script")[0]),
                          ["data:,", "#/"])
@@ -3211,30 +3126,27 @@ class PurePage(Case):
             linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
                       for part in (part / 255 for part in parts)]
             return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05
-
-        def check(least, one, other):
-            dark, light = sorted(map(luminance, (one, other)))
-            self.assertGreaterEqual(light / dark, least, (one, other))
         pairs = re.findall(r"--(\w+): light-dark\(#(\w{6}), #(\w{6})\)", gaffer.PAGE)
+        texts = "text", "dim", "accent", "good", "warn", "bad", "violet", "teal"
         for place in (1, 2):
             scheme = {pair[0]: bytes.fromhex(pair[place]) for pair in pairs}
-            for text in ("text", "dim", "accent", "good", "warn", "bad", "violet", "teal"):
-                for ground in ("bg", "panel", "here"):
-                    check(4.5, scheme[text], scheme[ground])
-                check(4.5, [round(0.85 * one + 0.15 * other) for one, other in zip(
-                    scheme[text], scheme["bg"])], scheme["bg"])     # what a program calls faint
-            for least, one, other in ((3, "edge", "bg"), (3, "edge", "panel"),
-                                      (4.5, "bg", "accent"),
-                                      (4.5, "text", "mark")):
-                check(least, scheme[one], scheme[other])
+            for text in texts:                  # what a program calls faint
+                scheme["faint " + text] = [round(0.85 * one + 0.15 * other) for one, other in zip(
+                    scheme[text], scheme["bg"])]
+            for least, one, other in (
+                    *((4.5, *pair) for pair in itertools.product(texts, ("bg", "panel", "here"))),
+                    *((4.5, "faint " + text, "bg") for text in texts),
+                    (3, "edge", "bg"), (3, "edge", "panel"), (4.5, "text", "mark")):
+                dark, light = sorted((luminance(scheme[one]), luminance(scheme[other])))
+                self.assertGreaterEqual(light / dark, least, (one, other))
 
     def test_words(self):
         """Each field has a label and a section, each event a word."""
         words = gaffer.PAGE_WORDS
         fields = set(" ".join(words["form"]["sections"].values()).split())
-        self.assertEqual(set(gaffer.OPTIONS) - fields, set())
+        self.assertLessEqual(set(gaffer.OPTIONS), fields)
         self.assertEqual(set(words["form"]["labels"]), fields)
-        self.assertEqual(set(gaffer.EVENT_TYPES) - set(words["said"]), set())
+        self.assertLessEqual(set(gaffer.EVENT_TYPES), set(words["said"]))
 
     def test_snapshot(self):
         """It cannot leave its element; each page has a nonce of its own."""
@@ -3243,9 +3155,8 @@ class PurePage(Case):
         page, headers = response.body.decode("utf-8"), dict(response.headers)
         nonce = re.search("'nonce-([^']+)'", headers["Content-Security-Policy"]).group(1)
         self.assertEqual((page.count("<script"), page.count('nonce="%s"' % nonce)), (2, 2))
-        data = re.search('<script type="application/json" id="snapshot">(.*?)</script>',
-                         page).group(1)
-        self.assertEqual(json.loads(data), dict(gaffer.PAGE_WORDS, name=evil))
+        data = re.search('<script type="application/json" id="snapshot">(.*?)</script>', page)
+        self.assertEqual(json.loads(data.group(1)), dict(gaffer.PAGE_WORDS, name=evil))
         self.assertNotEqual(gaffer.page_response({}).headers, response.headers)
 
     def test_gzip(self):
@@ -3256,7 +3167,7 @@ class PurePage(Case):
             self.assertEqual(zlib.decompress(made.body, 31) if packed else made.body, body)
             return packed
         for wanted, offers in (
-                (True, ("gzip", "deflate, gzip;q=0.5, br", "GZIP", "gzip;q=1.0", "gzip ; q=0.001")),
+                (True, ("deflate, gzip;q=0.5, br", "GZIP", "gzip;q=1.0", "gzip ; q=0.001")),
                 (False, ("gzip;q=0", "", "gzip;q=0.000, br", "br", "x-gzip-not"))):
             self.assertTable(compressed, ((offer, wanted) for offer in offers))
         self.assertFalse(compressed("gzip", b"short"))
