@@ -5499,20 +5499,13 @@ class ProcessTables(Case):
 # wired in.
 # --------------------------------------------------------------------------------------------------
 HTTP_OK = {"ok": True}
-HTTP_GO_AHEAD = b"HTTP/1.1 100 Continue\r\n\r\n"
-HTTP_DEAF = """
-    import signal, sys
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print("ready")
-    sys.stdin.read()
-"""                                     # ignores the stop signal; says when it does
 
 
 class HttpCase(ServerCase):
     """A server, and requests byte by byte."""
 
     def serve(self, *endpoints, **options):
-        """Another server, on `endpoints`: HttpEndpoints or addresses."""
+        """Another server, on `endpoints`: HttpEndpoints or addresses (a port of 127.0.0.1)."""
         made = Running(endpoints=[gaffer.HttpEndpoint(each) if isinstance(each, str) else each
                                   for each in endpoints], **options)
         self.addCleanup(made.stop_all)
@@ -5525,15 +5518,11 @@ class HttpCase(ServerCase):
         wire.close()
         return answer
 
-    def value(self, answer):
-        """What the JSON of an answer says."""
-        return json.loads(answer[2].decode())
-
     def assertCode(self, answer, status, code, words=""):
         """`answer` is the error `code`, in the one form that errors have."""
         self.assertEqual((answer[0], answer[1]["Content-Type"]), (status, "application/json"))
         self.assertRegex(answer[2], rb'\A\{"error": "%b", "reason": ".{10,}"\}\n\Z' % code.encode())
-        self.assertIn(words, self.value(answer)["reason"])
+        self.assertIn(words, json.loads(answer[2])["reason"])
 
     def assertRefused(self, data, status=400, code="bad_request", server=None):
         """One error is answered to `data`, then the connection ends."""
@@ -5565,14 +5554,12 @@ class HttpCase(ServerCase):
         """A template that does nothing for ever; its pids."""
         return (server or self.server).add(name, "cat", redirect_input=True, **options)
 
-    def pids(self, name="web"):
-        """The pids of a template."""
-        return self.server.ok("GET", "/processes/%s/_pids" % name)["pids"]
-
-    def output(self, pid):
-        """An iterator of the lines of a process, from their beginning."""
-        wire = self.wire("/streams/%d/stdout?feed=eventsource&since=0" % pid)
-        return iter(lambda: wire.event()[1], None)
+    def deaf(self, **options):
+        """Add a template that ignores the stop signal; its pid, once it does."""
+        pid, = self.server.add("deaf", "trap '' TERM; echo ready; read line", shell=True,
+                               redirect_input=True, **options)
+        self.assertEqual(self.server.request("GET", "/streams/deaf/stdout?since=0")[2], b"ready\n")
+        return pid
 
     def parked(self, kind="longpoll", count=1, server=None):
         """Wait until that many connections of a kind are on the loop."""
@@ -5618,13 +5605,12 @@ class HttpEndpointTable(HttpCase):
         self.cat("web")
         changed, unchanged = {"ok": True, "changed": True}, {"ok": True, "changed": False}
         created, cat = {"ok": True, "created": True}, {"cmd": "cat", "redirect_input": True}
-        for method, info in ("PUT", {"cmd": "sleep 60"}), ("POST", {"cmd": "sleep 61"}):
-            pid, path = self.pids()[-1], "/processes/web"
-            self.rows((method, path + "?dry_run=true", changed, info))
-            self.assertEqual(self.pids(), [pid])
-            self.rows((method, path, changed, info))
-            until(lambda: self.pids() == [pid + 1], "the new process")
-            self.rows((method, path, unchanged, dict(info, name="web", start=True)))
+        for pid, (method, cmd) in enumerate((("PUT", "sleep 60"), ("POST", "sleep 61")), 1):
+            path, running = "/processes/web", "/processes?running=1"
+            self.rows((method, path + "?dry_run=true", changed, {"cmd": cmd}),
+                      ("GET", running, [pid]), (method, path, changed, {"cmd": cmd}))
+            until(lambda: self.server.ok("GET", running) == [pid + 1], "the new process")
+            self.rows((method, path, unchanged, {"cmd": cmd, "name": "web", "start": True}))
         self.rows(
             ("POST", "/processes/new", (404, "not_found"), cat),
             ("PUT", "/processes/new?dry_run=true", created, cat),
@@ -5641,15 +5627,14 @@ class HttpEndpointTable(HttpCase):
                 self.rows(("POST", path + action, HTTP_OK))
                 active = self.server.ok("GET", "/status/web")["active"]
                 self.assertEqual(active, action != "_stop", action)
-        pid, = self.server.add("deaf", python(HTTP_DEAF), redirect_input=True)
-        self.assertEqual(next(self.output(pid)), "ready")
+        pid = self.deaf()
         with http_limits(WAIT_EXTRA=-9.9):      # beside graceful_timeout
             self.rows(("POST", "/processes/deaf/_stop?wait=true",
                        (504, "wait_timeout", "in 0.1 seconds")))
         self.rows(
             *(("POST", path + action, (400, "bad_value")) for action in (
-                "_add/0", "_sub/1e3", "_add/%20", "_add/1%D9%A3", "_signal/999", "_signal/0",
-                "_signal/SIG", "_signal/%C2%B2")),
+                "_add/0", "_sub/1e3", "_add/1%D9%A3", "_signal/0", "_signal/SIG",
+                "_signal/%C2%B2")),
             ("DELETE", "/processes/%C2%B2", missing), ("GET", "/stats/web/%C2%B2", missing),
             ("POST", path + "_add", {"ok": True, "numprocesses": 2}),
             ("POST", path + "_sub/5", {"ok": True, "numprocesses": 0}),
@@ -5669,8 +5654,8 @@ class HttpEndpointTable(HttpCase):
 
     def test_stats(self):
         self.cat("web")
-        self.server.ok("POST", "/processes", {"name": "off", "cmd": "cat", "start": False})
-        numbers = dict.fromkeys(("mem", "max_mem", "min_mem", "cpu", "max_cpu", "min_cpu"), 0)
+        self.cat("off", start=False)
+        numbers = dict.fromkeys("mem max_mem min_mem cpu max_cpu min_cpu".split(), 0)
         web, off = self.server.ok("GET", "/stats")
         self.assertEqual((web["name"], off), ("web", dict(numbers, name="off", stats=[])))
         one, entry = self.server.ok("GET", "/stats/web"), self.server.ok("GET", "/stats/web/1")
@@ -5694,19 +5679,19 @@ class HttpEndpointTable(HttpCase):
             self.assertEqual([self.server.ok("GET", "/status/" + name)["active"] for name in names],
                              [active, True, active, True])
         self.rows(("DELETE", "/groups/shop", HTTP_OK), ("GET", "/processes", ["alone", "blog:web"]),
-                  ("GET", "/groups/shop", (404, "not_found")),
-                  ("DELETE", "/groups/alone", (404, "not_found")))
+                  ("GET", "/groups/shop", (404, "not_found")))
 
     def test_ready(self):
         """What is active and is not as it is wanted is named; nothing is, while gaffer stops."""
         good = 200, {"ready": True, "waiting": []}
-        bad = 503, {"ready": False, "waiting": ["ends"]}
-        self.cat("web", numprocesses=2)
+        self.cat("web")
         self.cat("off", start=False)
         self.assertEqual(self.server.json("GET", "/readyz"), good)
         self.server.add("ends", "true", flapping={"attempts": 1, "retry_in": 1000})
+        bad = 503, {"ready": False, "waiting": ["ends"]}
         until(lambda: self.server.json("GET", "/readyz") == bad, "the end of the process")
-        self.server.ok("POST", "/processes/ends/_stop")
+        self.rows(("POST", "/processes/2/_signal/KILL", (404, "not_found", "has exited")),
+                  ("POST", "/processes/ends/_stop", HTTP_OK))
         self.assertEqual(self.server.json("GET", "/readyz"), good)
         with unittest.mock.patch.object(self.server.manager, "stopping", True):
             self.assertEqual(self.server.json("GET", "/readyz")[0], 503)
@@ -5776,12 +5761,12 @@ class HttpMetrics(HttpCase):
 
     def test_cut_reader(self):
         """What a slow reader that is cut has missed is counted."""
-        self.cat("web")
+        size = 8 * gaffer.MIB                   # more than the sockets hold
+        self.server.add("web", "read x; head -c %d /dev/zero; read x" % size, shell=True,
+                        redirect_input=True)
         wire = self.wire("/streams/1/stdout?feed=continuous&since=0", receive_buffer=4096)
-        line, size = b"x" * 1023 + b"\n", 8 * gaffer.MIB        # more than the sockets hold
-        for done in range(1 << 18, size + 1, 1 << 18):
-            self.server.ok("POST", "/streams/web/stdin", line * (1 << 8))
-            until(lambda: self.metrics()["stream_bytes_total web stdout"] == done)
+        self.server.ok("POST", "/streams/web/stdin", b"\n")
+        until(lambda: self.metrics()["stream_bytes_total web stdout"] == size, "all output")
         data, whole = wire.chunks()
         self.assertFalse(whole)
         lost = self.metrics()["stream_dropped_bytes_total web stdout"]
@@ -5790,10 +5775,11 @@ class HttpMetrics(HttpCase):
 
     def test_requests(self):
         self.cat("web")
-        pings = self.metrics()["http_requests_total GET 200"]
-        for method, path in [("GET", "/ping")] * 3 + [
-                ("POST", "/slow"), ("GET", "/nothing"), ("GET", "/wsgi"), ("FOO", "/"),
-                ("BAR", "/"), ("GET", "/watch?timeout=0"), ("HEAD", "/watch?feed=continuous")]:
+        before = self.metrics()["http_requests_total GET 200"]
+        for method, path in (
+                ("GET", "/ping"), ("POST", "/slow"), ("GET", "/nothing"), ("GET", "/wsgi"),
+                ("FOO", "/"), ("BAR", "/"), ("GET", "/watch?timeout=0"),
+                ("HEAD", "/watch?feed=continuous")):
             self.server.request(method, path)
         self.assertEqual(self.wire().send(b"no request\r\n\r\n").answer()[0], 400)
         self.assertEqual(self.websocket("/wstreams/1?readonly=true").status, 101)
@@ -5803,13 +5789,10 @@ class HttpMetrics(HttpCase):
         self.assertEqual([found["http_streams longpoll"], found["http_streams websocket"]], [1, 1])
         answers = {labels[20:]: count for labels, count in found.items()
                    if labels.startswith("http_requests_total")}
-        self.assertEqual(answers.pop("GET 200") - pings, 4)     # one is the first of /metrics
         self.assertEqual(answers, {
-            "POST 202": 1, "GET 404": 2, "other 501": 2, "other 400": 1, "GET 204": 1,
-            "HEAD 200": 1, "GET 101": 1, "POST 200": 1})
-        # the rest has waited: a poll, a feed, a websocket, an application, a bad head
-        self.assertEqual(found["http_request_seconds_count"],
-                         sum(answers.values()) + pings + 4 - 5)
+            "GET 200": before + 2, "POST 202": 1, "GET 404": 2, "other 501": 2, "other 400": 1,
+            "GET 204": 1, "HEAD 200": 1, "GET 101": 1, "POST 200": 1})      # of them five waited
+        self.assertEqual(found["http_request_seconds_count"], sum(answers.values()) - 5)
         self.assertGreaterEqual(found["http_connections"], 3)
         poll.close()
         until(lambda: not self.metrics()["http_streams longpoll"], "the end of the poll")
@@ -5817,16 +5800,15 @@ class HttpMetrics(HttpCase):
     def test_itself(self):
         self.cat("web")
         until(lambda: self.metrics()["process_cpu_seconds_total"], "a clock's tick")
-        found = self.metrics()
         python_version = "%d.%d.%d" % sys.version_info[:3]
-        self.assertEqual(found["info %s %s" % (gaffer.__version__, python_version)], 1)
-        self.assertEqual(found["events_total"], 3)
-        self.assertLess(abs(found["process_start_time_seconds"] - time.time()), TIMEOUT)
+        self.assertMetrics(**{"info %s %s" % (gaffer.__version__, python_version): 1,
+                              "events_total": 3})
+        found = self.metrics()
+        self.assertLess(abs(found["process_start_time_seconds"] - time.time()), 3600)
         self.assertLessEqual(abs(found["process_open_fds"] - len(open_descriptors())), 4)
         for less, more in (("open_fds", "max_fds"),
                            ("resident_memory_bytes", "virtual_memory_bytes")):
             self.assertTrue(0 < found["process_" + less] < found["process_" + more])
-        self.assertGreater(found["loop_turns_total"], 0)
 
 
 class HttpLogs(HttpCase):
@@ -5842,8 +5824,8 @@ class HttpLogs(HttpCase):
 
     def serve_logged(self, path=None, **options):
         """The server has an access log."""
-        self.server = self.serve("127.0.0.1:0", access_log=gaffer.AccessLog(path or self.path),
-                                 wsgi=HttpMetrics.options["wsgi"], **options)
+        options["access_log"] = gaffer.AccessLog(path or self.path)
+        self.server = self.serve(wsgi=HttpMetrics.options["wsgi"], **options)
 
     def lines(self, count):
         """The lines of the file, once there are so many."""
@@ -5853,7 +5835,7 @@ class HttpLogs(HttpCase):
 
     def test_requests(self):
         self.serve_logged()
-        began, expected = int(time.time()), []
+        expected = []
         for method, target, headers, *logged in (
                 ("GET", "/ping?_x=%22y", ("User-Agent: me", "Referer: http://there/"),
                  200, 2, "http://there/", "me"),
@@ -5865,10 +5847,7 @@ class HttpLogs(HttpCase):
             self.lines(len(expected))           # what has a thread is logged when that ends
         refusal = self.wire().send(b"GET /\xff\r\n\r\n").answer()
         expected.append(("127.0.0.1", "-", 400, len(refusal[2]), "-", "-"))
-        lines = self.lines(5)
-        self.assertEqual([(line[0], *line[2:]) for line in lines], expected)
-        moment = time.mktime(time.strptime(lines[0][1][:-6], "%d/%b/%Y:%H:%M:%S"))
-        self.assertTrue(began <= moment <= time.time(), lines)
+        self.assertEqual([(line[0], *line[2:]) for line in self.lines(5)], expected)
         os.rename(self.path, self.path + ".1")
         self.server.request("GET", "/ping?2")
         self.assertEqual(self.lines(1)[0][2], "GET /ping?2 HTTP/1.1")
@@ -6026,8 +6005,6 @@ class HttpOpenapi(HttpCase):
                 self.assertEqual("security" in operation, path in gaffer.OPEN_PATHS, path)
         fields = described["components"]["schemas"]["Template"]["properties"]
         self.assertEqual(list(fields), list(gaffer.OPTIONS))
-        bare = gaffer.operation()(lambda api, request, query: "x")      # as all are with -OO
-        self.assertIn("/new", gaffer.openapi((("/new", {"GET": bare}),), False)["paths"])
 
     def test_parameters(self):
         """What each takes and refuses."""
@@ -6041,17 +6018,14 @@ class HttpOpenapi(HttpCase):
                              "9.999912345678": 9.999912345678},
                  ("", "-1", "+1", "1e3", "nan", "inf", "1,5", "9" * 400, "\u0663", "\xb2")),
                 ("heartbeat", {"true": 60.0, "false": None, "0.1": 0.1}, ("0", "soon", "0.05")),
-                ("wait", {"true": True, "2": 2.0}, ("x", "\xb2")),
-                ("interval", {"0.1": 0.1}, ("0",)),
+                ("wait", {"true": True, "2": 2.0}, ("x",)), ("interval", {"0.1": 0.1}, ("0",)),
                 ("tail", {"all": math.inf, "12": 12}, ("-1", "1.0", "", "9" * 10, "\xb2")),
                 ("loss", {"skip": "skip"}, ("cut", "")),
                 ("since", {"": None}, ("x", "-1", "1@", "1@x@", "1.0", "\u0663"))):
             def parse(text, name=name):
-                request = pure_request(target="/?%s=%s" % (name, urllib.parse.quote(text)))
+                request = pure_request(target="/?_=7&%s=%s" % (name, urllib.parse.quote(text)))
                 return getattr(gaffer.parse_query(request, (name,)), name)
             self.assertTable(parse, [*good.items(), *((text, gaffer.BadValue) for text in bad)])
-        request = pure_request(target="/?_=7")
-        self.assertEqual(vars(gaffer.parse_query(request, ("feed",))), {"feed": None})
         self.rows(*((method, target, (400, "bad_value", words)) for method, target, words in (
             ("GET", "/streams?tail=all&grep=hello", "unknown parameter 'grep'"),
             ("GET", "/watch?feed=longpoll&heartbeat=soon", "0.1 to 10000000, true or false"),
@@ -6071,10 +6045,9 @@ class HttpOpenapi(HttpCase):
         validator = jsonschema.Draft202012Validator(described["components"]["schemas"]["Template"])
         for fields in (
                 {}, {"args": "a b"}, {"args": 1}, {"env": {"A": 1, "B": "b"}}, {"env": {"A": True}},
-                {"numprocesses": 1001}, {"numprocesses": 1.5}, {"name": "1"}, {"name": "a:b"},
-                {"unknown": 1}, {"redirect_output": ["a", "b", "c"]},
-                {"custom_streams": ["a", "a"]}, {"graceful_timeout": -1}, {"priority": -3},
-                {"flapping": {"attempts": 3}}, {"flapping": {"tries": 3}}):
+                {"numprocesses": 1001}, {"numprocesses": 1.5}, {"name": "1"}, {"unknown": 1},
+                {"redirect_output": ["a", "b", "c"]}, {"custom_streams": ["a", "a"]},
+                {"priority": -3}, {"flapping": {"attempts": 3}}, {"flapping": {"tries": 3}}):
             with self.subTest(**fields):
                 template, good = dict({"name": "x", "cmd": "true"}, **fields), True
                 try:
@@ -6086,7 +6059,7 @@ class HttpOpenapi(HttpCase):
 
 
 class HttpMethods(HttpCase):
-    """405 with Allow, OPTIONS, and what is no route."""
+    """405 with Allow, and OPTIONS."""
 
     def test_wrong_methods(self):
         """No action can be had by a link or an image, whatever that claims to override."""
@@ -6106,7 +6079,6 @@ class HttpMethods(HttpCase):
                     answer = self.ask(method, path, "X-HTTP-Method-Override: POST")
                     self.assertCode(answer, 405, "method_not_allowed")
                     self.assertEqual(answer[1]["Allow"], allow)
-        self.assertCode(self.ask("get", "/ping"), 501, "method_not_allowed")
         self.assertEqual(self.server.ok("GET", "/processes?running=true"), [1])
 
     def test_options(self):
@@ -6115,13 +6087,6 @@ class HttpMethods(HttpCase):
             wire = self.wire(path, method="OPTIONS")
             self.assertEqual((wire.status, wire.headers["Content-Length"]), (204, None), path)
             self.assertOpen(wire)
-        self.assertRefused(http_bytes("GET", "*"))      # RFC 9112 section 3.2.4
-
-    def test_no_route(self):
-        self.cat("web")
-        self.rows(*((method, path, (404, "resource_not_found")) for path in (
-            "/processes/web/_nothing", "/processes/web/_add/1/2", "/groups/g/_add", "/Processes",
-            "//ping") for method in ("GET", "POST")))
 
 
 class HttpErrorTable(HttpCase):
@@ -6133,10 +6098,8 @@ class HttpErrorTable(HttpCase):
         self.server.add("full", "sleep 60", redirect_input=True)
         half = bytes(gaffer.STDIN_SIZE * 3 // 4)
         self.server.ok("POST", "/streams/full/stdin", half)
-        deaf, = self.server.add("deaf", python(HTTP_DEAF), redirect_input=True,
-                                graceful_timeout=TIMEOUT)
-        self.assertEqual(next(self.output(deaf)), "ready")
-        secured, seen = self.serve("127.0.0.1:0", token="secret"), set()
+        self.deaf(graceful_timeout=TIMEOUT)
+        secured, seen = self.serve(token="secret"), set()
         many = ["X-%d: x" % number for number in range(gaffer.HEADERS_MAX)]
         patch = unittest.mock.patch.object
         faults = {
@@ -6204,14 +6167,6 @@ class HttpSyntax(HttpCase):
         self.hits.append(request.target)
         return request.body
 
-    def assertBody(self, data, body=b""):
-        """`data` is answered with `body`; the connection goes on."""
-        self.hits.clear()
-        wire = self.wire().send(data)
-        self.assertEqual(wire.answer()[::2], (200, body))
-        self.assertOpen(wire)
-        self.assertEqual(len(self.hits), 1)
-
     def test_refused(self):
         """The connection ends, and what is behind is not read as a request."""
         inner = http_bytes("POST", "/hit-inner")
@@ -6233,10 +6188,6 @@ class HttpSyntax(HttpCase):
 
     def test_body_is_no_request(self):
         """Whatever the method, and whether anybody asked for the body."""
-        body = b'005;a=b;c="d"\r\nhello\r\n000;x\r\nX: y\r\nZ:\r\n\r\n'
-        self.assertBody(http_bytes("POST", "/hit", "Transfer-Encoding: chunked", body=body),
-                        b"hello")
-        self.hits.clear()
         inner = http_bytes("GET", "/hit-inner")
         for method, path, status in (("GET", "/ping", 200), ("DELETE", "/nothing", 404),
                                      ("OPTIONS", "/x", 204), ("POST", "/processes", 400)):
@@ -6249,28 +6200,25 @@ class HttpSyntax(HttpCase):
 
     def test_expect(self):
         """100 before the body is sent, and never where the answer is a refusal."""
-        server = self.serve("127.0.0.1:0", token="secret",
-                            handlers=[("/echo", lambda request: request.body)])
-        expect, token = "Expect: 100-Continue", "Authorization: Bearer secret"
-        size = "Content-Length: %d"
-        for status, path, *headers in ((404, "/nope", token, size % 5), (401, "/echo", size % 5),
-                                       (413, "/echo", token, size % 2 ** 40)):
-            wire = self.wire(server=server).request(path, expect, *headers, method="POST")
+        expect, size = "Expect: 100-Continue", "Content-Length: %d"
+        for status, path, header in (404, "/nope", size % 5), (413, "/hit", size % 2 ** 40):
+            wire = self.wire().request(path, expect, header, method="POST")
             self.assertEqual((wire.answer()[0], wire.file.read()), (status, b""))
-        for framing, body in ((size % 5, b"hello"),
-                              ("Transfer-Encoding: chunked", http_chunks(b"hello"))):
-            wire = self.wire(server=server).request("/echo", expect, token, framing, method="POST")
-            self.assertEqual(wire.file.read(len(HTTP_GO_AHEAD)), HTTP_GO_AHEAD)
+        for header, body in ((size % 5, b"hello"),
+                             ("Transfer-Encoding: chunked", http_chunks(b"hello"))):
+            wire = self.wire().request("/hit", expect, header, method="POST")
+            self.assertEqual(wire.file.read(25), b"HTTP/1.1 100 Continue\r\n\r\n")
             self.assertEqual(wire.send(body).answer()[2], b"hello")
             self.assertOpen(wire)
-        self.assertBody(http_bytes("POST", "/hit", expect, size % 0))
+        self.assertEqual(self.ask("POST", "/hit", expect, size % 0)[0], 200)
         answer = self.ask("POST", "/hit", expect, body=b"old", version="1.0")
         self.assertEqual(answer[2], b"old")     # HTTP/1.0 has no 100 (RFC 9110 section 10.1.1)
 
     def test_targets(self):
         """The authority counts as the Host (RFC 9112 section 3.2.2); each part of a path is decoded
         once, and never becomes two parts or a header; a parameter comes once."""
-        self.assertBody(http_bytes("GET", "HTTP://LOCALHOST:99/hit?a=1", host="evil.example"))
+        answer = self.ask("GET", "HTTP://LOCALHOST:99/hit?a=1", host="evil.example")
+        self.assertEqual((answer[0], self.hits), (200, ["/hit?a=1"]))
         self.cat("a:b@c")
         self.assertEqual(self.server.ok("GET", "/%70rocesses/a%3ab%40c/")["name"], "a:b@c")
         for status, target in (
@@ -6310,10 +6258,7 @@ class HttpSyntax(HttpCase):
         self.assertEqual(len(self.hits), 2)
 
     def test_json(self):
-        """In UTF-8, with any Content-Type; a number of any length."""
-        number = b'{"name": "x", "cmd": "cat", "numprocesses": 9%b}' % (b"9" * 100000)
-        answer = self.ask("POST", "/processes", body=number)
-        self.assertEqual((answer[0], b"set_int_max_str_digits" in answer[2]), (400, False))
+        """In UTF-8, with any Content-Type."""
         info = '{"cmd": "\u00e9", "start": false}'.encode()
         self.ask("PUT", "/processes/x", "Content-Type: text/plain; charset=latin-1", body=info)
         self.assertEqual(self.server.ok("GET", "/processes/x")["cmd"], "\u00e9")
@@ -6331,13 +6276,12 @@ class HttpConnections(HttpCase):
                 ("1.1", "X: y", None), ("1.1", "Connection: x, Close", "close"),
                 ("1.0", "X: y", "close"), ("1.0", "Connection: Keep-Alive", "keep-alive")):
             for path in "/ping", "/watch?timeout=0.01":
-                with self.subTest(version=version, header=header, path=path):
-                    wire = self.wire().request(path, header, version=version)
-                    self.assertEqual(wire.answer()[1]["Connection"], said)
-                    if said == "close":
-                        self.assertEqual(wire.file.read(), b"")
-                    else:
-                        self.assertOpen(wire)
+                wire = self.wire().request(path, header, version=version)
+                self.assertEqual(wire.answer()[1]["Connection"], said, (version, header, path))
+                if said == "close":
+                    self.assertEqual(wire.file.read(), b"")
+                else:
+                    self.assertOpen(wire)
 
     def test_pipeline(self):
         """The order holds; what is behind a long poll waits, some of it in the socket."""
@@ -6345,7 +6289,7 @@ class HttpConnections(HttpCase):
         wire, ping = self.wire(), http_bytes("GET", "/ping")
         wire.send(b"".join(http_bytes("POST", "/processes/web/_add", body=b"x" * number)
                            for number in range(9)) + http_bytes("GET", "/watch/delete") + ping)
-        self.assertEqual([self.value(wire.answer())["numprocesses"] for _ in range(9)],
+        self.assertEqual([json.loads(wire.answer()[2])["numprocesses"] for _ in range(9)],
                          list(range(2, 11)))
         self.parked()
         count = 80000 // len(ping)
@@ -6353,37 +6297,8 @@ class HttpConnections(HttpCase):
         sender.start()
         self.addCleanup(sender.join)
         self.server.ok("DELETE", "/processes/web")
-        self.assertEqual(self.value(wire.answer())["name"], "web")
+        self.assertEqual(json.loads(wire.answer()[2])["name"], "web")
         self.assertEqual({wire.answer()[2] for _ in range(count + 1)}, {b"OK"})
-
-    def test_dropped_connections(self):
-        """Connections that end anywhere: threads and descriptors are as before."""
-        self.cat("web")
-        self.all_gone()
-        threads, descriptors = len(threading.enumerate()), len(open_descriptors())
-        requests = [
-            http_bytes("GET", "/ping"), http_bytes("GET", "/watch"),
-            http_bytes("GET", "/watch?feed=continuous&heartbeat=0.1"),
-            http_bytes("GET", "/streams/1/stdout?feed=eventsource"),
-            http_bytes("GET", "/stats?feed=continuous&interval=0.1"),
-            http_bytes("POST", "/streams/1/stdin", body=b"x" * 1000),
-            http_bytes("POST", "/echo", "Transfer-Encoding: chunked", body=http_chunks(b"{}")),
-            http_bytes("GET", "*"),
-            http_bytes("GET", "/wstreams/1", "Upgrade: websocket", "Connection: Upgrade",
-                       "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg=="
-                       ) + ws_frame(1, b"hello\n")]
-        chance = random.Random(300)
-        for _ in range(150):
-            data = chance.choice(requests)
-            with self.server.connect() as sock:
-                sock.sendall(data[:chance.choice((len(data), chance.randrange(len(data))))])
-                if chance.random() < 0.3:       # an RST in place of a FIN
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.server.request("GET", "/ping")     # comes behind all that waited to be accepted
-        until(lambda: len(threading.enumerate()) <= threads, "the end of the threads")
-        self.all_gone()
-        until(lambda: len(open_descriptors()) <= descriptors, "the end of the sockets")
-        self.assertEqual(self.server.ok("GET", "/processes?running=1"), [1])
 
     def test_no_thread(self):
         """A request is refused in a sentence; what lasts goes on, on the loop."""
@@ -6427,15 +6342,11 @@ class HttpConnections(HttpCase):
 
         def look():
             counts.append(len(self.server.http.connections))
-            if counts[-1] < counts[0] + 40:
+            if counts[-1] < 40:
                 loop.call_soon(look)
-
-        def connect():
-            look()
-            for _ in range(40):
-                self.wire()
-        loop.call(connect)
-        until(lambda: counts[-1] == counts[0] + 40, "all")
+        self.all_gone()
+        loop.call(lambda: (look(), [self.wire() for _ in range(40)]))
+        until(lambda: counts[-1] == 40, "all")
         steps = [after - before for before, after in zip(counts, counts[1:])]
         self.assertLessEqual(max(steps), 16)
         accept = unittest.mock.Mock(wraps=listener.socket)
@@ -6466,7 +6377,7 @@ class HttpConnections(HttpCase):
         head = http_bytes("POST", "/processes", "Content-Length: 9", "X: " + "y" * 200)
         for number, wire in enumerate(slow):
             wire.send(head if number % 2 else head[:9])
-        until(lambda: len(self.server.http.threads) == 100, "their threads")
+        until(lambda: len(self.server.http.threads) >= 100, "their threads")
         wire = self.wire()
         for number, dawdler in enumerate(slow):
             dawdler.send(b"{" if number % 2 else head[9:10])
@@ -6489,16 +6400,15 @@ class HttpConnections(HttpCase):
     def test_linger(self):
         """A refused body is read up to a size and for a time; then the connection is closed."""
         request = http_bytes("POST", "/echo", "Content-Length: %d" % 2 ** 40)
-        with http_limits(LINGER_SIZE=100000, LINGER_TIME=2 * TIMEOUT):
-            wire = self.wire().send(request)
-            self.assertCode(wire.answer(), 413, "too_large")
-            with self.assertRaises(ConnectionError):
-                for _ in range(1000):
-                    wire.send(bytes(65536))
-        with http_limits(LINGER_TIME=0.05):
-            wire = self.wire().send(request)
-            self.assertCode(wire.answer(), 413, "too_large")
-            self.all_gone()
+        for limits in {"LINGER_SIZE": 100000, "LINGER_TIME": 2 * TIMEOUT}, {"LINGER_TIME": 0.05}:
+            with http_limits(**limits):
+                wire = self.wire().send(request)
+                self.assertCode(wire.answer(), 413, "too_large")
+                if len(limits) == 2:
+                    with self.assertRaises(ConnectionError):
+                        for _ in range(1000):
+                            wire.send(bytes(65536))
+                self.all_gone()
 
     def test_stop(self):
         """Requests have STOP_SEND seconds, then they are cut; what waits is answered."""
@@ -6516,8 +6426,7 @@ class HttpConnections(HttpCase):
         for patience, answers in ((TIMEOUT, [b"done", b"done"]), (0.1, [])):
             with self.subTest(patience=patience), http_limits(STOP_SEND=patience):
                 leave.clear()
-                server = self.serve("127.0.0.1:0", handlers=[("/slow", slow)],
-                                    wsgi={"/wsgi": application})
+                server = self.serve(handlers=[("/slow", slow)], wsgi={"/wsgi": application})
                 poll = self.wire(server=server).request("/stats?feed=longpoll&interval=1000")
                 self.parked(server=server)
                 wires = [self.wire(server=server).request(path) for path in ("/slow", "/wsgi")]
@@ -6535,24 +6444,22 @@ class HttpConnections(HttpCase):
 
     def test_chunks_of_events(self):
         """One for the empty line at the begin, one a send, the last one only at a real end."""
-        pid, = self.cat("web", flapping=STREAMS_ONCE)
-        epoch = self.server.manager.epoch
-        event = "id: 2@%s\nevent: stdout\ndata: x\n\n" % epoch
-        end = ('id: 2x@%s\nevent: exit\ndata: {"pid": %d, "exit_status": 0, "term_signal": 0}\n\n'
-               % (epoch, pid))
-        path = "/streams/%d/stdout?feed=eventsource&since=0" % pid
-        new, old, cut = (self.wire(path, version=version) for version in ("1.1", "1.0", "1.1"))
+        self.cat("web", flapping=STREAMS_ONCE)
+        new, old, cut = (self.wire("/streams/1/stdout?feed=eventsource", version=version)
+                         for version in ("1.1", "1.0", "1.1"))
         self.server.manager.loop.call(lambda: [
             channel.close() for channel in tuple(self.server.http.channels)
             if channel.sock.getpeername() == cut.sock.getsockname()])
         self.assertEqual((new.chunk(), cut.chunk(), cut.chunk()), (b"\n", b"\n", None))
-        self.assertEqual([wire.headers["Transfer-Encoding"] for wire in (new, old)],
-                         ["chunked", None])
-        self.server.ok("POST", "/streams/%d/stdin" % pid, b"x\n")
-        self.assertEqual(new.chunk().decode(), event)
-        self.server.ok("DELETE", "/streams/%d/stdin" % pid)
-        self.assertEqual([new.chunk().decode(), new.chunk()], [end, b""])
-        self.assertEqual(old.file.read().decode(), "\n" + event + end)
+        self.server.ok("POST", "/streams/1/stdin", b"x\n")
+        event = new.chunk()
+        self.assertRegex(event, rb"\Aid: 2@\w+\nevent: stdout\ndata: x\n\n\Z")
+        self.server.ok("DELETE", "/streams/1/stdin")
+        end = new.chunk()
+        self.assertRegex(end, rb"\Aid: 2x@\w+\nevent: exit\ndata: \{.*\}\n\n\Z")
+        self.assertEqual(new.chunk(), b"")
+        self.assertEqual((old.headers["Transfer-Encoding"], old.file.read()),
+                         (None, b"\n" + event + end))
 
 
 class HttpLimits(HttpCase):
@@ -6567,8 +6474,7 @@ class HttpLimits(HttpCase):
 
     def test_of_one_address(self):
         """A number that is given holds for this machine too, whatever a connection becomes."""
-        server = self.serve("127.0.0.1:0", max_connections_per_address=3,
-                            wsgi={"/wsgi": wsgiref.util.FileWrapper})
+        server = self.serve(max_connections_per_address=3)
         self.cat("web", server)
         self.all_gone(server)
         held = [self.wire("/streams/1/stdout?feed=continuous", server=server),
@@ -6577,8 +6483,6 @@ class HttpLimits(HttpCase):
             for _ in range(3):
                 self.assertCode(self.wire(server=server).answer(), 503, "busy")
         self.assertEqual(len(logged.output), 1)
-        with self.assertLogs("gaffer"):
-            self.assertEqual(held[2].request("/wsgi/x").answer()[0], 500)
         for wire in held:
             wire.close()
         self.all_gone(server)
@@ -6595,7 +6499,7 @@ class HttpLimits(HttpCase):
 
     def test_in_all(self):
         """One more than may be, or than leaves enough descriptors for processes."""
-        for server, files, count in ((self.serve("127.0.0.1:0", max_connections=2), 1000, 2),
+        for server, files, count in ((self.serve(max_connections=2), 1000, 2),
                                      (self.server, 16, 14)):
             with self.subTest(count=count), http_limits(files_max=lambda: files):
                 held = self.held(server, count)
@@ -6625,21 +6529,21 @@ class HttpAccess(HttpCase):
         return {name: value for name, value in answer[1].items()
                 if name.startswith("Access-Control-")}
 
-    def assertAllowed(self, origin, allowed=True, server=None, **options):
+    def assertAllowed(self, origin, allowed=True, **options):
         """Whether a page may change something, read the answer, open a websocket."""
         header = "Origin: " + origin
         expected = {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers":
                     "Gaffer-Offset, Gaffer-Dropped, Gaffer-Ended"} if allowed else {}
         for method in "POST", "GET":
             with self.subTest(origin=origin, allowed=allowed, method=method):
-                answer = self.ask(method, "/change", header, server=server, **options)
+                answer = self.ask(method, "/change", header, **options)
                 self.assertEqual(self.cors(answer), expected)
                 if allowed or method == "GET":
                     self.assertEqual(answer[0], 200)
                 else:
                     self.assertCode(answer, 403, "forbidden_origin")
         if not options:
-            wire = self.wire(server=server).upgrade("/wstreams/1?readonly=true", header)
+            wire = self.wire().upgrade("/wstreams/1?readonly=true", header)
             self.assertEqual(wire.status, 101 if allowed else 403)
 
     def test_origins(self):
@@ -6654,22 +6558,8 @@ class HttpAccess(HttpCase):
                 "OPTIONS", "/change", "Origin: " + origin, "Access-Control-Request-Method: POST",
                 "Access-Control-Request-Private-Network: true")), {})
         self.assertEqual(self.changes, 3, "more than GET has come")
-        self.assertRefused(http_bytes("POST", "/change", "Origin: http://localhost",
-                                      "Origin: http://evil.example"))
-        answer = self.ask("OPTIONS", "/nothing", "Origin: http://localhost")
-        self.assertEqual(self.cors(answer)["Access-Control-Max-Age"], "86400")
         answer = self.ask("POST", "/change")    # no browser: everything goes
         self.assertEqual((answer[0], self.cors(answer)), (200, {}))
-
-    def test_cors_origins(self):
-        """Further origins that were given at start, and those only; or all, by '*'."""
-        for given, good in ("https://app.example", "https://app.example"), ("*", "null"):
-            server = self.serve("127.0.0.1:0", cors_origins=[given],
-                                handlers=self.options["handlers"])
-            self.cat("web", server)
-            self.assertAllowed(good, True, server)
-            if given != "*":
-                self.assertAllowed("http://a.x", False, server)
 
     def test_headers_of_all_answers(self):
         """CORS, or a page could not read why it was refused; and no cache may keep any."""
@@ -6695,10 +6585,10 @@ class HttpAccess(HttpCase):
     def test_host_comes_first(self):
         """Before token, origin, method, route, body and upgrade: a page whose own name was
         pointed here is of the same origin, by its browser's lights."""
-        server = self.serve("127.0.0.1:0", token="secret")
+        server = self.serve(token="secret")
         for method, target, *headers in (
-                ("GET", "/nothing"), ("OPTIONS", "*"), ("FOO", "/ping"), ("GET", "/%zz"),
-                ("POST", "/", "Content-Length: 999999999"), ("POST", "/", "Content-Encoding: gzip"),
+                ("OPTIONS", "*"), ("FOO", "/ping"), ("GET", "/%zz"),
+                ("POST", "/", "Content-Encoding: gzip"),
                 ("DELETE", "/x", "Origin: http://evil.example", "Sec-Fetch-Site: same-origin"),
                 ("GET", "/wstreams/1", "Upgrade: websocket", "Connection: upgrade")):
             with self.subTest(method + " " + target, headers=headers):
@@ -6727,9 +6617,9 @@ class HttpToken(HttpCase):
         return "Authorization: Basic " + base64.b64encode(text.encode()).decode()
 
     def test_without(self):
-        for method, path in (("GET", "/"), ("GET", "/nothing"), ("POST", "/healthz"),
-                             ("GET", "/ping/x"), ("GET", "/hit"), ("GET", "/wsgi"), ("FOO", "/"),
-                             ("GET", "/wstreams/1"), ("GET", "/readyz"), ("HEAD", "/processes")):
+        for method, path in (("GET", "/nothing"), ("POST", "/healthz"), ("GET", "/ping/x"),
+                             ("GET", "/hit"), ("GET", "/wsgi"), ("FOO", "/"), ("GET", "/readyz"),
+                             ("HEAD", "/processes")):
             answer = self.ask(method, path, "Origin: http://localhost")
             self.assertEqual((answer[0], answer[1]["Access-Control-Allow-Origin"]),
                              (401, "http://localhost"), path)   # so that a page can read it
@@ -6738,7 +6628,7 @@ class HttpToken(HttpCase):
                       self.ask("GET", "/", "Accept: text/html")[2])
         self.assertEqual(self.websocket("/wstreams/1").status, 401)
         for path, (method, body) in itertools.product(
-                ("/ping", "/healthz", "/ping/?_=y"), (("GET", b"OK"), ("HEAD", b""))):
+                ("/ping", "/healthz/?_=y"), (("GET", b"OK"), ("HEAD", b""))):
             status, headers, data = self.ask(method, path)
             self.assertEqual((status, headers["Content-Type"], data), (200, "text/plain", body))
         self.assertEqual(self.ask("OPTIONS", "/processes")[0], 204)
@@ -6794,12 +6684,12 @@ class HttpEndpoints(HttpCase):
             cls.cert, cls.key = make_certificate(cls.folder)
             cls.context = ssl.create_default_context(cafile=cls.cert)
 
-    def tls(self, **options):
-        """A server with TLS."""
+    def tls(self, *more, **options):
+        """A server with TLS, and on further endpoints."""
         if not shutil.which("openssl"):
             self.skipTest("there is no openssl program to make a certificate")
         endpoint = gaffer.HttpEndpoint("127.0.0.1:0", self.cert, self.key)
-        return self.serve(endpoint, **options)
+        return self.serve(endpoint, *more, **options)
 
     def connect(self, address, context=None):
         """A Wire that is closed after the test."""
@@ -6820,11 +6710,10 @@ class HttpEndpoints(HttpCase):
         wire = self.secure(server)
         self.assertEqual(wire.request("/app").answer()[2], b"on")
         wire.sock.suppress_ragged_eofs = False
-        for body in b"", os.urandom(gaffer.MIB), b"y":
-            self.assertEqual(wire.request("/echo", method="POST", body=body).answer()[2], body)
-        _, headers, data = wire.request("/ping", "Origin: " + server.url,
-                                        "Connection: close").answer()
-        self.assertEqual((data, headers["Access-Control-Allow-Origin"]), (b"OK", server.url))
+        body = os.urandom(gaffer.MIB)
+        self.assertEqual(wire.request("/echo", method="POST", body=body).answer()[2], body)
+        headers = wire.request("/ping", "Origin: " + server.url, "Connection: close").answer()[1]
+        self.assertEqual(headers["Access-Control-Allow-Origin"], server.url)
         self.assertEqual(wire.sock.recv(10), b"")
 
     def test_handshakes(self):
@@ -6848,11 +6737,12 @@ class HttpEndpoints(HttpCase):
             self.assertEqual(self.connect(server.port).send(b"\x16").file.read(1), b"")
 
     def test_tls_streams(self):
-        """Events and a websocket; what came with the request, and what TLS has decrypted."""
+        """Events and a websocket; what came with the request, and what TLS has decrypted. A stop
+        ends all connections, without a word in the log."""
         server = self.tls()
-        self.assertEqual(self.value(self.secure(server).request(
-            "/processes", method="POST", body=b'{"name": "cat", "cmd": "cat", '
-            b'"redirect_input": true}').answer()), HTTP_OK)
+        self.secure(server).request(
+            "/processes", method="POST",
+            body=b'{"name": "cat", "cmd": "cat", "redirect_input": true}').answer()
         events = self.secure(server).request("/streams/1/stdout?feed=eventsource&since=0").head()
         big = b"".join(b"%05d %b\n" % (number, b"x" * 94) for number in range(10000))
         with http_limits(READ_SIZE=1000):       # less than a record
@@ -6863,10 +6753,6 @@ class HttpEndpoints(HttpCase):
             while len(echo) < len(big):
                 echo += made.read()[1]
         self.assertEqual((echo, events.event()[1]), (big, "a"))
-        text, expected = "", big.decode().replace("\n", "")
-        while len(text) < len(expected):        # a line may come in two parts
-            text += events.event()[1]
-        self.assertEqual(text, expected)
         made.frame(8, b"\x03\xe8")
         self.assertEqual([made.read(), made.read()], [(8, b"\x03\xe8"), (None, b"")])
         server.http.listeners[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -6875,16 +6761,11 @@ class HttpEndpoints(HttpCase):
         self.secure(server).request("/streams/1/stdin", method="DELETE").answer()
         self.secure(server).request("/watch/exit?since=0").answer()
         self.assertEqual(late.head().chunks(), (b"a\n" + big, True))
-
-    def test_tls_stop(self):
-        """It ends all connections at once, without a word in the log."""
-        server = self.tls()
         for path in "/ping", "/watch", "/watch?feed=continuous":
             self.secure(server).request(path)
         self.secure(server).send(b"GET")
-        self.secure(server)
-        for kind, count in ("idle", 2), ("longpoll", 1), ("continuous", 1):
-            self.parked(kind, count, server)
+        for kind in "longpoll", "continuous":
+            self.parked(kind, server=server)
         server.stop_all()
 
     def test_unix_socket(self):
@@ -6903,9 +6784,6 @@ class HttpEndpoints(HttpCase):
         for host, expected in ("unix", b"unix"), ("a/b", b"localhost"):     # no page reaches it
             wire = self.connect(path).request("/name", host=host)
             self.assertEqual(wire.answer()[2], expected)
-        wire = self.connect(path).request("/watch/create?feed=eventsource&since=0").head()
-        server.manager.add_process("web", "cat", start=False)
-        self.assertEqual(wire.event()[0], "create")
         with self.assertRaisesRegex(gaffer.StartError, "another program"):
             self.serve("unix:" + path)
         os.rename(path, path + ".old")
@@ -6928,19 +6806,15 @@ class HttpEndpoints(HttpCase):
         """TLS or not, each endpoint has its own; IPv6 has its own Host and Origin."""
         if not socket.has_ipv6 or not os.path.exists("/proc/net/if_inet6"):
             self.skipTest("there is no ::1")
-        secure = self.tls()
-        secure.stop_all()
         path = os.path.join(self.folder, "several.sock")
-        server = self.serve("127.0.0.1:0", "unix:" + path, "localhost:0", "[::1]:0",
-                            *secure.http.endpoints)
-        urls = server.http.urls
-        ports = [int(url.rpartition(":")[2]) for url in urls if url[:4] == "http"]
-        for wire in (self.connect(path), *map(self.connect, ports[:2]),
-                     self.connect(ports[3], self.context)):
+        server = self.tls("unix:" + path, "localhost:0", "127.0.0.1:0", "[::1]:0")
+        *plain, six = (int(url.rpartition(":")[2]) for url in server.http.urls[2:])
+        for wire in [self.secure(server), self.connect(path), *map(self.connect, plain)]:
             self.assertOpen(wire)
-        six = self.connect(socket.create_connection(("::1", ports[2]), TIMEOUT))
-        six.request("/ping", "Origin: " + urls[3], host="[::1]:%d" % ports[2])
-        self.assertEqual(six.answer()[1]["Access-Control-Allow-Origin"], urls[3])
+        wire = self.connect(socket.create_connection(("::1", six), TIMEOUT))
+        origin = "http://[::1]:%d" % six
+        wire.request("/ping", "Origin: " + origin, host="[::1]:%d" % six)
+        self.assertEqual(wire.answer()[1]["Access-Control-Allow-Origin"], origin)
 
     def test_ports(self):
         """One in use is refused, and is free at once after a stop with connections open."""
@@ -6959,13 +6833,14 @@ class HttpEndpoints(HttpCase):
             self.assertEqual((endpoint.host, endpoint.port), ("127.0.0.1", 5000))
         self.assertRaisesRegex(gaffer.StartError, "without TLS", gaffer.HttpEndpoint, "unix:a", "b")
         for bind in ("", "127.0.0.1", "127.0.0.1:65536", "[::1]", "::1:5000", "unix:",
-                     "http://127.0.0.1:5000", "127.0.0.1:5000 "):
+                     "http://127.0.0.1:5000"):
             with self.subTest(bind=bind), self.assertRaisesRegex(gaffer.StartError, "address"):
                 gaffer.HttpEndpoint(bind)
-        with self.assertRaisesRegex(gaffer.StartError, "certificate '/no' cannot be used: "):
-            self.serve(gaffer.HttpEndpoint("127.0.0.1:0", "/no"))
-        with self.assertRaisesRegex(gaffer.StartError, "no-such-host.invalid"):
-            self.serve("no-such-host.invalid:0")
+        for endpoint, words in (
+                (gaffer.HttpEndpoint("127.0.0.1:0", "/no"), "certificate '/no' cannot be used: "),
+                ("no-such-host.invalid:0", "no-such-host.invalid")):
+            with self.assertRaisesRegex(gaffer.StartError, words):
+                self.serve(endpoint)
 
 
 class HttpLibrary(HttpCase):
@@ -6976,35 +6851,29 @@ class HttpLibrary(HttpCase):
         plain, binary = "text/plain; charset=utf-8", "application/octet-stream"
         rows = (
             ("gr\u00fcn", 200, plain, "gr\u00fcn".encode()), (b"\0\xff", 200, binary, b"\0\xff"),
-            ({"a": [1]}, 200, "application/json", b'{"a": [1]}\n'), ("", 200, plain, b""),
+            ({"a": [1]}, 200, "application/json", b'{"a": [1]}\n'),
             ([1, "x"], 200, "application/json", b'[1, "x"]\n'),
             ((201, {"Content-Type": "text/html"}, "<p>"), 201, "text/html", b"<p>"),
             ((404, [("Content-Length", "3")], {"no": 1}), 404, "application/json", b'{"no": 1}\n'),
             ((204, [], "body"), 204, plain, b""),
             (gaffer.Response(b"x", 203, [("A", "b")], "image/png"), 203, "image/png", b"x"))
-        bad = (object(), {"secret"}, (1, 2), (200, {"X": "secret\r\nA: b"}, ""), "secret \ud800",
-               ("200 secret", [], ""), (200, None, "secret"), OSError("secret"),
-               SystemExit("secret"))
+        answers = [row[0] for row in rows] + [
+            object(), (1, 2), (200, {"X": "secret\r\nA: b"}, ""), "secret \ud800",
+            ("200 secret", [], ""), (200, None, "secret"), OSError("secret"), SystemExit("secret")]
 
-        def bad_route(request, number):
-            if isinstance(bad[int(number)], BaseException):
-                raise bad[int(number)]
-            return bad[int(number)]
-        server = self.serve("127.0.0.1:0", handlers=[
-            ("/r/([0-9]+)", lambda request, number: rows[int(number)][0]),
-            ("/bad/([0-9]+)", bad_route)])
-        for number, (_, status, kind, body) in enumerate(rows):
-            for method in "GET", "HEAD":
-                with self.subTest(number, method=method):
-                    wire = self.wire(server=server).request("/r/%d" % number, method=method)
-                    got, headers, data = wire.answer(method)
-                    self.assertEqual((got, headers["Content-Type"], data),
-                                     (status, kind, body if method == "GET" else b""))
-                    self.assertOpen(wire)
-        for number in range(len(bad)):
-            with self.subTest(str(bad[number])), self.assertLogs("gaffer", "ERROR") as logged:
-                answer = self.ask("GET", "/bad/%d" % number, server=server)
-                self.assertCode(answer, 500, "internal_error", "the added route /bad/([0-9]+)")
+        def route(request, number):
+            if isinstance(answers[int(number)], BaseException):
+                raise answers[int(number)]
+            return answers[int(number)]
+        self.server = self.serve(handlers=[("/r/([0-9]+)", route)])
+        wire = self.wire()
+        for number, (_, *expected) in enumerate(rows):
+            status, headers, data = wire.request("/r/%d" % number).answer()
+            self.assertEqual([status, headers["Content-Type"], data], expected)
+        for number in range(len(rows), len(answers)):
+            with self.subTest(str(answers[number])), self.assertLogs("gaffer", "ERROR") as logged:
+                answer = wire.request("/r/%d" % number).answer()
+                self.assertCode(answer, 500, "internal_error", "the added route /r/([0-9]+)")
                 self.assertNotIn(b"secret", answer[2])
                 self.assertIn("Traceback", "".join(logged.output))
 
@@ -7014,36 +6883,31 @@ class HttpLibrary(HttpCase):
             request.query.pop("a", None)
             return [request.method, request.query, request.headers.pop("x-a"), len(request.body),
                     request.client.rpartition(":")[0], *groups]
-        server = self.serve("127.0.0.1:0", handlers=[
+        self.server = self.serve(handlers=[
             ("/hello/([^/]+)(/x)?", route), ("/hello/.*", lambda request: "second"),
-            ("/json", lambda request: request.json()), ("/ping", lambda request: "never")])
-        wire = self.wire(server=server)
+            ("/json", lambda request: request.json())])
+        wire = self.wire()
         for _ in range(2):
             wire.request("/hello/a%2Fb%2541?q=%31&e=&a=1", "X-A: 1", "X-A: 2", method="PUT",
                          body=b"xy")
-            self.assertEqual(self.value(wire.answer()), [
+            self.assertEqual(json.loads(wire.answer()[2]), [
                 "PUT", {"q": "1", "e": ""}, "1, 2", 2, "127.0.0.1", "a/b%41", None])
-        self.assertOpen(wire)
         self.assertEqual(wire.request("/hello/a/b").answer()[2], b"second")
-        self.assertEqual(self.ask("POST", "/json", server=server, body=b"[1]")[2], b"[1]\n")
-        self.assertCode(self.ask("POST", "/json", server=server, body=b"{"), 400, "invalid_json")
-        self.assertCode(self.ask("GET", "/hello", server=server), 404, "resource_not_found")
+        self.assertEqual(wire.request("/json", method="POST", body=b"[1]").answer()[2], b"[1]\n")
+        self.assertCode(wire.request("/json").answer(), 400, "invalid_json")
 
     def test_max_body(self):
         """It is the limit of what was added, not of the API."""
-        server = self.serve("127.0.0.1:0", max_body=2 * gaffer.MIB, handlers=[
-            ("/size", lambda request: [len(request.body)])])
+        self.server = self.serve(max_body=2 * gaffer.MIB, handlers=[("/size", str)])
         body = bytes(2 * gaffer.MIB)
-        answer = self.ask("POST", "/size", body=body, server=server)
-        self.assertEqual(self.value(answer), [len(body)])
+        self.assertEqual(self.ask("POST", "/size", body=body)[0], 200)
         for path, sent, *error in (
                 ("/size", body + b"x", 413, "too_large"), ("/processes", body, 413, "too_large"),
-                ("/no", body, 404, "resource_not_found"),
-                ("/ping", body, 405, "method_not_allowed")):
-            self.assertRefused(http_bytes("POST", path, body=sent), *error, server)
+                ("/no", body, 404, "resource_not_found")):
+            self.assertRefused(http_bytes("POST", path, body=sent), *error)
 
-    def socket_server(self, methods=(), **options):
-        """(server, queue of what its WebSocketHandler sees)."""
+    def serve_socket(self, **methods):
+        """Serve /socket with a WebSocketHandler; a queue of what it sees."""
         seen = queue.Queue()
 
         def message(handler, data):
@@ -7052,49 +6916,43 @@ class HttpLibrary(HttpCase):
         handler = type("HttpSocket", (gaffer.WebSocketHandler,), dict({
             "open": lambda handler: seen.put(handler), "message": message,
             "protocols": ("chat", "v2"),
-            "close": lambda handler, code, reason: seen.put((code, reason))}, **dict(methods)))
-        return self.serve("127.0.0.1:0", handlers=[("/socket(?:/(.*))?", handler)], **options), seen
-
-    def open_socket(self, server, path="/socket", *headers, early=b""):
-        """A websocket, closed after the test."""
-        return self.wire(server=server).upgrade(path, *headers, early=early)
+            "close": lambda handler, code, reason: seen.put((code, reason))}, **methods))
+        self.server = self.serve(handlers=[("/socket(?:/(.*))?", handler)])
+        return seen
 
     def test_websocket(self):
         """Text stays text, bytes stay bytes; fragments are joined; no foreign page opens one."""
-        server, seen = self.socket_server()
-        made = self.open_socket(server, "/socket/a%20b?x=1", early=ws_frame(1, b"early"))
+        seen = self.serve_socket()
+        made = self.websocket("/socket/a%20b?x=1", early=ws_frame(1, b"early"))
         handler = seen.get(timeout=TIMEOUT)
         self.assertEqual((handler.args, handler.request.query), (["a b"], {"x": "1"}))
         for opcode, data, final in ((1, b"one ", False), (9, b"ping", True), (0, b"two", True),
-                                    (2, b"\0\xff", True), (2, bytes(70000), True), (1, b"", True)):
+                                    (2, b"\0\xff", True), (2, bytes(70000), True)):
             made.frame(opcode, data, final)
-        self.assertEqual([made.read() for _ in range(6)], [
-            (1, b"early"), (10, b"ping"), (1, b"one two"), (2, b"\0\xff"), (2, bytes(70000)),
-            (1, b"")])
-        self.assertEqual([seen.get(timeout=TIMEOUT) for _ in range(5)],
-                         ["early", "one two", b"\0\xff", bytes(70000), ""])
-        server.add("cat", "cat", redirect_input=True)
+        self.assertEqual([made.read() for _ in range(5)], [
+            (1, b"early"), (10, b"ping"), (1, b"one two"), (2, b"\0\xff"), (2, bytes(70000))])
+        self.assertEqual([seen.get(timeout=TIMEOUT) for _ in range(4)],
+                         ["early", "one two", b"\0\xff", bytes(70000)])
+        self.server.add("cat", "cat", redirect_input=True)
         for path, offer, chosen in (
                 ("/socket", "v1, v2 , chat", "v2"), ("/socket", "v1", None),
-                ("/wstreams/1", "chat, v2", "chat"), ("/wstreams/1", ", a b", None)):
-            wire = self.open_socket(server, path, "Sec-WebSocket-Protocol: " + offer)
+                ("/wstreams/1", "chat, v2", "chat")):
+            wire = self.websocket(path, "Sec-WebSocket-Protocol: " + offer)
             self.assertEqual((wire.status, wire.headers["Sec-WebSocket-Protocol"]), (101, chosen))
-        self.assertEqual(self.ask("GET", "/socket", server=server)[0], 426)
-        made = self.open_socket(server, "/socket", "Origin: http://evil.example")
+        self.assertEqual(self.ask("GET", "/socket")[0], 426)
+        made = self.websocket("/socket", "Origin: http://evil.example")
         self.assertEqual(made.status, 403)
 
     def test_websocket_ends(self):
-        server, seen = self.socket_server({"max_message": 10})
-        for act, frame, code in (
-                (lambda made, handler: handler.end(4000, "done"), b"\x0f\xa0done", 4000),
-                (lambda made, handler: handler.end(), b"\x03\xe8", 1000),
-                (lambda made, handler: made.text("x" * 11), b"\x03\xf1", 1009),
-                (lambda made, handler: made.frame(3), b"\x03\xea", 1002),
-                (lambda made, handler: made.frame(8, b"\x0f\xa1bye"), b"\x0f\xa1", 4001),
-                (lambda made, handler: made.frame(8), b"", 1005),
-                (lambda made, handler: made.close(), None, 1006)):
+        seen = self.serve_socket(max_message=10)
+        for code, frame, act in (
+                (4000, b"\x0f\xa0done", lambda made, handler: handler.end(4000, "done")),
+                (1009, b"\x03\xf1", lambda made, handler: made.text("x" * 11)),
+                (4001, b"\x0f\xa1", lambda made, handler: made.frame(8, b"\x0f\xa1bye")),
+                (1005, b"", lambda made, handler: made.frame(8)),
+                (1006, None, lambda made, handler: made.close())):
             with self.subTest(code):
-                made = self.open_socket(server)
+                made = self.websocket("/socket")
                 handler = seen.get(timeout=TIMEOUT)
                 act(made, handler)
                 if frame is not None:
@@ -7105,14 +6963,9 @@ class HttpLibrary(HttpCase):
                 self.assertEqual(seen.get(timeout=TIMEOUT)[0], code)
                 handler.send("to nobody")
                 handler.end()
-        with http_limits(CLOSE_TIME=0.05):      # the client does not answer the close frame
-            made = self.open_socket(server)
-            seen.get(timeout=TIMEOUT).end()
-            self.assertEqual([made.read()[0], made.read()[0]], [8, None])
-            self.assertEqual(seen.get(timeout=TIMEOUT)[0], 1000)
-        self.open_socket(server)
-        seen.get(timeout=TIMEOUT)
-        server.stop_all()
+        self.websocket("/socket")
+        handler = seen.get(timeout=TIMEOUT)
+        self.server.stop_all()
         self.assertIsInstance(seen.get(timeout=TIMEOUT), tuple)
         handler.send("to nobody")
         self.assertTrue(seen.empty())
@@ -7120,51 +6973,40 @@ class HttpLibrary(HttpCase):
     def test_websocket_queue(self):
         """What a client does not read stops its next messages; what is too much ends it."""
         answer = bytes(gaffer.MIB)
-        server, seen = self.socket_server({
-            "message": lambda handler, data: handler.send(answer[:-1] + data)})
-        messages = b"".join(ws_frame(2, b"%c" % number) for number in range(64))
-        for act in "read", "leave":
-            with http_limits(END_POLL=0.05):
-                made = self.open_socket(server, early=messages)
-                handler = seen.get(timeout=TIMEOUT)
-                channel, = server.http.channels
-                until(lambda: channel.paused and channel.queued, "a queue that is full")
-                self.assertLess(channel.queued, gaffer.SEND_QUEUE_LOW + 2 * gaffer.MIB)
-                if act == "read":
-                    for number in range(2000):  # more than one sendmsg() takes
-                        handler.send("%d" % number)
-                    found = [made.read()[1] for _ in range(2064)]
-                    self.assertEqual([data for data in found if len(data) < 5],
-                                     [b"%d" % number for number in range(2000)])
-                    self.assertEqual([data[-1] for data in found if len(data) > 5],
-                                     list(range(64)))
-                    made.close()
-                else:
-                    made.sock.shutdown(socket.SHUT_WR)
-                self.assertEqual(seen.get(timeout=TIMEOUT)[0], 1006)
+        seen = self.serve_socket(message=lambda handler, data: handler.send(answer[:-1] + data))
+        messages = [b"%c" % number for number in range(64)]
+        made = self.websocket("/socket", early=b"".join(ws_frame(2, data) for data in messages))
+        handler = seen.get(timeout=TIMEOUT)
+        channel, = self.server.http.channels
+        until(lambda: channel.paused and channel.queued, "a queue that is full")
+        self.assertLess(channel.queued, gaffer.SEND_QUEUE_LOW + 2 * gaffer.MIB)
+        short = [b"%d" % number for number in range(2000)]      # more than one sendmsg() takes
+        for data in short:
+            handler.send(data)
+        found = [made.read()[1] for _ in range(2064)]
+        self.assertEqual([data for data in found if len(data) < 5], short)
+        self.assertEqual([data[-1:] for data in found if len(data) > 5], messages)
         with http_limits(CLOSE_TIME=0.05):      # it reads only after that
-            made = self.open_socket(server)
-            handler = seen.get(timeout=TIMEOUT)
             for _ in range(8):
                 handler.send(answer)
             handler.end()
-            until(lambda: handler._channel._ending, "no further wait for its close frame")
+            until(lambda: channel._ending, "no further wait for its close frame")
             frames = list(iter(made.read, (None, b"")))
             self.assertEqual((len(frames), frames[-1][0]), (9, 8))
             self.assertEqual(seen.get(timeout=TIMEOUT)[0], 1000)
         with http_limits(SEND_QUEUE_SIZE=8 * gaffer.MIB):
-            self.open_socket(server)
+            self.websocket("/socket")
             handler = seen.get(timeout=TIMEOUT)
             for _ in range(100):
                 handler.send(answer)
             self.assertEqual(seen.get(timeout=TIMEOUT)[0], 1006)
-        made = self.open_socket(server)
+        made = self.websocket("/socket")
         made.send(b"\x82\xff" + struct.pack("!Q", (16 << 20) + 1) + bytes(4))
         self.assertEqual(made.read()[1][:2], b"\x03\xf1")
 
     def test_websocket_threads(self):
         """A handler runs on one thread; send() and end() wait for nobody, from any thread."""
-        for where in "open", "message", "close":
+        for where in "open", "message":
             with self.subTest(where):
                 lock, waits, calls = threading.Lock(), threading.Event(), queue.Queue()
 
@@ -7173,13 +7015,10 @@ class HttpLibrary(HttpCase):
                     calls.put((handler, threading.get_ident()))
                     with lock:
                         calls.put(threading.get_ident())
-                server, _ = self.socket_server({where: wait})
+                self.serve_socket(**{where: wait})
                 with lock:
-                    made = self.open_socket(server)
-                    if where == "message":
-                        made.text("x")
-                    elif where == "close":
-                        made.close()
+                    made = self.websocket("/socket")
+                    made.text("x")
                     self.assertTrue(waits.wait(TIMEOUT))
                     handler, thread = calls.get(timeout=TIMEOUT)
                     for number in range(1000):
@@ -7188,36 +7027,27 @@ class HttpLibrary(HttpCase):
                     self.assertTrue(calls.empty(), "send() has waited for the handler")
                 self.assertEqual(calls.get(timeout=TIMEOUT), thread)
                 self.assertNotEqual(thread, threading.get_ident())
-                if where != "close":
-                    self.assertEqual([made.read() for _ in range(1001)], [
-                        *((1, b"%d" % number) for number in range(1000)), (8, b"\x03\xe8")])
+                self.assertEqual([made.read() for _ in range(1001)], [
+                    *((1, b"%d" % number) for number in range(1000)), (8, b"\x03\xe8")])
 
     def test_websocket_fails(self):
         """1011, the traceback in the log; close() is called; 500 if nothing was upgraded."""
         def fail(*arguments):
             raise RuntimeError("secret")
-        for where, act in (*((each, fail) for each in ("open", "message", "close", "__init__")),
-                           *(("message", act) for act in (
-                               lambda handler, data: handler.end(999),
-                               lambda handler, data: handler.end(70000),
-                               lambda handler, data: handler.end(1000, None),
-                               lambda handler, data: handler.send(5)))):
+        for where, act in (("__init__", fail), ("open", fail), ("message", fail),
+                           ("message", lambda handler, data: handler.end(999)),
+                           ("message", lambda handler, data: handler.send(5))):
             with self.subTest(where), self.assertLogs("gaffer", "ERROR") as logged:
-                server, seen = self.socket_server({where: act})
-                made = self.open_socket(server)
-                self.assertEqual(made.status, 500 if where == "__init__" else 101)
+                seen = self.serve_socket(**{where: act})
+                made = self.websocket("/socket")
                 if where == "__init__":
+                    self.assertEqual(made.status, 500)
                     continue
                 made.text("x")
-                if where == "close":
-                    self.assertEqual(made.read(), (1, b"x"))
-                    made.frame(8, b"\x03\xe8")
                 opcode, data = made.read()
-                code = b"\x03\xe8" if where == "close" else b"\x03\xf3"
-                self.assertEqual((opcode, data[:2], b"secret" in data), (8, code, False))
-                if where != "close":
-                    ends = (end for end in iter(seen.get, None) if isinstance(end, tuple))
-                    self.assertEqual(next(ends)[0], 1011)
+                self.assertEqual((opcode, data[:2], b"secret" in data), (8, b"\x03\xf3", False))
+                ends = (end for end in iter(seen.get, None) if isinstance(end, tuple))
+                self.assertEqual(next(ends)[0], 1011)
                 until(lambda: "Traceback" in "".join(logged.output), "the log")
 
     def test_wsgi(self):
@@ -7229,22 +7059,19 @@ class HttpLibrary(HttpCase):
             seen.append((environ, body, wsgiref.util.application_uri(environ)))
             start_response("201 Made", [("Content-Type", "text/plain"), ("Vary", "Cookie")])
             return [b"got ", body]
-        server = self.serve("127.0.0.1:0", wsgi={"/admin": wsgiref.validate.validator(app)})
-        big, chunked = bytes(2 * gaffer.MIB), "Transfer-Encoding: chunked"
-        for method, headers, sent, body, host, name, port in (
-                ("POST", (), big, big, "a.localhost", "a.localhost", "80"),
-                ("PUT", (chunked,), http_chunks(b"hi"), b"hi", "127.0.0.1:", "127.0.0.1", "80"),
-                ("HEAD", (), b"", b"", "[::1]:8", "[::1]", "8")):
+        self.server = self.serve(wsgi={"/admin": wsgiref.validate.validator(app)})
+        wire, big = self.wire(), bytes(2 * gaffer.MIB)
+        for method, framing, sent, body, host, name, port in (
+                ("POST", "X: y", big, big, "a.localhost", "a.localhost", "80"),
+                ("PUT", "Transfer-Encoding: chunked", http_chunks(b"hi"), b"hi", "[::1]:8", "[::1]",
+                 "8")):
             with self.subTest(method=method):
-                wire = self.wire(server=server).request(
+                status, headers, data = wire.request(
                     "/admin/a%20b/%c3%a9?x=%31&y", "Content-Type: text/x", "X-Two: 1", "X-Two: 2",
-                    "Proxy: evil", "X_Two: evil", "Origin: http://localhost", *headers,
-                    method=method, body=sent, host=host)
-                status, headers, data = wire.answer(method)
-                self.assertOpen(wire)
-                self.assertEqual([status, headers["Vary"], headers["Cache-Control"]],
-                                 [201, "Cookie, Origin", "no-store"])
-                self.assertEqual(data, b"" if method == "HEAD" else b"got " + body)
+                    "Proxy: evil", "X_Two: evil", "Origin: http://localhost", framing,
+                    method=method, body=sent, host=host).answer()
+                self.assertEqual([status, headers["Vary"], headers["Cache-Control"], data],
+                                 [201, "Cookie, Origin", "no-store", b"got " + body])
                 environ, got, uri = seen.pop()
                 self.assertEqual((got, uri), (body, "http://%s/admin" % host))
                 expected = {
@@ -7260,13 +7087,11 @@ class HttpLibrary(HttpCase):
         def app(environ, start_response):
             start_response("200 OK", [])
             return [(environ["SCRIPT_NAME"] + " " + environ["PATH_INFO"]).encode()]
-        server = self.serve("127.0.0.1:0", wsgi=dict.fromkeys(("/a", "/a/b", "s/", "/ping"), app))
+        self.server = self.serve(wsgi=dict.fromkeys(("/a", "/a/b", "s/", "/ping", "/"), app))
+        wire = self.wire()
         for path, expected in (("/a", b"/a "), ("/a/bc", b"/a /bc"), ("/a/b/", b"/a/b /"),
-                               ("/s/x", b"/s /x"), ("/ping", b"OK")):
-            self.assertEqual(self.ask("GET", path, server=server)[2], expected)
-        self.assertCode(self.ask("GET", "/ab", server=server), 404, "resource_not_found")
-        root = self.serve("127.0.0.1:0", wsgi={"/": app})
-        self.assertEqual(self.ask("GET", "/x/y", server=root)[2], b" /x/y")
+                               ("/s/x", b"/s /x"), ("/ab", b" /ab"), ("/ping", b"OK")):
+            self.assertEqual(wire.request(path).answer()[2], expected)
 
     def test_wsgi_streams(self):
         """What the application yields goes out as it comes, and it is closed."""
@@ -7280,13 +7105,13 @@ class HttpLibrary(HttpCase):
                 yield b"two"
             finally:
                 closed.put(True)
-        server = self.serve("127.0.0.1:0", wsgi={"/admin": app})
-        wire = self.wire("/admin", "Connection: close", server=server)
+        self.server = self.serve(wsgi={"/admin": app})
+        wire = self.wire("/admin", "Connection: close")
         self.assertEqual(wire.chunk(), b"one")
         go.set()
         self.assertEqual(wire.chunks(), (b"two", True))
         self.assertTrue(closed.get(timeout=TIMEOUT))
-        self.assertEqual(self.ask("HEAD", "/admin", server=server)[0], 200)
+        self.assertEqual(self.ask("HEAD", "/admin")[0], 200)
         self.assertTrue(closed.get(timeout=TIMEOUT))
 
     def test_wsgi_framing(self):
@@ -7296,58 +7121,53 @@ class HttpLibrary(HttpCase):
             start_response(status, [("Content-Length", length)] if length else [])
             for part in parts:
                 yield part.encode() if part else 1 / 0
-        server = self.serve("127.0.0.1:0", wsgi={"/admin": app})
+        self.server = self.serve(wsgi={"/admin": app})
 
-        def request(row, **options):
-            path = "/admin?" + urllib.parse.quote(json.dumps(row))
-            return self.wire(server=server).request(path, **options)
+        def request(status, length, parts, *headers, **options):
+            path = "/admin?" + urllib.parse.quote(json.dumps([status, length, parts]))
+            return self.wire().request(path, *headers, **options)
         for method, version, row, framing, body in (
                 ("GET", "1.1", ("200 OK", None, ["ab", "c"]), "chunked", b"abc"),
                 ("GET", "1.1", ("200 OK", "3", ["ab", "cd"]), "3", b"abc"),
                 ("GET", "1.0", ("200 OK", None, ["ab", "c"]), None, b"abc"),
+                ("GET", "1.0", ("200 OK", "3", ["abc"], "Connection: keep-alive"), "3", b"abc"),
                 ("HEAD", "1.1", ("200 OK", "9", []), "9", b""),
                 ("GET", "1.1", ("204 No Content", "0", []), None, b""),
                 ("GET", "1.1", ("304 Not Modified", "9", []), "9", b"")):
             with self.subTest(row, method=method, version=version):
-                wire = request(row, method=method, version=version)
+                wire = request(*row, method=method, version=version)
                 status, headers, data = wire.answer(method)
                 self.assertEqual((headers["Content-Length"] or headers["Transfer-Encoding"], data),
                                  (framing, body))
-                if version == "1.1":
+                if headers["Connection"] != "close":
                     self.assertOpen(wire)
-        path = "/admin?" + urllib.parse.quote('["200 OK", "3", ["abc"]]')
-        wire = self.wire(server=server).request(path, "Connection: keep-alive", version="1.0")
-        self.assertEqual(wire.answer()[1]["Connection"], "keep-alive")
-        self.assertOpen(wire)
-        for row, version, error in (
-                (("200 OK", None, ["ab", None]), "1.1", None),
-                (("200 OK", "5", ["ab"]), "1.1", None),
-                (("200 OK", None, ["ab", None]), "1.0", ConnectionResetError)):
+        for version, row, error in (
+                ("1.1", ("200 OK", None, ["ab", None]), None),
+                ("1.1", ("200 OK", "5", ["ab"]), None),
+                ("1.0", ("200 OK", None, ["ab", None]), ConnectionResetError)):
             if row[2][-1] is None:
                 self.expect_log("the application at /admin has failed")
             with self.subTest(row, version=version), (
                     self.assertRaises(error) if error else contextlib.nullcontext()):
-                data = request(row, version=version).file.read()
+                data = request(*row, version=version).file.read()
                 self.assertTrue(b"ab" in data and not data.endswith(b"0\r\n\r\n"), data)
 
     def test_wsgi_fails(self):
         """500, the traceback in the log and not in the answer; a header cannot be split."""
         def app(environ, start_response):
-            where = environ["PATH_INFO"]
-            value = "a\r\nSet-Cookie: secret" if where == "/split" else "a"
-            if where == "/before":
-                print("its own words", file=environ["wsgi.errors"])
-            else:
-                start_response("200 OK", [("X-A", value)])
+            if environ["PATH_INFO"] == "/split":
+                start_response("200 OK", [("X-A", "a\r\nSet-Cookie: secret")])
+                return [b"secret"]
+            print("its own words", file=environ["wsgi.errors"])
             raise RuntimeError("secret")
-        server = self.serve("127.0.0.1:0", wsgi={"/admin": app})
-        for path in "/before", "/split":
+        self.server = self.serve(wsgi={"/admin": app})
+        for path in "/admin", "/admin/split":
             with self.subTest(path=path), self.assertLogs("gaffer", "ERROR") as logged:
-                answer = self.ask("GET", "/admin" + path, server=server)
+                answer = self.ask("GET", path)
                 self.assertCode(answer, 500, "internal_error", "the application at /admin")
                 self.assertNotIn("secret", str(answer[1:]))
-                self.assertIn("Traceback", "".join(logged.output))
-                self.assertEqual("its own words" in logged.output[0], path == "/before")
+                self.assertIn("Traceback", logged.output[-1])
+                self.assertEqual("its own words" in logged.output[0], path == "/admin")
 
 
 # --------------------------------------------------------------------------------------------------
