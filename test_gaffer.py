@@ -758,43 +758,11 @@ class PureLoopCase(Case):
 # --------------------------------------------------------------------------------------------------
 class PureErrors(Case):
 
-    CONTRACT = {
-        400: "invalid_json invalid_process_info bad_value no_signal_number io_not_redirected "
-             "bad_request",
-        401: "unauthorized", 403: "forbidden_write forbidden_origin forbidden_host forbidden",
-        404: "not_found resource_not_found io_not_found bad_event_type", 405: "method_not_allowed",
-        408: "timeout", 409: "conflict", 413: "too_large", 414: "uri_too_long",
-        415: "unsupported_media_type", 426: "upgrade_required", 431: "headers_too_large",
-        500: "internal_error", 503: "stdin_full busy stopping", 504: "wait_timeout",
-        # the three that RFC 9110 asks for beside the contract's table
-        417: "bad_request", 501: "method_not_allowed", 505: "bad_request",
-    }
-
-    def tree(self, error=gaffer.GafferError):
-        """An error class and all that derive from it, with a status or code of their own."""
-        own = [error] if {"status", "code"} & set(vars(error)) else []
-        return own + [each for child in error.__subclasses__() for each in self.tree(child)]
-
-    def test_contract(self):
-        self.assertEqual(sorted((error.status, error.code) for error in self.tree()), sorted(
-            (status, code) for status, codes in self.CONTRACT.items() for code in codes.split()))
-
-    def test_rendering(self):
-        for error in self.tree():
-            answer = gaffer.error_response(error("say so"))
-            self.assertEqual((answer.status, json.loads(answer.body), answer.body[-2:]),
-                             (error.status, {"error": error.code, "reason": "say so"}, b"}\n"))
-            self.assertIn(("Content-Type", "application/json"), answer.headers)
-        for error, *headers in (
-                (gaffer.Unauthorized("x"),
-                 ("WWW-Authenticate", 'Basic realm="gaffer", charset="UTF-8"')),
-                (gaffer.MethodNotAllowed("x", ["GET", "HEAD"]), ("Allow", "GET, HEAD")),
-                (gaffer.UpgradeRequired("x"), ("Upgrade", "websocket"),
-                 ("Sec-WebSocket-Version", "13"))):
-            self.assertLessEqual(set(headers), set(gaffer.error_response(error).headers))
-        answer = gaffer.error_response(ZeroDivisionError("the secret"))
-        self.assertEqual((answer.status, json.loads(answer.body)["error"]), (500, "internal_error"))
-        self.assertNotIn(b"secret", answer.body)
+    def test_headers(self):
+        for error, header in (
+                (gaffer.Unauthorized, ("WWW-Authenticate", 'Basic realm="gaffer", charset="UTF-8"')),
+                (gaffer.UpgradeRequired, ("Sec-WebSocket-Version", "13"))):
+            self.assertIn(header, gaffer.error_response(error("x")).headers)
 
     def test_near(self):
         self.assertTable(lambda word: gaffer.near(word, ["name", "cmd", "env"]), (
@@ -1058,10 +1026,9 @@ class PureRunning(Case):
 
     def test_many_threads(self):
         """One call at a time, none lost, none twice, beside a loop that always has work."""
-        inside, most, soon, later, turns, over = [], [], [], [], [], threading.Event()
+        inside, most, over = [], [], threading.Event()
 
         def busy():
-            turns.append(1)
             if not over.is_set():
                 self.loop.call_soon(busy)
 
@@ -1071,22 +1038,16 @@ class PureRunning(Case):
             inside.pop()
 
         def caller():
-            number = 0
-            while number < 100 or len(turns) < 50:
+            for _ in range(200):
                 self.loop.call(count)
-                self.loop.call_soon(soon.append, 1)
-                self.loop.call_unlocked(later.append, 1)
-                number += 1
-            return number
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(1e-5)
         self.loop.call_soon(busy)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            total = sum(call.result() for call in [pool.submit(caller) for _ in range(4)])
+            for call in [pool.submit(caller) for _ in range(4)]:
+                call.result()
         over.set()
-        self.hold(self.loop.call_soon)()        # what was put in before has run: the one in a turn,
-        self.hold(self.loop.call_unlocked)()    # the other at the end of one
-        self.assertEqual((set(most), len(most), len(soon), len(later)), ({1}, total, total, total))
+        self.assertEqual(most, [1] * 800)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1158,46 +1119,31 @@ class PureLogCase(PureLoopCase):
 
 class PureWindow(PureLogCase):
 
-    def check(self, window, everything, rng, offsets):
-        """All that a window answers, against all bytes that it ever got."""
-        end, start = len(everything), max(0, len(everything) - window.limit)
-        self.assertEqual((window.start, window.end), (start, end))
-        self.assertEqual(window.read(start, window.limit + 5), everything[start:])
-        self.assertEqual(window.read(end, 10), b"")
-        for offset in offsets:
-            size = rng.randint(1, window.limit)
-            self.assertEqual(window.read(offset, size), everything[offset:offset + size])
-            if offset:
-                self.assertEqual(window.before(offset), everything[offset - 1])
-            fresh = offset == 0 or everything[offset - 1] == 10
-            newline = everything.find(b"\n", offset)
-            self.assertEqual(window.resync(offset),
-                             offset if fresh or newline < 0 else newline + 1)
-        first = window.resync(start)
-        lines = re.findall(rb"[^\n]*\n|[^\n]+", everything[first:])
-        for count in (0, 1, 2, 5, 1000):
-            size = sum(map(len, lines[max(0, len(lines) - count):]))
-            self.assertEqual(window.tail(count), end - size, (count, everything[first:]))
-        self.assertEqual(window.tail(math.inf), first)
-
     def test_model(self):
-        """Pieces smaller and larger than those that are joined, lines of every length."""
-        def letters(most):
-            return bytes(rng.choices(b"ab\n\r", k=rng.randint(1, most)))
-
-        def lines(most):
-            line = bytes([rng.randrange(32, 127)]) * rng.choice((0, 5, 80, 3000, most))
-            return (line + b"\n") * rng.choice((1, 1, 2)) + b"x" * rng.choice((0, 9))
+        """All that a window answers, against all bytes that it ever got."""
         rng = random.Random(2)
-        for limit, make, most in ((1, letters, 3), (7, letters, 12), (100, letters, 40),
-                                  (256, letters, 700), (100000, lines, 20000)):
-            window, everything = self.window(limit), b""
-            for _ in range(40):
-                self.check(window, everything, rng, range(window.start, window.end) if most < 9999
-                           else [window.start, *rng.choices(range(window.start, window.end + 1),
-                                                            k=9)])
-                everything += make(most)
-                self.do(window.append, everything[window.end:])
+        for limit, most in (1, 3), (7, 12), (100, 40), (256, 700), (100000, 20000):
+            window, data = self.window(limit), b""
+            for _ in range(60):
+                for length in rng.choices((0, 1, 5, 80, most), k=2):
+                    data += bytes([rng.randrange(97, 123)]) * length + rng.choice((b"\n", b"\r", b""))
+                self.do(window.append, data[window.end:])
+                start, end = max(0, len(data) - limit), len(data)
+                self.assertEqual((window.start, window.end, window.read(start, limit + 5)),
+                                 (start, end, data[start:]))
+                for offset in (start, *rng.choices(range(start, end + 1), k=20)):
+                    size, newline = rng.randint(1, limit), data.find(b"\n", offset)
+                    fresh = newline < 0 or data[:offset][-1:] in (b"", b"\n")
+                    self.assertEqual(window.read(offset, size), data[offset:offset + size])
+                    self.assertEqual(window.resync(offset), offset if fresh else newline + 1)
+                    if offset:
+                        self.assertEqual(window.before(offset), data[offset - 1])
+                first = window.resync(start)
+                lines = re.findall(rb"[^\n]*\n|[^\n]+", data[first:])
+                for count in 0, 1, 2, 5, 1000:
+                    size = sum(map(len, lines[max(0, len(lines) - count):]))
+                    self.assertEqual(window.tail(count), end - size, (count, data[first:]))
+                self.assertEqual(window.tail(math.inf), first)
 
     def test_byte_before(self):
         """A newline at the window's start may be half of CR LF."""
@@ -1275,17 +1221,12 @@ class PureReader(PureLogCase):
             reader.sink = Slow()
 
         def served():
-            return sum(map(len, (reader.sink.got for reader in readers)))
-        self.feed(window, b"one\n")
-        self.assertEqual(served(), gaffer.BATCH_SIZE)
-        self.feed(window, 0)                    # nobody lags: only the others get a turn
-        self.assertEqual(served(), 2 * gaffer.BATCH_SIZE)
-        self.feed(window, b"two\n", 0, 0)
-        self.assertEqual(served(), 3 * gaffer.BATCH_SIZE)
-        self.feed(window, b"three\n", *[gaffer.BATCH_TIME] * 30)
-        self.assertEqual([reader.sink.got for reader in readers], [
-            [b"one\n", b"two\nthree\n"]] * 32 + [[b"one\ntwo\n", b"three\n"]] * 16 + [
-            [b"one\ntwo\nthree\n"]] * 52)
+            return sum(len(reader.sink.got) for reader in readers)
+        for number, steps in enumerate(([b"one\n"], [0], [b"two\n", 0, 0]), 1):
+            self.feed(window, *steps)           # if nobody lags, only the others get a turn
+            self.assertEqual(served(), number * gaffer.BATCH_SIZE)
+        self.feed(window, *[gaffer.BATCH_TIME] * 30)
+        self.assertEqual({reader.sink.data for reader in readers}, {b"one\ntwo\n"})
         self.feed(window, *[b"x" * gaffer.READ_SIZE] * 9)
         for reader in readers:
             self.assertLess(window.end - reader.offset, window.limit // 8)
@@ -1359,15 +1300,6 @@ class PureReader(PureLogCase):
 
 
 class PureLoss(PureLogCase):
-
-    def test_no_copy(self):
-        """Data that goes out beside its head is what was read."""
-        pieces, window = [bytes(gaffer.READ_SIZE), bytes(gaffer.READ_SIZE)], self.window(gaffer.MIB)
-        encoders = gaffer.ChunkEncoder(), gaffer.FrameEncoder(True, False)
-        readers = [self.reader(window, encoder) for encoder in encoders]
-        self.feed(window, *pieces)
-        for reader in readers + [self.reader(window, encoder, 0) for encoder in encoders]:
-            self.assertEqual([id(payload[1]) for payload in reader.sink.got], list(map(id, pieces)))
 
     def test_raw(self):
         """A reader that lost something is told how much, or goes on, to the byte."""
