@@ -503,13 +503,11 @@ class Browser:
 
     PROGRAMS = "chromium", "chromedriver"
     FLAGS = (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-component-update",
         "--disable-dev-shm-usage", "--disable-breakpad", "--remote-debugging-pipe",
-        "--font-render-hinting=none",
         "--host-resolver-rules=MAP *.example 127.0.0.1",    # names that their owner points here
         # no more processes than the tests need
-        "--in-process-gpu", "--renderer-process-limit=1", "--disable-extensions", "--mute-audio",
+        "--in-process-gpu", "--renderer-process-limit=1", "--disable-extensions",
         "--disable-features=SpareRendererForSitePerProcess,BackForwardCache,MediaRouter,Translate")
     ELEMENT = "element-6066-11e4-a52e-4f735466cecf"     # what the standard calls an element's id
 
@@ -852,9 +850,9 @@ class PureCalls(PureLoopCase):
     def test_failures(self):
         """Logged once a minute for each type; the rest of the turn runs."""
         errors = ZeroDivisionError, KeyError, GeneratorExit
+        adders = functools.partial(self.later, 1), self.loop.call_soon, self.loop.call_unlocked
         with self.assertLogs("gaffer", "ERROR") as logs:
-            for add in (functools.partial(self.later, 1), self.loop.call_soon,
-                        self.loop.call_unlocked):
+            for add in adders:
                 for error in errors:
                     add(unittest.mock.Mock(side_effect=error))
                 add(self.ran.append, 1)
@@ -895,42 +893,39 @@ class PureReadiness(PureLoopCase):
 
     def setUp(self):
         super().setUp()
-        self.pairs = [socket.socketpair() for _ in range(2)]
-        for end in itertools.chain(*self.pairs):
-            self.addCleanup(end.close)
+        self.fds = []                           # two that are ready to be read
+        for left, right in [socket.socketpair() for _ in range(2)]:
+            self.addCleanup(left.close)
+            self.addCleanup(right.close)
+            right.sendall(b"x")
+            self.fds.append(left.fileno())
 
-    def register(self, number, callback):
-        fd = self.pairs[number][0].fileno()
+    def register(self, fd, callback):
         self.do(self.loop.register, fd, selectors.EVENT_READ, callback)
-        return fd
 
     def test_another_descriptor(self):
         """Both are ready in one turn; the first to run puts something else in the other's place."""
-        def replace(number):
-            fd = self.pairs[number][0].fileno()
+        def replace(fd):
             self.loop.unregister(fd)
             self.loop.register(fd, selectors.EVENT_READ, self.ran.append)
             self.ran.append("first")
-        for number, (_, right) in enumerate(self.pairs):
-            self.register(number, lambda mask, other=1 - number: replace(other))
-            right.sendall(b"x")
+        for fd, other in self.fds, self.fds[::-1]:
+            self.register(fd, lambda mask, other=other: replace(other))
         self.advance()
         self.assertEqual(self.ran, ["first"])
 
     def test_failing_callback(self):
         """The others of the turn run, and it is asked again."""
-        for number, (_, right) in enumerate(self.pairs):
-            self.register(number, lambda mask, number=number: self.ran.append(number) or 1 // 0)
-            right.sendall(b"x")
+        for fd in self.fds:
+            self.register(fd, lambda mask, fd=fd: self.ran.append(fd) or 1 // 0)
         with self.assertLogs("gaffer", "ERROR"):
             self.advance()
             self.advance()
-        self.assertEqual(sorted(self.ran), [0, 0, 1, 1])
+        self.assertEqual(sorted(self.ran), sorted(2 * self.fds))
 
     def test_expect(self):
         """An answer, a timer, or the time given ends the wait."""
-        self.register(0, lambda mask: self.ran.append(self.pairs[0][0].recv(1)))
-        self.pairs[0][1].sendall(b"x")
+        self.register(self.fds[0], lambda mask: self.ran.append(os.read(self.fds[0], 1)))
         self.do(self.loop.expect)
         self.loop.step(2 * self.patience)
         self.later(0, self.ran.append, b"y")
@@ -1566,11 +1561,11 @@ class PureJournal(PureLogCase):
         for _ in range(20):
             self.advance()
         events = self.events(reader)
-        self.assertEqual([event for event in events if isinstance(event[1], int)],
+        self.assertEqual([event for event in events if event[1] == 40],
                          [(40 + 44 * number, 40) for number in range(14)])
-        lines = [text for _, text in events if isinstance(text, str)]
-        self.assertEqual(lines[12:16], ["large 2 out 012", "large 2 out 013",
-                                        "small 1 out line 014 " + "x" * 30, "large 2 out 014"])
+        self.assertEqual([text for _, text in events if text != 40][12:16], [
+            "large 2 out 012", "large 2 out 013", "small 1 out line 014 " + "x" * 30,
+            "large 2 out 014"])
         self.assertEqual(self.lines()[1:], (self.journal.end, 14 * 40))
         view = self.do(self.journal.view)
         cut = self.reader(view, gaffer.JournalEncoder(False, "e"), 0)
@@ -1599,31 +1594,28 @@ class PureJournal(PureLogCase):
     def test_resume(self):
         """A reader that is cut now and then, and a poll, miss nothing."""
         rng = random.Random(8)
-        for number in range(6):
-            size = rng.choice((20, 16384))
-            with self.subTest(number), unittest.mock.patch("gaffer.COALESCE_SIZE", size):
+        for size in (20, 16384) * 3:
+            with self.subTest(size), unittest.mock.patch("gaffer.COALESCE_SIZE", size):
                 self.setUp()
                 writes = [self.stream(*which) for which in (
                     ("a", 1), ("a", 2), ("b", 3), ("b", 3, "err"))]
-                events, polled, place = [], [], 0
+                events, polled, place = [(0, None)], [], 0
                 whole, cut = self.sse(offset=0), self.sse(offset=0)
                 for _ in range(300):
-                    which = rng.randrange(4)
-                    writes[which](bytes(rng.choices(b"ab \r\n\n", k=rng.randrange(1, 30))))
+                    rng.choice(writes)(bytes(rng.choices(b"ab \r\n\n", k=rng.randrange(1, 30))))
                     if rng.random() < 0.3:
                         self.advance(0.2 * rng.random())
                     if rng.random() < 0.2:
                         events += self.events(cut)
                         self.do(cut.close)
-                        cut = self.sse(offset=events[-1][0] if events else 0)
-                    if rng.random() < 0.2:
+                        cut = self.sse(offset=events[-1][0])
                         lines, place, lost = self.lines(offset=place)
                         polled += lines
                         self.assertEqual(lost, 0)
                 for write in writes:
                     write.close()
                 wanted = [line for _, line in self.events(whole)]
-                self.assertEqual([line for _, line in events + self.events(cut)], wanted)
+                self.assertEqual([line for _, line in events[1:] + self.events(cut)], wanted)
                 self.assertEqual(polled + self.lines(offset=place)[0], wanted)
 
 
@@ -1642,67 +1634,61 @@ class PureTemplates(Case):
         "after": [], "ready": None, "flapping": None, "priority": None,
     }
     FLAG = ([True, False], [1, "true", None])
-    NOT_LABELS = [["stdin"], ["exit"], [""], [".."], ["a/b"], ["x" * 65], ["\u00e9"], ["a\n"], [1]]
+    NOT_LABELS = [["stdin"], ["exit"], [""], [".."], ["a/b"], ["x" * 65], ["a\n"], [1]]
     NOT_IDENTITIES = ["no-such-one", "", -1, 2 ** 32 - 1, True, 1.5]
     # field: (good values, bad values)
     VALUES = {
         "name": (["web:1", "a@b.c-d_E", "x" * 128, "1a", "...", "all:a", "ALL"],
-                 ["", "x" * 129, "12", ".", "..", "-a", ":a", "a b", "a/b", "\u00e4", "a\n", "all",
-                  5, None]),
-        "cmd": (["true", "a 'b c' $D", "\u00e4"], ["", " \t\n", "'", "a\0b", "\ud800", 5, ["a"]]),
-        "args": ([[], ["a", "", " "], "", "a 'b c'"], [5, ["a", None], "'", ["\0"], None]),
+                 ["", "x" * 129, "12", "..", "-a", ":a", "a b", "a/b", "\u00e4", "a\n", "all", 5]),
+        "cmd": (["true", "a 'b c' $D", "\u00e4"], ["", " \t\n", "'", "a\0b", "\ud800", ["a"]]),
+        "args": ([[], ["a", "", " "], "", "a 'b c'"], [5, ["a", None], "'", ["\0"]]),
         "env": ([{}, {"A": "b", "N": 1, "F": 1.5, "E": ""}, {"a b": "c"}],
-                [[], None, {"A": None}, {"A": True}, {"A": []}, {"": "x"}, {"A=B": "x"},
-                 {"A": "\0"}, {"A\0": "x"}, {"A": "\ud800"}, {"A": math.inf}, {1: "x"}]),
+                [[], {"A": None}, {"A": True}, {"": "x"}, {"A=B": "x"}, {"A": "\0"}, {"A\0": "x"},
+                 {"A": "\ud800"}, {"A": math.inf}, {1: "x"}]),
         "os_env": FLAG, "shell": FLAG, "start": FLAG, "redirect_input": FLAG, "detach": FLAG,
         "cwd": (["/", ".", None], ["/no/such/directory", PYTHON, "", 5, "/\0"]),
         "uid": ([None, os.geteuid(), str(os.geteuid())], NOT_IDENTITIES),
         "gid": ([None, os.getegid(), str(os.getegid())], NOT_IDENTITIES),
-        "numprocesses": ([0, 1000], [-1, 1001, 1.0, "1", True, None]),
+        "numprocesses": ([0, 1000], [-1, 1001, 1.0, "1", True]),
         "redirect_output": ([[], ["a", "a"], ["x" * 64], ["A.b_c-1"]],
                             ["stdout", ["a", "b", "c"], None, *NOT_LABELS]),
         "custom_streams": ([[], ["s%d" % number for number in range(16)]],
                            ["a", ["s%d" % number for number in range(17)], ["a", "a"], ["ttin"]]),
         "graceful_timeout": ([0, 0.5, 10 ** 7], [-0.1, 10 ** 8, math.inf, math.nan, "1", True]),
         "flapping": ([None, {}, {"attempts": 3, "window": 0.5, "retry_in": 0, "max_retry": 0}],
-                     [[], True, {"attempts": 0}, {"attempts": 1.5}, {"window": 0}, {"window": "1"},
+                     [[], {"attempts": 0}, {"attempts": 1.5}, {"window": 0}, {"window": "1"},
                       {"retry_in": -1}, {"max_retry": None}, {"retries": 1}, {1: 1}]),
-        "env_file": ([[], ["/a", ".env"]], ["/a", [""], [1], ["\0"], None]),
-        "umask": ([None, "0", "022", "0077"], ["", "8", "0o22", "00022", 18, "-1"]),
+        "env_file": ([[], ["/a", ".env"]], ["/a", [""], [1], ["\0"]]),
+        "umask": ([None, "0", "022", "0077"], ["", "8", "0o22", "00022", 18]),
         "nice": ([None, -20, 19], [-21, 20, 1.5, "1", True]),
-        "limits": ([{}, {"nofile": 1024, "core": 0}, {"as": "unlimited", "nproc": [1, 2]},
-                    {"cpu": [5, "unlimited"]}],
-                   [[], None, {"nofiles": 1}, {"nofile": -1}, {"nofile": "x"}, {"nofile": [1]},
-                    {"nofile": [2, 1]}, {"nofile": True}, {"nofile": ["unlimited", 1]}, {1: 1},
-                    {"nofile": 2 ** 62}]),
+        "limits": ([{}, {"nofile": 1024, "core": 0}, {"as": "unlimited", "cpu": [5, "unlimited"]}],
+                   [[], {"nofiles": 1}, {"nofile": -1}, {"nofile": "x"}, {"nofile": [1]}, {1: 1},
+                    {"nofile": [2, 1]}, {"nofile": ["unlimited", 1]}, {"nofile": 2 ** 62}]),
         "before_start": ([None, "a; b"], ["", " ", 5, "\0"]), "after_stop": ([None, "a"], [""]),
         "stop_signal": (["TERM", "SIGINT", 2, [["INT", 5], [15, 0.5]]],
                         ["NOPE", 0, None, [], ["INT"], [["INT"]], [["INT", -1]], [["NOPE", 1]],
                          [["INT", 1]] * 11]),
         "stop_group": FLAG,
-        "schedule": ([None, "every 90s", "every 1.5 h", "@daily", "5 4 * * sun",
-                      "0 0 1-7/2 jan,7 *"],
+        "schedule": ([None, "every 1.5 h", "@daily", "5 4 * * sun", "0 0 1-7/2 jan,7 *"],
                      ["", "every", "every 0s", "every 5", "every 116d", "hourly", "@yearly",
                       "* * * *", "60 * * * *", "* * 0 * *", "* * * * 8", "5-1 * * * *",
                       "*/0 * * * *", "5/2 * * * *", "a * * * *", "1- * * * *", ", * * * *",
                       "0 0 31 2 *", 5]),
-        "restart": (["always", "on-failure", "never"], ["no", True, None]),
+        "restart": (["always", "on-failure", "never"], ["no", True]),
         "success": ([[], [0, 3, 255], [0, "TERM", "sigint"]],
                     [0, "TERM", [256], [-1], [1.5], [True], ["15"], ["NOPE"]]),
         "restart_delay": ([0, 0.5, [0, 0], [1, 60.5]],
                           [-1, "5", True, [], [1], [2, 1], [-1, 1], 1e8, [0, math.inf]]),
-        "after": ([[], ["app:db", "web"]], ["db", None, [""], ["12"], [1]]),
-        "ready": ([None, {"log": " a b "}, {"tcp": "5432"}, {"tcp": "[::1]:65535"},
-                   {"tcp": "$HOST:$PORT"}, {"http": "http://[::1]:80/a?b=c#d"},
-                   {"http": "http://127.0.0.1:$PORT/"}, {"exec": "test -e x"}, {"notify": True},
-                   {"tcp": "5432", "within": 0.5}],
-                  [[], True, {}, {"within": 5}, {"tcp": "1", "log": "x"}, {"log": ""},
-                   {"log": "a\nb"}, {"tcp": 5432}, {"tcp": "0"}, {"tcp": "65536"},
-                   {"tcp": "a.example:80"}, {"tcp": "127.0.0.1"}, {"tcp": "::1:80"},
-                   {"tcp": "80/x"}, {"http": "https://localhost/"}, {"http": "http:///x"},
-                   {"http": "http://a.example/"}, {"http": "http://u@localhost/"},
-                   {"http": "http://localhost/\r\nA: b"}, {"exec": ""}, {"notify": False},
-                   {"notify": True, "within": 0}, {"udp": "1"}]),
+        "after": ([[], ["app:db", "web"]], ["db", [""], ["12"], [1]]),
+        "ready": ([None, {"log": " a b "}, {"tcp": "[::1]:65535"}, {"tcp": "$HOST:$PORT"},
+                   {"http": "http://[::1]:80/a?b=c#d"}, {"http": "http://127.0.0.1:$PORT/"},
+                   {"exec": "test -e x"}, {"notify": True}, {"tcp": "5432", "within": 0.5}],
+                  [[], {}, {"within": 5}, {"tcp": "1", "log": "x"}, {"log": ""}, {"log": "a\nb"},
+                   {"tcp": 5432}, {"tcp": "0"}, {"tcp": "65536"}, {"tcp": "a.example:80"},
+                   {"tcp": "::1:80"}, {"tcp": "80/x"}, {"http": "https://localhost/"},
+                   {"http": "http:///x"}, {"http": "http://a.example/"},
+                   {"http": "http://u@localhost/"}, {"http": "http://localhost/\r\nA: b"},
+                   {"exec": ""}, {"notify": False}, {"notify": True, "within": 0}, {"udp": "1"}]),
         "priority": ([None, -5], [1.5, "1", True]),
     }
 
@@ -1725,15 +1711,13 @@ class PureTemplates(Case):
         for field, (good, bad) in self.VALUES.items():
             for value in good:
                 with self.subTest(field=field, value=value):
-                    wanted = dict(more[field], **value) if value and field in more else value
-                    if field == "flapping" and value == {}:
-                        wanted = more[field]
+                    filled = field in more and value is not None
+                    wanted = dict(more[field], **value) if filled else value
                     self.assertEqual(self.check(**{field: value})[field], wanted)
             for value in bad:
                 with self.subTest(field=field, value=value):
                     reason = self.refusal({"name": "a", "cmd": "true", field: value})
-                    self.assertIn("field '%s'" % field, reason)
-                    self.assertNotIn("\n", reason)
+                    self.assertRegex(reason, r"\A.*field '%s'.*\Z" % field)
 
     def test_refusals(self):
         """All faults in one sentence, with a near match; its length is bounded. Also of fields that
@@ -1746,9 +1730,7 @@ class PureTemplates(Case):
                 ({"flapping": {"atempts": 2}}, "did you mean 'attempts'"),
                 (flood, "19990 more unknown fields"), ({"x" * 100000: 1}, "unknown field 'xxx"),
                 ({"detach": True, "redirect_output": ["a"]}, "'redirect_output' cannot go with"),
-                ({"detach": True, "redirect_input": True}, "'redirect_input' cannot go with"),
                 ({"redirect_output": ["a"], "custom_streams": ["a"]}, "label 'a'"),
-                ({"custom_streams": ["stdout"]}, "label 'stdout'"),
                 ({"cmd": "a 'b", "args": []}, "field 'cmd' cannot be split into words"),
                 ({"cmd": "\\\n"}, "field 'cmd' must not be empty"),
                 ({"ready": {"log": "x"}, "redirect_output": []}, "'redirect_output' is empty"),
@@ -1761,8 +1743,7 @@ class PureTemplates(Case):
                 self.assertRegex(reason, words)
                 self.assertLess(len(reason), 3000)
         self.assertIn("field 'name' is required; field 'cmd' is required", self.refusal({}))
-        for info in None, [["name", "a"]]:
-            self.assertIn("one JSON object", self.refusal(info))
+        self.assertIn("one JSON object", self.refusal([["name", "a"]]))
         self.check(cmd="it's", args=["x"])
         self.check(cmd="echo 'a", shell=True)
         self.assertEqual(self.check(detach=True)["redirect_output"], [])
@@ -1805,22 +1786,20 @@ class PureTemplates(Case):
 
     def test_env_files(self):
         for text, values in (
-                ("export A = b c  ", {"A": "b c"}), ("", {}), ("\n# x\n\n  A=1 # x\n", {"A": "1"}),
+                ("export A = b c  ", {"A": "b c"}), ("\n# x\n\n  A=1 # x\n", {"A": "1"}),
                 ("A=b#c #d", {"A": "b#c"}), ("A= # x", {"A": ""}), ("A='x'#c", {"A": "x"}),
                 ("A=it's \"b\"", {"A": "it's \"b\""}),
                 ("A='b \\n \"c\" # $D' # e", {"A": "b \\n \"c\" # $D"}),
                 ('A="b\\nc\\t\\"d\\" \\\\ \\$e # f"', {"A": 'b\nc\t"d" \\ $e # f'}),
-                ('A="b\nc"\nB=2', {"A": "b\nc", "B": "2"}), ("A=x=y\nA=2", {"A": "2"}),
-                ("A=1\r\nB='2'\r\n", {"A": "1", "B": "2"}),
+                ('A="b\nc"\r\nB=x=y\nB=2\r\n', {"A": "b\nc", "B": "2"}),
                 ("A=1\nB=${A}$A-$H/${N}.\nH=x", {"A": "1", "B": "11-home/.", "H": "x"}),
                 ("A=x\nB=\"${A}$H\"\nC='$A'", {"A": "x", "B": "xhome", "C": "$A"})):
             self.assertEqual(gaffer.parse_env(text, {"H": "home"}), (values, []), text)
         for text, lines, word in (
                 ("A=1\n1A=2\nB=3", [2], "NAME=value"), ("=1\n\n-", [1, 3], "NAME"),
-                ('A="b\nB=1', [1], "quotes"), ("A='b'c", [1], "quotes"),
-                ("export A", [1], "NAME=value"), ('\nA="\\q"', [2], "\\q"),
-                ("A=${B:-c}", [1], "'$'"), ("A='x\ny'\nB=$(date)", [3], "'$'"),
-                ('A="5$"', [1], "'$'")):
+                ('A="b\nB=1', [1], "quotes"), ("A='b'c", [1], "quotes"), ('\nA="\\q"', [2], "\\q"),
+                ("export A", [1], "NAME=value"), ("A='x\ny'\nB=$(date)", [3], "'$'"),
+                ("A=${B:-c}", [1], "'$'"), ('A="5$"', [1], "'$'")):
             faults = gaffer.parse_env(text, {})[1]
             self.assertEqual([line for line, _ in faults], lines)
             self.assertIn(word, faults[0][1])
@@ -1838,9 +1817,7 @@ class PureLaunch(Case):
         """Make a file. Returns its path."""
         path = os.path.join(self.folder, path)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w") as file:
-            file.write("#!/bin/sh\n")
-        os.chmod(path, mode)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, mode))
         return path
 
     def launch(self, cmd, **fields):
@@ -1856,47 +1833,42 @@ class PureLaunch(Case):
 
     def test_words(self):
         pure_environ(self, PORT="8000", HOME="/home/x y")
-        shell = ["/bin/sh", "-c"]
-        for fields, argv in (
-                ({"cmd": "sh -c 'a  b' \"\" c\\ d"}, ["sh", "-c", "a  b", "", "c d"]),
-                ({"cmd": "sh $PORT ${PORT}x '$PORT' $$PORT $NO_SUCH_VARIABLE $HOME"},
-                 ["sh", "8000", "8000x", "8000", "$PORT", "$NO_SUCH_VARIABLE", "/home/x y"]),
-                ({"cmd": "sh one \\\n two", "args": "  "}, ["sh", "one", "two"]),
-                ({"cmd": "sh", "args": "-c 'a b'"}, ["sh", "-c", "a b"]),
-                ({"cmd": "sh", "args": ["-c", "a  'b", "$PORT"]}, ["sh", "-c", "a  'b", "8000"]),
-                ({"cmd": "sh", "args": ["$P"], "env": {"P": 5}}, ["sh", "5"]),
-                ({"cmd": "a 'b $PORT", "shell": True}, [*shell, "a 'b $PORT", "sh"]),
-                ({"cmd": "echo $1", "shell": True, "args": "a 'b c'"},
-                 [*shell, "echo $1", "sh", "a", "b c"])):
-            with self.subTest(fields=fields):
-                self.assertEqual(self.launch(**fields).argv, [word.encode() for word in argv])
+        self.assertTable(lambda fields: b"|".join(self.launch(**fields).argv).decode(), (
+            ({"cmd": "sh -c 'a  b' \"\" c\\ d"}, "sh|-c|a  b||c d"),
+            ({"cmd": "sh $PORT ${PORT}x '$PORT' $$PORT $NO_SUCH $HOME"},
+             "sh|8000|8000x|8000|$PORT|$NO_SUCH|/home/x y"),
+            ({"cmd": "sh one \\\n two", "args": "  "}, "sh|one|two"),
+            ({"cmd": "sh", "args": "-c 'a b'"}, "sh|-c|a b"),
+            ({"cmd": "sh", "args": ["a  'b", "$P"], "env": {"P": 5}}, "sh|a  'b|5"),
+            ({"cmd": "a 'b $PORT", "shell": True}, "/bin/sh|-c|a 'b $PORT|sh"),
+            ({"cmd": "echo $1", "shell": True, "args": "a '$PORT c'"},
+             "/bin/sh|-c|echo $1|sh|a|$PORT c")))
 
     def test_env(self):
-        pure_environ(self, GAFFER_TOKEN="secret", PYTHONUNBUFFERED=None, PURE="theirs",
-                     GAFFER_STREAMS=None)
-        env = self.launch("sh", env={"PURE": "mine", "N": 5, "F": 1.5, "\u00e4": "\u20ac"}).env
-        wanted = {b"PURE": b"mine", b"N": b"5", b"F": b"1.5", "\u00e4".encode(): "\u20ac".encode(),
-                  b"PATH": os.environb[b"PATH"], b"PYTHONUNBUFFERED": b"1"}
+        pure_environ(self, GAFFER_TOKEN="secret", PYTHONUNBUFFERED=None, PURE="theirs", OWN="ours")
+        env = self.launch("sh", env={"PURE": "mine", "N": 0.5, "\u00e4": "\u20ac"}).env
+        wanted = {b"PURE": b"mine", b"N": b"0.5", "\u00e4".encode(): "\u20ac".encode(),
+                  b"OWN": b"ours", b"PYTHONUNBUFFERED": b"1"}
         self.assertEqual(env, {**env, **wanted})
-        self.assertFalse({b"GAFFER_TOKEN", b"GAFFER_STREAMS"} & set(env))
+        self.assertNotIn(b"GAFFER_TOKEN", env)
         self.assertTable(lambda fields: self.launch("sh", os_env=False, **fields).env, (
             ({"env": {"A": "b", "GAFFER_TOKEN": "x"}, "redirect_output": []}, {b"A": b"b"}),
             ({"env": {"PYTHONUNBUFFERED": ""}, "custom_streams": ["in", "out"]},
              {b"PYTHONUNBUFFERED": b"", b"GAFFER_STREAMS": b"in,out"})))
-        self.assertEqual(os.environ["GAFFER_TOKEN"], "secret")
 
     def test_port(self):
         """Only with a step each process has its own."""
-        for step, wanted in (({}, [b"7000", b"7000"]), ({"GAFFER_PORT_STEP": "1"},
-                                                        [b"7000", b"7002"])):
-            fields = {"name": "a", "cmd": "sh", "env": {"PORT": 7000, **step}}
-            first = self.launch(**fields)
-            third = first.again(gaffer.check_template(fields), 3)
-            self.assertEqual([launch.env[b"PORT"] for launch in (first, third)], wanted)
-            self.assertNotIn(b"GAFFER_PORT_STEP", third.env)
-        fields["env"]["PORT"] = 65500
+        for step, third in ({}, b"7000"), ({"GAFFER_PORT_STEP": "1"}, b"7002"):
+            template = gaffer.check_template(
+                {"name": "a", "cmd": "sh", "env": {"PORT": 7000, **step}})
+            launch = gaffer.Launch(template)
+            self.assertEqual(launch.env[b"PORT"], b"7000")
+            launch = launch.again(template, 3)
+            self.assertEqual((launch.env[b"PORT"], b"GAFFER_PORT_STEP" in launch.env),
+                             (third, False))
+        template["env"]["PORT"] = 65500
         self.assertRaisesRegex(gaffer.InvalidProcessInfo, "field 'env' makes 65536 the PORT",
-                               first.again, gaffer.check_template(fields), 37)
+                               launch.again, template, 37)
 
     def test_program(self):
         """The first in the PATH of the process, or gaffer's, seen from cwd."""
@@ -1908,62 +1880,48 @@ class PureLaunch(Case):
         pure_environ(self, PATH=sub)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
-        names, no = "field 'cmd' names ", "which is not "
-        chmod = "is not executable: chmod +x it"
-        for cmd, fields, wanted in (
+        for cmd, fields, wanted in (        # what it is, or how the sentence ends
                 ("tool", {"env": {"PATH": path}}, first), ("tool x", {}, second),
                 ("tool", {"os_env": False}, second), ("$TOOL", {"env": {"TOOL": first}}, first),
                 *((cmd, {"cwd": cwd, "env": {"PATH": "."}}, second)
                   for cmd in ("tool", "./tool", "../sub/tool", second) for cwd in (sub, "sub")),
                 ("tool", {"env": {"PATH": os.path.dirname(plain)}},
-                 names + "'tool', but %s " % plain + chmod),
-                ("tool", {"env": {"PATH": "/nowhere"}}, names + "'tool', " + no + "found in PATH"),
-                (plain, {}, names + "%r, which " % plain + chmod),
-                (first, {"ready": {"tcp": "$NO_PORT"}}, "field 'ready' has a 'tcp' that is not a "
-                 "port, or host:port, with an address or localhost as its host"),
-                (sub, {}, names + "%r, which is a directory" % sub),
-                ("$TOOL", {"env": {"TOOL": "/no/tool"}}, names + "'/no/tool', " + no + "there"),
-                ("./no.sh", {"cwd": sub}, names + "'./no.sh', but %s/no.sh is not there" % sub)):
-            with self.subTest(cmd=cmd, fields=fields):
-                self.assertEqual(self.program(cmd, **fields), wanted)
+                 "but %s is not executable: chmod +x it" % plain),
+                ("tool", {"env": {"PATH": "/nowhere"}}, "'tool', which is not found in PATH"),
+                (sub, {}, "%r, which is a directory" % sub),
+                ("$TOOL", {"env": {"TOOL": "/no/tool"}}, "'/no/tool', which is not there"),
+                ("./no.sh", {"cwd": sub}, "'./no.sh', but %s/no.sh is not there" % sub),
+                (first, {"ready": {"tcp": "$NO_PORT"}}, "an address or localhost as its host")):
+            self.assertEqual(self.program(cmd, **fields)[-len(wanted):], wanted, (cmd, fields))
         gone = tempfile.mkdtemp()
         os.chdir(gone)
         os.rmdir(gone)
-        self.assertEqual(self.program("./tool"), names + "'./tool', which is not there")
+        self.assertIn("'./tool', which is not there", self.program("./tool"))
 
     def test_env_file_size(self):
         path = os.path.join(self.folder, ".env")
-        for size, error in ((gaffer.FILE_SIZE, None), (gaffer.FILE_SIZE + 1, ValueError)):
+        for size, error in (gaffer.FILE_SIZE, None), (gaffer.FILE_SIZE + 1, ValueError):
             with open(path, "w") as file:
                 file.write("A=".ljust(size, "x"))
             self.assertTable(lambda path: gaffer.read_env_files([path], {}).clear(),
                              [(path, error)])
 
-    def test_identity(self):
-        """With a user come his groups, and HOME, USER, LOGNAME and SHELL unless env names them."""
+    def test_home(self):
+        """With a user come HOME, USER, LOGNAME and SHELL, unless env names them."""
         pure_environ(self, HOME="/mine", USER="me", LOGNAME="me", SHELL="/mine/sh")
-        launch = self.launch("sh")
-        self.assertEqual((launch.uid, launch.gid, launch.groups, launch.env[b"HOME"]),
-                         (None, None, None, b"/mine"))
-        own = self.launch("sh", uid=os.geteuid(), gid=os.getegid())
-        self.assertEqual((own.uid, own.gid, os.fsdecode(own.env[b"HOME"])),
-                         (os.geteuid(), os.getegid(), pwd.getpwuid(os.geteuid()).pw_dir))
-        if os.geteuid() != 0:
-            return
-        names, entry = (b"HOME", b"USER", b"LOGNAME", b"SHELL"), pwd.getpwnam("nobody")
-        nobody = self.launch("sh $HOME", uid="nobody", env={"SHELL": "/bin/x"})
-        self.assertEqual(nobody.uid, entry.pw_uid)
-        self.assertNotIn(0, [nobody.gid, *nobody.groups])
-        self.assertEqual([nobody.env[name].decode() for name in names],
-                         [entry.pw_dir, "nobody", "nobody", "/bin/x"])
-        self.assertEqual(nobody.argv[1].decode(), entry.pw_dir)
-        unknown = self.launch("sh", uid=54321, gid=54322)
-        self.assertEqual((unknown.uid, unknown.gid, unknown.groups), (54321, 54322, [54322]))
-        self.assertFalse(set(names) & set(unknown.env))
+        names, root = (b"HOME", b"USER", b"LOGNAME", b"SHELL"), os.geteuid() == 0
+        for entry in [pwd.getpwuid(os.geteuid()), *[pwd.getpwnam("nobody")] * root]:
+            launch = self.launch("sh $HOME", uid=entry.pw_name, env={"SHELL": "/bin/x"})
+            home, name = entry.pw_dir.encode(), entry.pw_name.encode()
+            self.assertEqual([launch.env[each] for each in names], [home, name, name, b"/bin/x"])
+            self.assertEqual((launch.argv[1], launch.uid), (home, entry.pw_uid))
+        self.assertEqual(self.launch("sh").env[b"HOME"], b"/mine")
+        if root:
+            self.assertFalse(set(names) & set(self.launch("sh", uid=54321, gid=54322).env))
 
     def test_any_locale(self):
         """UTF-8 goes in and out, whatever the locale says."""
-        code = """
+        code = """if True:
             import sys
             sys.path.insert(0, %a)
             import gaffer
@@ -1974,7 +1932,7 @@ class PureLaunch(Case):
             assert launch.program.endswith(b"/\\xc3\\xa4/tool\\xe2\\x82\\xac")
             """ % (HERE, os.path.dirname(self.file("\u00e4/tool\u20ac")))
         env = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-        subprocess.run([PYTHON, "-c", textwrap.dedent(code)], env=env, check=True, timeout=TIMEOUT)
+        subprocess.run([PYTHON, "-c", code], env=env, check=True, timeout=TIMEOUT)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1986,67 +1944,48 @@ class PurePolicies(Case):
         """A line counts once it has ended, however the reads have cut it."""
         def first(case):
             rest, text = b"", case[0].encode()
-            for index, piece in enumerate(case[1]):
+            for index, piece in enumerate(case[1:]):
                 ended, rest = gaffer.match_line(text, rest, piece)
                 self.assertLessEqual(len(rest), len(text))
                 if ended:
                     return index
             return None
         self.assertTable(first, (
-            (("ready", [b"a\nnow ready!\nb"]), 0), (("ready", [b"ready"]), None),
-            (("ready", [b"re", b"ad", b"y", b"", b"!", b"\n"]), 5),
-            (("ready", [b"ready", b"\r\n"]), 1), (("ready", [b"50%\rready", b"100%\rx"]), 1),
-            (("ready", [b"rea\ndy\n", b"x"]), None), (("aab", [b"aa", b"aab", b"\n"]), 2),
-            (("b\u00e9", [b"b\xc3", b"\xa9\n"]), 1)))
+            (("ready", b"a\nnow ready!\nb"), 0), (("ready", b"ready"), None),
+            (("ready", b"re", b"ad", b"y", b"", b"!", b"\n"), 5), (("ready", b"ready", b"\r\n"), 1),
+            (("ready", b"50%\rready", b"100%\rx"), 1), (("ready", b"rea\ndy\n", b"x"), None),
+            (("aab", b"aa", b"aab", b"\n"), 2), (("b\u00e9", b"b\xc3", b"\xa9\n"), 1)))
 
     def test_targets(self):
         both = [("127.0.0.1", 80), ("::1", 80)]
-        self.assertTable(lambda target: gaffer.parse_target(*target)[0], (
-            (("tcp", "80"), both), (("tcp", "localhost:80"), both),
-            (("tcp", "[::1]:80"), both[1:])))
-        self.assertTable(lambda url: (lambda found, request: (found, request.decode().split()[:2]))(
-            *gaffer.parse_target("http", url)), (
-                ("http://localhost", (both, ["GET", "/"])),
-                ("http://127.0.0.1:80?a=/b", (both[:1], ["GET", "/?a=/b"])),
-                ("http://[::1]:80/x#y", (both[1:], ["GET", "/x"]))))
+        for kind, text, addresses, target in (
+                ("tcp", "80", both, b""), ("tcp", "localhost:80", both, b""),
+                ("tcp", "[::1]:80", both[1:], b""), ("http", "http://localhost", both, b"/"),
+                ("http", "http://127.0.0.1:80?a=/b", both[:1], b"/?a=/b"),
+                ("http", "http://[::1]:80/x#y", both[1:], b"/x")):
+            found, request = gaffer.parse_target(kind, text)
+            self.assertEqual((found, request.partition(b" HTTP")[0]),
+                             (addresses, target and b"GET " + target))
 
     def test_circles(self):
         self.assertTable(lambda after: "".join(gaffer.find_circle(
             "a", lambda name: after.get(name, ""))), (
-                ({}, ""), ({"a": "a"}, "aa"),
                 ({"a": "bc", "b": "d", "c": "d"}, ""), ({"a": "b", "b": "c", "c": "b"}, ""),
-                ({"a": "xb", "b": "xc", "c": "xa"}, "abca")))
+                ({"a": "a"}, "aa"), ({"a": "xb", "b": "xc", "c": "xa"}, "abca")))
         chain = {number: [(number + 1) % 10000] for number in range(10000)}
         self.assertEqual(len(gaffer.find_circle(0, chain.get)), 10001)
 
     def test_stop_order(self):
-        """What is after another stops before it."""
+        """What is after another stops before it. A circle may be left by one that was deleted."""
         def order(templates):                   # {name: (after, priority)}
             stages = gaffer.stop_stages({name: {"after": list(after), "priority": priority}
                                          for name, (after, priority) in templates.items()})
             return " ".join(sorted(stages, key=stages.get))
         self.assertTable(order, (
-            ({"x": ("d", None), "d": ("", None)}, "x d"),
+            ({"x": ("d", None), "d": ("", None)}, "x d"), ({"a": ("b", 0), "b": ("a", 0)}, "a b"),
             ({"a": ("", 0), "b": ("", 1), "c": ("", None)}, "c b a"),
             ({"a": ("", 9), "b": ("a", 0)}, "b a"), ({"a": ("z", 0), "b": ("a", 0)}, "b a"),
             ({"d": ("", 0), "c": ("d", 0), "b": ("d", 1), "a": ("bc", 2)}, "a b c d")))
-        circle = {name: {"after": [other], "priority": 0} for name, other in ("ab", "ba")}
-        self.assertEqual(set(gaffer.stop_stages(circle)), {"a", "b"}, "a deleted one may be left")
-
-    def test_backoff(self):
-        """Without flapping: none the first time, then 0.1 s doubling to 10."""
-        info = self.info()
-        for failures, delay in (0, 0), (1, 0), (2, 0.1), (3, 0.2), (8, 6.4), (9, 10), (10 ** 9, 10):
-            action, seconds, history = gaffer.after_exit(info, (1, 0), 5.0, 1.0, failures, ())
-            self.assertEqual((action, history), ("start", ()))
-            self.assertAlmostEqual(seconds, delay)
-        flapping = {"attempts": 9}
-        for delay, flaps, failures, seconds in (
-                (5, None, 1, 5), (5, None, 9, 5), (5, flapping, 1, 5), ([1, 60], None, 1, 0),
-                ([1, 60], None, 2, 1), ([1, 60], None, 8, 60), ([1, 60], flapping, 3, 2),
-                ([0.1, 10], flapping, 9, 0)):
-            info = {"restart_delay": delay, "flapping": flaps}
-            self.assertAlmostEqual(gaffer.restart_delay(info, failures), seconds)
 
     def test_flapping(self):
         """What after_exit() says to exits, (time, seconds lived), one after the other."""
@@ -2056,22 +1995,21 @@ class PurePolicies(Case):
                  "start start pause start start pause start start stop"),
                 # what lives just as long as the window is neither flapping nor a success
                 ({}, [(n * 1.001, 1.0) for n in range(4)], "start start start start"),
-                # the window slides
+                # the window slides, and what was before a pause does not count after it
                 ({"attempts": 3}, [(0, 0.1), (0.9, 0.1), (1.8, 0.1), (1.85, 0.1)],
                  "start start start pause"),
-                # exits before a pause do not count after it
                 ({"window": 100}, [(n, 0) for n in range(4)], "start pause start pause"),
                 # what outlived the window forgives the pauses before; what did not, does not
                 ({"attempts": 1, "max_retry": 2},
                  [(1, 0), (10, 0), (20, 1.001), (30, 0), (40, 0)], "pause pause pause pause stop"),
                 ({"attempts": 1, "max_retry": 1}, [(1, 0), (9, 1.0)], "pause stop"),
                 # the defaults: 2 exits within 1 s, 5 pauses
-                ({}, [(now, 0.1) for even in range(0, 12, 2) for now in (even, even + 0.5)],
+                ({}, [(n // 2 + n % 2 / 2, 0.1) for n in range(0, 12)],
                  "start pause " * 5 + "start stop")):
             info, history, actions = self.info(flapping=flapping), (), []
             for now, lived in exits:
                 action, delay, history = gaffer.after_exit(info, (1, 0), now, lived, 1, history)
-                self.assertEqual(delay, info["flapping"]["retry_in"] if action == "pause" else 0)
+                self.assertEqual(delay, 7.0 if action == "pause" else 0)
                 actions.append(action)
             self.assertEqual(" ".join(actions), wanted, (flapping, exits))
 
@@ -2079,20 +2017,32 @@ class PurePolicies(Case):
         """A checked template."""
         return gaffer.check_template(dict(fields, name="x", cmd="x"))
 
+    def test_backoff(self):
+        """Without flapping: none the first time, then 0.1 s doubling to 10."""
+        for delay, flapping, failures, seconds in (
+                *[([0.1, 10], None, *row) for row in (
+                    (0, 0), (1, 0), (2, 0.1), (3, 0.2), (8, 6.4), (9, 10), (10 ** 9, 10))],
+                (5, None, 1, 5), (5, None, 9, 5), (5, {"attempts": 9}, 1, 5), ([1, 60], None, 1, 0),
+                ([1, 60], None, 2, 1), ([1, 60], None, 8, 60), ([1, 60], {"attempts": 9}, 3, 2),
+                ([0.1, 10], {"attempts": 9}, 9, 0)):
+            info = self.info(restart_delay=delay, flapping=flapping)
+            action, waits, _ = gaffer.after_exit(info, (1, 0), 5.0, 1.0, failures, ())
+            self.assertEqual(action, "start")
+            self.assertAlmostEqual(waits, seconds)
+
     def test_success(self):
         self.assertTable(lambda case: gaffer.succeeded({"success": case[0]}, case[1]), (
             (([0], (0, 0)), True), (([0], (1, 0)), False), (([0], (0, 15)), False),
-            (([3], (0, 0)), False), (([0, 143], (143, 0)), True), (([0, 143], (0, 15)), False),
-            (([0, "TERM"], (0, 15)), True), (([], (0, 0)), False), (([15], (0, 15)), False),
-            ((["TERM"], (143, 0)), False), ((["int"], (0, 2)), True)))
+            (([0, 143], (143, 0)), True), (([0, 143], (0, 15)), False), (([15], (0, 15)), False),
+            ((["TERM"], (0, 15)), True), ((["int"], (0, 2)), True), ((["TERM"], (143, 0)), False)))
 
     def test_signals(self):
         self.assertTable(gaffer.parse_signal, (
             *((value, 15) for value in ("15", "TERM", "SIGTERM", "term", 15, signal.SIGTERM)),
-            ("1", 1), ("64", 64), ("CHLD", int(signal.SIGCHLD)),
+            ("64", 64), ("CHLD", int(signal.SIGCHLD)),
             *((value, gaffer.BadValue) for value in (
                 "", "0", "-1", "+15", "65", "9" * 5000, " 15", "1.0", "\u0661\u0665", "SIG",
-                "SIGSIGTERM", "NOPE", "SIG_DFL", "TERM\n", 0, 1000, True, None, 15.0, b"TERM"))))
+                "SIGSIGTERM", "SIG_DFL", "TERM\n", 0, 1000, True, None, 15.0, b"TERM"))))
 
 
 # 200 times, in rows: now in Unix time, then each expression with the minutes until its next five
@@ -2203,20 +2153,14 @@ class PureSchedules(Case):
         """A time that does not exist runs at the next that does; one that exists twice, once."""
         berlin, york = "Europe/Berlin", "America/New_York"
         for zone, text, year, now, times in (
-                # forward: 2027-03-28 02:00 -> 03:00
+                # forward, 2027-03-28 02:00 -> 03:00, and 2027-03-14
                 (berlin, "30 2 * * *", "2027-03-", "27T12:00", "28T03:00+02 29T02:30+02"),
                 (berlin, "0 2,3 * * *", "2027-03-", "28T00:00", "28T03:00+02 29T02:00+02"),
-                (berlin, "*/20 * * * *", "2027-03-", "28T01:30",
-                 "28T01:40+01 28T03:00+02 28T03:20+02"),
-                # 2027-03-14 02:00 -> 03:00
-                (york, "30 2 * * *", "2027-03-", "13T12:00", "14T03:00-04 15T02:30-04"),
                 (york, "@hourly", "2027-03-", "14T00:30", "14T01:00-05 14T03:00-04 14T04:00-04"),
-                # back: 2027-10-31 03:00 -> 02:00
+                # back, 2027-10-31 03:00 -> 02:00, and 2027-11-07 02:00 -> 01:00
                 (berlin, "30 2 * * *", "2027-", "10-30T12:00", "10-31T02:30+02 11-01T02:30+01"),
                 (berlin, "0 * * * *", "2027-10-", "31T00:30",
                  "31T01:00+02 31T02:00+02 31T03:00+01 31T04:00+01"),
-                # 2027-11-07 02:00 -> 01:00
-                (york, "30 1 * * *", "2027-11-", "06T12:00", "07T01:30-04 08T01:30-05"),
                 (york, "15,45 1 7 11 *", "202", "7-11-06T12:00",
                  "7-11-07T01:15-04 7-11-07T01:45-04 8-11-07T01:15-05")):
             os.environ["TZ"] = zone
