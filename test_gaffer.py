@@ -5315,9 +5315,9 @@ class HttpCase(ServerCase):
         self.assertRegex(answer[2], rb'\A\{"error": "%b", "reason": ".{10,}"\}\n\Z' % code.encode())
         self.assertIn(words, json.loads(answer[2])["reason"])
 
-    def assertRefused(self, data, status=400, code="bad_request", server=None):
+    def assertRefused(self, data, status, code):
         """One error is answered to `data`, then the connection ends."""
-        wire = self.wire(server=server).send(data)
+        wire = self.wire().send(data)
         answer = wire.answer()
         self.assertCode(answer, status, code)
         self.assertEqual((answer[1]["Connection"], wire.file.read()), ("close", b""))
@@ -5341,9 +5341,9 @@ class HttpCase(ServerCase):
                 else:
                     self.assertEqual((status, data), (200, json.dumps(expected).encode() + b"\n"))
 
-    def cat(self, name="cat", server=None, **options):
+    def cat(self, name="cat", **options):
         """A template that does nothing for ever; its pids."""
-        return (server or self.server).add(name, "cat", redirect_input=True, **options)
+        return self.server.add(name, "cat", redirect_input=True, **options)
 
     def deaf(self, **options):
         """Add a template that ignores the stop signal; its pid, once it does."""
@@ -5605,8 +5605,6 @@ class HttpMetrics(HttpCase):
 class HttpLogs(HttpCase):
     """--access-log, a line for each request; and the server's own log, on stderr or in a file."""
 
-    TOKEN = "s\u00e9cret/ +x"
-
     def setUp(self):
         Case.setUp(self)
         folder = tempfile.TemporaryDirectory()
@@ -5664,9 +5662,10 @@ class HttpLogs(HttpCase):
 
     def test_token(self):
         """It is never written, however a client sends it."""
-        self.serve_logged(token=self.TOKEN)
-        basic = base64.b64encode((":" + self.TOKEN).encode()).decode()
-        quoted = urllib.parse.quote(self.TOKEN, "")
+        token = "s\u00e9cret/ +x"
+        self.serve_logged(token=token)
+        basic = base64.b64encode((":" + token).encode()).decode()
+        quoted = urllib.parse.quote(token, "")
         for headers in ({"Authorization": "Basic " + basic}, {"User-Agent": basic},
                         {"Referer": "http://u:%s@h/" % quoted}):
             self.server.request("GET", "/processes?token=" + quoted, headers=headers)
@@ -6263,7 +6262,7 @@ class HttpLimits(HttpCase):
     def test_of_one_address(self):
         """A number that is given holds for this machine too, whatever a connection becomes."""
         server = self.serve(max_connections_per_address=3)
-        self.cat("web", server)
+        server.add("web", "cat", redirect_input=True)
         self.all_gone(server)
         held = [self.wire("/streams/1/stdout?feed=continuous", server=server),
                 self.wire(server=server).upgrade("/wstreams/1"), *self.held(server, 1)]
