@@ -3198,9 +3198,9 @@ class ProcessCase(ServerCase):
         return self.status(name)["pids"]
 
     def kill(self, pid):
-        """Kill a process's leader, and return its exit event."""
+        """Kill a process's leader, and wait for its exit."""
         self.post("%d/_signal/KILL" % pid)
-        return self.exit_of(pid)
+        self.exit_of(pid)
 
     def delete(self, name):
         self.ok("DELETE", "/processes/%s?wait=true" % name)
@@ -3243,8 +3243,9 @@ class ProcessCase(ServerCase):
         return next(itertools.islice(events, number - 1, None))
 
     def exit_of(self, pid):
-        """Wait for the exit event of a process."""
-        return next(event for event in self.server.events("exit") if event["pid"] == pid)
+        """Wait for the exit of a process. Return (exit status, signal)."""
+        return next((event["exit_status"], event["term_signal"])
+                    for event in self.server.events("exit") if event["pid"] == pid)
 
     def kinds(self, name):
         """Return [(type, pid)] of all events of a template up to now."""
@@ -3273,7 +3274,6 @@ class ProcessCase(ServerCase):
         self.assertFalse(self.server._thread.is_alive())
 
 
-PROCESS_LATE = {"graceful_timeout": 0.1}
 # name: (command, fields, what it says first, (exit status, signal) after the stop or, with
 # `flapping`, before it, what else it says, None if that is not compared)
 PROCESS_HOSTILE = {
@@ -3285,10 +3285,9 @@ PROCESS_HOSTILE = {
             PROCESS_AWAITS_TERM + "print('ready')\nsignal.sigwait([15])\n"
             "signal.sigtimedwait([], 0.3)\nprint('saved')")), "shell": True},
         {}, b"ready\n", (0, 15), b"saved\n"),
-    "grandchild-ignores-TERM": (PROCESS_LEAVES, PROCESS_LATE, b"ready\n", (0, 15), b""),
     "grandchild-that-ignores-TERM-holds-the-pipe": (
         {"cmd": '(trap "" TERM; exec sleep 60) & echo last', "shell": True},
-        dict(PROCESS_LATE, flapping=PROCESS_ONCE), b"last\n", (0, 0), b""),
+        {"graceful_timeout": 0.1, "flapping": PROCESS_ONCE}, b"last\n", (0, 0), b""),
     "crashes-with-a-full-pipe": (
         python("import os\nos.write(1, b'x' * 60000 + b'last words')\nos.kill(os.getpid(), 9)"),
         {"flapping": PROCESS_ONCE}, b"x" * 60000, (0, 9), b"last words"),
@@ -3313,8 +3312,7 @@ class ProcessHostile(ProcessCase):
                 if "flapping" in options:
                     self.exit_of(pid)
                 self.stop(name, group)
-                exited = self.exit_of(pid)
-                self.assertEqual((exited["exit_status"], exited["term_signal"]), end)
+                self.assertEqual(self.exit_of(pid), end)
                 if rest is not None:
                     self.assertEqual(self.poll(pid), ready + rest)
                 self.assertIsNone(process_state(group), "the process is reaped")
@@ -3553,7 +3551,6 @@ class ProcessTimes(ProcessClock):
             with self.subTest(fields=fields, kill=kill):
                 self.begin()
                 self.manager.add_process("x", "sleep 60", **fields)
-                os_pid, = self.status()["os_pids"]
                 sent = []
                 with unittest.mock.patch.object(gaffer.os, "killpg", lambda group, signum: (
                         sent.append((round(self.now - 1000, 3), int(signum))))):
@@ -3565,8 +3562,6 @@ class ProcessTimes(ProcessClock):
                             self.manager.stop(kill=True)
                             self.barrier()
                 self.assertEqual(sent, wanted)
-                os.kill(os_pid, signal.SIGKILL)
-                self.wait("exit")
 
     def test_an_old_timer_of_a_stop(self):
         """It does not end what comes after the exit."""
@@ -3674,7 +3669,7 @@ class ProcessTimes(ProcessClock):
                         peer.sendall(answer[9:])
                     else:
                         self.advance(4.999)
-                        self.assertIn("reset", process.status()["not_ready"])
+                        self.assertNotIn(error, process.status()["not_ready"])
                         self.advance(0.001)
                     until(lambda error=error: error in str(process.status()["not_ready"]))
         self.assertTrue(self.status()["ready"])
@@ -3777,7 +3772,7 @@ class ProcessPolicies(ProcessClock):
                 (lambda: manager.update_process("x", dict(info, start=True)), 0),
                 (lambda: manager.scale("x", 1), 0),
                 (lambda: manager.update_process("x", dict(info, cmd="true x")), 1),
-                (manager.restart, 0), (lambda: manager.start_template("x"), 1))):
+                (manager.restart, 0))):
             with self.subTest(number):
                 self.settle()
                 starts = self.count("spawn")
@@ -3848,7 +3843,6 @@ class ProcessSchedules(ProcessClock):
         manager.add_process(info)
         for number, (act, runs, state) in enumerate((
                 (lambda: manager.start_template("x"), True, "scheduled"),
-                (lambda: manager.restart_template("x"), True, "scheduled"),
                 (lambda: manager.update_process("x", dict(info, cmd="true x")), False, "scheduled"),
                 (lambda: manager.stop_template("x"), False, "stopped"),
                 (lambda: manager.update_process("x", dict(info, start=True)), False, "scheduled"),
@@ -4052,8 +4046,7 @@ class ProcessAttributes(ProcessCase):
                     self.poll(pid, word)
                 self.stop(name, self.os_pids(name)[0])
                 self.assertEqual(",".join(sorted(self.poll(pid).decode().splitlines())), said)
-                exited = self.exit_of(pid)
-                self.assertEqual((exited["exit_status"], exited["term_signal"]), end)
+                self.assertEqual(self.exit_of(pid), end)
 
 
 class ProcessPrograms(ProcessCase):
@@ -4085,8 +4078,8 @@ class ProcessPrograms(ProcessCase):
     def end(self):
         """Stop it. Return all that it has written."""
         self.stop("x", self.os_pids("x")[0])
-        event, output = self.exit_of(self.pid), self.poll(self.pid, label="all").decode()
-        self.assertEqual((event["exit_status"], event["term_signal"]), (0, 0), output)
+        output = self.poll(self.pid, label="all").decode()
+        self.assertEqual(self.exit_of(self.pid), (0, 0), output)
         return output
 
     def get(self, request=b"GET / HTTP/1.0\r\n\r\n"):
@@ -4245,10 +4238,8 @@ class ProcessTemplate(ProcessCase):
     def test_command_and_environment(self):
         pure_environ(self, OWN="ours", GAFFER_TOKEN="secret", PYTHONUNBUFFERED=None)
         for number, (cmd, fields, said) in enumerate((
-                ("env", {"env": {"A": "\u00e4\U0001f600", "N": 5}},
-                 "A=\u00e4\U0001f600\nN=5\nPYTHONUNBUFFERED=1"),
-                ("env", {"custom_streams": ["a"]},              # takes another way
-                 "GAFFER_STREAMS=a\nPYTHONUNBUFFERED=1"),
+                ("env", {"env": {"A": "\u00e4\U0001f600", "N": 5}, "custom_streams": ["a"]},
+                 "A=\u00e4\U0001f600\nGAFFER_STREAMS=a\nN=5\nPYTHONUNBUFFERED=1"),
                 ("env", {"custom_streams": ["a"], "env": {"LC_CTYPE": "xx_YY"}},
                  "GAFFER_STREAMS=a\nLC_CTYPE=xx_YY\nPYTHONUNBUFFERED=1"),
                 ("sh -c 'pwd; echo $OWN,$$GAFFER_TOKEN,$1,$(($1+1))' sh 2",
@@ -4304,23 +4295,20 @@ class ProcessTemplate(ProcessCase):
             self.send(pid, None, label)
             self.assertEqual(self.poll(pid, label=label), b"onetwoend")
         self.poll("x", b"onetwoend", label)
-        self.assertEqual(self.exit_of(pid)["exit_status"], 0)
+        self.assertEqual(self.exit_of(pid), (0, 0))
         pid, = self.add("y", "sleep 1000", custom_streams=["a"])
         self.send(pid, b"what it never reads resets the stream", "a")
         self.kill(pid)
         self.assertEqual(self.poll(pid, label="a"), b"")
 
     def test_detach(self):
-        """It survives gaffer's end alone; nobody waits for it."""
+        """It alone survives gaffer's end."""
         self.add("x", "sleep 60", detach=True)
         self.stop("x", self.os_pids("x")[0])
-        handle = self.manager.add_process("y", "sleep 60", detach=True)
+        self.add("y", "sleep 60", detach=True)
         self.add("z", "sleep 60")
         (os_pid,), (other,) = self.os_pids("y"), self.os_pids("z")
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            wait = pool.submit(handle.wait)
-            self.server.stop_all()
-            wait.result(TIMEOUT)
+        self.server.stop_all()
         self.assertEqual((alive(os_pid), alive(other)), (True, False))
         os.kill(os_pid, signal.SIGKILL)
         os.waitpid(os_pid, 0)
@@ -4367,8 +4355,7 @@ class ProcessActions(ProcessCase):
                 self.assertEqual(self.pids(name), [])
                 self.ok(method, "/processes/" + name + path, body)
                 status = self.status(name)
-                self.assertEqual([status[key] for key in ("active", "running", "stopping")],
-                                 [True, 0, 1])
+                self.assertEqual((status["active"], status["state"]), (True, "stopping"))
                 self.kill(pid)
                 self.spawned(name, 2)
                 self.assertEqual(self.kinds(name)[-2:], [("exit", pid), ("spawn", pid + 1)])
@@ -4587,27 +4574,20 @@ class ProcessEmbedded(ProcessCase):
             wait = pool.submit(one.wait, TIMEOUT)
             one.signal("KILL")
             self.assertEqual(wait.result(TIMEOUT)["term_signal"], signal.SIGKILL)
-        second = self.manager.get_process(self.spawned("x", 2)["pid"])
-        second.write(b"second")
-        self.assertEqual(all_.get(timeout=TIMEOUT)[1]["data"], b"second")
-        second.stop()
+        self.spawned("x", 2)
+        by_name.write(b"second\n")
+        self.assertEqual(all_.get(timeout=TIMEOUT)[1]["data"], b"second\n")
+        self.manager.get_process(2).stop()
         self.spawned("x", 3)
         by_name.stop()
         self.assertEqual(by_name.wait(TIMEOUT)["pid"], 3)
         self.assertFalse(self.status("x")["active"])
-        for target in 1, "1", "nothing", "9" * 100:
-            self.assertRaises(gaffer.NotFound, self.manager.get_process, target)
+        self.assertRaises(gaffer.NotFound, self.manager.get_process, 1)
         self.assertRaises(ValueError, gaffer.Manager, window_size=gaffer.WINDOW_SIZE_MIN - 1)
-        refused = queue.Queue()
-
-        def wait_on_the_loop(kind, event):
-            with self.assertRaisesRegex(RuntimeError, "its own thread") as caught:
-                by_name.wait()
-            refused.put(caught.exception)
-        self.manager.subscribe("create", wait_on_the_loop)
+        with self.assertRaisesRegex(RuntimeError, "its own thread"):
+            self.manager.loop.call(by_name.wait)
         added = self.manager.add_process({"name": "y", "cmd": "true"}, start=False)
         self.assertIsNone(added.wait(TIMEOUT))
-        refused.get(timeout=TIMEOUT)
 
     def test_reaped_by_somebody_else(self):
         """Another part of the program has taken the exit status: an exit all the same."""
@@ -4735,6 +4715,16 @@ class ProcessLife(ProcessCase):
             with http_limits(GROUP_POLL_MAX=0.1):
                 self.stop("x", self.os_pids("x")[0])
 
+    @unittest.skipUnless(gaffer.ProcfsTable.EXISTS, "no /proc here")
+    def test_what_has_gone(self):
+        """A zombie is no member of its group."""
+        table, child = gaffer.ProcfsTable(), subprocess.Popen(["true"], start_new_session=True)
+        until(lambda: process_state(child.pid) == "Z", "a zombie")
+        self.assertEqual(table.groups({child.pid, os.getpgrp()}), {os.getpgrp()})
+        child.wait(TIMEOUT)
+        self.assertEqual((table.look(child.pid), table.usage(child.pid), table.children(child.pid),
+                          table.still(child.pid, 0)), (None, None, [], False))
+
     def test_daemon(self):
         """The exit event and the status say so, whether it has left its group or not."""
         leaves = python("""
@@ -4783,11 +4773,10 @@ class ProcessLife(ProcessCase):
             self.kill(1)
             status = until(lambda: self.status("g:a")["error"] and self.status("g:a"), "its fault")
             os.mkdir(cwd)
-            event = self.spawned("g:a", 2)
+            self.spawned("g:a", 2)
         for text in status["error"], logs.output[0]:
             self.assertIn(cwd, text)
         self.assertEqual((status["active"], status["running"]), (True, 0))
-        self.assertEqual(os.readlink("/proc/%d/cwd" % event["os_pid"]), cwd)
         self.assertIsNone(self.status("g:a")["error"])
         self.post("g:b/_stop")
         self.refused(None, "cwd", path="/g:b/_start")
@@ -4802,14 +4791,8 @@ class ProcessReady(ProcessCase):
 
     def test_each_kind(self):
         """What makes a process ready, and what the event tells of it."""
-        port, url = free_port(), "http://127.0.0.1:$PORT/x"
-        server = python("""
-            import os, socket
-            s = socket.create_server(('127.0.0.1', int(os.environ['PORT'])))
-            while True:
-                with s.accept()[0] as peer:
-                    peer.recv(1000) and peer.send(b'HTTP/1.0 204 \\r\\n')
-            """)
+        port, url = free_port(), "http://127.0.0.1:$PORT/"
+        server = "%s -m http.server --bind 127.0.0.1 $PORT" % PYTHON
         sleep = {"cmd": "printf 'up\\r' >&2; exec sleep 60", "shell": True}
         for kind, value, command, by in (
                 ("log", "up", sleep, "log:up"), ("tcp", "$PORT", server, "tcp:$PORT"),
@@ -4840,12 +4823,6 @@ class ProcessReady(ProcessCase):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
             stranger.connect("\0" + address[1:])
             stranger.send(b"READY=1")
-            read, write = os.pipe()
-            stranger.sendmsg([b"READY=1"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS,
-                                             struct.pack("i", write))])
-            os.close(write)
-            self.assertEqual(os.read(read, 1), b"", "what came with a message is closed")
-            os.close(read)
         self.manager.loop.call(subprocess.check_call, [     # it has ended when gaffer looks
             PYTHON, "-c", "import socket, sys; socket.socket(1, 2).sendto(b'READY=1', "
             "'\\0' + sys.argv[1])", address[1:]])
@@ -4918,13 +4895,13 @@ class ProcessReady(ProcessCase):
         self.assertLess(seen.index(("exit", "web")), seen.index(("stop_pid", "later")))
 
     def test_circles(self):
-        for name, after in ("a", "b"), ("b", "c"):
-            self.add(name, "sleep 60", after=[after], start=False)
-        info = {"name": "c", "cmd": "sleep 60", "after": ["a"]}
+        self.add("a", "true", after=["b"], start=False)
+        self.add("b", "true", after=["c"], start=False)
+        info = {"name": "c", "cmd": "true", "after": ["a"]}
         for method, path in ("POST", ""), ("PUT", "/c?dry_run=true"):
             self.refused(info, "'after' makes a circle: c after a after b after c", path=path,
                          method=method)
-        self.add("c", "sleep 60", start=False)
+        self.add("c", "true", start=False)
         self.refused(info, "circle", path="/c", method="PUT")
 
     def test_until(self):
@@ -4933,13 +4910,11 @@ class ProcessReady(ProcessCase):
                  redirect_input=True)
         for name, after in ("web", "job"), ("top", "web"):
             self.add(name, "sleep 60", after=[after])
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            answers = [pool.submit(self.until, *each) for each in (("job", "done"), ("top",))]
-            until(lambda: len(self.manager._waiters) == 2)
-            self.send("job", b"\n")
-            for answer, words in zip(answers, ("", "'top' waits for 'job', and ")):
-                self.assertError(answer.result(TIMEOUT), 409, "conflict", words + (
-                    "'job' has failed: exit status 3; its last lines:\n1\nbad"))
+        self.send("job", b"\n")
+        for name, goal, words in (("job", "done", ""),
+                                  ("top", "ready", "'top' waits for 'job', and ")):
+            self.assertError(self.until(name, goal), 409, "conflict", words + (
+                "'job' has failed: exit status 3; its last lines:\n1\nbad"))
         self.add("on", "sleep 60")
         self.add("off", "sleep 60", start=False)
         self.add("loop", "echo oh; exit 3", shell=True, restart_delay=60, ready={"notify": True})
@@ -4952,7 +4927,6 @@ class ProcessReady(ProcessCase):
                 ("on", "done", 409, "its 'restart' is 'always'"),
                 ("on", "stopped", 504, "'on' is not stopped in the time given; it goes on"),
                 ("off", "ready", 409, "'off' is stopped; start it"), ("off", "stopped", 200, ""),
-                ("no", "ready", 404, "no process named"),
                 ("on", "up", 400, "'until' must be ready or done or stopped")):
             with self.subTest(name=name, goal=goal):
                 answer = self.until(name, goal, 0.01)
@@ -4962,8 +4936,6 @@ class ProcessReady(ProcessCase):
         self.send("job", b"\n")
         reason = self.until("job", "done")[1]["reason"]
         self.assertEqual(reason.count("bad"), 1, "of this run alone")
-        self.ok("DELETE", "/processes/web")
-        self.assertEqual(self.until("top", timeout=0.01)[0], 504, "it may be added again")
 
     def test_commands(self):
         """One that hangs is killed with all that it started; one that has ended gets no signal."""
@@ -5128,25 +5100,6 @@ class ProcessProgram(Case):
             run = pool.submit(gaffer.Manager([gaffer.SigHandler()]).run)
             with self.assertRaisesRegex(gaffer.StartError, "main thread"):
                 run.result(TIMEOUT)
-
-
-class ProcessTables(Case):
-
-    @unittest.skipUnless(gaffer.ProcfsTable.EXISTS, "no /proc here")
-    def test_what_has_gone(self):
-        """A zombie is no member of its group; a number may have been given away."""
-        table, child = gaffer.ProcfsTable(), subprocess.Popen(["true"], start_new_session=True)
-        until(lambda: process_state(child.pid) == "Z", "a zombie")
-        ours, pid = os.getpgrp(), os.getpid()
-        self.assertEqual((table.groups({child.pid, ours}), table.look(pid)["children"]),
-                         ({ours}, [child.pid]))
-        child.wait(TIMEOUT)
-        self.assertEqual((table.look(child.pid), table.usage(child.pid), table.children(child.pid),
-                          table.still(child.pid, 0)), (None, None, [], False))
-        start = round(table.look(pid)["start_time"] * table.TICKS)
-        self.assertEqual([table.still(pid, start + more) for more in (0, 1)], [True, False])
-        with unittest.mock.patch("os.kill", side_effect=PermissionError):
-            self.assertTrue(gaffer.pid_exists(pid), "another user's")
 
 
 # --------------------------------------------------------------------------------------------------
