@@ -4081,7 +4081,7 @@ class ProcessPrograms(ProcessCase):
 
     def test_postgresql(self):
         """INT ends its sessions and writes a checkpoint; what was committed is there again."""
-        tools, user = postgres_folder() or self.skipTest("needs PostgreSQL"), {}
+        tools, user = POSTGRES or self.skipTest("needs PostgreSQL"), {}
         if os.geteuid() == 0:                   # as which PostgreSQL refuses to run
             user = {"uid": "nobody"}
             os.chown(self.folder, pwd.getpwnam("nobody").pw_uid, -1)
@@ -8875,30 +8875,16 @@ def cli_read(path):
         return file.read()
 
 
-def cli_environment(**more):
-    """This process's environment without what changes gaffer or Python, and with `more`."""
-    return dict({name: value for name, value in os.environ.items()
-                 if not name.startswith(("PYTHON", "GAFFER"))}, **more)
-
-
-def cli_connection(address):
-    """An http.client connection to a port, or to a unix socket once somebody listens there."""
-    made = http.client.HTTPConnection("127.0.0.1", address, timeout=TIMEOUT)
-    if isinstance(address, str):
-        made = http.client.HTTPConnection("localhost", timeout=TIMEOUT)
-        made.sock = socket.socket(socket.AF_UNIX)
-        made.sock.settimeout(TIMEOUT)
-        until(lambda: made.sock.connect_ex(address) == 0, "a server at " + address)
-    return made
-
-
 def cli_ask(address, method, path, body=None, headers=None):
-    """(status, headers, body as bytes) of one request. `body`: a string, bytes, or JSON."""
-    data = json.dumps(body) if isinstance(body, (dict, list)) else body
-    with contextlib.closing(cli_connection(address)) as connection:
-        connection.request(method, path, data, headers or {})
-        answer = connection.getresponse()
-        return answer.status, answer.headers, answer.read()
+    """(status, headers, body as bytes) of one request to a port or to a unix socket. `body`: a
+    string, bytes, or JSON."""
+    if isinstance(body, (dict, list)):
+        body = json.dumps(body)
+    data = body.encode() if isinstance(body, str) else body or b""
+    lines = {"Host": "localhost", "Connection": "close", **(headers or {})}
+    with contextlib.closing(Wire(address)) as wire:
+        wire.request(path, *map(": ".join, lines.items()), method=method, host=None, body=data)
+        return wire.answer(method)
 
 
 class ForkServer:
@@ -8945,13 +8931,11 @@ class ForkServer:
             ready = select.select([sock, ended], [], [])[0]
             if ended in ready:
                 os.read(ended, 4096)
-                while pipes:
-                    pid, status = os.waitpid(-1, os.WNOHANG)
-                    if not pid:
-                        break
-                    with contextlib.suppress(BrokenPipeError):
-                        os.write(pipes[pid], struct.pack("i", status))
-                    os.close(pipes.pop(pid))
+                with contextlib.suppress(ChildProcessError):
+                    for pid, status in iter(lambda: os.waitpid(-1, os.WNOHANG), (0, 0)):
+                        with contextlib.suppress(BrokenPipeError):
+                            os.write(pipes[pid], struct.pack("i", status))
+                        os.close(pipes.pop(pid))
             if sock in ready:
                 data, ancillary, _, _ = sock.recvmsg(1 << 18, socket.CMSG_SPACE(16))
                 if not data:
@@ -8961,7 +8945,7 @@ class ForkServer:
                 if not pid:
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    cls.run(streams, **json.loads(data))
+                    return cls.run(streams, **json.loads(data))
                 pipes[pid] = pipe
                 with contextlib.suppress(BrokenPipeError):
                     os.write(pipe, struct.pack("i", pid))
@@ -8970,44 +8954,33 @@ class ForkServer:
 
     @staticmethod
     def run(streams, arguments, environment, folder, group):
-        """In a process of its own: call main(), and end as the interpreter ends."""
-        status = 1
-        try:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)        # as the first lines of gaffer.py do
-            for number, fd in enumerate(streams):
-                os.dup2(fd, number)
-            os.closerange(3, 256)
-            os.setpgid(0, group)
-            os.chdir(folder)
-            os.environ.clear()
-            os.environ.update(environment)
-            sys.argv[:] = ["gaffer.py", *arguments]
-            sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = (
-                open(0, closefd=False), open(1, "w", closefd=False),
-                open(2, "w", 1, errors="backslashreplace", closefd=False))
-            warnings.simplefilter("error")
-            faulthandler.enable()
-            try:
-                status = gaffer.main() or 0
-            except SystemExit as error:
-                status = error.code or 0
-            for thread in threading.enumerate():
-                if thread is not threading.current_thread() and not thread.daemon:
-                    thread.join()
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
+        """Call main() and do what the interpreter does in the end. Returns main()'s status."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # as the first lines of gaffer.py do
+        for number, fd in enumerate(streams):
+            os.dup2(fd, number)
+        os.closerange(3, 256)
+        os.setpgid(0, group)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv[:] = ["gaffer.py", *arguments]
+        sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = (
+            open(0, closefd=False), open(1, "w", closefd=False),
+            open(2, "w", 1, errors="backslashreplace", closefd=False))
+        warnings.simplefilter("error")
+        faulthandler.enable()
+        status = gaffer.main() or 0
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        return status
 
 
 class ForkedCommand(subprocess.Popen):
     """`gaffer.py ARGUMENTS`, forked by the ForkServer."""
 
-    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env,
-                       startupinfo, creationflags, shell, *pipes_and_more):
-        pipes = pipes_and_more[:6]      # of stdin, stdout and stderr: the ends to read and to write
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more):
+        pipes = more[3:9]               # of stdin, stdout and stderr: the ends to read and to write
         streams = [number if fd == -1 else fd
                    for number, fd in enumerate((pipes[0], pipes[3], pipes[5]))]
         self._pipe, write = os.pipe()
@@ -9052,9 +9025,8 @@ class CliProcess:
             self.stop(None, self.process.wait())
             raise AssertionError("it printed %r and %r" % (self.first_line, self.stderr))
         self.urls = match.group(1).split(", ")
-        self.ports = [int(url.rpartition(":")[2].partition("/")[0])
-                      for url in self.urls if not url.startswith("unix:")]
-        self.port = self.ports[0] if self.ports else None
+        port = re.search(r"//.*?:([0-9]+)", match.group(1))
+        self.port = port and int(port.group(1))
 
     def expect_stderr(self, *patterns):
         """Each is found in a line of its stderr. It has to come; any other line fails the test."""
@@ -9065,8 +9037,7 @@ class CliProcess:
         return text in os.pread(self._stderr.fileno(), 1 << 20, 0).decode()
 
     def stop(self, signum=signal.SIGTERM, status=0):
-        """Signal it (None: it has been), wait for its end; returns the exit status, which has to be
-        `status`."""
+        """Signal it (None: it has been), and wait for its end, which has to have this status."""
         if signum is not None:
             self.process.send_signal(signum)
         self.stdout, _ = self.process.communicate(timeout=TIMEOUT)
@@ -9074,11 +9045,6 @@ class CliProcess:
         self.stderr = self._stderr.read()
         self._stderr.close()
         assert self.process.returncode == status, (self.process.returncode, self.stderr)
-        return status
-
-    def kill(self):
-        """SIGKILL."""
-        self.stop(signal.SIGKILL, -signal.SIGKILL)
 
     def close(self):
         """For cleanups: it is stopped, if it still runs, and printed what is expected alone."""
@@ -9157,21 +9123,9 @@ class CliCase(Case):
     def called(self, *arguments):
         """The same of main(), called in this process: it is a hundred times faster."""
         out, err = io.StringIO(), io.StringIO()
-        handlers, logging.root.handlers = logging.root.handlers, []
-        level = logging.root.level
-        # where it serves, though it should not
-        ender = threading.Timer(TIMEOUT, os.kill, (os.getpid(), signal.SIGTERM))
-        ender.start()
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                status = gaffer.main(list(arguments))
-        except SystemExit as error:
-            status = error.code
-        finally:
-            ender.cancel()
-            ender.join()
-            logging.root.handlers = handlers
-            logging.root.setLevel(level)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+                unittest.mock.patch.object(logging.root, "handlers", []):
+            status = gaffer.main(list(arguments))
         return status, out.getvalue(), err.getvalue()
 
     def call(self, *arguments, status=0, err=""):
@@ -9190,49 +9144,43 @@ class CliCase(Case):
 class CliServe(CliCase):
     """Options of `serve`, and its output."""
 
-    def test_options(self):
-        """As a script, in a folder from which nothing is imported: all that `serve` takes."""
-        folder = self.folder()
-        for name in ("json", "types", "marshal", "argparse", "socket"):
-            self.file(folder, name + ".py", "raise SystemExit('from the current folder')\n")
-        server = self.run_program(
-            [*CLI_SCRIPT, "serve", "--bind", "127.0.0.1:0", "--bind", "unix:socket", "--window",
-             "256", "--cors-origin", "https://a.example", "--allow-host", "a.example"], cwd=folder)
-        self.assertRegex(server.first_line, r"\Agaffer [0-9.]+ listening on http://127\.0\.0\.1:"
-                                            r"[0-9]+, unix:socket\n\Z")
-        self.assertEqual(cli_ask(folder + "/socket", "GET", "/ping")[2], b"OK")
-        shown = cli_read("/proc/%d/cmdline" % server.process.pid).split("\0")
-        self.assertEqual(shown[shown.index(CLI_FILE) + 1:][:2], ["serve", "--bind"])
-        resident = re.search(r"VmRSS:\s+(\d+)", cli_read("/proc/%d/status" % server.process.pid))
-        self.assertLess(int(resident.group(1)), 21 * 1024)
-        opened = self._descriptors(server.process.pid)
-        self.assertEqual([path for path in opened if "deleted" in path], [])
-        for name, status in ("a", 404), ("b", 403):
-            origin, host = "https://%s.example" % name, name + ".example"
-            found = server.request("POST", "/processes/x/_stop", None, {"Origin": origin})
-            self.assertEqual((found[0], found[1]["Access-Control-Allow-Origin"]),
-                             (status, origin if status == 404 else None))
-            self.assertEqual(server.request("GET", "/nothing", None, {"Host": host})[0], status)
-        server.add("a", {"cmd": "printf %999d; exec cat", "shell": True}, redirect_input=True)
-        until(lambda: server.request("HEAD", "/streams/1/stdout")[1]["Gaffer-Offset"] == "999")
-        headers = server.request("GET", "/streams/1/stdout?since=0")[1]
-        self.assertEqual(headers["Gaffer-Dropped"], str(999 - 256))
-        self.assertEqual((server.stop(), server.stdout, server.stderr), (0, "", ""))
-        self.assertFalse(os.path.exists(folder + "/socket"))
-
     @staticmethod
     def _descriptors(os_pid):
         return list(map(os.path.realpath, glob.glob("/proc/%d/fd/*" % os_pid)))
 
-    def test_bytecode_that_cannot_be_cached(self):
-        """It runs as it is, and ps shows what runs."""
+    def test_options(self):
+        """As a script, in a folder from which nothing is imported: all that `serve` takes."""
+        folder = self.folder()
+        for name in "json", "argparse", "socket":
+            self.file(folder, name + ".py", "raise SystemExit('from the current folder')\n")
         server = self.run_program(
-            [PYTHON, "-B", CLI_FILE, "serve", "--bind", "127.0.0.1:0"],
-            env=dict(self.env, PYTHONPYCACHEPREFIX=self.folder()))
-        words = cli_read("/proc/%d/cmdline" % server.process.pid).split("\0")[1:]
-        room = re.search(r"FDSize:\s+(\d+)", cli_read("/proc/%d/status" % server.process.pid))
-        self.assertGreaterEqual(int(room.group(1)), min(gaffer.files_max(), gaffer.FILES_EXPECTED))
-        self.assertEqual(words[:3], ["-B", CLI_FILE, "serve"])
+            [*CLI_SCRIPT, "serve", "--bind", "127.0.0.1:0", "--bind", "unix:socket", "--window",
+             "256", "--cors-origin", "https://a.example", "--allow-host", "a.example"], cwd=folder)
+        self.assertRegex(server.first_line, r"http://127\.0\.0\.1:[0-9]+, unix:socket\n\Z")
+        self.assertEqual(cli_ask(folder + "/socket", "GET", "/ping")[2], b"OK")
+        self.assertIn(CLI_FILE + "\0serve\0", cli_read("/proc/%d/cmdline" % server.process.pid))
+        status = cli_read("/proc/%d/status" % server.process.pid)
+        resident, room = (int(re.search(name + r":\s+(\d+)", status).group(1))
+                          for name in ("VmRSS", "FDSize"))
+        self.assertLess(resident, 21 * 1024)
+        self.assertGreaterEqual(room, min(gaffer.files_max(), gaffer.FILES_EXPECTED))
+        for name, value, status in (
+                ("Origin", "https://a.example", 404), ("Origin", "https://b.example", 403),
+                ("Host", "a.example", 404), ("Host", "b.example", 403)):
+            found = server.request("POST", "/processes/x/_stop", None, {name: value})
+            self.assertEqual(found[0], status, value)
+        server.add("a", "printf %999d; exec cat", shell=True, redirect_input=True)
+        until(lambda: server.request("HEAD", "/streams/1/stdout")[1]["Gaffer-Offset"] == "999")
+        headers = server.request("GET", "/streams/1/stdout?since=0")[1]
+        self.assertEqual(headers["Gaffer-Dropped"], str(999 - 256))
+        server.stop()
+        self.assertEqual(server.stdout, "")
+        self.assertFalse(os.path.exists(folder + "/socket"))
+
+    def test_bytecode_that_cannot_be_cached(self):
+        server = self.run_program([PYTHON, "-B", CLI_FILE, "serve", "--bind", "127.0.0.1:0"],
+                                  env=dict(self.env, PYTHONPYCACHEPREFIX=self.folder()))
+        self.assertEqual(server.request("GET", "/ping")[2], b"OK")
 
     @unittest.skipUnless(hasattr(os, "pidfd_open"), "children are polled here")
     def test_a_quiet_server_makes_no_system_call(self):
@@ -9240,12 +9188,11 @@ class CliServe(CliCase):
         server = self.start()
         server.add("cat", "cat", redirect_input=True)
         for target in ("/streams/1/stdout?feed=continuous&heartbeat=true", "/watch",
-                       "/streams/1/stdout?feed=eventsource", "/watch?feed=eventsource",
-                       "/streams/1/stdout?timeout=1000", "/ping", ""):
+                       "/watch?feed=eventsource", "/streams/1/stdout?timeout=1000", "/ping", ""):
             wire = Wire(server.port)
             self.addCleanup(wire.close)
             wire.request(target) if target else wire.upgrade("/wstreams/1")
-        server.ok("POST", "/streams/1/stdin", "partial line")
+        wire.text("partial line")
         self.assertEqual(wire.read(), (1, b"partial line"))
 
         def switches():
@@ -9260,55 +9207,46 @@ class CliServe(CliCase):
         until(quiet, "a quiet second")
 
     def test_standard_streams(self):
-        """All closed, a reader that has gone, a full disk: it goes on. See HttpLogs."""
+        """All closed, a reader that has gone: it goes on. See HttpLogs."""
         read, gone = os.pipe()
         os.close(read)
-        full = os.open("/dev/full", os.O_WRONLY)
-        for fd in gone, full:
-            self.addCleanup(os.close, fd)
+        self.addCleanup(os.close, gone)
         path = os.path.join(self.folder(), "socket")
         closed = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', PYTHON, CLI_FILE]
+
+        def listens():
+            with socket.socket(socket.AF_UNIX) as sock:
+                return sock.connect_ex(path) == 0
         for popen, command, out, err in (
-                (subprocess.Popen, closed, 1, 2), (ForkedCommand, [], gone, subprocess.PIPE),
-                (ForkedCommand, ["-v"], full, full)):
+                (subprocess.Popen, closed, 1, 2), (ForkedCommand, ["-v"], gone, gone)):
             with self.subTest(command=command, out=out), popen(
                     command + ["serve", "--bind", "unix:" + path], stdin=subprocess.DEVNULL,
                     stdout=out, stderr=err, env=self.env) as process:
                 self.addCleanup(process.kill)
-                cli_ask(path, "POST", "/processes",
-                        {"name": "cat", "cmd": "cat", "redirect_input": True})
-                cli_ask(path, "POST", "/streams/1/stdin", "through\n")
+                until(listens)
+                cli_ask(path, "POST", "/processes", {"name": "a", "cmd": "echo a line"})
                 answer = cli_ask(path, "GET", "/streams/1/stdout?since=0")
-                self.assertEqual(answer[2], b"through\n")
+                self.assertEqual(answer[2], b"a line\n")
                 process.terminate()
-                said = process.communicate(timeout=TIMEOUT)[1]
-                self.assertEqual((process.returncode, said or b""), (0, b""))
+                self.assertEqual(process.wait(TIMEOUT), 0)
 
     def test_token(self):
         path = self.file(self.folder(), "token", "s3cret\n")
-        good, bad = ({"Authorization": "Bearer " + word} for word in ("s3cret", "another"))
-        for variable in "a\nb", " \n":          # no client could send it
-            with unittest.mock.patch.dict(self.env, GAFFER_TOKEN=variable):
-                self.assertEqual(self.outcome("serve", "--bind", "127.0.0.1:0"), (
-                    1, "", "gaffer: GAFFER_TOKEN must hold one line, the token\n"))
-        for arguments, variable in (("--token-file", path), "another"), ((), " s3cret\n"):
-            with self.subTest(arguments=arguments):
-                env = dict(self.env, GAFFER_TOKEN=variable)
-                server = self.start(*arguments, env=env)
-                server.expect_stderr("WARNING a wrong token came from ")
-                self.assertEqual([server.request("GET", "/processes", None, headers)[0]
-                                  for headers in ({}, bad, good)], [401, 401, 200])
-                server.ok("POST", "/processes", {"name": "a", "cmd": "sleep 1000"}, good)
-                os_pid = server.ok("GET", "/processes/1", headers=good)["os_pid"]
-                self.assertNotIn("GAFFER_TOKEN", cli_read("/proc/%d/environ" % os_pid))
+        good = {"Authorization": "Bearer s3cret"}
+        with unittest.mock.patch.dict(os.environ, GAFFER_TOKEN="a\nb"):
+            self.call("serve", status=1, err="gaffer: GAFFER_TOKEN must hold one line, the token\n")
+        for arguments, variable in (["--token-file", path], "another"), ([], " s3cret\n"):
+            server = self.start(*arguments, env=dict(self.env, GAFFER_TOKEN=variable))
+            self.assertEqual(server.request("GET", "/processes")[0], 401)
+            server.ok("POST", "/processes", {"name": "a", "cmd": "sleep 1000"}, good)
+            os_pid = server.ok("GET", "/processes/1", headers=good)["os_pid"]
+            self.assertNotIn("GAFFER_TOKEN", cli_read("/proc/%d/environ" % os_pid))
 
     @unittest.skipUnless(shutil.which("openssl"), "needs openssl for a certificate")
     def test_tls(self):
         """Both sides: what serve does with a certificate, and what commands say of it."""
         cert, key = make_certificate(self.folder())
-        server = self.start("--certfile", cert, "--keyfile", key)
-        url = server.urls[0]
-        self.assertEqual(url[:18], "https://127.0.0.1:")
+        url = self.start("--certfile", cert, "--keyfile", key).urls[0]
         for endpoint, more, status, err in (
                 (url, ["--cacert", cert], 0, ""),
                 (url, [], 6, "gaffer: .*cannot be trusted.*--cacert\n"),
@@ -9317,68 +9255,38 @@ class CliServe(CliCase):
             self.call("processes", "--endpoint", endpoint, *more, status=status, err=err)
 
     def test_verbose(self):
-        for arguments, level in ((), 0), (("-v",), 1), (("-v", "--verbose"), 2):
-            with self.subTest(arguments=arguments):
-                server = self.start("serve", "--bind", "127.0.0.1:0", *arguments)
-                server.add("a", {"cmd": "echo a word; exec sleep 1000", "shell": True})
-                server.request("GET", "/streams/1/stdout?since=0")      # the word has come
-                server.stop()
-                if level > 0:
-                    server.expect_stderr(r" INFO a: (create|start|stop|stop_pid \(.*)$",
-                                         r" INFO a: spawn \(pid 1, os pid \d+\)$",
-                                         r" INFO a: exit \(pid 1, os pid \d+, signal 15\)$")
-                if level > 1:
-                    self.assertIn(" DEBUG a stdout | a word\n", server.stderr)
-                    server.expect_stderr(r" DEBUG (a stdout \| a word|a client has left: .*)$")
-
-    def test_access_log(self):
-        """To a file it goes in CliDaemon.test_log_files_are_reopened."""
-        server = self.start("--access-log", "-")
-        server.request("GET", "/ping")
-        server.stop()
-        server.expect_stderr("GET /ping")
-        self.assertEqual([line[2:5] for line in access_lines(server.stderr)],
-                         [("GET /ping HTTP/1.1", 200, 2)])
+        """And the access log, which goes to a file in CliDaemon.test_log_files_are_reopened."""
+        events = (r" INFO a: (create|start|stop|stop_pid \(.*)$",
+                  r" INFO a: spawn \(pid 1, os pid \d+\)$",
+                  r" INFO a: exit \(pid 1, os pid \d+, signal 15\)$")
+        for arguments, patterns in (
+                (["--access-log", "-"], ['"POST /pro.* 200 ', '"GET /st.* 200 ']), (["-v"], events),
+                (["-v", "--verbose"], [*events, " DEBUG a (stdout . a word|client has left.*)"])):
+            server = self.start(*arguments)
+            server.add("a", "echo a word; exec sleep 1000", shell=True)
+            server.request("GET", "/streams/1/stdout?since=0")      # the word has come
+            server.stop()
+            server.expect_stderr(*patterns)
+        self.assertIn(" DEBUG a stdout | a word\n", server.stderr)
 
 
 class CliSignals(CliCase):
     """INT, TERM, and how everything ends."""
 
-    # says so when it gets TERM, and goes on
-    STUBBORN = """
-        import os, signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        os.write(1, b"ready\\n")
-        while True:
-            signal.sigwait([signal.SIGTERM])
-            os.write(1, b"term\\n")
-        """
-
-    def test_order(self):
-        """The newest is told first; all are gone when gaffer ends."""
-        for signum in signal.SIGINT, signal.SIGTERM:
-            with self.subTest(signum=signum):
-                server = self.start("-v")
-                os_pids = [server.add(name, "sleep 1000")[0] for name in ("a", "b", "c")]
-                server.stop(signum)
-                self.assertEqual(self.stopped(server), ["c", "b", "a"])
-                self.assertFalse(any(map(alive, os_pids)))
-
     def test_second_signal(self):
         """It kills at once, and SIGQUIT does by itself."""
-        term, interrupt, end = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT
-        for signums in (interrupt, term), (end,):
-            with self.subTest(signums=signums):
-                server = self.start()
-                os_pid, = server.add("a", python(self.STUBBORN), graceful_timeout=1000)
-                said = server.request("GET", "/streams/1/stdout?since=0")[2]
-                for signum in signums[:-1]:
-                    server.process.send_signal(signum)
-                    said = server.request("GET", "/streams/1/stdout?since=6")[2]
-                    self.assertTrue(alive(os_pid))
-                self.assertEqual(said, b"term\n" if signums[1:] else b"ready\n")
-                server.stop(signums[-1])
-                self.assertFalse(alive(os_pid))
+        stubborn = python(PROCESS_AWAITS_TERM + "while True:\n"
+                          "    os.write(1, b'ready\\n')\n    signal.sigwait([15])")
+        for first, last in (signal.SIGINT, signal.SIGTERM), (None, signal.SIGQUIT):
+            server = self.start()
+            os_pid, = server.add("a", stubborn, graceful_timeout=1000)
+            server.request("GET", "/streams/1/stdout?since=0")
+            if first:
+                server.process.send_signal(first)
+                server.request("GET", "/streams/1/stdout?since=6")
+                self.assertTrue(alive(os_pid))
+            server.stop(last)
+            self.assertFalse(alive(os_pid), last)
 
     # after the handler of a fault the same fault comes again: these are left alone
     FAULTS = {signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV}
@@ -9387,24 +9295,22 @@ class CliSignals(CliCase):
     STOPS = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 
     def test_signals_that_end(self):
-        """Each of them leaves neither a process nor the pid file behind."""
-        def ends(signum):
+        """The newest process is told first. Neither one nor the pid file is left."""
+        def end(signum):
             pidfile = os.path.join(self.folder(), "pid")
-            arguments = ["serve", "--bind", "127.0.0.1:0", "--pidfile", pidfile]
+            arguments = ["serve", "--bind", "127.0.0.1:0", "--pidfile", pidfile, "-v"]
             if signum == signal.SIGABRT:        # a forked command shows its stacks
                 server = self.run_program(CLI_COMMAND + arguments)
             else:
                 server = self.start(*arguments)
-            os_pid, = server.add("a", "sleep 1000")
-            status = server.stop(signum)
-            return signum, status, server.stderr, alive(os_pid), os.path.exists(pidfile)
+            os_pids = [server.add(name, "sleep 1000")[0] for name in ("a", "b", "c")]
+            server.stop(signum)
+            self.assertFalse(any(map(alive, os_pids)) or os.path.exists(pidfile), signum)
+            self.assertEqual(self.stopped(server), ["c", "b", "a"], signum)
         others = self.FAULTS | self.GO_ON | self.STOPS | {signal.SIGKILL}
-        ending = [signum for signum in signal.valid_signals() - others
-                  if not signal.SIGRTMIN < signum]
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            for signum, *outcome in pool.map(ends, ending):
-                with self.subTest(signum=signum):
-                    self.assertEqual(outcome, [0, "", False, False])
+            list(pool.map(end, (signum for signum in signal.valid_signals() - others
+                                if signum <= signal.SIGRTMIN)))
 
     def test_signals_that_end_nothing(self):
         """A stop is one of gaffer, not of its processes."""
@@ -9428,66 +9334,56 @@ class CliSignals(CliCase):
         else:
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         os.execv(sys.argv[2], sys.argv[2:])"""
-    SIGNALS = "grep -E '^Sig(Blk|Ign)' /proc/self/status; echo end; exec sleep 1000"
 
     def test_careless_parent(self):
         """Neither gaffer nor its processes are deaf to what was blocked or ignored when it was
         started, and exits are told as they are."""
         for how in "blocked", "ignored":
-            with self.subTest(how):
-                server = self.run_program([PYTHON, "-c", self.CARELESS, how, *CLI_COMMAND,
-                                           "serve", "--bind", "127.0.0.1:0"])
-                os_pid, = server.add("a", self.SIGNALS, shell=True)
-                data = b""
-                while not data.endswith(b"end\n"):
-                    path = "/streams/a/stdout?since=%d" % len(data)
-                    data += server.request("GET", path)[2]
-                masks = [int(mask, 16) for mask in re.findall(rb"Sig...:\t([0-9a-f]+)", data)]
-                # not the C library's own two, which its posix_spawn() ignores
-                self.assertEqual([mask % (1 << 31) for mask in masks], [0, 0], data)
-                server.add("b", "exit 3", shell=True)
-                event = server.ok("GET", "/watch/proc/b/exit?since=0")
-                self.assertEqual(event["exit_status"], 3)
-                server.expect_stderr("WARNING b: exit .*status 3")
-                if how == "ignored":            # nohup
-                    server.process.send_signal(signal.SIGHUP)
-                    self.assertEqual(server.ok("GET", "/status/a")["os_pids"], [os_pid])
-                server.stop()
-                self.assertFalse(alive(os_pid))
+            server = self.run_program([PYTHON, "-c", self.CARELESS, how, *CLI_COMMAND,
+                                       "serve", "--bind", "127.0.0.1:0"])
+            os_pid, = server.add("a", "echo $(grep -E '^Sig(Blk|Ign)' /proc/self/status); "
+                                 "exec sleep 1000", shell=True)
+            data = server.request("GET", "/streams/1/stdout?since=0")[2].split()
+            # not the C library's own two, which its posix_spawn() ignores
+            self.assertEqual([int(mask, 16) % (1 << 31) for mask in data[1::2]], [0, 0], how)
+            server.add("b", "exit 3", shell=True)
+            event = server.ok("GET", "/watch/proc/b/exit?since=0")
+            self.assertEqual(event["exit_status"], 3)
+            server.expect_stderr("WARNING b: exit .*status 3")
+            if how == "ignored":                # nohup
+                server.process.send_signal(signal.SIGHUP)
+                self.assertEqual(server.ok("GET", "/status/a")["os_pids"], [os_pid])
+            server.stop()
+            self.assertFalse(alive(os_pid))
 
     @unittest.skipUnless(os.geteuid() == 0 and shutil.which("setpriv"), "needs root and setpriv")
     def test_another_users_process(self):
-        """A user's gaffer runs a program that becomes root: it is named once and left running."""
+        """A user's gaffer runs programs that become root: each is named once and left running."""
         folder = tempfile.TemporaryDirectory(dir="/tmp")        # where another user may look
         self.addCleanup(folder.cleanup)
         os.chmod(folder.name, 0o755)
         program = shutil.copy(shutil.which("setpriv"), folder.name)
         os.chmod(program, 0o4755)
         become = program + " --reuid 0 --clear-groups sh -c 'echo ready; exec sleep 1000'"
-        command = [PYTHON, "-c", CLI_IMPORT + "import os; gaffer.make_parser('serve').format_help()"
-                   "; os.setgid(61234); os.setuid(61234)" + CLI_MAIN,
-                   "serve", "--bind", "127.0.0.1:0"]
-        for cmd, twice in (become + "; true", False), (become, True):
-            with self.subTest(cmd, twice=twice):
-                server = self.run_program(command, cwd="/")
-                leader, = server.add("a", cmd, shell=cmd != become)
-                ready = [server.request("GET", "/streams/1/stdout?since=0")[2]]
-                os_pid, = set(process_group(leader)) - {leader} or {leader}
-                try:
-                    if twice:
-                        server.add("b", "trap '' TERM; echo ready; exec sleep 1000", shell=True)
-                        ready.append(server.request("GET", "/streams/2/stdout?since=0")[2])
-                        server.process.send_signal(signal.SIGTERM)
-                        until(lambda: server.ok("GET", "/status/a")["stopping"], "the stop of a")
-                    server.stop(signal.SIGINT)
-                    self.assertTrue(alive(os_pid))
-                finally:
-                    os.kill(os_pid, signal.SIGKILL)
-                self.assertEqual(set(ready), {b"ready\n"})
-                words = (r" a \(pid 1\): os pid \d+ runs as another user and cannot be signalled:"
-                         " it is left to itself$")
-                server.expect_stderr(words)
-                self.assertEqual(server.stderr.count("\n"), 1, server.stderr)
+        server = self.run_program(
+            [PYTHON, "-c", CLI_IMPORT + "import os; gaffer.make_parser('serve').format_help()"
+             "; os.setgid(61234); os.setuid(61234)" + CLI_MAIN, "serve", "--bind", "127.0.0.1:0"],
+            cwd="/")
+        leader, = server.add("a", become)
+        shell, = server.add("b", become + "; true", shell=True)
+        for pid in 1, 2:
+            said = server.request("GET", "/streams/%d/stdout?since=0" % pid)[2]
+            self.assertEqual(said, b"ready\n")
+        os_pids = [leader, *set(process_group(shell)) - {shell}]
+        try:
+            server.stop()
+            self.assertEqual(list(map(alive, os_pids)), [True, True])
+        finally:
+            for os_pid in os_pids:
+                os.kill(os_pid, signal.SIGKILL)
+        server.expect_stderr(r" [ab] \(pid \d\): os pid \d+ runs as another user and cannot be "
+                             "signalled: it is left to itself$")
+        self.assertEqual(server.stderr.count("\n"), 2, server.stderr)
 
     def test_ctrl_c_within_the_imports(self):
         """Silent, as later: a module of the standard library is one that sends the signal."""
@@ -9495,50 +9391,38 @@ class CliSignals(CliCase):
         self.file(folder, "socketserver.py",
                   "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nsignal.sigwait([])\n")
         for command in ["-m", "gaffer", "watch"], [CLI_FILE, "up"]:
-            with self.subTest(command):
-                run = subprocess.run(
-                    [PYTHON, *command], cwd=HERE, env=dict(self.env, PYTHONPATH=folder),
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT)
-                self.assertEqual((run.returncode, run.stdout, run.stderr),
-                                 (-signal.SIGINT, b"", b""))
+            run = subprocess.run(
+                [PYTHON, *command], cwd=HERE, env=dict(self.env, PYTHONPATH=folder),
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT)
+            self.assertEqual((run.returncode, run.stdout), (-signal.SIGINT, b""), command)
 
 
 class CliExit(CliCase):
     """--exit-with and --exit-when-done: gaffer's status is a process's; life as pid 1."""
 
-    # ends as it is told by tell()
+    # ends as it is told on its stdin
     MAIN = {"cmd": 'read words; eval "$words"', "shell": True, "redirect_input": True}
-
-    def tell(self, server, words, status=None, name="main"):
-        """Let a process with stdin end so. `status`: of gaffer's end that follows."""
-        if words:
-            server.ok("POST", "/streams/%s/stdin" % name, words + "\n")
-        if status or name != "main":
-            server.expect_stderr(r"WARNING %s: exit \(.*, (status|signal) [1-9]\d*\)$" % name)
-        if status is not None:
-            server.stop(None, status)
 
     def test_exit_with(self):
         for words, status in ("exit 7", 7), ("exit 0", 0), ("kill -9 $$", 137):
-            with self.subTest(words=words):
-                server = self.start("-v", "--exit-with", "main")
-                os_pids = [server.add(name, self.MAIN)[0] for name in ("a", "main", "b")]
-                # what is left of its group ends, too
-                self.tell(server, "sleep 1000 & " + words, status)
-                self.assertEqual(self.stopped(server), ["b", "a"])
-                self.assertFalse([os_pid for os_pid in os_pids if process_group(os_pid)])
+            server = self.start("-v", "--exit-with", "main")
+            os_pids = [server.add(name, self.MAIN)[0] for name in ("a", "main", "b")]
+            # what is left of its group ends, too
+            server.ok("POST", "/streams/main/stdin", "sleep 1000 & %s\n" % words)
+            server.stop(None, status)
+            self.assertEqual(self.stopped(server), ["b", "a"])
+            server.expect_stderr(*["WARNING main: exit"] * (status > 0))
+            self.assertFalse([os_pid for os_pid in os_pids if process_group(os_pid)])
 
     def test_what_does_not_end_it(self):
         """Other templates, a stop and a restart over HTTP; TERM is no exit of the process."""
         server = self.start("--exit-with", "main")
-        server.add("other", self.MAIN)
-        self.tell(server, "exit 3", name="other")
-        event = server.ok("GET", "/watch/proc/other/exit?since=0")
-        self.assertEqual(event["exit_status"], 3)
+        server.add("other", "exit 3", shell=True, restart="never")
+        server.expect_stderr("WARNING other: (exit|fail)")
+        server.ok("GET", "/watch/proc/other/exit?since=0")
         server.add("main", self.MAIN)
-        for path in ("2/_stop?wait=true", "main/_restart?wait=true", "main/_stop?wait=true"):
-            server.ok("POST", "/processes/" + path)
-        server.ok("POST", "/processes/main/_start")
+        for path in "2/_stop", "main/_restart", "main/_stop", "main/_start":
+            server.ok("POST", "/processes/%s?wait=true" % path)
         self.assertEqual(server.ok("GET", "/status/main")["running"], 1)
         server.stop()
 
@@ -9546,25 +9430,21 @@ class CliExit(CliCase):
         """The status is the first failure's; what waits for a failure waits for ever."""
         def sh(words, **options):
             return dict({"cmd": "sh -c '%s'" % words, "restart": "never"}, **options)
-        well, flapping = {"cmd": "true", "restart": "never"}, {
-            "attempts": 2, "window": 100, "max_retry": 0}
         for status, templates in (
-                (0, {"a": well, "b": sh("exit 3", success=[3])}),
-                (137, {"a": well, "fails": sh("kill -KILL $$$$")}),
-                (3, {"fails": sh("exit 3", restart="on-failure", flapping=flapping),
+                (0, {"a": sh(""), "b": sh("exit 3", success=[3])}),
+                (137, {"a": sh(""), "fails": sh("kill -KILL $$$$")}),
+                (3, {"fails": sh("exit 3", restart="on-failure", flapping={"max_retry": 0}),
                      "b": sh("sleep 0.1")}),
-                (5, {"fails": sh("exit 5"), "b": dict(well, after=["fails"])})):
-            with self.subTest(status):
-                text = json.dumps({"process": templates})
-                server = self.start("--exit-when-done", self.file(self.folder(), "g.json", text))
-                server.stop(None, status)
-                if status:
-                    server.expect_stderr("WARNING fails: (exit|fail|stop|flap)")
+                (5, {"fails": sh("exit 5"), "b": sh("", after=["fails"])})):
+            text = json.dumps({"process": templates})
+            server = self.start("--exit-when-done", self.file(self.folder(), "g.json", text))
+            server.stop(None, status)
+            server.expect_stderr(*["WARNING fails: (exit|fail|stop|flap)"] * (status > 0))
 
     def test_when_it_is_done(self):
         """Not before something has run, nor while anything may."""
         server = self.start("--exit-when-done")
-        server.add("job", {"cmd": "true", "restart": "never"}, start=False)
+        server.add("job", "true", restart="never", start=False)
         server.add("web", "sleep 1000")
         server.ok("POST", "/processes/job/_start")
         server.ok("GET", "/watch/proc/job/done?since=0")
@@ -9592,13 +9472,13 @@ class CliFaults(CliCase):
     def keep(self, server):
         """A function that sends requests on a connection that is open already, and returns (status,
         value) of each."""
-        connection = cli_connection(server.port)
-        self.addCleanup(connection.close)
+        wire = Wire(server.port)
+        self.addCleanup(wire.close)
 
         def ask(method, path, body=None):
-            connection.request(method, path, None if body is None else json.dumps(body))
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
+            wire.request(path, method=method, body=json.dumps(body).encode() if body else b"")
+            status, _, data = wire.answer()
+            return status, json.loads(data)
         ask("GET", "/processes")
         return ask
 
@@ -9611,12 +9491,6 @@ class CliFaults(CliCase):
     def restarted(ask, name, before):
         """Wait until another process of the template runs."""
         until(lambda: {*ask("GET", "/status/" + name)[1]["os_pids"]} - {before}, "the restart")
-
-    def said_once(self, server, *texts):
-        """A process was killed, and each text was logged once."""
-        server.stop()
-        server.expect_stderr("WARNING x: exit .*signal 9", *texts)
-        self.assertEqual([server.stderr.count(text) for text in texts], [1] * len(texts))
 
     def test_no_descriptor_for_a_process(self):
         """Whichever step of a spawn fails: 503, and nothing of it is left."""
@@ -9637,7 +9511,7 @@ class CliFaults(CliCase):
         self.restarted(ask, "x", child)
         self.assertEqual(ask("DELETE", "/processes/x")[0], 200)
         until(lambda: self.descriptors(server) == before, "the same descriptors")
-        self.said_once(server)
+        server.expect_stderr("WARNING x: exit .*signal 9")
 
     def test_no_descriptor_at_all(self):
         """A process that dies meanwhile, with one of its group left, comes back; a connection waits
@@ -9657,7 +9531,10 @@ class CliFaults(CliCase):
                 self.assertEqual((status, value["error"]), (503, "busy"))
             self.assertIn(b"200 OK", late.recv(1000))
         self.restarted(ask, "x", leader)
-        self.said_once(server, "no connection can be accepted", "cannot be started")
+        server.stop()
+        server.expect_stderr("WARNING x: exit .*signal 9", "no connection can be accepted",
+                             "x cannot be started")
+        self.assertEqual(server.stderr.count("\n"), 3, server.stderr)
 
 
 class StreamsFrozen(StreamsCase):
@@ -9667,37 +9544,30 @@ class StreamsFrozen(StreamsCase):
         meanwhile was in time, and beats that were missed are not made up for."""
         ahead = 0.0
         loop = gaffer.Loop(lambda: time.monotonic() + ahead)
-        manager = functools.partial(gaffer.Manager, loop=loop)
-        with unittest.mock.patch("gaffer.Manager", manager):
+        with unittest.mock.patch("gaffer.Manager", functools.partial(gaffer.Manager, loop=loop)):
             server = self.server = Running()
         self.addCleanup(server.stop_all)
-        pid, = server.add("x", "cat", redirect_input=True)
-        server.add("y", "cat", redirect_input=True, graceful_timeout=3)
-        idle, half = self.wire(), self.wire().send(b"GET /ping HTTP/1.1\r\n")
-        poll = self.wire().request("/streams/%d/stdout?since=0" % pid)
-        block = self.wire("/streams/%d/stdout?feed=continuous&loss=block" % pid)
-        beats = self.wire("/streams/y/stdout?feed=continuous&heartbeat=300")
-        made = self.websocket("/wstreams/%d" % pid)
+        for name in "x", "y":
+            server.add(name, "cat", redirect_input=True, graceful_timeout=3)
+        half = self.wire().send(b"GET /ping HTTP/1.1\r\n")
+        poll = self.wire().request("/streams/1/stdout?since=0")
+        block = self.wire("/streams/1/stdout?feed=continuous&loss=block")
+        beats = self.wire("/streams/2/stdout?feed=continuous&heartbeat=300")
+        made = self.websocket("/wstreams/1")
         until(lambda: loop.call(lambda: any(
             channel.kind == "longpoll" for channel in server.http.channels)), "the long poll")
         go_on, halted = threading.Event(), threading.Event()
         loop.call_soon(lambda: (halted.set(), go_on.wait(TIMEOUT)))
         self.assertTrue(halted.wait(TIMEOUT))
-        idle.request("/ping")
         half.send(b"Host: localhost\r\n\r\n")
         made.text("hello\n")
         ahead += 1000.0
         go_on.set()
-        self.assertEqual([each.answer()[0] for each in (idle, half, poll)], [200] * 3)
-        self.assertEqual((made.read(), block.chunk(), beats.chunk()),
-                         ((1, b"hello\n"), b"hello\n", b"\n"))
-        self.send("y", b"x\n")
+        self.assertEqual((half.answer()[2], poll.answer()[2], made.read(), block.chunk(),
+                          beats.chunk()), (b"OK", b"hello\n", (1, b"hello\n"), b"hello\n", b"\n"))
+        server.ok("POST", "/streams/2/stdin", b"x\n")
         self.assertEqual(beats.chunk(), b"x\n")
-        self.assertEqual([server.ok("GET", "/status/" + name)["restarts"] for name in ("x", "y")],
-                         [0, 0])
-        ahead -= 2000.0                         # no monotonic clock does that: it goes on, in time
-        self.assertEqual(server.request("GET", "/ping")[0], 200)
-        ahead += 2000.0                         # or children that are polled end in 2000 seconds
+        self.assertEqual([server.ok("GET", "/status/" + name)["restarts"] for name in "xy"], [0, 0])
 
 
 class CliErrors(CliCase):
@@ -9708,19 +9578,15 @@ class CliErrors(CliCase):
         taken = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(taken.close)
         plain = self.file(folder, "plain", "not a certificate\n")
-        raw = os.path.join(folder, "raw")
-        with open(raw, "wb", opener=functools.partial(os.open, mode=0o600)) as file:
-            file.write(b"\xff\xfe\n")
         missing = os.path.join(folder, "missing")
 
         def token(name, text, mode=0o600):
             return "--token-file", self.file(folder, name, text, mode)
-        for number, (arguments, words) in enumerate([
+        for arguments, words in [
                 (("--bind", "127.0.0.1:%d" % taken.getsockname()[1]), "in use"),
                 (("--bind", "0.0.0.0:0"), "token"), (("--bind", "nonsense"), "is not an address"),
                 (("--bind", "unix:/proc/gaffer-test"), "cannot listen"),
-                (("--token-file", missing), "no such file"),
-                (("--token-file", raw), "cannot be read"),
+                (("--token-file", missing), "No such file"),
                 (token("group", "token\n", 0o640), "chmod 600"),
                 (token("blank", " \n"), "one line"), (token("two", "a\nb\n"), "one line"),
                 (("--certfile", missing), "cannot be used"), (("--certfile", plain), "--keyfile"),
@@ -9729,24 +9595,16 @@ class CliErrors(CliCase):
                 (("--keyfile", plain), "certfile"),
                 (("--cors-origin", "https://x/y"), "'https://x/y' is not an origin; give "),
                 (("--allow-host", "a:70"), "'a:70' is not a host; give "),
-                (("--access-log", "/nowhere/x"),
-                 "the access log '/nowhere/x' cannot be written: no such file or directory\n")]):
-            for run in (self.called, self.outcome)[:1 + (number < 2)]:
-                with self.subTest(arguments=arguments, run=run.__name__):
-                    free = () if "--bind" in arguments else ("--bind", "127.0.0.1:0")
-                    status, out, err = run("serve", *free, *arguments)
-                    self.assertEqual((status, out), (1, ""), err)
-                    self.assertRegex(err, r"\Agaffer: [^\n]+\n\Z")
-                    self.assertIn(words, err.lower())
+                (("--access-log", "/nowhere/x"), "the access log '/nowhere/x' cannot be written")]:
+            free = () if "--bind" in arguments else ("--bind", "127.0.0.1:0")
+            self.call("serve", *free, *arguments, status=1, err="gaffer: .*%s.*\n" % words)
 
     def test_wrong_usage(self):
         for words, said in (
                 ("--window 255", "256 to 1073741824"), ("--window 1073741825", "256 to"),
                 ("--window ²", "256"), ("--exit-with 12", "'12' cannot be"),
                 ("--no-such", "--no-such")):
-            with self.subTest(words):
-                err = r"(usage|gaffer): [\s\S]*%s[\s\S]*" % said
-                self.call("serve", *words.split(), status=2, err=err)
+            self.call("serve", *words.split(), status=2, err=r"[\s\S]*%s[\s\S]*" % said)
 
     def test_version_and_help(self):
         self.assertEqual(self.outcome("--version"), (0, "gaffer %s\n" % gaffer.__version__, ""))
@@ -9777,23 +9635,19 @@ class CliFollowCase(CliControlCase):
     """Commands that go on, as programs of their own: follow() starts one."""
 
     ECHO = """
-        import os, signal, sys
+        import os, signal
         def bye(signum, frame):
             os.write(1, b"bye\\n")
             os._exit(0)
         signal.signal(signal.SIGTERM, bye)
         os.write(1, b"started\\n")
-        while True:
-            line = os.read(0, 100)
-            if not line:
-                break
-            os.write(2 if line.startswith(b"!") else 1, line)
+        for line in iter(lambda: os.read(0, 100), b""):
+            os.write(1, line)
         """
 
     def streams(self):
         """How many clients follow a stream."""
-        channels = tuple(self.server.http.channels)
-        return sum(isinstance(channel, gaffer.Feed) for channel in channels)
+        return sum(isinstance(each, gaffer.Feed) for each in tuple(self.server.http.channels))
 
     def cut(self):
         """Close all connections."""
@@ -9828,13 +9682,11 @@ class CliFollowCase(CliControlCase):
         self.addCleanup(os.close, main)
         self.resize(main, rows, columns)
         self.seen = ""
-
-        def own_terminal():
-            os.setsid()
-            fcntl.ioctl(side, termios.TIOCSCTTY, 0)
         env = {**self.env, "GAFFER_ENDPOINT": self.server.url, "TERM": "xterm", **more}
-        process = subprocess.Popen([*command, *arguments], stdin=side, stdout=side, stderr=side,
-                                   env=env, cwd=self.folder(), preexec_fn=own_terminal)
+        process = subprocess.Popen(
+            [*command, *arguments], stdin=side, stdout=side, stderr=side, env=env,
+            cwd=self.folder(), start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
         os.close(side)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
@@ -9860,19 +9712,24 @@ class CliFollowCase(CliControlCase):
 class CliControl(CliFollowCase):
     """Commands that look and change, against a real server."""
 
-    def test_verbs(self):
+    def test_names(self):
+        """Several, globs, groups, all. See also CliEveryCommand."""
         self.sleepers("web", "g:a", "g:b")
-        self.calls(("start web", "web: already running\n"), ("add web 2", "web: 3 processes\n"),
-                   ("add web", "web: 4 processes\n"), ("sub web 3", "web: 1 process\n"),
-                   ("numprocesses web", "1\n"), ("processes --running", "2\n3\n6\n"),
-                   ("pids web g:b", "web: 6\ng:b: 3\n"),
+        self.calls(("add web 2", "web: 3 processes\n"), ("sub web 2", "web: 1 process\n"),
+                   ("processes --running", "2\n3\n5\n"), ("pids web g:b", "web: 5\ng:b: 3\n"),
                    ("processes --json", '["web", "g:a", "g:b"]\n'),
                    ("stop g:*", "g:a: stopped\ng:b: stopped\n"),
                    ("stop all", "web: stopped\ng:a: already stopped\ng:b: already stopped\n"),
                    ("start w* web g:[b]", "web: started\ng:b: started\n"),
                    ("restart all", "web: restarted\ng:a: started\ng:b: restarted\n"),
-                   ("running all", "web: 1\ng:a: 1\ng:b: 1\n"),
                    ("--json add web", '{"ok": true, "numprocesses": 2}\n'))
+
+    def test_requests_at_a_time(self):
+        self.sleepers("a", "b", "c")
+        with http_limits(REQUESTS_MAX=1):
+            self.call("stop", "all")
+        events = [event["event"] for event in itertools.islice(self.server.events(), 18)]
+        self.assertEqual(events[9:], 3 * ["stop", "stop_pid", "exit"])
 
     def test_commands_wait(self):
         """Unless they are told not to, and for as long as they may."""
@@ -9883,94 +9740,82 @@ class CliControl(CliFollowCase):
                 ("del_process g:a", "deleted"), ("stop g:a.1", "stopped, to be replaced"),
                 ("unload g -f /", "unloaded"), ("scale g a=0", "0 processes"),
                 ("stop g:a --timeout 0.05", None), ("sub g:a --no-wait", "0 processes")):
-            with self.subTest(words=words):
-                pid, = self.server.add("g:a", ready, redirect_input=True, graceful_timeout=1000)
-                self.server.request("GET", "/streams/%d/stdout?since=0" % pid)
-                since = self.server.ok("GET", "/status/g:a")["created"]
-                command = self.follow(*words.split())
-                kind = "reap" if said == "0 processes" else "stop_pid"
-                self.server.wait_event("proc/g:a/" + kind, since)
-                if "--" not in words:
-                    self.assertIsNone(command.poll(), "it waits")
-                    self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
-                out, err = command.communicate(timeout=TIMEOUT)
-                if said is None:
-                    self.assertEqual((command.returncode, out), (124, b""))
-                    self.assertRegex(err, rb"\Agaffer: this was not done in 0.05 ")
-                else:
-                    name = "g:a.1" if "g:a.1" in words else "g:a"
-                    self.assertEqual((command.returncode, out.decode(), err),
-                                     (0, "%s: %s\n" % (name, said), b""))
-                self.server.request("DELETE", "/processes/g:a")
-                for pid in self.server.ok("GET", "/processes?running=true"):
-                    self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
+            pid, = self.server.add("g:a", ready, redirect_input=True, graceful_timeout=1000)
+            self.server.request("GET", "/streams/%d/stdout?since=0" % pid)
+            since = self.server.ok("GET", "/status/g:a")["created"]
+            command = self.follow(*words.split())
+            kind = "reap" if said == "0 processes" else "stop_pid"
+            self.server.wait_event("proc/g:a/" + kind, since)
+            if "--" not in words:
+                self.assertIsNone(command.poll(), "it waits")
+                self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
+            out, err = command.communicate(timeout=TIMEOUT)
+            name = "g:a.1" if "g:a.1" in words else "g:a"
+            self.assertEqual((command.returncode, out.decode()),
+                             (0, "%s: %s\n" % (name, said)) if said else (124, ""), words)
+            self.assertRegex(err, rb"\A\Z" if said else rb"\Agaffer: this was not done in 0.05 ")
+            self.server.request("DELETE", "/processes/g:a")
+            for pid in self.server.ok("GET", "/processes?running=true"):
+                self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
 
     def test_a_job_runs_once(self):
         """A command that waits starts nothing again that has ended meanwhile."""
-        self.server.add("job", "echo run", shell=True, restart="never", start=False)
-        self.server.add("timer", "echo run", shell=True, schedule="every 1h")
-        runs = 0
-        for words in ("start job timer", "restart job timer", "start --ready job",
-                      "start job --no-wait", "start job --timeout 60"):
+        self.server.add("job", "echo run", restart="never", start=False)
+        self.server.add("timer", "echo run", schedule="every 1h")
+        for runs, words in enumerate((
+                "start job timer", "restart job timer", "start --ready job", "start job --no-wait",
+                "start job --timeout 60")):
             self.assertNotIn("already", self.call(*words.split()))
-            runs += 1
-            for name in ["job", "timer"] if "timer" in words else ["job"]:
-                until(lambda name=name: self.server.ok("GET", "/status/" + name)["state"] in (
-                    "done", "scheduled"))
-                lines = until(lambda name=name: self.call("logs", name).splitlines()[runs - 1:])
+            for name in ["job", "timer"] if runs < 2 else ["job"]:
+                lines = until(lambda name=name: self.call("logs", name).splitlines()[runs:])
                 self.assertEqual(len(lines), 1, words)
+                until(lambda name=name: not self.server.ok("GET", "/status/" + name)["running"])
         self.call("add", "timer")
         self.assertEqual(self.server.ok("GET", "/status/timer")["state"], "scheduled")
 
     def test_one_process(self):
         """web.2, gaffer's pid, the system's pid; a template's name comes first."""
         self.sleepers("web", numprocesses=2)
-        self.sleepers("web.2x")
         os_pids = self.server.ok("GET", "/status/web")["os_pids"]
         self.calls(("kill web.1 CONT", "web.1: signalled CONT\n"),
                    ("kill -9 web.2", "web.2: signalled 9\n"))
         self.server.wait_event("proc/web/exit")
         for word in "web.1", "1", str(os_pids[0]):
             self.assertEqual(json.loads(self.call("get_process", word))["os_pid"], os_pids[0])
-        err = "gaffer: '1' is a process: this command takes a name, web\n"
-        for word in "start", "restart", "status", "running", "numprocesses", "pids", "add", "sub":
-            self.call(word, "1", status=2, err=err)
-        self.calls(("stop 1 %d web.1 --json" % os_pids[0], '{"ok": true}\n'))
-        self.call("stop", "77", status=4, err="gaffer: there is no process named '77'.*\n")
+        self.calls(("start web 1", "web: already running\n", 2,
+                    "gaffer: '1' is a process: this command takes a name, web\n"),
+                   ("stop 1 %d web.1 --json" % os_pids[0], '{"ok": true}\n'),
+                   ("stop 77", "", 4, "gaffer: there is no process named '77'.*\n"))
         until(lambda: self.call("running", "web") == "2\n")
         self.sleepers("web.1")
         self.calls(("stop web.1", "web.1: stopped\n"), ("running web web.1", "web: 2\nweb.1: 0\n"))
 
     def test_templates(self):
         """All that follows the name is the command."""
-        flapping = {"attempts": 3, "window": 1.0, "retry_in": 2.5, "max_retry": 5}
-        for arguments, fields in (
-                (["--start", "a", "sleep", "1"], {"cmd": "sleep", "args": ["1"], "start": True}),
-                (["a", "--", "echo", "--", "b", "--start"],
+        for words, fields in (
+                ("--start a sleep 1", {"cmd": "sleep", "args": ["1"], "start": True}),
+                ("a -- echo -- b --start",
                  {"cmd": "echo", "args": ["--", "b", "--start"], "start": False}),
-                ([*"--env A=1=2 --env B= --env HOME --env NOSUCH --cwd . a x".split()],
+                ("--env A=1=2 --env B= --env HOME --env NOSUCH --cwd . a x",
                  {"env": {"A": "1=2", "B": "", "HOME": os.environ["HOME"]}, "cwd": os.getcwd()}),
-                ([*"--numprocesses 2 --redirect-output out,err --no-os-env --flapping".split(),
-                  "3, retry_in=2.5", *"--stop-signal INT=5,TERM=2.5 --success".split(), "0,3 TERM",
-                  "--schedule", "5 4 * * *", *"--umask 022 --env-file x.env a true".split()],
+                ("--numprocesses 2 --redirect-output out,err --no-os-env --env-file x.env "
+                 "--stop-signal INT=5,TERM=2.5 --success 0,TERM --schedule @daily a true",
                  {"numprocesses": 2, "redirect_output": ["out", "err"], "os_env": False,
-                  "flapping": flapping, "stop_signal": [["INT", 5], ["TERM", 2.5]],
-                  "success": [0, 3, "TERM"], "schedule": "5 4 * * *", "umask": "022",
-                  "restart": "never", "env_file": [os.path.abspath("x.env")]})):
-            with self.subTest(arguments):
-                started = " and started" if arguments[0] == "--start" else ""
-                self.assertEqual(self.call("add_process", *arguments), "a: added%s\n" % started)
-                info = self.server.ok("GET", "/processes/a")
-                self.assertEqual({name: info[name] for name in fields}, fields)
-                self.call("del_process", "a")
+                  "env_file": [os.path.abspath("x.env")], "success": [0, "TERM"],
+                  "stop_signal": [["INT", 5], ["TERM", 2.5]], "schedule": "@daily",
+                  "restart": "never"})):
+            started = " and started" if fields.get("start") else ""
+            self.calls(("add_process " + words, "a: added%s\n" % started))
+            info = self.server.ok("GET", "/processes/a")
+            self.assertEqual({name: info[name] for name in fields}, fields)
+            self.call("del_process", "a")
         path = self.file(self.folder(), "c.json", '{"name": "c", "cmd": "sleep 1", "start": true}')
         self.calls(("load_process " + path, "c: added\n"), ("running c", "0\n"))
 
     def test_update(self):
-        """It changes what is given."""
-        env = {"A": "1", "B": "2"}
-        self.sleepers("a", env=env, cwd="/", numprocesses=2, start=False)
-        before = self.server.ok("GET", "/processes/a")
+        """It changes what is given; with --replace it is so afterwards."""
+        self.sleepers("a", env={"A": "1", "B": "2"}, cwd="/", numprocesses=2, start=False)
+        info = self.server.ok("GET", "/processes/a")
         for words, fields in (
                 ("a sleep -0 2000", {"cmd": "sleep", "args": ["-0", "2000"]}),
                 ("a -- sleep", {"cmd": "sleep", "args": []}),
@@ -9978,46 +9823,34 @@ class CliControl(CliFollowCase):
                 ("--schedule @daily a sleep 1000",      # which has no other restart
                  {"schedule": "@daily", "restart": "never", "args": ["1000"]}),
                 ("--start a", {"start": True})):
-            self.assertEqual(self.call("update_process", *words.split()), "a: updated\n")
-            before.update(fields)
-            self.assertEqual(self.server.ok("GET", "/processes/a"), before)
-
-    def test_replace(self):
-        """It is so afterwards, however often it is said."""
-        for words, said, active in (
-                ("x sleep 1001", "added", False), ("--start x sleep 1001", "replaced", True),
-                ("x sleep 1001", "unchanged", True)):
-            with self.subTest(words=words, said=said):
-                self.calls(("add_process --replace " + words, "x: %s\n" % said))
-                self.assertEqual(self.server.ok("GET", "/status/x")["active"], active)
+            self.calls(("update_process " + words, "a: updated\n"))
+            info.update(fields)
+            self.assertEqual(self.server.ok("GET", "/processes/a"), info)
+        for words, said, running in (
+                ("x sleep 1001", "added", "0\n"), ("--start x sleep 1001", "replaced", "1\n"),
+                ("x sleep 1001", "unchanged", "1\n")):
+            self.calls(("add_process --replace " + words, "x: %s\n" % said), ("running x", running))
 
     def test_what_is_refused(self):
         self.sleepers("a")
-        folder = self.folder()
-        bad, other = self.file(folder, "x", "{"), self.file(folder, "y", "[]")
+        other = self.file(self.folder(), "x", "[]")
         self.calls(*[(words, "", status, "gaffer: %s\n" % said) for words, status, said in (
             ("add_process a", 2, "say what to run: .*"),
-            ("add_process a --numprocesses 2 true", 2, "the command begins with '--num.*"),
-            ("update_process w --umask 022", 2, "the command begins with '--umask': options .*"),
-            ("add_process --start b nosuchprogram", 1, ".*nosuchprogram.*"),
+            ("update_process a --numprocesses 2 true", 2, "the command begins with '--num.*"),
             ("add_process --numprocesses two b x", 2, "--numprocesses: .*not 'two'"),
             ("update_process a", 2, "say what to change: .*"),
-            ("update_process \udcff x", 1, "the path must be percent-encoded UTF-8"),
             ("load_process /nosuch", 1, "/nosuch cannot be read as JSON: No such file.*"),
-            ("load_process " + bad, 1, ".*line 1.*"),
             ("load_process " + other, 1, ".*one JSON object.*"),
             ("kill a NOSUCH", 1, "'NOSUCH' .*signal.*"))])
-        self.calls(*[("add a " + number, "", 2, r"usage: [\s\S]*") for number in ("0", "-1", "x")])
         self.server.add("b", "nosuch", start=False)
-        self.calls(("start a b", "a: already running\n", 1, "gaffer: b: field 'cmd' names .*\n"),
+        self.calls(("add a 0", "", 2, r"usage: [\s\S]*"),
+                   ("start a b", "a: already running\n", 1, "gaffer: b: field 'cmd' names .*\n"),
                    ("start b", "", 1, "gaffer: field 'cmd' names .*\n"),
-                   ("del_process b", "b: deleted\n"))
-        out = self.call("stop", "x*", "a", status=4, err="gaffer: .* named 'x\\*'.*\n")
-        self.assertEqual(out, "a: stopped\n", "the names that are none do not keep the others")
-        self.calls(("processes", "a\n"))
+                   # names that are none do not keep the others
+                   ("stop x* a", "a: stopped\n", 4, "gaffer: .* named 'x\\*'.*\n"))
 
 
-class CliStatus(CliFollowCase):
+class CliStatus(CliControlCase):
     """The table of `status`, and where it is shown."""
 
     WEB = {"pid": 1, "os_pid": 4711, "instance": 1, "state": "running", "uptime": 62,
@@ -10028,28 +9861,19 @@ class CliStatus(CliFollowCase):
     BAD = {"name": "bad", "state": "backoff", "running": 0, "restarts": 3, "next_tries": [7.2],
            "last_exit": {"exit_status": 0, "term_signal": 9, "times": 3}, "processes": []}
 
-    def rows(self, *changes, width=None, coloured=False):
+    def rows(self, *changes, width=None):
         """The lines below the head of the table, of statuses that differ so from a running one."""
         statuses = [dict(self.STATUS, **change) for change in changes]
-        return gaffer.status_table(statuses, width, coloured)[1:]
+        return gaffer.status_table(statuses, width, False)[1:]
 
     def test_rows(self):
-        web = "web.1  running  1/1  4711   1m02s         0     -    -    -"
         last = {"exit_status": 7, "term_signal": 0, "times": 2}
-        for statuses, lines in (
-                ([{}], [web, "1 template: 1 running"]),
-                ([{}, self.BAD],
-                 ["bad    backoff  0/1     -       -         3   137    -    -  "
-                  "next try in 8s; exit 137 (SIGKILL), 3 times", web,
-                  "2 templates: 1 backoff, 1 running"]),
-                ([{"state": "stopped", "running": 0, "gave_up": True, "processes": [],
-                   "last_exit": last}],
-                 ["web   stopped  0/1    -       -         0     7    -    -  "
-                  "gave up; exit 7, 2 times", "1 template: 1 stopped"]),
-                ([{"pids": [4711], "processes": [dict(self.WEB, pid=4711, kill_in=3)]}],
-                 [web.replace("4711", "4711  4711") + "  SIGKILL in 3s", "1 template: 1 running"])):
-            self.assertEqual(self.rows(*statuses), lines)
-        for change, note in (
+        for change, line in (
+                ({}, "web.1  running  1/1  4711   1m02s         0     -    -    -"),
+                (self.BAD, "bad   backoff  0/1    -       -         3   137    -    -  "
+                           "next try in 8s; exit 137 (SIGKILL), 3 times"),
+                ({"pids": [4711], "processes": [dict(self.WEB, pid=4711, kill_in=3)]},
+                 "1/1  4711  4711   1m02s         0     -    -    -  SIGKILL in 3s"),
                 ({"processes": [dict(self.WEB, not_ready="no answer")]}, "no answer"),
                 ({"processes": [dict(self.WEB, uptime=5)], "last_exit": last}, "exit 7, 2 times"),
                 ({"processes": [dict(self.WEB, cpu=1.0, rss=3 << 29)]}, "1.0%  1.5G"),
@@ -10057,22 +9881,12 @@ class CliStatus(CliFollowCase):
                  "next run in 10s"),
                 (dict(self.BAD, last_exit={"exit_status": 0, "term_signal": 40, "times": 1}),
                  "next try in 8s; exit 168 (SIG40)")):
-            self.assertEqual(self.rows(change)[0][-len(note):], note)
-
-    def test_width_and_colours(self):
-        for width in (60, 80, 100):
+            self.assertEqual(self.rows(change)[0][-len(line):], line)
+        for width in 60, 100:
             lines = self.rows(self.BAD, {"name": "x" * 100}, width=width)
             self.assertLessEqual(max(map(len, lines)), width)
             self.assertIn("x…", lines[1])
-        self.assertEqual(self.rows(self.BAD, width=80)[0][-21:], "next try in 8s; exit…")
-        coloured = self.rows(self.BAD, {}, coloured=True)
-        self.assertEqual([re.sub("\x1b\\[\\d+m", "", line) for line in coloured],
-                         self.rows(self.BAD, {}))
-        self.assertEqual("".join(coloured).count("\x1b["), 4)
-
-    def test_span(self):
-        for seconds, words in (0, "0s"), (59.9, "59s"), (62, "1m02s"), (11520, "3h12m"), (
-                187200, "2d04h"):
+        for seconds, words in (0, "0s"), (59.9, "59s"), (11520, "3h12m"), (187200, "2d04h"):
             self.assertEqual(gaffer.span(seconds), words)
 
     def test_status(self):
@@ -10090,28 +9904,23 @@ class CliStatus(CliFollowCase):
         self.server.wait_event("proc/hopeless/stop")
         asks = gaffer.Client.open
         with unittest.mock.patch("gaffer.Client.open", autospec=True, side_effect=asks) as asked:
-            lines = self.call("status", status=3).splitlines()
+            out = self.call("status", status=3)
         self.assertEqual(asked.call_count, 1)
-        self.assertEqual([line.split()[0] for line in lines],
-                         ["NAME", "broken", "hopeless", "web.1", "web.2", "3"])
-        self.assertRegex(lines[1], r"backoff +0/1 .*  next try in (60s|1m00s); exit 1, 2 times\Z")
-        self.assertRegex(lines[2], r"stopped +0/1 .* 7 .*  gave up; exit 7, 2 times\Z")
+        for line, words in zip(out.splitlines(), (
+                r"NAME .*", r"broken +backoff +0/1 .*  next try in (60s|1m00s); exit 1, 2 times",
+                r"hopeless +stopped +0/1 .* 7 .*  gave up; exit 7, 2 times", r"web\.1 .*",
+                r"web\.2 .*", r"3 templates: .*")):
+            self.assertRegex(line, r"\A%s\Z" % words)
         lines = self.call("status", "--json", "web", "h*", status=3).splitlines()
         self.assertEqual([json.loads(line)["name"] for line in lines], ["web", "hopeless"])
 
     def test_watch(self):
         """Again each second until the signal, also where the server is away for a while."""
-        self.sleepers("web")
-        process = self.follow("status", "-w")
-        self.assertEqual([process.stdout.readline()[:4] for _ in range(6)],
-                         [b"NAME", b"web.", b"1 te"] * 2)
-        self.assertEqual(self.interrupted(process)[-1:], b"")
         away = gaffer.NoServer("http://x", "connection refused")
         args = gaffer.make_parser("status").parse_args(["-w", "--json"])
         for answers in ({}, away, {}, KeyboardInterrupt()), ({}, gaffer.NotThere("gone")), (away,):
             with unittest.mock.patch("gaffer.get_statuses", side_effect=answers) as asked, \
-                    unittest.mock.patch("gaffer.STATUS_INTERVAL", 0), \
-                    self.assertRaises(type(answers[-1])):
+                    http_limits(STATUS_INTERVAL=0), self.assertRaises(type(answers[-1])):
                 gaffer.show_status(args, lambda statuses: statuses)
             self.assertEqual(asked.call_count, len(answers))
 
@@ -10123,42 +9932,37 @@ class CliCommands(CliControlCase):
         usage = r"\Ausage: gaffer.py %s \[options\]( \[?[A-Z]+( \.\.\.)?\]?)*\n"
         everything = self.call("--help")
         for name, command in gaffer.COMMANDS.items():
-            with self.subTest(name):
-                out = self.call(name, "--help")
-                self.assertRegex(out, usage % name)
-                for names, how in command.options:
-                    self.assertIn(names[-1] if names[0].startswith("-") else how["metavar"], out)
-                    self.assertIn(how["help"].split()[-1], out)
-                self.assertRegex(everything, r"\n  %s +[a-z]" % name)
+            out = self.call(name, "--help")
+            self.assertRegex(out, usage % name)
+            for names, how in command.options:
+                self.assertIn(names[-1] if names[0].startswith("-") else how["metavar"], out)
+                self.assertIn(how["help"].split()[-1], out)
+            self.assertRegex(everything, r"\n  %s +[a-z]" % name)
         self.assertEqual(self.call(status=2), everything)
 
     def test_options_before_the_command(self):
         for words, name, rest in (
-                ("-f logs", "logs", "-f"), ("-f x up", "up", "-f x"), ("-f up up", "up", "-f up"),
+                ("-f x up", "up", "-f x"), ("-f up up", "up", "-f up"), ("--json", None, "--json"),
                 ("--token-file start status", "status", "--token-file start"),
-                ("--bind=x serve", "serve", "--bind=x"), ("--json", None, "--json"),
-                ("x status", None, "x status"), ("", None, "")):
+                ("--bind=x serve", "serve", "--bind=x"), ("x status", None, "x status")):
             self.assertEqual(gaffer.command_first(gaffer.COMMANDS, words.split()),
                              (name, rest.split()))
 
     def test_mistakes(self):
         self.calls(*[(words, "", 2, err) for words, err in (
             ("statsu", "gaffer: there is no command 'statsu', did you mean 'status'\\?\n"),
-            ("--json --x", "gaffer: there is no command '--json'.*\n"),
             ("--json x stop", "gaffer: there is no command 'x'.*\n"),
-            ("stop", r"usage: gaffer.py stop [\s\S]*NAME\n"),
             ("stop --al x", r"usage: gaffer.py stop [\s\S]*--al\n"),
             *[("processes --endpoint " + endpoint, "gaffer: '.*' is not an endpoint: .*\n")
-              for endpoint in ("ftp://x", "http://", "unix:", "http://x:99999", "http://[::1")])])
+              for endpoint in ("ftp://x", "unix:", "http://x:99999", "http://[::1")])])
 
     def test_endpoints(self):
         """TCP and unix sockets; by default what `up` listens on in this folder, unless another user
         has made it, or nobody listens there any more."""
-        folder, socket_ = self.folder(), gaffer.FOLDER_SOCKET
+        folder, path = self.folder(), "unix:" + gaffer.FOLDER_SOCKET
         self.enter(folder)
         with socket.socket(socket.AF_UNIX) as dead:
-            dead.bind(socket_)
-        path = "unix:%s/%s" % (folder, socket_)
+            dead.bind(path[5:])
         self.calls(*[("processes --endpoint " + endpoint, "", 5, "gaffer: .*%s.*\n" % words)
                      for endpoint, words in (
                          (path, "connection refused"), (path + "x", "no such file"),
@@ -10166,19 +9970,15 @@ class CliCommands(CliControlCase):
         with unittest.mock.patch("socket.socket.connect", side_effect=PermissionError):
             self.call("processes", "--endpoint", path, status=6,
                       err="gaffer: only the owner of %s and root may use it\n" % path)
-        os.unlink(socket_)
-        server = Running(endpoints=[gaffer.HttpEndpoint("unix:" + socket_)])
+        os.unlink(path[5:])
+        server = Running(endpoints=[gaffer.HttpEndpoint(path)])
         self.addCleanup(server.stop_all)
         server.manager.add_process("here", "sleep 1000")
-        port = self.server.port
-        for endpoint in ("127.0.0.1:%d" % port, ":%d" % port, str(port), path, "unix:" + socket_):
-            out = "here\n" if endpoint[:1] == "u" else ""
-            self.assertEqual(self.call("processes", "--endpoint", endpoint), out)
-        self.assertEqual(self.call("processes"), "")
+        for host in "127.0.0.1:", ":", "":
+            self.calls(("processes --endpoint %s%d" % (host, self.server.port), ""))
+        self.calls(("processes --endpoint " + path, "here\n"), ("processes", ""))
         os.environ["GAFFER_ENDPOINT"] = ""
         self.assertEqual(self.call("processes"), "here\n")
-        self.file(folder, "Procfile", "web: sleep 1000\n")
-        self.assertEqual(self.call("load", "app"), "app:web: loaded\n")
         with unittest.mock.patch("os.geteuid", return_value=os.geteuid() + 1):
             self.assertEqual(gaffer.find_endpoint(), gaffer.DEFAULT_ENDPOINT)
         server.manager.stop(kill=True)
@@ -10187,28 +9987,29 @@ class CliCommands(CliControlCase):
     def test_what_is_no_gaffer(self):
         """Or another version, or one that does not answer."""
         none = "gaffer: there is no gaffer at .*\n"
-        odd = "gaffer: the answer of .* is not understood .*\n"
         with socket.create_server(("127.0.0.1", 0)) as listener, \
                 concurrent.futures.ThreadPoolExecutor(1) as pool:
+            endpoint = ":%d" % listener.getsockname()[1]
+
+            def serve_once(answer):
+                sock, _ = listener.accept()
+                with sock:
+                    sock.recv(65536)
+                    sock.sendall(answer)
             for command, answer, status, err in (
-                    ("get_process x*", b"200 OK\r\nContent-Length: 2\r\n\r\nhi", 5, none),
-                    ("get_process x*", b"404 No\r\nContent-Length: 2\r\n\r\n{}", 5, none),
-                    ("get_process x*", b"200 OK\r\nContent-Length: 9\r\n\r\nhi", 5, none),
-                    ("get_process x*", b"x", 5, none),
                     ("status", b"200 OK\r\nContent-Length: 2\r\n\r\nhi", 5, none),
-                    ("pids x", b"200 OK\r\nContent-Length: 3\r\n\r\n[1]", 1, odd)):
-                def serve_once(answer=answer):
-                    sock, _ = listener.accept()
-                    with sock:
-                        sock.recv(65536)
-                        sock.sendall(b"HTTP/1.1 " * (answer[3:4] == b" ") + answer)
-                served = pool.submit(serve_once)
-                endpoint = ":%d" % listener.getsockname()[1]
+                    ("status", b"404 No\r\nContent-Length: 2\r\n\r\n{}", 5, none),
+                    ("status", b"200 OK\r\nContent-Length: 9\r\n\r\nhi", 5, none),
+                    ("status", b"x", 5, none),
+                    ("pids x", b"200 OK\r\nContent-Length: 3\r\n\r\n[1]", 1,
+                     "gaffer: the answer of .* is not understood .*\n")):
+                served = pool.submit(serve_once, b"HTTP/1.1 " * (len(answer) > 1) + answer)
                 self.call(*command.split(), "--endpoint", endpoint, status=status, err=err)
                 served.result(TIMEOUT)
-            with self.assertRaisesRegex(gaffer.ClientError, "answered in 0.05 sec") as caught:
-                gaffer.Client(endpoint).request("GET", "/", timeout=0.05)
-            self.assertEqual(caught.exception.exit_status, 124)
+            known = {"x": {"active": True, "state": "running", "processes": []}}
+            with http_limits(CLIENT_TIME=0.05, get_statuses=lambda client: known):
+                self.call("kill", "x", "TERM", "--endpoint", endpoint, status=124,
+                          err="gaffer: .* has not answered in 0.05 seconds\n")
 
 
 class CliEveryCommand(CliControlCase):
@@ -10216,8 +10017,6 @@ class CliEveryCommand(CliControlCase):
     and how it ends when all is well, with a wrong name, where no server is, where the token is
     refused, and where nobody reads what it prints."""
 
-    OWN_TESTS = {"serve", "up", "run"}          # ask no server, and go on
-    BY_GROUP = {"ps", "scale", "unload"}
     NAMED = "there is no process named 'nosuch'; 'gaffer.py status' lists them"
     GROUP = "there is no process of the group 'nosuch': 'gaffer.py load' loads it"
     TAKEN = ".*'ticker'.*'gaffer.py update_process' changes it"
@@ -10233,7 +10032,7 @@ class CliEveryCommand(CliControlCase):
         "running": ("@", "1\n"), "numprocesses": ("@", "1\n"), "pids": ("@", r"\d+\n"),
         "get_process": ("@", r'\{\n    "name": "@",\n(.*\n)*\}\n'),
         "add_process": ("@-new sleep 1", "@-new: added\n", "ticker sleep 1", 1, TAKEN),
-        "load_process": ("@.json", "@-new: added\n", "ticker.json", 1, TAKEN),
+        "load_process": ("new.json", "new: added\n", "ticker.json", 1, TAKEN),
         "update_process": ("@ sleep 2000", "@: updated\n", "nosuch sleep 1", 4,
                            "there is no process named 'nosuch'.*"),
         "del_process": ("@", "@: deleted\n"), "logs": ("@", r"@\.1 \| line\n"),
@@ -10251,8 +10050,7 @@ class CliEveryCommand(CliControlCase):
                    "ini nosuch -f nosuch", 1, "there is no 'nosuch': name a Procfile .*"),
         "completion": ("bash", r"_gaffer\(\) \{(.*\n)*", "csh", 2, "(?s)usage: .*'csh'.*"),
     }
-    STATUS = {"attach": 3, "watch": -signal.SIGINT}
-    UNREAD = ("processes", "status", "stop", "logs", "attach", "watch", "export")   # write each so
+    UNREAD = ("processes", "status", "logs", "attach", "watch", "export")   # write each so
     SAID = r"gaffer: attached to @\.1, os pid \d+: .*\n(gaffer: detached, @\.1 has ended\n)?"
     NO_SERVER = (r"gaffer: there is no gaffer at http://127\.0\.0\.1:1 \(.*\): start one with "
                  r"'python3 gaffer\.py serve'.*\n")
@@ -10263,55 +10061,24 @@ class CliEveryCommand(CliControlCase):
         super().setUp()
         self.home = self.folder()
         self.file(self.home, "Procfile", "web: read x; exit 3\n")
-        self.file(self.home, "ticker.json", '{"name": "ticker", "cmd": "true"}')
+        for name in "ticker", "new":
+            self.file(self.home, name + ".json", '{"name": "%s", "cmd": "true"}' % name)
         kept = gaffer.examine_template({"name": "kept", "cmd": "sleep 1000"})[0]
         settings = gaffer.Settings([], {"kept": kept}, [])
         gaffer.Configuration(lambda: settings).begin(self.server.manager)
         # watch has something to see at any time
         self.server.add("ticker", "sleep 0.1", flapping={"attempts": 1000, "window": 0.01})
-        self.guarded = Running(token="s3cret")
-        self.addCleanup(self.guarded.stop_all)
-        read, write = os.pipe()
-        os.close(read)
-        self.unread = os.fdopen(write, "wb")
-        self.addCleanup(self.unread.close)
-
-    def add_templates(self, run, names):
-        """For each command a template of its own."""
-        for name in names:
-            template = run + name + ":web" * (name in self.BY_GROUP)
-            self.server.add(template, "echo line; read x; exit 3", shell=True, redirect_input=True)
-            self.file(self.home, run + name + ".json",
-                      '{"name": "%s%s-new", "cmd": "true"}' % (run, name))
-        for name in ("logs", "attach"):
-            self.server.request("GET", "/streams/%s/stdout?since=0" % (run + name))
-
-    def cells(self):
-        """(command, arguments, environment, stdout, status, output, what is said on stderr) of each
-        run."""
-        nobody = {"GAFFER_ENDPOINT": "http://127.0.0.1:1"}
-        refused = {"GAFFER_ENDPOINT": self.guarded.url, "GAFFER_TOKEN": "wrong"}
-        for name, (words, output, *wrong) in self.TABLE.items():
-            well, unread = "well-" + name, "unread-" + name
-            said, status = self.SAID if name == "attach" else "", self.STATUS.get(name, 0)
-            arguments = words.replace("@", well)
-            yield (name, arguments, {}, subprocess.PIPE, status, output.replace("@", well),
-                   said.replace("@", well))
-            if name in self.UNREAD:
-                yield (name, words.replace("@", unread), {}, self.unread, 141, "",
-                       said.replace("@", unread))
-            if wrong != [None]:
-                words, status, sentence = wrong or ("nosuch", 4, self.NAMED)
-                sentence = sentence if status == 2 else "gaffer: %s\n" % sentence
-                yield name, words.replace("@", well), {}, subprocess.PIPE, status, "", sentence
-            if any("--endpoint" in names for names, _ in gaffer.COMMANDS[name].options):
-                yield name, arguments, nobody, subprocess.PIPE, 5, "", self.NO_SERVER
-                yield name, arguments, refused, subprocess.PIPE, 6, "", self.REFUSED
+        for name in self.TABLE:
+            name = "x-" + name + ":web" * (name in ("ps", "scale", "unload"))
+            self.server.add(name, "echo line; read x; exit 3", shell=True, redirect_input=True)
+        for name in "logs", "attach", "watch":
+            self.server.request("GET", "/streams/x-%s/stdout?since=0" % name)
 
     def run_cell(self, cell):
-        """None, or the cell and what was wrong with it."""
-        name, arguments, more, stdout, status, output, said = cell
-        words, popen = [name, *arguments.split()], ForkedCommand
+        """Run (command, template for @, arguments, environment, stdout, status, output, what is
+        said on stderr). Returns None, or the cell and what was wrong with it."""
+        name, template, arguments, more, stdout, status, output, said = cell
+        words, popen = [name, *arguments.replace("@", template).split()], ForkedCommand
         if not more and name == "status":
             words, popen = [PYTHON, CLI_FILE, *words], subprocess.Popen
         with popen(words, cwd=self.home, stdin=subprocess.PIPE, stdout=stdout,
@@ -10322,21 +10089,38 @@ class CliEveryCommand(CliControlCase):
                 out = process.stdout.readline()
                 process.send_signal(signal.SIGINT)
             rest, err = process.communicate("\n", timeout=TIMEOUT)
-        out = out or rest or ""
-        well = re.fullmatch(output, out) and re.fullmatch(said, err)
-        well = well and process.returncode == status
-        return None if well else (cell, process.returncode, out, err)
+        well = (process.returncode == status
+                and re.fullmatch(output.replace("@", template), out or rest or "")
+                and re.fullmatch(said.replace("@", template), err))
+        return None if well else (cell, process.returncode, out or rest, err)
 
     def test_every_cell(self):
-        self.assertEqual(set(self.TABLE) | self.OWN_TESTS, set(gaffer.COMMANDS))
-        self.add_templates("well-", self.TABLE)
-        self.add_templates("unread-", self.UNREAD)
+        self.assertEqual({*self.TABLE, "serve", "up", "run"}, set(gaffer.COMMANDS))
+        guarded = Running(token="s3cret")
+        self.addCleanup(guarded.stop_all)
+        read, write = os.pipe()
+        os.close(read)
+        self.addCleanup(os.close, write)
+        nobody = {"GAFFER_ENDPOINT": "http://127.0.0.1:1"}
+        refused = {"GAFFER_ENDPOINT": guarded.url, "GAFFER_TOKEN": "wrong"}
+        cells = []
+        for name, (words, output, *wrong) in self.TABLE.items():
+            said = self.SAID if name == "attach" else ""
+            rows = [(words, {}, {"attach": 3, "watch": -signal.SIGINT}.get(name, 0), output, said)]
+            if wrong != [None]:
+                bad, status, sentence = wrong or ("nosuch", 4, self.NAMED)
+                sentence = sentence if status == 2 else "gaffer: %s\n" % sentence
+                rows.append((bad, {}, status, "", sentence))
+            if any("--endpoint" in names for names, _ in gaffer.COMMANDS[name].options):
+                rows += [(words, nobody, 5, "", self.NO_SERVER),
+                         (words, refused, 6, "", self.REFUSED)]
+            cells += [(name, "x-" + name, *row[:2], subprocess.PIPE, *row[2:]) for row in rows]
+            if name in self.UNREAD:
+                cells.append((name, "x-watch", words, {}, write, 141, "", said))
         with concurrent.futures.ThreadPoolExecutor(max(2, gaffer.CORES)) as pool:
-            found = list(pool.map(self.run_cell, self.cells()))
+            found = list(pool.map(self.run_cell, cells))
         self.assertEqual([outcome for outcome in found if outcome is not None], [])
-
-    def test_token(self):
-        ask = ("processes", "--endpoint", self.guarded.url)
+        ask = ("processes", "--endpoint", guarded.url)
         self.call(*ask, "--token-file", self.file(self.home, "token", "s3cret\n"))
         os.environ["GAFFER_TOKEN"] = "s3cret"
         self.call(*ask)
@@ -10344,15 +10128,6 @@ class CliEveryCommand(CliControlCase):
 
 class CliTerminal(CliFollowCase):
     """Commands in a real terminal: keys, colours, its size, its end."""
-
-    def test_ctrl_c(self):
-        self.server.add("a", "echo line; exec sleep 1000", shell=True)
-        for arguments, shown in ("status -w", "running"), ("logs -f", "line"):
-            with self.subTest(arguments):
-                process, main = self.terminal(*arguments.split(), command=CLI_SCRIPT)
-                self.shows(main, shown)
-                os.write(main, b"\x03")
-                self.assertEqual(process.wait(TIMEOUT), -signal.SIGINT)
 
     def test_progress_bar(self):
         """It is one line, also where the program pauses within a step."""
@@ -10372,32 +10147,32 @@ class CliTerminal(CliFollowCase):
     def test_status_does_not_fit(self):
         for number in range(20):
             self.server.add("x%d" % number, "true", start=False)
-        process, main = self.terminal("status", "-w", rows=10)
-        self.shows(main, r"NAME .*\n.*x0 (.*\n){6}.*… 14 more lines do not fit.*\n.*20 temp")
+        process, main = self.terminal("status", "-w", rows=10, command=CLI_SCRIPT)
+        for _ in range(2):                      # again each second
+            self.shows(main, r"NAME .*\n.*x0 (.*\n){6}.*… 14 more lines do not fit.*\n.*20 temp")
         self.resize(main, 40, 80)
         self.shows(main, r"x19 .*\n.*20 templates: 20 stopped")
-        os.write(main, b"\x1c")
-        self.assertEqual(process.wait(TIMEOUT), -signal.SIGQUIT)
+        os.write(main, b"\x03")
+        self.assertEqual(process.wait(TIMEOUT), -signal.SIGINT)
 
     def test_colours(self):
         self.sleepers("web")
         for more, arguments, count in ({}, [], 2), ({"NO_COLOR": "1"}, [], 0), (
                 {}, ["--no-color"], 0):
-            process, main = self.terminal("status", *arguments, **more)
+            _, main = self.terminal("status", *arguments, **more)
             out = self.shows(main, r"[\s\S]*1 template: 1 running").group()
-            self.assertEqual((process.wait(TIMEOUT), out.count("\x1b[")), (0, count), out)
+            self.assertEqual(out.count("\x1b["), count, out)
 
     def test_closed(self):
         self.server.add("a", "sh -c 'while echo line; do sleep 0.05; done'")
         procfile = self.file(self.folder(), "Procfile", "a: echo line; exec sleep 1000\n")
         for words, statuses in (("logs -f", {-signal.SIGHUP}), ("attach a", {129}),
                                 ("up -f " + procfile, {0, 141})):   # which may see its output end
-            with self.subTest(words):
-                process, main = self.terminal(*words.split())
-                self.shows(main, "line")
-                with open(os.devnull) as nothing:
-                    os.dup2(nothing.fileno(), main)     # nobody has the terminal any more
-                self.assertIn(process.wait(TIMEOUT), statuses)
+            process, main = self.terminal(*words.split())
+            self.shows(main, "line")
+            with open(os.devnull) as nothing:
+                os.dup2(nothing.fileno(), main)         # nobody has the terminal any more
+            self.assertIn(process.wait(TIMEOUT), statuses, words)
 
     def test_attach(self):
         """Ctrl-C goes to the process, Ctrl-] leaves it, Ctrl-\\ is text; what is shown ends with a
@@ -10406,8 +10181,7 @@ class CliTerminal(CliFollowCase):
         self.server.add("deaf", "trap 'printf \"int> \"' INT; printf '> '; while :; do sleep 0.05;"
                         " done", shell=True)
         process, main = self.terminal("attach", "a")
-        self.shows(main, r"gaffer: attached to a\.1, os pid \d+: Ctrl-\] leaves it running, "
-                         r"Ctrl-C goes to it\r\n")
+        self.shows(main, r"attached to a\.1, os pid \d+: Ctrl-\] leaves it running, Ctrl-C goes to")
         os.write(main, b"typed\x1c\n")
         self.shows(main, r"typed\^\\\r\n(?s:.*)typed\x1c\r\n")
         os.write(main, b"\x1d")
@@ -10440,27 +10214,21 @@ class CliLogs(CliFollowCase):
 
     def test_last_lines(self):
         """In the order in which they came, whatever stream they are of."""
-        self.server.add("a", "printf '1\\n2\\n3\\n'", flapping={"attempts": 1, "max_retry": 0})
-        self.server.wait_event("proc/a/exit")
+        self.server.add("a", "printf '1\\n2\\n3\\n'", restart="never")
+        self.server.add("two", "echo $GAFFER_INSTANCE", shell=True, numprocesses=2, restart="never")
         self.server.add("long", "echo two >&2; read x; echo one; read x; echo three >&2; read x",
                         shell=True, redirect_input=True)
         for line in "two", "one", "three":
             until(lambda line=line: self.call("logs", "long").endswith(line + "\n"))
             self.say("long", b"\n" if line != "three" else b"")
-        self.server.add("two", "echo $GAFFER_INSTANCE", shell=True, numprocesses=2, restart="never")
-        until(lambda: self.server.ok("GET", "/status/two")["state"] == "done")
-        self.calls(*[("logs " + words, "".join(line + "\n" for line in lines)) for words, lines in (
-            ("-n 1 a long", ["a.1    | 3", "long.1 | one", "long.1 | three"]),
-            ("-n all a", ["a.1 | 1", "a.1 | 2", "a.1 | 3"]), ("--since 1h -n1 a", ["a.1 | 3"]),
-            ("a long.1 -n1 --no-prefix", ["3", "one", "three"]),
-            ("2", ["long.1 | two", "long.1 | one", "long.1 | three"]))],
-            ("logs nosuch a -n 1", "a.1 | 3\n", 4, "gaffer: .*nosuch.*\n"),
-            ("logs -f nosuch", "", 4, "gaffer: .*nosuch.*\n"))
-        lines = [("dropped", '{"bytes": 7}'), ("dropped", '{"bytes": 0, "restarted": true}'),
-                 ("line", "1.5 a 1 stdout+ and on")]
-        with unittest.mock.patch("gaffer.follow_events", return_value=lines):
-            out = self.call("logs", "-f", "-n", "0", "a", err="gaffer: 7 bytes were lost\n")
-        self.assertEqual(out, "a.1 | and on")
+        for name in "a", "two":
+            self.server.wait_event("proc/%s/done" % name)
+        self.calls(("logs -n 1 a long", "a.1    | 3\nlong.1 | one\nlong.1 | three\n"),
+                   ("logs -n all a", "a.1 | 1\na.1 | 2\na.1 | 3\n"),
+                   ("logs --since 1h long.1 -n1 --no-prefix", "one\nthree\n"),
+                   ("logs 4", "long.1 | two\nlong.1 | one\nlong.1 | three\n"),
+                   ("logs nosuch a -n 1", "a.1 | 3\n", 4, "gaffer: .*nosuch.*\n"),
+                   ("logs -f nosuch", "", 4, "gaffer: .*nosuch.*\n"))
         self.assertEqual(sorted(self.call("logs", "two").splitlines()), ["two.1 | 1", "two.2 | 2"])
         out = self.call("logs", "-t", "-n1", "a")
         self.assertRegex(out, r"\A[0-9-]{10} [0-9:]{8} a\.1 \| 3\n\Z")
@@ -10468,18 +10236,24 @@ class CliLogs(CliFollowCase):
         self.assertLess(abs(time.time() - line.pop("time")), TIMEOUT)
         self.assertEqual(line, {"name": "a", "pid": 1, "label": "stdout", "data": "3"})
 
+    def test_losses(self):
+        lines = [("dropped", '{"bytes": 7}'), ("dropped", '{"bytes": 0, "restarted": true}'),
+                 ("line", "1.5 a 1 stdout+ and on")]
+        with http_limits(follow_events=lambda *_: lines):
+            out = self.call("logs", "-f", "-n0", err="gaffer: 7 bytes were lost\n")
+        self.assertEqual(out, "a | and on")
+
     def test_merge_lines(self):
         """Unfinished ones are continued; form feeds and U+2028 end none."""
         for texts, count, shown in (
-                (["1.5 a 1 stdout+ 50%", "1.6 b 2 stdout x", "1.7 a 1 stdout  done"], math.inf,
-                 ["50% done", "x"]),
-                (["1 a 1 stdout x", "1 a 1 stderr y", "1 a 1 stdout z"], 1, ["y", "z"]),
-                (["1 a 1 stdout+ 10", "1 a 1 stdout %", "1 a 1 stdout+< 20", "1 a 1 stdout %",
-                  "1 a 1 stdout< 30%", "1 a 1 stdout x"], 2, ["30%", "x"]),
-                (["1 a 1 stdout "], math.inf, [""]),
-                (["1 a 1 stdout a\x0cb\u2028c d"], math.inf, ["a\x0cb\u2028c d"])):
-            lines = gaffer.merge_lines(map(gaffer.journal_line, texts), count)
-            self.assertEqual([line.text for line in lines], shown)
+                (["stdout+ 50%", "stderr x", "stdout  done"], math.inf, ["50% done", "x"]),
+                (["stdout x", "stderr y", "stdout z"], 1, ["y", "z"]),
+                (["stdout+ 10", "stdout %", "stdout+< 20", "stdout %", "stdout< 30%", "stdout x"],
+                 2, ["30%", "x"]),
+                (["stdout "], math.inf, [""]),
+                (["stdout a\x0cb\u2028c d"], math.inf, ["a\x0cb\u2028c d"])):
+            lines = [gaffer.journal_line("1.5 a 1 " + text) for text in texts]
+            self.assertEqual([line.text for line in gaffer.merge_lines(lines, count)], shown)
 
     def test_unfinished_line(self):
         """It is continued as it comes. A process that is named by its pid ends the command."""
@@ -10500,8 +10274,10 @@ class CliLogs(CliFollowCase):
 
     def test_follow(self):
         """A template that is added later, a lost connection, a deletion."""
+        def add():
+            self.server.add("a", "echo started; exec cat", shell=True, redirect_input=True)
         follower = self.follow("logs", "-f")
-        self.server.add("a", python(self.ECHO), redirect_input=True)
+        add()
         self.assertEqual(follower.stdout.readline(), b"a.1 | started\n")
         named = self.follow("logs", "-f", "a", "--no-prefix")
         self.assertEqual(named.stdout.readline(), b"started\n")
@@ -10514,11 +10290,10 @@ class CliLogs(CliFollowCase):
         os.kill(self.server.ok("GET", "/status/a")["os_pids"][0], signal.SIGKILL)
         self.assertEqual(named.stdout.readline(), b"started\n")
         self.server.ok("DELETE", "/processes/a")
-        self.server.add("a", python(self.ECHO), redirect_input=True)
-        while named.stdout.readline() != b"started\n":
-            pass                                # the last words of the one before
-        # the old process may say its last words after the new one has started
-        self.assertIn(b"a.1 | started\n", iter(follower.stdout.readline, b""))
+        add()
+        self.assertEqual(named.stdout.readline(), b"started\n")
+        shown = [follower.stdout.readline() for _ in range(102)]
+        self.assertEqual(shown[100:], 2 * [b"a.1 | started\n"])
         self.interrupted(follower)
 
 
@@ -10534,39 +10309,35 @@ class CliWatch(CliFollowCase):
         while text.count(" exit (") < 2:        # in either order
             text += everything.stdout.readline().decode()
         self.assertRegex(text, r"\A\d\d:\d\d:\d\d a: create\n[\d:]+ a: start\n[\d:]+ a: spawn "
-                               r"\(pid 1, os pid \d+\)\n")
-        self.assertRegex(text, r"b: exit \(pid 2, os pid \d+, signal 15\)\n")
+                               r"\(pid 1, os pid \d+\)\n[\s\S]*b: exit \(pid 2, .*, signal 15\)\n")
         event = json.loads(exits.stdout.readline())
-        self.assertEqual([event[field] for field in ("event", "name", "term_signal")],
-                         ["exit", "a", 15])
+        self.assertEqual((event["event"], event["name"]), ("exit", "a"))
         self.assertEqual((self.interrupted(everything), self.interrupted(exits)), (b"", b""))
 
     def test_cut(self):
-        """Before its first event, it goes on where it was."""
+        """Before its first event, it goes on where it was; also where nothing comes any more."""
         self.sleepers("old")
-        for name in "new", "newer":
-            watcher = self.follow("watch", "spawn")
-            until(lambda: self.streams() == 1)
-            self.cut()
-            self.sleepers(name)
-            self.assertIn(("%s: spawn" % name).encode(), watcher.stdout.readline())
-            self.assertEqual(self.interrupted(watcher), b"")
+        watcher = self.follow("watch", "spawn")
+        until(lambda: self.streams() == 1)
+        self.cut()
+        self.sleepers("new")
+        self.assertIn(b"new: spawn", watcher.stdout.readline())
+        self.interrupted(watcher)
+        with http_limits(STREAM_TIME=0.05):
+            events = gaffer.Client(self.server.url).events("/watch/done?feed=eventsource")
+            self.assertEqual(len(list(events)), 1)
 
     def test_patterns(self):
-        for text, pattern in (
-                ("", ""), ("exit", "exit"), ("proc/web.a/exit", "proc/web.a/exit"),
-                ("proc.web", "proc/web"), ("proc.web.exit", "proc/web/exit"),
-                ("proc.web.a", "proc/web.a"), ("proc.web.a.exit", "proc/web.a/exit")):
+        for text, pattern in (("exit", "exit"), ("proc/web.a/exit", "proc/web.a/exit"),
+                              ("proc.web.a", "proc/web.a"), ("proc.web.exit", "proc/web/exit")):
             self.assertEqual(gaffer.event_pattern(text), pattern)
         self.call("watch", "proc", status=1, err="gaffer: name a template.*\n")
 
     def test_losses(self):
         event = '{"event": "dropped", "id": "9@e", "events": 3%s}'
-        lines = event % "", event % ', "restarted": true'
-        with unittest.mock.patch("gaffer.follow_events", return_value=[
-                ("dropped", line) for line in lines]):
+        events = [("dropped", event % more) for more in ("", ', "restarted": true')]
+        with http_limits(follow_events=lambda *_: events):
             self.call("watch", err="gaffer: 3 events were lost\ngaffer: the server has restarted\n")
-            self.assertEqual(self.call("watch", "--json").splitlines(), list(lines))
 
 
 class CliAttach(CliFollowCase):
@@ -10574,10 +10345,8 @@ class CliAttach(CliFollowCase):
 
     def test_signals(self):
         """INT is for the process; others end the command, which shows the last lines first."""
-        code = "import os, signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [2])\n" \
-            "os.write(1, b'a\\nb\\n> ')\n" \
-            "while True: signal.sigwait([2]), os.write(1, b'interrupted\\n')"
-        self.server.add("a", python(code), redirect_input=True)
+        self.server.add("a", "trap 'echo interrupted' INT; printf 'a\\nb\\n> '; while :; do "
+                        "sleep 0.05; done", shell=True, redirect_input=True)
         shown = b"a\nb\n> "
         for words, signum, status in (("a", signal.SIGQUIT, 0), ("1 -n 1", signal.SIGTERM, 143),
                                       ("a.1", signal.SIGHUP, 129)):
@@ -10588,8 +10357,8 @@ class CliAttach(CliFollowCase):
             self.assertEqual(process.stdout.readline(), b"interrupted\n")
             shown += b"interrupted\n"
             process.send_signal(signum)
-            out = process.communicate(timeout=TIMEOUT)[0]
-            self.assertEqual((out, process.returncode), (b"", status))
+            self.assertEqual((process.communicate(timeout=TIMEOUT)[0], process.returncode),
+                             (b"", status))
         process = self.follow("attach", "1")
         self.assertEqual(process.stdout.read(len(shown)), shown)
         until(lambda: self.streams() == 3, "stdout, stderr, events")
@@ -10616,10 +10385,8 @@ class CliAttach(CliFollowCase):
     def test_what_cannot_be_attached_to(self):
         self.sleepers("two", numprocesses=2)
         self.sleepers("off", start=False)
-        self.calls(("attach two", "", 1,
-                    "gaffer: two runs 2 processes: attach to one of two\\.1, two\\.2\n"),
-                   ("attach off", "", 1,
-                    "gaffer: off is not running: 'gaffer.py start off' starts it\n"))
+        self.calls(("attach two", "", 1, "gaffer: two runs 2 .*: attach to one of two.1, two.2\n"),
+                   ("attach off", "", 1, "gaffer: off is not running: '.* start off' starts it\n"))
 
 
 class CliReady(CliFollowCase):
@@ -10642,16 +10409,17 @@ class CliReady(CliFollowCase):
         self.assertEqual((waiting.returncode, out, err), (
             1, b"", b"gaffer: 'bad' has failed: exit status 3; its last lines:\n"
                     b"gaffer: last words\n"))
-        words = r"gaffer: '%s' is not %s in the time given; it goes on(; it waits for bad|; its " \
-                r"last check: exits with 1)?\n"
+        late = r"gaffer: '%s' is not %s in the time given; it goes on%s\n"
         self.calls(
             ("wait g* bad --for stopped", "good: stopped\nbad: stopped\n"),
-            ("wait slow good --timeout 0.1", "good: ready\n", 124, words % ("slow", "ready")),
-            ("start bad --ready --timeout 0.1", "", 124, words % ("bad", "done")),
-            ("start timer --ready", "", 1, r"gaffer: 'timer' has failed: exit status 3; its last "
-                                           r"lines:\ngaffer: oh\n"),
-            ("start --ready web --timeout 0.1", "", 124, words % ("web", "ready")),
-            ("wait web --for ever", "", 2, r"usage: [\s\S]*"), ("wait", "", 2, r"usage: [\s\S]*"))
+            ("wait slow good --timeout 0.1", "good: ready\n", 124,
+             late % ("slow", "ready", "(; its last check: exits with 1)?")),
+            ("start bad --ready --timeout 0.1", "", 124, late % ("bad", "done", "")),
+            ("start timer --ready", "", 1,
+             "gaffer: 'timer' has failed: exit status 3; its last lines:\ngaffer: oh\n"),
+            ("start --ready web --timeout 0.1", "", 124,
+             late % ("web", "ready", "; it waits for bad")),
+            ("wait web --for ever", "", 2, r"usage: [\s\S]*"))
 
     PROCFILE = """\
         # gaffer: after=migrate ready="log:is up within=20"
@@ -10669,42 +10437,40 @@ class CliReady(CliFollowCase):
         folder = self.folder()
         path = self.file(folder, "Procfile", textwrap.dedent(self.PROCFILE))
         self.file(folder, ".env", "STATUS=0\n")
+        load = "load app --ready -f " + path
         loaded = "app:web: loaded\napp:migrate: loaded\napp:db: loaded\n"
-        self.assertEqual(self.call("load", "app", "-f", path, "--ready"),
-                         loaded + "app:web: ready\napp:migrate: done\napp:db: ready\n")
+        self.calls((load, loaded + "app:web: ready\napp:migrate: done\napp:db: ready\n"))
         self.assertEqual(self.server.ok("GET", "/processes/app:web")["after"], ["app:migrate"])
         self.call("unload", "app", "-f", path)
         self.file(folder, ".env", "STATUS=3\n")
         why = r"gaffer: (.* and )?'app:migrate' has failed: exit status 3\n"
-        self.assertEqual(self.call("load", "app", "-f", path, "--ready", status=1, err=2 * why),
-                         loaded + "app:db: ready\n")
+        self.calls((load, loaded + "app:db: ready\n", 1, 2 * why))
 
     def test_systemd_is_told(self):
         """READY=1 when all are ready, WATCHDOG=1 meanwhile and after it, STOPPING=1 in the end;
         nothing to children."""
-        folder = self.folder()
+        folder, name = self.folder(), "gaffer-test-%d" % os.getpid()
         path = self.file(folder, "gaffer.ini",
                          "[process:a]\nredirect_input = true\nready = log:up.\n"
                          "cmd = sh -c 'read line; echo up.$NOTIFY_SOCKET; exec sleep 1000'\n")
-        for address in (os.path.join(folder, "notify"), "@gaffer-test-%d" % os.getpid()):
-            with self.subTest(address=address), \
-                    socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-                systemd.bind(address.replace("@", "\0"))
-                systemd.settimeout(TIMEOUT)
-                server = self.start(path, env=dict(self.env, NOTIFY_SOCKET=address,
-                                                   WATCHDOG_USEC="100000"))
-                messages = iter(lambda: systemd.recv(100), None)
-                self.assertEqual(next(messages), b"WATCHDOG=1")
-                server.ok("DELETE", "/streams/a/stdin")
-                for message in b"READY=1", b"STOPPING=1":
-                    seen = itertools.takewhile(lambda each, end=message: each != end, messages)
-                    self.assertLessEqual(set(seen), {b"WATCHDOG=1"})
-                    if message == b"READY=1":
-                        self.assertEqual(next(messages), b"WATCHDOG=1")
-                        data = server.request("GET", "/streams/a/stdout?since=0")[2]
-                        self.assertEqual(data, b"up.\n")
-                        server.process.send_signal(signal.SIGTERM)
-                server.stop(None)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.bind("\0" + name)
+            systemd.settimeout(TIMEOUT)
+            server = self.start(path, env=dict(self.env, NOTIFY_SOCKET="@" + name,
+                                               WATCHDOG_USEC="100000"))
+            messages = iter(lambda: systemd.recv(100), None)
+
+            def beats_until(end):
+                seen = set(itertools.takewhile(lambda message: message != end, messages))
+                self.assertLessEqual(seen, {b"WATCHDOG=1"})
+            self.assertEqual(next(messages), b"WATCHDOG=1")
+            server.ok("DELETE", "/streams/a/stdin")
+            beats_until(b"READY=1")
+            self.assertEqual(next(messages), b"WATCHDOG=1")
+            self.assertEqual(server.request("GET", "/streams/a/stdout?since=0")[2], b"up.\n")
+            server.process.send_signal(signal.SIGTERM)
+            beats_until(b"STOPPING=1")
+            server.stop(None)
         server = self.start(path, env=dict(self.env, NOTIFY_SOCKET=os.path.join(folder, "gone")))
         server.expect_stderr("systemd cannot be told STOPPING=1: No such file or directory")
 
@@ -10723,12 +10489,10 @@ class CliReady(CliFollowCase):
             "LimitNOFILE=100:200", "LimitCORE=infinity:infinity", "EnvironmentFile=/a%%b"])
 
 
-def postgres_folder():
-    """The folder of PostgreSQL's programs, None if it is not installed."""
-    return max(glob.glob("/usr/lib/postgresql/*/bin"), default=None)
+POSTGRES = max(glob.glob("/usr/lib/postgresql/*/bin"), default=None)    # its programs
 
 
-@unittest.skipUnless(postgres_folder(), "PostgreSQL is not installed")
+@unittest.skipUnless(POSTGRES, "PostgreSQL is not installed")
 class CliDatabase(CliControlCase):
     """A database, a migration, a web server and a worker, each after the one before it."""
 
@@ -10774,9 +10538,9 @@ class CliDatabase(CliControlCase):
         os.mkdir(self.home + "/data")
         if os.geteuid() == 0:                   # as which PostgreSQL refuses to run
             user = "uid = nobody"
-            os.chown(self.home + "/data", pwd.getpwnam("nobody").pw_uid, -1)
+            shutil.chown(self.home + "/data", "nobody")
         self.good = {
-            "programs": postgres_folder(), "home": self.home, "user": user, "data": "data",
+            "programs": POSTGRES, "home": self.home, "user": user, "data": "data",
             "db": free_port(), "sql": "create table if not exists t (x int)", "port": port,
             "web": "%s -m http.server --bind 127.0.0.1 %d" % (PYTHON, port), "worker": "up",
             "within": 60, "again": "on-failure"}
@@ -10793,14 +10557,13 @@ class CliDatabase(CliControlCase):
         self.load()
         self.assertEqual(self.call("wait", *self.NAMES),
                          "db: ready\nmigrate: ready\nweb: ready\nworker: ready\n")
-        since, found = 0, []
-        while found[-1:] != ["ready worker"]:
-            event = self.server.wait_event("", since)
-            since = event["id"]
-            words = "%(event)s %(name)s" % event
-            if event["event"] in ("spawn", "ready", "done") and words not in found:
-                found.append(words)
-        self.assertEqual(found, [
+        found = []
+        for event in self.server.events():
+            if event["event"] in ("spawn", "ready", "done"):
+                found.append("%(event)s %(name)s" % event)
+            if found[-1:] == ["ready worker"]:
+                break
+        self.assertEqual(list(dict.fromkeys(found)), [
             "spawn init", "done init", "spawn db", "ready db", "spawn migrate", "done migrate",
             "spawn web", "ready web", "spawn worker", "ready worker"])
 
@@ -10811,17 +10574,15 @@ class CliDatabase(CliControlCase):
             return " ".join(self.server.ok("GET", "/status/" + name)["state"]
                             for name in self.NAMES)
 
-        for changes, wanted, shown, why in (
-                ({"data": "no"}, "failed waiting waiting waiting", " 2 ",
+        for changes, wanted, why in (
+                ({"data": "no"}, "failed waiting waiting waiting",
                  "'db' has failed: exit status 2; its last lines:\n.*could not access"),
-                ({"sql": "select pg_sleep(60)"}, "running running waiting waiting", None,
-                 r"' is not ready in the time given; it goes on"),
-                ({"sql": "nonsense", "again": "never"}, "running failed waiting waiting", " 1 ",
+                ({"sql": "select pg_sleep(60)"}, "running running waiting waiting", None),
+                ({"sql": "nonsense", "again": "never"}, "running failed waiting waiting",
                  "'migrate' has failed: exit status 1; its last lines:\n[\\s\\S]*nonsense"),
-                ({"web": "sh -c 'echo no route; exit 4'"}, "running done failed waiting", " 4 ",
+                ({"web": "sh -c 'echo no route; exit 4'"}, "running done failed waiting",
                  "'web' has failed: exit status 4; its last lines:\ngaffer: no route"),
                 ({"worker": "slow", "within": 0.1}, "running done running failed",
-                 "not ready .log:is up. within 0.1 seconds",
                  "'worker' has failed: not ready .*; its last lines:\ngaffer: worker is slow")):
             with self.subTest(wanted):
                 self.load(**changes)
@@ -10831,12 +10592,12 @@ class CliDatabase(CliControlCase):
                         "GET", "/streams/db/stderr?since=0")[2])
                 table = self.call("status", status=3)
                 for before, name, state in zip(("init", *self.NAMES), self.NAMES, wanted.split()):
+                    if state == "waiting":
+                        self.assertRegex(table, "(?m)^%s .*waits for %s$" % (name, before))
                     if state in ("failed", "waiting"):
-                        words = shown if state == "failed" else "waits for %s$" % before
-                        self.assertRegex(table, "(?m)^%s +%s .*%s" % (name, state, words))
-                        status, seconds = (1, TIMEOUT) if shown else (124, 0.1)
-                        self.call("wait", name, "--timeout", str(seconds), status=status,
-                                  err=r"gaffer: .*%s[\s\S]*" % why)
+                        self.call("wait", name, *["--timeout", "0.1"] * (why is None),
+                                  status=1 if why else 124,
+                                  err=r"gaffer: .*%s[\s\S]*" % (why or "; it goes on"))
                 until(lambda wanted=wanted: states() == wanted, wanted + ", still")
         self.load()
         self.call("wait", *self.NAMES)
@@ -12960,7 +12721,8 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     ("os.stat(FOLDER_SOCKET).st_uid == os.geteuid()", "True", "CliCommands.test_endpoints"),
     ("kill=self._count > 1", "kill=self._count > 2", "CliSignals.test_second_signal"),
     ("handlers[signal.SIGCHLD] = signal.SIG_DFL", "pass", "CliSignals.test_careless_parent"),
-    ("-self._stages[each.name])", "-self._stages[each.name])[::-1]", "CliSignals.test_order"),
+    ("-self._stages[each.name])", "-self._stages[each.name])[::-1]",
+     "CliSignals.test_signals_that_end"),
     ("args.exit_status or (0 if well else 3)", "args.exit_status", "CliStatus.test_status"),
     ("if exit_status is None or not is_away(error):", "if True:", "CliStatus.test_watch"),
     ("template.active and template.lost() is None", "template.active",
@@ -13288,7 +13050,9 @@ def main():
             signal.signal(signum, lambda *_: None)
     ForkServer.start()
     with tempfile.TemporaryDirectory() as cache:
-        CliCase.env = cli_environment(PYTHONPYCACHEPREFIX=cache)
+        CliCase.env = {name: value for name, value in os.environ.items()
+                       if not name.startswith(("PYTHON", "GAFFER"))}
+        CliCase.env["PYTHONPYCACHEPREFIX"] = cache
         sys.exit(run_tests(tests, given.jobs, given.slowest))
 
 
