@@ -10,6 +10,7 @@ import ast
 import atexit
 import base64
 import builtins
+import codecs
 import concurrent.futures
 import contextlib
 import dis
@@ -2241,8 +2242,8 @@ class PureHead(Case):
             return request.headers.get("host"), request.target
         bad, url = gaffer.BadRequest, "http://a/"
         self.assertTable(found, (
-            (("/", None, "1.1"), bad), ((url, None, "1.1"), bad),
-            (("/", None, "1.0"), (None, "/")), ((url, None, "1.0"), ("a", "/")),
+            ((url, None, "1.1"), bad), (("/", None, "1.0"), (None, "/")),
+            ((url, None, "1.0"), ("a", "/")),
             *(((target, "b", "1.1"), answer) for target, answer in (
                 ("*", ("b", "*")), ("http://x.example/y?z", ("x.example", "/y?z")),
                 ("HTTP://A:1", ("A:1", "/")), ("https://a?b", ("a", "/?b")),
@@ -2358,10 +2359,8 @@ class PureReading(Case):
         self.assertRead(lambda file: (gaffer.read_body(file, None, 1000), file.read()), (
             (end, (b"", b"")),
             (b"3\r\nabc\r\n2\r\n\r\n\r\n" + end + b"GET /", (b"abc\r\n", b"GET /")),
-            (b"00003\r\nabc\r\n000\r\n\r\n", (b"abc", b"")),
-            (b"A\r\n0123456789\r\na\r\n0123456789\r\n" + end, (b"0123456789" * 2, b"")),
-            (b"1 \t;name=\"a b\"\r\nx\r\n0;last\r\n\r\n", (b"x", b"")),
-            (b"1 \r\ny\r\n" + end, (b"y", b"")),
+            (b"A\r\n0123456789\r\n00a\r\n0123456789\r\n" + end, (b"0123456789" * 2, b"")),
+            (b"1 \t;name=\"a b\"\r\nx\r\n1 \r\ny\r\n00;last\r\n\r\n", (b"xy", b"")),
             (b"0\r\nA: b\r\nC: d\r\n\r\nmore\r\n", (b"", b"more\r\n")),
             (b"1\r\na\r\n" * 1000 + end, (b"a" * 1000, b"")),
             (b"0\r\n" + line * fits + b"\r\n", (b"", b"")),
@@ -2388,18 +2387,18 @@ class PureReading(Case):
 class PureResponse(Case):
 
     def test_encode(self):
-        self.assertTable(lambda case: gaffer.encode_head(*case), (
-            ((200, [("A", "b"), ("N", 5)]), b"HTTP/1.1 200 OK\r\nA: b\r\nN: 5\r\n\r\n"),
-            ((299, [("X", "\xe9")]), b"HTTP/1.1 299 Unknown\r\nX: \xe9\r\n\r\n"),
-            *(((200, [header]), ValueError) for text in ("a\r\nB: x", "a\nb", "\r", "\0", "\u560a")
+        self.assertTable(lambda headers: gaffer.encode_head(299, headers), (
+            ([("A", "\xe9"), ("N", 5)], b"HTTP/1.1 299 Unknown\r\nA: \xe9\r\nN: 5\r\n\r\n"),
+            *(([header], ValueError) for text in ("a\r\nB: x", "a\nb", "\r", "\0", "\u560a")
               for header in ((text, "x"), ("x", text)))))
         response = gaffer.json_response({"a": "\xe9"}, 404, [("X", "y")])
-        self.assertEqual(response.encode("now", True).split(b"\r\n\r\n")[1], b'{"a": "\\u00e9"}\n')
-        self.assertEqual(set(response.encode("now", True, head_only=True).split(b"\r\n")), {
+        self.assertEqual(response.encode("now", False, more=[("Z", "z")]).split(b"\r\n\r\n")[1],
+                         b'{"a": "\\u00e9"}\n')
+        head = response.encode("now", False, head_only=True, more=[("Z", "z")])
+        self.assertEqual(set(head.split(b"\r\n")), {
             b"HTTP/1.1 404 Not Found", b"Date: now", b"Content-Type: application/json",
-            b"X-Content-Type-Options: nosniff", b"X: y", b"Content-Length: 16", b""})
-        self.assertIn(b"\r\nConnection: close\r\n", response.encode("now", False))
-        self.assertIn(b"\r\nZ: z\r\n", response.encode("now", True, more=[("Z", "z")]))
+            b"X-Content-Type-Options: nosniff", b"X: y", b"Z: z", b"Connection: close",
+            b"Content-Length: 16", b""})
         answer = gaffer.Response(b"x", status=204, content_type=None).encode("now", True)
         self.assertEqual(answer, b"HTTP/1.1 204 No Content\r\nDate: now\r\n\r\n")
         self.assertRaises(ValueError, gaffer.json_bytes, {"a": math.nan})
@@ -2419,18 +2418,17 @@ class PureResponse(Case):
             ("/", "GET"), ("/a", "POST"), ("/a/<ref>", "GET"), ("/a/special", "DELETE"),
             ("/a/<ref>/_do/<n>", "POST"), ("/b/<pid>", "GET"), ("/b/<name>", "PUT"),
             ("/open/<rest...>", "GET")))
-        for path, pattern, methods, args in (
-                ("", "/", "GET HEAD", []), ("a", "/a", "POST", []),
-                ("a/x", "/a/<ref>", "GET HEAD", ["x"]), ("a/special", "/a/special", "DELETE", []),
-                ("a/x/_do/5", "/a/<ref>/_do/<n>", "POST", ["x", "5"]),
-                ("b/12", "/b/<pid>", "GET HEAD", ["12"]), ("b/x12", "/b/<name>", "PUT", ["x12"]),
-                ("open/1/2", "/open/<rest...>", "GET HEAD", [["1", "2"]])):
+        for path, pattern, methods, *args in (
+                ("", "/", "GET HEAD"), ("a", "/a", "POST"), ("a/x", "/a/<ref>", "GET HEAD", "x"),
+                ("a/special", "/a/special", "DELETE"),
+                ("a/x/_do/5", "/a/<ref>/_do/<n>", "POST", "x", "5"),
+                ("b/12", "/b/<pid>", "GET HEAD", "12"), ("b/x12", "/b/<name>", "PUT", "x12"),
+                ("open/1/2", "/open/<rest...>", "GET HEAD", ["1", "2"])):
             self.assertEqual(router.find(path.split("/") if path else []),
                              (dict.fromkeys(methods.split(), pattern), args), path)
         for path in ["A"], ["", ""], ["a", "x", "_no", "5"], ["a", "x", "_do"]:
             self.assertIsNone(router.find(path)[0], path)
-        self.assertEqual(list(gaffer.allowed({"POST": 1, "GET": 1, "HEAD": 1})),
-                         ["GET", "HEAD", "POST", "OPTIONS"])
+        self.assertEqual(gaffer.allowed({"POST", "GET"}), ["GET", "POST", "OPTIONS"])
 
 
 class PureAccess(Case):
@@ -2440,75 +2438,60 @@ class PureAccess(Case):
         forbidden, bad = gaffer.ForbiddenHost, gaffer.BadRequest
         for answer, hosts in (
                 (None, "LocalHost:1 localhost. a.b.localhost:80 127.0.0.1:80 10.1.2.3 [::1] "
-                       "[fe80::1]:5000 [::ffff:1.2.3.4] BOX.example.org.:80 b:65535"),
+                       "[::ffff:1.2.3.4]:5000 BOX.example.org.:80 b:65535"),
                 (forbidden, "example.com:5000 0.0.0.0 [::]:80 [0:0:0:0:0:0:0:0] [::ffff:0.0.0.0] "
-                            "localhost.example.com xlocalhost 2130706433 127.1 0x7f.0.0.1 "
-                            "0177.0.0.1 x.box.example.org 127.0.0.1.. %6cocalhost"),
-                (bad, ":5000 a@b localhost:x localhost:65536 localhost:-1 localhost:+1 [::1 ::1 [] "
-                      "[1.2.3.4] [::1]x localhost:80:80 [fe80::1%25eth0] localhost/ localhost?x "
+                            "localhost.example.com xlocalhost 2130706433 127.1 0177.0.0.1 "
+                            "x.box.example.org 127.0.0.1.. %6cocalhost " + "e" * 60000),
+                (bad, ":5000 a@b localhost:x localhost:65536 localhost:-1 [::1 ::1 [] [1.2.3.4] "
+                      "[::1]x localhost:80:80 [fe80::1%25eth0] localhost/ localhost?x "
                       "\"localhost\" l\xf6calhost b:" + "9" * 5000)):
             self.assertTable(lambda host: access.check_host(pure_request(host=host)),
                              ((host, answer) for host in hosts.split()))
-        access.check_host(pure_request(host=None, version="1.0"))
-        self.assertTable(access.check_host, (
-            (pure_request(host=""), bad), (pure_request(host="localhost, a.example"), bad),
-            (pure_request(target="http://evil.example/"), forbidden)))
-        with self.assertRaisesRegex(forbidden, r"\A.{,300}\Z"):
-            access.check_host(pure_request(host="e" * 60000))
         unix = pure_request(host="unix")        # no page can reach it, and clients send any name
         unix.client = "unix"
-        access.check_host(unix)
+        self.assertTable(access.check_host, (
+            (pure_request(host=""), bad), (pure_request(host="localhost, a.example"), bad),
+            (pure_request(host=None, version="1.0"), None), (unix, None),
+            (pure_request(target="http://evil.example/"), forbidden)))
 
-    def origin(self, origin, access, host="box:5000", secure=False):
+    def origin(self, origin, access, host="box:5000"):
         """Whether it may change something; check_origin(), cors() and preflight() agree."""
         request = pure_request(*["Origin: %s" % origin] * (origin is not None), host=host)
-        request.secure = secure
         allowed, cors = access.allows_origin(request), dict(access.cors(request))
-        if allowed:
-            access.check_origin(request)
-        else:
-            self.assertRaises(gaffer.ForbiddenOrigin, access.check_origin, request)
-            self.assertNotIn("Access-Control", str(access.preflight(request)))
+        self.assertTable(access.check_origin, [
+            (request, None if allowed else gaffer.ForbiddenOrigin)])
+        self.assertEqual(bool(access.preflight(request)), allowed and origin is not None)
         self.assertEqual(cors.get("Access-Control-Allow-Origin"), origin if allowed else None)
         self.assertEqual(cors.get("Vary"), None if origin is None else "Origin")
-        self.assertNotIn("Access-Control-Allow-Credentials", cors)
         return allowed
 
     def test_origin(self):
-        plain, every = gaffer.Access(), gaffer.Access(origins=["*"])
-        more = gaffer.Access(origins=["https://App.example/", "http://two.example:8080"])
-        for access, allowed, origins in (
-                (plain, True, (
-                    None, "https://localhost", "http://127.0.0.1:1", "https://[::1]",
-                    "HTTP://LocalHost:3000", "http://box:5000")),
-                (plain, False, (
-                    "null", "", "http://example.com", "http://box", "http://box:5001",
-                    "ws://box:5000", "http://localhost.example.com", "http://localhost/",
-                    "http://127.0.0.2", "file://", "localhost", "http://localhost:80@evil.example",
-                    "http://localhost:3000 http://evil.example", "http://foo.localhost",
-                    "http://::1", "chrome-extension://abc")),
-                (more, True, ("https://APP.example", "http://two.example:8080",
-                              "http://localhost:1")),
-                (more, False, ("http://app.example", "https://app.example:444",
-                               "http://two.example")),
-                (every, True, ("null", "https://x:1"))):
-            self.assertTable(lambda origin, access=access: self.origin(origin, access),
-                             ((origin, allowed) for origin in origins))
-        self.assertRaises(gaffer.StartError, gaffer.Access, origins=["x"])
-
-    def test_own_origin(self):
         """Default ports are filled in; TLS may end at a proxy that passes the Host on, or not."""
-        proxied = gaffer.Access(hosts=["gaffer.test"], origins=["https://x:443"])
-        for host, yes, no in (
-                ("box:5000", "https://box:5000", ""), ("box:80", "http://box", "https://box"),
-                ("box", "http://box:80 https://box https://box:443 https://x",
-                 "http://box:443 http://x:443"), ("box:443", "https://box", ""),
-                ("gaffer.test:80", "http://gaffer.test", ""),
-                ("127.0.0.1:5000", "https://gaffer.test http://gaffer.test:80",
-                 "https://gaffer.test:8443 http://10.0.0.9")):
+        plain, every = gaffer.Access(), gaffer.Access(origins=["*"])
+        more = gaffer.Access(origins=["https://App.example/", "http://two.example:8080",
+                                      "https://x:443"], hosts=["gaffer.test"])
+        for access, host, yes, no in (
+                (plain, "box:5000", "https://localhost http://127.0.0.1:1 https://[::1] "
+                 "HTTP://LocalHost:3000 http://box:5000 https://box:5000",
+                 "null http://example.com http://box http://box:5001 ws://box:5000 localhost "
+                 "http://localhost.example.com http://localhost/ http://127.0.0.2 file:// "
+                 "http://localhost:80@evil.example http://foo.localhost http://::1 "
+                 "chrome-extension://abc"),
+                (more, "box:80", "https://APP.example http://two.example:8080 http://localhost:1 "
+                 "http://box https://x",
+                 "http://app.example https://app.example:444 http://two.example https://box"),
+                (more, "box", "http://box:80 https://box https://box:443",
+                 "http://box:443 http://x:443"),
+                (more, "box:443", "https://box", ""),
+                (more, "127.0.0.1:5000", "https://gaffer.test http://gaffer.test:80",
+                 "https://gaffer.test:8443 http://10.0.0.9"),
+                (every, "box", "null https://x:1", "")):
             for allowed, origins in (True, yes), (False, no):
-                self.assertTable(lambda origin, host=host: self.origin(origin, proxied, host),
+                self.assertTable(lambda origin: self.origin(origin, access, host),
                                  ((origin, allowed) for origin in origins.split()))
+        self.assertTable(lambda origin: self.origin(origin, plain), (
+            (None, True), ("", False), ("http://localhost:3000 http://evil.example", False)))
+        self.assertRaises(gaffer.StartError, gaffer.Access, origins=["x"])
 
     def test_preflight(self):
         access = gaffer.Access()
@@ -2525,7 +2508,7 @@ class PureAccess(Case):
     def test_token(self):
         """Bearer or Basic. The time of a refusal does not tell how much was right."""
         access, secret = gaffer.Access(token="s\xe9cret:1"), "s\xe9cret:1".encode()
-        wire, wrong = secret.decode("latin-1"), gaffer.Unauthorized
+        wire = secret.decode("latin-1")
 
         def basic(data):
             return "Basic " + base64.b64encode(data).decode()
@@ -2533,38 +2516,36 @@ class PureAccess(Case):
         def check(text):
             with unittest.mock.patch("hmac.compare_digest", wraps=hmac.compare_digest) as compare:
                 try:
-                    access.check_token(pure_request(*["Authorization: " + text] * (text != "none")))
+                    access.check_token(pure_request("Authorization: " + text))
                 finally:
                     self.assertEqual(compare.call_args[0][1], secret)
         self.assertTable(check, (
             *((text, None) for text in (
                 "Bearer " + wire, "BEARER   " + wire, basic(b"user:" + secret),
                 "basic" + basic(b":" + secret)[5:])),
-            *((text, wrong) for text in (
-                "none", "", "Bearer ", "Bearer x", wire, "Token " + wire, "Bearer " + wire[:-1],
+            *((text, gaffer.Unauthorized) for text in (
+                "", "Bearer ", "Bearer x", wire, "Token " + wire, "Bearer " + wire[:-1],
                 "Bearer " + wire + "1", "Bearer" + wire, basic(secret), basic(b"user:"), "Basic !",
                 "Basic \xe9", basic(b"x:" + secret) + "!"))))
-        gaffer.Access().check_token(pure_request())
+        self.assertRaises(gaffer.Unauthorized, access.check_token, pure_request())
         for token in "", " ", "secret\n":       # it must not stand open, nor be closed to all
             self.assertRaises(ValueError, gaffer.Access, token)
 
     def test_site(self):
-        """What browsers say of a request that has no Origin."""
+        """What browsers say of a request that has no Origin: site, mode, destination."""
         access, everybody = gaffer.Access(), gaffer.Access(origins=["*"])
-        for answer, table in (
+        for answer, rows in (
                 (gaffer.ForbiddenOrigin, (
                     "GET cross-site no-cors image", "GET cross-site navigate iframe",
                     "HEAD cross-site no-cors empty", "POST cross-site navigate document")),
-                (None, ("GET cross-site navigate document", "GET cross-site navigate",
-                        "POST same-origin cors empty", "GET none navigate document",
-                        "GET same-site no-cors image", "GET"))):
-            for method, *rest in map(str.split, table):
+                (None, ("GET cross-site navigate document", "GET cross-site navigate", "GET",
+                        "POST same-origin cors empty", "GET same-site no-cors image"))):
+            for method, *rest in map(str.split, rows):
                 lines = ["Sec-Fetch-%s: %s" % pair for pair in zip(("Site", "Mode", "Dest"), rest)]
                 request = pure_request(*lines, method=method)
-                self.assertTable(access.check_site, [(request, answer)])
+                self.assertTable(access.check_site, (
+                    (request, answer), (pure_request(*lines, "Origin: x", method=method), None)))
                 everybody.check_site(request)
-                # with an Origin it is check_origin()'s matter
-                access.check_site(pure_request(*lines, "Origin: http://localhost:1", method=method))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2584,28 +2565,22 @@ def pure_bytes(rng, count, broken=True):
 class PureSse(Case):
 
     def test_incomplete_utf8(self):
-        """Against its definition, at every end of four bytes."""
-        some = bytes.fromhex("41 00 7f 80 8f 90 9f a0 bf c0 c1 c2 df e0 e2 ed ef f0 f1 f4 f5 ff")
-        # the low six bits are in the last byte alone; that a surrogate is none shows there, too
-        whole = [chr(point).encode("utf-8", "surrogatepass") for point in range(0x80, 0x110000, 64)]
-        begins = {data[:size] for data in whole for size in range(1, len(data))}
-        for size in range(5):
-            for data in map(bytes, itertools.product(some if size < 4 else some[::3], repeat=size)):
-                found = [count for count in (1, 2, 3) if count <= size and data[-count:] in begins]
-                self.assertEqual(gaffer.incomplete_utf8(data), max(found, default=0), data)
+        """As many bytes as the decoder of the standard library keeps."""
+        some = bytes.fromhex("41 7f 80 8f 90 9f a0 bf c1 c2 df e0 e2 ed ef f0 f4 f5")
+        for data in map(bytes, itertools.product(some, some, some, some[::3])):
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            decoder.decode(data)
+            self.assertEqual(gaffer.incomplete_utf8(data), len(decoder.getstate()[0]), data)
 
     def test_format(self):
         encoder = gaffer.SseEncoder("stdout", "e1")
         self.assertEqual(encoder.encode(b"one\ntwo\r\n\nrest", 100, None, gaffer.NORMAL, 1000), (
             b"id: 104@e1\nevent: stdout\ndata: one\n\nid: 109@e1\nevent: stdout\ndata: two\n\n"
             b"id: 110@e1\nevent: stdout\ndata: \n\n", 10))
-        self.assertEqual(encoder.dropped(5, 7), b'id: 7@e1\nevent: dropped\ndata: {"bytes": 5}\n\n')
-        self.assertEqual(encoder.dropped(0, 7, True), b'id: 7@e1\nevent: dropped\n'
-                         b'data: {"bytes": 0, "restarted": true}\n\n')
+        self.assertEqual(encoder.dropped(5, 7, True), b'id: 7@e1\nevent: dropped\n'
+                         b'data: {"bytes": 5, "restarted": true}\n\n')
         self.assertEqual(encoder.exit(7, {"pid": 1}),
                          b'id: 7x@e1\nevent: exit\ndata: {"pid": 1}\n\n')
-        for mode in (gaffer.NORMAL, gaffer.FINAL):
-            self.assertEqual(encoder.encode(b"", 5, None, mode, 1000), (b"", 0))
         # a line at least as long as `piece` does not wait for its end
         self.assertTable(lambda data: encoder.encode(data, 0, None, gaffer.NORMAL, 64)[1], (
             (b"a\n" + b"x" * 64, 66), (b"a\r\n" + b"x" * 63, 3), (b"\xc3\xa9\n" + b"x" * 64, 67)))
@@ -2668,20 +2643,24 @@ class PureWebSocket(Case):
         """The example of RFC 6455 section 1.3, then one line of it replaced."""
         lines = ["Upgrade: websocket", "Connection: keep-alive, Upgrade",
                  "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
-        accepted = {"Upgrade": "websocket", "Connection": "Upgrade",
-                    "Sec-WebSocket-Accept": "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="}
         bad, upgrade, key = gaffer.BadRequest, gaffer.UpgradeRequired, "Sec-WebSocket-Key: "
-        for number, answer, values in (
-                (0, accepted, ["Upgrade: h2c, WebSocket"]), (1, accepted, ["Connection: UPGRADE"]),
-                (0, upgrade, ["X: y", "Upgrade: websockets"]), (1, upgrade, ["Connection: close"]),
-                (2, upgrade, ["X: y", "Sec-WebSocket-Version: 8"]),
-                (3, bad, ["X: y", key, key + "dGhl", key + "dGhlIHNhbXBsZSBub25jZQ==!",
-                          key + "dGhlIHNhbXBsZSBub25jZTEyMw==", key + "\xe9"])):
-            self.assertTable(lambda line, at=number: dict(gaffer.websocket_accept(
-                pure_request(*lines[:at], line, *lines[at + 1:]))),
-                ((line, answer) for line in values))
-        self.assertTable(lambda options: gaffer.websocket_accept(pure_request(*lines, **options)),
-                         (({"method": "POST"}, bad), ({"version": "1.0"}, bad)))
+
+        def accept(case):
+            number, line, options = case
+            return gaffer.websocket_accept(pure_request(
+                *lines[:number], *line, *lines[number + 1:], **options))
+        for answer, cases in (
+                ([("Upgrade", "websocket"), ("Connection", "Upgrade"),
+                  ("Sec-WebSocket-Accept", "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")],
+                 ((0, "Upgrade: h2c, WebSocket"), (1, "Connection: UPGRADE"))),
+                (upgrade, ((0, "X: y"), (0, "Upgrade: websockets"), (1, "Connection: close"),
+                           (2, "X: y"), (2, "Sec-WebSocket-Version: 8"))),
+                (bad, ((3, "X: y"), *((3, key + text) for text in (
+                    "", "dGhl", "dGhlIHNhbXBsZSBub25jZQ==!", "dGhlIHNhbXBsZSBub25jZTEyMw==",
+                    "\xe9"))))):
+            self.assertTable(accept, (((at, [line], {}), answer) for at, line in cases))
+        self.assertTable(accept, (((4, [], {"method": "POST"}), bad),
+                                  ((4, [], {"version": "1.0"}), bad)))
 
     def test_frames(self):
         for size, head in ((125, b"\x82\x7d"), (126, b"\x82\x7e\x00\x7e"),
@@ -2717,7 +2696,7 @@ class PureWebSocket(Case):
         for code, wires in (
                 (1002, (
                     b"\xc1\x80" + mask, b"\xa1\x80" + mask, b"\x91\x80" + mask,     # reserved bits
-                    *(frame(opcode, b"") for opcode in (3, 7, 11, 15)),
+                    *(frame(opcode, b"") for opcode in (3, 15)),
                     b"\x81\x01x", b"\x88\x00",                                     # no mask
                     frame(9, b"x" * 126), frame(9, b"x", False), frame(8, b"\x03"), frame(0, b"x"),
                     frame(1, b"a", False) + frame(1, b"b"),
@@ -2725,7 +2704,7 @@ class PureWebSocket(Case):
                     b"\x82\xfe\x00\x7d" + mask,                # a size in too many bytes
                     *(b"\x82\xff" + struct.pack("!Q", size) + mask for size in (65535, 1 << 63)),
                     *(frame(8, struct.pack("!H", number)) for number in (
-                        0, 999, 1004, 1005, 1006, 1015, 2999, 5000)))),
+                        999, 1004, 1005, 1015, 2999, 5000)))),
                 (1007, (
                     *(frame(1, data) for data in (
                         b"a\xffb", b"a\xe2\x82", b"\xc0\xaf", b"\xed\xa0\x80")),
@@ -2774,20 +2753,21 @@ class PureWebSocket(Case):
             self.assertEqual(found, counts)
 
     def test_frame_encoder(self):
-        normal, final = gaffer.NORMAL, gaffer.FINAL
-        for binary, by_line, data, before, mode, wire, consumed in (
-                (True, False, b"a\xff\n", None, normal, b"\x82\x03a\xff\n", 3),
-                (False, False, b"a\xff\n", None, normal, b"\x81\x05a\xef\xbf\xbd\n", 3),
-                (False, False, b"a\xe2\x82", None, normal, b"\x81\x01a", 1),
-                (False, False, b"\xe2\x82", None, normal, b"", 0),
-                (False, False, b"\xe2\x82", None, final, b"\x81\x03\xef\xbf\xbd", 2),
-                (False, True, b"a\nb\r\n\rc", None, normal, b"\x81\x01a\x81\x01b\x81\x00", 6),
-                (False, True, b"\na\xff\n", 13, normal, b"\x81\x04a\xef\xbf\xbd", 4),
-                (True, True, b"\xff\nc", None, final, b"\x82\x01\xff\x82\x01c", 3),
-                (True, True, b"half", None, normal, b"", 0)):
-            with self.subTest(binary=binary, by_line=by_line, data=data):
-                encoder = gaffer.FrameEncoder(binary, by_line)
-                self.assertEqual(encoder.encode(data, 0, before, mode, 1000), (wire, consumed))
+        encoders = {"binary": gaffer.FrameEncoder(True, False),
+                    "text": gaffer.FrameEncoder(False, False),
+                    "lines": gaffer.FrameEncoder(False, True)}
+        for kind, data, before, mode, wire, consumed in (
+                ("binary", b"a\xff\n", None, gaffer.NORMAL, b"\x82\x03a\xff\n", 3),
+                ("text", b"a\xff\n", None, gaffer.NORMAL, b"\x81\x05a\xef\xbf\xbd\n", 3),
+                ("text", b"a\xe2\x82", None, gaffer.NORMAL, b"\x81\x01a", 1),
+                ("text", b"\xe2\x82", None, gaffer.NORMAL, b"", 0),
+                ("text", b"\xe2\x82", None, gaffer.FINAL, b"\x81\x03\xef\xbf\xbd", 2),
+                ("lines", b"a\nb\r\n\rc", None, gaffer.NORMAL, b"\x81\x01a\x81\x01b\x81\x00", 6),
+                ("lines", b"\na\xff\n", 13, gaffer.NORMAL, b"\x81\x04a\xef\xbf\xbd", 4),
+                ("lines", b"\n\nc", None, gaffer.FINAL, b"\x81\x00\x81\x00\x81\x01c", 3)):
+            with self.subTest(kind=kind, data=data):
+                self.assertEqual(encoders[kind].encode(data, 0, before, mode, 1000),
+                                 (wire, consumed))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2805,7 +2785,6 @@ def prom_parse(data):
     for line in text[:-1].split("\n"):
         if line.startswith("# HELP "):
             name, = re.fullmatch(r"# HELP (%s) \S[^\\]*\S" % PROM_NAME, line).groups()
-            assert not re.search(r"_(ms|milliseconds|kb|kib|percent|count|sum|bucket)(_|$)", name)
         elif line.startswith("# TYPE "):
             typed, kind = re.fullmatch(r"# TYPE (.*) (counter|gauge|summary)", line).groups()
             assert name == typed and name not in found, line
@@ -2831,12 +2810,11 @@ class PureMetrics(Case):
             ({}, 3), ({"x": 'q"b\\s\nn', "y": "\u00e9"}, 0.5)])
         text += gaffer.metric_lines("none", "gauge", "None.", [])
         text += gaffer.metric_lines("one", "gauge", "One.", 1)
-        self.assertEqual(text, (
-            '# HELP a_total Some.\n# TYPE a_total counter\na_total 3\n'
-            'a_total{x="q\\"b\\\\s\\nn",y="\u00e9"} 0.5\n# HELP none None.\n# TYPE none gauge\n'
-            '# HELP one One.\n# TYPE one gauge\none 1\n'))
-        self.assertEqual(prom_parse(text.encode())["a_total"][1], {
-            ("a_total", ()): 3, ("a_total", (("x", 'q"b\\s\nn'), ("y", "\u00e9"))): 0.5})
+        self.assertIn('\na_total{x="q\\"b\\\\s\\nn",y="\u00e9"} 0.5\n# HELP none None.\n', text)
+        self.assertEqual(prom_parse(text.encode()), {
+            "a_total": ("counter", {
+                ("a_total", ()): 3, ("a_total", (("x", 'q"b\\s\nn'), ("y", "\u00e9"))): 0.5}),
+            "none": ("gauge", {}), "one": ("gauge", {("one", ()): 1})})
 
     def test_unknown_methods_are_one(self):
         counts = gaffer.RequestCounts()
@@ -2951,17 +2929,17 @@ class PurePage(Case):
         self.assertNotEqual(gaffer.page_response({}).headers, response.headers)
 
     def test_gzip(self):
-        def compressed(offer, body=b"long " * 1000):
+        def compressed(offer):
             request = gaffer.Request("GET", "/", (1, 1), {"accept-encoding": offer})
-            made = gaffer.compressed(request, gaffer.Response(body))
+            made = gaffer.compressed(request, gaffer.Response(b"long " * 1000))
             packed = dict(made.headers).get("Content-Encoding") == "gzip"
-            self.assertEqual(zlib.decompress(made.body, 31) if packed else made.body, body)
+            self.assertEqual(zlib.decompress(made.body, 31) if packed else made.body,
+                             b"long " * 1000)
             return packed
         for wanted, offers in (
-                (True, ("deflate, gzip;q=0.5, br", "GZIP", "gzip;q=1.0", "gzip ; q=0.001")),
+                (True, ("deflate, gzip;q=0.5, br", "GZIP", "gzip ; q=0.001")),
                 (False, ("gzip;q=0", "", "gzip;q=0.000, br", "br", "x-gzip-not"))):
             self.assertTable(compressed, ((offer, wanted) for offer in offers))
-        self.assertFalse(compressed("gzip", b"short"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -12332,11 +12310,6 @@ class ChaosReader(threading.Thread):
             self.wire.close()
             self.open.remove(self)
 
-    def end(self, how=socket.SHUT_RDWR):
-        """End it from this side."""
-        with contextlib.suppress(OSError):
-            self.wire.sock.shutdown(how)
-
     # each: (offset behind it, bytes that were dropped before it, bytes)
 
     def longpoll(self):
@@ -12474,13 +12447,9 @@ class Chaos(CliCase):
             ChaosReader.hurry.set()
             for reader in list(ChaosReader.open):
                 reader.join(TIMEOUT)            # with its stream
-                if reader.is_alive():
-                    ChaosReader.faults.append("%s did not end" % reader.name)
-                    reader.end()
-                    reader.join()
             ChaosReader.hurry.clear()
             self.connection.close()
-        self.assertEqual(ChaosReader.faults, [])
+        self.assertEqual((ChaosReader.faults, ChaosReader.open), ([], []))
         # every event once and in order; every process spawned once and gone once
         numbers = [int(event["id"].partition("@")[0]) for event in self.events]
         self.assertEqual(numbers, list(range(numbers[0], numbers[0] + len(numbers))))
@@ -12534,15 +12503,15 @@ class Chaos(CliCase):
         """End a reader from this side, and the connection that is kept."""
         self.connection.close()
         for reader in ChaosReader.open[:1]:
-            reader.end(self.chance.choice((socket.SHUT_WR, socket.SHUT_RDWR)))
+            with contextlib.suppress(OSError):
+                reader.wire.sock.shutdown(self.chance.choice((socket.SHUT_WR, socket.SHUT_RDWR)))
 
     def do_flood(self):
-        """Feeds and requests of which no answer is taken, then a reset."""
-        with socket.create_connection(("127.0.0.1", self.server.port), TIMEOUT) as sock:
+        """Feeds and requests of which no answer is taken: a reset."""
+        with contextlib.closing(Wire(self.server.port)) as wire:
             feed = self.chance.choice(("/watch?", "/stats?interval=0.1&", "/streams/t1/stdout?"))
             data = http_bytes("GET", "/stats") * 30 + http_bytes("GET", feed + "feed=eventsource")
-            sock.sendall(data[:self.chance.randrange(1, len(data) + 1)])
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            wire.send(data[:self.chance.randrange(1, len(data) + 1)])
 
 
 class Structure(Case):
@@ -12584,9 +12553,9 @@ class Structure(Case):
     IMPORT = """if True:
         import importlib.util, logging, os, signal, sys, threading
         def state():
-            return (threading.active_count(), sorted(os.listdir("/proc/self/fd")), sys.path[:],
+            return (threading.active_count(), sorted(os.listdir("/proc/self/fd")), os.getcwd(),
                     dict(os.environ), [signal.getsignal(number) for number in range(1, 32)],
-                    logging.root.handlers, logging.root.level, os.getcwd(), sys.excepthook)
+                    logging.root.handlers, logging.root.level)
         sys.path.insert(0, sys.argv[1])
         before = state()
         import gaffer
