@@ -2191,30 +2191,27 @@ class PureHead(Case):
 
     def test_parts(self):
         request = gaffer.parse_head(
-            b"POST /a/b%20c?x=1&y= HTTP/1.1\r\nHost: localhost:5000\r\nX-One:  a b \t\r\nx-two:\r\n"
-            b"X-ONE: c\r\nX-Latin: \xe9\r\nCookie: a=1\r\ncookie: b=2\r\n!#$%&'*+-.^_`|~09aZ: {}:")
-        self.assertEqual((request.method, request.target, request.version),
-                         ("POST", "/a/b%20c?x=1&y=", (1, 1)))
+            b"POST /a/b%20c?x=1&y= HTTP/1.1\r\nHost: localhost\r\nX-One:  a b \t\r\nx-two:\r\n"
+            b"X-ONE: \xe9\r\nCookie: a=1\r\ncookie: b=2\r\n!#$%&'*+-.^_`|~09aZ: {}:")
         self.assertEqual(request.headers, {
-            "host": "localhost:5000", "x-one": "a b, c", "x-two": "", "x-latin": "\xe9",
-            "cookie": "a=1; b=2", "!#$%&'*+-.^_`|~09az": "{}:"})       # RFC 6265 section 5.4
-        self.assertEqual((request.query, request.segments(), request.body),
-                         ({"x": "1", "y": ""}, ["a", "b c"], b""))
+            "host": "localhost", "x-one": "a b, \xe9", "x-two": "", "cookie": "a=1; b=2",
+            "!#$%&'*+-.^_`|~09az": "{}:"})      # cookies: RFC 6265 section 5.4
+        self.assertEqual(
+            (request.method, request.target, request.query, request.segments(), request.body),
+            ("POST", "/a/b%20c?x=1&y=", {"x": "1", "y": ""}, ["a", "b c"], b""))
         self.assertTable(lambda version: pure_request(version=version).version, (
             ("1.1", (1, 1)), ("1.0", (1, 0)), ("1.9", (1, 1))))
 
     def test_first_lines(self):
-        bad, version = gaffer.BadRequest, gaffer.VersionNotSupported
         longest = b"GET /" + b"a" * (gaffer.TARGET_SIZE - 1)
         self.assertTrue(gaffer.parse_head(longest + b" HTTP/1.1\r\nHost: a"))
         self.assertTable(lambda line: gaffer.parse_head(line + b"\r\nHost: localhost"), (
-            *((line, bad) for line in (
+            *((line, gaffer.BadRequest) for line in (
                 b"", b"GET /", b"GET  / HTTP/1.1", b" GET / HTTP/1.1", b"GET / HTTP/1.1 ",
                 b"GET\t/ HTTP/1.1", b"GET / x HTTP/1.1", b"G(T / HTTP/1.1", b"GET /\xe9 HTTP/1.1",
                 b"GET /\0 HTTP/1.1", b"GET / http/1.1", b"GET / HTTP/1.10", b"GET / HTTP/1.1\r",
-                b"GET /a#b?c HTTP/1.1", b"GET a HTTP/1.1", b"GET * HTTP/1.1",
-                b"GET ftp://localhost/ HTTP/1.1", b"CONNECT localhost:80 HTTP/1.1")),
-            *((b"GET / HTTP/" + text, version) for text in (b"2.0", b"0.9", b"11.1")),
+                b"GET /a#b HTTP/1.1", b"GET * HTTP/1.1", b"GET ftp://a/ HTTP/1.1")),
+            *((b"GET / HTTP/" + text, gaffer.VersionNotSupported) for text in (b"2.0", b"11.1")),
             (longest + b"a HTTP/1.1", gaffer.UriTooLong)))
 
     def test_bad_header_lines(self):
@@ -2225,8 +2222,8 @@ class PureHead(Case):
                     gaffer.parse_head(b"GET / HTTP/1.1\r\n" + head)
 
     def test_repeated(self):
-        for name in ("Host", "Content-Length", "Transfer-Encoding", "Content-Type", "Authorization",
-                     "Origin", "Last-Event-ID", "Expect"):
+        for name in ("Host Content-Length Transfer-Encoding Content-Type Authorization Origin "
+                     "Last-Event-ID Expect").split():
             with self.subTest(name), self.assertRaisesRegex(gaffer.BadRequest, "twice"):
                 pure_request(name + ": 1", name.lower() + ": 1", host=None)
         lines = ["X-%d: y" % number for number in range(gaffer.HEADERS_MAX - 1)]
@@ -2252,19 +2249,16 @@ class PureHead(Case):
 
     def test_segments(self):
         self.assertTable(lambda path: pure_request(target=path).segments(), (
-            ("/", []), ("/a/", ["a"]), ("//", [""]), ("/a//b", ["a", "", "b"]),
-            ("/a%2Fb", ["a/b"]), ("/%C3%A4", ["\xe4"]), ("/%252F", ["%2F"]), ("/a+b", ["a+b"]),
-            ("/a/..;b=c", ["a", "..;b=c"]), ("/%00", ["\0"]), ("/?a/b", []),
+            ("/", []), ("/a/", ["a"]), ("//", [""]), ("/a//b", ["a", "", "b"]), ("/?a/b", []),
+            ("/a%2Fb", ["a/b"]), ("/%C3%A4", ["\xe4"]), ("/%252F+", ["%2F+"]), ("/%00", ["\0"]),
             *((path, gaffer.BadRequest) for path in ("/%4", "/%zz", "/%ff", "/%ED%A0%80"))))
 
     def test_query(self):
         self.assertTable(lambda query: pure_request(target="/?" + query).query, (
-            ("", {}), ("a", {"a": ""}), ("a=b=c", {"a": "b=c"}), ("a=b&c=d", {"a": "b", "c": "d"}),
-            ("a=%26%3d+x", {"a": "&= x"}), ("a=b;c=d", {"a": "b;c=d"}), ("&&a=1&", {"a": "1"}),
-            ("a=%C3%A4", {"a": "\xe4"}), ("a?b=c?", {"a?b": "c?"}), ("_=1&_=2", {"_": "2"}),
-            *((query, gaffer.BadRequest) for query in (
-                "a=1&a=1", "&".join("x%d=1" % number for number in range(101)), "a=%4", "%zz",
-                "a=%ff", "%E4=1"))))
+            ("", {}), ("a", {"a": ""}), ("a=b=c&d=e;f", {"a": "b=c", "d": "e;f"}),
+            ("a=%26%3d+x", {"a": "&= x"}), ("&&a=1&", {"a": "1"}), ("a?b=%C3%A4", {"a?b": "\xe4"}),
+            ("_=1&_=2", {"_": "2"}), *((query, gaffer.BadRequest) for query in (
+                "a=1&a=1", "&".join("x%d=1" % number for number in range(101)), "a=%4", "%E4=1"))))
         for query, words in (("fed=x", "did you mean 'feed'"), ("zzz=1", "takes feed, tail")):
             with self.assertRaisesRegex(gaffer.BadValue, words):
                 gaffer.check_query(pure_request(target="/?tail=x&_=1&" + query), ("feed", "tail"))
@@ -2281,9 +2275,8 @@ class PureHead(Case):
         self.assertTable(parse, (
             (b' {"a": [1, 2.5, null]}\n', {"a": [1, 2.5, None]}), (b'"\xc3\xa4"', "\xe4"),
             *((body, gaffer.InvalidJson) for body in (
-                b"", b"{} {}", b'{"a": NaN}', b"-Infinity", b'"\xe4"', b"\xef\xbb\xbf{}",
-                '{"a": 1}'.encode("utf-16"), b"[" * 200000, b"9" * 10000 + b"x",
-                b'[{"b": {"a": 1, "c": 2, "a": 3}}]'))))
+                b"", b"{} {}", b'{"a": NaN}', b'"\xe4"', b"\xef\xbb\xbf{}", "{}".encode("utf-16"),
+                b"[" * 200000, b"9" * 10000 + b"x", b'[{"b": {"a": 1, "c": 2, "a": 3}}]'))))
 
     def test_wants_close(self):
         self.assertTable(lambda case: pure_request(case[1], version=case[0]).wants_close(), (
@@ -2305,51 +2298,44 @@ class PureReading(Case):
     def test_requests(self):
         def read(file):
             found = list(iter(lambda: gaffer.read_request(file), None))
-            self.assertTrue(all((each.method, each.target, each.version, each.headers) ==
-                                ("GET", "/a", (1, 1), {"host": "x"}) for each in found))
+            self.assertTrue(all((each.method, each.target, each.headers) ==
+                                ("GET", "/a", {"host": "x"}) for each in found))
             return len(found)
         head, most = self.HEAD, b"\r\n" * gaffer.EMPTY_LINES_MAX
-        self.assertRead(read, (
-            (b"", 0), (head * 3 + b"G", 3), (head[:-1], 0), (b"\r", 0), (b"\r\n", 0),
-            (b"\r\n" + head + b"\r\n\r\n" + head + b"\r\n", 2), ((most + head) * 2, 2)))
+        self.assertRead(read, ((b"", 0), (head * 3 + b"G", 3), (head[:-1], 0), (b"\r", 0),
+                               ((most + head) * 2 + b"\r\n", 2)))
 
     def test_bad_heads(self):
-        bad, start = gaffer.BadRequest, b"GET / HTTP/1.1\r\nHost: x\r\nX: "
-        end = b" HTTP/1.1\r\nHost: x\r\n\r\n"
-
-        def head(size):
-            return start.ljust(size - 4, b"y") + b"\r\n\r\n"
-
-        def line(size):
-            return b"GET /".rjust(size - 8201, b"M") + b"a" * 8191 + end
+        bad, end = gaffer.BadRequest, b"\r\n\r\n"
+        head = b"GET / HTTP/1.1\r\nHost: x\r\nX: ".ljust(gaffer.HEAD_SIZE - 4, b"y")
+        line = b"GET /".rjust(gaffer.REQUEST_LINE_SIZE - 8201, b"M") + b"a" * 8191 + b" HTTP/1.1"
         for wire, error, words in (
                 (b"\n" + self.HEAD, bad, "CR LF"), (b"a\nb", bad, "CR LF"),
-                (b"GET / HTTP/1.1\r\nHost: x\nX: y\r\n\r\n", bad, "CR LF"),
-                (b"\r\r\n\r\n", bad, "first line"), (b"GET / HTTP/1.1\r\n\r\n", bad, "Host"),
+                (b"GET / HTTP/1.1\r\nHost: x\nX: y" + end, bad, "CR LF"),
+                (b"\r\r\n\r\n", bad, "first line"), (b"GET / HTTP/1.1" + end, bad, "Host"),
                 (b"\r\n" * (gaffer.EMPTY_LINES_MAX + 1) + self.HEAD, bad, "empty lines"),
-                (head(gaffer.HEAD_SIZE + 1), gaffer.HeadersTooLarge, "head"),
-                (line(gaffer.REQUEST_LINE_SIZE + 1), gaffer.UriTooLong, "request line")):
+                (head + b"y" + end, gaffer.HeadersTooLarge, "head"),
+                (b"M" + line + b"\r\nHost: x" + end, gaffer.UriTooLong, "request line")):
             for size in 1, 99999:
                 with self.subTest(wire[:40]), self.assertRaisesRegex(error, words):
                     gaffer.read_request(io.BufferedReader(io.BytesIO(wire), size))
-        for wire in head(gaffer.HEAD_SIZE), line(gaffer.REQUEST_LINE_SIZE):
-            self.assertTrue(gaffer.read_request(io.BytesIO(wire)))
+        for wire in head, line + b"\r\nHost: x":
+            self.assertTrue(gaffer.read_request(io.BytesIO(wire + end)))
 
     def test_body_length(self):
         def length(lines):
             return gaffer.body_length(pure_request(*lines.split("\n"), method="POST"), 1000)
-        size, coding = "Content-Length: ", "Transfer-Encoding: "
-        bad, large = gaffer.BadRequest, gaffer.TooLarge
+        size, coding, bad = "Content-Length: ", "Transfer-Encoding: ", gaffer.BadRequest
         self.assertTable(length, (
             ("X: y", 0), (size + " 0012\t", 12), (size + "1000", 1000), (coding + "CHUNKED", None),
             (size + "1\nExpect: 100-CONTINUE", 1), ("Content-Encoding: identity", 0),
-            (size + "1001", large), (size + "9" * 5000, large), (size + "0" * 5000 + "12", 12),
+            (size + "0" * 5000 + "12", 12), (size + "1001", gaffer.TooLarge),
+            (size + "9" * 5000, gaffer.TooLarge), ("Expect: x", gaffer.ExpectationFailed),
             ("Content-Encoding: gzip", gaffer.UnsupportedMediaType),
-            ("Expect: x", gaffer.ExpectationFailed), (size + "5\n" + coding + "chunked", bad),
+            (size + "5\n" + coding + "chunked", bad),
             *((size + text, bad) for text in ("", "-1", "+5", "5, 5", "0x5", "5.0", "1_0", "\xb2")),
             *((coding + text, bad) for text in (
-                "gzip, chunked", "chunked, chunked", "identity", "", "chunked;q=1", "\x0bchunked"))
-        ))
+                "gzip, chunked", "chunked, chunked", "identity", "", "chunked;q=1"))))
         self.assertRaises(bad, gaffer.body_length, pure_request(
             coding + "chunked", method="POST", version="1.0"), 1000)
 
@@ -2366,11 +2352,11 @@ class PureReading(Case):
             (b"0\r\n" + line * fits + b"\r\n", (b"", b"")),
             (b"1;" + b"x" * (most - 2) + b"\r\na\r\n" + end, (b"a", b"")),
             *((wire, gaffer.BadRequest) for wire in (
-                b"\r\n", b"g\r\n", b"-1\r\n", b"0x1\r\n", b" 1\r\n", b"1 1\r\n", b";\r\n",
-                b"\xb2\r\n", b"1\na\r\n" + end, b"0\r\n\n", b"1\r\na\n" + end, b"1\r\na\r" + end,
-                b"1\r\nab\r\n" + end, b"1;a\0b\r\n", b"1;a\rb\r\n",
-                b"1;" + b"x" * (most - 1) + b"\r\n", b"0\r\nA : b\r\n\r\n",
-                b"0\r\nA: b\nC: d\r\n\r\n", b"0\r\n" + line * (fits + 1) + b"\r\n",
+                b"\r\n", b"g\r\n", b"-1\r\n", b"0x1\r\n", b" 1\r\n", b"1 1\r\n", b"1\na\r\n" + end,
+                b"0\r\n\n", b"1\r\na\n" + end, b"1\r\na\r" + end, b"1\r\nab\r\n" + end,
+                b"1;a\0b\r\n", b"1;a\rb\r\n", b"1;" + b"x" * (most - 1) + b"\r\n",
+                b"0\r\nA : b\r\n\r\n", b"0\r\nA: b\nC: d\r\n\r\n",
+                b"0\r\n" + line * (fits + 1) + b"\r\n",
                 b"1;" + b"x" * 98 + b"\r\na\r\n" + (b"1;" + b"x" * 99 + b"\r\na\r\n") * 164)),
             *((wire, gaffer.TooLarge) for wire in (
                 b"3e9\r\n", b"3e8\r\n" + b"a" * 1000 + b"\r\n1\r\n", b"1" * 200 + b"\r\n")),
@@ -2600,26 +2586,23 @@ class PureSse(Case):
             encoder, place, wire = gaffer.SseEncoder("out", "e"), 0, b""
             piece = rng.choice((16, 1 << 20)) if flush else 1 << 20     # a line of 16 bytes is cut
             for end in [*ends, None]:
-                mode = rng.choice((gaffer.NORMAL, gaffer.FLUSH)) if flush else gaffer.NORMAL
-                payload, consumed = encoder.encode(
-                    data[place:end], place, data[place - 1] if place else None,
-                    gaffer.FINAL if end is None else mode, piece)
+                mode = gaffer.FINAL if end is None else rng.choice(
+                    (gaffer.NORMAL, gaffer.FLUSH if flush else gaffer.NORMAL))
+                before = data[place - 1] if place else None
+                payload, consumed = encoder.encode(data[place:end], place, before, mode, piece)
                 wire += payload
                 place += consumed
-            self.assertEqual(place, len(data))
             begin, lines = 0, []
             for number, _, line in pure_sse(wire):
                 segment = data[begin:number]
                 if data[:begin][-1:] == b"\r" and segment[:1] == b"\n":
                     segment = segment[1:]       # an id may stand between a CR and its LF
-                segment = re.sub(rb"(\r\n|\r|\n)\Z", b"", segment)
-                self.assertEqual(segment.decode("utf-8", "replace").encode(), line, (data, ends))
+                lines.append(re.sub(rb"(\r\n|\r|\n)\Z", b"", segment))
+                self.assertEqual(lines[-1].decode("utf-8", "replace").encode(), line, (data, ends))
                 self.assertTrue(broken or "\ufffd".encode() not in line)
-                lines.append(segment)
                 begin = number
-            self.assertIn(data[begin:], (b"", b"\n"))
-            if not flush:
-                self.assertEqual(lines, data.splitlines())
+            self.assertIn((place, data[begin:]), ((len(data), b""), (len(data), b"\n")))
+            self.assertTrue(flush or lines == data.splitlines())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2666,36 +2649,33 @@ class PureWebSocket(Case):
         for size, head in ((125, b"\x82\x7d"), (126, b"\x82\x7e\x00\x7e"),
                            (65535, b"\x82\x7e\xff\xff"), (65536, b"\x82\x7f\0\0\0\0\0\x01\0\0")):
             self.assertEqual(gaffer.frame(2, b"x" * size), head + b"x" * size)
-        self.assertEqual(gaffer.close_frame(1000), b"\x88\x02\x03\xe8")
-        self.assertEqual(gaffer.close_frame(1013, "dropped 5"), b"\x88\x0b\x03\xf5dropped 5")
-        self.assertTable(lambda text: gaffer.close_frame(1000, text)[4:], (
-            ("x" * 200, b"x" * 123), ("x" + "\u20ac" * 200, b"x" + "\u20ac".encode() * 40),
-            ("\U0001f600" * 200, "\U0001f600".encode() * 30)))
+        self.assertTable(lambda text: gaffer.close_frame(1013, text), (
+            ("", b"\x88\x02\x03\xf5"), ("dropped 5", b"\x88\x0b\x03\xf5dropped 5"),
+            ("x" * 200, b"\x88\x7d\x03\xf5" + b"x" * 123),
+            ("x" + "\u20ac" * 200, b"\x88\x7b\x03\xf5x" + "\u20ac".encode() * 40)))
 
     def test_messages(self):
         """Text cut inside characters, control frames between fragments."""
         data = "a\xe9\u20ac\U0001f600z".encode()
         wire = ((1, data), (2, b"\xff\0"), (1, b""), (10, b""), (9, b"x" * 125),
                 (1, data[:2], False), (9, b"p"), (0, b"", False), (0, data[2:5], False), (10, b"q"),
-                (0, data[5:8], False), (0, data[8:]), (2, b"", False), (0, b"\xff\0", False),
-                (0, b""), (8, b"\x03\xe8bye \xc3\xa9"), (9, b"never"))
+                (0, data[5:8], False), (0, data[8:]), (2, b"", False), (0, b"\xff\0"),
+                (8, b"\x03\xe8bye \xc3\xa9"), (9, b"never"))
         wanted = [("text", data.decode()), ("binary", b"\xff\0"), ("text", ""), ("pong", b""),
                   ("ping", b"x" * 125), ("ping", b"p"), ("pong", b"q"), ("text", data.decode()),
                   ("binary", b"\xff\0"), ("close", 1000, "bye \xe9")]
         for pieces in pure_drip(b"".join(itertools.starmap(self.frame, wire))):
             self.assertEqual(pure_decode(pieces), wanted)
-        self.assertTable(lambda data: pure_decode([self.frame(8, data)]), (
-            (b"", [("close", 1005, "")]),
-            (b"\x03\xe8" + b"x" * 123, [("close", 1000, "x" * 123)]),
-            *((struct.pack("!H", code), [("close", code, "")])
-              for code in (1003, 1007, 1014, 3000, 4999))))
+        self.assertTable(lambda data: pure_decode([self.frame(8, data)])[0][1:], (
+            (b"", (1005, "")), (b"\x03\xe8" + b"x" * 123, (1000, "x" * 123)),
+            *((struct.pack("!H", code), (code, "")) for code in (1003, 1007, 1014, 3000, 4999))))
 
     def test_errors(self):
         """Each with its close code, however it comes; nothing that follows counts."""
         mask, frame = b"\0\0\0\0", self.frame
         for code, wires in (
                 (1002, (
-                    b"\xc1\x80" + mask, b"\xa1\x80" + mask, b"\x91\x80" + mask,     # reserved bits
+                    *(bytes([first, 0x80]) + mask for first in b"\xc1\xa1\x91"),   # reserved bits
                     *(frame(opcode, b"") for opcode in (3, 15)),
                     b"\x81\x01x", b"\x88\x00",                                     # no mask
                     frame(9, b"x" * 126), frame(9, b"x", False), frame(8, b"\x03"), frame(0, b"x"),
@@ -2709,11 +2689,10 @@ class PureWebSocket(Case):
                     *(frame(1, data) for data in (
                         b"a\xffb", b"a\xe2\x82", b"\xc0\xaf", b"\xed\xa0\x80")),
                     frame(1, b"\xe2", False) + frame(0, b"\x82"), frame(8, b"\x03\xe8\xff"))),
-                (1009, (frame(2, b"x" * 1001), frame(2, b"x" * 1001)[:8],
-                        b"\x82\xff" + struct.pack("!Q", 2 ** 63 - 1) + mask,
+                (1009, (frame(2, b"x" * 1001), b"\x82\xff" + struct.pack("!Q", 2 ** 63 - 1) + mask,
                         frame(2, b"x" * 600, False) + frame(0, b"x" * 401)))):
             for wire in wires:
-                ways = pure_drip(wire + frame(1, b"never") * (len(wire) != 8))
+                ways = pure_drip(wire + frame(1, b"never"))
                 for pieces in ways if len(wire) < 40 else itertools.islice(ways, 2):
                     with self.subTest(wire[:20], pieces=len(pieces)):
                         (kind, found, text), = pure_decode(pieces)
@@ -2721,9 +2700,8 @@ class PureWebSocket(Case):
 
     def test_utf8_fails_fast(self):
         """At the first byte after which no text can be valid, though the frame is not whole."""
-        for tail, bad in ((b"\xe2\xc0", 1), (b"\xe2\x82\xc0", 2), (b"\xe0\x9f", 1),
-                          (b"\xed\xa0\x80", 2), (b"\xf4\x90", 1), (b"\xf5", 0), (b"\x80", 0),
-                          (b"\xf1\x80\x80\x80\xff", 4)):
+        for tail, bad in ((b"\x80", 0), (b"\xe2\x82\xc0", 2), (b"\xe0\x9f", 1), (b"\xf4\x90", 1),
+                          (b"\xed\xa0\x80", 2), (b"\xf1\x80\x80\x80\xff", 4)):
             wire = self.frame(1, b"ok \xe2\x82\xac" + tail + b"x" * 10)
             decoder = gaffer.WebSocketDecoder(1000)
             failed = [place for place, byte in enumerate(wire) if list(decoder.feed(bytes([byte])))]
@@ -2731,15 +2709,14 @@ class PureWebSocket(Case):
 
     def test_memory_of_fragments(self):
         """A message that grows by two bytes does not grow in memory by sixty."""
-        for opcode, piece in itertools.product((1, 2), (b"", b"ab")):
+        for opcode, piece in (1, b"ab"), (2, b""):
             decoder, wire = gaffer.WebSocketDecoder(100000), self.frame(0, piece, False) * 100
             with traced() as memory:
                 for part in [self.frame(opcode, b"", False)] + [wire] * 10:
                     self.assertEqual(list(decoder.feed(part)), [])
                 self.assertLess(memory()[0], 2000 * len(piece) + 10000)
-            whole = piece * 1000 + b"cd"
             self.assertEqual(list(decoder.feed(self.frame(0, b"cd"))), [
-                ("text", whole.decode()) if opcode == 1 else ("binary", whole)])
+                ("text", "ab" * 1000 + "cd") if opcode == 1 else ("binary", b"cd")])
 
     def test_portions(self):
         """Many small frames must not keep other connections waiting."""
@@ -2856,11 +2833,9 @@ class PureAccessLine(Case):
         self.assertRegex(gaffer.access_line("1.2.3.4:5", 0, None, 400, 0),
                          r'^1\.2\.3\.4 - - \[.*\] "-" 400 - "-" "-"$')
         self.addCleanup(time.tzset)
-        for zone, when in (("XXX-5:30", "01/Jan/2030:05:30:00 +0530"),
-                           ("YYY3:30", "31/Dec/2029:20:30:00 -0330")):
-            pure_environ(self, TZ=zone)
-            time.tzset()
-            self.assertEqual(self.line()[1], when)
+        pure_environ(self, TZ="XXX3:30")
+        time.tzset()
+        self.assertEqual(self.line()[1], "31/Dec/2029:20:30:00 -0330")
 
     def test_escapes_and_secrets(self):
         evil = 'a"b\\c\r\nd\x1b[31m\x00\x7f\x80\xff\t" 200 5 "'
@@ -2950,12 +2925,12 @@ class PurePage(Case):
 # under a new seed; a case that fails prints what repeats it.
 # --------------------------------------------------------------------------------------------------
 FUZZ_BITS = [text.encode("latin-1") for text in (
-    *"\r \n \0 \t : ; , % / # & = + - \x7f \xff \" \\ 0 \r\n \r\n\r\n %00 %2F .. 0x".split(" "),
-    " ", "\r\n ", "9" * 20, "x" * 300, "\r\n" * 9, "HTTP/1.0", "http://x/", "ffffffff", "1;a=b",
-    "0\r\n\r\n", "GET / HTTP/1.1\r\nHost: x\r\n\r\n", "Host: x", "Host: a b", "Content-Length: 3",
-    "Content-Length: +3", "Content-Length:", "Transfer-Encoding: chunked", " folded", "X : y", "X",
-    "Transfer-Encoding: gzip, chunked", "Expect: 100-continue", "Expect: x", "Connection: close",
-    "X: " + "y" * 200, "X: y\r\n" * 30 + "X: y", "Content-Encoding: gzip", "Upgrade: websocket")]
+    *"\r \n \0 \t : ; , % / # & = + \x7f \xff \" \\ 0 \r\n \r\n\r\n %00 %2F .. 0x ffff".split(" "),
+    " ", "\r\n ", "9" * 20, "x" * 300, "\r\n" * 9, "HTTP/1.0", "http://x/", "1;a=b", "0\r\n\r\n",
+    "GET / HTTP/1.1\r\nHost: x\r\n\r\n", "Host: x", "Host: a b", "Content-Length: 3",
+    "Content-Length: +3", "Transfer-Encoding: chunked", " folded", "X : y", "Expect: 100-continue",
+    "Expect: x", "Connection: close", "X: " + "y" * 200, "X: y\r\n" * 30 + "X: y",
+    "Content-Encoding: gzip", "Upgrade: websocket")]
 FUZZ_HEADS = (
     "GET / HTTP/1.1|Host: localhost", "DELETE /a%20b/c?d=e%26&f HTTP/1.0|Host: 127.0.0.1:5000",
     "HEAD http://localhost:80/x?y HTTP/1.1|Host: [::1]|X:\t a, \"b\" \xe9|Origin: http://a",
@@ -12371,6 +12346,7 @@ class Chaos(CliCase):
             [*CLI_COMMAND, "serve", "--bind", "127.0.0.1:0", "--window", "65536"],
             env=dict(self.env, MALLOC_ARENA_MAX="1"))
         self.connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=TIMEOUT)
+        self.addCleanup(self.connection.close)
         threads, descriptors, _ = self.state()
         try:
             for seconds in min(10.0, self.seconds / 3), self.seconds:
@@ -12384,8 +12360,8 @@ class Chaos(CliCase):
         if self.server.stderr:                  # chance decides whether one has failed
             self.server.expect_stderr(r"WARNING \S+: (exit \(.*\)|flap|stop: it gave up.*)$")
         if self.seconds > 10:
-            print("chaos: seed %d, %g seconds: %d events, %s; before and after: %s" % (
-                self.seed, self.seconds, len(self.events), ChaosReader.books, states))
+            print("chaos: seed %d, %d events, %s; threads, descriptors, KiB: %s" % (
+                self.seed, len(self.events), ChaosReader.books, states))
         # the log of events may fill, and what has ended is remembered for a minute
         self.assertLess(states[1][2], states[0][2] + 8192)
 
@@ -12418,6 +12394,7 @@ class Chaos(CliCase):
         self.written = {}                       # {pid: lines that were sent to it}
         since, self.events = self.events[-1]["id"], []
         feed = Wire(self.server.port)
+        self.addCleanup(feed.close)
         feed.request("/watch?feed=continuous&since=" + since).head()
 
         def take():
@@ -12430,25 +12407,21 @@ class Chaos(CliCase):
         actions = [getattr(self, name) for name in dir(self) if name.startswith("do_")]
         actions += 2 * [self.do_add, self.do_act, self.do_write, self.do_read]
         deadline = time.monotonic() + seconds
-        try:
-            while time.monotonic() < deadline and not ChaosReader.faults:
-                self.chance.choice(actions)()
-            for name in self.ask("GET", "/processes"):
-                self.ask("DELETE", "/processes/" + name)
-            children = gaffer.ProcfsTable().children
-            until(lambda: not self.marked() and not children(self.server.process.pid), "the ends")
-            self.ask("POST", "/processes", {"name": "end", "cmd": "true", "start": False})
-            taker.join(TIMEOUT)
-            self.ask("DELETE", "/processes/end")
-        finally:
-            feed.sock.shutdown(socket.SHUT_RDWR)
-            taker.join()
-            feed.close()
-            ChaosReader.hurry.set()
-            for reader in list(ChaosReader.open):
-                reader.join(TIMEOUT)            # with its stream
-            ChaosReader.hurry.clear()
-            self.connection.close()
+        while time.monotonic() < deadline and not ChaosReader.faults:
+            self.chance.choice(actions)()
+        for name in self.ask("GET", "/processes"):
+            self.ask("DELETE", "/processes/" + name)
+        children = gaffer.ProcfsTable().children
+        until(lambda: not self.marked() and not children(self.server.process.pid), "the ends")
+        self.ask("POST", "/processes", {"name": "end", "cmd": "true", "start": False})
+        taker.join(TIMEOUT)
+        feed.close()
+        self.ask("DELETE", "/processes/end")
+        self.connection.close()
+        ChaosReader.hurry.set()
+        for reader in list(ChaosReader.open):
+            reader.join(TIMEOUT)                # with its stream
+        ChaosReader.hurry.clear()
         self.assertEqual((ChaosReader.faults, ChaosReader.open), ([], []))
         # every event once and in order; every process spawned once and gone once
         numbers = [int(event["id"].partition("@")[0]) for event in self.events]
@@ -12800,24 +12773,24 @@ class Share:
         self._deadline = time.monotonic() + Case.patience
         sys.stdout.flush()
         self.pid = os.fork()
-        if not self.pid:
-            status = 1
-            try:
-                os.setpgid(0, 0)
-                with open(os.path.join(self._folder, "stderr"), "w+b") as file:
-                    os.dup2(file.fileno(), 2)
-                os.close(self._pipe)
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-                self._run(os.fdopen(write, "w"))
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                sys.stdout.flush()
-                os._exit(status)
-        os.close(write)
+        if self.pid:
+            return os.close(write)
+        status = 1
+        try:
+            os.setpgid(0, 0)
+            with open(os.path.join(self._folder, "stderr"), "w+b") as file:
+                os.dup2(file.fileno(), 2)
+            os.close(self._pipe)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+            self._run(os.fdopen(write, "w"))
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            sys.stdout.flush()
+            os._exit(status)
 
     def _run(self, file):
         atexit._clear()                 # what the first process has to clean up is still in use
@@ -12876,10 +12849,10 @@ class Share:
             self.fault("%s: processes are left: %s" % (self.name, left))
             os.killpg(self.pid, signal.SIGABRT)
             until(lambda: not process_group(self.pid) or os.killpg(self.pid, signal.SIGKILL))
-        if self.faults:
-            for path in glob.glob(os.path.join(self._folder, "**", "stderr*"), recursive=True):
-                text = cli_read(path).strip()
-                self.faults += ["%s:\n%s" % (os.path.basename(path), text)] if text else []
+        for path in glob.glob(os.path.join(self._folder, "**", "stderr*"), recursive=True):
+            text = cli_read(path).strip()
+            if text and self.faults:
+                self.faults.append("%s:\n%s" % (os.path.basename(path), text))
         self.close()
         return True
 
@@ -12925,8 +12898,8 @@ def run_tests(tests, jobs, slowest):
                     seconds.update(share.seconds)
                     skipped += share.skipped
                     failed += share.failed
-                    print("".join(text.rstrip("\n") + "\n\n" for text in share.faults), end="",
-                          file=sys.stderr, flush=True)
+                    for text in share.faults:
+                        print(text.rstrip("\n") + "\n", file=sys.stderr, flush=True)
     finally:
         for share in running:           # Ctrl-C, or a fault of the runner
             print("it was running %s: %s" % (share.name, share.doing), file=sys.stderr)
