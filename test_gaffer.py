@@ -10,7 +10,6 @@ import ast
 import atexit
 import base64
 import builtins
-import codecs
 import concurrent.futures
 import contextlib
 import dis
@@ -2392,12 +2391,11 @@ class PureResponse(Case):
 
     def test_prefers_html(self):
         browser = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
-        for wanted, accepts in (
-                (True, ("TEXT/HTML", "text/*", browser, "text/html ; q=0.9 , */* ; q=0.2")),
-                (False, ("", "*/*", "application/json", ",", "text/html;q=0", "text/html;q=x",
-                         "text/html, application/json", "text/html;q=0.5, */*;q=0.8"))):
-            self.assertTable(lambda accept: bool(gaffer.prefers_html(accept)),
-                             ((accept, wanted) for accept in accepts))
+        self.assertTable(lambda accept: bool(gaffer.prefers_html(accept)), (
+            *((accept, True) for accept in ("TEXT/*", browser, "text/html ; q=0.9 , */* ; q=0.2")),
+            *((accept, False) for accept in (
+                "", "*/*", "application/json", ",", "text/html;q=0", "text/html;q=x",
+                "text/html, application/json", "text/html;q=0.5, */*;q=0.8"))))
 
     def test_router(self):
         router = gaffer.Router((pattern, {method: pattern}) for pattern, method in (
@@ -2549,14 +2547,6 @@ def pure_bytes(rng, count, broken=True):
 
 
 class PureSse(Case):
-
-    def test_incomplete_utf8(self):
-        """As many bytes as the decoder of the standard library keeps."""
-        some = bytes.fromhex("41 7f 80 8f 90 9f a0 bf c1 c2 df e0 e2 ed ef f0 f4 f5")
-        for data in map(bytes, itertools.product(some, some, some, some[::3])):
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")
-            decoder.decode(data)
-            self.assertEqual(gaffer.incomplete_utf8(data), len(decoder.getstate()[0]), data)
 
     def test_format(self):
         encoder = gaffer.SseEncoder("stdout", "e1")
@@ -2874,13 +2864,13 @@ class PurePage(Case):
         texts = "text", "dim", "accent", "good", "warn", "bad", "violet", "teal"
         for place in (1, 2):
             scheme = {pair[0]: bytes.fromhex(pair[place]) for pair in pairs}
-            for text in texts:                  # what a program calls faint
-                scheme["faint " + text] = [round(0.85 * one + 0.15 * other) for one, other in zip(
-                    scheme[text], scheme["bg"])]
-            for least, one, other in (
-                    *((4.5, *pair) for pair in itertools.product(texts, ("bg", "panel", "here"))),
-                    *((4.5, "faint " + text, "bg") for text in texts),
-                    (3, "edge", "bg"), (3, "edge", "panel"), (4.5, "text", "mark")):
+            rows = [(3, "edge", "bg"), (3, "edge", "panel"), (4.5, "text", "mark")]
+            for text in texts:
+                faint = zip(scheme[text], scheme["bg"])         # as programs call it
+                scheme["faint " + text] = [round(0.85 * one + 0.15 * two) for one, two in faint]
+                rows += [(4.5, "faint " + text, "bg"), (4.5, text, "bg"), (4.5, text, "panel"),
+                         (4.5, text, "here")]
+            for least, one, other in rows:
                 dark, light = sorted((luminance(scheme[one]), luminance(scheme[other])))
                 self.assertGreaterEqual(light / dark, least, (one, other))
 
@@ -2994,9 +2984,6 @@ def fuzz_look(request):
     wide = "".join((request.method, request.target, *request.headers, *request.headers.values()))
     assert not re.search("[\0-\x08\x0a-\x1f\x7f]|[^\0-\xff]", wide), wide
     assert re.fullmatch("[!-~]+ (/[!-~]*|[*])", request.method + " " + request.target), wide
-    assert "host" in request.headers or request.version == (1, 0)
-    assert len(request.headers) <= gaffer.HEADERS_MAX + 1
-    assert len(request.target) <= gaffer.TARGET_SIZE
     access, looks = gaffer.Access("token"), []
     for look in (gaffer.Request.segments, lambda request: request.query, access.check_host,
                  access.check_origin, access.check_token, access.cors, gaffer.websocket_accept):
@@ -3059,8 +3046,6 @@ class PureFuzz(Case):
                 wire = b"".join(fuzz_frame(rng) for _ in range(rng.randrange(1, 5)))
                 wire = fuzz_spoil(rng, wire)
             whole = pure_decode([wire])
-            self.assertTrue(all(len(event[1]) <= 1000 for event in whole
-                                if event[0] in ("text", "binary")))
             for pieces in ([wire[i:i + 1] for i in range(len(wire))],
                            pure_pieces(rng, wire, rng.choice((3, 30, 300)))):
                 self.assertEqual(pure_decode(pieces), whole, wire)
@@ -12480,11 +12465,10 @@ class Chaos(CliCase):
                 reader.wire.sock.shutdown(self.chance.choice((socket.SHUT_WR, socket.SHUT_RDWR)))
 
     def do_flood(self):
-        """Feeds and requests of which no answer is taken: a reset."""
+        """Requests and a feed of which no answer is taken: a reset."""
+        path = self.chance.choice(("/watch?", "/stats?interval=0.1&", "/streams/t1/stdout?"))
         with contextlib.closing(Wire(self.server.port)) as wire:
-            feed = self.chance.choice(("/watch?", "/stats?interval=0.1&", "/streams/t1/stdout?"))
-            data = http_bytes("GET", "/stats") * 30 + http_bytes("GET", feed + "feed=eventsource")
-            wire.send(data[:self.chance.randrange(1, len(data) + 1)])
+            wire.send(http_bytes("GET", "/stats") * 30).request(path + "feed=eventsource")
 
 
 class Structure(Case):
@@ -12538,12 +12522,8 @@ class Structure(Case):
 
     def test_import(self):
         """It has no side effect, and needs nothing but the standard library: -I -S."""
-        names = set()
-        for node in ast.walk(ast.parse(self.source)):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                names.add(node.module)
+        names = {getattr(node, "module", alias.name) for node in ast.walk(ast.parse(self.source))
+                 if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
         out = subprocess.check_output(
             [PYTHON, "-W", "error", "-X", "dev", "-I", "-S", "-c", self.IMPORT, HERE, *names],
             stderr=subprocess.STDOUT, timeout=TIMEOUT)
