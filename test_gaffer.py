@@ -6688,15 +6688,6 @@ class StreamsCase(ServerCase):
             "GET", "/streams/%s/%s?%s" % (ref, label, query))
         return status, headers["Gaffer-Offset"], body
 
-    def upto(self, ref, size):
-        """The first `size` bytes of a stream, by long polls."""
-        data = b""
-        while len(data) < size:
-            status, offset, body = self.poll(ref, "since=%d" % len(data))
-            data += body
-            self.assertEqual((status, offset), (200, str(len(data))))
-        return data
-
     def written(self, pid, data):
         """Write through a new cat, and wait for the last byte."""
         self.send(pid, data)
@@ -6816,20 +6807,16 @@ class StreamsLongpoll(StreamsCase):
         self.send(1, b"one\n")
         self.assertEqual(self.poll(1), (200, "4", b"one\n"))
         self.assertEqual(self.poll(1, "timeout=0"), (204, "4", b""))
-        self.send(1, b"two\n")
-        self.assertEqual(self.poll(1, "since=4"), (200, "8", b"two\n"))
-        self.send(1, b"three\n")
-        self.assertEqual(self.poll(1, "since=8"), (200, "14", b"three\n"))
+        for since, text in (4, b"two\n"), (8, b"three\n"):
+            self.send(1, text)
+            self.assertEqual(self.poll(1, "since=%d" % since)[2], text)
+        self.assertEqual(self.place(1), 14)     # HEAD takes no question away
+        self.assertEqual(self.poll("web"), (200, "14", b"one\ntwo\nthree\n"))
         self.assertEqual(self.poll(1), (200, "14", b"two\nthree\n"))
         self.assertEqual(self.poll(1, "timeout=0"), (204, "14", b""), "both have their answer")
-        self.send(1, b"four\n")
-        self.poll(1, "since=14")
-        self.assertEqual(self.place(1), 19)     # HEAD takes no question away
-        self.assertEqual(self.poll("web"), (200, "19", b"one\ntwo\nthree\nfour\n"))
-        self.assertEqual(self.poll(1), (200, "19", b"four\n"))
         for number in range(2 * gaffer.QUESTIONS_MAX):
             self.send(1, b"x\n")
-            self.poll(1, "since=%d" % (19 + 2 * number))
+            self.poll(1, "since=%d" % (14 + 2 * number))
         self.assertEqual(self.poll(1)[2], b"x\n" * gaffer.QUESTIONS_MAX)
 
     def test_the_end(self):
@@ -6848,24 +6835,6 @@ class StreamsLongpoll(StreamsCase):
         self.assertEqual(wire.answer()[0], 204)
 
 
-class StreamsContinuous(StreamsCase):
-
-    def test_exact_bytes(self):
-        pid = self.cat()
-        wire = self.continuous(pid)
-        self.assertEqual(wire.headers.get_all("Transfer-Encoding"), ["chunked"])
-        data = bytes(range(256)) * 100
-        self.send(pid, data)
-        self.assertEqual(wire.exactly(len(data)), data)
-        self.send(pid, b"\0end\nof all")
-        self.end(pid)
-        self.assertEqual(wire.chunks(), (b"\0end\nof all", True))
-        self.assertEqual(wire.file.read(), b"")
-        self.server.wait_event("exit")
-        for query, rest in ("since=0", data + b"\0end\nof all"), ("tail=1", b"of all"), ("", b""):
-            self.assertEqual(self.continuous(pid, query).chunks(), (rest, True))
-
-
 class StreamsEventsource(StreamsCase):
 
     def test_lines_live_again_and_from_each_id(self):
@@ -6882,38 +6851,25 @@ class StreamsEventsource(StreamsCase):
         for index, event in enumerate(events[:-1], 1):
             self.assertEqual(list(iter(self.resumed(pid, event[2]).event, None)), events[index:])
 
-    def test_unfinished_lines(self):
-        """Shown after a while, to who joins late, too; then what they go on with."""
-        pid = self.cat()
-        wire = self.sse(pid)
-        self.send(pid, b"login: ")
-        for each in (wire, self.sse(pid, "tail=1")):
-            self.assertEvents(each, ("login: ", 7))
-        self.send(pid, b"me\n")
-        for each in (wire, self.resumed(pid, "7@" + self.epoch)):
-            self.assertEvents(each, ("me", 10))
-
     def test_the_exit(self):
         """Its id, and no other, gets 204."""
-        for name, code, end in (("one", b"os._exit(7)", (7, 0)),
-                                ("two", b"signal.raise_signal(9)", (0, 9))):
+        for name, code, status, number in (("one", b"os._exit(7)", 7, 0),
+                                           ("two", b"signal.raise_signal(9)", 0, 9)):
             pid = self.puppet(name)
             wire = self.sse(pid, label="stderr")
             self.send(pid, b"err(b'bye\\n'); %s\n" % code)
             self.assertEqual(wire.event()[:2], ("stderr", "bye"))
             kind, data, place = wire.event()
-            self.assertEqual((kind, place), ("exit", "4x@" + self.epoch))
-            self.assertEqual(json.loads(data), dict(zip(("pid", "exit_status", "term_signal"),
-                                                        (pid, *end))))
+            self.assertEqual((kind, json.loads(data)), (
+                "exit", {"pid": pid, "exit_status": status, "term_signal": number}))
             self.assertIsNone(wire.event())
         path = "/streams/%d/stderr?feed=eventsource" % pid
         self.assertEqual(self.wire(path, "Last-Event-ID: " + place).status, 204)
-        for place, kinds in (
-                ("4@" + self.epoch, ["exit"]), ("4", ["exit"]),
-                ("4x@other", ["dropped", "stderr", "exit"]),
-                ("2x@" + self.epoch, ["dropped", "stderr", "exit"])):
-            wire = self.wire(path, "Last-Event-ID: " + place)
-            self.assertEqual([event[0] for event in iter(wire.event, None)], kinds, place)
+        again = ["dropped", "stderr", "exit"]
+        for last, kinds in (("4@" + self.epoch, ["exit"]), ("4", ["exit"]), ("4x@other", again),
+                            ("2x@" + self.epoch, again)):
+            wire = self.wire(path, "Last-Event-ID: " + last)
+            self.assertEqual([event[0] for event in iter(wire.event, None)], kinds, last)
 
     def test_a_pipe_that_ends_before_its_process(self):
         """The stream ends, the exit is told at the exit."""
@@ -7029,14 +6985,12 @@ class StreamsSmallWindow(StreamsCase):
         self.written(pid, data)
         for query, first, dropped in (("since=10", 744, "734"), ("tail=all", 750, None),
                                       ("tail=26", 750, None)):
-            status, headers, body = self.server.request(
-                "GET", "/streams/%d/stdout?%s" % (pid, query))
-            self.assertEqual((status, headers["Gaffer-Offset"], headers["Gaffer-Dropped"], body),
-                             (200, "1000", dropped, data[first:]), query)
+            _, headers, body = self.server.request("GET", "/streams/%d/stdout?%s" % (pid, query))
             wire = self.continuous(pid, query)
-            self.assertEqual((wire.headers["Gaffer-Offset"], wire.headers["Gaffer-Dropped"]),
-                             (str(first), dropped), query)
-            self.assertEqual(wire.exactly(1000 - first), data[first:])
+            for found, offset in (headers, 1000), (wire.headers, first):
+                self.assertEqual((found["Gaffer-Offset"], found["Gaffer-Dropped"]),
+                                 (str(offset), dropped), query)
+            self.assertEqual([body, wire.exactly(1000 - first)], [data[first:]] * 2)
         wire = self.continuous(pid, "loss=skip&since=5")
         self.end(pid)
         self.assertEqual((wire.chunks(), wire.trailers["Gaffer-Dropped"]),
@@ -7061,6 +7015,19 @@ class StreamsSmallWindow(StreamsCase):
         place = self.place(pid)
         until(lambda: self.place(pid) > place + 10000, "the child goes on")
 
+    def test_block_loses_nothing(self):
+        """Of 64,000 bytes that are there at once, in each feed."""
+        pid, query = self.hose(1000), "loss=block"
+        wire, events = self.continuous(pid, query), self.sse(pid, query)
+        websocket = self.websocket("/wstreams/%d?type=binary&%s" % (pid, query))
+        self.send(pid, b"\n")
+        self.end(pid)
+        lines = ["%063d" % number for number in range(1000)]
+        data = "".join(line + "\n" for line in lines).encode()
+        self.assertEqual(wire.chunks(), (data, True))
+        self.assertEqual([text for _, text, _ in iter(events.event, None)][:-1], lines)
+        self.assertEqual(b"".join(iter(lambda: websocket.read()[1], b"\x03\xe8exit 0")), data)
+
     def test_a_journal(self):
         """What has gone is told in a header or an event, not if nobody has asked for it."""
         self.cat("one", python("for number in range(1000): print('line %03d' % number)\ninput()"))
@@ -7070,12 +7037,12 @@ class StreamsSmallWindow(StreamsCase):
         self.assertEqual(lines, [b"%03d" % number for number in range(1000 - len(lines), 1000)])
         lost = 9000 - 9 * len(lines)
         self.assertEqual((headers["Gaffer-Dropped"], headers["Gaffer-Offset"]), (str(lost), "9000"))
-        for query, told, last in ("since=0", str(lost), lines), ("tail=3", None, lines[-3:]):
+        for query, told, first in ("since=0", str(lost), 1000 - len(lines)), ("tail=3", None, 997):
             wire = self.wire("/streams?feed=continuous&" + query, version="1.0")
             self.assertEqual(wire.headers["Gaffer-Dropped"], told)
-            self.assertEqual([wire.file.readline().split()[-1] for _ in last], last)
-        kind, text, _ = self.wire("/streams?feed=eventsource&since=0").event()
-        self.assertEqual((kind, json.loads(text)), ("dropped", {"bytes": lost}))
+            self.assertEqual(wire.file.readline().split()[-1], b"%03d" % first)
+        self.assertEqual(self.wire("/streams?feed=eventsource&since=0").event()[:2],
+                         ("dropped", '{"bytes": %d}' % lost))
         wire = self.wire("/streams/one?feed=continuous")
         self.server.ok("DELETE", "/processes/one")
         self.assertEqual(wire.chunks(), (b"", True))
@@ -7089,7 +7056,7 @@ class StreamsTemplate(StreamsCase):
         pid = self.puppet()
         self.send(pid, b"signal.pthread_sigmask(0, [15]); out(b'ready\\n'); "
                        b"signal.sigwait([15]); out(b'last words'); os._exit(3)\n")
-        self.upto(pid, 6)
+        self.poll(pid, "since=0")
         events, websocket = self.sse(pid), self.websocket("/wstreams/%d" % pid)
         self.server.ok("DELETE", "/processes/puppet")
         self.assertEvents(events, ("last words", 16))
@@ -7150,7 +7117,7 @@ class StreamsTemplate(StreamsCase):
         """Where the template has exactly one process."""
         pid = self.cat("t")
         self.send("t", b"x")
-        self.assertEqual(self.upto(pid, 1), b"x")
+        self.assertEqual(self.poll(pid, "since=0"), (200, "1", b"x"))
         self.server.ok("POST", "/processes/t/_add")
         answer = self.server.json("POST", "/streams/t/stdin", b"x")
         self.assertError(answer, 404, "not_found", "2 processes")
@@ -7161,7 +7128,7 @@ class StreamsTemplate(StreamsCase):
         pid = self.cat("t")
         gone, stays = self.continuous("t", label="stderr"), self.continuous("t")
         self.send(pid, b"cut")
-        self.upto(pid, 3)
+        self.poll(pid, "since=0")
         self.server.ok("PUT", "/processes/t", {
             "cmd": "echo again", "redirect_input": True, "redirect_output": ["stdout"]})
         self.assertEqual(gone.chunks(), (b"", True))
@@ -7178,13 +7145,6 @@ class StreamsJournal(StreamsCase):
         return [re.fullmatch(r"[0-9]+\.[0-9]{3} (.*)", line).group(1)
                 for line in data.decode().splitlines()]
 
-    def lines(self, path, count, *headers):
-        """The first `count` of an event stream, as read() gives them."""
-        wire = self.wire(path + "&feed=eventsource", *headers)
-        events = itertools.islice(iter(wire.event, None), count)
-        return [text.split(" ", 1)[1] if kind != "dropped" else json.loads(text)
-                for kind, text, _ in events]
-
     def test_in_the_order_of_reading(self):
         for name in ("one", "two"):
             self.puppet(name)
@@ -7200,7 +7160,6 @@ class StreamsJournal(StreamsCase):
         for path, word in (("/streams/one", "one"), ("/streams/2", "two")):
             expected = [line for line in said if line.startswith(word)]
             self.assertEqual(self.read(path + "?tail=all"), expected)
-            self.assertEqual(self.lines(path + "?tail=2", 2), expected[-2:])
 
     def test_resume(self):
         """An id stays good, whatever other journals are read beside."""
@@ -7217,17 +7176,15 @@ class StreamsJournal(StreamsCase):
             _, text, last = wire.event()
             for line in (data.decode(), text + "\n"):
                 self.assertEqual(line.split(" ", 1)[1], "one 1 stdout line\n")
-        self.assertEqual(self.lines("/streams/one?since=", 2, "Last-Event-ID: 5@0123abcdj1"),
-                         [{"bytes": 0, "restarted": True}, "one 1 stdout line"])
+        wire = self.wire("/streams/one?feed=eventsource", "Last-Event-ID: 5@0123abcdj1")
+        self.assertEqual(wire.event()[:2], ("dropped", '{"bytes": 0, "restarted": true}'))
         self.end(one)
         path = "/streams/%d?feed=eventsource" % one
-        places = [place for _, _, place in iter(self.wire(path + "&since=0").event, None)]
-        self.assertEqual(self.wire(path, "Last-Event-ID: " + places[-1]).status, 204)
-        for path, status, code in (("/streams/one?loss=block", 400, "bad_value"),
-                                   ("/streams?since=1x", 400, "bad_value"),
-                                   ("/streams/nobody", 404, "not_found"),
-                                   ("/streams/17", 404, "not_found")):
-            self.assertError(self.server.json("GET", path), status, code)
+        *_, (_, _, last) = iter(self.wire(path + "&since=0").event, None)
+        self.assertEqual(self.wire(path, "Last-Event-ID: " + last).status, 204)
+        for path, status in ("/one?loss=block", 400), ("?since=1x", 400), ("/nobody", 404), (
+                "/17", 404):
+            self.assertEqual(self.server.json("GET", "/streams" + path)[0], status, path)
 
 class StreamsStatus(StreamsCase):
     """What pages and programs look at again and again."""
@@ -7402,40 +7359,22 @@ class StreamsStdin(StreamsCase):
 
     def test_all_bytes(self):
         pid, deaf = self.cat(), self.cat("deaf", "sleep 1000", redirect_input=False)
-        data = bytes(range(256)) * 256
+        data = bytes(range(256)) * 256 + b"\0end\nof all"
         wire = self.continuous(pid)
-        for part, label in ((data, "stdin"), (b"", "stdin"), (b"alias", "ttin")):
+        self.assertEqual(wire.headers.get_all("Transfer-Encoding"), ["chunked"])
+        for part, label in ((data[:-9], "stdin"), (b"", "stdin"), (data[-9:], "ttin")):
             self.send(pid, part, label)
-        self.assertEqual(wire.exactly(len(data) + 5), data + b"alias")
         self.end(pid)
+        self.assertEqual((wire.chunks(), wire.file.read()), ((data, True), b""))
+        for query, rest in ("since=0", data), ("tail=1", b"of all"), ("", b""):
+            self.assertEqual(self.continuous(pid, query).chunks(), (rest, True))
         for method, path in itertools.product(("POST", "DELETE"), (pid, deaf, "deaf")):
             answer = self.server.json(method, "/streams/%s/ttin" % path, b"x")
             self.assertError(answer, 403, "forbidden_write")
         answer = self.server.json("POST", "/streams/deaf/stdout", b"x")
         self.assertError(answer, 405, "method_not_allowed")
-        self.assertEqual(wire.chunks(), (b"", True))
         for query, status in ("", 403), ("?readonly=true", 101):
             self.assertEqual(self.websocket("/wstreams/%d%s" % (deaf, query)).status, status)
-
-    def test_full(self):
-        """A body is taken whole or not at all; 1 MiB waits, and a body has no more."""
-        pid = self.cat("t", python(STREAMS_SLEEPER.format(size="")))
-        wire = self.continuous(pid, "since=0")
-        self.assertEqual(wire.exactly(6), b"ready\n")
-        path, bodies = "/streams/%d/stdin" % pid, []
-        answer = self.server.json("POST", path, b"x" * (gaffer.MIB + 1))
-        self.assertError(answer, 413, "too_large")
-        while answer[0] != 503:
-            bodies.append(bytes([len(bodies)]) * 300000)
-            answer = self.server.json("POST", path, bodies[-1])
-        self.assertError(answer, 503, "stdin_full")
-        with unittest.mock.patch.object(self.server.manager, "input_size", 9):
-            self.assertError(self.server.json("POST", path, bytes(10)), 413, "too_large")
-        data = b"".join(bodies[:-1])
-        self.assertLess(abs(len(data) - gaffer.MIB), 300000)
-        self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
-        self.end(pid)
-        self.assertEqual(wire.chunks(), (streams_digest(data), True))
 
 
 class StreamsWebsocket(StreamsCase):
@@ -7468,23 +7407,22 @@ class StreamsWebsocket(StreamsCase):
     def test_stdin_that_is_closed(self):
         """The output goes on, what is sent is dropped."""
         pid = self.puppet()
-        websocket = self.open(pid, "since=0")
+        websocket = self.open(pid)
         self.send(pid, b"out(b'on'); signal.pthread_sigmask(0, [10]); "
                        b"signal.sigwait([10]); out(b'end'); os._exit(0)\n")
         self.end(pid)
-        for each in (websocket, self.open(pid, "since=0")):
-            self.assertEqual(each.read(), (1, b"on"))
-            with self.assertLogs("gaffer", "INFO"):
-                each.text("late")
-                each.frame(9, b"barrier")
-                self.assertEqual(each.read(), (10, b"barrier"))
-                self.server.http.loop.call(int)     # the pong may go out before the text is written
+        self.assertEqual(websocket.read(), (1, b"on"))
+        with self.assertLogs("gaffer", "INFO"):
+            websocket.text("late")
+            websocket.frame(9, b"barrier")
+            self.assertEqual(websocket.read(), (10, b"barrier"))
+            self.server.http.loop.call(int)     # the pong may go out before the text is written
         self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
         self.assertEqual([websocket.read() for _ in range(2)],
                          [(1, b"end"), (8, b"\x03\xe8exit 0")])
         pid = self.puppet("other")
         self.send(pid, b"os.close(0); out(b'on'); signal.pause()\n")
-        self.upto(pid, 2)
+        self.poll(pid, "since=0")
         answer = self.server.json("POST", "/streams/%d/stdin" % pid, b"x")
         self.assertError(answer, 403, "forbidden_write")
 
@@ -7503,6 +7441,7 @@ class StreamsWebsocket(StreamsCase):
                 opcode, payload = websocket.read()
                 self.assertEqual((opcode, payload[:2]), (8, code))
                 self.assertEqual(websocket.read(), (None, b""))
+                websocket.close()
         until(lambda: not self.server.http.channels, "the end of all connections")
         self.assertLessEqual(loop.call(lambda: loop.pending_timers), timers)
         websocket = self.open(pid, "readonly=true")
@@ -7529,22 +7468,28 @@ class StreamsWebsocket(StreamsCase):
         self.assertTrue(0 < queued < gaffer.MIB + gaffer.CONTROL_SIZE + 200, queued)
 
     def test_a_process_that_does_not_read(self):
-        """Its buffer fills, then the connection; when it reads, all arrives in order, even if the
-        client has left."""
-        data = b"".join(bytes([number]) * 600000 for number in range(20))
+        """1 MiB waits, of bodies that are taken whole or not; then the connection fills. When
+        it reads, all arrives in order, even if the client has left."""
+        data = b"".join(bytes([number]) * 300000 for number in range(43))
         pid = self.cat("t", python(STREAMS_SLEEPER.format(size=len(data))))
-        self.upto(pid, 6)
+        self.poll(pid, "since=0")
+        path = "/streams/%d/stdin" % pid
+        for place in range(0, 900000, 300000):
+            self.send(pid, data[place:place + 300000])
+        self.assertError(self.server.json("POST", path, bytes(300000)), 503, "stdin_full")
+        self.assertError(self.server.json("POST", path, bytes(gaffer.MIB + 1)), 413, "too_large")
+        with unittest.mock.patch.object(self.server.manager, "input_size", 9):
+            self.assertError(self.server.json("POST", path, bytes(10)), 413, "too_large")
         output, websocket = self.continuous(pid), self.open(pid, "type=binary")
-        head = b"\x82\xff" + struct.pack("!Q", 600000) + bytes(4)       # a mask of zeros
-        frames = memoryview(b"".join(head + bytes([number]) * 600000 for number in range(20)))
+        head = b"\x82\xff" + struct.pack("!Q", 300000) + bytes(4)       # a mask of zeros
+        frames = memoryview(b"".join(
+            head + data[place:place + 300000] for place in range(900000, len(data), 300000)))
         websocket.sock.setblocking(False)
         with selectors.DefaultSelector() as selector:
             selector.register(websocket.sock, selectors.EVENT_WRITE)
             while frames and selector.select(0.5):
                 frames = frames[websocket.sock.send(frames):]
             self.assertTrue(frames, "12 MB were taken for a process that reads nothing")
-            answer = self.server.json("POST", "/streams/%d/stdin" % pid, b"x" * 600000)
-            self.assertError(answer, 503, "stdin_full")
             self.server.ok("POST", "/processes/%d/_signal/USR1" % pid)
             while frames and selector.select(TIMEOUT):
                 frames = frames[websocket.sock.send(frames):]
@@ -7609,9 +7554,9 @@ class StreamsWatch(StreamsCase):
             (kind, "%d@%s" % (number, self.epoch))
             for number, kind in enumerate(self.EVENTS[:3], 7)])
         self.assertEqual(set(events[0]), {"event", "name", "id", "time"})
-        self.assertEqual(set(events[2]), {"event", "name", "id", "time", "pid", "os_pid"})
-        self.assertEqual((events[2]["name"], events[2]["pid"]), ("later", pid))
         self.assertTrue(before - 1 < events[0]["time"] < time.time() + 1)
+        self.assertEqual(dict(events[2], time=0, os_pid=0), dict(
+            events[0], event="spawn", id=events[2]["id"], time=0, pid=pid, os_pid=0))
         for event in events:
             self.assertEqual(json.loads(old.file.readline()), event)
             kind, data, where = sse.event()
@@ -7624,14 +7569,13 @@ class StreamsWatch(StreamsCase):
         late = self.wire("/watch/proc/two?feed=continuous")
         self.life("one")
         self.life("two")
-        full = self.lines(self.wire("/watch?feed=continuous&since=0"), 12)
-        self.assertEqual(sorted(event["event"] for event in full), sorted(self.EVENTS * 2))
-        for path, name, kind in (("/.", None, None), ("/exit", None, "exit"),
-                                 ("/proc/one", "one", None), ("/proc/two/delete", "two", "delete")):
-            expected = [event for event in full if name in (None, event["name"])
-                        and kind in (None, event["event"])]
-            wire = self.wire("/watch%s?feed=continuous&since=0" % path)
-            self.assertEqual(self.lines(wire, len(expected)), expected, path)
+        for path, names, kinds in (
+                ("", ["one", "two"], self.EVENTS), ("/.", ["one", "two"], self.EVENTS),
+                ("/exit", ["one", "two"], ["exit"]), ("/proc/one", ["one"], self.EVENTS),
+                ("/proc/two/delete", ["two"], ["delete"])):
+            wanted = list(itertools.product(names, kinds))
+            events = self.lines(self.wire("/watch%s?feed=continuous&since=0" % path), len(wanted))
+            self.assertEqual([(event["name"], event["event"]) for event in events], wanted)
         self.assertEqual(self.lines(late, 1)[0]["name"], "two")
         self.assertEqual(self.server.request("GET", "/watch/proc/x/reap?timeout=0")[0], 204)
         for path in "proc/", "proc/t/nothing", "create/t", "proc/t/create/x", "dropped":
@@ -7770,11 +7714,6 @@ class StreamsLoss(StreamsCase):
 
     options = {"window": 65536}
 
-    def begin(self, pid):
-        """Let a hose write, and end when it is done."""
-        self.send(pid, b"\n")
-        self.end(pid)
-
     def by_longpolls(self, pid):
         """(bytes, how many were dropped) of a loop of long polls, until the end."""
         parts, dropped, offset, wire, status = [], 0, "0", self.wire(), 200
@@ -7807,21 +7746,6 @@ class StreamsLoss(StreamsCase):
             parts.append(payload)
         self.fail("no close frame")
 
-    def test_block_loses_nothing(self):
-        count = 40000
-        pid = self.hose(count)
-        slow = self.continuous(pid, "loss=block", receive_buffer=4096)
-        websocket = self.websocket("/wstreams/%d?type=binary&readonly=1&loss=block" % pid)
-        readers = ((slow.chunks,), (self.by_events, self.sse(pid, "loss=block")),
-                   (self.by_websocket, websocket))
-        with concurrent.futures.ThreadPoolExecutor(len(readers)) as pool:
-            futures = [pool.submit(*reader) for reader in readers]
-            self.begin(pid)
-            found = [future.result(4 * TIMEOUT) for future in futures]
-        self.assertEqual([end for _, end in found], [True, 0, b"\x03\xe8exit 0"])
-        expected = b"".join(b"%063d\n" % number for number in range(count))
-        self.assertEqual([data == expected for data, _ in found], [True] * 3)
-
     def test_what_is_dropped_to_the_byte(self):
         """Of readers that begin to read when most output has fallen out of the window."""
         count = 130000                          # more than all buffers of the system in between
@@ -7830,22 +7754,18 @@ class StreamsLoss(StreamsCase):
         cut, skip, events = self.continuous(pid), self.continuous(pid, "loss=skip"), self.sse(pid)
         target = "/wstreams/%d?type=binary&readonly=1" % pid
         sockets = [self.websocket(target + loss) for loss in ("", "&loss=skip")]
-        self.begin(pid)
+        self.send(pid, b"\n")
+        self.end(pid)
         self.server.wait_event("exit")
         data, close = self.by_websocket(sockets[0])
         self.assertRegex(close, b"^\x03\xf5dropped [1-9][0-9]*$")
         self.assertTrue(expected.startswith(data))
-        lost = int(close.split()[-1])
         data, dropped = self.by_longpolls(pid)
         self.assertTrue(dropped and data == expected[dropped:])
-        lost += dropped
         data, whole = skip.chunks()
         dropped = int(skip.trailers["Gaffer-Dropped"])
         self.assertEqual((skip.headers["Trailer"], whole), ("Gaffer-Dropped", True))
         found = [(data, dropped), self.by_events(events)]
-        metrics = self.server.request("GET", "/metrics")[2]
-        name = b'gaffer_stream_dropped_bytes_total{template="hose",label="stdout"} %d\n'
-        self.assertIn(name % (lost + sum(dropped for _, dropped in found)), metrics)
         data, whole = cut.chunks()
         self.assertFalse(whole, "cut without its last chunk")
         self.assertTrue(expected.startswith(data))
@@ -7881,10 +7801,10 @@ class BrowserPageCase(BrowserCase):
         super().setUp()
         self.browser.size(1280, 800)
 
-    def open(self, path="/", server=None):
+    def open(self, path="/"):
         """Load the page anew at an address of its own."""
         self.browser.get("about:blank")
-        self.browser.get("%s/#%s" % ((server or self.server).url, path))
+        self.browser.get(self.server.url + "/#" + path)
 
     def script(self, js, *args):
         """Run the body of a function, with $ and $$ to find one element, or all."""
@@ -8180,7 +8100,7 @@ class BrowserPage(BrowserPageCase):
     def test_all_colours_can_be_read(self):
         """AA of WCAG 2.2 for the 256 colours, as the browser paints them, and as a ground."""
         codes = ["%d;5;%d" % (base, number) for base in (38, 48) for number in range(256)]
-        codes += ["%d" % (base + number) for base in (30, 40, 90, 100) for number in range(8)]
+        codes += map(str, (*range(30, 38), *range(40, 48), *range(90, 98), *range(100, 108)))
         self.server.add("paint", python(
             "for code in %r: print('\\x1b[%%smx' %% code)\nimport time; time.sleep(1000)" % codes))
         measure = """
@@ -8360,7 +8280,7 @@ class BrowserPage(BrowserPageCase):
         first = Running()
         try:
             first.add("talk", "sh -c 'echo first; exec sleep 1000'")
-            self.open("/p/talk", first)
+            self.browser.get(first.url + "/#/p/talk")
             self.shows("first", ".lines")
         finally:
             first.stop_all()
@@ -8417,10 +8337,9 @@ class BrowserPage(BrowserPageCase):
         self.becomes("$('#menu').matches(':popover-open')", False)
         self.keys("j", "j")
         self.becomes(focus, "two")
-        self.keys("t")
-        self.row("two", "stopped")
-        self.keys("s")
-        self.row("two", "running")
+        for key, state in ("t", "stopped"), ("s", "running"):
+            self.keys(key)
+            self.row("two", state)
         self.keys("r")
         self.server.wait_event("proc/two/restart")
         self.keys("x")
@@ -8539,12 +8458,15 @@ class BrowserPictures(BrowserPageCase):
         os.makedirs(self.directory, exist_ok=True)
         self.addCleanup(self.browser.cdp, "Emulation.setEmulatedMedia", features=[])
         self.take("empty", "/")
-        work = ("import random, time\nwhile True:\n    end = time.time() + random.random() / 20\n"
-                "    while time.time() < end: pass\n    time.sleep(0.1)")
         with unittest.mock.patch.object(gaffer.History, "INTERVAL", 0.1):
-            self.server.add("web:front", python(work), numprocesses=4)
+            self.server.add("web:front", python("""
+                import random, time
+                while True:
+                    end = time.time() + random.random() / 20
+                    while time.time() < end: pass
+                    time.sleep(0.1)
+                """), numprocesses=4)
             self.server.add("web:worker", "sh -c 'echo no database >&2; sleep 0.2; exit 3'")
-            self.server.add("jobs:mail", "cat", redirect_input=True)
             self.server.add("jobs:nightly", "sleep 1000", start=False)
             self.server.add("jobs:import", "sh -c 'kill -9 $$$$'", flapping={
                 "attempts": 2, "window": 5, "retry_in": 60, "max_retry": 5})
@@ -8553,35 +8475,32 @@ class BrowserPictures(BrowserPageCase):
             until(lambda: len(process.history) == 60, "a history")
         self.server.add("build", python("""
             import sys, time
-            print("\\x1b[1mCompiling\\x1b[0m \\x1b[32mok\\x1b[0m \\x1b[33mwarning\\x1b[0m")
             for number in range(256):
                 end = "\\n" if number % 32 == 31 else " "
                 print("\\x1b[38;5;%dm%03d\\x1b[0m" % (number, number), end=end)
             for part in range(101):
                 print("\\rdownloading [%-50s] %3d%%" % ("=" * (part // 2), part), end="")
-            print()
-            print("done", file=sys.stderr, flush=True)
+            print("\\ndone", file=sys.stderr, flush=True)
             time.sleep(1000)
             """))
+        usage, done = "$('.cpu').textContent", "$('.lines').textContent.includes('done')"
         for scheme in "dark", "light":
             self.browser.cdp("Emulation.setEmulatedMedia", features=[
                 {"name": "prefers-color-scheme", "value": scheme}])
-            for width, height in (1280, 540), (768, 600), (390, 844):
-                self.take("overview-%s-%d" % (scheme, width), "/", width, height,
-                          "$('.cpu').textContent")
-            for name, path, when in (
-                    ("output", "/p/build", "$('.lines').textContent.includes('done')"),
-                    ("process", "/p/web%3Aworker", "$$('.story li').length > 9"),
-                    ("all-output", "/logs", "$('.l')")):
-                self.take("%s-%s" % (name, scheme), path, when=when)
+            for name, path, width, height, when in (
+                    ("overview", "/", 1280, 540, usage), ("overview", "/", 768, 600, usage),
+                    ("overview", "/", 390, 844, usage), ("output", "/p/build", 1280, 720, done),
+                    ("output", "/p/build", 390, 844, done),
+                    ("process", "/p/web%3Aworker", 1280, 720, "$$('.story li').length > 9"),
+                    ("all-output", "/logs", 1280, 720, "$('.l')"),
+                    ("form", "/edit/web%3Afront", 390, 844, "true"),
+                    ("events", "/events", 1280, 720, "true")):
+                self.take("%s-%s-%d" % (name, scheme, width), path, width, height, when)
             self.open("/add")
             for field, text in ("name", "web:front"), ("cwd", "/x"), ("uid", "nobodyx"):
                 self.enter("#field-" + field, text)
             self.take("form-with-faults-" + scheme, height=900,
                       when="$$('[aria-invalid=true]').length > 2")
-        self.take("output-390", "/p/build", 390, 844)
-        self.take("form-390", "/edit/web%3Afront", 390, 844)
-        self.take("events", "/events")
         for number in range(300):
             self.server.manager.add_process("g%d:n-%d" % (number // 60, number), "sleep 1000")
         self.take("overview-300", "/", when="$$('.template').length > 300")
@@ -8611,15 +8530,14 @@ class BrowserFigures(BrowserPageCase):
         self.open("/p/fast")
         self.print_lines("fast", 5000, 60000)
         self.wait(self.LINES + ".some(text => parseInt(text) >= 10)")
-        frames, longest = self.script("""
+        frames = self.script("""
             const end = performance.now() + 10000;
-            let frames = 0, longest = 0, last = performance.now();
+            let frames = 0;
             return new Promise(resolve => requestAnimationFrame(function frame(now) {
-              longest = Math.max(longest, now - last); last = now; frames++;
-              if (now < end) requestAnimationFrame(frame); else resolve([frames, longest]);
+              frames++;
+              if (now < end) requestAnimationFrame(frame); else resolve(frames);
             }))""")
-        print("%.1f frames a second while 5,000 lines a second arrive, the longest pause %.0f ms"
-              % (frames / 10, longest), flush=True)
+        print("%.1f frames a second while 5,000 lines a second arrive" % (frames / 10), flush=True)
         self.assertGreater(frames / 10, 20)
         self.becomes(self.LAST, "end")
         self.becomes("$$('.note').length", 0)   # nothing was lost
@@ -8666,17 +8584,16 @@ class BrowserMisuse(BrowserCase):
     """What a page of another site may try with a server here: it changes nothing, and learns
     nothing. Beside each attempt stands the same from a page that may."""
 
-    SECRET = "window.leaked = 'secret'"
     ASK = """
         const [url, options] = arguments;
         return fetch(url, options).then(
             answer => answer.text().then(text => [answer.type, answer.status, text]),
             error => [error.name, 0, '']);"""
     FORM = """
-        const [url, enctype, name, value] = arguments;
+        const [action, name, value] = arguments;
         document.body.innerHTML = '<iframe name=answer></iframe><form method=post target=answer>';
         const [frame, form] = document.body.children;
-        Object.assign(form, {action: url, enctype});
+        Object.assign(form, {action, enctype: 'text/plain'});   // which makes JSON of it
         form.append(Object.assign(document.createElement('input'), {name, value}));
         return new Promise(done => { frame.onload = () => done('loaded'); form.submit(); });"""
     SOCKET = """
@@ -8698,18 +8615,17 @@ class BrowserMisuse(BrowserCase):
         self.evil, self.friend = ("http://%s:%d/page" % (host, site.port)
                                   for host in ("evil.example", "localhost"))
         self.server.add("typed", "cat", redirect_input=True)
-        talk = "print(%r, end='', flush=True); input()" % (self.SECRET + "\n")     # one write
-        self.server.add("talks", python(talk), redirect_input=True)
+        self.server.add("talks", "sh -c 'echo secret; exec sleep 1000'")
         data = self.server.request("GET", "/streams/talks/stdout?since=0")[2]
-        self.assertIn("leaked", data.decode())
+        self.assertEqual(data, b"secret\n")
 
     def ask(self, path, *options):
         """[type, status, text] of a fetch."""
         return self.browser.script(self.ASK, self.server.url + path, *options)
 
-    def submit(self, path, enctype="text/plain"):
-        """Send a form: text/plain makes JSON of it."""
-        self.browser.script(self.FORM, self.server.url + path, enctype,
+    def submit(self, path):
+        """Send a form."""
+        self.browser.script(self.FORM, self.server.url + path,
                             '{"name": "planted", "cmd": "true", "args": ["', '"]}')
 
     def count(self, method, status=403):
@@ -8719,21 +8635,18 @@ class BrowserMisuse(BrowserCase):
 
     def assertUntouched(self):
         """All is as setUp() has left it."""
-        server = self.server
-        self.assertEqual(server.ok("GET", "/processes"), ["typed", "talks"])
-        self.assertEqual(server.ok("GET", "/processes?running=1"), [1, 2])
-        data = server.request("GET", "/streams/1/stdout?since=0&timeout=0")[2]
-        self.assertEqual((data, server.ok("GET", "/status/typed")["numprocesses"]), (b"", 1))
+        self.assertEqual(self.server.ok("GET", "/processes"), ["typed", "talks"])
+        self.assertEqual(self.server.ok("GET", "/processes?running=1"), [1, 2])
+        data = self.server.request("GET", "/streams/1/stdout?since=0&timeout=0")[2]
+        self.assertEqual(data, b"")
 
     def test_forms(self):
         self.browser.get(self.evil)
         for path in "/processes", "/processes/typed/_add/3", "/streams/1/stdin":
             self.submit(path)
-        self.submit("/_reload", "multipart/form-data")
-        self.assertEqual(self.count("POST"), 4)
         self.browser.script("navigator.sendBeacon(arguments[0], 'typed')",
                             self.server.url + "/streams/1/stdin")
-        until(lambda: self.count("POST") == 5, "the beacon")
+        until(lambda: self.count("POST") == 4, "the forms and the beacon")
         self.assertUntouched()
         self.browser.get(self.friend)
         self.submit("/processes")
@@ -8758,7 +8671,7 @@ class BrowserMisuse(BrowserCase):
         self.assertEqual(self.server.ok("GET", "/processes"), ["talks", "planted"])
 
     def test_reading(self):
-        """Nor is a process held by a page that does not read, or a script run that it says."""
+        """Nor is a process held by a page that does not read."""
         paths = ("/processes", "/streams/2/stdout?tail=all",
                  "/streams/2/stdout?feed=continuous&loss=block")
         sockets = ["ws%s/wstreams/%s" % (self.server.url[4:], path) for path in (
@@ -8767,20 +8680,13 @@ class BrowserMisuse(BrowserCase):
         for path in paths:
             self.assertEqual(self.ask(path), self.REFUSED)
             self.assertEqual(self.ask(path, {"mode": "no-cors"}), self.OPAQUE)
-        self.assertEqual(self.browser.script("""
-            const script = document.createElement('script'); script.src = arguments[0];
-            return new Promise(done => {
-                script.onload = script.onerror = event => done([event.type, window.leaked]);
-                document.body.append(script); });""", self.server.url + paths[1]), ["error", None])
-        before = self.count("GET")
         self.assertEqual([self.browser.script(self.SOCKET, url) for url in sockets], [1006] * 2)
-        self.assertEqual(self.count("GET"), before + 2)
         self.assertUntouched()
         self.browser.get(self.friend)
         for path in paths[:-1]:
             self.assertEqual(self.ask(path)[:2], ["cors", 200])
         self.assertEqual([self.browser.script(self.SOCKET, url) for url in sockets],
-                         ["typed\n", self.SECRET + "\n"])
+                         ["typed\n", "secret\n"])
 
 
 # --------------------------------------------------------------------------------------------------
