@@ -1237,13 +1237,11 @@ class PureReader(PureLogCase):
         self.do(window.finish)
         self.do(window.finish)
         wanted = [(4, "out", b"one"), (8, "out", b"half"), (17, "out", " a line \ufffd".encode())]
-        self.assertEqual(pure_sse(live.sink.data), wanted)
-        self.assertEqual((pure_sse(slow.sink.data), slow.sink.ends), (wanted[:1], 0))
+        self.assertEqual((pure_sse(live.sink.data), slow.sink.ends), (wanted, 0))
         self.drain(slow)
         late = self.sse(window, offset=0)
-        for reader in slow, late:
-            self.assertEqual([line for _, _, line in pure_sse(reader.sink.data)],
-                             [b"one", "half a line \ufffd".encode()])
+        whole = [wanted[0], (17, "out", "half a line \ufffd".encode())]
+        self.assertEqual([pure_sse(each.sink.data) for each in (slow, late)], [whole] * 2)
         self.advance(1)
         self.assertEqual([each.sink.ends for each in (live, slow, late)], [1, 1, 1])
 
@@ -1302,9 +1300,7 @@ class PureLoss(PureLogCase):
         rng, data = random.Random(5), b"".join(b"%04d\n" % number for number in range(1500))
         for _ in range(10):
             window = self.window(300)
-            skip, frames, sse = readers = (
-                self.reader(window, loss="skip"), self.reader(
-                    window, gaffer.FrameEncoder(True, True), loss="skip"), self.sse(window))
+            skip, sse = readers = self.reader(window, loss="skip"), self.sse(window)
             for piece in pure_pieces(rng, data, 60):
                 self.do(window.append, piece)
                 for reader in readers:
@@ -1323,9 +1319,6 @@ class PureLoss(PureLogCase):
                 self.assertEqual((number >= due, line), (True, (b"%04d" % number)[:len(line)]))
                 due = number + len(line) // 4
             self.assertEqual(due, 1500)
-            numbers = [int(frame[1:]) for frame in frames.sink.data.split(b"\x82")[1:]]
-            self.assertEqual(numbers, sorted(set(numbers)))
-            self.assertEqual(5 * len(numbers) + frames.dropped, len(data))
             place = dropped = 0
             for end, kind, text in pure_sse(sse.sink.data):
                 if kind == "dropped":
@@ -1459,18 +1452,17 @@ class PureJournal(PureLogCase):
 
     def test_lines(self):
         """Of what processes 1 and 2 write, or time that passes."""
-        returns = {"returns": True}
-        for steps, named, wanted in (
+        for steps, returns, wanted in (
                 # whoever comes first gets an unfinished one at once, as `logs` does not wait
-                (((1, b"x\nname? "), (0, 0.2)), {}, "1 out x|1 out+ name? "),
+                (((1, b"x\nname? "), (0, 0.2)), False, "1 out x|1 out+ name? "),
                 # another process ends it, but not one that was shown as the last
-                (((1, b"half"), (2, b"whole\n"), (1, b"last"), (1, None), (2, b"on\n")), {},
+                (((1, b"half"), (2, b"whole\n"), (1, b"last"), (1, None), (2, b"on\n")), False,
                  "1 out half|2 out whole|1 out last|2 out on"),
                 # what replaces the one before it is told apart where that is asked for
-                (((1, b"1%\r2%\r"), (1, b"\n3%\r"), (1, b"4"), (1, None)), returns,
+                (((1, b"1%\r2%\r"), (1, b"\n3%\r"), (1, b"4"), (1, None)), True,
                  "1 out 1%|1 out< 2%|1 out 3%|1 out< 4"),
                 # a long one comes in pieces
-                ((*[(1, b"x" * 10000)] * 20, (1, b"\n")), {},
+                ((*[(1, b"x" * 10000)] * 20, (1, b"\n")), False,
                  "1 out+ %s|1 out+ %s|1 out %s" % ("x" * 70000, "x" * 70000, "x" * 60000))):
             self.setUp()
             writes = {pid: self.stream("a", pid) for pid in (1, 2)}
@@ -1481,7 +1473,7 @@ class PureJournal(PureLogCase):
                     writes[pid].close()
                 else:
                     writes[pid](data)
-            self.assertEqual("|".join(line[2:] for line in self.lines(**named)[0]), wanted)
+            self.assertEqual("|".join(line[2:] for line in self.lines(returns=returns)[0]), wanted)
 
     def test_long_answer(self):
         """It ends with JOURNAL_WINDOWS windows; the next one goes on there."""
@@ -1686,13 +1678,12 @@ class PureTemplates(Case):
                 ({"comand": 1}, "unknown field 'comand', did you mean 'cmd'"),
                 ({"zzzz": 1}, "unknown field 'zzzz'; remove it"),
                 ({"flapping": {"atempts": 2}}, "did you mean 'attempts'"),
-                (flood, "19990 more unknown fields"), ({"x" * 100000: 1}, "unknown field 'xxx"),
+                (flood, "19990 more unknown fields"), ({"x" * 10000: 1}, "unknown field 'xxx"),
                 ({"detach": True, "redirect_output": ["a"]}, "'redirect_output' cannot go with"),
                 ({"redirect_output": ["a"], "custom_streams": ["a"]}, "label 'a'"),
                 ({"cmd": "a 'b", "args": []}, "field 'cmd' cannot be split into words"),
                 ({"cmd": "\\\n"}, "field 'cmd' must not be empty"),
                 ({"ready": {"log": "x"}, "redirect_output": []}, "'redirect_output' is empty"),
-                ({"env": {"GAFFER_PORT_STEP": "1"}}, "has GAFFER_PORT_STEP: give it and PORT"),
                 ({"env": {"GAFFER_PORT_STEP": 1, "PORT": 65500}, "numprocesses": 37},
                  "field 'env' makes 65536 the PORT of process 37"),
                 *([({"uid": 54321}, "give 'gid' too")] * (os.geteuid() == 0))):
@@ -1841,8 +1832,8 @@ class PureLaunch(Case):
         for cmd, fields, wanted in (        # what it is, or how the sentence ends
                 ("tool", {"env": {"PATH": path}}, first), ("tool x", {}, second),
                 ("tool", {"os_env": False}, second), ("$TOOL", {"env": {"TOOL": first}}, first),
-                *((cmd, {"cwd": cwd, "env": {"PATH": "."}}, second)
-                  for cmd in ("tool", "./tool", "../sub/tool", second) for cwd in (sub, "sub")),
+                *((cmd, {"cwd": "sub", "env": {"PATH": "."}}, second)
+                  for cmd in ("tool", "./tool", "../sub/tool", second)),
                 ("tool", {"env": {"PATH": os.path.dirname(plain)}},
                  "but %s is not executable: chmod +x it" % plain),
                 ("tool", {"env": {"PATH": "/nowhere"}}, "'tool', which is not found in PATH"),
@@ -2003,75 +1994,65 @@ class PurePolicies(Case):
                 "SIGSIGTERM", "SIG_DFL", "TERM\n", 0, 1000, True, None, 15.0, b"TERM"))))
 
 
-# 200 times, in rows: now in Unix time, then each expression with the minutes until its next five
+# 200 times: an expression, and the minutes from the Unix time that stands before until its next five
 # times; in UTC. All were confirmed by croniter and by cronsim.
 CRON_CASES = """\
-1713519360 | 34 21 3 2,1,9,12 * 197998 131040 44640x2 305280 | 0 0,7 9 * * 28224 420 44220 420 42780
-1822067760 | 0 23 5 jul-sep * 406384 44640x2 436320 44640 | 0,28 8-16/2,14 * sep * 844 28 92 28 92
-1759605600 | 31 4,20 1-31/3 7-10 * 71 3360 960 3360 960 | 53 9 26,26 * * 31113 44640 43200 44640x2
-1887980880 | 1 6,17 * aug,7-12 2 893 660 9420 660 9420 | 0 9 5 8 * 402832 525600 527040 525600x2
-1785306540 | 0 0,6 * oct */2 91771 360 2520 360 1080 | 3 8 7 * * 13054 44640 43200 44640 43200
-1747230780 | 51 18,2 * 5,2-4/3 * 298 480 960 480 960 | 0 0 1 1 * 333247 525600x2 527040 525600
-1732445400 | 12-43/8,5-12 */3 * 3-8/3,nov * 75 1x4 | 3,14 3-23 * 9,6-12 */2 13 11 49 11 49
-1716354660 | 22 9 7 * * 23291 43200 44640x2 43200 | 14 18 22 * * 783 44640 43200 44640x2
-1724975340 | 28 13 31 * * 2259 87840x2 44640 84960 | 51 9 31 * * 2042 87840x2 44640 84960
-1889134680 | 0 7 15 * * 4762 43200 44640x2 40320 | 35 23 28,4 5 1 250557 2880 10080x3
-1877075100 | 0 17 3-12/1,5-23 */3 6 11955 1440x4 | 21 16 17,5 11 4-7/1 186156 1440x4 | * * * * * 1x5
-1771995960 | 9 6,8 * * sun 5823 120 9960 120 9960 | 25 5,15 * * * 19 600 840 600 840 | * 5 * * * 1x5
-1705320180 | 8 13 * */3 1 65 10080x2 90720 10080 | 32 1 17,10 * 4 2249 1440 10080x3 | 3 * * * * 60x5
-1700256000 | 36 12 16,16 * sun 2356 10080x3 8640 | 19 22,8 * * * 59 600 840 600 840 | * 21 * * * 1x5
-1843880160 | 17 16,10-18/1 */6 * * 1761 60x4 | 40 4-11 1-6,12 */3 * 35984 60x4 | 4 6 * 6 * 68 1440x4
-1593784380 | 0-5 0-9,20 * 12,7-10/2 * 367 1x4 | 8 2 16 mar 2-6,2 347775 1440x4 | 2 */2 * * * 9 120x4
-1706539260 | */2 9-16,12 * 2-3/3 * 3979 2x4 | 16 5 * * 0-6/1,6-7 875 1440x4 | 4,4 * * 4 * 89843 60x4
-1654919760 | 0-19,3 3 9-10/6 * * 40264 1x4 | 0 12 * * mon-fri 3364 1440x4 | 25 4-8 */6 * * 2909 60x4
-1871322600 | 22 4-15,11 * feb,4 * 512 60x4 | 36-58 8 * 6-7/2,apr * 766 1x4 | 50 */5 8-28/3 * * 300x5
-1651434540 | 33 17,8 * 5 * 764 540 900 540 900 | 0 6,20 * * * 11 600 840 600 840 | * * * 1,5-7 * 1x5
-1647302160 | * 16,9 * 1-9,5-9/1 * 544 1x4 | 16 0-4,15-18/2 * * * 20 60x4 | 6 1-11/1 18 * * 4390 60x4
-1818710220 | */15 10 */6 * 0-6 7963 15x3 8595 | */8 * 2,6-29 */3 * 62083 8x4 | 2 3-16 * * * 345 60x4
-1796279460 | 0 16,8-18 9-16 * 0 4409 60x4 | 7 3-8 21-31 1 sun 44436 60x4 | 8 11-18/1 * * 1 6037 60x4
-1631978220 | 15 2-19/2 * nov * 62578 120x4 | 0 0 29 2 * 1286443 2103840x4 | 12 4-15/1 * 9 * 775 60x4
-1658329620 | 52 20 1,2-28 * * 345 1440x4 | 19 */5 2 */2 * 62472 300x4 | 39 3-9,13 * 9 * 61232 60x4
-1642138560 | 13-58/5 * * * 2,4-5/1 2 5x4 | */2 7,7 9,31 * * 24564 2x4 | 23 */5 * mar 0 73127 300x4
-1598901120 | 23 0-12/6,18 * * * 311 360x4 | 56 8,0-18 * 9-12 * 344 60x4 | 0 8,1-23 3-5 * * 3228 60x4
-1805239860 | 13 21,6-14/1 * * * 402 60x4 | 24-41/3 2 * 9 * 242093 3x4 | 45 * 6,2-8/6 * 3-4 74 60x4
-1638094020 | * 1,10-11/6 25 */2 1 893 1x4 | 36 2,0-8/2 * * * 869 120x4 | 24 2-22/2 * * 0-4 17 120x4
-1617701820 | 6 6-16 * mar * 473549 60x4 | 8 4 * jul,4 * 1111 1440x4 | */7 */4 9 jun * 91583 7x4
-1872124500 | 1 5-14 10 * 5-7/1 146 60x4 | 4,11 * * * * 29 7 53 7 53 | 12-40 11,3 * */3 * 37 1x4
-1606156860 | 0-30 11,1 * 8-11 * 379 1x4 | 6 0-8 * oct * 448165 60x4 | 11 4-15/2 * * * 570 120x4
-1716470760 | */5 */2 7 jan * 328954 5x4 | 4 19 9-31 * * 338 1440x4 | 12 */6 * 4-9 * 286 360x4
-1786155000 | 36,2 * * * 6 26x2 34 26 34 | 1 */2 * */3 * 77631 120x4 | 0 */5 * */3 * 77630 300x4
-1826352480 | 21 2 8-26 * 7 1093 1440x4 | 24 3-22,9 * * 1-3 16 60x4 | 26 7 * 3-11 * 1398 1440x4
-1840033140 | 50 1-5,5 8 * * 22171 60x4 | 1-20 3 * 8 tue 144642 1x4 | 32 3 * * 4,4 6433 10080x4
-1846041720 | 15 2 * * 0-6 1253 1440x4 | 17 18 1-6 * * 775 1440x4 | * 1-18/7 * 7,2 * 158 1x4
-1591056420 | */2 9,7 * */2 * 42173 2x4 | 11 * * 8 2-4/1 90724 60x4 | * 0-3/7 * */2 * 41753 1x4
-1654039740 | 1 * 3 1 4-5/2 311072 60x4 | 4 13 23 * 4 2255 10080x4 | 2 8-12 8 * sat 4833 60x4
-1581225240 | 15 */2 * 4 * 74581 120x4 | 2 8 * * fri 7368 10080x4 | 31 2-23 * 1-2 * 17 60x4
-1727458860 | 11,6 * * * * 25 5 55 5 55 | 1 22 * * 0-4 3140 1440x4 | 13 1 * * 0-4 1892 1440x4
-1719138840 | 5 */3 */7 * * 8011 180x4 | 9 */2 27 * * 5135 120x4 | 11 1-9,9 * * * 877 60x4
-1653380640 | 15-36 * 7 2 * 372471 1x4 | 2 */6 * 4-5 * 218 360x4 | */2 * * 6 */2 12456 2x4
-1871027280 | * 1 * * 1-5/1,3 912 1x4 | 49 2,1-17 * * * 1 60x4 | * 0-11,6 * * 0-4/1 1x5
-1693449900 | * * 1 3-12/3 7,1 1275 1x4 | 54 21,0-10 * * * 9 60x4 | 1 4-12/2 * * * 76 120x4
-1866021720 | * * */2 */2 * 16598 1x4 | 10 13-20 * 2 * 108 60x4 | 6 1-21,5 * * * 44 60x4
-1588814760 | 2 1-6 24 * * 24456 60x4 | * 10-13/7 * 5 * 514 1x4 | */9 */2 * 3-7 * 34 9x4
-1699233240 | 6 * 7 1-8 * 89212 60x4 | 2 * */5 1 * 80568 60x4 | */3 */2 */5 * * 46 3x4
-1793669100 | 1 8 * * 0 7596 10080x4 | 11 6-11 * * 2 286 60x4 | 0 0 * * 7 7115 10080x4
-1733750940 | 0 * * */3 * 32311 60x4 | 0 0 * * 0 7831 10080x4 | 15 */2 * * * 46 120x4
-1630155000 | 0 8 * * * 1150 1440x4 | 0 18 * * * 310 1440x4 | 15 2 * * * 805 1440x4 | */2 * * 8 * 2x5
-1825100340 | 23 * */7 * * 4 60x3 8700 | 10 6-19 * * * 591 60x4 | 0 */2 * * * 101 120x4
-1749342660 | 2 6-14 * * * 331 60x4 | 0 16 * * * 929 1440x4 | 3 */2 * * * 92 120x4 | * 0-23 * * * 1x5
-1832857320 | 0 23 * * * 478 1440x4 | * */2 */3 * * 538 1x4 | 12 4 * * * 790 1440x4 | */2 * * * * 2x5
-1823152380 | 17 */2 * * * 64 120x4 | 2 */3 * * * 109 180x4 | 18 1-11 * * * 5 60x4 | * 0-18 * * * 1x5
-1643049840 | */2 5,5 * * * 616 2x4 | 17 0 * * * 333 1440x4 | 9 1-8 * * * 385 60x4 | * */2 * * * 1x5
-1683022260 | 23 */2 * * * 12 120x4 | 2 7 * * * 1251 1440x4 | 1 8 * * * 1310 1440x4 | 11 * * * * 60x5
-1692843840 | 0 */6 * * * 216 360x4 | 0 * 20 * * 38736 60x4 | 14 4 * * * 110 1440x4 | * 2,9 * * * 1x5
-1827954960 | 2 */4 * * * 166 240x4 | 2 */5 * * * 166 300x4 | 2 8 * * * 646 1440x4 | 16 * * 12 * 60x5
-1660799400 | 1 3 * * * 1311 1440x4 | 1 * * 6 * 412971 60x4 | */10 6 * * * 50 10x4 | 10 * * * * 60x5
-1879259220 | 12 2 * * * 585 1440x4 | 4 * * * */2 457 60x4 | 2 */6 * * * 95 360x4 | 29 * * 7 * 2 60x4
-1873616160 | 0 22 * * * 784 1440x4 | 3 10 * * * 67 1440x4 | 59 */4 * * * 3 240x4 | 1 * * * * 5 60x4
-1628827200 | 0 * * 1 * 202800 60x4 | 0-1/5 * * * * 60x5 | 18 * * * 5 18 60x4 | * 4-6,3 * * * 1x5
-1648021140 | */2 */3 * * * 81 2x4 | */4 8 * * * 21 4x4 | * 0-8,2 * * * 1x5 | 2 * * * * 23 60x4
-1720317900 | 8 * * * * 3 60x4 | 7 * * * * 2 60x4 | 5 * * * * 60x5 | * 2 * * * 1x5
-1675127580 | 15 * * * * 2 60x4
+1604141280; 41 10,10 * apr,7-11 2 4313 10080x3 191520; 14 5,0 4 * * 5126 300 42900 300 44340;
+53 12 1 nov 0-5,7 1565 1440x4; 43 0 * * 2-6/2,0-4 835 1440x4; 37 1 8,2-19 * * 2329 1440x4;
+4 16,7-23 * 7-11 * 16 60x4; */5 */2 8 dec * 54072 5x4; 2-45 6,2 * 3-12 * 914 1x4; 3 * * * 6 15 60x4;
+12-54/1 * * * 7,0-6/2 1x5; 3 5-18 8 * 5-6/1 15 60x4; 4-8 3,15 * */3 * 256 1x4; 5 9-15 * * * 17 60x4;
+5 9-14/1 * * 4 7097 60x4; 4 7 * * 1-5 2656 1440x4; */7 */4 * 7-10 * 72 7x4; 8 22,10 * * * 680 720x4;
+0 5 * * 4 6852 10080x4; 53 9,7-21 * * * 5 60x4; 3 6-21,1 * * * 15 60x4; 3 0-5/1 * * * 795 60x4;
+0 22 * * * 672 1440x4; 10 1 * * * 862 1440x4; 3 1 * * * 855 1440x4; 48 */2 * */3 * 120x5;
+5 7-22 * * 6 17 60x4; 1 */2 * * * 73 120x4; 7 */6 * * * 79 360x4; 6 12 * * * 78 1440x4;
+2 3 * * * 974 1440x4; 1 */6 * * * 73 360x4; 6 11 * * * 18 1440x4; * 0-22,2 * * * 1x5; * * * * * 1x5;
+50 * 31 * * 2 60x4; * 1-11,4 * * * 1x5; 52 * * 10 * 4 60x4; 1 * * * * 13 60x4; 48 * */6 * * 60x5;
+* 10 * * * 1x5;
+1808074800; 55,48 5-18/1,3 * apr * 528 7 113 7 53; 0 0 31 * * 60780 87840 44640 87840x2;
+6 2 8 * * 27786 44640 43200 44640x2; 16 21 14,3 * mon 1576 10080x3 5760; 39 8-12/1 * apr * 819 60x4;
+45 3,3 * may */2 17805 1440 2880x3; 6-19 1-22,22 * 12,1-5/1 * 6 1x4; 2-28 4 * 1-7/2,apr * 542 1x4;
+13 14-23 9-30 4 fri 13 60x4; * 13,0-7/3 7 */3 4 4620 1x4; 15 4 * * sun-fri 555 1440x4;
+22 9 * apr,5 * 862 1440x4; 32 0,1-23/1 * * * 32 60x4; 0 * * 4 3-4/2 3180 60x4; 5 */2 * * * 65 120x4;
+2-35 4 * 4 tue 1982 1x4; 21 0-23 * apr * 21 60x4; 34,4 * * 6 * 62224 30x4; 28 0 26 * 1 328 10080x4;
+5 0 3-29 * * 305 1440x4; */3 */3 */6 * * 300 3x4; 6-30 * 1 6 * 62226 1x4; 0 0 * * 7 8940 10080x4;
+24 2-12 * 4 * 444 60x4; 8 3-22,23 * * * 8 60x4; 0 2-7 */3 * * 420 60x4; 2 */3 * 4 * 122 180x4;
+3 6-17 * * * 663 60x4; 37,37 * * * * 37 60x4; */2 * * 5 * 17580 2x4; 6 0 * * * 306 1440x4;
+1-20/2 * * * * 1 2x4; * * 15 4-6/2 0,6 1x5; * */2 * * * 60 1x4; * 1 * * * 360 1x4; 6 * * * * 6 60x4;
+5 * * * * 5 60x4; 8 * * 4 * 8 60x4; 2 * * * * 2 60x4; 0 * * * * 60x5;
+1761473160; 1 9 27 jun-dec * 1375 44640 43200 262080 43200; 23 6 1 * * 8417 43200 44640x2 40320;
+4 18 3 9,6,7,8 * 317278 43200 44640x2 393120; 31 7 23,31 9 3 447685 10080x4; * 0-19,4 * * 3-7/1 1x5;
+0-10,52 7 3-6/6 * * 11334 1x4; 6 */5 2-14/2 * * 9480 300x4; 29 0-17,4 * 1 * 95903 60x4;
+7 * 14,8-16/7 * 3-7 1 60x4; 30,27 * * * 0 21 3 57 3 57; 6 7-16,16-18/3 * * * 60x5; 9 * * * * 3 60x4;
+14 4-18 * nov * 8288 60x4; 3 9 * * 7,7 10017 10080x4; */3 0,9 * */3 * 834 3x4; 11 */2 * * * 5 120x4;
+0 */2 7 * * 16674 120x4; 34 9-22 9 * sun 28 60x4; 0 0 * * 0 9474 10080x4; 8 */2 * 9-11 * 2 120x4;
+8 11,0-22 * * * 2 60x4; 8 1 * * 0-5 902 1440x4; 22 2 * * * 976 1440x4; 58 * */5 10 * 52 60x4;
+0 */3 * * * 114 180x4; 13 */2 * * * 7 120x4; 15 10 * * * 9 1440x4; 10 */2 * * * 4 120x4;
+12 */2 * * * 6 120x4; 11 10 * * * 5 1440x4; 9 8-18 * * * 3 60x4; 0 * * */3 * 54 60x4;
+*/4 1 * * * 894 4x4; * * * 10,3-6 * 1x5; 8 * * * */2 2 60x4; 14 * * 10 * 8 60x4; 8 * * 10 * 2 60x4;
+10 * * * * 4 60x4; 6 */2 * * * 120x5; */2 * * * * 2x5;
+1626416700; 3 5 25 1 * 277838 525600x2 527040 525600; 5 9 18 * * 3040 44640x2 43200 44640;
+46 8 2-8/5,7-20 */3 5 141 1440x4; 48 7 28,23 9 0-6/1 67763 1440x4; 58 14,2 * 9,6-8/2 * 22833 720x4;
+36 14,0-13/1 */5 * * 11 60x4; 0 0 29 2 * 1379135 2103840x4; */4 0-20,0 * 7-10/3 * 3 4x4;
+41 0,7-20 1-24 * * 76 60x4; 12-44/8 9 * 6 * 460967 8x4; 22 8-20/1 * 9 * 67797 60x4; * 3-7 * * * 1x5;
+12 1,6-14 4-17 * 5 47 60x4; 56 4-21,19 16 * * 31 60x4; 55 4-15/1,5 * * * 30 60x4; * * */3 */2 * 1x5;
+3 8-17,5 * * 0-7 98 60x4; */2 * 3,8-28 */2 * 1 2x4; */6 */5 16 jul * 215 6x4; 25 0-19 * 4-11 * 60x5;
+33 9 * * 1-7 188 1440x4; */7 9 */5 * 5-6 155 7x4; 13 * 20 6-7 * 5388 60x4; 30 */2 16 */2 * 5 120x4;
+0 */4 * */3 * 95 240x4; */2 * * 7 */2 1055 2x4; 6 8 * 7 * 101 1440x4; 7,37 * * * * 12 30x4;
+25 */3 */3 * * 180x5; 26 0-14 * * * 1 60x4; 10 7 * * * 45 1440x4; 38 6 * * * 13 1440x4;
+31 6 * * * 6 1440x4; 27 6 * * * 2 1440x4; 25 1-18 * * * 60x5; 25 */6 * * * 360x5; 26 * * * * 1 60x4;
+* */3 */3 * * 1x5; * 7 * * * 35 1x4; * 2-8 * * * 1x5;
+1714713420; 21 11,5 8-22/5 4-5 * 7204 360 6840 360 6840; 22 18 3,6 * * 785 4320 40320 4320 38880;
+26-30/15,17-31 */5 * 4-11/2,may * 1x5; 12 8 8 * * 7375 44640 43200 44640x2; 22 16,4 * * * 665 720x4;
+13 8 3 * * 176 44640 43200 44640x2; 23,53 6-9 * 4,8-12 */2 129666 30x4; 7 0-10 3-6,21 */2 * 50 60x4;
+0 0 1 1 * 349603 525600x3 527040; 42 13,13 * * fri 505 10080x4; 1 1-23,20 * may,9 * 44 60x4;
+19 7,7 * 4 * 479642 1440x4; 31 14,6-19/1 * * * 74 60x4; 42 5-15/1 5 * * 2905 60x4; * 5,4 * * * 1x5;
+45 4-23/1 * * 3-7 28 60x4; */4 4,7 20,4 * * 1363 4x4; 1 7 * * tue 5864 10080x4; */3 5,3 * * * 1 3x4;
+33 3,3 * * * 1336 1440x4; 5 20 3-20 * 0 888 1440x4; 3 */2 * may 6 1126 120x4; 5 6 * 1-6 * 48 1440x4;
+56 9 * */2 5 279 10080x4; 14 6 1,1 * 5 57 10080x4; * 3,5 * 5-6,6-8/3 * 1x5; 52 5 3-13 * * 35 1440x4;
+27 */6 * 2-8 * 70 360x4; * 3-18/3 * 5,7 * 43 1x4; * 0-6/4 * 5 * 1123 1x4; 19 * 31 5 4-7/1 2 60x4;
+18 5-13/1 * * * 1 60x4; 9 2-21 3 * * 52 60x4; * 0-12/1 * */2 * 1x5; 2 */2 * * * 45 120x4;
+*/2 */5 * * * 1 2x4; 24 5 * * * 7 1440x4; * 5 * * 0-1/2,5 1x5; */8 6 * * * 43 8x4;
+18 * * * * 1 60x4;
 """
 
 
@@ -2085,19 +2066,20 @@ class PureSchedules(Case):
 
     def test_cron(self):
         count = 0
-        for row in CRON_CASES.splitlines():
-            start, *cases = row.split(" | ")
-            for case in cases:
-                *fields, runs = case.split(" ", 5)
-                schedule, due = gaffer.Schedule(" ".join(fields)), int(start)
-                now = due + 30
-                for run in runs.split():
-                    minutes, _, times = run.partition("x")
-                    for _ in range(int(times or 1)):
-                        due += 60 * int(minutes)
-                        now = schedule.next_time(now)
-                        self.assertEqual(now, due, (start, case))
-                        count += 1
+        for case in CRON_CASES.split(";"):
+            *fields, runs = case.split(None, 5) or [""]
+            if not fields:
+                start = runs
+                continue
+            schedule, due = gaffer.Schedule(" ".join(fields)), int(start)
+            now = due + 30
+            for run in runs.split():
+                minutes, _, times = run.partition("x")
+                for _ in range(int(times or 1)):
+                    due += 60 * int(minutes)
+                    now = schedule.next_time(now)
+                    self.assertEqual(now, due, (start, case))
+                    count += 1
         self.assertEqual(count, 1000)
 
     def test_next_times(self):
