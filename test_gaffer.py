@@ -12577,7 +12577,8 @@ class Share:
             os.close(self._pipe)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-            self._run(os.fdopen(write, "w"))
+            with os.fdopen(write, "w") as file:
+                self._run(file)
             status = 0
         except BaseException:
             traceback.print_exc()
