@@ -5672,8 +5672,9 @@ class HttpConnections(HttpCase):
         """A request is refused in a sentence; what lasts goes on, on the loop."""
         feed = self.wire("/watch?feed=continuous")
         with http_limits(THREADS_MAX=0), self.assertLogs("gaffer", "WARNING"):
-            for sent in (http_bytes("GET", "/ping"), http_bytes("POST", "/processes", body=b"{}"),
-                         b"GET /pi"):
+            self.assertOpen(self.wire())        # what takes no time shares one
+            for sent in (http_bytes("GET", "/metrics"), b"GET /pi",
+                         http_bytes("POST", "/processes", body=b"{}")):
                 with self.subTest(sent[:60]):
                     wire = self.wire().send(sent)
                     self.assertCode(wire.answer(), 503, "busy")
@@ -5695,13 +5696,13 @@ class HttpConnections(HttpCase):
         with self.assertLogs("gaffer", "WARNING") as logs:
             with unittest.mock.patch("threading.Thread._bootstrap", late), \
                     unittest.mock.patch.object(gaffer.Begun.wait, "__defaults__", (0.05,)):
-                self.assertCode(self.wire().request("/processes").answer(), 503, "busy")
+                self.assertCode(self.wire().request("/metrics").answer(), 503, "busy")
             gate.set()
             until(lambda: "a request failed" in logs.output[-1], "its beginning")
         self.assertIn("a request has no thread: it does not begin", logs.output[0])
         with unittest.mock.patch.object(gaffer.Handler, "setup", side_effect=MemoryError), \
-                self.assertLogs("gaffer", "ERROR"), self.assertRaises(ConnectionResetError):
-            self.wire().request("/processes").head()
+                self.assertLogs("gaffer", "ERROR"):
+            self.assertEqual(self.wire().request("/metrics").file.read(), b"")
         self.assertOpen(self.wire())
 
     def test_accepted(self):
@@ -5751,6 +5752,40 @@ class HttpConnections(HttpCase):
             dawdler.send(b"{" if number % 2 else head[9:10])
             self.assertOpen(wire)
 
+    def test_quick_requests(self):
+        """They share a thread, and nobody holds it: who dawdles, takes nothing, waits for a route,
+        or fails. What is pipelined behind them is answered, too."""
+        leave = threading.Event()
+        self.addCleanup(leave.set)
+        server = self.serve("127.0.0.1:0", handlers=[
+            ("/slow", lambda request: str(leave.wait(TIMEOUT)))])
+        server.manager.add_process("large", "cat", start=False, env={
+            "X%d" % number: "x" * 100000 for number in range(50)})
+        ping, slow = http_bytes("GET", "/ping"), http_bytes("GET", "/slow")
+        unread, post = http_bytes("GET", "/processes/large"), http_bytes("POST", "/x", body=b"{}")
+        held, quick = [], [self.wire(server=server) for _ in range(16)]
+        for sent, rest, *statuses in (
+                (ping[:9], ping[9:], 200), (post[:-1], post[-1:], 404), (slow, b"", 200),
+                (ping * 3 + slow, ping, 200, 200, 200, 200, 200), (unread, ping, 200, 200)):
+            wire = self.wire(server=server, receive_buffer=4096)
+            self.assertOpen(wire)
+            held.append((wire.send(sent), rest, statuses))
+        until(lambda: server.http.sending and len(server.http.threads) == 4, "all that hold")
+        for _ in range(10):
+            for wire in quick:
+                wire.request("/status/large")
+            self.assertEqual({wire.answer()[0] for wire in quick}, {200})
+        with unittest.mock.patch.object(server.http, "answer", side_effect=MemoryError), \
+                self.assertLogs("gaffer", "ERROR") as logs:
+            self.assertEqual(quick[0].request("/ping").file.read(), b"")
+            until(lambda: logs.output, "the log")
+        self.assertEqual(len(server.http.threads), 4)
+        leave.set()
+        for wire, rest, statuses in held:
+            wire.send(rest)
+            self.assertEqual([wire.answer()[0] for _ in statuses], statuses)
+            self.assertOpen(wire)
+
     def test_client_that_takes_nothing(self):
         """It has SEND_TIME for a part of an answer, STALL for what a long poll has waited for."""
         with http_limits(SEND_TIME=0.1):
@@ -5792,11 +5827,14 @@ class HttpConnections(HttpCase):
             start_response("200 OK", [])
             yield slow(None).encode()
         for patience, answers in ((TIMEOUT, [b"done", b"done"]), (0.1, [])):
-            with self.subTest(patience=patience), http_limits(STOP_SEND=patience):
+            with self.subTest(patience=patience), http_limits(
+                    STOP_SEND=patience, KEEP_TIME=TIMEOUT):
                 leave.clear()
                 server = self.serve(handlers=[("/slow", slow)], wsgi={"/wsgi": application})
                 poll = self.wire(server=server).request("/stats?feed=longpoll&interval=1000")
                 self.parked(server=server)
+                quick = self.wire(server=server)
+                self.assertOpen(quick)
                 wires = [self.wire(server=server).request(path) for path in ("/slow", "/wsgi")]
                 for _ in wires:
                     entered.get(timeout=TIMEOUT)
@@ -5805,10 +5843,11 @@ class HttpConnections(HttpCase):
                     until(lambda: server.manager.stopping, "the stop")
                     leave.set()
                 self.assertEqual([wire.answer()[2] for wire in wires if answers], answers)
-                self.assertEqual([wire.file.read() for wire in wires], [b"", b""])
+                self.assertEqual([wire.file.read() for wire in [quick, *wires]], [b""] * 3)
                 self.assertCode(poll.answer(), 503, "stopping")
                 leave.set()
                 server.stop_all()
+                self.assertFalse(server.http.quick.thread.is_alive())
 
     def test_chunks_of_events(self):
         """One for the empty line at the begin, one a send, the last one only at a real end."""
