@@ -12,7 +12,6 @@ import base64
 import builtins
 import concurrent.futures
 import contextlib
-import dis
 import errno
 import faulthandler
 import fcntl
@@ -46,6 +45,7 @@ import stat
 import statistics
 import struct
 import subprocess
+import symtable
 import sys
 import tempfile
 import termios
@@ -2648,28 +2648,25 @@ class PureWebSocket(Case):
 # --------------------------------------------------------------------------------------------------
 # metrics, access log, page
 # --------------------------------------------------------------------------------------------------
-PROM_NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 PROM_LABEL = r'([a-zA-Z_]\w*)="((?:[^"\\\n]|\\[\\"n])*)"'
 
 
 def prom_parse(data):
     """{metric: (kind, {(sample, ((label, value), ...)): number})} of Prometheus's text format.
     An AssertionError or AttributeError if it is not exactly that, or breaks its conventions."""
-    found, text = {}, data.decode("utf-8")
-    assert text.endswith("\n") and "\r" not in text
-    for line in text[:-1].split("\n"):
-        if line.startswith("# HELP "):
-            name, = re.fullmatch(r"# HELP (%s) \S[^\\]*\S" % PROM_NAME, line).groups()
-        elif line.startswith("# TYPE "):
-            typed, kind = re.fullmatch(r"# TYPE (.*) (counter|gauge|summary)", line).groups()
-            assert name == typed and name not in found, line
-            assert name.endswith("_total") == (kind == "counter"), line
-            found[name] = (kind, {})
-        else:
-            sample, _, inside, number = re.fullmatch(
-                r"(%s)(\{(.+)\})? (\+Inf|\d+(?:\.\d+)?(?:e[+-]\d+)?)" % PROM_NAME, line).groups()
-            kind, samples = found[name]
-            assert sample in ([name + "_sum", name + "_count"] if kind == "summary" else [name])
+    found, (first, *metrics) = {}, re.split(r"(?m)^# HELP ", data.decode("utf-8"))
+    assert not first
+    for metric in metrics:
+        name, kind, lines = re.fullmatch(
+            r"([a-zA-Z_:]\w*) \S[^\\\n\r]*\S\n# TYPE \1 (counter|gauge|summary)\n((?:.*\n)*)",
+            metric).groups()
+        assert name not in found and name.endswith("_total") == (kind == "counter"), name
+        samples = {}
+        found[name] = (kind, samples)
+        for line in lines.splitlines():
+            sample, inside, number = re.fullmatch(
+                r"(%s%s)(?:\{(.+)\})? (\+Inf|\d+(?:\.\d+)?(?:e[+-]\d+)?)" % (
+                    name, "_(?:sum|count)" if kind == "summary" else ""), line).groups()
             assert re.fullmatch("(%s(,(?!$)|$))*" % PROM_LABEL, inside or ""), line
             labels = tuple((label, json.loads('"%s"' % value, strict=False))
                            for label, value in re.findall(PROM_LABEL, inside or ""))
@@ -2797,8 +2794,8 @@ class PurePage(Case):
         page, headers = response.body.decode("utf-8"), dict(response.headers)
         nonce = re.search("'nonce-([^']+)'", headers["Content-Security-Policy"]).group(1)
         self.assertEqual((page.count("<script"), page.count('nonce="%s"' % nonce)), (2, 2))
-        data = re.search('<script type="application/json" id="snapshot">(.*?)</script>', page)
-        self.assertEqual(json.loads(data.group(1)), dict(gaffer.PAGE_WORDS, name=evil))
+        data, = re.findall('<script type="application/json" id="snapshot">(.*?)</script>', page)
+        self.assertEqual(json.loads(data), dict(gaffer.PAGE_WORDS, name=evil))
         self.assertNotEqual(gaffer.page_response({}).headers, response.headers)
 
     def test_gzip(self):
@@ -2907,18 +2904,16 @@ def fuzz_outcome(wire, buffer_size=99999, limit=300):
     its words)."""
     seen, file = [], io.BufferedReader(io.BytesIO(wire), buffer_size)
     try:
-        while True:
-            request = gaffer.read_request(file)
-            if request is None:
-                return seen, None, ""
+        for request in iter(lambda: gaffer.read_request(file), None):
             seen.append(fuzz_look(request))
             body = gaffer.read_body(file, gaffer.body_length(request, limit), limit)
             assert len(body) <= limit
             seen.append(body)
     except EOFError:
-        return seen, None, ""
+        pass
     except gaffer.GafferError as error:
         return seen, type(error), str(error)
+    return seen, None, ""
 
 
 class PureFuzz(Case):
@@ -12032,24 +12027,21 @@ class Structure(Case):
 
     def down(self, source):
         """["name at line"] of what is used, now or later, above the statement that binds it."""
-        def look(code):
-            """(names that it binds, names that it looks up)."""
-            binds, uses = set(), set()
-            for step in dis.get_instructions(code):
-                if step.opname in ("STORE_NAME", "STORE_GLOBAL"):
-                    binds.add(step.argval)
-                elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-                    uses.add(step.argval)
-            for inner in code.co_consts:
-                if hasattr(inner, "co_code"):
-                    own, names = look(inner)
-                    uses |= names - own         # the body of a class sees what it has bound
-            return binds, uses
-        bound, found = {*dir(builtins), "__name__", "__file__", "__annotations__"}, []
+        def symbols(table):
+            yield from table.get_symbols()
+            for inner in table.get_children():
+                yield from symbols(inner)
+        bound, found, lines = {*dir(builtins), "__name__", "__file__"}, [], source.splitlines()
         for statement in ast.parse(source).body:
-            binds, uses = look(compile(ast.Module([statement], []), "gaffer.py", "exec"))
-            bound |= binds                      # a function may call itself
-            found += ["%s at line %d" % (name, statement.lineno) for name in sorted(uses - bound)]
+            first = min(node.lineno for node in [
+                statement, *getattr(statement, "decorator_list", ())])
+            text = "\n".join(lines[first - 1:statement.end_lineno])
+            table = symtable.symtable(text, "gaffer.py", "exec")
+            bound |= {each.get_name() for each in table.get_symbols()   # it may use itself
+                      if each.is_assigned() or each.is_imported()}
+            used = {each.get_name() for each in symbols(table)
+                    if each.is_referenced() and each.is_global()}
+            found += ["%s at line %d" % (name, statement.lineno) for name in sorted(used - bound)]
         return found
 
     def test_names_point_up_only(self):
@@ -12208,7 +12200,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
 ]
 
 
-def try_mutant(row, seconds=90):
+def try_mutant(row):
     """What the tests of a row say to gaffer.py with its fault: "killed", "hangs" or "survived"."""
     text, replacement, names = row
     with tempfile.TemporaryDirectory(prefix="gaffer-mutant-") as folder:
@@ -12216,11 +12208,11 @@ def try_mutant(row, seconds=90):
         shutil.copytree(HERE, tree, ignore=shutil.ignore_patterns(".*", "__pycache__"))
         with open(os.path.join(tree, "gaffer.py"), "w", encoding="utf-8") as file:
             file.write(cli_read(CLI_FILE).replace(text, replacement))
-        shown = subprocess.DEVNULL if text else None
-        with subprocess.Popen([PYTHON, "test_gaffer.py", *names.split()], cwd=tree, stdout=shown,
-                              stderr=shown, env=dict(os.environ, XDG_CACHE_HOME=folder)) as run:
+        with subprocess.Popen([PYTHON, "test_gaffer.py", *names.split()], cwd=tree,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              env=dict(os.environ, XDG_CACHE_HOME=folder)) as run:
             try:
-                return "killed" if run.wait(seconds) else "survived"
+                return "killed" if run.wait(90) else "survived"
             except subprocess.TimeoutExpired:
                 run.terminate()
                 return "hangs"
@@ -12228,10 +12220,9 @@ def try_mutant(row, seconds=90):
 
 def run_mutants():
     """Try all mutants, two at a time. Returns the exit status."""
-    names, survived = " ".join(dict.fromkeys(names for _, _, names in MUTANTS)), 0
-    if try_mutant(("", "", names), 600) != "survived":
-        print("these tests fail without a mutant, too")
-        return 1
+    names, survived = {name for _, _, names in MUTANTS for name in names.split()}, 0
+    if subprocess.call([PYTHON, os.path.abspath(__file__), *names], timeout=600):
+        return 1                        # these tests fail without a mutant, too
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for row, end in zip(MUTANTS, pool.map(try_mutant, MUTANTS)):
             print("%-8s %s: %r, %r" % (end, row[2], *row[:2]), flush=True)
