@@ -2198,9 +2198,7 @@ class PureReading(Case):
 
     def assertRead(self, read, rows):
         """`rows` are (bytes, what read(file) returns or raises)."""
-        for wire, wanted in rows:
-            self.assertTable(lambda size: read(io.BufferedReader(io.BytesIO(wire), size)), (
-                (size, wanted) for size in ((1, 99999) if len(wire) < 1000 else (99999,))))
+        self.assertTable(lambda wire: read(io.BufferedReader(io.BytesIO(wire), 1)), rows)
 
     def test_requests(self):
         def read(file):
@@ -2216,18 +2214,12 @@ class PureReading(Case):
         bad, end = gaffer.BadRequest, b"\r\n\r\n"
         head = b"GET / HTTP/1.1\r\nHost: x\r\nX: ".ljust(gaffer.HEAD_SIZE - 4, b"y")
         line = b"GET /".rjust(gaffer.REQUEST_LINE_SIZE - 8201, b"M") + b"a" * 8191 + b" HTTP/1.1"
-        for wire, error, words in (
-                (b"\n" + self.HEAD, bad, "CR LF"), (b"a\nb", bad, "CR LF"),
-                (b"GET / HTTP/1.1\r\nHost: x\nX: y" + end, bad, "CR LF"),
-                (b"\r\r\n\r\n", bad, "first line"), (b"GET / HTTP/1.1" + end, bad, "Host"),
-                (b"\r\n" * (gaffer.EMPTY_LINES_MAX + 1) + self.HEAD, bad, "empty lines"),
-                (head + b"y" + end, gaffer.HeadersTooLarge, "head"),
-                (b"M" + line + b"\r\nHost: x" + end, gaffer.UriTooLong, "request line")):
-            for size in 1, 99999:
-                with self.subTest(wire[:40]), self.assertRaisesRegex(error, words):
-                    gaffer.read_request(io.BufferedReader(io.BytesIO(wire), size))
-        for wire in head, line + b"\r\nHost: x":
-            self.assertTrue(gaffer.read_request(io.BytesIO(wire + end)))
+        self.assertRead(lambda file: bool(gaffer.read_request(file)), (
+            (b"\n" + self.HEAD, bad), (b"a\nb", bad), (b"\r\r\n\r\n", bad),
+            (b"GET / HTTP/1.1\r\nHost: x\nX: y" + end, bad), (b"GET / HTTP/1.1" + end, bad),
+            (b"\r\n" * (gaffer.EMPTY_LINES_MAX + 1) + self.HEAD, bad), (head + end, True),
+            (head + b"y" + end, gaffer.HeadersTooLarge), (line + b"\r\nHost: x" + end, True),
+            (b"M" + line + b"\r\nHost: x" + end, gaffer.UriTooLong)))
 
     def test_body_length(self):
         def length(lines):
@@ -2346,17 +2338,6 @@ class PureAccess(Case):
             (pure_request(host=None, version="1.0"), None), (unix, None),
             (pure_request(target="http://evil.example/"), forbidden)))
 
-    def origin(self, origin, access, host="box:5000"):
-        """Whether it may change something; check_origin(), cors() and preflight() agree."""
-        request = pure_request(*["Origin: %s" % origin] * (origin is not None), host=host)
-        allowed, cors = access.allows_origin(request), dict(access.cors(request))
-        self.assertTable(access.check_origin, [
-            (request, None if allowed else gaffer.ForbiddenOrigin)])
-        self.assertEqual(bool(access.preflight(request)), allowed and origin is not None)
-        self.assertEqual(cors.get("Access-Control-Allow-Origin"), origin if allowed else None)
-        self.assertEqual(cors.get("Vary"), None if origin is None else "Origin")
-        return allowed
-
     def test_origin(self):
         """Default ports are filled in; TLS may end at a proxy that passes the Host on, or not."""
         plain, every = gaffer.Access(), gaffer.Access(origins=["*"])
@@ -2368,7 +2349,7 @@ class PureAccess(Case):
                  "null http://example.com http://box http://box:5001 ws://box:5000 localhost "
                  "http://localhost.example.com http://localhost/ http://127.0.0.2 file:// "
                  "http://localhost:80@evil.example http://foo.localhost http://::1 "
-                 "chrome-extension://abc"),
+                 "chrome-extension://abc http://localhost:3000,http://evil.example"),
                 (more, "box:80", "https://APP.example http://two.example:8080 http://localhost:1 "
                  "http://box https://x",
                  "http://app.example https://app.example:444 http://two.example https://box"),
@@ -2378,11 +2359,17 @@ class PureAccess(Case):
                 (more, "127.0.0.1:5000", "https://gaffer.test http://gaffer.test:80",
                  "https://gaffer.test:8443 http://10.0.0.9"),
                 (every, "box", "null https://x:1", "")):
-            for allowed, origins in (True, yes), (False, no):
-                self.assertTable(lambda origin: self.origin(origin, access, host),
-                                 ((origin, allowed) for origin in origins.split()))
-        self.assertTable(lambda origin: self.origin(origin, plain), (
-            (None, True), ("", False), ("http://localhost:3000 http://evil.example", False)))
+            for origin in yes.split() + no.split() + [""] * (access is plain):
+                request = pure_request("Origin: " + origin, host=host)
+                allowed = origin in yes.split()
+                self.assertTable(access.check_origin, [
+                    (request, None if allowed else gaffer.ForbiddenOrigin)])
+                cors, preflight = dict(access.cors(request)), bool(access.preflight(request))
+                self.assertEqual((cors["Vary"], preflight), ("Origin", allowed), (origin, host))
+                echoed = cors.get("Access-Control-Allow-Origin")
+                self.assertEqual(echoed, origin if allowed else None)
+        plain.check_origin(pure_request())      # no browser
+        self.assertEqual(plain.cors(pure_request()), [])
         self.assertRaises(gaffer.StartError, gaffer.Access, origins=["x"])
 
     def test_preflight(self):
@@ -2413,12 +2400,11 @@ class PureAccess(Case):
                     self.assertEqual(compare.call_args[0][1], secret)
         self.assertTable(check, (
             *((text, None) for text in (
-                "Bearer " + wire, "BEARER   " + wire, basic(b"user:" + secret),
-                "basic" + basic(b":" + secret)[5:])),
+                "Bearer " + wire, "BEARER   " + wire, "basic" + basic(b"user:" + secret)[5:])),
             *((text, gaffer.Unauthorized) for text in (
                 "", "Bearer ", "Bearer x", wire, "Token " + wire, "Bearer " + wire[:-1],
-                "Bearer " + wire + "1", "Bearer" + wire, basic(secret), basic(b"user:"), "Basic !",
-                "Basic \xe9", basic(b"x:" + secret) + "!"))))
+                "Bearer" + wire, basic(secret), basic(b"user:"), "Basic \xe9",
+                basic(b"x:" + secret) + "!"))))
         self.assertRaises(gaffer.Unauthorized, access.check_token, pure_request())
         for token in "", " ", "secret\n":       # it must not stand open, nor be closed to all
             self.assertRaises(ValueError, gaffer.Access, token)
@@ -2473,14 +2459,9 @@ class PureSse(Case):
         """However it comes: each byte in one event that its id tells, one a line unless it is
         flushed, no character cut."""
         rng = random.Random(10)
-        fixed = "a\r\n\r\r\n\n\xe9\u20ac\r\n\rend".encode()
-        cases = [(fixed, list(itertools.accumulate(map(len, pieces))), True, False)
-                 for pieces in pure_drip(fixed)]
-        for broken, flush in itertools.product((True, False), repeat=2):
-            for data in (pure_bytes(rng, rng.randrange(40), broken) for _ in range(200)):
-                ends = sorted(rng.choices(range(len(data) + 1), k=rng.randrange(12)))
-                cases.append((data, ends, broken, flush))
-        for data, ends, broken, flush in cases:
+        for broken, flush, _ in itertools.product((True, False), (True, False), range(300)):
+            data = pure_bytes(rng, rng.randrange(40), broken)
+            ends = sorted(rng.choices(range(len(data) + 1), k=rng.randrange(20)))
             encoder, place, wire = gaffer.SseEncoder("out", "e"), 0, b""
             piece = rng.choice((16, 1 << 20)) if flush else 1 << 20     # a line of 16 bytes is cut
             for end in [*ends, None]:
@@ -2681,12 +2662,9 @@ class PureMetrics(Case):
         text = gaffer.metric_lines("a_total", "counter", "Some.", [
             ({}, 3), ({"x": 'q"b\\s\nn', "y": "\u00e9"}, 0.5)])
         text += gaffer.metric_lines("none", "gauge", "None.", [])
-        text += gaffer.metric_lines("one", "gauge", "One.", 1)
         self.assertIn('\na_total{x="q\\"b\\\\s\\nn",y="\u00e9"} 0.5\n# HELP none None.\n', text)
-        self.assertEqual(prom_parse(text.encode()), {
-            "a_total": ("counter", {
-                ("a_total", ()): 3, ("a_total", (("x", 'q"b\\s\nn'), ("y", "\u00e9"))): 0.5}),
-            "none": ("gauge", {}), "one": ("gauge", {("one", ()): 1})})
+        self.assertEqual(prom_parse(text.encode()), {"none": ("gauge", {}), "a_total": ("counter", {
+            ("a_total", ()): 3, ("a_total", (("x", 'q"b\\s\nn'), ("y", "\u00e9"))): 0.5})})
 
     def test_unknown_methods_are_one(self):
         counts = gaffer.RequestCounts()
@@ -2853,12 +2831,10 @@ def fuzz_frame(rng):
     data = pure_bytes(rng, rng.choice((0, 1, 5, 60)), rng.random() < 0.1)
     encode = functools.partial(ws_frame, mask=bytes(rng.choices(range(256), k=4)))
     kind = rng.random()
-    if kind < 0.1:
-        data = data[:rng.choice((0, 1, 2, 9, 125, 200))]
-        return encode(rng.randrange(8, 11), data, rng.random() < 0.9)
     if kind < 0.15:
-        code = rng.choice((1000, 1001, 1005, 3000, rng.randrange(65536)))
-        return encode(8, struct.pack("!H", code) + data[:90])
+        code = struct.pack("!H", rng.choice((1000, 1005, 3000, rng.randrange(65536))))
+        data = rng.choice((b"", code)) + data[:123] * rng.choice((0, 1, 1, 4))
+        return encode(rng.randrange(8, 11), data, rng.random() < 0.9)
     if kind < 0.16:
         data = bytes(rng.choice((900, 1100, 70000)))
     pieces = list(pure_pieces(rng, data, rng.choice((20, 100000))))[:60] or [b""]
@@ -12000,9 +11976,7 @@ class Chaos(CliCase):
     def do_read(self):
         if len(ChaosReader.open) < 12:
             kind = self.chance.choice(("longpoll", "continuous", "sse", "websocket"))
-            pid = self.any_pid()
-            self.journal.append("read %s of %s" % (kind, pid))
-            ChaosReader(self.server.port, kind, pid, self.chance)
+            ChaosReader(self.server.port, kind, self.any_pid(), self.chance)
 
     def do_drop(self):
         """End a reader from this side, and the connection that is kept."""
