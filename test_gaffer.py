@@ -475,8 +475,7 @@ class Browser:
 
     PROGRAMS = "chromium", "chromedriver"
     FLAGS = (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-component-update",
-        "--disable-dev-shm-usage", "--disable-breakpad", "--remote-debugging-pipe",
+        "--headless", "--no-sandbox", "--disable-dev-shm-usage", "--remote-debugging-pipe",
         "--host-resolver-rules=MAP *.example 127.0.0.1",    # names that their owner points here
         # no more processes than the tests need
         "--in-process-gpu", "--renderer-process-limit=1", "--disable-extensions",
@@ -925,12 +924,6 @@ class PureRunning(Case):
         self.assertTrue(held.wait(TIMEOUT))
         return release.set
 
-    def test_call(self):
-        """It runs on its own thread, even while user code holds up the loop's."""
-        release = self.hold(self.loop.call_unlocked)
-        self.assertEqual(self.loop.call(threading.get_ident), threading.get_ident())
-        release()
-
     def test_wakes(self):
         """What is added ends a wait without a limit, or one for a later timer."""
         loop, act = self.loop, self.happened.set
@@ -973,7 +966,7 @@ class PureRunning(Case):
         self.assertEqual([type(call.exception()) for call in calls], [gaffer.Stopping] * 5)
 
     def test_many_threads(self):
-        """All their calls are done beside a loop that always has work."""
+        """All their calls are done beside a loop that always has work, or runs user code."""
         ran, over = [], threading.Event()
 
         def busy():
@@ -983,7 +976,10 @@ class PureRunning(Case):
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             list(pool.map(functools.partial(self.loop.call, ran.append), range(400)))
         over.set()
-        self.assertEqual(sorted(ran), list(range(400)))
+        release = self.hold(self.loop.call_unlocked)
+        self.loop.call(ran.append, 400)
+        release()
+        self.assertEqual(sorted(ran), list(range(401)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1489,9 +1485,8 @@ class PureJournal(PureLogCase):
         events = self.events(reader)
         self.assertEqual([event for event in events if event[1] == 40],
                          [(40 + 44 * number, 40) for number in range(14)])
-        self.assertEqual([text for _, text in events if text != 40][12:16], [
-            "large 2 out 012", "large 2 out 013", "small 1 out line 014 " + "x" * 30,
-            "large 2 out 014"])
+        self.assertEqual([text for _, text in events if text != 40][13:15], [
+            "large 2 out 013", "small 1 out line 014 " + "x" * 30])
         self.assertEqual(self.lines()[1:], (self.journal.end, 14 * 40))
         view = self.do(self.journal.view)
         cut = self.reader(view, gaffer.JournalEncoder(False, "e"), 0)
@@ -1569,8 +1564,8 @@ class PureTemplates(Case):
         "cmd": (["true", "a 'b c' $D", "\u00e4"], ["", " \t\n", "'", "a\0b", "\ud800", ["a"]]),
         "args": ([[], ["a", "", " "], "", "a 'b c'"], [5, ["a", None], "'", ["\0"]]),
         "env": ([{}, {"A": "b", "N": 1, "F": 1.5, "E": ""}, {"a b": "c"}],
-                [[], {"A": None}, {"A": True}, {"": "x"}, {"A=B": "x"}, {"A": "\0"}, {"A\0": "x"},
-                 {"A": "\ud800"}, {"A": math.inf}, {1: "x"}]),
+                [[], {"A": True}, {"": "x"}, {"A=B": "x"}, {"A": "\0"}, {"A\0": "x"}, {1: "x"},
+                 {"A": "\ud800"}, {"A": math.inf}]),
         "os_env": FLAG, "shell": FLAG, "start": FLAG, "redirect_input": FLAG, "detach": FLAG,
         "cwd": (["/", ".", None], ["/no/such/directory", PYTHON, 5, "/\0"]),
         "uid": ([None, os.geteuid(), str(os.geteuid())], NOT_IDENTITIES),
@@ -1608,7 +1603,7 @@ class PureTemplates(Case):
         "ready": ([None, {"log": " a b "}, {"tcp": "[::1]:65535"}, {"tcp": "$HOST:$PORT"},
                    {"http": "http://[::1]:80/a?b=c#d"}, {"http": "http://127.0.0.1:$PORT/"},
                    {"exec": "test -e x"}, {"notify": True}, {"tcp": "5432", "within": 0.5}],
-                  [[], {}, {"within": 5}, {"tcp": "1", "log": "x"}, {"log": ""}, {"log": "a\nb"},
+                  [[], {}, {"tcp": "1", "log": "x"}, {"log": ""}, {"log": "a\nb"},
                    {"tcp": 5432}, {"tcp": "0"}, {"tcp": "65536"}, {"tcp": "a.example:80"},
                    {"tcp": "::1:80"}, {"tcp": "80/x"}, {"http": "https://localhost/"},
                    {"http": "http://a.example/"}, {"http": "http://u@localhost/"},
@@ -1709,9 +1704,8 @@ class PureTemplates(Case):
 
     def test_env_files(self):
         for text, values in (
-                ("export A = b c  ", {"A": "b c"}), ("\n# x\n\n  A=1 # x\n", {"A": "1"}),
-                ("A=b#c #d", {"A": "b#c"}), ("A= # x", {"A": ""}), ("A='x'#c", {"A": "x"}),
-                ("A=it's \"b\"", {"A": "it's \"b\""}),
+                ("export A = b c  \n\n# x\n  B=1 # x\nC=b#c #d\nD= # x\nE='x'#c\nF=it's \"b\"",
+                 {"A": "b c", "B": "1", "C": "b#c", "D": "", "E": "x", "F": "it's \"b\""}),
                 ("A='b \\n \"c\" # $D' # e", {"A": "b \\n \"c\" # $D"}),
                 ('A="b\\nc\\t\\"d\\" \\\\ \\$e # f"', {"A": 'b\nc\t"d" \\ $e # f'}),
                 ('A="b\nc"\r\nB=x=y\nB=2\r\n', {"A": "b\nc", "B": "2"}),
@@ -1719,10 +1713,9 @@ class PureTemplates(Case):
                 ("A=x\nB=\"${A}$H\"\nC='$A'", {"A": "x", "B": "xhome", "C": "$A"})):
             self.assertEqual(gaffer.parse_env(text, {"H": "home"}), (values, []), text)
         for text, lines, word in (
-                ("A=1\n1A=2\nB=3", [2], "NAME=value"), ("=1\n\n-", [1, 3], "NAME"),
+                ("A=1\n1A=2\nB=3\nexport A\n=1\n\n-", [2, 4, 5, 7], "NAME=value"),
                 ('A="b\nB=1', [1], "quotes"), ("A='b'c", [1], "quotes"), ('\nA="\\q"', [2], "\\q"),
-                ("export A", [1], "NAME=value"), ("A='x\ny'\nB=$(date)", [3], "'$'"),
-                ("A=${B:-c}", [1], "'$'"), ('A="5$"', [1], "'$'")):
+                ("A='x\ny'\nB=$(date)\nC=${B:-c}\nD=\"5$\"", [3, 4, 5], "'$'")):
             faults = gaffer.parse_env(text, {})[1]
             self.assertEqual([line for line, _ in faults], lines)
             self.assertIn(word, faults[0][1])
@@ -1849,9 +1842,8 @@ class PureLaunch(Case):
             sys.path.insert(0, %a)
             import gaffer
             launch = gaffer.Launch(gaffer.check_template({
-                "name": "a", "cmd": "./tool\\u20ac $W \\u00e4", "cwd": %a,
-                "env": {"W": "\\u00e4"}}))
-            assert launch.argv[1:] == [b"\\xc3\\xa4"] * 2 and launch.env[b"W"] == b"\\xc3\\xa4"
+                "name": "a", "cmd": "./tool\\u20ac $W", "cwd": %a, "env": {"W": "\\u00e4"}}))
+            assert launch.argv[1] == launch.env[b"W"] == b"\\xc3\\xa4"
             assert launch.program.endswith(b"/\\xc3\\xa4/tool\\xe2\\x82\\xac")
             """ % (HERE, os.path.dirname(self.file("\u00e4/tool\u20ac")))
         env = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
@@ -2055,8 +2047,10 @@ class PureSchedules(Case):
 
     def test_next_times(self):
         """Up to five, no further than a year ahead."""
-        for text, times in (("every 90s", [90, 180, 270, 360, 450]), ("0 0 29 2 *", [68169600])):
-            self.assertEqual(gaffer.Schedule(text).next_times(0), times)
+        self.assertTable(lambda text: gaffer.Schedule(text).next_times(0.5), (
+            ("every 90s", [90.5, 180.5, 270.5, 360.5, 450.5]), ("0 0 29 2 *", [68169600])))
+        self.assertTable(lambda text: gaffer.Schedule(text).next_time(0.5), (
+            ("every 2.5 m", 150.5), ("every 1h", 3600.5), (" every 2d ", 172800.5)))
 
     def test_summer_time(self):
         """A time that does not exist runs at the next that does; one that exists twice, once."""
@@ -2079,9 +2073,6 @@ class PureSchedules(Case):
                 found = time.strftime("%Y-%m-%dT%H:%M%z", time.localtime(now))[:-2]
                 self.assertEqual(found, year + when, (zone, text))
 
-    def test_interval(self):
-        self.assertTable(lambda text: gaffer.Schedule(text).next_time(1000.5) - 1000.5, (
-            ("every 90s", 90), ("every 2.5 m", 150), ("every 1h", 3600), (" every 2d ", 172800)))
 
 
 # --------------------------------------------------------------------------------------------------
