@@ -8757,8 +8757,7 @@ class CliCase(Case):
 
     def run_program(self, command, **options):
         """A CliProcess that is closed after the test."""
-        options.setdefault("env", self.env)
-        program = CliProcess(command, **options)
+        program = CliProcess(command, **{"env": self.env, **options})
         self.addCleanup(program.close)
         return program
 
@@ -8832,11 +8831,9 @@ class CliServe(CliCase):
                           for name in ("VmRSS", "FDSize"))
         self.assertLess(resident, 21 * 1024)
         self.assertGreaterEqual(room, min(gaffer.files_max(), gaffer.FILES_EXPECTED))
-        for name, value, status in (
-                ("Origin", "https://a.example", 404), ("Origin", "https://b.example", 403),
-                ("Host", "a.example", 404), ("Host", "b.example", 403)):
+        for name, value in ("Origin", "https://a.example"), ("Host", "a.example"):
             found = server.request("POST", "/processes/x/_stop", None, {name: value})
-            self.assertEqual(found[0], status, value)
+            self.assertEqual(found[0], 404)     # neither origin nor host are forbidden
         server.add("a", "printf %999d; exec cat", shell=True, redirect_input=True)
         until(lambda: server.request("HEAD", "/streams/1/stdout")[1]["Gaffer-Offset"] == "999")
         headers = server.request("GET", "/streams/1/stdout?since=0")[1]
@@ -9125,80 +9122,50 @@ class CliFaults(CliCase):
     """The machine runs out of what a server needs, for real: limits of a running server are changed
     from outside. It lives, says so once, and goes on when there is room again."""
 
-    CAT = dict(cmd="cat", redirect_input=True, custom_streams=["a", "b"])
-
-    @contextlib.contextmanager
-    def limit(self, server, kind, number):
-        """The server's soft limit is another for a while."""
-        old, hard = resource.prlimit(server.process.pid, kind)
-        resource.prlimit(server.process.pid, kind, (number, hard))
-        try:
-            yield
-        finally:
-            resource.prlimit(server.process.pid, kind, (old, hard))
-
-    def keep(self, server):
-        """A function that sends requests on a connection that is open already, and returns (status,
-        value) of each."""
-        wire = Wire(server.port)
+    def test_no_descriptors(self):
+        """Whichever step of a spawn fails: 503, and nothing of it is left. Where there is none at
+        all, a process that dies, with one of its group left, comes back later, and a connection
+        waits until it can be accepted."""
+        server = self.start()
+        os_pid, kind = server.process.pid, resource.RLIMIT_NOFILE
+        soft, hard = resource.prlimit(os_pid, kind)
+        wire = Wire(server.port)                # open already
         self.addCleanup(wire.close)
+
+        def limit(number):
+            resource.prlimit(os_pid, kind, (number, hard))
 
         def ask(method, path, body=None):
             wire.request(path, method=method, body=json.dumps(body).encode() if body else b"")
-            status, _, data = wire.answer()
-            return status, json.loads(data)
+            return json.loads(wire.answer()[2])
+
+        def descriptors():
+            return sorted(map(int, os.listdir("/proc/%d/fd" % os_pid)))
+        info = {"name": "x", "cmd": "sleep 1000 & exec cat", "shell": True, "redirect_input": True,
+                "custom_streams": ["a", "b"], "graceful_timeout": 0.1}
         ask("GET", "/processes")
-        return ask
-
-    @staticmethod
-    def descriptors(server):
-        """What the server has open."""
-        return sorted(map(int, os.listdir("/proc/%d/fd" % server.process.pid)))
-
-    @staticmethod
-    def restarted(ask, name, before):
-        """Wait until another process of the template runs."""
-        until(lambda: {*ask("GET", "/status/" + name)[1]["os_pids"]} - {before}, "the restart")
-
-    def test_no_descriptor_for_a_process(self):
-        """Whichever step of a spawn fails: 503, and nothing of it is left."""
-        server = self.start()
-        ask = self.keep(server)
-        before, room, status = self.descriptors(server), -1, None
-        while status != 200:
+        before, room, answer = descriptors(), -1, {}
+        while "ok" not in answer:
             room += 1
-            with self.limit(server, resource.RLIMIT_NOFILE, before[-1] + 1 + room):
-                status, value = ask("POST", "/processes", dict(self.CAT, name="x"))
-            if status != 200:
-                self.assertEqual((status, value["error"], self.descriptors(server)),
-                                 (503, "busy", before), (room, value))
+            limit(before[-1] + 1 + room)
+            answer = ask("POST", "/processes", info)
+            limit(soft)
+            if "ok" not in answer:
+                self.assertEqual((answer["error"], descriptors()), ("busy", before), (room, answer))
         self.assertGreater(room, 8)
-        # one less: the process can be started, but not be watched by a descriptor
-        child, = ask("GET", "/status/x")[1]["os_pids"]
-        os.kill(child, signal.SIGKILL)
-        self.restarted(ask, "x", child)
-        self.assertEqual(ask("DELETE", "/processes/x")[0], 200)
-        until(lambda: self.descriptors(server) == before, "the same descriptors")
-        server.expect_stderr("WARNING x: exit .*signal 9")
-
-    def test_no_descriptor_at_all(self):
-        """A process that dies meanwhile, with one of its group left, comes back; a connection waits
-        until it can be accepted."""
-        server = self.start()
-        ask = self.keep(server)
-        info = dict(self.CAT, cmd="sleep 1000 & exec cat", shell=True, graceful_timeout=0.1)
-        ask("POST", "/processes", dict(info, name="x"))
-        leader = ask("GET", "/status/x")[1]["os_pids"][0]
+        leader, = ask("GET", "/status/x")["os_pids"]
         with socket.socket() as late:
-            with self.limit(server, resource.RLIMIT_NOFILE, 3):
-                os.kill(leader, signal.SIGKILL)
-                late.connect(("127.0.0.1", server.port))
-                late.sendall(http_bytes("GET", "/ping"))
-                until(lambda: ask("GET", "/status/x")[1]["error"], "the try to replace it")
-                status, value = ask("POST", "/processes", {"name": "y", "cmd": "cat"})
-                self.assertEqual((status, value["error"]), (503, "busy"))
+            limit(3)
+            os.kill(leader, signal.SIGKILL)
+            late.connect(("127.0.0.1", server.port))
+            late.sendall(http_bytes("GET", "/ping"))
+            until(lambda: ask("GET", "/status/x")["error"], "the try to replace it")
+            self.assertEqual(ask("POST", "/processes", dict(info, name="y"))["error"], "busy")
+            limit(soft)
             self.assertIn(b"200 OK", late.recv(1000))
-        self.restarted(ask, "x", leader)
+        until(lambda: {*ask("GET", "/status/x")["os_pids"]} - {leader}, "the restart")
+        ask("DELETE", "/processes/x")
+        until(lambda: descriptors() == before, "the same descriptors")
         server.stop()
         server.expect_stderr("WARNING x: exit .*signal 9", "no connection can be accepted",
                              "x cannot be started")
@@ -9268,15 +9235,9 @@ class CliErrors(CliCase):
             self.call("serve", *free, *arguments, status=1, err="gaffer: .*%s.*\n" % words)
 
     def test_wrong_usage(self):
-        for words, said in (
-                ("--window 255", "256 to 1073741824"), ("--window 1073741825", "256 to"),
-                ("--window ²", "256"), ("--exit-with 12", "'12' cannot be"),
-                ("--no-such", "--no-such")):
+        for words, said in (("--window 255", "256 to 1073741824"), ("--window 1073741825", "256 to"),
+                            ("--exit-with 12", "'12' cannot be"), ("--no-such", "--no-such")):
             self.call("serve", *words.split(), status=2, err=r"[\s\S]*%s[\s\S]*" % said)
-
-    def test_version_and_help(self):
-        self.assertEqual(self.outcome("--version"), (0, "gaffer %s\n" % gaffer.__version__, ""))
-        self.assertEqual(self.call("-h"), self.call("--help"))
 
 
 class CliControlCase(ServerCase, CliCase):
@@ -9294,9 +9255,8 @@ class CliControlCase(ServerCase, CliCase):
     def calls(self, *table):
         """Rows of (words of a command, stdout[, status, stderr])."""
         for words, out, *failure in table:
-            with self.subTest(words):
-                status, err = failure or (0, "")
-                self.assertEqual(self.call(*words.split(), status=status, err=err), out)
+            status, err = failure or (0, "")
+            self.assertEqual(self.call(*words.split(), status=status, err=err), out, words)
 
 
 class CliFollowCase(CliControlCase):
@@ -9344,11 +9304,11 @@ class CliFollowCase(CliControlCase):
         pid, = until(lambda: self.server.ok("GET", "/processes/%s/_pids" % name)["pids"])
         self.server.ok("POST", "/streams/%d/stdin" % pid, text)
 
-    def terminal(self, *arguments, rows=24, columns=80, command=CLI_COMMAND, **more):
+    def terminal(self, *arguments, rows=24, command=CLI_COMMAND, **more):
         """(program, what is typed and read there) of a command in a terminal of its own."""
         main, side = os.openpty()
         self.addCleanup(os.close, main)
-        self.resize(main, rows, columns)
+        self.resize(main, rows)
         self.seen = ""
         env = {**self.env, "GAFFER_ENDPOINT": self.server.url, "TERM": "xterm", **more}
         process = subprocess.Popen(
@@ -9361,8 +9321,8 @@ class CliFollowCase(CliControlCase):
         return process, main
 
     @staticmethod
-    def resize(main, rows, columns):
-        fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+    def resize(main, rows):
+        fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("4H", rows, 80, 0, 0))
 
     def shows(self, main, pattern):
         """Read until what is shown from here on matches; returns the match."""
@@ -9606,7 +9566,8 @@ class CliCommands(CliControlCase):
                 self.assertIn(names[-1] if names[0].startswith("-") else how["metavar"], out)
                 self.assertIn(how["help"].split()[-1], out)
             self.assertRegex(everything, r"\n  %s +[a-z]" % name)
-        self.assertEqual(self.call(status=2), everything)
+        self.assertEqual((self.call("-h"), self.call(status=2)), (everything, everything))
+        self.assertEqual(self.outcome("--version"), (0, "gaffer %s\n" % gaffer.__version__, ""))
 
     def test_options_before_the_command(self):
         for words, name, rest in (
@@ -9716,7 +9677,7 @@ class CliEveryCommand(CliControlCase):
                "nosuch", 4, GROUP),
         "export": ("ini @", r"; made from Procfile\n\n\[process:@:web\](.*\n)*",
                    "ini nosuch -f nosuch", 1, "there is no 'nosuch': name a Procfile .*"),
-        "completion": ("bash", r"_gaffer\(\) \{(.*\n)*", "csh", 2, "(?s)usage: .*'csh'.*"),
+        "completion": ("bash", r"_gaffer\(\) \{(.*\n)*", "csh", 2, r"usage: [\s\S]*'csh'[\s\S]*"),
     }
     UNREAD = ("processes", "status", "logs", "attach", "watch", "export")   # write each so
     SAID = r"gaffer: attached to @\.1, os pid \d+: .*\n(gaffer: detached, @\.1 has ended\n)?"
@@ -9744,7 +9705,7 @@ class CliEveryCommand(CliControlCase):
 
     def run_cell(self, cell):
         """Run (command, template for @, arguments, environment, stdout, status, output, what is
-        said on stderr). Returns None, or the cell and what was wrong with it."""
+        said on stderr)."""
         name, template, arguments, more, stdout, status, output, said = cell
         words, popen = [name, *arguments.replace("@", template).split()], ForkedCommand
         if not more and name == "status":
@@ -9757,10 +9718,9 @@ class CliEveryCommand(CliControlCase):
                 out = process.stdout.readline()
                 process.send_signal(signal.SIGINT)
             rest, err = process.communicate("\n", timeout=TIMEOUT)
-        well = (process.returncode == status
-                and re.fullmatch(output.replace("@", template), out or rest or "")
-                and re.fullmatch(said.replace("@", template), err))
-        return None if well else (cell, process.returncode, out or rest, err)
+        self.assertEqual(process.returncode, status, (cell, out or rest, err))
+        for found, pattern in (out or rest or "", output), (err, said):
+            self.assertRegex(found, r"\A%s\Z" % pattern.replace("@", template), cell)
 
     def test_every_cell(self):
         self.assertEqual({*self.TABLE, "serve", "up", "run"}, set(gaffer.COMMANDS))
@@ -9786,8 +9746,7 @@ class CliEveryCommand(CliControlCase):
             if name in self.UNREAD:
                 cells.append((name, "x-watch", words, {}, write, 141, "", said))
         with concurrent.futures.ThreadPoolExecutor(max(2, gaffer.CORES)) as pool:
-            found = list(pool.map(self.run_cell, cells))
-        self.assertEqual([outcome for outcome in found if outcome is not None], [])
+            list(pool.map(self.run_cell, cells))
         ask = ("processes", "--endpoint", guarded.url)
         self.call(*ask, "--token-file", self.file(self.home, "token", "s3cret\n"))
         os.environ["GAFFER_TOKEN"] = "s3cret"
@@ -9818,7 +9777,7 @@ class CliTerminal(CliFollowCase):
         process, main = self.terminal("status", "-w", rows=10, command=CLI_SCRIPT)
         for _ in range(2):                      # again each second
             self.shows(main, r"NAME .*\n.*x0 (.*\n){6}.*… 14 more lines do not fit.*\n.*20 temp")
-        self.resize(main, 40, 80)
+        self.resize(main, 40)
         self.shows(main, r"x19 .*\n.*20 templates: 20 stopped")
         os.write(main, b"\x03")
         self.assertEqual(process.wait(TIMEOUT), -signal.SIGINT)
@@ -9904,13 +9863,6 @@ class CliLogs(CliFollowCase):
         self.assertLess(abs(time.time() - line.pop("time")), TIMEOUT)
         self.assertEqual(line, {"name": "a", "pid": 1, "label": "stdout", "data": "3"})
 
-    def test_losses(self):
-        lines = [("dropped", '{"bytes": 7}'), ("dropped", '{"bytes": 0, "restarted": true}'),
-                 ("line", "1.5 a 1 stdout+ and on")]
-        with http_limits(follow_events=lambda *_: lines):
-            out = self.call("logs", "-f", "-n0", err="gaffer: 7 bytes were lost\n")
-        self.assertEqual(out, "a | and on")
-
     def test_merge_lines(self):
         """Unfinished ones are continued; form feeds and U+2028 end none."""
         for texts, count, shown in (
@@ -9934,11 +9886,8 @@ class CliLogs(CliFollowCase):
             self.say(name, text)
             self.assertEqual(follower.stdout.read(len(shown)), shown)
         self.assertEqual(self.interrupted(follower), b"")
-        self.say("a", b"80%")
-        until(lambda: self.call("logs", "-n", "1", "a") == "a.1 | 80%\n")
         self.server.ok("POST", "/processes/b/_stop")
         self.assertEqual(one.communicate(timeout=TIMEOUT), (b"b.1 | x\n", b""))
-        self.assertEqual(one.returncode, 0)
 
     def test_follow(self):
         """A template that is added later, a lost connection, a deletion."""
@@ -10002,10 +9951,15 @@ class CliWatch(CliFollowCase):
         self.call("watch", "proc", status=1, err="gaffer: name a template.*\n")
 
     def test_losses(self):
-        event = '{"event": "dropped", "id": "9@e", "events": 3%s}'
+        """Also what logs says of them."""
+        event = '{"event": "dropped", "id": "9@e", "bytes": 7, "events": 3%s}'
         events = [("dropped", event % more) for more in ("", ', "restarted": true')]
         with http_limits(follow_events=lambda *_: events):
             self.call("watch", err="gaffer: 3 events were lost\ngaffer: the server has restarted\n")
+        events.append(("line", "1.5 a 1 stdout+ and on"))
+        with http_limits(follow_events=lambda *_: events):
+            out = self.call("logs", "-f", "-n0", err="gaffer: 7 bytes were lost\n")
+        self.assertEqual(out, "a | and on")
 
 
 class CliAttach(CliFollowCase):
