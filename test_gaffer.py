@@ -8671,6 +8671,10 @@ class ForkedCommand(subprocess.Popen):
             self.returncode = os.WEXITSTATUS(status) if exited else -os.WTERMSIG(status)
         return self.returncode
 
+    def send_signal(self, sig):
+        with contextlib.suppress(ProcessLookupError):   # it is reaped before we are told
+            super().send_signal(sig)
+
     def _internal_poll(self, *_, **__):
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._wait(0)
@@ -8852,11 +8856,11 @@ class CliServe(CliCase):
         """With all kinds of readers waiting: each wake-up would be a switch of a thread."""
         server = self.start()
         server.add("cat", "cat", redirect_input=True)
-        for target in ("/streams/1/stdout?feed=continuous&heartbeat=true", "/watch",
-                       "/watch?feed=eventsource", "/streams/1/stdout?timeout=1000", "/ping", ""):
-            wire = Wire(server.port)
-            self.addCleanup(wire.close)
-            wire.request(target) if target else wire.upgrade("/wstreams/1")
+        for target in ("/streams/1/stdout?feed=continuous&heartbeat=true", "/watch", "/ping",
+                       "/watch?feed=eventsource", "/streams/1/stdout?timeout=1000"):
+            self.addCleanup(Wire(server.port).request(target).close)
+        wire = Wire(server.port).upgrade("/wstreams/1")
+        self.addCleanup(wire.close)
         wire.text("partial line")
         self.assertEqual(wire.read(), (1, b"partial line"))
 
@@ -8940,11 +8944,10 @@ class CliSignals(CliCase):
 
     def test_second_signal(self):
         """It kills at once, and SIGQUIT does by itself."""
-        stubborn = python(PROCESS_AWAITS_TERM + "while True:\n"
-                          "    os.write(1, b'ready\\n')\n    signal.sigwait([15])")
+        stubborn = "trap 'echo term' TERM; echo ready; while :; do sleep 0.05; done"
         for first, last in (signal.SIGINT, signal.SIGTERM), (None, signal.SIGQUIT):
             server = self.start()
-            os_pid, = server.add("a", stubborn, graceful_timeout=1000)
+            os_pid, = server.add("a", stubborn, shell=True, graceful_timeout=1000)
             server.request("GET", "/streams/1/stdout?since=0")
             if first:
                 server.process.send_signal(first)
@@ -8989,33 +8992,26 @@ class CliSignals(CliCase):
                 server.process.send_signal(signal.SIGCONT)
             self.assertEqual(server.ok("GET", "/status/a")["os_pids"], [os_pid], signum)
 
-    # starts another program as a careless parent would
-    CARELESS = """if True:
-        import os, signal, sys
-        signals = set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP}
-        if sys.argv[1] == "ignored":
-            for signum in signals:
-                signal.signal(signum, signal.SIG_IGN)
-        else:
-            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        os.execv(sys.argv[2], sys.argv[2:])"""
-
     def test_careless_parent(self):
         """Neither gaffer nor its processes are deaf to what was blocked or ignored when it was
         started, and exits are told as they are."""
-        for how in "blocked", "ignored":
-            server = self.run_program([PYTHON, "-c", self.CARELESS, how, *CLI_COMMAND,
-                                       "serve", "--bind", "127.0.0.1:0"])
+        signals = set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP}
+        for ignored, careless in enumerate((
+                lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signals),
+                lambda: [signal.signal(signum, signal.SIG_IGN) for signum in signals])):
+            server = self.run_program(
+                [*CLI_COMMAND, "serve", "--bind", "127.0.0.1:0"],
+                popen=functools.partial(subprocess.Popen, preexec_fn=careless))
             os_pid, = server.add("a", "echo $(grep -E '^Sig(Blk|Ign)' /proc/self/status); "
                                  "exec sleep 1000", shell=True)
             data = server.request("GET", "/streams/1/stdout?since=0")[2].split()
             # not the C library's own two, which its posix_spawn() ignores
-            self.assertEqual([int(mask, 16) % (1 << 31) for mask in data[1::2]], [0, 0], how)
+            self.assertEqual([int(mask, 16) % (1 << 31) for mask in data[1::2]], [0, 0])
             server.add("b", "exit 3", shell=True)
             event = server.ok("GET", "/watch/proc/b/exit?since=0")
             self.assertEqual(event["exit_status"], 3)
             server.expect_stderr("WARNING b: exit .*status 3")
-            if how == "ignored":                # nohup
+            if ignored:                         # nohup
                 server.process.send_signal(signal.SIGHUP)
                 self.assertEqual(server.ok("GET", "/status/a")["os_pids"], [os_pid])
             server.stop()
@@ -9235,7 +9231,7 @@ class CliErrors(CliCase):
             self.call("serve", *free, *arguments, status=1, err="gaffer: .*%s.*\n" % words)
 
     def test_wrong_usage(self):
-        for words, said in (("--window 255", "256 to 1073741824"), ("--window 1073741825", "256 to"),
+        for words, said in (("--window 255", "256 to 1073741824"), ("--window 1073741825", "256"),
                             ("--exit-with 12", "'12' cannot be"), ("--no-such", "--no-such")):
             self.call("serve", *words.split(), status=2, err=r"[\s\S]*%s[\s\S]*" % said)
 
@@ -9361,14 +9357,13 @@ class CliControl(CliFollowCase):
 
     def test_commands_wait(self):
         """Unless they are told not to, and for as long as they may."""
-        ready = python("import os, signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [15])\n"
-                       "os.write(1, b'ready\\n')\nsignal.sigwait([15])\ninput()")
         for words, said in (
                 ("stop g:a", "stopped"), ("restart g:a", "restarted"), ("sub g:a", "0 processes"),
                 ("del_process g:a", "deleted"), ("stop g:a.1", "stopped, to be replaced"),
                 ("unload g -f /", "unloaded"), ("scale g a=0", "0 processes"),
                 ("stop g:a --timeout 0.05", None), ("sub g:a --no-wait", "0 processes")):
-            pid, = self.server.add("g:a", ready, redirect_input=True, graceful_timeout=1000)
+            pid, = self.server.add("g:a", "trap '' TERM; echo ready; read x", shell=True,
+                                   redirect_input=True, graceful_timeout=1000)
             self.server.request("GET", "/streams/%d/stdout?since=0" % pid)
             since = self.server.ok("GET", "/status/g:a")["created"]
             command = self.follow(*words.split())
@@ -9473,45 +9468,39 @@ class CliControl(CliFollowCase):
         self.server.add("b", "nosuch", start=False)
         self.calls(("add a 0", "", 2, r"usage: [\s\S]*"),
                    ("start a b", "a: already running\n", 1, "gaffer: b: field 'cmd' names .*\n"),
-                   ("start b", "", 1, "gaffer: field 'cmd' names .*\n"),
-                   # names that are none do not keep the others
-                   ("stop x* a", "a: stopped\n", 4, "gaffer: .* named 'x\\*'.*\n"))
+                   ("start b", "", 1, "gaffer: field 'cmd' names .*\n"))
 
 
 class CliStatus(CliControlCase):
     """The table of `status`, and where it is shown."""
 
-    WEB = {"pid": 1, "os_pid": 4711, "instance": 1, "state": "running", "uptime": 62,
-           "not_ready": None}
-    STATUS = {"name": "web", "state": "running", "running": 1, "numprocesses": 1, "pids": [1],
-              "os_pids": [4711], "restarts": 0, "last_exit": None, "error": None, "gave_up": False,
-              "waiting": [], "next_tries": [], "next_runs": [], "processes": [WEB]}
-    BAD = {"name": "bad", "state": "backoff", "running": 0, "restarts": 3, "next_tries": [7.2],
-           "last_exit": {"exit_status": 0, "term_signal": 9, "times": 3}, "processes": []}
-
-    def rows(self, *changes, width=None):
-        """The lines below the head of the table, of statuses that differ so from a running one."""
-        statuses = [dict(self.STATUS, **change) for change in changes]
-        return gaffer.status_table(statuses, width, False)[1:]
-
     def test_rows(self):
-        last = {"exit_status": 7, "term_signal": 0, "times": 2}
+        self.sleepers("web")
+        status, = self.server.ok("GET", "/status?usage=true")
+        web = dict(status["processes"][0], os_pid=4711, uptime=62, cpu=None)
+        bad = {"state": "backoff", "running": 0, "restarts": 3, "next_tries": [7.2],
+               "last_exit": {"exit_status": 0, "term_signal": 9, "times": 3}, "processes": []}
+
+        def rows(*changes, width=None):
+            statuses = [{**status, "os_pids": [4711], "processes": [web], **each}
+                        for each in changes]
+            return gaffer.status_table(statuses, width, False)[1:]
         for change, line in (
                 ({}, "web.1  running  1/1  4711   1m02s         0     -    -    -"),
-                (self.BAD, "bad   backoff  0/1    -       -         3   137    -    -  "
-                           "next try in 8s; exit 137 (SIGKILL), 3 times"),
-                ({"pids": [4711], "processes": [dict(self.WEB, pid=4711, kill_in=3)]},
+                (bad, "web   backoff  0/1    -       -         3   137    -    -  "
+                      "next try in 8s; exit 137 (SIGKILL), 3 times"),
+                ({"pids": [4711], "processes": [dict(web, pid=4711, kill_in=3)]},
                  "1/1  4711  4711   1m02s         0     -    -    -  SIGKILL in 3s"),
-                ({"processes": [dict(self.WEB, not_ready="no answer")]}, "no answer"),
-                ({"processes": [dict(self.WEB, uptime=5)], "last_exit": last}, "exit 7, 2 times"),
-                ({"processes": [dict(self.WEB, cpu=1.0, rss=3 << 29)]}, "1.0%  1.5G"),
+                ({"processes": [dict(web, not_ready="no answer")]}, "no answer"),
+                (dict(bad, processes=[dict(web, uptime=5)], next_tries=[]), "L), 3 times"),
+                ({"processes": [dict(web, cpu=1.0, rss=3 << 29)]}, "1.0%  1.5G"),
                 ({"state": "scheduled", "processes": [], "next_runs": [time.time() + 9.5]},
                  "next run in 10s"),
-                (dict(self.BAD, last_exit={"exit_status": 0, "term_signal": 40, "times": 1}),
+                (dict(bad, last_exit={"exit_status": 0, "term_signal": 40, "times": 1}),
                  "next try in 8s; exit 168 (SIG40)")):
-            self.assertEqual(self.rows(change)[0][-len(line):], line)
+            self.assertEqual(rows(change)[0][-len(line):], line)
         for width in 60, 100:
-            lines = self.rows(self.BAD, {"name": "x" * 100}, width=width)
+            lines = rows(bad, {"name": "x" * 100}, width=width)
             self.assertLessEqual(max(map(len, lines)), width)
             self.assertIn("x…", lines[1])
         for seconds, words in (0, "0s"), (59.9, "59s"), (11520, "3h12m"), (187200, "2d04h"):
@@ -9521,13 +9510,12 @@ class CliStatus(CliControlCase):
         """By one request; what does not run comes first."""
         self.call("status", status=3, err="gaffer: there is nothing yet: .*\n")
         self.sleepers("web", numprocesses=2)
-        out = self.call("status", "web")
         for number, os_pid in enumerate(self.server.ok("GET", "/status/web")["os_pids"], 1):
-            self.assertRegex(out, r"(?m)^web\.%d +running +2/2 +%d +(\d+ +)?\ds +0 +- +\d+\.\d%% "
-                             r"+[\d.]+[KM]?$" % (number, os_pid))
+            self.assertRegex(self.call("status", "web"),
+                             r"(?m)^web\.%d +running +2/2 +%d +(\d+ +)?\ds +0 +- +\d+\.\d%% +[\d.]+"
+                             "[KM]?$" % (number, os_pid))
         self.server.add("broken", "false", restart_delay=[60, 60])      # from the second time on
-        flapping = {"attempts": 2, "window": 60.0, "max_retry": 0}
-        self.server.add("hopeless", "sh -c 'exit 7'", flapping=flapping)
+        self.server.add("hopeless", "sh -c 'exit 7'", flapping={"window": 60.0, "max_retry": 0})
         until(lambda: self.server.ok("GET", "/status/broken")["next_tries"][:1] > [10])
         self.server.wait_event("proc/hopeless/stop")
         asks = gaffer.Client.open
@@ -9608,7 +9596,7 @@ class CliCommands(CliControlCase):
         self.calls(("processes --endpoint " + path, "here\n"), ("processes", ""))
         os.environ["GAFFER_ENDPOINT"] = ""
         self.assertEqual(self.call("processes"), "here\n")
-        with unittest.mock.patch("os.geteuid", return_value=os.geteuid() + 1):
+        with unittest.mock.patch("os.geteuid", return_value=-1):
             self.assertEqual(gaffer.find_endpoint(), gaffer.DEFAULT_ENDPOINT)
         server.manager.stop(kill=True)
         until(lambda: gaffer.find_endpoint() == gaffer.DEFAULT_ENDPOINT)
@@ -9784,9 +9772,9 @@ class CliTerminal(CliFollowCase):
 
     def test_colours(self):
         self.sleepers("web")
-        for more, arguments, count in ({}, [], 2), ({"NO_COLOR": "1"}, [], 0), (
-                {}, ["--no-color"], 0):
-            _, main = self.terminal("status", *arguments, **more)
+        for words, more, count in (("status", {}, 2), ("status --no-color", {}, 0),
+                                   ("status", {"NO_COLOR": "1"}, 0)):
+            _, main = self.terminal(*words.split(), **more)
             out = self.shows(main, r"[\s\S]*1 template: 1 running").group()
             self.assertEqual(out.count("\x1b["), count, out)
 
@@ -9979,8 +9967,7 @@ class CliAttach(CliFollowCase):
             self.assertEqual(process.stdout.readline(), b"interrupted\n")
             shown += b"interrupted\n"
             process.send_signal(signum)
-            self.assertEqual((process.communicate(timeout=TIMEOUT)[0], process.returncode),
-                             (b"", status))
+            self.assertEqual((process.stdout.read(), process.wait(TIMEOUT)), (b"", status))
         process = self.follow("attach", "1")
         self.assertEqual(process.stdout.read(len(shown)), shown)
         until(lambda: self.streams() == 3, "stdout, stderr, events")
@@ -10037,8 +10024,7 @@ class CliReady(CliFollowCase):
             ("wait slow good --timeout 0.1", "good: ready\n", 124,
              late % ("slow", "ready", "(; its last check: exits with 1)?")),
             ("start bad --ready --timeout 0.1", "", 124, late % ("bad", "done", "")),
-            ("start timer --ready", "", 1,
-             "gaffer: 'timer' has failed: exit status 3; its last lines:\ngaffer: oh\n"),
+            ("start timer --ready", "", 1, "gaffer: 'timer' has failed: .*\ngaffer: oh\n"),
             ("start --ready web --timeout 0.1", "", 124,
              late % ("web", "ready", "; it waits for bad")),
             ("wait web --for ever", "", 2, r"usage: [\s\S]*"))
