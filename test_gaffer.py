@@ -8847,9 +8847,8 @@ class CliServe(CliCase):
         self.assertFalse(os.path.exists(folder + "/socket"))
 
     def test_bytecode_that_cannot_be_cached(self):
-        server = self.run_program([PYTHON, "-B", CLI_FILE, "serve", "--bind", "127.0.0.1:0"],
-                                  env=dict(self.env, PYTHONPYCACHEPREFIX=self.folder()))
-        self.assertEqual(server.request("GET", "/ping")[2], b"OK")
+        self.run_program([PYTHON, "-B", CLI_FILE, "serve", "--bind", "127.0.0.1:0"],
+                         env=dict(self.env, PYTHONPYCACHEPREFIX=self.folder()))
 
     @unittest.skipUnless(hasattr(os, "pidfd_open"), "children are polled here")
     def test_a_quiet_server_makes_no_system_call(self):
@@ -9214,7 +9213,7 @@ class CliErrors(CliCase):
                 (("--token-file", missing), "No such file"),
                 (token("group", "token\n", 0o640), "chmod 600"),
                 (token("blank", " \n"), "one line"), (token("two", "a\nb\n"), "one line"),
-                (("--certfile", missing), "cannot be used"), (("--certfile", plain), "--keyfile"),
+                (("--certfile", plain), "--keyfile"),
                 (("--certfile", plain, "--keyfile", plain), "cannot be used"),
                 (("--bind", "unix:" + missing, "--certfile", plain, "--bind", ":0"), "--keyfile"),
                 (("--keyfile", plain), "certfile"),
@@ -9335,7 +9334,6 @@ class CliControl(CliFollowCase):
         self.sleepers("web", "g:a", "g:b")
         self.calls(("add web 2", "web: 3 processes\n"), ("sub web 2", "web: 1 process\n"),
                    ("processes --running", "2\n3\n5\n"), ("pids web g:b", "web: 5\ng:b: 3\n"),
-                   ("processes --json", '["web", "g:a", "g:b"]\n'),
                    ("stop g:*", "g:a: stopped\ng:b: stopped\n"),
                    ("stop all", "web: stopped\ng:a: already stopped\ng:b: already stopped\n"),
                    ("start w* web g:[b]", "web: started\ng:b: started\n"),
@@ -9351,29 +9349,30 @@ class CliControl(CliFollowCase):
 
     def test_commands_wait(self):
         """Unless they are told not to, and for as long as they may."""
-        for words, said in (
-                ("stop g:a", "stopped"), ("restart g:a", "restarted"), ("sub g:a", "0 processes"),
-                ("del_process g:a", "deleted"), ("stop g:a.1", "stopped, to be replaced"),
-                ("unload g -f /", "unloaded"), ("scale g a=0", "0 processes"),
-                ("stop g:a --timeout 0.05", None), ("sub g:a --no-wait", "0 processes")):
+        def add():
             pid, = self.server.add("g:a", "trap '' TERM; echo ready; read x", shell=True,
                                    redirect_input=True, graceful_timeout=1000)
             self.server.request("GET", "/streams/%d/stdout?since=0" % pid)
-            since = self.server.ok("GET", "/status/g:a")["created"]
+            return pid
+        for words, said in (
+                ("stop g:a", "stopped"), ("restart g:a", "restarted"), ("sub g:a", "0 processes"),
+                ("del_process g:a", "deleted"), ("stop g:a.1", "stopped, to be replaced"),
+                ("unload g -f /", "unloaded"), ("scale g a=0", "0 processes")):
+            pid, since = add(), self.server.ok("GET", "/status/g:a")["created"]
             command = self.follow(*words.split())
             kind = "reap" if said == "0 processes" else "stop_pid"
             self.server.wait_event("proc/g:a/" + kind, since)
-            if "--" not in words:
-                self.assertIsNone(command.poll(), "it waits")
-                self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
-            out, err = command.communicate(timeout=TIMEOUT)
+            self.assertIsNone(command.poll(), "it waits")
+            self.server.ok("POST", "/streams/%d/stdin" % pid, b"\n")
             name = "g:a.1" if "g:a.1" in words else "g:a"
-            self.assertEqual((command.returncode, out.decode()),
-                             (0, "%s: %s\n" % (name, said)) if said else (124, ""), words)
-            self.assertRegex(err, rb"\A\Z" if said else rb"\Agaffer: this was not done in 0.05 ")
+            self.assertEqual(command.communicate(timeout=TIMEOUT),
+                             (("%s: %s\n" % (name, said)).encode(), b""))
             self.server.request("DELETE", "/processes/g:a")
             for pid in self.server.ok("GET", "/processes?running=true"):
                 self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
+        add()
+        self.calls(("stop g:a --timeout 0.05", "", 124, "gaffer: this was not done in 0.05 .*\n"),
+                   ("sub g:a --no-wait", "g:a: 0 processes\n"))
 
     def test_a_job_runs_once(self):
         """A command that waits starts nothing again that has ended meanwhile."""
@@ -9401,8 +9400,7 @@ class CliControl(CliFollowCase):
             self.assertEqual(json.loads(self.call("get_process", word))["os_pid"], os_pids[0])
         self.calls(("start web 1", "web: already running\n", 2,
                     "gaffer: '1' is a process: this command takes a name, web\n"),
-                   ("stop 1 %d web.1 --json" % os_pids[0], '{"ok": true}\n'),
-                   ("stop 77", "", 4, "gaffer: there is no process named '77'.*\n"))
+                   ("stop 1 %d web.1 --json" % os_pids[0], '{"ok": true}\n'))
         until(lambda: self.call("running", "web") == "2\n")
         self.sleepers("web.1")
         self.calls(("stop web.1", "web.1: stopped\n"), ("running web web.1", "web: 2\nweb.1: 0\n"))
@@ -9435,7 +9433,6 @@ class CliControl(CliFollowCase):
         info = self.server.ok("GET", "/processes/a")
         for words, fields in (
                 ("a sleep -0 2000", {"cmd": "sleep", "args": ["-0", "2000"]}),
-                ("a -- sleep", {"cmd": "sleep", "args": []}),
                 ("--env B=3 a", {"env": {"A": "1", "B": "3"}}),
                 ("--schedule @daily a sleep 1000",      # which has no other restart
                  {"schedule": "@daily", "restart": "never", "args": ["1000"]}),
@@ -9457,8 +9454,7 @@ class CliControl(CliFollowCase):
             ("add_process --numprocesses two b x", 2, "--numprocesses: .*not 'two'"),
             ("update_process a", 2, "say what to change: .*"),
             ("load_process /nosuch", 1, "/nosuch cannot be read as JSON: No such file.*"),
-            ("load_process " + other, 1, ".*one JSON object.*"),
-            ("kill a NOSUCH", 1, "'NOSUCH' .*signal.*"))])
+            ("load_process " + other, 1, ".*one JSON object.*"))])
         self.server.add("b", "nosuch", start=False)
         self.calls(("add a 0", "", 2, r"usage: [\s\S]*"),
                    ("start a b", "a: already running\n", 1, "gaffer: b: field 'cmd' names .*\n"),
@@ -9521,8 +9517,7 @@ class CliStatus(CliControlCase):
                 r"hopeless +stopped +0/1 .* 7 .*  gave up; exit 7, 2 times", r"web\.1 .*",
                 r"web\.2 .*", r"3 templates: .*")):
             self.assertRegex(line, r"\A%s\Z" % words)
-        lines = self.call("status", "--json", "web", "h*", status=3).splitlines()
-        self.assertEqual([json.loads(line)["name"] for line in lines], ["web", "hopeless"])
+        self.assertEqual(json.loads(self.call("status", "--json", "w*"))["name"], "web")
 
     def test_watch(self):
         """Again each second until the signal, also where the server is away for a while."""
@@ -9584,9 +9579,8 @@ class CliCommands(CliControlCase):
         server = Running(endpoints=[gaffer.HttpEndpoint(path)])
         self.addCleanup(server.stop_all)
         server.manager.add_process("here", "sleep 1000")
-        for host in "127.0.0.1:", ":", "":
-            self.calls(("processes --endpoint %s%d" % (host, self.server.port), ""))
-        self.calls(("processes --endpoint " + path, "here\n"), ("processes", ""))
+        self.calls(("processes --endpoint %d" % self.server.port, ""), ("processes", ""),
+                   ("processes --endpoint " + path, "here\n"))
         os.environ["GAFFER_ENDPOINT"] = ""
         self.assertEqual(self.call("processes"), "here\n")
         with unittest.mock.patch("os.geteuid", return_value=-1):
@@ -9602,16 +9596,14 @@ class CliCommands(CliControlCase):
             endpoint = ":%d" % listener.getsockname()[1]
 
             def serve_once(answer):
-                sock, _ = listener.accept()
-                with sock:
+                with listener.accept()[0] as sock:
                     sock.recv(65536)
                     sock.sendall(answer)
             for command, answer, status, err in (
-                    ("status", b"200 OK\r\nContent-Length: 2\r\n\r\nhi", 5, none),
-                    ("status", b"404 No\r\nContent-Length: 2\r\n\r\n{}", 5, none),
+                    ("status", b"200 OK\r\n\r\nhi", 5, none), ("status", b"x", 5, none),
+                    ("status", b"404 No\r\n\r\n{}", 5, none),
                     ("status", b"200 OK\r\nContent-Length: 9\r\n\r\nhi", 5, none),
-                    ("status", b"x", 5, none),
-                    ("pids x", b"200 OK\r\nContent-Length: 3\r\n\r\n[1]", 1,
+                    ("pids x", b"200 OK\r\n\r\n[1]", 1,
                      "gaffer: the answer of .* is not understood .*\n")):
                 served = pool.submit(serve_once, b"HTTP/1.1 " * (len(answer) > 1) + answer)
                 self.call(*command.split(), "--endpoint", endpoint, status=status, err=err)
@@ -9747,7 +9739,6 @@ class CliTerminal(CliFollowCase):
             self.shows(main, shown)
         os.write(main, b"\x03")
         self.assertEqual(process.wait(TIMEOUT), 130)
-        self.assertEqual(self.call("logs"), "a.1 | 40%\na.1 | x\n")
 
     def test_status_does_not_fit(self):
         for number in range(20):
@@ -9877,10 +9868,10 @@ class CliLogs(CliFollowCase):
         self.assertEqual(named.stdout.readline(), b"started\n")
         until(lambda: self.streams() == 2)
         self.cut()
-        for number in range(100):
-            self.say("a", b"%d\n" % number)
-        self.assertEqual([named.stdout.readline() for _ in range(100)],
-                         [b"%d\n" % number for number in range(100)])
+        lines = [b"%d\n" % number for number in range(100)]
+        for line in lines:
+            self.say("a", line)
+        self.assertEqual([named.stdout.readline() for _ in lines], lines)
         os.kill(self.server.ok("GET", "/status/a")["os_pids"][0], signal.SIGKILL)
         self.assertEqual(named.stdout.readline(), b"started\n")
         self.server.ok("DELETE", "/processes/a")
@@ -9963,8 +9954,6 @@ class CliAttach(CliFollowCase):
         self.cut()                              # it goes on where it was
         self.server.ok("POST", "/processes/1/_signal/INT")
         self.assertEqual(process.stdout.readline(), b"interrupted\n")
-        self.server.ok("POST", "/processes/1/_signal/KILL")
-        self.assertEqual(process.wait(TIMEOUT), 137)
 
     def test_input_that_waits(self):
         text = bytes(3 * gaffer.MIB)
@@ -10035,7 +10024,6 @@ class CliReady(CliFollowCase):
         load = "load app --ready -f " + path
         loaded = "app:web: loaded\napp:migrate: loaded\napp:db: loaded\n"
         self.calls((load, loaded + "app:web: ready\napp:migrate: done\napp:db: ready\n"))
-        self.assertEqual(self.server.ok("GET", "/processes/app:web")["after"], ["app:migrate"])
         self.call("unload", "app", "-f", path)
         self.file(folder, ".env", "STATUS=3\n")
         why = r"gaffer: (.* and )?'app:migrate' has failed: exit status 3\n"
@@ -10043,8 +10031,8 @@ class CliReady(CliFollowCase):
 
     def test_systemd_is_told(self):
         """When all are ready, that it lives, and its end; nothing by its children."""
-        folder, name = self.folder(), "gaffer-test-%d" % os.getpid()
-        path = self.file(folder, "gaffer.ini",
+        name = "gaffer-test-%d" % os.getpid()
+        path = self.file(self.folder(), "gaffer.ini",
                          "[process:a]\nredirect_input = true\nready = log:up.\n"
                          "cmd = sh -c 'read line; echo up.$NOTIFY_SOCKET; exec sleep 1000'\n")
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -10065,8 +10053,6 @@ class CliReady(CliFollowCase):
             server.process.send_signal(signal.SIGTERM)
             beats_until(b"STOPPING=1")
             server.stop(None)
-        server = self.start(path, env=dict(self.env, NOTIFY_SOCKET=os.path.join(folder, "gone")))
-        server.expect_stderr("systemd cannot be told STOPPING=1: No such file or directory")
 
     def test_systemd_unit(self):
         """What a template's fields are in a unit file."""
@@ -10151,15 +10137,10 @@ class CliDatabase(CliControlCase):
         self.load()
         self.assertEqual(self.call("wait", *self.NAMES),
                          "db: ready\nmigrate: ready\nweb: ready\nworker: ready\n")
-        found = []
-        for event in self.server.events():
-            if event["event"] in ("spawn", "ready", "done"):
-                found.append("%(event)s %(name)s" % event)
-            if found[-1:] == ["ready worker"]:
-                break
-        self.assertEqual(list(dict.fromkeys(found)), [
-            "spawn init", "done init", "spawn db", "ready db", "spawn migrate", "done migrate",
-            "spawn web", "ready web", "spawn worker", "ready worker"])
+        events, spawned = self.server.events("spawn"), []
+        while "worker" not in spawned:
+            spawned.append(next(events)["name"])
+        self.assertEqual(list(dict.fromkeys(spawned)), ["init", *self.NAMES])
 
     def test_each_fails_in_turn(self):
         """`status` and `wait` say why; once it is mended, the others go on."""
@@ -10177,21 +10158,20 @@ class CliDatabase(CliControlCase):
                  "'web' has failed: exit status 4; its last lines:\ngaffer: no route"),
                 ({"worker": "slow", "within": 0.1}, "running done running failed",
                  "'worker' has failed: not ready .*; its last lines:\ngaffer: worker is slow")):
-            with self.subTest(wanted):
-                self.load(**changes)
-                until(lambda wanted=wanted: states() == wanted, wanted)
-                if "running" in wanted:         # PostgreSQL listens before it lets anybody in
-                    until(lambda: b"ready to accept" in self.server.request(
-                        "GET", "/streams/db/stderr?since=0")[2])
-                table = self.call("status", status=3)
-                for before, name, state in zip(("init", *self.NAMES), self.NAMES, wanted.split()):
-                    if state == "waiting":
-                        self.assertRegex(table, "(?m)^%s .*waits for %s$" % (name, before))
-                    if state in ("failed", "waiting"):
-                        self.call("wait", name, *["--timeout", "0.1"] * (why is None),
-                                  status=1 if why else 124,
-                                  err=r"gaffer: .*%s[\s\S]*" % (why or "; it goes on"))
-                until(lambda wanted=wanted: states() == wanted, wanted + ", still")
+            self.load(**changes)
+            until(lambda wanted=wanted: states() == wanted, wanted)
+            if "running" in wanted:         # PostgreSQL listens before it lets anybody in
+                until(lambda: b"ready to accept" in self.server.request(
+                    "GET", "/streams/db/stderr?since=0")[2])
+            table = self.call("status", status=3)
+            for before, name, state in zip(("init", *self.NAMES), self.NAMES, wanted.split()):
+                if state == "waiting":
+                    self.assertRegex(table, "(?m)^%s .*waits for %s$" % (name, before))
+                if state in ("failed", "waiting"):
+                    self.call("wait", name, *["--timeout", "0.1"] * (why is None),
+                              status=1 if why else 124,
+                              err=r"gaffer: .*%s[\s\S]*" % (why or "; it goes on"))
+            until(lambda wanted=wanted: states() == wanted, wanted + ", still")
         self.load()
         self.call("wait", *self.NAMES)
 
