@@ -2147,11 +2147,7 @@ class PureHead(Case):
         def parse(body):
             request = pure_request(method="POST")
             request.body = body
-            try:
-                return request.json()
-            except gaffer.InvalidJson as error:
-                self.assertLess(len(str(error)), 400)
-                raise
+            return request.json()
         self.assertTable(parse, (
             (b' {"a": [1, 2.5, null]}\n', {"a": [1, 2.5, None]}), (b'"\xc3\xa4"', "\xe4"),
             *((body, gaffer.InvalidJson) for body in (
@@ -2259,8 +2255,6 @@ class PureResponse(Case):
             b"Content-Length: 16", b""})
         answer = gaffer.Response(b"x", status=204, content_type=None).encode("now", True)
         self.assertEqual(answer, b"HTTP/1.1 204 No Content\r\nDate: now\r\n\r\n")
-        self.assertRaises(ValueError, gaffer.json_bytes, {"a": math.nan})
-        self.assertEqual(gaffer.chunk(b"x" * 26), b"1a\r\n" + b"x" * 26 + b"\r\n")
 
     def test_prefers_html(self):
         browser = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
@@ -2592,8 +2586,7 @@ class PureWebSocket(Case):
                 ("text", b"\xe2\x82", None, gaffer.NORMAL, b"", 0),
                 ("text", b"\xe2\x82", None, gaffer.FINAL, b"\x81\x03\xef\xbf\xbd", 2),
                 ("lines", b"a\nb\r\n\rc", None, gaffer.NORMAL, b"\x81\x01a\x81\x01b\x81\x00", 6),
-                ("lines", b"\na\xff\n", 13, gaffer.NORMAL, b"\x81\x04a\xef\xbf\xbd", 4),
-                ("lines", b"\n\nc", None, gaffer.FINAL, b"\x81\x00\x81\x00\x81\x01c", 3)):
+                ("lines", b"\na\xff\n", 13, gaffer.NORMAL, b"\x81\x04a\xef\xbf\xbd", 4)):
             with self.subTest(kind=kind, data=data):
                 self.assertEqual(encoders[kind].encode(data, 0, before, mode, 1000),
                                  (wire, consumed))
@@ -11705,8 +11698,7 @@ class Chaos(CliCase):
     seconds, seed = 2.0, 20                     # main(): --chaos SECONDS, --seed N
 
     def test_chaos(self):
-        self.chance, self.journal = random.Random(self.seed), []
-        self.mark = "chaos-%d-%d" % (os.getpid(), self.seed)
+        self.chance, self.mark = random.Random(self.seed), "chaos-%d-%d" % (os.getpid(), self.seed)
         self.events, states = [{"id": "0"}], []
         self.server = self.run_program(         # one arena, so that memory can be compared
             [*CLI_COMMAND, "serve", "--bind", "127.0.0.1:0", "--window", "65536"],
@@ -11714,14 +11706,10 @@ class Chaos(CliCase):
         self.connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=TIMEOUT)
         self.addCleanup(self.connection.close)
         threads, descriptors, _ = self.state()
-        try:
-            for seconds in min(10.0, self.seconds / 3), self.seconds:
-                self.round(seconds)
-                until(lambda: self.state()[:2] == (threads, descriptors), "the ends of connections")
-                states.append(self.state())
-        except BaseException:
-            print("chaos: seed %d; at last:" % self.seed, *self.journal[-30:], sep="\n  ")
-            raise
+        for seconds in min(10.0, self.seconds / 3), self.seconds:
+            self.round(seconds)
+            until(lambda: self.state()[:2] == (threads, descriptors), "the ends of connections")
+            states.append(self.state())
         self.server.stop()
         if self.server.stderr:                  # chance decides whether one has failed
             self.server.expect_stderr(r"WARNING \S+: (exit \(.*\)|flap|stop: it gave up.*)$")
@@ -11748,11 +11736,10 @@ class Chaos(CliCase):
 
     def ask(self, method, path, body=None):
         """The value of a request on a connection that is kept, None if it is not there."""
-        self.journal.append("%s %s %s" % (method, path, str(body)[:100] if body else ""))
         self.connection.request(method, path, json.dumps(body) if isinstance(body, dict) else body)
         answer = self.connection.getresponse()
         data = answer.read()
-        self.assertIn(answer.status, (200, 403, 404, 409, 503, 504), (self.journal[-1], data))
+        self.assertIn(answer.status, (200, 403, 404, 409, 503, 504), (method, path, data))
         return json.loads(data) if data and answer.status == 200 else None
 
     def round(self, seconds):
@@ -11946,8 +11933,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     ("> 64 + 2 * self.pending_timers", "> 10 ** 9", "PureTimers.test_cancelled_are_forgotten"),
     ("self.clock(), SELECT_MAX)", "self.clock())", "PureRunning.test_any_time"),
     ('len(data) - (data[-1:] == b"\\n")', "data.rfind(b'\\n')", "PureWindow.test_model"),
-    ("            if satisfied():                     # it came between the two\n"
-     "                cancel()\n", "", "PureWindow.test_poll"),
+    ("if satisfied():                     # it", "if False:  # it", "PureWindow.test_poll"),
     ("range(SHARES_PER_TURN)", "range(SHARES_PER_TURN * 9)", "PureReader.test_shares"),
     ("slowest = min(", "slowest = max(", "PureLoss.test_block"),
     (">= JOURNAL_ENTRIES", ">= 10 ** 9", "PureJournal.test_nobody_reads"),
@@ -11959,11 +11945,10 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "ProcessHostile.test_a_number_that_is_another_s_by_now"),
     ("elif not self.exited:", "else:", "ProcessHostile.test_a_number_that_is_another_s_by_now"),
     ("if not self.gone:     ", "if True:     ", "ProcessReady.test_commands"),
-    ("if self._timer is not None:\n            self._timer.cancel()\n"
-     "        self._timer = None if self.abandoned", "self._timer = None if self.abandoned",
+    ("self._timer.cancel()\n        self._timer = None if", "pass\n        self._timer = None if",
      "ProcessTimes.test_an_old_timer_of_a_stop"),
-    ("if self._fd is not None:\n                os.close(self._fd)\n"
-     "            self._schedule()", "self._schedule()", "ProcessShortage.test_without_a_pidfd"),
+    ("os.close(self._fd)\n            self._schedule()", "pass\n            self._schedule()",
+     "ProcessShortage.test_without_a_pidfd"),
     ('max(AFTERLIFE_COUNT, 2 * template.info["numprocesses"])', "AFTERLIFE_COUNT",
      "ProcessActions.test_final_output"),
     ("self.history, self.hint, self.gave_up = (), None, False",
@@ -11971,9 +11956,8 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     (" and not template.pending", "", "ProcessActions.test_wait"),
     (" / max(1, len(self._to_stop))", "", "ProcessTimes.test_one_that_does_not_die"),
     (" and not flags & socket.MSG_TRUNC", "", "ProcessReady.test_notify"),
-    ("            if self._lingered > LINGER_SIZE:\n                self.close()\n", "",
-     "HttpConnections.test_linger"),
-    ("if self.secure and self._mask & selectors.EVENT_READ and self.sock.pending():", "if False:",
+    ("if self._lingered > LINGER_SIZE:", "if False:", "HttpConnections.test_linger"),
+    ("self.secure and self._mask & selectors.EVENT_READ and self.sock.pending()", "False",
      "HttpEndpoints.test_tls_streams"),
     ("self.told_until:\n            self.log.count_dropped(count)", "self.told_until:",
      "HttpMetrics.test_cut_reader"),
@@ -11990,8 +11974,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "StreamsClock.test_who_takes_nothing_is_closed"),
     ("time.monotonic() + SEND_TIME", "time.monotonic() + SEND_TIME + 60",
      "HttpConnections.test_client_that_takes_nothing"),
-    ("if self._paused:                        # it waits for a reader, not for a writer\n"
-     "            self.drain()\n        else:\n            self.close()", "self.close()",
+    ("if self._paused:                        # it waits for a reader, not", "if False:  # it",
      "PureOutput.test_block_after_the_exit"),
     ("min(self._size, max(0, self._room()))", "self._size", "PureOutput.test_block_at_the_end"),
     ("            self.queued -= count\n", "", "StreamsClock.test_a_heartbeat_is_not_queued"),
@@ -12033,7 +12016,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
 
 
 def try_mutant(row):
-    """What the tests of a row say to gaffer.py with its fault: "killed", "hangs" or "survived"."""
+    """Whether the tests of a row fail, or hang, with gaffer.py's fault."""
     text, replacement, names = row
     with tempfile.TemporaryDirectory(prefix="gaffer-mutant-") as folder:
         tree = os.path.join(folder, "tree")
@@ -12044,23 +12027,23 @@ def try_mutant(row):
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                               env=dict(os.environ, XDG_CACHE_HOME=folder)) as run:
             try:
-                return "killed" if run.wait(90) else "survived"
+                return run.wait(90) != 0
             except subprocess.TimeoutExpired:
                 run.terminate()
-                return "hangs"
+                return True
 
 
 def run_mutants():
     """Try all mutants, two at a time. Returns the exit status."""
-    names, survived = {name for _, _, names in MUTANTS for name in names.split()}, 0
+    names, killed = {name for _, _, names in MUTANTS for name in names.split()}, 0
     if subprocess.call([PYTHON, os.path.abspath(__file__), *names], timeout=600):
         return 1                        # these tests fail without a mutant, too
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for row, end in zip(MUTANTS, pool.map(try_mutant, MUTANTS)):
-            print("%-8s %s: %r, %r" % (end, row[2], *row[:2]), flush=True)
-            survived += end == "survived"
-    print("mutants: %d of %d killed" % (len(MUTANTS) - survived, len(MUTANTS)))
-    return int(survived > 0)
+        for row, found in zip(MUTANTS, pool.map(try_mutant, MUTANTS)):
+            print("killed  " if found else "SURVIVED", *map(repr, row), flush=True)
+            killed += found
+    print("mutants: %d of %d killed" % (killed, len(MUTANTS)))
+    return int(killed < len(MUTANTS))
 
 
 # --------------------------------------------------------------------------------------------------
