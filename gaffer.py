@@ -6683,8 +6683,9 @@ def operation(query="", unlocked=False, body=None, answer="application/json"):
     """Mark a handler of the API.
 
     `query`: names of the PARAMETERS that it takes; `unlocked`: it runs without the loop's lock, as
-    it takes time ("query": only with a query does it take any); `body`: what it reads, "Template",
-    "Fields" (one without a name) or "bytes"; `answer`: its content type, None for a websocket.
+    it takes time ("query": only with a query does it take any; "quick": it takes none); `body`:
+    what it reads, "Template", "Fields" (one without a name) or "bytes"; `answer`: its content type,
+    None for a websocket.
     """
     def mark(handler):
         handler.query, handler.unlocked = tuple(query.split()), unlocked
@@ -8358,7 +8359,7 @@ class Api:
             }
         return compressed(request, page_response(manager.loop.call(snapshot)))
 
-    @operation(unlocked="query", answer="text/plain")
+    @operation(unlocked="quick", answer="text/plain")
     def ping(self, request, query):
         """OK while gaffer answers."""
         return Response(b"OK", content_type="text/plain")
@@ -9430,7 +9431,7 @@ class QuickRequests:
 
     def add(self, connection):
         """Take a connection. Under the loop's lock."""
-        self._used[connection] = time.monotonic()
+        self._used[connection] = math.inf       # it has sent something
         try:
             self._selector.register(connection.sock, selectors.EVENT_READ, connection)
         except OSError:                         # the selector has no room
@@ -9456,14 +9457,16 @@ class QuickRequests:
         self._selector.close()
 
     def _turn(self):
-        events = self._selector.select(KEEP_TIME)
+        tasks = []
+        for key, _ in self._selector.select(KEEP_TIME):
+            self._read(key.data, tasks)
         try:
-            while len(events) > 1:              # else each would wait for a turn of the loop
-                self.http.loop.call(self._serve, events[:LOCKED_REQUESTS])
-                del events[:LOCKED_REQUESTS]
+            while len(tasks) > 1:               # else each would wait for a turn of the loop
+                self.http.loop.call(self._serve, tasks[:LOCKED_REQUESTS])
+                del tasks[:LOCKED_REQUESTS]
         except Stopping:
-            pass                                # connections are closed without the lock, too
-        self._serve(events)
+            pass                                # each is told so
+        self._serve(tasks)
         now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + KEEP_TIME
@@ -9472,38 +9475,49 @@ class QuickRequests:
                     idle = Idle(IDLE_TIME)
                     self._leave(connection, self.http.start_channel, idle, connection)
 
-    def _serve(self, events):
-        for key, _ in events:
-            left = self.http.close_connection, key.data     # if this fails
-            try:
-                left = self._answer(key.data)
-            finally:
-                if left is not None:
-                    self._leave(key.data, *left)
-
-    def _answer(self, connection):
-        """Answer a request. Return None, or (function, *args) that is to have the connection."""
-        http, quick = self.http, False
+    def _read(self, connection, tasks):
+        """Read a request, and answer it; if that needs the loop's lock, add it to `tasks`."""
+        http, quick = self.http, None
         try:
             data = connection.sock.recv(READ_SIZE)
         except BlockingIOError:
-            return None
+            return
         except OSError:
             data = b""
         if not data or http.closed:
-            return http.close_connection, connection
+            self._leave(connection, http.close_connection, connection)
+            return
         try:
             if len(data) <= KIB and data.endswith(b"\r\n\r\n"):
                 request = known_request(data[:-4])
-                request.client, quick = connection.address, not has_body(request)
-                if quick:
+                request.client = connection.address
+                if not has_body(request):
+                    quick = "unlocked"
                     respond, _, quick = http.route(request)
         except GafferError as error:            # a head that is wrong is left to a thread
             respond = functools.partial(entry_refusal, error=error)
-        if not quick:
+        if quick is None:
             connection.early = data
-            return connection.listener.process_request, connection.sock, connection
-        began = self._used[connection] = time.monotonic()
+            listener = connection.listener
+            self._leave(connection, listener.process_request, connection.sock, connection)
+        elif quick == "locked":
+            tasks.append((connection, request, respond))
+        else:
+            self._serve([(connection, request, respond)])
+
+    def _serve(self, tasks):
+        for connection, request, respond in tasks:
+            left = self.http.close_connection, connection   # if this fails
+            try:
+                left = self._answer(connection, request, respond)
+            finally:
+                if left is not None:
+                    self._leave(connection, *left)
+
+    def _answer(self, connection, request, respond):
+        """Answer a request. Return None, or (function, *args) that is to have the connection."""
+        http, began = self.http, time.monotonic()
+        self._used[connection] = began
         keep, answer = not (request.wants_close() or http.closed), respond(request)
         if not isinstance(answer, Channel):
             data = http.answer(connection, request, answer, keep, began)
@@ -9886,9 +9900,9 @@ class HttpHandler:
     def route(self, request):
         """Check a head.
 
-        Return (function of the request that makes its answer, limit of the body, whether that takes
-        no time). The function raises nothing; the answer is a Response, a Channel or a WsgiRun.
-        Raises GafferError.
+        Return (function of the request that makes its answer, limit of the body, how that takes no
+        time: "unlocked", "locked" or None, it may take some). The function raises nothing; the
+        answer is a Response, a Channel or a WsgiRun. Raises GafferError.
         """
         access, is_read = self.access, request.method in ("GET", "HEAD")
         try:
@@ -9898,7 +9912,7 @@ class HttpHandler:
             raise
         if request.method == "OPTIONS":
             return (lambda request: Response(status=204, headers=access.preflight(request),
-                                             content_type=None)), BODY_SIZE, False
+                                             content_type=None)), BODY_SIZE, None
         if not is_read or "upgrade" in request.headers:
             access.check_origin(request)
         access.check_site(request)
@@ -9918,7 +9932,7 @@ class HttpHandler:
             if has_body(request) and "expect" not in request.headers:
                 with contextlib.suppress(TooLarge):     # else it is read; others may be behind it
                     body_length(request, BODY_SIZE)
-                    return (lambda request: answer), BODY_SIZE, False
+                    return (lambda request: answer), BODY_SIZE, None
             raise
 
     def _find(self, method, path, has_query):
@@ -9935,8 +9949,11 @@ class HttpHandler:
                               else self.loop.call(handler, *arguments))
                     return (result if isinstance(result, (Response, Channel))
                             else json_response(result))
-                slow = handler.unlocked and (has_query or handler.unlocked != "query")
-                return functools.partial(attempt, call), limit, method == "GET" and not slow
+                takes_time = handler.unlocked is True or handler.unlocked and has_query
+                quick = "unlocked" if handler.unlocked == "quick" else "locked"
+                if takes_time or method != "GET":
+                    quick = None
+                return functools.partial(attempt, call), limit, quick
             if method not in METHODS + OTHER_METHODS:
                 raise MethodUnknown("HTTP has no such method; they are in capitals")
             if "*" in methods:                  # what a stream allows depends on its label
@@ -9947,10 +9964,10 @@ class HttpHandler:
             if match:
                 groups = [group and urllib.parse.unquote(group) for group in match.groups()]
                 return (functools.partial(self._call_route, pattern.pattern, handler, groups),
-                        self._max_body, False)
+                        self._max_body, None)
         for prefix, app in self._wsgi:
             if path == prefix or path.startswith(prefix + "/"):
-                return functools.partial(WsgiRun, self, app, prefix), self._max_body, False
+                return functools.partial(WsgiRun, self, app, prefix), self._max_body, None
         raise ResourceNotFound(
             "there is nothing at %s; GET /openapi.json lists the routes" % path[:200])
 
