@@ -5626,17 +5626,19 @@ class HttpConnections(HttpCase):
 
     def test_no_memory(self):
         """For a thread to begin with, or for what it needs; the next request is answered."""
-        gate, begin = threading.Event(), threading.Thread._bootstrap
+        gate, ended, begin = threading.Event(), threading.Event(), threading.Thread._bootstrap
 
         def late(thread):
             gate.wait(TIMEOUT)
             begin(thread)
+            ended.set()
         with self.assertLogs("gaffer", "WARNING") as logs:
             with unittest.mock.patch("threading.Thread._bootstrap", late), \
                     unittest.mock.patch.object(gaffer.Begun.wait, "__defaults__", (0.05,)):
                 self.assertCode(self.wire().request("/metrics").answer(), 503, "busy")
             gate.set()
-            until(lambda: "a request failed" in logs.output[-1], "its beginning")
+            self.assertTrue(ended.wait(TIMEOUT))
+        self.assertIn("a request failed", logs.output[-1])
         self.assertIn("a request has no thread: it does not begin", logs.output[0])
         with unittest.mock.patch.object(gaffer.Handler, "setup", side_effect=MemoryError), \
                 self.assertLogs("gaffer", "ERROR"):
@@ -5713,10 +5715,10 @@ class HttpConnections(HttpCase):
             for wire in quick:
                 wire.request("/status/large")
             self.assertEqual({wire.answer()[0] for wire in quick}, {200})
-        with unittest.mock.patch.object(server.http, "answer", side_effect=MemoryError), \
-                self.assertLogs("gaffer", "ERROR") as logs:
-            self.assertEqual(quick[0].request("/ping").file.read(), b"")
-            until(lambda: logs.output, "the log")
+        with self.assertLogs("gaffer", "ERROR"):
+            with unittest.mock.patch.object(server.http, "answer", side_effect=MemoryError):
+                self.assertEqual(quick[0].request("/ping").file.read(), b"")
+            self.assertOpen(quick[1])           # its thread has logged that
         self.assertEqual(len(server.http.threads), 4)
         leave.set()
         for wire, rest, statuses in held:
