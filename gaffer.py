@@ -3389,8 +3389,8 @@ class Process:
             self._timer.cancel()
         for output in self.outputs.values():
             output.drain()
-        if self._launch is None:
-            return self.step("clean")
+        if self._launch is None or self._manager.killing:
+            return self._hook_ended(self._launch and "is not run: gaffer was told to end at once")
         merged = next(reversed(list(self.home.merged.values())), None)
         fds = []
         try:
@@ -3650,9 +3650,11 @@ class Template:
         self.begin()
 
     def begin(self):
-        """Forget what came of earlier runs."""
+        """Forget what came of earlier runs. What is not gone yet is no part of the next."""
         self.history, self.hint, self.gave_up = (), None, False
         self.outcome, self.finished, self.tries = None, {}, 0
+        for process in self.processes.values():
+            process.by_itself = False
 
     def labels(self):
         """Return the labels of all streams that can be read, stdout's first."""
@@ -3700,8 +3702,8 @@ class Template:
     def ended(self):
         """Return True if each of its processes has exited, and nothing follows."""
         return bool(self.active and self.due and self.finished and self.pause is None
-                    and not self.processes and not self.pending and not self.unmet()
-                    and self.missing() <= 0)
+                    and not self.processes and not self.pending
+                    and len(self.finished) >= self.info["numprocesses"])
 
     def ready(self):
         """Return True if as many processes as are wanted are ready, or it is done."""
@@ -3746,7 +3748,7 @@ class Template:
             other = waiting.pop()
             if other.deleted or not other.active and other.outcome != "done":
                 return other
-            found = [] if other.running() else set(other.unmet()).intersection(self._templates)
+            found = [] if other.processes else set(other.unmet()).intersection(self._templates)
             waiting += [self._templates[name] for name in found if name not in seen]
             seen.update(found)
         return None
@@ -3983,7 +3985,7 @@ class Manager:
         self.journal = Journal(self.loop, JOURNAL_WINDOWS * window_size)
         self.configuration = None               # what POST /_reload loads again
         self.stopping = False
-        self._running = self._killing = self._ended = False
+        self._running = self.killing = self._ended = False
         self._thread = None                     # the loop's, while run() runs
         self._started_apps = []
         self._next_pid = 1
@@ -4385,7 +4387,7 @@ class Manager:
                 self.processes.pop(oldest, None)
             self.loop.later(AFTERLIFE, self.processes.pop, process.pid, None)
         if process.name == self.exit_with and process.by_itself and not self.stopping:
-            self.exit_code = shell_status((process.exit_status, process.term_signal))
+            self.exit_code = shell_status(process.end)
             log.info("%s has ended, and so does gaffer, with %d", process.name, self.exit_code)
             self._stop(False)
         if template.active and not template.deleted and not self.stopping:
@@ -4493,18 +4495,20 @@ class Manager:
             template.replace(info)
             template.forget_waits()
             template.open_streams(self.window_size)
-            template.active = active
+            if template in self._to_spawn:
+                self._to_spawn[template] = None
         if fields:
             self._publish("update", name)
-        if replaced:
+        if not active:
+            self._stop_template(template)
+        elif replaced:
+            template.active = True
             for process in template.running():
                 self._end_process(process, "stop_pid")
-        elif active and not was:
+        elif not was:
             template.due = template.schedule is None
             self._activate(template, Launch(info, template.free_instance()))
             template.begin()
-        elif not active:
-            self._stop_template(template)
         self._reconcile(template)
         return template, "changed"
 
@@ -4681,7 +4685,7 @@ class Manager:
             self._stop_stagger = min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(self._to_stop)))
             self._stop_next()
         if kill:
-            self._killing = True
+            self.killing = True
             while self._to_stop:
                 self._end_process(self._to_stop.pop(), "stop_pid")
             for process in self._alive():       # one that waits for a device cannot be killed
@@ -4719,8 +4723,9 @@ class Manager:
         """End the loop if gaffer stops and nothing runs any more that it can end; with
         exit_when_done stop, once nothing can run any more."""
         if (self.exit_when_done and self._running and not self.stopping and not self._alive()
-                and not any(template.active and template.lost() is None
-                            for template in self.templates.values())):
+                and not any(
+                    template.active and template.lost() is None and template.state() != "stopped"
+                    for template in self.templates.values())):
             log.info("all is done, and so is gaffer, with %d", self.exit_code)
             self._stop(False)
         if self.stopping and not self._alive() and not self.commands:
@@ -4748,7 +4753,7 @@ class Manager:
         now = self.loop.clock()
         if sending != before:                   # somebody has taken some of it
             until = min(now + STOP_SEND, end)
-        if sending and not self._killing and now < until:
+        if sending and not self.killing and now < until:
             self.loop.later(STOP_SEND / 200, self._let_send, sending, until, end)
         else:
             self.loop.stop()

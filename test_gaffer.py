@@ -3341,7 +3341,7 @@ class ProcessTimes(ProcessClock):
         self.read(1, b"ready")
         self.manager.stop_template("x")
         self.advance(1)
-        self.manager.stop(kill=True)
+        self.manager.signal("x", signal.SIGKILL)
         self.wait("exit")
         self.read("x", b"hook", "stderr")
         self.advance(5)
@@ -3466,6 +3466,27 @@ class ProcessTimes(ProcessClock):
         self.assertIn(words, logs.output[0])
         until(lambda: self.advance(1) or self.count("fail"), "an empty group")
         self.assertEqual(self.wait("exit")["exit_status"], 0)
+
+    def test_what_was_not_ready_before_a_restart(self):
+        """It is no failure of what follows."""
+        self.manager.add_process("x", restart="never", ready={"notify": True, "within": 1},
+                                 **PROCESS_STUBBORN)
+        self.read(1, b"ready")
+        self.advance(1)
+        self.wait("stop_pid")
+        self.manager.restart_template("x")
+        self.advance(10)
+        until(lambda: self.advance(1) or self.count("spawn") == 2, "an empty group")
+
+    def test_changed_while_many_are_spawned(self):
+        """Those that are still to come are of the new kind."""
+        self.manager.subscribe("spawn", lambda kind, event: event["pid"] == 2 and (
+            self.manager.update_process("x", {"cmd": "sleep 61", "numprocesses": 4})))
+        with http_limits(SPAWN_TIME=-1):        # one a turn
+            self.manager.add_process("x", "sleep 60", numprocesses=4)
+            self.wait("spawn", 6)
+        for os_pid in self.status()["os_pids"]:
+            until(lambda os_pid=os_pid: cli_read("/proc/%d/cmdline" % os_pid) == "sleep\x0061\0")
 
     def test_a_probe_that_meets_itself(self):
         """Nobody listens: the system gives clients the numbers of servers, too."""
@@ -3779,7 +3800,8 @@ class ProcessAttributes(ProcessCase):
         until(lambda: not alive(int(hint.split()[-1])), "the end of what it left")
 
     def test_hooks_end_with_gaffer(self):
-        """after_stop is waited for at the stop; a kill ends it at once."""
+        """after_stop is waited for at the stop; a kill ends it at once, and none begins then."""
+        self.ready("y", PROCESS_STUBBORN, after_stop="sleep 1000", graceful_timeout=60)
         self.add("x", "sleep 1000", after_stop="sleep 1000")
         self.manager.stop()
         hook = until(lambda: next(iter(self.manager.commands), None), "the hook").os_pid
@@ -4082,19 +4104,28 @@ class ProcessActions(ProcessCase):
                 self.assertEqual(self.words(name), events)
 
     def test_slot_is_kept(self):
-        """The new process follows when the old one is gone. The last wish counts."""
-        for name, method, path, body in (
-                ("a", "POST", "/_start", None), ("b", "POST", "/_restart", None),
-                ("c", "PUT", "", {"cmd": "sleep 61", "start": True})):
-            with self.subTest(method + path):
-                pid, = self.ready(name, PROCESS_STUBBORN, graceful_timeout=60)
-                self.post(name + "/_stop")
-                self.ok(method, "/processes/" + name + path, body)
+        """The new process follows when the old one is gone, though that had none to follow. The
+        last wish counts."""
+        for name, command, *requests in (
+                ("a", PROCESS_STUBBORN, "POST /_stop", "POST /_start"),
+                ("b", PROCESS_STUBBORN, "POST /_stop", "POST /_restart"),
+                ("c", PROCESS_STUBBORN, "POST /_stop", "PUT "),
+                ("e", PROCESS_LEAVES, "POST /_stop", "POST /_start"),
+                ("f", PROCESS_LEAVES, "POST /_restart"), ("g", PROCESS_LEAVES, "PUT ")):
+            with self.subTest(name):
+                pid, = self.ready(name, command, graceful_timeout=60, restart="never")
+                if command == PROCESS_LEAVES:
+                    self.kill(pid)
+                for request in requests:
+                    method, path = request.split(" ")
+                    self.ok(method, "/processes/" + name + path, {
+                        "cmd": "sleep 61", "start": True} if method == "PUT" else None)
                 status = self.status(name)
                 self.assertEqual((status["active"], status["state"]), (True, "stopping"))
-                self.kill(pid)
+                self.post("%d/_signal/KILL?group=true" % pid)
                 self.spawned(name, 2)
-                self.assertEqual(self.kinds(name)[-2:], [("exit", pid), ("spawn", pid + 1)])
+                self.assertEqual([each for each in self.kinds(name) if each[0] in (
+                    "exit", "spawn", "fail")][-2:], [("exit", pid), ("spawn", pid + 1)])
         pid, = self.ready("d", PROCESS_STUBBORN, graceful_timeout=60)
         for action in "stop", "start", "stop":
             self.post("d/_" + action)
@@ -4571,7 +4602,7 @@ class ProcessReady(ProcessCase):
         """What it waits for; once only; it is gone before what it is after is told to stop."""
         self.add("web", "sleep 60", after=["migrate", "later"])
         self.add("migrate", "read line; exit $line", shell=True, redirect_input=True, after=["db"],
-                 restart="never")
+                 restart="never", after_stop="true")
         self.add("db", "read line; echo up; cat", shell=True, redirect_input=True,
                  ready={"log": "up"})
 
@@ -4585,6 +4616,7 @@ class ProcessReady(ProcessCase):
         self.send("db", b"\n")
         self.assertEqual(self.until("migrate")[0], 200, "without 'ready' from its spawn on")
         self.assertEqual(states()[0], "web: waiting migrate later")
+        self.post("db/_stop?wait=true")         # nor does what has started need it any more
         self.send("migrate", b"0\n")
         self.assertEqual(self.until("migrate", "done")[0], 200)
         self.add("later", "sleep 60")
@@ -9063,6 +9095,10 @@ class CliExit(CliCase):
             self.assertEqual(self.stopped(server), ["b", "a"])
             server.expect_stderr(*["WARNING main: exit"] * (status > 0))
             self.assertFalse([os_pid for os_pid in os_pids if process_group(os_pid)])
+        server = self.start("--exit-with", "main")
+        server.add("main", "sleep 1000", ready={"tcp": "1", "within": 0.1})
+        server.stop(None, 255)
+        server.expect_stderr("WARNING main: stop_pid", "WARNING main: exit")
 
     def test_what_does_not_end_it(self):
         """Other templates, a stop and a restart over HTTP; TERM is no exit of the process."""
@@ -9081,7 +9117,8 @@ class CliExit(CliCase):
         def sh(words, **options):
             return dict({"cmd": words, "shell": True, "restart": "never"}, **options)
         for status, templates in (
-                (0, {"a": sh("true"), "b": sh("exit 3", success=[3])}),
+                (0, {"a": sh("true"), "b": sh("exit 3", success=[3]),
+                     "c": sh("true", numprocesses=0)}),
                 (137, {"a": sh("true"), "fails": sh("kill -KILL $$")}),
                 (3, {"fails": sh("exit 3", restart="on-failure", flapping={"max_retry": 0}),
                      "b": sh("sleep 0.1")}),
@@ -9099,7 +9136,9 @@ class CliExit(CliCase):
         server.ok("POST", "/processes/job/_start")
         server.ok("GET", "/watch/proc/job/done?since=0")
         self.assertEqual(server.ok("GET", "/status/web")["running"], 1)
-        server.ok("POST", "/processes/web/_stop")
+        server.add("waits", "true", after=["unknown"])
+        server.ok("POST", "/processes/web/_stop?wait=true")
+        server.ok("PUT", "/processes/waits", {"cmd": "false", "start": False})
         server.stop(None)
 
 
