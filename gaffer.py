@@ -11535,7 +11535,7 @@ def carry_out(args, client, steps):
     if args.command == "kill" or args.no_wait or until_ready:
         query, timeout = "", CLIENT_TIME
     elif args.timeout is not None:
-        query, timeout = "?wait=%g" % args.timeout, CLIENT_TIME + args.timeout
+        query, timeout = "?wait=%.3f" % args.timeout, CLIENT_TIME + args.timeout
 
     def send(target, request):
         method, _, path = request.partition(" ")
@@ -12041,7 +12041,7 @@ def logs_command(args):
     if len(targets) == len(args.names) == 1:
         path = targets[0].path.replace("/processes/", "/streams/")
     headers, body = client.exchange("GET", path + "?returns=true&tail=all&timeout=0")
-    since = time.time() - args.since if args.since else 0
+    since = 0 if args.since is None else time.time() - args.since
     lines = map(journal_line, body.decode("utf-8", "replace").split("\n")[:-1])
     lines = [line for line in lines if wanted(line) and line.time >= since]
     printer.show(merge_lines(lines, args.n if args.n is not None else math.inf if since else 10))
@@ -12606,7 +12606,7 @@ def scale_command(args):
     """Change how many processes of each type run."""
     client, words = connect(args), args.changes
     statuses = get_statuses(client)
-    change = re.compile(r"(?:[^=+:]+:)?([^=+:]+?)([=+-])([0-9]{1,4})")
+    change = re.compile(r"(?:([^=+:]+):)?([^=+:]+?)([=+-])([0-9]{1,4})")
     is_group = any(name.startswith(words[0] + ":") for name in statuses)
     args.group = words[0] if is_group or not change.fullmatch(words[0]) else None
     words = words[1:] if args.group else words
@@ -12614,8 +12614,10 @@ def scale_command(args):
     if not all(matches) or not words:
         raise ClientError("'%s' is not a change: give web=3, web+1 or web-1" % (
             words[matches.index(None)] if words else args.group), 2)
-    found, steps = find_app(args, statuses), []
-    for kind, sign, count in [match.groups() for match in matches]:
+    group, steps = args.group, []
+    for prefix, kind, sign, count in [match.groups() for match in matches]:
+        args.group = prefix or group
+        found = find_app(args, statuses)
         check_type(kind, found)
         now = found[kind].status["numprocesses"]
         by = int(count) - now if sign == "=" else int(sign + count)
@@ -12823,7 +12825,7 @@ TYPES = {                                       # what an option calls its value
     "N": checked(int, "a whole number from 1", 1), "PORT": int, "COUNT": int,
     "LINES": checked(lambda text: math.inf if text == "all" else int(text),
                      "a number of lines, or all", most=math.inf),
-    "SECONDS": checked(float, "a number of seconds"),
+    "SECONDS": checked(float, "a number of seconds", most=SECONDS_MAX),
     "TIME": checked(lambda text: int(text[:-1]) * UNITS[text[-1]], "90s, 10m, 2h or 1d"),
     "BYTES": checked(int, "%d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX),
                      WINDOW_SIZE_MIN, WINDOW_SIZE_MAX)}

@@ -9385,7 +9385,7 @@ class CliControl(CliFollowCase):
         for words, said in (
                 ("stop g:a", "stopped"), ("restart g:a", "restarted"), ("sub g:a", "0 processes"),
                 ("del_process g:a", "deleted"), ("stop g:a.1", "stopped, to be replaced"),
-                ("unload g -f /", "unloaded"), ("scale g a=0", "0 processes")):
+                ("unload g -f / --timeout 1234567", "unloaded"), ("scale g a=0", "0 processes")):
             pid, since = add(), self.server.ok("GET", "/status/g:a")["created"]
             command = self.follow(*words.split())
             kind = "reap" if said == "0 processes" else "stop_pid"
@@ -9844,7 +9844,7 @@ class CliLogs(CliFollowCase):
                    ("logs --since 1h long.1 -n1 --no-prefix", "one\nthree\n"),
                    ("logs 4", "long.1 | two\nlong.1 | one\nlong.1 | three\n"),
                    ("logs nosuch a -n 1", "a.1 | 3\n", 4, "gaffer: .*nosuch.*\n"),
-                   ("logs -f nosuch", "", 4, "gaffer: .*nosuch.*\n"))
+                   ("logs --since 0s", ""), ("logs -f nosuch", "", 4, "gaffer: .*nosuch.*\n"))
         self.assertEqual(sorted(self.call("logs", "two").splitlines()), ["two.1 | 1", "two.2 | 2"])
         out = self.call("logs", "-t", "-n1", "a")
         self.assertRegex(out, r"\A[0-9-]{10} [0-9:]{8} a\.1 \| 3\n\Z")
@@ -10920,7 +10920,9 @@ class ProcfileServer(ConfigCase):
             ("scale my-app-2 web+1 --json", '{"ok": true, "numprocesses": 4}\n'),
             ("scale my-app-2", "", 2, "gaffer: 'my-app-2' is not a change: .*\n"),
             ("scale my-app web-1 no-1", "", 4, ".* there is no 'no': there are web\n"),
-            ("numprocesses my-app:web", "3\n"))
+            ("scale -f Procfile my-app:web-1 web-0",
+             "my-app:web: 2 processes\n" + web % "4 processes"),
+            ("numprocesses my-app:web", "2\n"))
         until(lambda: self.server.ok("GET", "/status/my-app-2:worker")["running"] == 2)
         self.assertEqual(self.names("my-app-2"), ["my-app-2:" + each for each in (
             "web.1", "web.2", "web.3", "web.4", "worker.1", "worker.2")])
