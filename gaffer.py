@@ -11948,9 +11948,9 @@ def journal_line(text):
                        "<" in label, text)
 
 
-def merge_lines(lines, count):
+def merge_lines(lines, count, name):
     """Return the last `count` lines of each stream, in order. Unfinished ones are joined; what a
-    terminal would overwrite is left out."""
+    terminal would overwrite is left out. `name(line)`: of its process, which a restart keeps."""
     found, last, counts, kept = [], {}, collections.Counter(), []
     for line in lines:
         stream = line[1:4]
@@ -11963,8 +11963,8 @@ def merge_lines(lines, count):
         else:
             found[last[stream]] = line._replace(time=before.time, text=before.text + line.text)
     for line in reversed(found):
-        counts[line[1:4]] += 1
-        if counts[line[1:4]] <= count:
+        counts[name(line), line.label] += 1
+        if counts[name(line), line.label] <= count:
             kept.append(line)
     return kept[::-1]
 
@@ -11972,30 +11972,30 @@ def merge_lines(lines, count):
 class LogPrinter:
     """Prints JournalLines as `web.1 | text`. A line that was printed unfinished is continued."""
 
-    def __init__(self, args, client, statuses):
-        self._args, self._client, self._names = args, client, {}    # {(name, pid): web.1}
+    def __init__(self, args, client):
+        self._args, self._client = args, client
+        self.names = {}                         # {(name, pid): web.1}
         self._prefixer = Prefixer(wants_colour(args))
         self._last, self._open = None, False    # the stream of the last line, whether that is open
-        self._learn(statuses)
 
-    def _learn(self, statuses):
+    def learn(self):
+        """Learn the names of processes. Return {name: status}, also with those that have ended."""
+        statuses = get_statuses(self._client)
         for name, status in statuses.items():
-            past = [{"pid": int(pid), "instance": number} for pid, number in status["past"].items()]
-            for process in past + status["processes"]:
-                self._names[name, process["pid"]] = process_name(status, process)
+            status["processes"][:0] = [{"pid": int(pid), "os_pid": int(pid), "instance": number}
+                                       for pid, number in status["past"].items()]
+            for process in status["processes"]:
+                self.names[name, process["pid"]] = process_name(status, process)
             if status["numprocesses"] == 1:     # its earlier processes had the same name
-                self._names[name, None] = name + ".1"
+                self.names[name, None] = name + ".1"
+        return statuses
+
+    def name(self, line):
+        """Return what people call the process of a line."""
+        return self.names.get((line.name, line.pid)) or self.names.get((line.name, None), line.name)
 
     def _prefix(self, line):
-        if self._args.no_prefix:
-            return ""
-        key = line.name, line.pid
-        if key not in self._names:
-            if self._args.follow:               # a new process
-                with contextlib.suppress(ClientError):
-                    self._learn(get_statuses(self._client))
-            self._names.setdefault(key, self._names.get((line.name, None), line.name))
-        return self._prefixer.prefix(self._names[key]) + " "
+        return "" if self._args.no_prefix else self._prefixer.prefix(self.name(line)) + " "
 
     def show(self, lines):
         """Print lines, their names in a column of one width."""
@@ -12026,37 +12026,50 @@ def logs_command(args):
     """Print output from the journal: one request, and with -f one stream."""
     import fnmatch
     client = connect(args)
-    statuses = get_statuses(client)
-    targets = find_targets(args, statuses, args.names, True)
+    printer, path = LogPrinter(args, client), "/streams"
+    targets = find_targets(args, printer.learn(), args.names, True)
     if args.names and not targets:
         return args.exit_status
-    pids = {target.process["pid"] for target in targets if target.process}
+    if len(targets) == len(args.names) == 1:
+        path += "/" + reference(targets[0].status["name"])
+    # a pid is one process; web.2 is that and what replaces it
+    pids = {target.process["pid"] for target in targets if target.word.isdigit()}
+    only_pids = len(pids) == len(targets) > 0
+    words = {target.word for target in targets if target.process}
     globs = ["*" if word == "all" else word for word in args.names]
 
     def wanted(line):
         return line.label != "exit" and (
-            not args.names or line.pid in pids
+            not args.names or line.pid in pids or printer.name(line) in words
             or any(fnmatch.fnmatchcase(line.name, glob) for glob in globs))
-    printer, path = LogPrinter(args, client, statuses), "/streams"
-    if len(targets) == len(args.names) == 1:
-        path = targets[0].path.replace("/processes/", "/streams/")
     headers, body = client.exchange("GET", path + "?returns=true&tail=all&timeout=0")
     since = 0 if args.since is None else time.time() - args.since
-    lines = map(journal_line, body.decode("utf-8", "replace").split("\n")[:-1])
-    lines = [line for line in lines if wanted(line) and line.time >= since]
-    printer.show(merge_lines(lines, args.n if args.n is not None else math.inf if since else 10))
-    if not args.follow:
+    lines = list(map(journal_line, body.decode("utf-8", "replace").split("\n")[:-1]))
+    printer.show(merge_lines(
+        [line for line in lines if wanted(line) and line.time >= since],
+        args.n if args.n is not None else math.inf if since else 10, printer.name))
+    pids -= {line.pid for line in lines if line.label == "exit"}
+    if not args.follow or only_pids and not pids:
         return args.exit_status
     for kind, data in follow_events(client, "%s?returns=true&%s&since=%s" % (
             path, FEED, headers["Gaffer-Offset"])):
         if kind == "dropped":
-            if not json.loads(data).get("restarted"):
+            if json.loads(data).get("restarted"):
+                pids.clear()                    # they are those of others now
+                printer.names.clear()
+            else:
                 tell("%d bytes were lost" % json.loads(data)["bytes"])
-            continue
-        line = journal_line(data)
-        if wanted(line):
-            printer.show([line])
-        elif line.label == "exit" and path == "/streams/%d" % line.pid:
+        else:
+            line = journal_line(data)
+            if line.label == "exit":
+                pids.discard(line.pid)
+            elif (line.name, line.pid) not in printer.names:    # a new process
+                with contextlib.suppress(ClientError):
+                    printer.learn()
+                printer.names.setdefault((line.name, line.pid), printer.name(line))
+            if wanted(line):
+                printer.show([line])
+        if only_pids and not pids:
             return args.exit_status
 
 

@@ -9841,6 +9841,7 @@ class CliLogs(CliFollowCase):
                    ("logs -n all a", "a.1 | 1\na.1 | 2\na.1 | 3\n"),
                    ("logs --since 1h long.1 -n1 --no-prefix", "one\nthree\n"),
                    ("logs 4", "long.1 | two\nlong.1 | one\nlong.1 | three\n"),
+                   ("logs a.1 -n 1", "a.1 | 3\n"), ("logs -f 1 -n 1", "a.1 | 3\n"),
                    ("logs nosuch a -n 1", "a.1 | 3\n", 4, "gaffer: .*nosuch.*\n"),
                    ("logs --since 0s", ""), ("logs -f nosuch", "", 4, "gaffer: .*nosuch.*\n"))
         self.assertEqual(sorted(self.call("logs", "two").splitlines()), ["two.1 | 1", "two.2 | 2"])
@@ -9851,15 +9852,18 @@ class CliLogs(CliFollowCase):
         self.assertEqual(line, {"name": "a", "pid": 1, "label": "stdout", "data": "3"})
 
     def test_merge_lines(self):
-        """Unfinished ones are continued; form feeds and U+2028 end none."""
+        """Unfinished ones are continued; form feeds and U+2028 end none. A process and the one that
+        it replaces count as one."""
         for texts, count, shown in (
                 (["stdout+ 50%", "stderr x", "stdout  done"], math.inf, ["50% done", "x"]),
                 (["stdout x", "stderr y", "stdout z"], 1, ["y", "z"]),
                 (["stdout+ 10", "stdout %", "stdout+< 20", "stdout %", "stdout< 30%", "stdout x"],
                  2, ["30%", "x"]),
                 (["stdout a\x0cb\u2028c d"], math.inf, ["a\x0cb\u2028c d"])):
-            lines = [gaffer.journal_line("1.5 a 1 " + text) for text in texts]
-            self.assertEqual([line.text for line in gaffer.merge_lines(lines, count)], shown)
+            lines = [gaffer.journal_line("1.5 a 1 " + text) for text in ["stdout old", *texts]]
+            lines[0] = lines[0]._replace(pid=0)
+            merged = gaffer.merge_lines(lines, count, lambda line: "a.1")
+            self.assertEqual([line.text for line in merged], ["old"] * (count == math.inf) + shown)
 
     def test_unfinished_line(self):
         """It is continued as it comes. A process that is named by its pid ends the command."""
@@ -10606,20 +10610,25 @@ class ConfigServe(CliFollowCase):
                              "WARNING the configuration was loaded again: b: added$")
 
     def test_logs_over_a_restart(self):
-        """Every line once."""
+        """Of the server, or of a process: every line once. A process's pid ends with it."""
         folder = self.folder()
         info = dict(python(self.ECHO), name="a", redirect_input=True)
         endpoint = "unix:" + os.path.join(folder, "socket")
         serve = ("serve", self.file(folder, "x.json", json.dumps(info)), "--bind", endpoint)
-        server, follower = self.start(*serve), self.follow("logs", "-f", endpoint=endpoint)
-        self.assertEqual(follower.stdout.readline(), b"a.1 | started\n")
-        gaffer.Client(endpoint).request("POST", "/streams/a/stdin", b"one\n")
-        self.assertEqual(follower.stdout.readline(), b"a.1 | one\n")
-        server.stop()
-        self.start(*serve)
-        self.assertEqual(follower.stdout.readline(), b"a.1 | bye\n")
-        self.assertEqual(follower.stdout.readline(), b"a.1 | started\n")
-        self.assertEqual(self.interrupted(follower), b"")
+        server, client = self.start(*serve), gaffer.Client(endpoint)
+        *followers, one = [self.follow("logs", "-f", *names, endpoint=endpoint)
+                           for names in ((), ("a.1",), ("1",))]
+        for change, lines in (
+                (lambda: client.request("POST", "/streams/a/stdin", b"one\n"), ("started", "one")),
+                (lambda: client.request("POST", "/processes/a/_restart"), ("bye", "started")),
+                (lambda: (server.stop(), self.start(*serve)), ("bye", "started"))):
+            change()
+            for line, follower in itertools.product(lines, followers):
+                self.assertEqual(follower.stdout.readline().decode(), "a.1 | %s\n" % line)
+        for follower in followers:
+            self.assertEqual(self.interrupted(follower), b"")
+        self.assertEqual(one.communicate(timeout=TIMEOUT),
+                         (b"a.1 | started\na.1 | one\na.1 | bye\n", b""))
 
     def test_last_words_for_a_slow_client(self):
         """It gets all of them as long as it goes on to take some."""
