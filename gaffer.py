@@ -11296,6 +11296,19 @@ def read_settings(source, taken=None):
     return Settings([endpoints[name] for name in chosen], templates, hooks)
 
 
+def outcome_lines(outcome, would=""):
+    """Return what a reload did, a line each; `would`: "would be " for a dry run."""
+    failed, lines = outcome["failed"], []
+    for done in ("added", "changed", "removed", "kept"):
+        for name in outcome[done]:
+            fields = " (%s)" % ", ".join(outcome[done][name]) if done == "changed" else ""
+            if name not in failed:
+                lines.append("%s: %s%s%s" % (name, would, done, fields))
+    lines += ["webhooks: %schanged" % would] if outcome["webhooks"] else []
+    lines += ["%s: changed; restart gaffer to apply it" % what for what in outcome["needs_restart"]]
+    return lines + ["%s: failed, %s" % failure for failure in failed.items()]
+
+
 class Configuration:
     """What a server was started with and can load again.
 
@@ -11322,7 +11335,11 @@ class Configuration:
         """
         with self._lock:
             settings = self._read()
-            return manager.loop.call(self._apply, manager, settings, dry_run)
+            outcome = manager.loop.call(self._apply, manager, settings, dry_run)
+        if not dry_run:
+            log.warning("the configuration was loaded again: %s", "; ".join(
+                outcome_lines(dict(outcome, kept=[]))) or "nothing has changed")
+        return outcome
 
     def _apply(self, manager, settings, dry_run):
         before, after, present = self.settings.templates, settings.templates, manager.templates
@@ -11602,19 +11619,6 @@ def wait_command(args):
     """Wait until templates are ready, done or stopped."""
     client, targets = connect_to(args, args.names)
     await_goal(args, client, [target.word for target in targets], vars(args)["for"] or "ready")
-
-
-def outcome_lines(outcome, would=""):
-    """Return what a reload did, a line each; `would`: "would be " for a dry run."""
-    failed, lines = outcome["failed"], []
-    for done in ("added", "changed", "removed", "kept"):
-        for name in outcome[done]:
-            fields = " (%s)" % ", ".join(outcome[done][name]) if done == "changed" else ""
-            if name not in failed:
-                lines.append("%s: %s%s%s" % (name, would, done, fields))
-    lines += ["webhooks: %schanged" % would] if outcome["webhooks"] else []
-    lines += ["%s: changed; restart gaffer to apply it" % what for what in outcome["needs_restart"]]
-    return lines + ["%s: failed, %s" % failure for failure in failed.items()]
 
 
 def reload_command(args):
@@ -12333,14 +12337,11 @@ def run_server(args, writer, pipe):
 
     def load_again():
         try:
-            outcome = configuration.reload(manager)
+            configuration.reload(manager)
         except GafferError as error:
             for line in str(error).splitlines():
                 log.error("%s", line)
             log.error("the configuration was not loaded: nothing has changed")
-        else:
-            log.warning("the configuration was loaded again: %s", "; ".join(
-                outcome_lines(dict(outcome, kept=[]))) or "nothing has changed")
 
     def reload():                               # on a thread: files may be slow
         threading.Thread(target=load_again, name="gaffer-reload", daemon=True).start()

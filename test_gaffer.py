@@ -10605,9 +10605,13 @@ class ConfigServe(CliFollowCase):
         server.process.send_signal(signal.SIGHUP)
         until(lambda: server.said("nothing has changed"))
         self.assertEqual(server.ok("GET", "/processes"), ["a", "b"])
+        self.file(folder, "x.ini", text % "a")
+        for query in "?dry_run=true", "":
+            self.assertEqual(server.ok("POST", "/_reload" + query)["removed"], ["b"])
         server.expect_stderr("ERROR %s:1: 'junk' is neither" % re.escape(path),
                              "ERROR .*nothing has changed$",
-                             "WARNING the configuration was loaded again: b: added$")
+                             "WARNING the configuration was loaded again: b: added$",
+                             "WARNING the configuration was loaded again: b: removed$")
 
     def test_logs_over_a_restart(self):
         """Of the server, or of a process: every line once. A process's pid ends with it."""
