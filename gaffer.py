@@ -6688,9 +6688,8 @@ def operation(query="", unlocked=False, body=None, answer="application/json"):
     """Mark a handler of the API.
 
     `query`: names of the PARAMETERS that it takes; `unlocked`: it runs without the loop's lock, as
-    it takes time ("query": only with a query does it take any; "quick": it takes none); `body`:
-    what it reads, "Template", "Fields" (one without a name) or "bytes"; `answer`: its content type,
-    None for a websocket.
+    it takes time ("query": only with a query does it take any); `body`: what it reads, "Template",
+    "Fields" (one without a name) or "bytes"; `answer`: its content type, None for a websocket.
     """
     def mark(handler):
         handler.query, handler.unlocked = tuple(query.split()), unlocked
@@ -8364,7 +8363,7 @@ class Api:
             }
         return compressed(request, page_response(manager.loop.call(snapshot)))
 
-    @operation(unlocked="quick", answer="text/plain")
+    @operation(answer="text/plain")
     def ping(self, request, query):
         """OK while gaffer answers."""
         return Response(b"OK", content_type="text/plain")
@@ -9466,12 +9465,11 @@ class QuickRequests:
         for key, _ in self._selector.select(KEEP_TIME):
             self._read(key.data, tasks)
         try:
-            while len(tasks) > 1:               # else each would wait for a turn of the loop
-                self.http.loop.call(self._serve, tasks[:LOCKED_REQUESTS])
+            while tasks:                        # one by one, each would wait for a turn of the loop
+                self.http.loop.call(self._answer, tasks[:LOCKED_REQUESTS])
                 del tasks[:LOCKED_REQUESTS]
         except Stopping:
-            pass                                # each is told so
-        self._serve(tasks)
+            self._answer(tasks)                 # so each is told
         now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + KEEP_TIME
@@ -9481,8 +9479,8 @@ class QuickRequests:
                     self._leave(connection, self.http.start_channel, idle, connection)
 
     def _read(self, connection, tasks):
-        """Read a request, and answer it; if that needs the loop's lock, add it to `tasks`."""
-        http, quick = self.http, None
+        """Read a request, and add it to `tasks` if it is a quick one."""
+        http, quick = self.http, False
         try:
             data = connection.sock.recv(READ_SIZE)
         except BlockingIOError:
@@ -9495,45 +9493,38 @@ class QuickRequests:
         try:
             if len(data) <= KIB and data.endswith(b"\r\n\r\n"):
                 request = known_request(data[:-4])
-                request.client = connection.address
-                if not has_body(request):
-                    quick = "unlocked"
+                request.client, quick = connection.address, not has_body(request)
+                if quick:
                     respond, _, quick = http.route(request)
         except GafferError as error:            # a head that is wrong is left to a thread
             respond = functools.partial(entry_refusal, error=error)
-        if quick is None:
-            connection.early = data
-            listener = connection.listener
-            self._leave(connection, listener.process_request, connection.sock, connection)
-        elif quick == "locked":
+        if quick:
             tasks.append((connection, request, respond))
         else:
-            self._serve([(connection, request, respond)])
+            connection.early, listener = data, connection.listener
+            self._leave(connection, listener.process_request, connection.sock, connection)
 
-    def _serve(self, tasks):
+    def _answer(self, tasks):
+        http = self.http
         for connection, request, respond in tasks:
-            left = self.http.close_connection, connection   # if this fails
+            began = self._used[connection] = time.monotonic()
+            keep = not (request.wants_close() or http.closed)
+            left = http.close_connection, connection
             try:
-                left = self._answer(connection, request, respond)
-            finally:
-                if left is not None:
-                    self._leave(connection, *left)
-
-    def _answer(self, connection, request, respond):
-        """Answer a request. Return None, or (function, *args) that is to have the connection."""
-        http, began = self.http, time.monotonic()
-        self._used[connection] = began
-        keep, answer = not (request.wants_close() or http.closed), respond(request)
-        if not isinstance(answer, Channel):
-            data = http.answer(connection, request, answer, keep, began)
-            try:
-                data = data[connection.sock.send(data):]
-            except OSError:
-                pass                            # a channel tries again
-            if keep and not data:
-                return None
-            answer = Answer(data, keep)
-        return http.start_channel, answer, connection, request
+                answer = respond(request)
+                if not isinstance(answer, Channel):
+                    data = http.answer(connection, request, answer, keep, began)
+                    try:
+                        data = data[connection.sock.send(data):]
+                    except OSError:
+                        pass                    # a channel tries again
+                    if keep and not data:
+                        continue
+                    answer = Answer(data, keep)
+                left = http.start_channel, answer, connection, request
+            except Exception:
+                log.exception("a request failed")
+            self._leave(connection, *left)
 
 
 class Begun(threading.Event):
@@ -9905,9 +9896,9 @@ class HttpHandler:
     def route(self, request):
         """Check a head.
 
-        Return (function of the request that makes its answer, limit of the body, how that takes no
-        time: "unlocked", "locked" or None, it may take some). The function raises nothing; the
-        answer is a Response, a Channel or a WsgiRun. Raises GafferError.
+        Return (function of the request that makes its answer, limit of the body, whether that takes
+        no time). The function raises nothing; the answer is a Response, a Channel or a WsgiRun.
+        Raises GafferError.
         """
         access, is_read = self.access, request.method in ("GET", "HEAD")
         try:
@@ -9917,7 +9908,7 @@ class HttpHandler:
             raise
         if request.method == "OPTIONS":
             return (lambda request: Response(status=204, headers=access.preflight(request),
-                                             content_type=None)), BODY_SIZE, None
+                                             content_type=None)), BODY_SIZE, False
         if not is_read or "upgrade" in request.headers:
             access.check_origin(request)
         access.check_site(request)
@@ -9937,7 +9928,7 @@ class HttpHandler:
             if has_body(request) and "expect" not in request.headers:
                 with contextlib.suppress(TooLarge):     # else it is read; others may be behind it
                     body_length(request, BODY_SIZE)
-                    return (lambda request: answer), BODY_SIZE, None
+                    return (lambda request: answer), BODY_SIZE, False
             raise
 
     def _find(self, method, path, has_query):
@@ -9954,11 +9945,8 @@ class HttpHandler:
                               else self.loop.call(handler, *arguments))
                     return (result if isinstance(result, (Response, Channel))
                             else json_response(result))
-                takes_time = handler.unlocked is True or handler.unlocked and has_query
-                quick = "unlocked" if handler.unlocked == "quick" else "locked"
-                if takes_time or method != "GET":
-                    quick = None
-                return functools.partial(attempt, call), limit, quick
+                slow = handler.unlocked and (has_query or handler.unlocked != "query")
+                return functools.partial(attempt, call), limit, method == "GET" and not slow
             if method not in METHODS + OTHER_METHODS:
                 raise MethodUnknown("HTTP has no such method; they are in capitals")
             if "*" in methods:                  # what a stream allows depends on its label
@@ -9969,10 +9957,10 @@ class HttpHandler:
             if match:
                 groups = [group and urllib.parse.unquote(group) for group in match.groups()]
                 return (functools.partial(self._call_route, pattern.pattern, handler, groups),
-                        self._max_body, None)
+                        self._max_body, False)
         for prefix, app in self._wsgi:
             if path == prefix or path.startswith(prefix + "/"):
-                return functools.partial(WsgiRun, self, app, prefix), self._max_body, None
+                return functools.partial(WsgiRun, self, app, prefix), self._max_body, False
         raise ResourceNotFound(
             "there is nothing at %s; GET /openapi.json lists the routes" % path[:200])
 
