@@ -2889,10 +2889,10 @@ class CommandRun:
         manager.commands.add(self)
 
     def _exited(self, end):
+        self._manager.commands.discard(self)
         self._kill()                            # what it left; the zombie pins the group's number
         reap(self.os_pid)
         self.gone = True
-        self._manager.commands.remove(self)
         self._done("is killed by signal %d" % end[1] if end[1] else
                    "exits with %d" % end[0] if end[0] else None)
         self._manager.maybe_stopped()
@@ -2901,11 +2901,16 @@ class CommandRun:
         try:
             if not self.gone:                   # else the number may be another group's
                 os.killpg(self.os_pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass                                # only a zombie is left, or another user's process
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            if self in self._manager.commands:  # else it has ended
+                self._manager.commands.remove(self)
+                log.warning("a command: os pid %d runs as another user and cannot be signalled: it "
+                            "is left to itself", self.os_pid)
 
     def close(self):
-        """Kill it, and do not call `done`."""
+        """Kill it, or leave it if that cannot be, and do not call `done`."""
         self._done = lambda error: None
         self._kill()
 
@@ -4396,8 +4401,9 @@ class Manager:
             else:
                 template.restarts += process.by_itself
             if process.by_itself and template.missing() > 0:
-                if process.retry_after:
-                    self._spawn_later(template, process.failures, process.retry_after)
+                delay = process.exited_at + (process.retry_after or 0.0) - self.loop.clock()
+                if delay > 0:
+                    self._spawn_later(template, process.failures, delay)
                 else:
                     template.failures.append(process.failures)
             self._reconcile(template)
@@ -4717,7 +4723,8 @@ class Manager:
 
     def _alive(self):
         return [process for process in self.processes.values()
-                if not (process.gone or process.abandoned or process.template["detach"])]
+                if not (process.gone or process.abandoned
+                        or process.template["detach"] and process.running)]
 
     def maybe_stopped(self):
         """End the loop if gaffer stops and nothing runs any more that it can end; with

@@ -3299,14 +3299,17 @@ class ProcessTimes(ProcessClock):
         self.manager.add_process("x", "sleep 99", before_start="sleep 1000", restart="never")
         self.manager.add_process("y", "sleep 99", before_start="true")
         self.manager.add_process("z", "true", after_stop="sleep 1000", restart="never")
-        self.wait("exit")
+        self.manager.add_process("again", "false", after_stop="sleep 1000", restart_delay=50)
+        self.wait("exit", 2)
         for pid, end in (1, "sh"), (2, "sleep"):        # the kernel shows it after the exec
             path = "/proc/%d/cmdline" % self.manager.find_process(pid).os_pid
             until(lambda path=path, end=end: cli_read(path).split("\0")[0].endswith(end))
         self.advance(59.9)
         self.assertEqual((self.count("fail"), self.count("done")), (0, 0))
+        self.assertEqual(self.count("spawn"), 4)
         self.advance(0.1)
-        self.wait("exit", 2)
+        self.wait("spawn", 5)                   # the delay has been over for long
+        self.wait("exit", 3)
         until(lambda: self.advance(1) or self.count("fail"), "an empty group, by the same clock")
         self.wait("done")
         self.assertEqual(self.status()["last_exit"]["term_signal"], signal.SIGKILL)
@@ -4070,9 +4073,14 @@ class ProcessTemplate(ProcessCase):
         self.stop("x", self.os_pids("x")[0])
         self.add("y", "sleep 60", detach=True)
         self.add("z", "sleep 60")
-        (os_pid,), (other,) = self.os_pids("y"), self.os_pids("z")
+        self.add("s", "trap '' TERM; touch %s/ready; exec sleep 60" % self.folder, shell=True,
+                 detach=True, graceful_timeout=60)
+        (os_pid,), *others = map(self.os_pids, "yzs")
+        until(lambda: os.listdir(self.folder))
+        self.post("s/_stop")
         self.server.stop_all()
-        self.assertEqual((alive(os_pid), alive(other)), (True, False))
+        self.assertEqual([alive(each) for each in (os_pid, *others[0], *others[1])],
+                         [True, False, False])
         os.kill(os_pid, signal.SIGKILL)
         os.waitpid(os_pid, 0)
 
@@ -9051,19 +9059,23 @@ class CliSignals(CliCase):
             cwd="/")
         leader, = server.add("a", become)
         shell, = server.add("b", become + "; true", shell=True)
+        path = os.path.join(folder.name, "path")
+        server.add("c", "sleep 1000", ready={
+            "exec": "exec " + become.replace("ready", "$$ >> " + path)})
         for pid in 1, 2:
             said = server.request("GET", "/streams/%d/stdout?since=0" % pid)[2]
             self.assertEqual(said, b"ready\n")
-        os_pids = [leader, *set(process_group(shell)) - {shell}]
+        os_pids = [leader, *set(process_group(shell)) - {shell},
+                   int(until(lambda: os.path.exists(path) and cli_read(path)))]
         try:
             server.stop()
-            self.assertEqual(list(map(alive, os_pids)), [True, True])
+            self.assertEqual(list(map(alive, os_pids)), [True, True, True])
         finally:
             for os_pid in os_pids:
                 os.kill(os_pid, signal.SIGKILL)
-        server.expect_stderr(r" [ab] \(pid \d\): os pid \d+ runs as another user and cannot be "
-                             "signalled: it is left to itself$")
-        self.assertEqual(server.stderr.count("\n"), 2, server.stderr)
+        server.expect_stderr(r" ([ab] \(pid \d\):|a command:) os pid \d+ runs as another user and "
+                             "cannot be signalled: it is left to itself$")
+        self.assertEqual(server.stderr.count("\n"), 3, server.stderr)
 
     def test_ctrl_c_within_the_imports(self):
         """Silent, as later: a module of the standard library is one that sends the signal."""
