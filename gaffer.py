@@ -4278,7 +4278,7 @@ class Manager:
         self._held.pop(template, None)
         template.finished = {}
         if template.active:
-            template.active = False
+            template.active, template.outcome = False, None     # of a schedule's last run
             self._publish("stop", template.name)
             self.loop.call_soon(self.maybe_stopped)
         for process in template.running():

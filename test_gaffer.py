@@ -3637,7 +3637,10 @@ class ProcessSchedules(ProcessClock):
         manager.add_process(info)
         for number, (act, runs, state) in enumerate((
                 (lambda: manager.start_template("x"), True, "scheduled"),
-                (lambda: manager.update_process("x", dict(info, cmd="true x")), False, "scheduled"),
+                (lambda: manager.stop_template("x"), False, "stopped"),
+                (lambda: manager.update_process("x", dict(info, cmd="true x")), False, "stopped"),
+                (lambda: manager.start_template("x"), True, "scheduled"),
+                (lambda: manager.update_process("x", dict(info, cmd="true y")), False, "scheduled"),
                 (lambda: manager.stop_template("x"), False, "stopped"),
                 (lambda: manager.update_process("x", dict(info, start=True)), False, "scheduled"),
                 (lambda: manager.update_process("x", dict(info, schedule=None)), True, "backoff"),
