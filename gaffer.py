@@ -4508,6 +4508,8 @@ class Manager:
         if not active:
             self._stop_template(template)
         elif replaced:
+            if not template.active and template.due:
+                self._publish("start", name)
             template.active = True
             for process in template.running():
                 self._end_process(process, "stop_pid")

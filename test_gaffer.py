@@ -4103,6 +4103,7 @@ class ProcessActions(ProcessCase):
                  "create start spawn spawn stop stop_pid stop_pid delete exit exit"),
                 ({"numprocesses": 1}, ["PUT ", "POST /_start?wait=true"],
                  "create start spawn update stop_pid exit spawn"),
+                ({"start": False}, ["PUT "], "create update start spawn"),
                 ({"numprocesses": 1}, ["POST /_restart?wait=true"],
                  "create start spawn restart stop_pid exit spawn"))):
             with self.subTest(fields=fields, requests=requests):
@@ -4110,7 +4111,7 @@ class ProcessActions(ProcessCase):
                 self.add(name, "sleep 60", **dict({"numprocesses": 2}, **fields))
                 for request in requests:
                     method, path = request.split(" ")
-                    body = {"cmd": "sleep 61"} if method == "PUT" else None
+                    body = {"cmd": "sleep 61", "start": True} if method == "PUT" else None
                     self.ok(method, "/processes/" + name + path, body)
                 until(lambda name=name, events=events: len(self.words(name)) >= len(events))
                 self.assertEqual(self.words(name), events)
