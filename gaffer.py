@@ -6053,6 +6053,12 @@ class Answer(Channel):
         self.connection.early += data
         self.reading(False)
 
+    def left(self):
+        if self.queued:                         # it may wait for that
+            self._watch(selectors.EVENT_WRITE)
+        else:
+            self.close()
+
     def drained(self):
         if self._keep:
             self.detach()

@@ -5770,6 +5770,9 @@ class HttpConnections(HttpCase):
             wire.send(rest)
             self.assertEqual([wire.answer()[0] for _ in statuses], statuses)
             self.assertOpen(wire)
+        wire = self.wire(server=server, receive_buffer=4096).send(unread)
+        wire.sock.shutdown(socket.SHUT_WR)      # it will ask no more, and gets all of the answer
+        self.assertEqual(json.loads(wire.answer()[2])["name"], "large")
 
     def test_client_that_takes_nothing(self):
         """It has SEND_TIME for a part of an answer, STALL for what a long poll has waited for."""
