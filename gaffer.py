@@ -4754,6 +4754,7 @@ class Manager:
         self.journal.finish()
         self.events.finish()
         self._check_waiters()
+        self._call_apps("finish")
         self._let_send([], 0.0, self.loop.clock() + STOP_SEND_TOTAL)
 
     def _let_send(self, before, until, end):
@@ -6093,7 +6094,7 @@ class LongPoll(Answer):
         if not self._answered and not self.closed:
             self._answered, self.status = True, None
             self.closing()
-            self._keep = not (self.request.wants_close() or self.http.closed)
+            self._keep = not (self.request.wants_close() or self.http.ending)
             if self.send(self.http.answer(self.connection, self.request, response, self._keep)):
                 self.drained()
 
@@ -9376,7 +9377,7 @@ class Handler(socketserver.StreamRequestHandler):
             http.working.add(self)
             began = time.monotonic()
             request.client, request.secure = self.client.address, self.server.context is not None
-            keep = not (has_body(request) or request.wants_close() or http.closed)
+            keep = not (has_body(request) or request.wants_close() or http.ending)
             respond, limit, _ = http.route(request)
             if has_body(request):
                 length = body_length(request, limit)
@@ -9385,7 +9386,7 @@ class Handler(socketserver.StreamRequestHandler):
                 self.reader.deadline = time.monotonic() + BODY_TIME
                 request.body = read_body(self.rfile, length, limit)
                 self.reader.go_ahead = b""
-                keep, began = not (request.wants_close() or http.closed), time.monotonic()
+                keep, began = not (request.wants_close() or http.ending), time.monotonic()
             answer = respond(request)
         except socket.timeout:
             answer, began = error_response(RequestTimeout(
@@ -9523,7 +9524,7 @@ class QuickRequests:
         http = self.http
         for connection, request, respond in tasks:
             began = self._used[connection] = time.monotonic()
-            keep = not (request.wants_close() or http.closed)
+            keep = not (request.wants_close() or http.ending)
             left = http.close_connection, connection
             try:
                 answer = respond(request)
@@ -9762,7 +9763,8 @@ class HttpHandler:
         self._max_body = max_body
         self.routes, self._router, self._api = ROUTES, Router(ROUTES), None
         self._max_connections, self._max_of_address = max_connections, max_connections_per_address
-        self.loop, self.closed, self.listeners = None, False, []
+        self.loop, self.listeners = None, []
+        self.ending = self.closed = False
         self.connections, self._of_address = set(), collections.Counter()
         self.channels = set()                   # those of the connections that the loop has,
         self.threads = {}                       # and the threads of the others, by Connection
@@ -9776,7 +9778,8 @@ class HttpHandler:
 
     def start(self, loop, manager):
         """Listen. Raises StartError: an endpoint cannot be used, or would be open to everybody."""
-        self.loop, self._api, self.closed = loop, Api(manager, self), False
+        self.loop, self._api = loop, Api(manager, self)
+        self.ending = self.closed = False
         self.quick = QuickRequests(self)
         self._known_route = functools.lru_cache(256)(self._find)    # clients poll the same paths
         if sys.version_info < (3, 9):
@@ -9802,13 +9805,18 @@ class HttpHandler:
             self.join()
             raise
 
-    def stop(self):
-        """Listen no longer, close all connections."""
-        self.closed = True
-        self.quick.wake.set()
+    def finish(self):
+        """Listen no longer, and take one more request of each connection."""
+        self.ending = True
         for listener in self.listeners:
             listener.close()
         self.listeners = []
+
+    def stop(self):
+        """Listen no longer, close all connections."""
+        self.finish()
+        self.closed = True
+        self.quick.wake.set()
         unsent = [channel.unsent for channel in self.channels if channel.unsent]
         if unsent:
             log.warning("%d clients did not take what was left for them: at least %d bytes are "

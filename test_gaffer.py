@@ -5802,7 +5802,8 @@ class HttpConnections(HttpCase):
                 self.all_gone()
 
     def test_stop(self):
-        """Requests have STOP_SEND seconds, then they are cut; what waits is answered."""
+        """Requests have STOP_SEND seconds, then they are cut; what waits is answered. Who asks on
+        and on does not hold it up."""
         entered, leave = queue.Queue(), threading.Event()
         self.addCleanup(leave.set)
 
@@ -5828,7 +5829,10 @@ class HttpConnections(HttpCase):
                     entered.get(timeout=TIMEOUT)
                 server.manager.stop()
                 if answers:
-                    until(lambda: server.manager.stopping, "the stop")
+                    until(lambda: quick.request("/ping").answer()[1]["Connection"], "the stop")
+                    with socket.socket() as late:
+                        self.assertEqual(late.connect_ex(("127.0.0.1", server.port)),
+                                         errno.ECONNREFUSED)
                     leave.set()
                 self.assertEqual([wire.answer()[2] for wire in wires if answers], answers)
                 self.assertEqual([wire.file.read() for wire in [quick, *wires]], [b""] * 3)
