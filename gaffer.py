@@ -12043,7 +12043,7 @@ def logs_command(args):
     client = connect(args)
     printer, path = LogPrinter(args, client), "/streams"
     targets = find_targets(args, printer.learn(), args.names, True)
-    if args.names and not targets:
+    if args.exit_status and not targets:
         return args.exit_status
     if len(targets) == len(args.names) == 1:
         path += "/" + reference(targets[0].status["name"])

@@ -9905,7 +9905,7 @@ class CliLogs(CliFollowCase):
     def test_follow(self):
         def add():
             self.server.add("a", "echo started; exec cat", shell=True, redirect_input=True)
-        follower = self.follow("logs", "-f")
+        follower = self.follow("logs", "-f", "all")
         add()
         self.assertEqual(follower.stdout.readline(), b"a.1 | started\n")
         named = self.follow("logs", "-f", "a", "--no-prefix")
