@@ -10921,7 +10921,8 @@ PROGRAM_DEFAULTS = {                            # where they are not those of a 
 ADVICE = (                                      # what supervisord has, and what to do instead
     (r".* (stdout|stderr)_.*", "output is kept in memory: 'gaffer.py logs' reads it; to have it in "
      "a file, redirect it in the command"),
-    (r"(supervisord|supervisorctl|rpcinterface:.*|.*_http_server)( .*)?",
+    (r"supervisord environment", "set it in each [program:NAME], or for 'serve' itself"),
+    (r"supervisord|supervisorctl|rpcinterface:.*|.*_http_server",
      "these are options of 'serve': --bind, --token-file, --log-file, --pidfile, --daemon"),
     (r"eventlistener:.*", "events are sent by [webhooks] of an INI file, or read by GET /watch"),
     (r".*", "there is nothing like it: leave it out"))
@@ -11000,6 +11001,8 @@ def load_supervisord(file):
             elif kind == "include":
                 files = fill_in(fields.get("files", ""), names)
                 tree["gaffer"] = {"": {"include": files.split()}}
+            elif section == "supervisord" and "environment" in fields:
+                left.append("supervisord environment")
         except ValueError as error:
             file.fault(str(error), section)
         for what in left:

@@ -10458,6 +10458,7 @@ class ConfigSupervisord(ConfigCase):
     TEXT = """
         [unix_http_server]
         [supervisord]
+        environment=A=1
         [rpcinterface:supervisor]
         [supervisorctl]
 
@@ -10511,7 +10512,7 @@ class ConfigSupervisord(ConfigCase):
         said = "\n".join(logged.output)
         for what in ("program:web stdout_logfile; output is", "eventlistener:mail; events",
                      "unix_http_server, supervisord, rpcinterface:supervisor, supervisorctl; these",
-                     "program:job serverurl; there is nothing"):
+                     "supervisord environment; set", "program:job serverurl; there is nothing"):
             self.assertEqual(said.count(what), 1, said)
 
     def test_faults(self):
