@@ -12008,6 +12008,15 @@ class LogPrinter:
                 self.names[name, None] = name + ".1"
         return statuses
 
+    def meet(self, lines):
+        """Learn the names of the processes of lines, if one is new."""
+        new = [line for line in lines if (line.name, line.pid) not in self.names]
+        if new:
+            with contextlib.suppress(ClientError):
+                self.learn()
+        for line in new:                        # one that went long ago is asked for once
+            self.names.setdefault((line.name, line.pid), self.name(line))
+
     def name(self, line):
         """Return what people call the process of a line."""
         return self.names.get((line.name, line.pid)) or self.names.get((line.name, None), line.name)
@@ -12063,6 +12072,7 @@ def logs_command(args):
     headers, body = client.exchange("GET", path + "?returns=true&tail=all&timeout=0")
     since = 0 if args.since is None else time.time() - args.since
     lines = list(map(journal_line, body.decode("utf-8", "replace").split("\n")[:-1]))
+    printer.meet(lines)
     printer.show(merge_lines(
         [line for line in lines if wanted(line) and line.time >= since],
         args.n if args.n is not None else math.inf if since else 10, printer.name))
@@ -12081,10 +12091,8 @@ def logs_command(args):
             line = journal_line(data)
             if line.label == "exit":
                 pids.discard(line.pid)
-            elif (line.name, line.pid) not in printer.names:    # a new process
-                with contextlib.suppress(ClientError):
-                    printer.learn()
-                printer.names.setdefault((line.name, line.pid), printer.name(line))
+            else:
+                printer.meet([line])
             if wanted(line):
                 printer.show([line])
         if only_pids and not pids:

@@ -9868,6 +9868,9 @@ class CliLogs(CliFollowCase):
                    ("logs nosuch a -n 1", "a.1 | 3\n", 4, "gaffer: .*nosuch.*\n"),
                    ("logs --since 0s", ""), ("logs -f nosuch", "", 4, "gaffer: .*nosuch.*\n"))
         self.assertEqual(sorted(self.call("logs", "two").splitlines()), ["two.1 | 1", "two.2 | 2"])
+        known = [gaffer.get_statuses(gaffer.Client(self.server.url)), {}]   # they start just then
+        with http_limits(get_statuses=lambda client: known.pop()):
+            self.assertIn("two.2  | 2\n", self.call("logs"))
         out = self.call("logs", "-t", "-n1", "a")
         self.assertRegex(out, r"\A[0-9-]{10} [0-9:]{8} a\.1 \| 3\n\Z")
         line = json.loads(self.call("logs", "--json", "-n1", "a"))
