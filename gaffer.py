@@ -3382,7 +3382,7 @@ class Process:
     def _check_before_start(self, launch):
         """End it if before_start has not ended yet."""
         seen, words = self._manager.table.look(self.os_pid), b" ".join(launch.argv)
-        if seen and seen["cmdline"] == words.decode("utf-8", "replace"):
+        if seen and seen["cmdline"].rstrip() == words.decode("utf-8", "replace").rstrip():
             log.warning("%s (pid %d): before_start has not ended in %d seconds and is killed",
                         self.name, self.pid, HOOK_TIME)
             self.signal_group(signal.SIGKILL)

@@ -3296,7 +3296,8 @@ class ProcessTimes(ProcessClock):
 
     def test_hooks_that_take_too_long(self):
         """A minute each; before_start is an exit of the process, after_stop only told."""
-        self.manager.add_process("x", "sleep 99", before_start="sleep 1000", restart="never")
+        self.manager.add_process("x", "sleep", args=["99", ""], before_start="sleep 1000",
+                                 restart="never")       # the kernel's list may lack the ""
         self.manager.add_process("y", "sleep 99", before_start="true")
         self.manager.add_process("z", "true", after_stop="sleep 1000", restart="never")
         self.manager.add_process("again", "false", after_stop="sleep 1000", restart_delay=50)
