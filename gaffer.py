@@ -11692,10 +11692,12 @@ def given_fields(args):
             continue
         try:
             info[field] = (env_from_words(value) if field == "env" else
-                           os.path.abspath(value) if field == "cwd" else
+                           os.path.abspath(value) if field == "cwd" and value else
                            value if isinstance(value, bool) else from_text(field, value))
+            if info[field] is None:             # it was given without a value
+                info[field] = OPTIONS[field].default
             if field == "env_file":
-                info[field] = list(map(os.path.abspath, info[field] or []))
+                info[field] = list(map(os.path.abspath, info[field]))
         except ValueError as error:
             raise ClientError("--%s: field '%s' %s" % (
                 field.replace("_", "-"), field, error), 2) from None

@@ -9484,6 +9484,8 @@ class CliControl(CliFollowCase):
         for words, fields in (
                 ("a sleep -0 2000", {"cmd": "sleep", "args": ["-0", "2000"]}),
                 ("--env B=3 a", {"env": {"A": "1", "B": "3"}}),
+                ("--limits core=0 --success 3 a", {"limits": {"core": 0}, "success": [3]}),
+                ("--limits= --success= --cwd= a", {"limits": {}, "success": [0], "cwd": None}),
                 ("--schedule @daily a sleep 1000",      # which has no other restart
                  {"schedule": "@daily", "restart": "never", "args": ["1000"]}),
                 ("--start a", {"start": True})):
