@@ -9466,6 +9466,9 @@ class QuickRequests:
             self.http.loop.call(function, *args)
         except Stopping:
             connection.sock.close()
+        except Exception:                       # the others' requests are answered
+            log.exception("a request failed")
+            self.http.interrupt(connection)
 
     def _run(self):
         while self._used or not self.http.closed:
@@ -9514,6 +9517,8 @@ class QuickRequests:
                     respond, _, quick = http.route(request)
         except GafferError as error:            # a head that is wrong is left to a thread
             respond = functools.partial(entry_refusal, error=error)
+        except Exception:                       # as one for which there is no memory
+            quick = False
         if quick:
             tasks.append((connection, request, respond))
         else:
@@ -9524,9 +9529,9 @@ class QuickRequests:
         http = self.http
         for connection, request, respond in tasks:
             began = self._used[connection] = time.monotonic()
-            keep = not (request.wants_close() or http.ending)
             left = http.close_connection, connection
             try:
+                keep = not (request.wants_close() or http.ending)
                 answer = respond(request)
                 if not isinstance(answer, Channel):
                     data = http.answer(connection, request, answer, keep, began)

@@ -5761,11 +5761,18 @@ class HttpConnections(HttpCase):
             for wire in quick:
                 wire.request("/status/large")
             self.assertEqual({wire.answer()[0] for wire in quick}, {200})
-        with self.assertLogs("gaffer", "ERROR"):
-            with unittest.mock.patch.object(server.http, "answer", side_effect=MemoryError):
-                self.assertEqual(quick[0].request("/ping").file.read(), b"")
-            self.assertOpen(quick[1])           # its thread has logged that
-        self.assertEqual(len(server.http.threads), 4)
+        for owner, name, path, *statuses in (
+                (server.http, "answer", "/ping", b"", b"200", b"200", b"200"),
+                (server.manager.events, "wait", "/watch?timeout=0", b"", b"204", b"204", b"204"),
+                (gaffer, "known_request", "/ping", b"200", b"200", b"200", b"200")):
+            wires, quick, fine = quick[:4], quick[4:], unittest.mock.DEFAULT
+            failing = unittest.mock.Mock(wraps=getattr(owner, name), side_effect=itertools.chain(
+                [fine, fine, MemoryError], itertools.repeat(fine)))
+            with self.subTest(name), unittest.mock.patch.object(owner, name, failing), (
+                    contextlib.nullcontext() if b"" not in statuses else
+                    self.assertLogs("gaffer", "ERROR")):
+                server.manager.loop.call(lambda: [wire.request(path) for wire in wires])
+                self.assertEqual(sorted(wire.file.readline()[9:12] for wire in wires), statuses)
         leave.set()
         for wire, rest, statuses in held:
             wire.send(rest)
