@@ -8483,14 +8483,18 @@ class Api:
         return self._done(templates, before, query.wait, answer)
 
     def _done(self, templates, before, wait, answer=OK):
-        """Answer at once, or when those processes are gone and no template lacks any."""
+        """Answer at once, or when those processes are gone, and all that a template has stopped,
+        and it lacks none."""
         if wait is None:
             return answer
 
         def done():
             return (all(process.gone or process.running for process in before)
                     and all(template.missing() <= 0 and not template.pending
-                            and template.state() != "waiting" for template in templates))
+                            and template.state() != "waiting"
+                            and all(each.running or template.active and each.by_itself
+                                    for each in template.processes.values())
+                            for template in templates))
         infos = [each.info for each in templates] + [each.template for each in before]
         if wait is True:
             wait = max([stop_time(info) for info in infos] or [0]) + WAIT_EXTRA

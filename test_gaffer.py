@@ -4234,6 +4234,14 @@ class ProcessActions(ProcessCase):
                 if method == "POST":
                     self.ok(method, path + "?wait=true")
 
+        def stop(name, stop=self.manager.stop_template):
+            self.manager.scale(name, 1)         # as somebody else may, just before
+            self.read(name, b"ready")
+            stop(name)
+        self.add("y", PROCESS_STUBBORN, numprocesses=0, graceful_timeout=60)
+        with unittest.mock.patch.object(self.manager, "stop_template", stop):
+            late("/processes/y/_stop")
+
     def test_group_ends_before_the_next(self):
         """A leader that exits by itself is replaced when nothing of its group is left, whose output
         is read until then."""
