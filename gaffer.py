@@ -3433,7 +3433,7 @@ class Process:
             words = window.read(max(window.start, window.end - HOOK_WORDS))
         if failure is not None:
             said = words.decode("utf-8", "replace").strip()
-            self.home.hint = "after_stop %s: %s" % (failure, said)
+            self.home.hint = "after_stop " + ": ".join(filter(None, (failure, said)))
             log.warning("%s (pid %d): %s", self.name, self.pid, self.home.hint)
         self.step("clean")
 
@@ -3508,7 +3508,7 @@ class Process:
 
     def signal(self, signum, group=False):
         """Send a signal to the process, or to its whole group. Forbidden."""
-        if group and self.exited and not self.gone:
+        if group and self.state == "exited":
             self.signal_group(signum)           # what is left of it is being stopped
         elif not self.exited:
             try:

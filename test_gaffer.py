@@ -3314,7 +3314,7 @@ class ProcessTimes(ProcessClock):
         until(lambda: self.advance(1) or self.count("fail"), "an empty group, by the same clock")
         self.wait("done")
         self.assertEqual(self.status()["last_exit"]["term_signal"], signal.SIGKILL)
-        self.assertIn("is killed before its end", self.status("z")["hint"])
+        self.assertEqual(self.status("z")["hint"], "after_stop is killed before its end")
         self.assertEqual(self.status("y")["running"], 1)
 
     def test_steps_of_a_stop(self):
@@ -3351,6 +3351,9 @@ class ProcessTimes(ProcessClock):
         self.read("x", b"hook", "stderr")
         self.advance(5)
         self.assertEqual(self.manager.find_process(1, past=True).state, "cleaning")
+        with unittest.mock.patch.object(gaffer.os, "killpg") as killpg:
+            self.manager.signal("x", signal.SIGUSR1, group=True)
+        self.assertFalse(killpg.called, "the number may be another group's by now")
 
     def test_stop_by_priority(self):
         """The highest first, the newest within one; the next when those are gone or late. What
