@@ -4179,6 +4179,8 @@ class Manager:
             self._publish("fail" if failures else "done", template.name, exit_status=status,
                           term_signal=signum, tries=template.tries)
             self.loop.call_soon(self.maybe_stopped)
+        elif template.schedule is not None and not (template.wanted() or template.processes):
+            template.due = False                # a run of no process has ended
         if template.active and template.schedule is not None and template.alarm is None:
             now = time.time()
             runs = template.schedule.next_times(now)

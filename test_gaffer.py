@@ -3633,7 +3633,13 @@ class ProcessSchedules(ProcessClock):
         self.manager.end_input(1, "stdin")
         self.wait("done")
         self.advance(60)
-        self.assertEqual(self.count("spawn"), 2)
+        self.manager.scale("x", -1)             # of none: it has ended
+        self.advance(60, settle=True)
+        self.manager.scale("x", 1)
+        self.barrier()
+        self.assertEqual((self.count("spawn"), self.status()["state"]), (2, "scheduled"))
+        self.advance(60)
+        self.assertEqual(self.count("spawn"), 3)
 
     def test_what_starts_and_stops_it(self):
         """_start runs one now, a change none; what is stopped has no next time."""
