@@ -9489,12 +9489,10 @@ class QuickRequests:
         tasks = []
         for key, _ in self._selector.select(KEEP_TIME):
             self._read(key.data, tasks)
-        try:
+        with contextlib.suppress(Stopping):     # then stop() has ended the connections
             while tasks:                        # one by one, each would wait for a turn of the loop
                 self.http.loop.call(self._answer, tasks[:LOCKED_REQUESTS])
                 del tasks[:LOCKED_REQUESTS]
-        except Stopping:
-            self._answer(tasks)                 # so each is told
         now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + KEEP_TIME
