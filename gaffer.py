@@ -10228,8 +10228,8 @@ def reference(name):
 # --------------------------------------------------------------------------------------------------
 # apps
 #
-# What plugs into a Manager: any object with start(loop, manager), and maybe stop(), restart(), and
-# join(), which is called last, when the loop is closed.
+# What plugs into a Manager: any object with start(loop, manager), and maybe stop(), restart(),
+# finish(), which is called before the last bytes are sent, and join(), when the loop is closed.
 # --------------------------------------------------------------------------------------------------
 WEBHOOK_QUEUE = 1000                            # events; one more is dropped
 WEBHOOK_TIME = 5.0                              # for a receiver to answer
