@@ -3000,11 +3000,10 @@ class Probe:
 
 
 class NotifySocket:
-    """A datagram socket for the messages of sd_notify(3). Calls `receive(fields)`, {name: value},
-    for each that comes from a process of the group `group`."""
+    """A datagram socket for the messages of sd_notify(3) that come from the group of a Process."""
 
-    def __init__(self, loop, receive):
-        self._loop, self._receive, self.group = loop, receive, None
+    def __init__(self, loop, process):
+        self._loop, self._process = loop, process
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.address = b"@gaffer-" + os.urandom(16).hex().encode()     # abstract: it has no file
@@ -3014,7 +3013,7 @@ class NotifySocket:
     def _readable(self, mask):
         room = socket.CMSG_SPACE(struct.calcsize("3i")) + socket.CMSG_SPACE(struct.calcsize("i"))
         data, parts, flags, _ = self._socket.recvmsg(NOTIFY_SIZE, room)
-        sender = 0
+        process, sender = self._process, 0
         for _, kind, content in parts:
             if kind == socket.SCM_CREDENTIALS:
                 sender = struct.unpack("3i", content)[0]
@@ -3022,9 +3021,13 @@ class NotifySocket:
                 for fd, in struct.iter_unpack("i", content[:len(content) // 4 * 4]):
                     os.close(fd)
         try:
-            if sender and os.getpgid(sender) == self.group and not flags & socket.MSG_TRUNC:
+            if sender and os.getpgid(sender) == process.os_pid and not flags & socket.MSG_TRUNC:
                 lines = data.decode("utf-8", "replace").split("\n")
-                self._receive(dict(line.partition("=")[::2] for line in lines))
+                fields = dict(line.partition("=")[::2] for line in lines)
+                process.message = fields.get("STATUS", process.message)
+                process.ending = process.ending or fields.get("STOPPING") == "1"
+                if fields.get("READY") == "1":
+                    process.step("ready")
         except ProcessLookupError:              # it has ended, and can't be told from a stranger
             pass
 
@@ -3144,7 +3147,7 @@ class Process:
                 os.set_blocking(fd, False)
             self.started, self.instance = self._loop.clock(), launch.instance
             if launch.ready == "notify":
-                self._notify = NotifySocket(self._loop, self._notified)
+                self._notify = NotifySocket(self._loop, self)
                 launch = copy.copy(launch)
                 launch.env = {**launch.env, b"NOTIFY_SOCKET": self._notify.address}
             self.os_pid = self._execute(launch, stdio, extra, theirs)
@@ -3171,8 +3174,6 @@ class Process:
         if launch.target or launch.ready == "exec":
             self._probe = Probe(self._loop, launch.target, functools.partial(
                 self._run, launch, template["ready"].get("exec")), lambda: self.step("ready"))
-        elif launch.ready == "notify":
-            self._notify.group = self.os_pid
         elif launch.ready == "log":
             for label in set(template["redirect_output"]):
                 self._match(self.outputs[label].window, to_bytes(template["ready"]["log"]))
@@ -3201,14 +3202,6 @@ class Process:
             for fd in errors:
                 os.close(fd)
         return CommandRun(self._manager, os_pid, done)
-
-    def _notified(self, fields):
-        """Take a message of sd_notify(3)."""
-        self.message = fields.get("STATUS", self.message)
-        if fields.get("READY") == "1":
-            self.step("ready")
-        if fields.get("STOPPING") == "1":
-            self.ending = True
 
     def close_readiness(self):
         """Ask whether it is ready no longer."""
