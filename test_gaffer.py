@@ -3281,7 +3281,7 @@ class ProcessTimes(ProcessClock):
                 ({}, None, [(0, 15), (0, 18), (10, 9), (11, 9)]),
                 ({"stop_signal": [["INT", 5], ["QUIT", 2.5]]}, None,
                  [(0, 2), (0, 18), (5, 3), (5, 18), (7.5, 9), (8.5, 9)]),
-                ({"graceful_timeout": 3}, 1, [(0, 15), (0, 18), (1, 9), (2, 9)])):
+                ({"graceful_timeout": 2.5}, 1, [(0, 15), (0, 18), (1, 9), (2, 9), (3, 9)])):
             with self.subTest(fields=fields, kill=kill):
                 self.begin()
                 self.add("x", "sleep 60", **fields)
@@ -12002,7 +12002,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     ("elif not self.exited:", "else:", "ProcessHostile.test_a_number_that_is_another_s_by_now"),
     ("if not self.gone:     ", "if True:     ", "ProcessReady.test_commands"),
     ("self._timer.cancel()\n        self._timer = None if", "pass\n        self._timer = None if",
-     "ProcessTimes.test_an_old_timer_of_a_stop"),
+     "ProcessTimes.test_steps_of_a_stop"),
     ("os.close(self._fd)\n            self._schedule()", "pass\n            self._schedule()",
      "ProcessShortage.test_without_a_pidfd"),
     ('max(AFTERLIFE_COUNT, 2 * template.info["numprocesses"])', "AFTERLIFE_COUNT",
