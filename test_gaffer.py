@@ -4080,6 +4080,7 @@ class ProcessActions(ProcessCase):
         for name, command, *requests in (
                 ("a", PROCESS_STUBBORN, "POST /_stop", "POST /_start"),
                 ("b", PROCESS_STUBBORN, "POST /_stop", "POST /_restart"),
+                ("c", PROCESS_STUBBORN, "POST /_stop", "PUT "),
                 ("e", PROCESS_LEAVES, "POST /_stop", "POST /_start"),
                 ("f", PROCESS_LEAVES, "POST /_restart"), ("g", PROCESS_LEAVES, "PUT ")):
             with self.subTest(name):
