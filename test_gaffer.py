@@ -4899,8 +4899,11 @@ class HttpEndpointTable(HttpCase):
         for name in "abc":
             self.server.manager.add_process(name, "cat", start=False)
         with http_limits(PAGE_EVENTS=2):
-            _, headers, page = self.server.request("GET", "/", headers={"Accept": "text/html"})
+            _, headers, data = self.server.request("GET", "/", headers={
+                "Accept": "text/html", "Accept-Encoding": "gzip"})
         self.assertTrue(headers["Content-Type"].startswith("text/html"))
+        self.assertIn("Accept-Encoding", headers.get_all("Vary"))
+        page = zlib.decompress(data, 31)
         snapshot = json.loads(re.search(b'id="snapshot">(.*?)</script>', page).group(1))
         self.assertEqual([event["name"] for event in snapshot["events"]], ["b", "c"])
 
@@ -4910,7 +4913,6 @@ class HttpEndpointTable(HttpCase):
             ("GET", "/processes", []),
             ("POST", "/processes", HTTP_OK, {"name": "b", "cmd": "cat", "redirect_input": True}),
             ("POST", "/processes", HTTP_OK, {"name": "a", "cmd": "sleep 60", "start": False}),
-            ("POST", "/processes", (409, "conflict", "'b'"), {"name": "b", "cmd": "true"}),
             ("POST", "/processes", (*bad, "unknown field 'comand', did you mean 'cmd'?"),
              {"name": "c", "comand": "cat"}),
             ("POST", "/processes", (*bad, "'cmd'"), {"name": "c", "cmd": "/no/such/file x"}),
@@ -5053,7 +5055,6 @@ class HttpMetrics(HttpCase):
                 for _, samples in found.values() for (sample, labels), number in samples.items()}
 
     def assertMetrics(self, **expected):
-        """Some of the values."""
         found = self.metrics()
         self.assertEqual({**found, **expected}, found)
 
@@ -5140,7 +5141,6 @@ class HttpLogs(HttpCase):
         self.path = os.path.join(folder.name, "log")
 
     def serve_logged(self, path=None, **options):
-        """The server has an access log."""
         options["access_log"] = gaffer.AccessLog(path or self.path)
         self.server = self.serve(wsgi=HttpMetrics.options["wsgi"], **options)
 
@@ -5223,7 +5223,6 @@ class HttpLogs(HttpCase):
 
     @staticmethod
     def emit(handler, text):
-        """Log a line."""
         handler.emit(logging.makeLogRecord({"msg": text}))
 
     @staticmethod
@@ -5332,9 +5331,8 @@ class HttpOpenapi(HttpCase):
         for name, good, bad in (
                 ("feed", {"longpoll": "longpoll"}, ("", "x", "Longpoll")),
                 ("running", {"true": True, "1": True, "false": False, "0": False}, ("", "yes")),
-                ("timeout", {"0": 0.0, ".5": 0.5, "5.": 5.0, "0000000000012": 12.0,
-                             "9.999912345678": 9.999912345678},
-                 ("", "-1", "+1", "1e3", "nan", "inf", "1,5", "9" * 400, "\u0663", "\xb2")),
+                ("timeout", {"0": 0.0, ".5": 0.5, "5.": 5.0, "9.999912345678": 9.999912345678},
+                 ("", "-1", "+1", "1e3", "nan", "9" * 400, "\u0663", "\xb2")),
                 ("heartbeat", {"true": 60.0, "false": None, "0.1": 0.1}, ("0", "soon", "0.05")),
                 ("wait", {"true": True, "2": 2.0}, ("x",)), ("interval", {"0.1": 0.1}, ("0",)),
                 ("tail", {"all": math.inf, "12": 12}, ("-1", "1.0", "", "9" * 10, "\xb2")),
@@ -5362,10 +5360,10 @@ class HttpOpenapi(HttpCase):
             described, cls=openapi_spec_validator.OpenAPIV31SpecValidator)
         validator = jsonschema.Draft202012Validator(described["components"]["schemas"]["Template"])
         for fields in (
-                {}, {"args": "a b"}, {"args": 1}, {"env": {"A": 1, "B": "b"}}, {"env": {"A": True}},
-                {"numprocesses": 1001}, {"numprocesses": 1.5}, {"name": "1"}, {"unknown": 1},
+                {"args": "a b"}, {"env": {"A": 1, "B": "b"}}, {"env": {"A": True}}, {"name": "1"},
+                {"numprocesses": 1001}, {"numprocesses": 1.5}, {"unknown": 1},
                 {"redirect_output": ["a", "b", "c"]}, {"custom_streams": ["a", "a"]},
-                {"priority": -3}, {"flapping": {"attempts": 3}}, {"flapping": {"tries": 3}}):
+                {"flapping": {"attempts": 3}}, {"flapping": {"tries": 3}}):
             with self.subTest(**fields):
                 template, good = dict({"name": "x", "cmd": "true"}, **fields), True
                 try:
@@ -5452,7 +5450,7 @@ class HttpErrorTable(HttpCase):
                 (500, "internal_error", "GET", "/status/web"),
                 (501, "method_not_allowed", "FOO", "/"),
                 (503, "stdin_full", "POST", "/streams/full/stdin", half),
-                (503, "busy", "GET", "/"), (505, "bad_request", "GET", "/ HTTP/3.0\r\nX:"),
+                (503, "busy", "GET", "/"),
                 (504, "wait_timeout", "POST", "/processes/deaf/_stop?wait=0.05"),
                 (503, "stopping", "GET", "/stats?feed=longpoll&interval=1000")):
             server = secured if status == 401 else self.server
@@ -5895,7 +5893,6 @@ class HttpAccess(HttpCase):
 
     @staticmethod
     def cors(answer):
-        """The CORS headers of an answer."""
         return {name: value for name, value in answer[1].items()
                 if name.startswith("Access-Control-")}
 
@@ -5936,8 +5933,8 @@ class HttpAccess(HttpCase):
         self.cat("web")
         for status, method, path in (
                 (405, "PUT", "/processes"), (200, "GET", "/watch?feed=eventsource"),
-                (200, "GET", "/stats?feed=longpoll&interval=0.1"), (200, "GET", "/"),
-                (200, "HEAD", "/status"), (204, "OPTIONS", "/x"), (204, "GET", "/watch?timeout=0")):
+                (200, "GET", "/stats?feed=longpoll&interval=0.1"), (200, "HEAD", "/status"),
+                (204, "OPTIONS", "/x"), (204, "GET", "/watch?timeout=0")):
             wire = self.wire(path, "Origin: http://localhost:1", method=method)
             self.assertEqual((wire.status, wire.headers["Cache-Control"]), (status, "no-store"))
             self.assertEqual(wire.headers.get_all("Access-Control-Allow-Origin"),
@@ -5983,7 +5980,6 @@ class HttpToken(HttpCase):
 
     @staticmethod
     def basic(text):
-        """An Authorization header."""
         return "Authorization: Basic " + base64.b64encode(text.encode()).decode()
 
     def test_without(self):
@@ -6062,13 +6058,11 @@ class HttpEndpoints(HttpCase):
         return self.serve(endpoint, *more, **options)
 
     def connect(self, address, context=None):
-        """A Wire that is closed after the test."""
         wire = Wire(address, context)
         self.addCleanup(wire.close)
         return wire
 
     def secure(self, server):
-        """A Wire over TLS."""
         return self.connect(server.port, self.context)
 
     def test_tls(self):
@@ -6350,12 +6344,10 @@ class HttpLibrary(HttpCase):
         channel, = self.server.http.channels
         until(lambda: channel.paused and channel.queued, "a queue that is full")
         self.assertLess(channel.queued, gaffer.SEND_QUEUE_LOW + 2 * gaffer.MIB)
-        short = [b"%d" % number for number in range(2000)]      # more than one sendmsg() takes
-        for data in short:
-            handler.send(data)
-        found = [made.read()[1] for _ in range(2064)]
-        self.assertEqual([data for data in found if len(data) < 5], short)
-        self.assertEqual([data[-1:] for data in found if len(data) > 5], messages)
+        for _ in range(2000):                   # more than one sendmsg() takes
+            handler.send(b"")
+        found = [made.read()[1][-1:] for _ in range(2064)]
+        self.assertEqual([data for data in found if data], messages)
         with http_limits(CLOSE_TIME=0.05):      # it reads only after that
             for _ in range(8):
                 handler.send(answer)
@@ -6378,10 +6370,9 @@ class HttpLibrary(HttpCase):
         """A handler runs on one thread; send() and end() wait for nobody, from any thread."""
         for where in "open", "message":
             with self.subTest(where):
-                lock, waits, calls = threading.Lock(), threading.Event(), queue.Queue()
+                lock, calls = threading.Lock(), queue.Queue()
 
-                def wait(handler, *arguments, lock=lock, waits=waits, calls=calls):
-                    waits.set()
+                def wait(handler, *arguments, lock=lock, calls=calls):
                     calls.put((handler, threading.get_ident()))
                     with lock:
                         calls.put(threading.get_ident())
@@ -6389,7 +6380,6 @@ class HttpLibrary(HttpCase):
                 with lock:
                     made = self.websocket("/socket")
                     made.text("x")
-                    self.assertTrue(waits.wait(TIMEOUT))
                     handler, thread = calls.get(timeout=TIMEOUT)
                     for number in range(1000):
                         handler.send(str(number))
@@ -6435,22 +6425,21 @@ class HttpLibrary(HttpCase):
                 ("POST", "X: y", big, big, "a.localhost", "a.localhost", "80"),
                 ("PUT", "Transfer-Encoding: chunked", http_chunks(b"hi"), b"hi", "[::1]:8", "[::1]",
                  "8")):
-            with self.subTest(method=method):
-                status, headers, data = wire.request(
-                    "/admin/a%20b/%c3%a9?x=%31&y", "Content-Type: text/x", "X-Two: 1", "X-Two: 2",
-                    "Proxy: evil", "X_Two: evil", "Origin: http://localhost", framing,
-                    method=method, body=sent, host=host).answer()
-                self.assertEqual([status, headers["Vary"], headers["Cache-Control"], data],
-                                 [201, "Cookie, Origin", "no-store", b"got " + body])
-                environ, got, uri = seen.pop()
-                self.assertEqual((got, uri), (body, "http://%s/admin" % host))
-                expected = {
-                    "REQUEST_METHOD": method, "SCRIPT_NAME": "/admin", "QUERY_STRING": "x=%31&y",
-                    "PATH_INFO": "/a b/\xc3\xa9", "CONTENT_TYPE": "text/x", "SERVER_PORT": port,
-                    "CONTENT_LENGTH": str(len(body)), "SERVER_NAME": name, "HTTP_X_TWO": "1, 2",
-                    "REMOTE_ADDR": "127.0.0.1", "SERVER_PROTOCOL": "HTTP/1.1", "HTTP_PROXY": None,
-                    "wsgi.url_scheme": "http", "wsgi.multithread": True, "PATH": None}
-                self.assertEqual({key: environ.get(key) for key in expected}, expected)
+            status, headers, data = wire.request(
+                "/admin/a%20b/%c3%a9?x=%31&y", "Content-Type: text/x", "X-Two: 1", "X-Two: 2",
+                "Proxy: evil", "X_Two: evil", "Origin: http://localhost", framing,
+                method=method, body=sent, host=host).answer()
+            self.assertEqual([status, headers["Vary"], headers["Cache-Control"], data],
+                             [201, "Cookie, Origin", "no-store", b"got " + body])
+            environ, got, uri = seen.pop()
+            self.assertEqual((got, uri), (body, "http://%s/admin" % host))
+            expected = {
+                "REQUEST_METHOD": method, "SCRIPT_NAME": "/admin", "QUERY_STRING": "x=%31&y",
+                "PATH_INFO": "/a b/\xc3\xa9", "CONTENT_TYPE": "text/x", "SERVER_PORT": port,
+                "CONTENT_LENGTH": str(len(body)), "SERVER_NAME": name, "HTTP_X_TWO": "1, 2",
+                "REMOTE_ADDR": "127.0.0.1", "SERVER_PROTOCOL": "HTTP/1.1", "HTTP_PROXY": None,
+                "wsgi.url_scheme": "http", "wsgi.multithread": True, "PATH": None}
+            self.assertEqual({key: environ.get(key) for key in expected}, expected)
 
     def test_wsgi_mounts(self):
         """The longest prefix, at a border of the path; the API comes first."""
@@ -6487,39 +6476,34 @@ class HttpLibrary(HttpCase):
     def test_wsgi_framing(self):
         """A client can tell where a body ends, and that it was cut; HEAD, 204 and 304 have none."""
         def app(environ, start_response):
-            status, length, parts = json.loads(urllib.parse.unquote(environ["QUERY_STRING"]))
             start_response(status, [("Content-Length", length)] if length else [])
             for part in parts:
-                yield part.encode() if part else 1 / 0
+                yield part or 1 / 0
         self.server = self.serve(wsgi={"/admin": app})
-
-        def request(status, length, parts, *headers, **options):
-            path = "/admin?" + urllib.parse.quote(json.dumps([status, length, parts]))
-            return self.wire().request(path, *headers, **options)
-        for method, version, row, framing, body in (
-                ("GET", "1.1", ("200 OK", None, ["ab", "c"]), "chunked", b"abc"),
-                ("GET", "1.1", ("200 OK", "3", ["ab", "cd"]), "3", b"abc"),
-                ("GET", "1.0", ("200 OK", None, ["ab", "c"]), None, b"abc"),
-                ("GET", "1.0", ("200 OK", "3", ["abc"], "Connection: keep-alive"), "3", b"abc"),
-                ("HEAD", "1.1", ("200 OK", "9", []), "9", b""),
-                ("GET", "1.1", ("204 No Content", "0", []), None, b""),
-                ("GET", "1.1", ("304 Not Modified", "9", []), "9", b"")):
-            with self.subTest(row, method=method, version=version):
-                wire = request(*row, method=method, version=version)
-                status, headers, data = wire.answer(method)
-                self.assertEqual((headers["Content-Length"] or headers["Transfer-Encoding"], data),
+        for method, version, status, length, parts, framing, body, *headers in (
+                ("GET", "1.1", "200 OK", None, [b"ab", b"c"], "chunked", b"abc"),
+                ("GET", "1.1", "200 OK", "3", [b"ab", b"cd"], "3", b"abc"),
+                ("GET", "1.0", "200 OK", None, [b"ab", b"c"], None, b"abc"),
+                ("GET", "1.0", "200 OK", "3", [b"abc"], "3", b"abc", "Connection: keep-alive"),
+                ("HEAD", "1.1", "200 OK", "9", [], "9", b""),
+                ("GET", "1.1", "204 No Content", "0", [], None, b""),
+                ("GET", "1.1", "304 Not Modified", "9", [], "9", b"")):
+            with self.subTest(status, method=method, version=version, length=length):
+                wire = self.wire().request("/admin", *headers, method=method, version=version)
+                _, answer, data = wire.answer(method)
+                self.assertEqual((answer["Content-Length"] or answer["Transfer-Encoding"], data),
                                  (framing, body))
-                if headers["Connection"] != "close":
+                if answer["Connection"] != "close":
                     self.assertOpen(wire)
-        for version, row, error in (
-                ("1.1", ("200 OK", None, ["ab", None]), None),
-                ("1.1", ("200 OK", "5", ["ab"]), None),
-                ("1.0", ("200 OK", None, ["ab", None]), ConnectionResetError)):
-            if row[2][-1] is None:
+        status = "200 OK"
+        for version, length, parts, error in (
+                ("1.1", None, [b"ab", None], None), ("1.1", "5", [b"ab"], None),
+                ("1.0", None, [b"ab", None], ConnectionResetError)):
+            if not parts[-1]:
                 self.expect_log("the application at /admin has failed")
-            with self.subTest(row, version=version), (
+            with self.subTest(version, length=length), (
                     self.assertRaises(error) if error else contextlib.nullcontext()):
-                data = request(*row, version=version).file.read()
+                data = self.wire().request("/admin", version=version).file.read()
                 self.assertTrue(b"ab" in data and not data.endswith(b"0\r\n\r\n"), data)
 
     def test_wsgi_fails(self):
@@ -6585,11 +6569,9 @@ class StreamsCase(ServerCase):
             """ % lines))
 
     def send(self, ref, data, label="stdin"):
-        """Write to a process."""
         self.server.ok("POST", "/streams/%s/%s" % (ref, label), data)
 
     def end(self, pid):
-        """End of file on stdin."""
         self.server.ok("DELETE", "/streams/%s/stdin" % pid)
 
     def poll(self, ref, query="", label="stdout"):
@@ -6620,7 +6602,6 @@ class StreamsCase(ServerCase):
         return self.server.manager.epoch
 
     def sse(self, ref, query="", *headers, label="stdout"):
-        """A Wire of an event stream."""
         wire = self.wire("/streams/%s/%s?feed=eventsource&%s" % (ref, label, query), *headers)
         self.assertEqual((wire.status, wire.headers["Content-Type"]), (200, "text/event-stream"))
         return wire
@@ -6630,7 +6611,6 @@ class StreamsCase(ServerCase):
         return self.sse(ref, query, "Last-Event-ID: " + last)
 
     def continuous(self, ref, query="", label="stdout", **options):
-        """A Wire of a continuous stream."""
         wire = self.wire("/streams/%s/%s?feed=continuous&%s" % (ref, label, query), **options)
         self.assertEqual(wire.status, 200)
         return wire
@@ -6800,12 +6780,16 @@ class StreamsClock(StreamsCase):
         with unittest.mock.patch("gaffer.Manager", functools.partial(gaffer.Manager, loop=loop)):
             self.server = Running(**self.options)
         self.addCleanup(self.server.stop_all)
+        self.server.http.listeners[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
 
     def advance(self, seconds):
         def forward():                          # not within a turn of the loop
             self.ahead += seconds
         self.server.manager.loop.call(forward)
-        self.assertEqual(self.server.request("GET", "/ping")[2], b"OK")
+        for _ in range(3):                      # the timers that are due, and what they begin
+            turn = threading.Event()
+            self.server.manager.loop.call_soon(turn.set)
+            self.assertTrue(turn.wait(TIMEOUT))
 
     def test_heartbeats(self):
         """Only seconds that pass without output count."""
@@ -6825,7 +6809,6 @@ class StreamsClock(StreamsCase):
 
     def full(self, *queries, lines=10 ** 9):
         """(pid, Wires that read nothing): their connections are full."""
-        self.server.http.listeners[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
         pid = self.hose(lines)
         wires = [self.continuous(pid, query, receive_buffer=4096) for query in queries]
         self.send(pid, b"\n")
@@ -6864,6 +6847,51 @@ class StreamsClock(StreamsCase):
                 self.assertEqual(streams_open(self.server, "continuous"), 1)
             place = self.place(pid)
             until(lambda place=place: self.place(pid) > place + 10 ** 6, "the child goes on")
+
+    def test_clock_that_leaps_ahead(self):
+        """gaffer was halted: what came meanwhile was in time, and missed beats stay missed."""
+        server, loop = self.server, self.server.manager.loop
+        for name in "x", "y":
+            server.add(name, "cat", redirect_input=True, graceful_timeout=3)
+        half = self.wire().send(b"GET /ping HTTP/1.1\r\n")
+        poll = self.wire().request("/streams/1/stdout?since=0")
+        block = self.wire("/streams/1/stdout?feed=continuous&loss=block")
+        beats = self.wire("/streams/2/stdout?feed=continuous&heartbeat=300")
+        made = self.websocket("/wstreams/1")
+        until(lambda: streams_open(server, "longpoll"), "the long poll")
+        go_on, halted = threading.Event(), threading.Event()
+        loop.call_soon(lambda: (halted.set(), go_on.wait(TIMEOUT)))
+        self.assertTrue(halted.wait(TIMEOUT))
+        half.send(b"Host: localhost\r\n\r\n")
+        made.text("hello\n")
+        self.ahead += 1000.0
+        go_on.set()
+        self.assertEqual((half.answer()[2], poll.answer()[2], made.read(), block.chunk(),
+                          beats.chunk()), (b"OK", b"hello\n", (1, b"hello\n"), b"hello\n", b"\n"))
+        server.ok("POST", "/streams/2/stdin", b"x\n")
+        self.assertEqual(beats.chunk(), b"x\n")
+        self.assertEqual([server.ok("GET", "/status/" + name)["restarts"] for name in "xy"], [0, 0])
+
+    def test_last_words_for_a_slow_client(self):
+        """It gets all of them as long as it goes on to take some."""
+        self.server.add("a", python(PROCESS_AWAITS_TERM + (
+            "os.write(1, b'ready\\n')\nsignal.sigwait([15])\nsys.stdout.write('x' * 8000000)")))
+        with http_limits(STOP_SEND=100, STOP_SEND_TOTAL=1000):
+            slow, taken = self.continuous("a", "since=0", receive_buffer=65536), 0
+            self.assertEqual(slow.exactly(6), b"ready\n")
+            self.server.manager.stop()
+            until(lambda: not self.server.manager._running and self.server.http.sending)
+            channel, = self.server.http.channels
+            for _ in range(3):
+                before = channel.sent
+                self.advance(0.6 * gaffer.STOP_SEND)
+                while channel.sent == before:
+                    taken += len(slow.chunk())
+                self.advance(0.0)
+                self.assertFalse(channel.closed)
+            rest, whole = slow.chunks()
+            self.assertEqual((taken + len(rest), whole), (8000000, True))
+            self.server._thread.join(TIMEOUT)
 
     def test_a_grandchild_holds_the_pipe(self):
         """The stream ends 2 s after the exit, and then the exit is told."""
@@ -7230,7 +7258,6 @@ class StreamsStdin(StreamsCase):
 class StreamsWebsocket(StreamsCase):
 
     def open(self, pid, query="", **options):
-        """A websocket to a process."""
         wire = self.wire(**options).upgrade("/wstreams/%d?%s" % (pid, query))
         self.assertEqual(wire.status, 101)
         return wire
@@ -7542,13 +7569,6 @@ class StreamsStats(StreamsCase):
         until(lambda: self.server.ok("GET", "/status/web?usage=true")["processes"][0]["rss"]
               > 40 << 20, "the memory of the group")
 
-    def test_gzip(self):
-        _, headers, data = self.server.request("GET", "/", headers={
-            "Accept-Encoding": "gzip", "Accept": "text/html"})
-        self.assertEqual(headers["Content-Encoding"], "gzip")
-        self.assertIn("Accept-Encoding", headers.get_all("Vary"))
-        self.assertIn(b"<!DOCTYPE html>", zlib.decompress(data, 31))
-
     def test_feeds(self):
         """Of all, of a template and of a process; they end with what they look at."""
         pid, wires = self.cat(), []
@@ -7586,7 +7606,6 @@ class StreamsLoss(StreamsCase):
         return b"".join(parts), dropped
 
     def by_events(self, wire):
-        """The same of events."""
         parts, dropped, place = [], 0, 0
         for kind, text, where in iter(wire.event, None):
             lost = json.loads(text)["bytes"] if kind == "dropped" else 0
@@ -7599,12 +7618,11 @@ class StreamsLoss(StreamsCase):
 
     def by_websocket(self, websocket):
         """(bytes, the payload of the close frame)."""
-        parts = []
-        for opcode, payload in iter(websocket.read, (None, b"")):
-            if opcode == 8:
-                return b"".join(parts), payload
+        parts, (opcode, payload) = [], websocket.read()
+        while opcode == 2:
             parts.append(payload)
-        self.fail("no close frame")
+            opcode, payload = websocket.read()
+        return b"".join(parts), payload
 
     def test_what_is_dropped_to_the_byte(self):
         """Of readers that begin when most output has fallen out of the window."""
@@ -7675,19 +7693,16 @@ class BrowserPageCase(BrowserCase):
         return self.browser.wait("%sreturn %s" % (self.FIND, js), *args)
 
     def becomes(self, js, value):
-        """Wait until an expression has a value."""
         self.browser.wait("%sconst text = JSON.stringify(%s);"
                           "if (text === arguments[0]) return true; throw text" % (self.FIND, js),
                           json.dumps(value, separators=(",", ":"), ensure_ascii=False))
 
     def go(self, path):
-        """Another view of the page that is open."""
         self.script("if (location.hash === '#' + arguments[0]) return;"
                     "location.hash = arguments[0]; return new Promise(resolve => addEventListener("
                     " 'hashchange', () => setTimeout(resolve), {once: true}))", path)
 
     def at(self, path):
-        """Wait until the address is this."""
         self.becomes("location.hash", "#" + path)
 
     def press(self, *labels):
@@ -7958,7 +7973,6 @@ class BrowserPage(BrowserPageCase):
     def test_all_colours_can_be_read(self):
         """AA of WCAG 2.2 for the 256 colours, as the browser paints them, and as a ground."""
         codes = ["%d;5;%d" % (base, number) for base in (38, 48) for number in range(256)]
-        codes += map(str, (*range(30, 38), *range(40, 48), *range(90, 98), *range(100, 108)))
         self.server.add("paint", python(
             "for code in %r: print('\\x1b[%%smx' %% code)\nimport time; time.sleep(1000)" % codes))
         measure = """
@@ -8182,7 +8196,6 @@ class BrowserPage(BrowserPageCase):
         self.row("web:a", "stopped")
 
     def test_keyboard(self):
-        """It does all alone."""
         for name in ("one", "two"):
             self.server.add(name, "cat", redirect_input=True)
         focus = "document.activeElement.closest('[data-name]').dataset.name"
@@ -8302,9 +8315,9 @@ class BrowserPictures(BrowserPageCase):
 
     directory, patience = None, 10 * TIMEOUT
 
-    def take(self, name, path=None, width=1280, height=720, when="true"):
+    def take(self, name, path=None, when="true", width=1280):
         """Write a picture of a view, or of what is there, once `when` is true."""
-        self.browser.size(width, height, mobile=width < 500)
+        self.browser.size(width, 850, mobile=width < 500)
         if path:
             self.open(path)
         self.wait(when)
@@ -8314,7 +8327,6 @@ class BrowserPictures(BrowserPageCase):
     def test_pictures(self):
         os.makedirs(self.directory, exist_ok=True)
         self.addCleanup(self.browser.cdp, "Emulation.setEmulatedMedia", features=[])
-        self.take("empty", "/")
         with unittest.mock.patch.object(gaffer.History, "INTERVAL", 0.1):
             self.server.add("web:front", python("""
                 import random, time
@@ -8325,16 +8337,14 @@ class BrowserPictures(BrowserPageCase):
                 """), numprocesses=4)
             self.server.add("web:worker", "sh -c 'echo no database >&2; sleep 0.2; exit 3'")
             self.server.add("jobs:nightly", "sleep 1000", start=False)
-            self.server.add("jobs:import", "sh -c 'kill -9 $$$$'", flapping={
-                "attempts": 2, "window": 5, "retry_in": 60, "max_retry": 5})
+            self.server.add("jobs:import", "sh -c 'kill -9 $$$$'", flapping={"retry_in": 1000})
             self.open("/")
             process = self.server.manager.find_process(1)
             until(lambda: len(process.history) == 60, "a history")
         self.server.add("build", python("""
             import sys, time
-            for number in range(256):
-                end = "\\n" if number % 32 == 31 else " "
-                print("\\x1b[38;5;%dm%03d\\x1b[0m" % (number, number), end=end)
+            for n in range(256):
+                print("\\x1b[38;5;%dm%03d\\x1b[0m" % (n, n), end=" \\n"[n % 32 == 31])
             for part in range(101):
                 print("\\rdownloading [%-50s] %3d%%" % ("=" * (part // 2), part), end="")
             print("\\ndone", file=sys.stderr, flush=True)
@@ -8344,23 +8354,20 @@ class BrowserPictures(BrowserPageCase):
         for scheme in "dark", "light":
             self.browser.cdp("Emulation.setEmulatedMedia", features=[
                 {"name": "prefers-color-scheme", "value": scheme}])
-            for name, path, width, height, when in (
-                    ("overview", "/", 1280, 540, usage), ("overview", "/", 768, 600, usage),
-                    ("overview", "/", 390, 844, usage), ("output", "/p/build", 1280, 720, done),
-                    ("output", "/p/build", 390, 844, done),
-                    ("process", "/p/web%3Aworker", 1280, 720, "$$('.story li').length > 9"),
-                    ("all-output", "/logs", 1280, 720, "$('.l')"),
-                    ("form", "/edit/web%3Afront", 390, 844, "true"),
-                    ("events", "/events", 1280, 720, "true")):
-                self.take("%s-%s-%d" % (name, scheme, width), path, width, height, when)
+            for name, path, when, *widths in (
+                    ("overview", "/", usage, 1280, 768, 390),
+                    ("output", "/p/build", done, 1280, 390),
+                    ("process", "/p/web%3Aworker", "$$('.story li').length > 9", 1280),
+                    ("all-output", "/logs", "$('.l')", 1280), ("events", "/events", "true", 1280)):
+                for width in widths:
+                    self.take("%s-%s-%d" % (name, scheme, width), path, when, width)
             self.open("/add")
             for field, text in ("name", "web:front"), ("cwd", "/x"), ("uid", "nobodyx"):
                 self.enter("#field-" + field, text)
-            self.take("form-with-faults-" + scheme, height=900,
-                      when="$$('[aria-invalid=true]').length > 2")
+            self.take("form-with-faults-" + scheme, when="$$('[aria-invalid=true]').length > 2")
         for number in range(300):
             self.server.manager.add_process("g%d:n-%d" % (number // 60, number), "sleep 1000")
-        self.take("overview-300", "/", when="$$('.template').length > 300")
+        self.take("overview-300", "/", "$$('.template').length > 300")
 
 
 @unittest.skipUnless("--figures" in sys.argv, "only with --figures")
@@ -8748,7 +8755,6 @@ class CliProcess:
         assert not lines, "stderr of the program:\n" + "\n".join(lines)
 
     def request(self, method, path, body=None, headers=None):
-        """See cli_ask()."""
         return cli_ask(self.port or self.urls[0][5:], method, path, body, headers)
 
     def ok(self, method, path, body=None, headers=None):
@@ -8789,12 +8795,15 @@ class CliCase(Case):
         return folder.name
 
     def file(self, folder, name, text, mode=0o600):
-        """A file's path."""
         path = os.path.join(folder, name)
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
         os.chmod(path, mode)
         return path
+
+    def listens(self, path):
+        with socket.socket(socket.AF_UNIX) as sock:
+            return sock.connect_ex(path) == 0
 
     def enter(self, folder):
         """Make it the current folder until the end of the test."""
@@ -8897,16 +8906,12 @@ class CliServe(CliCase):
         os.close(read)
         self.addCleanup(os.close, gone)
         path = os.path.join(self.folder(), "socket")
-
-        def listens():
-            with socket.socket(socket.AF_UNIX) as sock:
-                return sock.connect_ex(path) == 0
         for options in ({"stdout": gone, "stderr": gone},
                         {"preexec_fn": functools.partial(os.closerange, 0, 3)}):
             with subprocess.Popen([PYTHON, CLI_FILE, "serve", "-v", "--bind", "unix:" + path],
                                   env=self.env, **options) as process:
                 self.addCleanup(process.kill)
-                until(listens)
+                until(lambda: self.listens(path))
                 cli_ask(path, "POST", "/processes", {"name": "a", "cmd": "echo a line"})
                 answer = cli_ask(path, "GET", "/streams/1/stdout?since=0")
                 self.assertEqual(answer[2], b"a line\n", options)
@@ -9158,14 +9163,14 @@ class CliFaults(CliCase):
         info = {"name": "x", "cmd": "(trap '' TERM; exec sleep 1000) & exec cat", "shell": True,
                 "redirect_input": True, "custom_streams": ["a", "b"], "graceful_timeout": 0.1}
         ask("GET", "/processes")
-        before, room, answer = descriptors(), -1, {}
-        while "ok" not in answer:
-            room += 1
+        before = descriptors()
+        for room in itertools.count():
             limit(before[-1] + 1 + room)
             answer = ask("POST", "/processes", info)
             limit(soft)
-            if "ok" not in answer:
-                self.assertEqual((answer["error"], descriptors()), ("busy", before), (room, answer))
+            if "ok" in answer:
+                break
+            self.assertEqual((answer["error"], descriptors()), ("busy", before), (room, answer))
         self.assertGreater(room, 8)
         leader, = ask("GET", "/status/x")["os_pids"]
         with socket.socket() as late:
@@ -9184,38 +9189,6 @@ class CliFaults(CliCase):
         server.expect_stderr("WARNING x: exit .*signal 9", "no connection can be accepted",
                              "x cannot be started")
         self.assertEqual(server.stderr.count("\n"), 3, server.stderr)
-
-
-class StreamsFrozen(StreamsCase):
-
-    def test_clock_that_leaps_ahead(self):
-        """gaffer was halted: what came meanwhile was in time, and missed beats stay missed."""
-        ahead = 0.0
-        loop = gaffer.Loop(lambda: time.monotonic() + ahead)
-        with unittest.mock.patch("gaffer.Manager", functools.partial(gaffer.Manager, loop=loop)):
-            server = self.server = Running()
-        self.addCleanup(server.stop_all)
-        for name in "x", "y":
-            server.add(name, "cat", redirect_input=True, graceful_timeout=3)
-        half = self.wire().send(b"GET /ping HTTP/1.1\r\n")
-        poll = self.wire().request("/streams/1/stdout?since=0")
-        block = self.wire("/streams/1/stdout?feed=continuous&loss=block")
-        beats = self.wire("/streams/2/stdout?feed=continuous&heartbeat=300")
-        made = self.websocket("/wstreams/1")
-        until(lambda: loop.call(lambda: any(
-            channel.kind == "longpoll" for channel in server.http.channels)), "the long poll")
-        go_on, halted = threading.Event(), threading.Event()
-        loop.call_soon(lambda: (halted.set(), go_on.wait(TIMEOUT)))
-        self.assertTrue(halted.wait(TIMEOUT))
-        half.send(b"Host: localhost\r\n\r\n")
-        made.text("hello\n")
-        ahead += 1000.0
-        go_on.set()
-        self.assertEqual((half.answer()[2], poll.answer()[2], made.read(), block.chunk(),
-                          beats.chunk()), (b"OK", b"hello\n", (1, b"hello\n"), b"hello\n", b"\n"))
-        server.ok("POST", "/streams/2/stdin", b"x\n")
-        self.assertEqual(beats.chunk(), b"x\n")
-        self.assertEqual([server.ok("GET", "/status/" + name)["restarts"] for name in "xy"], [0, 0])
 
 
 class CliErrors(CliCase):
@@ -9288,7 +9261,6 @@ class CliFollowCase(CliControlCase):
         return sum(isinstance(each, gaffer.Feed) for each in tuple(self.server.http.channels))
 
     def cut(self):
-        """Close all connections."""
         self.server.manager.loop.call(lambda: [
             channel.close() for channel in tuple(self.server.http.channels)])
 
@@ -9309,7 +9281,6 @@ class CliFollowCase(CliControlCase):
         return out
 
     def say(self, name, text):
-        """Write to the one process of a template."""
         pid, = until(lambda: self.server.ok("GET", "/processes/%s/_pids" % name)["pids"])
         self.server.ok("POST", "/streams/%d/stdin" % pid, text)
 
@@ -9820,7 +9791,6 @@ class CliTerminal(CliFollowCase):
 
 
 class CliLogs(CliFollowCase):
-    """logs"""
 
     def test_last_lines(self):
         """In the order in which they came, whatever stream they are of."""
@@ -9903,7 +9873,6 @@ class CliLogs(CliFollowCase):
 
 
 class CliWatch(CliFollowCase):
-    """watch"""
 
     def test_events(self):
         everything, exits = self.follow("watch"), self.follow("watch", "--json", "proc.a.exit")
@@ -10151,15 +10120,6 @@ class CliDatabase(CliControlCase):
         self.file(self.home, "gaffer.ini", text)
         self.call("reload")
 
-    def test_all_come_up_in_order(self):
-        self.load()
-        self.assertEqual(self.call("wait", *self.NAMES),
-                         "db: ready\nmigrate: ready\nweb: ready\nworker: ready\n")
-        events, spawned = self.server.events("spawn"), []
-        while "worker" not in spawned:
-            spawned.append(next(events)["name"])
-        self.assertEqual(list(dict.fromkeys(spawned)), ["init", *self.NAMES])
-
     def test_each_fails_in_turn(self):
         """`status` and `wait` say why; once it is mended, the others go on."""
         def states():
@@ -10191,7 +10151,8 @@ class CliDatabase(CliControlCase):
                               err=r"gaffer: .*%s[\s\S]*" % (why or "; it goes on"))
             until(lambda wanted=wanted: states() == wanted, wanted + ", still")
         self.load()
-        self.call("wait", *self.NAMES)
+        self.assertEqual(self.call("wait", *self.NAMES),
+                         "db: ready\nmigrate: ready\nweb: ready\nworker: ready\n")
 
 
 class ConfigCase(CliControlCase):
@@ -10202,13 +10163,11 @@ class ConfigCase(CliControlCase):
         super().setUp()
 
     def write(self, name, text, mode=0o600):
-        """A file's path."""
         path = os.path.join(self.home, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return self.file(os.path.dirname(path), os.path.basename(path), textwrap.dedent(text), mode)
 
     def settings(self, name, text):
-        """Settings of a file."""
         return gaffer.read_settings(self.write(name, text))
 
     def faults(self, name, text):
@@ -10295,7 +10254,6 @@ class ConfigFiles(ConfigCase):
             ("create", "http://localhost:1/x"), ("proc/a/exit", "https://localhost/y?z=1")])
 
     def test_json(self):
-        """A template, a list of them, or sections."""
         a, b = ({"name": name, "cmd": "true"} for name in "ab")
         sections = {"endpoint": {"x": {"bind": "127.0.0.1:0"}}, "gaffer": {"http_endpoints": ["x"]},
                     "process": {"b": {"cmd": "true"}}, "env": {"b": {"PORT": 80}}}
@@ -10363,10 +10321,9 @@ class ConfigFiles(ConfigCase):
          "numprocesses": "x"}, -> [process:web] field 'numprocesses' must be a whole number from *
         "db":
         {"cmd": 5, "cmd": 5}, -> [process:db] field 'cmd' must be a string
-        "e": {"cmd": "true", "env": [1]}}, -> [process:e] field 'env' must be an object *
+        "e": {"cmd": "true"}},
         "env": {"e": {"A": 1},
         "web": {"X": []}}, -> [env:web] must be an object of *, but 'X' is neither
-        "webhooks": [], -> [webhooks] must be an object
         "gaffer": {
         "include": ["a\\u0000"], -> [gaffer] field 'include' must not hold a NUL character
         "include_dir": 5}, -> [gaffer] field 'include_dir' must be a list of strings, or a string
@@ -10634,42 +10591,6 @@ class ConfigServe(CliFollowCase):
         self.assertEqual(one.communicate(timeout=TIMEOUT),
                          (b"a.1 | started\na.1 | one\na.1 | bye\n", b""))
 
-    def test_last_words_for_a_slow_client(self):
-        """It gets all of them as long as it goes on to take some."""
-        ahead = 0.0
-        loop = gaffer.Loop(lambda: time.monotonic() + ahead)
-        with unittest.mock.patch("gaffer.Manager", functools.partial(gaffer.Manager, loop=loop)):
-            server = Running(window=32 * gaffer.MIB)
-        self.addCleanup(server.stop_all)
-
-        def advance(seconds):
-            nonlocal ahead
-            ahead += seconds
-            for _ in range(3):                  # the timers that are due, and what they begin
-                turn = threading.Event()
-                loop.call_soon(turn.set)
-                self.assertTrue(turn.wait(TIMEOUT))
-        server.add("a", python(PROCESS_AWAITS_TERM + (
-            "os.write(1, b'ready\\n')\nsignal.sigwait([15])\nsys.stdout.write('x' * 16000000)")))
-        with http_limits(STOP_SEND=100, STOP_SEND_TOTAL=1000):
-            slow = self.wire("/streams/a/stdout?feed=continuous&since=0", server=server,
-                             receive_buffer=65536)
-            self.assertEqual(slow.exactly(6), b"ready\n")
-            server.manager.stop()
-            until(lambda: not server.manager._running and server.http.sending, "the last words")
-            channel, = server.http.channels
-            taken = 0
-            for _ in range(3):
-                before = channel.sent
-                advance(0.6 * gaffer.STOP_SEND)
-                while channel.sent == before:
-                    taken += len(slow.chunk())
-                advance(0.0)
-                self.assertFalse(channel.closed)
-            rest, whole = slow.chunks()
-            self.assertEqual((taken + len(rest), whole), (16000000, True))
-            server._thread.join(TIMEOUT)
-
     def test_clients_that_take_nothing(self):
         """They do not keep the server; what is lost is told."""
         for patience, kill in ((0.1, False), (1000.0, True)):
@@ -10911,11 +10832,9 @@ class ProcfileServer(ConfigCase):
         self.enter(os.path.join(self.home, "my app-2"))
 
     def procfile(self, *names, command="echo $PORT; exec sleep 1000"):
-        """Write the Procfile of the current folder."""
         self.write("my app-2/Procfile", "".join("%s: %s\n" % (name, command) for name in names))
 
     def names(self, *arguments):
-        """The first column of `ps`."""
         return [row.split()[0] for row in self.call("ps", *arguments).splitlines()[1:-1]]
 
     def test_load_scale_ps_unload(self):
@@ -10959,10 +10878,8 @@ class ProcfileServer(ConfigCase):
 
 
 class ProcfileUp(CliFollowCase):
-    """up"""
 
     def up(self, text, *arguments):
-        """A running `up` of a Procfile."""
         path = self.file(self.folder(), "Procfile", textwrap.dedent(text))
         return self.follow("up", "-f", path, *arguments)
 
@@ -11143,14 +11060,12 @@ class WebHooksTest(ServerCase):
         self.url = receiver.url + "/hook"
 
     def take(self, request):
-        """The receiver."""
         status = self.answers.pop(0) if self.answers else 200
         self.assertEqual(request.headers["content-type"], "application/json")
         self.received.put((request.target, json.loads(request.body), status))
         return status, [], ""
 
     def hooks(self, *hooks):
-        """Running WebHooks."""
         made = gaffer.WebHooks(hooks)
         self.server.manager.loop.call(made.start, self.server.manager.loop, self.server.manager)
         self.addCleanup(made.join)
@@ -11444,7 +11359,6 @@ class Readme(CliCase):
 
     @unittest.skipUnless(shutil.which("curl") and shutil.which("bash"), "needs curl and bash")
     def test_commands(self):
-        """Each prints what the page says."""
         (command, output), *examples = [
             part.partition("\n")[::2]
             for text in re.findall(r"^```console\n(.*?)^```$", self.text, re.M | re.S)
@@ -11512,7 +11426,6 @@ class Examples(CliCase):
     FOLDER = os.path.join(HERE, "examples")
 
     def program(self, name, address):
-        """It runs and listens."""
         return self.run_program(
             [PYTHON, "-W", "error", "-X", "dev", os.path.join(self.FOLDER, name), address],
             pattern=re.compile(r"listening on (.*)\n\Z"))
@@ -11561,10 +11474,7 @@ class Examples(CliCase):
         self.addCleanup(nginx.communicate)
         self.addCleanup(nginx.terminate)
 
-        def listens():
-            with socket.socket(socket.AF_UNIX) as sock:
-                return sock.connect_ex(address) == 0
-        until(listens, "nginx")
+        until(lambda: self.listens(address), "nginx")
         client = Wire(address).upgrade("/gaffer/wstreams/1")
         self.addCleanup(client.close)
         answer = cli_ask(address, "POST", "/gaffer/streams/1/stdin", "hello\n", {
@@ -12065,7 +11975,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     (' and not re.search(r"[|&()`]|\\btrap\\b", others)', "",
      "ProcfileTexts.test_a_shell_only_where_it_is_needed"),
     ("min(now + STOP_SEND, end)", "min(until or now + STOP_SEND, end)",
-     "ConfigServe.test_last_words_for_a_slow_client"),
+     "StreamsClock.test_last_words_for_a_slow_client"),
     ("error.code < 500 and error.code not in (408, 429)", "error.code < 400",
      "WebHooksTest.test_tried_again_unless_refused"),
     (' or shown["open"]:', ":", "ProcfileUp.test_one_dies_and_all_stop"),
@@ -12121,7 +12031,6 @@ class Result(unittest.TestResult):
         self.begin("the class", Case.patience)
 
     def tell(self, **values):
-        """Write a line."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
 
@@ -12160,7 +12069,6 @@ class Share:
         self.faults, self.failed, self.skipped = [], [], []     # texts, tests or classes, texts
 
     def start(self):
-        """Fork it."""
         self._folder = tempfile.mkdtemp(prefix="gaffer-test-")
         self._pipe, write = os.pipe()
         os.set_blocking(self._pipe, False)
@@ -12205,7 +12113,6 @@ class Share:
         result.begin("the end", Case.patience)
 
     def read(self):
-        """Take the lines that have come."""
         with contextlib.suppress(BlockingIOError):
             for data in iter(lambda: os.read(self._pipe, 1 << 16), b""):
                 self._text += data
@@ -12253,7 +12160,6 @@ class Share:
         return True
 
     def close(self):
-        """Release what belongs to it."""
         os.close(self._pipe)
         shutil.rmtree(self._folder, ignore_errors=True)
 
