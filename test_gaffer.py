@@ -6486,7 +6486,7 @@ class HttpLibrary(HttpCase):
                 ("HEAD", "1.1", "200 OK", "9", [], "9", b""),
                 ("GET", "1.1", "204 No Content", "0", [], None, b""),
                 ("GET", "1.1", "304 Not Modified", "9", [], "9", b"")):
-            with self.subTest(status, method=method, version=version, parts=parts):
+            with self.subTest(status, version=version, length=length, parts=parts):
                 wire = self.wire().request("/admin", *headers, method=method, version=version)
                 _, answer, data = wire.answer(method)
                 self.assertEqual((answer["Content-Length"] or answer["Transfer-Encoding"], data),
