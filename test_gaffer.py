@@ -10105,6 +10105,15 @@ class CliDatabase(CliControlCase):
         self.file(self.home, "gaffer.ini", text)
         self.call("reload")
 
+    def test_all_come_up_in_order(self):
+        self.load()
+        self.assertEqual(self.call("wait", *self.NAMES),
+                         "db: ready\nmigrate: ready\nweb: ready\nworker: ready\n")
+        events, spawned = self.server.events("spawn"), []
+        while "worker" not in spawned:
+            spawned.append(next(events)["name"])
+        self.assertEqual(list(dict.fromkeys(spawned)), ["init", *self.NAMES])
+
     def test_each_fails_in_turn(self):
         """`status` and `wait` say why; once it is mended, the others go on."""
         def states():
@@ -10136,8 +10145,7 @@ class CliDatabase(CliControlCase):
                               err=r"gaffer: .*%s[\s\S]*" % (why or "; it goes on"))
             until(lambda wanted=wanted: states() == wanted, wanted + ", still")
         self.load()
-        self.assertEqual(self.call("wait", *self.NAMES),
-                         "db: ready\nmigrate: ready\nweb: ready\nworker: ready\n")
+        self.call("wait", *self.NAMES)
 
 
 class ConfigCase(CliControlCase):
