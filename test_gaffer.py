@@ -11675,7 +11675,7 @@ class Chaos(CliCase):
             print("chaos: seed %d, %d events, %s; threads, descriptors, KiB: %s" % (
                 self.seed, len(self.events), ChaosReader.books, states))
         # the log of events may fill, and what has ended is remembered for a minute
-        self.assertLess(states[1][2], states[0][2] + 8192)
+        self.assertLess(states[1][2], states[0][2] + 16384)
 
     def state(self):
         """(threads, descriptors, resident KiB) of the server."""
