@@ -9782,7 +9782,6 @@ class HttpHandler:
         """Listen. Raises StartError: an endpoint cannot be used, or would be open to everybody."""
         self.loop, self._api = loop, Api(manager, self)
         self.ending = self.closed = False
-        self.quick = QuickRequests(self)
         self._known_route = functools.lru_cache(256)(self._find)    # clients poll the same paths
         if sys.version_info < (3, 9):
             # glibc loads a library when the first thread ends; without a descriptor it aborts
@@ -9791,6 +9790,7 @@ class HttpHandler:
             thread.join()
         # later, Linux would stop the loop for 20 ms whenever its table of descriptors has to grow
         os.close(fcntl.fcntl(loop.wake_fd, fcntl.F_DUPFD, min(files_max(), FILES_EXPECTED) - 1))
+        self.quick = QuickRequests(self)
         try:
             if self.access_log is not None:
                 self.access_log.start(self._token)
