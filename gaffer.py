@@ -12654,10 +12654,10 @@ def scale_command(args):
     if not all(matches) or not words:
         raise ClientError("'%s' is not a change: give web=3, web+1 or web-1" % (
             words[matches.index(None)] if words else args.group), 2)
-    group, steps = args.group, []
+    group, apps, steps = args.group, {}, []
     for prefix, kind, sign, count in [match.groups() for match in matches]:
         args.group = prefix or group
-        found = find_app(args, statuses)
+        found = apps[args.group] = apps.get(args.group) or find_app(args, statuses)
         check_type(kind, found)
         now = found[kind].status["numprocesses"]
         by = int(count) - now if sign == "=" else int(sign + count)
