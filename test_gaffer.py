@@ -5014,7 +5014,7 @@ class HttpEndpointTable(HttpCase):
         self.rows(("POST", "/processes/2/_signal/KILL", (404, "not_found", "has exited")),
                   ("POST", "/processes/ends/_stop", HTTP_OK))
         self.assertEqual(self.server.json("GET", "/readyz"), good)
-        with unittest.mock.patch.object(self.server.manager, "stopping", True):
+        with mock.patch.object(self.server.manager, "stopping", True):
             self.assertEqual(self.server.json("GET", "/readyz")[0], 503)
 
     def test_head(self):
@@ -5416,7 +5416,7 @@ class HttpErrorTable(HttpCase):
         self.deaf(graceful_timeout=TIMEOUT)
         secured = self.serve(token="secret")
         many = ["X-%d: x" % number for number in range(gaffer.HEADERS_MAX)]
-        patch = unittest.mock.patch.object
+        patch = mock.patch.object
         faults = {
             "timeout": http_limits(BODY_TIME=0.05), "busy": http_limits(CONNECTIONS_MAX=0),
             "forbidden": patch(gaffer.os, "kill", side_effect=PermissionError(1, "no")),
@@ -5623,7 +5623,7 @@ class HttpConnections(HttpCase):
                     wire = self.wire().send(sent)
                     self.assertCode(wire.answer(), 503, "busy")
                     self.assertEqual(wire.file.read(), b"")
-        with self.assertLogs("gaffer", "WARNING") as logged, unittest.mock.patch(
+        with self.assertLogs("gaffer", "WARNING") as logged, mock.patch(
                 "threading.Thread.start", side_effect=RuntimeError("no more")):
             self.assertCode(self.wire().send(b"GET /pi").answer(), 503, "busy")
         self.assertIn("a request has no thread: no more", logged.output[0])
@@ -5639,14 +5639,14 @@ class HttpConnections(HttpCase):
             begin(thread)
             ended.set()
         with self.assertLogs("gaffer", "WARNING") as logs:
-            with unittest.mock.patch("threading.Thread._bootstrap", late), \
-                    unittest.mock.patch.object(gaffer.Begun.wait, "__defaults__", (0.05,)):
+            with mock.patch("threading.Thread._bootstrap", late), \
+                    mock.patch.object(gaffer.Begun.wait, "__defaults__", (0.05,)):
                 self.assertCode(self.wire().request("/metrics").answer(), 503, "busy")
             gate.set()
             self.assertTrue(ended.wait(TIMEOUT))
         self.assertIn("a request failed", logs.output[-1])
         self.assertIn("a request has no thread: it does not begin", logs.output[0])
-        with unittest.mock.patch.object(gaffer.Handler, "setup", side_effect=MemoryError), \
+        with mock.patch.object(gaffer.Handler, "setup", side_effect=MemoryError), \
                 self.assertLogs("gaffer", "ERROR"):
             self.assertEqual(self.wire().request("/metrics").file.read(), b"")
         self.assertOpen(self.wire())
@@ -5664,13 +5664,13 @@ class HttpConnections(HttpCase):
         until(lambda: counts[-1] == 40, "all")
         steps = [after - before for before, after in zip(counts, counts[1:])]
         self.assertLessEqual(max(steps), 16)
-        accept = unittest.mock.Mock(wraps=listener.socket)
+        accept = mock.Mock(wraps=listener.socket)
         accept.accept.side_effect = itertools.chain(
-            [OSError(errno.EMFILE, "no descriptor")], itertools.repeat(unittest.mock.DEFAULT))
-        register = unittest.mock.Mock(wraps=loop.register, side_effect=itertools.chain(
-            [OSError(errno.ENOSPC, "no room")], itertools.repeat(unittest.mock.DEFAULT)))
-        with unittest.mock.patch.object(listener, "socket", accept), \
-                unittest.mock.patch.object(loop, "register", register), \
+            [OSError(errno.EMFILE, "no descriptor")], itertools.repeat(mock.DEFAULT))
+        register = mock.Mock(wraps=loop.register, side_effect=itertools.chain(
+            [OSError(errno.ENOSPC, "no room")], itertools.repeat(mock.DEFAULT)))
+        with mock.patch.object(listener, "socket", accept), \
+                mock.patch.object(loop, "register", register), \
                 http_limits(ACCEPT_PAUSE=0.05), self.assertLogs("gaffer", "WARNING") as logs:
             self.assertOpen(self.wire())
         self.assertIn("no connection can be accepted", logs.output[0])
@@ -5725,10 +5725,10 @@ class HttpConnections(HttpCase):
                 (server.http, "answer", "/ping", b"", b"200", b"200", b"200"),
                 (server.manager.events, "wait", "/watch?timeout=0", b"", b"204", b"204", b"204"),
                 (gaffer, "known_request", "/ping", b"200", b"200", b"200", b"200")):
-            wires, quick, fine = quick[:4], quick[4:], unittest.mock.DEFAULT
-            failing = unittest.mock.Mock(wraps=getattr(owner, name), side_effect=itertools.chain(
+            wires, quick, fine = quick[:4], quick[4:], mock.DEFAULT
+            failing = mock.Mock(wraps=getattr(owner, name), side_effect=itertools.chain(
                 [fine, fine, MemoryError], itertools.repeat(fine)))
-            with self.subTest(name), unittest.mock.patch.object(owner, name, failing), (
+            with self.subTest(name), mock.patch.object(owner, name, failing), (
                     contextlib.nullcontext() if b"" not in statuses else
                     self.assertLogs("gaffer", "ERROR")):
                 server.manager.loop.call(lambda: [wire.request(path) for wire in wires])
@@ -5749,10 +5749,10 @@ class HttpConnections(HttpCase):
             until(lambda: self.server.http.working, "the request")
             until(lambda: not self.server.http.working, "its end")
             self.all_gone()
-        with unittest.mock.patch.object(gaffer.LongPoll, "stall", 0.1):
+        with mock.patch.object(gaffer.LongPoll, "stall", 0.1):
             self.wire().request("/watch/create")
             self.parked()
-            with unittest.mock.patch.object(gaffer.Channel, "_transmit", return_value=0):
+            with mock.patch.object(gaffer.Channel, "_transmit", return_value=0):
                 self.server.manager.add_process("new", "cat", start=False)
                 self.parked(count=0)
 
@@ -6090,7 +6090,7 @@ class HttpEndpoints(HttpCase):
             self.assertLess(len(server.http.handshakes), 20)
         server.stop_all()
         server = self.tls()
-        with unittest.mock.patch("ssl.SSLContext.wrap_socket", side_effect=OSError):
+        with mock.patch("ssl.SSLContext.wrap_socket", side_effect=OSError):
             self.assertEqual(self.connect(server.port).file.read(1), b"")
         with http_limits(files_max=lambda: 0), self.assertLogs("gaffer", "WARNING"):
             self.assertEqual(self.connect(server.port).file.read(1), b"")   # no plain answer
@@ -6773,7 +6773,7 @@ class StreamsClock(StreamsCase):
         Case.setUp(self)
         self.ahead = 0.0
         loop = gaffer.Loop(lambda: time.monotonic() + self.ahead)
-        with unittest.mock.patch("gaffer.Manager", functools.partial(gaffer.Manager, loop=loop)):
+        with mock.patch("gaffer.Manager", functools.partial(gaffer.Manager, loop=loop)):
             self.server = Running(**self.options)
         self.addCleanup(self.server.stop_all)
         self.server.http.listeners[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
@@ -7346,7 +7346,7 @@ class StreamsWebsocket(StreamsCase):
             self.send(pid, data[place:place + 300000])
         self.assertError(self.server.json("POST", path, bytes(300000)), 503, "stdin_full")
         self.assertError(self.server.json("POST", path, bytes(gaffer.MIB + 1)), 413, "too_large")
-        with unittest.mock.patch.object(self.server.manager, "input_size", 9):
+        with mock.patch.object(self.server.manager, "input_size", 9):
             self.assertError(self.server.json("POST", path, bytes(10)), 413, "too_large")
         websocket = self.open(pid, "type=binary")
         head = b"\x82\xff" + struct.pack("!Q", 300000) + bytes(4)       # a mask of zeros
@@ -7864,7 +7864,7 @@ class BrowserPage(BrowserPageCase):
 
     def test_usage_has_a_history(self):
         pid, = self.server.add("busy", python("while True: pass"))
-        with unittest.mock.patch.object(gaffer.History, "INTERVAL", 0.05):
+        with mock.patch.object(gaffer.History, "INTERVAL", 0.05):
             self.open()
             self.row("busy", "%")
             process = self.server.manager.find_process(pid)
@@ -8324,7 +8324,7 @@ class BrowserPictures(BrowserPageCase):
     def test_pictures(self):
         os.makedirs(self.directory, exist_ok=True)
         self.addCleanup(self.browser.cdp, "Emulation.setEmulatedMedia", features=[])
-        with unittest.mock.patch.object(gaffer.History, "INTERVAL", 0.1):
+        with mock.patch.object(gaffer.History, "INTERVAL", 0.1):
             self.server.add("web:front", python("""
                 import random, time
                 while True:
@@ -8813,7 +8813,7 @@ class CliCase(Case):
         """The same of main(), called in this process: it is a hundred times faster."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-                unittest.mock.patch.object(logging.root, "handlers", []):
+                mock.patch.object(logging.root, "handlers", []):
             status = gaffer.main(list(arguments))
         return status, out.getvalue(), err.getvalue()
 
@@ -9486,7 +9486,7 @@ class CliStatus(CliControlCase):
         until(lambda: self.server.ok("GET", "/status/broken")["next_tries"][:1] > [10])
         self.server.wait_event("proc/hopeless/stop")
         asks = gaffer.Client.open
-        with unittest.mock.patch("gaffer.Client.open", autospec=True, side_effect=asks) as asked:
+        with mock.patch("gaffer.Client.open", autospec=True, side_effect=asks) as asked:
             out = self.call("status", status=3)
         self.assertEqual(asked.call_count, 1)
         for line, words in zip(out.splitlines(), (
@@ -9501,7 +9501,7 @@ class CliStatus(CliControlCase):
         away = gaffer.NoServer("http://x", "connection refused")
         args = gaffer.make_parser("status").parse_args(["-w", "--json"])
         for answers in ({}, away, {}, KeyboardInterrupt()), ({}, gaffer.NotThere("gone")), (away,):
-            with unittest.mock.patch("gaffer.get_statuses", side_effect=answers) as asked, \
+            with mock.patch("gaffer.get_statuses", side_effect=answers) as asked, \
                     http_limits(STATUS_INTERVAL=0), self.assertRaises(type(answers[-1])):
                 gaffer.show_status(args, lambda statuses: statuses)
             self.assertEqual(asked.call_count, len(answers))
@@ -9549,7 +9549,7 @@ class CliCommands(CliControlCase):
                      for endpoint, words in (
                          (path, "connection refused"),
                          (self.server.url.replace("http", "https"), "is it http://\\?"))])
-        with unittest.mock.patch("socket.socket.connect", side_effect=PermissionError):
+        with mock.patch("socket.socket.connect", side_effect=PermissionError):
             self.call("processes", "--endpoint", path, status=6,
                       err="gaffer: only the owner of %s and root may use it\n" % path)
         os.unlink(path[5:])
@@ -9560,7 +9560,7 @@ class CliCommands(CliControlCase):
                    ("processes --endpoint " + path, "here\n"))
         os.environ["GAFFER_ENDPOINT"] = ""
         self.assertEqual(self.call("processes"), "here\n")
-        with unittest.mock.patch("os.geteuid", return_value=-1):
+        with mock.patch("os.geteuid", return_value=-1):
             self.assertEqual(gaffer.find_endpoint(), gaffer.DEFAULT_ENDPOINT)
         server.manager.stop(kill=True)
         until(lambda: gaffer.find_endpoint() == gaffer.DEFAULT_ENDPOINT)
@@ -10462,7 +10462,7 @@ class ConfigReload(ConfigCase):
 
     def begin(self, text):
         """Serve a file; change() writes it anew."""
-        path, self.hooks = self.write("gaffer.ini", text), unittest.mock.Mock()
+        path, self.hooks = self.write("gaffer.ini", text), mock.Mock()
         gaffer.Configuration(lambda: gaffer.read_settings(path), self.hooks).begin(
             self.server.manager)
 
@@ -11141,7 +11141,7 @@ class CliDaemon(CliFollowCase):
             while stops:
                 stops.pop()()
             flock(file, how)
-        with unittest.mock.patch("fcntl.flock", slow):
+        with mock.patch("fcntl.flock", slow):
             second.start(None, None)
         self.assertEqual(cli_read(path), "%d\n" % os.getpid())
         os.unlink(path)
