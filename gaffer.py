@@ -5713,7 +5713,7 @@ class FrameEncoder(Encoder):
 # channel, and the server starts it.
 # --------------------------------------------------------------------------------------------------
 PARTS_MAX = 64                                  # of one sendmsg()
-BLOCK_STALL = 30.0                              # without progress: loss=block holds a child
+BLOCK_STALL = 30.0      # without progress: loss=block, or input of a client that has left, waits
 STALL = 300.0                                   # and any other feed holds a socket
 SEND_TIME = 30.0                                # for a client to take a part of its answer
 LINGER_TIME = 2.0                               # a refused body is read, or its client sees a reset
@@ -6266,8 +6266,7 @@ class WebSocketChannel(Channel):
                 return None
             kind, data = event[:2]
             if kind in ("close", "fail"):       # the peer's own reason is not sent back
-                self.send_close(data, event[2] if kind == "fail" else "", event[2])
-                self.finish()
+                self.end_by_peer(data, event[2] if kind == "fail" else "", event[2])
             elif self._close_sent:
                 continue
             elif kind in ("text", "binary"):
@@ -6275,6 +6274,11 @@ class WebSocketChannel(Channel):
             elif kind == "ping" and self.queued < CONTROL_SIZE + self.limit:
                 self.send(frame(PONG, data))
         return None
+
+    def end_by_peer(self, code, reason, told):
+        """Answer a close frame or a violation, and close. For the arguments see send_close()."""
+        self.send_close(code, reason, told)
+        self.finish()
 
     def pause(self):
         """Read no more for now; what has come stays as it came."""
@@ -6323,6 +6327,7 @@ class ProcessSocket(Follower, WebSocketChannel):
         WebSocketChannel.__init__(self, headers, stream.limit if stream else MESSAGE_SIZE)
         self._stream, self._by_line = stream, by_line
         self._messages, self._waiting = [], 0   # what is to be written, and its size
+        self._final = None                      # a close frame behind it, for end_by_peer()
 
     def opened(self):
         self.reader.sink = self
@@ -6345,9 +6350,17 @@ class ProcessSocket(Follower, WebSocketChannel):
             self._waiting += len(self._messages[-1])
             if self._waiting > self.limit // 2:
                 self._write()
-        if self._messages and not self.paused:  # also what came in front of a close frame
+        if self._messages and not self.paused:
             self._write()
             self.loop.expect()
+
+    def end_by_peer(self, *final):
+        if self._messages:                      # they are to be written first
+            self._write()
+        if self._messages:
+            self._final = final
+        else:
+            super().end_by_peer(*final)
 
     def _write(self):
         messages, self._messages = self._messages, []
@@ -6362,10 +6375,7 @@ class ProcessSocket(Follower, WebSocketChannel):
                 log.info("websocket input of %s was dropped: %s", self._process.name, error)
                 return
             except StdinFull:
-                if self._close_sent or self.closed:
-                    log.info("%d websocket messages for %s were dropped: it does not read",
-                             len(messages), self._process.name)
-                elif len(messages[0]) > self.limit:     # with its end of line
+                if len(messages[0]) > self.limit:       # with its end of line
                     self.send_close(1009, "a message is over %d bytes" % self.limit)
                 else:
                     self._messages, self._waiting = messages, sum(map(len, messages))
@@ -6375,8 +6385,11 @@ class ProcessSocket(Follower, WebSocketChannel):
 
     def _stdin_low(self):
         self.paused = False
-        self._write()
-        if not self.paused:
+        if self._messages:
+            self._write()
+        if self._final is not None and not self.paused:
+            super().end_by_peer(*self._final)
+        elif not self.paused:
             self.resume()
 
     def lost(self, reader, count):
@@ -6387,10 +6400,26 @@ class ProcessSocket(Follower, WebSocketChannel):
         status, signum = self._process.exit_status, self._process.term_signal
         self.send_close(1000, "signal %d" % signum if signum else "exit %d" % status)
 
+    def left(self):
+        """Close once the process has read what the client sent before it left."""
+        if not self.paused:
+            return self.close()
+        self.unfollow()                         # output would break the connection
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+        self._close_timer = self.loop.later(BLOCK_STALL, self.close)
+        return None
+
     def ended(self, code, reason):
         self.unfollow()
         if self._stream is not None:
             self._stream.on_low.discard(self._stdin_low)
+        if self._messages:
+            log.info("%d websocket messages for %s were dropped: it does not read",
+                     len(self._messages), self._process.name)
+            self._messages = []
+        if self._final is not None:             # the peer's close frame has come already
+            self.finish()
 
 
 class WebSocketHandler:
