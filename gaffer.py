@@ -3738,15 +3738,19 @@ class Template:
                 other.name, other.obituary())
         return False, None
 
-    def lost(self):
+    def lost(self, unknown=False):
         """Return the template without which this one can't run, itself or one that it waits for,
-        and which will not run unless it is started; or None."""
+        and which will not run unless it is started; or None. `unknown`: one that waits for a name
+        that does not exist is lost, too."""
         waiting, seen = [self], set()
         while waiting:
             other = waiting.pop()
             if other.deleted or not other.active and other.outcome != "done":
                 return other
-            found = [] if other.processes else set(other.unmet()).intersection(self._templates)
+            found = set() if other.processes else set(other.unmet())
+            if unknown and not found <= self._templates.keys():
+                return other
+            found &= self._templates.keys()
             waiting += [self._templates[name] for name in found if name not in seen]
             seen.update(found)
         return None
@@ -4664,6 +4668,8 @@ class Manager:
                 if template.due:
                     self._publish("start", template.name)
                 self._reconcile(template)
+        if self.templates:
+            self.loop.call_soon(self.maybe_stopped)
 
     def stop(self, kill=False):
         """Stop all processes, the highest priority first and the newest first within one, each
@@ -4726,12 +4732,17 @@ class Manager:
     def maybe_stopped(self):
         """End the loop if gaffer stops and nothing runs any more that it can end; with
         exit_when_done stop, once nothing can run any more."""
-        if (self.exit_when_done and self._running and not self.stopping and not self._alive()
-                and not any(
-                    template.active and template.lost() is None and template.state() != "stopped"
-                    for template in self.templates.values())):
-            log.info("all is done, and so is gaffer, with %d", self.exit_code)
-            self._stop(False)
+        if self.exit_when_done and self._running and not self.stopping and not self._alive():
+            active = [template for template in self.templates.values()
+                      if template.active and template.state() != "stopped"]
+            if all(template.lost(unknown=True) for template in active):
+                for template in active:
+                    for name in set(template.unmet()).difference(self.templates):
+                        log.error("'%s' has not run: it waits for '%s', and there is no such name",
+                                  template.name, name)
+                        self.exit_code = self.exit_code or 1
+                log.info("all is done, and so is gaffer, with %d", self.exit_code)
+                self._stop(False)
         if self.stopping and not self._alive() and not self.commands:
             self.loop.call_soon(self.loop.stop)
 

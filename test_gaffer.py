@@ -9143,11 +9143,16 @@ class CliExit(CliCase):
                 (137, {"a": sh("true"), "fails": sh("kill -KILL $$")}),
                 (3, {"fails": sh("exit 3", restart="on-failure", flapping={"max_retry": 0}),
                      "b": sh("sleep 0.1")}),
-                (5, {"fails": sh("exit 5"), "b": sh("true", after=["fails"])})):
+                (5, {"fails": sh("exit 5"), "b": sh("true", after=["fails"])}),
+                (0, {"a": sh("true", start=False)}),
+                (1, {"a": sh("true", after=["b"]), "b": sh("true", after=["bb"])})):
             text = json.dumps({"process": templates})
             server = self.start("--exit-when-done", self.file(self.folder(), "g.json", text))
             server.stop(None, status)
-            server.expect_stderr(*["WARNING fails: (exit|fail|stop|flap)"] * (status > 0))
+            if status == 1:
+                server.expect_stderr("ERROR 'b' has not run: it waits for 'bb'")
+            elif status:
+                server.expect_stderr("WARNING fails: (exit|fail|stop|flap)")
 
     def test_when_it_is_done(self):
         """Not before something has run, nor while anything may."""
@@ -9157,9 +9162,7 @@ class CliExit(CliCase):
         server.ok("POST", "/processes/job/_start")
         server.ok("GET", "/watch/proc/job/done?since=0")
         self.assertEqual(server.ok("GET", "/status/web")["running"], 1)
-        server.add("waits", "true", after=["unknown"])
         server.ok("POST", "/processes/web/_stop?wait=true")
-        server.ok("PUT", "/processes/waits", {"cmd": "false", "start": False})
         server.stop(None)
 
 
