@@ -11646,6 +11646,9 @@ def act(args):
         active, state, request = target.status["active"], target.status["state"], "POST /_" + verb
         done = {"start": "started", "stop": "stopped", "restart": "restarted"}.get(verb)
         if verb == "kill":
+            if not target.process and not target.status["running"] + target.status["stopping"]:
+                report(args, ClientError("'%s' is not running" % target.word, 3))
+                continue
             request = "POST /_signal/%s?group=%s" % (reference(args.sig), str(args.group).lower())
             done = "signalled " + args.sig
         elif target.process:
@@ -11770,14 +11773,15 @@ def add_process_command(args):
 
 def load_process_command(args):
     """Add the template that a JSON file describes."""
+    path, name = (0, "stdin") if args.file == "-" else (args.file, args.file)
     try:
-        with open(0 if args.file == "-" else args.file, "rb", closefd=args.file != "-") as file:
+        with open(path, "rb", closefd=path != 0) as file:
             info = json.loads(file.read())
     except (OSError, ValueError, RecursionError) as error:
         raise ClientError("%s cannot be read as JSON: %s" % (
-            args.file, getattr(error, "strerror", None) or error)) from None
+            name, getattr(error, "strerror", None) or error)) from None
     if not isinstance(info, dict) or "name" not in info:
-        raise ClientError("%s must hold one JSON object, a template with name and cmd" % args.file)
+        raise ClientError("%s must hold one JSON object, a template with name and cmd" % name)
     send_new(args, info)
 
 
@@ -13215,7 +13219,7 @@ def main(argv=None):
         return getattr(error, "exit_status", 1)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):     # such as a full disk behind stdout
-            tell("%s: %s" % (error.filename or "this failed", error.strerror or error))
+            tell(": ".join(str(each) for each in (error.filename, error.strerror or error) if each))
             return 1
         nothing = os.open(os.devnull, os.O_WRONLY)          # the pipe or the terminal was closed:
         os.dup2(nothing, 1)                                 # what is left in a buffer must not fail

@@ -9408,8 +9408,10 @@ class CliControl(CliFollowCase):
         """web.2, gaffer's pid, the system's pid; a template's name comes first."""
         self.sleepers("web", numprocesses=2)
         os_pids = self.server.ok("GET", "/status/web")["os_pids"]
+        self.sleepers("off", start=False)
         self.calls(("kill web.1 CONT", "web.1: signalled CONT\n"),
-                   ("kill -9 web.2", "web.2: signalled 9\n"))
+                   ("kill -9 web.2", "web.2: signalled 9\n"),
+                   ("kill off TERM", "", 3, "gaffer: 'off' is not running\n"))
         self.server.wait_event("proc/web/exit")
         for word in "web.1", "1", str(os_pids[0]):
             self.assertEqual(json.loads(self.call("get_process", word))["os_pid"], os_pids[0])
@@ -9469,7 +9471,8 @@ class CliControl(CliFollowCase):
             ("update_process a --numprocesses 2 true", 2, "the command begins with '--num.*"),
             ("add_process --numprocesses two b x", 2, "--numprocesses: .*not 'two'"),
             ("update_process a", 2, "say what to change: .*"),
-            ("load_process /nosuch", 1, "/nosuch cannot be read as JSON: No such file.*"))])
+            ("load_process /nosuch", 1, "/nosuch cannot be read as JSON: No such file.*"),
+            ("load_process -", 1, "stdin cannot be read as JSON: .*"))])
         self.server.add("b", "nosuch", start=False)
         self.calls(("add a 0", "", 2, r"usage: [\s\S]*"),
                    ("start a b", "a: already running\n", 1, "gaffer: b: field 'cmd' .*\n"),
@@ -9620,7 +9623,8 @@ class CliCommands(CliControlCase):
                 served = pool.submit(serve_once, b"HTTP/1.1 " * (len(answer) > 1) + answer)
                 self.call(*command.split(), "--endpoint", endpoint, status=status, err=err)
                 served.result(TIMEOUT)
-            known = {"x": {"active": True, "state": "running", "processes": []}}
+            known = {"x": {"active": True, "state": "running", "running": 1, "stopping": 0,
+                           "processes": []}}
             with http_limits(CLIENT_TIME=0.05, get_statuses=lambda client: known):
                 self.call("kill", "x", "TERM", "--endpoint", endpoint, status=124,
                           err="gaffer: .* has not answered in 0.05 seconds\n")
@@ -11990,7 +11994,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "CliSignals.test_signals_that_end"),
     ("args.exit_status or (0 if well else 3)", "args.exit_status", "CliStatus.test_status"),
     ("if exit_status is None or not is_away(error):", "if True:", "CliStatus.test_watch"),
-    ("template.active and template.lost() is None", "template.active",
+    ("if all(template.lost(unknown=True) for template in active)", "if not active",
      "CliExit.test_exit_when_done"),
     ("process.by_itself and not self.stopping", "not self.stopping",
      "CliExit.test_what_does_not_end_it"),
