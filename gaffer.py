@@ -6739,8 +6739,9 @@ def operation(query="", unlocked=False, body=None, answer="application/json"):
     """Mark a handler of the API.
 
     `query`: names of the PARAMETERS that it takes; `unlocked`: it runs without the loop's lock, as
-    it takes time ("query": only with a query does it take any); `body`: what it reads, "Template",
-    "Fields" (one without a name) or "bytes"; `answer`: its content type, None for a websocket.
+    it takes time ("few": none without a query if there is little to tell); `body`: what it reads,
+    "Template", "Fields" (one without a name) or "bytes"; `answer`: its content type, None for a
+    websocket.
     """
     def mark(handler):
         handler.query, handler.unlocked = tuple(query.split()), unlocked
@@ -8565,7 +8566,7 @@ class Api:
         self.manager.signal(ref, parse_signal(signum), query.group)
         return OK
 
-    @operation("usage history until timeout", unlocked="query")
+    @operation("usage history until timeout", unlocked="few")
     def status(self, request, query, name):
         """The state of a template, its restarts and last exit; with `until`, once that holds."""
         if query.until is None:
@@ -8592,7 +8593,7 @@ class Api:
             "'%s' is not %s in the time given; it goes on%s" % (
                 name, query.until, template.hindrance()))))
 
-    @operation("usage history", unlocked=True)
+    @operation("usage history", unlocked="few")
     def statuses(self, request, query):
         """The states of all templates."""
         return compressed(request, json_response(self._statuses(query, None)))
@@ -8975,6 +8976,7 @@ FILES_EXPECTED = 8192                           # descriptors: 64 KiB of the ker
 ADDRESS_CONNECTIONS_MAX = 1000                  # of one address, or a /64 of IPv6
 THREADS_MAX = 1000                              # one more request is answered with 503
 BEGIN_TIME = 1.0                                # of a thread, unless the system has no memory
+QUICK_STATUSES = 32                             # templates and processes: 1 ms to tell
 LOCKED_REQUESTS = 16                            # quick ones that take the loop's lock together
 BACKLOG = 1024                                  # connections that wait to be accepted
 ACCEPTS_PER_TURN = 16                           # so that connections get their turn
@@ -9552,6 +9554,8 @@ class QuickRequests:
                 request.client, quick = connection.address, not has_body(request)
                 if quick:
                     respond, _, quick = http.route(request)
+                    if quick == "few":
+                        quick = http.runs_few()
         except GafferError as error:            # a head that is wrong is left to a thread
             respond = functools.partial(entry_refusal, error=error)
         except Exception:                       # as one for which there is no memory
@@ -9958,12 +9962,17 @@ class HttpHandler:
 
     # requests
 
+    def runs_few(self):
+        """Return True if there is so little that the status of all of it takes no time."""
+        manager = self._api.manager
+        return len(manager.templates) + len(manager.processes) <= QUICK_STATUSES
+
     def route(self, request):
         """Check a head.
 
         Return (function of the request that makes its answer, limit of the body, whether that takes
-        no time). The function raises nothing; the answer is a Response, a Channel or a WsgiRun.
-        Raises GafferError.
+        no time: True, False, or "few": see runs_few()). The function raises nothing; the answer is
+        a Response, a Channel or a WsgiRun. Raises GafferError.
         """
         access, is_read = self.access, request.method in ("GET", "HEAD")
         try:
@@ -10010,8 +10019,9 @@ class HttpHandler:
                               else self.loop.call(handler, *arguments))
                     return (result if isinstance(result, (Response, Channel))
                             else json_response(result))
-                slow = handler.unlocked and (has_query or handler.unlocked != "query")
-                return functools.partial(attempt, call), limit, method == "GET" and not slow
+                quick = not handler.unlocked or (
+                    handler.unlocked == "few" and not has_query and "few")
+                return functools.partial(attempt, call), limit, method == "GET" and quick
             if method not in METHODS + OTHER_METHODS:
                 raise MethodUnknown("HTTP has no such method; they are in capitals")
             if "*" in methods:                  # what a stream allows depends on its label

@@ -5718,10 +5718,14 @@ class HttpConnections(HttpCase):
             self.assertOpen(wire)
             held.append((wire.send(sent), rest, statuses))
         until(lambda: server.http.sending and len(server.http.threads) == 4, "all that hold")
-        for _ in range(10):
+        for path in 5 * ["/status", "/status/large"]:
             for wire in quick:
-                wire.request("/status/large")
+                wire.request(path)
             self.assertEqual({wire.answer()[0] for wire in quick}, {200})
+        self.assertEqual(len(server.http.threads), 4)
+        with http_limits(QUICK_STATUSES=0):     # of many it takes time
+            self.assertEqual(quick.pop().request("/status").answer()[0], 200)
+            self.assertEqual(len(server.http.threads), 5)
         for owner, name, path, *statuses in (
                 (server.http, "answer", "/ping", b"", b"200", b"200", b"200"),
                 (server.manager.events, "wait", "/watch?timeout=0", b"", b"204", b"204", b"204"),
