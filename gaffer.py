@@ -9245,6 +9245,7 @@ class WsgiRun(SimpleHandler):
     http_version = "1.1"
     os_environ: dict = {}                       # gaffer's own environment is not the client's
     status: str
+    environ: dict
     headers: dict                               # a wsgiref.headers.Headers
     error_headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
 
@@ -9280,13 +9281,30 @@ class WsgiRun(SimpleHandler):
     def respond(self, send, keep):
         """Run the application, and send what it answers. Return whether the connection goes on."""
         self._send, self._keep = send, keep
-        self.run(self._app)
         http, request = self._http, self._request
+        try:                                    # run() takes each ConnectionError for the client's
+            self.setup_environ()
+            try:
+                self.result = self._app(self.environ, self.start_response)
+                for data in self.result:
+                    self.write(data)
+                    if request.method == "HEAD":
+                        break                   # the rest may have no end
+                self.finish_content()
+            finally:
+                self.close()
+        except BaseException:
+            if not self.cut:
+                self.handle_error()
         self.cut = self.cut or bool(self._left)
         self.framed = self._chunked or self._left is not None   # the client can see a cut
         http.requests.add(request.method, self._status)
         http.log_request(request.client, request, self._status, self._size)
         return self._keep and not self.cut
+
+    def close(self):
+        if hasattr(self.result, "close"):
+            self.result.close()
 
     def send_headers(self):
         request, self._status = self._request, int(self.status[:3])
@@ -9312,23 +9330,23 @@ class WsgiRun(SimpleHandler):
     def finish_content(self):
         if not self.headers_sent:
             self.send_headers()
-        self._write(b"")
-        if self._chunked:
-            self._send(b"0\r\n\r\n")
+        self._write(b"", b"0\r\n\r\n" if self._chunked else b"")
+        self._left = self._left or 0            # without a length, all of it was sent
 
-    def _write(self, data):
+    def _write(self, data, end=b""):
         """Send a piece of the body, the first one together with the head."""
         if self._left is not None:
             data = data[:self._left]            # more would be read as the next answer
             self._left -= len(data)
         self._size += len(data)
-        head, self._head = self._head, b""
-        if head or data:
+        data = self._head + (chunk(data) if self._chunked and data else data) + end
+        self._head = b""
+        if data:
             try:
-                self._send(head + (chunk(data) if self._chunked and data else data))
-            except OSError as error:            # the application is not to blame
+                self._send(data)
+            except OSError:                     # the application is not to blame
                 self.cut = True
-                raise BrokenPipeError(str(error)) from None
+                raise
 
     def _flush(self):
         """Do nothing: nothing waits."""

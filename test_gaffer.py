@@ -6463,7 +6463,7 @@ class HttpLibrary(HttpCase):
             start_response("200 OK", [])
             try:
                 yield b"one"
-                go.wait(TIMEOUT)
+                go.wait(2 * TIMEOUT)
                 yield b"two"
             finally:
                 closed.put(True)
@@ -6473,6 +6473,7 @@ class HttpLibrary(HttpCase):
         go.set()
         self.assertEqual(wire.chunks(), (b"two", True))
         self.assertTrue(closed.get(timeout=TIMEOUT))
+        go.clear()                              # HEAD has its answer without the second part
         self.assertEqual(self.ask("HEAD", "/admin")[0], 200)
         self.assertTrue(closed.get(timeout=TIMEOUT))
 
@@ -6481,7 +6482,9 @@ class HttpLibrary(HttpCase):
         def app(environ, start_response):
             start_response(status, [("Content-Length", length)] if length else [])
             for part in parts:
-                yield part or 1 / 0
+                if isinstance(part, Exception):
+                    raise part
+                yield part
         self.server = self.serve(wsgi={"/admin": app})
         for method, version, status, length, parts, framing, body, *headers in (
                 ("GET", "1.1", "200 OK", None, [b"ab", b"c"], "chunked", b"abc"),
@@ -6500,9 +6503,10 @@ class HttpLibrary(HttpCase):
                     self.assertOpen(wire)
         status = "200 OK"
         for version, length, parts, error in (
-                ("1.1", None, [b"ab", None], None), ("1.1", "5", [b"ab"], None),
-                ("1.0", None, [b"ab", None], ConnectionResetError)):
-            if not parts[-1]:
+                ("1.1", None, [b"ab", KeyError()], None), ("1.1", "5", [b"ab"], None),
+                ("1.1", None, [b"ab", ConnectionResetError()], None),
+                ("1.0", None, [b"ab", KeyError()], ConnectionResetError)):
+            if len(parts) > 1:
                 self.expect_log("the application at /admin has failed")
             with self.subTest(version, length=length), (
                     self.assertRaises(error) if error else contextlib.nullcontext()):
@@ -6516,15 +6520,29 @@ class HttpLibrary(HttpCase):
                 start_response("200 OK", [("X-A", "a\r\nSet-Cookie: secret")])
                 return [b"secret"]
             print("its own words", file=environ["wsgi.errors"])
-            raise RuntimeError("secret")
+            raise (BrokenPipeError if environ["PATH_INFO"] == "/pipe" else RuntimeError)("secret")
         self.server = self.serve(wsgi={"/admin": app})
-        for path in "/admin", "/admin/split":
+        for path in "/admin", "/admin/pipe", "/admin/split":
             with self.subTest(path=path), self.assertLogs("gaffer", "ERROR") as logged:
                 answer = self.ask("GET", path)
                 self.assertCode(answer, 500, "internal_error", "the application at /admin")
                 self.assertNotIn("secret", str(answer[1:]))
                 self.assertIn("Traceback", logged.output[-1])
-                self.assertEqual("its own words" in logged.output[0], path == "/admin")
+                self.assertEqual("its own words" in logged.output[0], path != "/admin/split")
+
+    def test_wsgi_close_fails(self):
+        """The answer is complete, and no other one follows it."""
+        body = mock.MagicMock(close=mock.Mock(side_effect=OSError("cannot close")))
+        body.__iter__.side_effect = lambda: iter([b"ab", b"c"])
+        self.expect_log("the application at /admin has failed")
+
+        def app(environ, start_response):
+            start_response("200 OK", [])
+            return body
+        self.server = self.serve(wsgi={"/admin": app})
+        for version in "1.0", "1.1":
+            wire = self.wire().request("/admin", version=version)
+            self.assertEqual((wire.answer()[2], wire.file.read()), (b"abc", b""))
 
 
 # --------------------------------------------------------------------------------------------------
