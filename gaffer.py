@@ -1815,13 +1815,13 @@ LIMITS = {"as": ("v", KIB), "core": ("c", 512), "cpu": ("t", 1), "data": ("d", K
 
 def limit_pair(value):
     """Return (soft, hard) of a resource limit; without any: math.inf. ValueError: it is none."""
-    pair = [math.inf if each == "unlimited" else each
-            for each in (value if isinstance(value, list) else [value, value])]
-    if len(pair) != 2 or not all(each == math.inf or is_number(each, int) and 0 <= each < 2 ** 62
-                                 for each in pair) or pair[0] > pair[1]:
+    pair = value if isinstance(value, list) else [value, value]
+    found = [math.inf if each == "unlimited" else each for each in pair
+             if each == "unlimited" or is_number(each, int) and 0 <= each < 2 ** 62]
+    if not len(pair) == len(found) == 2 or found[0] > found[1]:
         raise ValueError("is not a whole number, 'unlimited' or [soft, hard], the soft one being "
                          "the lower")
-    return tuple(pair)
+    return tuple(found)
 
 
 @json_schema("object", additionalProperties=False, properties=dict.fromkeys(

@@ -1562,7 +1562,7 @@ class PureTemplates(Case):
         "nice": ([None, -20, 19], [-21, 20, "1"]),
         "limits": ([{}, {"nofile": 1024, "core": 0}, {"as": "unlimited", "cpu": [5, "unlimited"]}],
                    [[], {"nofiles": 1}, {"nofile": -1}, {"nofile": "x"}, {"nofile": [1]},
-                    {"nofile": ["unlimited", 1]}, {"nofile": 2 ** 62}]),
+                    {"nofile": ["unlimited", 1]}, {"nofile": 2 ** 62}, {"nofile": math.inf}]),
         "before_start": ([None, "a; b"], ["", " ", 5, "\0"]), "after_stop": ([None, "a"], [""]),
         "stop_signal": (["TERM", "SIGINT", 2, [["INT", 5], [15, 0.5]]],
                         ["NOPE", [], ["INT"], [["INT"]], [["INT", -1]],
