@@ -1662,6 +1662,10 @@ class PureTemplates(Case):
         self.assertTable(gaffer.split_words, ((text, words.split("\0")[:-1]) for text, words in zip(
             texts, shown.decode().split("\1"))))
         self.assertEqual(gaffer.split_words("# a"), ["#", "a"])
+        large = "x" * gaffer.MIB                # the loop splits it at each start
+        began = time.process_time()
+        self.assertEqual(gaffer.split_words(large), [large])
+        self.assertLess(time.process_time() - began, 1)
 
     def test_substitution(self):
         env = {b"A": b"1", b"B_2": b"two", b"D": b"$A", b"E": b"", b"X": b"\xff"}
