@@ -4222,6 +4222,8 @@ class Manager:
                 launch = self._to_spawn[template] = self._respawn(template, launch)
             if launch is None or template.missing() <= 0:
                 del self._to_spawn[template]
+                if template.active and template.unmet():    # again, before all were spawned
+                    self._held[template] = None
             if self.loop.clock() > until:
                 break
         if self._to_spawn:
@@ -4695,7 +4697,9 @@ class Manager:
             for process in list(self.processes.values()):
                 if process.template["detach"]:
                     process.close_readiness()   # or its probes would go on
-            self._stages = stop_stages({each.name: each.template for each in self._alive()})
+            infos = {name: template.info for name, template in self.templates.items()}
+            self._stages = stop_stages(dict(
+                infos, **{each.name: each.template for each in self._alive()}))
             self._to_stop = sorted(self._alive(), key=lambda each: -self._stages[each.name])
             self._stop_stagger = min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(self._to_stop)))
             self._stop_next()

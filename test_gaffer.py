@@ -4610,7 +4610,17 @@ class ProcessReady(ProcessCase):
         self.manager.subscribe("", lambda kind, event: seen.append((kind, event["name"])))
         self.manager.stop()
         self.ended()
-        self.assertLess(seen.index(("exit", "web")), seen.index(("stop_pid", "later")))
+        for name in "later", "db":              # also if what is between them is done
+            self.assertLess(seen.index(("exit", "web")), seen.index(("stop_pid", name)))
+
+    def test_lost_again(self):
+        """What it is after is restarted when one process has been spawned: the others follow."""
+        self.add("x", "sleep 60", after=["db"], numprocesses=5)
+        restart = self.manager.subscribe("proc/x/spawn", lambda kind, event: (
+            restart.close(), self.manager.restart_template("db")))
+        with http_limits(SPAWN_TIME=0):
+            self.add("db", "sleep 60", ready={"exec": "true"})
+            self.assertEqual(self.until("x")[0], 200)
 
     def test_circles(self):
         self.add("a", "true", after=["b"], start=False)
