@@ -11451,7 +11451,9 @@ class Configuration:
             "kept": [name for name, fields in changed.items() if not fields],
             "webhooks": self.settings.webhooks != settings.webhooks,
             "needs_restart": ["endpoints"] if endpoints[0] != endpoints[1] else []}
-        for name in [] if dry_run else [*report["removed"], *report["changed"], *report["added"]]:
+        # what others are after goes before them: no circle comes of old and new ones
+        changes = sorted(report["changed"], key=stop_stages(after).get, reverse=True)
+        for name in [] if dry_run else [*report["removed"], *changes, *report["added"]]:
             try:                                # the system may refuse what the file may ask for
                 if name not in after:
                     manager.delete_process(name)
@@ -12695,7 +12697,10 @@ def load_command(args):
     statuses = get_statuses(client)
     templates, formation = procfile_templates(args, [client.port] if client.port else ())
     templates = in_group(group, templates)
-    for name, info in templates.items():
+    started = [name for name, info in templates.items() if info["start"]]
+    stages = stop_stages(templates)             # no circle comes of old and new, as in a reload
+    for name in sorted(templates, key=lambda name: -stages[name] if name in statuses else 1):
+        info = templates[name]
         if name in statuses:
             del info["start"]                   # it runs, or not, as before
             if name[len(group) + 1:] not in formation:      # it may have been scaled
@@ -12709,7 +12714,7 @@ def load_command(args):
     carry_out(args, client, [(target, "DELETE ", lambda answer: "removed")
                              for target in find_targets(args, statuses, gone)])
     if args.ready:
-        await_goal(args, client, templates)
+        await_goal(args, client, started)
 
 
 def unload_command(args):

@@ -10080,6 +10080,10 @@ class CliReady(CliFollowCase):
         self.file(folder, ".env", "STATUS=3\n")
         why = r"gaffer: (.* and )?'app:migrate' has failed: exit status 3\n"
         self.calls((load, loaded + "app:db: ready\n", 1, 2 * why))
+        self.file(folder, "Procfile", "# gaffer: after=web\ndb: sleep 1000\nweb: sleep 1000\n"
+                  "# gaffer: start=false\nlater: true\n")
+        self.calls((load, "app:web: updated\napp:db: updated\napp:later: loaded\n"
+                    "app:migrate: removed\napp:db: ready\napp:web: ready\n"))
 
     def test_systemd_is_told(self):
         """When all are ready, that it lives, and its end; nothing by its children."""
@@ -10590,6 +10594,11 @@ class ConfigReload(ConfigCase):
         text = self.ini("start = false", a=2000, b=2000, c=1000)
         self.change(text, added=["a"], changed={"c": ["cwd", "start"]}, kept=["b"])
         until(lambda: list(map(len, self.pids("a", "b", "c"))) == [1, 3, 0])
+
+    def test_after_is_turned_round(self):
+        self.begin(self.ini("after = b", b=1000, a=1000))
+        self.change(self.ini("after = a", self.ini(a=1000), b=1000),
+                    changed={"b": ["after"], "a": ["after"]})
 
     def test_one_that_gave_up(self):
         self.begin("[process:a]\ncmd = false\nflapping = 1, 10, 0, 0\n")
