@@ -1416,13 +1416,16 @@ class Journal:
         window, size, now = source.window(), len(data), time.time()
         place = window.end - size
         length = self.end - self.offsets[-1] if self.offsets else 0
+        if window.before(place) in (10, 13):    # others of the template may have written it
+            source.line_start = place
         if not (length and self.sources[-1] is source and self._places[-1] + length == place
-                and length + size <= COALESCE_SIZE and 0 <= now - self._times[-1] < JOIN_TIME):
+                and length + size <= min(COALESCE_SIZE, window.limit // 4)
+                and 0 <= now - self._times[-1] < JOIN_TIME):
             self._add(source, now, place)
-        newline = data.rfind(b"\n")
-        if newline >= 0:
-            source.line_start = place + newline + 1
-        if newline == size - 1:
+        line_end = max(data.rfind(b"\n"), data.rfind(b"\r"))
+        if line_end >= 0:
+            source.line_start = place + line_end + 1
+        if line_end == size - 1:
             self._unfinished.discard(source)
         else:
             self._unfinished.add(source)
@@ -1488,14 +1491,14 @@ class Journal:
             return end - offset, prefix, [], []
         stop = place if source.shown else place + end - base
         first = place + offset - base
+        if head < first and window.before(first) in (10, 13) and not source.shown:
+            head = first
         if head < window.start:                 # on from the start of a line
             head = window.resync(window.start)
             if window.before(head) != 10:
                 head = stop
             if first < head:
                 return min(head, stop) - first, prefix, [], []
-        elif head < first and window.before(first) in (10, 13) and not source.shown:
-            head = first
         data = window.read(head, stop - head)
         mode = FINAL if source.shown else NORMAL
         skip, segments, lines = split_lines(data, window.before(head), mode, math.inf)
@@ -1540,7 +1543,7 @@ class Journal:
         place = window.end
         if mark:
             place -= incomplete_utf8(window.read(max(window.start, place - 3), 3))
-        if place > source.line_start and window.before(place) != 13:
+        if place > source.line_start:
             shown = JournalSource(source.name, source.pid, source.label + mark, source.window,
                                   shown=True)
             shown.line_start, source.line_start = source.line_start, place

@@ -1474,6 +1474,19 @@ class PureJournal(PureLogCase):
         del self.streams["large", "out"], large
         self.assertEqual(self.lines()[1:], (self.journal.end, 14 * 40 + 20 * 4))
 
+    def test_where_a_line_begins(self):
+        """Behind the one before, though another process wrote that, or it is no longer kept."""
+        first, second = (self.stream("a", pid, size=256) for pid in (1, 2))
+        for number in range(100):
+            first(b"%d\n" % number)
+        reader, wanted = self.sse("a"), []
+        for end in b"\n", b"\r", b"\r\n":
+            text = b"".join(b"%05d%b" % (number, end) for number in range(100))
+            for place in range(0, len(text), 3):
+                second(text[place:place + 3])
+            wanted += ["a 2 out %05d" % number for number in range(100)]
+        self.assertEqual([line for _, line in self.events(reader)], wanted)
+
     def test_tail(self):
         """Against all lines; what has gone is no line."""
         writes = [self.stream("a", 1, size=300), self.stream("b", 2), self.stream("b", 2, "err")]
