@@ -3965,7 +3965,7 @@ def starting(method):
     def call(self, *args, **options):
         template, result = locked(self, *args, **options)
         if template is not None and not self.on_loop_thread():
-            self.block_until(lambda: template.missing() <= 0 or not self._running)
+            self.block_until(lambda: template not in self._to_spawn)
         return result
     return call
 
@@ -4223,7 +4223,7 @@ class Manager:
             template, launch = next(iter(self._to_spawn.items()))
             if template.missing() > 0 and not self.stopping:
                 launch = self._to_spawn[template] = self._respawn(template, launch)
-            if launch is None or template.missing() <= 0:
+            if template.missing() <= 0 or launch is None and template.pending:
                 del self._to_spawn[template]
                 if template.active and template.unmet():    # again, before all were spawned
                     self._held[template] = None

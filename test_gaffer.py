@@ -3674,14 +3674,14 @@ class ProcessSchedules(ProcessClock):
         """What can't be started has failed, and is tried at the next time."""
         with tempfile.TemporaryDirectory() as folder:
             program = shutil.copy("/bin/true", folder)
-            self.add("x", program, schedule="every 60s")
+            self.add("x", program, schedule="every 60s", numprocesses=2)
             self.barrier()
             os.unlink(program)
             self.advance(60, settle=True)
             self.assertEqual(self.kinds()[-1], "fail")
-            self.assertEqual(self.seen[-1]["exit_status"], 127)
+            self.assertEqual((self.seen[-1]["exit_status"], self.seen[-1]["tries"]), (127, 2))
             shutil.copy("/bin/true", folder)
-            self.assertEqual(self.pass_time(60), [1])
+            self.assertEqual(self.pass_time(60), [2])
 
 
 class ProcessAttributes(ProcessCase):
@@ -4737,6 +4737,19 @@ class ProcessShortage(ProcessCase):
         with mock.patch("subprocess.Popen", side_effect=MemoryError):
             self.refused({"name": "y", "cmd": "cat"}, "memory", "busy", status=503)
         self.assertEqual(self.ok("GET", "/processes"), [])
+
+    def test_memory_for_one_process(self):
+        """The answer does not wait for those that are tried again later."""
+        popen = subprocess.Popen
+
+        def full(*args, **options):
+            if self.manager.processes:
+                raise MemoryError
+            return popen(*args, **options)
+        with mock.patch("subprocess.Popen", full):
+            self.assertEqual(self.add("x", "cat", numprocesses=3, redirect_input=True), [1])
+            self.assertEqual(self.status("x")["state"], "backoff")
+        until(lambda: len(self.pids("x")) == 3)
 
 
 class ProcessProgram(Case):
