@@ -11416,6 +11416,7 @@ class Configuration:
         self._read, self._hooks = read, hooks
         self._lock = threading.Lock()           # one reload at a time
         self.settings = read()
+        self._endpoints = list(map(vars, self.settings.endpoints))
 
     def begin(self, manager):
         """Give a manager what to run."""
@@ -11432,20 +11433,22 @@ class Configuration:
         """
         with self._lock:
             settings = self._read()
-            outcome = manager.loop.call(self._apply, manager, settings, dry_run)
+            outcome = manager.loop.call(self._compare, manager, settings)
+            if not dry_run:
+                self._apply(manager, settings, outcome)
         if not dry_run:
             log.warning("the configuration was loaded again: %s", "; ".join(
                 outcome_lines(dict(outcome, kept=[]))) or "nothing has changed")
         return outcome
 
-    def _apply(self, manager, settings, dry_run):
+    def _compare(self, manager, settings):
         before, after, present = self.settings.templates, settings.templates, manager.templates
         changed = {}                            # by the files, not by hand
         for name in [name for name in after if name in present]:
             info = before[name] if name in before else present[name].info
             changed[name] = [field for field in OPTIONS if info[field] != after[name][field]]
-        endpoints = [list(map(vars, each.endpoints)) for each in (self.settings, settings)]
-        report = {
+        endpoints = list(map(vars, settings.endpoints))
+        return {
             "ok": True, "failed": {},
             "added": sorted((name for name in after if name not in present),
                             key=lambda name: priority_of(after[name])),
@@ -11453,38 +11456,39 @@ class Configuration:
             "removed": [name for name in before if name not in after and name in present],
             "kept": [name for name, fields in changed.items() if not fields],
             "webhooks": self.settings.webhooks != settings.webhooks,
-            "needs_restart": ["endpoints"] if endpoints[0] != endpoints[1] else []}
+            "needs_restart": ["endpoints"] if endpoints != self._endpoints else []}
+
+    def _apply(self, manager, settings, report):
+        before, after = self.settings.templates, settings.templates
         # what others are after goes before them: no circle comes of old and new ones
         changes = sorted(report["changed"], key=stop_stages(after).get, reverse=True)
-        for name in [] if dry_run else [*report["removed"], *changes, *report["added"]]:
+        for name in [*report["removed"], *changes, *report["added"]]:
             try:                                # the system may refuse what the file may ask for
                 if name not in after:
                     manager.delete_process(name)
-                elif name in changed:
-                    self._change(manager, name, after[name], changed[name])
-                else:
+                elif name in report["changed"]:
+                    manager.loop.call(self._change, manager, after[name], report["changed"][name])
+                else:                           # each by itself, so that requests come in between
                     manager.add_process(after[name])
             except GafferError as error:
                 report["failed"][name], report["ok"] = str(error), False
                 # or the next time it would not be seen to have changed
                 after[name] = before.get(name, after.get(name))
-        if not dry_run:
-            self.settings = settings
-            if report["webhooks"] and self._hooks is not None:
-                self._hooks.replace(settings.webhooks)
-        return report
+        self.settings = settings
+        if report["webhooks"] and self._hooks is not None:
+            manager.loop.call(self._hooks.replace, settings.webhooks)
 
     @staticmethod
-    def _change(manager, name, info, fields):
-        template = manager.templates[name]
+    def _change(manager, info, fields):
+        template = manager.find_template(info["name"])
         again = template.gave_up and not set(fields) <= set(ADJUSTABLE)
         # what was stopped or scaled by hand stays so; what gave up gets another chance
         known = dict(template.info, **{field: info[field] for field in fields})
         if "start" not in fields:
             del known["start"]
-        manager.update_process(name, known)
+        manager.update_process(template.name, known)
         if again and "start" not in fields:
-            manager.start_template(name)
+            manager.start_template(template.name)
 
 
 # --------------------------------------------------------------------------------------------------

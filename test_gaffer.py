@@ -10605,7 +10605,19 @@ class ConfigReload(ConfigCase):
         until(lambda: self.pids("b") not in ([[]], [[2]]))
         self.assertEqual(self.pids("a"), [[1]])
         self.assertEqual(self.server.ok("GET", "/processes/b")["cmd"], "sleep 2000")
-        self.assertEqual(json.loads(self.call("reload", "--json"))["kept"], ["a", "d", "b"])
+        again = json.loads(self.call("reload", "--json"))
+        self.assertEqual((again["kept"], again["needs_restart"]), (["a", "d", "b"], ["endpoints"]))
+
+    def test_requests_are_answered_in_between(self):
+        self.begin("")
+        manager, seen = self.server.manager, []
+
+        def add(info):
+            seen.append(self.server.ok("GET", "/processes"))
+            return gaffer.Manager.add_process(manager, info)
+        with mock.patch.object(manager, "add_process", add):
+            self.change(self.ini(a=1000, b=1000), added=["a", "b"])
+        self.assertEqual(seen, [[], ["a"]])
 
     def test_what_was_done_by_hand_stays(self):
         self.begin(self.ini(a=1000, b=1000))
