@@ -2456,6 +2456,11 @@ def shell_status(end):
     return 128 + end[1] if end[1] else end[0]
 
 
+def ends_by_itself(info):
+    """Return True if a template is to be done, not ready."""
+    return info["restart"] != "always" and info["ready"] is None and info["numprocesses"] > 0
+
+
 def restart_delay(info, failures):
     """Return the seconds before the next start, after `failures` in a row. Of [first, longest]:
     none, then the first, doubling to the longest."""
@@ -3724,8 +3729,7 @@ class Template:
 
     def releases(self):
         """Return True if what is `after` this may start."""
-        ends = self.info["restart"] != "always" and self.info["ready"] is None
-        return self.outcome == "done" if ends else self.ready()
+        return self.outcome == "done" if ends_by_itself(self.info) else self.ready()
 
     def prospect(self, goal):
         """Return (whether it is what `goal` says: "ready", "done" or "stopped"; why it never will
@@ -11631,8 +11635,7 @@ def await_goal(args, client, names, goal=None):
     for name in names:
         try:
             info = client.get("/processes/" + reference(name))
-            wanted = goal or ("done" if info["restart"] != "always" and not info["ready"] else
-                              "ready")
+            wanted = goal or ("done" if ends_by_itself(info) else "ready")
             path = "/status/%s?until=%s" % (reference(name), wanted)
             if args.timeout is not None:
                 left = max(0.0, end - time.monotonic())
@@ -12582,7 +12585,7 @@ def up_command(args):
         templates = {name: info for name, info in templates.items() if name in chosen}
         for name, info in templates.items():
             info["redirect_input"] = not info["detach"]     # which does not end
-            if info["restart"] != "always" and info["ready"] is None:
+            if ends_by_itself(info):
                 jobs.add(name)
             elif info["restart"] == "always" and not args.keep_going:
                 info["restart"] = "never"

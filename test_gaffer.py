@@ -9212,6 +9212,7 @@ class CliExit(CliCase):
             server = self.start("--exit-when-done", self.file(self.folder(), "g.json", text))
             server.stop(None, status)
             if status == 1:
+                (4, {"fails": sh("exit 4", after=["none"]), "none": sh("true", numprocesses=0)}),
                 server.expect_stderr("ERROR 'b' has not run: it waits for 'bb'")
             elif status:
                 server.expect_stderr("WARNING fails: (exit|fail|stop|flap)")
@@ -10107,9 +10108,10 @@ class CliReady(CliFollowCase):
         why = r"gaffer: (.* and )?'app:migrate' has failed: exit status 3\n"
         self.calls((load, loaded + "app:db: ready\n", 1, 2 * why))
         self.file(folder, "Procfile", "# gaffer: after=web\ndb: sleep 1000\nweb: sleep 1000\n"
-                  "# gaffer: start=false\nlater: true\n")
-        self.calls((load, "app:web: updated\napp:db: updated\napp:later: loaded\n"
-                    "app:migrate: removed\napp:db: ready\napp:web: ready\n"))
+                  "# gaffer: start=false\nlater: true\n# gaffer: restart=never\nnone: true\n")
+        self.calls((load + " -c none=0", "app:web: updated\napp:db: updated\napp:later: loaded\n"
+                    "app:none: loaded\napp:migrate: removed\n"
+                    "app:db: ready\napp:web: ready\napp:none: ready\n"))
 
     def test_systemd_is_told(self):
         """When all are ready, that it lives, and its end; nothing by its children."""
