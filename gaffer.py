@@ -3702,14 +3702,16 @@ class Template:
         """Return how many processes there are to be."""
         return self.info["numprocesses"] if self.active and self.due else 0
 
-    def missing(self):
-        """Return how many processes have to be spawned now. A slot is kept until its process is
-        gone."""
+    def lacking(self):
+        """Return how many processes it lacks. A slot is kept until its process is gone."""
         if not self.active or not self.due or self.pause is not None:
             return 0
-        missing = self.info["numprocesses"] - len(self.processes) - len(self.pending) - len(
+        return self.info["numprocesses"] - len(self.processes) - len(self.pending) - len(
             self.finished)
-        return min(0, missing) if self.unmet() else missing
+
+    def missing(self):
+        """Return how many processes have to be spawned now."""
+        return min(0, self.lacking()) if self.unmet() else self.lacking()
 
     def ended(self):
         """Return True if each of its processes has exited, and nothing follows."""
@@ -3726,6 +3728,10 @@ class Template:
         """Return the names of templates it is `after` that it has to wait for."""
         others = ((name, self._templates.get(name)) for name in self.info["after"])
         return [name for name, other in others if other is None or not other.releases()]
+
+    def waits_for(self):
+        """Return the names of templates that keep it from spawning what it lacks."""
+        return self.unmet() if self.lacking() > 0 else []
 
     def releases(self):
         """Return True if what is `after` this may start."""
@@ -3760,7 +3766,7 @@ class Template:
             other = waiting.pop()
             if other.deleted or not other.active and other.outcome != "done":
                 return other
-            found = set() if other.processes else set(other.unmet())
+            found = set(other.waits_for() if other.processes else other.unmet())
             if unknown and not found <= self._templates.keys():
                 return other
             found &= self._templates.keys()
@@ -3779,10 +3785,10 @@ class Template:
         """Return why it is not ready yet, and its last lines, to go on with a sentence."""
         if self.ready():
             return ""
-        errors = [process.not_ready for process in self.running()]
-        found = ["; its last check: " + error for error in errors if error][:1]
-        if not errors and self.unmet():
-            found = ["; it waits for " + ", ".join(self.unmet())]
+        found = ["; its last check: " + process.not_ready for process in self.running()
+                 if process.not_ready][:1]
+        if self.waits_for():
+            found.append("; it waits for " + ", ".join(self.waits_for()))
         if self.error or self.last_exit:
             found.append("; it last ended with: " + self.last_failure())
         earlier = dict.fromkeys(self.begins, 0)
@@ -3835,7 +3841,7 @@ class Template:
             "os_pids": [process.os_pid for process in running], "restarts": self.restarts,
             "last_exit": self.last_exit, "next_try": waits[0] if waits else None,
             "next_tries": waits,
-            "ready": self.ready(), "waiting": self.unmet() if state == "waiting" else [],
+            "ready": self.ready(), "waiting": self.waits_for(),
             "message": next((process.message for process in reversed(running)), None),
             "next_runs": self.next_runs,
             "uptime": round(running[0].age() if running else 0, 3), "gave_up": self.gave_up,
@@ -4206,7 +4212,7 @@ class Manager:
             if not self._to_spawn:
                 self.loop.call_soon(self._spawn_some)
             self._to_spawn.setdefault(template)
-        if template.active and template.unmet():
+        if template.waits_for():
             self._held[template] = None
         else:
             self._held.pop(template, None)
@@ -4229,7 +4235,7 @@ class Manager:
                 launch = self._to_spawn[template] = self._respawn(template, launch)
             if template.missing() <= 0 or launch is None and template.pending:
                 del self._to_spawn[template]
-                if template.active and template.unmet():    # again, before all were spawned
+                if template.waits_for():           # again, before all were spawned
                     self._held[template] = None
             if self.loop.clock() > until:
                 break
@@ -8543,8 +8549,7 @@ class Api:
 
         def done():
             return (all(process.gone or process.running for process in before)
-                    and all(template.missing() <= 0 and not template.pending
-                            and template.state() != "waiting"
+                    and all(template.lacking() <= 0 and not template.pending
                             and all(each.running or template.active and each.by_itself
                                     for each in template.processes.values())
                             for template in templates))
@@ -8553,8 +8558,8 @@ class Api:
             wait = max([stop_time(info) for info in infos] or [0]) + WAIT_EXTRA
 
         def late():
-            waits = ["; '%s' waits for %s" % (template.name, ", ".join(template.unmet()))
-                     for template in templates if template.state() == "waiting"]
+            waits = ["; '%s' waits for %s" % (template.name, ", ".join(template.waits_for()))
+                     for template in templates if template.waits_for()]
             return error_response(WaitTimeout(
                 "this was not done in %g seconds; it goes on%s" % (wait, "".join(waits))))
         return LongPoll(

@@ -4634,6 +4634,12 @@ class ProcessReady(ProcessCase):
         with http_limits(SPAWN_TIME=0):
             self.add("db", "sleep 60", ready={"exec": "true"})
             self.assertEqual(self.until("x")[0], 200)
+        self.ok("PUT", "/processes/db", {"cmd": "sleep 60", "ready": {"exec": "false"}})
+        self.kill(self.pids("x")[0])            # the one that takes its place has to wait
+        until(lambda: self.status("x")["waiting"] == ["db"])
+        self.refused(None, "'x' waits for db", "wait_timeout", "/x/_start?wait=0.01", "POST", 504)
+        self.post("db/_stop")
+        self.assertError(self.until("x"), 409, "conflict", "'x' waits for 'db', and 'db' is")
 
     def test_circles(self):
         self.add("a", "true", after=["b"], start=False)
@@ -9206,13 +9212,13 @@ class CliExit(CliCase):
                 (3, {"fails": sh("exit 3", restart="on-failure", flapping={"max_retry": 0}),
                      "b": sh("sleep 0.1")}),
                 (5, {"fails": sh("exit 5"), "b": sh("true", after=["fails"])}),
+                (4, {"fails": sh("exit 4", after=["none"]), "none": sh("true", numprocesses=0)}),
                 (0, {"a": sh("true", start=False)}),
                 (1, {"a": sh("true", after=["b"]), "b": sh("true", after=["bb"])})):
             text = json.dumps({"process": templates})
             server = self.start("--exit-when-done", self.file(self.folder(), "g.json", text))
             server.stop(None, status)
             if status == 1:
-                (4, {"fails": sh("exit 4", after=["none"]), "none": sh("true", numprocesses=0)}),
                 server.expect_stderr("ERROR 'b' has not run: it waits for 'bb'")
             elif status:
                 server.expect_stderr("WARNING fails: (exit|fail|stop|flap)")
