@@ -613,8 +613,8 @@ class Loop:
         self._wake_read, self.wake_fd = os.pipe()       # a byte wakes it, see set_wakeup_fd()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self.wake_fd, False)
-        self.call(self.register, self._wake_read, selectors.EVENT_READ,
-                  lambda mask: os.read(self._wake_read, 4096))
+        self.register(self._wake_read, selectors.EVENT_READ,
+                      lambda mask: os.read(self._wake_read, 4096))
 
     # for any thread
 
@@ -693,7 +693,7 @@ class Loop:
             self._interrupted = False
             raise KeyboardInterrupt
 
-    # for the owner of the lock
+    # timers and descriptors, for any thread; their calls run under the lock
 
     def owned(self):
         """Return True if the calling thread holds the lock."""
@@ -701,7 +701,8 @@ class Loop:
 
     def later(self, delay, function, *args):
         """Run `function(*args)` in `delay` seconds, under the lock. Return its Timer."""
-        assert self.owned()
+        if not self.owned():
+            return self.call(self.later, delay, function, *args)
         timer = Timer(self, self.clock() + delay, function, args)
         self.pending_timers += 1
         if len(self._timers) > 64 + 2 * self.pending_timers:    # cancelled ones may be due in days
@@ -718,20 +719,23 @@ class Loop:
 
     def register(self, fd, events, callback):
         """Call `callback(mask)` whenever `fd` is ready (selectors.EVENT_READ, EVENT_WRITE)."""
-        assert self.owned()
-        self._selector.register(fd, events, callback)
-        self._callbacks[fd] = callback
+        if self.owned():
+            self._selector.register(fd, events, callback)
+            self._callbacks[fd] = callback
+        else:
+            self.call(self.register, fd, events, callback)
 
     def modify(self, fd, events):
         """Change what a registered `fd` is watched for."""
-        assert self.owned()
-        self._selector.modify(fd, events, self._callbacks[fd])
+        self.call(self._selector.modify, fd, events, self._callbacks[fd])
 
     def unregister(self, fd):
         """Stop watching `fd`. Do this before closing it."""
-        assert self.owned()
-        self._selector.unregister(fd)
-        del self._callbacks[fd]
+        if self.owned():
+            self._selector.unregister(fd)
+            del self._callbacks[fd]
+        else:
+            self.call(self.unregister, fd)
 
     def guard(self, function, *args):
         """Return what `function(*args)` returns; if it raises, log that and return None.
@@ -3948,7 +3952,7 @@ class ProcessHandle:
 
 
 def on_loop(method):
-    """Have a method of Manager run under the loop's lock, whatever thread calls it."""
+    """Have a method run under the lock of its `loop`, whatever thread calls it."""
     @functools.wraps(method)
     def call(self, *args, **options):
         return self.loop.call(functools.partial(method, self, *args, **options))
@@ -4135,9 +4139,10 @@ class Manager:
             if matches(pattern, event):
                 subscription.deliver(kind, dict(event))
 
+    @on_loop
     def wait_until(self, done, callback):
         """Call `callback()` on the loop once `done()` is true; it is asked after each event and
-        each end of a process. Returns a function that ends it. For the owner of the lock."""
+        each end of a process. Returns a function that ends it. Both run under the lock."""
         entry = done, callback
         self._waiters.append(entry)
         self._ask_waiters()
@@ -4653,7 +4658,7 @@ class Manager:
         try:
             with self.loop.interrupts():
                 try:
-                    self.loop.call(self._start)
+                    self._start()
                     self.loop.run()
                 finally:
                     self._wind_up()
@@ -4669,9 +4674,11 @@ class Manager:
         finally:
             try:
                 self.loop.call(self._finish)
+                self._call_apps("finish")
+                self.loop.call(self._let_send, [], 0.0, self.loop.clock() + STOP_SEND_TOTAL)
                 self.loop.run()                 # until all is sent
             finally:
-                self.loop.call(self._call_apps, "stop")
+                self._call_apps("stop")
 
     def _call_apps(self, method):
         """Call a method of all apps that have it, the last one first; then raise what one did."""
@@ -4680,11 +4687,17 @@ class Manager:
                 calls.callback(getattr(app, method, lambda: None))
 
     def _start(self):
-        self._running = True
+        def begin():                            # what an app adds from now on starts at once
+            self._running = True
+            return sorted(self.templates.values(), key=lambda each: priority_of(each.info))
+        templates = self.loop.call(begin)
         for app in self.apps:
             app.start(self.loop, self)
             self._started_apps.append(app)
-        for template in sorted(self.templates.values(), key=lambda each: priority_of(each.info)):
+        self.loop.call(self._start_templates, templates)
+
+    def _start_templates(self, templates):
+        for template in templates:
             if template.active:
                 if template.due:
                     self._publish("start", template.name)
@@ -4783,8 +4796,6 @@ class Manager:
         self.journal.finish()
         self.events.finish()
         self._check_waiters()
-        self._call_apps("finish")
-        self._let_send([], 0.0, self.loop.clock() + STOP_SEND_TOTAL)
 
     def _let_send(self, before, until, end):
         """Stop the loop once all is sent, or no client takes more, or all was to be killed."""
@@ -4797,11 +4808,16 @@ class Manager:
         else:
             self.loop.stop()
 
-    @changing
     def restart(self):
-        """Restart all active templates, and the apps that can be. InvalidProcessInfo tells which
+        """Restart all active templates, then the apps that can be. InvalidProcessInfo tells which
         could not be, after all others have been."""
+        faults = self._restart_templates()
         self._call_apps("restart")
+        if faults:
+            raise InvalidProcessInfo("; ".join(faults))
+
+    @changing
+    def _restart_templates(self):
         faults = []
         for template in list(self.templates.values()):
             if template.active:
@@ -4809,8 +4825,7 @@ class Manager:
                     self.restart_template(template.name)
                 except GafferError as error:
                     faults.append("'%s': %s" % (template.name, error))
-        if faults:
-            raise InvalidProcessInfo("; ".join(faults))
+        return faults
 
     @on_loop
     def reap_orphans(self):
@@ -9780,7 +9795,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def close(self):
         """Listen no longer."""
-        if self.fileno() >= 0 and self.http.loop.owned():
+        if self.fileno() >= 0:
             try:
                 self.http.loop.unregister(self.fileno())
             except KeyError:
@@ -9902,6 +9917,7 @@ class HttpHandler:
             listener.close()
         self.listeners = []
 
+    @on_loop
     def stop(self):
         """Listen no longer, close all connections."""
         self.finish()
@@ -10317,6 +10333,7 @@ def reference(name):
 #
 # What plugs into a Manager: any object with start(loop, manager), and maybe stop(), restart(),
 # finish(), which is called before the last bytes are sent, and join(), when the loop is closed.
+# None of them runs under the loop's lock: an app may wait for threads that use the manager.
 # --------------------------------------------------------------------------------------------------
 WEBHOOK_QUEUE = 1000                            # events; one more is dropped
 WEBHOOK_TIME = 5.0                              # for a receiver to answer

@@ -4408,6 +4408,28 @@ class ProcessEmbedded(ProcessCase):
             "small.start whole.start whole.restart whole.stop whole.start bad_start.start "
             "whole.stop whole.start bad_stop.start bad_stop.stop whole.stop").split())
 
+    def test_apps_and_threads(self):
+        """An app may wait for a thread that calls the manager; what it adds is started once."""
+        waited, started = [], []
+
+        def wait(*_):
+            thread = threading.Thread(target=manager.not_ready)
+            thread.start()
+            thread.join(TIMEOUT)
+            waited.append(thread.is_alive())
+
+        def add(loop, manager):
+            manager.add_process("y", "sleep 60")
+            loop.later(0, loop.call_unlocked, manager.restart)
+        manager = gaffer.Manager([
+            mock.Mock(spec=["start", "restart", "stop"], start=wait, restart=wait, stop=wait),
+            mock.Mock(spec=["start"], start=add)])
+        manager.subscribe("start", lambda kind, event: started.append(event["name"]))
+        manager.subscribe("restart", lambda kind, event: manager.stop())
+        manager.add_process("x", "sleep 60")
+        manager.run()
+        self.assertEqual((waited, started), ([False] * 3, ["y", "x"]))
+
 
 class ProcessLife(ProcessCase):
     """What acts comes before what informs, and nothing takes long."""
