@@ -4668,9 +4668,10 @@ class Manager:
 
     def _wind_up(self):
         try:
-            if self.loop.call(self._alive):     # an exception, such as KeyboardInterrupt
+            while self.loop.call(self._alive):  # an exception, such as KeyboardInterrupt
                 self.loop.call(self._stop, False)
-                self.loop.run()
+                with contextlib.suppress(SystemExit):   # an observer may raise it at each exit
+                    self.loop.run()
         finally:
             try:
                 self.loop.call(self._finish)

@@ -4851,6 +4851,16 @@ class ProcessProgram(Case):
             child.send_signal(signal.SIGINT)
         self.assertIn("interrupted", self.end(child))
 
+    def test_exits(self):
+        """An observer that exits ends run(), but kills nothing that has time to stop."""
+        child = self.begin("""
+            for name in "xyz":
+                manager.add_process(name, "cat", redirect_input=True)
+            manager.subscribe("spawn", lambda kind, event: event["pid"] == 3 and manager.stop())
+            manager.subscribe("exit", lambda kind, event: sys.exit())
+            """)
+        self.assertEqual(self.end(child).count("exit"), 3)
+
     def test_an_interrupt_within_a_step(self):
         """It leaves run() when the step is complete: no process is left half reaped."""
         for call in "waitpid", "killpg":
