@@ -6991,13 +6991,14 @@ nav a[aria-current] { background: var(--panel); color: var(--text) }
 #link::before { content: "\25CF"; margin-right: 5px; color: var(--good) }
 .away #link::before { color: var(--bad) }
 #away, #message { margin: 0; padding: 7px 14px; background: var(--panel); color: var(--bad);
-	border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
+	border-bottom: 1px solid var(--line) }
 #message:empty { display: none }
 #message button, .push { float: right; margin-left: auto }
 .away main { filter: grayscale(1); opacity: .6 }
 main { flex: 1; min-height: 0; overflow: auto; padding: 10px 14px; outline: none }
 main.fill { display: flex; overflow: hidden }
 h1, h2 { font-size: 18px; margin: 0 }
+main, p { overflow-wrap: anywhere }
 section h2 { font-size: 14px; margin-top: 14px }
 h2:only-child { display: none }
 .bar { margin-bottom: 8px; flex-wrap: wrap }
@@ -7033,7 +7034,7 @@ pre { background: var(--panel); padding: 10px; border-radius: 6px; white-space: 
 .two [open] { width: 340px }
 summary { cursor: pointer; font-weight: 600; padding: 4px 0 }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: 2px 12px; margin: 0 0 14px }
-dd { margin: 0; overflow: auto; max-height: 8em; white-space: pre-wrap; overflow-wrap: anywhere }
+dd { margin: 0; overflow: auto; max-height: 8em; white-space: pre-wrap }
 .part { padding: 4px 0; border-bottom: 1px solid var(--line) }
 .part :first-child { flex: 1 }
 ol { list-style: none; margin: 0; padding: 0 }
@@ -7141,7 +7142,7 @@ function put(node, text) { if (node.textContent !== text) node.textContent = tex
 function attr(node, name, value) {
 	if (node.getAttribute(name) !== value) node.setAttribute(name, value);
 }
-// its key does the same, and stands in the list of keys
+// its key does the same
 const button = (kind, text, label, click, key) => el("button" + kind, {type: "button",
 	title: label + (key ? ` (${key})` : ""), label, click, "data-key": key}, text);
 function box(param, label, changed, key, more) {  // a search field whose text is in the address
@@ -7188,8 +7189,7 @@ const exitText = ({exit_status, term_signal, times}) => (term_signal ?
 	"killed by SIG" + (snapshot.signals[term_signal] || term_signal) :
 	"exited " + exit_status) + (times > 1 ? `, ${times} times` : "");
 
-// ---- what is known: statuses by name, and events. It begins with what the page was sent with.
-// States are in the order in which they need a person; the first five do
+// ---- what is known: statuses by name, and events
 const templates = new Map(), events = snapshot.events;
 const RANKS = Object.keys(snapshot.states);
 function keep(status) { status.at = performance.now(); templates.set(status.name, status); }
@@ -7204,7 +7204,7 @@ function stateOf(status) {
 		Math.min(...ages.length ? ages : [uptime]) + since(status) < 10 ? "restarting" : state;
 }
 const rankOf = status => RANKS.indexOf(stateOf(status));
-function reason(status) {  // why it is so, and what comes next
+function reason(status) {
 	const {last_exit: last, next_try, next_runs = [], waiting = []} = status,
 		state = stateOf(status);
 	return joined([state === "stopping" && `waiting for ${processes(status.stopping)} to end`,
@@ -7243,10 +7243,10 @@ async function ask(method, path, body) {
 	let answer = {}, value = {reason: "the server does not answer"};
 	try {
 		answer = await fetch(base + path, {method, body: typeof body === "object" ?
-			JSON.stringify(body) : body});
-		value = await (/json/.test(answer.headers.get("Content-Type")) ? answer.json() : answer.text());
+			JSON.stringify(body) : body, signal: method === "GET" ? AbortSignal.timeout(2e4) : null});
+		value = answer.status === 204 || await answer.json();  // a proxy's error is not JSON
 		reached(true);
-	} catch (error) { reached(false); }
+	} catch (error) { answer = {}; reached(false); }
 	return {ok: answer.ok, status: answer.status, value};
 }
 async function act(refs, action, method = "POST") {  // refs: names, or pids
@@ -7293,7 +7293,7 @@ document.addEventListener("visibilitychange", () => {
 	stream.open(); poll();
 });
 
-// ---- what is polled: states with CPU and memory, whose history of ten minutes the server keeps
+// ---- what is polled: states, CPU and memory
 let polling = null, sampled = 0, timer = 0, due = 0;
 const histories = new Map();  // of pids, the latest first
 function later(seconds) {
@@ -7328,7 +7328,7 @@ async function look(name) {  // at one template, or at all
 function uses(all, at) {  // CPU (0) or memory (1) of processes
 	return (all || []).reduce((sum, {cpu, rss}) => sum + ([cpu, rss][at] || 0), 0);
 }
-function usage(at) {  // a cell: what processes use now, and, where it says something, used before
+function usage(at) {  // a cell: what processes use, and have used
 	const path = el("path"), text = el("span"), node = cell([".cpu", ".mem"][at] + ".number", el("svg",
 		{viewBox: "0 0 60 18", preserveAspectRatio: "none", "aria-hidden": "true"}, path), text);
 	return {node, show(all = []) {
@@ -7363,7 +7363,8 @@ function askSignal(refs, whom) {
 function askScale(names) {
 	const text = prompt(`Processes of ${nameThem(names)} (0 to 1000):`,
 		templates.get(names[0]).numprocesses);
-	for (const name of text ? names : []) {
+	if (text && !/^ *(\d{1,3}|1000) *$/.test(text)) complain("Give a whole number from 0 to 1000.");
+	else for (const name of text ? names : []) {
 		const change = Number(text) - templates.get(name).numprocesses;
 		if (change) act([name], change > 0 ? "/_add/" + change : "/_sub/" + -change);
 	}
@@ -7389,8 +7390,7 @@ function moreItems(names) {
 		["OS pid " + pids, () => copyText(pids)]];
 }
 
-// ---- the overview: what needs a person first, then group by group; or sorted by a column.
-// A column: title, class, what it is sorted by
+// ---- the overview. A column: title, class, what it is sorted by
 const COLUMNS = [["name", ".name", ({name}) => name], ["state", ".state", rankOf],
 	["processes", ".count.number", ({running}) => -running],
 	["uptime", ".up.number", status => -status.uptime - since(status)],
@@ -7718,6 +7718,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	}
 	function keepLine(raw) {
 		const line = parse(raw), key = line.pid + " " + line.label;
+		if (line.label === "*note") open.clear();  // what comes is no more of it
 		const [last, goes] = open.get(key) || [], at = goes || line.over ? last - first : -1;
 		if (at >= 0) {  // it goes on with an unfinished line, or replaces it
 			chars -= lines[at].length;
@@ -7842,8 +7843,10 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	function jump(place) {
 		const top = yOf(place);
 		nodes.delete(here); here = shown[place]; nodes.delete(here); following = false;
-		fit(); area.scrollTop = top - height / 2; held = area.scrollTop;
+		fit(); area.scrollTop = top - height / 2;
 		draw();
+		block.querySelector(".here mark")?.scrollIntoView({block: "nearest"});
+		held = area.scrollTop;
 	}
 	function seek(by, fits) {
 		const all = shown.length, start = here >= first ? shown.indexOf(here) : by > 0 ? -1 : all;
@@ -7874,8 +7877,8 @@ function allOutput() {
 	return {...log, node: el("div.log", el("h1.quiet", "Output"), log.node), title: "output"};
 }
 
-// ---- what happened, and why: a function that tells events in order
-function narrator() {
+// ---- what happened, and why
+function narrator() {  // tells events in order
 	const exits = new Map(), began = new Map(), told = new Set();  // by name; by pid
 	return ({event, name, pid, time, ...more}) => {
 		const exit = exits.get(name), age = began.has(pid) ? " after " + span(time - began.get(pid)) : "";
@@ -7915,7 +7918,7 @@ function eventList() {
 		title: "events", event: add, focus: () => search};
 }
 
-// ---- one template: its output, a line to its stdin, what runs of it, and what happened
+// ---- one template
 const typed = el("datalist", {id: "typed"});  // lines that were sent
 function makeEntry(log) {
 	const who = el("select", {label: "to which process"});
@@ -8013,7 +8016,7 @@ function detail(name) {
 	return {...log, node, name, title: name, update, tick, poll};
 }
 
-// ---- the form of a template, made of the fields that the server has
+// ---- the form, of the fields that the server has
 const {adjustable, sections, labels, examples, areas} = snapshot.form;
 const quote = word => /^[\w@%+=:,.\/-]+$/.test(word) ? word :
 	`'${String(word).replace(/'/g, "'\\''")}'`;
@@ -8044,6 +8047,7 @@ function valueOf(field, text) {
 function form(name) {
 	const inputs = {}, faults = {}, first = {}, asked = {}, given = {}, touched = new Set();
 	const title = name ? "Edit " + name : "Add a template";
+	const path = "processes" + (name ? "/" + enc(name) : "");
 	const known = Object.values(sections).join(" ").split(" ");
 	const rest = el("span.bad", {role: "alert"}), plan = el("span", {role: "status"});
 	const node = el("form", {input: event => { touched.add(event.target.name); soon(); },
@@ -8064,7 +8068,7 @@ function form(name) {
 			faults[field] = el("span.bad", {id: id + "-fault", role: "alert"});
 			fields.append(el("label", {for: id}, labels[field] || field, el("code", field)), el("div",
 				inputs[field], el("small", {id: id + "-help"}, help), faults[field]));
-			write(field, normal); first[field] = read(field);
+			write(field, normal); first[field] = asked[field] = read(field);
 		}
 		if (!section) node.append(fields);
 		else if (fields.firstChild) more.append(el("details", el("summary", section), fields));
@@ -8078,21 +8082,22 @@ function form(name) {
 	}
 	function read(field) { return inputs[field][where(field)]; }
 	function changes(from) { return Object.keys(inputs).filter(field => read(field) !== from[field]); }
-	async function load() {
-		const {ok, value} = await ask("GET", "processes/" + enc(name));
-		for (const field of ok ? Object.keys(inputs) : []) {
+	async function load() {  // what was not typed here is as it is now
+		const {ok, value} = await ask("GET", path), own = changes(asked);
+		complain(ok ? "" : value.reason);
+		for (const field of ok ? Object.keys(inputs) : []) if (!own.includes(field)) {
 			write(field, given[field] = value[field]); asked[field] = read(field);
 		}
-		for (const field of changes(first)) unfold(field);
 	}
 	function unfold(field) { (inputs[field].closest("details") || {}).open = true; }
 	function soon() { clearTimeout(waiting); waiting = setTimeout(() => send(true), 300); }
 	async function send(dry) {
-		const turn = ++count, body = Object.fromEntries(changes(first).map(field =>
-			[field, read(field) === asked[field] ? given[field] : valueOf(field, read(field))]));
+		const turn = ++count;
 		clearTimeout(waiting);
-		const answer = await ask(name ? "PUT" : "POST", "processes" + (name ? "/" + enc(name) : "") +
-			(dry ? "?dry_run=true" : ""), body);
+		if (name) await load();
+		const body = Object.fromEntries(changes(first).map(field =>
+			[field, read(field) === asked[field] ? given[field] : valueOf(field, read(field))]));
+		const answer = await ask("POST", path + (dry ? "?dry_run=true" : ""), body);
 		if (turn === count) { refuse(answer, dry); put(plan, answer.ok ? intent(body) : ""); }
 		return turn === count && answer.ok;
 	}
@@ -8104,8 +8109,7 @@ function form(name) {
 		if (!fields.length) return "Changes nothing.";
 		return joined(["Changes " + fields.join(", "), !calm && running && "stops " + processes(running),
 			!active ? "it stays stopped" : schedule ? "it runs by its schedule" :
-			calm ?
-			`runs ${count}, restarts none` : `starts ${count} anew`], "; ") + ".";
+			calm ? `runs ${count}, restarts none` : `starts ${count} anew`], "; ") + ".";
 	}
 	async function save() {
 		if (await send(false)) go("/p/" + enc(name || inputs.name.value));
@@ -8127,7 +8131,7 @@ function form(name) {
 		put(rest, dry ? "" : left.join("; "));
 		if (!dry && !answer.ok) (node.querySelector("[aria-invalid=true]") || inputs.name).focus();
 	}
-	if (name) load();
+	if (name) load().then(() => changes(first).forEach(unfold));
 	return {node, title, focus: () => inputs[name ? "cmd" : "name"]};
 }
 

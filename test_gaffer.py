@@ -7959,6 +7959,8 @@ class BrowserPage(BrowserPageCase):
         self.row("off", "SIGTERM")
         self.press("restart web:a")
         self.server.wait_event("proc/web:a/restart")
+        self.choose("web:a", "scale…", "-1")
+        self.shows("from 0 to 1000", "#message")
         self.assertIn("Processes of web:a", self.choose("web:a", "scale…", "4"))
         self.row("web:a", "4 / 4")
         self.choose("web:a", "signal…", "KILL")
@@ -8055,10 +8057,13 @@ class BrowserPage(BrowserPageCase):
                                    "starts 3 processes anew.")):
             self.enter("#field-" + field, text)
             self.shows(plan, ".plan")
+        self.server.ok("PUT", "/processes/whole", dict(before, umask="077"))    # in another tab
         self.browser.click("form button.main")
         self.at("/p/whole")
         self.assertEqual(self.server.ok("GET", "/processes/whole"),
-                         dict(before, priority=4, numprocesses=3, cmd="/bin/sh"))
+                         dict(before, priority=4, numprocesses=3, cmd="/bin/sh", umask="077"))
+        self.go("/edit/gone")
+        self.shows("no process named 'gone'", "#message")
 
     # output
 
@@ -8165,13 +8170,17 @@ class BrowserPage(BrowserPageCase):
         self.say("\u6f22" * 1000)                   # two columns each
         self.press("wrap")
         bottom = "$('%s').getBoundingClientRect().bottom"
-        self.wait("$('.l:last-child').clientHeight > 100 && %s < %s" % (
-            bottom % ".l:last-child", bottom % ".lines"))
+        last = ".l:last-child:not(.stdin)"
+        self.wait("$('%s') && $('%s').clientHeight > 100 && %s < %s" % (
+            last, last, bottom % last, bottom % ".lines"))
         self.press("only stderr")
         self.wait(self.TEXTS + ".every(text => !/ line/.test(text))")
         self.at("/p/count?time=ago&wrap=1&err=1")
         self.open("/p/count")
         self.becomes(self.LAST, "\u6f22" * 1000)
+        self.enter(find, "\u6f22$")
+        self.wait("$('.lines').scrollLeft > 1000")
+        self.enter(find, "")
         self.scroll(0)
         self.becomes(self.LINES + "[0]", "line 0")
         self.script("$('.l .k').click()")
@@ -8384,9 +8393,15 @@ class BrowserPage(BrowserPageCase):
         """And none when it is hidden; a template that goes and comes again is followed again."""
         hide = ("Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
                 "document.dispatchEvent(new Event('visibilitychange'))")
-        self.server.add("talk", "sh -c 'echo hello; exec sleep 1000'")
+        self.server.add("talk", "sh -c 'echo hello; printf half; exec sleep 1000'")
         self.open("/p/talk")
-        self.shows("hello", ".lines")
+        self.shows("half", ".lines")
+        self.script(hide % "true")
+        self.streams(0)
+        with mock.patch.object(self.server.manager, "epoch", "next"):   # as after a restart
+            self.script(hide % "false")
+            self.becomes(self.LINES,
+                         ["hello", "half", "the server was started anew", "hello", "half"])
         for path in ("/", "/p/talk", "/logs", "/events", "/add", "/p/talk"):
             self.go(path)
             self.streams(1)
@@ -8428,6 +8443,10 @@ class BrowserPage(BrowserPageCase):
         self.shows("hello", ".lines")
         self.press("stop talk")
         self.shows("stopped")
+        inner.stop_all()
+        self.shows("has not answered", "#away")
+        self.press("start talk")
+        self.shows("does not answer", "#message")
 
 
 class BrowserFirefox(BrowserPageCase):
