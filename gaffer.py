@@ -2351,7 +2351,8 @@ class Launch:
             hook = [to_bytes(before_start)]
         own = os.getpriority(os.PRIO_PROCESS, 0)
         if self.nice is not None and self.nice > own:
-            lines.append('set -- nice -n %d "$@"' % (self.nice - own))
+            lines.append('set -- "$(command -v nice || command -pv nice)" -n %d "$@"' % (
+                self.nice - own))               # PATH may be the program's own
         if lines:
             script = "\n".join(["set -e", *lines, 'exec "$@"'])
             self.argv = [b"sh", b"-c", to_bytes(script), b"sh", *hook, self.program, *self.argv[1:]]

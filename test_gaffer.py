@@ -3690,7 +3690,8 @@ class ProcessAttributes(ProcessCase):
     def test_attributes(self):
         own, gib = os.nice(0), 1 << 30
         for number, (fields, command, wanted) in enumerate((
-                ({"nice": own + 3}, "nice; ls /proc/$$/fd", "%d 0 1 2" % (own + 3)),
+                ({"nice": own + 3, "env": {"PATH": "/"}}, "PATH=/bin:/usr/bin; nice; ls /proc/$$/fd",
+                 "%d 0 1 2" % (own + 3)),
                 ({"limits": {"nofile": [100, 200], "core": 0}}, "ulimit -Sn; ulimit -Hn; ulimit -c",
                  "100 200 0"),
                 ({"limits": {"as": [gib, 2 * gib]}}, "ulimit -Sv; ulimit -Hv", "1048576 2097152"),
