@@ -404,6 +404,11 @@ class ProcfsTable:
         """Return the fields of stat from the state on, number 3 in proc(5); [] without process."""
         return self._read(os_pid, "stat").rpartition(b")")[2].split()
 
+    @staticmethod
+    def _lives(fields):
+        """Return True for the stat of what is no zombie, or has a thread that runs on."""
+        return bool(fields) and (fields[0] not in (b"Z", b"X") or int(fields[17]) > 1)
+
     def members(self, wanted):
         """Return {group: [OS pids]} of those process groups, from one listing."""
         found = {}
@@ -420,8 +425,8 @@ class ProcfsTable:
         """Return those of the process groups that have a living member; a zombie does not live."""
         if not self.EXISTS:
             return wanted
-        return {group for group, os_pids in self.members(wanted).items() if any(
-            self._stat(os_pid)[:1] not in ([], [b"Z"], [b"X"]) for os_pid in os_pids)}
+        return {group for group, os_pids in self.members(wanted).items()
+                if any(self._lives(self._stat(os_pid)) for os_pid in os_pids)}
 
     def orphans(self, since, ours):
         """Return the OS pids of daemons: without a parent, in a session of their own.
@@ -439,8 +444,8 @@ class ProcfsTable:
         first = (boot_time + since) * self.TICKS - 1
         for entry in os.listdir("/proc"):
             fields = self._stat(int(entry)) if entry.isdigit() and int(entry) not in ours else []
-            if (fields and int(fields[19]) >= first and int(fields[1]) in reapers
-                    and int(fields[3]) != os.getsid(0) and fields[0] not in (b"Z", b"X")):
+            if (self._lives(fields) and int(fields[19]) >= first and int(fields[1]) in reapers
+                    and int(fields[3]) != os.getsid(0)):
                 found.append(int(entry))
         return found
 
@@ -467,7 +472,7 @@ class ProcfsTable:
     def still(self, os_pid, start_time):
         """Return True while a process that escaped() has named lives."""
         fields = self._stat(os_pid)
-        return bool(fields) and int(fields[19]) == start_time and fields[0] not in (b"Z", b"X")
+        return self._lives(fields) and int(fields[19]) == start_time
 
     def usage(self, os_pid):
         """Return {cpu_time, rss} in seconds and bytes; None if there is no such process."""

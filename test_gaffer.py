@@ -3033,6 +3033,12 @@ PROCESS_HOSTILE = {
             PROCESS_AWAITS_TERM + "print('ready')\nsignal.sigwait([15])\n"
             "signal.sigtimedwait([], 0.3)\nprint('saved')")), "shell": True},
         {}, b"ready\n", (0, 15), b"saved\n"),
+    "works-on-without-its-first-thread": (
+        {"cmd": "%s -uISc %s & wait" % (PYTHON, shlex.quote(PROCESS_AWAITS_TERM + (
+            "import ctypes, os, threading\ndef work():\n  print('ready')\n  signal.sigwait([15])\n"
+            "  signal.sigtimedwait([], 0.3)\n  print('saved')\n  os._exit(0)\n"
+            "threading.Thread(target=work).start()\nctypes.CDLL(None).pthread_exit(None)"))),
+         "shell": True}, {}, b"ready\n", (0, 15), b"saved\n"),
     "leader-is-told-alone": (
         {"cmd": "trap 'echo told' USR1; (trap 'echo too' USR1; echo ready; sleep 60 & wait; wait) &"
                 " wait; wait", "shell": True},
