@@ -4117,9 +4117,9 @@ class Manager:
         """Return a template as a dict, by name; by pid the one that the process runs, with pid and
         os_pid. NotFound."""
         if self.is_name(target):
-            return self.find_template(target).info
+            return copy.deepcopy(self.find_template(target).info)
         process = self.find_process(target)
-        return dict(process.template, pid=process.pid, os_pid=process.os_pid)
+        return dict(copy.deepcopy(process.template), pid=process.pid, os_pid=process.os_pid)
 
     # events and waits
 

@@ -4353,6 +4353,10 @@ class ProcessEmbedded(ProcessCase):
             self.manager.loop.call(by_name.wait)
         added = self.manager.add_process({"name": "y", "cmd": "true"}, start=False)
         self.assertIsNone(added.wait(TIMEOUT))
+        info = added.info()                     # a copy, to be changed and given back
+        info["cmd"], info["env"]["A"] = "false", "1"
+        self.assertEqual(added.info()["env"], {})
+        self.assertEqual(self.manager.update_process("y", info), "changed")
 
     def test_reaped_by_somebody_else(self):
         """Another part of the program has taken the exit status: an exit all the same."""
