@@ -4657,9 +4657,9 @@ class Manager:
     def run(self):
         """Start the apps and all active templates, in the order of their priority, and serve until
         stop(). The calling thread becomes the loop's. Raises what an app's start() raises, with
-        nothing left running; RuntimeError: it runs already."""
-        if self._running:
-            raise RuntimeError("this manager runs already; make another one")
+        nothing left running; RuntimeError: it runs already, or has run."""
+        if self._running or self.loop.closed:
+            raise RuntimeError("this manager runs already, or has run; make another one")
         self._thread = threading.get_ident()
         try:
             with self.loop.interrupts():
@@ -4669,6 +4669,7 @@ class Manager:
                 finally:
                     self._wind_up()
         finally:
+            self._thread = None
             self.loop.close()
             self._call_apps("join")
 

@@ -4404,8 +4404,10 @@ class ProcessEmbedded(ProcessCase):
         manager = gaffer.Manager([apps.small, apps.whole])
         manager.subscribe("spawn", lambda kind, event: (
             manager.restart() if event["pid"] == 1 else manager.stop()))
-        manager.add_process("x", "sleep 60")
+        added = manager.add_process("x", "sleep 60")
         manager.run()
+        self.assertRaises(gaffer.Stopping, added.wait)
+        self.assertRaisesRegex(RuntimeError, "has run", manager.run)
         apps.small.start.assert_called_with(manager.loop, manager)
         apps.bad_start.start.side_effect = fail
         with self.assertRaisesRegex(OSError, "no such luck"):
