@@ -6735,7 +6735,7 @@ def parse_since(text):
 
 
 Parameter = collections.namedtuple("Parameter", "parse help")
-OPEN_PATHS = ("/ping", "/healthz")              # they need no token
+OPEN_PATHS = ("/ping", "/ping/", "/healthz", "/healthz/")       # they need no token
 PARAMETERS = {                                  # of the query: the one table that checks them
     "running": Parameter(parse_flag, "pids of running processes instead of names"),
     "usage": Parameter(parse_flag, "with CPU and memory of each process"),
@@ -10058,7 +10058,7 @@ class HttpHandler:
         if not is_read or "upgrade" in request.headers:
             access.check_origin(request)
         access.check_site(request)
-        if request.path.rstrip("/") not in OPEN_PATHS or not is_read:
+        if request.path not in OPEN_PATHS or not is_read:
             try:
                 access.check_token(request)
             except Unauthorized:

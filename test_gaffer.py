@@ -6079,7 +6079,7 @@ class HttpToken(HttpCase):
 
     def test_without(self):
         for method, path in (("GET", "/nothing"), ("POST", "/healthz"), ("GET", "/ping/x"),
-                             ("GET", "/hit"), ("GET", "/wsgi"), ("FOO", "/"), ("GET", "/readyz"),
+                             ("GET", "/ping//"), ("GET", "/hit"), ("GET", "/wsgi"), ("FOO", "/"), ("GET", "/readyz"),
                              ("HEAD", "/processes")):
             answer = self.ask(method, path, "Origin: http://localhost")
             self.assertEqual((answer[0], answer[1]["Access-Control-Allow-Origin"]),
