@@ -4731,9 +4731,8 @@ class Manager:
             for process in list(self.processes.values()):
                 if process.template["detach"]:
                     process.close_readiness()   # or its probes would go on
-            infos = {name: template.info for name, template in self.templates.items()}
-            self._stages = stop_stages(dict(
-                infos, **{each.name: each.template for each in self._alive()}))
+            homes = [*(each.home for each in self._alive()), *self.templates.values()]
+            self._stages = stop_stages({home.name: home.info for home in homes})
             self._to_stop = sorted(self._alive(), key=lambda each: -self._stages[each.name])
             self._stop_stagger = min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(self._to_stop)))
             self._stop_next()

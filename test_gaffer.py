@@ -3337,14 +3337,15 @@ class ProcessTimes(ProcessClock):
 
     def test_stop_by_priority(self):
         """The highest first, the newest within one; the next when those are gone or late. What
-        ends before its turn is not told, and that is no failure any more."""
+        ends before its turn is not told, and that is no failure any more. A new priority counts."""
         ends = {"cmd": "echo ready; exec sleep 60", "shell": True}
         for pid, (name, priority, command) in enumerate((
-                ("db", 0, ends), ("app", 1, PROCESS_STUBBORN), ("late", 5, PROCESS_STUBBORN),
+                ("db", 0, ends), ("app", 9, PROCESS_STUBBORN), ("late", 5, PROCESS_STUBBORN),
                 ("late2", 5, ends), ("none", None, ends)), 1):
             self.add(name, priority=priority, graceful_timeout=3, flapping=PROCESS_ONCE, **command)
             self.read(pid, b"ready")
         db, app = (self.status(name)["os_pids"][0] for name in ("db", "app"))
+        self.manager.adjust_process("app", {"priority": 1})
         self.manager.stop()
 
         def stopped(number):
