@@ -4869,7 +4869,7 @@ SINGLE_HEADERS = frozenset((
     "content-encoding"))
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]{0,5}))?\Z")
 CHUNK_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
-ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#\s:@\[\]]+)(?::([0-9]{1,5}))?\Z")
+ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#\s:@*\[\]]+)(?::([0-9]{1,5}))?\Z")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -5267,8 +5267,7 @@ class Access:
         self._check_name = functools.lru_cache(64)(self._check_name)
         self._hosts = frozenset(host.rstrip(".").lower() for host in hosts)
         for host in self._hosts:
-            match = HOST.match(host)
-            if not match or match.group(2):
+            if not re.fullmatch(r"\[[0-9a-f:.]+\]|[a-z0-9_-][a-z0-9._-]*", host):
                 raise StartError("'%s' is not a host; give a name without a port" % host)
 
     def check_host(self, request):

@@ -9372,7 +9372,9 @@ class CliErrors(CliCase):
                 (("--certfile", plain, "--keyfile", plain), "cannot be used"),
                 (("--bind", "unix:" + missing, "--certfile", plain), "--keyfile"),
                 (("--cors-origin", "https://x/y"), "'https://x/y' is not an origin; give "),
+                (("--cors-origin", "https://*.x"), r"'https://\*.x' is not an origin; give "),
                 (("--allow-host", "a:70"), "'a:70' is not a host; give "),
+                (("--allow-host", "*"), r"'\*' is not a host; give "),
                 (("--access-log", "/nowhere/x"), "the access log '/nowhere/x' cannot be written")]:
             self.call("serve", *arguments, "--bind", "127.0.0.1:%d" % taken.getsockname()[1],
                       status=1, err="gaffer: .*%s.*\n" % words)
