@@ -10958,6 +10958,7 @@ class ConfigFile:
     def __init__(self, path):
         self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
         self.text, self.faults = read_config(path), []
+        self.programs, self.origins = {}, {}    # of supervisord; see load_supervisord()
 
     def fault(self, reason, section="", field=None, line=None):
         """Note what is wrong, with its line."""
@@ -10971,10 +10972,13 @@ class ConfigFile:
 
     def note(self, section, fields, faults):
         """Note faults of a section's fields, [(field, sentence)], unless its text has one."""
+        section, names = self.origins.get(section, (section, {}))
         known = "\n".join(text for _, text in self.faults)
         for field, reason in faults:
-            if "[%s] field '%s' " % (section, field) not in known:
-                self.fault(reason, section, field if field in fields else None)
+            named = "field '%s' " % names.get(field, field)
+            if "[%s] %s" % (section, named) not in known:
+                self.fault(reason.replace("field '%s' " % field, named), section,
+                           names.get(field, field) if field in fields else None)
 
     def _line(self, section, field):
         """Return the line of a section or its field; parsers tell only those of syntax errors."""
@@ -11044,7 +11048,6 @@ PROGRAM_DEFAULTS = {                            # where they are not those of a 
 ADVICE = (                                      # what supervisord has, and what to do instead
     (r".* (stdout|stderr)_.*", "output is kept in memory: 'gaffer.py logs' reads it; to have it in "
      "a file, redirect it in the command"),
-    (r"supervisord environment", "set it in each [program:NAME], or for 'serve' itself"),
     (r"supervisord|supervisorctl|rpcinterface:.*|.*_http_server",
      "these are options of 'serve': --bind, --token-file, --log-file, --pidfile, --daemon"),
     (r"eventlistener:.*", "events are sent by [webhooks] of an INI file, or read by GET /watch"),
@@ -11059,38 +11062,45 @@ def fill_in(text, names):
         raise ValueError("has a %%(...)s that stands for nothing: %s" % error) from None
 
 
-def program_templates(name, group, fields, names):
+def program_templates(file, name, group, fields, names):
     """Return {name: fields of a template} of supervisord's [program:name], one for each of several
     processes: %(process_num)d may be anywhere. `names`: what %(x)s stands for. Raise ValueError."""
     fields = {**PROGRAM_DEFAULTS, "directory": os.getcwd(), "process_name": name, **fields}
-    templates, texts = {}, fields
+    templates, names = {}, dict(names, program_name=name, group_name=group or name)
+    fields["environment"] = re.sub(     # NAME = "value"
+        QUOTED.pattern + r"|\s*=\s*", lambda match: match.group().strip(), fields["environment"])
 
     def read(field, kind=None):
-        """Return the value of a field: a number, or what a template's field `kind` may be."""
+        """Return the value of a field: a number, or what a template's field `kind` may be. Note
+        what is wrong with it."""
         try:
-            return from_text(kind, texts[field]) if kind else int(parse_number(texts[field]))
+            text = fill_in(fields[field], names)
+            return from_text(kind, text) if kind else int(parse_number(text))
         except (ValueError, OverflowError) as error:
-            raise ValueError("field '%s' %s" % (field, error)) from None
+            file.note("program:" + name, fields, [(field, "field '%s' %s" % (field, error))])
+            return None if kind else 0
     first, count = read("numprocs_start"), read("numprocs")
     if not 0 <= count <= NUMPROCESSES_MAX:
         raise ValueError("field 'numprocs' must be 0 to %d" % NUMPROCESSES_MAX)
     for number in range(first, first + count):
-        names = dict(names, program_name=name, group_name=group or name, process_num=number)
-        texts = {field: fill_in(text, names) for field, text in fields.items()}
+        names = dict(names, process_num=number, numprocs=count)
+        env = read("environment", "env") or {}
+        names.update(("ENV_" + each, env[each]) for each in env)
         info = {PROGRAM_FIELDS[field]: read(field, PROGRAM_FIELDS[field])
-                for field in texts if field in PROGRAM_FIELDS}
-        info["cmd"] = info.get("cmd", "").replace("$", "$$")
-        info["restart"] = "on-failure" if texts["autorestart"].lower() == "unexpected" else (
+                for field in fields if field in PROGRAM_FIELDS}
+        if info.get("cmd"):
+            info["cmd"] = info["cmd"].replace("$", "$$")
+        info["restart"] = "on-failure" if fields["autorestart"].lower() == "unexpected" else (
             "always" if read("autorestart", "start") else "never")
         if read("redirect_stderr", "start"):
             info["redirect_output"] = ["stdout", "stdout"]
-        retries, lived = read("startretries"), read("startsecs")
+        retries, lived = min(read("startretries"), 999), read("startsecs")
         if lived:                               # retries come after 1, 2, 3 … seconds
             info["restart_delay"] = [1, max(1, retries)]
             info["flapping"] = {"attempts": retries + 1, "max_retry": 0, "window": float(
                 (retries + 1) * lived + retries * (retries + 1) // 2)}
         prefix = group or (name if count > 1 else "")
-        label = texts["process_name"] if count > 1 else name
+        label = fill_in(fields["process_name"], names) if count > 1 else name
         templates["%s:%s" % (prefix, label) if prefix else label] = info
     if len(templates) < count:
         raise ValueError("field 'process_name' must have %(process_num)d in it, as 'numprocs' is "
@@ -11099,7 +11109,8 @@ def program_templates(name, group, fields, names):
 
 
 def load_supervisord(file):
-    """Load the programs of supervisord's file. What has no counterpart is logged once."""
+    """Load supervisord's file. What has no counterpart is logged once. Its programs are left to
+    supervisord_templates(), as the groups of another file may name them."""
     import configparser
     parser = configparser.RawConfigParser(strict=False, inline_comment_prefixes=(";", "#"))
     try:
@@ -11109,31 +11120,47 @@ def load_supervisord(file):
             file.fault("this is neither [section] nor 'name = value' in a section", line=line)
     names = {"ENV_" + name: value for name, value in os.environ.items()}
     names.update(here=file.folder, host_node_name=socket.gethostname())
-    sections = [(section, *section.partition(":")[::2], dict(parser[section]))
-                for section in parser.sections()]
-    groups = {program: name for _, kind, name, fields in sections if kind == "group"
-              for program in split_list(fields.get("programs", ""))}
-    tree, others = {"process": {}}, collections.defaultdict(list)
-    for section, kind, name, fields in sections:
-        left = [section] if kind not in ("include", "group") else []
+    taken = {"program": {"process_name", *PROGRAM_FIELDS, *PROGRAM_DEFAULTS},
+             "group": {"programs"}, "include": {"files"}}
+    tree, others = {}, collections.defaultdict(list)
+    for section in parser.sections():
+        fields, kind = dict(parser[section]), section.partition(":")[0]
+        file.programs[section] = file, fields, names
         try:
-            if kind == "program":
-                left = ["%s %s" % (section, field) for field in fields if field != "process_name"
-                        and field not in PROGRAM_FIELDS and field not in PROGRAM_DEFAULTS]
-                tree["process"].update(program_templates(name, groups.get(name), fields, names))
-            elif kind == "include":
+            if kind == "include":
                 files = fill_in(fields.get("files", ""), names)
                 tree["gaffer"] = {"": {"include": files.split()}}
-            elif section == "supervisord" and "environment" in fields:
-                left.append("supervisord environment")
         except ValueError as error:
             file.fault(str(error), section)
-        for what in left:
+        for what in [section] if kind not in taken else [
+                "%s %s" % (section, field) for field in fields if field not in taken[kind]]:
             others[next(advice for pattern, advice in ADVICE
                         if re.fullmatch(pattern, what))].append(what)
     for advice, found in others.items():
         log.warning("%s: not taken: %s; %s", file.path, ", ".join(found), advice)
     return tree
+
+
+def supervisord_templates(files):
+    """Yield (file, {name: fields}) of the templates that supervisord's programs make."""
+    sections = {section: each for file in files for section, each in file.programs.items()}
+    groups, env = {}, sections.get("supervisord", (0, {}))[1].get("environment", "")
+    for section, (file, fields, _) in sections.items():
+        for program in split_list(fields.get("programs", "")):
+            groups[program] = section.partition(":")[2]
+            if not {"program:" + program, "fcgi-program:" + program} & {*sections}:
+                file.fault("there is no [program:%s]" % program, section, "programs")
+    for section, (file, fields, names) in sections.items():
+        kind, _, name = section.partition(":")
+        fields, made = dict(fields, environment=env + ",\n" + fields.get("environment", "")), {}
+        try:
+            if kind == "program":
+                made = program_templates(file, name, groups.get(name), fields, names)
+        except ValueError as error:
+            file.fault(str(error), section)
+        origin = section, {PROGRAM_FIELDS[field]: field for field in PROGRAM_FIELDS}
+        file.origins.update(("process:" + template, origin) for template in made)
+        yield file, made
 
 
 def load_objects(file):
@@ -11371,9 +11398,12 @@ def read_settings(source, taken=None):
     def take(file):
         files.append(file)
         load = load_objects if re.search(r"(?i)\.(json|toml)$", file.path) else load_ini
-        if re.search(r"(?m)^\[(supervisord\]|program:)", file.text):
+        if re.search(r"(?m)^\[(supervisord\]|(program|group|eventlistener):)", file.text):
             load = load_supervisord
-        tree = (load_procfile if isinstance(file, Procfile) else load)(file)
+        add(file, (load_procfile if isinstance(file, Procfile) else load)(file))
+        ports.extend(getattr(file, "taken", ()))
+
+    def add(file, tree):
         for kind, name in [(kind, name) for kind, sections in tree.items() for name in sections]:
             section, fields = "%s:%s" % (kind, name) if name else kind, tree[kind][name]
             if kind not in FIELDS or bool(name) != (kind in NAMED_KINDS):
@@ -11386,7 +11416,6 @@ def read_settings(source, taken=None):
             else:
                 found[kind][name] = file, (
                     make_endpoint(file, name, fields) if kind == "endpoint" else fields)
-        ports.extend(getattr(file, "taken", ()))
 
     take(read(source) if isinstance(source, str) else source)
     main, fields = found["gaffer"].get("", (files[0], {}))
@@ -11412,6 +11441,8 @@ def read_settings(source, taken=None):
             take(read(path))
         except ConfigError as error:
             main.fault("'%s': %s" % (field, error), "gaffer", field)
+    for file, templates in supervisord_templates(files):
+        add(file, {"process": templates})
     endpoints = {name: endpoint for name, (_, endpoint) in found["endpoint"].items()}
     chosen = list(endpoints) if gaffer["http_endpoints"] is None else gaffer["http_endpoints"]
     for name in [name for name in chosen if name not in endpoints]:

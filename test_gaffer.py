@@ -10569,14 +10569,14 @@ class ConfigSupervisord(ConfigCase):
     TEXT = """
         [unix_http_server]
         [supervisord]
-        environment=A=1
+        environment=A=1,B=2
         [rpcinterface:supervisor]
         [supervisorctl]
 
         [program:web]
-        command=/bin/sleep %(process_num)d   ; each its own
+        command=/bin/sleep %(process_num)d %(numprocs)d %(ENV_B)s   ; each its own
         process_name=%(program_name)s_%(process_num)02d
-        numprocs=2
+        numprocs=%(ENV_PURE_COUNT)s
         numprocs_start=7
         directory=%(here)s
         umask=022
@@ -10589,7 +10589,8 @@ class ConfigSupervisord(ConfigCase):
         stopasgroup=true
         redirect_stderr=true
         stdout_logfile=/tmp/web.log
-        environment=A="1,2",PORT="80%(process_num)02d",HOME="%(ENV_PURE_HOME)s"
+        environment = A = "1,2 = 3",PORT="80%(process_num)02d",
+            HOME="%(ENV_PURE_HOME)s"
 
         [program:job]
         command=sh -c 'echo $HOME 100%%'
@@ -10598,32 +10599,32 @@ class ConfigSupervisord(ConfigCase):
         serverurl=AUTO
 
         [eventlistener:mail]
-        [group:shop]
-        programs=job
         [include]
         files = more/*.conf
         """
 
     def test_programs(self):
-        pure_environ(self, PURE_HOME="/h")
-        self.write("more/a.conf", "[program:x]\ncommand=sleep 1\n")
+        pure_environ(self, PURE_HOME="/h", PURE_COUNT="2")
+        self.write("more/a.conf", "[group:shop]\nprograms=job, x\n")
+        self.write("more/b.conf", "[program:x]\ncommand=sleep 1\nstartretries=9999\n")
         with self.assertLogs("gaffer", "WARNING") as logged:
             templates = self.settings("supervisord.conf", self.TEXT).templates
-        self.assertEqual(list(templates), ["web:web_07", "web:web_08", "shop:job", "x"])
+        self.assertEqual(list(templates), ["web:web_07", "web:web_08", "shop:job", "shop:x"])
         _, web, job, x = templates.values()
         self.assertEqual(web, dict(
-            PureTemplates.DEFAULTS, name="web:web_08", cmd="/bin/sleep 8", cwd=self.home,
+            PureTemplates.DEFAULTS, name="web:web_08", cmd="/bin/sleep 8 2 2", cwd=self.home,
             umask="022", priority=5, restart_delay=[1, 1], stop_signal="QUIT", graceful_timeout=7,
             flapping={"attempts": 2, "window": 5.0, "retry_in": 7.0, "max_retry": 0},
-            redirect_output=["stdout"] * 2, env={"A": "1,2", "PORT": "8008", "HOME": "/h"}))
+            redirect_output=["stdout"] * 2, env={"A": "1,2 = 3", "B": "2", "PORT": "8008", "HOME": "/h"}))
         self.assertEqual(job, dict(
             PureTemplates.DEFAULTS, name="shop:job", cmd="sh -c 'echo $$HOME 100%'",
-            cwd=os.getcwd(), restart="on-failure", success=[0, 2], stop_group=False))
-        self.assertEqual(x["flapping"]["attempts"], 4)
+            cwd=os.getcwd(), restart="on-failure", success=[0, 2], stop_group=False,
+            env={"A": "1", "B": "2"}))
+        self.assertEqual(x["flapping"]["attempts"], 1000)
         said = "\n".join(logged.output)
         for what in ("program:web stdout_logfile; output is", "eventlistener:mail; events",
                      "unix_http_server, supervisord, rpcinterface:supervisor, supervisorctl; these",
-                     "supervisord environment; set", "program:job serverurl; there is nothing"):
+                     "program:job serverurl; there is nothing"):
             self.assertEqual(said.count(what), 1, said)
 
     def test_faults(self):
@@ -10631,7 +10632,14 @@ class ConfigSupervisord(ConfigCase):
                 ("command=sleep %(no)s", "stands for nothing"),
                 ("numprocs=1001\ncommand=x", "field 'numprocs' must be 0 to 1000"),
                 ("numprocs=2\ncommand=x", "field 'process_name' must have %(process_num)d in it"),
-                ("directory=/", "field 'cmd'"), ("nonsense", "conf:2: this is neither [section]"),
+                ("numprocs=2\nprocess_name=%(process_num)d\ncommand=true\nuser=no",
+                 "conf:5: [program:x] field 'user' names the user 'no', who is not here"),
+                ("startsecs=x\nautostart=y\ncommand=true",
+                 "conf:2: [program:x] field 'startsecs' must be a number, not 'x'\nsupervisord."
+                 "conf:3: [program:x] field 'autostart' must be true or false, not 'y'"),
+                ("command=x\n[group:g]\nprograms=x, y", ":4: [group:g] there is no [program:y]"),
+                ("environment=A\\ =1,=2\ncommand=x", "conf:2: [program:x] field 'environment' "),
+                ("directory=/", "field 'command' is required"), ("nonsense", "conf:2: this is neither [section]"),
                 ("command=true\n[include]\nfiles=%x", ":3: [include] has a %(...)s that")):
             with self.subTest(text):
                 faults = self.faults("supervisord.conf", "[program:x]\n" + text)
