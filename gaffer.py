@@ -7011,7 +7011,7 @@ h2:only-child { display: none }
 .row { display: grid; align-items: center; column-gap: 12px; padding: 0 6px; min-height: 32px;
 	grid-template-columns: 18px minmax(110px, 2fr) minmax(150px, 5fr) 70px 58px 160px 58px 106px
 	112px 30px; border-bottom: 1px solid var(--line); position: relative }
-.item { content-visibility: auto; contain-intrinsic-size: auto 32px }
+.item { content-visibility: auto; contain-intrinsic-size: auto 32px; scroll-margin: 60px }
 .item:is(:hover, :focus-within) { background: var(--panel) }
 .heads { position: sticky; top: -10px; background: var(--bg); z-index: 2 }
 .heads .plain { padding: 0 }
@@ -8165,11 +8165,12 @@ function route(start) {
 	poll();
 	if (start !== true) view.focus().focus({preventScroll: true});
 }
-const keyed = () => [...main.querySelectorAll("[data-key]")].filter(each => each.checkVisibility());
+const keyed = () => [view.scope && view.scope(), main].filter(Boolean).flatMap(node =>
+	[...node.querySelectorAll("[data-key]")]).filter(each => each.checkVisibility());
 function showKeys() {
 	const all = new Map([...nav.map(([path, text, key]) => [key, [text, () => go(path)]]),
 		["Escape", ["leave a field; processes", () => go("/")]], ...view.keys || [],
-		...keyed().map(node => [node.dataset.key, [node.ariaLabel, () => press(node)]])]);
+		...keyed().reverse().map(node => [node.dataset.key, [node.ariaLabel, () => press(node)]])]);
 	menu($("help"), [...all].map(([key, [text, click]]) => [[el("kbd", key), text], click]));
 }
 function press(node) {
@@ -8183,9 +8184,8 @@ document.addEventListener("keydown", event => {
 		const next = target[{ArrowDown: "nextSibling", ArrowUp: "previousSibling"}[key]];
 		return next && next.focus();
 	}
-	const place = nav.find(each => each[2] === key), scope = view.scope && view.scope();
-	const own = (scope && scope.querySelector(`[data-key="${CSS.escape(key)}"]`)) ||
-		keyed().find(each => each.dataset.key === key);
+	const place = nav.find(each => each[2] === key), own = keyed().find(each =>
+		each.dataset.key === key);
 	if (key === "Escape") { if (typing) main.focus(); else go("/"); }
 	else if (typing || [" ", "Enter"].includes(key) &&
 		target.matches("button, a, input, summary")) return;

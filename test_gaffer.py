@@ -8349,11 +8349,13 @@ class BrowserPage(BrowserPageCase):
         focus = "document.activeElement.closest('[data-name]').dataset.name"
         self.open()
         self.row("two", "running")
-        self.keys("?")
+        self.keys("t", "?")                         # no row has the focus: nothing is stopped
         self.shows("next, previous row", "#menu")
         self.keys("Escape")
         self.becomes("$('#menu').matches(':popover-open')", False)
-        self.keys("j", "j")
+        self.keys("j", "?")
+        self.shows("stop one", "#menu")
+        self.keys("Escape", "j")
         self.becomes(focus, "two")
         for key, state in ("t", "stopped"), ("s", "running"):
             self.keys(key)
