@@ -12958,18 +12958,21 @@ def export_command(args):
 COMPLETION = {
     "bash": """_gaffer() {
     local IFS=$'\\n' line="${COMP_LINE:0:COMP_POINT}"
-    COMPREPLY=($("${COMP_WORDS[0]}" completion bash "$line" 2>/dev/null))
+    local word="${line##* }"    # of which bash replaces only $2, the end
+    COMPREPLY=($("${1/#\\~\\//$HOME/}" completion bash "$line" 2>/dev/null))
+    COMPREPLY=("${COMPREPLY[@]#"${word%"$2"}"}")
 }
 complete -o default -F _gaffer gaffer.py gaffer""",
     "zsh": """#compdef gaffer.py gaffer
 _gaffer() {
     local -a found
-    found=("${(@f)$($words[1] completion zsh "$LBUFFER" 2>/dev/null)}")
+    found=("${(@f)$(${~words[1]} completion zsh "$LBUFFER" 2>/dev/null)}")
     [[ -n $found ]] && compadd -- $found || _files
 }
 compdef _gaffer gaffer.py gaffer""",
     "fish": """for program in gaffer.py gaffer
-    complete -c $program -f -a '(env (commandline -opc)[1] completion fish (commandline -cp))'
+    complete -c $program -f -a '(env (string replace -r "^~/" $HOME/ (commandline -opc)[1]) \\
+        completion fish (commandline -cp))'
 end""",
 }
 
@@ -13004,11 +13007,9 @@ def completion_command(args):
                 found += ["all", *Client(find_endpoint(), read_token(None)).get("/processes")]
         else:
             found += how["choices"] or ()
-    # bash replaces only what follows a colon
-    known = current.rfind(":") + 1 if args.shell == "bash" else 0
     for word in found:
         if word.startswith(current) and (current or word[0] != "-"):
-            print(word[known:])
+            print(word)
 
 
 # the table

@@ -11431,7 +11431,7 @@ class CliCompletion(CliFollowCase):
 
     quick = False
     TYPED = (("re", r"reload\b[^$]*restart\b"), ("stop we", "web"), ("stop --no", "--no-wait"),
-             ("--json stop group:", "group:one"))
+             ("--json stop group:", "group:one@1"), ("stop group:one@", "group:one@1"))
 
     def script(self, shell):
         """The script of a shell, which finds gaffer.py."""
@@ -11442,7 +11442,7 @@ class CliCompletion(CliFollowCase):
             self.server.url, " ".join(map(shlex.quote, CLI_COMMAND))), 0o700)
         self.env = dict(self.env, HOME=home, XDG_CONFIG_HOME=home,
                         PATH=home + ":" + os.environ["PATH"])
-        self.sleepers("web", "db", "group:one")
+        self.sleepers("web", "db", "group:one@1")
         return self.file(home, "script", self.call("completion", shell))
 
     def type(self, shell, setup):
@@ -11451,7 +11451,7 @@ class CliCompletion(CliFollowCase):
         os.write(main, setup.encode())
         self.shows(main, "set-up\r")
         for words, shown in self.TYPED:
-            os.write(main, b"gaffer.py %s\t" % words.encode() + b"\t" * (words == "re"))
+            os.write(main, b"~/gaffer.py %s\t" % words.encode() + b"\t" * (words == "re"))
             self.shows(main, shown)
             os.write(main, b"\x15")
 
@@ -11463,7 +11463,7 @@ class CliCompletion(CliFollowCase):
 
     def test_fish(self):
         code = "source %s;" % self.script("fish") + "".join(
-            "complete -C 'gaffer.py %s'; echo;" % line for line, _ in self.TYPED)
+            "complete -C '~/gaffer.py %s'; echo;" % line for line, _ in self.TYPED)
         out = subprocess.check_output(["fish", "-c", code], env=self.env, timeout=TIMEOUT,
                                       universal_newlines=True)
         for found, (line, wanted) in zip(out.split("\n\n"), self.TYPED):
