@@ -11983,7 +11983,7 @@ def status_rows(status):
 def status_table(statuses, width, coloured):
     """Return the lines of the table, failures first, and the summary.
 
-    `width`: of the terminal; None: nothing is cut.
+    `width`: of the terminal; None, 0: it is not known, nothing is cut.
     """
     if not statuses:
         return []
@@ -12000,12 +12000,12 @@ def status_table(statuses, width, coloured):
         for row in rows:
             del row[4]
     widths = [max(map(len, column)) for column in zip(*rows)][:-1]
-    if width is not None:
+    if width:
         others = sum(widths[1:]) + 2 * (len(widths) - 1)
         widths[0] = min(widths[0], max(8, width - others))
 
     def cut(text, size):
-        return text if size is None or len(text) <= size else text[:size - 1] + "…"
+        return text if not size or len(text) <= size else text[:size - 1] + "…"
     lines = []
     for name, state, *numbers, note in rows:
         cells = [cut(name, widths[0]).ljust(widths[0]), state.ljust(widths[1])]
@@ -12054,7 +12054,7 @@ def show_status(args, choose):
             else:
                 lines = status_table(statuses, size and size.columns, wants_colour(args))
             if args.watch and size:
-                hidden = len(lines) - size.lines + 2
+                hidden = len(lines) - (size.lines or math.inf) + 2
                 if hidden > 1:
                     lines[-hidden - 1:-1] = [
                         "… %d more lines do not fit: name what to show" % hidden]

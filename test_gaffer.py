@@ -9646,6 +9646,7 @@ class CliStatus(CliControlCase):
         lines = rows(bad, {"name": "x" * 100}, width=60)
         self.assertLessEqual(max(map(len, lines)), 60)
         self.assertIn("x…", lines[1])
+        self.assertEqual(rows(bad, width=0), rows(bad))
         for seconds, words in (59.9, "59s"), (11520, "3h12m"), (187200, "2d04h"):
             self.assertEqual(gaffer.span(seconds), words)
 
@@ -9898,8 +9899,9 @@ class CliTerminal(CliFollowCase):
         process, main = self.terminal("status", "-w", rows=10, command=CLI_SCRIPT)
         for _ in range(2):                      # again each second
             self.shows(main, r"NAME .*\n.*x0 (.*\n){6}.*… 14 more lines do not fit.*\n.*20 temp")
-        self.resize(main, 40)
-        self.shows(main, r"x19 .*\n.*20 templates: 20 stopped")
+        for rows in 0, 40:                      # 0: it has not been told its size
+            self.resize(main, rows)
+            self.shows(main, r"x19 .*\n.*20 templates: 20 stopped")
         os.write(main, b"\x03")
         self.assertEqual(process.wait(TIMEOUT), -signal.SIGINT)
 
