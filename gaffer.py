@@ -10641,7 +10641,7 @@ class Screen:
     WAITING_DELAY = 0.5                         # a stop that takes less needs no comment
 
     def __init__(self, out, coloured=False, one_for_all=False):
-        self.status = 0
+        self.status, self.error = 0, None       # the latter: why nobody can see it any more
         self._one_for_all = one_for_all
         self._out, self._coloured = out, coloured
         self._shown = {}            # pid -> {"name", "open", "exit", "readers", "process"}
@@ -10746,7 +10746,7 @@ class Screen:
 
     def _failed(self, error):
         """Stop, as nobody looks any more."""
-        self.status = self.status or 128 + signal.SIGPIPE
+        self.error = self.error or error
         self._manager.stop()
 
     def stop(self):
@@ -12703,6 +12703,8 @@ def up_command(args):
             format="%(levelname)s %(message)s", handlers=[handler], level=logging.WARNING)
         configuration.begin(manager)
         manager.run()
+    if screen.error and not screen.status:
+        raise screen.error
     if args.ready and not ready:
         return 1
     return screen.status or manager.exit_code

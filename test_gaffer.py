@@ -9917,7 +9917,7 @@ class CliTerminal(CliFollowCase):
         self.server.add("a", "sh -c 'while echo line; do sleep 0.05; done'")
         procfile = self.file(self.folder(), "Procfile", "a: echo line; exec sleep 1000\n")
         for words, statuses in (("logs -f", {-signal.SIGHUP}), ("attach a", {129}),
-                                ("up -f " + procfile, {0, 141})):   # which may see its output end
+                                ("up -f " + procfile, {0, 129})):   # which may see its output end
             process, main = self.terminal(*words.split())
             self.shows(main, "line")
             with open(os.devnull) as nothing:
@@ -11223,6 +11223,12 @@ class ProcfileUp(CliFollowCase):
         self.assertEqual(process.stderr.read(), b"")
         self.assertFalse(any(map(alive, os_pids)))
         process.stdout = open(os.devnull, "rb")
+        path = self.file(self.folder(), "Procfile", "a: exec sleep 1000\n")
+        with open("/dev/full", "wb") as full, ForkedCommand(
+                ["up", "-f", path], stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE,
+                env=self.env) as process:
+            said = process.communicate(timeout=TIMEOUT)[1]
+        self.assertEqual((process.returncode, said), (1, b"gaffer: No space left on device\n"))
 
 
 class ProcfileExample(CliFollowCase):
