@@ -10675,6 +10675,10 @@ class Screen:
             self.say("%s is stopped: %s" % (self._shown[pid]["name"], event["reason"]))
         elif kind == "done":
             self._maybe_done()
+        elif (kind == "fail" and self._one_for_all and
+              self._manager.templates[event["name"]].last_exit is None):
+            self.status = event["exit_status"]  # it could not be started
+            self._manager.stop()
         elif kind == "stop_pid" and self._manager.stopping and not self._told:
             self._told = True
 

@@ -11164,6 +11164,10 @@ class ProcfileUp(CliFollowCase):
                          if not re.search(" started|listening", line[1])]
                 self.assertEqual(lines, [("a.1", "last words"), ("system", "a.1 " + words),
                                          ("system", "b.1 was ended by SIGTERM")])
+        path = self.file(self.folder(), "a", "#!/nosuch\n", 0o700)
+        process = self.up("a: %s\nb: exec cat\n" % path)
+        self.assertIn(b"a cannot be started: ", process.communicate(timeout=TIMEOUT)[1])
+        self.assertEqual(process.returncode, 127)
 
     def test_schedule(self):
         """That a run is done ends nothing, as there is another one."""
