@@ -11627,12 +11627,12 @@ def tell(text):
         print("gaffer: %s" % line, file=sys.stderr, flush=True)
 
 
-def report(args, error):
-    """Print why one of several names failed. The command goes on, and ends with the exit status of
-    the first such error. Raise what would fail for all the others too."""
+def report(args, error, word=""):
+    """Print why one of several names failed; `word`: that name. The command goes on, and ends with
+    the exit status of the first such error. Raise what would fail for all the others too."""
     if isinstance(error, NoServer) or error.code == "unauthorized":
         raise error
-    tell(str(error))
+    tell(str(error) if word in str(error) else "%s: %s" % (word, error))
     args.exit_status = args.exit_status or error.exit_status
 
 
@@ -11744,9 +11744,7 @@ def carry_out(args, client, steps):
                 if not until_ready:
                     show(args, answer.result(), text)
             except ClientError as error:
-                if len(steps) > 1 and target.word not in str(error):
-                    error.args = ("%s: %s" % (target.word, error),)
-                report(args, error)
+                report(args, error, target.word if len(steps) > 1 else "")
     if until_ready:
         await_goal(args, client, told)
 
@@ -12788,15 +12786,18 @@ def load_command(args):
             del info["start"]                   # it runs, or not, as before
             if name[len(group) + 1:] not in formation:      # it may have been scaled
                 info["numprocesses"] = statuses[name]["numprocesses"]
-        answer = client.request("PUT", "/processes/" + reference(name), info)
-        outcome = json.loads(answer)
-        show(args, answer, "%s: %s" % (name, "loaded" if outcome.get("created") else
-                                       "updated" if outcome["changed"] else "already loaded"))
+        try:
+            answer = client.request("PUT", "/processes/" + reference(name), info)
+            outcome = json.loads(answer)
+            show(args, answer, "%s: %s" % (name, "loaded" if outcome.get("created") else
+                                           "updated" if outcome["changed"] else "already loaded"))
+        except ClientError as error:
+            report(args, error, name)
     gone = [name for name in statuses
             if name.startswith(group + ":") and name not in templates]
     carry_out(args, client, [(target, "DELETE ", lambda answer: "removed")
                              for target in find_targets(args, statuses, gone)])
-    if args.ready:
+    if args.ready and not args.exit_status:
         await_goal(args, client, started)
 
 

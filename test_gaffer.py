@@ -11081,6 +11081,9 @@ class ProcfileServer(ConfigCase):
                 ("load -f Procfile -c web=1001", 2, "'web=1001' is not TYPE=NUMBER.*"),
                 ("scale web=1 web=-1", 2, "'web=-1' is not a change.*")):
             self.calls((words, "", status, "gaffer: %s\n" % err))
+        self.procfile("x" * 100, "web")         # the one is refused, the other is loaded
+        self.calls(("load %s -f Procfile --ready" % ("g" * 64), "g" * 64 + ":web: loaded\n", 1,
+                    "gaffer: g{64}:x{100}: field 'name' must .*\n"))
 
 
 class ProcfileUp(CliFollowCase):
