@@ -1459,11 +1459,11 @@ class Journal:
         source.closed = True
 
     def finish(self, name=None, pid=None):
-        """End the journals of a template that is deleted, or of one process; None: all."""
+        """End the journal of a template that is deleted, or that of one process; None: all."""
         if pid is None:
             self.starts.pop(name, None)
         for key, view in list(self._views.items()):
-            if name in (None, view.name) and pid in (None, view.pid):
+            if name is None or key == (name, pid):
                 del self._views[key]
                 view.finish()
 

@@ -7101,11 +7101,13 @@ class StreamsTemplate(StreamsCase):
                        b"signal.sigwait([15]); out(b'last words'); os._exit(3)\n")
         self.poll(pid, "since=0")
         events, websocket = self.sse(pid), self.websocket("/wstreams/%d" % pid)
+        journal = self.wire("/streams/%d?feed=continuous" % pid)
         self.server.ok("DELETE", "/processes/puppet")
         self.assertEvents(events, ("last words", 16))
         self.assertEqual(json.loads(events.event()[1])["exit_status"], 3)
         self.assertEqual([websocket.read(), websocket.read()],
                          [(1, b"last words"), (8, b"\x03\xe8exit 3")])
+        self.assertRegex(journal.chunks()[0], b"last words\n.*exit_status")
 
     def test_restarts_and_deletion(self):
         """It goes on over restarts, and ends with its template."""
