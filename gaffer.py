@@ -10467,14 +10467,19 @@ class WebHooks:
                                url, self.dropped, why)
 
     def _work(self):
+        import urllib.request
+        redirects = urllib.request.HTTPRedirectHandler()
+        # it would send a GET without the event
+        setattr(redirects, "redirect_request", lambda *args: None)  # noqa: B010
+        opener = urllib.request.build_opener(redirects)
         while not (self._ending.is_set() and self._queue.empty()):
             item = self._queue.get()
             if item is not None:
-                failure = self._post(*item)
+                failure = self._post(opener.open, *item)
                 if failure:
                     self._drop(item[0], failure)
 
-    def _post(self, url, event):
+    def _post(self, send, url, event):
         """Return None, or why the event was not accepted."""
         if time.monotonic() < self._skipped.get(url, 0):
             return "it failed, and is skipped for %g seconds" % WEBHOOK_REST
@@ -10484,7 +10489,7 @@ class WebHooks:
         request = urllib.request.Request(url, json_bytes(event), headers)
         for pause in (*WEBHOOK_PAUSES, None):
             try:
-                urllib.request.urlopen(request, timeout=WEBHOOK_TIME).close()
+                send(request, timeout=WEBHOOK_TIME).close()
                 return None
             except urllib.error.HTTPError as error:
                 failure = "it answers %d" % error.code
@@ -11341,7 +11346,7 @@ def make_hooks(file, fields):
         try:
             parse_pattern(event_pattern(key).split("/"))
             for url in check_words(value):
-                if "://" not in url:
+                if not re.fullmatch(r"https?://[^@\s/?#]+([/?#][!-~]*)?", url, re.I):
                     raise ValueError("%r is not a URL such as http://host:port/path" % url)
                 Client(url)
                 hooks.append((event_pattern(key), url))

@@ -10497,6 +10497,8 @@ class ConfigFiles(ConfigCase):
         [webhooks]
         creat = http://x -> 'creat': there is no event type 'creat', did you mean 'create'?*
         exit = nourl -> 'exit': 'nourl' is not a URL such as http://host:port/path
+        stop = http://a:b@c/ -> 'stop': 'http://a:b@c/' is not a URL such as http://host:port/path
+        flap = http://x/ü -> 'flap': 'http://x/ü' is not a URL such as http://host:port/path
         [process] -> there is no section with this name, did you mean 'process:NAME'?
          -> b.ini:1: [process:a] this section is in all.ini too
         == tree.json
@@ -11282,9 +11284,10 @@ class WebHooksTest(ServerCase):
 
     def take(self, request):
         status = self.answers.pop(0) if self.answers else 200
+        place = [("Location", "/hook/moved")] if status == 302 else []
         self.assertEqual(request.headers["content-type"], "application/json")
         self.received.put((request.target, json.loads(request.body), status))
-        return status, [], ""
+        return status, place, ""
 
     def hooks(self, *hooks):
         made = gaffer.WebHooks(hooks)
@@ -11313,14 +11316,14 @@ class WebHooksTest(ServerCase):
     def test_tried_again_unless_refused(self):
         with http_limits(WEBHOOK_PAUSES=(0.01, 0.01)), self.assertLogs("gaffer", "WARNING") as logs:
             made = self.hooks(("create", self.url))
-            self.answers += [500, 503, 200, 404, 500, 500, 500]     # then it is skipped
-            self.add("a", "b", "c", "d")
-            until(lambda: made.dropped == 3)
+            self.answers += [500, 503, 200, 302, 404, 500, 500, 500]    # then it is skipped
+            self.add("a", "m", "b", "c", "d")
+            until(lambda: made.dropped == 4)
             found = [self.received.get()[1:] for _ in range(self.received.qsize())]
         self.assertEqual([(event["name"], status) for event, status in found], [
-            ("a", 500), ("a", 503), ("a", 200), ("b", 404), *[("c", 500)] * 3])
+            ("a", 500), ("a", 503), ("a", 200), ("m", 302), ("b", 404), *[("c", 500)] * 3])
         self.assertEqual(len(logs.output), 1, "it is said once a minute")
-        self.assertRegex(logs.output[0], "/hook was dropped, 1 of all by now: it answers 404")
+        self.assertRegex(logs.output[0], "/hook was dropped, 1 of all by now: it answers 302")
 
     def test_a_receiver_that_hangs(self):
         with socket.create_server(("127.0.0.1", 0)) as silent, \
