@@ -12436,9 +12436,9 @@ class LogHandler(logging.Handler):
     """
 
     def __init__(self, path=None):
-        super().__init__()
-        self._dropped = 0
+        self._dropped = self._told = 0
         self.writer = LogWriter(path, "log file", lambda error: self._drop())
+        super().__init__()                      # from now on, logging closes it at the exit
 
     def _drop(self):
         with self.lock:
@@ -12448,9 +12448,9 @@ class LogHandler(logging.Handler):
         if self.writer.full:
             return self._drop()
         text = self.format(record) + "\n"
-        if self._dropped:
-            text = "gaffer: %d lines of this log were dropped here\n%s" % (self._dropped, text)
-            self._dropped = 0
+        if self._dropped != self._told:
+            text = "gaffer: %d lines of this log were dropped so far\n%s" % (self._dropped, text)
+            self._told = self._dropped
         self.writer.put(text.encode("utf-8", "backslashreplace"))
 
     def close(self):

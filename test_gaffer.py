@@ -5327,6 +5327,18 @@ class HttpLogs(HttpCase):
                 filled += os.write(fd, b"-")
         return filled
 
+    def test_full_disk(self):
+        with http_limits(LOG_SIZE=1):           # it is full until a line is written, or lost
+            handler = gaffer.LogHandler(self.path)
+            with mock.patch.object(handler.writer, "write", side_effect=OSError):
+                for _ in range(3):
+                    self.emit(handler, "lost")
+                    until(lambda: not handler.writer.full)
+            self.emit(handler, "more")
+            handler.close()
+        self.assertEqual(cli_read(self.path),
+                         "gaffer: 3 lines of this log were dropped so far\nmore\n")
+
     def test_full_pipe(self):
         """Nothing waits for it: not the start, not a line, not the end."""
         os.mkfifo(self.path)
@@ -5348,7 +5360,7 @@ class HttpLogs(HttpCase):
             while not data.endswith(b"more\n"):
                 data += pipe.read(65536) or b""
             self.assertEqual(data[filled:], b"".join(b"line %d\n" % n for n in range(count))
-                             + b"gaffer: 7 lines of this log were dropped here\nmore\n")
+                             + b"gaffer: 7 lines of this log were dropped so far\nmore\n")
             self.fill(handler.writer.fd)
             self.emit(handler, "the end")
             handler.close()                     # waits no longer than it may
