@@ -12404,24 +12404,26 @@ class PidFile:
         self._path = path
 
     def start(self, loop, manager):
-        try:
-            while True:
-                self._file = open(self._path, "a+", encoding="ascii", errors="replace")
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if is_file_at(self._file.fileno(), self._path):
-                    break
-                self._file.close()              # its last user has removed it meanwhile
-        except BlockingIOError:
-            with self._file:
+        with contextlib.ExitStack() as failure:
+            try:
+                while True:
+                    self._file = failure.enter_context(
+                        open(self._path, "a+", encoding="ascii", errors="replace"))
+                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if is_file_at(self._file.fileno(), self._path):
+                        break
+                    self._file.close()          # its last user has removed it meanwhile
+                self._file.truncate(0)
+                os.write(self._file.fileno(), b"%d\n" % os.getpid())
+            except BlockingIOError:
                 self._file.seek(0)
                 raise StartError("the pid file '%s' is in use by a running gaffer, pid %s: stop "
                                  "it, or use another file" % (
                                      self._path, self._file.read(20).strip())) from None
-        except OSError as error:
-            raise StartError("the pid file '%s' cannot be written: %s" % (
-                self._path, error.strerror)) from None
-        self._file.truncate(0)
-        print(os.getpid(), file=self._file, flush=True)
+            except OSError as error:
+                raise StartError("the pid file '%s' cannot be written: %s" % (
+                    self._path, error.strerror or error)) from None
+            failure.pop_all()
 
     def stop(self):
         with self._file:
@@ -13347,7 +13349,9 @@ def main(argv=None):
         return exit_status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (StartError, ClientError, GafferError) as error:
+    except (StartError, ClientError, GafferError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "new thread" not in str(error):
+            raise
         tell(str(error))
         return getattr(error, "exit_status", 1)
     except OSError as error:

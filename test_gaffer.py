@@ -9391,9 +9391,15 @@ class CliErrors(CliCase):
                 (("--cors-origin", "https://*.x"), r"'https://\*.x' is not an origin; give "),
                 (("--allow-host", "a:70"), "'a:70' is not a host; give "),
                 (("--allow-host", "*"), r"'\*' is not a host; give "),
+                (("--pidfile", "/dev/full"), "'/dev/full' cannot be written: Invalid argument"),
                 (("--access-log", "/nowhere/x"), "the access log '/nowhere/x' cannot be written")]:
             self.call("serve", *arguments, "--bind", "127.0.0.1:%d" % taken.getsockname()[1],
                       status=1, err="gaffer: .*%s.*\n" % words)
+
+    def test_no_thread(self):
+        why = RuntimeError("can't start new thread")
+        with mock.patch("threading.Thread.start", side_effect=why):
+            self.call("serve", status=1, err="gaffer: can't start new thread\n")
 
     def test_wrong_usage(self):
         for words, said in (("--window 255", "256 to 1073741824"), ("--window 1073741825", "256"),
