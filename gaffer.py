@@ -4802,10 +4802,10 @@ class Manager:
                 merged.window.finish()
         self.journal.finish()
         self.events.finish()
-        self._check_waiters()
 
     def _let_send(self, before, until, end):
         """Stop the loop once all is sent, or no client takes more, or all was to be killed."""
+        self._check_waiters()                   # those of the last requests, too
         sending = [app.sending for app in self._started_apps if getattr(app, "sending", None)]
         now = self.loop.clock()
         if sending != before:                   # somebody has taken some of it
@@ -9467,9 +9467,8 @@ class Handler(socketserver.StreamRequestHandler):
                 except socket.timeout:
                     self.channel = Idle(IDLE_TIME)
                     return
-                try:
-                    keep = not self.gone and self.handle_request()
-                finally:
+                keep = not self.gone and self.handle_request()
+                if keep:
                     self.http.working.discard(self)
         except (OSError, EOFError) as error:
             log.debug("a client has left: %s", error)
@@ -9540,6 +9539,8 @@ class Handler(socketserver.StreamRequestHandler):
                 self.http.hand_over, self.client, self.channel, self.current, self.gone)
         except Stopping:
             self.request.close()
+        finally:                                # by now a channel sends the answer
+            self.http.working.discard(self)
 
 
 class QuickRequests:
