@@ -11459,7 +11459,7 @@ class CliDaemon(CliFollowCase):
                 ("--endpoint x pids ", "all w:eb web"), ("completion ", "bash fish zsh")):
             found = self.call("completion", "zsh", "gaffer.py " + line).split()
             self.assertEqual(sorted(found), words.split(), line)
-        self.assertEqual(self.call("completion", "bash", "gaffer.py stop w:"), "eb\n")
+        self.assertEqual(self.call("completion", "bash", "gaffer.py stop w:"), "w:eb\n")
         os.environ["GAFFER_ENDPOINT"] = "http://127.0.0.1:1"
         self.assertEqual(self.call("completion", "bash", "gaffer.py stop "), "")
 
