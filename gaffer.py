@@ -12062,8 +12062,8 @@ def show_status(args, choose):
             else:
                 lines = status_table(statuses, size and size.columns, wants_colour(args))
             if args.watch and size:
-                hidden = len(lines) - (size.lines or math.inf) + 2
-                if hidden > 1:
+                hidden = len(lines) - size.lines + 2
+                if size.lines and hidden > 1:
                     lines[-hidden - 1:-1] = [
                         "… %d more lines do not fit: name what to show" % hidden]
                 lines = [clear + "\x1b[H\x1b[K" + "\n\x1b[K".join(lines) + "\x1b[J"]
