@@ -2277,6 +2277,8 @@ def read_env_files(paths, environ):
     values = {}
     for path in paths:
         try:
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise ValueError("is not a file")       # reading a FIFO would block the loop
             found, faults = parse_env(read_text(path), {**environ, **values})
         except ValueError as error:
             raise ValueError("names %r, which %s" % (path, error)) from None

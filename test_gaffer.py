@@ -4202,9 +4202,11 @@ class ProcessActions(ProcessCase):
         self.kill(2)
         self.post("x/_start?wait=true")
         self.assertEqual(self.pids("x"), [3])
-        self.add("late", "false", restart_delay=1000)
-        until(lambda: self.status("late")["state"] == "backoff")
-        late("/processes/late/_start")
+        for state, fields in (("backoff", {"restart_delay": 1000}),
+                              ("flapping", {"flapping": dict(PROCESS_ONCE, max_retry=1)})):
+            self.add(state, "false", **fields)
+            until(lambda state=state: self.status(state)["state"] == state)
+            late("/processes/%s/_start" % state)
         for method, path, name in (("POST", "/processes/a/_sub/2", "a"),
                                    ("DELETE", "/processes/b", "b"), ("DELETE", "/groups/g", "g:a")):
             with self.subTest(path):
