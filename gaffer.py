@@ -8580,7 +8580,8 @@ class Api:
 
         def done():
             return (all(process.gone or process.running for process in before)
-                    and all(template.lacking() <= 0 and not template.pending
+                    and all(template.lacking() <= 0
+                            and template.state() not in ("backoff", "flapping")
                             and all(each.running or template.active and each.by_itself
                                     for each in template.processes.values())
                             for template in templates))

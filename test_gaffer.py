@@ -3745,6 +3745,8 @@ class ProcessAttributes(ProcessCase):
         self.refused(None, "'%s', whose line 2 is not NAME=value" % paths[1], path="/x/_start")
         os.unlink(paths[1])
         self.refused(None, "cannot be read", path="/x/_start")
+        os.mkfifo(paths[1])                     # nobody would ever write
+        self.refused(None, "is not a file", path="/x/_start")
 
     def test_before_start(self):
         """In the same environment, before each spawn; its failure is an exit of the process."""
