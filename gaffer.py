@@ -3873,11 +3873,11 @@ class Subscription:
 
     def deliver(self, kind, event):
         """Have the callback called at the end of this turn."""
-        self._loop.call_unlocked(lambda: self._callback and self._callback(kind, event))
+        self._loop.call_unlocked(lambda: self._callback(kind, event))
 
     def close(self):
         """Have no further call begin, from any thread."""
-        self._callback = None
+        self._callback = lambda kind, event: None
         try:
             self._loop.call(self.on_close)
         except Stopping:

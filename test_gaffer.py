@@ -4303,6 +4303,8 @@ class ProcessEmbedded(ProcessCase):
         def fail(*_):
             raise RuntimeError("a fault of the user's")
         seen = {pattern: queue.Queue() for pattern in ("", "create", "proc/x", "proc/x/exit")}
+        recorder = type("", (list,), {"__call__": lambda self, *event: self.append(event)})()
+        self.manager.subscribe("create", recorder)      # it is false when it is empty
         self.manager.subscribe("proc/y", fail)
         subscriptions = [
             self.manager.subscribe(pattern, lambda *event, events=events: events.put(event))
@@ -4315,6 +4317,7 @@ class ProcessEmbedded(ProcessCase):
             seen[""].get(timeout=TIMEOUT)
         self.assertIn("a fault of the user's", logs.output[0])
         self.assertEqual(found, "create start spawn exit stop".split())
+        self.assertEqual([event["name"] for _, event in recorder], ["x", "y"])
         self.assertEqual([[kind for kind, _ in each.queue] for each in seen.values()],
                          [[], ["create"], found, ["exit"]])
         self.assertRaises(gaffer.BadEventType, self.manager.subscribe, "proc/x/exits", print)
