@@ -117,7 +117,7 @@ SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBU
 class GafferError(Exception):
     """An error for the client: an HTTP status, a code, and a sentence that says what to do."""
     status, code = 500, "internal_error"
-    headers = ()                                # [(name, value)] of the response
+    headers: list = []                          # [(name, value)] of the response
 
 
 class BadRequest(GafferError):
@@ -3997,7 +3997,8 @@ class Manager:
     restart(). `window_size`: bytes kept of each stream; `input_size`: bytes that may wait for a
     process to read them. `exit_with`: the name of a template, there or yet to come: once a process
     of it has ended by itself, all others are stopped, run() returns, and `exit_code` is its status,
-    or 128 and the signal. `process_table`: as ProcfsTable."""
+    or 128 and the signal. `exit_when_done`: the same once no template can run any more; the status
+    is that of the first failure, else 0. `process_table`: as ProcfsTable."""
 
     def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, process_table=None,
                  exit_with=None, exit_when_done=False, input_size=STDIN_SIZE):
