@@ -4024,7 +4024,8 @@ class Manager:
         self._started_apps = []
         self._next_pid = 1
         self._subscriptions = []                # (pattern, Subscription)
-        self._waiters, self._asking = [], False     # (done, callback)
+        self._waiters = []                      # (done, callback)
+        self._asking, self._pause = None, 0.0   # Timer: until they are asked; what that took
         self._to_spawn = {}                     # Template -> its last Launch, or None
         self.commands = set()                   # CommandRuns that have not ended
         self._held = {}                         # Template -> None: those that wait for another
@@ -4159,14 +4160,15 @@ class Manager:
 
     def _ask_waiters(self):
         if self._waiters and not self._asking:
-            self._asking = self.loop.call_soon(self._check_waiters)
+            self._asking = self.loop.later(self._pause, self._check_waiters)
 
     def _check_waiters(self):
-        self._asking = False
+        self._asking, began = None, self.loop.clock()
         for entry in tuple(self._waiters):
             if entry in self._waiters and entry[0]():
                 self._waiters.remove(entry)
                 self.loop.guard(entry[1])
+        self._pause = self.loop.clock() - began     # half of the time is for others
 
     def on_loop_thread(self):
         """Return True if the calling thread must not wait for the loop."""
@@ -4255,7 +4257,7 @@ class Manager:
                 break
         if self._to_spawn:
             self.loop.call_soon(self._spawn_some)
-        self._check_waiters()
+        self._ask_waiters()
 
     def _respawn(self, template, launch):
         """Spawn a process that nobody waits for; `launch`: that of the one before it, or None.

@@ -3208,6 +3208,20 @@ class ProcessClock(Case):
 class ProcessTimes(ProcessClock):
     """What is a matter of seconds."""
 
+    def test_waits_that_take_long(self):
+        """To ask what waits takes half of the time at most."""
+        asked = []
+
+        def done():
+            self.now += 1
+            asked.append(self.now)
+        self.manager.loop.call(self.manager.wait_until, done, lambda: None)
+        for seconds, times in (0, 1), (0.9, 1), (0.1, 2), (0, 2):
+            self.advance(seconds)
+            self.add("x%d" % len(self.manager.templates), "true", start=False)
+            self.barrier()
+            self.assertEqual(len(asked), times)
+
     def test_delay_is_forgotten(self):
         """Back to no delay once a process has lived 10 s; 9 s are not enough."""
         self.add("x", "cat", redirect_input=True)
