@@ -3998,7 +3998,8 @@ class Manager:
     process to read them. `exit_with`: the name of a template, there or yet to come: once a process
     of it has ended by itself, all others are stopped, run() returns, and `exit_code` is its status,
     or 128 and the signal. `exit_when_done`: the same once no template can run any more; the status
-    is that of the first failure, else 0. `process_table`: as ProcfsTable."""
+    is that of the first failure, else 0. `process_table`: as ProcfsTable. Any thread may call the
+    methods; a signal handler stop() alone, as it may have interrupted the owner of the lock."""
 
     def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, process_table=None,
                  exit_with=None, exit_when_done=False, input_size=STDIN_SIZE):
@@ -9381,7 +9382,7 @@ class WsgiRun(SimpleHandler):
         elif request.version == (1, 0):
             self.headers["Connection"] = "keep-alive"
         self._head = encode_head(self._status, merge_headers(
-            [("Date", self._http.date()), *self.headers.items()], self._http.more_headers(request)))
+            self.headers.items(), [("Date", self._http.date()), *self._http.more_headers(request)]))
         self.headers_sent = True
 
     def finish_content(self):
@@ -9844,8 +9845,10 @@ def made_response(result):
         given = [(str(name), str(value)) for name, value in pairs
                  if str(name).lower() not in FRAMING_HEADERS]
         if any(name.lower() == "content-type" for name, _ in given):
-            made.headers = [pair for pair in made.headers if pair[0] != "Content-Type"]
-        made.status, made.headers = status, made.headers + given
+            given += [pair for pair in made.headers if pair[0] != "Content-Type"]
+        else:
+            given += made.headers
+        made = Response(made.body, status, given, content_type=None)
     elif isinstance(result, Response):
         made = result
     elif isinstance(result, str):

@@ -6341,6 +6341,7 @@ class HttpLibrary(HttpCase):
     def test_routes(self):
         """What a callable may return, and what the client gets."""
         plain, binary = "text/plain; charset=utf-8", "application/octet-stream"
+        image = gaffer.Response(b"x", 203, [("A", "b")], "image/png")
         rows = (
             ("gr\u00fcn", 200, plain, "gr\u00fcn".encode()), (b"\0\xff", 200, binary, b"\0\xff"),
             ({"a": [1]}, 200, "application/json", b'{"a": [1]}\n'),
@@ -6348,7 +6349,8 @@ class HttpLibrary(HttpCase):
             ((201, {"Content-Type": "text/html"}, "<p>"), 201, "text/html", b"<p>"),
             ((404, [("Content-Length", "3")], {"no": 1}), 404, "application/json", b'{"no": 1}\n'),
             ((204, [], "body"), 204, plain, b""),
-            (gaffer.Response(b"x", 203, [("A", "b")], "image/png"), 203, "image/png", b"x"))
+            ((201, {"Content-Type": "text/x"}, image), 201, "text/x", b"x"),
+            (image, 203, "image/png", b"x"))
         answers = [row[0] for row in rows] + [
             object(), (1, 2), (200, {"X": "secret\r\nA: b"}, ""), "secret \ud800",
             ("200 secret", [], ""), (200, None, "secret"), OSError("secret"), SystemExit("secret")]
@@ -6545,7 +6547,8 @@ class HttpLibrary(HttpCase):
         def app(environ, start_response):
             body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"] or 0))
             seen.append((environ, body, wsgiref.util.application_uri(environ)))
-            start_response("201 Made", [("Content-Type", "text/plain"), ("Vary", "Cookie")])
+            start_response("201 Made", [
+                ("Content-Type", "text/plain"), ("Vary", "Cookie"), ("Date", "now")])
             return [b"got ", body]
         self.server = self.serve(wsgi={"/admin": wsgiref.validate.validator(app)})
         wire, big = self.wire(), bytes(2 * gaffer.MIB)
@@ -6557,8 +6560,9 @@ class HttpLibrary(HttpCase):
                 "/admin/a%20b/%c3%a9?x=%31&y", "Content-Type: text/x", "X-Two: 1", "X-Two: 2",
                 "Proxy: evil", "X_Two: evil", "Origin: http://localhost", framing,
                 method=method, body=sent, host=host).answer()
-            self.assertEqual([status, headers["Vary"], headers["Cache-Control"], data],
-                             [201, "Cookie, Origin", "no-store", b"got " + body])
+            self.assertEqual(
+                [status, headers["Vary"], headers["Cache-Control"], headers.get_all("Date"), data],
+                [201, "Cookie, Origin", "no-store", ["now"], b"got " + body])
             environ, got, uri = seen.pop()
             self.assertEqual((got, uri), (body, "http://%s/admin" % host))
             expected = {
