@@ -7125,7 +7125,6 @@ kbd { display: inline-block; width: 4em }
 <script type="application/json" id="snapshot">__SNAPSHOT__</script>
 <script nonce="__NONCE__">
 "use strict";
-// ---- helpers
 const $ = id => document.getElementById(id), enc = encodeURIComponent, main = $("main");
 const base = location.origin + location.pathname.replace(/[^/]*$/, "");
 const snapshot = JSON.parse($("snapshot").textContent), {said, nav} = snapshot;
@@ -7609,7 +7608,7 @@ function paint(style, codes) {  // SGR: ECMA-48 section 8.3.117
 		else if (base) style[base[1]] = String(base[2] + code - base[0]);
 	}
 }
-function segments(text) {  // [[text, style]]
+function segments(text) {
 	const style = {}, found = [];
 	let from = 0;
 	paint(style, [0]);
@@ -7636,7 +7635,7 @@ function piece(text, {fg, bg, turned, flags}) {
 		own(fg) || `color(from ${own(bg)} xyz ${"calc(999 * (.18 - y)) ".repeat(3)})`;
 	return node;
 }
-function paintLine(node, parts, find) {  // with what is searched for marked
+function paintLine(node, parts, find) {
 	const text = parts.map(part => part[0]).join("");
 	const found = find ? [...text.matchAll(new RegExp(find, "g" + find.flags))] : [];
 	let at = 0;
@@ -7654,7 +7653,7 @@ function paintLine(node, parts, find) {  // with what is searched for marked
 	}
 }
 const coloured = new Map();
-function nameColour(name) {  // as `up` colours names
+function nameColour(name) {
 	if (!coloured.has(name)) coloured.set(name, palette[coloured.size % palette.length] % 10);
 	return `var(--${theme[coloured.get(name)]})`;
 }
@@ -7930,7 +7929,7 @@ function eventList() {
 }
 
 // ---- one template
-const typed = el("datalist", {id: "typed"});  // lines that were sent
+const typed = el("datalist", {id: "typed"});
 function makeEntry(log) {
 	const who = el("select", {label: "to which process"});
 	const line = el("input.mono", {label: "A line to stdin", placeholder: "A line to stdin",
@@ -7951,7 +7950,9 @@ function makeEntry(log) {
 		node.hidden = !redirect_input;
 		for (const each of node.children) each.disabled = !pids.length;
 		if (who.pids !== pids.join()) {
+			const {value} = who;
 			who.replaceChildren(...pids.map(value => el("option", {value}, "process " + value)));
+			if (pids.includes(+value)) who.value = value;
 			who.pids = pids.join(); who.hidden = pids.length < 2;
 		}
 	}};
@@ -8143,7 +8144,7 @@ function form(name) {
 		if (!dry && !answer.ok) (node.querySelector("[aria-invalid=true]") || inputs.name).focus();
 	}
 	if (name) load().then(() => changes(first).forEach(unfold));
-	return {node, title, focus: () => inputs[name ? "cmd" : "name"]};
+	return {node, title, draft: touched, focus: () => inputs[name ? "cmd" : "name"]};
 }
 
 // ---- keys, and the address: a view, and in "?" what is set in it
@@ -8192,9 +8193,10 @@ document.addEventListener("keydown", event => {
 	}
 	const place = nav.find(each => each[2] === key), own = keyed().find(each =>
 		each.dataset.key === key);
-	if (key === "Escape") { if (typing) main.focus(); else go("/"); }
-	else if (typing || [" ", "Enter"].includes(key) &&
+	if (key === "Escape" && typing) main.focus();
+	else if (typing || view.draft?.size || [" ", "Enter"].includes(key) &&
 		target.matches("button, a, input, summary")) return;
+	else if (key === "Escape") go("/");
 	else if (key === "?") showKeys();
 	else if (place) go(place[0]);
 	else if (own) press(own);

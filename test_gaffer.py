@@ -8294,19 +8294,23 @@ class BrowserPage(BrowserPageCase):
     def test_story(self):
         """A template with its processes and what happened to them."""
         code = "import os\nprint('I am', os.getpid())\ninput()"
-        self.server.add("pair", python(code), numprocesses=2, redirect_input=True, cwd="/tmp")
-        self.open("/p/pair")
-        self.shows("pair.1", "details")
+        self.server.add("trio", python(code), numprocesses=3, redirect_input=True, cwd="/tmp")
+        self.open("/p/trio")
+        self.shows("trio.1", "details")
         self.shows("OS pid %d" % self.server.ok("GET", "/processes/2")["os_pid"], "details")
         self.shows("/tmp", ".facts")
+        self.shows("process 3", ".entry")
+        self.script("$('.entry select').value = '3'")
         self.choose("process 2", "signal…", "KILL")
         self.shows("process 2 killed by SIGKILL after", ".story")
-        self.shows("started process 3, as process 2 killed by SIGKILL", ".story")
+        self.shows("started process 4, as process 2 killed by SIGKILL", ".story")
+        self.shows("process 4", ".entry")
+        self.becomes("$('.entry select').value", "3")       # what was chosen
         self.choose("process 1", "stop (it is replaced)")
-        self.shows("started process 4 in place of process 1", ".story")
+        self.shows("started process 5 in place of process 1", ".story")
         self.shows("process 2 killed by SIGKILL", ".lines")
         self.go("/logs")
-        self.shows("pair 4", ".lines")
+        self.shows("trio 5", ".lines")
 
     def test_after_a_cut(self):
         """It goes on without gap or repeat, both where it is in time and where it is behind."""
@@ -8424,6 +8428,8 @@ class BrowserPage(BrowserPageCase):
         self.at("/logs")
         self.keys("Escape", "a")
         self.becomes("document.activeElement.id", "field-name")
+        self.keys("x", "Escape", "Escape", "o", "?")    # no key leaves a form that was begun
+        self.becomes("[location.hash, $('#field-name').value]", ["#/add", "x"])
 
     def test_links_and_the_way_back(self):
         self.server.add("web:a", "sleep 1000")
