@@ -3657,7 +3657,7 @@ class Template:
         self.merged = {}                        # label -> Merged
         self.begins = {}                        # Window -> where the last process begins
         self.past = {}                          # pid -> instance of the last that are gone
-        self.restarts = 0
+        self.restarts = self.spawned = 0
         self.exits = collections.Counter()      # (exit_status, term_signal) -> how many
         self.last_exit = None                   # {pid, exit_status, term_signal, time, times}
         self.created = None                     # the id of its create event
@@ -3981,13 +3981,18 @@ def changing(method):
 def starting(method):
     """changing() for a method that starts processes: it returns (template, result), and
     its caller gets the result once they have been spawned, or at once on the loop's thread."""
-    locked = changing(method)
+    @changing
+    def locked(self, *args, **options):
+        template, result = method(self, *args, **options)
+        return template, template and template.spawned + template.missing(), result
 
     @functools.wraps(method)
     def call(self, *args, **options):
-        template, result = locked(self, *args, **options)
+        template, goal, result = locked(self, *args, **options)
         if template is not None and not self.on_loop_thread():
-            self.block_until(lambda: template not in self._to_spawn)
+            # those that are spawned may end as fast as others follow
+            self.block_until(
+                lambda: template.spawned >= goal or template not in self._to_spawn)
         return result
     return call
 
@@ -4292,6 +4297,7 @@ class Manager:
         process.spawn(launch)
         self._next_pid += 1
         self.processes[process.pid] = template.processes[process.pid] = process
+        template.spawned += 1
         template.error = None
         return process
 

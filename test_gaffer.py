@@ -4480,6 +4480,9 @@ class ProcessLife(ProcessCase):
                 seen.add(manager.loop.call(lambda: len(manager.processes)))
             self.assertEqual(added.result(), list(range(1, 31)))
             self.assertGreater(len(seen - {0, 1, 30}), 3)
+            added = pool.submit(manager.add_process, "z", "true", numprocesses=30, restart_delay=0)
+            self.assertEqual(added.result(TIMEOUT).name, "z")
+            manager.delete_process("z")
             for name, end in (("y", lambda: manager.delete_process("y")), ("last", manager.stop)):
                 added = pool.submit(manager.add_process, name, "sleep 60", numprocesses=1000)
                 self.spawned(name)
