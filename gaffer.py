@@ -12240,7 +12240,7 @@ class LogPrinter:
 
 
 def logs_command(args):
-    """Print output from the journal: one request, and with -f one stream."""
+    """Print output from the journal: what it holds by now, and with -f what comes."""
     import fnmatch
     client = connect(args)
     printer, path = LogPrinter(args, client), "/streams"
@@ -12259,9 +12259,14 @@ def logs_command(args):
         return line.label != "exit" and (
             not args.names or line.pid in pids or printer.name(line) in words
             or any(fnmatch.fnmatchcase(line.name, glob) for glob in globs))
-    headers, body = client.exchange("GET", path + "?returns=true&tail=all&timeout=0")
+    end, offset = int(client.exchange("HEAD", path)[0]["Gaffer-Offset"]), None
+    lines, body = [], b"-"
+    while body and (offset is None or offset < end):    # one answer may not hold them all
+        headers, body = client.exchange("GET", "%s?returns=true&timeout=0&%s" % (
+            path, "tail=all" if offset is None else "since=%d" % offset))
+        lines += map(journal_line, body.decode("utf-8", "replace").split("\n")[:-1])
+        offset = int(headers["Gaffer-Offset"])
     since = 0 if args.since is None else time.time() - args.since
-    lines = list(map(journal_line, body.decode("utf-8", "replace").split("\n")[:-1]))
     printer.meet(lines)
     printer.show(merge_lines(
         [line for line in lines if wanted(line) and line.time >= since],
@@ -12269,8 +12274,7 @@ def logs_command(args):
     pids -= {line.pid for line in lines if line.label == "exit"}
     if not args.follow or only_pids and not pids:
         return args.exit_status
-    for kind, data in follow_events(client, "%s?returns=true&%s&since=%s" % (
-            path, FEED, headers["Gaffer-Offset"])):
+    for kind, data in follow_events(client, "%s?returns=true&%s&since=%d" % (path, FEED, offset)):
         if kind == "dropped":
             if json.loads(data).get("restarted"):
                 pids.clear()                    # they are those of others now

@@ -10042,6 +10042,12 @@ class CliLogs(CliFollowCase):
         self.assertLess(abs(time.time() - line.pop("time")), TIMEOUT)
         self.assertEqual(line, {"name": "a", "pid": 1, "label": "stdout", "data": "3"})
 
+    def test_many_lines(self):
+        """More than one answer holds."""
+        self.server.add("a", "seq 200000", restart="never")
+        self.server.wait_event("proc/a/done")
+        self.calls(("logs -n 2", "a.1 | 199999\na.1 | 200000\n"))
+
     def test_merge_lines(self):
         """Unfinished ones are continued; form feeds and U+2028 end none. A process and the one that
         it replaces count as one."""
