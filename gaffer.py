@@ -11396,7 +11396,7 @@ def make_template(file, name, fields, env_file, env):
         if template["start"] and not faults:
             Launch(template)
     except InvalidProcessInfo as error:
-        faults = [("cmd", str(error))]
+        faults = [(re.match(r"field '(\w+)'|", str(error)).group(1), str(error))]
     file.note(section, fields, faults)
     return template
 

@@ -10551,6 +10551,9 @@ class ConfigFiles(ConfigCase):
         cmd = nosuchprog -> field 'cmd' names 'nosuchprog', which is not found in PATH
         after = a -> field 'after' makes a circle: a after a
         [process:a] -> '[process:a]' is there twice
+        [process:c]
+        cmd = true
+        env_file = no.env -> field 'env_file' names '*no.env', which cannot be read: *
         [env:x] -> there is no [process:x]
         [webhooks]
         creat = http://x -> 'creat': there is no event type 'creat', did you mean 'create'?*
