@@ -2690,6 +2690,9 @@ class Output:
             data, self._carry = data[:cut], data[cut:]
         if data:
             merged.write(self, data)
+            if self._silence is not None:       # what waits now is another line
+                self._silence.cancel()
+                self._silence = None
         if self._carry and self._silence is None:
             self._silence = self._loop.later(MERGED_LINE_DELAY, self._show_carry)
 

@@ -7371,6 +7371,18 @@ class PureOutput(PureLogCase):
         self.assertEqual(reader.sink.data, b"".join(lines) + b"who? " * 8 + b"end")
 
 
+    def test_unfinished_lines(self):
+        """Each may wait for its end, however long its process has written."""
+        (_, write), (_, also) = self.output(), self.output(self.merged)
+        for part in b"a", b"1\nb", b"2\nc", b"3\nd", b"":
+            os.write(write, part)
+            self.advance(0.6 * gaffer.MERGED_LINE_DELAY)
+            os.write(also, b"x\n")
+            self.advance()
+        self.advance(gaffer.MERGED_LINE_DELAY)
+        self.assertEqual(self.merged.window.read(0, 99), b"x\na1\nx\nb2\nx\nc3\nx\nx\nd")
+
+
 STREAMS_SLEEPER = """
     import hashlib, os, signal, sys
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
