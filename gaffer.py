@@ -4288,6 +4288,8 @@ class Manager:
                 self._spawn_later(template, failures + 1, delay)
             return None
         process.failures = failures
+        if failures:                            # it may end at once again: others go before it
+            self._to_spawn[template] = self._to_spawn.pop(template)
         self._publish("spawn", template.name, process)
         self._release(template)
         return launch
