@@ -11126,11 +11126,12 @@ def program_templates(file, name, group, fields, names):
             "always" if read("autorestart", "start") else "never")
         if read("redirect_stderr", "start"):
             info["redirect_output"] = ["stdout", "stdout"]
-        retries, lived = min(read("startretries"), 999), read("startsecs")
-        if lived:                               # retries come after 1, 2, 3 … seconds
-            info["restart_delay"] = [1, max(1, retries)]
-            info["flapping"] = {"attempts": retries + 1, "max_retry": 0, "window": float(
-                (retries + 1) * lived + retries * (retries + 1) // 2)}
+        retries, lived = min(max(1, read("startretries")), 999), read("startsecs")
+        if lived:                               # one that lives longer may exit forever
+            info.update(restart_delay=[1, retries], flapping=None)
+            delays = [restart_delay(info, failures) for failures in range(1, retries + 1)]
+            info["flapping"] = {"attempts": retries + 1, "max_retry": 0,
+                                "window": float(retries * lived + sum(delays))}
         prefix = group or (name if count > 1 else "")
         label = fill_in(fields["process_name"], names) if count > 1 else name
         templates["%s:%s" % (prefix, label) if prefix else label] = info

@@ -10697,13 +10697,18 @@ class ConfigSupervisord(ConfigCase):
         self.assertEqual(web, dict(
             PureTemplates.DEFAULTS, name="web:web_08", cmd="/bin/sleep 8 2 2", cwd=self.home,
             umask="022", priority=5, restart_delay=[1, 1], stop_signal="QUIT", graceful_timeout=7,
-            flapping={"attempts": 2, "window": 5.0, "retry_in": 7.0, "max_retry": 0},
+            flapping={"attempts": 2, "window": 2.0, "retry_in": 7.0, "max_retry": 0},
             redirect_output=["stdout"] * 2, env={"A": "1,2 = 3", "B": "2", "PORT": "8008", "HOME": "/h"}))
         self.assertEqual(job, dict(
             PureTemplates.DEFAULTS, name="shop:job", cmd="sh -c 'echo $$HOME 100%'",
             cwd=os.getcwd(), restart="on-failure", success=[0, 2], stop_group=False,
             env={"A": "1", "B": "2"}))
         self.assertEqual(x["flapping"]["attempts"], 1000)
+        # retries come at once, after 1, 2, 4, 5 seconds; one that lives longer may exit forever
+        for retries, lived, window in (0, 3, 3), (1, 3, 3), (2, 3, 7), (5, 3, 27):
+            found = self.settings("y.conf", "[program:y]\ncommand=true\nstartsecs=%d\n"
+                                  "startretries=%d" % (lived, retries)).templates["y"]["flapping"]
+            self.assertEqual((found["attempts"], found["window"]), (max(1, retries) + 1, window))
         said = "\n".join(logged.output)
         for what in ("program:web stdout_logfile; output is", "eventlistener:mail; events",
                      "unix_http_server, supervisord, rpcinterface:supervisor, supervisorctl; these",
