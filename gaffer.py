@@ -5366,7 +5366,7 @@ class Access:
         scheme, _, value = request.headers.get("authorization", "").partition(" ")
         given = b""
         if scheme.lower() == "bearer":
-            given = value.strip().encode("latin-1")
+            given = value.strip(" ").encode("latin-1")
         elif scheme.lower() == "basic":
             try:
                 given = base64.b64decode(value.strip(), validate=True).partition(b":")[2]

@@ -2342,7 +2342,7 @@ class PureAccess(Case):
 
     def test_token(self):
         """Bearer or Basic. The time of a refusal does not tell how much was right."""
-        access, secret = gaffer.Access(token="s\xe9cret:1"), "s\xe9cret:1".encode()
+        access, secret = gaffer.Access(token="s\xe9cret:\xe0"), "s\xe9cret:\xe0".encode()
         wire = secret.decode("latin-1")
 
         def basic(data):
