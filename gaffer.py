@@ -3005,7 +3005,7 @@ class Probe:
         line, newline, _ = self._answer.partition(b"\n")
         if newline or not data or len(line) > READ_SIZE:
             good = re.match(rb"HTTP/1\.[01] [23][0-9][0-9]\b", line)
-            self._end(None if good else "answers %r" % line[:80].decode("latin-1"))
+            self._end(None if good else "answers %r" % line[:80].strip().decode("latin-1"))
         return None
 
     def _end(self, error):
@@ -11981,6 +11981,8 @@ def status_rows(status):
         why = ["exit " + text]
     if status["error"]:
         why = [status["error"]]
+    if status["hint"]:
+        why.append(status["hint"])
 
     def add(name, state, notes, os_pid="-", pid="-", uptime="-", cpu="-", rss="-"):
         rows.append([name, state, "%d/%d" % (status["running"], status["numprocesses"]),
@@ -12005,7 +12007,8 @@ def status_rows(status):
         wait = max(0.0, status["next_runs"][0] - time.time())
         waits = [["next run in " + span(math.ceil(wait)), *why]]
     elif not rows and not waits:
-        waits = [["gave up", *why] if status["gave_up"] else why if status["error"] else []]
+        waits = [["gave up", *why] if status["gave_up"] else
+                 why if status["error"] or status["hint"] else []]
     for notes in waits:
         add(status["name"], status["state"], notes)
     return rows

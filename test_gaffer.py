@@ -3426,7 +3426,7 @@ class ProcessTimes(ProcessClock):
             url = "http://127.0.0.1:%d" % server.getsockname()[1]
             self.add("x", "sleep 60", ready={"http": url})
             process = self.manager.find_process(1)
-            for wait, answer, error in ((0.1, b"HTTP/1.0 500 no\r\n", "answers 'HTTP/1.0 500"),
+            for wait, answer, error in ((0.1, b"HTTP/1.0 500 no\r\n", "s 'HTTP/1.0 500 no'"),
                                         (1, None, "reset by peer"), (1, b"", "no answer in 5 s"),
                                         (1, b"HTTP/1.1 204\n", "None")):
                 self.advance(wait - 0.001)
@@ -9706,6 +9706,8 @@ class CliStatus(CliControlCase):
                 ({"pids": [4711], "processes": [dict(web, pid=4711, kill_in=3)]},
                  "1/1  4711  4711   1m02s         0     -    -    -  SIGKILL in 3s"),
                 ({"processes": [dict(web, not_ready="no answer")]}, "no answer"),
+                (dict(bad, hint="it seems to"), "3 times; it seems to"),
+                (dict(bad, hint="it seems to", next_tries=[]), "3 times; it seems to"),
                 (dict(bad, processes=[dict(web, uptime=5)], next_tries=[]), "L), 3 times"),
                 ({"processes": [dict(web, cpu=1.0, rss=3 << 29)]}, "1.0%  1.5G"),
                 ({"state": "scheduled", "processes": [], "next_runs": [time.time() + 9.5]},
