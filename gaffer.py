@@ -10399,13 +10399,13 @@ class SigHandler:
     def __init__(self, signals=(signal.SIGINT, signal.SIGTERM), reload=None, reopen=None):
         self._signals, self._reload, self._reopen = signals, reload, reopen
         self._old = {}
-        self._count = 0
 
     def start(self, loop, manager):
         """Install the handlers. StartError: this is not the main thread."""
         if threading.current_thread() is not threading.main_thread():
             raise StartError("SigHandler needs the main thread: run() the manager there, or leave "
                              "SigHandler out")
+        self._count = 0
 
         def stop(signum, frame_):
             self._count += 1

@@ -4443,6 +4443,16 @@ class ProcessEmbedded(ProcessCase):
             "small.start whole.start whole.restart whole.stop whole.start bad_start.start "
             "whole.stop whole.start bad_stop.start bad_stop.stop whole.stop").split())
 
+    def test_signals_of_two_runs(self):
+        """A SigHandler that was used before stops gently, too."""
+        handler = gaffer.SigHandler()
+        for _ in range(2):
+            manager = gaffer.Manager([handler])
+            manager.subscribe("spawn", lambda kind, event: signal.raise_signal(signal.SIGTERM))
+            manager.add_process("x", "sleep 60")
+            manager.run()
+            self.assertFalse(manager.killing)
+
     def test_apps_and_threads(self):
         """An app may wait for a thread that calls the manager; what it adds is started once."""
         waited, started = [], []
