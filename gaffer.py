@@ -10442,6 +10442,13 @@ class SigHandler:
         self._old = {}
 
 
+def check_hook_url(url):
+    """Check where events are to be posted. ValueError, ClientError."""
+    if not re.fullmatch(r"https?://[^@\s/?#]+([/?#][!-~]*)?", url, re.I):
+        raise ValueError("%r is not a URL such as http://host:port/path" % url)
+    Client(url)
+
+
 class WebHooks:
     """Posts events as JSON. `hooks`: [(pattern, URL)], patterns as for Manager.subscribe().
 
@@ -10452,6 +10459,8 @@ class WebHooks:
 
     def __init__(self, hooks=()):
         self.hooks, self.dropped = list(hooks), 0
+        for _, url in self.hooks:
+            check_hook_url(url)
         self._queue = queue.Queue(WEBHOOK_QUEUE)        # (URL, event); None wakes the worker
         self._lock = threading.Lock()           # guards `dropped`
         self._ending = threading.Event()
@@ -11370,9 +11379,7 @@ def make_hooks(file, fields):
         try:
             parse_pattern(event_pattern(key).split("/"))
             for url in check_words(value):
-                if not re.fullmatch(r"https?://[^@\s/?#]+([/?#][!-~]*)?", url, re.I):
-                    raise ValueError("%r is not a URL such as http://host:port/path" % url)
-                Client(url)
+                check_hook_url(url)
                 hooks.append((event_pattern(key), url))
         except (BadEventType, ClientError, ValueError) as error:
             file.fault("'%s': %s" % (key, error), "webhooks", key)

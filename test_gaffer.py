@@ -11405,6 +11405,10 @@ class WebHooksTest(ServerCase):
         self.add("c")
         self.assertEqual(self.received.get(timeout=TIMEOUT)[0], "/hook/new")
 
+    def test_mistakes(self):
+        self.assertTable(lambda url: gaffer.WebHooks([("", url)]), (
+            ("localhost/hook", ValueError), ("http://localhost:99999", gaffer.ClientError)))
+
     def test_tried_again_unless_refused(self):
         with http_limits(WEBHOOK_PAUSES=(0.01, 0.01)), self.assertLogs("gaffer", "WARNING") as logs:
             made = self.hooks(("create", self.url))
