@@ -2225,9 +2225,10 @@ def parse_env(text, environ):
     The second tells what is wrong. $NAME and ${NAME} stand for a variable from a line before,
     else from `environ`, else for nothing; single quotes keep them as they are.
     """
-    values, faults, start = {}, [], 0
+    values, faults, start, room = {}, [], 0, FILE_SIZE      # lines may double what they stand for
 
     def fill(match):
+        nonlocal room
         escape, name = match.groupdict().get("escape"), match.group(match.lastindex or 0)
         if escape is not None:
             if escape not in ENV_ESCAPES:
@@ -2236,9 +2237,13 @@ def parse_env(text, environ):
             return ENV_ESCAPES[escape]
         if name == "$":
             raise ValueError(r"has a '$' without a name: use single quotes, or \$ in double quotes")
-        return values.get(name, environ.get(name, ""))
+        found = values.get(name, environ.get(name, ""))
+        room -= len(found)
+        if room < 0:
+            raise ValueError("makes the variables too long: over %d characters in all" % FILE_SIZE)
+        return found
 
-    while start < len(text):
+    while start < len(text) and len(faults) < 100:
         match = ENV_LINE.match(text, start)
         try:
             if match is None:

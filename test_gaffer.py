@@ -1701,7 +1701,9 @@ class PureTemplates(Case):
         for text, lines, word in (
                 ("A=1\n1A=2\nB=3\nexport A\n=1\n\n-", [2, 4, 5, 7], "NAME=value"),
                 ('A="b\nB=1', [1], "quotes"), ("A='b'c", [1], "quotes"), ('\nA="\\q"', [2], "\\q"),
-                ("A='x\ny'\nB=$(date)\nC=${B:-c}\nD=\"5$\"", [3, 4, 5], "'$'")):
+                ("A='x\ny'\nB=$(date)\nC=${B:-c}\nD=\"5$\"", [3, 4, 5], "'$'"),
+                ("-\n" * 101, [*range(1, 101)], "NAME=value"),
+                ("A=%s\nB=$A$A\nC=$A$B" % ("x" * (gaffer.FILE_SIZE // 4)), [3], "too long")):
             faults = gaffer.parse_env(text, {})[1]
             self.assertEqual([line for line, _ in faults], lines)
             self.assertIn(word, faults[0][1])
