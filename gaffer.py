@@ -6564,9 +6564,11 @@ class HandlerSocket(WebSocketChannel):
     def _run(self, method, *args):
         try:
             method(*args)
-        except Exception:
+        except BaseException as error:          # sys.exit() too, which may then end run()
             log.exception("a websocket handler failed; its connection is closed")
             self.call(self.send_close, 1011, "the handler failed")
+            if not isinstance(error, Exception):
+                raise
 
     def take_messages(self):
         def dispatch():

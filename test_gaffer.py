@@ -9691,10 +9691,10 @@ class CliControl(CliFollowCase):
             ("update_process a", 2, "say what to change: .*"),
             ("load_process /nosuch", 1, "/nosuch cannot be read as JSON: No such file.*"),
             ("load_process -", 1, "stdin cannot be read as JSON: .*"))])
-        self.server.add("b", "nosuch", start=False)
+        self.server.add("c", "nosuch", start=False)
         self.calls(("add a 0", "", 2, r"usage: [\s\S]*"),
-                   ("start a b", "a: already running\n", 1, "gaffer: b: field 'cmd' .*\n"),
-                   ("start b", "", 1, "gaffer: field 'cmd' names .*\n"))
+                   ("start a c", "a: already running\n", 1, "gaffer: c: field 'cmd' .*\n"),
+                   ("start c", "", 1, "gaffer: field 'cmd' names .*\n"))
 
 
 class CliStatus(CliControlCase):
