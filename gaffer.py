@@ -7207,7 +7207,6 @@ function size(bytes) {
 	const power = Math.min(3, Math.floor(Math.log2(bytes + 1) / 10)), value = bytes / 1024 ** power;
 	return value.toFixed(power && value < 10 ? 1 : 0) + "BKMG"[power];
 }
-// 2026-12-31 23:59:59
 const dateText = seconds => new Date(seconds * 1000).toLocaleString("sv");
 const clock = seconds => dateText(seconds).slice(now() - seconds < 86400 ? 11 : 0);
 function failed({exit_status, term_signal}) {  // SIGTERM is how one is stopped
@@ -7801,7 +7800,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		const line = lineOf(number), text = head(line).join("") + tell(line);
 		return Math.ceil(text.replace(/\t/g, "8".repeat(8)).replace(WIDE, "22").length / columns) || 1;
 	}
-	function head(line) {  // [time, whose, label], each with its blank
+	function head(line) {  // [time, whose, label]
 		const who = line.name === "-" ? "" : ref ? line.pid : line.name + " " + line.pid;
 		const mark = /^(stdout|exit|\*.*)$/.test(line.label) ? "" :
 			line.label.replace("std", "").slice(0, 3);
@@ -7911,7 +7910,7 @@ function narrator() {  // tells events in order
 	return ({event, name, pid, time, ...more}) => {
 		const exit = exits.get(name), age = began.has(pid) ? " after " + span(time - began.get(pid)) : "";
 		if (event === "spawn") {
-			began.set(pid, time); exits.delete(name);
+			began.set(pid, time); told.delete(pid); exits.delete(name);
 			return said[event] + pid + (!exit ? "" : exit.told ? " in place of process " + exit.pid :
 				", as process " + exit.pid + " " + exitText(exit));
 		}
@@ -8051,13 +8050,14 @@ const {adjustable, sections, labels, examples, areas} = snapshot.form;
 const quote = word => /^[\w@%+=:,.\/-]+$/.test(word) ? word :
 	`'${String(word).replace(/'/g, "'\\''")}'`;
 function textOf(value) {  // of a field, as it is typed
+	const json = JSON.stringify(value);
 	if (value === null || value === undefined) return "";
-	if (Array.isArray(value)) return value.some(Array.isArray) ? JSON.stringify(value) :
-		value.map(quote).join(" ");
-	return typeof value !== "object" ? String(value) : Object.entries(value).map(([key, each]) =>
-		key + "=" + (typeof each === "object" ? JSON.stringify(each) : each)).join("\n");
+	if (Array.isArray(value)) return value.some(Array.isArray) ? json : value.map(quote).join(" ");
+	return typeof value !== "object" ? String(value) : json.includes("\\n") ? json :
+		Object.entries(value).map(([key, each]) =>
+			key + "=" + (typeof each === "object" ? JSON.stringify(each) : each)).join("\n");
 }
-function guess(text) {  // a number, list or flag where it looks like one
+function guess(text) {  // a number, list or flag
 	try { return JSON.parse(text); } catch (error) { return text; }
 }
 function valueOf(field, text) {

@@ -8116,7 +8116,7 @@ class BrowserPage(BrowserPageCase):
                          ("cat", 2, True, {"A": "1", "B": "x y"}, 3))
         self.server.ok("POST", "/processes", {
             "name": "whole", "cmd": "sh", "args": ["-c", "echo up; exec cat\n", "it's"],
-            "env": {"A": "1"}, "os_env": False, "shell": False, "numprocesses": 2,
+            "env": {"A": "1\n2"}, "os_env": False, "shell": False, "numprocesses": 2,
             "restart": "on-failure", "success": [0, "TERM"], "restart_delay": [1, 5],
             "priority": 3, "redirect_output": ["out"], "redirect_input": True,
             "flapping": {"attempts": 3, "window": 1.5, "retry_in": 2, "max_retry": 0},
@@ -8128,7 +8128,7 @@ class BrowserPage(BrowserPageCase):
         self.go("/")
         self.row("whole", "2 / 2")
         self.go("/edit/whole")
-        self.becomes("$('#field-cmd').value", "sh")
+        self.becomes("[$('#field-cmd').value, $('#field-env').value]", ["sh", '{"A":"1\\n2"}'])
         self.assertEqual(set(self.script("return $$('form [name]').map(node => node.name)")),
                          set(gaffer.OPTIONS) - {"start"})
         self.becomes("$$('details:not([open])').length", 0)     # each has what was set
@@ -8369,9 +8369,13 @@ class BrowserPage(BrowserPageCase):
             self.assertEqual(found, list(range(found[0], found[0] + len(found))))
 
     def test_while_the_server_is_away(self):
-        first = Running()
-        self.addCleanup(first.stop_all)
-        first.add("talk", "sh -c 'echo first; exec sleep 1000'")
+        """It says so, and goes on when there is one again, whose pids are others'."""
+        def start(word, port=0):
+            server = Running(endpoints=[gaffer.HttpEndpoint("127.0.0.1:%d" % port)])
+            self.addCleanup(server.stop_all)
+            server.add("talk", "sh -c 'echo %s; exec sleep 1000'" % word)
+            return server
+        first = start("first")
         self.browser.get(first.url + "/#/p/talk")
         self.shows("first", ".lines")
         first.stop_all()
@@ -8379,9 +8383,7 @@ class BrowserPage(BrowserPageCase):
         self.shows("away", "#link")
         self.wait("getComputedStyle($('main')).opacity < 1")
         self.browser.console()                      # that nobody answers is in it
-        second = Running(endpoints=[gaffer.HttpEndpoint("127.0.0.1:%d" % first.port)])
-        self.addCleanup(second.stop_all)
-        second.add("talk", "sh -c 'echo second; exec sleep 1000'")
+        second = start("second", first.port)
         self.shows("live", "#link")
         self.becomes("$('#away').hidden", True)
         self.becomes(self.TEXTS + ".map(text => text.trim().replace(/^1 +/, ''))"
@@ -8389,6 +8391,13 @@ class BrowserPage(BrowserPageCase):
                      ["first", "the server was started anew", "second"])
         self.go("/")
         self.row("talk", "running")
+        self.go("/events")
+        self.shows("added", ".events")
+        second.stop_all()
+        self.shows("told to stop: process 1", ".events")
+        third = start("third", first.port)
+        third.ok("POST", "/processes/1/_signal/KILL")
+        self.wait("/SIGKILL after [^,]*, by itself/.test($('.events').textContent)")
 
     # how it is used
 
