@@ -4769,14 +4769,16 @@ class Manager:
 
     def _stop_next(self):
         """Stop what is next in order: a process waits for the one after it for a moment, and for
-        all of an earlier stage until they are gone or their graceful_timeout is over."""
+        all of an earlier stage until they are gone, or their graceful_timeout is over and no
+        after_stop runs."""
         now = self.loop.clock()
         if self._stop_timer is not None:
             self._stop_timer.cancel()
         while self._to_stop:
             process, wave = self._to_stop[-1], self._wave
             same = wave and self._stages[wave[-1][0].name] == self._stages[process.name]
-            waits = [since + (self._stop_stagger if same else stop_time(each.template))
+            waits = [since + (self._stop_stagger if same else stop_time(each.template)
+                              + (HOOK_TIME if each.state == "cleaning" else 0.0))
                      for each, since in (wave[-1:] if same else wave)
                      if not each.gone and not each.abandoned]
             if waits and max(waits) > now:

@@ -3379,6 +3379,17 @@ class ProcessTimes(ProcessClock):
         self.assertEqual((self.count("stop"), self.count("flap")), (5, 0))
         self.ended()
 
+    def test_after_stop_before_the_next_stop(self):
+        self.add("db", "sleep 99", priority=0)
+        self.add("app", "sleep 99", priority=1, graceful_timeout=1, after_stop="sleep 99")
+        self.manager.stop()
+        hook = until(lambda: next(iter(self.manager.commands), None)).os_pid
+        self.advance(59)
+        self.assertEqual(self.count("stop_pid"), 1)
+        os.kill(hook, signal.SIGKILL)
+        self.wait("stop_pid", 2)
+        self.ended()
+
     def test_one_that_does_not_die(self):
         """Told 0.1 s after the one before, all within 1 s; after a second stop, 10 s are enough."""
         for count, pause in (3, 0.1), (12, 1 / 12):
