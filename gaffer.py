@@ -11677,7 +11677,8 @@ def report(args, error, word=""):
     the exit status of the first such error. Raise what would fail for all the others too."""
     if isinstance(error, NoServer) or error.code == "unauthorized":
         raise error
-    tell(str(error) if word in str(error) else "%s: %s" % (word, error))
+    named = not word or "'%s'" % word in str(error)
+    tell(str(error) if named else "%s: %s" % (word, error))
     args.exit_status = args.exit_status or error.exit_status
 
 
