@@ -11447,7 +11447,7 @@ def read_settings(source, taken=None):
     def take(file):
         files.append(file)
         load = load_objects if re.search(r"(?i)\.(json|toml)$", file.path) else load_ini
-        if re.search(r"(?m)^\[(supervisord\]|(program|group|eventlistener):)", file.text):
+        if files[0].programs or re.search(r"(?m)^\[(supervisord\]|program:)", file.text):
             load = load_supervisord
         add(file, (load_procfile if isinstance(file, Procfile) else load)(file))
         ports.extend(getattr(file, "taken", ()))

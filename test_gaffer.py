@@ -10723,6 +10723,7 @@ class ConfigSupervisord(ConfigCase):
     def test_programs(self):
         pure_environ(self, PURE_HOME="/h", PURE_COUNT="2")
         self.write("more/a.conf", "[group:shop]\nprograms=job, x\n")
+        self.write("more/c.conf", "[inet_http_server]\nport=9001\n")
         self.write("more/b.conf", "[program:x]\ncommand=sleep 1\nstartretries=9999\n")
         with self.assertLogs("gaffer", "WARNING") as logged:
             templates = self.settings("supervisord.conf", self.TEXT).templates
