@@ -9364,15 +9364,13 @@ class WsgiRun(SimpleHandler):
         http, request = self._http, self._request
         try:                                    # run() takes each ConnectionError for the client's
             self.setup_environ()
-            try:
+            with contextlib.closing(self):
                 self.result = self._app(self.environ, self.start_response)
                 for data in self.result:
                     self.write(data)
                     if request.method == "HEAD":
                         break                   # the rest may have no end
                 self.finish_content()
-            finally:
-                self.close()
         except BaseException:
             if not self.cut:
                 self.handle_error()
