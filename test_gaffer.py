@@ -6553,6 +6553,7 @@ class HttpLibrary(HttpCase):
         def fail(*arguments):
             raise RuntimeError("secret")
         for where, act in (("__init__", fail), ("open", fail), ("message", fail),
+                           ("message", lambda handler, data: sys.exit("secret")),
                            ("message", lambda handler, data: handler.end(999)),
                            ("message", lambda handler, data: handler.send(5))):
             with self.subTest(where), self.assertLogs("gaffer", "ERROR") as logged:
