@@ -1157,7 +1157,8 @@ class Window(Log):
         """Return where the first line at or after `offset` begins; `offset` if none ends there."""
         if self.before(offset) == 10 or offset == 0:
             return offset
-        end = self.read(offset, self.limit).find(b"\n")
+        data = self.read(offset, self.limit)
+        end = data.find(b"\n" if b"\n" in data else b"\r")     # that of a progress bar
         return offset if end < 0 else offset + end + 1
 
     def tail(self, lines):

@@ -1047,7 +1047,8 @@ class PureWindow(PureLogCase):
                 self.assertEqual((window.start, window.end, window.read(start, limit + 5)),
                                  (start, end, data[start:]))
                 for offset in (start, *rng.choices(range(start, end + 1), k=20)):
-                    size, newline = rng.randint(1, limit), data.find(b"\n", offset)
+                    size, ends = rng.randint(1, limit), b"\n" if b"\n" in data[offset:] else b"\r"
+                    newline = data.find(ends, offset)
                     fresh = newline < 0 or data[:offset][-1:] in (b"", b"\n")
                     self.assertEqual(window.read(offset, size), data[offset:offset + size])
                     self.assertEqual(window.resync(offset), offset if fresh else newline + 1)
@@ -1221,6 +1222,8 @@ class PureLoss(PureLogCase):
                 ([b"x" * 50] * 7 + [b"\n"], [
                     (150, "out", b"x" * 150), (300, "out", b"x" * 150), (351, "out", b"x" * 50)]),
                 ([b"x" * 100, b"y" * 240 + b"\nnext\n"], [
+                    (341, "dropped", b'{"bytes": 341}'), (346, "out", b"next")]),
+                ([b"x" * 100, b"y" * 240 + b"\rnext\r"], [
                     (341, "dropped", b'{"bytes": 341}'), (346, "out", b"next")])):
             window = self.window(256)
             reader = self.sse(window)
