@@ -841,24 +841,18 @@ class PureReadiness(PureLoopCase):
         self.do(self.loop.register, fd, selectors.EVENT_READ, callback)
 
     def test_another_descriptor(self):
-        """Both are ready in one turn; the first to run puts something else in the other's place."""
+        """Both are ready in one turn; the first to run puts something else in the other's place,
+        and fails."""
         def replace(fd):
             self.loop.unregister(fd)
             self.loop.register(fd, selectors.EVENT_READ, self.ran.append)
             self.ran.append("first")
+            raise KeyError
         for fd, other in self.fds, self.fds[::-1]:
             self.register(fd, lambda mask, other=other: replace(other))
-        self.advance()
-        self.assertEqual(self.ran, ["first"])
-
-    def test_failing_callback(self):
-        """The others of the turn run, and it is asked again."""
-        for fd in self.fds:
-            self.register(fd, lambda mask, fd=fd: self.ran.append(fd) or 1 // 0)
         with self.assertLogs("gaffer", "ERROR"):
             self.advance()
-            self.advance()
-        self.assertEqual(sorted(self.ran), sorted(2 * self.fds))
+        self.assertEqual(self.ran, ["first"])
 
     def test_expect(self):
         """An answer, a timer, or the time given ends the wait."""
@@ -950,7 +944,7 @@ class PureRunning(Case):
         self.assertEqual([type(call.exception()) for call in calls], [gaffer.Stopping] * 5)
 
     def test_many_threads(self):
-        """All their calls are done beside a loop that always has work, or runs user code."""
+        """All their calls are done beside a loop that always has work."""
         ran, over = [], threading.Event()
 
         def busy():
@@ -960,10 +954,7 @@ class PureRunning(Case):
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             list(pool.map(functools.partial(self.loop.call, ran.append), range(400)))
         over.set()
-        release = self.hold(self.loop.call_unlocked)
-        self.loop.call(ran.append, 400)
-        release()
-        self.assertEqual(sorted(ran), list(range(401)))
+        self.assertEqual(sorted(ran), list(range(400)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1749,14 +1740,11 @@ class PureLaunch(Case):
              "/bin/sh|-c|echo $1|sh|a|$PORT c")))
 
     def test_env(self):
-        pure_environ(self, GAFFER_TOKEN="secret", PYTHONUNBUFFERED=None, PURE="theirs", OWN="ours")
-        env = self.launch("sh", env={"PURE": "mine", "N": 0.5, "\u00e4": "\u20ac"}).env
-        wanted = {b"PURE": b"mine", b"N": b"0.5", "\u00e4".encode(): "\u20ac".encode(),
-                  b"OWN": b"ours", b"PYTHONUNBUFFERED": b"1"}
-        self.assertEqual(env, {**env, **wanted})
-        self.assertNotIn(b"GAFFER_TOKEN", env)
+        pure_environ(self, PURE="theirs")
+        self.assertEqual(self.launch("sh", env={"PURE": "mine"}).env[b"PURE"], b"mine")
         self.assertTable(lambda fields: self.launch("sh", os_env=False, **fields).env, (
-            ({"env": {"A": "b", "GAFFER_TOKEN": "x"}, "redirect_output": []}, {b"A": b"b"}),
+            ({"env": {"\u00e4": 0.5, "GAFFER_TOKEN": "x"}, "redirect_output": []},
+             {"\u00e4".encode(): b"0.5"}),
             ({"env": {"PYTHONUNBUFFERED": ""}, "custom_streams": ["in", "out"]},
              {b"PYTHONUNBUFFERED": b"", b"GAFFER_STREAMS": b"in,out"})))
 
@@ -1898,9 +1886,7 @@ class PurePolicies(Case):
                 # what outlived the window forgives the pauses before; what did not, does not
                 ({"attempts": 1, "max_retry": 2},
                  [(1, 0), (10, 0), (20, 1.001), (30, 0), (40, 0)], "----."),
-                ({"attempts": 1, "max_retry": 1}, [(1, 0), (9, 1.0)], "-."),
-                # the defaults: 2 exits within 1 s, 5 pauses
-                ({}, [(n // 2 + n % 2 / 2, 0.1) for n in range(12)], "+-+-+-+-+-+.")):
+                ({"attempts": 1, "max_retry": 1}, [(1, 0), (9, 1.0)], "-.")):
             info, history, signs = self.info(flapping=flapping), (), ""
             for now, lived in exits:
                 action, delay, history = gaffer.after_exit(info, (1, 0), now, lived, 1, history)
@@ -2151,11 +2137,6 @@ class PureHead(Case):
                 b"", b"{} {}", b'{"a": NaN}', b'"\xe4"', b"\xef\xbb\xbf{}", "{}".encode("utf-16"),
                 b"[" * 200000, b"9" * 10000 + b"x", b'[{"b": {"a": 1, "c": 2, "a": 3}}]'))))
 
-    def test_wants_close(self):
-        self.assertTable(lambda case: pure_request(case[1], version=case[0]).wants_close(), (
-            (("1.1", "X: y"), False), (("1.1", "Connection: upgrade, Close"), True),
-            (("1.0", "X: y"), True), (("1.0", "Connection: Keep-Alive"), False)))
-
 
 class PureReading(Case):
     """Heads and bodies from a file, however few bytes a read gives."""
@@ -2259,23 +2240,6 @@ class PureResponse(Case):
             *((accept, False) for accept in (
                 "", "*/*", ",", "text/html;q=0", "text/html;q=x", "text/html, application/json",
                 "text/html;q=0.5, */*;q=0.8"))))
-
-    def test_router(self):
-        router = gaffer.Router((pattern, {method: pattern}) for pattern, method in (
-            ("/", "GET"), ("/a", "POST"), ("/a/<ref>", "GET"), ("/a/special", "DELETE"),
-            ("/a/<ref>/_do/<n>", "POST"), ("/b/<pid>", "GET"), ("/b/<name>", "PUT"),
-            ("/open/<rest...>", "GET")))
-        for path, pattern, methods, *args in (
-                ("", "/", "GET HEAD"), ("a", "/a", "POST"), ("a/x", "/a/<ref>", "GET HEAD", "x"),
-                ("a/special", "/a/special", "DELETE"),
-                ("a/x/_do/5", "/a/<ref>/_do/<n>", "POST", "x", "5"),
-                ("b/12", "/b/<pid>", "GET HEAD", "12"), ("b/x12", "/b/<name>", "PUT", "x12"),
-                ("open/1/2", "/open/<rest...>", "GET HEAD", ["1", "2"])):
-            self.assertEqual(router.find(path.split("/") if path else []),
-                             (dict.fromkeys(methods.split(), pattern), args), path)
-        for path in ["A"], ["", ""], ["a", "x", "_no", "5"], ["a", "x", "_do"]:
-            self.assertIsNone(router.find(path)[0], path)
-        self.assertEqual(gaffer.allowed({"POST", "GET"}), ["GET", "POST", "OPTIONS"])
 
 
 class PureAccess(Case):
@@ -2625,14 +2589,6 @@ class PureMetrics(Case):
         self.assertEqual(prom_parse(text.encode()), {"none": ("gauge", {}), "a_total": ("counter", {
             ("a_total", ()): 3, ("a_total", (("x", 'q"b\\s\nn'), ("y", "\u00e9"))): 0.5})})
 
-    def test_unknown_methods_are_one(self):
-        counts = gaffer.RequestCounts()
-        for number in range(1000):
-            counts.add("M%d" % number, 501)
-        counts.add("GET", 200)
-        self.assertEqual(counts.samples(), [
-            ({"method": "other", "code": 501}, 1000), ({"method": "GET", "code": 200}, 1)])
-
 
 ACCESS = re.compile(r'(\S+) - - \[(\d\d/[A-Z][a-z][a-z]/\d{4}:\d\d:\d\d:\d\d [+-]\d{4})\] '
                     r'TEXT (\d{3}) (\d+|-) TEXT TEXT\n'.replace(
@@ -2657,9 +2613,6 @@ class PureAccessLine(Case):
         return line
 
     def test_fields(self):
-        fields = self.line(referer="http://r/", user_agent="curl/8")
-        self.assertEqual((fields[0], *fields[2:]), (
-            "127.0.0.1", "GET /x HTTP/1.1", 200, 12, "http://r/", "curl/8"))
         self.assertTable(lambda client: self.line(client=client)[0],
                          (("::1:5", "::1"), ("unix", "unix")))
         self.assertRegex(gaffer.access_line("1.2.3.4:5", 0, None, 400, 0),
