@@ -1366,7 +1366,7 @@ class JournalView(Log):
             index -= 1
             if self.wants(journal.sources[index]):
                 base = journal.entry_start(index)
-                size += journal.entry_start(index + 1) - base
+                size += journal.kept(index)
                 if lines < math.inf:
                     lost, _, ends, _ = journal.lines(index, base)
                     if lost:
@@ -1483,6 +1483,14 @@ class Journal:
     def entry_start(self, index):
         """Return the offset at which an entry begins; the end of the last one for the next."""
         return self.offsets[index] if index < len(self.offsets) else self.end
+
+    def kept(self, index):
+        """Return how many bytes of an entry have not fallen out of their window."""
+        source, size = self.sources[index], self.entry_start(index + 1) - self.offsets[index]
+        window = source.window() if source.text is None else None
+        if window is None:
+            return size if source.text is not None else 0
+        return max(0, min(size, self._places[index] + size - window.start))
 
     def lines(self, index, offset, returns=False):
         """Return (lost, prefix, ends, lines) of what ends in an entry behind `offset`.
@@ -2457,6 +2465,7 @@ class Launch:
 BACKOFF_RESET = 10.0                            # a process that lived this long was no failure
 KILL_AGAIN = 1.0                                # seconds: a group may fork while it dies
 HOOK_TIME = 60.0                                # seconds that before_start and after_stop may take
+HOOK_POLL = 0.1                                 # between checks whether before_start has ended
 CANNOT_START = 127, 0                           # exit of what could not be executed, as in a shell
 NOT_READY = -1, 0                               # of what was stopped for that: no success
 
@@ -3118,7 +3127,9 @@ class Process:
         self._manager, self._loop = manager, manager.loop
         self.outputs, self.inputs = {}, {}      # label -> Output, Input
         self.os_pid = self.started = self.exited_at = self.exit_status = self.term_signal = None
-        self.state = "starting" if self.template["ready"] else "running"    # see LIFE
+        self.state = "running"                  # see LIFE
+        if self.template["ready"] or self.template["before_start"]:
+            self.state = "starting"
         self.ready_after = None                 # seconds from its spawn until it was ready
         self.message = None                     # the last STATUS= that it sent
         self.ending = False                     # it sent STOPPING=1
@@ -3203,7 +3214,8 @@ class Process:
         if template["after_stop"] is not None:
             self._launch = launch
         if template["before_start"] is not None:
-            self._hook_timer = self._loop.later(HOOK_TIME, self._check_before_start, launch)
+            self._hook_timer = self._loop.later(
+                HOOK_TIME if launch.ready else HOOK_POLL, self._check_before_start, launch)
         if launch.ready:
             self._timer = self._loop.later(self.template["ready"]["within"], self.step, "overdue")
         if launch.target or launch.ready == "exec":
@@ -3342,7 +3354,8 @@ class Process:
 
     def _become_ready(self):
         self.ready_after = round(self.age(), 3)
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._timer = None
         self._manager.process_ready(self)
 
@@ -3408,9 +3421,14 @@ class Process:
         self._check_ended()
 
     def _check_before_start(self, launch):
-        """End it if before_start has not ended yet."""
+        """Without a 'ready' it is ready once before_start has ended, which has HOOK_TIME."""
         seen, words = self._manager.table.look(self.os_pid), b" ".join(launch.argv)
-        if seen and seen["cmdline"].rstrip() == words.decode("utf-8", "replace").rstrip():
+        if not seen or seen["cmdline"].rstrip() != words.decode("utf-8", "replace").rstrip():
+            if launch.ready is None:
+                self.step("ready")
+        elif self.age() < HOOK_TIME:
+            self._hook_timer = self._loop.later(HOOK_POLL, self._check_before_start, launch)
+        else:
             log.warning("%s (pid %d): before_start has not ended in %d seconds and is killed",
                         self.name, self.pid, HOOK_TIME)
             self.signal_group(signal.SIGKILL)
@@ -4391,9 +4409,10 @@ class Manager:
     # what a process tells
 
     def process_ready(self, process):
-        """A process with a 'ready' has become ready."""
-        self._publish("ready", process.name, process, by=ready_text(process.template),
-                      seconds=process.ready_after)
+        """A process has become ready."""
+        if process.template["ready"]:
+            self._publish("ready", process.name, process, by=ready_text(process.template),
+                          seconds=process.ready_after)
         self._release(process.home)
 
     def process_overdue(self, process):

@@ -1496,6 +1496,9 @@ class PureJournal(PureLogCase):
                 offset = self.do(lambda: self.journal.view(*which).tail(count))
                 wanted = everything[len(everything) - min(count, len(everything)):]
                 self.assertEqual(self.lines(*which, offset=offset)[0], wanted, (which, count))
+        self.journal.limit = 1000               # what has gone does not count for that, either
+        offset = self.do(lambda: self.journal.view("a").tail(math.inf))
+        self.assertEqual(self.lines("a", offset=offset), self.lines("a"))
 
     def test_resume(self):
         """A reader that is cut now and then, and a poll, miss nothing."""
@@ -3744,6 +3747,15 @@ class ProcessAttributes(ProcessCase):
             "own words\nbefore_start has failed with exit status 3\n")
         event = self.server.wait_event("proc/bad/fail")
         self.assertEqual((event["exit_status"], event["tries"]), (3, 1))
+        fifo = os.path.join(self.folder, "fifo")
+        os.mkfifo(fifo)                         # what is after it waits for the program
+        self.add("db", "sleep 1000", before_start="read line < " + fifo)
+        self.add("web", "sleep 1000", after=["db"])
+        found = [self.server.ok("GET", "/status/" + name)["state"] for name in ("db", "web")]
+        self.assertEqual(found, ["starting", "waiting"])
+        with open(fifo, "w", encoding="ascii") as file:
+            print(file=file)
+        self.server.ok("GET", "/status/web?until=ready")
 
     def test_after_stop(self):
         """After each exit, once nothing of the group is left, and before the next start."""
