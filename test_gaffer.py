@@ -5114,6 +5114,26 @@ class HttpEndpointTable(HttpCase):
                 self.assertEqual((head.status, head.headers["Content-Length"]), (200, None))
                 self.assertOpen(head)
 
+    def test_wrong_methods(self):
+        """No action can be had by a link or an image, whatever that claims to override."""
+        self.cat("web", custom_streams=["chat"])
+        for allow, paths in {
+                "GET, HEAD, OPTIONS": "/ /processes/web/_pids /watch/proc/web /streams/1/stdout",
+                "GET, HEAD, POST, OPTIONS": "/processes",
+                "GET, HEAD, POST, PUT, DELETE, OPTIONS": "/processes/web",
+                "GET, HEAD, DELETE, OPTIONS": "/processes/1 /groups/g",
+                "POST, DELETE, OPTIONS": "/streams/1/stdin",
+                "GET, HEAD, POST, DELETE, OPTIONS": "/streams/1/chat",
+                "POST, OPTIONS": "/processes/web/_stop /processes/1/_stop /processes/web/_sub/2 "
+                                 "/processes/web/_signal/TERM /groups/g/_stop"}.items():
+            for path, method in itertools.product(paths.split(), (
+                    {"GET", "POST", "PUT", "DELETE", "PATCH"} - set(allow.split(", ")))):
+                with self.subTest(method=method, path=path):
+                    answer = self.ask(method, path, "X-HTTP-Method-Override: POST")
+                    self.assertCode(answer, 405, "method_not_allowed")
+                    self.assertEqual(answer[1]["Allow"], allow)
+        self.assertEqual(self.server.ok("GET", "/processes?running=true"), [1])
+
 
 class HttpMetrics(HttpCase):
     """/metrics: what it counts has happened."""
@@ -5401,12 +5421,8 @@ class HttpOpenapi(HttpCase):
             routes.add(("/watch/" + "/".join(["<>"] * number), method))
         self.assertEqual(routes, {(shape, method.upper()) for shape, methods in shapes.items()
                                   for method in methods})
-
-    def test_form(self):
-        """What a validator does not ask for."""
-        described = gaffer.openapi(gaffer.ROUTES, True)
-        for path, methods in described["paths"].items():
-            for operation in methods.values():
+        for path, methods in gaffer.openapi(gaffer.ROUTES, True)["paths"].items():
+            for operation in methods.values():      # what a validator does not ask for
                 self.assertRegex(operation["summary"], "^[A-Z].{8,}", path)
                 self.assertIn("default", operation["responses"], path)
                 self.assertEqual("security" in operation, path in gaffer.OPEN_PATHS, path)
@@ -5461,37 +5477,6 @@ class HttpOpenapi(HttpCase):
                 except gaffer.InvalidProcessInfo:
                     good = False
                 self.assertEqual(validator.is_valid(template), good)
-
-
-class HttpMethods(HttpCase):
-    """405 with Allow, and OPTIONS."""
-
-    def test_wrong_methods(self):
-        """No action can be had by a link or an image, whatever that claims to override."""
-        self.cat("web", custom_streams=["chat"])
-        for allow, paths in {
-                "GET, HEAD, OPTIONS": "/ /processes/web/_pids /watch/proc/web /streams/1/stdout",
-                "GET, HEAD, POST, OPTIONS": "/processes",
-                "GET, HEAD, POST, PUT, DELETE, OPTIONS": "/processes/web",
-                "GET, HEAD, DELETE, OPTIONS": "/processes/1 /groups/g",
-                "POST, DELETE, OPTIONS": "/streams/1/stdin",
-                "GET, HEAD, POST, DELETE, OPTIONS": "/streams/1/chat",
-                "POST, OPTIONS": "/processes/web/_stop /processes/1/_stop /processes/web/_sub/2 "
-                                 "/processes/web/_signal/TERM /groups/g/_stop"}.items():
-            for path, method in itertools.product(paths.split(), (
-                    {"GET", "POST", "PUT", "DELETE", "PATCH"} - set(allow.split(", ")))):
-                with self.subTest(method=method, path=path):
-                    answer = self.ask(method, path, "X-HTTP-Method-Override: POST")
-                    self.assertCode(answer, 405, "method_not_allowed")
-                    self.assertEqual(answer[1]["Allow"], allow)
-        self.assertEqual(self.server.ok("GET", "/processes?running=true"), [1])
-
-    def test_options(self):
-        """204 without a body, on every path and on none."""
-        for path in "/streams/1/stdin", "/nothing", "/?a=1&a=2", "*":
-            wire = self.wire(path, method="OPTIONS")
-            self.assertEqual((wire.status, wire.headers["Content-Length"]), (204, None), path)
-            self.assertOpen(wire)
 
 
 class HttpErrorTable(HttpCase):
@@ -5577,7 +5562,7 @@ class HttpSyntax(HttpCase):
                 (400, "bad_request", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc" + host, b"\r\n" * 100,
                  b"GET /hit HTTP/1.1\nHost: 127.0.0.1\n\n", b"GET /hit HTTP/1.1\r\n",
                  *(http_bytes("POST", "/hit", header, body=b"0\r\n\r\n") for header in (
-                     "Content-Length: 5\r\n" + chunked, "Content-Length: +5", "X: y\r" + chunked)),
+                     "Content-Length: 5\r\n" + chunked, "X: y\r" + chunked)),
                  http_bytes("POST", "/hit", chunked, body=b"2\r\na\r\n0\r\n\r\n")),
                 (413, "too_large", http_bytes("POST", "/hit", chunked, body=b"F" * 8 + b"\r\n")),
                 (414, "uri_too_long", b"x" * 100000),
@@ -5592,7 +5577,7 @@ class HttpSyntax(HttpCase):
         """Whatever the method, and whether anybody asked for the body."""
         inner = http_bytes("GET", "/hit-inner")
         for method, path, status in (("GET", "/ping", 200), ("DELETE", "/nothing", 404),
-                                     ("OPTIONS", "/x", 204), ("POST", "/processes", 400)):
+                                     ("OPTIONS", "*", 204), ("POST", "/processes", 400)):
             for headers, body in ((), inner), (("Transfer-Encoding: chunked",), http_chunks(inner)):
                 with self.subTest(method=method, headers=headers):
                     wire = self.wire().request(path, *headers, method=method, body=body)
@@ -5618,11 +5603,13 @@ class HttpSyntax(HttpCase):
 
     def test_targets(self):
         """The authority counts as the Host (RFC 9112 section 3.2.2); each part of a path is decoded
-        once, and never becomes two parts or a header; a parameter comes once."""
+        once, and never becomes two parts or a header; a parameter comes once. JSON is in UTF-8,
+        with any Content-Type."""
         answer = self.ask("GET", "HTTP://LOCALHOST:99/hit?a=1", host="evil.example")
         self.assertEqual((answer[0], self.hits), (200, ["/hit?a=1"]))
-        self.cat("a:b@c")
-        self.assertEqual(self.server.ok("GET", "/%70rocesses/a%3ab%40c/")["name"], "a:b@c")
+        self.ask("PUT", "/processes/a:b@c", "Content-Type: text/plain; charset=latin-1",
+                 body='{"cmd": "\u00e9", "start": false}'.encode())
+        self.assertEqual(self.server.ok("GET", "/%70rocesses/a%3ab%40c/")["cmd"], "\u00e9")
         for status, target in (
                 (403, "http://evil.example/hit"), (404, "/processes%2Fa:b@c"),
                 (404, "/processes/a%253ab%2540c"), (404, "/processes/%0d%0aX:y"),
@@ -5658,12 +5645,6 @@ class HttpSyntax(HttpCase):
                 self.assertEqual([wire.answer()[2] for _ in answers], answers)
                 self.assertEqual(wire.file.read(), b"")
         self.assertEqual(len(self.hits), 2)
-
-    def test_json(self):
-        """In UTF-8, with any Content-Type."""
-        info = '{"cmd": "\u00e9", "start": false}'.encode()
-        self.ask("PUT", "/processes/x", "Content-Type: text/plain; charset=latin-1", body=info)
-        self.assertEqual(self.server.ok("GET", "/processes/x")["cmd"], "\u00e9")
 
 
 class HttpConnections(HttpCase):
@@ -5906,11 +5887,11 @@ class HttpConnections(HttpCase):
     def test_chunks_of_events(self):
         """One for the empty line at the begin, one a send, the last one only at a real end."""
         self.cat("web", flapping=STREAMS_ONCE)
-        new, old, cut = (self.wire("/streams/1/stdout?feed=eventsource", version=version)
-                         for version in ("1.1", "1.0", "1.1"))
+        cut = self.wire("/streams/1/stdout?feed=eventsource")
         self.server.manager.loop.call(lambda: [
-            channel.close() for channel in tuple(self.server.http.channels)
-            if channel.sock.getpeername() == cut.sock.getsockname()])
+            channel.close() for channel in tuple(self.server.http.channels)])
+        new, old = (self.wire("/streams/1/stdout?feed=eventsource", version=version)
+                    for version in ("1.1", "1.0"))
         self.assertEqual((new.chunk(), cut.chunk(), cut.chunk()), (b"\n", b"\n", None))
         self.server.ok("POST", "/streams/1/stdin", b"x\n")
         event = new.chunk()
@@ -6034,14 +6015,6 @@ class HttpAccess(HttpCase):
                              ["http://localhost:1"], path)
             self.assertIn("Origin", wire.headers["Vary"].split(", "))
 
-    def test_hosts(self):
-        """Addresses, localhost and names under it, names that were given; no other name."""
-        for status, host in ((200, "127.0.0.1:5000"), (200, "a.localhost"),
-                             (200, "gaffer.example."), (403, "evil.example:5000"), (400, "a b")):
-            self.changes = 0
-            answer = self.ask("POST", "/change", host=host)
-            self.assertEqual((answer[0], self.changes), (status, int(status == 200)), host)
-
     def test_host_comes_first(self):
         """Before token, origin, method, route, body and upgrade: a page whose own name was
         pointed here is of the same origin, by its browser's lights."""
@@ -6077,8 +6050,8 @@ class HttpToken(HttpCase):
 
     def test_without(self):
         for method, path in (("GET", "/nothing"), ("POST", "/healthz"), ("GET", "/ping/x"),
-                             ("GET", "/ping//"), ("GET", "/hit"), ("GET", "/wsgi"), ("FOO", "/"), ("GET", "/readyz"),
-                             ("HEAD", "/processes")):
+                             ("GET", "/ping//"), ("GET", "/hit"), ("GET", "/wsgi"), ("FOO", "/"),
+                             ("GET", "/readyz"), ("HEAD", "/processes")):
             answer = self.ask(method, path, "Origin: http://localhost")
             self.assertEqual((answer[0], answer[1]["Access-Control-Allow-Origin"]),
                              (401, "http://localhost"), path)   # so that a page can read it
@@ -6608,8 +6581,12 @@ class HttpLibrary(HttpCase):
                 self.assertTrue(b"ab" in data and not data.endswith(b"0\r\n\r\n"), data)
 
     def test_wsgi_fails(self):
-        """500, the traceback in the log and not in the answer; a header cannot be split."""
+        """500, the traceback in the log and not in the answer; a header cannot be split. What
+        close() raises comes behind the answer, and changes nothing of it."""
         def app(environ, start_response):
+            if environ["PATH_INFO"] == "/close":
+                start_response("200 OK", [])
+                return body
             if environ["PATH_INFO"] == "/split":
                 start_response("200 OK", [("X-A", "a\r\nSet-Cookie: secret")])
                 return [b"secret"]
@@ -6623,19 +6600,11 @@ class HttpLibrary(HttpCase):
                 self.assertNotIn("secret", str(answer[1:]))
                 self.assertIn("Traceback", logged.output[-1])
                 self.assertEqual("its own words" in logged.output[0], path != "/admin/split")
-
-    def test_wsgi_close_fails(self):
-        """The answer is complete, and no other one follows it."""
         body = mock.MagicMock(close=mock.Mock(side_effect=OSError("cannot close")))
         body.__iter__.side_effect = lambda: iter([b"ab", b"c"])
         self.expect_log("the application at /admin has failed")
-
-        def app(environ, start_response):
-            start_response("200 OK", [])
-            return body
-        self.server = self.serve(wsgi={"/admin": app})
         for version in "1.0", "1.1":
-            wire = self.wire().request("/admin", version=version)
+            wire = self.wire().request("/admin/close", version=version)
             self.assertEqual((wire.answer()[2], wire.file.read()), (b"abc", b""))
 
 
@@ -7160,26 +7129,21 @@ class StreamsTemplate(StreamsCase):
             seen.setdefault(name, []).append(int(number))
         self.assertEqual(list(seen.values()), [list(range(400))] * 4)
 
-    def test_input_by_name(self):
-        """Where the template has exactly one process."""
+    def test_one_process_then_two_then_an_update(self):
+        """Input by name needs exactly one. The update drops a label, whose stream ends, and an
+        unfinished line that has waited for its end gets it."""
         pid = self.cat("t")
-        self.send("t", b"x")
-        self.assertEqual(self.poll(pid, "since=0"), (200, "1", b"x"))
+        gone, stays = self.continuous("t", label="stderr"), self.continuous("t")
+        self.send("t", b"cut")
+        self.assertEqual(self.poll(pid, "since=0"), (200, "3", b"cut"))
         self.server.ok("POST", "/processes/t/_add")
         answer = self.server.json("POST", "/streams/t/stdin", b"x")
         self.assertError(answer, 404, "not_found", "2 processes")
         self.assertEqual(self.websocket("/wstreams/t").status, 404)
-
-    def test_an_update_that_drops_a_label(self):
-        """And an unfinished line that has waited for its end."""
-        pid = self.cat("t")
-        gone, stays = self.continuous("t", label="stderr"), self.continuous("t")
-        self.send(pid, b"cut")
-        self.poll(pid, "since=0")
         self.server.ok("PUT", "/processes/t", {
             "cmd": "echo again", "redirect_input": True, "redirect_output": ["stdout"]})
         self.assertEqual(gone.chunks(), (b"", True))
-        self.assertEqual(stays.exactly(10)[:10], b"cut\nagain\n")
+        self.assertEqual(stays.exactly(10), b"cut\nagain\n")
 
 
 class StreamsJournal(StreamsCase):
@@ -7232,6 +7196,7 @@ class StreamsJournal(StreamsCase):
         for path, status in ("/one?loss=block", 400), ("?since=1x", 400), ("/nobody", 404), (
                 "/17", 404):
             self.assertEqual(self.server.json("GET", "/streams" + path)[0], status, path)
+
 
 class PureInput(PureLoopCase):
 
@@ -7331,7 +7296,6 @@ class PureOutput(PureLogCase):
         self.advance()
         self.do(output.close)
         self.assertEqual(reader.sink.data, b"".join(lines) + b"who? " * 8 + b"end")
-
 
     def test_unfinished_lines(self):
         """Each may wait for its end, however long its process has written."""
@@ -7514,7 +7478,6 @@ class StreamsWebsocket(StreamsCase):
                 self.paused(0)
         self.assertIn("1 websocket messages for t were dropped: it does not", "".join(logs.output))
         with http_limits(CLOSE_TIME=2 * TIMEOUT):
-            websocket = self.open(pid)
             websockets = self.open(pid), self.open(pid)
             for websocket, more in zip(websockets, (ws_frame(1, b"more"), ws_frame(8, b""))):
                 websocket.send(ws_frame(1, b"x" * 1000) + more)
