@@ -5723,7 +5723,7 @@ class HttpConnections(HttpCase):
         self.assertOpen(self.wire())
 
     def test_accepted(self):
-        """In turns; after a shortage, of the loop as well, a moment later."""
+        """In turns; after a shortage a moment later."""
         loop, counts, listener = self.server.manager.loop, [], self.server.http.listeners[0]
 
         def look():
@@ -5738,11 +5738,8 @@ class HttpConnections(HttpCase):
         accept = mock.Mock(wraps=listener.socket)
         accept.accept.side_effect = itertools.chain(
             [OSError(errno.EMFILE, "no descriptor")], itertools.repeat(mock.DEFAULT))
-        register = mock.Mock(wraps=loop.register, side_effect=itertools.chain(
-            [OSError(errno.ENOSPC, "no room")], itertools.repeat(mock.DEFAULT)))
-        with mock.patch.object(listener, "socket", accept), \
-                mock.patch.object(loop, "register", register), \
-                http_limits(ACCEPT_PAUSE=0.05), self.assertLogs("gaffer", "WARNING") as logs:
+        with mock.patch.object(listener, "socket", accept), http_limits(ACCEPT_PAUSE=0.05), \
+                self.assertLogs("gaffer", "WARNING") as logs:
             self.assertOpen(self.wire())
         self.assertIn("no connection can be accepted", logs.output[0])
 
@@ -5796,18 +5793,9 @@ class HttpConnections(HttpCase):
         with http_limits(QUICK_STATUSES=0):     # of many it takes time
             self.assertEqual(quick.pop().request("/status").answer()[0], 200)
             self.assertEqual(len(server.http.threads), 5)
-        for owner, name, path, *statuses in (
-                (server.http, "answer", "/ping", b"", b"200", b"200", b"200"),
-                (server.manager.events, "wait", "/watch?timeout=0", b"", b"204", b"204", b"204"),
-                (gaffer, "known_request", "/ping", b"200", b"200", b"200", b"200")):
-            wires, quick, fine = quick[:4], quick[4:], mock.DEFAULT
-            failing = mock.Mock(wraps=getattr(owner, name), side_effect=itertools.chain(
-                [fine, fine, MemoryError], itertools.repeat(fine)))
-            with self.subTest(name), mock.patch.object(owner, name, failing), (
-                    contextlib.nullcontext() if b"" not in statuses else
-                    self.assertLogs("gaffer", "ERROR")):
-                server.manager.loop.call(lambda: [wire.request(path) for wire in wires])
-                self.assertEqual(sorted(wire.file.readline()[9:12] for wire in wires), statuses)
+        with mock.patch.object(server.http, "answer", side_effect=MemoryError), \
+                self.assertLogs("gaffer", "ERROR"):
+            self.assertEqual(quick.pop().request("/ping").file.read(), b"")
         leave.set()
         for wire, rest, statuses in held:
             wire.send(rest)
@@ -6132,10 +6120,8 @@ class HttpEndpoints(HttpCase):
 
     def test_tls(self):
         """Requests, a body of a megabyte, keep-alive, and an end that is no cut (RFC 8446, 6.1)."""
-        def app(environ, start):
-            start("200 OK", [])
-            return [environ["HTTPS"].encode()]
-        server = self.tls(handlers=[("/echo", lambda request: request.body)], wsgi={"/app": app})
+        server = self.tls(handlers=[("/echo", lambda request: request.body)], wsgi={
+            "/app": lambda environ, start: start("200 OK", []) and [environ["HTTPS"].encode()]})
         wire = self.secure(server)
         self.assertEqual(wire.request("/app").answer()[2], b"on")
         wire.sock.suppress_ragged_eofs = False
@@ -6199,14 +6185,12 @@ class HttpEndpoints(HttpCase):
 
     def test_unix_socket(self):
         """Only its owner may use it, with any Host; what a dead server left is removed."""
-        def name(environ, start):
-            start("200 OK", [])
-            return [environ["SERVER_NAME"].encode()]
         path = os.path.join(self.folder, "own.sock")
         with socket.socket(socket.AF_UNIX) as dead:
             dead.bind(path)
             dead.listen(1)
-        server = self.serve("unix:" + path, wsgi={"/name": name})
+        server = self.serve("unix:" + path, wsgi={"/name": lambda environ, start: (
+            start("200 OK", []) and [environ["SERVER_NAME"].encode()])})
         self.assertEqual(server.http.urls, ["unix:" + path])
         mode = os.lstat(path).st_mode
         self.assertEqual((stat.S_ISSOCK(mode), stat.S_IMODE(mode)), (True, 0o600))
@@ -6934,7 +6918,7 @@ class StreamsClock(StreamsCase):
         """gaffer was halted: what came meanwhile was in time, and missed beats stay missed."""
         server, loop = self.server, self.server.manager.loop
         for name in "x", "y":
-            server.add(name, "cat", redirect_input=True, graceful_timeout=3)
+            self.cat(name)
         half = self.wire().send(b"GET /ping HTTP/1.1\r\n")
         poll = self.wire().request("/streams/1/stdout?since=0")
         block = self.wire("/streams/1/stdout?feed=continuous&loss=block")
@@ -6950,9 +6934,8 @@ class StreamsClock(StreamsCase):
         go_on.set()
         self.assertEqual((half.answer()[2], poll.answer()[2], made.read(), block.chunk(),
                           beats.chunk()), (b"OK", b"hello\n", (1, b"hello\n"), b"hello\n", b"\n"))
-        server.ok("POST", "/streams/2/stdin", b"x\n")
+        self.send(2, b"x\n")
         self.assertEqual(beats.chunk(), b"x\n")
-        self.assertEqual([server.ok("GET", "/status/" + name)["restarts"] for name in "xy"], [0, 0])
 
     def test_last_words_for_a_slow_client(self):
         """It gets all of them as long as it goes on to take some."""
@@ -7105,29 +7088,6 @@ class StreamsTemplate(StreamsCase):
         self.server.ok("DELETE", "/processes/t")
         self.assertEqual(wire.chunks(), (b"", True))
         self.assertIsNone(events.event())       # and no exit in it at any time
-
-    def test_lines_are_never_mixed(self):
-        """Processes write lines in three parts."""
-        with http_limits(MERGED_LINE_DELAY=10 * TIMEOUT):           # a process may wait for a CPU
-            self.server.add("t", python("""
-                import os
-                name = b"%d" % os.getpid()
-                os.read(0, 1)
-                for number in range(400):
-                    for part in (b"<" + name + b" ", b"%d" % number, b" " + name + b">\\n"):
-                        os.write(1, part)
-                os.read(0, 1)
-                """), numprocesses=4, redirect_input=True)
-            wire, data, seen = self.continuous("t", "since=0"), b"", {}
-            for pid in range(1, 5):
-                self.send(pid, b"\n")
-            while data.count(b"\n") < 1600:
-                data += wire.chunk()
-        for line in data.splitlines():
-            self.assertRegex(line, rb"^<(\d+) \d+ \1>$")
-            name, number = line[1:].split()[:2]
-            seen.setdefault(name, []).append(int(number))
-        self.assertEqual(list(seen.values()), [list(range(400))] * 4)
 
     def test_one_process_then_two_then_an_update(self):
         """Input by name needs exactly one. The update drops a label, whose stream ends, and an
@@ -7715,17 +7675,6 @@ class StreamsLoss(StreamsCase):
 
     options = {"window": 65536}
 
-    def by_longpolls(self, pid):
-        """(bytes, how many were dropped) of a loop of long polls, until the end."""
-        parts, dropped, offset, wire, status = [], 0, "0", self.wire(), 200
-        while status == 200:
-            wire.request("/streams/%d/stdout?since=%s" % (pid, offset))
-            status, headers, body = wire.answer()
-            parts.append(body)
-            dropped += int(headers.get("Gaffer-Dropped", 0))
-            offset = headers["Gaffer-Offset"]
-        return b"".join(parts), dropped
-
     def by_events(self, wire):
         parts, dropped, place = [], 0, 0
         for kind, text, where in iter(wire.event, None):
@@ -7759,7 +7708,12 @@ class StreamsLoss(StreamsCase):
         data, close = self.by_websocket(sockets[0])
         self.assertRegex(close, b"^\x03\xf5dropped [1-9][0-9]*$")
         self.assertTrue(expected.startswith(data))
-        data, dropped = self.by_longpolls(pid)
+        data, dropped, offset, wire, status = b"", 0, "0", self.wire(), 200
+        while status == 200:                    # a loop of long polls, until the end
+            wire.request("/streams/%d/stdout?since=%s" % (pid, offset))
+            status, headers, body = wire.answer()
+            data, offset = data + body, headers["Gaffer-Offset"]
+            dropped += int(headers.get("Gaffer-Dropped", 0))
         self.assertTrue(dropped and data == expected[dropped:])
         data, whole = skip.chunks()
         dropped = int(skip.trailers["Gaffer-Dropped"])
