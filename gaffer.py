@@ -1432,7 +1432,8 @@ class Journal:
                 and length + size <= min(COALESCE_SIZE, window.limit // 4)
                 and 0 <= now - self._times[-1] < JOIN_TIME):
             self._add(source, now, place)
-        line_end = max(data.rfind(b"\n"), data.rfind(b"\r"))
+        line_end = data.rfind(b"\n")
+        line_end = max(line_end, data.rfind(b"\r", line_end + 1))
         if line_end >= 0:
             source.line_start = place + line_end + 1
         if line_end == size - 1:
