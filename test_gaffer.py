@@ -9380,11 +9380,11 @@ class CliFollowCase(CliControlCase):
         self.server.manager.loop.call(lambda: [
             channel.close() for channel in tuple(self.server.http.channels)])
 
-    def follow(self, *arguments, endpoint=None, stdin=subprocess.DEVNULL, **options):
+    def follow(self, *arguments, endpoint=None, **options):
         """A running command whose stdout is read with readline()."""
-        process = ForkedCommand(
-            arguments, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
-            env=dict(self.env, GAFFER_ENDPOINT=endpoint or self.server.url), **options)
+        process = ForkedCommand(arguments, stderr=subprocess.PIPE, bufsize=0, **{
+            "env": dict(self.env, GAFFER_ENDPOINT=endpoint or self.server.url),
+            "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options})
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
         return process
@@ -10329,14 +10329,12 @@ class ConfigFiles(ConfigCase):
         cmd = sh -c 'echo %d "$HOME"' -> "sh -c 'echo %d \"$HOME\"'"
         args = a 'b c' -> "a 'b c'"
         env = A=1, B="x, y" PURE_SET, NO C= -> {"A": "1", "B": "x, y", "PURE_SET": "set", "C": ""}
-        os_env = no -> false
         cwd = . -> "@/."
         uid = -> null
-        gid = -> null
         shell = off -> false
         numprocesses = 2 -> 2
-        start = false -> false
         detach = 0 -> false
+        start = false -> false
         redirect_output = out, err -> ["out", "err"]
         redirect_input = yes -> true
         custom_streams = one two -> ["one", "two"]
@@ -10345,12 +10343,8 @@ class ConfigFiles(ConfigCase):
         stop_group = no -> false
         env_file = a.env "b c.env" -> ["@/a.env", "@/b c.env"]
         umask = 027 -> "027"
-        nice = 5 -> 5
         limits = nofile=100:unlimited core=0 -> {"nofile": [100, "unlimited"], "core": 0}
         before_start = mkdir -p x; true -> "mkdir -p x; true"
-        after_stop = rm -f x -> "rm -f x"
-        schedule = */5 2 * * mon-fri -> "*/5 2 * * mon-fri"
-        restart = on-failure -> "on-failure"
         success = 0, 3 TERM -> [0, 3, "TERM"]
         restart_delay = 1, 2.5 -> [1, 2.5]
         after = b, g:b -> ["b", "g:b"]
@@ -10390,7 +10384,7 @@ class ConfigFiles(ConfigCase):
                   for left, right in rows}
         wanted["env"].update(PORT="80", lower="x=y")
         b, a = found.templates["g:b"], found.templates["a"]
-        self.assertEqual(a, dict(wanted, name="a"), "all fields")
+        self.assertEqual(a, dict(PureTemplates.DEFAULTS, **wanted, name="a"))
         self.assertEqual((b["cmd"], b["cwd"]), ("sleep\n1000", self.home))
         self.assertEqual([(endpoint.bind, endpoint.backlog) for endpoint in found.endpoints], [
             ("127.0.0.1:0", 7), ("unix:%s/socket" % self.home, gaffer.BACKLOG)])
@@ -10444,11 +10438,9 @@ class ConfigFiles(ConfigCase):
         [proces:dummy] -> there is no section with this name, did you mean 'process:dummy'?
         [process:dummy] -> field 'cmd' is required
         comand = ./dummy.py -> unknown field 'comand', did you mean 'cmd'?
-        numprocesses = two -> field 'numprocesses' must be a number, not 'two'
         env = A='1 -> field 'env' cannot be split into words: no closing quotation
         flapping = 1 2 3 4 5 -> field 'flapping' is at most attempts, window, retry_in, max_retry: *
         name = other -> field 'name' is 'other': leave it out
-        shell = maybe -> field 'shell' must be true or false, not 'maybe'
         [process:a]
         cmd = nosuchprog -> field 'cmd' names 'nosuchprog', which is not found in PATH
         after = a -> field 'after' makes a circle: a after a
@@ -10459,7 +10451,6 @@ class ConfigFiles(ConfigCase):
         [env:x] -> there is no [process:x]
         [webhooks]
         creat = http://x -> 'creat': there is no event type 'creat', did you mean 'create'?*
-        exit = nourl -> 'exit': 'nourl' is not a URL such as http://host:port/path
         stop = http://a:b@c/ -> 'stop': 'http://a:b@c/' is not a URL such as http://host:port/path
         flap = http://x/ü -> 'flap': 'http://x/ü' is not a URL such as http://host:port/path
         [process] -> there is no section with this name, did you mean 'process:NAME'?
@@ -10498,7 +10489,6 @@ class ConfigFiles(ConfigCase):
         # gaffer: ready='x -> the comment cannot be split into words: no closing quotation
         # gaffer: ready=udp:1
         7: true -> [process:7] field 'name' must be * -> [process:7] field 'ready' has the unknown *
-        x: nosuchprogram -> [process:x] field 'cmd' names 'nosuchprogram', which is not *
         """
 
     def test_all_faults_at_once(self):
@@ -10594,10 +10584,10 @@ class ConfigSupervisord(ConfigCase):
             env={"A": "1", "B": "2"}))
         self.assertEqual(x["flapping"]["attempts"], 1000)
         # retries come at once, after 1, 2, 4, 5 seconds; one that lives longer may exit forever
-        for retries, lived, window in (0, 3, 3), (1, 3, 3), (2, 3, 7), (5, 3, 27):
-            found = self.settings("y.conf", "[program:y]\ncommand=true\nstartsecs=%d\n"
-                                  "startretries=%d" % (lived, retries)).templates["y"]["flapping"]
-            self.assertEqual((found["attempts"], found["window"]), (max(1, retries) + 1, window))
+        for retries, window in (0, 3), (5, 27):
+            y = self.settings("y.conf", "[program:y]\ncommand=true\nstartsecs=3\n"
+                              "startretries=%d" % retries).templates["y"]["flapping"]
+            self.assertEqual((y["attempts"], y["window"]), (max(1, retries) + 1, window))
         said = "\n".join(logged.output)
         for what in ("program:web stdout_logfile; output is", "eventlistener:mail; events",
                      "unix_http_server, supervisord, rpcinterface:supervisor, supervisorctl; these",
@@ -10707,11 +10697,10 @@ class ConfigReload(ConfigCase):
     def test_a_broken_file_changes_nothing(self):
         self.assertError(self.server.json("POST", "/_reload"), 409, "conflict", "serve CONFIG")
         self.begin(self.ini(a=1000))
-        path = self.write("gaffer.ini", self.ini("[process:c]\ncmd = nosuchprog", a=1001))
+        self.write("gaffer.ini", self.ini("[process:c]\ncmd = nosuchprog", a=1001))
         answer = self.server.json("POST", "/_reload")
         self.assertError(answer, 400, "invalid_process_info", "gaffer.ini:")
-        os.unlink(path)
-        self.call("reload", status=1, err="gaffer: .*gaffer.ini: cannot be read: No such file.*\n")
+        self.call("reload", status=1, err="gaffer: .*gaffer.ini:4: .* 'nosuchprog', .*\n")
         self.change(self.ini(a=1000), kept=["a"])
         self.assertEqual(self.pids("a"), [[1]])
 
@@ -10741,13 +10730,9 @@ class ConfigServe(CliFollowCase):
         server.process.send_signal(signal.SIGHUP)
         until(lambda: server.said("nothing has changed"))
         self.assertEqual(server.ok("GET", "/processes"), ["a", "b"])
-        self.file(folder, "x.ini", text % "a")
-        for query in "?dry_run=true", "":
-            self.assertEqual(server.ok("POST", "/_reload" + query)["removed"], ["b"])
         server.expect_stderr("ERROR %s:1: 'junk' is neither" % re.escape(path),
                              "ERROR .*nothing has changed$",
-                             "WARNING the configuration was loaded again: b: added$",
-                             "WARNING the configuration was loaded again: b: removed$")
+                             "WARNING the configuration was loaded again: b: added$")
 
     def test_logs_over_a_restart(self):
         """Of the server, or of a process: every line once. A process's pid ends with it."""
@@ -10902,8 +10887,6 @@ class ProcfileTexts(ConfigCase):
                      'ExecStart=/bin/sh -c "exec app --port $$PORT 5%%"'):
             self.assertIn("\n%s\n" % line, out)
         self.assertNotIn("STEP", out)
-        self.call("export", "systemd", "-f", path, "-o", path, status=1,
-                  err="gaffer: .*Procfile: File exists\n")
         folder = os.path.join(self.home, "units")
         out = self.call("export", "systemd", "-f", path, "-o", folder)
         self.assertEqual(out.splitlines(), [
@@ -11049,10 +11032,8 @@ class ProcfileServer(ConfigCase):
     def test_mistakes(self):
         for words, status, err in (
                 ("up -f Procfile -c all=0", 1, "there is nothing to run: all counts are 0"),
-                ("up -f Procfile wep", 4, "there is no 'wep', did you mean 'web'\\?"),
                 ("load a:b -f Procfile", 2, "'a:b' is not a group's name.*"),
-                ("load -f Procfile -c web=1001", 2, "'web=1001' is not TYPE=NUMBER.*"),
-                ("scale web=1 web=-1", 2, "'web=-1' is not a change.*")):
+                ("load -f Procfile -c web=1001", 2, "'web=1001' is not TYPE=NUMBER.*")):
             self.calls((words, "", status, "gaffer: %s\n" % err))
         self.procfile("x" * 100, "web")         # the one is refused, the other is loaded
         self.calls(("load %s -f Procfile --ready" % ("g" * 64), "g" * 64 + ":web: loaded\n", 1,
@@ -11061,9 +11042,9 @@ class ProcfileServer(ConfigCase):
 
 class ProcfileUp(CliFollowCase):
 
-    def up(self, text, *arguments):
+    def up(self, text, *arguments, **options):
         path = self.file(self.folder(), "Procfile", textwrap.dedent(text))
-        return self.follow("up", "-f", path, *arguments)
+        return self.follow("up", "-f", path, *arguments, **options)
 
     def lines(self, process):
         """Its lines without the time, as (name, text)."""
@@ -11145,23 +11126,17 @@ class ProcfileUp(CliFollowCase):
         self.assertIn(b"a cannot be started: ", process.communicate(timeout=TIMEOUT)[1])
         self.assertEqual(process.returncode, 127)
 
-    def test_schedule(self):
-        """That a run is done ends nothing, as there is another one."""
-        process = self.up("# gaffer: schedule='every 1s'\ntick: echo tick\n"
-                          "# gaffer: detach=yes redirect_output= restart=never\nleft: true\n")
-        ticks = (line for line in self.lines(process) if line == ("tick.1", "tick"))
-        self.assertEqual(len(list(itertools.islice(ticks, 2))), 2)
-        process.send_signal(signal.SIGINT)
-        self.ended(process, 0)
-
-    def test_keep_going_and_some_types_only(self):
-        process = self.up("a: echo again\nb: exec cat\nc: exit 9\n", "--keep-going", "a", "b")
-        seen = []
-        while seen.count(("a.1", "again")) < 3:
-            seen.append(next(self.lines(process)))
-        process.send_signal(signal.SIGTERM)
-        seen += self.ended(process, 0)
-        self.assertFalse([text for _, text in seen if text.startswith("c.")])
+    def test_what_goes_on(self):
+        """With a schedule or --keep-going, that a run is done ends nothing: there is another."""
+        for text, *options in (
+                ("# gaffer: schedule='every 1s'\na: echo again\n"
+                 "# gaffer: detach=yes redirect_output= restart=never\nleft: true\n",),
+                ("a: echo again\nb: exec cat\n", "--keep-going")):
+            process = self.up(text, *options)
+            runs = (line for line in self.lines(process) if line == ("a.1", "again"))
+            self.assertEqual(len(list(itertools.islice(runs, 2))), 2)
+            process.send_signal(signal.SIGINT)
+            self.ended(process, 0)
 
     def test_exit_when_done(self):
         """With the status of the one that failed; also in a folder where no socket can be made."""
@@ -11195,6 +11170,22 @@ class ProcfileUp(CliFollowCase):
                 thread.join(TIMEOUT)
             os.close(write)
 
+    def test_example(self):
+        """The application in examples comes up, scales and goes down."""
+        home, port = self.folder(), free_port()
+        path, ask = home + "/app/Procfile", ("--endpoint", "unix:%s/socket" % home)
+        shutil.copytree(os.path.join(HERE, "examples", "procfile"), home + "/app")
+        self.env = dict(self.env, SPOOL=home + "/spool")
+        process = self.follow("up", "-f", path, "-p", str(port), "--bind", ask[1])
+        self.assertTrue(any(text == "listening on %d" % port for _, text in self.lines(process)))
+        self.assertEqual(self.call("scale", "worker+1", "-f", path, *ask), "worker: 2 processes\n")
+        with contextlib.closing(Wire(port)) as wire:
+            wire.request("/", version="1.0")
+            self.assertRegex(wire.file.read(), rb"tasks done\tso far: \d+\n\Z")
+        until(lambda: self.called("ps", "-f", path, *ask)[0] == 0, "all run")
+        process.send_signal(signal.SIGTERM)
+        self.ended(process, 0)
+
     def test_nobody_reads(self):
         process, os_pids = self.sleepers_up()
         process.stdout.close()
@@ -11203,41 +11194,10 @@ class ProcfileUp(CliFollowCase):
         self.assertEqual(process.stderr.read(), b"")
         self.assertFalse(any(map(alive, os_pids)))
         process.stdout = open(os.devnull, "rb")
-        path = self.file(self.folder(), "Procfile", "a: exec sleep 1000\n")
-        with open("/dev/full", "wb") as full, ForkedCommand(
-                ["up", "-f", path], stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE,
-                env=self.env) as process:
-            said = process.communicate(timeout=TIMEOUT)[1]
-        self.assertEqual((process.returncode, said), (1, b"gaffer: No space left on device\n"))
-
-
-class ProcfileExample(CliFollowCase):
-    """The application in examples comes up, scales and goes down, in a terminal."""
-
-    quick = False
-
-    def test_life(self):
-        home, port = self.folder(), free_port()
-        app, endpoint = os.path.join(home, "app"), "unix:%s/socket" % home
-        shutil.copytree(os.path.join(HERE, "examples", "procfile"), app)
-        self.env = dict(self.env, SPOOL=os.path.join(home, "spool"), PYTHONDONTWRITEBYTECODE="1")
-        path = os.path.join(app, "Procfile")
-        process, main = self.terminal("up", "-f", path, "-p", str(port), "--bind", endpoint)
-        self.shows(main, "listening on %d" % port)
-        ask = ("--endpoint", endpoint)
-        self.assertEqual(self.call("scale", "worker+1", "-f", path, *ask), "worker: 2 processes\n")
-        with contextlib.closing(Wire(port)) as wire:
-            wire.request("/", version="1.0")
-            self.assertRegex(wire.file.read(), rb"tasks done\tso far: \d+\n\Z")
-        until(lambda: self.called("ps", "-f", path, *ask)[0] == 0, "all run")
-        os_pids = [os_pid for status in gaffer.Client(endpoint).get("/status")
-                   for os_pid in status["os_pids"]]
-        self.assertEqual(len(os_pids), 4)
-        os.write(main, b"\x03")
-        for _ in os_pids:
-            self.shows(main, "was ended by SIGTERM")
-        self.assertEqual(process.wait(TIMEOUT), 0)
-        self.assertFalse(any(map(alive, os_pids)))
+        with open("/dev/full", "wb") as full:
+            process = self.up("a: exec sleep 1000\n", stdout=full)
+        self.assertEqual((process.communicate(timeout=TIMEOUT)[1], process.returncode),
+                         (b"gaffer: No space left on device\n", 1))
 
 
 class WebHooksTest(ServerCase):
@@ -11281,10 +11241,7 @@ class WebHooksTest(ServerCase):
         self.server.manager.loop.call(made.replace, [("create", self.url + "/new")])
         self.add("c")
         self.assertEqual(self.received.get(timeout=TIMEOUT)[0], "/hook/new")
-
-    def test_mistakes(self):
-        self.assertTable(lambda url: gaffer.WebHooks([("", url)]), (
-            ("localhost/hook", ValueError), ("http://localhost:99999", gaffer.ClientError)))
+        self.assertRaises(ValueError, gaffer.WebHooks, [("", "localhost/hook")])
 
     def test_tried_again_unless_refused(self):
         with http_limits(WEBHOOK_PAUSES=(0.01, 0.01)), self.assertLogs("gaffer", "WARNING") as logs:
@@ -11621,11 +11578,6 @@ class Examples(CliCase):
     quick = False
     FOLDER = os.path.join(HERE, "examples")
 
-    def program(self, name, address):
-        return self.run_program(
-            [PYTHON, "-W", "error", "-X", "dev", os.path.join(self.FOLDER, name), address],
-            pattern=re.compile(r"listening on (.*)\n\Z"))
-
     def test_dockerfile(self):
         """Its lines are right, as far as they can be told without Docker."""
         text = cli_read(os.path.join(self.FOLDER, "Dockerfile"))
@@ -11642,7 +11594,9 @@ class Examples(CliCase):
                 ("websocket_echo.py", "0", "/echo", [b"hello"]),
                 ("chat.py", "127.0.0.1:0", "/chat", [b"somebody has come in", b"hello"])):
             with self.subTest(name):
-                program = self.program(name, address)
+                program = self.run_program(
+                    [PYTHON, "-W", "error", "-X", "dev", os.path.join(self.FOLDER, name), address],
+                    pattern=re.compile(r"listening on (.*)\n\Z"))
                 client = Wire(program.port).upgrade(path)
                 self.addCleanup(client.close)
                 client.text("hello")
