@@ -7748,6 +7748,8 @@ class BrowserPageCase(BrowserCase):
     TEXTS = "$$('.l').map(node => node.textContent)"
     LINES = TEXTS + ".map(text => text.slice(11).trim())"
     LAST = LINES + ".slice(-1)[0]"
+    HIDE = ("Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
+            "document.dispatchEvent(new Event('visibilitychange'))")
     ROWS = "$$('.item').filter(node => !node.hidden).map(node => node.dataset.name.trim())"
 
     def setUp(self):
@@ -8238,11 +8240,11 @@ class BrowserPage(BrowserPageCase):
         def start(word, port=0):
             server = Running(endpoints=[gaffer.HttpEndpoint("127.0.0.1:%d" % port)])
             self.addCleanup(server.stop_all)
-            server.add("talk", "sh -c 'echo %s; exec sleep 1000'" % word)
+            server.add("talk", "sh -c 'echo %s; printf half; exec sleep 1000'" % word)
             return server
         first = start("first")
         self.browser.get(first.url + "/#/p/talk")
-        self.shows("first", ".lines")
+        self.shows("half", ".lines")
         first.stop_all()
         self.shows("The server has not answered since", "#away")
         self.shows("away", "#link")
@@ -8251,17 +8253,22 @@ class BrowserPage(BrowserPageCase):
         second = start("second", first.port)
         self.shows("live", "#link")
         self.becomes("$('#away').hidden", True)
-        self.becomes(self.TEXTS + ".map(text => text.trim().replace(/^1 +/, ''))"
-                     ".filter(text => !text.includes('killed'))",
-                     ["first", "the server was started anew", "second"])
+        lines, anew = self.LINES + ".filter(text => !text.includes('killed'))", (
+            "the server was started anew")
+        self.becomes(lines, ["first", "half", anew, "second", "half"])
+        self.script(self.HIDE % "true")             # it does not see how the processes end
+        second.stop_all()
+        third = start("third", first.port)
+        self.script(self.HIDE % "false")
+        self.becomes(lines, ["first", "half", anew, "second", "half", anew, "third", "half"])
         self.go("/")
         self.row("talk", "running")
         self.go("/events")
         self.shows("added", ".events")
-        second.stop_all()
+        third.stop_all()
         self.shows("told to stop: process 1", ".events")
-        third = start("third", first.port)
-        third.ok("POST", "/processes/1/_signal/KILL")
+        fourth = start("fourth", first.port)
+        fourth.ok("POST", "/processes/1/_signal/KILL")
         self.wait("/SIGKILL after [^,]*, by itself/.test($('.events').textContent)")
 
     # how it is used
@@ -8355,25 +8362,17 @@ class BrowserPage(BrowserPageCase):
 
     def test_one_stream_a_window(self):
         """And none when it is hidden; a template that goes and comes again is followed again."""
-        hide = ("Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
-                "document.dispatchEvent(new Event('visibilitychange'))")
-        self.server.add("talk", "sh -c 'echo hello; printf half; exec sleep 1000'")
+        self.server.add("talk", "sh -c 'echo hello; exec sleep 1000'")
         self.open("/p/talk")
-        self.shows("half", ".lines")
-        self.script(hide % "true")
-        self.streams(0)
-        with mock.patch.object(self.server.manager, "epoch", "next"):   # as after a restart
-            self.script(hide % "false")
-            self.becomes(self.LINES,
-                         ["hello", "half", "the server was started anew", "hello", "half"])
+        self.shows("hello", ".lines")
         for path in ("/", "/p/talk", "/logs", "/events", "/add", "/p/talk"):
             self.go(path)
             self.streams(1)
         self.shows("hello", ".lines")
-        self.script(hide % "true")              # another tab comes to the front
+        self.script(self.HIDE % "true")              # another tab comes to the front
         self.streams(0)
         self.server.ok("POST", "/processes/talk/_restart?wait=true")
-        self.script(hide % "false")
+        self.script(self.HIDE % "false")
         self.becomes(self.LINES + ".filter(text => text.endsWith('hello')).length", 2)
         self.streams(1)
         self.server.ok("DELETE", "/processes/talk")
