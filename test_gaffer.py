@@ -8379,10 +8379,10 @@ class BrowserPage(BrowserPageCase):
                     client.request(environ["REQUEST_METHOD"], "%s?%s" % (
                         environ["PATH_INFO"], environ["QUERY_STRING"]), headers={
                             "Accept": environ["HTTP_ACCEPT"]})
-                except ConnectionRefusedError:          # the page has asked once more, at the end
+                    answer = client.getresponse()
+                except ConnectionError:                 # the server has gone, maybe just now
                     start_response("502 Bad Gateway", [])
                     return
-                answer = client.getresponse()
                 start_response("%d %s" % (answer.status, answer.reason), [
                     ("Content-Type", answer.headers.get("Content-Type", "text/plain"))])
                 yield from iter(lambda: answer.read1(65536), b"")
