@@ -5324,13 +5324,12 @@ class HttpLogs(HttpCase):
         with http_limits(LOG_SIZE=1):           # it is full until a line is written, or lost
             handler = gaffer.LogHandler(self.path)
             with mock.patch.object(handler.writer, "write", side_effect=OSError):
-                for _ in range(3):
-                    self.emit(handler, "lost")
-                    until(lambda: not handler.writer.full)
+                self.emit(handler, "lost")
+                until(lambda: not handler.writer.full)
             self.emit(handler, "more")
             handler.close()
         self.assertEqual(cli_read(self.path),
-                         "gaffer: 3 lines of this log were dropped so far\nmore\n")
+                         "gaffer: 1 lines of this log were dropped so far\nmore\n")
 
     def test_full_pipe(self):
         """Nothing waits for it: not the start, not a line, not the end."""
@@ -5690,7 +5689,7 @@ class HttpConnections(HttpCase):
         self.assertEqual(json.loads(feed.chunk())["event"], "create")
 
     def test_no_memory(self):
-        """For a thread to begin with, or for what it needs; the next request is answered."""
+        """For a thread to begin with; the next request is answered."""
         gate, ended, begin = threading.Event(), threading.Event(), threading.Thread._bootstrap
 
         def late(thread):
@@ -5705,9 +5704,6 @@ class HttpConnections(HttpCase):
             self.assertTrue(ended.wait(TIMEOUT))
         self.assertIn("a request failed", logs.output[-1])
         self.assertIn("a request has no thread: it does not begin", logs.output[0])
-        with mock.patch.object(gaffer.Handler, "setup", side_effect=MemoryError), \
-                self.assertLogs("gaffer", "ERROR"):
-            self.assertEqual(self.wire().request("/metrics").file.read(), b"")
         self.assertOpen(self.wire())
 
     def test_accepted(self):
@@ -5731,25 +5727,18 @@ class HttpConnections(HttpCase):
             self.assertOpen(self.wire())
         self.assertIn("no connection can be accepted", logs.output[0])
 
-    def test_idle_has_no_thread(self):
-        """Neither before the first request nor, after a moment, behind it."""
-        wires = [self.wire() for _ in range(30)]
-        with http_limits(KEEP_TIME=0.05):
-            for wire in wires[:10]:
-                self.assertOpen(wire)
-            self.parked("idle", 30)
-        self.assertFalse(self.server.http.threads)
-        for wire in wires:
-            self.assertOpen(wire)
-
     def test_dawdlers(self):
-        """Half a head, half a body, a byte now and then: a request beside them is answered."""
-        slow = [self.wire() for _ in range(100)]
+        """Before the first request, and a moment behind it, none has a thread. Then half a head,
+        half a body, a byte now and then: a request beside them is answered."""
+        slow, wire = [self.wire() for _ in range(100)], self.wire()
+        with http_limits(KEEP_TIME=0.05):
+            self.assertOpen(wire)
+            self.parked("idle", 101)
+        self.assertFalse(self.server.http.threads)
         head = http_bytes("POST", "/processes", "Content-Length: 9", "X: " + "y" * 200)
-        for number, wire in enumerate(slow):
-            wire.send(head if number % 2 else head[:9])
+        for number, dawdler in enumerate(slow):
+            dawdler.send(head if number % 2 else head[:9])
         until(lambda: len(self.server.http.threads) >= 100, "their threads")
-        wire = self.wire()
         for number, dawdler in enumerate(slow):
             dawdler.send(b"{" if number % 2 else head[9:10])
             self.assertOpen(wire)
@@ -6237,11 +6226,8 @@ class HttpEndpoints(HttpCase):
                      "http://127.0.0.1:5000"):
             with self.subTest(bind=bind), self.assertRaisesRegex(gaffer.StartError, "address"):
                 gaffer.HttpEndpoint(bind)
-        for endpoint, words in (
-                (gaffer.HttpEndpoint("127.0.0.1:0", "/no"), "certificate '/no' cannot be used: "),
-                ("no-such-host.invalid:0", "no-such-host.invalid")):
-            with self.assertRaisesRegex(gaffer.StartError, words):
-                self.serve(endpoint)
+        with self.assertRaisesRegex(gaffer.StartError, "no-such-host.invalid"):
+            self.serve("no-such-host.invalid:0")
 
 
 class HttpLibrary(HttpCase):
@@ -6485,10 +6471,9 @@ class HttpLibrary(HttpCase):
 
     def test_wsgi_mounts(self):
         """The longest prefix, at a border of the path; the API comes first."""
-        def app(environ, start_response):
-            start_response("200 OK", [])
-            return [(environ["SCRIPT_NAME"] + " " + environ["PATH_INFO"]).encode()]
-        self.server = self.serve(wsgi=dict.fromkeys(("/a", "/a/b", "s/", "/ping", "/"), app))
+        self.server = self.serve(wsgi=dict.fromkeys(
+            ("/a", "/a/b", "s/", "/ping", "/"), lambda environ, start: start("200 OK", []) and [
+                (environ["SCRIPT_NAME"] + " " + environ["PATH_INFO"]).encode()]))
         wire = self.wire()
         for path, expected in (("/a", b"/a "), ("/a/bc", b"/a /bc"), ("/a/b/", b"/a/b /"),
                                ("/s/x", b"/s /x"), ("/ab", b" /ab"), ("/ping", b"OK")):
