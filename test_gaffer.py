@@ -5709,9 +5709,11 @@ class HttpConnections(HttpCase):
         with http_limits(QUICK_STATUSES=0):     # of many it takes time
             self.assertEqual(quick.pop().request("/status").answer()[0], 200)
             self.assertEqual(len(server.http.threads), 5)
-        with mock.patch.object(server.http, "answer", side_effect=MemoryError), \
-                self.assertLogs("gaffer", "ERROR"):
-            self.assertEqual(quick.pop().request("/ping").file.read(), b"")
+        for owner, name, path in ((server.http, "answer", "/ping"),
+                                  (server.manager.events, "wait", "/watch?timeout=0")):
+            with mock.patch.object(owner, name, side_effect=MemoryError), \
+                    self.assertLogs("gaffer", "ERROR"):
+                self.assertEqual(quick.pop().request(path).file.read(), b"")
         leave.set()
         for wire, rest, statuses in held:
             wire.send(rest)
@@ -7555,19 +7557,16 @@ class StreamsGone(StreamsCase):
 class StreamsStats(StreamsCase):
     """What pages and programs look at again and again."""
 
-    def test_usage_is_of_the_whole_group(self):
-        """A shell in front is small, what it runs is not."""
+    def test_feeds(self):
+        """Of all, of a template and of a process; they end with what they look at. Usage is that
+        of the whole group: the shell in front is small, what it runs is not."""
         command = "%s -I -S -c 'x = bytearray(40 << 20); input()'; true" % PYTHON
-        self.cat("web", {"cmd": "sh", "args": ["-c", command]})
+        pid, wires = self.cat("web", {"cmd": "sh", "args": ["-c", command]}), []
         until(lambda: self.server.ok("GET", "/status/web?usage=true")["processes"][0]["rss"]
               > 40 << 20, "the memory of the group")
-
-    def test_feeds(self):
-        """Of all, of a template and of a process; they end with what they look at."""
-        pid, wires = self.cat(), []
         for path, check in (("/stats", lambda value: value[0]["stats"][0]),
-                            ("/stats/cat", lambda value: value["stats"][0]),
-                            ("/stats/cat/%d" % pid, lambda value: value)):
+                            ("/stats/web", lambda value: value["stats"][0]),
+                            ("/stats/web/%d" % pid, lambda value: value)):
             wires.append(self.wire(path + "?feed=continuous&interval=0.1"))
             kind, data, _ = self.wire(path + "?feed=eventsource&interval=0.1").event()
             self.assertEqual(kind, "stat")
@@ -7575,7 +7574,7 @@ class StreamsStats(StreamsCase):
             chunks = [json.loads(wires[-1].chunk()) for _ in range(2)]
             self.assertEqual([check(each)["id"] for each in (json.loads(data), value, *chunks)],
                              [pid] * 4)
-        self.server.ok("DELETE", "/processes/cat")
+        self.server.ok("DELETE", "/processes/web")
         for wire in wires[1:]:
             self.assertTrue(wire.chunks()[1])
         self.server.manager.stop()
