@@ -10431,7 +10431,8 @@ class ConfigSupervisord(ConfigCase):
             PureTemplates.DEFAULTS, name="web:web_08", cmd="/bin/sleep 8 2 2", cwd=self.home,
             umask="022", priority=5, restart_delay=[1, 1], stop_signal="QUIT", graceful_timeout=7,
             flapping={"attempts": 2, "window": 2.0, "retry_in": 7.0, "max_retry": 0},
-            redirect_output=["stdout"] * 2, env={"A": "1,2 = 3", "B": "2", "PORT": "8008", "HOME": "/h"}))
+            redirect_output=["stdout"] * 2,
+            env={"A": "1,2 = 3", "B": "2", "PORT": "8008", "HOME": "/h"}))
         self.assertEqual(job, dict(
             PureTemplates.DEFAULTS, name="shop:job", cmd="sh -c 'echo $$HOME 100%'",
             cwd=os.getcwd(), restart="on-failure", success=[0, 2], stop_group=False,
@@ -10460,7 +10461,8 @@ class ConfigSupervisord(ConfigCase):
                  "conf:3: [program:x] field 'autostart' must be true or false, not 'y'"),
                 ("command=x\n[group:g]\nprograms=x, y", ":4: [group:g] there is no [program:y]"),
                 ("environment=A\\ =1,=2\ncommand=x", "conf:2: [program:x] field 'environment' "),
-                ("directory=/", "field 'command' is required"), ("nonsense", "conf:2: this is neither [section]"),
+                ("directory=/", "field 'command' is required"),
+                ("nonsense", "conf:2: this is neither [section]"),
                 ("command=true\n[include]\nfiles=%x", ":3: [include] has a %(...)s that")):
             with self.subTest(text):
                 faults = self.faults("supervisord.conf", "[program:x]\n" + text)
