@@ -8580,6 +8580,22 @@ def cli_read(path):
         return file.read()
 
 
+def forked(function, *args):
+    """Fork. Returns the pid of a process that calls a function and ends with what that returns."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        status = function(*args)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
 class ForkServer:
     """Forks commands from a process that has gaffer imported: a start takes a twentieth of the time
     that the interpreter and the import do. It ends when all that could ask it have ended."""
@@ -8593,18 +8609,8 @@ class ForkServer:
         gc.collect()
         gc.freeze()                     # or the collector would copy all pages in each process
         sock, cls.socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        cls.pid = os.fork()
-        if cls.pid:
-            return sock.close()
-        status = 1
-        try:
-            cls.socket.close()
-            os.setpgid(0, 0)            # Ctrl-C is not for it
-            status = cls.serve(sock)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
+        cls.pid = forked(cls.serve, sock)
+        sock.close()
 
     @classmethod
     def end(cls):
@@ -8616,6 +8622,8 @@ class ForkServer:
     def serve(cls, sock):
         """Answer each request with the command's pid and, when it has ended, its status, 4 bytes
         each, until there is nobody left to ask. What runs then Share finds in its group."""
+        cls.socket.close()
+        os.setpgid(0, 0)                # Ctrl-C is not for it
         pipes, (ended, write) = {}, os.pipe()   # {pid: where its status goes}
         os.set_blocking(write, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -8634,11 +8642,7 @@ class ForkServer:
                 if not data:
                     return 0
                 *streams, pipe = struct.unpack("4i", ancillary[0][2])
-                pid = os.fork()
-                if not pid:
-                    signal.set_wakeup_fd(-1)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    return cls.run(streams, **json.loads(data))
+                pid = forked(cls.run, streams, *json.loads(data))
                 pipes[pid] = pipe
                 with contextlib.suppress(BrokenPipeError):
                     os.write(pipe, struct.pack("i", pid))
@@ -8648,6 +8652,8 @@ class ForkServer:
     @staticmethod
     def run(streams, arguments, environment, folder, group):
         """Call main() and do what the interpreter does in the end. Returns main()'s status."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)    # as the first lines of gaffer.py do
         for number, fd in enumerate(streams):
             os.dup2(fd, number)
@@ -8677,8 +8683,7 @@ class ForkedCommand(subprocess.Popen):
         streams = [number if fd == -1 else fd
                    for number, fd in enumerate((pipes[0], pipes[3], pipes[5]))]
         self._pipe, write = os.pipe()
-        request = {"arguments": args, "environment": dict(os.environ if env is None else env),
-                   "folder": cwd or os.getcwd(), "group": os.getpgrp()}
+        request = [args, dict(os.environ if env is None else env), cwd or os.getcwd(), os.getpgrp()]
         ForkServer.socket.sendmsg([json.dumps(request).encode()], [
             (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("4i", *streams, write))])
         os.close(write)
@@ -10184,7 +10189,6 @@ class ConfigFiles(ConfigCase):
         after = b, g:b -> ["b", "g:b"]
         ready = log:it is up within=2.5 -> {"log": "it is up", "within": 2.5}
         flapping = 3, 1.5, 2, 4 -> {"attempts": 3, "window": 1.5, "retry_in": 2, "max_retry": 4}
-        priority = 0 -> 0
         """
     INI = """
         ; a comment
@@ -12053,43 +12057,33 @@ class Share:
         os.set_blocking(self._pipe, False)
         self._text, self._signals = b"", [signal.SIGABRT]
         self._deadline = time.monotonic() + Case.patience
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid:
-            return os.close(write)
-        status = 1
-        try:
-            os.setpgid(0, 0)
-            with open(os.path.join(self._folder, "stderr"), "w+b") as file:
-                os.dup2(file.fileno(), 2)
-            os.close(self._pipe)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-            with os.fdopen(write, "w") as file:
-                self._run(file)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            sys.stdout.flush()
-            os._exit(status)
+        self.pid = forked(self._run, write)
+        os.close(write)
 
-    def _run(self, file):
+    def _run(self, pipe):
+        os.setpgid(0, 0)
+        with open(os.path.join(self._folder, "stderr"), "w+b") as file:
+            os.dup2(file.fileno(), 2)
+        os.close(self._pipe)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         atexit._clear()                 # what the first process has to clean up is still in use
         faulthandler.enable()
         tempfile.tempdir = self._folder
         if not sys.warnoptions:
             warnings.simplefilter("error")
         FAULTS.install()
-        result = Result(file)
         names = ["__main__." + name for name in self.tests]
-        unittest.defaultTestLoader.loadTestsFromNames(names).run(result)
-        atexit._run_exitfuncs()
-        gc.collect()
-        result.errors += [("outside of the tests", fault) for fault in FAULTS.take()]
-        result.end("the class")
-        result.begin("the end", Case.patience)
+        with os.fdopen(pipe, "w") as file:
+            result = Result(file)
+            unittest.defaultTestLoader.loadTestsFromNames(names).run(result)
+            atexit._run_exitfuncs()
+            gc.collect()
+            result.errors += [("outside of the tests", fault) for fault in FAULTS.take()]
+            result.end("the class")
+            result.begin("the end", Case.patience)
+        sys.stdout.flush()
+        return 0
 
     def read(self):
         with contextlib.suppress(BlockingIOError):
