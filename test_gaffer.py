@@ -10499,6 +10499,7 @@ class ConfigReload(ConfigCase):
         self.assertEqual((again["kept"], again["needs_restart"]), (["a", "d", "b"], ["endpoints"]))
 
     def test_requests_are_answered_in_between(self):
+        """And 'after' may be turned round."""
         self.begin("")
         manager, seen = self.server.manager, []
 
@@ -10506,8 +10507,10 @@ class ConfigReload(ConfigCase):
             seen.append(self.server.ok("GET", "/processes"))
             return gaffer.Manager.add_process(manager, info)
         with mock.patch.object(manager, "add_process", add):
-            self.change(self.ini(a=1000, b=1000), added=["a", "b"])
-        self.assertEqual(seen, [[], ["a"]])
+            self.change(self.ini("after = b", b=1000, a=1000), added=["b", "a"])
+        self.assertEqual(seen, [[], ["b"]])
+        self.change(self.ini("after = a", self.ini(a=1000), b=1000),
+                    changed={"b": ["after"], "a": ["after"]})
 
     def test_what_was_done_by_hand_stays(self):
         self.begin(self.ini(a=1000, b=1000))
@@ -10522,11 +10525,6 @@ class ConfigReload(ConfigCase):
         text = self.ini("start = false", a=2000, b=2000, c=1000)
         self.change(text, added=["a"], changed={"c": ["cwd", "start"]}, kept=["b"])
         until(lambda: list(map(len, self.pids("a", "b", "c"))) == [1, 3, 0])
-
-    def test_after_is_turned_round(self):
-        self.begin(self.ini("after = b", b=1000, a=1000))
-        self.change(self.ini("after = a", self.ini(a=1000), b=1000),
-                    changed={"b": ["after"], "a": ["after"]})
 
     def test_one_that_gave_up(self):
         self.begin("[process:a]\ncmd = false\nflapping = 1, 10, 0, 0\n")
