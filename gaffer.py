@@ -469,7 +469,7 @@ class ProcfsTable:
                     found.append((child, int(fields[19])))
         return found
 
-    def still(self, os_pid, start_time):
+    def is_alive(self, os_pid, start_time):
         """Return True while a process that escaped() has named lives."""
         fields = self._stat(os_pid)
         return self._lives(fields) and int(fields[19]) == start_time
@@ -480,7 +480,7 @@ class ProcfsTable:
         return {"cpu_time": (int(fields[11]) + int(fields[12])) / self.TICKS,
                 "rss": int(fields[21]) * self.PAGE} if fields else None
 
-    def look(self, os_pid):
+    def sample(self, os_pid):
         """Return what usage() returns and more, at three times the cost.
 
         {ppid, start_time, vms, nice, uid, cmdline, children}: start_time is in seconds since boot.
@@ -575,7 +575,7 @@ def find_group(group):
 # in the selector nor while it runs user code; any other thread takes it for one short call. With
 # nothing to do the loop makes no system call at all.
 # --------------------------------------------------------------------------------------------------
-LOOKS = 100                                     # polls, 50 us: websocket echo takes 40 us, not 90
+POLLS = 100                                     # polls, 50 us: websocket echo takes 40 us, not 90
 SELECT_MAX = 10.0 ** 6                          # seconds: epoll counts milliseconds, in 32 bits
 ERROR_PAUSE = 0.05                              # after a lack of memory, or it would fail at once
 
@@ -613,7 +613,7 @@ class Loop:
         self._deadline = -math.inf              # when the next turn begins at the latest
         self._sleeping = True                   # True: what is due before that has to wake it
         self._woken = self._stopping = self._pausing = self._interrupted = False
-        self._looks = 0
+        self._polls = 0
         self._reports = collections.defaultdict(Throttle)       # one for each type of exception
         self._wake_read, self.wake_fd = os.pipe()       # a byte wakes it, see set_wakeup_fd()
         os.set_blocking(self._wake_read, False)
@@ -719,8 +719,8 @@ class Loop:
         return timer
 
     def expect(self):
-        """Poll LOOKS times before the next wait, as an answer may come sooner than a wake-up."""
-        self._looks = LOOKS if CORES > 1 else 0
+        """Poll POLLS times before the next wait, as an answer may come sooner than a wake-up."""
+        self._polls = POLLS if CORES > 1 else 0
 
     def register(self, fd, events, callback):
         """Call `callback(mask)` whenever `fd` is ready (selectors.EVENT_READ, EVENT_WRITE)."""
@@ -823,8 +823,8 @@ class Loop:
             time.sleep(ERROR_PAUSE)
         wait = 0 if self._unlocked else min(longest, self._deadline - self.clock(), SELECT_MAX)
         try:
-            while self._looks and wait > 0:
-                self._looks -= 1
+            while self._polls and wait > 0:
+                self._polls -= 1
                 events = self._selector.select(0)
                 if events:
                     return events
@@ -1147,7 +1147,7 @@ class Window(Log):
         known = self._offsets and offset > self._offsets[0]
         return self.read(offset - 1, 1)[0] if known else None
 
-    def take(self, offset, encoder=None):
+    def read_all(self, offset, encoder=None):
         """Return (bytes, offset behind them, bytes lost) of what is at `offset`."""
         first = max(offset, self.start)
         data = self.read(first, self.limit)
@@ -1212,7 +1212,7 @@ class Reader:
         self.log, self.encoder, self.sink = source, encoder, sink
         self.offset, self.loss = offset, loss
         self.dropped = 0
-        self.told_until = 0                     # losses before this offset need not be reported
+        self.reported_until = 0                     # losses before this offset need not be reported
         self.full = True                        # nothing is sent until pump() is called
         self.last_sent = source.loop.now
         self._closed = False
@@ -1282,7 +1282,7 @@ class Reader:
         """Count and report `count` lost bytes before `offset`, and go on there. Return False if
         nothing can be sent now."""
         report = None
-        if offset > self.told_until:
+        if offset > self.reported_until:
             self.log.count_dropped(count)
             report = self.encoder.dropped(count, offset)
             if report is None and self.loss != "skip":
@@ -1343,7 +1343,7 @@ class JournalView(Log):
         """Return True if what a source holds belongs here."""
         return self.name in (None, source.name) and self.pid in (None, source.pid)
 
-    def take(self, offset, encoder):
+    def read_all(self, offset, encoder):
         """Return (bytes, offset behind them, bytes lost) of what is at `offset`."""
         lost = max(0, self.start - offset)
         parts, size, offset = [], 0, offset + lost
@@ -2690,10 +2690,10 @@ class Output:
         if len(data) == self._size < self._size_wide:
             self._size = self._size_wide
             widen_pipe(self._fd)
-        self._take(data)
+        self._append(data)
         return None
 
-    def _take(self, data):
+    def _append(self, data):
         merged = self._merged
         self.window.append(data)
         if len(merged.sources) == 1:            # nobody to mix with
@@ -2745,7 +2745,7 @@ class Output:
             if timer is not None:
                 timer.cancel()
 
-        def take_rest():
+        def drain_pipe():
             for _ in range(16):                 # a full pipe; somebody may still write into it
                 try:
                     data = os.read(fd, min(self._size, max(0, self._room())))
@@ -2753,8 +2753,8 @@ class Output:
                     return
                 if not data:
                     return
-                self._take(data)
-        self._loop.guard(take_rest)
+                self._append(data)
+        self._loop.guard(drain_pipe)
         os.close(fd)
         if self._carry:
             self._loop.guard(self._merged.write, self, self._carry)
@@ -2883,9 +2883,9 @@ class GroupWatcher:
     def add(self, process):
         """Watch the group of a process that has exited."""
         self._waiting[process] = False
-        self.hurry()
+        self.poll_soon()
 
-    def hurry(self):
+    def poll_soon(self):
         """Poll soon: a group was signalled."""
         self._interval = GROUP_POLL
         if self._waiting:
@@ -3379,7 +3379,7 @@ class Process:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if self.abandoned else self._loop.later(delay, self.step, "late")
-        self._manager.groups.hurry()
+        self._manager.groups.poll_soon()
 
     def _stop(self):                            # looked for before they lose their parent
         self.escaped = self._loop.guard(
@@ -3423,7 +3423,7 @@ class Process:
 
     def _check_before_start(self, launch):
         """Without a 'ready' it is ready once before_start has ended, which has HOOK_TIME."""
-        seen, words = self._manager.table.look(self.os_pid), b" ".join(launch.argv)
+        seen, words = self._manager.table.sample(self.os_pid), b" ".join(launch.argv)
         if not seen or seen["cmdline"].rstrip() != words.decode("utf-8", "replace").rstrip():
             if launch.ready is None:
                 self.step("ready")
@@ -3487,7 +3487,7 @@ class Process:
     def _end(self):
         self._manager.process_gone(self)
         self.escaped = [os_pid for os_pid, start in self.escaped
-                        if self._manager.table.still(os_pid, start)]
+                        if self._manager.table.is_alive(os_pid, start)]
         if self.escaped:
             log.warning("%s (pid %d): os pid %s left its process group and still runs: it is not "
                         "stopped", self.name, self.pid, ", ".join(map(str, self.escaped)))
@@ -3777,7 +3777,7 @@ class Template:
         """Return True if what is `after` this may start."""
         return self.outcome == "done" if ends_by_itself(self.info) else self.ready()
 
-    def prospect(self, goal):
+    def check_goal(self, goal):
         """Return (whether it is what `goal` says: "ready", "done" or "stopped"; why it never will
         be, with its last lines of output, or None)."""
         state = self.state()
@@ -3787,17 +3787,17 @@ class Template:
         if goal == "done" and self.active and self.info["restart"] == "always":
             return False, "'%s' is started again whenever it ends: its 'restart' is 'always'" % (
                 self.name)
-        other = None if goal == "stopped" else self.lost()
+        other = None if goal == "stopped" else self.find_blocker()
         if goal == "done" and state == "scheduled" and self.outcome == "failed":
             other = self                        # the next run may be far away
         # its last lines may still have to be read
         if other is not None and not any(merged.sources for merged in other.merged.values()):
             return False, "%s'%s' %s" % (
                 "" if other is self else "'%s' waits for '%s', and " % (self.name, other.name),
-                other.name, other.obituary())
+                other.name, other.end_reason())
         return False, None
 
-    def lost(self, unknown=False):
+    def find_blocker(self, unknown=False):
         """Return the template without which this one can't run, itself or one that it waits for,
         and which will not run unless it is started; or None. `unknown`: one that waits for a name
         that does not exist is lost, too."""
@@ -3814,14 +3814,14 @@ class Template:
             seen.update(found)
         return None
 
-    def obituary(self):
+    def end_reason(self):
         """Return why it does not run, and its last lines, to go on with its name."""
         reason = ("has been deleted" if self.deleted else "is stopped; start it"
                   if self.outcome is None and not self.gave_up else
                   "has failed: " + self.last_failure())
         return reason + self.last_lines(self.begins)
 
-    def hindrance(self):
+    def delay_reason(self):
         """Return why it is not ready yet, and its last lines, to go on with a sentence."""
         if self.ready():
             return ""
@@ -4062,7 +4062,7 @@ class Manager:
         self._asking, self._pause = None, 0.0   # Timer: until they are asked; what that took
         self._to_spawn = {}                     # Template -> its last Launch, or None
         self.commands = set()                   # CommandRuns that have not ended
-        self._held = {}                         # Template -> None: those that wait for another
+        self._blocked = {}                         # Template -> None: those that wait for another
         self._to_stop, self._wave = [], []      # see _stop_next(): Process, (Process, time)
         self._stages = {}                       # see stop_stages()
         self._stop_timer, self._stop_stagger = None, 0.0
@@ -4252,7 +4252,7 @@ class Manager:
             runs = template.schedule.next_times(now)
             # what is still there: the alarm was early
             template.next_runs = sorted({*template.next_runs, *runs})[:5]
-            template.alarm = self.loop.later(template.next_runs[0] - now, self._ring, template)
+            template.alarm = self.loop.later(template.next_runs[0] - now, self._begin_run, template)
         running = template.running()
         for process in running[:max(0, len(running) - template.wanted())]:
             self._end_process(process, "reap")
@@ -4263,15 +4263,15 @@ class Manager:
                 self.loop.call_soon(self._spawn_some)
             self._to_spawn.setdefault(template)
         if template.waits_for():
-            self._held[template] = None
+            self._blocked[template] = None
         else:
-            self._held.pop(template, None)
+            self._blocked.pop(template, None)
         self._release(template)
 
     def _release(self, template):
         """Start what has waited for `template`, if that is ready or done now."""
-        if self._held and template.releases():
-            for other in self._held:
+        if self._blocked and template.releases():
+            for other in self._blocked:
                 if template.name in other.info["after"]:
                     self.loop.call_soon(self._reconcile, other)
 
@@ -4286,7 +4286,7 @@ class Manager:
             if template.missing() <= 0 or launch is None and template.pending:
                 del self._to_spawn[template]
                 if template.waits_for():           # again, before all were spawned
-                    self._held[template] = None
+                    self._blocked[template] = None
             if self.loop.clock() > until:
                 break
         if self._to_spawn:
@@ -4305,7 +4305,7 @@ class Manager:
             short = isinstance(error, (Busy, MemoryError))  # of what the system has: no flapping
             (self._report if short else template.report).warning(
                 "%s cannot be started: %s", template.name, error)
-            if not short and self._judge(template, CANNOT_START, 0.0, 1) is None:
+            if not short and self._apply_policy(template, CANNOT_START, 0.0, 1) is None:
                 template.finished[template.free_instance()] = CANNOT_START
                 self._reconcile(template)
             elif template.missing() > 0:        # with a delay also if it flaps: nothing took time
@@ -4348,7 +4348,7 @@ class Manager:
 
     def _stop_template(self, template):
         template.forget_waits()
-        self._held.pop(template, None)
+        self._blocked.pop(template, None)
         template.finished = {}
         if template.active:
             template.active, template.outcome = False, None     # of a schedule's last run
@@ -4357,7 +4357,7 @@ class Manager:
         for process in template.running():
             self._end_process(process, "stop_pid")
 
-    def _judge(self, template, end, lived, failures):
+    def _apply_policy(self, template, end, lived, failures):
         """Decide what follows an exit or a failed spawn. Returns the seconds until the next try;
         None: there is none."""
         if not template.active or self.stopping:
@@ -4385,7 +4385,7 @@ class Manager:
             self._stop_template(template)
         return delay
 
-    def _ring(self, template):
+    def _begin_run(self, template):
         """Begin a run of a schedule. The timer knows nothing of the clock on the wall: that may
         have been set back, or have passed several times at once."""
         template.alarm = None
@@ -4444,7 +4444,7 @@ class Manager:
         self._publish("exit", process.name, process, exit_status=status, term_signal=signum, **more)
         if by_itself:
             process.failures = 1 if process.age() >= BACKOFF_RESET else process.failures + 1
-            process.retry_after = self._judge(
+            process.retry_after = self._apply_policy(
                 template, process.end, process.age(), process.failures)
 
     def process_ended(self, process):
@@ -4726,7 +4726,7 @@ class Manager:
             try:
                 self.loop.call(self._finish)
                 self._call_apps("finish")
-                self.loop.call(self._let_send, [], 0.0, self.loop.clock() + STOP_SEND_TOTAL)
+                self.loop.call(self._await_clients, [], 0.0, self.loop.clock() + STOP_SEND_TOTAL)
                 self.loop.run()                 # until all is sent
             finally:
                 self._call_apps("stop")
@@ -4823,7 +4823,7 @@ class Manager:
         if self.exit_when_done and self._running and not self.stopping and not self._alive():
             active = [template for template in self.templates.values()
                       if template.active and template.state() != "stopped"]
-            if all(template.lost(unknown=True) for template in active):
+            if all(template.find_blocker(unknown=True) for template in active):
                 for template in active:
                     for name in set(template.unmet()).difference(self.templates):
                         log.error("'%s' has not run: it waits for '%s', and there is no such name",
@@ -4848,7 +4848,7 @@ class Manager:
         self.journal.finish()
         self.events.finish()
 
-    def _let_send(self, before, until, end):
+    def _await_clients(self, before, until, end):
         """Stop the loop once all is sent, or no client takes more, or all was to be killed."""
         self._check_waiters()                   # those of the last requests, too
         sending = [app.sending for app in self._started_apps if getattr(app, "sending", None)]
@@ -4856,7 +4856,7 @@ class Manager:
         if sending != before:                   # somebody has taken some of it
             until = min(now + STOP_SEND, end)
         if sending and not self.killing and now < until:
-            self.loop.later(STOP_SEND / 200, self._let_send, sending, until, end)
+            self.loop.later(STOP_SEND / 200, self._await_clients, sending, until, end)
         else:
             self.loop.stop()
 
@@ -5867,9 +5867,9 @@ def offset_headers(reader, asked, clamp):
     reports = reader.loss == "skip" or reader.encoder.dropped(0, place) is not None
     if isinstance(source, JournalView):
         if not asked:
-            reader.told_until = source.end
+            reader.reported_until = source.end
         elif not reports:
-            _, reader.told_until, lost = source.take(reader.offset, reader.encoder)
+            _, reader.reported_until, lost = source.read_all(reader.offset, reader.encoder)
     elif reader.offset < source.start:
         if not asked:
             place = reader.offset = source.resync(source.start)
@@ -5886,7 +5886,7 @@ class Channel:
     """A connection that the loop drives. What its client does not take waits in a queue.
 
     This class alone reads and drops what comes; see finish(). Subclasses override opened(),
-    received(data), left(), drained() and closing().
+    received(data), eof_received(), drained() and closing().
     """
 
     kind = "request"                            # as /metrics calls it
@@ -5933,7 +5933,7 @@ class Channel:
     def received(self, data):
         """Bytes have come; a client that only listens has nothing to say."""
 
-    def left(self):
+    def eof_received(self):
         """The client has closed its side."""
         self.close()
 
@@ -6011,7 +6011,7 @@ class Channel:
             poll = select.poll()
             poll.register(self.sock, getattr(select, "POLLRDHUP", select.POLLHUP))
             if poll.poll(0):
-                self.left()
+                self.eof_received()
             else:
                 self._end_timer = self.loop.later(END_POLL, self._check_end)
 
@@ -6029,7 +6029,7 @@ class Channel:
         except OSError:
             data = b""
         if not data:
-            self.left()
+            self.eof_received()
         elif not self._ending:
             self.received(data)
             self._read_pending()
@@ -6153,7 +6153,7 @@ class Answer(Channel):
         self.connection.early += data
         self.reading(False)
 
-    def left(self):
+    def eof_received(self):
         if self.queued:                         # it may wait for that
             self._watch(selectors.EVENT_WRITE)
         else:
@@ -6336,7 +6336,7 @@ class Feed(Follower):
 class WebSocketChannel(Channel):
     """RFC 6455 on the loop: it answers pings and makes closing handshakes.
 
-    Subclasses override take_messages() and ended(). Between pause() and resume() nothing is read.
+    Subclasses override handle_messages() and ended(). Between pause() and resume() nothing is read.
     """
 
     kind = "websocket"
@@ -6349,7 +6349,7 @@ class WebSocketChannel(Channel):
     def opened(self):
         self.send_head(101, self._headers)
 
-    def take_messages(self):
+    def handle_messages(self):
         """Take what next_message() returns, until that is None."""
 
     def ended(self, code, reason):
@@ -6357,7 +6357,7 @@ class WebSocketChannel(Channel):
 
     def received(self, data):
         self._events = self._decoder.feed(data)
-        self.take_messages()
+        self.handle_messages()
 
     def next_message(self):
         """Return the next message (str or bytes), or None: no more for now."""
@@ -6443,7 +6443,7 @@ class ProcessSocket(Follower, WebSocketChannel):
         if not self._close_sent:
             self.send(frame(PING, b""))
 
-    def take_messages(self):
+    def handle_messages(self):
         """Write what comes together together."""
         for data in iter(self.next_message, None):
             if self._stream is None:
@@ -6504,7 +6504,7 @@ class ProcessSocket(Follower, WebSocketChannel):
         status, signum = self._process.exit_status, self._process.term_signal
         self.send_close(1000, "signal %d" % signum if signum else "exit %d" % status)
 
-    def left(self):
+    def eof_received(self):
         """Close once the process has read what the client sent before it left."""
         if not self.paused:
             return self.close()
@@ -6593,7 +6593,7 @@ class HandlerSocket(WebSocketChannel):
             if not isinstance(error, Exception):
                 raise
 
-    def take_messages(self):
+    def handle_messages(self):
         def dispatch():
             # one by one: what the handler sends may fill the queue, and then the next has to wait
             for data in iter(functools.partial(self.call, self.next_message), None):
@@ -6727,7 +6727,7 @@ def server_metrics(manager, http):
 
 def process_metrics(table):
     """Return the metrics of gaffer's own process, under the names that Prometheus has for all."""
-    seen = table.look(os.getpid()) or {"cpu_time": 0.0, "rss": 0, "vms": 0}
+    seen = table.sample(os.getpid()) or {"cpu_time": 0.0, "rss": 0, "vms": 0}
     return "".join(itertools.starmap(metric_lines, (
         ("process_cpu_seconds_total", "counter", "CPU time of gaffer itself.", seen["cpu_time"]),
         ("process_resident_memory_bytes", "gauge", "Memory of gaffer itself.", seen["rss"]),
@@ -8356,7 +8356,7 @@ class Samples:
 
     def one(self, process):
         """Return the entry of a process, {} if it has just gone."""
-        seen = self._table.look(process.os_pid)
+        seen = self._table.sample(process.os_pid)
         if not seen:
             return {}
         return dict({"id": process.pid}, **self._entry(
@@ -8373,7 +8373,8 @@ class Samples:
 
     def _entry(self, os_pid, seen, percent, depth=8):
         minutes, rest = divmod(seen["cpu_time"], 60)
-        children = [(child, self._table.look(child)) for child in seen["children"]] if depth else []
+        children = [(child, self._table.sample(child))
+                    for child in seen["children"]] if depth else []
         return {
             "pid": os_pid, "cpu": percent, "mem": round(100 * seen["rss"] / self.MEMORY, 2),
             "mem_info1": human(seen["rss"]), "mem_info2": human(seen["vms"]), "rss": seen["rss"],
@@ -8393,17 +8394,17 @@ class History:
     INTERVAL, PATIENCE = 10.0, 60.0
 
     def __init__(self, manager):
-        self._manager, self._timer, self._looked = manager, None, 0.0
+        self._manager, self._timer, self._asked_at = manager, None, 0.0
 
-    def look(self):
+    def keep_sampling(self):
         """Keep sampling for another minute. For the owner of the lock."""
-        self._looked = self._manager.loop.clock()
+        self._asked_at = self._manager.loop.clock()
         if self._timer is None:
             self._tick()
 
     def _tick(self):
         loop, self._timer = self._manager.loop, None
-        if loop.clock() - self._looked < self.PATIENCE:
+        if loop.clock() - self._asked_at < self.PATIENCE:
             self._timer = loop.later(self.INTERVAL, self._tick)
             processes = [each for each in self._manager.processes.values() if not each.exited]
             try:
@@ -8440,14 +8441,14 @@ class StatsFeed:
             self._feeds.setdefault(self._key, self)
             self._tick()
 
-        def leave():
+        def unfollow():
             self._followers -= 1
             if self._followers == 0:
                 if self._timer is not None:
                     self._timer.cancel()
                 if self._feeds.get(self._key) is self:
                     del self._feeds[self._key]
-        return leave
+        return unfollow
 
     def _tick(self):
         self._timer = None
@@ -8675,7 +8676,7 @@ class Api:
         template = self.manager.loop.call(self.manager.find_template, name)
 
         def answer():
-            holds, reason = template.prospect(query.until)
+            holds, reason = template.check_goal(query.until)
             if reason:
                 raise Conflict(reason)
             return json_response(template.status()) if holds else None
@@ -8692,7 +8693,7 @@ class Api:
             return self.manager.wait_until(done, lambda: deliver(found[0]))
         return LongPoll(begin, query.timeout, lambda: error_response(WaitTimeout(
             "'%s' is not %s in the time given; it goes on%s" % (
-                name, query.until, template.hindrance()))))
+                name, query.until, template.delay_reason()))))
 
     @operation("usage history", unlocked="few")
     def statuses(self, request, query):
@@ -8703,7 +8704,7 @@ class Api:
         """Return the statuses of templates; names None: of all. The sampling is done unlocked."""
         def collect():
             if query.usage:
-                self._history.look()
+                self._history.keep_sampling()
             found = [self.manager.find_template(name)
                      for name in (self.manager.templates if names is None else names)]
             return [(template.status(), [(process, process.status()) for process in (
@@ -8912,7 +8913,7 @@ class Api:
         if events:
             if restarted:
                 first = encoder.dropped(0, offset, True)
-            elif view.ended and self._asked(request, query) and not view.take(offset, plain)[0]:
+            elif view.ended and self._asked(request, query) and not view.read_all(offset, plain)[0]:
                 return self._nothing(view)
         return self._feed(request, query, view, encoder, offset, first)
 
@@ -8930,7 +8931,7 @@ class Api:
             offset, question = max(source.questions.popleft(), source.answered), True
 
         def answer():
-            data, end, lost = source.take(offset, encoder)
+            data, end, lost = source.read_all(offset, encoder)
             if not data:
                 return self._nothing(source) if source.ended else None
             if question:
@@ -9618,7 +9619,7 @@ class QuickRequests:
             self.http.refuse(connection)
         self.wake.set()
 
-    def _leave(self, connection, function, *args):
+    def _detach(self, connection, function, *args):
         self._selector.unregister(connection.sock)
         del self._used[connection]
         try:
@@ -9652,7 +9653,7 @@ class QuickRequests:
             for connection, used in self._used.copy().items():
                 if used <= now - KEEP_TIME:
                     idle = Idle(IDLE_TIME)
-                    self._leave(connection, self.http.start_channel, idle, connection)
+                    self._detach(connection, self.http.start_channel, idle, connection)
 
     def _read(self, connection, tasks):
         """Read a request, and add it to `tasks` if it is a quick one."""
@@ -9664,7 +9665,7 @@ class QuickRequests:
         except OSError:
             data = b""
         if not data or http.closed:
-            self._leave(connection, http.close_connection, connection)
+            self._detach(connection, http.close_connection, connection)
             return
         try:
             if len(data) <= KIB and data.endswith(b"\r\n\r\n"):
@@ -9682,7 +9683,7 @@ class QuickRequests:
             tasks.append((connection, request, respond))
         else:
             connection.early, listener = data, connection.listener
-            self._leave(connection, listener.process_request, connection.sock, connection)
+            self._detach(connection, listener.process_request, connection.sock, connection)
 
     def _answer(self, tasks):
         http = self.http
@@ -9704,7 +9705,7 @@ class QuickRequests:
                 left = http.start_channel, answer, connection, request
             except Exception:
                 log.exception("a request failed")
-            self._leave(connection, *left)
+            self._detach(connection, *left)
 
 
 class Begun(threading.Event):
@@ -10722,7 +10723,7 @@ class Screen:
                               lambda: loop.call_soon(self._resume), self._failed)
         manager.subscribe("", lambda kind, event: loop.call(self._event, kind, event))
 
-    def say(self, text):
+    def note(self, text):
         """Show a line of gaffer's own."""
         self._show("system", [text.encode("utf-8")])
 
@@ -10735,9 +10736,9 @@ class Screen:
         if kind == "spawn":
             self._follow(pid, event)
         elif kind == "ready":
-            self.say("%s is ready after %.1f s" % (self._shown[pid]["name"], event["seconds"]))
+            self.note("%s is ready after %.1f s" % (self._shown[pid]["name"], event["seconds"]))
         elif "reason" in event and kind == "stop_pid":
-            self.say("%s is stopped: %s" % (self._shown[pid]["name"], event["reason"]))
+            self.note("%s is stopped: %s" % (self._shown[pid]["name"], event["reason"]))
         elif kind == "done":
             self._maybe_done()
         elif (kind == "fail" and self._one_for_all and
@@ -10747,16 +10748,16 @@ class Screen:
         elif kind == "stop_pid" and self._manager.stopping and not self._told:
             self._told = True
 
-            def say_what_it_waits_for():
+            def report_wait():
                 """Name the processes that have not ended yet, and say when they are killed."""
                 waiting = [(shown["name"], shown["process"].status().get("kill_in"))
                            for shown in self._shown.values() if shown["exit"] is None]
                 kills = [kill_in for _, kill_in in waiting if kill_in is not None]
                 if waiting:
-                    self.say("waiting for %s%s; Ctrl-C again kills now" % (
+                    self.note("waiting for %s%s; Ctrl-C again kills now" % (
                         ", ".join(name for name, _ in waiting),
                         ", SIGKILL in %d s" % math.ceil(max(kills)) if kills else ""))
-            self._loop.later(self.WAITING_DELAY, say_what_it_waits_for)
+            self._loop.later(self.WAITING_DELAY, report_wait)
         elif kind == "exit" and pid in self._shown:
             self._shown[pid]["exit"] = event
             self._maybe_ended(pid)
@@ -10767,7 +10768,7 @@ class Screen:
         windows = [output.window for output in process.outputs.values()]
         shown = self._shown[pid] = {"name": name, "open": len(windows), "exit": None, "readers": [],
                                     "process": process}
-        self.say("%s started, os pid %d" % (name, event["os_pid"]))
+        self.note("%s started, os pid %d" % (name, event["os_pid"]))
 
         def show(lines):
             room = self._show(name, lines)
@@ -10792,7 +10793,7 @@ class Screen:
             return
         del self._shown[pid]
         status, signum = event["exit_status"], event["term_signal"]
-        self.say("%s %s" % (shown["name"], "was ended by %s" % signal_name(signum) if signum else
+        self.note("%s %s" % (shown["name"], "was ended by %s" % signal_name(signum) if signum else
                             "exited with status %d" % status))
         process, failed = shown["process"], "reason" in event   # it did not get ready
         info = process.template
@@ -10822,7 +10823,7 @@ class Screen:
         readers = [reader for shown in self._shown.values() for reader in shown["readers"]]
         lost = sum(reader.log.end - reader.offset for reader in readers)
         if lost:
-            self.say("%d bytes of output were not shown, because nobody read them" % lost)
+            self.note("%d bytes of output were not shown, because nobody read them" % lost)
 
     def join(self):
         """Write what waits, within SCREEN_END seconds."""
@@ -11685,7 +11686,7 @@ def connect(args):
     return Client(args.endpoint or find_endpoint(), read_token(args.token_file), args.cacert)
 
 
-def tell(text):
+def note(text):
     """Print each line of a message to stderr."""
     for line in text.splitlines():
         print("gaffer: %s" % line, file=sys.stderr, flush=True)
@@ -11697,7 +11698,7 @@ def report(args, error, word=""):
     if isinstance(error, NoServer) or error.code == "unauthorized":
         raise error
     named = not word or "'%s'" % word in str(error)
-    tell(str(error) if named else "%s: %s" % (word, error))
+    note(str(error) if named else "%s: %s" % (word, error))
     args.exit_status = args.exit_status or error.exit_status
 
 
@@ -12132,7 +12133,7 @@ def show_status(args, choose):
                 clear = ""
             print("".join(line + "\n" for line in lines), end="", flush=True)
             if not (statuses or args.exit_status or args.watch):
-                tell("there is nothing yet: 'gaffer.py add_process' adds a template, "
+                note("there is nothing yet: 'gaffer.py add_process' adds a template, "
                      "'gaffer.py load' a Procfile")
             well = statuses and all(status["state"] in ("running", "scheduled", "done") and (
                 status["running"] >= status["numprocesses"] or status["state"] != "running")
@@ -12182,7 +12183,7 @@ def watch_command(args):
         if args.json:
             print(data, flush=True)
         elif kind == "dropped":
-            tell("the server has restarted" if event.get("restarted") else
+            note("the server has restarted" if event.get("restarted") else
                  "%d events were lost" % event["events"])
         else:
             text = event_text(event)
@@ -12231,7 +12232,7 @@ class LogPrinter:
         self._prefixer = Prefixer(wants_colour(args))
         self._last, self._open = None, False    # the stream of the last line, whether that is open
 
-    def learn(self):
+    def load_names(self):
         """Learn the names of processes. Return {name: status}, also with those that have ended."""
         statuses = get_statuses(self._client)
         for name, status in statuses.items():
@@ -12243,12 +12244,12 @@ class LogPrinter:
                 self.names[name, None] = name + ".1"
         return statuses
 
-    def meet(self, lines):
+    def add_names(self, lines):
         """Learn the names of the processes of lines, if one is new."""
         new = [line for line in lines if (line.name, line.pid) not in self.names]
         if new:
             with contextlib.suppress(ClientError):
-                self.learn()
+                self.load_names()
         for line in new:                        # one that went long ago is asked for once
             self.names.setdefault((line.name, line.pid), self.name(line))
 
@@ -12289,7 +12290,7 @@ def logs_command(args):
     import fnmatch
     client = connect(args)
     printer, path = LogPrinter(args, client), "/streams"
-    targets = find_targets(args, printer.learn(), args.names, True)
+    targets = find_targets(args, printer.load_names(), args.names, True)
     if args.exit_status and not targets:
         return args.exit_status
     if len(targets) == len(args.names) == 1:
@@ -12312,7 +12313,7 @@ def logs_command(args):
         lines += map(journal_line, body.decode("utf-8", "replace").split("\n")[:-1])
         offset = int(headers["Gaffer-Offset"])
     since = 0 if args.since is None else time.time() - args.since
-    printer.meet(lines)
+    printer.add_names(lines)
     printer.show(merge_lines(
         [line for line in lines if wanted(line) and line.time >= since],
         args.n if args.n is not None else math.inf if since else 10, printer.name))
@@ -12325,13 +12326,13 @@ def logs_command(args):
                 pids.clear()                    # they are those of others now
                 printer.names.clear()
             else:
-                tell("%d bytes were lost" % json.loads(data)["bytes"])
+                note("%d bytes were lost" % json.loads(data)["bytes"])
         else:
             line = journal_line(data)
             if line.label == "exit":
                 pids.discard(line.pid)
             else:
-                printer.meet([line])
+                printer.add_names([line])
             if wanted(line):
                 printer.show([line])
         if only_pids and not pids:
@@ -12416,7 +12417,7 @@ def attach_command(args):
                     thread.join(info["graceful_timeout"] + DRAIN_TIME + 1)
                 return inbox.put(event)
 
-    def take_signals():
+    def await_signals():
         while True:
             inbox.put(signal.sigwait(signals))
     before = None
@@ -12424,7 +12425,7 @@ def attach_command(args):
         before, changed = termios.tcgetattr(0), termios.tcgetattr(0)
         changed[6][termios.VQUIT] = b"\x1d"
         termios.tcsetattr(0, termios.TCSADRAIN, changed)
-    tell("attached to %s, os pid %d: %s leaves it running, Ctrl-C goes to it%s" % (
+    note("attached to %s, os pid %d: %s leaves it running, Ctrl-C goes to it%s" % (
         names[0], os_pid, "Ctrl-]" if before else "QUIT",
         "" if info["redirect_input"] else "; it reads nothing: its stdin is /dev/null"))
     # a handler would run in the main thread alone, and only once something else had woken that
@@ -12435,7 +12436,7 @@ def attach_command(args):
         start(watch_exit, [start(copy_output, *pair) for pair in zip(
             dict.fromkeys(info["redirect_output"]), (1, 2))])
         if signals:
-            start(take_signals)
+            start(await_signals)
         if info["redirect_input"]:
             start(copy_input)
         exit_status, end = None, "is still running"
@@ -12458,7 +12459,7 @@ def attach_command(args):
     if exit_status != 128 + signal.SIGHUP:
         if last != b"\n" and sys.stderr.isatty():
             print(file=sys.stderr)
-        tell("detached, %s %s" % (names[0], end))
+        note("detached, %s %s" % (names[0], end))
     return exit_status
 
 
@@ -12547,11 +12548,11 @@ def on_start(function):
     return types.SimpleNamespace(start=lambda loop, manager: function())
 
 
-def announce(say, https):
+def announce(write, https):
     """Say where HttpHandlers listen."""
     urls = [url for http in https for url in http.urls]
     if urls:
-        say("listening on " + ", ".join(urls))
+        write("listening on " + ", ".join(urls))
 
 
 def run_cached():
@@ -12614,7 +12615,7 @@ def run_server(args, writer, pipe):
         if access_log is not None:
             access_log.reopen()
 
-    def say(text):
+    def write_line(text):
         stdout = Writer(1, LOG_SIZE)            # which nobody may read
         stdout.put(("gaffer %s %s\n" % (__version__, text)).encode("utf-8"))
         stdout.close(LOG_END)
@@ -12629,7 +12630,7 @@ def run_server(args, writer, pipe):
     if args.pidfile:
         apps.append(PidFile(args.pidfile))
     apps += [ConsoleOutput(args.verbose > 1), http, hooks,
-             on_start(lambda: announce(say, [http]))]
+             on_start(lambda: announce(write_line, [http]))]
     if pipe is not None:
         apps.append(on_start(leave_terminal))
     if os.environ.get("NOTIFY_SOCKET"):
@@ -12696,19 +12697,19 @@ def procfile_templates(args, taken=()):
 
 
 class FolderApi(HttpHandler):
-    """The API on a unix socket. If there can be none, it says so with `say`."""
+    """The API on a unix socket. If there can be none, it says so with `note`."""
 
     advice = "'up' goes on without it"
 
-    def __init__(self, say, *args, **options):
+    def __init__(self, note, *args, **options):
         super().__init__(*args, **options)
-        self._say = say
+        self._note = note
 
     def start(self, loop, manager):
         try:
             super().start(loop, manager)
         except StartError as error:
-            self._say("there is no API in this folder: %s" % error)
+            self._note("there is no API in this folder: %s" % error)
 
 
 def up_command(args):
@@ -12742,30 +12743,30 @@ def up_command(args):
     token = read_token(args.token_file)
     folder = os.path.dirname(os.path.abspath(args.procfile))
     path = os.path.join(folder, FOLDER_SOCKET)
-    https: list = [FolderApi(screen.say, [HttpEndpoint("unix:" + path)], token=token)]
+    https: list = [FolderApi(screen.note, [HttpEndpoint("unix:" + path)], token=token)]
     if endpoints:
         https.append(HttpHandler(endpoints, token=token))
     ready = []
 
     def begin():
-        announce(screen.say, https)
+        announce(screen.note, https)
         templates = configuration.settings.templates
         for name, info in templates.items():
             for other in set(info["after"]).difference(templates):
-                screen.say("%s waits for %s, which is not in the Procfile%s" % (
+                screen.note("%s waits for %s, which is not in the Procfile%s" % (
                     name, other, near(other, templates)))
 
     def judge(manager):
         """Return whether it is known if all get ready, and say so."""
         left = [template for template in manager.templates.values() if template.info["start"] and (
             template.outcome != "done" if template.name in jobs else not template.ready())]
-        reasons = list(filter(None, [template.prospect("ready")[1] for template in left]))
+        reasons = list(filter(None, [template.check_goal("ready")[1] for template in left]))
         if reasons:
             for line in reasons[0].split("\n"):
-                screen.say(line)
+                screen.note(line)
             manager.stop()
         elif not left:
-            manager.loop.call_soon(screen.say, "all are ready")     # after the last one's line
+            manager.loop.call_soon(screen.note, "all are ready")     # after the last one's line
             ready.append(True)
         return reasons or ready
     apps: list = [SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
@@ -13419,11 +13420,11 @@ def main(argv=None):
     except (StartError, ClientError, GafferError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "new thread" not in str(error):
             raise
-        tell(str(error))
+        note(str(error))
         return getattr(error, "exit_status", 1)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):     # such as a full disk behind stdout
-            tell(": ".join(str(each) for each in (error.filename, error.strerror or error) if each))
+            note(": ".join(str(each) for each in (error.filename, error.strerror or error) if each))
             return 1
         nothing = os.open(os.devnull, os.O_WRONLY)          # the pipe or the terminal was closed:
         os.dup2(nothing, 1)                                 # what is left in a buffer must not fail

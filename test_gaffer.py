@@ -1336,7 +1336,7 @@ class PureJournal(PureLogCase):
     def lines(self, *which, offset=0, returns=False):
         """What a long poll gets: ([line without its time], where it ends, bytes lost)."""
         encoder = gaffer.JournalEncoder(False, "e", returns=returns)
-        data, end, lost = self.do(lambda: self.journal.view(*which).take(offset, encoder))
+        data, end, lost = self.do(lambda: self.journal.view(*which).read_all(offset, encoder))
         return [line.split(b" ", 1)[1].decode() for line in data.splitlines()], end, lost
 
     def test_filters(self):
@@ -1385,7 +1385,7 @@ class PureJournal(PureLogCase):
             now += wait * gaffer.JOIN_TIME
             with mock.patch("time.time", return_value=now):
                 write(b"x\n")
-        data = self.do(lambda: self.journal.view().take(0, gaffer.JournalEncoder(False, "e")))[0]
+        data = self.do(lambda: self.journal.view().read_all(0, gaffer.JournalEncoder(False, "e")))[0]
         self.assertEqual([line.split()[0] for line in data.splitlines()],
                          [b"1000.000"] * 2 + [b"1000.016"] * 2)
 
@@ -3413,6 +3413,16 @@ class ProcessTimes(ProcessClock):
         self.advance(10)
         until(lambda: self.advance(1) or self.count("spawn") == 2)
 
+    def test_changed_while_many_are_spawned(self):
+        """Those that are still to come are of the new kind."""
+        self.manager.subscribe("spawn", lambda kind, event: event["pid"] == 2 and (
+            self.manager.update_process("x", {"cmd": "sleep 61", "numprocesses": 4})))
+        with http_limits(SPAWN_TIME=-1):        # one a turn
+            self.add("x", "sleep 60", numprocesses=4)
+            self.wait("spawn", 6)
+        for os_pid in self.status()["os_pids"]:
+            until(lambda os_pid=os_pid: cli_read("/proc/%d/cmdline" % os_pid) == "sleep\x0061\0")
+
 
 class ProcessPolicies(ProcessClock):
     GONE = "sh -c 'rmdir $$PWD; exit 1'"        # it cannot be started again
@@ -4419,8 +4429,8 @@ class ProcessLife(ProcessCase):
         until(lambda: process_state(child.pid) == "Z")
         self.assertEqual(table.groups({child.pid, os.getpgrp()}), {os.getpgrp()})
         child.wait(TIMEOUT)
-        self.assertEqual((table.look(child.pid), table.usage(child.pid), table.children(child.pid),
-                          table.still(child.pid, 0)), (None, None, [], False))
+        self.assertEqual((table.sample(child.pid), table.usage(child.pid), table.children(child.pid),
+                          table.is_alive(child.pid, 0)), (None, None, [], False))
 
     def test_daemon(self):
         """The exit event and the status say so, whether it has left its group or not."""
@@ -11902,7 +11912,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     ("if self._lingered > LINGER_SIZE:", "if False:", "HttpConnections.test_linger"),
     ("self.secure and self._mask & selectors.EVENT_READ and self.sock.pending()", "False",
      "HttpEndpoints.test_tls_streams"),
-    ("self.told_until:\n            self.log.count_dropped(count)", "self.told_until:",
+    ("self.reported_until:\n            self.log.count_dropped(count)", "self.reported_until:",
      "HttpMetrics.test_cut_reader"),
     ("itertools.islice(self._queue, PARTS_MAX)", "self._queue", "HttpLibrary.test_websocket_queue"),
     (" + WAIT_EXTRA", "", "HttpEndpointTable.test_actions"),
@@ -11935,7 +11945,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "CliSignals.test_signals_that_end"),
     ("args.exit_status or (0 if well else 3)", "args.exit_status", "CliStatus.test_status"),
     ("if exit_status is None or not is_away(error):", "if True:", "CliStatus.test_watch"),
-    ("if all(template.lost(unknown=True) for template in active)", "if not active",
+    ("if all(template.find_blocker(unknown=True) for template in active)", "if not active",
      "CliExit.test_exit_when_done"),
     ("process.by_itself and not self.stopping", "not self.stopping",
      "CliExit.test_what_does_not_end_it"),
