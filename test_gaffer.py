@@ -10588,17 +10588,21 @@ class ConfigServe(CliFollowCase):
         server, client = self.start(*serve), gaffer.Client(endpoint)
         *followers, one = [self.follow("logs", "-f", *names, endpoint=endpoint)
                            for names in ((), ("a.1",), ("1",))]
+
+        def restart():
+            self.assertEqual(one.communicate(timeout=TIMEOUT),
+                             (b"a.1 | started\na.1 | one\na.1 | bye\n", b""))
+            server.stop()
+            self.start(*serve)
         for change, lines in (
                 (lambda: client.request("POST", "/streams/a/stdin", b"one\n"), ("started", "one")),
                 (lambda: client.request("POST", "/processes/a/_restart"), ("bye", "started")),
-                (lambda: (server.stop(), self.start(*serve)), ("bye", "started"))):
+                (restart, ("bye", "started"))):
             change()
             for line, follower in itertools.product(lines, followers):
                 self.assertEqual(follower.stdout.readline().decode(), "a.1 | %s\n" % line)
         for follower in followers:
             self.assertEqual(self.interrupted(follower), b"")
-        self.assertEqual(one.communicate(timeout=TIMEOUT),
-                         (b"a.1 | started\na.1 | one\na.1 | bye\n", b""))
 
     def test_clients_that_take_nothing(self):
         """They do not keep the server; what is lost is told."""
