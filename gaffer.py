@@ -12293,7 +12293,7 @@ def logs_command(args):
     targets = find_targets(args, printer.load_names(), args.names, True)
     if args.exit_status and not targets:
         return args.exit_status
-    if len(targets) == len(args.names) == 1:
+    if len(targets) == 1 and [targets[0].word] == args.names:   # no glob: others may come later
         path += "/" + reference(targets[0].status["name"])
     # a pid is one process; web.2 is that and what replaces it
     pids = {target.process["pid"] for target in targets if target.word.isdigit()}

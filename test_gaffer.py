@@ -1385,7 +1385,8 @@ class PureJournal(PureLogCase):
             now += wait * gaffer.JOIN_TIME
             with mock.patch("time.time", return_value=now):
                 write(b"x\n")
-        data = self.do(lambda: self.journal.view().read_all(0, gaffer.JournalEncoder(False, "e")))[0]
+        data = self.do(lambda: self.journal.view().read_all(
+            0, gaffer.JournalEncoder(False, "e")))[0]
         self.assertEqual([line.split()[0] for line in data.splitlines()],
                          [b"1000.000"] * 2 + [b"1000.016"] * 2)
 
@@ -3632,8 +3633,8 @@ class ProcessAttributes(ProcessCase):
     def test_attributes(self):
         own, gib = os.nice(0), 1 << 30
         for number, (fields, command, wanted) in enumerate((
-                ({"nice": own + 3, "env": {"PATH": "/"}}, "PATH=/bin:/usr/bin; nice; ls /proc/$$/fd",
-                 "%d 0 1 2" % (own + 3)),
+                ({"nice": own + 3, "env": {"PATH": "/"}},
+                 "PATH=/bin:/usr/bin; nice; ls /proc/$$/fd", "%d 0 1 2" % (own + 3)),
                 ({"limits": {"as": [gib, 2 * gib], "core": 0, "cpu": [5, "unlimited"]}},
                  "for each in Sv Hv c St Ht; do ulimit -$each; done",
                  "1048576 2097152 0 5 unlimited"),
@@ -4429,8 +4430,9 @@ class ProcessLife(ProcessCase):
         until(lambda: process_state(child.pid) == "Z")
         self.assertEqual(table.groups({child.pid, os.getpgrp()}), {os.getpgrp()})
         child.wait(TIMEOUT)
-        self.assertEqual((table.sample(child.pid), table.usage(child.pid), table.children(child.pid),
-                          table.is_alive(child.pid, 0)), (None, None, [], False))
+        pid = child.pid
+        self.assertEqual((table.sample(pid), table.usage(pid), table.children(pid),
+                          table.is_alive(pid, 0)), (None, None, [], False))
 
     def test_daemon(self):
         """The exit event and the status say so, whether it has left its group or not."""
@@ -4596,7 +4598,8 @@ class ProcessReady(ProcessCase):
     def test_circles(self):
         for name, after in ("a", "b"), ("b", "c"):
             self.add(name, "true", after=[after], start=False)
-        info, words = {"name": "c", "cmd": "true", "after": ["a"]}, "'after' makes a circle: c after"
+        info = {"name": "c", "cmd": "true", "after": ["a"]}
+        words = "'after' makes a circle: c after"
         self.refused(info, words + " a after b after c")
         self.add("c", "true", start=False)
         self.refused(info, words, path="/c", method="PUT")
@@ -9858,6 +9861,10 @@ class CliLogs(CliFollowCase):
         shown = [follower.stdout.readline() for _ in range(101)]
         self.assertEqual(shown[100:], [b"a.1 | started\n"])
         self.interrupted(follower)
+        named = self.follow("logs", "-f", "a*", "-n1", "--no-prefix")
+        self.assertEqual(named.stdout.readline(), b"started\n")
+        self.server.add("ab", "echo another")
+        self.assertEqual(named.stdout.readline(), b"another\n")
 
 
 class CliWatch(CliFollowCase):
