@@ -4741,20 +4741,20 @@ class Manager:
         def begin():                            # what an app adds from now on starts at once
             self._running = True
             return sorted(self.templates.values(), key=lambda each: priority_of(each.info))
+
+        def start_templates(templates):
+            for template in templates:
+                if template.active:
+                    if template.due:
+                        self._publish("start", template.name)
+                    self._reconcile(template)
+            if self.templates:
+                self.loop.call_soon(self.maybe_stopped)
         templates = self.loop.call(begin)
         for app in self.apps:
             app.start(self.loop, self)
             self._started_apps.append(app)
-        self.loop.call(self._start_templates, templates)
-
-    def _start_templates(self, templates):
-        for template in templates:
-            if template.active:
-                if template.due:
-                    self._publish("start", template.name)
-                self._reconcile(template)
-        if self.templates:
-            self.loop.call_soon(self.maybe_stopped)
+        self.loop.call(start_templates, templates)
 
     def stop(self, kill=False):
         """Stop all processes, the highest priority first and the newest first within one, each
@@ -4863,21 +4863,20 @@ class Manager:
     def restart(self):
         """Restart all active templates, then the apps that can be. InvalidProcessInfo tells which
         could not be, after all others have been."""
-        faults = self._restart_templates()
+        faults = []
+
+        @changing
+        def restart_templates(self):
+            for template in list(self.templates.values()):
+                if template.active:
+                    try:
+                        self.restart_template(template.name)
+                    except GafferError as error:
+                        faults.append("'%s': %s" % (template.name, error))
+        restart_templates(self)
         self._call_apps("restart")
         if faults:
             raise InvalidProcessInfo("; ".join(faults))
-
-    @changing
-    def _restart_templates(self):
-        faults = []
-        for template in list(self.templates.values()):
-            if template.active:
-                try:
-                    self.restart_template(template.name)
-                except GafferError as error:
-                    faults.append("'%s': %s" % (template.name, error))
-        return faults
 
     @on_loop
     def reap_orphans(self):
