@@ -406,7 +406,7 @@ class ProcfsTable:
 
     @staticmethod
     def _lives(fields):
-        """Return True for the stat of what is no zombie, or has a thread that runs on."""
+        """Return True if these fields are of a process that lives, if only in another thread."""
         return bool(fields) and (fields[0] not in (b"Z", b"X") or int(fields[17]) > 1)
 
     def members(self, wanted):
@@ -1212,7 +1212,7 @@ class Reader:
         self.log, self.encoder, self.sink = source, encoder, sink
         self.offset, self.loss = offset, loss
         self.dropped = 0
-        self.reported_until = 0                     # losses before this offset need not be reported
+        self.reported_until = 0                 # losses before this offset need not be reported
         self.full = True                        # nothing is sent until pump() is called
         self.last_sent = source.loop.now
         self._closed = False
@@ -2485,7 +2485,7 @@ def shell_status(end):
 
 
 def ends_by_itself(info):
-    """Return True if a template is to be done, not ready."""
+    """Return True if what is after a template waits until that is done, not ready."""
     return info["restart"] != "always" and info["ready"] is None and info["numprocesses"] > 0
 
 
@@ -3422,7 +3422,7 @@ class Process:
         self._check_ended()
 
     def _check_before_start(self, launch):
-        """Without a 'ready' it is ready once before_start has ended, which has HOOK_TIME."""
+        """Without a 'ready', become ready once before_start has ended. It has HOOK_TIME seconds."""
         seen, words = self._manager.table.sample(self.os_pid), b" ".join(launch.argv)
         if not seen or seen["cmdline"].rstrip() != words.decode("utf-8", "replace").rstrip():
             if launch.ready is None:
@@ -4062,7 +4062,7 @@ class Manager:
         self._asking, self._pause = None, 0.0   # Timer: until they are asked; what that took
         self._to_spawn = {}                     # Template -> its last Launch, or None
         self.commands = set()                   # CommandRuns that have not ended
-        self._blocked = {}                         # Template -> None: those that wait for another
+        self._blocked = {}                      # Template -> None: those that wait for another
         self._to_stop, self._wave = [], []      # see _stop_next(): Process, (Process, time)
         self._stages = {}                       # see stop_stages()
         self._stop_timer, self._stop_stagger = None, 0.0
@@ -4285,7 +4285,7 @@ class Manager:
                 launch = self._to_spawn[template] = self._respawn(template, launch)
             if template.missing() <= 0 or launch is None and template.pending:
                 del self._to_spawn[template]
-                if template.waits_for():           # again, before all were spawned
+                if template.waits_for():        # again, before all were spawned
                     self._blocked[template] = None
             if self.loop.clock() > until:
                 break
@@ -10084,7 +10084,7 @@ class HttpHandler:
     # requests
 
     def runs_few(self):
-        """Return True if there is so little that the status of all of it takes no time."""
+        """Return True if there are so few processes that a status of all takes no time."""
         manager = self._api.manager
         return len(manager.templates) + len(manager.processes) <= QUICK_STATUSES
 
@@ -10411,7 +10411,7 @@ def ending_signals():
     import faulthandler
     harmless = {"KILL", "STOP", "TSTP", "TTIN", "TTOU", "CONT", "CHLD", "URG", "WINCH", "INFO",
                 "ILL", "BUS", "FPE", "SEGV", "EMT"}
-    if faulthandler.is_enabled():           # shows the stacks
+    if faulthandler.is_enabled():               # shows the stacks
         harmless.add("ABRT")
     always = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     return [signum for signum in signal.valid_signals()
@@ -11599,7 +11599,7 @@ class Configuration:
 
     def _apply(self, manager, settings, report):
         before, after = self.settings.templates, settings.templates
-        # what others are after goes before them: no circle comes of old and new ones
+        # what others are after goes first, or old and new ones could make a circle
         changes = sorted(report["changed"], key=stop_stages(after).get, reverse=True)
         for name in [*report["removed"], *changes, *report["added"]]:
             try:                                # the system may refuse what the file may ask for
@@ -12853,7 +12853,7 @@ def load_command(args):
     templates, formation = procfile_templates(args, [client.port] if client.port else ())
     templates = in_group(group, templates)
     started = [name for name, info in templates.items() if info["start"]]
-    stages = stop_stages(templates)             # no circle comes of old and new, as in a reload
+    stages = stop_stages(templates)             # or old and new could make a circle, as in a reload
     for name in sorted(templates, key=lambda name: -stages[name] if name in statuses else 1):
         info = templates[name]
         if name in statuses:
