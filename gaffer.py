@@ -5816,7 +5816,8 @@ class FrameEncoder(Encoder):
 # channel, and the server starts it.
 # --------------------------------------------------------------------------------------------------
 PARTS_MAX = 64                                  # of one sendmsg()
-BLOCK_STALL = 30.0      # without progress: loss=block, or input of a client that has left, waits
+BLOCK_STALL = 30.0                              # without progress: loss=block holds a child
+INPUT_STALL = 2.0                               # and input of a client that has left waits
 STALL = 300.0                                   # and any other feed holds a socket
 SEND_TIME = 30.0                                # for a client to take a part of its answer
 LINGER_TIME = 2.0                               # a refused body is read, or its client sees a reset
@@ -6431,6 +6432,7 @@ class ProcessSocket(Follower, WebSocketChannel):
         self._stream, self._by_line = stream, by_line
         self._messages, self._waiting = [], 0   # what is to be written, and its size
         self._final = None                      # a close frame behind it, for end_by_peer()
+        self._unread = None                     # bytes of stdin when the client was seen to be gone
 
     def opened(self):
         self.reader.sink = self
@@ -6487,7 +6489,7 @@ class ProcessSocket(Follower, WebSocketChannel):
                 return
 
     def _stdin_low(self):
-        self.paused = False
+        self.paused, self._unread = False, None
         if self._messages:
             self._write()
         if self._final is not None and not self.paused:
@@ -6504,14 +6506,14 @@ class ProcessSocket(Follower, WebSocketChannel):
         self.send_close(1000, "signal %d" % signum if signum else "exit %d" % status)
 
     def eof_received(self):
-        """Close once the process has read what the client sent before it left."""
-        if not self.paused:
-            return self.close()
-        self.unfollow()                         # output would break the connection
-        if self._close_timer is not None:
-            self._close_timer.cancel()
-        self._close_timer = self.loop.later(BLOCK_STALL, self.close)
-        return None
+        """Close once the process has read what the client sent before it left, or reads no more."""
+        unread = self._stream.size if self._stream is not None else None
+        if not self.paused or unread == self._unread:
+            self.close()
+        else:
+            self._unread = unread
+            self.unfollow()                     # output would break the connection
+            self._end_timer = self.loop.later(INPUT_STALL, self._check_end)
 
     def ended(self, code, reason):
         self.unfollow()

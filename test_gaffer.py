@@ -7353,7 +7353,7 @@ class StreamsWebsocket(StreamsCase):
             websocket = self.open(pid)
             websocket.send(ws_frame(1, b"x" * 1000) + ws_frame(8, b"\x03\xe8"))
             self.paused(1)
-            with http_limits(BLOCK_STALL=0.05, END_POLL=0.05):
+            with http_limits(INPUT_STALL=0.05, END_POLL=0.05):
                 websocket.close()
                 self.paused(0)
         self.assertIn("1 websocket messages for t were dropped: it does not", "".join(logs.output))
@@ -7818,6 +7818,8 @@ class BrowserPage(BrowserPageCase):
         self.server.add("off", "sleep 1000", start=False)
         self.open()
         self.row("off", "stopped")
+        self.choose("web:a", "scale…", "-1")
+        self.shows("from 0 to 1000", "#message")
         self.becomes("$('[aria-label=\"start off\"]').checkVisibility()", False)
         self.press("start off")
         self.row("off", "running")
@@ -7825,8 +7827,6 @@ class BrowserPage(BrowserPageCase):
         self.row("off", "SIGTERM")
         self.press("restart web:a")
         self.server.wait_event("proc/web:a/restart")
-        self.choose("web:a", "scale…", "-1")
-        self.shows("from 0 to 1000", "#message")
         self.assertIn("Processes of web:a", self.choose("web:a", "scale…", "4"))
         self.row("web:a", "4 / 4")
         self.choose("web:a", "signal…", "KILL")
@@ -8182,7 +8182,8 @@ class BrowserPage(BrowserPageCase):
         self.row("talk", "running")
         self.go("/events")
         self.shows("added", ".events")
-        third.stop_all()
+        third.manager.stop()                        # a kill would not wait for what is unsent
+        third._thread.join(TIMEOUT)
         self.shows("told to stop: process 1", ".events")
         fourth = start("fourth", first.port)
         fourth.ok("POST", "/processes/1/_signal/KILL")
