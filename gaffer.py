@@ -9973,6 +9973,7 @@ class HttpHandler:
             self.join()
             raise
 
+    @on_loop
     def finish(self):
         """Listen no longer, and take one more request of each connection."""
         self.ending = True
