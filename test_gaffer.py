@@ -7379,6 +7379,8 @@ class StreamsWebsocket(StreamsCase):
     def test_input_of_a_client_that_has_left(self):
         """All of it reaches a process that reads only then, whether it was closed or cut."""
         loop, manager = self.server.manager.loop, self.server.manager
+        self.server.http.listeners[0].socket.setsockopt(    # the end is to fit in, too
+            socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         for name, close in ("closed", ws_frame(8, b"\x03\xe8")), ("cut", b""):
             pid = self.cat(name, python(STREAMS_SLEEPER.format(size=-1)))
             self.poll(pid, "since=0")
