@@ -814,7 +814,10 @@ class Loop:
                 write, self.wake_fd = self.wake_fd, None
                 os.close(write)
                 self._owner = None
-        self._run(self._unlocked)
+        with contextlib.ExitStack() as calls:   # also those behind one that exits
+            for function, args in reversed(self._unlocked):
+                calls.callback(self.guard, function, *args)
+            self._unlocked.clear()
 
     def _select(self, longest):
         """Wait until something is due, for `longest` seconds at most. Return what is ready."""
