@@ -595,6 +595,14 @@ class Timer:
             self._loop.pending_timers -= 1
 
 
+def under_lock(method):
+    """Have a method of Loop run under its lock, whatever thread calls it."""
+    @functools.wraps(method)
+    def call(self, *args):
+        return self.call(method, self, *args)
+    return call
+
+
 class Loop:
     """An event loop on `selectors`. `clock` returns monotonic seconds; tests pass their own."""
 
@@ -704,10 +712,9 @@ class Loop:
         """Return True if the calling thread holds the lock."""
         return self._owner == threading.get_ident()
 
+    @under_lock
     def later(self, delay, function, *args):
         """Run `function(*args)` in `delay` seconds, under the lock. Return its Timer."""
-        if not self.owned():
-            return self.call(self.later, delay, function, *args)
         timer = Timer(self, self.clock() + delay, function, args)
         self.pending_timers += 1
         if len(self._timers) > 64 + 2 * self.pending_timers:    # cancelled ones may be due in days
@@ -722,25 +729,22 @@ class Loop:
         """Poll POLLS times before the next wait, as an answer may come sooner than a wake-up."""
         self._polls = POLLS if CORES > 1 else 0
 
+    @under_lock
     def register(self, fd, events, callback):
         """Call `callback(mask)` whenever `fd` is ready (selectors.EVENT_READ, EVENT_WRITE)."""
-        if self.owned():
-            self._selector.register(fd, events, callback)
-            self._callbacks[fd] = callback
-        else:
-            self.call(self.register, fd, events, callback)
+        self._selector.register(fd, events, callback)
+        self._callbacks[fd] = callback
 
+    @under_lock
     def modify(self, fd, events):
         """Change what a registered `fd` is watched for."""
-        self.call(self._selector.modify, fd, events, self._callbacks[fd])
+        self._selector.modify(fd, events, self._callbacks[fd])
 
+    @under_lock
     def unregister(self, fd):
         """Stop watching `fd`. Do this before closing it."""
-        if self.owned():
-            self._selector.unregister(fd)
-            del self._callbacks[fd]
-        else:
-            self.call(self.unregister, fd)
+        self._selector.unregister(fd)
+        del self._callbacks[fd]
 
     def guard(self, function, *args):
         """Return what `function(*args)` returns; if it raises, log that and return None.
