@@ -1495,10 +1495,10 @@ class Journal:
     def kept(self, index):
         """Return how many bytes of an entry have not fallen out of their window."""
         source, size = self.sources[index], self.entry_start(index + 1) - self.offsets[index]
-        window = source.window() if source.text is None else None
-        if window is None:
-            return size if source.text is not None else 0
-        return max(0, min(size, self._places[index] + size - window.start))
+        if source.text is not None:
+            return size
+        window = source.window()
+        return 0 if window is None else max(0, min(size, self._places[index] + size - window.start))
 
     def lines(self, index, offset, returns=False):
         """Return (lost, prefix, ends, lines) of what ends in an entry behind `offset`.
@@ -3758,7 +3758,7 @@ class Template:
 
     def missing(self):
         """Return how many processes have to be spawned now."""
-        return min(0, self.lacking()) if self.unmet() else self.lacking()
+        return 0 if self.waits_for() else self.lacking()
 
     def ended(self):
         """Return True if each of its processes has exited, and nothing follows."""
@@ -10721,7 +10721,7 @@ class Screen:
         self._out, self._coloured = out, coloured
         self._shown = {}            # pid -> {"name", "open", "exit", "readers", "process"}
         self._lagging = set()                   # readers that wait for room
-        self._told = False
+        self._waits_reported = False
 
     def start(self, loop, manager):
         self._loop, self._manager = loop, manager
@@ -10754,8 +10754,8 @@ class Screen:
               self._manager.templates[event["name"]].last_exit is None):
             self.status = event["exit_status"]  # it could not be started
             self._manager.stop()
-        elif kind == "stop_pid" and self._manager.stopping and not self._told:
-            self._told = True
+        elif kind == "stop_pid" and self._manager.stopping and not self._waits_reported:
+            self._waits_reported = True
 
             def report_wait():
                 """Name the processes that have not ended yet, and say when they are killed."""
@@ -10803,7 +10803,7 @@ class Screen:
         del self._shown[pid]
         status, signum = event["exit_status"], event["term_signal"]
         self.note("%s %s" % (shown["name"], "was ended by %s" % signal_name(signum) if signum else
-                            "exited with status %d" % status))
+                             "exited with status %d" % status))
         process, failed = shown["process"], "reason" in event   # it did not get ready
         info = process.template
         done = not failed and info["restart"] != "always" and succeeded(info, (status, signum))
@@ -12515,7 +12515,7 @@ class LogHandler(logging.Handler):
     """
 
     def __init__(self, path=None):
-        self._dropped = self._told = 0
+        self._dropped = self._reported = 0
         self.writer = LogWriter(path, "log file", lambda error: self._drop())
         super().__init__()                      # from now on, logging closes it at the exit
 
@@ -12527,9 +12527,9 @@ class LogHandler(logging.Handler):
         if self.writer.full:
             return self._drop()
         text = self.format(record) + "\n"
-        if self._dropped != self._told:
+        if self._dropped != self._reported:
             text = "gaffer: %d lines of this log were dropped so far\n%s" % (self._dropped, text)
-            self._told = self._dropped
+            self._reported = self._dropped
         self.writer.put(text.encode("utf-8", "backslashreplace"))
 
     def close(self):
