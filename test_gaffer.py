@@ -5177,7 +5177,7 @@ class HttpLogs(HttpCase):
         self.path = os.path.join(folder.name, "log")
 
     def serve_logged(self, path=None, **options):
-        options["access_log"] = gaffer.AccessLog(path or self.path)
+        self.log = options["access_log"] = gaffer.AccessLog(path or self.path)
         self.server = self.serve(wsgi=HttpMetrics.options["wsgi"], **options)
 
     def lines(self, count):
@@ -5253,6 +5253,9 @@ class HttpLogs(HttpCase):
                 while not logged.output:
                     self.assertEqual(self.server.request("GET", "/ping")[0], 200)
                 self.server.stop_all()
+            while self.log._writer._thread.is_alive():      # or it makes the file anew
+                with contextlib.suppress(BlockingIOError):
+                    os.read(pipe, 65536)
             self.assertEqual(len(logged.output), 1)
             self.assertIn("the access log '%s' cannot be written: %s; 1 lines" % (path, reason),
                           logged.output[0])
