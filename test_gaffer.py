@@ -9934,6 +9934,7 @@ class CliAttach(CliFollowCase):
             shown += b"interrupted\n"
             process.send_signal(signum)
             self.assertEqual((process.stdout.read(), process.wait(TIMEOUT)), (b"", status))
+        until(lambda: not self.streams(), "the server has seen that they are gone")
         process = self.follow("attach", "1")
         self.assertEqual(process.stdout.read(len(shown)), shown)
         until(lambda: self.streams() == 3, "stdout, stderr, events")
