@@ -9195,10 +9195,10 @@ class Writer:
     """Writes to a descriptor on a thread, so that nobody waits for a slow terminal, pipe or disk.
 
     Up to `limit` bytes may wait. `drained()` is called on that thread once half of them are written
-    after it was `full`, `failed(error)` when a write fails.
+    after it was `full`, `failed(error, data)` when a write fails.
     """
 
-    def __init__(self, fd, limit, drained=lambda: None, failed=lambda error: None):
+    def __init__(self, fd, limit, drained=lambda: None, failed=lambda error, data: None):
         self.fd, self.full = fd, False
         self._limit, self._drained, self._failed = limit, drained, failed
         self._lock, self._size = threading.Lock(), 0
@@ -9223,7 +9223,7 @@ class Writer:
             try:
                 self.write(data)
             except OSError as error:
-                self._failed(error)
+                self._failed(error, data)
             with self._lock:
                 self._size -= len(data)
                 drained = self.full and self._size <= self._limit // 2
@@ -9319,12 +9319,12 @@ class AccessLog:
     def add(self, client, request, status, size):
         """Note a request that was answered with `size` bytes beside the head. Any thread."""
         if self._writer.full:
-            return self._drop(None)
+            return self._drop(None, b"")
         line = access_line(client, time.time(), request, status, size, self._secrets)
         self._writer.put(line.encode("ascii", "backslashreplace") + b"\n")
         return None
 
-    def _drop(self, error):
+    def _drop(self, error, data_):
         self._lost += 1
         self._reports.warning("the access log '%s' cannot be written: %s; %d lines are lost so far",
                               self._path, error.strerror.lower() if error else "nobody takes it",
@@ -10667,9 +10667,9 @@ class ConsoleOutput:
     def _follow(self, name, pid):
         process = self._manager.processes.get(pid)
         for label, output in process.outputs.items() if process is not None else ():
-            def show(lines, label=label):
-                for line in lines:
-                    log.debug("%s %s | %s", name, label, line.decode("utf-8", "replace"))
+            def show(lines, prefix="%s %s | " % (name, label)):
+                log.debug("%s", "\n".join(                 # a call for each line would be slow
+                    prefix + line.decode("utf-8", "replace") for line in lines))
                 return True
             start = output.window.start
             Reader(output.window, LineEncoder(), LineSink(show), start, "skip").start()
@@ -10823,7 +10823,7 @@ class Screen:
         for reader in lagging:
             reader.pump()
 
-    def _failed(self, error):
+    def _failed(self, error, data_):
         """Stop, as nobody looks any more."""
         self.error = self.error or error
         self._manager.stop()
@@ -12516,21 +12516,24 @@ class LogHandler(logging.Handler):
 
     def __init__(self, path=None):
         self._dropped = self._reported = 0
-        self.writer = LogWriter(path, "log file", lambda error: self._drop())
+        self.writer = LogWriter(path, "log file", self._drop)
         super().__init__()                      # from now on, logging closes it at the exit
 
-    def _drop(self):
+    def _drop(self, error_, data):
         with self.lock:
-            self._dropped += 1
+            self._dropped += data.count(b"\n")
 
     def emit(self, record):
+        text = self.format(record)
+        if "\n" in record.message:              # each of its lines is a line of the log
+            text = text.replace("\n", "\n" + text[:text.index(record.message)])
+        data = text.encode("utf-8", "backslashreplace") + b"\n"
         if self.writer.full:
-            return self._drop()
-        text = self.format(record) + "\n"
+            return self._drop(None, data)
         if self._dropped != self._reported:
-            text = "gaffer: %d lines of this log were dropped so far\n%s" % (self._dropped, text)
+            data = b"gaffer: %d lines of this log were dropped so far\n%s" % (self._dropped, data)
             self._reported = self._dropped
-        self.writer.put(text.encode("utf-8", "backslashreplace"))
+        self.writer.put(data)
 
     def close(self):
         self.writer.close(LOG_END)

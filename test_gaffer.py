@@ -8948,13 +8948,13 @@ class CliServe(CliCase):
         for arguments, patterns in (
                 (["-v", "--access-log", "-"],
                  [*events, '"POST /pro.* 200 ', '"GET /st.* 200 ']),
-                (["-v", "--verbose"], [*events, " DEBUG a (stdout . a word|client has left.*)"])):
+                (["-v", "--verbose"], [*events, " DEBUG a (stdout . (a|word)|client has left.*)"])):
             server = self.start(*arguments)
-            server.add("a", "echo a word; exec sleep 1000", shell=True)
-            server.request("GET", "/streams/1/stdout?since=0")      # the word has come
+            server.add("a", r"printf 'a\nword\n'; exec sleep 1000", shell=True)
+            server.request("GET", "/streams/1/stdout?since=0")      # the words have come
             server.stop()
             server.expect_stderr(*patterns)
-        self.assertIn(" DEBUG a stdout | a word\n", server.stderr)
+        self.assertRegex(server.stderr, r"(?m)^([\d:, -]+ DEBUG a stdout \| )a\n\1word$")
 
 
 class CliSignals(CliCase):
