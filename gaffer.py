@@ -7364,7 +7364,7 @@ async function poll() {
 	try { await polling; } finally { polling = null; later(templates.size > 50 ? 5 : 2); }
 }
 setInterval(() => { if (!document.hidden && view.tick && !awaySince) view.tick(); }, 1000);
-async function look(name) {  // at one template, or at all
+async function refresh(name) {  // at one template, or at all
 	const whole = now() - sampled > 30;
 	const answer = await ask("GET", "status" + (name ? "/" + enc(name) : "") + "?usage=true" +
 		(whole ? "&history=true" : ""));
@@ -7628,7 +7628,7 @@ function plain(text) {  // without escape sequences; other control characters as
 	return text.replace(ESCAPE, "").replace(CONTROL, sign =>
 		String.fromCharCode(sign === "\x7f" ? 0x2421 : 0x2400 + sign.charCodeAt(0)));
 }
-function tell(line) {
+function lineText(line) {
 	if (line.label !== "exit") return plain(line.text);
 	return "process " + line.pid + " " + exitText(JSON.parse(line.text));
 }
@@ -7685,16 +7685,17 @@ function piece(text, {fg, bg, turned, flags}) {
 }
 function paintLine(node, parts, find) {
 	const text = parts.map(part => part[0]).join("");
-	const found = find ? [...text.matchAll(new RegExp(find, "g" + find.flags))] : [];
+	const left = find ? [...text.matchAll(new RegExp(find, "g" + find.flags))].reverse() : [];
 	let at = 0;
 	for (const [text, style] of parts) {
 		let from = 0;
-		for (const match of found) {
-			const first = Math.max(match.index - at, from);
-			const end = Math.min(match.index + match[0].length - at, text.length);
-			if (first >= end) continue;
-			node.append(piece(text.slice(from, first), style), el("mark", text.slice(first, end)));
-			from = end;
+		while (left.length && left.at(-1).index < at + text.length) {
+			const {index, 0: {length}} = left.at(-1), first = Math.max(index - at, 0);
+			const end = index + length - at;
+			if (length) node.append(piece(text.slice(from, first), style),
+				el("mark", text.slice(first, from = end)));
+			if (end > text.length) break;  // it goes on in the next part
+			left.pop();
 		}
 		node.append(piece(text.slice(from), style));
 		at += text.length;
@@ -7712,13 +7713,13 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	let queue = [], frame = 0, following = true, came = 0, epoch = "", wanted = params().get("line");
 	let find = null, matches = 0, here = -1, held = -1, columns = 80, height = 0, sign = 0;
 	const open = new Map(), nodes = new Map(), states = {}, path = "streams" + (ref && "/" + enc(ref));
-	const turn = (param, text, label, key, ...values) => {  // a button that goes through values
+	const toggle = (param, text, label, key) => {
 		const node = button("", text, label, () => {
-			setParam(param, values[values.indexOf(states[param]) + 1]); read(); rebuild();
+			setParam(param, states[param] ? "" : "1"); read(); rebuild();
 		}, key);
 		const read = () => {
-			states[param] = params().get(param);
-			attr(node, "aria-pressed", String(states[param] !== null));
+			states[param] = params().has(param);
+			attr(node, "aria-pressed", String(states[param]));
 		};
 		read();
 		return node;
@@ -7735,10 +7736,10 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	const node = el("section.log", el("div.bar", search,
 		button(".plain", "↑", "previous match", () => next(-1), "N"),
 		button(".plain", "↓", "next match", () => next(1), "n"),
-		turn("only", "Matches", "only what matches", "o", "1"), hits, el("span.push"),
-		turn("err", "stderr", "only stderr", "2", "1"),
-		turn("time", "Times", "times: absolute, relative, none", "T", "at", "ago"),
-		turn("wrap", "Wrap", "wrap", "w", "1"),
+		toggle("only", "Matches", "only what matches", "o"), hits, el("span.push"),
+		toggle("err", "stderr", "only stderr", "2"),
+		toggle("time", "Times", "times", "T"),
+		toggle("wrap", "Wrap", "wrap", "w"),
 		button("", "Failure", "to the failure before", failure, "z"),
 		button("", "Link", "link to the marked line", () => link(here), "l"),
 		el("a", {href: base + path + "?tail=all&timeout=0", download: (ref || "gaffer") + ".log"},
@@ -7791,7 +7792,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		soon();
 	}
 	function consider(number) {
-		const line = (find || states.err) && lineOf(number), hit = find && find.test(tell(line));
+		const line = (find || states.err) && lineOf(number), hit = find && find.test(lineText(line));
 		if (hit) matches++;
 		if ((hit || !find || !states.only) && (!states.err ||
 			/^(stderr|exit|\*.*)$/.test(line.label))) add(number);
@@ -7822,21 +7823,20 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	function rebuild() {
 		shown = []; tops = [0]; matches = 0; nodes.clear(); block.replaceChildren();
 		lines.forEach((_, at) => consider(first + at));
-		area.classList.toggle("wrap", Boolean(states.wrap));
+		area.classList.toggle("wrap", states.wrap);
 		if (total() <= height) following = true;
 		draw();
 	}
 	function rows(number) {
 		if (!states.wrap) return 1;
-		const line = lineOf(number), text = head(line).join("") + tell(line);
+		const line = lineOf(number), text = head(line).join("") + lineText(line);
 		return Math.ceil(text.replace(/\t/g, "8".repeat(8)).replace(WIDE, "22").length / columns) || 1;
 	}
 	function head(line) {  // [time, whose, label]
 		const who = line.name === "-" ? "" : ref ? line.pid : line.name + " " + line.pid;
 		const mark = /^(stdout|exit|\*.*)$/.test(line.label) ? "" :
 			line.label.replace("std", "").slice(0, 3);
-		const time = !states.time ? "" : states.time === "ago" ? ago(line.time).padStart(9) + " " :
-			clock(line.time) + (line.time % 1).toFixed(3).slice(1) + " ";
+		const time = states.time ? clock(line.time) + (line.time % 1).toFixed(3).slice(1) + " " : "";
 		return [time, who.padEnd(width) + " ", mark.padEnd(4)];
 	}
 	function resized() {
@@ -7884,7 +7884,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		if (/^(stderr|exit|\*.*)$/.test(line.label)) made.classList.add(label);
 		made.classList.toggle("failed", fell(line));
 		made.classList.toggle("here", number === here);
-		paintLine(made, segments(label === "exit" ? tell(line) : line.text), find);
+		paintLine(made, segments(label === "exit" ? lineText(line) : line.text), find);
 		nodes.set(number, made);
 		return made;
 	}
@@ -7914,7 +7914,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		}
 		return false;
 	}
-	function next(by) { if (find) seek(by, line => find.test(tell(line))); }
+	function next(by) { if (find) seek(by, line => find.test(lineText(line))); }
 	function failure() { if (!seek(-1, fell)) complain("No failure is shown."); }
 	function link(number) {
 		const {id} = number >= first ? lineOf(number) : {};
@@ -7925,8 +7925,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	readFind(); observer.observe(area);
 	const source = follow(last => path + "?feed=eventsource&returns=true&" + (last ?
 		"since=" + enc(last) : "tail=" + (wanted ? "all" : 2000)), ["line"], take);
-	return {node, note, source, fill: true, focus: () => area,
-		tick() { if (states.time === "ago") { nodes.clear(); draw(); } }, close() {
+	return {node, note, source, fill: true, focus: () => area, close() {
 		source.close(); observer.disconnect(); cancelAnimationFrame(frame);
 	}};
 }
@@ -8018,7 +8017,6 @@ function detail(name) {
 	let last = lastEvent;
 	function tick() {
 		const status = templates.get(name);
-		log.tick();
 		if (status) showState(state, status);
 	}
 	function update() {
@@ -8035,7 +8033,7 @@ function detail(name) {
 		alive.forEach(showPart); tick();
 	}
 	async function poll() {
-		await look(name);
+		await refresh(name);
 		const answer = await ask("GET", "processes/" + enc(name));
 		if (!answer.ok) return;
 		showFacts(answer.value); entry.show(answer.value, templates.get(name).pids);
@@ -8213,7 +8211,7 @@ function route(start) {
 	const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decode);
 	$("menu").hidePopover(); complain(""); sampled = 0;
 	if (view.close) view.close(); else if (stream) stream.close();
-	view = {update() {}, poll: () => look(), ...(VIEWS[kind] || nowhere)(...parts)};
+	view = {update() {}, poll: () => refresh(), ...(VIEWS[kind] || nowhere)(...parts)};
 	stream = view.source || watch();
 	main.classList.toggle("fill", Boolean(view.fill)); main.replaceChildren(view.node);
 	$("nav").replaceChildren(...nav.map(([path, text]) => el("a", {href: "#" + path,
