@@ -2384,7 +2384,11 @@ class Launch:
                 self.nice - own))               # PATH may be the program's own
         if lines:
             script = "\n".join(["set -e", *lines, 'exec "$@"'])
-            self.argv = [b"sh", b"-c", to_bytes(script), b"sh", *hook, self.program, *self.argv[1:]]
+            odd = [b"%s=%s" % pair for pair in self.env.items()     # a shell may drop them
+                   if not re.fullmatch(rb"[A-Za-z_][A-Za-z_0-9]*", pair[0])]
+            env = [b"/usr/bin/env", *odd] if odd else []
+            self.argv = [b"sh", b"-c", to_bytes(script), b"sh", *hook, *env, self.program,
+                         *self.argv[1:]]
             self.program = b"/bin/sh"
 
     def hook(self, command, env):

@@ -3646,6 +3646,8 @@ class ProcessAttributes(ProcessCase):
             with self.subTest(fields=fields):
                 shown = self.output("x%d" % number, command, shell=True, **fields)
                 self.assertEqual(shown.split(), wanted.split())
+        shown = self.output("y", "env", env={"a.b": "x y"}, umask="022")    # no name for a shell
+        self.assertIn("a.b=x y\n", shown)
 
     def test_what_needs_root(self):
         """A nice value and a hard limit beyond those of gaffer, also for another user."""
