@@ -6967,34 +6967,34 @@ PAGE_WORDS = {
         "create": "added", "start": "started", "stop": "stopped", "restart": "restarted",
         "update": "changed or scaled", "delete": "deleted", "spawn": "started process ",
         "ready": "ready: process ", "exit": "process ", "stop_pid": "told to stop: process ",
-        "reap": "one too many, told to stop: process ", "flap": "rests: it exits too often",
-        "done": "done", "fail": "failed", "skip": "skipped: the run before goes on"},
+        "reap": "scaled down, told to stop: process ", "flap": "paused: it exits too often",
+        "done": "done", "fail": "failed", "skip": "skipped: the last run is still going"},
     "form": {
         "adjustable": list(ADJUSTABLE),
         "sections": {
             "": "name cmd cwd env numprocesses",
             "When it runs": "start restart success restart_delay flapping schedule after priority",
             "When it is ready": "ready",
-            "How it is started": "args shell os_env env_file before_start",
+            "How it starts": "args shell os_env env_file before_start",
             "How it stops": "stop_signal stop_group graceful_timeout after_stop detach",
-            "As whom": "uid gid umask nice limits",
+            "User and limits": "uid gid umask nice limits",
             "Streams": "redirect_output redirect_input custom_streams"},
         "labels": {
             "name": "Name", "cmd": "Command", "cwd": "Directory", "env": "Environment",
-            "numprocesses": "How many", "start": "Start when added",
-            "restart": "Restart after an exit", "success": "Exits that are a success",
-            "restart_delay": "Wait before a restart", "flapping": "When it exits too often",
-            "schedule": "Schedule", "after": "Start after", "priority": "Order",
-            "ready": "Ready when", "args": "Arguments", "shell": "By a shell",
-            "os_env": "With gaffer's environment", "env_file": "Files of variables",
+            "numprocesses": "Processes", "start": "Start when added",
+            "restart": "Restart after an exit", "success": "Successful exits",
+            "restart_delay": "Restart delay", "flapping": "When it exits too often",
+            "schedule": "Schedule", "after": "Start after", "priority": "Priority",
+            "ready": "Ready when", "args": "Arguments", "shell": "Run in a shell",
+            "os_env": "Inherit gaffer's environment", "env_file": "Environment files",
             "before_start": "Run before each start", "stop_signal": "Stop signal",
             "stop_group": "Signal the whole group", "graceful_timeout": "Seconds until SIGKILL",
-            "after_stop": "Run after each exit", "detach": "Outlive gaffer", "uid": "User",
-            "gid": "Group", "umask": "File mode mask", "nice": "Niceness", "limits": "Limits",
+            "after_stop": "Run after each exit", "detach": "Keep running without gaffer",
+            "uid": "User", "gid": "Group", "umask": "Umask", "nice": "Niceness", "limits": "Limits",
             "redirect_output": "Output", "redirect_input": "Input",
-            "custom_streams": "More streams"},
+            "custom_streams": "Custom streams"},
         "examples": {
-            "cmd": "python3 -m http.server $PORT", "env": "NAME=value, a line each",
+            "cmd": "python3 -m http.server $PORT", "env": "NAME=value, one per line",
             "ready": "http=http://127.0.0.1:8000/\nwithin=60", "flapping": "attempts=2\nwindow=1",
             "schedule": "every 90s, or 0 3 * * *", "after": "db migrate", "limits": "nofile=4096",
             "umask": "022"},
@@ -7298,7 +7298,7 @@ function reached(yes) {
 	awaySince = yes ? 0 : now();
 	document.body.classList.toggle("away", !yes); $("away").hidden = yes;
 	put($("away"), yes ? "" : "The server has not answered since " + clock(awaySince) +
-		". What is shown is from then.");
+		". What you see is from then.");
 	put($("link"), yes ? "live" : "away");
 }
 async function ask(method, path, body) {
@@ -7744,7 +7744,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		toggle("err", "stderr", "only stderr", "2"),
 		toggle("time", "Times", "times", "T"),
 		toggle("wrap", "Wrap", "wrap", "w"),
-		button("", "Failure", "to the failure before", failure, "z"),
+		button("", "Failure", "previous failure", failure, "z"),
 		button("", "Link", "link to the marked line", () => link(here), "l"),
 		el("a", {href: base + path + "?tail=all&timeout=0", download: (ref || "gaffer") + ".log"},
 			"Save")),
@@ -7754,7 +7754,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	// what comes in
 	function take(type, data, id) {
 		const [number, run] = id.split("@"), {bytes, restarted} = data;
-		if (restarted) note("the server was started anew");
+		if (restarted) note("the server has restarted");
 		if (bytes) note(plural(bytes, "byte") + " were lost here");
 		epoch = run;
 		if (type === "line") push(data, parseInt(number, 10));
@@ -7924,7 +7924,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		const {id} = number >= first ? lineOf(number) : {};
 		if (!id) return complain("No line is marked.");
 		setParam("line", id + "@" + epoch); jump(shown.indexOf(number));
-		say("the address is a link to this line");
+		say("the address bar now links to this line");
 	}
 	readFind(); observer.observe(area);
 	const source = follow(last => path + "?feed=eventsource&returns=true&" + (last ?
@@ -8014,7 +8014,7 @@ function detail(name) {
 	const list = el("section", el("h2", "Processes"));
 	const tools = el("span.push.acts", acts(() => [name], name));
 	const aside = el("details", {open: innerWidth > 1000}, el("summary", "Details"), facts, list,
-		el("section", el("h2", "Story"), story));
+		el("section", el("h2", "History"), story));
 	const node = el("div.two", el("div.bar", el("h1", name), state, tools), el("div.log", log.node,
 		entry.node), aside);
 	const own = events.filter(event => event.name === name);
@@ -8167,12 +8167,12 @@ function form(name) {
 	function intent({start, schedule, numprocesses = 1}) {  // what saving will do
 		const fields = changes(asked), {active, running} = templates.get(name) || {};
 		const count = processes(numprocesses), calm = fields.every(each => adjustable.includes(each));
-		if (!name) return start === false ? "Adds it." : schedule ? "Adds it, to run by its schedule." :
+		if (!name) return start === false ? "Adds it." : schedule ? "Adds it, to run on its schedule." :
 			`Adds it, and starts ${count}.`;
 		if (!fields.length) return "Changes nothing.";
 		return joined(["Changes " + fields.join(", "), !calm && running && "stops " + processes(running),
-			!active ? "it stays stopped" : schedule ? "it runs by its schedule" :
-			calm ? `runs ${count}, restarts none` : `starts ${count} anew`], "; ") + ".";
+			!active ? "it stays stopped" : schedule ? "it runs on its schedule" :
+			calm ? `runs ${count}, restarts none` : `starts ${count}`], "; ") + ".";
 	}
 	async function save() {
 		if (await send(false)) go("/p/" + enc(name || inputs.name.value));

@@ -7929,7 +7929,7 @@ class BrowserPage(BrowserPageCase):
                 ("priority", "4", "Changes priority; runs 2 processes, restarts none."),
                 ("numprocesses", "3", "Changes numprocesses, priority; runs 3 processes,"),
                 ("cmd", "/bin/sh", "Changes cmd, numprocesses, priority; stops 2 processes; "
-                                   "starts 3 processes anew.")):
+                                   "starts 3 processes.")):
             self.enter("#field-" + field, text)
             self.shows(plan, ".plan")
         self.server.ok("PUT", "/processes/whole", dict(before, umask="077"))    # in another tab
@@ -8074,7 +8074,7 @@ class BrowserPage(BrowserPageCase):
         self.say("end")
         self.shows("exited 7", ".lines")
         self.scroll(0)
-        self.press("to the failure before")
+        self.press("previous failure")
         self.shows("exited 7", ".here")
         self.becomes("$('a[download]').href",
                      self.server.url + "/streams/count?tail=all&timeout=0")
@@ -8184,7 +8184,7 @@ class BrowserPage(BrowserPageCase):
         self.shows("live", "#link")
         self.becomes("$('#away').hidden", True)
         lines, anew = self.LINES + ".filter(text => !text.includes('killed'))", (
-            "the server was started anew")
+            "the server has restarted")
         self.becomes(lines, ["first", "half", anew, "second", "half"])
         self.script(self.HIDE % "true")             # it does not see how the processes end
         second.stop_all()
