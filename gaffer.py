@@ -458,22 +458,6 @@ class ProcfsTable:
         return [int(child) for thread in threads
                 for child in self._read(os_pid, "task/%s/children" % thread).split()]
 
-    def escaped(self, os_pid, group):
-        """Return [(os_pid, start_time)] of descendants that have left the group."""
-        found, heads = [], [os_pid]
-        while heads:
-            for child in self.children(heads.pop()):
-                heads.append(child)
-                fields = self._stat(child)
-                if fields and int(fields[2]) != group:
-                    found.append((child, int(fields[19])))
-        return found
-
-    def is_alive(self, os_pid, start_time):
-        """Return True while a process that escaped() has named lives."""
-        fields = self._stat(os_pid)
-        return self._lives(fields) and int(fields[19]) == start_time
-
     def usage(self, os_pid):
         """Return {cpu_time, rss} in seconds and bytes; None if there is no such process."""
         fields = self._stat(os_pid)
@@ -3155,7 +3139,6 @@ class Process:
         self.cpu_sample = None                  # (time, cpu_time, percent) of the last sample
         self.history = collections.deque(maxlen=60)     # [cpu, rss], see History
         self.history_sample = None              # (time, cpu_time) of the last of them
-        self.escaped = []                       # (os pid, start time) of what has left the group
         self.on_exit = set()                    # called once
         self._watcher = self._timer = self._probe = self._notify = None
         self._hook = self._hook_timer = self._hook_output = self._launch = None     # see HOOK_TIME
@@ -3375,7 +3358,7 @@ class Process:
         self.by_itself, self.overdue = True, "not ready (%s) within %g seconds%s" % (
             ready_text(self.template), self.template["ready"]["within"],
             ": " + self.not_ready if self.not_ready else "")
-        self._stop()
+        self._signal_stop()
         self._manager.process_overdue(self)
 
     def _signal_stop(self):
@@ -3391,11 +3374,6 @@ class Process:
             self._timer.cancel()
         self._timer = None if self.abandoned else self._loop.later(delay, self.step, "late")
         self._manager.groups.poll_soon()
-
-    def _stop(self):                            # looked for before they lose their parent
-        self.escaped = self._loop.guard(
-            self._manager.table.escaped, self.os_pid, self.os_pid) or []
-        self._signal_stop()
 
     def _kill(self):
         self._stop_step = len(stop_steps(self.template)) - 1
@@ -3497,11 +3475,6 @@ class Process:
 
     def _end(self):
         self._manager.process_gone(self)
-        self.escaped = [os_pid for os_pid, start in self.escaped
-                        if self._manager.table.is_alive(os_pid, start)]
-        if self.escaped:
-            log.warning("%s (pid %d): os pid %s left its process group and still runs: it is not "
-                        "stopped", self.name, self.pid, ", ".join(map(str, self.escaped)))
 
     def _check_ended(self):
         if self.exited and not self.ended and all(each.closed for each in self.outputs.values()):
@@ -3605,10 +3578,10 @@ class Process:
     # overdue from its readiness, late when a stop takes too long, exit when the leader has exited,
     # empty when its group has no member left, clean when after_stop has ended.
     LIFE = {
-        ("starting", "stop"): ("stopping", _stop),
+        ("starting", "stop"): ("stopping", _signal_stop),
         ("starting", "kill"): ("stopping", _kill),
         ("starting", "exit"): ("exited", _exit_by_itself),
-        ("running", "stop"): ("stopping", _stop),
+        ("running", "stop"): ("stopping", _signal_stop),
         ("running", "kill"): ("stopping", _kill),
         ("running", "exit"): ("exited", _exit_by_itself),
         ("starting", "ready"): ("running", _become_ready),

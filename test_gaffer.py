@@ -3018,15 +3018,6 @@ class ProcessHostile(ProcessCase):
                     self.assertEqual(self.read(pid), ready + rest)
                 self.assertIsNone(process_state(group))
 
-    def test_leaves_the_group(self):
-        """It cannot be stopped, and is reported by its number."""
-        pid, = self.add("x", "setsid sh -c 'echo $$; exec sleep 60' & wait", shell=True)
-        escaped = int(self.read(pid, b"\n"))
-        with self.assertLogs("gaffer", "WARNING") as logs:
-            self.stop("x", self.os_pids("x")[0])
-        self.assertIn("os pid %d left its process group" % escaped, logs.output[0])
-        os.kill(escaped, signal.SIGKILL)
-
     def test_cannot_be_executed(self):
         """Refused when it is to start, with a reason; nothing is added, nothing starts."""
         for command, words in ((self.file("a", "#!/nowhere/interpreter\n", 0o755), "interpreter"),
@@ -4412,19 +4403,18 @@ class ProcessLife(ProcessCase):
         self.assertEqual((max(wanted), len(wanted) < 60), (15, True))
 
     def test_what_only_informs_stops_nothing(self):
-        """Neither a look at descendants that fails nor an observer of events that does."""
+        """Neither a look for daemons that fails nor an observer of events that does."""
         self.add("x", "sleep 60", numprocesses=2)
         self.add("y", "cat", redirect_input=True)
         groups, patch = self.os_pids("x"), mock.patch.object
         with self.assertLogs("gaffer", "ERROR") as logs, \
-                patch(self.manager.table, "escaped", side_effect=FileNotFoundError("ps")), \
                 patch(self.manager.table, "orphans", side_effect=OSError("EMFILE")), \
                 patch(self.manager.events, "append", side_effect=RuntimeError("an observer")):
             self.post("x/_stop?wait=true")
             self.send("y", None)
             until(lambda: self.pids("y") == [4])
         self.assertFalse(any(map(process_state, groups)))
-        for words in "FileNotFoundError: ps", "OSError: EMFILE", "RuntimeError: an observer":
+        for words in "OSError: EMFILE", "RuntimeError: an observer":
             self.assertIn(words, "\n".join(logs.output))
 
     @unittest.skipUnless(gaffer.ProcfsTable.EXISTS, "no /proc here")
@@ -4435,8 +4425,8 @@ class ProcessLife(ProcessCase):
         self.assertEqual(table.groups({child.pid, os.getpgrp()}), {os.getpgrp()})
         child.wait(TIMEOUT)
         pid = child.pid
-        self.assertEqual((table.sample(pid), table.usage(pid), table.children(pid),
-                          table.is_alive(pid, 0)), (None, None, [], False))
+        self.assertEqual((table.sample(pid), table.usage(pid), table.children(pid)),
+                         (None, None, []))
 
     def test_daemon(self):
         """The exit event and the status say so, whether it has left its group or not."""
