@@ -3611,8 +3611,6 @@ STDIN_SIZE = MIB                                # waits for a process to read it
 AFTERLIFE = 60.0                                # the output of an exited process stays readable
 AFTERLIFE_COUNT = 16                            # and of how many exits at most
 TEMPLATES_MAX = 10000
-STOP_STAGGER = 0.1                              # at the stop, between two processes
-STOP_STAGGER_TOTAL = 1.0                        # and for all of them
 STOP_KILL = 10.0                                # after a second signal, gaffer ends whatever runs
 STOP_SEND = 2.0                                 # for a client to take some of what is left
 STOP_SEND_TOTAL = 20.0                          # for all of them
@@ -4047,9 +4045,9 @@ class Manager:
         self._to_spawn = {}                     # Template -> its last Launch, or None
         self.commands = set()                   # CommandRuns that have not ended
         self._blocked = {}                      # Template -> None: those that wait for another
-        self._to_stop, self._wave = [], []      # see _stop_next(): Process, (Process, time)
-        self._stages = {}                       # see stop_stages()
-        self._stop_timer, self._stop_stagger = None, 0.0
+        self._to_stop = []                      # [[Process]] that are still to be stopped
+        self._stopped, self._stopped_at = [], 0.0       # those that were last
+        self._stop_timer = None
         self._report = Throttle()
 
     # look-ups, for the owner of the lock
@@ -4759,41 +4757,37 @@ class Manager:
                 if process.template["detach"]:
                     process.close_readiness()   # or its probes would go on
             homes = [*(each.home for each in self._alive()), *self.templates.values()]
-            self._stages = stop_stages({home.name: home.info for home in homes})
-            self._to_stop = sorted(self._alive(), key=lambda each: -self._stages[each.name])
-            self._stop_stagger = min(STOP_STAGGER, STOP_STAGGER_TOTAL / max(1, len(self._to_stop)))
+            stages = stop_stages({home.name: home.info for home in homes})
+            waves = collections.defaultdict(list)       # newest first
+            for process in reversed(self._alive()):
+                waves[stages[process.name]].append(process)
+            self._to_stop = [waves[stage] for stage in sorted(waves, reverse=True)]
             self._stop_next()
         if kill:
             self.killing = True
-            while self._to_stop:
-                self._end_process(self._to_stop.pop(), "stop_pid")
-            for process in self._alive():       # one that waits for a device cannot be killed
-                process.step("kill")
+            self._to_stop.clear()
+            for process in reversed(self._alive()):
+                self._end_process(process, "stop_pid")
+                process.step("kill")            # one that waits for a device cannot be killed
                 self.loop.later(STOP_KILL, process.abandon, "was killed and does not end")
         self.maybe_stopped()
 
     def _stop_next(self):
-        """Stop what is next in order: a process waits for the one after it for a moment, and for
-        all of an earlier stage until they are gone, or their graceful_timeout is over and no
+        """Stop the next stage once those before are gone, or their graceful_timeout is over and no
         after_stop runs."""
         now = self.loop.clock()
         if self._stop_timer is not None:
             self._stop_timer.cancel()
         while self._to_stop:
-            process, wave = self._to_stop[-1], self._wave
-            same = wave and self._stages[wave[-1][0].name] == self._stages[process.name]
-            waits = [since + (self._stop_stagger if same else stop_time(each.template)
-                              + (HOOK_TIME if each.state == "cleaning" else 0.0))
-                     for each, since in (wave[-1:] if same else wave)
-                     if not each.gone and not each.abandoned]
-            if waits and max(waits) > now:
-                self._stop_timer = self.loop.later(max(waits) - now, self._stop_next)
+            until = max((self._stopped_at + stop_time(each.template)
+                         + (HOOK_TIME if each.state == "cleaning" else 0.0)
+                         for each in self._stopped if not (each.gone or each.abandoned)),
+                        default=now)
+            if until > now:
+                self._stop_timer = self.loop.later(until - now, self._stop_next)
                 break
-            if not same:
-                wave.clear()
-            self._to_stop.pop()
-            if not process.gone:
-                wave.append((process, now))
+            self._stopped, self._stopped_at = self._to_stop.pop(), now
+            for process in self._stopped:
                 self._end_process(process, "stop_pid")
 
     def _alive(self):
