@@ -2384,16 +2384,6 @@ class Launch:
         launch._prepare()
         return launch
 
-    def again(self, template, instance):
-        """Return a Launch for another process that starts now: looked up anew only if it shows its
-        instance number, or reads files."""
-        if (b"GAFFER_INSTANCE" in self.env or "GAFFER_PORT_STEP" in template["env"]
-                or template["env_file"]):
-            return Launch(template, instance)
-        launch = copy.copy(self)
-        launch.instance = instance
-        return launch
-
     def _environment(self, template, user):
         env = dict(os.environb) if template["os_env"] else {}
         if self.uid is not None:
@@ -4042,7 +4032,7 @@ class Manager:
         self._subscriptions = []                # (pattern, Subscription)
         self._waiters = []                      # (done, callback)
         self._asking, self._pause = None, 0.0   # Timer: until they are asked; what that took
-        self._to_spawn = {}                     # Template -> its last Launch, or None
+        self._to_spawn = {}                     # Template -> None: those that miss a process
         self.commands = set()                   # CommandRuns that have not ended
         self._blocked = {}                      # Template -> None: those that wait for another
         self._to_stop = []                      # [[Process]] that are still to be stopped
@@ -4262,10 +4252,9 @@ class Manager:
         theirs in between."""
         until = self.loop.clock() + SPAWN_TIME
         while self._to_spawn:
-            template, launch = next(iter(self._to_spawn.items()))
-            if template.missing() > 0 and not self.stopping:
-                launch = self._to_spawn[template] = self._respawn(template, launch)
-            if template.missing() <= 0 or launch is None and template.pending:
+            template = next(iter(self._to_spawn))
+            spawned = template.missing() > 0 and not self.stopping and self._respawn(template)
+            if template.missing() <= 0 or not spawned and template.pending:
                 del self._to_spawn[template]
                 if template.waits_for():        # again, before all were spawned
                     self._blocked[template] = None
@@ -4275,13 +4264,12 @@ class Manager:
             self.loop.call_soon(self._spawn_some)
         self._ask_waiters()
 
-    def _respawn(self, template, launch):
-        """Spawn a process that nobody waits for; `launch`: that of the one before it, or None.
-        Returns its Launch; None: it failed, and is tried again later."""
+    def _respawn(self, template):
+        """Spawn a process that nobody waits for. Returns False if it failed, and is tried again
+        later."""
         failures = template.failures.pop() if template.failures else 0
         try:
-            launch = (launch.again if launch else Launch)(template.info, template.free_instance())
-            process = self._spawn(template, launch)
+            process = self._spawn(template, Launch(template.info, template.free_instance()))
         except (GafferError, OSError, ValueError, MemoryError) as error:
             template.error = str(error)
             short = isinstance(error, (Busy, MemoryError))  # of what the system has: no flapping
@@ -4293,13 +4281,13 @@ class Manager:
             elif template.missing() > 0:        # with a delay also if it flaps: nothing took time
                 delay = restart_delay(dict(template.info, flapping=None), failures + 2)
                 self._spawn_later(template, failures + 1, delay)
-            return None
+            return False
         process.failures = failures
         if failures:                            # it may end at once again: others go before it
             self._to_spawn[template] = self._to_spawn.pop(template)
         self._publish("spawn", template.name, process)
         self._release(template)
-        return launch
+        return True
 
     def _spawn(self, template, launch):
         """Return a new process of `template`, running. The caller publishes it."""
@@ -4557,8 +4545,6 @@ class Manager:
             template.replace(info)
             template.forget_waits()
             template.open_streams(self.window_size)
-            if template in self._to_spawn:
-                self._to_spawn[template] = None
         if fields:
             self._publish("update", name)
         if not active:

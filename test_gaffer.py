@@ -1754,12 +1754,12 @@ class PureLaunch(Case):
                 {"name": "a", "cmd": "sh", "env": {"PORT": 7000, **step}})
             launch = gaffer.Launch(template)
             self.assertEqual(launch.env[b"PORT"], b"7000")
-            launch = launch.again(template, 3)
+            launch = gaffer.Launch(template, 3)
             self.assertEqual((launch.env[b"PORT"], b"GAFFER_PORT_STEP" in launch.env),
                              (third, False))
         template["env"]["PORT"] = 65500
         self.assertRaisesRegex(gaffer.InvalidProcessInfo, "field 'env' makes 65536 the PORT",
-                               launch.again, template, 37)
+                               gaffer.Launch, template, 37)
 
     def test_program(self):
         """The first in the PATH of the process, or gaffer's, seen from cwd."""
