@@ -4034,7 +4034,6 @@ class Manager:
         self._asking, self._pause = None, 0.0   # Timer: until they are asked; what that took
         self._to_spawn = {}                     # Template -> None: those that miss a process
         self.commands = set()                   # CommandRuns that have not ended
-        self._blocked = {}                      # Template -> None: those that wait for another
         self._to_stop = []                      # [[Process]] that are still to be stopped
         self._stopped, self._stopped_at = [], 0.0       # those that were last
         self._stop_timer = None
@@ -4234,17 +4233,13 @@ class Manager:
             if not self._to_spawn:
                 self.loop.call_soon(self._spawn_some)
             self._to_spawn.setdefault(template)
-        if template.waits_for():
-            self._blocked[template] = None
-        else:
-            self._blocked.pop(template, None)
         self._release(template)
 
     def _release(self, template):
         """Start what has waited for `template`, if that is ready or done now."""
-        if self._blocked and template.releases():
-            for other in self._blocked:
-                if template.name in other.info["after"]:
+        if template.releases():
+            for other in self.templates.values():
+                if template.name in other.info["after"] and other.lacking() > 0:
                     self.loop.call_soon(self._reconcile, other)
 
     def _spawn_some(self):
@@ -4256,8 +4251,6 @@ class Manager:
             spawned = template.missing() > 0 and not self.stopping and self._respawn(template)
             if template.missing() <= 0 or not spawned and template.pending:
                 del self._to_spawn[template]
-                if template.waits_for():        # again, before all were spawned
-                    self._blocked[template] = None
             if self.loop.clock() > until:
                 break
         if self._to_spawn:
@@ -4318,7 +4311,6 @@ class Manager:
 
     def _stop_template(self, template):
         template.forget_waits()
-        self._blocked.pop(template, None)
         template.finished = {}
         if template.active:
             template.active, template.outcome = False, None     # of a schedule's last run
