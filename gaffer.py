@@ -2533,20 +2533,18 @@ def priority_of(info):
 def find_circle(name, after):
     """Return the names of a circle through `name`, which is at both ends; [] if there is none.
     `after(name)`: the names that a name is after."""
-    links: list = [(name, None)]                # (name, the link that led to it)
-    seen = set()
-    for link in links:
-        for other in after(link[0]):
-            if other == name:
-                circle = [name]
-                while link:
-                    circle.append(link[0])
-                    link = link[1]
-                return circle[::-1]
-            if other not in seen:
-                seen.add(other)
-                links.append((other, link))
-    return []
+    found, before = [name], {}                  # before: each name -> the one that led to it
+    for each in found:
+        for other in after(each):
+            if other not in before:
+                before[other] = each
+                found.append(other)
+    if name not in before:
+        return []
+    circle = [name, before[name]]
+    while circle[-1] != name:
+        circle.append(before[circle[-1]])
+    return circle[::-1]
 
 
 def stop_stages(infos):
