@@ -4553,19 +4553,12 @@ class Manager:
         return template, "changed"
 
     @starting
-    def adjust_process(self, name, fields):
-        """Change ADJUSTABLE fields of a template, {field: value}, checked. NotFound."""
-        info = dict(self.find_template(name).info, **fields)
-        self._update(name, info, "start" in fields, False, False)
-        return self.templates[name], None
-
-    @starting
     def scale(self, name, change):
         """Change numprocesses by `change`, within 0 and its limit. Returns the new number.
         NotFound."""
         template = self.find_template(name)
         number = min(NUMPROCESSES_MAX, max(0, template.info["numprocesses"] + change))
-        self.adjust_process(name, {"numprocesses": number})
+        self._update(name, dict(template.info, numprocesses=number), False, False, False)
         return template, number
 
     @changing

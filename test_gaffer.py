@@ -3269,7 +3269,7 @@ class ProcessTimes(ProcessClock):
             self.add(name, priority=priority, graceful_timeout=3, flapping=PROCESS_ONCE, **command)
             self.read(pid, b"ready")
         db, app = (self.status(name)["os_pids"][0] for name in ("db", "app"))
-        self.manager.adjust_process("app", {"priority": 1})
+        self.manager.update_process("app", dict(self.manager.info("app"), priority=1))
         self.manager.stop()
 
         def stopped(number):
