@@ -1976,10 +1976,9 @@ def check_schedule(value):
 Option = collections.namedtuple("Option", "default check help", defaults=[""])
 
 
-def examine_fields(info, options, required=(), known=None):
+def examine_fields(info, options, required=()):
     """Return (values, faults) of `info` by a table of options: values with their defaults filled
-    in, and all faults as (field, sentence). `known`: {field: value} for fields that are left out.
-    """
+    in, and all faults as (field, sentence)."""
     values, faults = {}, []
     unknown = [field for field in info if field not in options]
     for field in unknown[:10]:
@@ -1989,7 +1988,7 @@ def examine_fields(info, options, required=(), known=None):
     if len(unknown) > 10:
         faults.append((unknown[10], "%d more unknown fields" % (len(unknown) - 10)))
     for field, option in options.items():
-        value = info.get(field, (known or {}).get(field))
+        value = info.get(field)
         values[field] = copy.copy(option.default)
         if value is None:
             if field in info and option.default is not None:
@@ -2181,18 +2180,18 @@ def check_together(template, info):
     return [(field, "field '%s' %s" % (field, fault)) for field, fault in faults]
 
 
-def examine_template(info, known=None):
+def examine_template(info):
     """Return (template, faults) of a client's `info`, as examine_fields() does."""
-    template, faults = examine_fields(info, OPTIONS, ("name", "cmd"), known)
+    template, faults = examine_fields(info, OPTIONS, ("name", "cmd"))
     return template, faults or check_together(template, info)
 
 
-def check_template(info, known=None):
-    """Return a template from a client's `info`, as examine_template(). InvalidProcessInfo names
-    every field that is wrong."""
+def check_template(info):
+    """Return a template from a client's `info`. InvalidProcessInfo names every field that is
+    wrong."""
     if not isinstance(info, dict):
         raise InvalidProcessInfo("send one JSON object with at least 'name' and 'cmd'")
-    template, faults = examine_template(info, known)
+    template, faults = examine_template(info)
     if faults:
         raise InvalidProcessInfo("; ".join(sentence for _, sentence in faults))
     return template
@@ -4503,7 +4502,7 @@ class Manager:
         processes are stopped and, if it is active, replaced, unless only ADJUSTABLE fields change.
         `create`: add it if it is not there; `dry_run`: only check. Returns "created", "changed" or
         "unchanged". InvalidProcessInfo, NotFound."""
-        template = check_template(info, {"name": name})
+        template = check_template({"name": name, **info} if isinstance(info, dict) else info)
         if template["name"] != name:
             raise InvalidProcessInfo("field 'name' is '%s', but this is '%s'; add a new template "
                                      "instead" % (template["name"], name))
