@@ -3668,10 +3668,6 @@ class Template:
         for process in self.processes.values():
             process.by_itself = False
 
-    def labels(self):
-        """Return the labels of all streams that can be read, stdout's first."""
-        return list(dict.fromkeys([*self.info["redirect_output"], *self.info["custom_streams"]]))
-
     def running(self):
         """Return the processes that run and are not being stopped, oldest first."""
         return [process for process in self.processes.values() if process.running]
@@ -3683,7 +3679,7 @@ class Template:
 
     def open_streams(self, size):
         """Make the template's streams fit its labels. Those of labels that stay go on."""
-        labels = self.labels()
+        labels = [*self.info["redirect_output"], *self.info["custom_streams"]]
         for label in [label for label in self.merged if label not in labels]:
             self.merged.pop(label).window.finish()
         for label in labels:
