@@ -570,16 +570,18 @@ class Timer:
             self._loop.pending_timers -= 1
 
 
-def under_lock(method):
-    """Have a method of Loop run under its lock, whatever thread calls it."""
+def on_loop(method):
+    """Have a method run under the lock of its `loop`, whatever thread calls it."""
     @functools.wraps(method)
-    def call(self, *args):
-        return self.call(method, self, *args)
+    def call(self, *args, **options):
+        return self.loop.call(method, self, *args, **options)
     return call
 
 
 class Loop:
     """An event loop on `selectors`. `clock` returns monotonic seconds; tests pass their own."""
+
+    loop = property(lambda self: self)          # for on_loop()
 
     def __init__(self, clock=time.monotonic):
         self.clock = clock
@@ -606,21 +608,22 @@ class Loop:
 
     # for any thread
 
-    def call(self, function, *args):
-        """Run `function(*args)` under the lock; return what it returns, raise what it raises.
+    def call(self, function, *args, **options):
+        """Run `function(*args, **options)` under the lock; return what it returns, raise what it
+        raises.
 
         The owner of the lock may call again. Raises Stopping once the loop is closed.
         """
         thread = threading.get_ident()
         if self._owner == thread:
-            return function(*args)
+            return function(*args, **options)
         with self._gate, self._lock:
             self._owner = thread
             try:
                 if self.closed:
                     raise Stopping("gaffer is stopping; start it again")
                 self.now = self.clock()
-                return function(*args)
+                return function(*args, **options)
             finally:
                 self._owner = None
 
@@ -687,7 +690,7 @@ class Loop:
         """Return True if the calling thread holds the lock."""
         return self._owner == threading.get_ident()
 
-    @under_lock
+    @on_loop
     def later(self, delay, function, *args):
         """Run `function(*args)` in `delay` seconds, under the lock. Return its Timer."""
         timer = Timer(self, self.clock() + delay, function, args)
@@ -704,18 +707,18 @@ class Loop:
         """Poll POLLS times before the next wait, as an answer may come sooner than a wake-up."""
         self._polls = POLLS if CORES > 1 else 0
 
-    @under_lock
+    @on_loop
     def register(self, fd, events, callback):
         """Call `callback(mask)` whenever `fd` is ready (selectors.EVENT_READ, EVENT_WRITE)."""
         self._selector.register(fd, events, callback)
         self._callbacks[fd] = callback
 
-    @under_lock
+    @on_loop
     def modify(self, fd, events):
         """Change what a registered `fd` is watched for."""
         self._selector.modify(fd, events, self._callbacks[fd])
 
-    @under_lock
+    @on_loop
     def unregister(self, fd):
         """Stop watching `fd`. Do this before closing it."""
         self._selector.unregister(fd)
@@ -3941,14 +3944,6 @@ class ProcessHandle:
         if not manager.block_until(done, timeout):
             raise WaitTimeout("%s has not ended in %g seconds; it goes on" % (self.name, timeout))
         return target.last_exit
-
-
-def on_loop(method):
-    """Have a method run under the lock of its `loop`, whatever thread calls it."""
-    @functools.wraps(method)
-    def call(self, *args, **options):
-        return self.loop.call(functools.partial(method, self, *args, **options))
-    return call
 
 
 def changing(method):
