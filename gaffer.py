@@ -3778,7 +3778,7 @@ class Template:
         reason = ("has been deleted" if self.deleted else "is stopped; start it"
                   if self.outcome is None and not self.gave_up else
                   "has failed: " + self.last_failure())
-        return reason + self.last_lines(self.begins)
+        return reason + self.last_lines()
 
     def delay_reason(self):
         """Return why it is not ready yet, and its last lines, to go on with a sentence."""
@@ -3790,8 +3790,7 @@ class Template:
             found.append("; it waits for " + ", ".join(self.waits_for()))
         if self.error or self.last_exit:
             found.append("; it last ended with: " + self.last_failure())
-        earlier = dict.fromkeys(self.begins, 0)
-        return "".join(found) + (self.last_lines(self.begins) or self.last_lines(earlier))
+        return "".join(found) + self.last_lines()
 
     def last_failure(self):
         """Return how the last process ended, or why it could not be spawned."""
@@ -3799,11 +3798,11 @@ class Template:
         return self.error or ("signal %d" % end["term_signal"] if end["term_signal"] else
                               "exit status %d" % end["exit_status"])
 
-    def last_lines(self, begins):
-        """Return the last lines of streams, {window: where the first of them may begin}."""
+    def last_lines(self):
+        """Return the last lines of output since the last spawn."""
         text = b"".join(
             window.read(max(window.tail(10), window.end - 4 * KIB, begin), 4 * KIB)
-            for window, begin in begins.items()).decode("utf-8", "replace").rstrip()
+            for window, begin in self.begins.items()).decode("utf-8", "replace").rstrip()
         return "; its last lines:\n" + text if text else ""
 
     def state(self):
