@@ -3886,8 +3886,8 @@ class ProcessHandle:
     """What add_process() and get_process() return: one process (`pid`) or, by name, whatever a
     template runs. Any thread may call it."""
 
-    def __init__(self, manager, target, name, pid=None, os_pid=None):
-        self._manager, self._target = manager, target
+    def __init__(self, manager, name, pid=None, os_pid=None):
+        self._manager, self._target = manager, pid or name
         self.name, self.pid, self.os_pid = name, pid, os_pid
 
     def info(self):
@@ -4022,7 +4022,7 @@ class Manager:
     @staticmethod
     def is_name(target):
         """Return True for a template's name, False for a pid: a name is never all digits."""
-        return isinstance(target, str) and not (target.isascii() and target.isdigit())
+        return not str(target).isdigit()
 
     def find_template(self, name):
         """Return a Template. NotFound."""
@@ -4034,9 +4034,7 @@ class Manager:
     def find_process(self, pid, past=False):
         """Return a running process by pid; `past`: or one that can still be read. NotFound."""
         text = str(pid)
-        process = None
-        if len(text) < 20 and text.isascii() and text.isdigit() and text[0] != "0":
-            process = self.processes.get(int(text))
+        process = self.processes.get(int(text)) if re.fullmatch("[1-9][0-9]{,18}", text) else None
         if process is None or not (past or process.running):
             raise NotFound("there is no process %s; GET /processes?running=true lists them"
                            % text[:20])
@@ -4095,9 +4093,9 @@ class Manager:
     def get_process(self, target):
         """Return a ProcessHandle for a template's name or a pid. NotFound."""
         if self.is_name(target):
-            return ProcessHandle(self, target, self.find_template(target).name)
+            return ProcessHandle(self, self.find_template(target).name)
         process = self.find_process(target)
-        return ProcessHandle(self, process.pid, process.name, process.pid, process.os_pid)
+        return ProcessHandle(self, process.name, process.pid, process.os_pid)
 
     @on_loop
     def info(self, target):
@@ -4444,7 +4442,7 @@ class Manager:
 
     @starting
     def _add(self, info, dry_run):
-        name, handle = info["name"], ProcessHandle(self, info["name"], info["name"])
+        name, handle = info["name"], ProcessHandle(self, info["name"])
         if name in self.templates:
             raise Conflict("the name '%s' is taken; PUT /processes/%s replaces it" % (name, name))
         if len(self.templates) >= TEMPLATES_MAX:
