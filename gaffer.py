@@ -465,10 +465,8 @@ class ProcfsTable:
                 "rss": int(fields[21]) * self.PAGE} if fields else None
 
     def sample(self, os_pid):
-        """Return what usage() returns and more, at three times the cost.
-
-        {ppid, start_time, vms, nice, uid, cmdline, children}: start_time is in seconds since boot.
-        """
+        """Return {cpu_time, rss, vms, nice, uid, cmdline, children}, at three times the cost of
+        usage()."""
         fields = self._stat(os_pid)
         try:
             uid = os.stat("/proc/%d" % os_pid).st_uid
@@ -478,9 +476,9 @@ class ProcfsTable:
             return None
         words = self._read(os_pid, "cmdline").rstrip(b"\0").replace(b"\0", b" ")
         return {
-            "ppid": int(fields[1]), "cpu_time": (int(fields[11]) + int(fields[12])) / self.TICKS,
-            "start_time": int(fields[19]) / self.TICKS, "rss": int(fields[21]) * self.PAGE,
-            "vms": int(fields[20]), "nice": int(fields[16]), "uid": uid,
+            "cpu_time": (int(fields[11]) + int(fields[12])) / self.TICKS,
+            "rss": int(fields[21]) * self.PAGE, "vms": int(fields[20]), "nice": int(fields[16]),
+            "uid": uid,
             "cmdline": words.decode("utf-8", "replace"), "children": self.children(os_pid),
         }
 
@@ -3454,9 +3452,6 @@ class Process:
             log.warning("%s (pid %d): %s", self.name, self.pid, self.home.hint)
         self.step("clean")
 
-    def _end(self):
-        self._manager.process_gone(self)
-
     def _check_ended(self):
         if self.exited and not self.ended and all(each.closed for each in self.outputs.values()):
             self.ended = True
@@ -3575,7 +3570,7 @@ class Process:
         ("exited", "empty"): ("cleaning", _after_stop),
         ("cleaning", "late"): ("cleaning", _kill_hook),
         ("cleaning", "kill"): ("cleaning", _kill_hook),
-        ("cleaning", "clean"): ("gone", _end),
+        ("cleaning", "clean"): ("gone", lambda self: self._manager.process_gone(self)),
     }
 
 
