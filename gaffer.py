@@ -4448,24 +4448,26 @@ class Manager:
         if dry_run:
             return template, handle
         template.open_streams(self.window_size)
-        self._activate(template, launch, "create")
+        self._activate(template, launch, template.due)
         return template, handle
 
-    def _activate(self, template, launch, created=None):
+    def _activate(self, template, launch, due):
         """Start a template, if there is a `launch`, with its first process; if that cannot be
-        spawned, nothing has happened. `created`: the event that tells of a new one."""
-        was, template.active, first = template.active, launch is not None, None
+        spawned, nothing has happened. `due`: not at a time of its schedule, but now."""
+        was, first = (template.active, template.due), None
+        template.active, template.due = launch is not None, due
         if self._running and template.missing() > 0:
             try:
                 first = self._spawn(template, launch)
             except GafferError:
-                template.active = was
+                template.active, template.due = was
                 raise
-        if created:
+        template.begin()
+        if template.name not in self.templates:
             self.templates[template.name] = template
-            self._publish(created, template.name)
+            self._publish("create", template.name)
             template.created = "%d@%s" % (self.events.end, self.epoch)
-        if template.active and template.due and self._running:
+        if template.active and due and self._running:
             self._publish("start", template.name)
         if first is not None:
             self._publish("spawn", template.name, first)
@@ -4519,9 +4521,8 @@ class Manager:
             for process in template.running():
                 self._end_process(process, "stop_pid")
         elif not was:
-            template.due = template.schedule is None
-            self._activate(template, Launch(info, template.free_instance()))
-            template.begin()
+            self._activate(template, Launch(info, template.free_instance()),
+                           template.schedule is None)
         self._reconcile(template)
         return template, "changed"
 
@@ -4555,14 +4556,7 @@ class Manager:
         template = self.find_template(name)
         if template.active and template.due:
             return template, None
-        launch, was_due = Launch(template.info, template.free_instance()), template.due
-        template.due = True
-        try:
-            self._activate(template, launch)
-        except GafferError:
-            template.due = was_due
-            raise
-        template.begin()
+        self._activate(template, Launch(template.info, template.free_instance()), True)
         return template, None
 
     @changing
