@@ -4219,7 +4219,7 @@ class Manager:
         until = self.loop.clock() + SPAWN_TIME
         while self._to_spawn:
             template = next(iter(self._to_spawn))
-            spawned = template.missing() > 0 and not self.stopping and self._respawn(template)
+            spawned = template.missing() > 0 and self._respawn(template)
             if template.missing() <= 0 or not spawned and template.pending:
                 del self._to_spawn[template]
             if self.loop.clock() > until:
@@ -4293,7 +4293,7 @@ class Manager:
     def _apply_policy(self, template, end, lived, failures):
         """Decide what follows an exit or a failed spawn. Returns the seconds until the next try;
         None: there is none."""
-        if not template.active or self.stopping:
+        if not template.active:
             return 0.0
         template.tries += 1
         oldest = max([lived, *(process.age() for process in template.running())])
@@ -4402,7 +4402,7 @@ class Manager:
             self.exit_code = shell_status(process.end)
             log.info("%s has ended, and so does gaffer, with %d", process.name, self.exit_code)
             self._stop(False)
-        if template.active and not template.deleted and not self.stopping:
+        if template.active:
             if process.by_itself and process.retry_after is None:
                 template.finished[process.instance] = process.end
             else:
@@ -4690,9 +4690,6 @@ class Manager:
                 if template.active:
                     template.active = False
                     self._publish("stop", template.name)
-            for process in list(self.processes.values()):
-                if process.template["detach"]:
-                    process.close_readiness()   # or its probes would go on
             homes = [*(each.home for each in self._alive()), *self.templates.values()]
             stages = stop_stages({home.name: home.info for home in homes})
             waves = collections.defaultdict(list)       # newest first
