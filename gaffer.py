@@ -3928,13 +3928,10 @@ class ProcessHandle:
             raise RuntimeError("this would wait for its own thread; wait on another one")
         if self.pid is None:
             target = manager.loop.call(manager.find_template, self.name)
+            done = lambda: target.check_goal("stopped")[0]
         else:
             target = manager.loop.call(manager.find_process, self.pid, True)
-
-        def done():
-            if self.pid is not None:
-                return target.gone
-            return target.state() in ("stopped", "done", "failed")
+            done = lambda: target.gone
         if not manager.block_until(done, timeout):
             raise WaitTimeout("%s has not ended in %g seconds; it goes on" % (self.name, timeout))
         return target.last_exit
