@@ -2609,24 +2609,21 @@ class Merged:
 class Output:
     """Reads a pipe of process `pid` into its own window and its template's; calls `ended()`."""
 
-    def __init__(self, loop, fd, window, merged, pid, ended):
-        self._loop, self._fd, self.window, self.pid = loop, fd, window, pid
-        self._merged, self._ended = merged, ended
+    def __init__(self, loop, fd, merged, pid, ended):
+        self._loop, self._fd, self.pid, self._ended = loop, fd, pid, ended
+        self.window, self._merged = Window(loop, merged.window.limit, merged.window), merged
         self._carry = b""
         self._paused = False
         self._timer = self._silence = None
-        self._size_wide = min(READ_SIZE_WIDE, window.limit // 4)
+        self._size_wide = min(READ_SIZE_WIDE, self.window.limit // 4)
         self._size = min(READ_SIZE, self._size_wide)
+        loop.register(fd, selectors.EVENT_READ, self._readable)
+        merged.open(self)
 
     @property
     def closed(self):
         """True once nothing is read any more."""
         return self._fd is None
-
-    def start(self):
-        """Begin to read."""
-        self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
-        self._merged.open(self)
 
     def drain(self):
         """Read what is in the pipe, for DRAIN_TIME at most: the process group is gone."""
@@ -3131,14 +3128,12 @@ class Process:
         for another process."""
         ours, theirs = [], []                   # descriptors to close when it fails, and always
         stdio, extra, inputs = [subprocess.DEVNULL] * 3, [], {}
-        template, merged, size = self.template, self.home.merged, self._manager.window_size
+        template = self.template
 
         def read_from(fd, label):
-            window = Window(self._loop, size, merged[label].window)
-            output = Output(self._loop, fd, window, merged[label], self.pid, self._check_ended)
-            output.start()
+            self.outputs[label] = Output(
+                self._loop, fd, self.home.merged[label], self.pid, self._check_ended)
             ours.remove(fd)
-            self.outputs[label] = output
 
         try:
             ends = {}                           # all that may fail comes before there is a process
@@ -3417,11 +3412,8 @@ class Process:
             if merged is not None:
                 fds = list(os.pipe())
                 os.set_blocking(fds[0], False)
-                window = Window(self._loop, self._manager.window_size, merged.window)
-                self._hook_output = Output(self._loop, fds[0], window, merged, self.pid,
-                                           lambda: None)
+                self._hook_output = Output(self._loop, fds[0], merged, self.pid, lambda: None)
                 del fds[0]
-                self._hook_output.start()
             self._hook = self._run(
                 self._launch, self.template["after_stop"], self._hook_ended,
                 fds[0] if fds else subprocess.DEVNULL, env={

@@ -7100,11 +7100,11 @@ class PureOutput(PureLogCase):
         read, write = os.pipe()
         self.addCleanup(os.close, write)
         os.set_blocking(read, False)
-        self.ends, window = [], gaffer.Window(self.loop, 256)
+        self.ends = []
         self.merged = merged or gaffer.Merged(
             self.loop, 256, "t", "out", gaffer.Journal(self.loop, 1024))
-        output = gaffer.Output(self.loop, read, window, self.merged, 1, lambda: self.ends.append(1))
-        self.do(output.start)
+        output = self.do(gaffer.Output, self.loop, read, self.merged, 1,
+                         lambda: self.ends.append(1))
         self.addCleanup(self.do, output.close)
         return output, write
 
