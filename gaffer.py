@@ -3084,9 +3084,6 @@ except OSError as error:
 """
 
 
-HOOK_WORDS = KIB                                # of the output of after_stop, if it fails
-
-
 class Process:
     """A process: from its spawn until nothing of its group is left, and then while its output can
     be read. `pid` is gaffer's number of it; `os_pid`, `exit_status` and `term_signal` are the
@@ -3433,14 +3430,13 @@ class Process:
 
     def _hook_ended(self, failure):
         """Have the process gone: its after_stop has ended; with a `failure`, or None."""
-        words = b""
+        said = ""
         if self._hook_output is not None:
             self._hook_output.close()
             window = self._hook_output.window
-            words = window.read(max(window.start, window.end - HOOK_WORDS))
+            said = window.read(max(window.start, window.end - KIB)).decode("utf-8", "replace")
         if failure is not None:
-            said = words.decode("utf-8", "replace").strip()
-            self.home.hint = "after_stop " + ": ".join(filter(None, (failure, said)))
+            self.home.hint = "after_stop " + ": ".join(filter(None, (failure, said.strip())))
             log.warning("%s (pid %d): %s", self.name, self.pid, self.home.hint)
         self.step("clean")
 
@@ -3582,10 +3578,8 @@ TEMPLATES_MAX = 10000
 STOP_KILL = 10.0                                # after a second signal, gaffer ends whatever runs
 STOP_SEND = 2.0                                 # for a client to take some of what is left
 STOP_SEND_TOTAL = 20.0                          # for all of them
-TEMPLATE_EVENTS = ("create", "start", "stop", "restart", "update", "delete", "flap", "done", "fail",
-                   "skip")
-PROCESS_EVENTS = ("spawn", "ready", "reap", "exit", "stop_pid")
-EVENT_TYPES = TEMPLATE_EVENTS + PROCESS_EVENTS
+EVENT_TYPES = ("create", "start", "stop", "restart", "update", "delete", "flap", "done", "fail",
+               "skip", "spawn", "ready", "reap", "exit", "stop_pid")
 SPAWN_TIME = 0.002                              # seconds of spawning in one turn of the loop
 
 
