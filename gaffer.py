@@ -2574,6 +2574,7 @@ PROBE_FIRST = 0.1                               # between a spawn and the first 
 PROBE_INTERVAL = 1.0                            # between a probe that failed and the next
 PROBE_TIME = 5.0                                # for one probe
 NOTIFY_SIZE = 4 * KIB                           # of a message of sd_notify(3)
+STDIN_SIZE = MIB                                # waits for a process to read it: a whole body
 
 
 class Merged:
@@ -3175,7 +3176,7 @@ class Process:
                 os.close(fd)
         for label, fd in inputs.items():
             self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else
-                                       end_socket, self._manager.input_size)
+                                       end_socket, STDIN_SIZE)
         self._watcher = ExitWatcher(self._loop, self.os_pid, self._exited)
         if template["after_stop"] is not None:
             self._launch = launch
@@ -3571,7 +3572,6 @@ class Process:
 # process calls and Template's need the lock. Observers run by loop.call_unlocked() alone.
 # --------------------------------------------------------------------------------------------------
 JOURNAL_WINDOWS = 4                             # windows that a long poll of the journal may fill
-STDIN_SIZE = MIB                                # waits for a process to read it
 AFTERLIFE = 60.0                                # the output of an exited process stays readable
 AFTERLIFE_COUNT = 16                            # and of how many exits at most
 TEMPLATES_MAX = 10000
@@ -3955,23 +3955,22 @@ def starting(method):
 
 class Manager:
     """Keeps processes running. `apps`: objects with start(loop, manager), and maybe stop() and
-    restart(). `window_size`: bytes kept of each stream; `input_size`: bytes that may wait for a
-    process to read them. `exit_with`: the name of a template, there or yet to come: once a process
-    of it has ended by itself, all others are stopped, run() returns, and `exit_code` is its status,
-    or 128 and the signal. `exit_when_done`: the same once no template can run any more; the status
-    is that of the first failure, else 0. `process_table`: as ProcfsTable. Any thread may call the
-    methods; a signal handler stop() alone, as it may have interrupted the owner of the lock."""
+    restart(). `window_size`: bytes kept of each stream. `exit_with`: the name of a template, there
+    or yet to come: once a process of it has ended by itself, all others are stopped, run() returns,
+    and `exit_code` is its status, or 128 and the signal. `exit_when_done`: the same once no
+    template can run any more; the status is that of the first failure, else 0. Any thread may call
+    the methods; a signal handler stop() alone, as it may have interrupted the owner of the lock."""
 
-    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, process_table=None,
-                 exit_with=None, exit_when_done=False, input_size=STDIN_SIZE):
+    def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_with=None,
+                 exit_when_done=False):
         if window_size < WINDOW_SIZE_MIN:       # nothing could be read from a pipe
             raise ValueError("a window of %d bytes is too small; give %d or more" % (
                 window_size, WINDOW_SIZE_MIN))
         self.loop = loop or Loop()
         self.apps = list(apps)
-        self.window_size, self.input_size = window_size, input_size
+        self.window_size = window_size
         self.exit_with, self.exit_when_done, self.exit_code = exit_with, exit_when_done, 0
-        self.table = process_table or ProcfsTable()
+        self.table = ProcfsTable()
         self.groups = GroupWatcher(self.loop, self.table)
         self.epoch = os.urandom(4).hex()        # a word for this run, in every id
         self.started_at = time.time()
@@ -8844,9 +8843,6 @@ class Api:
     def write(self, request, query, ref, label="stdin"):
         """Write to a process, whole or not at all."""
         self._check_writable(ref, label)
-        most = self.manager.input_size
-        if len(request.body) > most:
-            raise TooLarge("a body may have %d bytes; send it in parts" % most)
         process = self.manager.find_one(ref)
         streams = [*process.outputs.values(), *process.home.merged.values()]
         windows = [stream.window for stream in streams if label == "stdin"]
@@ -10027,8 +10023,6 @@ class HttpHandler:
         if methods is not None:
             handler = methods.get(method)
             if handler is not None:
-                limit = max(BODY_SIZE, self._api.manager.input_size)
-
                 def call(request):
                     query = parse_query(request, handler.query)
                     arguments = self._api, request, query, *args
@@ -10038,7 +10032,7 @@ class HttpHandler:
                             else json_response(result))
                 quick = not handler.unlocked or (
                     handler.unlocked == "few" and not has_query and "few")
-                return functools.partial(attempt, call), limit, method == "GET" and quick
+                return functools.partial(attempt, call), BODY_SIZE, method == "GET" and quick
             if method not in METHODS + OTHER_METHODS:
                 raise MethodUnknown("HTTP has no such method; they are in capitals")
             if "*" in methods:                  # what a stream allows depends on its label

@@ -236,10 +236,9 @@ class Asked:
 class Running(Asked):
     """A Manager with an HttpHandler on a free port of 127.0.0.1, on a thread of its own."""
 
-    def __init__(self, window=gaffer.WINDOW_SIZE, process_table=None, endpoints=None, **options):
+    def __init__(self, window=gaffer.WINDOW_SIZE, endpoints=None, **options):
         self.http = gaffer.HttpHandler(endpoints or [gaffer.HttpEndpoint("127.0.0.1:0")], **options)
-        self.manager = gaffer.Manager([self.http, self], window_size=window,
-                                      process_table=process_table)
+        self.manager = gaffer.Manager([self.http, self], window_size=window)
         self._started = threading.Event()
         self.error = None
         self._thread = threading.Thread(target=self._run, name="test-manager")
@@ -7311,8 +7310,6 @@ class StreamsWebsocket(StreamsCase):
             self.send(pid, data[place:place + 300000])
         self.assertError(self.server.json("POST", path, bytes(300000)), 503, "stdin_full")
         self.assertError(self.server.json("POST", path, bytes(gaffer.MIB + 1)), 413, "too_large")
-        with mock.patch.object(self.server.manager, "input_size", 9):
-            self.assertError(self.server.json("POST", path, bytes(10)), 413, "too_large")
         websocket = self.open(pid, "type=binary")
         head = b"\x82\xff" + struct.pack("!Q", 300000) + bytes(4)       # a mask of zeros
         frames = memoryview(b"".join(
