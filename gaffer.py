@@ -4045,9 +4045,8 @@ class Manager:
         raise IoNotFound("'%s' has no stream '%s'; it has %s" % (
             info["name"], label, ", ".join(streams) or "none"))
 
-    def find_input(self, target, label, past=False):
-        """Return the Input of a process by label; `past`: or one that is closed. ForbiddenWrite,
-        IoNotFound, NotFound."""
+    def find_input(self, target, label):
+        """Return the Input of a process by label. ForbiddenWrite, IoNotFound, NotFound."""
         process = self.find_one(target)
         if label not in process.inputs:
             if label == "stdin":
@@ -4055,10 +4054,7 @@ class Manager:
                                      % process.name)
             raise IoNotFound("'%s' has no stream '%s' that could be written to"
                              % (process.name, label))
-        stream = process.inputs[label]
-        if stream.closed and not past:
-            raise ForbiddenWrite("%s of process %d is closed" % (label, process.pid))
-        return stream
+        return process.inputs[label]
 
     @on_loop
     def not_ready(self):
@@ -4592,7 +4588,8 @@ class Manager:
 
     @changing
     def end_input(self, target, label):
-        """End a process's stdin or custom stream, behind what waits. ForbiddenWrite, IoNotFound."""
+        """End a process's stdin or custom stream, behind what waits. Does nothing if it is closed.
+        ForbiddenWrite, IoNotFound."""
         self.find_input(target, label).end()
 
     # from the start to the end
@@ -8886,7 +8883,7 @@ class Api:
         offset, _, _ = self._begin(request, query, window)
         if not query.readonly:
             target = label if label in process.inputs else "stdin"
-            stream = self.manager.find_input(process.pid, target, past=True)
+            stream = self.manager.find_input(process.pid, target)
         headers = websocket_accept(request)
         by_line = query.frame == "line"
         encoder = FrameEncoder(query.type == "binary", by_line)
