@@ -290,11 +290,10 @@ def near(word, words):
 
 
 class Throttle:
-    """Logs what may repeat for ever once in `seconds`, and how often it was left out before."""
+    """Logs what may repeat for ever once a minute, and how often it was left out before."""
 
-    def __init__(self, seconds=60.0, clock=time.monotonic):
-        self._seconds, self._clock = seconds, clock
-        self._next, self._left_out = -math.inf, 0
+    def __init__(self, clock=time.monotonic):
+        self._clock, self._next, self._left_out = clock, -math.inf, 0
 
     def warning(self, message, *args, level=logging.WARNING, **more):
         """Log a warning, or count it."""
@@ -304,7 +303,7 @@ class Throttle:
             return
         if self._left_out:
             message += " (and %d times more before)" % self._left_out
-        self._next, self._left_out = now + self._seconds, 0
+        self._next, self._left_out = now + 60.0, 0
         log.log(level, message, *args, **more)
 
     def exception(self, message, *args):

@@ -722,7 +722,7 @@ class PureErrors(Case):
 
     def test_throttle(self):
         now = 1000.0
-        throttle = gaffer.Throttle(60.0, lambda: now)
+        throttle = gaffer.Throttle(lambda: now)
         with self.assertLogs("gaffer", "WARNING") as logs:
             for seconds in (0, 0, 0, 59.9, 0.1, 60):
                 now += seconds
