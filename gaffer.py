@@ -2649,7 +2649,7 @@ class Output:
             if size <= 0:
                 self._paused = True
                 self._loop.unregister(self._fd)
-                return self._await_room()
+                return self._resume()
         try:
             data = os.read(self._fd, size)
         except BlockingIOError:
@@ -2692,18 +2692,15 @@ class Output:
             data, self._carry = self._carry, b""
             self._merged.write(self, data)
 
-    def _await_room(self):
-        """Read on once there is room for a reader that blocks."""
-        for window in (self.window, self._merged.window):
-            window.on_room.add(self._resume)
-
     def _resume(self):
+        """Read on once there is room for a reader that blocks."""
         if self._paused and self._fd is not None:
-            if self._room() <= 0:
-                self._await_room()
-            else:
+            if self._room() > 0:
                 self._paused = False
                 self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
+            else:
+                for window in (self.window, self._merged.window):
+                    window.on_room.add(self._resume)
 
     def close(self):
         """Read what is in the pipe right now, then end the stream."""
