@@ -3157,8 +3157,7 @@ class Process:
             self.started, self.instance = self._loop.clock(), launch.instance
             if launch.ready == "notify":
                 self._notify = NotifySocket(self._loop, self)
-                launch = copy.copy(launch)
-                launch.env = {**launch.env, b"NOTIFY_SOCKET": self._notify.address}
+                launch.env[b"NOTIFY_SOCKET"] = self._notify.address
             self.os_pid = self._execute(launch, stdio, extra, theirs)
         except (GafferError, OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
             self.close_readiness()
