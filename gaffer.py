@@ -514,15 +514,13 @@ def network(address):
 
 def find_user(user):
     """Return (uid, gid, name) of a user by name or number; gid and name are None without an entry.
-
-    Raises ValueError if there is no such user; to the kernel, 2**32 - 1 means "as it is".
-    """
+    ValueError: there is no such user."""
     user = int(user) if isinstance(user, str) and user.isascii() and user.isdigit() else user
     try:
         entry = pwd.getpwuid(user) if isinstance(user, int) else pwd.getpwnam(user)
         return entry.pw_uid, entry.pw_gid, entry.pw_name
     except (KeyError, OverflowError):
-        if isinstance(user, int) and 0 <= user < 2 ** 32 - 1:
+        if isinstance(user, int) and 0 <= user < 2 ** 32 - 1:  # that means "as it is"
             return user, None, None
         raise ValueError("names the user %r, who is not here" % (user,)) from None
 
@@ -656,7 +654,7 @@ class Loop:
         A second Ctrl-C before that raises at once. Does nothing off the main thread, or if the
         program handles SIGINT itself.
         """
-        if (self.closed or threading.current_thread() is not threading.main_thread()
+        if (threading.current_thread() is not threading.main_thread()
                 or signal.getsignal(signal.SIGINT) is not signal.default_int_handler):
             yield
             return
@@ -1183,11 +1181,10 @@ class EventLog(Log):
 class Reader:
     """An offset in a log, and the sink that gets what follows. `start()` begins.
 
-    A sink has send(payload), which returns False if it is full and then calls `pump()` when it is
-    not any more, lost(reader, count) and finished(reader). `loss` is what happens to a reader that
-    is a window behind: "cut" (the sink is told, and closes), "skip" (what was lost is counted, in
-    `dropped`) or "block" (the writer waits for it). An encoder that can report a loss in its own
-    format does so, and the reader goes on.
+    A sink has send(payload), which returns False if it is full and calls `pump()` once it is not,
+    lost(reader, count) and finished(reader). `loss`: what happens to a reader that is a window
+    behind: "cut" (the sink closes), "skip" (`dropped` counts the loss) or "block" (the writer
+    waits). With an encoder that can report a loss the reader goes on.
     """
 
     def __init__(self, source, encoder, sink, offset, loss="cut"):
@@ -1313,12 +1310,10 @@ class JournalView(Log):
 
     @property
     def start(self):                            # type: ignore[override]
-        """The first offset from which on nothing has gone out of the index."""
         return self.journal.starts.get(self.name, self.journal.start)
 
     @property
     def end(self):                              # type: ignore[override]
-        """The offset behind all output."""
         return self.journal.end
 
     def wants(self, source):
@@ -1382,10 +1377,9 @@ class JournalView(Log):
 class Journal:
     """An index of all output of this run, in the order in which it was read.
 
-    An entry is a piece of a window, with its time. It begins at an offset in one count of all
-    output bytes, in which an exit, and an unfinished line that was shown, count as one. Nothing is
-    encoded unless somebody reads; the index costs 40 bytes for each read of a pipe. `limit`: how
-    much one long poll gets.
+    An entry is a piece of a window, with its time. Offsets count all bytes of output; an exit, and
+    an unfinished line that was shown, count as one. Nothing is encoded unless somebody reads; an
+    entry takes 40 bytes. `limit`: how much one long poll gets.
     """
 
     def __init__(self, loop, limit):
@@ -2011,8 +2005,8 @@ def record(fields):
 
 
 def parse_target(kind, text):
-    """Return ([(host, port)], request): where a probe of a "tcp" address or an "http" URL connects
-    to, and what it sends. The default host is localhost, which has two addresses. ValueError."""
+    """Return ([(host, port)], request): where a probe of a "tcp" address (by default of localhost,
+    which has two) or an "http" URL connects to, and what it sends. ValueError."""
     try:
         known = urllib.parse.urlsplit(text if kind == "http" else
                                       "tcp://" + (text if ":" in text else "localhost:" + text))
@@ -2120,11 +2114,8 @@ ADJUSTABLE = ("numprocesses", "priority", "flapping", "start", "after")
 
 
 def port_of(env, instance):
-    """Return the PORT of a template's process, or None if `env` has no GAFFER_PORT_STEP.
-
-    With it, PORT is that of the first process, and each further one adds the step. Raise
-    ValueError if this is not a port.
-    """
+    """Return the PORT of a template's process: that of the first, and a GAFFER_PORT_STEP more for
+    each further one; None if `env` has no such step. ValueError: this is not a port."""
     if "GAFFER_PORT_STEP" not in env:
         return None
     words = "%s %s" % (env.get("PORT", ""), env["GAFFER_PORT_STEP"])
@@ -2211,10 +2202,10 @@ ENV_ESCAPES = {"n": "\n", "t": "\t", '"': '"', "\\": "\\", "$": "$"}
 
 
 def parse_env(text, environ):
-    """Read the text of a .env file. Return ({name: value}, [(line, sentence)]).
+    """Read the text of a .env file. Return ({name: value}, faults as [(line, sentence)]).
 
-    The second tells what is wrong. $NAME and ${NAME} stand for a variable from a line before,
-    else from `environ`, else for nothing; single quotes keep them as they are.
+    $NAME and ${NAME} stand for a variable from a line before, else from `environ`, else for
+    nothing; single quotes keep them.
     """
     values, faults, start, room = {}, [], 0, FILE_SIZE      # lines may double what they stand for
 
@@ -2296,8 +2287,8 @@ shift"""
 
 class Launch:
     """What is executed: `program` (a path), `argv`, `env` and `cwd`, in bytes; `uid`, `gid`,
-    `groups`, `umask` and `nice`, None for gaffer's own; `limits`: {name: (soft, hard)}. `instance`:
-    the process's number within its template, from 1. InvalidProcessInfo: it cannot be executed."""
+    `groups`, `umask` and `nice`, None for gaffer's own; `limits`: {name: (soft, hard)}; `instance`:
+    the process's number within its template, from 1. InvalidProcessInfo: it cannot be."""
 
     def __init__(self, template, instance=1):
         for field in ("cwd", "uid", "gid"):     # checked again: the system may have changed
@@ -2477,10 +2468,10 @@ def restart_delay(info, failures):
 
 def after_exit(info, end, now, lived, failures, history):
     """Decide what follows an exit that nobody asked for. `end`: (exit status, signal); `lived`:
-    seconds, of the oldest process of the template; `failures`: exits in a row, with this one;
-    `history`: as returned last time, () at first. Return (action, seconds, history): "start" the
-    next one after so many seconds, "pause" the template for so many seconds, "stop" it for good,
-    or the process has no successor: "done", or "failed"."""
+    seconds, of the oldest process of the template; `failures`: exits in a row; `history`: as
+    returned last time, () at first. Return (action, seconds, history): "start" the next one after
+    these seconds, "pause" the template for them, "stop" it for good, or nothing follows: "done" or
+    "failed"."""
     success = succeeded(info, end)
     if info["restart"] == "never" or info["restart"] == "on-failure" and success:
         return "done" if success else "failed", 0.0, history
@@ -2929,12 +2920,12 @@ class CommandRun:
 
 
 class Probe:
-    """Asks whether a process is ready: after PROBE_FIRST, then PROBE_INTERVAL after each failure.
-    Calls `done()` when it is; `error` says why the last try failed, at each address.
+    """Asks whether a process is ready: after PROBE_FIRST, then PROBE_INTERVAL after each failure,
+    until it calls `done()`. `error` says why the last try failed, at each address.
 
-    Either it connects to a `target` (see parse_target()), one address after the other, until that
-    accepts, or answers the request with success; or it runs a command, until that exits with 0:
-    `run(done)` returns a CommandRun.
+    It connects to the addresses of a `target` (see parse_target()) in turn until one accepts, or
+    answers the request with success; without a target it runs a command, by `run(done)`, a
+    CommandRun, until that exits with 0.
     """
 
     def __init__(self, loop, target, run, done):
@@ -3084,8 +3075,7 @@ except OSError as error:
 class Process:
     """A process: from its spawn until nothing of its group is left, and then while its output can
     be read. `pid` is gaffer's number of it; `os_pid`, `exit_status` and `term_signal` are the
-    system's. `home`: its Template; `manager` is told process_exited(), process_ended() once all its
-    output has been read as well, and process_gone()."""
+    system's. `home`: its Template."""
 
     def __init__(self, pid, home, manager):
         self.pid, self.home, self.name, self.template = pid, home, home.name, home.info
@@ -3713,8 +3703,8 @@ class Template:
         return self.outcome == "done" if ends_by_itself(self.info) else self.ready()
 
     def check_goal(self, goal):
-        """Return (whether it is what `goal` says: "ready", "done" or "stopped"; why it never will
-        be, with its last lines of output, or None)."""
+        """Return (whether it is `goal`: "ready", "done" or "stopped"; why it never will be, with
+        its last lines of output, or None)."""
         state = self.state()
         if self.ready() if goal == "ready" else self.outcome == "done" if goal == "done" else (
                 state in ("stopped", "done", "failed")):
@@ -3733,9 +3723,8 @@ class Template:
         return False, None
 
     def find_blocker(self, unknown=False):
-        """Return the template without which this one can't run, itself or one that it waits for,
-        and which will not run unless it is started; or None. `unknown`: one that waits for a name
-        that does not exist is lost, too."""
+        """Return the template that has to be started before this one can run, itself or one that it
+        waits for; or None. `unknown`: also one that waits for a name that does not exist."""
         waiting, seen = [self], set()
         while waiting:
             other = waiting.pop()
@@ -3901,9 +3890,9 @@ class ProcessHandle:
         self._manager.signal(self._target, parse_signal(signum), group)
 
     def wait(self, timeout=None):
-        """Block until it has ended: of a process nothing of its group is left, of a template
-        nothing runs or will be started. Returns the last exit, {"exit_status", "term_signal", …},
-        or None if there was none. WaitTimeout: it takes longer than `timeout` seconds."""
+        """Block until nothing of a process's group is left, or a template neither runs nor will be
+        started. Returns the last exit, {"exit_status", "term_signal", …}, or None if there was
+        none. WaitTimeout: it takes longer than `timeout` seconds."""
         manager = self._manager
         if manager.on_loop_thread():
             raise RuntimeError("this would wait for its own thread; wait on another one")
@@ -3951,10 +3940,10 @@ def starting(method):
 class Manager:
     """Keeps processes running. `apps`: objects with start(loop, manager), and maybe stop() and
     restart(). `window_size`: bytes kept of each stream. `exit_with`: the name of a template, there
-    or yet to come: once a process of it has ended by itself, all others are stopped, run() returns,
-    and `exit_code` is its status, or 128 and the signal. `exit_when_done`: the same once no
-    template can run any more; the status is that of the first failure, else 0. Any thread may call
-    the methods; a signal handler stop() alone, as it may have interrupted the owner of the lock."""
+    or yet to come: once a process of it has ended by itself, run() stops all and returns, and
+    `exit_code` is its status, or 128 and the signal. `exit_when_done`: the same once nothing can
+    run any more, with the status of the first failure, else 0. Any thread may call the methods, a
+    signal handler stop() alone."""
 
     def __init__(self, apps=(), window_size=WINDOW_SIZE, loop=None, exit_with=None,
                  exit_when_done=False):
@@ -4395,9 +4384,9 @@ class Manager:
     # changes
 
     def add_process(self, name, cmd=None, *, dry_run=False, **options):
-        """Add a template, and start it unless start=False; before run(), it starts there.
-        `options`: the fields of a template. `name` may be a dict of fields, too. `dry_run`: only
-        check. Returns its ProcessHandle. InvalidProcessInfo, Conflict, Busy."""
+        """Add a template, and start it, in run(), unless start=False. `options`: fields of a
+        template. `name` may be a dict of them, too. `dry_run`: only check. Returns its
+        ProcessHandle. InvalidProcessInfo, Conflict, Busy."""
         info = dict(name, **options) if isinstance(name, dict) else dict(
             options, name=name, cmd=cmd)
         return self._add(check_template(info), dry_run)
@@ -4447,10 +4436,10 @@ class Manager:
         self._reconcile(template)
 
     def update_process(self, name, info, create=False, dry_run=False):
-        """Make a template as `info` says, "name" and "start" as they are unless given. Its
-        processes are stopped and, if it is active, replaced, unless only ADJUSTABLE fields change.
-        `create`: add it if it is not there; `dry_run`: only check. Returns "created", "changed" or
-        "unchanged". InvalidProcessInfo, NotFound."""
+        """Make a template as `info` says; "name" and "start" may be left out. Its processes are
+        stopped and, if it is active, replaced, unless only ADJUSTABLE fields change. `create`: add
+        it if it is not there; `dry_run`: only check. Returns "created", "changed" or "unchanged".
+        InvalidProcessInfo, NotFound."""
         template = check_template({"name": name, **info} if isinstance(info, dict) else info)
         if template["name"] != name:
             raise InvalidProcessInfo("field 'name' is '%s', but this is '%s'; add a new template "
@@ -4590,9 +4579,9 @@ class Manager:
     # from the start to the end
 
     def run(self):
-        """Start the apps and all active templates, in the order of their priority, and serve until
-        stop(). The calling thread becomes the loop's. Raises what an app's start() raises, with
-        nothing left running; RuntimeError: it runs already, or has run."""
+        """Start the apps and all active templates, by priority, and serve until stop(), on this
+        thread. Raises what an app's start() raises, with nothing left running; RuntimeError: it
+        runs already, or has run."""
         if self._running or self.loop.closed:
             raise RuntimeError("this manager runs already, or has run; make another one")
         self._thread = threading.get_ident()
@@ -4650,9 +4639,8 @@ class Manager:
         self.loop.call(start_templates, templates)
 
     def stop(self, kill=False):
-        """Stop all processes, the highest priority first and the newest first within one, each
-        within its graceful_timeout, then let run() return. `kill`: at once. Any thread may call it,
-        and a signal handler."""
+        """Stop all processes, those of the highest priority first, then let run() return. `kill`:
+        at once. Any thread may call it, and a signal handler."""
         self.loop.call_soon(self._stop, kill)
 
     def _stop(self, kill):
