@@ -3669,10 +3669,8 @@ class Template:
 
     def lacking(self):
         """Return how many processes it lacks. A slot is kept until its process is gone."""
-        if not self.active or not self.due or self.pause is not None:
-            return 0
-        return self.info["numprocesses"] - len(self.processes) - len(self.pending) - len(
-            self.finished)
+        return 0 if self.pause is not None else self.wanted() - len(self.processes) - len(
+            self.pending) - len(self.finished)
 
     def missing(self):
         """Return how many processes have to be spawned now."""
