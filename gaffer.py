@@ -3086,7 +3086,6 @@ class Process:
         self.state = "running"                  # see LIFE
         if self.template["ready"] or self.template["before_start"]:
             self.state = "starting"
-        self.ready_after = None                 # seconds from its spawn until it was ready
         self.message = None                     # the last STATUS= that it sent
         self.ending = False                     # it sent STOPPING=1
         self.overdue = None                     # why it was stopped: it did not get ready
@@ -3305,7 +3304,6 @@ class Process:
                 self._probe = None
 
     def _become_ready(self):
-        self.ready_after = round(self.age(), 3)
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None
@@ -3338,11 +3336,8 @@ class Process:
 
     def _exited(self, end):
         self.exit_status, self.term_signal = end
+        self.by_itself = self.by_itself or self.running
         self.step("exit")
-
-    def _exit_by_itself(self):
-        self.by_itself = True
-        self._exit()
 
     def _exit(self):
         self.exited_at = self._loop.clock()
@@ -3530,10 +3525,10 @@ class Process:
     LIFE = {
         ("starting", "stop"): ("stopping", _signal_stop),
         ("starting", "kill"): ("stopping", _kill),
-        ("starting", "exit"): ("exited", _exit_by_itself),
+        ("starting", "exit"): ("exited", _exit),
         ("running", "stop"): ("stopping", _signal_stop),
         ("running", "kill"): ("stopping", _kill),
-        ("running", "exit"): ("exited", _exit_by_itself),
+        ("running", "exit"): ("exited", _exit),
         ("starting", "ready"): ("running", _become_ready),
         ("starting", "overdue"): ("stopping", _stop_overdue),
         ("stopping", "late"): ("stopping", _signal_stop),
@@ -4306,7 +4301,7 @@ class Manager:
         """A process has become ready."""
         if process.template["ready"]:
             self._publish("ready", process.name, process, by=ready_text(process.template),
-                          seconds=process.ready_after)
+                          seconds=round(process.age(), 3))
         self._release(process.home)
 
     def process_overdue(self, process):
