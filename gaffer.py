@@ -2404,14 +2404,12 @@ class Launch:
         search = self.env.get(b"PATH", os.environb.get(b"PATH", os.fsencode(os.defpath)))
         folders = [b""] if b"/" in program else search.split(b":")
         paths = [os.path.join(self.cwd or b"", folder, program) for folder in folders]
-        try:
-            paths = [os.path.abspath(path) for path in paths]
-        except OSError:                         # gaffer's own directory has been removed
-            pass
-        for path in paths:
-            if os.path.isfile(path) and os.access(path, os.X_OK):
-                return path
-        tried, fault = next(filter(os.path.exists, paths), paths[0]), "is not there"
+        found = [path for path in paths if os.access(path, os.X_OK) and os.path.isfile(path)]
+        tried, fault = next(filter(os.path.exists, [*found, *paths]), paths[0]), "is not there"
+        with contextlib.suppress(OSError):      # gaffer's own directory has been removed
+            tried = os.path.abspath(tried)
+        if found:
+            return tried
         if os.path.isdir(tried):
             fault = "is a directory"
         elif os.path.exists(tried):
