@@ -1913,9 +1913,9 @@ class Schedule:
     def next_times(self, now):
         """Return the Unix times of the first starts after `now`: up to five, those of a year."""
         times = [self.next_time(now)]
-        while len(times) < 5 and times[-1] and times[-1] - now < 366 * UNITS["d"]:
+        while len(times) < 5 and times[-1] - now < 366 * UNITS["d"]:
             times.append(self.next_time(times[-1]))
-        return list(filter(None, times))
+        return times
 
     def timer(self):
         """Return what systemd.timer(5) calls it: [(setting, value)]."""
@@ -1940,14 +1940,13 @@ class Schedule:
         if [time.localtime(when)[2:5] for when in (start, start + 86340)] == [
                 (day, 0, 0), (day, 23, 59)]:
             return [start + minute * 60 for minute in wanted]
-        found, reached = [], -1                 # the clocks change on this day
+        found = []                              # the clocks change on this day
         for when in range(int(noon) - 14 * 3600, int(noon) + 14 * 3600, 60):
             local = time.localtime(when)
             minute = local.tm_hour * 60 + local.tm_min
-            if local.tm_mday == day and minute > reached:
-                if any(reached < each <= minute for each in wanted):
-                    found.append(float(when))
-                reached = minute
+            if local.tm_mday == day and wanted and wanted[0] <= minute:
+                found.append(float(when))
+                del wanted[:bisect.bisect(wanted, minute)]
         return found
 
 
@@ -3474,7 +3473,9 @@ class Process:
         """Return its part of GET /status/<name>."""
         more = {}
         if not self.running and self._timer is not None:
-            more["kill_in"] = round(max(0.0, self._timer.when - self._loop.clock()), 3)
+            later = stop_plan(self.template)[self._stop_step:]
+            when = self._timer.when + sum(delay for _, delay in later if self.state != "cleaning")
+            more["kill_in"] = round(max(0.0, when - self._loop.clock()), 3)
         return dict(more, pid=self.pid, os_pid=self.os_pid, instance=self.instance,
                     uptime=round(self.age(), 3), ready=self.ready, message=self.message,
                     not_ready=self.not_ready,
@@ -3783,14 +3784,14 @@ class Template:
 
     def status(self):
         """Return the answer of GET /status/<name>."""
-        running, state, waits = self.running(), self.state(), []
-        if self.pending or self.pause:
-            waits = sorted(round(max(0.0, timer.when - self._loop.clock()), 3)
-                           for timer in [*self.pending, self.pause] if timer is not None)
+        running = self.running()
+        waits = sorted(round(max(0.0, timer.when - self._loop.clock()), 3)
+                       for timer in [*self.pending, self.pause] if timer is not None)
         return {
             "name": self.name, "active": self.active, "running": len(running),
             "numprocesses": self.info["numprocesses"], "max_processes": self.info["numprocesses"],
-            "state": state, "stopping": len(self.processes) - len(running), "past": self.past,
+            "state": self.state(), "past": self.past,
+            "stopping": len(self.processes) - len(running),
             "pids": [process.pid for process in running],
             "os_pids": [process.os_pid for process in running], "restarts": self.restarts,
             "last_exit": self.last_exit, "next_try": waits[0] if waits else None,
@@ -4126,6 +4127,8 @@ class Manager:
     def _reconcile(self, template):
         if not self._running or self.stopping:
             return
+        while template.pending and template.lacking() < 0:
+            template.pending.pop().cancel()
         if template.ended():                    # it is done, or has failed
             ends = [*template.finished.values()]
             failures = [end for end in ends if not succeeded(template.info, end)]
@@ -4151,8 +4154,6 @@ class Manager:
         running = template.running()
         for process in running[:max(0, len(running) - template.wanted())]:
             self._end_process(process, "reap")
-        while template.pending and template.missing() < 0:
-            template.pending.pop().cancel()
         if template.missing() > 0:
             if not self._to_spawn:
                 self.loop.call_soon(self._spawn_some)
@@ -4262,7 +4263,9 @@ class Manager:
             self._reconcile(template)
         template.history = history
         if action == "pause":
-            template.forget_waits()
+            while template.pending:
+                template.pending.pop().cancel()
+            template.failures = []
             template.pause = self.loop.later(delay, end_pause)
             self._publish("flap", template.name)
         elif action == "stop":
@@ -4300,6 +4303,7 @@ class Manager:
         if process.template["ready"]:
             self._publish("ready", process.name, process, by=ready_text(process.template),
                           seconds=round(process.age(), 3))
+        self._ask_waiters()
         self._release(process.home)
 
     def process_overdue(self, process):

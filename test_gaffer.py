@@ -3236,6 +3236,8 @@ class ProcessTimes(ProcessClock):
                         sent.append((round(self.now - 1000, 3), int(signum))))):
                     self.manager.stop_template("x")
                     self.barrier()
+                    self.assertEqual(self.manager.processes[1].status()["kill_in"],
+                                     gaffer.stop_time(self.manager.info("x")))
                     while len(sent) < len(wanted) and self.now < 1020:
                         self.advance(0.5)
                         if round(self.now - 1000, 3) == kill:
@@ -3459,6 +3461,12 @@ class ProcessPolicies(ProcessClock):
             "never", "exit $((GAFFER_INSTANCE == 2))", shell=True, numprocesses=3)
         self.assertEqual((starts, status["state"], event["event"]), (3, "failed", "fail"))
         self.assertEqual((event["exit_status"], event["tries"]), (1, 3))
+        self.begin()
+        self.add("x", "exit $((GAFFER_INSTANCE - 1))", shell=True, restart="on-failure",
+                 restart_delay=50, numprocesses=2)
+        self.settle()
+        self.manager.scale("x", -1)             # the one that has failed is wanted no more
+        self.wait("done")
 
     def test_what_starts_it_again(self):
         """_start, _restart and a change do; the same template does not."""
@@ -3537,6 +3545,14 @@ class ProcessSchedules(ProcessClock):
         self.assertEqual((self.count("spawn"), self.status()["state"]), (2, "scheduled"))
         self.advance(60)
         self.assertEqual(self.count("spawn"), 3)
+
+    def test_flapping(self):
+        """Its pauses are part of a run, and the next time stays as it was."""
+        self.add("x", "false", schedule="every 10s", restart="on-failure", flapping={})
+        self.barrier()
+        self.assertEqual(self.pass_time(10, 6, 1, 2), [2, 0, 2, 0])
+        self.advance(1)
+        self.assertEqual(self.count("skip"), 1)
 
     def test_what_starts_and_stops_it(self):
         """_start runs one now, a change none; what is stopped has no next time."""
@@ -3674,6 +3690,7 @@ class ProcessAttributes(ProcessCase):
         fields = {"shell": True, "env": {"A": "1"}, "cwd": "/"}
         pid, = self.add("x", "echo $A; cat", before_start="echo $A $PWD; cat", redirect_input=True,
                         **fields)
+        self.server.ok("GET", "/status/x?until=ready")
         self.send(pid, b"stdin is for the program alone")
         self.send(pid, None)
         self.assertEqual(self.read(pid), b"1 /\n1\nstdin is for the program alone")
