@@ -8142,7 +8142,7 @@ def page_response(snapshot):
     page = PAGE.replace("__NONCE__", nonce).replace("__SNAPSHOT__", data)
     return Response(page.encode("utf-8"), content_type="text/html; charset=utf-8", headers=[
         ("Content-Security-Policy", policy), ("Cross-Origin-Opener-Policy", "same-origin"),
-        ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"), ("Vary", "Accept")])
+        ("Referrer-Policy", "no-referrer")])
 
 
 def entry_refusal(request, error):
@@ -8166,7 +8166,6 @@ PAGE_EVENTS = 200                               # that the page begins with
 STATS_KEPT = 16                                 # samples that a slow reader may be behind
 WAIT_EXTRA = 5.0                                # ?wait=true: graceful_timeout and this
 OK = {"ok": True}
-GZIP = re.compile(r"(?:^|,)\s*gzip\s*(?:$|,|;\s*q=(?!0(?:\.0*)?\s*(?:$|,)))", re.I)
 
 
 def human(size):
@@ -8176,16 +8175,6 @@ def human(size):
             return "%d%s" % (size, unit)
         size /= 1024
     return "%.1fG" % size
-
-
-def compressed(request, response):
-    """Compress a response if its client takes gzip and it is worth it. RFC 9110 section 12.5.3."""
-    response.headers.append(("Vary", "Accept-Encoding"))
-    if GZIP.search(request.headers.get("accept-encoding", "")) and len(response.body) >= KIB:
-        import gzip
-        response.body = gzip.compress(response.body, 6)
-        response.headers.append(("Content-Encoding", "gzip"))
-    return response
 
 
 def cpu_percent(process, last, now, cpu_time):
@@ -8369,8 +8358,7 @@ class Api:
     def welcome(self, request, query):
         """The version; to a browser, the web page."""
         if not prefers_html(request.headers.get("accept", "")):
-            return json_response({"welcome": "gaffer", "version": __version__},
-                                 headers=[("Vary", "Accept")])
+            return {"welcome": "gaffer", "version": __version__}
         manager, events = self.manager, self.manager.events
 
         def snapshot():
@@ -8383,7 +8371,12 @@ class Api:
                            for name, option in OPTIONS.items()},
                 "signals": {number.value: number.name[3:] for number in signal.Signals},
             }
-        return compressed(request, page_response(manager.loop.call(snapshot)))
+        response = page_response(manager.loop.call(snapshot))
+        if re.search("gzip(?! *; *q=0)", request.headers.get("accept-encoding", "")):
+            import gzip
+            response.body = gzip.compress(response.body, 6)
+            response.headers.append(("Content-Encoding", "gzip"))
+        return response
 
     @operation(answer="text/plain")
     def ping(self, request, query):
@@ -8566,7 +8559,7 @@ class Api:
     @operation("usage history", unlocked="few")
     def statuses(self, request, query):
         """The states of all templates."""
-        return compressed(request, json_response(self._statuses(query, None)))
+        return self._statuses(query, None)
 
     def _statuses(self, query, names):
         """Return the statuses of templates; names None: of all. The sampling is done unlocked."""
@@ -8632,7 +8625,7 @@ class Api:
             return sample
         sample = call(sampler)
         if query.feed is None:
-            return compressed(request, json_response(sample()))
+            return sample()
         if query.feed == "longpoll":
             return LongPoll(lambda deliver: lambda: None, interval,
                             lambda: json_response(sampler()()))
@@ -9214,7 +9207,7 @@ class WsgiRun(SimpleHandler):
     status: str
     environ: dict
     headers: dict                               # a wsgiref.headers.Headers
-    error_headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
+    error_headers = [("Content-Type", "application/json")]
 
     def __init__(self, http, app, prefix, request):
         match = HOST.match(request.headers.get("host", ""))     # a unix socket takes any

@@ -2677,16 +2677,6 @@ class PurePage(Case):
         self.assertEqual(json.loads(data), dict(gaffer.PAGE_WORDS, name=evil))
         self.assertNotEqual(gaffer.page_response({}).headers, response.headers)
 
-    def test_gzip(self):
-        def compressed(offer):
-            request = gaffer.Request("GET", "/", (1, 1), {"accept-encoding": offer})
-            made = gaffer.compressed(request, gaffer.Response(b"long " * 1000))
-            return ("Content-Encoding", "gzip") in made.headers
-        for wanted, offers in (
-                (True, ("deflate, gzip;q=0.5, br", "GZIP", "gzip ; q=0.001")),
-                (False, ("gzip;q=0", "", "gzip;q=0.000, br", "br", "x-gzip-not"))):
-            self.assertTable(compressed, ((offer, wanted) for offer in offers))
-
 
 # --------------------------------------------------------------------------------------------------
 # fuzzing
@@ -4918,7 +4908,6 @@ class HttpEndpointTable(HttpCase):
             _, headers, data = self.server.request("GET", "/", headers={
                 "Accept": "text/html", "Accept-Encoding": "gzip"})
         self.assertTrue(headers["Content-Type"].startswith("text/html"))
-        self.assertIn("Accept-Encoding", headers.get_all("Vary"))
         page = zlib.decompress(data, 31)
         snapshot = json.loads(re.search(b'id="snapshot">(.*?)</script>', page).group(1))
         self.assertEqual([event["name"] for event in snapshot["events"]], ["b", "c"])
