@@ -8120,13 +8120,6 @@ route(true);
 </body></html>
 """
 
-LOGIN = """<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><title>gaffer</title>
-<h1>This gaffer has a token</h1>
-<p>Load this page again, and give the token as the password; any user name will do. It is in the
-file, or the variable GAFFER_TOKEN, that gaffer was started with.</p></html>
-"""
-
 
 def page_response(snapshot):
     """Return the web page, which shows `snapshot` (JSON) before it asks for anything.
@@ -8143,16 +8136,6 @@ def page_response(snapshot):
     return Response(page.encode("utf-8"), content_type="text/html; charset=utf-8", headers=[
         ("Content-Security-Policy", policy), ("Cross-Origin-Opener-Policy", "same-origin"),
         ("Referrer-Policy", "no-referrer")])
-
-
-def entry_refusal(request, error):
-    """Return the Response to what was not let in: to a browser without the token, a page that says
-    what to do."""
-    if (isinstance(error, Unauthorized) and request.path == "/"
-            and prefers_html(request.headers.get("accept", ""))):
-        return Response(LOGIN.encode("utf-8"), error.status, [*error.headers, ("Vary", "Accept")],
-                        "text/html; charset=utf-8")
-    return error_response(error)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9408,7 +9391,7 @@ class Handler(socketserver.StreamRequestHandler):
             answer, began = error_response(RequestTimeout(
                 "the request did not arrive in time; send it faster")), None
         except GafferError as error:
-            answer = entry_refusal(request, error)
+            answer = error_response(error)
         if isinstance(answer, WsgiRun):
             keep = answer.respond(self.send, keep)
             self.gone = answer.cut
@@ -9534,7 +9517,7 @@ class QuickRequests:
                     if quick == "few":
                         quick = http.runs_few()
         except GafferError as error:            # a head that is wrong is left to a thread
-            respond = functools.partial(entry_refusal, error=error)
+            respond = lambda request, error=error: error_response(error)
         except Exception:                       # as one for which there is no memory
             quick = False
         if quick:
