@@ -5296,21 +5296,17 @@ class Router:
     """Finds a path's route. `routes`: (pattern, {method: handler}).
 
     In a pattern as "/processes/<name>/_stop", <pid> takes digits, <name> anything else, other
-    placeholders both; <rest...> at the end takes any number of parts.
+    placeholders both.
     """
 
     def __init__(self, routes):
         self._routes = {}                       # (first part, their number) -> [(parts, methods)]
-        self._open = []                         # those with <rest...>
         for pattern, methods in routes:
             parts = [part for part in pattern.split("/") if part]
             if "GET" in methods:
                 methods = {"HEAD": methods["GET"], **methods}
-            if parts and parts[-1].endswith("...>"):
-                self._open.append((parts[:-1], methods))
-            else:
-                key = (parts[0] if parts else "", len(parts))
-                self._routes.setdefault(key, []).append((parts, methods))
+            key = (parts[0] if parts else "", len(parts))
+            self._routes.setdefault(key, []).append((parts, methods))
 
     def find(self, segments):
         """Return (methods, args); (None, ()) if there is no such resource.
@@ -5329,9 +5325,6 @@ class Router:
             else:
                 if best[0] is None or len(args) < len(best[1]):
                     best = methods, args
-        for parts, methods in self._open:
-            if best[0] is None and segments[:len(parts)] == parts:
-                best = methods, [segments[len(parts):]]
         return best
 
 
@@ -6756,13 +6749,9 @@ def openapi(routes, secured):
     """Return the description of the API as a dict. `secured`: requests need a token."""
     shapes, paths = {}, {}
     for pattern, methods in routes:
-        patterns = [pattern]
-        if pattern.endswith("/<pattern...>"):
-            patterns = [pattern[:-13] + end for end in ("/<p1>", "/<p1>/<p2>", "/<p1>/<p2>/<p3>")]
-        for pattern in patterns:                # /x/<name> and /x/<pid> are one path there
-            shape = re.sub("<.*?>", "<>", pattern)
-            path = pattern if shape not in shapes else re.sub("<(name|pid)>", "<ref>", pattern)
-            shapes[shape] = path, dict(methods, **shapes.get(shape, ("", {}))[1])
+        shape = re.sub("<.*?>", "<>", pattern)  # /x/<name> and /x/<pid> are one path there
+        path = pattern if shape not in shapes else re.sub("<(name|pid)>", "<ref>", pattern)
+        shapes[shape] = path, dict(methods, **shapes.get(shape, ("", {}))[1])
     for path, methods in shapes.values():
         path = re.sub("<(.*?)>", r"{\1}", path)
         paths[path] = {method.lower(): describe(handler, method, path)
@@ -8625,7 +8614,7 @@ class Api:
     # events and streams
 
     @operation("feed heartbeat since lastEventId timeout")
-    def watch(self, request, query, parts=()):
+    def watch(self, request, query, *parts):
         """Events, one or as a stream."""
         pattern, events = parse_pattern(parts), self.manager.events
         offset, restarted, _ = self._begin(request, query, events)
@@ -8885,7 +8874,9 @@ ROUTES = (
     ("/groups/<group>/_restart", {"POST": action(
         "Restart all templates of a group.", "restart_template", True)}),
     ("/watch", {"GET": Api.watch}),
-    ("/watch/<pattern...>", {"GET": Api.watch}),
+    ("/watch/<p1>", {"GET": Api.watch}),
+    ("/watch/<p1>/<p2>", {"GET": Api.watch}),
+    ("/watch/<p1>/<p2>/<p3>", {"GET": Api.watch}),
     ("/streams", {"GET": Api.journal}),
     ("/streams/<ref>", {"GET": Api.journal}),
     ("/streams/<ref>/<label>", {"GET": Api.stream, "POST": Api.write, "DELETE": Api.end_input,
