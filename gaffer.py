@@ -8986,11 +8986,11 @@ class HttpEndpoint:
 UNSAFE = re.compile(r"[^\x20\x21\x23-\x5b\x5d-\x7e]")
 
 
-def access_line(client, now, request, status, size, secrets=()):
+def access_line(client, now, request, status, size):
     """Return a line of the access log, in Apache's combined format.
 
     `now`: Unix time; `request`: None if it could not be read; `size`: bytes of the body. What the
-    client has sent becomes printable ASCII and \\xhh, and *** in place of one of `secrets`.
+    client has sent becomes printable ASCII and \\xhh.
     """
     line = referer = agent = "-"
     if request is not None:
@@ -8998,8 +8998,6 @@ def access_line(client, now, request, status, size, secrets=()):
         referer, agent = [request.headers.get(name) or "-" for name in ("referer", "user-agent")]
     fields, local = [], time.localtime(now)
     for text, limit in (line, 2 * TARGET_SIZE), (referer, KIB), (agent, KIB):
-        for secret in secrets:
-            text = text.replace(secret, "***")
         fields.append(UNSAFE.sub(lambda match: "\\x%02x" % ord(match.group()), text[:limit]))
     when = time.strftime("%d/{}/%Y:%H:%M:%S %z", local).format(MONTHS[local.tm_mon - 1])
     return '%s - - [%s] "%s" %d %s "%s" "%s"' % (
@@ -9126,17 +9124,11 @@ class AccessLog:
     """
 
     def __init__(self, path):
-        self._path, self._writer, self._secrets = path, None, ()
+        self._path, self._writer = path, None
         self._lost, self._reports = 0, Throttle()
 
-    def start(self, token):
-        """Open the file. `token`: never to be written. StartError."""
-        if token is not None:
-            self._secrets = sorted({
-                token.encode("utf-8").decode("latin-1"), urllib.parse.quote(token),
-                urllib.parse.quote(token, ""), urllib.parse.quote_plus(token),
-                base64.b64encode(b":" + token.encode("utf-8")).decode("ascii"),
-            }, key=len, reverse=True)
+    def start(self):
+        """Open the file. StartError."""
         path = None if self._path == "-" else self._path
         self._writer = LogWriter(path, "access log", self._drop)
 
@@ -9144,7 +9136,7 @@ class AccessLog:
         """Note a request that was answered with `size` bytes beside the head. Any thread."""
         if self._writer.full:
             return self._drop(None, b"")
-        line = access_line(client, time.time(), request, status, size, self._secrets)
+        line = access_line(client, time.time(), request, status, size)
         self._writer.put(line.encode("ascii", "backslashreplace") + b"\n")
         return None
 
@@ -9754,7 +9746,7 @@ class HttpHandler:
                  max_connections_per_address=None):
         self.endpoints = list(endpoints) if endpoints is not None else [HttpEndpoint()]
         self.access = Access(token, cors_origins, allow_hosts)
-        self.access_log, self._token, self.secured = access_log, token, token is not None
+        self.access_log, self.secured = access_log, token is not None
         self._handlers = [(re.compile(pattern), handler) for pattern, handler in handlers]
         self._wsgi = sorted(
             ((("/" + path.strip("/")).rstrip("/"), app) for path, app in (wsgi or {}).items()),
@@ -9790,7 +9782,7 @@ class HttpHandler:
         self.quick = QuickRequests(self)
         try:
             if self.access_log is not None:
-                self.access_log.start(self._token)
+                self.access_log.start()
             for endpoint in self.endpoints:
                 listener = Listener(self, endpoint)
                 self.listeners.append(listener)
