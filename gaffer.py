@@ -8213,70 +8213,28 @@ class Samples:
                          for child, look in children if look]}
 
 
-class History:
-    """CPU and memory of all processes over ten minutes.
-
-    A sample is taken every 10 s on a thread, until nobody has looked for a minute: 10 us of CPU
-    and at most 8 KiB of memory for a process.
-    """
-
-    INTERVAL, PATIENCE = 10.0, 60.0
-
-    def __init__(self, manager):
-        self._manager, self._timer, self._asked_at = manager, None, 0.0
-
-    def keep_sampling(self):
-        """Keep sampling for another minute. For the owner of the lock."""
-        self._asked_at = self._manager.loop.clock()
-        if self._timer is None:
-            self._tick()
-
-    def _tick(self):
-        loop, self._timer = self._manager.loop, None
-        if loop.clock() - self._asked_at < self.PATIENCE:
-            self._timer = loop.later(self.INTERVAL, self._tick)
-            processes = [each for each in self._manager.processes.values() if not each.exited]
-            try:
-                threading.Thread(target=self._sample, args=(processes,), name="gaffer-history",
-                                 daemon=True).start()
-            except RuntimeError as error:       # the system has no thread left
-                log.warning("no sample of CPU and memory is taken: %s", error)
-
-    def _sample(self, processes):
-        for process in processes:
-            now, seen = self._manager.loop.clock(), self._manager.table.usage(process.os_pid)
-            if seen:                            # else it has just gone
-                cpu = cpu_percent(process, process.history_sample, now, seen["cpu_time"])
-                process.history_sample = now, seen["cpu_time"]
-                process.history.appendleft([cpu, seen["rss"]])
-
-
 class StatsFeed:
     """Samples every `interval` seconds, for all clients that follow the same.
 
     `sampler()` is called under the lock, and what it returns on a thread; NotFound ends the feed.
     """
 
-    def __init__(self, loop, interval, sampler, feeds, key):
+    def __init__(self, loop, interval, sampler):
         self.records = EventLog(loop, STATS_KEPT)
         self._loop, self._interval, self._sampler = loop, interval, sampler
-        self._feeds, self._key = feeds, key     # where those that have followers are found
         self._followers, self._timer = 0, None
 
     def follow(self):
         """Count a follower; return a function that ends its following."""
         self._followers += 1
         if self._followers == 1:
-            self._feeds.setdefault(self._key, self)
             self._tick()
 
         def unfollow():
             self._followers -= 1
-            if self._followers == 0:
-                if self._timer is not None:
-                    self._timer.cancel()
-                if self._feeds.get(self._key) is self:
-                    del self._feeds[self._key]
+            if self._followers == 0 and self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
         return unfollow
 
     def _tick(self):
@@ -8300,9 +8258,47 @@ class StatsFeed:
 
     def _sampled(self, record):
         if self._followers:
-            self._timer = self._loop.later(self._interval, self._tick)
+            if self._timer is None:             # else the first follower has left, and one has come
+                self._timer = self._loop.later(self._interval, self._tick)
             if record is not None:
                 self.records.append(record)
+
+
+class History:
+    """CPU and memory of all processes over ten minutes, sampled until nobody has looked for one.
+
+    That takes 10 us of CPU a sample, and at most 8 KiB of memory for a process.
+    """
+
+    INTERVAL, PATIENCE = 10.0, 60.0
+
+    def __init__(self, manager):
+        self._manager, self._end = manager, None
+
+    def keep_sampling(self):
+        """Keep sampling for another minute. For the owner of the lock."""
+        loop = self._manager.loop
+        if self._end is None:
+            self._unfollow = StatsFeed(loop, self.INTERVAL, self._sampler).follow()
+        else:
+            self._end.cancel()
+        self._end = loop.later(self.PATIENCE, self._stop)
+
+    def _stop(self):
+        self._end = None
+        self._unfollow()
+
+    def _sampler(self):
+        processes = [each for each in self._manager.processes.values() if not each.exited]
+
+        def sample():
+            for process in processes:
+                now, seen = self._manager.loop.clock(), self._manager.table.usage(process.os_pid)
+                if seen:                        # else it has just gone
+                    cpu = cpu_percent(process, process.history_sample, now, seen["cpu_time"])
+                    process.history_sample = now, seen["cpu_time"]
+                    process.history.appendleft([cpu, seen["rss"]])
+        return sample
 
 
 def action(summary, method, of_group=False):
@@ -8322,7 +8318,7 @@ class Api:
         self.manager, self._http = manager, http
         self.samples = Samples(manager.table, manager.loop.clock)
         self._history = History(manager)
-        self._stats_feeds = {}                  # what is sampled -> StatsFeed
+        self._stats_feeds = weakref.WeakValueDictionary()   # what is sampled -> StatsFeed
 
     # the server itself
 
@@ -8605,8 +8601,8 @@ class Api:
                                 lambda record: True, lambda record: "stat")
 
         def follow():
-            key, feeds = (name, pid, interval), self._stats_feeds
-            feed = feeds.get(key) or StatsFeed(self.manager.loop, interval, sampler, feeds, key)
+            feed = self._stats_feeds.setdefault(
+                (name, pid, interval), StatsFeed(self.manager.loop, interval, sampler))
             return self._feed(request, query, feed.records, encoder, feed.records.end,
                               begin=feed.follow)
         return call(follow)

@@ -1295,7 +1295,7 @@ class PureEvents(PureLogCase):
         """A few samples are kept; one that cannot be had is left out."""
         sampler = mock.Mock(side_effect=[OSError("no"), *range(20)])
         turns = mock.Mock(side_effect=[RuntimeError("no thread"), *[sampler] * 22])
-        feed = gaffer.StatsFeed(self.loop, 1, turns, {}, "key")
+        feed = gaffer.StatsFeed(self.loop, 1, turns)
         with mock.patch("threading.Thread.start", lambda thread: thread.run()), \
                 self.assertLogs("gaffer", "WARNING") as logs:
             leave = self.do(feed.follow)
@@ -7835,7 +7835,8 @@ class BrowserPage(BrowserPageCase):
 
     def test_usage_has_a_history(self):
         pid, = self.server.add("busy", python("while True: pass"))
-        with mock.patch.object(gaffer.History, "INTERVAL", 0.05):
+        with mock.patch.object(gaffer.History, "INTERVAL", 0.05), mock.patch.object(
+                self.server.http._api, "_history", gaffer.History(self.server.manager)):
             self.open()
             self.row("busy", "%")
             process = self.server.manager.find_process(pid)
