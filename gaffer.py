@@ -5049,15 +5049,6 @@ def read_body(file, length, limit):
     return bytes(body)
 
 
-def check_query(request, names):
-    """Raise BadValue for a query parameter that is not one of `names`, unless it begins with _."""
-    for name in request.query:
-        if name not in names and not name.startswith("_"):
-            raise BadValue("unknown parameter '%s'%s" % (
-                name[:40], near(name, names) or "; this resource takes %s" % (
-                    ", ".join(names) or "none")))
-
-
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -6675,21 +6666,25 @@ PARAMETERS = {                                  # of the query: the one table th
 }
 
 
+Query = type("Query", (), dict.fromkeys(PARAMETERS))        # what is not given is None
+
+
 def parse_query(request, names):
-    """Return the query as an object with an attribute for each of `names`, None if not given.
+    """Return the Query of a request that may have the parameters `names`.
 
     Raises BadValue, BadRequest.
     """
-    query = types.SimpleNamespace(**dict.fromkeys(names))
-    if not request.raw_query:
-        return query
-    check_query(request, names)
-    for name in names:
-        if name in request.query:
+    query = Query()
+    for name, text in request.query.items():
+        if name in names:
             try:
-                setattr(query, name, PARAMETERS[name].parse(request.query[name]))
+                setattr(query, name, PARAMETERS[name].parse(text))
             except ValueError as error:
                 raise BadValue("'%s' %s" % (name, error)) from None
+        elif not name.startswith("_"):
+            raise BadValue("unknown parameter '%s'%s" % (
+                name[:40], near(name, names) or "; this resource takes %s" % (
+                    ", ".join(names) or "none")))
     return query
 
 
@@ -8660,7 +8655,7 @@ class Api:
     def _begin(self, request, query, source):
         """Return where a reader begins: (offset, whether its id is of another run, whether it is
         the id of an exit). Raises BadValue."""
-        epoch, tail = self.manager.epoch, getattr(query, "tail", None)      # events have none
+        epoch, tail = self.manager.epoch, query.tail
         last = request.headers.get("last-event-id") or query.lastEventId
         if query.since and tail is not None:
             raise BadValue("give 'since' or 'tail', not both")
