@@ -8426,12 +8426,10 @@ class Api:
     def act(self, query, names, action):
         """Do something to each template, and answer; with `wait` when it is done. What one refuses
         is reported after the others had their turn."""
-        find = self.manager.find_template
-
-        def list_processes():
-            return [process for name in names for process in find(name).processes.values()]
-        before = self.manager.loop.call(list_processes)
-        templates = [self.manager.loop.call(find, name) for name in names]
+        def find():
+            templates = [self.manager.find_template(name) for name in names]
+            return templates, [process for each in templates for process in each.processes.values()]
+        templates, before = self.manager.loop.call(find)
         answer, faults = OK, []
         for name in names:
             try:
@@ -8504,20 +8502,12 @@ class Api:
             if reason:
                 raise Conflict(reason)
             return json_response(template.status()) if holds else None
-        response = self.manager.loop.call(answer)
-        if response is not None:
-            return response
-
-        def begin(deliver):
-            found = [None]
-
-            def done():
-                found[0] = attempt(answer)
-                return found[0] is not None
-            return self.manager.wait_until(done, lambda: deliver(found[0]))
-        return LongPoll(begin, query.timeout, lambda: error_response(WaitTimeout(
-            "'%s' is not %s in the time given; it goes on%s" % (
-                name, query.until, template.delay_reason()))))
+        return self.manager.loop.call(
+            self._wait_for,
+            lambda satisfied: self.manager.wait_until(lambda: attempt(answer), satisfied),
+            answer, query.timeout, lambda: error_response(WaitTimeout(
+                "'%s' is not %s in the time given; it goes on%s" % (
+                    name, query.until, template.delay_reason()))))
 
     @operation("usage history", unlocked="few")
     def statuses(self, request, query):
@@ -8613,8 +8603,7 @@ class Api:
             encoder = RecordEncoder(
                 query.feed, self._framed(request), self.manager.epoch, pattern,
                 lambda event: matches(pattern, event), lambda event: event["event"])
-            first = encoder.dropped(0, offset, True) if restarted else b""
-            return self._feed(request, query, events, encoder, offset, first)
+            return self._feed(request, query, events, encoder, offset, restarted)
 
         def answer():
             nonlocal offset
@@ -8631,11 +8620,11 @@ class Api:
 
         def nothing():
             return Response(status=204, content_type=None)
-        return self._wait_for(events, answer, query.timeout, nothing)
+        return self._wait_for(events.wait, answer, query.timeout, nothing)
 
     @staticmethod
-    def _wait_for(source, answer, timeout, expired):
-        """Return what answer() makes, now or when the log has more."""
+    def _wait_for(wait, answer, timeout, expired):
+        """Return what answer() makes, now or when `wait` has it asked again."""
         response = answer()
         if response is not None:
             return response
@@ -8646,7 +8635,7 @@ class Api:
                 if response is not None:
                     deliver(response)
                 return response is not None
-            cancel = source.wait(satisfied)
+            cancel = wait(satisfied)
             if satisfied():                     # it came between the two
                 cancel()
             return cancel
@@ -8683,18 +8672,18 @@ class Api:
         """Return whether the client has named an offset, so that what went before is a loss."""
         return bool(query.since or query.lastEventId or request.headers.get("last-event-id"))
 
-    def _feed(self, request, query, source, encoder, offset, first=b"", loss=None, process=None,
+    def _feed(self, request, query, source, encoder, offset, restarted=False, process=None,
               begin=None):
-        """Return a Feed of a log."""
-        reader = self._reader(request, source, encoder, offset, loss)
-        asked = hasattr(query, "since") and self._asked(request, query)
-        return Feed(query.feed, self._framed(request), reader, asked, query.heartbeat, first,
-                    process, begin)
+        """Return a Feed of a log. `restarted`: the client knows another run of gaffer."""
+        reader = self._reader(request, query, source, encoder, offset)
+        first = restarted and encoder.dropped(0, offset, True)
+        return Feed(query.feed, self._framed(request), reader, self._asked(request, query),
+                    query.heartbeat, first or b"", process, begin)
 
     @staticmethod
-    def _reader(request, source, encoder, offset, loss):
-        reader = Reader(source, encoder, None, offset, loss or "cut")
-        if loss == "block" and request.method == "GET":
+    def _reader(request, query, source, encoder, offset):
+        reader = Reader(source, encoder, None, offset, query.loss or "cut")
+        if query.loss == "block" and request.method == "GET":
             source.add(reader)                  # at once, or the child would run ahead of it
         return reader
 
@@ -8709,12 +8698,11 @@ class Api:
             return self._next_bytes(request, query, window, offset)
         if query.feed == "continuous":
             encoder = (ChunkEncoder if request.version == (1, 1) else Encoder)()
-            return self._feed(request, query, window, encoder, offset, loss=query.loss)
+            return self._feed(request, query, window, encoder, offset)
         if at_exit:
             return self._nothing(window)
         encoder = SseEncoder(label, manager.epoch, self._framed(request))
-        first = encoder.dropped(0, offset, True) if restarted else b""
-        return self._feed(request, query, window, encoder, offset, first, query.loss, process)
+        return self._feed(request, query, window, encoder, offset, restarted, process)
 
     @operation("feed heartbeat since lastEventId tail timeout returns",
                answer="application/octet-stream")
@@ -8732,14 +8720,12 @@ class Api:
         plain = JournalEncoder(False, manager.epoch, returns=query.returns)
         if query.feed in (None, "longpoll"):
             return self._next_bytes(request, query, view, offset, plain)
-        events, first = query.feed == "eventsource", b""
+        events = query.feed == "eventsource"
+        if events and view.ended and not restarted and self._asked(request, query) and (
+                not view.read_all(offset, plain)[0]):
+            return self._nothing(view)
         encoder = JournalEncoder(events, manager.epoch, self._framed(request), query.returns)
-        if events:
-            if restarted:
-                first = encoder.dropped(0, offset, True)
-            elif view.ended and self._asked(request, query) and not view.read_all(offset, plain)[0]:
-                return self._nothing(view)
-        return self._feed(request, query, view, encoder, offset, first)
+        return self._feed(request, query, view, encoder, offset, restarted)
 
     @staticmethod
     def _nothing(source):
@@ -8768,7 +8754,7 @@ class Api:
         if request.method == "HEAD":
             return answer() or Response(None, headers=[("Gaffer-Offset", source.end)],
                                         content_type="application/octet-stream")
-        return self._wait_for(source, answer, query.timeout, lambda: self._nothing(source))
+        return self._wait_for(source.wait, answer, query.timeout, lambda: self._nothing(source))
 
     @operation(body="bytes")
     def write(self, request, query, ref, label="stdin"):
@@ -8821,7 +8807,7 @@ class Api:
         headers = websocket_accept(request)
         by_line = query.frame == "line"
         encoder = FrameEncoder(query.type == "binary", by_line)
-        reader = self._reader(request, window, encoder, offset, query.loss)
+        reader = self._reader(request, query, window, encoder, offset)
         return ProcessSocket(headers, reader, self._asked(request, query), stream, by_line, process,
                              query.heartbeat)
 
