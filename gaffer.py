@@ -6002,8 +6002,7 @@ class Answer(Channel):
             self.drained()
 
     def received(self, data):
-        """Keep the next request for later."""
-        self.connection.early += data
+        self.connection.early += data           # the next request
         self.reading(False)
 
     def eof_received(self):
@@ -6033,18 +6032,18 @@ class LongPoll(Answer):
         self._begin, self._timeout, self._expired = begin, timeout, expired
 
     def opened(self):
-        self.status, self._answered = CLIENT_LEFT, False
+        self.status = CLIENT_LEFT               # until it is answered
         self._ends = []
         if self._timeout is not None:
             self._ends.append(self.loop.later(
                 self._timeout, lambda: self._deliver(attempt(self._expired))).cancel)
         self._ends.append(self._begin(self._deliver))
-        if self._answered:                      # at once
-            self._ends.pop()()
+        if self.status is None:                 # answered at once
+            self.closing()
 
     def _deliver(self, response):
-        if not self._answered and not self.closed:
-            self._answered, self.status = True, None
+        if self.status is not None and not self.closed:
+            self.status = None
             self.closing()
             self._keep = not (self.request.wants_close() or self.http.ending)
             if self.send(self.http.answer(self.connection, self.request, response, self._keep)):
