@@ -6565,8 +6565,6 @@ def server_metrics(manager, http):
          counts.samples()),
         ("gaffer_http_request_seconds", "summary",
          "Time spent on requests that did not wait for an event.", (counts.seconds, counts.timed)),
-        ("gaffer_http_wrong_tokens_total", "counter", "Requests with a wrong token.",
-         http.wrong_tokens),
         ("gaffer_loop_busy_seconds_total", "counter", "Time the loop has worked.", loop.busy),
         ("gaffer_loop_turns_total", "counter", "Turns of the loop.", loop.turns),
         ("gaffer_events_total", "counter", "Events published.", manager.events.end),
@@ -9737,8 +9735,7 @@ class HttpHandler:
         self.threads = {}                       # and the threads of the others, by Connection
         self.handshakes = {}                    # Connections that begin TLS; the oldest first
         self.working = set()                    # Handlers with a request
-        self.requests, self.wrong_tokens = RequestCounts(), 0
-        self._reports, self._guesses = Throttle(), Throttle()
+        self.requests, self._reports = RequestCounts(), Throttle()
         self._date = (0, "")
 
     # the app
@@ -9910,14 +9907,7 @@ class HttpHandler:
             access.check_origin(request)
         access.check_site(request)
         if request.path not in OPEN_PATHS or not is_read:
-            try:
-                access.check_token(request)
-            except Unauthorized:
-                if "authorization" in request.headers:      # else it may be a browser that asks
-                    self.wrong_tokens += 1
-                    self._guesses.warning("a wrong token came from %s; %d so far",
-                                          request.client, self.wrong_tokens)
-                raise
+            access.check_token(request)
         try:
             return self._known_route(request.method, request.path, bool(request.raw_query))
         except GafferError as error:

@@ -5963,20 +5963,13 @@ class HttpToken(HttpCase):
                                       body=http_bytes("GET", "/ping")), 401, "unauthorized")
 
     def test_guesses(self):
-        """They are reported, counted, and all answered alike."""
+        """They are all answered alike."""
         answers = set()
-        with self.assertLogs("gaffer", "WARNING") as logged:
-            for guess in "", self.TOKEN[:-1] + "e", "x" * 5000:
-                answer = self.ask("GET", "/processes", self.basic("x:" + guess))
-                del answer[1]["Date"]
-                answers.add((answer[0], str(answer[1]), answer[2]))
-            self.ask("GET", "/processes")       # this may be a browser that asks
-            metrics = self.ask("GET", "/metrics", self.basic("x:" + self.TOKEN))[2]
+        for guess in "", self.TOKEN[:-1] + "e", "x" * 5000:
+            answer = self.ask("GET", "/processes", self.basic("x:" + guess))
+            del answer[1]["Date"]
+            answers.add((answer[0], str(answer[1]), answer[2]))
         self.assertEqual([status for status, _, _ in answers], [401])
-        self.assertIn(b"\ngaffer_http_wrong_tokens_total 3\n", metrics)
-        self.assertEqual(len(logged.output), 1)
-        self.assertRegex(logged.output[0],
-                         r"a wrong token came from 127\.0\.0\.1:\d+; 1 so far$")
 
 
 def make_certificate(folder):
