@@ -6576,18 +6576,6 @@ def server_metrics(manager, http):
          manager.started_at))))
 
 
-def process_metrics(table):
-    """Return the metrics of gaffer's own process, under the names that Prometheus has for all."""
-    seen = table.sample(os.getpid()) or {"cpu_time": 0.0, "rss": 0, "vms": 0}
-    return "".join(itertools.starmap(metric_lines, (
-        ("process_cpu_seconds_total", "counter", "CPU time of gaffer itself.", seen["cpu_time"]),
-        ("process_resident_memory_bytes", "gauge", "Memory of gaffer itself.", seen["rss"]),
-        ("process_virtual_memory_bytes", "gauge", "Address space of gaffer itself.", seen["vms"]),
-        ("process_open_fds", "gauge", "Open file descriptors.", len(os.listdir("/dev/fd")) - 1),
-        ("process_max_fds", "gauge", "How many it may have.",
-         "+Inf" if files_max() == math.inf else files_max()))))
-
-
 @json_schema("boolean")
 def parse_flag(text):
     """Return the boolean of a query parameter."""
@@ -8348,8 +8336,7 @@ class Api:
         """Metrics for Prometheus."""
         call = self.manager.loop.call
         text = (call(template_metrics, self.manager)
-                + call(server_metrics, self.manager, self._http)
-                + process_metrics(self.manager.table))
+                + call(server_metrics, self.manager, self._http))
         return Response(text.encode("utf-8"),
                         content_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -5139,17 +5139,11 @@ class HttpMetrics(HttpCase):
 
     def test_itself(self):
         self.cat("web")
-        until(lambda: self.metrics()["process_cpu_seconds_total"], "a clock's tick")
         python_version = "%d.%d.%d" % sys.version_info[:3]
         self.assertMetrics(**{"info %s %s" % (gaffer.__version__, python_version): 1,
                               "events_total": 3})
-        found = self.metrics()
-        self.assertLess(abs(found["process_start_time_seconds"] - time.time()), 3600)
-        until(lambda: abs(self.metrics()["process_open_fds"] - len(open_descriptors())) < 4,
-              "the count while no other connection comes or goes")
-        for less, more in (("open_fds", "max_fds"),
-                           ("resident_memory_bytes", "virtual_memory_bytes")):
-            self.assertTrue(0 < found["process_" + less] < found["process_" + more])
+        self.assertLess(
+            abs(self.metrics()["process_start_time_seconds"] - time.time()), 3600)
 
 
 class HttpLogs(HttpCase):
