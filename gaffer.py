@@ -4396,7 +4396,7 @@ class Manager:
     def _add(self, info, dry_run):
         name, handle = info["name"], ProcessHandle(self, info["name"])
         if name in self.templates:
-            raise Conflict("the name '%s' is taken; PUT /processes/%s replaces it" % (name, name))
+            raise Conflict("the name '%s' is taken; update its template, or delete it" % name)
         if len(self.templates) >= TEMPLATES_MAX:
             raise Busy("there are %d templates; delete one first" % TEMPLATES_MAX)
         self._check_circle(info)
@@ -10038,7 +10038,6 @@ def refusal(endpoint, status, body):
         reason = "the server requires its token: pass it with --token-file FILE or GAFFER_TOKEN"
     if code == "not_found":
         return NotThere(reason)
-    reason = re.sub(r"PUT /processes/\S+ replaces", "'gaffer.py update_process' changes", reason)
     return ClientError(reason, REFUSAL_STATUSES.get(status, 1), code)
 
 

@@ -9566,7 +9566,7 @@ class CliEveryCommand(CliControlCase):
 
     NAMED = "there is no process named 'nosuch'; 'gaffer.py status' lists them"
     GROUP = "there is no process of the group 'nosuch': .*"
-    TAKEN = ".*'ticker'.*'gaffer.py update_process' changes it"
+    TAKEN = ".*'ticker' is taken; update its template, or delete it"
     # arguments, and what is printed, @ being a template of this run alone; arguments with a wrong
     # name, and what comes of them
     TABLE = {
