@@ -11878,17 +11878,18 @@ def is_away(error):
             or error.code in ("stopping", "busy"))
 
 
-def show_status(args, choose):
+def status_command(args, choose=lambda args, statuses: find_targets(
+        args, statuses, args.names or ["all"])):
     """Print the table; with -w each second, also while the server restarts.
 
-    `choose(statuses)` returns [Target]. The exit status is 3 if fewer processes run than are
-    wanted, or none is there.
+    `choose` returns the Targets. The exit status is 3 if fewer processes run than are wanted, or
+    none is there.
     """
     client, size, clear, exit_status = connect(args), None, "\x1b[2J", None
     while True:
         try:
             args.exit_status = 0
-            statuses = [target.status for target in choose(get_statuses(client))]
+            statuses = [target.status for target in choose(args, get_statuses(client))]
         except ClientError as error:            # what was shown stays until the server is back
             if exit_status is None or not is_away(error):
                 raise
@@ -11917,11 +11918,6 @@ def show_status(args, choose):
         if not args.watch:
             return exit_status
         time.sleep(STATUS_INTERVAL)
-
-
-def status_command(args):
-    """Show what is running."""
-    return show_status(args, lambda statuses: find_targets(args, statuses, args.names or ["all"]))
 
 
 # watch, logs
@@ -12661,7 +12657,7 @@ def unload_command(args):
 
 def ps_command(args):
     """Show the processes of a Procfile."""
-    return show_status(args, lambda statuses: find_app(args, statuses).values())
+    return status_command(args, lambda *found: find_app(*found).values())
 
 
 def scale_command(args):

@@ -9474,7 +9474,7 @@ class CliStatus(CliControlCase):
         for answers in ({}, away, {}, KeyboardInterrupt()), ({}, gaffer.NotThere("gone")), (away,):
             with mock.patch("gaffer.get_statuses", side_effect=answers) as asked, \
                     http_limits(STATUS_INTERVAL=0), self.assertRaises(type(answers[-1])):
-                gaffer.show_status(args, lambda statuses: statuses)
+                gaffer.status_command(args, lambda args, statuses: statuses)
             self.assertEqual(asked.call_count, len(answers))
 
 
