@@ -11561,8 +11561,8 @@ def await_goal(args, client, names, goal=None):
 def carry_out(args, client, steps):
     """Send all requests at once; print what each has done when it is done.
 
-    `steps`: [(Target, request, what it does: a function of the answer)]; a request is a method and
-    what follows the Target's path.
+    `steps`: [(Target, request, what it does; None: it tells the number of processes)]; a request
+    is a method and what follows the Target's path.
     """
     from concurrent.futures import ThreadPoolExecutor
     until_ready = args.command == "start" and args.ready
@@ -11580,22 +11580,17 @@ def carry_out(args, client, steps):
         answers = [pool.submit(send, target, request) for target, request, _ in steps]
         for (target, _, done), answer in zip(steps, answers):
             try:
-                text = "%s: %s" % (target.word, done(answer.result()))
+                data = answer.result()
+                if done is None:
+                    count = json.loads(data)["numprocesses"]
+                    done = "%d process%s" % (count, "" if count == 1 else "es")
                 told.append(target.word)
                 if not until_ready:
-                    show(args, answer.result(), text)
+                    show(args, data, "%s: %s" % (target.word, done))
             except ClientError as error:
                 report(args, error, target.word if len(steps) > 1 else "")
     if until_ready:
         await_goal(args, client, told)
-
-
-def scaling(target, verb, number):
-    """Return the step of carry_out() that adds or removes a number of processes, maybe none."""
-    def done(answer):
-        count = json.loads(answer)["numprocesses"]
-        return "%d process%s" % (count, "" if count == 1 else "es")
-    return target, "POST /_%s/%d" % (verb, number) if number else "GET ", done
 
 
 def act(args):
@@ -11617,21 +11612,21 @@ def act(args):
             done = done if active else "started"
         elif active == (verb == "start") and state not in ("scheduled", "waiting"):
             done = "already " + state
-        steps.append((target, request, lambda answer, done=done: done))
+        steps.append((target, request, done))
     carry_out(args, client, steps)
 
 
 def scale_one(args):
     """Run more or fewer processes of templates."""
     client, targets = connect_to(args, [args.name])
-    carry_out(args, client, [
-        scaling(target, args.command, args.number or 1) for target in targets])
+    request = "POST /_%s/%d" % (args.command, args.number or 1)
+    carry_out(args, client, [(target, request, None) for target in targets])
 
 
 def del_process_command(args):
     """Stop templates and remove them."""
     client, targets = connect_to(args, args.names)
-    carry_out(args, client, [(target, "DELETE ", lambda answer: "deleted") for target in targets])
+    carry_out(args, client, [(target, "DELETE ", "deleted") for target in targets])
 
 
 def wait_command(args):
@@ -12642,7 +12637,7 @@ def load_command(args):
             report(args, error, name)
     gone = [name for name in statuses
             if name.startswith(group + ":") and name not in templates]
-    carry_out(args, client, [(target, "DELETE ", lambda answer: "removed")
+    carry_out(args, client, [(target, "DELETE ", "removed")
                              for target in find_targets(args, statuses, gone)])
     if args.ready and not args.exit_status:
         await_goal(args, client, started)
@@ -12651,8 +12646,8 @@ def load_command(args):
 def unload_command(args):
     """Stop the templates of a group and remove them."""
     client, args.group = connect(args), group_of(args)
-    carry_out(args, client, [(target, "DELETE ", lambda answer: "unloaded") for target in find_app(
-        args, get_statuses(client)).values()])
+    carry_out(args, client, [(target, "DELETE ", "unloaded")
+                             for target in find_app(args, get_statuses(client)).values()])
 
 
 def ps_command(args):
@@ -12679,7 +12674,8 @@ def scale_command(args):
         check_type(kind, found)
         now = found[kind].status["numprocesses"]
         by = int(count) - now if sign == "=" else int(sign + count)
-        steps.append(scaling(found[kind], "add" if by > 0 else "sub", abs(by)))
+        request = "POST /_%s/%d" % ("add" if by > 0 else "sub", abs(by)) if by else "GET "
+        steps.append((found[kind], request, None))
     carry_out(args, client, steps)
 
 
