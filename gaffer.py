@@ -5270,17 +5270,15 @@ class Access:
             return []
         if not self.allows_origin(request):
             return [("Vary", "Origin")]
-        return [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
-                ("Access-Control-Expose-Headers", "Gaffer-Offset, Gaffer-Dropped, Gaffer-Ended")]
-
-    def preflight(self, request):
-        """Return what the answer to OPTIONS has on top of cors(): [(name, value)]."""
-        if "origin" not in request.headers or not self.allows_origin(request):
-            return []
-        return [("Access-Control-Allow-Methods", ", ".join(METHODS)),
+        headers = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), (
+            "Access-Control-Expose-Headers", "Gaffer-Offset, Gaffer-Dropped, Gaffer-Ended")]
+        if request.method == "OPTIONS":         # a preflight
+            headers += [
+                ("Access-Control-Allow-Methods", ", ".join(METHODS)),
                 ("Access-Control-Allow-Headers", "X-Requested-With, X-HTTP-Method-Override, "
                  "Content-Type, Accept, Authorization, Last-Event-ID"),
                 ("Access-Control-Max-Age", "86400")]
+        return headers
 
 
 class Router:
@@ -9888,8 +9886,7 @@ class HttpHandler:
             request.headers.pop("origin", None)     # without a Host it cannot be our own
             raise
         if request.method == "OPTIONS":
-            return (lambda request: Response(status=204, headers=access.preflight(request),
-                                             content_type=None)), BODY_SIZE, False
+            return (lambda request: Response(status=204, content_type=None)), BODY_SIZE, False
         if not is_read or "upgrade" in request.headers:
             access.check_origin(request)
         access.check_site(request)
