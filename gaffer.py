@@ -4852,10 +4852,7 @@ class Request:
             return json.loads(self.body.decode("utf-8"), parse_constant=refuse,
                               object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
-            # behind a semicolon it says how to let Python read longer numbers
-            fault = "nested too deeply" if isinstance(error, RecursionError) else (
-                str(error)[:200].partition(";")[0])
-            raise InvalidJson("the body is not JSON in UTF-8: %s" % fault) from None
+            raise InvalidJson("the body is not JSON in UTF-8: %s" % str(error)[:200]) from None
 
     def words(self, name):
         """Return the words of a header that is a list, in lower case."""
@@ -4950,7 +4947,7 @@ def read_request(file):
 
     Raises BadRequest, VersionNotSupported, UriTooLong, HeadersTooLarge. RFC 9112 section 2.2.
     """
-    for _ in range(EMPTY_LINES_MAX + 1):        # old clients send one after a body
+    for _ in range(EMPTY_LINES_MAX + 1):
         line = read_line(file, REQUEST_LINE_SIZE, UriTooLong,
                          "the request line is over %d bytes; shorten it" % REQUEST_LINE_SIZE)
         if line != b"":
@@ -4965,8 +4962,7 @@ def read_request(file):
                          "the head is over %d bytes; send less" % HEAD_SIZE)
     if line is None:
         return None
-    head = b"\r\n".join(lines)
-    return known_request(head) if len(head) <= KIB else parse_head(head)
+    return parse_head(b"\r\n".join(lines))
 
 
 def has_body(request):
@@ -8900,11 +8896,6 @@ class HttpEndpoint:
         if self.path and certfile:
             raise StartError("'%s' is a unix socket without TLS: leave out the certfile" % bind)
 
-    @property
-    def scheme(self):
-        """http or https."""
-        return "https" if self.certfile else "http"
-
     def resolve(self):
         """Return (address family, address, whether only this machine can reach it).
 
@@ -9079,7 +9070,7 @@ class AccessLog:
     """A line for each request, in Apache's combined format. `path`: a file, or "-" for stderr.
 
     A thread writes the lines. What finds no room or cannot be written is dropped, and that is
-    reported once a minute. A file that was moved away is made anew.
+    reported once a minute.
     """
 
     def __init__(self, path):
@@ -9551,7 +9542,8 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if self.endpoint.path is not None:
             return "unix:" + self.endpoint.path
         host, port = map(str, self.server_address[:2])
-        return "%s://%s:%s" % (self.endpoint.scheme, "[%s]" % host if ":" in host else host, port)
+        return "http%s://%s:%s" % (
+            "s" if self.context else "", "[%s]" % host if ":" in host else host, port)
 
     def _accept(self, mask):
         self._accepts = ACCEPTS_PER_TURN
@@ -13161,12 +13153,7 @@ def dispatch(argv):
 
 
 def main(argv=None):
-    """Do what the command line says. Return the exit status.
-
-    0: done, 1: it could not be done, 2: wrong usage, 3: not running (status), 4: no such name,
-    5: no server there, 6: refused, 124: timed out, 128+n: after signal n; serve --exit-with and up:
-    a process's own.
-    """
+    """Do what the command line says. Return the exit status: see HELP; 128+n after signal n."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
