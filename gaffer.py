@@ -6531,9 +6531,6 @@ def template_metrics(manager):
         for label, merged in template.merged.items():
             add("stream_bytes_total", template, merged.window.end, label=label)
             add("stream_dropped_bytes_total", template, merged.window.dropped, label=label)
-        for process in processes:
-            for label, stream in process.inputs.items():
-                add("input_waiting_bytes", template, stream.size, label=label, pid=process.pid)
     return "".join(metric_lines("gaffer_" + name, kind, text, found[name]) for name, kind, text in (
         ("processes", "gauge", "Processes by state; waiting: for a restart."),
         ("processes_wanted", "gauge", "Processes that should run now."),
@@ -6542,8 +6539,7 @@ def template_metrics(manager):
         ("process_exits_total", "counter", "Exits, by status and signal."),
         ("stream_bytes_total", "counter", "Bytes of output."),
         ("stream_dropped_bytes_total", "counter",
-         "Bytes that readers missed, added up over all readers."),
-        ("input_waiting_bytes", "gauge", "Bytes that a process has not read yet.")))
+         "Bytes that readers missed, added up over all readers.")))
 
 
 def server_metrics(manager, http):
@@ -9004,10 +9000,9 @@ class Writer:
                 self._drained()
 
     def close(self, timeout):
-        """Write what waits. Return whether that was done within `timeout` seconds."""
+        """Write what waits, for `timeout` seconds at most."""
         self._queue.put(None)
         self._thread.join(timeout)
-        return not self._thread.is_alive()
 
 
 def is_file_at(fd, path):
