@@ -8735,12 +8735,10 @@ class Api:
         """Write to a process, whole or not at all."""
         self._check_writable(ref, label)
         process = self.manager.find_one(ref)
-        streams = [*process.outputs.values(), *process.home.merged.values()]
-        windows = [stream.window for stream in streams if label == "stdin"]
-        places = [window.end for window in windows]
         self.manager.write(ref, label, request.body)
-        for window, place in zip(windows, places):      # a long poll that follows begins here
-            window.questions.append(place)
+        if label == "stdin":                    # a long poll that follows begins here
+            for stream in (*process.outputs.values(), *process.home.merged.values()):
+                stream.window.questions.append(stream.window.end)
         return OK
 
     @operation()
