@@ -8853,7 +8853,7 @@ KEEP_TIME = 0.5                                 # of this a thread waits, then t
 SEND_SIZE = 256 * KIB                           # to be taken within SEND_TIME
 HANDSHAKE_TIME = 10.0                           # of TLS
 HANDSHAKES_MAX = 200                            # one more ends the oldest
-CONNECTIONS_MAX = 15000                         # requests and streams
+CONNECTIONS_MAX = 15000                         # requests and streams; one more is `busy`
 FILES_FOR_CONNECTIONS = 0.875                   # of the system's limit: processes need the rest
 FILES_EXPECTED = 8192                           # descriptors: 64 KiB of the kernel's memory
 ADDRESS_CONNECTIONS_MAX = 1000                  # of one address, or a /64 of IPv6
@@ -9678,16 +9678,13 @@ class HttpHandler:
     WebSocketHandler class)]; callable(request, *groups) runs on the request's thread and returns
     str, bytes, dict, list, Response or (status, headers, body). `wsgi`: {"/prefix": application}.
     `token`, `cors_origins`, `allow_hosts`: who may do what. `max_body`: bytes of a body for these.
-    `access_log`: an AccessLog. `max_connections`: at once (15,000, or what the limit of open files
-    leaves). `max_connections_per_address`: of one IPv4 address, or /64 of IPv6 (1,000; this
-    machine's own are not counted, unless a number is given). One more is answered 503 `busy`.
+    `access_log`: an AccessLog.
     """
 
     advice = "give another --bind"              # where it cannot listen
 
     def __init__(self, endpoints=None, handlers=(), wsgi=None, token=None, cors_origins=(),
-                 allow_hosts=(), max_body=16 * MIB, access_log=None, max_connections=None,
-                 max_connections_per_address=None):
+                 allow_hosts=(), max_body=16 * MIB, access_log=None):
         self.endpoints = list(endpoints) if endpoints is not None else [HttpEndpoint()]
         self.access = Access(token, cors_origins, allow_hosts)
         self.access_log, self.secured = access_log, token is not None
@@ -9697,7 +9694,6 @@ class HttpHandler:
             key=lambda item: -len(item[0]))
         self._max_body = max_body
         self.routes, self._router, self._api = ROUTES, Router(ROUTES), None
-        self._max_connections, self._max_of_address = max_connections, max_connections_per_address
         self.loop, self.listeners = None, []
         self.ending = self.closed = False
         self.connections, self._of_address = set(), collections.Counter()
@@ -9793,13 +9789,9 @@ class HttpHandler:
 
     def admit(self, connection):
         """Count a new connection; if there are too many, refuse it and return False."""
-        if connection.peer is None and self._max_of_address is not None:
-            connection.peer = connection.address.rpartition(":")[0] or None
-        peer = connection.peer
-        most = self._max_connections or min(CONNECTIONS_MAX, files_max() * FILES_FOR_CONNECTIONS)
-        most_of_address = self._max_of_address or ADDRESS_CONNECTIONS_MAX
+        peer, most = connection.peer, min(CONNECTIONS_MAX, files_max() * FILES_FOR_CONNECTIONS)
         full = len(self.connections) >= most or (
-            peer is not None and self._of_address[peer] >= most_of_address)
+            peer is not None and self._of_address[peer] >= ADDRESS_CONNECTIONS_MAX)
         self.connections.add(connection)
         self._of_address[peer] += 1
         if full:

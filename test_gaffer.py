@@ -5794,8 +5794,11 @@ class HttpLimits(HttpCase):
         return wires
 
     def test_of_one_address(self):
-        """A number that is given holds for this machine too, whatever a connection becomes."""
-        server = self.serve(max_connections_per_address=3)
+        """Whatever a connection becomes. This machine's own are not counted."""
+        limits = contextlib.ExitStack()
+        self.addCleanup(limits.close)
+        limits.enter_context(http_limits(network=lambda host: host, ADDRESS_CONNECTIONS_MAX=3))
+        server = self.serve()
         server.add("web", "cat", redirect_input=True)
         self.all_gone(server)
         held = [self.wire("/streams/1/stdout?feed=continuous", server=server),
@@ -5808,6 +5811,7 @@ class HttpLimits(HttpCase):
             wire.close()
         self.all_gone(server)
         self.held(server, 3)
+        limits.close()
         with http_limits(ADDRESS_CONNECTIONS_MAX=1):    # a reverse proxy has one address
             self.held(self.server, 4)
 
@@ -5819,9 +5823,10 @@ class HttpLimits(HttpCase):
 
     def test_in_all(self):
         """One more than may be, or than leaves enough descriptors for processes."""
-        for server, files, count in ((self.serve(max_connections=2), 1000, 2),
-                                     (self.server, 16, 14)):
-            with self.subTest(count=count), http_limits(files_max=lambda: files):
+        for most, files, count in (2, 1000, 2), (100, 16, 14):
+            server = self.serve()
+            with self.subTest(count=count), http_limits(
+                    CONNECTIONS_MAX=most, files_max=lambda: files):
                 held = self.held(server, count)
                 with self.assertLogs("gaffer"):
                     self.assertCode(self.wire(server=server).answer(), 503, "busy")
