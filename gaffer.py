@@ -4823,21 +4823,6 @@ class Request:
             query[name] = value
         return query
 
-    def segments(self):
-        """Return the path's parts, each percent-decoded once, so an encoded / does not divide them.
-
-        Raises BadRequest.
-        """
-        parts = self.path.split("/")[1:]
-        if parts and parts[-1] == "":
-            parts.pop()                         # a trailing / is the same resource
-        if BAD_PERCENT.search(self.path):
-            raise BadRequest("a % in the path must be followed by two hexadecimal digits")
-        try:
-            return [urllib.parse.unquote(part, errors="strict") for part in parts]
-        except UnicodeDecodeError:
-            raise BadRequest("the path must be percent-encoded UTF-8") from None
-
     def json(self):
         """Return the body as a JSON value. Raises InvalidJson."""
         def refuse(word):
@@ -4862,6 +4847,22 @@ class Request:
         """Return whether the connection ends after the answer (RFC 9112 section 9.3)."""
         words = self.words("connection")
         return "close" in words or self.version == (1, 0) and "keep-alive" not in words
+
+
+def split_path(path):
+    """Return the parts of a path, each percent-decoded once, so an encoded / does not divide them.
+
+    Raises BadRequest.
+    """
+    parts = path.split("/")[1:]
+    if parts and parts[-1] == "":
+        parts.pop()                             # a trailing / is the same resource
+    if BAD_PERCENT.search(path):
+        raise BadRequest("a % in the path must be followed by two hexadecimal digits")
+    try:
+        return [urllib.parse.unquote(part, errors="strict") for part in parts]
+    except UnicodeDecodeError:
+        raise BadRequest("the path must be percent-encoded UTF-8") from None
 
 
 def parse_headers(text):
@@ -9366,8 +9367,7 @@ class QuickRequests:
     is not whole in what one read brings, has a body, or its route may take time. The loop gets it
     when the answer lasts or is not taken at once, and after KEEP_TIME without a request.
     """
-    # An answer takes 28 us of CPU time on 16 connections, 29 on 400. If each has a thread, which
-    # hands the interpreter lock to the next one at every request, it takes 40 and 100.
+    # threads hand the interpreter lock on at each request: 40 us of CPU on 16 connections, not 28
 
     def __init__(self, http):
         self.http, self._selector = http, selectors.DefaultSelector()
@@ -9880,7 +9880,7 @@ class HttpHandler:
             raise
 
     def _find(self, method, path, has_query):
-        methods, args = self._router.find(Request(method, path, (1, 1), {}).segments())
+        methods, args = self._router.find(split_path(path))
         if methods is not None:
             handler = methods.get(method)
             if handler is not None:
