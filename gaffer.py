@@ -583,7 +583,7 @@ class Loop:
         self.now = clock()                      # when this turn, or this call, began
         self.closed = False
         self.pending_timers = 0
-        self.turns, self.busy = 0, 0.0          # turns taken, and seconds spent working in them
+        self.busy = 0.0                         # seconds spent working
         self._lock, self._gate = threading.Lock(), threading.Lock()
         self._owner = None                      # the thread that holds the lock
         self._selector = selectors.DefaultSelector()
@@ -767,7 +767,6 @@ class Loop:
                         timer.cancel()
                         self.guard(function, *args)
                 self._run(self._inbox)
-                self.turns += 1
                 self.busy += self.clock() - self.now
             finally:
                 self._sleeping = True           # before the inbox is checked: see call_soon()
@@ -6546,7 +6545,7 @@ def template_metrics(manager):
 def server_metrics(manager, http):
     """Return the metrics of gaffer itself, as text. Under the lock."""
     kinds = collections.Counter(channel.kind for channel in http.channels)
-    counts, loop = http.requests, manager.loop
+    counts = http.requests
     return "".join(itertools.starmap(metric_lines, (
         ("gaffer_http_connections", "gauge", "Open connections.", len(http.connections)),
         ("gaffer_http_streams", "gauge", "Clients that follow something.", [
@@ -6556,8 +6555,8 @@ def server_metrics(manager, http):
          counts.samples()),
         ("gaffer_http_request_seconds", "summary",
          "Time spent on requests that did not wait for an event.", (counts.seconds, counts.timed)),
-        ("gaffer_loop_busy_seconds_total", "counter", "Time the loop has worked.", loop.busy),
-        ("gaffer_loop_turns_total", "counter", "Turns of the loop.", loop.turns),
+        ("gaffer_loop_busy_seconds_total", "counter", "Time the loop has worked.",
+         manager.loop.busy),
         ("gaffer_events_total", "counter", "Events published.", manager.events.end),
         ("gaffer_events_dropped_total", "counter", "Events that readers missed.",
          manager.events.dropped),
@@ -9527,7 +9526,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self.endpoint.bind, (error.strerror or str(error)).lower(), taken,
                 self.http.advice)) from None
         self.socket.setblocking(False)
-        self.http.loop.register(self.fileno(), selectors.EVENT_READ, self._accept)
+        self._listen()
 
     @property
     def url(self):
@@ -9553,7 +9552,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self._reports.warning(
                     "no connection can be accepted: %s; trying again every second", error.strerror)
                 self.http.loop.unregister(self.fileno())
-                self.http.loop.later(ACCEPT_PAUSE, self._accept_again)
+                self.http.loop.later(ACCEPT_PAUSE, self._listen)
             raise
         try:
             client, peer = "unix", None
@@ -9569,12 +9568,12 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise OSError(errno.ECONNABORTED, str(error)) from None
         return sock, Connection(self, sock, client, peer)
 
-    def _accept_again(self):
+    def _listen(self):
         if self.fileno() >= 0:
             try:
                 self.http.loop.register(self.fileno(), selectors.EVENT_READ, self._accept)
-            except OSError:                     # the selector has no room either
-                self.http.loop.later(ACCEPT_PAUSE, self._accept_again)
+            except OSError:                     # the selector has no room
+                self.http.loop.later(ACCEPT_PAUSE, self._listen)
 
     def verify_request(self, request, client_address):
         return self.http.admit(client_address)
