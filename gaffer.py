@@ -10620,7 +10620,6 @@ class SystemdNotifier:
 # Configuration applies what has changed.
 # --------------------------------------------------------------------------------------------------
 INCLUDES_MAX = 1000                             # files that others include
-FAULTS_MAX = 100                                # that are reported at once
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
             "false": False, "no": False, "off": False, "0": False}
 PROCFILE_NAME = "Procfile"
@@ -11121,8 +11120,6 @@ def load_procfile(file):
 def raise_faults(files):
     """Raise one ConfigError with the faults of files, if they have any."""
     faults = [text for file in files for _, text in sorted(file.faults, key=lambda fault: fault[0])]
-    if len(faults) > FAULTS_MAX:
-        faults[FAULTS_MAX:] = ["and %d faults more" % (len(faults) - FAULTS_MAX)]
     if faults:
         raise ConfigError("\n".join(faults))
 

@@ -10327,7 +10327,7 @@ class ConfigFiles(ConfigCase):
                     pattern = re.escape(pair[1]).replace(r"\*", ".*")
                     self.assertRegex(pair[0], r"\A%s\Z" % pattern)
         many = "".join("[x%d]\n" % number for number in range(200))
-        self.assertEqual(self.faults("many.ini", many)[100:], ["and 100 faults more"])
+        self.assertEqual(len(self.faults("many.ini", many)), 200)
         with http_limits(INCLUDES_MAX=1):
             found, = self.faults("x.ini", "[gaffer]\ninclude = b.ini")
         self.assertEqual(found, "x.ini:2: [gaffer] 'include': b.ini is one of more than 1 files")
