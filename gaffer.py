@@ -11057,14 +11057,15 @@ class Procfile(ConfigFile):
     """A Procfile, lines of 'type: command', with the environment of its processes.
 
     `types`: {type: command}; `fields`: {type: {field: value}}, from the comments above a type that
-    begin with "gaffer:" and hold words such as after=db. `root`: where they run (the file's
-    folder). `env_files`: read instead of .env in that folder. `port`: PORT of the first type (that
-    of .env or of gaffer, else 5000); each further type has a hundred more. `taken`: ports in use.
+    begin with "gaffer:" and hold words such as after=db. `path`: None for a file without a type
+    in this folder. `env_files`: read instead of .env in its folder. `port`: PORT of the first type
+    (that of .env or of gaffer, else 5000); each further type has a hundred more. `taken`: ports in
+    use.
     """
 
-    def __init__(self, path, root=None, env_files=(), port=None, taken=()):
-        super().__init__(path)
-        self.folder, self.env = os.path.abspath(root or self.folder), {}
+    def __init__(self, path, env_files=(), port=None, taken=()):
+        super().__init__(path or os.devnull)
+        self.folder, self.env = self.folder if path else os.getcwd(), {}
         self.types, self.fields, self.taken = {}, collections.defaultdict(dict), list(taken)
         default = os.path.join(self.folder, ".env")
         for env_file in env_files or [default] * os.path.isfile(default):
@@ -11124,9 +11125,9 @@ def raise_faults(files):
         raise ConfigError("\n".join(faults))
 
 
-def read_procfile(path, root=None, env_files=(), port=None, taken=()):
-    """Return the Procfile of a path; None: one without a type. Raise ConfigError."""
-    file = Procfile(path or os.devnull, root or (None if path else "."), env_files, port, taken)
+def read_procfile(path, env_files=(), port=None, taken=()):
+    """Return the Procfile of a path, or None. Raise ConfigError."""
+    file = Procfile(path, env_files, port, taken)
     raise_faults([file])
     return file
 
@@ -12405,7 +12406,7 @@ def open_procfile(args, taken=()):
     if not os.path.exists(args.procfile):
         raise ClientError("there is no '%s': name a Procfile with -f FILE, or write one, with a "
                           "line 'web: COMMAND'" % args.procfile)
-    return read_procfile(args.procfile, None, args.env_file, args.port, taken)
+    return read_procfile(args.procfile, args.env_file, args.port, taken)
 
 
 def check_type(kind, types):
@@ -12527,7 +12528,7 @@ def up_command(args):
 def run_command(args):
     """Become the command."""
     if args.procfile == PROCFILE_NAME and not os.path.exists(PROCFILE_NAME):    # none is no fault
-        source = read_procfile(None, None, args.env_file, args.port)
+        source = read_procfile(None, args.env_file, args.port)
     else:
         source = open_procfile(args)
     words = given_words(args)
