@@ -6499,14 +6499,13 @@ class RequestCounts:
 def metric_lines(name, kind, help_, samples):
     """Return the text of a metric. `samples`: [({label: value}, number)], or a number.
 
-    Of a summary, `samples` is (sum, count).
+    Of a summary, `samples` is (sum, count). No value has anything that would need an escape.
     """
     lines = ["# HELP %s %s\n# TYPE %s %s\n" % (name, help_, name, kind)]
     if kind == "summary":
         return lines[0] + "%s_sum %s\n%s_count %s\n" % (name, samples[0], name, samples[1])
     for labels_, number in samples if isinstance(samples, list) else [({}, samples)]:
-        inside = ",".join('%s="%s"' % (label, str(value).replace("\\", "\\\\").replace(
-            '"', '\\"').replace("\n", "\\n")) for label, value in labels_.items())
+        inside = ",".join('%s="%s"' % pair for pair in labels_.items())
         lines.append("%s%s %s\n" % (name, "{%s}" % inside if inside else "", number))
     return "".join(lines)
 

