@@ -3342,7 +3342,7 @@ class Process:
         if self._stop_step == 0:                # the zombie still pins the group's number
             self._signal_stop()
         elif not self.template["stop_group"]:   # what it left has not been told yet
-            self.signal_group(stop_steps(self.template)[max(0, self._stop_step - 1)][0])
+            self.signal_group(stop_steps(self.template)[:self._stop_step][-1][0])
         reap(self.os_pid)
         self._reaped = True
         for stream in self.inputs.values():

@@ -3208,28 +3208,34 @@ class ProcessTimes(ProcessClock):
         self.assertEqual(self.status("y")["running"], 1)
 
     def test_steps_of_a_stop(self):
-        """Each signal after its seconds, then SIGKILL each second; a kill skips what is left."""
+        """Each signal after its seconds, then SIGKILL each second, until it has exited; a kill skips
+        what is left."""
         for fields, kill, wanted in (
                 ({}, None, [(0, 15), (0, 18), (10, 9), (11, 9)]),
                 ({"stop_signal": [["INT", 5], ["QUIT", 2.5]]}, None,
                  [(0, 2), (0, 18), (5, 3), (5, 18), (7.5, 9), (8.5, 9)]),
+                ({"stop_group": False}, None, [(0, 15), (0, 18), (10, 9), (11, 9)]),
                 ({"graceful_timeout": 2.5}, 1, [(0, 15), (0, 18), (1, 9), (2, 9), (3, 9)])):
             with self.subTest(fields=fields, kill=kill):
                 self.begin()
                 self.add("x", "sleep 60", **fields)
-                sent = []
-                with mock.patch.object(gaffer.os, "killpg", lambda group, signum: (
-                        sent.append((round(self.now - 1000, 3), int(signum))))):
+                sent, process = [], self.manager.processes[1]
+
+                def send(os_pid, signum, sent=sent):
+                    sent.append((round(self.now - 1000, 3), int(signum)))
+                with mock.patch.multiple(gaffer.os, kill=send, killpg=send):
                     self.manager.stop_template("x")
                     self.barrier()
-                    self.assertEqual(self.manager.processes[1].status()["kill_in"],
-                                     gaffer.stop_time(self.manager.info("x")))
+                    self.assertEqual(process.status()["kill_in"],
+                                     gaffer.stop_time(process.template))
                     while len(sent) < len(wanted) and self.now < 1020:
                         self.advance(0.5)
                         if round(self.now - 1000, 3) == kill:
                             self.manager.stop(kill=True)
                             self.barrier()
                 self.assertEqual(sent, wanted)
+                os.kill(process.os_pid, signal.SIGKILL)
+                until(lambda process=process: process.gone)
 
     def test_an_old_timer_of_a_stop(self):
         """It does not end what comes after the exit."""
