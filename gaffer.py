@@ -2448,7 +2448,8 @@ def shell_status(end):
 
 def ends_by_itself(info):
     """Return True if what is after a template waits until that is done, not ready."""
-    return info["restart"] != "always" and info["ready"] is None and info["numprocesses"] > 0
+    return (info["restart"] != "always" and info["ready"] is None and info["numprocesses"] > 0
+            and info["success"] != [])          # else it is never done
 
 
 def restart_delay(info, failures):

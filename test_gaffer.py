@@ -10920,8 +10920,8 @@ class ProcfileUp(CliFollowCase):
 
     def test_ready(self):
         """It says when all are ready; the first that will not be ends it."""
-        process = self.up("# gaffer: restart=never\njob: true\n"
-                          "# gaffer: after=job ready=log:up\nweb: echo up; exec cat", "--ready")
+        process = self.up("# gaffer: restart=never\njob: true\ndb: exec cat\n"
+                          "# gaffer: after=job,db ready=log:up\nweb: echo up; exec cat", "--ready")
         self.assertIn(("system", "all are ready"), self.lines(process))
         process.send_signal(signal.SIGTERM)
         self.ended(process, 0)
