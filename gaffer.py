@@ -4694,10 +4694,9 @@ class Manager:
                       if template.active and template.state() != "stopped"]
             if all(template.find_blocker(unknown=True) for template in active):
                 for template in active:
-                    for name in set(template.unmet()).difference(self.templates):
-                        log.error("'%s' has not run: it waits for '%s', and there is no such name",
-                                  template.name, name)
-                        self.exit_code = self.exit_code or 1
+                    log.error("'%s' has not run: it waits for %s", template.name,
+                              ", ".join(template.unmet()))
+                    self.exit_code = self.exit_code or 1
                 log.info("all is done, and so is gaffer, with %d", self.exit_code)
                 self._stop(False)
         if self.stopping and not self._alive() and not self.commands:

@@ -9087,17 +9087,18 @@ class CliExit(CliCase):
                 (137, {"a": sh("true"), "fails": sh("kill -KILL $$")}),
                 (3, {"fails": sh("exit 3", restart="on-failure", flapping={"max_retry": 0}),
                      "b": sh("sleep 0.1")}),
-                (5, {"fails": sh("exit 5"), "b": sh("true", after=["fails"])}),
+                (5, {"fails": sh("exit 5"), "a": sh("true", after=["fails"]),
+                     "b": sh("true", after=["bb"])}),
                 (4, {"fails": sh("exit 4", after=["none"]), "none": sh("true", numprocesses=0)}),
                 (0, {"a": sh("true", start=False)}),
-                (1, {"a": sh("true", after=["b"]), "b": sh("true", after=["bb"])})):
+                (1, {"a": sh("true", after=["off"]), "off": sh("true", start=False)})):
             text = json.dumps({"process": templates})
             server = self.start("--exit-when-done", self.file(self.folder(), "g.json", text))
             server.stop(None, status)
-            if status == 1:
-                server.expect_stderr("ERROR 'b' has not run: it waits for 'bb'")
-            elif status:
-                server.expect_stderr("WARNING fails: (exit|fail|stop|flap)")
+            server.expect_stderr(*[
+                "WARNING fails: (exit|fail|stop|flap)" if name == "fails" else
+                "ERROR '[ab]' has not run: it waits for %s$" % info["after"][0]
+                for name, info in templates.items() if "after" in info or name == "fails"])
 
     def test_when_it_is_done(self):
         """Not before something has run, nor while anything may."""
