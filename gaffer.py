@@ -3596,6 +3596,7 @@ class Template:
         self.active = self.deleted = False
         self.gave_up = False                    # it flapped, and was stopped for good
         self.outcome = None                     # of its last run: "done" or "failed"
+        self.end = None                         # {exit_status, term_signal} of that
         self.finished = {}                      # instance -> its exit, which nothing follows
         self.tries = 0                          # exits and failed spawns since its start
         self.processes = {}                     # pid -> Process: not gone, oldest first
@@ -3606,7 +3607,7 @@ class Template:
         self.failures = []                      # what the next spawns follow: exits in a row
         self.history = ()                       # see after_exit()
         self.merged = {}                        # label -> Merged
-        self.begins = {}                        # Window -> where the last process begins
+        self.begins = {}                        # Window -> where its last run begins
         self.past = {}                          # pid -> instance of the last that are gone
         self.restarts = self.spawned = 0
         self.exits = collections.Counter()      # (exit_status, term_signal) -> how many
@@ -3627,7 +3628,7 @@ class Template:
     def begin(self):
         """Forget what came of earlier runs. What is not gone yet is no part of the next."""
         self.history, self.hint, self.gave_up = (), None, False
-        self.outcome, self.finished, self.tries = None, {}, 0
+        self.outcome, self.end, self.finished, self.tries = None, None, {}, 0
         for process in self.processes.values():
             process.by_itself = False
 
@@ -3750,13 +3751,13 @@ class Template:
         return "".join(found) + self.last_lines()
 
     def last_failure(self):
-        """Return how the last process ended, or why it could not be spawned."""
-        end = self.last_exit
+        """Return how its last run or process ended, or why that could not be spawned."""
+        end = self.end or self.last_exit
         return self.error or ("signal %d" % end["term_signal"] if end["term_signal"] else
                               "exit status %d" % end["exit_status"])
 
     def last_lines(self):
-        """Return the last lines of output since the last spawn."""
+        """Return the last lines of output of the last run."""
         text = b"".join(
             window.read(max(window.tail(10), window.end - 4 * KIB, begin), 4 * KIB)
             for window, begin in self.begins.items()).decode("utf-8", "replace").rstrip()
@@ -4132,7 +4133,7 @@ class Manager:
         if template.ended():                    # it is done, or has failed
             ends = [*template.finished.values()]
             failures = [end for end in ends if not succeeded(template.info, end)]
-            status, signum = (failures or ends)[0]
+            template.end = dict(zip(("exit_status", "term_signal"), (failures or ends)[0]))
             template.outcome, template.finished = "failed" if failures else "done", {}
             if template.schedule is None:
                 template.active = False
@@ -4140,8 +4141,8 @@ class Manager:
                 template.due = False
             if failures:
                 self._note_failure(failures[0])
-            self._publish("fail" if failures else "done", template.name, exit_status=status,
-                          term_signal=signum, tries=template.tries)
+            self._publish("fail" if failures else "done", template.name, **template.end,
+                          tries=template.tries)
             self.loop.call_soon(self.maybe_stopped)
         elif template.schedule is not None and not (template.wanted() or template.processes):
             template.due = False                # a run of no process has ended
@@ -4210,8 +4211,9 @@ class Manager:
     def _spawn(self, template, launch):
         """Return a new process of `template`, running. The caller publishes it."""
         process = Process(self._next_pid, template, self)
-        template.begins = {
-            merged.window: merged.window.end for merged in template.merged.values()}
+        if not (template.processes or template.finished):
+            template.begins = {
+                merged.window: merged.window.end for merged in template.merged.values()}
         process.spawn(launch)
         self._next_pid += 1
         self.processes[process.pid] = template.processes[process.pid] = process

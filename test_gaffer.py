@@ -4601,15 +4601,20 @@ class ProcessReady(ProcessCase):
 
     def test_until(self):
         """A failure is told with the reason and the last lines, also by what is after it."""
-        self.add("job", "echo 1; echo bad >&2; read line; exit 3", shell=True, restart="never",
+        self.add("job", "echo 1; echo bad >&2; read line; exit $line", shell=True, restart="never",
                  redirect_input=True)
         for name, after in ("web", "job"), ("top", "web"):
             self.add(name, "sleep 60", after=[after])
-        self.send("job", b"\n")
+        self.read("job", b"\n")
+        self.post("job/_add")
+        for pid, line in (1, b"3\n"), (2, b"0\n"):
+            self.send(pid, line)
+            self.exit_of(pid)
+        self.post("job/_sub")
         for name, goal, words in (("job", "done", ""),
                                   ("top", "ready", "'top' waits for 'job', and ")):
             self.assertError(self.until(name, goal), 409, "conflict", words + (
-                "'job' has failed: exit status 3; its last lines:\n1\nbad"))
+                "'job' has failed: exit status 3; its last lines:\n1\n1\nbad\nbad"))
         self.add("on", "sleep 60")
         self.add("off", "sleep 60", start=False)
         self.add("loop", "echo oh; exit 3", shell=True, restart_delay=60, ready={"notify": True})
@@ -4627,7 +4632,7 @@ class ProcessReady(ProcessCase):
                 self.assertEqual(answer[0], status, answer)
                 self.assertIn(words, answer[1].get("reason", ""))
         self.post("job/_start")
-        self.send("job", b"\n")
+        self.send("job", b"3\n")
         reason = self.until("job", "done")[1]["reason"]
         self.assertEqual(reason.count("bad"), 1, "of this run alone")
 
