@@ -4082,8 +4082,8 @@ class Manager:
 
     @on_loop
     def wait_until(self, done, callback):
-        """Call `callback()` on the loop once `done()` is true; it is asked after each event and
-        each end of a process. Returns a function that ends it. Both run under the lock."""
+        """Call `callback()` on the loop once `done()` is true, which is asked after each change.
+        Returns a function that ends it. Both run under the lock."""
         entry = done, callback
         self._waiters.append(entry)
         self._ask_waiters()
@@ -4545,7 +4545,7 @@ class Manager:
     def stop_process(self, target):
         """Stop one process by pid (it is replaced), or a template by name. NotFound."""
         if self.is_name(target):
-            self._stop_template(self.find_template(target))
+            self.stop_template(target)
         else:
             self._end_process(self.find_process(target), "stop_pid")
 
