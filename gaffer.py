@@ -5086,7 +5086,7 @@ class Response:
 
     def __init__(self, body=b"", status=200, headers=(), content_type="application/json"):
         self.status, self.body, self.headers = status, body, list(headers)
-        if content_type:
+        if content_type and status != 204:
             # what a process prints must not run as a script because a page says so
             self.headers[:0] = [
                 ("Content-Type", content_type), ("X-Content-Type-Options", "nosniff")]
@@ -5423,18 +5423,18 @@ class JournalEncoder(SseEncoder):
 class RecordEncoder(Encoder):
     """Records of an EventLog: by `form` server-sent events ("eventsource") or lines of JSON.
 
-    `wanted(record)` tells which are sent, `name(record)` the type of a server-sent event; encoders
-    of one `key` agree. `framed`: as for SseEncoder.
+    `pattern`: which events are sent; None: the records are statistics. `framed`: as for SseEncoder.
     """
 
-    def __init__(self, form, framed, epoch, key, wanted, name):
+    def __init__(self, form, framed, epoch, pattern=None):
         self._events, self._framed, self._epoch = form == "eventsource", framed, epoch
-        self._wanted, self._name = wanted, name
-        self.key = (form, framed, key)
+        self._pattern, self.key = pattern, (form, framed, pattern)
 
     def encode(self, records, offset, before, mode, piece):
-        blocks = [self._block(number, self._name(record), record)
-                  for number, record in enumerate(records, offset + 1) if self._wanted(record)]
+        pattern = self._pattern
+        blocks = [self._block(number, record["event"] if pattern else "stat", record)
+                  for number, record in enumerate(records, offset + 1)
+                  if pattern is None or matches(pattern, record)]
         return b"".join(map(self._framed, blocks)), len(records)
 
     def _block(self, number, name, record):
@@ -8557,8 +8557,7 @@ class Api:
         if query.feed == "longpoll":
             return LongPoll(lambda deliver: lambda: None, interval,
                             lambda: json_response(sampler()()))
-        encoder = RecordEncoder(query.feed, self._framed(request), self.manager.epoch, "stat",
-                                lambda record: True, lambda record: "stat")
+        encoder = RecordEncoder(query.feed, self._framed(request), self.manager.epoch)
 
         def follow():
             feed = self._stats_feeds.setdefault(
@@ -8576,8 +8575,7 @@ class Api:
         offset, restarted, _ = self._begin(request, query, events)
         if query.feed not in (None, "longpoll"):
             encoder = RecordEncoder(
-                query.feed, self._framed(request), self.manager.epoch, pattern,
-                lambda event: matches(pattern, event), lambda event: event["event"])
+                query.feed, self._framed(request), self.manager.epoch, pattern)
             return self._feed(request, query, events, encoder, offset, restarted)
 
         def answer():
@@ -8591,11 +8589,8 @@ class Api:
                 offset += 1
                 if matches(pattern, event):
                     return json_response(event)
-            return nothing() if events.ended else None
-
-        def nothing():
-            return Response(status=204, content_type=None)
-        return self._wait_for(events.wait, answer, query.timeout, nothing)
+            return self._nothing(events) if events.ended else None
+        return self._wait_for(events.wait, answer, query.timeout, lambda: self._nothing(events))
 
     @staticmethod
     def _wait_for(wait, answer, timeout, expired):
@@ -8708,7 +8703,7 @@ class Api:
         headers = [("Gaffer-Offset", source.end)]
         if source.ended:
             headers.append(("Gaffer-Ended", "true"))
-        return Response(status=204, content_type=None, headers=headers)
+        return Response(status=204, headers=headers)
 
     def _next_bytes(self, request, query, source, offset, encoder=None):
         asked, question = self._asked(request, query), False
@@ -9863,7 +9858,7 @@ class HttpHandler:
             request.headers.pop("origin", None)     # without a Host it cannot be our own
             raise
         if request.method == "OPTIONS":
-            return (lambda request: Response(status=204, content_type=None)), BODY_SIZE, False
+            return (lambda request: Response(status=204)), BODY_SIZE, False
         if not is_read or "upgrade" in request.headers:
             access.check_origin(request)
         access.check_site(request)

@@ -1279,10 +1279,11 @@ class PureEvents(PureLogCase):
     def test_dropped(self):
         log = gaffer.EventLog(self.loop, 4)
         sse, plain = readers = [self.reader(log, gaffer.RecordEncoder(
-            form, bytes, "e", "all", lambda record: record["n"] != 8,
-            lambda record: record["event"]), open=False) for form in ("eventsource", "continuous")]
+            form, bytes, "e", ("spawn", None)), open=False) for form in (
+                "eventsource", "continuous")]
         for number in range(10):
-            self.do(log.append, {"event": "spawn", "n": number})
+            self.do(log.append, {
+                "event": "exit" if number == 8 else "spawn", "name": "x", "n": number})
         self.drain(*readers)
         events = pure_sse(sse.sink.data)
         self.assertEqual([event[:2] for event in events], [
