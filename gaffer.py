@@ -9470,13 +9470,6 @@ class QuickRequests:
             self._detach(connection, *left)
 
 
-class Begun(threading.Event):
-    """What Thread.start() waits for: for ever, if the thread has no memory to begin with."""
-
-    def wait(self, timeout=BEGIN_TIME):
-        return super().wait(timeout)
-
-
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """One endpoint's listening socket; the loop tells it when to accept."""
 
@@ -9591,7 +9584,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         else:
             thread = http.threads[client] = threading.Thread(
                 target=self.process_request_thread, args=(request, client), daemon=True)
-            thread._started = begun = Begun()   # type: ignore[attr-defined]
+            begun = thread._started             # type: ignore[attr-defined]
+            # start() waits for that: for ever, if the thread has no memory to begin with
+            begun.wait = functools.partial(begun.wait, BEGIN_TIME)
             if is_new:
                 if len(http.handshakes) >= HANDSHAKES_MAX:  # the oldest one has had its time
                     oldest = next(iter(http.handshakes))

@@ -5623,7 +5623,7 @@ class HttpConnections(HttpCase):
             ended.set()
         with self.assertLogs("gaffer", "WARNING") as logs:
             with mock.patch("threading.Thread._bootstrap", late), \
-                    mock.patch.object(gaffer.Begun.wait, "__defaults__", (0.05,)):
+                    http_limits(BEGIN_TIME=0.05):
                 self.assertCode(self.wire().request("/metrics").answer(), 503, "busy")
             gate.set()
             self.assertTrue(ended.wait(TIMEOUT))
