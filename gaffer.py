@@ -5743,9 +5743,9 @@ class Channel:
     stall = STALL
     status = None                               # for the access log, if this is not yet answered
 
-    def start(self, connection, request=None, more=()):
-        """Begin, on the loop. `more`: further headers of the answer to `request`."""
-        self.connection, self.request, self.more = connection, request, more
+    def start(self, connection, request=None):
+        """Begin, on the loop."""
+        self.connection, self.request = connection, request
         self.sock, self.http = connection.sock, connection.listener.http
         self.loop, self._would_block = self.http.loop, connection.listener.would_block
         self.secure = connection.listener.context is not None
@@ -5794,7 +5794,8 @@ class Channel:
 
     def send_head(self, status, headers, rest=b""):
         """Send the head of an answer that lasts."""
-        head = encode_head(status, merge_headers([("Date", self.http.date()), *headers], self.more))
+        head = encode_head(status, merge_headers(
+            [("Date", self.http.date()), *headers], self.http.more_headers(self.request)))
         self.status, self._head = status, len(head)
         self.http.requests.add(self.request.method, status)
         self.send(head + rest)
@@ -9436,7 +9437,7 @@ class QuickRequests:
                 if quick:
                     respond, _, quick = http.route(request)
                     if quick == "few":
-                        quick = http.runs_few()
+                        quick = http.runs_few(request)
         except GafferError as error:            # a head that is wrong is left to a thread
             respond = lambda request, error=error: error_response(error)
         except Exception:                       # as one for which there is no memory
@@ -9826,7 +9827,7 @@ class HttpHandler:
             self.close_connection(connection)
             return
         try:
-            channel.start(connection, request, self.more_headers(request))
+            channel.start(connection, request)
         except OSError as error:                # the selector has no room
             self._reports.warning("a connection cannot be watched, and is closed: %s",
                                   error.strerror)
@@ -9834,10 +9835,10 @@ class HttpHandler:
 
     # requests
 
-    def runs_few(self):
-        """Return True if there are so few processes that a status of all takes no time."""
-        manager = self._api.manager
-        return len(manager.templates) + len(manager.processes) <= QUICK_STATUSES
+    def runs_few(self, request):
+        """Return True if there are so few processes that a status without a query takes no time."""
+        manager, query = self._api.manager, request.raw_query
+        return not query and len(manager.templates) + len(manager.processes) <= QUICK_STATUSES
 
     def route(self, request):
         """Check a head.
@@ -9860,7 +9861,7 @@ class HttpHandler:
         if request.path not in OPEN_PATHS or not is_read:
             access.check_token(request)
         try:
-            return self._known_route(request.method, request.path, bool(request.raw_query))
+            return self._known_route(request.method, request.path)
         except GafferError as error:
             answer = error_response(error)
             if has_body(request) and "expect" not in request.headers:
@@ -9869,7 +9870,7 @@ class HttpHandler:
                     return (lambda request: answer), BODY_SIZE, False
             raise
 
-    def _find(self, method, path, has_query):
+    def _find(self, method, path):
         methods, args = self._router.find(split_path(path))
         if methods is not None:
             handler = methods.get(method)
@@ -9881,8 +9882,7 @@ class HttpHandler:
                               else self.loop.call(handler, *arguments))
                     return (result if isinstance(result, (Response, Channel))
                             else json_response(result))
-                quick = not handler.unlocked or (
-                    handler.unlocked == "few" and not has_query and "few")
+                quick = "few" if handler.unlocked == "few" else not handler.unlocked
                 return functools.partial(attempt, call), BODY_SIZE, method == "GET" and quick
             if method not in METHODS + OTHER_METHODS:
                 raise MethodUnknown("HTTP has no such method; they are in capitals")
