@@ -5279,40 +5279,29 @@ class Access:
         return headers
 
 
-class Router:
-    """Finds a path's route. `routes`: (pattern, {method: handler}).
+def find_route(routes, segments):
+    """Return (methods, args) of a path; (None, ()) if there is no such resource.
 
-    In a pattern as "/processes/<name>/_stop", <pid> takes digits, <name> anything else, other
-    placeholders both.
+    `routes`: (pattern, {method: handler}). In a pattern as "/processes/<name>/_stop", <pid> takes
+    digits, <name> anything else, other placeholders both. A literal part wins over these.
     """
-
-    def __init__(self, routes):
-        self._routes = {}                       # (first part, their number) -> [(parts, methods)]
-        for pattern, methods in routes:
-            parts = [part for part in pattern.split("/") if part]
-            if "GET" in methods:
-                methods = {"HEAD": methods["GET"], **methods}
-            key = (parts[0] if parts else "", len(parts))
-            self._routes.setdefault(key, []).append((parts, methods))
-
-    def find(self, segments):
-        """Return (methods, args); (None, ()) if there is no such resource.
-
-        A literal part wins over <>.
-        """
-        best, key = (None, ()), (segments[0] if segments else "", len(segments))
-        for parts, methods in self._routes.get(key, ()):
-            args = []
-            for part, segment in zip(parts, segments):
-                kind = "<pid>" if segment.isascii() and segment.isdigit() else "<name>"
-                if part[0] == "<" and (part == kind or part not in ("<pid>", "<name>")):
-                    args.append(segment)
-                elif part != segment:
-                    break
-            else:
-                if best[0] is None or len(args) < len(best[1]):
-                    best = methods, args
-        return best
+    found, args, first = None, (), "/" + "".join(segments[:1])
+    for pattern, methods in routes:
+        if pattern.count("/") != max(1, len(segments)) or not pattern.startswith(first):
+            continue                            # most of them
+        parts, taken = [part for part in pattern.split("/") if part], []
+        for part, segment in zip(parts, segments):
+            kind = "<pid>" if segment.isascii() and segment.isdigit() else "<name>"
+            if part[0] == "<" and (part == kind or part not in ("<pid>", "<name>")):
+                taken.append(segment)
+            elif part != segment:
+                break
+        else:
+            if len(parts) == len(segments) and (found is None or len(taken) < len(args)):
+                found, args = methods, taken
+    if found is not None and "GET" in found:
+        found = {"HEAD": found["GET"], **found}
+    return found, args
 
 
 def allowed(methods):
@@ -9684,7 +9673,7 @@ class HttpHandler:
             ((("/" + path.strip("/")).rstrip("/"), app) for path, app in (wsgi or {}).items()),
             key=lambda item: -len(item[0]))
         self._max_body = max_body
-        self.routes, self._router, self._api = ROUTES, Router(ROUTES), None
+        self.routes, self._api = ROUTES, None
         self.loop, self.listeners = None, []
         self.ending = self.closed = False
         self.connections, self._of_address = set(), collections.Counter()
@@ -9871,7 +9860,7 @@ class HttpHandler:
             raise
 
     def _find(self, method, path):
-        methods, args = self._router.find(split_path(path))
+        methods, args = find_route(self.routes, split_path(path))
         if methods is not None:
             handler = methods.get(method)
             if handler is not None:
