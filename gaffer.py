@@ -6115,8 +6115,7 @@ class Feed(Follower):
         has_records, is_chunked = isinstance(self.reader.log, EventLog), self._framed is chunk
         content_type = "text/event-stream" if self.kind == "eventsource" else (
             "application/json" if has_records else "application/octet-stream")
-        headers = [("Content-Type", content_type), ("X-Content-Type-Options", "nosniff"),
-                   ("X-Accel-Buffering", "no")]
+        headers = [("X-Accel-Buffering", "no")]
         if is_chunked:
             headers.append(("Transfer-Encoding", "chunked"))
             if self.reader.loss == "skip" and self.kind == "continuous":
@@ -6125,7 +6124,7 @@ class Feed(Follower):
             headers.append(("Gaffer-Offset", self.reader.offset))
         else:
             headers += offset_headers(self.reader, self._asked, True)
-        return Response(None, headers=headers, content_type=None)
+        return Response(None, headers=headers, content_type=content_type)
 
     def opened(self):
         self.reader.sink = self
