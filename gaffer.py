@@ -6550,8 +6550,6 @@ def server_metrics(manager, http):
         ("gaffer_events_total", "counter", "Events published.", manager.events.end),
         ("gaffer_events_dropped_total", "counter", "Events that readers missed.",
          manager.events.dropped),
-        ("gaffer_info", "gauge", "The version of gaffer, and of Python.", [
-            ({"version": __version__, "python": "%d.%d.%d" % sys.version_info[:3]}, 1)]),
         ("process_start_time_seconds", "gauge", "When gaffer started, in Unix time.",
          manager.started_at))))
 
@@ -12367,9 +12365,6 @@ def serve(args):
     run_cached()
     if args.daemon and not args.log_file:
         raise ClientError("--daemon needs --log-file FILE: nobody would see its messages", 2)
-    if args.exit_with and not re.fullmatch(NAME, args.exit_with):
-        raise ClientError("--exit-with takes a template's name, which '%s' cannot be" % (
-            args.exit_with), 2)
     pipe = enter_background() if args.daemon else None      # before there is any thread
     with contextlib.closing(LogHandler(args.log_file)) as handler:
         logging.basicConfig(

@@ -5149,11 +5149,9 @@ class HttpMetrics(HttpCase):
 
     def test_itself(self):
         self.cat("web")
-        python_version = "%d.%d.%d" % sys.version_info[:3]
-        self.assertMetrics(**{"info %s %s" % (gaffer.__version__, python_version): 1,
-                              "events_total": 3})
-        self.assertLess(
-            abs(self.metrics()["process_start_time_seconds"] - time.time()), 3600)
+        found = self.metrics()
+        self.assertEqual(found["events_total"], 3)
+        self.assertLess(abs(found["process_start_time_seconds"] - time.time()), 3600)
 
 
 class HttpLogs(HttpCase):
