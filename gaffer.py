@@ -2605,6 +2605,7 @@ class Output:
         self._timer = self._silence = None
         self._size_wide = min(READ_SIZE_WIDE, self.window.limit // 4)
         self._size = min(READ_SIZE, self._size_wide)
+        os.set_blocking(fd, False)
         loop.register(fd, selectors.EVENT_READ, self._readable)
         merged.open(self)
 
@@ -2729,6 +2730,7 @@ class Input:
         self.limit = limit
         self._buffer = collections.deque()
         self._registered = self._ending = False
+        os.set_blocking(fd, False)
         self.size = 0                           # bytes that wait
         self.on_low = set()                     # called once, when half of it is free again
 
@@ -3122,7 +3124,6 @@ class Process:
                     read, ends[label] = os.pipe()
                     ours.append(read)
                     theirs.append(ends[label])
-                    os.set_blocking(read, False)
                     read_from(read, label)
                 stdio[number] = ends[label]
             if template["redirect_input"]:
@@ -3134,12 +3135,9 @@ class Process:
                 extra.append(right.detach())
                 theirs.append(extra[-1])
                 ours.append(left.detach())
-                os.set_blocking(ours[-1], False)
-                inputs[label] = fcntl.fcntl(ours[-1], fcntl.F_DUPFD_CLOEXEC, 0)
+                inputs[label] = os.dup(ours[-1])
                 ours.append(inputs[label])
                 read_from(ours[-2], label)
-            for fd in inputs.values():
-                os.set_blocking(fd, False)
             self.started, self.instance = self._loop.clock(), launch.instance
             if launch.ready == "notify":
                 self._notify = NotifySocket(self._loop, self)
@@ -3386,7 +3384,6 @@ class Process:
         try:
             if merged is not None:
                 fds = list(os.pipe())
-                os.set_blocking(fds[0], False)
                 self._hook_output = Output(self._loop, fds[0], merged, self.pid, lambda: None)
                 del fds[0]
             self._hook = self._run(

@@ -7080,7 +7080,6 @@ class PureOutput(PureLogCase):
         """(Output of a pipe, its other end); self.merged has it too."""
         read, write = os.pipe()
         self.addCleanup(os.close, write)
-        os.set_blocking(read, False)
         self.ends = []
         self.merged = merged or gaffer.Merged(
             self.loop, 256, "t", "out", gaffer.Journal(self.loop, 1024))
