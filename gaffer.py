@@ -3142,7 +3142,7 @@ class Process:
             if launch.ready == "notify":
                 self._notify = NotifySocket(self._loop, self)
                 launch.env[b"NOTIFY_SOCKET"] = self._notify.address
-            self.os_pid = self._execute(launch, stdio, extra, theirs)
+            self.os_pid = self._execute(launch, stdio, extra)
         except (GafferError, OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
             self.close_readiness()
             for output in self.outputs.values():
@@ -3187,14 +3187,8 @@ class Process:
     def _run(self, launch, command, done, output=subprocess.DEVNULL, env=()):
         """Run a shell command as the process of `launch` was run, with `env` (of bytes) besides.
         Returns a CommandRun. InvalidProcessInfo, OSError."""
-        errors = []
-        try:
-            os_pid = self._execute(launch.hook(command, env),
-                                   [subprocess.DEVNULL, output, output], [], errors)
-        finally:
-            for fd in errors:
-                os.close(fd)
-        return CommandRun(self._manager, os_pid, done)
+        stdio = subprocess.DEVNULL, output, output
+        return CommandRun(self._manager, self._execute(launch.hook(command, env), stdio, ()), done)
 
     def close_readiness(self):
         """Ask whether it is ready no longer."""
@@ -3231,40 +3225,39 @@ class Process:
             os.setpriority(os.PRIO_PROCESS, 0, nice)
 
     @staticmethod
-    def _execute(launch, stdio, extra, theirs):
+    def _execute(launch, stdio, extra):
         """Fork and execute. Returns the system's pid."""
         argv, program = launch.argv, launch.program
         arguments: dict = {}
-        identity, errors, moved = (launch.uid, launch.gid, launch.groups), None, []
+        identity, errors = (launch.uid, launch.gid, launch.groups), None
         ignored = any(signal.getsignal(number) == signal.SIG_IGN for number in range(1, 32)
                       if number not in (signal.SIGPIPE, signal.SIGXFSZ))    # Popen resets these
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        try:
+        with contextlib.ExitStack() as after, contextlib.ExitStack() as fork:
             if extra or ignored or blocked or (
                     sys.version_info < (3, 9) and identity != (None, None, None)):
                 errors, write = os.pipe()
-                theirs.append(errors)
-                moved.append(write)
+                after.callback(os.close, errors)
+                fork.callback(os.close, write)
+                passed = []
                 for fd in [*extra, write]:      # above the numbers that they are to have
-                    moved.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3 + len(extra)))
+                    passed.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3 + len(extra)))
+                    fork.callback(os.close, passed[-1])
                 ctype = launch.env.get(b"LC_CTYPE")
-                argv = [sys.executable, "-I", "-S", "-c", PRELUDE, str(moved[-1]),
-                        " ".join(map(str, moved[1:-1])), repr(identity),
+                argv = [sys.executable, "-I", "-S", "-c", PRELUDE, str(passed[-1]),
+                        " ".join(map(str, passed[:-1])), repr(identity),
                         b"" if ctype is None else b"=" + ctype, program, *argv]
-                program, arguments = sys.executable, {"pass_fds": moved[1:]}
+                program, arguments = sys.executable, {"pass_fds": passed}
             elif sys.version_info >= (3, 9):
                 arguments = dict(zip(("user", "group", "extra_groups"), identity))
-            with Process._privileges(launch) if launch.limits or launch.nice is not None else (
-                    contextlib.ExitStack()):
-                popen = subprocess.Popen(
-                    argv, executable=program, cwd=launch.cwd, env=launch.env,
-                    start_new_session=True, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2],
-                    **arguments)
-        finally:
-            for fd in moved:
-                os.close(fd)
-        popen.returncode = 0                    # Popen shall neither wait nor warn
-        number = os.read(errors, 16) if errors is not None else b""
+            if launch.limits or launch.nice is not None:
+                fork.enter_context(Process._privileges(launch))
+            popen = subprocess.Popen(
+                argv, executable=program, cwd=launch.cwd, env=launch.env, start_new_session=True,
+                stdin=stdio[0], stdout=stdio[1], stderr=stdio[2], **arguments)
+            popen.returncode = 0                # Popen shall neither wait nor warn
+            fork.close()
+            number = os.read(errors, 16) if errors is not None else b""
         if number:                              # at its end, the program has been executed
             os.waitpid(popen.pid, 0)
             raise OSError(int(number), os.strerror(int(number)))
