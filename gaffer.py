@@ -1273,16 +1273,6 @@ class Reader:
         return not self.full
 
 
-def match_line(text, rest, data):
-    """Return (found, rest): whether a line with `text` ends in `data`, and what counts of it when
-    more comes. `rest`: that of the data before, b"" at first."""
-    data = rest + data
-    place = data.find(text)
-    if place < 0:
-        return False, data[max(0, len(data) - len(text) + 1):]
-    return re.compile(b"[\r\n]").search(data, place) is not None, text
-
-
 class JournalSource:
     """Whose bytes an entry of the journal holds: a stream, an unfinished line of one, or an exit.
 
@@ -2819,12 +2809,9 @@ def end_socket(fd):
 def pid_exists(os_pid):
     """Return True if the system has a process, or a zombie, of this number."""
     try:
-        os.kill(os_pid, 0)
+        return os.getpgid(os_pid) > 0
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
-    return True
 
 
 class GroupWatcher:
@@ -3173,13 +3160,14 @@ class Process:
 
     def _match(self, window, text):
         """Take the step "ready" once a whole line of a window has `text`."""
-        rest, offset = b"", 0
+        rest, offset = b"", 0                   # what counts of the data that was read before
 
         def satisfied():
             nonlocal rest, offset
-            data, offset = window.read(offset, window.end - offset), window.end
-            found, rest = match_line(text, rest, data)
-            if found:
+            data, offset = rest + window.read(offset, window.end - offset), window.end
+            place = data.find(text)
+            rest = data[max(0, len(data) - len(text) + 1):] if place < 0 else text
+            if place >= 0 and re.search(b"[\r\n]", data[place:]):
                 self.step("ready")
             return self.state != "starting" or window.ended
         window.wait(satisfied)

@@ -1078,6 +1078,22 @@ class PureWindow(PureLogCase):
         self.feed(window, b"y")
         self.assertEqual(got, [b"x"])
 
+    def test_log_ready(self):
+        """A line counts once it has ended, however the reads have cut it."""
+        def first(case):
+            window, process = self.window(), mock.Mock(state="starting")
+            process.step = functools.partial(setattr, process, "state")
+            self.do(gaffer.Process._match, process, window, case[0].encode())
+            for index, piece in enumerate(case[1:]):
+                self.feed(window, piece)
+                if process.state == "ready":
+                    return index
+            return None
+        self.assertTable(first, (
+            (("ready", b"a\nnow ready!\nb"), 0), (("ready", b"re", b"ad", b"y", b"!", b"\n"), 4),
+            (("ready", b"50%\rready", b"100%\rx"), 1), (("ready", b"rea\ndy\n", b"x"), None),
+            (("aab", b"aa", b"aab", b"\n"), 2), (("b\u00e9", b"b\xc3", b"\xa9\n"), 1)))
+
 
 class PureReader(PureLogCase):
 
@@ -1830,21 +1846,6 @@ class PureLaunch(Case):
 # policies
 # --------------------------------------------------------------------------------------------------
 class PurePolicies(Case):
-
-    def test_match_line(self):
-        """A line counts once it has ended, however the reads have cut it."""
-        def first(case):
-            rest, text = b"", case[0].encode()
-            for index, piece in enumerate(case[1:]):
-                ended, rest = gaffer.match_line(text, rest, piece)
-                self.assertLessEqual(len(rest), len(text))
-                if ended:
-                    return index
-            return None
-        self.assertTable(first, (
-            (("ready", b"a\nnow ready!\nb"), 0), (("ready", b"re", b"ad", b"y", b"!", b"\n"), 4),
-            (("ready", b"50%\rready", b"100%\rx"), 1), (("ready", b"rea\ndy\n", b"x"), None),
-            (("aab", b"aa", b"aab", b"\n"), 2), (("b\u00e9", b"b\xc3", b"\xa9\n"), 1)))
 
     def test_targets(self):
         both = [("127.0.0.1", 80), ("::1", 80)]
