@@ -368,7 +368,6 @@ class ExitWatcher:
             self._callback(end)
 
     def close(self):
-        """Stop watching."""
         if self._timer is not None:
             self._timer.cancel()
         else:
@@ -1016,7 +1015,6 @@ class Log:
             self.blockers.add(reader)
 
     def remove(self, reader):
-        """Forget a reader."""
         self.readers.pop(reader, None)
         self.blockers.discard(reader)
         self.advanced()
@@ -1166,7 +1164,6 @@ class EventLog(Log):
         self._events = collections.deque(maxlen=limit)
 
     def append(self, event):
-        """Add an event; the oldest falls out."""
         self._events.append(event)
         self.end += 1
         self.start = self.end - len(self._events)
@@ -1203,7 +1200,6 @@ class Reader:
             self.pump()
 
     def close(self):
-        """Follow no longer."""
         if not self._closed:
             self._closed = True
             self.log.remove(self)
@@ -1683,7 +1679,6 @@ def check_args(value):
 
 @json_schema("boolean")
 def check_flag(value):
-    """Check a boolean."""
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
     return value
@@ -1708,7 +1703,6 @@ def check_env(value):
 
 @json_schema("string")
 def check_directory(value):
-    """Check a directory that exists."""
     if not os.path.isdir(to_bytes(check_text(value))):
         raise ValueError("names the directory %r, which is not there" % value)
     return value
@@ -1763,7 +1757,6 @@ def seconds(least, most=SECONDS_MAX):
 
 
 def check_signal(value):
-    """Check a number or a name of a signal."""
     try:
         parse_signal(value)
     except BadValue as error:
@@ -1941,7 +1934,6 @@ class Schedule:
 
 @json_schema("string")
 def check_schedule(value):
-    """Check a schedule."""
     Schedule(check_text(value))
     return value
 
@@ -2564,12 +2556,10 @@ class Merged:
         self._open = None                       # JournalSource whose last line is not finished
 
     def open(self, output):
-        """An Output begins to feed it."""
         self.sources[output] = self._journal.source(
             self.name, output.pid, self.label, self.window)
 
     def close(self, output):
-        """An Output feeds it no longer."""
         self._journal.close(self.sources.pop(output))
 
     def write(self, output, data):
@@ -2979,7 +2969,6 @@ class Probe:
             self._timer = self._loop.later(0 if self._left else PROBE_INTERVAL, self._try)
 
     def close(self):
-        """Ask no longer."""
         self._timer.cancel()
         if self._socket is not None:
             self._loop.unregister(self._socket.fileno())
@@ -3022,7 +3011,6 @@ class NotifySocket:
             pass
 
     def close(self):
-        """Take no more messages."""
         self._loop.unregister(self._socket.fileno())
         self._socket.close()
 
