@@ -4429,8 +4429,6 @@ class Manager:
         if dry_run:
             return template, "changed"
         template.info = info
-        if "flapping" in fields:
-            template.history = ()
         if replaced:
             template.replace(info)
             template.forget_waits()
