@@ -324,8 +324,7 @@ PIPE_SIZE = 256 * KIB                           # fewer turns, fewer sleeps of t
 def peek_exit(os_pid):
     """Return (exit_status, term_signal) of a child that has exited, None while it runs.
 
-    It stays a zombie, so that the number of its process group is not reused before the group has
-    been signalled for the last time.
+    It stays a zombie: that pins the number of its group until the last signal to it.
     """
     try:
         if not hasattr(os, "waitid"):           # macOS before Python 3.13: this reaps it
@@ -427,10 +426,8 @@ class ProcfsTable:
                 if any(self._lives(self._stat(os_pid)) for os_pid in os_pids)}
 
     def orphans(self, since, ours):
-        """Return the OS pids of daemons: without a parent, in a session of their own.
-
-        They began after `since` (as time.monotonic()) and are not in `ours`.
-        """
+        """Return the OS pids of daemons, without a parent and in a session of their own, that began
+        after `since` (as time.monotonic()) and are not in `ours`."""
         if not self.EXISTS:
             return []
         boot_time = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
@@ -872,9 +869,9 @@ def valid_utf8(data):
 def split_lines(data, before, mode, piece):
     """Return (skip, segments, lines): the lines of `data` with and without their ends.
 
-    An unfinished line is only taken with mode FLUSH (up to a whole character) or FINAL, or if it
-    has at least `piece` bytes. `skip` is 1 if `data` begins with the newline of a line whose CR,
-    `before` it, was taken as its end: that is not a line.
+    An unfinished line counts with mode FLUSH (up to a whole character) or FINAL, or if it has
+    `piece` bytes. `skip` is 1 if `data` begins with the LF of a CR LF whose CR, `before` it, has
+    ended the line.
     """
     skip = 1 if data[:1] == b"\n" and before == 13 else 0
     segments, lines = data[skip:].splitlines(True), data[skip:].splitlines()
@@ -1207,7 +1204,7 @@ class Reader:
     def pump(self, mode=NORMAL):
         """Send what is at the offset, share by share, until the sink is full or has it all.
 
-        If the encoder or the sink raises, this reader is cut, and nobody else notices.
+        If the encoder or the sink raises, this reader alone is cut.
         """
         source, self.full = self.log, False
         try:
@@ -3327,7 +3324,7 @@ class Process:
         self._check_ended()
 
     def _check_before_start(self, launch):
-        """Without a 'ready', become ready once before_start has ended. It has HOOK_TIME seconds."""
+        """Become ready, without a 'ready', when before_start has ended. It has HOOK_TIME."""
         seen, words = self._manager.table.sample(self.os_pid), b" ".join(launch.argv)
         if not seen or seen["cmdline"].rstrip() != words.decode("utf-8", "replace").rstrip():
             if launch.ready is None:
@@ -3373,7 +3370,7 @@ class Process:
         self._hook_ended("is killed before its end")
 
     def _hook_ended(self, failure):
-        """Have the process gone: its after_stop has ended; with a `failure`, or None."""
+        """Take the step "clean": after_stop has ended, with a `failure` or None."""
         said = ""
         if self._hook_output is not None:
             self._hook_output.close()
@@ -3961,8 +3958,8 @@ class Manager:
         return process
 
     def find_one(self, target):
-        """Return a process by pid, also one that can only be read, or the one process that a
-        template has, by name. NotFound."""
+        """Return a process by pid, also an exited one, or by name the one that a template has.
+        NotFound."""
         if not self.is_name(target):
             return self.find_process(target, past=True)
         running = self.find_template(target).running()
@@ -4135,8 +4132,7 @@ class Manager:
                     self.loop.call_soon(self._reconcile, other)
 
     def _spawn_some(self):
-        """Spawn what is missing, for SPAWN_TIME; then again in the next turn, so that others have
-        theirs in between."""
+        """Spawn what is missing, for SPAWN_TIME in each turn, so that others have theirs."""
         until = self.loop.clock() + SPAWN_TIME
         while self._to_spawn:
             template = next(iter(self._to_spawn))
@@ -4243,8 +4239,8 @@ class Manager:
         return delay
 
     def _begin_run(self, template):
-        """Begin a run of a schedule. The timer knows nothing of the clock on the wall: that may
-        have been set back, or have passed several times at once."""
+        """Begin a run of a schedule. The clock may have been set back, or have passed several times
+        at once, which the timer does not know."""
         template.alarm = None
         if time.time() >= template.next_runs[0]:
             template.next_runs = []
