@@ -8445,13 +8445,11 @@ class Api:
                      for name in (self.manager.templates if names is None else names)]
             return [(template.status(), [(process, process.status()) for process in (
                 template.processes.values() if query.usage else ())]) for template in found]
-        collected, statuses, members = self.manager.loop.call(collect), [], {}
+        collected = self.manager.loop.call(collect)
         if query.usage:                         # one listing serves all
             members = self.manager.table.members({
                 process.os_pid for _, processes in collected for process, _ in processes})
-        for status, processes in collected:
-            statuses.append(status)
-            if query.usage:
+            for status, processes in collected:
                 for process, entry in processes:
                     if not process.exited:      # else the number may be another process's
                         entry.update(self.samples.brief(
@@ -8459,7 +8457,7 @@ class Api:
                     if query.history:
                         entry["history"] = list(process.history)
                 status["processes"] = [entry for _, entry in processes]
-        return statuses
+        return [status for status, _ in collected]
 
     # groups
 
