@@ -5627,6 +5627,7 @@ SEND_QUEUE_SIZE = 32 * MIB                      # what a WebSocketHandler has se
 SEND_QUEUE_LOW = 256 * KIB                      # above this, its client is not read
 CONTROL_SIZE = 4 * KIB                          # of waiting pongs; the oldest goes (RFC 6455 5.5.3)
 CLOSE_TIME = 5.0                                # for the peer's close frame, and for the last bytes
+IDLE_TIME = 60.0                                # of a connection without a request
 CLIENT_LEFT = 499                               # in the access log, as nginx has it
 
 
@@ -5920,15 +5921,12 @@ class Channel:
 
 
 class Idle(Channel):
-    """A connection that waits for its next request, `patience` seconds at most."""
+    """A connection that waits for its next request."""
 
     kind = "idle"
 
-    def __init__(self, patience):
-        self._patience = patience
-
     def opened(self):
-        self._timer = self.loop.later(self._patience, self.close)
+        self._timer = self.loop.later(IDLE_TIME, self.close)
 
     def _ready(self, mask):
         self.detach()
@@ -8789,7 +8787,6 @@ MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 BODY_SIZE = MIB                                 # for WSGI applications see HttpHandler(max_body=)
 HEAD_TIME = 10.0                                # from the first byte of a head to its last
 BODY_TIME = 60.0
-IDLE_TIME = 60.0                                # of a connection without a request
 KEEP_TIME = 0.5                                 # of this a thread waits, then the loop does
 SEND_SIZE = 256 * KIB                           # to be taken within SEND_TIME
 HANDSHAKE_TIME = 10.0                           # of TLS
@@ -9222,7 +9219,7 @@ class Handler(socketserver.StreamRequestHandler):
                 try:
                     self.gone = not self.rfile.peek(1)
                 except socket.timeout:
-                    self.channel = Idle(IDLE_TIME)
+                    self.channel = Idle()
                     return
                 keep = not self.gone and self.handle_request()
                 if keep:
@@ -9359,8 +9356,7 @@ class QuickRequests:
             self._next_sweep = now + KEEP_TIME
             for connection, used in self._used.copy().items():
                 if used <= now - KEEP_TIME:
-                    idle = Idle(IDLE_TIME)
-                    self._detach(connection, self.http.start_channel, idle, connection)
+                    self._detach(connection, self.http.start_channel, Idle(), connection)
 
     def _read(self, connection, tasks):
         """Read a request, and add it to `tasks` if it is a quick one."""
@@ -9519,7 +9515,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         came = client.early or self.context is not None and request.pending() or peek(request)
         is_new = self.context is not None and request.version() is None
         if came is None:
-            http.start_channel(Idle(HANDSHAKE_TIME if is_new else IDLE_TIME), client)
+            http.start_channel(Idle(), client)
         elif came == b"":
             http.close_connection(client)
         elif self.context is None and not client.early:

@@ -6045,7 +6045,7 @@ class HttpEndpoints(HttpCase):
             self.assertEqual(self.connect(server.port).file.read(1), b"")
         with http_limits(files_max=lambda: 0), self.assertLogs("gaffer", "WARNING"):
             self.assertEqual(self.connect(server.port).file.read(1), b"")   # no plain answer
-        with http_limits(HANDSHAKE_TIME=0.05):
+        with http_limits(IDLE_TIME=0.05, HANDSHAKE_TIME=0.05):
             self.assertEqual(self.connect(server.port).file.read(1), b"")
             self.assertEqual(self.connect(server.port).send(b"\x16").file.read(1), b"")
 
