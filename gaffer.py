@@ -5422,11 +5422,7 @@ def websocket_accept(request, protocols=None):
     if request.headers.get("sec-websocket-version") != "13":
         raise UpgradeRequired("use Sec-WebSocket-Version 13")
     key = request.headers.get("sec-websocket-key", "")
-    try:
-        valid = len(base64.b64decode(key, validate=True)) == 16
-    except ValueError:
-        valid = False
-    if not valid:
+    if not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
         raise BadRequest("Sec-WebSocket-Key must be 16 bytes in base64")
     digest = hashlib.sha1(key.encode("ascii") + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
     headers = [("Upgrade", "websocket"), ("Connection", "Upgrade"),
@@ -8841,8 +8837,7 @@ class HttpEndpoint:
         except OSError as error:
             raise StartError("the address '%s' cannot be found: %s" % (
                 self.host, error.strerror or error)) from None
-        found.sort(key=lambda entry: entry[0] != socket.AF_INET)
-        family, _, _, _, address = found[0]
+        family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
         host = str(address[0])
         return family, address, host.startswith("127.") or host in ("::1", "::ffff:127.0.0.1")
 
