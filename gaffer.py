@@ -427,7 +427,8 @@ class ProcfsTable:
 
     def orphans(self, since, ours):
         """Return the OS pids of daemons, without a parent and in a session of their own, that began
-        after `since` (as time.monotonic()) and are not in `ours`."""
+        after `since` (as time.monotonic()), are not in `ours`, and are no service of systemd: those
+        have a cgroup of their own."""
         if not self.EXISTS:
             return []
         boot_time = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
@@ -440,7 +441,8 @@ class ProcfsTable:
         for entry in os.listdir("/proc"):
             fields = self._stat(int(entry)) if entry.isdigit() and int(entry) not in ours else []
             if (self._lives(fields) and int(fields[19]) >= first and int(fields[1]) in reapers
-                    and int(fields[3]) != os.getsid(0)):
+                    and int(fields[3]) != os.getsid(0)
+                    and self._read(int(entry), "cgroup") == self._read(os.getpid(), "cgroup")):
                 found.append(int(entry))
         return found
 
