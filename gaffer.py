@@ -12708,7 +12708,7 @@ complete -o default -F _gaffer gaffer.py gaffer""",
     "zsh": """#compdef gaffer.py gaffer
 _gaffer() {
     local -a found
-    found=("${(@f)$(${~words[1]} completion zsh "$LBUFFER" 2>/dev/null)}")
+    found=("${(@f)$(${~words[1]} completion zsh "x $words[2,CURRENT-1] $PREFIX" 2>/dev/null)}")
     [[ -n $found ]] && compadd -- $found || _files
 }
 compdef _gaffer gaffer.py gaffer""",
@@ -12738,7 +12738,7 @@ def completion_command(args):
     if args.line is None:
         print(COMPLETION[args.shell])
         return
-    *words, current = args.line.split(" ")[1:] or [""]
+    *words, current = re.split(" +", args.line)[1:] or [""]
     name, _ = command_first(args.commands, words)
     found = ["--help"] if name else [*args.commands, "--help", "--version"]
     for names, how in args.commands[name].options if name else ():

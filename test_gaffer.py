@@ -11206,7 +11206,7 @@ class CliCompletion(CliFollowCase):
     """Completion in the shells themselves."""
 
     quick = False
-    TYPED = (("re", r"reload\b[^$]*restart\b"), ("stop we", "web"), ("stop --no", "--no-wait"),
+    TYPED = (("re", r"reload\b[^$]*restart\b"), ("stop  we", "web"), ("stop --no", "--no-wait"),
              ("--json stop group:", "group:one@1"), ("stop group:one@", "group:one@1"),
              ("completion f", "fish"))
 
@@ -11228,7 +11228,7 @@ class CliCompletion(CliFollowCase):
         os.write(main, setup.encode())
         self.shows(main, "set-up\r")
         for words, shown in self.TYPED:
-            os.write(main, b"~/gaffer.py %s\t" % words.encode() + b"\t" * (words == "re"))
+            os.write(main, b"true; ~/gaffer.py %s\t" % words.encode() + b"\t" * (words == "re"))
             self.shows(main, shown)
             os.write(main, b"\x15")
 
