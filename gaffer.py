@@ -12039,11 +12039,14 @@ def attach_command(args):
 
     def copy_output(label, fd):
         nonlocal last
-        begin = "tail=%d" % (10 if args.n is None else args.n)
+        begin, offset = "tail=%d" % (10 if args.n is None else args.n), math.inf
         while True:
             path = streams + reference(label) + "?feed=continuous&" + begin
             with client.open("GET", path, timeout=None) as response:
-                offset = int(response.headers["Gaffer-Offset"])
+                start = int(response.headers["Gaffer-Offset"])
+                if start > offset:
+                    note("%d bytes were lost" % (start - offset))
+                offset = start
                 while True:
                     try:
                         data = response.read1(READ_SIZE)

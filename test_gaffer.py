@@ -9895,8 +9895,9 @@ class CliAttach(CliFollowCase):
 
     def test_signals(self):
         """INT is for the process; others end the command, which shows the last lines first."""
-        self.server.add("a", "trap 'echo interrupted' INT; printf 'a\\nb\\n> '; while :; do "
-                        "sleep 0.05; done", shell=True, redirect_input=True)
+        self.server.add("a", "trap 'echo interrupted' INT; trap 'seq 200000' USR1; "
+                        "printf 'a\\nb\\n> '; while :; do sleep 0.05; done", shell=True,
+                        redirect_input=True)
         shown = b"a\nb\n> "
         for words, signum, status in (("a", signal.SIGQUIT, 0), ("a.1 -n 1", signal.SIGTERM, 143)):
             process = self.follow("attach", *words.split())
@@ -9916,6 +9917,15 @@ class CliAttach(CliFollowCase):
         self.server.ok("POST", "/processes/1/_signal/INT")
         line = process.stdout.readline()
         self.assertEqual(line, b"interrupted\n", line or process.communicate(timeout=TIMEOUT))
+        process.send_signal(signal.SIGSTOP)     # or where the window begins by now
+        until(lambda: process_state(process.pid) == "T", "the stop")
+        self.cut()
+        self.server.ok("POST", "/processes/1/_signal/USR1")
+        until(lambda: int(self.server.request("HEAD", "/streams/1/stdout")[1]["Gaffer-Offset"])
+              > 1.1 * gaffer.MIB, "more than a window holds")
+        process.send_signal(signal.SIGCONT)
+        self.assertIn(b"attached", process.stderr.readline())
+        self.assertRegex(process.stderr.readline(), rb"\Agaffer: \d+ bytes were lost\n\Z")
 
     def test_input_that_waits(self):
         text = bytes(3 * gaffer.MIB)
