@@ -520,7 +520,7 @@ def find_user(user):
     except (KeyError, OverflowError):
         if isinstance(user, int) and 0 <= user < 2 ** 32 - 1:  # that means "as it is"
             return user, None, None
-        raise ValueError("names the user %r, who is not here" % (user,)) from None
+        raise ValueError("names the unknown user %r" % (user,)) from None
 
 
 def find_group(group):
@@ -532,7 +532,7 @@ def find_group(group):
             return int(group)
     except KeyError:
         pass
-    raise ValueError("names the group %r, which is not here" % (group,))
+    raise ValueError("names the unknown group %r" % (group,))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1690,7 +1690,7 @@ def check_env(value):
     if not isinstance(value, dict):
         raise ValueError("must be %s" % what)
     for name, text in value.items():
-        if not check_text(name, "%s, and %r is no name" % (what, name)) or "=" in name:
+        if not check_text(name, "%s, and %r is not a name" % (what, name)) or "=" in name:
             raise ValueError("has a variable %r: a name is not empty and has no '='" % name)
         if not isinstance(text, str) and not is_number(text):
             raise ValueError("must be %s, but %r is neither" % (what, name))
@@ -1732,7 +1732,7 @@ def parse_signal(value):
         number = signal.Signals.__members__.get("SIG" + re.sub("^SIG", "", text.upper()), 0)
     if number in VALID_SIGNALS:
         return number
-    raise BadValue("%r is no signal: give a number or a name such as TERM" % text[:40])
+    raise BadValue("%r is not a signal: give a number or a name such as TERM" % text[:40])
 
 
 def whole_number(least, most):
@@ -2020,7 +2020,7 @@ def check_ready(value):
     if len(full) != 2:
         raise ValueError("must have one of %s" % ", ".join(READY))
     if kind == "log" and re.search("[\r\n]", item):
-        raise ValueError("has a 'log' that is not a part of one line")
+        raise ValueError("has a 'log' that is not part of one line")
     if kind in ("tcp", "http") and "$" not in item:
         parse_target(kind, item)
     if kind == "notify" and not (item and hasattr(socket, "SO_PASSCRED")):
@@ -2083,8 +2083,8 @@ OPTIONS = {
                        % ", ".join(FLAPPING)),
     "after": Option([], list_of(check_name), "templates: started once each is ready, or, if it "
                     "ends by itself and has no 'ready', done"),
-    "ready": Option(None, check_ready, "when it is ready: one of %s; else it is stopped, as "
-                    "failed, after the seconds of 'within'" % ", ".join(READY)),
+    "ready": Option(None, check_ready, "when it is ready: one of %s; and, with 'within', "
+                    "after how many seconds it has failed" % ", ".join(READY)),
     "priority": Option(None, whole_number(-10 ** 6, 10 ** 6),
                        "start order within one load, 0 first"),
 }
@@ -2122,7 +2122,7 @@ def check_together(template, info):
     if template["detach"]:
         if "redirect_output" not in info:
             template["redirect_output"] = []
-        faults += [(field, "cannot go with 'detach': nobody would be there for its pipes")
+        faults += [(field, "cannot go with 'detach': nobody would read its pipes")
                    for field in ("redirect_output", "redirect_input", "custom_streams")
                    if template[field]]
     faults += [("custom_streams", "has the label '%s', which is in 'redirect_output' too" % label)
@@ -2137,7 +2137,7 @@ def check_together(template, info):
         faults.append(("env", str(error)))
     if template["uid"] is not None and template["gid"] is None:
         if find_user(template["uid"])[1] is None:
-            faults.append(("uid", "is a user without an entry here; give 'gid' too"))
+            faults.append(("uid", "is a user without an entry; give 'gid' too"))
     return [(field, "field '%s' %s" % (field, fault)) for field, fault in faults]
 
 
@@ -3250,7 +3250,7 @@ class Process:
         if number == errno.ENOENT:
             reason = "the interpreter that its first line names is not there"
         elif number == errno.ENOEXEC:
-            reason = "it is no program: its first line should name an interpreter, as in #!/bin/sh"
+            reason = "it is not a program: its first line must name an interpreter, as in #!/bin/sh"
         return InvalidProcessInfo("field 'cmd' names %r, which cannot be executed: %s" % (
             launch.program.decode("utf-8", "replace"), reason))
 
@@ -3334,7 +3334,7 @@ class Process:
         elif self.age() < HOOK_TIME:
             self._hook_timer = self._loop.later(HOOK_POLL, self._check_before_start, launch)
         else:
-            log.warning("%s (pid %d): before_start has not ended in %d seconds and is killed",
+            log.warning("%s (pid %d): before_start did not end in %d seconds and is killed",
                         self.name, self.pid, HOOK_TIME)
             self.signal_group(signal.SIGKILL)
 
@@ -3369,7 +3369,7 @@ class Process:
 
     def _kill_hook(self):
         self._hook.close()
-        self._hook_ended("is killed before its end")
+        self._hook_ended("was killed before it ended")
 
     def _hook_ended(self, failure):
         """Take the step "clean": after_stop has ended, with a `failure` or None."""
@@ -4323,7 +4323,7 @@ class Manager:
             self.loop.later(AFTERLIFE, self.processes.pop, process.pid, None)
         if process.name == self.exit_with and process.by_itself and not self.stopping:
             self.exit_code = shell_status(process.end)
-            log.info("%s has ended, and so does gaffer, with %d", process.name, self.exit_code)
+            log.info("%s has ended: gaffer exits with %d", process.name, self.exit_code)
             self._stop(False)
         if template.active:
             if process.by_itself and process.retry_after is None:
@@ -4624,7 +4624,7 @@ class Manager:
             for process in reversed(self._alive()):
                 self._end_process(process, "stop_pid")
                 process.step("kill")            # one that waits for a device cannot be killed
-                self.loop.later(STOP_KILL, process.abandon, "was killed and does not end")
+                self.loop.later(STOP_KILL, process.abandon, "was killed but does not end")
         self.maybe_stopped()
 
     def _stop_next(self):
@@ -4661,7 +4661,7 @@ class Manager:
                     log.error("'%s' has not run: it waits for %s", template.name,
                               ", ".join(template.unmet()))
                     self.exit_code = self.exit_code or 1
-                log.info("all is done, and so is gaffer, with %d", self.exit_code)
+                log.info("all is done: gaffer exits with %d", self.exit_code)
                 self._stop(False)
         if self.stopping and not self._alive() and not self.commands:
             self.loop.call_soon(self.loop.stop)
@@ -5084,7 +5084,7 @@ def json_response(value, status=200, headers=()):
 def error_response(error):
     """Return the Response to a GafferError; of any other exception the client learns nothing."""
     if not isinstance(error, GafferError):
-        error = GafferError("gaffer has made a mistake; its log says which")
+        error = GafferError("gaffer itself has failed; its log says how")
     return json_response({"error": error.code, "reason": str(error)}, error.status, error.headers)
 
 
@@ -6557,10 +6557,10 @@ OPEN_PATHS = ("/ping", "/ping/", "/healthz", "/healthz/")       # they need no t
 PARAMETERS = {                                  # of the query: the one table that checks them
     "running": Parameter(parse_flag, "pids of running processes instead of names"),
     "usage": Parameter(parse_flag, "with CPU and memory of each process"),
-    "history": Parameter(parse_flag, "with usage: and of the last ten minutes, [[cpu, rss], "
-                         "...] each 10 s, the latest first; taken while usage is asked for"),
-    "returns": Parameter(parse_flag, "journal: of a line that came after a carriage return "
-                         "alone, and replaces the one before, the label ends with <"),
+    "history": Parameter(parse_flag, "with usage: [[cpu, rss], ...] of the last ten minutes, "
+                         "10 s apart, the latest first; sampled while usage is asked for"),
+    "returns": Parameter(parse_flag, "journal: the label of a line that replaces the one "
+                         "before, as after a lone carriage return, ends with <"),
     "dry_run": Parameter(parse_flag, "only check, and say what would be done"),
     "group": Parameter(parse_flag, "to whole process groups"),
     "wait": Parameter(parse_seconds(0, True),
@@ -9021,7 +9021,7 @@ class AccessLog:
     def _drop(self, error, data_):
         self._lost += 1
         self._reports.warning("the access log '%s' cannot be written: %s; %d lines are lost so far",
-                              self._path, error.strerror.lower() if error else "nobody takes it",
+                              self._path, error.strerror.lower() if error else "nobody reads it",
                               self._lost)
 
     def reopen(self):
@@ -9679,8 +9679,8 @@ class HttpHandler:
         self.quick.wake.set()
         unsent = [channel.unsent for channel in self.channels if channel.unsent]
         if unsent:
-            log.warning("%d clients did not take what was left for them: at least %d bytes are "
-                        "lost", len(unsent), sum(unsent))
+            log.warning("%d clients did not read the rest: at least %d bytes are lost",
+                        len(unsent), sum(unsent))
         for channel in tuple(self.channels):
             channel.stop()
         for connection in self.connections:
@@ -9938,7 +9938,7 @@ def refusal(endpoint, status, body):
     if code == "unauthorized":
         reason = "the server requires its token: pass it with --token-file FILE or GAFFER_TOKEN"
     if code == "not_found":
-        return NotThere(reason)
+        return NotThere(reason.replace("GET /processes ", "'gaffer.py status' "))
     return ClientError(reason, REFUSAL_STATUSES.get(status, 1), code)
 
 
@@ -9974,8 +9974,8 @@ class Client:
         if isinstance(error, socket.timeout):
             return ClientError("%s has not answered in %g seconds" % (self.endpoint, timeout), 124)
         if getattr(error, "verify_message", None):
-            return ClientError("the certificate of %s cannot be trusted (%s): give its authority's "
-                               "with --cacert" % (self.endpoint, error.verify_message), 6)
+            return ClientError("the certificate of %s cannot be trusted (%s): pass its CA's with "
+                               "--cacert" % (self.endpoint, error.verify_message), 6)
         if isinstance(error, PermissionError):
             return ClientError("only the owner of %s and root may use it" % self.endpoint, 6)
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -10325,7 +10325,7 @@ class ConsoleOutput:
             failed, note = True, ": " + event["reason"]
         elif kind == "stop" and template and template.gave_up and template.last_exit:
             end = template.last_exit["exit_status"], template.last_exit["term_signal"]
-            failed, note = not succeeded(info, end), ": it gave up; start it when it is fixed"
+            failed, note = not succeeded(info, end), ": gave up; start it once it is fixed"
         failed = failed or kind in ("flap", "fail")
         log.log(logging.WARNING if failed else logging.INFO, "%s%s", event_text(event), note)
         if kind == "spawn" and self._output:
@@ -12337,7 +12337,7 @@ def check_type(kind, types):
     """Raise NotThere if `kind` is not one of the types of processes."""
     if kind not in types:
         raise NotThere("there is no '%s'%s" % (
-            kind, near(kind, types) or ": there are " + ", ".join(types)))
+            kind, near(kind, types) or ": the types are " + ", ".join(types)))
 
 
 def procfile_templates(args, taken=()):
@@ -12797,7 +12797,7 @@ names NAME+: a name, a glob such as 'web*' or 'group:*', all, or one process: we
 --token-file FILE: the token is in this file (or in GAFFER_TOKEN)
 --cacert FILE: trust the certificates in this file (PEM)""",
     "ASK": "CONNECTION\n--json: print what the server sent",
-    "TIMEOUT": "--timeout SECONDS: wait this long at most, then exit with 124",
+    "TIMEOUT": "--timeout SECONDS: wait at most this long, then exit with 124",
     "WAIT": "TIMEOUT\n--no-wait: do not wait until it is done\nASK",
     "READY": """\
 --ready: wait until all are ready, or done if they end by themselves and have no 'ready'; exit with
@@ -12877,7 +12877,7 @@ class Command:
 COMMANDS = {command.name: command for command in (
     Command(serve, """\
 serve: run the supervisor with its HTTP API and web page
-config CONFIG?: what to run: a file of INI, JSON or TOML, a Procfile, or supervisord's file
+config CONFIG?: what to run: an INI, JSON or TOML file, a Procfile, or a supervisord.conf
 LISTEN
 --cors-origin ORIGIN*: let pages of this origin use the API ('*': all of them)
 --allow-host HOST*: another name of this server
@@ -12951,7 +12951,7 @@ COLOUR ASK"""),
     Command(get_process_command, "get_process: print a template as JSON\nTARGETS ASK"),
     Command(add_process_command, """\
 add_process: add a template
---replace: make a template of this name so; leave it alone if it is so already
+--replace: replace a template of this name, unless it is the same
 TEMPLATE"""),
     Command(load_process_command, """\
 load_process: add a template from a JSON file
@@ -12980,14 +12980,14 @@ PLACE WAIT"""),
     Command(ps_command, "ps: show the processes of a Procfile, as status does\nGROUP PLACE LOOK"),
     Command(export_command, """\
 export: convert a Procfile to another format
-format FORMAT: ini or json (for serve), or systemd; that also of an INI, TOML or JSON file
+format FORMAT: ini or json (for serve), or systemd (also from an INI, TOML or JSON file)
 GROUP
 -o, --output DIR: write systemd's units into this folder (default: print them)
 PROCFILE FORMATION"""),
     Command(completion_command, """\
 completion: print a completion script for a shell
-shell SHELL: bash, zsh or fish, which has to source it
-line LINE?: print the completions of this line instead, as the script has it done"""),
+shell SHELL: bash, zsh or fish; source the script there
+line LINE?: print the words that may end this line, as the script does"""),
 )}
 
 HELP = """\

@@ -3206,7 +3206,7 @@ class ProcessTimes(ProcessClock):
         until(lambda: self.advance(1) or self.count("fail"))
         self.wait("done")
         self.assertEqual(self.status()["last_exit"]["term_signal"], signal.SIGKILL)
-        self.assertEqual(self.status("z")["hint"], "after_stop is killed before its end")
+        self.assertEqual(self.status("z")["hint"], "after_stop was killed before it ended")
         self.assertEqual(self.status("y")["running"], 1)
 
     def test_steps_of_a_stop(self):
@@ -3308,7 +3308,7 @@ class ProcessTimes(ProcessClock):
                 self.manager.stop()
                 self.ended()
         for os_pid, line in zip(os_pids[::-1], logged.output):
-            self.assertIn("os pid %d was killed and does not end" % os_pid, line)
+            self.assertIn("os pid %d was killed but does not end" % os_pid, line)
             os.kill(os_pid, signal.SIGKILL)
             os.waitpid(os_pid, 0)
         self.assertEqual(len(logged.output), 3)
@@ -5222,7 +5222,7 @@ class HttpLogs(HttpCase):
         pipe = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)
         self.addCleanup(os.close, pipe)
         self.fill(pipe)
-        for path, reason in ((self.path, "nobody takes it"),
+        for path, reason in ((self.path, "nobody reads it"),
                              ("/dev/full", "no space left on device")):
             with self.subTest(path), http_limits(LOG_SIZE=1000, LOG_END=0.05), \
                     self.assertLogs("gaffer", "WARNING") as logged:
@@ -7807,7 +7807,7 @@ class BrowserPage(BrowserPageCase):
         self.choose("web:a", "signal…", "KILL")
         self.row("web:a", "SIGKILL")
         self.choose("web:a", "signal…", "NONSENSE group")
-        self.shows("'NONSENSE' is no signal", "#message")
+        self.shows("'NONSENSE' is not a signal", "#message")
         self.press("dismiss", "stop group web")
         self.row("web:b", "stopped")
         self.press("start group web")
@@ -9598,8 +9598,7 @@ class CliEveryCommand(CliControlCase):
         "get_process": ("@", r'\{\n    "name": "@",\n(.*\n)*\}\n'),
         "add_process": ("@-new sleep 1", "@-new: added\n", "ticker sleep 1", 1, TAKEN),
         "load_process": ("new.json", "new: added\n", "ticker.json", 1, TAKEN),
-        "update_process": ("@ sleep 2000", "@: updated\n", "nosuch sleep 1", 4,
-                           "there is no process named 'nosuch'.*"),
+        "update_process": ("@ sleep 2000", "@: updated\n", "nosuch sleep 1", 4, NAMED),
         "del_process": ("@", "@: deleted\n"), "logs": ("@", r"@\.1 \| line\n"),
         "attach": ("@", "line\n"),
         "watch": ("proc/ticker", r"[0-9:]{8} ticker: .*\n", "spawm", 1,
@@ -10447,7 +10446,7 @@ class ConfigSupervisord(ConfigCase):
                 ("numprocs=1001\ncommand=x", "field 'numprocs' must be 0 to 1000"),
                 ("numprocs=2\ncommand=x", "field 'process_name' must have %(process_num)d in it"),
                 ("numprocs=2\nprocess_name=%(process_num)d\ncommand=true\nuser=no",
-                 "conf:5: [program:x] field 'user' names the user 'no', who is not here"),
+                 "conf:5: [program:x] field 'user' names the unknown user 'no'"),
                 ("startsecs=x\nautostart=y\ncommand=true",
                  "conf:2: [program:x] field 'startsecs' must be a number, not 'x'\nsupervisord."
                  "conf:3: [program:x] field 'autostart' must be true or false, not 'y'"),
@@ -10621,7 +10620,7 @@ class ConfigServe(CliFollowCase):
                     server._thread.join(TIMEOUT)
                 deaf.close()
                 self.assertFalse(server._thread.is_alive())
-                self.assertRegex(logged.output[0], r"1 clients did not take .* \d+ bytes are lost")
+                self.assertRegex(logged.output[0], r"1 clients did not read .* \d+ bytes are lost")
 
 
 class ProcfileTexts(ConfigCase):
@@ -10861,7 +10860,7 @@ class ProcfileServer(ConfigCase):
             ("scale my-app-2 my-app-2:worker+1", worker % "2 processes"),
             ("scale my-app-2 web+1 --json", '{"ok": true, "numprocesses": 4}\n'),
             ("scale my-app-2", "", 2, "gaffer: 'my-app-2' is not a change: .*\n"),
-            ("scale my-app web-1 no-1", "", 4, ".* there is no 'no': there are web\n"),
+            ("scale my-app web-1 no-1", "", 4, ".* there is no 'no': the types are web\n"),
             ("scale -f Procfile my-app:web-1 web-0",
              "my-app:web: 2 processes\n" + web % "4 processes"),
             ("numprocesses my-app:web", "2\n"))
