@@ -10471,11 +10471,11 @@ class Screen:
         status, signum = event["exit_status"], event["term_signal"]
         self.note("%s %s" % (shown["name"], "was ended by %s" % signal_name(signum) if signum else
                              "exited with status %d" % status))
-        process, failed = shown["process"], "reason" in event   # it did not get ready
-        info = process.template
-        done = not failed and info["restart"] != "always" and succeeded(info, (status, signum))
-        if self._one_for_all and process.by_itself and not (done or self._manager.stopping):
-            self.status = shell_status((status, signum)) or int(failed)
+        process = shown["process"]
+        again = process.retry_after is not None and not process.home.gave_up
+        if self._one_for_all and process.by_itself and not (
+                again or succeeded(process.template, process.end) or self._manager.stopping):
+            self.status = shell_status((status, signum)) or int("reason" in event)  # not ready
             self._manager.stop()
         self._maybe_done()
 

@@ -10917,14 +10917,14 @@ class ProcfileUp(CliFollowCase):
         return process, os_pids
 
     def test_what_is_ready_and_what_is_done(self):
-        """A line tells it; what is done ends nothing, what does not get ready does. What a chosen
-        type is after runs, too."""
+        """A line tells it; what is done, or tried again, ends nothing, what does not get ready
+        does. What a chosen type is after runs, too."""
         process = self.up("""
             other: sleep 1000
             # gaffer: after=jobs
             typo: true
-            # gaffer: restart=never
-            job: true
+            # gaffer: restart=on-failure
+            job: test -e flag || { >flag; exit 3; }
             # gaffer: after=job ready=log:up
             web: echo up; exec cat
             # gaffer: after=web ready='exec:false within=0.2'
@@ -10933,8 +10933,8 @@ class ProcfileUp(CliFollowCase):
         said = "\n".join(text for name, text in self.ended(process, 1) if name == "system")
         self.assertRegex(said, (
             r"(?ms)^typo waits for jobs, which is not .*, did you mean 'job'\?$.*^job.1 exited "
-            r"with status 0.*^web.1 started.*^web.1 is ready after \d+\.\d s.*^bad.1 is stopped: "
-            r"not ready .exec:false. within 0.2 s"))
+            r"with status 3.*^job.1 exited with status 0.*^web.1 started.*^web.1 is ready after "
+            r"\d+\.\d s.*^bad.1 is stopped: not ready .exec:false. within 0.2 s"))
         self.assertNotIn("other", said)
 
     def test_ready(self):
