@@ -10303,16 +10303,26 @@ def event_text(event):
 
 
 class ConsoleOutput:
-    """Logs events: failures as warnings, the others as information. With `output`, it logs each
-    line of the processes' output for debugging."""
+    """Logs events: failures as warnings, the others as information. With `output`, it logs the
+    journal, all output of processes, for debugging."""
 
     def __init__(self, output=False):
         self._output = output
 
     def start(self, loop, manager):
         """Subscribe to all events."""
-        self._loop, self._manager = loop, manager
+        self._manager = manager
         manager.subscribe("", self._event)
+        if self._output:
+            loop.call(self._follow)
+
+    def _follow(self):
+        def show(lines):
+            log.debug("%s", lines[:-1].decode("utf-8", "replace"))
+            return True
+        view, encoder = self._manager.journal.view(), JournalEncoder(False, self._manager.epoch)
+        self._reader = Reader(view, encoder, LineSink(show), view.end, "skip")
+        self._reader.start()
 
     def _event(self, kind, event):
         pid, template = event.get("pid"), self._manager.templates.get(event["name"])
@@ -10328,18 +10338,6 @@ class ConsoleOutput:
             failed, note = not succeeded(info, end), ": gave up; start it once it is fixed"
         failed = failed or kind in ("flap", "fail")
         log.log(logging.WARNING if failed else logging.INFO, "%s%s", event_text(event), note)
-        if kind == "spawn" and self._output:
-            self._loop.call(self._follow, event["name"], pid)
-
-    def _follow(self, name, pid):
-        process = self._manager.processes.get(pid)
-        for label, output in process.outputs.items() if process is not None else ():
-            def show(lines, prefix="%s %s | " % (name, label)):
-                log.debug("%s", "\n".join(                 # a call for each line would be slow
-                    prefix + line.decode("utf-8", "replace") for line in lines))
-                return True
-            start = output.window.start
-            Reader(output.window, LineEncoder(), LineSink(show), start, "skip").start()
 
 
 def signal_name(number):

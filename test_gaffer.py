@@ -8921,13 +8921,14 @@ class CliServe(CliCase):
         for arguments, patterns in (
                 (["-v", "--access-log", "-"],
                  [*events, '"POST /pro.* 200 ', '"GET /st.* 200 ']),
-                (["-v", "--verbose"], [*events, " DEBUG a (stdout . (a|word)|client has left.*)"])):
+                (["-v", "--verbose"], [*events, r" DEBUG (a client has left|[\d.]+ a 1 (stdout|exit)) .*"])):
             server = self.start(*arguments)
             server.add("a", r"printf 'a\nword\n'; exec sleep 1000", shell=True)
             server.request("GET", "/streams/1/stdout?since=0")      # the words have come
             server.stop()
             server.expect_stderr(*patterns)
-        self.assertRegex(server.stderr, r"(?m)^([\d:, -]+ DEBUG a stdout \| )a\n\1word$")
+        self.assertRegex(
+            server.stderr, r"(?m)^([\d:, -]+ DEBUG [\d.]+ a 1 stdout )a\n\1word$")
 
 
 class CliSignals(CliCase):
