@@ -1917,15 +1917,15 @@ class Schedule:
         clocks go forward, becomes the next that does; one that exists twice is taken once."""
         wanted = [hour * 60 + minute for hour in sorted(self._hours)
                   for minute in sorted(self._minutes)]
-        start = noon - 12 * 3600
-        if [time.localtime(when)[2:5] for when in (start, start + 86340)] == [
-                (day, 0, 0), (day, 23, 59)]:
-            return [start + minute * 60 for minute in wanted]
-        found = []                              # the clocks change on this day
+        if len({time.localtime(noon + hours * 3600).tm_gmtoff for hours in (-15, 0, 14)}) == 1:
+            return [noon + (minute - 720) * 60 for minute in wanted]
+        found = []                              # the clocks change on this day, or beside it
         for when in range(int(noon) - 14 * 3600, int(noon) + 14 * 3600, 60):
             local = time.localtime(when)
             minute = local.tm_hour * 60 + local.tm_min
-            if local.tm_mday == day and wanted and wanted[0] <= minute:
+            if local.tm_mday != day:
+                minute += 1440 if when > noon else -1440
+            if wanted and wanted[0] <= minute:
                 found.append(float(when))
                 del wanted[:bisect.bisect(wanted, minute)]
         return found

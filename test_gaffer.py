@@ -2029,7 +2029,12 @@ class PureSchedules(Case):
                 (berlin, "0 * * * *", "2027-10-", "31T00:30",
                  "31T01:00+02 31T02:00+02 31T03:00+01 31T04:00+01"),
                 (york, "15,45 1 7 11 *", "202", "7-11-06T12:00",
-                 "7-11-07T01:15-04 7-11-07T01:45-04 8-11-07T01:15-05")):
+                 "7-11-07T01:15-04 7-11-07T01:45-04 8-11-07T01:15-05"),
+                # over midnight, as in Nuuk and Havana
+                ("XXX2YYY,M3.5.0/-1,M10.5.0/0", "30 23 * * *", "2027-03-", "27T12:00",
+                 "28T00:00-01 28T23:30-01"),
+                ("XXX5YYY,M3.2.0/0,M11.1.0/1", "*/30 0 * * *", "2027-11-", "06T12:00",
+                 "07T00:00-04 07T00:30-04 08T00:00-05")):
             os.environ["TZ"] = zone
             time.tzset()
             now = time.mktime(time.strptime(year + now, "%Y-%m-%dT%H:%M"))
@@ -3210,7 +3215,7 @@ class ProcessTimes(ProcessClock):
         self.assertEqual(self.status("y")["running"], 1)
 
     def test_steps_of_a_stop(self):
-        """Each signal after its seconds, then SIGKILL each second, until it has exited; a kill skips
+        """Each signal after its seconds, then SIGKILL each second until it has exited; a kill skips
         what is left."""
         for fields, kill, wanted in (
                 ({}, None, [(0, 15), (0, 18), (10, 9), (11, 9)]),
