@@ -3577,7 +3577,6 @@ class Template:
         self.restarts = self.spawned = 0
         self.exits = collections.Counter()      # (exit_status, term_signal) -> how many
         self.last_exit = None                   # {pid, exit_status, term_signal, time, times}
-        self.created = None                     # the id of its create event
         self.error = None                       # why the last spawn failed
         self.hint = None                        # what its user should change
         self.report = Throttle()
@@ -3767,7 +3766,7 @@ class Template:
             "next_runs": self.next_runs,
             "uptime": round(running[0].age() if running else 0, 3), "gave_up": self.gave_up,
             "outcome": self.outcome, "error": self.error, "hint": self.hint,
-            "created": self.created, "graceful_timeout": stop_time(self.info),
+            "graceful_timeout": stop_time(self.info),
         }
 
 
@@ -4389,7 +4388,6 @@ class Manager:
         if template.name not in self.templates:
             self.templates[template.name] = template
             self._publish("create", template.name)
-            template.created = "%d@%s" % (self.events.end, self.epoch)
         if template.active and due and self._running:
             self._publish("start", template.name)
         if first is not None:

@@ -4496,13 +4496,13 @@ class ProcessReady(ProcessCase):
                 ("log", "up", sleep, "log:up"), ("tcp", "$PORT", server, "tcp:$PORT"),
                 ("http", url, server, url), ("exec", 'test "$PORT"', sleep, 'exec:test "$PORT"')):
             with self.subTest(kind), http_limits(PROBE_INTERVAL=0.1):
-                self.add("x", command, ready={kind: value}, env={"PORT": port})
-                status, value = self.until("x")[0], self.status("x")
+                self.add(kind, command, ready={kind: value}, env={"PORT": port})
+                status, value = self.until(kind)[0], self.status(kind)
                 self.assertEqual((status, value["state"], value["ready"]), (200, "running", True))
-                event = self.server.wait_event("proc/x/ready", value["created"])
+                event = self.server.wait_event("proc/%s/ready" % kind)
                 self.assertEqual((event["by"], event["pid"]), (by, value["pids"][0]))
                 self.assertTrue(0 <= event["seconds"] < TIMEOUT)
-                self.delete("x")
+                self.delete(kind)
 
     def test_notify(self):
         """A stranger does not count, nor what is too long; a child does. STOPPING=1 ends it."""
@@ -9325,11 +9325,13 @@ class CliControl(CliFollowCase):
                                    redirect_input=True, graceful_timeout=1000)
             self.server.request("GET", "/streams/%d/stdout?since=0" % pid)
             return pid
+        since = 0
         for words, said in (
                 ("stop g:a", "stopped"), ("restart g:a", "restarted"), ("sub g:a", "0 processes"),
                 ("del_process g:a", "deleted"), ("stop g:a.1", "stopped, to be replaced"),
                 ("unload g -f / --timeout 1234567", "unloaded"), ("scale g a=0", "0 processes")):
-            pid, since = add(), self.server.ok("GET", "/status/g:a")["created"]
+            pid = add()
+            since = self.server.wait_event("proc/g:a/create", since)["id"]
             command = self.follow(*words.split())
             kind = "reap" if said == "0 processes" else "stop_pid"
             self.server.wait_event("proc/g:a/" + kind, since)
