@@ -2654,9 +2654,9 @@ class Output:
     def _show_carry(self):
         """Show an unfinished line (a prompt) after a while, if no reader that blocks loses it."""
         self._silence = None
-        if self._carry and self._merged.window.room() <= len(self._carry):
+        if self._merged.window.room() <= len(self._carry):
             self._silence = self._loop.later(MERGED_LINE_DELAY, self._show_carry)
-        elif self._carry:
+        else:
             data, self._carry = self._carry, b""
             self._merged.write(self, data)
 
