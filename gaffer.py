@@ -12136,27 +12136,31 @@ class PidFile:
         self._path = path
 
     def start(self, loop, manager):
-        try:
-            while True:
-                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if is_file_at(self._fd, self._path):
-                    break
-                os.close(self._fd)              # its last user has removed it meanwhile
-            os.ftruncate(self._fd, 0)
-            os.write(self._fd, b"%d\n" % os.getpid())
-        except BlockingIOError:
-            pid = os.read(self._fd, 20).decode("ascii", "replace").strip()
-            raise StartError("the pid file '%s' is in use by a running gaffer, pid %s: stop it, or "
-                             "use another file" % (self._path, pid)) from None
-        except OSError as error:
-            raise StartError("the pid file '%s' cannot be written: %s" % (
-                self._path, error.strerror or error)) from None
+        with contextlib.ExitStack() as failure:
+            try:
+                while True:
+                    self._file = failure.enter_context(
+                        open(self._path, "a+", encoding="ascii", errors="replace"))
+                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if is_file_at(self._file.fileno(), self._path):
+                        break
+                    self._file.close()          # its last user has removed it meanwhile
+                self._file.truncate(0)
+                os.write(self._file.fileno(), b"%d\n" % os.getpid())
+            except BlockingIOError:
+                self._file.seek(0)
+                raise StartError("the pid file '%s' is in use by a running gaffer, pid %s: stop "
+                                 "it, or use another file" % (
+                                     self._path, self._file.read(20).strip())) from None
+            except OSError as error:
+                raise StartError("the pid file '%s' cannot be written: %s" % (
+                    self._path, error.strerror or error)) from None
+            failure.pop_all()
 
     def stop(self):
-        if is_file_at(self._fd, self._path):
-            os.unlink(self._path)
-        os.close(self._fd)
+        with self._file:
+            if is_file_at(self._file.fileno(), self._path):
+                os.unlink(self._path)
 
 
 class LogHandler(logging.Handler):
