@@ -12315,6 +12315,9 @@ def serve(args):
     run_cached()
     if args.daemon and not args.log_file:
         raise ClientError("--daemon needs --log-file FILE: nobody would see its messages", 2)
+    if args.exit_with and not re.fullmatch(NAME, args.exit_with):
+        raise ClientError("--exit-with takes a template's name, which '%s' cannot be" % (
+            args.exit_with), 2)
     pipe = enter_background() if args.daemon else None      # before there is any thread
     with contextlib.closing(LogHandler(args.log_file)) as handler:
         logging.basicConfig(

@@ -8166,7 +8166,8 @@ class BrowserPage(BrowserPageCase):
         self.go("/")
         self.row("talk", "running")
         self.go("/events")
-        self.shows("added", ".events")
+        third.add("more", "true", start=False)
+        self.shows("more", ".events")               # its stream has begun
         third.manager.stop()                        # a kill would not wait for what is unsent
         third._thread.join(TIMEOUT)
         self.shows("told to stop: process 1", ".events")
@@ -10133,7 +10134,7 @@ class CliDatabase(CliControlCase):
                  "'migrate' has failed: exit status 1; its last lines:\n[\\s\\S]*nonsense"),
                 ({"web": "sh -c 'echo no route; exit 4'"}, "running done failed waiting",
                  "'web' has failed: exit status 4; its last lines:\ngaffer: no route"),
-                ({"worker": "slow", "within": 0.1}, "running done running failed",
+                ({"worker": "slow", "within": 1}, "running done running failed",
                  "'worker' has failed: not ready .*; its last lines:\ngaffer: worker is slow")):
             self.load(**changes)
             until(lambda wanted=wanted: states() == wanted, wanted)
