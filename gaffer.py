@@ -10785,7 +10785,8 @@ PROGRAM_FIELDS = {                              # of supervisord: the field it b
     "stopasgroup": "stop_group", "priority": "priority", "environment": "env"}
 PROGRAM_DEFAULTS = {                            # where they are not those of a template
     "autorestart": "unexpected", "killasgroup": "", "numprocs": "1", "numprocs_start": "0",
-    "redirect_stderr": "false", "startretries": "3", "startsecs": "1", "stopasgroup": "false"}
+    "priority": "999", "redirect_stderr": "false", "startretries": "3", "startsecs": "1",
+    "stopasgroup": "false"}
 ADVICE = (                                      # what supervisord has, and what to do instead
     (r".* (stdout|stderr)_.*", "output is kept in memory: 'gaffer.py logs' reads it; to have it in "
      "a file, redirect it in the command"),
@@ -10831,7 +10832,8 @@ def program_templates(file, name, group, fields, names):
                 for field in fields if field in PROGRAM_FIELDS}
         if info.get("cmd"):
             info["cmd"] = info["cmd"].replace("$", "$$")
-        info["restart"] = "on-failure" if fields["autorestart"].lower() == "unexpected" else (
+        again = fill_in(fields["autorestart"], names).lower()
+        info["restart"] = "on-failure" if again == "unexpected" else (
             "always" if read("autorestart", "start") else "never")
         if read("redirect_stderr", "start"):
             info["redirect_output"] = ["stdout", "stdout"]
@@ -10867,7 +10869,7 @@ def load_supervisord(file):
     tree, others = {}, collections.defaultdict(list)
     for section in parser.sections():
         fields, kind = dict(parser[section]), section.partition(":")[0]
-        file.programs[section] = file, fields, names
+        file.programs[section.replace(": ", ":").rstrip()] = file, fields, names
         try:
             if kind == "include":
                 files = fill_in(fields.get("files", ""), names)
@@ -10886,7 +10888,7 @@ def load_supervisord(file):
 def supervisord_templates(files):
     """Yield (file, {name: fields}) of the templates that supervisord's programs make."""
     sections = {section: each for file in files for section, each in file.programs.items()}
-    groups, env = {}, sections.get("supervisord", (0, {}))[1].get("environment", "")
+    groups, shared = {}, sections.get("supervisord", (0, {}))[1]
     for section, (file, fields, _) in sections.items():
         for program in split_list(fields.get("programs", "")):
             groups[program] = section.partition(":")[2]
@@ -10894,7 +10896,8 @@ def supervisord_templates(files):
                 file.fault("there is no [program:%s]" % program, section, "programs")
     for section, (file, fields, names) in sections.items():
         kind, _, name = section.partition(":")
-        fields, made = dict(fields, environment=env + ",\n" + fields.get("environment", "")), {}
+        env, made = shared.get("environment", "") + ",\n" + fields.get("environment", ""), {}
+        fields = {"user": shared.get("user", ""), **fields, "environment": env}
         try:
             if kind == "program":
                 made = program_templates(file, name, groups.get(name), fields, names)

@@ -10419,10 +10419,11 @@ class ConfigSupervisord(ConfigCase):
         """
 
     def test_programs(self):
-        pure_environ(self, PURE_HOME="/h", PURE_COUNT="2")
+        pure_environ(self, PURE_HOME="/h", PURE_COUNT="2", PURE_AGAIN="unexpected")
         self.write("more/a.conf", "[group:shop]\nprograms=job, x\n")
         self.write("more/c.conf", "[inet_http_server]\nport=9001\n")
-        self.write("more/b.conf", "[program:x]\ncommand=sleep 1\nstartretries=9999\n")
+        self.write("more/b.conf", "[program: x ]\ncommand=sleep 1\nstartretries=9999\n"
+                   "autorestart=%(ENV_PURE_AGAIN)s")
         with self.assertLogs("gaffer", "WARNING") as logged:
             templates = self.settings("supervisord.conf", self.TEXT).templates
         self.assertEqual(list(templates), ["web:web_07", "web:web_08", "shop:job", "shop:x"])
@@ -10435,9 +10436,9 @@ class ConfigSupervisord(ConfigCase):
             env={"A": "1,2 = 3", "B": "2", "PORT": "8008", "HOME": "/h"}))
         self.assertEqual(job, dict(
             PureTemplates.DEFAULTS, name="shop:job", cmd="sh -c 'echo $$HOME 100%'",
-            cwd=os.getcwd(), restart="on-failure", success=[0, 2], stop_group=False,
+            cwd=os.getcwd(), restart="on-failure", success=[0, 2], stop_group=False, priority=999,
             env={"A": "1", "B": "2"}))
-        self.assertEqual(x["flapping"]["attempts"], 1000)
+        self.assertEqual((x["flapping"]["attempts"], x["restart"]), (1000, "on-failure"))
         # retries come at once, after 1, 2, 4, 5 seconds; one that lives longer may exit forever
         for retries, window in (0, 3), (5, 27):
             y = self.settings("y.conf", "[program:y]\ncommand=true\nstartsecs=3\n"
@@ -10460,6 +10461,7 @@ class ConfigSupervisord(ConfigCase):
                  "conf:2: [program:x] field 'startsecs' must be a number, not 'x'\nsupervisord."
                  "conf:3: [program:x] field 'autostart' must be true or false, not 'y'"),
                 ("command=x\n[group:g]\nprograms=x, y", ":4: [group:g] there is no [program:y]"),
+                ("command=true\n[supervisord]\nuser=no", "[program:x] field 'user' names the "),
                 ("environment=A\\ =1,=2\ncommand=x", "conf:2: [program:x] field 'environment' "),
                 ("directory=/", "field 'command' is required"),
                 ("nonsense", "conf:2: this is neither [section]"),
