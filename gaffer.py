@@ -4602,6 +4602,7 @@ class Manager:
 
     def _stop(self, kill):
         if not self.stopping:
+            self._check_waiters()               # what has been reached by now counts
             self.stopping = True
             self._ask_waiters()
             for template in self.templates.values():

@@ -10955,6 +10955,8 @@ class ProcfileUp(CliFollowCase):
         self.assertIn(("system", "all are ready"), self.lines(process))
         process.send_signal(signal.SIGTERM)
         self.ended(process, 0)
+        process = self.up("# gaffer: restart=never\na: true", "--ready", "--exit-when-done")
+        self.assertIn(("system", "all are ready"), self.ended(process, 0))
         process = self.up("# gaffer: start=false\ndb: cat\n# gaffer: after=db\nweb: cat", "--ready")
         self.assertIn(("system", "'web' waits for 'db', and 'db' is stopped; start it"),
                       self.ended(process, 1))
