@@ -1219,7 +1219,7 @@ class Reader:
                         line = source.resync(offset + self._within_line)
                         if not self._within_line:
                             offset = line
-                        elif source.before(line) == 10:     # it closes the line that was cut
+                        elif source.before(line) in (10, 13):   # it closes the line that was cut
                             offset = line - 1
                     if not self._report(offset - self.offset, offset):
                         return
@@ -1238,7 +1238,7 @@ class Reader:
                 if self.loss == "block":
                     source.advanced()
                 elif self.loss == "skip" and not self.encoder.by_line:
-                    self._within_line = source.before(self.offset) not in (None, 10)
+                    self._within_line = source.before(self.offset) not in (None, 10, 13)
                 if payload:
                     self.last_sent = source.loop.now
                     self.full = not self.sink.send(payload)
@@ -2697,7 +2697,8 @@ class Output:
             self._carry = b""
         self._merged.close(self)
         self.window.finish()
-        self._ended()
+        ended, self._ended = self._ended, None  # or a process would be freed late
+        ended()
 
 
 class Input:
@@ -3298,6 +3299,7 @@ class Process:
         self._signal_stop()
 
     def _exited(self, end):
+        self._watcher = None
         self.exit_status, self.term_signal = end
         self.by_itself = self.by_itself or self.running
         self.step("exit")

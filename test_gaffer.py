@@ -58,6 +58,7 @@ import unittest
 from unittest import mock
 import urllib.parse
 import warnings
+import weakref
 import wsgiref.util
 import wsgiref.validate
 import zlib
@@ -1256,8 +1257,9 @@ class PureLoss(PureLogCase):
 
     def test_random(self):
         """What a reader got and what it was told is all there was."""
-        rng, data = random.Random(5), b"".join(b"%04d\n" % number for number in range(1500))
-        for _ in range(10):
+        rng = random.Random(5)
+        for line_end in (b"\n", b"\r") * 5:
+            data = b"".join(b"%04d%b" % (number, line_end) for number in range(1500))
             window = self.window(300)
             skip, sse = readers = self.reader(window, loss="skip"), self.sse(window)
             for piece in pure_pieces(rng, data, 60):
@@ -1284,7 +1286,7 @@ class PureLoss(PureLogCase):
                     dropped += end - place
                     self.assertEqual(end - place, json.loads(text)["bytes"])
                     text = data[place:end - 1]
-                self.assertEqual(data[place:end], text + b"\n")
+                self.assertEqual(data[place:end], text + line_end)
                 place = end
             self.assertEqual((place, dropped), (len(data), sse.dropped))
             self.assertEqual(window.dropped, sum(reader.dropped for reader in readers))
@@ -3013,7 +3015,7 @@ class ProcessHostile(ProcessCase):
     def test_cannot_be_executed(self):
         """Refused when it is to start, with a reason; nothing is added, nothing starts."""
         for command, words in ((self.file("a", "#!/nowhere/interpreter\n", 0o755), "interpreter"),
-                               (self.file("b", "echo\n", 0o755), "no program")):
+                               (self.file("b", "echo\n", 0o755), "not a program")):
             for streams in [], ["a"]:           # these take another way to the same end
                 with self.subTest(words, streams=streams):
                     info = {"name": "x", "cmd": command, "custom_streams": streams}
@@ -3188,9 +3190,11 @@ class ProcessTimes(ProcessClock):
         self.settle()
         self.advance(59.9)
         self.assertTrue(self.window(1).ended)
+        memory = weakref.ref(self.manager.find_process(1, past=True))
         self.advance(0.1)
         with self.assertRaises(gaffer.NotFound):
             self.window(1)
+        self.assertIsNone(memory())             # without the garbage collector
 
     def test_hooks_that_take_too_long(self):
         """A minute each; before_start is an exit of the process, after_stop only told."""
