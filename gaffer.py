@@ -3650,8 +3650,8 @@ class Template:
 
     def unmet(self):
         """Return the names of templates it is `after` that it has to wait for."""
-        others = ((name, self._templates.get(name)) for name in self.info["after"])
-        return [name for name, other in others if other is None or not other.releases()]
+        return [name for name in self.info["after"]
+                if name not in self._templates or not self._templates[name].releases()]
 
     def waits_for(self):
         """Return the names of templates that keep it from spawning what it lacks."""
@@ -4329,13 +4329,12 @@ class Manager:
         if template.active:
             if process.by_itself and process.retry_after is None:
                 template.finished[process.instance] = process.end
-            else:
-                template.restarts += process.by_itself
-            if process.by_itself and template.missing() > 0:
-                delay = process.exited_at + (process.retry_after or 0.0) - self.loop.clock()
-                if delay > 0:
+            elif process.by_itself:
+                template.restarts += 1
+                delay = process.exited_at + process.retry_after - self.loop.clock()
+                if delay > 0 and template.missing() > 0:
                     self._spawn_later(template, process.failures, delay)
-                else:
+                elif template.missing() > 0:
                     template.failures.append(process.failures)
             self._reconcile(template)
         if self.stopping:
