@@ -4360,7 +4360,7 @@ class Manager:
 
     @starting
     def _add(self, info, dry_run):
-        name, handle = info["name"], ProcessHandle(self, info["name"])
+        name = info["name"]
         if name in self.templates:
             raise Conflict("the name '%s' is taken; update its template, or delete it" % name)
         if len(self.templates) >= TEMPLATES_MAX:
@@ -4368,11 +4368,10 @@ class Manager:
         self._check_circle(info)
         template = Template(info, self.loop, self.journal, self.templates)
         launch = Launch(info) if info["start"] else None
-        if dry_run:
-            return template, handle
-        template.open_streams(self.window_size)
-        self._activate(template, launch, template.due)
-        return template, handle
+        if not dry_run:
+            template.open_streams(self.window_size)
+            self._activate(template, launch, template.due)
+        return template, ProcessHandle(self, name)
 
     def _activate(self, template, launch, due):
         """Start a template, if there is a `launch`, with its first process; if that cannot be
