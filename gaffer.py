@@ -12097,8 +12097,9 @@ def attach_command(args):
         names[0], os_pid, "Ctrl-]" if before else "QUIT",
         "" if info["redirect_input"] else "; it reads nothing: its stdin is /dev/null"))
     # a handler would run in the main thread alone, and only once something else had woken that
-    signals = {signum for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
-               if signal.getsignal(signum) != signal.SIG_IGN}
+    signals = {signum for signum in (
+        signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGCONT)
+        if signal.getsignal(signum) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         start(watch_exit, [start(copy_output, *pair) for pair in zip(
@@ -12118,6 +12119,9 @@ def attach_command(args):
             elif item == signal.SIGINT:         # to the whole group, as a terminal does
                 with contextlib.suppress(NotThere):
                     client.request("POST", "/processes/%d/_signal/INT?group=true" % pid)
+            elif item == signal.SIGCONT:        # after Ctrl-Z and fg the shell's settings hold
+                if before and os.tcgetpgrp(0) == os.getpgrp():
+                    termios.tcsetattr(0, termios.TCSADRAIN, changed)
             else:
                 exit_status = 0 if item == signal.SIGQUIT else 128 + item
     finally:

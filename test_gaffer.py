@@ -9754,6 +9754,11 @@ class CliTerminal(CliFollowCase):
         self.shows(main, r"attached to a\.1, os pid \d+: Ctrl-\] leaves it running, Ctrl-C goes to")
         os.write(main, b"typed\x1c\n")
         self.shows(main, r"typed\^\\\r\n(?s:.*)typed\x1c\r\n")
+        settings = termios.tcgetattr(main)
+        settings[6][termios.VQUIT] = b"\x1c"    # as a shell does after Ctrl-Z
+        termios.tcsetattr(main, termios.TCSADRAIN, settings)
+        process.send_signal(signal.SIGCONT)
+        until(lambda: termios.tcgetattr(main)[6][termios.VQUIT] == b"\x1d", "Ctrl-] again")
         os.write(main, b"\x1d")
         self.shows(main, r"gaffer: detached, a\.1 is still running\r\n")
         self.assertEqual(process.wait(TIMEOUT), 0)
