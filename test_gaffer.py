@@ -9920,16 +9920,17 @@ class CliAttach(CliFollowCase):
             process = self.follow("attach", *words.split())
             lines = b"> interrupted\n" if "-n" in words else shown
             self.assertEqual(process.stdout.read(len(lines)), lines)
+            until(lambda: self.streams() == 3, "stdout, stderr, events: none comes later")
             process.send_signal(signal.SIGINT)
             line = process.stdout.readline()
             self.assertEqual(line, b"interrupted\n", line or process.communicate(timeout=TIMEOUT))
             shown += b"interrupted\n"
             process.send_signal(signum)
             self.assertEqual((process.stdout.read(), process.wait(TIMEOUT)), (b"", status))
-        until(lambda: not self.streams(), "the server has seen that they are gone")
+            until(lambda: not self.streams(), "the server has seen that it is gone")
         process = self.follow("attach", "1")
         self.assertEqual(process.stdout.read(len(shown)), shown)
-        until(lambda: self.streams() == 3, "stdout, stderr, events")
+        until(lambda: self.streams() == 3)
         self.cut()                              # it goes on where it was
         self.server.ok("POST", "/processes/1/_signal/INT")
         line = process.stdout.readline()
