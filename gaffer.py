@@ -10640,7 +10640,7 @@ def from_text(field, text):
 def to_text(field, value):
     """Return a value as from_text() reads it."""
     if field == "ready":
-        return "%s within=%g" % (ready_text({field: value}), value["within"])
+        return "%s within=%s" % (ready_text({field: value}), value["within"])
     if field in ("args", "env_file"):
         return shlex.join(value)
     if isinstance(value, dict):
@@ -11015,9 +11015,11 @@ class Procfile(ConfigFile):
                 self.types[match.group(1)] = match.group(2)
                 self.fields[match.group(1)], above = above, {}
             elif comment:
+                what = "the comment"
                 try:
-                    words = split_words(comment.group(1))
-                    for field, _, value in [word.partition("=") for word in words]:
+                    for word in split_words(comment.group(1)):
+                        field, _, value = word.partition("=")
+                        what = "field '%s'" % field
                         if field not in OPTIONS or field in ("name", "cmd", "args", "env"):
                             self.fault("%r is not FIELD=VALUE, as in after=db%s" % (
                                 field, near(field, OPTIONS)), line=line)
@@ -11026,7 +11028,7 @@ class Procfile(ConfigFile):
                         if value is not None:
                             above[field] = value
                 except ValueError as error:
-                    self.fault("the comment %s" % error, line=line)
+                    self.fault("%s %s" % (what, error), line=line)
             elif text.strip() and text.lstrip()[0] != "#":
                 self.fault("'%s' is there twice" % match.group(1) if match else
                            "%r is not 'type: command'" % text.rstrip(), line=line)
@@ -12352,12 +12354,15 @@ def check_type(kind, types):
 
 
 def procfile_templates(args, taken=()):
-    """Return ({type: template}, {type: number} of -c). ConfigError, ClientError."""
-    source, formation = args.procfile, {}
+    """Return ({type: template}, {type: number} of comments and -c). ConfigError, ClientError."""
+    source, comments = args.procfile, {}
     # units for systemd can be made from any configuration
     if vars(args).get("format") != "systemd" or not CONFIG_PATH.fullmatch(source):
         source = open_procfile(args, taken)
+        comments = source.fields
     templates = read_settings(source).templates
+    formation = {kind: info["numprocesses"] for kind, info in templates.items()
+                 if "numprocesses" in comments.get(kind, ())}
     for word in split_list(",".join(args.concurrency)):
         kind, _, count = word.partition("=")
         if not (re.fullmatch("[0-9]{1,4}", count) and int(count) <= NUMPROCESSES_MAX):

@@ -10351,6 +10351,7 @@ class ConfigFiles(ConfigCase):
         # gaffer: afer=b -> 'afer' is not FIELD=VALUE, as in after=db, did you mean 'after'?
         # gaffer: cmd=x -> 'cmd' is not FIELD=VALUE, *
         # gaffer: ready='x -> the comment cannot be split into words: no closing quotation
+        # gaffer: shell -> field 'shell' must be true or false, not ''
         # gaffer: ready=udp:1
         7: true -> [process:7] field 'name' must be * -> [process:7] field 'ready' has the unknown *
         """
@@ -10710,7 +10711,7 @@ class ProcfileTexts(ConfigCase):
 
     COMMENTS = """
         web: echo "$A" 100%
-        # gaffer: after=db,web ready='log:is up within=5' restart=never success='0 TERM'
+        # gaffer: after=db,web ready='log:is up within=99999.5' restart=never success='0 TERM'
         # anything
 
         # gaffer: detach=no flapping=attempts=3 restart_delay='1 5' custom_streams=a,b
@@ -10890,10 +10891,12 @@ class ProcfileServer(ConfigCase):
             "web.1", "web.2", "web.3", "web.4", "worker.1", "worker.2")])
         until(lambda: sorted(self.call("logs", "my-app-2:web", "--no-prefix").split()) == [
             "5000", "5001", "5002", "5003"])
-        self.procfile("web", "clock", command="exec sleep 2000")
+        self.procfile("web", "# gaffer: numprocesses=1\nclock", command="exec sleep 2000")
         clock = "my-app-2:clock: %s\n"
         self.calls(("load -f Procfile", web % "updated" + clock % "loaded" + worker % "removed"),
                    ("numprocesses my-app-2:web", "4\n"),
+                   ("scale my-app-2 clock=2", clock % "2 processes"),
+                   ("load -f Procfile", web % "already loaded" + clock % "updated"),
                    ("unload my-app-2", web % "unloaded" + clock % "unloaded"))
         self.assertEqual(self.server.ok("GET", "/processes"), ["my-app:web", "web", "other"])
 
