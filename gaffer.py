@@ -9731,11 +9731,12 @@ class HttpHandler:
         data = self.answer(connection, None, error_response(
             Busy("there are too many connections; try again later")), False)
         connection.sock.setblocking(False)
-        try:
+        fd = connection.sock.fileno()           # a thread that begins late may set a timeout, and
+        try:                                    # Python's recv() would then try again for ever
             if connection.listener.context is None:     # else that would need a handshake
-                connection.sock.send(data)
+                os.write(fd, data)
             connection.sock.shutdown(socket.SHUT_WR)
-            connection.sock.recv(READ_SIZE)     # unread bytes would turn it into a reset
+            os.read(fd, READ_SIZE)              # unread bytes would turn it into a reset
         except OSError:
             pass                                # the client does not wait for it
         self.close_connection(connection)
