@@ -2264,6 +2264,15 @@ exit $status
 shift"""
 
 
+@contextlib.contextmanager
+def faults_of(field):
+    """Have a ValueError raised as InvalidProcessInfo, for a field of a template."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidProcessInfo("field '%s' %s" % (field, error)) from None
+
+
 class Launch:
     """What is executed: `program` (a path), `argv`, `env` and `cwd`, in bytes; `uid`, `gid`,
     `groups`, `umask` and `nice`, None for gaffer's own; `limits`: {name: (soft, hard)}; `instance`:
@@ -2271,11 +2280,9 @@ class Launch:
 
     def __init__(self, template, instance=1):
         for field in ("cwd", "uid", "gid"):     # checked again: the system may have changed
-            try:
-                if template[field] is not None:
+            if template[field] is not None:
+                with faults_of(field):
                     OPTIONS[field].check(template[field])
-            except ValueError as error:
-                raise InvalidProcessInfo("field '%s' %s" % (field, error)) from None
         self.instance = instance
         self.cwd = None if template["cwd"] is None else to_bytes(template["cwd"])
         self.uid = self.gid = self.groups = user = None
@@ -2301,10 +2308,8 @@ class Launch:
         self.ready, text = next(iter((template["ready"] or {None: None}).items()))
         self.target = None                      # of a probe: see parse_target()
         if self.ready in ("tcp", "http"):
-            try:
+            with faults_of("ready"):
                 self.target = parse_target(self.ready, substitute(text, self.env))
-            except ValueError as error:
-                raise InvalidProcessInfo("field 'ready' %s" % error) from None
 
     def _prepare(self, before_start=None):
         """Have /bin/sh set what Popen has no argument for, and what needs no privilege, and then
@@ -2339,8 +2344,7 @@ class Launch:
         """Return a Launch for a shell command in the same environment and `env` (of bytes)."""
         launch = copy.copy(self)
         launch.argv, launch.program = [b"sh", b"-c", to_bytes(command)], b"/bin/sh"
-        launch.env = dict(self.env)
-        launch.env.update(env)
+        launch.env = {**self.env, **dict(env)}
         launch._prepare()
         return launch
 
@@ -2359,17 +2363,13 @@ class Launch:
         given = template["env"]
         if template["env_file"]:
             known = {os.fsdecode(name): os.fsdecode(text) for name, text in env.items()}
-            try:
+            with faults_of("env_file"):
                 given = {**read_env_files(template["env_file"], known), **given}
-            except ValueError as error:
-                raise InvalidProcessInfo("field 'env_file' %s" % error) from None
         env.update((to_bytes(name), to_bytes(str(text))) for name, text in given.items())
         env.pop(b"GAFFER_TOKEN", None)
-        try:
-            if env.pop(b"GAFFER_PORT_STEP", None) is not None:
+        if env.pop(b"GAFFER_PORT_STEP", None) is not None:
+            with faults_of("env"):              # there may be more processes than ports
                 env[b"PORT"] = b"%d" % port_of(template["env"], self.instance)
-        except ValueError as error:             # there are more processes than ports
-            raise InvalidProcessInfo("field 'env' %s" % error) from None
         if template["redirect_output"]:         # output that sits in a buffer looks lost
             env.setdefault(b"PYTHONUNBUFFERED", b"1")
         if template["custom_streams"]:
@@ -3349,7 +3349,7 @@ class Process:
             output.drain()
         if self._launch is None or self._manager.killing:
             return self._hook_ended(self._launch and "is not run: gaffer was told to end at once")
-        merged = next(reversed(list(self.home.merged.values())), None)
+        merged = next(reversed(self.home.merged.values()), None)
         fds = []
         try:
             if merged is not None:
