@@ -2823,20 +2823,19 @@ class GroupWatcher:
     def poll_soon(self):
         """Poll soon: a group was signalled."""
         self._interval = GROUP_POLL
-        if self._waiting:
-            self._schedule()
+        self._schedule()
 
     def _schedule(self):
         wait = max(self._interval, 5 * self._cost)      # a sixth of one core at most
         if self._timer is not None and self._timer.when > self._loop.clock() + wait:
             self._timer.cancel()
             self._timer = None
-        if self._timer is None:
+        if self._timer is None and self._waiting:
             self._timer = self._loop.later(wait, self._poll)
 
     def _poll(self):
         self._timer, began = None, self._loop.clock()
-        waiting = [process for process in self._waiting if process.signal_group(0)]
+        waiting = {process for process in self._waiting if process.signal_group(0)}
         try:
             groups = self._table.groups({each.os_pid for each in waiting}) if waiting else ()
         except OSError:                         # no descriptor is left to list them with
@@ -2844,18 +2843,17 @@ class GroupWatcher:
         for process in list(self._waiting):
             # If only zombies are left that nobody waits for, or forks that are faster than the
             # listing, a signal reaches all of them, and the next listing is to be believed.
-            swept = self._waiting[process]
-            if process in waiting and not (swept and process.os_pid not in groups):
-                self._waiting[process] = process.os_pid not in groups
-                if self._waiting[process]:
+            lives = process.os_pid in groups
+            if process in waiting and (lives or not self._waiting[process]):
+                self._waiting[process] = not lives
+                if not lives:
                     process.signal_group(signal.SIGKILL)
             else:
                 del self._waiting[process]
                 process.step("empty")
         self._cost = self._loop.clock() - began
         self._interval = min(self._interval * 1.5, GROUP_POLL_MAX)
-        if self._waiting:
-            self._schedule()
+        self._schedule()
 
 
 class CommandRun:
