@@ -2905,7 +2905,7 @@ class Probe:
     def __init__(self, loop, target, run, done):
         self._loop, self._run, self._done = loop, run, done
         self._addresses, self._request = target or ([None], b"")
-        self._left, self._answer, self._errors, self.error = [], b"", [], None
+        self._left, self.error = [], None
         self._socket = self._command = None
         self._timer = loop.later(PROBE_FIRST, self._try)
 
@@ -2922,9 +2922,8 @@ class Probe:
             self._socket, self._answer = peer, b""
             peer.setblocking(False)
             self._loop.register(peer.fileno(), selectors.EVENT_WRITE, self._connected)
-            number = peer.connect_ex(address)
-            if number not in (0, errno.EINPROGRESS):
-                raise OSError(number, os.strerror(number))
+            with contextlib.suppress(BlockingIOError):      # it goes on
+                peer.connect(address)
         except (OSError, subprocess.SubprocessError) as error:
             self._end(getattr(error, "strerror", None) or str(error))
 
