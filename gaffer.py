@@ -602,11 +602,8 @@ class Loop:
     # for any thread
 
     def call(self, function, *args, **options):
-        """Run `function(*args, **options)` under the lock; return what it returns, raise what it
-        raises.
-
-        The owner of the lock may call again. Raises Stopping once the loop is closed.
-        """
+        """Return what `function(*args, **options)` returns under the lock, which its owner may take
+        again. Stopping: the loop is closed."""
         thread = threading.get_ident()
         if self._owner == thread:
             return function(*args, **options)
@@ -631,10 +628,7 @@ class Loop:
         return not self.closed
 
     def call_unlocked(self, function, *args):
-        """Do as call_soon() does, but without the lock, at the end of the turn.
-
-        All user code runs here. What it raises is logged.
-        """
+        """Do as call_soon() does, but without the lock, at the end of the turn: all user code."""
         self._unlocked.append((function, args))
         if self._sleeping:
             self._wake()
@@ -1269,10 +1263,10 @@ class Reader:
 
 
 class JournalSource:
-    """Whose bytes an entry of the journal holds: a stream, an unfinished line of one, or an exit.
+    """Whose bytes an entry of the journal holds: a stream's, an unfinished line's, or an exit's.
 
-    `window`: a weak reference to the template's window of that label. `text`: the line of an entry
-    that is in no window. `shown`: the entry stands for the unfinished line in front of its place.
+    `window`: a weak reference to the template's window. `text`: the line of an exit, which is in no
+    window. `shown`: the entry stands for the unfinished line in front of its place.
     """
 
     __slots__ = ("name", "pid", "label", "window", "text", "shown",
@@ -2898,8 +2892,7 @@ class Probe:
     until it calls `done()`. `error` says why the last try failed, at each address.
 
     It connects to the addresses of a `target` (see parse_target()) in turn until one accepts, or
-    answers the request with success; without a target it runs a command, by `run(done)`, a
-    CommandRun, until that exits with 0.
+    answers the request with success; without a target `run(done)` starts a CommandRun.
     """
 
     def __init__(self, loop, target, run, done):
@@ -3158,8 +3151,8 @@ class Process:
         window.wait(satisfied)
 
     def _run(self, launch, command, done, output=subprocess.DEVNULL, env=()):
-        """Run a shell command as the process of `launch` was run, with `env` (of bytes) besides.
-        Returns a CommandRun. InvalidProcessInfo, OSError."""
+        """Return a CommandRun of a shell command, run as `launch` was, with `env` (of bytes)
+        besides. InvalidProcessInfo, OSError."""
         stdio = subprocess.DEVNULL, output, output
         return CommandRun(self._manager, self._execute(launch.hook(command, env), stdio, ()), done)
 
@@ -3388,7 +3381,7 @@ class Process:
             self._manager.process_ended(self)
 
     def release(self):
-        """Close its streams and stop watching it, as gaffer ends. A detached process goes on."""
+        """Close its streams and stop watching it, as gaffer ends."""
         for stream in [*self.inputs.values(), *self.outputs.values()]:
             stream.close()
         self.close_readiness()
@@ -3461,8 +3454,8 @@ class Process:
     def signal_group(self, signum, alone=False):
         """Send a signal to its group (0: only check), or to it `alone`. Returns False if there is
         none, or gaffer may not signal it."""
-        # The group's number is pinned by its members alone once the leader is reaped. If a process
-        # has that number, the group was empty and the number has been given away.
+        # Once the leader is reaped, members of the group alone pin its number: a process that has
+        # this is somebody else's.
         if self._reaped and pid_exists(self.os_pid):
             return False
         try:
@@ -3771,8 +3764,7 @@ class Template:
 
 class Subscription:
     """What subscribe() and monitor_io() return: calls `callback(type, event)` on the loop's thread,
-    without its lock, until close(). For monitor_io() it is a Reader's sink; `facts` go into each
-    event."""
+    without its lock, until close(). As a Reader's sink it puts `facts` into each event."""
 
     def __init__(self, loop, callback, facts=None):
         self._loop, self._callback, self._facts = loop, callback, facts
@@ -3785,13 +3777,10 @@ class Subscription:
     def close(self):
         """Have no further call begin, from any thread."""
         self._callback = lambda kind, event: None
-        try:
+        with contextlib.suppress(Stopping):     # it has ended with the manager
             self._loop.call(self.on_close)
-        except Stopping:
-            pass                                # it has ended with the manager
 
     def send(self, payload):
-        """Take everything at once."""
         self.deliver(self._facts["event"], dict(self._facts, data=payload))
         return True
 
@@ -3799,7 +3788,6 @@ class Subscription:
         """Do nothing: only a reader that failed is cut."""
 
     def finished(self, reader):
-        """Release the reader of a stream that has ended."""
         reader.close()
 
 
@@ -4647,8 +4635,8 @@ class Manager:
                         or process.template["detach"] and process.running)]
 
     def maybe_stopped(self):
-        """End the loop if gaffer stops and nothing runs any more that it can end; with
-        exit_when_done stop, once nothing can run any more."""
+        """With exit_when_done stop, once nothing can run any more; end the loop once all that can be
+        stopped has been."""
         if self.exit_when_done and self._running and not self.stopping and not self._alive():
             active = [template for template in self.templates.values()
                       if template.active and template.state() != "stopped"]
@@ -4689,8 +4677,8 @@ class Manager:
             self.loop.stop()
 
     def restart(self):
-        """Restart all active templates, then the apps that can be. InvalidProcessInfo tells which
-        could not be, after all others have been."""
+        """Restart all active templates, then the apps that can be. InvalidProcessInfo: some could
+        not be, after all others have been."""
         faults = []
 
         @changing
