@@ -4635,8 +4635,8 @@ class Manager:
                         or process.template["detach"] and process.running)]
 
     def maybe_stopped(self):
-        """With exit_when_done stop, once nothing can run any more; end the loop once all that can be
-        stopped has been."""
+        """With exit_when_done, stop once nothing can run any more. End the loop once gaffer has
+        stopped all that it can."""
         if self.exit_when_done and self._running and not self.stopping and not self._alive():
             active = [template for template in self.templates.values()
                       if template.active and template.state() != "stopped"]
