@@ -12743,7 +12743,7 @@ def completion_command(args):
     if args.line is None:
         print(COMPLETION[args.shell])
         return
-    *words, current = re.split(" +", args.line)[1:] or [""]
+    *words, current = re.split(" +", args.line.lstrip())[1:] or [""]
     name, _ = command_first(args.commands, words)
     found = ["--help"] if name else [*args.commands, "--help", "--version"]
     for names, how in args.commands[name].options if name else ():

@@ -11275,7 +11275,7 @@ class CliCompletion(CliFollowCase):
 
     def test_fish(self):
         code = "source %s;" % self.script("fish") + "".join(
-            "complete -C '~/gaffer.py %s'; echo;" % line for line, _ in self.TYPED)
+            "complete -C 'true; ~/gaffer.py %s'; echo;" % line for line, _ in self.TYPED)
         out = subprocess.check_output(["fish", "-c", code], env=self.env, timeout=TIMEOUT,
                                       universal_newlines=True)
         for found, (line, wanted) in zip(out.split("\n\n"), self.TYPED):
