@@ -3916,6 +3916,7 @@ class Manager:
         self._waiters = []                      # (done, callback)
         self._asking, self._pause = None, 0.0   # Timer: until they are asked; what that took
         self._to_spawn = {}                     # Template -> None: those that miss a process
+        self._released = set()                  # names of templates that were ready in this turn
         self.commands = set()                   # CommandRuns that have not ended
         self._to_stop = []                      # [[Process]] that are still to be stopped
         self._stopped, self._stopped_at = [], 0.0       # those that were last
@@ -4115,9 +4116,16 @@ class Manager:
     def _release(self, template):
         """Start what has waited for `template`, if that is ready or done now."""
         if template.releases():
-            for other in self.templates.values():
-                if template.name in other.info["after"] and other.lacking() > 0:
-                    self.loop.call_soon(self._reconcile, other)
+            if not self._released:
+                self.loop.call_soon(self._start_released)
+            self._released.add(template.name)
+
+    def _start_released(self):
+        """Look once, for all that became ready in a turn: there may be thousands of templates."""
+        released, self._released = self._released, set()
+        for other in self.templates.values():
+            if not released.isdisjoint(other.info["after"]) and other.lacking() > 0:
+                self._reconcile(other)
 
     def _spawn_some(self):
         """Spawn what is missing, for SPAWN_TIME in each turn, so that others have theirs."""

@@ -4324,6 +4324,20 @@ class ProcessEmbedded(ProcessCase):
         self.assertIn("gone cannot be started", logs.output[0])
         self.assertEqual(started, ["minus", "zero", "two", "2b", "none"])
 
+    def test_many_that_run_nothing(self):
+        """What waits for them is looked for once, not for each of them."""
+        class Templates(dict):
+            def values(self):
+                passes.append(None)
+                return super().values()
+        passes, manager = [], gaffer.Manager()
+        manager.templates = Templates()
+        for number in range(50):
+            manager.add_process("x%d" % number, "true", numprocesses=0)
+        manager.subscribe("start", lambda kind, event: manager.stop())
+        manager.run()
+        self.assertLess(len(passes), 20)
+
     def test_apps(self):
         """Stopped in reverse order; what a start() or stop() raises leaves run() after that."""
         apps = mock.Mock()             # its mock_calls are those of all of them
