@@ -8650,7 +8650,7 @@ class Api:
             if question:
                 source.answered = end
             headers = [("Gaffer-Offset", end)]
-            if lost and asked:                  # else nobody asked for what is gone
+            if lost and (asked or question):    # else nobody asked for what is gone
                 source.count_dropped(lost)
                 headers.append(("Gaffer-Dropped", lost))
             return Response(data, headers=headers, content_type="application/octet-stream")

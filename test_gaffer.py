@@ -6901,6 +6901,8 @@ class StreamsSmallWindow(StreamsCase):
         """At the first byte that is there; with loss=skip, and for events, at a whole line."""
         pid, data = self.cat(), b"".join(b"%09d\n" % i for i in range(100))
         self.written(pid, data)
+        headers = self.server.request("GET", "/streams/%d/stdout" % pid)[1]
+        self.assertEqual(headers["Gaffer-Dropped"], "744")      # of the answer to the POST
         for query, first, dropped in (("since=10", 744, "734"), ("tail=all", 750, None),
                                       ("tail=26", 750, None)):
             _, headers, body = self.server.request("GET", "/streams/%d/stdout?%s" % (pid, query))
