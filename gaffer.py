@@ -1672,6 +1672,7 @@ def check_args(value):
 
 @json_schema("boolean")
 def check_flag(value):
+    """Check true or false."""
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
     return value
@@ -1696,6 +1697,7 @@ def check_env(value):
 
 @json_schema("string")
 def check_directory(value):
+    """Check the path of a directory that is there."""
     if not os.path.isdir(to_bytes(check_text(value))):
         raise ValueError("names the directory %r, which is not there" % value)
     return value
@@ -1750,6 +1752,7 @@ def seconds(least, most=SECONDS_MAX):
 
 
 def check_signal(value):
+    """Check the name or number of a signal."""
     try:
         parse_signal(value)
     except BadValue as error:
@@ -1927,6 +1930,7 @@ class Schedule:
 
 @json_schema("string")
 def check_schedule(value):
+    """Check the text of a Schedule."""
     Schedule(check_text(value))
     return value
 
@@ -4115,17 +4119,15 @@ class Manager:
 
     def _release(self, template):
         """Start what has waited for `template`, if that is ready or done now."""
+        def start():                            # once a turn: there may be thousands of templates
+            released, self._released = self._released, set()
+            for other in self.templates.values():
+                if not released.isdisjoint(other.info["after"]) and other.lacking() > 0:
+                    self._reconcile(other)
         if template.releases():
             if not self._released:
-                self.loop.call_soon(self._start_released)
+                self.loop.call_soon(start)
             self._released.add(template.name)
-
-    def _start_released(self):
-        """Look once, for all that became ready in a turn: there may be thousands of templates."""
-        released, self._released = self._released, set()
-        for other in self.templates.values():
-            if not released.isdisjoint(other.info["after"]) and other.lacking() > 0:
-                self._reconcile(other)
 
     def _spawn_some(self):
         """Spawn what is missing, for SPAWN_TIME in each turn, so that others have theirs."""
@@ -8147,20 +8149,19 @@ class StatsFeed:
         self._timer = None
         try:
             sample = self._sampler()
-            threading.Thread(target=self._sample, args=(sample,), name="gaffer-stats",
-                             daemon=True).start()
+
+            def work():
+                record = None
+                try:
+                    record = sample()
+                except OSError as error:
+                    log.warning("statistics cannot be read: %s", error)
+                self._loop.call_soon(self._sampled, record)
+            threading.Thread(target=work, name="gaffer-stats", daemon=True).start()
         except NotFound:
             self.records.finish()
         except RuntimeError:                    # the system has no thread left
             self._sampled(None)
-
-    def _sample(self, sample):
-        record = None
-        try:
-            record = sample()
-        except OSError as error:
-            log.warning("statistics cannot be read: %s", error)
-        self._loop.call_soon(self._sampled, record)
 
     def _sampled(self, record):
         if self._followers:
@@ -9456,7 +9457,8 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return "http%s://%s:%s" % (
             "s" if self.context else "", "[%s]" % host if ":" in host else host, port)
 
-    def _accept(self, mask):
+    def accept(self, mask):
+        """Accept connections that wait, some in a turn of the loop."""
         self._accepts = ACCEPTS_PER_TURN
         while self._accepts:
             self._accepts -= 1
@@ -9490,7 +9492,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def _listen(self):
         if self.fileno() >= 0:
             try:
-                self.http.loop.register(self.fileno(), selectors.EVENT_READ, self._accept)
+                self.http.loop.register(self.fileno(), selectors.EVENT_READ, self.accept)
             except OSError:                     # the selector has no room
                 self.http.loop.later(ACCEPT_PAUSE, self._listen)
 
