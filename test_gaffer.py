@@ -2759,7 +2759,8 @@ def fuzz_look(request):
     assert re.fullmatch("[!-~]+ (/[!-~]*|[*])", request.method + " " + request.target), wide
     access, looks = gaffer.Access("token"), []
     for look in (lambda request: gaffer.split_path(request.path), lambda request: request.query,
-                 access.check_host, access.check_origin, access.check_token, access.cors, gaffer.websocket_accept):
+                 access.check_host, access.check_origin, access.check_token, access.cors,
+                 gaffer.websocket_accept):
         try:
             looks.append(look(request))
         except gaffer.GafferError as error:
@@ -8943,7 +8944,8 @@ class CliServe(CliCase):
         for arguments, patterns in (
                 (["-v", "--access-log", "-"],
                  [*events, '"POST /pro.* 200 ', '"GET /st.* 200 ']),
-                (["-v", "--verbose"], [*events, r" DEBUG (a client has left|[\d.]+ a 1 (stdout|exit)) .*"])):
+                (["-v", "--verbose"],
+                 [*events, r" DEBUG (a client has left|[\d.]+ a 1 (stdout|exit)) .*"])):
             server = self.start(*arguments)
             server.add("a", r"printf 'a\nword\n'; exec sleep 1000", shell=True)
             server.request("GET", "/streams/1/stdout?since=0")      # the words have come
@@ -11705,7 +11707,7 @@ class Chaos(CliCase):
             states.append(self.state())
         self.server.stop()
         if self.server.stderr:                  # chance decides whether one has failed
-            self.server.expect_stderr(r"WARNING \S+: (exit \(.*\)|flap|stop: it gave up.*)$")
+            self.server.expect_stderr(r"WARNING \S+: (exit \(.*\)|flap|stop: gave up.*)$")
         if self.seconds > 10:
             print("chaos: seed %d, %d events, %s; threads, descriptors, KiB: %s" % (
                 self.seed, len(self.events), ChaosReader.books, states))
@@ -11981,6 +11983,8 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     ("kill=self._count > 1", "kill=self._count > 2", "CliSignals.test_second_signal"),
     ("handlers[signal.SIGCHLD] = signal.SIG_DFL", "pass", "CliSignals.test_careless_parent"),
     ("sorted(waves, reverse=True)]", "sorted(waves)]", "ProcessTimes.test_stop_by_priority"),
+    ("min(self._stop_step, len(steps) - 1)", "self._stop_step",
+     "ProcessTimes.test_steps_of_a_stop"),
     ("args.exit_status or (0 if well else 3)", "args.exit_status", "CliStatus.test_status"),
     ("if exit_status is None or not is_away(error):", "if True:", "CliStatus.test_watch"),
     ("if all(template.find_blocker(unknown=True) for template in active)", "if not active",
