@@ -8308,15 +8308,20 @@ class Api:
         """A template; by pid, the one that the process runs."""
         return self.manager.info(ref)
 
-    @operation("dry_run", unlocked=True, body="Fields")
+    @operation("dry_run wait", unlocked=True, body="Fields")
     def put(self, request, query, name, create=True):
         """Make a template as it is given: add it, change it, or leave it alone."""
+        def processes():
+            template = self.manager.templates.get(name)
+            return list(template.processes.values()) if template else []
+        before = self.manager.loop.call(processes)
         outcome = self.manager.update_process(name, request.json(), create, query.dry_run)
-        if outcome == "created":
-            return {"ok": True, "created": True}
-        return {"ok": True, "changed": outcome == "changed"}
+        answer = {"ok": True, "created": True}
+        if outcome != "created":
+            answer = {"ok": True, "changed": outcome == "changed"}
+        return self._done([], before, query.wait, answer)
 
-    @operation("dry_run", unlocked=True, body="Fields")
+    @operation("dry_run wait", unlocked=True, body="Fields")
     def update(self, request, query, name):
         """Change a template as it is given."""
         return self.put(request, query, name, False)
@@ -11455,6 +11460,15 @@ def await_goal(args, client, names, goal=None):
             report(args, error)
 
 
+def done_query(args):
+    """Return (query, timeout) for a request that is answered when it is done."""
+    if args.no_wait:
+        return "", CLIENT_TIME
+    if args.timeout is not None:
+        return "?wait=%.3f" % args.timeout, CLIENT_TIME + args.timeout
+    return "?wait=true", None
+
+
 def carry_out(args, client, steps):
     """Send all requests at once; print what each has done when it is done.
 
@@ -11462,12 +11476,10 @@ def carry_out(args, client, steps):
     is a method and what follows the Target's path.
     """
     from concurrent.futures import ThreadPoolExecutor
-    until_ready = args.command == "start" and args.ready
-    query, timeout, told = "?wait=true", None, []
-    if args.command == "kill" or args.no_wait or until_ready:
-        query, timeout = "", CLIENT_TIME
-    elif args.timeout is not None:
-        query, timeout = "?wait=%.3f" % args.timeout, CLIENT_TIME + args.timeout
+    until_ready, told = args.command == "start" and args.ready, []
+    query, timeout = "", CLIENT_TIME
+    if args.command != "kill" and not until_ready:
+        query, timeout = done_query(args)
 
     def send(target, request):
         method, _, path = request.partition(" ")
@@ -11618,7 +11630,8 @@ def add_process_command(args):
         return send_new(args, info)
     if args.start:
         info["start"] = True
-    answer = client.request("PUT", "/processes/" + reference(args.name), info)
+    query, timeout = done_query(args)
+    answer = client.request("PUT", "/processes/" + reference(args.name) + query, info, timeout)
     show(args, answer, "%s: %s" % (
         args.name, "replaced" if json.loads(answer)["changed"] else "unchanged"))
 
@@ -11650,7 +11663,9 @@ def update_process_command(args):
         del info["restart"]                     # never, unless it is given
     if args.start:
         given["start"] = True
-    show(args, client.request("POST", path, dict(info, **given)), "%s: updated" % args.name)
+    query, timeout = done_query(args)
+    show(args, client.request("POST", path + query, dict(info, **given), timeout),
+         "%s: updated" % args.name)
 
 
 # status
@@ -12529,6 +12544,7 @@ def load_command(args):
     templates = in_group(group, templates)
     started = [name for name, info in templates.items() if info["start"]]
     stages = stop_stages(templates)             # or old and new could make a circle, as in a reload
+    query, timeout = done_query(args)
     for name in sorted(templates, key=lambda name: -stages[name] if name in statuses else 1):
         info = templates[name]
         if name in statuses:
@@ -12536,7 +12552,7 @@ def load_command(args):
             if name[len(group) + 1:] not in formation:      # it may have been scaled
                 info["numprocesses"] = statuses[name]["numprocesses"]
         try:
-            answer = client.request("PUT", "/processes/" + reference(name), info)
+            answer = client.request("PUT", "/processes/" + reference(name) + query, info, timeout)
             outcome = json.loads(answer)
             show(args, answer, "%s: %s" % (name, "loaded" if outcome.get("created") else
                                            "updated" if outcome["changed"] else "already loaded"))
@@ -12827,7 +12843,7 @@ name NAME: the template's name
 cmd CMD...: everything after NAME: a command line as one word, or a program and its arguments
 START
 --env NAME[=VALUE]*: a variable of its environment; without =VALUE, yours is passed on
-FIELDS ASK""",
+FIELDS WAIT""",
     "PLACE": "-f, --procfile FILE: the Procfile (default ./Procfile)",
     "PROCFILE": """\
 PLACE

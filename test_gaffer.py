@@ -9347,6 +9347,9 @@ class CliControl(CliFollowCase):
         for words, said in (
                 ("stop g:a", "stopped"), ("restart g:a", "restarted"), ("sub g:a", "0 processes"),
                 ("del_process g:a", "deleted"), ("stop g:a.1", "stopped, to be replaced"),
+                ("update_process g:a cat", "updated"),
+                ("add_process --replace g:a cat", "replaced"),
+                ("load g -f " + self.file(self.folder(), "Procfile", "a: cat"), "updated"),
                 ("unload g -f / --timeout 1234567", "unloaded"), ("scale g a=0", "0 processes")):
             pid = add()
             since = self.server.wait_event("proc/g:a/create", since)["id"]
@@ -9362,7 +9365,10 @@ class CliControl(CliFollowCase):
             for pid in self.server.ok("GET", "/processes?running=true"):
                 self.server.ok("POST", "/processes/%d/_signal/KILL" % pid)
         add()
-        self.calls(("stop g:a --timeout 0.05", "", 124, "gaffer: this was not done in 0.05 .*\n"),
+        late = "", 124, "gaffer: this was not done in 0.05 .*\n"
+        self.calls(("update_process --no-wait --umask 022 g:a", "g:a: updated\n"),
+                   ("update_process --timeout 0.05 g:a cat", *late),
+                   ("stop g:a --timeout 0.05", *late),
                    ("sub g:a --no-wait", "g:a: 0 processes\n"))
 
     def test_a_job_runs_once(self):
