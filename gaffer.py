@@ -11460,13 +11460,15 @@ def await_goal(args, client, names, goal=None):
             report(args, error)
 
 
-def done_query(args):
-    """Return (query, timeout) for a request that is answered when it is done."""
+def send_change(args, client, method, path, value=None):
+    """Send a request that changes something. Return its answer (bytes), which comes when all is
+    done, unless the arguments say otherwise. ClientError."""
     if args.no_wait:
-        return "", CLIENT_TIME
-    if args.timeout is not None:
-        return "?wait=%.3f" % args.timeout, CLIENT_TIME + args.timeout
-    return "?wait=true", None
+        return client.request(method, path, value)
+    if args.timeout is None:
+        return client.request(method, path + "?wait=true", value, None)
+    return client.request(method, "%s?wait=%.3f" % (path, args.timeout), value,
+                          CLIENT_TIME + args.timeout)
 
 
 def carry_out(args, client, steps):
@@ -11477,14 +11479,12 @@ def carry_out(args, client, steps):
     """
     from concurrent.futures import ThreadPoolExecutor
     until_ready, told = args.command == "start" and args.ready, []
-    query, timeout = "", CLIENT_TIME
-    if args.command != "kill" and not until_ready:
-        query, timeout = done_query(args)
 
     def send(target, request):
         method, _, path = request.partition(" ")
-        path += query if method != "GET" else ""
-        return client.request(method, target.path + path, timeout=timeout)
+        if method == "GET" or args.command == "kill" or until_ready:
+            return client.request(method, target.path + path)
+        return send_change(args, client, method, target.path + path)
     with ThreadPoolExecutor(REQUESTS_MAX) as pool:
         answers = [pool.submit(send, target, request) for target, request, _ in steps]
         for (target, _, done), answer in zip(steps, answers):
@@ -11630,8 +11630,7 @@ def add_process_command(args):
         return send_new(args, info)
     if args.start:
         info["start"] = True
-    query, timeout = done_query(args)
-    answer = client.request("PUT", "/processes/" + reference(args.name) + query, info, timeout)
+    answer = send_change(args, client, "PUT", "/processes/" + reference(args.name), info)
     show(args, answer, "%s: %s" % (
         args.name, "replaced" if json.loads(answer)["changed"] else "unchanged"))
 
@@ -11663,9 +11662,8 @@ def update_process_command(args):
         del info["restart"]                     # never, unless it is given
     if args.start:
         given["start"] = True
-    query, timeout = done_query(args)
-    show(args, client.request("POST", path + query, dict(info, **given), timeout),
-         "%s: updated" % args.name)
+    answer = send_change(args, client, "POST", path, dict(info, **given))
+    show(args, answer, "%s: updated" % args.name)
 
 
 # status
@@ -12544,7 +12542,6 @@ def load_command(args):
     templates = in_group(group, templates)
     started = [name for name, info in templates.items() if info["start"]]
     stages = stop_stages(templates)             # or old and new could make a circle, as in a reload
-    query, timeout = done_query(args)
     for name in sorted(templates, key=lambda name: -stages[name] if name in statuses else 1):
         info = templates[name]
         if name in statuses:
@@ -12552,7 +12549,7 @@ def load_command(args):
             if name[len(group) + 1:] not in formation:      # it may have been scaled
                 info["numprocesses"] = statuses[name]["numprocesses"]
         try:
-            answer = client.request("PUT", "/processes/" + reference(name) + query, info, timeout)
+            answer = send_change(args, client, "PUT", "/processes/" + reference(name), info)
             outcome = json.loads(answer)
             show(args, answer, "%s: %s" % (name, "loaded" if outcome.get("created") else
                                            "updated" if outcome["changed"] else "already loaded"))
