@@ -1586,24 +1586,39 @@ def check_text(value, what="a string"):
     return value
 
 
-def matching(pattern, what):
-    """A check for a string that a compiled pattern matches as a whole."""
-    @json_schema("string", pattern="^(?:%s)$" % pattern.pattern)
+def check_of(what, accepts, type, **schema):
+    """A check for what `accepts(value)` is true of. The rest is its JSON Schema."""
+    @json_schema(type, **schema)
     def check(value):
-        if not isinstance(value, str) or not pattern.fullmatch(value):
+        if not accepts(value):
             raise ValueError("must be " + what)
         return value
     return check
 
 
+def matching(pattern, what):
+    """A check for a string that a compiled pattern matches as a whole."""
+    return check_of(what, lambda value: isinstance(value, str) and pattern.fullmatch(value),
+                    "string", pattern="^(?:%s)$" % pattern.pattern)
+
+
 def choice(*words):
     """A check for one of `words`."""
-    @json_schema("string", enum=list(words))
-    def check(value):
-        if value not in words:
-            raise ValueError("must be %s%s" % (" or ".join(words), near(str(value), words)))
-        return value
-    return check
+    return check_of(" or ".join(words), words.__contains__, "string", enum=list(words))
+
+
+def whole_number(least, most):
+    """A check for an integer from `least` to `most`."""
+    return check_of("a whole number from %d to %d" % (least, most),
+                    lambda value: is_number(value, int) and least <= value <= most,
+                    "integer", minimum=least, maximum=most)
+
+
+def seconds(least):
+    """A check for a number of seconds of at least `least`."""
+    return check_of("a number of seconds from %g to %d" % (least, SECONDS_MAX),
+                    lambda value: is_number(value) and least <= value <= SECONDS_MAX,
+                    "number", minimum=least, maximum=SECONDS_MAX)
 
 
 def list_of(check, most=1000, unique=False):
@@ -1627,6 +1642,7 @@ check_name = matching(NAME, "1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, 
                       "'..', and not begin with - or :")
 check_label = matching(LABEL, "1 to 64 of A-Z a-z 0-9 _ . -, and none of stdin, ttin, exit, "
                        "dropped, . and ..")
+check_flag = check_of("true or false", lambda value: isinstance(value, bool), "boolean")
 
 
 @json_schema("string", minLength=1)
@@ -1670,28 +1686,19 @@ def check_args(value):
     return value
 
 
-@json_schema("boolean")
-def check_flag(value):
-    """Check true or false."""
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
-
-
 @json_schema("object", additionalProperties={"type": ["string", "number"]})
 def check_env(value):
     """Check {name: string or number}."""
-    what = "an object of strings and numbers"
     if not isinstance(value, dict):
-        raise ValueError("must be %s" % what)
+        raise ValueError("must be an object of strings and numbers")
     for name, text in value.items():
-        if not check_text(name, "%s, and %r is not a name" % (what, name)) or "=" in name:
-            raise ValueError("has a variable %r: a name is not empty and has no '='" % name)
-        if not isinstance(text, str) and not is_number(text):
-            raise ValueError("must be %s, but %r is neither" % (what, name))
-        if isinstance(text, float) and not math.isfinite(text):
-            raise ValueError("has a number %r that is too large" % name)
-        check_text(str(text))
+        if not isinstance(name, str) or not name or "=" in name:
+            raise ValueError("has a variable %r: a name is a string, not empty, without '='"
+                             % (name,))
+        if not (isinstance(text, str) or is_number(text, int)
+                or isinstance(text, float) and math.isfinite(text)):
+            raise ValueError("has a variable %r that is not a string or a number" % name)
+        check_text(name + str(text))
     return dict(value)
 
 
@@ -1730,25 +1737,6 @@ def parse_signal(value):
         return number
     raise BadValue("%r is not a signal: give a number or a name such as TERM" % text[:40])
 
-
-def whole_number(least, most):
-    """A check for an integer from `least` to `most`."""
-    @json_schema("integer", minimum=least, maximum=most)
-    def check(value):
-        if not is_number(value, int) or not least <= value <= most:
-            raise ValueError("must be a whole number from %d to %d" % (least, most))
-        return value
-    return check
-
-
-def seconds(least, most=SECONDS_MAX):
-    """A check for a number of seconds from `least` to `most`."""
-    @json_schema("number", minimum=least, maximum=most)
-    def check(value):
-        if not is_number(value) or not least <= value <= most:
-            raise ValueError("must be a number of seconds from %g to %d" % (least, most))
-        return value
-    return check
 
 
 def check_signal(value):
@@ -1801,26 +1789,16 @@ def limit_pair(value):
     found = [math.inf if each == "unlimited" else each for each in pair
              if each == "unlimited" or is_number(each, int) and 0 <= each < 2 ** 62]
     if not len(pair) == len(found) == 2 or found[0] > found[1]:
-        raise ValueError("is not a whole number, 'unlimited' or [soft, hard], the soft one being "
-                         "the lower")
+        raise ValueError("must be a whole number, 'unlimited', or [soft, hard] with the lower "
+                         "first")
     return tuple(found)
 
 
-@json_schema("object", additionalProperties=False, properties=dict.fromkeys(
-    LIMITS, {"type": ["integer", "string", "array"], "minimum": 0}))
-def check_limits(value):
-    """Check {name of a resource limit: number, "unlimited" or [soft, hard]}."""
-    if not isinstance(value, dict):
-        raise ValueError("must be an object, as in {\"nofile\": 1024}")
-    for name, limit in value.items():
-        if name not in LIMITS:
-            raise ValueError("has the unknown limit %r%s; there are %s" % (
-                name, near(str(name), LIMITS), ", ".join(LIMITS)))
-        try:
-            limit_pair(limit)
-        except ValueError as error:
-            raise ValueError("has a limit %s that %s" % (name, error)) from None
-    return dict(value)
+@json_schema(["integer", "string", "array"], minimum=0)
+def check_limit(value):
+    """Check what limit_pair() takes."""
+    limit_pair(value)
+    return value
 
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -1941,33 +1919,28 @@ Option = collections.namedtuple("Option", "default check help", defaults=[""])
 def examine_fields(info, options, required=()):
     """Return (values, faults) of `info` by a table of options: values with their defaults filled
     in, and all faults as (field, sentence)."""
-    values, faults = {}, []
-    unknown = [field for field in info if field not in options]
-    for field in unknown[:10]:
-        field = str(field)[:128]
-        faults.append((field, "unknown field '%s'%s" % (
-            field, near(field, options) or "; remove it")))
+    values = {field: copy.copy(option.default) for field, option in options.items()}
+    unknown = [str(field)[:128] for field in info if field not in options]
+    faults = [(field, "unknown field '%s'%s" % (field, near(field, options) or "; remove it"))
+              for field in unknown[:10]]
     if len(unknown) > 10:
         faults.append((unknown[10], "%d more unknown fields" % (len(unknown) - 10)))
     for field, option in options.items():
-        value = info.get(field)
-        values[field] = copy.copy(option.default)
-        if value is None:
-            if field in info and option.default is not None:
-                faults.append((field, "field '%s' must not be null; leave it out for its default"
-                               % field))
-            if field in required:
-                faults.append((field, "field '%s' is required" % field))
-            continue
         try:
-            values[field] = option.check(value)
+            if info.get(field) is not None:
+                values[field] = option.check(info[field])
+            elif field in required:
+                raise ValueError("is required")
+            elif field in info and option.default is not None:
+                raise ValueError("must not be null; leave it out for its default")
         except ValueError as error:
             faults.append((field, "field '%s' %s" % (field, error)))
     return values, faults
 
 
 def record(fields):
-    """A check for an object of `fields`, a table as OPTIONS."""
+    """A check for an object of `fields`, a table as OPTIONS. Without a default they are left out
+    of what it returns."""
     @json_schema("object", additionalProperties=False, properties={
         name: field.check.schema if field.default is None else dict(
             field.check.schema, default=field.default) for name, field in fields.items()})
@@ -1977,7 +1950,7 @@ def record(fields):
         values, faults = examine_fields(value, fields)
         if faults:
             raise ValueError("has the " + re.sub("^(field '[^']*')", r"\1 that", faults[0][1]))
-        return values
+        return {field: item for field, item in values.items() if item is not None}
     return check
 
 
@@ -1988,14 +1961,14 @@ def parse_target(kind, text):
         known = urllib.parse.urlsplit(text if kind == "http" else
                                       "tcp://" + (text if ":" in text else "localhost:" + text))
         hosts = ["127.0.0.1", "::1"] if known.hostname == "localhost" else [known.hostname]
-        port = {"http": 80}[kind] if known.port is None else known.port
+        port = 80 if known.port is None and kind == "http" else known.port
         for host in hosts:
             socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
         path = known._replace(scheme="", netloc="", fragment="").geturl()
         if (not re.fullmatch("[!-~]+", text) or known.scheme != kind or "@" in known.netloc
                 or not port or path and kind == "tcp"):
             raise ValueError
-    except (KeyError, OSError, TypeError, ValueError):
+    except (OSError, TypeError, ValueError):
         what = {"tcp": "port, or host:port", "http": "URL such as http://127.0.0.1:8000/path"}[kind]
         raise ValueError("has a '%s' that is not a %s, with an address or localhost as its host"
                          % (kind, what)) from None
@@ -2013,7 +1986,7 @@ READY_RECORD = record(dict(dict.fromkeys(READY, Option(None, check_filled)),
 @json_schema(**READY_RECORD.schema)
 def check_ready(value):
     """Check an object with one of READY, and `within`. Targets with a variable are not checked."""
-    full = {name: item for name, item in READY_RECORD(value).items() if item is not None}
+    full = READY_RECORD(value)
     kind, item = next(iter(full.items()))
     if len(full) != 2:
         raise ValueError("must have one of %s" % ", ".join(READY))
@@ -2061,7 +2034,7 @@ OPTIONS = {
     "umask": Option(None, matching(re.compile("0?[0-7]{1,3}"), "octal digits in a string: '022'"),
                     "file mode creation mask, octal"),
     "nice": Option(None, whole_number(-20, 19), "scheduling priority, -20 to 19"),
-    "limits": Option({}, check_limits,
+    "limits": Option({}, record(dict.fromkeys(LIMITS, Option(None, check_limit))),
                      "resource limits, numbers or 'unlimited': %s" % ", ".join(LIMITS)),
     "before_start": Option(None, check_filled, "a shell command to run before each start"),
     "after_stop": Option(None, check_filled, "a shell command to run after each exit"),

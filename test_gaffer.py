@@ -10346,7 +10346,7 @@ class ConfigFiles(ConfigCase):
         {"cmd": 5, "cmd": 5}, -> [process:db] field 'cmd' must be a string
         "e": {"cmd": "true"}},
         "env": {"e": {"A": 1},
-        "web": {"X": []}}, -> [env:web] must be an object of *, but 'X' is neither
+        "web": {"X": []}}, -> [env:web] has a variable 'X' that is not a string *
         "gaffer": {
         "include": ["a\\u0000"], -> [gaffer] field 'include' must not hold a NUL character
         "include_dir": 5}, -> [gaffer] field 'include_dir' must be a list of strings, or a string
