@@ -2844,7 +2844,7 @@ class CommandRun:
         self.gone = True
         self._done("is killed by signal %d" % end[1] if end[1] else
                    "exits with %d" % end[0] if end[0] else None)
-        self._manager.maybe_stopped()
+        self._manager.changed()
 
     def _kill(self):
         try:
@@ -3256,6 +3256,8 @@ class Process:
         alone = not (signum == signal.SIGKILL or self.exited or self.template["stop_group"])
         if self.signal_group(signum, alone) and signum != signal.SIGKILL:
             self.signal_group(signal.SIGCONT, alone)    # what is stopped could not act on it
+        if self.killed:
+            self._manager.changed()
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if self.abandoned else self._loop.later(delay, self.step, "late")
@@ -3390,6 +3392,11 @@ class Process:
         return self.state in ("exited", "cleaning", "gone")
 
     @property
+    def killed(self):
+        """True once its group was sent SIGKILL, until it has ended."""
+        return self._stop_step > len(stop_plan(self.template)) and self.state != "cleaning"
+
+    @property
     def gone(self):
         """True once nothing of its group is left, and its after_stop has ended."""
         return self.state == "gone"
@@ -3450,7 +3457,7 @@ class Process:
             self.abandoned = True
             log.warning("%s (pid %d): os pid %d %s: it is left to itself",
                         self.name, self.pid, self.os_pid, why)
-            self._loop.call_soon(self._manager.maybe_stopped)
+            self._manager.changed()
 
     # (state, event): (next state, what is done). stop and kill come from the manager, ready and
     # overdue from its readiness, late when a stop takes too long, exit when the leader has exited,
@@ -3890,14 +3897,12 @@ class Manager:
         self._started_apps = []
         self._next_pid = 1
         self._subscriptions = []                # (pattern, Subscription)
-        self._waiters = []                      # (done, callback)
-        self._asking, self._pause = None, 0.0   # Timer: until they are asked; what that took
+        self._waiters = {}                      # satisfied -> None, see wait_until()
+        self._timer, self._pause = None, 0.0    # Timer of changed(); what _settle() took
+        self._has_run = False                   # something has ended, or was there at the start
         self._to_spawn = {}                     # Template -> None: those that miss a process
-        self._released = set()                  # names of templates that were ready in this turn
         self.commands = set()                   # CommandRuns that have not ended
-        self._to_stop = []                      # [[Process]] that are still to be stopped
-        self._stopped, self._stopped_at = [], 0.0       # those that were last
-        self._stop_timer = None
+        self._stages = {}                       # see stop_stages()
         self._report = Throttle()
 
     # look-ups, for the owner of the lock
@@ -4004,30 +4009,48 @@ class Manager:
             event.update(pid=process.pid, os_pid=process.os_pid)
         event.update(more)
         self.loop.guard(self.events.append, event)      # no observer has a part in any life
-        self._ask_waiters()
+        self._has_run = self._has_run or kind in ("exit", "done", "fail", "stop")
+        self.changed()
         for pattern, subscription in self._subscriptions:
             if matches(pattern, event):
                 subscription.deliver(kind, dict(event))
 
     @on_loop
-    def wait_until(self, done, callback):
-        """Call `callback()` on the loop once `done()` is true, which is asked after each change.
-        Returns a function that ends it. Both run under the lock."""
-        entry = done, callback
-        self._waiters.append(entry)
-        self._ask_waiters()
-        return lambda: entry in self._waiters and self._waiters.remove(entry)
+    def wait_until(self, satisfied):
+        """Call `satisfied()` under the lock, soon and after each change, until it returns True.
+        Returns a function that ends it."""
+        self._waiters[satisfied] = None
+        self.changed()
+        return lambda: self._waiters.pop(satisfied, None)
 
     def _ask_waiters(self):
-        if self._waiters and not self._asking:
-            self._asking = self.loop.later(self._pause, self._check_waiters)
+        for satisfied in tuple(self._waiters):
+            if satisfied in self._waiters and self.loop.guard(satisfied):
+                self._waiters.pop(satisfied, None)
 
-    def _check_waiters(self):
-        self._asking, began = None, self.loop.clock()
-        for entry in tuple(self._waiters):
-            if entry in self._waiters and entry[0]():
-                self._waiters.remove(entry)
-                self.loop.guard(entry[1])
+    def changed(self):
+        """Have done what follows from a change, once for all changes of a turn."""
+        if self._timer is None:
+            self._timer = self.loop.later(self._pause, self._settle)
+
+    def _settle(self):
+        self._timer, began = None, self.loop.clock()
+        self._ask_waiters()
+        for template in self.templates.values():        # what it is after may be ready or done
+            if template.info["after"] and template.missing() > 0:
+                self._reconcile(template)
+        if self.exit_when_done and self._has_run and not (self.stopping or self._alive()):
+            active = [template for template in self.templates.values()
+                      if template.active and template.state() != "stopped"]
+            if all(template.find_blocker(unknown=True) for template in active):
+                for template in active:
+                    log.error("'%s' has not run: it waits for %s", template.name,
+                              ", ".join(template.unmet()))
+                    self.exit_code = self.exit_code or 1
+                log.info("all is done: gaffer exits with %d", self.exit_code)
+                self._stop(False)
+        if self.stopping and not self._ended:
+            self._go_on_stopping()
         self._pause = self.loop.clock() - began     # half of the time is for others
 
     def on_loop_thread(self):
@@ -4039,12 +4062,12 @@ class Manager:
         Returns False after `timeout` seconds."""
         event = threading.Event()
 
-        def begin():
-            if done():
+        def satisfied():
+            if self._ended or done():
                 event.set()
-            return self.wait_until(lambda: self._ended or done(), event.set)
+            return event.is_set()
         try:
-            cancel = self.loop.call(begin)
+            cancel = self.loop.call(lambda: satisfied() or self.wait_until(satisfied))
         except Stopping:                        # run() has ended meanwhile
             return True
         if event.wait(timeout):
@@ -4072,7 +4095,6 @@ class Manager:
                 self._note_failure(failures[0])
             self._publish("fail" if failures else "done", template.name, **template.end,
                           tries=template.tries)
-            self.loop.call_soon(self.maybe_stopped)
         elif template.schedule is not None and not (template.wanted() or template.processes):
             template.due = False                # a run of no process has ended
         if template.active and template.schedule is not None and template.alarm is None:
@@ -4088,19 +4110,6 @@ class Manager:
             if not self._to_spawn:
                 self.loop.call_soon(self._spawn_some)
             self._to_spawn.setdefault(template)
-        self._release(template)
-
-    def _release(self, template):
-        """Start what has waited for `template`, if that is ready or done now."""
-        def start():                            # once a turn: there may be thousands of templates
-            released, self._released = self._released, set()
-            for other in self.templates.values():
-                if not released.isdisjoint(other.info["after"]) and other.lacking() > 0:
-                    self._reconcile(other)
-        if template.releases():
-            if not self._released:
-                self.loop.call_soon(start)
-            self._released.add(template.name)
 
     def _spawn_some(self):
         """Spawn what is missing, for SPAWN_TIME in each turn, so that others have theirs."""
@@ -4114,7 +4123,7 @@ class Manager:
                 break
         if self._to_spawn:
             self.loop.call_soon(self._spawn_some)
-        self._ask_waiters()
+        self.changed()
 
     def _respawn(self, template):
         """Spawn a process that nobody waits for. Returns False if it failed, and is tried again
@@ -4138,7 +4147,6 @@ class Manager:
         if failures:                            # it may end at once again: others go before it
             self._to_spawn[template] = self._to_spawn.pop(template)
         self._publish("spawn", template.name, process)
-        self._release(template)
         return True
 
     def _spawn(self, template, launch):
@@ -4175,7 +4183,6 @@ class Manager:
         if template.active:
             template.active, template.outcome = False, None     # of a schedule's last run
             self._publish("stop", template.name)
-            self.loop.call_soon(self.maybe_stopped)
         for process in template.running():
             self._end_process(process, "stop_pid")
 
@@ -4238,8 +4245,7 @@ class Manager:
         if process.template["ready"]:
             self._publish("ready", process.name, process, by=ready_text(process.template),
                           seconds=round(process.age(), 3))
-        self._ask_waiters()
-        self._release(process.home)
+        self.changed()
 
     def process_overdue(self, process):
         """A process was not ready in time, and is being stopped."""
@@ -4275,7 +4281,7 @@ class Manager:
     def process_ended(self, process):
         """A process has exited, and all its output has been read."""
         self.journal.exit(process.name, process.pid, process.exit_status, process.term_signal)
-        self._ask_waiters()
+        self.changed()
 
     def process_gone(self, process):
         """Nothing of a process's group is left: its slot is free."""
@@ -4305,10 +4311,7 @@ class Manager:
                 elif template.missing() > 0:
                     template.failures.append(process.failures)
             self._reconcile(template)
-        if self.stopping:
-            self._stop_next()
-        self._ask_waiters()
-        self.maybe_stopped()
+        self.changed()
 
     # changes
 
@@ -4555,8 +4558,8 @@ class Manager:
                     if template.due:
                         self._publish("start", template.name)
                     self._reconcile(template)
-            if self.templates:
-                self.loop.call_soon(self.maybe_stopped)
+            self._has_run = bool(self.templates)
+            self.changed()
         templates = self.loop.call(begin)
         for app in self.apps:
             app.start(self.loop, self)
@@ -4570,68 +4573,38 @@ class Manager:
 
     def _stop(self, kill):
         if not self.stopping:
-            self._check_waiters()               # what has been reached by now counts
+            self._ask_waiters()                 # what has been reached by now counts
             self.stopping = True
-            self._ask_waiters()
             for template in self.templates.values():
                 template.forget_waits()
                 if template.active:
                     template.active = False
                     self._publish("stop", template.name)
             homes = [*(each.home for each in self._alive()), *self.templates.values()]
-            stages = stop_stages({home.name: home.info for home in homes})
-            waves = collections.defaultdict(list)       # newest first
-            for process in reversed(self._alive()):
-                waves[stages[process.name]].append(process)
-            self._to_stop = [waves[stage] for stage in sorted(waves, reverse=True)]
-            self._stop_next()
+            self._stages = stop_stages({home.name: home.info for home in homes})
         if kill:
             self.killing = True
-            self._to_stop.clear()
             for process in reversed(self._alive()):
                 self._end_process(process, "stop_pid")
                 process.step("kill")            # one that waits for a device cannot be killed
                 self.loop.later(STOP_KILL, process.abandon, "was killed but does not end")
-        self.maybe_stopped()
-
-    def _stop_next(self):
-        """Stop the next stage once those before are gone, or their graceful_timeout is over and no
-        after_stop runs."""
-        now = self.loop.clock()
-        if self._stop_timer is not None:
-            self._stop_timer.cancel()
-        while self._to_stop:
-            until = max((self._stopped_at + stop_time(each.template)
-                         + (HOOK_TIME if each.state == "cleaning" else 0.0)
-                         for each in self._stopped if not (each.gone or each.abandoned)),
-                        default=now)
-            if until > now:
-                self._stop_timer = self.loop.later(until - now, self._stop_next)
-                break
-            self._stopped, self._stopped_at = self._to_stop.pop(), now
-            for process in self._stopped:
-                self._end_process(process, "stop_pid")
+        self.changed()
 
     def _alive(self):
         return [process for process in self.processes.values()
                 if not (process.gone or process.abandoned
                         or process.template["detach"] and process.running)]
 
-    def maybe_stopped(self):
-        """With exit_when_done, stop once nothing can run any more. End the loop once gaffer has
-        stopped all that it can."""
-        if self.exit_when_done and self._running and not self.stopping and not self._alive():
-            active = [template for template in self.templates.values()
-                      if template.active and template.state() != "stopped"]
-            if all(template.find_blocker(unknown=True) for template in active):
-                for template in active:
-                    log.error("'%s' has not run: it waits for %s", template.name,
-                              ", ".join(template.unmet()))
-                    self.exit_code = self.exit_code or 1
-                log.info("all is done: gaffer exits with %d", self.exit_code)
-                self._stop(False)
-        if self.stopping and not self._alive() and not self.commands:
-            self.loop.call_soon(self.loop.stop)
+    def _go_on_stopping(self):
+        """Stop the next stage once those before are gone or killed. End the loop once all are."""
+        alive = self._alive()
+        waiting = [each for each in alive if not each.killed]
+        first = min((self._stages[each.name] for each in waiting), default=0)
+        for process in reversed(waiting):       # newest first
+            if self._stages[process.name] == first:
+                self._end_process(process, "stop_pid")
+        if not alive and not self.commands:
+            self.loop.stop()
 
     def _finish(self):
         """End all streams: nothing is left to run, also if run() failed."""
@@ -4649,7 +4622,7 @@ class Manager:
 
     def _await_clients(self, before, until, end):
         """Stop the loop once all is sent, or no client takes more, or all was to be killed."""
-        self._check_waiters()                   # those of the last requests, too
+        self._ask_waiters()                     # those of the last requests, too
         sending = [app.sending for app in self._started_apps if getattr(app, "sending", None)]
         now = self.loop.clock()
         if sending != before:                   # somebody has taken some of it
@@ -8338,12 +8311,12 @@ class Api:
             return answer
 
         def done():
-            return (all(process.gone or process.running for process in before)
-                    and all(template.lacking() <= 0
-                            and template.state() not in ("backoff", "flapping")
-                            and all(each.running or template.active and each.by_itself
-                                    for each in template.processes.values())
-                            for template in templates))
+            return json_response(answer) if (
+                all(process.gone or process.running for process in before)
+                and all(template.lacking() <= 0 and template.state() not in ("backoff", "flapping")
+                        and all(each.running or template.active and each.by_itself
+                                for each in template.processes.values())
+                        for template in templates)) else None
         infos = [each.info for each in templates] + [each.template for each in before]
         if wait is True:
             wait = max([stop_time(info) for info in infos] or [0]) + WAIT_EXTRA
@@ -8353,9 +8326,7 @@ class Api:
                      for template in templates if template.waits_for()]
             return error_response(WaitTimeout(
                 "this was not done in %g seconds; it goes on%s" % (wait, "".join(waits))))
-        return LongPoll(
-            lambda deliver: self.manager.wait_until(done, lambda: deliver(json_response(answer))),
-            wait, late)
+        return self.manager.loop.call(self._wait_for, self.manager.wait_until, done, wait, late)
 
     @operation("wait", unlocked=True)
     def add(self, request, query, name, number="1", sign=1):
@@ -8392,9 +8363,8 @@ class Api:
                 raise Conflict(reason)
             return json_response(template.status()) if holds else None
         return self.manager.loop.call(
-            self._wait_for,
-            lambda satisfied: self.manager.wait_until(lambda: attempt(answer), satisfied),
-            answer, query.timeout, lambda: error_response(WaitTimeout(
+            self._wait_for, self.manager.wait_until, answer, query.timeout,
+            lambda: error_response(WaitTimeout(
                 "'%s' is not %s in the time given; it goes on%s" % (
                     name, query.until, template.delay_reason()))))
 
@@ -10490,9 +10460,15 @@ class SystemdNotifier:
 
     def start(self, loop, manager):
         self._loop, self._socket = loop, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        manager.wait_until(lambda: manager.stopping or not manager.not_ready(), lambda: (
-            manager.stopping or self._send(b"READY=1")))
-        manager.wait_until(lambda: manager.stopping, lambda: self._send(b"STOPPING=1"))
+
+        def report():
+            if manager.stopping:
+                return True
+            if manager.not_ready():
+                return False
+            return self._send(b"READY=1")
+        manager.wait_until(report)
+        manager.wait_until(lambda: manager.stopping and self._send(b"STOPPING=1"))
         if self._interval:
             self._watch()
 
@@ -10505,6 +10481,7 @@ class SystemdNotifier:
             self._socket.sendto(message, socket.MSG_DONTWAIT, self._address)
         except OSError as error:
             log.warning("systemd cannot be told %s: %s", message.decode(), error.strerror)
+        return True
 
     def stop(self):
         self._socket.close()
@@ -12433,7 +12410,7 @@ def up_command(args):
                   on_start(begin)]
     if args.ready:
         apps.append(types.SimpleNamespace(start=lambda loop, manager: manager.wait_until(
-            lambda: manager.stopping or judge(manager), lambda: None)))
+            lambda: manager.stopping or judge(manager))))
     manager = Manager(apps, exit_when_done=args.exit_when_done)
     with contextlib.closing(LogHandler()) as handler:
         logging.basicConfig(

@@ -11989,7 +11989,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     ("os.stat(FOLDER_SOCKET).st_uid == os.geteuid()", "True", "CliCommands.test_endpoints"),
     ("kill=self._count > 1", "kill=self._count > 2", "CliSignals.test_second_signal"),
     ("handlers[signal.SIGCHLD] = signal.SIG_DFL", "pass", "CliSignals.test_careless_parent"),
-    ("sorted(waves, reverse=True)]", "sorted(waves)]", "ProcessTimes.test_stop_by_priority"),
+    ("first = min(", "first = max(", "ProcessTimes.test_stop_by_priority"),
     ("min(self._stop_step, len(steps) - 1)", "self._stop_step",
      "ProcessTimes.test_steps_of_a_stop"),
     ("args.exit_status or (0 if well else 3)", "args.exit_status", "CliStatus.test_status"),
