@@ -6363,91 +6363,79 @@ class RequestCounts:
     """Requests answered, by method and status, and the time they took. Any thread may count."""
 
     def __init__(self):
-        self._answers = collections.Counter()
+        self.answers = collections.Counter()    # (method, status) -> number
         self.seconds, self.timed = 0.0, 0       # of requests that did not wait for an event
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def add(self, method, status, took=None):
         """Count an answer and, if it did not wait for an event, the seconds that it took."""
         method = method if method in METHODS + OTHER_METHODS else "other"
-        with self._lock:
-            self._answers[method, status] += 1
+        with self.lock:
+            self.answers[method, status] += 1
             if took is not None:
                 self.seconds += took
                 self.timed += 1
 
-    def samples(self):
-        """Return [({label: value}, number)]."""
-        with self._lock:
-            return [({"method": method, "code": status}, count)
-                    for (method, status), count in self._answers.items()]
+
+METRICS = {                                     # name: type and help
+    "gaffer_processes": ("gauge", "Processes by state; waiting: for a restart."),
+    "gaffer_processes_wanted": ("gauge", "Processes that should run now."),
+    "gaffer_processes_ready": ("gauge", "Processes that are ready."),
+    "gaffer_process_restarts_total": ("counter", "Restarts after an exit."),
+    "gaffer_process_exits_total": ("counter", "Exits, by status and signal."),
+    "gaffer_stream_bytes_total": ("counter", "Bytes of output."),
+    "gaffer_stream_dropped_bytes_total": ("counter", "Bytes missed, added up over all readers."),
+    "gaffer_http_connections": ("gauge", "Open connections."),
+    "gaffer_http_streams": ("gauge", "Clients that follow something."),
+    "gaffer_http_requests_total": ("counter", "Requests answered; streams when they begin."),
+    "gaffer_http_request_seconds": ("summary", "Time of requests that wait for no event."),
+    "gaffer_loop_busy_seconds_total": ("counter", "Time the loop has worked."),
+    "gaffer_events_total": ("counter", "Events published."),
+    "gaffer_events_dropped_total": ("counter", "Events that readers missed."),
+    "process_start_time_seconds": ("gauge", "When gaffer started, in Unix time."),
+}
 
 
-def metric_lines(name, kind, help_, samples):
-    """Return the text of a metric. `samples`: [({label: value}, number)], or a number.
+def metrics_text(manager, http):
+    """Return the METRICS. Under the lock. No value of a label needs an escape."""
+    found = collections.defaultdict(list)       # name -> lines
 
-    Of a summary, `samples` is (sum, count). No value has anything that would need an escape.
-    """
-    lines = ["# HELP %s %s\n# TYPE %s %s\n" % (name, help_, name, kind)]
-    if kind == "summary":
-        return lines[0] + "%s_sum %s\n%s_count %s\n" % (name, samples[0], name, samples[1])
-    for labels_, number in samples if isinstance(samples, list) else [({}, samples)]:
-        inside = ",".join('%s="%s"' % pair for pair in labels_.items())
-        lines.append("%s%s %s\n" % (name, "{%s}" % inside if inside else "", number))
-    return "".join(lines)
-
-
-def template_metrics(manager):
-    """Return the metrics of templates and their streams, as text. Under the lock."""
-    found = collections.defaultdict(list)
-
-    def add(metric, template, number, **labels):
-        found[metric].append(({"template": template.name, **labels}, number))
-
-    for template in manager.templates.values():
+    def add(name, number, suffix="", **labels):
+        inside = ",".join('%s="%s"' % pair for pair in labels.items())
+        inside = "{%s}" % inside if inside else ""
+        found[name].append("%s%s%s %s\n" % (name, suffix, inside, number))
+    for name, template in manager.templates.items():
         processes, running = template.processes.values(), len(template.running())
-        add("processes", template, running, state="running")
-        add("processes", template, len(processes) - running, state="stopping")
-        add("processes", template, len(template.pending), state="waiting")
-        add("processes_wanted", template, template.wanted())
-        add("processes_ready", template, sum(process.ready for process in processes))
-        add("process_restarts_total", template, template.restarts)
+        for state, number in (("running", running), ("stopping", len(processes) - running),
+                              ("waiting", len(template.pending))):
+            add("gaffer_processes", number, template=name, state=state)
+        add("gaffer_processes_wanted", template.wanted(), template=name)
+        ready = sum(process.ready for process in processes)
+        add("gaffer_processes_ready", ready, template=name)
+        add("gaffer_process_restarts_total", template.restarts, template=name)
         for (status, signum), count in template.exits.items():
-            add("process_exits_total", template, count, exit_status=status, term_signal=signum)
+            add("gaffer_process_exits_total", count, template=name, exit_status=status,
+                term_signal=signum)
         for label, merged in template.merged.items():
-            add("stream_bytes_total", template, merged.window.end, label=label)
-            add("stream_dropped_bytes_total", template, merged.window.dropped, label=label)
-    return "".join(metric_lines("gaffer_" + name, kind, text, found[name]) for name, kind, text in (
-        ("processes", "gauge", "Processes by state; waiting: for a restart."),
-        ("processes_wanted", "gauge", "Processes that should run now."),
-        ("processes_ready", "gauge", "Processes that are ready."),
-        ("process_restarts_total", "counter", "Restarts after an exit."),
-        ("process_exits_total", "counter", "Exits, by status and signal."),
-        ("stream_bytes_total", "counter", "Bytes of output."),
-        ("stream_dropped_bytes_total", "counter",
-         "Bytes that readers missed, added up over all readers.")))
-
-
-def server_metrics(manager, http):
-    """Return the metrics of gaffer itself, as text. Under the lock."""
+            window = merged.window
+            add("gaffer_stream_bytes_total", window.end, template=name, label=label)
+            add("gaffer_stream_dropped_bytes_total", window.dropped, template=name, label=label)
+    add("gaffer_http_connections", len(http.connections))
     kinds = collections.Counter(channel.kind for channel in http.channels)
+    for kind in "longpoll", "continuous", "eventsource", "websocket":
+        add("gaffer_http_streams", kinds[kind], kind=kind)
     counts = http.requests
-    return "".join(itertools.starmap(metric_lines, (
-        ("gaffer_http_connections", "gauge", "Open connections.", len(http.connections)),
-        ("gaffer_http_streams", "gauge", "Clients that follow something.", [
-            ({"kind": kind}, kinds[kind])
-            for kind in ("longpoll", "continuous", "eventsource", "websocket")]),
-        ("gaffer_http_requests_total", "counter", "Requests answered; streams when they begin.",
-         counts.samples()),
-        ("gaffer_http_request_seconds", "summary",
-         "Time spent on requests that did not wait for an event.", (counts.seconds, counts.timed)),
-        ("gaffer_loop_busy_seconds_total", "counter", "Time the loop has worked.",
-         manager.loop.busy),
-        ("gaffer_events_total", "counter", "Events published.", manager.events.end),
-        ("gaffer_events_dropped_total", "counter", "Events that readers missed.",
-         manager.events.dropped),
-        ("process_start_time_seconds", "gauge", "When gaffer started, in Unix time.",
-         manager.started_at))))
+    with counts.lock:
+        for (method, status), number in counts.answers.items():
+            add("gaffer_http_requests_total", number, method=method, code=status)
+        add("gaffer_http_request_seconds", counts.seconds, "_sum")
+        add("gaffer_http_request_seconds", counts.timed, "_count")
+    add("gaffer_loop_busy_seconds_total", manager.loop.busy)
+    add("gaffer_events_total", manager.events.end)
+    add("gaffer_events_dropped_total", manager.events.dropped)
+    add("process_start_time_seconds", manager.started_at)
+    return "".join("# HELP %s %s\n# TYPE %s %s\n%s" % (name, text, name, kind, "".join(found[name]))
+                   for name, (kind, text) in METRICS.items())
 
 
 @json_schema("boolean")
@@ -6503,12 +6491,10 @@ PARAMETERS = {                                  # of the query: the one table th
                          "before, as after a lone carriage return, ends with <"),
     "dry_run": Parameter(parse_flag, "only check, and say what would be done"),
     "group": Parameter(parse_flag, "to whole process groups"),
-    "wait": Parameter(parse_seconds(0, True),
-                      "answer when it is done, or 504 after this many seconds"),
+    "wait": Parameter(parse_seconds(0, True), "answer when it is done, or 504 after these seconds"),
     "feed": Parameter(choice("longpoll", "continuous", "eventsource"), "how output is sent"),
     "interval": Parameter(parse_seconds(0.1), "seconds between two samples of a feed"),
-    "timeout": Parameter(parse_seconds(0),
-                         "seconds: a longpoll answers 204, `until` 504 after them"),
+    "timeout": Parameter(parse_seconds(0), "seconds: then a longpoll answers 204, `until` 504"),
     "heartbeat": Parameter(parse_seconds(0.1, 60.0),
                            "an empty line after this many seconds without output; true: 60"),
     "since": Parameter(parse_since, "begin at this offset, or after this id"),
@@ -6566,12 +6552,12 @@ def template_schema(required):
     """Return the JSON Schema of a template, from the table of its fields."""
     fields = {}
     for name, option in OPTIONS.items():
-        fields[name] = dict(option.check.schema, description=option.help)
+        schema = fields[name] = dict(option.check.schema, description=option.help)
         if name not in ("name", "cmd"):
-            fields[name]["default"] = option.default
-        if option.default is None and name not in ("name", "cmd"):
-            kind = fields[name]["type"]
-            fields[name]["type"] = [*([kind] if isinstance(kind, str) else kind), "null"]
+            schema["default"] = option.default
+            if option.default is None:
+                kinds = schema["type"]
+                schema["type"] = [*([kinds] if isinstance(kinds, str) else kinds), "null"]
     return {"type": "object", "properties": fields, "required": required,
             "additionalProperties": False}
 
@@ -6591,45 +6577,41 @@ def describe(handler, method, path):
         "parameters": parameters,               # python -OO leaves no docstrings
         "summary": (handler.__doc__ or "").partition("\n")[0].rstrip("."),
         "responses": dict(success, default={"$ref": "#/components/responses/Error"})}
-    if handler.body is not None:
-        kind, schema = "application/json", {"$ref": "#/components/schemas/%s" % handler.body}
-        if handler.body == "bytes":
-            kind, schema = "application/octet-stream", {}
-        described["requestBody"] = {"content": {kind: {"schema": schema}}}
+    if handler.body == "bytes":
+        described["requestBody"] = {"content": {"application/octet-stream": {}}}
+    elif handler.body is not None:
+        schema = {"$ref": "#/components/schemas/" + handler.body}
+        described["requestBody"] = {"content": {"application/json": {"schema": schema}}}
+    if path in OPEN_PATHS:
+        described["security"] = []
     return described
 
 
 def openapi(routes, secured):
     """Return the description of the API as a dict. `secured`: requests need a token."""
-    shapes, paths = {}, {}
+    paths = collections.defaultdict(dict)
     for pattern, methods in routes:
-        shape = re.sub("<.*?>", "<>", pattern)  # /x/<name> and /x/<pid> are one path there
-        path = pattern if shape not in shapes else re.sub("<(name|pid)>", "<ref>", pattern)
-        shapes[shape] = path, dict(methods, **shapes.get(shape, ("", {}))[1])
-    for path, methods in shapes.values():
-        path = re.sub("<(.*?)>", r"{\1}", path)
-        paths[path] = {method.lower(): describe(handler, method, path)
-                       for method, handler in methods.items() if method in METHODS}
+        # /x/<name> and /x/<pid> are one path there
+        path = re.sub("<(.*?)>", r"{\1}", re.sub("<name>|<pid>", "<ref>", pattern))
         if "GET" in methods:
-            paths[path]["head"] = describe(methods["GET"], "HEAD", path)
-        if path in OPEN_PATHS:
-            for described in paths[path].values():
-                described["security"] = []
+            methods = dict(methods, HEAD=methods["GET"])
+        for method, handler in methods.items():
+            if method in METHODS:
+                paths[path].setdefault(method.lower(), describe(handler, method, path))
     components = {
         "schemas": {
             "Template": template_schema(["name", "cmd"]), "Fields": template_schema(["cmd"]),
             "Error": {"type": "object", "required": ["error", "reason"],
                       "properties": {"error": TEXT_TYPE, "reason": TEXT_TYPE}}},
         "responses": {"Error": {"description": "what is wrong, and what to do", "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}}}
+            "application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}},
+        "securitySchemes": {kind: {"type": "http", "scheme": kind} for kind in ("bearer", "basic")}}
     described = {"openapi": "3.1.0", "servers": [{"url": "/"}], "paths": paths,
                  "components": components, "info": {
                      "title": "gaffer", "version": __version__,
                      "license": {"name": "MIT", "identifier": "MIT"}}}
     if secured:
         described["security"] = [{"bearer": []}, {"basic": []}]
-        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"},
-                                         "basic": {"type": "http", "scheme": "basic"}}
     return described
 
 
@@ -8207,9 +8189,7 @@ class Api:
     @operation(unlocked=True, answer="text/plain")
     def metrics(self, request, query):
         """Metrics for Prometheus."""
-        call = self.manager.loop.call
-        text = (call(template_metrics, self.manager)
-                + call(server_metrics, self.manager, self._http))
+        text = self.manager.loop.call(metrics_text, self.manager, self._http)
         return Response(text.encode("utf-8"),
                         content_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -2578,17 +2578,6 @@ def prom_parse(data):
     return found
 
 
-class PureMetrics(Case):
-
-    def test_text(self):
-        text = gaffer.metric_lines("a_total", "counter", "Some.", [
-            ({}, 3), ({"x": "q b", "y": "c"}, 0.5)])
-        text += gaffer.metric_lines("none", "gauge", "None.", [])
-        self.assertIn('\na_total{x="q b",y="c"} 0.5\n# HELP none None.\n', text)
-        self.assertEqual(prom_parse(text.encode()), {"none": ("gauge", {}), "a_total": ("counter", {
-            ("a_total", ()): 3, ("a_total", (("x", "q b"), ("y", "c"))): 0.5})})
-
-
 ACCESS = re.compile(r'(\S+) - - \[(\d\d/[A-Z][a-z][a-z]/\d{4}:\d\d:\d\d:\d\d [+-]\d{4})\] '
                     r'TEXT (\d{3}) (\d+|-) TEXT TEXT\n'.replace(
                         "TEXT", r'"([^"\\]*(?:\\x[0-9a-f]{2}[^"\\]*)*)"'))
