@@ -3038,7 +3038,6 @@ class Process:
         self.last_exit = None                   # as its template's
         self.cpu_sample = None                  # (time, cpu_time, percent) of the last sample
         self.history = collections.deque(maxlen=60)     # [cpu, rss], see History
-        self.history_sample = None              # (time, cpu_time) of the last of them
         self.on_exit = set()                    # called once
         self._watcher = self._timer = self._probe = self._notify = None
         self._hook = self._hook_timer = self._hook_output = self._launch = None     # see HOOK_TIME
@@ -6511,7 +6510,9 @@ PARAMETERS = {                                  # of the query: the one table th
 }
 
 
-Query = type("Query", (), dict.fromkeys(PARAMETERS))        # what is not given is None
+Query = type("Query", (), dict(                 # what is not given is None
+    dict.fromkeys(PARAMETERS),                  # asked: what went before that offset is a loss
+    asked=property(lambda query: bool(query.since or query.lastEventId))))
 
 
 def parse_query(request, names):
@@ -6530,6 +6531,8 @@ def parse_query(request, names):
             raise BadValue("unknown parameter '%s'%s" % (
                 name[:40], near(name, names) or "; this resource takes %s" % (
                     ", ".join(names) or "none")))
+    if "lastEventId" in names:
+        query.lastEventId = request.headers.get("last-event-id") or query.lastEventId
     return query
 
 
@@ -7985,14 +7988,8 @@ def human(size):
     return "%.1fG" % size
 
 
-def cpu_percent(process, last, now, cpu_time):
-    """Return percent of one core since the `last` sample (time, CPU time); None: in all."""
-    began, used = last[:2] if last is not None else (process.started, 0.0)
-    return round(100 * max(0.0, cpu_time - used) / max(0.01, now - began), 1)
-
-
 class Samples:
-    """Statistics of processes; any thread. Their shapes are those of /stats."""
+    """Statistics of processes; any thread. Their shapes are those of /stats and /status."""
 
     MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -8011,29 +8008,38 @@ class Samples:
         result["stats"] = entries
         return result
 
-    def brief(self, process, members=()):
-        """Return {cpu, mem, rss} of a process and the `members` of its group, {} if it has gone."""
-        usages = [self._table.usage(os_pid) for os_pid in {process.os_pid, *members}]
-        seen = {field: sum(usage[field] for usage in usages if usage)
-                for field in ("cpu_time", "rss")}
-        return {"cpu": self._percent(process, seen), "rss": seen["rss"],
-                "mem": round(100 * seen["rss"] / self.MEMORY, 2)} if any(usages) else {}
-
     def one(self, process):
         """Return the entry of a process, {} if it has just gone."""
         seen = self._table.sample(process.os_pid)
         if not seen:
             return {}
-        return dict({"id": process.pid}, **self._entry(
-            process.os_pid, seen, self._percent(process, seen)))
+        cpu = self._percent(process, seen["cpu_time"])
+        return {"id": process.pid, **self._entry(process.os_pid, seen, cpu)}
 
-    def _percent(self, process, seen):
+    def usages(self, processes):
+        """Return {cpu, mem, rss} of each process with its group, {} of one that has gone."""
+        members = self._table.members({process.os_pid for process in processes})
+        found = []
+        for process in processes:
+            os_pids = {process.os_pid, *members.get(process.os_pid, ())}
+            if process.exited:                  # the number may be another process's
+                os_pids = ()
+            seen = [usage for usage in map(self._table.usage, os_pids) if usage]
+            rss = sum(usage["rss"] for usage in seen)
+            found.append({
+                "cpu": self._percent(process, sum(usage["cpu_time"] for usage in seen)),
+                "rss": rss, "mem": round(100 * rss / self.MEMORY, 2)} if seen else {})
+        return found
+
+    def _percent(self, process, cpu_time):
         """Return percent of one core since the last sample, or at first over its life."""
         now, last = self._clock(), process.cpu_sample
-        if last is not None and now - last[0] < 0.1:
+        if last is None:
+            last = process.started, 0.0, None
+        elif now - last[0] < 0.1:
             return last[2]
-        percent = cpu_percent(process, last, now, seen["cpu_time"])
-        process.cpu_sample = now, seen["cpu_time"], percent
+        percent = round(100 * max(0.0, cpu_time - last[1]) / max(0.01, now - last[0]), 1)
+        process.cpu_sample = now, cpu_time, percent
         return percent
 
     def _entry(self, os_pid, seen, percent, depth=8):
@@ -8107,8 +8113,8 @@ class History:
 
     INTERVAL, PATIENCE = 10.0, 60.0
 
-    def __init__(self, manager):
-        self._manager, self._end = manager, None
+    def __init__(self, manager, samples):
+        self._manager, self._samples, self._end = manager, samples, None
 
     def keep_sampling(self):
         """Keep sampling for another minute. For the owner of the lock."""
@@ -8124,15 +8130,12 @@ class History:
         self._unfollow()
 
     def _sampler(self):
-        processes = [each for each in self._manager.processes.values() if not each.exited]
+        processes = list(self._manager.processes.values())
 
         def sample():
-            for process in processes:
-                now, seen = self._manager.loop.clock(), self._manager.table.usage(process.os_pid)
-                if seen:                        # else it has just gone
-                    cpu = cpu_percent(process, process.history_sample, now, seen["cpu_time"])
-                    process.history_sample = now, seen["cpu_time"]
-                    process.history.appendleft([cpu, seen["rss"]])
+            for process, used in zip(processes, self._samples.usages(processes)):
+                if used:
+                    process.history.appendleft([used["cpu"], used["rss"]])
         return sample
 
 
@@ -8152,7 +8155,7 @@ class Api:
     def __init__(self, manager, http):
         self.manager, self._http = manager, http
         self.samples = Samples(manager.table, manager.loop.clock)
-        self._history = History(manager)
+        self._history = History(manager, self.samples)
         self._stats_feeds = weakref.WeakValueDictionary()   # what is sampled -> StatsFeed
 
     # the server itself
@@ -8174,12 +8177,7 @@ class Api:
                            for name, option in OPTIONS.items()},
                 "signals": {number.value: number.name[3:] for number in signal.Signals},
             }
-        response = page_response(manager.loop.call(snapshot))
-        if re.search("gzip(?! *; *q=0)", request.headers.get("accept-encoding", "")):
-            import gzip
-            response.body = gzip.compress(response.body, 6)
-            response.headers.append(("Content-Encoding", "gzip"))
-        return response
+        return page_response(manager.loop.call(snapshot))
 
     @operation(answer="text/plain")
     def ping(self, request, query):
@@ -8237,10 +8235,7 @@ class Api:
     @operation("dry_run wait", unlocked=True, body="Fields")
     def put(self, request, query, name, create=True):
         """Make a template as it is given: add it, change it, or leave it alone."""
-        def processes():
-            template = self.manager.templates.get(name)
-            return list(template.processes.values()) if template else []
-        before = self.manager.loop.call(processes)
+        _, before = self.manager.loop.call(self._existing, [name])
         outcome = self.manager.update_process(name, request.json(), create, query.dry_run)
         answer = {"ok": True, "created": True}
         if outcome != "created":
@@ -8265,13 +8260,15 @@ class Api:
         self.manager.stop_process(pid)
         return self._done([], [process], query.wait)
 
+    def _existing(self, names):
+        templates = [self.manager.templates[name] for name in names
+                     if name in self.manager.templates]
+        return templates, [process for each in templates for process in each.processes.values()]
+
     def act(self, query, names, action):
         """Do something to each template, and answer; with `wait` when it is done. What one refuses
         is reported after the others had their turn."""
-        def find():
-            templates = [self.manager.find_template(name) for name in names]
-            return templates, [process for each in templates for process in each.processes.values()]
-        templates, before = self.manager.loop.call(find)
+        templates, before = self.manager.loop.call(self._existing, names)
         answer, faults = OK, []
         for name in names:
             try:
@@ -8304,8 +8301,8 @@ class Api:
         def late():
             waits = ["; '%s' waits for %s" % (template.name, ", ".join(template.waits_for()))
                      for template in templates if template.waits_for()]
-            return error_response(WaitTimeout(
-                "this was not done in %g seconds; it goes on%s" % (wait, "".join(waits))))
+            raise WaitTimeout(
+                "this was not done in %g seconds; it goes on%s" % (wait, "".join(waits)))
         return self.manager.loop.call(self._wait_for, self.manager.wait_until, done, wait, late)
 
     @operation("wait", unlocked=True)
@@ -8334,7 +8331,7 @@ class Api:
     def status(self, request, query, name):
         """The state of a template, its restarts and last exit; with `until`, once that holds."""
         if query.until is None:
-            return self._statuses(query, [name])[0]
+            return self._statuses(query, name)[0]
         template = self.manager.loop.call(self.manager.find_template, name)
 
         def answer():
@@ -8342,39 +8339,42 @@ class Api:
             if reason:
                 raise Conflict(reason)
             return json_response(template.status()) if holds else None
+
+        def late():
+            raise WaitTimeout("'%s' is not %s in the time given; it goes on%s" % (
+                name, query.until, template.delay_reason()))
         return self.manager.loop.call(
-            self._wait_for, self.manager.wait_until, answer, query.timeout,
-            lambda: error_response(WaitTimeout(
-                "'%s' is not %s in the time given; it goes on%s" % (
-                    name, query.until, template.delay_reason()))))
+            self._wait_for, self.manager.wait_until, answer, query.timeout, late)
 
     @operation("usage history", unlocked="few")
     def statuses(self, request, query):
         """The states of all templates."""
-        return self._statuses(query, None)
+        return self._statuses(query)
 
-    def _statuses(self, query, names):
-        """Return the statuses of templates; names None: of all. The sampling is done unlocked."""
+    def _statuses(self, query, name=None):
+        """Return the statuses of all templates, or of one. The sampling is done unlocked."""
+        processes, entries = [], []
+
         def collect():
+            templates = list(self.manager.templates.values())
+            if name is not None:
+                templates = [self.manager.find_template(name)]
+            statuses = [template.status() for template in templates]
             if query.usage:
                 self._history.keep_sampling()
-            found = [self.manager.find_template(name)
-                     for name in (self.manager.templates if names is None else names)]
-            return [(template.status(), [(process, process.status()) for process in (
-                template.processes.values() if query.usage else ())]) for template in found]
-        collected = self.manager.loop.call(collect)
+                for template, status in zip(templates, statuses):
+                    shown = template.processes.values()
+                    status["processes"] = [process.status() for process in shown]
+                    processes.extend(shown)
+                    entries.extend(status["processes"])
+            return statuses
+        statuses = self.manager.loop.call(collect)
         if query.usage:                         # one listing serves all
-            members = self.manager.table.members({
-                process.os_pid for _, processes in collected for process, _ in processes})
-            for status, processes in collected:
-                for process, entry in processes:
-                    if not process.exited:      # else the number may be another process's
-                        entry.update(self.samples.brief(
-                            process, members.get(process.os_pid, ())))
-                    if query.history:
-                        entry["history"] = list(process.history)
-                status["processes"] = [entry for _, entry in processes]
-        return [status for status, _ in collected]
+            for process, entry, used in zip(processes, entries, self.samples.usages(processes)):
+                entry.update(used)
+                if query.history:
+                    entry["history"] = list(process.history)
+        return statuses
 
     # groups
 
@@ -8434,7 +8434,7 @@ class Api:
     def watch(self, request, query, *parts):
         """Events, one or as a stream."""
         pattern, events = parse_pattern(parts), self.manager.events
-        offset, restarted, _ = self._begin(request, query, events)
+        offset, restarted, _ = self._begin(query, events)
         if query.feed not in (None, "longpoll"):
             encoder = RecordEncoder(
                 query.feed, self._framed(request), self.manager.epoch, pattern)
@@ -8473,11 +8473,10 @@ class Api:
             return cancel
         return LongPoll(begin, timeout, expired)
 
-    def _begin(self, request, query, source):
+    def _begin(self, query, source):
         """Return where a reader begins: (offset, whether its id is of another run, whether it is
         the id of an exit). Raises BadValue."""
-        epoch, tail = self.manager.epoch, query.tail
-        last = request.headers.get("last-event-id") or query.lastEventId
+        epoch, tail, last = self.manager.epoch, query.tail, query.lastEventId
         if query.since and tail is not None:
             raise BadValue("give 'since' or 'tail', not both")
         match = POSITION.match(last) if last else query.since
@@ -8499,17 +8498,12 @@ class Api:
     def _framed(request):
         return chunk if request.version == (1, 1) else bytes
 
-    @staticmethod
-    def _asked(request, query):
-        """Return whether the client has named an offset, so that what went before is a loss."""
-        return bool(query.since or query.lastEventId or request.headers.get("last-event-id"))
-
     def _feed(self, request, query, source, encoder, offset, restarted=False, process=None,
               begin=None):
         """Return a Feed of a log. `restarted`: the client knows another run of gaffer."""
         reader = self._reader(request, query, source, encoder, offset)
         first = restarted and encoder.dropped(0, offset, True)
-        return Feed(query.feed, self._framed(request), reader, self._asked(request, query),
+        return Feed(query.feed, self._framed(request), reader, query.asked,
                     query.heartbeat, first or b"", process, begin)
 
     @staticmethod
@@ -8525,7 +8519,7 @@ class Api:
         """Output of a process, or of all processes of a template."""
         manager, window = self.manager, self.manager.find_window(ref, label)
         process = None if manager.is_name(ref) else manager.find_process(ref, past=True)
-        offset, restarted, at_exit = self._begin(request, query, window)
+        offset, restarted, at_exit = self._begin(query, window)
         if query.feed in (None, "longpoll"):
             return self._next_bytes(request, query, window, offset)
         if query.feed == "continuous":
@@ -8548,12 +8542,12 @@ class Api:
         else:
             process = manager.find_process(ref, past=True)
             view = manager.journal.view(process.name, process.pid, process.ended)
-        offset, restarted, _ = self._begin(request, query, view)
+        offset, restarted, _ = self._begin(query, view)
         plain = JournalEncoder(False, manager.epoch, returns=query.returns)
         if query.feed in (None, "longpoll"):
             return self._next_bytes(request, query, view, offset, plain)
         events = query.feed == "eventsource"
-        if events and view.ended and not restarted and self._asked(request, query) and (
+        if events and view.ended and not restarted and query.asked and (
                 not view.read_all(offset, plain)[0]):
             return self._nothing(view)
         encoder = JournalEncoder(events, manager.epoch, self._framed(request), query.returns)
@@ -8568,7 +8562,7 @@ class Api:
         return Response(status=204, headers=headers)
 
     def _next_bytes(self, request, query, source, offset, encoder=None):
-        asked, question = self._asked(request, query), False
+        asked, question = query.asked, False
         if not asked and query.tail is None and request.method == "GET" and source.questions:
             offset, question = max(source.questions.popleft(), source.answered), True
 
@@ -8630,7 +8624,7 @@ class Api:
         process = self.manager.find_one(ref)
         label = query.label or next(iter(process.outputs), "stdout")
         window, stream = self.manager.find_window(process.pid, label), None
-        offset, _, _ = self._begin(request, query, window)
+        offset, _, _ = self._begin(query, window)
         if not query.readonly:
             target = label if label in process.inputs else "stdin"
             stream = self.manager.find_input(process.pid, target)
@@ -8638,7 +8632,7 @@ class Api:
         by_line = query.frame == "line"
         encoder = FrameEncoder(query.type == "binary", by_line)
         reader = self._reader(request, query, window, encoder, offset)
-        return ProcessSocket(headers, reader, self._asked(request, query), stream, by_line, process,
+        return ProcessSocket(headers, reader, query.asked, stream, by_line, process,
                              query.heartbeat)
 
 
