@@ -842,7 +842,7 @@ MEMO_MAX = 8                                    # payloads kept for other reader
 PARTIAL_LINE_DELAY = 0.1                        # of silence, before a prompt is shown
 EVENTS_KEPT = 1024                              # how far back events can be resumed
 QUESTIONS_MAX = 64                              # POSTs to stdin that no long poll has followed yet
-JOURNAL_ENTRIES = 32768                         # 1.3 MiB: 30 seconds of 1,000 lines a second
+JOURNAL_ENTRIES = 32768                         # 1 MiB: 30 seconds of 1,000 lines a second
 JOIN_TIME = 0.01                                # short reads within it are one entry of the journal
 NORMAL, FLUSH, FINAL = 0, 1, 2                  # wait for more; show what there is; no more comes
 
@@ -928,6 +928,7 @@ class Log:
         self.questions = collections.deque(maxlen=QUESTIONS_MAX)    # offsets at POSTs to stdin
         self.answered = 0                       # where the last answer to one ended
         self.on_room = set()                    # called once, when one of those has advanced
+        self.on_silence = lambda: None          # called by flush()
         self._waiters = []
         self._memo = {}                         # (encoder key, offset, mode) -> (payload, consumed)
         self._appended_at, self._flush_timer = -math.inf, None
@@ -978,6 +979,22 @@ class Log:
                 return found
             data = self.read(offset, max(SHARE_SIZE, 4 * len(data)))
 
+    def read_all(self, offset, encoder):
+        """Return (bytes, offset behind them, bytes lost): all that is at `offset`, encoded."""
+        lost = max(0, self.start - offset)
+        parts, size, offset = [], 0, offset + lost
+        while size < self.limit:
+            payload, consumed = self.encoded(encoder, offset, NORMAL)
+            if not consumed:
+                break
+            offset += consumed
+            if payload.__class__ is int:
+                lost += payload
+            else:
+                parts.append(payload)
+                size += len(payload)
+        return b"".join(parts), offset, lost
+
     def count_dropped(self, count):
         """Count what a reader has lost."""
         (self._drop_counter or self).dropped += count
@@ -1018,20 +1035,21 @@ class Log:
             self.loop.call_soon(self.on_room.pop())
 
     def flush_later(self):
-        """Show unfinished lines once nothing has come for PARTIAL_LINE_DELAY."""
+        """Call flush() once nothing has come for PARTIAL_LINE_DELAY."""
         if self._flush_timer is None:
             delay = self._appended_at + PARTIAL_LINE_DELAY - self.loop.clock()
-            self._flush_timer = self.loop.later(max(0.0, delay), self._flush)
+            self._flush_timer = self.loop.later(max(0.0, delay), self.flush)
 
-    def _flush(self):
+    def flush(self):
+        """Show unfinished lines, once nothing has come for PARTIAL_LINE_DELAY."""
         self._flush_timer = None
-        silent = self.loop.now >= self._appended_at + PARTIAL_LINE_DELAY
+        if self.loop.now < self._appended_at + PARTIAL_LINE_DELAY:
+            self.flush_later()
+            return
         for reader in tuple(self.readers):
             if reader.encoder.partial and not reader.full:
-                if silent:
-                    reader.pump(FLUSH)
-                else:
-                    self.flush_later()
+                reader.pump(FLUSH)
+        self.on_silence()
 
     def feed(self, line_ended):
         """Send what is new to all readers. `line_ended`: it holds the end of a line."""
@@ -1116,12 +1134,6 @@ class Window(Log):
         # append() keeps the chunk that holds the byte in front of `start`
         known = self._offsets and offset > self._offsets[0]
         return self.read(offset - 1, 1)[0] if known else None
-
-    def read_all(self, offset, encoder=None):
-        """Return (bytes, offset behind them, bytes lost) of what is at `offset`."""
-        first = max(offset, self.start)
-        data = self.read(first, self.limit)
-        return data, first + len(data), first - offset
 
     def resync(self, offset):
         """Return where the first line at or after `offset` begins; `offset` if none ends there."""
@@ -1262,21 +1274,9 @@ class Reader:
         return not self.full
 
 
-class JournalSource:
-    """Whose bytes an entry of the journal holds: a stream's, an unfinished line's, or an exit's.
-
-    `window`: a weak reference to the template's window. `text`: the line of an exit, which is in no
-    window. `shown`: the entry stands for the unfinished line in front of its place.
-    """
-
-    __slots__ = ("name", "pid", "label", "window", "text", "shown",
-                 "line_start", "appended_at", "closed")
-
-    def __init__(self, name, pid, label, window=None, text=None, shown=False):
-        self.name, self.pid, self.label = name, pid, label
-        self.window, self.text, self.shown = window, text, shown
-        self.line_start = 0                     # where the line that is not finished yet began
-        self.appended_at, self.closed = 0.0, False
+class JournalSource(collections.namedtuple("JournalSource", "name pid label window text")):
+    """Whose lines an entry of the journal holds. `window`: a weak reference to the template's
+    window; None: the one line is `text`, of an exit."""
 
 
 class JournalView(Log):
@@ -1298,66 +1298,46 @@ class JournalView(Log):
         """Return True if what a source holds belongs here."""
         return self.name in (None, source.name) and self.pid in (None, source.pid)
 
-    def read_all(self, offset, encoder):
-        """Return (bytes, offset behind them, bytes lost) of what is at `offset`."""
-        lost = max(0, self.start - offset)
-        parts, size, offset = [], 0, offset + lost
-        while size < self.limit:
-            payload, consumed = self.encoded(encoder, offset, NORMAL)
-            if not consumed:
-                break
-            offset += consumed
-            if payload.__class__ is int:
-                lost += payload
-            else:
-                parts.append(payload)
-                size += len(payload)
-        return b"".join(parts), offset, lost
-
     def tail(self, lines):
         """Return the offset behind which the last `lines` lines are, within `limit` bytes."""
         journal, size, index = self.journal, 0, len(self.journal.sources)
         while index > 0 and lines > 0 and size < self.limit:
             index -= 1
             if self.wants(journal.sources[index]):
-                base = journal.entry_start(index)
-                size += journal.kept(index)
-                if lines < math.inf:
-                    lost, _, ends, _ = journal.lines(index, base)
-                    if lost:
-                        _, _, ends, _ = journal.lines(index, base + lost)
-                    if len(ends) > lines:
-                        return ends[-lines - 1]
-                    lines -= len(ends)
+                lost, _, ends, texts = journal.lines(index, journal.offsets[index])
+                if len(ends) > lines:
+                    return ends[-lines - 1]
+                lines -= len(ends)
+                size += sum(map(len, texts))
         return journal.entry_start(index)
 
     def _encode(self, encoder, offset, mode):
-        journal, groups, size, lost = self.journal, [], 0, 0
+        journal, groups, size, dropped = self.journal, [], 0, 0
         index = max(0, bisect.bisect_right(journal.offsets, offset) - 1)
         place = offset
         while place < journal.end and size < SHARE_SIZE:
             end = journal.entry_start(index + 1)
             if self.wants(journal.sources[index]):
-                count, prefix, ends, lines = journal.lines(index, place, encoder.returns)
-                if count and groups:
+                lost, prefix, ends, lines = journal.lines(index, place, encoder.returns)
+                if lost and groups:
                     break
-                lost += count
-                if lost and place + count < end:        # the rest of the entry can be read
-                    place += count
+                dropped += lost
+                if dropped and lines:
+                    place += lost
                     break
                 if lines:
                     groups.append((prefix, ends, lines))
                 size += end - place
             index, place = index + 1, end
-        return lost or encoder.encode(groups, offset, None, mode, 0)[0], place - offset
+        return dropped or encoder.encode(groups, offset, None, mode, 0)[0], place - offset
 
 
 class Journal:
-    """An index of all output of this run, in the order in which it was read.
+    """An index of all lines of this run, in the order in which they ended.
 
-    An entry is a piece of a window, with its time. Offsets count all bytes of output; an exit, and
-    an unfinished line that was shown, count as one. Nothing is encoded unless somebody reads; an
-    entry takes 40 bytes. `limit`: how much one long poll gets.
+    An entry is a piece of a window, with its time: whole lines, or an unfinished one that was
+    shown. Offsets count all their bytes; an exit counts as one. Nothing is encoded unless somebody
+    reads; an entry takes 32 bytes. `limit`: how much one long poll gets.
     """
 
     def __init__(self, loop, limit):
@@ -1365,54 +1345,43 @@ class Journal:
         self.start = self.end = self.dropped = 0
         self.sources, self.offsets = [], array.array("q")       # of each entry, as what follows
         self._times, self._places = array.array("d"), array.array("q")  # in time, in the window
-        self._heads = array.array("q")          # where the line began that it goes on with
         self.starts = {}        # name of a template -> end of its last entry that fell out of these
         self._views = weakref.WeakValueDictionary()     # (name, pid) -> JournalView that is in use
-        self._unfinished, self._timer = set(), None     # sources that are within a line
+        self._unfinished = {}                   # source -> where the line that it is within begins
 
     def source(self, name, pid, label, window):
         """Return the JournalSource of a stream of a process."""
         self.starts.setdefault(name, 0)
-        return JournalSource(name, pid, label, weakref.ref(window))
+        return JournalSource(name, pid, label, weakref.ref(window), None)
 
     def append(self, source, data):
-        """Add `data`, which was just appended to the window of `source`."""
-        window, size, now = source.window(), len(data), time.time()
-        place = window.end - size
-        length = self.end - self.offsets[-1] if self.offsets else 0
-        if window.before(place) in (10, 13):    # others of the template may have written it
-            source.line_start = place
-        if not (length and self.sources[-1] is source and self._places[-1] + length == place
-                and length + size <= min(COALESCE_SIZE, window.limit // 4)
-                and 0 <= now - self._times[-1] < JOIN_TIME):
-            self._add(source, now, place)
+        """Add the lines that end in `data`, which was just appended to the window of `source`."""
+        window = source.window()
+        place = window.end - len(data)
+        start = self._unfinished.pop(source, place)
         line_end = data.rfind(b"\n")
         line_end = max(line_end, data.rfind(b"\r", line_end + 1))
         if line_end >= 0:
-            source.line_start = place + line_end + 1
-        if line_end == size - 1:
-            self._unfinished.discard(source)
-        else:
-            self._unfinished.add(source)
-        self._feed(source, size)
-        source.appended_at = self.loop.clock()  # its writer was not silent meanwhile
-        if window.end - source.line_start >= min(CARRY_SIZE, window.limit // 2):
-            self._show(source, "+")
-        self._flush_later()
+            self._add(source, start, place + line_end + 1)
+            start = place + line_end + 1
+        if start < window.end:
+            self._unfinished[source] = start
+            window.on_silence = functools.partial(self._show, source, "+")
+            if window.end - start >= min(CARRY_SIZE, window.limit // 2):
+                self._show(source, "+")
+            elif self._views:
+                window.flush_later()
 
     def exit(self, name, pid, exit_status, term_signal):
         """Add the exit of a process of which all output was read; journals of it end."""
         text = json.dumps({"exit_status": exit_status, "term_signal": term_signal}).encode("ascii")
-        source = JournalSource(name, pid, "exit", text=text)
-        self._add(source, time.time(), 0)
-        self._feed(source, 1)
+        self._add(JournalSource(name, pid, "exit", None, text), 0, 1)
         self.finish(name, pid)
 
     def close(self, source):
         """End a stream: its last line is shown though it has no end."""
-        if source in self._unfinished:
-            self._show(source, "")
-        source.closed = True
+        self._show(source, "")
+        self._unfinished.pop(source, None)
 
     def finish(self, name=None, pid=None):
         """End the journal of a template that is deleted, or that of one process; None: all."""
@@ -1431,77 +1400,67 @@ class Journal:
             view.ended = ended
             if not ended:
                 self._views[name, pid] = view
-                if self._timer is None:         # a line that waits for its end was read by nobody
-                    self._flush()
+                for source in list(self._unfinished):   # nobody has read these
+                    source.window().flush()
         return view
 
     def entry_start(self, index):
         """Return the offset at which an entry begins; the end of the last one for the next."""
         return self.offsets[index] if index < len(self.offsets) else self.end
 
-    def kept(self, index):
-        """Return how many bytes of an entry have not fallen out of their window."""
-        source, size = self.sources[index], self.entry_start(index + 1) - self.offsets[index]
-        if source.text is not None:
-            return size
-        window = source.window()
-        return 0 if window is None else max(0, min(size, self._places[index] + size - window.start))
-
     def lines(self, index, offset, returns=False):
-        """Return (lost, prefix, ends, lines) of what ends in an entry behind `offset`.
+        """Return (lost, prefix, ends, lines) of the lines of an entry that end behind `offset`.
 
-        `ends` are the offsets behind the lines. A line that began in an earlier entry is whole.
-        `lost`: that many bytes at `offset` are gone, and the lists are empty. `returns`: the label
-        of a line that came after a carriage return alone is followed by "<".
+        `ends` are the offsets behind the lines; `lost` bytes from `offset` on are gone. `returns`:
+        the label of a line that came after a carriage return alone is followed by "<".
         """
         source, base, end = self.sources[index], self.offsets[index], self.entry_start(index + 1)
         prefix = ("%.3f %s %d %s " % (
             self._times[index], source.name, source.pid, source.label)).encode("ascii")
         if source.text is not None:
             return 0, prefix, [end], [source.text]
-        window, place, head = source.window(), self._places[index], self._heads[index]
-        if window is None or (source.shown and head < window.start):
+        window, place = source.window(), self._places[index]
+        if window is None:
             return end - offset, prefix, [], []
-        stop = place if source.shown else place + end - base
-        first = place + offset - base
-        if head < first and window.before(first) in (10, 13) and not source.shown:
-            head = first
-        if head < window.start:                 # on from the start of a line
-            head = window.resync(window.start)
-            if window.before(head) != 10:
-                head = stop
-            if first < head:
-                return min(head, stop) - first, prefix, [], []
-        data = window.read(head, stop - head)
-        mode = FINAL if source.shown else NORMAL
-        skip, segments, lines = split_lines(data, window.before(head), mode, math.inf)
+        first, stop = place + offset - base, place + end - base
+        if window.before(first) not in (10, 13):
+            first = place                       # `offset` is within a line
+        if first < window.start:                # on from the start of a line
+            first = min(window.resync(window.start), stop)
+            if window.before(first) not in (10, 13):
+                first = stop
+        data, before = window.read(first, stop - first), window.before(first)
+        skip, segments, lines = split_lines(data, before, FINAL, math.inf)
         if valid_utf8(data) is not data:
             lines = list(map(valid_utf8, lines))
         if returns:
-            before = [None if skip else window.before(head), *(part[-1] for part in segments)]
-            lines = [(b"< " if last == 13 else b" ") + line for last, line in zip(before, lines)]
+            ends_before = [None if skip else before, *(part[-1] for part in segments)]
+            lines = [(b"< " if last == 13 else b" ") + line
+                     for last, line in zip(ends_before, lines)]
             prefix = prefix[:-1]
-        if source.shown:
-            return 0, prefix, [end], lines[-1:]
-        ends = list(itertools.accumulate(map(len, segments), initial=head + skip + base - place))
-        known = bisect.bisect_right(ends, offset, 1)    # lines before
-        return 0, prefix, ends[known:], lines[known - 1:]
+        first += base - place                   # as an offset
+        ends = list(itertools.accumulate(map(len, segments), initial=first + skip))[1:]
+        known = bisect.bisect_right(ends, offset)
+        return max(0, first - offset), prefix, ends[known:], lines[known:]
 
-    def _add(self, source, now, place):
-        if len(self.sources) >= JOURNAL_ENTRIES:
-            for index in range(JOURNAL_ENTRIES // 4):
-                if self.sources[index].name in self.starts:
-                    self.starts[self.sources[index].name] = self.offsets[index + 1]
-            for column in (self.sources, self.offsets, self._times, self._places, self._heads):
-                del column[:JOURNAL_ENTRIES // 4]
-            self.start = self.offsets[0]
-        self.sources.append(source)
-        self.offsets.append(self.end)
-        self._times.append(now)
-        self._places.append(place)
-        self._heads.append(source.line_start)
-
-    def _feed(self, source, size):
+    def _add(self, source, start, end):
+        """Add an entry: what is from `start` to `end` in the window of `source`, or an exit."""
+        now, size = time.time(), end - start
+        length = self.end - self.offsets[-1] if self.offsets else 0
+        if not (length and self.sources[-1] is source and self._places[-1] + length == start
+                and length + size <= min(COALESCE_SIZE, source.window().limit // 4)
+                and 0 <= now - self._times[-1] < JOIN_TIME):
+            if len(self.sources) >= JOURNAL_ENTRIES:
+                for index in range(JOURNAL_ENTRIES // 4):
+                    if self.sources[index].name in self.starts:
+                        self.starts[self.sources[index].name] = self.offsets[index + 1]
+                for column in (self.sources, self.offsets, self._times, self._places):
+                    del column[:JOURNAL_ENTRIES // 4]
+                self.start = self.offsets[0]
+            self.sources.append(source)
+            self.offsets.append(self.end)
+            self._times.append(now)
+            self._places.append(start)
         self.end += size
         for view in list(self._views.values()):
             if view.wants(source):
@@ -1509,32 +1468,14 @@ class Journal:
 
     def _show(self, source, mark):
         """Show the unfinished line of a stream, up to a whole character if it may go on."""
-        self._unfinished.discard(source)
-        window = source.window()
-        if window is None:
-            return
-        place = window.end
-        if mark:
-            place -= incomplete_utf8(window.read(max(window.start, place - 3), 3))
-        if place > source.line_start:
-            shown = JournalSource(source.name, source.pid, source.label + mark, source.window,
-                                  shown=True)
-            shown.line_start, source.line_start = source.line_start, place
-            self._add(shown, time.time(), place)
-            self._feed(shown, 1)
-
-    def _flush_later(self):
-        if self._unfinished and self._views and self._timer is None:
-            silent = min(source.appended_at for source in self._unfinished)
-            delay = max(0.0, silent + PARTIAL_LINE_DELAY - self.loop.clock())
-            self._timer = self.loop.later(delay, self._flush)
-
-    def _flush(self):
-        self._timer = None
-        for source in list(self._unfinished):
-            if self.loop.now >= source.appended_at + PARTIAL_LINE_DELAY:
-                self._show(source, "+")
-        self._flush_later()
+        if source in self._unfinished:
+            window = source.window()
+            start, end = self._unfinished[source], window.end
+            if mark:
+                end -= incomplete_utf8(window.read(max(window.start, end - 3), 3))
+            self._unfinished[source] = end
+            if end > start:
+                self._add(source._replace(label=source.label + mark), start, end)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2537,7 +2478,7 @@ class Merged:
         source = self.sources[output]
         if self._open not in (None, source):
             self.window.append(b"\n")
-            if not self._open.closed:
+            if self._open in self.sources.values():
                 self._journal.append(self._open, b"\n")
         self._open = None if data.endswith(b"\n") else source
         self.window.append(data)
@@ -8521,7 +8462,7 @@ class Api:
         process = None if manager.is_name(ref) else manager.find_process(ref, past=True)
         offset, restarted, at_exit = self._begin(query, window)
         if query.feed in (None, "longpoll"):
-            return self._next_bytes(request, query, window, offset)
+            return self._next_bytes(request, query, window, offset, Encoder())
         if query.feed == "continuous":
             encoder = (ChunkEncoder if request.version == (1, 1) else Encoder)()
             return self._feed(request, query, window, encoder, offset)
@@ -8561,7 +8502,7 @@ class Api:
             headers.append(("Gaffer-Ended", "true"))
         return Response(status=204, headers=headers)
 
-    def _next_bytes(self, request, query, source, offset, encoder=None):
+    def _next_bytes(self, request, query, source, offset, encoder):
         asked, question = query.asked, False
         if not asked and query.tail is None and request.method == "GET" and source.questions:
             offset, question = max(source.questions.popleft(), source.answered), True

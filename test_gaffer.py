@@ -1368,12 +1368,12 @@ class PureJournal(PureLogCase):
         one.close()
         self.do(self.journal.exit, "a", 1, 4, 0)
         wanted = [(2, "a 1 out x"), (4, "b 2 out y"), (6, "b 2 out z"), (8, "a 1 err \ufffd"),
-                  (13, "a 1 out last"), (14, 'a 1 exit {"exit_status": 4, "term_signal": 0}')]
+                  (12, "a 1 out last"), (13, 'a 1 exit {"exit_status": 4, "term_signal": 0}')]
         for which, reader in live.items():
             events = [each for each in wanted if each[1].startswith(" ".join(map(str, which)))]
             self.assertEqual((self.events(reader), reader.sink.ends),
                              (events, int(which == ("a", 1))))
-            self.assertEqual(self.lines(*which), ([line for _, line in events], 14, 0))
+            self.assertEqual(self.lines(*which), ([line for _, line in events], 13, 0))
             self.assertEqual(self.events(self.sse(*which, offset=0)), events)
         for names, ends in (("a",), [0, 1, 1, 0]), ((), [1, 1, 1, 1]):
             self.do(self.journal.finish, *names)
@@ -1387,7 +1387,7 @@ class PureJournal(PureLogCase):
         reader = self.sse("a", offset=0)
         self.advance(0.01)
         other(b"between\n")
-        self.assertEqual(self.events(reader), [(9, "a 1 out+ name? ")])
+        self.assertEqual(self.events(reader), [(6, "a 1 out+ name? ")])
         self.advance(0.11)
         for data in (euro[-1:] + b" joe\r", b"\nwho\r", b"is"):
             write(data)
