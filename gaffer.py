@@ -1422,14 +1422,14 @@ class Journal:
         window, place = source.window(), self._places[index]
         if window is None:
             return end - offset, prefix, [], []
-        first, stop = place + offset - base, place + end - base
-        if window.before(first) not in (10, 13):
-            first = place                       # `offset` is within a line
-        if first < window.start:                # on from the start of a line
-            first = min(window.resync(window.start), stop)
-            if window.before(first) not in (10, 13):
-                first = stop
-        data, before = window.read(first, stop - first), window.before(first)
+        head, stop = place + offset - base, place + end - base
+        if window.before(head) not in (10, 13):
+            head = place                       # `offset` is within a line
+        if head < window.start:                # on from the start of a line
+            head = min(window.resync(window.start), stop)
+            if window.before(head) not in (10, 13):
+                head = stop
+        data, before = window.read(head, stop - head), window.before(head)
         skip, segments, lines = split_lines(data, before, FINAL, math.inf)
         if valid_utf8(data) is not data:
             lines = list(map(valid_utf8, lines))
@@ -1438,10 +1438,10 @@ class Journal:
             lines = [(b"< " if last == 13 else b" ") + line
                      for last, line in zip(ends_before, lines)]
             prefix = prefix[:-1]
-        first += base - place                   # as an offset
-        ends = list(itertools.accumulate(map(len, segments), initial=first + skip))[1:]
+        head += base - place                   # as an offset
+        ends = list(itertools.accumulate(map(len, segments), initial=head + skip))[1:]
         known = bisect.bisect_right(ends, offset)
-        return max(0, first - offset), prefix, ends[known:], lines[known:]
+        return max(0, head - offset), prefix, ends[known:], lines[known:]
 
     def _add(self, source, start, end):
         """Add an entry: what is from `start` to `end` in the window of `source`, or an exit."""
