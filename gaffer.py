@@ -5285,7 +5285,6 @@ class RecordEncoder(Encoder):
 #
 # RFC 6455, the server's side, without extensions. Pure. Section numbers below are those of the RFC.
 # --------------------------------------------------------------------------------------------------
-FRAMES_PER_TURN = 256                           # 0.5 ms, so that other connections get their turn
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014))
 
@@ -5364,51 +5363,38 @@ class WebSocketDecoder:
     """
 
     def __init__(self, limit):
-        self._limit = limit
-        self._buffer, self._at = b"", 0         # input, and how much of it is decoded
-        self._frames = 0                        # how many more this feed() may decode
-        self._closed = False
-        self._events = self._guard()
+        self._limit, self._buffer, self._events = limit, bytearray(), self._decode()
 
     def feed(self, data):
         """Add input and return an iterator over the events that it completes.
 
-        The decoder reads no further than the iterator is followed; the rest waits for the next
-        feed(), which may add nothing.
+        The decoder reads no further than the iterator is followed; the next one continues there.
         """
-        if not self._closed:
-            self._buffer = self._buffer[self._at:] + data
-        self._at, self._frames = 0, FRAMES_PER_TURN
-        return iter(self._events.__next__, None)
+        self._buffer += data
+        return iter(self._next_event, None)
 
-    @property
-    def more(self):
-        """True if feed() stopped after FRAMES_PER_TURN frames; feed(b"") continues."""
-        return self._frames == 0
-
-    def _guard(self):
-        """Yield what _decode() yields; its exceptions become the last event."""
+    def _next_event(self):
         try:
-            yield from self._decode()
+            return next(self._events, None)
         except WebSocketViolation as violation:
-            event = ("fail", *violation.args)
+            return ("fail", *violation.args)
         except UnicodeDecodeError:
-            event = ("fail", 1007, "the text is not UTF-8")
-        else:
-            event = None
-        self._buffer, self._closed = b"", True
-        while True:
-            yield event
-            event = None
+            return "fail", 1007, "the text is not UTF-8"
+
+    def _take(self, size):
+        """Return `size` bytes of input; yield None until they are there."""
+        while len(self._buffer) < size:
+            yield None
+        data = self._buffer[:size]
+        del self._buffer[:size]
+        return data
 
     def _decode(self):
-        """Yield events, and None to wait for input or for the next feed(). Sections 5.2 to 5.5."""
+        """Yield events, and None to wait for input. Sections 5.2 to 5.5."""
         message = None                          # the opcode of the unfinished message
         content, checked = bytearray(), 0       # and how much of it is known to be UTF-8
         while True:
-            while len(self._buffer) < self._at + 2 or not self._frames:
-                yield None
-            first, second = self._buffer[self._at:self._at + 2]
+            first, second = yield from self._take(2)
             opcode, final, size = first & 15, first >> 7, second & 127
             if first & 0x70:
                 raise WebSocketViolation(1002, "reserved bits are set")
@@ -5421,34 +5407,25 @@ class WebSocketDecoder:
             if opcode < CLOSE and (opcode == CONTINUATION) != (message is not None):
                 raise WebSocketViolation(1002, "there is no message to continue" if message is None
                                          else "the previous message is not finished")
-            length = 6 + (0, 2, 8)[max(0, size - 125)]
-            while len(self._buffer) < self._at + length:
-                yield None
-            head = self._buffer[self._at:self._at + length]
-            self._at += length
             if size > 125:
-                size = int.from_bytes(head[2:-4], "big")
-                if size < 126 or (length == 14 and size < 65536) or size >> 63:
+                width, least = (2, 126) if size == 126 else (8, 65536)
+                size = int.from_bytes((yield from self._take(width)), "big")
+                if size < least or size >> 63:
                     raise WebSocketViolation(1002, "a frame's length must have its shortest form")
             if opcode in (TEXT, BINARY):
                 message, content, checked = opcode, bytearray(), 0
             if opcode < CLOSE and len(content) + size > self._limit:
                 raise WebSocketViolation(1009, "a message is over %d bytes" % self._limit)
+            key, seen = (yield from self._take(4)), 0
             target = content if opcode < CLOSE else bytearray()
-            seen = 0
-            while True:
-                data = unmask(self._buffer[self._at:self._at + size - seen], head[-4:], seen)
-                self._at += len(data)
+            while seen < size:
+                data = yield from self._take(min(size - seen, max(1, len(self._buffer))))
+                target += unmask(data, key, seen)
                 seen += len(data)
-                target += data
                 if opcode < CLOSE and message == TEXT and not (final and seen == size):
                     end = len(content) - incomplete_utf8(content[-3:])
                     content[checked:end].decode("utf-8")    # a bad byte fails at once (section 8.1)
                     checked = end
-                if seen == size:
-                    break
-                yield None
-            self._frames -= 1
             if opcode == CLOSE:
                 code = int.from_bytes(target[:2], "big") if target else 1005
                 if target and (len(target) == 1 or not is_close_code(code)):
@@ -5499,6 +5476,7 @@ SEND_TIME = 30.0                                # for a client to take a part of
 LINGER_TIME = 2.0                               # a refused body is read, or its client sees a reset
 LINGER_SIZE = 8 * MIB                           # and not more of it
 END_POLL = 1.0                                  # between checks whether an unread client left
+FRAMES_SIZE = 4 * KIB                           # in a turn: 700 small websocket frames take 2 ms
 MESSAGE_SIZE = MIB                              # of a message for a process: it fits into stdin
 HANDLER_MESSAGE_SIZE = 16 * MIB                 # of a message for a WebSocketHandler
 SEND_QUEUE_SIZE = 32 * MIB                      # what a WebSocketHandler has sent, and nobody taken
@@ -5568,7 +5546,7 @@ class Channel:
 
     kind = "request"                            # as /metrics calls it
     reader: "Reader | None" = None              # what it sends, if that is a stream
-    stall = STALL
+    stall, read_size = STALL, READ_SIZE
     status = None                               # for the access log, if this is not yet answered
 
     def start(self, connection, request=None):
@@ -5701,7 +5679,7 @@ class Channel:
 
     def _read(self):
         try:
-            data = self.sock.recv(READ_SIZE)
+            data = self.sock.recv(self.read_size)
         except self._would_block:
             return
         except OSError:
@@ -5884,8 +5862,10 @@ class Follower(Channel):
     """What a feed and a websocket of a process have in common.
 
     `reader`: a Reader without a sink; `asked`: the client has named its offset; `process`: whose
-    exit ends the stream, or None; `heartbeat`: seconds of silence before a sign of life, or None.
+    exit ends the stream, or None; `heartbeat`: seconds of silence before `sign` is sent, or None.
     """
+
+    sign: bytes
 
     def __init__(self, reader, asked, process, heartbeat):
         self.reader, self._asked, self._process, self._heartbeat = reader, asked, process, heartbeat
@@ -5894,6 +5874,7 @@ class Follower(Channel):
 
     def follow(self):
         """Begin, behind the head."""
+        self.reader.sink = self
         self.reader.start()
         if self._heartbeat is not None and not self.closed:
             self._beat = self.loop.later(self._heartbeat, self._check_silence)
@@ -5904,12 +5885,9 @@ class Follower(Channel):
             wait = self._heartbeat
             self.reader.last_sent = self.loop.now
             if not self._queue:
-                self.send_sign()
+                self.send(self.sign)
         if not self.closed:
             self._beat = self.loop.later(wait, self._check_silence)
-
-    def send_sign(self):
-        """Send a sign of life."""
 
     def end(self):
         """End the stream: all output is sent, and the process has exited."""
@@ -5943,7 +5921,7 @@ class Feed(Follower):
     def __init__(self, form, framed, reader, asked, heartbeat=None, first=b"", process=None,
                  begin=None):
         super().__init__(reader, asked, process, heartbeat)
-        self.kind, self._framed = form, framed
+        self.kind, self._framed, self.sign = form, framed, framed(b"\n")
         self._first, self._begin, self._end_feed = first, begin, None
 
     def head(self):
@@ -5963,18 +5941,14 @@ class Feed(Follower):
         return Response(None, headers=headers, content_type=content_type)
 
     def opened(self):
-        self.reader.sink = self
         # a browser takes a stream for open when the first byte of its body is there
-        first = self._framed(b"\n") + self._first if self.kind == "eventsource" else self._first
+        first = self.sign + self._first if self.kind == "eventsource" else self._first
         self.send_head(200, [*self.head().headers, ("Connection", "close")], first)
         self.follow()
         if self._begin is not None and not self.closed:
             self._end_feed = self._begin()
             if self.closed:                     # by its first sample
                 self._end_feed()
-
-    def send_sign(self):
-        self.send(self._framed(b"\n"))
 
     def lost(self, reader, count):
         """Cut the stream, without its last chunk."""
@@ -6012,7 +5986,7 @@ class WebSocketChannel(Channel):
     Subclasses override handle_messages() and ended(). Between pause() and resume() nothing is read.
     """
 
-    kind = "websocket"
+    kind, read_size = "websocket", FRAMES_SIZE
 
     def __init__(self, headers, limit):
         self._headers, self.limit, self._decoder = headers, limit, WebSocketDecoder(limit)
@@ -6037,13 +6011,11 @@ class WebSocketChannel(Channel):
         while not (self.closed or self._ending or self.paused):
             event = next(self._events, None)
             if event is None:
-                if self._decoder.more:          # the others' turn
-                    self.pause()
-                    self.loop.call_soon(self.resume)
-                return None
+                break
             kind, data = event[:2]
-            if kind in ("close", "fail"):       # the peer's own reason is not sent back
-                self.end_by_peer(data, event[2] if kind == "fail" else "", event[2])
+            if kind in ("close", "fail"):
+                self.send_close(*event[1:])
+                self.finish()
             elif self._close_sent:
                 continue
             elif kind in ("text", "binary"):
@@ -6051,11 +6023,6 @@ class WebSocketChannel(Channel):
             elif kind == "ping" and self.queued < CONTROL_SIZE + self.limit:
                 self.send(frame(PONG, data))
         return None
-
-    def end_by_peer(self, code, reason, told):
-        """Answer a close frame or a violation, and close. For the arguments see send_close()."""
-        self.send_close(code, reason, told)
-        self.finish()
 
     def pause(self):
         """Read no more for now; what has come stays as it came."""
@@ -6069,11 +6036,10 @@ class WebSocketChannel(Channel):
             self.reading(True)
             self.received(b"")
 
-    def send_close(self, code, reason="", told=None):
+    def send_close(self, code, reason=""):
         """Send a close frame, once. The connection ends with the answer, or after CLOSE_TIME.
 
-        `told`: the reason that ended() gets, if it is not `reason`. Code 1005: there was none
-        (RFC 6455 section 7.4.1).
+        Code 1005: there was none (RFC 6455 section 7.4.1).
         """
         if not self._close_sent and not self.closed:
             data = frame(CLOSE, b"") if code == 1005 else close_frame(code, reason)
@@ -6082,7 +6048,7 @@ class WebSocketChannel(Channel):
             self._close_timer = self.loop.later(CLOSE_TIME, self.finish)
             if self.paused:                     # the peer's close frame may be behind what waits
                 self.loop.call_soon(self.resume)
-            self.ended(code, reason if told is None else told)
+            self.ended(code, reason)
 
     def closing(self):
         if self._close_timer is not None:
@@ -6099,75 +6065,48 @@ class ProcessSocket(Follower, WebSocketChannel):
     message. For the rest see Follower.
     """
 
+    sign = frame(PING, b"")
+
     def __init__(self, headers, reader, asked, stream, by_line, process, heartbeat):
         Follower.__init__(self, reader, asked, process, heartbeat)
         WebSocketChannel.__init__(self, headers, stream.limit if stream else MESSAGE_SIZE)
         self._stream, self._by_line = stream, by_line
-        self._messages, self._waiting = [], 0   # what is to be written, and its size
-        self._final = None                      # a close frame behind it, for end_by_peer()
+        self._message = None                    # for which stdin has no room
         self._unread = None                     # bytes of stdin when the client was seen to be gone
 
     def opened(self):
-        self.reader.sink = self
         self._headers = self._headers + offset_headers(self.reader, self._asked, False)
         super().opened()
         self.follow()
 
-    def send_sign(self):
-        if not self._close_sent:
-            self.send(frame(PING, b""))
-
     def handle_messages(self):
-        """Write what comes together together."""
         for data in iter(self.next_message, None):
             if self._stream is None:
                 self.send_close(1008, "this websocket is read only")
                 continue
             data = data.encode("utf-8") if isinstance(data, str) else data
-            self._messages.append(data + b"\n" if self._by_line else data)
-            self._waiting += len(self._messages[-1])
-            if self._waiting > self.limit // 2:
-                self._write()
-        if self._messages and not self.paused:
-            self._write()
+            self._write(data + b"\n" if self._by_line else data)
+
+    def _write(self, data):
+        self._message = None
+        try:
+            self._stream.write(data)
             self.loop.expect()
-
-    def end_by_peer(self, *final):
-        if self._messages:                      # they are to be written first
-            self._write()
-        if self._messages:
-            self._final = final
-        else:
-            super().end_by_peer(*final)
-
-    def _write(self):
-        messages, self._messages = self._messages, []
-        if self._waiting <= self.limit // 2:
-            messages = [b"".join(messages)]
-        self._waiting = 0
-        while messages:
-            try:
-                self._stream.write(messages[0])
-                del messages[0]
-            except ForbiddenWrite as error:     # the output goes on, and reports the exit
-                log.info("websocket input of %s was dropped: %s", self._process.name, error)
-                return
-            except StdinFull:
-                if len(messages[0]) > self.limit:       # with its end of line
-                    self.send_close(1009, "a message is over %d bytes" % self.limit)
-                else:
-                    self._messages, self._waiting = messages, sum(map(len, messages))
-                    self.pause()
-                    self._stream.on_low.add(self._stdin_low)
-                return
+        except ForbiddenWrite as error:         # the output goes on, and reports the exit
+            log.info("websocket input of %s was dropped: %s", self._process.name, error)
+        except StdinFull:
+            if len(data) > self.limit:          # with its end of line
+                self.send_close(1009, "a message is over %d bytes" % self.limit)
+            else:
+                self._message = data
+                self.pause()
+                self._stream.on_low.add(self._stdin_low)
 
     def _stdin_low(self):
         self.paused, self._unread = False, None
-        if self._messages:
-            self._write()
-        if self._final is not None and not self.paused:
-            super().end_by_peer(*self._final)
-        elif not self.paused:
+        if self._message is not None:
+            self._write(self._message)
+        if not self.paused:
             self.resume()
 
     def lost(self, reader, count):
@@ -6192,12 +6131,9 @@ class ProcessSocket(Follower, WebSocketChannel):
         self.unfollow()
         if self._stream is not None:
             self._stream.on_low.discard(self._stdin_low)
-        if self._messages:
-            log.info("%d websocket messages for %s were dropped: it does not read",
-                     len(self._messages), self._process.name)
-            self._messages = []
-        if self._final is not None:             # the peer's close frame has come already
-            self.finish()
+        if self._message is not None:
+            log.info("a websocket message for %s was dropped: it does not read", self._process.name)
+            self._message = None
 
 
 class WebSocketHandler:
