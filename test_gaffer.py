@@ -2151,7 +2151,10 @@ class PureReading(Case):
 
     def test_requests(self):
         def read(file):
-            found = list(iter(lambda: gaffer.read_request(file), None))
+            found = []
+            with contextlib.suppress(EOFError):
+                while True:
+                    found.append(gaffer.read_request(file))
             self.assertTrue(all((each.method, each.target, each.headers) ==
                                 ("GET", "/a", {"host": "x"}) for each in found))
             return len(found)
@@ -2168,7 +2171,7 @@ class PureReading(Case):
             (b"GET / HTTP/1.1\r\nHost: x\nX: y" + end, bad), (b"GET / HTTP/1.1" + end, bad),
             (b"\r\n" * (gaffer.EMPTY_LINES_MAX + 1) + self.HEAD, bad), (head + end, True),
             (head + b"y" + end, gaffer.HeadersTooLarge), (line + b"\r\nHost: x" + end, True),
-            (b"M" + line + b"\r\nHost: x" + end, gaffer.UriTooLong)))
+            (b"MM" + line + b"\r\nHost: x" + end, gaffer.UriTooLong)))
 
     def test_body_length(self):
         def length(lines):
@@ -2188,7 +2191,7 @@ class PureReading(Case):
 
     def test_chunked_bodies(self):
         line, most = b"X: " + b"y" * 93 + b"\r\n", gaffer.CHUNK_LINE_SIZE
-        fits, end = gaffer.TRAILERS_SIZE // len(line), b"0\r\n\r\n"
+        fits, end = gaffer.CHUNK_EXTRAS_SIZE // len(line), b"0\r\n\r\n"
         self.assertRead(lambda file: (gaffer.read_body(file, None, 1000), file.read()), (
             (end, (b"", b"")),
             (b"3\r\nabc\r\n2\r\n\r\n\r\n" + end + b"GET /", (b"abc\r\n", b"GET /")),
@@ -2204,7 +2207,7 @@ class PureReading(Case):
                 b"1;" + b"x" * (most - 1) + b"\r\n",
                 b"0\r\nA : b\r\n\r\n", b"0\r\nA: b\nC: d\r\n\r\n",
                 b"0\r\n" + line * (fits + 1) + b"\r\n",
-                b"1;" + b"x" * 98 + b"\r\na\r\n" + (b"1;" + b"x" * 99 + b"\r\na\r\n") * 164)),
+                b"1;" + b"x" * 92 + b"\r\na\r\n" + (b"1;" + b"x" * 99 + b"\r\na\r\n") * 81)),
             *((wire, gaffer.TooLarge) for wire in (
                 b"3e9\r\n", b"3e8\r\n" + b"a" * 1000 + b"\r\n1\r\n", b"1" * 200 + b"\r\n")),
             *((wire, EOFError) for wire in (
@@ -2679,7 +2682,7 @@ FUZZ_HEADS = (
     "Sec-WebSocket-Version: 13|Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
 FUZZ_LIMITS = {
     "HEAD_SIZE": 700, "TARGET_SIZE": 100, "REQUEST_LINE_SIZE": 120, "HEADERS_MAX": 15,
-    "CHUNK_LINE_SIZE": 40, "CHUNK_EXTENSIONS_SIZE": 60, "TRAILERS_SIZE": 50}
+    "CHUNK_LINE_SIZE": 40, "CHUNK_EXTRAS_SIZE": 60}
 
 
 def fuzz_request(rng):
@@ -2748,7 +2751,8 @@ def fuzz_outcome(wire, buffer_size=99999, limit=300):
     its words)."""
     seen, file = [], io.BufferedReader(io.BytesIO(wire), buffer_size)
     try:
-        for request in iter(lambda: gaffer.read_request(file), None):
+        while True:
+            request = gaffer.read_request(file)
             seen.append(fuzz_look(request))
             body = gaffer.read_body(file, gaffer.body_length(request, limit), limit)
             assert len(body) <= limit
@@ -11923,7 +11927,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     (" ** 2 * len(words)", " ** 2", "PureErrors.test_near"),
     ("len(chunks[0]) < self.start", "len(chunks[0]) <= self.start", "PureWindow.test_byte_before"),
     (">= TEMPLATES_MAX", "> TEMPLATES_MAX", "PureTemplates.test_most_templates"),
-    ("> CHUNK_EXTENSIONS_SIZE", "> 10 ** 9", "PureReading.test_chunked_bodies"),
+    ("if left < 0:", "if False:", "PureReading.test_chunked_bodies"),
     ("        if self._reaped and pid_exists(self.os_pid):\n            return False\n", "",
      "ProcessHostile.test_a_number_that_is_another_s_by_now"),
     ("elif not self.exited:", "else:", "ProcessHostile.test_a_number_that_is_another_s_by_now"),
