@@ -10348,12 +10348,16 @@ def split_list(text):
     return [word for word in re.split(r"[,\s]+", text) if word]
 
 
-def parse_number(text):
-    """Return a text as an int or a float. Raise ValueError."""
-    try:
-        return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else float(text.encode("ascii"))
-    except ValueError:
-        raise ValueError("must be a number, not %r" % text) from None
+def number_or_text(text):
+    """Return a text as a number if it is one, else as it is."""
+    if re.fullmatch("[+-]?[0-9]{1,18}", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"[0-9]{0,18}\.[0-9]{1,18}", text) else text
+
+
+def numbers_from_text(text):
+    """Return the list of "0, 143 TERM", with its numbers as such."""
+    return list(map(number_or_text, split_list(text)))
 
 
 def env_from_words(words):
@@ -10365,16 +10369,9 @@ def env_from_words(words):
 
 def flapping_from_text(text):
     """Return the object of "2, 1.0, 7.0, 5", in the order of FLAPPING, or of "attempts=2"."""
-    words = split_list(text)
-    if len(words) > len(FLAPPING):
-        raise ValueError("is at most attempts, window, retry_in, max_retry: 2, 1.0, 7.0, 5")
-    pairs = [word.rpartition("=") for word in words]
-    return {name or field: parse_number(value) for field, (name, _, value) in zip(FLAPPING, pairs)}
-
-
-def number_or_text(text):
-    """Return a text as a number if it is one, else as it is."""
-    return parse_number(text) if re.fullmatch(r"[0-9]{1,18}(\.[0-9]+)?", text) else text
+    words = [word.rpartition("=") for word in split_list(text)]
+    return {name or field: number_or_text(value)
+            for field, (name, _, value) in zip([*FLAPPING, "a fifth one"], words)}
 
 
 def ready_from_text(text):
@@ -10383,7 +10380,7 @@ def ready_from_text(text):
     text, within = re.fullmatch(r"(.*?)(?:\s+within=(\S+))?", text, re.S).groups()
     kind, _, value = text.partition(":")
     found = {kind: {"notify": True, "http": text}.get(kind, value)}
-    return dict(found, within=parse_number(within)) if within else found
+    return dict(found, within=number_or_text(within)) if within else found
 
 
 def pairs_from_text(text):
@@ -10398,29 +10395,26 @@ def pairs_from_text(text):
 CONVERTERS = {                                  # of text, for fields that are not text
     "stop_signal": lambda text: (pairs_from_text if "=" in text else number_or_text)(text),
     "limits": lambda text: dict(pairs_from_text(text)),
-    "env_file": lambda text: split_words(text, ","),
-    "success": lambda text: [number_or_text(word) for word in split_list(text)],
-    "restart_delay": lambda text: [parse_number(word) for word in split_list(text)] if (
-        len(split_list(text)) > 1) else parse_number(text),
+    "env_file": lambda text: split_words(text, ","), "success": numbers_from_text,
+    "restart_delay": lambda text: (
+        numbers_from_text if len(split_list(text)) > 1 else number_or_text)(text),
     "env": lambda text: env_from_words(split_words(text, ",")), "flapping": flapping_from_text,
-    "ready": ready_from_text, "after": split_list,
-    **dict.fromkeys(("redirect_output", "custom_streams"), split_list),
+    "ready": ready_from_text,
+    **dict.fromkeys(("redirect_output", "custom_streams", "after"), split_list),
     **dict.fromkeys(("numprocesses", "priority", "graceful_timeout", "nice", "backlog"),
-                    parse_number)}
+                    number_or_text)}
 
 
 def from_text(field, text):
     """Return the value of a field as INI and the command line write it; None: it is left out.
 
-    Raise ValueError with a sentence that continues "field 'x' ".
+    What is not one stays a text, which the field's check refuses. ValueError: a quote is not
+    closed.
     """
     convert = CONVERTERS.get(field, str)
     if field in OPTIONS and isinstance(OPTIONS[field].default, bool):
-        if text.lower() not in BOOLEANS:
-            raise ValueError("must be true or false, not %r" % text)
-        return BOOLEANS[text.lower()]
+        return BOOLEANS.get(text.lower(), text)
     return None if text == "" and field != "cmd" and convert is not split_list else convert(text)
-
 
 def to_text(field, value):
     """Return a value as from_text() reads it."""
@@ -10480,91 +10474,107 @@ def read_config(path):
 
 
 class ConfigFile:
-    """A configuration file: its text, and its faults: [(line, text)]."""
+    """A configuration file: its text, and its faults, (line, text).
+
+    `places`: {(section, field or None): (line, section, field)}, where a loader has found them, and
+    what they are called there.
+    """
 
     def __init__(self, path):
         self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
-        self.text, self.faults = read_config(path), []
-        self.programs, self.origins = {}, {}    # of supervisord; see load_supervisord()
-
-    def fault(self, reason, section="", field=None, line=None):
-        """Note what is wrong, with its line."""
-        line = line or self._line(section, field)
-        where = "[%s] " % section if section else ""
-        self.faults.append((line, "%s:%d: %s%s" % (self.path, line, where, reason)))
+        self.text, self.faults, self.places = read_config(path), set(), {}
+        self.sections = {}                      # of supervisord; see load_supervisord()
 
     def join(self, path):
         """Return a path of the file as seen from its folder."""
         return os.path.join(self.folder, path)
 
-    def note(self, section, fields, faults):
-        """Note faults of a section's fields, [(field, sentence)], unless its text has one."""
-        section, names = self.origins.get(section, (section, {}))
-        known = "\n".join(text for _, text in self.faults)
-        for field, reason in faults:
-            named = "field '%s' " % names.get(field, field)
-            if "[%s] %s" % (section, named) not in known:
-                self.fault(reason.replace("field '%s' " % field, named), section,
-                           names.get(field, field) if field in fields else None)
+    def fault(self, reason, section="", line=None):
+        """Note what is wrong, with its line: that of the field which the reason begins with."""
+        match = re.match(r"(?:unknown )?field '(.*?)'", reason)
+        field = match and match.group(1)
+        place = self.places.get((section, field)) or self.places.get((section, None))
+        if line is None and place is not None:
+            line, section, name = place
+            reason = reason.replace("'%s'" % field, "'%s'" % (name or field), 1)
+        where = "[%s] " % section if section else ""
+        line = line or self._find(section, None if "is required" in reason else field)
+        self.faults.add((line, "%s:%d: %s%s" % (self.path, line, where, reason)))
 
-    def _line(self, section, field):
-        """Return the line of a section or its field; parsers tell only those of syntax errors."""
-        kind, _, name = map(re.escape, section.partition(":"))
-        tail = r"[ \t]*[:.][ \t]*[\"']?%s[\"']?" % name if name else ""
-        steps = [r"\"%s\"\s*:" % kind] if name else []
-        steps.append(r"^[ \t]*\[[ \t]*%s%s[ \t]*[].]|(\"name\"\s*:\s*)?\"%s\"\s*[:,}]|^%s[ \t]*:"
-                     % (kind, tail, name or kind, name or kind))
-        if field:
-            steps.append(r"^[ \t]*[\"']?{0}[\"']?[ \t]*[=.]|\"{0}\"\s*:".format(re.escape(field)))
-        place = 0
-        for step in steps if section else []:
-            found = re.compile(step, re.M).search(self.text, place)
-            place = found.end() if found else place
-            if found and found.group().startswith('"name"'):    # other fields may come before it
-                place = self.text.rfind("{", 0, place) + 1
+    def note(self, section, faults):
+        """Note the faults of a section's fields, [(field, sentence)]."""
+        for _, sentence in faults:
+            self.fault(sentence, section)
+
+    @contextlib.contextmanager
+    def noting(self, section="", subject="", line=None):
+        """Note an exception as a fault of `subject`, such as "field 'x' ", and go on."""
+        try:
+            yield
+        except (ValueError, GafferError, StartError) as error:
+            self.fault(subject + str(error), section, line)
+
+    def _find(self, section, field):
+        """Return the line of a section or its field in JSON or TOML, whose parsers do not tell."""
+        start = place = 0
+        for word in filter(None, [*section.split(":", 1), field]):
+            # also of "name": "x", which may stand behind other fields of the object
+            key = r"(?:{[^{}]*\"name\"\s*:\s*|^\s*|[\[{,.:]\s*)([\"']?%s[\"']?\s*[]}:.=,])"
+            found = re.compile(key % re.escape(word), re.M).search(self.text, start)
+            if found:
+                start, place = found.start() + 1, found.start(1)
         return self.text.count("\n", 0, place) + 1
 
 
 INI_LINE = re.compile(r"\[(?P<section>.+)\]|(?P<field>[^=]*[^=\s])\s*=\s*(?P<value>.*)")
 
 
-def load_ini(file):
-    """Load an INI file; an indented line continues the value above it."""
-    sections, fields, value, depth, tree = {}, {}, None, 0, {}
+def read_ini(file, comment=r"^\s*[#;].*"):
+    """Return {section: {field: text}} of an INI file. An indented line continues the value above
+    it. `comment`: the pattern of what is none of both."""
+    sections, section, value, depth = {}, "", None, 0
     for number, line in enumerate(file.text.split("\n"), 1):
+        line = re.sub(comment, "", line)
         text, indent = line.strip(), len(line) - len(line.lstrip())
-        if text[:1] in ("#", ";") or not text and value is None:
+        if not text:
             continue
-        if value is not None and (indent > depth or not text):
+        if value is not None and indent > depth:
             value.append(text)
             continue
-        match, depth, twice = INI_LINE.match(text), indent, False
-        shown, value = text.partition("=")[0].rstrip(), []
+        match, depth, value = INI_LINE.fullmatch(text), indent, None
+        shown = text.partition("=")[0].rstrip()
         if match and match["section"]:
-            section, fields, value = match["section"], {}, None
-            twice = sections.setdefault(section, fields) is not fields
-        elif match and sections:
-            value.append(match["value"])
-            twice = fields.setdefault(match["field"], value) is not value
+            section = re.sub(r"\s*:\s*", ":", match["section"].strip())
+            sections.setdefault(section, {})
+        elif match and section:
+            value = [match["value"]]
+            sections[section].setdefault(match["field"], value)
         else:
+            value = []
             file.fault("'%s' is neither [section] nor 'name = value' in a section" % shown,
                        line=number)
-        if twice:
-            file.fault("'%s' is there twice" % shown, section, line=number)
-    for section, fields in sections.items():
+            continue
+        place = number, section, match["field"]
+        if file.places.setdefault((section, match["field"]), place) is not place:
+            file.fault("'%s' is there twice" % shown, section, number)
+    return {section: {field: "\n".join(lines) for field, lines in fields.items()}
+            for section, fields in sections.items()}
+
+def load_ini(file):
+    """Load an INI file."""
+    tree = {}
+    for section, fields in read_ini(file).items():
         kind, _, name = section.partition(":")
         made = tree.setdefault(kind, {})[name] = {}
-        for field, lines in fields.items():
-            value = "\n".join(lines).rstrip()
-            try:
+        for field, value in fields.items():
+            with file.noting(section, "field '%s' " % field):
                 value = from_text(field, value) if FIELDS.get(kind) else value
-            except ValueError as error:         # the text stays, and no check accepts it
-                file.fault("field '%s' %s" % (field, error), section, field)
-            if value is not None:
-                made[field] = value
+                if value is not None:
+                    made[field] = value
     return tree
 
 
+SUPERVISORD = re.compile(r"(?m)^\[(supervisord\]|program:)")
 PROGRAM_FIELDS = {                              # of supervisord: the field it becomes
     "command": "cmd", "directory": "cwd", "user": "uid", "autostart": "start", "umask": "umask",
     "exitcodes": "success", "stopsignal": "stop_signal", "stopwaitsecs": "graceful_timeout",
@@ -10573,6 +10583,8 @@ PROGRAM_DEFAULTS = {                            # where they are not those of a 
     "autorestart": "unexpected", "killasgroup": "", "numprocs": "1", "numprocs_start": "0",
     "priority": "999", "redirect_stderr": "false", "startretries": "3", "startsecs": "1",
     "stopasgroup": "false"}
+AUTORESTART = {"unexpected": "on-failure", **{
+    word: "always" if flag else "never" for word, flag in BOOLEANS.items()}}
 ADVICE = (                                      # what supervisord has, and what to do instead
     (r".* (stdout|stderr)_.*", "output is kept in memory: 'gaffer.py logs' reads it; to have it in "
      "a file, redirect it in the command"),
@@ -10590,108 +10602,88 @@ def fill_in(text, names):
         raise ValueError("has a %%(...)s that stands for nothing: %s" % error) from None
 
 
-def program_templates(file, name, group, fields, names):
-    """Return {name: fields of a template} of supervisord's [program:name], one for each of several
-    processes: %(process_num)d may be anywhere. `names`: what %(x)s stands for. Raise ValueError."""
-    fields = {**PROGRAM_DEFAULTS, "directory": os.getcwd(), "process_name": name, **fields}
-    templates, names = {}, dict(names, program_name=name, group_name=group or name)
-    fields["environment"] = re.sub(     # NAME = "value"
-        QUOTED.pattern + r"|\s*=\s*", lambda match: match.group().strip(), fields["environment"])
+def load_program(file, name, group, fields, names, tree):
+    """Add a template to `tree` for each process of supervisord's [program:name]. `names`: what
+    %(x)s stands for; %(process_num)d may be anywhere."""
+    section, names = "program:" + name, dict(names, program_name=name, group_name=group or name)
 
-    def read(field, kind=None):
-        """Return the value of a field: a number, or what a template's field `kind` may be. Note
-        what is wrong with it."""
-        try:
-            text = fill_in(fields[field], names)
-            return from_text(kind, text) if kind else int(parse_number(text))
-        except (ValueError, OverflowError) as error:
-            file.note("program:" + name, fields, [(field, "field '%s' %s" % (field, error))])
-            return None if kind else 0
-    first, count = read("numprocs_start"), read("numprocs")
-    if not 0 <= count <= NUMPROCESSES_MAX:
-        raise ValueError("field 'numprocs' must be 0 to %d" % NUMPROCESSES_MAX)
-    for number in range(first, first + count):
-        names = dict(names, process_num=number, numprocs=count)
-        env = read("environment", "env") or {}
+    def read(field, convert):
+        """Return what `convert` makes of a field; None, and a fault, if it raises ValueError."""
+        with file.noting(section, "field '%s' " % field):
+            return convert(fill_in(fields[field], names))
+
+    def count(field, most=10 ** 6):
+        return read(field, lambda text: whole_number(0, most)(number_or_text(text))) or 0
+
+    def choose(field, values):
+        return read(field, lambda text: values[choice(*values)(text.lower())])
+    first, number = count("numprocs_start"), count("numprocs", NUMPROCESSES_MAX)
+    for process in range(first, first + number):
+        names.update(process_num=process, numprocs=number)
+        env = read("environment", functools.partial(from_text, "env")) or {}
         names.update(("ENV_" + each, env[each]) for each in env)
-        info = {PROGRAM_FIELDS[field]: read(field, PROGRAM_FIELDS[field])
-                for field in fields if field in PROGRAM_FIELDS}
+        info = {target: read(field, functools.partial(from_text, target))
+                for field, target in PROGRAM_FIELDS.items() if field in fields}
+        info["restart"] = choose("autorestart", AUTORESTART)
         if info.get("cmd"):
             info["cmd"] = info["cmd"].replace("$", "$$")
-        again = fill_in(fields["autorestart"], names).lower()
-        info["restart"] = "on-failure" if again == "unexpected" else (
-            "always" if read("autorestart", "start") else "never")
-        if read("redirect_stderr", "start"):
+        if choose("redirect_stderr", BOOLEANS):
             info["redirect_output"] = ["stdout", "stdout"]
-        retries, lived = min(max(1, read("startretries")), 999), read("startsecs")
+        retries, lived = min(max(1, count("startretries")), 999), count("startsecs")
         if lived:                               # one that lives longer may exit forever
             info.update(restart_delay=[1, retries], flapping=None)
             delays = [restart_delay(info, failures) for failures in range(1, retries + 1)]
             info["flapping"] = {"attempts": retries + 1, "max_retry": 0,
                                 "window": float(retries * lived + sum(delays))}
-        prefix = group or (name if count > 1 else "")
-        label = fill_in(fields["process_name"], names) if count > 1 else name
-        templates["%s:%s" % (prefix, label) if prefix else label] = info
-    if len(templates) < count:
-        raise ValueError("field 'process_name' must have %(process_num)d in it, as 'numprocs' is "
-                         "more than 1")
-    return templates
+        prefix = group or (name if number > 1 else "")
+        label = read("process_name", str) if number > 1 else name
+        key = "%s:%s" % (prefix, label) if prefix else name
+        if key in tree:
+            file.fault("field 'process_name' must have %(process_num)d in it, as 'numprocs' is "
+                       "more than 1", section)
+        tree[key] = {field: value for field, value in info.items() if value is not None}
+        place = file.places["process:" + key, None] = file.places[section, None]
+        for field, target in PROGRAM_FIELDS.items():
+            line, _, _ = file.places.get((section, field), place)
+            file.places["process:" + key, target] = line, section, field
 
 
-def load_supervisord(file):
-    """Load supervisord's file. What has no counterpart is logged once. Its programs are left to
-    supervisord_templates(), as the groups of another file may name them."""
-    import configparser
-    parser = configparser.RawConfigParser(strict=False, inline_comment_prefixes=(";", "#"))
-    try:
-        parser.read_string(file.text)
-    except configparser.Error as error:
-        for line, _ in getattr(error, "errors", ()) or [(getattr(error, "lineno", 1), "")]:
-            file.fault("this is neither [section] nor 'name = value' in a section", line=line)
+def load_supervisord(file, main):
+    """Load supervisord's file, or one that its file `main` includes. What has no counterpart is
+    logged once."""
+    file.sections = read_ini(file, r"(^|\s)[;#].*")
+    shared = main.sections.get("supervisord", {})
     names = {"ENV_" + name: value for name, value in os.environ.items()}
     names.update(here=file.folder, host_node_name=socket.gethostname())
     taken = {"program": {"process_name", *PROGRAM_FIELDS, *PROGRAM_DEFAULTS},
              "group": {"programs"}, "include": {"files"}}
-    tree, others = {}, collections.defaultdict(list)
-    for section in parser.sections():
-        fields, kind = dict(parser[section]), section.partition(":")[0]
-        file.programs[section.replace(": ", ":").rstrip()] = file, fields, names
-        try:
-            if kind == "include":
-                files = fill_in(fields.get("files", ""), names)
-                tree["gaffer"] = {"": {"include": files.split()}}
-        except ValueError as error:
-            file.fault(str(error), section)
+    tree, groups, others = {"process": {}}, {}, collections.defaultdict(list)
+    for section, fields in file.sections.items():
+        kind, _, name = section.partition(":")
+        if kind == "include":
+            with file.noting(section, "field 'files' "):
+                files = fill_in(fields.get("files", ""), names).split()
+                tree["gaffer"] = {"": {"include": files}}
+        for program in split_list(fields.get("programs", "")):
+            groups[program] = name
+            if "program:" + program not in file.sections:
+                file.fault("field 'programs' names '%s', which is not in this file: have a group "
+                           "and its programs in one file" % program, section)
         for what in [section] if kind not in taken else [
                 "%s %s" % (section, field) for field in fields if field not in taken[kind]]:
             others[next(advice for pattern, advice in ADVICE
                         if re.fullmatch(pattern, what))].append(what)
+    for section, fields in file.sections.items():
+        kind, _, name = section.partition(":")
+        if kind == "program":
+            env = re.sub(QUOTED.pattern + r"|\s*=\s*", lambda match: match.group().strip(),
+                         "%s,\n%s" % (shared.get("environment", ""), fields.get("environment", "")))
+            load_program(file, name, groups.get(name), {
+                **PROGRAM_DEFAULTS, "directory": os.getcwd(), "user": shared.get("user", ""),
+                "process_name": name, **fields, "environment": env}, names, tree["process"])
     for advice, found in others.items():
         log.warning("%s: not taken: %s; %s", file.path, ", ".join(found), advice)
     return tree
-
-
-def supervisord_templates(files):
-    """Yield (file, {name: fields}) of the templates that supervisord's programs make."""
-    sections = {section: each for file in files for section, each in file.programs.items()}
-    groups, shared = {}, sections.get("supervisord", (0, {}))[1]
-    for section, (file, fields, _) in sections.items():
-        for program in split_list(fields.get("programs", "")):
-            groups[program] = section.partition(":")[2]
-            if not {"program:" + program, "fcgi-program:" + program} & {*sections}:
-                file.fault("there is no [program:%s]" % program, section, "programs")
-    for section, (file, fields, names) in sections.items():
-        kind, _, name = section.partition(":")
-        env, made = shared.get("environment", "") + ",\n" + fields.get("environment", ""), {}
-        fields = {"user": shared.get("user", ""), **fields, "environment": env}
-        try:
-            if kind == "program":
-                made = program_templates(file, name, groups.get(name), fields, names)
-        except ValueError as error:
-            file.fault(str(error), section)
-        origin = section, {PROGRAM_FIELDS[field]: field for field in PROGRAM_FIELDS}
-        file.origins.update(("process:" + template, origin) for template in made)
-        yield file, made
 
 
 def load_objects(file):
@@ -10714,22 +10706,14 @@ def load_objects(file):
         found = re.search(r"line (\d+)", str(error))
         file.fault("cannot be parsed: %s" % error, line=int(found.group(1)) if found else 1)
         return {}
-    tree = {}
     if isinstance(data, dict) and "cmd" not in data:
-        for kind, value in data.items():
-            sections = value if kind in NAMED_KINDS and isinstance(value, dict) else {"": value}
-            for name, fields in sections.items():
-                if isinstance(fields, dict) and (name or kind not in NAMED_KINDS):
-                    tree.setdefault(kind, {})[name] = fields
-                else:
-                    file.fault("must be an object", "%s:%s" % (kind, name) if name else kind)
-        return tree
+        return {kind: value if kind in NAMED_KINDS and isinstance(value, dict) else {"": value}
+                for kind, value in data.items()}
+    tree = {}
     for item in data if isinstance(data, list) else [data]:
         name = item.get("name") if isinstance(item, dict) else None
-        if not isinstance(name, str) or name in tree:
+        if not isinstance(name, str) or tree.setdefault(name, item) is not item:
             file.fault("must be sections, a template, or a list of templates with different names")
-        else:
-            tree[name] = item
     return {"process": tree}
 
 
@@ -10779,44 +10763,41 @@ class Procfile(ConfigFile):
     def __init__(self, path, env_files=(), port=None, taken=()):
         super().__init__(path or os.devnull)
         self.folder, self.env = self.folder if path else os.getcwd(), {}
-        self.types, self.fields, self.taken = {}, collections.defaultdict(dict), list(taken)
+        self.types, self.fields, self.taken = {}, {}, list(taken)
         default = os.path.join(self.folder, ".env")
-        for env_file in env_files or [default] * os.path.isfile(default):
+        if not env_files and os.path.isfile(default):
+            env_files = [default]
+        for env_file in env_files:
             values, faults = parse_env(read_config(env_file), dict(os.environ, **self.env))
             self.env.update(values)
-            for line, reason in faults:
-                self.faults.append((line, "%s:%d: %s" % (env_file, line, reason)))
+            self.faults.update((line, "%s:%d: %s" % (env_file, line, reason))
+                               for line, reason in faults)
         given = str(port if port is not None else self.env.get("PORT", os.environ.get("PORT", "")))
         self.port = free_port(FIRST_PORT, self.taken)
         if re.fullmatch("[0-9]{1,5}", given) and 0 < int(given) < 65536:
             self.port = free_port(int(given), self.taken, 1)
         elif given:
-            self.faults.append((0, "PORT is '%s': give a number from 1 to 65535" % given[:40]))
+            self.faults.add((0, "PORT is '%s': give a number from 1 to 65535" % given[:40]))
         above = {}
-        for line, text in enumerate(self.text.split("\n"), 1):
-            match = re.match(r"([A-Za-z0-9_-]+)[ \t]*:[ \t]*(\S.*?)[ \t\r]*\Z", text)
-            comment = re.match(r"#[ \t]*gaffer:(.*)", text)
+        for number, line in enumerate(self.text.split("\n"), 1):
+            match = re.match(r"([A-Za-z0-9_-]+)[ \t]*:[ \t]*(\S.*?)[ \t\r]*\Z", line)
+            comment = re.match(r"#[ \t]*gaffer:(.*)", line)
             if match and match.group(1) not in self.types:
-                self.types[match.group(1)] = match.group(2)
-                self.fields[match.group(1)], above = above, {}
+                name, self.types[name] = match.groups()
+                self.fields[name], above = above, {}
+                self.places["process:" + name, None] = number, "process:" + name, None
             elif comment:
-                what = "the comment"
-                try:
+                with self.noting(subject="the comment ", line=number):
                     for word in split_words(comment.group(1)):
                         field, _, value = word.partition("=")
-                        what = "field '%s'" % field
                         if field not in OPTIONS or field in ("name", "cmd", "args", "env"):
                             self.fault("%r is not FIELD=VALUE, as in after=db%s" % (
-                                field, near(field, OPTIONS)), line=line)
-                            continue
-                        value = from_text(field, value)
-                        if value is not None:
-                            above[field] = value
-                except ValueError as error:
-                    self.fault("%s %s" % (what, error), line=line)
-            elif text.strip() and text.lstrip()[0] != "#":
+                                field, near(field, OPTIONS)), line=number)
+                        elif from_text(field, value) is not None:
+                            above[field] = from_text(field, value)
+            elif re.match(r"\s*[^\s#]", line):
                 self.fault("'%s' is there twice" % match.group(1) if match else
-                           "%r is not 'type: command'" % text.rstrip(), line=line)
+                           "%r is not 'type: command'" % line.rstrip(), line=number)
 
 
 def load_procfile(file):
@@ -10826,8 +10807,8 @@ def load_procfile(file):
         port = free_port(port + PORTS_PER_TYPE, file.taken) if tree else port
         file.taken += [port, port + PORTS_PER_TYPE - 1]
         env = dict(file.env, PORT=str(port), GAFFER_PORT_STEP="1")
-        tree[name] = dict(command_fields(command), cwd=file.folder, env=env)
-        tree[name].update(file.fields[name])
+        tree[name] = {**command_fields(command), "cwd": file.folder, "env": env,
+                      **file.fields[name]}
     if not tree and not file.faults:
         file.fault("there is no line 'type: command' in it")
     return {"process": tree}
@@ -10835,7 +10816,7 @@ def load_procfile(file):
 
 def raise_faults(files):
     """Raise one ConfigError with the faults of files, if they have any."""
-    faults = [text for file in files for _, text in sorted(file.faults, key=lambda fault: fault[0])]
+    faults = [text for file in files for _, text in sorted(file.faults)]
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -10851,56 +10832,43 @@ def make_endpoint(file, name, fields):
     """Return the HttpEndpoint of [endpoint:name], or None if it has faults."""
     section = "endpoint:" + name
     values, faults = examine_fields(fields, FIELDS["endpoint"], ("bind",))
-    file.note(section, fields, faults)
+    file.note(section, faults)
     for field in ("certfile", "keyfile"):
         values[field] = values[field] and file.join(values[field])
     if not faults and values["bind"].startswith("unix:"):
         values["bind"] = "unix:" + file.join(values["bind"][5:])
-    try:
+    with file.noting(section, "field 'bind': "):
         return None if faults else HttpEndpoint(**values)
-    except StartError as error:
-        return file.fault(str(error), section, "bind")
 
 
 def make_hooks(file, fields):
     """Return [(pattern, URL)] of [webhooks]."""
     hooks = []
     for key, value in fields.items():
-        try:
+        with file.noting("webhooks", "field '%s': " % key):
             parse_pattern(event_pattern(key).split("/"))
             for url in check_words(value):
                 check_hook_url(url)
                 hooks.append((event_pattern(key), url))
-        except (BadEventType, ClientError, ValueError) as error:
-            file.fault("'%s': %s" % (key, error), "webhooks", key)
     return hooks
 
 
 def make_template(file, name, fields, env_file, env):
     """Return the template of [process:name]. `env`: [env:name], which is in `env_file`."""
-    section, info = "process:" + name, dict(fields)
-    if info.setdefault("name", name) != name:
-        file.fault("field 'name' is %r: leave it out" % (info["name"],), section, "name")
-        info["name"] = name
-    try:
-        if isinstance(info.get("env", {}), dict):
-            info["env"] = dict(info.get("env", {}), **check_env(env))
-    except ValueError as error:
-        env_file.fault(str(error), "env:" + name)
-    if info.get("cwd") is None:
-        info["cwd"] = file.folder
-    elif isinstance(info["cwd"], str):
-        info["cwd"] = file.join(info["cwd"])
-    if isinstance(info.get("env_file"), list):
-        info["env_file"] = [file.join(path) if isinstance(path, str) else path
-                            for path in info["env_file"]]
+    section, info = "process:" + name, dict(fields, name=name)
+    if fields.get("name", name) != name:
+        file.fault("field 'name' is %r: leave it out" % (fields["name"],), section)
+    if isinstance(info.get("env", {}), dict):
+        with env_file.noting("env:" + name):
+            info["env"] = {**info.get("env", {}), **check_env(env)}
+    if isinstance(info.get("cwd") or "", str):
+        info["cwd"] = file.join(info["cwd"]) if info.get("cwd") else file.folder
     template, faults = examine_template(info)
-    try:
+    file.note(section, faults)
+    template["env_file"] = list(map(file.join, template["env_file"]))
+    with file.noting(section):
         if template["start"] and not faults:
             Launch(template)
-    except InvalidProcessInfo as error:
-        faults = [(re.match(r"field '(\w+)'|", str(error)).group(1), str(error))]
-    file.note(section, fields, faults)
     return template
 
 
@@ -10925,71 +10893,69 @@ def read_settings(source, taken=None):
             ports.extend(endpoint.port for endpoint in known if endpoint and not endpoint.path)
         return Procfile(path, taken=ports)
 
-    def take(file):
+    def load(file):
+        """Take what a file holds into `found`."""
         files.append(file)
-        load = load_objects if re.search(r"(?i)\.(json|toml)$", file.path) else load_ini
-        if files[0].programs or re.search(r"(?m)^\[(supervisord\]|program:)", file.text):
-            load = load_supervisord
-        add(file, (load_procfile if isinstance(file, Procfile) else load)(file))
-        ports.extend(getattr(file, "taken", ()))
-
-    def add(file, tree):
+        if isinstance(file, Procfile):
+            tree = load_procfile(file)
+            ports.extend(file.taken)
+        elif re.search(r"(?i)\.(json|toml)$", file.path):
+            tree = load_objects(file)
+        elif any(SUPERVISORD.search(each.text) for each in (files[0], file)):
+            tree = load_supervisord(file, files[0])
+        else:
+            tree = load_ini(file)
         for kind, name in [(kind, name) for kind, sections in tree.items() for name in sections]:
             section, fields = "%s:%s" % (kind, name) if name else kind, tree[kind][name]
             if kind not in FIELDS or bool(name) != (kind in NAMED_KINDS):
-                known = [kind if kind not in NAMED_KINDS else "%s:%s" % (kind, name or "NAME")
-                         for kind in FIELDS]
+                known = ["%s:%s" % (each, name or "NAME") if each in NAMED_KINDS else each
+                         for each in FIELDS]
                 file.fault("there is no section with this name%s" % (
                     near(section, known) or "; there are " + ", ".join(known)), section)
+            elif not isinstance(fields, dict):
+                file.fault("must be an object", section)
             elif name in found[kind]:
                 file.fault("this section is in %s too" % found[kind][name][0].path, section)
             else:
-                found[kind][name] = file, (
-                    make_endpoint(file, name, fields) if kind == "endpoint" else fields)
+                made = make_endpoint(file, name, fields) if kind == "endpoint" else fields
+                found[kind][name] = file, made
 
-    take(read(source) if isinstance(source, str) else source)
+    load(read(source) if isinstance(source, str) else source)
     main, fields = found["gaffer"].get("", (files[0], {}))
     gaffer, faults = examine_fields(fields, FIELDS["gaffer"])
-    main.note("gaffer", fields, faults)
-    paths = []
-    for pattern in map(main.join, gaffer["include"]):
-        names = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        paths += [("include", name) for name in names]
-    for root in map(main.join, gaffer["include_dir"]):
-        if not os.path.isdir(root):
-            main.fault("%r is not a folder" % root, "gaffer", "include_dir")
-        for folder, folders, names in os.walk(root):
-            folders[:] = sorted(name for name in folders if name[0] != ".")
-            paths += [("include_dir", os.path.join(folder, name)) for name in sorted(names)
-                      if name.endswith(".ini") and name[0] != "."]
+    main.note("gaffer", faults)
+    paths = [("include", main.join(pattern)) for pattern in gaffer["include"]]
+    for folder in map(main.join, gaffer["include_dir"]):
+        if not os.path.isdir(folder):
+            main.fault("field 'include_dir' names %r, which is not a folder" % folder, "gaffer")
+        paths.append(("include_dir", os.path.join(glob.escape(folder), "**", "*.ini")))
+    paths = [(field, name) for field, path in paths for name in (
+        sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path])]
     for field, path in sorted(paths, key=lambda pair: bool(PROCFILE_PATH.fullmatch(pair[1]))):
-        try:
+        with main.noting("gaffer", "field '%s': " % field):
             if os.path.realpath(path) in [os.path.realpath(file.path) for file in files]:
                 raise ConfigError("%s is included already" % path)
             if len(files) >= INCLUDES_MAX:
                 raise ConfigError("%s is one of more than %d files" % (path, INCLUDES_MAX))
-            take(read(path))
-        except ConfigError as error:
-            main.fault("'%s': %s" % (field, error), "gaffer", field)
-    for file, templates in supervisord_templates(files):
-        add(file, {"process": templates})
+            load(read(path))
     endpoints = {name: endpoint for name, (_, endpoint) in found["endpoint"].items()}
     chosen = list(endpoints) if gaffer["http_endpoints"] is None else gaffer["http_endpoints"]
-    for name in [name for name in chosen if name not in endpoints]:
-        main.fault("there is no [endpoint:%s]%s" % (name, near(name, endpoints)),
-                   "gaffer", "http_endpoints")
-    hooks = make_hooks(*found["webhooks"].get("", (files[0], {})))
-    for name in found["env"]:
+    for name in chosen:
+        if name not in endpoints:
+            main.fault("field 'http_endpoints': there is no [endpoint:%s]%s" % (
+                name, near(name, endpoints)), "gaffer")
+    hooks = make_hooks(*found["webhooks"].get("", (main, {})))
+    for name, (file, _) in found["env"].items():
         if name not in found["process"]:
-            found["env"][name][0].fault("there is no [process:%s]%s" % (
-                name, near(name, found["process"])), "env:" + name)
+            file.fault("there is no [process:%s]%s" % (name, near(name, found["process"])),
+                       "env:" + name)
     templates = {name: make_template(file, name, fields, *found["env"].get(name, (file, {})))
                  for name, (file, fields) in found["process"].items()}
     for name, (file, _) in found["process"].items():
         circle = find_circle(name, lambda each: templates.get(each, {"after": ()})["after"])
         if circle:
             file.fault("field 'after' makes a circle: %s" % " after ".join(circle),
-                       "process:" + name, "after")
+                       "process:" + name)
     raise_faults(files)
     return Settings([endpoints[name] for name in chosen], templates, hooks)
 

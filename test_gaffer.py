@@ -9437,7 +9437,7 @@ class CliControl(CliFollowCase):
         self.calls(*[(words, "", status, "gaffer: %s\n" % said) for words, status, said in (
             ("add_process a", 2, "say what to run: .*"),
             ("update_process a --numprocesses 2 true", 2, "the command begins with '--num.*"),
-            ("add_process --numprocesses two b x", 2, "--numprocesses: .*not 'two'"),
+            ("add_process --numprocesses two b x", 1, "field 'numprocesses' must .*"),
             ("update_process a", 2, "say what to change: .*"),
             ("load_process /nosuch", 1, "/nosuch cannot be read as JSON: No such file.*"),
             ("load_process -", 1, "stdin cannot be read as JSON: .*"))])
@@ -10297,17 +10297,17 @@ class ConfigFiles(ConfigCase):
         junk -> 'junk' is neither [section] nor 'name = value' in a section
           more
         [gaffer]
-        http_endpoints = public, nix -> there is no [endpoint:nix]
-        include_dir = nothing -> 'nothing' is not a folder
-        include = b.ini b.ini no.ini -> 'include': b.ini is included already -> 'include': no.ini: *
+        http_endpoints = public, nix -> field 'http_endpoints': there is no [endpoint:nix]
+        include_dir = nothing -> field 'include_dir' names 'nothing', which is not a folder
+        include = b.ini b.ini no.ini -> field 'include': b.ini * already -> field 'include': no.ini: *
         [endpoint:public]
-        bind = 127.0.0.1 -> '127.0.0.1' is not an address: give host:port, [v6]:port or unix:/path
+        bind = 127.0.0.1 -> field 'bind': *
         bind=1 -> 'bind' is there twice
         [proces:dummy] -> there is no section with this name, did you mean 'process:dummy'?
         [process:dummy] -> field 'cmd' is required
         comand = ./dummy.py -> unknown field 'comand', did you mean 'cmd'?
         env = A='1 -> field 'env' cannot be split into words: no closing quotation
-        flapping = 1 2 3 4 5 -> field 'flapping' is at most attempts, window, retry_in, max_retry: *
+        flapping = 1 2 3 4 5 -> field 'flapping' has the unknown field 'a fifth *
         name = other -> field 'name' is 'other': leave it out
         [process:a]
         cmd = nosuchprog -> field 'cmd' names 'nosuchprog', which is not found in PATH
@@ -10318,9 +10318,9 @@ class ConfigFiles(ConfigCase):
         env_file = no.env -> field 'env_file' names '*no.env', which cannot be read: *
         [env:x] -> there is no [process:x]
         [webhooks]
-        creat = http://x -> 'creat': there is no event type 'creat', did you mean 'create'?*
-        stop = http://a:b@c/ -> 'stop': 'http://a:b@c/' is not a URL such as http://host:port/path
-        flap = http://x/ü -> 'flap': 'http://x/ü' is not a URL such as http://host:port/path
+        creat = http://x -> field 'creat': there is no event type 'creat', did you mean 'create'?*
+        stop = http://a:b@c/ -> field 'stop': 'http://a:b@c/' is not a URL such as http://host:port/path
+        flap = http://x/ü -> field 'flap': 'http://x/ü' is not a URL such as http://host:port/path
         [process] -> there is no section with this name, did you mean 'process:NAME'?
          -> b.ini:1: [process:a] this section is in all.ini too
         == tree.json
@@ -10355,9 +10355,8 @@ class ConfigFiles(ConfigCase):
         # gaffer: afer=b -> 'afer' is not FIELD=VALUE, as in after=db, did you mean 'after'?
         # gaffer: cmd=x -> 'cmd' is not FIELD=VALUE, *
         # gaffer: ready='x -> the comment cannot be split into words: no closing quotation
-        # gaffer: shell -> field 'shell' must be true or false, not ''
-        # gaffer: ready=udp:1
-        7: true -> [process:7] field 'name' must be * -> [process:7] field 'ready' has the unknown *
+        # gaffer: shell ready=udp:1
+        7: true -> [process:7] field 'name' * -> [process:7] field 'ready' * -> [process:7] field 'shell' *
         """
 
     def test_all_faults_at_once(self):
@@ -10380,7 +10379,7 @@ class ConfigFiles(ConfigCase):
         self.assertEqual(len(self.faults("many.ini", many)), 200)
         with http_limits(INCLUDES_MAX=1):
             found, = self.faults("x.ini", "[gaffer]\ninclude = b.ini")
-        self.assertEqual(found, "x.ini:2: [gaffer] 'include': b.ini is one of more than 1 files")
+        self.assertEqual(found, "x.ini:2: [gaffer] field 'include': b.ini is one of more than 1 files")
 
     def test_files_that_cannot_be_read(self):
         path = self.write("x.ini", "[process:a]\ncomand = x\n")
@@ -10435,13 +10434,13 @@ class ConfigSupervisord(ConfigCase):
 
     def test_programs(self):
         pure_environ(self, PURE_HOME="/h", PURE_COUNT="2", PURE_AGAIN="unexpected")
-        self.write("more/a.conf", "[group:shop]\nprograms=job, x\n")
         self.write("more/c.conf", "[inet_http_server]\nport=9001\n")
-        self.write("more/b.conf", "[program: x ]\ncommand=sleep 1\nstartretries=9999\n"
+        self.write("more/b.conf", "[group:shop]\nprograms=x\n[program: x ]\ncommand=sleep 1\n"
+                   "startretries=9999\n"
                    "autorestart=%(ENV_PURE_AGAIN)s")
         with self.assertLogs("gaffer", "WARNING") as logged:
             templates = self.settings("supervisord.conf", self.TEXT).templates
-        self.assertEqual(list(templates), ["web:web_07", "web:web_08", "shop:job", "shop:x"])
+        self.assertEqual(list(templates), ["web:web_07", "web:web_08", "job", "shop:x"])
         _, web, job, x = templates.values()
         self.assertEqual(web, dict(
             PureTemplates.DEFAULTS, name="web:web_08", cmd="/bin/sleep 8 2 2", cwd=self.home,
@@ -10450,7 +10449,7 @@ class ConfigSupervisord(ConfigCase):
             redirect_output=["stdout"] * 2,
             env={"A": "1,2 = 3", "B": "2", "PORT": "8008", "HOME": "/h"}))
         self.assertEqual(job, dict(
-            PureTemplates.DEFAULTS, name="shop:job", cmd="sh -c 'echo $$HOME 100%'",
+            PureTemplates.DEFAULTS, name="job", cmd="sh -c 'echo $$HOME 100%'",
             cwd=os.getcwd(), restart="on-failure", success=[0, 2], stop_group=False, priority=999,
             env={"A": "1", "B": "2"}))
         self.assertEqual((x["flapping"]["attempts"], x["restart"]), (1000, "on-failure"))
@@ -10468,19 +10467,19 @@ class ConfigSupervisord(ConfigCase):
     def test_faults(self):
         for text, words in (
                 ("command=sleep %(no)s", "stands for nothing"),
-                ("numprocs=1001\ncommand=x", "field 'numprocs' must be 0 to 1000"),
+                ("numprocs=1001\ncommand=x", "field 'numprocs' must be a whole number from 0 to 1000"),
                 ("numprocs=2\ncommand=x", "field 'process_name' must have %(process_num)d in it"),
                 ("numprocs=2\nprocess_name=%(process_num)d\ncommand=true\nuser=no",
                  "conf:5: [program:x] field 'user' names the unknown user 'no'"),
                 ("startsecs=x\nautostart=y\ncommand=true",
-                 "conf:2: [program:x] field 'startsecs' must be a number, not 'x'\nsupervisord."
-                 "conf:3: [program:x] field 'autostart' must be true or false, not 'y'"),
-                ("command=x\n[group:g]\nprograms=x, y", ":4: [group:g] there is no [program:y]"),
+                 "conf:2: [program:x] field 'startsecs' must be a whole number from 0 to 1000000\n"
+                 "supervisord.conf:3: [program:x] field 'autostart' must be true or false"),
+                ("command=x\n[group:g]\nprograms=x, y", ":4: [group:g] field 'programs' names 'y'"),
                 ("command=true\n[supervisord]\nuser=no", "[program:x] field 'user' names the "),
                 ("environment=A\\ =1,=2\ncommand=x", "conf:2: [program:x] field 'environment' "),
                 ("directory=/", "field 'command' is required"),
-                ("nonsense", "conf:2: this is neither [section]"),
-                ("command=true\n[include]\nfiles=%x", ":3: [include] has a %(...)s that")):
+                ("nonsense", "conf:2: 'nonsense' is neither [section]"),
+                ("command=true\n[include]\nfiles=%x", ":4: [include] field 'files' has a %(...)s that")):
             with self.subTest(text):
                 faults = self.faults("supervisord.conf", "[program:x]\n" + text)
                 self.assertIn(words, "\n".join(faults))
