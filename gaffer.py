@@ -2974,7 +2974,6 @@ class Process:
         self.by_itself = False                  # it exited without having been asked to
         self.ended = False                      # it has exited, and its output has been read
         self.abandoned = False                  # gaffer may not signal it, or it outlived SIGKILL
-        self.failures = 0                       # exits in a row before this one, for the backoff
         self.retry_after = 0.0                  # seconds until the next start; None: there is none
         self.last_exit = None                   # as its template's
         self.cpu_sample = None                  # (time, cpu_time, percent) of the last sample
@@ -3470,8 +3469,8 @@ def matches(pattern, event):
 class Template:
     """A process template at work: what is wanted (`info`, `active`) and what there is of it."""
 
-    def __init__(self, info, loop, journal, templates):
-        self._loop, self._journal, self._templates = loop, journal, templates
+    def __init__(self, info, manager):
+        self._manager = manager
         self.name = info["name"]
         self.group = self.name.partition(":")[0] if ":" in self.name else None
         self.active = self.deleted = False
@@ -3481,11 +3480,11 @@ class Template:
         self.finished = {}                      # instance -> its exit, which nothing follows
         self.tries = 0                          # exits and failed spawns since its start
         self.processes = {}                     # pid -> Process: not gone, oldest first
-        self.pending = []                       # Timers: slots that wait for the end of a backoff
+        self.pending = {}                       # instance -> Timer: waits for the end of a backoff
         self.pause = None                       # Timer: it flaps, and nothing is spawned
         self.alarm = None                       # Timer: until the next time of its schedule
         self.next_runs = []                     # that time, Unix, and up to four after it
-        self.failures = []                      # what the next spawns follow: exits in a row
+        self.failures = {}                      # instance -> exits in a row, which a spawn follows
         self.history = ()                       # see after_exit()
         self.merged = {}                        # label -> Merged
         self.begins = {}                        # Window -> where its last run begins
@@ -3503,7 +3502,15 @@ class Template:
         self.info = info
         self.schedule = None if info["schedule"] is None else Schedule(info["schedule"])
         self.due = self.schedule is None        # False: it waits for a time of its schedule
+        self.forget_waits()
         self.begin()
+        labels = [*info["redirect_output"], *info["custom_streams"]]
+        for label in [label for label in self.merged if label not in labels]:
+            self.merged.pop(label).window.finish()
+        for label in labels:                    # those of labels that stay go on
+            if label not in self.merged:
+                self.merged[label] = Merged(self._manager.loop, self._manager.window_size,
+                                            self.name, label, self._manager.journal)
 
     def begin(self):
         """Forget what came of earlier runs. What is not gone yet is no part of the next."""
@@ -3517,26 +3524,18 @@ class Template:
         return [process for process in self.processes.values() if process.running]
 
     def free_instance(self):
-        """Return the lowest number, from 1, that none of its processes has, or had in this run."""
-        taken = {process.instance for process in self.processes.values()}.union(self.finished)
-        return next(each for each in range(1, len(taken) + 2) if each not in taken)
-
-    def open_streams(self, size):
-        """Make the template's streams fit its labels. Those of labels that stay go on."""
-        labels = [*self.info["redirect_output"], *self.info["custom_streams"]]
-        for label in [label for label in self.merged if label not in labels]:
-            self.merged.pop(label).window.finish()
-        for label in labels:
-            if label not in self.merged:
-                self.merged[label] = Merged(self._loop, size, self.name, label, self._journal)
+        """Return the lowest number, from 1, that no process has, is to have, or had in this run."""
+        taken = {*self.finished, *self.pending, *(
+            process.instance for process in self.processes.values())}
+        return next(each for each in itertools.count(1) if each not in taken)
 
     def forget_waits(self):
         """Cancel all later starts."""
-        for timer in [*self.pending, self.pause, self.alarm]:
+        for timer in [*self.pending.values(), self.pause, self.alarm]:
             if timer is not None:
                 timer.cancel()
-        self.pending, self.pause, self.failures = [], None, []
-        self.alarm, self.next_runs = None, []
+        self.pending, self.failures, self.next_runs = {}, {}, []
+        self.pause = self.alarm = None
 
     def wanted(self):
         """Return how many processes there are to be."""
@@ -3565,7 +3564,8 @@ class Template:
     def unmet(self):
         """Return the names of templates it is `after` that it has to wait for."""
         return [name for name in self.info["after"]
-                if name not in self._templates or not self._templates[name].releases()]
+                if name not in self._manager.templates
+                or not self._manager.templates[name].releases()]
 
     def waits_for(self):
         """Return the names of templates that keep it from spawning what it lacks."""
@@ -3598,16 +3598,16 @@ class Template:
     def find_blocker(self, unknown=False):
         """Return the template that has to be started before this one can run, itself or one that it
         waits for; or None. `unknown`: also one that waits for a name that does not exist."""
-        waiting, seen = [self], set()
+        waiting, seen, templates = [self], set(), self._manager.templates
         while waiting:
             other = waiting.pop()
             if other.deleted or not other.active and other.outcome != "done":
                 return other
             found = set(other.waits_for() if other.processes else other.unmet())
-            if unknown and not found <= self._templates.keys():
+            if unknown and not found <= templates.keys():
                 return other
-            found &= self._templates.keys()
-            waiting += [self._templates[name] for name in found if name not in seen]
+            found &= templates.keys()
+            waiting += [templates[name] for name in found if name not in seen]
             seen.update(found)
         return None
 
@@ -3666,8 +3666,8 @@ class Template:
     def status(self):
         """Return the answer of GET /status/<name>."""
         running = self.running()
-        waits = sorted(round(max(0.0, timer.when - self._loop.clock()), 3)
-                       for timer in [*self.pending, self.pause] if timer is not None)
+        waits = sorted(round(max(0.0, timer.when - self._manager.loop.clock()), 3)
+                       for timer in [*self.pending.values(), self.pause] if timer is not None)
         return {
             "name": self.name, "active": self.active, "running": len(running),
             "numprocesses": self.info["numprocesses"], "max_processes": self.info["numprocesses"],
@@ -3787,16 +3787,16 @@ def changing(method):
 
 
 def starting(method):
-    """changing() for a method that starts processes: it returns (template, result), and
-    its caller gets the result once they have been spawned, or at once on the loop's thread."""
+    """changing() for a method that starts processes of the template `name`: its caller gets the
+    result once they have been spawned, or at once on the loop's thread."""
     @changing
-    def locked(self, *args, **options):
-        template, result = method(self, *args, **options)
-        return template, template and template.spawned + template.missing(), result
+    def locked(self, name, *args, **options):
+        result, template = method(self, name, *args, **options), self.templates.get(name)
+        return result, template, template and template.spawned + template.missing()
 
     @functools.wraps(method)
-    def call(self, *args, **options):
-        template, goal, result = locked(self, *args, **options)
+    def call(self, name, *args, **options):
+        result, template, goal = locked(self, name, *args, **options)
         if template is not None and not self.on_loop_thread():
             # those that are spawned may end as fast as others follow
             self.block_until(
@@ -4021,7 +4021,7 @@ class Manager:
         if not self._running or self.stopping:
             return
         while template.pending and template.lacking() < 0:
-            template.pending.pop().cancel()
+            template.pending.popitem()[1].cancel()
         if template.ended():                    # it is done, or has failed
             ends = [*template.finished.values()]
             failures = [end for end in ends if not succeeded(template.info, end)]
@@ -4068,22 +4068,23 @@ class Manager:
     def _respawn(self, template):
         """Spawn a process that nobody waits for. Returns False if it failed, and is tried again
         later."""
-        failures = template.failures.pop() if template.failures else 0
+        instance = template.free_instance()
+        failures = template.failures.get(instance, 0)
         try:
-            process = self._spawn(template, Launch(template.info, template.free_instance()))
+            process = self._spawn(template, Launch(template.info, instance))
         except (GafferError, OSError, ValueError, MemoryError) as error:
             template.error = str(error)
             short = isinstance(error, (Busy, MemoryError))  # of what the system has: no flapping
             (self._report if short else template.report).warning(
                 "%s cannot be started: %s", template.name, error)
             if not short and self._apply_policy(template, CANNOT_START, 0.0, 1) is None:
-                template.finished[template.free_instance()] = CANNOT_START
+                template.finished[instance] = CANNOT_START
                 self._reconcile(template)
             elif template.missing() > 0:        # with a delay also if it flaps: nothing took time
                 delay = restart_delay(dict(template.info, flapping=None), failures + 2)
-                self._spawn_later(template, failures + 1, delay)
+                template.failures[instance] = failures + 1
+                self._spawn_later(template, instance, delay)
             return False
-        process.failures = failures
         if failures:                            # it may end at once again: others go before it
             self._to_spawn[template] = self._to_spawn.pop(template)
         self._publish("spawn", template.name, process)
@@ -4102,14 +4103,12 @@ class Manager:
         template.error = None
         return process
 
-    def _spawn_later(self, template, failures, delay):
+    def _spawn_later(self, template, instance, delay):
         """Fill a slot after a delay; until then it counts as filled."""
         def fill():
-            template.pending.remove(timer)
-            template.failures.append(failures)
+            del template.pending[instance]
             self._reconcile(template)
-        timer = self.loop.later(delay, fill)
-        template.pending.append(timer)
+        template.pending[instance] = self.loop.later(delay, fill)
 
     def _end_process(self, process, kind):
         running = process.running
@@ -4146,8 +4145,8 @@ class Manager:
         template.history = history
         if action == "pause":
             while template.pending:
-                template.pending.pop().cancel()
-            template.failures = []
+                template.pending.popitem()[1].cancel()
+            template.failures = {}
             template.pause = self.loop.later(delay, end_pause)
             self._publish("flap", template.name)
         elif action == "stop":
@@ -4213,10 +4212,12 @@ class Manager:
                         "it exited with success and left a process behind: it seems to daemonize; "
                         "have it stay in the foreground, so that it can be watched and stopped")
         self._publish("exit", process.name, process, exit_status=status, term_signal=signum, **more)
+        failures = template.failures.pop(process.instance, 0)
         if by_itself:
-            process.failures = 1 if process.age() >= BACKOFF_RESET else process.failures + 1
+            failures = 1 if process.age() >= BACKOFF_RESET else failures + 1
+            template.failures[process.instance] = failures
             process.retry_after = self._apply_policy(
-                template, process.end, process.age(), process.failures)
+                template, process.end, process.age(), failures)
 
     def process_ended(self, process):
         """A process has exited, and all its output has been read."""
@@ -4247,9 +4248,7 @@ class Manager:
                 template.restarts += 1
                 delay = process.exited_at + process.retry_after - self.loop.clock()
                 if delay > 0 and template.missing() > 0:
-                    self._spawn_later(template, process.failures, delay)
-                elif template.missing() > 0:
-                    template.failures.append(process.failures)
+                    self._spawn_later(template, process.instance, delay)
             self._reconcile(template)
         self.changed()
 
@@ -4261,7 +4260,8 @@ class Manager:
         ProcessHandle. InvalidProcessInfo, Conflict, Busy."""
         info = dict(name, **options) if isinstance(name, dict) else dict(
             options, name=name, cmd=cmd)
-        return self._add(check_template(info), dry_run)
+        info = check_template(info)
+        return self._add(info["name"], info, dry_run)
 
     def _check_circle(self, info):
         circle = find_circle(info["name"], lambda name: info["after"] if name == info["name"] else
@@ -4270,19 +4270,17 @@ class Manager:
             raise InvalidProcessInfo("field 'after' makes a circle: %s" % " after ".join(circle))
 
     @starting
-    def _add(self, info, dry_run):
-        name = info["name"]
+    def _add(self, name, info, dry_run):
         if name in self.templates:
             raise Conflict("the name '%s' is taken; update its template, or delete it" % name)
         if len(self.templates) >= TEMPLATES_MAX:
             raise Busy("there are %d templates; delete one first" % TEMPLATES_MAX)
         self._check_circle(info)
-        template = Template(info, self.loop, self.journal, self.templates)
+        template = Template(info, self)
         launch = Launch(info) if info["start"] else None
         if not dry_run:
-            template.open_streams(self.window_size)
             self._activate(template, launch, template.due)
-        return template, ProcessHandle(self, name)
+        return ProcessHandle(self, name)
 
     def _activate(self, template, launch, due):
         """Start a template, if there is a `launch`, with its first process; if that cannot be
@@ -4305,42 +4303,39 @@ class Manager:
             self._publish("spawn", template.name, first)
         self._reconcile(template)
 
-    def update_process(self, name, info, create=False, dry_run=False):
-        """Make a template as `info` says; "name" and "start" may be left out. Its processes are
+    @starting
+    def update_process(self, name, fields, create=False, dry_run=False):
+        """Make a template as `fields` say; "name" and "start" may be left out. Its processes are
         stopped and, if it is active, replaced, unless only ADJUSTABLE fields change. `create`: add
         it if it is not there; `dry_run`: only check. Returns "created", "changed" or "unchanged".
         InvalidProcessInfo, NotFound."""
-        template = check_template({"name": name, **info} if isinstance(info, dict) else info)
-        if template["name"] != name:
+        info = check_template({"name": name, **fields} if isinstance(fields, dict) else fields)
+        if info["name"] != name:
             raise InvalidProcessInfo("field 'name' is '%s', but this is '%s'; add a new template "
-                                     "instead" % (template["name"], name))
-        return self._update(name, template, "start" in info, create, dry_run)
-
-    @starting
-    def _update(self, name, info, start_given, create, dry_run):
+                                     "instead" % (info["name"], name))
         if create and name not in self.templates:
-            self._add(info, dry_run)
-            return self.templates.get(name), "created"
+            self._add(name, info, dry_run)
+            return "created"
         template = self.find_template(name)
         # what has ended by itself was not stopped, and nobody wants it to run again either
-        old, was = template.info, template.active or template.outcome is not None
-        info["start"] = info["start"] if start_given else old["start"]
-        active = info["start"] if start_given else was
-        fields = {field for field in OPTIONS if info[field] != old[field]}
-        replaced = not fields <= set(ADJUSTABLE)
-        if not fields and was >= active:        # also one that was started though it need not be
-            return template, "unchanged"
+        active = was = template.active or template.outcome is not None
+        if "start" in fields:
+            active = info["start"]
+        else:
+            info["start"] = template.info["start"]
+        changes = {field for field in OPTIONS if info[field] != template.info[field]}
+        replaced = not changes <= set(ADJUSTABLE)
+        if not changes and was >= active:       # also one that was started though it need not be
+            return "unchanged"
         self._check_circle(info)
         if active and (replaced or not was):
             Launch(info)
         if dry_run:
-            return template, "changed"
+            return "changed"
         template.info = info
         if replaced:
             template.replace(info)
-            template.forget_waits()
-            template.open_streams(self.window_size)
-        if fields:
+        if changes:
             self._publish("update", name)
         if not active:
             self._stop_template(template)
@@ -4354,16 +4349,17 @@ class Manager:
             self._activate(template, Launch(info, template.free_instance()),
                            template.schedule is None)
         self._reconcile(template)
-        return template, "changed"
+        return "changed"
 
     @starting
     def scale(self, name, change):
         """Change numprocesses by `change`, within 0 and its limit. Returns the new number.
         NotFound."""
-        template = self.find_template(name)
-        number = min(NUMPROCESSES_MAX, max(0, template.info["numprocesses"] + change))
-        self._update(name, dict(template.info, numprocesses=number), False, False, False)
-        return template, number
+        fields = dict(self.find_template(name).info)
+        del fields["start"]                     # it stays as active as it is
+        number = min(NUMPROCESSES_MAX, max(0, fields["numprocesses"] + change))
+        self.update_process(name, dict(fields, numprocesses=number))
+        return number
 
     @changing
     def delete_process(self, name):
@@ -4384,10 +4380,8 @@ class Manager:
         """Let a template run, now also if it has a schedule. InvalidProcessInfo: it cannot be
         executed, and stays as it was. NotFound."""
         template = self.find_template(name)
-        if template.active and template.due:
-            return template, None
-        self._activate(template, Launch(template.info, template.free_instance()), True)
-        return template, None
+        if not (template.active and template.due):
+            self._activate(template, Launch(template.info, template.free_instance()), True)
 
     @changing
     def stop_template(self, name):
@@ -4401,7 +4395,7 @@ class Manager:
         template = self.find_template(name)
         if not template.active:
             self.start_template(name)
-            return template, None
+            return
         Launch(template.info)
         template.forget_waits()
         template.begin()
@@ -4410,7 +4404,22 @@ class Manager:
         for process in template.running():
             self._end_process(process, "stop_pid")
         self._reconcile(template)
-        return template, None
+
+    @staticmethod
+    def for_each(names, act):
+        """Call `act(name)` for each, and return what the last one returned. What some refuse is
+        raised after the others had their turn. InvalidProcessInfo, or what it is if it is alone."""
+        answer, faults = None, []
+        for name in names:
+            try:
+                answer = act(name)
+            except GafferError as error:
+                if len(names) == 1:
+                    raise
+                faults.append("'%s': %s" % (name, error))
+        if faults:
+            raise InvalidProcessInfo("; ".join(faults))
+        return answer
 
     @changing
     def stop_process(self, target):
@@ -4575,20 +4584,12 @@ class Manager:
     def restart(self):
         """Restart all active templates, then the apps that can be. InvalidProcessInfo: some could
         not be, after all others have been."""
-        faults = []
-
-        @changing
-        def restart_templates(self):
-            for template in list(self.templates.values()):
-                if template.active:
-                    try:
-                        self.restart_template(template.name)
-                    except GafferError as error:
-                        faults.append("'%s': %s" % (template.name, error))
-        restart_templates(self)
-        self._call_apps("restart")
-        if faults:
-            raise InvalidProcessInfo("; ".join(faults))
+        names = self.loop.call(lambda: [
+            name for name, template in self.templates.items() if template.active])
+        try:
+            self.for_each(names, self.restart_template)
+        finally:
+            self._call_apps("restart")
 
     @on_loop
     def reap_orphans(self):
@@ -8129,19 +8130,9 @@ class Api:
         return templates, [process for each in templates for process in each.processes.values()]
 
     def act(self, query, names, action):
-        """Do something to each template, and answer; with `wait` when it is done. What one refuses
-        is reported after the others had their turn."""
+        """Do something to each template, and answer; with `wait` when it is done."""
         templates, before = self.manager.loop.call(self._existing, names)
-        answer, faults = OK, []
-        for name in names:
-            try:
-                answer = action(name) or OK
-            except GafferError as error:
-                if len(names) == 1:
-                    raise
-                faults.append("'%s': %s" % (name, error))
-        if faults:
-            raise InvalidProcessInfo("; ".join(faults))
+        answer = self.manager.for_each(names, action) or OK
         return self._done(templates, before, query.wait, answer)
 
     def _done(self, templates, before, wait, answer=OK):

@@ -3042,6 +3042,7 @@ class ProcessClock(Case):
         manager.subscribe("", lambda kind, event: arrived.put(event))
         thread = self._thread = threading.Thread(target=manager.run)
         thread.start()
+        self.barrier()
 
         def close():
             while thread.is_alive():            # groups are polled, by this clock
