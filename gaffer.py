@@ -11204,7 +11204,7 @@ def await_goal(args, client, names, goal=None):
 def send_change(args, client, method, path, value=None):
     """Send a request that changes something. Return its answer (bytes), which comes when all is
     done, unless the arguments say otherwise. ClientError."""
-    if args.no_wait:
+    if args.no_wait or method == "GET":
         return client.request(method, path, value)
     if args.timeout is None:
         return client.request(method, path + "?wait=true", value, None)
@@ -11213,70 +11213,61 @@ def send_change(args, client, method, path, value=None):
 
 
 def carry_out(args, client, steps):
-    """Send all requests at once; print what each has done when it is done.
+    """Send all requests at once, and print what each has done when it is done. Return the names.
 
-    `steps`: [(Target, request, what it does; None: it tells the number of processes)]; a request
-    is a method and what follows the Target's path.
+    `steps`: [(Target, request, what it does; "": it tells the number of processes)]; a request is
+    a method and what follows the Target's path.
     """
     from concurrent.futures import ThreadPoolExecutor
-    until_ready, told = args.command == "start" and args.ready, []
+    names = []
 
     def send(target, request):
         method, _, path = request.partition(" ")
-        if method == "GET" or args.command == "kill" or until_ready:
-            return client.request(method, target.path + path)
         return send_change(args, client, method, target.path + path)
     with ThreadPoolExecutor(REQUESTS_MAX) as pool:
         answers = [pool.submit(send, target, request) for target, request, _ in steps]
         for (target, _, done), answer in zip(steps, answers):
             try:
                 data = answer.result()
-                if done is None:
+                if not done:
                     count = json.loads(data)["numprocesses"]
                     done = "%d process%s" % (count, "" if count == 1 else "es")
-                told.append(target.word)
-                if not until_ready:
-                    show(args, data, "%s: %s" % (target.word, done))
+                show(args, data, "%s: %s" % (target.word, done))
+                names.append(target.word)
             except ClientError as error:
                 report(args, error, target.word if len(steps) > 1 else "")
-    if until_ready:
-        await_goal(args, client, told)
+    return names
 
 
-def act(args):
-    """Start, stop or restart templates, or stop or signal processes, too."""
+CHANGES = {                                     # command: request, what it does; see carry_out()
+    "start": ("POST /_start", "started"), "stop": ("POST /_stop", "stopped"),
+    "restart": ("POST /_restart", "restarted"), "del_process": ("DELETE ", "deleted"),
+    "add": ("POST /_add/{0.number}", ""), "sub": ("POST /_sub/{0.number}", ""),
+    "kill": ("POST /_signal/{0.sig}?group={0.group:d}", "signalled {0.sig}")}
+
+
+def change(args):
+    """Start, stop, restart, scale, signal or remove what is named."""
     verb, steps = args.command, []
-    client, targets = connect_to(args, args.names, verb in ("stop", "kill"))
+    request, done = CHANGES[verb]
+    until_ready = verb == "start" and args.ready
+    args.no_wait = verb == "kill" or until_ready or args.no_wait
+    words = [args.name] if "name" in args else args.names
+    client, targets = connect_to(args, words, verb in ("stop", "kill"))
     for target in targets:
-        active, state, request = target.status["active"], target.status["state"], "POST /_" + verb
-        done = {"start": "started", "stop": "stopped", "restart": "restarted"}.get(verb)
-        if verb == "kill":
-            if not target.process and not target.status["running"] + target.status["stopping"]:
-                report(args, ClientError("'%s' is not running" % target.word, 3))
-                continue
-            request = "POST /_signal/%s?group=%s" % (reference(args.sig), str(args.group).lower())
-            done = "signalled " + args.sig
-        elif target.process:
-            done = "stopped, to be replaced" if active else done
-        elif verb == "restart":
-            done = done if active else "started"
-        elif active == (verb == "start") and state not in ("scheduled", "waiting"):
-            done = "already " + state
-        steps.append((target, request, done))
-    carry_out(args, client, steps)
-
-
-def scale_one(args):
-    """Run more or fewer processes of templates."""
-    client, targets = connect_to(args, [args.name])
-    request = "POST /_%s/%d" % (args.command, args.number or 1)
-    carry_out(args, client, [(target, request, None) for target in targets])
-
-
-def del_process_command(args):
-    """Stop templates and remove them."""
-    client, targets = connect_to(args, args.names)
-    carry_out(args, client, [(target, "DELETE ", "deleted") for target in targets])
+        status, said = target.status, done.format(args)
+        if verb == "kill" and not (target.process or status["running"] + status["stopping"]):
+            report(args, ClientError("'%s' is not running" % target.word, 3))
+            continue
+        if verb == "stop" and target.process and status["active"]:
+            said = "stopped, to be replaced"
+        elif verb in ("start", "stop") and status["active"] == (verb == "start") and (
+                status["state"] not in ("scheduled", "waiting")):
+            said = "already " + status["state"]
+        steps.append((target, request.format(args), said))
+    names = carry_out(args, client, steps)
+    if until_ready:
+        await_goal(args, client, names)
 
 
 def wait_command(args):
@@ -11287,7 +11278,7 @@ def wait_command(args):
 
 def reload_command(args):
     """Make the server load its configuration again."""
-    answer = connect(args).request("POST", "/_reload" + ("?dry_run=true" if args.dry_run else ""))
+    answer = connect(args).request("POST", "/_reload?dry_run=%d" % args.dry_run)
     outcome = json.loads(answer)
     show(args, answer, "\n".join(outcome_lines(outcome, "would be " if args.dry_run else "")))
     return 1 if outcome["failed"] else 0
@@ -11297,8 +11288,7 @@ def reload_command(args):
 
 def processes_command(args):
     """Print names, or pids."""
-    path = "/processes?running=true" if args.running else "/processes"
-    answer = connect(args).request("GET", path)
+    answer = connect(args).request("GET", "/processes?running=%d" % args.running)
     show(args, answer, "\n".join(map(str, json.loads(answer))))
 
 
@@ -12336,7 +12326,7 @@ def scale_command(args):
         now = found[kind].status["numprocesses"]
         by = int(count) - now if sign == "=" else int(sign + count)
         request = "POST /_%s/%d" % ("add" if by > 0 else "sub", abs(by)) if by else "GET "
-        steps.append((found[kind], request, None))
+        steps.append((found[kind], request, ""))
     carry_out(args, client, steps)
 
 
@@ -12538,7 +12528,7 @@ def checked(convert, what, least=0, most=1e9):
 
 
 TYPES = {                                       # what an option calls its value -> argparse's type
-    "N": checked(int, "a whole number from 1", 1), "PORT": int, "COUNT": int,
+    "N": checked(int, "a whole number from 1", 1), "PORT": int, "COUNT": int, "SIGNAL": reference,
     "LINES": checked(lambda text: math.inf if text == "all" else int(text),
                      "a number of lines, or all", most=math.inf),
     "SECONDS": checked(float, "a number of seconds", most=SECONDS_MAX),
@@ -12554,7 +12544,10 @@ EXAMPLES = {                                    # of fields that are not plain t
         ("success", "0,143,TERM"), ("restart_delay", "0.5,30"), ("after", "db,cache"))}
 OPTION_GROUPS = {                               # see parse_options()
     "NAMES": "names NAME+: a name, a glob such as 'web*' or 'group:*', or all",
-    "NAME": "name NAME: a name, a glob such as 'web*' or 'group:*', or all",
+    "SCALE": """\
+name NAME: a name, a glob such as 'web*' or 'group:*', or all
+number N?: how many (default 1)
+WAIT""",
     "TARGETS": """\
 names NAME+: a name, a glob such as 'web*' or 'group:*', all, or one process: web.2, or its pid""",
     "CONNECTION": """\
@@ -12660,25 +12653,17 @@ LISTEN
 reload: make the server load its CONFIG again
 --dry-run: only show what would change
 ASK"""),
-    Command(act, "start: start processes (of a Procfile: up)\nNAMES READY WAIT"),
+    Command(change, "start: start processes (of a Procfile: up)\nNAMES READY WAIT"),
     Command(wait_command, """\
 wait: wait until processes are ready, done or stopped
 NAMES
 --for STATE: ready (the default), done or stopped
 TIMEOUT ASK"""),
-    Command(act, "stop: stop processes; they stay stopped\nTARGETS WAIT"),
-    Command(act, "restart: stop and replace processes\nNAMES WAIT"),
-    Command(scale_one, """\
-add: run more processes of a template
-NAME
-number N?: how many (default 1)
-WAIT"""),
-    Command(scale_one, """\
-sub: run fewer processes of a template; the oldest stop
-NAME
-number N?: how many (default 1)
-WAIT"""),
-    Command(act, """\
+    Command(change, "stop: stop processes; they stay stopped\nTARGETS WAIT"),
+    Command(change, "restart: stop and replace processes\nNAMES WAIT"),
+    Command(change, "add: run more processes of a template\nSCALE"),
+    Command(change, "sub: run fewer processes of a template; the oldest stop\nSCALE"),
+    Command(change, """\
 kill: send a signal to processes
 TARGETS
 sig SIGNAL: 15, TERM or SIGTERM; also as -9 in front of NAME
@@ -12724,7 +12709,7 @@ load_process: add a template from a JSON file
 file FILE: as POST /processes takes it; - is stdin
 START ASK"""),
     Command(update_process_command, "update_process: change fields of a template\nTEMPLATE"),
-    Command(del_process_command, "del_process: stop and remove a template\nNAMES WAIT"),
+    Command(change, "del_process: stop and remove a template\nNAMES WAIT"),
     Command(up_command, """\
 up: run a Procfile here, all output on one screen
 names TYPE*: only these types, and what they are after (default: all)
@@ -12784,7 +12769,7 @@ def make_parser(name):
         prog="gaffer.py " + name, usage=" ".join(usage), allow_abbrev=False,
         description="%s%s." % (command.help[0].upper(), command.help[1:]))
     parser.set_defaults(command=name, commands=COMMANDS, exit_status=0, procfile=PROCFILE_NAME,
-                        window=WINDOW_SIZE)
+                        window=WINDOW_SIZE, number=1)
     for names, how in command.options:
         parser.add_argument(*names, **how)
     return parser

@@ -9321,7 +9321,7 @@ class CliControl(CliFollowCase):
                    ("stop g:*", "g:a: stopped\ng:b: stopped\n"),
                    ("stop all", "web: stopped\ng:a: already stopped\ng:b: already stopped\n"),
                    ("start w* web g:[b]", "web: started\ng:b: started\n"),
-                   ("restart all", "web: restarted\ng:a: started\ng:b: restarted\n"))
+                   ("restart all", "web: restarted\ng:a: restarted\ng:b: restarted\n"))
 
     def test_commands_wait(self):
         """Unless they are told not to, and for as long as they may."""
@@ -9989,9 +9989,9 @@ class CliReady(CliFollowCase):
             ("wait g* bad --for stopped", "good: stopped\nbad: stopped\n"),
             ("wait slow good --timeout 0.1", "good: ready\n", 124,
              late % ("slow", "ready", "(; its last check: exits with 1)?")),
-            ("start bad --ready --timeout 0.1", "", 124, late % ("bad", "done", "")),
-            ("start timer --ready", "", 1, "gaffer: 'timer' has failed: .*\ngaffer: oh\n"),
-            ("start --ready web --timeout 0.1", "", 124,
+            ("start bad --ready --timeout 0.1", "bad: started\n", 124, late % ("bad", "done", "")),
+            ("start timer --ready", "timer: started\n", 1, "gaffer: 'timer' has failed: .*\ngaffer: oh\n"),
+            ("start --ready web --timeout 0.1", "web: started\n", 124,
              late % ("web", "ready", "; it waits for bad")))
 
     PROCFILE = """\
