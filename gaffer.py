@@ -11175,10 +11175,48 @@ def find_targets(args, statuses, words, processes=False):
     return list(found.values())
 
 
-def connect_to(args, words, processes=False):
-    """Return (Client, the Targets of names; see find_targets())."""
+def group_of(args):
+    """Return the group of a Procfile's processes: as given, or the name of its folder."""
+    folder = os.path.basename(os.path.dirname(os.path.abspath(args.procfile)))
+    name = args.group or re.sub(r"[^A-Za-z0-9_.@-]", "-", folder).lstrip("-") or "app"
+    if not re.fullmatch(r"(?!-)[A-Za-z0-9_.@-]{1,64}", name):
+        raise ClientError("'%s' is not a group's name: give 1 to 64 of A-Z a-z 0-9 _ . @ -" % name,
+                          2)
+    return name
+
+
+def find_app(args, statuses):
+    """Return {type: Target} of the Procfile's templates in the server. NotThere.
+
+    They are those of its group, else those named as its types are, and without a Procfile all;
+    unload takes the group alone.
+    """
+    targets, prefix = find_targets(args, statuses, ["all"]), group_of(args) + ":"
+    found = {target.word[len(prefix):]: target for target in targets
+             if target.word.startswith(prefix)}
+    if not found and not args.group and args.command != "unload":
+        types = statuses
+        if os.path.exists(args.procfile):
+            types = read_procfile(args.procfile).types
+        found = {target.word: target for target in targets if target.word in types}
+    if not found:
+        raise NotThere("there is no process of the group '%s': 'gaffer.py load' loads it" % (
+            prefix[:-1]))
+    return found
+
+
+def choose_targets(args, statuses, processes=False):
+    """Return the Targets that the arguments of a command name; see find_targets()."""
+    if args.command in ("ps", "unload"):
+        return list(find_app(args, statuses).values())
+    words = [args.name] if "name" in args else args.names or ["all"]
+    return find_targets(args, statuses, words, processes)
+
+
+def connect_to(args, processes=False):
+    """Return (Client, the Targets that the arguments name)."""
     client = connect(args)
-    return client, find_targets(args, get_statuses(client), words, processes)
+    return client, choose_targets(args, get_statuses(client), processes)
 
 
 # commands that change something
@@ -11243,6 +11281,7 @@ CHANGES = {                                     # command: request, what it does
     "start": ("POST /_start", "started"), "stop": ("POST /_stop", "stopped"),
     "restart": ("POST /_restart", "restarted"), "del_process": ("DELETE ", "deleted"),
     "add": ("POST /_add/{0.number}", ""), "sub": ("POST /_sub/{0.number}", ""),
+    "unload": ("DELETE ", "unloaded"),
     "kill": ("POST /_signal/{0.sig}?group={0.group:d}", "signalled {0.sig}")}
 
 
@@ -11252,8 +11291,7 @@ def change(args):
     request, done = CHANGES[verb]
     until_ready = verb == "start" and args.ready
     args.no_wait = verb == "kill" or until_ready or args.no_wait
-    words = [args.name] if "name" in args else args.names
-    client, targets = connect_to(args, words, verb in ("stop", "kill"))
+    client, targets = connect_to(args, verb in ("stop", "kill"))
     for target in targets:
         status, said = target.status, done.format(args)
         if verb == "kill" and not (target.process or status["running"] + status["stopping"]):
@@ -11272,7 +11310,7 @@ def change(args):
 
 def wait_command(args):
     """Wait until templates are ready, done or stopped."""
-    client, targets = connect_to(args, args.names)
+    client, targets = connect_to(args)
     await_goal(args, client, [target.word for target in targets], vars(args)["for"] or "ready")
 
 
@@ -11294,7 +11332,7 @@ def processes_command(args):
 
 def show_field(args):
     """Print the field of each status that is called as the command is."""
-    for target in connect_to(args, args.names)[1]:
+    for target in connect_to(args)[1]:
         value = target.status[args.command]
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         text = text if args.names == [target.word] else "%s: %s" % (target.word, text)
@@ -11303,7 +11341,7 @@ def show_field(args):
 
 def get_process_command(args):
     """Print templates."""
-    client, targets = connect_to(args, args.names, True)
+    client, targets = connect_to(args, True)
     for target in targets:
         answer = client.request("GET", target.path)
         show(args, answer, json.dumps(json.loads(answer), indent=4))
@@ -11421,12 +11459,10 @@ def status_rows(status):
     that waits for one; at least one."""
     rows, last, code, why = [], status["last_exit"], "-", []
     if last is not None:
-        code = text = str(shell_status((last["exit_status"], last["term_signal"])))
-        if last["term_signal"]:
-            text += " (%s)" % signal_name(last["term_signal"])
-        if last["times"] > 1:
-            text += ", %d times" % last["times"]
-        why = ["exit " + text]
+        code = str(shell_status((last["exit_status"], last["term_signal"])))
+        by = " (%s)" % signal_name(last["term_signal"]) if last["term_signal"] else ""
+        again = ", %d times" % last["times"] if last["times"] > 1 else ""
+        why = ["exit " + code + by + again]
     if status["error"]:
         why = [status["error"]]
     if status["hint"]:
@@ -11462,11 +11498,8 @@ def status_rows(status):
     return rows
 
 
-def status_table(statuses, width, coloured):
-    """Return the lines of the table, failures first, and the summary.
-
-    `width`: of the terminal; None, 0: it is not known, nothing is cut.
-    """
+def status_table(statuses, coloured):
+    """Return the lines of the table, failures first, and the summary."""
     if not statuses:
         return []
     order = {"backoff": 0, "flapping": 0, "failed": 0, "running": 2, "scheduled": 2, "stopped": 3,
@@ -11481,21 +11514,13 @@ def status_table(statuses, width, coloured):
     if os_pids.isdisjoint(pids):                # else they could be mixed up
         for row in rows:
             del row[4]
-    widths = [max(map(len, column)) for column in zip(*rows)][:-1]
-    if width:
-        others = sum(widths[1:]) + 2 * (len(widths) - 1)
-        widths[0] = min(widths[0], max(8, width - others))
-
-    def cut(text, size):
-        return text if not size or len(text) <= size else text[:size - 1] + "…"
-    lines = []
+    widths, lines = [max(map(len, column)) for column in zip(*rows)], []
     for name, state, *numbers, note in rows:
-        cells = [cut(name, widths[0]).ljust(widths[0]), state.ljust(widths[1])]
-        cells += [number.rjust(size) for number, size in zip(numbers, widths[2:])]
-        line = cut("  ".join([*cells, note]).rstrip(), width)
+        cells = [name.ljust(widths[0]), state.ljust(widths[1])]
         if coloured and state in COLOURS:
-            line = line.replace("  " + state, "  " + colour(state, COLOURS[state]), 1)
-        lines.append(line)
+            cells[1] = colour(cells[1], COLOURS[state])
+        cells += [number.rjust(width) for number, width in zip(numbers, widths[2:])]
+        lines.append("  ".join([*cells, note]).rstrip())
     counts = collections.Counter(status["state"] for status in statuses)
     return lines + ["%d template%s: %s" % (
         len(statuses), "" if len(statuses) == 1 else "s",
@@ -11514,35 +11539,30 @@ def is_away(error):
             or error.code in ("stopping", "busy"))
 
 
-def status_command(args, choose=lambda args, statuses: find_targets(
-        args, statuses, args.names or ["all"])):
+def status_command(args):
     """Print the table; with -w each second, also while the server restarts.
 
-    `choose` returns the Targets. The exit status is 3 if fewer processes run than are wanted, or
-    none is there.
+    The exit status is 3 if fewer processes run than are wanted, or none is there.
     """
-    client, size, clear, exit_status = connect(args), None, "\x1b[2J", None
+    client, exit_status = connect(args), None
     while True:
         try:
             args.exit_status = 0
-            statuses = [target.status for target in choose(args, get_statuses(client))]
+            statuses = [target.status for target in choose_targets(args, get_statuses(client))]
         except ClientError as error:            # what was shown stays until the server is back
             if exit_status is None or not is_away(error):
                 raise
         else:
-            if sys.stdout.isatty():
-                size = os.get_terminal_size(sys.stdout.fileno())
-            if args.json:
-                lines = list(map(encode_json, statuses))
-            else:
-                lines = status_table(statuses, size and size.columns, wants_colour(args))
-            if args.watch and size:
-                hidden = len(lines) - size.lines + 2
-                if size.lines and hidden > 1:
+            lines = list(map(encode_json, statuses)) if args.json else status_table(
+                statuses, wants_colour(args))
+            if args.watch and sys.stdout.isatty():
+                height = os.get_terminal_size(sys.stdout.fileno()).lines
+                hidden = len(lines) - height + 2
+                if height and hidden > 1:
                     lines[-hidden - 1:-1] = [
                         "… %d more lines do not fit: name what to show" % hidden]
-                lines = [clear + "\x1b[H\x1b[K" + "\n\x1b[K".join(lines) + "\x1b[J"]
-                clear = ""
+                # over what is there, each line cut by the terminal
+                lines = ["\x1b[H\x1b[?7l\x1b[K" + "\n\x1b[K".join(lines) + "\x1b[J\x1b[?7h"]
             print("".join(line + "\n" for line in lines), end="", flush=True)
             if not (statuses or args.exit_status or args.watch):
                 note("there is nothing yet: 'gaffer.py add_process' adds a template, "
@@ -11753,7 +11773,7 @@ def attach_command(args):
     if it ends."""
     import termios
     from http.client import HTTPException
-    client, targets = connect_to(args, [args.name], True)
+    client, targets = connect_to(args, True)
     if not targets:
         return args.exit_status
     status = targets[0].status
@@ -12228,35 +12248,6 @@ def run_command(args):
         raise ClientError("'%s' cannot be run: %s" % (words[0], error.strerror), 127) from None
 
 
-def group_of(args):
-    """Return the group of a Procfile's processes: as given, or the name of its folder."""
-    folder = os.path.basename(os.path.dirname(os.path.abspath(args.procfile)))
-    name = args.group or re.sub(r"[^A-Za-z0-9_.@-]", "-", folder).lstrip("-") or "app"
-    if not re.fullmatch(r"(?!-)[A-Za-z0-9_.@-]{1,64}", name):
-        raise ClientError("'%s' is not a group's name: give 1 to 64 of A-Z a-z 0-9 _ . @ -" % name,
-                          2)
-    return name
-
-
-def find_app(args, statuses):
-    """Return {type: Target} of the Procfile's templates in the server. NotThere.
-
-    They are those of its group, else those named as its types are, and without a Procfile all.
-    """
-    targets, prefix = find_targets(args, statuses, ["all"]), group_of(args) + ":"
-    found = {target.word[len(prefix):]: target for target in targets
-             if target.word.startswith(prefix)}
-    if not found and not args.group:
-        types = statuses
-        if os.path.exists(args.procfile):
-            types = read_procfile(args.procfile).types
-        found = {target.word: target for target in targets if target.word in types}
-    if not found:
-        raise NotThere("there is no process of the group '%s': 'gaffer.py load' loads it" % (
-            prefix[:-1]))
-    return found
-
-
 def in_group(group, templates):
     """Return {group:type: template} of {type: template}, with the names in `after` changed too."""
     names = {kind: "%s:%s" % (group, kind) for kind in templates}
@@ -12293,17 +12284,6 @@ def load_command(args):
     if args.ready and not args.exit_status:
         await_goal(args, client, started)
 
-
-def unload_command(args):
-    """Stop the templates of a group and remove them."""
-    client, args.group = connect(args), group_of(args)
-    carry_out(args, client, [(target, "DELETE ", "unloaded")
-                             for target in find_app(args, get_statuses(client)).values()])
-
-
-def ps_command(args):
-    """Show the processes of a Procfile."""
-    return status_command(args, lambda *found: find_app(*found).values())
 
 
 def scale_command(args):
@@ -12723,12 +12703,13 @@ PROCFILE"""),
     Command(load_command, """\
 load: run a Procfile in the server
 GROUP PROCFILE FORMATION READY WAIT"""),
-    Command(unload_command, "unload: stop and remove a loaded Procfile\nGROUP PLACE WAIT"),
+    Command(change, "unload: stop and remove a loaded Procfile\nGROUP PLACE WAIT"),
     Command(scale_command, """\
 scale: change how many of each type run
 changes CHANGE+: web=3, web+1 or web-1; a GROUP may come first
 PLACE WAIT"""),
-    Command(ps_command, "ps: show the processes of a Procfile, as status does\nGROUP PLACE LOOK"),
+    Command(status_command,
+            "ps: show the processes of a Procfile, as status does\nGROUP PLACE LOOK"),
     Command(export_command, """\
 export: convert a Procfile to another format
 format FORMAT: ini or json (for serve), or systemd (also from an INI, TOML or JSON file)
