@@ -11618,15 +11618,15 @@ def watch_command(args):
             print(time.strftime("%H:%M:%S", time.localtime(event["time"])), text, flush=True)
 
 
-# a line of GET /streams; `open`: it has no end yet; `replaces`: the one before, as it came after \r
-JournalLine = collections.namedtuple("JournalLine", "time name pid label open replaces text")
+class JournalLine:
+    """A line of GET /streams?returns=true. `open`: it has no end yet; `replaces`: the one before,
+    as it came after \\r."""
 
-
-def journal_line(text):
-    """Parse a line of GET /streams?returns=true."""
-    when, name, pid, label, text = text.split(" ", 4)
-    return JournalLine(float(when), name, int(pid), label.rstrip("+<"), "+" in label,
-                       "<" in label, text)
+    def __init__(self, line):
+        when, self.name, pid, label, self.text = line.split(" ", 4)
+        self.time, self.pid, self.label = float(when), int(pid), label.rstrip("+<")
+        self.open, self.replaces = "+" in label, "<" in label
+        self.stream = self.name, self.pid, self.label
 
 
 def merge_lines(lines, count, name):
@@ -11634,15 +11634,13 @@ def merge_lines(lines, count, name):
     terminal would overwrite is left out. `name(line)`: of its process, which a restart keeps."""
     found, last, counts, kept = [], {}, collections.Counter(), []
     for line in lines:
-        stream = line[1:4]
-        before = found[last[stream]] if stream in last else None
+        before = last.get(line.stream)
         if before is None or not (before.open or line.replaces):
-            last[stream] = len(found)
+            last[line.stream] = line
             found.append(line)
-        elif line.replaces:
-            found[last[stream]] = line
         else:
-            found[last[stream]] = line._replace(time=before.time, text=before.text + line.text)
+            before.text = line.text if line.replaces else before.text + line.text
+            before.open = line.open
     for line in reversed(found):
         counts[name(line), line.label] += 1
         if counts[name(line), line.label] <= count:
@@ -11673,39 +11671,37 @@ class LogPrinter:
 
     def add_names(self, lines):
         """Learn the names of the processes of lines, if one is new."""
-        new = [line for line in lines if (line.name, line.pid) not in self.names]
+        new = {line.stream[:2] for line in lines}.difference(self.names)
         if new:
             with contextlib.suppress(ClientError):
                 self.load_names()
-        for line in new:                        # one that went long ago is asked for once
-            self.names.setdefault((line.name, line.pid), self.name(line))
+        for name, pid in new:                   # one that went long ago is asked for once
+            self.names.setdefault((name, pid), self.names.get((name, None), name))
 
     def name(self, line):
         """Return what people call the process of a line."""
-        return self.names.get((line.name, line.pid)) or self.names.get((line.name, None), line.name)
-
-    def _prefix(self, line):
-        return "" if self._args.no_prefix else self._prefixer.prefix(self.name(line)) + " "
+        return self.names[line.stream[:2]]
 
     def show(self, lines):
         """Print lines, their names in a column of one width."""
         args, tty = self._args, sys.stdout.isatty()
-        if args.json:
-            for line in lines:
+        for line in lines:
+            self._prefixer.prefix(self.name(line))
+        for line in lines:
+            if args.json:
                 print(encode_json({"time": line.time, "name": line.name, "pid": line.pid,
                                    "label": line.label, "data": line.text}))
-            lines = []
-        for line in lines:
-            self._prefix(line)
-        for line in lines:
-            text, stream, prefix = line.text, line[1:4], self._prefix(line)
+                continue
+            text, prefix = line.text, ""
             if args.times:
-                prefix = time.strftime("%Y-%m-%d %H:%M:%S ", time.localtime(line.time)) + prefix
-            if stream == self._last and line.replaces and tty:
+                prefix = time.strftime("%Y-%m-%d %H:%M:%S ", time.localtime(line.time))
+            if not args.no_prefix:
+                prefix += self._prefixer.prefix(self.name(line)) + " "
+            if line.stream == self._last and line.replaces and tty:
                 text = ("\r" if self._open else "\x1b[A") + "\x1b[K" + prefix + text
-            elif stream != self._last or line.replaces or not self._open:
+            elif line.stream != self._last or line.replaces or not self._open:
                 text = ("\n" if self._open else "") + prefix + text
-            self._last, self._open = stream, line.open
+            self._last, self._open = line.stream, line.open
             print(text, end="" if line.open else "\n")
         if self._open and not args.follow:
             print()
@@ -11717,35 +11713,33 @@ def logs_command(args):
     import fnmatch
     client = connect(args)
     printer, path = LogPrinter(args, client), "/streams"
-    targets = find_targets(args, printer.load_names(), args.names, True)
+    targets = choose_targets(args, printer.load_names(), True)
     if args.exit_status and not targets:
         return args.exit_status
     if len(targets) == 1 and [targets[0].word] == args.names:   # no glob: others may come later
         path += "/" + reference(targets[0].status["name"])
     # a pid is one process; web.2 is that and what replaces it
     pids = {target.process["pid"] for target in targets if target.word.isdigit()}
-    only_pids = len(pids) == len(targets) > 0
     words = {target.word for target in targets if target.process}
-    globs = ["*" if word == "all" else word for word in args.names]
+    globs = ["*" if word == "all" else word for word in args.names or ["all"]]
 
     def wanted(line):
         return line.label != "exit" and (
-            not args.names or line.pid in pids or printer.name(line) in words
+            line.pid in pids or printer.name(line) in words
             or any(fnmatch.fnmatchcase(line.name, glob) for glob in globs))
-    end, offset = int(client.exchange("HEAD", path)[0]["Gaffer-Offset"]), None
-    lines, body = [], b"-"
-    while body and (offset is None or offset < end):    # one answer may not hold them all
-        headers, body = client.exchange("GET", "%s?returns=true&timeout=0&%s" % (
-            path, "tail=all" if offset is None else "since=%d" % offset))
-        lines += map(journal_line, body.decode("utf-8", "replace").split("\n")[:-1])
+    end, offset = int(client.exchange("HEAD", path)[0]["Gaffer-Offset"]), 0
+    lines, body, begin = [], b"-", "tail=all"
+    while body and offset < end:                # one answer may not hold them all
+        headers, body = client.exchange("GET", "%s?returns=true&timeout=0&%s" % (path, begin))
+        lines += map(JournalLine, body.decode("utf-8", "replace").split("\n")[:-1])
         offset = int(headers["Gaffer-Offset"])
+        begin = "since=%d" % offset
     since = 0 if args.since is None else time.time() - args.since
     printer.add_names(lines)
     printer.show(merge_lines(
         [line for line in lines if wanted(line) and line.time >= since],
         args.n if args.n is not None else math.inf if since else 10, printer.name))
-    pids -= {line.pid for line in lines if line.label == "exit"}
-    if not args.follow or only_pids and not pids:
+    if not args.follow:
         return args.exit_status
     for kind, data in follow_events(client, "%s?returns=true&%s&since=%d" % (path, FEED, offset)):
         if kind == "dropped":
@@ -11755,15 +11749,10 @@ def logs_command(args):
             else:
                 note("%d bytes were lost" % json.loads(data)["bytes"])
         else:
-            line = journal_line(data)
-            if line.label == "exit":
-                pids.discard(line.pid)
-            else:
-                printer.add_names([line])
+            line = JournalLine(data)
+            printer.add_names([line])
             if wanted(line):
                 printer.show([line])
-        if only_pids and not pids:
-            return args.exit_status
 
 
 # attach

@@ -9802,7 +9802,6 @@ class CliLogs(CliFollowCase):
                    ("logs -n all a", "a.1 | 1\na.1 | 2\na.1 | 3\n"),
                    ("logs --since 1h long.1 -n1 --no-prefix", "one\nthree\n"),
                    ("logs 4", "long.1 | two\nlong.1 | one\nlong.1 | three\n"),
-                   ("logs -f 1 -n 1", "a.1 | 3\n"),
                    ("logs nosuch a -n 1", "a.1 | 3\n", 4, "gaffer: .*nosuch.*\n"),
                    ("logs --since 0s", ""), ("logs -f nosuch", "", 4, "gaffer: .*nosuch.*\n"))
         self.assertIn("two.2  | 2\n", self.call("logs"))
@@ -9824,8 +9823,8 @@ class CliLogs(CliFollowCase):
                 (["stdout+ 10", "stdout %", "stdout+< 20", "stdout %", "stdout< 30%", "stdout x"],
                  2, ["30%", "x"]),
                 (["stdout a\x0cb\u2028c d"], math.inf, ["a\x0cb\u2028c d"])):
-            lines = [gaffer.journal_line("1.5 a 1 " + text) for text in ["stdout old", *texts]]
-            lines[0] = lines[0]._replace(pid=0)
+            lines = [gaffer.JournalLine("1.5 a " + text) for text in [
+                "0 stdout old", *map("1 ".__add__, texts)]]
             merged = gaffer.merge_lines(lines, count, lambda line: "a.1")
             self.assertEqual([line.text for line in merged], ["old"] * (count == math.inf) + shown)
 
