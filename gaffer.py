@@ -11775,16 +11775,11 @@ def attach_command(args):
     pid, os_pid, streams = found[0]["pid"], found[0]["os_pid"], "/streams/%d/" % found[0]["pid"]
     info = client.get("/processes/%d" % pid)
     inbox: queue.SimpleQueue = queue.SimpleQueue()      # exceptions, signals, the exit event
+    threading.excepthook = lambda failure: inbox.put(failure.exc_value)
     last = b"\n"                                # of the output
 
     def start(function, *args):
-        """Run a function on a thread. What it raises goes into the inbox."""
-        def work():
-            try:
-                function(*args)
-            except Exception as error:
-                inbox.put(error)
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=function, args=args, daemon=True)
         thread.start()
         return thread
 
@@ -11810,20 +11805,19 @@ def attach_command(args):
             begin = "since=%d" % offset
 
     def copy_input():
-        data = b"-"
-        while data:
-            data = os.read(0, READ_SIZE)        # nothing: end of file
-            sent = False
-            while not sent:                     # as a full pipe would make us wait
-                try:
-                    client.request("POST" if data else "DELETE", streams + "stdin", data or None)
-                    sent = True
-                except ClientError as error:
-                    if error.code in ("forbidden_write", "not_found"):
-                        return                  # it has closed its stdin, or exited
-                    if error.code != "stdin_full":
-                        raise
-                    time.sleep(RETRY_PAUSE)
+        data = os.read(0, READ_SIZE)
+        while True:
+            try:                                # nothing: end of file
+                client.request("POST" if data else "DELETE", streams + "stdin", data or None)
+                if not data:
+                    return
+                data = os.read(0, READ_SIZE)
+            except ClientError as error:
+                if error.code in ("forbidden_write", "not_found"):
+                    return                      # it has closed its stdin, or exited
+                if error.code != "stdin_full":
+                    raise
+                time.sleep(RETRY_PAUSE)         # as a full pipe would make us wait
 
     def watch_exit(copies):
         path = "/watch/proc/%s/exit?since=0&%s" % (reference(status["name"]), FEED)
@@ -11832,8 +11826,8 @@ def attach_command(args):
             if event.get("restarted"):
                 raise ClientError("the server has restarted: attach again")
             if kind == "exit" and event["pid"] == pid:
-                for thread in copies:           # the rest of its group may write until it is killed
-                    thread.join(info["graceful_timeout"] + DRAIN_TIME + 1)
+                for thread in copies:           # the rest of its group may still write
+                    thread.join()
                 return inbox.put(event)
 
     def await_signals():
