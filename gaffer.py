@@ -10166,8 +10166,8 @@ class Screen:
         manager.subscribe("", lambda kind, event: loop.call(self._event, kind, event))
 
     def note(self, text):
-        """Show a line of gaffer's own."""
-        self._show("system", [text.encode("utf-8")])
+        """Show lines of gaffer's own."""
+        self._show("system", text.encode("utf-8").split(b"\n"))
 
     def _show(self, name, lines):
         prefix = self._prefixer.prefix(name, time.strftime("%H:%M:%S")).encode("utf-8")
@@ -11720,6 +11720,7 @@ def logs_command(args):
         path += "/" + reference(targets[0].status["name"])
     # a pid is one process; web.2 is that and what replaces it
     pids = {target.process["pid"] for target in targets if target.word.isdigit()}
+    only_pids = 0 < len(pids) == len(targets)
     words = {target.word for target in targets if target.process}
     globs = ["*" if word == "all" else word for word in args.names or ["all"]]
 
@@ -11739,7 +11740,8 @@ def logs_command(args):
     printer.show(merge_lines(
         [line for line in lines if wanted(line) and line.time >= since],
         args.n if args.n is not None else math.inf if since else 10, printer.name))
-    if not args.follow:
+    pids -= {line.pid for line in lines if line.label == "exit"}
+    if not args.follow or only_pids and not pids:
         return args.exit_status
     for kind, data in follow_events(client, "%s?returns=true&%s&since=%d" % (path, FEED, offset)):
         if kind == "dropped":
@@ -11753,6 +11755,10 @@ def logs_command(args):
             printer.add_names([line])
             if wanted(line):
                 printer.show([line])
+            elif line.label == "exit":
+                pids.discard(line.pid)
+        if only_pids and not pids:
+            return args.exit_status
 
 
 # attach
@@ -12007,8 +12013,8 @@ def run_server(args, writer, pipe):
     """
     hooks, configuration, endpoints = WebHooks(), None, list(map(HttpEndpoint, args.bind))
     if args.config:
-        taken = [endpoint.port for endpoint in endpoints if not endpoint.path]
-        taken = taken if endpoints else None    # those of CONFIG
+        ports = [endpoint.port for endpoint in endpoints if not endpoint.path]
+        taken = ports if endpoints else None    # those of CONFIG
         configuration = Configuration(lambda: read_settings(args.config, taken), hooks)
         hooks.hooks = configuration.settings.webhooks
         endpoints = endpoints or configuration.settings.endpoints
@@ -12023,9 +12029,7 @@ def run_server(args, writer, pipe):
         try:
             configuration.reload(manager)
         except GafferError as error:
-            for line in str(error).splitlines():
-                log.error("%s", line)
-            log.error("the configuration was not loaded: nothing has changed")
+            log.error("%s\nthe configuration was not loaded: nothing has changed", error)
 
     def reload():                               # on a thread: files may be slow
         threading.Thread(target=load_again, name="gaffer-reload", daemon=True).start()
@@ -12139,7 +12143,6 @@ def up_command(args):
     run_cached()
     endpoints = list(map(HttpEndpoint, args.bind))
     ports = [endpoint.port for endpoint in endpoints if not endpoint.path]
-    jobs = set()                                # which are to be done, not ready
 
     def read():
         templates, _ = procfile_templates(args, ports)
@@ -12150,9 +12153,7 @@ def up_command(args):
         templates = {name: info for name, info in templates.items() if name in chosen}
         for name, info in templates.items():
             info["redirect_input"] = not info["detach"]     # which does not end
-            if ends_by_itself(info):
-                jobs.add(name)
-            elif info["restart"] == "always" and not args.keep_going:
+            if info["restart"] == "always" and not args.keep_going:
                 info["restart"] = "never"
                 if not args.exit_when_done:
                     info["success"] = []        # any end is the end of all
@@ -12179,14 +12180,13 @@ def up_command(args):
 
     def judge(manager):
         """Return whether it is known if all get ready, and say so."""
-        left = [template for template in manager.templates.values() if template.info["start"] and (
-            template.outcome != "done" if template.name in jobs else not template.ready())]
-        reasons = list(filter(None, [template.check_goal("ready")[1] for template in left]))
+        goals = [template.check_goal("done" if ends_by_itself(template.info) else "ready")
+                 for template in manager.templates.values() if template.info["start"]]
+        reasons = [reason for _, reason in goals if reason]
         if reasons:
-            for line in reasons[0].split("\n"):
-                screen.note(line)
+            screen.note(reasons[0])
             manager.stop()
-        elif not left:
+        elif all(met for met, _ in goals):
             manager.loop.call_soon(screen.note, "all are ready")     # after the last one's line
             ready.append(True)
         return reasons or ready

@@ -9802,6 +9802,7 @@ class CliLogs(CliFollowCase):
                    ("logs -n all a", "a.1 | 1\na.1 | 2\na.1 | 3\n"),
                    ("logs --since 1h long.1 -n1 --no-prefix", "one\nthree\n"),
                    ("logs 4", "long.1 | two\nlong.1 | one\nlong.1 | three\n"),
+                   ("logs -f 1 -n 1", "a.1 | 3\n"),
                    ("logs nosuch a -n 1", "a.1 | 3\n", 4, "gaffer: .*nosuch.*\n"),
                    ("logs --since 0s", ""), ("logs -f nosuch", "", 4, "gaffer: .*nosuch.*\n"))
         self.assertIn("two.2  | 2\n", self.call("logs"))
