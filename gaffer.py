@@ -12151,7 +12151,7 @@ def up_command(args):
             check_type(name, templates)
             chosen += set(templates[name]["after"]).intersection(templates).difference(chosen)
         templates = {name: info for name, info in templates.items() if name in chosen}
-        for name, info in templates.items():
+        for info in templates.values():
             info["redirect_input"] = not info["detach"]     # which does not end
             if info["restart"] == "always" and not args.keep_going:
                 info["restart"] = "never"

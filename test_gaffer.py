@@ -10055,8 +10055,8 @@ class CliReady(CliFollowCase):
             "# left out: stop_signal = INT=5 TERM=2.5",
             "Restart=on-failure", "RestartSec=2", "KillSignal=SIGINT", "KillMode=mixed",
             "TimeoutStopSec=7.5", "SuccessExitStatus=0 3 SIGINT", "UMask=027",
-            'ExecStartPre=/bin/sh -c "echo $$A \\"x\\""', "LimitNOFILE=100:200",
-            "LimitCORE=infinity:infinity", "EnvironmentFile=/a%%b"])
+            'ExecStartPre=/bin/sh -c "echo $$A \\"x\\""', "LimitCORE=infinity:infinity",
+            "LimitNOFILE=100:200", "EnvironmentFile=/a%%b"])
 
 
 POSTGRES = max(glob.glob("/usr/lib/postgresql/*/bin"), default=None)    # its programs
