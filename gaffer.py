@@ -5488,16 +5488,6 @@ class Connection:
         self.early = b""
 
 
-def peek(sock):
-    """Return a byte that a non-blocking socket has; b"": it is at its end; None: nothing yet."""
-    try:
-        return socket.socket.recv(sock, 1, socket.MSG_PEEK)     # with TLS: below it
-    except BlockingIOError:
-        return None
-    except OSError:
-        return b""
-
-
 def offset_headers(reader, asked, clamp):
     """Return the headers that say where a reader begins, and what it has lost before that.
 
@@ -5773,7 +5763,10 @@ class Idle(Channel):
 
     def _ready(self, mask):
         self.detach()
-        self.connection.listener.process_request(self.sock, self.connection)
+        if self.secure:
+            self.connection.listener.start_thread(self.connection)
+        else:
+            self.http.quick.add(self.connection)
 
 
 class Answer(Channel):
@@ -8930,13 +8923,12 @@ class WsgiRun(SimpleHandler):
 class SocketReader(io.RawIOBase):
     """What comes on a socket until `deadline`, by time.monotonic(); then it raises socket.timeout.
 
-    `early`: bytes that were read before. `go_ahead`: bytes that are sent before the next read.
+    `early`: bytes that were read before.
     """
 
     def __init__(self, sock, early):
         self._sock, self.early = sock, early
         self.deadline = 0.0                     # None: the socket is not read any more
-        self.go_ahead = b""
 
     def readable(self):
         return True
@@ -8948,9 +8940,6 @@ class SocketReader(io.RawIOBase):
             return size
         if self.deadline is None:
             return None
-        if self.go_ahead:
-            self._sock.sendall(self.go_ahead)
-            self.go_ahead = b""
         while time.monotonic() < self.deadline:
             try:
                 return self._sock.recv_into(buffer)
@@ -8969,8 +8958,8 @@ class Handler(socketserver.StreamRequestHandler):
         self.http, self.client = self.server.http, self.client_address
         self.reader = SocketReader(self.request, self.client.early)
         self.rfile = io.BufferedReader(self.reader, READ_SIZE)
-        self.channel = self.current = None      # what takes the connection over, for which request
-        self.gone, self.sent = False, 0         # the client has left; bytes that it took
+        self.channel = self.current = None      # what goes on with the connection, if anything
+        self.sent = 0                           # bytes that the client took
 
     def handle(self):
         try:
@@ -8983,56 +8972,49 @@ class Handler(socketserver.StreamRequestHandler):
             while keep:
                 self.reader.deadline = time.monotonic() + KEEP_TIME
                 try:
-                    self.gone = not self.rfile.peek(1)
+                    keep = bool(self.rfile.peek(1)) and self.handle_request()
                 except socket.timeout:
                     self.channel = Idle()
                     return
-                keep = not self.gone and self.handle_request()
                 if keep:
                     self.http.working.discard(self)
         except (OSError, EOFError) as error:
             log.debug("a client has left: %s", error)
-            self.gone = True
 
     def handle_request(self):
         """Read a request and answer it. Return whether another may follow on this thread."""
-        http, request, keep, began = self.http, None, False, None
+        http, request, whole, began = self.http, None, False, None
         try:
             self.reader.deadline = time.monotonic() + HEAD_TIME
             request = read_request(self.rfile)
             http.working.add(self)
-            began = time.monotonic()
             request.client, request.secure = self.client.address, self.server.context is not None
-            keep = not (has_body(request) or request.wants_close() or http.ending)
+            whole, began = not has_body(request), time.monotonic()
             respond, limit, _ = http.route(request)
-            if has_body(request):
+            if not whole:
                 length = body_length(request, limit)
-                if "expect" in request.headers and request.version == (1, 1):
-                    self.reader.go_ahead = b"HTTP/1.1 100 Continue\r\n\r\n"
+                if length != 0 and "expect" in request.headers and request.version == (1, 1):
+                    self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
                 self.reader.deadline = time.monotonic() + BODY_TIME
                 request.body = read_body(self.rfile, length, limit)
-                self.reader.go_ahead = b""
-                keep, began = not (request.wants_close() or http.ending), time.monotonic()
+                whole, began = True, time.monotonic()
             answer = respond(request)
         except socket.timeout:
             answer, began = error_response(RequestTimeout(
                 "the request did not arrive in time; send it faster")), None
         except GafferError as error:
             answer = error_response(error)
-        if isinstance(answer, WsgiRun):
-            keep = answer.respond(self.send, keep)
-            self.gone = answer.cut
-            if answer.cut and not answer.framed:    # then only a reset tells the client
-                linger = struct.pack("ii", 1, 0)
-                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            return keep
-        if isinstance(answer, Channel):
-            if request.method != "HEAD":
-                self.channel, self.current = answer, request
-                return False
-            keep, began = keep and not isinstance(answer, Feed), None
-            answer = http.loop.call(answer.head)
-        self.send(http.answer(self.client, request, answer, keep, began))
+        keep = whole and not (request.wants_close() or http.ending)
+        if not isinstance(answer, WsgiRun):
+            self.current = request
+            self.channel = http.reply(self.client, request, answer, keep, began)
+            return self.channel is None
+        keep = answer.respond(self.send, keep)
+        if answer.cut and not answer.framed:    # then only a reset tells the client
+            linger = struct.pack("ii", 1, 0)
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        if not keep and not answer.cut:
+            self.channel = Answer()
         return keep
 
     def send(self, data):
@@ -9052,8 +9034,7 @@ class Handler(socketserver.StreamRequestHandler):
         self.reader.deadline = None
         self.client.early = self.rfile.peek() + self.reader.early
         try:
-            self.http.loop.call(
-                self.http.hand_over, self.client, self.channel, self.current, self.gone)
+            self.http.loop.call(self.http.hand_over, self.client, self.channel, self.current)
         except Stopping:
             self.request.close()
         finally:                                # by now a channel sends the answer
@@ -9078,7 +9059,7 @@ class QuickRequests:
 
     def add(self, connection):
         """Take a connection. Under the loop's lock."""
-        self._used[connection] = math.inf       # it has sent something
+        self._used[connection] = time.monotonic()
         try:
             self._selector.register(connection.sock, selectors.EVENT_READ, connection)
         except OSError:                         # the selector has no room
@@ -9136,20 +9117,16 @@ class QuickRequests:
         try:
             if len(data) <= KIB and data.endswith(b"\r\n\r\n"):
                 request = known_request(data[:-4])
-                request.client, quick = connection.address, not has_body(request)
-                if quick:
+                request.client = connection.address
+                if not has_body(request):
                     respond, _, quick = http.route(request)
-                    if quick == "few":
-                        quick = http.runs_few(request)
-        except GafferError as error:            # a head that is wrong is left to a thread
-            respond = lambda request, error=error: error_response(error)
-        except Exception:                       # as one for which there is no memory
+        except Exception:                       # what is wrong is left to a thread, too
             quick = False
         if quick:
             tasks.append((connection, request, respond))
         else:
-            connection.early, listener = data, connection.listener
-            self._detach(connection, listener.process_request, connection.sock, connection)
+            connection.early = data
+            self._detach(connection, connection.listener.start_thread, connection)
 
     def _answer(self, tasks):
         http = self.http
@@ -9158,17 +9135,10 @@ class QuickRequests:
             left = http.close_connection, connection
             try:
                 keep = not (request.wants_close() or http.ending)
-                answer = respond(request)
-                if not isinstance(answer, Channel):
-                    data = http.answer(connection, request, answer, keep, began)
-                    try:
-                        data = data[connection.sock.send(data):]
-                    except OSError:
-                        pass                    # a channel tries again
-                    if keep and not data:
-                        continue
-                    answer = Answer(data, keep)
-                left = http.start_channel, answer, connection, request
+                channel = http.reply(connection, request, respond(request), keep, began)
+                if channel is None:
+                    continue
+                left = http.start_channel, channel, connection, request
             except Exception:
                 log.exception("a request failed")
             self._detach(connection, *left)
@@ -9273,40 +9243,41 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return self.http.admit(client_address)
 
     def process_request(self, request, client_address):
-        """Let a thread take a connection that has sent something; others wait on the loop."""
-        http, client = self.http, client_address
+        """Have the requests of a connection read, those of TLS once something has come."""
         request.setblocking(False)
-        came = client.early or self.context is not None and request.pending() or peek(request)
-        is_new = self.context is not None and request.version() is None
-        if came is None:
-            http.start_channel(Idle(), client)
-        elif came == b"":
-            http.close_connection(client)
-        elif self.context is None and not client.early:
-            http.quick.add(client)
-        elif len(http.threads) >= THREADS_MAX:
-            http.refuse(client)
+        if client_address.early:
+            self.start_thread(client_address)
+        elif self.context is not None:
+            self.http.start_channel(Idle(), client_address)
         else:
-            thread = http.threads[client] = threading.Thread(
-                target=self.process_request_thread, args=(request, client), daemon=True)
-            begun = thread._started             # type: ignore[attr-defined]
-            # start() waits for that: for ever, if the thread has no memory to begin with
-            begun.wait = functools.partial(begun.wait, BEGIN_TIME)
-            if is_new:
-                if len(http.handshakes) >= HANDSHAKES_MAX:  # the oldest one has had its time
-                    oldest = next(iter(http.handshakes))
-                    http.handshakes.pop(oldest, None)
-                    http.interrupt(oldest)
-                http.handshakes[client] = None
-            try:
-                thread.start()
-                if not begun.is_set():
-                    raise MemoryError("it does not begin")
-            except (RuntimeError, MemoryError) as error:    # the system has no thread left
-                self._reports.warning("a request has no thread: %s", error)
-                client.early = b""              # it may begin yet
-                del http.threads[client]
-                http.refuse(client)
+            self.http.quick.add(client_address)
+
+    def start_thread(self, client):
+        """Let a thread read the requests of a Connection."""
+        http = self.http
+        if len(http.threads) >= THREADS_MAX:
+            http.refuse(client)
+            return
+        thread = http.threads[client] = threading.Thread(
+            target=self.process_request_thread, args=(client.sock, client), daemon=True)
+        begun = thread._started                 # type: ignore[attr-defined]
+        # start() waits for that: for ever, if the thread has no memory to begin with
+        begun.wait = functools.partial(begun.wait, BEGIN_TIME)
+        if self.context is not None and client.sock.version() is None:
+            if len(http.handshakes) >= HANDSHAKES_MAX:      # the oldest one has had its time
+                oldest = next(iter(http.handshakes))
+                http.handshakes.pop(oldest, None)
+                http.interrupt(oldest)
+            http.handshakes[client] = None
+        try:
+            thread.start()
+            if not begun.is_set():
+                raise MemoryError("it does not begin")
+        except (RuntimeError, MemoryError) as error:        # the system has no thread left
+            self._reports.warning("a request has no thread: %s", error)
+            client.early = b""                  # it may begin yet
+            del http.threads[client]
+            http.refuse(client)
 
     def shutdown_request(self, request):
         """Do nothing: the loop closes connections."""
@@ -9517,14 +9488,14 @@ class HttpHandler:
             del self._of_address[connection.peer]
         connection.sock.close()
 
-    def hand_over(self, connection, channel=None, request=None, gone=True):
-        """Take the connection of a thread that ends. `gone`: the client has left."""
+    def hand_over(self, connection, channel=None, request=None):
+        """Take the connection of a thread that ends. Without a channel, its client has left."""
         del self.threads[connection]
         self.handshakes.pop(connection, None)
-        if gone:
+        if channel is None:
             self.close_connection(connection)
         else:
-            self.start_channel(channel or Answer(), connection, request)
+            self.start_channel(channel, connection, request)
 
     def start_channel(self, channel, connection, request=None):
         """Let a channel have a connection."""
@@ -9540,17 +9511,12 @@ class HttpHandler:
 
     # requests
 
-    def runs_few(self, request):
-        """Return True if there are so few processes that a status without a query takes no time."""
-        manager, query = self._api.manager, request.raw_query
-        return not query and len(manager.templates) + len(manager.processes) <= QUICK_STATUSES
-
     def route(self, request):
         """Check a head.
 
         Return (function of the request that makes its answer, limit of the body, whether that takes
-        no time: True, False, or "few": see runs_few()). The function raises nothing; the answer is
-        a Response, a Channel or a WsgiRun. Raises GafferError.
+        no time). The function raises nothing; the answer is a Response, a Channel or a WsgiRun.
+        Raises GafferError.
         """
         access, is_read = self.access, request.method in ("GET", "HEAD")
         try:
@@ -9566,7 +9532,7 @@ class HttpHandler:
         if request.path not in OPEN_PATHS or not is_read:
             access.check_token(request)
         try:
-            return self._known_route(request.method, request.path)
+            respond, limit, quick = self._known_route(request.method, request.path)
         except GafferError as error:
             answer = error_response(error)
             if has_body(request) and "expect" not in request.headers:
@@ -9574,6 +9540,11 @@ class HttpHandler:
                     body_length(request, BODY_SIZE)
                     return (lambda request: answer), BODY_SIZE, False
             raise
+        if quick == "few":
+            manager = self._api.manager
+            quick = not request.raw_query and (
+                len(manager.templates) + len(manager.processes) <= QUICK_STATUSES)
+        return respond, limit, quick
 
     def _find(self, method, path):
         methods, args = find_route(self.routes, split_path(path))
@@ -9624,6 +9595,21 @@ class HttpHandler:
         """Return what every answer has besides: [(name, value)]."""
         cors = self.access.cors(request) if request is not None else []
         return [("Cache-Control", "no-store"), *cors]
+
+    def reply(self, connection, request, answer, keep, began):
+        """Send an answer. Return the Channel that goes on with the connection: it sends the rest,
+        or what lasts; None if all is sent and the next request may follow."""
+        if isinstance(answer, Channel):
+            if request.method != "HEAD":
+                return answer
+            keep, began = keep and not isinstance(answer, Feed), None
+            answer = self.loop.call(answer.head)
+        data = self.answer(connection, request, answer, keep, began)
+        try:
+            data = data[connection.sock.send(data):]
+        except OSError:
+            pass                                # a channel tries again
+        return None if keep and not data else Answer(data, keep)
 
     def answer(self, connection, request, response, keep, began=None):
         """Return a Response as bytes, and count and log it. Any thread.
