@@ -3688,31 +3688,28 @@ class Template:
 
 class Subscription:
     """What subscribe() and monitor_io() return: calls `callback(type, event)` on the loop's thread,
-    without its lock, until close(). As a Reader's sink it puts `facts` into each event."""
+    without its lock, with each of `events(data)` of what comes in a log, until close()."""
 
-    def __init__(self, loop, callback, facts=None):
-        self._loop, self._callback, self._facts = loop, callback, facts
-        self.on_close = None                    # called under the lock
+    def __init__(self, source, events, callback):
+        self._log, self._events, self._callback = source, events, callback
+        self._offset = source.end
+        self._cancel = source.wait(self._deliver)
 
-    def deliver(self, kind, event):
-        """Have the callback called at the end of this turn."""
-        self._loop.call_unlocked(lambda: self._callback(kind, event))
+    def _deliver(self):
+        source, offset = self._log, self._offset
+        self._offset = source.end
+        for event in self._events(source.read(offset, source.end - offset)):
+            source.loop.call_unlocked(self._call, event)
+        return source.ended
+
+    def _call(self, event):
+        self._callback(event["event"], event)
 
     def close(self):
         """Have no further call begin, from any thread."""
         self._callback = lambda kind, event: None
         with contextlib.suppress(Stopping):     # it has ended with the manager
-            self._loop.call(self.on_close)
-
-    def send(self, payload):
-        self.deliver(self._facts["event"], dict(self._facts, data=payload))
-        return True
-
-    def lost(self, reader, count):
-        """Do nothing: only a reader that failed is cut."""
-
-    def finished(self, reader):
-        reader.close()
+            self._log.loop.call(self._cancel)
 
 
 class ProcessHandle:
@@ -3734,15 +3731,9 @@ class ProcessHandle:
         manager, facts = self._manager, {"name": self.name, "event": label}
         if self.pid is not None:
             facts.update(pid=self.pid, os_pid=self.os_pid)
-        subscription = Subscription(manager.loop, callback, facts)
-
-        def begin():
-            window = manager.find_window(self._target, label)
-            reader = Reader(window, Encoder(), subscription, window.end)
-            subscription.on_close = reader.close
-            reader.start()
-        manager.loop.call(begin)
-        return subscription
+        return manager.loop.call(lambda: Subscription(
+            manager.find_window(self._target, label),
+            lambda data: [dict(facts, data=data)] if data else [], callback))
 
     def write(self, data, label="stdin"):
         """Write bytes to its stdin, all or nothing. By name: to the one process that the template
@@ -3836,7 +3827,6 @@ class Manager:
         self._thread = None                     # the loop's, while run() runs
         self._started_apps = []
         self._next_pid = 1
-        self._subscriptions = []                # (pattern, Subscription)
         self._waiters = {}                      # satisfied -> None, see wait_until()
         self._timer, self._pause = None, 0.0    # Timer of changed(); what _settle() took
         self._has_run = False                   # something has ended, or was there at the start
@@ -3932,15 +3922,13 @@ class Manager:
 
     # events and waits
 
+    @on_loop
     def subscribe(self, pattern, callback):
         """Call `callback(type, event)` on the loop's thread for each event that `pattern` ("",
         "exit", "proc/web", "proc/web/exit") matches. Returns a Subscription. BadEventType."""
-        subscription = Subscription(self.loop, callback)
-        entry = parse_pattern(pattern.split("/")), subscription
-        subscription.on_close = lambda: entry in self._subscriptions and self._subscriptions.remove(
-            entry)
-        self.loop.call(self._subscriptions.append, entry)
-        return subscription
+        wanted = parse_pattern(pattern.split("/"))
+        return Subscription(self.events, lambda events: [
+            dict(event) for event in events if matches(wanted, event)], callback)
 
     def _publish(self, kind, name, process=None, **more):
         event = {"event": kind, "name": name, "id": "%d@%s" % (self.events.end + 1, self.epoch),
@@ -3951,9 +3939,6 @@ class Manager:
         self.loop.guard(self.events.append, event)      # no observer has a part in any life
         self._has_run = self._has_run or kind in ("exit", "done", "fail", "stop")
         self.changed()
-        for pattern, subscription in self._subscriptions:
-            if matches(pattern, event):
-                subscription.deliver(kind, dict(event))
 
     @on_loop
     def wait_until(self, satisfied):
@@ -4459,36 +4444,26 @@ class Manager:
         """Start the apps and all active templates, by priority, and serve until stop(), on this
         thread. Raises what an app's start() raises, with nothing left running; RuntimeError: it
         runs already, or has run."""
-        if self._running or self.loop.closed:
+        if self._thread is not None or self.loop.closed:
             raise RuntimeError("this manager runs already, or has run; make another one")
         self._thread = threading.get_ident()
         bytes(MIB)      # once freed, glibc keeps what is shorter: 20 % of the CPU of fast streams
-        try:
-            with self.loop.interrupts():
-                try:
-                    self._start()
-                    self.loop.run()
-                finally:
-                    self._wind_up()
-        finally:
-            self._thread = None
-            self.loop.close()
-            self._call_apps("join")
+        with contextlib.ExitStack() as ends:    # from the last one up, whatever they raise
+            ends.callback(self._call_apps, "join")
+            ends.callback(self.loop.close)
+            ends.callback(setattr, self, "_thread", None)
+            ends.enter_context(self.loop.interrupts())
+            ends.callback(self._call_apps, "stop")
+            ends.callback(self._finish)
+            ends.callback(self._stop_all)
+            self._start()
+            self.loop.run()
 
-    def _wind_up(self):
-        try:
-            while self.loop.call(self._alive):  # an exception, such as KeyboardInterrupt
-                self.loop.call(self._stop, False)
-                with contextlib.suppress(SystemExit):   # an observer may raise it at each exit
-                    self.loop.run()
-        finally:
-            try:
-                self.loop.call(self._finish)
-                self._call_apps("finish")
-                self.loop.call(self._await_clients, [], 0.0, self.loop.clock() + STOP_SEND_TOTAL)
-                self.loop.run()                 # until all is sent
-            finally:
-                self._call_apps("stop")
+    def _stop_all(self):
+        while self.loop.call(self._alive):      # an exception, such as KeyboardInterrupt
+            self.loop.call(self._stop, False)
+            with contextlib.suppress(SystemExit):       # an observer may raise it at each exit
+                self.loop.run()
 
     def _call_apps(self, method):
         """Call a method of all apps that have it, the last one first; then raise what one did."""
@@ -4497,23 +4472,18 @@ class Manager:
                 calls.callback(getattr(app, method, lambda: None))
 
     def _start(self):
-        def begin():                            # what an app adds from now on starts at once
-            self._running = True
-            return sorted(self.templates.values(), key=lambda each: priority_of(each.info))
-
-        def start_templates(templates):
-            for template in templates:
-                if template.active:
-                    if template.due:
-                        self._publish("start", template.name)
-                    self._reconcile(template)
-            self._has_run = bool(self.templates)
+        def begin():
+            self._running, self._has_run = True, bool(self.templates)
+            for template in sorted(self.templates.values(),
+                                   key=lambda template: priority_of(template.info)):
+                if template.active and template.due:
+                    self._publish("start", template.name)
+                self._reconcile(template)
             self.changed()
-        templates = self.loop.call(begin)
         for app in self.apps:
             app.start(self.loop, self)
             self._started_apps.append(app)
-        self.loop.call(start_templates, templates)
+        self.loop.call(begin)
 
     def stop(self, kill=False):
         """Stop all processes, those of the highest priority first, then let run() return. `kill`:
@@ -4556,6 +4526,12 @@ class Manager:
             self.loop.stop()
 
     def _finish(self):
+        self.loop.call(self._end_streams)
+        self._call_apps("finish")
+        self.loop.call(self._await_clients, [], 0.0, self.loop.clock() + STOP_SEND_TOTAL)
+        self.loop.run()                         # until all is sent
+
+    def _end_streams(self):
         """End all streams: nothing is left to run, also if run() failed."""
         self.stopping, self._running, self._ended = True, False, True
         for process in list(self.processes.values()):

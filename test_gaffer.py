@@ -4366,7 +4366,7 @@ class ProcessEmbedded(ProcessCase):
         manager.subscribe("restart", lambda kind, event: manager.stop())
         manager.add_process("x", "sleep 60")
         manager.run()
-        self.assertEqual((waited, started), ([False] * 3, ["y", "x"]))
+        self.assertEqual((waited, started), ([False] * 3, ["x", "y"]))
 
 
 class ProcessLife(ProcessCase):
