@@ -5480,14 +5480,16 @@ def offset_headers(reader, asked, clamp):
             _, reader.reported_until, lost = source.read_all(reader.offset, reader.encoder)
     elif reader.offset < source.start:
         if not asked:
-            place = reader.offset = source.resync(source.start)
+            place = reader.offset = source.resync(place)
         elif reports:
-            place = source.resync(source.start)
+            place = source.resync(place)
         elif clamp:
             lost, reader.offset = place - reader.offset, place
-    source.count_dropped(lost)
     headers = [("Gaffer-Offset", place)]
-    return headers + [("Gaffer-Dropped", lost)] if lost else headers
+    if lost:
+        source.count_dropped(lost)
+        headers.append(("Gaffer-Dropped", lost))
+    return headers
 
 
 class Channel:
@@ -5501,6 +5503,11 @@ class Channel:
     reader: "Reader | None" = None              # what it sends, if that is a stream
     stall, read_size = STALL, READ_SIZE
     status = None                               # for the access log, if this is not yet answered
+    closed = _ending = False
+    sent = _head = 0                            # bytes in all, and of the head
+    _mask = 0                                   # what the selector watches
+    _timer = _end_timer = None
+    _lingered = 0
 
     def start(self, connection, request=None):
         """Begin, on the loop."""
@@ -5508,12 +5515,7 @@ class Channel:
         self.sock, self.http = connection.sock, connection.listener.http
         self.loop, self._would_block = self.http.loop, connection.listener.would_block
         self.secure = connection.listener.context is not None
-        self.closed = self._ending = False
         self._queue, self.queued = collections.deque(), 0
-        self.sent = self._head = 0              # bytes in all, and of the head
-        self._mask = 0                          # what the selector watches
-        self._timer = self._end_timer = None
-        self._progress, self._lingered = 0.0, 0
         self.sock.setblocking(False)
         self.http.channels.add(self)
         self._watch(selectors.EVENT_READ)
@@ -5789,11 +5791,11 @@ class LongPoll(Answer):
 
     def opened(self):
         self.status = CLIENT_LEFT               # until it is answered
-        self._ends = []
+        self._ends = contextlib.ExitStack()
         if self._timeout is not None:
-            self._ends.append(self.loop.later(
+            self._ends.callback(self.loop.later(
                 self._timeout, lambda: self._deliver(attempt(self._expired))).cancel)
-        self._ends.append(self._begin(self._deliver))
+        self._ends.callback(self._begin(self._deliver))
         if self.status is None:                 # answered at once
             self.closing()
 
@@ -5806,8 +5808,7 @@ class LongPoll(Answer):
                 self.drained()
 
     def closing(self):
-        while self._ends:
-            self._ends.pop()()
+        self._ends.close()
 
     def stop(self):
         self._deliver(error_response(Stopping("gaffer is stopping; start it again")))
@@ -5822,18 +5823,18 @@ class Follower(Channel):
     """
 
     sign: bytes
+    _beat = None                                # the Timer of the next look
 
     def __init__(self, reader, asked, process, heartbeat):
         self.reader, self._asked, self._process, self._heartbeat = reader, asked, process, heartbeat
-        self._beat = None
         self.stall = BLOCK_STALL if reader.loss == "block" else STALL
 
     def follow(self):
         """Begin, behind the head."""
         self.reader.sink = self
         self.reader.start()
-        if self._heartbeat is not None and not self.closed:
-            self._beat = self.loop.later(self._heartbeat, self._check_silence)
+        if self._heartbeat is not None:
+            self._check_silence()
 
     def _check_silence(self):
         wait = self.reader.last_sent + self._heartbeat - self.loop.now
@@ -5842,7 +5843,7 @@ class Follower(Channel):
             self.reader.last_sent = self.loop.now
             if not self._queue:
                 self.send(self.sign)
-        if not self.closed:
+        if not self.closed and not self._ending:
             self._beat = self.loop.later(wait, self._check_silence)
 
     def end(self):
@@ -5874,26 +5875,23 @@ class Feed(Follower):
     fills the log, and returns a function that ends it. For the rest see Follower.
     """
 
-    def __init__(self, form, framed, reader, asked, heartbeat=None, first=b"", process=None,
-                 begin=None):
+    def __init__(self, form, framed, reader, asked, heartbeat, first, process, begin):
         super().__init__(reader, asked, process, heartbeat)
-        self.kind, self._framed, self.sign = form, framed, framed(b"\n")
+        self.kind, self.sign, self._chunked = form, framed(b"\n"), framed is chunk
         self._first, self._begin, self._end_feed = first, begin, None
+        self._has_trailer = self._chunked and form == "continuous" and reader.loss == "skip"
 
     def head(self):
         # the reader is to start in the same turn
-        has_records, is_chunked = isinstance(self.reader.log, EventLog), self._framed is chunk
-        content_type = "text/event-stream" if self.kind == "eventsource" else (
-            "application/json" if has_records else "application/octet-stream")
-        headers = [("X-Accel-Buffering", "no")]
-        if is_chunked:
+        headers = [("X-Accel-Buffering", "no"), *offset_headers(self.reader, self._asked, True)]
+        if self._chunked:
             headers.append(("Transfer-Encoding", "chunked"))
-            if self.reader.loss == "skip" and self.kind == "continuous":
-                headers.append(("Trailer", "Gaffer-Dropped"))
-        if has_records:
-            headers.append(("Gaffer-Offset", self.reader.offset))
-        else:
-            headers += offset_headers(self.reader, self._asked, True)
+        if self._has_trailer:
+            headers.append(("Trailer", "Gaffer-Dropped"))
+        content_type = "text/event-stream"
+        if self.kind == "continuous":
+            has_records = isinstance(self.reader.log, EventLog)
+            content_type = "application/json" if has_records else "application/octet-stream"
         return Response(None, headers=headers, content_type=content_type)
 
     def opened(self):
@@ -5919,9 +5917,8 @@ class Feed(Follower):
             self.send(reader.encoder.exit(reader.log.end, {
                 "pid": process.pid, "exit_status": process.exit_status,
                 "term_signal": process.term_signal}))
-        if self._framed is chunk:
-            told = reader.loss == "skip" and self.kind == "continuous"
-            trailer = b"Gaffer-Dropped: %d\r\n" % reader.dropped if told else b""
+        if self._chunked:
+            trailer = b"Gaffer-Dropped: %d\r\n" % reader.dropped if self._has_trailer else b""
             self.send(b"0\r\n" + trailer + b"\r\n")
         self.finish()
 
