@@ -10950,21 +10950,20 @@ class Configuration:
         """
         with self._lock:
             settings = self._read()
-            outcome = manager.loop.call(self._compare, manager, settings)
+            outcome = self._compare(manager, settings)
             if not dry_run:
                 self._apply(manager, settings, outcome)
-        if not dry_run:
-            log.warning("the configuration was loaded again: %s", "; ".join(
-                outcome_lines(dict(outcome, kept=[]))) or "nothing has changed")
+                log.warning("the configuration was loaded again: %s", "; ".join(
+                    outcome_lines(dict(outcome, kept=[]))) or "nothing has changed")
         return outcome
 
     def _compare(self, manager, settings):
-        before, after, present = self.settings.templates, settings.templates, manager.templates
-        changed = {}                            # by the files, not by hand
+        before, after = self.settings.templates, settings.templates
+        present, changed = dict(manager.templates), {}
         for name in [name for name in after if name in present]:
+            # by the files, not by hand
             info = before[name] if name in before else present[name].info
             changed[name] = [field for field in OPTIONS if info[field] != after[name][field]]
-        endpoints = list(map(vars, settings.endpoints))
         return {
             "ok": True, "failed": {},
             "added": sorted((name for name in after if name not in present),
@@ -10973,39 +10972,34 @@ class Configuration:
             "removed": [name for name in before if name not in after and name in present],
             "kept": [name for name, fields in changed.items() if not fields],
             "webhooks": self.settings.webhooks != settings.webhooks,
-            "needs_restart": ["endpoints"] if endpoints != self._endpoints else []}
+            "needs_restart": [
+                "endpoints"] if list(map(vars, settings.endpoints)) != self._endpoints else []}
 
-    def _apply(self, manager, settings, report):
-        before, after = self.settings.templates, settings.templates
+    def _apply(self, manager, settings, outcome):
+        before, after, changed = self.settings.templates, settings.templates, outcome["changed"]
         # what others are after goes first, or old and new ones could make a circle
-        changes = sorted(report["changed"], key=stop_stages(after).get, reverse=True)
-        for name in [*report["removed"], *changes, *report["added"]]:
+        order = sorted(changed, key=stop_stages(after).get, reverse=True)
+        for name in [*outcome["removed"], *order, *outcome["added"]]:
             try:                                # the system may refuse what the file may ask for
                 if name not in after:
                     manager.delete_process(name)
-                elif name in report["changed"]:
-                    manager.loop.call(self._change, manager, after[name], report["changed"][name])
-                else:                           # each by itself, so that requests come in between
+                elif name not in changed:
                     manager.add_process(after[name])
+                else:
+                    template, fields = manager.find_template(name), changed[name]
+                    info = dict(template.info, **{field: after[name][field] for field in fields})
+                    if "start" not in fields:   # what was stopped by hand stays so
+                        del info["start"]
+                        if template.gave_up and not set(fields) <= set(ADJUSTABLE):
+                            info["start"] = True
+                    manager.update_process(name, info)
             except GafferError as error:
-                report["failed"][name], report["ok"] = str(error), False
+                outcome["failed"][name], outcome["ok"] = str(error), False
                 # or the next time it would not be seen to have changed
                 after[name] = before.get(name, after.get(name))
         self.settings = settings
-        if report["webhooks"] and self._hooks is not None:
-            manager.loop.call(self._hooks.replace, settings.webhooks)
-
-    @staticmethod
-    def _change(manager, info, fields):
-        template = manager.find_template(info["name"])
-        again = template.gave_up and not set(fields) <= set(ADJUSTABLE)
-        # what was stopped or scaled by hand stays so; what gave up gets another chance
-        known = dict(template.info, **{field: info[field] for field in fields})
-        if "start" not in fields:
-            del known["start"]
-        manager.update_process(template.name, known)
-        if again and "start" not in fields:
-            manager.start_template(template.name)
+        if outcome["webhooks"]:
+            self._hooks.replace(settings.webhooks)
 
 
 # --------------------------------------------------------------------------------------------------
