@@ -9875,10 +9875,10 @@ class SigHandler:
 
 
 def check_hook_url(url):
-    """Check where events are to be posted. ValueError, ClientError."""
-    if not re.fullmatch(r"https?://[^@\s/?#]+([/?#][!-~]*)?", url, re.I):
+    """Check where events are to be posted. ValueError."""
+    host = r"([^@\s/?#:[\]]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
+    if not re.fullmatch(r"https?://%s([/?#][!-~]*)?" % host, url, re.I):
         raise ValueError("%r is not a URL such as http://host:port/path" % url)
-    Client(url)
 
 
 class WebHooks:
@@ -9890,39 +9890,36 @@ class WebHooks:
     """
 
     def __init__(self, hooks=()):
-        self.hooks, self.dropped = list(hooks), 0
-        for _, url in self.hooks:
-            check_hook_url(url)
-        self._queue = queue.Queue(WEBHOOK_QUEUE)        # (URL, event); None wakes the worker
+        self.dropped, self._throttle = 0, Throttle()
         self._lock = threading.Lock()           # guards `dropped`
-        self._ending = threading.Event()
-        self._subscriptions, self._thread = [], None
+        self._queue = queue.SimpleQueue()       # (URL, event); None wakes the worker
+        self._ending, self._thread = threading.Event(), None
         self._skipped = {}                      # URL -> until when
-        self._throttle = Throttle()
+        self.replace(hooks)
+
+    def replace(self, hooks):
+        """Use other hooks from now on. ValueError, BadEventType."""
+        for _, url in hooks:
+            check_hook_url(url)
+        self.hooks = [(parse_pattern(pattern.split("/")), url) for pattern, url in hooks]
 
     def start(self, loop, manager):
         """Begin to post."""
-        self._manager = manager
         self._ending.clear()
-        self.replace(self.hooks)
+        manager.subscribe("", self._put)
 
-    def replace(self, hooks):
-        """Use other hooks from now on. Called on the loop."""
-        for subscription in self._subscriptions:
-            subscription.close()
-        self.hooks = list(hooks)
-
-        def put(url, kind, event):
-            try:
-                self._queue.put_nowait((url, event))
-            except queue.Full:
+    def _put(self, kind, event):
+        for pattern, url in self.hooks:
+            if not matches(pattern, event):
+                continue
+            if self._queue.qsize() >= WEBHOOK_QUEUE:
                 self._drop(url, "the queue is full")
-        self._subscriptions = [
-            self._manager.subscribe(pattern, functools.partial(put, url))
-            for pattern, url in self.hooks]
-        if self.hooks and self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="gaffer-webhooks", daemon=True)
-            self._thread.start()
+                continue
+            self._queue.put((url, event))
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._work, name="gaffer-webhooks", daemon=True)
+                self._thread.start()
 
     def _drop(self, url, why):
         with self._lock:
@@ -9968,19 +9965,15 @@ class WebHooks:
         return failure
 
     def stop(self):
-        """Accept no more events; post what waits, within WEBHOOK_END seconds."""
+        """Post what waits, within WEBHOOK_END seconds, without further tries."""
         self._ending.set()
-        try:
-            self._queue.put_nowait(None)
-        except queue.Full:
-            pass                                # the worker is busy, and will see the end
+        self._queue.put(None)
 
     def join(self):
         """Wait for the worker, drop what it could not post in time."""
         if self._thread is not None:
             self._thread.join(WEBHOOK_END)
-            self._thread = None
-            left = 0
+            self._thread, left = None, 0
             with contextlib.suppress(queue.Empty):
                 while True:
                     left += self._queue.get_nowait() is not None
@@ -9998,22 +9991,6 @@ class LineEncoder(Encoder):
     def encode(self, data, offset, before, mode, piece):
         skip, segments, lines = split_lines(data, before, mode, piece)
         return lines, skip + sum(map(len, segments))
-
-
-class LineSink:
-    """A Reader's sink that passes lines to `show(lines)`, which returns False when it is full.
-    `ended()` is called at the end of the stream."""
-
-    def __init__(self, show, ended=lambda: None):
-        self.send, self._ended = show, ended
-
-    def lost(self, reader, count):
-        """Never called: its readers skip or block."""
-
-    def finished(self, reader):
-        """Close the reader and tell that the stream has ended."""
-        reader.close()
-        self._ended()
 
 
 def event_text(event):
@@ -10041,14 +10018,13 @@ class ConsoleOutput:
         self._manager = manager
         manager.subscribe("", self._event)
         if self._output:
-            loop.call(self._follow)
+            loop.call(self._follow, loop, manager)
 
-    def _follow(self):
-        def show(lines):
-            log.debug("%s", lines[:-1].decode("utf-8", "replace"))
-            return True
-        view, encoder = self._manager.journal.view(), JournalEncoder(False, self._manager.epoch)
-        self._reader = Reader(view, encoder, LineSink(show), view.end, "skip")
+    def _follow(self, loop, manager):
+        sink = Subscription(loop, lambda kind, event: log.debug(
+            "%s", event["data"][:-1].decode("utf-8", "replace")), {"event": "journal"})
+        view, encoder = manager.journal.view(), JournalEncoder(False, manager.epoch)
+        self._reader = Reader(view, encoder, sink, view.end, "skip")    # nobody else refers to it
         self._reader.start()
 
     def _event(self, kind, event):
@@ -10111,7 +10087,7 @@ class Screen:
         self.status, self.error = 0, None       # the latter: why nobody can see it any more
         self._one_for_all = one_for_all
         self._out, self._coloured = out, coloured
-        self._shown = {}            # pid -> {"name", "open", "exit", "readers", "process"}
+        self._shown = {}                        # pid -> (name, Process, Readers that go on)
         self._lagging = set()                   # readers that wait for room
         self._waits_reported = False
 
@@ -10133,74 +10109,70 @@ class Screen:
         return self._writer.put(b"".join(b"%b %b\n" % (prefix, line) for line in lines))
 
     def _event(self, kind, event):
-        pid = event.get("pid")
+        pid, manager = event.get("pid"), self._manager
+        name = self._shown[pid][0] if pid in self._shown else event["name"]
         if kind == "spawn":
-            self._follow(pid, event)
+            self._follow(pid, manager.processes[pid])
         elif kind == "ready":
-            self.note("%s is ready after %.1f s" % (self._shown[pid]["name"], event["seconds"]))
-        elif "reason" in event and kind == "stop_pid":
-            self.note("%s is stopped: %s" % (self._shown[pid]["name"], event["reason"]))
+            self.note("%s is ready after %.1f s" % (name, event["seconds"]))
+        elif kind == "exit" and pid in self._shown:     # else its last line came after its exit
+            self._maybe_ended(pid)
         elif kind == "done":
             self._maybe_done()
-        elif (kind == "fail" and self._one_for_all and
-              self._manager.templates[event["name"]].last_exit is None):
-            self.status = event["exit_status"]  # it could not be started
-            self._manager.stop()
-        elif kind == "stop_pid" and self._manager.stopping and not self._waits_reported:
+        elif kind == "fail":
+            if self._one_for_all and manager.templates[name].last_exit is None:
+                self.status = event["exit_status"]      # it could not be started
+                manager.stop()
+        elif kind == "stop_pid" and "reason" in event:
+            self.note("%s is stopped: %s" % (name, event["reason"]))
+        elif kind == "stop_pid" and manager.stopping and not self._waits_reported:
             self._waits_reported = True
+            self._loop.later(self.WAITING_DELAY, self._report_waits)
 
-            def report_wait():
-                """Name the processes that have not ended yet, and say when they are killed."""
-                waiting = [(shown["name"], shown["process"].status().get("kill_in"))
-                           for shown in self._shown.values() if shown["exit"] is None]
-                kills = [kill_in for _, kill_in in waiting if kill_in is not None]
-                if waiting:
-                    self.note("waiting for %s%s; Ctrl-C again kills now" % (
-                        ", ".join(name for name, _ in waiting),
-                        ", SIGKILL in %d s" % math.ceil(max(kills)) if kills else ""))
-            self._loop.later(self.WAITING_DELAY, report_wait)
-        elif kind == "exit" and pid in self._shown:
-            self._shown[pid]["exit"] = event
-            self._maybe_ended(pid)
+    def _report_waits(self):
+        """Name the processes that have not ended yet, and say when they are killed."""
+        waiting = [(name, process.status().get("kill_in", 0))
+                   for name, process, _ in self._shown.values() if not process.exited]
+        if waiting:
+            kill_in = math.ceil(max(seconds for _, seconds in waiting))
+            self.note("waiting for %s%s; Ctrl-C again kills now" % (
+                ", ".join(name for name, _ in waiting),
+                ", SIGKILL in %d s" % kill_in if kill_in else ""))
 
-    def _follow(self, pid, event):
-        process = self._manager.processes[pid]
-        name = "%s.%d" % (event["name"], process.instance)
-        windows = [output.window for output in process.outputs.values()]
-        shown = self._shown[pid] = {"name": name, "open": len(windows), "exit": None, "readers": [],
-                                    "process": process}
-        self.note("%s started, os pid %d" % (name, event["os_pid"]))
+    def _follow(self, pid, process):
+        name, readers = "%s.%d" % (process.name, process.instance), []
+        self._shown[pid] = name, process, readers
+        self.note("%s started, os pid %d" % (name, process.os_pid))
 
         def show(lines):
             room = self._show(name, lines)
             if not room:
-                self._lagging.update(shown["readers"])
+                self._lagging.update(readers)
             return room
 
-        def ended():
-            shown["open"] -= 1
+        def finished(reader, lost=0):
+            reader.close()
+            readers.remove(reader)
             self._maybe_ended(pid)
-        for window in windows:
-            shown["readers"].append(
-                Reader(window, LineEncoder(), LineSink(show, ended), window.start, "block"))
-        for reader in shown["readers"]:
+        sink = types.SimpleNamespace(send=show, finished=finished, lost=finished)
+        readers += [Reader(output.window, LineEncoder(), sink, output.window.start, "block")
+                    for output in process.outputs.values()]
+        for reader in tuple(readers):
             reader.start()
 
     def _maybe_ended(self, pid):
         """Say how a process ended, after its last line."""
-        shown = self._shown[pid]
-        event = shown["exit"]
-        if event is None or shown["open"]:
+        name, process, readers = self._shown[pid]
+        if readers or not process.exited:
             return
         del self._shown[pid]
-        status, signum = event["exit_status"], event["term_signal"]
-        self.note("%s %s" % (shown["name"], "was ended by %s" % signal_name(signum) if signum else
+        status, signum = process.exit_status, process.term_signal
+        self.note("%s %s" % (name, "was ended by %s" % signal_name(signum) if signum else
                              "exited with status %d" % status))
-        process = shown["process"]
         again = process.retry_after is not None and not process.home.gave_up
         if self._one_for_all and process.by_itself and not (
                 again or succeeded(process.template, process.end) or self._manager.stopping):
-            self.status = shell_status((status, signum)) or int("reason" in event)  # not ready
+            self.status = shell_status((status, signum)) or int(bool(process.overdue))
             self._manager.stop()
         self._maybe_done()
 
@@ -10221,8 +10193,8 @@ class Screen:
         self._manager.stop()
 
     def stop(self):
-        readers = [reader for shown in self._shown.values() for reader in shown["readers"]]
-        lost = sum(reader.log.end - reader.offset for reader in readers)
+        lost = sum(reader.log.end - reader.offset
+                   for _, _, readers in self._shown.values() for reader in readers)
         if lost:
             self.note("%d bytes of output were not shown, because nobody read them" % lost)
 
@@ -11969,7 +11941,7 @@ def run_server(args, writer, pipe):
         ports = [endpoint.port for endpoint in endpoints if not endpoint.path]
         taken = ports if endpoints else None    # those of CONFIG
         configuration = Configuration(lambda: read_settings(args.config, taken), hooks)
-        hooks.hooks = configuration.settings.webhooks
+        hooks.replace(configuration.settings.webhooks)
         endpoints = endpoints or configuration.settings.endpoints
     endpoints = [endpoint if endpoint.path else HttpEndpoint(
         endpoint.bind, endpoint.certfile or args.certfile, endpoint.keyfile or args.keyfile,

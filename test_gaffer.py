@@ -11995,7 +11995,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "StreamsClock.test_last_words_for_a_slow_client"),
     ("error.code < 500 and error.code not in (408, 429)", "error.code < 400",
      "WebHooksTest.test_tried_again_unless_refused"),
-    (' or shown["open"]:', ":", "ProcfileUp.test_one_dies_and_all_stop"),
+    ("if readers or not", "if not", "ProcfileUp.test_one_dies_and_all_stop"),
 ]
 
 
