@@ -960,6 +960,9 @@ class Log:
         key = encoder.key, offset, mode
         found = self._memo.get(key)
         if found is None:
+            if (encoder.by_line and mode == NORMAL and offset >= self._line_end and not self.ended
+                    and self.end - offset < self.limit // 2):
+                return b"", 0                   # or each look at a line would take longer
             found = self._encode(encoder, offset, mode)
             if len(self._memo) >= MEMO_MAX:
                 self._memo.clear()
@@ -968,8 +971,6 @@ class Log:
 
     def _encode(self, encoder, offset, mode):
         data, left = self.read(offset), self.end - offset
-        if len(data) < min(JOIN_SIZE, left):    # a line that two reads have cut
-            data = self.read(offset, SHARE_SIZE)
         before = self.before(offset) if encoder.by_line and data[:1] == b"\n" else None
         while True:
             whole = len(data) == left
@@ -1016,7 +1017,7 @@ class Log:
         """End the log: its readers get what is left, then the end."""
         if not self.ended:
             self.ended, self._round, self._round_end = True, iter(()), -1
-            self.feed(True)
+            self.feed()
 
     def add(self, reader):
         """Let a reader follow. One with loss="block" holds up the writer from now on."""
@@ -1051,12 +1052,9 @@ class Log:
                 reader.pump(FLUSH)
         self.on_silence()
 
-    def feed(self, line_ended):
-        """Send what is new to all readers. `line_ended`: it holds the end of a line."""
+    def feed(self):
+        """Send what is new to all readers, and ask those that wait."""
         self._memo.clear()
-        self._appended_at = self.loop.now
-        if line_ended:
-            self._line_end = self.end
         self._feed_batches(self._pause is not None)
         self._appended_at = self.loop.clock()   # its writer was not silent meanwhile
         if self._waiters:
@@ -1072,22 +1070,17 @@ class Log:
             self._pause = None
         # no pause at the end of the log, and before a reader lags so far that it loses anything
         while not pausing or self.ended or self.end - self._last_end >= self.limit // 16:
-            reader = None
-            for reader in itertools.islice(self._round, BATCH_SIZE):
-                if reader.full:
-                    continue
-                if (reader.offset < self._line_end or self.ended or not reader.encoder.by_line
-                        or self.end - reader.offset >= self.limit // 2):
+            batch = list(itertools.islice(self._round, BATCH_SIZE))
+            for reader in batch:
+                if not reader.full:
                     reader.pump()
-                elif reader.encoder.partial:
-                    self.flush_later()
-            took = self.loop.clock() - began
-            pausing = took > BATCH_TIME
-            if reader is None:                  # a round is over
+            if not batch:                       # a round is over
                 if self._round_end == self.end:
                     return
                 self._last_end, self._round_end = self._round_end, self.end
                 self._round = iter(tuple(self.readers))
+            took = self.loop.clock() - began
+            pausing = took > BATCH_TIME
         if self._pause is None:                 # nothing new: only the loop's other work goes first
             self._pause = self.loop.later(
                 BATCH_PAUSE * took if self.end > self._round_end else 0.0, self._feed_batches)
@@ -1109,26 +1102,23 @@ class Window(Log):
             chunks.append(data)
             offsets.append(self.end)
         self.end += len(data)
+        if b"\n" in data or b"\r" in data:
+            self._line_end = self.end
         if self.end - self.start > self.limit:
             self.start = self.end - self.limit
             while offsets[0] + len(chunks[0]) < self.start:     # see before()
                 del chunks[0], offsets[0]
-        self.feed(b"\n" in data or b"\r" in data)
+        self.feed()
 
     def read(self, offset, size=None):
         if offset >= self.end:
             return b""
         index = bisect.bisect_right(self._offsets, offset) - 1
-        skip, chunk = offset - self._offsets[index], self._chunks[index]
-        if size is None or size <= len(chunk) - skip:
-            return chunk[skip:] if size is None else chunk[skip:skip + size]
-        parts = [chunk[skip:]]
-        left = min(size, self.end - offset) - len(parts[0])
-        while left > 0:
-            index += 1
-            parts.append(self._chunks[index][:left])
-            left -= len(parts[-1])
-        return b"".join(parts)
+        skip = offset - self._offsets[index]
+        if size is None:
+            return self._chunks[index][skip:]
+        last = bisect.bisect_left(self._offsets, offset + size)
+        return b"".join(self._chunks[index:last])[skip:skip + size]
 
     def before(self, offset):
         # append() keeps the chunk that holds the byte in front of `start`
@@ -1153,12 +1143,8 @@ class Window(Log):
         first = self.resync(self.start)
         if lines == math.inf:
             return first
-        data = self.read(first, self.limit)
-        place = len(data) - (data[-1:] == b"\n")
-        while lines > 0 and place >= 0:
-            place = data.rfind(b"\n", 0, place)
-            lines -= 1
-        return first + place + 1
+        parts = self.read(first, self.limit)[:-1].rsplit(b"\n", lines)
+        return first + len(parts[0]) + 1 if len(parts) > lines else first
 
 
 class EventLog(Log):
@@ -1172,7 +1158,7 @@ class EventLog(Log):
         self._events.append(event)
         self.end += 1
         self.start = self.end - len(self._events)
-        self.feed(True)
+        self.feed()
 
     def read(self, offset, size=None):
         first = offset - self.start
@@ -1464,7 +1450,7 @@ class Journal:
         self.end += size
         for view in list(self._views.values()):
             if view.wants(source):
-                view.feed(True)
+                view.feed()
 
     def _show(self, source, mark):
         """Show the unfinished line of a stream, up to a whole character if it may go on."""

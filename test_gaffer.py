@@ -11916,7 +11916,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "PureReadiness.test_another_descriptor"),
     ("> 64 + 2 * self.pending_timers", "> 10 ** 9", "PureTimers.test_cancelled_are_forgotten"),
     ("self.clock(), SELECT_MAX)", "self.clock())", "PureRunning.test_any_time"),
-    ('len(data) - (data[-1:] == b"\\n")', "data.rfind(b'\\n')", "PureWindow.test_model"),
+    ("[:-1].rsplit(", ".rsplit(", "PureWindow.test_model"),
     ("if satisfied():                     # it", "if False:  # it", "PureWindow.test_poll"),
     ("range(SHARES_PER_TURN)", "range(SHARES_PER_TURN * 9)", "PureReader.test_shares"),
     ("slowest = min(", "slowest = max(", "PureLoss.test_block"),
