@@ -7880,45 +7880,43 @@ class StatsFeed:
     def __init__(self, loop, interval, sampler):
         self.records = EventLog(loop, STATS_KEPT)
         self._loop, self._interval, self._sampler = loop, interval, sampler
-        self._followers, self._timer = 0, None
+        self._followers, self._runs = 0, False
 
     def follow(self):
         """Count a follower; return a function that ends its following."""
         self._followers += 1
-        if self._followers == 1:
+        if not self._runs:
             self._tick()
+        return self._unfollow
 
-        def unfollow():
-            self._followers -= 1
-            if self._followers == 0 and self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-        return unfollow
+    def _unfollow(self):
+        self._followers -= 1
 
     def _tick(self):
-        self._timer = None
+        self._runs = self._followers > 0
+        if not self._runs:
+            return
         try:
             sample = self._sampler()
-
-            def work():
-                record = None
-                try:
-                    record = sample()
-                except OSError as error:
-                    log.warning("statistics cannot be read: %s", error)
-                self._loop.call_soon(self._sampled, record)
-            threading.Thread(target=work, name="gaffer-stats", daemon=True).start()
+            threading.Thread(target=self._sample, args=(sample,), name="gaffer-stats",
+                             daemon=True).start()
         except NotFound:
             self.records.finish()
         except RuntimeError:                    # the system has no thread left
             self._sampled(None)
 
+    def _sample(self, sample):
+        record = None
+        try:
+            record = sample()
+        except OSError as error:
+            log.warning("statistics cannot be read: %s", error)
+        self._loop.call_soon(self._sampled, record)
+
     def _sampled(self, record):
-        if self._followers:
-            if self._timer is None:             # else the first follower has left, and one has come
-                self._timer = self._loop.later(self._interval, self._tick)
-            if record is not None:
-                self.records.append(record)
+        self._loop.later(self._interval, self._tick)
+        if record is not None and self._followers:
+            self.records.append(record)
 
 
 class History:
@@ -8285,20 +8283,17 @@ class Api:
         epoch, tail, last = self.manager.epoch, query.tail, query.lastEventId
         if query.since and tail is not None:
             raise BadValue("give 'since' or 'tail', not both")
+        if not query.asked:
+            return source.end if tail is None else source.tail(tail), False, False
         match = POSITION.match(last) if last else query.since
-        if last or match:
-            if match is None or match.group(3) not in (None, epoch):
-                return source.start, True, False
+        if match is not None and match.group(3) in (None, epoch):
             offset, ended = int(match.group(1)), bool(match.group(2))
             at_exit = ended and source.ended and offset == source.end and match.group(3) == epoch
             if offset <= source.end and at_exit == ended:
                 return offset, False, at_exit
             if not last:
                 raise BadValue("'since' is beyond the end, which is at %d" % source.end)
-            return source.start, True, False
-        if tail is None:
-            return source.end, False, False
-        return source.tail(tail), False, False
+        return source.start, True, False
 
     @staticmethod
     def _framed(request):
@@ -8456,8 +8451,7 @@ ROUTES = (
     ("/processes/<name>/_pids", {"GET": Api.pids}),
     ("/processes/<name>/_start", {"POST": action("Start a template.", "start_template")}),
     ("/processes/<name>/_stop", {"POST": action("Stop a template.", "stop_template")}),
-    ("/processes/<name>/_restart", {"POST": action(
-        "Stop each process of a template and replace it.", "restart_template")}),
+    ("/processes/<name>/_restart", {"POST": action("Restart a template.", "restart_template")}),
     ("/processes/<name>/_add", {"POST": Api.add}),
     ("/processes/<name>/_add/<n>", {"POST": Api.add}),
     ("/processes/<name>/_sub", {"POST": Api.sub}),
@@ -8473,13 +8467,10 @@ ROUTES = (
     ("/stats/<ref>/<id>", {"GET": Api.stats}),
     ("/groups", {"GET": Api.groups}),
     ("/groups/<group>", {"GET": Api.group, "DELETE": action(
-        "Stop and forget all templates of a group.", "delete_process", True)}),
-    ("/groups/<group>/_start", {"POST": action(
-        "Start all templates of a group.", "start_template", True)}),
-    ("/groups/<group>/_stop", {"POST": action(
-        "Stop all templates of a group.", "stop_template", True)}),
-    ("/groups/<group>/_restart", {"POST": action(
-        "Restart all templates of a group.", "restart_template", True)}),
+        "Stop and forget a group.", "delete_process", True)}),
+    ("/groups/<group>/_start", {"POST": action("Start a group.", "start_template", True)}),
+    ("/groups/<group>/_stop", {"POST": action("Stop a group.", "stop_template", True)}),
+    ("/groups/<group>/_restart", {"POST": action("Restart a group.", "restart_template", True)}),
     ("/watch", {"GET": Api.watch}),
     ("/watch/<p1>", {"GET": Api.watch}),
     ("/watch/<p1>/<p2>", {"GET": Api.watch}),
@@ -8573,11 +8564,9 @@ class HttpEndpoint:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_cert_chain(self.certfile, self.keyfile)
-        except ssl.SSLError:
-            raise StartError("the certificate '%s' cannot be used: it must hold a certificate and "
-                             "its key in PEM, or the key be in a keyfile (--keyfile)" %
-                             self.certfile) from None
         except (OSError, ValueError) as error:
+            if isinstance(error, ssl.SSLError):
+                error = "it must hold a certificate and its key, or the key be in a --keyfile (PEM)"
             raise StartError("the certificate '%s' cannot be used: %s" % (
                 self.certfile, error)) from None
         return context
@@ -8715,44 +8704,30 @@ class LogWriter(Writer):
             os.close(self.fd)
 
 
-class AccessLog:
+class AccessLog(LogWriter):
     """A line for each request, in Apache's combined format. `path`: a file, or "-" for stderr.
 
     A thread writes the lines. What finds no room or cannot be written is dropped, and that is
-    reported once a minute.
+    reported once a minute. StartError: the file cannot be written.
     """
 
     def __init__(self, path):
-        self._path, self._writer = path, None
-        self._lost, self._reports = 0, Throttle()
-
-    def start(self):
-        """Open the file. StartError."""
-        path = None if self._path == "-" else self._path
-        self._writer = LogWriter(path, "access log", self._drop)
+        self._lost = 0
+        super().__init__(None if path == "-" else path, "access log", self._drop)
 
     def add(self, client, request, status, size):
         """Note a request that was answered with `size` bytes beside the head. Any thread."""
-        if self._writer.full:
-            return self._drop(None, b"")
         line = access_line(client, time.time(), request, status, size)
-        self._writer.put(line.encode("ascii", "backslashreplace") + b"\n")
-        return None
+        if self.full:
+            self._drop(None, line)
+        else:
+            self.put(line.encode("ascii", "backslashreplace") + b"\n")
 
     def _drop(self, error, data_):
         self._lost += 1
-        self._reports.warning("the access log '%s' cannot be written: %s; %d lines are lost so far",
-                              self._path, error.strerror.lower() if error else "nobody reads it",
-                              self._lost)
-
-    def reopen(self):
-        """Make a file that was moved away anew. Any thread."""
-        self._writer.reopen()
-
-    def stop(self):
-        """Write what waits, and close the file; a disk that hangs is not waited for."""
-        if self._writer is not None:
-            self._writer.close(LOG_END)
+        self._reports.warning(
+            "the access log '%s' cannot be written: %s; %d lines are lost so far", self._path or "-",
+            error.strerror.lower() if error else "nobody reads it", self._lost)
 
 
 class WsgiErrors(io.TextIOBase):
@@ -9279,11 +9254,7 @@ def made_response(result):
         pairs = headers.items() if isinstance(headers, dict) else headers
         given = [(str(name), str(value)) for name, value in pairs
                  if str(name).lower() not in FRAMING_HEADERS]
-        if any(name.lower() == "content-type" for name, _ in given):
-            given += [pair for pair in made.headers if pair[0] != "Content-Type"]
-        else:
-            given += made.headers
-        made = Response(made.body, status, given, content_type=None)
+        made = Response(made.body, status, merge_headers(given, made.headers), content_type=None)
     elif isinstance(result, Response):
         made = result
     elif isinstance(result, str):
@@ -9327,7 +9298,7 @@ class HttpHandler:
         self.handshakes = {}                    # Connections that begin TLS; the oldest first
         self.working = set()                    # Handlers with a request
         self.requests, self._reports = RequestCounts(), Throttle()
-        self._date = (0, "")
+        self._made_date = functools.lru_cache(1)(format_date_time)
 
     # the app
 
@@ -9345,8 +9316,6 @@ class HttpHandler:
         os.close(fcntl.fcntl(loop.wake_fd, fcntl.F_DUPFD, min(files_max(), FILES_EXPECTED) - 1))
         self.quick = QuickRequests(self)
         try:
-            if self.access_log is not None:
-                self.access_log.start()
             for endpoint in self.endpoints:
                 listener = Listener(self, endpoint)
                 self.listeners.append(listener)
@@ -9397,7 +9366,7 @@ class HttpHandler:
         for thread in (self.quick.thread, *self.threads.values()):
             thread.join(max(0.0, deadline - time.monotonic()))
         if self.access_log is not None:
-            self.access_log.stop()
+            self.access_log.close(LOG_END)      # a disk that hangs is not waited for
 
     @property
     def sending(self):
@@ -9593,12 +9562,7 @@ class HttpHandler:
 
     def date(self):
         """Return the Date header's value; it is made once a second."""
-        now = int(time.time())
-        made, text = self._date
-        if made != now:
-            text = format_date_time(now)
-            self._date = now, text
-        return text
+        return self._made_date(int(time.time()))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5227,7 +5227,7 @@ class HttpLogs(HttpCase):
                 while not logged.output:
                     self.assertEqual(self.server.request("GET", "/ping")[0], 200)
                 self.server.stop_all()
-            while self.log._writer._thread.is_alive():      # or it makes the file anew
+            while self.log._thread.is_alive():      # or it makes the file anew
                 with contextlib.suppress(BlockingIOError):
                     os.read(pipe, 65536)
             self.assertEqual(len(logged.output), 1)
