@@ -3431,19 +3431,15 @@ SPAWN_TIME = 0.002                              # seconds of spawning in one tur
 def parse_pattern(parts):
     """Return (type, name) of an event pattern, None where anything matches: [], ["."], [type],
     ["proc", name], ["proc", name, type]. BadEventType."""
-    parts = [part for part in parts if part not in ("", ".")]
-    kind = name = None
+    parts, name = [part for part in parts if part not in ("", ".")], None
     if parts[:1] == ["proc"]:
-        if len(parts) == 1:
-            raise BadEventType("name a template: proc/<name> or proc/<name>/<type>")
-        name, parts = parts[1], parts[2:]
-    if len(parts) > 1:
+        name, parts = "".join(parts[1:2]), parts[2:]
+    if len(parts) > 1 or name == "":
         raise BadEventType("a pattern is empty, <type> or proc/<name>[/<type>]")
-    if parts:
-        kind = parts[0]
-        if kind not in EVENT_TYPES:
-            raise BadEventType("there is no event type %r%s; types are %s" % (
-                kind, near(kind, EVENT_TYPES), " ".join(EVENT_TYPES)))
+    kind = parts[0] if parts else None
+    if kind not in (None, *EVENT_TYPES):
+        raise BadEventType("there is no event type %r%s; types are %s" % (
+            kind, near(kind, EVENT_TYPES), " ".join(EVENT_TYPES)))
     return kind, name
 
 
@@ -3460,18 +3456,10 @@ class Template:
         self.name = info["name"]
         self.group = self.name.partition(":")[0] if ":" in self.name else None
         self.active = self.deleted = False
-        self.gave_up = False                    # it flapped, and was stopped for good
-        self.outcome = None                     # of its last run: "done" or "failed"
-        self.end = None                         # {exit_status, term_signal} of that
-        self.finished = {}                      # instance -> its exit, which nothing follows
-        self.tries = 0                          # exits and failed spawns since its start
         self.processes = {}                     # pid -> Process: not gone, oldest first
         self.pending = {}                       # instance -> Timer: waits for the end of a backoff
         self.pause = None                       # Timer: it flaps, and nothing is spawned
         self.alarm = None                       # Timer: until the next time of its schedule
-        self.next_runs = []                     # that time, Unix, and up to four after it
-        self.failures = {}                      # instance -> exits in a row, which a spawn follows
-        self.history = ()                       # see after_exit()
         self.merged = {}                        # label -> Merged
         self.begins = {}                        # Window -> where its last run begins
         self.past = {}                          # pid -> instance of the last that are gone
@@ -3479,12 +3467,12 @@ class Template:
         self.exits = collections.Counter()      # (exit_status, term_signal) -> how many
         self.last_exit = None                   # {pid, exit_status, term_signal, time, times}
         self.error = None                       # why the last spawn failed
-        self.hint = None                        # what its user should change
         self.report = Throttle()
         self.replace(info)
 
     def replace(self, info):
-        """Take new options, and forget what came of the old ones."""
+        """Take new options, and forget what came of the old ones. Streams go on if their labels
+        stay."""
         self.info = info
         self.schedule = None if info["schedule"] is None else Schedule(info["schedule"])
         self.due = self.schedule is None        # False: it waits for a time of its schedule
@@ -3493,15 +3481,29 @@ class Template:
         labels = [*info["redirect_output"], *info["custom_streams"]]
         for label in [label for label in self.merged if label not in labels]:
             self.merged.pop(label).window.finish()
-        for label in labels:                    # those of labels that stay go on
+        for label in labels:
             if label not in self.merged:
                 self.merged[label] = Merged(self._manager.loop, self._manager.window_size,
                                             self.name, label, self._manager.journal)
 
+    def forget_waits(self):
+        """Cancel all later starts."""
+        for timer in [*self.pending.values(), self.pause, self.alarm]:
+            if timer is not None:
+                timer.cancel()
+        self.pending, self.pause, self.alarm = {}, None, None
+        self.failures = {}                      # instance -> exits in a row, which a spawn follows
+        self.next_runs = []                     # of its schedule: the next five, Unix times
+
     def begin(self):
         """Forget what came of earlier runs. What is not gone yet is no part of the next."""
-        self.history, self.hint, self.gave_up = (), None, False
-        self.outcome, self.end, self.finished, self.tries = None, None, {}, 0
+        self.gave_up = False                    # it flapped, and was stopped for good
+        self.outcome = None                     # of its last run: "done" or "failed"
+        self.end = None                         # {exit_status, term_signal} of that
+        self.finished = {}                      # instance -> its exit, which nothing follows
+        self.tries = 0                          # exits and failed spawns since its start
+        self.history = ()                       # see after_exit()
+        self.hint = None                        # what its user should change
         for process in self.processes.values():
             process.by_itself = False
 
@@ -3515,32 +3517,19 @@ class Template:
             process.instance for process in self.processes.values())}
         return next(each for each in itertools.count(1) if each not in taken)
 
-    def forget_waits(self):
-        """Cancel all later starts."""
-        for timer in [*self.pending.values(), self.pause, self.alarm]:
-            if timer is not None:
-                timer.cancel()
-        self.pending, self.failures, self.next_runs = {}, {}, []
-        self.pause = self.alarm = None
-
     def wanted(self):
         """Return how many processes there are to be."""
         return self.info["numprocesses"] if self.active and self.due else 0
 
     def lacking(self):
         """Return how many processes it lacks. A slot is kept until its process is gone."""
-        return 0 if self.pause is not None else self.wanted() - len(self.processes) - len(
-            self.pending) - len(self.finished)
+        if self.pause is not None:
+            return 0
+        return self.wanted() - len(self.processes) - len(self.pending) - len(self.finished)
 
     def missing(self):
         """Return how many processes have to be spawned now."""
-        return 0 if self.waits_for() else self.lacking()
-
-    def ended(self):
-        """Return True if each of its processes has exited, and nothing follows."""
-        return bool(self.active and self.due and self.finished and self.pause is None
-                    and not self.processes and not self.pending
-                    and len(self.finished) >= self.info["numprocesses"])
+        return 0 if self.unmet() else self.lacking()
 
     def ready(self):
         """Return True if as many processes as are wanted are ready, or it is done."""
@@ -3564,22 +3553,28 @@ class Template:
     def check_goal(self, goal):
         """Return (whether it is `goal`: "ready", "done" or "stopped"; why it never will be, with
         its last lines of output, or None)."""
-        state = self.state()
-        if self.ready() if goal == "ready" else self.outcome == "done" if goal == "done" else (
-                state in ("stopped", "done", "failed")):
+        state, other = self.state(), None
+        if {"ready": self.ready(), "done": self.outcome == "done",
+                "stopped": state in ("stopped", "done", "failed")}[goal]:
             return True, None
         if goal == "done" and self.active and self.info["restart"] == "always":
             return False, "'%s' is started again whenever it ends: its 'restart' is 'always'" % (
                 self.name)
-        other = None if goal == "stopped" else self.find_blocker()
         if goal == "done" and state == "scheduled" and self.outcome == "failed":
             other = self                        # the next run may be far away
+        elif goal != "stopped":
+            other = self.find_blocker()
         # its last lines may still have to be read
-        if other is not None and not any(merged.sources for merged in other.merged.values()):
-            return False, "%s'%s' %s" % (
-                "" if other is self else "'%s' waits for '%s', and " % (self.name, other.name),
-                other.name, other.end_reason())
-        return False, None
+        if other is None or any(merged.sources for merged in other.merged.values()):
+            return False, None
+        waits = "" if other is self else "'%s' waits for '%s', and " % (self.name, other.name)
+        if other.deleted:
+            reason = "has been deleted"
+        elif other.outcome or other.gave_up:
+            reason = "has failed: " + other.last_failure()
+        else:
+            reason = "is stopped; start it"
+        return False, "%s'%s' %s%s" % (waits, other.name, reason, other.last_lines())
 
     def find_blocker(self, unknown=False):
         """Return the template that has to be started before this one can run, itself or one that it
@@ -3596,13 +3591,6 @@ class Template:
             waiting += [templates[name] for name in found if name not in seen]
             seen.update(found)
         return None
-
-    def end_reason(self):
-        """Return why it does not run, and its last lines, to go on with its name."""
-        reason = ("has been deleted" if self.deleted else "is stopped; start it"
-                  if self.outcome is None and not self.gave_up else
-                  "has failed: " + self.last_failure())
-        return reason + self.last_lines()
 
     def delay_reason(self):
         """Return why it is not ready yet, and its last lines, to go on with a sentence."""
@@ -3993,7 +3981,8 @@ class Manager:
             return
         while template.pending and template.lacking() < 0:
             template.pending.popitem()[1].cancel()
-        if template.ended():                    # it is done, or has failed
+        if (template.finished and template.pause is None and template.lacking() <= 0
+                and not (template.processes or template.pending)):      # it is done, or has failed
             ends = [*template.finished.values()]
             failures = [end for end in ends if not succeeded(template.info, end)]
             template.end = dict(zip(("exit_status", "term_signal"), (failures or ends)[0]))
