@@ -903,10 +903,11 @@ class Encoder:
         """
         return data, len(data)
 
-    def dropped(self, count, offset, restarted=False):
+    def dropped(self, count, offset, **more):
         """Return the payload that reports a loss; None if the format has no room for that.
 
-        `count` bytes or events are missing before `offset`. `restarted`: all of another run are.
+        `count` bytes or events are missing before `offset`. `more`: restarted=True, if all of
+        another run are.
         """
 
 
@@ -4567,7 +4568,7 @@ CHUNK_EXTRAS_SIZE = 8 * KIB                     # extensions and trailers of a b
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 OTHER_METHODS = ("PATCH", "TRACE", "CONNECT")   # known, but no resource has them
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(TOKEN + r" [\x21-\x7e]+ HTTP/[0-9]\.[0-9]")
+REQUEST_LINE = re.compile(r"(%s) ([\x21-\x7e]+) HTTP/([0-9]+)\.([0-9])" % TOKEN)
 HEADER_LINES = re.compile(r"(?:%s:[\t\x20-\x7e\x80-\xff]*\r\n)*" % TOKEN)
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 SINGLE_HEADERS = frozenset((
@@ -4691,14 +4692,15 @@ def parse_head(head):
     Raises BadRequest, VersionNotSupported, UriTooLong, HeadersTooLarge. RFC 9112 sections 3 and 5.
     """
     line, _, rest = head.decode("latin-1").partition("\r\n")
-    if re.fullmatch(r".* HTTP/\d+(\.\d+)?", line) and " HTTP/1." not in line:
-        raise VersionNotSupported("use HTTP/1.1")
-    if not REQUEST_LINE.fullmatch(line):
+    match = REQUEST_LINE.fullmatch(line)
+    if match is None:
         raise BadRequest("the first line must be 'METHOD /path HTTP/1.1'")
-    method, target, protocol = line.split(" ")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise VersionNotSupported("use HTTP/1.1")
     if len(target) > TARGET_SIZE:
         raise UriTooLong("the request target is over %d bytes; shorten it" % TARGET_SIZE)
-    version = (1, min(int(protocol[7]), 1))
+    version = (1, 0) if minor == "0" else (1, 1)
     headers = parse_headers(rest + "\r\n" if rest else "")
     if "host" not in headers and version == (1, 1):
         raise BadRequest("the Host header is missing (RFC 9112 section 3.2)")
@@ -5084,11 +5086,6 @@ def find_route(routes, segments):
     return found, args
 
 
-def allowed(methods):
-    """Return the methods for an Allow header, of those that a resource has."""
-    return [method for method in METHODS if method in methods or method == "OPTIONS"]
-
-
 def prefers_html(accept):
     """Return whether an Accept header ranks HTML above JSON. RFC 9110 section 12.5.1."""
     quality = {}
@@ -5155,8 +5152,8 @@ class SseEncoder(Encoder):
         # one formatting of all is twice as fast as one of each
         return self._framed(block * len(lines) % tuple(values)), consumed
 
-    def dropped(self, count, offset, restarted=False):
-        data = {"bytes": count, "restarted": True} if restarted else {"bytes": count}
+    def dropped(self, count, offset, **more):
+        data = {"bytes": count, **more}
         return self._framed(sse_event(offset, self._epoch, "dropped", data))
 
     def exit(self, offset, data):
@@ -5185,8 +5182,8 @@ class JournalEncoder(SseEncoder):
             parts.append(block * len(lines) % values)
         return self._framed(b"".join(parts)) if parts else b"", 0
 
-    def dropped(self, count, offset, restarted=False):
-        return super().dropped(count, offset, restarted) if self._events else None
+    def dropped(self, count, offset, **more):
+        return super().dropped(count, offset, **more) if self._events else None
 
 
 class RecordEncoder(Encoder):
@@ -5200,22 +5197,20 @@ class RecordEncoder(Encoder):
         self._pattern, self.key = pattern, (form, framed, pattern)
 
     def encode(self, records, offset, before, mode, piece):
-        pattern = self._pattern
-        blocks = [self._block(number, record["event"] if pattern else "stat", record)
+        blocks = [self._block(number, record["event"] if self._pattern else "stat", record)
                   for number, record in enumerate(records, offset + 1)
-                  if pattern is None or matches(pattern, record)]
-        return b"".join(map(self._framed, blocks)), len(records)
+                  if self._pattern is None or matches(self._pattern, record)]
+        return b"".join(blocks), len(records)
 
     def _block(self, number, name, record):
-        if self._events:
-            return sse_event(number, self._epoch, name, record)
-        return json.dumps(record).encode("ascii") + b"\n"
+        return self._framed(sse_event(number, self._epoch, name, record) if self._events
+                            else json_bytes(record))
 
-    def dropped(self, count, offset, restarted=False):
-        record = {"events": count, "restarted": True} if restarted else {"events": count}
+    def dropped(self, count, offset, **more):
+        record = {"events": count, **more}
         if not self._events:
             record = {"event": "dropped", "id": "%d@%s" % (offset, self._epoch), **record}
-        return self._framed(self._block(offset, "dropped", record))
+        return self._block(offset, "dropped", record)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8292,7 +8287,7 @@ class Api:
               begin=None):
         """Return a Feed of a log. `restarted`: the client knows another run of gaffer."""
         reader = self._reader(request, query, source, encoder, offset)
-        first = restarted and encoder.dropped(0, offset, True)
+        first = restarted and encoder.dropped(0, offset, restarted=True)
         return Feed(query.feed, self._framed(request), reader, query.asked,
                     query.heartbeat, first or b"", process, begin)
 
@@ -9481,7 +9476,9 @@ class HttpHandler:
                 raise MethodUnknown("HTTP has no such method; they are in capitals")
             if "*" in methods:                  # what a stream allows depends on its label
                 methods = self.loop.call(methods["*"], self._api, *args)
-            raise MethodNotAllowed("use one of the methods in the Allow header", allowed(methods))
+            raise MethodNotAllowed(
+                "use one of the methods in the Allow header",
+                [each for each in METHODS if each in methods or each == "OPTIONS"])
         for pattern, handler in self._handlers:
             match = pattern.fullmatch(path)
             if match:

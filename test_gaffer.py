@@ -2374,7 +2374,7 @@ class PureSse(Case):
         self.assertEqual(encoder.encode(b"one\ntwo\r\n\nrest", 100, None, gaffer.NORMAL, 1000), (
             b"id: 104@e1\nevent: stdout\ndata: one\n\nid: 109@e1\nevent: stdout\ndata: two\n\n"
             b"id: 110@e1\nevent: stdout\ndata: \n\n", 10))
-        self.assertEqual(encoder.dropped(5, 7, True), b'id: 7@e1\nevent: dropped\n'
+        self.assertEqual(encoder.dropped(5, 7, restarted=True), b'id: 7@e1\nevent: dropped\n'
                          b'data: {"bytes": 5, "restarted": true}\n\n')
         self.assertEqual(encoder.exit(7, {"pid": 1}),
                          b'id: 7x@e1\nevent: exit\ndata: {"pid": 1}\n\n')
