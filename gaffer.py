@@ -2007,14 +2007,21 @@ def port_of(env, instance):
     return port
 
 
+def command_words(template):
+    """Return the words of what is executed; with `shell` those after the command. ValueError."""
+    args = template["args"]
+    words = split_words(args) if isinstance(args, str) else args
+    if template["shell"]:
+        return words
+    return [template["cmd"], *words] if words else split_words(template["cmd"])
+
+
 def check_together(template, info):
     """Return faults of fields that are right by themselves, [(field, sentence)]; fill in what one
     field says of another. `info`: the fields as they were given."""
     faults = []
-    args = template["args"]
     try:
-        if not (template["shell"] or (args.strip() if isinstance(args, str) else args)
-                or split_words(template["cmd"])):
+        if not template["shell"] and not command_words(template):
             raise ValueError("must not be empty")
     except ValueError as error:
         faults.append(("cmd", str(error)))
@@ -2074,7 +2081,8 @@ ENV_LINE = re.compile(r"""(?xs)
     |[ \t]*(?:export[ \t]+)?(?P<name>[A-Za-z_][A-Za-z0-9_.]*)[ \t]*=
         (?:[ \t]*(?:'(?P<single>[^'\0]*)'|"(?P<double>(?:[^"\\\0]|\\.)*)")[ \t\r]*(?:\#[^\n]*)?
         |(?![ \t]*['"])(?P<plain>[^\n\0]*)))
-    (?:\n|\Z)""")
+    (?:\n|\Z)
+    |(?P<other>[^\n]*)(?:\n|\Z)""")
 ENV_VARIABLE = r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_.]*)\})?"
 ENV_ESCAPES = {"n": "\n", "t": "\t", '"': '"', "\\": "\\", "$": "$"}
 
@@ -2085,7 +2093,7 @@ def parse_env(text, environ):
     $NAME and ${NAME} stand for a variable from a line before, else from `environ`, else for
     nothing; single quotes keep them.
     """
-    values, faults, start, room = {}, [], 0, FILE_SIZE      # lines may double what they stand for
+    values, faults, room = {}, [], FILE_SIZE    # lines may double what they stand for
 
     def fill(match):
         nonlocal room
@@ -2103,12 +2111,11 @@ def parse_env(text, environ):
             raise ValueError("makes the variables too long: over %d characters in all" % FILE_SIZE)
         return found
 
-    while start < len(text) and len(faults) < 100:
-        match = ENV_LINE.match(text, start)
+    for line in ENV_LINE.finditer(text):
+        name, single, double, plain = line.group("name", "single", "double", "plain")
         try:
-            if match is None:
+            if line.group("other"):
                 raise ValueError("is not NAME=value, with the value plain or in one pair of quotes")
-            name, single, double, plain = match.group("name", "single", "double", "plain")
             if single is not None:
                 values[name] = single
             elif double is not None:
@@ -2117,8 +2124,9 @@ def parse_env(text, environ):
                 plain = re.sub("[ \t]#.*", "", plain).strip(" \t\r")
                 values[name] = re.sub(ENV_VARIABLE, fill, plain)
         except ValueError as error:
-            faults.append((text.count("\n", 0, start) + 1, str(error)))
-        start = match.end() if match else text.find("\n", start) + 1 or len(text)
+            faults.append((text.count("\n", 0, line.start()) + 1, str(error)))
+            if len(faults) == 100:
+                break
     return values, faults
 
 
@@ -2192,12 +2200,10 @@ class Launch:
         if os.geteuid() == 0 and self.gid is not None:
             self.groups = [self.gid] if user is None else os.getgrouplist(user, self.gid)
         self.env = self._environment(template, user)
-        args = template["args"]
-        words = split_words(args) if isinstance(args, str) else args
+        words = command_words(template)
         if template["shell"]:
             words = ["/bin/sh", "-c", template["cmd"], "sh", *words]
         else:
-            words = [template["cmd"], *words] if words else split_words(template["cmd"])
             words = [substitute(word, self.env) for word in words]
         self.argv = [to_bytes(word) for word in words]
         self.program = self._find(self.argv[0])
@@ -2265,10 +2271,12 @@ class Launch:
             with faults_of("env_file"):
                 given = {**read_env_files(template["env_file"], known), **given}
         env.update((to_bytes(name), to_bytes(str(text))) for name, text in given.items())
-        env.pop(b"GAFFER_TOKEN", None)
-        if env.pop(b"GAFFER_PORT_STEP", None) is not None:
-            with faults_of("env"):              # there may be more processes than ports
-                env[b"PORT"] = b"%d" % port_of(template["env"], self.instance)
+        for name in (b"GAFFER_TOKEN", b"GAFFER_PORT_STEP"):
+            env.pop(name, None)
+        with faults_of("env"):                  # there may be more processes than ports
+            port = port_of(template["env"], self.instance)
+        if port is not None:
+            env[b"PORT"] = b"%d" % port
         if template["redirect_output"]:         # output that sits in a buffer looks lost
             env.setdefault(b"PYTHONUNBUFFERED", b"1")
         if template["custom_streams"]:
@@ -2282,12 +2290,12 @@ class Launch:
         search = self.env.get(b"PATH", os.environb.get(b"PATH", os.fsencode(os.defpath)))
         folders = [b""] if b"/" in program else search.split(b":")
         paths = [os.path.join(self.cwd or b"", folder, program) for folder in folders]
-        found = [path for path in paths if os.access(path, os.X_OK) and os.path.isfile(path)]
-        tried, fault = next(filter(os.path.exists, [*found, *paths]), paths[0]), "is not there"
+        for path in paths:
+            if os.access(path, os.X_OK) and os.path.isfile(path):
+                return os.path.abspath(path)
+        tried, fault = next(filter(os.path.exists, paths), paths[0]), "is not there"
         with contextlib.suppress(OSError):      # gaffer's own directory has been removed
             tried = os.path.abspath(tried)
-        if found:
-            return tried
         if os.path.isdir(tried):
             fault = "is a directory"
         elif os.path.exists(tried):
@@ -12166,13 +12174,13 @@ def systemd_shell(command):
 
 def systemd_command(info):
     """Return a template's command for a shell, which fills in its variables."""
-    words = split_words(info["args"]) if isinstance(info["args"], str) else info["args"]
+    words = command_words(info)
     if info["shell"]:
         return "set -- %s\n%s" % (shlex.join(words), info["cmd"]) if words else info["cmd"]
     special = re.compile(VARIABLE.pattern + r'|[$"\\`]')
     return "exec " + " ".join(shlex.quote(word) if "$" not in word else '"%s"' % special.sub(
         lambda match: match.group() if match.lastindex else "\\" + match.group()[-1], word)
-        for word in ([info["cmd"], *words] if words else split_words(info["cmd"])))
+        for word in words)
 
 
 def systemd_service(info, needed=False):
