@@ -1480,7 +1480,7 @@ SECONDS_MAX = 10.0 ** 7                         # any time in a request: select(
 NAME = re.compile(r"(?!-|:|[0-9]+$|\.{1,2}$|all$)[A-Za-z0-9_.:@-]{1,128}")
 LABEL = re.compile(r"(?!(?:\.{1,2}|stdin|ttin|exit|dropped)$)[A-Za-z0-9_.-]{1,64}")
 VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
-QUOTED = re.compile(r"""'[^']*'|"(?:[^"\\]|\\.)*"|\\.""", re.DOTALL)
+QUOTED = re.compile(r"""'([^']*)'|"((?:[^"\\]|\\.)*)"|\\(.)""", re.DOTALL)
 
 
 def to_bytes(text):
@@ -1585,24 +1585,20 @@ def split_words(text, separators=""):
     """Split a command line as a shell does. ValueError: a quote is not closed. `separators`:
     characters that divide words, besides blanks."""
     # shlex takes half a minute for a word of a megabyte
-    blanks, words, parts = " \t\r\n" + separators, [], []
-    plain = r"[^'\"\\%s]+" % re.escape(blanks)
-    for token in re.findall("%s|%s|." % (QUOTED.pattern, plain), text, re.DOTALL) + [" "]:
-        if token in blanks:
-            if parts:
-                words.append("".join(parts))
-            parts = []
-        elif token in ("'", '"', "\\"):
-            raise ValueError("cannot be split into words: no %s" % (
-                "escaped character" if token == "\\" else "closing quotation"))
-        elif token[0] == '"':
-            parts.append(re.sub(r"\\([\n$`\"\\])", lambda pair: pair.group(1).strip("\n"),
-                                token[1:-1]))
-        elif token[0] == "'":
-            parts.append(token[1:-1])
-        elif token != "\\\n":
-            parts.append(token[1] if token[0] == "\\" else token)
-    return words
+    left = re.search(r"['\"\\]", QUOTED.sub("", text))
+    if left:
+        raise ValueError("cannot be split into words: no %s" % (
+            "escaped character" if left.group() == "\\" else "closing quotation"))
+
+    def unquote(match):
+        single, double, escaped = match.groups()
+        if double is not None:
+            return re.sub(r"\\([\n$`\"\\])", lambda pair: pair.group(1).strip("\n"), double)
+        return escaped.strip("\n") if single is None else single
+    plain = r"[^'\"\\ \t\r\n%s]+" % separators
+    words = re.finditer("(?:%s|%s)+" % (QUOTED.pattern, plain), text, re.DOTALL)
+    return [QUOTED.sub(unquote, word.group()) for word in words
+            if word.group().replace("\\\n", "")]
 
 
 @json_schema(["array", "string"], items={"type": "string"})
@@ -1651,8 +1647,6 @@ def identity(what, find, own):
     return check
 
 
-VALID_SIGNALS = frozenset(map(int, signal.valid_signals()))     # it takes 0.1 ms, at each stop too
-
 
 def parse_signal(value):
     """Return the number of a signal: 15, "15", "TERM", "SIGTERM", signal.SIGTERM. BadValue."""
@@ -1661,7 +1655,7 @@ def parse_signal(value):
         number = int(text)
     else:
         number = signal.Signals.__members__.get("SIG" + re.sub("^SIG", "", text.upper()), 0)
-    if number in VALID_SIGNALS:
+    if 0 < number < signal.NSIG:
         return number
     raise BadValue("%r is not a signal: give a number or a name such as TERM" % text[:40])
 
@@ -2615,34 +2609,28 @@ class Input:
     def __init__(self, loop, fd, label, close_fd, limit):
         self._loop, self._fd, self._label, self._close_fd = loop, fd, label, close_fd
         self.limit = limit
-        self._buffer = collections.deque()
+        self._buffer = bytearray()              # what waits
         self._registered = self._ending = False
-        os.set_blocking(fd, False)
-        self.size = 0                           # bytes that wait
         self.on_low = set()                     # called once, when half of it is free again
+        os.set_blocking(fd, False)
 
     @property
-    def closed(self):
-        """True once nothing can be written any more."""
-        return self._fd is None or self._ending
+    def size(self):
+        """How many bytes wait."""
+        return len(self._buffer)
 
     def write(self, data):
         """Write all of `data`, or nothing. ForbiddenWrite: it is closed. StdinFull."""
-        if self.closed:
+        if self._fd is None or self._ending:
             raise ForbiddenWrite("%s of this process is closed; start another process to write to"
                                  % self._label)
         if self.size + len(data) > self.limit:
             raise StdinFull("%d bytes wait for the process to read them; send this again later"
                             % self.size)
-        if data:
-            data = bytes(memoryview(data))      # the caller may change a bytearray
-            self.size += len(data)
-            if self._buffer and len(self._buffer[-1]) + len(data) <= COALESCE_SIZE:
-                data = b"".join((self._buffer.pop(), data))     # each piece costs 200 bytes more
-            self._buffer.append(memoryview(data))
-            self._flush()
-            if self._fd is None:
-                raise ForbiddenWrite("the process has closed its %s" % self._label)
+        self._buffer += memoryview(data)        # TypeError: a list of numbers is no data
+        self._flush()
+        if self._fd is None:
+            raise ForbiddenWrite("the process has closed its %s" % self._label)
 
     def end(self):
         """End the stream, behind what waits."""
@@ -2650,20 +2638,15 @@ class Input:
         self._flush()
 
     def _flush(self):
-        while self._buffer and self._fd is not None:
+        while self._buffer:
             try:
-                count = os.write(self._fd, self._buffer[0])
+                del self._buffer[:os.write(self._fd, self._buffer)]
             except BlockingIOError:
                 break
             except OSError:                     # EPIPE: it has closed its side
                 log.info("%d bytes for %s were not read: the process has closed it",
                          self.size, self._label)
                 return self.close()
-            self.size -= count
-            rest = self._buffer.popleft()[count:]
-            if rest:
-                self._buffer.appendleft(rest)
-                break
         if self._ending and not self._buffer:
             return self.close()
         self._watch(bool(self._buffer))
@@ -2689,7 +2672,6 @@ class Input:
             self._watch(False)
             fd, self._fd = self._fd, None
             self._buffer.clear()
-            self.size = 0
             self._close_fd(fd)
             self._resume_writers()
 
@@ -3075,31 +3057,26 @@ class Process:
         self._probe = self._notify = None
 
     @staticmethod
-    @contextlib.contextmanager
-    def _privileges(launch):
-        """Have what only a privileged parent can pass on, while a process is forked: higher hard
-        limits, and a nice value below gaffer's own. InvalidProcessInfo: gaffer may not."""
-        own, nice = {}, os.getpriority(os.PRIO_PROCESS, 0)
+    def _raise_own(launch, undo):
+        """Have what only a privileged parent can pass on: higher hard limits, and a nice value
+        below gaffer's own. `undo`: an ExitStack for the way back. InvalidProcessInfo."""
         try:
             for name, (_, hard) in launch.limits.items():
                 number = getattr(resource, "RLIMIT_" + name.upper())
-                own[number] = soft, most = resource.getrlimit(number)
+                soft, most = resource.getrlimit(number)
                 field, what = "limits", "%s above gaffer's own limit of %d" % (name, most)
                 if resource.RLIM_INFINITY != most < hard:
+                    undo.callback(resource.setrlimit, number, (soft, most))
                     resource.setrlimit(number, (
                         soft, resource.RLIM_INFINITY if hard == math.inf else hard))
+            nice = os.getpriority(os.PRIO_PROCESS, 0)
             field, what = "nice", "a value below gaffer's own of %d" % nice
             if launch.nice is not None and launch.nice < nice:
+                undo.callback(os.setpriority, os.PRIO_PROCESS, 0, nice)
                 os.setpriority(os.PRIO_PROCESS, 0, launch.nice)
         except (OSError, ValueError):
             raise InvalidProcessInfo("field '%s' asks for %s: run gaffer as root, with the "
                                      "capability for that" % (field, what)) from None
-        else:
-            yield
-        finally:
-            for number, pair in own.items():
-                resource.setrlimit(number, pair)
-            os.setpriority(os.PRIO_PROCESS, 0, nice)
 
     @staticmethod
     def _execute(launch, stdio, extra):
@@ -3127,8 +3104,7 @@ class Process:
                 program, arguments = sys.executable, {"pass_fds": passed}
             elif sys.version_info >= (3, 9):
                 arguments = dict(zip(("user", "group", "extra_groups"), identity))
-            if launch.limits or launch.nice is not None:
-                fork.enter_context(Process._privileges(launch))
+            Process._raise_own(launch, fork)
             popen = subprocess.Popen(
                 argv, executable=program, cwd=launch.cwd, env=launch.env, start_new_session=True,
                 stdin=stdio[0], stdout=stdio[1], stderr=stdio[2], **arguments)
