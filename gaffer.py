@@ -2536,14 +2536,12 @@ class Output:
     def _append(self, data):
         merged = self._merged
         self.window.append(data)
-        if len(merged.sources) == 1:            # nobody to mix with
-            data, self._carry = self._carry + data, b""
-        else:
-            data, end = self._carry + data, data.rfind(b"\n")
-            cut = len(self._carry) + end + 1 if end >= 0 else 0
-            if cut == 0 and len(data) >= min(CARRY_SIZE, merged.window.limit // 2):
-                cut = len(data)
-            data, self._carry = data[:cut], data[cut:]
+        data = self._carry + data
+        cut = data.rfind(b"\n") + 1
+        if len(merged.sources) == 1 or (        # nobody to mix with, or too much to wait
+                cut == 0 and len(data) >= min(CARRY_SIZE, merged.window.limit // 2)):
+            cut = len(data)
+        data, self._carry = data[:cut], data[cut:]
         if data:
             merged.write(self, data)
             if self._silence is not None:       # what waits now is another line
@@ -2938,10 +2936,10 @@ class Process:
 
     def __init__(self, pid, home, manager):
         self.pid, self.home, self.name, self.template = pid, home, home.name, home.info
-        self.instance = 1                       # its number among those of its template
         self._manager, self._loop = manager, manager.loop
         self.outputs, self.inputs = {}, {}      # label -> Output, Input
         self.os_pid = self.started = self.exited_at = self.exit_status = self.term_signal = None
+        self.instance = None                    # its number among those of its template
         self.state = "running"                  # see LIFE
         if self.template["ready"] or self.template["before_start"]:
             self.state = "starting"
@@ -2966,52 +2964,41 @@ class Process:
     def spawn(self, launch):
         """Execute `launch`. InvalidProcessInfo: it cannot be executed. Busy: the system has no room
         for another process."""
-        ours, theirs = [], []                   # descriptors to close when it fails, and always
-        stdio, extra, inputs = [subprocess.DEVNULL] * 3, [], {}
-        template = self.template
-
-        def read_from(fd, label):
-            self.outputs[label] = Output(
-                self._loop, fd, self.home.merged[label], self.pid, self._check_ended)
-            ours.remove(fd)
-
-        try:
-            ends = {}                           # all that may fail comes before there is a process
+        template, stdio = self.template, [subprocess.DEVNULL] * 3
+        reads, writes, theirs = {}, {}, {}      # label -> descriptor: ours, and the process's
+        try:                                    # all that may fail comes before there is a process
             for number, label in enumerate(template["redirect_output"], 1):
-                if label not in ends:
-                    read, ends[label] = os.pipe()
-                    ours.append(read)
-                    theirs.append(ends[label])
-                    read_from(read, label)
-                stdio[number] = ends[label]
+                if label not in reads:
+                    reads[label], theirs[label] = os.pipe()
+                stdio[number] = theirs[label]
             if template["redirect_input"]:
-                stdio[0], inputs["stdin"] = os.pipe()
-                theirs.append(stdio[0])
-                ours.append(inputs["stdin"])
+                theirs["stdin"], writes["stdin"] = os.pipe()
+                stdio[0] = theirs["stdin"]
             for label in template["custom_streams"]:
-                left, right = socket.socketpair()
-                extra.append(right.detach())
-                theirs.append(extra[-1])
-                ours.append(left.detach())
-                inputs[label] = os.dup(ours[-1])
-                ours.append(inputs[label])
-                read_from(ours[-2], label)
+                near_end, far_end = socket.socketpair()
+                reads[label], theirs[label] = near_end.detach(), far_end.detach()
+                writes[label] = os.dup(reads[label])
+            for label, fd in reads.items():
+                self.outputs[label] = Output(
+                    self._loop, fd, self.home.merged[label], self.pid, self._check_ended)
             self.started, self.instance = self._loop.clock(), launch.instance
             if launch.ready == "notify":
                 self._notify = NotifySocket(self._loop, self)
                 launch.env[b"NOTIFY_SOCKET"] = self._notify.address
-            self.os_pid = self._execute(launch, stdio, extra)
+            self.os_pid = self._execute(
+                launch, stdio, [theirs[label] for label in template["custom_streams"]])
         except (GafferError, OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
             self.close_readiness()
-            for output in self.outputs.values():
+            for label, output in self.outputs.items():
                 output.close()
-            for fd in ours:
+                del reads[label]
+            for fd in [*reads.values(), *writes.values()]:
                 os.close(fd)
             raise self._refusal(launch, error) from error
         finally:
-            for fd in theirs:
+            for fd in theirs.values():
                 os.close(fd)
-        for label, fd in inputs.items():
+        for label, fd in writes.items():
             self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else
                                        end_socket, STDIN_SIZE)
         self._watcher = ExitWatcher(self._loop, self.os_pid, self._exited)
@@ -3139,16 +3126,13 @@ class Process:
         no step in this state is ignored."""
         if (self.state, event) in self.LIFE:
             self.state, act = self.LIFE[self.state, event]
+            if self._timer is not None and event != "exit":     # the steps of a stop go on then
+                self._timer.cancel()
+                self._timer = None
             act(self)
             if self._probe is not None and self.state != "starting":
                 self._probe.close()
                 self._probe = None
-
-    def _become_ready(self):
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None
-        self._manager.process_ready(self)
 
     def _stop_overdue(self):
         self.by_itself, self.overdue = True, "not ready (%s) within %g seconds%s" % (
@@ -3168,9 +3152,8 @@ class Process:
             self.signal_group(signal.SIGCONT, alone)    # what is stopped could not act on it
         if self.killed:
             self._manager.changed()
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None if self.abandoned else self._loop.later(delay, self.step, "late")
+        if not self.abandoned:
+            self._timer = self._loop.later(delay, self.step, "late")
         self._manager.groups.poll_soon()
 
     def _kill(self):
@@ -3222,8 +3205,6 @@ class Process:
     def _after_stop(self):
         """Run after_stop, if there is one: nothing is left of the group. Its output is the
         template's."""
-        if self._timer is not None:
-            self._timer.cancel()
         for output in self.outputs.values():
             output.drain()
         if self._launch is None or self._manager.killing:
@@ -3379,7 +3360,7 @@ class Process:
         ("running", "stop"): ("stopping", _signal_stop),
         ("running", "kill"): ("stopping", _kill),
         ("running", "exit"): ("exited", _exit),
-        ("starting", "ready"): ("running", _become_ready),
+        ("starting", "ready"): ("running", lambda self: self._manager.process_ready(self)),
         ("starting", "overdue"): ("stopping", _stop_overdue),
         ("stopping", "late"): ("stopping", _signal_stop),
         ("stopping", "kill"): ("stopping", _kill),
