@@ -2576,24 +2576,19 @@ class Output:
         if not self._paused:
             self._loop.unregister(self._fd)
         fd, self._fd = self._fd, None
+
+        def read_rest():
+            pieces = iter(lambda: os.read(fd, min(self._size, max(0, self._room()))), b"")
+            with contextlib.suppress(OSError):
+                for data in itertools.islice(pieces, 16):   # somebody may still write
+                    self._append(data)
+            if self._carry:
+                self._merged.write(self, self._carry)
+        self._loop.guard(read_rest)
+        os.close(fd)
         for timer in (self._timer, self._silence):
             if timer is not None:
                 timer.cancel()
-
-        def drain_pipe():
-            for _ in range(16):                 # a full pipe; somebody may still write into it
-                try:
-                    data = os.read(fd, min(self._size, max(0, self._room())))
-                except OSError:
-                    return
-                if not data:
-                    return
-                self._append(data)
-        self._loop.guard(drain_pipe)
-        os.close(fd)
-        if self._carry:
-            self._loop.guard(self._merged.write, self, self._carry)
-            self._carry = b""
         self._merged.close(self)
         self.window.finish()
         ended, self._ended = self._ended, None  # or a process would be freed late
