@@ -1647,7 +1647,6 @@ def identity(what, find, own):
     return check
 
 
-
 def parse_signal(value):
     """Return the number of a signal: 15, "15", "TERM", "SIGTERM", signal.SIGTERM. BadValue."""
     text = str(int(value)) if is_number(value, int) else str(value)
@@ -1658,7 +1657,6 @@ def parse_signal(value):
     if 0 < number < signal.NSIG:
         return number
     raise BadValue("%r is not a signal: give a number or a name such as TERM" % text[:40])
-
 
 
 def check_signal(value):
@@ -12087,7 +12085,6 @@ def load_command(args):
                              for target in find_targets(args, statuses, gone)])
     if args.ready and not args.exit_status:
         await_goal(args, client, started)
-
 
 
 def scale_command(args):
