@@ -1505,17 +1505,14 @@ def check_text(value, what="a string"):
     """Check a string that can be handed to the system: no NUL, and valid UTF-8."""
     if not isinstance(value, str):
         raise ValueError("must be %s" % what)
-    if "\0" in value:
-        raise ValueError("must not hold a NUL character")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("must not hold a lone surrogate") from None
+    if re.search("[\0\ud800-\udfff]", value):
+        raise ValueError("must not hold a NUL character or a lone surrogate")
     return value
 
 
 def check_of(what, accepts, type, **schema):
-    """A check for what `accepts(value)` is true of. The rest is its JSON Schema."""
+    """A check for what `accepts(value)` is true of; it may raise a ValueError that says more. The
+    rest is the JSON Schema."""
     @json_schema(type, **schema)
     def check(value):
         if not accepts(value):
@@ -1647,25 +1644,23 @@ def identity(what, find, own):
     return check
 
 
-def parse_signal(value):
-    """Return the number of a signal: 15, "15", "TERM", "SIGTERM", signal.SIGTERM. BadValue."""
+def signal_number(value):
+    """Return the number of a signal: 15, "15", "TERM", "SIGTERM", signal.SIGTERM; 0 if none is."""
     text = str(int(value)) if is_number(value, int) else str(value)
     if re.fullmatch("[0-9]{1,3}", text):
-        number = int(text)
-    else:
-        number = signal.Signals.__members__.get("SIG" + re.sub("^SIG", "", text.upper()), 0)
-    if 0 < number < signal.NSIG:
-        return number
-    raise BadValue("%r is not a signal: give a number or a name such as TERM" % text[:40])
+        return int(text) if int(text) < signal.NSIG else 0
+    return signal.Signals.__members__.get("SIG" + re.sub("^SIG", "", text.upper()), 0)
 
 
-def check_signal(value):
-    """Check the name or number of a signal."""
-    try:
-        parse_signal(value)
-    except BadValue as error:
-        raise ValueError("must name signals: %s" % error) from None
-    return value
+def parse_signal(value):
+    """Return signal_number(). BadValue: there is none."""
+    number = signal_number(value)
+    if not number:
+        raise BadValue("%.40r is not a signal: give a number or a name such as TERM" % (value,))
+    return number
+
+
+check_signal = check_of("a signal's number, or a name such as TERM", signal_number, "string")
 
 
 @json_schema(["integer", "string"])
@@ -1714,13 +1709,7 @@ def limit_pair(value):
     return tuple(found)
 
 
-@json_schema(["integer", "string", "array"], minimum=0)
-def check_limit(value):
-    """Check what limit_pair() takes."""
-    limit_pair(value)
-    return value
-
-
+check_limit = check_of("a limit", limit_pair, ["integer", "string", "array"], minimum=0)
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 NICKNAMES = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@weekly": "0 0 * * 0",
              "@monthly": "0 0 1 * *"}
@@ -1826,13 +1815,7 @@ class Schedule:
         return found
 
 
-@json_schema("string")
-def check_schedule(value):
-    """Check the text of a Schedule."""
-    Schedule(check_text(value))
-    return value
-
-
+check_schedule = check_of("a schedule", lambda value: Schedule(check_text(value)), "string")
 Option = collections.namedtuple("Option", "default check help", defaults=[""])
 
 
@@ -1892,9 +1875,8 @@ def parse_target(kind, text):
         what = {"tcp": "port, or host:port", "http": "URL such as http://127.0.0.1:8000/path"}[kind]
         raise ValueError("has a '%s' that is not a %s, with an address or localhost as its host"
                          % (kind, what)) from None
-    request = ("GET %s%s HTTP/1.1\r\nHost: %s\r\nUser-Agent: gaffer/%s\r\n"
-               "Connection: close\r\n\r\n" % (
-                   "" if path[:1] == "/" else "/", path, known.netloc, __version__))
+    request = ("GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: gaffer/%s\r\nConnection: close\r\n\r\n"
+               % (re.sub("^/?", "/", path), known.netloc, __version__))
     return [(host, port) for host in hosts], request.encode() if kind == "http" else b""
 
 
@@ -2033,9 +2015,9 @@ def check_together(template, info):
         port_of(template["env"], template["numprocesses"])
     except ValueError as error:
         faults.append(("env", str(error)))
-    if template["uid"] is not None and template["gid"] is None:
-        if find_user(template["uid"])[1] is None:
-            faults.append(("uid", "is a user without an entry; give 'gid' too"))
+    if template["gid"] is None and template["uid"] is not None and (
+            find_user(template["uid"])[1] is None):
+        faults.append(("uid", "is a user without an entry; give 'gid' too"))
     return [(field, "field '%s' %s" % (field, fault)) for field, fault in faults]
 
 

@@ -10331,7 +10331,7 @@ class ConfigFiles(ConfigCase):
         "env": {"e": {"A": 1},
         "web": {"X": []}}, -> [env:web] has a variable 'X' that is not a string *
         "gaffer": {
-        "include": ["a\\u0000"], -> [gaffer] field 'include' must not hold a NUL character
+        "include": ["a\\u0000"], -> [gaffer] field 'include' must not hold a NUL character*
         "include_dir": 5}, -> [gaffer] field 'include_dir' must be a list of strings, or a string
         "endpoint": {"x": {"bind": "127.0.0.1:0",
         "certfile": 5}, -> [endpoint:x] field 'certfile' must be a string
