@@ -9678,8 +9678,7 @@ def reference(name):
 # --------------------------------------------------------------------------------------------------
 WEBHOOK_QUEUE = 1000                            # events; one more is dropped
 WEBHOOK_TIME = 5.0                              # for a receiver to answer
-WEBHOOK_PAUSES = (0.5, 2.0)                     # before each further try
-WEBHOOK_REST = 30.0                             # without tries after a failure: the others wait
+WEBHOOK_PAUSES = (0, 0.5, 2.0)                  # before each try
 WEBHOOK_END = 2.0                               # to send what waits, at the stop
 SCREEN_SIZE = MIB                               # of lines that wait for a slow terminal
 SCREEN_END = 5.0                                # to write it, at the end
@@ -9760,17 +9759,15 @@ def check_hook_url(url):
 class WebHooks:
     """Posts events as JSON. `hooks`: [(pattern, URL)], patterns as for Manager.subscribe().
 
-    One worker posts them in order, with a timeout and retries. An event that finds the queue full,
-    or that its receiver does not accept, is dropped and counted (`dropped`). A receiver that failed
-    is skipped for WEBHOOK_REST seconds, because the others wait behind it.
+    Each URL has a worker that posts in order, with a timeout and retries. An event that finds 1,000
+    others waiting, or that its receiver does not accept, is dropped and counted (`dropped`).
     """
 
     def __init__(self, hooks=()):
         self.dropped, self._throttle = 0, Throttle()
         self._lock = threading.Lock()           # guards `dropped`
-        self._queue = queue.SimpleQueue()       # (URL, event); None wakes the worker
-        self._ending, self._thread = threading.Event(), None
-        self._skipped = {}                      # URL -> until when
+        self._ending = threading.Event()
+        self._workers = {}                      # URL -> (Thread, queue of events and, last, None)
         self.replace(hooks)
 
     def replace(self, hooks):
@@ -9785,17 +9782,17 @@ class WebHooks:
         manager.subscribe("", self._put)
 
     def _put(self, kind, event):
-        for pattern, url in self.hooks:
-            if not matches(pattern, event):
-                continue
-            if self._queue.qsize() >= WEBHOOK_QUEUE:
+        for url in [url for pattern, url in self.hooks if matches(pattern, event)]:
+            if url not in self._workers:
+                events: queue.SimpleQueue = queue.SimpleQueue()
+                thread = threading.Thread(target=self._work, args=(url, events), daemon=True)
+                self._workers[url] = thread, events
+                thread.start()
+            events = self._workers[url][1]
+            if events.qsize() < WEBHOOK_QUEUE:
+                events.put(event)
+            else:
                 self._drop(url, "the queue is full")
-                continue
-            self._queue.put((url, event))
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._work, name="gaffer-webhooks", daemon=True)
-                self._thread.start()
 
     def _drop(self, url, why):
         with self._lock:
@@ -9803,60 +9800,51 @@ class WebHooks:
         self._throttle.warning("an event for the webhook %s was dropped, %d of all by now: %s",
                                url, self.dropped, why)
 
-    def _work(self):
-        import urllib.request
-        redirects = urllib.request.HTTPRedirectHandler()
-        # it would send a GET without the event
-        setattr(redirects, "redirect_request", lambda *args: None)  # noqa: B010
-        opener = urllib.request.build_opener(redirects)
-        while not (self._ending.is_set() and self._queue.empty()):
-            item = self._queue.get()
-            if item is not None:
-                failure = self._post(opener.open, *item)
-                if failure:
-                    self._drop(item[0], failure)
-
-    def _post(self, send, url, event):
-        """Return None, or why the event was not accepted."""
-        if time.monotonic() < self._skipped.get(url, 0):
-            return "it failed, and is skipped for %g seconds" % WEBHOOK_REST
+    def _work(self, url, events):
         import http.client
         import urllib.request
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(url, json_bytes(event), headers)
-        for pause in (*WEBHOOK_PAUSES, None):
-            try:
-                send(request, timeout=WEBHOOK_TIME).close()
-                return None
-            except urllib.error.HTTPError as error:
-                failure = "it answers %d" % error.code
-                error.close()
-                if error.code < 500 and error.code not in (408, 429):
-                    return failure
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                failure = str(getattr(error, "reason", None) or error).lower()
-            if pause is None or self._ending.wait(pause):
-                self._skipped[url] = time.monotonic() + WEBHOOK_REST
-                break
-        return failure
+
+        class AnyStatus(urllib.request.HTTPErrorProcessor):
+            def http_response(self, request, response):
+                return response                 # a redirect would be a GET without the event
+            https_response = http_response
+        opener = urllib.request.build_opener(AnyStatus)
+        for event in iter(events.get, None):
+            headers, failure = {"Content-Type": "application/json"}, ""
+            request = urllib.request.Request(url, json_bytes(event), headers)
+            for pause in WEBHOOK_PAUSES:
+                self._ending.wait(pause)
+                try:
+                    with opener.open(request, timeout=WEBHOOK_TIME) as response:
+                        status = response.status
+                    failure = "it answers %d" % status if status >= 300 else ""
+                    if status < 500 and status not in (408, 429):
+                        break
+                except (OSError, ValueError, http.client.HTTPException) as error:
+                    failure = str(getattr(error, "reason", None) or error).lower()
+            if failure:
+                self._drop(url, failure)
 
     def stop(self):
-        """Post what waits, within WEBHOOK_END seconds, without further tries."""
+        """Post what waits, within WEBHOOK_END seconds, without pauses."""
         self._ending.set()
-        self._queue.put(None)
+        for _, events in self._workers.values():
+            events.put(None)
 
     def join(self):
-        """Wait for the worker, drop what it could not post in time."""
-        if self._thread is not None:
-            self._thread.join(WEBHOOK_END)
-            self._thread, left = None, 0
+        """Wait for the workers, drop what they could not post in time."""
+        end, left = time.monotonic() + WEBHOOK_END, 0
+        for thread, events in self._workers.values():
+            thread.join(max(0.0, end - time.monotonic()))
             with contextlib.suppress(queue.Empty):
                 while True:
-                    left += self._queue.get_nowait() is not None
-            self.dropped += left
-            if left:
-                log.warning("%d events for webhooks were not posted before the end, %d were "
-                            "dropped in all", left, self.dropped)
+                    left += events.get_nowait() is not None
+            events.put(None)                    # it ends after the one that it is at
+        self.dropped += left
+        self._workers = {}
+        if left:
+            log.warning("%d events for webhooks were not posted before the end, %d were dropped "
+                        "in all", left, self.dropped)
 
 
 class LineEncoder(Encoder):
