@@ -9882,11 +9882,14 @@ class ConsoleOutput:
         self._manager = manager
         manager.subscribe("", self._event)
         if self._output:
-            loop.call(self._follow, loop, manager)
+            loop.call(self._follow)
 
-    def _follow(self, loop, manager):
-        sink = Subscription(loop, lambda kind, event: log.debug(
-            "%s", event["data"][:-1].decode("utf-8", "replace")), {"event": "journal"})
+    def _follow(self):
+        def show(lines):
+            log.debug("%s", lines[:-1].decode("utf-8", "replace"))
+            return True
+        sink = types.SimpleNamespace(send=show, finished=Reader.close, lost=lambda *ignored: None)
+        manager = self._manager
         view, encoder = manager.journal.view(), JournalEncoder(False, manager.epoch)
         self._reader = Reader(view, encoder, sink, view.end, "skip")    # nobody else refers to it
         self._reader.start()
@@ -10251,14 +10254,6 @@ class ConfigError(InvalidProcessInfo):
     """Configuration files have faults: a line each, with file, line and section."""
 
 
-def read_config(path):
-    """Return the text of a file. ConfigError: it cannot be read."""
-    try:
-        return read_text(path)
-    except ValueError as error:
-        raise ConfigError("%s: %s" % (path, error)) from None
-
-
 class ConfigFile:
     """A configuration file: its text, and its faults, (line, text).
 
@@ -10268,8 +10263,10 @@ class ConfigFile:
 
     def __init__(self, path):
         self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
-        self.text, self.faults, self.places = read_config(path), set(), {}
+        self.text, self.faults, self.places = "", set(), {}
         self.sections = {}                      # of supervisord; see load_supervisord()
+        with self.noting():
+            self.text = read_text(path)
 
     def join(self, path):
         """Return a path of the file as seen from its folder."""
@@ -10376,6 +10373,7 @@ ADVICE = (                                      # what supervisord has, and what
      "a file, redirect it in the command"),
     (r"supervisord|supervisorctl|rpcinterface:.*|.*_http_server",
      "these are options of 'serve': --bind, --token-file, --log-file, --pidfile, --daemon"),
+    (r"group:.*", "'gaffer.py restart' and its like take several names"),
     (r"eventlistener:.*", "events are sent by [webhooks] of an INI file, or read by GET /watch"),
     (r".*", "there is nothing like it: leave it out"))
 
@@ -10388,10 +10386,10 @@ def fill_in(text, names):
         raise ValueError("has a %%(...)s that stands for nothing: %s" % error) from None
 
 
-def load_program(file, name, group, fields, names, tree):
+def load_program(file, name, fields, names, tree):
     """Add a template to `tree` for each process of supervisord's [program:name]. `names`: what
     %(x)s stands for; %(process_num)d may be anywhere."""
-    section, names = "program:" + name, dict(names, program_name=name, group_name=group or name)
+    section, names = "program:" + name, dict(names, program_name=name, group_name=name)
 
     def read(field, convert):
         """Return what `convert` makes of a field; None, and a fault, if it raises ValueError."""
@@ -10421,9 +10419,7 @@ def load_program(file, name, group, fields, names, tree):
             delays = [restart_delay(info, failures) for failures in range(1, retries + 1)]
             info["flapping"] = {"attempts": retries + 1, "max_retry": 0,
                                 "window": float(retries * lived + sum(delays))}
-        prefix = group or (name if number > 1 else "")
-        label = read("process_name", str) if number > 1 else name
-        key = "%s:%s" % (prefix, label) if prefix else name
+        key = "%s:%s" % (name, read("process_name", str)) if number > 1 else name
         if key in tree:
             file.fault("field 'process_name' must have %(process_num)d in it, as 'numprocs' is "
                        "more than 1", section)
@@ -10441,32 +10437,24 @@ def load_supervisord(file, main):
     shared = main.sections.get("supervisord", {})
     names = {"ENV_" + name: value for name, value in os.environ.items()}
     names.update(here=file.folder, host_node_name=socket.gethostname())
-    taken = {"program": {"process_name", *PROGRAM_FIELDS, *PROGRAM_DEFAULTS},
-             "group": {"programs"}, "include": {"files"}}
-    tree, groups, others = {"process": {}}, {}, collections.defaultdict(list)
+    taken = {"program": {"process_name", *PROGRAM_FIELDS, *PROGRAM_DEFAULTS}, "include": {"files"}}
+    tree, others = {"process": {}}, collections.defaultdict(list)
     for section, fields in file.sections.items():
         kind, _, name = section.partition(":")
         if kind == "include":
             with file.noting(section, "field 'files' "):
                 files = fill_in(fields.get("files", ""), names).split()
                 tree["gaffer"] = {"": {"include": files}}
-        for program in split_list(fields.get("programs", "")):
-            groups[program] = name
-            if "program:" + program not in file.sections:
-                file.fault("field 'programs' names '%s', which is not in this file: have a group "
-                           "and its programs in one file" % program, section)
+        elif kind == "program":
+            env = re.sub(QUOTED.pattern + r"|\s*=\s*", lambda match: match.group().strip(),
+                         "%s,\n%s" % (shared.get("environment", ""), fields.get("environment", "")))
+            load_program(file, name, {
+                **PROGRAM_DEFAULTS, "directory": os.getcwd(), "user": shared.get("user", ""),
+                "process_name": name, **fields, "environment": env}, names, tree["process"])
         for what in [section] if kind not in taken else [
                 "%s %s" % (section, field) for field in fields if field not in taken[kind]]:
             others[next(advice for pattern, advice in ADVICE
                         if re.fullmatch(pattern, what))].append(what)
-    for section, fields in file.sections.items():
-        kind, _, name = section.partition(":")
-        if kind == "program":
-            env = re.sub(QUOTED.pattern + r"|\s*=\s*", lambda match: match.group().strip(),
-                         "%s,\n%s" % (shared.get("environment", ""), fields.get("environment", "")))
-            load_program(file, name, groups.get(name), {
-                **PROGRAM_DEFAULTS, "directory": os.getcwd(), "user": shared.get("user", ""),
-                "process_name": name, **fields, "environment": env}, names, tree["process"])
     for advice, found in others.items():
         log.warning("%s: not taken: %s; %s", file.path, ", ".join(found), advice)
     return tree
@@ -10542,27 +10530,25 @@ class Procfile(ConfigFile):
     `types`: {type: command}; `fields`: {type: {field: value}}, from the comments above a type that
     begin with "gaffer:" and hold words such as after=db. `path`: None for a file without a type
     in this folder. `env_files`: read instead of .env in its folder. `port`: PORT of the first type
-    (that of .env or of gaffer, else 5000); each further type has a hundred more. `taken`: ports in
-    use.
+    (that of .env or of gaffer, else None, which is 5000); each further type has a hundred more.
     """
 
-    def __init__(self, path, env_files=(), port=None, taken=()):
+    def __init__(self, path, env_files=(), port=None):
         super().__init__(path or os.devnull)
-        self.folder, self.env = self.folder if path else os.getcwd(), {}
-        self.types, self.fields, self.taken = {}, {}, list(taken)
+        self.folder = self.folder if path else os.getcwd()
+        self.types, self.fields, self.env = {}, {}, {}
         default = os.path.join(self.folder, ".env")
         if not env_files and os.path.isfile(default):
             env_files = [default]
-        for env_file in env_files:
-            values, faults = parse_env(read_config(env_file), dict(os.environ, **self.env))
+        for file in map(ConfigFile, env_files):
+            values, faults = parse_env(file.text, {**os.environ, **self.env})
             self.env.update(values)
-            self.faults.update((line, "%s:%d: %s" % (env_file, line, reason))
-                               for line, reason in faults)
+            for line, reason in faults:
+                file.fault(reason, line=line)
+            self.faults |= file.faults
         given = str(port if port is not None else self.env.get("PORT", os.environ.get("PORT", "")))
-        self.port = free_port(FIRST_PORT, self.taken)
-        if re.fullmatch("[0-9]{1,5}", given) and 0 < int(given) < 65536:
-            self.port = free_port(int(given), self.taken, 1)
-        elif given:
+        self.port = int(given) if re.fullmatch("[0-9]{1,5}", given) else None
+        if given and not 0 < (self.port or 0) < 65536:
             self.faults.add((0, "PORT is '%s': give a number from 1 to 65535" % given[:40]))
         above = {}
         for number, line in enumerate(self.text.split("\n"), 1):
@@ -10586,12 +10572,14 @@ class Procfile(ConfigFile):
                            "%r is not 'type: command'" % line.rstrip(), line=number)
 
 
-def load_procfile(file):
-    """Load a Procfile: a template for each type, each process of which has a PORT of its own."""
-    tree, port = {}, file.port
+def load_procfile(file, taken):
+    """Load a Procfile: a template for each type, each process of which has a PORT of its own that
+    is not in the list `taken`. Add them to that."""
+    tree, port = {}, file.port and free_port(file.port, taken, 1)
     for name, command in file.types.items():
-        port = free_port(port + PORTS_PER_TYPE, file.taken) if tree else port
-        file.taken += [port, port + PORTS_PER_TYPE - 1]
+        if tree or port is None:
+            port = free_port(port + PORTS_PER_TYPE if tree else FIRST_PORT, taken)
+        taken += [port, port + PORTS_PER_TYPE - 1]
         env = dict(file.env, PORT=str(port), GAFFER_PORT_STEP="1")
         tree[name] = {**command_fields(command), "cwd": file.folder, "env": env,
                       **file.fields[name]}
@@ -10607,9 +10595,9 @@ def raise_faults(files):
         raise ConfigError("\n".join(faults))
 
 
-def read_procfile(path, env_files=(), port=None, taken=()):
+def read_procfile(path, env_files=(), port=None):
     """Return the Procfile of a path, or None. Raise ConfigError."""
-    file = Procfile(path, env_files, port, taken)
+    file = Procfile(path, env_files, port)
     raise_faults([file])
     return file
 
@@ -10669,28 +10657,21 @@ def read_settings(source, taken=None):
     with every fault of all files.
     """
     import glob
-    files, found, ports = [], {kind: {} for kind in FIELDS}, list(taken or ())
-
-    def read(path):
-        if not PROCFILE_PATH.fullmatch(path):
-            return ConfigFile(path)
-        if taken is None and not ports:         # all endpoints are known: Procfiles are read last
-            known = [endpoint for _, endpoint in found["endpoint"].values()] or [HttpEndpoint()]
-            ports.extend(endpoint.port for endpoint in known if endpoint and not endpoint.path)
-        return Procfile(path, taken=ports)
+    files, found = [], {kind: {} for kind in FIELDS}
 
     def load(file):
-        """Take what a file holds into `found`."""
+        """Take what a file holds into `found`; a Procfile when all endpoints are known."""
         files.append(file)
-        if isinstance(file, Procfile):
-            tree = load_procfile(file)
-            ports.extend(file.taken)
-        elif re.search(r"(?i)\.(json|toml)$", file.path):
-            tree = load_objects(file)
+        if file.faults or isinstance(file, Procfile):
+            return
+        if re.search(r"(?i)\.(json|toml)$", file.path):
+            add(file, load_objects(file))
         elif any(SUPERVISORD.search(each.text) for each in (files[0], file)):
-            tree = load_supervisord(file, files[0])
+            add(file, load_supervisord(file, files[0]))
         else:
-            tree = load_ini(file)
+            add(file, load_ini(file))
+
+    def add(file, tree):
         for kind, name in [(kind, name) for kind, sections in tree.items() for name in sections]:
             section, fields = "%s:%s" % (kind, name) if name else kind, tree[kind][name]
             if kind not in FIELDS or bool(name) != (kind in NAMED_KINDS):
@@ -10706,6 +10687,8 @@ def read_settings(source, taken=None):
                 made = make_endpoint(file, name, fields) if kind == "endpoint" else fields
                 found[kind][name] = file, made
 
+    def read(path):
+        return (Procfile if PROCFILE_PATH.fullmatch(path) else ConfigFile)(path)
     load(read(source) if isinstance(source, str) else source)
     main, fields = found["gaffer"].get("", (files[0], {}))
     gaffer, faults = examine_fields(fields, FIELDS["gaffer"])
@@ -10717,14 +10700,22 @@ def read_settings(source, taken=None):
         paths.append(("include_dir", os.path.join(glob.escape(folder), "**", "*.ini")))
     paths = [(field, name) for field, path in paths for name in (
         sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path])]
-    for field, path in sorted(paths, key=lambda pair: bool(PROCFILE_PATH.fullmatch(pair[1]))):
-        with main.noting("gaffer", "field '%s': " % field):
-            if os.path.realpath(path) in [os.path.realpath(file.path) for file in files]:
-                raise ConfigError("%s is included already" % path)
-            if len(files) >= INCLUDES_MAX:
-                raise ConfigError("%s is one of more than %d files" % (path, INCLUDES_MAX))
+    for field, path in paths:
+        if os.path.realpath(path) in [os.path.realpath(file.path) for file in files]:
+            main.fault("field '%s': %s is included already" % (field, path), "gaffer")
+        elif len(files) >= INCLUDES_MAX:
+            main.fault("field '%s': %s is one of more than %d files" % (
+                field, path, INCLUDES_MAX), "gaffer")
+        else:
             load(read(path))
     endpoints = {name: endpoint for name, (_, endpoint) in found["endpoint"].items()}
+    if taken is None:
+        taken = [endpoint.port for endpoint in [*endpoints.values()] or [HttpEndpoint()]
+                 if endpoint and not endpoint.path]
+    taken = list(taken)
+    for file in files:
+        if isinstance(file, Procfile):
+            add(file, load_procfile(file, taken))
     chosen = list(endpoints) if gaffer["http_endpoints"] is None else gaffer["http_endpoints"]
     for name in chosen:
         if name not in endpoints:
@@ -11874,12 +11865,12 @@ def serve(args):
 
 # Procfiles
 
-def open_procfile(args, taken=()):
+def open_procfile(args):
     """Return the Procfile that the arguments name. ConfigError, ClientError."""
     if not os.path.exists(args.procfile):
         raise ClientError("there is no '%s': name a Procfile with -f FILE, or write one, with a "
                           "line 'web: COMMAND'" % args.procfile)
-    return read_procfile(args.procfile, args.env_file, args.port, taken)
+    return read_procfile(args.procfile, args.env_file, args.port)
 
 
 def check_type(kind, types):
@@ -11894,9 +11885,9 @@ def procfile_templates(args, taken=()):
     source, comments = args.procfile, {}
     # units for systemd can be made from any configuration
     if vars(args).get("format") != "systemd" or not CONFIG_PATH.fullmatch(source):
-        source = open_procfile(args, taken)
+        source = open_procfile(args)
         comments = source.fields
-    templates = read_settings(source).templates
+    templates = read_settings(source, taken).templates
     formation = {kind: info["numprocesses"] for kind, info in templates.items()
                  if "numprocesses" in comments.get(kind, ())}
     for word in split_list(",".join(args.concurrency)):
@@ -12009,7 +12000,7 @@ def run_command(args):
     if len(words) == 1:
         words = ["/bin/sh", "-c", source.types.get(words[0], words[0])]
     env = dict(os.environ, **source.env)
-    env["PORT"] = str(source.port)
+    env["PORT"] = str(source.port or FIRST_PORT)
     env.pop("GAFFER_TOKEN", None)
     for signum in (signal.SIGPIPE, signal.SIGXFSZ):     # which Python ignores
         signal.signal(signum, signal.SIG_DFL)
