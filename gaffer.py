@@ -115,19 +115,21 @@ SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBU
 
 
 class GafferError(Exception):
-    """An error for the client: an HTTP status, a code, and a sentence that says what to do."""
+    """An error for the client: an HTTP status, a code, and a sentence that says what to do.
+
+    `more`: `status`, `code` and `headers` ([(name, value)] of the response) if not the class's.
+    """
     status, code = 500, "internal_error"
-    headers: list = []                          # [(name, value)] of the response
+    headers: list = []
+
+    def __init__(self, reason, **more):
+        super().__init__(reason)
+        vars(self).update(more)
 
 
 class BadRequest(GafferError):
     """The request is not HTTP as RFC 9112 defines it, or it contradicts itself."""
     status, code = 400, "bad_request"
-
-
-class InvalidJson(BadRequest):
-    """The body is not a JSON object in UTF-8."""
-    code = "invalid_json"
 
 
 class InvalidProcessInfo(BadRequest):
@@ -138,32 +140,6 @@ class InvalidProcessInfo(BadRequest):
 class BadValue(BadRequest):
     """A parameter of the path or the query is unknown, or its value is not valid."""
     code = "bad_value"
-
-
-class NoSignalNumber(BadRequest):
-    """_signal needs a signal."""
-    code = "no_signal_number"
-
-
-class IoNotRedirected(BadRequest):
-    """The output of the process is not redirected."""
-    code = "io_not_redirected"
-
-
-class ExpectationFailed(BadRequest):
-    """An Expect other than 100-continue (RFC 9110 section 10.1.1)."""
-    status = 417
-
-
-class VersionNotSupported(BadRequest):
-    """The version is not HTTP/1.x."""
-    status = 505
-
-
-class Unauthorized(GafferError):
-    """The token is missing or wrong."""
-    status, code = 401, "unauthorized"
-    headers = [("WWW-Authenticate", 'Basic realm="gaffer", charset="UTF-8"')]
 
 
 class Forbidden(GafferError):
@@ -191,11 +167,6 @@ class NotFound(GafferError):
     status, code = 404, "not_found"
 
 
-class ResourceNotFound(NotFound):
-    """There is no such route or action."""
-    code = "resource_not_found"
-
-
 class IoNotFound(NotFound):
     """The process has no stream with this label."""
     code = "io_not_found"
@@ -204,25 +175,6 @@ class IoNotFound(NotFound):
 class BadEventType(NotFound):
     """There is no such type of event."""
     code = "bad_event_type"
-
-
-class MethodNotAllowed(GafferError):
-    """The resource does not have this method. `allow`: those it has (RFC 9110 section 15.5.6)."""
-    status, code = 405, "method_not_allowed"
-
-    def __init__(self, reason, allow=()):
-        super().__init__(reason)
-        self.headers = [("Allow", ", ".join(allow))]
-
-
-class MethodUnknown(GafferError):
-    """HTTP does not have this method (RFC 9110 section 15.6.2)."""
-    status, code = 501, "method_not_allowed"
-
-
-class RequestTimeout(GafferError):
-    """The request did not arrive in time."""
-    status, code = 408, "timeout"
 
 
 class Conflict(GafferError):
@@ -243,11 +195,6 @@ class UriTooLong(TooLarge):
 class HeadersTooLarge(TooLarge):
     """The headers are over their limit, in number or in bytes."""
     status, code = 431, "headers_too_large"
-
-
-class UnsupportedMediaType(GafferError):
-    """The body has a Content-Encoding."""
-    status, code = 415, "unsupported_media_type"
 
 
 class UpgradeRequired(GafferError):
@@ -590,7 +537,7 @@ class Loop:
         self._inbox, self._unlocked = collections.deque(), collections.deque()
         self._deadline = -math.inf              # when the next turn begins at the latest
         self._sleeping = True                   # True: what is due before that has to wake it
-        self._woken = self._stopping = self._pausing = self._interrupted = False
+        self._woken = self._stopping = self._pausing = False
         self._polls = 0
         self._reports = collections.defaultdict(Throttle)       # one for each type of exception
         self._wake_read, self.wake_fd = os.pipe()       # a byte wakes it, see set_wakeup_fd()
@@ -641,10 +588,9 @@ class Loop:
 
     @contextlib.contextmanager
     def interrupts(self):
-        """Let Ctrl-C raise KeyboardInterrupt from `run()` between two turns, not within one.
+        """Let Ctrl-C raise KeyboardInterrupt from `run()` between two calls, not within one.
 
-        A second Ctrl-C before that raises at once. Does nothing off the main thread, or if the
-        program handles SIGINT itself.
+        Does nothing off the main thread, or if the program handles SIGINT itself.
         """
         if (threading.current_thread() is not threading.main_thread()
                 or signal.getsignal(signal.SIGINT) is not signal.default_int_handler):
@@ -652,9 +598,7 @@ class Loop:
             return
 
         def interrupt(signum, frame_):
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
+            self.call_soon(signal.default_int_handler, signum, None)
         signal.signal(signal.SIGINT, interrupt)
         # a signal that arrives just before the wait: the descriptor ends it
         before = signal.set_wakeup_fd(self.wake_fd, warn_on_full_buffer=False)
@@ -664,12 +608,6 @@ class Loop:
             signal.set_wakeup_fd(before)
             if signal.getsignal(signal.SIGINT) is interrupt:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._raise_interrupt()
-
-    def _raise_interrupt(self):
-        if self._interrupted:
-            self._interrupted = False
-            raise KeyboardInterrupt
 
     # timers and descriptors, for any thread; their calls run under the lock
 
@@ -733,7 +671,6 @@ class Loop:
         try:
             while not self._stopping:
                 self.step(math.inf)
-                self._raise_interrupt()
         finally:
             self._stopping = False
 
@@ -3642,7 +3579,7 @@ class ProcessHandle:
     def monitor_io(self, label, callback):
         """Call `callback(label, event)` on the loop's thread with all output of `label` from now
         on; event is a dict with event, name, data (bytes) and, for one process, pid and os_pid.
-        Returns a Subscription. IoNotFound, IoNotRedirected."""
+        Returns a Subscription. IoNotFound, BadRequest."""
         manager, facts = self._manager, {"name": self.name, "event": label}
         if self.pid is not None:
             facts.update(pid=self.pid, os_pid=self.os_pid)
@@ -3785,7 +3722,7 @@ class Manager:
         return running[0]
 
     def find_window(self, target, label):
-        """Return the Window of a stream by pid or name, and label. IoNotFound, IoNotRedirected,
+        """Return the Window of a stream by pid or name, and label. IoNotFound, BadRequest,
         NotFound."""
         if self.is_name(target):
             template = self.find_template(target)
@@ -3796,8 +3733,8 @@ class Manager:
         if label in streams:
             return streams[label].window
         if not info["redirect_output"] and label in ("stdout", "stderr"):
-            raise IoNotRedirected("the output of '%s' is not redirected; set 'redirect_output'"
-                                  % info["name"])
+            raise BadRequest("the output of '%s' is not redirected; set 'redirect_output'"
+                             % info["name"], code="io_not_redirected")
         raise IoNotFound("'%s' has no stream '%s'; it has %s" % (
             info["name"], label, ", ".join(streams) or "none"))
 
@@ -4566,7 +4503,7 @@ class Request:
         return query
 
     def json(self):
-        """Return the body as a JSON value. Raises InvalidJson."""
+        """Return the body as a JSON value. Raises BadRequest."""
         def refuse(word):
             raise ValueError("%s is not a JSON value" % word)
 
@@ -4579,7 +4516,8 @@ class Request:
             return json.loads(self.body.decode("utf-8"), parse_constant=refuse,
                               object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
-            raise InvalidJson("the body is not JSON in UTF-8: %s" % str(error)[:200]) from None
+            raise BadRequest("the body is not JSON in UTF-8: %s" % str(error)[:200],
+                             code="invalid_json") from None
 
     def words(self, name):
         """Return the words of a header that is a list, in lower case."""
@@ -4629,7 +4567,7 @@ def parse_headers(text):
 def parse_head(head):
     """Return the Request that a head announces, given without its empty line.
 
-    Raises BadRequest, VersionNotSupported, UriTooLong, HeadersTooLarge. RFC 9112 sections 3 and 5.
+    Raises BadRequest, UriTooLong, HeadersTooLarge. RFC 9112 sections 3 and 5.
     """
     line, _, rest = head.decode("latin-1").partition("\r\n")
     match = REQUEST_LINE.fullmatch(line)
@@ -4637,7 +4575,7 @@ def parse_head(head):
         raise BadRequest("the first line must be 'METHOD /path HTTP/1.1'")
     method, target, major, minor = match.groups()
     if major != "1":
-        raise VersionNotSupported("use HTTP/1.1")
+        raise BadRequest("use HTTP/1.1", status=505)
     if len(target) > TARGET_SIZE:
         raise UriTooLong("the request target is over %d bytes; shorten it" % TARGET_SIZE)
     version = (1, 0) if minor == "0" else (1, 1)
@@ -4683,7 +4621,7 @@ def read_line(file, limit, error, reason):
 def read_request(file):
     """Read a head from a buffered binary file. Return its Request. RFC 9112 section 2.2.
 
-    Raises BadRequest, VersionNotSupported, UriTooLong, HeadersTooLarge; EOFError: it ends before.
+    Raises BadRequest, UriTooLong, HeadersTooLarge; EOFError: it ends before.
     """
     for _ in range(EMPTY_LINES_MAX + 1):
         line = read_line(file, REQUEST_LINE_SIZE, UriTooLong,
@@ -4709,15 +4647,15 @@ def has_body(request):
 def body_length(request, limit):
     """Return the length in bytes of the body that a head announces; None: it comes in chunks.
 
-    Raises BadRequest, TooLarge, UnsupportedMediaType, ExpectationFailed. RFC 9110 sections 8.4 and
-    10.1.1, RFC 9112 section 6.
+    Raises BadRequest, TooLarge, GafferError. RFC 9110 sections 8.4 and 10.1.1, RFC 9112 section 6.
     """
     headers = request.headers
     if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
-        raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
+        raise GafferError("send the body as it is, without Content-Encoding",
+                          status=415, code="unsupported_media_type")
     expectation = headers.get("expect", "100-continue").lower()
     if expectation != "100-continue" and request.version == (1, 1):
-        raise ExpectationFailed("the only expectation known here is 100-continue")
+        raise BadRequest("the only expectation known here is 100-continue", status=417)
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
         if length is not None:
@@ -4968,7 +4906,7 @@ class Access:
                 "pages of another site may link to this but not embed it; use CORS")
 
     def check_token(self, request):
-        """Raise Unauthorized without the token. RFC 6750 section 2.1, RFC 7617."""
+        """Raise GafferError without the token. RFC 6750 section 2.1, RFC 7617."""
         if self._token is None:
             return
         import hmac                             # brings in OpenSSL, 4 MiB, so only when needed
@@ -4982,8 +4920,9 @@ class Access:
             except ValueError:
                 pass                            # as wrong as any other
         if not hmac.compare_digest(given, self._token):
-            raise Unauthorized("send the token: 'Authorization: Bearer <token>', "
-                               "or Basic with the token as password")
+            raise GafferError("send the token: 'Authorization: Bearer <token>', or Basic with the "
+                              "token as password", status=401, code="unauthorized", headers=[
+                                  ("WWW-Authenticate", 'Basic realm="gaffer", charset="UTF-8"')])
 
     def cors(self, request):
         """Return the CORS headers of an answer: [(name, value)]."""
@@ -8051,7 +7990,7 @@ class Api:
     def signal(self, request, query, ref, signum=None):
         """Send a signal to a process, or to each process of a template."""
         if signum is None:
-            raise NoSignalNumber("name a signal: _signal/TERM")
+            raise BadRequest("name a signal: _signal/TERM", code="no_signal_number")
         self.manager.signal(ref, parse_signal(signum), query.group)
         return OK
 
@@ -8340,8 +8279,8 @@ class Api:
 
     def _check_writable(self, ref, label):
         if label != "stdin" and self.stream_methods(ref, label) == ("GET", "HEAD"):
-            raise MethodNotAllowed("'%s' can be read, not written" % label[:64],
-                                   ("GET", "HEAD", "OPTIONS"))
+            raise GafferError("'%s' can be read, not written" % label[:64], status=405,
+                              code="method_not_allowed", headers=[("Allow", "GET, HEAD, OPTIONS")])
 
     @operation("label type frame loss since lastEventId tail heartbeat readonly", answer=None)
     def websocket(self, request, query, ref):
@@ -8858,8 +8797,9 @@ class Handler(socketserver.StreamRequestHandler):
                 whole, began = True, time.monotonic()
             answer = respond(request)
         except socket.timeout:
-            answer, began = error_response(RequestTimeout(
-                "the request did not arrive in time; send it faster")), None
+            answer, began = error_response(GafferError(
+                "the request did not arrive in time; send it faster",
+                status=408, code="timeout")), None
         except GafferError as error:
             answer = error_response(error)
         keep = whole and not (request.wants_close() or http.ending)
@@ -9413,12 +9353,13 @@ class HttpHandler:
                 quick = "few" if handler.unlocked == "few" else not handler.unlocked
                 return functools.partial(attempt, call), BODY_SIZE, method == "GET" and quick
             if method not in METHODS + OTHER_METHODS:
-                raise MethodUnknown("HTTP has no such method; they are in capitals")
+                raise GafferError("HTTP has no such method; they are in capitals",
+                                  status=501, code="method_not_allowed")
             if "*" in methods:                  # what a stream allows depends on its label
                 methods = self.loop.call(methods["*"], self._api, *args)
-            raise MethodNotAllowed(
-                "use one of the methods in the Allow header",
-                [each for each in METHODS if each in methods or each == "OPTIONS"])
+            allow = [each for each in METHODS if each in methods or each == "OPTIONS"]
+            raise GafferError("use one of the methods in the Allow header", status=405,
+                              code="method_not_allowed", headers=[("Allow", ", ".join(allow))])
         for pattern, handler in self._handlers:
             match = pattern.fullmatch(path)
             if match:
@@ -9428,8 +9369,8 @@ class HttpHandler:
         for prefix, app in self._wsgi:
             if path == prefix or path.startswith(prefix + "/"):
                 return functools.partial(WsgiRun, self, app, prefix), self._max_body, False
-        raise ResourceNotFound(
-            "there is nothing at %s; GET /openapi.json lists the routes" % path[:200])
+        raise NotFound("there is nothing at %s; GET /openapi.json lists the routes" % path[:200],
+                       code="resource_not_found")
 
     @staticmethod
     def _call_route(pattern, handler, groups, request):
