@@ -10790,13 +10790,11 @@ def read_token(path):
     if path is not None:
         place = "the token file '%s'" % path
         try:
-            with open(path, encoding="utf-8") as file:
-                if os.fstat(file.fileno()).st_mode & 0o044:
-                    raise StartError("%s can be read by others: chmod 600 it" % place)
-                token = file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise StartError("%s cannot be read: %s" % (place, why)) from None
+            token = read_text(path)
+        except ValueError as error:
+            raise StartError("%s %s" % (place, error)) from None
+        if os.stat(path).st_mode & 0o044:
+            raise StartError("%s can be read by others: chmod 600 it" % place)
     elif not token:
         return None
     token = token.strip()                       # a header would lose blanks at its ends
@@ -11690,16 +11688,13 @@ def enter_background():
     return write
 
 
-def on_start(function):
-    """Return an app that calls a function when it is started. Those before it have started."""
-    return types.SimpleNamespace(start=lambda loop, manager: function())
-
-
 def announce(write, https):
-    """Say where HttpHandlers listen."""
-    urls = [url for http in https for url in http.urls]
-    if urls:
-        write("listening on " + ", ".join(urls))
+    """Return an app that says where HttpHandlers listen, which start before it."""
+    def start(loop, manager):
+        urls = [url for http in https for url in http.urls]
+        if urls:
+            write("listening on " + ", ".join(urls))
+    return types.SimpleNamespace(start=start)
 
 
 def run_cached():
@@ -11765,7 +11760,7 @@ def run_server(args, writer, pipe):
         stdout.put(("gaffer %s %s\n" % (__version__, text)).encode("utf-8"))
         stdout.close(LOG_END)
 
-    def leave_terminal():
+    def leave_terminal(loop, manager):
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
         writer.replace_standard_streams()
@@ -11774,10 +11769,9 @@ def run_server(args, writer, pipe):
     apps: list = [SigHandler(ending_signals(), reload if configuration else None, reopen)]
     if args.pidfile:
         apps.append(PidFile(args.pidfile))
-    apps += [ConsoleOutput(args.verbose > 1), http, hooks,
-             on_start(lambda: announce(write_line, [http]))]
+    apps += [ConsoleOutput(args.verbose > 1), http, hooks, announce(write_line, [http])]
     if pipe is not None:
-        apps.append(on_start(leave_terminal))
+        apps.append(types.SimpleNamespace(start=leave_terminal))
     if os.environ.get("NOTIFY_SOCKET"):
         apps.append(SystemdNotifier(os.environ))
     manager = Manager(apps, window_size=args.window, exit_with=args.exit_with,
@@ -11891,8 +11885,7 @@ def up_command(args):
         https.append(HttpHandler(endpoints, token=token))
     ready = []
 
-    def begin():
-        announce(screen.note, https)
+    def begin(loop, manager):
         templates = configuration.settings.templates
         for name, info in templates.items():
             for other in set(info["after"]).difference(templates):
@@ -11912,7 +11905,7 @@ def up_command(args):
             ready.append(True)
         return reasons or ready
     apps: list = [SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
-                  on_start(begin)]
+                  announce(screen.note, https), types.SimpleNamespace(start=begin)]
     if args.ready:
         apps.append(types.SimpleNamespace(start=lambda loop, manager: manager.wait_until(
             lambda: manager.stopping or judge(manager))))
@@ -11991,20 +11984,18 @@ def load_command(args):
 
 def scale_command(args):
     """Change how many processes of each type run."""
-    client, words = connect(args), args.changes
-    statuses = get_statuses(client)
-    change = re.compile(r"(?:([^=+:]+):)?([^=+:]+?)([=+-])([0-9]{1,4})")
+    client, words, args.group = connect(args), args.changes, None
+    statuses, steps = get_statuses(client), []
+    change = re.compile(r"([^=+]+?)([=+-])([0-9]{1,4})")
     is_group = any(name.startswith(words[0] + ":") for name in statuses)
-    args.group = words[0] if is_group or not change.fullmatch(words[0]) else None
-    words = words[1:] if args.group else words
+    if is_group or not change.fullmatch(words[0]):
+        args.group, *words = words
     matches = list(map(change.fullmatch, words))
     if not all(matches) or not words:
         raise ClientError("'%s' is not a change: give web=3, web+1 or web-1" % (
             words[matches.index(None)] if words else args.group), 2)
-    group, apps, steps = args.group, {}, []
-    for prefix, kind, sign, count in [match.groups() for match in matches]:
-        args.group = prefix or group
-        found = apps[args.group] = apps.get(args.group) or find_app(args, statuses)
+    found = find_app(args, statuses)
+    for kind, sign, count in [match.groups() for match in matches]:
         check_type(kind, found)
         now = found[kind].status["numprocesses"]
         by = int(count) - now if sign == "=" else int(sign + count)
@@ -12137,28 +12128,23 @@ def export_command(args):
     print("\n".join(lines))
 
 
-# completion: the shells ask the program for words
+# completion: the shells ask the program for words; zsh understands the words of bash
 
 COMPLETION = {
-    "bash": """_gaffer() {
-    local IFS=$'\\n' line="${COMP_LINE:0:COMP_POINT}"
+    **dict.fromkeys(("bash", "zsh"), """\
+_gaffer() {
+    local IFS=$'\\n' line="${COMP_LINE:0:$COMP_POINT}"
     local word="${line##* }"    # of which bash replaces only $2, the end
     COMPREPLY=($("${1/#\\~\\//$HOME/}" completion bash "$line" 2>/dev/null))
     COMPREPLY=("${COMPREPLY[@]#"${word%"$2"}"}")
 }
-complete -o default -F _gaffer gaffer.py gaffer""",
-    "zsh": """#compdef gaffer.py gaffer
-_gaffer() {
-    local -a found
-    found=("${(@f)$(${~words[1]} completion zsh "x $words[2,CURRENT-1] $PREFIX" 2>/dev/null)}")
-    [[ -n $found ]] && compadd -- $found || _files
-}
-compdef _gaffer gaffer.py gaffer""",
-    "fish": """for program in gaffer.py gaffer
+[[ -z $ZSH_VERSION ]] || { autoload -U bashcompinit && bashcompinit; }
+complete -o default -F _gaffer gaffer.py gaffer"""),
+    "fish": """\
+for program in gaffer.py gaffer
     complete -c $program -f -a '(env (string replace -r "^~/" $HOME/ (commandline -opc)[1]) \\
         completion fish (commandline -cp))'
-end""",
-}
+end"""}
 
 
 def command_first(commands, argv):
@@ -12219,7 +12205,7 @@ TYPES = {                                       # what an option calls its value
     "BYTES": checked(int, "%d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX),
                      WINDOW_SIZE_MIN, WINDOW_SIZE_MAX)}
 CHOICES = {"STATE": ("ready", "done", "stopped"), "FORMAT": ("ini", "json", "systemd"),
-           "SHELL": ("bash", "zsh", "fish")}
+           "SHELL": tuple(COMPLETION)}
 EXAMPLES = {                                    # of fields that are not plain text
     name: "; as in " + text for name, text in (
         ("ready", "tcp:5432 or 'log:is up within=10'"), ("stop_signal", "INT=5,TERM=5"),

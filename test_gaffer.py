@@ -10880,12 +10880,12 @@ class ProcfileServer(ConfigCase):
             ("load -f Procfile -c worker=2", web % "loaded" + worker % "loaded"),
             ("load -f Procfile -c web=1", web % "already loaded" + worker % "already loaded"),
             ("scale -f Procfile web=3 worker-1", web % "3 processes" + worker % "1 process"),
-            ("scale my-app-2 my-app-2:worker+1", worker % "2 processes"),
+            ("scale my-app-2 worker+1", worker % "2 processes"),
             ("scale my-app-2 web+1 --json", '{"ok": true, "numprocesses": 4}\n'),
             ("scale my-app-2", "", 2, "gaffer: 'my-app-2' is not a change: .*\n"),
             ("scale my-app web-1 no-1", "", 4, ".* there is no 'no': the types are web\n"),
-            ("scale -f Procfile my-app:web-1 web-0",
-             "my-app:web: 2 processes\n" + web % "4 processes"),
+            ("scale my-app web-1", "my-app:web: 2 processes\n"),
+            ("scale -f Procfile web-0", web % "4 processes"),
             ("numprocesses my-app:web", "2\n"))
         until(lambda: self.server.ok("GET", "/status/my-app-2:worker")["running"] == 2)
         self.assertEqual(self.names("my-app-2"), ["my-app-2:" + each for each in (
