@@ -10870,10 +10870,10 @@ def find_targets(args, statuses, words, processes=False):
     """
     import fnmatch
     running = [(status, process) for status in statuses.values() for process in status["processes"]]
-    known, found = {}, {}
-    for called in (lambda status, process: process["os_pid"],
-                   lambda status, process: process["pid"], process_name):
-        known.update((str(called(*each)), each) for each in running)
+    known = {str(process["os_pid"]): (status, process) for status, process in running}
+    known.update((str(process["pid"]), (status, process)) for status, process in running)
+    known.update((process_name(*each), each) for each in running)
+    found = {}
     for word in words:
         names = list(statuses) if word == "all" else fnmatch.filter(statuses, word)
         for name in names:
@@ -10881,16 +10881,15 @@ def find_targets(args, statuses, words, processes=False):
             found[path] = Target(name, path, statuses[name], None)
         if names or word == "all":
             continue
-        status, process = known.get(word, (None, None))
-        if status is None:
+        if word not in known:
             report(args, NotThere("there is no process named '%s'%s" % (
                 word, near(word, statuses) or "; 'gaffer.py status' lists them")))
         elif processes:
-            path = "/processes/%d" % process["pid"]
-            found.setdefault(path, Target(word, path, status, process))
+            path = "/processes/%d" % known[word][1]["pid"]
+            found.setdefault(path, Target(word, path, *known[word]))
         else:
-            report(args, ClientError("'%s' is a process: this command takes a name, %s" % (
-                word, status["name"]), 2))
+            report(args, ClientError("'%s' is a process, and not a name: give %s" % (
+                word, known[word][0]["name"]), 2))
     return list(found.values())
 
 
@@ -10899,8 +10898,7 @@ def group_of(args):
     folder = os.path.basename(os.path.dirname(os.path.abspath(args.procfile)))
     name = args.group or re.sub(r"[^A-Za-z0-9_.@-]", "-", folder).lstrip("-") or "app"
     if not re.fullmatch(r"(?!-)[A-Za-z0-9_.@-]{1,64}", name):
-        raise ClientError("'%s' is not a group's name: give 1 to 64 of A-Z a-z 0-9 _ . @ -" % name,
-                          2)
+        raise ClientError("'%s' is not a group: give 1 to 64 of A-Z a-z 0-9 _ . @ -" % name, 2)
     return name
 
 
@@ -10919,8 +10917,7 @@ def find_app(args, statuses):
             types = read_procfile(args.procfile).types
         found = {target.word: target for target in targets if target.word in types}
     if not found:
-        raise NotThere("there is no process of the group '%s': 'gaffer.py load' loads it" % (
-            prefix[:-1]))
+        raise NotThere("there is no group '%s': 'gaffer.py load' loads it" % prefix[:-1])
     return found
 
 
@@ -10952,8 +10949,7 @@ def await_goal(args, client, names, goal=None):
             if args.timeout is not None:
                 left = max(0.0, end - time.monotonic())
                 path, timeout = "%s&timeout=%.3f" % (path, left), CLIENT_TIME + left
-            answer = client.request("GET", path, timeout=timeout)
-            show(args, answer, "%s: %s" % (name, wanted))
+            show(args, client.request("GET", path, None, timeout), "%s: %s" % (name, wanted))
         except ClientError as error:
             report(args, error)
 
@@ -11067,13 +11063,13 @@ def get_process_command(args):
 
 
 def given_words(args):
-    """Return the words of the command that the arguments end with. ClientError: an option is where
-    it would be part of the command."""
+    """Return the words of the command that the arguments end with. ClientError: it begins as an
+    option does."""
     if args.cmd[:1] == ["--"]:
         return args.cmd[1:]
     if args.cmd and args.cmd[0].startswith("-"):
-        raise ClientError("the command begins with '%s': options stand before NAME, and '--' "
-                          "before such a command" % args.cmd[0], 2)
+        raise ClientError("the command begins with '%s': write '--' before such a command, and "
+                          "options before NAME" % args.cmd[0], 2)
     return args.cmd
 
 
@@ -11119,8 +11115,8 @@ def add_process_command(args):
     if args.start:
         info["start"] = True
     answer = send_change(args, client, "PUT", "/processes/" + reference(args.name), info)
-    show(args, answer, "%s: %s" % (
-        args.name, "replaced" if json.loads(answer)["changed"] else "unchanged"))
+    done = "replaced" if json.loads(answer)["changed"] else "unchanged"
+    show(args, answer, "%s: %s" % (args.name, done))
 
 
 def load_process_command(args):
@@ -11304,17 +11300,17 @@ def follow_events(client, path):
     """
     answer = client.request("GET", "/watch?since=0&timeout=0")      # an event tells which run it is
     epoch = json.loads(answer)["id"].partition("@")[2] if answer else None
-    last, connected = "", False
+    last = ""
     while True:
         try:
             for place, kind, data in client.events(path, last):
                 if kind is None and not last:   # lost before its first event, it goes on from here
                     place = "%s@%s" % (data or 0, epoch) if epoch else "0"
-                last, connected = place or last, True
+                last = place or last
                 if kind is not None:
                     yield kind, data
         except ClientError as error:
-            if not connected or not (is_away(error) or isinstance(error, NotThere)):
+            if not last or not (is_away(error) or isinstance(error, NotThere)):
                 raise
         time.sleep(RETRY_PAUSE)
 
@@ -11837,22 +11833,6 @@ def procfile_templates(args, taken=()):
     return templates, formation
 
 
-class FolderApi(HttpHandler):
-    """The API on a unix socket. If there can be none, it says so with `note`."""
-
-    advice = "'up' goes on without it"
-
-    def __init__(self, note, *args, **options):
-        super().__init__(*args, **options)
-        self._note = note
-
-    def start(self, loop, manager):
-        try:
-            super().start(loop, manager)
-        except StartError as error:
-            self._note("there is no API in this folder: %s" % error)
-
-
 def up_command(args):
     """Run a Procfile in the foreground."""
     run_cached()
@@ -11874,19 +11854,28 @@ def up_command(args):
                     info["success"] = []        # any end is the end of all
         return Settings([], templates, [])
     configuration = Configuration(read)
-    if not any(info["numprocesses"] for info in configuration.settings.templates.values()):
+    templates = configuration.settings.templates
+    if not any(info["numprocesses"] for info in templates.values()):
         raise ClientError("there is nothing to run: all counts are 0")
     screen = Screen(1, wants_colour(args), not (args.keep_going or args.exit_when_done))
+
+    class FolderApi(HttpHandler):
+        advice = "'up' goes on without it"
+
+        def start(self, loop, manager):
+            try:
+                super().start(loop, manager)
+            except StartError as error:
+                screen.note("there is no API in this folder: %s" % error)
     token = read_token(args.token_file)
     folder = os.path.dirname(os.path.abspath(args.procfile))
     path = os.path.join(folder, FOLDER_SOCKET)
-    https: list = [FolderApi(screen.note, [HttpEndpoint("unix:" + path)], token=token)]
+    https: list = [FolderApi([HttpEndpoint("unix:" + path)], token=token)]
     if endpoints:
         https.append(HttpHandler(endpoints, token=token))
     ready = []
 
     def begin(loop, manager):
-        templates = configuration.settings.templates
         for name, info in templates.items():
             for other in set(info["after"]).difference(templates):
                 screen.note("%s waits for %s, which is not in the Procfile%s" % (

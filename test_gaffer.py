@@ -9387,7 +9387,7 @@ class CliControl(CliFollowCase):
         for word in "web.1", "1", str(os_pids[0]):
             self.assertEqual(json.loads(self.call("get_process", word))["os_pid"], os_pids[0])
         self.calls(("start web 1", "web: already running\n", 2,
-                    "gaffer: '1' is a process: this command takes a name, web\n"),
+                    "gaffer: '1' is a process, and not a name: give web\n"),
                    ("stop 1 %d web.1 --json" % os_pids[0], '{"ok": true}\n'))
         until(lambda: self.call("running", "web") == "2\n")
         self.sleepers("web.1")
@@ -9597,7 +9597,7 @@ class CliEveryCommand(CliControlCase):
     refused, and nobody who reads what it prints."""
 
     NAMED = "there is no process named 'nosuch'; 'gaffer.py status' lists them"
-    GROUP = "there is no process of the group 'nosuch': .*"
+    GROUP = "there is no group 'nosuch': .*"
     TAKEN = ".*'ticker' is taken; update its template, or delete it"
     # arguments, and what is printed, @ being a template of this run alone; arguments with a wrong
     # name, and what comes of them
@@ -10904,7 +10904,7 @@ class ProcfileServer(ConfigCase):
     def test_mistakes(self):
         for words, status, err in (
                 ("up -f Procfile -c all=0", 1, "there is nothing to run: all counts are 0"),
-                ("load a:b -f Procfile", 2, "'a:b' is not a group's name.*"),
+                ("load a:b -f Procfile", 2, "'a:b' is not a group: .*"),
                 ("load -f Procfile -c web=1001", 2, "'web=1001' is not TYPE=NUMBER.*")):
             self.calls((words, "", status, "gaffer: %s\n" % err))
         self.procfile("x" * 100, "web")         # the one is refused, the other is loaded
