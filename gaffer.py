@@ -11081,7 +11081,7 @@ def given_fields(args):
         value = getattr(args, field, None)
         if isinstance(value, bool) and getattr(args, "no_" + field, False):
             info[field] = False
-        if field in ("name", "cmd", "args", "start") or not (value or value == ""):
+        if field in ("name", "cmd", "args") or not (value or value == ""):
             continue
         try:
             info[field] = (env_from_words(value) if field == "env" else
@@ -11112,8 +11112,6 @@ def add_process_command(args):
     client = connect(args)
     if not args.replace or args.name not in client.get("/processes"):
         return send_new(args, info)
-    if args.start:
-        info["start"] = True
     answer = send_change(args, client, "PUT", "/processes/" + reference(args.name), info)
     done = "replaced" if json.loads(answer)["changed"] else "unchanged"
     show(args, answer, "%s: %s" % (args.name, done))
@@ -11136,7 +11134,7 @@ def load_process_command(args):
 def update_process_command(args):
     """Change the given fields of a template, and leave the rest."""
     client, path, given = connect(args), "/processes/" + reference(args.name), given_fields(args)
-    if not given and not args.start:
+    if not given:
         raise ClientError("say what to change: an option, or the command", 2)
     info = client.get(path)
     if "env" in given:
@@ -11144,8 +11142,6 @@ def update_process_command(args):
     del info["start"]                           # it runs, or not, as before
     if given.get("schedule"):
         del info["restart"]                     # never, unless it is given
-    if args.start:
-        given["start"] = True
     answer = send_change(args, client, "POST", path, dict(info, **given))
     show(args, answer, "%s: updated" % args.name)
 
@@ -11341,12 +11337,13 @@ class JournalLine:
         when, self.name, pid, label, self.text = line.split(" ", 4)
         self.time, self.pid, self.label = float(when), int(pid), label.rstrip("+<")
         self.open, self.replaces = "+" in label, "<" in label
+        self.process = self.name, self.pid
         self.stream = self.name, self.pid, self.label
 
 
-def merge_lines(lines, count, name):
+def merge_lines(lines, count, names):
     """Return the last `count` lines of each stream, in order. Unfinished ones are joined; what a
-    terminal would overwrite is left out. `name(line)`: of its process, which a restart keeps."""
+    terminal would overwrite is left out. `names`: of processes, which a restart keeps."""
     found, last, counts, kept = [], {}, collections.Counter(), []
     for line in lines:
         before = last.get(line.stream)
@@ -11357,8 +11354,9 @@ def merge_lines(lines, count, name):
             before.text = line.text if line.replaces else before.text + line.text
             before.open = line.open
     for line in reversed(found):
-        counts[name(line), line.label] += 1
-        if counts[name(line), line.label] <= count:
+        stream = names[line.process], line.label
+        counts[stream] += 1
+        if counts[stream] <= count:
             kept.append(line)
     return kept[::-1]
 
@@ -11386,22 +11384,18 @@ class LogPrinter:
 
     def add_names(self, lines):
         """Learn the names of the processes of lines, if one is new."""
-        new = {line.stream[:2] for line in lines}.difference(self.names)
+        new = {line.process for line in lines}.difference(self.names)
         if new:
             with contextlib.suppress(ClientError):
                 self.load_names()
         for name, pid in new:                   # one that went long ago is asked for once
             self.names.setdefault((name, pid), self.names.get((name, None), name))
 
-    def name(self, line):
-        """Return what people call the process of a line."""
-        return self.names[line.stream[:2]]
-
     def show(self, lines):
         """Print lines, their names in a column of one width."""
         args, tty = self._args, sys.stdout.isatty()
         for line in lines:
-            self._prefixer.prefix(self.name(line))
+            self._prefixer.prefix(self.names[line.process])
         for line in lines:
             if args.json:
                 print(encode_json({"time": line.time, "name": line.name, "pid": line.pid,
@@ -11411,7 +11405,7 @@ class LogPrinter:
             if args.times:
                 prefix = time.strftime("%Y-%m-%d %H:%M:%S ", time.localtime(line.time))
             if not args.no_prefix:
-                prefix += self._prefixer.prefix(self.name(line)) + " "
+                prefix += self._prefixer.prefix(self.names[line.process]) + " "
             if line.stream == self._last and line.replaces and tty:
                 text = ("\r" if self._open else "\x1b[A") + "\x1b[K" + prefix + text
             elif line.stream != self._last or line.replaces or not self._open:
@@ -11441,7 +11435,7 @@ def logs_command(args):
 
     def wanted(line):
         return line.label != "exit" and (
-            line.pid in pids or printer.name(line) in words
+            line.pid in pids or printer.names[line.process] in words
             or any(fnmatch.fnmatchcase(line.name, glob) for glob in globs))
     end, offset = int(client.exchange("HEAD", path)[0]["Gaffer-Offset"]), 0
     lines, body, begin = [], b"-", "tail=all"
@@ -11454,7 +11448,7 @@ def logs_command(args):
     printer.add_names(lines)
     printer.show(merge_lines(
         [line for line in lines if wanted(line) and line.time >= since],
-        args.n if args.n is not None else math.inf if since else 10, printer.name))
+        args.n if args.n is not None else math.inf if since else 10, printer.names))
     pids -= {line.pid for line in lines if line.label == "exit"}
     if not args.follow or only_pids and not pids:
         return args.exit_status
@@ -12202,12 +12196,8 @@ EXAMPLES = {                                    # of fields that are not plain t
         ("success", "0,143,TERM"), ("restart_delay", "0.5,30"), ("after", "db,cache"))}
 OPTION_GROUPS = {                               # see parse_options()
     "NAMES": "names NAME+: a name, a glob such as 'web*' or 'group:*', or all",
-    "SCALE": """\
-name NAME: a name, a glob such as 'web*' or 'group:*', or all
-number N?: how many (default 1)
-WAIT""",
-    "TARGETS": """\
-names NAME+: a name, a glob such as 'web*' or 'group:*', all, or one process: web.2, or its pid""",
+    "SCALE": "name NAME: a name, a glob, or all\nnumber N?: how many (default 1)\nWAIT",
+    "TARGETS": "names NAME+: a name, a glob, all, or one process: web.2, or its pid",
     "CONNECTION": """\
 --endpoint URL: http://host:port, https://host:port or unix:/path (default: GAFFER_ENDPOINT, else
     the 'up' of this folder, else http://127.0.0.1:5000)
@@ -12216,9 +12206,7 @@ names NAME+: a name, a glob such as 'web*' or 'group:*', all, or one process: we
     "ASK": "CONNECTION\n--json: print what the server sent",
     "TIMEOUT": "--timeout SECONDS: wait at most this long, then exit with 124",
     "WAIT": "TIMEOUT\n--no-wait: do not wait until it is done\nASK",
-    "READY": """\
---ready: wait until all are ready, or done if they end by themselves and have no 'ready'; exit with
-    1 if one fails""",
+    "READY": "--ready: wait until all are ready, or done; exit with 1 if one fails",
     "COLOUR": "--no-color: no colours (NO_COLOR does the same)",
     "LOOK": "-w, --watch: repeat every second until Ctrl-C\nCOLOUR ASK",
     "START": "--start: start it",
@@ -12237,15 +12225,13 @@ FIELDS WAIT""",
     "PROCFILE": """\
 PLACE
 -e, --env-file FILE*: variables, read instead of .env in that folder
--p, --port PORT: PORT of the first type; each further type gets 100 more (default: PORT of .env or
-    the environment, else 5000)""",
+-p, --port PORT: of the first type (default: PORT of .env, or yours, or 5000); others have more""",
     "FORMATION": "-c, --concurrency TYPE=N*: how many of each type, as in web=2,worker=3",
     "GROUP": "group GROUP?: the name of the application (default: its folder's)",
     "LISTEN": """\
 --bind ADDRESS*: host:port (0: any free one), port, [v6]:port or unix:/path
 --token-file FILE: every request needs the token in this file (or in GAFFER_TOKEN)
---exit-when-done: stop once nothing can run any more, and exit with the status of the first
-    failure"""}
+--exit-when-done: stop once nothing can run any more, with the status of the first failure"""}
 
 
 def parse_options(text):
@@ -12281,9 +12267,8 @@ class Command:
     """A function of parsed arguments, and a text: "name: help", then lines for parse_options()."""
 
     def __init__(self, run, text):
-        first, self._text = text.split("\n", 1)
-        self.name, self.help = first.split(": ", 1)
         self.run = run
+        self.name, self.help, self._text = re.split(": |\n", text, maxsplit=2)
 
     @property
     def options(self):
@@ -12311,7 +12296,7 @@ LISTEN
 reload: make the server load its CONFIG again
 --dry-run: only show what would change
 ASK"""),
-    Command(change, "start: start processes (of a Procfile: up)\nNAMES READY WAIT"),
+    Command(change, "start: start processes; 'up' runs a Procfile\nNAMES READY WAIT"),
     Command(wait_command, """\
 wait: wait until processes are ready, done or stopped
 NAMES
