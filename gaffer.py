@@ -7963,7 +7963,7 @@ class Api:
                         for template in templates)) else None
         infos = [each.info for each in templates] + [each.template for each in before]
         if wait is True:
-            wait = max([stop_time(info) for info in infos] or [0]) + WAIT_EXTRA
+            wait = max(map(stop_time, infos), default=0) + WAIT_EXTRA
 
         def late():
             waits = ["; '%s' waits for %s" % (template.name, ", ".join(template.waits_for()))
@@ -7998,7 +7998,7 @@ class Api:
     def status(self, request, query, name):
         """The state of a template, its restarts and last exit; with `until`, once that holds."""
         if query.until is None:
-            return self._statuses(query, name)[0]
+            return self.statuses(request, query, name)[0]
         template = self.manager.loop.call(self.manager.find_template, name)
 
         def answer():
@@ -8014,12 +8014,8 @@ class Api:
             self._wait_for, self.manager.wait_until, answer, query.timeout, late)
 
     @operation("usage history", unlocked="few")
-    def statuses(self, request, query):
+    def statuses(self, request, query, name=None):
         """The states of all templates."""
-        return self._statuses(query)
-
-    def _statuses(self, query, name=None):
-        """Return the statuses of all templates, or of one. The sampling is done unlocked."""
         processes, entries = [], []
 
         def collect():
@@ -8589,8 +8585,8 @@ class AccessLog(LogWriter):
     def _drop(self, error, data_):
         self._lost += 1
         self._reports.warning(
-            "the access log '%s' cannot be written: %s; %d lines are lost so far", self._path or "-",
-            error.strerror.lower() if error else "nobody reads it", self._lost)
+            "the access log '%s' cannot be written: %s; %d lines are lost so far",
+            self._path or "-", error.strerror.lower() if error else "nobody reads it", self._lost)
 
 
 class WsgiErrors(io.TextIOBase):
@@ -8605,7 +8601,6 @@ class WsgiErrors(io.TextIOBase):
 class WsgiRun(SimpleHandler):
     """One request of a WSGI application (PEP 3333) that is mounted at `prefix`."""
 
-    http_version = "1.1"
     os_environ: dict = {}                       # gaffer's own environment is not the client's
     status: str
     environ: dict
@@ -8965,14 +8960,11 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             if path is None:
                 self.server_bind()
             else:
-                with socket.socket(socket.AF_UNIX) as probe:
-                    try:                        # remove the socket of a server that has died
-                        if stat.S_ISSOCK(os.lstat(path).st_mode):
-                            probe.connect(path)
-                    except ConnectionRefusedError:
+                # remove the socket of a server that has died; bind() says what else is wrong
+                with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+                    if (stat.S_ISSOCK(os.lstat(path).st_mode)
+                            and probe.connect_ex(path) == errno.ECONNREFUSED):
                         os.unlink(path)
-                    except OSError:
-                        pass                    # bind() says what is wrong
                 mask = os.umask(0o177)          # the socket is never open to others
                 try:
                     self.server_bind()
@@ -9087,18 +9079,12 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def close(self):
         """Listen no longer."""
-        if self.fileno() >= 0:
-            try:
-                self.http.loop.unregister(self.fileno())
-            except KeyError:
-                pass                            # it was waiting for descriptors
+        with contextlib.suppress(KeyError, ValueError):     # it is closed, or waits for descriptors
+            self.http.loop.unregister(self.fileno())
         self.server_close()
-        try:
+        with contextlib.suppress(OSError):      # somebody else has removed it
             if self._inode and os.path.samestat(os.lstat(self.endpoint.path), self._inode):
                 os.unlink(self.endpoint.path)
-        except OSError:
-            pass                                # somebody else has removed it
-        self._inode = None
 
 
 FRAMING_HEADERS = ("content-length", "transfer-encoding", "connection", "date")
@@ -9155,7 +9141,6 @@ class HttpHandler:
         self._max_body = max_body
         self.routes, self._api = ROUTES, None
         self.loop, self.listeners = None, []
-        self.ending = self.closed = False
         self.connections, self._of_address = set(), collections.Counter()
         self.channels = set()                   # those of the connections that the loop has,
         self.threads = {}                       # and the threads of the others, by Connection
@@ -9219,10 +9204,8 @@ class HttpHandler:
     @staticmethod
     def interrupt(connection):
         """Let the thread of a connection see its end."""
-        try:
+        with contextlib.suppress(OSError):      # it has ended already
             socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
-        except OSError:
-            pass                                # it has ended already
 
     def join(self):
         """Wait for the threads, and for what they have given to the access log."""
