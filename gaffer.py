@@ -5720,15 +5720,15 @@ class Follower(Channel):
 class Feed(Follower):
     """A stream without end: exact bytes, JSON lines, or Server-Sent Events.
 
-    `form`: continuous or eventsource; `first`: sent before everything else; `begin()` starts what
-    fills the log, and returns a function that ends it. For the rest see Follower.
+    `form`: continuous or eventsource; `first`: what it begins with. For the rest see Follower.
     """
 
-    def __init__(self, form, framed, reader, asked, heartbeat, first, process, begin):
+    def __init__(self, form, framed, reader, asked, heartbeat, first, process):
         super().__init__(reader, asked, process, heartbeat)
         self.kind, self.sign, self._chunked = form, framed(b"\n"), framed is chunk
-        self._first, self._begin, self._end_feed = first, begin, None
         self._has_trailer = self._chunked and form == "continuous" and reader.loss == "skip"
+        # a browser takes a stream for open when the first byte of its body is there
+        self._first = self.sign + first if form == "eventsource" else first
 
     def head(self):
         # the reader is to start in the same turn
@@ -5744,14 +5744,8 @@ class Feed(Follower):
         return Response(None, headers=headers, content_type=content_type)
 
     def opened(self):
-        # a browser takes a stream for open when the first byte of its body is there
-        first = self.sign + self._first if self.kind == "eventsource" else self._first
-        self.send_head(200, [*self.head().headers, ("Connection", "close")], first)
+        self.send_head(200, [*self.head().headers, ("Connection", "close")], self._first)
         self.follow()
-        if self._begin is not None and not self.closed:
-            self._end_feed = self._begin()
-            if self.closed:                     # by its first sample
-                self._end_feed()
 
     def lost(self, reader, count):
         """Cut the stream, without its last chunk."""
@@ -5778,8 +5772,6 @@ class Feed(Follower):
 
     def closing(self):
         self.unfollow()
-        if self._end_feed is not None:
-            self._end_feed()
 
 
 class WebSocketChannel(Channel):
@@ -7734,29 +7726,23 @@ class Samples:
                          for child, look in children if look]}
 
 
-class StatsFeed:
-    """Samples every `interval` seconds, for all clients that follow the same.
+class StatsFeed(EventLog):
+    """Samples every `interval` seconds, as long as somebody reads them.
 
     `sampler()` is called under the lock, and what it returns on a thread; NotFound ends the feed.
     """
 
     def __init__(self, loop, interval, sampler):
-        self.records = EventLog(loop, STATS_KEPT)
-        self._loop, self._interval, self._sampler = loop, interval, sampler
-        self._followers, self._runs = 0, False
+        super().__init__(loop, STATS_KEPT)
+        self._interval, self._sampler, self._runs = interval, sampler, False
 
-    def follow(self):
-        """Count a follower; return a function that ends its following."""
-        self._followers += 1
+    def add(self, reader):
+        super().add(reader)
         if not self._runs:
             self._tick()
-        return self._unfollow
-
-    def _unfollow(self):
-        self._followers -= 1
 
     def _tick(self):
-        self._runs = self._followers > 0
+        self._runs = bool(self.readers)
         if not self._runs:
             return
         try:
@@ -7764,7 +7750,7 @@ class StatsFeed:
             threading.Thread(target=self._sample, args=(sample,), name="gaffer-stats",
                              daemon=True).start()
         except NotFound:
-            self.records.finish()
+            self.finish()
         except RuntimeError:                    # the system has no thread left
             self._sampled(None)
 
@@ -7774,12 +7760,12 @@ class StatsFeed:
             record = sample()
         except OSError as error:
             log.warning("statistics cannot be read: %s", error)
-        self._loop.call_soon(self._sampled, record)
+        self.loop.call_soon(self._sampled, record)
 
     def _sampled(self, record):
-        self._loop.later(self._interval, self._tick)
-        if record is not None and self._followers:
-            self.records.append(record)
+        self.loop.later(self._interval, self._tick)
+        if record is not None and self.readers:
+            self.append(record)
 
 
 class History:
@@ -7797,14 +7783,16 @@ class History:
         """Keep sampling for another minute. For the owner of the lock."""
         loop = self._manager.loop
         if self._end is None:
-            self._unfollow = StatsFeed(loop, self.INTERVAL, self._sampler).follow()
+            feed = StatsFeed(loop, self.INTERVAL, self._sampler)
+            self._reader = Reader(feed, Encoder(), None, 0)
+            self._reader.start()
         else:
             self._end.cancel()
         self._end = loop.later(self.PATIENCE, self._stop)
 
     def _stop(self):
         self._end = None
-        self._unfollow()
+        self._reader.close()
 
     def _sampler(self):
         processes = list(self._manager.processes.values())
@@ -8087,8 +8075,7 @@ class Api:
         def follow():
             feed = self._stats_feeds.setdefault(
                 (name, pid, interval), StatsFeed(self.manager.loop, interval, sampler))
-            return self._feed(request, query, feed.records, encoder, feed.records.end,
-                              begin=feed.follow)
+            return self._feed(request, query, feed, encoder, feed.end)
         return call(follow)
 
     # events and streams
@@ -8158,13 +8145,12 @@ class Api:
     def _framed(request):
         return chunk if request.version == (1, 1) else bytes
 
-    def _feed(self, request, query, source, encoder, offset, restarted=False, process=None,
-              begin=None):
+    def _feed(self, request, query, source, encoder, offset, restarted=False, process=None):
         """Return a Feed of a log. `restarted`: the client knows another run of gaffer."""
         reader = self._reader(request, query, source, encoder, offset)
         first = restarted and encoder.dropped(0, offset, restarted=True)
         return Feed(query.feed, self._framed(request), reader, query.asked,
-                    query.heartbeat, first or b"", process, begin)
+                    query.heartbeat, first or b"", process)
 
     @staticmethod
     def _reader(request, query, source, encoder, offset):

@@ -1317,13 +1317,13 @@ class PureEvents(PureLogCase):
         feed = gaffer.StatsFeed(self.loop, 1, turns)
         with mock.patch("threading.Thread.start", lambda thread: thread.run()), \
                 self.assertLogs("gaffer", "WARNING") as logs:
-            leave = self.do(feed.follow)
+            reader = self.reader(feed)
             for _ in range(21):
                 self.advance(1)
-            self.do(leave)
+            self.do(reader.close)
         self.assertIn("statistics cannot be read: no", logs.output[0])
-        self.assertEqual(feed.records.read(4, 99), list(range(4, 20)))
-        self.assertEqual(feed.records.start, 20 - gaffer.STATS_KEPT)
+        self.assertEqual(feed.read(4, 99), list(range(4, 20)))
+        self.assertEqual(feed.start, 20 - gaffer.STATS_KEPT)
 
 
 class PureJournal(PureLogCase):
