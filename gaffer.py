@@ -2285,21 +2285,18 @@ def after_exit(info, end, now, lived, failures, history):
     return "pause", flapping["retry_in"], ((), pauses + 1)
 
 
-def stop_plan(info):
-    """Return the steps of a stop before SIGKILL: [(name of the signal, seconds until the next)]."""
-    stop = info["stop_signal"]
-    return stop if isinstance(stop, list) else [(stop, info["graceful_timeout"])]
-
-
 def stop_steps(info):
-    """Return the steps of a stop, (signal, seconds until the next) each; the last repeats."""
-    steps = ((parse_signal(name), delay) for name, delay in stop_plan(info))
-    return (*steps, (signal.SIGKILL, KILL_AGAIN))
+    """Return the steps of a stop, (signal, seconds until the next) each; the last one, SIGKILL,
+    repeats."""
+    steps = info["stop_signal"]
+    if not isinstance(steps, list):
+        steps = [(steps, info["graceful_timeout"])]
+    return [*((parse_signal(name), delay) for name, delay in steps), (signal.SIGKILL, KILL_AGAIN)]
 
 
 def stop_time(info):
     """Return the seconds between the begin of a stop and SIGKILL."""
-    return sum(delay for _, delay in stop_plan(info))
+    return sum(delay for _, delay in stop_steps(info)[:-1])
 
 
 def priority_of(info):
@@ -2531,7 +2528,7 @@ class Input:
 
     def write(self, data):
         """Write all of `data`, or nothing. ForbiddenWrite: it is closed. StdinFull."""
-        if self._fd is None or self._ending:
+        if self._ending:
             raise ForbiddenWrite("%s of this process is closed; start another process to write to"
                                  % self._label)
         if self.size + len(data) > self.limit:
@@ -2539,7 +2536,7 @@ class Input:
                             % self.size)
         self._buffer += memoryview(data)        # TypeError: a list of numbers is no data
         self._flush()
-        if self._fd is None:
+        if self._ending:
             raise ForbiddenWrite("the process has closed its %s" % self._label)
 
     def end(self):
@@ -2547,52 +2544,39 @@ class Input:
         self._ending = True
         self._flush()
 
-    def _flush(self):
-        while self._buffer:
-            try:
-                del self._buffer[:os.write(self._fd, self._buffer)]
-            except BlockingIOError:
-                break
-            except OSError:                     # EPIPE: it has closed its side
-                log.info("%d bytes for %s were not read: the process has closed it",
-                         self.size, self._label)
-                return self.close()
-        if self._ending and not self._buffer:
-            return self.close()
-        self._watch(bool(self._buffer))
-        if self.size <= self.limit // 2:
-            self._resume_writers()
-        return None
+    def close(self):
+        """Drop what waits, and end the stream."""
+        self._buffer.clear()
+        self.end()
 
-    def _watch(self, wanted):
-        if wanted != self._registered:
-            self._registered = wanted
-            if wanted:
-                self._loop.register(self._fd, selectors.EVENT_WRITE, lambda mask: self._flush())
+    def _flush(self, mask=None):
+        try:
+            while self._buffer:
+                del self._buffer[:os.write(self._fd, self._buffer)]
+        except BlockingIOError:
+            pass
+        except OSError:                         # EPIPE: it has closed its side
+            log.info("%d bytes for %s were not read: the process has closed it",
+                     self.size, self._label)
+            self._ending = True
+            self._buffer.clear()
+        if bool(self._buffer) != self._registered:
+            self._registered = not self._registered
+            if self._registered:
+                self._loop.register(self._fd, selectors.EVENT_WRITE, self._flush)
             else:
                 self._loop.unregister(self._fd)
-
-    def _resume_writers(self):
-        while self.on_low:
-            self._loop.call_soon(self.on_low.pop())
-
-    def close(self):
-        """Drop what waits, and close."""
-        if self._fd is not None:
-            self._watch(False)
+        if self._ending and not self._buffer and self._fd is not None:
             fd, self._fd = self._fd, None
-            self._buffer.clear()
             self._close_fd(fd)
-            self._resume_writers()
+        while self.on_low and self.size <= self.limit // 2:
+            self._loop.call_soon(self.on_low.pop())
 
 
 def end_socket(fd):
     """Close our way into a custom stream; the way out goes on."""
-    with socket.socket(fileno=fd) as side:
-        try:
-            side.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass                                # the process is gone
+    with socket.socket(fileno=fd) as side, contextlib.suppress(OSError):    # the process is gone
+        side.shutdown(socket.SHUT_WR)
 
 
 def pid_exists(os_pid):
@@ -2852,9 +2836,8 @@ class Process:
         self.outputs, self.inputs = {}, {}      # label -> Output, Input
         self.os_pid = self.started = self.exited_at = self.exit_status = self.term_signal = None
         self.instance = None                    # its number among those of its template
-        self.state = "running"                  # see LIFE
-        if self.template["ready"] or self.template["before_start"]:
-            self.state = "starting"
+        starting = self.template["ready"] or self.template["before_start"]
+        self.state = "starting" if starting else "running"      # see LIFE
         self.message = None                     # the last STATUS= that it sent
         self.ending = False                     # it sent STOPPING=1
         self.overdue = None                     # why it was stopped: it did not get ready
@@ -2868,7 +2851,6 @@ class Process:
         self.on_exit = set()                    # called once
         self._watcher = self._timer = self._probe = self._notify = None
         self._hook = self._hook_timer = self._hook_output = self._launch = None     # see HOOK_TIME
-        self._reaped = False
         self._stop_step = 0                     # which of stop_steps() is next
 
     # its start
@@ -3079,7 +3061,6 @@ class Process:
         self.step("exit")
 
     def _exit(self):
-        self.exited_at = self._loop.clock()
         if self._hook_timer is not None:
             self._hook_timer.cancel()
         if self._stop_step == 0:                # the zombie still pins the group's number
@@ -3087,7 +3068,7 @@ class Process:
         elif not self.template["stop_group"]:   # what it left has not been told yet
             self.signal_group(stop_steps(self.template)[:self._stop_step][-1][0])
         reap(self.os_pid)
-        self._reaped = True
+        self.exited_at = self._loop.clock()
         for stream in self.inputs.values():
             stream.close()
         self.close_readiness()
@@ -3197,7 +3178,7 @@ class Process:
     @property
     def killed(self):
         """True once its group was sent SIGKILL, until it has ended."""
-        return self._stop_step > len(stop_plan(self.template)) and self.state != "cleaning"
+        return self._stop_step >= len(stop_steps(self.template)) and self.state != "cleaning"
 
     @property
     def gone(self):
@@ -3217,7 +3198,7 @@ class Process:
         """Return its part of GET /status/<name>."""
         more = {}
         if not self.running and self._timer is not None:
-            later = stop_plan(self.template)[self._stop_step:]
+            later = stop_steps(self.template)[self._stop_step:-1]
             when = self._timer.when + sum(delay for _, delay in later if self.state != "cleaning")
             more["kill_in"] = round(max(0.0, when - self._loop.clock()), 3)
         return dict(more, pid=self.pid, os_pid=self.os_pid, instance=self.instance,
@@ -3243,7 +3224,7 @@ class Process:
         none, or gaffer may not signal it."""
         # Once the leader is reaped, members of the group alone pin its number: a process that has
         # this is somebody else's.
-        if self._reaped and pid_exists(self.os_pid):
+        if self.exited_at is not None and pid_exists(self.os_pid):
             return False
         try:
             (os.kill if alone else os.killpg)(self.os_pid, signum)

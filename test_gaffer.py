@@ -11925,7 +11925,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     ("len(chunks[0]) < self.start", "len(chunks[0]) <= self.start", "PureWindow.test_byte_before"),
     (">= TEMPLATES_MAX", "> TEMPLATES_MAX", "PureTemplates.test_most_templates"),
     ("if left < 0:", "if False:", "PureReading.test_chunked_bodies"),
-    ("        if self._reaped and pid_exists(self.os_pid):\n            return False\n", "",
+    ("self.exited_at is not None and pid_exists(self.os_pid):", "False:",
      "ProcessHostile.test_a_number_that_is_another_s_by_now"),
     ("elif not self.exited:", "else:", "ProcessHostile.test_a_number_that_is_another_s_by_now"),
     ("if not self.gone:     ", "if True:     ", "ProcessReady.test_commands"),
