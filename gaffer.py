@@ -9393,7 +9393,6 @@ CLIENT_TIME = 30.0                              # for an answer
 HEARTBEAT = 10                                  # seconds between signs of life of a stream
 STREAM_TIME = 3.0 * HEARTBEAT                   # without one it is lost
 DEFAULT_ENDPOINT = "http://127.0.0.1:5000"
-REFUSAL_STATUSES = {401: 6, 403: 6, 408: 124, 504: 124}     # HTTP status -> exit status, else 1
 FEED = "feed=eventsource&heartbeat=%d" % HEARTBEAT
 
 
@@ -9433,7 +9432,7 @@ def refusal(endpoint, status, body):
         reason = "the server requires its token: pass it with --token-file FILE or GAFFER_TOKEN"
     if code == "not_found":
         return NotThere(reason.replace("GET /processes ", "'gaffer.py status' "))
-    return ClientError(reason, REFUSAL_STATUSES.get(status, 1), code)
+    return ClientError(reason, {401: 6, 403: 6, 408: 124, 504: 124}.get(status, 1), code)
 
 
 class Client:
@@ -9839,14 +9838,11 @@ class Screen:
     ends by itself the manager stops; `status` is then its exit status, or 128 and the signal.
     """
 
-    WAITING_DELAY = 0.5                         # a stop that takes less needs no comment
-
     def __init__(self, out, coloured=False, one_for_all=False):
         self.status, self.error = 0, None       # the latter: why nobody can see it any more
         self._one_for_all = one_for_all
         self._out, self._coloured = out, coloured
         self._shown = {}                        # pid -> (name, Process, Readers that go on)
-        self._lagging = set()                   # readers that wait for room
         self._waits_reported = False
 
     def start(self, loop, manager):
@@ -9884,8 +9880,8 @@ class Screen:
         elif kind == "stop_pid" and "reason" in event:
             self.note("%s is stopped: %s" % (name, event["reason"]))
         elif kind == "stop_pid" and manager.stopping and not self._waits_reported:
-            self._waits_reported = True
-            self._loop.later(self.WAITING_DELAY, self._report_waits)
+            self._waits_reported = True         # a stop that takes less needs no comment
+            self._loop.later(0.5, self._report_waits)
 
     def _report_waits(self):
         """Name the processes that have not ended yet, and say when they are killed."""
@@ -9902,17 +9898,12 @@ class Screen:
         self._shown[pid] = name, process, readers
         self.note("%s started, os pid %d" % (name, process.os_pid))
 
-        def show(lines):
-            room = self._show(name, lines)
-            if not room:
-                self._lagging.update(readers)
-            return room
-
         def finished(reader, lost=0):
             reader.close()
             readers.remove(reader)
             self._maybe_ended(pid)
-        sink = types.SimpleNamespace(send=show, finished=finished, lost=finished)
+        sink = types.SimpleNamespace(send=functools.partial(self._show, name), finished=finished,
+                                     lost=finished)
         readers += [Reader(output.window, LineEncoder(), sink, output.window.start, "block")
                     for output in process.outputs.values()]
         for reader in tuple(readers):
@@ -9941,9 +9932,9 @@ class Screen:
             self._manager.stop()
 
     def _resume(self):
-        lagging, self._lagging = self._lagging, set()
-        for reader in lagging:
-            reader.pump()
+        for _, _, readers in tuple(self._shown.values()):
+            for reader in tuple(readers):
+                reader.pump()
 
     def _failed(self, error, data_):
         """Stop, as nobody looks any more."""
@@ -9968,20 +9959,14 @@ class SystemdNotifier:
     def __init__(self, environ):
         path = environ["NOTIFY_SOCKET"]
         self._address = "\0" + path[1:] if path[0] == "@" else path
-        self._interval = None                   # seconds
+        self._interval = 0.0                    # seconds
         if environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
             self._interval = int(environ.get("WATCHDOG_USEC", 0)) / 2e6
 
     def start(self, loop, manager):
-        self._loop, self._socket = loop, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-
-        def report():
-            if manager.stopping:
-                return True
-            if manager.not_ready():
-                return False
-            return self._send(b"READY=1")
-        manager.wait_until(report)
+        self._loop = loop
+        manager.wait_until(lambda: manager.stopping or (
+            not manager.not_ready() and self._send(b"READY=1")))
         manager.wait_until(lambda: manager.stopping and self._send(b"STOPPING=1"))
         if self._interval:
             self._watch()
@@ -9992,13 +9977,11 @@ class SystemdNotifier:
 
     def _send(self, message):
         try:
-            self._socket.sendto(message, socket.MSG_DONTWAIT, self._address)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto(message, socket.MSG_DONTWAIT, self._address)
         except OSError as error:
             log.warning("systemd cannot be told %s: %s", message.decode(), error.strerror)
         return True
-
-    def stop(self):
-        self._socket.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10095,6 +10078,7 @@ def from_text(field, text):
     if field in OPTIONS and isinstance(OPTIONS[field].default, bool):
         return BOOLEANS.get(text.lower(), text)
     return None if text == "" and field != "cmd" and convert is not split_list else convert(text)
+
 
 def to_text(field, value):
     """Return a value as from_text() reads it."""
@@ -10233,6 +10217,7 @@ def read_ini(file, comment=r"^\s*[#;].*"):
             file.fault("'%s' is there twice" % shown, section, number)
     return {section: {field: "\n".join(lines) for field, lines in fields.items()}
             for section, fields in sections.items()}
+
 
 def load_ini(file):
     """Load an INI file."""
@@ -10566,10 +10551,8 @@ def read_settings(source, taken=None):
         for kind, name in [(kind, name) for kind, sections in tree.items() for name in sections]:
             section, fields = "%s:%s" % (kind, name) if name else kind, tree[kind][name]
             if kind not in FIELDS or bool(name) != (kind in NAMED_KINDS):
-                known = ["%s:%s" % (each, name or "NAME") if each in NAMED_KINDS else each
-                         for each in FIELDS]
-                file.fault("there is no section with this name%s" % (
-                    near(section, known) or "; there are " + ", ".join(known)), section)
+                file.fault("there is no section with this name; there are %s" % ", ".join(
+                    each + ":NAME" if each in NAMED_KINDS else each for each in FIELDS), section)
             elif not isinstance(fields, dict):
                 file.fault("must be an object", section)
             elif name in found[kind]:
@@ -10584,21 +10567,21 @@ def read_settings(source, taken=None):
     main, fields = found["gaffer"].get("", (files[0], {}))
     gaffer, faults = examine_fields(fields, FIELDS["gaffer"])
     main.note("gaffer", faults)
-    paths = [("include", main.join(pattern)) for pattern in gaffer["include"]]
+    patterns = [("include", main.join(path)) for path in gaffer["include"]]
     for folder in map(main.join, gaffer["include_dir"]):
+        patterns.append(("include_dir", os.path.join(glob.escape(folder), "**", "*.ini")))
         if not os.path.isdir(folder):
             main.fault("field 'include_dir' names %r, which is not a folder" % folder, "gaffer")
-        paths.append(("include_dir", os.path.join(glob.escape(folder), "**", "*.ini")))
-    paths = [(field, name) for field, path in paths for name in (
-        sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path])]
-    for field, path in paths:
-        if os.path.realpath(path) in [os.path.realpath(file.path) for file in files]:
-            main.fault("field '%s': %s is included already" % (field, path), "gaffer")
-        elif len(files) >= INCLUDES_MAX:
-            main.fault("field '%s': %s is one of more than %d files" % (
-                field, path, INCLUDES_MAX), "gaffer")
-        else:
-            load(read(path))
+    for field, pattern in patterns:
+        names = sorted(glob.glob(pattern, recursive=True))
+        for path in names if glob.has_magic(pattern) else [pattern]:
+            if os.path.realpath(path) in [os.path.realpath(file.path) for file in files]:
+                main.fault("field '%s': %s is included already" % (field, path), "gaffer")
+            elif len(files) < INCLUDES_MAX:
+                load(read(path))
+            else:
+                main.fault("field '%s': %s is one of more than %d files" % (
+                    field, path, INCLUDES_MAX), "gaffer")
     endpoints = {name: endpoint for name, (_, endpoint) in found["endpoint"].items()}
     if taken is None:
         taken = [endpoint.port for endpoint in [*endpoints.values()] or [HttpEndpoint()]
