@@ -10139,7 +10139,6 @@ class ConfigFile:
     def __init__(self, path):
         self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
         self.text, self.faults, self.places = "", set(), {}
-        self.sections = {}                      # of supervisord; see load_supervisord()
         with self.noting():
             self.text = read_text(path)
 
@@ -10291,10 +10290,8 @@ def load_program(file, name, fields, names, tree):
             info["redirect_output"] = ["stdout", "stdout"]
         retries, lived = min(max(1, count("startretries")), 999), count("startsecs")
         if lived:                               # one that lives longer may exit forever
-            info.update(restart_delay=[1, retries], flapping=None)
-            delays = [restart_delay(info, failures) for failures in range(1, retries + 1)]
-            info["flapping"] = {"attempts": retries + 1, "max_retry": 0,
-                                "window": float(retries * lived + sum(delays))}
+            info.update(restart_delay=1, flapping={
+                "attempts": retries + 1, "max_retry": 0, "window": retries * (lived + 1.0)})
         key = "%s:%s" % (name, read("process_name", str)) if number > 1 else name
         if key in tree:
             file.fault("field 'process_name' must have %(process_num)d in it, as 'numprocs' is "
@@ -10306,16 +10303,16 @@ def load_program(file, name, fields, names, tree):
             file.places["process:" + key, target] = line, section, field
 
 
-def load_supervisord(file, main):
-    """Load supervisord's file, or one that its file `main` includes. What has no counterpart is
-    logged once."""
-    file.sections = read_ini(file, r"(^|\s)[;#].*")
-    shared = main.sections.get("supervisord", {})
+def load_supervisord(file, shared):
+    """Load supervisord's file, or one that it includes. `shared`: its section [supervisord], to be
+    filled in. What has no counterpart is logged once."""
+    sections = read_ini(file, r"(^|\s)[;#].*")
+    shared.update(sections.get("supervisord", {}))
     names = {"ENV_" + name: value for name, value in os.environ.items()}
     names.update(here=file.folder, host_node_name=socket.gethostname())
     taken = {"program": {"process_name", *PROGRAM_FIELDS, *PROGRAM_DEFAULTS}, "include": {"files"}}
     tree, others = {"process": {}}, collections.defaultdict(list)
-    for section, fields in file.sections.items():
+    for section, fields in sections.items():
         kind, _, name = section.partition(":")
         if kind == "include":
             with file.noting(section, "field 'files' "):
@@ -10423,8 +10420,9 @@ class Procfile(ConfigFile):
                 file.fault(reason, line=line)
             self.faults |= file.faults
         given = str(port if port is not None else self.env.get("PORT", os.environ.get("PORT", "")))
-        self.port = int(given) if re.fullmatch("[0-9]{1,5}", given) else None
-        if given and not 0 < (self.port or 0) < 65536:
+        known = re.fullmatch("[0-9]{1,5}", given) and 0 < int(given) < 65536
+        self.port = int(given) if known else None
+        if given and not known:
             self.faults.add((0, "PORT is '%s': give a number from 1 to 65535" % given[:40]))
         above = {}
         for number, line in enumerate(self.text.split("\n"), 1):
@@ -10469,13 +10467,6 @@ def raise_faults(files):
     faults = [text for file in files for _, text in sorted(file.faults)]
     if faults:
         raise ConfigError("\n".join(faults))
-
-
-def read_procfile(path, env_files=(), port=None):
-    """Return the Procfile of a path, or None. Raise ConfigError."""
-    file = Procfile(path, env_files, port)
-    raise_faults([file])
-    return file
 
 
 def make_endpoint(file, name, fields):
@@ -10533,7 +10524,7 @@ def read_settings(source, taken=None):
     with every fault of all files.
     """
     import glob
-    files, found = [], {kind: {} for kind in FIELDS}
+    files, found, shared = [], {kind: {} for kind in FIELDS}, {}
 
     def load(file):
         """Take what a file holds into `found`; a Procfile when all endpoints are known."""
@@ -10543,7 +10534,7 @@ def read_settings(source, taken=None):
         if re.search(r"(?i)\.(json|toml)$", file.path):
             add(file, load_objects(file))
         elif any(SUPERVISORD.search(each.text) for each in (files[0], file)):
-            add(file, load_supervisord(file, files[0]))
+            add(file, load_supervisord(file, shared))
         else:
             add(file, load_ini(file))
 
@@ -10847,7 +10838,7 @@ def find_app(args, statuses):
     if not found and not args.group and args.command != "unload":
         types = statuses
         if os.path.exists(args.procfile):
-            types = read_procfile(args.procfile).types
+            types = Procfile(args.procfile).types
         found = {target.word: target for target in targets if target.word in types}
     if not found:
         raise NotThere("there is no group '%s': 'gaffer.py load' loads it" % prefix[:-1])
@@ -11724,11 +11715,11 @@ def serve(args):
 # Procfiles
 
 def open_procfile(args):
-    """Return the Procfile that the arguments name. ConfigError, ClientError."""
+    """Return the Procfile that the arguments name. ClientError."""
     if not os.path.exists(args.procfile):
         raise ClientError("there is no '%s': name a Procfile with -f FILE, or write one, with a "
                           "line 'web: COMMAND'" % args.procfile)
-    return read_procfile(args.procfile, args.env_file, args.port)
+    return Procfile(args.procfile, args.env_file, args.port)
 
 
 def check_type(kind, types):
@@ -11841,9 +11832,10 @@ def up_command(args):
 def run_command(args):
     """Become the command."""
     if args.procfile == PROCFILE_NAME and not os.path.exists(PROCFILE_NAME):    # none is no fault
-        source = read_procfile(None, args.env_file, args.port)
+        source = Procfile(None, args.env_file, args.port)
     else:
         source = open_procfile(args)
+    raise_faults([source])
     words = given_words(args)
     if not words:
         raise ClientError("say what to run: 'gaffer.py run CMD'", 2)

@@ -10440,8 +10440,8 @@ class ConfigSupervisord(ConfigCase):
         _, web, job, x = templates.values()
         self.assertEqual(web, dict(
             PureTemplates.DEFAULTS, name="web:web_08", cmd="/bin/sleep 8 2 2", cwd=self.home,
-            umask="022", priority=5, restart_delay=[1, 1], stop_signal="QUIT", graceful_timeout=7,
-            flapping={"attempts": 2, "window": 2.0, "retry_in": 7.0, "max_retry": 0},
+            umask="022", priority=5, restart_delay=1, stop_signal="QUIT", graceful_timeout=7,
+            flapping={"attempts": 2, "window": 3.0, "retry_in": 7.0, "max_retry": 0},
             redirect_output=["stdout"] * 2,
             env={"A": "1,2 = 3", "B": "2", "PORT": "8008", "HOME": "/h"}))
         self.assertEqual(job, dict(
@@ -10449,8 +10449,7 @@ class ConfigSupervisord(ConfigCase):
             cwd=os.getcwd(), restart="on-failure", success=[0, 2], stop_group=False, priority=999,
             env={"A": "1", "B": "2"}))
         self.assertEqual((x["flapping"]["attempts"], x["restart"]), (1000, "on-failure"))
-        # retries come at once, after 1, 2, 4, 5 seconds; one that lives longer may exit forever
-        for retries, window in (0, 3), (5, 27):
+        for retries, window in (0, 4), (5, 20):
             y = self.settings("y.conf", "[program:y]\ncommand=true\nstartsecs=3\n"
                               "startretries=%d" % retries).templates["y"]["flapping"]
             self.assertEqual((y["attempts"], y["window"]), (max(1, retries) + 1, window))
