@@ -4426,7 +4426,7 @@ CHUNK_EXTRAS_SIZE = 8 * KIB                     # extensions and trailers of a b
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 OTHER_METHODS = ("PATCH", "TRACE", "CONNECT")   # known, but no resource has them
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(r"(%s) ([\x21-\x7e]+) HTTP/([0-9]+)\.([0-9])" % TOKEN)
+REQUEST_LINE = re.compile(r"(%s) ([!-~]+) HTTP/([0-9]+)\.([0-9])" % TOKEN)
 HEADER_LINES = re.compile(r"(?:%s:[\t\x20-\x7e\x80-\xff]*\r\n)*" % TOKEN)
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 SINGLE_HEADERS = frozenset((
@@ -4703,10 +4703,10 @@ def encode_head(status, headers):
     """
     lines = ["HTTP/1.1 %d %s" % (status, REASONS.get(status, "Unknown")),
              *["%s: %s" % (name, value) for name, value in headers]]
-    text = "\r\n".join(lines)
-    if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1 or "\0" in text:
+    text = "".join(lines)
+    if "\r" in text or "\n" in text or "\0" in text:
         raise ValueError("a response header holds CR, LF or NUL")
-    return (text + "\r\n\r\n").encode("latin-1")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def merge_headers(headers, more):
@@ -4727,8 +4727,6 @@ class Response:
 
     None as the body: that of HEAD, if its length is not known.
     """
-
-    __slots__ = ("status", "headers", "body")
 
     def __init__(self, body=b"", status=200, headers=(), content_type="application/json"):
         self.status, self.body, self.headers = status, body, list(headers)
@@ -4838,10 +4836,8 @@ class Access:
                 raise BadRequest("the Host header has no IPv6 address in its brackets") from None
             if host == "localhost" or host.endswith(".localhost") or host in self._hosts:
                 return
-        else:
-            if address[:-4] == b"\0" * 10 + b"\xff\xff":
-                address = address[-4:]          # an IPv4 address as IPv6
-            if any(address):
+        else:                                   # 0.0.0.0 may come as IPv6, too: [::ffff:0.0.0.0]
+            if any(address[:10]) or any(address[-4:]):
                 return
         raise ForbiddenHost("this server is not called %r; use its address, or start it with "
                             "--allow-host" % host[:100])
@@ -5286,8 +5282,6 @@ class Connection:
     `listener`: the Listener that accepted it; `address`: of the client, as text; `peer`: see
     network(); `early`: bytes that were read and not used yet.
     """
-
-    __slots__ = ("listener", "sock", "address", "peer", "early")
 
     def __init__(self, listener, sock, address, peer):
         self.listener, self.sock, self.address, self.peer = listener, sock, address, peer
@@ -5751,8 +5745,7 @@ class Feed(Follower):
             self.end()
         self.close()
 
-    def closing(self):
-        self.unfollow()
+    closing = Follower.unfollow
 
 
 class WebSocketChannel(Channel):
@@ -5762,11 +5755,12 @@ class WebSocketChannel(Channel):
     """
 
     kind, read_size = "websocket", FRAMES_SIZE
+    paused = _close_sent = False
+    _close_timer = None
+    _events = iter(())                          # of this turn
 
     def __init__(self, headers, limit):
         self._headers, self.limit, self._decoder = headers, limit, WebSocketDecoder(limit)
-        self._events = iter(())                 # of this turn
-        self._close_sent, self._close_timer, self.paused = False, None, False
 
     def opened(self):
         self.send_head(101, self._headers)
@@ -5841,13 +5835,13 @@ class ProcessSocket(Follower, WebSocketChannel):
     """
 
     sign = frame(PING, b"")
+    _message = None                             # for which stdin has no room
+    _unread = None                              # bytes of stdin when the client was seen to be gone
 
     def __init__(self, headers, reader, asked, stream, by_line, process, heartbeat):
         Follower.__init__(self, reader, asked, process, heartbeat)
         WebSocketChannel.__init__(self, headers, stream.limit if stream else MESSAGE_SIZE)
         self._stream, self._by_line = stream, by_line
-        self._message = None                    # for which stdin has no room
-        self._unread = None                     # bytes of stdin when the client was seen to be gone
 
     def opened(self):
         self._headers = self._headers + offset_headers(self.reader, self._asked, False)
@@ -5894,11 +5888,10 @@ class ProcessSocket(Follower, WebSocketChannel):
 
     def eof_received(self):
         """Close once the process has read what the client sent before it left, or reads no more."""
-        unread = self._stream.size if self._stream is not None else None
-        if not self.paused or unread == self._unread:
+        if not self.paused or self._stream.size == self._unread:
             self.close()
         else:
-            self._unread = unread
+            self._unread = self._stream.size
             self.unfollow()                     # output would break the connection
             self._end_timer = self.loop.later(INPUT_STALL, self._check_end)
 
