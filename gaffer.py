@@ -4735,20 +4735,6 @@ class Response:
             self.headers[:0] = [
                 ("Content-Type", content_type), ("X-Content-Type-Options", "nosniff")]
 
-    def encode(self, date, keep_alive, head_only=False, more=()):
-        """Return head and body as bytes, for one send; the head alone for HEAD (`head_only`).
-
-        `more`: further headers. RFC 9110 sections 15.3.5 and 15.4.5.
-        """
-        headers = merge_headers([("Date", date), *self.headers], more)
-        without_body = self.status in (204, 304) or self.body is None
-        if not without_body:
-            headers.append(("Content-Length", len(self.body)))
-        if not keep_alive:
-            headers.append(("Connection", "close"))
-        head = encode_head(self.status, headers)
-        return head if head_only or without_body else head + self.body
-
 
 encode_json = json.JSONEncoder(allow_nan=False).encode
 
@@ -5379,8 +5365,7 @@ class Channel:
 
     def send_head(self, status, headers, rest=b""):
         """Send the head of an answer that lasts."""
-        head = encode_head(status, merge_headers(
-            [("Date", self.http.date()), *headers], self.http.more_headers(self.request)))
+        head = self.http.head(self.request, status, headers)
         self.status, self._head = status, len(head)
         self.http.requests.add(self.request.method, status)
         self.send(head + rest)
@@ -8639,8 +8624,7 @@ class WsgiRun(SimpleHandler):
             self.headers["Connection"] = "close"
         elif request.version == (1, 0):
             self.headers["Connection"] = "keep-alive"
-        self._head = encode_head(self._status, merge_headers(
-            self.headers.items(), [("Date", self._http.date()), *self._http.more_headers(request)]))
+        self._head = self._http.head(request, self._status, self.headers.items())
         self.headers_sent = True
 
     def finish_content(self):
@@ -9107,7 +9091,7 @@ class HttpHandler:
         self.handshakes = {}                    # Connections that begin TLS; the oldest first
         self.working = set()                    # Handlers with a request
         self.requests, self._reports = RequestCounts(), Throttle()
-        self._made_date = functools.lru_cache(1)(format_date_time)
+        self._date = functools.lru_cache(1)(format_date_time)
 
     # the app
 
@@ -9329,10 +9313,11 @@ class HttpHandler:
             log.exception("%s", failure)
             return error_response(GafferError(failure + "; gaffer's log says how"))
 
-    def more_headers(self, request):
-        """Return what every answer has besides: [(name, value)]."""
+    def head(self, request, status, headers):
+        """Return the head of an answer: `headers`, and what every answer has besides."""
         cors = self.access.cors(request) if request is not None else []
-        return [("Cache-Control", "no-store"), *cors]
+        return encode_head(status, merge_headers(headers, [
+            ("Date", self._date(int(time.time()))), ("Cache-Control", "no-store"), *cors]))
 
     def reply(self, connection, request, answer, keep, began):
         """Send an answer. Return the Channel that goes on with the connection: it sends the rest,
@@ -9354,25 +9339,27 @@ class HttpHandler:
 
         `keep`: the connection goes on; `began`: when its request was complete, or None.
         """
-        head_only = request is not None and request.method == "HEAD"
-        more = self.more_headers(request)
-        if keep and request.version == (1, 0):
-            more.append(("Connection", "keep-alive"))
-        data = response.encode(self.date(), keep, head_only, more)
+        method = "" if request is None else request.method
+        status, headers, body = response.status, list(response.headers), response.body
+        if body is None or status in (204, 304):        # RFC 9110 sections 15.3.5 and 15.4.5
+            body = b""
+        else:
+            headers.append(("Content-Length", len(body)))
+        if not keep:
+            headers.append(("Connection", "close"))
+        elif request.version == (1, 0):
+            headers.append(("Connection", "keep-alive"))
+        if method == "HEAD":
+            body = b""
         took = None if began is None else time.monotonic() - began
-        self.requests.add("" if request is None else request.method, response.status, took)
-        self.log_request(connection.address, request, response.status,
-                         0 if head_only else len(response.body or b""))
-        return data
+        self.requests.add(method, status, took)
+        self.log_request(connection.address, request, status, len(body))
+        return self.head(request, status, headers) + body
 
     def log_request(self, client, request, status, size):
         """Tell the access log of an answer with `size` bytes of body. Any thread."""
         if self.access_log is not None:
             self.access_log.add(client, request, status, size)
-
-    def date(self):
-        """Return the Date header's value; it is made once a second."""
-        return self._made_date(int(time.time()))
 
 
 # --------------------------------------------------------------------------------------------------

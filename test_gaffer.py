@@ -2228,13 +2228,16 @@ class PureResponse(Case):
             *(([header], ValueError) for text in ("a\r\nB: x", "a\nb", "\r", "\0", "\u560a")
               for header in ((text, "x"), ("x", text)))))
         response = gaffer.json_response({"a": "\xe9"}, 404, [("X", "y")])
-        self.assertEqual(response.encode("now", False, more=[("Z", "z")]).split(b"\r\n\r\n")[1],
-                         b'{"a": "\\u00e9"}\n')
-        head = response.encode("now", False, head_only=True, more=[("Z", "z")])
-        self.assertEqual(set(head.split(b"\r\n")), {
-            b"HTTP/1.1 404 Not Found", b"Date: now", b"Content-Type: application/json",
-            b"X-Content-Type-Options: nosniff", b"X: y", b"Z: z", b"Connection: close",
-            b"Content-Length: 16", b""})
+        http, client = gaffer.HttpHandler([]), mock.Mock()
+        head, body = http.answer(client, None, response, False).split(b"\r\n\r\n")
+        self.assertEqual(body, b'{"a": "\\u00e9"}\n')
+        self.assertEqual({line for line in head.split(b"\r\n") if b"Date" not in line}, {
+            b"HTTP/1.1 404 Not Found", b"Content-Type: application/json",
+            b"Cache-Control: no-store",
+            b"X-Content-Type-Options: nosniff", b"X: y", b"Connection: close",
+            b"Content-Length: 16"})
+        request = pure_request(method="HEAD")
+        self.assertEqual(http.answer(client, request, response, False), head + b"\r\n\r\n")
 
     def test_prefers_html(self):
         browser = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
