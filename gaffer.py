@@ -143,23 +143,13 @@ class BadValue(BadRequest):
 
 
 class Forbidden(GafferError):
-    """The operating system does not allow it."""
+    """The operating system does not allow it, or a rule against pages of other sites."""
     status, code = 403, "forbidden"
 
 
 class ForbiddenWrite(Forbidden):
     """The stdin of the process is not redirected, or it is closed."""
     code = "forbidden_write"
-
-
-class ForbiddenOrigin(Forbidden):
-    """A page of another origin must not do this."""
-    code = "forbidden_origin"
-
-
-class ForbiddenHost(Forbidden):
-    """The Host header does not name this server (DNS rebinding)."""
-    code = "forbidden_host"
 
 
 class NotFound(GafferError):
@@ -353,16 +343,20 @@ class ProcfsTable:
         """Return True if these fields are of a process that lives, if only in another thread."""
         return bool(fields) and (fields[0] not in (b"Z", b"X") or int(fields[17]) > 1)
 
+    def _listing(self):
+        """Return the OS pids of all processes; none without /proc."""
+        return {int(name) for name in os.listdir("/proc") if name.isdigit()} if self.EXISTS else ()
+
     def members(self, wanted):
         """Return {group: [OS pids]} of those process groups, from one listing."""
-        found = {}
-        for entry in os.listdir("/proc") if self.EXISTS else ():
+        found = collections.defaultdict(list)
+        for os_pid in self._listing():
             try:                                # a tenth of the cost of reading all their files
-                group = os.getpgid(int(entry)) if entry.isdigit() else None
+                group = os.getpgid(os_pid)
             except OSError:
                 continue
             if group in wanted:
-                found.setdefault(group, []).append(int(entry))
+                found[group].append(os_pid)
         return found
 
     def groups(self, wanted):
@@ -379,18 +373,18 @@ class ProcfsTable:
         if not self.EXISTS:
             return []
         boot_time = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-        reapers, found, parent = {1}, [], os.getppid()
+        reapers, parent = {1}, os.getppid()
         while parent > 1:                       # one of these may take in orphans (a subreaper)
             reapers.add(parent)
             fields = self._stat(parent)
             parent = int(fields[1]) if fields else 0
-        first = (boot_time + since) * self.TICKS - 1
-        for entry in os.listdir("/proc"):
-            fields = self._stat(int(entry)) if entry.isdigit() and int(entry) not in ours else []
+        first, found = (boot_time + since) * self.TICKS - 1, []
+        for os_pid in self._listing() - ours:
+            fields = self._stat(os_pid)
             if (self._lives(fields) and int(fields[19]) >= first and int(fields[1]) in reapers
                     and int(fields[3]) != os.getsid(0)
-                    and self._read(int(entry), "cgroup") == self._read(os.getpid(), "cgroup")):
-                found.append(int(entry))
+                    and self._read(os_pid, "cgroup") == self._read(os.getpid(), "cgroup")):
+                found.append(os_pid)
         return found
 
     def children(self, os_pid):
@@ -403,28 +397,25 @@ class ProcfsTable:
                 for child in self._read(os_pid, "task/%s/children" % thread).split()]
 
     def usage(self, os_pid):
-        """Return {cpu_time, rss} in seconds and bytes; None if there is no such process."""
+        """Return {cpu_time, rss, vms, nice} in seconds and bytes; {} without such a process."""
         fields = self._stat(os_pid)
-        return {"cpu_time": (int(fields[11]) + int(fields[12])) / self.TICKS,
-                "rss": int(fields[21]) * self.PAGE} if fields else None
-
-    def sample(self, os_pid):
-        """Return {cpu_time, rss, vms, nice, uid, cmdline, children}, at three times the cost of
-        usage()."""
-        fields = self._stat(os_pid)
-        try:
-            uid = os.stat("/proc/%d" % os_pid).st_uid
-        except OSError:
-            return None
-        if not fields:
-            return None
-        words = self._read(os_pid, "cmdline").rstrip(b"\0").replace(b"\0", b" ")
         return {
             "cpu_time": (int(fields[11]) + int(fields[12])) / self.TICKS,
             "rss": int(fields[21]) * self.PAGE, "vms": int(fields[20]), "nice": int(fields[16]),
-            "uid": uid,
-            "cmdline": words.decode("utf-8", "replace"), "children": self.children(os_pid),
-        }
+        } if fields else {}
+
+    def sample(self, os_pid):
+        """Return usage() with uid, cmdline and children, at three times the cost."""
+        found = self.usage(os_pid)
+        if found:
+            try:
+                found["uid"] = os.stat("/proc/%d" % os_pid).st_uid
+            except OSError:
+                return {}
+            words = self._read(os_pid, "cmdline").rstrip(b"\0").replace(b"\0", b" ")
+            found["cmdline"] = words.decode("utf-8", "replace")
+            found["children"] = self.children(os_pid)
+        return found
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -1144,16 +1135,16 @@ class Reader:
                 if self._closed:
                     return
                 if self.offset < source.start:  # go on from where the window begins
-                    offset = source.start
-                    if self.loss == "skip" or self.encoder.dropped(0, offset) is not None:
-                        line = source.resync(offset + self._within_line)
+                    place = source.start
+                    if self.loss == "skip" or self.encoder.dropped(0, place) is not None:
+                        line = source.resync(place + self._within_line)
                         if not self._within_line:
-                            offset = line
+                            place = line
                         elif source.before(line) in (10, 13):   # it closes the line that was cut
-                            offset = line - 1
-                    if not self._report(offset - self.offset, offset):
-                        return
-                payload, consumed = source.encoded(self.encoder, self.offset, mode)
+                            place = line - 1
+                    payload = consumed = place - self.offset
+                else:
+                    payload, consumed = source.encoded(self.encoder, self.offset, mode)
                 if payload.__class__ is int:
                     if not self._report(payload, self.offset + consumed):
                         return
@@ -1207,16 +1198,16 @@ class JournalView(Log):
     """What a Journal holds of a template, of a process by pid, or of all, as a log of lines."""
 
     def __init__(self, journal, name, pid):
-        super().__init__(journal.loop, journal.limit, journal)
+        super().__init__(journal.loop, journal.limit)
         self.journal, self.name, self.pid = journal, name, pid
 
     @property
     def start(self):                            # type: ignore[override]
-        return self.journal.starts.get(self.name, self.journal.start)
+        return self.journal.starts.get(self.name, self.journal.offsets[0])
 
     @property
     def end(self):                              # type: ignore[override]
-        return self.journal.end
+        return self.journal.offsets[-1]
 
     def wants(self, source):
         """Return True if what a source holds belongs here."""
@@ -1233,14 +1224,14 @@ class JournalView(Log):
                     return ends[-lines - 1]
                 lines -= len(ends)
                 size += sum(map(len, texts))
-        return journal.entry_start(index)
+        return journal.offsets[index]
 
     def _encode(self, encoder, offset, mode):
         journal, groups, size, dropped = self.journal, [], 0, 0
-        index = max(0, bisect.bisect_right(journal.offsets, offset) - 1)
-        place = offset
-        while place < journal.end and size < SHARE_SIZE:
-            end = journal.entry_start(index + 1)
+        place = max(offset, journal.offsets[0])
+        index = bisect.bisect_right(journal.offsets, place) - 1
+        while place < journal.offsets[-1] and size < SHARE_SIZE:
+            end = journal.offsets[index + 1]
             if self.wants(journal.sources[index]):
                 lost, prefix, ends, lines = journal.lines(index, place, encoder.returns)
                 if lost and groups:
@@ -1266,9 +1257,9 @@ class Journal:
 
     def __init__(self, loop, limit):
         self.loop, self.limit = loop, limit
-        self.start = self.end = self.dropped = 0
-        self.sources, self.offsets = [], array.array("q")       # of each entry, as what follows
-        self._times, self._places = array.array("d"), array.array("q")  # in time, in the window
+        self.sources, self._times = [], array.array("d")        # of each entry, as what follows
+        self._places = array.array("q")         # where it begins in its window
+        self.offsets = array.array("q", [0])    # and in the journal; the last one is the end
         self.starts = {}        # name of a template -> end of its last entry that fell out of these
         self._views = weakref.WeakValueDictionary()     # (name, pid) -> JournalView that is in use
         self._unfinished = {}                   # source -> where the line that it is within begins
@@ -1328,17 +1319,13 @@ class Journal:
                     source.window().flush()
         return view
 
-    def entry_start(self, index):
-        """Return the offset at which an entry begins; the end of the last one for the next."""
-        return self.offsets[index] if index < len(self.offsets) else self.end
-
     def lines(self, index, offset, returns=False):
         """Return (lost, prefix, ends, lines) of the lines of an entry that end behind `offset`.
 
         `ends` are the offsets behind the lines; `lost` bytes from `offset` on are gone. `returns`:
         the label of a line that came after a carriage return alone is followed by "<".
         """
-        source, base, end = self.sources[index], self.offsets[index], self.entry_start(index + 1)
+        source, base, end = self.sources[index], self.offsets[index], self.offsets[index + 1]
         prefix = ("%.3f %s %d %s " % (
             self._times[index], source.name, source.pid, source.label)).encode("ascii")
         if source.text is not None:
@@ -1369,23 +1356,23 @@ class Journal:
 
     def _add(self, source, start, end):
         """Add an entry: what is from `start` to `end` in the window of `source`, or an exit."""
-        now, size = time.time(), end - start
-        length = self.end - self.offsets[-1] if self.offsets else 0
-        if not (length and self.sources[-1] is source and self._places[-1] + length == start
-                and length + size <= min(COALESCE_SIZE, source.window().limit // 4)
-                and 0 <= now - self._times[-1] < JOIN_TIME):
+        now, length = time.time(), 0
+        if self.sources and self.sources[-1] is source:
+            length = self.offsets[-1] - self.offsets[-2]
+        if (length and self._places[-1] + length == start and 0 <= now - self._times[-1] < JOIN_TIME
+                and length + end - start <= min(COALESCE_SIZE, source.window().limit // 4)):
+            self.offsets[-1] += end - start
+        else:
             if len(self.sources) >= JOURNAL_ENTRIES:
                 for index in range(JOURNAL_ENTRIES // 4):
                     if self.sources[index].name in self.starts:
                         self.starts[self.sources[index].name] = self.offsets[index + 1]
                 for column in (self.sources, self.offsets, self._times, self._places):
                     del column[:JOURNAL_ENTRIES // 4]
-                self.start = self.offsets[0]
             self.sources.append(source)
-            self.offsets.append(self.end)
             self._times.append(now)
             self._places.append(start)
-        self.end += size
+            self.offsets.append(self.offsets[-1] + end - start)
         for view in list(self._views.values()):
             if view.wants(source):
                 view.feed()
@@ -4803,7 +4790,7 @@ class Access:
     def check_host(self, request):
         """Refuse names that anybody could point here: DNS rebinding would let any page in.
 
-        Raises BadRequest, ForbiddenHost. RFC 9110 section 7.2. No page can reach a unix socket.
+        Raises BadRequest, Forbidden. RFC 9110 section 7.2. No page can reach a unix socket.
         """
         value = request.headers.get("host")
         if value is None or request.client == "unix":   # only HTTP/1.0 may leave it out
@@ -4825,8 +4812,8 @@ class Access:
         else:                                   # 0.0.0.0 may come as IPv6, too: [::ffff:0.0.0.0]
             if any(address[:10]) or any(address[-4:]):
                 return
-        raise ForbiddenHost("this server is not called %r; use its address, or start it with "
-                            "--allow-host" % host[:100])
+        raise Forbidden("this server is not called %r; use its address, or start it with "
+                        "--allow-host" % host[:100], code="forbidden_host")
 
     def allows_origin(self, request):
         """Return whether the request has no Origin, or one that may change something.
@@ -4848,13 +4835,13 @@ class Access:
                 or host in self._hosts and port == DEFAULT_PORTS[scheme])
 
     def check_origin(self, request):
-        """Raise ForbiddenOrigin: a page of another origin must not change anything."""
+        """Raise Forbidden: a page of another origin must not change anything."""
         if not self.allows_origin(request):
-            raise ForbiddenOrigin(
-                "pages of another origin may not change anything here; allow it with --cors-origin")
+            raise Forbidden("pages of another origin may not change anything here; allow it with "
+                            "--cors-origin", code="forbidden_origin")
 
     def check_site(self, request):
-        """Raise ForbiddenOrigin if a page of another site embeds this, as an image or a script.
+        """Raise Forbidden if a page of another site embeds this, as an image or a script.
 
         Browsers send no Origin then. The page could hold up a process, or learn from success and
         failure what exists. Fetch Metadata Request Headers, W3C.
@@ -4865,8 +4852,8 @@ class Access:
             or headers.get("sec-fetch-dest", "document") != "document")  # Chromium 76 has no Dest
         if (embeds and headers.get("sec-fetch-site") == "cross-site" and "origin" not in headers
                 and not self._any_origin):
-            raise ForbiddenOrigin(
-                "pages of another site may link to this but not embed it; use CORS")
+            raise Forbidden("pages of another site may link to this but not embed it; use CORS",
+                            code="forbidden_origin")
 
     def check_token(self, request):
         """Raise GafferError without the token. RFC 6750 section 2.1, RFC 7617."""

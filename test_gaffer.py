@@ -1475,13 +1475,13 @@ class PureJournal(PureLogCase):
                          [(40 + 44 * number, 40) for number in range(14)])
         self.assertEqual([text for _, text in events if text != 40][13:15], [
             "large 2 out 013", "small 1 out line 014 " + "x" * 30])
-        self.assertEqual(self.lines()[1:], (self.journal.end, 14 * 40))
+        self.assertEqual(self.lines()[1:], (self.journal.offsets[-1], 14 * 40))
         view = self.do(self.journal.view)
         cut = self.reader(view, gaffer.JournalEncoder(False, "e"), 0)
         self.assertEqual((cut.sink.losses, cut.sink.got), ([40], []))
         large.close()
         del self.streams["large", "out"], large
-        self.assertEqual(self.lines()[1:], (self.journal.end, 14 * 40 + 20 * 4))
+        self.assertEqual(self.lines()[1:], (self.journal.offsets[-1], 14 * 40 + 20 * 4))
 
     def test_where_a_line_begins(self):
         """Behind the one before, though another process wrote that, or it is no longer kept."""
@@ -2252,7 +2252,7 @@ class PureAccess(Case):
 
     def test_host(self):
         access = gaffer.Access(hosts=["Box.example.org.", "b"])
-        forbidden, bad = gaffer.ForbiddenHost, gaffer.BadRequest
+        forbidden, bad = gaffer.Forbidden, gaffer.BadRequest
         for answer, hosts in (
                 (None, "LocalHost:1 localhost. a.b.localhost:80 127.0.0.1:80 10.1.2.3 [::1] "
                        "[::ffff:1.2.3.4]:5000 BOX.example.org.:80 b:65535"),
@@ -2294,7 +2294,7 @@ class PureAccess(Case):
                 request = pure_request("Origin: " + origin, host=host)
                 allowed = origin in yes.split()
                 self.assertTable(access.check_origin, [
-                    (request, None if allowed else gaffer.ForbiddenOrigin)])
+                    (request, None if allowed else gaffer.Forbidden)])
                 cors = dict(access.cors(request))
                 self.assertEqual(cors["Vary"], "Origin", (origin, host))
                 echoed = cors.get("Access-Control-Allow-Origin")
@@ -2343,7 +2343,7 @@ class PureAccess(Case):
         """What browsers say of a request that has no Origin: site, mode, destination."""
         access, everybody = gaffer.Access(), gaffer.Access(origins=["*"])
         for answer, rows in (
-                (gaffer.ForbiddenOrigin, (
+                (gaffer.Forbidden, (
                     "GET cross-site no-cors image", "GET cross-site navigate iframe",
                     "HEAD cross-site no-cors empty", "POST cross-site navigate document")),
                 (None, ("GET cross-site navigate document", "GET cross-site navigate", "GET",
@@ -4433,7 +4433,7 @@ class ProcessLife(ProcessCase):
         child.wait(TIMEOUT)
         pid = child.pid
         self.assertEqual((table.sample(pid), table.usage(pid), table.children(pid)),
-                         (None, None, []))
+                         ({}, {}, []))
 
     def test_daemon(self):
         """The exit event and the status say so, whether it has left its group or not."""
