@@ -2818,12 +2818,12 @@ class Process:
     system's. `home`: its Template."""
 
     def __init__(self, pid, home, manager):
-        self.pid, self.home, self.name, self.template = pid, home, home.name, home.info
+        self.pid, self.home, self.name, self.info = pid, home, home.name, home.info
         self._manager, self._loop = manager, manager.loop
         self.outputs, self.inputs = {}, {}      # label -> Output, Input
         self.os_pid = self.started = self.exited_at = self.exit_status = self.term_signal = None
         self.instance = None                    # its number among those of its template
-        starting = self.template["ready"] or self.template["before_start"]
+        starting = self.info["ready"] or self.info["before_start"]
         self.state = "starting" if starting else "running"      # see LIFE
         self.message = None                     # the last STATUS= that it sent
         self.ending = False                     # it sent STOPPING=1
@@ -2845,7 +2845,7 @@ class Process:
     def spawn(self, launch):
         """Execute `launch`. InvalidProcessInfo: it cannot be executed. Busy: the system has no room
         for another process."""
-        template, stdio = self.template, [subprocess.DEVNULL] * 3
+        template, stdio = self.info, [subprocess.DEVNULL] * 3
         reads, writes, theirs = {}, {}, {}      # label -> descriptor: ours, and the process's
         try:                                    # all that may fail comes before there is a process
             for number, label in enumerate(template["redirect_output"], 1):
@@ -2861,7 +2861,7 @@ class Process:
                 writes[label] = os.dup(reads[label])
             for label, fd in reads.items():
                 self.outputs[label] = Output(
-                    self._loop, fd, self.home.merged[label], self.pid, self._check_ended)
+                    self._loop, fd, self.home.outputs[label], self.pid, self._check_ended)
             self.started, self.instance = self._loop.clock(), launch.instance
             if launch.ready == "notify":
                 self._notify = NotifySocket(self._loop, self)
@@ -2889,7 +2889,7 @@ class Process:
             self._hook_timer = self._loop.later(
                 HOOK_TIME if launch.ready else HOOK_POLL, self._check_before_start, launch)
         if launch.ready:
-            self._timer = self._loop.later(self.template["ready"]["within"], self.step, "overdue")
+            self._timer = self._loop.later(self.info["ready"]["within"], self.step, "overdue")
         if launch.target or launch.ready == "exec":
             self._probe = Probe(self._loop, launch.target, functools.partial(
                 self._run, launch, template["ready"].get("exec")), lambda: self.step("ready"))
@@ -3017,18 +3017,18 @@ class Process:
 
     def _stop_overdue(self):
         self.by_itself, self.overdue = True, "not ready (%s) within %g seconds%s" % (
-            ready_text(self.template), self.template["ready"]["within"],
+            ready_text(self.info), self.info["ready"]["within"],
             ": " + self.not_ready if self.not_ready else "")
         self._signal_stop()
         self._manager.process_overdue(self)
 
     def _signal_stop(self):
         """Take the next of stop_steps()."""
-        steps = stop_steps(self.template)
+        steps = stop_steps(self.info)
         signum, delay = steps[min(self._stop_step, len(steps) - 1)]
         self._stop_step += 1
         # without stop_group, a master ends its workers itself
-        alone = not (signum == signal.SIGKILL or self.exited or self.template["stop_group"])
+        alone = not (signum == signal.SIGKILL or self.exited or self.info["stop_group"])
         if self.signal_group(signum, alone) and signum != signal.SIGKILL:
             self.signal_group(signal.SIGCONT, alone)    # what is stopped could not act on it
         if self.killed:
@@ -3038,7 +3038,7 @@ class Process:
         self._manager.groups.poll_soon()
 
     def _kill(self):
-        self._stop_step = len(stop_steps(self.template)) - 1
+        self._stop_step = len(stop_steps(self.info)) - 1
         self._signal_stop()
 
     def _exited(self, end):
@@ -3052,8 +3052,8 @@ class Process:
             self._hook_timer.cancel()
         if self._stop_step == 0:                # the zombie still pins the group's number
             self._signal_stop()
-        elif not self.template["stop_group"]:   # what it left has not been told yet
-            self.signal_group(stop_steps(self.template)[:self._stop_step][-1][0])
+        elif not self.info["stop_group"]:       # what it left has not been told yet
+            self.signal_group(stop_steps(self.info)[:self._stop_step][-1][0])
         reap(self.os_pid)
         self.exited_at = self._loop.clock()
         for stream in self.inputs.values():
@@ -3089,7 +3089,7 @@ class Process:
             output.drain()
         if self._launch is None or self._manager.killing:
             return self._hook_ended(self._launch and "is not run: gaffer was told to end at once")
-        merged = next(reversed(self.home.merged.values()), None)
+        merged = next(reversed(self.home.outputs.values()), None)
         fds = []
         try:
             if merged is not None:
@@ -3097,7 +3097,7 @@ class Process:
                 self._hook_output = Output(self._loop, fds[0], merged, self.pid, lambda: None)
                 del fds[0]
             self._hook = self._run(
-                self._launch, self.template["after_stop"], self._hook_ended,
+                self._launch, self.info["after_stop"], self._hook_ended,
                 fds[0] if fds else subprocess.DEVNULL, env={
                     b"GAFFER_EXIT_STATUS": b"%d" % self.exit_status,
                     b"GAFFER_TERM_SIGNAL": b"%d" % self.term_signal})
@@ -3165,7 +3165,7 @@ class Process:
     @property
     def killed(self):
         """True once its group was sent SIGKILL, until it has ended."""
-        return self._stop_step >= len(stop_steps(self.template)) and self.state != "cleaning"
+        return self._stop_step >= len(stop_steps(self.info)) and self.state != "cleaning"
 
     @property
     def gone(self):
@@ -3185,7 +3185,7 @@ class Process:
         """Return its part of GET /status/<name>."""
         more = {}
         if not self.running and self._timer is not None:
-            later = stop_steps(self.template)[self._stop_step:-1]
+            later = stop_steps(self.info)[self._stop_step:-1]
             when = self._timer.when + sum(delay for _, delay in later if self.state != "cleaning")
             more["kill_in"] = round(max(0.0, when - self._loop.clock()), 3)
         return dict(more, pid=self.pid, os_pid=self.os_pid, instance=self.instance,
@@ -3297,6 +3297,8 @@ def matches(pattern, event):
 class Template:
     """A process template at work: what is wanted (`info`, `active`) and what there is of it."""
 
+    pid, os_pid, ended = None, None, False      # as a Process has them
+
     def __init__(self, info, manager):
         self._manager = manager
         self.name = info["name"]
@@ -3306,7 +3308,7 @@ class Template:
         self.pending = {}                       # instance -> Timer: waits for the end of a backoff
         self.pause = None                       # Timer: it flaps, and nothing is spawned
         self.alarm = None                       # Timer: until the next time of its schedule
-        self.merged = {}                        # label -> Merged
+        self.outputs = {}                       # label -> Merged
         self.begins = {}                        # Window -> where its last run begins
         self.past = {}                          # pid -> instance of the last that are gone
         self.restarts = self.spawned = 0
@@ -3325,11 +3327,11 @@ class Template:
         self.forget_waits()
         self.begin()
         labels = [*info["redirect_output"], *info["custom_streams"]]
-        for label in [label for label in self.merged if label not in labels]:
-            self.merged.pop(label).window.finish()
+        for label in [label for label in self.outputs if label not in labels]:
+            self.outputs.pop(label).window.finish()
         for label in labels:
-            if label not in self.merged:
-                self.merged[label] = Merged(self._manager.loop, self._manager.window_size,
+            if label not in self.outputs:
+                self.outputs[label] = Merged(self._manager.loop, self._manager.window_size,
                                             self.name, label, self._manager.journal)
 
     def forget_waits(self):
@@ -3411,7 +3413,7 @@ class Template:
         elif goal != "stopped":
             other = self.find_blocker()
         # its last lines may still have to be read
-        if other is None or any(merged.sources for merged in other.merged.values()):
+        if other is None or any(merged.sources for merged in other.outputs.values()):
             return False, None
         waits = "" if other is self else "'%s' waits for '%s', and " % (self.name, other.name)
         if other.deleted:
@@ -3575,13 +3577,9 @@ class ProcessHandle:
         manager = self._manager
         if manager.on_loop_thread():
             raise RuntimeError("this would wait for its own thread; wait on another one")
-        if self.pid is None:
-            target = manager.loop.call(manager.find_template, self.name)
-            done = lambda: target.check_goal("stopped")[0]
-        else:
-            target = manager.loop.call(manager.find_process, self.pid, True)
-            done = lambda: target.gone
-        if not manager.block_until(done, timeout):
+        target = manager.loop.call(manager.find, self._target, True)
+        if not manager.block_until(lambda: (
+                target.check_goal("stopped")[0] if self.pid is None else target.gone), timeout):
             raise WaitTimeout("%s has not ended in %g seconds; it goes on" % (self.name, timeout))
         return target.last_exit
 
@@ -3643,7 +3641,7 @@ class Manager:
         self.journal = Journal(self.loop, JOURNAL_WINDOWS * window_size)
         self.configuration = None               # what POST /_reload loads again
         self.stopping = False
-        self._running = self.killing = self._ended = False
+        self._running = self.killing = False
         self._thread = None                     # the loop's, while run() runs
         self._started_apps = []
         self._next_pid = 1
@@ -3678,6 +3676,12 @@ class Manager:
                            % text[:20])
         return process
 
+    def find(self, target, past=False):
+        """Return the Template of a name, or a Process as find_process() does. NotFound."""
+        if self.is_name(target):
+            return self.find_template(target)
+        return self.find_process(target, past)
+
     def find_one(self, target):
         """Return a process by pid, also an exited one, or by name the one that a template has.
         NotFound."""
@@ -3692,19 +3696,14 @@ class Manager:
     def find_window(self, target, label):
         """Return the Window of a stream by pid or name, and label. IoNotFound, BadRequest,
         NotFound."""
-        if self.is_name(target):
-            template = self.find_template(target)
-            streams, info = template.merged, template.info
-        else:
-            process = self.find_process(target, past=True)
-            streams, info = process.outputs, process.template
-        if label in streams:
-            return streams[label].window
-        if not info["redirect_output"] and label in ("stdout", "stderr"):
+        found = self.find(target, past=True)
+        if label in found.outputs:
+            return found.outputs[label].window
+        if not found.info["redirect_output"] and label in ("stdout", "stderr"):
             raise BadRequest("the output of '%s' is not redirected; set 'redirect_output'"
-                             % info["name"], code="io_not_redirected")
+                             % found.name, code="io_not_redirected")
         raise IoNotFound("'%s' has no stream '%s'; it has %s" % (
-            info["name"], label, ", ".join(streams) or "none"))
+            found.name, label, ", ".join(found.outputs) or "none"))
 
     def find_input(self, target, label):
         """Return the Input of a process by label. ForbiddenWrite, IoNotFound, NotFound."""
@@ -3726,19 +3725,18 @@ class Manager:
     @on_loop
     def get_process(self, target):
         """Return a ProcessHandle for a template's name or a pid. NotFound."""
-        if self.is_name(target):
-            return ProcessHandle(self, self.find_template(target).name)
-        process = self.find_process(target)
-        return ProcessHandle(self, process.name, process.pid, process.os_pid)
+        found = self.find(target)
+        return ProcessHandle(self, found.name, found.pid, found.os_pid)
 
     @on_loop
     def info(self, target):
         """Return a template as a dict, by name; by pid the one that the process runs, with pid and
         os_pid. NotFound."""
-        if self.is_name(target):
-            return copy.deepcopy(self.find_template(target).info)
-        process = self.find_process(target)
-        return dict(copy.deepcopy(process.template), pid=process.pid, os_pid=process.os_pid)
+        found = self.find(target)
+        info = copy.deepcopy(found.info)
+        if found.pid is not None:
+            info.update(pid=found.pid, os_pid=found.os_pid)
+        return info
 
     # events and waits
 
@@ -3794,7 +3792,7 @@ class Manager:
                     self.exit_code = self.exit_code or 1
                 log.info("all is done: gaffer exits with %d", self.exit_code)
                 self._stop(False)
-        if self.stopping and not self._ended:
+        if self.stopping and self._running:
             self._go_on_stopping()
         self._pause = self.loop.clock() - began     # half of the time is for others
 
@@ -3808,7 +3806,7 @@ class Manager:
         event = threading.Event()
 
         def satisfied():
-            if self._ended or done():
+            if self.stopping and not self._running or done():
                 event.set()
             return event.is_set()
         try:
@@ -3901,7 +3899,7 @@ class Manager:
         process = Process(self._next_pid, template, self)
         if not (template.processes or template.finished):
             template.begins = {
-                merged.window: merged.window.end for merged in template.merged.values()}
+                merged.window: merged.window.end for merged in template.outputs.values()}
         process.spawn(launch)
         self._next_pid += 1
         self.processes[process.pid] = template.processes[process.pid] = process
@@ -3987,8 +3985,8 @@ class Manager:
 
     def process_ready(self, process):
         """A process has become ready."""
-        if process.template["ready"]:
-            self._publish("ready", process.name, process, by=ready_text(process.template),
+        if process.info["ready"]:
+            self._publish("ready", process.name, process, by=ready_text(process.info),
                           seconds=round(process.age(), 3))
         self.changed()
 
@@ -4177,7 +4175,7 @@ class Manager:
         for pid in template.past:
             self.processes.pop(pid, None)
         self._publish("delete", name)
-        for merged in template.merged.values():
+        for merged in template.outputs.values():
             merged.window.finish()
         self.journal.finish(name)
 
@@ -4333,7 +4331,7 @@ class Manager:
     def _alive(self):
         return [process for process in self.processes.values()
                 if not (process.gone or process.abandoned
-                        or process.template["detach"] and process.running)]
+                        or process.info["detach"] and process.running)]
 
     def _go_on_stopping(self):
         """Stop the next stage once those before are gone or killed. End the loop once all are."""
@@ -4354,14 +4352,14 @@ class Manager:
 
     def _end_streams(self):
         """End all streams: nothing is left to run, also if run() failed."""
-        self.stopping, self._running, self._ended = True, False, True
+        self.stopping, self._running = True, False
         for process in list(self.processes.values()):
-            if not process.gone and not process.template["detach"]:
+            if not process.gone and not process.info["detach"]:
                 process.step("kill")
             process.release()
         for template in self.templates.values():
             template.forget_waits()
-            for merged in template.merged.values():
+            for merged in template.outputs.values():
                 merged.window.finish()
         self.journal.finish()
         self.events.finish()
@@ -6032,7 +6030,7 @@ def metrics_text(manager, http):
         for (status, signum), count in template.exits.items():
             add("gaffer_process_exits_total", count, template=name, exit_status=status,
                 term_signal=signum)
-        for label, merged in template.merged.items():
+        for label, merged in template.outputs.items():
             window = merged.window
             add("gaffer_stream_bytes_total", window.end, template=name, label=label)
             add("gaffer_stream_dropped_bytes_total", window.dropped, template=name, label=label)
@@ -7895,7 +7893,7 @@ class Api:
                         and all(each.running or template.active and each.by_itself
                                 for each in template.processes.values())
                         for template in templates)) else None
-        infos = [each.info for each in templates] + [each.template for each in before]
+        infos = [each.info for each in [*templates, *before]]
         if wait is True:
             wait = max(map(stop_time, infos), default=0) + WAIT_EXTRA
 
@@ -8129,11 +8127,9 @@ class Api:
         manager = self.manager
         if ref is None:
             view = manager.journal.view()
-        elif manager.is_name(ref):
-            view = manager.journal.view(manager.find_template(ref).name)
         else:
-            process = manager.find_process(ref, past=True)
-            view = manager.journal.view(process.name, process.pid, process.ended)
+            found = manager.find(ref, past=True)
+            view = manager.journal.view(found.name, found.pid, found.ended)
         offset, restarted, _ = self._begin(query, view)
         plain = JournalEncoder(False, manager.epoch, returns=query.returns)
         if query.feed in (None, "longpoll"):
@@ -8181,7 +8177,7 @@ class Api:
         process = self.manager.find_one(ref)
         self.manager.write(ref, label, request.body)
         if label == "stdin":                    # a long poll that follows begins here
-            for stream in (*process.outputs.values(), *process.home.merged.values()):
+            for stream in (*process.outputs.values(), *process.home.outputs.values()):
                 stream.window.questions.append(stream.window.end)
         return OK
 
@@ -8194,14 +8190,9 @@ class Api:
 
     def stream_methods(self, ref, label):
         """Return the methods of a stream, which depend on its label."""
-        if self.manager.is_name(ref):
-            template = self.manager.find_template(ref)
-            readable, writable = template.merged, template.info["custom_streams"]
-        else:
-            process = self.manager.find_process(ref, past=True)
-            readable, writable = process.outputs, process.inputs
-        methods = ("GET", "HEAD") if label in readable else ()
-        if label in writable:
+        found = self.manager.find(ref, past=True)
+        methods = ("GET", "HEAD") if label in found.outputs else ()
+        if label in found.info["custom_streams"]:
             methods += ("POST", "DELETE")
         return methods
 
@@ -9887,7 +9878,7 @@ class Screen:
                              "exited with status %d" % status))
         again = process.retry_after is not None and not process.home.gave_up
         if self._one_for_all and process.by_itself and not (
-                again or succeeded(process.template, process.end) or self._manager.stopping):
+                again or succeeded(process.info, process.end) or self._manager.stopping):
             self.status = shell_status((status, signum)) or int(bool(process.overdue))
             self._manager.stop()
         self._maybe_done()

@@ -3221,7 +3221,7 @@ class ProcessTimes(ProcessClock):
                     self.manager.stop_template("x")
                     self.barrier()
                     self.assertEqual(process.status()["kill_in"],
-                                     gaffer.stop_time(process.template))
+                                     gaffer.stop_time(process.info))
                     while len(sent) < len(wanted) and self.now < 1020:
                         self.advance(0.5)
                         if round(self.now - 1000, 3) == kill:
