@@ -11050,16 +11050,13 @@ def span(seconds):
 def status_rows(status):
     """Return the rows of one template, [cells ..., note]: one for each process, and for each slot
     that waits for one; at least one."""
-    rows, last, code, why = [], status["last_exit"], "-", []
+    rows, last, code, text = [], status["last_exit"], "-", None
     if last is not None:
         code = str(shell_status((last["exit_status"], last["term_signal"])))
         by = " (%s)" % signal_name(last["term_signal"]) if last["term_signal"] else ""
         again = ", %d times" % last["times"] if last["times"] > 1 else ""
-        why = ["exit " + code + by + again]
-    if status["error"]:
-        why = [status["error"]]
-    if status["hint"]:
-        why.append(status["hint"])
+        text = "exit " + code + by + again
+    why = [each for each in (status["error"] or text, status["hint"]) if each]
 
     def add(name, state, notes, os_pid="-", pid="-", uptime="-", cpu="-", rss="-"):
         rows.append([name, state, "%d/%d" % (status["running"], status["numprocesses"]),
@@ -11366,14 +11363,12 @@ def attach_command(args):
     found = [targets[0].process] if targets[0].process else status["processes"]
     names = [process_name(status, process) for process in found]
     if len(names) != 1:
-        raise ClientError("%s runs %d processes: attach to one of %s" % (
-            args.name, len(names), ", ".join(names)) if names else
-            "%s is not running: 'gaffer.py start %s' starts it" % (args.name, args.name))
+        raise ClientError("%s runs %d processes: %s" % (args.name, len(names), (
+            "attach to one of " + ", ".join(names) if names else "start it")))
     pid, os_pid, streams = found[0]["pid"], found[0]["os_pid"], "/streams/%d/" % found[0]["pid"]
     info = client.get("/processes/%d" % pid)
     inbox: queue.SimpleQueue = queue.SimpleQueue()      # exceptions, signals, the exit event
     threading.excepthook = lambda failure: inbox.put(failure.exc_value)
-    last = b"\n"                                # of the output
 
     def start(function, *args):
         thread = threading.Thread(target=function, args=args, daemon=True)
@@ -11381,7 +11376,6 @@ def attach_command(args):
         return thread
 
     def copy_output(label, fd):
-        nonlocal last
         begin, offset = "tail=%d" % (10 if args.n is None else args.n), math.inf
         while True:
             path = streams + reference(label) + "?feed=continuous&" + begin
@@ -11397,7 +11391,7 @@ def attach_command(args):
                         break
                     if not data:
                         return
-                    offset, last = offset + len(data), data[-1:]
+                    offset += len(data)
                     write_all(fd, data)
             begin = "since=%d" % offset
 
@@ -11471,7 +11465,7 @@ def attach_command(args):
             with contextlib.suppress(termios.error):        # the terminal is gone
                 termios.tcsetattr(0, termios.TCSADRAIN, before)
     if exit_status != 128 + signal.SIGHUP:
-        if last != b"\n" and sys.stderr.isatty():
+        if sys.stderr.isatty():                 # the output may end within a line
             print(file=sys.stderr)
         note("detached, %s %s" % (names[0], end))
     return exit_status
