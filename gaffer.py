@@ -11693,11 +11693,11 @@ def procfile_templates(args, taken=()):
                  if "numprocesses" in comments.get(kind, ())}
     for word in split_list(",".join(args.concurrency)):
         kind, _, count = word.partition("=")
-        if not (re.fullmatch("[0-9]{1,4}", count) and int(count) <= NUMPROCESSES_MAX):
+        if not re.fullmatch("[0-9]{1,3}|1000", count):
             raise ClientError("'%s' is not TYPE=NUMBER, as in web=2" % word, 2)
-        if kind != "all":
-            check_type(kind, templates)
-        formation.update(dict.fromkeys(templates if kind == "all" else [kind], int(count)))
+        for name in templates if kind == "all" else [kind]:
+            check_type(name, templates)
+            formation[name] = int(count)
     for kind, count in formation.items():
         templates[kind]["numprocesses"] = count
     return templates, formation
@@ -11830,8 +11830,8 @@ def load_command(args):
         try:
             answer = send_change(args, client, "PUT", "/processes/" + reference(name), info)
             outcome = json.loads(answer)
-            show(args, answer, "%s: %s" % (name, "loaded" if outcome.get("created") else
-                                           "updated" if outcome["changed"] else "already loaded"))
+            done = "updated" if outcome.get("changed") else "already loaded"
+            show(args, answer, "%s: %s" % (name, "loaded" if "created" in outcome else done))
         except ClientError as error:
             report(args, error, name)
     gone = [name for name in statuses
@@ -11850,12 +11850,12 @@ def scale_command(args):
     is_group = any(name.startswith(words[0] + ":") for name in statuses)
     if is_group or not change.fullmatch(words[0]):
         args.group, *words = words
-    matches = list(map(change.fullmatch, words))
-    if not all(matches) or not words:
-        raise ClientError("'%s' is not a change: give web=3, web+1 or web-1" % (
-            words[matches.index(None)] if words else args.group), 2)
     found = find_app(args, statuses)
-    for kind, sign, count in [match.groups() for match in matches]:
+    for word in words or [args.group]:
+        match = change.fullmatch(word)
+        if match is None or word == args.group:
+            raise ClientError("'%s' is not a change: give web=3, web+1 or web-1" % word, 2)
+        kind, sign, count = match.groups()
         check_type(kind, found)
         now = found[kind].status["numprocesses"]
         by = int(count) - now if sign == "=" else int(sign + count)
@@ -12076,8 +12076,7 @@ OPTION_GROUPS = {                               # see parse_options()
     "SCALE": "name NAME: a name, a glob, or all\nnumber N?: how many (default 1)\nWAIT",
     "TARGETS": "names NAME+: a name, a glob, all, or one process: web.2, or its pid",
     "CONNECTION": """\
---endpoint URL: http://host:port, https://host:port or unix:/path (default: GAFFER_ENDPOINT, else
-    the 'up' of this folder, else http://127.0.0.1:5000)
+--endpoint URL: http[s]://host:port or unix:/path (GAFFER_ENDPOINT, or the 'up' here, or port 5000)
 --token-file FILE: the token is in this file (or in GAFFER_TOKEN)
 --cacert FILE: trust the certificates in this file (PEM)""",
     "ASK": "CONNECTION\n--json: print what the server sent",
@@ -12116,22 +12115,21 @@ def parse_options(text):
 
     Its lines are "--json: help" (a flag), "-f, --procfile FILE: help", with a * if it may be
     repeated, "names NAME+: help" (a positional argument, with + ? * or ... for how many), or names
-    of OPTION_GROUPS. A line that begins with a blank continues the one before.
+    of OPTION_GROUPS.
     """
-    for line in re.sub(r"\n +", " ", text).split("\n"):
+    for line in text.split("\n"):
         words, _, text = line.partition(": ")
         if not text:
             for name in words.split():
                 yield from parse_options(OPTION_GROUPS[name])
             continue
-        *names, last = words.replace(",", "").split()
-        how = {"help": text}
-        metavar, many = re.fullmatch(r"(.*?)([+?*]|\.\.\.)?", last).groups()
-        if last == "--verbose":
-            names, how = [*names, last], dict(how, action="count", default=0)
-        elif last.startswith("-"):
-            names, how = [*names, last], dict(how, action="store_true")
+        names, how = words.replace(",", "").split(), {"help": text}
+        if names[-1] == "--verbose":
+            how.update(action="count", default=0)
+        elif names[-1].startswith("-"):
+            how["action"] = "store_true"
         else:
+            metavar, many = re.fullmatch(r"(.*?)([+?*]|\.\.\.)?", names.pop()).groups()
             how.update(metavar=metavar, type=TYPES.get(metavar), choices=CHOICES.get(metavar))
             if not words.startswith("-"):
                 how["nargs"] = many
@@ -12169,10 +12167,7 @@ LISTEN
 --log-file FILE: log into this file (default: to stderr)
 --daemon: run in the background; needs --log-file
 -v, --verbose: log events; -vv: the processes' output too"""),
-    Command(reload_command, """\
-reload: make the server load its CONFIG again
---dry-run: only show what would change
-ASK"""),
+    Command(reload_command, "reload: load CONFIG again\n--dry-run: show what would change\nASK"),
     Command(change, "start: start processes; 'up' runs a Procfile\nNAMES READY WAIT"),
     Command(wait_command, """\
 wait: wait until processes are ready, done or stopped
@@ -12240,9 +12235,7 @@ LISTEN COLOUR"""),
 run: run a command in the environment of a Procfile
 cmd CMD...: a type, a command line as one word, or a program and its arguments
 PROCFILE"""),
-    Command(load_command, """\
-load: run a Procfile in the server
-GROUP PROCFILE FORMATION READY WAIT"""),
+    Command(load_command, "load: run a Procfile in a server\nGROUP PROCFILE FORMATION READY WAIT"),
     Command(change, "unload: stop and remove a loaded Procfile\nGROUP PLACE WAIT"),
     Command(scale_command, """\
 scale: change how many of each type run
