@@ -4411,7 +4411,7 @@ CHUNK_EXTRAS_SIZE = 8 * KIB                     # extensions and trailers of a b
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 OTHER_METHODS = ("PATCH", "TRACE", "CONNECT")   # known, but no resource has them
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(r"(%s) ([!-~]+) HTTP/([0-9]+)\.([0-9])" % TOKEN)
+REQUEST_LINE = re.compile(r"(%s) ([\x21\x22\x24-\x7e]+) HTTP/([0-9]+)\.([0-9])" % TOKEN)
 HEADER_LINES = re.compile(r"(?:%s:[\t\x20-\x7e\x80-\xff]*\r\n)*" % TOKEN)
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 SINGLE_HEADERS = frozenset((
@@ -4538,7 +4538,7 @@ def parse_head(head):
     line, _, rest = head.decode("latin-1").partition("\r\n")
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
-        raise BadRequest("the first line must be 'METHOD /path HTTP/1.1'")
+        raise BadRequest("the first line must be 'METHOD /path HTTP/1.1', without a #")
     method, target, major, minor = match.groups()
     if major != "1":
         raise BadRequest("use HTTP/1.1", status=505)
@@ -4555,8 +4555,6 @@ def parse_head(head):
         if not HOST.match(headers.get("host", match.group(1))):
             raise BadRequest("the Host header must be host or host:port")
         headers["host"], target = match.group(1), "/" + match.group(3)
-    if "#" in target:
-        raise BadRequest("the request target has a fragment; remove the # and what follows")
     return Request(method, target, version, headers)
 
 
@@ -4960,24 +4958,23 @@ class SseEncoder(Encoder):
         self._block = ("id: %%d@%s\nevent: %s\ndata: %%b\n\n" % (epoch, label)).encode("ascii")
 
     def encode(self, data, offset, before, mode, piece):
-        cut = data.rfind(b"\n") + 1
+        skip, cut, block = 0, data.rfind(b"\n") + 1, self._block
         if (cut and before is None and mode == NORMAL and len(data) - cut < piece
                 and b"\r" not in data):         # mostly: whole lines, whose ends can stay
-            consumed, block = cut, self._block[:-1]
             segments = lines = data[:cut].splitlines(True)
+            block = block[:-1]
         else:
             skip, segments, lines = split_lines(data, before, mode, piece)
-            offset, block = offset + skip, self._block
-            consumed = skip + sum(map(len, segments))
             if not segments:
-                return b"", consumed
+                return b"", skip
         if valid_utf8(data) is not data:
             lines = list(map(valid_utf8, lines))
-        ends = itertools.accumulate(map(len, segments[1:]), initial=offset + len(segments[0]))
+        ends = list(itertools.accumulate(
+            map(len, segments[1:]), initial=offset + skip + len(segments[0])))
         values: list = [None] * (2 * len(lines))
         values[0::2], values[1::2] = ends, lines
         # one formatting of all is twice as fast as one of each
-        return self._framed(block * len(lines) % tuple(values)), consumed
+        return self._framed(block * len(lines) % tuple(values)), ends[-1] - offset
 
     def dropped(self, count, offset, **more):
         data = {"bytes": count, **more}
@@ -5244,7 +5241,6 @@ SEND_QUEUE_LOW = 256 * KIB                      # above this, its client is not 
 CONTROL_SIZE = 4 * KIB                          # of waiting pongs; the oldest goes (RFC 6455 5.5.3)
 CLOSE_TIME = 5.0                                # for the peer's close frame, and for the last bytes
 IDLE_TIME = 60.0                                # of a connection without a request
-CLIENT_LEFT = 499                               # in the access log, as nginx has it
 
 
 class Connection:
@@ -5584,7 +5580,7 @@ class LongPoll(Answer):
         self._begin, self._timeout, self._expired = begin, timeout, expired
 
     def opened(self):
-        self.status = CLIENT_LEFT               # until it is answered
+        self.status = 499                       # until it is answered: the client has left
         self._ends = contextlib.ExitStack()
         if self._timeout is not None:
             self._ends.callback(self.loop.later(
