@@ -4622,12 +4622,8 @@ def body_length(request, limit):
         raise BadRequest("the only expectation known here is 100-continue", status=417)
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
-        if length is not None:
-            raise BadRequest("send Content-Length or Transfer-Encoding, not both")
-        if request.version == (1, 0):
-            raise BadRequest("HTTP/1.0 has no Transfer-Encoding; send Content-Length")
-        if coding.lower() != "chunked":
-            raise BadRequest("the only Transfer-Encoding known here is chunked")
+        if length is not None or request.version == (1, 0) or coding.lower() != "chunked":
+            raise BadRequest("send Content-Length, or in HTTP/1.1 'Transfer-Encoding: chunked'")
         return None
     if length is None:
         return 0
@@ -4797,19 +4793,18 @@ class Access:
         host = match.group(1).lower()
         if host.endswith("."):
             host = host[:-1]
-        family = socket.AF_INET6 if host[0] == "[" else socket.AF_INET
+        if host == "localhost" or host.endswith(".localhost") or host in self._hosts:
+            return
+        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
         try:
             address = socket.inet_pton(family, host.strip("[]"))
         except OSError:
             if family == socket.AF_INET6:
                 raise BadRequest("the Host header has no IPv6 address in its brackets") from None
-            if host == "localhost" or host.endswith(".localhost") or host in self._hosts:
-                return
-        else:                                   # 0.0.0.0 may come as IPv6, too: [::ffff:0.0.0.0]
-            if any(address[:10]) or any(address[-4:]):
-                return
-        raise Forbidden("this server is not called %r; use its address, or start it with "
-                        "--allow-host" % host[:100], code="forbidden_host")
+            address = b""
+        if not (any(address[:10]) or any(address[-4:])):    # [::ffff:0.0.0.0] is 0.0.0.0, too
+            raise Forbidden("this server is not called %r; use its address, or start it with "
+                            "--allow-host" % host[:100], code="forbidden_host")
 
     def allows_origin(self, request):
         """Return whether the request has no Origin, or one that may change something.
@@ -5481,15 +5476,11 @@ class Channel:
                 self._shut_down()
 
     def _shut_down(self):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             if self.secure:
                 self.sock.unwrap()              # TLS's close_notify; the client's is not waited for
-        except (OSError, ValueError):
-            pass
-        try:
+        with contextlib.suppress(OSError):      # it may have left
             self.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass                                # it has left
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self.loop.later(LINGER_TIME, self.close)

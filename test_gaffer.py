@@ -2257,7 +2257,7 @@ class PureAccess(Case):
                 (None, "LocalHost:1 localhost. a.b.localhost:80 127.0.0.1:80 10.1.2.3 [::1] "
                        "[::ffff:1.2.3.4]:5000 BOX.example.org.:80 b:65535"),
                 (forbidden, "example.com:5000 0.0.0.0 [::]:80 [0:0:0:0:0:0:0:0] [::ffff:0.0.0.0] "
-                            "localhost.example.com xlocalhost 2130706433 127.1 0177.0.0.1 "
+                            "localhost.example.com xlocalhost . 2130706433 127.1 0177.0.0.1 "
                             "x.box.example.org 127.0.0.1.. " + "e" * 60000),
                 (bad, ":5000 a@b localhost:x localhost:65536 [::1 ::1 [] [1.2.3.4] [::1]x "
                       "localhost:80:80 [fe80::1%25eth0] localhost/ l\xf6calhost b:" + "9" * 5000)):
