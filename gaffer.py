@@ -579,20 +579,18 @@ class Loop:
 
     @contextlib.contextmanager
     def interrupts(self):
-        """Let Ctrl-C raise KeyboardInterrupt from `run()` between two calls, not within one.
-
-        Does nothing off the main thread, or if the program handles SIGINT itself.
-        """
-        if (threading.current_thread() is not threading.main_thread()
-                or signal.getsignal(signal.SIGINT) is not signal.default_int_handler):
+        """Let a signal end a wait of `run()`, and Ctrl-C raise KeyboardInterrupt from it, between
+        two calls, unless the program handles SIGINT itself. Does nothing off the main thread."""
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def interrupt(signum, frame_):
             self.call_soon(signal.default_int_handler, signum, None)
-        signal.signal(signal.SIGINT, interrupt)
-        # a signal that arrives just before the wait: the descriptor ends it
+        # a signal just before select() sleeps would be seen only after it: the descriptor wakes it
         before = signal.set_wakeup_fd(self.wake_fd, warn_on_full_buffer=False)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         finally:
@@ -1335,8 +1333,8 @@ class Journal:
             return end - offset, prefix, [], []
         head, stop = place + offset - base, place + end - base
         if window.before(head) not in (10, 13):
-            head = place                       # `offset` is within a line
-        if head < window.start:                # on from the start of a line
+            head = place                        # `offset` is within a line
+        if head < window.start:                 # on from the start of a line
             head = min(window.resync(window.start), stop)
             if window.before(head) not in (10, 13):
                 head = stop
@@ -1349,7 +1347,7 @@ class Journal:
             lines = [(b"< " if last == 13 else b" ") + line
                      for last, line in zip(ends_before, lines)]
             prefix = prefix[:-1]
-        head += base - place                   # as an offset
+        head += base - place                    # as an offset
         ends = list(itertools.accumulate(map(len, segments), initial=head + skip))[1:]
         known = bisect.bisect_right(ends, offset)
         return max(0, head - offset), prefix, ends[known:], lines[known:]
@@ -9567,8 +9565,6 @@ class SigHandler:
         elif signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
             # else the system would throw exit statuses away
             handlers[signal.SIGCHLD] = signal.SIG_DFL
-        # a signal just before select() sleeps would be seen only after it: the descriptor wakes it
-        self._old_fd = signal.set_wakeup_fd(loop.wake_fd, warn_on_full_buffer=False)
         for signum, handler in handlers.items():
             self._old[signum] = signal.signal(signum, handler)
         self._old_mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -9580,7 +9576,6 @@ class SigHandler:
             for signum, old in self._old.items():
                 # None: set by other means than Python's
                 signal.signal(signum, signal.SIG_DFL if old is None else old)
-            signal.set_wakeup_fd(self._old_fd)
         self._old = {}
 
 
