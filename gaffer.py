@@ -9955,7 +9955,7 @@ def number_or_text(text):
     """Return a text as a number if it is one, else as it is."""
     if re.fullmatch("[+-]?[0-9]{1,18}", text):
         return int(text)
-    return float(text) if re.fullmatch(r"[0-9]{0,18}\.[0-9]{1,18}", text) else text
+    return float(text) if re.fullmatch(r"[0-9]{1,18}\.[0-9]{0,18}|\.[0-9]{1,18}", text) else text
 
 
 def numbers_from_text(text):

@@ -10218,7 +10218,7 @@ class ConfigFiles(ConfigCase):
         restart_delay = 1, 2.5 -> [1, 2.5]
         after = b, g:b -> ["b", "g:b"]
         ready = log:it is up within=2.5 -> {"log": "it is up", "within": 2.5}
-        flapping = 3, 1.5, 2, 4 -> {"attempts": 3, "window": 1.5, "retry_in": 2, "max_retry": 4}
+        flapping = 3, 1., .5, 4 -> {"attempts": 3, "window": 1, "retry_in": 0.5, "max_retry": 4}
         """
     INI = """
         ; a comment
