@@ -5341,7 +5341,7 @@ class Channel:
         """Send the head of an answer that lasts."""
         head = self.http.head(self.request, status, headers)
         self.status, self._head = status, len(head)
-        self.http.requests.add(self.request.method, status)
+        self.http.count(self.request.method, status)
         self.send(head + rest)
 
     def send(self, payload):
@@ -5958,24 +5958,6 @@ class HandlerSocket(WebSocketChannel):
 # Metrics for Prometheus (text format 0.0.4), from what is counted anyway, and the description of
 # the API (OpenAPI 3.1), from the route table, the parameters and the table of template fields.
 # --------------------------------------------------------------------------------------------------
-class RequestCounts:
-    """Requests answered, by method and status, and the time they took. Any thread may count."""
-
-    def __init__(self):
-        self.answers = collections.Counter()    # (method, status) -> number
-        self.seconds, self.timed = 0.0, 0       # of requests that did not wait for an event
-        self.lock = threading.Lock()
-
-    def add(self, method, status, took=None):
-        """Count an answer and, if it did not wait for an event, the seconds that it took."""
-        method = method if method in METHODS + OTHER_METHODS else "other"
-        with self.lock:
-            self.answers[method, status] += 1
-            if took is not None:
-                self.seconds += took
-                self.timed += 1
-
-
 METRICS = {                                     # name: type and help
     "gaffer_processes": ("gauge", "Processes by state; waiting: for a restart."),
     "gaffer_processes_wanted": ("gauge", "Processes that should run now."),
@@ -6023,12 +6005,11 @@ def metrics_text(manager, http):
     kinds = collections.Counter(channel.kind for channel in http.channels)
     for kind in "longpoll", "continuous", "eventsource", "websocket":
         add("gaffer_http_streams", kinds[kind], kind=kind)
-    counts = http.requests
-    with counts.lock:
-        for (method, status), number in counts.answers.items():
+    with http.counting:
+        for (method, status), number in http.answers.items():
             add("gaffer_http_requests_total", number, method=method, code=status)
-        add("gaffer_http_request_seconds", counts.seconds, "_sum")
-        add("gaffer_http_request_seconds", counts.timed, "_count")
+        add("gaffer_http_request_seconds", http.seconds, "_sum")
+        add("gaffer_http_request_seconds", http.timed, "_count")
     add("gaffer_loop_busy_seconds_total", manager.loop.busy)
     add("gaffer_events_total", manager.events.end)
     add("gaffer_events_dropped_total", manager.events.dropped)
@@ -7986,13 +7967,11 @@ class Api:
                 if self.manager.is_name(pid) or process.name != name:
                     raise NotFound("process %s is not one of '%s'" % (pid[:20], name[:128]))
                 return functools.partial(self.samples.one, process)
-            names = list(self.manager.templates) if name is None else [name]
-            running = [(each, self.manager.find_template(each).running()) for each in names]
-
-            def sample():
-                entries = [self.samples.of(*each) for each in running]
-                return entries if name is None else entries[0]
-            return sample
+            if name is not None:
+                running = self.manager.find_template(name).running()
+                return functools.partial(self.samples.of, name, running)
+            all_running = [(each.name, each.running()) for each in self.manager.templates.values()]
+            return lambda: [self.samples.of(*each) for each in all_running]
         sample = call(sampler)
         if query.feed is None:
             return sample()
@@ -8352,9 +8331,9 @@ def access_line(client, now, request, status, size):
     if request is not None:
         line = "%s %s HTTP/%d.%d" % (request.method, request.target, *request.version)
         referer, agent = [request.headers.get(name) or "-" for name in ("referer", "user-agent")]
-    fields, local = [], time.localtime(now)
-    for text, limit in (line, 2 * TARGET_SIZE), (referer, KIB), (agent, KIB):
-        fields.append(UNSAFE.sub(lambda match: "\\x%02x" % ord(match.group()), text[:limit]))
+    local = time.localtime(now)
+    fields = [UNSAFE.sub(lambda match: "\\x%02x" % ord(match.group()), text)
+              for text in (line[:2 * TARGET_SIZE], referer[:KIB], agent[:KIB])]
     when = time.strftime("%d/{}/%Y:%H:%M:%S %z", local).format(MONTHS[local.tm_mon - 1])
     return '%s - - [%s] "%s" %d %s "%s" "%s"' % (
         client.rpartition(":")[0] or client, when, fields[0], status, size or "-", *fields[1:])
@@ -8562,7 +8541,7 @@ class WsgiRun(SimpleHandler):
                 self.handle_error()
         self.cut = self.cut or bool(self._left)
         self.framed = self._chunked or self._left is not None   # the client can see a cut
-        http.requests.add(request.method, self._status)
+        http.count(request.method, self._status)
         http.log_request(request.client, request, self._status, self._size)
         return self._keep and not self.cut
 
@@ -8857,7 +8836,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if self.context is not None:
             import ssl
             self.would_block += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
-        self._accepts, self._inode, self._reports = 0, None, Throttle()
+        self._inode, self._reports = None, Throttle()
         super().__init__(address, Handler, bind_and_activate=False)
 
     def open(self):
@@ -8899,16 +8878,18 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def accept(self, mask):
         """Accept connections that wait, some in a turn of the loop."""
-        self._accepts = ACCEPTS_PER_TURN
-        while self._accepts:
-            self._accepts -= 1
-            self._handle_request_noblock()      # type: ignore[attr-defined]
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                sock, connection = self.get_request()
+            except OSError:                     # none waits, or one has left already
+                return
+            if self.http.admit(connection):
+                self.process_request(sock, connection)
 
     def get_request(self):
         try:
             sock, address = self.socket.accept()
         except OSError as error:
-            self._accepts = 0
             if error.errno in SHORTAGES and not isinstance(error, BlockingIOError):
                 self._reports.warning(
                     "no connection can be accepted: %s; trying again every second", error.strerror)
@@ -8935,9 +8916,6 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self.http.loop.register(self.fileno(), selectors.EVENT_READ, self.accept)
             except OSError:                     # the selector has no room
                 self.http.loop.later(ACCEPT_PAUSE, self._listen)
-
-    def verify_request(self, request, client_address):
-        return self.http.admit(client_address)
 
     def process_request(self, request, client_address):
         """Have the requests of a connection read, those of TLS once something has come."""
@@ -9053,7 +9031,9 @@ class HttpHandler:
         self.threads = {}                       # and the threads of the others, by Connection
         self.handshakes = {}                    # Connections that begin TLS; the oldest first
         self.working = set()                    # Handlers with a request
-        self.requests, self._reports = RequestCounts(), Throttle()
+        self.answers = collections.Counter()    # (method, status) -> number
+        self.seconds, self.timed = 0.0, 0       # of answers that did not wait for an event
+        self.counting, self._reports = threading.Lock(), Throttle()
         self._date = functools.lru_cache(1)(format_date_time)
 
     # the app
@@ -9315,9 +9295,18 @@ class HttpHandler:
         if method == "HEAD":
             body = b""
         took = None if began is None else time.monotonic() - began
-        self.requests.add(method, status, took)
+        self.count(method, status, took)
         self.log_request(connection.address, request, status, len(body))
         return self.head(request, status, headers) + body
+
+    def count(self, method, status, took=None):
+        """Count an answer and, if it did not wait for an event, the seconds it took. Any thread."""
+        method = method if method in METHODS + OTHER_METHODS else "other"
+        with self.counting:
+            self.answers[method, status] += 1
+            if took is not None:
+                self.seconds += took
+                self.timed += 1
 
     def log_request(self, client, request, status, size):
         """Tell the access log of an answer with `size` bytes of body. Any thread."""

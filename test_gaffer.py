@@ -8512,7 +8512,7 @@ class BrowserMisuse(BrowserCase):
 
     def count(self, method, status=403):
         """How many requests the server has answered so."""
-        return self.server.http.requests.answers[method, status]
+        return self.server.http.answers[method, status]
 
     def assertUntouched(self):
         self.assertEqual(self.server.ok("GET", "/processes"), ["typed", "talks"])
