@@ -3519,11 +3519,8 @@ class Subscription:
         source, offset = self._log, self._offset
         self._offset = source.end
         for event in self._events(source.read(offset, source.end - offset)):
-            source.loop.call_unlocked(self._call, event)
+            source.loop.call_unlocked(lambda event=event: self._callback(event["event"], event))
         return source.ended
-
-    def _call(self, event):
-        self._callback(event["event"], event)
 
     def close(self):
         """Have no further call begin, from any thread."""
@@ -3997,29 +3994,24 @@ class Manager:
         """A process has exited; `remains`: others of its group have not."""
         template, status, signum = process.home, process.exit_status, process.term_signal
         template.exits[status, signum] += 1
-        last, by_itself = template.last_exit, process.by_itself
-        again = last and by_itself and (status, signum) == (
-            last["exit_status"], last["term_signal"])
+        last, end = template.last_exit, {"exit_status": status, "term_signal": signum}
+        again = process.by_itself and last is not None and end.items() <= last.items()
         process.last_exit = template.last_exit = {
-            "pid": process.pid, "exit_status": status, "term_signal": signum, "time": time.time(),
+            "pid": process.pid, **end, "time": time.time(),
             "times": last["times"] + 1 if again else 1}
-        more = {"reason": process.overdue} if process.overdue else {}
-        if by_itself:
-            template.hint = None
-            if ((status, signum) == (0, 0) and process.age() < BACKOFF_RESET
-                    and not process.overdue):
-                ours = self._own_pids()
-                if remains or self.loop.guard(self.table.orphans, process.started, ours):
-                    template.hint = more["hint"] = (
-                        "it exited with success and left a process behind: it seems to daemonize; "
-                        "have it stay in the foreground, so that it can be watched and stopped")
-        self._publish("exit", process.name, process, exit_status=status, term_signal=signum, **more)
+        more, age = {"reason": process.overdue} if process.overdue else {}, process.age()
         failures = template.failures.pop(process.instance, 0)
-        if by_itself:
-            failures = 1 if process.age() >= BACKOFF_RESET else failures + 1
-            template.failures[process.instance] = failures
-            process.retry_after = self._apply_policy(
-                template, process.end, process.age(), failures)
+        if process.by_itself:
+            failures = 1 if age >= BACKOFF_RESET else failures + 1
+            template.failures[process.instance], template.hint = failures, None
+            if process.end == (0, 0) and age < BACKOFF_RESET and (remains or self.loop.guard(
+                    self.table.orphans, process.started, self._own_pids())):
+                template.hint = more["hint"] = (
+                    "it exited with success and left a process behind: it seems to daemonize; "
+                    "have it stay in the foreground, so that it can be watched and stopped")
+        self._publish("exit", process.name, process, **end, **more)
+        if process.by_itself:
+            process.retry_after = self._apply_policy(template, process.end, age, failures)
 
     def process_ended(self, process):
         """A process has exited, and all its output has been read."""
@@ -4060,9 +4052,8 @@ class Manager:
         """Add a template, and start it, in run(), unless start=False. `options`: fields of a
         template. `name` may be a dict of them, too. `dry_run`: only check. Returns its
         ProcessHandle. InvalidProcessInfo, Conflict, Busy."""
-        info = dict(name, **options) if isinstance(name, dict) else dict(
-            options, name=name, cmd=cmd)
-        info = check_template(info)
+        fields = name if isinstance(name, dict) else {"name": name, "cmd": cmd}
+        info = check_template({**fields, **options})
         return self._add(info["name"], info, dry_run)
 
     def _check_circle(self, info):
@@ -4141,13 +4132,10 @@ class Manager:
             self._publish("update", name)
         if not active:
             self._stop_template(template)
-        elif replaced:
-            if not template.active and template.due:
-                self._publish("start", name)
-            template.active = True
+        elif replaced and template.active:
             for process in template.running():
                 self._end_process(process, "stop_pid")
-        elif not was:
+        elif replaced or not was:
             self._activate(template, Launch(info, template.free_instance()),
                            template.schedule is None)
         self._reconcile(template)
