@@ -4715,23 +4715,22 @@ def json_response(value, status=200, headers=()):
 
 
 def error_response(error):
-    """Return the Response to a GafferError; of any other exception the client learns nothing."""
-    if not isinstance(error, GafferError):
-        error = GafferError("gaffer itself has failed; its log says how")
+    """Return the Response to a GafferError."""
     return json_response({"error": error.code, "reason": str(error)}, error.status, error.headers)
 
 
 def attempt(function, *args):
     """Return what `function(*args)` returns, or the Response to what it raises.
 
-    An exception that is not a GafferError is logged.
+    Of an exception that is not a GafferError, the log alone tells more.
     """
     try:
         return function(*args)
-    except Exception as error:
-        if not isinstance(error, GafferError):
-            log.exception("a request failed")
+    except GafferError as error:
         return error_response(error)
+    except Exception:
+        log.exception("a request failed")
+        return error_response(GafferError("gaffer itself has failed; its log says how"))
 
 
 def parse_origin(text):
@@ -5215,11 +5214,8 @@ LINGER_TIME = 2.0                               # a refused body is read, or its
 LINGER_SIZE = 8 * MIB                           # and not more of it
 END_POLL = 1.0                                  # between checks whether an unread client left
 FRAMES_SIZE = 4 * KIB                           # in a turn: 700 small websocket frames take 2 ms
-MESSAGE_SIZE = MIB                              # of a message for a process: it fits into stdin
-HANDLER_MESSAGE_SIZE = 16 * MIB                 # of a message for a WebSocketHandler
 SEND_QUEUE_SIZE = 32 * MIB                      # what a WebSocketHandler has sent, and nobody taken
 SEND_QUEUE_LOW = 256 * KIB                      # above this, its client is not read
-CONTROL_SIZE = 4 * KIB                          # of waiting pongs; the oldest goes (RFC 6455 5.5.3)
 CLOSE_TIME = 5.0                                # for the peer's close frame, and for the last bytes
 IDLE_TIME = 60.0                                # of a connection without a request
 
@@ -5292,9 +5288,8 @@ class Channel:
         self.http.channels.add(self)
         self._watch(selectors.EVENT_READ)
         self.opened()
-        early = connection.early
-        if early and not self.closed and not self._ending:  # it came with the request
-            connection.early = b""
+        if connection.early and not self.closed and not self._ending:
+            early, connection.early = connection.early, b""     # it came with the request
             self.received(early)
         self._read_pending()
 
@@ -5335,11 +5330,7 @@ class Channel:
     def send(self, payload):
         """Send bytes, or a tuple of them; queue what is not taken. Return whether all is taken."""
         count = 0 if self._queue or self.closed else self._transmit(payload)
-        if payload.__class__ is not tuple:
-            if count == len(payload):
-                return True
-            payload = payload,
-        for part in payload:
+        for part in payload if payload.__class__ is tuple else (payload,):
             if count < len(part) and not self.closed:
                 if not self._queue:
                     self._watch(self._mask | selectors.EVENT_WRITE)
@@ -5732,7 +5723,7 @@ class WebSocketChannel(Channel):
                 continue
             elif kind in ("text", "binary"):
                 return data
-            elif kind == "ping" and self.queued < CONTROL_SIZE + self.limit:
+            elif kind == "ping" and self.queued < self.limit:   # RFC 6455 5.5.3
                 self.send(frame(PONG, data))
         return None
 
@@ -5783,7 +5774,7 @@ class ProcessSocket(Follower, WebSocketChannel):
 
     def __init__(self, headers, reader, asked, stream, by_line, process, heartbeat):
         Follower.__init__(self, reader, asked, process, heartbeat)
-        WebSocketChannel.__init__(self, headers, stream.limit if stream else MESSAGE_SIZE)
+        WebSocketChannel.__init__(self, headers, STDIN_SIZE)    # a message fits in
         self._stream, self._by_line = stream, by_line
 
     def opened(self):
@@ -5854,7 +5845,7 @@ class WebSocketHandler:
     may be called by any thread. `request`: the opening request; `args`: the groups of the route.
     """
 
-    max_message = HANDLER_MESSAGE_SIZE          # bytes
+    max_message = 16 * MIB                      # bytes
     protocols: tuple = ()                       # subprotocols; the client's first of these is used
 
     def __init__(self, request, args, channel):
@@ -5896,10 +5887,9 @@ class HandlerSocket(WebSocketChannel):
 
     def call(self, function, *args):
         """Do something under the lock, unless gaffer has stopped: then the client has gone."""
-        try:
+        with contextlib.suppress(Stopping):
             return self.loop.call(function, *args)
-        except Stopping:
-            return None
+        return None
 
     def opened(self):
         super().opened()

@@ -7292,7 +7292,7 @@ class StreamsWebsocket(StreamsCase):
         self.assertEqual(max(sizes), gaffer.FRAMES_SIZE)
         queued = self.server.manager.loop.call(
             lambda: max(channel.queued for channel in self.server.http.channels))
-        self.assertTrue(0 < queued < gaffer.MIB + gaffer.CONTROL_SIZE + 200, queued)
+        self.assertTrue(0 < queued < gaffer.MIB + 200, queued)
 
     def test_a_process_that_does_not_read(self):
         """1 MiB waits, of bodies that are taken whole or not; then the connection fills. When
@@ -11357,7 +11357,7 @@ class CliHostile(CliCase):
             while last[0] != "fail":
                 wire = b"".join(fuzz_frame(rng) for _ in range(rng.randrange(1, 5)))
                 wire = fuzz_spoil(rng, wire)
-                *_, last = [last, *gaffer.WebSocketDecoder(gaffer.MESSAGE_SIZE).feed(wire)]
+                *_, last = [last, *gaffer.WebSocketDecoder(gaffer.STDIN_SIZE).feed(wire)]
             client = Wire(self.server.port).upgrade("/wstreams/1", early=wire)
             with contextlib.closing(client):
                 client.sock.shutdown(socket.SHUT_WR)
@@ -11965,7 +11965,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "StreamsClock.test_a_heartbeat_is_not_queued"),
     ('loss == "block" and request.method == "GET":', 'loss == "block":',
      "StreamsSmallWindow.test_block"),
-    ("self.queued < CONTROL_SIZE + self.limit:", "True:", "StreamsWebsocket.test_pings"),
+    ("self.queued < self.limit:", "True:", "StreamsWebsocket.test_pings"),
     ("DRAIN_TIME = 2.0", "DRAIN_TIME = 200.0", "StreamsClock.test_a_grandchild_holds_the_pipe"),
     ("st_mode & 0o044:", "st_mode & 0o004:", "CliErrors.test_starts_that_fail"),
     ("os.stat(FOLDER_SOCKET).st_uid == os.geteuid()", "True", "CliCommands.test_endpoints"),
