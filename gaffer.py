@@ -8497,7 +8497,7 @@ class WsgiRun(SimpleHandler):
         self._failure = "the application at %s has failed" % (prefix or "/")
         failure = GafferError(self._failure + "; gaffer's log says how")
         self.error_body = error_response(failure).body
-        self._status = self._size = 0
+        self._size = 0
         self._head, self._chunked, self._left = b"", False, None
         self.cut = False                        # the client did not get all of the answer
 
@@ -8519,8 +8519,9 @@ class WsgiRun(SimpleHandler):
                 self.handle_error()
         self.cut = self.cut or bool(self._left)
         self.framed = self._chunked or self._left is not None   # the client can see a cut
-        http.count(request.method, self._status)
-        http.log_request(request.client, request, self._status, self._size)
+        status = int(self.status[:3])
+        http.count(request.method, status)
+        http.log_request(request.client, request, status, self._size)
         return self._keep and not self.cut
 
     def close(self):
@@ -8528,11 +8529,10 @@ class WsgiRun(SimpleHandler):
             self.result.close()
 
     def send_headers(self):
-        request, self._status = self._request, int(self.status[:3])
-        self._left = 0
-        if self._status == 204:
+        request, status, self._left = self._request, int(self.status[:3]), 0
+        if status == 204:
             del self.headers["Content-Length"]
-        if request.method != "HEAD" and self._status not in (204, 304):
+        if request.method != "HEAD" and status not in (204, 304):
             self.cleanup_headers()              # adds a Content-Length if the body is one block
             length = self.headers["Content-Length"]
             self._left = None if length is None else int(length)
@@ -8544,7 +8544,7 @@ class WsgiRun(SimpleHandler):
             self.headers["Connection"] = "close"
         elif request.version == (1, 0):
             self.headers["Connection"] = "keep-alive"
-        self._head = self._http.head(request, self._status, self.headers.items())
+        self._head = self._http.head(request, status, self.headers.items())
         self.headers_sent = True
 
     def finish_content(self):
