@@ -2388,11 +2388,6 @@ class Output:
         loop.register(fd, selectors.EVENT_READ, self._readable)
         merged.open(self)
 
-    @property
-    def closed(self):
-        """True once nothing is read any more."""
-        return self._fd is None
-
     def drain(self):
         """Read what is in the pipe, for DRAIN_TIME at most: the process group is gone."""
         if self._fd is not None and self._timer is None:
@@ -3124,7 +3119,8 @@ class Process:
         self.step("clean")
 
     def _check_ended(self):
-        if self.exited and not self.ended and all(each.closed for each in self.outputs.values()):
+        if self.exited and not self.ended and all(
+                each.window.ended for each in self.outputs.values()):
             self.ended = True
             self._manager.process_ended(self)
 

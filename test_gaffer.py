@@ -7111,13 +7111,13 @@ class PureOutput(PureLogCase):
         self.turns(20)
         self.do(output.drain)
         self.turns(3, gaffer.DRAIN_TIME + 0.1)
-        self.assertEqual((output.closed, reader.sink.data == data), (False, False))
+        self.assertEqual((self.ends, reader.sink.data == data), ([], False))
         for _ in range(40):
             self.drain(reader)
             self.advance()
-        self.assertEqual((reader.sink.data, output.closed), (data, False))
+        self.assertEqual((reader.sink.data, self.ends), (data, []))
         self.advance(gaffer.DRAIN_TIME + 0.1)
-        self.assertEqual((output.closed, self.ends), (True, [1]))
+        self.assertEqual(self.ends, [1])
 
     def test_block_at_the_end(self):
         """No more is read than its reader can be given; without one all is."""
@@ -7128,7 +7128,7 @@ class PureOutput(PureLogCase):
             self.turns(20 * pauses)
             self.do(output.drain)
             self.advance(gaffer.DRAIN_TIME - 0.1)
-            self.assertFalse(output.closed)
+            self.assertFalse(self.ends)
             self.do(output.close)
             end = output.window.end
             if blocks:
