@@ -1490,6 +1490,7 @@ check_name = matching(NAME, "1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, 
 check_label = matching(LABEL, "1 to 64 of A-Z a-z 0-9 _ . -, and none of stdin, ttin, exit, "
                        "dropped, . and ..")
 check_flag = check_of("true or false", lambda value: isinstance(value, bool), "boolean")
+check_seconds = seconds(0)
 
 
 @json_schema("string", minLength=1)
@@ -1597,8 +1598,8 @@ def check_ending(value):
 def check_delay(value):
     """Check a number of seconds, or the first and the longest of growing ones."""
     if not isinstance(value, list):
-        return seconds(0)(value)
-    if len(value) != 2 or seconds(0)(value[0]) > seconds(0)(value[1]):
+        return check_seconds(value)
+    if len(value) != 2 or check_seconds(value[0]) > check_seconds(value[1]):
         raise ValueError("must be a number of seconds, or the first and the longest: [0.1, 10]")
     return value
 
@@ -1611,7 +1612,7 @@ def check_stop_signal(value):
     if not 1 <= len(value) <= 10 or not all(isinstance(each, list) and len(each) == 2
                                             for each in value):
         raise ValueError('must be a signal, or 1 to 10 of [signal, seconds]: [["INT", 5]]')
-    return [[check_signal(signum), seconds(0)(delay)] for signum, delay in value]
+    return [[check_signal(signum), check_seconds(delay)] for signum, delay in value]
 
 
 # name of a resource limit -> the options of the shell's ulimit for it, and its unit in bytes
@@ -1831,7 +1832,7 @@ def ready_text(template):
 
 FLAPPING = {
     "attempts": Option(2, whole_number(1, 1000)), "window": Option(1.0, seconds(0.001)),
-    "retry_in": Option(7.0, seconds(0)), "max_retry": Option(5, whole_number(0, 10 ** 6)),
+    "retry_in": Option(7.0, check_seconds), "max_retry": Option(5, whole_number(0, 10 ** 6)),
 }
 OPTIONS = {
     "name": Option(None, check_name,
@@ -1862,7 +1863,7 @@ OPTIONS = {
                      "resource limits, numbers or 'unlimited': %s" % ", ".join(LIMITS)),
     "before_start": Option(None, check_filled, "a shell command to run before each start"),
     "after_stop": Option(None, check_filled, "a shell command to run after each exit"),
-    "graceful_timeout": Option(10, seconds(0), "seconds between the stop signal and SIGKILL"),
+    "graceful_timeout": Option(10, check_seconds, "seconds between the stop signal and SIGKILL"),
     "stop_signal": Option("TERM", check_stop_signal,
                           "signal that stops it, or a list of [signal, seconds] before SIGKILL"),
     "stop_group": Option(True, check_flag, "send the stop signal to its whole group"),
@@ -2355,8 +2356,7 @@ class Merged:
         self._open = None                       # JournalSource whose last line is not finished
 
     def open(self, output):
-        self.sources[output] = self._journal.source(
-            self.name, output.pid, self.label, self.window)
+        self.sources[output] = self._journal.source(self.name, output.pid, self.label, self.window)
 
     def close(self, output):
         self._journal.close(self.sources.pop(output))
@@ -2779,29 +2779,29 @@ class NotifySocket:
 # that was ignored when it began stays so.
 PRELUDE = """
 import os, signal, sys
-errors, fds, identity, ctype, program, *argv = sys.argv[1:]
+settings, program, *argv = sys.argv[1:]
+(*fds, errors), (uid, gid, groups), ctype = eval(settings)
 try:
-    os.set_inheritable(int(errors), False)
+    os.set_inheritable(errors, False)
     for number in signal.valid_signals():
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for number, fd in enumerate(map(int, fds.split()), 3):
+    for number, fd in enumerate(fds, 3):
         os.dup2(fd, number)
         os.close(fd)
-    uid, gid, groups = eval(identity)
     if groups is not None:
         os.setgroups(groups)
     if gid is not None:
         os.setgid(gid)
     if uid is not None:
         os.setuid(uid)
-    os.environ.pop("LC_CTYPE", None)            # Python may have set it, for itself
-    if ctype:
-        os.environ["LC_CTYPE"] = ctype[1:]
+    os.environb.pop(b"LC_CTYPE", None)          # Python may have set it, for itself
+    if ctype is not None:
+        os.environb[b"LC_CTYPE"] = ctype
     os.execv(program, argv)
 except OSError as error:
-    os.write(int(errors), b"%d" % error.errno)
+    os.write(errors, b"%d" % error.errno)
 """
 
 
@@ -2958,10 +2958,8 @@ class Process:
                 for fd in [*extra, write]:      # above the numbers that they are to have
                     passed.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3 + len(extra)))
                     fork.callback(os.close, passed[-1])
-                ctype = launch.env.get(b"LC_CTYPE")
-                argv = [sys.executable, "-I", "-S", "-c", PRELUDE, str(passed[-1]),
-                        " ".join(map(str, passed[:-1])), repr(identity),
-                        b"" if ctype is None else b"=" + ctype, program, *argv]
+                argv = [sys.executable, "-I", "-S", "-c", PRELUDE,
+                        repr((passed, identity, launch.env.get(b"LC_CTYPE"))), program, *argv]
                 program, arguments = sys.executable, {"pass_fds": passed}
             elif sys.version_info >= (3, 9):
                 arguments = dict(zip(("user", "group", "extra_groups"), identity))
@@ -3000,8 +2998,8 @@ class Process:
         no step in this state is ignored."""
         if (self.state, event) in self.LIFE:
             self.state, act = self.LIFE[self.state, event]
-            if self._timer is not None and event != "exit":     # the steps of a stop go on then
-                self._timer.cancel()
+            if self._timer is not None and not (event == "exit" and self._stop_step):
+                self._timer.cancel()            # else the steps of its stop go on
                 self._timer = None
             act(self)
             if self._probe is not None and self.state != "starting":
@@ -3089,11 +3087,10 @@ class Process:
                 fds = list(os.pipe())
                 self._hook_output = Output(self._loop, fds[0], merged, self.pid, lambda: None)
                 del fds[0]
-            self._hook = self._run(
-                self._launch, self.info["after_stop"], self._hook_ended,
-                fds[0] if fds else subprocess.DEVNULL, env={
-                    b"GAFFER_EXIT_STATUS": b"%d" % self.exit_status,
-                    b"GAFFER_TERM_SIGNAL": b"%d" % self.term_signal})
+            env = {b"GAFFER_EXIT_STATUS": b"%d" % self.exit_status,
+                   b"GAFFER_TERM_SIGNAL": b"%d" % self.term_signal}
+            self._hook = self._run(self._launch, self.info["after_stop"], self._hook_ended,
+                                   fds[0] if fds else subprocess.DEVNULL, env)
             self._timer = self._loop.later(HOOK_TIME, self.step, "late")
         except (GafferError, OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
             self._hook_ended("cannot be run: %s" % error)

@@ -11931,7 +11931,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "ProcessHostile.test_a_number_that_is_another_s_by_now"),
     ("elif not self.exited:", "else:", "ProcessHostile.test_a_number_that_is_another_s_by_now"),
     ("if not self.gone:     ", "if True:     ", "ProcessReady.test_commands"),
-    ('event != "exit":     #', "False:  #", "ProcessTimes.test_steps_of_a_stop"),
+    ('not (event == "exit" and self._stop_step)', "False", "ProcessTimes.test_steps_of_a_stop"),
     ("os.close(self._fd)\n            self._schedule()", "pass\n            self._schedule()",
      "ProcessShortage.test_without_a_pidfd"),
     ('max(AFTERLIFE_COUNT, 2 * template.info["numprocesses"])', "AFTERLIFE_COUNT",
