@@ -9498,7 +9498,7 @@ class SigHandler:
 
     def __init__(self, signals=(signal.SIGINT, signal.SIGTERM), reload=None, reopen=None):
         self._signals, self._reload, self._reopen = signals, reload, reopen
-        self._old = {}
+        self._undo = contextlib.ExitStack()
 
     def start(self, loop, manager):
         """Install the handlers. StartError: this is not the main thread."""
@@ -9526,17 +9526,14 @@ class SigHandler:
             # else the system would throw exit statuses away
             handlers[signal.SIGCHLD] = signal.SIG_DFL
         for signum, handler in handlers.items():
-            self._old[signum] = signal.signal(signum, handler)
-        self._old_mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            old = signal.signal(signum, handler)        # None: set by other means than Python's
+            self._undo.callback(signal.signal, signum, signal.SIG_DFL if old is None else old)
+        old_mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        self._undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK, old_mask)
 
     def stop(self):
         """Restore the handlers that were there before."""
-        if self._old:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._old_mask)
-            for signum, old in self._old.items():
-                # None: set by other means than Python's
-                signal.signal(signum, signal.SIG_DFL if old is None else old)
-        self._old = {}
+        self._undo.close()
 
 
 def check_hook_url(url):
@@ -9615,14 +9612,11 @@ class WebHooks:
             if failure:
                 self._drop(url, failure)
 
-    def stop(self):
-        """Post what waits, within WEBHOOK_END seconds, without pauses."""
+    def join(self):
+        """Post what waits, within WEBHOOK_END seconds and without pauses. Drop the others."""
         self._ending.set()
         for _, events in self._workers.values():
             events.put(None)
-
-    def join(self):
-        """Wait for the workers, drop what they could not post in time."""
         end, left = time.monotonic() + WEBHOOK_END, 0
         for thread, events in self._workers.values():
             thread.join(max(0.0, end - time.monotonic()))
@@ -9841,14 +9835,12 @@ class Screen:
         self.error = self.error or error
         self._manager.stop()
 
-    def stop(self):
+    def join(self):
+        """Write what waits, within SCREEN_END seconds."""
         lost = sum(reader.log.end - reader.offset
                    for _, _, readers in self._shown.values() for reader in readers)
         if lost:
             self.note("%d bytes of output were not shown, because nobody read them" % lost)
-
-    def join(self):
-        """Write what waits, within SCREEN_END seconds."""
         self._writer.close(SCREEN_END)
 
 

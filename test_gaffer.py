@@ -11097,7 +11097,6 @@ class WebHooksTest(ServerCase):
         made = gaffer.WebHooks(hooks)
         self.server.manager.loop.call(made.start, self.server.manager.loop, self.server.manager)
         self.addCleanup(made.join)
-        self.addCleanup(made.stop)
         return made
 
     def add(self, *names):
@@ -11141,7 +11140,6 @@ class WebHooksTest(ServerCase):
             with sock:                          # one waits for an answer; three more have room
                 self.add("a", "b", "c", "d", "e")
                 self.assertEqual(made.dropped, 2)
-                made.stop()
                 made.join()
                 self.assertEqual(made.dropped, 5)
             with http_limits(WEBHOOK_TIME=0.05, WEBHOOK_PAUSES=(0,)):
