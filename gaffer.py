@@ -10679,11 +10679,9 @@ def process_name(status, process):
 
 
 def find_targets(args, statuses, words, processes=False):
-    """Return the Targets of names, globs and `all`.
-
-    With `processes`, also of single processes: web.2, gaffer's pid, or the system's; a name comes
-    first, then in this order. A word that stands for nothing is reported.
-    """
+    """Return the Targets of names, globs and `all`; with `processes`, also of single processes:
+    web.2, gaffer's pid, or the system's. A name comes first, then in this order. A word that stands
+    for nothing is reported."""
     import fnmatch
     running = [(status, process) for status in statuses.values() for process in status["processes"]]
     known = {str(process["os_pid"]): (status, process) for status, process in running}
@@ -10719,11 +10717,8 @@ def group_of(args):
 
 
 def find_app(args, statuses):
-    """Return {type: Target} of the Procfile's templates in the server. NotThere.
-
-    They are those of its group, else those named as its types are, and without a Procfile all;
-    unload takes the group alone.
-    """
+    """Return {type: Target} of the Procfile's templates in the server: those of its group, else
+    those named as its types are, without a Procfile all; unload takes the group alone. NotThere."""
     targets, prefix = find_targets(args, statuses, ["all"]), group_of(args) + ":"
     found = {target.word[len(prefix):]: target for target in targets
              if target.word.startswith(prefix)}
@@ -10783,10 +10778,8 @@ def send_change(args, client, method, path, value=None):
 
 def carry_out(args, client, steps):
     """Send all requests at once, and print what each has done when it is done. Return the names.
-
     `steps`: [(Target, request, what it does; "": it tells the number of processes)]; a request is
-    a method and what follows the Target's path.
-    """
+    a method and what follows the Target's path."""
     from concurrent.futures import ThreadPoolExecutor
     names = []
 
@@ -11064,10 +11057,8 @@ def is_away(error):
 
 
 def status_command(args):
-    """Print the table; with -w each second, also while the server restarts.
-
-    The exit status is 3 if fewer processes run than are wanted, or none is there.
-    """
+    """Print the table; with -w each second, also while the server restarts. Return 3 if fewer
+    processes run than are wanted, or none is there."""
     client, exit_status = connect(args), None
     while True:
         try:
@@ -11103,10 +11094,8 @@ def status_command(args):
 # watch, logs
 
 def follow_events(client, path):
-    """Yield (type, data) of each event, also over restarts of the server.
-
-    Raise ClientError if the server refuses, or is away at the start.
-    """
+    """Yield (type, data) of each event, also over restarts of the server. ClientError: it refuses,
+    or is away at the start."""
     answer = client.request("GET", "/watch?since=0&timeout=0")      # an event tells which run it is
     epoch = json.loads(answer)["id"].partition("@")[2] if answer else None
     last = ""
@@ -11374,8 +11363,7 @@ def attach_command(args):
     try:
         start(watch_exit, [start(copy_output, *pair) for pair in zip(
             dict.fromkeys(info["redirect_output"]), (1, 2))])
-        if signals:
-            start(await_signals)
+        start(await_signals)
         if info["redirect_input"]:
             start(copy_input)
         exit_status, end = None, "is still running"
@@ -11523,10 +11511,8 @@ def run_cached():
 
 
 def run_server(args, writer, pipe):
-    """Run a manager with the HTTP API until INT or TERM. Return the exit status.
-
-    `writer`: of the log; `pipe`: of enter_background(), or None.
-    """
+    """Run a manager with the HTTP API until INT or TERM. Return the exit status. `writer`: of the
+    log; `pipe`: of enter_background(), or None."""
     hooks, configuration, endpoints = WebHooks(), None, list(map(HttpEndpoint, args.bind))
     if args.config:
         ports = [endpoint.port for endpoint in endpoints if not endpoint.path]
