@@ -11139,7 +11139,6 @@ class JournalLine:
         when, self.name, pid, label, self.text = line.split(" ", 4)
         self.time, self.pid, self.label = float(when), int(pid), label.rstrip("+<")
         self.open, self.replaces = "+" in label, "<" in label
-        self.process = self.name, self.pid
         self.stream = self.name, self.pid, self.label
 
 
@@ -11156,7 +11155,7 @@ def merge_lines(lines, count, names):
             before.text = line.text if line.replaces else before.text + line.text
             before.open = line.open
     for line in reversed(found):
-        stream = names[line.process], line.label
+        stream = names[line.pid], line.label
         counts[stream] += 1
         if counts[stream] <= count:
             kept.append(line)
@@ -11168,7 +11167,7 @@ class LogPrinter:
 
     def __init__(self, args, client):
         self._args, self._client = args, client
-        self.names = {}                         # {(name, pid): web.1}
+        self.names = {}                         # {pid: web.1}, {web: web.1} if it runs only one
         self._prefixer = Prefixer(wants_colour(args))
         self._last, self._open = None, False    # the stream of the last line, whether that is open
 
@@ -11179,25 +11178,25 @@ class LogPrinter:
             status["processes"][:0] = [{"pid": int(pid), "os_pid": int(pid), "instance": number}
                                        for pid, number in status["past"].items()]
             for process in status["processes"]:
-                self.names[name, process["pid"]] = process_name(status, process)
+                self.names[process["pid"]] = process_name(status, process)
             if status["numprocesses"] == 1:     # its earlier processes had the same name
-                self.names[name, None] = name + ".1"
+                self.names[name] = name + ".1"
         return statuses
 
     def add_names(self, lines):
         """Learn the names of the processes of lines, if one is new."""
-        new = {line.process for line in lines}.difference(self.names)
+        new = {line.pid: line.name for line in lines if line.pid not in self.names}
         if new:
             with contextlib.suppress(ClientError):
                 self.load_names()
-        for name, pid in new:                   # one that went long ago is asked for once
-            self.names.setdefault((name, pid), self.names.get((name, None), name))
+        for pid, name in new.items():           # one that went long ago is asked for once
+            self.names.setdefault(pid, self.names.get(name, name))
 
     def show(self, lines):
         """Print lines, their names in a column of one width."""
         args, tty = self._args, sys.stdout.isatty()
         for line in lines:
-            self._prefixer.prefix(self.names[line.process])
+            self._prefixer.prefix(self.names[line.pid])
         for line in lines:
             if args.json:
                 print(encode_json({"time": line.time, "name": line.name, "pid": line.pid,
@@ -11207,7 +11206,7 @@ class LogPrinter:
             if args.times:
                 prefix = time.strftime("%Y-%m-%d %H:%M:%S ", time.localtime(line.time))
             if not args.no_prefix:
-                prefix += self._prefixer.prefix(self.names[line.process]) + " "
+                prefix += self._prefixer.prefix(self.names[line.pid]) + " "
             if line.stream == self._last and line.replaces and tty:
                 text = ("\r" if self._open else "\x1b[A") + "\x1b[K" + prefix + text
             elif line.stream != self._last or line.replaces or not self._open:
@@ -11237,7 +11236,7 @@ def logs_command(args):
 
     def wanted(line):
         return line.label != "exit" and (
-            line.pid in pids or printer.names[line.process] in words
+            line.pid in pids or printer.names[line.pid] in words
             or any(fnmatch.fnmatchcase(line.name, glob) for glob in globs))
     end, offset = int(client.exchange("HEAD", path)[0]["Gaffer-Offset"]), 0
     lines, body, begin = [], b"-", "tail=all"
@@ -11413,14 +11412,13 @@ class PidFile:
                     self._file.close()          # its last user has removed it meanwhile
                 self._file.truncate(0)
                 os.write(self._file.fileno(), b"%d\n" % os.getpid())
-            except BlockingIOError:
-                self._file.seek(0)
-                raise StartError("the pid file '%s' is in use by a running gaffer, pid %s: stop "
-                                 "it, or use another file" % (
-                                     self._path, self._file.read(20).strip())) from None
             except OSError as error:
-                raise StartError("the pid file '%s' cannot be written: %s" % (
-                    self._path, error.strerror or error)) from None
+                why = "cannot be written: %s" % (error.strerror or error)
+                if isinstance(error, BlockingIOError):
+                    self._file.seek(0)
+                    why = "is in use by a running gaffer, pid %s: stop it, or use another file" % (
+                        self._file.read(20).strip())
+                raise StartError("the pid file '%s' %s" % (self._path, why)) from None
             failure.pop_all()
 
     def stop(self):
@@ -12237,9 +12235,8 @@ def dispatch(argv):
     except (LookupError, TypeError, ValueError) as error:
         if "endpoint" not in args:
             raise                               # a mistake of ours, not of a server
-        raise ClientError("the answer of %s is not understood (%s: %s): is it another version of "
-                          "gaffer?" % (
-                              connect(args).endpoint, type(error).__name__, error)) from error
+        raise ClientError("the answer of %s is not understood (%r): is it another version?" % (
+            connect(args).endpoint, error)) from error
     return args.exit_status if exit_status is None else exit_status
 
 

@@ -9828,7 +9828,7 @@ class CliLogs(CliFollowCase):
                 (["stdout a\x0cb\u2028c d"], math.inf, ["a\x0cb\u2028c d"])):
             lines = [gaffer.JournalLine("1.5 a " + text) for text in [
                 "0 stdout old", *map("1 ".__add__, texts)]]
-            merged = gaffer.merge_lines(lines, count, dict.fromkeys((("a", 0), ("a", 1))))
+            merged = gaffer.merge_lines(lines, count, dict.fromkeys((0, 1)))
             self.assertEqual([line.text for line in merged], ["old"] * (count == math.inf) + shown)
 
     def test_unfinished_line(self):
