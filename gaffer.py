@@ -10928,15 +10928,13 @@ def add_process_command(args):
 
 def load_process_command(args):
     """Add the template that a JSON file describes."""
-    path, name = (0, "stdin") if args.file == "-" else (args.file, args.file)
+    stdin = args.file == "-"
     try:
-        with open(path, "rb", closefd=path != 0) as file:
-            info = json.loads(file.read())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ClientError("%s cannot be read as JSON: %s" % (
-            name, getattr(error, "strerror", None) or error)) from None
-    if not isinstance(info, dict) or "name" not in info:
-        raise ClientError("%s must hold one JSON object, a template with name and cmd" % name)
+        info = json.loads(read_text(os.dup(0) if stdin else args.file))
+        if not isinstance(info, dict) or "name" not in info:
+            raise ValueError("must hold one JSON object, a template with name and cmd")
+    except (ValueError, RecursionError) as error:
+        raise ClientError("%s: %s" % ("stdin" if stdin else args.file, error)) from None
     send_new(args, info)
 
 
@@ -11985,10 +11983,9 @@ TYPES = {                                       # what an option calls its value
 CHOICES = {"STATE": ("ready", "done", "stopped"), "FORMAT": ("ini", "json", "systemd"),
            "SHELL": tuple(COMPLETION)}
 EXAMPLES = {                                    # of fields that are not plain text
-    name: "; as in " + text for name, text in (
-        ("ready", "tcp:5432 or 'log:is up within=10'"), ("stop_signal", "INT=5,TERM=5"),
-        ("limits", "nofile=4096,core=unlimited"), ("flapping", "2,1.0,7.0,5"),
-        ("success", "0,143,TERM"), ("restart_delay", "0.5,30"), ("after", "db,cache"))}
+    "ready": "; as in tcp:5432 or 'log:is up within=10'", "stop_signal": "; as in INT=5,TERM=5",
+    "limits": "; as in nofile=4096,core=unlimited", "flapping": "; as in 2,1.0,7.0,5",
+    "success": "; as in 0,143,TERM", "restart_delay": "; as in 0.5,30", "after": "; as in db,cache"}
 OPTION_GROUPS = {                               # see parse_options()
     "NAMES": "names NAME+: a name, a glob such as 'web*' or 'group:*', or all",
     "SCALE": "name NAME: a name, a glob, or all\nnumber N?: how many (default 1)\nWAIT",

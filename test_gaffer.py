@@ -9442,8 +9442,8 @@ class CliControl(CliFollowCase):
             ("update_process a --numprocesses 2 true", 2, "the command begins with '--num.*"),
             ("add_process --numprocesses two b x", 1, "field 'numprocesses' must .*"),
             ("update_process a", 2, "say what to change: .*"),
-            ("load_process /nosuch", 1, "/nosuch cannot be read as JSON: No such file.*"),
-            ("load_process -", 1, "stdin cannot be read as JSON: .*"))])
+            ("load_process /nosuch", 1, "/nosuch: cannot be read: No such file.*"),
+            ("load_process -", 1, "stdin: .*"))])
         self.server.add("c", "nosuch", start=False)
         self.calls(("add a 0", "", 2, r"usage: [\s\S]*"),
                    ("start a c", "a: already running\n", 1, "gaffer: c: field 'cmd' .*\n"),
