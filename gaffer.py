@@ -157,11 +157,6 @@ class NotFound(GafferError):
     status, code = 404, "not_found"
 
 
-class IoNotFound(NotFound):
-    """The process has no stream with this label."""
-    code = "io_not_found"
-
-
 class BadEventType(NotFound):
     """There is no such type of event."""
     code = "bad_event_type"
@@ -259,10 +254,8 @@ PIPE_SIZE = 256 * KIB                           # fewer turns, fewer sleeps of t
 
 
 def peek_exit(os_pid):
-    """Return (exit_status, term_signal) of a child that has exited, None while it runs.
-
-    It stays a zombie: that pins the number of its group until the last signal to it.
-    """
+    """Return (exit_status, term_signal) of a child that has exited, None while it runs. It stays a
+    zombie: that pins the number of its group until the last signal to it."""
     try:
         if not hasattr(os, "waitid"):           # macOS before Python 3.13: this reaps it
             pid, status = os.waitpid(os_pid, os.WNOHANG)
@@ -313,10 +306,8 @@ class ExitWatcher:
 
 def reap(os_pid):
     """Remove a zombie, if it is still there."""
-    try:
+    with contextlib.suppress(ChildProcessError):
         os.waitpid(os_pid, os.WNOHANG)
-    except ChildProcessError:
-        pass
 
 
 class ProcfsTable:
@@ -424,10 +415,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 def widen_pipe(fd):
     """Let a pipe hold PIPE_SIZE bytes if the system can: Linux, with a quota for each user."""
     if sys.platform == "linux":
-        try:
+        with contextlib.suppress(OSError):      # over the quota, or not a pipe: it works as it is
             fcntl.fcntl(fd, 1031, PIPE_SIZE)    # F_SETPIPE_SZ has its name from Python 3.10 on
-        except OSError:
-            pass                                # over the quota, or not a pipe: it works as it is
 
 
 def files_max():
@@ -437,10 +426,8 @@ def files_max():
 
 
 def network(address):
-    """Return what counts as one client: an IPv4 address, or the /64 of an IPv6 address.
-
-    None: this machine, or a unix socket.
-    """
+    """Return what counts as one client: an IPv4 address, or the /64 of an IPv6 address. None: this
+    machine, or a unix socket."""
     if ":" in address and "." not in address:
         packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
         return None if packed == b"\0" * 15 + b"\1" else packed[:8]
@@ -556,10 +543,8 @@ class Loop:
                 self._owner = None
 
     def call_soon(self, function, *args):
-        """Run `function(*args)` in the loop's next turn, on its thread, under the lock.
-
-        Returns at once, False if the loop is closed. A signal handler may call this, too.
-        """
+        """Run `function(*args)` in the loop's next turn, on its thread, under the lock. Return at
+        once, False if the loop is closed. A signal handler may call this, too."""
         self._inbox.append((function, args))
         if self._sleeping:
             self._wake()
@@ -639,10 +624,8 @@ class Loop:
         del self._callbacks[fd]
 
     def guard(self, function, *args):
-        """Return what `function(*args)` returns; if it raises, log that and return None.
-
-        KeyboardInterrupt and SystemExit pass on the main thread, to which signals belong.
-        """
+        """Return what `function(*args)` returns; if it raises, log that and return None. On the
+        main thread, to which signals belong, KeyboardInterrupt and SystemExit pass."""
         try:
             return function(*args)
         except BaseException as error:
@@ -865,10 +848,8 @@ class Log:
         self._pause = None                      # the Timer that ends a pause
 
     def read(self, offset, size=None):
-        """Return up to `size` of what is at `offset`, which is not before `start`.
-
-        None: as much as needs no copy, so that readers that lag hold no memory of their own.
-        """
+        """Return up to `size` of what is at `offset`, which is not before `start`. None: as much as
+        needs no copy, so that readers that lag hold no memory of their own."""
         raise NotImplementedError
 
     def before(self, offset):
@@ -880,10 +861,8 @@ class Log:
         return offset
 
     def encoded(self, encoder, offset, mode):
-        """Encode a share of what is at `offset`. Return (payload, consumed); see Encoder.
-
-        A payload that is a number: that many bytes in front of what remains are lost.
-        """
+        """Encode a share of what is at `offset`. Return (payload, consumed); see Encoder. A payload
+        that is a number: that many bytes in front of what remains are lost."""
         key = encoder.key, offset, mode
         found = self._memo.get(key)
         if found is None:
@@ -933,10 +912,8 @@ class Log:
         return slowest + self.limit - self.end
 
     def wait(self, satisfied):
-        """Call `satisfied()` after each append, and at the end, until it returns True.
-
-        Return a function that cancels this.
-        """
+        """Call `satisfied()` after each append, and at the end, until it returns True. Return a
+        function that cancels this."""
         self._waiters.append(satisfied)
         return lambda: satisfied in self._waiters and self._waiters.remove(satisfied)
 
@@ -1061,10 +1038,8 @@ class Window(Log):
         return offset if end < 0 else offset + end + 1
 
     def tail(self, lines):
-        """Return the offset at which the last `lines` lines begin, an unfinished one counted.
-
-        math.inf: that of the first whole line.
-        """
+        """Return the offset at which the last `lines` lines begin, an unfinished one counted; for
+        math.inf that of the first whole line."""
         if lines == 0:
             return self.end
         first = self.resync(self.start)
@@ -1123,10 +1098,8 @@ class Reader:
             self.log.remove(self)
 
     def pump(self, mode=NORMAL):
-        """Send what is at the offset, share by share, until the sink is full or has it all.
-
-        If the encoder or the sink raises, this reader alone is cut.
-        """
+        """Send what is at the offset, share by share, until the sink is full or has it all. If the
+        encoder or the sink raises, this reader alone is cut."""
         source, self.full = self.log, False
         try:
             for _ in range(SHARES_PER_TURN):
@@ -3537,7 +3510,7 @@ class ProcessHandle:
     def monitor_io(self, label, callback):
         """Call `callback(label, event)` on the loop's thread with all output of `label` from now
         on; event is a dict with event, name, data (bytes) and, for one process, pid and os_pid.
-        Returns a Subscription. IoNotFound, BadRequest."""
+        Returns a Subscription. NotFound, BadRequest."""
         manager, facts = self._manager, {"name": self.name, "event": label}
         if self.pid is not None:
             facts.update(pid=self.pid, os_pid=self.os_pid)
@@ -3682,26 +3655,25 @@ class Manager:
         return running[0]
 
     def find_window(self, target, label):
-        """Return the Window of a stream by pid or name, and label. IoNotFound, BadRequest,
-        NotFound."""
+        """Return the Window of a stream by pid or name, and label. BadRequest, NotFound."""
         found = self.find(target, past=True)
         if label in found.outputs:
             return found.outputs[label].window
         if not found.info["redirect_output"] and label in ("stdout", "stderr"):
             raise BadRequest("the output of '%s' is not redirected; set 'redirect_output'"
                              % found.name, code="io_not_redirected")
-        raise IoNotFound("'%s' has no stream '%s'; it has %s" % (
-            found.name, label, ", ".join(found.outputs) or "none"))
+        raise NotFound("'%s' has no stream '%s'; it has %s" % (
+            found.name, label, ", ".join(found.outputs) or "none"), code="io_not_found")
 
     def find_input(self, target, label):
-        """Return the Input of a process by label. ForbiddenWrite, IoNotFound, NotFound."""
+        """Return the Input of a process by label. ForbiddenWrite, NotFound."""
         process = self.find_one(target)
         if label not in process.inputs:
             if label == "stdin":
                 raise ForbiddenWrite("stdin of '%s' is not redirected; set 'redirect_input'"
                                      % process.name)
-            raise IoNotFound("'%s' has no stream '%s' that could be written to"
-                             % (process.name, label))
+            raise NotFound("'%s' has no stream '%s' that could be written to"
+                           % (process.name, label), code="io_not_found")
         return process.inputs[label]
 
     @on_loop
@@ -4227,13 +4199,13 @@ class Manager:
     @changing
     def write(self, target, label, data):
         """Write bytes to a process's stdin or custom stream, all or nothing. ForbiddenWrite,
-        StdinFull, IoNotFound."""
+        StdinFull, NotFound."""
         self.find_input(target, label).write(data)
 
     @changing
     def end_input(self, target, label):
         """End a process's stdin or custom stream, behind what waits. Does nothing if it is closed.
-        ForbiddenWrite, IoNotFound."""
+        ForbiddenWrite, NotFound."""
         self.find_input(target, label).end()
 
     # from the start to the end

@@ -4247,8 +4247,8 @@ class ProcessEmbedded(ProcessCase):
         by_name.write(b"more\n")
         self.assertEqual(all_.get(timeout=TIMEOUT)[1]["data"], b"more\n")
         self.assertTrue(mine.empty())
-        self.assertRaises(gaffer.IoNotFound, one.monitor_io, "no", print)
-        self.assertRaises(gaffer.IoNotFound, one.write, b"x", "no")
+        self.assertRaises(gaffer.NotFound, one.monitor_io, "no", print)
+        self.assertRaises(gaffer.NotFound, one.write, b"x", "no")
         self.assertRaises(gaffer.WaitTimeout, by_name.wait, 0.01)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             wait = pool.submit(one.wait, TIMEOUT)
