@@ -1645,7 +1645,7 @@ class Schedule:
                 raise ValueError("must be every 1 second to every 115 days")
             return
         fields = NICKNAMES.get(text.strip(), text).split()
-        if len(fields) != 5 or fields[0] == "every":
+        if len(fields) != 5:
             raise ValueError("must be 'every 90s' (s, m, h or d), five fields of cron, or one of "
                              + ", ".join(NICKNAMES))
         self._minutes, self._hours, self._days, self._months, weekdays = [
@@ -1808,13 +1808,11 @@ FLAPPING = {
     "retry_in": Option(7.0, check_seconds), "max_retry": Option(5, whole_number(0, 10 ** 6)),
 }
 OPTIONS = {
-    "name": Option(None, check_name,
-                   "the template's name; a part before the first ':' is its group"),
+    "name": Option(None, check_name, "its name; a part before the first ':' is its group"),
     "cmd": Option(None, check_filled, "the command line, or with args the program"),
     "args": Option([], check_args, "the program's arguments: a list, or a string to split"),
     "env": Option({}, check_env, "variables of its environment"),
-    "env_file": Option([], list_of(check_filled),
-                       "files of NAME=value lines, read at each start; env wins"),
+    "env_file": Option([], list_of(check_filled), "NAME=value files, read at each start; env wins"),
     "os_env": Option(True, check_flag, "add env to gaffer's own environment"),
     "cwd": Option(None, check_directory, "working directory"),
     "uid": Option(None, identity("user", lambda user: find_user(user)[0], os.geteuid),
@@ -1842,20 +1840,17 @@ OPTIONS = {
     "stop_group": Option(True, check_flag, "send the stop signal to its whole group"),
     "restart": Option("always", choice("always", "on-failure", "never"),
                       "start it again when it exits: always, on-failure or never"),
-    "success": Option([0], list_of(check_ending),
-                      "exit statuses and signals that count as success"),
+    "success": Option([0], list_of(check_ending), "exit statuses and signals that are a success"),
     "restart_delay": Option([0.1, 10], check_delay,
                             "seconds before it is started again: always these, or first, longest"),
-    "schedule": Option(None, check_schedule,
-                       "start it at times: 'every 90s', five fields of cron, @daily"),
+    "schedule": Option(None, check_schedule, "start at times: 'every 90s', cron fields, @daily"),
     "flapping": Option(None, record(FLAPPING), "pause when it exits too often: %s"
                        % ", ".join(FLAPPING)),
     "after": Option([], list_of(check_name), "templates: started once each is ready, or, if it "
                     "ends by itself and has no 'ready', done"),
     "ready": Option(None, check_ready, "when it is ready: one of %s; and, with 'within', "
                     "after how many seconds it has failed" % ", ".join(READY)),
-    "priority": Option(None, whole_number(-10 ** 6, 10 ** 6),
-                       "start order within one load, 0 first"),
+    "priority": Option(None, whole_number(-10 ** 6, 10 ** 6), "start order in one load, 0 first"),
 }
 # a running process is not affected by them
 ADJUSTABLE = ("numprocesses", "priority", "flapping", "start", "after")
@@ -1872,8 +1867,7 @@ def port_of(env, instance):
     first, step = map(int, words.split())
     port = first + step * max(0, instance - 1)
     if not 0 < port < 65536:
-        raise ValueError("makes %d the PORT of process %d: it must be 1 to 65535" % (
-            port, instance))
+        raise ValueError("makes %d the PORT of process %d: a port is 1 to 65535" % (port, instance))
     return port
 
 
@@ -2509,8 +2503,7 @@ class Input:
         except BlockingIOError:
             pass
         except OSError:                         # EPIPE: it has closed its side
-            log.info("%d bytes for %s were not read: the process has closed it",
-                     self.size, self._label)
+            log.info("%d bytes for %s were not read: the process closed it", self.size, self._label)
             self._ending = True
             self._buffer.clear()
         if bool(self._buffer) != self._registered:
