@@ -4358,10 +4358,9 @@ TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(r"(%s) ([\x21\x22\x24-\x7e]+) HTTP/([0-9]+)\.([0-9])" % TOKEN)
 HEADER_LINES = re.compile(r"(?:%s:[\t\x20-\x7e\x80-\xff]*\r\n)*" % TOKEN)
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
-SINGLE_HEADERS = frozenset((
-    "host", "content-length", "transfer-encoding", "content-type", "authorization", "origin",
-    "last-event-id", "expect", "upgrade", "sec-websocket-key", "sec-websocket-version",
-    "content-encoding"))
+SINGLE_HEADERS = frozenset(
+    "host content-length transfer-encoding content-type authorization origin last-event-id expect "
+    "upgrade sec-websocket-key sec-websocket-version content-encoding".split())
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]{0,5}))?\Z")
 CHUNK_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
 ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#\s:@*\[\]]+)(?::([0-9]{1,5}))?\Z")
@@ -4759,10 +4758,8 @@ class Access:
         if text is None or self._any_origin:
             return True
         origin = parse_origin(text)
-        if origin in self._origins:
-            return True
-        if origin is None or origin[0] not in DEFAULT_PORTS:
-            return False
+        if origin is None or origin in self._origins or origin[0] not in DEFAULT_PORTS:
+            return origin in self._origins
         scheme, host, port = origin
         own = parse_origin("%s://%s" % (scheme, request.headers.get("host", "")))
         return (origin == own or host in ("localhost", "127.0.0.1", "[::1]")
@@ -4799,10 +4796,8 @@ class Access:
         if scheme.lower() == "bearer":
             given = value.strip(" ").encode("latin-1")
         elif scheme.lower() == "basic":
-            try:
+            with contextlib.suppress(ValueError):   # it is as wrong as any other
                 given = base64.b64decode(value.strip(), validate=True).partition(b":")[2]
-            except ValueError:
-                pass                            # as wrong as any other
         if not hmac.compare_digest(given, self._token):
             raise GafferError("send the token: 'Authorization: Bearer <token>', or Basic with the "
                               "token as password", status=401, code="unauthorized", headers=[
@@ -4981,7 +4976,6 @@ class RecordEncoder(Encoder):
 # RFC 6455, the server's side, without extensions. Pure. Section numbers below are those of the RFC.
 # --------------------------------------------------------------------------------------------------
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
-CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014))
 
 
 def websocket_accept(request, protocols=None):
@@ -5026,7 +5020,7 @@ def frame(opcode, payload):
 
 def is_close_code(code):
     """Return whether a close frame may carry `code`. Section 7.4."""
-    return code in CLOSE_CODES or 3000 <= code < 5000
+    return 1000 <= code <= 1014 and code not in (1004, 1005, 1006) or 3000 <= code < 5000
 
 
 def close_frame(code, reason=""):
@@ -5091,10 +5085,8 @@ class WebSocketDecoder:
         while True:
             first, second = yield from self._take(2)
             opcode, final, size = first & 15, first >> 7, second & 127
-            if first & 0x70:
-                raise WebSocketViolation(1002, "reserved bits are set")
-            if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
-                raise WebSocketViolation(1002, "opcode %d is reserved" % opcode)
+            if first & 0x70 or opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
+                raise WebSocketViolation(1002, "a reserved bit or opcode is used")
             if not second & 0x80:
                 raise WebSocketViolation(1002, "a client must mask its frames")
             if opcode >= CLOSE and (not final or size > 125):
