@@ -779,18 +779,16 @@ def split_lines(data, before, mode, piece):
     ended the line.
     """
     skip = 1 if data[:1] == b"\n" and before == 13 else 0
-    segments, lines = data[skip:].splitlines(True), data[skip:].splitlines()
+    segments = data[skip:].splitlines(True)
     if segments and segments[-1][-1] not in (10, 13):
         last = segments.pop()
-        lines.pop()
         if mode == NORMAL and len(last) < piece:
             last = b""
         elif mode != FINAL:
             last = last[:len(last) - incomplete_utf8(last)]
         if last:
             segments.append(last)
-            lines.append(last)
-    return skip, segments, lines
+    return skip, segments, b"".join(segments).splitlines()
 
 
 class Encoder:
@@ -839,7 +837,7 @@ class Log:
         self.answered = 0                       # where the last answer to one ended
         self.on_room = set()                    # called once, when one of those has advanced
         self.on_silence = lambda: None          # called by flush()
-        self._waiters = []
+        self._waiters = {}                      # what wait() was given -> None, in order
         self._memo = {}                         # (encoder key, offset, mode) -> (payload, consumed)
         self._appended_at, self._flush_timer = -math.inf, None
         self._line_end = 0                      # the offset behind the last end of a line
@@ -914,8 +912,8 @@ class Log:
     def wait(self, satisfied):
         """Call `satisfied()` after each append, and at the end, until it returns True. Return a
         function that cancels this."""
-        self._waiters.append(satisfied)
-        return lambda: satisfied in self._waiters and self._waiters.remove(satisfied)
+        self._waiters[satisfied] = None
+        return lambda: self._waiters.pop(satisfied, None)
 
     def finish(self):
         """End the log: its readers get what is left, then the end."""
@@ -943,7 +941,7 @@ class Log:
         """Call flush() once nothing has come for PARTIAL_LINE_DELAY."""
         if self._flush_timer is None:
             delay = self._appended_at + PARTIAL_LINE_DELAY - self.loop.clock()
-            self._flush_timer = self.loop.later(max(0.0, delay), self.flush)
+            self._flush_timer = self.loop.later(delay, self.flush)
 
     def flush(self):
         """Show unfinished lines, once nothing has come for PARTIAL_LINE_DELAY."""
@@ -961,9 +959,9 @@ class Log:
         self._memo.clear()
         self._feed_batches(self._pause is not None)
         self._appended_at = self.loop.clock()   # its writer was not silent meanwhile
-        if self._waiters:
-            waiters, self._waiters = self._waiters, []
-            self._waiters = [each for each in waiters if not self.loop.guard(each)] + self._waiters
+        for satisfied in tuple(self._waiters):
+            if self.loop.guard(satisfied):
+                self._waiters.pop(satisfied, None)
 
     def _feed_batches(self, pausing=False):
         """Feed the readers in rounds, batch by batch, until all have all or a pause is due."""
