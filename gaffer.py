@@ -3354,22 +3354,22 @@ class Template:
         return self.outcome == "done" if ends_by_itself(self.info) else self.ready()
 
     def check_goal(self, goal):
-        """Return (whether it is `goal`: "ready", "done" or "stopped"; why it never will be, with
-        its last lines of output, or None)."""
+        """Return whether it is `goal`: "ready", "done" or "stopped". Conflict: it never will be,
+        with why and its last lines of output."""
         state, other = self.state(), None
         if {"ready": self.ready(), "done": self.outcome == "done",
                 "stopped": state in ("stopped", "done", "failed")}[goal]:
-            return True, None
+            return True
         if goal == "done" and self.active and self.info["restart"] == "always":
-            return False, "'%s' is started again whenever it ends: its 'restart' is 'always'" % (
-                self.name)
+            raise Conflict("'%s' is started again whenever it ends: its 'restart' is 'always'"
+                           % self.name)
         if goal == "done" and state == "scheduled" and self.outcome == "failed":
             other = self                        # the next run may be far away
         elif goal != "stopped":
             other = self.find_blocker()
         # its last lines may still have to be read
         if other is None or any(merged.sources for merged in other.outputs.values()):
-            return False, None
+            return False
         waits = "" if other is self else "'%s' waits for '%s', and " % (self.name, other.name)
         if other.deleted:
             reason = "has been deleted"
@@ -3377,7 +3377,7 @@ class Template:
             reason = "has failed: " + other.last_failure()
         else:
             reason = "is stopped; start it"
-        return False, "%s'%s' %s%s" % (waits, other.name, reason, other.last_lines())
+        raise Conflict("%s'%s' %s%s" % (waits, other.name, reason, other.last_lines()))
 
     def find_blocker(self, unknown=False):
         """Return the template that has to be started before this one can run, itself or one that it
@@ -3531,7 +3531,7 @@ class ProcessHandle:
             raise RuntimeError("this would wait for its own thread; wait on another one")
         target = manager.loop.call(manager.find, self._target, True)
         if not manager.block_until(lambda: (
-                target.check_goal("stopped")[0] if self.pid is None else target.gone), timeout):
+                target.check_goal("stopped") if self.pid is None else target.gone), timeout):
             raise WaitTimeout("%s has not ended in %g seconds; it goes on" % (self.name, timeout))
         return target.last_exit
 
@@ -3865,9 +3865,9 @@ class Manager:
             self._reconcile(template)
         template.pending[instance] = self.loop.later(delay, fill)
 
-    def _end_process(self, process, kind):
+    def _end_process(self, process, kind, step="stop"):
         running = process.running
-        process.step("stop")
+        process.step(step)
         if running:
             self._publish(kind, process.name, process)
 
@@ -4265,8 +4265,8 @@ class Manager:
         if kill:
             self.killing = True
             for process in reversed(self._alive()):
-                self._end_process(process, "stop_pid")
-                process.step("kill")            # one that waits for a device cannot be killed
+                self._end_process(process, "stop_pid", "kill")
+                # one that waits for a device cannot be killed
                 self.loop.later(STOP_KILL, process.abandon, "was killed but does not end")
         self.changed()
 
@@ -7825,10 +7825,7 @@ class Api:
         template = self.manager.loop.call(self.manager.find_template, name)
 
         def answer():
-            holds, reason = template.check_goal(query.until)
-            if reason:
-                raise Conflict(reason)
-            return json_response(template.status()) if holds else None
+            return json_response(template.status()) if template.check_goal(query.until) else None
 
         def late():
             raise WaitTimeout("'%s' is not %s in the time given; it goes on%s" % (
@@ -11623,16 +11620,17 @@ def up_command(args):
 
     def judge(manager):
         """Return whether it is known if all get ready, and say so."""
-        goals = [template.check_goal("done" if ends_by_itself(template.info) else "ready")
-                 for template in manager.templates.values() if template.info["start"]]
-        reasons = [reason for _, reason in goals if reason]
-        if reasons:
-            screen.note(reasons[0])
+        try:
+            goals = [template.check_goal("done" if ends_by_itself(template.info) else "ready")
+                     for template in manager.templates.values() if template.info["start"]]
+        except Conflict as error:
+            screen.note(str(error))
             manager.stop()
-        elif all(met for met, _ in goals):
+            return True
+        if all(goals):
             manager.loop.call_soon(screen.note, "all are ready")     # after the last one's line
             ready.append(True)
-        return reasons or ready
+        return ready
     apps: list = [SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
                   announce(screen.note, https), types.SimpleNamespace(start=begin)]
     if args.ready:
