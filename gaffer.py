@@ -11065,9 +11065,8 @@ def follow_events(client, path):
 def watch_command(args):
     """Print events as they happen."""
     coloured = wants_colour(args)
-    parts = event_pattern(args.pattern or "").split("/")
-    path = "".join("/" + reference(part) for part in parts if part)
-    for kind, data in follow_events(connect(args), "/watch%s?%s" % (path, FEED)):
+    path = "/".join(map(reference, event_pattern(args.pattern or "").split("/")))
+    for kind, data in follow_events(connect(args), "/watch/%s?%s" % (path, FEED)):
         event = json.loads(data)
         if args.json:
             print(data, flush=True)
@@ -11525,9 +11524,8 @@ def serve(args):
             args.exit_with), 2)
     pipe = enter_background() if args.daemon else None      # before there is any thread
     with contextlib.closing(LogHandler(args.log_file)) as handler:
-        logging.basicConfig(
-            format="%(asctime)s %(levelname)s %(message)s", handlers=[handler],
-            level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)])
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[handler],
+                            level=max(logging.WARNING - 10 * args.verbose, logging.DEBUG))
         return run_server(args, handler.writer, pipe)
 
 
@@ -11605,8 +11603,7 @@ def up_command(args):
             except StartError as error:
                 screen.note("there is no API in this folder: %s" % error)
     token = read_token(args.token_file)
-    folder = os.path.dirname(os.path.abspath(args.procfile))
-    path = os.path.join(folder, FOLDER_SOCKET)
+    path = os.path.join(os.path.dirname(os.path.abspath(args.procfile)), FOLDER_SOCKET)
     https: list = [FolderApi([HttpEndpoint("unix:" + path)], token=token)]
     if endpoints:
         https.append(HttpHandler(endpoints, token=token))
@@ -11702,8 +11699,7 @@ def load_command(args):
             show(args, answer, "%s: %s" % (name, "loaded" if "created" in outcome else done))
         except ClientError as error:
             report(args, error, name)
-    gone = [name for name in statuses
-            if name.startswith(group + ":") and name not in templates]
+    gone = [name for name in statuses if name.startswith(group + ":") and name not in templates]
     carry_out(args, client, [(target, "DELETE ", "removed")
                              for target in find_targets(args, statuses, gone)])
     if args.ready and not args.exit_status:
@@ -11850,8 +11846,7 @@ def export_command(args):
         lines += ["", "[env:%s]" % name]
         for variable, value in env.items():
             if value != value.strip() or "\n" in value:
-                raise ClientError(
-                    "the variable %s has a value that INI cannot hold: export json" % variable)
+                raise ClientError("INI cannot hold the value of %s: export json" % variable)
             lines.append("%s = %s" % (variable, value))
     print("\n".join(lines))
 

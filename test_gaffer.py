@@ -10746,7 +10746,7 @@ class ProcfileTexts(ConfigCase):
                     after=["my:" + each for each in info["after"]]), kind)
         self.write(".env", "A='x\ny'")
         self.call("export", "ini", "-f", path, status=1,
-                  err="gaffer: the variable A has a value .*export json\n")
+                  err="gaffer: INI cannot hold the value of A: .*\n")
 
     def test_export_systemd(self):
         self.write(".env", "A='100% \"q\" $x \\'\n")
