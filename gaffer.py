@@ -10933,13 +10933,10 @@ def status_rows(status):
         again = ", %d times" % last["times"] if last["times"] > 1 else ""
         text = "exit " + code + by + again
     why = [each for each in (status["error"] or text, status["hint"]) if each]
-
-    def add(name, state, notes, os_pid="-", pid="-", uptime="-", cpu="-", rss="-"):
-        rows.append([name, state, "%d/%d" % (status["running"], status["numprocesses"]),
-                     str(os_pid), str(pid), uptime, str(status["restarts"]), code, cpu, rss,
-                     "; ".join(notes)])
+    run = "%d/%d" % (status["running"], status["numprocesses"])
+    past = [str(status["restarts"]), code]
     for process in sorted(status["processes"], key=lambda process: process["instance"]):
-        notes, usage = [], ()
+        notes, usage = [], ["-", "-"]
         if "kill_in" in process:
             notes = ["SIGKILL in " + span(process["kill_in"])]
         elif process["not_ready"]:
@@ -10947,9 +10944,9 @@ def status_rows(status):
         elif last and last["times"] > 1 and process["uptime"] < BACKOFF_RESET:
             notes = why
         if process.get("cpu") is not None:
-            usage = "%.1f%%" % process["cpu"], human(process["rss"])
-        add(process_name(status, process), process["state"], notes, process["os_pid"],
-            process["pid"], span(process["uptime"]), *usage)
+            usage = ["%.1f%%" % process["cpu"], human(process["rss"])]
+        rows.append([process_name(status, process), process["state"], run, str(process["os_pid"]),
+                     str(process["pid"]), span(process["uptime"]), *past, *usage, "; ".join(notes)])
     waits = [["next try in " + span(math.ceil(wait)), *why] for wait in status["next_tries"]]
     if status["waiting"]:
         waits = [["waits for " + ", ".join(status["waiting"])]]
@@ -10959,9 +10956,8 @@ def status_rows(status):
     elif not rows and not waits:
         waits = [["gave up", *why] if status["gave_up"] else
                  why if status["error"] or status["hint"] else []]
-    for notes in waits:
-        add(status["name"], status["state"], notes)
-    return rows
+    return rows + [[status["name"], status["state"], run, "-", "-", "-", *past, "-", "-",
+                    "; ".join(notes)] for notes in waits]
 
 
 def status_table(statuses, coloured):
