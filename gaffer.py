@@ -228,7 +228,7 @@ class Throttle:
         self._clock, self._next, self._left_out = clock, -math.inf, 0
 
     def warning(self, message, *args, level=logging.WARNING, **more):
-        """Log a warning, or count it."""
+        """Log a warning, or count it. `more`: as for log.log()."""
         now = self._clock()
         if now < self._next:
             self._left_out += 1
@@ -237,10 +237,6 @@ class Throttle:
             message += " (and %d times more before)" % self._left_out
         self._next, self._left_out = now + 60.0, 0
         log.log(level, message, *args, **more)
-
-    def exception(self, message, *args):
-        """Log the error that is being handled, with its traceback, or count it."""
-        self.warning(message, *args, level=logging.ERROR, exc_info=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -632,7 +628,8 @@ class Loop:
             if (isinstance(error, (KeyboardInterrupt, SystemExit))
                     and threading.current_thread() is threading.main_thread()):
                 raise
-            self._reports[type(error)].exception("a callback of the loop failed; the loop goes on")
+            self._reports[type(error)].warning("a callback of the loop failed; the loop goes on",
+                                               level=logging.ERROR, exc_info=True)
             self._pausing = self._pausing or isinstance(error, MemoryError)
             return None
 
@@ -710,7 +707,8 @@ class Loop:
                     return events
             return self._selector.select(max(0, wait))
         except Exception as error:              # the turn goes on: its timers need no descriptor
-            self._reports[type(error)].exception("the loop cannot wait for its descriptors")
+            self._reports[type(error)].warning("the loop cannot wait for its descriptors",
+                                               level=logging.ERROR, exc_info=True)
             self._pausing = True
             return []
 
