@@ -10399,21 +10399,25 @@ def read_settings(source, taken=None):
     main, fields = found["gaffer"].get("", (files[0], {}))
     gaffer, faults = examine_fields(fields, FIELDS["gaffer"])
     main.note("gaffer", faults)
-    patterns = [("include", main.join(path)) for path in gaffer["include"]]
-    for folder in map(main.join, gaffer["include_dir"]):
-        patterns.append(("include_dir", os.path.join(glob.escape(folder), "**", "*.ini")))
-        if not os.path.isdir(folder):
-            main.fault("field 'include_dir' names %r, which is not a folder" % folder, "gaffer")
-    for field, pattern in patterns:
-        names = sorted(glob.glob(pattern, recursive=True))
-        for path in names if glob.has_magic(pattern) else [pattern]:
-            if os.path.realpath(path) in [os.path.realpath(file.path) for file in files]:
-                main.fault("field '%s': %s is included already" % (field, path), "gaffer")
-            elif len(files) < INCLUDES_MAX:
-                load(read(path))
-            else:
-                main.fault("field '%s': %s is one of more than %d files" % (
-                    field, path, INCLUDES_MAX), "gaffer")
+    paths = []
+    for pattern in map(main.join, gaffer["include"]):
+        names = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        paths += [("include", name) for name in names]
+    for root in map(main.join, gaffer["include_dir"]):
+        if not os.path.isdir(root):
+            main.fault("field 'include_dir' names %r, which is not a folder" % root, "gaffer")
+        for folder, folders, names in os.walk(root):
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            paths += [("include_dir", os.path.join(folder, name)) for name in sorted(names)
+                      if name.endswith(".ini") and name[0] != "."]
+    for field, path in paths:
+        if os.path.realpath(path) in [os.path.realpath(file.path) for file in files]:
+            main.fault("field '%s': %s is included already" % (field, path), "gaffer")
+        elif len(files) < INCLUDES_MAX:
+            load(read(path))
+        else:
+            main.fault("field '%s': %s is one of more than %d files" % (
+                field, path, INCLUDES_MAX), "gaffer")
     endpoints = {name: endpoint for name, (_, endpoint) in found["endpoint"].items()}
     if taken is None:
         taken = [endpoint.port for endpoint in [*endpoints.values()] or [HttpEndpoint()]
