@@ -1766,7 +1766,8 @@ class PureLaunch(Case):
              {b"PYTHONUNBUFFERED": b"", b"GAFFER_STREAMS": b"in,out"})))
 
     def test_port(self):
-        """Only with a step each process has its own."""
+        """Only with a step of the template's own each process has its own."""
+        pure_environ(self, GAFFER_PORT_STEP="1")
         for step, third in ({}, b"7000"), ({"GAFFER_PORT_STEP": "1"}, b"7002"):
             template = gaffer.check_template(
                 {"name": "a", "cmd": "sh", "env": {"PORT": 7000, **step}})
