@@ -11929,8 +11929,6 @@ TYPES = {                                       # what an option calls its value
     "TIME": checked(lambda text: int(text[:-1]) * UNITS[text[-1]], "90s, 10m, 2h or 1d"),
     "BYTES": checked(int, "%d to %d bytes" % (WINDOW_SIZE_MIN, WINDOW_SIZE_MAX),
                      WINDOW_SIZE_MIN, WINDOW_SIZE_MAX)}
-CHOICES = {"STATE": ("ready", "done", "stopped"), "FORMAT": ("ini", "json", "systemd"),
-           "SHELL": tuple(COMPLETION)}
 EXAMPLES = {                                    # of fields that are not plain text
     "ready": "; as in tcp:5432 or 'log:is up within=10'", "stop_signal": "; as in INT=5,TERM=5",
     "limits": "; as in nofile=4096,core=unlimited", "flapping": "; as in 2,1.0,7.0,5",
@@ -11979,7 +11977,7 @@ def parse_options(text):
 
     Its lines are "--json: help" (a flag), "-f, --procfile FILE: help", with a * if it may be
     repeated, "names NAME+: help" (a positional argument, with + ? * or ... for how many), or names
-    of OPTION_GROUPS.
+    of OPTION_GROUPS. The value may be a choice: ini|json.
     """
     for line in text.split("\n"):
         words, _, text = line.partition(": ")
@@ -11994,7 +11992,8 @@ def parse_options(text):
             how["action"] = "store_true"
         else:
             metavar, many = re.fullmatch(r"(.*?)([+?*]|\.\.\.)?", names.pop()).groups()
-            how.update(metavar=metavar, type=TYPES.get(metavar), choices=CHOICES.get(metavar))
+            choices = metavar.split("|") if "|" in metavar else None
+            how.update(metavar=metavar, type=TYPES.get(metavar), choices=choices)
             if not words.startswith("-"):
                 how["nargs"] = many
             elif many:
@@ -12036,7 +12035,7 @@ LISTEN
     Command(wait_command, """\
 wait: wait until processes are ready, done or stopped
 NAMES
---for STATE: ready (the default), done or stopped
+--for ready|done|stopped: what to wait for (default: ready)
 TIMEOUT ASK"""),
     Command(change, "stop: stop processes; they stay stopped\nTARGETS WAIT"),
     Command(change, "restart: stop and replace processes\nNAMES WAIT"),
@@ -12109,13 +12108,13 @@ PLACE WAIT"""),
             "ps: show the processes of a Procfile, as status does\nGROUP PLACE LOOK"),
     Command(export_command, """\
 export: convert a Procfile to another format
-format FORMAT: ini or json (for serve), or systemd (also from an INI, TOML or JSON file)
+format ini|json|systemd: the first two are for serve; systemd also from INI, TOML or JSON
 GROUP
 -o, --output DIR: write systemd's units into this folder (default: print them)
 PROCFILE FORMATION"""),
     Command(completion_command, """\
 completion: print a completion script for a shell
-shell SHELL: bash, zsh or fish; source the script there
+shell bash|zsh|fish: source the script there
 line LINE?: print the words that may end this line, as the script does"""),
 )}
 

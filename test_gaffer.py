@@ -9518,7 +9518,7 @@ class CliCommands(CliControlCase):
     """What is said to all commands: help, mistakes, endpoints."""
 
     def test_help(self):
-        usage = r"\Ausage: gaffer.py %s \[options\]( \[?[A-Z]+( \.\.\.)?\]?)*\n"
+        usage = r"\Ausage: gaffer.py %s \[options\]( \[?[A-Za-z|]+( \.\.\.)?\]?)*\n"
         everything = self.call("--help")
         for name, command in gaffer.COMMANDS.items():
             out = self.call(name, "--help")
