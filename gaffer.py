@@ -6144,7 +6144,7 @@ def openapi(routes, secured):
 PAGE_WORDS = {
     "nav": [["/", "Processes", "p"], ["/logs", "Output", "o"], ["/events", "Events", "e"],
             ["/add", "Add", "a"]],              # [address, text, key]
-    "palette": [36, 33, 32, 35, 34],            # of names, as `up` has them
+    "names": "teal warn good violet accent".split(),    # their colours, as `up` has them
     # the first 16 colours of a terminal: on a background, and as the theme has them
     "basic": "#000 #c00 #0c0 #cc0 #00e #c0c #0cc #eee "
              "#888 #f00 #0f0 #ff0 #66f #f0f #0ff #fff".split(),
@@ -6213,9 +6213,8 @@ PAGE = r"""<!DOCTYPE html>
 }
 @media (prefers-color-scheme: dark) { :root { --low: .72; --high: 1 } }
 * { box-sizing: border-box; min-width: 0 }
-html, body { height: 100%; margin: 0 }
-body { display: flex; flex-direction: column; font: 14px/1.4 system-ui, sans-serif;
-	background: var(--bg); color: var(--text) }
+body { display: flex; flex-direction: column; height: 100dvh; margin: 0;
+	font: 14px/1.4 system-ui, sans-serif; background: var(--bg); color: var(--text) }
 a { color: var(--accent); text-decoration: none }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -1px }
 [hidden] { display: none !important }
@@ -6227,17 +6226,17 @@ button, select { background: var(--panel); border-color: var(--line); flex: none
 .main { background: var(--accent); color: var(--bg) }
 .plain { background: none; border-color: transparent; padding: 3px 6px }
 [aria-pressed=true] { color: var(--accent); border-color: var(--accent) }
+.dim, small, dt, code, kbd, .k, .heads .plain, .dropped, .exit { color: var(--dim) }
 .bad { color: var(--bad) }
 .warn { color: var(--warn) }
-.good { color: var(--good) }
-.dim, small, dt, code, kbd, .k, .heads .plain { color: var(--dim) }
+.good:not(.dot + .good) { color: var(--good) }
 [aria-invalid=true] { border-color: var(--bad) }
 [type=checkbox] { margin: 0; width: 15px; height: 15px; accent-color: var(--accent) }
 .mono, textarea, code, kbd {
 	font: 12.5px/18px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace }
 .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-header, .bar, .entry, .acts, .last, .part, .number:has(svg) { display: flex; gap: 6px;
+header, .bar, .entry, .acts, .last, .part, .number:has(.past) { display: flex; gap: 6px;
 	align-items: center }
 .last { justify-content: flex-end }
 header { padding: 5px 14px; border-bottom: 1px solid var(--line) }
@@ -6249,11 +6248,11 @@ nav a[aria-current] { background: var(--panel); color: var(--text) }
 .away #link::before { color: var(--bad) }
 #away, #message { margin: 0; padding: 7px 14px; background: var(--panel); color: var(--bad);
 	border-bottom: 1px solid var(--line) }
-#message:empty { display: none }
+p:empty { display: none }
 #message button, .push { float: right; margin-left: auto }
 .away main { filter: grayscale(1); opacity: .6 }
 main { flex: 1; min-height: 0; overflow: auto; padding: 10px 14px; outline: none }
-main.fill { display: flex; overflow: hidden }
+main:has(.log) { display: flex; overflow: hidden }
 h1, h2 { font-size: 18px; margin: 0 }
 main, p { overflow-wrap: anywhere }
 section h2 { font-size: 14px; margin-top: 14px }
@@ -6261,28 +6260,28 @@ h2:only-child { display: none }
 .bar { margin-bottom: 8px; flex-wrap: wrap }
 .grow { flex: 1 1 150px; max-width: 320px }
 .row { display: grid; align-items: center; column-gap: 12px; padding: 0 6px; min-height: 32px;
-	grid-template-columns: 18px minmax(110px, 2fr) minmax(150px, 5fr) 70px 58px 160px 58px 106px
-	112px 30px; border-bottom: 1px solid var(--line); position: relative }
+	border-bottom: 1px solid var(--line); position: relative; grid-template-columns: 18px
+	minmax(110px, 2fr) minmax(150px, 5fr) 70px 58px 160px 58px 106px 112px 30px }
 .item { content-visibility: auto; contain-intrinsic-size: auto 32px; scroll-margin: 60px }
 .item:is(:hover, :focus-within) { background: var(--panel) }
 .heads { position: sticky; top: -10px; background: var(--bg); z-index: 2 }
 .heads .plain { padding: 0 }
 [aria-sort=ascending] .plain::after { content: " \2191" }
 [aria-sort=descending] .plain::after { content: " \2193" }
-.row.group { grid-template-columns: 1fr auto; margin-top: 12px }
+.group.row { grid-template-columns: 1fr auto; margin-top: 12px }
 .group .plain { font-weight: 600 }
-.row [type=checkbox] { opacity: 0 }
-.row:hover input, .row input:is(:checked, :focus-visible), .table:has(:checked) input {
-	opacity: 1 !important }
+@media (hover) {
+	.table:not(:has(:checked)) .row:not(:hover, :focus-within) input { opacity: 0 }
+}
 .row .hand { position: absolute; right: 40px; background: var(--panel); padding-left: 8px }
 .row:not(:hover, :focus-within) .hand { display: none }
 .hand button { background: var(--bg); text-transform: capitalize }
 .dot { display: inline-block; width: 1.4em; text-align: center }
-svg { width: 48px; height: 18px }
-svg + span { margin-left: auto }
-path { stroke: var(--accent); stroke-width: .8; opacity: .6 }
-#picked { position: sticky; bottom: 0; background: var(--panel); padding: 8px 14px; z-index: 3;
-	border: 1px solid var(--edge); border-radius: 6px }
+.past { width: 48px; height: 18px; background: var(--accent); opacity: .6 }
+.past + span { margin-left: auto }
+.shown { display: flex; flex-direction: column }
+#picked { order: 1; position: sticky; bottom: 0; background: var(--panel); padding: 8px 14px;
+	z-index: 3; border: 1px solid var(--edge); border-radius: 6px }
 pre { background: var(--panel); padding: 10px; border-radius: 6px; white-space: pre-wrap }
 .two { flex: 1; display: grid; grid-template: auto minmax(0, 1fr) / minmax(0, 1fr) auto;
 	gap: 0 16px }
@@ -6307,8 +6306,7 @@ time { flex: none }
 .wrap .l { white-space: pre-wrap; word-break: break-all }
 .k { cursor: pointer }
 .stderr { border-left-color: var(--bad) }
-.note, .exit { color: var(--dim); background: var(--panel); font-style: italic }
-.failed { color: var(--bad) }
+.dropped, .exit { background: var(--panel); font-style: italic }
 .stdin { color: var(--accent) }
 mark { background: var(--mark); color: var(--text) }
 .here { background: var(--here); border-left-color: var(--warn) }
@@ -6331,9 +6329,9 @@ kbd { display: inline-block; width: 4em }
 #menu button::first-letter { text-transform: uppercase }
 #menu :focus { background: var(--panel) }
 @media (max-width: 1000px) {
-	.table .row:not(.group) { grid-template-columns: 18px minmax(100px, 2fr) minmax(120px, 3fr)
+	.row { grid-template-columns: 18px minmax(100px, 2fr) minmax(120px, 3fr)
 		68px 54px 52px 58px 30px }
-	.exits, .again, svg { display: none }
+	.exits, .again, .past { display: none }
 	.item .state { white-space: normal; padding: 4px 0 }
 	.two { display: flex; flex-direction: column }
 	.two [open] { max-height: 45vh; width: auto }
@@ -6341,30 +6339,27 @@ kbd { display: inline-block; width: 4em }
 @media (max-width: 600px) {
 	header, main { padding: 6px 10px }
 	nav a { padding: 6px 5px }
-	.table .row:not(.group) { grid-template: 24px auto / 18px 1fr auto auto 30px;
+	.template { grid-template: 24px auto / 18px 1fr auto auto 30px;
 		padding: 5px 2px; column-gap: 8px }
 	.item .mark, .template .last { grid-row: 1 / 3 }
 	.item .state { grid-area: 2 / 2 }
 	.item .cpu { grid-area: 1 / 3 }
 	.item .mem { grid-area: 1 / 4 }
 	.template .last { grid-column: 5 }
-	.table .heads, .row .hand { display: none }
+	.heads, .row .hand { display: none }
 	.log > .bar { flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none }
 	.log .grow { flex: 1 0 110px }
 	.fields { grid-template-columns: 1fr; gap: 2px }
 	.fields > div { margin-bottom: 10px }
 	.events li { flex-wrap: wrap; gap: 0 12px }
 }
-@media (hover: none) {
-	.row [type=checkbox] { opacity: 1 }
-	button { min-height: 34px }
-}
+@media (hover: none) { button { min-height: 34px } }
 </style></head>
 <body>
 <header><a id="home" href="#/">gaffer</a><nav aria-label="Views" id="nav"></nav>
-<span class="dim" id="link" role="status"></span>
+<span class="dim" id="link" role="status">live</span>
 <button class="plain" id="help" aria-label="Keys" title="keys (?)">?</button></header>
-<p id="away" role="alert" hidden></p>
+<p id="away" role="alert"></p>
 <p id="message" role="alert"></p><p id="said" role="status" class="quiet"></p>
 <main id="main" tabindex="-1"></main>
 <div id="menu" popover></div>
@@ -6374,19 +6369,16 @@ kbd { display: inline-block; width: 4em }
 const $ = id => document.getElementById(id), enc = encodeURIComponent, main = $("main");
 const base = location.origin + location.pathname.replace(/[^/]*$/, "");
 const snapshot = JSON.parse($("snapshot").textContent), {said, nav} = snapshot;
-const LINES_MAX = 1e5, CHARS_MAX = 12e6, LINE = 18, EVENTS_MAX = 1024;
+const LINES_MAX = 105e3, CHARS_MAX = 12e6, LINE = 18, EVENTS_MAX = 1024;
 
 // el("div.bar.push", {title, click: f}, "text", child, [children]): what is false is left out
 function el(kind, ...parts) {
-	const [tag, ...classes] = kind.split(".");
-	const node = document.createElementNS("http://www.w3.org/" + (/svg|path/.test(tag) ? "2000/svg" :
-		"1999/xhtml"), tag);
-	if (classes.length) node.setAttribute("class", classes.join(" "));
+	const [tag, ...classes] = kind.split("."), node = document.createElement(tag);
+	node.className = classes.join(" ");
 	for (const part of parts.flat().filter(Boolean)) {
 		if (part instanceof Node || typeof part !== "object") node.append(part);
 		else for (const [key, value] of Object.entries(part)) {
 			if (typeof value === "function") node.addEventListener(key, value);
-			else if (["value", "open"].includes(key)) node[key] = value;
 			else if (value !== undefined && value !== false) {
 				node.setAttribute(key === "label" ? "aria-label" : key, value);
 			}
@@ -6409,9 +6401,9 @@ function box(param, label, changed, key, more) {  // a search field whose text i
 }
 const cell = (kind, ...children) => el("div" + kind, {role: "cell"}, ...children);
 function say(text) { $("said").textContent = text; }
-function complain(text = "") {
+function complain(text) {
 	$("message").replaceChildren(...text ? [text, button("", "Dismiss", "dismiss", () =>
-		complain(""))] : []);
+		complain())] : []);
 }
 const plural = (count, word, words = word + "s") =>
 	count.toLocaleString("en") + " " + (count === 1 ? word : words);
@@ -6422,8 +6414,8 @@ function fits(node, text) {  // each word of `text` is in what the node shows
 	return text.toLowerCase().split(/\s+/).every(word => own.includes(word));
 }
 function span(left) {
-	const [unit, sign] = [[86400, "d"], [3600, "h"], [60, "m"]].find(([unit]) => left >= unit) || [1,
-		"s"];
+	const [unit, sign] = [[86400, "d"], [3600, "h"], [60, "m"], [1, "s"]].find(([unit]) =>
+		left >= unit || unit === 1);
 	return (left / unit).toFixed(left < 10 * unit ? 1 : 0) + sign;
 }
 const now = () => Date.now() / 1000;
@@ -6447,16 +6439,18 @@ const exitText = ({exit_status, term_signal, times}) => (term_signal ?
 // ---- what is known: statuses by name, and events
 const templates = new Map(), events = snapshot.events;
 const RANKS = Object.keys(snapshot.states);
-function keep(status) { status.at = performance.now(); templates.set(status.name, status); }
+function keep(status) {
+	templates.set(status.name, {processes: [], ...status, at: performance.now()});
+}
 snapshot.templates.forEach(keep);
 const groupOf = name => name.split(":").slice(0, -1)[0] || "";
 const since = status => (performance.now() - status.at) / 1000;
 function stateOf(status) {
-	const {state, gave_up, last_exit: last, restarts, processes: all = [], uptime} = status;
+	const {state, gave_up, last_exit: last, restarts, processes: all, uptime} = status;
 	if (state === "stopped" && gave_up) return "failed";
 	const ages = all.filter(each => each.state !== "stopping").map(each => each.uptime);
 	return state === "running" && restarts && last && failed(last) &&
-		Math.min(...ages.length ? ages : [uptime]) + since(status) < 10 ? "restarting" : state;
+		Math.min(uptime, ...ages) + since(status) < 10 ? "restarting" : state;
 }
 const rankOf = status => RANKS.indexOf(stateOf(status));
 function reason(status) {
@@ -6474,14 +6468,11 @@ function reason(status) {
 		status.hint]);
 }
 function showState(node, status) {
-	const state = stateOf(status), [sign, kind] = snapshot.states[state];
-	if (!node.children.length) {
-		node.replaceChildren(el("span", {"aria-hidden": "true"}), el("span"), el("span.dim"));
-	}
-	const [dot, word, rest] = node.children;
-	put(dot, sign); put(word, state); put(rest, " " + reason(status));
-	attr(dot, "class", "dot " + kind); attr(word, "class", kind === "good" ? "" : kind);
-	attr(node, "title", word.textContent + rest.textContent);
+	const state = stateOf(status), [sign, kind] = snapshot.states[state], more = " " + reason(status);
+	if (node.textContent === sign + state + more) return;
+	node.title = state + more;
+	node.replaceChildren(el("span.dot." + kind, {"aria-hidden": "true"}, sign),
+		el("span." + kind, state), el("span.dim", more));
 }
 
 // ---- asking the server: a refusal is shown in its own words
@@ -6489,78 +6480,70 @@ let awaySince = 0;
 function reached(yes) {
 	if (yes === !awaySince) return;
 	awaySince = yes ? 0 : now();
-	document.body.classList.toggle("away", !yes); $("away").hidden = yes;
+	document.body.classList.toggle("away", !yes);
 	put($("away"), yes ? "" : "The server has not answered since " + clock(awaySince) +
 		". What you see is from then.");
 	put($("link"), yes ? "live" : "away");
 }
 async function ask(method, path, body) {
-	let answer = {}, value = {reason: "the server does not answer"};
 	try {
-		answer = await fetch(base + path, {method, body: typeof body === "object" ?
+		const answer = await fetch(base + path, {method, body: typeof body === "object" ?
 			JSON.stringify(body) : body, signal: method === "GET" ? AbortSignal.timeout(2e4) : null});
-		value = answer.status === 204 || await answer.json();  // a proxy's error is not JSON
+		const {ok, status} = answer, value = status === 204 || await answer.json();
 		reached(true);
-	} catch (error) { answer = {}; reached(false); }
-	return {ok: answer.ok, status: answer.status, value};
+		return {ok, status, value};
+	} catch (error) {  // a proxy's error is not JSON
+		reached(false);
+		return {value: {reason: "the server does not answer"}};
+	}
 }
 async function act(refs, action, method = "POST") {  // refs: names, or pids
-	const path = ref => "processes/" + enc(ref) + action;
-	const results = await Promise.all(refs.map(ref => ask(method, path(ref))));
-	const refused = results.find(result => !result.ok);
-	complain(refused ? refused.value.reason : "");
+	const answers = await Promise.all(refs.map(ref =>
+		ask(method, "processes/" + enc(ref) + action)));
+	const refused = answers.find(answer => !answer.ok);
+	complain(refused && refused.value.reason);
 	if (!refused) say("done");
-	await poll();
+	poll();
 }
 
-// ---- one stream a window, and none in a hidden one
-let stream = null, lastEvent = snapshot.since;
-function follow(path, types, take) {
-	let source = null, timer = 0, last = null, delay = 250, on = true;
-	const shut = () => { clearTimeout(timer); if (source) source.close(); source = null; };
-	const self = {open() {
-		shut();
-		if (!on || document.hidden) return;
-		source = new EventSource(base + path(last) + "&heartbeat=20");
-		for (const type of [...types, "dropped"]) source.addEventListener(type, event => {
-			last = event.lastEventId;
-			take(type, type === "line" ? event.data : JSON.parse(event.data), last);
-		});
-		source.onopen = () => { delay = 250; reached(true); };
-		source.onerror = () => {
-			shut(); poll();
-			timer = setTimeout(self.open, delay); delay = Math.min(5000, 2 * delay);
-		};
-	}, shut, close() { on = false; shut(); }, resume() { if (!on) { on = true; self.open(); } }};
-	self.open();
-	return self;
+// ---- one stream a window, and none in a hidden one: {path(), types, take(type, data, id)}
+let stream, source, lastEvent = snapshot.since;
+function listen() {
+	if (source) source.close();
+	if (document.hidden) return;
+	source = new EventSource(base + stream.path() + "&heartbeat=20");
+	for (const type of [...stream.types, "dropped"]) {
+		source.addEventListener(type, ({data, lastEventId}) =>
+			stream.take(type, type === "line" ? data : JSON.parse(data), lastEventId));
+	}
+	source.onopen = poll;
+	source.onerror = () => source.close();  // the next beat opens another
 }
-const watch = () => follow(() => "watch?feed=eventsource&since=" + enc(lastEvent),
-	Object.keys(said), (type, event, id) => {
-		lastEvent = id; soon();
+const watch = {path: () => "watch?feed=eventsource&since=" + enc(lastEvent),
+	types: Object.keys(said), take(type, event, id) {
+		lastEvent = id; due = 0;
 		if (type === "dropped") { if (event.restarted) events.length = 0; return; }
 		events.push(event);
 		if (events.length > EVENTS_MAX) events.shift();
 		if (view.event) view.event(event);
-	});
-document.addEventListener("visibilitychange", () => {
-	if (document.hidden) return stream.shut();
-	stream.open(); poll();
-});
+	}};
+document.addEventListener("visibilitychange", listen);
 
-// ---- what is polled: states, CPU and memory
-let polling = null, sampled = 0, timer = 0, due = 0;
+// ---- what is polled: states, CPU and memory; at the next beat if it is due
+let polling = false, due = 0, sampled = 0;
 const histories = new Map();  // of pids, the latest first
-function later(seconds) {
-	clearTimeout(timer); due = now() + seconds; timer = setTimeout(poll, seconds * 1000);
-}
-function soon() { if (due - now() > .3) later(.3); }  // what many events say is asked for once
 async function poll() {
-	while (polling) await polling;
-	polling = document.hidden ? null : view.poll();
-	try { await polling; } finally { polling = null; later(templates.size > 50 ? 5 : 2); }
+	due = 0;
+	if (polling || document.hidden) return;
+	polling = true; due = now() + (templates.size > 50 ? 5 : 2);
+	try { await view.poll(); } finally { polling = false; }
 }
-setInterval(() => { if (!document.hidden && view.tick && !awaySince) view.tick(); }, 1000);
+setInterval(() => {
+	if (document.hidden) return;
+	if (source.readyState === EventSource.CLOSED) listen();
+	if (now() > due) poll();
+	if (view.tick && !awaySince) view.tick();
+}, 500);
 async function refresh(name) {  // at one template, or at all
 	const whole = now() - sampled > 30;
 	const answer = await ask("GET", "status" + (name ? "/" + enc(name) : "") + "?usage=true" +
@@ -6568,9 +6551,8 @@ async function refresh(name) {  // at one template, or at all
 	if (answer.status === 404) templates.delete(name);
 	else if (!answer.ok) return;
 	else {
-		if (whole) sampled = now();
+		if (whole) { sampled = now(); histories.clear(); }
 		if (!name) templates.clear();
-		if (whole && !name) histories.clear();
 		for (const status of [answer.value].flat()) {
 			keep(status);
 			for (const {pid, history} of status.processes) if (history) histories.set(pid, history);
@@ -6581,20 +6563,24 @@ async function refresh(name) {  // at one template, or at all
 	view.update();
 }
 function uses(all, at) {  // CPU (0) or memory (1) of processes
-	return (all || []).reduce((sum, {cpu, rss}) => sum + ([cpu, rss][at] || 0), 0);
+	return all.reduce((sum, {cpu, rss}) => sum + ([cpu, rss][at] || 0), 0);
 }
-function usage(at) {  // a cell: what processes use, and have used
-	const path = el("path"), text = el("span"), node = cell([".cpu", ".mem"][at] + ".number", el("svg",
-		{viewBox: "0 0 60 18", preserveAspectRatio: "none", "aria-hidden": "true"}, path), text);
-	return {node, show(all = []) {
-		const lists = all.map(({pid}) => histories.get(pid) || []), value = uses(all, at);
-		const past = Array.from({length: Math.max(0, ...lists.map(list => list.length))}, (_, back) =>
-			lists.reduce((sum, list) => sum + (list[back] || [0, 0])[at], 0));
-		const most = Math.max(at ? 1 : 10, ...past);
-		const flat = past.length < 3 || (at ? Math.min(...past) > .9 * most : Math.max(...past) < 1);
-		attr(path, "d", flat ? "" : past.map((each, back) =>
-			`M${59.5 - back} 18V${(18 - 17 * each / most).toFixed(1)}`).join(""));
-		put(text, !value ? "" : at ? size(value) : value.toFixed(value < 9.95 ? 1 : 0) + "%");
+function usage() {  // cells of CPU and memory: what processes use, and have used
+	const cells = ["cpu", "mem"].map(kind => cell(`.${kind}.number`, el("span.past"), el("span")));
+	return {cells, show(all) {
+		const lists = all.map(({pid}) => histories.get(pid) || []);
+		const length = Math.max(0, ...lists.map(list => list.length));
+		cells.forEach(({children: [graph, text]}, at) => {
+			const past = Array.from({length}, (_, back) =>
+				lists.reduce((sum, list) => sum + (list[back] || [0, 0])[at], 0));
+			const value = uses(all, at), most = Math.max(at ? 1 : 10, ...past);
+			const point = (back, height) => `${100 - back / .59}% ${100 - 95 * height / most}%`;
+			graph.hidden = length < 3 ||
+				(at ? Math.min(...past) > .9 * most : Math.max(...past) < 1);
+			if (!graph.hidden) graph.style.clipPath = `polygon(${[point(0, 0),
+				...past.map((each, back) => point(back, each)), point(length - 1, 0)]})`;
+			put(text, !value ? "" : at ? size(value) : value.toFixed(value < 9.95 ? 1 : 0) + "%");
+		});
 	}};
 }
 
@@ -6629,17 +6615,16 @@ async function askDelete(names) {
 	await act(names, "", "DELETE");
 	if (names.includes(view.name)) go("/");
 }
+const VERBS = [["start", "s"], ["stop", "t"], ["restart", "r"]];
+const menuButton = (label, items) => button(".plain", "⋯", "more for " + label,
+	event => menu(event.currentTarget, items()), "m");
 // buttons for what is called `label`; names(): which templates that is now
-function acts(names, label) {
-	const one = (word, key) => button("", word, word + " " + label, () => act(names(), "/_" + word),
-		key);
-	const more = button(".plain", "⋯", "more for " + label,
-		() => menu(more, moreItems(names())), "m");
-	return [el("span.acts.hand", one("start", "s"), one("stop", "t"), one("restart", "r")), more];
-}
+const acts = (names, label) => [el("span.acts.hand", VERBS.map(([word, key]) =>
+	button("", word, word + " " + label, () => act(names(), "/_" + word), key))),
+menuButton(label, () => moreItems(names()))];
 function moreItems(names) {
 	const pids = names.flatMap(name => templates.get(name).os_pids).slice(0, 12).join(" ");
-	return [...["start", "stop", "restart"].map(word => [word, () => act(names, "/_" + word)]),
+	return [...VERBS.map(([word]) => [word, () => act(names, "/_" + word)]),
 		["scale…", () => askScale(names)], ["signal…", () => askSignal(names, nameThem(names))],
 		["edit…", () => go("/edit/" + enc(names[0]))], ["delete…", () => askDelete(names), ".bad"],
 		["OS pid " + pids, () => copyText(pids)]];
@@ -6653,151 +6638,129 @@ const COLUMNS = [["name", ".name", ({name}) => name], ["state", ".state", rankOf
 	["restarts", ".again.number", ({restarts}) => -restarts],
 	["CPU", ".cpu.number", ({processes: all}) => -uses(all, 0)],
 	["memory", ".mem.number", ({processes: all}) => -uses(all, 1)]];
-function makeRow(name, picked) {
+function makeRow(name) {
 	const [link, state, count, up, exits, again] = COLUMNS.map(([, kind]) => cell(kind + ".cut"));
-	const check = el("input", {type: "checkbox", label: "select " + name,
-		change: picked, "data-key": "x"}), use = [usage(0), usage(1)];
-	const group = groupOf(name), last = cell(".last", acts(() => [name], name));
+	const group = groupOf(name), use = usage();
+	const check = el("input", {type: "checkbox", label: "select " + name, value: name,
+		"data-key": "x"});
 	link.append(el("a", {href: "#/p/" + enc(name), title: name}, group && el("span.dim", group + ":"),
 		name.slice(group && group.length + 1)));
-	const node = el("div.row.item.template", {role: "row", "data-name": name},
-		cell(".mark", check), link, state, count, up, exits, again, use.map(each => each.node), last);
-	return {name, node, check, open: () => go("/p/" + enc(name)), tick() {
-		const status = templates.get(name), {last_exit: left} = status;
+	return {node: el("div.row.item.template", {role: "row", tabindex: -1, "data-name": name},
+		cell(".mark", check), link, state, count, up, exits, again, use.cells,
+		cell(".last", acts(() => [name], name))), tick() {
+		const {status} = this, {last_exit: left} = status;
 		showState(state, status);
 		put(up, status.running ? span(status.uptime + since(status)) : "");
 		put(exits, left ? exitText({...left, times: 1}).replace("killed by ", "") + " · " +
 			ago(left.time) : "");
-	}, update() {
-		const status = templates.get(name);
+	}, update(status) {
+		this.status = status;
 		put(count, status.running + " / " + status.numprocesses);
 		put(again, String(status.restarts || ""));
-		use.forEach(each => each.show(status.processes)); this.tick();
+		use.show(status.processes); this.tick();
 	}};
 }
 function countText(rows) {
-	const states = rows.map(row => stateOf(templates.get(row.name)));
-	const count = state => states.filter(each => each === state).length;
-	return joined(RANKS.map(state => count(state) && count(state) + " " + state));
+	const states = Object.groupBy(rows, row => stateOf(row.status));
+	return joined(RANKS.map(state => states[state] && states[state].length + " " + state));
 }
+const AT = ".item:focus-within";
 const URGENT = "Needs attention", LOOSE = "No group", folded = new Set();
-function makeHead(group, fold) {
-	const said = el("span.dim");
-	const folder = button(".plain", "", "fold " + group, () => fold(group));
-	const self = {members: [], open: () => folder.click(), update(shut) {
-		put(folder, (shut ? "▸ " : "▾ ") + group); attr(folder, "aria-expanded", String(!shut));
-		put(said, countText(self.members));
+function makeHead(group) {
+	const counts = el("span.dim"), folder = button(".plain", "", "fold " + group, () => {
+		if (!folded.delete(group)) folded.add(group);
+		view.update();
+	});
+	const head = {node: el("div.row.item.group", {role: "row", tabindex: -1, "data-name": group},
+		cell("", folder, counts), cell(".last", acts(() =>
+			head.members.map(row => row.status.name), "group " + group))), update(members) {
+		const open = !folded.has(group);
+		head.members = members;
+		put(folder, (open ? "▾ " : "▸ ") + group); attr(folder, "aria-expanded", String(open));
+		put(counts, countText(members));
 	}};
-	self.node = el("div.row.item.group", {role: "row", "data-name": group + "\n"},
-		cell("", folder, said), cell(".last", acts(() =>
-			self.members.map(row => row.name), "group " + group)));
-	return self;
+	return head;
 }
 function overview() {
-	const items = new Map(), body = el("div", {role: "rowgroup"}), said = el("span"),
-		sum = el("span.dim");
-	const nothing = firstSteps();
+	const rows = new Map(), heads = new Map();  // by name; by group
+	const said = el("span"), sum = el("span.dim"), nothing = firstSteps();
+	const body = el("div", {role: "rowgroup", change: picked});
 	const search = box("q", "Filter by name, state, reason", filter, "/");
-	const heads = COLUMNS.map(([text, kind]) => el("div" + kind, {role: "columnheader"},
+	const titles = COLUMNS.map(([text, kind]) => el("div" + kind, {role: "columnheader"},
 		button(".plain", text, "sort by " + text, () => {
 			const sort = params().get("sort");
 			setParam("sort", {[text]: "-" + text, ["-" + text]: ""}[sort] ?? text); update();
 		})));
 	const table = el("div.table", {role: "table", label: "Templates"}, el("div.row.heads",
-		{role: "row"}, cell(""), heads), body);
+		{role: "row"}, cell(""), titles), body);
 	const bar = el("div.bar", {id: "picked"}, said, acts(chosen, "what is selected"));
-	const shown = el("div", el("div.bar", search, sum), table, bar);
-	let current = null, order = "";
-	body.addEventListener("focusin", event =>
-		focused(items.get(event.target.closest(".item").dataset.name)));
+	const shown = el("div.shown", el("div.bar", search, sum), bar, table);
 
-	const rows = () => [...items.values()].filter(item => !item.members);
-	function item(key, make, act) {
-		if (!items.has(key)) { items.set(key, make(key.trim(), act)); reach(items.get(key), -1); }
-		return items.get(key);
-	}
 	function update() {
-		for (const row of rows()) if (!templates.has(row.name)) items.delete(row.name);
-		for (const name of templates.keys()) item(name, makeRow, picked).update();
-		shown.hidden = !templates.size; nothing.hidden = templates.size > 0;
+		for (const name of rows.keys()) if (!templates.has(name)) rows.delete(name);
+		for (const [name, status] of templates) {
+			if (!rows.has(name)) rows.set(name, makeRow(name));
+			rows.get(name).update(status);
+		}
+		shown.hidden = !templates.size; nothing.hidden = !shown.hidden;
 		arrange(); picked();
-	}
-	function fold(group) {
-		if (!folded.delete(group)) folded.add(group);
-		arrange();
-	}
-	function sorted(list, value, down) {
-		const keys = list.map(row => [value(templates.get(row.name)), row]);
-		return keys.sort(([a], [b]) => (a < b ? -1 : a > b) * (down ? -1 : 1)).map(pair => pair[1]);
 	}
 	function arrange() {
 		const had = document.activeElement, sort = params().get("sort") || "", down = sort[0] === "-";
 		const column = COLUMNS.findIndex(([text]) => text === sort.replace("-", ""));
-		heads.forEach((head, at) => attr(head, "aria-sort", at !== column ? "none" :
+		titles.forEach((title, at) => attr(title, "aria-sort", at !== column ? "none" :
 			down === at > 1 ? "ascending" : "descending"));  // numbers: largest first
-		const nodes = [], groups = new Map([[URGENT, []], [LOOSE, []]]);
-		const urgent = row => rankOf(templates.get(row.name)) < 5;
-		for (const row of rows()) {
-			const group = groupOf(row.name) || LOOSE;
-			row.folded = false;
-			groups.set(group, [...groups.get(group) || [], row]);
-			if (urgent(row)) groups.get(URGENT).push(row);
-		}
-		if (column >= 0) nodes.push(...sorted(rows(), COLUMNS[column][2], down));
-		else for (const [group, members] of groups) {
-			const list = group === URGENT ? sorted(members, rankOf) : members.filter(row => !urgent(row));
+		const nodes = [], all = [...rows.values()], urgent = row => rankOf(row.status) < 5;
+		const groups = Map.groupBy(all, ({status}) => groupOf(status.name) || LOOSE);
+		const by = value => (one, other) => {
+			const [a, b] = [value(one.status), value(other.status)];
+			return a < b ? -1 : Number(a > b);
+		};
+		for (const row of all) row.folded = false;
+		if (column >= 0) {
+			all.sort(by(COLUMNS[column][2]));
+			if (down) all.reverse();
+			nodes.push(...all);
+		} else for (const [group, members] of new Map([[URGENT, all.filter(urgent).sort(by(rankOf))],
+			[LOOSE, groups.get(LOOSE) || []], ...groups])) {
+			const list = group === URGENT ? members : members.filter(row => !urgent(row));
 			if (!members.length || group === LOOSE && !list.length) continue;
-			const head = item(group + "\n", makeHead, fold);
-			head.members = members; head.update(folded.has(group));
-			nodes.push(...group !== LOOSE || nodes.length || groups.size > 2 ? [head] : [], ...list);
+			if (!heads.has(group)) heads.set(group, makeHead(group));
+			heads.get(group).update(members);
+			if (group !== LOOSE || nodes.length || groups.size > 1) nodes.push(heads.get(group));
+			nodes.push(...list);
 			for (const row of list) row.folded = folded.has(group);
 		}
-		const now = nodes.map(each => each.node.dataset.name).join();
-		if (now !== order) {
-			order = now; body.replaceChildren(...nodes.map(each => each.node));
+		if (nodes.length !== body.children.length ||
+			nodes.some(({node}, at) => node !== body.children[at])) {
+			body.replaceChildren(...nodes.map(({node}) => node));
 			if (had.isConnected) had.focus({preventScroll: true});
 		}
-		if (!current || !current.node.isConnected) focused(nodes[0]);
 		filter();
 	}
 	function filter() {
-		const text = search.value;
-		for (const row of rows()) row.node.hidden = !fits(row.node, text) || row.folded && !text;
-		for (const {members, node} of items.values()) if (members) {
-			node.hidden = text && members.every(row => row.node.hidden);
-		}
-		put(sum, countText(rows().filter(row => !row.node.hidden)) || "none");
+		const text = search.value, seen = row => !row.node.hidden;
+		for (const row of rows.values()) row.node.hidden = !fits(row.node, text) || row.folded && !text;
+		for (const {members, node} of heads.values()) node.hidden = text && !members.some(seen);
+		put(sum, countText([...rows.values()].filter(seen)) || "none");
 	}
-	function chosen() { return rows().filter(row => row.check.checked).map(row => row.name); }
+	function chosen() { return [...body.querySelectorAll(":checked")].map(check => check.value); }
 	function picked() {
 		put(said, chosen().length + " selected"); bar.hidden = !chosen().length;
 	}
-	function reach({node}, tab) {
-		for (const each of [node, ...node.querySelectorAll("a, button, input")]) each.tabIndex = tab;
-	}
-	function focused(item) {  // one row at a time is on the way of the Tab key
-		if (!item || item === current) return;
-		if (current) reach(current, -1);
-		reach(current = item, 0);
-	}
 	function key(name) {
-		const by = {j: 1, ArrowDown: 1, k: -1, ArrowUp: -1}[name], inside = current &&
-			current.node.contains(document.activeElement);
-		if (name === "Enter" && document.activeElement === current.node) current.open();
-		else if (!by) return false;
-		else {
-			const nodes = [...body.children].filter(each => !each.hidden),
-				here = nodes.indexOf(current.node);
-			const next = nodes[inside ? here + by : Math.max(0, here)];
-			if (next) { next.focus(); next.scrollIntoView({block: "nearest"}); }
-		}
+		const by = {j: 1, ArrowDown: 1, k: -1, ArrowUp: -1}[name], here = body.querySelector(AT);
+		const nodes = [...body.children].filter(each => !each.hidden);
+		if (by) nodes[here ? nodes.indexOf(here) + by : 0]?.focus();
+		else if (name !== "Enter" || here !== document.activeElement) return false;
+		else here.querySelector("a, button").click();
 		return true;
 	}
 	update();
 	return {node: el("div", el("h1.quiet", "Processes"), shown, nothing), update, key,
-		keys: [["j k", ["next, previous row"]], ["Enter", ["open the row"]]],
-		scope: () => current && current.node, focus: () => current ? current.node : search,
-		tick: () => rows().forEach(row => row.node.hidden || row.tick())};
+		keys: [["j k", "next, previous row"], ["Enter", "open the row"]],
+		focus: () => body.firstChild || search,
+		tick: () => rows.forEach(row => row.node.hidden || row.tick())};
 }
 function firstSteps() {
 	const command = "python3 gaffer.py add_process --start --endpoint " + location.host +
@@ -6819,7 +6782,7 @@ function parse(raw) {
 		/^(\d+) (\S+) (\S+) (\d+) ([^ +<]+)(\+?)(<?) ([^]*)$/.exec(raw);
 	return {id: Number(id), time: Number(time), name, pid, label, open, over, text};
 }
-const ESCAPE = /\x1b(?:\[[0-?]*[ -\/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -\/]*[0-~])/g,
+const ESCAPE = /(\x1b(?:\[[0-?]*[ -\/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -\/]*[0-~]))/g,
 	CONTROL = /[\x00-\x08\x0b-\x1f\x7f]/g, WIDE = /[\u2e80-\ud7ff\uf900-\uffef]/g;
 function plain(text) {  // without escape sequences; other control characters as their pictures
 	return text.replace(ESCAPE, "").replace(CONTROL, sign =>
@@ -6831,47 +6794,43 @@ function lineText(line) {
 }
 const fell = line => line.label === "exit" && failed(JSON.parse(line.text));
 
-const {basic, theme, palette} = snapshot;
+const {basic, theme, names} = snapshot;
 const colour256 = number => number < 16 ? String(number) :
 	`rgb(${number > 231 ? Array(3).fill(8 + 10 * (number - 232)) : [36, 6, 1].map(part =>
 		Math.floor((number - 16) / part) % 6).map(part => part && 55 + 40 * part)})`;
-const FLAGS = {1: "b", 2: "f", 3: "i", 4: "u"};
-const BASES = [[30, "fg", 0], [40, "bg", 0], [90, "fg", 8], [100, "bg", 8]];
+const FLAGS = {1: "b", 2: "f", 3: "i", 4: "u", 7: "turned"};
+const LAYERS = {3: "fg", 4: "bg", 9: "fg", 10: "bg"};  // by the tens of a code
 function paint(style, codes) {  // SGR: ECMA-48 section 8.3.117
 	for (let at = 0; at < codes.length; at++) {
-		const code = codes[at], base = BASES.find(([first]) => code >= first && code < first + 8);
-		if (code === 0) Object.assign(style, {fg: "", bg: "", turned: false, flags: new Set()});
-		else if (FLAGS[code]) style.flags.add(FLAGS[code]);
-		else if (code === 22) ["b", "f"].forEach(flag => style.flags.delete(flag));
-		else if (FLAGS[code - 20]) style.flags.delete(FLAGS[code - 20]);
-		else if (code === 7 || code === 27) style.turned = code === 7;
-		else if (code === 38 || code === 48) {
+		const code = codes[at], digit = code % 10, layer = LAYERS[Math.floor(code / 10)];
+		if (code === 0) style = {};
+		else if (FLAGS[code]) style[FLAGS[code]] = true;
+		else if (code === 22) style.b = style.f = false;
+		else if (FLAGS[code - 20]) style[FLAGS[code - 20]] = false;
+		else if (!layer) continue;
+		else if (digit < 8) style[layer] = String(code < 90 ? digit : digit + 8);
+		else if (digit === 9) style[layer] = "";
+		else {
 			const rgb = codes[at + 1] === 2, parts = codes.slice(at + 2, at + 5).map(part => part & 255);
-			style[code === 38 ? "fg" : "bg"] = rgb ? `rgb(${parts})` : colour256(parts[0]);
+			style[layer] = rgb ? `rgb(${parts})` : colour256(parts[0]);
 			at += rgb ? 4 : 2;
-		} else if (code === 39 || code === 49) style[code === 39 ? "fg" : "bg"] = "";
-		else if (base) style[base[1]] = String(base[2] + code - base[0]);
+		}
 	}
+	return style;
 }
-function segments(text) {
-	const style = {}, found = [];
-	let from = 0;
-	paint(style, [0]);
-	const take = to => {
-		const part = plain(text.slice(from, to));
-		if (part) found.push([part, {...style, flags: [...style.flags].join(" ")}]);
-	};
-	for (const match of text.matchAll(ESCAPE)) {
-		take(match.index);
-		from = match.index + match[0].length;
-		if (!match[0].endsWith("m") || match[0][1] !== "[") continue;
-		paint(style, match[0].slice(2, -1).split(/[;:]+/).map(Number));
-	}
-	take(text.length);
-	return found;
+function segments(text) {  // [text, its style]
+	let style = {};
+	return text.split(ESCAPE).map((part, at) => {  // text and sequences in turn
+		if (at % 2 && /^\x1b\[.*m$/.test(part)) {
+			style = paint({...style}, part.slice(2, -1).split(/[;:]+/).map(Number));
+		}
+		return [at % 2 ? "" : plain(part), style];
+	}).filter(([part]) => part);
 }
-function piece(text, {fg, bg, turned, flags}) {
-	if (turned) [fg, bg] = [bg || "var(--bg)", fg || "var(--text)"];
+function piece(text, style) {
+	const flags = Object.values(FLAGS).filter(flag => style[flag]).join(" ");
+	let {fg, bg} = style;
+	if (style.turned) [fg, bg] = [bg || "var(--bg)", fg || "var(--text)"];
 	if (!fg && !bg && !flags) return document.createTextNode(text);
 	const node = el("span", {class: flags}, text), own = colour => basic[colour] || colour;
 	node.style.background = own(bg);
@@ -6881,44 +6840,32 @@ function piece(text, {fg, bg, turned, flags}) {
 	return node;
 }
 function paintLine(node, parts, find) {
-	const text = parts.map(part => part[0]).join("");
-	const left = find ? [...text.matchAll(new RegExp(find, "g" + find.flags))].reverse() : [];
-	let at = 0;
-	for (const [text, style] of parts) {
-		let from = 0;
-		while (left.length && left.at(-1).index < at + text.length) {
-			const {index, 0: {length}} = left.at(-1), first = Math.max(index - at, 0);
-			const end = index + length - at;
-			if (length) node.append(piece(text.slice(from, first), style),
-				el("mark", text.slice(first, from = end)));
-			if (end > text.length) break;  // it goes on in the next part
-			left.pop();
-		}
-		node.append(piece(text.slice(from), style));
-		at += text.length;
+	const text = parts.map(([part]) => part).join("");
+	const ends = !find ? [] : [...text.matchAll(new RegExp(find, "g" + find.flags))].flatMap(
+		({index, 0: {length}}) => [index, index + length]);  // where a match begins, and ends
+	let at = 0, marked = false;
+	for (let [part, style] of parts) while (part) {
+		const text = part.slice(0, ends.length ? ends[0] - at : part.length);
+		if (text) node.append(marked ? el("mark", text) : piece(text, style));
+		part = part.slice(text.length); at += text.length;
+		if (at === ends[0]) { ends.shift(); marked = !marked; }
 	}
 }
-const coloured = new Map();
-function nameColour(name) {
-	if (!coloured.has(name)) coloured.set(name, palette[coloured.size % palette.length] % 10);
-	return `var(--${theme[coloured.get(name)]})`;
-}
-
-function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column of whose a line is
+const coloured = new Map();  // by name
+const PLAIN = ["stdout", "exit", "dropped", "stdin"], MARKED = ["stderr", ...PLAIN.slice(1)];
+function makeLog(ref) {  // ref: "" (all) or a name
 	let lines = [], first = 0, chars = 0;  // what is kept, each after its id; the number of the first
 	let shown = [], tops = [0];  // numbers of what is shown, and the row at which each begins
-	let queue = [], frame = 0, following = true, came = 0, epoch = "", wanted = params().get("line");
-	let find = null, matches = 0, here = -1, held = -1, columns = 80, height = 0, sign = 0;
-	const open = new Map(), nodes = new Map(), states = {}, path = "streams" + (ref && "/" + enc(ref));
+	let frame = 0, following = true, seen = 0, last = "", wanted = params().get("line");
+	let find = null, matches = 0, here = -1, held = -1, nodes = new Map();
+	let columns = 80, height = 0, sign = 0;
+	const open = new Map(), states = {}, path = "streams" + (ref && "/" + enc(ref));
 	const toggle = (param, text, label, key) => {
 		const node = button("", text, label, () => {
-			setParam(param, states[param] ? "" : "1"); read(); rebuild();
+			setParam(param, !states[param] && "1"); show(); rebuild();
 		}, key);
-		const read = () => {
-			states[param] = params().has(param);
-			attr(node, "aria-pressed", String(states[param]));
-		};
-		read();
+		const show = () => attr(node, "aria-pressed", String(states[param] = params().has(param)));
+		show();
 		return node;
 	};
 	const hits = el("span.dim", {role: "status"});
@@ -6933,7 +6880,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	const node = el("section.log", el("div.bar", search,
 		button(".plain", "↑", "previous match", () => next(-1), "N"),
 		button(".plain", "↓", "next match", () => next(1), "n"),
-		toggle("only", "Matches", "only what matches", "o"), hits, el("span.push"),
+		toggle("only", "Matches", "only what matches", "O"), hits, el("span.push"),
 		toggle("err", "stderr", "only stderr", "2"),
 		toggle("time", "Times", "times", "T"),
 		toggle("wrap", "Wrap", "wrap", "w"),
@@ -6942,69 +6889,61 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		el("a", {href: base + path + "?tail=all&timeout=0", download: (ref || "gaffer") + ".log"},
 			"Save")),
 	area, more);
-	const observer = new ResizeObserver(resized);
 
 	// what comes in
 	function take(type, data, id) {
-		const [number, run] = id.split("@"), {bytes, restarted} = data;
-		if (restarted) note("the server has restarted");
-		if (bytes) note(plural(bytes, "byte") + " were lost here");
-		epoch = run;
-		if (type === "line") push(data, parseInt(number, 10));
+		last = id;
+		if (data.restarted) note("the server has restarted");
+		if (data.bytes) note(plural(data.bytes, "byte") + " were lost here");
+		if (type === "line") push(parseInt(id, 10) + " " + data);
 	}
-	function note(text, label = "*note") { push(now() + " - 0 " + label + " " + text, 0); }
-	function push(raw, id) {
-		queue.push(id + " " + raw);
-		if (queue.length > 2 * LINES_MAX) queue.splice(0, LINES_MAX);
+	function note(text, label = "dropped") { push(`0 ${now()} - 0 ${label} ${text}`); }
+	function push(raw) {
+		keepLine(raw);
 		if (!frame) frame = requestAnimationFrame(flush);
 	}
+	const epoch = () => last.split("@")[1];
 	function flush() {
-		const before = shown.length;
-		frame = 0; queue.forEach(keepLine); queue = [];
-		if (!following) came += shown.length - before;
-		trim();
-		const [id, run] = wanted ? wanted.split("@") : [];
-		if (id && (run !== epoch || parseInt(lines.at(-1), 10) >= id)) {
-			const at = run === epoch ? lines.findIndex(raw => raw.startsWith(id + " ")) : -1;
+		const before = total(), [id, run] = wanted ? wanted.split("@") : [];
+		frame = 0; trim();
+		const gone = before - total();
+		if (id && (run !== epoch() || parseInt(lines.at(-1), 10) >= id)) {
+			const at = run === epoch() ? lines.findIndex(raw => raw.startsWith(id + " ")) : -1;
 			wanted = null;
-			if (at < 0) complain("That line is no longer kept.");
-			else jump(shown.indexOf(first + at));
+			if (at >= 0) return jump(shown.indexOf(first + at));
+			complain("That line is no longer kept.");
 		}
-		draw();
+		draw(gone ? area.scrollTop - gone : undefined);
 	}
 	function keepLine(raw) {
 		const line = parse(raw), key = line.pid + " " + line.label;
-		if (line.label === "*note") open.clear();  // what comes is no more of it
-		const [last, goes] = open.get(key) || [], at = goes || line.over ? last - first : -1;
+		if (line.label === "dropped") open.clear();  // what comes is no more of it
+		const [begun, goes] = open.get(key) || [], at = goes || line.over ? begun - first : -1;
 		if (at >= 0) {  // it goes on with an unfinished line, or replaces it
 			chars -= lines[at].length;
 			if (!line.over) raw = lines[at].replace(/^\d+/, line.id) + line.text;
-			lines[at] = raw; nodes.delete(last);
-			if (shown.at(-1) === last) { shown.pop(); tops.pop(); add(last); }
+			lines[at] = raw; nodes.delete(begun);
+			if (shown.at(-1) === begun) { shown.pop(); tops.pop(); add(begun); }
 		} else { lines.push(raw); consider(first + lines.length - 1); }
 		chars += raw.length;
-		open.set(key, [at >= 0 ? last : first + lines.length - 1, line.open]);
+		open.set(key, [at >= 0 ? begun : first + lines.length - 1, line.open]);
 		if (line.label !== "exit") return;
 		for (const each of open.keys()) if (each.startsWith(line.pid + " ")) open.delete(each);
-		soon();
+		due = 0;
 	}
 	function consider(number) {
 		const line = (find || states.err) && lineOf(number), hit = find && find.test(lineText(line));
 		if (hit) matches++;
-		if ((hit || !find || !states.only) && (!states.err ||
-			/^(stderr|exit|\*.*)$/.test(line.label))) add(number);
+		if ((hit || !find || !states.only) && (!states.err || MARKED.includes(line.label))) add(number);
 	}
 	function add(number) { shown.push(number); tops.push(tops.at(-1) + rows(number)); }
 	function trim() {
-		const before = total();
-		if (lines.length < LINES_MAX + 5000 && chars < CHARS_MAX) return;
-		while (lines.length > LINES_MAX || chars > .95 * CHARS_MAX) {
-			const old = lines.splice(0, 1000);
+		while (lines.length > LINES_MAX || chars > CHARS_MAX) {
+			const old = lines.splice(0, Math.ceil(lines.length / 20));
 			first += old.length;
 			for (const raw of old) chars -= raw.length;
+			shown = shown.filter(number => number >= first); tops = tops.slice(-shown.length - 1);
 		}
-		shown = shown.filter(number => number >= first); tops = tops.slice(-shown.length - 1);
-		if (!following) { const top = area.scrollTop - before + total(); fit(); area.scrollTop = top; }
 	}
 	const lineOf = number => parse(lines[number - first]);
 
@@ -7018,7 +6957,7 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 		rebuild();
 	}
 	function rebuild() {
-		shown = []; tops = [0]; matches = 0; nodes.clear(); block.replaceChildren();
+		shown = []; tops = [0]; matches = 0; nodes.clear();
 		lines.forEach((_, at) => consider(first + at));
 		area.classList.toggle("wrap", states.wrap);
 		if (total() <= height) following = true;
@@ -7031,16 +6970,14 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	}
 	function head(line) {  // [time, whose, label]
 		const who = line.name === "-" ? "" : ref ? line.pid : line.name + " " + line.pid;
-		const mark = /^(stdout|exit|\*.*)$/.test(line.label) ? "" :
-			line.label.replace("std", "").slice(0, 3);
+		const mark = PLAIN.includes(line.label) ? "" : line.label.replace("std", "").slice(0, 3);
 		const time = states.time ? clock(line.time) + (line.time % 1).toFixed(3).slice(1) + " " : "";
-		return [time, who.padEnd(width) + " ", mark.padEnd(4)];
+		return [time, who.padEnd(ref ? 6 : 18) + " ", mark.padEnd(4)];
 	}
 	function resized() {
 		const before = columns;
 		if (!sign) {
-			const ruler = el("span", "0".repeat(100));
-			area.append(ruler); sign = ruler.offsetWidth / 100 || 7.5; ruler.remove();
+			spacer.style.width = "1000ch"; sign = spacer.offsetWidth / 1000; spacer.style.width = "";
 		}
 		height = area.clientHeight; columns = Math.max(10, Math.floor((area.clientWidth - 19) / sign));
 		if (states.wrap && before !== columns) rebuild(); else draw();
@@ -7049,57 +6986,52 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	// what is seen
 	const yOf = place => (tops[place] - tops[0]) * LINE;
 	const total = () => yOf(shown.length);
-	function fit() { spacer.style.height = total() + "px"; }
 	const placeAt = y => tops.findLastIndex(top => (top - tops[0]) * LINE <= y);
-	function draw() {
-		fit();
-		if (following) { area.scrollTop = 1e9; held = area.scrollTop; came = 0; }
-		const top = following ? Math.max(0, total() - height) : area.scrollTop, wished = new Set();
-		const from = Math.max(0, placeAt(top) - 5), to = Math.min(shown.length, placeAt(top + height) +
-			6);
-		for (let place = from; place < to; place++) wished.add(nodeOf(shown[place]));
-		for (const each of [...block.children]) if (!wished.has(each)) {
-			each.remove(); nodes.delete(each.number);
-		}
-		let after = block.firstChild;  // what stays is not moved: a selection is kept
-		for (const each of wished) {
-			if (each === after) after = after.nextSibling; else block.insertBefore(each, after);
-		}
+	function draw(top) {
+		spacer.style.height = total() + "px";
+		if (following) { top = total() - height; seen = first + lines.length; }
+		if (top !== undefined) { area.scrollTop = top; held = area.scrollTop; }
+		top = area.scrollTop;
+		const from = Math.max(0, placeAt(top) - 5), to = placeAt(top + height) + 6;
+		nodes = new Map(shown.slice(from, to).map(number =>
+			[number, nodes.get(number) || lineNode(number)]));
+		const wished = [...nodes.values()];
+		for (const each of [...block.children]) if (!wished.includes(each)) each.remove();
+		wished.forEach((each, at) => {  // what stays is not moved: a selection is kept
+			if (block.children[at] !== each) block.insertBefore(each, block.children[at]);
+		});
 		block.style.transform = `translateY(${yOf(from)}px)`;
 		more.hidden = following;
-		put(more, (came ? plural(came, "new line") : "to the end") + " ↓");
+		const fresh = shown.length - 1 - shown.findLastIndex(number => number < seen);
+		put(more, (fresh ? plural(fresh, "new line") : "to the end") + " ↓");
 		put(hits, find ? matches + " of " + plural(lines.length, "line") : "");
 	}
-	function nodeOf(number) {
-		if (nodes.has(number)) return nodes.get(number);
-		const line = lineOf(number), [time, who, mark] = head(line), label = line.label.replace("*", "");
-		const made = el("div.l", el("span.k", {title: dateText(line.time) +
-			(line.id ? ", link to this line" : "")}, time, el("span", who),
-			el("span.bad", {title: label}, mark)));
-		if (!ref) made.firstChild.children[0].style.color = nameColour(line.name);
+	function lineNode(number) {
+		const line = lineOf(number), {label} = line, [time, who, mark] = head(line);
+		const whose = el("span", who), made = el("div.l", el("span.k", {title: dateText(line.time) +
+			(line.id ? ", link to this line" : "")}, time, whose, el("span.bad", {title: label}, mark)));
+		if (!coloured.has(line.name)) coloured.set(line.name, names[coloured.size % names.length]);
+		if (!ref) whose.style.color = `var(--${coloured.get(line.name)})`;
 		made.number = number;
-		if (/^(stderr|exit|\*.*)$/.test(line.label)) made.classList.add(label);
-		made.classList.toggle("failed", fell(line));
+		if (MARKED.includes(label)) made.classList.add(label);
+		made.classList.toggle("bad", fell(line));
 		made.classList.toggle("here", number === here);
 		paintLine(made, segments(label === "exit" ? lineText(line) : line.text), find);
-		nodes.set(number, made);
 		return made;
 	}
 	function scrolled() {
-		const end = area.scrollTop + area.clientHeight >= total() - LINE / 2;
+		const end = area.scrollTop + area.clientHeight >= area.scrollHeight - LINE / 2;
 		if (area.scrollTop !== held) {  // not ours
 			held = -1;
-			if (end !== following && total() > height) { following = end; came = 0; }
+			if (end !== following && total() > height) following = end;
 		}
 		draw();
 	}
 
 	// find, link
 	function jump(place) {
-		const top = yOf(place);
 		nodes.delete(here); here = shown[place]; nodes.delete(here); following = false;
-		fit(); area.scrollTop = top - height / 2;
-		draw();
+		draw(yOf(place) - height / 2);
 		block.querySelector(".here mark")?.scrollIntoView({block: "nearest"});
 		held = area.scrollTop;
 	}
@@ -7116,18 +7048,16 @@ function makeLog(ref, width) {  // ref: "" (all) or a name; width: of the column
 	function link(number) {
 		const {id} = number >= first ? lineOf(number) : {};
 		if (!id) return complain("No line is marked.");
-		setParam("line", id + "@" + epoch); jump(shown.indexOf(number));
+		setParam("line", id + "@" + epoch()); jump(shown.indexOf(number));
 		say("the address bar now links to this line");
 	}
-	readFind(); observer.observe(area);
-	const source = follow(last => path + "?feed=eventsource&returns=true&" + (last ?
-		"since=" + enc(last) : "tail=" + (wanted ? "all" : 2000)), ["line"], take);
-	return {node, note, source, fill: true, focus: () => area, close() {
-		source.close(); observer.disconnect(); cancelAnimationFrame(frame);
-	}};
+	readFind(); new ResizeObserver(resized).observe(area);
+	const stream = {types: ["line"], take, path: () => path + "?feed=eventsource&returns=true&" +
+		(last ? "since=" + enc(last) : "tail=" + (wanted ? "all" : 2000))};
+	return {node, note, stream, focus: () => area};
 }
 function allOutput() {
-	const log = makeLog("", 18);
+	const log = makeLog("");
 	return {...log, node: el("div.log", el("h1.quiet", "Output"), log.node), title: "output"};
 }
 
@@ -7177,32 +7107,30 @@ const typed = el("datalist", {id: "typed"});
 function makeEntry(log) {
 	const who = el("select", {label: "to which process"});
 	const line = el("input.mono", {label: "A line to stdin", placeholder: "A line to stdin",
-		list: "typed", "data-key": "i",
-		keydown: event => event.key === "Enter" && send("POST")});
+		list: "typed", "data-key": "i"});
 	async function send(method) {  // it stands where it was sent; a refusal comes after it
 		const text = line.value, body = method === "POST" ? text + "\n" : undefined;
-		log.note(body ? "> " + text : "end of file", "*stdin");
+		log.note(body ? "> " + text : "end of file", "stdin");
 		typed.prepend(el("option", {value: text})); line.value = "";
 		const answer = await ask(method, `streams/${who.value}/stdin`, body);
 		if (!answer.ok) log.note("not sent: " + answer.value.reason);
 		if (typed.childElementCount > 200) typed.lastChild.remove();
 	}
-	const node = el("div.entry", {hidden: true}, who, line, typed,
-		button("", "Send", "send", () => send("POST")),
-		button("", "End of file", "close its stdin", () => send("DELETE")));
+	const node = el("form.entry", {hidden: true, submit(event) {
+		event.preventDefault(); send("POST");
+	}}, who, line, typed, el("button", "Send"),
+	button("", "End of file", "close its stdin", () => send("DELETE")));
 	return {node, show({redirect_input}, pids) {
 		node.hidden = !redirect_input;
 		for (const each of node.children) each.disabled = !pids.length;
-		if (who.pids !== pids.join()) {
-			const {value} = who;
-			who.replaceChildren(...pids.map(value => el("option", {value}, "process " + value)));
-			if (pids.includes(+value)) who.value = value;
-			who.pids = pids.join(); who.hidden = pids.length < 2;
-		}
+		who.hidden = pids.length < 2;
+		if ([...who.options].map(({value}) => value).join() === pids.join()) return;
+		who.replaceChildren(...pids.map(pid =>
+			el("option", {value: pid, selected: pid === +who.value}, "process " + pid)));
 	}};
 }
 function detail(name) {
-	const log = makeLog(name, 6), entry = makeEntry(log), parts = new Map();
+	const log = makeLog(name), entry = makeEntry(log), parts = new Map();
 	const state = el("span.cut", {role: "status"}), facts = el("dl.facts"), story = el("ol.story");
 	const list = el("section", el("h2", "Processes"));
 	const tools = el("span.push.acts", acts(() => [name], name));
@@ -7217,13 +7145,9 @@ function detail(name) {
 		if (status) showState(state, status);
 	}
 	function update() {
-		const status = templates.get(name), {processes: alive = []} = status || {};
+		const status = templates.get(name), {processes: alive} = status || {};
 		tools.hidden = !status;
-		if (!status) {
-			put(state, "there is no such template");
-			return log.source.close();
-		}
-		log.source.resume();
+		if (!status) return put(state, "there is no such template");
 		for (const [id, part] of parts) if (!alive.some(each => each.pid === id)) {
 			part.node.remove(); parts.delete(id);
 		}
@@ -7246,26 +7170,24 @@ function detail(name) {
 		story.replaceChildren(...own.map(event => happened(event, why(event))).slice(-10).reverse());
 	}
 	function showFacts(template) {
-		const rows = Object.entries(template).filter(([field, value]) => field !== "name" &&
-			snapshot.fields[field] && textOf(value) !== textOf(snapshot.fields[field][0]));
 		const runs = (templates.get(name).next_runs || []).map(time => ["next run", dateText(time)]);
-		facts.replaceChildren(...[...rows, ...runs].flatMap(([key, value]) => [el("dt", key),
-			el("dd.mono", textOf(value))]));
+		facts.replaceChildren(...[...given(template), ...runs].flatMap(([key, value]) =>
+			[el("dt", key), el("dd.mono", textOf(value))]));
 	}
 	function showPart(process) {
 		const {pid, os_pid, instance, state: word, uptime, kill_in, ready} = process;
 		if (!parts.has(pid)) {
-			const what = el("small"), use = [usage(0), usage(1)], more = button(".plain", "⋯",
-				"more for process " + pid, () => menu(more, [["stop (it is replaced)",
-					() => act([pid], "/_stop")], ["signal…", () => askSignal([pid], "process " + pid)]]));
+			const what = el("small"), use = usage();
 			parts.set(pid, {what, use, node: el("div.part", el("span", name.replace(/.*:/, "") + "." +
-				instance, what), use.map(each => each.node), more)});
+				instance, what), use.cells, menuButton("process " + pid, () => [
+				["stop (it is replaced)", () => act([pid], "/_stop")],
+				["signal…", () => askSignal([pid], "process " + pid)]]))});
 			list.append(parts.get(pid).node);
 		}
-		const part = parts.get(pid);
-		put(part.what, joined([pid, "OS pid " + os_pid, `${word} ${span(uptime)}`,
+		const {what, use} = parts.get(pid);
+		put(what, joined([pid, "OS pid " + os_pid, `${word} ${span(uptime)}`,
 			ready === false && "not ready", kill_in !== undefined && `SIGKILL in ${Math.ceil(kill_in)} s`]));
-		part.use.forEach(each => each.show([process]));
+		use.show([process]);
 	}
 	update();
 	return {...log, node, name, title: name, update, tick, poll};
@@ -7283,13 +7205,17 @@ function textOf(value) {  // of a field, as it is typed
 		Object.entries(value).map(([key, each]) =>
 			key + "=" + (typeof each === "object" ? JSON.stringify(each) : each)).join("\n");
 }
+function given(template) {  // what is not as it is by default
+	return Object.entries(template).filter(([field, value]) => field !== "name" &&
+		snapshot.fields[field] && textOf(value) !== textOf(snapshot.fields[field][0]));
+}
 function guess(text) {  // a number, list or flag
 	try { return JSON.parse(text); } catch (error) { return text; }
 }
 function valueOf(field, text) {
-	const {type, items} = snapshot.fields[field][2], may = kind => [type].flat().includes(kind);
-	if (typeof text === "boolean") return text;
-	const words = text.split(/[\s,]+/).filter(Boolean);
+	const [normal,, {type, items}] = snapshot.fields[field];
+	const may = kind => [type].flat().includes(kind), words = text.split(/[\s,]+/).filter(Boolean);
+	if (!words.length) return normal;
 	if (/^\s*[[{]/.test(text)) return guess(text);
 	if (may("object")) return Object.fromEntries(text.split("\n").filter(line =>
 		line.trim()).map(line => {
@@ -7301,20 +7227,18 @@ function valueOf(field, text) {
 		words.map(guess) : guess(text);
 }
 function form(name) {
-	const inputs = {}, faults = {}, first = {}, asked = {}, given = {}, touched = new Set();
+	const inputs = {}, faults = {}, texts = {}, touched = new Set();
 	const title = name ? "Edit " + name : "Add a template";
 	const path = "processes" + (name ? "/" + enc(name) : "");
-	const known = Object.values(sections).join(" ").split(" ");
 	const rest = el("span.bad", {role: "alert"}), plan = el("span", {role: "status"});
 	const node = el("form", {input: event => { touched.add(event.target.name); soon(); },
 		submit: event => { event.preventDefault(); save(); }}, el("h1", title));
 	const more = el("section", el("h2", "More"));
-	let waiting = 0, count = 0;
-	for (const [section, text] of [...Object.entries(sections), ["Other"]]) {
-		const fields = el("div.fields"), own = text ? text.split(" ") :
-			Object.keys(snapshot.fields).filter(field => !known.includes(field));
-		for (const field of own) {
-			if (!snapshot.fields[field] || name && field === "start") continue;
+	let template = {}, waiting = 0, count = 0;
+	for (const [section, own] of Object.entries(sections)) {
+		const fields = el("div.fields");
+		for (const field of own.split(" ")) {
+			if (name && field === "start") continue;
 			const [normal, help, schema] = snapshot.fields[field], id = "field-" + field;
 			const kind = schema.enum ? "select" : areas.includes(field) ? "textarea" : "input";
 			inputs[field] = el(kind, {id, name: field, "aria-describedby": `${id}-help ${id}-fault`,
@@ -7322,43 +7246,48 @@ function form(name) {
 				spellcheck: "false", placeholder: examples[field]},
 			(schema.enum || []).map(each => el("option", each)));
 			faults[field] = el("span.bad", {id: id + "-fault", role: "alert"});
-			fields.append(el("label", {for: id}, labels[field] || field, el("code", field)), el("div",
+			fields.append(el("label", {for: id}, labels[field], el("code", field)), el("div",
 				inputs[field], el("small", {id: id + "-help"}, help), faults[field]));
-			write(field, normal); first[field] = asked[field] = read(field);
+			write(field, normal);
 		}
 		if (!section) node.append(fields);
-		else if (fields.firstChild) more.append(el("details", el("summary", section), fields));
+		else more.append(el("details", el("summary", section), fields));
 	}
 	inputs.name.disabled = Boolean(name);
 	node.append(more, el("div.bar.plan", el("button.main", name ? "Save" : "Add"), button("", "Cancel",
 		"cancel", () => history.back()), plan, rest));
-	function where(field) { return inputs[field].type === "checkbox" ? "checked" : "value"; }
 	function write(field, value) {
-		inputs[field][where(field)] = typeof value === "boolean" ? value : textOf(value);
+		if (inputs[field].type === "checkbox") inputs[field].checked = value;
+		else inputs[field].value = textOf(value);
+		texts[field] = read(field);
 	}
-	function read(field) { return inputs[field][where(field)]; }
-	function changes(from) { return Object.keys(inputs).filter(field => read(field) !== from[field]); }
+	function read(field) {
+		const {type, checked, value} = inputs[field];
+		return type === "checkbox" ? String(checked) : value;
+	}
+	function changes() { return Object.keys(inputs).filter(field => read(field) !== texts[field]); }
 	async function load() {  // what was not typed here is as it is now
-		const {ok, value} = await ask("GET", path), own = changes(asked);
+		const {ok, value} = await ask("GET", path), own = changes();
 		complain(ok ? "" : value.reason);
-		for (const field of ok ? Object.keys(inputs) : []) if (!own.includes(field)) {
-			write(field, given[field] = value[field]); asked[field] = read(field);
+		if (ok) template = value;
+		for (const field of Object.keys(inputs)) {
+			if (ok && !own.includes(field)) write(field, template[field]);
 		}
 	}
-	function unfold(field) { (inputs[field].closest("details") || {}).open = true; }
+	function unfold(field) { (inputs[field]?.closest("details") || {}).open = true; }
 	function soon() { clearTimeout(waiting); waiting = setTimeout(() => send(true), 300); }
 	async function send(dry) {
 		const turn = ++count;
 		clearTimeout(waiting);
 		if (name) await load();
-		const body = Object.fromEntries(changes(first).map(field =>
-			[field, read(field) === asked[field] ? given[field] : valueOf(field, read(field))]));
+		const body = {...template, start: undefined};  // which an edit leaves as it is
+		for (const field of changes()) body[field] = valueOf(field, read(field));
 		const answer = await ask("POST", path + (dry ? "?dry_run=true" : ""), body);
 		if (turn === count) { refuse(answer, dry); put(plan, answer.ok ? intent(body) : ""); }
 		return turn === count && answer.ok;
 	}
 	function intent({start, schedule, numprocesses = 1}) {  // what saving will do
-		const fields = changes(asked), {active, running} = templates.get(name) || {};
+		const fields = changes(), {active, running} = templates.get(name) || {};
 		const count = processes(numprocesses), calm = fields.every(each => adjustable.includes(each));
 		if (!name) return start === false ? "Adds it." : schedule ? "Adds it, to run on its schedule." :
 			`Adds it, and starts ${count}.`;
@@ -7387,7 +7316,7 @@ function form(name) {
 		put(rest, dry ? "" : left.join("; "));
 		if (!dry && !answer.ok) (node.querySelector("[aria-invalid=true]") || inputs.name).focus();
 	}
-	if (name) load().then(() => changes(first).forEach(unfold));
+	if (name) load().then(() => given(template).forEach(([field]) => unfold(field)));
 	return {node, title, draft: touched, focus: () => inputs[name ? "cmd" : "name"]};
 }
 
@@ -7407,29 +7336,25 @@ function nowhere() { return {node: el("p", "There is no such page."), focus: () 
 function route(start) {
 	const [kind, ...parts] = location.hash.replace(/^#?\/?/, "").split("?")[0].split("/").map(decode);
 	$("menu").hidePopover(); complain(""); sampled = 0;
-	if (view.close) view.close(); else if (stream) stream.close();
 	view = {update() {}, poll: () => refresh(), ...(VIEWS[kind] || nowhere)(...parts)};
-	stream = view.source || watch();
-	main.classList.toggle("fill", Boolean(view.fill)); main.replaceChildren(view.node);
+	stream = view.stream || watch;
+	main.replaceChildren(view.node);
 	$("nav").replaceChildren(...nav.map(([path, text]) => el("a", {href: "#" + path,
 		"aria-current": path === "/" + kind && "page"}, text)));
-	poll();
+	listen(); poll();
 	if (start !== true) view.focus().focus({preventScroll: true});
 }
-const keyed = () => [view.scope && view.scope(), main].filter(Boolean).flatMap(node =>
+const keyed = () => [main.querySelector(AT) || main, main].flatMap(node =>
 	[...node.querySelectorAll("[data-key]")]).filter(each => each.checkVisibility());
+const FIELD = "input:not([type=checkbox]), textarea, select";
 function showKeys() {
-	const all = new Map([...nav.map(([path, text, key]) => [key, [text, () => go(path)]]),
-		["Escape", ["leave a field; processes", () => go("/")]], ...view.keys || [],
-		...keyed().reverse().map(node => [node.dataset.key, [node.ariaLabel, () => press(node)]])]);
-	menu($("help"), [...all].map(([key, [text, click]]) => [[el("kbd", key), text], click]));
-}
-function press(node) {
-	if (node.matches("input:not([type=checkbox])")) node.focus(); else node.click();
+	const all = new Map([...nav.map(([, text, key]) => [key, text]),
+		["Escape", "leave a field; processes"], ...view.keys || [],
+		...keyed().reverse().map(node => [node.dataset.key, node.ariaLabel])]);
+	menu($("help"), [...all].map(([key, text]) => [[el("kbd", key), text]]));
 }
 document.addEventListener("keydown", event => {
-	const {key, target} = event,
-		typing = target.matches("input:not([type=checkbox]), textarea, select");
+	const {key, target} = event, typing = target.matches(FIELD);
 	if (event.ctrlKey || event.metaKey || event.altKey) return;
 	if ($("menu").matches(":popover-open")) {
 		const next = target[{ArrowDown: "nextSibling", ArrowUp: "previousSibling"}[key]];
@@ -7443,13 +7368,12 @@ document.addEventListener("keydown", event => {
 	else if (key === "Escape") go("/");
 	else if (key === "?") showKeys();
 	else if (place) go(place[0]);
-	else if (own) press(own);
+	else if (own) { if (own.matches(FIELD)) own.focus(); else own.click(); }
 	else if (!view.key || !view.key(key)) return;
 	event.preventDefault();
 });
 $("help").addEventListener("click", showKeys);
 addEventListener("hashchange", route);
-put($("link"), "live");
 route(true);
 </script>
 </body></html>

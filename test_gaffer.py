@@ -2616,12 +2616,12 @@ class PurePage(Case):
     def test_text(self):
         """It is small, makes no HTML of text, and asks nobody else."""
         page = gaffer.PAGE
-        self.assertLess(len(page.encode("utf-8")), 60 * 1024)
+        self.assertLess(len(page.encode("utf-8")), 60 * 1000)
         self.assertEqual(re.findall(
             r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|cookie|new Function|"
             r"localStorage|sessionStorage| style=\"|importScripts|XMLHttpRequest|<[^>]*\son\w+\s*=",
             page), [])
-        self.assertEqual(set(re.findall(r"https?://[^\"]*", page)), {"http://www.w3.org/"})
+        self.assertNotIn("://", page)
         self.assertEqual(re.findall(r'(?:src|href)="([^"]*)"', page.partition("<script")[0]),
                          ["data:,", "#/"])
 
@@ -2649,7 +2649,7 @@ class PurePage(Case):
         """Each field has a label and a section, each event a word."""
         words = gaffer.PAGE_WORDS
         fields = set(" ".join(words["form"]["sections"].values()).split())
-        self.assertLessEqual(set(gaffer.OPTIONS), fields)
+        self.assertEqual(set(gaffer.OPTIONS), fields)
         self.assertEqual(set(words["form"]["labels"]), fields)
         self.assertLessEqual(set(gaffer.EVENT_TYPES), set(words["said"]))
 
@@ -7858,7 +7858,7 @@ class BrowserPage(BrowserPageCase):
             process = self.server.manager.find_process(pid)
             until(lambda: len(process.history) > 3, "a history")
         self.open()
-        self.wait("$('.cpu path') && $('.cpu path').getAttribute('d').split('M').length > 3")
+        self.wait("$('.cpu .past') && $('.cpu .past').style.clipPath.split(',').length > 4")
 
     # forms
 
@@ -8161,7 +8161,7 @@ class BrowserPage(BrowserPageCase):
         self.browser.console()                      # that nobody answers is in it
         second = start("second", first.port)
         self.shows("live", "#link")
-        self.becomes("$('#away').hidden", True)
+        self.becomes("$('#away').textContent", "")
         lines, anew = self.LINES + ".filter(text => !text.includes('killed'))", (
             "the server has restarted")
         self.becomes(lines, ["first", "half", anew, "second", "half"])
@@ -8426,7 +8426,7 @@ class BrowserFigures(BrowserPageCase):
         print("%.1f frames a second while 5,000 lines a second arrive" % (frames / 10), flush=True)
         self.assertGreater(frames / 10, 20)
         self.becomes(self.LAST, "end")
-        self.becomes("$$('.note').length", 0)   # nothing was lost
+        self.becomes("$('.dropped')", None)     # nothing was lost
 
     def test_memory_is_bounded(self):
         totals, used = (0, 200000, 800000), []
