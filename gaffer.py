@@ -3741,8 +3741,15 @@ class Manager:
                     self.exit_code = self.exit_code or 1
                 log.info("all is done: gaffer exits with %d", self.exit_code)
                 self._stop(False)
-        if self.stopping and self._running:
-            self._go_on_stopping()
+        if self.stopping and self._running:     # stages wait for those before: gone or killed
+            alive = self._alive()
+            waiting = [each for each in alive if not each.killed]
+            first = min((self._stages[each.name] for each in waiting), default=0)
+            for process in reversed(waiting):   # newest first
+                if self._stages[process.name] == first:
+                    self._end_process(process, "stop_pid")
+            if not alive and not self.commands:
+                self.loop.stop()
         self._pause = self.loop.clock() - began     # half of the time is for others
 
     def on_loop_thread(self):
@@ -4215,8 +4222,19 @@ class Manager:
             ends.callback(self._call_apps, "stop")
             ends.callback(self._finish)
             ends.callback(self._stop_all)
-            self._start()
+            for app in self.apps:
+                app.start(self.loop, self)
+                self._started_apps.append(app)
+            self.loop.call(self._begin)
             self.loop.run()
+
+    def _begin(self):
+        self._running, self._has_run = True, bool(self.templates)
+        for template in sorted(self.templates.values(), key=lambda each: priority_of(each.info)):
+            if template.active and template.due:
+                self._publish("start", template.name)
+            self._reconcile(template)
+        self.changed()
 
     def _stop_all(self):
         while self.loop.call(self._alive):      # an exception, such as KeyboardInterrupt
@@ -4229,20 +4247,6 @@ class Manager:
         with contextlib.ExitStack() as calls:
             for app in self._started_apps:
                 calls.callback(getattr(app, method, lambda: None))
-
-    def _start(self):
-        def begin():
-            self._running, self._has_run = True, bool(self.templates)
-            for template in sorted(self.templates.values(),
-                                   key=lambda template: priority_of(template.info)):
-                if template.active and template.due:
-                    self._publish("start", template.name)
-                self._reconcile(template)
-            self.changed()
-        for app in self.apps:
-            app.start(self.loop, self)
-            self._started_apps.append(app)
-        self.loop.call(begin)
 
     def stop(self, kill=False):
         """Stop all processes, those of the highest priority first, then let run() return. `kill`:
@@ -4272,17 +4276,6 @@ class Manager:
         return [process for process in self.processes.values()
                 if not (process.gone or process.abandoned
                         or process.info["detach"] and process.running)]
-
-    def _go_on_stopping(self):
-        """Stop the next stage once those before are gone or killed. End the loop once all are."""
-        alive = self._alive()
-        waiting = [each for each in alive if not each.killed]
-        first = min((self._stages[each.name] for each in waiting), default=0)
-        for process in reversed(waiting):       # newest first
-            if self._stages[process.name] == first:
-                self._end_process(process, "stop_pid")
-        if not alive and not self.commands:
-            self.loop.stop()
 
     def _finish(self):
         self.loop.call(self._end_streams)
