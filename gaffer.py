@@ -9533,20 +9533,21 @@ class ConsoleOutput:
 
     def start(self, loop, manager):
         """Subscribe to all events."""
-        self._manager = manager
-        manager.subscribe("", self._event)
-        if self._output:
-            loop.call(self._follow)
-
-    def _follow(self):
         def show(lines):
             log.debug("%s", lines[:-1].decode("utf-8", "replace"))
             return True
-        sink = types.SimpleNamespace(send=show, finished=Reader.close, lost=lambda *ignored: None)
-        manager = self._manager
-        view, encoder = manager.journal.view(), JournalEncoder(False, manager.epoch)
-        self._reader = Reader(view, encoder, sink, view.end, "skip")    # nobody else refers to it
-        self._reader.start()
+
+        def follow():
+            sink = types.SimpleNamespace(send=show, finished=Reader.close,
+                                         lost=lambda *ignored: None)
+            view, encoder = manager.journal.view(), JournalEncoder(False, manager.epoch)
+            # nobody else refers to it
+            self._reader = Reader(view, encoder, sink, view.end, "skip")
+            self._reader.start()
+        self._manager = manager
+        manager.subscribe("", self._event)
+        if self._output:
+            loop.call(follow)
 
     def _event(self, kind, event):
         pid, template = event.get("pid"), self._manager.templates.get(event["name"])
@@ -9630,7 +9631,7 @@ class Screen:
         pid, manager = event.get("pid"), self._manager
         name = self._shown[pid][0] if pid in self._shown else event["name"]
         if kind == "spawn":
-            self._follow(pid, manager.processes[pid])
+            self.follow(pid, manager.processes[pid])
         elif kind == "ready":
             self.note("%s is ready after %.1f s" % (name, event["seconds"]))
         elif kind == "exit" and pid in self._shown:     # else its last line came after its exit
@@ -9644,20 +9645,20 @@ class Screen:
         elif kind == "stop_pid" and "reason" in event:
             self.note("%s is stopped: %s" % (name, event["reason"]))
         elif kind == "stop_pid" and manager.stopping and not self._waits_reported:
-            self._waits_reported = True         # a stop that takes less needs no comment
-            self._loop.later(0.5, self._report_waits)
+            self._waits_reported = True
 
-    def _report_waits(self):
-        """Name the processes that have not ended yet, and say when they are killed."""
-        waiting = [(name, process.status().get("kill_in", 0))
-                   for name, process, _ in self._shown.values() if not process.exited]
-        if waiting:
-            kill_in = math.ceil(max(seconds for _, seconds in waiting))
-            self.note("waiting for %s%s; Ctrl-C again kills now" % (
-                ", ".join(name for name, _ in waiting),
-                ", SIGKILL in %d s" % kill_in if kill_in else ""))
+            def report():
+                """Name the processes that have not ended yet, and say when they are killed."""
+                waiting = {name: process.status().get("kill_in", 0)
+                           for name, process, _ in self._shown.values() if not process.exited}
+                if waiting:
+                    kill_in = math.ceil(max(waiting.values()))
+                    self.note("waiting for %s%s; Ctrl-C again kills now" % (
+                        ", ".join(waiting), ", SIGKILL in %d s" % kill_in if kill_in else ""))
+            self._loop.later(0.5, report)       # a stop that takes less needs no comment
 
-    def _follow(self, pid, process):
+    def follow(self, pid, process):
+        """Show a process and its output from now on, and how it ends."""
         name, readers = "%s.%d" % (process.name, process.instance), []
         self._shown[pid] = name, process, readers
         self.note("%s started, os pid %d" % (name, process.os_pid))
@@ -9917,7 +9918,7 @@ class ConfigFile:
             line, section, name = place
             reason = reason.replace("'%s'" % field, "'%s'" % (name or field), 1)
         where = "[%s] " % section if section else ""
-        line = line or self._find(section, None if "is required" in reason else field)
+        line = line or self.find_line(section, None if "is required" in reason else field)
         self.faults.add((line, "%s:%d: %s%s" % (self.path, line, where, reason)))
 
     def note(self, section, faults):
@@ -9933,7 +9934,7 @@ class ConfigFile:
         except (ValueError, GafferError, StartError) as error:
             self.fault(subject + str(error), section, line)
 
-    def _find(self, section, field):
+    def find_line(self, section, field):
         """Return the line of a section or its field in JSON or TOML, whose parsers do not tell."""
         start = place = 0
         for word in filter(None, [*section.split(":", 1), field]):
@@ -10399,22 +10400,6 @@ class Configuration:
         for template in self.settings.templates.values():
             manager.add_process(template)
 
-    def reload(self, manager, dry_run=False):
-        """Read it again, and change what has changed; with `dry_run` only report it.
-
-        Return {"ok", "added": [name], "changed": {name: [field]}, "removed": [name], "kept":
-        [name], "failed": {name: reason}, "webhooks": whether they changed, "needs_restart": [what
-        a running server can't change]}. Raise ConfigError, and change nothing, if it has faults.
-        """
-        with self._lock:
-            settings = self._read()
-            outcome = self._compare(manager, settings)
-            if not dry_run:
-                self._apply(manager, settings, outcome)
-                log.warning("the configuration was loaded again: %s", "; ".join(
-                    outcome_lines(dict(outcome, kept=[]))) or "nothing has changed")
-        return outcome
-
     def _compare(self, manager, settings):
         before, after = self.settings.templates, settings.templates
         present, changed = dict(manager.templates), {}
@@ -10433,31 +10418,47 @@ class Configuration:
             "needs_restart": [
                 "endpoints"] if list(map(vars, settings.endpoints)) != self._endpoints else []}
 
-    def _apply(self, manager, settings, outcome):
-        before, after, changed = self.settings.templates, settings.templates, outcome["changed"]
-        # what others are after goes first, or old and new ones could make a circle
-        order = sorted(changed, key=stop_stages(after).get, reverse=True)
-        for name in [*outcome["removed"], *order, *outcome["added"]]:
-            try:                                # the system may refuse what the file may ask for
-                if name not in after:
-                    manager.delete_process(name)
-                elif name not in changed:
-                    manager.add_process(after[name])
-                else:
-                    template, fields = manager.find_template(name), changed[name]
-                    info = dict(template.info, **{field: after[name][field] for field in fields})
-                    if "start" not in fields:   # what was stopped by hand stays so
-                        del info["start"]
-                        if template.gave_up and not set(fields) <= set(ADJUSTABLE):
-                            info["start"] = True
-                    manager.update_process(name, info)
-            except GafferError as error:
-                outcome["failed"][name], outcome["ok"] = str(error), False
-                # or the next time it would not be seen to have changed
-                after[name] = before.get(name, after.get(name))
-        self.settings = settings
-        if outcome["webhooks"]:
-            self._hooks.replace(settings.webhooks)
+    def reload(self, manager, dry_run=False):
+        """Read it again, and change what has changed; with `dry_run` only report it.
+
+        Return {"ok", "added": [name], "changed": {name: [field]}, "removed": [name], "kept":
+        [name], "failed": {name: reason}, "webhooks": whether they changed, "needs_restart": [what
+        a running server can't change]}. Raise ConfigError, and change nothing, if it has faults.
+        """
+        with self._lock:
+            settings = self._read()
+            outcome = self._compare(manager, settings)
+            if dry_run:
+                return outcome
+            before, after = self.settings.templates, settings.templates
+            changed = outcome["changed"]
+            # what others are after goes first, or old and new ones could make a circle
+            order = sorted(changed, key=stop_stages(after).get, reverse=True)
+            for name in [*outcome["removed"], *order, *outcome["added"]]:
+                try:                            # the system may refuse what the file may ask for
+                    if name not in after:
+                        manager.delete_process(name)
+                    elif name not in changed:
+                        manager.add_process(after[name])
+                    else:
+                        template, fields = manager.find_template(name), changed[name]
+                        info = dict(template.info, **{field: after[name][field]
+                                                      for field in fields})
+                        if "start" not in fields:       # what was stopped by hand stays so
+                            del info["start"]
+                            if template.gave_up and not set(fields) <= set(ADJUSTABLE):
+                                info["start"] = True
+                        manager.update_process(name, info)
+                except GafferError as error:
+                    outcome["failed"][name], outcome["ok"] = str(error), False
+                    # or the next time it would not be seen to have changed
+                    after[name] = before.get(name, after.get(name))
+            self.settings = settings
+            if outcome["webhooks"]:
+                self._hooks.replace(settings.webhooks)
+        log.warning("the configuration was loaded again: %s", "; ".join(
+            outcome_lines(dict(outcome, kept=[]))) or "nothing has changed")
+        return outcome
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11984,7 +11984,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     ("< INCLUDES_MAX", "<= INCLUDES_MAX", "ConfigFiles.test_all_faults_at_once"),
     ("template.gave_up and not set(fields) <= set(ADJUSTABLE)", "False",
      "ConfigReload.test_one_that_gave_up"),
-    ("dict(template.info, **{field: after[name][field] for field in fields})", "after[name]",
+    ("dict(template.info, **{field: after[name][field]", "dict(**{field: after[name][field]",
      "ConfigReload.test_what_was_done_by_hand_stays"),
     ('outcome["failed"][name], outcome["ok"] = str(error), False',
      'outcome["failed"][name] = str(error)', "ConfigReload.test_what_the_system_refuses"),
