@@ -10884,8 +10884,9 @@ def status_rows(status):
                     "; ".join(notes)] for notes in waits]
 
 
-def status_table(statuses, coloured):
-    """Return the lines of the table, failures first, and the summary."""
+def status_table(statuses, width, coloured):
+    """Return the lines of the table, failures first, and the summary. Names are cut where a line
+    would be over `width`, if that is not 0."""
     if not statuses:
         return []
     order = {"backoff": 0, "flapping": 0, "failed": 0, "running": 2, "scheduled": 2, "stopped": 3,
@@ -10901,7 +10902,10 @@ def status_table(statuses, coloured):
         for row in rows:
             del row[4]
     widths, lines = [max(map(len, column)) for column in zip(*rows)], []
+    if width:
+        widths[0] = min(widths[0], max(8, width - sum(widths[1:-1]) - 2 * (len(widths) - 2)))
     for name, state, *numbers, note in rows:
+        name = name if len(name) <= widths[0] else name[:widths[0] - 1] + "…"
         cells = [name.ljust(widths[0]), state.ljust(widths[1])]
         if coloured and state in COLOURS:
             cells[1] = colour(cells[1], COLOURS[state])
@@ -10928,7 +10932,7 @@ def is_away(error):
 def status_command(args):
     """Print the table; with -w each second, also while the server restarts. Return 3 if fewer
     processes run than are wanted, or none is there."""
-    client, exit_status = connect(args), None
+    client, exit_status, width, height = connect(args), None, 0, 0
     while True:
         try:
             args.exit_status = 0
@@ -10937,10 +10941,11 @@ def status_command(args):
             if exit_status is None or not is_away(error):
                 raise
         else:
+            if sys.stdout.isatty():
+                width, height = os.get_terminal_size(sys.stdout.fileno())
             lines = list(map(encode_json, statuses)) if args.json else status_table(
-                statuses, wants_colour(args))
+                statuses, width, wants_colour(args))
             if args.watch and sys.stdout.isatty():
-                height = os.get_terminal_size(sys.stdout.fileno()).lines
                 hidden = len(lines) - height + 2
                 if height and hidden > 1:
                     lines[-hidden - 1:-1] = [

@@ -9461,10 +9461,10 @@ class CliStatus(CliControlCase):
         bad = {"state": "backoff", "running": 0, "restarts": 3, "next_tries": [7.2],
                "last_exit": {"exit_status": 0, "term_signal": 9, "times": 3}, "processes": []}
 
-        def rows(*changes):
+        def rows(*changes, width=0):
             statuses = [{**status, "os_pids": [4711], "processes": [web], **each}
                         for each in changes]
-            return gaffer.status_table(statuses, False)[1:]
+            return gaffer.status_table(statuses, width, False)[1:]
         for change, line in (
                 (bad, "web   backoff  0/1    -       -         3   137    -    -  "
                       "next try in 8s; exit 137 (SIGKILL), 3 times"),
@@ -9477,6 +9477,8 @@ class CliStatus(CliControlCase):
                 ({"state": "scheduled", "processes": [], "next_runs": [time.time() + 9.5]},
                  "next run in 10s")):
             self.assertEqual(rows(change)[0][-len(line):], line)
+        self.assertIn("xxx…", rows({"name": "x" * 100}, width=70)[0])
+        self.assertLessEqual(len(rows({"name": "x" * 100}, width=70)[0]), 70)
         for seconds, words in (59.9, "59s"), (11520, "3h12m"), (187200, "2d04h"):
             self.assertEqual(gaffer.span(seconds), words)
 
