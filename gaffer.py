@@ -2788,7 +2788,7 @@ class Process:
         self.abandoned = False                  # gaffer may not signal it, or it outlived SIGKILL
         self.retry_after = 0.0                  # seconds until the next start; None: there is none
         self.last_exit = None                   # as its template's
-        self.cpu_sample = None                  # (time, cpu_time, percent) of the last sample
+        self.cpu_samples = {}                   # asker -> its last (time, cpu_time, percent)
         self.history = collections.deque(maxlen=60)     # [cpu, rss], see History
         self.on_exit = set()                    # called once
         self._watcher = self._timer = self._probe = self._notify = None
@@ -7437,10 +7437,10 @@ class Samples:
         seen = self._table.sample(process.os_pid)
         if not seen:
             return {}
-        cpu = self._percent(process, seen["cpu_time"])
+        cpu = self._percent(process, "one", seen["cpu_time"])
         return {"id": process.pid, **self._entry(process.os_pid, seen, cpu)}
 
-    def usages(self, processes):
+    def usages(self, processes, asker="status"):
         """Return {cpu, mem, rss} of each process with its group, {} of one that has gone."""
         members = self._table.members({process.os_pid for process in processes})
         found = []
@@ -7451,19 +7451,19 @@ class Samples:
             seen = [usage for usage in map(self._table.usage, os_pids) if usage]
             rss = sum(usage["rss"] for usage in seen)
             found.append({
-                "cpu": self._percent(process, sum(usage["cpu_time"] for usage in seen)),
+                "cpu": self._percent(process, asker, sum(usage["cpu_time"] for usage in seen)),
                 "rss": rss, "mem": round(100 * rss / self.MEMORY, 2)} if seen else {})
         return found
 
-    def _percent(self, process, cpu_time):
-        """Return percent of one core since the last sample, or at first over its life."""
-        now, last = self._clock(), process.cpu_sample
+    def _percent(self, process, asker, cpu_time):
+        """Return percent of one core since the asker's last sample, or at first over its life."""
+        now, last = self._clock(), process.cpu_samples.get(asker)
         if last is None:
             last = process.started, 0.0, None
         elif now - last[0] < 0.1:
             return last[2]
         percent = round(100 * max(0.0, cpu_time - last[1]) / max(0.01, now - last[0]), 1)
-        process.cpu_sample = now, cpu_time, percent
+        process.cpu_samples[asker] = now, cpu_time, percent
         return percent
 
     def _entry(self, os_pid, seen, percent, depth=8):
@@ -7552,7 +7552,7 @@ class History:
         processes = list(self._manager.processes.values())
 
         def sample():
-            for process, used in zip(processes, self._samples.usages(processes)):
+            for process, used in zip(processes, self._samples.usages(processes, "history")):
                 if used:
                     process.history.appendleft([used["cpu"], used["rss"]])
         return sample

@@ -1325,6 +1325,16 @@ class PureEvents(PureLogCase):
         self.assertEqual(feed.read(4, 99), list(range(4, 20)))
         self.assertEqual(feed.start, 20 - gaffer.STATS_KEPT)
 
+    def test_cpu(self):
+        """Who asks for a group has samples of his own."""
+        usage = dict.fromkeys("cpu_time rss vms uid nice cmdline".split(), 0)
+        table = mock.Mock(sample=lambda pid: dict(usage, children=()), members=lambda pids: {},
+                          usage=lambda pid: dict(usage, cpu_time=50))
+        samples = gaffer.Samples(table, itertools.count(1).__next__)
+        process = mock.Mock(started=0, exited=False, cpu_samples={})
+        self.assertEqual([samples.usages([process])[0]["cpu"], samples.one(process)["cpu"],
+                          samples.usages([process])[0]["cpu"]], [5000, 0, 0])
+
 
 class PureJournal(PureLogCase):
 
@@ -4914,8 +4924,6 @@ class HttpCase(ServerCase):
 
 
 class HttpEndpointTable(HttpCase):
-    """Section 2 of the contract, row by row."""
-
     def test_welcome(self):
         self.rows(("GET", "/", {"welcome": "gaffer", "version": gaffer.__version__}))
         for name in "abc":
@@ -5078,8 +5086,6 @@ class HttpEndpointTable(HttpCase):
 
 
 class HttpMetrics(HttpCase):
-    """/metrics: what it counts has happened."""
-
     options = {"window": 4096, "handlers": [("/slow", lambda request: (202, {}, b""))],
                "wsgi": {"/wsgi": lambda environ, start: start("404 Not Found", []) and [b"gone"]}}
 
@@ -5161,8 +5167,6 @@ class HttpMetrics(HttpCase):
 
 
 class HttpLogs(HttpCase):
-    """--access-log, a line for each request; and the server's own log, on stderr or in a file."""
-
     def setUp(self):
         Case.setUp(self)
         folder = tempfile.TemporaryDirectory()
@@ -5320,8 +5324,6 @@ class HttpLogs(HttpCase):
 
 
 class HttpOpenapi(HttpCase):
-    """/openapi.json: every route is described, and the description is right."""
-
     quick = False
 
     def test_routes(self):
@@ -5396,8 +5398,6 @@ class HttpOpenapi(HttpCase):
 
 
 class HttpErrorTable(HttpCase):
-    """Every code of the contract's table of errors, each by a real request."""
-
     def test_every_code(self):
         self.cat("web")
         self.server.add("quiet", "sleep 60", redirect_output=[])
@@ -5459,8 +5459,6 @@ class HttpErrorTable(HttpCase):
 
 
 class HttpSyntax(HttpCase):
-    """What a request is: one way to understand it, or a refusal."""
-
     def setUp(self):
         self.hits = []
         self.options = {"handlers": [("/hit.*", self._hit)]}
@@ -5564,8 +5562,6 @@ class HttpSyntax(HttpCase):
 
 
 class HttpConnections(HttpCase):
-    """Keep-alive, pipelining, who has a thread, and what is left after clients have gone."""
-
     options = {"handlers": [("/echo", lambda request: request.body)], "wsgi": {
         "/big": lambda environ, start: start("200 OK", []) and [bytes(32 * gaffer.MIB)]}}
 
@@ -5801,8 +5797,6 @@ class HttpConnections(HttpCase):
 
 
 class HttpLimits(HttpCase):
-    """How many connections there may be, in all and of one address."""
-
     def held(self, server, number):
         """So many connections that have been answered once."""
         wires = [self.wire(server=server) for _ in range(number)]
@@ -5931,9 +5925,6 @@ class HttpAccess(HttpCase):
 
 
 class HttpToken(HttpCase):
-    """With a token every request needs it, but OPTIONS and GET or HEAD of /ping and /healthz.
-    With it gaffer may listen on what others can reach."""
-
     TOKEN = "s\u00e9cret: word"
     options = {"token": TOKEN, "endpoints": [gaffer.HttpEndpoint("0.0.0.0:0")],
                "handlers": [("/hit", lambda request: "hit")], "wsgi": HttpMetrics.options["wsgi"]}
@@ -5996,8 +5987,6 @@ def make_certificate(folder):
 
 
 class HttpEndpoints(HttpCase):
-    """Where a server listens: TLS, unix sockets, IPv6, several at once; where it refuses to."""
-
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
@@ -6157,8 +6146,6 @@ class HttpEndpoints(HttpCase):
 
 
 class HttpLibrary(HttpCase):
-    """Section 7: what a program adds to the server."""
-
     def test_routes(self):
         """What a callable may return, and what the client gets."""
         plain, binary = "text/plain; charset=utf-8", "application/octet-stream"
@@ -7546,8 +7533,6 @@ class StreamsGone(StreamsCase):
 
 
 class StreamsStats(StreamsCase):
-    """What pages and programs look at again and again."""
-
     def test_feeds(self):
         """Of all, of a template and of a process; they end with what they look at. Usage is that
         of the whole group: the shell in front is small, what it runs is not."""
