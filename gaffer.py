@@ -7487,17 +7487,21 @@ class StatsFeed(EventLog):
 
     def __init__(self, loop, interval, sampler):
         super().__init__(loop, STATS_KEPT)
-        self._interval, self._sampler, self._runs = interval, sampler, False
+        self._interval, self._sampler, self._timer = interval, sampler, None
 
     def add(self, reader):
         super().add(reader)
-        if not self._runs:
+        if len(self.readers) == 1:
             self._tick()
 
+    def remove(self, reader):
+        super().remove(reader)
+        if not self.readers and self._timer is not None:    # it may be due in days
+            self._timer.cancel()
+            self._timer = None
+
     def _tick(self):
-        self._runs = bool(self.readers)
-        if not self._runs:
-            return
+        self._timer = None
         try:
             sample = self._sampler()
             threading.Thread(target=self._sample, args=(sample,), name="gaffer-stats",
@@ -7516,9 +7520,11 @@ class StatsFeed(EventLog):
         self.loop.call_soon(self._sampled, record)
 
     def _sampled(self, record):
-        self.loop.later(self._interval, self._tick)
-        if record is not None and self.readers:
-            self.append(record)
+        if self.readers:
+            if self._timer is None:             # else the first reader has left, and one has come
+                self._timer = self.loop.later(self._interval, self._tick)
+            if record is not None:
+                self.append(record)
 
 
 class History:
@@ -7817,13 +7823,26 @@ class Api:
         if query.feed is None:
             return sample()
         if query.feed == "longpoll":
-            return LongPoll(lambda deliver: lambda: None, interval,
-                            lambda: json_response(sampler()()))
+            loop = self.manager.loop
+
+            def answer(deliver):
+                loop.call_soon(deliver, attempt(lambda: json_response(call(sampler)())))
+
+            def begin_thread(deliver):
+                try:
+                    threading.Thread(target=answer, args=(deliver,), name="gaffer-stats",
+                                     daemon=True).start()
+                except RuntimeError:            # the system has no thread left
+                    deliver(error_response(Busy("gaffer has no thread for this; try again later")))
+            return LongPoll(lambda deliver: loop.later(interval, begin_thread, deliver).cancel,
+                            None, None)
         encoder = RecordEncoder(query.feed, self._framed(request), self.manager.epoch)
 
         def follow():
-            feed = self._stats_feeds.setdefault(
-                (name, pid, interval), StatsFeed(self.manager.loop, interval, sampler))
+            key = name, pid, interval
+            feed = self._stats_feeds.get(key)
+            if feed is None or feed.ended:      # with a template of that name that is gone
+                feed = self._stats_feeds[key] = StatsFeed(self.manager.loop, interval, sampler)
             return self._feed(request, query, feed, encoder, feed.end)
         return call(follow)
 

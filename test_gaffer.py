@@ -1321,6 +1321,7 @@ class PureEvents(PureLogCase):
             for _ in range(21):
                 self.advance(1)
             self.do(reader.close)
+        self.assertEqual(self.loop.pending_timers, 0)
         self.assertIn("statistics cannot be read: no", logs.output[0])
         self.assertEqual(feed.read(4, 99), list(range(4, 20)))
         self.assertEqual(feed.start, 20 - gaffer.STATS_KEPT)
@@ -7534,12 +7535,14 @@ class StreamsGone(StreamsCase):
 
 class StreamsStats(StreamsCase):
     def test_feeds(self):
-        """Of all, of a template and of a process; they end with what they look at. Usage is that
-        of the whole group: the shell in front is small, what it runs is not."""
+        """They end with what they look at. Usage is the group's: the shell in front is small, what
+        it runs is not."""
         command = "%s -I -S -c 'x = bytearray(40 << 20); input()'; true" % PYTHON
         pid, wires = self.cat("web", {"cmd": "sh", "args": ["-c", command]}), []
         until(lambda: self.server.ok("GET", "/status/web?usage=true")["processes"][0]["rss"]
               > 40 << 20, "the memory of the group")
+        table, owned, loop = self.server.manager.table, [], self.server.manager.loop
+        sample, table.sample = table.sample, lambda pid: owned.append(loop.owned()) or sample(pid)
         for path, check in (("/stats", lambda value: value[0]["stats"][0]),
                             ("/stats/web", lambda value: value["stats"][0]),
                             ("/stats/web/%d" % pid, lambda value: value)):
@@ -7553,6 +7556,9 @@ class StreamsStats(StreamsCase):
         self.server.ok("DELETE", "/processes/web")
         for wire in wires[1:]:
             self.assertTrue(wire.chunks()[1])
+        self.cat("web")
+        self.assertTrue(self.wire("/stats/web?feed=eventsource&interval=0.1").event())
+        self.assertNotIn(True, owned)
         self.server.manager.stop()
         self.assertTrue(wires[0].chunks()[1])
 
