@@ -943,7 +943,9 @@ class Log:
 
     def flush(self):
         """Show unfinished lines, once nothing has come for PARTIAL_LINE_DELAY."""
-        self._flush_timer = None
+        if self._flush_timer is not None:       # a new reader may have called this before it
+            self._flush_timer.cancel()
+            self._flush_timer = None
         if self.loop.now < self._appended_at + PARTIAL_LINE_DELAY:
             self.flush_later()
             return
@@ -1298,9 +1300,9 @@ class Journal:
         if source.text is not None:
             return 0, prefix, [end], [source.text]
         window, place = source.window(), self._places[index]
-        if window is None:
-            return end - offset, prefix, [], []
         head, stop = place + offset - base, place + end - base
+        if window is None or stop <= window.start:
+            return end - offset, prefix, [], []
         if window.before(head) not in (10, 13):
             head = place                        # `offset` is within a line
         if head < window.start:                 # on from the start of a line
