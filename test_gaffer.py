@@ -9853,11 +9853,12 @@ class CliLogs(CliFollowCase):
         for line in lines:
             self.say("a", line)
         self.assertEqual([named.stdout.readline() for _ in lines], lines)
+        for line in lines:                      # the output goes with the template
+            self.assertEqual(follower.stdout.readline(), b"a.1 | " + line)
         self.server.ok("DELETE", "/processes/a")
         add()
         self.assertEqual(named.stdout.readline(), b"started\n")
-        shown = [follower.stdout.readline() for _ in range(101)]
-        self.assertEqual(shown[100:], [b"a.1 | started\n"])
+        self.assertEqual(follower.stdout.readline(), b"a.1 | started\n")
         self.interrupted(follower)
         named = self.follow("logs", "-f", "a*", "-n1", "--no-prefix")
         self.assertEqual(named.stdout.readline(), b"started\n")
