@@ -3295,7 +3295,6 @@ class Template:
             if timer is not None:
                 timer.cancel()
         self.pending, self.pause, self.alarm = {}, None, None
-        self.failures = {}                      # instance -> exits in a row, which a spawn follows
         self.next_runs = []                     # of its schedule: the next five, Unix times
 
     def begin(self):
@@ -3305,6 +3304,7 @@ class Template:
         self.end = None                         # {exit_status, term_signal} of that
         self.finished = {}                      # instance -> its exit, which nothing follows
         self.tries = 0                          # exits and failed spawns since its start
+        self.failures = {}                      # instance -> exits in a row, which a spawn follows
         self.history = ()                       # see after_exit()
         self.hint = None                        # what its user should change
         for process in self.processes.values():

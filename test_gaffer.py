@@ -3042,8 +3042,7 @@ class ProcessHostile(ProcessCase):
 
 
 class ProcessClock(Case):
-    """Each test has a Manager whose loop has a clock that stands until advance(); the processes are
-    real."""
+    """A Manager whose loop has a clock that stands until advance(); the processes are real."""
 
     def setUp(self):
         super().setUp()
@@ -3073,8 +3072,7 @@ class ProcessClock(Case):
         self.assertFalse(self._thread.is_alive())
 
     def barrier(self):
-        """Wait for turns of the loop: one that may have begun before the clock moved, one for the
-        timers that are due, one for the events that they made."""
+        """Wait for turns: one that had begun, one for the timers due, one for their events."""
         for _ in range(3):
             turn = threading.Event()
             self.manager.loop.call_soon(turn.set)
@@ -3089,7 +3087,7 @@ class ProcessClock(Case):
         return [event for event in self.seen if event["event"] == kind][-1]
 
     def settle(self):
-        """Wait until everything that was spawned has exited, and nothing follows from it."""
+        """Wait until all that was spawned has exited, and nothing follows."""
         known = None
         while known != len(self.seen):
             if self.count("spawn"):
@@ -3125,18 +3123,20 @@ class ProcessTimes(ProcessClock):
     """What is a matter of seconds."""
 
     def test_delay_is_forgotten(self):
-        """Back to no delay once a process has lived 10 s; 9 s are not enough."""
-        self.add("x", "cat", redirect_input=True)
+        """Back to no delay once one has lived 10 s, 9 are too few, and with a new run."""
+        self.add("x", "read x", shell=True, redirect_input=True, restart="on-failure")
         delays = []
-        for spawns, lived in enumerate((0, 1, 9, 10, 1, 11, 0), 1):
+        for spawns, lived in enumerate((0, 1, 9, 10, 1, 11, 0, 2, 0, 0), 1):
             pid = self.wait("spawn", spawns)["pid"]
             self.advance(lived)
+            self.manager.write(pid, "stdin", b"\n" * (lived == 2))  # done
             self.manager.end_input(pid, "stdin")
             self.wait("exit", spawns)
             self.barrier()
             delays.append(self.status()["next_try"] or 0)
             self.advance(delays[-1])
-        self.assertEqual(delays, [0, 0.1, 0.2, 0, 0.1, 0, 0.1])
+            self.manager.start_template("x")
+        self.assertEqual(delays, [0, 0.1, 0.2, 0, 0.1, 0, 0.1, 0, 0, 0.1])
 
     def test_ends_of_a_wait(self):
         """During a backoff, or while it flaps: nothing starts later, but at once."""
@@ -3456,7 +3456,7 @@ class ProcessPolicies(ProcessClock):
         self.assertEqual(status["state"], "done")
 
     def test_many(self):
-        """It has failed if one of them has, once all have ended."""
+        """It has failed if one has, once all have ended."""
         starts, status, event = self.try_policy(
             "never", "exit $((GAFFER_INSTANCE == 2))", shell=True, numprocesses=3)
         self.assertEqual((starts, status["state"], event["event"]), (3, "failed", "fail"))
