@@ -4829,7 +4829,7 @@ def find_route(routes, segments):
             kind = "<pid>" if segment.isascii() and segment.isdigit() else "<name>"
             if part[0] == "<" and (part == kind or part not in ("<pid>", "<name>")):
                 taken.append(segment)
-            elif part != segment:
+            elif part != segment or part[0] == "<":
                 break
         else:
             if len(parts) == len(segments) and (found is None or len(taken) < len(args)):
@@ -5535,9 +5535,9 @@ class Follower(Channel):
     def follow(self):
         """Begin, behind the head."""
         self.reader.sink = self
-        self.reader.start()
         if self._heartbeat is not None:
-            self._check_silence()
+            self._check_silence()               # start() may end it
+        self.reader.start()
 
     def _check_silence(self):
         wait = self.reader.last_sent + self._heartbeat - self.loop.now
