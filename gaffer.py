@@ -8512,10 +8512,11 @@ class Handler(socketserver.StreamRequestHandler):
             while keep:
                 self.reader.deadline = time.monotonic() + KEEP_TIME
                 try:
-                    keep = bool(self.rfile.peek(1)) and self.handle_request()
+                    keep = bool(self.rfile.peek(1))
                 except socket.timeout:
                     self.channel = Idle()
                     return
+                keep = keep and self.handle_request()
                 if keep:
                     self.http.working.discard(self)
         except (OSError, EOFError) as error:

@@ -5548,7 +5548,7 @@ class HttpSyntax(HttpCase):
         self.assertEqual(self.hits, [])
 
     def test_half_closed(self):
-        """A client that closes its side gets the answers to what was whole, and no others."""
+        """Who closes his side gets answers to what was whole."""
         ping, half = http_bytes("GET", "/ping"), http_bytes("POST", "/hit", "Content-Length: 5")
         large = http_bytes("POST", "/hit", "Transfer-Encoding: chunked",
                            body=b"1\r\na\r\n" * 5000 + b"0\r\n\r\n")
@@ -6386,7 +6386,7 @@ class HttpLibrary(HttpCase):
             self.assertEqual({key: environ.get(key) for key in expected}, expected)
 
     def test_wsgi_mounts(self):
-        """The longest prefix, at a border of the path; the API comes first."""
+        """The longest prefix; the API comes first."""
         self.server = self.serve(wsgi=dict.fromkeys(
             ("/a", "/a/b", "s/", "/ping", "/"), lambda environ, start: start("200 OK", []) and [
                 (environ["SCRIPT_NAME"] + " " + environ["PATH_INFO"]).encode()]))
@@ -6454,8 +6454,7 @@ class HttpLibrary(HttpCase):
                 self.assertTrue(b"ab" in data and not data.endswith(b"0\r\n\r\n"), data)
 
     def test_wsgi_fails(self):
-        """500, the traceback in the log and not in the answer; a header cannot be split. What
-        close() raises comes behind the answer, and changes nothing of it."""
+        """500, the traceback in the log; not for close()."""
         def app(environ, start_response):
             if environ["PATH_INFO"] == "/close":
                 start_response("200 OK", [])
@@ -6479,6 +6478,8 @@ class HttpLibrary(HttpCase):
         for version in "1.0", "1.1":
             wire = self.wire().request("/admin/close", version=version)
             self.assertEqual((wire.answer()[2], wire.file.read()), (b"abc", b""))
+        with mock.patch("gaffer.Handler.send", side_effect=socket.timeout):
+            self.assertEqual(self.wire().request("/admin/split").file.read(), b"")
 
 
 # --------------------------------------------------------------------------------------------------
