@@ -4773,9 +4773,8 @@ class Access:
         failure what exists. Fetch Metadata Request Headers, W3C.
         """
         headers = request.headers
-        embeds = request.method not in ("GET", "HEAD") or (
-            headers.get("sec-fetch-mode") != "navigate"
-            or headers.get("sec-fetch-dest", "document") != "document")  # Chromium 76 has no Dest
+        kind = headers.get("sec-fetch-dest") or headers.get("sec-fetch-mode")   # Chromium 76
+        embeds = request.method not in ("GET", "HEAD") or kind not in ("document", "navigate")
         if (embeds and headers.get("sec-fetch-site") == "cross-site" and "origin" not in headers
                 and not self._any_origin):
             raise Forbidden("pages of another site may link to this but not embed it; use CORS",
