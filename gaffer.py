@@ -1138,7 +1138,8 @@ class Reader:
             source.loop.call_soon(self.pump)
         except Exception:
             log.exception("a reader of a stream failed; it is cut")
-            source.loop.guard(self.sink.lost, self, source.end - self.offset)
+            if not self._closed:
+                source.loop.guard(self.sink.lost, self, source.end - self.offset)
             self.close()
 
     def _report(self, count, offset):
@@ -5564,6 +5565,7 @@ class Follower(Channel):
     def unfollow(self):
         """Stop following."""
         self.reader.close()
+        self.reader.sink = None                 # or a journal would be read until they are freed
         if self._beat is not None:
             self._beat.cancel()
         if self._process is not None:
