@@ -8535,7 +8535,9 @@ class Handler(socketserver.StreamRequestHandler):
             respond, limit, _ = http.route(request)
             if not whole:
                 length = body_length(request, limit)
-                if length != 0 and "expect" in request.headers and request.version == (1, 1):
+                self.reader.deadline = None     # who has sent some of it does not wait
+                if (length != 0 and "expect" in request.headers and request.version == (1, 1)
+                        and not self.rfile.peek()):
                     self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
                 self.reader.deadline = time.monotonic() + BODY_TIME
                 request.body = read_body(self.rfile, length, limit)
