@@ -1161,7 +1161,9 @@ class Reader:
 
 class JournalSource(collections.namedtuple("JournalSource", "name pid label window text")):
     """Whose lines an entry of the journal holds. `window`: a weak reference to the template's
-    window; None: the one line is `text`, of an exit."""
+    window; None: the one line is `text`, of an exit. Each is another: after_stop has its own."""
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
 
 class JournalView(Log):
