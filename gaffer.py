@@ -1545,7 +1545,7 @@ def signal_number(value):
     """Return the number of a signal: 15, "15", "TERM", "SIGTERM", signal.SIGTERM; 0 if none is."""
     text = str(int(value)) if is_number(value, int) else str(value)
     if re.fullmatch("[0-9]{1,3}", text):
-        return int(text) if int(text) < signal.NSIG else 0
+        return int(text) if int(text) in signal.valid_signals() else 0
     return signal.Signals.__members__.get("SIG" + re.sub("^SIG", "", text.upper()), 0)
 
 
@@ -4098,10 +4098,13 @@ class Manager:
             self._publish("update", name)
         if not active:
             self._stop_template(template)
-        elif replaced and template.active:
+        elif replaced:
+            if not template.active and template.due:
+                self._publish("start", name)
+            template.active = True
             for process in template.running():
                 self._end_process(process, "stop_pid")
-        elif replaced or not was:
+        elif not was:
             self._activate(template, Launch(info, template.free_instance()),
                            template.schedule is None)
         self._reconcile(template)

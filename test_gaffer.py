@@ -1934,7 +1934,7 @@ class PurePolicies(Case):
             *((value, 15) for value in ("15", "TERM", "SIGTERM", "term", 15)),
             ("64", 64),
             *((value, gaffer.BadValue) for value in (
-                "", "0", "-1", "+15", "65", "9" * 5000, "1.0", "\u0661\u0665", "SIGSIGTERM",
+                "", "0", "-1", "+15", "32", "65", "9" * 5000, "1.0", "\u0661\u0665", "SIGSIGTERM",
                 "SIG_DFL", "TERM\n", 0, True, None, 15.0, b"TERM"))))
 
 
@@ -3723,6 +3723,9 @@ class ProcessAttributes(ProcessCase):
         self.read("three", b"2\n")
         self.post("three/_restart?wait=true")
         self.assertEqual(self.read("three", b"3\n"), b"2\n3\n")
+        self.add("four", "printf abc", restart="never", redirect_output=["stdout"],
+                 after_stop="echo hook")        # whose output is no part of a line of the process
+        self.assertEqual(self.read("four", b"hook\n"), b"abc\nhook\n")
 
     def test_after_stop_that_fails(self):
         """Its last words are in the log and in the status; nothing of it is left."""
