@@ -9976,7 +9976,8 @@ class ConfigFile:
         return self.text.count("\n", 0, place) + 1
 
 
-INI_LINE = re.compile(r"\[(?P<section>.+)\]|(?P<field>[^=]*[^=\s])\s*=\s*(?P<value>.*)")
+INI_LINE = re.compile(r"\[(?P<section>[^]]+)\](\s*[;#].*)?|"
+                      r"(?P<field>[^=]*[^=\s])\s*=\s*(?P<value>.*)")
 
 
 def read_ini(file, comment=r"^\s*[#;].*"):
@@ -11667,7 +11668,7 @@ def scale_command(args):
     statuses, steps = get_statuses(client), []
     change = re.compile(r"([^=+]+?)([=+-])([0-9]{1,4})")
     is_group = any(name.startswith(words[0] + ":") for name in statuses)
-    if is_group or not change.fullmatch(words[0]):
+    if is_group or not re.search("[=+]", words[0]) and not change.fullmatch(words[0]):
         args.group, *words = words
     found = find_app(args, statuses)
     for word in words or [args.group]:

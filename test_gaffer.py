@@ -10285,7 +10285,7 @@ class ConfigFiles(ConfigCase):
             [gaffer]
             include = conf.d/Procfile h/Procfile f.ini e/*.ini
             include_dir = conf.d
-            [process:a]
+            [process:a]  ; [b]
             cmd = true
             """).templates
         places = {name: os.path.relpath(info["cwd"], self.home) for name, info in found.items()}
@@ -10876,8 +10876,8 @@ class ProcfileServer(ConfigCase):
         return [row.split()[0] for row in self.call("ps", *arguments).splitlines()[1:-1]]
 
     def test_load_scale_ps_unload(self):
-        self.sleepers("my-app:web", numprocesses=3)         # not what scale my-app-2 is about
-        self.sleepers("web", "other")           # as `up` and `serve Procfile` name them
+        self.sleepers("my-app:web", numprocesses=3)
+        self.sleepers("web", "other")
         self.calls(("scale -f Procfile web=2", "web: 2 processes\n"))
         self.assertEqual(self.names("-f", "Procfile"), ["web.1", "web.2"])
         self.assertEqual(self.names("-f", "/no")[3:], ["web.1", "web.2", "other.1"])
@@ -10889,6 +10889,7 @@ class ProcfileServer(ConfigCase):
             ("scale my-app-2 worker+1", worker % "2 processes"),
             ("scale my-app-2 web+1 --json", '{"ok": true, "numprocesses": 4}\n'),
             ("scale my-app-2", "", 2, "gaffer: 'my-app-2' is not a change: .*\n"),
+            ("scale web=x", "", 2, "gaffer: 'web=x' is not a change: .*\n"),
             ("scale my-app web-1 no-1", "", 4, ".* there is no 'no': the types are web\n"),
             ("scale my-app web-1", "my-app:web: 2 processes\n"),
             ("scale -f Procfile web-0", web % "4 processes"),
