@@ -10622,17 +10622,14 @@ def group_of(args):
     return name
 
 
-def find_app(args, statuses):
-    """Return {type: Target} of the Procfile's templates in the server: those of its group, else
-    those named as its types are, without a Procfile all; unload takes the group alone. NotThere."""
-    targets, prefix = find_targets(args, statuses, ["all"]), group_of(args) + ":"
-    found = {target.word[len(prefix):]: target for target in targets
-             if target.word.startswith(prefix)}
+def find_app(args, names):
+    """Return {type: name} of the Procfile's templates in the server: those of its group, else those
+    named as its types are, without a Procfile all; unload takes the group alone. NotThere."""
+    prefix = group_of(args) + ":"
+    found = {name[len(prefix):]: name for name in names if name.startswith(prefix)}
     if not found and not args.group and args.command != "unload":
-        types = statuses
-        if os.path.exists(args.procfile):
-            types = Procfile(args.procfile).types
-        found = {target.word: target for target in targets if target.word in types}
+        types = Procfile(args.procfile).types if os.path.exists(args.procfile) else names
+        found = {name: name for name in names if name in types}
     if not found:
         raise NotThere("there is no group '%s': 'gaffer.py load' loads it" % prefix[:-1])
     return found
@@ -10641,8 +10638,9 @@ def find_app(args, statuses):
 def choose_targets(args, statuses, processes=False):
     """Return the Targets that the arguments of a command name; see find_targets()."""
     if args.command in ("ps", "unload"):
-        return list(find_app(args, statuses).values())
-    words = [args.name] if "name" in args else args.names or ["all"]
+        words = list(find_app(args, statuses).values())
+    else:
+        words = [args.name] if "name" in args else args.names or ["all"]
     return find_targets(args, statuses, words, processes)
 
 
@@ -11670,17 +11668,22 @@ def scale_command(args):
     is_group = any(name.startswith(words[0] + ":") for name in statuses)
     if is_group or not re.search("[=+]", words[0]) and not change.fullmatch(words[0]):
         args.group, *words = words
-    found = find_app(args, statuses)
+    targets = {target.word: target for target in find_targets(args, statuses, ["all"])}
     for word in words or [args.group]:
         match = change.fullmatch(word)
         if match is None or word == args.group:
             raise ClientError("'%s' is not a change: give web=3, web+1 or web-1" % word, 2)
         kind, sign, count = match.groups()
-        check_type(kind, found)
-        now = found[kind].status["numprocesses"]
+        name = kind                             # in full, as status shows it, or a type
+        if name not in targets or ":" not in name:
+            found = find_app(args, statuses)
+            check_type(kind, found)
+            name = found[kind]
+        target = targets[name]
+        now = target.status["numprocesses"]
         by = int(count) - now if sign == "=" else int(sign + count)
         request = "POST /_%s/%d" % ("add" if by > 0 else "sub", abs(by)) if by else "GET "
-        steps.append((found[kind], request, ""))
+        steps.append((target, request, ""))
     carry_out(args, client, steps)
 
 
