@@ -11186,13 +11186,19 @@ def attach_command(args):
     status = targets[0].status
     found = [targets[0].process] if targets[0].process else status["processes"]
     names = [process_name(status, process) for process in found]
-    if len(names) != 1:
-        raise ClientError("%s runs %d processes: %s" % (args.name, len(names), (
-            "attach to one of " + ", ".join(names) if names else "start it")))
+    if not names:
+        raise ClientError("%s is not running: 'gaffer.py start' starts it" % args.name)
+    if len(names) > 1:
+        raise ClientError("%s runs %d processes: attach to one of %s" % (
+            args.name, len(names), ", ".join(names)))
     pid, os_pid, streams = found[0]["pid"], found[0]["os_pid"], "/streams/%d/" % found[0]["pid"]
     info = client.get("/processes/%d" % pid)
-    inbox: queue.SimpleQueue = queue.SimpleQueue()      # exceptions, signals, the exit event
-    threading.excepthook = lambda failure: inbox.put(failure.exc_value)
+    ends: list = []                             # the exit event, or what a thread raised
+
+    def end(outcome):
+        ends.append(outcome)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+    threading.excepthook = lambda failure: end(failure.exc_value)
 
     def start(function, *args):
         thread = threading.Thread(target=function, args=args, daemon=True)
@@ -11243,11 +11249,7 @@ def attach_command(args):
             if kind == "exit" and event["pid"] == pid:
                 for thread in copies:           # the rest of its group may still write
                     thread.join()
-                return inbox.put(event)
-
-    def await_signals():
-        while True:
-            inbox.put(signal.sigwait(signals))
+                return end(event)
     before = None
     if os.isatty(0):                            # Ctrl-] sends QUIT
         before, changed = termios.tcgetattr(0), termios.tcgetattr(0)
@@ -11257,32 +11259,31 @@ def attach_command(args):
         names[0], os_pid, "Ctrl-]" if before else "QUIT",
         "" if info["redirect_input"] else "; it reads nothing: its stdin is /dev/null"))
     # a handler would run in the main thread alone, and only once something else had woken that
-    signals = {signum for signum in (
+    signals = {signal.SIGUSR1, *(signum for signum in (
         signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGCONT)
-        if signal.getsignal(signum) != signal.SIG_IGN}
+        if signal.getsignal(signum) != signal.SIG_IGN)}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         start(watch_exit, [start(copy_output, *pair) for pair in zip(
             dict.fromkeys(info["redirect_output"]), (1, 2))])
-        start(await_signals)
         if info["redirect_input"]:
             start(copy_input)
-        exit_status, end = None, "is still running"
+        exit_status, outcome = None, "is still running"
         while exit_status is None:
-            item = inbox.get()
-            if isinstance(item, Exception):
-                raise item
-            if isinstance(item, dict):
-                exit_status = shell_status((item["exit_status"], item["term_signal"]))
-                end = "has ended"
-            elif item == signal.SIGINT:         # to the whole group, as a terminal does
+            signum = signal.sigwait(signals)
+            if ends and isinstance(ends[0], Exception):
+                raise ends[0]
+            if ends:
+                exit_status = shell_status((ends[0]["exit_status"], ends[0]["term_signal"]))
+                outcome = "has ended"
+            elif signum == signal.SIGINT:       # to the whole group, as a terminal does
                 with contextlib.suppress(NotThere):
                     client.request("POST", "/processes/%d/_signal/INT?group=true" % pid)
-            elif item == signal.SIGCONT:        # after Ctrl-Z and fg the shell's settings hold
+            elif signum == signal.SIGCONT:      # after Ctrl-Z and fg the shell's settings hold
                 if before and os.tcgetpgrp(0) == os.getpgrp():
                     termios.tcsetattr(0, termios.TCSADRAIN, changed)
             else:
-                exit_status = 0 if item == signal.SIGQUIT else 128 + item
+                exit_status = 0 if signum == signal.SIGQUIT else 128 + signum
     finally:
         if before:
             with contextlib.suppress(termios.error):        # the terminal is gone
@@ -11290,7 +11291,7 @@ def attach_command(args):
     if exit_status != 128 + signal.SIGHUP:
         if sys.stderr.isatty():                 # the output may end within a line
             print(file=sys.stderr)
-        note("detached, %s %s" % (names[0], end))
+        note("detached, %s %s" % (names[0], outcome))
     return exit_status
 
 

@@ -9386,7 +9386,7 @@ class CliControl(CliFollowCase):
                    ("kill web.1 CONT", "web.1: signalled CONT\n"),
                    ("kill -9 web.2", "web.2: signalled 9\n"),
                    ("kill off TERM", "", 3, "gaffer: 'off' is not running\n"),
-                   ("attach off", "", 1, "gaffer: off runs 0 processes: start it\n"))
+                   ("attach off", "", 1, "gaffer: off is not running: .*\n"))
         self.server.wait_event("proc/web/exit")
         for word in "web.1", "1", str(os_pids[0]):
             self.assertEqual(json.loads(self.call("get_process", word))["os_pid"], os_pids[0])
