@@ -11064,68 +11064,57 @@ def merge_lines(lines, count, names):
     return kept[::-1]
 
 
-class LogPrinter:
-    """Prints JournalLines as `web.1 | text`. A line that was printed unfinished is continued."""
+def logs_command(args):
+    """Print output from the journal: what it holds by now, and with -f what comes. A line is
+    `web.1 | text`; one that was printed unfinished is continued."""
+    import fnmatch
+    client, path, names = connect(args), "/streams", {}     # names: {pid: web.1}, see load_names()
+    prefixer, last = Prefixer(wants_colour(args)), JournalLine("0 - 0 - ")
 
-    def __init__(self, args, client):
-        self._args, self._client = args, client
-        self.names = {}                         # {pid: web.1}, {web: web.1} if it runs only one
-        self._prefixer = Prefixer(wants_colour(args))
-        self._last, self._open = None, False    # the stream of the last line, whether that is open
-
-    def load_names(self):
+    def load_names():
         """Learn the names of processes. Return {name: status}, also with those that have ended."""
-        statuses = get_statuses(self._client)
+        statuses = get_statuses(client)
         for name, status in statuses.items():
             status["processes"][:0] = [{"pid": int(pid), "os_pid": int(pid), "instance": number}
                                        for pid, number in status["past"].items()]
             for process in status["processes"]:
-                self.names[process["pid"]] = process_name(status, process)
+                names[process["pid"]] = process_name(status, process)
             if status["numprocesses"] == 1:     # its earlier processes had the same name
-                self.names[name] = name + ".1"
+                names[name] = name + ".1"
         return statuses
 
-    def add_names(self, lines):
-        """Learn the names of the processes of lines, if one is new."""
-        new = {line.pid: line.name for line in lines if line.pid not in self.names}
+    def add_names(lines):
+        new = {line.pid: line.name for line in lines if line.pid not in names}
         if new:
             with contextlib.suppress(ClientError):
-                self.load_names()
+                load_names()
         for pid, name in new.items():           # one that went long ago is asked for once
-            self.names.setdefault(pid, self.names.get(name, name))
+            names.setdefault(pid, names.get(name, name))
 
-    def show(self, lines):
-        """Print lines, their names in a column of one width."""
-        args, tty = self._args, sys.stdout.isatty()
-        for line in lines:
-            self._prefixer.prefix(self.names[line.pid])
+    def show(lines):
+        nonlocal last
+        for line in lines:                      # their names are a column of one width
+            prefixer.prefix(names[line.pid])
         for line in lines:
             if args.json:
                 print(encode_json({"time": line.time, "name": line.name, "pid": line.pid,
                                    "label": line.label, "data": line.text}))
                 continue
-            text, prefix = line.text, ""
+            text, prefix, same = line.text, "", line.stream == last.stream
             if args.times:
                 prefix = time.strftime("%Y-%m-%d %H:%M:%S ", time.localtime(line.time))
             if not args.no_prefix:
-                prefix += self._prefixer.prefix(self.names[line.pid]) + " "
-            if line.stream == self._last and line.replaces and tty:
-                text = ("\r" if self._open else "\x1b[A") + "\x1b[K" + prefix + text
-            elif line.stream != self._last or line.replaces or not self._open:
-                text = ("\n" if self._open else "") + prefix + text
-            self._last, self._open = line.stream, line.open
+                prefix += prefixer.prefix(names[line.pid]) + " "
+            if same and line.replaces and sys.stdout.isatty():
+                text = ("\r" if last.open else "\x1b[A") + "\x1b[K" + prefix + text
+            elif not same or line.replaces or not last.open:
+                text = ("\n" if last.open else "") + prefix + text
             print(text, end="" if line.open else "\n")
-        if self._open and not args.follow:
+            last = line
+        if last.open and not args.follow:
             print()
         sys.stdout.flush()
-
-
-def logs_command(args):
-    """Print output from the journal: what it holds by now, and with -f what comes."""
-    import fnmatch
-    client = connect(args)
-    printer, path = LogPrinter(args, client), "/streams"
-    targets = choose_targets(args, printer.load_names(), True)
+    targets = choose_targets(args, load_names(), True)
     if args.exit_status and not targets:
         return args.exit_status
     if len(targets) == 1 and [targets[0].word] == args.names:   # no glob: others may come later
@@ -11138,7 +11127,7 @@ def logs_command(args):
 
     def wanted(line):
         return line.label != "exit" and (
-            line.pid in pids or printer.names[line.pid] in words
+            line.pid in pids or names[line.pid] in words
             or any(fnmatch.fnmatchcase(line.name, glob) for glob in globs))
     end, offset = int(client.exchange("HEAD", path)[0]["Gaffer-Offset"]), 0
     lines, body, begin = [], b"-", "tail=all"
@@ -11148,10 +11137,9 @@ def logs_command(args):
         offset = int(headers["Gaffer-Offset"])
         begin = "since=%d" % offset
     since = 0 if args.since is None else time.time() - args.since
-    printer.add_names(lines)
-    printer.show(merge_lines(
-        [line for line in lines if wanted(line) and line.time >= since],
-        args.n if args.n is not None else math.inf if since else 10, printer.names))
+    count = args.n if args.n is not None else math.inf if since else 10
+    add_names(lines)
+    show(merge_lines([line for line in lines if wanted(line) and line.time >= since], count, names))
     pids -= {line.pid for line in lines if line.label == "exit"}
     if not args.follow or only_pids and not pids:
         return args.exit_status
@@ -11159,14 +11147,14 @@ def logs_command(args):
         if kind == "dropped":
             if json.loads(data).get("restarted"):
                 pids.clear()                    # they are those of others now
-                printer.names.clear()
+                names.clear()
             else:
                 note("%d bytes were lost" % json.loads(data)["bytes"])
         else:
             line = JournalLine(data)
-            printer.add_names([line])
+            add_names([line])
             if wanted(line):
-                printer.show([line])
+                show([line])
             elif line.label == "exit":
                 pids.discard(line.pid)
         if only_pids and not pids:
