@@ -11365,15 +11365,6 @@ def enter_background():
     return write
 
 
-def announce(write, https):
-    """Return an app that says where HttpHandlers listen, which start before it."""
-    def start(loop, manager):
-        urls = [url for http in https for url in http.urls]
-        if urls:
-            write("listening on " + ", ".join(urls))
-    return types.SimpleNamespace(start=start)
-
-
 def run_cached():
     """Go on in a new interpreter with the cached bytecode of this file, if it can be cached.
 
@@ -11382,12 +11373,8 @@ def run_cached():
     if __name__ != "__main__" or __spec__ is not None:
         return                                  # imported, or run by -m, or here already
     from importlib import machinery, util
-    cache = util.cache_from_source(__file__)
     machinery.SourceFileLoader("gaffer", __file__).get_code("gaffer")   # writes it if need be
-    try:
-        if os.stat(cache).st_mtime < os.stat(__file__).st_mtime:
-            return
-    except OSError:
+    if not os.path.exists(util.cache_from_source(__file__)):
         return
     code = ("import sys; '' in sys.path and sys.path.remove(''); del sys.argv[0]; "
             "from importlib.machinery import ModuleSpec, SourceFileLoader; "
@@ -11416,37 +11403,36 @@ def run_server(args, writer, pipe):
     http = HttpHandler(endpoints, token=read_token(args.token_file), cors_origins=args.cors_origin,
                        allow_hosts=args.allow_host, access_log=access_log)
 
-    def load_again():
+    def load():
         try:
             configuration.reload(manager)
         except GafferError as error:
             log.error("%s\nthe configuration was not loaded: nothing has changed", error)
 
     def reload():                               # on a thread: files may be slow
-        threading.Thread(target=load_again, name="gaffer-reload", daemon=True).start()
+        threading.Thread(target=load, name="gaffer-reload", daemon=True).start()
+
+    def begin(loop, manager):
+        """Say where it listens, and leave the terminal."""
+        stdout = Writer(1, LOG_SIZE)            # which nobody may read
+        stdout.put(("gaffer %s listening on %s\n" % (
+            __version__, ", ".join(http.urls))).encode("utf-8"))
+        stdout.close(LOG_END)
+        if pipe is not None:
+            with open(os.devnull, "rb") as nothing:
+                os.dup2(nothing.fileno(), 0)
+            writer.replace_standard_streams()
+            os.write(pipe, b"ok")
+            os.close(pipe)
 
     def reopen():
         writer.reopen()
         if access_log is not None:
             access_log.reopen()
-
-    def write_line(text):
-        stdout = Writer(1, LOG_SIZE)            # which nobody may read
-        stdout.put(("gaffer %s %s\n" % (__version__, text)).encode("utf-8"))
-        stdout.close(LOG_END)
-
-    def leave_terminal(loop, manager):
-        with open(os.devnull, "rb") as nothing:
-            os.dup2(nothing.fileno(), 0)
-        writer.replace_standard_streams()
-        os.write(pipe, b"ok")
-        os.close(pipe)
     apps: list = [SigHandler(ending_signals(), reload if configuration else None, reopen)]
     if args.pidfile:
         apps.append(PidFile(args.pidfile))
-    apps += [ConsoleOutput(args.verbose > 1), http, hooks, announce(write_line, [http])]
-    if pipe is not None:
-        apps.append(types.SimpleNamespace(start=leave_terminal))
+    apps += [ConsoleOutput(args.verbose > 1), http, hooks, types.SimpleNamespace(start=begin)]
     if os.environ.get("NOTIFY_SOCKET"):
         apps.append(SystemdNotifier(os.environ))
     manager = Manager(apps, window_size=args.window, exit_with=args.exit_with,
@@ -11552,13 +11538,7 @@ def up_command(args):
         https.append(HttpHandler(endpoints, token=token))
     ready = []
 
-    def begin(loop, manager):
-        for name, info in templates.items():
-            for other in set(info["after"]).difference(templates):
-                screen.note("%s waits for %s, which is not in the Procfile%s" % (
-                    name, other, near(other, templates)))
-
-    def judge(manager):
+    def judge():
         """Return whether it is known if all get ready, and say so."""
         try:
             goals = [template.check_goal("done" if ends_by_itself(template.info) else "ready")
@@ -11571,12 +11551,19 @@ def up_command(args):
             manager.loop.call_soon(screen.note, "all are ready")     # after the last one's line
             ready.append(True)
         return ready
-    apps: list = [SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
-                  announce(screen.note, https), types.SimpleNamespace(start=begin)]
-    if args.ready:
-        apps.append(types.SimpleNamespace(start=lambda loop, manager: manager.wait_until(
-            lambda: manager.stopping or judge(manager))))
-    manager = Manager(apps, exit_when_done=args.exit_when_done)
+
+    def begin(loop, manager):
+        urls = [url for http in https for url in http.urls]
+        if urls:
+            screen.note("listening on " + ", ".join(urls))
+        for name, info in templates.items():
+            for other in set(info["after"]).difference(templates):
+                screen.note("%s waits for %s, which is not in the Procfile%s" % (
+                    name, other, near(other, templates)))
+        if args.ready:
+            manager.wait_until(lambda: manager.stopping or judge())
+    manager = Manager([SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
+                       types.SimpleNamespace(start=begin)], exit_when_done=args.exit_when_done)
     with contextlib.closing(LogHandler()) as handler:
         logging.basicConfig(
             format="%(levelname)s %(message)s", handlers=[handler], level=logging.WARNING)
