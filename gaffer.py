@@ -9811,54 +9811,11 @@ def number_or_text(text):
     return float(text) if re.fullmatch(r"[0-9]{1,18}\.[0-9]{0,18}|\.[0-9]{1,18}", text) else text
 
 
-def numbers_from_text(text):
-    """Return the list of "0, 143 TERM", with its numbers as such."""
-    return list(map(number_or_text, split_list(text)))
-
-
 def env_from_words(words):
     """Return {name: value} of "A=1" and "A"; the latter is gaffer's own variable, as in docker."""
     pairs = [word.partition("=") for word in words]
     return {name: value if equals else os.environ[name]
             for name, equals, value in pairs if equals or name in os.environ}
-
-
-def flapping_from_text(text):
-    """Return the object of "2, 1.0, 7.0, 5", in the order of FLAPPING, or of "attempts=2"."""
-    words = [word.rpartition("=") for word in split_list(text)]
-    return {name or field: number_or_text(value)
-            for field, (name, _, value) in zip([*FLAPPING, "a fifth one"], words)}
-
-
-def ready_from_text(text):
-    """Return the object of "log:TEXT", "tcp:PORT", a URL, "exec:COMMAND" or "notify", which
-    within=SECONDS may follow."""
-    text, within = re.fullmatch(r"(.*?)(?:\s+within=(\S+))?", text, re.S).groups()
-    kind, _, value = text.partition(":")
-    found = {kind: {"notify": True, "http": text}.get(kind, value)}
-    return dict(found, within=number_or_text(within)) if within else found
-
-
-def pairs_from_text(text):
-    """Return [[name, value]] of "INT=5, TERM=5" or "nofile=1024, core=0:unlimited"."""
-    pairs = []
-    for name, _, value in [word.partition("=") for word in split_list(text)]:
-        values = [number_or_text(each) for each in value.split(":")]
-        pairs.append([number_or_text(name), values if len(values) > 1 else values[0]])
-    return pairs
-
-
-CONVERTERS = {                                  # of text, for fields that are not text
-    "stop_signal": lambda text: (pairs_from_text if "=" in text else number_or_text)(text),
-    "limits": lambda text: dict(pairs_from_text(text)),
-    "env_file": lambda text: split_words(text, ","), "success": numbers_from_text,
-    "restart_delay": lambda text: (
-        numbers_from_text if len(split_list(text)) > 1 else number_or_text)(text),
-    "env": lambda text: env_from_words(split_words(text, ",")), "flapping": flapping_from_text,
-    "ready": ready_from_text,
-    **dict.fromkeys(("redirect_output", "custom_streams", "after"), split_list),
-    **dict.fromkeys(("numprocesses", "priority", "graceful_timeout", "nice", "backlog"),
-                    number_or_text)}
 
 
 def from_text(field, text):
@@ -9867,10 +9824,37 @@ def from_text(field, text):
     What is not one stays a text, which the field's check refuses. ValueError: a quote is not
     closed.
     """
-    convert = CONVERTERS.get(field, str)
+    words = split_list(text)
     if field in OPTIONS and isinstance(OPTIONS[field].default, bool):
         return BOOLEANS.get(text.lower(), text)
-    return None if text == "" and field != "cmd" and convert is not split_list else convert(text)
+    if field in ("redirect_output", "custom_streams", "after"):
+        return words
+    if text == "" and field != "cmd":
+        return None
+    if field in ("env", "env_file"):
+        words = split_words(text, ",")
+        return env_from_words(words) if field == "env" else words
+    if field == "success" or field == "restart_delay" and len(words) > 1:
+        return list(map(number_or_text, words))
+    if field == "flapping":                     # in the order of FLAPPING, or attempts=2
+        pairs = [word.rpartition("=") for word in words]
+        return {name or known: number_or_text(value)
+                for known, (name, _, value) in zip([*FLAPPING, "a fifth one"], pairs)}
+    if field == "limits" or field == "stop_signal" and "=" in text:
+        found = []                              # nofile=64, core=0:unlimited; INT=5, TERM=5
+        for name, _, value in [word.partition("=") for word in words]:
+            values = list(map(number_or_text, value.split(":")))
+            found.append([number_or_text(name), values if len(values) > 1 else values[0]])
+        return dict(found) if field == "limits" else found
+    if field == "ready":                        # log:TEXT, tcp:PORT, a URL, exec:COMMAND, notify
+        text, within = re.fullmatch(r"(.*?)(?:\s+within=(\S+))?", text, re.S).groups()
+        kind, _, value = text.partition(":")
+        ready = {kind: {"notify": True, "http": text}.get(kind, value)}
+        return dict(ready, within=number_or_text(within)) if within else ready
+    if field in ("numprocesses", "priority", "graceful_timeout", "nice", "backlog", "stop_signal",
+                 "restart_delay"):
+        return number_or_text(text)
+    return text
 
 
 def to_text(field, value):
@@ -9925,15 +9909,17 @@ class ConfigError(InvalidProcessInfo):
 class ConfigFile:
     """A configuration file: its text, and its faults, (line, text).
 
-    `places`: {(section, field or None): (line, section, field)}, where a loader has found them, and
-    what they are called there.
+    `lines`: {(section, field or None): line}, where a loader has found them; `renamed`: {section:
+    (section, {field: field})}, what they are called there. ConfigError: it cannot be read.
     """
 
     def __init__(self, path):
         self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
-        self.text, self.faults, self.places = "", set(), {}
-        with self.noting():
+        self.faults, self.lines, self.renamed = set(), {}, {}
+        try:
             self.text = read_text(path)
+        except ValueError as error:
+            raise ConfigError("%s: %s" % (path, error)) from None
 
     def join(self, path):
         """Return a path of the file as seen from its folder."""
@@ -9941,20 +9927,15 @@ class ConfigFile:
 
     def fault(self, reason, section="", line=None):
         """Note what is wrong, with its line: that of the field which the reason begins with."""
+        section, names = self.renamed.get(section, (section, {}))
         match = re.match(r"(?:unknown )?field '(.*?)'", reason)
-        field = match and match.group(1)
-        place = self.places.get((section, field)) or self.places.get((section, None))
-        if line is None and place is not None:
-            line, section, name = place
-            reason = reason.replace("'%s'" % field, "'%s'" % (name or field), 1)
+        field = match and names.get(match.group(1), match.group(1))
+        if match:
+            reason = reason.replace("'%s'" % match.group(1), "'%s'" % field, 1)
+        line = (line or self.lines.get((section, field)) or self.lines.get((section, None))
+                or self._find_line(section, None if "is required" in reason else field))
         where = "[%s] " % section if section else ""
-        line = line or self.find_line(section, None if "is required" in reason else field)
         self.faults.add((line, "%s:%d: %s%s" % (self.path, line, where, reason)))
-
-    def note(self, section, faults):
-        """Note the faults of a section's fields, [(field, sentence)]."""
-        for _, sentence in faults:
-            self.fault(sentence, section)
 
     @contextlib.contextmanager
     def noting(self, section="", subject="", line=None):
@@ -9964,7 +9945,7 @@ class ConfigFile:
         except (ValueError, GafferError, StartError) as error:
             self.fault(subject + str(error), section, line)
 
-    def find_line(self, section, field):
+    def _find_line(self, section, field):
         """Return the line of a section or its field in JSON or TOML, whose parsers do not tell."""
         start = place = 0
         for word in filter(None, [*section.split(":", 1), field]):
@@ -9992,30 +9973,28 @@ def read_ini(file, comment=r"^\s*[#;].*"):
         if value is not None and indent > depth:
             value.append(text)
             continue
-        match, depth, value = INI_LINE.fullmatch(text), indent, None
-        shown = text.partition("=")[0].rstrip()
+        match, depth, value = INI_LINE.fullmatch(text), indent, []
+        field = match and match["field"]
         if match and match["section"]:
-            section = re.sub(r"\s*:\s*", ":", match["section"].strip())
+            section, value = re.sub(r"\s*:\s*", ":", match["section"].strip()), None
             sections.setdefault(section, {})
         elif match and section:
             value = [match["value"]]
-            sections[section].setdefault(match["field"], value)
+            sections[section].setdefault(field, value)
         else:
-            value = []
-            file.fault("'%s' is neither [section] nor 'name = value' in a section" % shown,
-                       line=number)
+            file.fault("'%s' is neither [section] nor 'name = value' in a section"
+                       % text.partition("=")[0].rstrip(), line=number)
             continue
-        place = number, section, match["field"]
-        if file.places.setdefault((section, match["field"]), place) is not place:
-            file.fault("'%s' is there twice" % shown, section, number)
+        if file.lines.setdefault((section, field), number) != number:
+            file.fault("'%s' is there twice" % text.partition("=")[0].rstrip(), section, number)
     return {section: {field: "\n".join(lines) for field, lines in fields.items()}
             for section, fields in sections.items()}
 
 
-def load_ini(file):
-    """Load an INI file."""
+def load_ini(file, sections):
+    """Load the sections of an INI file, whose values are texts."""
     tree = {}
-    for section, fields in read_ini(file).items():
+    for section, fields in sections.items():
         kind, _, name = section.partition(":")
         made = tree.setdefault(kind, {})[name] = {}
         for field, value in fields.items():
@@ -10027,24 +10006,28 @@ def load_ini(file):
 
 
 SUPERVISORD = re.compile(r"(?m)^\[(supervisord\]|program:)")
-PROGRAM_FIELDS = {                              # of supervisord: the field it becomes
-    "command": "cmd", "directory": "cwd", "user": "uid", "autostart": "start", "umask": "umask",
-    "exitcodes": "success", "stopsignal": "stop_signal", "stopwaitsecs": "graceful_timeout",
-    "stopasgroup": "stop_group", "priority": "priority", "environment": "env"}
+PROGRAM_FIELDS = {                              # what supervisord calls the fields of a template
+    "cmd": "command", "cwd": "directory", "uid": "user", "start": "autostart", "umask": "umask",
+    "success": "exitcodes", "stop_signal": "stopsignal", "graceful_timeout": "stopwaitsecs",
+    "stop_group": "stopasgroup", "priority": "priority", "env": "environment"}
 PROGRAM_DEFAULTS = {                            # where they are not those of a template
     "autorestart": "unexpected", "killasgroup": "", "numprocs": "1", "numprocs_start": "0",
-    "priority": "999", "redirect_stderr": "false", "startretries": "3", "startsecs": "1",
-    "stopasgroup": "false"}
+    "priority": "999", "process_name": "%(program_name)s", "redirect_stderr": "false",
+    "startretries": "3", "startsecs": "1", "stopasgroup": "false"}
 AUTORESTART = {"unexpected": "on-failure", **{
     word: "always" if flag else "never" for word, flag in BOOLEANS.items()}}
-ADVICE = (                                      # what supervisord has, and what to do instead
-    (r".* (stdout|stderr)_.*", "output is kept in memory: 'gaffer.py logs' reads it; to have it in "
-     "a file, redirect it in the command"),
-    (r"supervisord|supervisorctl|rpcinterface:.*|.*_http_server",
-     "these are options of 'serve': --bind, --token-file, --log-file, --pidfile, --daemon"),
-    (r"group:.*", "'gaffer.py restart' and its like take several names"),
-    (r"eventlistener:.*", "events are sent by [webhooks] of an INI file, or read by GET /watch"),
-    (r".*", "there is nothing like it: leave it out"))
+PROGRAM_CHECKS = {
+    "autorestart": choice(*AUTORESTART), "redirect_stderr": choice(*BOOLEANS),
+    "numprocs": matching(re.compile("0*([0-9]{1,3}|1000)"), "a whole number from 0 to 1000"),
+    **dict.fromkeys(("numprocs_start", "startretries", "startsecs"), matching(
+        re.compile("0*[0-9]{1,6}"), "a whole number from 0 to 999999"))}
+ADVICE = {                                      # what supervisord has: what to do instead
+    r".* (stdout|stderr)_.*": "output is kept in memory: 'gaffer.py logs' reads it; to have it in "
+                              "a file, redirect it in the command",
+    r"supervisord|supervisorctl|rpcinterface:.*|.*_http_server":
+        "these are options of 'serve': --bind, --token-file, --log-file, --pidfile, --daemon",
+    r"eventlistener:.*": "events are sent by [webhooks] of an INI file, or read by GET /watch",
+    r".*": "there is nothing like it: leave it out"}
 
 
 def fill_in(text, names):
@@ -10055,76 +10038,85 @@ def fill_in(text, names):
         raise ValueError("has a %%(...)s that stands for nothing: %s" % error) from None
 
 
-def load_program(file, name, fields, names, tree):
-    """Add a template to `tree` for each process of supervisord's [program:name]. `names`: what
-    %(x)s stands for; %(process_num)d may be anywhere."""
-    section, names = "program:" + name, dict(names, program_name=name, group_name=name)
+def translate_program(file, name, fields, names, group):
+    """Yield (name, {field: text}) of a template for each process of supervisord's [program:name].
+    `names`: what %(x)s stands for; %(process_num)d may be anywhere. `group`: None if it has none.
+    """
+    section, names = "program:" + name, dict(names, program_name=name, group_name=group or name)
 
-    def read(field, convert):
-        """Return what `convert` makes of a field; None, and a fault, if it raises ValueError."""
+    def read(field):
+        """Return a field's text; None, and a fault, if it is wrong."""
         with file.noting(section, "field '%s' " % field):
-            return convert(fill_in(fields[field], names))
-
-    def count(field, most=10 ** 6):
-        return read(field, lambda text: whole_number(0, most)(number_or_text(text))) or 0
-
-    def choose(field, values):
-        return read(field, lambda text: values[choice(*values)(text.lower())])
-    first, number = count("numprocs_start"), count("numprocs", NUMPROCESSES_MAX)
+            text = fill_in(fields[field], names)
+            return PROGRAM_CHECKS[field](text.lower()) if field in PROGRAM_CHECKS else text
+    first, number = int(read("numprocs_start") or 0), int(read("numprocs") or 0)
     for process in range(first, first + number):
         names.update(process_num=process, numprocs=number)
-        env = read("environment", functools.partial(from_text, "env")) or {}
-        names.update(("ENV_" + each, env[each]) for each in env)
-        info = {target: read(field, functools.partial(from_text, target))
-                for field, target in PROGRAM_FIELDS.items() if field in fields}
-        info["restart"] = choose("autorestart", AUTORESTART)
-        if info.get("cmd"):
+        env = None
+        with file.noting(section, "field 'environment' "):
+            env = from_text("env", read("environment") or "")
+        if env is None:                         # other fields may refer to it
+            return
+        names.update(("ENV_" + variable, value) for variable, value in env.items())
+        info = {field: read(name) for field, name in PROGRAM_FIELDS.items() if name in fields}
+        if None in info.values():               # the others are checked, but it is not tried
+            known = {field: text for field, text in info.items() if text is not None}
+            info = {"cmd": "?", **known, "start": "false"}
+        info["restart"] = AUTORESTART.get(read("autorestart"), "")
+        if "cmd" in info:
             info["cmd"] = info["cmd"].replace("$", "$$")
-        if choose("redirect_stderr", BOOLEANS):
-            info["redirect_output"] = ["stdout", "stdout"]
-        retries, lived = min(max(1, count("startretries")), 999), count("startsecs")
-        if lived:                               # one that lives longer may exit forever
-            info.update(restart_delay=1, flapping={
-                "attempts": retries + 1, "max_retry": 0, "window": retries * (lived + 1.0)})
-        key = "%s:%s" % (name, read("process_name", str)) if number > 1 else name
-        if key in tree:
-            file.fault("field 'process_name' must have %(process_num)d in it, as 'numprocs' is "
-                       "more than 1", section)
-        tree[key] = {field: value for field, value in info.items() if value is not None}
-        place = file.places["process:" + key, None] = file.places[section, None]
-        for field, target in PROGRAM_FIELDS.items():
-            line, _, _ = file.places.get((section, field), place)
-            file.places["process:" + key, target] = line, section, field
+        if BOOLEANS.get(read("redirect_stderr")):
+            info["redirect_output"] = "stdout, stdout"
+        retries = min(max(1, int(read("startretries") or 0)), 999)
+        lived = int(read("startsecs") or 0)     # one that lives longer may exit forever
+        if lived:
+            info.update(restart_delay="1", flapping="attempts=%d max_retry=0 window=%.1f" % (
+                retries + 1, retries * (lived + 1)))
+        yield "%s:%s" % (group or name, read("process_name")) if group or number > 1 else name, info
 
 
-def load_supervisord(file, shared):
-    """Load supervisord's file, or one that it includes. `shared`: its section [supervisord], to be
-    filled in. What has no counterpart is logged once."""
-    sections = read_ini(file, r"(^|\s)[;#].*")
+def translate(file, shared, groups):
+    """Return the sections that load_ini() takes for those of supervisord's file, or of one that it
+    includes. What has no counterpart is logged once.
+
+    To be filled in: `shared`, its section [supervisord], and `groups`, {program: (file, section)}
+    of programs that are not loaded yet.
+    """
+    sections, found, others = read_ini(file, r"(^|\s)[;#].*"), {}, collections.defaultdict(list)
     shared.update(sections.get("supervisord", {}))
     names = {"ENV_" + name: value for name, value in os.environ.items()}
     names.update(here=file.folder, host_node_name=socket.gethostname())
-    taken = {"program": {"process_name", *PROGRAM_FIELDS, *PROGRAM_DEFAULTS}, "include": {"files"}}
-    tree, others = {"process": {}}, collections.defaultdict(list)
+    known = {"program": {*PROGRAM_FIELDS.values(), *PROGRAM_DEFAULTS}, "include": {"files"},
+             "group": {"programs"}}
+    for section, fields in sections.items():
+        if section.startswith("group:"):
+            for program in split_list(fields.get("programs", "")):
+                groups[program] = file, section
     for section, fields in sections.items():
         kind, _, name = section.partition(":")
+        for what in [section] if kind not in known else [
+                "%s %s" % (section, field) for field in fields if field not in known[kind]]:
+            others[next(advice for pattern, advice in ADVICE.items()
+                        if re.fullmatch(pattern, what))].append(what)
         if kind == "include":
+            file.renamed["gaffer"] = section, {"include": "files"}
             with file.noting(section, "field 'files' "):
-                files = fill_in(fields.get("files", ""), names).split()
-                tree["gaffer"] = {"": {"include": files}}
+                found["gaffer"] = {"include": fill_in(fields.get("files", ""), names)}
         elif kind == "program":
             env = re.sub(QUOTED.pattern + r"|\s*=\s*", lambda match: match.group().strip(),
                          "%s,\n%s" % (shared.get("environment", ""), fields.get("environment", "")))
-            load_program(file, name, {
-                **PROGRAM_DEFAULTS, "directory": os.getcwd(), "user": shared.get("user", ""),
-                "process_name": name, **fields, "environment": env}, names, tree["process"])
-        for what in [section] if kind not in taken else [
-                "%s %s" % (section, field) for field in fields if field not in taken[kind]]:
-            others[next(advice for pattern, advice in ADVICE
-                        if re.fullmatch(pattern, what))].append(what)
-    for advice, found in others.items():
-        log.warning("%s: not taken: %s; %s", file.path, ", ".join(found), advice)
-    return tree
+            _, group = groups.pop(name, (file, ":"))
+            fields = {**PROGRAM_DEFAULTS, "directory": os.getcwd(), "user": shared.get("user", ""),
+                      **fields, "environment": env}
+            for key, info in translate_program(file, name, fields, names, group.partition(":")[2]):
+                if "process:" + key in found:
+                    file.fault("field 'process_name' must have %%(process_num)d in it, or be "
+                               "another: there is a %s already" % key, section)
+                found["process:" + key] = info
+                file.renamed["process:" + key] = section, PROGRAM_FIELDS
+    for advice, whats in others.items():
+        log.warning("%s: not taken: %s; %s", file.path, ", ".join(whats), advice)
+    return found
 
 
 def load_objects(file):
@@ -10204,10 +10196,8 @@ class Procfile(ConfigFile):
         super().__init__(path or os.devnull)
         self.folder = self.folder if path else os.getcwd()
         self.types, self.fields, self.env = {}, {}, {}
-        default = os.path.join(self.folder, ".env")
-        if not env_files and os.path.isfile(default):
-            env_files = [default]
-        for file in map(ConfigFile, env_files):
+        default = self.join(".env")
+        for file in map(ConfigFile, env_files or filter(os.path.isfile, [default])):
             values, faults = parse_env(file.text, {**os.environ, **self.env})
             self.env.update(values)
             for line, reason in faults:
@@ -10225,7 +10215,7 @@ class Procfile(ConfigFile):
             if match and match.group(1) not in self.types:
                 name, self.types[name] = match.groups()
                 self.fields[name], above = above, {}
-                self.places["process:" + name, None] = number, "process:" + name, None
+                self.lines["process:" + name, None] = number
             elif comment:
                 with self.noting(subject="the comment ", line=number):
                     for word in split_words(comment.group(1)):
@@ -10263,31 +10253,6 @@ def raise_faults(files):
         raise ConfigError("\n".join(faults))
 
 
-def make_endpoint(file, name, fields):
-    """Return the HttpEndpoint of [endpoint:name], or None if it has faults."""
-    section = "endpoint:" + name
-    values, faults = examine_fields(fields, FIELDS["endpoint"], ("bind",))
-    file.note(section, faults)
-    for field in ("certfile", "keyfile"):
-        values[field] = values[field] and file.join(values[field])
-    if not faults and values["bind"].startswith("unix:"):
-        values["bind"] = "unix:" + file.join(values["bind"][5:])
-    with file.noting(section, "field 'bind': "):
-        return None if faults else HttpEndpoint(**values)
-
-
-def make_hooks(file, fields):
-    """Return [(pattern, URL)] of [webhooks]."""
-    hooks = []
-    for key, value in fields.items():
-        with file.noting("webhooks", "field '%s': " % key):
-            parse_pattern(event_pattern(key).split("/"))
-            for url in check_words(value):
-                check_hook_url(url)
-                hooks.append((event_pattern(key), url))
-    return hooks
-
-
 def make_template(file, name, fields, env_file, env):
     """Return the template of [process:name]. `env`: [env:name], which is in `env_file`."""
     section, info = "process:" + name, dict(fields, name=name)
@@ -10299,8 +10264,9 @@ def make_template(file, name, fields, env_file, env):
     if isinstance(info.get("cwd") or "", str):
         info["cwd"] = file.join(info["cwd"]) if info.get("cwd") else file.folder
     template, faults = examine_template(info)
-    file.note(section, faults)
     template["env_file"] = list(map(file.join, template["env_file"]))
+    for _, sentence in faults:
+        file.fault(sentence, section)
     with file.noting(section):
         if template["start"] and not faults:
             Launch(template)
@@ -10318,21 +10284,25 @@ def read_settings(source, taken=None):
     with every fault of all files.
     """
     import glob
-    files, found, shared = [], {kind: {} for kind in FIELDS}, {}
+    files, found, shared, groups = [], {kind: {} for kind in FIELDS}, {}, {}
 
-    def load(file):
-        """Take what a file holds into `found`; a Procfile when all endpoints are known."""
+    def load(source):
+        """Add what a file holds; a Procfile waits until all endpoints are known."""
+        file = source
+        if isinstance(source, str):
+            file = (Procfile if PROCFILE_PATH.fullmatch(source) else ConfigFile)(source)
         files.append(file)
-        if file.faults or isinstance(file, Procfile):
+        if isinstance(file, Procfile):
             return
         if re.search(r"(?i)\.(json|toml)$", file.path):
             add(file, load_objects(file))
         elif any(SUPERVISORD.search(each.text) for each in (files[0], file)):
-            add(file, load_supervisord(file, shared))
+            add(file, load_ini(file, translate(file, shared, groups)))
         else:
-            add(file, load_ini(file))
+            add(file, load_ini(file, read_ini(file)))
 
     def add(file, tree):
+        """Add the sections of a file to `found`, as (file, its fields)."""
         for kind, name in [(kind, name) for kind, sections in tree.items() for name in sections]:
             section, fields = "%s:%s" % (kind, name) if name else kind, tree[kind][name]
             if kind not in FIELDS or bool(name) != (kind in NAMED_KINDS):
@@ -10343,15 +10313,12 @@ def read_settings(source, taken=None):
             elif name in found[kind]:
                 file.fault("this section is in %s too" % found[kind][name][0].path, section)
             else:
-                made = make_endpoint(file, name, fields) if kind == "endpoint" else fields
-                found[kind][name] = file, made
-
-    def read(path):
-        return (Procfile if PROCFILE_PATH.fullmatch(path) else ConfigFile)(path)
-    load(read(source) if isinstance(source, str) else source)
+                found[kind][name] = file, fields
+    load(source)
     main, fields = found["gaffer"].get("", (files[0], {}))
     gaffer, faults = examine_fields(fields, FIELDS["gaffer"])
-    main.note("gaffer", faults)
+    for _, sentence in faults:
+        main.fault(sentence, "gaffer")
     paths = []
     for pattern in map(main.join, gaffer["include"]):
         names = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
@@ -10363,15 +10330,30 @@ def read_settings(source, taken=None):
             folders[:] = sorted(name for name in folders if name[0] != ".")
             paths += [("include_dir", os.path.join(folder, name)) for name in sorted(names)
                       if name.endswith(".ini") and name[0] != "."]
+    read = {os.path.realpath(main.path)}
     for field, path in paths:
-        if os.path.realpath(path) in [os.path.realpath(file.path) for file in files]:
-            main.fault("field '%s': %s is included already" % (field, path), "gaffer")
-        elif len(files) < INCLUDES_MAX:
-            load(read(path))
-        else:
-            main.fault("field '%s': %s is one of more than %d files" % (
-                field, path, INCLUDES_MAX), "gaffer")
-    endpoints = {name: endpoint for name, (_, endpoint) in found["endpoint"].items()}
+        with main.noting("gaffer", "field '%s': " % field):
+            if os.path.realpath(path) in read:
+                raise ValueError("%s is included already" % path)
+            if len(read) >= INCLUDES_MAX:
+                raise ValueError("%s is one of more than %d files" % (path, INCLUDES_MAX))
+            read.add(os.path.realpath(path))
+            load(path)
+    for name, (file, section) in groups.items():
+        file.fault("field 'programs': there is no [program:%s]" % name, section)
+    endpoints = {}
+    for name, (file, fields) in found["endpoint"].items():
+        section, endpoints[name] = "endpoint:" + name, None
+        values, faults = examine_fields(fields, FIELDS["endpoint"], ("bind",))
+        for _, sentence in faults:
+            file.fault(sentence, section)
+        for field in ("certfile", "keyfile"):
+            values[field] = values[field] and file.join(values[field])
+        with file.noting(section, "field 'bind': "):
+            if not faults:
+                if values["bind"].startswith("unix:"):
+                    values["bind"] = "unix:" + file.join(values["bind"][5:])
+                endpoints[name] = HttpEndpoint(**values)
     if taken is None:
         taken = [endpoint.port for endpoint in [*endpoints.values()] or [HttpEndpoint()]
                  if endpoint and not endpoint.path]
@@ -10384,7 +10366,14 @@ def read_settings(source, taken=None):
         if name not in endpoints:
             main.fault("field 'http_endpoints': there is no [endpoint:%s]%s" % (
                 name, near(name, endpoints)), "gaffer")
-    hooks = make_hooks(*found["webhooks"].get("", (main, {})))
+    file, fields = found["webhooks"].get("", (main, {}))
+    hooks = []
+    for key, value in fields.items():
+        with file.noting("webhooks", "field '%s': " % key):
+            parse_pattern(event_pattern(key).split("/"))
+            for url in check_words(value):
+                check_hook_url(url)
+                hooks.append((event_pattern(key), url))
     for name, (file, _) in found["env"].items():
         if name not in found["process"]:
             file.fault("there is no [process:%s]%s" % (name, near(name, found["process"])),
@@ -10431,24 +10420,6 @@ class Configuration:
         for template in self.settings.templates.values():
             manager.add_process(template)
 
-    def _compare(self, manager, settings):
-        before, after = self.settings.templates, settings.templates
-        present, changed = dict(manager.templates), {}
-        for name in [name for name in after if name in present]:
-            # by the files, not by hand
-            info = before[name] if name in before else present[name].info
-            changed[name] = [field for field in OPTIONS if info[field] != after[name][field]]
-        return {
-            "ok": True, "failed": {},
-            "added": sorted((name for name in after if name not in present),
-                            key=lambda name: priority_of(after[name])),
-            "changed": {name: fields for name, fields in changed.items() if fields},
-            "removed": [name for name in before if name not in after and name in present],
-            "kept": [name for name, fields in changed.items() if not fields],
-            "webhooks": self.settings.webhooks != settings.webhooks,
-            "needs_restart": [
-                "endpoints"] if list(map(vars, settings.endpoints)) != self._endpoints else []}
-
     def reload(self, manager, dry_run=False):
         """Read it again, and change what has changed; with `dry_run` only report it.
 
@@ -10457,12 +10428,24 @@ class Configuration:
         a running server can't change]}. Raise ConfigError, and change nothing, if it has faults.
         """
         with self._lock:
-            settings = self._read()
-            outcome = self._compare(manager, settings)
+            settings, present = self._read(), dict(manager.templates)
+            before, after = self.settings.templates, settings.templates
+            differing = {}                      # from the files before, not from what is by hand
+            for name in [name for name in after if name in present]:
+                info = before.get(name) or present[name].info
+                differing[name] = [field for field in OPTIONS if info[field] != after[name][field]]
+            changed = {name: fields for name, fields in differing.items() if fields}
+            outcome = {
+                "ok": True, "failed": {}, "changed": changed,
+                "added": sorted((name for name in after if name not in present),
+                                key=lambda name: priority_of(after[name])),
+                "removed": [name for name in before if name not in after and name in present],
+                "kept": [name for name, fields in differing.items() if not fields],
+                "webhooks": self.settings.webhooks != settings.webhooks, "needs_restart": []}
+            if list(map(vars, settings.endpoints)) != self._endpoints:
+                outcome["needs_restart"].append("endpoints")
             if dry_run:
                 return outcome
-            before, after = self.settings.templates, settings.templates
-            changed = outcome["changed"]
             # what others are after goes first, or old and new ones could make a circle
             order = sorted(changed, key=stop_stages(after).get, reverse=True)
             for name in [*outcome["removed"], *order, *outcome["added"]]:

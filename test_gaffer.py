@@ -10174,16 +10174,15 @@ class CliDatabase(CliControlCase):
 
 
 class ConfigCase(CliControlCase):
-    """Files in a folder of the test's own, which is also where relative paths lead."""
+    """Files in a folder of the test's own."""
 
     def setUp(self):
         self.home = self.folder()               # goes when the server has gone
         super().setUp()
 
     def write(self, name, text, mode=0o600):
-        path = os.path.join(self.home, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        return self.file(os.path.dirname(path), os.path.basename(path), textwrap.dedent(text), mode)
+        os.makedirs(os.path.dirname(os.path.join(self.home, name)), exist_ok=True)
+        return self.file(self.home, name, textwrap.dedent(text), mode)
 
     def settings(self, name, text):
         return gaffer.read_settings(self.write(name, text))
@@ -10196,7 +10195,7 @@ class ConfigCase(CliControlCase):
 
 
 class ConfigFiles(ConfigCase):
-    """INI, JSON, TOML: what they say, and what is wrong with them."""
+    """INI, JSON, TOML."""
 
     # of [process:a]: how it is written, what it comes to; @ is the file's folder
     FIELDS = r"""
@@ -10304,7 +10303,7 @@ class ConfigFiles(ConfigCase):
         [gaffer]
         http_endpoints = public, nix -> field 'http_endpoints': there is no [endpoint:nix]
         include_dir = nothing -> field 'include_dir' names 'nothing', which is not a folder
-        include = b.ini b.ini no.ini -> field 'include': b.ini is included already
+        include = b.ini b.ini x -> field 'include': b.ini is * already -> field 'include': x: cannot be *
         [endpoint:public]
         bind = 127.0.0.1 -> field 'bind': *
         bind=1 -> 'bind' is there twice
@@ -10327,7 +10326,7 @@ class ConfigFiles(ConfigCase):
         stop = http://a:b@c/ -> field 'stop': 'http://a:b@c/' is not a URL such as http://host:port/path
         flap = http://x/ü -> field 'flap': 'http://x/ü' is not a URL such as http://host:port/path
         [process] -> there is no section with this name; there are *
-         -> b.ini:1: [process:a] this section is in all.ini too -> no.ini:1: cannot be read: *
+         -> b.ini:1: [process:a] this section is in all.ini too
         == tree.json
         {"process": -> 'cmd' is there twice in one object
          {"web": {"cmd": "true",
@@ -10391,8 +10390,8 @@ class ConfigFiles(ConfigCase):
         with open(self.home + "/latin", "wb") as file:
             file.write(b"\xe4")
         for name, words in (
-                ("/dev/zero", ":1: .*over 1048576.*"), (self.write("nul", "\0"), ":1: .* a NUL .*"),
-                (file.name, ":1: cannot be read: byte 1 is not UTF-8"),
+                ("/dev/zero", ": .*over 1048576.*"), (self.write("nul", "\0"), ": .* a NUL .*"),
+                (file.name, ": cannot be read: byte 1 is not UTF-8"),
                 (path, ":1: [^\n]*\ngaffer: .*x.ini:2: .*, did you mean 'cmd'.*")):
             self.call("serve", name, status=1, err="gaffer: %s%s\n" % (name, words))
 
@@ -10433,6 +10432,8 @@ class ConfigSupervisord(ConfigCase):
         serverurl=AUTO
 
         [eventlistener:mail]
+        [group:g]
+        programs=job, x
         [include]
         files = more/*.conf
         """
@@ -10444,7 +10445,7 @@ class ConfigSupervisord(ConfigCase):
                    "autorestart=%(ENV_PURE_AGAIN)s")
         with self.assertLogs("gaffer", "WARNING") as logged:
             templates = self.settings("supervisord.conf", self.TEXT).templates
-        self.assertEqual(list(templates), ["web:web_07", "web:web_08", "job", "x"])
+        self.assertEqual(list(templates), ["web:web_07", "web:web_08", "g:job", "g:x"])
         _, web, job, x = templates.values()
         self.assertEqual(web, dict(
             PureTemplates.DEFAULTS, name="web:web_08", cmd="/bin/sleep 8 2 2", cwd=self.home,
@@ -10453,7 +10454,7 @@ class ConfigSupervisord(ConfigCase):
             redirect_output=["stdout"] * 2,
             env={"A": "1,2 = 3", "B": "2", "PORT": "8008", "HOME": "/h"}))
         self.assertEqual(job, dict(
-            PureTemplates.DEFAULTS, name="job", cmd="sh -c 'echo $$HOME 100%'",
+            PureTemplates.DEFAULTS, name="g:job", cmd="sh -c 'echo $$HOME 100%'",
             cwd=os.getcwd(), restart="on-failure", success=[0, 2], stop_group=False, priority=999,
             env={"A": "1", "B": "2"}))
         self.assertEqual((x["flapping"]["attempts"], x["restart"]), (1000, "on-failure"))
@@ -10469,47 +10470,49 @@ class ConfigSupervisord(ConfigCase):
 
     def test_faults(self):
         for text, words in (
-                ("command=sleep %(no)s", "stands for nothing"),
+                ("command=sleep %(no)s", "conf:2: [program:x] field 'command' has a %(...)s that"),
+                ("command=true\n[group:g]\nprograms=x,y", "conf:4: [group:g] field 'programs': there"),
                 ("numprocs=1001\ncommand=x", "field 'numprocs' must be a whole number from 0 to 1000"),
-                ("numprocs=2\ncommand=x", "field 'process_name' must have %(process_num)d in it"),
+                ("numprocs=2\ncommand=true", "field 'process_name' must have %(process_num)d in it"),
                 ("numprocs=2\nprocess_name=%(process_num)d\ncommand=true\nuser=no",
                  "conf:5: [program:x] field 'user' names the unknown user 'no'"),
                 ("startsecs=x\nautostart=y\ncommand=true",
-                 "conf:2: [program:x] field 'startsecs' must be a whole number from 0 to 1000000\n"
+                 "conf:2: [program:x] field 'startsecs' must be a whole number from 0 to 999999\n"
                  "supervisord.conf:3: [program:x] field 'autostart' must be true or false"),
                 ("command=true\n[supervisord]\nuser=no", "[program:x] field 'user' names the "),
                 ("environment=A\\ =1,=2\ncommand=x", "conf:2: [program:x] field 'environment' "),
                 ("directory=/", "field 'command' is required"),
-                ("nonsense", "conf:2: 'nonsense' is neither [section]"),
+                ("x\ncommand=true", "conf:2: 'x' is neither [section]"),
                 ("command=true\n[include]\nfiles=%x", ":4: [include] field 'files' has a %(...)s that")):
             with self.subTest(text):
                 faults = self.faults("supervisord.conf", "[program:x]\n" + text)
                 self.assertIn(words, "\n".join(faults))
+                self.assertEqual(len(faults), words.count("\n") + 1)
 
 
 class ConfigReload(ConfigCase):
-    """Loading it again: only what has changed is touched."""
+    """Loading it again."""
 
     def begin(self, text):
-        """Serve a file; change() writes it anew."""
+        """Serve a file."""
         path, self.hooks = self.write("gaffer.ini", text), mock.Mock()
         gaffer.Configuration(lambda: gaffer.read_settings(path), self.hooks).begin(
             self.server.manager)
 
     def change(self, text, **expected):
-        """Write the file anew, let it be loaded, and compare the report."""
+        """Write it anew, and compare the report of the reload."""
         self.write("gaffer.ini", text)
         report = {"ok": True, "added": [], "changed": {}, "removed": [], "kept": [], "failed": {},
                   "webhooks": False, "needs_restart": []}
         self.assertEqual(self.server.ok("POST", "/_reload"), dict(report, **expected))
 
     def pids(self, *names):
-        """Pids of what these run now, one list for each."""
+        """Their pids, one list for each."""
         return [self.server.ok("GET", "/processes/%s/_pids" % name)["pids"] for name in names]
 
     @staticmethod
     def ini(*more, **commands):
-        """A file of templates, their commands being `sleep N`."""
+        """A file of templates that `sleep N`."""
         sections = ["[process:%s]\ncmd = sleep %s" % pair for pair in commands.items()]
         return "\n".join([*sections, *more])
 
@@ -10577,7 +10580,7 @@ class ConfigReload(ConfigCase):
         self.assertEqual(self.pids("a"), [[1]])
 
     def test_what_the_system_refuses(self):
-        """It is reported, and tried again the next time."""
+        """It is tried again the next time."""
         program = self.write("program", "#!/nosuchinterpreter\n", 0o700)
         self.begin(self.ini(a=1000))
         reason = self.server.json("POST", "/processes", {"name": "c", "cmd": program})[1]["reason"]
@@ -11986,7 +11989,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "CliExit.test_what_does_not_end_it"),
     ("os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)", "pass",
      "CliServe.test_standard_streams"),
-    ("< INCLUDES_MAX", "<= INCLUDES_MAX", "ConfigFiles.test_all_faults_at_once"),
+    (">= INCLUDES_MAX", "> INCLUDES_MAX", "ConfigFiles.test_all_faults_at_once"),
     ("template.gave_up and not set(fields) <= set(ADJUSTABLE)", "False",
      "ConfigReload.test_one_that_gave_up"),
     ("dict(template.info, **{field: after[name][field]", "dict(**{field: after[name][field]",
