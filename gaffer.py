@@ -837,7 +837,7 @@ class Log:
         self.on_silence = lambda: None          # called by flush()
         self._waiters = {}                      # what wait() was given -> None, in order
         self._memo = {}                         # (encoder key, offset, mode) -> (payload, consumed)
-        self._appended_at, self._flush_timer = -math.inf, None
+        self._appended_at, self._flushes = -math.inf, False     # a timer will call flush()
         self._line_end = 0                      # the offset behind the last end of a line
         self._round = iter(())                  # readers that this round has not come to yet
         self._round_end = self._last_end = 0    # `end` when it and the one before it began
@@ -935,28 +935,26 @@ class Log:
         while self.on_room:
             self.loop.call_soon(self.on_room.pop())
 
-    def flush_later(self):
-        """Call flush() once nothing has come for PARTIAL_LINE_DELAY."""
-        if self._flush_timer is None:
-            delay = self._appended_at + PARTIAL_LINE_DELAY - self.loop.clock()
-            self._flush_timer = self.loop.later(delay, self.flush)
+    def flush(self, due=False):
+        """Show unfinished lines if nothing has come for PARTIAL_LINE_DELAY, else once that is so.
 
-    def flush(self):
-        """Show unfinished lines, once nothing has come for PARTIAL_LINE_DELAY."""
-        if self._flush_timer is not None:       # a new reader may have called this before it
-            self._flush_timer.cancel()
-            self._flush_timer = None
-        if self.loop.now < self._appended_at + PARTIAL_LINE_DELAY:
-            self.flush_later()
-            return
-        for reader in tuple(self.readers):
-            if reader.encoder.partial and not reader.full:
-                reader.pump(FLUSH)
-        self.on_silence()
+        `due`: a timer calls this.
+        """
+        delay = self._appended_at + PARTIAL_LINE_DELAY - self.loop.now
+        self._flushes = self._flushes and not due
+        if delay <= 0:
+            for reader in tuple(self.readers):
+                if reader.encoder.partial and not reader.full:
+                    reader.pump(FLUSH)
+            self.on_silence()
+        elif not self._flushes:
+            self._flushes = True
+            self.loop.later(delay, self.flush, True)
 
     def feed(self):
         """Send what is new to all readers, and ask those that wait."""
         self._memo.clear()
+        self._appended_at = self.loop.clock()
         self._feed_batches(self._pause is not None)
         self._appended_at = self.loop.clock()   # its writer was not silent meanwhile
         for satisfied in tuple(self._waiters):
@@ -1122,7 +1120,7 @@ class Reader:
                     if source.ended:
                         self.sink.finished(self)
                     elif self.encoder.partial and mode == NORMAL and self.offset < source.end:
-                        source.flush_later()
+                        source.flush()
                     return
                 self.offset += consumed
                 if self.loss == "block":
@@ -1257,11 +1255,11 @@ class Journal:
             if window.end - start >= min(CARRY_SIZE, window.limit // 2):
                 self._show(source, "+")
             elif self._views:
-                window.flush_later()
+                window.flush()
 
     def exit(self, name, pid, exit_status, term_signal):
         """Add the exit of a process of which all output was read; journals of it end."""
-        text = json.dumps({"exit_status": exit_status, "term_signal": term_signal}).encode("ascii")
+        text = b'{"exit_status": %d, "term_signal": %d}' % (exit_status, term_signal)
         self._add(JournalSource(name, pid, "exit", None, text), 0, 1)
         self.finish(name, pid)
 
@@ -5160,13 +5158,12 @@ BLOCK_STALL = 30.0                              # without progress: loss=block h
 INPUT_STALL = 2.0                               # and input of a client that has left waits
 STALL = 300.0                                   # and any other feed holds a socket
 SEND_TIME = 30.0                                # for a client to take a part of its answer
-LINGER_TIME = 2.0                               # a refused body is read, or its client sees a reset
+LINGER_TIME = 2.0                               # what comes is read, or the client sees a reset
 LINGER_SIZE = 8 * MIB                           # and not more of it
 END_POLL = 1.0                                  # between checks whether an unread client left
 FRAMES_SIZE = 4 * KIB                           # in a turn: 700 small websocket frames take 2 ms
 SEND_QUEUE_SIZE = 32 * MIB                      # what a WebSocketHandler has sent, and nobody taken
 SEND_QUEUE_LOW = 256 * KIB                      # above this, its client is not read
-CLOSE_TIME = 5.0                                # for the peer's close frame, and for the last bytes
 IDLE_TIME = 60.0                                # of a connection without a request
 
 
@@ -5182,50 +5179,20 @@ class Connection:
         self.early = b""
 
 
-def offset_headers(reader, asked, clamp):
-    """Return the headers that say where a reader begins, and what it has lost before that.
-
-    Without an offset that was `asked` for, nothing is lost. A reader that can report a loss itself
-    does; for another, with `clamp`, these headers do.
-    """
-    source, lost = reader.log, 0
-    place = max(reader.offset, source.start)
-    reports = reader.loss == "skip" or reader.encoder.dropped(0, place) is not None
-    if isinstance(source, JournalView):
-        if not asked:
-            reader.reported_until = source.end
-        elif not reports:
-            _, reader.reported_until, lost = source.read_all(reader.offset, reader.encoder)
-    elif reader.offset < source.start:
-        if not asked:
-            place = reader.offset = source.resync(place)
-        elif reports:
-            place = source.resync(place)
-        elif clamp:
-            lost, reader.offset = place - reader.offset, place
-    headers = [("Gaffer-Offset", place)]
-    if lost:
-        source.count_dropped(lost)
-        headers.append(("Gaffer-Dropped", lost))
-    return headers
-
-
 class Channel:
     """A connection that the loop drives. What its client does not take waits in a queue.
 
-    This class alone reads and drops what comes; see finish(). Subclasses override opened(),
-    received(data), eof_received(), drained() and closing().
+    Subclasses override opened(), received(), eof_received(), drained() and closing(). This class
+    alone reads and drops what comes.
     """
 
     kind = "request"                            # as /metrics calls it
     reader: "Reader | None" = None              # what it sends, if that is a stream
     stall, read_size = STALL, READ_SIZE
     status = None                               # for the access log, if this is not yet answered
-    closed = _ending = False
+    closed = ending = False                     # `ending`: finish() was called
     sent = _head = 0                            # bytes in all, and of the head
-    _mask = 0                                   # what the selector watches
-    _timer = _end_timer = None
-    _lingered = 0
+    _mask = _lingered = 0                       # what the selector watches; bytes read at the end
 
     def start(self, connection, request=None):
         """Begin, on the loop."""
@@ -5233,29 +5200,17 @@ class Channel:
         self.sock, self.http = connection.sock, connection.listener.http
         self.loop, self._would_block = self.http.loop, connection.listener.would_block
         self.secure = connection.listener.context is not None
-        self._queue, self.queued = collections.deque(), 0
+        self._queue, self.queued, self._timers = collections.deque(), 0, {}
         self.sock.setblocking(False)
         self.http.channels.add(self)
-        self._watch(selectors.EVENT_READ)
+        self.reading(True)
         self.opened()
-        if connection.early and not self.closed and not self._ending:
+        if connection.early and not self.closed and not self.ending:
             early, connection.early = connection.early, b""     # it came with the request
             self.received(early)
-        self._read_pending()
 
     def opened(self):
         """The connection is this channel's."""
-
-    @property
-    def unsent(self):
-        """Bytes that the client has still to take: those queued, and those ahead of the reader."""
-        if self.reader is None or self._ending:
-            return self.queued
-        return self.queued + self.reader.log.end - self.reader.offset
-
-    def head(self):
-        """Return the Response to a HEAD for which GET would begin this channel."""
-        return Response(None)
 
     def received(self, data):
         """Bytes have come; a client that only listens has nothing to say."""
@@ -5268,7 +5223,28 @@ class Channel:
         """All that was queued has been taken."""
 
     def closing(self):
-        """The connection is about to be closed: called once."""
+        """The connection is at its end, or all but what is queued has been sent: called once."""
+
+    def head(self):
+        """Return the Response to a HEAD for which GET would begin this channel."""
+        return Response(None)
+
+    @property
+    def unsent(self):
+        """Bytes that the client has still to take: those queued, and those ahead of the reader."""
+        if self.reader is None or self.ending:
+            return self.queued
+        return self.queued + self.reader.log.end - self.reader.offset
+
+    def after(self, delay, function):
+        """Call a function in `delay` seconds, and not when it was to be called before; not at all
+        if the connection is closed or handed over by then."""
+        if not self.closed:
+            if function in self._timers:
+                self._timers[function].cancel()
+            self._timers[function] = self.loop.later(delay, function)
+
+    # the way out
 
     def send_head(self, status, headers, rest=b""):
         """Send the head of an answer that lasts."""
@@ -5284,9 +5260,7 @@ class Channel:
             if count < len(part) and not self.closed:
                 if not self._queue:
                     self._watch(self._mask | selectors.EVENT_WRITE)
-                    self._progress = self.loop.now
-                    if self._timer is None:
-                        self._timer = self.loop.later(self.stall, self._check_stall)
+                    self.after(self.stall, self._stalled)
                 self._queue.append(memoryview(part)[count:])
                 self.queued += len(part) - count
             count = max(0, count - len(part))
@@ -5307,6 +5281,30 @@ class Channel:
         self.sent += count
         return count
 
+    def _flush(self):
+        while self._queue:
+            count = self._transmit(list(itertools.islice(self._queue, PARTS_MAX)))
+            if not count:
+                return
+            self.after(self.stall, self._stalled)
+            self.queued -= count
+            while count and count >= len(self._queue[0]):
+                count -= len(self._queue.popleft())
+            if count:
+                self._queue[0] = self._queue[0][count:]
+        self._watch(self._mask & ~selectors.EVENT_WRITE)
+        if self.ending:
+            self._shut_down()
+        else:
+            self.drained()
+
+    def _stalled(self):
+        if self._queue:
+            log.info("a client took nothing for %g seconds; it is closed", self.stall)
+            self.close()
+
+    # the way in
+
     def _watch(self, mask):
         if mask != self._mask and not self.closed:
             if mask and self._mask:
@@ -5317,6 +5315,12 @@ class Channel:
                 self.loop.unregister(self.sock.fileno())
             self._mask = mask
 
+    def _ready(self, mask):
+        if mask & selectors.EVENT_WRITE:
+            self._flush()
+        if mask & selectors.EVENT_READ and self._mask & selectors.EVENT_READ:
+            self._read()
+
     def reading(self, wanted):
         """Read from the client, or let it wait."""
         if wanted:
@@ -5324,25 +5328,7 @@ class Channel:
             self._read_pending()
         else:
             self._watch(self._mask & ~selectors.EVENT_READ)
-            if self._end_timer is None and not self.closed:
-                self._end_timer = self.loop.later(END_POLL, self._check_end)
-
-    def _check_end(self):
-        """Close if the client has left: the selector does not tell that of one that is not read."""
-        self._end_timer = None
-        if not self._mask & selectors.EVENT_READ:
-            poll = select.poll()
-            poll.register(self.sock, getattr(select, "POLLRDHUP", select.POLLHUP))
-            if poll.poll(0):
-                self.eof_received()
-            else:
-                self._end_timer = self.loop.later(END_POLL, self._check_end)
-
-    def _ready(self, mask):
-        if mask & selectors.EVENT_WRITE:
-            self._flush()
-        if mask & selectors.EVENT_READ and self._mask & selectors.EVENT_READ:
-            self._read()
+            self.after(END_POLL, self._check_end)
 
     def _read(self):
         try:
@@ -5353,7 +5339,7 @@ class Channel:
             data = b""
         if not data:
             self.eof_received()
-        elif not self._ending:
+        elif not self.ending:
             self.received(data)
             self._read_pending()
         else:                                   # unread bytes would turn the end into a reset
@@ -5366,38 +5352,24 @@ class Channel:
         if self.secure and self._mask & selectors.EVENT_READ and self.sock.pending():
             self.loop.call_soon(self._ready, selectors.EVENT_READ)
 
-    def _flush(self):
-        while self._queue:
-            count = self._transmit(list(itertools.islice(self._queue, PARTS_MAX)))
-            if not count:
-                return
-            self._progress = self.loop.now
-            self.queued -= count
-            while count and count >= len(self._queue[0]):
-                count -= len(self._queue.popleft())
-            if count:
-                self._queue[0] = self._queue[0][count:]
-        self._watch(self._mask & ~selectors.EVENT_WRITE)
-        if self._ending:
-            self._shut_down()
-        else:
-            self.drained()
-
-    def _check_stall(self):
-        self._timer = None
-        if self._queue:
-            wait = self._progress + self.stall - self.loop.now
-            if wait > 0:
-                self._timer = self.loop.later(wait, self._check_stall)
+    def _check_end(self):
+        """See whether the client has left: no selector tells that of one that is not read."""
+        if not self._mask & selectors.EVENT_READ:
+            poll = select.poll()
+            poll.register(self.sock, getattr(select, "POLLRDHUP", select.POLLHUP))
+            if poll.poll(0):
+                self.eof_received()
             else:
-                log.info("a client took nothing for %g seconds; it is closed", self.stall)
-                self.close()
+                self.after(END_POLL, self._check_end)
 
-    def finish(self):
-        """Close when all is sent and the client has had time to read it. RFC 9112 section 9.6."""
-        if not self._ending and not self.closed:
-            self._ending = True
-            self.closing()
+    # the end
+
+    def finish(self, *why):
+        """Close when all is sent and the client has had time to read it. RFC 9112 section 9.6.
+        `why` is for closing()."""
+        if not self.ending and not self.closed:
+            self.ending = True
+            self.closing(*why)
             self.reading(True)
             if not self._queue:
                 self._shut_down()
@@ -5408,9 +5380,7 @@ class Channel:
                 self.sock.unwrap()              # TLS's close_notify; the client's is not waited for
         with contextlib.suppress(OSError):      # it may have left
             self.sock.shutdown(socket.SHUT_WR)
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self.loop.later(LINGER_TIME, self.close)
+        self.after(LINGER_TIME, self.close)
 
     def detach(self):
         """Leave the connection to another channel or a thread."""
@@ -5418,9 +5388,9 @@ class Channel:
         self.closed = True
         self._queue.clear()
         self.queued = 0
-        for timer in (self._timer, self._end_timer):
-            if timer is not None:
-                timer.cancel()
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
         self.http.channels.discard(self)
 
     def stop(self):
@@ -5431,7 +5401,7 @@ class Channel:
         """Close now."""
         if not self.closed:
             self.detach()
-            if not self._ending:
+            if not self.ending:
                 self.closing()
             self.http.close_connection(self.connection)
             if self.status is not None:
@@ -5445,9 +5415,9 @@ class Idle(Channel):
     kind = "idle"
 
     def opened(self):
-        self._timer = self.loop.later(IDLE_TIME, self.close)
+        self.after(IDLE_TIME, self.close)
 
-    def _ready(self, mask):
+    def _read(self):
         self.detach()
         if self.secure:
             self.connection.listener.start_thread(self.connection)
@@ -5499,13 +5469,15 @@ class LongPoll(Answer):
 
     def opened(self):
         self.status = 499                       # until it is answered: the client has left
-        self._ends = contextlib.ExitStack()
+        self._waiting = contextlib.ExitStack()
         if self._timeout is not None:
-            self._ends.callback(self.loop.later(
-                self._timeout, lambda: self._deliver(attempt(self._expired))).cancel)
-        self._ends.callback(self._begin(self._deliver))
+            self.after(self._timeout, lambda: self._deliver(attempt(self._expired)))
+        self._waiting.callback(self._begin(self._deliver))
         if self.status is None:                 # answered at once
             self.closing()
+
+    def closing(self):
+        self._waiting.close()
 
     def _deliver(self, response):
         if self.status is not None and not self.closed:
@@ -5515,47 +5487,72 @@ class LongPoll(Answer):
             if self.send(self.http.answer(self.connection, self.request, response, self._keep)):
                 self.drained()
 
-    def closing(self):
-        self._ends.close()
-
     def stop(self):
         self._deliver(error_response(Stopping("gaffer is stopping; start it again")))
         self.close()
 
 
 class Follower(Channel):
-    """What a feed and a websocket of a process have in common.
+    """A channel that sends what a Reader reads.
 
-    `reader`: a Reader without a sink; `asked`: the client has named its offset; `process`: whose
-    exit ends the stream, or None; `heartbeat`: seconds of silence before `sign` is sent, or None.
+    `reader`: without a sink; `asked`: the client has named its offset; `process`: whose exit ends
+    the stream, or None; `heartbeat`: seconds of silence before `sign` is sent, or None.
     """
 
     sign: bytes
-    _beat = None                                # the Timer of the next look
 
     def __init__(self, reader, asked, process, heartbeat):
         self.reader, self._asked, self._process, self._heartbeat = reader, asked, process, heartbeat
         self.stall = BLOCK_STALL if reader.loss == "block" else STALL
 
+    def offset_headers(self, clamp):
+        """Return the headers that say where the reader begins, and what it has lost before that.
+
+        Without an offset that was asked for, nothing is lost. A reader that can report a loss
+        itself does; for another, with `clamp`, these headers do. It is to start in the same turn.
+        """
+        reader, source, lost = self.reader, self.reader.log, 0
+        place = max(reader.offset, source.start)
+        reports = reader.loss == "skip" or reader.encoder.dropped(0, place) is not None
+        if isinstance(source, JournalView):
+            if not self._asked:
+                reader.reported_until = source.end
+            elif not reports:
+                _, reader.reported_until, lost = source.read_all(reader.offset, reader.encoder)
+        elif reader.offset < source.start:
+            if reports or not self._asked:
+                place = source.resync(place)
+            if not self._asked:
+                reader.offset = place
+            elif clamp and not reports:
+                lost, reader.offset = place - reader.offset, place
+        if not lost:
+            return [("Gaffer-Offset", place)]
+        source.count_dropped(lost)
+        return [("Gaffer-Offset", place), ("Gaffer-Dropped", lost)]
+
     def follow(self):
         """Begin, behind the head."""
         self.reader.sink = self
         if self._heartbeat is not None:
-            self._check_silence()               # start() may end it
+            self.after(self._heartbeat, self._check_silence)
         self.reader.start()
 
-    def _check_silence(self):
-        wait = self.reader.last_sent + self._heartbeat - self.loop.now
-        if wait <= 0:
-            wait = self._heartbeat
-            self.reader.last_sent = self.loop.now
-            if not self._queue:
-                self.send(self.sign)
-        if not self.closed and not self._ending:
-            self._beat = self.loop.later(wait, self._check_silence)
+    def closing(self, *why):
+        """Stop following."""
+        self.reader.close()
+        self.reader.sink = None                 # or a journal would be read until they are freed
+        if self._process is not None:
+            self._process.on_exit.discard(self.end)
 
-    def end(self):
-        """End the stream: all output is sent, and the process has exited."""
+    def _check_silence(self):
+        reader = self.reader
+        if reader.sink is not None:
+            if reader.last_sent + self._heartbeat <= self.loop.now:
+                reader.last_sent = self.loop.now
+                if not self._queue:
+                    self.send(self.sign)
+            self.after(reader.last_sent + self._heartbeat - self.loop.now, self._check_silence)
 
     def drained(self):
         self.reader.pump()
@@ -5567,20 +5564,15 @@ class Follower(Channel):
         else:
             self.end()
 
-    def unfollow(self):
-        """Stop following."""
-        self.reader.close()
-        self.reader.sink = None                 # or a journal would be read until they are freed
-        if self._beat is not None:
-            self._beat.cancel()
-        if self._process is not None:
-            self._process.on_exit.discard(self.end)
+    def end(self):
+        """End the stream: all output is sent, and the process has exited."""
 
 
 class Feed(Follower):
     """A stream without end: exact bytes, JSON lines, or Server-Sent Events.
 
-    `form`: continuous or eventsource; `first`: what it begins with. For the rest see Follower.
+    `form`: continuous or eventsource; `framed`: as for SseEncoder; `first`: what it begins with.
+    For the rest see Follower.
     """
 
     def __init__(self, form, framed, reader, asked, heartbeat, first, process):
@@ -5591,16 +5583,16 @@ class Feed(Follower):
         self._first = self.sign + first if form == "eventsource" else first
 
     def head(self):
-        # the reader is to start in the same turn
-        headers = [("X-Accel-Buffering", "no"), *offset_headers(self.reader, self._asked, True)]
+        headers = [("X-Accel-Buffering", "no"), *self.offset_headers(True)]
         if self._chunked:
             headers.append(("Transfer-Encoding", "chunked"))
         if self._has_trailer:
             headers.append(("Trailer", "Gaffer-Dropped"))
-        content_type = "text/event-stream"
-        if self.kind == "continuous":
-            has_records = isinstance(self.reader.log, EventLog)
-            content_type = "application/json" if has_records else "application/octet-stream"
+        content_type = "application/octet-stream"
+        if self.kind == "eventsource":
+            content_type = "text/event-stream"
+        elif isinstance(self.reader.log, EventLog):
+            content_type = "application/json"
         return Response(None, headers=headers, content_type=content_type)
 
     def opened(self):
@@ -5613,9 +5605,9 @@ class Feed(Follower):
         self.finish()
 
     def end(self):
-        if self.closed or self._ending:
-            return
         process, reader = self._process, self.reader
+        if self.closed or self.ending:
+            return
         if process is not None:
             self.send(reader.encoder.exit(reader.log.end, {
                 "pid": process.pid, "exit_status": process.exit_status,
@@ -5630,18 +5622,17 @@ class Feed(Follower):
             self.end()
         self.close()
 
-    closing = Follower.unfollow
-
 
 class WebSocketChannel(Channel):
-    """RFC 6455 on the loop: it answers pings and makes closing handshakes.
+    """RFC 6455 on the loop: it answers pings and close frames.
 
-    Subclasses override handle_messages() and ended(). Between pause() and resume() nothing is read.
+    Subclasses override received(), to take what next_message() returns until that is None, and
+    closing(code, reason): the code is what was sent, or 1006. Between pause() and resume() nothing
+    is read.
     """
 
     kind, read_size = "websocket", FRAMES_SIZE
-    paused = _close_sent = False
-    _close_timer = None
+    paused = False
     _events = iter(())                          # of this turn
 
     def __init__(self, headers, limit):
@@ -5650,33 +5641,31 @@ class WebSocketChannel(Channel):
     def opened(self):
         self.send_head(101, self._headers)
 
-    def handle_messages(self):
-        """Take what next_message() returns, until that is None."""
-
-    def ended(self, code, reason):
-        """The connection is at its end: called once."""
-
     def received(self, data):
         self._events = self._decoder.feed(data)
-        self.handle_messages()
 
     def next_message(self):
         """Return the next message (str or bytes), or None: no more for now."""
-        while not (self.closed or self._ending or self.paused):
-            event = next(self._events, None)
-            if event is None:
+        while not (self.closed or self.ending or self.paused):
+            kind, *details = next(self._events, (None,))
+            if kind is None:
                 break
-            kind, data = event[:2]
+            if kind in ("text", "binary"):
+                return details[0]
             if kind in ("close", "fail"):
-                self.send_close(*event[1:])
-                self.finish()
-            elif self._close_sent:
-                continue
-            elif kind in ("text", "binary"):
-                return data
+                self.send_close(*details)
             elif kind == "ping" and self.queued < self.limit:   # RFC 6455 5.5.3
-                self.send(frame(PONG, data))
+                self.send(frame(PONG, *details))
         return None
+
+    def send_close(self, code, reason=""):
+        """Send a close frame, and nothing more. The peer's, or the end, is waited for.
+
+        Code 1005: there was none (RFC 6455 section 7.4.1).
+        """
+        if not self.closed and not self.ending:
+            self.send(frame(CLOSE, b"") if code == 1005 else close_frame(code, reason))
+            self.finish(code, reason)
 
     def pause(self):
         """Read no more for now; what has come stays as it came."""
@@ -5686,30 +5675,9 @@ class WebSocketChannel(Channel):
     def resume(self):
         """Take what has come, and read again."""
         self.paused = False
-        if not self.closed and not self._ending:
+        if not self.closed and not self.ending:
             self.reading(True)
             self.received(b"")
-
-    def send_close(self, code, reason=""):
-        """Send a close frame, once. The connection ends with the answer, or after CLOSE_TIME.
-
-        Code 1005: there was none (RFC 6455 section 7.4.1).
-        """
-        if not self._close_sent and not self.closed:
-            data = frame(CLOSE, b"") if code == 1005 else close_frame(code, reason)
-            self._close_sent = True
-            self.send(data)
-            self._close_timer = self.loop.later(CLOSE_TIME, self.finish)
-            if self.paused:                     # the peer's close frame may be behind what waits
-                self.loop.call_soon(self.resume)
-            self.ended(code, reason)
-
-    def closing(self):
-        if self._close_timer is not None:
-            self._close_timer.cancel()
-        if not self._close_sent:
-            self._close_sent = True
-            self.ended(1006, "")
 
 
 class ProcessSocket(Follower, WebSocketChannel):
@@ -5729,39 +5697,44 @@ class ProcessSocket(Follower, WebSocketChannel):
         self._stream, self._by_line = stream, by_line
 
     def opened(self):
-        self._headers = self._headers + offset_headers(self.reader, self._asked, False)
+        self._headers = self._headers + self.offset_headers(False)
         super().opened()
         self.follow()
 
-    def handle_messages(self):
-        for data in iter(self.next_message, None):
+    def received(self, data):
+        super().received(data)
+        while True:
+            message, self._message = self._message or self.next_message(), None
+            if message is None:
+                return
             if self._stream is None:
                 self.send_close(1008, "this websocket is read only")
                 continue
-            data = data.encode("utf-8") if isinstance(data, str) else data
-            self._write(data + b"\n" if self._by_line else data)
+            data = message.encode("utf-8") if isinstance(message, str) else message
+            if self._by_line:
+                data += b"\n"
+            try:
+                self._stream.write(data)
+                self.loop.expect()
+            except ForbiddenWrite as error:     # the output goes on, and reports the exit
+                log.info("websocket input of %s was dropped: %s", self._process.name, error)
+            except StdinFull:
+                if len(data) > self.limit:      # with its end of line
+                    self.send_close(1009, "a message is over %d bytes" % self.limit)
+                else:
+                    self._message, self._unread = message, None
+                    self._stream.on_low.add(self.resume)
+                    self.pause()
+                    return
 
-    def _write(self, data):
-        self._message = None
-        try:
-            self._stream.write(data)
-            self.loop.expect()
-        except ForbiddenWrite as error:         # the output goes on, and reports the exit
-            log.info("websocket input of %s was dropped: %s", self._process.name, error)
-        except StdinFull:
-            if len(data) > self.limit:          # with its end of line
-                self.send_close(1009, "a message is over %d bytes" % self.limit)
-            else:
-                self._message = data
-                self.pause()
-                self._stream.on_low.add(self._stdin_low)
-
-    def _stdin_low(self):
-        self.paused, self._unread = False, None
-        if self._message is not None:
-            self._write(self._message)
-        if not self.paused:
-            self.resume()
+    def eof_received(self):
+        """Close once the process has read what the client sent before it left, or reads no more."""
+        if not self.paused or self._stream.size == self._unread:
+            self.close()
+        else:
+            self._unread = self._stream.size
+            super().closing()                   # output would break the connection
+            self.after(INPUT_STALL, self._check_end)
 
     def lost(self, reader, count):
         """Close the websocket: its messages would have a gap."""
@@ -5771,22 +5744,12 @@ class ProcessSocket(Follower, WebSocketChannel):
         status, signum = self._process.exit_status, self._process.term_signal
         self.send_close(1000, "signal %d" % signum if signum else "exit %d" % status)
 
-    def eof_received(self):
-        """Close once the process has read what the client sent before it left, or reads no more."""
-        if not self.paused or self._stream.size == self._unread:
-            self.close()
-        else:
-            self._unread = self._stream.size
-            self.unfollow()                     # output would break the connection
-            self._end_timer = self.loop.later(INPUT_STALL, self._check_end)
-
-    def ended(self, code, reason):
-        self.unfollow()
-        if self._stream is not None:
-            self._stream.on_low.discard(self._stdin_low)
-        if self._message is not None:
+    def closing(self, code=1006, reason=""):
+        super().closing()
+        if self.paused:
+            self.paused = False
+            self._stream.on_low.discard(self.resume)
             log.info("a websocket message for %s was dropped: it does not read", self._process.name)
-            self._message = None
 
 
 class WebSocketHandler:
@@ -5855,7 +5818,9 @@ class HandlerSocket(WebSocketChannel):
             if not isinstance(error, Exception):
                 raise
 
-    def handle_messages(self):
+    def received(self, data):
+        super().received(data)
+
         def dispatch():
             # one by one: what the handler sends may fill the queue, and then the next has to wait
             for data in iter(functools.partial(self.call, self.next_message), None):
@@ -5864,7 +5829,7 @@ class HandlerSocket(WebSocketChannel):
 
     def send_message(self, opcode, payload):
         """Queue a message."""
-        if self.closed or self._close_sent:
+        if self.closed or self.ending:
             return
         payload = frame(opcode, payload)
         if self.queued + len(payload) > SEND_QUEUE_SIZE:
@@ -5877,7 +5842,7 @@ class HandlerSocket(WebSocketChannel):
         if self.paused:
             self.resume()
 
-    def ended(self, code, reason):
+    def closing(self, code=1006, reason=""):
         self.loop.call_unlocked(self._run, self._handler.close, code, reason)
 
 

@@ -6294,11 +6294,11 @@ class HttpLibrary(HttpCase):
             handler.send(b"")
         found = [made.read()[1][-1:] for _ in range(2064)]
         self.assertEqual([data for data in found if data], messages)
-        with http_limits(CLOSE_TIME=0.05):      # it reads only after that
+        with http_limits(LINGER_TIME=0.05):     # it reads only after that
             for _ in range(8):
                 handler.send(answer)
             handler.end()
-            until(lambda: channel._ending, "no further wait for its close frame")
+            until(lambda: channel.ending, "no wait for its close frame")
             frames = list(iter(made.read, (None, b"")))
             self.assertEqual((len(frames), frames[-1][0]), (9, 8))
             self.assertEqual(seen.get(timeout=TIMEOUT)[0], 1000)
@@ -6885,7 +6885,7 @@ class StreamsSmallWindow(StreamsCase):
                 self.assertEqual((found["Gaffer-Offset"], found["Gaffer-Dropped"]),
                                  (str(offset), dropped), query)
             self.assertEqual([body, wire.exactly(1000 - first)], [data[first:]] * 2)
-        with http_limits(CLOSE_TIME=0.3):       # no ping follows a close frame
+        with http_limits(LINGER_TIME=0.3):      # no ping follows a close frame
             wire = self.websocket("/wstreams/%d?since=0&heartbeat=0.1" % pid)
             self.assertEqual([wire.read()[0], wire.read()[0]], [8, None])
         wire = self.continuous(pid, "loss=skip&since=5")
@@ -7336,7 +7336,7 @@ class StreamsWebsocket(StreamsCase):
                 websocket.close()
                 self.paused(0)
         self.assertIn("a websocket message for t was dropped: it does not", "".join(logs.output))
-        with http_limits(CLOSE_TIME=2 * TIMEOUT):
+        with http_limits(LINGER_TIME=2 * TIMEOUT):
             websockets = self.open(pid), self.open(pid)
             for websocket, more in zip(websockets, (ws_frame(1, b"more"), ws_frame(8, b""))):
                 websocket.send(ws_frame(1, b"x" * 1000) + more)
@@ -11958,7 +11958,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     (" and os.path.samestat(os.lstat(self.endpoint.path), self._inode)", "",
      "HttpEndpoints.test_unix_socket"),
     ("access.check_origin(request)", "pass", "HttpAccess.test_origins"),
-    ("it is closed\", self.stall)\n                self.close()", "it is closed\", self.stall)",
+    ("it is closed\", self.stall)\n            self.close()", "it is closed\", self.stall)",
      "StreamsClock.test_who_takes_nothing_is_closed"),
     ('BLOCK_STALL if reader.loss == "block" else STALL', "STALL",
      "StreamsClock.test_who_takes_nothing_is_closed"),
@@ -11968,7 +11968,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "PureOutput.test_block_after_the_exit"),
     ("min(self._size, max(0, self._room()))", "self._size", "PureOutput.test_block_at_the_end"),
     ("            self.queued -= count\n", "", "StreamsClock.test_a_heartbeat_is_not_queued"),
-    ("if not self._queue:\n                self.send(self.sign)", "self.send(self.sign)",
+    ("if not self._queue:\n                    self.send(self.sign)", "self.send(self.sign)",
      "StreamsClock.test_a_heartbeat_is_not_queued"),
     ('loss == "block" and request.method == "GET":', 'loss == "block":',
      "StreamsSmallWindow.test_block"),
