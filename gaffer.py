@@ -2046,7 +2046,9 @@ def faults_of(field):
 class Launch:
     """What is executed: `program` (a path), `argv`, `env` and `cwd`, in bytes; `uid`, `gid`,
     `groups`, `umask` and `nice`, None for gaffer's own; `limits`: {name: (soft, hard)}; `instance`:
-    the process's number within its template, from 1. InvalidProcessInfo: it cannot be."""
+    the process's number within its template, from 1; `ready` (one of READY, or None) and `target`:
+    its text, or what parse_target() makes of it; `ignored`: gaffer ignores a signal that the
+    program is to get. InvalidProcessInfo: it cannot be."""
 
     def __init__(self, template, instance=1):
         for field in ("cwd", "uid", "gid"):     # checked again: the system may have changed
@@ -2073,11 +2075,13 @@ class Launch:
         self.umask, self.nice = template["umask"], template["nice"]
         self.limits = {name: limit_pair(limit) for name, limit in template["limits"].items()}
         self._prepare(template["before_start"])
-        self.ready, text = next(iter((template["ready"] or {None: None}).items()))
-        self.target = None                      # of a probe: see parse_target()
+        self.ready, self.target = next(iter((template["ready"] or {None: None}).items()))
         if self.ready in ("tcp", "http"):
             with faults_of("ready"):
-                self.target = parse_target(self.ready, substitute(text, self.env))
+                self.target = parse_target(self.ready, substitute(self.target, self.env))
+        self.ignored = any(
+            signal.getsignal(number) == signal.SIG_IGN for number in range(1, 32)
+            if number not in (signal.SIGPIPE, signal.SIGXFSZ))      # Popen resets these
 
     def _prepare(self, before_start=None):
         """Have /bin/sh set what Popen has no argument for, and what needs no privilege, and then
@@ -2300,7 +2304,7 @@ def stop_stages(infos):
 # or soon after the group is empty if somebody outside of it holds the pipe. All of this runs under
 # the loop's lock.
 # --------------------------------------------------------------------------------------------------
-READ_SIZE_WIDE = 128 * KIB                      # of a pipe that was full, and is widened
+READ_SIZE_WIDE = 128 * KIB                      # of a pipe that was full and has been widened
 MERGED_LINE_DELAY = 1.0                         # before an unfinished line is cut by the others
 DRAIN_TIME = 2.0                                # of output after the end of a process group
 GROUP_POLL = 0.02                               # first pause between checks whether a group is gone
@@ -2310,6 +2314,7 @@ PROBE_INTERVAL = 1.0                            # between a probe that failed an
 PROBE_TIME = 5.0                                # for one probe
 NOTIFY_SIZE = 4 * KIB                           # of a message of sd_notify(3)
 STDIN_SIZE = MIB                                # waits for a process to read it: a whole body
+SPAWN_FAULTS = (GafferError, OSError, subprocess.SubprocessError, ValueError, MemoryError)
 
 
 class Merged:
@@ -2317,22 +2322,25 @@ class Merged:
 
     def __init__(self, loop, size, name, label, journal):
         self.window, self.name, self.label = Window(loop, size), name, label
-        self.sources = {}                       # Output that feeds it -> JournalSource
+        self.sources = set()                    # JournalSources of what is being read
         self._journal = journal
         self._open = None                       # JournalSource whose last line is not finished
 
-    def open(self, output):
-        self.sources[output] = self._journal.source(self.name, output.pid, self.label, self.window)
+    def open(self, pid):
+        """Return a JournalSource for the output of process `pid`."""
+        source = self._journal.source(self.name, pid, self.label, self.window)
+        self.sources.add(source)
+        return source
 
-    def close(self, output):
-        self._journal.close(self.sources.pop(output))
+    def close(self, source):
+        self.sources.remove(source)
+        self._journal.close(source)
 
-    def write(self, output, data):
+    def write(self, source, data):
         """Append whole lines, or what cannot wait; another's unfinished line is ended first."""
-        source = self.sources[output]
         if self._open not in (None, source):
             self.window.append(b"\n")
-            if self._open in self.sources.values():
+            if self._open in self.sources:
                 self._journal.append(self._open, b"\n")
         self._open = None if data.endswith(b"\n") else source
         self.window.append(data)
@@ -2340,70 +2348,66 @@ class Merged:
 
 
 class Output:
-    """Reads a pipe of process `pid` into its own window and its template's; calls `ended()`."""
+    """Reads a pipe of process `pid`, from resume() on, into a window of its own and its template's
+    `merged`. Calls `ended()` at the end."""
 
     def __init__(self, loop, fd, merged, pid, ended):
-        self._loop, self._fd, self.pid, self._ended = loop, fd, pid, ended
-        self.window, self._merged = Window(loop, merged.window.limit, merged.window), merged
-        self._carry = b""
-        self._paused = False
+        self._loop, self._fd, self._merged, self._ended = loop, fd, merged, ended
+        self.window = Window(loop, merged.window.limit, merged.window)
+        self._source = merged.open(pid)
+        self._carry = b""                       # an unfinished line that `merged` has not got yet
+        self._paused = True
         self._timer = self._silence = None
-        self._size_wide = min(READ_SIZE_WIDE, self.window.limit // 4)
-        self._size = min(READ_SIZE, self._size_wide)
+        self._size = min(READ_SIZE_WIDE, self.window.limit // 4)
         os.set_blocking(fd, False)
-        loop.register(fd, selectors.EVENT_READ, self._readable)
-        merged.open(self)
 
-    def drain(self):
-        """Read what is in the pipe, for DRAIN_TIME at most: the process group is gone."""
-        if self._fd is not None and self._timer is None:
-            self._timer = self._loop.later(DRAIN_TIME, self._drained)
-
-    def _drained(self):
-        self._timer = None
-        if self._paused:                        # it waits for a reader, not for a writer
-            self.drain()
-        else:
-            self.close()
+    def resume(self):
+        """Begin to read, or read on: a reader that blocks may have made room."""
+        if self._paused and self._fd is not None:
+            self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
+            self._paused = False
 
     def _room(self):
-        """Return how much may be read before a reader that blocks would lose something."""
-        return min(self.window.room(), self._merged.window.room() - len(self._carry) - 1)
+        """Return how much to read: at most what a reader that blocks does not lose."""
+        own, merged = self.window, self._merged.window
+        if not (own.blockers or merged.blockers):
+            return self._size
+        return max(0, min(self._size, own.room(), merged.room() - len(self._carry) - 1))
 
-    def _readable(self, mask):
-        window, merged = self.window, self._merged.window
-        size = self._size
-        if window.blockers or merged.blockers:
-            size = min(size, self._room())
-            if size <= 0:
-                self._paused = True
-                self._loop.unregister(self._fd)
-                return self._resume()
+    def _readable(self, mask=None):
+        """Read once. Return True if that has brought something."""
+        size, merged = self._room(), self._merged
+        if size == 0:
+            self._loop.unregister(self._fd)
+            self._paused = True
+            for window in (self.window, merged.window):
+                window.on_room.add(self.resume)
+            return False
         try:
             data = os.read(self._fd, size)
         except BlockingIOError:
-            return None
+            return False
         except OSError:                         # a socket pair whose other side was reset
             data = b""
         if not data:
-            return self.close()
-        if len(data) == self._size < self._size_wide:
-            self._size = self._size_wide
+            self._end()
+            return False
+        if len(data) == READ_SIZE:
             widen_pipe(self._fd)
-        self._append(data)
-        return None
-
-    def _append(self, data):
-        merged = self._merged
         self.window.append(data)
-        data = self._carry + data
-        cut = data.rfind(b"\n") + 1
+        self._carry += data
+        cut = self._carry.rfind(b"\n") + 1
         if len(merged.sources) == 1 or (        # nobody to mix with, or too much to wait
-                cut == 0 and len(data) >= min(CARRY_SIZE, merged.window.limit // 2)):
-            cut = len(data)
-        data, self._carry = data[:cut], data[cut:]
+                cut == 0 and len(self._carry) >= min(CARRY_SIZE, merged.window.limit // 2)):
+            cut = len(self._carry)
+        self._merge(cut)
+        return True
+
+    def _merge(self, cut):
+        """Hand over `cut` bytes; what is left of a line (a prompt) is shown after a while."""
+        data, self._carry = self._carry[:cut], self._carry[cut:]
         if data:
-            merged.write(self, data)
+            self._merged.write(self._source, data)
             if self._silence is not None:       # what waits now is another line
                 self._silence.cancel()
                 self._silence = None
@@ -2411,45 +2415,36 @@ class Output:
             self._silence = self._loop.later(MERGED_LINE_DELAY, self._show_carry)
 
     def _show_carry(self):
-        """Show an unfinished line (a prompt) after a while, if no reader that blocks loses it."""
-        self._silence = None
-        if self._merged.window.room() <= len(self._carry):
-            self._silence = self._loop.later(MERGED_LINE_DELAY, self._show_carry)
-        else:
-            data, self._carry = self._carry, b""
-            self._merged.write(self, data)
+        self._silence, size = None, len(self._carry)
+        # a reader that blocks must not lose anything
+        self._merge(size if size < self._merged.window.room() else 0)
 
-    def _resume(self):
-        """Read on once there is room for a reader that blocks."""
-        if self._paused and self._fd is not None:
-            if self._room() > 0:
-                self._paused = False
-                self._loop.register(self._fd, selectors.EVENT_READ, self._readable)
-            else:
-                for window in (self.window, self._merged.window):
-                    window.on_room.add(self._resume)
+    def drain(self, late=False):
+        """End in DRAIN_TIME, or once it waits for no reader: the group is gone."""
+        if late and not self._paused:
+            self.close()
+        elif self._fd is not None:
+            self._timer = self._loop.later(DRAIN_TIME, self.drain, True)
 
     def close(self):
         """Read what is in the pipe right now, then end the stream."""
+        for _ in range(16):                     # somebody may still write
+            if self._fd is None or self._room() == 0 or not self._loop.guard(self._readable):
+                break
+        self._end()
+
+    def _end(self):
         if self._fd is None:
             return
         if not self._paused:
             self._loop.unregister(self._fd)
-        fd, self._fd = self._fd, None
-
-        def read_rest():
-            pieces = iter(lambda: os.read(fd, min(self._size, max(0, self._room()))), b"")
-            with contextlib.suppress(OSError):
-                for data in itertools.islice(pieces, 16):   # somebody may still write
-                    self._append(data)
-            if self._carry:
-                self._merged.write(self, self._carry)
-        self._loop.guard(read_rest)
-        os.close(fd)
+        os.close(self._fd)
+        self._fd = None
+        self._loop.guard(self._merge, len(self._carry))
         for timer in (self._timer, self._silence):
             if timer is not None:
                 timer.cancel()
-        self._merged.close(self)
+        self._merged.close(self._source)
         self.window.finish()
         ended, self._ended = self._ended, None  # or a process would be freed late
         ended()
@@ -2459,7 +2454,7 @@ class Input:
     """Writes into a process's stdin or custom stream as it reads; up to `limit` bytes wait.
     `close_fd(fd)` ends the stream."""
 
-    def __init__(self, loop, fd, label, close_fd, limit):
+    def __init__(self, loop, fd, label, close_fd, limit=STDIN_SIZE):
         self._loop, self._fd, self._label, self._close_fd = loop, fd, label, close_fd
         self.limit = limit
         self._buffer = bytearray()              # what waits
@@ -2503,8 +2498,7 @@ class Input:
             pass
         except OSError:                         # EPIPE: it has closed its side
             log.info("%d bytes for %s were not read: the process closed it", self.size, self._label)
-            self._ending = True
-            self._buffer.clear()
+            self.close()
         if bool(self._buffer) != self._registered:
             self._registered = not self._registered
             if self._registered:
@@ -2522,221 +2516,6 @@ def end_socket(fd):
     """Close our way into a custom stream; the way out goes on."""
     with socket.socket(fileno=fd) as side, contextlib.suppress(OSError):    # the process is gone
         side.shutdown(socket.SHUT_WR)
-
-
-def pid_exists(os_pid):
-    """Return True if the system has a process, or a zombie, of this number."""
-    try:
-        return os.getpgid(os_pid) > 0
-    except ProcessLookupError:
-        return False
-
-
-class GroupWatcher:
-    """Takes the step "empty" of processes that have exited, once no other of their group lives.
-
-    Nothing announces that, so it polls, less and less often, with one listing for all groups.
-    """
-
-    def __init__(self, loop, table):
-        self._loop, self._table = loop, table
-        self._waiting = {}                      # Process -> True if it had only zombies
-        self._timer, self._interval, self._cost = None, GROUP_POLL, 0.0
-
-    def add(self, process):
-        """Watch the group of a process that has exited."""
-        self._waiting[process] = False
-        self.poll_soon()
-
-    def poll_soon(self):
-        """Poll soon: a group was signalled."""
-        self._interval = GROUP_POLL
-        self._schedule()
-
-    def _schedule(self):
-        wait = max(self._interval, 5 * self._cost)      # a sixth of one core at most
-        if self._timer is not None and self._timer.when > self._loop.clock() + wait:
-            self._timer.cancel()
-            self._timer = None
-        if self._timer is None and self._waiting:
-            self._timer = self._loop.later(wait, self._poll)
-
-    def _poll(self):
-        self._timer, began = None, self._loop.clock()
-        waiting = {process for process in self._waiting if process.signal_group(0)}
-        try:
-            groups = self._table.groups({each.os_pid for each in waiting}) if waiting else ()
-        except OSError:                         # no descriptor is left to list them with
-            groups = {each.os_pid for each in waiting}
-        for process in list(self._waiting):
-            # If only zombies are left that nobody waits for, or forks that are faster than the
-            # listing, a signal reaches all of them, and the next listing is to be believed.
-            lives = process.os_pid in groups
-            if process in waiting and (lives or not self._waiting[process]):
-                self._waiting[process] = not lives
-                if not lives:
-                    process.signal_group(signal.SIGKILL)
-            else:
-                del self._waiting[process]
-                process.step("empty")
-        self._cost = self._loop.clock() - began
-        self._interval = min(self._interval * 1.5, GROUP_POLL_MAX)
-        self._schedule()
-
-
-class CommandRun:
-    """A command that runs beside a process, in a group of its own, as os pid `os_pid`. Calls
-    `done(error)` at its end: None, or what it did but exit with 0. close() kills it."""
-
-    def __init__(self, manager, os_pid, done):
-        self._manager, self.os_pid, self._done = manager, os_pid, done
-        self.gone = False
-        ExitWatcher(manager.loop, os_pid, self._exited)
-        manager.commands.add(self)
-
-    def _exited(self, end):
-        self._manager.commands.discard(self)
-        self._kill()                            # what it left; the zombie pins the group's number
-        reap(self.os_pid)
-        self.gone = True
-        self._done("is killed by signal %d" % end[1] if end[1] else
-                   "exits with %d" % end[0] if end[0] else None)
-        self._manager.changed()
-
-    def _kill(self):
-        try:
-            if not self.gone:                   # else the number may be another group's
-                os.killpg(self.os_pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        except PermissionError:
-            if self in self._manager.commands:  # else it has ended
-                self._manager.commands.remove(self)
-                log.warning("a command: os pid %d runs as another user and cannot be signalled: it "
-                            "is left to itself", self.os_pid)
-
-    def close(self):
-        """Kill it, or leave it if that cannot be, and do not call `done`."""
-        self._done = lambda error: None
-        self._kill()
-
-
-class Probe:
-    """Asks whether a process is ready: after PROBE_FIRST, then PROBE_INTERVAL after each failure,
-    until it calls `done()`. `error` says why the last try failed, at each address.
-
-    It connects to the addresses of a `target` (see parse_target()) in turn until one accepts, or
-    answers the request with success; without a target `run(done)` starts a CommandRun.
-    """
-
-    def __init__(self, loop, target, run, done):
-        self._loop, self._run, self._done = loop, run, done
-        self._addresses, self._request = target or ([None], b"")
-        self._left, self.error = [], None
-        self._socket = self._command = None
-        self._timer = loop.later(PROBE_FIRST, self._try)
-
-    def _try(self):
-        self._timer = self._loop.later(PROBE_TIME, self._end, "no answer in %g s" % PROBE_TIME)
-        if not self._left:
-            self._left, self._errors = list(self._addresses), []
-        address = self._address = self._left.pop(0)
-        try:
-            if address is None:
-                self._command = self._run(self._end)
-                return
-            peer = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-            self._socket, self._answer = peer, b""
-            peer.setblocking(False)
-            self._loop.register(peer.fileno(), selectors.EVENT_WRITE, self._connected)
-            with contextlib.suppress(BlockingIOError):      # it goes on
-                peer.connect(address)
-        except (OSError, subprocess.SubprocessError) as error:
-            self._end(getattr(error, "strerror", None) or str(error))
-
-    def _connected(self, mask):
-        peer = self._socket
-        try:
-            number = peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if number:
-                raise OSError(number, os.strerror(number))
-            if peer.getsockname() == peer.getpeername():    # a port of those that clients get
-                raise OSError(errno.ECONNREFUSED, "it connected to itself")
-            if not self._request:
-                return self._end(None)
-            peer.send(self._request)
-            self._loop.unregister(peer.fileno())
-            self._loop.register(peer.fileno(), selectors.EVENT_READ, self._readable)
-        except OSError as error:
-            self._end(error.strerror)
-        return None
-
-    def _readable(self, mask):
-        try:
-            data = self._socket.recv(READ_SIZE)
-        except OSError as error:
-            return self._end(error.strerror)
-        self._answer += data
-        line, newline, _ = self._answer.partition(b"\n")
-        if newline or not data or len(line) > READ_SIZE:
-            good = re.match(rb"HTTP/1\.[01] [23][0-9][0-9]\b", line)
-            self._end(None if good else "answers %r" % line[:80].strip().decode("latin-1"))
-        return None
-
-    def _end(self, error):
-        self.close()
-        if error is None:
-            self._done()
-        else:
-            self._errors.append("%s:%d: %s" % (*self._address, error) if self._address else error)
-            self.error = "; ".join(self._errors)
-            self._timer = self._loop.later(0 if self._left else PROBE_INTERVAL, self._try)
-
-    def close(self):
-        self._timer.cancel()
-        if self._socket is not None:
-            self._loop.unregister(self._socket.fileno())
-            self._socket.close()
-        if self._command is not None:
-            self._command.close()
-        self._socket = self._command = None
-
-
-class NotifySocket:
-    """A datagram socket for the messages of sd_notify(3) that come from the group of a Process."""
-
-    def __init__(self, loop, process):
-        self._loop, self._process = loop, process
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self.address = b"@gaffer-" + os.urandom(16).hex().encode()     # abstract: it has no file
-        self._socket.bind(b"\0" + self.address[1:])
-        loop.register(self._socket.fileno(), selectors.EVENT_READ, self._readable)
-
-    def _readable(self, mask):
-        room = socket.CMSG_SPACE(struct.calcsize("3i")) + socket.CMSG_SPACE(struct.calcsize("i"))
-        data, parts, flags, _ = self._socket.recvmsg(NOTIFY_SIZE, room)
-        process, sender = self._process, 0
-        for _, kind, content in parts:
-            if kind == socket.SCM_CREDENTIALS:
-                sender = struct.unpack("3i", content)[0]
-            else:                               # SCM_RIGHTS: systemd-notify waits for their end
-                for fd, in struct.iter_unpack("i", content[:len(content) // 4 * 4]):
-                    os.close(fd)
-        try:
-            if sender and os.getpgid(sender) == process.os_pid and not flags & socket.MSG_TRUNC:
-                lines = data.decode("utf-8", "replace").split("\n")
-                fields = dict(line.partition("=")[::2] for line in lines)
-                process.message = fields.get("STATUS", process.message)
-                process.ending = process.ending or fields.get("STOPPING") == "1"
-                if fields.get("READY") == "1":
-                    process.step("ready")
-        except ProcessLookupError:              # it has ended, and can't be told from a stranger
-            pass
-
-    def close(self):
-        self._loop.unregister(self._socket.fileno())
-        self._socket.close()
 
 
 # Executed in place of a program that asks for what Popen has no argument for: sets it, then becomes
@@ -2770,16 +2549,334 @@ except OSError as error:
 """
 
 
-class Process:
+def raise_own(launch, undo):
+    """Have what only a privileged parent can pass on: higher hard limits, and a nice value below
+    gaffer's own. `undo`: an ExitStack for the way back. InvalidProcessInfo."""
+    try:
+        for name, (_, hard) in launch.limits.items():
+            number = getattr(resource, "RLIMIT_" + name.upper())
+            soft, most = resource.getrlimit(number)
+            wish = "field 'limits' asks for %s above gaffer's own limit of %d" % (name, most)
+            if resource.RLIM_INFINITY != most < hard:
+                undo.callback(resource.setrlimit, number, (soft, most))
+                resource.setrlimit(number, (
+                    soft, resource.RLIM_INFINITY if hard == math.inf else hard))
+        nice = os.getpriority(os.PRIO_PROCESS, 0)
+        wish = "field 'nice' asks for a value below gaffer's own of %d" % nice
+        if launch.nice is not None and launch.nice < nice:
+            undo.callback(os.setpriority, os.PRIO_PROCESS, 0, nice)
+            os.setpriority(os.PRIO_PROCESS, 0, launch.nice)
+    except (OSError, ValueError):
+        raise InvalidProcessInfo(
+            wish + ": run gaffer as root, with the capability for that") from None
+
+
+def execute(launch, fds):
+    """Fork and execute a Launch, whose descriptors are to be `fds`, from 0 on. Return the system's
+    pid. One of SPAWN_FAULTS: it cannot be executed."""
+    argv, program = launch.argv, launch.program
+    arguments: dict = {}
+    identity, errors = (launch.uid, launch.gid, launch.groups), None
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with contextlib.ExitStack() as after, contextlib.ExitStack() as fork:
+        if fds[3:] or launch.ignored or blocked or (
+                sys.version_info < (3, 9) and identity != (None, None, None)):
+            errors, write = os.pipe()
+            after.callback(os.close, errors)
+            fork.callback(os.close, write)
+            passed = []
+            for fd in [*fds[3:], write]:        # above the numbers that they are to have
+                passed.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, len(fds)))
+                fork.callback(os.close, passed[-1])
+            argv = [sys.executable, "-I", "-S", "-c", PRELUDE,
+                    repr((passed, identity, launch.env.get(b"LC_CTYPE"))), program, *argv]
+            program, arguments = sys.executable, {"pass_fds": passed}
+        elif sys.version_info >= (3, 9):
+            arguments = dict(zip(("user", "group", "extra_groups"), identity))
+        raise_own(launch, fork)
+        popen = subprocess.Popen(
+            argv, executable=program, cwd=launch.cwd, env=launch.env, start_new_session=True,
+            stdin=fds[0], stdout=fds[1], stderr=fds[2], **arguments)
+        popen.returncode = 0                    # Popen shall neither wait nor warn
+        fork.close()
+        number = os.read(errors, 16) if errors is not None else b""
+    if number:                                  # at its end, the program has been executed
+        os.waitpid(popen.pid, 0)
+        raise OSError(int(number), os.strerror(int(number)))
+    return popen.pid
+
+
+def spawn_error(launch, error):
+    """Return the GafferError for a Launch that met one of SPAWN_FAULTS."""
+    if isinstance(error, GafferError):
+        return error
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    if number in SHORTAGES:
+        return Busy("the system has no room for another process (%s); try again later"
+                    % os.strerror(number))
+    reason = {
+        errno.ENOENT: "the interpreter that its first line names is not there",
+        errno.ENOEXEC: "it is not a program: its first line must name an interpreter, as in "
+                       "#!/bin/sh"}.get(number) or (os.strerror(number) if number else error)
+    return InvalidProcessInfo("field 'cmd' names %r, which cannot be executed: %s" % (
+        launch.program.decode("utf-8", "replace"), reason))
+
+
+def pid_exists(os_pid):
+    """Return True if the system has a process, or a zombie, of this number."""
+    try:
+        return os.getpgid(os_pid) > 0
+    except ProcessLookupError:
+        return False
+
+
+class GroupLeader:
+    """What gaffer has executed as `os_pid`, in a process group of its own, until it is `gone`.
+    `title`: its name in the log."""
+
+    gone: bool
+
+    def __init__(self, manager, title):
+        self._manager, self.title = manager, title
+        self.os_pid = self.exited_at = None     # exited_at: by the loop's clock, once it is reaped
+        self.abandoned = False                  # gaffer may not signal it, or it outlived SIGKILL
+
+    def signal_group(self, signum, alone=False):
+        """Send a signal to its group (0: only check), or to it `alone`. Returns False if there is
+        none, or gaffer may not signal it."""
+        # Once the leader is reaped, members of the group alone pin its number: a process that has
+        # this is somebody else's.
+        if self.exited_at is not None and pid_exists(self.os_pid):
+            return False
+        try:
+            (os.kill if alone else os.killpg)(self.os_pid, signum)
+            return True
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            self.abandon("runs as another user and cannot be signalled")
+            return False
+
+    def abandon(self, why):
+        """Wait for it no longer when gaffer stops."""
+        if not self.abandoned and not self.gone:
+            self.abandoned = True
+            log.warning("%s: os pid %d %s: it is left to itself", self.title, self.os_pid, why)
+            self._manager.commands.discard(self)
+            self._manager.changed()
+
+
+class CommandRun(GroupLeader):
+    """A shell command that runs beside the process of a Launch, with `env` (of bytes) besides and
+    its output to a descriptor. Calls `done(error)` at its end: None, or what it did but exit with
+    0. close() kills it."""
+
+    gone = False
+
+    def __init__(self, manager, launch, command, done, output=subprocess.DEVNULL, env=()):
+        super().__init__(manager, "a command")
+        self._done = done
+        self.os_pid = execute(
+            launch.hook(command, env), (subprocess.DEVNULL, output, output))
+        ExitWatcher(manager.loop, self.os_pid, self._exited)
+        manager.commands.add(self)
+
+    def _exited(self, end):
+        self.gone = True
+        self.signal_group(signal.SIGKILL)       # what it left; the zombie pins the group's number
+        reap(self.os_pid)
+        self._manager.commands.discard(self)
+        self._done("is killed by signal %d" % end[1] if end[1] else
+                   "exits with %d" % end[0] if end[0] else None)
+        self._manager.changed()
+
+    def close(self):
+        """Kill it, or leave it if that cannot be, and do not call `done`."""
+        self._done = lambda error: None
+        if not self.gone:                       # else the number may be another group's
+            self.signal_group(signal.SIGKILL)
+
+
+class GroupWatcher:
+    """Takes the step "empty" of processes that have exited, once no other of their group lives.
+
+    Nothing announces that, so it polls, less and less often, with one listing for all groups.
+    """
+
+    def __init__(self, loop, table):
+        self._loop, self._table = loop, table
+        self._waiting = {}                      # Process -> True if it had only zombies
+        self._timer, self._cost = None, 0.0
+
+    def add(self, process):
+        """Watch the group of a process that has exited."""
+        self._waiting[process] = False
+        self.poll_in()
+
+    def poll_in(self, interval=GROUP_POLL):
+        """Poll in `interval` seconds, then ever later. By default soon: a group was signalled."""
+        self._interval = interval
+        wait = max(interval, 5 * self._cost)    # a sixth of one core at most
+        if self._timer is not None and self._timer.when > self._loop.clock() + wait:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None and self._waiting:
+            self._timer = self._loop.later(wait, self._poll)
+
+    def _poll(self):
+        self._timer, began = None, self._loop.clock()
+        there = {process for process in self._waiting if process.signal_group(0)}
+        living = {process.os_pid for process in there}
+        with contextlib.suppress(OSError):      # no descriptor is left to list them with
+            living = self._table.groups(living) if living else living
+        for process, had_only_zombies in list(self._waiting.items()):
+            # If only zombies are left that nobody waits for, or forks that are faster than the
+            # listing, a signal reaches all of them, and the next listing is to be believed.
+            lives = process.os_pid in living
+            if process not in there or had_only_zombies and not lives:
+                del self._waiting[process]
+                process.step("empty")
+            else:
+                self._waiting[process] = not lives
+                if not lives:
+                    process.signal_group(signal.SIGKILL)
+        self._cost = self._loop.clock() - began
+        self.poll_in(min(self._interval * 1.5, GROUP_POLL_MAX))
+
+
+class Probe:
+    """Asks whether the process of a Launch is ready: after PROBE_FIRST, then PROBE_INTERVAL after
+    each failure, until it calls `done()`. `error` says why the last try failed, at each address.
+
+    The addresses of "tcp" and "http" (see parse_target()) are asked in turn until one accepts, or
+    answers the request with success; the command of "exec" has to exit with 0.
+    """
+
+    error = None
+
+    def __init__(self, manager, launch, done):
+        self._manager, self._loop = manager, manager.loop
+        self._launch, self._done = launch, done
+        self._asking = self._ask()
+        self._timer = self._loop.later(PROBE_FIRST, self._try)
+
+    def _try(self):
+        self._timer = self._loop.later(PROBE_TIME, self._go_on, None, True)
+        self._asking = self._ask()
+        self._go_on()
+
+    def _go_on(self, mask=None, late=False):
+        try:
+            if late:
+                self._timer = self._loop.later(PROBE_TIME, self._go_on, None, True)
+                self._asking.throw(TimeoutError("no answer in %g s" % PROBE_TIME))
+            else:
+                next(self._asking)
+        except StopIteration:
+            self._end(None)
+        except SPAWN_FAULTS as error:
+            self._end(str(error))
+
+    def _ask(self):
+        """Try once. Yields where it has to wait; one of SPAWN_FAULTS: it is not ready."""
+        if self._launch.ready == "exec":
+            with contextlib.closing(CommandRun(
+                    self._manager, self._launch, self._launch.target, self._end)):
+                yield                           # the command calls _end()
+        addresses, request = self._launch.target
+        errors = []
+        for host, port in addresses:
+            try:
+                with contextlib.ExitStack() as ends:
+                    peer = ends.enter_context(socket.socket(
+                        socket.AF_INET6 if ":" in host else socket.AF_INET))
+                    peer.setblocking(False)
+                    self._loop.register(peer.fileno(), selectors.EVENT_WRITE, self._go_on)
+                    ends.callback(self._loop.unregister, peer.fileno())
+                    with contextlib.suppress(BlockingIOError):
+                        peer.connect((host, port))
+                    yield
+                    number = peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if number:
+                        raise OSError(number, os.strerror(number))
+                    if peer.getsockname() == peer.getpeername():    # a port that clients get
+                        raise OSError(errno.ECONNREFUSED, "it connected to itself")
+                    if not request:
+                        return
+                    peer.send(request)
+                    self._loop.modify(peer.fileno(), selectors.EVENT_READ)
+                    answer, data = b"", b"HTTP"
+                    while data and b"\n" not in answer and len(answer) <= READ_SIZE:
+                        yield
+                        data = peer.recv(READ_SIZE)
+                        answer += data
+                    line = answer.partition(b"\n")[0]
+                    if re.match(rb"HTTP/1\.[01] [23][0-9][0-9]\b", line):
+                        return
+                    raise OSError(
+                        errno.EPROTO, "answers %r" % line[:80].strip().decode("latin-1"))
+            except OSError as error:
+                errors.append("%s:%d: %s" % (host, port, error.strerror or error))
+        raise ValueError("; ".join(errors))
+
+    def _end(self, error):
+        self.close()
+        if error is None:
+            self._done()
+        else:
+            self.error = error
+            self._timer = self._loop.later(PROBE_INTERVAL, self._try)
+
+    def close(self):
+        self._timer.cancel()
+        self._asking.close()
+
+
+class NotifySocket:
+    """A datagram socket for the messages of sd_notify(3) that come from the group of a Process."""
+
+    def __init__(self, loop, process):
+        self._loop, self._process = loop, process
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self.address = b"@gaffer-" + os.urandom(16).hex().encode()     # abstract: it has no file
+        self._socket.bind(b"\0" + self.address[1:])
+        loop.register(self._socket.fileno(), selectors.EVENT_READ, self._readable)
+
+    def _readable(self, mask):
+        data, parts, flags, _ = self._socket.recvmsg(NOTIFY_SIZE, 256)
+        process, sender = self._process, 0
+        for _, kind, content in parts:
+            if kind == socket.SCM_CREDENTIALS:
+                sender = struct.unpack("3i", content)[0]
+            else:                               # SCM_RIGHTS: systemd-notify waits for their end
+                for fd, in struct.iter_unpack("i", content[:len(content) // 4 * 4]):
+                    os.close(fd)
+        with contextlib.suppress(ProcessLookupError):   # it has ended, and may be a stranger
+            if sender and os.getpgid(sender) == process.os_pid and not flags & socket.MSG_TRUNC:
+                lines = data.decode("utf-8", "replace").split("\n")
+                fields = dict(line.partition("=")[::2] for line in lines)
+                process.message = fields.get("STATUS", process.message)
+                process.ending = process.ending or fields.get("STOPPING") == "1"
+                if fields.get("READY") == "1":
+                    process.step("ready")
+
+    def close(self):
+        self._loop.unregister(self._socket.fileno())
+        self._socket.close()
+
+
+class Process(GroupLeader):
     """A process: from its spawn until nothing of its group is left, and then while its output can
     be read. `pid` is gaffer's number of it; `os_pid`, `exit_status` and `term_signal` are the
     system's. `home`: its Template."""
 
     def __init__(self, pid, home, manager):
         self.pid, self.home, self.name, self.info = pid, home, home.name, home.info
-        self._manager, self._loop = manager, manager.loop
+        super().__init__(manager, "%s (pid %d)" % (self.name, pid))
+        self._loop = manager.loop
         self.outputs, self.inputs = {}, {}      # label -> Output, Input
-        self.os_pid = self.started = self.exited_at = self.exit_status = self.term_signal = None
+        self.started = self.exit_status = self.term_signal = None
         self.instance = None                    # its number among those of its template
         starting = self.info["ready"] or self.info["before_start"]
         self.state = "starting" if starting else "running"      # see LIFE
@@ -2787,73 +2884,68 @@ class Process:
         self.ending = False                     # it sent STOPPING=1
         self.overdue = None                     # why it was stopped: it did not get ready
         self.by_itself = False                  # it exited without having been asked to
-        self.ended = False                      # it has exited, and its output has been read
-        self.abandoned = False                  # gaffer may not signal it, or it outlived SIGKILL
         self.retry_after = 0.0                  # seconds until the next start; None: there is none
         self.last_exit = None                   # as its template's
         self.cpu_samples = {}                   # asker -> its last (time, cpu_time, percent)
         self.history = collections.deque(maxlen=60)     # [cpu, rss], see History
         self.on_exit = set()                    # called once
-        self._watcher = self._timer = self._probe = self._notify = None
-        self._hook = self._hook_timer = self._hook_output = self._launch = None     # see HOOK_TIME
-        self._stop_step = 0                     # which of stop_steps() is next
+        self._until_exit = contextlib.ExitStack()       # closes what serves the running process
+        self._stop_steps = home.steps           # those that are left; the last one repeats
+        self._signalled = None                  # the signal of the last of them that was taken
+        self._watcher = self._timer = self._probe = None
+        self._launch = self._hook = self._hook_output = None    # of after_stop
 
     # its start
 
     def spawn(self, launch):
         """Execute `launch`. InvalidProcessInfo: it cannot be executed. Busy: the system has no room
         for another process."""
-        template, stdio = self.info, [subprocess.DEVNULL] * 3
-        reads, writes, theirs = {}, {}, {}      # label -> descriptor: ours, and the process's
+        template, loop, fds = self.info, self._loop, [subprocess.DEVNULL] * 3
+
+        def read(label, fd):
+            self.outputs[label] = Output(
+                loop, fd, self.home.outputs[label], self.pid, self._check_ended)
         try:                                    # all that may fail comes before there is a process
             for number, label in enumerate(template["redirect_output"], 1):
-                if label not in reads:
-                    reads[label], theirs[label] = os.pipe()
-                stdio[number] = theirs[label]
+                fds[number] = fds[1]            # for the same label twice
+                if label not in self.outputs:
+                    near, fds[number] = os.pipe()
+                    read(label, near)
             if template["redirect_input"]:
-                theirs["stdin"], writes["stdin"] = os.pipe()
-                stdio[0] = theirs["stdin"]
+                fds[0], near = os.pipe()
+                self.inputs["stdin"] = Input(loop, near, "stdin", os.close)
             for label in template["custom_streams"]:
-                near_end, far_end = socket.socketpair()
-                reads[label], theirs[label] = near_end.detach(), far_end.detach()
-                writes[label] = os.dup(reads[label])
-            for label, fd in reads.items():
-                self.outputs[label] = Output(
-                    self._loop, fd, self.home.outputs[label], self.pid, self._check_ended)
-            self.started, self.instance = self._loop.clock(), launch.instance
+                near, far = (side.detach() for side in socket.socketpair())
+                fds.append(far)
+                read(label, near)
+                self.inputs[label] = Input(loop, os.dup(near), label, end_socket)
+            for output in self.outputs.values():
+                output.resume()
+            self.started, self.instance = loop.clock(), launch.instance
             if launch.ready == "notify":
-                self._notify = NotifySocket(self._loop, self)
-                launch.env[b"NOTIFY_SOCKET"] = self._notify.address
-            self.os_pid = self._execute(
-                launch, stdio, [theirs[label] for label in template["custom_streams"]])
-        except (GafferError, OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
-            self.close_readiness()
-            for label, output in self.outputs.items():
-                output.close()
-                del reads[label]
-            for fd in [*reads.values(), *writes.values()]:
-                os.close(fd)
-            raise self._refusal(launch, error) from error
+                notify = NotifySocket(loop, self)
+                self._until_exit.callback(notify.close)
+                launch.env[b"NOTIFY_SOCKET"] = notify.address
+            self.os_pid = execute(launch, fds)
+        except SPAWN_FAULTS as error:
+            self.release()
+            raise spawn_error(launch, error) from error
         finally:
-            for fd in theirs.values():
+            for fd in set(fds) - {subprocess.DEVNULL}:
                 os.close(fd)
-        for label, fd in writes.items():
-            self.inputs[label] = Input(self._loop, fd, label, os.close if label == "stdin" else
-                                       end_socket, STDIN_SIZE)
-        self._watcher = ExitWatcher(self._loop, self.os_pid, self._exited)
+        self._watcher = ExitWatcher(loop, self.os_pid, functools.partial(self.step, "exit"))
         if template["after_stop"] is not None:
             self._launch = launch
         if template["before_start"] is not None:
-            self._hook_timer = self._loop.later(
-                HOOK_TIME if launch.ready else HOOK_POLL, self._check_before_start, launch)
+            loop.later(HOOK_POLL, self._check_before_start, launch)
         if launch.ready:
-            self._timer = self._loop.later(self.info["ready"]["within"], self.step, "overdue")
-        if launch.target or launch.ready == "exec":
-            self._probe = Probe(self._loop, launch.target, functools.partial(
-                self._run, launch, template["ready"].get("exec")), lambda: self.step("ready"))
+            self._timer = loop.later(template["ready"]["within"], self.step, "overdue")
+        if launch.ready in ("tcp", "http", "exec"):
+            self._probe = Probe(self._manager, launch, functools.partial(self.step, "ready"))
+            self._until_exit.callback(self._probe.close)
         elif launch.ready == "log":
             for label in set(template["redirect_output"]):
-                self._match(self.outputs[label].window, to_bytes(template["ready"]["log"]))
+                self._match(self.outputs[label].window, to_bytes(launch.target))
 
     def _match(self, window, text):
         """Take the step "ready" once a whole line of a window has `text`."""
@@ -2869,104 +2961,33 @@ class Process:
             return self.state != "starting" or window.ended
         window.wait(satisfied)
 
-    def _run(self, launch, command, done, output=subprocess.DEVNULL, env=()):
-        """Return a CommandRun of a shell command, run as `launch` was, with `env` (of bytes)
-        besides. InvalidProcessInfo, OSError."""
-        stdio = subprocess.DEVNULL, output, output
-        return CommandRun(self._manager, self._execute(launch.hook(command, env), stdio, ()), done)
-
-    def close_readiness(self):
-        """Ask whether it is ready no longer."""
-        for part in (self._probe, self._notify):
-            if part is not None:
-                part.close()
-        self._probe = self._notify = None
-
-    @staticmethod
-    def _raise_own(launch, undo):
-        """Have what only a privileged parent can pass on: higher hard limits, and a nice value
-        below gaffer's own. `undo`: an ExitStack for the way back. InvalidProcessInfo."""
-        try:
-            for name, (_, hard) in launch.limits.items():
-                number = getattr(resource, "RLIMIT_" + name.upper())
-                soft, most = resource.getrlimit(number)
-                field, what = "limits", "%s above gaffer's own limit of %d" % (name, most)
-                if resource.RLIM_INFINITY != most < hard:
-                    undo.callback(resource.setrlimit, number, (soft, most))
-                    resource.setrlimit(number, (
-                        soft, resource.RLIM_INFINITY if hard == math.inf else hard))
-            nice = os.getpriority(os.PRIO_PROCESS, 0)
-            field, what = "nice", "a value below gaffer's own of %d" % nice
-            if launch.nice is not None and launch.nice < nice:
-                undo.callback(os.setpriority, os.PRIO_PROCESS, 0, nice)
-                os.setpriority(os.PRIO_PROCESS, 0, launch.nice)
-        except (OSError, ValueError):
-            raise InvalidProcessInfo("field '%s' asks for %s: run gaffer as root, with the "
-                                     "capability for that" % (field, what)) from None
-
-    @staticmethod
-    def _execute(launch, stdio, extra):
-        """Fork and execute. Returns the system's pid."""
-        argv, program = launch.argv, launch.program
-        arguments: dict = {}
-        identity, errors = (launch.uid, launch.gid, launch.groups), None
-        ignored = any(signal.getsignal(number) == signal.SIG_IGN for number in range(1, 32)
-                      if number not in (signal.SIGPIPE, signal.SIGXFSZ))    # Popen resets these
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        with contextlib.ExitStack() as after, contextlib.ExitStack() as fork:
-            if extra or ignored or blocked or (
-                    sys.version_info < (3, 9) and identity != (None, None, None)):
-                errors, write = os.pipe()
-                after.callback(os.close, errors)
-                fork.callback(os.close, write)
-                passed = []
-                for fd in [*extra, write]:      # above the numbers that they are to have
-                    passed.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3 + len(extra)))
-                    fork.callback(os.close, passed[-1])
-                argv = [sys.executable, "-I", "-S", "-c", PRELUDE,
-                        repr((passed, identity, launch.env.get(b"LC_CTYPE"))), program, *argv]
-                program, arguments = sys.executable, {"pass_fds": passed}
-            elif sys.version_info >= (3, 9):
-                arguments = dict(zip(("user", "group", "extra_groups"), identity))
-            Process._raise_own(launch, fork)
-            popen = subprocess.Popen(
-                argv, executable=program, cwd=launch.cwd, env=launch.env, start_new_session=True,
-                stdin=stdio[0], stdout=stdio[1], stderr=stdio[2], **arguments)
-            popen.returncode = 0                # Popen shall neither wait nor warn
-            fork.close()
-            number = os.read(errors, 16) if errors is not None else b""
-        if number:                              # at its end, the program has been executed
-            os.waitpid(popen.pid, 0)
-            raise OSError(int(number), os.strerror(int(number)))
-        return popen.pid
-
-    @staticmethod
-    def _refusal(launch, error):
-        if isinstance(error, GafferError):
-            return error
-        number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
-        if number in SHORTAGES:
-            return Busy("the system has no room for another process (%s); try again later"
-                        % os.strerror(number))
-        reason = os.strerror(number) if number else str(error)
-        if number == errno.ENOENT:
-            reason = "the interpreter that its first line names is not there"
-        elif number == errno.ENOEXEC:
-            reason = "it is not a program: its first line must name an interpreter, as in #!/bin/sh"
-        return InvalidProcessInfo("field 'cmd' names %r, which cannot be executed: %s" % (
-            launch.program.decode("utf-8", "replace"), reason))
+    def _check_before_start(self, launch):
+        """Become ready, without a 'ready', when before_start has ended. It has HOOK_TIME."""
+        if self.exited:
+            return
+        seen, words = self._manager.table.sample(self.os_pid), b" ".join(launch.argv)
+        if not seen or seen["cmdline"].rstrip() != words.decode("utf-8", "replace").rstrip():
+            if launch.ready is None:
+                self.step("ready")
+        elif self.age() < HOOK_TIME:
+            self._loop.later(HOOK_POLL, self._check_before_start, launch)
+        else:
+            log.warning("%s: before_start did not end in %d seconds and is killed",
+                        self.title, HOOK_TIME)
+            self.signal_group(signal.SIGKILL)
 
     # its life
 
-    def step(self, event):
+    def step(self, event, *args):
         """Take the step of LIFE for `event`: change the state, act, then inform. An event that has
         no step in this state is ignored."""
         if (self.state, event) in self.LIFE:
             self.state, act = self.LIFE[self.state, event]
-            if self._timer is not None and not (event == "exit" and self._stop_step):
-                self._timer.cancel()            # else the steps of its stop go on
+            # the steps of a stop go on after the exit
+            if self._timer is not None and (event != "exit" or self._signalled is None):
+                self._timer.cancel()
                 self._timer = None
-            act(self)
+            act(self, *args)
             if self._probe is not None and self.state != "starting":
                 self._probe.close()
                 self._probe = None
@@ -2979,10 +3000,10 @@ class Process:
         self._manager.process_overdue(self)
 
     def _signal_stop(self):
-        """Take the next of stop_steps()."""
-        steps = stop_steps(self.info)
-        signum, delay = steps[min(self._stop_step, len(steps) - 1)]
-        self._stop_step += 1
+        """Take the next step of its stop."""
+        (signum, delay), *later = self._stop_steps
+        self._stop_steps = later or self._stop_steps
+        self._signalled = signum
         # without stop_group, a master ends its workers itself
         alone = not (signum == signal.SIGKILL or self.exited or self.info["stop_group"])
         if self.signal_group(signum, alone) and signum != signal.SIGKILL:
@@ -2991,30 +3012,25 @@ class Process:
             self._manager.changed()
         if not self.abandoned:
             self._timer = self._loop.later(delay, self.step, "late")
-        self._manager.groups.poll_soon()
+        self._manager.groups.poll_in()
 
     def _kill(self):
-        self._stop_step = len(stop_steps(self.info)) - 1
+        self._stop_steps = self._stop_steps[-1:]
         self._signal_stop()
 
-    def _exited(self, end):
+    def _exit(self, end):
         self._watcher = None
         self.exit_status, self.term_signal = end
-        self.by_itself = self.by_itself or self.running
-        self.step("exit")
-
-    def _exit(self):
-        if self._hook_timer is not None:
-            self._hook_timer.cancel()
-        if self._stop_step == 0:                # the zombie still pins the group's number
+        if self._signalled is None:             # the zombie still pins the group's number
+            self.by_itself = True
             self._signal_stop()
         elif not self.info["stop_group"]:       # what it left has not been told yet
-            self.signal_group(stop_steps(self.info)[:self._stop_step][-1][0])
+            self.signal_group(self._signalled)
         reap(self.os_pid)
         self.exited_at = self._loop.clock()
         for stream in self.inputs.values():
             stream.close()
-        self.close_readiness()
+        self._until_exit.close()
         remains = self.signal_group(0)
         if remains:
             self._manager.groups.add(self)
@@ -3025,18 +3041,9 @@ class Process:
             self.step("empty")
         self._check_ended()
 
-    def _check_before_start(self, launch):
-        """Become ready, without a 'ready', when before_start has ended. It has HOOK_TIME."""
-        seen, words = self._manager.table.sample(self.os_pid), b" ".join(launch.argv)
-        if not seen or seen["cmdline"].rstrip() != words.decode("utf-8", "replace").rstrip():
-            if launch.ready is None:
-                self.step("ready")
-        elif self.age() < HOOK_TIME:
-            self._hook_timer = self._loop.later(HOOK_POLL, self._check_before_start, launch)
-        else:
-            log.warning("%s (pid %d): before_start did not end in %d seconds and is killed",
-                        self.name, self.pid, HOOK_TIME)
-            self.signal_group(signal.SIGKILL)
+    def _check_ended(self):
+        if self.ended:
+            self._manager.process_ended(self)
 
     def _after_stop(self):
         """Run after_stop, if there is one: nothing is left of the group. Its output is the
@@ -3045,23 +3052,22 @@ class Process:
             output.drain()
         if self._launch is None or self._manager.killing:
             return self._hook_ended(self._launch and "is not run: gaffer was told to end at once")
-        merged = next(reversed(self.home.outputs.values()), None)
-        fds = []
+        write = subprocess.DEVNULL
         try:
-            if merged is not None:
-                fds = list(os.pipe())
-                self._hook_output = Output(self._loop, fds[0], merged, self.pid, lambda: None)
-                del fds[0]
+            for merged in [*self.home.outputs.values()][-1:]:
+                read, write = os.pipe()
+                self._hook_output = Output(self._loop, read, merged, self.pid, lambda: None)
+                self._hook_output.resume()
             env = {b"GAFFER_EXIT_STATUS": b"%d" % self.exit_status,
                    b"GAFFER_TERM_SIGNAL": b"%d" % self.term_signal}
-            self._hook = self._run(self._launch, self.info["after_stop"], self._hook_ended,
-                                   fds[0] if fds else subprocess.DEVNULL, env)
+            self._hook = CommandRun(self._manager, self._launch, self.info["after_stop"],
+                                    self._hook_ended, write, env)
             self._timer = self._loop.later(HOOK_TIME, self.step, "late")
-        except (GafferError, OSError, subprocess.SubprocessError, ValueError, MemoryError) as error:
+        except SPAWN_FAULTS as error:
             self._hook_ended("cannot be run: %s" % error)
         finally:
-            for fd in fds:
-                os.close(fd)
+            if write != subprocess.DEVNULL:
+                os.close(write)
         return None
 
     def _kill_hook(self):
@@ -3077,24 +3083,17 @@ class Process:
             said = window.read(max(window.start, window.end - KIB)).decode("utf-8", "replace")
         if failure is not None:
             self.home.hint = "after_stop " + ": ".join(filter(None, (failure, said.strip())))
-            log.warning("%s (pid %d): %s", self.name, self.pid, self.home.hint)
+            log.warning("%s: %s", self.title, self.home.hint)
         self.step("clean")
-
-    def _check_ended(self):
-        if self.exited and not self.ended and all(
-                each.window.ended for each in self.outputs.values()):
-            self.ended = True
-            self._manager.process_ended(self)
 
     def release(self):
         """Close its streams and stop watching it, as gaffer ends."""
-        for stream in [*self.inputs.values(), *self.outputs.values()]:
+        self._until_exit.close()
+        for stream in filter(None, [
+                *self.inputs.values(), *self.outputs.values(), self._hook_output]):
             stream.close()
-        self.close_readiness()
-        if not self.exited:
+        if self._watcher is not None:
             self._watcher.close()
-        if self._hook_output is not None:
-            self._hook_output.close()
 
     # what others may ask and do at any time
 
@@ -3119,12 +3118,17 @@ class Process:
         return self.state in ("exited", "cleaning", "gone")
 
     @property
-    def killed(self):
-        """True once its group was sent SIGKILL, until it has ended."""
-        return self._stop_step >= len(stop_steps(self.info)) and self.state != "cleaning"
+    def ended(self):
+        """True once it has exited, and its output has been read."""
+        return self.exited and all(output.window.ended for output in self.outputs.values())
 
     @property
-    def gone(self):
+    def killed(self):
+        """True once its group was sent SIGKILL, until it has ended."""
+        return self._signalled == signal.SIGKILL and self.state != "cleaning"
+
+    @property
+    def gone(self):                             # type: ignore[override]
         """True once nothing of its group is left, and its after_stop has ended."""
         return self.state == "gone"
 
@@ -3141,8 +3145,9 @@ class Process:
         """Return its part of GET /status/<name>."""
         more = {}
         if not self.running and self._timer is not None:
-            later = stop_steps(self.info)[self._stop_step:-1]
-            when = self._timer.when + sum(delay for _, delay in later if self.state != "cleaning")
+            when = self._timer.when
+            if self.state != "cleaning":
+                when += sum(delay for _, delay in self._stop_steps[:-1])
             more["kill_in"] = round(max(0.0, when - self._loop.clock()), 3)
         return dict(more, pid=self.pid, os_pid=self.os_pid, instance=self.instance,
                     uptime=round(self.age(), 3), ready=self.ready, message=self.message,
@@ -3162,52 +3167,23 @@ class Process:
                 raise Forbidden("process %d runs as a user that gaffer may not signal"
                                 % self.pid) from None
 
-    def signal_group(self, signum, alone=False):
-        """Send a signal to its group (0: only check), or to it `alone`. Returns False if there is
-        none, or gaffer may not signal it."""
-        # Once the leader is reaped, members of the group alone pin its number: a process that has
-        # this is somebody else's.
-        if self.exited_at is not None and pid_exists(self.os_pid):
-            return False
-        try:
-            (os.kill if alone else os.killpg)(self.os_pid, signum)
-            return True
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            self.abandon("runs as another user and cannot be signalled")
-            return False
-
-    def abandon(self, why):
-        """Wait for it no longer when gaffer stops."""
-        if not self.abandoned and not self.gone:
-            self.abandoned = True
-            log.warning("%s (pid %d): os pid %d %s: it is left to itself",
-                        self.name, self.pid, self.os_pid, why)
-            self._manager.changed()
-
     # (state, event): (next state, what is done). stop and kill come from the manager, ready and
     # overdue from its readiness, late when a stop takes too long, exit when the leader has exited,
     # empty when its group has no member left, clean when after_stop has ended.
-    LIFE = {
-        ("starting", "stop"): ("stopping", _signal_stop),
-        ("starting", "kill"): ("stopping", _kill),
-        ("starting", "exit"): ("exited", _exit),
-        ("running", "stop"): ("stopping", _signal_stop),
-        ("running", "kill"): ("stopping", _kill),
-        ("running", "exit"): ("exited", _exit),
-        ("starting", "ready"): ("running", lambda self: self._manager.process_ready(self)),
-        ("starting", "overdue"): ("stopping", _stop_overdue),
-        ("stopping", "late"): ("stopping", _signal_stop),
-        ("stopping", "kill"): ("stopping", _kill),
-        ("stopping", "exit"): ("exited", _exit),
-        ("exited", "late"): ("exited", _signal_stop),
-        ("exited", "kill"): ("exited", _kill),
-        ("exited", "empty"): ("cleaning", _after_stop),
-        ("cleaning", "late"): ("cleaning", _kill_hook),
-        ("cleaning", "kill"): ("cleaning", _kill_hook),
-        ("cleaning", "clean"): ("gone", lambda self: self._manager.process_gone(self)),
-    }
+    LIFE = {(state, event): (following, act) for states, event, following, act in (
+        ("starting", "ready", "running", lambda self: self._manager.process_ready(self)),
+        ("starting", "overdue", "stopping", _stop_overdue),
+        ("starting running", "stop", "stopping", _signal_stop),
+        ("starting running stopping", "kill", "stopping", _kill),
+        ("starting running stopping", "exit", "exited", _exit),
+        ("stopping", "late", "stopping", _signal_stop),
+        ("exited", "late", "exited", _signal_stop),
+        ("exited", "kill", "exited", _kill),
+        ("exited", "empty", "cleaning", _after_stop),
+        ("cleaning", "late", "cleaning", _kill_hook),
+        ("cleaning", "kill", "cleaning", _kill_hook),
+        ("cleaning", "clean", "gone", lambda self: self._manager.process_gone(self)),
+    ) for state in states.split()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3279,6 +3255,7 @@ class Template:
         stay."""
         self.info = info
         self.schedule = None if info["schedule"] is None else Schedule(info["schedule"])
+        self.steps = stop_steps(info)
         self.due = self.schedule is None        # False: it waits for a time of its schedule
         self.forget_waits()
         self.begin()
@@ -9357,9 +9334,9 @@ def ending_signals():
 
 
 class SigHandler:
-    """Stops the manager on `signals`; a second one, SIGQUIT, or Ctrl-C while it is stopping already
-    kills at once. `reload` is called on SIGHUP, `reopen` on SIGUSR1 and SIGUSR2, both by the loop.
-    SIGCHLD gets its default, and no signal stays blocked. Only for the main thread."""
+    """Stops the manager on `signals`; a second one, or SIGQUIT, kills at once. `reload` is called
+    on SIGHUP, `reopen` on SIGUSR1 and SIGUSR2, both by the loop. SIGCHLD gets its default, and no
+    signal stays blocked. Only for the main thread."""
 
     def __init__(self, signals=(signal.SIGINT, signal.SIGTERM), reload=None, reopen=None):
         self._signals, self._reload, self._reopen = signals, reload, reopen
@@ -9374,8 +9351,7 @@ class SigHandler:
 
         def stop(signum, frame_):
             self._count += 1
-            again = manager.stopping and signum == signal.SIGINT
-            manager.stop(kill=self._count > 1 or again)
+            manager.stop(kill=self._count > 1)
         handlers = dict.fromkeys(self._signals, stop)
         handlers[signal.SIGQUIT] = lambda signum, frame_: manager.stop(kill=True)
         if self._reload is not None:
@@ -9788,7 +9764,7 @@ def from_text(field, text):
     """Return the value of a field as INI and the command line write it; None: it is left out.
 
     What is not one stays a text, which the field's check refuses. ValueError: a quote is not
-    closed, or there are too many words.
+    closed.
     """
     words = split_list(text)
     if field in OPTIONS and isinstance(OPTIONS[field].default, bool):
@@ -9803,11 +9779,9 @@ def from_text(field, text):
     if field == "success" or field == "restart_delay" and len(words) > 1:
         return list(map(number_or_text, words))
     if field == "flapping":                     # in the order of FLAPPING, or attempts=2
-        if len(words) > len(FLAPPING):
-            raise ValueError("must have no more than " + ", ".join(FLAPPING))
         pairs = [word.rpartition("=") for word in words]
         return {name or known: number_or_text(value)
-                for known, (name, _, value) in zip(FLAPPING, pairs)}
+                for known, (name, _, value) in zip([*FLAPPING, "a fifth one"], pairs)}
     if field == "limits" or field == "stop_signal" and "=" in text:
         found = []                              # nofile=64, core=0:unlimited; INT=5, TERM=5
         for name, _, value in [word.partition("=") for word in words]:
@@ -10273,11 +10247,11 @@ def read_settings(source, taken=None):
         """Add the sections of a file to `found`, as (file, its fields)."""
         for kind, name in [(kind, name) for kind, sections in tree.items() for name in sections]:
             section, fields = "%s:%s" % (kind, name) if name else kind, tree[kind][name]
-            if kind in FIELDS and not isinstance(fields, dict):
-                file.fault("must be an object", section)
-            elif kind not in FIELDS or bool(name) != (kind in NAMED_KINDS):
+            if kind not in FIELDS or bool(name) != (kind in NAMED_KINDS):
                 file.fault("there is no section with this name; there are %s" % ", ".join(
                     each + ":NAME" if each in NAMED_KINDS else each for each in FIELDS), section)
+            elif not isinstance(fields, dict):
+                file.fault("must be an object", section)
             elif name in found[kind]:
                 file.fault("this section is in %s too" % found[kind][name][0].path, section)
             else:
