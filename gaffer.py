@@ -9580,7 +9580,6 @@ class Screen:
         self._one_for_all = one_for_all
         self._out, self._coloured = out, coloured
         self._shown = {}                        # pid -> (name, Process, Readers that go on)
-        self._waits_reported = False
 
     def start(self, loop, manager):
         self._loop, self._manager = loop, manager
@@ -9590,6 +9589,8 @@ class Screen:
         self._writer = Writer(self._out, SCREEN_SIZE,
                               lambda: loop.call_soon(self._resume), self._failed)
         manager.subscribe("", lambda kind, event: loop.call(self._event, kind, event))
+        # a stop that takes less needs no comment
+        manager.wait_until(lambda: manager.stopping and loop.later(0.5, self._report_waiting))
 
     def note(self, text):
         """Show lines of gaffer's own."""
@@ -9616,18 +9617,15 @@ class Screen:
                 manager.stop()
         elif kind == "stop_pid" and "reason" in event:
             self.note("%s is stopped: %s" % (name, event["reason"]))
-        elif kind == "stop_pid" and manager.stopping and not self._waits_reported:
-            self._waits_reported = True
 
-            def report():
-                """Name the processes that have not ended yet, and say when they are killed."""
-                waiting = {name: process.status().get("kill_in", 0)
-                           for name, process, _ in self._shown.values() if not process.exited}
-                if waiting:
-                    kill_in = math.ceil(max(waiting.values()))
-                    self.note("waiting for %s%s; Ctrl-C again kills now" % (
-                        ", ".join(waiting), ", SIGKILL in %d s" % kill_in if kill_in else ""))
-            self._loop.later(0.5, report)       # a stop that takes less needs no comment
+    def _report_waiting(self):
+        """Name the processes that have not ended yet, and say when they are killed."""
+        waiting = {name: process.status().get("kill_in", 0)
+                   for name, process, _ in self._shown.values() if not process.exited}
+        if waiting:
+            kill_in = math.ceil(max(waiting.values()))
+            self.note("waiting for %s%s; Ctrl-C again kills now" % (
+                ", ".join(waiting), ", SIGKILL in %d s" % kill_in if kill_in else ""))
 
     def follow(self, pid, process):
         """Show a process and its output from now on, and how it ends."""
@@ -10030,17 +10028,19 @@ def translate(file, shared, groups):
     names.update(here=file.folder, host_node_name=socket.gethostname())
     known = {"program": {*PROGRAM_FIELDS.values(), *PROGRAM_DEFAULTS}, "include": {"files"},
              "group": {"programs"}}
-    for section, fields in sections.items():
-        if section.startswith("group:"):
-            for program in split_list(fields.get("programs", "")):
-                groups[program] = file, section
-    for section, fields in sections.items():
+    # groups come first, as they name their programs
+    for section, fields in sorted(sections.items(), key=lambda item: item[0][:6] != "group:"):
         kind, _, name = section.partition(":")
         for what in [section] if kind not in known else [
                 "%s %s" % (section, field) for field in fields if field not in known[kind]]:
             others[next(advice for pattern, advice in ADVICE.items()
                         if re.fullmatch(pattern, what))].append(what)
-        if kind == "include":
+        if kind == "group":
+            for program in split_list(fields.get("programs", "")):
+                _, other = groups.setdefault(program, (file, section))
+                if other != section:
+                    file.fault("field 'programs': %s is in [%s] too" % (program, other), section)
+        elif kind == "include":
             file.renamed["gaffer"] = section, {"include": "files"}
             with file.noting(section, "field 'files' "):
                 found["gaffer"] = {"include": fill_in(fields.get("files", ""), names)}
@@ -10282,7 +10282,8 @@ def read_settings(source, taken=None):
             read.add(os.path.realpath(path))
             load(path)
     for name, (file, section) in groups.items():
-        file.fault("field 'programs': there is no [program:%s]" % name, section)
+        file.fault("field 'programs': [program:%s] is not in this file or a later one, or it has a "
+                   "group" % name, section)
     endpoints = {}
     for name, (file, fields) in found["endpoint"].items():
         section, endpoints[name] = "endpoint:" + name, None

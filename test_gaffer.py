@@ -10471,7 +10471,7 @@ class ConfigSupervisord(ConfigCase):
     def test_faults(self):
         for text, words in (
                 ("command=sleep %(no)s", "conf:2: [program:x] field 'command' has a %(...)s that"),
-                ("command=true\n[group:g]\nprograms=x,y", "conf:4: [group:g] field 'programs': there"),
+                ("command=true\n[group:g]\nprograms=x,y", "conf:4: [group:g] field 'programs': [pr"),
                 ("numprocs=1001\ncommand=x", "field 'numprocs' must be a whole number from 0 to 1000"),
                 ("numprocs=2\ncommand=true", "field 'process_name' must have %(process_num)d in it"),
                 ("numprocs=2\nprocess_name=%(process_num)d\ncommand=true\nuser=no",
