@@ -9899,7 +9899,7 @@ class CliWatch(CliFollowCase):
         self.sleepers("new.a")
         self.assertIn(b"new.a: create", watcher.stdout.readline())
         self.interrupted(watcher)
-        with http_limits(STREAM_TIME=0.05):
+        with http_limits(STREAM_TIME=2):
             events = gaffer.Client(self.server.url).events("/watch/done?feed=eventsource")
             self.assertEqual(len(list(events)), 1)
 
