@@ -25,7 +25,7 @@ Read the file from top to bottom; its sections are
     manager              templates, events, reconcile: wanted beside actual
     http codec           request heads, bodies, responses, access rules, router, SSE
     websocket codec      handshake, frames, messages, close codes (RFC 6455)
-    channels             connections that the loop drives: feeds, websockets, long polls, idle ones
+    channels             connections that the loop drives: feeds, websockets, long polls
     metrics and OpenAPI  what Prometheus reads; parameters; the description of the API
     page                 the web page
     api                  the route table and its handlers
@@ -5126,9 +5126,9 @@ class FrameEncoder(Encoder):
 # --------------------------------------------------------------------------------------------------
 # channels
 #
-# Connections that last or wait live on the loop: feeds, websockets, long polls and idle ones. A
-# thousand of them are a thousand entries in one selector, and no thread. A route handler returns a
-# channel, and the server starts it.
+# Connections that last or wait live on the loop: feeds, websockets and long polls. A thousand of
+# them are a thousand entries in one selector, and no thread. A route handler returns a channel, and
+# the server starts it.
 # --------------------------------------------------------------------------------------------------
 PARTS_MAX = 64                                  # of one sendmsg()
 BLOCK_STALL = 30.0                              # without progress: loss=block holds a child
@@ -5141,13 +5141,12 @@ END_POLL = 1.0                                  # between checks whether an unre
 FRAMES_SIZE = 4 * KIB                           # in a turn: 700 small websocket frames take 2 ms
 SEND_QUEUE_SIZE = 32 * MIB                      # what a WebSocketHandler has sent, and nobody taken
 SEND_QUEUE_LOW = 256 * KIB                      # above this, its client is not read
-IDLE_TIME = 60.0                                # of a connection without a request
 
 
 class Connection:
     """A client's connection, whether a thread or a channel has it.
 
-    `listener`: the Listener that accepted it; `address`: of the client, as text; `peer`: see
+    `listener`: the HttpEndpoint that accepted it; `address`: of the client, as text; `peer`: see
     network(); `early`: bytes that were read and not used yet.
     """
 
@@ -5386,22 +5385,6 @@ class Channel:
                                       max(0, self.sent - self._head))
 
 
-class Idle(Channel):
-    """A connection that waits for its next request."""
-
-    kind = "idle"
-
-    def opened(self):
-        self.after(IDLE_TIME, self.close)
-
-    def _read(self):
-        self.detach()
-        if self.secure:
-            self.connection.listener.start_thread(self.connection)
-        else:
-            self.http.quick.add(self.connection)
-
-
 class Answer(Channel):
     """What a client has not taken yet of an answer. `keep`: its next request may follow."""
 
@@ -5427,7 +5410,7 @@ class Answer(Channel):
     def drained(self):
         if self._keep:
             self.detach()
-            self.connection.listener.process_request(self.sock, self.connection)
+            self.http.watch(self.connection)
         else:
             self.finish()
 
@@ -5443,10 +5426,10 @@ class LongPoll(Answer):
 
     def __init__(self, begin, timeout, expired):
         self._begin, self._timeout, self._expired = begin, timeout, expired
+        self._waiting = contextlib.ExitStack()
 
     def opened(self):
         self.status = 499                       # until it is answered: the client has left
-        self._waiting = contextlib.ExitStack()
         if self._timeout is not None:
             self.after(self._timeout, lambda: self._deliver(attempt(self._expired)))
         self._waiting.callback(self._begin(self._deliver))
@@ -8044,16 +8027,17 @@ ROUTES = (
 # --------------------------------------------------------------------------------------------------
 # server
 #
-# The loop accepts connections. One thread answers all that takes no time; see QuickRequests. For
-# anything else, and with TLS, a connection has a thread of its own: a Handler reads requests and
-# answers them, blocking, in straight lines. Both leave to the loop what lasts, what waits, and what
-# is idle; see channels.
+# The loop accepts connections. One thread, HttpHandler.watcher, waits for the next request of each
+# and answers what takes no time. For anything else, and with TLS, a connection gets a thread of its
+# own: a Handler reads requests and answers them, blocking, in straight lines. Both leave what lasts
+# or waits to the loop; see channels.
 # --------------------------------------------------------------------------------------------------
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 BODY_SIZE = MIB                                 # for WSGI applications see HttpHandler(max_body=)
 HEAD_TIME = 10.0                                # from the first byte of a head to its last
 BODY_TIME = 60.0
-KEEP_TIME = 0.5                                 # of this a thread waits, then the loop does
+KEEP_TIME = 0.5                                 # for the next request; then it needs no thread
+IDLE_TIME = 60.0                                # of a connection without a request
 SEND_SIZE = 256 * KIB                           # to be taken within SEND_TIME
 HANDSHAKE_TIME = 10.0                           # of TLS
 HANDSHAKES_MAX = 200                            # one more ends the oldest
@@ -8070,62 +8054,6 @@ ACCEPTS_PER_TURN = 16                           # so that connections get their 
 ACCEPT_PAUSE = 1.0                              # after EMFILE, or the listener would wake the loop
 LOG_SIZE = 256 * KIB                            # of a log, that waits to be written
 LOG_END = 1.0                                   # to write it, at the stop
-
-
-class HttpEndpoint:
-    """Where to listen: "host:port" (port 0: any free one), "[v6]:port", "port" or "unix:/path".
-
-    `certfile`, `keyfile` (PEM): for TLS. `backlog`: connections that may wait to be accepted.
-    Raises StartError.
-    """
-
-    def __init__(self, bind="127.0.0.1:5000", certfile=None, keyfile=None, backlog=BACKLOG):
-        self.bind, self.certfile, self.keyfile, self.backlog = bind, certfile, keyfile, backlog
-        self.path = bind[5:] if bind.startswith("unix:") else None
-        bind = re.sub(r"\A:?([0-9]+)\Z", r"127.0.0.1:\1", bind)
-        match = re.match(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]/]+):([0-9]{1,5})\Z", bind)
-        if self.path is None and match and int(match.group(2)) < 65536:
-            self.host, self.port = match.group(1).strip("[]"), int(match.group(2))
-        elif not self.path:
-            raise StartError(
-                "'%s' is not an address: give host:port, [v6]:port or unix:/path" % bind)
-        if keyfile and not certfile:
-            raise StartError("a keyfile needs its certfile: give --certfile too")
-        if self.path and certfile:
-            raise StartError("'%s' is a unix socket without TLS: leave out the certfile" % bind)
-
-    def resolve(self):
-        """Return (address family, address, whether only this machine can reach it).
-
-        Raises StartError.
-        """
-        if self.path is not None:
-            return socket.AF_UNIX, self.path, True
-        try:
-            found = socket.getaddrinfo(
-                self.host.encode("utf-8"), self.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
-        except OSError as error:
-            raise StartError("the address '%s' cannot be found: %s" % (
-                self.host, error.strerror or error)) from None
-        family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-        host = str(address[0])
-        return family, address, host.startswith("127.") or host in ("::1", "::ffff:127.0.0.1")
-
-    def tls_context(self):
-        """Return an ssl.SSLContext, or None. Raises StartError: the files cannot be used."""
-        if not self.certfile:
-            return None
-        import ssl
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        try:
-            context.load_cert_chain(self.certfile, self.keyfile)
-        except (OSError, ValueError) as error:
-            if isinstance(error, ssl.SSLError):
-                error = "it must hold a certificate and its key, or the key be in a --keyfile (PEM)"
-            raise StartError("the certificate '%s' cannot be used: %s" % (
-                self.certfile, error)) from None
-        return context
 
 
 UNSAFE = re.compile(r"[^\x20\x21\x23-\x5b\x5d-\x7e]")
@@ -8333,9 +8261,9 @@ class WsgiRun(SimpleHandler):
         self._head, self._chunked, self._left = b"", False, None
         self.cut = False                        # the client did not get all of the answer
 
-    def respond(self, send, keep):
+    def respond(self, handler, keep):
         """Run the application, and send what it answers. Return whether the connection goes on."""
-        self._send, self._keep = send, keep
+        self._send, self._keep = handler.send, keep
         http, request = self._http, self._request
         try:                                    # run() takes each ConnectionError for the client's
             self.setup_environ()
@@ -8350,7 +8278,9 @@ class WsgiRun(SimpleHandler):
             if not self.cut:
                 self.handle_error()
         self.cut = self.cut or bool(self._left)
-        self.framed = self._chunked or self._left is not None   # the client can see a cut
+        if self.cut and not self._chunked and self._left is None:   # only a reset tells the client
+            linger = struct.pack("ii", 1, 0)
+            handler.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         status = int(self.status[:3])
         http.count(request.method, status)
         http.log_request(request.client, request, status, self._size)
@@ -8372,11 +8302,7 @@ class WsgiRun(SimpleHandler):
             if self._chunked:
                 self.headers["Transfer-Encoding"] = "chunked"
             self._keep = self._keep and (self._chunked or length is not None)
-        if not self._keep:
-            self.headers["Connection"] = "close"
-        elif request.version == (1, 0):
-            self.headers["Connection"] = "keep-alive"
-        self._head = self._http.head(request, status, self.headers.items())
+        self._head = self._http.head(request, status, self.headers.items(), self._keep)
         self.headers_sent = True
 
     def finish_content(self):
@@ -8409,17 +8335,25 @@ class WsgiRun(SimpleHandler):
 
 
 class SocketReader(io.RawIOBase):
-    """What comes on a socket until `deadline`, by time.monotonic(); then it raises socket.timeout.
+    """What comes on a socket until `deadline`, by time.monotonic(); None: it is not read any more.
 
     `early`: bytes that were read before.
     """
 
+    deadline = None
+
     def __init__(self, sock, early):
         self._sock, self.early = sock, early
-        self.deadline = 0.0                     # None: the socket is not read any more
 
     def readable(self):
         return True
+
+    def await_deadline(self):
+        """Let the next call on the socket wait until the deadline, or raise socket.timeout."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        self._sock.settimeout(left)
 
     def readinto(self, buffer):
         if self.early:
@@ -8428,26 +8362,21 @@ class SocketReader(io.RawIOBase):
             return size
         if self.deadline is None:
             return None
-        while time.monotonic() < self.deadline:
-            try:
-                return self._sock.recv_into(buffer)
-            except socket.timeout:              # after KEEP_TIME; see Handler.handle()
-                pass
-        raise socket.timeout("timed out")
+        self.await_deadline()
+        return self._sock.recv_into(buffer)
 
 
 class Handler(socketserver.StreamRequestHandler):
     """The requests of a connection, on a thread. Its client_address is a Connection."""
 
-    server: "Listener"
+    server: "HttpEndpoint"
     rfile: io.BufferedReader
 
     def setup(self):
         self.http, self.client = self.server.http, self.client_address
         self.reader = SocketReader(self.request, self.client.early)
         self.rfile = io.BufferedReader(self.reader, READ_SIZE)
-        self.channel = self.current = None      # what goes on with the connection, if anything
-        self.sent = 0                           # bytes that the client took
+        self.next = self.http.close_connection, self.client     # see HttpHandler.hand_over()
 
     def handle(self):
         try:
@@ -8455,18 +8384,17 @@ class Handler(socketserver.StreamRequestHandler):
                 self.request.settimeout(HANDSHAKE_TIME)
                 self.request.do_handshake()
                 self.http.handshakes.pop(self.client, None)
-            self.request.settimeout(KEEP_TIME)
             keep = True
             while keep:
                 self.reader.deadline = time.monotonic() + KEEP_TIME
                 try:
                     keep = bool(self.rfile.peek(1))
                 except socket.timeout:
-                    self.channel = Idle()
+                    self.next = self.http.watch, self.client
                     return
                 keep = keep and self.handle_request()
                 if keep:
-                    self.http.working.discard(self)
+                    self.http.working.pop(self.client, None)
         except (OSError, EOFError) as error:
             log.debug("a client has left: %s", error)
 
@@ -8476,7 +8404,7 @@ class Handler(socketserver.StreamRequestHandler):
         try:
             self.reader.deadline = time.monotonic() + HEAD_TIME
             request = read_request(self.rfile)
-            http.working.add(self)
+            http.working[self.client] = 0
             request.client, request.secure = self.client.address, self.server.context is not None
             whole, began = not has_body(request), time.monotonic()
             respond, limit, _ = http.route(request)
@@ -8496,165 +8424,97 @@ class Handler(socketserver.StreamRequestHandler):
                 status=408, code="timeout")), None
         except GafferError as error:
             answer = error_response(error)
-        keep = whole and not (request.wants_close() or http.ending)
-        if not isinstance(answer, WsgiRun):
-            self.current = request
-            self.channel = http.reply(self.client, request, answer, keep, began)
-            return self.channel is None
-        keep = answer.respond(self.send, keep)
-        if answer.cut and not answer.framed:    # then only a reset tells the client
-            linger = struct.pack("ii", 1, 0)
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        if not keep and not answer.cut:
-            self.channel = Answer()
+        keep, channel = whole and not (request.wants_close() or http.ending), None
+        if isinstance(answer, WsgiRun):
+            keep = answer.respond(self, keep)
+            if not keep and not answer.cut:
+                channel = Answer()
+        else:
+            self.request.setblocking(False)
+            channel = http.reply(self.client, request, answer, keep, began)
+            keep = channel is None
+        if channel is not None:
+            self.next = http.start_channel, self.client, channel, request
         return keep
 
     def send(self, data):
         """Send all of it, as long as the client takes some. Raises OSError: it has left."""
         view = memoryview(data)
         for start in range(0, len(data), SEND_SIZE):
-            part, deadline = view[start:start + SEND_SIZE], time.monotonic() + SEND_TIME
+            part = view[start:start + SEND_SIZE]
+            self.reader.deadline = time.monotonic() + SEND_TIME
             while part:
-                try:
-                    part = part[self.request.send(part):]
-                except socket.timeout:
-                    if time.monotonic() >= deadline:
-                        raise
-            self.sent += SEND_SIZE
+                self.reader.await_deadline()
+                part = part[self.request.send(part):]
+            self.http.working[self.client] += SEND_SIZE
 
     def finish(self):
         self.reader.deadline = None
         self.client.early = self.rfile.peek() + self.reader.early
-        try:
-            self.http.loop.call(self.http.hand_over, self.client, self.channel, self.current)
-        except Stopping:
-            self.request.close()
-        finally:                                # by now a channel sends the answer
-            self.http.working.discard(self)
+        self.http.hand_over(*self.next)
+        self.http.working.pop(self.client, None)        # by now a channel sends the answer
 
 
-class QuickRequests:
-    """Answers on one thread what takes no time, for all connections without TLS.
+class HttpEndpoint(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Where to listen: "host:port" (port 0: any free one), "[v6]:port", "port" or "unix:/path".
 
-    Nothing on this thread waits for a client. A connection gets a thread of its own when a request
-    is not whole in what one read brings, has a body, or its route may take time. The loop gets it
-    when the answer lasts or is not taken at once, and after KEEP_TIME without a request.
+    `certfile`, `keyfile` (PEM): for TLS. `backlog`: connections that may wait to be accepted.
+    Raises StartError.
     """
-    # threads hand the interpreter lock on at each request: 40 us of CPU on 16 connections, not 28
-
-    def __init__(self, http):
-        self.http, self._selector = http, selectors.DefaultSelector()
-        self._used, self._next_sweep = {}, 0.0  # when each Connection has had its last request
-        self.wake = threading.Event()           # the first connection has come, or the end
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def add(self, connection):
-        """Take a connection. Under the loop's lock."""
-        self._used[connection] = time.monotonic()
-        try:
-            self._selector.register(connection.sock, selectors.EVENT_READ, connection)
-        except OSError:                         # the selector has no room
-            del self._used[connection]
-            self.http.refuse(connection)
-        self.wake.set()
-
-    def _detach(self, connection, function, *args):
-        self._selector.unregister(connection.sock)
-        del self._used[connection]
-        try:
-            self.http.loop.call(function, *args)
-        except Stopping:
-            connection.sock.close()
-        except Exception:                       # the others' requests are answered
-            log.exception("a request failed")
-            self.http.interrupt(connection)
-
-    def _run(self):
-        while self._used or not self.http.closed:
-            if self._used:
-                self.http.loop.guard(self._turn)
-            else:
-                self.wake.wait()
-                self.wake.clear()
-        self._selector.close()
-
-    def _turn(self):
-        tasks = []
-        for key, _ in self._selector.select(KEEP_TIME):
-            self._read(key.data, tasks)
-        with contextlib.suppress(Stopping):     # then stop() has ended the connections
-            while tasks:                        # one by one, each would wait for a turn of the loop
-                self.http.loop.call(self._answer, tasks[:LOCKED_REQUESTS])
-                del tasks[:LOCKED_REQUESTS]
-        now = time.monotonic()
-        if now >= self._next_sweep:
-            self._next_sweep = now + KEEP_TIME
-            for connection, used in self._used.copy().items():
-                if used <= now - KEEP_TIME:
-                    self._detach(connection, self.http.start_channel, Idle(), connection)
-
-    def _read(self, connection, tasks):
-        """Read a request, and add it to `tasks` if it is a quick one."""
-        http, quick = self.http, False
-        try:
-            data = connection.sock.recv(READ_SIZE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data or http.closed:
-            self._detach(connection, http.close_connection, connection)
-            return
-        try:
-            if len(data) <= KIB and data.endswith(b"\r\n\r\n"):
-                request = known_request(data[:-4])
-                request.client = connection.address
-                if not has_body(request):
-                    respond, _, quick = http.route(request)
-        except Exception:                       # what is wrong is left to a thread, too
-            quick = False
-        if quick:
-            tasks.append((connection, request, respond))
-        else:
-            connection.early = data
-            self._detach(connection, connection.listener.start_thread, connection)
-
-    def _answer(self, tasks):
-        http = self.http
-        for connection, request, respond in tasks:
-            began = self._used[connection] = time.monotonic()
-            left = http.close_connection, connection
-            try:
-                keep = not (request.wants_close() or http.ending)
-                channel = http.reply(connection, request, respond(request), keep, began)
-                if channel is None:
-                    continue
-                left = http.start_channel, channel, connection, request
-            except Exception:
-                log.exception("a request failed")
-            self._detach(connection, *left)
-
-
-class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """One endpoint's listening socket; the loop tells it when to accept."""
 
     allow_reuse_address = True
+    context = _inode = None
+    would_block: tuple = (BlockingIOError,)
 
-    def __init__(self, http, endpoint):
-        self.http, self.endpoint, self.request_queue_size = http, endpoint, endpoint.backlog
-        self.address_family, address, self.local = endpoint.resolve()
-        self.context = endpoint.tls_context()
-        self.would_block = (BlockingIOError,)
-        if self.context is not None:
-            import ssl
-            self.would_block += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
-        self._inode, self._reports = None, Throttle()
+    def __init__(self, bind="127.0.0.1:5000", certfile=None, keyfile=None, backlog=BACKLOG):
+        self.bind, self.certfile, self.keyfile = bind, certfile, keyfile
+        self.backlog = self.request_queue_size = backlog
+        self.path = bind[5:] if bind.startswith("unix:") else None
+        bind = re.sub(r"\A:?([0-9]+)\Z", r"127.0.0.1:\1", bind)
+        match = re.match(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]/]+):([0-9]{1,5})\Z", bind)
+        if self.path is None and match and int(match.group(2)) < 65536:
+            self.host, self.port = match.group(1).strip("[]"), int(match.group(2))
+        elif not self.path:
+            raise StartError(
+                "'%s' is not an address: give host:port, [v6]:port or unix:/path" % bind)
+        if keyfile and not certfile:
+            raise StartError("a keyfile needs its certfile: give --certfile too")
+        if self.path and certfile:
+            raise StartError("'%s' is a unix socket without TLS: leave out the certfile" % bind)
+
+    def _load_certificate(self):
+        import ssl
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self.would_block = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
+        try:
+            self.context.load_cert_chain(self.certfile, self.keyfile)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ssl.SSLError):
+                error = "it must hold a certificate and its key, or the key be in a --keyfile (PEM)"
+            raise StartError("the certificate '%s' cannot be used: %s" % (
+                self.certfile, error)) from None
+
+    def open(self, http):
+        """Listen, and accept on the loop. Raises StartError."""
+        path, self.http, self._reports = self.path, http, Throttle()
+        self.address_family, address = socket.AF_UNIX, path
+        if path is None:
+            try:
+                found = socket.getaddrinfo(self.host.encode("utf-8"), self.port, 0,
+                                           socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
+            except OSError as error:
+                raise StartError("the address '%s' cannot be found: %s" % (
+                    self.host, error.strerror or error)) from None
+            self.address_family, _, _, _, address = min(
+                found, key=lambda entry: entry[0] != socket.AF_INET)
+        if self.certfile:
+            self._load_certificate()
+        if path is None and network(address[0]) is not None and not http.secured:
+            raise StartError(
+                "%s can be reached from other machines: give a token with --token-file or "
+                "GAFFER_TOKEN, or listen on 127.0.0.1" % self.bind)
         super().__init__(address, Handler, bind_and_activate=False)
-
-    def open(self):
-        """Bind, listen, and accept on the loop. Raises StartError."""
-        path = self.endpoint.path
         try:
             if path is None:
                 self.server_bind()
@@ -8664,64 +8524,18 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                     if (stat.S_ISSOCK(os.lstat(path).st_mode)
                             and probe.connect_ex(path) == errno.ECONNREFUSED):
                         os.unlink(path)
-                mask = os.umask(0o177)          # the socket is never open to others
-                try:
+                with contextlib.ExitStack() as ends:    # the socket is never open to others
+                    ends.callback(os.umask, os.umask(0o177))
                     self.server_bind()
-                finally:
-                    os.umask(mask)
                 self._inode = os.lstat(path)
             self.server_activate()
         except OSError as error:
             self.socket.close()
             taken = "another program listens there; " if error.errno == errno.EADDRINUSE else ""
             raise StartError("cannot listen on %s: %s: %s%s" % (
-                self.endpoint.bind, (error.strerror or str(error)).lower(), taken,
-                self.http.advice)) from None
+                self.bind, (error.strerror or str(error)).lower(), taken, http.advice)) from None
         self.socket.setblocking(False)
         self._listen()
-
-    @property
-    def url(self):
-        """What a client connects to, with the real port."""
-        if self.endpoint.path is not None:
-            return "unix:" + self.endpoint.path
-        host, port = map(str, self.server_address[:2])
-        return "http%s://%s:%s" % (
-            "s" if self.context else "", "[%s]" % host if ":" in host else host, port)
-
-    def accept(self, mask):
-        """Accept connections that wait, some in a turn of the loop."""
-        for _ in range(ACCEPTS_PER_TURN):
-            try:
-                sock, connection = self.get_request()
-            except OSError:                     # none waits, or one has left already
-                return
-            if self.http.admit(connection):
-                self.process_request(sock, connection)
-
-    def get_request(self):
-        try:
-            sock, address = self.socket.accept()
-        except OSError as error:
-            if error.errno in SHORTAGES and not isinstance(error, BlockingIOError):
-                self._reports.warning(
-                    "no connection can be accepted: %s; trying again every second", error.strerror)
-                self.http.loop.unregister(self.fileno())
-                self.http.loop.later(ACCEPT_PAUSE, self._listen)
-            raise
-        try:
-            client, peer = "unix", None
-            if self.address_family != socket.AF_UNIX:
-                client, peer = "%s:%d" % address[:2], network(address[0])
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if self.context is not None:
-                sock = self.context.wrap_socket(
-                    sock, server_side=True, do_handshake_on_connect=False)
-        except (OSError, ValueError) as error:  # the client has left already
-            sock.close()
-            raise OSError(errno.ECONNABORTED, str(error)) from None
-        return sock, Connection(self, sock, client, peer)
 
     def _listen(self):
         if self.fileno() >= 0:
@@ -8730,15 +8544,40 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             except OSError:                     # the selector has no room
                 self.http.loop.later(ACCEPT_PAUSE, self._listen)
 
-    def process_request(self, request, client_address):
-        """Have the requests of a connection read, those of TLS once something has come."""
-        request.setblocking(False)
-        if client_address.early:
-            self.start_thread(client_address)
-        elif self.context is not None:
-            self.http.start_channel(Idle(), client_address)
-        else:
-            self.http.quick.add(client_address)
+    @property
+    def url(self):
+        """What a client connects to, with the real port."""
+        if self.path is not None:
+            return "unix:" + self.path
+        host, port = map(str, self.server_address[:2])
+        return "http%s://%s:%s" % (
+            "s" if self.context else "", "[%s]" % host if ":" in host else host, port)
+
+    def accept(self, mask):
+        """Accept connections that wait, some in a turn of the loop."""
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                sock, address = self.socket.accept()
+            except OSError as error:            # none waits, or one has left already
+                if error.errno in SHORTAGES and not isinstance(error, BlockingIOError):
+                    self._reports.warning("no connection can be accepted: %s; trying again every "
+                                          "second", error.strerror)
+                    self.http.loop.unregister(self.fileno())
+                    self.http.loop.later(ACCEPT_PAUSE, self._listen)
+                return
+            client, peer = "unix", None
+            try:
+                if self.path is None:
+                    client, peer = "%s:%d" % address[:2], network(address[0])
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                if self.context is not None:
+                    sock = self.context.wrap_socket(
+                        sock, server_side=True, do_handshake_on_connect=False)
+            except (OSError, ValueError):       # the client has left already
+                sock.close()
+                continue
+            self.http.admit(Connection(self, sock, client, peer))
 
     def start_thread(self, client):
         """Let a thread read the requests of a Connection."""
@@ -8764,16 +8603,15 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except (RuntimeError, MemoryError) as error:        # the system has no thread left
             self._reports.warning("a request has no thread: %s", error)
             client.early = b""                  # it may begin yet
-            del http.threads[client]
             http.refuse(client)
 
     def shutdown_request(self, request):
         """Do nothing: the loop closes connections."""
 
     def handle_error(self, request, client_address):
+        """Log what a thread has raised, and close a connection that got no Handler."""
         log.exception("a request failed")
-        if client_address in self.http.threads:     # there was no memory for a Handler
-            self.http.loop.call(self.http.hand_over, client_address)
+        self.http.hand_over(self.http.close_connection, client_address)
 
     def close(self):
         """Listen no longer."""
@@ -8781,10 +8619,11 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.http.loop.unregister(self.fileno())
         self.server_close()
         with contextlib.suppress(OSError):      # somebody else has removed it
-            if self._inode and os.path.samestat(os.lstat(self.endpoint.path), self._inode):
-                os.unlink(self.endpoint.path)
+            if self._inode and os.path.samestat(os.lstat(self.path), self._inode):
+                os.unlink(self.path)
 
 
+http_date = functools.lru_cache(1)(format_date_time)
 FRAMING_HEADERS = ("content-length", "transfer-encoding", "connection", "date")
 
 
@@ -8843,17 +8682,20 @@ class HttpHandler:
         self.channels = set()                   # those of the connections that the loop has,
         self.threads = {}                       # and the threads of the others, by Connection
         self.handshakes = {}                    # Connections that begin TLS; the oldest first
-        self.working = set()                    # Handlers with a request
+        self.working = {}                       # Connection: bytes sent, of those on threads
         self.answers = collections.Counter()    # (method, status) -> number
         self.seconds, self.timed = 0.0, 0       # of answers that did not wait for an event
         self.counting, self._reports = threading.Lock(), Throttle()
-        self._date = functools.lru_cache(1)(format_date_time)
 
     # the app
 
     def start(self, loop, manager):
         """Listen. Raises StartError: an endpoint cannot be used, or would be open to everybody."""
-        self.loop, self._api = loop, Api(manager, self)
+        self.loop, self._api, self._used = loop, Api(manager, self), {}
+        self._selector, self._sweeping = selectors.DefaultSelector(), False
+        end, wake = os.pipe()                   # closing it wakes the watcher
+        self._wake = open(wake, "wb")
+        self._selector.register(end, selectors.EVENT_READ)
         self.ending = self.closed = False
         self._known_route = functools.lru_cache(256)(self._find)    # clients poll the same paths
         if sys.version_info < (3, 9):
@@ -8863,16 +8705,12 @@ class HttpHandler:
             thread.join()
         # later, Linux would stop the loop for 20 ms whenever its table of descriptors has to grow
         os.close(fcntl.fcntl(loop.wake_fd, fcntl.F_DUPFD, min(files_max(), FILES_EXPECTED) - 1))
-        self.quick = QuickRequests(self)
+        self.watcher = threading.Thread(target=self._watch, args=(open(end, "rb"),), daemon=True)
+        self.watcher.start()
         try:
             for endpoint in self.endpoints:
-                listener = Listener(self, endpoint)
-                self.listeners.append(listener)
-                if not listener.local and not self.secured:
-                    raise StartError(
-                        "%s can be reached from other machines: give a token with --token-file or "
-                        "GAFFER_TOKEN, or listen on 127.0.0.1" % endpoint.bind)
-                listener.open()
+                endpoint.open(self)
+                self.listeners.append(endpoint)
         except BaseException:
             self.stop()
             self.join()
@@ -8891,7 +8729,7 @@ class HttpHandler:
         """Listen no longer, close all connections."""
         self.finish()
         self.closed = True
-        self.quick.wake.set()
+        self._wake.close()
         unsent = [channel.unsent for channel in self.channels if channel.unsent]
         if unsent:
             log.warning("%d clients did not read the rest: at least %d bytes are lost",
@@ -8910,16 +8748,18 @@ class HttpHandler:
     def join(self):
         """Wait for the threads, and for what they have given to the access log."""
         deadline = time.monotonic() + STOP_SEND
-        for thread in (self.quick.thread, *self.threads.values()):
+        for thread in (self.watcher, *self.threads.values()):
             thread.join(max(0.0, deadline - time.monotonic()))
+        for connection in tuple(self.connections):
+            connection.sock.close()
         if self.access_log is not None:
             self.access_log.close(LOG_END)      # a disk that hangs is not waited for
 
     @property
     def sending(self):
-        """{channel or Handler: bytes sent} of those that have more to send."""
+        """{channel or Connection: bytes sent} of those that have more to send."""
         left = {channel: channel.sent for channel in self.channels if channel.unsent}
-        return {**left, **{handler: handler.sent for handler in tuple(self.working)}}
+        return {**left, **self.working.copy()}
 
     @property
     def urls(self):
@@ -8929,15 +8769,43 @@ class HttpHandler:
     # connections; under the loop's lock
 
     def admit(self, connection):
-        """Count a new connection; if there are too many, refuse it and return False."""
+        """Count a new connection, and wait for its first request; refuse it if there are too many.
+        """
         peer, most = connection.peer, min(CONNECTIONS_MAX, files_max() * FILES_FOR_CONNECTIONS)
-        full = len(self.connections) >= most or (
-            peer is not None and self._of_address[peer] >= ADDRESS_CONNECTIONS_MAX)
         self.connections.add(connection)
         self._of_address[peer] += 1
-        if full:
+        if len(self.connections) > most or (
+                peer is not None and self._of_address[peer] > ADDRESS_CONNECTIONS_MAX):
             self.refuse(connection)
-        return not full
+        else:
+            self.watch(connection)
+
+    def watch(self, connection):
+        """Wait for the next request of a connection."""
+        sock, listener = connection.sock, connection.listener
+        if connection.early or listener.context is not None and sock.pending():
+            listener.start_thread(connection)
+            return
+        sock.setblocking(False)
+        self._used[connection] = time.monotonic()
+        try:
+            self._selector.register(sock, selectors.EVENT_READ, connection)
+        except OSError:                         # the selector has no room
+            del self._used[connection]
+            self.refuse(connection)
+        if not self._sweeping:
+            self._sweep()
+
+    def _sweep(self):
+        """End the connections that have had no request for IDLE_TIME."""
+        now, used = time.monotonic(), self._used.copy()
+        due = now - IDLE_TIME
+        for connection in [each for each, when in used.items() if when <= due]:
+            self.interrupt(connection)
+        left = [when for when in used.values() if when > due]
+        self._sweeping = bool(left)
+        if left:
+            self.loop.later(min(left) - due, self._sweep)
 
     def refuse(self, connection):
         """Close a connection for which there is no room. Without TLS its client is told so."""
@@ -8946,43 +8814,114 @@ class HttpHandler:
             Busy("there are too many connections; try again later")), False)
         connection.sock.setblocking(False)
         fd = connection.sock.fileno()           # a thread that begins late may set a timeout, and
-        try:                                    # Python's recv() would then try again for ever
+        with contextlib.suppress(OSError):      # Python's recv() would then try again for ever
             if connection.listener.context is None:     # else that would need a handshake
                 os.write(fd, data)
             connection.sock.shutdown(socket.SHUT_WR)
             os.read(fd, READ_SIZE)              # unread bytes would turn it into a reset
-        except OSError:
-            pass                                # the client does not wait for it
         self.close_connection(connection)
 
     def close_connection(self, connection):
-        """Close a connection and forget it."""
-        self.connections.discard(connection)
-        self._of_address[connection.peer] -= 1
-        if not self._of_address[connection.peer]:
-            del self._of_address[connection.peer]
-        connection.sock.close()
+        """Close a connection and forget it, if that was not done before."""
+        if connection in self.connections:
+            self.connections.remove(connection)
+            self.threads.pop(connection, None)
+            self.handshakes.pop(connection, None)
+            self._of_address[connection.peer] -= 1
+            if not self._of_address[connection.peer]:
+                del self._of_address[connection.peer]
+            connection.sock.close()
 
-    def hand_over(self, connection, channel=None, request=None):
-        """Take the connection of a thread that ends. Without a channel, its client has left."""
-        del self.threads[connection]
-        self.handshakes.pop(connection, None)
-        if channel is None:
-            self.close_connection(connection)
-        else:
-            self.start_channel(channel, connection, request)
-
-    def start_channel(self, channel, connection, request=None):
+    def start_channel(self, connection, channel, request):
         """Let a channel have a connection."""
-        if self.closed:
-            self.close_connection(connection)
-            return
         try:
             channel.start(connection, request)
-        except OSError as error:                # the selector has no room
-            self._reports.warning("a connection cannot be watched, and is closed: %s",
-                                  error.strerror)
+        except Exception as error:
+            if isinstance(error, OSError):      # the selector has no room
+                self._reports.warning("a connection cannot be watched, and is closed: %s",
+                                      error.strerror)
+            else:
+                log.exception("a request failed")
             channel.close()
+
+    def hand_over(self, function, connection, *args):
+        """Call `function(connection, *args)`, as a thread is done with a connection. Any thread."""
+        def go_on():
+            self.threads.pop(connection, None)
+            if self.closed:
+                self.close_connection(connection)
+            else:
+                function(connection, *args)
+        with contextlib.suppress(Stopping):     # join() closes it
+            self.loop.call(go_on)
+
+    def _watch(self, end):
+        """Answer on this thread the requests that take no time, of all connections without TLS.
+
+        A connection gets a thread of its own when a request is not whole in what one read brings,
+        has a body, or its route may take time. The loop gets it when the answer lasts or is not
+        taken at once.
+        """
+        with end, self._selector:       # threads would hand the interpreter lock on at each request
+            while not self.closed:
+                self.loop.guard(self._watch_once)
+
+    def _watch_once(self):
+        tasks = []
+        for key, _ in self._selector.select():
+            if self.closed:
+                return
+            self._read_request(key.data, tasks)
+        with contextlib.suppress(Stopping):     # then stop() has ended the connections
+            while tasks:                        # one by one, each would wait for a turn of the loop
+                self.loop.call(self._answer_quick, tasks[:LOCKED_REQUESTS])
+                del tasks[:LOCKED_REQUESTS]
+
+    def _read_request(self, connection, tasks):
+        """Read a request. Add it to `tasks`, or leave it to a thread, with what is wrong with it.
+        """
+        if connection.listener.context is None:
+            try:
+                data = connection.sock.recv(READ_SIZE)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._leave(self.close_connection, connection)
+                return
+            try:
+                if len(data) <= KIB and data.endswith(b"\r\n\r\n"):
+                    request = known_request(data[:-4])
+                    request.client = connection.address
+                    if not has_body(request):
+                        respond, _, quick = self.route(request)
+                        if quick:
+                            tasks.append((connection, request, respond))
+                            return
+            except Exception:
+                pass
+            connection.early = data
+        self._leave(connection.listener.start_thread, connection)
+
+    def _answer_quick(self, tasks):
+        for connection, request, respond in tasks:
+            began = self._used[connection] = time.monotonic()
+            then = self.close_connection, connection
+            try:
+                keep = not (request.wants_close() or self.ending)
+                channel = self.reply(connection, request, respond(request), keep, began)
+                if channel is None:
+                    continue
+                then = self.start_channel, connection, channel, request
+            except Exception:
+                log.exception("a request failed")
+            self._leave(*then)
+
+    def _leave(self, function, connection, *args):
+        self._selector.unregister(connection.sock)
+        del self._used[connection]
+        self.hand_over(function, connection, *args)
 
     # requests
 
@@ -9069,11 +9008,18 @@ class HttpHandler:
             log.exception("%s", failure)
             return error_response(GafferError(failure + "; gaffer's log says how"))
 
-    def head(self, request, status, headers):
-        """Return the head of an answer: `headers`, and what every answer has besides."""
+    def head(self, request, status, headers, keep=None):
+        """Return the head of an answer: `headers`, and what every answer has besides.
+
+        `keep`: whether the connection goes on; None: `headers` tell it.
+        """
+        if keep is False:
+            headers = [*headers, ("Connection", "close")]
+        elif keep and request.version == (1, 0):
+            headers = [*headers, ("Connection", "keep-alive")]
         cors = self.access.cors(request) if request is not None else []
         return encode_head(status, merge_headers(headers, [
-            ("Date", self._date(int(time.time()))), ("Cache-Control", "no-store"), *cors]))
+            ("Date", http_date(int(time.time()))), ("Cache-Control", "no-store"), *cors]))
 
     def reply(self, connection, request, answer, keep, began):
         """Send an answer. Return the Channel that goes on with the connection: it sends the rest,
@@ -9101,16 +9047,12 @@ class HttpHandler:
             body = b""
         else:
             headers.append(("Content-Length", len(body)))
-        if not keep:
-            headers.append(("Connection", "close"))
-        elif request.version == (1, 0):
-            headers.append(("Connection", "keep-alive"))
         if method == "HEAD":
             body = b""
         took = None if began is None else time.monotonic() - began
         self.count(method, status, took)
         self.log_request(connection.address, request, status, len(body))
-        return self.head(request, status, headers) + body
+        return self.head(request, status, headers, keep) + body
 
     def count(self, method, status, took=None):
         """Count an answer and, if it did not wait for an event, the seconds it took. Any thread."""

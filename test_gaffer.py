@@ -4711,7 +4711,7 @@ class ProcessShortage(ProcessCase):
                                            body=b'{"name": "x", "cmd": "cat"}').answer()
             self.assertEqual((status, json.loads(data)["error"]), (503, "busy"))
             for _ in range(3):
-                self.assertEqual(self.wire().file.read(1), b"")
+                self.assertEqual(self.wire().request("/watch").file.read(1), b"")
         self.assertEqual(len(logs.output), 1, logs.output)
         self.assertEqual(self.add("x", "cat", redirect_input=True), [1])
 
@@ -5634,7 +5634,6 @@ class HttpConnections(HttpCase):
                 self.assertCode(self.wire().request("/metrics").answer(), 503, "busy")
             gate.set()
             self.assertTrue(ended.wait(TIMEOUT))
-        self.assertIn("a request failed", logs.output[-1])
         self.assertIn("a request has no thread: it does not begin", logs.output[0])
         self.assertOpen(self.wire())
 
@@ -5665,8 +5664,7 @@ class HttpConnections(HttpCase):
         slow, wire = [self.wire() for _ in range(100)], self.wire()
         with http_limits(KEEP_TIME=0.05):
             self.assertOpen(wire)
-            self.parked("idle", 101)
-        self.assertFalse(self.server.http.threads)
+            until(lambda: not self.server.http.threads)
         head = http_bytes("POST", "/processes", "Content-Length: 9", "X: " + "y" * 200)
         for number, dawdler in enumerate(slow):
             dawdler.send(head if number % 2 else head[:9])
@@ -5781,7 +5779,7 @@ class HttpConnections(HttpCase):
                 self.assertCode(poll.answer(), 503, "stopping")
                 leave.set()
                 server.stop_all()
-                self.assertFalse(server.http.quick.thread.is_alive())
+                self.assertFalse(server.http.watcher.is_alive())
 
     def test_chunks_of_events(self):
         """One for the empty line at the begin, one a send, the last one only at a real end."""
@@ -5813,12 +5811,11 @@ class HttpLimits(HttpCase):
 
     def test_of_one_address(self):
         """Whatever a connection becomes. This machine's own are not counted."""
-        limits = contextlib.ExitStack()
+        limits, server = contextlib.ExitStack(), self.serve()
         self.addCleanup(limits.close)
-        limits.enter_context(http_limits(network=lambda host: host, ADDRESS_CONNECTIONS_MAX=3))
-        server = self.serve()
         server.add("web", "cat", redirect_input=True)
         self.all_gone(server)
+        limits.enter_context(http_limits(network=lambda host: host, ADDRESS_CONNECTIONS_MAX=3))
         held = [self.wire("/streams/1/stdout?feed=continuous", server=server),
                 self.wire(server=server).upgrade("/wstreams/1"), *self.held(server, 1)]
         with self.assertLogs("gaffer", logging.WARNING) as logged:
@@ -11954,8 +11951,8 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     ("itertools.islice(self._queue, PARTS_MAX)", "self._queue", "HttpLibrary.test_websocket_queue"),
     (" + WAIT_EXTRA", "", "HttpEndpointTable.test_actions"),
     ("len(http.handshakes) >= HANDSHAKES_MAX", "False", "HttpEndpoints.test_handshakes"),
-    ("        self._of_address[connection.peer] -= 1\n", "", "HttpLimits.test_of_one_address"),
-    (" and os.path.samestat(os.lstat(self.endpoint.path), self._inode)", "",
+    ("self._of_address[connection.peer] -= 1", "pass", "HttpLimits.test_of_one_address"),
+    (" and os.path.samestat(os.lstat(self.path), self._inode)", "",
      "HttpEndpoints.test_unix_socket"),
     ("access.check_origin(request)", "pass", "HttpAccess.test_origins"),
     ("it is closed\", self.stall)\n            self.close()", "it is closed\", self.stall)",
