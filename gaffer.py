@@ -11723,7 +11723,8 @@ def checked(convert, what, least=0, most=1e9):
 
 
 TYPES = {                                       # what an option calls its value -> argparse's type
-    "N": checked(int, "a whole number from 1", 1), "PORT": int, "COUNT": int, "SIGNAL": reference,
+    "N": checked(int, "a whole number from 1", 1), "PORT": int, "SIGNAL": reference,
+    "COUNT": checked(int, "a number of lines"),
     "LINES": checked(lambda text: math.inf if text == "all" else int(text),
                      "a number of lines, or all", most=math.inf),
     "SECONDS": checked(float, "a number of seconds", most=SECONDS_MAX),

@@ -9268,7 +9268,7 @@ class CliFollowCase(CliControlCase):
         return process
 
     def interrupted(self, process):
-        """Ctrl-C: what else it printed; it says nothing on stderr."""
+        """Ctrl-C: what else it printed."""
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=TIMEOUT)
         self.assertEqual((process.returncode, err), (-signal.SIGINT, b""))
@@ -9515,7 +9515,7 @@ class CliStatus(CliControlCase):
 
 
 class CliCommands(CliControlCase):
-    """What is said to all commands: help, mistakes, endpoints."""
+    """Of all commands: help, mistakes, endpoints."""
 
     def test_help(self):
         usage = r"\Ausage: gaffer.py %s \[options\]( \[?[A-Za-z|]+( \.\.\.)?\]?)*\n"
@@ -9542,11 +9542,12 @@ class CliCommands(CliControlCase):
             ("statsu", "gaffer: there is no command 'statsu', did you mean 'status'\\?\n"),
             ("--json x stop", "gaffer: there is no command 'x'.*\n"),
             ("stop --al x", r"usage: gaffer.py stop [\s\S]*--al\n"),
+            ("attach x -n -1", r"usage: [\s\S]*lines\n"),
             *[("processes --endpoint " + endpoint, "gaffer: '.*' is not an endpoint: .*\n")
               for endpoint in ("ftp://x", "unix:", "http://x:99999", "http://[::1")])])
 
     def test_endpoints(self):
-        """By default what `up` listens on in this folder, if it is this user's and answers."""
+        """The default: that of `up` here, if it is this user's."""
         folder, path = self.folder(), "unix:" + gaffer.FOLDER_SOCKET
         self.enter(folder)
         with socket.socket(socket.AF_UNIX) as dead:
