@@ -11507,25 +11507,24 @@ def load_command(args):
 def scale_command(args):
     """Change how many processes of each type run."""
     client, words, args.group = connect(args), args.changes, None
-    statuses, steps = get_statuses(client), []
+    statuses, counts, steps = get_statuses(client), {}, []      # counts: {name: how many}
     change = re.compile(r"([^=+]+?)([=+-])([0-9]{1,4})")
     is_group = any(name.startswith(words[0] + ":") for name in statuses)
     if is_group or not re.search("[=+]", words[0]) and not change.fullmatch(words[0]):
         args.group, *words = words
-    targets = {target.word: target for target in find_targets(args, statuses, ["all"])}
     for word in words or [args.group]:
         match = change.fullmatch(word)
         if match is None or word == args.group:
             raise ClientError("'%s' is not a change: give web=3, web+1 or web-1" % word, 2)
-        kind, sign, count = match.groups()
-        name = kind                             # in full, as status shows it, or a type
-        if name not in targets or ":" not in name:
+        name, sign, count = match.groups()
+        if name not in statuses or ":" not in name:     # a type, no name as status shows it
             found = find_app(args, statuses)
-            check_type(kind, found)
-            name = found[kind]
-        target = targets[name]
-        now = target.status["numprocesses"]
-        by = int(count) - now if sign == "=" else int(sign + count)
+            check_type(name, found)
+            name = found[name]
+        now = counts.get(name, statuses[name]["numprocesses"])
+        counts[name] = int(count) if sign == "=" else max(0, now + int(sign + count))
+    for target in find_targets(args, statuses, counts):
+        by = counts[target.word] - target.status["numprocesses"]
         request = "POST /_%s/%d" % ("add" if by > 0 else "sub", abs(by)) if by else "GET "
         steps.append((target, request, ""))
     carry_out(args, client, steps)

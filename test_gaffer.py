@@ -9703,7 +9703,7 @@ class CliEveryCommand(CliControlCase):
 
 
 class CliTerminal(CliFollowCase):
-    """Commands in a real terminal."""
+    """In a real terminal."""
 
     def test_progress_bar(self):
         """It is one line, also where the program pauses within a step."""
@@ -10892,7 +10892,7 @@ class ProcfileServer(ConfigCase):
             ("scale my-app-2", "", 2, "gaffer: 'my-app-2' is not a change: .*\n"),
             ("scale web=x", "", 2, "gaffer: 'web=x' is not a change: .*\n"),
             ("scale my-app web-1 no-1", "", 4, ".* there is no 'no': the types are web\n"),
-            ("scale my-app:web=2", "my-app:web: 2 processes\n"),
+            ("scale my-app:web=9 my-app:web=2", "my-app:web: 2 processes\n"),
             ("scale -f Procfile web-0", web % "4 processes"),
             ("numprocesses my-app:web", "2\n"))
         until(lambda: self.server.ok("GET", "/status/my-app-2:worker")["running"] == 2)
