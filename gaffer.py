@@ -9276,9 +9276,9 @@ def ending_signals():
 
 
 class SigHandler:
-    """Stops the manager on `signals`; a second one, or SIGQUIT, kills at once. `reload` is called
-    on SIGHUP, `reopen` on SIGUSR1 and SIGUSR2, both by the loop. SIGCHLD gets its default, and no
-    signal stays blocked. Only for the main thread."""
+    """Stops the manager on `signals`; a second one, SIGQUIT, or Ctrl-C while it is stopping already
+    kills at once. `reload` is called on SIGHUP, `reopen` on SIGUSR1 and SIGUSR2, both by the loop.
+    SIGCHLD gets its default, and no signal stays blocked. Only for the main thread."""
 
     def __init__(self, signals=(signal.SIGINT, signal.SIGTERM), reload=None, reopen=None):
         self._signals, self._reload, self._reopen = signals, reload, reopen
@@ -9293,7 +9293,8 @@ class SigHandler:
 
         def stop(signum, frame_):
             self._count += 1
-            manager.stop(kill=self._count > 1)
+            again = manager.stopping and signum == signal.SIGINT
+            manager.stop(kill=self._count > 1 or again)
         handlers = dict.fromkeys(self._signals, stop)
         handlers[signal.SIGQUIT] = lambda signum, frame_: manager.stop(kill=True)
         if self._reload is not None:
@@ -9704,7 +9705,7 @@ def from_text(field, text):
     """Return the value of a field as INI and the command line write it; None: it is left out.
 
     What is not one stays a text, which the field's check refuses. ValueError: a quote is not
-    closed.
+    closed, or there are too many words.
     """
     words = split_list(text)
     if field in OPTIONS and isinstance(OPTIONS[field].default, bool):
@@ -9719,9 +9720,11 @@ def from_text(field, text):
     if field == "success" or field == "restart_delay" and len(words) > 1:
         return list(map(number_or_text, words))
     if field == "flapping":                     # in the order of FLAPPING, or attempts=2
+        if len(words) > len(FLAPPING):
+            raise ValueError("must have no more than " + ", ".join(FLAPPING))
         pairs = [word.rpartition("=") for word in words]
         return {name or known: number_or_text(value)
-                for known, (name, _, value) in zip([*FLAPPING, "a fifth one"], pairs)}
+                for known, (name, _, value) in zip(FLAPPING, pairs)}
     if field == "limits" or field == "stop_signal" and "=" in text:
         found = []                              # nofile=64, core=0:unlimited; INT=5, TERM=5
         for name, _, value in [word.partition("=") for word in words]:
@@ -10189,11 +10192,11 @@ def read_settings(source, taken=None):
         """Add the sections of a file to `found`, as (file, its fields)."""
         for kind, name in [(kind, name) for kind, sections in tree.items() for name in sections]:
             section, fields = "%s:%s" % (kind, name) if name else kind, tree[kind][name]
-            if kind not in FIELDS or bool(name) != (kind in NAMED_KINDS):
+            if kind in FIELDS and not isinstance(fields, dict):
+                file.fault("must be an object", section)
+            elif kind not in FIELDS or bool(name) != (kind in NAMED_KINDS):
                 file.fault("there is no section with this name; there are %s" % ", ".join(
                     each + ":NAME" if each in NAMED_KINDS else each for each in FIELDS), section)
-            elif not isinstance(fields, dict):
-                file.fault("must be an object", section)
             elif name in found[kind]:
                 file.fault("this section is in %s too" % found[kind][name][0].path, section)
             else:

@@ -9053,7 +9053,7 @@ class CliSignals(CliCase):
         self.assertEqual(server.stderr.count("\n"), 3, server.stderr)
 
     def test_ctrl_c_within_the_imports(self):
-        """Silent, as later: a module of the standard library is one that sends the signal."""
+        """Silent, as later: a module of the library is one that sends the signal."""
         folder = self.folder()
         self.file(folder, "socketserver.py",
                   "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nsignal.sigwait([])\n")
@@ -9074,7 +9074,7 @@ class CliExit(CliCase):
         for words, status in ("exit 7", 7), ("exit 0", 0), ("kill -9 $$", 137):
             server = self.start("-v", "--exit-with", "main")
             os_pids = [server.add(name, self.MAIN)[0] for name in ("a", "main", "b")]
-            # what is left of its group ends, too
+            # its group ends, too
             server.ok("POST", "/streams/main/stdin", "sleep 1000 & %s\n" % words)
             server.stop(None, status)
             self.assertEqual(self.stopped(server), ["b", "a"])
@@ -9325,7 +9325,7 @@ class CliControl(CliFollowCase):
                    ("restart all", "web: restarted\ng:a: restarted\ng:b: restarted\n"))
 
     def test_commands_wait(self):
-        """Unless they are told not to, and for as long as they may."""
+        """Unless told not to, for as long as they may."""
         def add():
             pid, = self.server.add("g:a", "trap '' TERM; echo ready; read x", shell=True,
                                    redirect_input=True, graceful_timeout=1000)
@@ -9777,11 +9777,11 @@ class CliTerminal(CliFollowCase):
 
     def test_up(self):
         folder = self.folder()
-        procfile = self.file(folder, "Procfile", "a: trap '' TERM; echo ready; read x\n")
+        procfile = self.file(folder, "Procfile", "a: trap '' TERM; echo ready; >r; read x\n"
+                             "b: until rm r 2>&-; do sleep 0.1; done\n")
         process, main = self.terminal("up", "-f", procfile)
         self.shows(main, r"system \| listening on unix:%s/.gaffer.sock\r\n" % re.escape(folder))
         self.shows(main, "\x1b\\[36m[0-9:]{8} a.1    \\|\x1b\\[0m ready")
-        os.write(main, b"\x03")
         self.shows(main, r"waiting for a\.1, SIGKILL in 10 s; Ctrl-C again kills now\r\n")
         os.write(main, b"\x03")
         self.shows(main, r"a\.1 was ended by SIGKILL\r\n")
@@ -9792,7 +9792,7 @@ class CliTerminal(CliFollowCase):
 class CliLogs(CliFollowCase):
 
     def test_last_lines(self):
-        """In the order in which they came, whatever stream they are of."""
+        """In the order in which they came."""
         self.server.add("a", "printf '1\\n2\\n3\\n'", restart="never")
         self.server.add("two", "echo $GAFFER_INSTANCE", shell=True, numprocesses=2, restart="never")
         self.server.add("long", "echo two >&2; read x; echo one; read x; echo three >&2; read x",
@@ -9926,14 +9926,14 @@ class CliAttach(CliFollowCase):
             process = self.follow("attach", *words.split())
             lines = b"> interrupted\n" if "-n" in words else shown
             self.assertEqual(process.stdout.read(len(lines)), lines)
-            until(lambda: self.streams() == 3, "stdout, stderr, events: none comes later")
+            until(lambda: self.streams() == 3, "all three have begun")
             process.send_signal(signal.SIGINT)
             line = process.stdout.readline()
             self.assertEqual(line, b"interrupted\n", line or process.communicate(timeout=TIMEOUT))
             shown += b"interrupted\n"
             process.send_signal(signum)
             self.assertEqual((process.stdout.read(), process.wait(TIMEOUT)), (b"", status))
-            until(lambda: not self.streams(), "the server has seen that it is gone")
+            until(lambda: not self.streams(), "it is gone")
         process = self.follow("attach", "1")
         self.assertEqual(process.stdout.read(len(shown)), shown)
         until(lambda: self.streams() == 3)
@@ -10309,7 +10309,7 @@ class ConfigFiles(ConfigCase):
         [process:dummy] -> field 'cmd' is required
         comand = ./dummy.py -> unknown field 'comand', did you mean 'cmd'?
         env = A='1 -> field 'env' cannot be split into words: no closing quotation
-        flapping = 1 2 3 4 5 -> field 'flapping' has the unknown field 'a fifth *
+        flapping = 1 2 3 4 5 -> field 'flapping' must have no more than *
         name = other -> field 'name' is 'other': leave it out
         [process:a]
         cmd = nosuchprog -> field 'cmd' names 'nosuchprog', which is not found in PATH
@@ -10340,6 +10340,8 @@ class ConfigFiles(ConfigCase):
         "endpoint": {"x": {"bind": "127.0.0.1:0",
         "certfile": 5}, -> [endpoint:x] field 'certfile' must be a string
         "y": 1}} -> [endpoint:y] must be an object
+        == null.json
+        {"process": null} -> [process] must be an object
         == syntax.json
         {"a":
         1,} -> cannot be parsed: *
@@ -11170,7 +11172,7 @@ class CliDaemon(CliFollowCase):
     """--pidfile, --log-file, --daemon"""
 
     def test_pid_file_that_its_last_user_removes(self):
-        """Between open and lock of the next one, which takes a new file."""
+        """Between open and lock of the next, which takes a new file."""
         path = os.path.join(self.folder(), "pid")
         first, second, third = (gaffer.PidFile(path) for _ in range(3))
         first.start(None, None)
