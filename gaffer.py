@@ -10084,7 +10084,12 @@ class Procfile(ConfigFile):
         self.folder = self.folder if path else os.getcwd()
         self.types, self.fields, self.env = {}, {}, {}
         default = self.join(".env")
-        for file in map(ConfigFile, env_files or filter(os.path.isfile, [default])):
+        for name in env_files or filter(os.path.isfile, [default]):
+            try:
+                file = ConfigFile(name)
+            except ConfigError as error:        # what needs the types alone goes on
+                self.faults.add((0, str(error)))
+                continue
             values, faults = parse_env(file.text, {**os.environ, **self.env})
             self.env.update(values)
             for line, reason in faults:

@@ -10654,7 +10654,7 @@ class ConfigServe(CliFollowCase):
 
 
 class ProcfileTexts(ConfigCase):
-    """Procfiles, and what export makes of them."""
+    """Procfiles and exports."""
 
     DIRECT = ("'@' --a=b 'c;d' \"e f\" g\\ h", "@ a=b -c", "env A=3 @ q", "@ \u00fc \"\" ''",
               "@ a \\; b")
@@ -10707,7 +10707,7 @@ class ProcfileTexts(ConfigCase):
                 self.assertEqual(tree["process"]["web"]["env"]["PORT"], str(wanted))
 
     def test_faults(self):
-        """More of them are in ConfigFiles.FAULTS."""
+        """More: ConfigFiles.FAULTS."""
         self.write(".env", "A=1\nB")
         self.assertEqual(self.faults("Procfile", "web: true"), [
             ".env:2: is not NAME=value, with the value plain or in one pair of quotes"])
@@ -10715,6 +10715,7 @@ class ProcfileTexts(ConfigCase):
         self.assertEqual(self.faults("Procfile", "# nothing\n"),
                          ["Procfile:1: there is no line 'type: command' in it"])
         path = self.write("Procfile", "a: true\nb: true\n")
+        self.assertIn("b", gaffer.Procfile(path, ["no.env"]).types)
         for port, err in (("65500", ".*:2: \\[process:b\\] .* makes 65600 the PORT .*"),
                           ("65536", "PORT is '65536': give a number from 1 to 65535")):
             self.call("up", "-f", path, "-p", port, status=1, err="gaffer: %s\n" % err)
@@ -10733,7 +10734,7 @@ class ProcfileTexts(ConfigCase):
         """
 
     def test_comments_and_exports(self):
-        """Comments that begin with "gaffer:" are about the type below; exports say the same."""
+        """Comments are about the type below; exports say the same."""
         self.write(".env", "A='x  y'\nB=%d \\\n")
         self.write("a b", "C=1\n")
         path = self.write("Procfile", self.COMMENTS)
@@ -10816,7 +10817,7 @@ class ProcfileTexts(ConfigCase):
         """
 
     def test_systemd_of_a_configuration(self):
-        """What systemd can do, in its words; the rest as comments."""
+        """What systemd can do; the rest as comments."""
         path = self.write("x.ini", self.SERVICES)
         out = self.call("export", "systemd", "my", "-f", path)
         files = dict(re.findall(r"^# (my\S+)\n(.*?)\n(?=\n# my|\Z)", out, re.M | re.S))
