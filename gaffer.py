@@ -5302,7 +5302,7 @@ class Channel:
         if wanted:
             self._watch(self._mask | selectors.EVENT_READ)
             self._read_pending()
-        else:
+        elif self._mask & selectors.EVENT_READ:
             self._watch(self._mask & ~selectors.EVENT_READ)
             self.after(END_POLL, self._check_end)
 
@@ -5329,7 +5329,7 @@ class Channel:
             self.loop.call_soon(self._ready, selectors.EVENT_READ)
 
     def _check_end(self):
-        """See whether the client has left: no selector tells that of one that is not read."""
+        """Call eof_received() if the client has left: no selector tells, as it is not read."""
         if not self._mask & selectors.EVENT_READ:
             poll = select.poll()
             poll.register(self.sock, getattr(select, "POLLRDHUP", select.POLLHUP))
